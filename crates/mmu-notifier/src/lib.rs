@@ -1,1 +1,75 @@
-//! Placeholder while the workspace is laid out.
+//! MMU notifiers for userspace, with the kernel's own lifetime scheme.
+//!
+//! Code that keeps a second copy of an address space's translations (a registration cache, a shadow page table, a DMA map,
+//! a software TLB) must let go of an address *before* the memory behind it moves. Here such code is a [`Notifier`]. Its
+//! [`Subsystem`] hands out its one notifier for an address space with [`get`](Subsystem::get), shared by reference count;
+//! the last [`put`](Subscription::put) unlinks it, and it is freed after a grace period, when no callback can still run in
+//! it. Whoever changes the address space does so inside a bracket, [`Mm::invalidate`].
+//!
+//! ```
+//! use mmu_notifier::{Event, InvalidateRange, MmWithUser, Notifier, Subsystem, Va, VaRange};
+//! use std::{collections::BTreeMap, sync::Mutex};
+//!
+//! /// A shadow page table: page number to frame number.
+//! #[derive(Default)]
+//! struct Shadow(Mutex<BTreeMap<u64, u64>>);
+//!
+//! impl Notifier for Shadow {
+//!     fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
+//!         self.0.lock().unwrap().retain(|page, _| !range.range().contains(Va::new(page << 12)));
+//!     }
+//! }
+//!
+//! static SHADOW: Subsystem<Shadow> = Subsystem::new(|_mm| Ok(Shadow::default()));
+//!
+//! let mm = MmWithUser::new();
+//! let shadow = SHADOW.get(&mm)?;
+//! shadow.0.lock().unwrap().insert(7, 42);
+//!
+//! let bracket = mm.invalidate(VaRange::covering(Va::new(0x7000), 0x1000)?, Event::Unmap);
+//! assert!(shadow.0.lock().unwrap().is_empty(), "it let go before the memory moves");
+//! drop(bracket); // The memory has moved; the end callbacks have run.
+//!
+//! shadow.put();
+//! SHADOW.synchronize()?; // The notifier has been freed.
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # The parts
+//! * [`Mm`] is a handle of an address space, [`MmWithUser`] one of an address space that is alive. Dropping the last
+//!   `MmWithUser` is exit: every subscriber's [`release`](Notifier::release) runs.
+//! * [`Subsystem`], [`Subscription`]: get and put. [`Registration`]: for a notifier that one owner registers and takes back.
+//! * [`Mm::invalidate`], [`Mm::try_invalidate`], [`Mm::with_invalidation`]: brackets, for event sources.
+//! * [`Subsystem::synchronize`]: waits for the frees.
+//!
+//! # What a subscriber can rely on
+//! * No bracket is missed: when `get` has returned, each bracket that is open or opens later calls the notifier.
+//! * No end without its start; a start without its end only if the notifier was put in between.
+//! * No callback runs in a freed notifier, and `release` has returned before exit goes on.
+//! * What would wait for itself returns [`WouldDeadlock`].
+
+#![deny(unsafe_code)]
+
+mod context;
+mod error;
+mod event;
+mod mm;
+mod notifier;
+#[expect(unsafe_code, reason = "a guard beside what it borrows from")]
+mod owned_guard;
+mod range;
+mod registration;
+mod subscription;
+#[expect(unsafe_code, reason = "the one list that is read under SRCU")]
+mod subscriptions;
+mod subsystem;
+mod sync;
+
+pub use error::{GetError, Overflow, RegisterError, UnregisterError, WouldDeadlock};
+pub use event::{Blocking, Event, InvalidateRange, Owner, WouldBlock};
+pub use mm::{Bracket, Mm, MmWithUser, MmapWriteGuard, OwnedBracket};
+pub use notifier::Notifier;
+pub use range::{InvalidRange, PAGE_SIZE, Va, VaRange};
+pub use registration::Registration;
+pub use subscription::Subscription;
+pub use subsystem::Subsystem;

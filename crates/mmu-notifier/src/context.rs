@@ -1,0 +1,49 @@
+//! What this thread is in the middle of, so that a wait which could never end is refused instead.
+
+use crate::sync::thread_local;
+use std::cell::Cell;
+
+thread_local! {
+    /// How many brackets, releases and frees of any address space this thread is inside of.
+    static DEPTH: Cell<u32> = const { Cell::new(0) };
+    /// Whether this thread is running a deferred free, so on the reclaimer.
+    static FREEING: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Marks this thread as being inside a callback section, until dropped.
+#[derive(Debug)]
+pub(crate) struct Inside(());
+
+impl Inside {
+    #[inline]
+    pub(crate) fn enter() -> Self {
+        DEPTH.with(|depth| depth.set(depth.get() + 1));
+        Self(())
+    }
+}
+
+impl Drop for Inside {
+    #[inline]
+    fn drop(&mut self) {
+        DEPTH.with(|depth| depth.set(depth.get() - 1));
+    }
+}
+
+/// Tells whether this thread is inside a bracket, a release or a free of any address space.
+pub(crate) fn is_inside() -> bool {
+    DEPTH.with(Cell::get) != 0
+}
+
+/// Runs `f`, marked as a deferred free.
+pub(crate) fn freeing<R>(f: impl FnOnce() -> R) -> R {
+    let _inside = Inside::enter();
+    let before = FREEING.replace(true);
+    let result = f();
+    FREEING.set(before);
+    result
+}
+
+/// Tells whether this thread is running a deferred free.
+pub(crate) fn is_freeing() -> bool {
+    FREEING.get()
+}

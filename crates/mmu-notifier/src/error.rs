@@ -1,0 +1,92 @@
+//! What can go wrong.
+
+use crate::{Notifier, Registration};
+use std::error::Error;
+use std::fmt;
+
+pub use srcu::WouldDeadlock;
+
+/// A notifier has as many users as can be counted; put one and try again.
+///
+/// # Source
+/// `-EOVERFLOW` from `mmu_notifier_get`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Overflow;
+
+impl fmt::Display for Overflow {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the notifier has as many users as can be counted: put one first")
+    }
+}
+
+impl Error for Overflow {}
+
+/// Why [`Subsystem::get`](crate::Subsystem::get) made no subscription. Nothing is registered then.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum GetError<E> {
+    /// The subsystem's `alloc` failed with this.
+    Alloc(E),
+    /// The notifier has as many users as can be counted.
+    Overflow,
+    /// A new notifier has to be made, and this thread is where waiting for brackets would wait for itself.
+    WouldDeadlock,
+}
+
+impl<E> fmt::Display for GetError<E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Alloc(_) => f.write_str("the subsystem could not make its notifier"),
+            Self::Overflow => Overflow.fmt(f),
+            Self::WouldDeadlock => WouldDeadlock.fmt(f),
+        }
+    }
+}
+
+impl<E: Error + 'static> Error for GetError<E> {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        match self {
+            Self::Alloc(error) => Some(error),
+            Self::Overflow | Self::WouldDeadlock => None,
+        }
+    }
+}
+
+/// A notifier that could not be registered, and why.
+#[non_exhaustive]
+pub struct RegisterError<N> {
+    /// Why not.
+    pub error: WouldDeadlock,
+    /// The notifier, for another try.
+    pub notifier: N,
+}
+
+/// A registration that could not be taken back here, and why.
+#[non_exhaustive]
+pub struct UnregisterError<N: Notifier> {
+    /// Why not.
+    pub error: WouldDeadlock,
+    /// The registration, which is still good.
+    pub registration: Registration<N>,
+}
+
+macro_rules! carries_a_value {
+    ($name:ident) => {
+        impl<N: Notifier> fmt::Debug for $name<N> {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.debug_struct(stringify!($name)).field("error", &self.error).finish_non_exhaustive()
+            }
+        }
+
+        impl<N: Notifier> fmt::Display for $name<N> {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                self.error.fmt(f)
+            }
+        }
+
+        impl<N: Notifier> Error for $name<N> {}
+    };
+}
+
+carries_a_value!(RegisterError);
+carries_a_value!(UnregisterError);

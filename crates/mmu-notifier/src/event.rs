@@ -1,0 +1,142 @@
+//! What is about to happen to a range, as a subscriber is told.
+
+use crate::{Mm, VaRange};
+use std::fmt;
+use std::num::NonZeroU64;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Why a range is invalidated. A hint: a subscriber that lets go of everything on every event is correct.
+///
+/// # Source
+/// `enum mmu_notifier_event`, include/linux/mmu_notifier.h.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+#[doc(alias = "mmu_notifier_event")]
+pub enum Event {
+    /// The mapping goes away or moves: munmap, mremap, brk. The only event after which the mapping may be gone.
+    Unmap,
+    /// The pages are taken away and the mapping stays: madvise, copy on write, truncation, reclaim.
+    Clear,
+    /// The protection of the whole mapping changes: mprotect.
+    ProtectionVma,
+    /// Single pages change protection: fork's write protection, page cleaning.
+    ProtectionPage,
+    /// Soft-dirty tracking write-protects the pages.
+    SoftDirty,
+    /// The address space ends. Only its exit makes this event.
+    Release,
+    /// The pages move to another place in memory.
+    Migrate {
+        /// Who moves them; equal to one's own mark if the subscriber itself does.
+        owner: Option<Owner>,
+    },
+    /// A device takes exclusive access to the pages.
+    Exclusive {
+        /// Who takes it; equal to one's own mark if the subscriber itself does.
+        owner: Option<Owner>,
+    },
+}
+
+impl Event {
+    /// Returns the event's name as tools print it: lower case, words joined by `_`.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Unmap => "unmap",
+            Self::Clear => "clear",
+            Self::ProtectionVma => "protection_vma",
+            Self::ProtectionPage => "protection_page",
+            Self::SoftDirty => "soft_dirty",
+            Self::Release => "release",
+            Self::Migrate { .. } => "migrate",
+            Self::Exclusive { .. } => "exclusive",
+        }
+    }
+
+    /// Returns the mark of whoever migrates the pages or takes them exclusively; `None` for every other event.
+    #[must_use]
+    pub const fn owner(self) -> Option<Owner> {
+        match self {
+            Self::Migrate { owner } | Self::Exclusive { owner } => owner,
+            _ => None,
+        }
+    }
+}
+
+/// The mark of whoever moves pages, by which a subscriber knows its own migration and may skip it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Owner(NonZeroU64);
+
+impl Owner {
+    /// Makes a mark that is unlike every other of this process.
+    ///
+    /// # Panics
+    /// After 2^64 marks.
+    #[must_use]
+    #[expect(clippy::new_without_default, reason = "two defaults that differ would surprise")]
+    pub fn new() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        Self(NonZeroU64::new(NEXT.fetch_add(1, Ordering::Relaxed)).expect("2^64 owners were made"))
+    }
+}
+
+/// Whether a callback may sleep.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[doc(alias = "mmu_notifier_range_blockable")]
+pub enum Blocking {
+    /// It may sleep, and must not refuse.
+    Allowed,
+    /// It must answer at once, and may refuse with [`WouldBlock`].
+    Forbidden,
+}
+
+/// One invalidation, as its subscribers see it.
+#[derive(Debug, Clone, Copy)]
+#[doc(alias = "mmu_notifier_range")]
+pub struct InvalidateRange<'a> {
+    pub(crate) mm: &'a Mm,
+    pub(crate) range: VaRange,
+    pub(crate) event: Event,
+    pub(crate) blocking: Blocking,
+}
+
+impl<'a> InvalidateRange<'a> {
+    /// Returns the address space.
+    #[must_use]
+    pub fn mm(&self) -> &'a Mm {
+        self.mm
+    }
+
+    /// Returns the pages that change.
+    #[must_use]
+    pub fn range(&self) -> VaRange {
+        self.range
+    }
+
+    /// Returns what happens to them.
+    #[must_use]
+    pub fn event(&self) -> Event {
+        self.event
+    }
+
+    /// Tells whether the callback may sleep.
+    #[must_use]
+    pub fn blocking(&self) -> Blocking {
+        self.blocking
+    }
+}
+
+/// A subscriber would have had to sleep where that is forbidden. No end is owed for the start that got this answer.
+///
+/// # Source
+/// `-EAGAIN` from `invalidate_range_start`; no other refusal exists, so it is a type of its own and not an errno.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WouldBlock;
+
+impl fmt::Display for WouldBlock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a subscriber would have to sleep: try again where sleeping is allowed")
+    }
+}
+
+impl std::error::Error for WouldBlock {}

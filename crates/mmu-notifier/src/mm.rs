@@ -1,0 +1,264 @@
+//! The address space: its memory (`Mm`) and its life (`MmWithUser`).
+
+mod bracket;
+mod exit;
+mod lock;
+
+pub use bracket::{Bracket, OwnedBracket};
+pub use lock::MmapWriteGuard;
+
+use crate::subscriptions::{Epoch, Subscriptions};
+use crate::sync::Arc;
+use crate::sync::atomic::{AtomicUsize, Ordering};
+use crate::{Va, VaRange, context};
+use lock::MmapLock;
+use std::any::Any;
+use std::fmt;
+use std::ops::Deref;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+/// A counted handle of an address space (`mm_count`): the object is there, the address space may have ended.
+///
+/// Cloning it is `mmgrab`, dropping it `mmdrop`. A subscription holds one. It does not keep the address space alive; to
+/// do something that needs it alive, go up through [`mmget_not_zero`](Self::mmget_not_zero).
+///
+/// # Source
+/// `struct mm_struct`, `mmgrab`, `mmdrop`; `Mm` of Rust in the kernel.
+#[derive(Clone)]
+#[doc(alias = "mm_struct")]
+#[doc(alias = "mmgrab")]
+#[doc(alias = "mmdrop")]
+pub struct Mm(Arc<Inner>);
+
+struct Inner {
+    id: u64,
+    /// How many [`MmWithUser`] there are; zero for ever once it was.
+    users: AtomicUsize,
+    subscriptions: Subscriptions,
+    mmap_lock: MmapLock,
+    panics: AtomicUsize,
+}
+
+impl Mm {
+    /// Returns the number by which this process tells its address spaces apart, counted from 1 and never used again.
+    #[must_use]
+    pub fn id(&self) -> u64 {
+        self.0.id
+    }
+
+    /// Takes part in keeping the address space alive, unless it has ended or is ending.
+    ///
+    /// # Source
+    /// `mmget_not_zero`, include/linux/sched/mm.h.
+    #[must_use]
+    pub fn mmget_not_zero(&self) -> Option<MmWithUser> {
+        let mut users = self.0.users.load(Ordering::Relaxed);
+        while users != 0 {
+            // ORDER: Relaxed is enough: the handle that `self` came from orders the content, and the count alone decides who
+            // runs exit.
+            match self.0.users.compare_exchange_weak(users, users + 1, Ordering::Relaxed, Ordering::Relaxed) {
+                Ok(_) => return Some(MmWithUser(self.clone())),
+                Err(now) => users = now,
+            }
+        }
+        None
+    }
+
+    /// Returns how many [`MmWithUser`] there are. A snapshot, for reports and tests.
+    #[must_use]
+    pub fn mm_users(&self) -> usize {
+        self.0.users.load(Ordering::Relaxed)
+    }
+
+    /// Returns how many handles there are: every `Mm`, every [`MmWithUser`] and every subscription holds one. A snapshot,
+    /// for reports and tests.
+    #[must_use]
+    pub fn mm_count(&self) -> usize {
+        Arc::strong_count(&self.0)
+    }
+
+    /// Tells whether anybody is subscribed. A snapshot: a registrar may be at work.
+    ///
+    /// # Source
+    /// `mm_has_notifiers`. Differs: it is false again once the last subscriber has gone.
+    #[must_use]
+    #[doc(alias = "mm_has_notifiers")]
+    pub fn has_notifiers(&self) -> bool {
+        !self.0.subscriptions.is_empty()
+    }
+
+    /// Returns how many callbacks of this address space's subscribers, their drops included, have panicked.
+    #[must_use]
+    pub fn callback_panics(&self) -> usize {
+        self.0.panics.load(Ordering::Relaxed)
+    }
+
+    /// Tells subscribers that walk the primary page table by themselves to flush `range`.
+    ///
+    /// # Blocking
+    /// No; their callbacks must not sleep either.
+    /// # Source
+    /// `mmu_notifier_arch_invalidate_secondary_tlbs`, Linux 6.6.
+    #[doc(alias = "mmu_notifier_arch_invalidate_secondary_tlbs")]
+    pub fn invalidate_secondary_tlbs(&self, range: VaRange) {
+        self.for_each(|notifier| notifier.invalidate_secondary_tlbs(self, range));
+    }
+
+    /// Clears the accessed marks that subscribers keep for `range`, flushes, and tells whether any was set.
+    ///
+    /// # Source
+    /// `mmu_notifier_clear_flush_young`.
+    #[doc(alias = "mmu_notifier_clear_flush_young")]
+    pub fn clear_flush_young(&self, range: VaRange) -> bool {
+        let mut young = false;
+        self.for_each(|notifier| young |= notifier.clear_flush_young(self, range));
+        young
+    }
+
+    /// Clears the accessed marks that subscribers keep for `range`, and tells whether any was set.
+    ///
+    /// # Source
+    /// `mmu_notifier_clear_young`.
+    #[doc(alias = "mmu_notifier_clear_young")]
+    pub fn clear_young(&self, range: VaRange) -> bool {
+        let mut young = false;
+        self.for_each(|notifier| young |= notifier.clear_young(self, range));
+        young
+    }
+
+    /// Tells whether any subscriber holds a set accessed mark for the page at `address`, and asks no further than the
+    /// first.
+    ///
+    /// # Source
+    /// `mmu_notifier_test_young`.
+    #[doc(alias = "mmu_notifier_test_young")]
+    #[must_use]
+    pub fn test_young(&self, address: Va) -> bool {
+        let mut young = false;
+        self.for_each(|notifier| young = young || notifier.test_young(self, address));
+        young
+    }
+
+    /// Calls `f` for every subscriber in a section of its own.
+    fn for_each(&self, f: impl FnMut(&dyn crate::Notifier)) {
+        let _inside = context::Inside::enter();
+        let guard = self.0.subscriptions.srcu().read_lock();
+        self.0.subscriptions.for_each(&guard, Epoch::ALL, self, f);
+    }
+
+    pub(crate) fn subscriptions(&self) -> &Subscriptions {
+        &self.0.subscriptions
+    }
+
+    /// Tells whether waiting here for brackets of this address space would wait for this thread itself.
+    pub(crate) fn would_deadlock(&self) -> bool {
+        self.0.subscriptions.srcu().read_lock_held() || context::is_freeing()
+    }
+
+    /// Runs one callback outside a walk; a panic in it is counted, as in one.
+    pub(crate) fn catching(&self, callback: impl FnOnce()) {
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(callback)) {
+            self.count_panic(panic);
+        }
+    }
+
+    /// Counts a callback's panic. Its message went through the panic hook already.
+    pub(crate) fn count_panic(&self, payload: Box<dyn Any + Send>) {
+        self.0.panics.fetch_add(1, Ordering::Relaxed);
+        if let Err(again) = catch_unwind(AssertUnwindSafe(|| drop(payload))) {
+            // A payload whose drop panics as well is not asked a third time.
+            std::mem::forget(again);
+        }
+    }
+}
+
+impl PartialEq for Mm {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for Mm {}
+
+impl fmt::Debug for Mm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Mm").field("id", &self.id()).field("mm_users", &self.mm_users()).finish_non_exhaustive()
+    }
+}
+
+/// A counted handle of an address space that is alive (`mm_users`).
+///
+/// Cloning it is `mmget`. Dropping the last one is exit: it calls `release` of every subscriber, delists them, and waits
+/// until no callback runs any more. Whoever owns the pages frees them after that.
+///
+/// # Blocking
+/// The last drop sleeps while `release` callbacks and open brackets last. Inside a callback of the same address space it
+/// does not wait for those brackets, which would include its own.
+///
+/// # Source
+/// `mmget`, `mmput`; `MmWithUser` of Rust in the kernel.
+///
+/// # Examples
+/// ```
+/// use mmu_notifier::MmWithUser;
+///
+/// let mm = MmWithUser::new();
+/// let handle = (*mm).clone();
+/// assert!(handle.mmget_not_zero().is_some());
+/// drop(mm);
+/// assert!(handle.mmget_not_zero().is_none(), "it has ended, though the handle is still good");
+/// ```
+#[doc(alias = "mmget")]
+#[doc(alias = "mmput")]
+pub struct MmWithUser(Mm);
+
+impl MmWithUser {
+    /// Makes a new address space, with one user and no subscriber, as fork and execve do.
+    ///
+    /// # Source
+    /// `mm_init`, `mmu_notifier_subscriptions_init`: a forked child starts without subscribers.
+    #[must_use]
+    #[expect(clippy::new_without_default, reason = "a new address space is an event, not a default value")]
+    pub fn new() -> Self {
+        static NEXT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(1);
+        Self(Mm(Arc::new(Inner {
+            id: NEXT.fetch_add(1, Ordering::Relaxed),
+            users: AtomicUsize::new(1),
+            subscriptions: Subscriptions::new(),
+            mmap_lock: MmapLock::new(),
+            panics: AtomicUsize::new(0),
+        })))
+    }
+}
+
+impl Clone for MmWithUser {
+    fn clone(&self) -> Self {
+        // ORDER: Relaxed is enough: `self` keeps the count above zero meanwhile.
+        self.0.0.users.fetch_add(1, Ordering::Relaxed);
+        Self(self.0.clone())
+    }
+}
+
+impl Drop for MmWithUser {
+    fn drop(&mut self) {
+        // ORDER(core-exit): everything users did, before the exit by the last of them. Both halves are here: `Release` for
+        // the earlier ones, `Acquire` for the last.
+        if self.0.0.users.fetch_sub(1, Ordering::AcqRel) == 1 {
+            exit::release(&self.0);
+        }
+    }
+}
+
+impl Deref for MmWithUser {
+    type Target = Mm;
+
+    fn deref(&self) -> &Mm {
+        &self.0
+    }
+}
+
+impl fmt::Debug for MmWithUser {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.0, f)
+    }
+}

@@ -1,0 +1,202 @@
+//! Brackets: the time between the start and the end of an invalidation.
+
+use super::Mm;
+use crate::context::Inside;
+use crate::owned_guard::OwnedGuard;
+use crate::subscriptions::Epoch;
+use crate::{Blocking, Event, InvalidateRange, VaRange, WouldBlock};
+use srcu::Guard;
+
+impl Mm {
+    /// Tells subscribers that `range` is about to change, and waits until they have let go of it.
+    ///
+    /// Dropping the returned guard is `invalidate_range_end`: the change is over. Brackets nest, in one thread and across
+    /// threads. As long as one is open, nobody can finish subscribing to this address space, so a bracket that is
+    /// forgotten ([`std::mem::forget`]) holds up registrars, exit and every deferred free for ever; the form that cannot
+    /// be forgotten is [`with_invalidation`](Self::with_invalidation).
+    ///
+    /// # Blocking
+    /// Sleeps while callbacks run. Allocates nothing and takes no lock.
+    /// # Source
+    /// `mmu_notifier_invalidate_range_start` and `_end`. Differs: the end is the guard's drop, in the same read section.
+    /// # Examples
+    /// ```
+    /// use mmu_notifier::{Event, MmWithUser, Va, VaRange};
+    ///
+    /// let mm = MmWithUser::new();
+    /// let range = VaRange::covering(Va::new(0x7000), 0x1000)?;
+    /// let bracket = mm.invalidate(range, Event::Unmap);
+    /// // Unmap it here.
+    /// drop(bracket);
+    /// # Ok::<(), mmu_notifier::InvalidRange>(())
+    /// ```
+    #[doc(alias = "mmu_notifier_invalidate_range_start")]
+    #[inline]
+    pub fn invalidate(&self, range: VaRange, event: Event) -> Bracket<'_> {
+        let bracket = Bracket::open(self, range, event, Blocking::Allowed);
+        start(&bracket.range, &bracket.guard, bracket.epoch);
+        bracket
+    }
+
+    /// The same as [`invalidate`](Self::invalidate), for a guard that keeps the address space itself: for sources that
+    /// hold brackets in their own data, such as a tracer with one per stopped thread.
+    ///
+    /// # Blocking
+    /// Sleeps while callbacks run.
+    #[must_use = "the bracket ends when the guard is dropped"]
+    pub fn invalidate_owned(&self, range: VaRange, event: Event) -> OwnedBracket {
+        let inside = Inside::enter();
+        let guard = OwnedGuard::new(self.clone());
+        let epoch = self.subscriptions().epoch(guard.get());
+        let bracket = OwnedBracket { guard, range, event, epoch, _inside: inside };
+        start(&bracket.range(), bracket.guard.get(), epoch);
+        bracket
+    }
+
+    /// Tells subscribers that `range` is about to change, where nobody may sleep.
+    ///
+    /// Every subscriber is called, also after one has refused.
+    ///
+    /// # Blocking
+    /// No, as far as the callbacks keep their promise.
+    /// # Errors
+    /// [`WouldBlock`] if a subscriber would have had to sleep. Then everything is undone: each one that had accepted has
+    /// got its end, the one that refused gets none, no guard exists and no end is owed.
+    /// # Source
+    /// `mmu_notifier_invalidate_range_start_nonblock`, Linux 5.12 for the ends. Differs: who refused gets no end.
+    #[doc(alias = "mmu_notifier_invalidate_range_start_nonblock")]
+    pub fn try_invalidate(&self, range: VaRange, event: Event) -> Result<Bracket<'_>, WouldBlock> {
+        let bracket = Bracket::open(self, range, event, Blocking::Forbidden);
+        match self.subscriptions().try_start(&bracket.guard, bracket.epoch, &bracket.range) {
+            Ok(()) => Ok(bracket),
+            Err(refused) => {
+                bracket.close_without_end();
+                Err(refused)
+            }
+        }
+    }
+
+    /// Runs `change` inside a bracket: subscribers hear the start before it and the end after it, also if it panics.
+    ///
+    /// # Blocking
+    /// Sleeps while callbacks run.
+    /// # Examples
+    /// ```
+    /// use mmu_notifier::{Event, MmWithUser, VaRange};
+    ///
+    /// let mm = MmWithUser::new();
+    /// let pages = mm.with_invalidation(VaRange::ALL, Event::Clear, |bracket| bracket.range().pages());
+    /// assert_eq!(pages, 1 << 52);
+    /// ```
+    pub fn with_invalidation<R>(&self, range: VaRange, event: Event, change: impl FnOnce(&Bracket<'_>) -> R) -> R {
+        let bracket = self.invalidate(range, event);
+        change(&bracket)
+    }
+}
+
+#[inline]
+fn start(range: &InvalidateRange<'_>, guard: &Guard<'_>, epoch: Epoch) {
+    range.mm.subscriptions().for_each(guard, epoch, range.mm, |notifier| notifier.invalidate_range_start(range));
+}
+
+#[inline]
+fn end(range: &InvalidateRange<'_>, guard: &Guard<'_>, epoch: Epoch) {
+    range.mm.subscriptions().for_each(guard, epoch, range.mm, |notifier| notifier.invalidate_range_end(range));
+}
+
+/// An invalidation in progress. Dropping it tells the subscribers that the change is over.
+///
+/// It stays on its thread:
+///
+/// ```compile_fail,E0277
+/// fn send<T: Send>(_: T) {}
+/// let mm = mmu_notifier::MmWithUser::new();
+/// send(mm.invalidate(mmu_notifier::VaRange::ALL, mmu_notifier::Event::Clear));
+/// ```
+///
+/// and does not outlive its address space:
+///
+/// ```compile_fail,E0505
+/// let mm = mmu_notifier::MmWithUser::new();
+/// let bracket = mm.invalidate(mmu_notifier::VaRange::ALL, mmu_notifier::Event::Clear);
+/// drop(mm);
+/// drop(bracket);
+/// ```
+#[must_use = "the bracket ends when the guard is dropped"]
+#[derive(Debug)]
+#[doc(alias = "mmu_notifier_invalidate_range_end")]
+pub struct Bracket<'a> {
+    range: InvalidateRange<'a>,
+    epoch: Epoch,
+    ended: bool,
+    guard: Guard<'a>,
+    _inside: Inside,
+}
+
+impl<'a> Bracket<'a> {
+    /// Enters the read section and fixes who takes part, before anybody is called.
+    #[inline]
+    fn open(mm: &'a Mm, range: VaRange, event: Event, blocking: Blocking) -> Self {
+        let inside = Inside::enter();
+        let guard = mm.subscriptions().srcu().read_lock();
+        let epoch = mm.subscriptions().epoch(&guard);
+        let range = InvalidateRange { mm, range, event, blocking };
+        Self { range, epoch, ended: false, guard, _inside: inside }
+    }
+
+    fn close_without_end(mut self) {
+        self.ended = true;
+    }
+
+    /// Returns the pages that change.
+    #[must_use]
+    pub fn range(&self) -> VaRange {
+        self.range.range
+    }
+
+    /// Returns what happens to them.
+    #[must_use]
+    pub fn event(&self) -> Event {
+        self.range.event
+    }
+
+    /// Returns the address space.
+    #[must_use]
+    pub fn mm(&self) -> &'a Mm {
+        self.range.mm
+    }
+}
+
+impl Drop for Bracket<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        if !self.ended {
+            end(&self.range, &self.guard, self.epoch);
+        }
+    }
+}
+
+/// An invalidation in progress that keeps its address space. Dropping it tells the subscribers that the change is over.
+#[must_use = "the bracket ends when the guard is dropped"]
+#[derive(Debug)]
+pub struct OwnedBracket {
+    guard: OwnedGuard,
+    range: VaRange,
+    event: Event,
+    epoch: Epoch,
+    _inside: Inside,
+}
+
+impl OwnedBracket {
+    /// Returns what the subscribers see.
+    #[must_use]
+    pub fn range(&self) -> InvalidateRange<'_> {
+        InvalidateRange { mm: self.guard.mm(), range: self.range, event: self.event, blocking: Blocking::Allowed }
+    }
+}
+
+impl Drop for OwnedBracket {
+    fn drop(&mut self) {
+        end(&self.range(), self.guard.get(), self.epoch);
+    }
+}

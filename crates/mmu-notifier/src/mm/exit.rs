@@ -1,0 +1,32 @@
+//! The end of an address space.
+
+use super::Mm;
+use crate::context;
+use crate::subscriptions::Epoch;
+
+/// Calls `release` of every subscriber, delists them all, and waits until no callback runs in any of them.
+///
+/// The order matters: a subscriber is delisted only after its `release` has returned, so that at no time its shadow
+/// entries exist while nobody would tell it of a change. A `release` that `unregister` runs at the same time is waited
+/// for as well.
+///
+/// # Source
+/// `__mmu_notifier_release`, mm/mmu_notifier.c, Linux 5.15.
+pub(super) fn release(mm: &Mm) {
+    let list = mm.subscriptions();
+    if list.is_empty() {
+        // Nobody can register any more: that takes a user.
+        return;
+    }
+    {
+        let _inside = context::Inside::enter();
+        let guard = list.srcu().read_lock();
+        list.for_each(&guard, Epoch::ALL, mm, |notifier| notifier.release(mm));
+        list.delist_all();
+    }
+    if !mm.would_deadlock() {
+        // Not inside a section or a free of this domain, as just asked, so this cannot be refused.
+        let waited = list.srcu().synchronize();
+        debug_assert!(waited.is_ok(), "exit was refused its grace period");
+    }
+}

@@ -1,0 +1,95 @@
+//! The lock that registrars of one address space take in turn.
+
+use super::{Mm, MmWithUser};
+use crate::WouldDeadlock;
+use crate::sync::atomic::{AtomicUsize, Ordering};
+use crate::sync::{Mutex, MutexGuard, lock, thread_local};
+use std::fmt;
+use std::ops::Deref;
+
+/// `mmap_lock` as far as this crate needs it: held to register, with its holder known, so that a thread which holds it
+/// is told so instead of waiting for itself.
+pub(super) struct MmapLock {
+    lock: Mutex<()>,
+    /// The mark of the thread that holds `lock`, zero if none does.
+    holder: AtomicUsize,
+}
+
+impl MmapLock {
+    pub(super) fn new() -> Self {
+        Self { lock: Mutex::new(()), holder: AtomicUsize::new(0) }
+    }
+}
+
+thread_local! {
+    static MARK: u8 = const { 0 };
+}
+
+/// Returns a number that no other living thread has.
+fn this_thread() -> usize {
+    MARK.with(|mark| std::ptr::from_ref(mark).addr())
+}
+
+/// The write lock of an address space's mappings, held by this thread until dropped.
+///
+/// [`Subsystem::get_locked`](crate::Subsystem::get_locked) takes it as proof. While it is held, nobody else registers
+/// on the address space; lookups of existing subscriptions, puts and brackets go on.
+///
+/// # Source
+/// `mmap_write_lock`, include/linux/mmap_lock.h. Differs: brackets do not take it, so that they nest freely.
+#[must_use = "the address space is locked only as long as the guard lives"]
+#[doc(alias = "mmap_write_lock")]
+pub struct MmapWriteGuard<'a> {
+    mm: &'a MmWithUser,
+    _lock: MutexGuard<'a, ()>,
+}
+
+impl MmWithUser {
+    /// Takes the write lock of this address space's mappings.
+    ///
+    /// # Blocking
+    /// Sleeps while another thread holds it, which includes a registrar that waits for open brackets.
+    /// # Errors
+    /// [`WouldDeadlock`] if this thread holds it already, or is inside a bracket of this address space or a deferred free:
+    /// a registrar could then wait for this thread while this thread waits for it.
+    pub fn mmap_write_lock(&self) -> Result<MmapWriteGuard<'_>, WouldDeadlock> {
+        let mmap_lock = &self.0.0.mmap_lock;
+        // ORDER: Relaxed is enough: only this thread ever stores its own mark, so it reads its mark if and only if it holds
+        // the lock.
+        if self.would_deadlock() || mmap_lock.holder.load(Ordering::Relaxed) == this_thread() {
+            return Err(WouldDeadlock);
+        }
+        let guard = lock(&mmap_lock.lock);
+        mmap_lock.holder.store(this_thread(), Ordering::Relaxed);
+        Ok(MmapWriteGuard { mm: self, _lock: guard })
+    }
+}
+
+impl Drop for MmapWriteGuard<'_> {
+    fn drop(&mut self) {
+        // The lock itself is released after this, when the field drops.
+        self.mm.0.0.mmap_lock.holder.store(0, Ordering::Relaxed);
+    }
+}
+
+impl MmapWriteGuard<'_> {
+    /// Returns the address space that is locked.
+    #[must_use]
+    pub fn mm(&self) -> &MmWithUser {
+        self.mm
+    }
+}
+
+impl Deref for MmapWriteGuard<'_> {
+    type Target = Mm;
+
+    fn deref(&self) -> &Mm {
+        self.mm
+    }
+}
+
+impl fmt::Debug for MmapWriteGuard<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("MmapWriteGuard").field(self.mm).finish()
+    }
+}

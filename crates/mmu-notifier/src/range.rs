@@ -1,0 +1,201 @@
+//! Addresses and page ranges of an address space, which may be another process's.
+
+use std::fmt;
+
+/// Bytes in the smallest page of any supported machine: the granule of every [`VaRange`].
+pub const PAGE_SIZE: u64 = 4096;
+
+/// A virtual address, in bytes. It may belong to another process, so it is never a pointer.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct Va(u64);
+
+impl Va {
+    /// Wraps a byte address.
+    #[must_use]
+    pub const fn new(address: u64) -> Self {
+        Self(address)
+    }
+
+    /// Returns the byte address.
+    #[must_use]
+    pub const fn get(self) -> u64 {
+        self.0
+    }
+}
+
+impl fmt::Display for Va {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}", self.0)
+    }
+}
+
+impl fmt::Debug for Va {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// A non-empty range of whole pages, half-open in bytes.
+///
+/// # Invariants
+/// `first` is a multiple of [`PAGE_SIZE`], `last + 1` is one too (it wraps to zero for a range that reaches the last
+/// address), and `first < last`.
+///
+/// # Examples
+/// ```
+/// use mmu_notifier::{Va, VaRange};
+///
+/// let range = VaRange::new(Va::new(0x1000), Va::new(0x3000))?;
+/// assert_eq!(range.pages(), 2);
+/// assert!(VaRange::new(Va::new(0x1000), Va::new(0x1000)).is_err(), "an empty range cannot be made");
+/// # Ok::<(), mmu_notifier::InvalidRange>(())
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct VaRange {
+    first: u64,
+    last: u64,
+}
+
+impl VaRange {
+    /// The whole of an address space, its last address included.
+    pub const ALL: Self = Self { first: 0, last: u64::MAX };
+
+    /// Makes the range of bytes from `start` up to and without `end`.
+    ///
+    /// # Errors
+    /// [`InvalidRange`] if the range is empty or reversed, or if either bound is not a multiple of [`PAGE_SIZE`].
+    ///
+    /// # Source
+    /// `mmu_notifier_range_init`, include/linux/mmu_notifier.h. Differs: the kernel accepts an empty range, and one at
+    /// address zero then hits every interval.
+    pub const fn new(start: Va, end: Va) -> Result<Self, InvalidRange> {
+        if start.0 < end.0 && start.0.is_multiple_of(PAGE_SIZE) && end.0.is_multiple_of(PAGE_SIZE) {
+            Ok(Self { first: start.0, last: end.0 - 1 })
+        } else {
+            Err(InvalidRange { start, last: Va(end.0.wrapping_sub(1)) })
+        }
+    }
+
+    /// Makes the smallest range of whole pages that holds the `len` bytes from `start`.
+    ///
+    /// # Errors
+    /// [`InvalidRange`] if `len` is zero or the bytes run past the last address.
+    pub const fn covering(start: Va, len: u64) -> Result<Self, InvalidRange> {
+        if len == 0 {
+            return Err(InvalidRange { start, last: Va(start.0.wrapping_sub(1)) });
+        }
+        match start.0.checked_add(len - 1) {
+            Some(last) => Ok(Self { first: start.0 & !(PAGE_SIZE - 1), last: last | (PAGE_SIZE - 1) }),
+            None => Err(InvalidRange { start, last: Va(u64::MAX) }),
+        }
+    }
+
+    /// Returns the first byte.
+    #[must_use]
+    pub const fn start(self) -> Va {
+        Va(self.first)
+    }
+
+    /// Returns the last byte, which belongs to the range.
+    #[must_use]
+    pub const fn last(self) -> Va {
+        Va(self.last)
+    }
+
+    /// Returns the first byte after the range, or `None` if the range reaches the last address.
+    #[must_use]
+    pub const fn end(self) -> Option<Va> {
+        match self.last.checked_add(1) {
+            Some(end) => Some(Va(end)),
+            None => None,
+        }
+    }
+
+    /// Returns the number of pages of [`PAGE_SIZE`] bytes.
+    #[must_use]
+    pub const fn pages(self) -> u64 {
+        (self.last - self.first) / PAGE_SIZE + 1
+    }
+
+    /// Tells whether `address` lies in the range.
+    #[must_use]
+    pub const fn contains(self, address: Va) -> bool {
+        self.first <= address.0 && address.0 <= self.last
+    }
+
+    /// Tells whether the two ranges share a page.
+    #[must_use]
+    pub const fn overlaps(self, other: Self) -> bool {
+        self.first <= other.last && other.first <= self.last
+    }
+
+    /// Returns the pages that are in both ranges, if there are any.
+    #[must_use]
+    pub fn intersection(self, other: Self) -> Option<Self> {
+        self.overlaps(other).then(|| Self { first: self.first.max(other.first), last: self.last.min(other.last) })
+    }
+}
+
+impl fmt::Display for VaRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}-{:#x}", self.first, u128::from(self.last) + 1)
+    }
+}
+
+impl fmt::Debug for VaRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// The bounds given make no [`VaRange`]: empty, reversed, past the last address or not on page bounds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct InvalidRange {
+    /// The first byte asked for.
+    pub start: Va,
+    /// The last byte asked for.
+    pub last: Va,
+}
+
+impl fmt::Display for InvalidRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "no range of whole pages from {} to {} inclusive: it must be non-empty and bounded by multiples of {PAGE_SIZE}",
+            self.start, self.last
+        )
+    }
+}
+
+impl std::error::Error for InvalidRange {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_range_may_reach_the_last_address() {
+        let top = VaRange::covering(Va::new(u64::MAX), 1).unwrap();
+        assert_eq!((top.pages(), top.end(), top.last()), (1, None, Va::new(u64::MAX)));
+        assert_eq!(VaRange::ALL.pages(), 1 << 52);
+        assert_eq!(top.to_string(), "0xfffffffffffff000-0x10000000000000000");
+    }
+
+    #[test]
+    fn covering_rounds_outwards_and_refuses_overflow() {
+        let range = VaRange::covering(Va::new(0x1fff), 2).unwrap();
+        assert_eq!(range, VaRange::new(Va::new(0x1000), Va::new(0x3000)).unwrap());
+        assert!(VaRange::covering(Va::new(u64::MAX), 2).is_err());
+        assert!(VaRange::covering(Va::new(0), 0).is_err());
+    }
+
+    #[test]
+    fn neighbours_do_not_overlap() {
+        let low = VaRange::covering(Va::new(0), PAGE_SIZE).unwrap();
+        let high = VaRange::covering(Va::new(PAGE_SIZE), PAGE_SIZE).unwrap();
+        assert!(!low.overlaps(high) && low.intersection(high).is_none());
+        assert_eq!(VaRange::ALL.intersection(high), Some(high));
+        assert!(high.contains(Va::new(PAGE_SIZE)) && !low.contains(Va::new(PAGE_SIZE)));
+    }
+}

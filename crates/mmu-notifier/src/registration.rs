@@ -1,0 +1,120 @@
+//! Registration: for callers that own their notifier and take it back.
+
+use crate::subscriptions::NodeRef;
+use crate::{Mm, MmWithUser, MmapWriteGuard, Notifier, RegisterError, UnregisterError, WouldDeadlock, context};
+use std::fmt;
+use std::ops::Deref;
+
+/// Lists a new node and waits until every bracket that does not know it has ended.
+///
+/// # Source
+/// `__mmu_notifier_register`, Linux 5.15. Differs: a grace period of brackets replaces `mm_take_all_locks`.
+pub(crate) fn publish<N: Notifier>(node: &NodeRef<N>, locked: &MmapWriteGuard<'_>) {
+    let list = locked.subscriptions();
+    list.srcu().prepare();
+    list.insert(node);
+    // Every caller has asked `would_deadlock` since it took the lock, so this is not refused.
+    let waited = list.srcu().synchronize();
+    debug_assert!(waited.is_ok(), "a registrar was refused its grace period");
+    node.set_live();
+}
+
+/// A notifier that one owner has registered and will take back.
+///
+/// No subsystem finds it: it has no key, so it cannot be shared by mistake and then unregistered under its sharers.
+/// Dropping the registration is `put`: no `release`, no waiting, and the value is dropped after a grace period.
+///
+/// # Source
+/// `mmu_notifier_register`, `mmu_notifier_unregister`, Linux 5.15. Differs: `get` does not find it, by type.
+///
+/// # Examples
+/// ```
+/// use mmu_notifier::{MmWithUser, Notifier, Registration};
+///
+/// struct Table(Vec<u64>);
+/// impl Notifier for Table {}
+///
+/// let mm = MmWithUser::new();
+/// let registration = Registration::new(&mm, Table(vec![1])).map_err(|e| e.error)?;
+/// let table = registration.unregister().map_err(|e| e.error)?;
+/// assert_eq!(table.0, [1], "the value came back, and no callback runs in it any more");
+/// # Ok::<(), mmu_notifier::WouldDeadlock>(())
+/// ```
+#[must_use = "dropping a registration gives its notifier up"]
+#[doc(alias = "mmu_notifier_register")]
+pub struct Registration<N: Notifier> {
+    node: NodeRef<N>,
+}
+
+impl<N: Notifier> Registration<N> {
+    /// Registers `notifier` on `mm`. When it returns, every bracket that does not call it has ended.
+    ///
+    /// # Blocking
+    /// Sleeps while other registrars of `mm` are at work and until the brackets open now have ended.
+    /// # Errors
+    /// [`RegisterError`] with the notifier, unchanged, if this thread is inside a bracket of `mm`, holds its write lock or
+    /// runs a deferred free.
+    pub fn new(mm: &MmWithUser, notifier: N) -> Result<Self, RegisterError<N>> {
+        match mm.mmap_write_lock() {
+            Ok(locked) => {
+                let node = NodeRef::new((**mm).clone(), None, notifier);
+                publish(&node, &locked);
+                Ok(Self { node })
+            }
+            Err(error) => Err(RegisterError { error, notifier }),
+        }
+    }
+
+    /// Calls `release` unless exit has done so, delists the notifier, waits until no callback runs in it, and hands it
+    /// back.
+    ///
+    /// # Blocking
+    /// Sleeps while `release` and the brackets open now last.
+    /// # Errors
+    /// [`UnregisterError`] with the registration, unchanged, if this thread is inside a bracket or callback of the address
+    /// space or runs a deferred free.
+    /// # Panics
+    /// Never.
+    /// # Source
+    /// `mmu_notifier_unregister`, Linux 5.15.
+    #[doc(alias = "mmu_notifier_unregister")]
+    pub fn unregister(self) -> Result<N, UnregisterError<N>> {
+        let mm = self.mm().clone();
+        if mm.would_deadlock() {
+            return Err(UnregisterError { error: WouldDeadlock, registration: self });
+        }
+        let list = mm.subscriptions();
+        if list.is_listed(&self.node) {
+            let _inside = context::Inside::enter();
+            let _guard = list.srcu().read_lock();
+            mm.catching(|| self.node.value().release(&mm));
+        }
+        Ok(list.reclaim(self.node))
+    }
+
+    /// Gives the notifier up; the same as dropping the registration.
+    #[doc(alias = "mmu_notifier_put")]
+    pub fn put(self) {
+        drop(self);
+    }
+
+    /// Returns the address space, which may have ended.
+    #[must_use]
+    pub fn mm(&self) -> &Mm {
+        self.node.mm()
+    }
+}
+
+impl<N: Notifier> Deref for Registration<N> {
+    type Target = N;
+
+    fn deref(&self) -> &N {
+        self.node.value()
+    }
+}
+
+impl<N: Notifier + fmt::Debug> fmt::Debug for Registration<N> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Registration").field("notifier", &**self).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,250 @@
+//! One subscriber in memory, and the counted reference to it.
+//!
+//! # Safety
+//! A node is one `Box<Node<N>>`, handled as `NonNull`. Two facts carry every `unsafe` block here:
+//!
+//! * **counted**: a [`NodeRef`] holds one of `users`. While `users` is not zero nobody queues the free.
+//! * **deferred**: the free is queued once, by the one thread that saw `users` become zero (or that consumed the
+//!   `Registration`), after the node was unlinked, and runs after a grace period of the address space's domain. So a
+//!   node reached through the list is alive until the end of the read section it was reached in.
+
+use crate::context;
+use crate::subsystem::Pending;
+use crate::sync::Arc;
+use crate::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
+use crate::{Mm, Notifier};
+use std::cell::UnsafeCell;
+use std::marker::PhantomData;
+use std::mem::ManuallyDrop;
+use std::ptr::{self, NonNull};
+
+/// What the list knows of a subscriber, whatever its type.
+///
+/// # Invariants
+/// It is the first field of a `Node<N>`, and `notifier` points to the `value` of that same node.
+#[repr(C)]
+pub(super) struct Header {
+    /// First, so that the address of a queued head is the address of its node.
+    rcu: UnsafeCell<srcu::Head>,
+    pub(super) next: AtomicPtr<Header>,
+    /// The link that points here, null when not listed. Changed under the list's lock only.
+    pub(super) pprev: AtomicPtr<AtomicPtr<Header>>,
+    notifier: NonNull<dyn Notifier>,
+    /// The epoch from which brackets call this subscriber.
+    pub(super) stamp: AtomicU64,
+    /// Whether every bracket older than `stamp` has ended.
+    live: AtomicBool,
+    /// Which count of `owner` holds the queued free.
+    bank: AtomicU8,
+    users: AtomicU32,
+    /// The subsystem, which is the key; none for a `Registration`.
+    owner: Option<Arc<Pending>>,
+    mm: Mm,
+}
+
+impl Header {
+    pub(super) fn notifier(&self) -> &dyn Notifier {
+        // SAFETY: The pointee must be alive and not mutably borrowed. It is the `value` of the node that `self` is part of
+        // (invariant), so it lives as long as `self` does, and nobody makes a `&mut` to it before the node is freed.
+        unsafe { self.notifier.as_ref() }
+    }
+
+    pub(super) fn is_listed(&self) -> bool {
+        !self.pprev.load(Ordering::Relaxed).is_null()
+    }
+}
+
+#[repr(C)]
+struct Node<N: Notifier> {
+    header: Header,
+    value: N,
+}
+
+/// One counted reference to a node.
+pub(crate) struct NodeRef<N: Notifier> {
+    node: NonNull<Node<N>>,
+    owns: PhantomData<Node<N>>,
+}
+
+// SAFETY: `NodeRef` gives `&N` to whoever holds it and lets the value be dropped on the reclaimer: N must be `Send` and
+// `Sync`, which `Notifier` demands. The rest of the node is atomics, the `Send + Sync` handles `Mm` and `Arc`, and the
+// head, which only the queueing thread and then the reclaimer touch.
+unsafe impl<N: Notifier> Send for NodeRef<N> {}
+// SAFETY: As for `Send`: everything reachable through `&NodeRef` is `Sync`.
+unsafe impl<N: Notifier> Sync for NodeRef<N> {}
+
+/// Why no reference to a listed node could be had.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum NotCounted {
+    /// It was put for the last time.
+    Gone,
+    /// Its count is at the maximum.
+    Overflow,
+}
+
+impl<N: Notifier> NodeRef<N> {
+    /// Makes an unlisted node with one user.
+    pub(crate) fn new(mm: Mm, owner: Option<Arc<Pending>>, value: N) -> Self {
+        let node = NonNull::from(Box::leak(Box::new(Node {
+            header: Header {
+                rcu: UnsafeCell::new(srcu::Head::new()),
+                next: AtomicPtr::new(ptr::null_mut()),
+                pprev: AtomicPtr::new(ptr::null_mut()),
+                notifier: NonNull::<N>::dangling(),
+                stamp: AtomicU64::new(u64::MAX),
+                live: AtomicBool::new(false),
+                bank: AtomicU8::new(0),
+                users: AtomicU32::new(1),
+                owner,
+                mm,
+            },
+            value,
+        })));
+        // SAFETY: The place must be within a live allocation: it is a field of the box leaked above. No reference is made.
+        let value = unsafe { &raw mut (*node.as_ptr()).value };
+        let notifier: *mut dyn Notifier = value;
+        // SAFETY: Writing needs a live place that nobody else uses: `node` is not shared yet. A field's address is not null.
+        unsafe { (*node.as_ptr()).header.notifier = NonNull::new_unchecked(notifier) };
+        // INVARIANT: `notifier` points to the value of its own node from here on.
+        Self { node, owns: PhantomData }
+    }
+
+    pub(super) fn header(&self) -> NonNull<Header> {
+        self.node.cast()
+    }
+
+    fn as_header(&self) -> &Header {
+        // SAFETY: The node must be alive: counted. `Header` is only ever shared.
+        unsafe { self.header().as_ref() }
+    }
+
+    pub(crate) fn value(&self) -> &N {
+        // SAFETY: The node must be alive: counted. Nobody makes a `&mut N` before the free.
+        unsafe { &(*self.node.as_ptr()).value }
+    }
+
+    pub(crate) fn mm(&self) -> &Mm {
+        &self.as_header().mm
+    }
+
+    pub(crate) fn users(&self) -> u32 {
+        self.as_header().users.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_live(&self) {
+        // ORDER(core-live): the grace period before this store, to whoever finds the node without waiting itself. Partner:
+        // the load in `lookup`. Weaker, a second getter could trust a subscription that an older bracket does not know.
+        self.as_header().live.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn try_clone(&self) -> Result<Self, NotCounted> {
+        // SAFETY: The node must be alive: counted. It is an `N`, as `self` is.
+        unsafe { Self::from_header(self.as_header()) }
+    }
+
+    /// Takes one more reference, unless the last one is gone or the count is full.
+    ///
+    /// # Safety
+    /// `header` must be that of a `Node<N>`.
+    unsafe fn from_header(header: &Header) -> Result<Self, NotCounted> {
+        let max = header.owner.as_ref().map_or(u32::MAX, |owner| owner.users_max);
+        let mut users = header.users.load(Ordering::Relaxed);
+        loop {
+            match users {
+                0 => return Err(NotCounted::Gone),
+                n if n >= max => return Err(NotCounted::Overflow),
+                _ => {}
+            }
+            // ORDER: Relaxed is enough: whoever holds a reference or found the node in the list already sees its content, and
+            // the count alone decides who frees. Model: loom `s_27`.
+            match header.users.compare_exchange_weak(users, users + 1, Ordering::Relaxed, Ordering::Relaxed) {
+                Ok(_) => {
+                    return Ok(Self { node: NonNull::from(header).cast(), owns: PhantomData });
+                }
+                Err(now) => users = now,
+            }
+        }
+    }
+
+    /// Delists the node and queues its free. The caller is the last user.
+    fn retire(&self) {
+        let header = self.as_header();
+        // The node may be freed, and with it the last other handle of the address space, while `call_raw` still runs.
+        let mm = header.mm.clone();
+        if let Some(owner) = &header.owner {
+            header.bank.store(owner.queued(), Ordering::Relaxed);
+        }
+        mm.subscriptions().delist(header);
+        let head: NonNull<srcu::Head> = self.node.cast();
+        // SAFETY: `head` must stay valid and be queued only once until `free` runs, and `free` must be right for it: the node
+        // lives until then (deferred) and this is its last user, `Head` is the node's first field, and the node is an `N`.
+        unsafe { mm.subscriptions().srcu().call_raw(head, free::<N>) };
+    }
+
+    /// Takes the value out of a node that was delisted before a grace period which has ended.
+    ///
+    /// # Safety
+    /// The node must be delisted, a grace period of its domain must have passed since, and `self` must be its one user.
+    pub(crate) unsafe fn into_value(self) -> N {
+        // SAFETY: A `Box` needs the unique pointer that came from one: `new` leaked it, `self` is the one user, and no walker
+        // can stand on it any more (the caller's duty).
+        let node = unsafe { Box::from_raw(ManuallyDrop::new(self).node.as_ptr()) };
+        node.value
+    }
+}
+
+/// Gives the reference back; the last one delists the node and queues its free. Never blocks, never allocates.
+impl<N: Notifier> Drop for NodeRef<N> {
+    fn drop(&mut self) {
+        // ORDER(core-put): every use of the node by this thread, before the free by whoever puts last. Partner: the fence
+        // below. Weaker, the free could overtake another putter's last access.
+        if self.as_header().users.fetch_sub(1, Ordering::Release) == 1 {
+            // ORDER(core-put): partner of the `Release` of every earlier put.
+            fence(Ordering::Acquire);
+            self.retire();
+        }
+    }
+}
+
+/// Finds the newest node of `owner` that is live and can still be counted.
+///
+/// # Safety
+/// `header` must be null or a node reached in a read section that is still open, and `owner` that of a `Subsystem<N>`.
+pub(super) unsafe fn lookup<N: Notifier>(
+    mut header: *const Header,
+    owner: &Arc<Pending>,
+) -> Option<Result<NodeRef<N>, NotCounted>> {
+    // SAFETY: A reference needs a live node: reached in an open read section (the caller's duty), so deferred.
+    while let Some(node) = unsafe { header.as_ref() } {
+        // ORDER(core-live): partner of the store in `set_live`.
+        let ours = node.owner.as_ref().is_some_and(|key| Arc::ptr_eq(key, owner)) && node.live.load(Ordering::Acquire);
+        if ours {
+            // SAFETY: It must be a `Node<N>`: only `Subsystem<N>` makes nodes with its own `owner`.
+            match unsafe { NodeRef::from_header(node) } {
+                Err(NotCounted::Gone) => {}
+                found => return Some(found),
+            }
+        }
+        // ORDER(core-publish): partner of the stores in `insert`.
+        header = node.next.load(Ordering::Acquire);
+    }
+    None
+}
+
+/// Frees a node: its value, then its reference to the address space, and only then tells the subsystem.
+///
+/// # Safety
+/// `head` must be that of a retired `Node<N>`, and a grace period must have passed since it was delisted.
+unsafe fn free<N: Notifier>(head: NonNull<srcu::Head>) {
+    // SAFETY: A `Box` needs the unique pointer that came from one: `new` leaked it, no user is left and no walker can stand
+    // on it (the caller's duty); the head is the first field of the first field.
+    let node = unsafe { Box::from_raw(head.cast::<Node<N>>().as_ptr()) };
+    let Node { header: Header { mm, owner, bank, .. }, value } = *node;
+    context::freeing(|| {
+        mm.catching(|| drop(value));
+        drop(mm);
+    });
+    if let Some(owner) = owner {
+        owner.freed(bank.load(Ordering::Relaxed));
+    }
+}

@@ -1,0 +1,221 @@
+//! A subsystem: one instance of the operations table, and the key by which it finds its notifier on an address space.
+
+use crate::subscription::Subscription;
+use crate::subscriptions::{NodeRef, NotCounted};
+use crate::sync::atomic::{AtomicUsize, Ordering};
+use crate::sync::{Arc, Condvar, Mutex, lock};
+use crate::{GetError, MmWithUser, MmapWriteGuard, Notifier, WouldDeadlock, context, registration};
+use std::convert::Infallible;
+use std::fmt;
+use std::marker::PhantomData;
+use std::sync::OnceLock;
+
+/// The instance of an operations table. Each address space has at most one live notifier of it.
+///
+/// The instance is the key: two subsystems of one type are two keys. It holds `alloc`, which makes the value for an
+/// address space that has none; the address space is locked meanwhile, so `alloc` may sleep but must not register on it,
+/// and the value must be complete, because callbacks may run before [`get`](Self::get) has returned.
+///
+/// Dropping the subsystem leaves its subscriptions alone.
+///
+/// # Source
+/// `struct mmu_notifier_ops` with `alloc_notifier`, Linux 5.4. Differs: the key is the instance and never the address of a
+/// table or function, which Rust may merge.
+///
+/// # Examples
+/// ```
+/// use mmu_notifier::{InvalidateRange, MmWithUser, Notifier, Subsystem};
+///
+/// struct ShadowTable;
+/// impl Notifier for ShadowTable {
+///     fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
+///         println!("let go of {}", range.range());
+///     }
+/// }
+///
+/// static SHADOW: Subsystem<ShadowTable> = Subsystem::new(|_mm| Ok(ShadowTable));
+///
+/// let mm = MmWithUser::new();
+/// let one = SHADOW.get(&mm)?;
+/// let same = SHADOW.get(&mm)?;
+/// assert!(std::ptr::eq(&*one, &*same));
+/// one.put();
+/// same.put(); // The last: the notifier is freed after a grace period.
+/// SHADOW.synchronize()?; // Now it has been.
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[doc(alias = "mmu_notifier_ops")]
+pub struct Subsystem<N, E = Infallible, F = fn(&MmWithUser) -> Result<N, E>> {
+    alloc: F,
+    users_max: u32,
+    pending: OnceLock<Arc<Pending>>,
+    makes: PhantomData<fn() -> Result<N, E>>,
+}
+
+impl<N, E, F> Subsystem<N, E, F>
+where
+    N: Notifier,
+    F: Fn(&MmWithUser) -> Result<N, E>,
+{
+    /// Makes a subsystem whose notifiers come from `alloc`.
+    #[must_use]
+    pub const fn new(alloc: F) -> Self {
+        Self::with_users_max(alloc, u32::MAX)
+    }
+
+    /// The same with a lower bound on the users of one notifier, for tests of the overflow.
+    #[doc(hidden)]
+    #[must_use]
+    pub const fn with_users_max(alloc: F, users_max: u32) -> Self {
+        Self { alloc, users_max, pending: OnceLock::new(), makes: PhantomData }
+    }
+
+    /// Returns this subsystem's notifier on `mm`, one more reference to it, and makes it if there is none.
+    ///
+    /// When it returns, every bracket that does not call this notifier has ended: what is cached from now on will be
+    /// invalidated in time.
+    ///
+    /// # Blocking
+    /// An existing notifier is found without a lock. A new one sleeps in `alloc`, while other registrars of `mm` are at
+    /// work, and until the brackets open now have ended.
+    /// # Errors
+    /// [`GetError::Alloc`] passes on what `alloc` says, and nothing was registered. [`GetError::Overflow`] if the notifier
+    /// has as many users as can be counted. [`GetError::WouldDeadlock`] if it has to be made and this thread is inside a
+    /// bracket of `mm`, holds its write lock (use [`get_locked`](Self::get_locked)) or runs a deferred free; `alloc` was
+    /// not called then.
+    /// # Source
+    /// `mmu_notifier_get`, Linux 5.4. Differs: cannot be interrupted; a dead address space cannot be passed.
+    #[doc(alias = "mmu_notifier_get")]
+    pub fn get(&self, mm: &MmWithUser) -> Result<Subscription<N>, GetError<E>> {
+        if let Some(found) = self.find(mm) {
+            return found;
+        }
+        let mut locked = mm.mmap_write_lock().map_err(|WouldDeadlock| GetError::WouldDeadlock)?;
+        self.get_locked(&mut locked)
+    }
+
+    /// The same as [`get`](Self::get), for a caller that holds the write lock.
+    ///
+    /// # Blocking
+    /// As `get`, the lock apart.
+    /// # Errors
+    /// As `get`; [`GetError::WouldDeadlock`] only if this thread has opened a bracket of the address space since it took the
+    /// lock.
+    /// # Source
+    /// `mmu_notifier_get_locked`, Linux 5.4.
+    #[doc(alias = "mmu_notifier_get_locked")]
+    pub fn get_locked(&self, locked: &mut MmapWriteGuard<'_>) -> Result<Subscription<N>, GetError<E>> {
+        if let Some(found) = self.find(locked.mm()) {
+            return found;
+        }
+        if locked.would_deadlock() {
+            return Err(GetError::WouldDeadlock);
+        }
+        let notifier = (self.alloc)(locked.mm()).map_err(GetError::Alloc)?;
+        let node = NodeRef::new((**locked.mm()).clone(), Some(Arc::clone(self.pending())), notifier);
+        registration::publish(&node, locked);
+        Ok(Subscription::new(node))
+    }
+
+    /// Waits until every notifier of this subsystem whose last reference was put before the call has been freed, and its
+    /// reference to the address space dropped, whichever thread put it.
+    ///
+    /// It does not wait for what those frees put in turn: call it again for that.
+    ///
+    /// # Blocking
+    /// Sleeps for the grace periods and the frees.
+    /// # Errors
+    /// [`WouldDeadlock`] inside a bracket, a callback or a deferred free of any address space.
+    /// # Source
+    /// `mmu_notifier_synchronize`. Differs: it keeps what that function's comment promises; the kernel's body waits for a
+    /// grace period only.
+    #[doc(alias = "mmu_notifier_synchronize")]
+    pub fn synchronize(&self) -> Result<(), WouldDeadlock> {
+        if context::is_inside() {
+            return Err(WouldDeadlock);
+        }
+        self.pending().synchronize();
+        Ok(())
+    }
+
+    fn find(&self, mm: &MmWithUser) -> Option<Result<Subscription<N>, GetError<E>>> {
+        Some(match mm.subscriptions().lookup(self.pending())? {
+            Ok(node) => Ok(Subscription::new(node)),
+            Err(NotCounted::Overflow) => Err(GetError::Overflow),
+            Err(NotCounted::Gone) => return None,
+        })
+    }
+
+    fn pending(&self) -> &Arc<Pending> {
+        self.pending.get_or_init(|| Arc::new(Pending::new(self.users_max)))
+    }
+}
+
+impl<N, E, F> fmt::Debug for Subsystem<N, E, F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Subsystem").field("pending", &self.pending.get()).finish_non_exhaustive()
+    }
+}
+
+/// The frees of one subsystem that are queued and not done, in two banks.
+///
+/// A put counts in the bank that is current. `synchronize` waits for the other bank, makes it current, and waits for the
+/// first: everything queued before the call was in one of the two, and what is queued meanwhile cannot hold it up for
+/// ever, since neither bank is both waited for and filled.
+#[derive(Debug)]
+pub(crate) struct Pending {
+    pub(crate) users_max: u32,
+    banks: [AtomicUsize; 2],
+    current: AtomicUsize,
+    /// Held by the one `synchronize` at work.
+    turn: Mutex<()>,
+    emptied: (Mutex<()>, Condvar),
+}
+
+impl Pending {
+    fn new(users_max: u32) -> Self {
+        Self {
+            users_max,
+            banks: [AtomicUsize::new(0), AtomicUsize::new(0)],
+            current: AtomicUsize::new(0),
+            turn: Mutex::new(()),
+            emptied: (Mutex::new(()), Condvar::new()),
+        }
+    }
+
+    /// Counts a free that is about to be queued, and returns its bank.
+    pub(crate) fn queued(&self) -> u8 {
+        // ORDER: Relaxed is enough: a put that happened before `synchronize` is seen by it through that relation, in
+        // whichever bank it counted; one that did not need not be seen.
+        let bank = self.current.load(Ordering::Relaxed);
+        self.banks[bank].fetch_add(1, Ordering::Relaxed);
+        u8::from(bank != 0)
+    }
+
+    /// Counts a free as done.
+    pub(crate) fn freed(&self, bank: u8) {
+        // ORDER(core-freed): the free before the count. Partner: the load in `wait_for`. Weaker, `synchronize` could return
+        // before the effects of the free are visible.
+        if self.banks[usize::from(bank)].fetch_sub(1, Ordering::Release) == 1 {
+            // Under the lock, so that it cannot fall between a waiter's check and its sleep.
+            let _lock = lock(&self.emptied.0);
+            self.emptied.1.notify_all();
+        }
+    }
+
+    fn synchronize(&self) {
+        let _turn = lock(&self.turn);
+        let current = self.current.load(Ordering::Relaxed);
+        self.wait_for(1 - current);
+        self.current.store(1 - current, Ordering::Relaxed);
+        self.wait_for(current);
+    }
+
+    fn wait_for(&self, bank: usize) {
+        let mut emptied = lock(&self.emptied.0);
+        // ORDER(core-freed): partner of the subtraction in `freed`.
+        while self.banks[bank].load(Ordering::Acquire) != 0 {
+            emptied = self.emptied.1.wait(emptied).unwrap_or_else(std::sync::PoisonError::into_inner);
+        }
+    }
+}
