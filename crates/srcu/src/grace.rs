@@ -7,7 +7,7 @@
 //! 1. *idle*: `seq` is even.
 //! 2. *scan*: `seq` is odd; `open` says which banks have not been found quiet.
 //! 3. *blocked*: a scan found the stale bank, the one that gets no new sections, still in use. If somebody is interested
-//!    then `waiting` names the bank and who is to be told, and the scan was repeated after that was written.
+//!    then `waiting` names the bank and who is to be told, and there was another look at the bank after that was written.
 //! 4. Both quiet: `seq` is advanced, those interested are told, idle again.
 //!
 //! Why both banks, and not just the one in use: a reader may have loaded the index, and slept before it counted. It
@@ -17,7 +17,7 @@
 use crate::raw::barrier;
 use crate::raw::reclaimer;
 use crate::raw::state::State;
-use crate::sync::{Ordering, fence, spin_loop};
+use crate::sync::{Ordering, fence, mutant, spin_loop};
 
 /// Interest of threads asleep on the domain's event.
 const UPDATERS: u32 = 1 << 2;
@@ -53,14 +53,13 @@ impl State {
         // ORDER(srcu-snapshot): Full fence between the caller's unlinking and the look at `seq`. Partner: the heavy fence
         // of the grace period's first scan, after it made `seq` odd. If we read the number from before, readers behind
         // that scan see the unlinking. Model: loom `grace_periods_are_shared`.
-        #[cfg(not(mmun_mutant = "no_fence_in_snapshot"))]
-        fence(Ordering::SeqCst);
+        if !mutant("no_fence_in_snapshot") {
+            fence(Ordering::SeqCst);
+        }
         let seq = self.updater.seq.load(Ordering::Relaxed);
-        #[cfg(not(mmun_mutant = "joins_running_grace_period"))]
-        let want = (seq + 3) & !1;
-        #[cfg(mmun_mutant = "joins_running_grace_period")]
-        let want = (seq + 2) & !1;
-        want
+        // Even: the next one. Odd: not the one under way, whose scan may have been before the unlinking, but the one after.
+        let ahead = if mutant("joins_running_grace_period") { 2 } else { 3 };
+        (seq + ahead) & !1
     }
 
     pub(crate) fn passed(&self, want: u64) -> bool {
@@ -124,8 +123,7 @@ impl State {
         let seq = self.updater.seq.load(Ordering::Relaxed);
         if seq & 1 == 0 {
             gp.open = [true; 2];
-            #[cfg(mmun_mutant = "one_bank")]
-            {
+            if mutant("one_bank") {
                 gp.open[self.index.load(Ordering::Relaxed) & 1 ^ 1] = false;
             }
             // ORDER(srcu-snapshot): Before the heavy fence in `scan`; partner in `snapshot`.
@@ -148,34 +146,34 @@ impl State {
             if gp.waiting == waiting {
                 return Step::Blocked(stale);
             }
-            // ORDER(srcu-wake): Before the heavy fence of the next scan. Partner: the light fence between the end of a section
-            // and its look at `waiting`. Either the reader sees this, or the scan sees the end. Model: loom
-            // `a_wake_up_is_not_lost`.
             self.waiting.store(waiting, Ordering::Relaxed);
             gp.waiting = waiting;
-            #[cfg(mmun_mutant = "no_scan_after_announcement")]
-            return Step::Blocked(stale);
+            // ORDER(srcu-wake): Between the announcement and another look at the ends. Partner: the light fence between the end
+            // of a section and its look at `waiting`. Either the reader sees the announcement, or we see the end. (The
+            // fence in `scan` comes after its look at the ends.) Model: loom `a_wake_up_is_not_lost`.
+            if !mutant("no_fence_after_announcement") {
+                barrier::heavy();
+            }
+            if mutant("no_look_after_announcement") || !self.looks_quiet(stale) {
+                return Step::Blocked(stale);
+            }
         }
     }
 
     /// Clears `open` for the banks found quiet.
     fn scan(&self, open: &mut [bool; 2]) {
-        #[cfg(not(mmun_mutant = "locks_before_unlocks"))]
-        let unlocked = self.unlocked();
-        #[cfg(mmun_mutant = "locks_before_unlocks")]
-        let locked = self.locked();
+        let swapped = mutant("locks_before_unlocks");
+        let first = if swapped { self.locked() } else { self.unlocked() };
         // ORDER(srcu-enter): Between the unlinking and the sum of beginnings. Partner: the light fence of a reader between its
         // count and its first read. Either the sum has the reader, or the reader sees the unlinking.
         // ORDER(srcu-scan): Between the sums: every end summed has its beginning summed too, so that equal sums mean that
         // no section counted is open. Partner: the program order of a section. Model: loom `a_late_reader_is_not_missed`.
-        #[cfg(not(mmun_mutant = "no_heavy_fence"))]
-        barrier::heavy();
-        #[cfg(not(mmun_mutant = "locks_before_unlocks"))]
-        let locked = self.locked();
-        #[cfg(mmun_mutant = "locks_before_unlocks")]
-        let unlocked = self.unlocked();
+        if !mutant("no_heavy_fence") {
+            barrier::heavy();
+        }
+        let second = if swapped { self.unlocked() } else { self.locked() };
         for bank in 0..2 {
-            open[bank] &= unlocked[bank] != locked[bank];
+            open[bank] &= first[bank] != second[bank];
         }
     }
 
@@ -192,8 +190,7 @@ impl State {
         self.table.each(|slot| {
             for (bank, sum) in sums.iter_mut().enumerate() {
                 *sum = sum.wrapping_add(count(&slot.local, bank));
-                #[cfg(not(mmun_mutant = "moved_not_counted"))]
-                {
+                if !mutant("moved_not_counted") {
                     *sum = sum.wrapping_add(count(&slot.moved, bank));
                 }
             }
@@ -201,7 +198,8 @@ impl State {
         sums
     }
 
-    /// A look without a fence: may be wrong either way, and decides nothing but whether to look properly.
+    /// A look without a fence between the sums. Quiet may be wrong and wants a `scan`. In use may be late: then a section has
+    /// ended whose end has not reached us yet.
     fn looks_quiet(&self, bank: usize) -> bool {
         self.unlocked()[bank] == self.locked()[bank]
     }

@@ -3,7 +3,7 @@
 use crate::raw::barrier;
 use crate::raw::slot::Slot;
 use crate::raw::state::State;
-use crate::sync::Ordering;
+use crate::sync::{Ordering, mutant};
 use std::fmt;
 use std::marker::PhantomData;
 
@@ -130,20 +130,20 @@ fn begun(word: usize) {
     // ORDER(srcu-enter): Between the count and the first read of protected data. Partner: the heavy fence in `scan`.
     // Without it the grace period can miss our count while we read the old pointer. Model: loom
     // `free_waits_for_reader`.
-    #[cfg(not(mmun_mutant = "no_fence_in_lock"))]
-    barrier::light(word);
-    #[cfg(mmun_mutant = "no_fence_in_lock")]
-    let _ = word;
+    if !mutant("no_fence_in_lock") {
+        barrier::light(word);
+    }
 }
 
 impl Section<'_> {
     /// Tells those who wait for the end of this section, which has just been counted.
     #[inline(always)]
     fn ended(self) {
-        // ORDER(srcu-wake): Between the count and the look at `waiting`. Partner: the heavy fence of the scan that follows the
-        // announcement in `step`. Model: loom `a_wake_up_is_not_lost`.
-        #[cfg(not(mmun_mutant = "no_fence_in_unlock"))]
-        barrier::light(self.word);
+        // ORDER(srcu-wake): Between the count and the look at `waiting`. Partner: the heavy fence after the announcement in
+        // `step`. Model: loom `a_wake_up_is_not_lost`.
+        if !mutant("no_fence_in_unlock") {
+            barrier::light(self.word);
+        }
         if self.state.waiting.load(Ordering::Relaxed) >> (self.word & 1) & 1 != 0 {
             self.state.section_ended();
         }

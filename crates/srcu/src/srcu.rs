@@ -284,6 +284,13 @@ impl Srcu {
         self.handle.peek().pending.panics.load(Ordering::Relaxed)
     }
 
+    /// For models, which have no reclaimer: takes one of its turns, if there is something to do.
+    #[cfg(mmun_loom)]
+    #[doc(hidden)]
+    pub fn take_turn(&self) {
+        reclaimer::take_turn(self.state());
+    }
+
     fn wait_for_callbacks(&self, wait: impl FnOnce(&State)) -> Result<(), WouldDeadlock> {
         if self.read_lock_held() || current::is_reclaimer() {
             return Err(WouldDeadlock);

@@ -3,7 +3,7 @@
 //! The waiter reads the counter, looks whether what it wants has happened, and sleeps only if the counter is still the
 //! same. Whoever makes it happen advances the counter afterwards, and enters the kernel only if someone sleeps.
 
-use crate::sync::{AtomicU32, Ordering, fence};
+use crate::sync::{AtomicU32, Ordering, fence, mutant};
 
 pub(crate) struct Event {
     count: AtomicU32,
@@ -34,8 +34,9 @@ impl Event {
         // ORDER(srcu-sleep): We announce ourselves, then compare the count. Partner: the fence in `advance`, between
         // the count and the look at `sleepers`. Without either both can miss the other, and we sleep for ever.
         // Model: loom `a_wake_up_is_not_lost`.
-        #[cfg(not(mmun_mutant = "no_fence_before_sleep"))]
-        fence(Ordering::SeqCst);
+        if !mutant("no_fence_before_sleep") {
+            fence(Ordering::SeqCst);
+        }
         self.sleep(seen);
         self.sleepers.fetch_sub(1, Ordering::Relaxed);
     }
@@ -44,8 +45,9 @@ impl Event {
         // ORDER(srcu-event): Release, partner in `now`.
         self.count.fetch_add(1, Ordering::Release);
         // ORDER(srcu-sleep): Partner: the fence in `wait`.
-        #[cfg(not(mmun_mutant = "no_fence_before_wake"))]
-        fence(Ordering::SeqCst);
+        if !mutant("no_fence_before_wake") {
+            fence(Ordering::SeqCst);
+        }
         if self.sleepers.load(Ordering::Relaxed) != 0 {
             self.wake();
         }

@@ -18,7 +18,7 @@
 use super::current;
 use super::event::Event;
 use super::state::State;
-use crate::sync::{AtomicPtr, Ordering};
+use crate::sync::{AtomicPtr, Ordering, mutant};
 use std::ptr::{self, NonNull};
 
 /// Callbacks run in one turn before other domains get theirs.
@@ -91,11 +91,13 @@ unsafe fn turn(state: NonNull<State>) {
         // SAFETY: The state must be alive: the count that came with it is given up below.
         let state = unsafe { state.as_ref() };
         // ORDER(srcu-scheduled): Cleared before the look at the queue; partner in `schedule`.
-        #[cfg(not(mmun_mutant = "scheduled_cleared_late"))]
-        state.pending.scheduled.swap(false, Ordering::AcqRel);
+        if !mutant("scheduled_cleared_late") {
+            state.pending.scheduled.swap(false, Ordering::AcqRel);
+        }
         work(state);
-        #[cfg(mmun_mutant = "scheduled_cleared_late")]
-        state.pending.scheduled.swap(false, Ordering::AcqRel);
+        if mutant("scheduled_cleared_late") {
+            state.pending.scheduled.swap(false, Ordering::AcqRel);
+        }
     }
     // SAFETY: Wants the caller's count: that of the inbox.
     unsafe { State::release(state.as_ptr()) };
@@ -146,10 +148,7 @@ pub(crate) fn is_idle(state: &State) -> bool {
     // ORDER(srcu-busy): Acquire twice, in this order. If the reclaimer emptied the queue, we see `busy` as set before that,
     // or as cleared after the callbacks. Partners: `fill`, `work`.
     let queued = !state.pending.queue.load(Ordering::Acquire).is_null();
-    #[cfg(not(mmun_mutant = "idle_ignores_busy"))]
-    let busy = state.pending.busy.load(Ordering::Acquire);
-    #[cfg(mmun_mutant = "idle_ignores_busy")]
-    let busy = false;
+    let busy = state.pending.busy.load(Ordering::Acquire) && !mutant("idle_ignores_busy");
     !queued && !busy
 }
 
@@ -332,7 +331,7 @@ mod thread {
 #[cfg(mmun_loom)]
 use model::inbox;
 #[cfg(mmun_loom)]
-pub(crate) use model::{barrier, start, start_if_inherited, start_unless_forked};
+pub(crate) use model::{barrier, start, start_if_inherited, start_unless_forked, take_turn};
 
 /// Models have no thread of ours: whoever waits for callbacks takes the turns.
 #[cfg(mmun_loom)]
@@ -356,6 +355,17 @@ mod model {
     pub(crate) fn start_unless_forked() {}
 
     pub(crate) fn start_if_inherited() {}
+
+    /// One turn, if the domain is in the inbox.
+    pub(crate) fn take_turn(state: &State) {
+        let _acting = state.inbox.acting.lock();
+        let before = current::set_reclaimer(true);
+        if let Some(state) = state.inbox.take() {
+            // SAFETY: As in `barrier`.
+            unsafe { turn(state) };
+        }
+        current::set_reclaimer(before);
+    }
 
     pub(crate) fn barrier(state: &State) -> bool {
         if is_idle(state) {

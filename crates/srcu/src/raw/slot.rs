@@ -4,7 +4,7 @@
 //! Only the thread that a slot belongs to writes it, so its stores need no read-modify-write instruction. Counters only
 //! grow (and wrap); they are never reset while the domain is in use, which is why a thread's exit needs no clean-up.
 
-use crate::sync::{AtomicUsize, Ordering};
+use crate::sync::{AtomicUsize, Ordering, mutant};
 
 /// How often sections of each bank were entered and left.
 pub(crate) struct Counters {
@@ -35,10 +35,7 @@ impl Counters {
         // ORDER(srcu-leave): Release, so that whoever counts this end has every access of the section behind it.
         // Partner: the Acquire in `unlocked`. Weaker, and a free can overtake a read. Model: loom
         // `free_waits_for_reader`.
-        #[cfg(not(mmun_mutant = "unlock_relaxed"))]
-        let order = Ordering::Release;
-        #[cfg(mmun_mutant = "unlock_relaxed")]
-        let order = Ordering::Relaxed;
+        let order = if mutant("unlock_relaxed") { Ordering::Relaxed } else { Ordering::Release };
         count.store(count.load(Ordering::Relaxed).wrapping_add(1), order);
     }
 

@@ -1,4 +1,5 @@
 //! The public API, from outside.
+#![cfg(not(mmun_loom))]
 
 mod callbacks;
 mod deadlock;

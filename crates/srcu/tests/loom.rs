@@ -1,0 +1,386 @@
+//! Models: every interleaving and every allowed reordering of small programs, within the bound on preemptions.
+//!
+//! `RUSTFLAGS="--cfg mmun_loom" cargo test -p srcu --release --test loom --target-dir target/loom`
+//!
+//! A model that cannot fail proves nothing, so each has mutants, in which one fence, scan or check is left out
+//! (`MMUN_MUTANT=no_fence_in_lock`); `mutants_are_caught` runs the models with them and wants them to fail. The membarrier
+//! system call is modelled as the full fence whose place it takes; `docs/ordering.md` argues why it may.
+#![cfg(mmun_loom)]
+#![allow(missing_docs, reason = "tests")]
+
+use loom::cell::UnsafeCell;
+use loom::sync::Arc;
+use loom::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use loom::thread;
+use srcu::Srcu;
+
+fn model(preemptions: usize, f: impl Fn() + Send + Sync + 'static) {
+    let mut builder = loom::model::Builder::new();
+    // The environment may ask for more.
+    builder.preemption_bound = Some(builder.preemption_bound.unwrap_or(preemptions).max(preemptions));
+    builder.max_branches = 20_000;
+    builder.check(f);
+}
+
+/// An object that a list shows to readers until it is unlinked, and that is freed by writing to it: `loom` reports a read
+/// that is not ordered before the write.
+struct Object {
+    linked: AtomicBool,
+    memory: UnsafeCell<bool>,
+}
+
+// SAFETY: `memory` is used across threads on purpose; `loom` checks that no two uses race.
+unsafe impl Sync for Object {}
+// SAFETY: As for `Sync`.
+unsafe impl Send for Object {}
+
+impl Object {
+    fn new() -> Arc<Self> {
+        Arc::new(Self { linked: AtomicBool::new(true), memory: UnsafeCell::new(true) })
+    }
+
+    /// What a reader does in its section.
+    fn read(&self) {
+        if self.is_found() {
+            self.use_found();
+        }
+    }
+
+    fn is_found(&self) -> bool {
+        self.linked.load(Ordering::Relaxed)
+    }
+
+    fn use_found(&self) {
+        // SAFETY: It was found in this section, so it must not be freed: that is what the model checks.
+        let alive = self.memory.with(|memory| unsafe { *memory });
+        assert!(alive, "a reader used a freed object");
+    }
+
+    fn unlink(&self) {
+        self.linked.store(false, Ordering::Relaxed);
+    }
+
+    fn free(&self) {
+        // SAFETY: No reader may use it any more: as above.
+        self.memory.with_mut(|memory| unsafe { *memory = false });
+    }
+}
+
+#[test]
+fn free_waits_for_reader() {
+    model(3, || {
+        let (srcu, object) = (Arc::new(Srcu::new()), Object::new());
+        let reader = thread::spawn({
+            let (srcu, object) = (srcu.clone(), object.clone());
+            move || {
+                let section = srcu.read_lock();
+                object.read();
+                section.unlock();
+            }
+        });
+        object.unlink();
+        srcu.synchronize().unwrap();
+        object.free();
+        reader.join().unwrap();
+    });
+}
+
+#[test]
+fn free_waits_for_both_nested_sections() {
+    model(2, || {
+        let (srcu, object) = (Arc::new(Srcu::new()), Object::new());
+        let reader = thread::spawn({
+            let (srcu, object) = (srcu.clone(), object.clone());
+            move || {
+                let outer = srcu.read_lock();
+                let inner = srcu.read_lock();
+                drop(outer);
+                object.read();
+                drop(inner);
+            }
+        });
+        object.unlink();
+        srcu.synchronize().unwrap();
+        object.free();
+        reader.join().unwrap();
+    });
+}
+
+/// S-85: X = 1; synchronize; Y = 1. A section that sees Y must see X, in whichever order it reads them.
+#[test]
+fn a_section_sees_all_of_before_or_nothing_of_after() {
+    for x_first in [false, true] {
+        model(3, move || {
+            let srcu = Arc::new(Srcu::new());
+            let (x, y) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+            let reader = thread::spawn({
+                let (srcu, x, y) = (srcu.clone(), x.clone(), y.clone());
+                move || {
+                    let section = srcu.read_lock();
+                    let (seen_x, seen_y);
+                    if x_first {
+                        seen_x = x.load(Ordering::Relaxed);
+                        seen_y = y.load(Ordering::Relaxed);
+                    } else {
+                        seen_y = y.load(Ordering::Relaxed);
+                        seen_x = x.load(Ordering::Relaxed);
+                    }
+                    drop(section);
+                    (seen_x, seen_y)
+                }
+            });
+            x.store(1, Ordering::Relaxed);
+            srcu.synchronize().unwrap();
+            y.store(1, Ordering::Relaxed);
+            assert_ne!(reader.join().unwrap(), (0, 1));
+        });
+    }
+}
+
+/// S-86: a reader that loaded the bank before a grace period turned the banks over, and counts in it afterwards. The first
+/// grace period turns them over because of the section that `main` has open at its first scan.
+#[test]
+fn a_late_reader_is_not_missed() {
+    model(3, || {
+        let (srcu, object) = (Arc::new(Srcu::new()), Object::new());
+        let reader = thread::spawn({
+            let (srcu, object) = (srcu.clone(), object.clone());
+            move || {
+                let section = srcu.read_lock();
+                object.read();
+                drop(section);
+            }
+        });
+        let section = srcu.down_read();
+        let cookie = srcu.start_poll();
+        srcu.take_turn();
+        drop(section);
+        srcu.take_turn();
+        let _ = srcu.poll(cookie);
+        object.unlink();
+        srcu.synchronize().unwrap();
+        object.free();
+        reader.join().unwrap();
+    });
+}
+
+/// The end of a section that began after the sum of beginnings must not be taken for the end of one that began before.
+#[test]
+fn a_later_section_does_not_stand_for_an_earlier_one() {
+    model(4, || {
+        let (srcu, object) = (Arc::new(Srcu::new()), Object::new());
+        let reader = thread::spawn({
+            let (srcu, object) = (srcu.clone(), object.clone());
+            move || {
+                let outer = srcu.read_lock();
+                let found = object.is_found();
+                drop(srcu.read_lock());
+                if found {
+                    object.use_found();
+                }
+                drop(outer);
+            }
+        });
+        object.unlink();
+        srcu.synchronize().unwrap();
+        object.free();
+        reader.join().unwrap();
+    });
+}
+
+#[test]
+fn grace_periods_are_shared() {
+    model(2, || {
+        let srcu = Arc::new(Srcu::new());
+        let objects = [Object::new(), Object::new()];
+        let updater = thread::spawn({
+            let (srcu, object) = (srcu.clone(), objects[0].clone());
+            move || {
+                object.unlink();
+                srcu.synchronize().unwrap();
+                object.free();
+            }
+        });
+        let reader = thread::spawn({
+            let (srcu, objects) = (srcu.clone(), objects.clone());
+            move || {
+                let section = srcu.read_lock();
+                objects[0].read();
+                objects[1].read();
+                drop(section);
+            }
+        });
+        objects[1].unlink();
+        srcu.synchronize().unwrap();
+        objects[1].free();
+        updater.join().unwrap();
+        reader.join().unwrap();
+    });
+}
+
+/// A sleeper that nobody wakes is a deadlock, which `loom` reports.
+#[test]
+fn a_wake_up_is_not_lost() {
+    model(3, || {
+        let srcu = Arc::new(Srcu::new());
+        // SAFETY: The domain must outlive the guard: as in the model below.
+        let forever: &'static Srcu = unsafe { &*Arc::as_ptr(&srcu) };
+        let section = forever.down_read();
+        let reader = thread::spawn({
+            let srcu = srcu.clone();
+            move || {
+                drop(section);
+                drop(srcu);
+            }
+        });
+        srcu.synchronize().unwrap();
+        reader.join().unwrap();
+    });
+}
+
+#[test]
+fn a_handed_over_section_is_waited_for() {
+    model(3, || {
+        let (srcu, object) = (Arc::new(Srcu::new()), Object::new());
+        // SAFETY: The domain must outlive the guard: every thread drops its handle after the guard is gone.
+        let forever: &'static Srcu = unsafe { &*Arc::as_ptr(&srcu) };
+        let section = forever.down_read();
+        object.read();
+        let other = thread::spawn({
+            let (srcu, object) = (srcu.clone(), object.clone());
+            move || {
+                object.read();
+                section.up_read();
+                drop(srcu);
+            }
+        });
+        object.unlink();
+        srcu.synchronize().unwrap();
+        object.free();
+        other.join().unwrap();
+    });
+}
+
+#[test]
+fn a_barrier_waits_for_the_calls_of_both_threads() {
+    model(2, || {
+        let srcu = Arc::new(Srcu::new());
+        let count = Arc::new(AtomicUsize::new(0));
+        let call = |srcu: &Srcu, count: &Arc<AtomicUsize>| {
+            let count = count.clone();
+            srcu.call(move || {
+                count.fetch_add(1, Ordering::Relaxed);
+            });
+        };
+        let other = thread::spawn({
+            let (srcu, count) = (srcu.clone(), count.clone());
+            move || {
+                call(&srcu, &count);
+                srcu.barrier().unwrap();
+                assert!(count.load(Ordering::Relaxed) >= 1, "the barrier missed its own thread's callback");
+            }
+        });
+        call(&srcu, &count);
+        srcu.barrier().unwrap();
+        assert!(count.load(Ordering::Relaxed) >= 1, "the barrier missed its own thread's callback");
+        other.join().unwrap();
+        srcu.barrier().unwrap();
+        assert_eq!(count.load(Ordering::Relaxed), 2);
+    });
+}
+
+/// The reader that ends its section must put the domain back into the inbox, or the batch waits for ever.
+#[test]
+fn a_callback_waits_for_the_reader_and_is_not_forgotten() {
+    model(3, || {
+        let (srcu, object) = (Arc::new(Srcu::new()), Object::new());
+        let reader = thread::spawn({
+            let (srcu, object) = (srcu.clone(), object.clone());
+            move || {
+                let section = srcu.read_lock();
+                object.read();
+                drop(section);
+            }
+        });
+        object.unlink();
+        srcu.call({
+            let object = object.clone();
+            move || object.free()
+        });
+        srcu.barrier().unwrap();
+        reader.join().unwrap();
+    });
+}
+
+/// A poll that says yes orders as a wait does.
+#[test]
+fn a_polled_grace_period_waits_for_the_reader() {
+    model(2, || {
+        let (srcu, object) = (Arc::new(Srcu::new()), Object::new());
+        let reader = thread::spawn({
+            let (srcu, object) = (srcu.clone(), object.clone());
+            move || {
+                let section = srcu.read_lock();
+                object.read();
+                drop(section);
+            }
+        });
+        let other = thread::spawn({
+            let srcu = srcu.clone();
+            move || srcu.synchronize().unwrap()
+        });
+        object.unlink();
+        let cookie = srcu.start_poll();
+        other.join().unwrap();
+        if srcu.poll(cookie) {
+            object.free();
+        }
+        reader.join().unwrap();
+    });
+}
+
+/// What is left out, and a model that must fail then.
+const MUTANTS: &[(&str, &str)] = &[
+    ("no_fence_in_lock", "free_waits_for_reader"),
+    ("no_heavy_fence", "a_polled_grace_period_waits_for_the_reader"),
+    ("unlock_relaxed", "free_waits_for_reader"),
+    ("unlock_relaxed", "a_handed_over_section_is_waited_for"),
+    ("no_fence_in_lock", "a_callback_waits_for_the_reader_and_is_not_forgotten"),
+    ("no_fence_in_unlock", "free_waits_for_both_nested_sections"),
+    ("no_fence_in_lock", "a_section_sees_all_of_before_or_nothing_of_after"),
+    ("no_heavy_fence", "grace_periods_are_shared"),
+    ("one_bank", "a_late_reader_is_not_missed"),
+    ("locks_before_unlocks", "a_later_section_does_not_stand_for_an_earlier_one"),
+    ("joins_running_grace_period", "grace_periods_are_shared"),
+    ("no_fence_in_snapshot", "grace_periods_are_shared"),
+    ("no_fence_in_unlock", "a_wake_up_is_not_lost"),
+    ("no_fence_before_sleep", "a_wake_up_is_not_lost"),
+    ("no_fence_before_wake", "a_wake_up_is_not_lost"),
+    ("no_fence_after_announcement", "a_wake_up_is_not_lost"),
+    ("no_look_after_announcement", "a_wake_up_is_not_lost"),
+    ("moved_not_counted", "a_handed_over_section_is_waited_for"),
+    ("idle_ignores_busy", "a_barrier_waits_for_the_calls_of_both_threads"),
+    ("scheduled_cleared_late", "a_barrier_waits_for_the_calls_of_both_threads"),
+    ("no_fence_in_unlock", "a_callback_waits_for_the_reader_and_is_not_forgotten"),
+    ("joins_running_grace_period", "a_polled_grace_period_waits_for_the_reader"),
+];
+
+#[test]
+fn mutants_are_caught() {
+    let me = std::env::current_exe().unwrap();
+    let run = |mutant: &str, model: &str| {
+        let mut command = std::process::Command::new(&me);
+        let output =
+            command.args(["--exact", model]).env("MMUN_MUTANT", mutant).env("RUST_BACKTRACE", "0").output().unwrap();
+        (output.status, String::from_utf8_lossy(&output.stdout).contains("running 1 test"))
+    };
+    let alive: Vec<_> = MUTANTS
+        .iter()
+        .filter(|(mutant, model)| {
+            let (status, ran) = run(mutant, model);
+            assert!(ran, "there is no model {model}");
+            status.success()
+        })
+        .collect();
+    assert!(alive.is_empty(), "not caught: {alive:#?}");
+}
