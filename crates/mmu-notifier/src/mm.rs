@@ -7,6 +7,7 @@ mod lock;
 pub use bracket::{Bracket, OwnedBracket};
 pub use lock::MmapWriteGuard;
 
+use crate::interval::Intervals;
 use crate::subscriptions::{Epoch, Subscriptions};
 use crate::sync::Arc;
 use crate::sync::atomic::{AtomicUsize, Ordering, fence};
@@ -35,6 +36,7 @@ struct Inner {
     /// How many [`MmWithUser`] there are; zero for ever once it was.
     users: AtomicUsize,
     subscriptions: Subscriptions,
+    intervals: Intervals,
     mmap_lock: MmapLock,
     panics: AtomicUsize,
 }
@@ -146,6 +148,17 @@ impl Mm {
         self.0.subscriptions.for_each(&guard, Epoch::ALL, self, f);
     }
 
+    pub(crate) fn intervals(&self) -> &Intervals {
+        &self.0.intervals
+    }
+
+    /// Returns the sequence of the intervals and how many invalidations are open, for tests of the protocol.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn interval_snapshot(&self) -> (u64, u64) {
+        self.0.intervals.snapshot()
+    }
+
     pub(crate) fn subscriptions(&self) -> &Subscriptions {
         &self.0.subscriptions
     }
@@ -220,11 +233,22 @@ impl MmWithUser {
     #[must_use]
     #[expect(clippy::new_without_default, reason = "a new address space is an event, not a default value")]
     pub fn new() -> Self {
+        Self::with_interval_seq(2)
+    }
+
+    /// The same with another first sequence of the intervals, for tests of its wrap-around.
+    ///
+    /// # Panics
+    /// If `seq` is odd.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn with_interval_seq(seq: u64) -> Self {
         static NEXT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(1);
         Self(Mm(Arc::new(Inner {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
             users: AtomicUsize::new(1),
             subscriptions: Subscriptions::new(),
+            intervals: Intervals::new(seq),
             mmap_lock: MmapLock::new(),
             panics: AtomicUsize::new(0),
         })))

@@ -13,6 +13,11 @@ pub(crate) use std::{
 
 use std::sync::PoisonError;
 
+/// Takes the value out of a lock that nobody can hold, also after a panic in a holder.
+pub(crate) fn into_inner<T>(mutex: Mutex<T>) -> T {
+    mutex.into_inner().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Locks, also after a panic in another holder: what these locks guard is consistent at every instruction that can
 /// panic, and a panicking `alloc` must not take the address space with it.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
