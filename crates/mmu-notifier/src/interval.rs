@@ -9,7 +9,7 @@ pub use finish::Finish;
 pub(crate) use window::{Intervals, Window};
 
 use crate::sync::lock;
-use crate::{InvalidateRange, Mm, MmWithUser, VaRange, WouldBlock, WouldDeadlock};
+use crate::{InvalidateRange, Mm, MmWithUser, VaRange, WouldBlock, WouldDeadlock, context};
 use node::Node;
 use std::fmt;
 use std::marker::PhantomData;
@@ -49,8 +49,8 @@ pub trait IntervalOps: Send + 'static {
 /// and puts it into the state with [`try_install`](Self::try_install), which refuses if the range was invalidated in
 /// between. So nothing stale can be installed, and forgetting the lock or the sequence cannot be written.
 ///
-/// Dropping it is [`remove`](Self::remove); where that would wait for this very thread the node is leaked, with its
-/// state and its address space's memory, and keeps being called.
+/// Dropping it is [`remove`](Self::remove). Where that would wait for this very thread, in a bracket or in a deferred free,
+/// the drop returns at once, and the reclaimer thread removes the node and drops its state after a grace period.
 ///
 /// # Source
 /// `struct mmu_interval_notifier`, Linux 5.5.
@@ -269,6 +269,11 @@ impl<S: IntervalOps> Drop for IntervalNotifier<S> {
         if self.detach() {
             // SAFETY: As in `remove`.
             drop(unsafe { Box::from_raw(self.node.as_ptr()) });
+        } else {
+            let again = Self { node: self.node, owns: PhantomData };
+            let mm = again.mm().clone();
+            // The reclaimer must not sleep in a window either: there this drop comes here again, for another grace period.
+            mm.subscriptions().srcu().call(move || context::freeing(|| drop(again)));
         }
     }
 }

@@ -61,6 +61,7 @@ mod notifier;
 mod owned_guard;
 mod range;
 mod registration;
+mod secondary;
 mod subscription;
 #[expect(unsafe_code, reason = "the one list that is read under SRCU")]
 mod subscriptions;
@@ -68,11 +69,12 @@ mod subsystem;
 mod sync;
 
 pub use error::{GetError, Overflow, RegisterError, UnregisterError, WouldDeadlock};
-pub use event::{Blocking, Event, InvalidateRange, Owner, WouldBlock};
+pub use event::{Blocking, Event, Exit, InvalidateRange, Owner, WouldBlock};
 pub use interval::{Finish, IntervalNotifier, IntervalOps, ReadSeq, RemoveError, Retry};
 pub use mm::{Bracket, Mm, MmWithUser, MmapWriteGuard, OwnedBracket};
 pub use notifier::Notifier;
 pub use range::{InvalidRange, PAGE_SIZE, Va, VaRange};
 pub use registration::Registration;
+pub use secondary::{Secondary, SecondaryTlb};
 pub use subscription::Subscription;
 pub use subsystem::Subsystem;

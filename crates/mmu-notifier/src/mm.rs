@@ -8,6 +8,7 @@ pub use bracket::{Bracket, OwnedBracket};
 pub use lock::MmapWriteGuard;
 
 use crate::interval::Intervals;
+use crate::secondary::Sealed;
 use crate::subscriptions::{Epoch, Subscriptions};
 use crate::sync::Arc;
 use crate::sync::atomic::{AtomicUsize, Ordering, fence};
@@ -103,7 +104,11 @@ impl Mm {
     /// `mmu_notifier_arch_invalidate_secondary_tlbs`, Linux 6.6.
     #[doc(alias = "mmu_notifier_arch_invalidate_secondary_tlbs")]
     pub fn invalidate_secondary_tlbs(&self, range: VaRange) {
-        self.for_each(|notifier| notifier.invalidate_secondary_tlbs(self, range));
+        self.for_each(|notifier| {
+            if let Some(tlb) = notifier.secondary_tlb(Sealed) {
+                tlb.invalidate_secondary_tlbs(self, range);
+            }
+        });
     }
 
     /// Clears the accessed marks that subscribers keep for `range`, flushes, and tells whether any was set.

@@ -92,6 +92,23 @@ impl<N: Notifier> Registration<N> {
         Ok(list.reclaim(self.node))
     }
 
+    /// Delists the notifier without `release` and without waiting, and hands its value to `free` after a grace period.
+    ///
+    /// A callback that was running may go on until then. For a caller that has let go of everything already and must not
+    /// sleep, yet wants more than the drop that [`put`](Self::put) gives.
+    ///
+    /// # Blocking
+    /// Never; it allocates. `free` runs on the reclaimer thread and must not sleep.
+    /// # Source
+    /// `mmu_notifier_unregister_no_release` and `mmu_notifier_call_srcu`, Linux 5.3. Differs: the two are one, so nothing can
+    /// be freed too early, and the address space's memory is kept until `free` has returned.
+    #[doc(alias = "mmu_notifier_unregister_no_release")]
+    #[doc(alias = "mmu_notifier_call_srcu")]
+    pub fn unregister_no_release(self, free: impl FnOnce(N) + Send + 'static) {
+        let mm = self.mm().clone();
+        mm.subscriptions().reclaim_later(self.node, free);
+    }
+
     /// Gives the notifier up; the same as dropping the registration.
     #[doc(alias = "mmu_notifier_put")]
     pub fn put(self) {

@@ -18,7 +18,7 @@ pub(crate) use node::{NodeRef, NotCounted};
 use crate::subsystem::Pending;
 use crate::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 use crate::sync::{Arc, Mutex, lock};
-use crate::{InvalidateRange, Mm, Notifier, WouldBlock};
+use crate::{InvalidateRange, Mm, Notifier, WouldBlock, context};
 use node::Header;
 use srcu::{Guard, Srcu};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -131,6 +131,18 @@ impl Subscriptions {
         // SAFETY: The node must be delisted, a grace period must have passed since, and `node` must be its one user: the two
         // lines above, and the caller's `Registration`, which has no key by which a second user could find it.
         unsafe { node.into_value() }
+    }
+
+    /// Delists a node that was never shared, and passes its value to `free` after a grace period.
+    pub(crate) fn reclaim_later<N: Notifier>(&self, node: NodeRef<N>, free: impl FnOnce(N) + Send + 'static) {
+        self.delist_ref(&node);
+        self.srcu.call(move || {
+            let mm = node.mm().clone();
+            // SAFETY: The node must be delisted, a grace period must have passed since, and `node` must be its one user: the
+            // line before `call`, what `call` waits for, and the caller's `Registration`, which has no key.
+            let value = unsafe { node.into_value() };
+            context::freeing(|| mm.catching(|| free(value)));
+        });
     }
 
     /// Tells whether a node is listed. Only a hint while exit may run.

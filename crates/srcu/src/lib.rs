@@ -74,6 +74,13 @@ impl Srcu {
         self.inner().wait();
         Ok(())
     }
+    pub fn call(&self, f: impl FnOnce() + Send + 'static) {
+        let inner = self.inner().clone();
+        std::thread::spawn(move || {
+            inner.wait();
+            f();
+        });
+    }
     pub unsafe fn call_raw(&self, head: NonNull<Head>, f: unsafe fn(NonNull<Head>)) {
         let inner = self.inner().clone();
         let head = head.as_ptr() as usize;

@@ -2,7 +2,7 @@
 
 use super::Mm;
 use crate::subscriptions::Epoch;
-use crate::{Blocking, Event, InvalidateRange, VaRange, context};
+use crate::{Blocking, Event, Exit, InvalidateRange, VaRange, context};
 
 /// Tells every interval, then calls `release` of every subscriber, delists them all, and waits until no callback runs in any of them.
 ///
@@ -18,7 +18,8 @@ pub(super) fn release(mm: &Mm) {
     if mm.intervals().is_enabled() {
         let _inside = context::Inside::enter();
         let _guard = list.srcu().read_lock();
-        let range = InvalidateRange { mm, range: VaRange::ALL, event: Event::Release, blocking: Blocking::Allowed };
+        let range =
+            InvalidateRange { mm, range: VaRange::ALL, event: Event::Release(Exit(())), blocking: Blocking::Allowed };
         if let Ok(window) = mm.intervals().start(&range) {
             mm.intervals().end(window);
         }
