@@ -3,11 +3,12 @@
 //! # Safety
 //! A node is one `Box<Node<S>>` that its `IntervalNotifier` owns as a pointer. `links`, `in_tree` and `deferred_next` belong
 //! to whoever holds the lock of the address space's intervals; `links` may be read without it while the tree is frozen.
+//! The other two are atomics only so that they need no `unsafe`: the lock orders them.
 
 use super::tree::{self, Links, Root};
 use super::{Finish, IntervalOps};
 use crate::sync::Mutex;
-use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
 use crate::{Blocking, InvalidateRange, Mm, VaRange, WouldBlock};
 use std::cell::UnsafeCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -21,8 +22,8 @@ use std::sync::{PoisonError, TryLockError};
 #[repr(C)]
 pub(super) struct Header {
     links: UnsafeCell<Links>,
-    in_tree: UnsafeCell<bool>,
-    deferred_next: UnsafeCell<*mut Header>,
+    in_tree: AtomicBool,
+    deferred_next: AtomicPtr<Header>,
     /// The sequence of the last window that met this interval; always odd. Stored under the state's lock.
     invalidate_seq: AtomicU64,
     state: NonNull<dyn Callback>,
@@ -65,8 +66,8 @@ impl<S: IntervalOps> Node<S> {
         let node = NonNull::from(Box::leak(Box::new(Self {
             header: Header {
                 links: UnsafeCell::new(Links::new(range)),
-                in_tree: UnsafeCell::new(false),
-                deferred_next: UnsafeCell::new(ptr::null_mut()),
+                in_tree: AtomicBool::new(false),
+                deferred_next: AtomicPtr::new(ptr::null_mut()),
                 invalidate_seq: AtomicU64::new(1),
                 state: NonNull::<Mutex<S>>::dangling(),
             },
@@ -76,8 +77,9 @@ impl<S: IntervalOps> Node<S> {
         // SAFETY: The place must be within a live allocation: it is a field of the box leaked above. No reference is made.
         let state = unsafe { &raw mut (*node.as_ptr()).state };
         let state: *mut dyn Callback = state;
-        // SAFETY: Writing needs a live place that nobody else uses: `node` is not shared yet. A field's address is not null.
-        unsafe { (*node.as_ptr()).header.state = NonNull::new_unchecked(state) };
+        let state = NonNull::new(state).expect("the address of a field is not null");
+        // SAFETY: Writing needs a live place that nobody else uses: `node` is not shared yet.
+        unsafe { (*node.as_ptr()).header.state = state };
         // INVARIANT: `state` points to the state of its own node from here on.
         node
     }
@@ -91,10 +93,6 @@ impl Header {
     pub(super) unsafe fn of<'a>(links: *mut Links) -> &'a Self {
         // SAFETY: `links` is the first field of its header (invariant), which lives: the caller's duty.
         unsafe { &*links.cast::<Self>() }
-    }
-
-    fn as_mut_ptr(&self) -> *mut Self {
-        ptr::from_ref(self).cast_mut()
     }
 
     pub(super) fn seq(&self) -> u64 {
@@ -115,11 +113,9 @@ impl Header {
         })
     }
 
-    /// # Safety
-    /// The lock of the address space's intervals must be held.
-    pub(super) unsafe fn is_in_tree(&self) -> bool {
-        // SAFETY: Nobody writes it: the lock is held (the caller's duty).
-        unsafe { *self.in_tree.get() }
+    /// Whoever asks holds the lock.
+    pub(super) fn is_in_tree(&self) -> bool {
+        self.in_tree.load(Ordering::Relaxed)
     }
 
     /// Puts the node into the tree if it is not in it, or else takes it out; returns the new root.
@@ -127,50 +123,44 @@ impl Header {
     /// # Safety
     /// The lock must be held, nobody may walk the tree, and `root` must be the tree that the node is in if it is in one.
     pub(super) unsafe fn toggle(&self, root: Root) -> Root {
-        // SAFETY: The flag is ours: the lock is held.
-        let inside = unsafe { std::mem::replace(&mut *self.in_tree.get(), !*self.in_tree.get()) };
-        let links: *mut Links = self.as_mut_ptr().cast();
-        // SAFETY: The tree is the caller's alone, and `inside` says whether the node is in it. The pointer comes from the
-        // shared reference, whose `links` is in an `UnsafeCell`.
-        unsafe { if inside { tree::remove(root, links) } else { tree::insert(root, links) } }
+        let inside = self.in_tree.fetch_xor(true, Ordering::Relaxed);
+        // From the header, not from its field: `of` goes back from the links to the whole.
+        let links = ptr::from_ref(self).cast_mut().cast::<Links>();
+        if inside {
+            // SAFETY: The tree is the caller's alone, and the node is in it.
+            unsafe { tree::remove(root, links) }
+        } else {
+            // SAFETY: The tree is the caller's alone, and the node, which is not in it, stays alive until it is removed.
+            unsafe { tree::insert(root, links) }
+        }
     }
 
-    /// Puts the node at the front of the deferred list, and returns the new front.
-    ///
-    /// # Safety
-    /// The lock must be held, and the node on no list.
-    pub(super) unsafe fn defer(&self, front: *mut Self) -> *mut Self {
-        // SAFETY: The link is ours: the lock is held.
-        unsafe { *self.deferred_next.get() = front };
-        self.as_mut_ptr()
+    /// Puts the node at the front of the deferred list, and returns the new front. The caller holds the lock.
+    pub(super) fn defer(&self, front: *mut Self) -> *mut Self {
+        self.deferred_next.store(front, Ordering::Relaxed);
+        ptr::from_ref(self).cast_mut()
     }
 
-    /// Takes this front node off the deferred list, and returns the next.
-    ///
-    /// # Safety
-    /// The lock must be held.
-    pub(super) unsafe fn take_deferred(&self) -> *mut Self {
-        // SAFETY: The link is ours: the lock is held.
-        unsafe { std::mem::replace(&mut *self.deferred_next.get(), ptr::null_mut()) }
+    /// Takes this front node off the deferred list, and returns the next. The caller holds the lock.
+    pub(super) fn take_deferred(&self) -> *mut Self {
+        self.deferred_next.swap(ptr::null_mut(), Ordering::Relaxed)
     }
 
     /// Takes this node off the deferred list, wherever it stands, and returns the new front.
     ///
     /// # Safety
-    /// The lock must be held, and the node on the list that begins with `front`.
+    /// The lock must be held, and `front` be null or the front of the list, whose nodes are all alive.
     pub(super) unsafe fn undefer(&self, front: *mut Self) -> *mut Self {
         if ptr::eq(front, self) {
-            // SAFETY: The lock is held.
-            return unsafe { self.take_deferred() };
+            return self.take_deferred();
         }
         let mut at = front;
-        // SAFETY: Nodes on the list are kept by their owners, and their links are ours: the lock is held. The list ends with
-        // this node at the latest (the caller's duty).
-        unsafe {
-            while !ptr::eq(*(*at).deferred_next.get(), self) {
-                at = *(*at).deferred_next.get();
+        // SAFETY: Nodes on the list are alive: the caller's duty.
+        while let Some(node) = unsafe { at.as_ref() } {
+            at = node.deferred_next.load(Ordering::Relaxed);
+            if ptr::eq(at, self) {
+                node.deferred_next.store(self.take_deferred(), Ordering::Relaxed);
             }
-            *(*at).deferred_next.get() = self.take_deferred();
         }
         front
     }

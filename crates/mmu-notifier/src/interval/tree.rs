@@ -8,6 +8,8 @@
 //! its owner); whoever walks it knows that nobody changes it meanwhile. Each function below says that as its duty, and
 //! `NonNull::as_ptr` dereferences inside rest on it.
 
+#![expect(clippy::multiple_unsafe_ops_per_block, reason = "one duty, the tree's, carries every line of a rotation")]
+
 use crate::VaRange;
 use std::ptr;
 

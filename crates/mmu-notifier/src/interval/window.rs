@@ -164,8 +164,7 @@ impl Intervals {
         let mut deferred = std::mem::replace(&mut state.deferred_list, ptr::null_mut());
         // SAFETY: A node on the list is kept by its owner, and the list is ours: its lock is held.
         while let Some(node) = unsafe { deferred.as_ref() } {
-            // SAFETY: The lock of this node's list is held.
-            deferred = unsafe { node.take_deferred() };
+            deferred = node.take_deferred();
             // SAFETY: The lock is held and no window is open: the tree is ours. The node is in it if it says so.
             state.itree = unsafe { node.toggle(state.itree) };
         }
@@ -190,8 +189,7 @@ impl Intervals {
             return;
         }
         if state.is_full() {
-            // SAFETY: The lock is held; the node is new, so on no list.
-            state.deferred_list = unsafe { node.defer(state.deferred_list) };
+            state.deferred_list = node.defer(state.deferred_list);
         } else {
             // An invalidation that runs may be of this range: the node counts as hit.
             state.invalidate_seq |= 1;
@@ -208,21 +206,20 @@ impl Intervals {
     /// The node must have been inserted, and not removed before.
     pub(super) unsafe fn remove(&self, node: &Header, may_wait: bool) -> Removal {
         let mut state = self.lock();
-        // SAFETY: The lock is held.
-        let in_tree = unsafe { node.is_in_tree() };
+        let in_tree = node.is_in_tree();
         if state.is_full() && in_tree {
             if !may_wait {
                 return Removal::Refused;
             }
-            // SAFETY: The lock is held; a node in the tree is on no list, as it is removed only once.
-            state.deferred_list = unsafe { node.defer(state.deferred_list) };
+            // A node in the tree is on no list, as it is removed only once.
+            state.deferred_list = node.defer(state.deferred_list);
             return Removal::Deferred(state.invalidate_seq);
         }
         if in_tree {
             // SAFETY: The lock is held and the sequence is even: the tree is ours, and the node is in it.
             state.itree = unsafe { node.toggle(state.itree) };
         } else {
-            // SAFETY: The lock is held; a node that is inserted and not in the tree is on the list.
+            // SAFETY: The lock is held; the list is this one, and its nodes are kept by their owners.
             state.deferred_list = unsafe { node.undefer(state.deferred_list) };
         }
         Removal::Done

@@ -103,8 +103,9 @@ impl<N: Notifier> NodeRef<N> {
         // SAFETY: The place must be within a live allocation: it is a field of the box leaked above. No reference is made.
         let value = unsafe { &raw mut (*node.as_ptr()).value };
         let notifier: *mut dyn Notifier = value;
-        // SAFETY: Writing needs a live place that nobody else uses: `node` is not shared yet. A field's address is not null.
-        unsafe { (*node.as_ptr()).header.notifier = NonNull::new_unchecked(notifier) };
+        let notifier = NonNull::new(notifier).expect("the address of a field is not null");
+        // SAFETY: Writing needs a live place that nobody else uses: `node` is not shared yet.
+        unsafe { (*node.as_ptr()).header.notifier = notifier };
         // INVARIANT: `notifier` points to the value of its own node from here on.
         Self { node, owns: PhantomData }
     }
