@@ -25,7 +25,7 @@ pub(super) fn thread_group(tid: Pid) -> Option<Pid> {
     status_field(tid, "Tgid")?.parse().ok()
 }
 
-/// The process that traces a task, if any.
+/// The thread that traces a task, if any.
 pub(super) fn tracer_of(tid: Pid) -> Option<Pid> {
     status_field(tid, "TracerPid")?.parse().ok().filter(|pid| *pid > 0)
 }

@@ -246,6 +246,12 @@ pub(super) fn is_thread_of(pid: Pid, tid: Pid) -> bool {
     result == 0 || io::Error::last_os_error().raw_os_error() != Some(libc::ESRCH)
 }
 
+/// The identifier of this thread.
+pub(super) fn this_thread() -> Pid {
+    // SAFETY: takes nothing and cannot fail.
+    unsafe { libc::gettid() }
+}
+
 /// Makes a pipe that programs do not inherit: its read end, which does not block if asked so, and its write end.
 pub(super) fn pipe(flags: c_int) -> io::Result<(OwnedFd, OwnedFd)> {
     let mut fds = [0; 2];

@@ -180,7 +180,7 @@ fn pointers(layout: &Layout, strings: fn(&Layout) -> &Vec<std::ffi::CString>) ->
 
 /// Tells whether a task is traced by this thread already.
 fn is_ours(tid: Pid) -> bool {
-    proc::tracer_of(tid) == Some(std::process::id() as Pid)
+    proc::tracer_of(tid) == Some(sys::this_thread())
 }
 
 fn exec_error(command: &Command, source: io::Error) -> Error {
