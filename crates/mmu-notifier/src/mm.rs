@@ -153,6 +153,13 @@ impl Mm {
         self.0.subscriptions.for_each(&guard, Epoch::ALL, self, f);
     }
 
+    /// Runs the deferred frees of this address space: models have no reclaimer thread.
+    #[cfg(mmun_loom)]
+    #[doc(hidden)]
+    pub fn run_deferred(&self) {
+        self.0.subscriptions.srcu().barrier().expect("called outside of sections");
+    }
+
     pub(crate) fn intervals(&self) -> &Intervals {
         &self.0.intervals
     }

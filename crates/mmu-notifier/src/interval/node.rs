@@ -7,8 +7,8 @@
 
 use super::tree::{self, Links, Root};
 use super::{Finish, IntervalOps};
-use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
+use crate::sync::{Mutex, mutant};
 use crate::{Blocking, InvalidateRange, Mm, VaRange, WouldBlock};
 use std::cell::UnsafeCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -52,7 +52,9 @@ impl<S: IntervalOps> Callback for Mutex<S> {
             },
         };
         // Always, and before the callback: no reader that looked before this window may install what it found.
-        node.invalidate_seq.store(seq, Ordering::Relaxed);
+        if !mutant("callback_without_seq") {
+            node.invalidate_seq.store(seq, Ordering::Relaxed);
+        }
         match range.blocking {
             Blocking::Allowed => Ok(state.invalidate(range)),
             Blocking::Forbidden => state.try_invalidate(range),

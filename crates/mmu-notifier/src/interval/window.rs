@@ -20,7 +20,7 @@ use super::finish::Finishes;
 use super::node::Header;
 use super::tree::{self, Root};
 use crate::sync::atomic::{AtomicBool, Ordering};
-use crate::sync::{Condvar, Mutex, MutexGuard, lock};
+use crate::sync::{Condvar, Mutex, MutexGuard, lock, mutant};
 use crate::{InvalidateRange, MmWithUser, WouldBlock, WouldDeadlock};
 use std::ptr;
 use std::sync::PoisonError;
@@ -161,6 +161,10 @@ impl Intervals {
             return;
         }
         state.invalidate_seq = state.invalidate_seq.wrapping_add(1);
+        if mutant("thaw_in_two_steps") {
+            drop(state);
+            state = self.lock();
+        }
         let mut deferred = std::mem::replace(&mut state.deferred_list, ptr::null_mut());
         // SAFETY: A node on the list is kept by its owner, and the list is ours: its lock is held.
         while let Some(node) = unsafe { deferred.as_ref() } {
@@ -234,6 +238,9 @@ impl Intervals {
 
     /// Waits until the window with the odd sequence `seq` has closed and its deferred changes are made.
     pub(super) fn wait_past(&self, seq: u64) {
+        if mutant("remove_waits_not") {
+            return;
+        }
         // Under the lock: whoever sees the next sequence sees the deferred changes made too.
         let mut state = self.lock();
         state.waiters += 1;

@@ -80,7 +80,9 @@ impl Abi {
     pub(super) fn call(self, number: u64) -> Option<Call> {
         let table = match self {
             Abi::Native => NATIVE,
-            Abi::X32 if number >= X32_OWN => return X32_CALLS.iter().find(|(nr, _)| u64::from(*nr) == number).map(|c| c.1),
+            Abi::X32 if number >= X32_OWN => {
+                return X32_CALLS.iter().find(|(nr, _)| u64::from(*nr) == number).map(|c| c.1);
+            }
             Abi::X32 => NATIVE,
             Abi::I386 => I386,
         };

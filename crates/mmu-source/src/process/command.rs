@@ -123,7 +123,8 @@ fn candidates_in(program: &OsStr, path: Option<&OsStr>) -> Vec<OsString> {
         return vec![program.to_owned()];
     }
     let path = path.unwrap_or(OsStr::new("/bin:/usr/bin"));
-    env::split_paths(path).map(|dir| if dir.as_os_str().is_empty() { PathBuf::from(".") } else { dir })
+    env::split_paths(path)
+        .map(|dir| if dir.as_os_str().is_empty() { PathBuf::from(".") } else { dir })
         .map(|dir| dir.join(program).into_os_string())
         .collect()
 }

@@ -334,7 +334,11 @@ mod tests {
     #[test]
     fn a_munmap_of_part_of_a_page_is_of_the_whole_page() {
         assert_eq!(ranges_of(Call::Munmap, [0x1000, 1, 0, 0, 0, 0]).1, [(0x1000, 0x2000)]);
-        assert_eq!(ranges_of(Call::Munmap, [0x1001, 0x1000, 0, 0, 0, 0]).1, [(0x1000, 0x3000)], "refused by the kernel");
+        assert_eq!(
+            ranges_of(Call::Munmap, [0x1001, 0x1000, 0, 0, 0, 0]).1,
+            [(0x1000, 0x3000)],
+            "refused by the kernel"
+        );
         assert_eq!(ranges_of(Call::Munmap, [0x1000, 0, 0, 0, 0, 0]), (None, vec![]));
         assert_eq!(ranges_of(Call::Munmap, [u64::MAX, u64::MAX, 0, 0, 0, 0]), (None, vec![]));
     }

@@ -23,31 +23,54 @@ use super::abi::{ARCH_I386, ARCH_NATIVE, Call, HARMLESS_ADVICE, I386, IPC_SHMAT,
 enum When {
     Always,
     /// Argument `arg` has a bit of `set` and no bit of `clear`.
-    Bits { arg: u32, set: u32, clear: u32 },
+    Bits {
+        arg: u32,
+        set: u32,
+        clear: u32,
+    },
     /// Argument `arg` has no bit of `clear`.
-    NoBits { arg: u32, clear: u32 },
+    NoBits {
+        arg: u32,
+        clear: u32,
+    },
     /// Argument `arg`, as 64 bits, is not zero.
-    NonZero { arg: u32 },
+    NonZero {
+        arg: u32,
+    },
     /// Argument `arg` is none of these.
-    NoneOf { arg: u32, values: &'static [u32] },
+    NoneOf {
+        arg: u32,
+        values: &'static [u32],
+    },
     /// The low 16 bits of argument `arg` are one of these.
-    LowHalfOf { arg: u32, values: [u32; 2] },
+    LowHalfOf {
+        arg: u32,
+        values: [u32; 2],
+    },
 }
 
 fn when(call: Call) -> When {
     match call {
-        Call::Mmap => {
-            When::Bits { arg: 3, set: libc::MAP_FIXED as u32, clear: libc::MAP_FIXED_NOREPLACE as u32 }
-        }
+        Call::Mmap => When::Bits { arg: 3, set: libc::MAP_FIXED as u32, clear: libc::MAP_FIXED_NOREPLACE as u32 },
         Call::Clone => When::NoBits { arg: 0, clear: libc::CLONE_VM as u32 },
         Call::Shmat => When::Bits { arg: 2, set: libc::SHM_REMAP as u32, clear: 0 },
         Call::Brk => When::NonZero { arg: 0 },
         Call::Madvise => When::NoneOf { arg: 2, values: HARMLESS_ADVICE },
         Call::Ipc => When::LowHalfOf { arg: 0, values: [IPC_SHMAT as u32, IPC_SHMDT as u32] },
         // Their flags lie in memory, or there is nothing to tell them apart by.
-        Call::OldMmap | Call::Clone3 | Call::ProcessMadvise | Call::Munmap | Call::Mremap | Call::Shmdt
-        | Call::Mprotect | Call::PkeyMprotect | Call::Mbind | Call::MovePages | Call::MigratePages
-        | Call::RemapFilePages | Call::Fork => When::Always,
+        Call::OldMmap
+        | Call::Clone3
+        | Call::ProcessMadvise
+        | Call::Munmap
+        | Call::Mremap
+        | Call::Shmdt
+        | Call::Mprotect
+        | Call::PkeyMprotect
+        | Call::Mbind
+        | Call::MovePages
+        | Call::MigratePages
+        | Call::RemapFilePages
+        | Call::Fork => When::Always,
     }
 }
 
@@ -156,8 +179,7 @@ impl Asm {
             }
             When::NoneOf { arg, values } => {
                 self.load(low_of(arg));
-                let allow: Vec<Jump> =
-                    values.iter().map(|value| self.jump_later(JEQ, *value, Side::Then)).collect();
+                let allow: Vec<Jump> = values.iter().map(|value| self.jump_later(JEQ, *value, Side::Then)).collect();
                 self.ret(RET_TRACE);
                 allow.into_iter().for_each(|jump| self.land(jump));
                 self.ret(RET_ALLOW);

@@ -148,10 +148,14 @@ fn keep(args: &[&str], causes: &[&'static str]) -> Vec<Arc<Counts>> {
     let observer = tracer.detach().0;
     assert_eq!(observer.tasks, 0);
     assert!(observer.causes.is_empty(), "fewer address spaces than expected");
-    observer.registered.into_values().map(|(registration, counts)| {
-        registration.unregister().expect("no bracket is open here");
-        counts
-    }).collect()
+    observer
+        .registered
+        .into_values()
+        .map(|(registration, counts)| {
+            registration.unregister().expect("no bracket is open here");
+            counts
+        })
+        .collect()
 }
 
 #[test]

@@ -88,7 +88,8 @@ fn threads_share_one_address_space_and_no_call_of_theirs_is_lost() {
     assert_eq!(forks.len(), THREADS);
     for (_, child, mm, child_mm) in &forks {
         assert_eq!((child.pid, mm), (trace.pid, child_mm));
-        let unmaps = |part: &&crate::log::Part| part.task == *child && part.cause == "munmap" && part.end - part.start == 8192;
+        let unmaps =
+            |part: &&crate::log::Part| part.task == *child && part.cause == "munmap" && part.end - part.start == 8192;
         assert_eq!(trace.ends().map(|(part, _)| part).filter(unmaps).count(), ROUNDS, "{child:?}");
     }
 }

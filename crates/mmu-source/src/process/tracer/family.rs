@@ -53,8 +53,7 @@ impl<O: Observer> Tracer<O> {
             return Ok(());
         };
         let shares = |tracee: &&Tracee<O::Held>| {
-            tracee.space().is_some()
-                && (tracee.task.pid == pid || sys::same_memory(tid, tracee.task.tid) == Some(true))
+            tracee.space().is_some() && (tracee.task.pid == pid || sys::same_memory(tid, tracee.task.tid) == Some(true))
         };
         let space = self.tasks.values().find(shares).and_then(|tracee| tracee.space().cloned());
         let filtered = self.root.is_some() && self.tasks.values().all(|tracee| tracee.filtered);
@@ -84,8 +83,7 @@ impl<O: Observer> Tracer<O> {
         if self.tasks.contains_key(&child) {
             self.report_fork(task, &space, child);
         } else {
-            let child_space =
-                if copies { Rc::new(Space::new(space.brk.get().inherited())) } else { Rc::clone(&space) };
+            let child_space = if copies { Rc::new(Space::new(space.brk.get().inherited())) } else { Rc::clone(&space) };
             self.welcome(child_task, child_space, filtered, copies, Some((task, &space)));
         }
         self.replay(child)

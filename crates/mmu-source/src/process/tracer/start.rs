@@ -131,9 +131,10 @@ impl<O: Observer> Tracer<O> {
 
     /// The address space of a task to attach to: one that is known already if it shares that one's memory.
     fn space_of(&self, tid: Pid) -> Rc<Space> {
-        let sharer = self.tasks.values().find(|tracee| {
-            tracee.space().is_some() && sys::same_memory(tid, tracee.task.tid) == Some(true)
-        });
+        let sharer = self
+            .tasks
+            .values()
+            .find(|tracee| tracee.space().is_some() && sys::same_memory(tid, tracee.task.tid) == Some(true));
         sharer.and_then(|tracee| tracee.space().cloned()).unwrap_or_else(|| Rc::new(Space::new(Break::default())))
     }
 

@@ -58,7 +58,8 @@ pub(crate) fn advice() {
     ] {
         script.seen("madvise", "clear", at, 2 * PAGE, advise(at, advice));
     }
-    for advice in [libc::MADV_NORMAL, libc::MADV_WILLNEED, libc::MADV_DONTFORK, libc::MADV_POPULATE_READ, GUARD_REMOVE] {
+    for advice in [libc::MADV_NORMAL, libc::MADV_WILLNEED, libc::MADV_DONTFORK, libc::MADV_POPULATE_READ, GUARD_REMOVE]
+    {
         advise(arena + 4 * PAGE, advice);
     }
     assert_eq!(call(libc::SYS_madvise, &[arena, 0, libc::MADV_DONTNEED as u64]), 0);

@@ -118,8 +118,7 @@ pub(crate) fn process_madvise_of_a_child() {
     });
     let pidfd = call(libc::SYS_pidfd_open, &[child as u64, 0]) as u64;
     let vector = [arena, 2 * PAGE];
-    let result =
-        call(libc::SYS_process_madvise, &[pidfd, sys::address(&vector), 1, libc::MADV_PAGEOUT as u64, 0]);
+    let result = call(libc::SYS_process_madvise, &[pidfd, sys::address(&vector), 1, libc::MADV_PAGEOUT as u64, 0]);
     println!("child {child}");
     println!("range {arena:#x} {:#x} {result}", arena + 2 * PAGE);
     call(libc::SYS_close, &[write]);

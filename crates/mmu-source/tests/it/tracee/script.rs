@@ -12,10 +12,8 @@ pub(crate) struct Script {
 impl Script {
     /// Allocates all it will need, so that nothing of the allocator's mixes with the calls.
     pub(crate) fn new() -> Script {
-        let script = Script {
-            marker: sys::map(sys::PAGE, libc::PROT_READ | libc::PROT_WRITE),
-            lines: Vec::with_capacity(128),
-        };
+        let script =
+            Script { marker: sys::map(sys::PAGE, libc::PROT_READ | libc::PROT_WRITE), lines: Vec::with_capacity(128) };
         // What Rust allocates for the first line printed.
         println!("# {:#x}", script.marker);
         script.mark();
