@@ -75,6 +75,8 @@ impl Entry {
                 mremap(ranges, a0, page_up(a1), page_up(a2), a3, a4);
                 Event::Unmap
             }
+            // A query.
+            Call::Brk if a0 == 0 => Event::Unmap,
             Call::Brk => {
                 let call = context.brk.begin(a0, context.alone, || maps::heap_end(&self.maps()));
                 if let Some(end) = call.shrinks_from {
