@@ -180,7 +180,7 @@ impl Entry {
             Some(size) => add(ranges, address, size),
             // Of a segment of unknown size, only what is mapped above the address can be replaced.
             None => {
-                let top = self.maps().iter().map(|mapping| mapping.end).filter(|end| *end > address).next_back();
+                let top = self.maps().iter().map(|mapping| mapping.end).rfind(|end| *end > address);
                 add(ranges, address, top.map_or(0, |top| top.saturating_sub(address)));
             }
         }

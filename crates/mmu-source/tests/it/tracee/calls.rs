@@ -157,7 +157,7 @@ pub(crate) fn migrate() {
 
     let (pages, nodes, mut status) = ([arena + PAGE], [0_i32], [0_i32; 1]);
     let [pages, nodes] = [sys::address(&pages), sys::address(&nodes)];
-    let status = sys::address(&mut status);
+    let status = sys::address_mut(&mut status);
     let moved = call(libc::SYS_move_pages, &[0, 1, pages, nodes, status, MPOL_MF_MOVE]);
     // The whole folio, which may be as large as the mapping.
     script.seen("move_pages", "migrate", arena, 4 * PAGE, moved);
