@@ -75,6 +75,8 @@ impl Entry {
                 mremap(ranges, a0, page_up(a1), page_up(a2), a3, a4);
                 Event::Unmap
             }
+            // A query.
+            Call::Brk if a0 == 0 => Event::Unmap,
             Call::Brk => {
                 let call = context.brk.begin(a0, context.alone, || maps::heap_end(&self.maps()));
                 if let Some(end) = call.shrinks_from {
@@ -178,7 +180,7 @@ impl Entry {
             Some(size) => add(ranges, address, size),
             // Of a segment of unknown size, only what is mapped above the address can be replaced.
             None => {
-                let top = self.maps().iter().map(|mapping| mapping.end).filter(|end| *end > address).next_back();
+                let top = self.maps().iter().map(|mapping| mapping.end).rfind(|end| *end > address);
                 add(ranges, address, top.map_or(0, |top| top.saturating_sub(address)));
             }
         }

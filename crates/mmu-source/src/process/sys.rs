@@ -140,21 +140,21 @@ fn unless_gone<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     }
 }
 
-fn ptrace(request: u32, tid: Pid, addr: usize, data: usize) -> io::Result<c_long> {
+fn ptrace(request: Request, tid: Pid, addr: usize, data: usize) -> io::Result<c_long> {
     // SAFETY: `addr` and `data` are integers, or an address and a size that the callers below take from a live buffer of
     // theirs; the requests used here write nowhere else in this process.
-    let result = unsafe { libc::ptrace(request as _, tid, addr as *mut c_void, data as *mut c_void) };
+    let result = unsafe { libc::ptrace(request, tid, addr as *mut c_void, data as *mut c_void) };
     if result == -1 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
 /// Makes `tid` a tracee of this thread without stopping it.
 pub(super) fn seize(tid: Pid, options: i32) -> io::Result<()> {
-    ptrace(libc::PTRACE_SEIZE as u32, tid, 0, options as usize).map(drop)
+    ptrace(libc::PTRACE_SEIZE, tid, 0, options as usize).map(drop)
 }
 
 /// Makes a running tracee stop.
 pub(super) fn interrupt(tid: Pid) -> io::Result<Option<()>> {
-    unless_gone(ptrace(libc::PTRACE_INTERRUPT as u32, tid, 0, 0).map(drop))
+    unless_gone(ptrace(libc::PTRACE_INTERRUPT, tid, 0, 0).map(drop))
 }
 
 /// Lets a stopped tracee go on, and delivers `signal` if it is not zero.
@@ -165,13 +165,13 @@ pub(super) fn resume(tid: Pid, how: Resume, signal: i32) -> io::Result<Option<()
         Resume::Listen => libc::PTRACE_LISTEN,
         Resume::Detach => libc::PTRACE_DETACH,
     };
-    unless_gone(ptrace(request as u32, tid, 0, signal as usize).map(drop))
+    unless_gone(ptrace(request, tid, 0, signal as usize).map(drop))
 }
 
 /// The message of the event a tracee is stopped at.
 pub(super) fn event_message(tid: Pid) -> io::Result<Option<u64>> {
     let mut message: libc::c_ulong = 0;
-    let asked = ptrace(libc::PTRACE_GETEVENTMSG as u32, tid, 0, (&raw mut message).addr());
+    let asked = ptrace(libc::PTRACE_GETEVENTMSG, tid, 0, (&raw mut message).addr());
     Ok(unless_gone(asked)?.map(|_| message as u64))
 }
 
@@ -383,8 +383,7 @@ fn quit() -> ! {
 }
 
 fn errno() -> c_int {
-    // SAFETY: the address of this thread's errno is always valid.
-    unsafe { *libc::__errno_location() }
+    io::Error::last_os_error().raw_os_error().unwrap_or(0)
 }
 
 /// Installs the filter: as it is where that is allowed, or else with the promise to gain no privileges.
@@ -430,8 +429,14 @@ pub(super) fn above_stdio(fd: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(copy) })
 }
 
+/// The type that the libraries declare the first argument of `ptrace` with.
+#[cfg(target_env = "musl")]
+type Request = c_int;
+#[cfg(not(target_env = "musl"))]
+type Request = std::ffi::c_uint;
+
 const PTRACE_EVENT_STOP: c_int = 128;
-const PTRACE_GET_SYSCALL_INFO: u32 = 0x420e;
+const PTRACE_GET_SYSCALL_INFO: Request = 0x420e;
 
 #[cfg(test)]
 mod tests {

@@ -267,28 +267,31 @@ impl<O: Observer> Tracer<O> {
     /// A task leaves its address space. If it was the last, that is its exit.
     fn depart(&mut self, tid: Pid, cause: &'static str) {
         self.call_ends(tid, None);
+        if let Some(Tracee { life: Life::In(space, _), .. }) = self.tasks.get(&tid)
+            && space.tasks.get() == 1
+            && space.from_elsewhere.get() > 0
+        {
+            let space = Rc::clone(space);
+            self.close_from_elsewhere(&space);
+        }
         let Some(tracee) = self.tasks.get_mut(&tid) else { return };
         let task = tracee.task;
         let _scope = Scope::new(task, cause, None);
         let left = Life::Left(tracee.mm().clone());
-        let space = match mem::replace(&mut tracee.life, left) {
-            Life::Left(_) => return,
-            Life::Fresh(space) => space,
+        match mem::replace(&mut tracee.life, left) {
+            Life::Left(_) => {}
+            // Dropping the last share runs `release`.
+            Life::Fresh(space) => drop(space),
             Life::In(space, held) => {
                 self.observer.leave(task, held);
                 space.tasks.set(space.tasks.get() - 1);
-                space
+                drop(space);
             }
-        };
-        let last = space.tasks.get() == 0;
-        if last && space.from_elsewhere.get() > 0 {
-            self.close_from_elsewhere(&space);
         }
-        // Dropping the last share runs `release`.
-        drop(space);
     }
 
-    /// Closes the brackets that tasks elsewhere hold on an address space that is about to end: its exit waits for them.
+    /// Closes the brackets that tasks elsewhere hold on an address space that is about to end: its exit would wait for them,
+    /// and the subscribers that are put before it would never hear their end.
     fn close_from_elsewhere(&mut self, space: &Rc<Space>) {
         for tracee in self.tasks.values_mut() {
             let Some(call) = &mut tracee.call else { continue };

@@ -32,7 +32,8 @@ pub(crate) fn pairs(records: &[Record]) {
             }
             Record::Put { task, mm, .. } => {
                 assert!(held.remove(&(*task, *mm)), "{task:?} leaves {mm} without having entered");
-                assert!(!open.iter().any(|part| part.task == *task), "{task:?} leaves in a call");
+                let left_open = open.iter().find(|part| part.task == *task);
+                assert!(left_open.is_none(), "{task:?} leaves in a call: {left_open:?}");
             }
             Record::Release { mm, .. } => panic!("release of {mm}, though all its users had put theirs"),
             Record::Free { mm } => {

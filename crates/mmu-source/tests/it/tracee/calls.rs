@@ -111,7 +111,7 @@ pub(crate) fn program_break() {
     script.unmap("brk", base + 12 * PAGE, 4 * PAGE, brk(base + 12 * PAGE));
     // Within a page nothing is unmapped.
     assert_eq!(brk(base + 12 * PAGE - 1) as u64, base + 12 * PAGE - 1);
-    assert_eq!(brk(1 << 46) as u64, base + 12 * PAGE - 1, "there is no room for that");
+    assert_eq!(brk(0x7fff_0000_0000) as u64, base + 12 * PAGE - 1, "there is no room for that");
     script.unmap("brk", base + 4 * PAGE, 8 * PAGE, brk(base + 4 * PAGE));
     script.unmap("brk", base, 4 * PAGE, brk(base));
     script.finish();
@@ -145,7 +145,10 @@ pub(crate) fn segment() {
 /// The calls that move pages between nodes.
 pub(crate) fn migrate() {
     const MPOL_MF_MOVE: u64 = 2;
-    let arena = map(4 * PAGE, RW);
+    const HUGE_PAGE: u64 = 1 << 21;
+    // A mapping with no neighbour to be joined to, all within one huge page.
+    let arena = map(2 * HUGE_PAGE, libc::PROT_NONE).next_multiple_of(HUGE_PAGE);
+    assert_eq!(call(libc::SYS_mprotect, &[arena, 4 * PAGE, RW as u64]), 0);
     touch(arena, 4 * PAGE);
     let mut script = Script::new();
     let bound = call(libc::SYS_mbind, &[arena, 2 * PAGE, libc::MPOL_DEFAULT as u64, 0, 0, MPOL_MF_MOVE]);
@@ -154,7 +157,7 @@ pub(crate) fn migrate() {
 
     let (pages, nodes, mut status) = ([arena + PAGE], [0_i32], [0_i32; 1]);
     let [pages, nodes] = [sys::address(&pages), sys::address(&nodes)];
-    let status = sys::address(&mut status);
+    let status = sys::address_mut(&mut status);
     let moved = call(libc::SYS_move_pages, &[0, 1, pages, nodes, status, MPOL_MF_MOVE]);
     // The whole folio, which may be as large as the mapping.
     script.seen("move_pages", "migrate", arena, 4 * PAGE, moved);

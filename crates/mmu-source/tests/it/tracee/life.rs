@@ -33,7 +33,7 @@ pub(crate) fn fork_once() {
 /// Many processes that all fork at once; every grandchild unmaps.
 pub(crate) fn storm(processes: u64) {
     let mut gate = [0_i32; 2];
-    assert_eq!(call(libc::SYS_pipe2, &[sys::address(&mut gate), 0]), 0);
+    assert_eq!(call(libc::SYS_pipe2, &[sys::address_mut(&mut gate), 0]), 0);
     let [read, write] = gate.map(|fd| fd as u64);
     let arena = map(4 * PAGE, RW);
     touch(arena, 4 * PAGE);
@@ -41,7 +41,7 @@ pub(crate) fn storm(processes: u64) {
         call(libc::SYS_close, &[write]);
         // Ends when the parent opens the gate for all.
         let mut byte = 0_u8;
-        call(libc::SYS_read, &[read, sys::address(&mut byte), 1]);
+        call(libc::SYS_read, &[read, sys::address_mut(&mut byte), 1]);
         let grandchild = sys::fork(|| munmap(arena, PAGE) as i32);
         sys::wait(grandchild, 0) | munmap(arena + PAGE, PAGE) as i32
     };
@@ -109,12 +109,12 @@ pub(crate) fn process_madvise_of_a_child() {
     let arena = map(4 * PAGE, RW);
     touch(arena, 4 * PAGE);
     let mut gate = [0_i32; 2];
-    assert_eq!(call(libc::SYS_pipe2, &[sys::address(&mut gate), 0]), 0);
+    assert_eq!(call(libc::SYS_pipe2, &[sys::address_mut(&mut gate), 0]), 0);
     let [read, write] = gate.map(|fd| fd as u64);
     let child = sys::fork(|| {
         call(libc::SYS_close, &[write]);
         let mut byte = 0_u8;
-        call(libc::SYS_read, &[read, sys::address(&mut byte), 1]) as i32
+        call(libc::SYS_read, &[read, sys::address_mut(&mut byte), 1]) as i32
     });
     let pidfd = call(libc::SYS_pidfd_open, &[child as u64, 0]) as u64;
     let vector = [arena, 2 * PAGE];
@@ -165,10 +165,10 @@ pub(crate) fn real_time_signals(times: u64) {
 
 /// Asks to be traced, which it is, and lets a child ask as well.
 pub(crate) fn traceme() {
-    println!("self {}", call(libc::SYS_ptrace, &[u64::from(libc::PTRACE_TRACEME as u32), 0, 0, 0]));
-    let child = sys::fork(|| call(libc::SYS_ptrace, &[u64::from(libc::PTRACE_TRACEME as u32), 0, 0, 0]) as i32 & 0x7f);
+    println!("self {}", call(libc::SYS_ptrace, &[u64::from(libc::PTRACE_TRACEME), 0, 0, 0]));
+    let child = sys::fork(|| call(libc::SYS_ptrace, &[u64::from(libc::PTRACE_TRACEME), 0, 0, 0]) as i32 & 0x7f);
     println!("child {}", libc::WEXITSTATUS(sys::wait(child, 0)));
-    let seized = call(libc::SYS_ptrace, &[u64::from(libc::PTRACE_SEIZE as u32), 1 << 30, 0, 0]);
+    let seized = call(libc::SYS_ptrace, &[u64::from(libc::PTRACE_SEIZE), 1 << 30, 0, 0]);
     println!("nobody {seized}");
 }
 

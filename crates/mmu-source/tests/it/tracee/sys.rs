@@ -37,7 +37,12 @@ pub(crate) fn touch(address: u64, length: u64) {
     }
 }
 
-/// The address of a value, for a call to read or write it.
+/// The address of a value for a call to write to.
+pub(crate) fn address_mut<T: ?Sized>(value: &mut T) -> u64 {
+    std::ptr::from_mut(value).cast::<u8>().expose_provenance() as u64
+}
+
+/// The address of a value for a call to read.
 pub(crate) fn address<T: ?Sized>(value: &T) -> u64 {
     std::ptr::from_ref(value).cast::<u8>().expose_provenance() as u64
 }
