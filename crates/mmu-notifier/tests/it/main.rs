@@ -1,0 +1,10 @@
+//! The contract of the core, scenario by scenario: each test is named after the one it checks.
+
+mod events;
+mod exit;
+mod get;
+mod interval;
+mod model;
+mod put;
+mod register;
+mod support;
