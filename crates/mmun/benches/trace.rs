@@ -1,6 +1,6 @@
 //! What tracing costs, against `strace` and against no tracing at all.
 //!
-//! `cargo bench -p mmun --bench trace [PAIRS]`. Each pair runs both sides in turn; printed are the medians, the median of the
+//! `cargo bench -p mmun --bench trace [-- PAIRS [ROUNDS [WORD]]]`, WORD choosing the rows that contain it. Each pair runs both sides in turn; printed are the medians, the median of the
 //! pairs' ratios and their spread.
 
 use std::fs;
@@ -15,24 +15,35 @@ const MMUN_JSON: &[&str] = &[env!("CARGO_BIN_EXE_mmun"), "trace", "--json", "-o"
 fn main() {
     let mut args = std::env::args().skip(1).filter(|arg| arg != "--bench");
     match args.next().as_deref() {
-        Some("rounds") => rounds(),
+        Some("rounds") => rounds(args.next().expect("the number of rounds").parse().expect("a number")),
         Some("quiet") => quiet(),
-        pairs => compare(pairs.map_or(7, |number| number.parse().expect("the number of pairs"))),
+        pairs => {
+            let pairs = pairs.map_or(7, |number| number.parse().expect("the number of pairs"));
+            compare(pairs, &args.next().unwrap_or_else(|| "200000".into()), &args.next().unwrap_or_default());
+        }
     }
 }
 
-fn compare(pairs: usize) {
+fn compare(pairs: usize, rounds: &str, word: &str) {
     let this = std::env::current_exe().expect("the path of this program");
     let this = this.to_str().expect("a path in UTF-8");
     let source = std::env::temp_dir().join(format!("mmun-bench-{}.c", std::process::id()));
     fs::write(&source, c_file()).expect("a temporary file");
     let compile = ["gcc", "-O2", "-c", "-o", "/dev/null", source.to_str().expect("a path in UTF-8")];
     println!("{:<44}{:>10}{:>10}{:>8}{:>16}{:>7}", "workload", "ours", "other", "ratio", "spread", "bar");
-    row("200,000 map+touch+unmap, text / strace", pairs, MMUN, STRACE, &[this, "rounds"], 0.8);
-    row("200,000 map+touch+unmap, json / strace", pairs, MMUN_JSON, STRACE, &[this, "rounds"], 0.8);
-    row("gcc -O2 -c, text / strace", pairs, MMUN, STRACE, &compile, 0.9);
-    row("no memory calls, text / bare", pairs, MMUN, &[], &[this, "quiet"], 1.02);
-    row("no memory calls, strace / bare", pairs, STRACE, &[], &[this, "quiet"], f64::NAN);
+    let rounds = [this, "rounds", rounds];
+    let quiet = [this, "quiet"];
+    for (name, ours, other, program, bar) in [
+        ("map+touch+unmap, text / strace", MMUN, STRACE, &rounds[..], 0.8),
+        ("map+touch+unmap, json / strace", MMUN_JSON, STRACE, &rounds, 0.8),
+        ("gcc -O2 -c, text / strace", MMUN, STRACE, &compile, 0.9),
+        ("no memory calls, text / bare", MMUN, &[], &quiet, 1.02),
+        ("no memory calls, strace / bare", STRACE, &[], &quiet, f64::NAN),
+    ] {
+        if name.contains(word) {
+            row(name, pairs, ours, other, program, bar);
+        }
+    }
     // It is in a directory for such files.
     let _ = fs::remove_file(source);
 }
@@ -64,8 +75,8 @@ fn run(tracer: &[&str], program: &[&str]) -> Duration {
     time
 }
 
-fn rounds() {
-    for _ in 0..200_000 {
+fn rounds(count: u32) {
+    for _ in 0..count {
         // SAFETY: a fresh private mapping at an address the kernel chooses touches nothing that exists.
         let page = unsafe {
             libc::mmap(

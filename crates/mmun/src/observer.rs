@@ -61,6 +61,8 @@ impl Drop for TraceNotifier {
 pub(crate) struct TraceObserver {
     recorder: Arc<Recorder>,
     subsystem: Subsystem<TraceNotifier, Infallible, Alloc>,
+    /// System calls that could not be read.
+    missed: u64,
 }
 
 impl TraceObserver {
@@ -69,7 +71,7 @@ impl TraceObserver {
         let alloc = move |mm: &MmWithUser| {
             Ok(TraceNotifier { recorder: Arc::clone(&shared), mm: mm.id(), put_by: AtomicU64::new(0) })
         };
-        TraceObserver { recorder, subsystem: Subsystem::new(Box::new(alloc)) }
+        TraceObserver { recorder, subsystem: Subsystem::new(Box::new(alloc)), missed: 0 }
     }
 
     /// Waits until every notifier that was put is freed and its `free` is written.
@@ -77,6 +79,11 @@ impl TraceObserver {
         if let Err(error) = self.subsystem.synchronize() {
             unreachable!("no section is open in the tracing thread once everything was put: {error}");
         }
+    }
+
+    /// System calls that could not be read; whatever they changed is not in the trace.
+    pub(crate) fn missed(&self) -> u64 {
+        self.missed
     }
 
     fn record(&self, task: Task, mm: &Mm, kind: Kind) {
@@ -123,6 +130,7 @@ impl Observer for TraceObserver {
             }
             TaskEvent::Exec { task, mm, old_mm } => self.record(task, mm, Kind::Exec { old_mm: old_mm.id() }),
             TaskEvent::Exit { task, mm, status } => self.record(task, mm, Kind::Exit(status)),
+            TaskEvent::UnknownAbi { .. } => self.missed += 1,
             _ => {}
         }
     }

@@ -75,9 +75,7 @@ impl Plan {
                 (false, false) => Content::Records,
             },
         };
-        let mut options = Options::default();
-        options.follow = !args.no_follow;
-        options.seccomp = !args.no_seccomp;
+        let options = Options { follow: !args.no_follow, seccomp: !args.no_seccomp };
         let target = if args.pids.is_empty() {
             Target::Spawn(args.program)
         } else {
@@ -104,6 +102,12 @@ fn trace(plan: Plan, front: Option<rustix::process::Pid>) -> (Outcome, Option<Ke
     let (observer, keeper) = tracer.detach();
     observer.finish();
     let written = recorder.finish();
+    if observer.missed() > 0 {
+        complain(&format!(
+            "{} system calls of an unknown ABI: what they changed is not in the trace",
+            observer.missed()
+        ));
+    }
     sys::stop_seen();
     let outcome = match written {
         Err((_, error)) if error.kind() == io::ErrorKind::BrokenPipe => Outcome::Signal(libc::SIGPIPE),
@@ -155,6 +159,7 @@ fn serve(tracer: &mut Tracer<TraceObserver>) -> Outcome {
 /// Stays behind, unseen, until the last tracee that needs a tracer has ended.
 fn keep(keeper: Keeper) {
     sys::ignore_everything();
+    sys::stop_seen();
     // Nobody waits for the end of a pipe or for a mount because of this process; where that fails, nothing is lost.
     let _ = std::env::set_current_dir("/");
     if let Ok(null) = std::fs::File::options().read(true).write(true).open("/dev/null") {
