@@ -9,7 +9,7 @@ pub use lock::MmapWriteGuard;
 
 use crate::subscriptions::{Epoch, Subscriptions};
 use crate::sync::Arc;
-use crate::sync::atomic::{AtomicUsize, Ordering};
+use crate::sync::atomic::{AtomicUsize, Ordering, fence};
 use crate::{Va, VaRange, context};
 use lock::MmapLock;
 use std::any::Any;
@@ -241,9 +241,11 @@ impl Clone for MmWithUser {
 
 impl Drop for MmWithUser {
     fn drop(&mut self) {
-        // ORDER(core-exit): everything users did, before the exit by the last of them. Both halves are here: `Release` for
-        // the earlier ones, `Acquire` for the last.
-        if self.0.0.users.fetch_sub(1, Ordering::AcqRel) == 1 {
+        // ORDER(core-exit): everything this user did, before the exit by the last one. Partner: the fence below. Weaker,
+        // exit could delist around a registration that it does not see.
+        if self.0.0.users.fetch_sub(1, Ordering::Release) == 1 {
+            // ORDER(core-exit): partner of the `Release` of every earlier user.
+            fence(Ordering::Acquire);
             exit::release(&self.0);
         }
     }

@@ -1,0 +1,8 @@
+//! The contract of the core, scenario by scenario: each test is named after the one it checks.
+
+mod events;
+mod exit;
+mod get;
+mod put;
+mod register;
+mod support;

@@ -1,0 +1,143 @@
+//! 7.4: register and unregister.
+
+use crate::support::{At, Gate, Hook, Log, Probe, nothing, page, probes, spawn, stop, wait_until};
+use mmu_notifier::{Event, MmWithUser, Registration};
+use std::sync::{Arc, Mutex};
+
+#[test]
+fn s_60_unregister_releases_once_and_hands_the_object_back() {
+    let (mm, log) = (MmWithUser::new(), Log::default());
+    let count = mm.mm_count();
+    let registration = Registration::new(&mm, Probe::new("a", &log, nothing())).unwrap();
+    let probe = registration.unregister().unwrap();
+    assert_eq!(log.all(), [("a", At::Release), ("a", At::Released)], "and it was not freed");
+    assert_eq!(mm.mm_count(), count);
+    drop(probe);
+}
+
+#[test]
+fn s_61_unregister_waits_for_a_running_callback() {
+    let (mm, log, gate) = (Arc::new(MmWithUser::new()), Log::default(), Gate::new());
+    let registration = Registration::new(&mm, Probe::new("a", &log, stop(At::Start, &gate))).unwrap();
+    let walker = spawn({
+        let mm = Arc::clone(&mm);
+        move || drop(mm.invalidate(page(1), Event::Clear))
+    });
+    gate.wait_for(1);
+    let unregister = spawn(move || registration.unregister().unwrap());
+    unregister.assert_blocked();
+    gate.open();
+    walker.join();
+    let probe = unregister.join();
+    log.clear();
+    drop(mm.invalidate(page(1), Event::Clear));
+    assert_eq!(log.all(), [], "no callback ever again");
+    drop(probe);
+}
+
+#[test]
+fn s_62_unregister_from_a_callback_is_an_error() {
+    let (mm, log) = (MmWithUser::new(), Log::default());
+    let slot: Arc<Mutex<Option<Registration<Probe>>>> = Arc::default();
+    let hook: Hook = {
+        let slot = Arc::clone(&slot);
+        Arc::new(move |at| {
+            if at == At::Start {
+                let registration = slot.lock().unwrap().take().unwrap();
+                let refused = registration.unregister().err().expect("it would wait for itself");
+                assert!(!refused.to_string().is_empty());
+                *slot.lock().unwrap() = Some(refused.registration);
+            }
+            true
+        })
+    };
+    *slot.lock().unwrap() = Some(Registration::new(&mm, Probe::new("a", &log, hook)).unwrap());
+    drop(mm.invalidate(page(1), Event::Clear));
+    assert_eq!((log.count("a", At::End), mm.callback_panics()), (1, 0), "still registered, and unharmed");
+    let registration = slot.lock().unwrap().take().unwrap();
+    assert_eq!(registration.unregister().unwrap().name, "a");
+}
+
+#[test]
+fn s_65_a_failed_register_hands_the_object_back_for_another_try() {
+    let (mm, log) = (MmWithUser::new(), Log::default());
+    let bracket = mm.invalidate(page(1), Event::Clear);
+    let failed = Registration::new(&mm, Probe::new("a", &log, nothing())).err().unwrap();
+    drop(bracket);
+    let registration = Registration::new(&mm, failed.notifier).unwrap();
+    assert_eq!(registration.unregister().unwrap().name, "a");
+}
+
+#[test]
+fn s_66_register_waits_for_a_start_in_flight_and_sees_none_of_it() {
+    let (mm, log) = (Arc::new(MmWithUser::new()), Log::default());
+    let bracket = mm.invalidate(page(1), Event::Unmap);
+    let register = spawn({
+        let (mm, log) = (Arc::clone(&mm), log.clone());
+        move || Registration::new(&mm, Probe::new("a", &log, nothing())).unwrap()
+    });
+    wait_until(|| mm.has_notifiers());
+    register.assert_blocked();
+    drop(bracket);
+    let _registered = register.join();
+    assert_eq!(log.all(), []);
+    drop(mm.invalidate(page(1), Event::Unmap));
+    assert_eq!(log.all(), [("a", At::Start), ("a", At::End)]);
+}
+
+/// A second getter finds the listed object while the first still waits: it must wait as well, or it could cache what an
+/// older bracket is about to change.
+#[test]
+fn s_66_a_second_getter_waits_for_the_start_in_flight_too() {
+    let (mm, log) = (Arc::new(MmWithUser::new()), Log::default());
+    let subsystem = Arc::new(probes("a", &log, nothing()));
+    let bracket = mm.invalidate(page(1), Event::Unmap);
+    let get = || {
+        let (mm, subsystem) = (Arc::clone(&mm), Arc::clone(&subsystem));
+        spawn(move || subsystem.get(&mm).unwrap())
+    };
+    let first = get();
+    wait_until(|| mm.has_notifiers());
+    let second = get();
+    second.assert_blocked();
+    drop(bracket);
+    assert!(std::ptr::eq(&*first.join(), &*second.join()));
+}
+
+#[test]
+fn s_67_a_nested_start_passes_a_waiting_registrar() {
+    let (mm, log) = (Arc::new(MmWithUser::new()), Log::default());
+    let outer = mm.invalidate(page(1), Event::Unmap);
+    let register = spawn({
+        let (mm, log) = (Arc::clone(&mm), log.clone());
+        move || Registration::new(&mm, Probe::new("a", &log, nothing())).unwrap()
+    });
+    wait_until(|| mm.has_notifiers());
+    let inner = mm.invalidate(page(2), Event::Unmap);
+    register.assert_blocked();
+    drop(inner);
+    assert_eq!(log.all(), [("a", At::Start), ("a", At::End)], "the inner one is younger than the registration");
+    drop(outer);
+    let _registered = register.join();
+    assert_eq!(log.all().len(), 2, "and the outer one is older: neither its start nor its end");
+}
+
+#[test]
+fn s_69_an_event_that_begins_after_register_is_delivered() {
+    let (mm, log) = (Arc::new(MmWithUser::new()), Log::default());
+    let _registered = Registration::new(&mm, Probe::new("a", &log, nothing())).unwrap();
+    let other = Arc::clone(&mm);
+    spawn(move || drop(other.invalidate(page(1), Event::Unmap))).join();
+    assert_eq!(log.all(), [("a", At::Start), ("a", At::End)]);
+}
+
+#[test]
+fn s_70_an_object_can_be_registered_again_after_unregister() {
+    let (mm, log) = (MmWithUser::new(), Log::default());
+    let mut probe = Probe::new("a", &log, nothing());
+    for _ in 0..3 {
+        probe = Registration::new(&mm, probe).unwrap().unregister().unwrap();
+    }
+    assert_eq!((log.count("a", At::Released), log.count("a", At::Free)), (3, 0));
+    drop(probe);
+}

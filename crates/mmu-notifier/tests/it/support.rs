@@ -1,0 +1,225 @@
+//! A subscriber that writes down what happens to it, and the means to hold it up in the middle.
+
+use mmu_notifier::{InvalidateRange, Mm, MmWithUser, Notifier, Subscription, Subsystem, Va, VaRange, WouldBlock};
+use std::convert::Infallible;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread;
+use std::time::Duration;
+
+/// The moments in a subscriber's life at which a test may step in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum At {
+    Alloc,
+    Start,
+    TryStart,
+    End,
+    Release,
+    Released,
+    Young,
+    Free,
+}
+
+/// What happened, in order: who and what.
+#[derive(Clone, Default)]
+pub(crate) struct Log(Arc<Mutex<Vec<(&'static str, At)>>>);
+
+impl Log {
+    pub(crate) fn add(&self, name: &'static str, at: At) {
+        self.0.lock().unwrap().push((name, at));
+    }
+
+    pub(crate) fn all(&self) -> Vec<(&'static str, At)> {
+        self.0.lock().unwrap().clone()
+    }
+
+    pub(crate) fn clear(&self) {
+        self.0.lock().unwrap().clear();
+    }
+
+    pub(crate) fn count(&self, name: &str, at: At) -> usize {
+        self.all().iter().filter(|entry| **entry == (name, at)).count()
+    }
+
+    /// Who came to `at`, in order.
+    pub(crate) fn names(&self, at: At) -> Vec<&'static str> {
+        self.all().into_iter().filter(|entry| entry.1 == at).map(|entry| entry.0).collect()
+    }
+}
+
+/// What a test does in the middle of a callback; false refuses a non-blockable start.
+pub(crate) type Hook = Arc<dyn Fn(At) -> bool + Send + Sync>;
+
+/// A hook that lets everything pass.
+pub(crate) fn nothing() -> Hook {
+    Arc::new(|_| true)
+}
+
+/// A hook that stops at `gate` whenever it comes to `at`.
+pub(crate) fn stop(at: At, gate: &Arc<Gate>) -> Hook {
+    let gate = Arc::clone(gate);
+    Arc::new(move |now| {
+        if now == at {
+            gate.pass();
+        }
+        true
+    })
+}
+
+/// A subscriber that logs every call and its own end.
+pub(crate) struct Probe {
+    pub(crate) name: &'static str,
+    pub(crate) log: Log,
+    hook: Hook,
+}
+
+impl Probe {
+    pub(crate) fn new(name: &'static str, log: &Log, hook: Hook) -> Self {
+        Self { name, log: log.clone(), hook }
+    }
+
+    fn at(&self, at: At) -> bool {
+        self.log.add(self.name, at);
+        (self.hook)(at)
+    }
+}
+
+impl Notifier for Probe {
+    fn release(&self, _mm: &Mm) {
+        self.at(At::Release);
+        self.log.add(self.name, At::Released);
+    }
+
+    fn invalidate_range_start(&self, _range: &InvalidateRange<'_>) {
+        self.at(At::Start);
+    }
+
+    fn try_invalidate_range_start(&self, _range: &InvalidateRange<'_>) -> Result<(), WouldBlock> {
+        if self.at(At::TryStart) { Ok(()) } else { Err(WouldBlock) }
+    }
+
+    fn invalidate_range_end(&self, _range: &InvalidateRange<'_>) {
+        self.at(At::End);
+    }
+
+    fn test_young(&self, _mm: &Mm, _address: Va) -> bool {
+        self.at(At::Young);
+        false
+    }
+}
+
+impl Drop for Probe {
+    fn drop(&mut self) {
+        self.at(At::Free);
+    }
+}
+
+/// A subsystem of probes, made by a closure that logs each `alloc`.
+pub(crate) type Probes =
+    Subsystem<Probe, Infallible, Box<dyn Fn(&MmWithUser) -> Result<Probe, Infallible> + Send + Sync>>;
+
+pub(crate) fn probes(name: &'static str, log: &Log, hook: Hook) -> Probes {
+    let log = log.clone();
+    Subsystem::new(Box::new(move |_mm| {
+        log.add(name, At::Alloc);
+        hook(At::Alloc);
+        Ok(Probe::new(name, &log, Arc::clone(&hook)))
+    }))
+}
+
+/// A door that holds whoever comes until a test opens it.
+#[derive(Default)]
+pub(crate) struct Gate {
+    /// How many have come, and whether it is open.
+    state: Mutex<(usize, bool)>,
+    changed: Condvar,
+}
+
+impl Gate {
+    pub(crate) fn new() -> Arc<Self> {
+        Arc::default()
+    }
+
+    pub(crate) fn pass(&self) {
+        let mut state = self.state.lock().unwrap();
+        state.0 += 1;
+        self.changed.notify_all();
+        let _open = self.changed.wait_while(state, |state| !state.1).unwrap();
+    }
+
+    /// Waits until `n` have come.
+    pub(crate) fn wait_for(&self, n: usize) {
+        let _state = self.changed.wait_while(self.state.lock().unwrap(), |state| state.0 < n).unwrap();
+    }
+
+    pub(crate) fn open(&self) {
+        self.state.lock().unwrap().1 = true;
+        self.changed.notify_all();
+    }
+}
+
+/// Work on another thread, of which one can ask whether it is done.
+pub(crate) struct Task<T> {
+    result: Receiver<T>,
+    thread: thread::JoinHandle<()>,
+}
+
+pub(crate) fn spawn<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Task<T> {
+    let (sender, result) = channel();
+    Task { result, thread: thread::spawn(move || drop(sender.send(work()))) }
+}
+
+impl<T> Task<T> {
+    /// Asserts that it is held up: it had time to end and did not.
+    pub(crate) fn assert_blocked(&self) {
+        assert!(matches!(self.result.recv_timeout(Duration::from_millis(20)), Err(RecvTimeoutError::Timeout)));
+    }
+
+    /// Waits for it; a test that hangs here has found something.
+    pub(crate) fn join(self) -> T {
+        let result = self.result.recv_timeout(Duration::from_secs(60)).expect("the other thread hangs or panicked");
+        self.thread.join().unwrap();
+        result
+    }
+}
+
+/// Yields until `condition` holds.
+pub(crate) fn wait_until(condition: impl Fn() -> bool) {
+    while !condition() {
+        thread::yield_now();
+    }
+}
+
+pub(crate) fn page(number: u64) -> VaRange {
+    VaRange::covering(Va::new(number << 12), 1).unwrap()
+}
+
+/// A place from which a callback can put a subscription that a test gave it.
+pub(crate) type Slot<N> = Arc<Mutex<Option<Subscription<N>>>>;
+
+/// A hook that puts what lies in the slot when it comes to `when`.
+pub(crate) fn put_at(when: At, slot: &Slot<Probe>) -> Hook {
+    let slot = Arc::clone(slot);
+    Arc::new(move |at| {
+        if at == when {
+            let subscription = slot.lock().unwrap().take();
+            drop(subscription);
+        }
+        true
+    })
+}
+
+/// Counts calls.
+#[derive(Clone, Default)]
+pub(crate) struct Counter(Arc<AtomicUsize>);
+
+impl Counter {
+    pub(crate) fn add(&self) -> usize {
+        self.0.fetch_add(1, Ordering::SeqCst) + 1
+    }
+
+    pub(crate) fn get(&self) -> usize {
+        self.0.load(Ordering::SeqCst)
+    }
+}

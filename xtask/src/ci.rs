@@ -1,0 +1,70 @@
+//! The gate, step by step. The same here as on any other machine.
+
+use std::path::Path;
+use std::process::{Command, ExitCode};
+use std::time::Instant;
+
+/// One step: its name, the program it needs, and the command line with its environment.
+struct Step {
+    name: &'static str,
+    needs: Option<&'static [&'static str]>,
+    env: &'static [(&'static str, &'static str)],
+    command: &'static [&'static str],
+}
+
+const fn step(name: &'static str, command: &'static [&'static str]) -> Step {
+    Step { name, needs: None, env: &[], command }
+}
+
+impl Step {
+    const fn env(mut self, env: &'static [(&'static str, &'static str)]) -> Self {
+        self.env = env;
+        self
+    }
+
+    /// Skips the step, visibly, where this command does not succeed.
+    const fn needs(mut self, probe: &'static [&'static str]) -> Self {
+        self.needs = Some(probe);
+        self
+    }
+}
+
+const STEPS: &[Step] = &[
+    step("format", &["cargo", "fmt", "--all", "--check"]),
+    step("tidy", &["cargo", "xtask", "tidy"]),
+    step("clippy", &["cargo", "clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]),
+    step("docs", &["cargo", "doc", "--workspace", "--no-deps"]).env(&[("RUSTDOCFLAGS", "-Dwarnings")]),
+    step("licences", &["cargo", "deny", "check", "licenses", "bans", "sources"]).needs(&["cargo", "deny", "--version"]),
+];
+
+pub(crate) fn run(root: &Path) -> ExitCode {
+    let (mut passed, mut failed, mut skipped) = (0, 0, 0);
+    for step in STEPS {
+        if step.needs.is_some_and(|probe| !succeeds(probe)) {
+            println!("SKIP {}: {} is not installed", step.name, step.command[..2].join(" "));
+            skipped += 1;
+            continue;
+        }
+        println!("== {}: {}", step.name, step.command.join(" "));
+        let begin = Instant::now();
+        let status = Command::new(step.command[0])
+            .args(&step.command[1..])
+            .envs(step.env.iter().copied())
+            .current_dir(root)
+            .status();
+        let seconds = begin.elapsed().as_secs_f64();
+        if status.as_ref().is_ok_and(std::process::ExitStatus::success) {
+            println!("ok {} ({seconds:.1} s)", step.name);
+            passed += 1;
+        } else {
+            println!("FAILED {} ({seconds:.1} s): {status:?}", step.name);
+            failed += 1;
+        }
+    }
+    println!("{passed} passed, {failed} failed, {skipped} skipped");
+    if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn succeeds(probe: &[&str]) -> bool {
+    Command::new(probe[0]).args(&probe[1..]).output().is_ok_and(|output| output.status.success())
+}
