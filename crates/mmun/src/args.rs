@@ -79,8 +79,9 @@ pub(crate) struct TraceArgs {
 
     /// Stops at every system call instead of only those that change memory
     ///
-    /// Slower, but then the program runs on even if the tracer itself is killed. Always so with -p.
-    #[arg(long)]
+    /// Slower, but then the program runs on even if the tracer itself is killed. Always so with -p
+    /// and with --no-follow.
+    #[arg(long, verbatim_doc_comment)]
     pub(crate) no_seccomp: bool,
 
     /// Attaches to a running process, all its threads; may be repeated

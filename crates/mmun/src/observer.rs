@@ -61,6 +61,9 @@ impl Drop for TraceNotifier {
 pub(crate) struct TraceObserver {
     recorder: Arc<Recorder>,
     subsystem: Subsystem<TraceNotifier, Infallible, Alloc>,
+    /// What tasks held that have left: put once their address space had the chance to end. That is the kernel's order,
+    /// too: an exiting task drops its `mm`, whose `release` runs, and closes its files, which put, afterwards.
+    leaving: Vec<(Task, Subscription<TraceNotifier>)>,
     /// System calls that could not be read.
     missed: u64,
 }
@@ -71,11 +74,12 @@ impl TraceObserver {
         let alloc = move |mm: &MmWithUser| {
             Ok(TraceNotifier { recorder: Arc::clone(&shared), mm: mm.id(), put_by: AtomicU64::new(0) })
         };
-        TraceObserver { recorder, subsystem: Subsystem::new(Box::new(alloc)), missed: 0 }
+        TraceObserver { recorder, subsystem: Subsystem::new(Box::new(alloc)), leaving: Vec::new(), missed: 0 }
     }
 
-    /// Waits until every notifier that was put is freed and its `free` is written.
-    pub(crate) fn finish(&self) {
+    /// Puts what is left, and waits until every notifier is freed and its `free` is written.
+    pub(crate) fn finish(&mut self) {
+        self.put_left();
         if let Err(error) = self.subsystem.synchronize() {
             unreachable!("no section is open in the tracing thread once everything was put: {error}");
         }
@@ -84,6 +88,16 @@ impl TraceObserver {
     /// System calls that could not be read; whatever they changed is not in the trace.
     pub(crate) fn missed(&self) -> u64 {
         self.missed
+    }
+
+    fn put_left(&mut self) {
+        for (task, subscription) in self.leaving.drain(..) {
+            subscription.put_by.store(pack(task), Relaxed);
+            // Only this thread gets and puts, so the count is exact.
+            let users = subscription.users() - 1;
+            self.recorder.record(&Record { task, mm: subscription.mm().id(), kind: Kind::Put { users } });
+            subscription.put();
+        }
     }
 
     fn record(&self, task: Task, mm: &Mm, kind: Kind) {
@@ -102,6 +116,7 @@ impl Observer for TraceObserver {
     type Held = Option<Subscription<TraceNotifier>>;
 
     fn enter(&mut self, task: Task, mm: &MmWithUser) -> Self::Held {
+        self.put_left();
         let subscription = match self.subsystem.get(mm) {
             Ok(subscription) => subscription,
             Err(GetError::Overflow) => return None,
@@ -114,15 +129,12 @@ impl Observer for TraceObserver {
     }
 
     fn leave(&mut self, task: Task, held: Self::Held) {
-        let Some(subscription) = held else { return };
-        subscription.put_by.store(pack(task), Relaxed);
-        // Only this thread gets and puts, so the count is exact.
-        let users = subscription.users() - 1;
-        self.record(task, subscription.mm(), Kind::Put { users });
-        subscription.put();
+        self.put_left();
+        self.leaving.extend(held.map(|subscription| (task, subscription)));
     }
 
     fn event(&mut self, event: &TaskEvent<'_>) {
+        self.put_left();
         match *event {
             TaskEvent::MmNew { task, mm } => self.record(task, mm, Kind::MmNew),
             TaskEvent::Fork { task, child, mm, child_mm } => {

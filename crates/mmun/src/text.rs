@@ -183,6 +183,7 @@ impl Text {
                 write!(out, "thread {} in mm{child_mm}", child.tid)
             }
             Kind::Fork { child, child_mm } => write!(out, "process {} in mm{child_mm}", child.pid),
+            Kind::MmNew => write!(out, "{}", comm(record.task, "")),
             Kind::Exec { old_mm } => write!(out, "from mm{old_mm}{}", comm(record.task, ", now ")),
             Kind::Exit(ExitStatus::Code(code)) => write!(out, "code {code}"),
             Kind::Exit(ExitStatus::Signal(signal)) => write!(out, "killed by {}", names::signal(signal)),

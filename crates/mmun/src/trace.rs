@@ -75,7 +75,9 @@ impl Plan {
                 (false, false) => Content::Records,
             },
         };
-        let options = Options { follow: !args.no_follow, seccomp: !args.no_seccomp };
+        let mut options = Options::default();
+        options.follow = !args.no_follow;
+        options.seccomp = !args.no_seccomp;
         let target = if args.pids.is_empty() {
             Target::Spawn(args.program)
         } else {
@@ -99,7 +101,7 @@ fn trace(plan: Plan, front: Option<rustix::process::Pid>) -> (Outcome, Option<Ke
     if outcome.is_none() {
         outcome = Some(serve(&mut tracer));
     }
-    let (observer, keeper) = tracer.detach();
+    let (mut observer, keeper) = tracer.detach();
     observer.finish();
     let written = recorder.finish();
     if observer.missed() > 0 {
