@@ -1,13 +1,13 @@
 //! What this thread is in the middle of, so that a wait which could never end is refused instead.
 
-use crate::sync::thread_local;
+use crate::sync::per_thread;
 use std::cell::Cell;
 
-thread_local! {
+per_thread! {
     /// How many brackets, releases and frees of any address space this thread is inside of.
-    static DEPTH: Cell<u32> = const { Cell::new(0) };
+    static DEPTH: Cell<u32> = Cell::new(0);
     /// Whether this thread is running a deferred free, so on the reclaimer.
-    static FREEING: Cell<bool> = const { Cell::new(false) };
+    static FREEING: Cell<bool> = Cell::new(false);
 }
 
 /// Marks this thread as being inside a callback section, until dropped.
@@ -37,13 +37,13 @@ pub(crate) fn is_inside() -> bool {
 /// Runs `f`, marked as a deferred free.
 pub(crate) fn freeing<R>(f: impl FnOnce() -> R) -> R {
     let _inside = Inside::enter();
-    let before = FREEING.replace(true);
+    let before = FREEING.with(|freeing| freeing.replace(true));
     let result = f();
-    FREEING.set(before);
+    FREEING.with(|freeing| freeing.set(before));
     result
 }
 
 /// Tells whether this thread is running a deferred free.
 pub(crate) fn is_freeing() -> bool {
-    FREEING.get()
+    FREEING.with(Cell::get)
 }

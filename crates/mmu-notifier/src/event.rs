@@ -23,8 +23,8 @@ pub enum Event {
     ProtectionPage,
     /// Soft-dirty tracking write-protects the pages.
     SoftDirty,
-    /// The address space ends. Only its exit makes this event.
-    Release,
+    /// The address space ends. Its exit makes this event, and nobody else can.
+    Release(Exit),
     /// The pages move to another place in memory.
     Migrate {
         /// Who moves them; equal to one's own mark if the subscriber itself does.
@@ -47,7 +47,7 @@ impl Event {
             Self::ProtectionVma => "protection_vma",
             Self::ProtectionPage => "protection_page",
             Self::SoftDirty => "soft_dirty",
-            Self::Release => "release",
+            Self::Release(_) => "release",
             Self::Migrate { .. } => "migrate",
             Self::Exclusive { .. } => "exclusive",
         }
@@ -62,6 +62,14 @@ impl Event {
         }
     }
 }
+
+/// The proof that an address space is exiting; nobody outside can make one.
+///
+/// ```compile_fail,E0423
+/// let event = mmu_notifier::Event::Release(mmu_notifier::Exit(()));
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Exit(pub(crate) ());
 
 /// The mark of whoever moves pages, by which a subscriber knows its own migration and may skip it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -53,12 +53,15 @@
 mod context;
 mod error;
 mod event;
+#[expect(unsafe_code, reason = "a tree whose nodes are its users' and which is walked without a lock")]
+mod interval;
 mod mm;
 mod notifier;
 #[expect(unsafe_code, reason = "a guard beside what it borrows from")]
 mod owned_guard;
 mod range;
 mod registration;
+mod secondary;
 mod subscription;
 #[expect(unsafe_code, reason = "the one list that is read under SRCU")]
 mod subscriptions;
@@ -66,10 +69,12 @@ mod subsystem;
 mod sync;
 
 pub use error::{GetError, Overflow, RegisterError, UnregisterError, WouldDeadlock};
-pub use event::{Blocking, Event, InvalidateRange, Owner, WouldBlock};
+pub use event::{Blocking, Event, Exit, InvalidateRange, Owner, WouldBlock};
+pub use interval::{Finish, IntervalNotifier, IntervalOps, ReadSeq, RemoveError, Retry};
 pub use mm::{Bracket, Mm, MmWithUser, MmapWriteGuard, OwnedBracket};
 pub use notifier::Notifier;
 pub use range::{InvalidRange, PAGE_SIZE, Va, VaRange};
 pub use registration::Registration;
+pub use secondary::{Secondary, SecondaryTlb};
 pub use subscription::Subscription;
 pub use subsystem::Subsystem;

@@ -7,6 +7,8 @@ mod lock;
 pub use bracket::{Bracket, OwnedBracket};
 pub use lock::MmapWriteGuard;
 
+use crate::interval::Intervals;
+use crate::secondary::Sealed;
 use crate::subscriptions::{Epoch, Subscriptions};
 use crate::sync::Arc;
 use crate::sync::atomic::{AtomicUsize, Ordering, fence};
@@ -35,6 +37,7 @@ struct Inner {
     /// How many [`MmWithUser`] there are; zero for ever once it was.
     users: AtomicUsize,
     subscriptions: Subscriptions,
+    intervals: Intervals,
     mmap_lock: MmapLock,
     panics: AtomicUsize,
 }
@@ -101,7 +104,11 @@ impl Mm {
     /// `mmu_notifier_arch_invalidate_secondary_tlbs`, Linux 6.6.
     #[doc(alias = "mmu_notifier_arch_invalidate_secondary_tlbs")]
     pub fn invalidate_secondary_tlbs(&self, range: VaRange) {
-        self.for_each(|notifier| notifier.invalidate_secondary_tlbs(self, range));
+        self.for_each(|notifier| {
+            if let Some(tlb) = notifier.secondary_tlb(Sealed) {
+                tlb.invalidate_secondary_tlbs(self, range);
+            }
+        });
     }
 
     /// Clears the accessed marks that subscribers keep for `range`, flushes, and tells whether any was set.
@@ -144,6 +151,24 @@ impl Mm {
         let _inside = context::Inside::enter();
         let guard = self.0.subscriptions.srcu().read_lock();
         self.0.subscriptions.for_each(&guard, Epoch::ALL, self, f);
+    }
+
+    /// Runs the deferred frees of this address space: models have no reclaimer thread.
+    #[cfg(mmun_loom)]
+    #[doc(hidden)]
+    pub fn run_deferred(&self) {
+        self.0.subscriptions.srcu().barrier().expect("called outside of sections");
+    }
+
+    pub(crate) fn intervals(&self) -> &Intervals {
+        &self.0.intervals
+    }
+
+    /// Returns the sequence of the intervals and how many invalidations are open, for tests of the protocol.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn interval_snapshot(&self) -> (u64, u64) {
+        self.0.intervals.snapshot()
     }
 
     pub(crate) fn subscriptions(&self) -> &Subscriptions {
@@ -220,11 +245,22 @@ impl MmWithUser {
     #[must_use]
     #[expect(clippy::new_without_default, reason = "a new address space is an event, not a default value")]
     pub fn new() -> Self {
+        Self::with_interval_seq(2)
+    }
+
+    /// The same with another first sequence of the intervals, for tests of its wrap-around.
+    ///
+    /// # Panics
+    /// If `seq` is odd.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn with_interval_seq(seq: u64) -> Self {
         static NEXT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(1);
         Self(Mm(Arc::new(Inner {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
             users: AtomicUsize::new(1),
             subscriptions: Subscriptions::new(),
+            intervals: Intervals::new(seq),
             mmap_lock: MmapLock::new(),
             panics: AtomicUsize::new(0),
         })))

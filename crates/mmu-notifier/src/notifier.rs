@@ -1,5 +1,6 @@
 //! The table of operations that a subscriber implements.
 
+use crate::secondary::{Sealed, SecondaryTlb};
 use crate::{InvalidateRange, Mm, Va, VaRange, WouldBlock};
 
 /// What a subscriber does when an address space changes. Every method has a default that does nothing.
@@ -52,15 +53,6 @@ pub trait Notifier: Send + Sync + 'static {
         let _ = range;
     }
 
-    /// Flushes a secondary TLB that walks the primary page table by itself.
-    ///
-    /// # Blocking
-    /// Must not sleep.
-    #[doc(alias = "arch_invalidate_secondary_tlbs")]
-    fn invalidate_secondary_tlbs(&self, mm: &Mm, range: VaRange) {
-        let _ = (mm, range);
-    }
-
     /// Clears the accessed marks of a range, flushes, and tells whether any was set.
     fn clear_flush_young(&self, mm: &Mm, range: VaRange) -> bool {
         let _ = (mm, range);
@@ -77,5 +69,11 @@ pub trait Notifier: Send + Sync + 'static {
     fn test_young(&self, mm: &Mm, address: Va) -> bool {
         let _ = (mm, address);
         false
+    }
+
+    /// The other kind of subscriber, which [`Secondary`](crate::Secondary) alone can be.
+    #[doc(hidden)]
+    fn secondary_tlb(&self, _: Sealed) -> Option<&dyn SecondaryTlb> {
+        None
     }
 }

@@ -1,6 +1,7 @@
 //! Registration: for callers that own their notifier and take it back.
 
 use crate::subscriptions::NodeRef;
+use crate::sync::mutant;
 use crate::{Mm, MmWithUser, MmapWriteGuard, Notifier, RegisterError, UnregisterError, WouldDeadlock, context};
 use std::fmt;
 use std::ops::Deref;
@@ -14,7 +15,7 @@ pub(crate) fn publish<N: Notifier>(node: &NodeRef<N>, locked: &MmapWriteGuard<'_
     list.srcu().prepare();
     list.insert(node);
     // Every caller has asked `would_deadlock` since it took the lock, so this is not refused.
-    let waited = list.srcu().synchronize();
+    let waited = if mutant("register_waits_not") { Ok(()) } else { list.srcu().synchronize() };
     debug_assert!(waited.is_ok(), "a registrar was refused its grace period");
     node.set_live();
 }
@@ -84,12 +85,32 @@ impl<N: Notifier> Registration<N> {
             return Err(UnregisterError { error: WouldDeadlock, registration: self });
         }
         let list = mm.subscriptions();
-        if list.is_listed(&self.node) {
+        if mutant("delist_before_release") {
+            list.delist_ref(&self.node);
+            mm.catching(|| self.node.value().release(&mm));
+        } else if list.is_listed(&self.node) {
             let _inside = context::Inside::enter();
             let _guard = list.srcu().read_lock();
             mm.catching(|| self.node.value().release(&mm));
         }
         Ok(list.reclaim(self.node))
+    }
+
+    /// Delists the notifier without `release` and without waiting, and hands its value to `free` after a grace period.
+    ///
+    /// A callback that was running may go on until then. For a caller that has let go of everything already and must not
+    /// sleep, yet wants more than the drop that [`put`](Self::put) gives.
+    ///
+    /// # Blocking
+    /// Never; it allocates. `free` runs on the reclaimer thread and must not sleep.
+    /// # Source
+    /// `mmu_notifier_unregister_no_release` and `mmu_notifier_call_srcu`, Linux 5.3. Differs: the two are one, so nothing can
+    /// be freed too early, and the address space's memory is kept until `free` has returned.
+    #[doc(alias = "mmu_notifier_unregister_no_release")]
+    #[doc(alias = "mmu_notifier_call_srcu")]
+    pub fn unregister_no_release(self, free: impl FnOnce(N) + Send + 'static) {
+        let mm = self.mm().clone();
+        mm.subscriptions().reclaim_later(self.node, free);
     }
 
     /// Gives the notifier up; the same as dropping the registration.

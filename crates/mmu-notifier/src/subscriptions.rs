@@ -17,8 +17,8 @@ pub(crate) use node::{NodeRef, NotCounted};
 
 use crate::subsystem::Pending;
 use crate::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
-use crate::sync::{Arc, Mutex, lock};
-use crate::{InvalidateRange, Mm, Notifier, WouldBlock};
+use crate::sync::{Arc, Mutex, lock, mutant};
+use crate::{InvalidateRange, Mm, Notifier, WouldBlock, context};
 use node::Header;
 use srcu::{Guard, Srcu};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -75,6 +75,9 @@ impl Subscriptions {
         if let Some(first) = unsafe { first.as_ref() } {
             first.pprev.store((&raw const node.next).cast_mut(), Ordering::Relaxed);
         }
+        if mutant("epoch_before_link") {
+            self.epoch.store(stamp, Ordering::Release);
+        }
         // ORDER(core-publish): the node's content before the pointer to it. Partners: the loads of `head` and `next` in the
         // walks. Weaker, a walker could call through a half-made node.
         self.head.store(header.as_ptr(), Ordering::Release);
@@ -106,6 +109,7 @@ impl Subscriptions {
             return;
         };
         let next = node.next.load(Ordering::Relaxed);
+        // ORDER(core-delist): partner of the load in `is_empty`.
         // ORDER(core-publish): the content of `next`, to walkers that reach it through this link for the first time. Partners:
         // the loads in the walks.
         link.store(next, Ordering::Release);
@@ -116,7 +120,7 @@ impl Subscriptions {
     }
 
     /// Unlinks the node of `node` if exit has not done so.
-    fn delist_ref<N: Notifier>(&self, node: &NodeRef<N>) {
+    pub(crate) fn delist_ref<N: Notifier>(&self, node: &NodeRef<N>) {
         // SAFETY: A reference needs a live node: `node` counts it.
         self.delist(unsafe { node.header().as_ref() });
     }
@@ -133,6 +137,18 @@ impl Subscriptions {
         unsafe { node.into_value() }
     }
 
+    /// Delists a node that was never shared, and passes its value to `free` after a grace period.
+    pub(crate) fn reclaim_later<N: Notifier>(&self, node: NodeRef<N>, free: impl FnOnce(N) + Send + 'static) {
+        self.delist_ref(&node);
+        self.srcu.call(move || {
+            let mm = node.mm().clone();
+            // SAFETY: The node must be delisted, a grace period must have passed since, and `node` must be its one user: the
+            // line before `call`, what `call` waits for, and the caller's `Registration`, which has no key.
+            let value = unsafe { node.into_value() };
+            context::freeing(|| mm.catching(|| free(value)));
+        });
+    }
+
     /// Tells whether a node is listed. Only a hint while exit may run.
     pub(crate) fn is_listed<N: Notifier>(&self, node: &NodeRef<N>) -> bool {
         // SAFETY: A reference needs a live node: `node` counts it.
@@ -142,7 +158,11 @@ impl Subscriptions {
     /// Tells whether nobody is subscribed. Only a hint while registrars run.
     #[inline]
     pub(crate) fn is_empty(&self) -> bool {
-        self.head.load(Ordering::Relaxed).is_null()
+        // ORDER(core-delist): whoever finds the list empty sees what was done before the last node was unlinked, its
+        // `release` above all. Partner: the store in `unlink`. Weaker, exit could return before the effects of a `release`
+        // that `unregister` ran. Model: loom `s_48_s_50`.
+        let order = if mutant("exit_peeks_relaxed") { Ordering::Relaxed } else { Ordering::Acquire };
+        self.head.load(order).is_null()
     }
 
     /// Finds the live node of a subsystem and counts it.

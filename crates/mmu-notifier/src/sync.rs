@@ -1,20 +1,48 @@
 //! The primitives that models replace: from `loom` under `cfg(mmun_loom)`, from `std` otherwise.
 
 #[cfg(mmun_loom)]
-pub(crate) use loom::{
-    sync::{Arc, Condvar, Mutex, MutexGuard, atomic},
-    thread_local,
-};
+pub(crate) use loom::sync::{Arc, Condvar, Mutex, MutexGuard, atomic};
 #[cfg(not(mmun_loom))]
-pub(crate) use std::{
-    sync::{Arc, Condvar, Mutex, MutexGuard, atomic},
-    thread_local,
-};
+pub(crate) use std::sync::{Arc, Condvar, Mutex, MutexGuard, atomic};
 
 use std::sync::PoisonError;
+
+/// Takes the value out of a lock that nobody can hold, also after a panic in a holder.
+pub(crate) fn into_inner<T>(mutex: Mutex<T>) -> T {
+    mutex.into_inner().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Locks, also after a panic in another holder: what these locks guard is consistent at every instruction that can
 /// panic, and a panicking `alloc` must not take the address space with it.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Makes thread-locals that need no set-up at first use: it may come in the middle of `free`.
+#[cfg(not(mmun_loom))]
+macro_rules! per_thread {
+    ($($(#[$attribute:meta])* static $name:ident: $type:ty = $init:expr;)*) => {
+        std::thread_local! { $($(#[$attribute])* static $name: $type = const { $init };)* }
+    };
+}
+
+#[cfg(mmun_loom)]
+macro_rules! per_thread {
+    ($($(#[$attribute:meta])* static $name:ident: $type:ty = $init:expr;)*) => {
+        loom::thread_local! { $($(#[$attribute])* static $name: $type = $init;)* }
+    };
+}
+
+pub(crate) use per_thread;
+
+/// Whether this run is to be broken in the way that `name` says. A model that passes all the same proves nothing.
+#[cfg(mmun_loom)]
+pub(crate) fn mutant(name: &str) -> bool {
+    std::env::var("MMUN_MUTANT").is_ok_and(|mutant| mutant == name)
+}
+
+#[cfg(not(mmun_loom))]
+#[inline(always)]
+pub(crate) const fn mutant(_name: &str) -> bool {
+    false
 }

@@ -2,6 +2,7 @@
 
 use super::Mm;
 use crate::context::Inside;
+use crate::interval::Window;
 use crate::owned_guard::OwnedGuard;
 use crate::subscriptions::Epoch;
 use crate::{Blocking, Event, InvalidateRange, VaRange, WouldBlock};
@@ -33,8 +34,8 @@ impl Mm {
     #[doc(alias = "mmu_notifier_invalidate_range_start")]
     #[inline]
     pub fn invalidate(&self, range: VaRange, event: Event) -> Bracket<'_> {
-        let bracket = Bracket::open(self, range, event, Blocking::Allowed);
-        start(&bracket.range, &bracket.guard, bracket.epoch);
+        let mut bracket = Bracket::open(self, range, event, Blocking::Allowed);
+        bracket.window = start(&bracket.range, &bracket.guard, bracket.epoch);
         bracket
     }
 
@@ -48,8 +49,8 @@ impl Mm {
         let inside = Inside::enter();
         let guard = OwnedGuard::new(self.clone());
         let epoch = self.subscriptions().epoch(guard.get());
-        let bracket = OwnedBracket { guard, range, event, epoch, _inside: inside };
-        start(&bracket.range(), bracket.guard.get(), epoch);
+        let mut bracket = OwnedBracket { guard, range, event, epoch, window: None, _inside: inside };
+        bracket.window = start(&bracket.range(), bracket.guard.get(), epoch);
         bracket
     }
 
@@ -66,14 +67,14 @@ impl Mm {
     /// `mmu_notifier_invalidate_range_start_nonblock`, Linux 5.12 for the ends. Differs: who refused gets no end.
     #[doc(alias = "mmu_notifier_invalidate_range_start_nonblock")]
     pub fn try_invalidate(&self, range: VaRange, event: Event) -> Result<Bracket<'_>, WouldBlock> {
-        let bracket = Bracket::open(self, range, event, Blocking::Forbidden);
-        match self.subscriptions().try_start(&bracket.guard, bracket.epoch, &bracket.range) {
-            Ok(()) => Ok(bracket),
-            Err(refused) => {
-                bracket.close_without_end();
-                Err(refused)
-            }
+        let mut bracket = Bracket::open(self, range, event, Blocking::Forbidden);
+        bracket.ended = true;
+        if self.intervals().is_enabled() {
+            bracket.window = Some(self.intervals().start(&bracket.range)?);
         }
+        self.subscriptions().try_start(&bracket.guard, bracket.epoch, &bracket.range)?;
+        bracket.ended = false;
+        Ok(bracket)
     }
 
     /// Runs `change` inside a bracket: subscribers hear the start before it and the end after it, also if it panics.
@@ -94,9 +95,18 @@ impl Mm {
     }
 }
 
+/// Calls the intervals and then the subscribers; returns what is owed to the intervals.
 #[inline]
-fn start(range: &InvalidateRange<'_>, guard: &Guard<'_>, epoch: Epoch) {
+fn start(range: &InvalidateRange<'_>, guard: &Guard<'_>, epoch: Epoch) -> Option<Window> {
+    let window = if range.mm.intervals().is_enabled() { blockable(range) } else { None };
     range.mm.subscriptions().for_each(guard, epoch, range.mm, |notifier| notifier.invalidate_range_start(range));
+    window
+}
+
+#[cold]
+fn blockable(range: &InvalidateRange<'_>) -> Option<Window> {
+    // Nobody can refuse where sleeping is allowed.
+    range.mm.intervals().start(range).ok()
 }
 
 #[inline]
@@ -128,6 +138,8 @@ fn end(range: &InvalidateRange<'_>, guard: &Guard<'_>, epoch: Epoch) {
 pub struct Bracket<'a> {
     range: InvalidateRange<'a>,
     epoch: Epoch,
+    window: Option<Window>,
+    /// Whether no subscriber is owed an end.
     ended: bool,
     guard: Guard<'a>,
     _inside: Inside,
@@ -141,11 +153,7 @@ impl<'a> Bracket<'a> {
         let guard = mm.subscriptions().srcu().read_lock();
         let epoch = mm.subscriptions().epoch(&guard);
         let range = InvalidateRange { mm, range, event, blocking };
-        Self { range, epoch, ended: false, guard, _inside: inside }
-    }
-
-    fn close_without_end(mut self) {
-        self.ended = true;
+        Self { range, epoch, window: None, ended: false, guard, _inside: inside }
     }
 
     /// Returns the pages that change.
@@ -170,6 +178,9 @@ impl<'a> Bracket<'a> {
 impl Drop for Bracket<'_> {
     #[inline]
     fn drop(&mut self) {
+        if let Some(window) = self.window {
+            self.range.mm.intervals().end(window);
+        }
         if !self.ended {
             end(&self.range, &self.guard, self.epoch);
         }
@@ -184,6 +195,7 @@ pub struct OwnedBracket {
     range: VaRange,
     event: Event,
     epoch: Epoch,
+    window: Option<Window>,
     _inside: Inside,
 }
 
@@ -197,6 +209,9 @@ impl OwnedBracket {
 
 impl Drop for OwnedBracket {
     fn drop(&mut self) {
+        if let Some(window) = self.window {
+            self.guard.mm().intervals().end(window);
+        }
         end(&self.range(), self.guard.get(), self.epoch);
     }
 }

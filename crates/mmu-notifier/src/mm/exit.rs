@@ -1,21 +1,30 @@
 //! The end of an address space.
 
 use super::Mm;
-use crate::context;
 use crate::subscriptions::Epoch;
+use crate::{Blocking, Event, Exit, InvalidateRange, VaRange, context};
 
-/// Calls `release` of every subscriber, delists them all, and waits until no callback runs in any of them.
+/// Tells every interval, then calls `release` of every subscriber, delists them all, and waits until no callback runs in any of them.
 ///
 /// The order matters: a subscriber is delisted only after its `release` has returned, so that at no time its shadow
 /// entries exist while nobody would tell it of a change. A `release` that `unregister` runs at the same time is waited
-/// for as well.
+/// for as well. Intervals stay until they are removed, and are still told of what comes.
 ///
 /// # Source
 /// `__mmu_notifier_release`, mm/mmu_notifier.c, Linux 5.15.
 pub(super) fn release(mm: &Mm) {
     let list = mm.subscriptions();
+    // Nobody can register any more: that takes a user.
+    if mm.intervals().is_enabled() {
+        let _inside = context::Inside::enter();
+        let _guard = list.srcu().read_lock();
+        let range =
+            InvalidateRange { mm, range: VaRange::ALL, event: Event::Release(Exit(())), blocking: Blocking::Allowed };
+        if let Ok(window) = mm.intervals().start(&range) {
+            mm.intervals().end(window);
+        }
+    }
     if list.is_empty() {
-        // Nobody can register any more: that takes a user.
         return;
     }
     {

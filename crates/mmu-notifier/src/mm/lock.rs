@@ -3,7 +3,8 @@
 use super::{Mm, MmWithUser};
 use crate::WouldDeadlock;
 use crate::sync::atomic::{AtomicUsize, Ordering};
-use crate::sync::{Mutex, MutexGuard, lock, thread_local};
+use crate::sync::{Mutex, MutexGuard, lock, per_thread};
+use std::cell::Cell;
 use std::fmt;
 use std::ops::Deref;
 
@@ -21,13 +22,19 @@ impl MmapLock {
     }
 }
 
-thread_local! {
-    static MARK: u8 = const { 0 };
+per_thread! {
+    static MARK: Cell<usize> = Cell::new(0);
 }
 
-/// Returns a number that no other living thread has.
+/// Returns this thread's number, which is not zero and no other thread ever has.
 fn this_thread() -> usize {
-    MARK.with(|mark| std::ptr::from_ref(mark).addr())
+    static LAST: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
+    MARK.with(|mark| {
+        if mark.get() == 0 {
+            mark.set(LAST.fetch_add(1, Ordering::Relaxed) + 1);
+        }
+        mark.get()
+    })
 }
 
 /// The write lock of an address space's mappings, held by this thread until dropped.

@@ -10,8 +10,8 @@
 
 use crate::context;
 use crate::subsystem::Pending;
-use crate::sync::Arc;
 use crate::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
+use crate::sync::{Arc, mutant};
 use crate::{Mm, Notifier};
 use std::cell::UnsafeCell;
 use std::marker::PhantomData;
@@ -103,8 +103,9 @@ impl<N: Notifier> NodeRef<N> {
         // SAFETY: The place must be within a live allocation: it is a field of the box leaked above. No reference is made.
         let value = unsafe { &raw mut (*node.as_ptr()).value };
         let notifier: *mut dyn Notifier = value;
-        // SAFETY: Writing needs a live place that nobody else uses: `node` is not shared yet. A field's address is not null.
-        unsafe { (*node.as_ptr()).header.notifier = NonNull::new_unchecked(notifier) };
+        let notifier = NonNull::new(notifier).expect("the address of a field is not null");
+        // SAFETY: Writing needs a live place that nobody else uses: `node` is not shared yet.
+        unsafe { (*node.as_ptr()).header.notifier = notifier };
         // INVARIANT: `notifier` points to the value of its own node from here on.
         Self { node, owns: PhantomData }
     }
@@ -151,7 +152,7 @@ impl<N: Notifier> NodeRef<N> {
         let mut users = header.users.load(Ordering::Relaxed);
         loop {
             match users {
-                0 => return Err(NotCounted::Gone),
+                0 if !mutant("get_revives") => return Err(NotCounted::Gone),
                 n if n >= max => return Err(NotCounted::Overflow),
                 _ => {}
             }
@@ -176,6 +177,10 @@ impl<N: Notifier> NodeRef<N> {
         }
         mm.subscriptions().delist(header);
         let head: NonNull<srcu::Head> = self.node.cast();
+        if mutant("free_at_once") {
+            // SAFETY: None; this is what the models must catch.
+            return unsafe { free::<N>(head) };
+        }
         // SAFETY: `head` must stay valid and be queued only once until `free` runs, and `free` must be right for it: the node
         // lives until then (deferred) and this is its last user, `Head` is the node's first field, and the node is an `N`.
         unsafe { mm.subscriptions().srcu().call_raw(head, free::<N>) };
@@ -217,7 +222,8 @@ pub(super) unsafe fn lookup<N: Notifier>(
     // SAFETY: A reference needs a live node: reached in an open read section (the caller's duty), so deferred.
     while let Some(node) = unsafe { header.as_ref() } {
         // ORDER(core-live): partner of the store in `set_live`.
-        let ours = node.owner.as_ref().is_some_and(|key| Arc::ptr_eq(key, owner)) && node.live.load(Ordering::Acquire);
+        let ours = node.owner.as_ref().is_some_and(|key| Arc::ptr_eq(key, owner))
+            && (node.live.load(Ordering::Acquire) || mutant("get_trusts_the_unready"));
         if ours {
             // SAFETY: It must be a `Node<N>`: only `Subsystem<N>` makes nodes with its own `owner`.
             match unsafe { NodeRef::from_header(node) } {

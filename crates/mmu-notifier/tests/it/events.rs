@@ -1,7 +1,7 @@
 //! 7.6: start, end and events.
 
-use crate::support::{At, Log, Probe, Probes, nothing, page, probes};
-use mmu_notifier::{Event, MmWithUser, Registration, Va, VaRange, WouldBlock};
+use crate::support::{At, Counter, Log, Probe, Probes, Slot, nothing, page, probes};
+use mmu_notifier::{Event, Mm, MmWithUser, Owner, Registration, Secondary, SecondaryTlb, Va, VaRange, WouldBlock};
 use std::sync::Arc;
 
 fn three(log: &Log) -> [Probes; 3] {
@@ -103,4 +103,199 @@ fn an_owned_bracket_keeps_its_address_space() {
     assert_eq!((bracket.range().range(), bracket.range().event()), (page(1), Event::Clear));
     drop(bracket);
     assert_eq!(log.all(), [("a", At::Start), ("a", At::End)]);
+}
+
+#[test]
+fn s_104_young_asks_everybody_and_test_young_stops_at_the_first() {
+    use mmu_notifier::Notifier;
+    struct Young(bool, Counter);
+    impl Notifier for Young {
+        fn clear_flush_young(&self, _mm: &Mm, _range: VaRange) -> bool {
+            self.1.add();
+            self.0
+        }
+        fn clear_young(&self, _mm: &Mm, _range: VaRange) -> bool {
+            self.1.add();
+            self.0
+        }
+        fn test_young(&self, _mm: &Mm, _address: Va) -> bool {
+            self.1.add();
+            self.0
+        }
+    }
+    let (mm, calls) = (MmWithUser::new(), Counter::default());
+    let _held = [false, true, false].map(|young| Registration::new(&mm, Young(young, calls.clone())).unwrap());
+    assert!(mm.clear_flush_young(page(1)) && calls.get() == 3);
+    assert!(mm.clear_young(page(1)) && calls.get() == 6);
+    assert!(mm.test_young(Va::new(0x1000)) && calls.get() == 8, "the newest said no, the next one yes");
+}
+
+struct Tlb(Counter);
+
+impl SecondaryTlb for Tlb {
+    fn invalidate_secondary_tlbs(&self, _mm: &Mm, _range: VaRange) {
+        self.0.add();
+    }
+}
+
+/// Up to Linux 6.5 end flushed secondary TLBs as well; here, as since 6.6, only who changes the table does.
+#[test]
+fn s_105_end_does_not_flush_secondary_tlbs() {
+    let (mm, flushes) = (MmWithUser::new(), Counter::default());
+    let _tlb = Registration::new(&mm, Secondary(Tlb(flushes.clone()))).unwrap();
+    drop(mm.invalidate(page(1), Event::Unmap));
+    assert_eq!(flushes.get(), 0);
+}
+
+#[test]
+fn b_01_on_a_refusal_each_one_that_accepted_gets_one_end() {
+    let (mm, log) = (MmWithUser::new(), Log::default());
+    let names = ["a", "b", "c", "d"];
+    let _held = names.map(|name| {
+        let refuses = name == "b" || name == "d";
+        Registration::new(&mm, Probe::new(name, &log, Arc::new(move |at| !refuses || at != At::TryStart))).unwrap()
+    });
+    assert!(mm.try_invalidate(page(1), Event::Clear).is_err());
+    assert_eq!(log.names(At::TryStart), ["d", "c", "b", "a"]);
+    assert_eq!(log.names(At::End), ["c", "a"]);
+}
+
+/// The kernel cannot tell whose start failed and warns of such a table; here the core remembers.
+#[test]
+fn b_02_who_can_refuse_may_have_an_end() {
+    let (mm, log) = (MmWithUser::new(), Log::default());
+    let times = Counter::default();
+    let first_time = times.clone();
+    let hook = Arc::new(move |at| at != At::TryStart || first_time.add() > 1);
+    let _held = Registration::new(&mm, Probe::new("a", &log, hook)).unwrap();
+    assert!(mm.try_invalidate(page(1), Event::Clear).is_err());
+    assert_eq!(log.count("a", At::End), 0);
+    drop(mm.try_invalidate(page(1), Event::Clear).unwrap());
+    assert_eq!(log.count("a", At::End), 1);
+}
+
+#[test]
+fn b_03_over_any_mix_starts_that_succeeded_equal_ends() {
+    let (mm, log) = (MmWithUser::new(), Log::default());
+    let refusals = Counter::default();
+    let mut random = 12345_u32;
+    let bits = Arc::new(std::sync::atomic::AtomicU32::new(0));
+    let names = ["a", "b", "c", "d", "e"];
+    let _held: Vec<_> = (0..5)
+        .map(|index| {
+            let (bits, refusals) = (Arc::clone(&bits), refusals.clone());
+            let hook = move |at| {
+                let refuse = at == At::TryStart && bits.load(std::sync::atomic::Ordering::SeqCst) >> index & 1 == 1;
+                if refuse {
+                    refusals.add();
+                }
+                !refuse
+            };
+            Registration::new(&mm, Probe::new(names[index], &log, Arc::new(hook))).unwrap()
+        })
+        .collect();
+    for _ in 0..200 {
+        random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        bits.store(random >> 20, std::sync::atomic::Ordering::SeqCst);
+        if random & 0x10 == 0 {
+            drop(mm.invalidate(page(1), Event::Clear));
+        } else {
+            drop(mm.try_invalidate(page(1), Event::Clear));
+        }
+    }
+    let starts: usize = names.iter().map(|name| log.count(name, At::Start) + log.count(name, At::TryStart)).sum();
+    let ends: usize = names.iter().map(|name| log.count(name, At::End)).sum();
+    assert_eq!(starts - refusals.get(), ends);
+    assert!(refusals.get() > 50 && ends > 100, "both happened");
+}
+
+/// An error other than "would block" has no type to be written in.
+#[test]
+fn b_04_the_only_refusal_is_would_block() {
+    let refuse: fn(&Probe, &mmu_notifier::InvalidateRange<'_>) -> Result<(), WouldBlock> =
+        |probe, range| mmu_notifier::Notifier::try_invalidate_range_start(probe, range);
+    assert_eq!(std::mem::size_of_val(&WouldBlock), 0);
+    let _ = refuse;
+}
+
+#[test]
+fn b_05_a_put_between_the_passes_leaves_a_start_alone() {
+    let (mm, log) = (MmWithUser::new(), Log::default());
+    let slot: Slot<Probe> = Slot::default();
+    let putter = {
+        let slot = Arc::clone(&slot);
+        move |at| {
+            if at == At::TryStart {
+                let held = slot.lock().unwrap().take();
+                drop(held);
+            }
+            at != At::TryStart
+        }
+    };
+    let _refuses = Registration::new(&mm, Probe::new("no", &log, Arc::new(putter))).unwrap();
+    let subsystem = probes("a", &log, nothing());
+    *slot.lock().unwrap() = Some(subsystem.get(&mm).unwrap());
+    assert!(mm.try_invalidate(page(1), Event::Clear).is_err());
+    subsystem.synchronize().unwrap();
+    assert_eq!(log.names(At::TryStart), ["a", "no"]);
+    assert_eq!((log.count("a", At::End), log.count("a", At::Free)), (0, 1));
+}
+
+/// A table with both kinds does not compile (see the doc test of `Secondary`); both kinds side by side work.
+#[test]
+fn b_06_a_table_is_of_one_kind() {
+    let (mm, log, flushes) = (MmWithUser::new(), Log::default(), Counter::default());
+    let _tlb = Registration::new(&mm, Secondary(Tlb(flushes.clone()))).unwrap();
+    let _software = Registration::new(&mm, Probe::new("a", &log, nothing())).unwrap();
+    drop(mm.invalidate(page(1), Event::Clear));
+    mm.invalidate_secondary_tlbs(page(1));
+    assert_eq!((log.all().len(), flushes.get()), (2, 1));
+}
+
+#[test]
+fn b_07_secondary_tlbs_are_flushed_exactly_where_fired() {
+    let (mm, flushes) = (MmWithUser::new(), Counter::default());
+    let _tlb = Registration::new(&mm, Secondary(Tlb(flushes.clone()))).unwrap();
+    mm.with_invalidation(page(1), Event::Clear, |bracket| {
+        bracket.mm().invalidate_secondary_tlbs(page(1));
+        assert_eq!(flushes.get(), 1);
+    });
+    assert_eq!(flushes.get(), 1);
+}
+
+#[test]
+fn b_08_only_migration_and_exclusive_access_carry_an_owner() {
+    let (mine, other) = (Owner::new(), Owner::new());
+    assert_ne!(mine, other);
+    assert_eq!(Event::Migrate { owner: Some(mine) }.owner(), Some(mine));
+    assert_eq!(Event::Exclusive { owner: None }.owner(), None);
+    assert!([Event::Unmap, Event::Clear, Event::SoftDirty].iter().all(|event| event.owner().is_none()));
+    struct SkipsOwn(Owner, Counter);
+    impl mmu_notifier::Notifier for SkipsOwn {
+        fn invalidate_range_start(&self, range: &mmu_notifier::InvalidateRange<'_>) {
+            if range.event().owner() != Some(self.0) {
+                self.1.add();
+            }
+        }
+    }
+    let (mm, torn_down) = (MmWithUser::new(), Counter::default());
+    let _held = Registration::new(&mm, SkipsOwn(mine, torn_down.clone())).unwrap();
+    drop(mm.invalidate(page(1), Event::Migrate { owner: Some(mine) }));
+    drop(mm.invalidate(page(1), Event::Migrate { owner: Some(other) }));
+    assert_eq!(torn_down.get(), 1);
+}
+
+/// `update_to_read_only` needed the mapping's flags and went away with them (Linux 6.3): the event carries no pointer.
+#[test]
+fn b_09_a_protection_event_says_which_kind_it_is() {
+    assert_ne!(Event::ProtectionVma.name(), Event::ProtectionPage.name());
+}
+
+/// Nobody else can make the event (see the doc test of `Exit`), and subscribers hear of exit through `release`.
+#[test]
+fn b_10_release_comes_from_exit_alone() {
+    let (mm, log) = (MmWithUser::new(), Log::default());
+    let _held = Registration::new(&mm, Probe::new("a", &log, nothing())).unwrap();
+    drop(mm);
+    assert_eq!(log.all(), [("a", At::Release), ("a", At::Released)]);
 }

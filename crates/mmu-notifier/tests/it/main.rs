@@ -3,6 +3,7 @@
 mod events;
 mod exit;
 mod get;
+mod interval;
 mod put;
 mod register;
 mod support;

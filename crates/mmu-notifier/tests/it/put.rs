@@ -92,11 +92,15 @@ fn s_24_the_free_is_done_before_the_address_space_is_let_go() {
     let log = Log::default();
     let subsystem = probes("a", &log, hook);
     let subscription = subsystem.get(&mm).unwrap();
+    let keep = (*mm).clone();
     drop(mm);
+    // The free waits for the bracket, so that put has returned and holds nothing any more.
+    let bracket = keep.invalidate(page(1), Event::Clear);
     subscription.put();
+    drop(bracket);
     subsystem.synchronize().unwrap();
-    // The hook's handle and the notifier's own: the latter was still there, and was then the last.
-    assert_eq!(seen.load(Ordering::SeqCst), 2);
+    assert_eq!(seen.load(Ordering::SeqCst), 3, "this handle, the hook's, and the notifier's own, still there");
+    assert_eq!(keep.mm_count(), 1);
 }
 
 #[test]

@@ -141,3 +141,25 @@ fn s_70_an_object_can_be_registered_again_after_unregister() {
     assert_eq!((log.count("a", At::Released), log.count("a", At::Free)), (3, 0));
     drop(probe);
 }
+
+#[test]
+fn s_64_unregister_no_release_does_not_wait_and_frees_after_the_walker() {
+    let (mm, log, gate) = (Arc::new(MmWithUser::new()), Log::default(), Gate::new());
+    let registration = Registration::new(&mm, Probe::new("a", &log, stop(At::Start, &gate))).unwrap();
+    let count = mm.mm_count();
+    let walker = spawn({
+        let mm = Arc::clone(&mm);
+        move || drop(mm.invalidate(page(1), Event::Clear))
+    });
+    gate.wait_for(1);
+    let (hand_back, back) = std::sync::mpsc::channel();
+    registration.unregister_no_release(move |probe| hand_back.send(probe).unwrap());
+    assert!(!mm.has_notifiers(), "it has returned, and the walker is still inside");
+    let waiter = spawn(move || back.recv().unwrap());
+    waiter.assert_blocked();
+    gate.open();
+    walker.join();
+    drop(waiter.join());
+    wait_until(|| mm.mm_count() == count - 1);
+    assert_eq!(log.names(At::Release), Vec::<&str>::new());
+}

@@ -1,0 +1,287 @@
+//! Interval notifiers: a subscriber of one range, with the collision-retry protocol in its types.
+
+mod finish;
+mod node;
+mod tree;
+mod window;
+
+pub use finish::Finish;
+pub(crate) use window::{Intervals, Window};
+
+use crate::sync::lock;
+use crate::{InvalidateRange, Mm, MmWithUser, VaRange, WouldBlock, WouldDeadlock, context};
+use node::Node;
+use std::fmt;
+use std::marker::PhantomData;
+use std::mem::ManuallyDrop;
+use std::ptr::NonNull;
+use window::Removal;
+
+/// What an interval's state does when its range is invalidated.
+///
+/// The state is locked and its sequence advanced before either function is called; neither can be forgotten. Both may run
+/// in parallel for different intervals, and one after the other for the same. After exit, [`Event::Release`](crate::Event)
+/// comes once for every interval, over the whole address space.
+///
+/// # Source
+/// `struct mmu_interval_notifier_ops`, Linux 5.5; the second pass as proposed in 2026.
+#[doc(alias = "mmu_interval_notifier_ops")]
+pub trait IntervalOps: Send + 'static {
+    /// Lets go of what `range` covers. What is returned runs after every interval that meets the range has been called,
+    /// without the lock, for work that is slow and can go on for all at once.
+    ///
+    /// # Blocking
+    /// May sleep.
+    fn invalidate(&mut self, range: &InvalidateRange<'_>) -> Option<Finish>;
+
+    /// The same where sleeping is forbidden.
+    ///
+    /// # Errors
+    /// [`WouldBlock`] if it would have to sleep. The intervals after it are not asked, and no bracket opens.
+    fn try_invalidate(&mut self, range: &InvalidateRange<'_>) -> Result<Option<Finish>, WouldBlock> {
+        Ok(self.invalidate(range))
+    }
+}
+
+/// A subscriber of one range, which owns the state that the range protects.
+///
+/// A reader takes a sequence with [`read_begin`](Self::read_begin), looks up whatever it wants to cache without any lock,
+/// and puts it into the state with [`try_install`](Self::try_install), which refuses if the range was invalidated in
+/// between. So nothing stale can be installed, and forgetting the lock or the sequence cannot be written.
+///
+/// Dropping it is [`remove`](Self::remove). Where that would wait for this very thread, in a bracket or in a deferred free,
+/// the drop returns at once, and the reclaimer thread removes the node and drops its state after a grace period.
+///
+/// # Source
+/// `struct mmu_interval_notifier`, Linux 5.5.
+///
+/// # Examples
+/// ```
+/// use mmu_notifier::{Event, Finish, InvalidateRange, IntervalNotifier, IntervalOps, MmWithUser, Va, VaRange};
+///
+/// struct Shadow(Option<u64>);
+/// impl IntervalOps for Shadow {
+///     fn invalidate(&mut self, _range: &InvalidateRange<'_>) -> Option<Finish> {
+///         self.0 = None;
+///         None
+///     }
+/// }
+///
+/// let mm = MmWithUser::new();
+/// let range = VaRange::covering(Va::new(0x7000), 0x1000)?;
+/// let node = IntervalNotifier::insert(&mm, range, Shadow(None))?;
+///
+/// let seq = node.read_begin();
+/// let frame = 42; // Looked up here, however long it takes.
+/// node.try_install(seq, |shadow| shadow.0 = Some(frame))?;
+///
+/// let seq = node.read_begin();
+/// drop(mm.invalidate(range, Event::Unmap));
+/// assert!(node.try_install(seq, |shadow| shadow.0 = Some(frame)).is_err(), "the frame has moved: look again");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[must_use = "dropping an interval removes it"]
+#[doc(alias = "mmu_interval_notifier")]
+pub struct IntervalNotifier<S: IntervalOps> {
+    node: NonNull<Node<S>>,
+    owns: PhantomData<Node<S>>,
+}
+
+// SAFETY: What moves is a `Box` of a state behind a lock, which is `Send` if the state is, as `IntervalOps` demands, and of
+// links that only lock holders touch.
+unsafe impl<S: IntervalOps> Send for IntervalNotifier<S> {}
+// SAFETY: `&IntervalNotifier` reaches the state only through its lock, and the links only through that of the intervals.
+unsafe impl<S: IntervalOps> Sync for IntervalNotifier<S> {}
+
+/// What [`IntervalNotifier::read_begin`] saw.
+#[must_use = "a sequence is what `try_install` compares"]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ReadSeq(u64);
+
+/// No node's sequence is ever even, so this one never fits.
+const NEVER: ReadSeq = ReadSeq(0);
+
+/// The range was invalidated since the sequence was read: begin again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Retry;
+
+impl fmt::Display for Retry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the range was invalidated meanwhile: begin the read again")
+    }
+}
+
+impl std::error::Error for Retry {}
+
+/// An interval that could not be removed here, and why.
+#[non_exhaustive]
+pub struct RemoveError<S: IntervalOps> {
+    /// Why not.
+    pub error: WouldDeadlock,
+    /// The interval, which is still good.
+    pub interval: IntervalNotifier<S>,
+}
+
+impl<S: IntervalOps> fmt::Debug for RemoveError<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RemoveError").field("error", &self.error).finish_non_exhaustive()
+    }
+}
+
+impl<S: IntervalOps> fmt::Display for RemoveError<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.error.fmt(f)
+    }
+}
+
+impl<S: IntervalOps> std::error::Error for RemoveError<S> {}
+
+impl<S: IntervalOps> IntervalNotifier<S> {
+    /// Subscribes to `range` of `mm`. If an invalidation is running it may not be in the tree yet when this returns: a
+    /// reader must begin with [`read_begin`](Self::read_begin), which waits for that.
+    ///
+    /// # Blocking
+    /// Only the first insert on an address space sleeps, until the brackets open then have ended.
+    /// # Errors
+    /// [`WouldDeadlock`] if this is the first insert and this thread is inside a bracket of `mm`, holds its write lock, or
+    /// runs a deferred free.
+    /// # Source
+    /// `mmu_interval_notifier_insert`. Differs: empty ranges, overflow and dead address spaces cannot be passed, and there
+    /// is no EINTR.
+    #[doc(alias = "mmu_interval_notifier_insert")]
+    pub fn insert(mm: &MmWithUser, range: VaRange, state: S) -> Result<Self, WouldDeadlock> {
+        mm.intervals().enable(mm)?;
+        let node = Node::new((**mm).clone(), range, state);
+        let interval = Self { node, owns: PhantomData };
+        // SAFETY: The node is new, and `interval` keeps it until `detach` has seen it off.
+        unsafe { mm.intervals().insert(&interval.node().header) };
+        Ok(interval)
+    }
+
+    fn node(&self) -> &Node<S> {
+        // SAFETY: A reference needs a live node: this handle owns it.
+        unsafe { self.node.as_ref() }
+    }
+
+    /// Returns the address space, which may have ended.
+    #[must_use]
+    pub fn mm(&self) -> &Mm {
+        &self.node().mm
+    }
+
+    /// Waits until no invalidation of this interval is running, and returns its sequence.
+    ///
+    /// The sequence may be out of date by the time it is returned; [`try_install`](Self::try_install) says so. How often
+    /// to begin again is the caller's to bound.
+    ///
+    /// # Blocking
+    /// Sleeps while an invalidation that met this interval runs. Inside a bracket of the same address space, where that
+    /// could be this thread's own, it does not sleep, and returns a sequence that never fits instead.
+    /// # Source
+    /// `mmu_interval_read_begin`.
+    #[doc(alias = "mmu_interval_read_begin")]
+    pub fn read_begin(&self) -> ReadSeq {
+        let intervals = self.mm().intervals();
+        let (seq, invalidating) = intervals.read(&self.node().header);
+        if invalidating {
+            if self.mm().would_deadlock() {
+                return NEVER;
+            }
+            intervals.wait_past(seq);
+        }
+        ReadSeq(seq)
+    }
+
+    /// Tells, without the lock, whether `seq` is out of date. True is reliable, false is not.
+    ///
+    /// # Source
+    /// `mmu_interval_check_retry`.
+    #[doc(alias = "mmu_interval_check_retry")]
+    #[must_use]
+    pub fn check_retry(&self, seq: ReadSeq) -> bool {
+        self.node().header.seq() != seq.0
+    }
+
+    /// Runs `install` on the locked state, if the range was not invalidated since `seq` was read.
+    ///
+    /// `install` must not change this address space's mappings (with an in-process source that includes freeing large
+    /// memory): the callback for that would want the same lock.
+    ///
+    /// # Blocking
+    /// Sleeps while a callback of this interval or another `install` holds the lock.
+    /// # Errors
+    /// [`Retry`] if the range was invalidated; `install` was not run.
+    /// # Source
+    /// `mmu_interval_read_retry`. Differs: the lock and the comparison are one.
+    #[doc(alias = "mmu_interval_read_retry")]
+    pub fn try_install<R>(&self, seq: ReadSeq, install: impl FnOnce(&mut S) -> R) -> Result<R, Retry> {
+        let mut state = lock(&self.node().state);
+        if self.node().header.seq() == seq.0 { Ok(install(&mut state)) } else { Err(Retry) }
+    }
+
+    /// Runs `f` on the locked state, whatever its sequence: to use what is cached, or to let go of it.
+    ///
+    /// The same holds for `f` as for what [`try_install`](Self::try_install) runs.
+    pub fn with_state<R>(&self, f: impl FnOnce(&mut S) -> R) -> R {
+        f(&mut lock(&self.node().state))
+    }
+
+    /// Unsubscribes, waits until no callback of this interval can run, and hands the state back.
+    ///
+    /// # Blocking
+    /// Sleeps while an invalidation that met any interval of this address space runs.
+    /// # Errors
+    /// [`RemoveError`] with the interval, unchanged, if it would have to wait and this thread is inside a bracket or callback
+    /// of the address space.
+    /// # Source
+    /// `mmu_interval_notifier_remove`.
+    #[doc(alias = "mmu_interval_notifier_remove")]
+    pub fn remove(self) -> Result<S, RemoveError<S>> {
+        if !self.detach() {
+            return Err(RemoveError { error: WouldDeadlock, interval: self });
+        }
+        // SAFETY: A `Box` needs the unique pointer that came from one: `new` leaked it to this handle, which is not dropped,
+        // and `detach` has seen the node off the tree, its list and every walk.
+        let node = unsafe { Box::from_raw(ManuallyDrop::new(self).node.as_ptr()) };
+        Ok(crate::sync::into_inner(node.state))
+    }
+
+    /// Takes the node off the tree and waits until nobody can be in its callback; false, and nothing changed, if that would
+    /// be this thread.
+    fn detach(&self) -> bool {
+        let intervals = self.mm().intervals();
+        let may_wait = !self.mm().would_deadlock();
+        // SAFETY: The handle exists, so the node was inserted and is not removed: `remove` and drop consume the handle once
+        // this returns true, and false leaves the node as it was.
+        match unsafe { intervals.remove(&self.node().header, may_wait) } {
+            Removal::Done => true,
+            Removal::Refused => false,
+            Removal::Deferred(seq) => {
+                intervals.wait_past(seq);
+                // What a `wait_past` that looks at the sequence alone gets wrong: cheap, and the end of a use after free.
+                assert!(!self.node().header.is_in_tree(), "the window closed and the interval is still in the tree");
+                true
+            }
+        }
+    }
+}
+
+impl<S: IntervalOps> Drop for IntervalNotifier<S> {
+    fn drop(&mut self) {
+        if self.detach() {
+            // SAFETY: As in `remove`.
+            drop(unsafe { Box::from_raw(self.node.as_ptr()) });
+        } else {
+            let again = Self { node: self.node, owns: PhantomData };
+            let mm = again.mm().clone();
+            // The reclaimer must not sleep in a window either: there this drop comes here again, for another grace period.
+            mm.subscriptions().srcu().call(move || context::freeing(|| drop(again)));
+        }
+    }
+}
+
+impl<S: IntervalOps> fmt::Debug for IntervalNotifier<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("IntervalNotifier").field("mm", self.mm()).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,169 @@
+//! One interval in memory.
+//!
+//! # Safety
+//! A node is one `Box<Node<S>>` that its `IntervalNotifier` owns as a pointer. `links`, `in_tree` and `deferred_next` belong
+//! to whoever holds the lock of the address space's intervals; `links` may be read without it while the tree is frozen.
+//! The other two are atomics only so that they need no `unsafe`: the lock orders them.
+
+use super::tree::{self, Links, Root};
+use super::{Finish, IntervalOps};
+use crate::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
+use crate::sync::{Mutex, mutant};
+use crate::{Blocking, InvalidateRange, Mm, VaRange, WouldBlock};
+use std::cell::UnsafeCell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ptr::{self, NonNull};
+use std::sync::{PoisonError, TryLockError};
+
+/// What the tree knows of an interval, whatever its state's type.
+///
+/// # Invariants
+/// It is the first field of a `Node<S>`, `links` is its own first field, and `state` points to the `state` of that node.
+#[repr(C)]
+pub(super) struct Header {
+    links: UnsafeCell<Links>,
+    in_tree: AtomicBool,
+    deferred_next: AtomicPtr<Header>,
+    /// The sequence of the last window that met this interval; always odd. Stored under the state's lock.
+    invalidate_seq: AtomicU64,
+    state: NonNull<dyn Callback>,
+}
+
+#[repr(C)]
+pub(super) struct Node<S> {
+    pub(super) header: Header,
+    pub(super) state: Mutex<S>,
+    pub(super) mm: Mm,
+}
+
+/// The state's lock and callback, its type forgotten.
+trait Callback {
+    fn invalidate(&self, node: &Header, seq: u64, range: &InvalidateRange<'_>) -> Result<Option<Finish>, WouldBlock>;
+}
+
+impl<S: IntervalOps> Callback for Mutex<S> {
+    fn invalidate(&self, node: &Header, seq: u64, range: &InvalidateRange<'_>) -> Result<Option<Finish>, WouldBlock> {
+        let mut state = match range.blocking {
+            Blocking::Allowed => crate::sync::lock(self),
+            Blocking::Forbidden => match self.try_lock() {
+                Ok(state) => state,
+                Err(TryLockError::Poisoned(poisoned)) => PoisonError::into_inner(poisoned),
+                Err(TryLockError::WouldBlock) => return Err(WouldBlock),
+            },
+        };
+        // Always, and before the callback: no reader that looked before this window may install what it found.
+        if !mutant("callback_without_seq") {
+            node.invalidate_seq.store(seq, Ordering::Relaxed);
+        }
+        match range.blocking {
+            Blocking::Allowed => Ok(state.invalidate(range)),
+            Blocking::Forbidden => state.try_invalidate(range),
+        }
+    }
+}
+
+impl<S: IntervalOps> Node<S> {
+    /// Makes a node that is in no tree, and leaks it to its owner.
+    pub(super) fn new(mm: Mm, range: VaRange, state: S) -> NonNull<Self> {
+        let node = NonNull::from(Box::leak(Box::new(Self {
+            header: Header {
+                links: UnsafeCell::new(Links::new(range)),
+                in_tree: AtomicBool::new(false),
+                deferred_next: AtomicPtr::new(ptr::null_mut()),
+                invalidate_seq: AtomicU64::new(1),
+                state: NonNull::<Mutex<S>>::dangling(),
+            },
+            state: Mutex::new(state),
+            mm,
+        })));
+        // SAFETY: The place must be within a live allocation: it is a field of the box leaked above. No reference is made.
+        let state = unsafe { &raw mut (*node.as_ptr()).state };
+        let state: *mut dyn Callback = state;
+        let state = NonNull::new(state).expect("the address of a field is not null");
+        // SAFETY: Writing needs a live place that nobody else uses: `node` is not shared yet.
+        unsafe { (*node.as_ptr()).header.state = state };
+        // INVARIANT: `state` points to the state of its own node from here on.
+        node
+    }
+}
+
+impl Header {
+    /// Returns the header that the links in a tree belong to.
+    ///
+    /// # Safety
+    /// They must be those of a header that lives for `'a`.
+    pub(super) unsafe fn of<'a>(links: *mut Links) -> &'a Self {
+        // SAFETY: `links` is the first field of its header (invariant), which lives: the caller's duty.
+        unsafe { &*links.cast::<Self>() }
+    }
+
+    pub(super) fn seq(&self) -> u64 {
+        self.invalidate_seq.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_seq(&self, seq: u64) {
+        self.invalidate_seq.store(seq, Ordering::Relaxed);
+    }
+
+    /// Calls the interval's callback; a panic in it counts as done, and is counted.
+    pub(super) fn invalidate(&self, seq: u64, range: &InvalidateRange<'_>) -> Result<Option<Finish>, WouldBlock> {
+        // SAFETY: The pointee must be alive and not mutably borrowed: it is a part of the same node (invariant), and a lock.
+        let state = unsafe { self.state.as_ref() };
+        catch_unwind(AssertUnwindSafe(|| state.invalidate(self, seq, range))).unwrap_or_else(|panic| {
+            range.mm.count_panic(panic);
+            Ok(None)
+        })
+    }
+
+    /// Whoever asks holds the lock.
+    pub(super) fn is_in_tree(&self) -> bool {
+        self.in_tree.load(Ordering::Relaxed)
+    }
+
+    /// Puts the node into the tree if it is not in it, or else takes it out; returns the new root.
+    ///
+    /// # Safety
+    /// The lock must be held, nobody may walk the tree, and `root` must be the tree that the node is in if it is in one.
+    pub(super) unsafe fn toggle(&self, root: Root) -> Root {
+        let inside = self.in_tree.fetch_xor(true, Ordering::Relaxed);
+        // From the header, not from its field: `of` goes back from the links to the whole.
+        let links = ptr::from_ref(self).cast_mut().cast::<Links>();
+        if inside {
+            // SAFETY: The tree is the caller's alone, and the node is in it.
+            unsafe { tree::remove(root, links) }
+        } else {
+            // SAFETY: The tree is the caller's alone, and the node, which is not in it, stays alive until it is removed.
+            unsafe { tree::insert(root, links) }
+        }
+    }
+
+    /// Puts the node at the front of the deferred list, and returns the new front. The caller holds the lock.
+    pub(super) fn defer(&self, front: *mut Self) -> *mut Self {
+        self.deferred_next.store(front, Ordering::Relaxed);
+        ptr::from_ref(self).cast_mut()
+    }
+
+    /// Takes this front node off the deferred list, and returns the next. The caller holds the lock.
+    pub(super) fn take_deferred(&self) -> *mut Self {
+        self.deferred_next.swap(ptr::null_mut(), Ordering::Relaxed)
+    }
+
+    /// Takes this node off the deferred list, wherever it stands, and returns the new front.
+    ///
+    /// # Safety
+    /// The lock must be held, and `front` be null or the front of the list, whose nodes are all alive.
+    pub(super) unsafe fn undefer(&self, front: *mut Self) -> *mut Self {
+        if ptr::eq(front, self) {
+            return self.take_deferred();
+        }
+        let mut at = front;
+        // SAFETY: Nodes on the list are alive: the caller's duty.
+        while let Some(node) = unsafe { at.as_ref() } {
+            at = node.deferred_next.load(Ordering::Relaxed);
+            if ptr::eq(at, self) {
+                node.deferred_next.store(self.take_deferred(), Ordering::Relaxed);
+            }
+        }
+        front
+    }
+}

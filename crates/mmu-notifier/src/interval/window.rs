@@ -1,0 +1,258 @@
+//! The sequence that all intervals of one address space share, and the windows in which it stands still.
+//!
+//! | # | state | `active_invalidate_ranges` | `invalidate_seq` | tree |
+//! | --- | --- | --- | --- | --- |
+//! | 1 | idle | 0 | even | may change |
+//! | 2 | partial: invalidations run, none met an interval so far | > 0 | even | may change |
+//! | 3 | full: one of them did | > 0 | odd | frozen, changes are deferred |
+//!
+//! From 1 to 2 or 3 by the start of a bracket, from 2 to 3 by a start that meets an interval or by an insert, back to 1
+//! by the end of the last bracket, which makes the deferred changes and then wakes whoever waits.
+//!
+//! # Safety
+//! `state` is changed under its lock; the tree is walked without it in state 3 only, where nobody changes it. A node in
+//! the tree or on the deferred list is kept by its `IntervalNotifier`, whose `remove` returns only when it is on neither.
+//!
+//! # Source
+//! `mn_itree_inv_start_range`, `mn_itree_inv_end` and their callers, mm/mmu_notifier.c, Linux 5.15.
+
+use super::finish::Finishes;
+use super::node::Header;
+use super::tree::{self, Root};
+use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::{Condvar, Mutex, MutexGuard, lock, mutant};
+use crate::{InvalidateRange, MmWithUser, WouldBlock, WouldDeadlock};
+use std::ptr;
+use std::sync::PoisonError;
+
+/// The intervals of one address space.
+#[derive(Debug)]
+pub(crate) struct Intervals {
+    /// Whether brackets take part. Set once, by the first insert.
+    enabled: AtomicBool,
+    /// Whether every bracket that did not see `enabled` has ended.
+    live: AtomicBool,
+    state: Mutex<State>,
+    thawed: Condvar,
+}
+
+#[derive(Debug)]
+struct State {
+    invalidate_seq: u64,
+    active_invalidate_ranges: u64,
+    itree: Root,
+    deferred_list: *mut Header,
+    /// How many threads wait for the sequence to change: waking nobody would still be a system call.
+    waiters: usize,
+}
+
+// SAFETY: The pointers are to nodes that are `Send + Sync` as far as the list and the tree use them, and the state is
+// behind a lock.
+unsafe impl Send for State {}
+
+/// A bracket's part in a window: its end is owed.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Window(());
+
+/// What became of a node that is to be removed.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Removal {
+    Done,
+    /// It leaves the tree when the window with this sequence closes.
+    Deferred(u64),
+    /// It would have had to be deferred. Nothing has changed.
+    Refused,
+}
+
+impl State {
+    fn is_full(&self) -> bool {
+        self.invalidate_seq & 1 == 1
+    }
+}
+
+impl Intervals {
+    /// # Panics
+    /// If `seq` is odd; the first is 2, another one only serves tests of the wrap-around.
+    pub(crate) fn new(seq: u64) -> Self {
+        assert!(seq.is_multiple_of(2), "an idle sequence is even");
+        Self {
+            enabled: AtomicBool::new(false),
+            live: AtomicBool::new(false),
+            state: Mutex::new(State {
+                invalidate_seq: seq,
+                active_invalidate_ranges: 0,
+                itree: ptr::null_mut(),
+                deferred_list: ptr::null_mut(),
+                waiters: 0,
+            }),
+            thawed: Condvar::new(),
+        }
+    }
+
+    /// Tells whether brackets take part in windows.
+    #[inline]
+    pub(crate) fn is_enabled(&self) -> bool {
+        // ORDER: Relaxed is enough: a bracket that reads false although it began after the first insert had returned would be
+        // one that the insert's grace period did not wait for and that yet does not see what came before it, which the
+        // domain excludes. What lies behind the flag is read under the lock.
+        self.enabled.load(Ordering::Relaxed)
+    }
+
+    /// Makes brackets take part: returns when every bracket that does not has ended.
+    pub(super) fn enable(&self, mm: &MmWithUser) -> Result<(), WouldDeadlock> {
+        // ORDER(core-itree): partner of the store below. Weaker, an insert could rely on a grace period it does not see.
+        if self.live.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let _locked = mm.mmap_write_lock()?;
+        self.enabled.store(true, Ordering::Relaxed);
+        mm.subscriptions().srcu().synchronize()?;
+        // ORDER(core-itree): the grace period, before whoever skips it.
+        self.live.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+
+    /// Opens a window for `range` and calls every interval that meets it.
+    ///
+    /// # Errors
+    /// [`WouldBlock`] if a non-blockable callback refused. Then no window is open, and the intervals after it were not asked.
+    pub(crate) fn start(&self, range: &InvalidateRange<'_>) -> Result<Window, WouldBlock> {
+        let (seq, root) = {
+            let mut state = self.lock();
+            state.active_invalidate_ranges += 1;
+            // SAFETY: Nobody changes the tree: its lock is held.
+            if !unsafe { tree::meets(state.itree, range.range) } {
+                return Ok(Window(()));
+            }
+            state.invalidate_seq |= 1;
+            (state.invalidate_seq, state.itree)
+        };
+        let mut finishes = Finishes::none();
+        let mut call = |links| {
+            // SAFETY: The links are those of a header, which its owner keeps while it is in the tree.
+            match unsafe { Header::of(links) }.invalidate(seq, range) {
+                Ok(finish) => {
+                    finishes.push(finish);
+                    true
+                }
+                Err(WouldBlock) => false,
+            }
+        };
+        // SAFETY: Nobody changes the tree: the sequence is odd until this window closes.
+        let all = unsafe { tree::visit(root, range.range, &mut call) };
+        finishes.run(range.mm);
+        if all {
+            Ok(Window(()))
+        } else {
+            self.end(Window(()));
+            Err(WouldBlock)
+        }
+    }
+
+    /// Closes one bracket's window; the last one makes the deferred changes and wakes whoever waits.
+    pub(crate) fn end(&self, Window(()): Window) {
+        let mut state = self.lock();
+        state.active_invalidate_ranges -= 1;
+        if state.active_invalidate_ranges != 0 || !state.is_full() {
+            return;
+        }
+        state.invalidate_seq = state.invalidate_seq.wrapping_add(1);
+        if mutant("thaw_in_two_steps") {
+            drop(state);
+            state = self.lock();
+        }
+        let mut deferred = std::mem::replace(&mut state.deferred_list, ptr::null_mut());
+        // SAFETY: A node on the list is kept by its owner, and the list is ours: its lock is held.
+        while let Some(node) = unsafe { deferred.as_ref() } {
+            deferred = node.take_deferred();
+            // SAFETY: The lock is held and no window is open: the tree is ours. The node is in it if it says so.
+            state.itree = unsafe { node.toggle(state.itree) };
+        }
+        let waiters = state.waiters;
+        drop(state);
+        if waiters != 0 {
+            self.thawed.notify_all();
+        }
+    }
+
+    /// Adds a node, now or when the open window closes.
+    ///
+    /// # Safety
+    /// The node must be new, and stay alive until `remove` has returned [`Removal::Done`], or `Deferred` and `wait_past`.
+    pub(super) unsafe fn insert(&self, node: &Header) {
+        let mut state = self.lock();
+        if state.active_invalidate_ranges == 0 {
+            // Odd and of the past: no reader has to wait for it.
+            node.set_seq(state.invalidate_seq.wrapping_sub(1));
+            // SAFETY: The lock is held and no window is open: the tree is ours. The node is new.
+            state.itree = unsafe { node.toggle(state.itree) };
+            return;
+        }
+        if state.is_full() {
+            state.deferred_list = node.defer(state.deferred_list);
+        } else {
+            // An invalidation that runs may be of this range: the node counts as hit.
+            state.invalidate_seq |= 1;
+            // SAFETY: The lock is held, and until now the sequence was even: nobody walks the tree. The node is new.
+            state.itree = unsafe { node.toggle(state.itree) };
+        }
+        // Odd and of this window: readers wait until it closes.
+        node.set_seq(state.invalidate_seq);
+    }
+
+    /// Takes a node out, now or when the open window closes; the latter only if the caller may wait for that.
+    ///
+    /// # Safety
+    /// The node must have been inserted, and not removed before.
+    pub(super) unsafe fn remove(&self, node: &Header, may_wait: bool) -> Removal {
+        let mut state = self.lock();
+        let in_tree = node.is_in_tree();
+        if state.is_full() && in_tree {
+            if !may_wait {
+                return Removal::Refused;
+            }
+            // A node in the tree is on no list, as it is removed only once.
+            state.deferred_list = node.defer(state.deferred_list);
+            return Removal::Deferred(state.invalidate_seq);
+        }
+        if in_tree {
+            // SAFETY: The lock is held and the sequence is even: the tree is ours, and the node is in it.
+            state.itree = unsafe { node.toggle(state.itree) };
+        } else {
+            // SAFETY: The lock is held; the list is this one, and its nodes are kept by their owners.
+            state.deferred_list = unsafe { node.undefer(state.deferred_list) };
+        }
+        Removal::Done
+    }
+
+    /// Reads a node's sequence; the second is whether the window of that sequence is open.
+    pub(super) fn read(&self, node: &Header) -> (u64, bool) {
+        let state = self.lock();
+        let seq = node.seq();
+        (seq, seq == state.invalidate_seq)
+    }
+
+    /// Waits until the window with the odd sequence `seq` has closed and its deferred changes are made.
+    pub(super) fn wait_past(&self, seq: u64) {
+        if mutant("remove_waits_not") {
+            return;
+        }
+        // Under the lock: whoever sees the next sequence sees the deferred changes made too.
+        let mut state = self.lock();
+        state.waiters += 1;
+        while state.invalidate_seq == seq {
+            state = self.thawed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.waiters -= 1;
+    }
+
+    /// Returns the sequence and the number of open windows, for tests.
+    pub(crate) fn snapshot(&self) -> (u64, u64) {
+        let state = self.lock();
+        (state.invalidate_seq, state.active_invalidate_ranges)
+    }
+}

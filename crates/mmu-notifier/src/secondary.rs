@@ -1,0 +1,108 @@
+//! Secondary TLBs that walk the primary page table by themselves.
+
+use crate::{Mm, Notifier, Va, VaRange};
+use std::ops::Deref;
+
+/// What a TLB of hardware that reads the primary page table does when that changes.
+///
+/// Such hardware can refill at any moment between a start and an end, so those are no use to it: it must be flushed where
+/// the entry was cleared, under the lock of the page table. A software copy wants [`Notifier`]; nothing can be both.
+///
+/// # Source
+/// `arch_invalidate_secondary_tlbs` of `struct mmu_notifier_ops`, Linux 6.6, which refuses an operations table that has
+/// start or end as well. Differs: such a table cannot be written.
+pub trait SecondaryTlb: Send + Sync + 'static {
+    /// Flushes a range.
+    ///
+    /// # Blocking
+    /// Must not sleep.
+    fn invalidate_secondary_tlbs(&self, mm: &Mm, range: VaRange);
+
+    /// Lets go of the whole address space. See [`Notifier::release`].
+    fn release(&self, mm: &Mm) {
+        let _ = mm;
+    }
+
+    /// See [`Notifier::clear_flush_young`].
+    fn clear_flush_young(&self, mm: &Mm, range: VaRange) -> bool {
+        let _ = (mm, range);
+        false
+    }
+
+    /// See [`Notifier::clear_young`].
+    fn clear_young(&self, mm: &Mm, range: VaRange) -> bool {
+        let _ = (mm, range);
+        false
+    }
+
+    /// See [`Notifier::test_young`].
+    fn test_young(&self, mm: &Mm, address: Va) -> bool {
+        let _ = (mm, address);
+        false
+    }
+}
+
+/// A [`SecondaryTlb`] as a subscriber, for [`Subsystem`](crate::Subsystem) and [`Registration`](crate::Registration).
+///
+/// # Examples
+/// ```
+/// use mmu_notifier::{Mm, MmWithUser, Registration, Secondary, SecondaryTlb, VaRange};
+///
+/// struct Iommu;
+/// impl SecondaryTlb for Iommu {
+///     fn invalidate_secondary_tlbs(&self, _mm: &Mm, range: VaRange) {
+///         println!("flush {range}");
+///     }
+/// }
+///
+/// let mm = MmWithUser::new();
+/// let _registration = Registration::new(&mm, Secondary(Iommu)).map_err(|e| e.error)?;
+/// mm.invalidate_secondary_tlbs(VaRange::ALL);
+/// # Ok::<(), mmu_notifier::WouldDeadlock>(())
+/// ```
+///
+/// A table with both kinds does not compile:
+///
+/// ```compile_fail,E0407
+/// struct Both;
+/// impl mmu_notifier::Notifier for Both {
+///     fn invalidate_range_start(&self, _: &mmu_notifier::InvalidateRange<'_>) {}
+///     fn invalidate_secondary_tlbs(&self, _: &mmu_notifier::Mm, _: mmu_notifier::VaRange) {}
+/// }
+/// ```
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Secondary<T>(pub T);
+
+impl<T> Deref for Secondary<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.0
+    }
+}
+
+impl<T: SecondaryTlb> Notifier for Secondary<T> {
+    fn release(&self, mm: &Mm) {
+        self.0.release(mm);
+    }
+
+    fn clear_flush_young(&self, mm: &Mm, range: VaRange) -> bool {
+        self.0.clear_flush_young(mm, range)
+    }
+
+    fn clear_young(&self, mm: &Mm, range: VaRange) -> bool {
+        self.0.clear_young(mm, range)
+    }
+
+    fn test_young(&self, mm: &Mm, address: Va) -> bool {
+        self.0.test_young(mm, address)
+    }
+
+    fn secondary_tlb(&self, _: Sealed) -> Option<&dyn SecondaryTlb> {
+        Some(&self.0)
+    }
+}
+
+/// Keeps a method of a public trait to this crate: nobody else can name it.
+#[derive(Debug, Clone, Copy)]
+pub struct Sealed;

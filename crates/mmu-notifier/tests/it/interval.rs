@@ -1,0 +1,471 @@
+//! 7.7: interval notifiers.
+
+use crate::support::{At, Gate, Log, Probe, nothing, page, spawn};
+use mmu_notifier::{
+    Event, Finish, IntervalNotifier, IntervalOps, InvalidateRange, MmWithUser, Registration, Retry, Va, VaRange,
+    WouldBlock,
+};
+use std::sync::{Arc, Mutex};
+
+type Hook = Box<dyn FnMut(&InvalidateRange<'_>) -> Result<Option<Finish>, WouldBlock> + Send>;
+
+/// A state that keeps the events it was told, and what a reader installed.
+#[derive(Default)]
+struct Shadow {
+    events: Vec<Event>,
+    entry: Option<u64>,
+    hook: Option<Hook>,
+}
+
+impl Shadow {
+    fn with(hook: impl FnMut(&InvalidateRange<'_>) -> Result<Option<Finish>, WouldBlock> + Send + 'static) -> Self {
+        Self { hook: Some(Box::new(hook)), ..Self::default() }
+    }
+}
+
+impl IntervalOps for Shadow {
+    fn invalidate(&mut self, range: &InvalidateRange<'_>) -> Option<Finish> {
+        self.try_invalidate(range).ok().flatten()
+    }
+
+    fn try_invalidate(&mut self, range: &InvalidateRange<'_>) -> Result<Option<Finish>, WouldBlock> {
+        self.events.push(range.event());
+        self.entry = None;
+        self.hook.as_mut().map_or(Ok(None), |hook| hook(range))
+    }
+}
+
+fn insert(mm: &MmWithUser, range: VaRange) -> IntervalNotifier<Shadow> {
+    IntervalNotifier::insert(mm, range, Shadow::default()).unwrap()
+}
+
+fn told(node: &IntervalNotifier<Shadow>) -> usize {
+    node.with_state(|state| state.events.len())
+}
+
+#[test]
+fn b_11_the_last_address_is_fine_and_overflow_is_not() {
+    assert!(VaRange::covering(Va::new(0x1000), 0).is_err());
+    assert!(VaRange::covering(Va::new(u64::MAX - 1), 3).is_err());
+    let (mm, top) = (MmWithUser::new(), VaRange::covering(Va::new(u64::MAX), 1).unwrap());
+    let node = insert(&mm, top);
+    drop(mm.invalidate(top, Event::Unmap));
+    assert_eq!(told(&node), 1);
+}
+
+/// The count is checked by type: insert takes a living address space.
+#[test]
+fn b_12_a_dead_address_space_takes_no_interval() {
+    let mm = MmWithUser::new();
+    let node = insert(&mm, page(1));
+    let handle = node.mm().clone();
+    drop(mm);
+    assert!(handle.mmget_not_zero().is_none());
+    assert_eq!(handle.mm_count(), 2, "this handle and the node's");
+}
+
+#[test]
+fn b_13_an_idle_insert_lets_readers_through() {
+    let mm = MmWithUser::new();
+    let node = insert(&mm, page(1));
+    assert_eq!(mm.interval_snapshot(), (2, 0));
+    let seq = node.read_begin();
+    assert!(!node.check_retry(seq));
+    assert_eq!(node.try_install(seq, |state| state.entry = Some(7)), Ok(()));
+}
+
+#[test]
+fn b_14_only_an_event_that_hits_makes_a_reader_retry() {
+    let mm = MmWithUser::new();
+    let node = insert(&mm, page(1));
+    let seq = node.read_begin();
+    drop(mm.invalidate(page(2), Event::Unmap));
+    assert_eq!((mm.interval_snapshot(), node.check_retry(seq)), ((2, 0), false));
+    let bracket = mm.invalidate(page(1), Event::Unmap);
+    assert_eq!(mm.interval_snapshot(), (3, 1));
+    assert!(node.check_retry(seq));
+    drop(bracket);
+    assert_eq!((mm.interval_snapshot(), node.try_install(seq, |_| ())), ((4, 0), Err(Retry)));
+}
+
+#[test]
+fn b_15_an_insert_while_something_runs_makes_its_reader_wait() {
+    let mm = Arc::new(MmWithUser::new());
+    let _first = insert(&mm, page(9));
+    let bracket = mm.invalidate(page(1), Event::Unmap);
+    assert_eq!(mm.interval_snapshot(), (2, 1));
+    let node = insert(&mm, page(1));
+    assert_eq!(mm.interval_snapshot(), (3, 1));
+    let reader = spawn(move || {
+        let seq = node.read_begin();
+        (node.try_install(seq, |_| ()), told(&node))
+    });
+    reader.assert_blocked();
+    drop(bracket);
+    assert_eq!(reader.join(), (Ok(()), 0), "it waited, and was not called for what it is too young for");
+}
+
+#[test]
+fn b_16_an_insert_into_a_full_window_is_deferred() {
+    let mm = MmWithUser::new();
+    let _hit = insert(&mm, page(1));
+    let bracket = mm.invalidate(page(1), Event::Unmap);
+    let node = insert(&mm, page(1));
+    let nested = mm.invalidate(page(1), Event::Unmap);
+    drop(nested);
+    assert_eq!(told(&node), 0, "no callback in this window");
+    drop(bracket);
+    drop(mm.invalidate(page(1), Event::Unmap));
+    assert_eq!(told(&node), 1, "and in the tree after it");
+}
+
+#[test]
+fn b_17_a_deferred_insert_can_be_removed_at_once() {
+    let mm = MmWithUser::new();
+    let _hit = insert(&mm, page(1));
+    let bracket = mm.invalidate(page(1), Event::Unmap);
+    let [a, b, c] = [(); 3].map(|()| insert(&mm, page(1)));
+    for node in [b, a, c] {
+        assert!(node.remove().unwrap().events.is_empty());
+    }
+    drop(bracket);
+    drop(mm.invalidate(page(1), Event::Unmap));
+    assert_eq!(mm.interval_snapshot(), (6, 0));
+}
+
+/// The kernel leaves the window open here for ever.
+#[test]
+fn b_18_a_refusing_subscriber_closes_the_intervals_window() {
+    let (mm, log) = (MmWithUser::new(), Log::default());
+    let refuses = Arc::new(|at| at != At::TryStart);
+    let _refuses = Registration::new(&mm, Probe::new("no", &log, refuses)).unwrap();
+    let hit = insert(&mm, page(1));
+    for range in [page(1), page(2)] {
+        assert!(mm.try_invalidate(range, Event::Unmap).is_err());
+        let (seq, active) = mm.interval_snapshot();
+        assert_eq!((seq % 2, active), (0, 0));
+    }
+    let node = insert(&mm, page(1));
+    let seq = node.read_begin();
+    assert!(node.try_install(seq, |_| ()).is_ok());
+    assert!(node.remove().is_ok() && hit.remove().is_ok());
+}
+
+#[test]
+fn b_19_a_refusing_interval_keeps_subscribers_out() {
+    let (mm, log) = (MmWithUser::new(), Log::default());
+    let _subscriber = Registration::new(&mm, Probe::new("a", &log, nothing())).unwrap();
+    let node = IntervalNotifier::insert(&mm, page(1), Shadow::with(|_| Err(WouldBlock))).unwrap();
+    assert_eq!(mm.try_invalidate(page(1), Event::Unmap).err(), Some(WouldBlock));
+    assert_eq!((log.all(), mm.interval_snapshot()), (vec![], (4, 0)));
+    drop(node);
+}
+
+/// A reader or another callback that holds the state's lock is a refusal too.
+#[test]
+fn a_locked_state_refuses_where_nobody_may_sleep() {
+    let mm = MmWithUser::new();
+    let node = insert(&mm, page(1));
+    node.with_state(|_| assert!(mm.try_invalidate(page(1), Event::Unmap).is_err()));
+    assert!(mm.try_invalidate(page(1), Event::Unmap).is_ok());
+}
+
+#[test]
+fn b_20_only_the_last_end_thaws() {
+    let mm = Arc::new(MmWithUser::new());
+    let _hit = insert(&mm, page(1));
+    let outer = mm.invalidate(page(1), Event::Unmap);
+    let inner = mm.invalidate(page(7), Event::Unmap);
+    let node = insert(&mm, page(1));
+    drop(outer);
+    assert_eq!(mm.interval_snapshot(), (3, 1));
+    let reader = spawn(move || {
+        let _ = node.read_begin();
+        node
+    });
+    reader.assert_blocked();
+    drop(inner);
+    let node = reader.join();
+    assert_eq!(mm.interval_snapshot(), (4, 0));
+    drop(mm.invalidate(page(1), Event::Unmap));
+    assert_eq!(told(&node), 1, "the deferred insert was made before the reader woke");
+}
+
+#[test]
+fn b_21_remove_in_a_full_window_returns_after_it() {
+    let mm = Arc::new(MmWithUser::new());
+    let node = insert(&mm, page(1));
+    let bracket = mm.invalidate(page(1), Event::Unmap);
+    let remover = spawn(move || node.remove().unwrap().events.len());
+    remover.assert_blocked();
+    drop(bracket);
+    assert_eq!(remover.join(), 1);
+    drop(mm.invalidate(page(1), Event::Unmap));
+    assert_eq!(mm.interval_snapshot(), (4, 0), "it is in the tree no more");
+}
+
+#[test]
+fn b_22_remove_waits_for_a_running_callback() {
+    let (mm, gate) = (Arc::new(MmWithUser::new()), Gate::new());
+    let shadow = Shadow::with({
+        let gate = Arc::clone(&gate);
+        move |_| {
+            gate.pass();
+            Ok(None)
+        }
+    });
+    let node = IntervalNotifier::insert(&mm, page(1), shadow).unwrap();
+    let walker = spawn({
+        let mm = Arc::clone(&mm);
+        move || drop(mm.invalidate(page(1), Event::Clear))
+    });
+    gate.wait_for(1);
+    let remover = spawn(move || node.remove().unwrap().events.len());
+    remover.assert_blocked();
+    gate.open();
+    walker.join();
+    assert_eq!(remover.join(), 1);
+}
+
+#[test]
+fn b_23_remove_outside_a_full_window_is_immediate() {
+    let mm = MmWithUser::new();
+    let (node, other) = (insert(&mm, page(1)), insert(&mm, page(2)));
+    assert!(node.remove().is_ok());
+    let bracket = mm.invalidate(page(5), Event::Unmap);
+    assert!(other.remove().is_ok(), "in a partial one, in this very thread");
+    drop(bracket);
+}
+
+#[test]
+fn b_24_read_begin_may_return_a_sequence_that_is_out_of_date() {
+    let mm = MmWithUser::new();
+    let node = insert(&mm, page(1));
+    for _ in 0..3 {
+        let seq = node.read_begin();
+        drop(mm.invalidate(page(1), Event::Clear));
+        assert_eq!(node.try_install(seq, |_| ()), Err(Retry), "and nothing loops inside");
+    }
+}
+
+/// Inside one's own bracket the wait would never end: the reader gets a sequence that fits no time.
+#[test]
+fn read_begin_inside_ones_own_bracket_does_not_hang() {
+    let mm = MmWithUser::new();
+    let node = insert(&mm, page(1));
+    let bracket = mm.invalidate(page(1), Event::Clear);
+    let seq = node.read_begin();
+    assert_eq!(node.try_install(seq, |_| ()), Err(Retry));
+    let refused = node.remove().err().expect("it would wait for itself");
+    drop(bracket);
+    assert_eq!(refused.interval.remove().unwrap().events.len(), 1);
+}
+
+#[test]
+fn b_25_no_stale_entry_survives_an_invalidation() {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    let (mm, frame) = (MmWithUser::new(), AtomicU64::new(0));
+    let node = insert(&mm, page(1));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for next in 1..20_000 {
+                let bracket = mm.invalidate(page(1), Event::Unmap);
+                frame.store(next, Ordering::SeqCst);
+                drop(bracket);
+            }
+        });
+        for _ in 0..20_000 {
+            let seq = node.read_begin();
+            let found = frame.load(Ordering::SeqCst);
+            let _ = node.try_install(seq, |state| state.entry = Some(found));
+            node.with_state(|state| {
+                // The frame moves on only after a start has taken this lock and cleared the entry.
+                assert!(state.entry.is_none_or(|entry| entry == frame.load(Ordering::SeqCst)), "a stale entry");
+            });
+        }
+    });
+    let last = frame.load(Ordering::SeqCst);
+    node.with_state(|state| assert!(state.entry.is_none_or(|entry| entry == last)));
+}
+
+/// A callback cannot leave the sequence alone: the core advances it before the state is touched.
+#[test]
+fn b_26_a_callback_that_does_nothing_still_makes_readers_retry() {
+    struct Lazy;
+    impl IntervalOps for Lazy {
+        fn invalidate(&mut self, _range: &InvalidateRange<'_>) -> Option<Finish> {
+            None
+        }
+    }
+    let mm = MmWithUser::new();
+    let node = IntervalNotifier::insert(&mm, page(1), Lazy).unwrap();
+    let seq = node.read_begin();
+    drop(mm.invalidate(page(1), Event::Clear));
+    assert!(node.check_retry(seq));
+}
+
+#[test]
+fn b_27_the_sequence_may_wrap_around() {
+    for start in [u64::MAX - 5, u64::MAX - 3, u64::MAX - 1] {
+        let mm = MmWithUser::with_interval_seq(start);
+        let node = insert(&mm, page(1));
+        for _ in 0..6 {
+            let seq = node.read_begin();
+            assert!(node.try_install(seq, |_| ()).is_ok());
+            let bracket = mm.invalidate(page(1), Event::Clear);
+            let deferred = insert(&mm, page(1));
+            drop(bracket);
+            assert_eq!(node.try_install(seq, |_| ()), Err(Retry));
+            let seq = deferred.read_begin();
+            assert!(deferred.try_install(seq, |_| ()).is_ok());
+            assert!(deferred.remove().is_ok());
+        }
+    }
+}
+
+#[test]
+fn b_28_exit_tells_every_interval_and_leaves_it_in_place() {
+    let mm = MmWithUser::new();
+    let top = VaRange::covering(Va::new(u64::MAX), 1).unwrap();
+    let nodes = [insert(&mm, page(1)), insert(&mm, top)];
+    drop(mm);
+    for node in &nodes {
+        assert_eq!(
+            node.with_state(|state| state.events.iter().map(|event| event.name()).collect::<Vec<_>>()),
+            ["release"]
+        );
+        let seq = node.read_begin();
+        assert!(node.try_install(seq, |_| ()).is_ok(), "the protocol is idle again; what fails is mmget_not_zero");
+        assert!(node.mm().mmget_not_zero().is_none());
+    }
+    drop(nodes[0].mm().invalidate(page(1), Event::Unmap));
+    assert_eq!(told(&nodes[0]), 2, "and it is still told");
+}
+
+#[test]
+fn b_29_a_node_keeps_the_address_spaces_memory() {
+    let mm = MmWithUser::new();
+    let node = insert(&mm, page(1));
+    drop(mm);
+    assert_eq!((node.mm().mm_count(), node.mm().mm_users()), (1, 0));
+    assert!(matches!(node.remove().unwrap().events[..], [Event::Release(_)]));
+}
+
+#[test]
+fn b_30_the_first_insert_waits_for_brackets_that_do_not_count() {
+    let mm = Arc::new(MmWithUser::new());
+    let bracket = mm.invalidate(page(1), Event::Unmap);
+    let first = spawn({
+        let mm = Arc::clone(&mm);
+        move || insert(&mm, page(1))
+    });
+    first.assert_blocked();
+    drop(bracket);
+    let node = first.join();
+    assert_eq!(mm.interval_snapshot(), (2, 0), "its end did not count below zero");
+    assert_eq!(told(&node), 0);
+}
+
+#[test]
+fn b_31_a_first_insert_that_cannot_wait_links_nothing() {
+    let mm = MmWithUser::new();
+    let bracket = mm.invalidate(page(1), Event::Unmap);
+    assert!(IntervalNotifier::insert(&mm, page(1), Shadow::default()).is_err());
+    drop(bracket);
+    assert_eq!((mm.interval_snapshot(), mm.mm_count()), ((2, 0), 1));
+    assert!(IntervalNotifier::insert(&mm, page(1), Shadow::default()).is_ok());
+}
+
+#[test]
+fn b_32_the_lockless_check_is_reliable_when_it_says_retry() {
+    let mm = MmWithUser::new();
+    let node = insert(&mm, page(1));
+    let seq = node.read_begin();
+    drop(mm.invalidate(page(1), Event::Clear));
+    assert!(node.check_retry(seq));
+    assert_eq!(node.try_install(seq, |_| ()), Err(Retry));
+}
+
+type Order = Arc<Mutex<Vec<(&'static str, u32)>>>;
+
+/// A state whose start and finish are written down.
+fn two_pass(order: &Order, number: u32) -> Shadow {
+    let order = Arc::clone(order);
+    Shadow::with(move |_| {
+        order.lock().unwrap().push(("start", number));
+        let order = Arc::clone(&order);
+        Ok(Some(Finish::new(move || order.lock().unwrap().push(("finish", number)))))
+    })
+}
+
+#[test]
+fn b_33_all_starts_come_before_all_finishes() {
+    let (mm, order) = (MmWithUser::new(), Order::default());
+    let nodes = [1, 2, 3].map(|n| IntervalNotifier::insert(&mm, page(u64::from(n)), two_pass(&order, n)).unwrap());
+    drop(mm.invalidate(VaRange::ALL, Event::Clear));
+    let expected: Vec<_> =
+        [("start", 1), ("start", 2), ("start", 3), ("finish", 1), ("finish", 2), ("finish", 3)].into();
+    assert_eq!(std::mem::take(&mut *order.lock().unwrap()), expected);
+    let _refuses = IntervalNotifier::insert(&mm, page(4), Shadow::with(|_| Err(WouldBlock))).unwrap();
+    assert!(mm.try_invalidate(VaRange::ALL, Event::Clear).is_err());
+    assert_eq!(*order.lock().unwrap(), expected, "on a refusal the earlier finishes still run");
+    drop(nodes);
+}
+
+#[test]
+fn b_34_remove_waits_for_a_pending_finish() {
+    let (mm, gate) = (Arc::new(MmWithUser::new()), Gate::new());
+    let shadow = Shadow::with({
+        let gate = Arc::clone(&gate);
+        move |_| {
+            let gate = Arc::clone(&gate);
+            Ok(Some(Finish::new(move || gate.pass())))
+        }
+    });
+    let node = IntervalNotifier::insert(&mm, page(1), shadow).unwrap();
+    let walker = spawn({
+        let mm = Arc::clone(&mm);
+        move || drop(mm.invalidate(page(1), Event::Clear))
+    });
+    gate.wait_for(1);
+    let remover = spawn(move || drop(node.remove().unwrap()));
+    remover.assert_blocked();
+    gate.open();
+    walker.join();
+    remover.join();
+}
+
+#[test]
+fn a_panicking_interval_is_counted_and_the_window_closes() {
+    let mm = MmWithUser::new();
+    let node = IntervalNotifier::insert(&mm, page(1), Shadow::with(|_| panic!("as this test wants"))).unwrap();
+    drop(mm.invalidate(page(1), Event::Clear));
+    assert_eq!((mm.callback_panics(), mm.interval_snapshot()), (1, (4, 0)));
+    assert_eq!(node.remove().unwrap().events.len(), 1);
+}
+
+/// A drop that would wait for this very thread is finished by the reclaimer.
+#[test]
+fn dropping_an_interval_in_its_own_bracket_does_not_hang_or_leak() {
+    struct Held(Option<std::sync::mpsc::Sender<()>>);
+    impl IntervalOps for Held {
+        fn invalidate(&mut self, _range: &InvalidateRange<'_>) -> Option<Finish> {
+            None
+        }
+    }
+    impl Drop for Held {
+        fn drop(&mut self) {
+            self.0.take().unwrap().send(()).unwrap();
+        }
+    }
+    let mm = MmWithUser::new();
+    let (dropped, wait) = std::sync::mpsc::channel();
+    let node = IntervalNotifier::insert(&mm, page(1), Held(Some(dropped))).unwrap();
+    let bracket = mm.invalidate(page(1), Event::Clear);
+    drop(node);
+    assert!(wait.try_recv().is_err(), "its window is open");
+    drop(bracket);
+    wait.recv().unwrap();
+    drop(mm.invalidate(page(1), Event::Clear));
+    assert_eq!(mm.interval_snapshot(), (4, 0));
+}

@@ -1,0 +1,300 @@
+//! Every interleaving of the races that the contract lists. `RUSTFLAGS="--cfg mmun_loom" cargo test --release --test loom`.
+#![cfg(mmun_loom)]
+
+use loom::sync::Arc;
+use loom::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use loom::thread;
+use mmu_notifier::{
+    Event, Finish, IntervalNotifier, IntervalOps, InvalidateRange, Mm, MmWithUser, Notifier, Registration, Subsystem,
+    VaRange,
+};
+
+/// What a model's notifiers have seen. What a callback asserts comes out as a counted panic, which each model checks.
+#[derive(Default)]
+struct Seen {
+    allocs: AtomicUsize,
+    frees: AtomicUsize,
+    starts: AtomicUsize,
+    ends: AtomicUsize,
+    releases: AtomicUsize,
+}
+
+struct Canary {
+    freed: AtomicBool,
+    seen: Arc<Seen>,
+}
+
+impl Canary {
+    fn new(seen: &Arc<Seen>) -> Self {
+        seen.allocs.fetch_add(1, Ordering::Relaxed);
+        Self { freed: AtomicBool::new(false), seen: Arc::clone(seen) }
+    }
+
+    fn alive(&self) {
+        assert!(!self.freed.load(Ordering::Relaxed), "used after it was freed");
+    }
+}
+
+impl Notifier for Canary {
+    fn invalidate_range_start(&self, _range: &InvalidateRange<'_>) {
+        self.alive();
+        self.seen.starts.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn invalidate_range_end(&self, _range: &InvalidateRange<'_>) {
+        self.alive();
+        self.seen.ends.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn release(&self, _mm: &Mm) {
+        self.alive();
+        self.seen.releases.fetch_add(1, Ordering::Relaxed);
+        thread::yield_now();
+        self.alive();
+    }
+}
+
+impl Drop for Canary {
+    fn drop(&mut self) {
+        assert!(!self.freed.swap(true, Ordering::Relaxed), "freed twice");
+        self.seen.frees.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+type Canaries = Subsystem<
+    Canary,
+    std::convert::Infallible,
+    Box<dyn Fn(&MmWithUser) -> Result<Canary, std::convert::Infallible> + Send + Sync>,
+>;
+
+fn canaries(seen: &Arc<Seen>) -> Canaries {
+    let seen = Arc::clone(seen);
+    Subsystem::new(Box::new(move |_| Ok(Canary::new(&seen))))
+}
+
+fn count(counter: &AtomicUsize) -> usize {
+    counter.load(Ordering::Relaxed)
+}
+
+fn model(f: impl Fn() + Sync + Send + 'static) {
+    model_with(2, f);
+}
+
+/// Checks every run in which threads are interrupted up to `preemptions` times; waiting does not count.
+fn model_with(preemptions: usize, f: impl Fn() + Sync + Send + 'static) {
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound = Some(builder.preemption_bound.unwrap_or(preemptions));
+    builder.max_branches = 20_000;
+    builder.check(f);
+}
+
+#[test]
+fn s_22_a_put_racing_a_walker() {
+    model(|| {
+        let (mm, seen) = (Arc::new(MmWithUser::new()), Arc::new(Seen::default()));
+        let subsystem = canaries(&seen);
+        let held = subsystem.get(&mm).unwrap();
+        let walker = thread::spawn({
+            let mm = Arc::clone(&mm);
+            move || drop(mm.invalidate(VaRange::ALL, Event::Clear))
+        });
+        held.put();
+        mm.run_deferred();
+        walker.join().unwrap();
+        assert_eq!((count(&seen.frees), mm.callback_panics()), (1, 0));
+        assert!(count(&seen.ends) <= count(&seen.starts));
+    });
+}
+
+#[test]
+fn s_27_a_get_racing_the_last_put() {
+    model(|| {
+        let (mm, seen) = (Arc::new(MmWithUser::new()), Arc::new(Seen::default()));
+        let subsystem = Arc::new(canaries(&seen));
+        let held = subsystem.get(&mm).unwrap();
+        let getter = thread::spawn({
+            let (mm, subsystem) = (Arc::clone(&mm), Arc::clone(&subsystem));
+            move || {
+                let got = subsystem.get(&mm).unwrap();
+                got.alive();
+                got.put();
+            }
+        });
+        held.put();
+        getter.join().unwrap();
+        mm.run_deferred();
+        assert_eq!(count(&seen.frees), count(&seen.allocs));
+        assert_eq!(mm.callback_panics(), 0);
+    });
+}
+
+#[test]
+fn s_47_a_put_racing_exit() {
+    model(|| {
+        let (mm, seen) = (MmWithUser::new(), Arc::new(Seen::default()));
+        let handle = (*mm).clone();
+        let subsystem = canaries(&seen);
+        let held = subsystem.get(&mm).unwrap();
+        let exit = thread::spawn(move || drop(mm));
+        held.put();
+        handle.run_deferred();
+        exit.join().unwrap();
+        assert!(count(&seen.releases) <= 1);
+        assert_eq!((count(&seen.frees), handle.callback_panics()), (1, 0));
+    });
+}
+
+#[test]
+fn s_48_s_50_unregister_racing_exit() {
+    model(|| {
+        let (mm, seen) = (MmWithUser::new(), Arc::new(Seen::default()));
+        let handle = (*mm).clone();
+        let Ok(registration) = Registration::new(&mm, Canary::new(&seen)) else { panic!("it was made outside") };
+        let exit = thread::spawn({
+            let seen = Arc::clone(&seen);
+            move || {
+                drop(mm);
+                assert!(count(&seen.releases) >= 1, "delisted, and nobody has released it");
+            }
+        });
+        let Ok(canary) = registration.unregister() else { panic!("it was unregistered outside") };
+        assert!((1..=2).contains(&count(&seen.releases)));
+        canary.alive();
+        drop(canary);
+        exit.join().unwrap();
+        assert_eq!((handle.has_notifiers(), handle.callback_panics()), (false, 0));
+    });
+}
+
+#[test]
+fn s_66_s_69_a_registrar_racing_a_bracket() {
+    model(|| {
+        let (mm, seen) = (Arc::new(MmWithUser::new()), Arc::new(Seen::default()));
+        let subsystem = canaries(&seen);
+        let moved = Arc::new(AtomicUsize::new(0));
+        let source = thread::spawn({
+            let (mm, moved) = (Arc::clone(&mm), Arc::clone(&moved));
+            move || {
+                let bracket = mm.invalidate(VaRange::ALL, Event::Unmap);
+                moved.store(1, Ordering::Relaxed);
+                drop(bracket);
+            }
+        });
+        let held = subsystem.get(&mm).unwrap();
+        // What is looked up now is either new, or its change will be told.
+        let looked_up = moved.load(Ordering::Relaxed);
+        source.join().unwrap();
+        let (starts, ends) = (count(&seen.starts), count(&seen.ends));
+        assert!(looked_up == 1 || starts == 1, "a stale entry that nobody will invalidate");
+        assert_eq!((starts, mm.callback_panics()), (ends, 0));
+        held.put();
+        mm.run_deferred();
+    });
+}
+
+/// A shadow entry, and whether it was removed.
+#[derive(Default)]
+struct Entry(Option<usize>, Arc<AtomicBool>);
+
+impl IntervalOps for Entry {
+    fn invalidate(&mut self, _range: &InvalidateRange<'_>) -> Option<Finish> {
+        assert!(!self.1.load(Ordering::Relaxed), "called after it was removed");
+        self.0 = None;
+        None
+    }
+}
+
+#[test]
+fn b_25_an_interval_fault_racing_an_invalidation() {
+    model(|| {
+        let mm = Arc::new(MmWithUser::new());
+        let node = IntervalNotifier::insert(&mm, VaRange::ALL, Entry::default()).unwrap();
+        let frame = Arc::new(AtomicUsize::new(0));
+        let source = thread::spawn({
+            let (mm, frame) = (Arc::clone(&mm), Arc::clone(&frame));
+            move || {
+                let bracket = mm.invalidate(VaRange::ALL, Event::Unmap);
+                frame.store(1, Ordering::Relaxed);
+                drop(bracket);
+            }
+        });
+        let seq = node.read_begin();
+        let found = frame.load(Ordering::Relaxed);
+        let _ = node.try_install(seq, |entry| entry.0 = Some(found));
+        source.join().unwrap();
+        assert_ne!(node.with_state(|entry| entry.0), Some(0), "an old frame is still mapped");
+    });
+}
+
+#[test]
+fn b_21_a_remove_racing_the_last_end() {
+    model_with(3, || {
+        let mm = Arc::new(MmWithUser::new());
+        let removed = Arc::new(AtomicBool::new(false));
+        let entry = Entry(None, Arc::clone(&removed));
+        let node = IntervalNotifier::insert(&mm, VaRange::ALL, entry).unwrap();
+        let bracket = mm.invalidate(VaRange::ALL, Event::Unmap);
+        let remover = thread::spawn(move || {
+            assert!(node.remove().is_ok());
+            removed.store(true, Ordering::Relaxed);
+        });
+        drop(bracket);
+        // Neither a later window nor a deferred change may know the node once it was removed.
+        drop(mm.invalidate(VaRange::ALL, Event::Unmap));
+        remover.join().unwrap();
+        assert_eq!((mm.interval_snapshot().1, mm.callback_panics()), (0, 0));
+    });
+}
+
+#[test]
+fn s_66_a_second_getter_racing_a_bracket() {
+    model(|| {
+        let (mm, seen) = (Arc::new(MmWithUser::new()), Arc::new(Seen::default()));
+        let subsystem = Arc::new(canaries(&seen));
+        let moved = Arc::new(AtomicUsize::new(0));
+        // Makes the subsystem's shared part, whose `OnceLock` is not modelled.
+        subsystem.synchronize().unwrap();
+        let bracket = mm.invalidate(VaRange::ALL, Event::Unmap);
+        let getters = [(); 2].map(|()| {
+            let (mm, subsystem, moved) = (Arc::clone(&mm), Arc::clone(&subsystem), Arc::clone(&moved));
+            thread::spawn(move || {
+                let held = subsystem.get(&mm).unwrap();
+                assert_eq!(moved.load(Ordering::Relaxed), 1, "got while a bracket is open that does not know it");
+                held.put();
+            })
+        });
+        moved.store(1, Ordering::Relaxed);
+        drop(bracket);
+        for getter in getters {
+            getter.join().unwrap();
+        }
+        mm.run_deferred();
+        assert_eq!(count(&seen.allocs), count(&seen.frees));
+    });
+}
+
+/// Each way to break the core, and the model that must fail for it.
+const MUTANTS: &[(&str, &str)] = &[
+    ("free_at_once", "s_22_a_put_racing_a_walker"),
+    ("get_revives", "s_27_a_get_racing_the_last_put"),
+    ("exit_peeks_relaxed", "s_48_s_50_unregister_racing_exit"),
+    ("delist_before_release", "s_48_s_50_unregister_racing_exit"),
+    ("register_waits_not", "s_66_s_69_a_registrar_racing_a_bracket"),
+    ("epoch_before_link", "s_66_s_69_a_registrar_racing_a_bracket"),
+    ("get_trusts_the_unready", "s_66_a_second_getter_racing_a_bracket"),
+    ("callback_without_seq", "b_25_an_interval_fault_racing_an_invalidation"),
+    ("remove_waits_not", "b_21_a_remove_racing_the_last_end"),
+    ("thaw_in_two_steps", "b_21_a_remove_racing_the_last_end"),
+];
+
+#[test]
+fn every_mutant_is_caught() {
+    let this = std::env::current_exe().unwrap();
+    for (mutant, model) in MUTANTS {
+        let run =
+            std::process::Command::new(&this).env("MMUN_MUTANT", mutant).args(["--exact", model]).output().unwrap();
+        let says = String::from_utf8_lossy(&run.stdout);
+        assert!(!run.status.success(), "{model} passes although {mutant} breaks it");
+        assert!(!run.status.success() && !says.contains("0 tests"), "{model} is no model");
+    }
+}

@@ -1,0 +1,70 @@
+//! Runs a program and writes a line for every invalidation it causes: `trace_log FILE PROG [ARGS..]`.
+//!
+//! It is also what the benchmarks compare with strace: `trace_log /dev/null PROG`.
+
+use std::env;
+use std::error::Error;
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::process::ExitCode;
+use std::sync::atomic::AtomicBool;
+use std::sync::{LazyLock, Mutex, OnceLock};
+
+use mmu_notifier::{InvalidateRange, MmWithUser, Notifier, Subscription, Subsystem};
+use mmu_source::process::{Command, ExitStatus, Observer, Options, Task, Tracer, current};
+
+static LOG: OnceLock<Mutex<BufWriter<File>>> = OnceLock::new();
+
+/// Writes what one address space's invalidations are.
+struct Lines;
+
+impl Lines {
+    fn line(&self, kind: &str, range: &InvalidateRange<'_>) {
+        let (Some(log), Some(current)) = (LOG.get(), current()) else { return };
+        let mut log = log.lock().expect("nobody panics with the log locked");
+        let (task, event, range) = (current.task, range.event().name(), range.range());
+        // A full disk ends the log, not the program.
+        let _ = writeln!(log, "{} {kind} {event} {} {range} {:?}", task.tid, current.cause, current.result);
+    }
+}
+
+impl Notifier for Lines {
+    fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
+        self.line("start", range);
+    }
+
+    fn invalidate_range_end(&self, range: &InvalidateRange<'_>) {
+        self.line("end", range);
+    }
+}
+
+static LINES: LazyLock<Subsystem<Lines>> = LazyLock::new(|| Subsystem::new(|_| Ok(Lines)));
+
+struct GetAndPut;
+
+impl Observer for GetAndPut {
+    type Held = Subscription<Lines>;
+
+    fn enter(&mut self, _: Task, mm: &MmWithUser) -> Subscription<Lines> {
+        LINES.get(mm).expect("the first task of an address space enters while no bracket is open on it")
+    }
+
+    fn leave(&mut self, _: Task, held: Subscription<Lines>) {
+        held.put();
+    }
+}
+
+fn main() -> Result<ExitCode, Box<dyn Error>> {
+    let mut args = env::args_os().skip(1);
+    let file = args.next().ok_or("usage: trace_log FILE PROG [ARGS..]")?;
+    let program = args.next().ok_or("usage: trace_log FILE PROG [ARGS..]")?;
+    let log = LOG.get_or_init(|| Mutex::new(BufWriter::new(File::create(file).expect("the log can be written"))));
+    let mut tracer = Tracer::new(Options::default(), GetAndPut)?;
+    tracer.spawn(Command::new(program).args(args))?;
+    tracer.run(&AtomicBool::new(false))?;
+    log.lock().expect("nobody panics with the log locked").flush()?;
+    Ok(match tracer.exit_status() {
+        Some(ExitStatus::Code(code)) => ExitCode::from(code as u8),
+        _ => ExitCode::FAILURE,
+    })
+}

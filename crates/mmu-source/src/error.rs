@@ -1,0 +1,106 @@
+//! The error of every source.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::io;
+
+/// Why a source could not do what it was asked.
+///
+/// [`Error::hint`] says what usually helps.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Error {
+    /// The program could not be executed: `ENOENT` if it was not found, `EACCES` if it may not be executed.
+    Exec {
+        /// The program as it was given.
+        program: OsString,
+        /// What `execve` answered.
+        source: io::Error,
+    },
+    /// The new process could not be set up before its program ran: `EAGAIN` if there are too many, `EPERM` if tracing it
+    /// is refused, `ENOENT` if its working directory does not exist.
+    Spawn {
+        /// The call that failed.
+        call: &'static str,
+        /// What it answered.
+        source: io::Error,
+    },
+    /// A process could not be attached to: `ESRCH` if there is none, `EPERM` if it is refused or traced already.
+    Attach {
+        /// The process as it was given.
+        pid: i32,
+        /// What the kernel answered.
+        source: io::Error,
+    },
+    /// A call on a tracee failed for a reason other than its death.
+    Kernel {
+        /// The call that failed.
+        call: &'static str,
+        /// The task it was about, if about one.
+        tid: Option<i32>,
+        /// What the kernel answered.
+        source: io::Error,
+    },
+    /// This kernel or this processor lacks something without which the source cannot work.
+    Unsupported {
+        /// What is missing.
+        what: &'static str,
+    },
+}
+
+impl Error {
+    /// Says what usually helps, in one line without a full stop.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            Error::Attach { source, .. } => match source.raw_os_error() {
+                Some(libc::EPERM) => Some(
+                    "another tracer may hold it, or tracing needs CAP_SYS_PTRACE (see /proc/sys/kernel/yama/ptrace_scope)",
+                ),
+                Some(libc::ESRCH) => Some("no such process"),
+                _ => None,
+            },
+            Error::Spawn { source, .. } if source.raw_os_error() == Some(libc::EPERM) => {
+                Some("ptrace may be forbidden here, as in some containers")
+            }
+            Error::Unsupported { .. } => Some("Linux 5.3 or later on x86-64 is needed"),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Exec { program, .. } => write!(f, "execve on {}", program.display()),
+            Error::Spawn { call, .. } => write!(f, "{call} on the new process"),
+            Error::Attach { pid, .. } => write!(f, "PTRACE_SEIZE on pid {pid}"),
+            Error::Kernel { call, tid: Some(tid), .. } => write!(f, "{call} on task {tid}"),
+            Error::Kernel { call, tid: None, .. } => f.write_str(call),
+            Error::Unsupported { what } => write!(f, "{what} is not available"),
+        }
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Error::Exec { source, .. }
+            | Error::Spawn { source, .. }
+            | Error::Attach { source, .. }
+            | Error::Kernel { source, .. } => Some(source),
+            Error::Unsupported { .. } => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_names_the_call_and_the_object_and_does_not_repeat_its_source() {
+        let error = Error::Attach { pid: 7, source: io::Error::from_raw_os_error(libc::EPERM) };
+        assert_eq!(error.to_string(), "PTRACE_SEIZE on pid 7");
+        assert!(error.hint().expect("EPERM has a hint").contains("ptrace_scope"));
+    }
+}

@@ -1,0 +1,52 @@
+//! Other processes, through ptrace and a seccomp filter.
+//!
+//! A [`Tracer`] runs or attaches to processes, gives each address space it meets one [`mmu_notifier::MmWithUser`], and opens
+//! an invalidation bracket on it around every memory system call: the start callbacks run while the task stands before the
+//! call, the end callbacks after it, also when the call fails. The [`Observer`] is told which task is in which address space.
+//!
+//! Processes that were spawned carry a seccomp filter, so that only memory calls stop; processes that were attached to stop
+//! at every system call. `docs/sources.md` says what this source sees and what it misses.
+//!
+//! # Threads
+//! ptrace binds a tracee to the thread that seized it. A tracer must be driven by the thread that made it, and that thread
+//! must have no other children, whose exit status it would reap.
+//!
+//! # Examples
+//! ```
+//! use std::sync::atomic::AtomicBool;
+//! use mmu_notifier::MmWithUser;
+//! use mmu_source::process::{Command, ExitStatus, Observer, Options, Task, Tracer};
+//!
+//! struct Tasks(u32);
+//! impl Observer for Tasks {
+//!     type Held = ();
+//!     fn enter(&mut self, _: Task, _: &MmWithUser) { self.0 += 1 }
+//!     fn leave(&mut self, _: Task, (): ()) { self.0 -= 1 }
+//! }
+//!
+//! let mut tracer = Tracer::new(Options::default(), Tasks(0))?;
+//! tracer.spawn(Command::new("true"))?;
+//! tracer.run(&AtomicBool::new(false))?;
+//! assert_eq!(tracer.exit_status(), Some(ExitStatus::Code(0)));
+//! assert_eq!(tracer.observer().0, 0);
+//! # Ok::<(), mmu_source::Error>(())
+//! ```
+
+mod abi;
+mod command;
+mod current;
+mod decode;
+mod filter;
+mod maps;
+mod observer;
+mod proc;
+mod space;
+mod sys;
+mod task;
+mod tracer;
+
+pub use crate::Error;
+pub use command::Command;
+pub use current::{Current, Pid, Task, current};
+pub use observer::{ExitStatus, Observer, TaskEvent};
+pub use tracer::{Done, Keeper, Options, Tracer};

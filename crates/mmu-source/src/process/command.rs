@@ -1,0 +1,150 @@
+//! The program to spawn.
+
+use std::env;
+use std::ffi::{CString, OsStr, OsString};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+
+/// A program to run under a tracer.
+///
+/// It is less than [`std::process::Command`] on purpose: everything it needs is laid out before the fork, so that the child
+/// makes system calls and nothing else until its program runs. The child inherits the standard streams that are not given,
+/// the signal mask and ignored signals (`SIGPIPE`, which Rust programs ignore, is put back to its default).
+#[derive(Debug)]
+pub struct Command {
+    program: OsString,
+    args: Vec<OsString>,
+    env: Option<Vec<(OsString, OsString)>>,
+    dir: Option<PathBuf>,
+    pub(super) stdio: [Option<OwnedFd>; 3],
+}
+
+impl Command {
+    /// Names the program; without a slash it is looked for in `PATH`, as a shell does.
+    pub fn new(program: impl AsRef<OsStr>) -> Command {
+        Command {
+            program: program.as_ref().to_owned(),
+            args: Vec::new(),
+            env: None,
+            dir: None,
+            stdio: [None, None, None],
+        }
+    }
+
+    /// Adds an argument.
+    pub fn arg(mut self, arg: impl AsRef<OsStr>) -> Command {
+        self.args.push(arg.as_ref().to_owned());
+        self
+    }
+
+    /// Adds arguments.
+    pub fn args<S: AsRef<OsStr>>(mut self, args: impl IntoIterator<Item = S>) -> Command {
+        self.args.extend(args.into_iter().map(|arg| arg.as_ref().to_owned()));
+        self
+    }
+
+    /// Replaces the whole environment, which is inherited otherwise.
+    pub fn environment(mut self, env: impl IntoIterator<Item = (OsString, OsString)>) -> Command {
+        self.env = Some(env.into_iter().collect());
+        self
+    }
+
+    /// Sets the working directory. A relative program name with a slash is looked up in it.
+    pub fn current_dir(mut self, dir: impl Into<PathBuf>) -> Command {
+        self.dir = Some(dir.into());
+        self
+    }
+
+    /// Gives the child its standard input.
+    pub fn stdin(mut self, fd: impl Into<OwnedFd>) -> Command {
+        self.stdio[0] = Some(fd.into());
+        self
+    }
+
+    /// Gives the child its standard output.
+    pub fn stdout(mut self, fd: impl Into<OwnedFd>) -> Command {
+        self.stdio[1] = Some(fd.into());
+        self
+    }
+
+    /// Gives the child its standard error.
+    pub fn stderr(mut self, fd: impl Into<OwnedFd>) -> Command {
+        self.stdio[2] = Some(fd.into());
+        self
+    }
+
+    /// The program as it was given.
+    pub fn program(&self) -> &OsStr {
+        &self.program
+    }
+
+    /// Lays out the strings `execve` needs. A zero byte in one of them is `EINVAL`.
+    pub(super) fn layout(&self) -> io::Result<Layout> {
+        let mut argv = vec![c_string(&self.program)?];
+        for arg in &self.args {
+            argv.push(c_string(arg)?);
+        }
+        let vars: Vec<(OsString, OsString)> = match &self.env {
+            Some(env) => env.clone(),
+            None => env::vars_os().collect(),
+        };
+        let path = vars.iter().rev().find(|(name, _)| name == "PATH").map(|(_, value)| value.as_os_str());
+        let mut candidates = Vec::new();
+        for candidate in candidates_in(&self.program, path) {
+            candidates.push(c_string(&candidate)?);
+        }
+        let mut envp = Vec::new();
+        for (name, value) in &vars {
+            let mut var = name.clone();
+            var.push("=");
+            var.push(value);
+            envp.push(c_string(&var)?);
+        }
+        let dir = self.dir.as_deref().map(|dir| c_string(dir.as_os_str())).transpose()?;
+        Ok(Layout { candidates, argv, envp, dir })
+    }
+}
+
+/// The strings of a [`Command`], as the kernel wants them.
+#[derive(Debug)]
+pub(super) struct Layout {
+    /// The paths to try in turn.
+    pub(super) candidates: Vec<CString>,
+    pub(super) argv: Vec<CString>,
+    pub(super) envp: Vec<CString>,
+    pub(super) dir: Option<CString>,
+}
+
+/// The paths `execvp` would try for `program`.
+fn candidates_in(program: &OsStr, path: Option<&OsStr>) -> Vec<OsString> {
+    if program.is_empty() || program.as_bytes().contains(&b'/') {
+        return vec![program.to_owned()];
+    }
+    let path = path.unwrap_or(OsStr::new("/bin:/usr/bin"));
+    env::split_paths(path)
+        .map(|dir| if dir.as_os_str().is_empty() { PathBuf::from(".") } else { dir })
+        .map(|dir| dir.join(program).into_os_string())
+        .collect()
+}
+
+fn c_string(text: &OsStr) -> io::Result<CString> {
+    CString::new(text.as_bytes()).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bare_name_is_looked_for_in_path_and_an_empty_entry_is_the_working_directory() {
+        let found = candidates_in(OsStr::new("ls"), Some(OsStr::new("/bin::/usr/bin")));
+        assert_eq!(found, ["/bin/ls", "./ls", "/usr/bin/ls"]);
+    }
+
+    #[test]
+    fn a_name_with_a_slash_is_taken_as_it_is() {
+        assert_eq!(candidates_in(OsStr::new("./ls"), Some(OsStr::new("/bin"))), ["./ls"]);
+    }
+}

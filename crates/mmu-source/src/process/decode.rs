@@ -1,0 +1,382 @@
+//! From a system call's arguments to what it is about to invalidate.
+
+use mmu_notifier::{Event, Va, VaRange};
+
+use super::abi::{Abi, Call, HARMLESS_ADVICE, IPC_SHMAT, IPC_SHMDT};
+use super::space::Break;
+use super::{Pid, maps, proc, sys};
+
+/// A call a task is about to make.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Entry {
+    pub(super) tid: Pid,
+    pub(super) abi: Abi,
+    pub(super) call: Call,
+    pub(super) args: [u64; 6],
+}
+
+/// What the tracer has to do about a call. The ranges go to the caller's list.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Plan {
+    pub(super) cause: &'static str,
+    pub(super) event: Event,
+    pub(super) then: Then,
+}
+
+/// What else there is to a call than its ranges.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Then {
+    /// Nothing.
+    Close,
+    /// It acts on the address space of this task.
+    Elsewhere(Pid),
+    /// Its result is the program break.
+    LearnBreak,
+    /// A child that comes out of it has an address space of its own.
+    Copy,
+}
+
+/// What decoding needs to know about the caller's address space.
+pub(super) struct Context<'a> {
+    pub(super) brk: &'a mut Break,
+    /// No other task shares the address space.
+    pub(super) alone: bool,
+    /// The tasks that are traced.
+    pub(super) tasks: &'a dyn Fn() -> Vec<Pid>,
+}
+
+impl Entry {
+    /// Says what the call is about to invalidate, as far as its arguments and `/proc` tell, or `None` if nothing.
+    ///
+    /// It errs on the side of too much: arguments that the kernel will refuse still give a range if one can be formed.
+    pub(super) fn plan(&self, context: Context<'_>, ranges: &mut Vec<VaRange>) -> Option<Plan> {
+        let [a0, a1, a2, a3, a4, a5] = self.args;
+        let mut cause = self.call.name();
+        let mut then = Then::Close;
+        let event = match self.call {
+            Call::Munmap => {
+                add(ranges, a0, a1);
+                Event::Unmap
+            }
+            Call::Mmap => {
+                mmap(ranges, a0, a1, a3);
+                Event::Unmap
+            }
+            Call::OldMmap => {
+                let [address, length, _, flags] = self.words::<4>(a0)?;
+                mmap(ranges, address, length, flags);
+                Event::Unmap
+            }
+            Call::RemapFilePages => {
+                add(ranges, page_down(a0), a1);
+                Event::Unmap
+            }
+            Call::Mremap => {
+                mremap(ranges, a0, page_up(a1), page_up(a2), a3, a4);
+                Event::Unmap
+            }
+            // A query.
+            Call::Brk if a0 == 0 => Event::Unmap,
+            Call::Brk => {
+                let call = context.brk.begin(a0, context.alone, || maps::heap_end(&self.maps()));
+                if let Some(end) = call.shrinks_from {
+                    ranges.extend(VaRange::new(Va::new(page_up(a0)), Va::new(page_up(end))));
+                }
+                if call.learn {
+                    then = Then::LearnBreak;
+                }
+                Event::Unmap
+            }
+            Call::Shmat => {
+                self.shmat(ranges, a0, a1, a2);
+                Event::Unmap
+            }
+            Call::Shmdt => {
+                maps::attached_at(&self.maps(), a0, ranges);
+                Event::Unmap
+            }
+            Call::Ipc => {
+                match a0 & 0xffff {
+                    IPC_SHMAT => {
+                        cause = "shmat";
+                        self.shmat(ranges, a1, a4, a2);
+                    }
+                    IPC_SHMDT => {
+                        cause = "shmdt";
+                        maps::attached_at(&self.maps(), a4, ranges);
+                    }
+                    _ => {}
+                }
+                Event::Unmap
+            }
+            Call::Madvise => {
+                if is_harmful(a2) {
+                    add(ranges, a0, a1);
+                }
+                Event::Clear
+            }
+            Call::ProcessMadvise => {
+                if is_harmful(a3) {
+                    let target = proc::pidfd_target(self.tid, a0 as i32)?;
+                    then = Then::Elsewhere(target);
+                    self.vectors(ranges, a1, a2);
+                }
+                Event::Clear
+            }
+            Call::Mprotect | Call::PkeyMprotect => {
+                self.mprotect(ranges, a0, a1, a2);
+                Event::ProtectionVma
+            }
+            Call::Mbind => {
+                // Without a flag to move pages it only sets a policy. MPOL_MF_STRICT moves none.
+                if a5 & !1 != 0 {
+                    add(ranges, a0, a1);
+                }
+                Event::Migrate { owner: None }
+            }
+            Call::MovePages => {
+                // Without a list of nodes it is a query.
+                if a3 != 0 {
+                    then = self.elsewhere(a0, &context)?;
+                    let target = if let Then::Elsewhere(tid) = then { tid } else { self.tid };
+                    self.pages(ranges, target, a1, a2);
+                }
+                Event::Migrate { owner: None }
+            }
+            Call::MigratePages => {
+                then = self.elsewhere(a0, &context)?;
+                ranges.push(VaRange::ALL);
+                Event::Migrate { owner: None }
+            }
+            Call::Fork | Call::Clone | Call::Clone3 => {
+                let flags = match self.call {
+                    Call::Clone => a0,
+                    Call::Clone3 => self.read_u64(a0)?,
+                    _ => 0,
+                };
+                if flags & libc::CLONE_VM as u64 != 0 {
+                    return None;
+                }
+                cause = if flags & libc::CLONE_VFORK as u64 == 0 { "fork" } else { "vfork" };
+                maps::writable_private(&self.maps(), ranges);
+                then = Then::Copy;
+                Event::ProtectionPage
+            }
+        };
+        let needless = ranges.is_empty() && !matches!(then, Then::LearnBreak | Then::Copy);
+        (!needless).then_some(Plan { cause, event, then })
+    }
+
+    fn maps(&self) -> Vec<maps::Mapping> {
+        maps::read(self.tid).unwrap_or_default()
+    }
+
+    fn shmat(&self, ranges: &mut Vec<VaRange>, id: u64, address: u64, flags: u64) {
+        if address == 0 || flags & libc::SHM_REMAP as u64 == 0 {
+            return;
+        }
+        let address = page_down(address);
+        match proc::segment_size(self.tid, id as i32) {
+            Some(size) => add(ranges, address, size),
+            // Of a segment of unknown size, only what is mapped above the address can be replaced.
+            None => {
+                let top = self.maps().iter().map(|mapping| mapping.end).rfind(|end| *end > address);
+                add(ranges, address, top.map_or(0, |top| top.saturating_sub(address)));
+            }
+        }
+    }
+
+    fn mprotect(&self, ranges: &mut Vec<VaRange>, address: u64, length: u64, protection: u64) {
+        const PROT_GROWSDOWN: u64 = 0x0100_0000;
+        let mut start = address;
+        if protection & PROT_GROWSDOWN != 0
+            && let Some(mapping) = maps::holding(&self.maps(), address)
+        {
+            start = mapping.start;
+        }
+        // A length of zero does nothing, and one that runs past the end is refused.
+        if length != 0
+            && let Some(length) = length.checked_add(address - start)
+        {
+            add(ranges, start, length);
+        }
+    }
+
+    /// The iovecs of `process_madvise`.
+    fn vectors(&self, ranges: &mut Vec<VaRange>, address: u64, count: u64) {
+        const UIO_MAXIOV: u64 = 1024;
+        let words = self.word_list(address, 2 * count.min(UIO_MAXIOV));
+        for vector in words.chunks_exact(2) {
+            add(ranges, vector[0], vector[1]);
+        }
+    }
+
+    /// The pages of `move_pages`, each with its neighbours: what moves is a folio, which may be as large as a huge page
+    /// but does not reach beyond its mapping.
+    fn pages(&self, ranges: &mut Vec<VaRange>, target: Pid, count: u64, address: u64) {
+        const HUGE_PAGE: u64 = 1 << 21;
+        const MANY: u64 = 1 << 16;
+        if count > MANY {
+            ranges.push(VaRange::ALL);
+            return;
+        }
+        let mut pages = self.word_list(address, count);
+        pages.sort_unstable();
+        let maps = maps::read(target).unwrap_or_default();
+        let mut open: Option<(u64, u64)> = None;
+        for page in pages {
+            let (start, end) = match maps::holding(&maps, page) {
+                Some(mapping) => {
+                    let start = page & !(HUGE_PAGE - 1);
+                    (start.max(mapping.start), (start + HUGE_PAGE).min(mapping.end))
+                }
+                None => continue,
+            };
+            open = match open {
+                Some((first, last)) if start <= last => Some((first, last.max(end))),
+                other => {
+                    ranges.extend(other.and_then(|(first, last)| VaRange::new(Va::new(first), Va::new(last)).ok()));
+                    Some((start, end))
+                }
+            };
+        }
+        ranges.extend(open.and_then(|(first, last)| VaRange::new(Va::new(first), Va::new(last)).ok()));
+    }
+
+    /// Whose address space a call that names a process acts on.
+    fn elsewhere(&self, pid: u64, context: &Context<'_>) -> Option<Then> {
+        let number = pid as Pid;
+        if number == 0 {
+            return Some(Then::Close);
+        }
+        proc::named_by(self.tid, number, (context.tasks)().into_iter()).map(Then::Elsewhere)
+    }
+
+    /// Reads `N` words as wide as the ABI has them.
+    fn words<const N: usize>(&self, address: u64) -> Option<[u64; N]> {
+        self.word_list(address, N as u64).try_into().ok()
+    }
+
+    fn word_list(&self, address: u64, count: u64) -> Vec<u64> {
+        let size = if self.abi.is_compat() { 4 } else { 8 };
+        let mut bytes = vec![0; count as usize * size];
+        let read = sys::read_memory(self.tid, address, &mut bytes);
+        let word = |bytes: &[u8]| {
+            let mut word = [0; 8];
+            word[..size].copy_from_slice(bytes);
+            u64::from_le_bytes(word)
+        };
+        bytes[..read].chunks_exact(size).map(word).collect()
+    }
+
+    /// Reads 64 bits, whatever the ABI.
+    fn read_u64(&self, address: u64) -> Option<u64> {
+        let mut bytes = [0; 8];
+        (sys::read_memory(self.tid, address, &mut bytes) == 8).then(|| u64::from_le_bytes(bytes))
+    }
+}
+
+fn mmap(ranges: &mut Vec<VaRange>, address: u64, length: u64, flags: u64) {
+    let replaces = flags & libc::MAP_FIXED as u64 != 0 && flags & libc::MAP_FIXED_NOREPLACE as u64 == 0;
+    if replaces {
+        add(ranges, address, length);
+    }
+}
+
+/// # Source
+/// mremap(2). A shrink gives up the tail where it stands; what moves leaves its whole old range; an old length of zero copies a
+/// shared mapping and leaves it.
+fn mremap(ranges: &mut Vec<VaRange>, old: u64, old_length: u64, new_length: u64, flags: u64, new: u64) {
+    let has = |flag: i32| flags & flag as u64 != 0;
+    if has(libc::MREMAP_FIXED) {
+        add(ranges, old, old_length);
+        add(ranges, new, new_length);
+    } else if has(libc::MREMAP_DONTUNMAP) || (has(libc::MREMAP_MAYMOVE) && new_length > old_length) {
+        add(ranges, old, old_length);
+    } else if new_length < old_length
+        && let Some(tail) = old.checked_add(new_length)
+    {
+        add(ranges, tail, old_length - new_length);
+    }
+}
+
+fn is_harmful(advice: u64) -> bool {
+    !HARMLESS_ADVICE.contains(&(advice as u32))
+}
+
+/// Adds the pages of `length` bytes from `address`, unless no range can be formed.
+fn add(ranges: &mut Vec<VaRange>, address: u64, length: u64) {
+    ranges.extend(VaRange::covering(Va::new(address), length));
+}
+
+fn page_down(address: u64) -> u64 {
+    address & !(mmu_notifier::PAGE_SIZE - 1)
+}
+
+/// Rounds up to a page; what would overflow is left as it is, and refused by the kernel.
+fn page_up(address: u64) -> u64 {
+    address.checked_next_multiple_of(mmu_notifier::PAGE_SIZE).unwrap_or(address)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ranges_of(call: Call, args: [u64; 6]) -> (Option<Plan>, Vec<(u64, u64)>) {
+        let entry = Entry { tid: std::process::id() as Pid, abi: Abi::Native, call, args };
+        let (mut ranges, mut brk) = (Vec::new(), Break::default());
+        let plan = entry.plan(Context { brk: &mut brk, alone: true, tasks: &Vec::new }, &mut ranges);
+        (plan, ranges.iter().map(|range| (range.start().get(), range.end().map_or(0, Va::get))).collect())
+    }
+
+    fn mremap(old_length: u64, new_length: u64, flags: i32) -> Vec<(u64, u64)> {
+        ranges_of(Call::Mremap, [0x10000, old_length, new_length, flags as u64, 0x80000, 0]).1
+    }
+
+    #[test]
+    fn a_munmap_of_part_of_a_page_is_of_the_whole_page() {
+        assert_eq!(ranges_of(Call::Munmap, [0x1000, 1, 0, 0, 0, 0]).1, [(0x1000, 0x2000)]);
+        assert_eq!(
+            ranges_of(Call::Munmap, [0x1001, 0x1000, 0, 0, 0, 0]).1,
+            [(0x1000, 0x3000)],
+            "refused by the kernel"
+        );
+        assert_eq!(ranges_of(Call::Munmap, [0x1000, 0, 0, 0, 0, 0]), (None, vec![]));
+        assert_eq!(ranges_of(Call::Munmap, [u64::MAX, u64::MAX, 0, 0, 0, 0]), (None, vec![]));
+    }
+
+    #[test]
+    fn mremap_gives_up_the_tail_or_all_or_nothing() {
+        assert_eq!(mremap(0x3000, 0x1000, 0), [(0x11000, 0x13000)]);
+        assert_eq!(mremap(0x3000, 0x1000, libc::MREMAP_MAYMOVE), [(0x11000, 0x13000)]);
+        assert_eq!(mremap(0x1000, 0x3000, 0), [], "it grows in place or fails");
+        assert_eq!(mremap(0x1000, 0x3000, libc::MREMAP_MAYMOVE), [(0x10000, 0x11000)]);
+        assert_eq!(mremap(0x1000, 0x1000, libc::MREMAP_MAYMOVE), []);
+        assert_eq!(mremap(0xfff, 0x1000, libc::MREMAP_MAYMOVE), [], "the same number of pages");
+        assert_eq!(mremap(0x1000, 0x1000, libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP), [(0x10000, 0x11000)]);
+    }
+
+    #[test]
+    fn mremap_to_a_fixed_place_gives_up_that_place_as_well() {
+        let fixed = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+        assert_eq!(mremap(0x1000, 0x2000, fixed), [(0x10000, 0x11000), (0x80000, 0x82000)]);
+        assert_eq!(mremap(0, 0x2000, fixed), [(0x80000, 0x82000)], "an old length of zero leaves the old range");
+        assert_eq!(mremap(u64::MAX, u64::MAX, fixed), [], "nothing can be formed, nothing panics");
+    }
+
+    #[test]
+    fn queries_and_policies_invalidate_nothing() {
+        assert_eq!(ranges_of(Call::MovePages, [0, 1, 0x1000, 0, 0, 0]).0, None);
+        assert_eq!(ranges_of(Call::Mbind, [0x1000, 0x1000, 0, 0, 0, 1]).0, None);
+        assert_eq!(ranges_of(Call::Madvise, [0x1000, 0x1000, 3, 0, 0, 0]).0, None);
+        assert_eq!(ranges_of(Call::Clone, [libc::CLONE_VM as u64, 0, 0, 0, 0, 0]).0, None);
+    }
+
+    #[test]
+    fn a_copying_clone_protects_what_is_writable() {
+        let (plan, ranges) = ranges_of(Call::Clone, [libc::SIGCHLD as u64, 0, 0, 0, 0, 0]);
+        let plan = plan.expect("a fork is planned");
+        assert_eq!((plan.cause, plan.event, plan.then), ("fork", Event::ProtectionPage, Then::Copy));
+        assert!(!ranges.is_empty());
+    }
+}

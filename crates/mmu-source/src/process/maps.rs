@@ -1,0 +1,161 @@
+//! `/proc/PID/maps`.
+
+use std::io;
+
+use mmu_notifier::{Va, VaRange};
+
+use super::Pid;
+
+/// One mapping of a task.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Mapping {
+    pub(super) start: u64,
+    pub(super) end: u64,
+    pub(super) writable: bool,
+    pub(super) private: bool,
+    pub(super) offset: u64,
+    pub(super) device: (u32, u32),
+    pub(super) inode: u64,
+    pub(super) kind: Kind,
+}
+
+/// What the last column says, as far as it matters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    Heap,
+    SysV,
+    Aio,
+    Other,
+}
+
+/// Reads the mappings of a task, in order of address. A task that has died has none.
+pub(super) fn read(tid: Pid) -> io::Result<Vec<Mapping>> {
+    let text = std::fs::read(format!("/proc/{tid}/maps"))?;
+    Ok(text.split(|byte| *byte == b'\n').filter_map(parse).collect())
+}
+
+/// Parses a line, such as `7f00-8f00 rw-p 00000000 00:01 12 /SYSV00000000 (deleted)`.
+fn parse(line: &[u8]) -> Option<Mapping> {
+    // A path may hold any byte but a newline; only the columns before it must be text.
+    let mut columns = line.splitn(6, |byte| *byte == b' ').map(|column| std::str::from_utf8(column));
+    let mut next = || columns.next()?.ok();
+    let hex = |text: &str| u64::from_str_radix(text, 16).ok();
+    let (start, end) = next()?.split_once('-')?;
+    let flags = next()?.as_bytes();
+    let offset = hex(next()?)?;
+    let (major, minor) = next()?.split_once(':')?;
+    let inode = next()?.parse().ok()?;
+    let path = line.splitn(6, |byte| *byte == b' ').nth(5).unwrap_or_default().trim_ascii_start();
+    let kind = match path {
+        b"[heap]" => Kind::Heap,
+        path if path.starts_with(b"/SYSV") => Kind::SysV,
+        path if path.starts_with(b"/[aio]") => Kind::Aio,
+        _ => Kind::Other,
+    };
+    Some(Mapping {
+        start: hex(start)?,
+        end: hex(end)?,
+        writable: flags.get(1) == Some(&b'w'),
+        private: flags.get(3) == Some(&b'p'),
+        offset,
+        device: (u32::from_str_radix(major, 16).ok()?, u32::from_str_radix(minor, 16).ok()?),
+        inode,
+        kind,
+    })
+}
+
+/// Collects the memory that `fork` write-protects: what is private and writable, neighbours joined.
+///
+/// Memory that was written and made read-only later is write-protected already.
+pub(super) fn writable_private(maps: &[Mapping], into: &mut Vec<VaRange>) {
+    let mut open: Option<(u64, u64)> = None;
+    for mapping in maps.iter().filter(|mapping| mapping.private && mapping.writable) {
+        open = match open {
+            Some((start, end)) if end == mapping.start => Some((start, mapping.end)),
+            Some((start, end)) => {
+                push(into, start, end);
+                Some((mapping.start, mapping.end))
+            }
+            None => Some((mapping.start, mapping.end)),
+        };
+    }
+    if let Some((start, end)) = open {
+        push(into, start, end);
+    }
+}
+
+/// Collects what `shmdt(address)` detaches: the pieces of the one segment that lie where attaching it at `address` put
+/// them.
+///
+/// # Source
+/// `ksys_shmdt`, ipc/shm.c: a piece belongs if it is of the same segment and its offset is its distance from `address`.
+/// The first one found in address order says which segment that is.
+pub(super) fn attached_at(maps: &[Mapping], address: u64, into: &mut Vec<VaRange>) {
+    let belongs = |mapping: &&Mapping| {
+        mapping.kind == Kind::SysV && mapping.start >= address && mapping.start - address == mapping.offset
+    };
+    let Some(first) = maps.iter().find(belongs) else { return };
+    for mapping in maps.iter().filter(belongs) {
+        if (mapping.device, mapping.inode) == (first.device, first.inode) {
+            push(into, mapping.start, mapping.end);
+        }
+    }
+}
+
+/// Finds the mapping that holds `address`.
+pub(super) fn holding(maps: &[Mapping], address: u64) -> Option<&Mapping> {
+    maps.iter().find(|mapping| mapping.start <= address && address < mapping.end)
+}
+
+/// The end of the heap, as far as the maps tell: a neighbour that was joined to it counts as heap.
+pub(super) fn heap_end(maps: &[Mapping]) -> Option<u64> {
+    maps.iter().rfind(|mapping| mapping.kind == Kind::Heap).map(|mapping| mapping.end)
+}
+
+fn push(into: &mut Vec<VaRange>, start: u64, end: u64) {
+    into.extend(VaRange::new(Va::new(start), Va::new(end)));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn maps(text: &str) -> Vec<Mapping> {
+        text.lines().filter_map(|line| parse(line.as_bytes())).collect()
+    }
+
+    fn range(start: u64, end: u64) -> VaRange {
+        VaRange::new(Va::new(start), Va::new(end)).expect("a range")
+    }
+
+    #[test]
+    fn writable_private_neighbours_are_joined_and_the_rest_is_left_out() {
+        let maps = maps(
+            "1000-2000 rw-p 00000000 00:00 0 \n2000-3000 rw-p 00000000 08:01 7   /bin/a b\n3000-4000 r--p 0 00:00 0\n\
+             5000-6000 rw-s 00000000 00:01 3   /x\n7000-8000 rwxp 00000000 00:00 0   [heap]\n",
+        );
+        let mut found = Vec::new();
+        writable_private(&maps, &mut found);
+        assert_eq!(found, [range(0x1000, 0x3000), range(0x7000, 0x8000)]);
+        assert_eq!(heap_end(&maps), Some(0x8000));
+    }
+
+    #[test]
+    fn a_segment_with_a_hole_is_detached_in_pieces_and_a_second_attachment_stays() {
+        let maps = maps(
+            "1000-2000 rw-s 00000000 00:01 9   /SYSV00000000 (deleted)\n3000-4000 rw-s 00002000 00:01 9   /SYSV00000000\n\
+             4000-5000 rw-s 00000000 00:01 9   /SYSV00000000 (deleted)\n5000-6000 rw-s 00004000 00:01 8   /SYSV00000000\n",
+        );
+        let mut found = Vec::new();
+        attached_at(&maps, 0x1000, &mut found);
+        assert_eq!(found, [range(0x1000, 0x2000), range(0x3000, 0x4000)]);
+    }
+
+    #[test]
+    fn a_path_that_is_not_text_and_a_broken_line_do_no_harm() {
+        let line = b"1000-2000 rw-p 00000000 00:00 5                          /\xff\xfe";
+        assert_eq!(parse(line).map(|mapping| mapping.kind), Some(Kind::Other));
+        assert_eq!(parse(b"1000"), None);
+        assert_eq!(parse(b""), None);
+    }
+}

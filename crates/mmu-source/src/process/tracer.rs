@@ -1,0 +1,354 @@
+//! The tracer: its table of tasks, its loop, and the calls of its tracees.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::marker::PhantomData;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::{io, mem};
+
+use mmu_notifier::VaRange;
+
+use super::abi::Abi;
+use super::current::Scope;
+use super::decode::{Context, Entry, Then};
+use super::space::Space;
+use super::sys::{self, Resume, Stop, SyscallInfo, Wait};
+use super::task::{Life, OpenCall, Tracee};
+use super::{Error, ExitStatus, Observer, Pid, Task, TaskEvent};
+
+mod detach;
+mod family;
+mod start;
+
+pub use detach::Keeper;
+
+/// How to trace.
+#[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
+pub struct Options {
+    /// Traces children and threads as well. Without it no filter can be used: the children would inherit it.
+    pub follow: bool,
+    /// Gives spawned processes a filter, so that only memory calls stop. Without it every system call does.
+    pub seccomp: bool,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options { follow: true, seccomp: true }
+    }
+}
+
+/// Why [`Tracer::run`] returned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Done {
+    /// No tracee is left.
+    AllExited,
+    /// It was asked to stop; the tracees that there are stop at their next call until it runs again or detaches.
+    Stopped,
+}
+
+/// Traces processes and tells the subscribers of their address spaces what is about to change.
+///
+/// It belongs to the thread that made it:
+///
+/// ```compile_fail,E0277
+/// fn send<T: Send>() {}
+/// struct Nobody;
+/// # impl mmu_source::process::Observer for Nobody {
+/// #     type Held = ();
+/// #     fn enter(&mut self, _: mmu_source::process::Task, _: &mmu_notifier::MmWithUser) {}
+/// #     fn leave(&mut self, _: mmu_source::process::Task, (): ()) {}
+/// # }
+/// send::<mmu_source::process::Tracer<Nobody>>();
+/// ```
+#[doc(alias = "ptrace")]
+pub struct Tracer<O: Observer> {
+    observer: O,
+    options: Options,
+    tasks: HashMap<Pid, Tracee<O::Held>>,
+    /// What was reported of tasks that nobody has named yet.
+    parked: HashMap<Pid, family::Parked>,
+    /// Tasks that were stopped outside `run`, which lets them go.
+    held: Vec<Pid>,
+    /// The process spawned last, and how it ended.
+    root: Option<(Pid, Option<ExitStatus>)>,
+    /// Scratch for the ranges of one call.
+    ranges: Vec<VaRange>,
+    /// ptrace belongs to a thread.
+    _thread: PhantomData<*const ()>,
+}
+
+impl<O: Observer> Tracer<O> {
+    /// Makes a tracer that traces nobody yet.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] on a machine other than x86-64.
+    pub fn new(options: Options, observer: O) -> Result<Self, Error> {
+        if !cfg!(target_arch = "x86_64") {
+            return Err(Error::Unsupported { what: "the process source on this processor" });
+        }
+        Ok(Tracer {
+            observer,
+            options,
+            tasks: HashMap::new(),
+            parked: HashMap::new(),
+            held: Vec::new(),
+            root: None,
+            ranges: Vec::new(),
+            _thread: PhantomData,
+        })
+    }
+
+    /// Returns the observer.
+    pub fn observer(&self) -> &O {
+        &self.observer
+    }
+
+    /// Returns the observer, to be changed.
+    pub fn observer_mut(&mut self) -> &mut O {
+        &mut self.observer
+    }
+
+    /// Tells how the process spawned last ended, or `None` while it runs.
+    pub fn exit_status(&self) -> Option<ExitStatus> {
+        self.root?.1
+    }
+
+    /// Serves the tracees until none is left or `stop` is true.
+    ///
+    /// A signal handler can set `stop`: the wait it interrupts returns. A signal that arrives in the moment before the wait
+    /// begins takes effect at the next event, so a handler that must not wait for one repeats itself with a timer.
+    ///
+    /// # Blocking
+    /// Sleeps until a tracee stops; runs the callbacks of subscribers and the observer's methods.
+    /// # Errors
+    /// [`Error::Kernel`] if a call of the tracer fails for another reason than the death of a tracee.
+    pub fn run(&mut self, stop: &AtomicBool) -> Result<Done, Error> {
+        for tid in mem::take(&mut self.held) {
+            self.resume(tid, 0)?;
+        }
+        loop {
+            // ORDER: Relaxed is enough: the flag carries no data. A handler in this thread is ordered with it anyway.
+            if stop.load(Ordering::Relaxed) {
+                return Ok(Done::Stopped);
+            }
+            if self.tasks.is_empty() && self.parked.is_empty() {
+                return Ok(Done::AllExited);
+            }
+            match sys::wait().map_err(|source| Error::Kernel { call: "waitpid", tid: None, source })? {
+                Wait::Stopped(tid, stop) => self.stopped(tid, stop)?,
+                Wait::Ended(tid, status) => self.ended(tid, status)?,
+                Wait::Interrupted => {}
+                Wait::Nobody => {
+                    debug_assert!(self.tasks.is_empty(), "a tracee vanished: {:?}", self.tasks);
+                    return Ok(Done::AllExited);
+                }
+            }
+        }
+    }
+
+    /// Serves one stop of one task and lets it go on.
+    fn stopped(&mut self, tid: Pid, stop: Stop) -> Result<(), Error> {
+        if stop == Stop::Exec {
+            return self.execed(tid);
+        }
+        match self.tasks.get(&tid) {
+            None => return self.park(tid, family::Report::Stopped(stop)),
+            Some(Tracee { life: Life::Fresh(_), .. }) => self.appear(tid),
+            Some(_) => {}
+        }
+        match stop {
+            Stop::Seccomp | Stop::Syscall => {
+                match sys::syscall_info(tid).map_err(kernel("PTRACE_GET_SYSCALL_INFO", tid))? {
+                    Some(SyscallInfo::Entry { arch, number, args }) => self.call_begins(tid, arch, number, args),
+                    Some(SyscallInfo::Exit { result }) => self.call_ends(tid, Some(result)),
+                    Some(SyscallInfo::None) | None => {}
+                }
+            }
+            Stop::NewTask(kind) => self.cloned(tid, kind)?,
+            Stop::Exit => {
+                let message = sys::event_message(tid).map_err(kernel("PTRACE_GETEVENTMSG", tid))?;
+                if let (Some(tracee), Some(status)) = (self.tasks.get_mut(&tid), message) {
+                    tracee.exit = sys::exit_status(status as i32);
+                }
+                self.depart(tid, "exit");
+            }
+            Stop::Group => return resume(tid, Resume::Listen, 0),
+            Stop::Signal(signal) => return self.resume(tid, signal),
+            Stop::Trap | Stop::Other | Stop::Exec => {}
+        }
+        self.resume(tid, 0)
+    }
+
+    fn resume(&self, tid: Pid, signal: i32) -> Result<(), Error> {
+        match self.tasks.get(&tid) {
+            Some(tracee) => resume(tid, tracee.resume(), signal),
+            None => Ok(()),
+        }
+    }
+
+    /// A task stands before a system call.
+    fn call_begins(&mut self, tid: Pid, arch: u32, number: u64, mut args: [u64; 6]) {
+        let Some(tracee) = self.tasks.get(&tid) else { return };
+        let (Life::In(space, _), None) = (&tracee.life, &tracee.call) else { return };
+        let task = tracee.task;
+        let Some((abi, number)) = Abi::of(arch, number) else {
+            let _scope = Scope::new(task, "unknown", None);
+            self.observer.event(&TaskEvent::UnknownAbi { task, arch, number });
+            return;
+        };
+        let Some(call) = abi.call(number) else { return };
+        if abi == Abi::I386 {
+            args = args.map(|arg| arg & u64::from(u32::MAX));
+        }
+        let mut ranges = mem::take(&mut self.ranges);
+        ranges.clear();
+        let plan = space.update_brk(|brk| {
+            let alone = space.tasks.get() == 1;
+            let tasks = || self.tasks.keys().copied().collect();
+            Entry { tid, abi, call, args }.plan(Context { brk, alone, tasks: &tasks }, &mut ranges)
+        });
+        if let Some(plan) = plan
+            && let Some(target) = self.target(tid, plan.then)
+        {
+            let scope = Scope::new(task, plan.cause, None);
+            if let Then::Elsewhere(_) = plan.then {
+                target.from_elsewhere.set(target.from_elsewhere.get() + 1);
+            }
+            let brackets = ranges.iter().map(|range| target.mm.invalidate_owned(*range, plan.event)).collect();
+            drop(scope);
+            let compat = abi.is_compat();
+            let call = OpenCall { cause: plan.cause, brackets, space: Some(target), then: plan.then, compat };
+            if let Some(tracee) = self.tasks.get_mut(&tid) {
+                tracee.call = Some(call);
+            }
+        }
+        self.ranges = ranges;
+    }
+
+    /// The address space a call acts on, if it is traced.
+    fn target(&self, tid: Pid, then: Then) -> Option<Rc<Space>> {
+        let tracee = match then {
+            Then::Elsewhere(pid) => {
+                // A leader that has ended stands for its process all the same.
+                let leader = self.tasks.get(&pid).filter(|tracee| tracee.space().is_some());
+                leader.or_else(|| self.tasks.values().find(|tracee| tracee.task.pid == pid && tracee.space().is_some()))
+            }
+            _ => self.tasks.get(&tid),
+        };
+        tracee?.space().cloned()
+    }
+
+    /// A task's open call is over, or the task is, or the tracing.
+    fn call_ends(&mut self, tid: Pid, result: Option<i64>) {
+        let Some(tracee) = self.tasks.get_mut(&tid) else { return };
+        tracee.in_vfork = false;
+        let Some(mut call) = tracee.call.take() else { return };
+        let _scope = Scope::new(tracee.task, call.cause, result);
+        close_brackets(&mut call);
+        if let (Then::LearnBreak, Some(space)) = (call.then, &call.space) {
+            let mask = if call.compat { u64::from(u32::MAX) } else { u64::MAX };
+            space.update_brk(|brk| brk.finish(result.map(|result| result as u64 & mask)));
+        }
+    }
+
+    /// A task is seen for the first time.
+    fn appear(&mut self, tid: Pid) {
+        let Some(tracee) = self.tasks.get_mut(&tid) else { return };
+        let Life::Fresh(space) = &tracee.life else { return };
+        let space = Rc::clone(space);
+        let _scope = Scope::new(tracee.task, "enter", None);
+        space.tasks.set(space.tasks.get() + 1);
+        let held = self.observer.enter(tracee.task, &space.mm);
+        tracee.life = Life::In(space, held);
+    }
+
+    /// A task leaves its address space. If it was the last, that is its exit.
+    fn depart(&mut self, tid: Pid, cause: &'static str) {
+        self.call_ends(tid, None);
+        if let Some(Tracee { life: Life::In(space, _), .. }) = self.tasks.get(&tid)
+            && space.tasks.get() == 1
+            && space.from_elsewhere.get() > 0
+        {
+            let space = Rc::clone(space);
+            self.close_from_elsewhere(&space);
+        }
+        let Some(tracee) = self.tasks.get_mut(&tid) else { return };
+        let task = tracee.task;
+        let _scope = Scope::new(task, cause, None);
+        let left = Life::Left(tracee.mm().clone());
+        match mem::replace(&mut tracee.life, left) {
+            Life::Left(_) => {}
+            // Dropping the last share runs `release`.
+            Life::Fresh(space) => drop(space),
+            Life::In(space, held) => {
+                self.observer.leave(task, held);
+                space.tasks.set(space.tasks.get() - 1);
+                drop(space);
+            }
+        }
+    }
+
+    /// Closes the brackets that tasks elsewhere hold on an address space that is about to end: its exit would wait for them,
+    /// and the subscribers that are put before it would never hear their end.
+    fn close_from_elsewhere(&mut self, space: &Rc<Space>) {
+        for tracee in self.tasks.values_mut() {
+            let Some(call) = &mut tracee.call else { continue };
+            let is_here = call.space.as_ref().is_some_and(|target| Rc::ptr_eq(target, space));
+            if is_here && matches!(call.then, Then::Elsewhere(_)) {
+                let _scope = Scope::new(tracee.task, call.cause, None);
+                close_brackets(call);
+                call.space = None;
+            }
+        }
+    }
+
+    /// A task has ended.
+    fn ended(&mut self, tid: Pid, status: ExitStatus) -> Result<(), Error> {
+        if !self.tasks.contains_key(&tid) {
+            return self.park(tid, family::Report::Ended(status));
+        }
+        if let Some((root, end)) = &mut self.root
+            && *root == tid
+        {
+            *end = Some(status);
+        }
+        let pid = self.forget(tid, "exit", status);
+        self.adopt_orphans_of(pid)
+    }
+
+    /// Takes a task that is no more out of the table, and returns its process.
+    fn forget(&mut self, tid: Pid, cause: &'static str, status: ExitStatus) -> Option<Pid> {
+        self.depart(tid, cause);
+        let tracee = self.tasks.remove(&tid)?;
+        let task = tracee.task;
+        let _scope = Scope::new(task, cause, None);
+        self.observer.event(&TaskEvent::Exit { task, mm: tracee.mm(), status });
+        Some(task.pid)
+    }
+}
+
+impl<O: Observer + fmt::Debug> fmt::Debug for Tracer<O> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tracer").field("observer", &self.observer).field("tasks", &self.tasks).finish_non_exhaustive()
+    }
+}
+
+/// Closes the brackets of a call, the last one first.
+fn close_brackets(call: &mut OpenCall) {
+    while call.brackets.pop().is_some() {}
+    if let (Then::Elsewhere(_), Some(space)) = (call.then, &call.space) {
+        space.from_elsewhere.set(space.from_elsewhere.get() - 1);
+    }
+}
+
+/// Lets a task go on. That it has died meanwhile is no error.
+fn resume(tid: Pid, how: Resume, signal: i32) -> Result<(), Error> {
+    sys::resume(tid, how, signal).map(drop).map_err(kernel("PTRACE_CONT", tid))
+}
+
+/// Names the call and the task of an error.
+fn kernel(call: &'static str, tid: Pid) -> impl FnOnce(io::Error) -> Error {
+    move |source| Error::Kernel { call, tid: Some(tid), source }
+}

@@ -1,0 +1,100 @@
+//! How tracing ends before the tracees do.
+
+use std::collections::HashMap;
+use std::marker::PhantomData;
+
+use super::super::sys::{self, Resume, Stop, Wait};
+use super::{Observer, Pid, Tracer};
+
+impl<O: Observer> Tracer<O> {
+    /// Lets go of everybody: closes every bracket, lets every task leave, and detaches the tracees that have no filter.
+    ///
+    /// The others are the [`Keeper`]'s: a task with a filter and without a tracer has its memory calls refused (`ENOSYS`).
+    /// Pending signals and job control stops stay as they are.
+    ///
+    /// # Blocking
+    /// Sleeps until each tracee without a filter has stopped, those apart that wait in `vfork` for their child.
+    pub fn detach(mut self) -> (O, Keeper) {
+        let mut tids: Vec<Pid> = self.tasks.keys().copied().collect();
+        tids.sort_unstable();
+        for tid in &tids {
+            self.depart(*tid, "detach");
+        }
+        let kept = |filtered, in_vfork| Kept { filtered, in_vfork };
+        let mut tasks: HashMap<Pid, Kept> =
+            self.tasks.iter().map(|(tid, tracee)| (*tid, kept(tracee.filtered, tracee.in_vfork))).collect();
+        let some_filtered = tasks.values().any(|kept| kept.filtered);
+        tasks.extend(self.parked.keys().map(|tid| (*tid, kept(some_filtered, false))));
+        let mut keeper = Keeper { tasks, _thread: PhantomData };
+        // These are stopped.
+        for tid in self.held.iter().chain(self.parked.keys()) {
+            keeper.pass(*tid, Stop::Trap);
+        }
+        for (tid, _) in keeper.tasks.iter().filter(|(_, kept)| !kept.filtered && !kept.in_vfork) {
+            // One that has died meanwhile reports that instead of a stop.
+            let _ = sys::interrupt(*tid);
+        }
+        while keeper.tasks.values().any(|kept| !kept.filtered && !kept.in_vfork) && keeper.step() {}
+        (self.observer, keeper)
+    }
+}
+
+/// Keeps the tracees alive that cannot be let go of.
+///
+/// It belongs to the thread of its tracer.
+#[derive(Debug)]
+#[must_use = "tracees that are not served stop at their next memory call"]
+pub struct Keeper {
+    tasks: HashMap<Pid, Kept>,
+    _thread: PhantomData<*const ()>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Kept {
+    filtered: bool,
+    in_vfork: bool,
+}
+
+impl Keeper {
+    /// Tells whether there is anybody to serve.
+    pub fn is_needed(&self) -> bool {
+        !self.tasks.is_empty()
+    }
+
+    /// Lets every stop pass, of the tracees and of their children, and records nothing. Returns when the last of them has
+    /// ended; at once if there was none.
+    ///
+    /// # Blocking
+    /// Sleeps as long as they live.
+    pub fn serve(mut self) {
+        while self.is_needed() && self.step() {}
+    }
+
+    /// Serves one event, and says whether there can be another one.
+    fn step(&mut self) -> bool {
+        match sys::wait() {
+            Ok(Wait::Stopped(tid, stop)) => self.pass(tid, stop),
+            Ok(Wait::Ended(tid, _)) => drop(self.tasks.remove(&tid)),
+            Ok(Wait::Interrupted) => {}
+            Ok(Wait::Nobody) | Err(_) => return false,
+        }
+        true
+    }
+
+    /// Lets a task go on from a stop: for good if it has no filter.
+    fn pass(&mut self, tid: Pid, stop: Stop) {
+        let some_filtered = self.tasks.values().any(|kept| kept.filtered);
+        let kept = *self.tasks.entry(tid).or_insert(Kept { filtered: some_filtered, in_vfork: false });
+        let signal = if let Stop::Signal(signal) = stop { signal } else { 0 };
+        let how = match stop {
+            _ if !kept.filtered => Resume::Detach,
+            Stop::Group => Resume::Listen,
+            _ => Resume::Cont,
+        };
+        // A task that has died meanwhile reports its end next.
+        let gone = !matches!(sys::resume(tid, how, signal), Ok(Some(())));
+        if how == Resume::Detach && !gone {
+            self.tasks.remove(&tid);
+        }
+    }
+}

@@ -1,0 +1,193 @@
+//! How tracing begins: spawn and attach.
+
+use std::os::fd::AsRawFd;
+use std::ptr;
+use std::rc::Rc;
+use std::{io, iter};
+
+use super::super::command::Layout;
+use super::super::space::{Break, Space};
+use super::super::sys::{self, Child, Resume, Step, Stop, Wait};
+use super::super::task::Tracee;
+use super::super::{Command, filter, proc};
+use super::{Error, Observer, Options, Pid, Scope, Task, TaskEvent, Tracer, kernel, resume};
+
+impl<O: Observer> Tracer<O> {
+    /// Starts a program under the tracer and returns its process.
+    ///
+    /// It stands before its first instruction, and [`Tracer::run`] lets it go.
+    ///
+    /// # Blocking
+    /// Sleeps until the kernel has loaded the program.
+    /// # Errors
+    /// [`Error::Exec`] if the program cannot be executed, [`Error::Spawn`] if the process cannot be made or traced.
+    pub fn spawn(&mut self, command: Command) -> Result<Pid, Error> {
+        let layout = command.layout().map_err(|source| exec_error(&command, source))?;
+        let program = (self.options.follow && self.options.seccomp).then(filter::program);
+        let (go_read, go_write) = sys::pipe(0).map_err(spawn_error("pipe2"))?;
+        let (report_read, report_write) = sys::pipe(libc::O_NONBLOCK).map_err(spawn_error("pipe2"))?;
+        // Above the standard streams, so that setting one up does not overwrite what the next one is copied from.
+        let mut copies = Vec::new();
+        let mut stdio = [None; 3];
+        for (slot, fd) in stdio.iter_mut().zip(&command.stdio) {
+            if let Some(fd) = fd {
+                let copy = sys::above_stdio(fd.as_raw_fd()).map_err(spawn_error("fcntl"))?;
+                *slot = Some(copy.as_raw_fd());
+                copies.push(copy);
+            }
+        }
+        let go_in_child = sys::above_stdio(go_read.as_raw_fd()).map_err(spawn_error("fcntl"))?;
+        let report_in_child = sys::above_stdio(report_write.as_raw_fd()).map_err(spawn_error("fcntl"))?;
+        let child = Child {
+            go: (go_in_child.as_raw_fd(), go_write.as_raw_fd()),
+            report: report_in_child.as_raw_fd(),
+            stdio,
+            dir: layout.dir.as_ref(),
+            filter: program.as_deref(),
+            candidates: &layout.candidates,
+            argv: pointers(&layout, |layout| &layout.argv),
+            envp: pointers(&layout, |layout| &layout.envp),
+        };
+        let pid = sys::fork(&child).map_err(spawn_error("fork"))?;
+        drop(report_in_child);
+        drop(report_write);
+        if let Err(source) = sys::seize(pid, ptrace_options(self.options, program.is_some())) {
+            // It reads the end of the pipe and ends.
+            drop(go_write);
+            while !matches!(sys::wait_for(pid), Ok(Wait::Ended(..) | Wait::Nobody) | Err(_)) {}
+            return Err(Error::Spawn { call: "PTRACE_SEIZE", source });
+        }
+        sys::say_go(&go_write);
+        let execed = until_exec(pid)?;
+        let mut filtered = program.is_some();
+        while let Some((step, source)) = sys::read_report(&report_read) {
+            match step {
+                step if step == Step::Filter as u8 => filtered = false,
+                step if step == Step::Stdio as u8 => return Err(Error::Spawn { call: "dup2", source }),
+                step if step == Step::Dir as u8 => return Err(Error::Spawn { call: "chdir", source }),
+                _ => return Err(exec_error(&command, source)),
+            }
+        }
+        if !execed {
+            let source = io::Error::from(io::ErrorKind::Interrupted);
+            return Err(Error::Spawn { call: "execve", source });
+        }
+        let task = Task { pid, tid: pid };
+        self.root = Some((pid, None));
+        self.begin(task, Rc::new(Space::new(Break::default())), filtered, "execve");
+        self.appear(pid);
+        self.held.push(pid);
+        Ok(pid)
+    }
+
+    /// Traces a process that runs already, with all its threads. Every system call of it stops.
+    ///
+    /// The observer is told of a thread when it has stopped for the first time, in [`Tracer::run`]. A call that a thread was
+    /// in then is not seen.
+    ///
+    /// # Errors
+    /// [`Error::Attach`]: `ESRCH` if there is no such process, `EPERM` if tracing it is refused or it is traced already.
+    pub fn attach(&mut self, pid: Pid) -> Result<(), Error> {
+        let refused = |source| Error::Attach { pid, source };
+        if pid <= 0 || proc::thread_group(pid).is_none_or(|group| group != pid) {
+            return Err(refused(io::Error::from_raw_os_error(libc::ESRCH)));
+        }
+        let options = ptrace_options(self.options, false);
+        let mut space = None;
+        let mut seen = Vec::new();
+        // A thread that was not traced yet can have made another one meanwhile: look until there is nothing new.
+        loop {
+            let mut new: Vec<Pid> = proc::threads(pid);
+            new.retain(|tid| !seen.contains(tid));
+            if new.is_empty() {
+                break;
+            }
+            for tid in new {
+                seen.push(tid);
+                match sys::seize(tid, options) {
+                    Ok(()) => {}
+                    // Made by a thread that is traced by now.
+                    Err(_) if self.tasks.contains_key(&tid) || is_ours(tid) => continue,
+                    Err(error) if error.raw_os_error() == Some(libc::ESRCH) => continue,
+                    // A leader that has ended while its threads go on cannot be traced and need not be.
+                    Err(error) if proc::has_ended(tid) => {
+                        drop(error);
+                        continue;
+                    }
+                    Err(error) if space.is_none() => return Err(refused(error)),
+                    Err(source) => return Err(Error::Kernel { call: "PTRACE_SEIZE", tid: Some(tid), source }),
+                }
+                let space = space.get_or_insert_with(|| self.space_of(tid));
+                let space = Rc::clone(space);
+                self.begin(Task { pid, tid }, space, false, "attach");
+                sys::interrupt(tid).map_err(kernel("PTRACE_INTERRUPT", tid))?;
+            }
+        }
+        if space.is_none() && !self.tasks.values().any(|tracee| tracee.task.pid == pid) {
+            return Err(refused(io::Error::from_raw_os_error(libc::ESRCH)));
+        }
+        Ok(())
+    }
+
+    /// The address space of a task to attach to: one that is known already if it shares that one's memory.
+    fn space_of(&self, tid: Pid) -> Rc<Space> {
+        let sharer = self
+            .tasks
+            .values()
+            .find(|tracee| tracee.space().is_some() && sys::same_memory(tid, tracee.task.tid) == Some(true));
+        sharer.and_then(|tracee| tracee.space().cloned()).unwrap_or_else(|| Rc::new(Space::new(Break::default())))
+    }
+
+    /// Puts a task in the table that has no parent there.
+    fn begin(&mut self, task: Task, space: Rc<Space>, filtered: bool, cause: &'static str) {
+        let is_new = !self.tasks.values().any(|tracee| tracee.mm() == &*space.mm);
+        self.tasks.insert(task.tid, Tracee::fresh(task, Rc::clone(&space), filtered));
+        if is_new {
+            let _scope = Scope::new(task, cause, None);
+            self.observer.event(&TaskEvent::MmNew { task, mm: &space.mm });
+        }
+    }
+}
+
+/// Serves a new process until its program is loaded, and says whether it came to that.
+fn until_exec(pid: Pid) -> Result<bool, Error> {
+    loop {
+        match sys::wait_for(pid).map_err(spawn_error("waitpid"))? {
+            Wait::Stopped(_, Stop::Exec) => return Ok(true),
+            Wait::Stopped(_, Stop::Signal(signal)) => resume(pid, Resume::Cont, signal)?,
+            Wait::Stopped(_, Stop::Group) => resume(pid, Resume::Listen, 0)?,
+            Wait::Stopped(..) => resume(pid, Resume::Cont, 0)?,
+            Wait::Ended(..) | Wait::Nobody => return Ok(false),
+            Wait::Interrupted => {}
+        }
+    }
+}
+
+fn ptrace_options(options: Options, filter: bool) -> i32 {
+    let mut bits = libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_TRACEEXEC | libc::PTRACE_O_TRACEEXIT;
+    if options.follow {
+        bits |= libc::PTRACE_O_TRACEFORK | libc::PTRACE_O_TRACEVFORK | libc::PTRACE_O_TRACECLONE;
+    }
+    if filter {
+        bits |= libc::PTRACE_O_TRACESECCOMP;
+    }
+    bits
+}
+
+/// Null-terminated pointers to strings of `layout`, which must outlive them.
+fn pointers(layout: &Layout, strings: fn(&Layout) -> &Vec<std::ffi::CString>) -> Vec<*const libc::c_char> {
+    strings(layout).iter().map(|string| string.as_ptr()).chain(iter::once(ptr::null())).collect()
+}
+
+/// Tells whether a task is traced by this thread already.
+fn is_ours(tid: Pid) -> bool {
+    proc::tracer_of(tid) == Some(sys::this_thread())
+}
+
+fn exec_error(command: &Command, source: io::Error) -> Error {
+    Error::Exec { program: command.program().to_owned(), source }
+}
+
+fn spawn_error(call: &'static str) -> impl FnOnce(io::Error) -> Error {
+    move |source| Error::Spawn { call, source }
+}

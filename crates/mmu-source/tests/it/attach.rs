@@ -1,0 +1,209 @@
+//! Attaching to processes that run, and letting go of processes that run on.
+
+use std::io::{BufRead, BufReader, PipeReader, Write, pipe};
+use std::process::{Child, ChildStdin, ChildStdout, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::{fs, thread};
+
+use mmu_source::process::{Done, Error, ExitStatus, Options, Tracer};
+use testkit::{Cap, require};
+
+use crate::log::{Record, Recorder, hex, tracee};
+
+const THREADS: usize = 4;
+
+/// A process with threads that does what it is told.
+struct Server<I, O> {
+    to: I,
+    from: O,
+}
+
+impl<I: Write, O: BufRead> Server<I, O> {
+    fn say(&mut self, word: &str) {
+        writeln!(self.to, "{word}").expect("the server listens");
+    }
+
+    fn hear(&mut self) -> String {
+        let mut line = String::new();
+        self.from.read_line(&mut line).expect("the server answers");
+        line.trim().to_owned()
+    }
+
+    /// Lets every thread unmap a page and returns where.
+    fn go(&mut self) -> Vec<u64> {
+        self.say("go");
+        let answer = self.hear();
+        let words: Vec<&str> = answer.split_whitespace().collect();
+        assert_eq!(words[..2], ["did", "0"], "an munmap failed: {answer}");
+        assert_eq!(words.len(), 2 + THREADS);
+        words[2..].iter().map(|word| hex(word)).collect()
+    }
+}
+
+/// Starts the server in a thread of its own, so that it is not a child of the thread that traces it.
+fn start() -> (Child, Server<ChildStdin, BufReader<ChildStdout>>) {
+    let started = thread::spawn(|| {
+        let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_tracee"))
+            .args(["serve", &THREADS.to_string()])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("it starts");
+        let to = child.stdin.take().expect("piped");
+        let from = BufReader::new(child.stdout.take().expect("piped"));
+        (child, Server { to, from })
+    });
+    let (child, mut server) = started.join().expect("no panic");
+    assert_eq!(server.hear(), "ready");
+    (child, server)
+}
+
+fn unmapped(records: &[Record]) -> Vec<u64> {
+    let start = |record: &Record| match record {
+        Record::Start(part) if part.cause == "munmap" => Some(part.start),
+        _ => None,
+    };
+    records.iter().filter_map(start).collect()
+}
+
+#[test]
+fn a_process_with_threads_is_attached_to_and_lives_on_after_it_is_let_go() {
+    if !require(Cap::Ptrace) {
+        return;
+    }
+    let (mut child, mut server) = start();
+    let pid = child.id() as i32;
+    let mut tracer = Tracer::new(Options::default(), Recorder::new()).expect("a tracer");
+    tracer.attach(pid).expect("it can be attached to");
+    let stop = AtomicBool::new(false);
+    let (seen, done) = thread::scope(|scope| {
+        let driver = scope.spawn(|| {
+            let seen: Vec<u64> = (0..3).flat_map(|_| server.go()).collect();
+            server.say("fork");
+            assert_eq!(server.hear(), "forked 0");
+            stop.store(true, Ordering::Relaxed);
+            // Its calls wake the tracer, which finds itself asked to stop and detaches.
+            server.go();
+            seen
+        });
+        let done = tracer.run(&stop).expect("it runs");
+        let (recorder, keeper) = tracer.detach();
+        assert!(!keeper.is_needed(), "nobody has a filter");
+        let seen = driver.join().expect("the server goes on");
+        let records = recorder.finish();
+        let mut told = unmapped(&records);
+        for address in &seen {
+            let at = told.iter().position(|start| start == address);
+            told.remove(at.unwrap_or_else(|| panic!("{address:#x} was not told")));
+        }
+        assert_eq!(records.iter().filter(|record| matches!(record, Record::New { .. })).count(), 2);
+        (seen, done)
+    });
+    assert_eq!((seen.len(), done), (3 * THREADS, Done::Stopped));
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("it lives");
+    assert!(status.contains("TracerPid:\t0\n"), "{status}");
+    server.go();
+    server.say("quit");
+    assert_eq!(child.wait().expect("a status").code(), Some(0));
+}
+
+#[test]
+fn processes_with_a_filter_are_kept_alive_after_they_are_let_go() {
+    if !require(Cap::Ptrace) || !require(Cap::SeccompTrace) {
+        return;
+    }
+    let (stdin, to) = pipe().expect("a pipe");
+    let (from, stdout) = pipe().expect("a pipe");
+    let mut tracer = Tracer::new(Options::default(), Recorder::new()).expect("a tracer");
+    let command = tracee(&["serve", &THREADS.to_string()]).stdin(stdin).stdout(stdout);
+    tracer.spawn(command).expect("it starts");
+    let mut server: Server<_, BufReader<PipeReader>> = Server { to, from: BufReader::new(from) };
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let driver = scope.spawn(|| {
+            assert_eq!(server.hear(), "ready");
+            server.go();
+            stop.store(true, Ordering::Relaxed);
+            // The first of these calls make the tracer stop; the rest are the keeper's, children included.
+            for _ in 0..20 {
+                server.go();
+            }
+            server.say("fork");
+            assert_eq!(server.hear(), "forked 0");
+            server.say("quit");
+        });
+        assert_eq!(tracer.run(&stop).expect("it runs"), Done::Stopped);
+        let (recorder, keeper) = tracer.detach();
+        assert!(keeper.is_needed());
+        assert!(unmapped(&recorder.finish()).len() >= THREADS);
+        keeper.serve();
+        driver.join().expect("every munmap worked");
+    });
+}
+
+#[test]
+fn a_program_that_was_spawned_and_never_run_is_let_go_too() {
+    if !require(Cap::Ptrace) {
+        return;
+    }
+    let mut options = Options::default();
+    options.seccomp = false;
+    let mut tracer = Tracer::new(options, Recorder::new()).expect("a tracer");
+    let (from, stdout) = pipe().expect("a pipe");
+    tracer.spawn(tracee(&["signals", "3"]).stdout(stdout)).expect("it starts");
+    let (recorder, keeper) = tracer.detach();
+    assert!(!keeper.is_needed());
+    keeper.serve();
+    assert_eq!(BufReader::new(from).lines().next().expect("output").expect("text"), "3");
+    assert!(recorder.finish().iter().any(|record| matches!(record, Record::Put { cause: "detach", .. })));
+}
+
+#[test]
+fn a_process_that_ends_while_it_is_attached_to_is_all_exited() {
+    if !require(Cap::Ptrace) {
+        return;
+    }
+    let (mut child, mut server) = start();
+    let mut tracer = Tracer::new(Options::default(), Recorder::new()).expect("a tracer");
+    tracer.attach(child.id() as i32).expect("it can be attached to");
+    server.say("quit");
+    assert_eq!(tracer.run(&AtomicBool::new(false)).expect("it runs"), Done::AllExited);
+    assert_eq!(tracer.exit_status(), None, "it was not spawned");
+    let records = tracer.detach().0.finish();
+    let ends = records.iter().filter(|record| matches!(record, Record::Exit { status: ExitStatus::Code(0), .. }));
+    assert_eq!(ends.count(), THREADS + 1);
+    // The tracer may have taken its status already.
+    drop(child.wait());
+}
+
+#[test]
+fn a_process_that_is_not_there_or_refused_is_an_error_with_a_hint() {
+    if !require(Cap::Ptrace) {
+        return;
+    }
+    let mut tracer = Tracer::new(Options::default(), Recorder::new()).expect("a tracer");
+    let mut refused = |pid: i32| match tracer.attach(pid) {
+        Err(error @ Error::Attach { .. }) => {
+            assert!(error.hint().is_some(), "{error}");
+            let Error::Attach { source, .. } = error else { unreachable!() };
+            source.raw_os_error()
+        }
+        other => panic!("{pid}: {other:?}"),
+    };
+    assert_eq!(refused(1 << 30), Some(libc::ESRCH));
+    assert_eq!(refused(0), Some(libc::ESRCH));
+    assert_eq!(refused(-1), Some(libc::ESRCH));
+    assert_eq!(refused(std::process::id() as i32), Some(libc::EPERM), "a process cannot trace itself");
+    let (mut child, mut server) = start();
+    let pid = child.id() as i32;
+    let mut first = Tracer::new(Options::default(), Recorder::new()).expect("a tracer");
+    first.attach(pid).expect("it can be attached to");
+    let second = thread::spawn(move || {
+        let mut second = Tracer::new(Options::default(), Recorder::new()).expect("a tracer");
+        matches!(second.attach(pid), Err(Error::Attach { source, .. }) if source.raw_os_error() == Some(libc::EPERM))
+    });
+    assert!(second.join().expect("no panic"), "it has a tracer");
+    server.say("quit");
+    first.run(&AtomicBool::new(false)).expect("it runs");
+    drop(child.wait());
+}

@@ -1,0 +1,125 @@
+//! How a program is started.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io::{ErrorKind, Read, Write, pipe};
+use std::os::unix::fs::PermissionsExt;
+use std::sync::atomic::AtomicBool;
+
+use mmu_source::process::{Command, Done, Error, ExitStatus, Options, Tracer};
+use testkit::{Cap, require};
+
+use crate::log::{Recorder, trace};
+
+fn tracer() -> Tracer<Recorder> {
+    Tracer::new(Options::default(), Recorder::new()).expect("a tracer")
+}
+
+/// Runs `command` and returns how it ended.
+fn run(command: Command) -> ExitStatus {
+    let mut tracer = tracer();
+    tracer.spawn(command).expect("it starts");
+    assert_eq!(tracer.exit_status(), None);
+    tracer.run(&AtomicBool::new(false)).expect("it runs");
+    tracer.exit_status().expect("it has ended")
+}
+
+#[test]
+fn a_program_that_is_not_there_or_not_executable_is_an_error() {
+    if !require(Cap::Ptrace) {
+        return;
+    }
+    let refused = |program: &str| match tracer().spawn(Command::new(program)) {
+        Err(Error::Exec { program: named, source }) => {
+            assert_eq!(named, program);
+            source.kind()
+        }
+        other => panic!("{program}: {other:?}"),
+    };
+    assert_eq!(refused("no-such-program"), ErrorKind::NotFound);
+    assert_eq!(refused("/no/such/program"), ErrorKind::NotFound);
+    assert_eq!(refused(""), ErrorKind::NotFound);
+    assert_eq!(refused("/etc"), ErrorKind::PermissionDenied);
+    assert_eq!(refused("/etc/passwd"), ErrorKind::PermissionDenied);
+    assert_eq!(refused("zero\0byte"), ErrorKind::InvalidInput);
+}
+
+#[test]
+fn a_program_that_is_no_program_is_an_error() {
+    if !require(Cap::Ptrace) {
+        return;
+    }
+    let path = std::env::temp_dir().join(format!("no-program-{}", std::process::id()));
+    fs::write(&path, "text\n").expect("a file");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("executable");
+    let refused = tracer().spawn(Command::new(&path));
+    fs::remove_file(&path).expect("removed");
+    match refused {
+        Err(Error::Exec { source, .. }) => assert_eq!(source.raw_os_error(), Some(libc::ENOEXEC)),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_working_directory_that_is_not_there_is_an_error() {
+    if !require(Cap::Ptrace) {
+        return;
+    }
+    match tracer().spawn(Command::new("true").current_dir("/no/such/place")) {
+        Err(Error::Spawn { call: "chdir", source }) => assert_eq!(source.kind(), ErrorKind::NotFound),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_tracer_with_nobody_to_trace_is_done_at_once() {
+    let mut tracer = tracer();
+    assert_eq!(tracer.run(&AtomicBool::new(false)).expect("nothing to do"), Done::AllExited);
+    assert_eq!(tracer.exit_status(), None);
+}
+
+#[test]
+fn the_exit_status_is_the_programs() {
+    if !require(Cap::Ptrace) {
+        return;
+    }
+    assert_eq!(trace(&["exit", "42"]).status, ExitStatus::Code(42));
+    assert_eq!(trace(&["segfault"]).status, ExitStatus::Signal(libc::SIGSEGV));
+}
+
+#[test]
+fn streams_directory_and_environment_are_the_programs() {
+    if !require(Cap::Ptrace) {
+        return;
+    }
+    let (stdin, mut to) = pipe().expect("a pipe");
+    let (mut from, stdout) = pipe().expect("a pipe");
+    to.write_all(b"in\n").expect("written");
+    drop(to);
+    let script = "read line; echo $line $PWD $WORD; echo gone >&2; kill -PIPE $$";
+    let path: OsString = std::env::var_os("PATH").expect("a path");
+    let command = Command::new("sh")
+        .args(["-c", script])
+        .stdin(stdin)
+        .stderr(stdout.try_clone().expect("a copy"))
+        .stdout(stdout)
+        .current_dir("/")
+        .environment([("PATH".into(), path), ("WORD".into(), "word".into())]);
+    assert_eq!(run(command), ExitStatus::Signal(libc::SIGPIPE), "SIGPIPE is not ignored in the child");
+    let mut text = String::new();
+    from.read_to_string(&mut text).expect("text");
+    assert_eq!(text, "in / word\ngone\n");
+}
+
+#[test]
+fn one_tracer_serves_several_programs() {
+    if !require(Cap::Ptrace) {
+        return;
+    }
+    let mut tracer = tracer();
+    tracer.spawn(Command::new("true")).expect("it starts");
+    tracer.spawn(Command::new("false")).expect("it starts");
+    tracer.run(&AtomicBool::new(false)).expect("both run");
+    assert_eq!(tracer.exit_status(), Some(ExitStatus::Code(1)), "of the last one");
+    assert!(!tracer.detach().0.finish().is_empty());
+}

@@ -1,0 +1,216 @@
+//! The memory calls, one by one.
+
+use libc::{MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, MAP_SHARED, MREMAP_FIXED, MREMAP_MAYMOVE, PROT_READ, PROT_WRITE};
+
+use crate::script::Script;
+use crate::sys::{self, PAGE, call, map, mmap, munmap, touch};
+
+const RW: i32 = PROT_READ | PROT_WRITE;
+const EINVAL: i64 = -(libc::EINVAL as i64);
+
+/// `munmap`, `mmap` and `mprotect` in their forms.
+pub(crate) fn mappings() {
+    let arena = map(16 * PAGE, RW);
+    touch(arena, 16 * PAGE);
+    let mut script = Script::new();
+    script.unmap("munmap", arena, 2 * PAGE, munmap(arena, 2 * PAGE));
+    script.unmap("munmap", arena + 2 * PAGE, PAGE, munmap(arena + 2 * PAGE, 1));
+
+    let fixed = |flags| mmap(arena + 4 * PAGE, 2 * PAGE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | flags) as i64;
+    script.unmap("mmap", arena + 4 * PAGE, 2 * PAGE, fixed(MAP_FIXED));
+    // Into the hole that the first call left: replaces nothing.
+    mmap(arena, PAGE, RW, MAP_PRIVATE | MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE);
+    map(PAGE, RW);
+
+    let protect = |page, prot: i32| call(libc::SYS_mprotect, &[arena + page * PAGE, 2 * PAGE, prot as u64]);
+    script.seen("mprotect", "protection_vma", arena + 6 * PAGE, 2 * PAGE, protect(6, PROT_READ));
+    script.seen("mprotect", "protection_vma", arena + 6 * PAGE, 2 * PAGE, protect(6, RW));
+    let pkey = call(libc::SYS_pkey_mprotect, &[arena + 8 * PAGE, PAGE + 1, PROT_READ as u64, u64::MAX]);
+    script.seen("pkey_mprotect", "protection_vma", arena + 8 * PAGE, 2 * PAGE, pkey);
+
+    let shared = mmap(0, 4 * PAGE, RW, MAP_SHARED | MAP_ANONYMOUS);
+    let remapped = call(libc::SYS_remap_file_pages, &[shared, PAGE, 0, 2, 0]);
+    script.unmap("remap_file_pages", shared, PAGE, remapped);
+    script.finish();
+}
+
+/// Advice that clears, and advice that does not.
+pub(crate) fn advice() {
+    const DONTNEED_LOCKED: i32 = 24;
+    const GUARD_INSTALL: i32 = 102;
+    const GUARD_REMOVE: i32 = 103;
+    let arena = map(8 * PAGE, RW);
+    let shared = mmap(0, 4 * PAGE, RW, MAP_SHARED | MAP_ANONYMOUS);
+    touch(arena, 8 * PAGE);
+    touch(shared, 4 * PAGE);
+    let advise = |at: u64, advice: i32| call(libc::SYS_madvise, &[at, 2 * PAGE - 1, advice as u64]);
+    let mut script = Script::new();
+    for (at, advice) in [
+        (arena, libc::MADV_DONTNEED),
+        (arena, libc::MADV_FREE),
+        (shared, libc::MADV_REMOVE),
+        (arena, libc::MADV_PAGEOUT),
+        (arena, libc::MADV_COLLAPSE),
+        (arena, DONTNEED_LOCKED),
+        (arena, GUARD_INSTALL),
+        // Some future advice: refused today, cleared for all we know.
+        (arena, 1000),
+    ] {
+        script.seen("madvise", "clear", at, 2 * PAGE, advise(at, advice));
+    }
+    for advice in [libc::MADV_NORMAL, libc::MADV_WILLNEED, libc::MADV_DONTFORK, libc::MADV_POPULATE_READ, GUARD_REMOVE]
+    {
+        advise(arena + 4 * PAGE, advice);
+    }
+    assert_eq!(call(libc::SYS_madvise, &[arena, 0, libc::MADV_DONTNEED as u64]), 0);
+
+    let own = call(libc::SYS_pidfd_open, &[u64::from(std::process::id()), 0]) as u64;
+    let vectors = [arena, PAGE, arena + 4 * PAGE, 2 * PAGE];
+    let result = call(libc::SYS_process_madvise, &[own, sys::address(&vectors), 2, libc::MADV_PAGEOUT as u64, 0]);
+    script.seen("process_madvise", "clear", arena, PAGE, result);
+    script.seen("process_madvise", "clear", arena + 4 * PAGE, 2 * PAGE, result);
+    script.finish();
+}
+
+/// `mremap` in its forms.
+pub(crate) fn moves() {
+    let arena = map(64 * PAGE, RW);
+    touch(arena, 64 * PAGE);
+    let remap = |old: u64, old_pages: u64, new_pages: u64, flags: i32, new: u64| {
+        call(libc::SYS_mremap, &[old, old_pages * PAGE, new_pages * PAGE, flags as u64, new])
+    };
+    let mut script = Script::new();
+    script.unmap("mremap", arena + 2 * PAGE, 2 * PAGE, remap(arena, 4, 2, 0, 0));
+    // It grows into the hole in place, or may move: the old range either way.
+    let moved = remap(arena, 2, 8, MREMAP_MAYMOVE, 0);
+    script.unmap("mremap", arena, 2 * PAGE, moved);
+    remap(moved as u64, 8, 8, MREMAP_MAYMOVE, 0);
+    let (from, to) = (arena + 16 * PAGE, arena + 32 * PAGE);
+    let fixed = remap(from, 2, 4, MREMAP_MAYMOVE | MREMAP_FIXED, to);
+    script.unmap("mremap", from, 2 * PAGE, fixed);
+    script.unmap("mremap", to, 4 * PAGE, fixed);
+    let emptied = remap(arena + 40 * PAGE, 2, 2, MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP, 0);
+    script.unmap("mremap", arena + 40 * PAGE, 2 * PAGE, emptied);
+    // In place where there is no room: fails, and touches nothing.
+    let failed = remap(arena + 48 * PAGE, 1, 2, 0, 0);
+    assert_eq!(failed, -i64::from(libc::ENOMEM));
+    // A shared mapping duplicated stays where it is.
+    let shared = mmap(0, 2 * PAGE, RW, MAP_SHARED | MAP_ANONYMOUS);
+    let to = arena + 50 * PAGE;
+    script.unmap("mremap", to, 2 * PAGE, remap(shared, 0, 2, MREMAP_MAYMOVE | MREMAP_FIXED, to));
+    script.finish();
+}
+
+/// `brk` down in one step and in two, after growth that succeeded and growth that failed.
+pub(crate) fn program_break() {
+    let mut script = Script::new();
+    let brk = |address: u64| call(libc::SYS_brk, &[address]);
+    let base = (brk(0) as u64).next_multiple_of(PAGE);
+    assert_eq!(brk(base + 16 * PAGE) as u64, base + 16 * PAGE);
+    touch(base, 16 * PAGE);
+    script.unmap("brk", base + 12 * PAGE, 4 * PAGE, brk(base + 12 * PAGE));
+    // Within a page nothing is unmapped.
+    assert_eq!(brk(base + 12 * PAGE - 1) as u64, base + 12 * PAGE - 1);
+    assert_eq!(brk(0x7fff_0000_0000) as u64, base + 12 * PAGE - 1, "there is no room for that");
+    script.unmap("brk", base + 4 * PAGE, 8 * PAGE, brk(base + 4 * PAGE));
+    script.unmap("brk", base, 4 * PAGE, brk(base));
+    script.finish();
+}
+
+/// SysV shared memory.
+pub(crate) fn segment() {
+    let size = 4 * PAGE;
+    let id = call(libc::SYS_shmget, &[libc::IPC_PRIVATE as u64, size, 0o600]);
+    assert!(id >= 0, "shmget: {id}");
+    let id = id as u64;
+    let arena = map(8 * PAGE, RW);
+    let mut script = Script::new();
+    let at = call(libc::SYS_shmat, &[id, 0, 0]) as u64;
+    touch(at, size);
+    // With a hole, it is detached in pieces.
+    script.unmap("munmap", at + PAGE, PAGE, munmap(at + PAGE, PAGE));
+    let detached = call(libc::SYS_shmdt, &[at]);
+    script.unmap("shmdt", at, PAGE, detached);
+    script.unmap("shmdt", at + 2 * PAGE, 2 * PAGE, detached);
+    // Over memory that is in use.
+    let over = call(libc::SYS_shmat, &[id, arena + 2 * PAGE, libc::SHM_REMAP as u64]);
+    script.unmap("shmat", arena + 2 * PAGE, size, over);
+    script.unmap("shmdt", arena + 2 * PAGE, size, call(libc::SYS_shmdt, &[arena + 2 * PAGE]));
+    // Nothing is attached there any more.
+    assert_eq!(call(libc::SYS_shmdt, &[arena + 2 * PAGE]), EINVAL);
+    call(libc::SYS_shmctl, &[id, libc::IPC_RMID as u64, 0]);
+    script.finish();
+}
+
+/// The calls that move pages between nodes.
+pub(crate) fn migrate() {
+    const MPOL_MF_MOVE: u64 = 2;
+    const HUGE_PAGE: u64 = 1 << 21;
+    // A mapping with no neighbour to be joined to, all within one huge page.
+    let arena = map(2 * HUGE_PAGE, libc::PROT_NONE).next_multiple_of(HUGE_PAGE);
+    assert_eq!(call(libc::SYS_mprotect, &[arena, 4 * PAGE, RW as u64]), 0);
+    touch(arena, 4 * PAGE);
+    let mut script = Script::new();
+    let bound = call(libc::SYS_mbind, &[arena, 2 * PAGE, libc::MPOL_DEFAULT as u64, 0, 0, MPOL_MF_MOVE]);
+    script.seen("mbind", "migrate", arena, 2 * PAGE, bound);
+    call(libc::SYS_mbind, &[arena, 2 * PAGE, libc::MPOL_DEFAULT as u64, 0, 0, 0]);
+
+    let (pages, nodes, mut status) = ([arena + PAGE], [0_i32], [0_i32; 1]);
+    let [pages, nodes] = [sys::address(&pages), sys::address(&nodes)];
+    let status = sys::address_mut(&mut status);
+    let moved = call(libc::SYS_move_pages, &[0, 1, pages, nodes, status, MPOL_MF_MOVE]);
+    // The whole folio, which may be as large as the mapping.
+    script.seen("move_pages", "migrate", arena, 4 * PAGE, moved);
+    call(libc::SYS_move_pages, &[0, 1, pages, 0, status, 0]);
+
+    let mask = [1_u64];
+    let mask = sys::address(&mask);
+    let migrated = call(libc::SYS_migrate_pages, &[u64::from(std::process::id()), 8, mask, mask]);
+    script.seen("migrate_pages", "migrate", 0, 0, migrated);
+    script.finish();
+}
+
+/// Calls that the kernel refuses, some of them before it looks at anything.
+pub(crate) fn refused() {
+    let mut script = Script::new();
+    let top = u64::MAX - PAGE + 1;
+    script.unmap("munmap", PAGE, 2 * PAGE, munmap(PAGE + 1, PAGE));
+    assert_eq!(munmap(PAGE, 0), EINVAL);
+    assert_eq!(munmap(top, 2 * PAGE), EINVAL, "it runs past the last address, so there is no range");
+    assert_eq!(munmap(u64::MAX, u64::MAX), EINVAL);
+    let beyond = 1 << 60;
+    script.unmap("munmap", beyond, PAGE, munmap(beyond, PAGE));
+    script.seen("madvise", "clear", beyond, PAGE, call(libc::SYS_madvise, &[beyond, PAGE, 4]));
+    script.unmap("mremap", beyond, PAGE, call(libc::SYS_mremap, &[beyond, PAGE, 2 * PAGE, 1]));
+    call(libc::SYS_process_madvise, &[u64::MAX, 0, 1, 4, 0]);
+    call(libc::SYS_move_pages, &[1 << 30, 1, 0, 1, 0, 0]);
+    call(libc::SYS_shmdt, &[12345]);
+    call(libc::SYS_shmat, &[u64::MAX, 0, libc::SHM_REMAP as u64]);
+    call(libc::SYS_clone3, &[0, 0]);
+    script.finish();
+}
+
+/// 32-bit calls of a 64-bit program.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn i386() {
+    const MUNMAP: u32 = 91;
+    const MPROTECT: u32 = 125;
+    const MADVISE: u32 = 219;
+    let low = mmap(0, 8 * PAGE, RW, MAP_PRIVATE | MAP_ANONYMOUS | libc::MAP_32BIT);
+    touch(low, 8 * PAGE);
+    let page = PAGE as u32;
+    let at = u32::try_from(low).expect("MAP_32BIT maps low memory");
+    let mut script = Script::new();
+    let call = |number, args| i64::from(sys::i386(number, args));
+    script.unmap("munmap", low, 2 * PAGE, call(MUNMAP, [at, 2 * page, 0]));
+    script.seen("mprotect", "protection_vma", low + 2 * PAGE, PAGE, call(MPROTECT, [at + 2 * page, page, 1]));
+    script.seen("madvise", "clear", low + 4 * PAGE, PAGE, call(MADVISE, [at + 4 * page, page, 4]));
+    // Under its number of x86-64, munmap is another call.
+    call(libc::SYS_munmap as u32, [at, page, 0]);
+    script.finish();
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+pub(crate) fn i386() {
+    panic!("not an x86-64 machine");
+}

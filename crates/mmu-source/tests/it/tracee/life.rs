@@ -1,0 +1,239 @@
+//! Tasks that fork, clone, exec, stop and die.
+
+use std::env;
+use std::io::{BufRead, stdin};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::{Barrier, mpsc};
+use std::thread;
+
+use libc::{PROT_READ, PROT_WRITE};
+
+use crate::sys::{self, PAGE, call, map, munmap, touch};
+
+const RW: i32 = PROT_READ | PROT_WRITE;
+
+/// Forks twice, once by the old call; each child unmaps a page of its copy.
+pub(crate) fn fork_once() {
+    let arena = map(4 * PAGE, RW);
+    let fixed = map(2 * PAGE, PROT_READ);
+    touch(arena, 4 * PAGE);
+    println!("arena {arena:#x} {:#x}", arena + 4 * PAGE);
+    println!("read-only {fixed:#x} {:#x}", fixed + 2 * PAGE);
+    let child = sys::fork(|| munmap(arena + PAGE, PAGE) as i32);
+    println!("child {child} {}", sys::wait(child, 0));
+    let old = call(libc::SYS_fork, &[]) as i32;
+    if old == 0 {
+        call(libc::SYS_exit_group, &[munmap(arena + 2 * PAGE, PAGE) as u64]);
+    }
+    println!("child {old} {}", sys::wait(old, 0));
+}
+
+/// Many processes that all fork at once; every grandchild unmaps.
+pub(crate) fn storm(processes: u64) {
+    let mut gate = [0_i32; 2];
+    assert_eq!(call(libc::SYS_pipe2, &[sys::address_mut(&mut gate), 0]), 0);
+    let [read, write] = gate.map(|fd| fd as u64);
+    let arena = map(4 * PAGE, RW);
+    touch(arena, 4 * PAGE);
+    let in_child = || {
+        call(libc::SYS_close, &[write]);
+        // Ends when the parent opens the gate for all.
+        let mut byte = 0_u8;
+        call(libc::SYS_read, &[read, sys::address_mut(&mut byte), 1]);
+        let grandchild = sys::fork(|| munmap(arena, PAGE) as i32);
+        sys::wait(grandchild, 0) | munmap(arena + PAGE, PAGE) as i32
+    };
+    let children: Vec<i32> = (0..processes).map(|_| sys::fork(in_child)).collect();
+    call(libc::SYS_close, &[write]);
+    let failed = children.into_iter().filter(|child| sys::wait(*child, 0) != 0).count();
+    println!("failed {failed}");
+}
+
+/// Threads that all map and unmap, each a known number of times.
+pub(crate) fn threads(count: u64, rounds: u64) {
+    let barrier = Barrier::new(count as usize);
+    thread::scope(|scope| {
+        for _ in 0..count {
+            scope.spawn(|| {
+                barrier.wait();
+                for _ in 0..rounds {
+                    let at = map(2 * PAGE, RW);
+                    touch(at, 2 * PAGE);
+                    assert_eq!(munmap(at, 2 * PAGE), 0);
+                }
+            });
+        }
+    });
+}
+
+/// Becomes another program.
+pub(crate) fn exec() {
+    println!("{}", itself(&["exit", "7"]).exec());
+}
+
+/// Another thread than the leader becomes another program, while further threads wait.
+pub(crate) fn thread_exec() {
+    let (running, all) = mpsc::channel();
+    for _ in 0..3 {
+        let running = running.clone();
+        thread::spawn(move || {
+            running.send(()).expect("the leader waits");
+            loop {
+                thread::park();
+            }
+        });
+    }
+    for _ in 0..3 {
+        all.recv().expect("three threads run");
+    }
+    let failed = thread::spawn(|| itself(&["exit", "8"]).exec()).join();
+    println!("{failed:?}");
+}
+
+/// Starts another program as most do: by a child that shares the memory until it has become that.
+pub(crate) fn spawn() {
+    let status = itself(&["exit", "9"]).status().expect("it starts itself");
+    println!("{status}");
+}
+
+fn itself(args: &[&str]) -> Command {
+    let mut command = Command::new(env::current_exe().expect("the program has a path"));
+    command.args(args);
+    command
+}
+
+/// Pages out memory of a child.
+pub(crate) fn process_madvise_of_a_child() {
+    let arena = map(4 * PAGE, RW);
+    touch(arena, 4 * PAGE);
+    let mut gate = [0_i32; 2];
+    assert_eq!(call(libc::SYS_pipe2, &[sys::address_mut(&mut gate), 0]), 0);
+    let [read, write] = gate.map(|fd| fd as u64);
+    let child = sys::fork(|| {
+        call(libc::SYS_close, &[write]);
+        let mut byte = 0_u8;
+        call(libc::SYS_read, &[read, sys::address_mut(&mut byte), 1]) as i32
+    });
+    let pidfd = call(libc::SYS_pidfd_open, &[child as u64, 0]) as u64;
+    let vector = [arena, 2 * PAGE];
+    let result = call(libc::SYS_process_madvise, &[pidfd, sys::address(&vector), 1, libc::MADV_PAGEOUT as u64, 0]);
+    println!("child {child}");
+    println!("range {arena:#x} {:#x} {result}", arena + 2 * PAGE);
+    call(libc::SYS_close, &[write]);
+    assert_eq!(sys::wait(child, 0), 0);
+}
+
+/// A child that stops itself; the parent sees that, continues it and sees it end.
+pub(crate) fn job_control() {
+    let child = sys::fork(|| {
+        let pid = call(libc::SYS_getpid, &[]) as u64;
+        call(libc::SYS_kill, &[pid, libc::SIGSTOP as u64]);
+        let at = map(PAGE, RW);
+        munmap(at, PAGE) as i32 + 5
+    });
+    let status = sys::wait(child, libc::WUNTRACED);
+    println!("stopped {} by {}", libc::WIFSTOPPED(status), libc::WSTOPSIG(status));
+    call(libc::SYS_kill, &[child as u64, libc::SIGCONT as u64]);
+    let status = sys::wait(child, libc::WCONTINUED);
+    println!("continued {}", libc::WIFCONTINUED(status));
+    let status = sys::wait(child, 0);
+    println!("exited {}", libc::WEXITSTATUS(status));
+}
+
+static SIGNALS: AtomicI32 = AtomicI32::new(0);
+
+extern "C" fn count(signal: i32) {
+    SIGNALS.fetch_add(signal, Ordering::Relaxed);
+}
+
+/// Sends itself a real-time signal many times, queued while it is blocked, and unmaps in between.
+pub(crate) fn real_time_signals(times: u64) {
+    let signal = libc::SIGRTMIN() + 5;
+    let handler: extern "C" fn(i32) = count;
+    // SAFETY: the handler adds to an atomic and does nothing else.
+    unsafe { libc::signal(signal, handler as libc::sighandler_t) };
+    let pid = u64::from(std::process::id());
+    for _ in 0..times {
+        let at = map(PAGE, RW);
+        call(libc::SYS_tgkill, &[pid, pid, signal as u64]);
+        munmap(at, PAGE);
+    }
+    println!("{}", SIGNALS.load(Ordering::Relaxed) / signal);
+}
+
+/// Asks to be traced, which it is, and lets a child ask as well.
+pub(crate) fn traceme() {
+    println!("self {}", call(libc::SYS_ptrace, &[u64::from(libc::PTRACE_TRACEME), 0, 0, 0]));
+    let child = sys::fork(|| call(libc::SYS_ptrace, &[u64::from(libc::PTRACE_TRACEME), 0, 0, 0]) as i32 & 0x7f);
+    println!("child {}", libc::WEXITSTATUS(sys::wait(child, 0)));
+    let seized = call(libc::SYS_ptrace, &[u64::from(libc::PTRACE_SEIZE), 1 << 30, 0, 0]);
+    println!("nobody {seized}");
+}
+
+/// Does what it is told line by line: every thread unmaps a page on `go`; `fork` does it in a child; `quit` ends it.
+pub(crate) fn serve(threads: u64) {
+    let (done, results) = mpsc::channel();
+    let workers: Vec<mpsc::Sender<()>> = (0..threads)
+        .map(|_| {
+            let (go, told) = mpsc::channel();
+            let done = done.clone();
+            thread::spawn(move || {
+                while let Ok(()) = told.recv() {
+                    let at = map(PAGE, RW);
+                    touch(at, PAGE);
+                    done.send((at, munmap(at, PAGE))).expect("the leader waits");
+                }
+            });
+            go
+        })
+        .collect();
+    println!("ready");
+    for line in stdin().lock().lines() {
+        match line.expect("a line").as_str() {
+            "go" => {
+                for worker in &workers {
+                    worker.send(()).expect("the worker waits");
+                }
+                let ranges: Vec<(u64, i64)> = workers.iter().map(|_| results.recv().expect("a result")).collect();
+                let failed = ranges.iter().filter(|(_, result)| *result != 0).count();
+                let list: Vec<String> = ranges.iter().map(|(at, _)| format!("{at:#x}")).collect();
+                println!("did {failed} {}", list.join(" "));
+            }
+            "fork" => {
+                let at = map(PAGE, RW);
+                let child = sys::fork(|| munmap(at, PAGE) as i32);
+                println!("forked {}", sys::wait(child, 0));
+            }
+            _ => return,
+        }
+    }
+}
+
+/// Threads that fork as fast as they can, in a process that kills itself meanwhile.
+pub(crate) fn forks_and_dies(forks: u64) {
+    static FORKED: AtomicI32 = AtomicI32::new(0);
+    for _ in 0..4 {
+        thread::spawn(|| {
+            loop {
+                // The child makes one system call and ends.
+                let pid = call(libc::SYS_fork, &[]);
+                if pid == 0 {
+                    call(libc::SYS_exit_group, &[0]);
+                }
+                FORKED.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+    }
+    while (FORKED.load(Ordering::Relaxed) as u64) < forks {
+        thread::yield_now();
+    }
+    call(libc::SYS_kill, &[u64::from(std::process::id()), libc::SIGKILL as u64]);
+}
+
+/// Dies of an access to nothing.
+pub(crate) fn segfault() {
+    // SAFETY: none: this is the point. The kernel ends the program here.
+    unsafe { std::ptr::without_provenance_mut::<u8>(8).write_volatile(1) };
+}

@@ -1,0 +1,41 @@
+//! The program that the tests trace: `tracee CASE [ARGS..]`.
+//!
+//! Each case makes calls and prints what it did, so that a test can compare that with what the source saw.
+
+mod calls;
+mod life;
+mod script;
+mod sys;
+
+use std::env;
+
+fn main() {
+    let args: Vec<String> = env::args().skip(1).collect();
+    let number =
+        |index: usize| args.get(index).and_then(|arg| arg.parse::<u64>().ok()).expect("the case takes a number");
+    match args.first().map(String::as_str) {
+        Some("mappings") => calls::mappings(),
+        Some("advice") => calls::advice(),
+        Some("move") => calls::moves(),
+        Some("break") => calls::program_break(),
+        Some("segment") => calls::segment(),
+        Some("migrate") => calls::migrate(),
+        Some("refused") => calls::refused(),
+        Some("i386") => calls::i386(),
+        Some("fork") => life::fork_once(),
+        Some("storm") => life::storm(number(1)),
+        Some("threads") => life::threads(number(1), number(2)),
+        Some("exec") => life::exec(),
+        Some("thread-exec") => life::thread_exec(),
+        Some("spawn") => life::spawn(),
+        Some("other") => life::process_madvise_of_a_child(),
+        Some("stop") => life::job_control(),
+        Some("signals") => life::real_time_signals(number(1)),
+        Some("traceme") => life::traceme(),
+        Some("serve") => life::serve(number(1)),
+        Some("forks-and-dies") => life::forks_and_dies(number(1)),
+        Some("segfault") => life::segfault(),
+        Some("exit") => std::process::exit(number(1) as i32),
+        other => panic!("no such case: {other:?}"),
+    }
+}

@@ -1,0 +1,169 @@
+//! Read sections: what a reader holds while it is inside, and the quick way in.
+
+use crate::raw::barrier;
+use crate::raw::slot::Slot;
+use crate::raw::state::State;
+use crate::sync::Ordering;
+use std::fmt;
+use std::marker::PhantomData;
+
+/// A read section of this thread: what is reachable when it begins is not freed before it is dropped.
+///
+/// From [`Srcu::read_lock`](crate::Srcu::read_lock). The thread may sleep in it, open further sections of this or another
+/// domain, and drop its guards in any order. It is `!Send`: a section that may end on another thread is a [`SendGuard`].
+///
+/// A guard that is forgotten keeps its section open for ever: no grace period of the domain ends again.
+///
+/// ```compile_fail,E0277
+/// let srcu = srcu::Srcu::new();
+/// let guard = srcu.read_lock();
+/// std::thread::scope(|scope| scope.spawn(|| drop(guard)));
+/// ```
+/// ```compile_fail,E0597
+/// let guard = { let srcu = srcu::Srcu::new(); srcu.read_lock() };
+/// ```
+#[must_use = "the section ends when the guard is dropped"]
+pub struct Guard<'a> {
+    section: Section<'a>,
+    slot: &'a Slot,
+    not_send: PhantomData<*mut ()>,
+}
+
+/// A read section that may end on another thread, as a task does that waits for I/O in between.
+///
+/// From [`Srcu::down_read`](crate::Srcu::down_read). Dropping it ends the section. It belongs to no thread, so the crate cannot
+/// see that a thread which waits for a grace period holds one itself: such a wait hangs.
+#[must_use = "the section ends when the guard is dropped"]
+pub struct SendGuard<'a> {
+    section: Section<'a>,
+}
+
+/// This thread's way into a domain, with the look-up of its counters done once.
+///
+/// From [`Srcu::reader`](crate::Srcu::reader). Worth having where one function opens very many short sections. `!Send`.
+///
+/// ```compile_fail,E0277
+/// let srcu = srcu::Srcu::new();
+/// let reader = srcu.reader();
+/// std::thread::scope(|scope| scope.spawn(|| drop(reader)));
+/// ```
+pub struct Reader<'a> {
+    state: &'a State,
+    slot: &'a Slot,
+    not_send: PhantomData<*mut ()>,
+}
+
+/// Where a section is counted.
+#[derive(Clone, Copy)]
+struct Section<'a> {
+    state: &'a State,
+    /// The index word when it began: the bank, and how to fence.
+    word: usize,
+}
+
+impl<'a> Guard<'a> {
+    #[inline(always)]
+    pub(crate) fn enter(state: &'a State, slot: &'a Slot) -> Self {
+        // Relaxed: either bank will do at any time; grace periods look at both.
+        let word = state.index.load(Ordering::Relaxed);
+        slot.local.enter(word);
+        begun(word);
+        Self { section: Section { state, word }, slot, not_send: PhantomData }
+    }
+
+    /// Ends the section, as dropping the guard does.
+    #[doc(alias = "srcu_read_unlock")]
+    #[inline]
+    pub fn unlock(self) {}
+}
+
+impl Drop for Guard<'_> {
+    #[inline(always)]
+    fn drop(&mut self) {
+        self.slot.local.leave(self.section.word);
+        self.section.ended();
+    }
+}
+
+impl<'a> SendGuard<'a> {
+    pub(crate) fn enter(state: &'a State) -> Self {
+        let word = state.index.load(Ordering::Relaxed);
+        slot(state).moved.enter(word);
+        begun(word);
+        Self { section: Section { state, word } }
+    }
+
+    /// Ends the section, on whatever thread this is, as dropping the guard does.
+    #[doc(alias = "srcu_up_read")]
+    pub fn up_read(self) {}
+}
+
+impl Drop for SendGuard<'_> {
+    fn drop(&mut self) {
+        // The end is counted in this thread's slot. It happens after the beginning, since something brought the guard here;
+        // that is what ORDER(srcu-scan) needs.
+        slot(self.section.state).moved.leave(self.section.word);
+        self.section.ended();
+    }
+}
+
+impl<'a> Reader<'a> {
+    pub(crate) fn new(state: &'a State) -> Self {
+        Self { state, slot: slot(state), not_send: PhantomData }
+    }
+
+    /// Begins a read section, as [`Srcu::read_lock`](crate::Srcu::read_lock) does.
+    #[doc(alias = "srcu_read_lock")]
+    #[inline(always)]
+    pub fn read_lock(&self) -> Guard<'a> {
+        Guard::enter(self.state, self.slot)
+    }
+}
+
+/// This thread's slot, claimed if need be.
+pub(crate) fn slot(state: &State) -> &Slot {
+    state.table.mine().unwrap_or_else(|| state.table.claim_mine())
+}
+
+#[inline(always)]
+fn begun(word: usize) {
+    // ORDER(srcu-enter): Between the count and the first read of protected data. Partner: the heavy fence in `scan`.
+    // Without it the grace period can miss our count while we read the old pointer. Model: loom
+    // `free_waits_for_reader`.
+    #[cfg(not(mmun_mutant = "no_fence_in_lock"))]
+    barrier::light(word);
+    #[cfg(mmun_mutant = "no_fence_in_lock")]
+    let _ = word;
+}
+
+impl Section<'_> {
+    /// Tells those who wait for the end of this section, which has just been counted.
+    #[inline(always)]
+    fn ended(self) {
+        // ORDER(srcu-wake): Between the count and the look at `waiting`. Partner: the heavy fence of the scan that follows the
+        // announcement in `step`. Model: loom `a_wake_up_is_not_lost`.
+        #[cfg(not(mmun_mutant = "no_fence_in_unlock"))]
+        barrier::light(self.word);
+        if self.state.waiting.load(Ordering::Relaxed) >> (self.word & 1) & 1 != 0 {
+            self.state.section_ended();
+        }
+    }
+}
+
+impl fmt::Debug for Guard<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Guard").field("bank", &(self.section.word & 1)).finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for SendGuard<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SendGuard").field("bank", &(self.section.word & 1)).finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for Reader<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Reader").finish_non_exhaustive()
+    }
+}

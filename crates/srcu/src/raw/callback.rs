@@ -1,0 +1,237 @@
+//! Callbacks: heads in a queue, the box around a closure, and how one is run.
+//!
+//! # Safety
+//! # Invariants
+//! A head in a queue or batch was given to `call_raw`, whose caller promised that it stays valid and untouched until its
+//! function is called. So the crate alone reads and writes it from the push until the call.
+
+use super::current;
+use super::reclaimer;
+use super::state::State;
+use crate::Srcu;
+use crate::sync::Ordering;
+use std::any::Any;
+use std::cell::Cell;
+use std::fmt;
+use std::panic::{self, AssertUnwindSafe};
+use std::ptr::{self, NonNull};
+use std::sync::atomic::AtomicPtr;
+
+type Function = unsafe fn(NonNull<Head>);
+
+/// The part of an object that lets it wait for its grace period without an allocation.
+///
+/// Embed one in an object and give its address to [`Srcu::call_raw`]. A head can be queued again once its function has
+/// been called.
+#[doc(alias = "rcu_head")]
+#[doc(alias = "callback_head")]
+#[derive(Default)]
+pub struct Head {
+    next: Cell<Option<NonNull<Head>>>,
+    function: Cell<Option<Function>>,
+}
+
+// SAFETY: A head's cells are reached only through `call_raw`'s promise (module invariant), by one thread at a time. An
+// object with a head in it may be shared and sent as it could be without.
+unsafe impl Sync for Head {}
+// SAFETY: As for `Sync`.
+unsafe impl Send for Head {}
+
+impl Head {
+    /// A head that is not queued.
+    pub const fn new() -> Self {
+        Self { next: Cell::new(None), function: Cell::new(None) }
+    }
+}
+
+impl fmt::Debug for Head {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Head").finish_non_exhaustive()
+    }
+}
+
+impl Srcu {
+    /// Calls `f(head)` on the reclaimer thread once all sections that are open now have ended.
+    ///
+    /// For objects that embed their [`Head`]. After [`Srcu::prepare`] it allocates nothing, takes no lock and never blocks; it
+    /// may be called inside sections and callbacks. Callbacks of one domain run in the order in which they were queued.
+    /// A panic in `f` is caught, as for [`Srcu::call`].
+    ///
+    /// # Safety
+    /// * `head` stays valid, and nobody else touches it or queues it again, until `f` has been called with it.
+    /// * Calling `f(head)` on another thread, at any later time, is sound.
+    ///
+    /// # Source
+    /// `call_srcu`, kernel/rcu/srcutree.c. Differs: callbacks of a domain run in order, in one thread, and may sleep, which
+    /// delays all others.
+    ///
+    /// # Examples
+    /// ```
+    /// use srcu::{Head, Srcu};
+    /// use std::ptr::NonNull;
+    ///
+    /// #[repr(C)]
+    /// struct Node {
+    ///     head: Head,
+    ///     value: String,
+    /// }
+    ///
+    /// unsafe fn free(head: NonNull<Head>) {
+    ///     // SAFETY: The head is the first field of a node that came from `Box::leak` below, and is given back once.
+    ///     drop(unsafe { Box::from_raw(head.cast::<Node>().as_ptr()) });
+    /// }
+    ///
+    /// let srcu = Srcu::new();
+    /// srcu.prepare();
+    /// let node = Box::leak(Box::new(Node { head: Head::new(), value: "old".into() }));
+    /// // ... readers find the node; then it is unlinked ...
+    /// // SAFETY: The node is unlinked and lives until `free`; a `String` may be dropped on any thread.
+    /// unsafe { srcu.call_raw(NonNull::from(node).cast(), free) };
+    /// srcu.barrier().unwrap();
+    /// ```
+    #[doc(alias = "call_srcu")]
+    pub unsafe fn call_raw(&self, head: NonNull<Head>, f: unsafe fn(NonNull<Head>)) {
+        let state = self.state();
+        // SAFETY: `push` wants what the caller promised to us.
+        if unsafe { push(state, head, f) } {
+            reclaimer::schedule(state);
+            reclaimer::start_unless_forked();
+        }
+    }
+}
+
+/// Queues a head; says whether the queue was empty, in which case the caller must `schedule` the domain.
+///
+/// # Safety
+/// As for [`Srcu::call_raw`].
+unsafe fn push(state: &State, head: NonNull<Head>, function: Function) -> bool {
+    {
+        // SAFETY: The head must be valid and not in use: the caller's promise. The reference ends before the push.
+        let head = unsafe { head.as_ref() };
+        debug_assert!(
+            head.function.get().is_none(),
+            "a callback's head was queued again before its function was called"
+        );
+        head.function.set(Some(function));
+    }
+    let queue = &state.pending.queue;
+    let mut newest = queue.load(Ordering::Relaxed);
+    loop {
+        // SAFETY: As above: until the push succeeds the head is ours.
+        unsafe { head.as_ref() }.next.set(NonNull::new(newest));
+        // ORDER(srcu-queue): Release for the head and for all that happened before the call. Partner: the Acquire in
+        // `Batch::fill`. Model: loom `a_barrier_waits_for_the_calls_of_both_threads`.
+        match queue.compare_exchange_weak(newest, head.as_ptr(), Ordering::Release, Ordering::Relaxed) {
+            Ok(_) => return newest.is_null(),
+            Err(newer) => newest = newer,
+        }
+    }
+}
+
+#[repr(C)]
+struct Boxed<F> {
+    head: Head,
+    f: F,
+}
+
+/// Queues a closure; says as `push` does whether the domain must be scheduled.
+pub(crate) fn push_boxed<F: FnOnce() + Send + 'static>(state: &State, f: F) -> bool {
+    /// # Safety
+    /// `head` is that of a leaked `Boxed<F>`, which is given up.
+    unsafe fn call<F: FnOnce()>(head: NonNull<Head>) {
+        // SAFETY: Needs a box of this type, once: the caller's duty. `Boxed` is `repr(C)` and begins with its head.
+        let boxed = unsafe { Box::from_raw(head.cast::<Boxed<F>>().as_ptr()) };
+        (boxed.f)();
+    }
+    let boxed = NonNull::from(Box::leak(Box::new(Boxed { head: Head::new(), f })));
+    // SAFETY: The box is leaked until `call`, nobody else knows it, and `F: Send + 'static` may be called anywhere later.
+    unsafe { push(state, boxed.cast(), call::<F>) }
+}
+
+/// Callbacks taken from the queue together, the oldest first, that wait for one grace period.
+pub(crate) struct Batch {
+    first: Cell<Option<NonNull<Head>>>,
+    /// The sequence number at which they may run.
+    want: Cell<u64>,
+}
+
+impl Batch {
+    #[expect(clippy::declare_interior_mutable_const, reason = "the seed of each batch")]
+    pub(super) const EMPTY: Batch = Batch { first: Cell::new(None), want: Cell::new(0) };
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.first.get().is_none()
+    }
+
+    pub(super) fn want(&self) -> u64 {
+        self.want.get()
+    }
+
+    /// Takes all that is queued. The batch must be empty.
+    pub(super) fn fill(&self, state: &State) {
+        debug_assert!(self.is_empty(), "a batch is filled only when it has run");
+        // ORDER(srcu-queue): Acquire, partner in `push`. Release, so that whoever reads our null, sees `busy` as set
+        // before: ORDER(srcu-busy).
+        let mut newest = NonNull::new(state.pending.queue.swap(ptr::null_mut(), Ordering::AcqRel));
+        while let Some(head) = newest {
+            // SAFETY: The head must be valid and ours: module invariant.
+            let next = unsafe { &head.as_ref().next };
+            newest = next.replace(self.first.get());
+            self.first.set(Some(head));
+        }
+        if !self.is_empty() {
+            self.want.set(state.snapshot());
+        }
+    }
+
+    /// Calls the oldest. Its grace period has passed.
+    pub(super) fn run_one(&self, state: &State) {
+        let Some(head) = self.first.get() else { return };
+        let function = {
+            // SAFETY: The head must be valid and ours: module invariant. The reference ends before the call.
+            let head = unsafe { head.as_ref() };
+            self.first.set(head.next.take());
+            head.function.take().expect("queued with a function")
+        };
+        current::with_callback_of(state, || {
+            // SAFETY: Whoever queued the head promised that this call is sound, once.
+            let call = AssertUnwindSafe(|| unsafe { function(head) });
+            if let Err(payload) = panic::catch_unwind(call) {
+                state.pending.panics.fetch_add(1, Ordering::Relaxed);
+                report(payload);
+            }
+        });
+    }
+}
+
+/// The hook of [`set_callback_panic_hook`], a `PanicHook` as a pointer; null if there is none.
+static HOOK: AtomicPtr<()> = AtomicPtr::new(ptr::null_mut());
+
+type PanicHook = fn(&(dyn Any + Send));
+
+/// Sets what is called with the payload of a callback's panic, on the reclaimer thread, in place of what was set before.
+///
+/// The panic has been caught and counted ([`Srcu::callback_panics`]), and the standard panic hook has printed it. Callbacks
+/// go on when the hook returns; a panic of the hook itself is ignored.
+pub fn set_callback_panic_hook(hook: fn(payload: &(dyn Any + Send))) {
+    let hook: PanicHook = hook;
+    // Relaxed: a function has no state to publish.
+    HOOK.store(hook as *mut (), Ordering::Relaxed);
+}
+
+#[cold]
+fn report(payload: Box<dyn Any + Send>) {
+    let hook = HOOK.load(Ordering::Relaxed);
+    let reported = panic::catch_unwind(AssertUnwindSafe(|| {
+        if !hook.is_null() {
+            // SAFETY: Needs a value of the type: only `set_callback_panic_hook` stores, and it stores a `PanicHook`.
+            let hook = unsafe { std::mem::transmute::<*mut (), PanicHook>(hook) };
+            hook(&*payload);
+        }
+        drop(payload);
+    }));
+    if let Err(payload) = reported {
+        // Its drop may panic as well, and there is nobody left to tell.
+        std::mem::forget(payload);
+    }
+}

@@ -1,0 +1,117 @@
+//! A counter that threads can sleep on until it moves.
+//!
+//! The waiter reads the counter, looks whether what it wants has happened, and sleeps only if the counter is still the
+//! same. Whoever makes it happen advances the counter afterwards, and enters the kernel only if someone sleeps.
+
+use crate::sync::{AtomicU32, Ordering, fence};
+
+pub(crate) struct Event {
+    count: AtomicU32,
+    sleepers: AtomicU32,
+    #[cfg(mmun_loom)]
+    kernel: model::Kernel,
+}
+
+impl Event {
+    #[cfg(not(mmun_loom))]
+    pub(crate) const fn new() -> Self {
+        Self { count: AtomicU32::new(0), sleepers: AtomicU32::new(0) }
+    }
+
+    #[cfg(mmun_loom)]
+    pub(crate) fn new() -> Self {
+        Self { count: AtomicU32::new(0), sleepers: AtomicU32::new(0), kernel: model::Kernel::default() }
+    }
+
+    pub(crate) fn now(&self) -> u32 {
+        // ORDER(srcu-event): Acquire, so that whoever sees an advance sees what was done before it. Partner: `advance`.
+        self.count.load(Ordering::Acquire)
+    }
+
+    /// Sleeps until the count is no longer `seen`; may also return early.
+    pub(crate) fn wait(&self, seen: u32) {
+        self.sleepers.fetch_add(1, Ordering::Relaxed);
+        // ORDER(srcu-sleep): We announce ourselves, then compare the count. Partner: the fence in `advance`, between
+        // the count and the look at `sleepers`. Without either both can miss the other, and we sleep for ever.
+        // Model: loom `a_wake_up_is_not_lost`.
+        #[cfg(not(mmun_mutant = "no_fence_before_sleep"))]
+        fence(Ordering::SeqCst);
+        self.sleep(seen);
+        self.sleepers.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn advance(&self) {
+        // ORDER(srcu-event): Release, partner in `now`.
+        self.count.fetch_add(1, Ordering::Release);
+        // ORDER(srcu-sleep): Partner: the fence in `wait`.
+        #[cfg(not(mmun_mutant = "no_fence_before_wake"))]
+        fence(Ordering::SeqCst);
+        if self.sleepers.load(Ordering::Relaxed) != 0 {
+            self.wake();
+        }
+    }
+
+    /// Forgets the sleepers, which a fork has left behind in the parent.
+    #[cfg(not(mmun_loom))]
+    pub(super) fn after_fork(&self) {
+        if self.sleepers.load(Ordering::Relaxed) != 0 {
+            self.sleepers.store(0, Ordering::Relaxed);
+        }
+    }
+}
+
+#[cfg(not(mmun_loom))]
+impl Event {
+    fn sleep(&self, seen: u32) {
+        futex_wait(&self.count, seen);
+    }
+
+    #[cold]
+    fn wake(&self) {
+        futex_wake(&self.count, i32::MAX);
+    }
+}
+
+/// Sleeps while `word` is `seen`; may also return early.
+#[cfg(not(mmun_loom))]
+pub(super) fn futex_wait(word: &AtomicU32, seen: u32) {
+    let operation = libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG;
+    let no_timeout = std::ptr::null::<libc::timespec>();
+    // SAFETY: `FUTEX_WAIT` needs an aligned word that stays mapped during the call, which the reference is, and a null
+    // or valid timeout.
+    unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), operation, seen, no_timeout) };
+}
+
+#[cfg(not(mmun_loom))]
+pub(super) fn futex_wake(word: &AtomicU32, threads: i32) {
+    let operation = libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG;
+    // SAFETY: `FUTEX_WAKE` only uses the address as a key.
+    unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), operation, threads) };
+}
+
+/// The kernel's side of a futex, for models: compare and queue in one step.
+#[cfg(mmun_loom)]
+mod model {
+    use super::{Event, Ordering};
+    use loom::sync::{Condvar, Mutex};
+
+    #[derive(Default)]
+    pub(super) struct Kernel {
+        bucket: Mutex<()>,
+        queue: Condvar,
+    }
+
+    impl Event {
+        pub(super) fn sleep(&self, seen: u32) {
+            let bucket = self.kernel.bucket.lock().expect("models do not poison");
+            if self.count.load(Ordering::Relaxed) == seen {
+                drop(self.kernel.queue.wait(bucket).expect("models do not poison"));
+            }
+        }
+
+        pub(super) fn wake(&self) {
+            let _bucket = self.kernel.bucket.lock().expect("models do not poison");
+            self.kernel.queue.notify_all();
+        }
+    }
+}

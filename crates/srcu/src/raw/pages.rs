@@ -1,0 +1,87 @@
+//! Memory without the allocator: zeroed power-of-two runs of pages, recycled and never unmapped.
+//!
+//! A read section may begin inside `malloc`, so nothing here may call it. Nothing is unmapped either: an unmap is an
+//! event that somebody may be watching through this very crate.
+//!
+//! # Safety
+//! # Invariants
+//! A run on a free list belongs to nobody but the list; its first word is the link. Each list changes by one store, so
+//! that the child of a fork finds it whole whatever another thread was doing.
+
+use super::die;
+use super::lock::Lock;
+use super::table::BUCKETS;
+use std::ptr::{self, NonNull};
+use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+
+pub(super) const PAGE: usize = 4096;
+/// Single pages are cut from pieces of this size, aligned to it.
+const PIECE: usize = 64 * PAGE;
+
+static LOCK: Lock<()> = Lock::new(());
+/// One list for each class; class `c` is `2^c` pages.
+static FREE: [AtomicPtr<Run>; BUCKETS] = [const { AtomicPtr::new(ptr::null_mut()) }; BUCKETS];
+/// Address of the next unused page of the current piece; at a multiple of `PIECE` there is none.
+static NEXT: AtomicUsize = AtomicUsize::new(0);
+
+struct Run {
+    next: *mut Run,
+}
+
+/// Zeroed memory of `2^class` pages, aligned to a page.
+pub(super) fn alloc(class: usize) -> NonNull<u8> {
+    let held = LOCK.lock();
+    // No ORDER: the lock orders all of it.
+    if let Some(run) = NonNull::new(FREE[class].load(Ordering::Relaxed)) {
+        // SAFETY: Reading needs a live `Run`: it is on the list.
+        let next = unsafe { (*run.as_ptr()).next };
+        FREE[class].store(next, Ordering::Relaxed);
+        drop(held);
+        let run: NonNull<u8> = run.cast();
+        // SAFETY: Writing needs memory that is ours: a run of this class, just taken off its list.
+        unsafe { run.write_bytes(0, PAGE << class) };
+        return run;
+    }
+    if class != 0 {
+        drop(held);
+        return map(PAGE << class);
+    }
+    cut()
+}
+
+/// Gives back what `alloc(class)` returned.
+pub(super) fn free(class: usize, run: NonNull<u8>) {
+    let run: NonNull<Run> = run.cast();
+    let _held = LOCK.lock();
+    let next = FREE[class].load(Ordering::Relaxed);
+    // SAFETY: Writing needs memory that is ours: the caller gives it up, and it has room for a word.
+    unsafe { run.write(Run { next }) };
+    // Release keeps the link before the store that a forked child may find; among threads the lock orders it.
+    FREE[class].store(run.as_ptr(), Ordering::Release);
+}
+
+/// One fresh page. The caller holds the lock.
+fn cut() -> NonNull<u8> {
+    let mut next = NEXT.load(Ordering::Relaxed);
+    if next.is_multiple_of(PIECE) {
+        // Twice the size holds an aligned piece; what is left over is never touched and so costs no memory.
+        next = map(2 * PIECE).as_ptr().expose_provenance().next_multiple_of(PIECE);
+    }
+    NEXT.store(next + PAGE, Ordering::Relaxed);
+    NonNull::new(ptr::with_exposed_provenance_mut(next)).expect("mapped memory is not at zero")
+}
+
+/// Fresh zeroed memory.
+pub(super) fn map(bytes: usize) -> NonNull<u8> {
+    let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    // SAFETY: A new anonymous mapping at an address of the kernel's choice disturbs nothing.
+    let at = unsafe { libc::mmap(ptr::null_mut(), bytes, protection, flags | libc::MAP_NORESERVE, -1, 0) };
+    match NonNull::new(at.cast()) {
+        Some(at) if at.as_ptr() != libc::MAP_FAILED.cast() => at,
+        _ => die("out of memory for the counters of a thread"),
+    }
+}
+
+pub(super) fn after_fork() {
+    LOCK.after_fork();
+}

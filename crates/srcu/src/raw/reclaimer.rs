@@ -1,0 +1,380 @@
+//! The one thread that runs the callbacks of all domains.
+//!
+//! A domain with something to do is put into the inbox, by whoever gave it something to do: the first call into an empty
+//! queue, `start_poll`, or the reader that ends a section which a batch waits for. The reclaimer takes one domain at a
+//! time, moves it as far as it gets without waiting, and forgets it. So a domain that waits for a reader costs the
+//! others nothing, and the thread sleeps whenever no domain can move.
+//!
+//! 1. *idle*: nothing queued, batch empty, `busy` clear.
+//! 2. *scheduled*: in the inbox, `scheduled` set, counted.
+//! 3. *turn*: taken; `scheduled` is cleared before anything is looked at, so what comes later schedules again.
+//! 4. *blocked*: the batch waits for a grace period; `busy` set, counted. Whoever ends the grace period or the section
+//!    it waits for schedules the domain.
+//!
+//! # Safety
+//! # Invariants
+//! A pointer in the inbox carries one count of its state.
+
+use super::current;
+use super::event::Event;
+use super::state::State;
+use crate::sync::{AtomicPtr, Ordering};
+use std::ptr::{self, NonNull};
+
+/// Callbacks run in one turn before other domains get theirs.
+const TURN: usize = 256;
+
+pub(crate) struct Inbox {
+    /// The latest first.
+    pushed: AtomicPtr<State>,
+    /// The earliest first; only the reclaimer touches it. It is here and not on its stack for the child of a fork.
+    taken: AtomicPtr<State>,
+    event: Event,
+    /// Models have no thread: whoever waits for callbacks acts as the reclaimer, one at a time.
+    #[cfg(mmun_loom)]
+    acting: super::lock::Lock<()>,
+}
+
+/// Has the reclaimer look at a domain.
+pub(crate) fn schedule(state: &State) {
+    // ORDER(srcu-scheduled): AcqRel. If it was set, the reclaimer's clearing reads our store and so sees what we gave the
+    // domain to do. Partner: the swap in `turn`. Model: loom `a_barrier_waits_for_the_calls_of_both_threads`.
+    if state.pending.scheduled.swap(true, Ordering::AcqRel) {
+        return;
+    }
+    state.retain();
+    // INVARIANT: The count just taken goes with the pointer.
+    let inbox = inbox(state);
+    let mut latest = inbox.pushed.load(Ordering::Relaxed);
+    loop {
+        state.pending.next.store(latest, Ordering::Relaxed);
+        let this = ptr::from_ref(state).cast_mut();
+        // ORDER(srcu-inbox): Release for the link. Partner: the Acquire in `take`.
+        match inbox.pushed.compare_exchange_weak(latest, this, Ordering::Release, Ordering::Relaxed) {
+            Ok(_) => break,
+            Err(later) => latest = later,
+        }
+    }
+    inbox.event.advance();
+}
+
+impl Inbox {
+    /// The domain that has been in the inbox longest.
+    fn take(&self) -> Option<NonNull<State>> {
+        if self.taken.load(Ordering::Relaxed).is_null() {
+            // ORDER(srcu-inbox): Acquire, partner in `schedule`.
+            let mut latest = self.pushed.swap(ptr::null_mut(), Ordering::Acquire);
+            let mut earlier = ptr::null_mut();
+            while let Some(state) = NonNull::new(latest) {
+                // SAFETY: The state must be alive: the inbox has a count of it.
+                let next = unsafe { &state.as_ref().pending.next };
+                latest = next.load(Ordering::Relaxed);
+                next.store(earlier, Ordering::Relaxed);
+                earlier = state.as_ptr();
+            }
+            self.taken.store(earlier, Ordering::Relaxed);
+        }
+        let first = NonNull::new(self.taken.load(Ordering::Relaxed))?;
+        // SAFETY: As above.
+        let next = unsafe { first.as_ref() }.pending.next.load(Ordering::Relaxed);
+        self.taken.store(next, Ordering::Relaxed);
+        Some(first)
+    }
+}
+
+/// Moves a domain as far as it gets without waiting, and gives up the inbox's count of it.
+///
+/// # Safety
+/// `state` was taken from the inbox, and the caller is the reclaimer.
+unsafe fn turn(state: NonNull<State>) {
+    {
+        // SAFETY: The state must be alive: the count that came with it is given up below.
+        let state = unsafe { state.as_ref() };
+        // ORDER(srcu-scheduled): Cleared before the look at the queue; partner in `schedule`.
+        #[cfg(not(mmun_mutant = "scheduled_cleared_late"))]
+        state.pending.scheduled.swap(false, Ordering::AcqRel);
+        work(state);
+        #[cfg(mmun_mutant = "scheduled_cleared_late")]
+        state.pending.scheduled.swap(false, Ordering::AcqRel);
+    }
+    // SAFETY: Wants the caller's count: that of the inbox.
+    unsafe { State::release(state.as_ptr()) };
+}
+
+/// The caller is the reclaimer.
+fn work(state: &State) {
+    let pending = &state.pending;
+    let batch = &pending.batch;
+    if batch.is_empty() {
+        // ORDER(srcu-busy): Set before the queue is emptied, whose swap releases it: a barrier that finds the queue empty
+        // finds this set. Partner: `is_idle`. Model: loom `a_barrier_waits_for_the_calls_of_both_threads`.
+        pending.busy.store(true, Ordering::Relaxed);
+        batch.fill(state);
+        if batch.is_empty() {
+            pending.busy.store(false, Ordering::Relaxed);
+        } else {
+            state.retain();
+        }
+    }
+    // ORDER(srcu-polled): Relaxed: `start_poll` schedules after it has stored, ORDER(srcu-scheduled).
+    if batch.is_empty() {
+        state.drive(pending.polled.load(Ordering::Relaxed));
+        return;
+    }
+    if !state.drive(batch.want()) {
+        return;
+    }
+    for _ in 0..TURN {
+        batch.run_one(state);
+        if batch.is_empty() {
+            // ORDER(srcu-busy): Release, so that whoever finds it clear sees the callbacks done. Partner: `is_idle`.
+            pending.busy.store(false, Ordering::Release);
+            // SAFETY: Wants a count that is ours: that of the batch, which is empty now. The inbox's keeps the state alive.
+            unsafe { State::release(state) };
+            break;
+        }
+    }
+    // The rest waits until the other domains had their turns.
+    let polled = || state.passed(pending.polled.load(Ordering::Relaxed));
+    if !batch.is_empty() || !pending.queue.load(Ordering::Relaxed).is_null() || !polled() {
+        schedule(state);
+    }
+}
+
+/// Whether every callback queued before the call has returned.
+pub(crate) fn is_idle(state: &State) -> bool {
+    // ORDER(srcu-busy): Acquire twice, in this order. If the reclaimer emptied the queue, we see `busy` as set before that,
+    // or as cleared after the callbacks. Partners: `fill`, `work`.
+    let queued = !state.pending.queue.load(Ordering::Acquire).is_null();
+    #[cfg(not(mmun_mutant = "idle_ignores_busy"))]
+    let busy = state.pending.busy.load(Ordering::Acquire);
+    #[cfg(mmun_mutant = "idle_ignores_busy")]
+    let busy = false;
+    !queued && !busy
+}
+
+#[cfg(not(mmun_loom))]
+use thread::inbox;
+#[cfg(not(mmun_loom))]
+pub(crate) use thread::{adopt, after_fork, barrier, start, start_if_inherited, start_unless_forked};
+
+#[cfg(not(mmun_loom))]
+mod thread {
+    use super::{AtomicPtr, Event, Inbox, NonNull, Ordering, State, current, is_idle, ptr, schedule, turn};
+    use crate::raw::callback::push_boxed;
+    use std::mem::MaybeUninit;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, AtomicU8};
+
+    static INBOX: Inbox =
+        Inbox { pushed: AtomicPtr::new(ptr::null_mut()), taken: AtomicPtr::new(ptr::null_mut()), event: Event::new() };
+
+    /// 1. `NEVER` started; 2. `STARTING`, by a thread that is at it; 3. `RUNNING`; 4. `GONE`: this is the child of a fork.
+    static STATUS: AtomicU8 = AtomicU8::new(NEVER);
+    const NEVER: u8 = 0;
+    const STARTING: u8 = 1;
+    const RUNNING: u8 = 2;
+    const GONE: u8 = 3;
+
+    pub(super) fn inbox(_: &State) -> &'static Inbox {
+        &INBOX
+    }
+
+    fn run() -> ! {
+        current::set_reclaimer(true);
+        loop {
+            let seen = INBOX.event.now();
+            match INBOX.take() {
+                // SAFETY: Wants a state from the inbox and the reclaimer: this is its thread, the only one.
+                Some(state) => unsafe { turn(state) },
+                None => INBOX.event.wait(seen),
+            }
+        }
+    }
+
+    /// Starts the reclaimer if it does not run. Allocates only then.
+    pub(crate) fn start() {
+        // Relaxed: the status guards nothing but the start itself; the inbox waits until there is a thread.
+        let status = STATUS.load(Ordering::Relaxed);
+        if status == NEVER || status == GONE {
+            start_from(status);
+        }
+    }
+
+    /// As `start`, but leaves it to another call in the child of a fork, which may be inside an allocator now and was
+    /// promised by a `prepare` before the fork that nothing is allocated.
+    pub(crate) fn start_unless_forked() {
+        if STATUS.load(Ordering::Relaxed) == NEVER {
+            start_from(NEVER);
+        }
+    }
+
+    /// Starts the reclaimer in the child of a fork that inherited something to do.
+    pub(crate) fn start_if_inherited() {
+        if STATUS.load(Ordering::Relaxed) == GONE && !INBOX.pushed.load(Ordering::Relaxed).is_null() {
+            start();
+        }
+    }
+
+    #[cold]
+    fn start_from(status: u8) {
+        // A state and not a lock: starting a thread allocates, and what that sets off may come here again.
+        if STATUS.compare_exchange(status, STARTING, Ordering::Relaxed, Ordering::Relaxed).is_err() {
+            return;
+        }
+        let spawned = without_signals(|| std::thread::Builder::new().name("srcu-reclaimer".into()).spawn(|| run()));
+        match spawned {
+            Ok(_) => STATUS.store(RUNNING, Ordering::Relaxed),
+            Err(error) => {
+                STATUS.store(status, Ordering::Relaxed);
+                panic!("could not start the reclaimer thread of srcu: {error}");
+            }
+        }
+    }
+
+    /// Runs `f` with all signals blocked, which a new thread inherits: the program's handlers never run on ours.
+    fn without_signals<T>(f: impl FnOnce() -> T) -> T {
+        let mut all = MaybeUninit::<libc::sigset_t>::uninit();
+        let mut before = MaybeUninit::<libc::sigset_t>::uninit();
+        // SAFETY: Needs a place for a set.
+        unsafe { libc::sigfillset(all.as_mut_ptr()) };
+        // SAFETY: Needs an initialized set, from the line above, and a place for the old one.
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr()) };
+        let result = f();
+        // SAFETY: Needs an initialized set: the call before filled it in.
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, before.as_ptr(), ptr::null_mut()) };
+        result
+    }
+
+    /// What `barrier` waits on. Not on its stack, which a fork in another thread would pull away under the child's queue.
+    struct Waiter {
+        event: Event,
+        done: AtomicBool,
+        /// Nothing was queued behind it.
+        last: AtomicBool,
+    }
+
+    /// Waits until all callbacks queued before have returned. Says whether none were queued meanwhile.
+    pub(crate) fn barrier(state: &State) -> bool {
+        if is_idle(state) {
+            return true;
+        }
+        start();
+        let waiter =
+            Arc::new(Waiter { event: Event::new(), done: AtomicBool::new(false), last: AtomicBool::new(false) });
+        let (callback, domain) = (Arc::clone(&waiter), Domain(NonNull::from(state)));
+        let first = push_boxed(state, move || {
+            // A callback runs in the reclaimer, so it may look at the batch.
+            let pending = &domain.get().pending;
+            let last = pending.batch.is_empty() && pending.queue.load(Ordering::Relaxed).is_null();
+            callback.last.store(last, Ordering::Relaxed);
+            // ORDER(srcu-barrier): Release for what the callbacks before this one did. Partner: the Acquire below.
+            callback.done.store(true, Ordering::Release);
+            callback.event.advance();
+        });
+        if first {
+            schedule(state);
+        }
+        loop {
+            let seen = waiter.event.now();
+            // ORDER(srcu-barrier): Acquire, partner above.
+            if waiter.done.load(Ordering::Acquire) {
+                return waiter.last.load(Ordering::Relaxed);
+            }
+            waiter.event.wait(seen);
+        }
+    }
+
+    struct Domain(NonNull<State>);
+    // SAFETY: `State` is `Sync`; the pointer is followed only in a callback of that state.
+    unsafe impl Send for Domain {}
+    impl Domain {
+        fn get(&self) -> &State {
+            // SAFETY: The state must be alive: see `Send`; a turn keeps it.
+            unsafe { self.0.as_ref() }
+        }
+    }
+
+    /// In the child of a fork: says whether this thread is the reclaimer, and if not, forgets the inbox.
+    pub(crate) fn after_fork() -> bool {
+        if current::is_reclaimer() {
+            return true;
+        }
+        INBOX.pushed.store(ptr::null_mut(), Ordering::Relaxed);
+        INBOX.taken.store(ptr::null_mut(), Ordering::Relaxed);
+        INBOX.event.after_fork();
+        if STATUS.load(Ordering::Relaxed) != NEVER {
+            STATUS.store(GONE, Ordering::Relaxed);
+        }
+        false
+    }
+
+    /// In the child of a fork: puts a domain that has something to do into the inbox.
+    pub(crate) fn adopt(state: &State, reclaimer_survived: bool) {
+        if !state.is_used() {
+            return;
+        }
+        let pending = &state.pending;
+        let batch = !pending.batch.is_empty();
+        if !reclaimer_survived {
+            // The callback that the reclaimer was in the middle of, in the parent, is not run again.
+            pending.busy.store(batch, Ordering::Relaxed);
+            pending.scheduled.store(false, Ordering::Relaxed);
+            state.set_refs(usize::from(state.owned.load(Ordering::Relaxed)) + usize::from(batch));
+        }
+        let queued = !pending.queue.load(Ordering::Relaxed).is_null();
+        if batch || queued || !state.passed(pending.polled.load(Ordering::Relaxed)) {
+            schedule(state);
+        }
+    }
+}
+
+#[cfg(mmun_loom)]
+use model::inbox;
+#[cfg(mmun_loom)]
+pub(crate) use model::{barrier, start, start_if_inherited, start_unless_forked};
+
+/// Models have no thread of ours: whoever waits for callbacks takes the turns.
+#[cfg(mmun_loom)]
+mod model {
+    use super::{AtomicPtr, Event, Inbox, State, current, is_idle, ptr, turn};
+    use crate::raw::lock::Lock;
+
+    impl Inbox {
+        pub(crate) fn new() -> Self {
+            let null = || AtomicPtr::new(ptr::null_mut());
+            Self { pushed: null(), taken: null(), event: Event::new(), acting: Lock::new(()) }
+        }
+    }
+
+    pub(super) fn inbox(state: &State) -> &Inbox {
+        &state.inbox
+    }
+
+    pub(crate) fn start() {}
+
+    pub(crate) fn start_unless_forked() {}
+
+    pub(crate) fn start_if_inherited() {}
+
+    pub(crate) fn barrier(state: &State) -> bool {
+        if is_idle(state) {
+            return true;
+        }
+        let _acting = state.inbox.acting.lock();
+        let before = current::set_reclaimer(true);
+        loop {
+            let seen = state.inbox.event.now();
+            if is_idle(state) {
+                break;
+            }
+            match state.inbox.take() {
+                // SAFETY: Wants a state from the inbox and the reclaimer: whoever holds `acting` is.
+                Some(state) => unsafe { turn(state) },
+                None => state.inbox.event.wait(seen),
+            }
+        }
+        current::set_reclaimer(before);
+        true
+    }
+}

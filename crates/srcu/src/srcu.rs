@@ -1,0 +1,328 @@
+//! A domain, as its users see it.
+
+use crate::WouldDeadlock;
+use crate::guard::{self, Guard, Reader, SendGuard};
+use crate::raw::state::{Handle, State};
+use crate::raw::{callback, current, reclaimer};
+use crate::sync::Ordering;
+use std::fmt;
+
+/// A domain of sleepable read-copy-update: readers and updaters that know of each other, and of nobody else.
+///
+/// Make one for every object that has readers of its own; a domain whose reader sleeps for an hour delays only itself.
+/// A new domain is one word and costs nothing until it is used; a used one takes a page (4 KiB) for up to 28 threads, and
+/// more pages when more threads of the process take part.
+///
+/// # Dropping
+/// Runs what is pending, and waits for it. In a callback it does not wait: the state lives on with the reclaimer until the
+/// last callback has returned. No section can be open, since guards borrow the domain; if one was leaked (`mem::forget`),
+/// its grace period never comes, and callbacks that wait for it are leaked in place of a hang.
+///
+/// # Forks
+/// The child of a `fork` can use the domains it inherits. The calling thread's sections go on there; those of other threads
+/// are over, except [`SendGuard`]s, which count as open in the child wherever they are. Callbacks that were queued
+/// run in the child too, once it calls one of [`prepare`](Self::prepare), [`call`](Self::call),
+/// [`synchronize`](Self::synchronize), [`barrier`](Self::barrier) or [`start_poll`](Self::start_poll); not so the one that
+/// was running. A raw `clone` system call that goes around the C library goes around this, too.
+///
+/// # Signals
+/// Not for signal handlers: one that interrupts `read_lock` could lose a count.
+///
+/// # Source
+/// `struct srcu_struct`, kernel/rcu/srcutree.c. Differs: counters are per thread, a single look at both banks ends a grace
+/// period if no section is open, and what would deadlock is refused.
+#[doc(alias = "srcu_struct")]
+#[doc(alias = "init_srcu_struct")]
+pub struct Srcu {
+    handle: Handle,
+}
+
+/// A grace period that somebody asked for and will look for later: see [`Srcu::start_poll`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use = "pass it to `Srcu::poll` to learn whether the grace period is over"]
+pub struct Cookie {
+    want: u64,
+    /// The address of the domain's state, to catch a mix-up.
+    domain: usize,
+}
+
+impl Srcu {
+    /// A domain that nobody uses yet. Makes no system call and allocates nothing.
+    #[cfg(not(mmun_loom))]
+    pub const fn new() -> Self {
+        Self { handle: Handle::new() }
+    }
+
+    /// A domain that nobody uses yet.
+    #[cfg(mmun_loom)]
+    pub fn new() -> Self {
+        Self { handle: Handle::new() }
+    }
+
+    /// Does now what [`call_raw`](Self::call_raw) and [`read_lock`](Self::read_lock) would do on first use: makes the domain's
+    /// page, gives this thread its counters, starts the reclaimer thread if this process has none.
+    ///
+    /// # Panics
+    /// If the thread cannot be started.
+    pub fn prepare(&self) {
+        guard::slot(self.state());
+        reclaimer::start();
+    }
+
+    /// Begins a read section, which ends when the guard is dropped.
+    ///
+    /// Costs a few plain instructions: no lock, no atomic read-modify-write, no fence. A thread's first section in a domain
+    /// looks for its place, which never involves the allocator, so it may begin inside `malloc`. Sections nest without
+    /// limit, and may sleep.
+    ///
+    /// # Source
+    /// `srcu_read_lock`, include/linux/srcu.h.
+    ///
+    /// # Examples
+    /// ```
+    /// let srcu = srcu::Srcu::new();
+    /// let section = srcu.read_lock();
+    /// // What is reachable here stays valid until the end of the section.
+    /// section.unlock();
+    /// ```
+    #[doc(alias = "srcu_read_lock")]
+    #[inline]
+    pub fn read_lock(&self) -> Guard<'_> {
+        let state = self.handle.peek();
+        match state.table.mine() {
+            Some(slot) => Guard::enter(state, slot),
+            None => self.read_lock_first(),
+        }
+    }
+
+    #[cold]
+    fn read_lock_first(&self) -> Guard<'_> {
+        let state = self.state();
+        Guard::enter(state, guard::slot(state))
+    }
+
+    /// Whether this thread is inside a section of this domain that it began with `read_lock`.
+    #[doc(alias = "srcu_read_lock_held")]
+    pub fn read_lock_held(&self) -> bool {
+        self.handle.peek().table.mine().is_some_and(|slot| slot.local.depth() != 0)
+    }
+
+    /// This thread's own way in, half as dear as [`read_lock`](Self::read_lock): the look-up is done here, once.
+    ///
+    /// # Examples
+    /// ```
+    /// let srcu = srcu::Srcu::new();
+    /// let reader = srcu.reader();
+    /// for _ in 0..1000 {
+    ///     let _section = reader.read_lock();
+    /// }
+    /// ```
+    pub fn reader(&self) -> Reader<'_> {
+        Reader::new(self.state())
+    }
+
+    /// Begins a read section that may end on another thread: send the guard there and drop it.
+    ///
+    /// A little slower than [`read_lock`](Self::read_lock). The section belongs to no thread, so waiting for a grace period
+    /// while holding the guard is not detected: it hangs.
+    ///
+    /// # Source
+    /// `srcu_down_read` and `srcu_up_read`, include/linux/srcu.h. Differs: the token ends the section when dropped.
+    ///
+    /// # Examples
+    /// ```
+    /// let srcu = srcu::Srcu::new();
+    /// std::thread::scope(|scope| {
+    ///     let section = srcu.down_read();
+    ///     scope.spawn(move || section.up_read());
+    /// });
+    /// srcu.synchronize().unwrap();
+    /// ```
+    #[doc(alias = "srcu_down_read")]
+    pub fn down_read(&self) -> SendGuard<'_> {
+        SendGuard::enter(self.state())
+    }
+
+    /// Waits until all sections that began before the call have ended.
+    ///
+    /// What was unlinked before the call can be freed after it. Sections that begin later are not waited for. Callers at the
+    /// same time share grace periods.
+    ///
+    /// # Blocking
+    /// Looks for a moment, then sleeps until the last of the sections ends.
+    /// # Errors
+    /// [`WouldDeadlock`] inside a section ([`read_lock_held`](Self::read_lock_held)) or callback of this domain.
+    /// # Source
+    /// `synchronize_srcu`, kernel/rcu/srcutree.c. Differs: the kernel hangs where this returns an error.
+    #[doc(alias = "synchronize_srcu")]
+    pub fn synchronize(&self) -> Result<(), WouldDeadlock> {
+        let state = self.state();
+        if self.read_lock_held() || current::runs_callback_of(state) {
+            return Err(WouldDeadlock);
+        }
+        reclaimer::start_if_inherited();
+        state.synchronize();
+        Ok(())
+    }
+
+    /// The same as [`synchronize`](Self::synchronize): no grace period is ever delayed on purpose here, so none can be hurried.
+    ///
+    /// # Errors
+    /// As `synchronize`.
+    #[doc(alias = "synchronize_srcu_expedited")]
+    pub fn synchronize_expedited(&self) -> Result<(), WouldDeadlock> {
+        self.synchronize()
+    }
+
+    /// Asks for a grace period, and does not wait for it: [`poll`](Self::poll) says when it is over.
+    ///
+    /// May be called inside sections and callbacks. Allocates nothing after [`prepare`](Self::prepare).
+    ///
+    /// # Panics
+    /// If the reclaimer thread has to be started and cannot be.
+    /// # Source
+    /// `start_poll_synchronize_srcu`, kernel/rcu/srcutree.c.
+    /// # Examples
+    /// ```
+    /// let srcu = srcu::Srcu::new();
+    /// let section = srcu.read_lock();
+    /// let cookie = srcu.start_poll();
+    /// assert!(!srcu.poll(cookie), "the section is still open");
+    /// drop(section);
+    /// while !srcu.poll(cookie) {
+    ///     std::thread::yield_now();
+    /// }
+    /// ```
+    #[doc(alias = "start_poll_synchronize_srcu")]
+    pub fn start_poll(&self) -> Cookie {
+        let state = self.state();
+        let want = state.snapshot();
+        // Relaxed: `schedule` publishes it, ORDER(srcu-scheduled).
+        state.pending.polled.fetch_max(want, Ordering::Relaxed);
+        reclaimer::schedule(state);
+        reclaimer::start();
+        Cookie { want, domain: address(state) }
+    }
+
+    /// Whether all sections that began before the cookie was made have ended.
+    ///
+    /// If so, what was unlinked before the cookie was made can be freed.
+    ///
+    /// # Panics
+    /// If the cookie is of another domain.
+    #[doc(alias = "poll_state_synchronize_srcu")]
+    pub fn poll(&self, cookie: Cookie) -> bool {
+        let state = self.state();
+        assert_eq!(address(state), cookie.domain, "the cookie was made by another domain; poll that one");
+        state.passed(cookie.want)
+    }
+
+    /// Calls `f` on the reclaimer thread once all sections that are open now have ended.
+    ///
+    /// Allocates; [`call_raw`](Self::call_raw) does not. May be called inside sections and callbacks. One thread runs the
+    /// callbacks of all domains, those of one domain in the order of the calls: `f` should not block. If it panics that
+    /// is caught, counted ([`callback_panics`](Self::callback_panics)) and reported ([`set_callback_panic_hook`]), and the
+    /// other callbacks run. Nothing throttles callers: what they hand over stays in memory until the readers let go.
+    ///
+    /// # Panics
+    /// If the reclaimer thread has to be started and cannot be.
+    /// # Source
+    /// `call_srcu`, kernel/rcu/srcutree.c.
+    /// # Examples
+    /// ```
+    /// let srcu = srcu::Srcu::new();
+    /// let old = vec![1, 2, 3]; // No longer reachable by new readers.
+    /// srcu.call(move || drop(old));
+    /// srcu.barrier().unwrap(); // Now it is gone.
+    /// ```
+    ///
+    /// [`set_callback_panic_hook`]: crate::set_callback_panic_hook
+    #[doc(alias = "call_srcu")]
+    pub fn call(&self, f: impl FnOnce() + Send + 'static) {
+        let state = self.state();
+        reclaimer::start();
+        if callback::push_boxed(state, f) {
+            reclaimer::schedule(state);
+        }
+    }
+
+    /// Waits until every callback queued before the call has returned.
+    ///
+    /// With none queued it returns at once: it is not a grace period.
+    ///
+    /// # Blocking
+    /// Sleeps until then.
+    /// # Errors
+    /// [`WouldDeadlock`] inside a section of this domain, or in a callback of any: one thread runs them all.
+    /// # Panics
+    /// If the reclaimer thread has to be started and cannot be.
+    /// # Source
+    /// `srcu_barrier`, kernel/rcu/srcutree.c.
+    #[doc(alias = "srcu_barrier")]
+    pub fn barrier(&self) -> Result<(), WouldDeadlock> {
+        self.wait_for_callbacks(|state| {
+            reclaimer::barrier(state);
+        })
+    }
+
+    /// Waits until no callback is queued or running, including those that callbacks queue.
+    ///
+    /// Returns only when the domain was found so; a callback that always queues another keeps it waiting.
+    ///
+    /// # Blocking
+    /// Sleeps until then.
+    /// # Errors
+    /// As [`barrier`](Self::barrier).
+    /// # Panics
+    /// As `barrier`.
+    pub fn drain_until_idle(&self) -> Result<(), WouldDeadlock> {
+        self.wait_for_callbacks(|state| while !reclaimer::barrier(state) {})
+    }
+
+    /// How many callbacks of this domain have panicked.
+    pub fn callback_panics(&self) -> u64 {
+        self.handle.peek().pending.panics.load(Ordering::Relaxed)
+    }
+
+    fn wait_for_callbacks(&self, wait: impl FnOnce(&State)) -> Result<(), WouldDeadlock> {
+        if self.read_lock_held() || current::is_reclaimer() {
+            return Err(WouldDeadlock);
+        }
+        reclaimer::start_if_inherited();
+        if let Some(state) = self.handle.used() {
+            wait(state);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn state(&self) -> &State {
+        self.handle.get()
+    }
+}
+
+fn address(state: &State) -> usize {
+    std::ptr::from_ref(state).addr()
+}
+
+impl Default for Srcu {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl fmt::Debug for Srcu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Srcu").field(self.handle.peek()).finish()
+    }
+}
+
+impl Drop for Srcu {
+    #[doc(alias = "cleanup_srcu_struct")]
+    fn drop(&mut self) {
+        let Some(state) = self.handle.used() else { return };
+        // Nobody borrows the domain, so the sums are exact, and an open section is a leaked one.
+        if !current::is_reclaimer() && !state.any_open() {
+            reclaimer::barrier(state);
+        }
+    }
+}

@@ -1,0 +1,148 @@
+//! The child of a real `fork`.
+
+use crate::{Count, Gate};
+use srcu::Srcu;
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Barrier};
+use std::thread;
+
+/// Forks; the child runs `f` and exits with its answer. Says how the child ended.
+fn in_child(mut f: impl FnMut() -> bool) -> i32 {
+    // SAFETY: The child may only do what is safe after a fork in a program with threads; glibc makes `malloc` usable there,
+    // and what `f` does besides is what these tests are about.
+    match unsafe { libc::fork() } {
+        -1 => panic!("fork: {}", std::io::Error::last_os_error()),
+        0 => {
+            // A hang becomes a death by SIGALRM, which the parent reports.
+            // SAFETY: No preconditions.
+            unsafe { libc::alarm(20) };
+            let good = std::panic::catch_unwind(std::panic::AssertUnwindSafe(&mut f)).unwrap_or(false);
+            // SAFETY: Ends the process at once, which is always allowed.
+            unsafe { libc::_exit(i32::from(!good)) }
+        }
+        child => {
+            let mut status = 0;
+            // SAFETY: Needs a place for the status.
+            assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+            status
+        }
+    }
+}
+
+#[test]
+fn a_child_uses_inherited_domains_and_runs_inherited_callbacks() {
+    let srcu = Srcu::new();
+    let count = Count::default();
+    let mut section = Some(srcu.read_lock());
+    for _ in 0..10 {
+        let count = count.clone();
+        srcu.call(move || count.add());
+    }
+    let status = in_child(|| {
+        let inside = srcu.read_lock_held() && srcu.synchronize().is_err();
+        section.take();
+        srcu.synchronize().unwrap();
+        srcu.barrier().unwrap();
+        let inherited = count.get();
+        let own = count.clone();
+        srcu.call(move || own.add());
+        srcu.barrier().unwrap();
+        inside && inherited == 10 && count.get() == 11
+    });
+    assert_eq!(status, 0);
+    assert!(section.is_some() && srcu.barrier().is_err(), "the parent is still inside");
+    assert_eq!(count.get(), 0);
+    drop(section);
+    srcu.barrier().unwrap();
+    assert_eq!(count.get(), 10);
+}
+
+#[test]
+fn sections_of_other_threads_are_over_in_the_child() {
+    let srcu = Srcu::new();
+    let (inside, entered) = channel();
+    let gate = Gate::new();
+    let wait = gate.waiter();
+    thread::scope(|scope| {
+        let srcu = &srcu;
+        scope.spawn(move || {
+            let _section = srcu.read_lock();
+            inside.send(()).unwrap();
+            wait();
+        });
+        entered.recv().unwrap();
+        let cookie = srcu.start_poll();
+        assert!(!srcu.poll(cookie));
+        let status = in_child(|| {
+            srcu.synchronize().unwrap();
+            srcu.poll(cookie)
+        });
+        assert_eq!(status, 0);
+        assert!(!srcu.poll(cookie), "in the parent the section is open");
+        gate.open();
+    });
+    srcu.synchronize().unwrap();
+}
+
+#[test]
+fn a_child_of_a_busy_process_is_not_stuck() {
+    let domains: Arc<Vec<Srcu>> = Arc::new((0..8).map(|_| Srcu::new()).collect());
+    let start = Arc::new(Barrier::new(4));
+    let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let workers: Vec<_> = (0..3)
+        .map(|_| {
+            let (domains, start, stop) = (Arc::clone(&domains), Arc::clone(&start), Arc::clone(&stop));
+            thread::spawn(move || {
+                start.wait();
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    for srcu in domains.iter() {
+                        drop(srcu.read_lock());
+                        srcu.call(|| ());
+                        srcu.synchronize().unwrap();
+                    }
+                    let short = Srcu::new();
+                    short.call(|| ());
+                }
+            })
+        })
+        .collect();
+    start.wait();
+    for round in 0..50 {
+        let status = in_child(|| {
+            for srcu in domains.iter() {
+                srcu.synchronize().unwrap();
+                srcu.call(|| ());
+                srcu.drain_until_idle().unwrap();
+            }
+            let own = Srcu::new();
+            thread::scope(|scope| {
+                scope.spawn(|| drop(own.read_lock()));
+                scope.spawn(|| own.synchronize().unwrap());
+            });
+            true
+        });
+        assert_eq!(status, 0, "round {round}");
+    }
+    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    workers.into_iter().for_each(|worker| worker.join().unwrap());
+}
+
+#[test]
+fn a_callback_that_forks_leaves_a_reclaimer_in_both() {
+    let (first, second) = (Arc::new(Srcu::new()), Arc::new(Srcu::new()));
+    let (send, statuses) = channel();
+    let in_callback = Arc::clone(&second);
+    first.call(move || {
+        let status = in_child(|| {
+            in_callback.synchronize().unwrap();
+            // This thread is the reclaimer, so it cannot wait for callbacks; that it may not is the answer wanted.
+            in_callback.call(|| ());
+            in_callback.barrier().is_err()
+        });
+        send.send(status).unwrap();
+    });
+    assert_eq!(statuses.recv().unwrap(), 0);
+    second.call(|| ());
+    second.barrier().unwrap();
+    first.barrier().unwrap();
+}

@@ -1,0 +1,125 @@
+//! `synchronize`, `start_poll` and `poll`.
+
+use crate::Gate;
+use srcu::Srcu;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::channel;
+use std::thread;
+
+#[test]
+fn synchronize_waits_for_a_section_that_sleeps() {
+    let srcu = Srcu::new();
+    let left = AtomicBool::new(false);
+    let (inside, entered) = channel();
+    let gate = Gate::new();
+    let wait = gate.waiter();
+    thread::scope(|scope| {
+        let (srcu, left) = (&srcu, &left);
+        scope.spawn(move || {
+            let outer = srcu.read_lock();
+            let inner = srcu.read_lock();
+            inside.send(()).unwrap();
+            wait();
+            drop(inner);
+            left.store(true, Ordering::SeqCst);
+            drop(outer);
+        });
+        entered.recv().unwrap();
+        let waiter = scope.spawn(|| {
+            srcu.synchronize().unwrap();
+            assert!(left.load(Ordering::SeqCst), "the section had not ended");
+        });
+        let cookie = srcu.start_poll();
+        assert!(!srcu.poll(cookie), "the section is open");
+        gate.open();
+        waiter.join().unwrap();
+    });
+}
+
+#[test]
+fn synchronize_ends_although_there_are_always_readers() {
+    let srcu = Srcu::new();
+    let stop = AtomicBool::new(false);
+    let rounds = AtomicUsize::new(0);
+    thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                let mut held = srcu.read_lock();
+                while !stop.load(Ordering::Relaxed) {
+                    let next = srcu.read_lock();
+                    drop(std::mem::replace(&mut held, next));
+                    rounds.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        for _ in 0..100 {
+            srcu.synchronize().unwrap();
+            srcu.synchronize_expedited().unwrap();
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    assert!(!srcu.read_lock_held());
+}
+
+#[test]
+fn many_synchronize_at_once() {
+    let srcu = Srcu::new();
+    let done = AtomicUsize::new(0);
+    thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                for _ in 0..200 {
+                    drop(srcu.read_lock());
+                    srcu.synchronize().unwrap();
+                    done.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+    });
+    assert_eq!(done.load(Ordering::Relaxed), 1600);
+}
+
+#[test]
+fn a_polled_grace_period_ends_by_itself() {
+    let srcu = Srcu::new();
+    let section = srcu.read_lock();
+    let cookie = srcu.start_poll();
+    assert!(!srcu.poll(cookie));
+    drop(section);
+    while !srcu.poll(cookie) {
+        thread::yield_now();
+    }
+    assert!(srcu.poll(cookie), "it stays over");
+}
+
+#[test]
+fn a_later_section_does_not_hold_up_a_cookie() {
+    let srcu = Srcu::new();
+    let early = srcu.read_lock();
+    let cookie = srcu.start_poll();
+    thread::scope(|scope| {
+        // By now the grace period waits for `early`, and the next section begins behind it.
+        while format!("{srcu:?}").contains("waiting: 0") {
+            thread::yield_now();
+        }
+        let late = srcu.read_lock();
+        drop(early);
+        scope
+            .spawn(|| {
+                while !srcu.poll(cookie) {
+                    thread::yield_now();
+                }
+            })
+            .join()
+            .unwrap();
+        drop(late);
+    });
+}
+
+#[test]
+#[should_panic(expected = "made by another domain")]
+fn a_cookie_of_another_domain_is_refused() {
+    let (a, b) = (Srcu::new(), Srcu::new());
+    let cookie = a.start_poll();
+    let _ = b.poll(cookie);
+}

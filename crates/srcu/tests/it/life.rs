@@ -1,0 +1,115 @@
+//! Domains come and go.
+
+use crate::{Count, Gate};
+use srcu::Srcu;
+use std::sync::Arc;
+use std::thread;
+
+static IN_A_STATIC: Srcu = Srcu::new();
+
+#[test]
+fn a_domain_can_be_a_static() {
+    let section = IN_A_STATIC.read_lock();
+    assert!(IN_A_STATIC.synchronize().is_err());
+    drop(section);
+    IN_A_STATIC.synchronize().unwrap();
+}
+
+#[test]
+fn an_unused_domain_is_small() {
+    assert!(size_of::<Srcu>() <= 16);
+    let many: Vec<_> = (0..10_000).map(|_| Srcu::new()).collect();
+    assert!(many.iter().all(|srcu| !srcu.read_lock_held()));
+}
+
+#[test]
+fn a_drop_runs_what_is_pending() {
+    let count = Count::default();
+    let srcu = Srcu::new();
+    for _ in 0..1000 {
+        let count = count.clone();
+        srcu.call(move || count.add());
+    }
+    drop(srcu);
+    assert_eq!(count.get(), 1000);
+}
+
+#[test]
+fn a_domain_dropped_in_its_own_callback_lives_until_the_last_has_returned() {
+    let count = Count::default();
+    let other = Srcu::new();
+    for _ in 0..200 {
+        let srcu = Arc::new(Srcu::new());
+        let section = srcu.read_lock();
+        for last in [false, true] {
+            let (mine, count) = (Arc::clone(&srcu), count.clone());
+            srcu.call(move || {
+                if !last {
+                    // Queued behind the callback that drops the domain.
+                    let count = count.clone();
+                    mine.call(move || count.add());
+                }
+                drop(mine);
+                count.add();
+            });
+        }
+        drop(section);
+        drop(srcu);
+    }
+    // The domains cannot be asked any more; whoever drops the last handle on the reclaimer leaves the rest to it.
+    while count.get() < 600 {
+        other.call(|| ());
+        other.barrier().unwrap();
+    }
+    assert_eq!(count.get(), 600);
+}
+
+#[test]
+fn a_domain_dropped_in_a_callback_of_another_runs_what_is_pending() {
+    let count = Count::default();
+    let (outer, inner) = (Srcu::new(), Srcu::new());
+    let gate = Gate::new();
+    outer.call(gate.waiter());
+    let in_callback = count.clone();
+    outer.call(move || {
+        inner.call(move || in_callback.add());
+        drop(inner);
+    });
+    gate.open();
+    outer.barrier().unwrap();
+    while count.get() == 0 {
+        outer.call(|| ());
+        outer.barrier().unwrap();
+    }
+    assert_eq!(count.get(), 1);
+}
+
+#[test]
+fn a_leaked_guard_does_not_hang_the_drop() {
+    let count = Count::default();
+    let srcu = Srcu::new();
+    std::mem::forget(srcu.read_lock());
+    assert!(srcu.synchronize().is_err(), "the thread is inside for ever");
+    let in_callback = count.clone();
+    srcu.call(move || in_callback.add());
+    drop(srcu);
+    assert_eq!(count.get(), 0, "its grace period never comes");
+}
+
+#[test]
+fn domains_are_made_used_and_dropped_on_many_threads() {
+    let count = Count::default();
+    thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                for _ in 0..500 {
+                    let srcu = Srcu::new();
+                    drop(srcu.read_lock());
+                    let count = count.clone();
+                    srcu.call(move || count.add());
+                }
+            });
+        }
+    });
+    assert_eq!(count.get(), 2000);
+}

@@ -1,0 +1,104 @@
+//! Capability probes.
+
+use std::io;
+use std::process::{Command, Stdio};
+use std::{env, fs, thread};
+
+/// Something a test needs from the machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Cap {
+    /// Tracing one's own children.
+    Ptrace,
+    /// A seccomp filter that hands calls to a tracer.
+    SeccompTrace,
+    /// 32-bit x86 system calls.
+    I386Calls,
+    /// A second NUMA node is not needed, the calls to move pages are.
+    Numa,
+}
+
+/// Tells whether the machine has `cap`.
+///
+/// If not, it prints `SKIP test: reason`, the test being the one that runs in this thread.
+///
+/// # Panics
+/// If the machine lacks it and the environment says `MMUN_REQUIRE=all`.
+pub fn require(cap: Cap) -> bool {
+    let Err(reason) = probe(cap) else { return true };
+    let current = thread::current();
+    let name = current.name().unwrap_or("a test");
+    assert!(env::var_os("MMUN_REQUIRE").is_none_or(|value| value != "all"), "{name} needs {cap:?}: {reason}");
+    println!("SKIP {name}: {reason}");
+    false
+}
+
+fn probe(cap: Cap) -> Result<(), String> {
+    match cap {
+        Cap::Ptrace => ptrace().map_err(|error| format!("ptrace is refused: {error}")),
+        Cap::SeccompTrace => match fs::read_to_string("/proc/sys/kernel/seccomp/actions_avail") {
+            Ok(actions) if actions.split_whitespace().any(|action| action == "trace") => Ok(()),
+            Ok(actions) => Err(format!("seccomp has no action trace, only {}", actions.trim())),
+            Err(error) => Err(format!("no seccomp: {error}")),
+        },
+        Cap::I386Calls => i386_getpid(),
+        Cap::Numa => match fs::metadata("/sys/devices/system/node/node0") {
+            Ok(_) => Ok(()),
+            Err(error) => Err(format!("no NUMA support: {error}")),
+        },
+    }
+}
+
+/// Seizes a child and lets it go.
+fn ptrace() -> io::Result<()> {
+    let mut child = Command::new("cat").stdin(Stdio::piped()).stdout(Stdio::null()).spawn()?;
+    let pid = child.id() as libc::pid_t;
+    // SAFETY: the request takes integers.
+    let seized = unsafe { libc::ptrace(libc::PTRACE_SEIZE, pid, 0_usize, 0_usize) };
+    let result = if seized == -1 { Err(io::Error::last_os_error()) } else { Ok(()) };
+    child.kill()?;
+    child.wait()?;
+    result
+}
+
+/// Asks a child to make a 32-bit call: where there are none, `int 0x80` kills it.
+#[cfg(target_arch = "x86_64")]
+fn i386_getpid() -> Result<(), String> {
+    // SAFETY: the child of `fork` makes two system calls and ends.
+    match unsafe { libc::fork() } {
+        -1 => Err(format!("fork: {}", io::Error::last_os_error())),
+        0 => {
+            let pid: i64;
+            // SAFETY: `getpid` by its 32-bit number reads and writes no memory; the 64-bit kernel keeps the registers but r8
+            // to r11, and those are declared lost.
+            unsafe {
+                std::arch::asm!("int 0x80", inlateout("rax") 20_i64 => pid,
+                    out("r8") _, out("r9") _, out("r10") _, out("r11") _);
+            }
+            // SAFETY: ends the child without running anything of the parent's.
+            unsafe { libc::_exit(i32::from(pid <= 0)) }
+        }
+        pid => {
+            let mut status = 0;
+            // SAFETY: writes one int to a local.
+            let reaped = unsafe { libc::waitpid(pid, &mut status, 0) };
+            if reaped == pid && status == 0 { Ok(()) } else { Err("no 32-bit system calls".to_owned()) }
+        }
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn i386_getpid() -> Result<(), String> {
+    Err("not an x86-64 machine".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_probe_answers_the_same_twice() {
+        assert_eq!(probe(Cap::Ptrace), probe(Cap::Ptrace));
+        assert_eq!(probe(Cap::I386Calls).is_ok(), probe(Cap::I386Calls).is_ok());
+    }
+}
