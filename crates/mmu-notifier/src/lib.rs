@@ -78,3 +78,8 @@ pub use registration::Registration;
 pub use secondary::{Secondary, SecondaryTlb};
 pub use subscription::Subscription;
 pub use subsystem::Subsystem;
+
+/// The front page's example must run.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct Readme;

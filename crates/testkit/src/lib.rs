@@ -1,4 +1,5 @@
-//! What the tests of several crates share: probes for what this machine can do. Not published.
+//! What the tests of several crates share: probes for what this machine can do, and the reference model of the core.
+//! Not published.
 //!
 //! A test that needs more than a Rust toolchain begins like this:
 //!
@@ -11,5 +12,6 @@
 //! ```
 
 mod cap;
+pub mod model;
 
 pub use cap::{Cap, require};

@@ -4,6 +4,7 @@ mod events;
 mod exit;
 mod get;
 mod interval;
+mod model;
 mod put;
 mod register;
 mod support;
