@@ -21,10 +21,13 @@ pub(crate) struct Front {
 }
 
 impl Front {
-    /// Lets the front end. The tracer may have to go on.
-    pub(crate) fn tell(mut self, outcome: Outcome) {
+    /// Lets the front end. If the tracer does not stay, the front waits for it, so that no zombie is left to a process 1
+    /// that may not reap it.
+    pub(crate) fn tell(mut self, outcome: Outcome, stays: bool) {
+        let mut message = [u8::from(stays); 6];
+        message[..5].copy_from_slice(&outcome.to_bytes());
         // A front that is gone needs no telling.
-        let _ = self.pipe.write_all(&outcome.to_bytes());
+        let _ = self.pipe.write_all(&message);
     }
 
     /// The process in front, this one's parent while it lives.
@@ -63,12 +66,19 @@ pub(crate) fn run(tracer: impl FnOnce(Front)) -> Outcome {
 }
 
 fn listen(mut pipe: PipeReader, tracer: Pid) -> Outcome {
-    let mut told = [0; 5];
+    let wait = || rustix::process::waitpid(Some(tracer), WaitOptions::empty()).ok().flatten();
+    let mut told = [0; 6];
     match pipe.read_exact(&mut told) {
-        Ok(()) => Outcome::from_bytes(told),
+        Ok(()) => {
+            let [outcome @ .., stays] = told;
+            if stays == 0 {
+                wait();
+            }
+            Outcome::from_bytes(outcome)
+        }
         Err(_) => {
             // Nobody else can hold the other end: the tracer is dead or dying.
-            let status = rustix::process::waitpid(Some(tracer), WaitOptions::empty()).ok().flatten();
+            let status = wait();
             let reason = match status.and_then(|(_, status)| status.terminating_signal()) {
                 Some(signal) => format!("killed by {}", crate::names::signal(signal)),
                 None => "ended without a word".into(),

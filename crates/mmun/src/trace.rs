@@ -50,7 +50,7 @@ pub(crate) fn main(args: TraceArgs) -> Outcome {
         }
         Target::Spawn(_) => front::run(|front| {
             let (outcome, keeper) = trace(plan, front.pid());
-            front.tell(outcome);
+            front.tell(outcome, keeper.is_some());
             if let Some(keeper) = keeper {
                 keep(keeper);
             }

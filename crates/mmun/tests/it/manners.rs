@@ -62,11 +62,20 @@ fn the_program_sees_no_descriptor_mask_or_disposition_of_ours() {
     let script = "cd /proc/self/fd; echo *; grep -E '^Sig(Blk|Ign|Cgt)|^NoNewPrivs' /proc/self/status; ulimit -c";
     let bare = Command::new("sh").args(["-c", script]).output().unwrap();
     let (output, _) = traced(&["--no-seccomp"], script);
-    assert_eq!(text(&output.stdout), text(&bare.stdout));
+    assert_eq!(ours(&output.stdout), ours(&bare.stdout));
     let (output, _) = traced(&[], script);
     let without =
-        |text: &str| text.lines().filter(|line| !line.starts_with("NoNewPrivs")).collect::<Vec<_>>().join("\n");
-    assert_eq!(without(text(&output.stdout)), without(text(&bare.stdout)));
+        |text: String| text.lines().filter(|line| !line.starts_with("NoNewPrivs")).collect::<Vec<_>>().join("\n");
+    assert_eq!(without(ours(&output.stdout)), without(ours(&bare.stdout)));
+}
+
+/// The lines of signals without 32 and 33: they are glibc's own, and its ways of starting a process treat them differently.
+fn ours(output: &[u8]) -> String {
+    let line = |line: &str| match line.split_once(":\t").filter(|(name, _)| name.starts_with("Sig")) {
+        Some((name, set)) => format!("{name} {:x}", u64::from_str_radix(set, 16).unwrap() & !(3 << 31)),
+        None => line.to_owned(),
+    };
+    text(output).lines().map(line).collect::<Vec<_>>().join("\n")
 }
 
 #[test]
@@ -100,12 +109,25 @@ fn a_stopped_program_gives_the_terminal_back_and_goes_on() {
     if !have("python3") {
         return;
     }
-    // A terminal of its own, a shell's part played by the script: it waits for the stop, then continues the group.
+    // A terminal with a shell on it, whose part the inner process plays: it starts a job in a group of its own, waits
+    // until the job is stopped, and continues it.
     let script = r#"
 import os, pty, signal, sys
-pid, fd = pty.fork()
-if pid == 0:
-    os.execv(sys.argv[1], [sys.argv[1], "trace", "-o", "/dev/null", "sh", "-c", "echo ready; read x; ls / > /dev/null; echo went on"])
+shell, fd = pty.fork()
+if shell == 0:
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+    job = os.fork()
+    if job == 0:
+        os.setpgid(0, 0)
+        os.tcsetpgrp(0, os.getpid())
+        signal.signal(signal.SIGTTOU, signal.SIG_DFL)
+        os.execv(sys.argv[1], [sys.argv[1], "trace", "-o", "/dev/null", "sh", "-c", "echo ready; read x; ls / > /dev/null; echo went on"])
+    _, status = os.waitpid(job, os.WUNTRACED)
+    print("job stopped", os.WIFSTOPPED(status), flush=True)
+    os.killpg(job, signal.SIGCONT)
+    print("continued", flush=True)
+    _, status = os.waitpid(job, 0)
+    os._exit(status)
 seen = b""
 def until(word):
     global seen
@@ -113,12 +135,11 @@ def until(word):
         seen += os.read(fd, 1000)
 until(b"ready")
 os.write(fd, b"\x1a")
-_, status = os.waitpid(pid, os.WUNTRACED)
-assert os.WIFSTOPPED(status), status
-os.killpg(pid, signal.SIGCONT)
+until(b"job stopped True")
+until(b"continued")
 os.write(fd, b"go\n")
 until(b"went on")
-_, status = os.waitpid(pid, 0)
+_, status = os.waitpid(shell, 0)
 assert status == 0, status
 print("all well")
 "#;
