@@ -21,8 +21,8 @@ use std::ptr;
 pub(crate) struct State {
     /// The bank that new sections go to, and [`barrier::FULL_FENCES`].
     pub(crate) index: AtomicUsize,
-    /// Who must be told when a section of which bank ends: see `grace`.
-    pub(crate) waiting: AtomicU32,
+    /// Who must be told when a section of each bank ends: see `grace`.
+    pub(crate) waiting: [AtomicU32; 2],
     pub(crate) table: Table,
     refs: AtomicUsize,
     /// Whether the `Srcu` still exists.
@@ -74,7 +74,7 @@ impl State {
     const fn with(index: usize, table: Table, links: pool::Links) -> Self {
         Self {
             index: AtomicUsize::new(index),
-            waiting: AtomicU32::new(0),
+            waiting: [AtomicU32::new(0), AtomicU32::new(0)],
             table,
             refs: AtomicUsize::new(1),
             owned: AtomicBool::new(true),
@@ -96,7 +96,7 @@ impl State {
     pub(crate) fn create() -> *mut State {
         Box::into_raw(Box::new(Self {
             index: AtomicUsize::new(barrier::mode()),
-            waiting: AtomicU32::new(0),
+            waiting: [AtomicU32::new(0), AtomicU32::new(0)],
             table: Table::empty(),
             refs: AtomicUsize::new(1),
             owned: AtomicBool::new(true),
@@ -210,7 +210,7 @@ impl fmt::Debug for State {
         f.debug_struct("State")
             .field("bank", &(self.index.load(Ordering::Relaxed) & 1))
             .field("seq", &self.updater.seq.load(Ordering::Relaxed))
-            .field("waiting", &self.waiting.load(Ordering::Relaxed))
+            .field("waiting", &self.waiting)
             .field("busy", &self.pending.busy.load(Ordering::Relaxed))
             .finish_non_exhaustive()
     }
