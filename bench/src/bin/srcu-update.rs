@@ -75,6 +75,23 @@ fn call() -> f64 {
     taken
 }
 
+/// The same, with all callbacks held up by a section: what the producer pays when nothing runs beside it.
+fn call_raw_held_up() -> f64 {
+    let srcu = Srcu::new();
+    srcu.prepare();
+    let heads: Vec<Head> = (0..CALLS).map(|_| Head::new()).collect();
+    let section = srcu.read_lock();
+    let start = Instant::now();
+    for head in &heads {
+        // SAFETY: As in `call_raw`.
+        unsafe { srcu.call_raw(NonNull::from(head), nothing) };
+    }
+    let taken = ns(start, CALLS);
+    drop(section);
+    srcu.barrier().expect("outside of sections");
+    taken
+}
+
 /// From the first call to the return of the last callback.
 fn call_and_run() -> f64 {
     let srcu = Srcu::new();
@@ -149,6 +166,7 @@ const CONTENDERS: &[(&str, fn() -> f64)] = &[
         beside_a_running_thread(|| peers::urcu::memb_synchronize(2000) / 2000.0)
     }),
     ("srcu call_raw", call_raw),
+    ("srcu call_raw, all held up by a section", call_raw_held_up),
     ("srcu call", call),
     #[cfg(has_urcu)]
     ("liburcu memb call_rcu", || peers::urcu::memb_call(CALLS) / CALLS as f64),
