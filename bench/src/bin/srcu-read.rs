@@ -148,7 +148,9 @@ fn std_read() -> f64 {
     })
 }
 
-const CONTENDERS: &[(&str, fn() -> f64)] = &[
+type Contender = (&'static str, fn() -> f64);
+
+const CONTENDERS: &[Contender] = &[
     ("floor: two loads and stores", floor),
     ("srcu reader() handle", srcu_reader),
     ("srcu read_lock", srcu_read_lock),

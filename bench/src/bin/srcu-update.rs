@@ -156,7 +156,9 @@ fn domain() -> f64 {
     ns(start, WAITS)
 }
 
-const CONTENDERS: &[(&str, fn() -> f64)] = &[
+type Contender = (&'static str, fn() -> f64);
+
+const CONTENDERS: &[Contender] = &[
     ("srcu synchronize, no reader", synchronize),
     #[cfg(has_urcu)]
     ("liburcu memb synchronize_rcu, no reader", || peers::urcu::memb_synchronize(WAITS) / WAITS as f64),
