@@ -1,2 +1,56 @@
-//! Placeholder while the workspace is laid out.
-fn main() {}
+//! Torture programs: bounded by time, with the seed printed, and a checker that must stay silent.
+//!
+//! `cargo run --release -p stress -- srcu --seconds 30 [--seed N] [--no-membarrier] [--broken]`
+//!
+//! Exits with 0 if nothing was found, 1 if something was, 2 on a wrong command line.
+
+mod random;
+mod srcu;
+
+use std::process::ExitCode;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// What the command line asks for.
+#[derive(Debug)]
+pub(crate) struct Options {
+    pub(crate) length: Duration,
+    pub(crate) seed: u64,
+    /// Use the fall-back that a kernel without membarrier gets.
+    pub(crate) no_membarrier: bool,
+    /// Free some objects too early, which the checker must find.
+    pub(crate) broken: bool,
+}
+
+const USAGE: &str = "usage: stress srcu [--seconds N] [--seed N] [--no-membarrier] [--broken]";
+
+fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, String> {
+    if arguments.next().as_deref() != Some("srcu") {
+        return Err("the first argument names the program: srcu".into());
+    }
+    let seed = SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |now| now.as_nanos() as u64);
+    let mut options = Options { length: Duration::from_secs(30), seed, no_membarrier: false, broken: false };
+    while let Some(argument) = arguments.next() {
+        let mut number = || {
+            let value = arguments.next().ok_or(format!("{argument} wants a number"))?;
+            value.parse().map_err(|_| format!("{argument} wants a number, not {value}"))
+        };
+        match argument.as_str() {
+            "--seconds" => options.length = Duration::from_secs(number()?),
+            "--seed" => options.seed = number()?,
+            "--no-membarrier" => options.no_membarrier = true,
+            "--broken" => options.broken = true,
+            _ => return Err(format!("unknown argument {argument}")),
+        }
+    }
+    Ok(options)
+}
+
+fn main() -> ExitCode {
+    match parse(std::env::args().skip(1)) {
+        Ok(options) => srcu::run(&options),
+        Err(why) => {
+            eprintln!("stress: {why}\n{USAGE}");
+            ExitCode::from(2)
+        }
+    }
+}

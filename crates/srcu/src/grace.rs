@@ -20,9 +20,9 @@ use crate::raw::state::State;
 use crate::sync::{Ordering, fence, mutant, spin_loop};
 
 /// Interest of threads asleep on the domain's event.
-const UPDATERS: u32 = 1 << 2;
+const UPDATERS: u32 = 1 << 0;
 /// Interest of the reclaimer.
-const RECLAIMER: u32 = 1 << 3;
+const RECLAIMER: u32 = 1 << 1;
 
 /// Looks at the counters before a waiting updater goes to sleep.
 const SPINS: usize = if cfg!(mmun_loom) { 0 } else { 200 };
@@ -33,12 +33,18 @@ pub(crate) struct Gp {
     open: [bool; 2],
     /// Who is to be told of progress.
     interest: u32,
-    /// What `State::waiting` is.
-    waiting: u32,
+    /// What `State::waiting` is: whom to tell when a section of which bank ends.
+    announced: Announced,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Announced {
+    bank: usize,
+    interest: u32,
 }
 
 impl Gp {
-    pub(crate) const IDLE: Gp = Gp { open: [false; 2], interest: 0, waiting: 0 };
+    pub(crate) const IDLE: Gp = Gp { open: [false; 2], interest: 0, announced: Announced { bank: 0, interest: 0 } };
 }
 
 enum Step {
@@ -115,10 +121,10 @@ impl State {
 
     /// Moves the grace period as far as it gets, beginning one if there is none.
     fn step(&self, gp: &mut Gp, who: u32) -> Step {
-        let announced = gp.interest != 0 && gp.waiting & (UPDATERS | RECLAIMER) == gp.interest;
-        if announced && !self.looks_quiet(bank_of(gp.waiting)) {
+        let Announced { bank, interest } = gp.announced;
+        if interest != 0 && interest == gp.interest && !self.looks_quiet(bank) {
             // Whoever ends the last section tells us, so there is no need for another heavy fence to know better.
-            return Step::Blocked(bank_of(gp.waiting));
+            return Step::Blocked(bank);
         }
         let seq = self.updater.seq.load(Ordering::Relaxed);
         if seq & 1 == 0 {
@@ -142,12 +148,13 @@ impl State {
                 self.index.store(index ^ 1, Ordering::Relaxed);
                 stale ^= 1;
             }
-            let waiting = if gp.interest == 0 { 0 } else { 1 << stale | gp.interest };
-            if gp.waiting == waiting {
+            let announce = Announced { bank: stale, interest: gp.interest };
+            if gp.interest == 0 || gp.announced == announce {
                 return Step::Blocked(stale);
             }
-            self.waiting.store(waiting, Ordering::Relaxed);
-            gp.waiting = waiting;
+            self.waiting[stale ^ 1].store(0, Ordering::Relaxed);
+            self.waiting[stale].store(gp.interest, Ordering::Relaxed);
+            gp.announced = announce;
             // ORDER(srcu-wake): Between the announcement and another look at the ends. Partner: the light fence between the end
             // of a section and its look at `waiting`. Either the reader sees the announcement, or we see the end. (The
             // fence in `scan` comes after its look at the ends.) Model: loom `a_wake_up_is_not_lost`.
@@ -206,7 +213,7 @@ impl State {
 
     fn end(&self, gp: &mut Gp, who: u32) {
         let interest = std::mem::replace(gp, Gp::IDLE).interest;
-        self.waiting.store(0, Ordering::Relaxed);
+        self.forget_interest();
         let seq = self.updater.seq.load(Ordering::Relaxed);
         // ORDER(srcu-ended): Release, partner in `passed`.
         self.updater.seq.store(seq + 1, Ordering::Release);
@@ -215,9 +222,15 @@ impl State {
 
     /// A reader has ended a section of a bank that is waited for.
     #[cold]
-    pub(crate) fn section_ended(&self) {
+    pub(crate) fn section_ended(&self, bank: usize) {
         // ORDER(srcu-wake): Behind the reader's light fence, as the load that brought us here.
-        self.tell(self.waiting.load(Ordering::Relaxed));
+        self.tell(self.waiting[bank].load(Ordering::Relaxed));
+    }
+
+    fn forget_interest(&self) {
+        for bank in &self.waiting {
+            bank.store(0, Ordering::Relaxed);
+        }
     }
 
     fn tell(&self, interest: u32) {
@@ -239,11 +252,7 @@ impl State {
     pub(crate) fn restart(&self) {
         if self.updater.seq.load(Ordering::Relaxed) & 1 == 1 {
             *self.updater.gp.lock() = Gp { open: [true; 2], ..Gp::IDLE };
-            self.waiting.store(0, Ordering::Relaxed);
+            self.forget_interest();
         }
     }
-}
-
-fn bank_of(waiting: u32) -> usize {
-    (waiting >> 1 & 1) as usize
 }

@@ -144,8 +144,9 @@ impl Section<'_> {
         if !mutant("no_fence_in_unlock") {
             barrier::light(self.word);
         }
-        if self.state.waiting.load(Ordering::Relaxed) >> (self.word & 1) & 1 != 0 {
-            self.state.section_ended();
+        let bank = self.word & 1;
+        if self.state.waiting[bank].load(Ordering::Relaxed) != 0 {
+            self.state.section_ended(bank);
         }
     }
 }

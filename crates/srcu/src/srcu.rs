@@ -2,6 +2,7 @@
 
 use crate::WouldDeadlock;
 use crate::guard::{self, Guard, Reader, SendGuard};
+use crate::raw::slot::Slot;
 use crate::raw::state::{Handle, State};
 use crate::raw::{callback, current, reclaimer};
 use crate::sync::Ordering;
@@ -89,16 +90,18 @@ impl Srcu {
     #[inline]
     pub fn read_lock(&self) -> Guard<'_> {
         let state = self.handle.peek();
-        match state.table.mine() {
-            Some(slot) => Guard::enter(state, slot),
-            None => self.read_lock_first(),
-        }
+        let (state, slot) = match state.table.mine() {
+            Some(slot) => (state, slot),
+            None => self.first_section(),
+        };
+        Guard::enter(state, slot)
     }
 
+    /// Returns what `read_lock` needs and not a guard, which would keep the guard in memory on the quick way too.
     #[cold]
-    fn read_lock_first(&self) -> Guard<'_> {
+    fn first_section(&self) -> (&State, &Slot) {
         let state = self.state();
-        Guard::enter(state, guard::slot(state))
+        (state, guard::slot(state))
     }
 
     /// Whether this thread is inside a section of this domain that it began with `read_lock`.

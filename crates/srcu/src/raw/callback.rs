@@ -153,14 +153,20 @@ pub(crate) struct Batch {
     first: Cell<Option<NonNull<Head>>>,
     /// The sequence number at which they may run.
     want: Cell<u64>,
+    /// How many the last `fill` took.
+    taken: Cell<usize>,
 }
 
 impl Batch {
     #[expect(clippy::declare_interior_mutable_const, reason = "the seed of each batch")]
-    pub(super) const EMPTY: Batch = Batch { first: Cell::new(None), want: Cell::new(0) };
+    pub(super) const EMPTY: Batch = Batch { first: Cell::new(None), want: Cell::new(0), taken: Cell::new(0) };
 
     pub(super) fn is_empty(&self) -> bool {
         self.first.get().is_none()
+    }
+
+    pub(super) fn taken(&self) -> usize {
+        self.taken.get()
     }
 
     pub(super) fn want(&self) -> u64 {
@@ -173,7 +179,9 @@ impl Batch {
         // ORDER(srcu-queue): Acquire, partner in `push`. Release, so that whoever reads our null, sees `busy` as set
         // before: ORDER(srcu-busy).
         let mut newest = NonNull::new(state.pending.queue.swap(ptr::null_mut(), Ordering::AcqRel));
+        self.taken.set(0);
         while let Some(head) = newest {
+            self.taken.update(|taken| taken + 1);
             // SAFETY: The head must be valid and ours: module invariant.
             let next = unsafe { &head.as_ref().next };
             newest = next.replace(self.first.get());

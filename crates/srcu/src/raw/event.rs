@@ -64,6 +64,16 @@ impl Event {
 
 #[cfg(not(mmun_loom))]
 impl Event {
+    /// As `wait`, and for no longer than this.
+    pub(super) fn wait_at_most(&self, seen: u32, nanoseconds: i64) {
+        self.sleepers.fetch_add(1, Ordering::Relaxed);
+        // ORDER(srcu-sleep): As in `wait`.
+        fence(Ordering::SeqCst);
+        let limit = libc::timespec { tv_sec: 0, tv_nsec: nanoseconds };
+        futex_wait_until(&self.count, seen, Some(&limit));
+        self.sleepers.fetch_sub(1, Ordering::Relaxed);
+    }
+
     fn sleep(&self, seen: u32) {
         futex_wait(&self.count, seen);
     }
@@ -77,11 +87,16 @@ impl Event {
 /// Sleeps while `word` is `seen`; may also return early.
 #[cfg(not(mmun_loom))]
 pub(super) fn futex_wait(word: &AtomicU32, seen: u32) {
+    futex_wait_until(word, seen, None);
+}
+
+#[cfg(not(mmun_loom))]
+fn futex_wait_until(word: &AtomicU32, seen: u32, limit: Option<&libc::timespec>) {
     let operation = libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG;
-    let no_timeout = std::ptr::null::<libc::timespec>();
+    let limit = limit.map_or(std::ptr::null(), std::ptr::from_ref);
     // SAFETY: `FUTEX_WAIT` needs an aligned word that stays mapped during the call, which the reference is, and a null
     // or valid timeout.
-    unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), operation, seen, no_timeout) };
+    unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), operation, seen, limit) };
 }
 
 #[cfg(not(mmun_loom))]

@@ -24,6 +24,10 @@ use std::ptr::{self, NonNull};
 /// Callbacks run in one turn before other domains get theirs.
 const TURN: usize = 256;
 
+/// After a batch as large as this, callbacks are coming in faster than grace periods pay for themselves: each costs two
+/// interrupts of whoever queues them. The reclaimer then pauses, unless somebody waits for it, and takes more at once.
+const STORM: usize = 64;
+
 pub(crate) struct Inbox {
     /// The latest first.
     pushed: AtomicPtr<State>,
@@ -106,8 +110,11 @@ unsafe fn turn(state: NonNull<State>) {
 /// The caller is the reclaimer.
 fn work(state: &State) {
     let pending = &state.pending;
-    let batch = &pending.batch;
+    let batch = &state.updater.batch;
     if batch.is_empty() {
+        if batch.taken() >= STORM {
+            pause();
+        }
         // ORDER(srcu-busy): Set before the queue is emptied, whose swap releases it: a barrier that finds the queue empty
         // finds this set. Partner: `is_idle`. Model: loom `a_barrier_waits_for_the_calls_of_both_threads`.
         pending.busy.store(true, Ordering::Relaxed);
@@ -153,9 +160,9 @@ pub(crate) fn is_idle(state: &State) -> bool {
 }
 
 #[cfg(not(mmun_loom))]
-use thread::inbox;
-#[cfg(not(mmun_loom))]
 pub(crate) use thread::{adopt, after_fork, barrier, start, start_if_inherited, start_unless_forked};
+#[cfg(not(mmun_loom))]
+use thread::{inbox, pause};
 
 #[cfg(not(mmun_loom))]
 mod thread {
@@ -174,6 +181,14 @@ mod thread {
     const STARTING: u8 = 1;
     const RUNNING: u8 = 2;
     const GONE: u8 = 3;
+
+    /// Moves when somebody waits for a callback.
+    static HURRY: Event = Event::new();
+    const PAUSE_NANOSECONDS: i64 = 20_000;
+
+    pub(super) fn pause() {
+        HURRY.wait_at_most(HURRY.now(), PAUSE_NANOSECONDS);
+    }
 
     pub(super) fn inbox(_: &State) -> &'static Inbox {
         &INBOX
@@ -264,8 +279,8 @@ mod thread {
         let (callback, domain) = (Arc::clone(&waiter), Domain(NonNull::from(state)));
         let first = push_boxed(state, move || {
             // A callback runs in the reclaimer, so it may look at the batch.
-            let pending = &domain.get().pending;
-            let last = pending.batch.is_empty() && pending.queue.load(Ordering::Relaxed).is_null();
+            let state = domain.get();
+            let last = state.updater.batch.is_empty() && state.pending.queue.load(Ordering::Relaxed).is_null();
             callback.last.store(last, Ordering::Relaxed);
             // ORDER(srcu-barrier): Release for what the callbacks before this one did. Partner: the Acquire below.
             callback.done.store(true, Ordering::Release);
@@ -274,6 +289,7 @@ mod thread {
         if first {
             schedule(state);
         }
+        HURRY.advance();
         loop {
             let seen = waiter.event.now();
             // ORDER(srcu-barrier): Acquire, partner above.
@@ -302,6 +318,7 @@ mod thread {
         INBOX.pushed.store(ptr::null_mut(), Ordering::Relaxed);
         INBOX.taken.store(ptr::null_mut(), Ordering::Relaxed);
         INBOX.event.after_fork();
+        HURRY.after_fork();
         if STATUS.load(Ordering::Relaxed) != NEVER {
             STATUS.store(GONE, Ordering::Relaxed);
         }
@@ -314,7 +331,7 @@ mod thread {
             return;
         }
         let pending = &state.pending;
-        let batch = !pending.batch.is_empty();
+        let batch = !state.updater.batch.is_empty();
         if !reclaimer_survived {
             // The callback that the reclaimer was in the middle of, in the parent, is not run again.
             pending.busy.store(batch, Ordering::Relaxed);
@@ -329,9 +346,9 @@ mod thread {
 }
 
 #[cfg(mmun_loom)]
-use model::inbox;
-#[cfg(mmun_loom)]
 pub(crate) use model::{barrier, start, start_if_inherited, start_unless_forked, take_turn};
+#[cfg(mmun_loom)]
+use model::{inbox, pause};
 
 /// Models have no thread of ours: whoever waits for callbacks takes the turns.
 #[cfg(mmun_loom)]
@@ -349,6 +366,8 @@ mod model {
     pub(super) fn inbox(state: &State) -> &Inbox {
         &state.inbox
     }
+
+    pub(super) fn pause() {}
 
     pub(crate) fn start() {}
 

@@ -21,8 +21,8 @@ use std::ptr;
 pub(crate) struct State {
     /// The bank that new sections go to, and [`barrier::FULL_FENCES`].
     pub(crate) index: AtomicUsize,
-    /// Who must be told when a section of which bank ends: see `grace`.
-    pub(crate) waiting: AtomicU32,
+    /// Who must be told when a section of each bank ends: see `grace`.
+    pub(crate) waiting: [AtomicU32; 2],
     pub(crate) table: Table,
     refs: AtomicUsize,
     /// Whether the `Srcu` still exists.
@@ -35,7 +35,7 @@ pub(crate) struct State {
     pub(crate) inbox: super::reclaimer::Inbox,
 }
 
-/// What grace periods are counted with.
+/// What grace periods are counted with, and what waits for one.
 #[repr(align(128))]
 pub(crate) struct Updater {
     /// Twice the grace periods that ended, plus one while another is under way.
@@ -43,6 +43,8 @@ pub(crate) struct Updater {
     pub(crate) gp: Lock<Gp>,
     /// Moves when a waiting updater should look again.
     pub(crate) event: Event,
+    /// Here, since the reclaimer writes it for every callback, and producers want their line for themselves.
+    pub(super) batch: Batch,
 }
 
 /// What the reclaimer is asked for.
@@ -60,7 +62,6 @@ pub(crate) struct Pending {
     pub(crate) busy: AtomicBool,
     /// The next one in the inbox.
     pub(super) next: AtomicPtr<State>,
-    pub(super) batch: Batch,
 }
 
 // SAFETY: All fields are atomics, locks and events, but `batch`, which one thread uses at a time by the invariant, and
@@ -74,12 +75,17 @@ impl State {
     const fn with(index: usize, table: Table, links: pool::Links) -> Self {
         Self {
             index: AtomicUsize::new(index),
-            waiting: AtomicU32::new(0),
+            waiting: [AtomicU32::new(0), AtomicU32::new(0)],
             table,
             refs: AtomicUsize::new(1),
             owned: AtomicBool::new(true),
             links,
-            updater: Updater { seq: AtomicU64::new(0), gp: Lock::new(Gp::IDLE), event: Event::new() },
+            updater: Updater {
+                seq: AtomicU64::new(0),
+                gp: Lock::new(Gp::IDLE),
+                event: Event::new(),
+                batch: Batch::EMPTY,
+            },
             pending: Pending {
                 queue: AtomicPtr::new(ptr::null_mut()),
                 polled: AtomicU64::new(0),
@@ -87,7 +93,6 @@ impl State {
                 scheduled: AtomicBool::new(false),
                 busy: AtomicBool::new(false),
                 next: AtomicPtr::new(ptr::null_mut()),
-                batch: Batch::EMPTY,
             },
         }
     }
@@ -96,11 +101,16 @@ impl State {
     pub(crate) fn create() -> *mut State {
         Box::into_raw(Box::new(Self {
             index: AtomicUsize::new(barrier::mode()),
-            waiting: AtomicU32::new(0),
+            waiting: [AtomicU32::new(0), AtomicU32::new(0)],
             table: Table::empty(),
             refs: AtomicUsize::new(1),
             owned: AtomicBool::new(true),
-            updater: Updater { seq: AtomicU64::new(0), gp: Lock::new(Gp::IDLE), event: Event::new() },
+            updater: Updater {
+                seq: AtomicU64::new(0),
+                gp: Lock::new(Gp::IDLE),
+                event: Event::new(),
+                batch: Batch::EMPTY,
+            },
             pending: Pending {
                 queue: AtomicPtr::new(ptr::null_mut()),
                 polled: AtomicU64::new(0),
@@ -108,7 +118,6 @@ impl State {
                 scheduled: AtomicBool::new(false),
                 busy: AtomicBool::new(false),
                 next: AtomicPtr::new(ptr::null_mut()),
-                batch: Batch::EMPTY,
             },
             inbox: super::reclaimer::Inbox::new(),
         }))
@@ -210,7 +219,7 @@ impl fmt::Debug for State {
         f.debug_struct("State")
             .field("bank", &(self.index.load(Ordering::Relaxed) & 1))
             .field("seq", &self.updater.seq.load(Ordering::Relaxed))
-            .field("waiting", &self.waiting.load(Ordering::Relaxed))
+            .field("waiting", &self.waiting)
             .field("busy", &self.pending.busy.load(Ordering::Relaxed))
             .finish_non_exhaustive()
     }

@@ -99,7 +99,7 @@ fn a_later_section_does_not_hold_up_a_cookie() {
     let cookie = srcu.start_poll();
     thread::scope(|scope| {
         // By now the grace period waits for `early`, and the next section begins behind it.
-        while format!("{srcu:?}").contains("waiting: 0") {
+        while format!("{srcu:?}").contains("waiting: [0, 0]") {
             thread::yield_now();
         }
         let late = srcu.read_lock();

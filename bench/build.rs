@@ -1,0 +1,21 @@
+//! Builds the C side of the comparison with liburcu, if its headers and a C compiler are here.
+
+fn main() {
+    println!("cargo::rustc-check-cfg=cfg(has_urcu)");
+    println!("cargo::rerun-if-changed=c");
+    let built = cc::Build::new()
+        .files(["c/memb.c", "c/bp.c"])
+        // Readers inline, as Rust readers are; the LGPL allows it for code such as ours, which is not shipped.
+        .define("_LGPL_SOURCE", None)
+        .opt_level(3)
+        .cargo_warnings(false)
+        .try_compile("urcu_peers");
+    if built.is_err() {
+        println!("cargo::warning=liburcu-dev or a C compiler is missing: the benches of srcu leave liburcu out");
+        return;
+    }
+    println!("cargo::rustc-cfg=has_urcu");
+    for library in ["urcu-memb", "urcu-bp", "urcu-common"] {
+        println!("cargo::rustc-link-lib={library}");
+    }
+}

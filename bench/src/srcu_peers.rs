@@ -1,0 +1,92 @@
+//! What the benches of `srcu` share: rounds taken in turn, medians, the table, and liburcu.
+
+/// One line of a table: a name and what was measured, in ns, one value a round.
+pub(crate) struct Row {
+    pub(crate) name: &'static str,
+    pub(crate) rounds: Vec<f64>,
+}
+
+impl Row {
+    pub(crate) fn new(name: &'static str) -> Self {
+        Self { name, rounds: Vec::new() }
+    }
+
+    pub(crate) fn median(&self) -> f64 {
+        let mut sorted = self.rounds.clone();
+        sorted.sort_by(f64::total_cmp);
+        sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
+    }
+
+    /// Half the distance between the quartiles, in percent of the median.
+    pub(crate) fn spread(&self) -> f64 {
+        let mut sorted = self.rounds.clone();
+        sorted.sort_by(f64::total_cmp);
+        let at = |quarter: usize| sorted.get(sorted.len() * quarter / 4).copied().unwrap_or(f64::NAN);
+        (at(3) - at(1)) / 2.0 / self.median() * 100.0
+    }
+}
+
+/// Says whether a ratio is within its bar.
+pub(crate) fn verdict(what: &str, ratio: f64, bar: f64) {
+    println!("{} {what}: {ratio:.2} (bar {bar:.2})", if ratio <= bar { "ok  " } else { "OVER" });
+}
+
+/// The first argument as a number of rounds.
+pub(crate) fn rounds(default: usize) -> usize {
+    std::env::args().nth(1).and_then(|argument| argument.parse().ok()).unwrap_or(default)
+}
+
+#[cfg(has_urcu)]
+pub(crate) mod urcu {
+    //! liburcu, with its readers inlined into C loops.
+    //!
+    //! # Safety
+    //! The functions of `c/*.c` want only that a thread that reads or waits with "memb" is registered.
+
+    mod c {
+        unsafe extern "C" {
+            pub(super) fn peer_memb_register();
+            pub(super) fn peer_memb_unregister();
+            pub(super) fn peer_memb_read(rounds: i64) -> f64;
+            pub(super) fn peer_memb_synchronize(rounds: i64) -> f64;
+            pub(super) fn peer_memb_call(rounds: i64) -> f64;
+            pub(super) fn peer_memb_latency() -> f64;
+            pub(super) fn peer_bp_read(rounds: i64) -> f64;
+        }
+    }
+
+    /// Runs `f` on a registered thread.
+    fn registered(f: impl FnOnce() -> f64) -> f64 {
+        // SAFETY: Wants a thread that is not registered: every way in goes through here and out below.
+        unsafe { c::peer_memb_register() };
+        let result = f();
+        // SAFETY: Wants a registered thread outside of sections.
+        unsafe { c::peer_memb_unregister() };
+        result
+    }
+
+    pub(crate) fn memb_read(rounds: u64) -> f64 {
+        // SAFETY: Wants a registered thread.
+        registered(|| unsafe { c::peer_memb_read(rounds as i64) })
+    }
+
+    pub(crate) fn memb_synchronize(rounds: u64) -> f64 {
+        // SAFETY: As above.
+        registered(|| unsafe { c::peer_memb_synchronize(rounds as i64) })
+    }
+
+    pub(crate) fn memb_call(rounds: u64) -> f64 {
+        // SAFETY: As above.
+        registered(|| unsafe { c::peer_memb_call(rounds as i64) })
+    }
+
+    pub(crate) fn memb_latency() -> f64 {
+        // SAFETY: As above.
+        registered(|| unsafe { c::peer_memb_latency() })
+    }
+
+    pub(crate) fn bp_read(rounds: u64) -> f64 {
+        // SAFETY: Has no preconditions: this flavour registers threads itself.
+        unsafe { c::peer_bp_read(rounds as i64) }
+    }
+}

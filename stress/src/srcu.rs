@@ -1,0 +1,90 @@
+//! Tortures `srcu`: readers that sleep, nest and migrate, threads that come and go, updaters that use every way to wait,
+//! callbacks that call, wait and panic, domains that are made and dropped, and processes that fork.
+//!
+//! Every object says whether it is alive. Freeing one poisons it, and only much later gives its memory back, so a reader that
+//! still holds it sees the poison.
+
+mod object;
+mod readers;
+mod updaters;
+
+use crate::Options;
+use crate::random::Random;
+use object::World;
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::channel;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// What happened, for the last lines of output.
+#[derive(Debug, Default)]
+pub(crate) struct Counts {
+    sections: AtomicU64,
+    moved: AtomicU64,
+    slept: AtomicU64,
+    threads: AtomicU64,
+    synchronized: AtomicU64,
+    polled: AtomicU64,
+    called: AtomicU64,
+    freed: AtomicU64,
+    barriers: AtomicU64,
+    domains: AtomicU64,
+    children: AtomicU64,
+    /// Uses of freed objects, wrong answers, children that failed.
+    errors: AtomicU64,
+}
+
+pub(crate) fn add(counter: &AtomicU64) {
+    counter.fetch_add(1, Ordering::Relaxed);
+}
+
+const READERS: u64 = 4;
+const UPDATERS: u64 = 3;
+
+pub(crate) fn run(options: &Options) -> ExitCode {
+    println!("stress srcu: seed {}, {} s, {options:?}", options.seed, options.length.as_secs());
+    if options.no_membarrier {
+        // SAFETY: Nobody may use the environment at the same time: there is one thread yet.
+        unsafe { std::env::set_var("SRCU_NO_MEMBARRIER", "1") };
+    }
+    // Callbacks panic on purpose here, many times a second.
+    std::panic::set_hook(Box::new(|_| {}));
+    let stop: &'static AtomicBool = Box::leak(Box::new(AtomicBool::new(false)));
+    let world: &'static World = Box::leak(Box::new(World::new(options.broken)));
+    watch(options.length + Duration::from_secs(30), stop, world);
+    let start = Instant::now();
+    thread::scope(|scope| {
+        let (send, moved) = channel();
+        scope.spawn(move || readers::end_moved_sections(world, &moved));
+        for stream in 0..READERS {
+            let send = send.clone();
+            scope.spawn(move || readers::generations(world, stop, options.seed, stream, &send));
+        }
+        drop(send);
+        for stream in 0..UPDATERS {
+            let random = Random::new(options.seed, 100 + stream);
+            scope.spawn(move || updaters::update(world, stop, random));
+        }
+        scope.spawn(|| updaters::make_and_drop_domains(world, stop, Random::new(options.seed, 200)));
+        scope.spawn(|| updaters::fork_children(world, stop));
+        while start.elapsed() < options.length {
+            thread::sleep(Duration::from_millis(50));
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    world.finish();
+    let errors = world.counts.errors.load(Ordering::Relaxed);
+    println!("{:#?}", world.counts);
+    println!("stress srcu: {errors} errors in {:.1} s, seed {}", start.elapsed().as_secs_f64(), options.seed);
+    ExitCode::from(u8::from(errors != 0))
+}
+
+/// Ends the process if it has not ended by itself: something hangs.
+fn watch(limit: Duration, stop: &'static AtomicBool, world: &'static World) {
+    thread::spawn(move || {
+        thread::sleep(limit);
+        eprintln!("stress srcu: hangs, stopped: {}\n{world:#?}", stop.load(Ordering::Relaxed));
+        std::process::abort();
+    });
+}

@@ -1,0 +1,125 @@
+//! What readers look at and updaters replace.
+
+use super::{Counts, add};
+use srcu::{Head, Srcu};
+use std::collections::VecDeque;
+use std::ptr::NonNull;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+
+pub(crate) const DOMAINS: usize = 3;
+const CELLS: usize = 8;
+const ALIVE: u64 = 0x600d_600d_600d_600d;
+const FREED: u64 = 0xdead_dead_dead_dead;
+/// Freed objects kept for late readers to find.
+const KEPT: usize = 20_000;
+
+#[derive(Debug)]
+#[repr(C)]
+pub(crate) struct Object {
+    pub(crate) head: Head,
+    state: AtomicU64,
+    world: &'static World,
+}
+
+/// An object that a section has found, or that an updater has unlinked.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Found(NonNull<Object>);
+
+// SAFETY: `Object` is `Sync`; who may still use the pointer is what this program is about.
+unsafe impl Send for Found {}
+
+#[derive(Debug)]
+pub(crate) struct World {
+    /// Movable sections are not opened in the first one, since in the child of a fork they would stay open.
+    pub(crate) domains: [Srcu; DOMAINS],
+    cells: [[AtomicPtr<Object>; CELLS]; DOMAINS],
+    kept: Mutex<VecDeque<Box<Object>>>,
+    pub(crate) counts: Counts,
+    pub(crate) broken: bool,
+}
+
+impl World {
+    pub(crate) fn new(broken: bool) -> Self {
+        Self {
+            domains: [const { Srcu::new() }; DOMAINS],
+            cells: [const { [const { AtomicPtr::new(std::ptr::null_mut()) }; CELLS] }; DOMAINS],
+            kept: Mutex::default(),
+            counts: Counts::default(),
+            broken,
+        }
+    }
+
+    /// What a reader of `domain` finds in a cell, checked.
+    pub(crate) fn find(&self, domain: usize, cell: usize) -> Option<Found> {
+        let found = NonNull::new(self.cells[domain][cell % CELLS].load(Ordering::Acquire)).map(Found);
+        found.inspect(|found| self.check(*found))
+    }
+
+    /// Counts an error if the object was freed.
+    pub(crate) fn check(&self, found: Found) {
+        // SAFETY: The object must be allocated: the caller is in the section it was found in; and if the crate is broken, freed
+        // objects are kept allocated for long.
+        let state = unsafe { found.0.as_ref() }.state.load(Ordering::Relaxed);
+        if state != ALIVE {
+            add(&self.counts.errors);
+        }
+    }
+
+    /// Puts a new object into a cell and returns the old one.
+    pub(crate) fn replace(&'static self, domain: usize, cell: usize) -> Option<Found> {
+        let object = Object { head: Head::new(), state: AtomicU64::new(ALIVE), world: self };
+        let new = Box::into_raw(Box::new(object));
+        NonNull::new(self.cells[domain][cell % CELLS].swap(new, Ordering::AcqRel)).map(Found)
+    }
+
+    /// Frees an object whose grace period is over.
+    pub(crate) fn free(&self, found: Found) {
+        // SAFETY: Needs a box that nobody else will give up: objects come from `replace`, and whoever unlinked one frees it once.
+        let object = unsafe { Box::from_raw(found.0.as_ptr()) };
+        let before = object.state.swap(FREED, Ordering::Relaxed);
+        if before != ALIVE {
+            add(&self.counts.errors);
+        }
+        add(&self.counts.freed);
+        // In the child of a fork the lock may be held by a thread that is gone.
+        match self.kept.try_lock() {
+            Ok(mut kept) => {
+                kept.push_back(object);
+                if kept.len() > KEPT {
+                    kept.pop_front();
+                }
+            }
+            Err(_) => std::mem::forget(object),
+        }
+    }
+
+    /// Frees what is left, when all other threads are done.
+    pub(crate) fn finish(&'static self) {
+        for srcu in &self.domains {
+            srcu.drain_until_idle().expect("outside of sections");
+        }
+        for cell in self.cells.iter().flatten() {
+            if let Some(last) = NonNull::new(cell.swap(std::ptr::null_mut(), Ordering::AcqRel)) {
+                self.free(Found(last));
+            }
+        }
+    }
+}
+
+impl Found {
+    pub(crate) fn head(self) -> NonNull<Head> {
+        self.0.cast()
+    }
+
+    /// Frees the object of a head.
+    ///
+    /// # Safety
+    /// The head is that of an unlinked object whose grace period is over, and nobody else frees it.
+    pub(crate) unsafe fn free(head: NonNull<Head>) {
+        let found = Found(head.cast());
+        // SAFETY: The object must be alive: the caller's duty.
+        let world = unsafe { found.0.as_ref() }.world;
+        world.free(found);
+    }
+}

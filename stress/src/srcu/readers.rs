@@ -1,0 +1,89 @@
+//! Readers: they nest, sleep, end sections in any order, hand sections over, and die.
+
+use super::object::{DOMAINS, Found, World};
+use super::{add, object};
+use crate::random::Random;
+use srcu::{Guard, SendGuard};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender};
+use std::thread;
+use std::time::Duration;
+
+pub(crate) type Moved = (SendGuard<'static>, Option<Found>);
+
+/// Threads that follow one another, so that numbers and slots are recycled.
+pub(crate) fn generations(world: &'static World, stop: &AtomicBool, seed: u64, stream: u64, send: &Sender<Moved>) {
+    let mut generation = 0;
+    while !stop.load(Ordering::Relaxed) {
+        generation += 1;
+        let random = Random::new(seed, 1000 * generation + stream);
+        let send = send.clone();
+        let reader = thread::spawn(move || life(world, random, &send));
+        reader.join().expect("readers do not panic");
+        add(&world.counts.threads);
+    }
+}
+
+fn life(world: &'static World, mut random: Random, send: &Sender<Moved>) {
+    for _ in 0..random.below(20_000) {
+        let domain = random.below(DOMAINS);
+        if domain != 0 && random.one_in(50) {
+            move_section(world, domain, &mut random, send);
+        } else {
+            section(world, domain, &mut random);
+        }
+    }
+}
+
+fn section(world: &'static World, domain: usize, random: &mut Random) {
+    let srcu = &world.domains[domain];
+    let reader = random.one_in(2).then(|| srcu.reader());
+    let enter = || reader.as_ref().map_or_else(|| srcu.read_lock(), srcu::Reader::read_lock);
+    let mut held: Vec<(Guard<'_>, Option<Found>)> = Vec::new();
+    for _ in 0..=random.below(3) {
+        let guard = enter();
+        let found = world.find(domain, random.below(64));
+        held.push((guard, found));
+        pass_time(world, random);
+    }
+    // An object is safe until the section it was found in ends; the others go on.
+    while !held.is_empty() {
+        let (guard, found) = held.swap_remove(random.below(held.len()));
+        if let Some(found) = found {
+            world.check(found);
+        }
+        drop(guard);
+        add(&world.counts.sections);
+    }
+}
+
+fn pass_time(world: &World, random: &mut Random) {
+    match random.below(2000) {
+        0 => {
+            thread::sleep(Duration::from_micros(random.below(1500) as u64));
+            add(&world.counts.slept);
+        }
+        1..20 => thread::yield_now(),
+        20..60 => (0..random.below(2000)).for_each(|_| std::hint::spin_loop()),
+        _ => {}
+    }
+}
+
+fn move_section(world: &'static World, domain: usize, random: &mut Random, send: &Sender<Moved>) {
+    let section = world.domains[domain].down_read();
+    let found: Option<object::Found> = world.find(domain, random.below(64));
+    pass_time(world, random);
+    // If nobody listens any more, the section ends here.
+    let _ = send.send((section, found));
+}
+
+/// Ends sections that began on other threads.
+pub(crate) fn end_moved_sections(world: &World, moved: &Receiver<Moved>) {
+    for (section, found) in moved {
+        if let Some(found) = found {
+            world.check(found);
+        }
+        section.up_read();
+        add(&world.counts.moved);
+    }
+}
