@@ -32,6 +32,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 #[doc(alias = "mmdrop")]
 pub struct Mm(Arc<Inner>);
 
+/// Alone on its cache lines, as its subscribers are.
+#[repr(align(128))]
 struct Inner {
     id: u64,
     /// How many [`MmWithUser`] there are; zero for ever once it was.
@@ -160,6 +162,7 @@ impl Mm {
         self.0.subscriptions.srcu().barrier().expect("called outside of sections");
     }
 
+    #[inline]
     pub(crate) fn intervals(&self) -> &Intervals {
         &self.0.intervals
     }
@@ -171,6 +174,7 @@ impl Mm {
         self.0.intervals.snapshot()
     }
 
+    #[inline]
     pub(crate) fn subscriptions(&self) -> &Subscriptions {
         &self.0.subscriptions
     }

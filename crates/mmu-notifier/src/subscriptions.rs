@@ -48,6 +48,7 @@ impl Subscriptions {
         }
     }
 
+    #[inline]
     pub(crate) fn srcu(&self) -> &Srcu {
         &self.srcu
     }

@@ -34,9 +34,12 @@ impl Mm {
     #[doc(alias = "mmu_notifier_invalidate_range_start")]
     #[inline]
     pub fn invalidate(&self, range: VaRange, event: Event) -> Bracket<'_> {
-        let mut bracket = Bracket::open(self, range, event, Blocking::Allowed);
-        bracket.window = start(&bracket.range, &bracket.guard, bracket.epoch);
-        bracket
+        let inside = Inside::enter();
+        let guard = self.subscriptions().srcu().read_lock();
+        let epoch = self.subscriptions().epoch(&guard);
+        let range = InvalidateRange { mm: self, range, event, blocking: Blocking::Allowed };
+        let owed = start(&range, &guard, epoch);
+        Bracket { range, epoch, owed, guard, _inside: inside }
     }
 
     /// The same as [`invalidate`](Self::invalidate), for a guard that keeps the address space itself: for sources that
@@ -49,8 +52,8 @@ impl Mm {
         let inside = Inside::enter();
         let guard = OwnedGuard::new(self.clone());
         let epoch = self.subscriptions().epoch(guard.get());
-        let mut bracket = OwnedBracket { guard, range, event, epoch, window: None, _inside: inside };
-        bracket.window = start(&bracket.range(), bracket.guard.get(), epoch);
+        let mut bracket = OwnedBracket { guard, range, event, epoch, owed: Owed::NOTHING, _inside: inside };
+        bracket.owed = start(&bracket.range(), bracket.guard.get(), epoch);
         bracket
     }
 
@@ -67,13 +70,17 @@ impl Mm {
     /// `mmu_notifier_invalidate_range_start_nonblock`, Linux 5.12 for the ends. Differs: who refused gets no end.
     #[doc(alias = "mmu_notifier_invalidate_range_start_nonblock")]
     pub fn try_invalidate(&self, range: VaRange, event: Event) -> Result<Bracket<'_>, WouldBlock> {
-        let mut bracket = Bracket::open(self, range, event, Blocking::Forbidden);
-        bracket.ended = true;
+        let inside = Inside::enter();
+        let guard = self.subscriptions().srcu().read_lock();
+        let epoch = self.subscriptions().epoch(&guard);
+        let range = InvalidateRange { mm: self, range, event, blocking: Blocking::Forbidden };
+        // From here on its drop ends what was started.
+        let mut bracket = Bracket { range, epoch, owed: Owed::NOTHING, guard, _inside: inside };
         if self.intervals().is_enabled() {
-            bracket.window = Some(self.intervals().start(&bracket.range)?);
+            bracket.owed.window = Some(self.intervals().start(&range)?);
         }
-        self.subscriptions().try_start(&bracket.guard, bracket.epoch, &bracket.range)?;
-        bracket.ended = false;
+        self.subscriptions().try_start(&bracket.guard, epoch, &range)?;
+        bracket.owed.subscribers = true;
         Ok(bracket)
     }
 
@@ -95,23 +102,51 @@ impl Mm {
     }
 }
 
-/// Calls the intervals and then the subscribers; returns what is owed to the intervals.
-#[inline]
-fn start(range: &InvalidateRange<'_>, guard: &Guard<'_>, epoch: Epoch) -> Option<Window> {
-    let window = if range.mm.intervals().is_enabled() { blockable(range) } else { None };
-    range.mm.subscriptions().for_each(guard, epoch, range.mm, |notifier| notifier.invalidate_range_start(range));
-    window
+/// Who is to hear of a bracket's end.
+#[derive(Debug, Clone, Copy)]
+struct Owed {
+    subscribers: bool,
+    window: Option<Window>,
 }
 
-#[cold]
-fn blockable(range: &InvalidateRange<'_>) -> Option<Window> {
+impl Owed {
+    const NOTHING: Self = Self { subscribers: false, window: None };
+}
+
+/// Calls the intervals and then the subscribers; returns who is owed the end. That is nobody if nobody was there: who
+/// comes later does not take part.
+#[inline]
+fn start(range: &InvalidateRange<'_>, guard: &Guard<'_>, epoch: Epoch) -> Owed {
+    let mm = range.mm;
+    if mm.subscriptions().is_empty() && !mm.intervals().is_enabled() {
+        return Owed::NOTHING;
+    }
+    start_each(range, guard, epoch)
+}
+
+fn start_each(range: &InvalidateRange<'_>, guard: &Guard<'_>, epoch: Epoch) -> Owed {
+    let mm = range.mm;
     // Nobody can refuse where sleeping is allowed.
-    range.mm.intervals().start(range).ok()
+    let window = if mm.intervals().is_enabled() { mm.intervals().start(range).ok() } else { None };
+    mm.subscriptions().for_each(guard, epoch, mm, |notifier| notifier.invalidate_range_start(range));
+    Owed { subscribers: true, window }
 }
 
 #[inline]
-fn end(range: &InvalidateRange<'_>, guard: &Guard<'_>, epoch: Epoch) {
-    range.mm.subscriptions().for_each(guard, epoch, range.mm, |notifier| notifier.invalidate_range_end(range));
+fn end(range: &InvalidateRange<'_>, guard: &Guard<'_>, epoch: Epoch, owed: Owed) {
+    if owed.subscribers || owed.window.is_some() {
+        end_each(range, guard, epoch, owed);
+    }
+}
+
+fn end_each(range: &InvalidateRange<'_>, guard: &Guard<'_>, epoch: Epoch, owed: Owed) {
+    let mm = range.mm;
+    if let Some(window) = owed.window {
+        mm.intervals().end(window);
+    }
+    if owed.subscribers {
+        mm.subscriptions().for_each(guard, epoch, mm, |notifier| notifier.invalidate_range_end(range));
+    }
 }
 
 /// An invalidation in progress. Dropping it tells the subscribers that the change is over.
@@ -138,24 +173,12 @@ fn end(range: &InvalidateRange<'_>, guard: &Guard<'_>, epoch: Epoch) {
 pub struct Bracket<'a> {
     range: InvalidateRange<'a>,
     epoch: Epoch,
-    window: Option<Window>,
-    /// Whether no subscriber is owed an end.
-    ended: bool,
+    owed: Owed,
     guard: Guard<'a>,
     _inside: Inside,
 }
 
 impl<'a> Bracket<'a> {
-    /// Enters the read section and fixes who takes part, before anybody is called.
-    #[inline]
-    fn open(mm: &'a Mm, range: VaRange, event: Event, blocking: Blocking) -> Self {
-        let inside = Inside::enter();
-        let guard = mm.subscriptions().srcu().read_lock();
-        let epoch = mm.subscriptions().epoch(&guard);
-        let range = InvalidateRange { mm, range, event, blocking };
-        Self { range, epoch, window: None, ended: false, guard, _inside: inside }
-    }
-
     /// Returns the pages that change.
     #[must_use]
     pub fn range(&self) -> VaRange {
@@ -178,12 +201,7 @@ impl<'a> Bracket<'a> {
 impl Drop for Bracket<'_> {
     #[inline]
     fn drop(&mut self) {
-        if let Some(window) = self.window {
-            self.range.mm.intervals().end(window);
-        }
-        if !self.ended {
-            end(&self.range, &self.guard, self.epoch);
-        }
+        end(&self.range, &self.guard, self.epoch, self.owed);
     }
 }
 
@@ -195,7 +213,7 @@ pub struct OwnedBracket {
     range: VaRange,
     event: Event,
     epoch: Epoch,
-    window: Option<Window>,
+    owed: Owed,
     _inside: Inside,
 }
 
@@ -209,9 +227,6 @@ impl OwnedBracket {
 
 impl Drop for OwnedBracket {
     fn drop(&mut self) {
-        if let Some(window) = self.window {
-            self.guard.mm().intervals().end(window);
-        }
-        end(&self.range(), self.guard.get(), self.epoch);
+        end(&self.range(), self.guard.get(), self.epoch, self.owed);
     }
 }

@@ -54,7 +54,8 @@ impl Header {
     }
 }
 
-#[repr(C)]
+/// Alone on its cache lines: getters of one address space must not slow those of another.
+#[repr(C, align(128))]
 struct Node<N: Notifier> {
     header: Header,
     value: N,

@@ -1,0 +1,233 @@
+//! What do brackets, get, put and intervals cost, next to an empty SRCU section and to the usual map of `Arc`s?
+//!
+//! `cargo run --release -p bench --bin notifier [ROUNDS]`
+#![allow(missing_docs, missing_debug_implementations, reason = "a bench")]
+
+use mmu_notifier::{
+    Event, Finish, IntervalNotifier, IntervalOps, InvalidateRange, MmWithUser, Notifier, Subsystem, Va, VaRange,
+};
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::collections::HashMap;
+use std::hint::black_box;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Barrier, Mutex};
+use std::time::Instant;
+
+/// Counts what is allocated, for the memory rows and for "allocates nothing".
+struct Counting;
+
+static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
+static BYTES: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: Everything is passed on to `System`, which keeps the contract.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        BYTES.fetch_add(layout.size(), Ordering::Relaxed);
+        // SAFETY: The caller's duty is passed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, place: *mut u8, layout: Layout) {
+        // SAFETY: The caller's duty is passed on.
+        unsafe { System.dealloc(place, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+struct Empty;
+
+impl Notifier for Empty {
+    fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
+        black_box(range.range());
+    }
+    fn invalidate_range_end(&self, range: &InvalidateRange<'_>) {
+        black_box(range.range());
+    }
+}
+
+impl IntervalOps for Empty {
+    fn invalidate(&mut self, range: &InvalidateRange<'_>) -> Option<Finish> {
+        black_box(range.range());
+        None
+    }
+}
+
+fn page(number: u64) -> VaRange {
+    VaRange::covering(Va::new(number << 12), 1).expect("a page")
+}
+
+fn subsystem() -> Subsystem<Empty> {
+    Subsystem::new(|_| Ok(Empty))
+}
+
+/// Nanoseconds for one of `times` runs of `f`.
+fn each(times: u32, mut f: impl FnMut()) -> f64 {
+    let start = Instant::now();
+    for _ in 0..times {
+        f();
+    }
+    start.elapsed().as_nanos() as f64 / f64::from(times)
+}
+
+/// The same on `threads` threads at once; what one operation takes on each.
+fn on_threads(threads: usize, times: u32, f: impl Fn(usize) + Sync) -> f64 {
+    let line = Barrier::new(threads);
+    let taken: Vec<f64> = std::thread::scope(|scope| {
+        let run = |number| {
+            line.wait();
+            each(times, || f(number))
+        };
+        let handles: Vec<_> = (0..threads).map(|number| scope.spawn(move || run(number))).collect();
+        handles.into_iter().map(|handle| handle.join().expect("a bench thread")).collect()
+    });
+    taken.iter().sum::<f64>() / threads as f64
+}
+
+const TIMES: u32 = 1_000_000;
+
+fn section(threads: usize) -> f64 {
+    let srcu = srcu::Srcu::new();
+    on_threads(threads, TIMES, |_| drop(black_box(srcu.read_lock())))
+}
+
+fn bracket(subscribers: usize, threads: usize) -> f64 {
+    let mm = MmWithUser::new();
+    let subsystems: Vec<_> = (0..subscribers).map(|_| subsystem()).collect();
+    let _held: Vec<_> = subsystems.iter().map(|one| one.get(&mm).expect("outside of brackets")).collect();
+    on_threads(threads, TIMES, |_| drop(black_box(mm.invalidate(page(1), Event::Clear))))
+}
+
+fn get_put(threads: usize, shared: bool) -> f64 {
+    let subsystem = subsystem();
+    let mms: Vec<_> = (0..threads).map(|_| MmWithUser::new()).collect();
+    let _held: Vec<_> = mms.iter().map(|mm| subsystem.get(mm).expect("outside of brackets")).collect();
+    let mm = |number: usize| &mms[if shared { 0 } else { number }];
+    on_threads(threads, TIMES, |number| drop(black_box(subsystem.get(mm(number)))))
+}
+
+fn map_of_arcs(threads: usize, shared: bool) -> f64 {
+    let map: Mutex<HashMap<(usize, u64), Arc<u64>>> =
+        Mutex::new((0..threads as u64).map(|mm| ((7, mm), Arc::new(mm))).collect());
+    let key = |number: usize| (7, if shared { 0 } else { number as u64 });
+    on_threads(threads, TIMES, |number| {
+        let found = map.lock().expect("no panic").get(&key(number)).map(Arc::clone);
+        drop(black_box(found));
+    })
+}
+
+/// Last puts in a burst, while a bracket holds the frees up; returns the cost and what they allocated.
+fn last_puts() -> (f64, usize) {
+    const BURST: u32 = 1000;
+    let mm = MmWithUser::new();
+    let subsystems: Vec<_> = (0..BURST).map(|_| subsystem()).collect();
+    let mut held: Vec<_> = subsystems.iter().map(|one| one.get(&mm).expect("outside of brackets")).collect();
+    let bracket = mm.invalidate(page(1), Event::Clear);
+    let before = ALLOCATIONS.load(Ordering::Relaxed);
+    let taken = each(BURST, || held.pop().expect("one for each").put());
+    let allocated = ALLOCATIONS.load(Ordering::Relaxed) - before;
+    drop(bracket);
+    (taken, allocated)
+}
+
+fn fresh_get() -> f64 {
+    let mm = MmWithUser::new();
+    let subsystem = subsystem();
+    let subsystems: Vec<_> = (0..2000).map(|_| Subsystem::<Empty>::new(|_| Ok(Empty))).collect();
+    drop(subsystem.get(&mm));
+    let mut held = Vec::with_capacity(subsystems.len());
+    let mut next = subsystems.iter();
+    each(2000, || held.push(next.next().expect("one for each").get(&mm).expect("outside of brackets")))
+}
+
+fn interval_hit(count: u64) -> f64 {
+    let mm = MmWithUser::new();
+    let nodes: Vec<_> =
+        (0..count).map(|n| IntervalNotifier::insert(&mm, page(2 * n), Empty).expect("outside of brackets")).collect();
+    let mut random = 88_172_645_463_325_252_u64;
+    let taken = each(200_000, || {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        drop(black_box(mm.invalidate(page(2 * (random % count)), Event::Clear)));
+    });
+    drop(nodes);
+    taken
+}
+
+fn bytes(f: impl FnOnce()) -> usize {
+    let before = BYTES.load(Ordering::Relaxed);
+    f();
+    BYTES.load(Ordering::Relaxed) - before
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// One row: a name, the median, and a ratio with its bar.
+fn row(name: &str, ns: f64, ratio: Option<(f64, &str)>, bar: &str) {
+    let ratio = ratio.map_or(String::new(), |(ratio, of)| format!("{ratio:.2} of {of}"));
+    println!("{name:<46} {ns:>10.2} ns   {ratio:<24} {bar}");
+}
+
+fn main() {
+    let rounds: usize = std::env::args().nth(1).and_then(|n| n.parse().ok()).unwrap_or(7);
+    let run = |f: &dyn Fn() -> f64| median((0..rounds).map(|_| f()).collect());
+    // Compared figures are taken in turn, so that drift of the machine meets both.
+    let mut columns: Vec<Vec<f64>> = vec![Vec::new(); 14];
+    for _ in 0..rounds {
+        let values = [
+            section(1),
+            bracket(0, 1),
+            bracket(1, 1),
+            bracket(9, 1),
+            section(2),
+            bracket(0, 2),
+            bracket(1, 2),
+            bracket(9, 2),
+            get_put(1, true),
+            map_of_arcs(1, true),
+            get_put(2, true),
+            map_of_arcs(2, true),
+            get_put(2, false),
+            map_of_arcs(2, false),
+        ];
+        columns.iter_mut().zip(values).for_each(|(column, value)| column.push(value));
+    }
+    let m: Vec<f64> = columns.into_iter().map(median).collect();
+    println!("{rounds} rounds, medians\n");
+    for (threads, at) in [(1, 0), (2, 4)] {
+        println!("{threads} thread(s)");
+        row("  SRCU section, empty", m[at], None, "");
+        row("  bracket, nobody subscribed", m[at + 1], Some((m[at + 1] / m[at], "a section")), "<= 5 ns");
+        row("  bracket, one subscriber", m[at + 2], Some((m[at + 2] / m[at], "a section")), "<= 4");
+        row("  each further subscriber", (m[at + 3] - m[at + 2]) / 8.0, None, "<= 3 ns");
+    }
+    row("get + put, 1 thread", m[8], Some((m[8] / m[9], "Mutex<HashMap>")), "<= 0.35");
+    row("get + put, 2 threads, one mm", m[10], Some((m[10] / m[11], "Mutex<HashMap>")), "<= 0.5");
+    row("get + put, 2 threads, own mm", m[12], Some((m[12] / m[13], "Mutex<HashMap>")), "<= 0.15");
+    let allocated = last_puts().1;
+    row("last put, in a burst of 1,000", run(&|| last_puts().0), None, &format!("<= 60 ns; {allocated} allocations"));
+    row("fresh get", run(&fresh_get), None, "<= 3 us");
+    for count in [10, 1000, 1_000_000] {
+        let name = format!("interval invalidate, 1 of {count}");
+        row(&name, median((0..rounds.min(5)).map(|_| interval_hit(count)).collect()), None, "1 of 10^6 < 1 us");
+    }
+    let mm = MmWithUser::new();
+    let one = subsystem();
+    let warm = subsystem();
+    let _warm = warm.get(&mm);
+    drop(one.get(&mm).map(mmu_notifier::Subscription::put));
+    let mut held = None;
+    println!("memory: one subscription {} B", bytes(|| held = one.get(&mm).ok()));
+    let _first = IntervalNotifier::insert(&mm, page(1), Empty);
+    let mut node = None;
+    println!("memory: one interval {} B", bytes(|| node = IntervalNotifier::insert(&mm, page(3), Empty).ok()));
+    let mut empty = None;
+    println!("memory: one empty Mm {} B", bytes(|| empty = Some(MmWithUser::new())));
+    drop((held, node, empty));
+}
