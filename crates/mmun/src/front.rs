@@ -1,0 +1,90 @@
+//! The process the user started, in front of the one that traces.
+//!
+//! A task under our seccomp filter gets `ENOSYS` for its memory calls once it has no tracer. So the tracer has to outlive
+//! whatever happens to the process the user knows: that one only waits, hands signals on, and ends as the traced program did. It
+//! keeps its default `SIGTSTP`, so that the shell gets the terminal back when the program is stopped; the tracer ignores it,
+//! because it has to see the program's own stop through.
+
+use std::io::{self, PipeReader, PipeWriter, Read, Write};
+
+use rustix::process::{Pid, WaitOptions};
+
+use crate::complain;
+use crate::outcome::{FAILED, Outcome};
+use crate::sys::{self, Fork};
+
+/// The tracer's end of the pipe.
+#[derive(Debug)]
+pub(crate) struct Front {
+    pipe: PipeWriter,
+    pid: Option<Pid>,
+}
+
+impl Front {
+    /// Lets the front end. If the tracer does not stay, the front waits for it, so that no zombie is left to a process 1
+    /// that may not reap it.
+    pub(crate) fn tell(mut self, outcome: Outcome, stays: bool) {
+        let mut message = [u8::from(stays); 6];
+        message[..5].copy_from_slice(&outcome.to_bytes());
+        // A front that is gone needs no telling.
+        let _ = self.pipe.write_all(&message);
+    }
+
+    /// The process in front, this one's parent while it lives.
+    pub(crate) fn pid(&self) -> Option<Pid> {
+        self.pid
+    }
+}
+
+/// Runs `tracer` in a process of its own and returns what it told.
+pub(crate) fn run(tracer: impl FnOnce(Front)) -> Outcome {
+    let pid = Some(rustix::process::getpid());
+    let forked = io::pipe().and_then(|pipe| Ok((pipe, sys::fork()?)));
+    let ((reader, writer), (side, held)) = match forked {
+        Ok(forked) => forked,
+        Err(error) => {
+            complain(&format!("fork on the tracer: {error}"));
+            return FAILED;
+        }
+    };
+    match side {
+        Fork::Child => {
+            drop(reader);
+            sys::rename(c"mm-tracer");
+            sys::stop_on_ending_signals();
+            drop(held);
+            tracer(Front { pipe: writer, pid });
+            std::process::exit(0)
+        }
+        Fork::Parent(tracer) => {
+            drop(writer);
+            sys::forward_to(tracer);
+            drop(held);
+            listen(reader, tracer)
+        }
+    }
+}
+
+fn listen(mut pipe: PipeReader, tracer: Pid) -> Outcome {
+    let wait = || rustix::process::waitpid(Some(tracer), WaitOptions::empty()).ok().flatten();
+    let mut told = [0; 6];
+    match pipe.read_exact(&mut told) {
+        Ok(()) => {
+            let [outcome @ .., stays] = told;
+            if stays == 0 {
+                wait();
+            }
+            Outcome::from_bytes(outcome)
+        }
+        Err(_) => {
+            // Nobody else can hold the other end: the tracer is dead or dying.
+            let status = wait();
+            let reason = match status.and_then(|(_, status)| status.terminating_signal()) {
+                Some(signal) => format!("killed by {}", crate::names::signal(signal)),
+                None => "ended without a word".into(),
+            };
+            complain(&format!("wait on the tracer: {reason}"));
+            FAILED
+        }
+    }
+}

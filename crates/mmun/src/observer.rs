@@ -1,0 +1,169 @@
+//! The trace as a subscriber: every task gets the notifier of its address space when it appears and puts it when it ends.
+
+use std::convert::Infallible;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use mmu_notifier::{GetError, InvalidateRange, Mm, MmWithUser, Notifier, Subscription, Subsystem};
+use mmu_source::process::{Observer, Task, TaskEvent, current};
+
+use crate::record::{Kind, Record, Span};
+use crate::recorder::Recorder;
+
+type Alloc = Box<dyn Fn(&MmWithUser) -> Result<TraceNotifier, Infallible> + Send + Sync>;
+
+/// One per address space. Writes what is invalidated there; its drop is the `free` of the trace.
+#[derive(Debug)]
+pub(crate) struct TraceNotifier {
+    recorder: Arc<Recorder>,
+    mm: u64,
+    /// The task of the latest put, for `free`, which runs where no task is at work.
+    put_by: AtomicU64,
+}
+
+impl TraceNotifier {
+    fn record(&self, mm: &Mm, kind: Kind) {
+        if let Some(current) = current() {
+            self.recorder.record(&Record { task: current.task, mm: mm.id(), kind });
+        }
+    }
+}
+
+impl Notifier for TraceNotifier {
+    fn release(&self, mm: &Mm) {
+        self.record(mm, Kind::MmRelease);
+    }
+
+    fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
+        let Some(current) = current() else { return };
+        if let Some(span) = Span::new(range, current.cause) {
+            self.record(range.mm(), Kind::Start(span));
+        }
+    }
+
+    fn invalidate_range_end(&self, range: &InvalidateRange<'_>) {
+        let Some(current) = current() else { return };
+        if let Some(span) = Span::new(range, current.cause) {
+            self.record(range.mm(), Kind::End(span, current.result));
+        }
+    }
+}
+
+impl Drop for TraceNotifier {
+    fn drop(&mut self) {
+        let task = unpack(*self.put_by.get_mut());
+        self.recorder.record(&Record { task, mm: self.mm, kind: Kind::Free });
+    }
+}
+
+/// Subscribes every task, and writes what happens to tasks.
+pub(crate) struct TraceObserver {
+    recorder: Arc<Recorder>,
+    subsystem: Subsystem<TraceNotifier, Infallible, Alloc>,
+    /// What tasks held that have left: put once their address space had the chance to end. That is the kernel's order,
+    /// too: an exiting task drops its `mm`, whose `release` runs, and closes its files, which put, afterwards.
+    leaving: Vec<(Task, Subscription<TraceNotifier>)>,
+    /// System calls that could not be read.
+    missed: u64,
+}
+
+impl TraceObserver {
+    pub(crate) fn new(recorder: Arc<Recorder>) -> TraceObserver {
+        let shared = Arc::clone(&recorder);
+        let alloc = move |mm: &MmWithUser| {
+            Ok(TraceNotifier { recorder: Arc::clone(&shared), mm: mm.id(), put_by: AtomicU64::new(0) })
+        };
+        TraceObserver { recorder, subsystem: Subsystem::new(Box::new(alloc)), leaving: Vec::new(), missed: 0 }
+    }
+
+    /// Puts what is left, and waits until every notifier is freed and its `free` is written.
+    pub(crate) fn finish(&mut self) {
+        self.put_left();
+        if let Err(error) = self.subsystem.synchronize() {
+            unreachable!("no section is open in the tracing thread once everything was put: {error}");
+        }
+    }
+
+    /// System calls that could not be read; whatever they changed is not in the trace.
+    pub(crate) fn missed(&self) -> u64 {
+        self.missed
+    }
+
+    fn put_left(&mut self) {
+        for (task, subscription) in self.leaving.drain(..) {
+            subscription.put_by.store(pack(task), Relaxed);
+            // Only this thread gets and puts, so the count is exact.
+            let users = subscription.users() - 1;
+            self.recorder.record(&Record { task, mm: subscription.mm().id(), kind: Kind::Put { users } });
+            subscription.put();
+        }
+    }
+
+    fn record(&self, task: Task, mm: &Mm, kind: Kind) {
+        self.recorder.record(&Record { task, mm: mm.id(), kind });
+    }
+}
+
+impl fmt::Debug for TraceObserver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TraceObserver").finish_non_exhaustive()
+    }
+}
+
+impl Observer for TraceObserver {
+    /// `None` only if 2^32 tasks share the address space already.
+    type Held = Option<Subscription<TraceNotifier>>;
+
+    fn enter(&mut self, task: Task, mm: &MmWithUser) -> Self::Held {
+        self.put_left();
+        let subscription = match self.subsystem.get(mm) {
+            Ok(subscription) => subscription,
+            Err(GetError::Overflow) => return None,
+            Err(error) => unreachable!(
+                "the first task of an address space enters it before anything is invalidated there: {error}"
+            ),
+        };
+        self.record(task, mm, Kind::Get { users: subscription.users() });
+        Some(subscription)
+    }
+
+    fn leave(&mut self, task: Task, held: Self::Held) {
+        self.put_left();
+        self.leaving.extend(held.map(|subscription| (task, subscription)));
+    }
+
+    fn event(&mut self, event: &TaskEvent<'_>) {
+        self.put_left();
+        match *event {
+            TaskEvent::MmNew { task, mm } => self.record(task, mm, Kind::MmNew),
+            TaskEvent::Fork { task, child, mm, child_mm } => {
+                self.record(task, mm, Kind::Fork { child, child_mm: child_mm.id() });
+            }
+            TaskEvent::Exec { task, mm, old_mm } => self.record(task, mm, Kind::Exec { old_mm: old_mm.id() }),
+            TaskEvent::Exit { task, mm, status } => self.record(task, mm, Kind::Exit(status)),
+            TaskEvent::UnknownAbi { .. } => self.missed += 1,
+            _ => {}
+        }
+    }
+}
+
+fn pack(task: Task) -> u64 {
+    u64::from(task.pid as u32) << 32 | u64::from(task.tid as u32)
+}
+
+fn unpack(packed: u64) -> Task {
+    Task { pid: (packed >> 32) as i32, tid: packed as i32 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_task_survives_packing() {
+        let task = Task { pid: 4_194_304, tid: i32::MAX };
+        let back = unpack(pack(task));
+        assert_eq!((back.pid, back.tid), (task.pid, task.tid));
+    }
+}

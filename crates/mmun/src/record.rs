@@ -1,0 +1,95 @@
+//! What a trace is made of, and the one description of its records.
+
+use mmu_notifier::{Blocking, InvalidateRange, VaRange};
+use mmu_source::process::{ExitStatus, Task};
+
+use crate::events;
+
+/// The records, for `--help` and the man page.
+pub(crate) const HELP: &str = "\
+Records (--json writes one object a line; every one has v, t, kind, pid, tid and mm):
+  v            version of this format: 1
+  t            nanoseconds since the trace began; never decreases from line to line
+  pid, tid     the process and the task that made the call or to which it happened
+  mm           number of the address space, counted from 1; threads and vfork children share one
+
+  mm_new       an address space is born: the program starts, forks or executes another one
+  get          a task subscribes to its address space; users: references after it
+  start, end   around one invalidated range of one system call
+                 event, cause    what kind of change, and the system call behind it
+                 start, end      addresses, half-open; blockable: whether subscribers may sleep
+                 result          (end only) what the call returned, -errno if it failed;
+                                 absent if the task died in the call
+  fork         a task or process is created; child_pid, child_tid, child_mm
+  exec         the process enters a new address space; old_mm: the one it left
+  exit         a task ends; code, or signal if it was killed
+  put          a task gives its subscription back; users: references after it
+  mm_release   an address space ends: its last task is gone
+  free         the notifier of an address space is freed, after its last put and a grace period;
+               pid and tid are those of the last put, users is 0
+  summary      (with --summary) totals; the last line; events, processes
+
+Text output joins start and end into one line, as strace does: time in seconds, task, address space,
+event, range, size, call and result, and the time inside the call.";
+
+/// One line of a trace.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Record {
+    pub(crate) task: Task,
+    pub(crate) mm: u64,
+    pub(crate) kind: Kind,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Kind {
+    MmNew,
+    MmRelease,
+    Get {
+        users: u32,
+    },
+    Put {
+        users: u32,
+    },
+    Free,
+    Start(Span),
+    /// `None`: the task died in the call.
+    End(Span, Option<i64>),
+    Fork {
+        child: Task,
+        child_mm: u64,
+    },
+    Exec {
+        old_mm: u64,
+    },
+    Exit(ExitStatus),
+}
+
+/// One range under one system call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Span {
+    /// Position in [`events::NAMES`].
+    pub(crate) event: usize,
+    pub(crate) cause: &'static str,
+    pub(crate) range: VaRange,
+    pub(crate) blocking: Blocking,
+}
+
+impl Span {
+    /// `None` for an event this version of the program has no name for.
+    pub(crate) fn new(range: &InvalidateRange<'_>, cause: &'static str) -> Option<Span> {
+        Some(Span { event: events::number(range.event())?, cause, range: range.range(), blocking: range.blocking() })
+    }
+
+    pub(crate) fn event_name(&self) -> &'static str {
+        events::NAMES[self.event]
+    }
+
+    pub(crate) fn start(&self) -> u64 {
+        self.range.start().get()
+    }
+
+    /// One past the last byte; 2^64 for a range that reaches the last address.
+    pub(crate) fn end(&self) -> u128 {
+        u128::from(self.range.last().get()) + 1
+    }
+}

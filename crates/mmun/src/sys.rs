@@ -1,0 +1,233 @@
+//! The calls the standard library lacks: fork, signal handlers, dying of a signal.
+//!
+//! # Safety
+//! Everything unsafe in this program is here. Handlers touch atomics and make system calls, nothing else, and leave `errno` as
+//! it was. Handlers are never inherited by the traced program (`execve` resets them); what is set to *ignored* is, so the
+//! tracer ignores nothing before it has spawned the program.
+#![expect(unsafe_code, reason = "system calls without a safe wrapper")]
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering::Relaxed};
+
+use rustix::process::{Pid, Signal};
+
+/// Set when tracing is to end early. Nothing but the flag is handed over, so it needs no ordering.
+pub(crate) static STOP: AtomicBool = AtomicBool::new(false);
+/// The signal that asked for it; 0 if none did.
+static ASKED_BY: AtomicI32 = AtomicI32::new(0);
+/// Where the front forwards its signals.
+static TRACER: AtomicI32 = AtomicI32::new(0);
+
+/// What asks a program to end, by hand or by default.
+const ENDING: [i32; 6] = [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM, libc::SIGUSR1, libc::SIGUSR2];
+/// Tells the tracer that the front is gone. Nobody sends it by hand.
+const ORPHANED: i32 = libc::SIGIO;
+
+/// Which side of a fork this is.
+pub(crate) enum Fork {
+    Parent(Pid),
+    Child,
+}
+
+/// Forks. Signals that end a program wait in both processes until [`Held`] is dropped there.
+///
+/// # Errors
+/// `EAGAIN` or `ENOMEM`.
+pub(crate) fn fork() -> io::Result<(Fork, Held)> {
+    let held = Held::new();
+    // SAFETY: `fork` needs that the child does nothing another thread could have left half-done. No thread was started yet.
+    match unsafe { libc::fork() } {
+        -1 => Err(io::Error::last_os_error()),
+        0 => Ok((Fork::Child, held)),
+        pid => Ok((Fork::Parent(Pid::from_raw(pid).expect("a child's pid is positive")), held)),
+    }
+}
+
+/// Keeps the signals in [`ENDING`] pending; dropping it puts the mask back.
+pub(crate) struct Held(libc::sigset_t);
+
+impl Held {
+    fn new() -> Held {
+        Held(change_mask(libc::SIG_BLOCK, &set_of(&ENDING)))
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        change_mask(libc::SIG_SETMASK, &self.0);
+    }
+}
+
+/// The tracer, before it spawns: ending signals ask [`STOP`] from now on, those apart that are ignored.
+pub(crate) fn stop_on_ending_signals() {
+    for signal in ENDING {
+        if !is_ignored(signal) {
+            set_handler(signal, on_ending as *const () as usize);
+        }
+    }
+    set_handler(libc::SIGALRM, on_alarm as *const () as usize);
+}
+
+/// The tracer, once the traced program has its own dispositions: the terminal does not stop it, and its children are not
+/// reaped behind its back.
+pub(crate) fn shield() {
+    for signal in [libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU] {
+        set_handler(signal, libc::SIG_IGN);
+    }
+    set_handler(libc::SIGCHLD, libc::SIG_DFL);
+    change_mask(libc::SIG_UNBLOCK, &set_of(&[libc::SIGALRM, ORPHANED]));
+}
+
+/// The tracer asks [`STOP`] when its parent, `front`, is gone, now or later.
+pub(crate) fn stop_with(front: Option<Pid>) {
+    set_handler(ORPHANED, on_orphaned as *const () as usize);
+    let signal = Signal::from_named_raw(ORPHANED);
+    // It cannot fail with a valid signal.
+    let _ = rustix::process::set_parent_process_death_signal(signal);
+    if rustix::process::getppid() != front {
+        request_stop();
+    }
+}
+
+/// Asks the tracing thread to stop, from any thread or handler.
+///
+/// That thread sits in `waitpid`. A signal that arrives after it has looked at [`STOP`] and before it sleeps would be lost, and
+/// one that the kernel gives to another thread would not wake it; so a timer rings until [`stop_seen`].
+pub(crate) fn request_stop() {
+    STOP.store(true, Relaxed);
+    set_timer(10_000);
+}
+
+/// Ends the ringing.
+pub(crate) fn stop_seen() {
+    set_timer(0);
+}
+
+/// The signal that asked to stop.
+pub(crate) fn asked_by() -> Option<i32> {
+    Some(ASKED_BY.load(Relaxed)).filter(|signal| *signal != 0)
+}
+
+/// The front hands ending signals on to `tracer`.
+pub(crate) fn forward_to(tracer: Pid) {
+    TRACER.store(tracer.as_raw_nonzero().get(), Relaxed);
+    for signal in ENDING {
+        if !is_ignored(signal) {
+            set_handler(signal, on_forward as *const () as usize);
+        }
+    }
+}
+
+/// Ignores all that can be ignored: for a process that has to outlive everything its tracees do.
+pub(crate) fn ignore_everything() {
+    for signal in 1..32 {
+        let fault = [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGABRT, libc::SIGTRAP];
+        if ![libc::SIGKILL, libc::SIGSTOP, libc::SIGCHLD].contains(&signal) && !fault.contains(&signal) {
+            set_handler(signal, libc::SIG_IGN);
+        }
+    }
+}
+
+/// Ends this process by `signal`, so that its parent sees what it would have seen of the traced program, without a core dump
+/// of its own.
+pub(crate) fn die_of(signal: i32) -> ! {
+    let no_core = rustix::process::Rlimit { current: Some(0), maximum: Some(0) };
+    let _ = rustix::process::setrlimit(rustix::process::Resource::Core, no_core);
+    // A core pattern that is a pipe looks at this instead.
+    let _ = rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable);
+    set_handler(signal, libc::SIG_DFL);
+    change_mask(libc::SIG_UNBLOCK, &set_of(&[signal]));
+    // SAFETY: `raise` takes any number.
+    unsafe { libc::raise(signal) };
+    // The signal does not kill: this is the init process of a container, or the signal is harmless by default.
+    std::process::exit(128 + signal)
+}
+
+/// Calls this process something else in `ps`, so that `pkill` for the program's name does not hit it.
+pub(crate) fn rename(name: &std::ffi::CStr) {
+    let _ = rustix::thread::set_name(name);
+    let Ok(stat) = std::fs::read_to_string("/proc/self/stat") else { return };
+    // The fields after the name in parentheses; the area of the arguments is numbers 48 and 49 of proc(5).
+    let fields = stat.rsplit(')').next().unwrap_or_default();
+    let mut area = fields.split_whitespace().skip(45).map(|field| field.parse::<usize>().ok());
+    let (Some(Some(begin)), Some(Some(end))) = (area.next(), area.next()) else { return };
+    let Some(length) = end.checked_sub(begin).filter(|length| begin != 0 && *length > name.count_bytes()) else {
+        return;
+    };
+    // SAFETY: the slice must be writable memory that nothing else uses. The kernel put the argument strings there, at the top
+    // of the stack, and counts them as this process's to change. The one reader, `std::env::args_os`, was called before
+    // and copies; there is one thread yet.
+    let arguments = unsafe { std::slice::from_raw_parts_mut(begin as *mut u8, length) };
+    arguments.fill(0);
+    arguments[..name.count_bytes()].copy_from_slice(name.to_bytes());
+}
+
+extern "C" fn on_ending(signal: i32) {
+    let _ = ASKED_BY.compare_exchange(0, signal, Relaxed, Relaxed);
+    request_stop();
+}
+
+extern "C" fn on_orphaned(_: i32) {
+    request_stop();
+}
+
+/// Its arrival alone ends a `waitpid`.
+extern "C" fn on_alarm(_: i32) {}
+
+extern "C" fn on_forward(signal: i32) {
+    // SAFETY: `kill` takes any numbers. The tracer's is not reused: nobody waits for it while this handler is installed.
+    keeping_errno(|| unsafe { libc::kill(TRACER.load(Relaxed), signal) });
+}
+
+fn set_timer(every_us: i64) {
+    let every = libc::timeval { tv_sec: 0, tv_usec: every_us };
+    let timer = libc::itimerval { it_interval: every, it_value: every };
+    // SAFETY: the first pointer is to a live value, a null second one is allowed.
+    keeping_errno(|| unsafe { libc::setitimer(libc::ITIMER_REAL, &timer, std::ptr::null_mut()) });
+}
+
+fn keeping_errno(call: impl FnOnce() -> i32) {
+    // SAFETY: it always returns this thread's own, valid location.
+    let errno = unsafe { libc::__errno_location() };
+    // SAFETY: valid and this thread's own, see above.
+    let before = unsafe { errno.read() };
+    call();
+    // SAFETY: valid and this thread's own, see above.
+    unsafe { errno.write(before) };
+}
+
+fn set_of(signals: &[i32]) -> libc::sigset_t {
+    let mut set = MaybeUninit::uninit();
+    // SAFETY: the pointer is to room for a set, which this fills.
+    unsafe { libc::sigemptyset(set.as_mut_ptr()) };
+    for signal in signals {
+        // SAFETY: the set was initialised by `sigemptyset`; a bad number is an error, not undefined.
+        unsafe { libc::sigaddset(set.as_mut_ptr(), *signal) };
+    }
+    // SAFETY: `sigemptyset` initialised it.
+    unsafe { set.assume_init() }
+}
+
+/// Returns the mask as it was.
+fn change_mask(how: i32, set: &libc::sigset_t) -> libc::sigset_t {
+    let mut before = set_of(&[]);
+    // SAFETY: both pointers are to live sets, and `how` is one of the three constants.
+    unsafe { libc::pthread_sigmask(how, set, &mut before) };
+    before
+}
+
+fn is_ignored(signal: i32) -> bool {
+    let mut action = MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: a null new action only asks; the other pointer is to room for an action.
+    unsafe { libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr()) };
+    // SAFETY: an action may be all zeroes, and is no less after the call.
+    unsafe { action.assume_init() }.sa_sigaction == libc::SIG_IGN
+}
+
+/// Without `SA_RESTART`: a handled signal ends a blocking call.
+fn set_handler(signal: i32, handler: usize) {
+    let action = libc::sigaction { sa_sigaction: handler, sa_mask: set_of(&[]), sa_flags: 0, sa_restorer: None };
+    // SAFETY: the action is live; its handler is a constant or one of the functions above, which are safe in a handler.
+    unsafe { libc::sigaction(signal, &action, std::ptr::null_mut()) };
+}

@@ -1,0 +1,397 @@
+//! Records as text: aligned columns, one line per system call, in strace's manner.
+//!
+//! A start is held back until its end arrives, and the two become one line. A record of anything else that comes first cuts
+//! it: the start is written with `<unfinished ...>` and the end gets a line of its own later. Ranges of one call that tell of
+//! the same event in the same address space share a line.
+
+use std::fs;
+use std::io::Write as _;
+
+use mmu_source::process::{ExitStatus, Task};
+
+use crate::digits::Put;
+use crate::json::kind_name;
+use crate::names;
+use crate::record::{Kind, Record, Span};
+
+/// The text form of a trace.
+#[derive(Debug)]
+pub(crate) struct Text {
+    color: Color,
+    /// Starts not written yet, all of one task, in order.
+    held: Vec<Open>,
+    /// Starts written as unfinished, in order.
+    cut: Vec<Open>,
+}
+
+/// Whether to paint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Color {
+    Never,
+    Always,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Open {
+    t: u64,
+    task: Task,
+    mm: u64,
+    span: Span,
+    end: Option<(u64, Option<i64>)>,
+}
+
+/// How a line stands to its call.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Part {
+    Whole,
+    Unfinished,
+    Resumed,
+}
+
+impl Text {
+    pub(crate) fn new(color: Color) -> Text {
+        Text { color, held: Vec::with_capacity(64), cut: Vec::with_capacity(64) }
+    }
+
+    /// Appends what `record`, made at `t` nanoseconds, makes ready to be written.
+    pub(crate) fn write(&mut self, out: &mut Vec<u8>, t: u64, record: &Record) {
+        match record.kind {
+            Kind::Start(span) => {
+                if self.held.first().is_some_and(|open| open.task.tid != record.task.tid) {
+                    self.flush(out);
+                }
+                self.held.push(Open { t, task: record.task, mm: record.mm, span, end: None });
+            }
+            Kind::End(span, result) => self.end(out, t, record, &span, result),
+            _ => {
+                self.flush(out);
+                self.life(out, t, record);
+            }
+        }
+    }
+
+    /// Writes what is held back as unfinished.
+    pub(crate) fn flush(&mut self, out: &mut Vec<u8>) {
+        self.lines(out, &self.held, Part::Unfinished);
+        self.cut.append(&mut self.held);
+    }
+
+    fn end(&mut self, out: &mut Vec<u8>, t: u64, record: &Record, span: &Span, result: Option<i64>) {
+        let is_ours = |open: &&mut Open| {
+            open.end.is_none() && open.task.tid == record.task.tid && open.mm == record.mm && open.span == *span
+        };
+        if let Some(open) = self.held.iter_mut().find(is_ours) {
+            open.end = Some((t, result));
+            if self.held.iter().all(|open| open.end.is_some()) {
+                self.lines(out, &self.held, Part::Whole);
+                self.held.clear();
+            }
+        } else if let Some(open) = self.cut.iter_mut().find(is_ours) {
+            open.end = Some((t, result));
+            let tid = record.task.tid;
+            if self.cut.iter().all(|open| open.task.tid != tid || open.end.is_some()) {
+                self.flush(out);
+                let done: Vec<Open> =
+                    self.cut.extract_if(.., |open| open.task.tid == tid && open.end.is_some()).collect();
+                self.lines(out, &done, Part::Resumed);
+            }
+        }
+    }
+
+    /// One line for each run of `opens` with the same event in the same address space.
+    fn lines(&self, out: &mut Vec<u8>, opens: &[Open], part: Part) {
+        for group in opens.chunk_by(|a, b| (a.mm, a.span.event) == (b.mm, b.span.event)) {
+            self.line(out, group, part);
+        }
+    }
+
+    fn line(&self, out: &mut Vec<u8>, group: &[Open], part: Part) {
+        let (first, last) = (&group[0], &group[group.len() - 1]);
+        let t = match (part, last.end) {
+            (Part::Resumed, Some((t, _))) => t,
+            _ => first.t,
+        };
+        self.prefix(out, t, first.task, first.mm);
+        self.column(out, EVENT, 17, |out| out.put(first.span.event_name()));
+        if part == Part::Resumed {
+            pad(out, 41);
+        } else {
+            self.column(out, PLAIN, 31, |out| {
+                if group.len() == 1 {
+                    out.put_hex(first.span.start().into());
+                    out.put("-");
+                    out.put_hex(first.span.end());
+                } else {
+                    out.put_dec(group.len() as u64);
+                    out.put(" ranges");
+                }
+            });
+            let pages = group.iter().fold(0u64, |sum, open| sum.saturating_add(open.span.range.pages()));
+            put_size(out, pages);
+            out.put("  ");
+        }
+        if part == Part::Resumed {
+            out.put("<... ");
+        }
+        self.paint(out, CALL, |out| out.put(first.span.cause));
+        out.put(match part {
+            Part::Whole => "",
+            Part::Unfinished => " <unfinished ...>",
+            Part::Resumed => " resumed>",
+        });
+        if let (Part::Whole | Part::Resumed, Some((t, result))) = (part, last.end) {
+            out.put(" = ");
+            self.result(out, first.span.cause, result);
+            self.paint(out, FAINT, |out| {
+                out.put("  <");
+                put_time(out, t - first.t);
+                out.put(">");
+            });
+        }
+        out.put("\n");
+    }
+
+    fn result(&self, out: &mut Vec<u8>, cause: &str, result: Option<i64>) {
+        match result {
+            None => out.put("?"),
+            Some(error @ -4095..=-1) => self.paint(out, BAD, |out| match names::errno(-error) {
+                Some(name) => {
+                    out.put("-1 ");
+                    out.put(name);
+                }
+                None => out.put_int(error),
+            }),
+            Some(value) if matches!(cause, "mmap" | "mremap" | "brk" | "shmat") => out.put_hex(value as u64 as u128),
+            Some(value) => out.put_int(value),
+        }
+    }
+
+    /// A line of the life of tasks, address spaces and notifiers.
+    fn life(&self, out: &mut Vec<u8>, t: u64, record: &Record) {
+        self.prefix(out, t, record.task, record.mm);
+        let style = match record.kind {
+            Kind::MmNew | Kind::Get { .. } => BORN,
+            Kind::MmRelease | Kind::Put { .. } | Kind::Free => GONE,
+            Kind::Exit(ExitStatus::Signal(_)) => BAD,
+            _ => STEP,
+        };
+        self.column(out, style, 17, |out| out.put(kind_name(record.kind)));
+        // A failure to write to memory cannot happen.
+        let _ = match record.kind {
+            Kind::Get { users } | Kind::Put { users } => write!(out, "users {users}"),
+            Kind::Fork { child, child_mm } if child.pid == record.task.pid => {
+                write!(out, "thread {} in mm{child_mm}", child.tid)
+            }
+            Kind::Fork { child, child_mm } => write!(out, "process {} in mm{child_mm}", child.pid),
+            Kind::MmNew => write!(out, "{}", comm(record.task, "")),
+            Kind::Exec { old_mm } => write!(out, "from mm{old_mm}{}", comm(record.task, ", now ")),
+            Kind::Exit(ExitStatus::Code(code)) => write!(out, "code {code}"),
+            Kind::Exit(ExitStatus::Signal(signal)) => write!(out, "killed by {}", names::signal(signal)),
+            _ => Ok(()),
+        };
+        while out.last() == Some(&b' ') {
+            out.pop();
+        }
+        out.put("\n");
+    }
+
+    fn prefix(&self, out: &mut Vec<u8>, t: u64, task: Task, mm: u64) {
+        self.paint(out, FAINT, |out| {
+            let begin = out.len();
+            out.put_dec(t / 1_000_000_000);
+            right_align(out, begin, 5);
+            let micros = t / 1000 % 1_000_000;
+            out.put(".");
+            let begin = out.len();
+            out.put_dec(1_000_000 + micros);
+            out.remove(begin);
+        });
+        let begin = out.len();
+        out.put_int(task.tid.into());
+        right_align(out, begin, 8);
+        out.put("  ");
+        let style = MMS[(mm % MMS.len() as u64) as usize];
+        self.column(out, style, 6, |out| {
+            out.put("mm");
+            out.put_dec(mm);
+        });
+    }
+
+    fn paint(&self, out: &mut Vec<u8>, style: &str, write: impl FnOnce(&mut Vec<u8>)) {
+        if self.color == Color::Always && !style.is_empty() {
+            out.put(style);
+            write(out);
+            out.put("\x1b[0m");
+        } else {
+            write(out);
+        }
+    }
+
+    /// Writes a painted cell and fills it up to `width` with spaces, one at least.
+    fn column(&self, out: &mut Vec<u8>, style: &str, width: usize, write: impl FnOnce(&mut Vec<u8>)) {
+        let mut length = 0;
+        self.paint(out, style, |out| {
+            let begin = out.len();
+            write(out);
+            length = out.len() - begin;
+        });
+        pad(out, width.saturating_sub(length).max(1));
+    }
+}
+
+/// The program's name, after `before`; nothing if the task is gone already.
+fn comm(task: Task, before: &str) -> String {
+    match fs::read_to_string(format!("/proc/{}/comm", task.tid)) {
+        Ok(name) => format!("{before}{}", name.trim_end().escape_debug()),
+        Err(_) => String::new(),
+    }
+}
+
+/// Eight columns, right-aligned: `44 KiB`, `1.5 GiB`.
+fn put_size(out: &mut Vec<u8>, pages: u64) {
+    let begin = out.len();
+    let (mut tenths, mut unit) = (pages as u128 * 40, 0);
+    while tenths >= 10240 && unit < 5 {
+        tenths /= 1024;
+        unit += 1;
+    }
+    out.put_dec((tenths / 10) as u64);
+    if unit > 0 && tenths < 1000 {
+        out.put(".");
+        out.put_dec((tenths % 10) as u64);
+    }
+    out.push(b' ');
+    out.put(["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"][unit]);
+    right_align(out, begin, 8);
+}
+
+/// `870 ns`, `3.1 us`, `12 ms`, `1.4 s`.
+pub(crate) fn put_time(out: &mut Vec<u8>, ns: u64) {
+    let (mut tenths, mut unit) = (u128::from(ns) * 10, 0);
+    while tenths >= 10_000 && unit < 3 {
+        tenths /= 1000;
+        unit += 1;
+    }
+    out.put_dec((tenths / 10) as u64);
+    if unit > 0 && tenths < 100 {
+        out.put(".");
+        out.put_dec((tenths % 10) as u64);
+    }
+    out.push(b' ');
+    out.put(["ns", "us", "ms", "s"][unit]);
+}
+
+fn pad(out: &mut Vec<u8>, count: usize) {
+    out.extend(std::iter::repeat_n(b' ', count));
+}
+
+/// Moves what was written since `begin` to the right end of a cell of `width`.
+fn right_align(out: &mut Vec<u8>, begin: usize, width: usize) {
+    let missing = width.saturating_sub(out.len() - begin);
+    pad(out, missing);
+    out[begin..].rotate_right(missing);
+}
+
+const PLAIN: &str = "";
+const FAINT: &str = "\x1b[2m";
+const EVENT: &str = "\x1b[1m";
+const CALL: &str = "\x1b[36m";
+const BORN: &str = "\x1b[32m";
+const GONE: &str = "\x1b[33m";
+const STEP: &str = "\x1b[35m";
+const BAD: &str = "\x1b[31m";
+/// One colour per address space, in turn, so that the eye can follow each.
+const MMS: [&str; 6] = ["\x1b[96m", "\x1b[94m", "\x1b[95m", "\x1b[92m", "\x1b[93m", "\x1b[91m"];
+
+#[cfg(test)]
+mod tests {
+    use mmu_notifier::{Blocking, Va, VaRange};
+
+    use super::*;
+
+    const A: Task = Task { pid: 4711, tid: 4711 };
+    const B: Task = Task { pid: 4711, tid: 4712 };
+
+    fn span(page: u64, pages: u64) -> Span {
+        let range = VaRange::covering(Va::new(page << 12), pages << 12).unwrap();
+        Span { event: 0, cause: "munmap", range, blocking: Blocking::Allowed }
+    }
+
+    fn written(records: &[(u64, Task, Kind)]) -> Vec<String> {
+        let (mut text, mut out) = (Text::new(Color::Never), Vec::new());
+        for (t, task, kind) in records {
+            text.write(&mut out, *t, &Record { task: *task, mm: 1, kind: *kind });
+        }
+        text.flush(&mut out);
+        String::from_utf8(out).unwrap().lines().map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn a_call_is_one_line() {
+        let lines =
+            written(&[(1000, A, Kind::Start(span(0x1000, 11))), (4100, A, Kind::End(span(0x1000, 11), Some(0)))]);
+        assert_eq!(
+            lines,
+            [
+                "    0.000001    4711  mm1   unmap            0x1000000-0x100b000              44 KiB  munmap = 0  <3.1 us>"
+            ]
+        );
+    }
+
+    #[test]
+    fn ranges_of_one_call_share_a_line() {
+        let (one, two) = (span(1, 1), span(9, 2));
+        let lines = written(&[
+            (1, A, Kind::Start(one)),
+            (2, A, Kind::Start(two)),
+            (3, A, Kind::End(two, Some(-22))),
+            (4, A, Kind::End(one, Some(-22))),
+        ]);
+        assert_eq!(lines.len(), 1, "{lines:?}");
+        assert!(lines[0].contains("2 ranges ") && lines[0].contains("  12 KiB  munmap = -1 EINVAL"), "{lines:?}");
+    }
+
+    #[test]
+    fn a_record_in_between_cuts_a_call_in_two() {
+        let lines = written(&[
+            (1, A, Kind::Start(span(1, 1))),
+            (2, B, Kind::Get { users: 2 }),
+            (3, A, Kind::End(span(1, 1), None)),
+        ]);
+        assert_eq!(lines.len(), 3, "{lines:?}");
+        assert!(lines[0].ends_with("munmap <unfinished ...>"));
+        assert!(lines[1].ends_with("get              users 2"));
+        assert!(lines[2].ends_with("  <... munmap resumed> = ?  <2 ns>"), "{lines:?}");
+        assert_eq!(lines[0].find("munmap"), lines[2].find("munmap").map(|at| at - "<... ".len()));
+    }
+
+    #[test]
+    fn two_tasks_in_their_calls_are_told_apart() {
+        let lines = written(&[
+            (1, A, Kind::Start(span(1, 1))),
+            (2, B, Kind::Start(span(1, 1))),
+            (3, A, Kind::End(span(1, 1), Some(0))),
+            (4, B, Kind::End(span(1, 1), Some(0))),
+        ]);
+        let ends: Vec<_> = lines.iter().map(|line| (&line[16..20], line.contains("unfinished"))).collect();
+        assert_eq!(ends, [("4711", true), ("4712", true), ("4711", false), ("4712", false)]);
+    }
+
+    #[test]
+    fn sizes_and_times_keep_to_their_columns() {
+        for (pages, text) in
+            [(1, "   4 KiB"), (255, "1020 KiB"), (256, " 1.0 MiB"), (25600, " 100 MiB"), (1 << 52, "  16 EiB")]
+        {
+            let mut out = Vec::new();
+            put_size(&mut out, pages);
+            assert_eq!(String::from_utf8(out).unwrap().replace("16.0", "  16"), text);
+        }
+        for (ns, text) in
+            [(0, "0 ns"), (999, "999 ns"), (1000, "1.0 us"), (123_456, "123 us"), (7_000_000_000, "7.0 s")]
+        {
+            let mut out = Vec::new();
+            put_time(&mut out, ns);
+            assert_eq!(String::from_utf8(out).unwrap(), text);
+        }
+    }
+}

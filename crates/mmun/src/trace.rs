@@ -1,0 +1,198 @@
+//! `mmun trace`: arguments become a plan, the plan is run.
+
+use std::ffi::OsString;
+use std::io::{self, IsTerminal};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+use mmu_source::Error;
+use mmu_source::process::{Command, Done, Keeper, Options, Pid, Tracer};
+
+use crate::args::TraceArgs;
+use crate::complain;
+use crate::events::EventSet;
+use crate::front;
+use crate::observer::TraceObserver;
+use crate::outcome::{FAILED, NOT_EXECUTABLE, NOT_FOUND, Outcome};
+use crate::output::Output;
+use crate::recorder::{Content, Form, Recorder, Settings};
+use crate::sys;
+use crate::text::Color;
+
+#[derive(Debug)]
+struct Plan {
+    target: Target,
+    options: Options,
+    settings: Settings,
+    output: Output,
+}
+
+#[derive(Debug)]
+enum Target {
+    Spawn(Vec<OsString>),
+    Attach(Vec<Pid>),
+}
+
+pub(crate) fn main(args: TraceArgs) -> Outcome {
+    let output = match Output::open(args.output.as_deref()) {
+        Ok(output) => output,
+        Err(error) => {
+            let name = args.output.as_deref().map_or("standard error".into(), |path| path.display().to_string());
+            complain(&format!("open on {name}: {}; the -o file must be writable", reason(&error)));
+            return FAILED;
+        }
+    };
+    let plan = Plan::new(args, output);
+    match plan.target {
+        Target::Attach(_) => {
+            sys::stop_on_ending_signals();
+            trace(plan, None).0
+        }
+        Target::Spawn(_) => front::run(|front| {
+            let (outcome, keeper) = trace(plan, front.pid());
+            front.tell(outcome, keeper.is_some());
+            if let Some(keeper) = keeper {
+                keep(keeper);
+            }
+        }),
+    }
+}
+
+impl Plan {
+    fn new(args: TraceArgs, output: Output) -> Plan {
+        let dull =
+            |name, value: Option<&str>| std::env::var_os(name).is_some_and(|v| value.map_or(!v.is_empty(), |w| v == w));
+        let color = match output.is_terminal() && !dull("NO_COLOR", None) && !dull("TERM", Some("dumb")) {
+            true => Color::Always,
+            false => Color::Never,
+        };
+        let settings = Settings {
+            form: if args.json { Form::Json } else { Form::Text(color) },
+            events: args.events.unwrap_or(EventSet::ALL),
+            content: match (args.summary_only, args.summary) {
+                (true, _) => Content::Summary,
+                (false, true) => Content::RecordsAndSummary,
+                (false, false) => Content::Records,
+            },
+        };
+        let mut options = Options::default();
+        options.follow = !args.no_follow;
+        options.seccomp = !args.no_seccomp;
+        let target = if args.pids.is_empty() {
+            Target::Spawn(args.program)
+        } else {
+            let mut pids = args.pids;
+            pids.sort_unstable();
+            pids.dedup();
+            Target::Attach(pids)
+        };
+        Plan { target, options, settings, output }
+    }
+}
+
+/// Runs the plan to its end. A keeper comes back if tracees live on that cannot be without a tracer.
+fn trace(plan: Plan, front: Option<rustix::process::Pid>) -> (Outcome, Option<Keeper>) {
+    let recorder = Arc::new(Recorder::new(plan.settings, plan.output, sys::request_stop));
+    let mut tracer = match Tracer::new(plan.options, TraceObserver::new(Arc::clone(&recorder))) {
+        Ok(tracer) => tracer,
+        Err(error) => return (fail(&error), None),
+    };
+    let mut outcome = start(&mut tracer, plan.target, front).err();
+    if outcome.is_none() {
+        outcome = Some(serve(&mut tracer));
+    }
+    let (mut observer, keeper) = tracer.detach();
+    observer.finish();
+    let written = recorder.finish();
+    if observer.missed() > 0 {
+        complain(&format!(
+            "{} system calls of an unknown ABI: what they changed is not in the trace",
+            observer.missed()
+        ));
+    }
+    sys::stop_seen();
+    let outcome = match written {
+        Err((_, error)) if error.kind() == io::ErrorKind::BrokenPipe => Outcome::Signal(libc::SIGPIPE),
+        Err((name, error)) => {
+            complain(&format!("write on {name}: {}; the trace is incomplete", reason(&error)));
+            FAILED
+        }
+        Ok(()) => outcome.unwrap_or(FAILED),
+    };
+    (outcome, Some(keeper).filter(Keeper::is_needed))
+}
+
+/// # Errors
+/// How to end if there is nothing to trace; it was said why.
+fn start(
+    tracer: &mut Tracer<TraceObserver>,
+    target: Target,
+    front: Option<rustix::process::Pid>,
+) -> Result<(), Outcome> {
+    match target {
+        Target::Spawn(words) => {
+            let (program, args) = words.split_first().expect("the table of options requires a program");
+            tracer.spawn(Command::new(program).args(args)).map_err(|error| fail(&error))?;
+            sys::shield();
+            sys::stop_with(front);
+        }
+        Target::Attach(pids) => {
+            for pid in pids {
+                tracer.attach(pid).map_err(|error| fail(&error))?;
+                if io::stderr().is_terminal() {
+                    complain(&format!("attached to process {pid}"));
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Traces until the end, the program's or ours. A panic ends the trace only: the tracees are let go of properly.
+fn serve(tracer: &mut Tracer<TraceObserver>) -> Outcome {
+    match catch_unwind(AssertUnwindSafe(|| tracer.run(&sys::STOP))) {
+        Ok(Ok(Done::Stopped)) => sys::asked_by().map_or(FAILED, Outcome::Signal),
+        Ok(Ok(_)) => tracer.exit_status().map_or(Outcome::Exit(0), Outcome::from),
+        Ok(Err(error)) => fail(&error),
+        Err(_) => FAILED,
+    }
+}
+
+/// Stays behind, unseen, until the last tracee that needs a tracer has ended.
+fn keep(keeper: Keeper) {
+    sys::ignore_everything();
+    sys::stop_seen();
+    // Nobody waits for the end of a pipe or for a mount because of this process; where that fails, nothing is lost.
+    let _ = std::env::set_current_dir("/");
+    if let Ok(null) = std::fs::File::options().read(true).write(true).open("/dev/null") {
+        let _ = rustix::stdio::dup2_stdin(&null);
+        let _ = rustix::stdio::dup2_stdout(&null);
+        let _ = rustix::stdio::dup2_stderr(&null);
+    }
+    keeper.serve();
+}
+
+/// Says why, in one line, and how to end.
+fn fail(error: &Error) -> Outcome {
+    let mut line = error.to_string();
+    if let Some(source) = std::error::Error::source(error) {
+        line.push_str(": ");
+        line.push_str(&reason(source));
+    }
+    if let Some(hint) = error.hint() {
+        line.push_str("; ");
+        line.push_str(hint);
+    }
+    complain(&line);
+    match error {
+        Error::Exec { source, .. } if source.kind() == io::ErrorKind::NotFound => NOT_FOUND,
+        Error::Exec { .. } => NOT_EXECUTABLE,
+        _ => FAILED,
+    }
+}
+
+/// The words of an error without its number.
+fn reason(error: &dyn std::error::Error) -> String {
+    let text = error.to_string();
+    text.split(" (os error").next().unwrap_or_default().to_owned()
+}

@@ -1,0 +1,100 @@
+//! What cannot be done is said in one line, and told apart by the exit status.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+
+use crate::support::{Fifo, scratch, text, trace, within};
+
+/// Runs `mmun trace ARGS`; it must say one line and nothing else.
+fn refused(args: &[&str]) -> (Option<i32>, String) {
+    let mut command = trace();
+    command.args(args);
+    let output = within("mmun trace", move || command.output().unwrap());
+    let line = text(&output.stderr);
+    assert!(line.starts_with("mmun: ") && line.ends_with('\n') && line.lines().count() == 1, "{args:?}: {line:?}");
+    assert!(output.stdout.is_empty());
+    (output.status.code(), line.to_owned())
+}
+
+#[test]
+fn a_program_that_does_not_exist_is_127() {
+    for args in
+        [&["no-such-program-anywhere"][..], &["/no/such/file"], &["./missing"], &["--no-seccomp", "/no/such/file"]]
+    {
+        let (code, line) = refused(&[&["-o", "/dev/null"], args].concat());
+        assert_eq!(code, Some(127), "{line}");
+        assert!(line.contains(args.last().unwrap()) && line.contains("No such file"), "{line}");
+    }
+}
+
+#[test]
+fn a_program_that_cannot_be_run_is_126() {
+    let file = scratch("not-a-program");
+    fs::write(&file, "neither script nor binary\n").unwrap();
+    let name = file.to_str().unwrap();
+    assert_eq!(refused(&["-o", "/dev/null", name]).0, Some(126), "not executable");
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o755)).unwrap();
+    assert_eq!(refused(&["-o", "/dev/null", name]).0, Some(126), "not a format");
+    assert_eq!(refused(&["-o", "/dev/null", "/"]).0, Some(126), "a directory");
+    fs::remove_file(&file).unwrap();
+}
+
+#[test]
+fn no_such_process_is_125() {
+    let (code, line) = refused(&["-o", "/dev/null", "-p", "4194303"]);
+    assert_eq!(code, Some(125));
+    assert!(line.contains("4194303") && line.to_lowercase().contains("no such process"), "{line}");
+}
+
+#[test]
+fn a_process_that_may_not_be_traced_is_125() {
+    // Nobody may trace itself, and the tests are not the child of the program.
+    let mut command = trace();
+    command.args(["-o", "/dev/null", "-p", "1", "-p", "0"]);
+    let output = within("mmun trace", move || command.output().unwrap());
+    assert_eq!(output.status.code(), Some(125), "{}", text(&output.stderr));
+}
+
+#[test]
+fn an_unwritable_output_is_refused_before_anything_starts() {
+    let started = scratch("started");
+    let (code, line) = refused(&["-o", "/no/such/dir/file", "--", "touch", started.to_str().unwrap()]);
+    assert_eq!(code, Some(125));
+    assert!(line.contains("/no/such/dir/file"), "{line}");
+    assert!(!started.exists());
+}
+
+#[test]
+fn an_unknown_event_or_option_is_refused_before_anything_starts() {
+    let started = scratch("started");
+    let touch = ["touch", started.to_str().unwrap()];
+    for (options, word) in [
+        (&["-e", "unmap,nonsense"][..], "protection_vma"),
+        (&["--nonsense"], "--nonsense"),
+        (&["-p", "1"], "cannot be used with"),
+        (&["-p", "many"], "many"),
+    ] {
+        let (code, line) = refused(&[options, &touch].concat());
+        assert_eq!(code, Some(125));
+        assert!(line.contains(word), "{line}");
+    }
+    assert_eq!(refused(&[]).0, Some(125));
+    assert!(!started.exists());
+}
+
+#[test]
+fn a_full_disk_is_said_once_and_the_program_lives_on() {
+    let done = Fifo::new("done");
+    let script = format!("for i in $(seq 60); do ls / > /dev/null; done; echo fine > {}", done.0.display());
+    let mut command = trace();
+    command.args(["--json", "-o", "/dev/full", "sh", "-c", &script]).stderr(std::process::Stdio::piped());
+    let mut mmun = command.spawn().unwrap();
+    assert_eq!(done.read(), "fine\n");
+    let output = within("mmun trace", move || {
+        let mut line = String::new();
+        std::io::Read::read_to_string(&mut mmun.stderr.take().unwrap(), &mut line).unwrap();
+        (mmun.wait().unwrap(), line)
+    });
+    assert_eq!(output.0.code(), Some(125));
+    assert_eq!(output.1, "mmun: write on /dev/full: No space left on device; the trace is incomplete\n");
+}

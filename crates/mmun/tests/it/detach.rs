@@ -1,0 +1,171 @@
+//! The trace ends before the program does: by a signal, by force, or because it was only attached.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, Command, Stdio};
+use std::thread;
+
+use serde_json::Value;
+
+use crate::support::{Fifo, check, kill, kind, of_kind, parse, scratch, take_records, trace, within};
+
+/// A traced shell that waits at a gate, then starts a program (which maps, protects and unmaps) and reports.
+struct Gated {
+    ready: Fifo,
+    gate: Fifo,
+    done: Fifo,
+}
+
+impl Gated {
+    fn new() -> Gated {
+        Gated { ready: Fifo::new("ready"), gate: Fifo::new("gate"), done: Fifo::new("done") }
+    }
+
+    fn script(&self) -> String {
+        let [ready, gate, done] = [&self.ready, &self.gate, &self.done].map(|fifo| fifo.0.display());
+        format!("ls / > /dev/null; echo here > {ready}; read x < {gate}; ls / > /dev/null && echo alive > {done}")
+    }
+
+    /// The shell is let through the gate and must find all memory calls working.
+    fn must_be_alive(&self) {
+        self.gate.write("go\n");
+        assert_eq!(self.done.read(), "alive\n");
+    }
+}
+
+fn gated_trace(gated: &Gated, options: &[&str]) -> Child {
+    let mut command = trace();
+    command.args(["--json", "--summary"]).args(options).args(["sh", "-c", &gated.script()]);
+    command.stderr(Stdio::piped()).spawn().unwrap()
+}
+
+fn must_have_ended_early(records: &[Value]) {
+    check(records);
+    assert_eq!(kind(records.last().unwrap()), "summary");
+    assert!(of_kind(records, "get").count() > 0);
+}
+
+#[test]
+fn an_ending_signal_ends_the_trace_and_not_the_program() {
+    for (signal, options) in [
+        (libc::SIGINT, &[][..]),
+        (libc::SIGTERM, &[]),
+        (libc::SIGHUP, &[]),
+        (libc::SIGINT, &["--no-seccomp"]),
+        (libc::SIGINT, &["--no-follow"]),
+    ] {
+        let (gated, path) = (Gated::new(), scratch("trace.json"));
+        let mut mmun = gated_trace(&gated, &[&["-o", path.to_str().unwrap()], options].concat());
+        assert_eq!(gated.ready.read(), "here\n");
+        kill(mmun.id(), signal);
+        let status = within("mmun trace", move || mmun.wait().unwrap());
+        assert_eq!(status.signal(), Some(signal));
+        must_have_ended_early(&take_records(&path));
+        gated.must_be_alive();
+    }
+}
+
+#[test]
+fn the_program_survives_the_death_of_its_tracer() {
+    for options in [&[][..], &["--no-seccomp"]] {
+        let gated = Gated::new();
+        let mut mmun = gated_trace(&gated, options);
+        assert_eq!(gated.ready.read(), "here\n");
+        kill(mmun.id(), libc::SIGKILL);
+        assert_eq!(mmun.wait().unwrap().signal(), Some(libc::SIGKILL));
+        // The tracer writes the summary when it notices; the pipe stays open as long as the shell has it.
+        let pipe = mmun.stderr.take().unwrap();
+        let lines = within("the summary", move || {
+            let mut text = String::new();
+            let mut reader = BufReader::new(pipe);
+            while !text.contains("\"kind\":\"summary\"") {
+                assert_ne!(reader.read_line(&mut text).unwrap(), 0, "the trace ends without a summary: {text}");
+            }
+            text
+        });
+        must_have_ended_early(&parse(&lines));
+        gated.must_be_alive();
+    }
+}
+
+/// A shell that nobody traces yet; it runs a program for each line it reads.
+fn bystander() -> Child {
+    let script = "echo ready; while read x; do ls / > /dev/null && echo $x; done";
+    let mut command = Command::new("sh");
+    command.args(["-c", script]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    command.spawn().unwrap()
+}
+
+fn tracer_of(pid: u32) -> u32 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    status.lines().find_map(|line| line.strip_prefix("TracerPid:")).unwrap().trim().parse().unwrap()
+}
+
+fn until(what: &str, condition: impl Fn() -> bool + Send + 'static) {
+    within(what, move || {
+        while !condition() {
+            thread::yield_now();
+        }
+    });
+}
+
+#[test]
+fn a_running_process_is_attached_to_and_let_go() {
+    for signal in [libc::SIGINT, libc::SIGKILL] {
+        let mut shells = [bystander(), bystander()];
+        let pids = shells.each_ref().map(|shell| shell.id());
+        let mut streams =
+            shells.each_mut().map(|shell| (shell.stdin.take().unwrap(), BufReader::new(shell.stdout.take().unwrap())));
+        let mut line = String::new();
+        for (_, stdout) in &mut streams {
+            stdout.read_line(&mut line).unwrap();
+        }
+        let path = scratch("trace.json");
+        let mut command = trace();
+        command.args(["--json", "--summary", "-o"]).arg(&path);
+        command.args(["-p", &pids[0].to_string(), "-p", &pids[1].to_string(), "-p", &pids[0].to_string()]);
+        let mut mmun = command.spawn().unwrap();
+        until("attaching", move || pids.iter().all(|pid| tracer_of(*pid) != 0));
+        let mut ask = |word: &str| {
+            for (stdin, stdout) in &mut streams {
+                writeln!(stdin, "{word}").unwrap();
+                let mut answer = String::new();
+                stdout.read_line(&mut answer).unwrap();
+                assert_eq!(answer.trim(), word);
+            }
+        };
+        ask("traced");
+        kill(mmun.id(), signal);
+        assert_eq!(within("mmun trace", move || mmun.wait().unwrap()).signal(), Some(signal));
+        until("detaching", move || pids.iter().all(|pid| tracer_of(*pid) == 0));
+        ask("free");
+        drop(streams);
+        for shell in &mut shells {
+            assert!(shell.wait().unwrap().success());
+        }
+        if signal == libc::SIGINT {
+            let records = take_records(&path);
+            must_have_ended_early(&records);
+            assert_eq!(of_kind(&records, "fork").count(), 2, "each shell ran one program while it was traced");
+        } else {
+            fs::remove_file(&path).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_trace_of_attached_processes_ends_when_they_do() {
+    let mut shell = bystander();
+    let (pid, path) = (shell.id(), scratch("trace.json"));
+    let mut line = String::new();
+    BufReader::new(shell.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+    let mut mmun = trace().args(["--json", "-p", &pid.to_string(), "-o"]).arg(&path).spawn().unwrap();
+    until("attaching", move || tracer_of(pid) != 0);
+    drop(shell.stdin.take());
+    assert!(shell.wait().unwrap().success());
+    assert!(within("mmun trace", move || mmun.wait().unwrap()).success());
+    let records = take_records(&path);
+    check(&records);
+    assert_eq!(of_kind(&records, "exit").count(), 1);
+}

@@ -1,0 +1,206 @@
+//! The traced program runs as if it were alone, and the program that traces it ends as it did.
+
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Command, Stdio};
+
+use crate::support::{Fifo, have, kill, kind, of_kind, scratch, take_records, text, trace, traced, within};
+
+#[test]
+fn the_exit_status_is_the_programs() {
+    for code in [0, 1, 42, 125, 126, 127, 128, 255] {
+        let (output, records) = traced(&[], &format!("exit {code}"));
+        assert_eq!(output.status.code(), Some(code));
+        assert_eq!(of_kind(&records, "exit").last().unwrap()["code"], code);
+    }
+}
+
+#[test]
+fn a_program_killed_by_a_signal_kills_its_tracer_so() {
+    for signal in [libc::SIGTERM, libc::SIGKILL, libc::SIGSEGV, libc::SIGABRT, libc::SIGPIPE, libc::SIGUSR1] {
+        let (output, records) = traced(&[], &format!("kill -{signal} $$"));
+        assert_eq!(output.status.signal(), Some(signal), "{output:?}");
+        assert!(!output.status.core_dumped());
+        assert_eq!(of_kind(&records, "exit").last().unwrap()["signal"], signal);
+    }
+}
+
+#[test]
+fn a_program_killed_from_outside_leaves_a_complete_trace() {
+    let path = scratch("trace.json");
+    let mut command = trace();
+    command.args(["--json", "-o"]).arg(&path);
+    command.args(["sh", "-c", "echo $$; while :; do (:); done"]).stdout(Stdio::piped());
+    let mut mmun = command.spawn().unwrap();
+    let mut stdout = BufReader::new(mmun.stdout.take().unwrap());
+    let mut pid = String::new();
+    stdout.read_line(&mut pid).unwrap();
+    kill(pid.trim().parse().unwrap(), libc::SIGKILL);
+    let status = within("mmun trace", move || mmun.wait().unwrap());
+    assert_eq!(status.signal(), Some(libc::SIGKILL));
+    let records = take_records(&path);
+    crate::support::check(&records);
+    let exits: Vec<_> = of_kind(&records, "exit").filter(|record| record["signal"] == libc::SIGKILL).collect();
+    assert_eq!(exits.len(), 1);
+}
+
+#[test]
+fn standard_streams_are_the_programs_own() {
+    let path = scratch("trace");
+    let mut command = trace();
+    command.arg("-o").arg(&path).args(["--summary", "sh", "-c", "cat; echo out; echo err >&2"]).stdin(Stdio::piped());
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut mmun = command.spawn().unwrap();
+    std::io::Write::write_all(&mut mmun.stdin.take().unwrap(), b"in\n").unwrap();
+    let output = within("mmun trace", move || mmun.wait_with_output().unwrap());
+    assert_eq!((text(&output.stdout), text(&output.stderr)), ("in\nout\n", "err\n"));
+    std::fs::remove_file(path).unwrap();
+}
+
+#[test]
+fn the_program_sees_no_descriptor_mask_or_disposition_of_ours() {
+    let script = "cd /proc/self/fd; echo *; grep -E '^Sig(Blk|Ign|Cgt)|^NoNewPrivs' /proc/self/status; ulimit -c";
+    let bare = Command::new("sh").args(["-c", script]).output().unwrap();
+    let (output, _) = traced(&["--no-seccomp"], script);
+    assert_eq!(ours(&output.stdout), ours(&bare.stdout));
+    let (output, _) = traced(&[], script);
+    let without =
+        |text: String| text.lines().filter(|line| !line.starts_with("NoNewPrivs")).collect::<Vec<_>>().join("\n");
+    assert_eq!(without(ours(&output.stdout)), without(ours(&bare.stdout)));
+}
+
+/// The lines of signals without 32 and 33: they are glibc's own, and its ways of starting a process treat them differently.
+fn ours(output: &[u8]) -> String {
+    let line = |line: &str| match line.split_once(":\t").filter(|(name, _)| name.starts_with("Sig")) {
+        Some((name, set)) => format!("{name} {:x}", u64::from_str_radix(set, 16).unwrap() & !(3 << 31)),
+        None => line.to_owned(),
+    };
+    text(output).lines().map(line).collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn a_program_that_begins_with_a_dash_follows_two() {
+    let (code, stderr) = within("mmun trace", || {
+        let output = trace().args(["-o", "/dev/null", "--", "--no-such-program"]).output().unwrap();
+        (output.status.code(), text(&output.stderr).to_owned())
+    });
+    assert_eq!(code, Some(127));
+    assert!(stderr.contains("--no-such-program"));
+}
+
+#[test]
+fn a_closed_pipe_ends_quietly_and_the_program_lives_on() {
+    let done = Fifo::new("done");
+    let script =
+        format!("i=0; while [ $i -lt 60 ]; do ls / > /dev/null; i=$((i+1)); done; echo fine > {}", done.0.display());
+    let mut command = trace();
+    command.args(["--json", "sh", "-c", &script]).stderr(Stdio::piped());
+    let mut mmun = command.spawn().unwrap();
+    let mut first = String::new();
+    BufReader::with_capacity(64, mmun.stderr.take().unwrap()).read_line(&mut first).unwrap();
+    assert!(first.contains("\"kind\":\"mm_new\""), "{first}");
+    let status = within("mmun trace", move || mmun.wait().unwrap());
+    assert_eq!(status.signal(), Some(libc::SIGPIPE));
+    assert_eq!(done.read(), "fine\n");
+}
+
+#[test]
+fn a_stopped_program_gives_the_terminal_back_and_goes_on() {
+    if !have("python3") {
+        return;
+    }
+    // A terminal with a shell on it, whose part the inner process plays: it starts a job in a group of its own, waits
+    // until the job is stopped, and continues it.
+    let script = r#"
+import os, pty, signal, sys
+shell, fd = pty.fork()
+if shell == 0:
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+    job = os.fork()
+    if job == 0:
+        os.setpgid(0, 0)
+        os.tcsetpgrp(0, os.getpid())
+        signal.signal(signal.SIGTTOU, signal.SIG_DFL)
+        os.execv(sys.argv[1], [sys.argv[1], "trace", "-o", "/dev/null", "sh", "-c", "echo ready; read x; ls / > /dev/null; echo went on"])
+    _, status = os.waitpid(job, os.WUNTRACED)
+    print("job stopped", os.WIFSTOPPED(status), flush=True)
+    os.killpg(job, signal.SIGCONT)
+    print("continued", flush=True)
+    _, status = os.waitpid(job, 0)
+    os._exit(status)
+seen = b""
+def until(word):
+    global seen
+    while word not in seen:
+        seen += os.read(fd, 1000)
+until(b"ready")
+os.write(fd, b"\x1a")
+until(b"job stopped True")
+until(b"continued")
+os.write(fd, b"go\n")
+until(b"went on")
+_, status = os.waitpid(shell, 0)
+assert status == 0, status
+print("all well")
+"#;
+    let output = within("the terminal", move || {
+        Command::new("python3").args(["-c", script, env!("CARGO_BIN_EXE_mmun")]).output().unwrap()
+    });
+    assert_eq!(text(&output.stdout), "all well\n", "{}", text(&output.stderr));
+}
+
+#[test]
+fn an_attached_terminal_gets_colour_unless_told_not_to() {
+    if !have("python3") {
+        return;
+    }
+    let script = "import pty, sys; pty.spawn([sys.argv[1], 'trace', 'ls', '/'])";
+    let run = |no_color: &'static str| {
+        within("the terminal", move || {
+            let mut command = Command::new("python3");
+            command.args(["-c", script, env!("CARGO_BIN_EXE_mmun")]).stdin(Stdio::null()).env("TERM", "xterm");
+            text(&command.env("NO_COLOR", no_color).output().unwrap().stdout).to_owned()
+        })
+    };
+    assert!(run("").contains("\x1b[1munmap"));
+    let plain = run("1");
+    assert!(!plain.contains("\x1b[1m") && plain.contains("munmap = 0"));
+}
+
+#[test]
+fn help_and_manual_name_every_record_and_option() {
+    let run = |args: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_mmun")).args(args).output().unwrap();
+        assert!(output.status.success());
+        text(&output.stdout).to_owned()
+    };
+    let (help, man) = (run(&["trace", "--help"]), run(&["man"]));
+    let (_, records) = traced(&["--summary"], "ls / > /dev/null");
+    for record in &records {
+        assert!(
+            help.contains(&format!("\n  {}", kind(record))) || help.contains(&format!(", {}", kind(record))),
+            "{record}"
+        );
+    }
+    for option in ["--output", "--events", "--json", "--summary-only", "--no-follow", "--no-seccomp"] {
+        assert!(help.contains(option) && man.contains(&option.replace('-', "\\-")), "{option}");
+    }
+    assert!(run(&["completions", "bash"]).contains("--no-seccomp"));
+}
+
+#[test]
+fn a_reader_that_is_slow_loses_nothing() {
+    let mut command = trace();
+    command.args(["--json", "sh", "-c", "for i in 1 2 3 4 5; do ls / > /dev/null; done"]).stderr(Stdio::piped());
+    let mut mmun = command.spawn().unwrap();
+    let mut pipe = mmun.stderr.take().unwrap();
+    let text = within("reading byte by byte", move || {
+        let (mut text, mut byte) = (Vec::new(), [0]);
+        while pipe.read(&mut byte).unwrap() > 0 {
+            text.push(byte[0]);
+        }
+        String::from_utf8(text).unwrap()
+    });
+    assert!(mmun.wait().unwrap().success());
+    crate::support::check(&crate::support::parse(&text));
+}
