@@ -1,6 +1,6 @@
 //! Torture programs: bounded by time, with the seed printed, and a checker that must stay silent.
 //!
-//! `cargo run --release -p stress -- srcu --seconds 30 [--seed N] [--no-membarrier] [--broken]`
+//! `cargo run --release -p stress -- srcu --seconds 30 [--seed N] [--no-membarrier] [--broken] [--no-fork]`
 //!
 //! Exits with 0 if nothing was found, 1 if something was, 2 on a wrong command line.
 
@@ -19,16 +19,19 @@ pub(crate) struct Options {
     pub(crate) no_membarrier: bool,
     /// Free some objects too early, which the checker must find.
     pub(crate) broken: bool,
+    /// Fork no children: ThreadSanitizer cannot follow them.
+    pub(crate) no_fork: bool,
 }
 
-const USAGE: &str = "usage: stress srcu [--seconds N] [--seed N] [--no-membarrier] [--broken]";
+const USAGE: &str = "usage: stress srcu [--seconds N] [--seed N] [--no-membarrier] [--broken] [--no-fork]";
 
 fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, String> {
     if arguments.next().as_deref() != Some("srcu") {
         return Err("the first argument names the program: srcu".into());
     }
     let seed = SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |now| now.as_nanos() as u64);
-    let mut options = Options { length: Duration::from_secs(30), seed, no_membarrier: false, broken: false };
+    let mut options =
+        Options { length: Duration::from_secs(30), seed, no_membarrier: false, broken: false, no_fork: false };
     while let Some(argument) = arguments.next() {
         let mut number = || {
             let value = arguments.next().ok_or(format!("{argument} wants a number"))?;
@@ -38,6 +41,7 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, String>
             "--seconds" => options.length = Duration::from_secs(number()?),
             "--seed" => options.seed = number()?,
             "--no-membarrier" => options.no_membarrier = true,
+            "--no-fork" => options.no_fork = true,
             "--broken" => options.broken = true,
             _ => return Err(format!("unknown argument {argument}")),
         }

@@ -12,8 +12,7 @@ use crate::Options;
 use crate::random::Random;
 use object::World;
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::channel;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -39,8 +38,12 @@ pub(crate) fn add(counter: &AtomicU64) {
     counter.fetch_add(1, Ordering::Relaxed);
 }
 
+static READERS_DONE: AtomicBool = AtomicBool::new(false);
+
 const READERS: u64 = 4;
-const UPDATERS: u64 = 3;
+const UPDATERS: usize = 3;
+/// What each updater waits for in a `barrier`.
+static RAN: [AtomicUsize; UPDATERS] = [const { AtomicUsize::new(0) }; UPDATERS];
 
 pub(crate) fn run(options: &Options) -> ExitCode {
     println!("stress srcu: seed {}, {} s, {options:?}", options.seed, options.length.as_secs());
@@ -50,28 +53,32 @@ pub(crate) fn run(options: &Options) -> ExitCode {
     }
     // Callbacks panic on purpose here, many times a second.
     std::panic::set_hook(Box::new(|_| {}));
-    let stop: &'static AtomicBool = Box::leak(Box::new(AtomicBool::new(false)));
+    static STOP: AtomicBool = AtomicBool::new(false);
+    let stop = &STOP;
     let world: &'static World = Box::leak(Box::new(World::new(options.broken)));
     watch(options.length + Duration::from_secs(30), stop, world);
     let start = Instant::now();
     thread::scope(|scope| {
-        let (send, moved) = channel();
-        scope.spawn(move || readers::end_moved_sections(world, &moved));
-        for stream in 0..READERS {
-            let send = send.clone();
-            scope.spawn(move || readers::generations(world, stop, options.seed, stream, &send));
-        }
-        drop(send);
-        for stream in 0..UPDATERS {
-            let random = Random::new(options.seed, 100 + stream);
-            scope.spawn(move || updaters::update(world, stop, random));
+        let readers: Vec<_> = (0..READERS)
+            .map(|stream| scope.spawn(move || readers::generations(world, stop, options.seed, stream)))
+            .collect();
+        scope.spawn(|| readers::end_moved_sections(world, &READERS_DONE));
+        for (stream, ran) in (100..).zip(&RAN) {
+            let random = Random::new(options.seed, stream);
+            scope.spawn(move || updaters::update(world, stop, random, ran));
         }
         scope.spawn(|| updaters::make_and_drop_domains(world, stop, Random::new(options.seed, 200)));
-        scope.spawn(|| updaters::fork_children(world, stop));
+        if !options.no_fork {
+            scope.spawn(|| updaters::fork_children(world, stop));
+        }
         while start.elapsed() < options.length {
             thread::sleep(Duration::from_millis(50));
         }
         stop.store(true, Ordering::Relaxed);
+        for reader in readers {
+            reader.join().expect("readers do not panic");
+        }
+        READERS_DONE.store(true, Ordering::Release);
     });
     world.finish();
     let errors = world.counts.errors.load(Ordering::Relaxed);

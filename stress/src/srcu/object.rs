@@ -2,10 +2,8 @@
 
 use super::{Counts, add};
 use srcu::{Head, Srcu};
-use std::collections::VecDeque;
 use std::ptr::NonNull;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 
 pub(crate) const DOMAINS: usize = 3;
 const CELLS: usize = 8;
@@ -34,7 +32,9 @@ pub(crate) struct World {
     /// Movable sections are not opened in the first one, since in the child of a fork they would stay open.
     pub(crate) domains: [Srcu; DOMAINS],
     cells: [[AtomicPtr<Object>; CELLS]; DOMAINS],
-    kept: Mutex<VecDeque<Box<Object>>>,
+    /// A ring, and not something with a lock, which a fork could leave locked.
+    kept: Box<[AtomicPtr<Object>]>,
+    next_kept: AtomicUsize,
     pub(crate) counts: Counts,
     pub(crate) broken: bool,
 }
@@ -44,7 +44,8 @@ impl World {
         Self {
             domains: [const { Srcu::new() }; DOMAINS],
             cells: [const { [const { AtomicPtr::new(std::ptr::null_mut()) }; CELLS] }; DOMAINS],
-            kept: Mutex::default(),
+            kept: std::iter::repeat_with(AtomicPtr::default).take(KEPT).collect(),
+            next_kept: AtomicUsize::new(0),
             counts: Counts::default(),
             broken,
         }
@@ -82,15 +83,11 @@ impl World {
             add(&self.counts.errors);
         }
         add(&self.counts.freed);
-        // In the child of a fork the lock may be held by a thread that is gone.
-        match self.kept.try_lock() {
-            Ok(mut kept) => {
-                kept.push_back(object);
-                if kept.len() > KEPT {
-                    kept.pop_front();
-                }
-            }
-            Err(_) => std::mem::forget(object),
+        let place = &self.kept[self.next_kept.fetch_add(1, Ordering::Relaxed) % KEPT];
+        let oldest = place.swap(Box::into_raw(object), Ordering::AcqRel);
+        if !oldest.is_null() {
+            // SAFETY: Needs a box that nobody else has: from `into_raw` above, and the swap gave it to us alone.
+            drop(unsafe { Box::from_raw(oldest) });
         }
     }
 

@@ -1,34 +1,36 @@
 //! Readers: they nest, sleep, end sections in any order, hand sections over, and die.
 
+use super::add;
 use super::object::{DOMAINS, Found, World};
-use super::{add, object};
 use crate::random::Random;
 use srcu::{Guard, SendGuard};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, Sender};
+use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 use std::thread;
 use std::time::Duration;
 
-pub(crate) type Moved = (SendGuard<'static>, Option<Found>);
+type Moved = (SendGuard<'static>, Option<Found>);
+
+/// Where sections wait for the thread that ends them. Not a channel: the standard library's has fences that ThreadSanitizer
+/// does not know.
+pub(crate) static MAILBOX: [AtomicPtr<Moved>; 16] = [const { AtomicPtr::new(std::ptr::null_mut()) }; 16];
 
 /// Threads that follow one another, so that numbers and slots are recycled.
-pub(crate) fn generations(world: &'static World, stop: &AtomicBool, seed: u64, stream: u64, send: &Sender<Moved>) {
+pub(crate) fn generations(world: &'static World, stop: &AtomicBool, seed: u64, stream: u64) {
     let mut generation = 0;
     while !stop.load(Ordering::Relaxed) {
         generation += 1;
         let random = Random::new(seed, 1000 * generation + stream);
-        let send = send.clone();
-        let reader = thread::spawn(move || life(world, random, &send));
+        let reader = thread::spawn(move || life(world, random));
         reader.join().expect("readers do not panic");
         add(&world.counts.threads);
     }
 }
 
-fn life(world: &'static World, mut random: Random, send: &Sender<Moved>) {
+fn life(world: &'static World, mut random: Random) {
     for _ in 0..random.below(20_000) {
         let domain = random.below(DOMAINS);
         if domain != 0 && random.one_in(50) {
-            move_section(world, domain, &mut random, send);
+            move_section(world, domain, &mut random);
         } else {
             section(world, domain, &mut random);
         }
@@ -69,21 +71,39 @@ fn pass_time(world: &World, random: &mut Random) {
     }
 }
 
-fn move_section(world: &'static World, domain: usize, random: &mut Random, send: &Sender<Moved>) {
+fn move_section(world: &'static World, domain: usize, random: &mut Random) {
     let section = world.domains[domain].down_read();
-    let found: Option<object::Found> = world.find(domain, random.below(64));
+    let found = world.find(domain, random.below(64));
     pass_time(world, random);
-    // If nobody listens any more, the section ends here.
-    let _ = send.send((section, found));
+    let new = Box::into_raw(Box::new((section, found)));
+    // What was in the place ends here, and so on another thread too.
+    end_section(world, MAILBOX[random.below(MAILBOX.len())].swap(new, Ordering::AcqRel));
 }
 
-/// Ends sections that began on other threads.
-pub(crate) fn end_moved_sections(world: &World, moved: &Receiver<Moved>) {
-    for (section, found) in moved {
-        if let Some(found) = found {
-            world.check(found);
-        }
-        section.up_read();
-        add(&world.counts.moved);
+fn end_section(world: &World, moved: *mut Moved) {
+    if moved.is_null() {
+        return;
     }
+    // SAFETY: Needs a box that nobody else has: from `move_section`, and a swap gave it to the caller alone.
+    let (section, found) = *unsafe { Box::from_raw(moved) };
+    if let Some(found) = found {
+        world.check(found);
+    }
+    section.up_read();
+    add(&world.counts.moved);
+}
+
+fn empty_mailbox(world: &World) {
+    for place in &MAILBOX {
+        end_section(world, place.swap(std::ptr::null_mut(), Ordering::AcqRel));
+    }
+}
+
+/// Ends sections that began on other threads, until all readers are done.
+pub(crate) fn end_moved_sections(world: &World, readers_done: &AtomicBool) {
+    while !readers_done.load(Ordering::Acquire) {
+        empty_mailbox(world);
+        thread::yield_now();
+    }
+    empty_mailbox(world);
 }

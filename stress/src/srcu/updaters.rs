@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
-pub(crate) fn update(world: &'static World, stop: &AtomicBool, mut random: Random) {
+pub(crate) fn update(world: &'static World, stop: &AtomicBool, mut random: Random, ran: &'static AtomicUsize) {
     let mut polled: Vec<(Cookie, usize, Found)> = Vec::new();
     while !stop.load(Ordering::Relaxed) {
         let domain = random.below(DOMAINS);
@@ -42,7 +42,7 @@ pub(crate) fn update(world: &'static World, stop: &AtomicBool, mut random: Rando
             }
         }
         match random.below(400) {
-            0 => check_barrier(world, srcu),
+            0 => check_barrier(world, srcu, ran),
             1 => thread::sleep(Duration::from_micros(random.below(3000) as u64)),
             _ => {}
         }
@@ -81,10 +81,9 @@ fn odd_callback(world: &'static World, domain: usize, old: Found, random: &mut R
     add(&world.counts.called);
 }
 
-fn check_barrier(world: &World, srcu: &Srcu) {
-    let ran = Arc::new(AtomicUsize::new(0));
+fn check_barrier(world: &World, srcu: &Srcu, ran: &'static AtomicUsize) {
+    ran.store(0, Ordering::Relaxed);
     for _ in 0..3 {
-        let ran = Arc::clone(&ran);
         srcu.call(move || {
             ran.fetch_add(1, Ordering::Relaxed);
         });

@@ -238,8 +238,10 @@ fn report(payload: Box<dyn Any + Send>) {
         }
         drop(payload);
     }));
-    if let Err(payload) = reported {
-        // Its drop may panic as well, and there is nobody left to tell.
+    if let Err(payload) = reported
+        && let Err(payload) = panic::catch_unwind(AssertUnwindSafe(|| drop(payload)))
+    {
+        // Drops that panic with what panics when dropped could go on for ever.
         std::mem::forget(payload);
     }
 }

@@ -1,0 +1,76 @@
+//! What must not call the allocator, under an allocator that counts.
+#![cfg(not(mmun_loom))]
+
+use srcu::{Head, Srcu};
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::ptr::NonNull;
+use std::thread;
+
+thread_local!(static CALLS: Cell<usize> = const { Cell::new(0) });
+
+struct Counting;
+
+// SAFETY: Hands everything to the system's allocator, which keeps the contract.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        CALLS.set(CALLS.get() + 1);
+        // SAFETY: The caller's duties are passed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        CALLS.set(CALLS.get() + 1);
+        // SAFETY: The caller's duties are passed on.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static COUNTING: Counting = Counting;
+
+fn calls(f: impl FnOnce()) -> usize {
+    let before = CALLS.get();
+    f();
+    CALLS.get() - before
+}
+
+#[test]
+fn a_threads_first_section_and_a_domains_first_use_do_not_allocate() {
+    static SHARED: Srcu = Srcu::new();
+    // More threads at once than fit in the domain's page, so that further buckets are made.
+    let together = std::sync::Barrier::new(100);
+    thread::scope(|scope| {
+        for _ in 0..100 {
+            scope.spawn(|| {
+                let in_shared = calls(|| drop(SHARED.read_lock()));
+                let in_own = calls(|| {
+                    let own = Srcu::new();
+                    drop(own.read_lock());
+                    own.synchronize().unwrap();
+                });
+                together.wait();
+                assert_eq!((in_shared, in_own), (0, 0));
+            });
+        }
+    });
+}
+
+#[test]
+fn call_raw_does_not_allocate_after_prepare() {
+    unsafe fn nothing(_: NonNull<Head>) {}
+    static HEADS: [Head; 1000] = [const { Head::new() }; 1000];
+    let srcu = Srcu::new();
+    srcu.prepare();
+    let queued = calls(|| {
+        let section = srcu.read_lock();
+        for head in &HEADS {
+            // SAFETY: The heads are statics that are queued once; `nothing` may be called anywhere.
+            unsafe { srcu.call_raw(NonNull::from(head), nothing) };
+        }
+        let _ = srcu.start_poll();
+        drop(section);
+    });
+    assert_eq!(queued, 0);
+    srcu.barrier().unwrap();
+}
