@@ -171,6 +171,10 @@ fn s_66_s_69_a_registrar_racing_a_bracket() {
     model(|| {
         let (mm, seen) = (Arc::new(MmWithUser::new()), Arc::new(Seen::default()));
         let subsystem = canaries(&seen);
+        // Somebody else is there: a bracket that finds nobody owes no end, and would hide an epoch that comes too early.
+        let Ok(_other) = Registration::new(&mm, Canary::new(&Arc::new(Seen::default()))) else {
+            panic!("it was made outside")
+        };
         let moved = Arc::new(AtomicUsize::new(0));
         let source = thread::spawn({
             let (mm, moved) = (Arc::clone(&mm), Arc::clone(&moved));
