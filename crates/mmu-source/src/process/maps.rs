@@ -1,6 +1,7 @@
 //! `/proc/PID/maps`.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 
 use mmu_notifier::{Va, VaRange};
 
@@ -30,7 +31,9 @@ pub(super) enum Kind {
 
 /// Reads the mappings of a task, in order of address. A task that has died has none.
 pub(super) fn read(tid: Pid) -> io::Result<Vec<Mapping>> {
-    let text = std::fs::read(format!("/proc/{tid}/maps"))?;
+    // The file tells no size; with room from the start it is read a page at a time.
+    let mut text = Vec::with_capacity(1 << 16);
+    File::open(format!("/proc/{tid}/maps"))?.read_to_end(&mut text)?;
     Ok(text.split(|byte| *byte == b'\n').filter_map(parse).collect())
 }
 

@@ -41,6 +41,8 @@ pub(super) struct Break {
     high: u64,
     in_flight: u32,
     overlapped: bool,
+    /// The program has just been loaded: there is no heap yet that could shrink.
+    no_heap: bool,
 }
 
 /// What a call to `brk` is about to do.
@@ -53,13 +55,21 @@ pub(super) struct BreakCall {
 }
 
 impl Break {
+    /// What is known of a program that `execve` has just loaded.
+    pub(super) fn of_new_program() -> Break {
+        Break { no_heap: true, ..Break::default() }
+    }
+
     /// Takes note of a call. `heap_end` asks `/proc`; `alone` says that no other thread could be in the call.
     pub(super) fn begin(&mut self, new: u64, alone: bool, heap_end: impl FnOnce() -> Option<u64>) -> BreakCall {
         let mut end = match self.sure {
-            Some(sure) if sure == self.high => sure,
+            // Exactly known, or so low that a growth beyond all that was asked for is a growth.
+            Some(sure) if sure == self.high || new >= self.high => self.high,
             Some(_) => heap_end().map_or(self.high, |end| end.min(self.high)),
+            None if self.no_heap => 0,
             None => heap_end().unwrap_or(0),
         };
+        self.no_heap = false;
         if self.in_flight > 0 {
             self.overlapped = true;
             end = end.max(self.high);
@@ -106,6 +116,15 @@ mod tests {
         brk.finish(Some(0x9000));
         let grow = brk.begin(0xa000, true, || panic!("known"));
         assert_eq!(grow, BreakCall { shrinks_from: None, learn: false });
+        assert_eq!(brk.begin(0xb000, true, || panic!("known well enough")), grow);
+    }
+
+    #[test]
+    fn a_program_just_loaded_has_no_heap_to_look_for() {
+        let mut brk = Break::of_new_program();
+        let first = brk.begin(0x9000, true, || panic!("there is none"));
+        assert_eq!(first, BreakCall { shrinks_from: None, learn: true });
+        assert_eq!(brk.begin(0x8000, false, || Some(0x9000)).shrinks_from, Some(0x9000), "the first is in flight");
     }
 
     #[test]

@@ -134,7 +134,7 @@ impl<O: Observer> Tracer<O> {
             return self.park(pid, Report::Stopped(Stop::Trap));
         };
         let task = Task { pid, tid: pid };
-        let space = Rc::new(Space::new(Break::default()));
+        let space = Rc::new(Space::new(Break::of_new_program()));
         tracee.task = task;
         tracee.in_vfork = false;
         tracee.exit = None;

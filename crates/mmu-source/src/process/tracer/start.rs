@@ -74,7 +74,7 @@ impl<O: Observer> Tracer<O> {
         }
         let task = Task { pid, tid: pid };
         self.root = Some((pid, None));
-        self.begin(task, Rc::new(Space::new(Break::default())), filtered, "execve");
+        self.begin(task, Rc::new(Space::new(Break::of_new_program())), filtered, "execve");
         self.appear(pid);
         self.held.push(pid);
         Ok(pid)
