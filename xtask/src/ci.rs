@@ -34,6 +34,72 @@ const STEPS: &[Step] = &[
     step("tidy", &["cargo", "xtask", "tidy"]),
     step("clippy", &["cargo", "clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]),
     step("docs", &["cargo", "doc", "--workspace", "--no-deps"]).env(&[("RUSTDOCFLAGS", "-Dwarnings")]),
+    step(
+        "models and mutants",
+        &[
+            "cargo",
+            "test",
+            "--release",
+            "--target-dir",
+            "target-loom",
+            "-p",
+            "srcu",
+            "-p",
+            "mmu-notifier",
+            "--test",
+            "loom",
+        ],
+    )
+    .env(&[("RUSTFLAGS", "--cfg mmun_loom")]),
+    step(
+        "address sanitizer",
+        &[
+            "cargo",
+            "test",
+            "--target-dir",
+            "target-asan",
+            "--target",
+            "x86_64-unknown-linux-gnu",
+            "-p",
+            "srcu",
+            "-p",
+            "mmu-notifier",
+            "--test",
+            "it",
+        ],
+    )
+    .env(&[("RUSTC_BOOTSTRAP", "1"), ("RUSTFLAGS", "-Zsanitizer=address")]),
+    step(
+        "thread sanitizer",
+        &[
+            "cargo",
+            "run",
+            "--release",
+            "--target-dir",
+            "target-tsan",
+            "--target",
+            "x86_64-unknown-linux-gnu",
+            "-p",
+            "stress",
+            "--",
+            "srcu",
+            "--seconds",
+            "10",
+        ],
+    )
+    .env(&[
+        ("RUSTC_BOOTSTRAP", "1"),
+        ("RUSTFLAGS", "-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer"),
+        ("TSAN_OPTIONS", "halt_on_error=1 suppressions=stress/tsan.supp"),
+    ]),
+    step("stress srcu", &["cargo", "run", "--release", "-p", "stress", "--", "srcu", "--seconds", "15"]),
+    step(
+        "stress srcu without membarrier",
+        &["cargo", "run", "--release", "-p", "stress", "--", "srcu", "--seconds", "15", "--no-membarrier"],
+    ),
+    step("miri", &["cargo", "+nightly", "miri", "test", "-p", "srcu"])
+        .env(&[("MIRIFLAGS", "-Zmiri-many-seeds=0..8")])
+        .needs(&["cargo", "+nightly", "miri", "--version"]),
     step("licences", &["cargo", "deny", "check", "licenses", "bans", "sources"]).needs(&["cargo", "deny", "--version"]),
 ];
 

@@ -221,7 +221,7 @@ fn main() {
     let one = subsystem();
     let warm = subsystem();
     let _warm = warm.get(&mm);
-    drop(one.get(&mm).map(mmu_notifier::Subscription::put));
+    one.get(&mm).expect("outside of brackets").put();
     let mut held = None;
     println!("memory: one subscription {} B", bytes(|| held = one.get(&mm).ok()));
     let _first = IntervalNotifier::insert(&mm, page(1), Empty);

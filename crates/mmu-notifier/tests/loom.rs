@@ -172,7 +172,7 @@ fn s_66_s_69_a_registrar_racing_a_bracket() {
         let (mm, seen) = (Arc::new(MmWithUser::new()), Arc::new(Seen::default()));
         let subsystem = canaries(&seen);
         // Somebody else is there: a bracket that finds nobody owes no end, and would hide an epoch that comes too early.
-        let Ok(_other) = Registration::new(&mm, Canary::new(&Arc::new(Seen::default()))) else {
+        let Ok(other) = Registration::new(&mm, Canary::new(&Arc::new(Seen::default()))) else {
             panic!("it was made outside")
         };
         let moved = Arc::new(AtomicUsize::new(0));
@@ -192,6 +192,7 @@ fn s_66_s_69_a_registrar_racing_a_bracket() {
         assert!(looked_up == 1 || starts == 1, "a stale entry that nobody will invalidate");
         assert_eq!((starts, mm.callback_panics()), (ends, 0));
         held.put();
+        other.put();
         mm.run_deferred();
     });
 }

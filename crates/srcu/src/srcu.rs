@@ -200,7 +200,7 @@ impl Srcu {
     pub fn start_poll(&self) -> Cookie {
         let state = self.state();
         let want = state.snapshot();
-        // Relaxed: `schedule` publishes it, ORDER(srcu-scheduled).
+        // ORDER(srcu-polled): Relaxed: `schedule` publishes it, ORDER(srcu-scheduled).
         state.pending.polled.fetch_max(want, Ordering::Relaxed);
         reclaimer::schedule(state);
         reclaimer::start();

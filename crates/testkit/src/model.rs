@@ -189,6 +189,9 @@ impl Model {
     }
 
     /// `Subsystem::synchronize`: which notifiers of the subsystem have been freed when it succeeds.
+    ///
+    /// # Errors
+    /// `WouldDeadlock` while a bracket is open.
     pub fn synchronize(&self, key: usize) -> Result<Vec<usize>, Answer> {
         if self.mms.iter().any(|mm| mm.brackets > 0) {
             return Err(Answer::WouldDeadlock);
@@ -210,6 +213,9 @@ impl Model {
     }
 
     /// `Mm::try_invalidate`. Intervals never refuse here.
+    ///
+    /// # Errors
+    /// `WouldBlock` if a subscriber refuses.
     pub fn try_invalidate(&mut self, mm: usize, pages: (u64, u64)) -> Result<usize, Answer> {
         self.calls.clear();
         let window = self.mms[mm].has_intervals && {

@@ -113,6 +113,9 @@ impl IntervalOps for Entry {
 
 type Alloc = Box<dyn Fn(&MmWithUser) -> Result<Probe, Infallible> + Send + Sync>;
 
+/// What the model and the core said at the last `read_begin`.
+type Seq = (u64, ReadSeq);
+
 /// The core's side, each thing beside its number in the model.
 struct World {
     model: Model,
@@ -122,7 +125,7 @@ struct World {
     subscriptions: Vec<Subscription<Probe>>,
     registrations: Vec<Registration<Probe>>,
     brackets: Vec<(usize, OwnedBracket)>,
-    intervals: Vec<(IntervalNotifier<Entry>, Option<(u64, ReadSeq)>)>,
+    intervals: Vec<(IntervalNotifier<Entry>, Option<Seq>)>,
     notifiers: usize,
 }
 
