@@ -12,9 +12,12 @@ impl Row {
     }
 
     pub(crate) fn median(&self) -> f64 {
-        let mut sorted = self.rounds.clone();
-        sorted.sort_by(f64::total_cmp);
-        sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
+        median(self.rounds.clone())
+    }
+
+    /// The median of the rounds' ratios: what disturbs a round on a shared machine disturbs both.
+    pub(crate) fn ratio(&self, to: &Row) -> f64 {
+        median(self.rounds.iter().zip(&to.rounds).map(|(mine, theirs)| mine / theirs).collect())
     }
 
     /// Half the distance between the quartiles, in percent of the median.
@@ -24,6 +27,16 @@ impl Row {
         let at = |quarter: usize| sorted.get(sorted.len() * quarter / 4).copied().unwrap_or(f64::NAN);
         (at(3) - at(1)) / 2.0 / self.median() * 100.0
     }
+}
+
+pub(crate) fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// The row of that name.
+pub(crate) fn row<'a>(rows: &'a [Row], name: &str) -> &'a Row {
+    rows.iter().find(|row| row.name.starts_with(name)).expect("every name looked for is in the table")
 }
 
 /// Says whether a ratio is within its bar.

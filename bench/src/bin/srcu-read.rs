@@ -186,7 +186,7 @@ fn measure(contender: fn() -> f64, threads: usize) -> f64 {
 }
 
 fn main() {
-    let rounds = peers::rounds(7);
+    let rounds = peers::rounds(15);
     let mut tables =
         [1, 2].map(|threads| (threads, CONTENDERS.iter().map(|(name, _)| Row::new(name)).collect::<Vec<_>>()));
     for _ in 0..rounds {
@@ -197,8 +197,7 @@ fn main() {
         }
     }
     let [(_, one), (_, two)] = &tables;
-    let of =
-        |rows: &[Row], name: &str| rows.iter().find(|row| row.name.starts_with(name)).map_or(f64::NAN, Row::median);
+    let of = peers::row;
     let pin = of(one, "crossbeam-epoch pin");
     println!(
         "ns for a section (enter and leave), median of {rounds} rounds (best of {SLICES} slices), +- half the quartile distance\n"
@@ -212,20 +211,20 @@ fn main() {
             one.spread(),
             two.median(),
             two.spread(),
-            two.median() / one.median(),
-            one.median() / pin
+            two.ratio(one),
+            one.ratio(pin)
         );
     }
     println!();
     if cfg!(not(has_urcu)) {
         println!("liburcu: not built in (liburcu-dev or a C compiler is missing)");
     }
-    let (lock, reader) = ("srcu read_lock", "srcu reader");
-    verdict("read_lock to crossbeam-epoch pin", of(one, lock) / pin, 0.55);
-    verdict("reader to the floor", of(one, reader) / of(one, "floor"), 1.3);
+    let (lock, reader) = (of(one, "srcu read_lock"), of(one, "srcu reader"));
+    verdict("read_lock to crossbeam-epoch pin", lock.ratio(pin), 0.55);
+    verdict("reader to the floor", reader.ratio(of(one, "floor")), 1.3);
     if cfg!(has_urcu) {
-        verdict("reader to liburcu memb inline", of(one, reader) / of(one, "liburcu memb"), 1.0);
+        verdict("reader to liburcu memb inline", reader.ratio(of(one, "liburcu memb")), 1.0);
     }
-    verdict("read_lock, 2 threads to 1", of(two, lock) / of(one, lock), 1.2);
-    verdict("reader, 2 threads to 1", of(two, reader) / of(one, reader), 1.2);
+    verdict("read_lock, 2 threads to 1", of(two, "srcu read_lock").ratio(lock), 1.2);
+    verdict("reader, 2 threads to 1", of(two, "srcu reader").ratio(reader), 1.2);
 }

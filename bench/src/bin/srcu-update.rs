@@ -198,13 +198,13 @@ fn main() {
         println!("| {} | {:.1} +-{:.0}% |", row.name, row.median(), row.spread());
     }
     println!();
-    let of = |name: &str| rows.iter().find(|row| row.name.starts_with(name)).map_or(f64::NAN, Row::median);
+    let of = |name: &str| peers::row(&rows, name);
     if cfg!(has_urcu) {
-        let theirs = of("liburcu memb synchronize_rcu, no reader");
-        verdict("synchronize to liburcu memb", of("srcu synchronize, no reader") / theirs, 1.2);
-        verdict("call_raw to liburcu call_rcu", of("srcu call_raw") / of("liburcu memb call_rcu"), 0.3);
+        let ratio = of("srcu synchronize, no reader").ratio(of("liburcu memb synchronize_rcu, no reader"));
+        verdict("synchronize to liburcu memb", ratio, 1.2);
+        verdict("call_raw to liburcu call_rcu", of("srcu call_raw").ratio(of("liburcu memb call_rcu")), 0.3);
     } else {
         println!("liburcu: not built in (liburcu-dev or a C compiler is missing)");
     }
-    verdict("last reader's exit to callback, of 50 us", of("srcu last reader's exit") / 50_000.0, 1.0);
+    verdict("last reader's exit to callback, of 50 us", of("srcu last reader's exit").median() / 50_000.0, 1.0);
 }
