@@ -30,6 +30,13 @@ pub(super) fn tracer_of(tid: Pid) -> Option<Pid> {
     status_field(tid, "TracerPid")?.parse().ok().filter(|pid| *pid > 0)
 }
 
+/// Tells whether `tracer` traces any task at all. It looks through all of `/proc`.
+pub(super) fn has_tracees(tracer: Pid) -> bool {
+    let Ok(entries) = fs::read_dir("/proc") else { return false };
+    let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    pids.flat_map(threads).any(|tid| tracer_of(tid) == Some(tracer))
+}
+
 /// Tells whether a task has ended and only its status is left, or not even that.
 pub(super) fn has_ended(tid: Pid) -> bool {
     status_field(tid, "State").is_none_or(|state| state.starts_with(['Z', 'X']))

@@ -13,7 +13,7 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 
-use super::{ExitStatus, Pid};
+use super::{ExitStatus, Pid, proc};
 
 /// What `wait` reported.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -87,10 +87,31 @@ pub(super) fn wait() -> io::Result<Wait> {
 
 /// Waits for the next event of one child or tracee of this thread, or of any if `pid` is -1.
 pub(super) fn wait_for(pid: Pid) -> io::Result<Wait> {
+    wait_with(pid, 0)
+}
+
+/// Waits for an event of a tracee that no table knows.
+///
+/// There is one if a task was killed when it had made a child and before its event could name it. Other children of this thread
+/// are not waited for, so that [`Wait::Nobody`] means no tracee.
+pub(super) fn wait_for_unknown() -> io::Result<Wait> {
+    match wait_with(-1, libc::WNOHANG)? {
+        Wait::Interrupted if proc::has_tracees(this_thread()) => wait(),
+        // Nothing to report and no tracee: the children that there are are not ours to wait for.
+        Wait::Interrupted => Ok(Wait::Nobody),
+        other => Ok(other),
+    }
+}
+
+/// With `WNOHANG`, having nothing to report is answered like an interruption.
+fn wait_with(pid: Pid, flags: c_int) -> io::Result<Wait> {
     let mut status: c_int = 0;
     // SAFETY: `waitpid` writes one int to `status`, which lives across the call.
-    let tid = unsafe { libc::waitpid(pid, &mut status, libc::__WALL | libc::__WNOTHREAD) };
-    if tid >= 0 {
+    let tid = unsafe { libc::waitpid(pid, &mut status, libc::__WALL | libc::__WNOTHREAD | flags) };
+    if tid == 0 {
+        return Ok(Wait::Interrupted);
+    }
+    if tid > 0 {
         return Ok(decode(tid, status));
     }
     let error = io::Error::last_os_error();

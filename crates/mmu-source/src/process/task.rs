@@ -5,7 +5,7 @@
 //! | state | is | leaves it by |
 //! | --- | --- | --- |
 //! | parked | stopped or ended before the event of its parent has named it; in no table of tasks yet | its parent's event, or the death of its parent |
-//! | [`Life::Fresh`] | attached to, not stopped yet: the observer does not know it | its first stop, or its end |
+//! | [`Life::Fresh`] | known and not entered yet; no event is served in this state | entering |
 //! | [`Life::In`] | in an address space; the observer holds something for it | `execve`, its exit event, its end, detaching |
 //! | [`Life::Left`] | past its exit event, its status not reported yet | its end |
 //!

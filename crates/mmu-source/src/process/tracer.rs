@@ -133,10 +133,9 @@ impl<O: Observer> Tracer<O> {
             if stop.load(Ordering::Relaxed) {
                 return Ok(Done::Stopped);
             }
-            if self.tasks.is_empty() && self.parked.is_empty() {
-                return Ok(Done::AllExited);
-            }
-            match sys::wait().map_err(|source| Error::Kernel { call: "waitpid", tid: None, source })? {
+            let known = !self.tasks.is_empty() || !self.parked.is_empty();
+            let event = if known { sys::wait() } else { sys::wait_for_unknown() };
+            match event.map_err(|source| Error::Kernel { call: "waitpid", tid: None, source })? {
                 Wait::Stopped(tid, stop) => self.stopped(tid, stop)?,
                 Wait::Ended(tid, status) => self.ended(tid, status)?,
                 Wait::Interrupted => {}
@@ -153,10 +152,8 @@ impl<O: Observer> Tracer<O> {
         if stop == Stop::Exec {
             return self.execed(tid);
         }
-        match self.tasks.get(&tid) {
-            None => return self.park(tid, family::Report::Stopped(stop)),
-            Some(Tracee { life: Life::Fresh(_), .. }) => self.appear(tid),
-            Some(_) => {}
+        if !self.tasks.contains_key(&tid) {
+            return self.park(tid, family::Report::Stopped(stop));
         }
         match stop {
             Stop::Seccomp | Stop::Syscall => {

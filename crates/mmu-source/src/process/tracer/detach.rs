@@ -24,10 +24,12 @@ impl<O: Observer> Tracer<O> {
         let mut tasks: HashMap<Pid, Kept> =
             self.tasks.iter().map(|(tid, tracee)| (*tid, kept(tracee.filtered, tracee.in_vfork))).collect();
         let some_filtered = tasks.values().any(|kept| kept.filtered);
-        tasks.extend(self.parked.keys().map(|tid| (*tid, kept(some_filtered, false))));
-        let mut keeper = Keeper { tasks, _thread: PhantomData };
+        let parked: Vec<Pid> =
+            self.parked.iter().filter(|(_, parked)| parked.is_stopped()).map(|(tid, _)| *tid).collect();
+        tasks.extend(parked.iter().map(|tid| (*tid, kept(some_filtered, false))));
+        let mut keeper = Keeper { tasks, some_filtered, _thread: PhantomData };
         // These are stopped.
-        for tid in self.held.iter().chain(self.parked.keys()) {
+        for tid in self.held.iter().chain(&parked) {
             keeper.pass(*tid, Stop::Trap);
         }
         for (tid, _) in keeper.tasks.iter().filter(|(_, kept)| !kept.filtered && !kept.in_vfork) {
@@ -46,6 +48,8 @@ impl<O: Observer> Tracer<O> {
 #[must_use = "tracees that are not served stop at their next memory call"]
 pub struct Keeper {
     tasks: HashMap<Pid, Kept>,
+    /// A task that is not known yet may have a filter from its parent.
+    some_filtered: bool,
     _thread: PhantomData<*const ()>,
 }
 
@@ -67,12 +71,16 @@ impl Keeper {
     /// # Blocking
     /// Sleeps as long as they live.
     pub fn serve(mut self) {
-        while self.is_needed() && self.step() {}
+        if !self.is_needed() {
+            return;
+        }
+        while self.step() {}
     }
 
     /// Serves one event, and says whether there can be another one.
     fn step(&mut self) -> bool {
-        match sys::wait() {
+        let event = if self.tasks.is_empty() { sys::wait_for_unknown() } else { sys::wait() };
+        match event {
             Ok(Wait::Stopped(tid, stop)) => self.pass(tid, stop),
             Ok(Wait::Ended(tid, _)) => drop(self.tasks.remove(&tid)),
             Ok(Wait::Interrupted) => {}
@@ -83,8 +91,8 @@ impl Keeper {
 
     /// Lets a task go on from a stop: for good if it has no filter.
     fn pass(&mut self, tid: Pid, stop: Stop) {
-        let some_filtered = self.tasks.values().any(|kept| kept.filtered);
-        let kept = *self.tasks.entry(tid).or_insert(Kept { filtered: some_filtered, in_vfork: false });
+        let unknown = Kept { filtered: self.some_filtered, in_vfork: false };
+        let kept = *self.tasks.entry(tid).or_insert(unknown);
         let signal = if let Stop::Signal(signal) = stop { signal } else { 0 };
         let how = match stop {
             _ if !kept.filtered => Resume::Detach,

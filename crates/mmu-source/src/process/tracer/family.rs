@@ -25,6 +25,12 @@ pub(super) struct Parked {
     family: Option<(Pid, Pid)>,
 }
 
+impl Parked {
+    pub(super) fn is_stopped(self) -> bool {
+        matches!(self.report, Report::Stopped(_))
+    }
+}
+
 impl<O: Observer> Tracer<O> {
     /// Remembers what an unknown task reported. It stays stopped until its parent's event names it.
     pub(super) fn park(&mut self, tid: Pid, report: Report) -> Result<(), Error> {
@@ -125,9 +131,6 @@ impl<O: Observer> Tracer<O> {
             // The old leader's end is not reported: this task has taken its place.
             let status = self.tasks.get(&pid).and_then(|leader| leader.exit).unwrap_or(ExitStatus::Code(0));
             self.forget(pid, "execve", status);
-        }
-        if matches!(self.tasks.get(&former), Some(Tracee { life: Life::Fresh(_), .. })) {
-            self.appear(former);
         }
         self.depart(former, "execve");
         let Some(mut tracee) = self.tasks.remove(&former) else {

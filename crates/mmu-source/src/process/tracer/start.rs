@@ -82,8 +82,8 @@ impl<O: Observer> Tracer<O> {
 
     /// Traces a process that runs already, with all its threads. Every system call of it stops.
     ///
-    /// The observer is told of a thread when it has stopped for the first time, in [`Tracer::run`]. A call that a thread was
-    /// in then is not seen.
+    /// The observer is told of its threads at once. Each of them is seen from its first stop on, which [`Tracer::run`] serves: a
+    /// call that it is in until then is not seen.
     ///
     /// # Errors
     /// [`Error::Attach`]: `ESRCH` if there is no such process, `EPERM` if tracing it is refused or it is traced already.
@@ -120,6 +120,7 @@ impl<O: Observer> Tracer<O> {
                 let space = space.get_or_insert_with(|| self.space_of(tid));
                 let space = Rc::clone(space);
                 self.begin(Task { pid, tid }, space, false, "attach");
+                self.appear(tid);
                 sys::interrupt(tid).map_err(kernel("PTRACE_INTERRUPT", tid))?;
             }
         }

@@ -32,9 +32,7 @@ pub(crate) fn fork_once() {
 
 /// Many processes that all fork at once; every grandchild unmaps.
 pub(crate) fn storm(processes: u64) {
-    let mut gate = [0_i32; 2];
-    assert_eq!(call(libc::SYS_pipe2, &[sys::address_mut(&mut gate), 0]), 0);
-    let [read, write] = gate.map(|fd| fd as u64);
+    let (read, write) = gate();
     let arena = map(4 * PAGE, RW);
     touch(arena, 4 * PAGE);
     let in_child = || {
@@ -108,9 +106,7 @@ fn itself(args: &[&str]) -> Command {
 pub(crate) fn process_madvise_of_a_child() {
     let arena = map(4 * PAGE, RW);
     touch(arena, 4 * PAGE);
-    let mut gate = [0_i32; 2];
-    assert_eq!(call(libc::SYS_pipe2, &[sys::address_mut(&mut gate), 0]), 0);
-    let [read, write] = gate.map(|fd| fd as u64);
+    let (read, write) = gate();
     let child = sys::fork(|| {
         call(libc::SYS_close, &[write]);
         let mut byte = 0_u8;
@@ -127,10 +123,15 @@ pub(crate) fn process_madvise_of_a_child() {
 
 /// A child that stops itself; the parent sees that, continues it and sees it end.
 pub(crate) fn job_control() {
+    let (read, write) = gate();
     let child = sys::fork(|| {
+        call(libc::SYS_close, &[write]);
         let pid = call(libc::SYS_getpid, &[]) as u64;
         call(libc::SYS_kill, &[pid, libc::SIGSTOP as u64]);
         let at = map(PAGE, RW);
+        // It must not end before the parent has seen it continue.
+        let mut byte = 0_u8;
+        call(libc::SYS_read, &[read, sys::address_mut(&mut byte), 1]);
         munmap(at, PAGE) as i32 + 5
     });
     let status = sys::wait(child, libc::WUNTRACED);
@@ -138,8 +139,16 @@ pub(crate) fn job_control() {
     call(libc::SYS_kill, &[child as u64, libc::SIGCONT as u64]);
     let status = sys::wait(child, libc::WCONTINUED);
     println!("continued {}", libc::WIFCONTINUED(status));
+    call(libc::SYS_close, &[write]);
     let status = sys::wait(child, 0);
     println!("exited {}", libc::WEXITSTATUS(status));
+}
+
+/// A pipe that children read from until every writer is gone.
+fn gate() -> (u64, u64) {
+    let mut fds = [0_i32; 2];
+    assert_eq!(call(libc::SYS_pipe2, &[sys::address_mut(&mut fds), 0]), 0);
+    (fds[0] as u64, fds[1] as u64)
 }
 
 static SIGNALS: AtomicI32 = AtomicI32::new(0);
