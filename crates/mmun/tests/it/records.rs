@@ -168,12 +168,12 @@ fn threads_share_an_address_space_and_its_notifier() {
     }
     let program = "\
 import mmap, threading
-barrier = threading.Barrier(8)
+barrier = threading.Barrier(64)
 def work():
     barrier.wait()
-    for _ in range(20):
+    for _ in range(10):
         mmap.mmap(-1, 65536).close()
-threads = [threading.Thread(target=work) for _ in range(8)]
+threads = [threading.Thread(target=work) for _ in range(64)]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
 ";
@@ -183,9 +183,9 @@ for thread in threads: thread.join()
     fs::remove_file(&path).unwrap();
     assert!(output.status.success(), "{}", text(&output.stderr));
     let most = of_kind(&records, "get").map(|record| record["users"].as_u64().unwrap()).max();
-    assert_eq!(most, Some(9));
+    assert_eq!(most, Some(65));
     let unmaps = of_kind(&records, "end").filter(|record| record["cause"] == "munmap" && record["result"] == 0).count();
-    assert!(unmaps >= 160, "{unmaps}");
+    assert!(unmaps >= 640, "{unmaps}");
 }
 
 #[test]
