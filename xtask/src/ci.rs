@@ -85,6 +85,7 @@ const STEPS: &[Step] = &[
             "srcu",
             "--seconds",
             "10",
+            "--no-fork",
         ],
     )
     .env(&[

@@ -203,7 +203,9 @@ impl World {
                     Answer::Got(self.notifiers, 1)
                 }
                 Err(failed) => {
-                    std::mem::forget(failed.notifier);
+                    drop(failed.notifier);
+                    // Its number goes to the next one.
+                    self.shared.freed.lock().unwrap().remove(&self.notifiers);
                     Answer::WouldDeadlock
                 }
             },
