@@ -90,14 +90,14 @@ const TIMES: u32 = 1_000_000;
 
 fn section(threads: usize) -> f64 {
     let srcu = srcu::Srcu::new();
-    on_threads(threads, TIMES, |_| drop(black_box(srcu.read_lock())))
+    on_threads(threads, TIMES, |_| drop(srcu.read_lock()))
 }
 
 fn bracket(subscribers: usize, threads: usize) -> f64 {
     let mm = MmWithUser::new();
     let subsystems: Vec<_> = (0..subscribers).map(|_| subsystem()).collect();
     let _held: Vec<_> = subsystems.iter().map(|one| one.get(&mm).expect("outside of brackets")).collect();
-    on_threads(threads, TIMES, |_| drop(black_box(mm.invalidate(page(1), Event::Clear))))
+    on_threads(threads, TIMES, |_| drop(mm.invalidate(page(1), Event::Clear)))
 }
 
 fn get_put(threads: usize, shared: bool) -> f64 {
@@ -105,7 +105,7 @@ fn get_put(threads: usize, shared: bool) -> f64 {
     let mms: Vec<_> = (0..threads).map(|_| MmWithUser::new()).collect();
     let _held: Vec<_> = mms.iter().map(|mm| subsystem.get(mm).expect("outside of brackets")).collect();
     let mm = |number: usize| &mms[if shared { 0 } else { number }];
-    on_threads(threads, TIMES, |number| drop(black_box(subsystem.get(mm(number)))))
+    on_threads(threads, TIMES, |number| drop(subsystem.get(mm(number))))
 }
 
 fn map_of_arcs(threads: usize, shared: bool) -> f64 {
@@ -151,7 +151,7 @@ fn interval_hit(count: u64) -> f64 {
         random ^= random << 13;
         random ^= random >> 7;
         random ^= random << 17;
-        drop(black_box(mm.invalidate(page(2 * (random % count)), Event::Clear)));
+        drop(mm.invalidate(page(2 * (random % count)), Event::Clear));
     });
     drop(nodes);
     taken

@@ -9,7 +9,7 @@ pub use lock::MmapWriteGuard;
 
 use crate::interval::Intervals;
 use crate::secondary::Sealed;
-use crate::subscriptions::{Epoch, Subscriptions};
+use crate::subscriptions::{Epoch, Section, Subscriptions};
 use crate::sync::Arc;
 use crate::sync::atomic::{AtomicUsize, Ordering, fence};
 use crate::{Va, VaRange, context};
@@ -152,7 +152,7 @@ impl Mm {
     fn for_each(&self, f: impl FnMut(&dyn crate::Notifier)) {
         let _inside = context::Inside::enter();
         let guard = self.0.subscriptions.srcu().read_lock();
-        self.0.subscriptions.for_each(&guard, Epoch::ALL, self, f);
+        self.0.subscriptions.for_each(Section::of(&guard), Epoch::ALL, self, f);
     }
 
     /// Runs the deferred frees of this address space: models have no reclaimer thread.

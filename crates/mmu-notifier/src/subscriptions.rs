@@ -21,6 +21,7 @@ use crate::sync::{Arc, Mutex, lock, mutant};
 use crate::{InvalidateRange, Mm, Notifier, WouldBlock, context};
 use node::Header;
 use srcu::{Guard, Srcu};
+use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
 
@@ -53,9 +54,9 @@ impl Subscriptions {
         &self.srcu
     }
 
-    /// Returns which subscribers a bracket calls that begins now, in the read section of `_guard`.
+    /// Returns which subscribers a bracket calls that begins now. Its read section is open already.
     #[inline]
-    pub(crate) fn epoch(&self, _guard: &Guard<'_>) -> Epoch {
+    pub(crate) fn epoch(&self) -> Epoch {
         // ORDER(core-publish): partner of the stores in `insert`. Weaker, a bracket could read a new epoch and miss the node
         // in its start walk, then find it in its end walk.
         Epoch(self.epoch.load(Ordering::Acquire))
@@ -178,8 +179,8 @@ impl Subscriptions {
 
     /// Calls `f` for each subscriber that takes part in `epoch`, newest first, and goes on after one that panics.
     #[inline]
-    pub(crate) fn for_each(&self, guard: &Guard<'_>, epoch: Epoch, mm: &Mm, mut f: impl FnMut(&dyn Notifier)) {
-        let mut walk = Walk::new(self, guard, epoch);
+    pub(crate) fn for_each(&self, section: Section<'_>, epoch: Epoch, mm: &Mm, mut f: impl FnMut(&dyn Notifier)) {
+        let mut walk = Walk::new(self, section, epoch);
         if walk.is_done() {
             return;
         }
@@ -195,11 +196,11 @@ impl Subscriptions {
     /// Calls the non-blockable start of every subscriber; if any refuses, ends those that accepted.
     pub(crate) fn try_start(
         &self,
-        guard: &Guard<'_>,
+        section: Section<'_>,
         epoch: Epoch,
         range: &InvalidateRange<'_>,
     ) -> Result<(), WouldBlock> {
-        if try_start_from(&mut Walk::new(self, guard, epoch), range, false) { Err(WouldBlock) } else { Ok(()) }
+        if try_start_from(&mut Walk::new(self, section, epoch), range, false) { Err(WouldBlock) } else { Ok(()) }
     }
 }
 
@@ -208,18 +209,29 @@ impl Epoch {
     pub(crate) const ALL: Self = Self(u64::MAX);
 }
 
+/// The proof of an open read section, by value: a guard whose address is never taken stays in registers.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Section<'a>(PhantomData<&'a Srcu>);
+
+impl<'a> Section<'a> {
+    #[inline(always)]
+    pub(crate) fn of(_guard: &'a Guard<'_>) -> Self {
+        Self(PhantomData)
+    }
+}
+
 /// A walk in progress: it stands before `at`.
 struct Walk<'a> {
     at: *const Header,
     epoch: Epoch,
-    _guard: &'a Guard<'a>,
+    _section: Section<'a>,
 }
 
 impl<'a> Walk<'a> {
     #[inline]
-    fn new(list: &Subscriptions, guard: &'a Guard<'_>, epoch: Epoch) -> Self {
+    fn new(list: &Subscriptions, section: Section<'a>, epoch: Epoch) -> Self {
         // ORDER(core-publish): partner of the store in `insert`.
-        Self { at: list.head.load(Ordering::Acquire), epoch, _guard: guard }
+        Self { at: list.head.load(Ordering::Acquire), epoch, _section: section }
     }
 
     #[inline]
@@ -230,7 +242,7 @@ impl<'a> Walk<'a> {
     #[inline]
     fn next(&mut self) -> Option<&'a Header> {
         loop {
-            // SAFETY: A reference needs a live node: it was reached in the read section of `_guard`, which outlives `'a`, so it
+            // SAFETY: A reference needs a live node: it was reached in the read section that `_section` proves, which outlives `'a`, so it
             // cannot be freed yet.
             let node = unsafe { self.at.as_ref() }?;
             // ORDER(core-publish): partner of the stores in `insert` and `unlink`.

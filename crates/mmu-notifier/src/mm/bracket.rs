@@ -4,7 +4,7 @@ use super::Mm;
 use crate::context::Inside;
 use crate::interval::Window;
 use crate::owned_guard::OwnedGuard;
-use crate::subscriptions::Epoch;
+use crate::subscriptions::{Epoch, Section};
 use crate::{Blocking, Event, InvalidateRange, VaRange, WouldBlock};
 use srcu::Guard;
 
@@ -36,10 +36,15 @@ impl Mm {
     pub fn invalidate(&self, range: VaRange, event: Event) -> Bracket<'_> {
         let inside = Inside::enter();
         let guard = self.subscriptions().srcu().read_lock();
-        let epoch = self.subscriptions().epoch(&guard);
-        let range = InvalidateRange { mm: self, range, event, blocking: Blocking::Allowed };
-        let owed = start(&range, &guard, epoch);
-        Bracket { range, epoch, owed, guard, _inside: inside }
+        let epoch = self.subscriptions().epoch();
+        let blocking = Blocking::Allowed;
+        let mut bracket =
+            Bracket { mm: self, range, event, blocking, epoch, owed: Owed::NOTHING, guard, _inside: inside };
+        // If nobody is there nobody is owed an end either: who comes later does not take part.
+        if self.is_watched() {
+            bracket.owed = start_each(bracket.range_for_all(), Section::of(&bracket.guard), epoch);
+        }
+        bracket
     }
 
     /// The same as [`invalidate`](Self::invalidate), for a guard that keeps the address space itself: for sources that
@@ -51,9 +56,11 @@ impl Mm {
     pub fn invalidate_owned(&self, range: VaRange, event: Event) -> OwnedBracket {
         let inside = Inside::enter();
         let guard = OwnedGuard::new(self.clone());
-        let epoch = self.subscriptions().epoch(guard.get());
+        let epoch = self.subscriptions().epoch();
         let mut bracket = OwnedBracket { guard, range, event, epoch, owed: Owed::NOTHING, _inside: inside };
-        bracket.owed = start(&bracket.range(), bracket.guard.get(), epoch);
+        if self.is_watched() {
+            bracket.owed = start_each(bracket.range(), Section::of(bracket.guard.get()), epoch);
+        }
         bracket
     }
 
@@ -72,14 +79,16 @@ impl Mm {
     pub fn try_invalidate(&self, range: VaRange, event: Event) -> Result<Bracket<'_>, WouldBlock> {
         let inside = Inside::enter();
         let guard = self.subscriptions().srcu().read_lock();
-        let epoch = self.subscriptions().epoch(&guard);
-        let range = InvalidateRange { mm: self, range, event, blocking: Blocking::Forbidden };
+        let epoch = self.subscriptions().epoch();
+        let blocking = Blocking::Forbidden;
         // From here on its drop ends what was started.
-        let mut bracket = Bracket { range, epoch, owed: Owed::NOTHING, guard, _inside: inside };
+        let mut bracket =
+            Bracket { mm: self, range, event, blocking, epoch, owed: Owed::NOTHING, guard, _inside: inside };
+        let range = bracket.range_for_all();
         if self.intervals().is_enabled() {
             bracket.owed.window = Some(self.intervals().start(&range)?);
         }
-        self.subscriptions().try_start(&bracket.guard, epoch, &range)?;
+        self.subscriptions().try_start(Section::of(&bracket.guard), epoch, &range)?;
         bracket.owed.subscribers = true;
         Ok(bracket)
     }
@@ -102,6 +111,14 @@ impl Mm {
     }
 }
 
+impl Mm {
+    /// Tells whether a bracket that begins now has anybody to call.
+    #[inline]
+    fn is_watched(&self) -> bool {
+        !self.subscriptions().is_empty() || self.intervals().is_enabled()
+    }
+}
+
 /// Who is to hear of a bracket's end.
 #[derive(Debug, Clone, Copy)]
 struct Owed {
@@ -111,41 +128,34 @@ struct Owed {
 
 impl Owed {
     const NOTHING: Self = Self { subscribers: false, window: None };
-}
 
-/// Calls the intervals and then the subscribers; returns who is owed the end. That is nobody if nobody was there: who
-/// comes later does not take part.
-#[inline]
-fn start(range: &InvalidateRange<'_>, guard: &Guard<'_>, epoch: Epoch) -> Owed {
-    let mm = range.mm;
-    if mm.subscriptions().is_empty() && !mm.intervals().is_enabled() {
-        return Owed::NOTHING;
+    #[inline]
+    fn anybody(self) -> bool {
+        self.subscribers || self.window.is_some()
     }
-    start_each(range, guard, epoch)
 }
 
-fn start_each(range: &InvalidateRange<'_>, guard: &Guard<'_>, epoch: Epoch) -> Owed {
+/// Calls the intervals and then the subscribers; returns who is owed the end.
+#[expect(
+    improper_ctypes_definitions,
+    reason = "the C ABI is wanted for one thing only: it tells the optimiser that nothing unwinds"
+)]
+extern "C" fn start_each(range: InvalidateRange<'_>, section: Section<'_>, epoch: Epoch) -> Owed {
     let mm = range.mm;
     // Nobody can refuse where sleeping is allowed.
-    let window = if mm.intervals().is_enabled() { mm.intervals().start(range).ok() } else { None };
-    mm.subscriptions().for_each(guard, epoch, mm, |notifier| notifier.invalidate_range_start(range));
+    let window = if mm.intervals().is_enabled() { mm.intervals().start(&range).ok() } else { None };
+    mm.subscriptions().for_each(section, epoch, mm, |notifier| notifier.invalidate_range_start(&range));
     Owed { subscribers: true, window }
 }
 
-#[inline]
-fn end(range: &InvalidateRange<'_>, guard: &Guard<'_>, epoch: Epoch, owed: Owed) {
-    if owed.subscribers || owed.window.is_some() {
-        end_each(range, guard, epoch, owed);
-    }
-}
-
-fn end_each(range: &InvalidateRange<'_>, guard: &Guard<'_>, epoch: Epoch, owed: Owed) {
+#[expect(improper_ctypes_definitions, reason = "as for `start_each`")]
+extern "C" fn end_each(range: InvalidateRange<'_>, section: Section<'_>, epoch: Epoch, owed: Owed) {
     let mm = range.mm;
     if let Some(window) = owed.window {
         mm.intervals().end(window);
     }
     if owed.subscribers {
-        mm.subscriptions().for_each(guard, epoch, mm, |notifier| notifier.invalidate_range_end(range));
+        mm.subscriptions().for_each(section, epoch, mm, |notifier| notifier.invalidate_range_end(&range));
     }
 }
 
@@ -171,7 +181,10 @@ fn end_each(range: &InvalidateRange<'_>, guard: &Guard<'_>, epoch: Epoch, owed: 
 #[derive(Debug)]
 #[doc(alias = "mmu_notifier_invalidate_range_end")]
 pub struct Bracket<'a> {
-    range: InvalidateRange<'a>,
+    mm: &'a Mm,
+    range: VaRange,
+    event: Event,
+    blocking: Blocking,
     epoch: Epoch,
     owed: Owed,
     guard: Guard<'a>,
@@ -179,29 +192,37 @@ pub struct Bracket<'a> {
 }
 
 impl<'a> Bracket<'a> {
+    /// What the subscribers see. Made only where somebody is called: in the fast path its fields stay in registers.
+    #[inline]
+    fn range_for_all(&self) -> InvalidateRange<'a> {
+        InvalidateRange { mm: self.mm, range: self.range, event: self.event, blocking: self.blocking }
+    }
+
     /// Returns the pages that change.
     #[must_use]
     pub fn range(&self) -> VaRange {
-        self.range.range
+        self.range
     }
 
     /// Returns what happens to them.
     #[must_use]
     pub fn event(&self) -> Event {
-        self.range.event
+        self.event
     }
 
     /// Returns the address space.
     #[must_use]
     pub fn mm(&self) -> &'a Mm {
-        self.range.mm
+        self.mm
     }
 }
 
 impl Drop for Bracket<'_> {
     #[inline]
     fn drop(&mut self) {
-        end(&self.range, &self.guard, self.epoch, self.owed);
+        if self.owed.anybody() {
+            end_each(self.range_for_all(), Section::of(&self.guard), self.epoch, self.owed);
+        }
     }
 }
 
@@ -227,6 +248,8 @@ impl OwnedBracket {
 
 impl Drop for OwnedBracket {
     fn drop(&mut self) {
-        end(&self.range(), self.guard.get(), self.epoch, self.owed);
+        if self.owed.anybody() {
+            end_each(self.range(), Section::of(self.guard.get()), self.epoch, self.owed);
+        }
     }
 }

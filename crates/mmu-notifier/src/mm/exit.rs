@@ -1,7 +1,7 @@
 //! The end of an address space.
 
 use super::Mm;
-use crate::subscriptions::Epoch;
+use crate::subscriptions::{Epoch, Section};
 use crate::{Blocking, Event, Exit, InvalidateRange, VaRange, context};
 
 /// Tells every interval, then calls `release` of every subscriber, delists them all, and waits until no callback runs in any of them.
@@ -30,7 +30,7 @@ pub(super) fn release(mm: &Mm) {
     {
         let _inside = context::Inside::enter();
         let guard = list.srcu().read_lock();
-        list.for_each(&guard, Epoch::ALL, mm, |notifier| notifier.release(mm));
+        list.for_each(Section::of(&guard), Epoch::ALL, mm, |notifier| notifier.release(mm));
         list.delist_all();
     }
     if !mm.would_deadlock() {
