@@ -115,3 +115,7 @@ pub use error::WouldDeadlock;
 pub use guard::{Guard, Reader, SendGuard};
 pub use raw::callback::{Head, set_callback_panic_hook};
 pub use srcu::{Cookie, Srcu};
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct ReadmeExamples;

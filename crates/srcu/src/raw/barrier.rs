@@ -14,9 +14,16 @@ pub(crate) const FULL_FENCES: usize = 1 << 1;
 #[inline(always)]
 pub(crate) fn light(word: usize) {
     if ALWAYS_FULL || word & FULL_FENCES != 0 {
-        fence(Ordering::SeqCst);
+        full();
     }
     compiler_barrier();
+}
+
+/// Out of line, so that the quick way is straight: on some processors a jump more costs as much as the section.
+#[cfg_attr(not(mmun_loom), cold, inline(never))]
+fn full() {
+    // ORDER(srcu-enter, srcu-wake): The fall-back's side of the pairs named at the callers.
+    fence(Ordering::SeqCst);
 }
 
 #[cfg(all(not(mmun_loom), not(miri), any(target_arch = "x86_64", target_arch = "aarch64", target_arch = "riscv64")))]

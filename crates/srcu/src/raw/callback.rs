@@ -15,7 +15,7 @@ use std::cell::Cell;
 use std::fmt;
 use std::panic::{self, AssertUnwindSafe};
 use std::ptr::{self, NonNull};
-use std::sync::atomic::AtomicPtr;
+use std::sync::atomic::{AtomicPtr, compiler_fence};
 
 type Function = unsafe fn(NonNull<Head>);
 
@@ -27,7 +27,10 @@ type Function = unsafe fn(NonNull<Head>);
 #[doc(alias = "callback_head")]
 #[derive(Default)]
 pub struct Head {
+    /// The one queued before.
     next: Cell<Option<NonNull<Head>>>,
+    /// The one queued after: see [`Batch`].
+    newer: Cell<Option<NonNull<Head>>>,
     function: Cell<Option<Function>>,
 }
 
@@ -40,7 +43,7 @@ unsafe impl Send for Head {}
 impl Head {
     /// A head that is not queued.
     pub const fn new() -> Self {
-        Self { next: Cell::new(None), function: Cell::new(None) }
+        Self { next: Cell::new(None), newer: Cell::new(None), function: Cell::new(None) }
     }
 }
 
@@ -149,8 +152,17 @@ pub(crate) fn push_boxed<F: FnOnce() + Send + 'static>(state: &State, f: F) -> b
 }
 
 /// Callbacks taken from the queue together, the oldest first, that wait for one grace period.
+///
+/// A fork may leave the reclaimer behind between any two of its stores (it stops there for long, as its first write after the
+/// fork has to wait for the copying to end), so the child must find the callbacks whatever the last store was. Hence the
+/// queue's own links stay as they are, and the way back from the oldest has links of its own.
+///
+/// # Invariants
+/// * `oldest` is set: its heads, along `newer`, are the batch.
+/// * `oldest` is null, `newest` is set: the heads along `next` are the batch, unless the queue still has them.
 pub(crate) struct Batch {
-    first: Cell<Option<NonNull<Head>>>,
+    newest: AtomicPtr<Head>,
+    oldest: AtomicPtr<Head>,
     /// The sequence number at which they may run.
     want: Cell<u64>,
     /// How many the last `fill` took.
@@ -159,10 +171,15 @@ pub(crate) struct Batch {
 
 impl Batch {
     #[expect(clippy::declare_interior_mutable_const, reason = "the seed of each batch")]
-    pub(super) const EMPTY: Batch = Batch { first: Cell::new(None), want: Cell::new(0), taken: Cell::new(0) };
+    pub(super) const EMPTY: Batch = Batch {
+        newest: AtomicPtr::new(ptr::null_mut()),
+        oldest: AtomicPtr::new(ptr::null_mut()),
+        want: Cell::new(0),
+        taken: Cell::new(0),
+    };
 
     pub(super) fn is_empty(&self) -> bool {
-        self.first.get().is_none()
+        self.oldest.load(Ordering::Relaxed).is_null()
     }
 
     pub(super) fn taken(&self) -> usize {
@@ -176,29 +193,76 @@ impl Batch {
     /// Takes all that is queued. The batch must be empty.
     pub(super) fn fill(&self, state: &State) {
         debug_assert!(self.is_empty(), "a batch is filled only when it has run");
-        // ORDER(srcu-queue): Acquire, partner in `push`. Release, so that whoever reads our null, sees `busy` as set
-        // before: ORDER(srcu-busy).
-        let mut newest = NonNull::new(state.pending.queue.swap(ptr::null_mut(), Ordering::AcqRel));
+        let queue = &state.pending.queue;
         self.taken.set(0);
-        while let Some(head) = newest {
+        loop {
+            let newest = queue.load(Ordering::Relaxed);
+            self.newest.store(newest, Ordering::Relaxed);
+            if newest.is_null() {
+                return;
+            }
+            // ORDER(srcu-queue): Acquire, partner in `push`. Release, so that whoever reads our null, sees `busy` as set before:
+            // ORDER(srcu-busy). It also keeps the store to `newest` in front, for a child.
+            if queue.compare_exchange(newest, ptr::null_mut(), Ordering::AcqRel, Ordering::Relaxed).is_ok() {
+                break;
+            }
+        }
+        self.want.set(state.snapshot());
+        self.link();
+    }
+
+    /// Links the heads from the oldest to `newest`.
+    fn link(&self) {
+        let (mut head, mut newer) = (NonNull::new(self.newest.load(Ordering::Relaxed)), None);
+        while let Some(this) = head {
             self.taken.update(|taken| taken + 1);
             // SAFETY: The head must be valid and ours: module invariant.
-            let next = unsafe { &head.as_ref().next };
-            newest = next.replace(self.first.get());
-            self.first.set(Some(head));
+            let links = unsafe { this.as_ref() };
+            links.newer.set(newer);
+            newer = head;
+            head = links.next.get();
         }
-        if !self.is_empty() {
-            self.want.set(state.snapshot());
+        // ORDER(srcu-fork): Release: a child that finds this finds the links.
+        // INVARIANT: All of them are linked.
+        self.oldest.store(newer.map_or(ptr::null_mut(), NonNull::as_ptr), Ordering::Release);
+    }
+
+    /// In the child of a fork: takes up a `fill` that was under way.
+    #[cfg(not(mmun_loom))]
+    pub(super) fn after_fork(&self, state: &State) {
+        if !self.is_empty() || self.newest.load(Ordering::Relaxed).is_null() {
+            return;
         }
+        let newest = self.newest.load(Ordering::Relaxed);
+        let mut queued = state.pending.queue.load(Ordering::Relaxed);
+        while queued != newest {
+            let Some(head) = NonNull::new(queued) else {
+                self.want.set(state.snapshot());
+                self.link();
+                return;
+            };
+            // SAFETY: The head must be valid and ours: module invariant.
+            queued = unsafe { head.as_ref() }.next.get().map_or(ptr::null_mut(), NonNull::as_ptr);
+        }
+        // Still in the queue: nothing was taken.
+        self.newest.store(ptr::null_mut(), Ordering::Relaxed);
     }
 
     /// Calls the oldest. Its grace period has passed.
     pub(super) fn run_one(&self, state: &State) {
-        let Some(head) = self.first.get() else { return };
+        let Some(head) = NonNull::new(self.oldest.load(Ordering::Relaxed)) else { return };
         let function = {
             // SAFETY: The head must be valid and ours: module invariant. The reference ends before the call.
             let head = unsafe { head.as_ref() };
-            self.first.set(head.next.take());
+            let newer = head.newer.get();
+            if newer.is_none() {
+                self.newest.store(ptr::null_mut(), Ordering::Relaxed);
+            }
+            // INVARIANT: `newest` went before the last of `oldest`.
+            // ORDER(srcu-fork): Release and the fence keep it so for a child, which must
+            // find a head either here with its function, or not at all.
+            self.oldest.store(newer.map_or(ptr::null_mut(), NonNull::as_ptr), Ordering::Release);
+            compiler_fence(Ordering::SeqCst);
             head.function.take().expect("queued with a function")
         };
         current::with_callback_of(state, || {

@@ -10,19 +10,29 @@
 
 use super::{ids, pages, reclaimer, state};
 use std::ptr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
 /// Sees to it that children of this process are taken care of.
 pub(super) fn register() {
-    // Not a `Once`: its lock could be held by a thread that a fork leaves behind.
-    static REGISTERED: AtomicBool = AtomicBool::new(false);
-    if !REGISTERED.swap(true, Ordering::Relaxed) {
+    static DONE: AtomicBool = AtomicBool::new(false);
+    // Several threads may register at first. No one must go on before *a* registration is complete, or a fork at that moment has a
+    // child that nobody repairs; and to wait for one's completion would be to wait for ever in such a child.
+    // ORDER(srcu-fork): Acquire, partner below.
+    if !DONE.load(Ordering::Acquire) {
         // SAFETY: `pthread_atfork` needs functions that stay. glibc has room for 48 without allocating.
         unsafe { libc::pthread_atfork(None, None, Some(child)) };
+        // ORDER(srcu-fork): Release: the registration comes first. Partner: the load above.
+        DONE.store(true, Ordering::Release);
     }
 }
 
 unsafe extern "C" fn child() {
+    static REPAIRED: AtomicI32 = AtomicI32::new(0);
+    // SAFETY: No preconditions.
+    let this_process = unsafe { libc::getpid() };
+    if REPAIRED.swap(this_process, Ordering::Relaxed) == this_process {
+        return;
+    }
     ids::after_fork();
     pages::after_fork();
     let reclaimer_survived = reclaimer::after_fork();

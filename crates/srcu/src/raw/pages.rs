@@ -56,7 +56,7 @@ pub(super) fn free(class: usize, run: NonNull<u8>) {
     let next = FREE[class].load(Ordering::Relaxed);
     // SAFETY: Writing needs memory that is ours: the caller gives it up, and it has room for a word.
     unsafe { run.write(Run { next }) };
-    // Release keeps the link before the store that a forked child may find; among threads the lock orders it.
+    // ORDER(srcu-fork): Release for the link, since a forked child may find this store; among threads the lock orders it.
     FREE[class].store(run.as_ptr(), Ordering::Release);
 }
 

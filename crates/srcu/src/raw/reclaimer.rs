@@ -331,6 +331,9 @@ mod thread {
             return;
         }
         let pending = &state.pending;
+        if !reclaimer_survived {
+            state.updater.batch.after_fork(state);
+        }
         let batch = !state.updater.batch.is_empty();
         if !reclaimer_survived {
             // The callback that the reclaimer was in the middle of, in the parent, is not run again.

@@ -304,7 +304,7 @@ mod pool {
         // SAFETY: Writing needs memory that is ours: as above. What was there needs no drop.
         unsafe { state.write(State::with(barrier::mode(), table, links)) };
         if recycled.is_null() {
-            // Release keeps the state before the store that a forked child may find; among threads the lock orders it.
+            // ORDER(srcu-fork): Release for the state, since a forked child may find this store; among threads the lock orders it.
             ALL.store(state, Ordering::Release);
         }
         state
@@ -320,6 +320,7 @@ mod pool {
         let _held = LOCK.lock();
         // SAFETY: The place must be ours: as above.
         unsafe { (*state).links.free = FREE.load(Ordering::Relaxed) };
+        // ORDER(srcu-fork): Release for the link, as above.
         FREE.store(state, Ordering::Release);
     }
 

@@ -3,7 +3,6 @@
 
 mod callbacks;
 mod deadlock;
-mod fork;
 mod grace_periods;
 mod life;
 mod sections;

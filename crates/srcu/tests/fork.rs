@@ -1,10 +1,33 @@
 //! The child of a real `fork`.
+//!
+//! A program of its own, one test at a time: a child runs the callbacks that it inherits, and those of other tests may wait for
+//! threads that it does not have.
+#![cfg(not(mmun_loom))]
 
-use crate::{Count, Gate};
 use srcu::Srcu;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::channel;
-use std::sync::{Arc, Barrier};
+use std::sync::{Arc, Barrier, Mutex, MutexGuard, PoisonError};
 use std::thread;
+
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A counter shared with callbacks.
+#[derive(Clone, Default)]
+struct Count(Arc<AtomicUsize>);
+
+impl Count {
+    fn add(&self) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn get(&self) -> usize {
+        self.0.load(Ordering::SeqCst)
+    }
+}
 
 /// Forks; the child runs `f` and exits with its answer. Says how the child ended.
 fn in_child(mut f: impl FnMut() -> bool) -> i32 {
@@ -31,6 +54,7 @@ fn in_child(mut f: impl FnMut() -> bool) -> i32 {
 
 #[test]
 fn a_child_uses_inherited_domains_and_runs_inherited_callbacks() {
+    let _alone = alone();
     let srcu = Srcu::new();
     let count = Count::default();
     let mut section = Some(srcu.read_lock());
@@ -59,16 +83,16 @@ fn a_child_uses_inherited_domains_and_runs_inherited_callbacks() {
 
 #[test]
 fn sections_of_other_threads_are_over_in_the_child() {
+    let _alone = alone();
     let srcu = Srcu::new();
     let (inside, entered) = channel();
-    let gate = Gate::new();
-    let wait = gate.waiter();
+    let (open, gate) = channel::<()>();
     thread::scope(|scope| {
         let srcu = &srcu;
         scope.spawn(move || {
             let _section = srcu.read_lock();
             inside.send(()).unwrap();
-            wait();
+            gate.recv().unwrap();
         });
         entered.recv().unwrap();
         let cookie = srcu.start_poll();
@@ -79,22 +103,23 @@ fn sections_of_other_threads_are_over_in_the_child() {
         });
         assert_eq!(status, 0);
         assert!(!srcu.poll(cookie), "in the parent the section is open");
-        gate.open();
+        open.send(()).unwrap();
     });
     srcu.synchronize().unwrap();
 }
 
 #[test]
 fn a_child_of_a_busy_process_is_not_stuck() {
+    let _alone = alone();
     let domains: Arc<Vec<Srcu>> = Arc::new((0..8).map(|_| Srcu::new()).collect());
     let start = Arc::new(Barrier::new(4));
-    let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let stop = Arc::new(AtomicBool::new(false));
     let workers: Vec<_> = (0..3)
         .map(|_| {
             let (domains, start, stop) = (Arc::clone(&domains), Arc::clone(&start), Arc::clone(&stop));
             thread::spawn(move || {
                 start.wait();
-                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                while !stop.load(Ordering::Relaxed) {
                     for srcu in domains.iter() {
                         drop(srcu.read_lock());
                         srcu.call(|| ());
@@ -123,12 +148,13 @@ fn a_child_of_a_busy_process_is_not_stuck() {
         });
         assert_eq!(status, 0, "round {round}");
     }
-    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    stop.store(true, Ordering::Relaxed);
     workers.into_iter().for_each(|worker| worker.join().unwrap());
 }
 
 #[test]
 fn a_callback_that_forks_leaves_a_reclaimer_in_both() {
+    let _alone = alone();
     let (first, second) = (Arc::new(Srcu::new()), Arc::new(Srcu::new()));
     let (send, statuses) = channel();
     let in_callback = Arc::clone(&second);
