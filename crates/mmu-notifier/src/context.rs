@@ -29,9 +29,9 @@ impl Drop for Inside {
     }
 }
 
-/// Tells whether this thread is inside a bracket, a release or a free of any address space.
+/// Tells whether this thread is inside a bracket, a release or a free of any address space, or runs deferred work at all.
 pub(crate) fn is_inside() -> bool {
-    DEPTH.with(Cell::get) != 0
+    DEPTH.with(Cell::get) != 0 || srcu::is_reclaimer()
 }
 
 /// Runs `f`, marked as a deferred free.

@@ -44,7 +44,8 @@
 //!
 //! # What a subscriber can rely on
 //! * No bracket is missed: when `get` has returned, each bracket that is open or opens later calls the notifier.
-//! * No end without its start; a start without its end only if the notifier was put in between.
+//! * No end without its start; a start without its end only if the notifier was delisted in between: put, unregistered, or
+//!   its address space ended.
 //! * No callback runs in a freed notifier, and `release` has returned before exit goes on.
 //! * What would wait for itself returns [`WouldDeadlock`].
 

@@ -24,6 +24,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 /// Cloning it is `mmgrab`, dropping it `mmdrop`. A subscription holds one. It does not keep the address space alive; to
 /// do something that needs it alive, go up through [`mmget_not_zero`](Self::mmget_not_zero).
 ///
+/// # Blocking
+/// The last drop waits for what the address space's domain still has to run, if there is anything.
+///
 /// # Source
 /// `struct mm_struct`, `mmgrab`, `mmdrop`; `Mm` of Rust in the kernel.
 #[derive(Clone)]
@@ -82,14 +85,15 @@ impl Mm {
         Arc::strong_count(&self.0)
     }
 
-    /// Tells whether anybody is subscribed. A snapshot: a registrar may be at work.
+    /// Tells whether a bracket would call anybody: there is a subscriber, or there has been an interval. A snapshot: a
+    /// registrar may be at work, so a source must not leave a bracket out because of it.
     ///
     /// # Source
     /// `mm_has_notifiers`. Differs: it is false again once the last subscriber has gone.
     #[must_use]
     #[doc(alias = "mm_has_notifiers")]
     pub fn has_notifiers(&self) -> bool {
-        !self.0.subscriptions.is_empty()
+        self.is_watched()
     }
 
     /// Returns how many callbacks of this address space's subscribers, their drops included, have panicked.
@@ -221,8 +225,8 @@ impl fmt::Debug for Mm {
 /// until no callback runs any more. Whoever owns the pages frees them after that.
 ///
 /// # Blocking
-/// The last drop sleeps while `release` callbacks and open brackets last. Inside a callback of the same address space it
-/// does not wait for those brackets, which would include its own.
+/// The last drop sleeps while `release` callbacks and open brackets last. Inside a callback of the same address space, or in
+/// a deferred free, it does not wait for those brackets.
 ///
 /// # Source
 /// `mmget`, `mmput`; `MmWithUser` of Rust in the kernel.

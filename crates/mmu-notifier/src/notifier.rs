@@ -10,7 +10,8 @@ use crate::{InvalidateRange, Mm, Va, VaRange, WouldBlock};
 /// that was never registered.
 ///
 /// Callbacks may run before `get` has returned to its caller, in parallel with themselves, and after the last reference
-/// was put (until the grace period ends). A start need not be followed by an end: the subscriber may be put in between.
+/// was put (until the grace period ends). A start need not be followed by an end: the subscriber may be
+/// put, unregistered or released in between.
 /// A callback may put, look up existing subscriptions and open further brackets; it cannot wait for callbacks to end,
 /// and what would wait returns [`WouldDeadlock`](crate::WouldDeadlock) instead. A panic in a callback is caught and
 /// counted ([`Mm::callback_panics`]); the other subscribers are still called.
@@ -21,7 +22,8 @@ use crate::{InvalidateRange, Mm, Va, VaRange, WouldBlock};
 pub trait Notifier: Send + Sync + 'static {
     /// Lets go of the whole address space, which is about to end.
     ///
-    /// After it no other callback comes for this address space, so nothing may be able to use it any more. May run
+    /// When it has returned nothing may be able to use the address space through this subscriber any more. Other callbacks may
+    /// still come, during it and until it is delisted right after, so it must leave them something to stand on. May run
     /// twice and in parallel for a [`Registration`](crate::Registration): once from exit, once from `unregister`.
     ///
     /// # Blocking

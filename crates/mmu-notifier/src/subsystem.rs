@@ -112,6 +112,10 @@ where
             return Err(GetError::WouldDeadlock);
         }
         let notifier = (self.alloc)(locked.mm()).map_err(GetError::Alloc)?;
+        if locked.would_deadlock() {
+            // `alloc` has left a bracket open, for which the registrar would wait.
+            return Err(GetError::WouldDeadlock);
+        }
         let node = NodeRef::new((**locked.mm()).clone(), Some(Arc::clone(self.pending())), notifier);
         registration::publish(&node, locked);
         Ok(Subscription::new(node))

@@ -114,6 +114,7 @@ mod sync;
 pub use error::WouldDeadlock;
 pub use guard::{Guard, Reader, SendGuard};
 pub use raw::callback::{Head, set_callback_panic_hook};
+pub use raw::current::is_reclaimer;
 pub use srcu::{Cookie, Srcu};
 
 #[cfg(doctest)]

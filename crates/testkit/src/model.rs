@@ -347,9 +347,9 @@ impl Model {
         (self.mms[mm].seq, u64::from(self.mms[mm].active))
     }
 
-    /// Whether anybody is listed on an address space.
+    /// Whether a bracket of an address space would call anybody, as far as it can be known without looking.
     #[must_use]
     pub fn has_notifiers(&self, mm: usize) -> bool {
-        !self.mms[mm].listed.is_empty()
+        !self.mms[mm].listed.is_empty() || self.mms[mm].has_intervals
     }
 }

@@ -114,7 +114,7 @@ impl Mm {
 impl Mm {
     /// Tells whether a bracket that begins now has anybody to call.
     #[inline]
-    fn is_watched(&self) -> bool {
+    pub(super) fn is_watched(&self) -> bool {
         !self.subscriptions().is_empty() || self.intervals().is_enabled()
     }
 }

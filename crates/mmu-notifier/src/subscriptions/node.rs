@@ -141,14 +141,16 @@ impl<N: Notifier> NodeRef<N> {
 
     pub(crate) fn try_clone(&self) -> Result<Self, NotCounted> {
         // SAFETY: The node must be alive: counted. It is an `N`, as `self` is.
-        unsafe { Self::from_header(self.as_header()) }
+        unsafe { Self::from_header(self.header()) }
     }
 
     /// Takes one more reference, unless the last one is gone or the count is full.
     ///
     /// # Safety
-    /// `header` must be that of a `Node<N>`.
-    unsafe fn from_header(header: &Header) -> Result<Self, NotCounted> {
+    /// `node` must be the header of a live `Node<N>`, by the pointer that `new` made: it may become the one to free it by.
+    unsafe fn from_header(node: NonNull<Header>) -> Result<Self, NotCounted> {
+        // SAFETY: The node must be alive: the caller's duty.
+        let header = unsafe { node.as_ref() };
         let max = header.owner.as_ref().map_or(u32::MAX, |owner| owner.users_max);
         let mut users = header.users.load(Ordering::Relaxed);
         loop {
@@ -161,7 +163,7 @@ impl<N: Notifier> NodeRef<N> {
             // the count alone decides who frees. Model: loom `s_27`.
             match header.users.compare_exchange_weak(users, users + 1, Ordering::Relaxed, Ordering::Relaxed) {
                 Ok(_) => {
-                    return Ok(Self { node: NonNull::from(header).cast(), owns: PhantomData });
+                    return Ok(Self { node: node.cast(), owns: PhantomData });
                 }
                 Err(now) => users = now,
             }
@@ -171,20 +173,23 @@ impl<N: Notifier> NodeRef<N> {
     /// Delists the node and queues its free. The caller is the last user.
     fn retire(&self) {
         let header = self.as_header();
-        // The node may be freed, and with it the last other handle of the address space, while `call_raw` still runs.
-        let mm = header.mm.clone();
+        // Queueing a head twice may do anything, also never end; where a mutant can do that, it is caught here.
+        assert!(!mutant("get_revives") || header.live.swap(false, Ordering::Relaxed), "retired twice");
         if let Some(owner) = &header.owner {
             header.bank.store(owner.queued(), Ordering::Relaxed);
         }
-        mm.subscriptions().delist(header);
+        let list = header.mm.subscriptions();
+        list.delist(header);
         let head: NonNull<srcu::Head> = self.node.cast();
         if mutant("free_at_once") {
             // SAFETY: None; this is what the models must catch.
             return unsafe { free::<N>(head) };
         }
+        // The free drops the node's handle of the address space, which may be the last and take the domain with it, while
+        // this still runs; a handle of our own would have to be dropped here, and that could wait.
         // SAFETY: `head` must stay valid and be queued only once until `free` runs, and `free` must be right for it: the node
         // lives until then (deferred) and this is its last user, `Head` is the node's first field, and the node is an `N`.
-        unsafe { mm.subscriptions().srcu().call_raw(head, free::<N>) };
+        unsafe { list.srcu().call_raw_dropping(head, free::<N>) };
     }
 
     /// Takes the value out of a node that was delisted before a grace period which has ended.
@@ -217,17 +222,18 @@ impl<N: Notifier> Drop for NodeRef<N> {
 /// # Safety
 /// `header` must be null or a node reached in a read section that is still open, and `owner` that of a `Subsystem<N>`.
 pub(super) unsafe fn lookup<N: Notifier>(
-    mut header: *const Header,
+    mut header: *mut Header,
     owner: &Arc<Pending>,
 ) -> Option<Result<NodeRef<N>, NotCounted>> {
-    // SAFETY: A reference needs a live node: reached in an open read section (the caller's duty), so deferred.
-    while let Some(node) = unsafe { header.as_ref() } {
+    while let Some(pointer) = NonNull::new(header) {
+        // SAFETY: A reference needs a live node: reached in an open read section (the caller's duty), so deferred.
+        let node = unsafe { pointer.as_ref() };
         // ORDER(core-live): partner of the store in `set_live`.
         let ours = node.owner.as_ref().is_some_and(|key| Arc::ptr_eq(key, owner))
             && (node.live.load(Ordering::Acquire) || mutant("get_trusts_the_unready"));
         if ours {
             // SAFETY: It must be a `Node<N>`: only `Subsystem<N>` makes nodes with its own `owner`.
-            match unsafe { NodeRef::from_header(node) } {
+            match unsafe { NodeRef::from_header(pointer) } {
                 Err(NotCounted::Gone) => {}
                 found => return Some(found),
             }
@@ -246,7 +252,11 @@ unsafe fn free<N: Notifier>(head: NonNull<srcu::Head>) {
     // SAFETY: A `Box` needs the unique pointer that came from one: `new` leaked it, no user is left and no walker can stand
     // on it (the caller's duty); the head is the first field of the first field.
     let node = unsafe { Box::from_raw(head.cast::<Node<N>>().as_ptr()) };
-    let Node { header: Header { mm, owner, bank, .. }, value } = *node;
+    // In a block of its own, so that the memory is gone before the subsystem is told.
+    let (mm, owner, bank, value) = {
+        let Node { header: Header { mm, owner, bank, .. }, value } = *node;
+        (mm, owner, bank, value)
+    };
     context::freeing(|| {
         mm.catching(|| drop(value));
         drop(mm);

@@ -209,15 +209,6 @@ fn b_03_over_any_mix_starts_that_succeeded_equal_ends() {
     assert!(refusals.get() > 50 && ends > 100, "both happened");
 }
 
-/// An error other than "would block" has no type to be written in.
-#[test]
-fn b_04_the_only_refusal_is_would_block() {
-    let refuse: fn(&Probe, &mmu_notifier::InvalidateRange<'_>) -> Result<(), WouldBlock> =
-        |probe, range| mmu_notifier::Notifier::try_invalidate_range_start(probe, range);
-    assert_eq!(std::mem::size_of_val(&WouldBlock), 0);
-    let _ = refuse;
-}
-
 #[test]
 fn b_05_a_put_between_the_passes_leaves_a_start_alone() {
     let (mm, log) = (MmWithUser::new(), Log::default());
@@ -283,12 +274,6 @@ fn b_08_only_migration_and_exclusive_access_carry_an_owner() {
     drop(mm.invalidate(page(1), Event::Migrate { owner: Some(mine) }));
     drop(mm.invalidate(page(1), Event::Migrate { owner: Some(other) }));
     assert_eq!(torn_down.get(), 1);
-}
-
-/// `update_to_read_only` needed the mapping's flags and went away with them (Linux 6.3): the event carries no pointer.
-#[test]
-fn b_09_a_protection_event_says_which_kind_it_is() {
-    assert_ne!(Event::ProtectionVma.name(), Event::ProtectionPage.name());
 }
 
 /// Nobody else can make the event (see the doc test of `Exit`), and subscribers hear of exit through `release`.

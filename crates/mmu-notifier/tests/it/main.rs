@@ -8,3 +8,4 @@ mod model;
 mod put;
 mod register;
 mod support;
+mod synchronize;

@@ -352,7 +352,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn b_48_random_operations_agree_with_the_model(ops in proptest::collection::vec(op(), 1..120)) {
+    fn random_operations_agree_with_the_model(ops in proptest::collection::vec(op(), 1..120)) {
         let mut world = World::new();
         world.run(&Op::MmNew);
         for op in &ops {

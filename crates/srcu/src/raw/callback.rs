@@ -101,6 +101,26 @@ impl Srcu {
             reclaimer::start_unless_forked();
         }
     }
+
+    /// The same as [`call_raw`](Self::call_raw), where `f` may drop the domain itself, which it can do before this returns.
+    ///
+    /// Two atomic read-modify-writes dearer. Never blocks, and never allocates once the domain is prepared.
+    ///
+    /// # Safety
+    /// As [`call_raw`](Self::call_raw). The domain may be gone when this returns.
+    pub unsafe fn call_raw_dropping(&self, head: NonNull<Head>, f: unsafe fn(NonNull<Head>)) {
+        let state = NonNull::from(self.state());
+        // SAFETY: The domain is borrowed and keeps its state up to here; from `retain` on, our own count does.
+        let alive = unsafe { state.as_ref() };
+        alive.retain();
+        // SAFETY: `push` wants what the caller promised to us.
+        if unsafe { push(alive, head, f) } {
+            reclaimer::schedule(alive);
+            reclaimer::start_unless_forked();
+        }
+        // SAFETY: Gives up the count taken above; the state is used no more.
+        unsafe { State::release(state.as_ptr()) };
+    }
 }
 
 /// Queues a head; says whether the queue was empty, in which case the caller must `schedule` the domain.

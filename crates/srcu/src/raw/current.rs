@@ -22,7 +22,8 @@ pub(crate) fn set_reclaimer(is: bool) -> bool {
     RECLAIMER.with(|reclaimer| reclaimer.replace(is))
 }
 
-pub(crate) fn is_reclaimer() -> bool {
+/// Whether this thread runs the callbacks of all domains, so that waiting here for any of them would never end.
+pub fn is_reclaimer() -> bool {
     RECLAIMER.with(Cell::get)
 }
 
