@@ -15,15 +15,12 @@ pub(crate) struct Output {
     terminal: bool,
     /// The first write that failed; nothing is written after it.
     failed: Option<io::Error>,
-    written_at: u64,
     pub(crate) buffer: Vec<u8>,
 }
 
 const FULL: usize = 1 << 16;
 /// A record is shorter than this.
 const ROOM: usize = 4096;
-/// A busy trace that is read through a pipe lags by this much at most.
-const STALE_NS: u64 = 200_000_000;
 
 impl Output {
     /// # Errors
@@ -38,7 +35,6 @@ impl Output {
             file,
             path: path.map(Path::to_owned),
             failed: None,
-            written_at: 0,
             buffer: Vec::with_capacity(FULL + ROOM),
         })
     }
@@ -52,20 +48,15 @@ impl Output {
         self.path.as_deref().map_or("standard error".into(), |path| path.display().to_string())
     }
 
-    /// Writes the buffer if it is time to. `true` if that failed just now.
-    pub(crate) fn settle(&mut self, t: u64) -> bool {
-        let due = self.terminal || self.buffer.len() >= FULL || t.saturating_sub(self.written_at) >= STALE_NS;
-        if due {
-            self.written_at = t;
-            return self.flush();
-        }
-        false
+    /// Writes the buffer if it is full, or at once to a terminal. `true` if that failed just now.
+    pub(crate) fn settle(&mut self) -> bool {
+        (self.terminal || self.buffer.len() >= FULL) && self.flush()
     }
 
     /// Writes the buffer. `true` if that failed just now.
     pub(crate) fn flush(&mut self) -> bool {
         let mut failed_now = false;
-        if self.failed.is_none() {
+        if self.failed.is_none() && !self.buffer.is_empty() {
             self.failed = write_all(&mut self.file, &self.buffer).err();
             failed_now = self.failed.is_some();
         }

@@ -100,6 +100,13 @@ impl Recorder {
         }
     }
 
+    /// Writes what waits to be written.
+    pub(crate) fn flush(&self) {
+        if self.lock().output.flush() {
+            (self.give_up)();
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -121,7 +128,7 @@ impl Inner {
             Some(Writer::Text(text)) => text.write(out, t, record),
             None => return false,
         }
-        self.output.settle(t)
+        self.output.settle()
     }
 
     fn finish(&mut self) {

@@ -66,7 +66,6 @@ pub(crate) fn stop_on_ending_signals() {
             set_handler(signal, on_ending as *const () as usize);
         }
     }
-    set_handler(libc::SIGALRM, on_alarm as *const () as usize);
 }
 
 /// The tracer, once the traced program has its own dispositions: the terminal does not stop it, and its children are not
@@ -76,6 +75,8 @@ pub(crate) fn shield() {
         set_handler(signal, libc::SIG_IGN);
     }
     set_handler(libc::SIGCHLD, libc::SIG_DFL);
+    // Only now: the program was to inherit what we had. A timer that has rung is kept until it is unblocked below.
+    set_handler(libc::SIGALRM, on_alarm as *const () as usize);
     change_mask(libc::SIG_UNBLOCK, &set_of(&[libc::SIGALRM, ORPHANED]));
 }
 

@@ -4,6 +4,8 @@ use std::ffi::OsString;
 use std::io::{self, IsTerminal};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::Duration;
 
 use mmu_source::Error;
 use mmu_source::process::{Command, Done, Keeper, Options, Pid, Tracer};
@@ -90,6 +92,13 @@ impl Plan {
     }
 }
 
+/// How old a record may become before it is written.
+const LAG: Duration = Duration::from_millis(200);
+
+/// What nobody sends: the flusher waits for the other end to be gone.
+#[derive(Debug, PartialEq)]
+enum Never {}
+
 /// Runs the plan to its end. A keeper comes back if tracees live on that cannot be without a tracer.
 fn trace(plan: Plan, front: Option<rustix::process::Pid>) -> (Outcome, Option<Keeper>) {
     let recorder = Arc::new(Recorder::new(plan.settings, plan.output, sys::request_stop));
@@ -99,7 +108,20 @@ fn trace(plan: Plan, front: Option<rustix::process::Pid>) -> (Outcome, Option<Ke
     };
     let mut outcome = start(&mut tracer, plan.target, front).err();
     if outcome.is_none() {
+        let (end, ended) = channel::<Never>();
+        let flusher = std::thread::spawn({
+            let recorder = Arc::clone(&recorder);
+            // What is read through a pipe or with `tail -f` lags by this much at most, also while the program is idle.
+            move || {
+                while ended.recv_timeout(LAG) == Err(RecvTimeoutError::Timeout) {
+                    recorder.flush()
+                }
+            }
+        });
         outcome = Some(serve(&mut tracer));
+        drop(end);
+        // It cannot panic: it writes, and takes a lock that ignores panics.
+        let _ = flusher.join();
     }
     let (mut observer, keeper) = tracer.detach();
     observer.finish();

@@ -73,6 +73,8 @@ pub struct Tracer<O: Observer> {
     held: Vec<Pid>,
     /// The process spawned last, and how it ended.
     root: Option<(Pid, Option<ExitStatus>)>,
+    /// Whether the process spawned last has the filter, and with it whatever descends from it.
+    filters: bool,
     /// Scratch for the ranges of one call.
     ranges: Vec<VaRange>,
     /// ptrace belongs to a thread.
@@ -95,6 +97,7 @@ impl<O: Observer> Tracer<O> {
             parked: HashMap::new(),
             held: Vec::new(),
             root: None,
+            filters: false,
             ranges: Vec::new(),
             _thread: PhantomData,
         })

@@ -32,10 +32,8 @@ impl<O: Observer> Tracer<O> {
         for tid in self.held.iter().chain(&parked) {
             keeper.pass(*tid, Stop::Trap);
         }
-        for (tid, _) in keeper.tasks.iter().filter(|(_, kept)| !kept.filtered && !kept.in_vfork) {
-            // One that has died meanwhile reports that instead of a stop.
-            let _ = sys::interrupt(*tid);
-        }
+        // One that has died is not waited for: the end of a first thread is reported only after that of all the others.
+        keeper.tasks.retain(|tid, kept| kept.filtered || kept.in_vfork || matches!(sys::interrupt(*tid), Ok(Some(()))));
         while keeper.tasks.values().any(|kept| !kept.filtered && !kept.in_vfork) && keeper.step() {}
         (self.observer, keeper)
     }

@@ -36,9 +36,18 @@ impl<O: Observer> Tracer<O> {
     pub(super) fn park(&mut self, tid: Pid, report: Report) -> Result<(), Error> {
         let family = self.parked.get(&tid).map_or_else(|| proc::family(tid), |parked| parked.family);
         self.parked.insert(tid, Parked { report, family });
-        // A parent that was killed before its event, and reaped, will never name it.
-        let parent_lives = self.tasks.values().any(|tracee| is_of_family(family, tracee.task.pid));
-        if parent_lives { Ok(()) } else { self.adopt(tid) }
+        // A parent that was killed before its event, and reaped, will never name it. The kernel may have given the child to
+        // another tracee by then, a subreaper, which is not in the middle of making it. One that is adopted too early is
+        // known when its parent names it.
+        let may_be_named = self.tasks.values().any(|tracee| match family {
+            Some((process, _)) if process == tracee.task.pid => true,
+            Some((_, parent)) if parent == tracee.task.pid => {
+                tracee.call.as_ref().is_some_and(|call| call.then == Then::Copy)
+                    || sys::same_memory(tid, tracee.task.tid) == Some(true)
+            }
+            _ => false,
+        });
+        if may_be_named { Ok(()) } else { self.adopt(tid) }
     }
 
     /// A task of `pid` has ended: takes in the children it can have left unnamed. If another task names one later, it is
@@ -62,7 +71,8 @@ impl<O: Observer> Tracer<O> {
             tracee.space().is_some() && (tracee.task.pid == pid || sys::same_memory(tid, tracee.task.tid) == Some(true))
         };
         let space = self.tasks.values().find(shares).and_then(|tracee| tracee.space().cloned());
-        let filtered = self.root.is_some() && self.tasks.values().all(|tracee| tracee.filtered);
+        // Its parent is not in the table any more, and perhaps nobody is.
+        let filtered = self.filters && self.tasks.values().all(|tracee| tracee.filtered);
         let task = Task { pid, tid };
         let is_new = space.is_none();
         let space = space.unwrap_or_else(|| Rc::new(Space::new(Break::default())));

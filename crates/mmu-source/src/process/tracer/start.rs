@@ -74,6 +74,7 @@ impl<O: Observer> Tracer<O> {
         }
         let task = Task { pid, tid: pid };
         self.root = Some((pid, None));
+        self.filters = filtered;
         self.begin(task, Rc::new(Space::new(Break::of_new_program())), filtered, "execve");
         self.appear(pid);
         self.held.push(pid);
