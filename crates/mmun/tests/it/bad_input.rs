@@ -48,11 +48,19 @@ fn no_such_process_is_125() {
 
 #[test]
 fn a_process_that_may_not_be_traced_is_125() {
-    // Nobody may trace itself, and the tests are not the child of the program.
-    let mut command = trace();
-    command.args(["-o", "/dev/null", "-p", "1", "-p", "0"]);
-    let output = within("mmun trace", move || command.output().unwrap());
-    assert_eq!(output.status.code(), Some(125), "{}", text(&output.stderr));
+    // Its first tracer has it.
+    let gate = Fifo::new("gate");
+    let ready = Fifo::new("ready");
+    let script = format!("echo $$ > {}; read x < {}", ready.0.display(), gate.0.display());
+    let mut first = trace();
+    first.args(["-o", "/dev/null", "--", "sh", "-c", &script]);
+    let mut first = first.spawn().unwrap();
+    let pid = ready.read();
+    let (code, line) = refused(&["-o", "/dev/null", "-p", pid.trim()]);
+    gate.write("go\n");
+    within("the first mmun", move || first.wait().unwrap());
+    assert_eq!(code, Some(125), "{line}");
+    assert!(line.contains(pid.trim()) && line.contains("not permitted"), "{line}");
 }
 
 #[test]

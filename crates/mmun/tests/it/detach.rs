@@ -67,7 +67,7 @@ fn an_ending_signal_ends_the_trace_and_not_the_program() {
 }
 
 #[test]
-fn the_program_survives_the_death_of_its_tracer() {
+fn the_program_survives_the_death_of_mmun() {
     for options in [&[][..], &["--no-seccomp"]] {
         let gated = Gated::new();
         let mut mmun = gated_trace(&gated, options);

@@ -4,7 +4,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
 
-use crate::support::{Fifo, have, kill, kind, of_kind, scratch, take_records, text, trace, traced, within};
+use crate::support::{Fifo, check, have, kill, kind, of_kind, scratch, take_records, text, trace, traced, within};
 
 #[test]
 fn the_exit_status_is_the_programs() {
@@ -203,4 +203,23 @@ fn a_reader_that_is_slow_loses_nothing() {
     });
     assert!(mmun.wait().unwrap().success());
     crate::support::check(&crate::support::parse(&text));
+}
+
+#[test]
+fn records_are_written_while_the_program_is_idle() {
+    let (path, gate) = (scratch("idle.json"), Fifo::new("gate"));
+    let script = format!("ls / > /dev/null; read x < {}", gate.0.display());
+    let mut command = trace();
+    command.args(["--json", "-o", path.to_str().unwrap(), "--", "sh", "-c", &script]);
+    let mut mmun = command.spawn().unwrap();
+    let written = path.clone();
+    within("the records so far", move || {
+        // The last thing before the shell reads is the end of `ls`.
+        while !std::fs::read_to_string(&written).is_ok_and(|text| text.contains("\"kind\":\"exit\"")) {
+            std::thread::yield_now();
+        }
+    });
+    gate.write("go\n");
+    assert!(within("mmun trace", move || mmun.wait().unwrap()).success());
+    check(&take_records(&path));
 }
