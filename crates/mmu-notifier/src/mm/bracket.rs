@@ -32,7 +32,7 @@ impl Mm {
     /// # Ok::<(), mmu_notifier::InvalidRange>(())
     /// ```
     #[doc(alias = "mmu_notifier_invalidate_range_start")]
-    #[inline]
+    #[inline(always)]
     pub fn invalidate(&self, range: VaRange, event: Event) -> Bracket<'_> {
         let inside = Inside::enter();
         let guard = self.subscriptions().srcu().read_lock();
@@ -218,7 +218,7 @@ impl<'a> Bracket<'a> {
 }
 
 impl Drop for Bracket<'_> {
-    #[inline]
+    #[inline(always)]
     fn drop(&mut self) {
         if self.owed.anybody() {
             end_each(self.range_for_all(), Section::of(&self.guard), self.epoch, self.owed);
