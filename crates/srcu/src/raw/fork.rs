@@ -12,8 +12,18 @@ use super::{ids, pages, reclaimer, state};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
+/// Registers before `main`. A fork runs only the handlers that were there when it began: were they registered with the first
+/// domain, another thread could take a lock of ours between that and the end of a fork already begun, and the child would
+/// find it held. What is left is a library that is loaded, and used, while another thread is in the middle of `fork`.
+#[cfg(not(miri))]
+#[used]
+// SAFETY: The section holds pointers to functions that are called at start, with arguments that `register` does not take;
+// it needs nothing that is not there before `main`.
+#[unsafe(link_section = ".init_array")]
+static BEFORE_MAIN: extern "C" fn() = register;
+
 /// Sees to it that children of this process are taken care of.
-pub(super) fn register() {
+pub(super) extern "C" fn register() {
     static DONE: AtomicBool = AtomicBool::new(false);
     // Several threads may register at first. No one must go on before *a* registration is complete, or a fork at that moment has a
     // child that nobody repairs; and to wait for one's completion would be to wait for ever in such a child.
