@@ -15,10 +15,11 @@ use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 /// Registers before `main`. A fork runs only the handlers that were there when it began: were they registered with the first
 /// domain, another thread could take a lock of ours between that and the end of a fork already begun, and the child would
 /// find it held. What is left is a library that is loaded, and used, while another thread is in the middle of `fork`.
+///
+/// The section is that of the functions which are called at start, with arguments that `register` does not take; it needs
+/// nothing that is not there before `main`.
 #[cfg(not(miri))]
 #[used]
-// SAFETY: The section holds pointers to functions that are called at start, with arguments that `register` does not take;
-// it needs nothing that is not there before `main`.
 #[unsafe(link_section = ".init_array")]
 static BEFORE_MAIN: extern "C" fn() = register;
 
