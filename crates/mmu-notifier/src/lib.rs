@@ -56,6 +56,7 @@ mod error;
 mod event;
 #[expect(unsafe_code, reason = "a tree whose nodes are its users' and which is walked without a lock")]
 mod interval;
+mod invalidate_seq;
 mod mm;
 mod notifier;
 #[expect(unsafe_code, reason = "a guard beside what it borrows from")]
@@ -72,6 +73,7 @@ mod sync;
 pub use error::{GetError, Overflow, RegisterError, UnregisterError, WouldDeadlock};
 pub use event::{Blocking, Event, Exit, InvalidateRange, Owner, WouldBlock};
 pub use interval::{Finish, IntervalNotifier, IntervalOps, ReadSeq, RemoveError, Retry};
+pub use invalidate_seq::{InstallError, InvalidateSeq, ShadowOps, Snapshot};
 pub use mm::{Bracket, Mm, MmWithUser, MmapWriteGuard, OwnedBracket};
 pub use notifier::Notifier;
 pub use range::{InvalidRange, PAGE_SIZE, Va, VaRange};

@@ -10,8 +10,8 @@ pub use lock::MmapWriteGuard;
 use crate::interval::Intervals;
 use crate::secondary::Sealed;
 use crate::subscriptions::{Epoch, Section, Subscriptions};
-use crate::sync::Arc;
-use crate::sync::atomic::{AtomicUsize, Ordering, fence};
+use crate::sync::atomic::{AtomicUsize, Ordering};
+use crate::sync::{Arc, mutant};
 use crate::{Va, VaRange, context};
 use lock::MmapLock;
 use std::any::Any;
@@ -285,11 +285,12 @@ impl Clone for MmWithUser {
 
 impl Drop for MmWithUser {
     fn drop(&mut self) {
-        // ORDER(core-exit): everything this user did, before the exit by the last one. Partner: the fence below. Weaker,
+        // ORDER(core-exit): everything this user did, before the exit by the last one. Partner: the load below. Weaker,
         // exit could delist around a registration that it does not see.
-        if self.0.0.users.fetch_sub(1, Ordering::Release) == 1 {
-            // ORDER(core-exit): partner of the `Release` of every earlier user.
-            fence(Ordering::Acquire);
+        let order = if mutant("exit_relaxed") { Ordering::Relaxed } else { Ordering::Release };
+        if self.0.0.users.fetch_sub(1, order) == 1 {
+            // ORDER(core-exit): partner of the `Release` of every earlier user. A load, as thread sanitizers know no fences.
+            self.0.0.users.load(Ordering::Acquire);
             exit::release(&self.0);
         }
     }

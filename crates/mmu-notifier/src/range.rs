@@ -134,6 +134,12 @@ impl VaRange {
     pub fn intersection(self, other: Self) -> Option<Self> {
         self.overlaps(other).then(|| Self { first: self.first.max(other.first), last: self.last.min(other.last) })
     }
+
+    /// Returns the smallest range that holds both.
+    #[must_use]
+    pub(crate) fn hull(self, other: Self) -> Self {
+        Self { first: self.first.min(other.first), last: self.last.max(other.last) }
+    }
 }
 
 impl fmt::Display for VaRange {

@@ -2,7 +2,7 @@
 
 use crate::subscription::Subscription;
 use crate::subscriptions::{NodeRef, NotCounted};
-use crate::sync::atomic::{AtomicUsize, Ordering};
+use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{Arc, Condvar, Mutex, lock};
 use crate::{GetError, MmWithUser, MmapWriteGuard, Notifier, WouldDeadlock, context, registration};
 use std::convert::Infallible;
@@ -142,6 +142,42 @@ where
         Ok(())
     }
 
+    /// Waits as [`synchronize`](Self::synchronize) does, and for what those frees put in turn, until no free of this subsystem
+    /// is queued or running.
+    ///
+    /// # Blocking
+    /// Sleeps for the grace periods and the frees; for ever if other threads go on putting.
+    /// # Errors
+    /// [`WouldDeadlock`] inside a bracket, a callback or a deferred free of any address space.
+    /// # Source
+    /// None: the kernel's users that need this flush a work queue of their own.
+    /// # Examples
+    /// ```
+    /// # use mmu_notifier::{MmWithUser, Notifier, Subscription, Subsystem};
+    /// /// Keeps the device of another address space until it is freed itself.
+    /// struct Device(Option<Subscription<Device>>);
+    /// impl Notifier for Device {}
+    ///
+    /// let (outer, inner) = (MmWithUser::new(), MmWithUser::new());
+    /// let devices = Subsystem::<Device, _, _>::new(|mm: &MmWithUser| {
+    ///     Ok::<_, std::convert::Infallible>(Device(if **mm == *outer { Some(INNER.get(&inner).unwrap()) } else { None }))
+    /// });
+    /// # static INNER: Subsystem<Device> = Subsystem::new(|_| Ok(Device(None)));
+    /// devices.get(&outer)?.put();
+    /// devices.drain_until_idle()?;
+    /// INNER.drain_until_idle()?; // Another subsystem: it is drained by itself.
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn drain_until_idle(&self) -> Result<(), WouldDeadlock> {
+        if context::is_inside() {
+            return Err(WouldDeadlock);
+        }
+        while !self.pending().is_idle() {
+            self.pending().synchronize();
+        }
+        Ok(())
+    }
+
     fn find(&self, mm: &MmWithUser) -> Option<Result<Subscription<N>, GetError<E>>> {
         Some(match mm.subscriptions().lookup(self.pending())? {
             Ok(node) => Ok(Subscription::new(node)),
@@ -169,7 +205,8 @@ impl<N, E, F> fmt::Debug for Subsystem<N, E, F> {
 #[derive(Debug)]
 pub(crate) struct Pending {
     pub(crate) users_max: u32,
-    banks: [AtomicUsize; 2],
+    /// Both counts in one word, so that one load sees both.
+    banks: AtomicU64,
     current: AtomicUsize,
     /// Held by the one `synchronize` at work.
     turn: Mutex<()>,
@@ -180,7 +217,7 @@ impl Pending {
     fn new(users_max: u32) -> Self {
         Self {
             users_max,
-            banks: [AtomicUsize::new(0), AtomicUsize::new(0)],
+            banks: AtomicU64::new(0),
             current: AtomicUsize::new(0),
             turn: Mutex::new(()),
             emptied: (Mutex::new(()), Condvar::new()),
@@ -192,7 +229,7 @@ impl Pending {
         // ORDER: Relaxed is enough: a put that happened before `synchronize` is seen by it through that relation, in
         // whichever bank it counted; one that did not need not be seen.
         let bank = self.current.load(Ordering::Relaxed);
-        self.banks[bank].fetch_add(1, Ordering::Relaxed);
+        self.banks.fetch_add(one(bank), Ordering::Relaxed);
         u8::from(bank != 0)
     }
 
@@ -200,7 +237,8 @@ impl Pending {
     pub(crate) fn freed(&self, bank: u8) {
         // ORDER(core-freed): the free before the count. Partner: the load in `wait_for`. Weaker, `synchronize` could return
         // before the effects of the free are visible.
-        if self.banks[usize::from(bank)].fetch_sub(1, Ordering::Release) == 1 {
+        let bank = usize::from(bank);
+        if count(self.banks.fetch_sub(one(bank), Ordering::Release), bank) == 1 {
             // Under the lock, so that it cannot fall between a waiter's check and its sleep.
             let _lock = lock(&self.emptied.0);
             self.emptied.1.notify_all();
@@ -215,11 +253,26 @@ impl Pending {
         self.wait_for(current);
     }
 
+    /// Tells whether nothing is queued. What a free puts is counted before that free is done, so no chain is missed.
+    fn is_idle(&self) -> bool {
+        // ORDER(core-freed): partner of the subtraction in `freed`.
+        self.banks.load(Ordering::Acquire) == 0
+    }
+
     fn wait_for(&self, bank: usize) {
         let mut emptied = lock(&self.emptied.0);
         // ORDER(core-freed): partner of the subtraction in `freed`.
-        while self.banks[bank].load(Ordering::Acquire) != 0 {
+        while count(self.banks.load(Ordering::Acquire), bank) != 0 {
             emptied = self.emptied.1.wait(emptied).unwrap_or_else(std::sync::PoisonError::into_inner);
         }
     }
+}
+
+/// One free in a bank. More than 2^32 cannot be queued: their nodes would not fit into memory.
+const fn one(bank: usize) -> u64 {
+    1 << (32 * bank)
+}
+
+const fn count(banks: u64, bank: usize) -> u64 {
+    (banks >> (32 * bank)) & 0xffff_ffff
 }

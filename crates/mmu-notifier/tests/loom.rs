@@ -5,8 +5,8 @@ use loom::sync::Arc;
 use loom::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use loom::thread;
 use mmu_notifier::{
-    Event, Finish, IntervalNotifier, IntervalOps, InvalidateRange, Mm, MmWithUser, Notifier, Registration, Subsystem,
-    VaRange,
+    Event, Finish, IntervalNotifier, IntervalOps, InvalidateRange, InvalidateSeq, Mm, MmWithUser, Notifier,
+    Registration, ShadowOps, Subsystem, Va, VaRange,
 };
 
 /// What a model's notifiers have seen. What a callback asserts comes out as a counted panic, which each model checks.
@@ -278,6 +278,123 @@ fn s_66_a_second_getter_racing_a_bracket() {
     });
 }
 
+/// What every user touches and the drop writes: `loom` reports a free that is not ordered after each use.
+struct Touched(loom::cell::UnsafeCell<bool>);
+
+// SAFETY: The cell is used across threads on purpose; `loom` checks that no two uses race.
+unsafe impl Sync for Touched {}
+
+impl Touched {
+    fn touch(&self) {
+        // SAFETY: Nobody may write while a user is left: that is what the model checks.
+        assert!(self.0.with(|alive| unsafe { *alive }), "used after it was freed");
+    }
+}
+
+impl Notifier for Touched {}
+
+impl Drop for Touched {
+    fn drop(&mut self) {
+        // SAFETY: No user is left: as above.
+        self.0.with_mut(|alive| unsafe { *alive = false });
+    }
+}
+
+#[test]
+fn s_28_the_free_comes_after_every_putters_last_use() {
+    model(|| {
+        let mm = MmWithUser::new();
+        let subsystem = Subsystem::<Touched>::new(|_| Ok(Touched(loom::cell::UnsafeCell::new(true))));
+        let held = subsystem.get(&mm).unwrap();
+        let other = held.try_clone().unwrap();
+        let putter = thread::spawn(move || {
+            other.touch();
+            other.put();
+        });
+        held.touch();
+        held.put();
+        mm.run_deferred();
+        putter.join().unwrap();
+        mm.run_deferred();
+        assert_eq!(mm.callback_panics(), 0);
+    });
+}
+
+#[test]
+fn s_40_exit_releases_what_any_user_registered() {
+    model(|| {
+        let (mm, seen) = (MmWithUser::new(), Arc::new(Seen::default()));
+        let handle = (*mm).clone();
+        let registrar = thread::spawn({
+            let (mm, seen) = (mm.clone(), Arc::clone(&seen));
+            move || {
+                let Ok(registration) = Registration::new(&mm, Canary::new(&seen)) else {
+                    panic!("it was made outside")
+                };
+                drop(mm);
+                registration
+            }
+        });
+        drop(mm);
+        let registration = registrar.join().unwrap();
+        assert_eq!(count(&seen.releases), 1, "exit has not seen a registration");
+        registration.put();
+        handle.run_deferred();
+        assert_eq!(handle.callback_panics(), 0);
+    });
+}
+
+/// A shadow of one page.
+#[derive(Default)]
+struct OnePage(Option<usize>);
+
+impl ShadowOps for OnePage {
+    fn zap(&mut self, range: &InvalidateRange<'_>) {
+        if range.range().contains(Va::new(0x1000)) {
+            self.0 = None;
+        }
+    }
+}
+
+fn page(number: u64) -> VaRange {
+    VaRange::covering(Va::new(number << 12), 1).unwrap()
+}
+
+/// A fault on page 1, while another thread changes page 1 and then invalidates `then`.
+fn fault_racing_invalidations(then: Option<VaRange>) {
+    let mm = Arc::new(MmWithUser::new());
+    let shadow = InvalidateSeq::new([VaRange::ALL], OnePage::default());
+    let Ok(shadow) = Registration::new(&mm, shadow) else { panic!("it was made outside") };
+    let frame = Arc::new(AtomicUsize::new(0));
+    let source = thread::spawn({
+        let (mm, frame) = (Arc::clone(&mm), Arc::clone(&frame));
+        move || {
+            let bracket = mm.invalidate(page(1), Event::Unmap);
+            frame.store(1, Ordering::Relaxed);
+            drop(bracket);
+            if let Some(range) = then {
+                drop(mm.invalidate(range, Event::Unmap));
+            }
+        }
+    });
+    let snapshot = shadow.snapshot(page(1));
+    let found = frame.load(Ordering::Relaxed);
+    let _ = shadow.try_install(snapshot, |page| page.0 = Some(found));
+    source.join().unwrap();
+    assert_ne!(shadow.with_shadow(|page| page.0), Some(0), "an old frame is still mapped");
+    assert_eq!((shadow.in_progress(), mm.callback_panics()), (None, 0));
+}
+
+#[test]
+fn b_40_a_fault_racing_an_invalidation() {
+    model(|| fault_racing_invalidations(None));
+}
+
+#[test]
+fn b_41_a_fault_racing_an_invalidation_and_one_elsewhere() {
+    model(|| fault_racing_invalidations(Some(page(2))));
+}
+
 /// Each way to break the core, and the model that must fail for it.
 const MUTANTS: &[(&str, &str)] = &[
     ("free_at_once", "s_22_a_put_racing_a_walker"),
@@ -290,6 +407,13 @@ const MUTANTS: &[(&str, &str)] = &[
     ("callback_without_seq", "b_25_an_interval_fault_racing_an_invalidation"),
     ("remove_waits_not", "b_21_a_remove_racing_the_last_end"),
     ("thaw_in_two_steps", "b_21_a_remove_racing_the_last_end"),
+    ("put_relaxed", "s_28_the_free_comes_after_every_putters_last_use"),
+    ("exit_relaxed", "s_40_exit_releases_what_any_user_registered"),
+    ("count_before_seq", "b_40_a_fault_racing_an_invalidation"),
+    ("zap_uncounted", "b_40_a_fault_racing_an_invalidation"),
+    ("snapshot_relaxed", "b_40_a_fault_racing_an_invalidation"),
+    ("end_relaxed", "b_40_a_fault_racing_an_invalidation"),
+    ("range_relaxed", "b_41_a_fault_racing_an_invalidation_and_one_elsewhere"),
 ];
 
 #[test]

@@ -174,7 +174,7 @@ impl State {
         // ORDER(srcu-enter): Between the unlinking and the sum of beginnings. Partner: the light fence of a reader between its
         // count and its first read. Either the sum has the reader, or the reader sees the unlinking.
         // ORDER(srcu-scan): Between the sums: every end summed has its beginning summed too, so that equal sums mean that
-        // no section counted is open. Partner: the program order of a section. Model: loom `a_late_reader_is_not_missed`.
+        // no section counted is open. Partner: the program order of a section. Model: loom `s_86_a_late_reader_is_not_missed`.
         if !mutant("no_heavy_fence") {
             barrier::heavy();
         }

@@ -106,9 +106,9 @@ fn free_waits_for_both_nested_sections() {
     });
 }
 
-/// S-85: X = 1; synchronize; Y = 1. A section that sees Y must see X, in whichever order it reads them.
+/// X = 1; synchronize; Y = 1. A section that sees Y must see X, in whichever order it reads them.
 #[test]
-fn a_section_sees_all_of_before_or_nothing_of_after() {
+fn s_85_a_section_sees_all_of_before_or_nothing_of_after() {
     for x_first in [false, true] {
         model(3, move || {
             let srcu = Arc::new(Srcu::new());
@@ -137,10 +137,10 @@ fn a_section_sees_all_of_before_or_nothing_of_after() {
     }
 }
 
-/// S-86: a reader that loaded the bank before a grace period turned the banks over, and counts in it afterwards. The first
+/// A reader that loaded the bank before a grace period turned the banks over, and counts in it afterwards. The first
 /// grace period turns them over because of the section that `main` has open at its first scan.
 #[test]
-fn a_late_reader_is_not_missed() {
+fn s_86_a_late_reader_is_not_missed() {
     model(3, || {
         let (srcu, object) = (Arc::new(Srcu::new()), Object::new());
         let reader = thread::spawn({
@@ -347,9 +347,9 @@ const MUTANTS: &[(&str, &str)] = &[
     ("unlock_relaxed", "a_handed_over_section_is_waited_for"),
     ("no_fence_in_lock", "a_callback_waits_for_the_reader_and_is_not_forgotten"),
     ("no_fence_in_unlock", "free_waits_for_both_nested_sections"),
-    ("no_fence_in_lock", "a_section_sees_all_of_before_or_nothing_of_after"),
+    ("no_fence_in_lock", "s_85_a_section_sees_all_of_before_or_nothing_of_after"),
     ("no_heavy_fence", "grace_periods_are_shared"),
-    ("one_bank", "a_late_reader_is_not_missed"),
+    ("one_bank", "s_86_a_late_reader_is_not_missed"),
     ("locks_before_unlocks", "a_later_section_does_not_stand_for_an_earlier_one"),
     ("joins_running_grace_period", "grace_periods_are_shared"),
     ("no_fence_in_snapshot", "grace_periods_are_shared"),

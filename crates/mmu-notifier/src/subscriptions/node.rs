@@ -10,7 +10,7 @@
 
 use crate::context;
 use crate::subsystem::Pending;
-use crate::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
+use crate::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use crate::sync::{Arc, mutant};
 use crate::{Mm, Notifier};
 use std::cell::UnsafeCell;
@@ -207,11 +207,12 @@ impl<N: Notifier> NodeRef<N> {
 /// Gives the reference back; the last one delists the node and queues its free. Never blocks, never allocates.
 impl<N: Notifier> Drop for NodeRef<N> {
     fn drop(&mut self) {
-        // ORDER(core-put): every use of the node by this thread, before the free by whoever puts last. Partner: the fence
+        // ORDER(core-put): every use of the node by this thread, before the free by whoever puts last. Partner: the load
         // below. Weaker, the free could overtake another putter's last access.
-        if self.as_header().users.fetch_sub(1, Ordering::Release) == 1 {
-            // ORDER(core-put): partner of the `Release` of every earlier put.
-            fence(Ordering::Acquire);
+        let order = if mutant("put_relaxed") { Ordering::Relaxed } else { Ordering::Release };
+        if self.as_header().users.fetch_sub(1, order) == 1 {
+            // ORDER(core-put): partner of the `Release` of every earlier put. A load, as thread sanitizers know no fences.
+            self.as_header().users.load(Ordering::Acquire);
             self.retire();
         }
     }

@@ -73,38 +73,19 @@ fn s_06_a_failed_registration_leaves_nothing_behind() {
     assert_eq!(log.all(), [("b", At::Free)], "dropped once, in this thread, and never called");
 }
 
-extern "C" fn ignore(_signal: libc::c_int) {}
-
-/// Interrupts `thread` as often as it takes until `done`.
-fn interrupt(thread: libc::pthread_t) {
-    // SAFETY: `sigaction` needs a valid struct; an all-zero one without flags, so without SA_RESTART, is valid.
-    let mut action = unsafe { std::mem::zeroed::<libc::sigaction>() };
-    action.sa_sigaction = ignore as extern "C" fn(libc::c_int) as usize;
-    // SAFETY: The handler does nothing, which is safe in a signal context; the old action is not asked for.
-    assert_eq!(unsafe { libc::sigaction(libc::SIGUSR1, &raw const action, std::ptr::null_mut()) }, 0);
-    // SAFETY: `pthread_kill` needs a thread that was not joined: the caller joins it later.
-    assert_eq!(unsafe { libc::pthread_kill(thread, libc::SIGUSR1) }, 0);
-}
-
 /// Where the kernel returns EINTR, registration here cannot be interrupted half-way.
 #[test]
 fn s_07_a_signal_does_not_interrupt_get() {
     let (mm, log) = (Arc::new(MmWithUser::new()), Log::default());
     let subsystem = Arc::new(probes("a", &log, nothing()));
     let bracket = mm.invalidate(page(1), Event::Unmap);
-    let (tell, id) = std::sync::mpsc::channel();
     let task = spawn({
         let (mm, subsystem) = (Arc::clone(&mm), Arc::clone(&subsystem));
-        move || {
-            // SAFETY: No duty.
-            tell.send(unsafe { libc::pthread_self() }).unwrap();
-            subsystem.get(&mm).map(|subscription| subscription.users())
-        }
+        move || subsystem.get(&mm).map(|subscription| subscription.users())
     });
-    let id = id.recv().unwrap();
     wait_until(|| mm.has_notifiers());
     for _ in 0..3 {
-        interrupt(id);
+        task.interrupt();
         task.assert_blocked();
     }
     drop(bracket);

@@ -1,9 +1,11 @@
 //! The contract of the core, scenario by scenario: each test is named after the one it checks.
 
+mod drills;
 mod events;
 mod exit;
 mod get;
 mod interval;
+mod invalidate_seq;
 mod model;
 mod put;
 mod register;

@@ -122,6 +122,34 @@ fn s_67_a_nested_start_passes_a_waiting_registrar() {
     assert_eq!(log.all().len(), 2, "and the outer one is older: neither its start nor its end");
 }
 
+/// Where the kernel returns EINTR. Here the one that waits for brackets and the one that waits for its turn both go on
+/// waiting, and both succeed.
+#[test]
+fn s_68_a_signal_does_not_interrupt_a_waiting_register() {
+    let (mm, log) = (Arc::new(MmWithUser::new()), Log::default());
+    let bracket = mm.invalidate(page(1), Event::Unmap);
+    let register = |name| {
+        let (mm, log) = (Arc::clone(&mm), log.clone());
+        spawn(move || Registration::new(&mm, Probe::new(name, &log, nothing())).unwrap())
+    };
+    let first = register("first");
+    wait_until(|| mm.has_notifiers());
+    let second = register("second");
+    for _ in 0..3 {
+        second.assert_blocked();
+        first.interrupt();
+        second.interrupt();
+        first.assert_blocked();
+    }
+    drop(bracket);
+    let _registered = [first.join(), second.join()];
+    assert_eq!(log.all(), [], "neither knows the bracket");
+    drop(mm.invalidate(page(1), Event::Unmap));
+    let mut started = log.names(At::Start);
+    started.sort_unstable();
+    assert_eq!(started, ["first", "second"]);
+}
+
 #[test]
 fn s_69_an_event_that_begins_after_register_is_delivered() {
     let (mm, log) = (Arc::new(MmWithUser::new()), Log::default());

@@ -161,19 +161,47 @@ impl Gate {
 
 /// Work on another thread, of which one can ask whether it is done.
 pub(crate) struct Task<T> {
+    tid: libc::pid_t,
     result: Receiver<T>,
     thread: thread::JoinHandle<()>,
 }
 
 pub(crate) fn spawn<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Task<T> {
+    let (tell, tid) = channel();
     let (sender, result) = channel();
-    Task { result, thread: thread::spawn(move || drop(sender.send(work()))) }
+    let thread = thread::spawn(move || {
+        // SAFETY: No duty.
+        tell.send(unsafe { libc::gettid() }).unwrap();
+        drop(sender.send(work()));
+    });
+    Task { tid: tid.recv().unwrap(), result, thread }
 }
 
 impl<T> Task<T> {
-    /// Asserts that it is held up: it had time to end and did not.
+    /// Asserts that it is held up: it has come to where it sleeps, and had time to go on and did not.
     pub(crate) fn assert_blocked(&self) {
+        wait_until(|| self.thread.is_finished() || self.sleeps());
         assert!(matches!(self.result.recv_timeout(Duration::from_millis(20)), Err(RecvTimeoutError::Timeout)));
+    }
+
+    /// Tells whether the kernel has put the thread to sleep.
+    fn sleeps(&self) -> bool {
+        let stat = std::fs::read_to_string(format!("/proc/self/task/{}/stat", self.tid)).unwrap_or_default();
+        // The state comes after the name, which is in parentheses.
+        stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('S'))
+    }
+
+    /// Interrupts the thread with a signal that does nothing.
+    pub(crate) fn interrupt(&self) {
+        use std::os::unix::thread::JoinHandleExt;
+        extern "C" fn ignore(_signal: libc::c_int) {}
+        // SAFETY: `sigaction` needs a valid struct; an all-zero one without flags, so without SA_RESTART, is valid.
+        let mut action = unsafe { std::mem::zeroed::<libc::sigaction>() };
+        action.sa_sigaction = ignore as extern "C" fn(libc::c_int) as usize;
+        // SAFETY: The handler does nothing, which is safe in a signal context; the old action is not asked for.
+        assert_eq!(unsafe { libc::sigaction(libc::SIGUSR1, &raw const action, std::ptr::null_mut()) }, 0);
+        // SAFETY: `pthread_kill` needs a thread that was not joined: `join` consumes the task.
+        assert_eq!(unsafe { libc::pthread_kill(self.thread.as_pthread_t(), libc::SIGUSR1) }, 0);
     }
 
     /// Waits for it; a test that hangs here has found something.

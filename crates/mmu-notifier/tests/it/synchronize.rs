@@ -1,7 +1,9 @@
 //! 7.5: synchronize.
 
-use crate::support::{At, Gate, Hook, Log, Probes, nothing, page, probes, spawn, stop};
-use mmu_notifier::{Event, MmWithUser};
+use crate::support::{
+    At, Counter, Gate, Hook, Log, Probe, Probes, Slot, nothing, page, probes, put_at, spawn, stop, wait_until,
+};
+use mmu_notifier::{Event, MmWithUser, Subsystem};
 use std::sync::{Arc, Mutex};
 
 #[test]
@@ -60,6 +62,75 @@ fn s_87_synchronize_where_it_would_wait_for_itself_is_an_error() {
     held.put();
     subsystem.synchronize().unwrap();
     assert_eq!(*refused.lock().unwrap(), [At::Start, At::End, At::Free]);
+}
+
+/// With nothing queued there is nothing to wait for, so unlike the kernel's this is no grace period.
+#[test]
+fn s_82_with_nothing_pending_synchronize_does_not_wait_for_a_bracket_elsewhere() {
+    let (mm, log) = (Arc::new(MmWithUser::new()), Log::default());
+    let subsystem = Arc::new(probes("a", &log, nothing()));
+    let held = subsystem.get(&mm).unwrap();
+    let bracket = mm.invalidate(page(1), Event::Clear);
+    let waiter = |subsystem: &Arc<Probes>| {
+        let subsystem = Arc::clone(subsystem);
+        spawn(move || subsystem.synchronize().unwrap())
+    };
+    waiter(&subsystem).join();
+    held.put();
+    let waiter = waiter(&subsystem);
+    waiter.assert_blocked();
+    drop(bracket);
+    waiter.join();
+    assert_eq!(log.count("a", At::Free), 1);
+}
+
+#[test]
+fn s_88_one_drain_covers_what_a_free_puts() {
+    const CHAIN: usize = 20;
+    let log = Log::default();
+    let slots: Vec<Slot<Probe>> = (0..CHAIN).map(|_| Slot::default()).collect();
+    let made = Counter::default();
+    let subsystem: Probes = Subsystem::new({
+        let (log, slots) = (log.clone(), slots.clone());
+        // The n-th one made puts the next when it is freed.
+        Box::new(move |_| {
+            let next = slots.get(made.add()).cloned().unwrap_or_default();
+            Ok(Probe::new("a", &log, put_at(At::Free, &next)))
+        })
+    });
+    let mms: Vec<_> = (0..CHAIN).map(|_| MmWithUser::new()).collect();
+    for (slot, mm) in slots.iter().zip(&mms) {
+        *slot.lock().unwrap() = Some(subsystem.get(mm).unwrap());
+    }
+    let first = slots[0].lock().unwrap().take();
+    drop(first);
+    subsystem.drain_until_idle().unwrap();
+    assert_eq!(log.count("a", At::Free), CHAIN);
+    let bracket = mms[0].invalidate(page(1), Event::Clear);
+    assert!(subsystem.drain_until_idle().is_err(), "it could wait for this bracket");
+    drop(bracket);
+}
+
+/// Memory grows by one node for each put, and nothing else: put neither waits nor fails.
+#[test]
+fn s_90_a_hundred_thousand_puts_wait_for_a_stuck_reader() {
+    const PUTS: usize = 100_000;
+    struct Counted(Counter);
+    impl mmu_notifier::Notifier for Counted {}
+    impl Drop for Counted {
+        fn drop(&mut self) {
+            self.0.add();
+        }
+    }
+    let (mm, frees) = (MmWithUser::new(), Counter::default());
+    let registered: Vec<_> =
+        (0..PUTS).map(|_| mmu_notifier::Registration::new(&mm, Counted(frees.clone())).unwrap()).collect();
+    let bracket = mm.invalidate(page(1), Event::Clear);
+    drop(registered);
+    assert_eq!((frees.get(), mm.mm_count()), (0, PUTS + 1));
+    drop(bracket);
+    wait_until(|| mm.mm_count() == 1);
+    assert_eq!(frees.get(), PUTS);
 }
 
 #[test]

@@ -109,7 +109,7 @@ fn draining_covers_what_callbacks_queue() {
 }
 
 #[test]
-fn a_hundred_thousand_callbacks_wait_for_a_stuck_reader_and_then_all_run() {
+fn s_90_a_hundred_thousand_callbacks_wait_for_a_stuck_reader_and_then_all_run() {
     let srcu = Srcu::new();
     let count = Count::default();
     let section = srcu.read_lock();

@@ -7,7 +7,7 @@ use std::sync::mpsc::channel;
 use std::thread;
 
 #[test]
-fn synchronize_waits_for_a_section_that_sleeps() {
+fn s_84_synchronize_waits_for_a_section_that_sleeps_and_nests() {
     let srcu = Srcu::new();
     let left = AtomicBool::new(false);
     let (inside, entered) = channel();
@@ -36,8 +36,33 @@ fn synchronize_waits_for_a_section_that_sleeps() {
     });
 }
 
+/// It is a grace period, not a barrier, which could return at once.
 #[test]
-fn synchronize_ends_although_there_are_always_readers() {
+fn s_82_with_nothing_pending_synchronize_still_waits_for_a_reader() {
+    let srcu = Srcu::new();
+    srcu.barrier().unwrap();
+    let left = AtomicBool::new(false);
+    let section = srcu.read_lock();
+    thread::scope(|scope| {
+        let waiter = scope.spawn(|| {
+            srcu.synchronize().unwrap();
+            assert!(left.load(Ordering::SeqCst), "the section had not ended");
+        });
+        // The waiter has turned the banks over and sleeps.
+        while format!("{srcu:?}").contains("waiting: [0, 0]") {
+            thread::yield_now();
+        }
+        // A reader that came later, in the other bank, is not waited for, and does not stand for the first one.
+        drop(srcu.read_lock());
+        assert!(!waiter.is_finished());
+        left.store(true, Ordering::SeqCst);
+        drop(section);
+        waiter.join().unwrap();
+    });
+}
+
+#[test]
+fn s_83_synchronize_ends_although_there_are_always_readers() {
     let srcu = Srcu::new();
     let stop = AtomicBool::new(false);
     let rounds = AtomicUsize::new(0);

@@ -25,7 +25,7 @@ fn an_unused_domain_is_small() {
 }
 
 #[test]
-fn a_drop_runs_what_is_pending() {
+fn s_89_a_drop_runs_what_is_pending() {
     let count = Count::default();
     let srcu = Srcu::new();
     for _ in 0..1000 {
@@ -87,7 +87,7 @@ fn a_domain_dropped_in_a_callback_of_another_runs_what_is_pending() {
 }
 
 #[test]
-fn a_leaked_guard_does_not_hang_the_drop() {
+fn s_89_a_leaked_guard_does_not_hang_the_drop() {
     static HEAD: Head = Head::new();
     static RAN: AtomicBool = AtomicBool::new(false);
     unsafe fn run(_: NonNull<Head>) {

@@ -1,0 +1,226 @@
+//! 7.8: the protocol of a hypervisor.
+
+use crate::support::{Gate, Log, Probe, nothing, page, spawn};
+use mmu_notifier::{
+    Event, InstallError, InvalidateRange, InvalidateSeq, MmWithUser, Registration, ShadowOps, Va, VaRange, WouldBlock,
+};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+/// Page number to frame.
+#[derive(Debug, Default)]
+struct Table(BTreeMap<u64, usize>);
+
+impl ShadowOps for Table {
+    fn zap(&mut self, range: &InvalidateRange<'_>) {
+        self.0.retain(|page, _| !range.range().contains(Va::new(page << 12)));
+    }
+}
+
+type Shadow = Registration<InvalidateSeq<Table>>;
+
+fn pages(first: u64, last: u64) -> VaRange {
+    VaRange::covering(Va::new(first << 12), (last + 1 - first) << 12).unwrap()
+}
+
+/// A shadow of pages 1 to 99.
+fn shadow(mm: &MmWithUser) -> Shadow {
+    Registration::new(mm, InvalidateSeq::new([pages(1, 99)], Table::default())).unwrap()
+}
+
+/// A fault on a page, with a look-up in between that takes no time.
+fn fault(shadow: &Shadow, number: u64, frame: usize) -> Result<(), InstallError> {
+    let snapshot = shadow.snapshot(page(number));
+    shadow.try_install(snapshot, |table| drop(table.0.insert(number, frame)))
+}
+
+fn entry(shadow: &Shadow, number: u64) -> Option<usize> {
+    shadow.with_shadow(|table| table.0.get(&number).copied())
+}
+
+#[test]
+fn b_40_a_fault_that_an_invalidation_overtook_is_refused() {
+    let mm = MmWithUser::new();
+    let shadow = shadow(&mm);
+    fault(&shadow, 7, 1).unwrap();
+    let before = shadow.snapshot(page(7));
+    let also_before = shadow.snapshot(page(7));
+    let bracket = mm.invalidate(page(7), Event::Unmap);
+    assert_eq!(entry(&shadow, 7), None);
+    let within = shadow.snapshot(page(7));
+    assert_eq!(shadow.try_install(before, |_| ()), Err(InstallError::Retry));
+    assert_eq!(fault(&shadow, 7, 1), Err(InstallError::Retry), "the change is not over");
+    drop(bracket);
+    assert_eq!(shadow.try_install(also_before, |_| ()), Err(InstallError::Retry));
+    assert_eq!(shadow.try_install(within, |_| ()), Err(InstallError::Retry));
+    fault(&shadow, 7, 2).unwrap();
+    assert_eq!(entry(&shadow, 7), Some(2));
+}
+
+/// The frame changes inside brackets; nobody ever finds an older one in the shadow than the one that is there.
+#[test]
+fn b_40_no_stale_entry_under_load() {
+    let mm = Arc::new(MmWithUser::new());
+    let shadow = Arc::new(shadow(&mm));
+    let (frame, stop) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
+    let faulters = [(); 2].map(|()| {
+        let (shadow, frame, stop) = (Arc::clone(&shadow), Arc::clone(&frame), Arc::clone(&stop));
+        spawn(move || {
+            let mut installed = 0;
+            while !stop.load(Ordering::Relaxed) || installed == 0 {
+                let snapshot = shadow.snapshot(page(7));
+                let found = frame.load(Ordering::Relaxed);
+                installed += usize::from(shadow.try_install(snapshot, |table| table.0.insert(7, found)).is_ok());
+                shadow.with_shadow(|table| {
+                    let now = frame.load(Ordering::Relaxed);
+                    assert!(table.0.get(&7).is_none_or(|found| *found == now), "a stale entry");
+                });
+            }
+            installed
+        })
+    });
+    for round in 1..20_000 {
+        let bracket = mm.invalidate(page(7), Event::Unmap);
+        frame.store(round, Ordering::Relaxed);
+        drop(bracket);
+    }
+    stop.store(true, Ordering::Relaxed);
+    assert!(faulters.into_iter().all(|faulter| faulter.join() > 0));
+    assert_eq!((shadow.in_progress(), mm.callback_panics()), (None, 0));
+}
+
+#[test]
+fn b_41_only_faults_within_the_union_of_open_ranges_retry() {
+    let mm = MmWithUser::new();
+    let shadow = shadow(&mm);
+    let low = mm.invalidate(page(10), Event::Clear);
+    fault(&shadow, 20, 1).unwrap();
+    assert_eq!(fault(&shadow, 10, 1), Err(InstallError::Retry));
+    let high = mm.invalidate(page(30), Event::Clear);
+    assert_eq!(shadow.in_progress(), Some((page(10).start(), page(30).last())));
+    assert_eq!(fault(&shadow, 20, 1), Err(InstallError::Retry), "between the two");
+    fault(&shadow, 31, 1).unwrap();
+    drop(low);
+    assert_eq!(fault(&shadow, 10, 1), Err(InstallError::Retry), "the range only grows until the last one ends");
+    drop(high);
+    assert_eq!(shadow.in_progress(), None);
+    fault(&shadow, 10, 1).unwrap();
+    let next = mm.invalidate(page(40), Event::Clear);
+    assert_eq!(shadow.in_progress(), Some((page(40).start(), page(40).last())), "a new window begins with its own");
+    drop(next);
+}
+
+#[test]
+fn b_41_what_is_not_watched_disturbs_no_fault() {
+    let mm = MmWithUser::new();
+    let shadow = shadow(&mm);
+    let snapshot = shadow.snapshot(page(7));
+    let elsewhere = mm.invalidate(pages(100, 200), Event::Unmap);
+    assert_eq!(shadow.in_progress(), None);
+    drop(elsewhere);
+    shadow.try_install(snapshot, |table| table.0.insert(7, 1)).unwrap();
+    assert_eq!(fault(&shadow, 100, 1), Err(InstallError::NotWatched), "nobody would zap it");
+    let snapshot = shadow.snapshot(pages(99, 100));
+    assert_eq!(shadow.try_install(snapshot, |_| ()), Err(InstallError::NotWatched));
+}
+
+#[test]
+fn b_42_an_unregister_between_start_and_end_needs_a_reset() {
+    let mm = Arc::new(MmWithUser::new());
+    let shadow = shadow(&mm);
+    // Delisted by another thread while this bracket is open: it waits, and the end does not come.
+    let bracket = mm.invalidate(page(7), Event::Clear);
+    let (hand_back, back) = std::sync::mpsc::channel();
+    shadow.unregister_no_release(move |shadow| hand_back.send(shadow).unwrap());
+    drop(bracket);
+    let mut shadow = back.recv().unwrap();
+    assert_eq!(shadow.in_progress(), Some((page(7).start(), page(7).last())), "a start without an end");
+    shadow.reset();
+    let shadow = Registration::new(&mm, shadow).unwrap();
+    fault(&shadow, 7, 1).unwrap();
+    drop(mm.invalidate(page(7), Event::Clear));
+    assert_eq!((entry(&shadow, 7), shadow.in_progress(), mm.callback_panics()), (None, None, 0));
+    assert!(shadow.unregister().unwrap().into_shadow().0.is_empty());
+}
+
+#[test]
+fn b_43_a_wrong_pre_check_does_no_harm() {
+    let mm = MmWithUser::new();
+    let shadow = shadow(&mm);
+    let snapshot = shadow.snapshot(page(7));
+    assert!(!shadow.is_stale(&snapshot), "fresh, it says");
+    drop(mm.invalidate(page(7), Event::Clear));
+    assert_eq!(
+        shadow.try_install(snapshot, |_| ()),
+        Err(InstallError::Retry),
+        "and the check under the lock knows better"
+    );
+    let snapshot = shadow.snapshot(page(7));
+    let other = shadow.snapshot(page(8));
+    let bracket = mm.invalidate(page(7), Event::Clear);
+    assert!(shadow.is_stale(&snapshot) && !shadow.is_stale(&other));
+    drop(bracket);
+    assert!(shadow.is_stale(&other), "out of date although its own page was never touched: one more turn");
+    fault(&shadow, 8, 1).unwrap();
+}
+
+#[test]
+fn b_44_a_change_of_what_is_watched_waits_for_open_brackets() {
+    let mm = Arc::new(MmWithUser::new());
+    let shadow = Arc::new(shadow(&mm));
+    fault(&shadow, 7, 1).unwrap();
+    // Not even of a watched page: its end must decide as its start did.
+    let bracket = mm.invalidate(page(200), Event::Clear);
+    let update = spawn({
+        let shadow = Arc::clone(&shadow);
+        move || {
+            shadow.watch([pages(200, 299)], |table| {
+                let old = std::mem::take(&mut table.0);
+                old.len()
+            })
+        }
+    });
+    update.assert_blocked();
+    assert!(shadow.watch([], |_| ()).is_err(), "this thread would wait for itself");
+    fault(&shadow, 7, 2).unwrap();
+    let begun_before = shadow.snapshot(page(200));
+    drop(bracket);
+    assert_eq!(update.join().unwrap(), 1);
+    assert_eq!(shadow.try_install(begun_before, |_| ()), Err(InstallError::Retry));
+    assert_eq!((fault(&shadow, 7, 1), fault(&shadow, 200, 1)), (Err(InstallError::NotWatched), Ok(())));
+    drop(mm.invalidate(page(200), Event::Clear));
+    assert_eq!((entry(&shadow, 200), shadow.in_progress(), mm.callback_panics()), (None, None, 0));
+}
+
+#[test]
+fn nothing_is_installed_after_exit() {
+    let mm = MmWithUser::new();
+    let shadow = shadow(&mm);
+    fault(&shadow, 7, 1).unwrap();
+    let snapshot = shadow.snapshot(page(7));
+    drop(mm);
+    assert_eq!(entry(&shadow, 7), None);
+    assert_eq!(shadow.try_install(snapshot, |_| ()), Err(InstallError::Retry));
+    assert_eq!(fault(&shadow, 8, 1), Err(InstallError::Retry));
+}
+
+#[test]
+fn where_sleeping_is_forbidden_a_held_lock_is_a_refusal_without_a_trace() {
+    let (mm, log, gate) = (MmWithUser::new(), Log::default(), Gate::new());
+    let shadow = Arc::new(shadow(&mm));
+    let other = Registration::new(&mm, Probe::new("other", &log, nothing())).unwrap();
+    let holder = spawn({
+        let (shadow, gate) = (Arc::clone(&shadow), Arc::clone(&gate));
+        move || shadow.with_shadow(|_| gate.pass())
+    });
+    gate.wait_for(1);
+    assert_eq!(mm.try_invalidate(page(7), Event::Clear).map(drop), Err(WouldBlock));
+    gate.open();
+    holder.join();
+    assert_eq!(shadow.in_progress(), None);
+    drop(mm.try_invalidate(page(7), Event::Clear).unwrap());
+    fault(&shadow, 7, 1).unwrap();
+    drop(other);
+    assert_eq!(mm.callback_panics(), 0);
+}
