@@ -181,6 +181,9 @@ impl<S: IntervalOps> IntervalNotifier<S> {
     /// `mmu_interval_read_begin`.
     #[doc(alias = "mmu_interval_read_begin")]
     pub fn read_begin(&self) -> ReadSeq {
+        if self.mm().is_inherited() {
+            return NEVER;
+        }
         let intervals = self.mm().intervals();
         let (seq, invalidating) = intervals.read(&self.node().header);
         if invalidating {
@@ -215,6 +218,9 @@ impl<S: IntervalOps> IntervalNotifier<S> {
     /// `mmu_interval_read_retry`. Differs: the lock and the comparison are one.
     #[doc(alias = "mmu_interval_read_retry")]
     pub fn try_install<R>(&self, seq: ReadSeq, install: impl FnOnce(&mut S) -> R) -> Result<R, Retry> {
+        if self.check_retry(seq) {
+            return Err(Retry);
+        }
         let mut state = lock(&self.node().state);
         if self.node().header.seq() == seq.0 { Ok(install(&mut state)) } else { Err(Retry) }
     }
@@ -249,6 +255,9 @@ impl<S: IntervalOps> IntervalNotifier<S> {
     /// Takes the node off the tree and waits until nobody can be in its callback; false, and nothing changed, if that would
     /// be this thread.
     fn detach(&self) -> bool {
+        if self.mm().is_inherited() {
+            return false;
+        }
         let intervals = self.mm().intervals();
         let may_wait = !self.mm().would_deadlock();
         // SAFETY: The handle exists, so the node was inserted and is not removed: `remove` and drop consume the handle once
@@ -271,7 +280,7 @@ impl<S: IntervalOps> Drop for IntervalNotifier<S> {
         if self.detach() {
             // SAFETY: As in `remove`.
             drop(unsafe { Box::from_raw(self.node.as_ptr()) });
-        } else {
+        } else if !self.mm().is_inherited() {
             let again = Self { node: self.node, owns: PhantomData };
             let mm = again.mm().clone();
             // The reclaimer must not sleep in a window either: there this drop comes here again, for another grace period.

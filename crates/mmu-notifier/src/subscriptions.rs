@@ -89,6 +89,10 @@ impl Subscriptions {
 
     /// Unlinks a node if it is listed. It keeps its `next`, for walkers that stand on it.
     fn delist(&self, node: &Header) {
+        if node.is_inherited() {
+            // Nobody walks the list here, and its lock may be held by a thread that is not here.
+            return;
+        }
         let _lock = lock(&self.lock);
         Self::unlink(node);
     }

@@ -179,6 +179,9 @@ where
     }
 
     fn find(&self, mm: &MmWithUser) -> Option<Result<Subscription<N>, GetError<E>>> {
+        if mm.is_inherited() {
+            return None;
+        }
         Some(match mm.subscriptions().lookup(self.pending())? {
             Ok(node) => Ok(Subscription::new(node)),
             Err(NotCounted::Overflow) => Err(GetError::Overflow),

@@ -80,6 +80,9 @@ impl Mm {
         let epoch = self.subscriptions().epoch();
         let blocking = Blocking::Forbidden;
         let each = InvalidateRange { mm: self, range, event, blocking };
+        if self.is_inherited() {
+            return Ok(Bracket { mm: self, range, event, blocking, epoch, window: None, guard, _inside: inside });
+        }
         let window = if self.intervals().is_enabled() { Some(self.intervals().start(&each)?) } else { None };
         if let Err(refused) = self.subscriptions().try_start(Section::of(&guard), epoch, &each) {
             window.into_iter().for_each(|window| self.intervals().end(window));
@@ -123,6 +126,9 @@ impl Mm {
 )]
 extern "C" fn start_each(range: &InvalidateRange<'_>, section: Section<'_>, epoch: Epoch) -> Option<Window> {
     let mm = range.mm;
+    if mm.is_inherited() {
+        return None;
+    }
     // Nobody can refuse where sleeping is allowed.
     let window = if mm.intervals().is_enabled() { mm.intervals().start(range).ok() } else { None };
     mm.subscriptions().for_each(section, epoch, mm, |notifier| notifier.invalidate_range_start(range));
@@ -133,6 +139,9 @@ extern "C" fn start_each(range: &InvalidateRange<'_>, section: Section<'_>, epoc
 #[expect(improper_ctypes_definitions, reason = "as for `start_each`")]
 extern "C" fn end_each(range: &InvalidateRange<'_>, section: Section<'_>, epoch: Epoch, window: Option<Window>) {
     let mm = range.mm;
+    if mm.is_inherited() {
+        return;
+    }
     if let Some(window) = window {
         mm.intervals().end(window);
     }

@@ -14,6 +14,9 @@ use crate::{Blocking, Event, Exit, InvalidateRange, VaRange, context};
 /// `__mmu_notifier_release`, mm/mmu_notifier.c, Linux 5.15.
 pub(super) fn release(mm: &Mm) {
     let list = mm.subscriptions();
+    if mm.is_inherited() {
+        return;
+    }
     // Nobody can register any more: that takes a user.
     if mm.intervals().is_enabled() {
         let _inside = context::Inside::enter();

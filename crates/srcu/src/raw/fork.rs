@@ -10,7 +10,18 @@
 
 use super::{ids, pages, reclaimer, state};
 use std::ptr;
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
+
+/// How many forks lie between this process and the first of its family that had this crate.
+static FORKS: AtomicUsize = AtomicUsize::new(0);
+
+/// Returns how many forks lie between this process and the first of its family that had this crate: what it says in one
+/// process it says in no child of it.
+#[inline]
+pub fn forks() -> usize {
+    // ORDER: Relaxed is enough: it changes while the process has one thread.
+    FORKS.load(Ordering::Relaxed)
+}
 
 /// Registers before `main`. A fork runs only the handlers that were there when it began: were they registered with the first
 /// domain, another thread could take a lock of ours between that and the end of a fork already begun, and the child would
@@ -44,6 +55,7 @@ unsafe extern "C" fn child() {
     if REPAIRED.swap(this_process, Ordering::Relaxed) == this_process {
         return;
     }
+    FORKS.fetch_add(1, Ordering::Relaxed);
     ids::after_fork();
     pages::after_fork();
     let reclaimer_survived = reclaimer::after_fork();
