@@ -175,7 +175,7 @@ impl Mm {
         if self.is_inherited() {
             return;
         }
-        let _inside = context::Inside::enter();
+        let _inside = context::Inside::enter(self);
         let guard = self.0.subscriptions.srcu().read_lock();
         self.0.subscriptions.for_each(Section::of(&guard), Epoch::ALL, self, f);
     }

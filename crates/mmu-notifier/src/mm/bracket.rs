@@ -34,7 +34,7 @@ impl Mm {
     #[doc(alias = "mmu_notifier_invalidate_range_start")]
     #[inline(always)]
     pub fn invalidate(&self, range: VaRange, event: Event) -> Bracket<'_> {
-        let inside = Inside::enter();
+        let inside = Inside::enter(self);
         let guard = self.subscriptions().srcu().read_lock();
         let epoch = self.subscriptions().epoch();
         let blocking = Blocking::Allowed;
@@ -52,7 +52,7 @@ impl Mm {
     /// Sleeps while callbacks run.
     #[must_use = "the bracket ends when the guard is dropped"]
     pub fn invalidate_owned(&self, range: VaRange, event: Event) -> OwnedBracket {
-        let inside = Inside::enter();
+        let inside = Inside::enter(self);
         let guard = OwnedGuard::new(self.clone());
         let epoch = self.subscriptions().epoch();
         let mut bracket = OwnedBracket { guard, range, event, epoch, window: None, _inside: inside };
@@ -75,7 +75,7 @@ impl Mm {
     /// `mmu_notifier_invalidate_range_start_nonblock`, Linux 5.12 for the ends. Differs: who refused gets no end.
     #[doc(alias = "mmu_notifier_invalidate_range_start_nonblock")]
     pub fn try_invalidate(&self, range: VaRange, event: Event) -> Result<Bracket<'_>, WouldBlock> {
-        let inside = Inside::enter();
+        let inside = Inside::enter(self);
         let guard = self.subscriptions().srcu().read_lock();
         let epoch = self.subscriptions().epoch();
         let blocking = Blocking::Forbidden;

@@ -32,7 +32,9 @@ fn shadow(mm: &MmWithUser) -> Shadow {
 /// A fault on a page, with a look-up in between that takes no time.
 fn fault(shadow: &Shadow, number: u64, frame: usize) -> Result<(), InstallError> {
     let snapshot = shadow.snapshot(page(number));
-    shadow.try_install(snapshot, |table| drop(table.0.insert(number, frame)))
+    shadow.try_install(snapshot, |table| {
+        table.0.insert(number, frame);
+    })
 }
 
 fn entry(shadow: &Shadow, number: u64) -> Option<usize> {
