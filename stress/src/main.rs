@@ -1,9 +1,10 @@
 //! Torture programs: bounded by time, with the seed printed, and a checker that must stay silent.
 //!
-//! `cargo run --release -p stress -- srcu --seconds 30 [--seed N] [--no-membarrier] [--broken] [--no-fork]`
+//! `cargo run --release -p stress -- {srcu | mmu} --seconds 30 [--seed N] [--no-membarrier] [--broken] [--no-fork]`
 //!
 //! Exits with 0 if nothing was found, 1 if something was, 2 on a wrong command line.
 
+mod mmu;
 mod random;
 mod srcu;
 
@@ -17,18 +18,23 @@ pub(crate) struct Options {
     pub(crate) seed: u64,
     /// Use the fall-back that a kernel without membarrier gets.
     pub(crate) no_membarrier: bool,
-    /// Free some objects too early, which the checker must find.
+    /// Do what is tested wrong now and then, which the checker must find.
     pub(crate) broken: bool,
-    /// Fork no children: ThreadSanitizer cannot follow them.
+    /// Fork no children: ThreadSanitizer cannot follow them. `mmu` never does.
     pub(crate) no_fork: bool,
 }
 
-const USAGE: &str = "usage: stress srcu [--seconds N] [--seed N] [--no-membarrier] [--broken] [--no-fork]";
+const USAGE: &str = "usage: stress {srcu | mmu} [--seconds N] [--seed N] [--no-membarrier] [--broken] [--no-fork]";
 
-fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, String> {
-    if arguments.next().as_deref() != Some("srcu") {
-        return Err("the first argument names the program: srcu".into());
-    }
+/// What is tortured.
+type Program = fn(&Options) -> ExitCode;
+
+fn parse(mut arguments: impl Iterator<Item = String>) -> Result<(Program, Options), String> {
+    let program: Program = match arguments.next().as_deref() {
+        Some("srcu") => srcu::run,
+        Some("mmu") => mmu::run,
+        _ => return Err("the first argument names the program: srcu or mmu".into()),
+    };
     let seed = SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |now| now.as_nanos() as u64);
     let mut options =
         Options { length: Duration::from_secs(30), seed, no_membarrier: false, broken: false, no_fork: false };
@@ -46,12 +52,12 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, String>
             _ => return Err(format!("unknown argument {argument}")),
         }
     }
-    Ok(options)
+    Ok((program, options))
 }
 
 fn main() -> ExitCode {
     match parse(std::env::args().skip(1)) {
-        Ok(options) => srcu::run(&options),
+        Ok((program, options)) => program(&options),
         Err(why) => {
             eprintln!("stress: {why}\n{USAGE}");
             ExitCode::from(2)

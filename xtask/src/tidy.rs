@@ -1,7 +1,8 @@
-//! What the compiler does not check: file sizes, which crate may use which, and the pairs of ordering comments.
+//! What the compiler does not check: file sizes, which crate may use which, the pairs of ordering comments, and that each
+//! scenario of the contract has a test.
 
 use cargo_metadata::MetadataCommand;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -19,12 +20,20 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("testkit", &[]),
 ];
 
+/// Members of the workspace that are not published and may use anything.
+const TOOLS: &[&str] = &["bench", "stress", "xtask"];
+
+/// The numbers of the contract's scenarios, first and last of each section.
+const SCENARIOS: &[(char, &[(u32, u32)])] =
+    &[('s', &[(1, 17), (20, 36), (40, 53), (60, 70), (80, 90), (100, 106)]), ('b', &[(1, 34), (40, 48)])];
+
 pub(crate) fn run(root: &Path) -> ExitCode {
     let sources = sources(root);
     let mut complaints = Vec::new();
     sizes(&sources, &mut complaints);
     edges(root, &mut complaints);
     orders(root, &sources, &mut complaints);
+    scenarios(root, &sources, &mut complaints);
     for complaint in &complaints {
         eprintln!("tidy: {complaint}");
     }
@@ -68,7 +77,13 @@ fn edges(root: &Path, complaints: &mut Vec<String>) {
     let allowed: BTreeMap<&str, &[&str]> = LAYERS.iter().copied().collect();
     for package in metadata.packages {
         let name = package.name.to_string();
-        let Some(allowed) = allowed.get(name.as_str()) else { continue };
+        if TOOLS.contains(&name.as_str()) {
+            continue;
+        }
+        let Some(allowed) = allowed.get(name.as_str()) else {
+            complaints.push(format!("the crate {name} is neither in the table of parts nor a tool"));
+            continue;
+        };
         for dependency in package.dependencies.iter().filter(|dependency| dependency.path.is_some()) {
             let for_tests = dependency.kind == cargo_metadata::DependencyKind::Development;
             let is_allowed = allowed.contains(&dependency.name.as_str()) || (for_tests && dependency.name == "testkit");
@@ -94,6 +109,13 @@ fn orders(root: &Path, sources: &[(PathBuf, String)], complaints: &mut Vec<Strin
             }
         }
     }
+    for row in table.lines().filter_map(first_cell) {
+        let is_id =
+            row.contains('-') && row.starts_with(|first: char| first.is_ascii_lowercase()) && !row.contains(' ');
+        if is_id && !sites.contains_key(row) {
+            complaints.push(format!("docs/ordering.md has a row {row}, and no ORDER({row}) stands anywhere"));
+        }
+    }
     for (id, count) in sites {
         if count < 2 {
             complaints.push(format!("ORDER({id}) stands alone: name its partner's place too"));
@@ -102,4 +124,48 @@ fn orders(root: &Path, sources: &[(PathBuf, String)], complaints: &mut Vec<Strin
             complaints.push(format!("ORDER({id}) is missing in docs/ordering.md"));
         }
     }
+}
+
+/// Returns what stands in the first cell of a table's row.
+fn first_cell(line: &str) -> Option<&str> {
+    line.strip_prefix('|')?.split('|').next().map(str::trim)
+}
+
+/// Each scenario has a test whose name begins with its id (or with several, `s_48_s_50_`), or a row in the table of what cannot
+/// be written.
+fn scenarios(root: &Path, sources: &[(PathBuf, String)], complaints: &mut Vec<String>) {
+    let table = fs::read_to_string(root.join("docs/lifecycle.md")).expect("docs/lifecycle.md is there");
+    let mut covered = BTreeSet::new();
+    for cell in table.lines().filter_map(first_cell) {
+        covered.extend(cell.split([' ', ',']).filter_map(|word| scenario(&word.replacen('-', "_", 1).to_lowercase())));
+    }
+    for (_, text) in sources.iter().filter(|(path, _)| !path.starts_with("xtask")) {
+        for after in text.split("#[test]").skip(1) {
+            let Some((_, name)) = after.split_once("fn ") else { continue };
+            let mut name = name;
+            while let Some(id) = scenario(name) {
+                covered.insert(id);
+                // Past the letter, the number and both underscores.
+                name = name[2..].split_once('_').map_or("", |(_, rest)| rest);
+            }
+        }
+    }
+    for (letter, sections) in SCENARIOS {
+        for number in sections.iter().flat_map(|(first, last)| *first..=*last) {
+            if !covered.contains(&(*letter, number)) {
+                let id = letter.to_ascii_uppercase();
+                complaints.push(format!(
+                    "{id}-{number:02} has no test `{letter}_{number:02}_...` and no row in docs/lifecycle.md"
+                ));
+            }
+        }
+    }
+}
+
+/// Reads the scenario that a name begins with.
+fn scenario(name: &str) -> Option<(char, u32)> {
+    let letter = name.chars().next().filter(|letter| matches!(letter, 's' | 'b'))?;
+    let digits = name[1..].strip_prefix('_')?;
+    let end = digits.find(|digit: char| !digit.is_ascii_digit()).unwrap_or(digits.len());
+    Some((letter, digits[..end].parse().ok()?))
 }

@@ -1,0 +1,160 @@
+//! A DMA map: several devices use the memory of one process, and share one notifier for its address space.
+//!
+//! The first device that attaches makes the map, later ones find it; the last that detaches frees it. A buffer is pinned once,
+//! whoever uses it, and leaves the translation tables of all devices before its memory changes.
+
+use mmu_notifier::{
+    Event, InstallError, InvalidateRange, InvalidateSeq, MmWithUser, ShadowOps, Subscription, Subsystem, Va, VaRange,
+};
+use std::collections::BTreeMap;
+use std::io::Error;
+use std::ptr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+const PAGE: u64 = mmu_notifier::PAGE_SIZE;
+
+/// A device by its number, and its address on the bus.
+type Device = usize;
+
+/// A buffer whose pages stay in memory as long as this lives.
+struct Pinned {
+    range: VaRange,
+    /// The devices that have it in their tables, and at which bus address.
+    users: BTreeMap<Device, u64>,
+}
+
+impl Pinned {
+    fn new(range: VaRange) -> Result<Self, Error> {
+        // SAFETY: `mlock` has no memory-safety duty: it fails where nothing is mapped.
+        match unsafe { libc::mlock(range.start().get() as *const libc::c_void, (range.pages() * PAGE) as usize) } {
+            0 => Ok(Self { range, users: BTreeMap::new() }),
+            _ => Err(Error::last_os_error()),
+        }
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        // SAFETY: As for `mlock`.
+        unsafe { libc::munlock(self.range.start().get() as *const libc::c_void, (self.range.pages() * PAGE) as usize) };
+    }
+}
+
+/// What all devices have of one address space.
+struct Map {
+    buffers: BTreeMap<u64, Pinned>,
+    next_bus_address: u64,
+    /// Entries that were taken out of devices' tables: each is a command to a device.
+    flushes: Arc<AtomicUsize>,
+}
+
+impl ShadowOps for Map {
+    fn zap(&mut self, range: &InvalidateRange<'_>) {
+        // A device writes wherever its table points: each entry goes before the memory does.
+        self.buffers.retain(|_, buffer| {
+            let stays = !buffer.range.overlaps(range.range());
+            if !stays {
+                self.flushes.fetch_add(buffer.users.len(), Ordering::Relaxed);
+            }
+            stays
+        });
+    }
+}
+
+type SharedMap = Subscription<InvalidateSeq<Map>>;
+
+/// Gives a device access to a buffer: pins it, or finds that it is pinned already.
+fn map(shared: &SharedMap, device: Device, range: VaRange) -> Result<u64, Error> {
+    loop {
+        let known = shared.with_shadow(|map| {
+            let bus_address = map.next_bus_address;
+            let buffer = map.buffers.get_mut(&range.start().get())?;
+            map.next_bus_address += range.pages() * PAGE;
+            Some(*buffer.users.entry(device).or_insert(bus_address))
+        });
+        if let Some(bus_address) = known {
+            return Ok(bus_address);
+        }
+        let snapshot = shared.snapshot(range);
+        let pinned = Pinned::new(range)?;
+        let installed = shared.try_install(snapshot, |map| {
+            // Another device may have been quicker; its buffer stays, and this pin goes.
+            map.buffers.entry(range.start().get()).or_insert(pinned);
+        });
+        match installed {
+            // Mapped or invalidated meanwhile: either way the next turn knows.
+            Ok(()) | Err(InstallError::Retry) => {}
+            Err(error) => return Err(Error::other(error)),
+        }
+    }
+}
+
+/// Takes a device out of every buffer, as it must before it puts the map: put tells nobody.
+fn detach(shared: SharedMap, device: Device) {
+    shared.with_shadow(|map| {
+        map.buffers.retain(|_, buffer| {
+            buffer.users.remove(&device);
+            !buffer.users.is_empty()
+        });
+    });
+    shared.put();
+}
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let flushes = Arc::new(AtomicUsize::new(0));
+    let maps_made = AtomicUsize::new(0);
+    let dma = Subsystem::<InvalidateSeq<Map>, std::convert::Infallible, _>::new(|_: &MmWithUser| {
+        maps_made.fetch_add(1, Ordering::Relaxed);
+        let map = Map { buffers: BTreeMap::new(), next_bus_address: 0x1000_0000, flushes: Arc::clone(&flushes) };
+        Ok(InvalidateSeq::new([VaRange::ALL], map))
+    });
+
+    let mm = MmWithUser::new();
+    let devices = [dma.get(&mm)?, dma.get(&mm)?, dma.get(&mm)?];
+    assert_eq!((maps_made.load(Ordering::Relaxed), devices[0].users()), (1, 3), "one map for all");
+
+    // Two buffers, of which the first is used by all devices.
+    let memory = anonymous(8 * PAGE)?;
+    let first = VaRange::covering(Va::new(memory), 2 * PAGE)?;
+    let second = VaRange::covering(Va::new(memory + 4 * PAGE), PAGE)?;
+    for (number, device) in devices.iter().enumerate() {
+        map(device, number, first)?;
+    }
+    let bus_address = map(&devices[1], 1, second)?;
+    assert_eq!(map(&devices[1], 1, second)?, bus_address, "mapped once");
+    let buffers = |shared: &SharedMap| shared.with_shadow(|map| map.buffers.len());
+    assert_eq!(buffers(&devices[2]), 2);
+
+    // The process unmaps the first buffer while devices use it: all of them have let go before it happens.
+    mm.with_invalidation(first, Event::Unmap, |_| {
+        assert_eq!((buffers(&devices[0]), flushes.load(Ordering::Relaxed)), (1, 3));
+        // SAFETY: Nobody uses that memory: no device has it any more, and this program never did.
+        assert_eq!(unsafe { libc::munmap(memory as *mut libc::c_void, 2 * PAGE as usize) }, 0);
+    });
+    assert!(map(&devices[0], 0, first).is_err(), "there is nothing to pin");
+
+    // Devices leave one by one; the last one frees the map.
+    for (number, device) in devices.into_iter().enumerate() {
+        detach(device, number);
+    }
+    dma.synchronize()?;
+    assert_eq!(mm.mm_count(), 1, "nothing is left of it");
+    // SAFETY: Nobody uses that memory.
+    assert_eq!(unsafe { libc::munmap((memory + 2 * PAGE) as *mut libc::c_void, 6 * PAGE as usize) }, 0);
+    println!("{} devices' entries were flushed before their memory went away", flushes.load(Ordering::Relaxed));
+    Ok(())
+}
+
+fn anonymous(length: u64) -> Result<u64, Error> {
+    let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    // SAFETY: It takes free addresses only, as none is given.
+    let start = unsafe { libc::mmap(ptr::null_mut(), length as usize, protection, flags, -1, 0) };
+    if start == libc::MAP_FAILED { Err(Error::last_os_error()) } else { Ok(start as u64) }
+}
+
+#[cfg(test)]
+#[test]
+fn it_runs() {
+    main().expect("the example succeeds");
+}

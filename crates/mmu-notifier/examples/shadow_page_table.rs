@@ -1,0 +1,167 @@
+//! A shadow page table over real memory: entries are faulted in when they are first used, and `munmap` may come at any time.
+//!
+//! Readers follow the table's pointers without asking the kernel. That is sound only as long as an entry leaves the table
+//! before its page leaves the address space: a mistake in the protocol ends this program with SIGSEGV.
+//!
+//! Here brackets are opened by hand around each call; an event source does that for a program that knows nothing of it.
+
+use mmu_notifier::{Event, InvalidateRange, InvalidateSeq, MmWithUser, ShadowOps, Subsystem, Va, VaRange};
+use std::collections::BTreeMap;
+use std::io::Error;
+use std::ptr::{self, NonNull};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+const PAGES: u64 = 32;
+const PAGE: u64 = mmu_notifier::PAGE_SIZE;
+
+/// Which page has which host address, as far as somebody has used it. Spte is the kernel's word for one such entry.
+#[derive(Default)]
+struct Table(BTreeMap<u64, NonNull<u8>>);
+
+// SAFETY: The pointers are to memory that belongs to no thread, and are used under the table's lock.
+unsafe impl Send for Table {}
+
+impl ShadowOps for Table {
+    fn zap(&mut self, range: &InvalidateRange<'_>) {
+        self.0.retain(|page, _| !range.range().contains(Va::new(*page)));
+    }
+}
+
+type Shadow = InvalidateSeq<Table>;
+
+/// The guest's memory, of which any page may be missing.
+struct Guest {
+    range: VaRange,
+}
+
+impl Guest {
+    fn map() -> Self {
+        let start = mmap(ptr::null_mut(), PAGES * PAGE, 0);
+        Self { range: VaRange::covering(Va::new(start), PAGES * PAGE).expect("a mapping is not empty") }
+    }
+
+    fn page(&self, number: u64) -> VaRange {
+        VaRange::covering(Va::new(self.range.start().get() + number * PAGE), PAGE).expect("a page is not empty")
+    }
+
+    fn unmap(&self, mm: &MmWithUser, number: u64) {
+        let page = self.page(number);
+        let _bracket = mm.invalidate(page, Event::Unmap);
+        // SAFETY: Nobody may use the page: it is the guest's, which is reached through the shadow alone, and that has let go.
+        let done = unsafe { libc::munmap(page.start().get() as *mut libc::c_void, PAGE as usize) };
+        assert_eq!(done, 0, "munmap: {}", Error::last_os_error());
+    }
+
+    /// Maps a missing page again. Nothing was translated there, so there is nothing to tell.
+    fn map_again(&self, number: u64) {
+        mmap(self.page(number).start().get() as *mut libc::c_void, PAGE, libc::MAP_FIXED_NOREPLACE);
+    }
+
+    /// Walks the primary page table: what a page is mapped to, if it is.
+    fn walk(&self, page: VaRange) -> Option<NonNull<u8>> {
+        let start = page.start().get() as *mut libc::c_void;
+        let mut resident = 0;
+        // SAFETY: `mincore` only looks, and fails with ENOMEM where nothing is mapped; it writes one byte for one page.
+        let mapped = unsafe { libc::mincore(start, PAGE as usize, &raw mut resident) } == 0;
+        NonNull::new(start.cast::<u8>()).filter(|_| mapped)
+    }
+}
+
+fn mmap(at: *mut libc::c_void, length: u64, flags: libc::c_int) -> u64 {
+    let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | flags);
+    // SAFETY: It takes free addresses only: none is given, or MAP_FIXED_NOREPLACE is.
+    let start = unsafe { libc::mmap(at, length as usize, protection, flags, -1, 0) };
+    assert_ne!(start, libc::MAP_FAILED, "mmap: {}", Error::last_os_error());
+    start as u64
+}
+
+/// Adds one to a byte of the guest, through the shadow. Returns what it was, or `None` if the page is not mapped, and whether it
+/// had to be faulted in.
+fn increment(shadow: &Shadow, guest: &Guest, number: u64) -> (Option<u8>, bool) {
+    let page = guest.page(number);
+    let address = page.start().get();
+    let mut faulted = false;
+    loop {
+        // Under the shadow's lock, where no entry can be zapped.
+        let hit = shadow.with_shadow(|table| {
+            table.0.get(&address).map(|host| {
+                // SAFETY: The page must be mapped: its entry is there, so no bracket has come to the point where it may go.
+                let value = unsafe { host.as_ptr().read_volatile() };
+                // SAFETY: As above; only lock holders write.
+                unsafe { host.as_ptr().write_volatile(value.wrapping_add(1)) };
+                value
+            })
+        });
+        if hit.is_some() {
+            return (hit, faulted);
+        }
+        faulted = true;
+        let snapshot = shadow.snapshot(page);
+        let Some(host) = guest.walk(page) else { return (None, faulted) };
+        // If it is refused the page has gone meanwhile, or is going: the next turn looks again.
+        let _ = shadow.try_install(snapshot, |table| table.0.insert(address, host));
+    }
+}
+
+fn main() {
+    let mm = MmWithUser::new();
+    let guest = Guest::map();
+    let range = guest.range;
+    let shadows = Subsystem::<Shadow, std::convert::Infallible, _>::new(move |_: &MmWithUser| {
+        Ok(InvalidateSeq::new([range], Table::default()))
+    });
+    let shadow = shadows.get(&mm).expect("no bracket is open here");
+
+    assert_eq!(increment(&shadow, &guest, 0), (Some(0), true), "the first use faults");
+    assert_eq!(increment(&shadow, &guest, 0), (Some(1), false), "the second does not");
+    guest.unmap(&mm, 0);
+    assert_eq!(increment(&shadow, &guest, 0), (None, true));
+    guest.map_again(0);
+    assert_eq!(increment(&shadow, &guest, 0), (Some(0), true), "a new page, which is empty");
+
+    // The same with processors that run meanwhile.
+    let stop = AtomicBool::new(false);
+    let (hits, faults) = thread::scope(|scope| {
+        let processors = [1, 5].map(|stride| {
+            let (shadow, guest, stop) = (&shadow, &guest, &stop);
+            scope.spawn(move || {
+                let (mut hits, mut faults) = (0_u64, 0_u64);
+                let mut number = 0;
+                while !stop.load(Ordering::Relaxed) || hits == 0 || faults == 0 {
+                    match increment(shadow, guest, number) {
+                        (Some(_), false) => hits += 1,
+                        (Some(_), true) => faults += 1,
+                        (None, _) => {}
+                    }
+                    number = (number + stride) % PAGES;
+                }
+                (hits, faults)
+            })
+        });
+        for number in (0..PAGES).cycle().take(2000) {
+            guest.unmap(&mm, number);
+            guest.map_again(number);
+        }
+        stop.store(true, Ordering::Relaxed);
+        processors
+            .map(|processor| processor.join().expect("processors do not panic"))
+            .into_iter()
+            .unzip::<_, _, Vec<_>, Vec<_>>()
+    });
+    assert_eq!(shadow.in_progress(), None);
+
+    // The end of the address space: nothing is left in the table, and nothing gets in.
+    drop(mm);
+    assert!(shadow.with_shadow(|table| table.0.is_empty()));
+    assert!(shadow.try_install(shadow.snapshot(guest.page(1)), |_| ()).is_err());
+    shadow.put();
+    shadows.synchronize().expect("no bracket is open here");
+    println!("2000 pages unmapped under {hits:?} hits and {faults:?} faults of two processors");
+}
+
+#[cfg(test)]
+#[test]
+fn it_runs() {
+    main();
+}

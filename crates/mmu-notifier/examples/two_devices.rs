@@ -1,0 +1,139 @@
+//! A driver of two devices that can be unloaded: files are opened and closed, processes end, and at the end nothing of the
+//! driver may be running or left anywhere.
+//!
+//! Each device is a subsystem: two keys, so a process that has both open has two notifiers. Unloading is three steps: no file
+//! can be opened any more, the last references are put, and [`Subsystem::synchronize`] has returned for each.
+
+use mmu_notifier::{Event, InvalidateRange, Mm, MmWithUser, Notifier, Subscription, Subsystem, Va, VaRange};
+use std::collections::BTreeSet;
+use std::convert::Infallible;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+/// What the module's code and data are: whoever holds this runs in it.
+#[derive(Debug, Default)]
+struct Module {
+    invalidations: AtomicU64,
+    released: AtomicU64,
+    freed: AtomicU64,
+}
+
+/// What one device has of one process.
+#[derive(Debug)]
+struct Context {
+    module: Arc<Module>,
+    pages: Mutex<BTreeSet<u64>>,
+}
+
+impl Context {
+    fn forget(&self, range: VaRange) {
+        self.pages.lock().expect("no holder panics").retain(|page| !range.contains(Va::new(*page)));
+    }
+}
+
+impl Notifier for Context {
+    fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
+        self.module.invalidations.fetch_add(1, Ordering::Relaxed);
+        self.forget(range.range());
+    }
+
+    fn release(&self, _mm: &Mm) {
+        self.module.released.fetch_add(1, Ordering::Relaxed);
+        self.forget(VaRange::ALL);
+    }
+}
+
+/// The kernel's `free_notifier`: on another thread, after the last callback.
+impl Drop for Context {
+    fn drop(&mut self) {
+        assert!(self.pages.get_mut().expect("no holder panics").is_empty(), "put before the pages were dropped");
+        self.module.freed.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+type Device = Subsystem<Context, Infallible, Box<dyn Fn(&MmWithUser) -> Result<Context, Infallible> + Send + Sync>>;
+
+/// An open file: one reference to the context of its process.
+struct File(Subscription<Context>);
+
+impl File {
+    fn open(device: &Device, process: &MmWithUser) -> Self {
+        Self(device.get(process).expect("files are opened outside of brackets"))
+    }
+
+    fn use_page(&self, page: u64) {
+        self.0.pages.lock().expect("no holder panics").insert(page);
+    }
+
+    /// Whoever closes the last file must have dropped every page: put calls no `release`.
+    fn close(self) {
+        if self.0.users() == 1 {
+            self.0.forget(VaRange::ALL);
+        }
+        self.0.put();
+    }
+}
+
+fn load(module: &Arc<Module>) -> [Device; 2] {
+    [(); 2].map(|()| {
+        let module = Arc::clone(module);
+        let alloc = move |_: &MmWithUser| Ok(Context { module: Arc::clone(&module), pages: Mutex::default() });
+        Subsystem::new(Box::new(alloc) as Box<_>)
+    })
+}
+
+fn main() {
+    let module = Arc::new(Module::default());
+    let devices = load(&module);
+    let processes = [MmWithUser::new(), MmWithUser::new()];
+    let range = VaRange::covering(Va::new(0x1000), 0x4000).expect("it is not empty");
+
+    let mut files: Vec<File> = Vec::new();
+    for device in &devices {
+        for process in &processes {
+            let file = File::open(device, process);
+            file.use_page(0x2000);
+            files.push(file);
+            files.push(File::open(device, process));
+        }
+    }
+    assert_eq!(files[0].0.users(), 2, "two files of one process share a context");
+
+    let stop = AtomicBool::new(false);
+    let [first, second] = processes;
+    let handle = (*first).clone();
+    thread::scope(|scope| {
+        // Memory changes all the time, whatever the driver does.
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                drop(second.invalidate(range, Event::Unmap));
+            }
+        });
+        // The first process ends with its files open. They are closed later, and that is fine.
+        drop(first);
+        assert_eq!(module.released.load(Ordering::Relaxed), 2, "both devices have let go of it");
+
+        // Unload.
+        files.drain(..).for_each(File::close);
+        for device in &devices {
+            device.synchronize().expect("no bracket is open in this thread");
+        }
+        assert_eq!(module.freed.load(Ordering::Relaxed), 4, "every context of every process");
+        let before = module.invalidations.load(Ordering::Relaxed);
+        drop(devices);
+        // The module's memory can go now: nobody else has it, although the second process goes on changing its memory.
+        assert_eq!(Arc::strong_count(&module), 1);
+        drop(second.invalidate(range, Event::Unmap));
+        assert_eq!(module.invalidations.load(Ordering::Relaxed), before, "nobody is called");
+        stop.store(true, Ordering::Relaxed);
+    });
+    assert_eq!(handle.mm_count(), 1, "and nothing of the first process is left either");
+    println!("unloaded after {} invalidations", module.invalidations.load(Ordering::Relaxed));
+}
+
+#[cfg(test)]
+#[test]
+fn it_runs() {
+    main();
+}

@@ -1,0 +1,185 @@
+//! Soaks `mmu-notifier`: threads that get, put, register, unregister, insert, remove, invalidate, fault and exit at random, on
+//! address spaces that come and go.
+//!
+//! Every notifier says whether it is alive and counts its starts and ends. The frame behind an address space changes inside
+//! brackets only, and nobody may find another than the present one in a shadow. At the end everything that was made must
+//! have been freed, and every count must be zero.
+
+mod actor;
+mod subscriber;
+
+use crate::Options;
+use crate::random::Random;
+use actor::Actor;
+use mmu_notifier::MmWithUser;
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+use subscriber::{Probe, Probes};
+
+const THREADS: u64 = 8;
+const SPACES: usize = 3;
+const SUBSYSTEMS: usize = 3;
+
+/// What happened, for the last lines of output.
+#[derive(Debug, Default)]
+pub(crate) struct Counts {
+    allocs: AtomicU64,
+    frees: AtomicU64,
+    gets: AtomicU64,
+    registrations: AtomicU64,
+    intervals: AtomicU64,
+    brackets: AtomicU64,
+    finishes: AtomicU64,
+    refused: AtomicU64,
+    faults: AtomicU64,
+    retries: AtomicU64,
+    exits: AtomicU64,
+    synchronized: AtomicU64,
+    /// Uses of freed notifiers, unpaired ends, stale frames, leaks.
+    errors: AtomicU64,
+}
+
+pub(crate) fn add(counter: &AtomicU64) {
+    counter.fetch_add(1, Ordering::Relaxed);
+}
+
+/// An address space and what is behind its one interesting page.
+#[derive(Debug, Clone)]
+pub(crate) struct Space {
+    pub(crate) mm: MmWithUser,
+    /// Changed inside brackets only.
+    pub(crate) frame: Arc<AtomicU64>,
+}
+
+impl Space {
+    fn new() -> Self {
+        Self { mm: MmWithUser::new(), frame: Arc::default() }
+    }
+}
+
+/// What all threads share.
+#[derive(Debug)]
+pub(crate) struct World {
+    spaces: [Mutex<Space>; SPACES],
+    pub(crate) subsystems: [Probes; SUBSYSTEMS],
+    /// Subscriptions that any callback may take and put.
+    pub(crate) orphans: Mutex<Vec<mmu_notifier::Subscription<Probe>>>,
+    pub(crate) counts: Counts,
+    pub(crate) broken: bool,
+}
+
+impl World {
+    fn new(broken: bool) -> &'static Self {
+        Box::leak(Box::new(Self {
+            spaces: [(); SPACES].map(|()| Mutex::new(Space::new())),
+            subsystems: [(); SUBSYSTEMS].map(|()| subscriber::subsystem()),
+            orphans: Mutex::default(),
+            counts: Counts::default(),
+            broken,
+        }))
+    }
+
+    pub(crate) fn space(&self, number: usize) -> Space {
+        lock(&self.spaces[number]).clone()
+    }
+
+    /// Puts a new address space into a place, and drops the place's hold on the old one: exit, if nobody else is a user.
+    pub(crate) fn replace(&self, number: usize) {
+        let old = std::mem::replace(&mut *lock(&self.spaces[number]), Space::new());
+        self.check(old.mm.callback_panics() == 0, "a callback has panicked");
+        drop(old);
+        add(&self.counts.exits);
+    }
+
+    /// Counts an error if `good` is false.
+    pub(crate) fn check(&self, good: bool, what: &str) {
+        if !good && self.counts.errors.fetch_add(1, Ordering::Relaxed) < 10 {
+            eprintln!("stress mmu: {what}");
+        }
+    }
+
+    /// Checks what must hold when every thread has let go of everything.
+    fn finish(&self) {
+        lock(&self.orphans).clear();
+        for subsystem in &self.subsystems {
+            self.check(subsystem.drain_until_idle().is_ok(), "a drain outside of brackets was refused");
+        }
+        for place in &self.spaces {
+            let space = lock(place);
+            // What is freed without a subsystem, such as a registration that was put, nobody can wait for.
+            wait_until(|| space.mm.mm_count() == 1);
+            let (seq, open) = space.mm.interval_snapshot();
+            self.check(open == 0 && seq % 2 == 0, "an interval's window is still open");
+            self.check(space.mm.callback_panics() == 0, "a callback has panicked");
+        }
+        wait_until(|| self.counts.frees.load(Ordering::Relaxed) == self.counts.allocs.load(Ordering::Relaxed));
+    }
+}
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Yields until `condition` holds; the watchdog ends a run in which it never does.
+fn wait_until(condition: impl Fn() -> bool) {
+    while !condition() {
+        thread::yield_now();
+    }
+}
+
+pub(crate) fn run(options: &Options) -> ExitCode {
+    println!("stress mmu: seed {}, {} s, {options:?}", options.seed, options.length.as_secs());
+    if options.no_membarrier {
+        // SAFETY: Nobody may use the environment at the same time: there is one thread yet.
+        unsafe { std::env::set_var("SRCU_NO_MEMBARRIER", "1") };
+    }
+    let world = World::new(options.broken);
+    watch(options.length + Duration::from_secs(60), world);
+    let start = Instant::now();
+    let errors = soak(world, options.seed, options.length);
+    println!("{:#?}", world.counts);
+    println!("stress mmu: {errors} errors in {:.1} s, seed {}", start.elapsed().as_secs_f64(), options.seed);
+    ExitCode::from(u8::from(errors != 0))
+}
+
+/// Runs all threads for `length`, and returns how many errors there were.
+fn soak(world: &'static World, seed: u64, length: Duration) -> u64 {
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        for stream in 0..THREADS {
+            let stop = &stop;
+            scope.spawn(move || Actor::new(world, Random::new(seed, stream)).run(stop));
+        }
+        thread::sleep(length);
+        stop.store(true, Ordering::Relaxed);
+    });
+    world.finish();
+    world.counts.errors.load(Ordering::Relaxed)
+}
+
+/// Ends the process if it has not ended by itself: something hangs, or something was never freed.
+fn watch(limit: Duration, world: &'static World) {
+    thread::spawn(move || {
+        thread::sleep(limit);
+        eprintln!("stress mmu: hangs\n{:#?}", world.counts);
+        std::process::abort();
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn b_48_a_short_soak_leaves_every_count_at_zero() {
+        let world = World::new(false);
+        assert_eq!(soak(world, 48, Duration::from_secs(2)), 0);
+        let counts = &world.counts;
+        for done in [&counts.allocs, &counts.registrations, &counts.intervals, &counts.refused, &counts.faults] {
+            assert!(done.load(Ordering::Relaxed) > 0, "it did not do everything: {counts:?}");
+        }
+    }
+}
