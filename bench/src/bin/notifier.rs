@@ -40,12 +40,8 @@ static ALLOCATOR: Counting = Counting;
 struct Empty;
 
 impl Notifier for Empty {
-    fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
-        black_box(range.range());
-    }
-    fn invalidate_range_end(&self, range: &InvalidateRange<'_>) {
-        black_box(range.range());
-    }
+    fn invalidate_range_start(&self, _: &InvalidateRange<'_>) {}
+    fn invalidate_range_end(&self, _: &InvalidateRange<'_>) {}
 }
 
 impl IntervalOps for Empty {
@@ -98,6 +94,36 @@ fn bracket(subscribers: usize, threads: usize) -> f64 {
     let subsystems: Vec<_> = (0..subscribers).map(|_| subsystem()).collect();
     let _held: Vec<_> = subsystems.iter().map(|one| one.get(&mm).expect("outside of brackets")).collect();
     on_threads(threads, TIMES, |_| drop(mm.invalidate(page(1), Event::Clear)))
+}
+
+/// The floor of dispatch: as many callbacks through pointers in a list, called twice, and nothing around them.
+struct Bare {
+    next: Option<Box<Bare>>,
+    start: fn(&VaRange),
+    end: fn(&VaRange),
+}
+
+impl Bare {
+    #[inline(never)]
+    fn call(list: Option<&Self>, of: fn(&Self) -> fn(&VaRange), range: &VaRange) {
+        let mut at = list;
+        while let Some(one) = at {
+            at = one.next.as_deref();
+            of(one)(range);
+        }
+    }
+}
+
+fn bare(callbacks: usize) -> f64 {
+    let mut list = None;
+    for _ in 0..callbacks {
+        list = Some(Box::new(Bare { next: list, start: black_box(|_| ()), end: black_box(|_| ()) }));
+    }
+    let range = page(1);
+    each(TIMES, || {
+        Bare::call(list.as_deref(), |one| one.start, &range);
+        Bare::call(list.as_deref(), |one| one.end, &range);
+    })
 }
 
 fn get_put(threads: usize, shared: bool) -> f64 {
@@ -183,7 +209,7 @@ fn main() {
     let rounds: usize = std::env::args().nth(1).and_then(|n| n.parse().ok()).unwrap_or(7);
     let run = |f: &dyn Fn() -> f64| median((0..rounds).map(|_| f()).collect());
     // Compared figures are taken in turn, so that drift of the machine meets both.
-    let mut columns: Vec<Vec<f64>> = vec![Vec::new(); 14];
+    let mut columns: Vec<Vec<f64>> = vec![Vec::new(); 16];
     for _ in 0..rounds {
         let values = [
             section(1),
@@ -200,6 +226,8 @@ fn main() {
             map_of_arcs(2, true),
             get_put(2, false),
             map_of_arcs(2, false),
+            bare(1),
+            bare(9),
         ];
         columns.iter_mut().zip(values).for_each(|(column, value)| column.push(value));
     }
@@ -212,6 +240,8 @@ fn main() {
         row("  bracket, one subscriber", m[at + 2], Some((m[at + 2] / m[at], "a section")), "<= 4");
         row("  each further subscriber", (m[at + 3] - m[at + 2]) / 8.0, None, "<= 3 ns");
     }
+    row("floor: 2 callbacks in a bare list", m[14], Some((m[2] / m[14], "it: a bracket, 1 subscriber")), "");
+    row("floor: each further in a bare list", (m[15] - m[14]) / 8.0, None, "");
     row("get + put, 1 thread", m[8], Some((m[8] / m[9], "Mutex<HashMap>")), "<= 0.35");
     row("get + put, 2 threads, one mm", m[10], Some((m[10] / m[11], "Mutex<HashMap>")), "<= 0.5");
     row("get + put, 2 threads, own mm", m[12], Some((m[12] / m[13], "Mutex<HashMap>")), "<= 0.15");

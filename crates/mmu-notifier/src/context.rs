@@ -1,5 +1,7 @@
 //! What this thread is in the middle of, so that a wait which could never end is refused instead.
 
+use crate::Mm;
+use crate::lockdep::Section;
 use crate::sync::per_thread;
 use std::cell::Cell;
 
@@ -12,13 +14,21 @@ per_thread! {
 
 /// Marks this thread as being inside a callback section, until dropped.
 #[derive(Debug)]
-pub(crate) struct Inside(());
+pub(crate) struct Inside {
+    _section: Section,
+}
 
 impl Inside {
+    /// A bracket or callback of `mm`.
     #[inline]
-    pub(crate) fn enter() -> Self {
+    pub(crate) fn enter(mm: &Mm) -> Self {
+        Self::enter_section(Section::enter(Some(mm.id())))
+    }
+
+    #[inline]
+    fn enter_section(section: Section) -> Self {
         DEPTH.with(|depth| depth.set(depth.get() + 1));
-        Self(())
+        Self { _section: section }
     }
 }
 
@@ -36,7 +46,7 @@ pub(crate) fn is_inside() -> bool {
 
 /// Runs `f`, marked as a deferred free.
 pub(crate) fn freeing<R>(f: impl FnOnce() -> R) -> R {
-    let _inside = Inside::enter();
+    let _inside = Inside::enter_section(Section::enter(None));
     let before = FREEING.with(|freeing| freeing.replace(true));
     let result = f();
     FREEING.with(|freeing| freeing.set(before));

@@ -9,7 +9,7 @@ pub use finish::Finish;
 pub(crate) use window::{Intervals, Window};
 
 use crate::sync::lock;
-use crate::{InvalidateRange, Mm, MmWithUser, VaRange, WouldBlock, WouldDeadlock, context};
+use crate::{InvalidateRange, Mm, MmWithUser, VaRange, WouldBlock, WouldDeadlock, context, lockdep};
 use node::Node;
 use std::fmt;
 use std::marker::PhantomData;
@@ -149,6 +149,7 @@ impl<S: IntervalOps> IntervalNotifier<S> {
     /// `mmu_interval_notifier_insert`. Differs: empty ranges, overflow and dead address spaces cannot be passed, and there
     /// is no EINTR.
     #[doc(alias = "mmu_interval_notifier_insert")]
+    #[cfg_attr(debug_assertions, track_caller)]
     pub fn insert(mm: &MmWithUser, range: VaRange, state: S) -> Result<Self, WouldDeadlock> {
         mm.intervals().enable(mm)?;
         let node = Node::new((**mm).clone(), range, state);
@@ -180,13 +181,18 @@ impl<S: IntervalOps> IntervalNotifier<S> {
     /// # Source
     /// `mmu_interval_read_begin`.
     #[doc(alias = "mmu_interval_read_begin")]
+    #[cfg_attr(debug_assertions, track_caller)]
     pub fn read_begin(&self) -> ReadSeq {
+        if self.mm().is_inherited() {
+            return NEVER;
+        }
         let intervals = self.mm().intervals();
         let (seq, invalidating) = intervals.read(&self.node().header);
         if invalidating {
             if self.mm().would_deadlock() {
                 return NEVER;
             }
+            lockdep::might_wait(Some(self.mm()));
             intervals.wait_past(seq);
         }
         ReadSeq(seq)
@@ -214,7 +220,12 @@ impl<S: IntervalOps> IntervalNotifier<S> {
     /// # Source
     /// `mmu_interval_read_retry`. Differs: the lock and the comparison are one.
     #[doc(alias = "mmu_interval_read_retry")]
+    #[cfg_attr(debug_assertions, track_caller)]
     pub fn try_install<R>(&self, seq: ReadSeq, install: impl FnOnce(&mut S) -> R) -> Result<R, Retry> {
+        if self.check_retry(seq) {
+            return Err(Retry);
+        }
+        let _held = lockdep::holds_state(self.mm());
         let mut state = lock(&self.node().state);
         if self.node().header.seq() == seq.0 { Ok(install(&mut state)) } else { Err(Retry) }
     }
@@ -222,7 +233,9 @@ impl<S: IntervalOps> IntervalNotifier<S> {
     /// Runs `f` on the locked state, whatever its sequence: to use what is cached, or to let go of it.
     ///
     /// The same holds for `f` as for what [`try_install`](Self::try_install) runs.
+    #[cfg_attr(debug_assertions, track_caller)]
     pub fn with_state<R>(&self, f: impl FnOnce(&mut S) -> R) -> R {
+        let _held = lockdep::holds_state(self.mm());
         f(&mut lock(&self.node().state))
     }
 
@@ -236,6 +249,7 @@ impl<S: IntervalOps> IntervalNotifier<S> {
     /// # Source
     /// `mmu_interval_notifier_remove`.
     #[doc(alias = "mmu_interval_notifier_remove")]
+    #[cfg_attr(debug_assertions, track_caller)]
     pub fn remove(self) -> Result<S, RemoveError<S>> {
         if !self.detach() {
             return Err(RemoveError { error: WouldDeadlock, interval: self });
@@ -248,9 +262,16 @@ impl<S: IntervalOps> IntervalNotifier<S> {
 
     /// Takes the node off the tree and waits until nobody can be in its callback; false, and nothing changed, if that would
     /// be this thread.
+    #[cfg_attr(debug_assertions, track_caller)]
     fn detach(&self) -> bool {
+        if self.mm().is_inherited() {
+            return false;
+        }
         let intervals = self.mm().intervals();
         let may_wait = !self.mm().would_deadlock();
+        if may_wait {
+            lockdep::might_wait(Some(self.mm()));
+        }
         // SAFETY: The handle exists, so the node was inserted and is not removed: `remove` and drop consume the handle once
         // this returns true, and false leaves the node as it was.
         match unsafe { intervals.remove(&self.node().header, may_wait) } {
@@ -271,7 +292,7 @@ impl<S: IntervalOps> Drop for IntervalNotifier<S> {
         if self.detach() {
             // SAFETY: As in `remove`.
             drop(unsafe { Box::from_raw(self.node.as_ptr()) });
-        } else {
+        } else if !self.mm().is_inherited() {
             let again = Self { node: self.node, owns: PhantomData };
             let mm = again.mm().clone();
             // The reclaimer must not sleep in a window either: there this drop comes here again, for another grace period.

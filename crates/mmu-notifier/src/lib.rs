@@ -57,6 +57,7 @@ mod event;
 #[expect(unsafe_code, reason = "a tree whose nodes are its users' and which is walked without a lock")]
 mod interval;
 mod invalidate_seq;
+pub mod lockdep;
 mod mm;
 mod notifier;
 #[expect(unsafe_code, reason = "a guard beside what it borrows from")]

@@ -11,6 +11,7 @@ use crate::interval::Intervals;
 use crate::secondary::Sealed;
 use crate::subscriptions::{Epoch, Section, Subscriptions};
 use crate::sync::atomic::{AtomicUsize, Ordering};
+use crate::sync::forks;
 use crate::sync::{Arc, mutant};
 use crate::{Va, VaRange, context};
 use lock::MmapLock;
@@ -39,6 +40,8 @@ pub struct Mm(Arc<Inner>);
 #[repr(align(128))]
 struct Inner {
     id: u64,
+    /// What [`forks`] said in the process that it belongs to.
+    forks: usize,
     /// How many [`MmWithUser`] there are; zero for ever once it was.
     users: AtomicUsize,
     subscriptions: Subscriptions,
@@ -54,13 +57,28 @@ impl Mm {
         self.0.id
     }
 
-    /// Takes part in keeping the address space alive, unless it has ended or is ending.
+    /// Tells whether this address space is that of a process which this one was forked from.
+    ///
+    /// It is the parent's alone: here it has no subscribers, brackets of it call nobody, nobody can subscribe to it or get a
+    /// user of it, and what is put or dropped here for the last time is left as it is, with what it may hold of the
+    /// parent's. The child makes an address space of its own.
+    ///
+    /// # Source
+    /// `mmu_notifier_subscriptions_init` in `mm_init`, kernel/fork.c: a child starts without subscribers. Differs: the kernel has
+    /// no handle that a child could inherit.
+    #[must_use]
+    #[inline]
+    pub fn is_inherited(&self) -> bool {
+        self.0.forks != forks()
+    }
+
+    /// Takes part in keeping the address space alive, unless it has ended, is ending, or is the parent's of this process.
     ///
     /// # Source
     /// `mmget_not_zero`, include/linux/sched/mm.h.
     #[must_use]
     pub fn mmget_not_zero(&self) -> Option<MmWithUser> {
-        let mut users = self.0.users.load(Ordering::Relaxed);
+        let mut users = if self.is_inherited() { 0 } else { self.0.users.load(Ordering::Relaxed) };
         while users != 0 {
             // ORDER: Relaxed is enough: the handle that `self` came from orders the content, and the count alone decides who
             // runs exit.
@@ -154,7 +172,10 @@ impl Mm {
 
     /// Calls `f` for every subscriber in a section of its own.
     fn for_each(&self, f: impl FnMut(&dyn crate::Notifier)) {
-        let _inside = context::Inside::enter();
+        if self.is_inherited() {
+            return;
+        }
+        let _inside = context::Inside::enter(self);
         let guard = self.0.subscriptions.srcu().read_lock();
         self.0.subscriptions.for_each(Section::of(&guard), Epoch::ALL, self, f);
     }
@@ -185,7 +206,8 @@ impl Mm {
 
     /// Tells whether waiting here for brackets of this address space would wait for this thread itself.
     pub(crate) fn would_deadlock(&self) -> bool {
-        self.0.subscriptions.srcu().read_lock_held() || context::is_freeing()
+        // Where it is inherited, whoever would have to be waited for may be a thread of the parent.
+        self.0.subscriptions.srcu().read_lock_held() || context::is_freeing() || self.is_inherited()
     }
 
     /// Runs one callback outside a walk; a panic in it is counted, as in one.
@@ -266,6 +288,7 @@ impl MmWithUser {
         static NEXT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(1);
         Self(Mm(Arc::new(Inner {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
+            forks: forks(),
             users: AtomicUsize::new(1),
             subscriptions: Subscriptions::new(),
             intervals: Intervals::new(seq),

@@ -2,7 +2,9 @@
 
 use crate::subscriptions::NodeRef;
 use crate::sync::mutant;
-use crate::{Mm, MmWithUser, MmapWriteGuard, Notifier, RegisterError, UnregisterError, WouldDeadlock, context};
+use crate::{
+    Mm, MmWithUser, MmapWriteGuard, Notifier, RegisterError, UnregisterError, WouldDeadlock, context, lockdep,
+};
 use std::fmt;
 use std::ops::Deref;
 
@@ -55,7 +57,9 @@ impl<N: Notifier> Registration<N> {
     /// # Errors
     /// [`RegisterError`] with the notifier, unchanged, if this thread is inside a bracket of `mm`, holds its write lock or
     /// runs a deferred free.
+    #[cfg_attr(debug_assertions, track_caller)]
     pub fn new(mm: &MmWithUser, notifier: N) -> Result<Self, RegisterError<N>> {
+        lockdep::might_wait(Some(mm));
         match mm.mmap_write_lock() {
             Ok(locked) => {
                 let node = NodeRef::new((**mm).clone(), None, notifier);
@@ -79,17 +83,19 @@ impl<N: Notifier> Registration<N> {
     /// # Source
     /// `mmu_notifier_unregister`, Linux 5.15.
     #[doc(alias = "mmu_notifier_unregister")]
+    #[cfg_attr(debug_assertions, track_caller)]
     pub fn unregister(self) -> Result<N, UnregisterError<N>> {
         let mm = self.mm().clone();
         if mm.would_deadlock() {
             return Err(UnregisterError { error: WouldDeadlock, registration: self });
         }
+        lockdep::might_wait(Some(&mm));
         let list = mm.subscriptions();
         if mutant("delist_before_release") {
             list.delist_ref(&self.node);
             mm.catching(|| self.node.value().release(&mm));
         } else if list.is_listed(&self.node) {
-            let _inside = context::Inside::enter();
+            let _inside = context::Inside::enter(&mm);
             let _guard = list.srcu().read_lock();
             mm.catching(|| self.node.value().release(&mm));
         }

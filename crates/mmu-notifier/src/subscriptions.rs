@@ -89,6 +89,10 @@ impl Subscriptions {
 
     /// Unlinks a node if it is listed. It keeps its `next`, for walkers that stand on it.
     fn delist(&self, node: &Header) {
+        if node.is_inherited() {
+            // Nobody walks the list here, and its lock may be held by a thread that is not here.
+            return;
+        }
         let _lock = lock(&self.lock);
         Self::unlink(node);
     }
@@ -104,7 +108,8 @@ impl Subscriptions {
 
     /// The caller holds the lock of the list that `node` is on.
     fn unlink(node: &Header) {
-        let pprev = node.pprev.swap(ptr::null_mut(), Ordering::Relaxed);
+        let pprev = node.pprev.load(Ordering::Relaxed);
+        node.pprev.store(ptr::null_mut(), Ordering::Relaxed);
         // SAFETY: A reference needs a live link: not null, it is the head's or that of the listed node before this one, and
         // nobody delists that one while the caller holds the lock.
         let Some(link) = (unsafe { pprev.as_ref() }) else {

@@ -4,7 +4,7 @@ use crate::subscription::Subscription;
 use crate::subscriptions::{NodeRef, NotCounted};
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{Arc, Condvar, Mutex, lock};
-use crate::{GetError, MmWithUser, MmapWriteGuard, Notifier, WouldDeadlock, context, registration};
+use crate::{GetError, MmWithUser, MmapWriteGuard, Notifier, WouldDeadlock, context, lockdep, registration};
 use std::convert::Infallible;
 use std::fmt;
 use std::marker::PhantomData;
@@ -86,10 +86,12 @@ where
     /// # Source
     /// `mmu_notifier_get`, Linux 5.4. Differs: cannot be interrupted; a dead address space cannot be passed.
     #[doc(alias = "mmu_notifier_get")]
+    #[cfg_attr(debug_assertions, track_caller)]
     pub fn get(&self, mm: &MmWithUser) -> Result<Subscription<N>, GetError<E>> {
         if let Some(found) = self.find(mm) {
             return found;
         }
+        lockdep::might_wait(Some(mm));
         let mut locked = mm.mmap_write_lock().map_err(|WouldDeadlock| GetError::WouldDeadlock)?;
         self.get_locked(&mut locked)
     }
@@ -104,6 +106,7 @@ where
     /// # Source
     /// `mmu_notifier_get_locked`, Linux 5.4.
     #[doc(alias = "mmu_notifier_get_locked")]
+    #[cfg_attr(debug_assertions, track_caller)]
     pub fn get_locked(&self, locked: &mut MmapWriteGuard<'_>) -> Result<Subscription<N>, GetError<E>> {
         if let Some(found) = self.find(locked.mm()) {
             return found;
@@ -111,6 +114,7 @@ where
         if locked.would_deadlock() {
             return Err(GetError::WouldDeadlock);
         }
+        lockdep::might_wait(Some(locked.mm()));
         let notifier = (self.alloc)(locked.mm()).map_err(GetError::Alloc)?;
         if locked.would_deadlock() {
             // `alloc` has left a bracket open, for which the registrar would wait.
@@ -134,10 +138,12 @@ where
     /// `mmu_notifier_synchronize`. Differs: it keeps what that function's comment promises; the kernel's body waits for a
     /// grace period only.
     #[doc(alias = "mmu_notifier_synchronize")]
+    #[cfg_attr(debug_assertions, track_caller)]
     pub fn synchronize(&self) -> Result<(), WouldDeadlock> {
         if context::is_inside() {
             return Err(WouldDeadlock);
         }
+        lockdep::might_wait(None);
         self.pending().synchronize();
         Ok(())
     }
@@ -168,10 +174,12 @@ where
     /// INNER.drain_until_idle()?; // Another subsystem: it is drained by itself.
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
+    #[cfg_attr(debug_assertions, track_caller)]
     pub fn drain_until_idle(&self) -> Result<(), WouldDeadlock> {
         if context::is_inside() {
             return Err(WouldDeadlock);
         }
+        lockdep::might_wait(None);
         while !self.pending().is_idle() {
             self.pending().synchronize();
         }
@@ -179,6 +187,9 @@ where
     }
 
     fn find(&self, mm: &MmWithUser) -> Option<Result<Subscription<N>, GetError<E>>> {
+        if mm.is_inherited() {
+            return None;
+        }
         Some(match mm.subscriptions().lookup(self.pending())? {
             Ok(node) => Ok(Subscription::new(node)),
             Err(NotCounted::Overflow) => Err(GetError::Overflow),

@@ -5,6 +5,15 @@ pub(crate) use loom::sync::{Arc, Condvar, Mutex, MutexGuard, atomic};
 #[cfg(not(mmun_loom))]
 pub(crate) use std::sync::{Arc, Condvar, Mutex, MutexGuard, atomic};
 
+#[cfg(not(mmun_loom))]
+pub(crate) use srcu::forks;
+
+/// Models do not fork.
+#[cfg(mmun_loom)]
+pub(crate) fn forks() -> usize {
+    0
+}
+
 use std::sync::PoisonError;
 
 /// Takes the value out of a lock that nobody can hold, also after a panic in a holder.

@@ -115,6 +115,8 @@ pub use error::WouldDeadlock;
 pub use guard::{Guard, Reader, SendGuard};
 pub use raw::callback::{Head, set_callback_panic_hook};
 pub use raw::current::is_reclaimer;
+#[cfg(not(mmun_loom))]
+pub use raw::fork::forks;
 pub use srcu::{Cookie, Srcu};
 
 #[cfg(doctest)]

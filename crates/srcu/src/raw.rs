@@ -13,7 +13,7 @@ pub(crate) mod callback;
 pub(crate) mod current;
 pub(crate) mod event;
 #[cfg(not(mmun_loom))]
-mod fork;
+pub(crate) mod fork;
 #[cfg(not(mmun_loom))]
 mod ids;
 pub(crate) mod lock;

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Barrier, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use testkit::in_child;
 
 fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
@@ -29,29 +30,6 @@ impl Count {
     }
 }
 
-/// Forks; the child runs `f` and exits with its answer. Says how the child ended.
-fn in_child(mut f: impl FnMut() -> bool) -> i32 {
-    // SAFETY: The child may only do what is safe after a fork in a program with threads; glibc makes `malloc` usable there,
-    // and what `f` does besides is what these tests are about.
-    match unsafe { libc::fork() } {
-        -1 => panic!("fork: {}", std::io::Error::last_os_error()),
-        0 => {
-            // A hang becomes a death by SIGALRM, which the parent reports.
-            // SAFETY: No preconditions.
-            unsafe { libc::alarm(20) };
-            let good = std::panic::catch_unwind(std::panic::AssertUnwindSafe(&mut f)).unwrap_or(false);
-            // SAFETY: Ends the process at once, which is always allowed.
-            unsafe { libc::_exit(i32::from(!good)) }
-        }
-        child => {
-            let mut status = 0;
-            // SAFETY: Needs a place for the status.
-            assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
-            status
-        }
-    }
-}
-
 #[test]
 fn a_child_uses_inherited_domains_and_runs_inherited_callbacks() {
     let _alone = alone();
@@ -62,7 +40,7 @@ fn a_child_uses_inherited_domains_and_runs_inherited_callbacks() {
         let count = count.clone();
         srcu.call(move || count.add());
     }
-    let status = in_child(|| {
+    let good = in_child(|| {
         let inside = srcu.read_lock_held() && srcu.synchronize().is_err();
         section.take();
         srcu.synchronize().unwrap();
@@ -73,7 +51,7 @@ fn a_child_uses_inherited_domains_and_runs_inherited_callbacks() {
         srcu.barrier().unwrap();
         inside && inherited == 10 && count.get() == 11
     });
-    assert_eq!(status, 0);
+    assert!(good);
     assert!(section.is_some() && srcu.barrier().is_err(), "the parent is still inside");
     assert_eq!(count.get(), 0);
     drop(section);
@@ -97,11 +75,11 @@ fn sections_of_other_threads_are_over_in_the_child() {
         entered.recv().unwrap();
         let cookie = srcu.start_poll();
         assert!(!srcu.poll(cookie));
-        let status = in_child(|| {
+        let good = in_child(|| {
             srcu.synchronize().unwrap();
             srcu.poll(cookie)
         });
-        assert_eq!(status, 0);
+        assert!(good);
         assert!(!srcu.poll(cookie), "in the parent the section is open");
         open.send(()).unwrap();
     });
@@ -133,7 +111,7 @@ fn a_child_of_a_busy_process_is_not_stuck() {
         .collect();
     start.wait();
     for round in 0..50 {
-        let status = in_child(|| {
+        let good = in_child(|| {
             for srcu in domains.iter() {
                 srcu.synchronize().unwrap();
                 srcu.call(|| ());
@@ -146,7 +124,7 @@ fn a_child_of_a_busy_process_is_not_stuck() {
             });
             true
         });
-        assert_eq!(status, 0, "round {round}");
+        assert!(good, "round {round}");
     }
     stop.store(true, Ordering::Relaxed);
     workers.into_iter().for_each(|worker| worker.join().unwrap());
@@ -156,18 +134,18 @@ fn a_child_of_a_busy_process_is_not_stuck() {
 fn a_callback_that_forks_leaves_a_reclaimer_in_both() {
     let _alone = alone();
     let (first, second) = (Arc::new(Srcu::new()), Arc::new(Srcu::new()));
-    let (send, statuses) = channel();
+    let (send, answers) = channel();
     let in_callback = Arc::clone(&second);
     first.call(move || {
-        let status = in_child(|| {
+        let good = in_child(|| {
             in_callback.synchronize().unwrap();
             // This thread is the reclaimer, so it cannot wait for callbacks; that it may not is the answer wanted.
             in_callback.call(|| ());
             in_callback.barrier().is_err()
         });
-        send.send(status).unwrap();
+        send.send(good).unwrap();
     });
-    assert_eq!(statuses.recv().unwrap(), 0);
+    assert!(answers.recv().unwrap());
     second.call(|| ());
     second.barrier().unwrap();
     first.barrier().unwrap();

@@ -1,4 +1,4 @@
-//! What the tests of several crates share: probes for what this machine can do, and the reference model of the core.
+//! What the tests of several crates share: probes for what this machine can do, forked children, and the reference model of the core.
 //! Not published.
 //!
 //! A test that needs more than a Rust toolchain begins like this:
@@ -12,6 +12,8 @@
 //! ```
 
 mod cap;
+mod child;
 pub mod model;
 
 pub use cap::{Cap, require};
+pub use child::in_child;

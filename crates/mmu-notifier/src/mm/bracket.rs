@@ -34,15 +34,13 @@ impl Mm {
     #[doc(alias = "mmu_notifier_invalidate_range_start")]
     #[inline(always)]
     pub fn invalidate(&self, range: VaRange, event: Event) -> Bracket<'_> {
-        let inside = Inside::enter();
+        let inside = Inside::enter(self);
         let guard = self.subscriptions().srcu().read_lock();
         let epoch = self.subscriptions().epoch();
         let blocking = Blocking::Allowed;
-        let mut bracket =
-            Bracket { mm: self, range, event, blocking, epoch, owed: Owed::NOTHING, guard, _inside: inside };
-        // If nobody is there nobody is owed an end either: who comes later does not take part.
+        let mut bracket = Bracket { mm: self, range, event, blocking, epoch, window: None, guard, _inside: inside };
         if self.is_watched() {
-            bracket.owed = start_each(bracket.range_for_all(), Section::of(&bracket.guard), epoch);
+            bracket.window = start_each(&bracket.range_for_all(), Section::of(&bracket.guard), epoch);
         }
         bracket
     }
@@ -54,12 +52,12 @@ impl Mm {
     /// Sleeps while callbacks run.
     #[must_use = "the bracket ends when the guard is dropped"]
     pub fn invalidate_owned(&self, range: VaRange, event: Event) -> OwnedBracket {
-        let inside = Inside::enter();
+        let inside = Inside::enter(self);
         let guard = OwnedGuard::new(self.clone());
         let epoch = self.subscriptions().epoch();
-        let mut bracket = OwnedBracket { guard, range, event, epoch, owed: Owed::NOTHING, _inside: inside };
+        let mut bracket = OwnedBracket { guard, range, event, epoch, window: None, _inside: inside };
         if self.is_watched() {
-            bracket.owed = start_each(bracket.range(), Section::of(bracket.guard.get()), epoch);
+            bracket.window = start_each(&bracket.range(), Section::of(bracket.guard.get()), epoch);
         }
         bracket
     }
@@ -77,20 +75,20 @@ impl Mm {
     /// `mmu_notifier_invalidate_range_start_nonblock`, Linux 5.12 for the ends. Differs: who refused gets no end.
     #[doc(alias = "mmu_notifier_invalidate_range_start_nonblock")]
     pub fn try_invalidate(&self, range: VaRange, event: Event) -> Result<Bracket<'_>, WouldBlock> {
-        let inside = Inside::enter();
+        let inside = Inside::enter(self);
         let guard = self.subscriptions().srcu().read_lock();
         let epoch = self.subscriptions().epoch();
         let blocking = Blocking::Forbidden;
-        // From here on its drop ends what was started.
-        let mut bracket =
-            Bracket { mm: self, range, event, blocking, epoch, owed: Owed::NOTHING, guard, _inside: inside };
-        let range = bracket.range_for_all();
-        if self.intervals().is_enabled() {
-            bracket.owed.window = Some(self.intervals().start(&range)?);
+        let each = InvalidateRange { mm: self, range, event, blocking };
+        if self.is_inherited() {
+            return Ok(Bracket { mm: self, range, event, blocking, epoch, window: None, guard, _inside: inside });
         }
-        self.subscriptions().try_start(Section::of(&bracket.guard), epoch, &range)?;
-        bracket.owed.subscribers = true;
-        Ok(bracket)
+        let window = if self.intervals().is_enabled() { Some(self.intervals().start(&each)?) } else { None };
+        if let Err(refused) = self.subscriptions().try_start(Section::of(&guard), epoch, &each) {
+            window.into_iter().for_each(|window| self.intervals().end(window));
+            return Err(refused);
+        }
+        Ok(Bracket { mm: self, range, event, blocking, epoch, window, guard, _inside: inside })
     }
 
     /// Runs `change` inside a bracket: subscribers hear the start before it and the end after it, also if it panics.
@@ -119,44 +117,35 @@ impl Mm {
     }
 }
 
-/// Who is to hear of a bracket's end.
-#[derive(Debug, Clone, Copy)]
-struct Owed {
-    subscribers: bool,
-    window: Option<Window>,
-}
-
-impl Owed {
-    const NOTHING: Self = Self { subscribers: false, window: None };
-
-    #[inline]
-    fn anybody(self) -> bool {
-        self.subscribers || self.window.is_some()
-    }
-}
-
-/// Calls the intervals and then the subscribers; returns who is owed the end.
+/// Calls the intervals and then the subscribers; returns the window that is owed its end.
+///
+/// The range comes by reference: copied word by word and then read in wider pieces, it would stall twice a bracket.
 #[expect(
     improper_ctypes_definitions,
     reason = "the C ABI is wanted for one thing only: it tells the optimiser that nothing unwinds"
 )]
-extern "C" fn start_each(range: InvalidateRange<'_>, section: Section<'_>, epoch: Epoch) -> Owed {
+extern "C" fn start_each(range: &InvalidateRange<'_>, section: Section<'_>, epoch: Epoch) -> Option<Window> {
     let mm = range.mm;
+    if mm.is_inherited() {
+        return None;
+    }
     // Nobody can refuse where sleeping is allowed.
-    let window = if mm.intervals().is_enabled() { mm.intervals().start(&range).ok() } else { None };
-    mm.subscriptions().for_each(section, epoch, mm, |notifier| notifier.invalidate_range_start(&range));
-    Owed { subscribers: true, window }
+    let window = if mm.intervals().is_enabled() { mm.intervals().start(range).ok() } else { None };
+    mm.subscriptions().for_each(section, epoch, mm, |notifier| notifier.invalidate_range_start(range));
+    window
 }
 
+/// Closes the window and calls the subscribers that were there at the start: the epoch tells.
 #[expect(improper_ctypes_definitions, reason = "as for `start_each`")]
-extern "C" fn end_each(range: InvalidateRange<'_>, section: Section<'_>, epoch: Epoch, owed: Owed) {
+extern "C" fn end_each(range: &InvalidateRange<'_>, section: Section<'_>, epoch: Epoch, window: Option<Window>) {
     let mm = range.mm;
-    if let Some(window) = owed.window {
+    if mm.is_inherited() {
+        return;
+    }
+    if let Some(window) = window {
         mm.intervals().end(window);
     }
-    if owed.subscribers {
-        mm.subscriptions().for_each(section, epoch, mm, |notifier| notifier.invalidate_range_end(&range));
-    }
+    mm.subscriptions().for_each(section, epoch, mm, |notifier| notifier.invalidate_range_end(range));
 }
 
 /// An invalidation in progress. Dropping it tells the subscribers that the change is over.
@@ -186,7 +175,7 @@ pub struct Bracket<'a> {
     event: Event,
     blocking: Blocking,
     epoch: Epoch,
-    owed: Owed,
+    window: Option<Window>,
     guard: Guard<'a>,
     _inside: Inside,
 }
@@ -220,8 +209,8 @@ impl<'a> Bracket<'a> {
 impl Drop for Bracket<'_> {
     #[inline(always)]
     fn drop(&mut self) {
-        if self.owed.anybody() {
-            end_each(self.range_for_all(), Section::of(&self.guard), self.epoch, self.owed);
+        if self.window.is_some() || !self.mm.subscriptions().is_empty() {
+            end_each(&self.range_for_all(), Section::of(&self.guard), self.epoch, self.window);
         }
     }
 }
@@ -234,7 +223,7 @@ pub struct OwnedBracket {
     range: VaRange,
     event: Event,
     epoch: Epoch,
-    owed: Owed,
+    window: Option<Window>,
     _inside: Inside,
 }
 
@@ -248,8 +237,6 @@ impl OwnedBracket {
 
 impl Drop for OwnedBracket {
     fn drop(&mut self) {
-        if self.owed.anybody() {
-            end_each(self.range(), Section::of(self.guard.get()), self.epoch, self.owed);
-        }
+        end_each(&self.range(), Section::of(self.guard.get()), self.epoch, self.window);
     }
 }

@@ -2,7 +2,7 @@
 
 use super::Mm;
 use crate::subscriptions::{Epoch, Section};
-use crate::{Blocking, Event, Exit, InvalidateRange, VaRange, context};
+use crate::{Blocking, Event, Exit, InvalidateRange, VaRange, context, lockdep};
 
 /// Tells every interval, then calls `release` of every subscriber, delists them all, and waits until no callback runs in any of them.
 ///
@@ -14,9 +14,12 @@ use crate::{Blocking, Event, Exit, InvalidateRange, VaRange, context};
 /// `__mmu_notifier_release`, mm/mmu_notifier.c, Linux 5.15.
 pub(super) fn release(mm: &Mm) {
     let list = mm.subscriptions();
+    if mm.is_inherited() {
+        return;
+    }
     // Nobody can register any more: that takes a user.
     if mm.intervals().is_enabled() {
-        let _inside = context::Inside::enter();
+        let _inside = context::Inside::enter(mm);
         let _guard = list.srcu().read_lock();
         let range =
             InvalidateRange { mm, range: VaRange::ALL, event: Event::Release(Exit(())), blocking: Blocking::Allowed };
@@ -28,12 +31,13 @@ pub(super) fn release(mm: &Mm) {
         return;
     }
     {
-        let _inside = context::Inside::enter();
+        let _inside = context::Inside::enter(mm);
         let guard = list.srcu().read_lock();
         list.for_each(Section::of(&guard), Epoch::ALL, mm, |notifier| notifier.release(mm));
         list.delist_all();
     }
     if !mm.would_deadlock() {
+        lockdep::might_wait(Some(mm));
         // Not inside a section or a free of this domain, as just asked, so this cannot be refused.
         let waited = list.srcu().synchronize();
         debug_assert!(waited.is_ok(), "exit was refused its grace period");

@@ -49,6 +49,10 @@ impl Header {
         unsafe { self.notifier.as_ref() }
     }
 
+    pub(super) fn is_inherited(&self) -> bool {
+        self.mm.is_inherited()
+    }
+
     pub(super) fn is_listed(&self) -> bool {
         !self.pprev.load(Ordering::Relaxed).is_null()
     }
@@ -173,6 +177,10 @@ impl<N: Notifier> NodeRef<N> {
     /// Delists the node and queues its free. The caller is the last user.
     fn retire(&self) {
         let header = self.as_header();
+        if header.is_inherited() {
+            // The value is the parent's to free.
+            return;
+        }
         // Queueing a head twice may do anything, also never end; where a mutant can do that, it is caught here.
         assert!(!mutant("get_revives") || header.live.swap(false, Ordering::Relaxed), "retired twice");
         if let Some(owner) = &header.owner {

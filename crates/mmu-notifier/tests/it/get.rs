@@ -233,7 +233,7 @@ fn s_16_get_returns_the_newest_object_of_its_subsystem() {
 }
 
 #[test]
-fn s_17_a_new_address_space_starts_without_subscribers() {
+fn s_17_an_address_space_of_its_own_starts_without_subscribers() {
     let (parent, log) = (MmWithUser::new(), Log::default());
     let _held = probes("a", &log, nothing()).get(&parent).unwrap();
     let child = MmWithUser::new();

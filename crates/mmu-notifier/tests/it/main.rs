@@ -6,6 +6,8 @@ mod exit;
 mod get;
 mod interval;
 mod invalidate_seq;
+#[cfg(debug_assertions)]
+mod lockdep;
 mod model;
 mod put;
 mod register;

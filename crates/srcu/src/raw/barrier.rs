@@ -77,11 +77,13 @@ mod imp {
     /// The grace period's half.
     pub(crate) fn heavy() {
         if MODE.load(Ordering::Relaxed) == 0 {
-            // ENOMEM is a passing state: the kernel could not allocate a CPU mask.
             for _ in 0..1000 {
                 if membarrier(libc::MEMBARRIER_CMD_PRIVATE_EXPEDITED) == 0 {
                     return;
                 }
+                // EPERM: a fork copies the registration before it copies memory, so a child forked while another thread registered
+                // can have `MODE` without it. ENOMEM is a passing state: the kernel could not allocate a CPU mask.
+                membarrier(libc::MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED);
                 std::thread::yield_now();
             }
             // Readers already rely on it, so there is no way back to real fences.

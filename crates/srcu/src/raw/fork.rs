@@ -10,10 +10,32 @@
 
 use super::{ids, pages, reclaimer, state};
 use std::ptr;
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
+
+/// How many forks lie between this process and the first of its family that had this crate.
+static FORKS: AtomicUsize = AtomicUsize::new(0);
+
+/// Returns how many forks lie between this process and the first of its family that had this crate: what it says in one
+/// process it says in no child of it.
+#[inline]
+pub fn forks() -> usize {
+    // ORDER: Relaxed is enough: it changes while the process has one thread.
+    FORKS.load(Ordering::Relaxed)
+}
+
+/// Registers before `main`. A fork runs only the handlers that were there when it began: were they registered with the first
+/// domain, another thread could take a lock of ours between that and the end of a fork already begun, and the child would
+/// find it held. What is left is a library that is loaded, and used, while another thread is in the middle of `fork`.
+///
+/// The section is that of the functions which are called at start, with arguments that `register` does not take; it needs
+/// nothing that is not there before `main`.
+#[cfg(not(miri))]
+#[used]
+#[unsafe(link_section = ".init_array")]
+static BEFORE_MAIN: extern "C" fn() = register;
 
 /// Sees to it that children of this process are taken care of.
-pub(super) fn register() {
+pub(super) extern "C" fn register() {
     static DONE: AtomicBool = AtomicBool::new(false);
     // Several threads may register at first. No one must go on before *a* registration is complete, or a fork at that moment has a
     // child that nobody repairs; and to wait for one's completion would be to wait for ever in such a child.
@@ -33,6 +55,7 @@ unsafe extern "C" fn child() {
     if REPAIRED.swap(this_process, Ordering::Relaxed) == this_process {
         return;
     }
+    FORKS.fetch_add(1, Ordering::Relaxed);
     ids::after_fork();
     pages::after_fork();
     let reclaimer_survived = reclaimer::after_fork();

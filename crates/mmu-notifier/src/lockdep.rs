@@ -1,0 +1,101 @@
+//! Finds lock-order trouble before it hangs: waiting for callbacks while holding a lock that a callback takes.
+//!
+//! A bracket that is open, or a callback that runs, may be waiting for a lock. Whoever holds that lock and waits for brackets
+//! or callbacks to end ([`unregister`](crate::Registration::unregister), `get` of a new notifier,
+//! [`remove`](crate::IntervalNotifier::remove), [`synchronize`](crate::Subsystem::synchronize), exit) waits for ever, once the two meet.
+//! They rarely meet in a test. With a [`Map`] beside the lock it is enough that both have happened at some time, in either
+//! order: the second of them panics and names the place of the first.
+//!
+//! Only builds with `debug_assertions` do this. In others a `Map` is empty and does nothing.
+//!
+//! # Examples
+//! ```
+//! use mmu_notifier::{InvalidateRange, Notifier, lockdep};
+//! use std::sync::Mutex;
+//!
+//! struct Table {
+//!     entries: Mutex<Vec<u64>>,
+//!     order: lockdep::Map,
+//! }
+//!
+//! impl Notifier for Table {
+//!     fn invalidate_range_start(&self, _: &InvalidateRange<'_>) {
+//!         let _order = self.order.acquire(); // Before the lock, so that it is told even where the lock would hang.
+//!         self.entries.lock().unwrap().clear();
+//!     }
+//! }
+//!
+//! let table = Table { entries: Mutex::default(), order: lockdep::Map::new("Table::entries") };
+//! # drop(table);
+//! ```
+//!
+//! # Source
+//! `__mmu_notifier_invalidate_range_start_map`, mm/mmu_notifier.c, Linux 5.5. Differs: locks are told one from another by their
+//! `Map` and not by class, and address spaces are told apart.
+
+use crate::Mm;
+use std::marker::PhantomData;
+
+/// Stands beside one lock, of whatever kind, and knows where it was taken.
+///
+/// # Source
+/// `struct lockdep_map`.
+#[derive(Debug)]
+#[doc(alias = "lockdep_map")]
+pub struct Map(imp::Map);
+
+/// Says that the lock beside a [`Map`] is held, or about to be, until dropped.
+#[must_use = "the lock counts as held only as long as this lives"]
+#[derive(Debug)]
+pub struct Held<'a> {
+    _held: imp::Held<'a>,
+    // What is held is held by a thread.
+    _stays: PhantomData<*const ()>,
+}
+
+impl Map {
+    /// Makes the map of a lock that reports call `name`.
+    #[must_use]
+    pub const fn new(name: &'static str) -> Self {
+        Self(imp::Map::new(name))
+    }
+
+    /// Says that this thread takes the lock; it counts as held until the guard is dropped.
+    ///
+    /// # Panics
+    /// With `debug_assertions`, if this is inside a bracket or callback of an address space for which a thread has waited while
+    /// it held this lock.
+    #[cfg_attr(debug_assertions, track_caller)]
+    #[inline]
+    #[doc(alias = "lock_map_acquire")]
+    pub fn acquire(&self) -> Held<'_> {
+        Held { _held: self.0.acquire(), _stays: PhantomData }
+    }
+}
+
+/// Says that this thread is about to wait until brackets and callbacks of `mm` have ended, or those of any address space.
+///
+/// # Panics
+/// If it holds a lock that one of them takes.
+#[cfg_attr(debug_assertions, track_caller)]
+#[inline]
+pub(crate) fn might_wait(mm: Option<&Mm>) {
+    imp::might_wait(mm.map(Mm::id));
+}
+
+/// Says that this thread holds the state of an interval of `mm`, which the interval's callback takes, until dropped.
+#[cfg_attr(debug_assertions, track_caller)]
+#[inline]
+pub(crate) fn holds_state(mm: &Mm) -> imp::Held<'static> {
+    imp::holds_state(mm.id())
+}
+
+pub(crate) use imp::Section;
+
+#[cfg_attr(
+    all(debug_assertions, not(mmun_loom)),
+    path = "lockdep/on.rs",
+    expect(unsafe_code, reason = "places in atomics")
+)]
+#[cfg_attr(not(all(debug_assertions, not(mmun_loom))), path = "lockdep/off.rs")]
+mod imp;

@@ -1,0 +1,251 @@
+//! The detector: what each thread holds and is inside of, and what each lock has been seen in.
+//!
+//! Nothing here allocates or locks, because a callback may run in the middle of `free`. Tables that are full make it miss
+//! things, and never report a wrong one.
+//!
+//! # Safety
+//! The one `unsafe` block turns what was a `&'static Location` back into one.
+
+use std::cell::Cell;
+use std::marker::PhantomData;
+use std::panic::Location;
+use std::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+use std::{fmt, ptr, thread};
+
+type Place = &'static Location<'static>;
+
+/// In the place of an address space's number, which counts from 1: all of them, and the deferred frees.
+const ANY: u64 = u64::MAX;
+
+/// In the same place: the deferred frees.
+const FREES: u64 = u64::MAX - 1;
+
+/// Tells whether a wait for `a` may be one for `b`.
+fn meet(a: u64, b: u64) -> bool {
+    a == b || a == ANY || b == ANY
+}
+
+/// For a few address spaces, a place in the code.
+struct Seen([(AtomicU64, AtomicPtr<Location<'static>>); 4]);
+
+impl Seen {
+    const fn new() -> Self {
+        Self([const { (AtomicU64::new(0), AtomicPtr::new(ptr::null_mut())) }; 4])
+    }
+
+    /// Keeps the first place seen for `mm`.
+    fn add(&self, mm: u64, place: Place) {
+        for (of, at) in &self.0 {
+            // ORDER: Relaxed is enough here and in `find`: places are constants, and a report may come a moment late.
+            if of.load(Ordering::Relaxed) == mm
+                || of.compare_exchange(0, mm, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+            {
+                at.store(ptr::from_ref(place).cast_mut(), Ordering::Relaxed);
+                return;
+            }
+        }
+    }
+
+    fn find(&self, mm: u64) -> Option<Place> {
+        self.0.iter().find_map(|(of, at)| {
+            let of = of.load(Ordering::Relaxed);
+            // SAFETY: A reference needs a live value: what is not null is a `&'static Location` that `add` stored.
+            (of != 0 && meet(of, mm)).then(|| unsafe { at.load(Ordering::Relaxed).as_ref() }).flatten()
+        })
+    }
+
+    fn clear(&self) {
+        for (of, at) in &self.0 {
+            at.store(ptr::null_mut(), Ordering::Relaxed);
+            of.store(0, Ordering::Relaxed);
+        }
+    }
+}
+
+/// What is known of one lock. In a table, so that a forgotten [`Held`] leaves a number behind and no pointer.
+struct Record {
+    used: AtomicUsize,
+    taken_inside: Seen,
+    held_while_waiting: Seen,
+}
+
+const RECORDS: usize = 256;
+
+static TABLE: [Record; RECORDS] =
+    [const { Record { used: AtomicUsize::new(0), taken_inside: Seen::new(), held_while_waiting: Seen::new() } };
+        RECORDS];
+
+pub(super) struct Map {
+    name: &'static str,
+    /// Its record, counted from 1; zero until it is first acquired.
+    record: AtomicUsize,
+}
+
+impl Map {
+    pub(super) const fn new(name: &'static str) -> Self {
+        Self { name, record: AtomicUsize::new(0) }
+    }
+
+    fn record(&self) -> Option<usize> {
+        let known = self.record.load(Ordering::Relaxed);
+        if known != 0 {
+            return Some(known - 1);
+        }
+        let free = |record: &Record| record.used.compare_exchange(0, 1, Ordering::Relaxed, Ordering::Relaxed).is_ok();
+        let index = TABLE.iter().position(free)?;
+        match self.record.compare_exchange(0, index + 1, Ordering::Relaxed, Ordering::Relaxed) {
+            Ok(_) => Some(index),
+            Err(first) => {
+                TABLE[index].used.store(0, Ordering::Relaxed);
+                Some(first - 1)
+            }
+        }
+    }
+
+    #[track_caller]
+    pub(super) fn acquire(&self) -> Held<'_> {
+        let place = Location::caller();
+        let Some(index) = self.record() else { return Held::nothing() };
+        for mm in inside() {
+            TABLE[index].taken_inside.add(mm, place);
+            if let Some(waited) = TABLE[index].held_while_waiting.find(mm)
+                && !thread::panicking()
+            {
+                panic!(
+                    "lock order: `{}` is taken at {place} inside a bracket or callback, and was held at {waited} by a thread \
+                     that waited for those to end; let go of it before waiting",
+                    self.name
+                );
+            }
+        }
+        Held::of(Lock::Map(index, self.name), place)
+    }
+}
+
+impl Drop for Map {
+    fn drop(&mut self) {
+        if let Some(index) = self.record.get_mut().checked_sub(1) {
+            TABLE[index].taken_inside.clear();
+            TABLE[index].held_while_waiting.clear();
+            TABLE[index].used.store(0, Ordering::Relaxed);
+        }
+    }
+}
+
+impl fmt::Debug for Map {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Map").field(&self.name).finish()
+    }
+}
+
+/// What a thread may hold.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Lock {
+    /// The lock beside a map: its record and name.
+    Map(usize, &'static str),
+    /// The state of an interval of this address space.
+    State(u64),
+}
+
+const DEPTH: usize = 16;
+
+thread_local! {
+    static HELD: [Cell<Option<(Lock, Place)>>; DEPTH] = const { [const { Cell::new(None) }; DEPTH] };
+    static INSIDE: [Cell<u64>; DEPTH] = const { [const { Cell::new(0) }; DEPTH] };
+}
+
+/// The address spaces in whose brackets or callbacks this thread is.
+fn inside() -> impl Iterator<Item = u64> {
+    INSIDE.with(|cells| cells.each_ref().map(Cell::get)).into_iter().filter(|mm| *mm != 0)
+}
+
+/// A bracket or callback section of one address space, or a deferred free.
+#[derive(Debug)]
+pub(crate) struct Section(u64);
+
+impl Section {
+    pub(crate) fn enter(mm: Option<u64>) -> Self {
+        let mm = mm.unwrap_or(FREES);
+        INSIDE.with(|cells| {
+            if let Some(free) = cells.iter().find(|cell| cell.get() == 0) {
+                free.set(mm);
+            }
+        });
+        Self(mm)
+    }
+}
+
+impl Drop for Section {
+    fn drop(&mut self) {
+        INSIDE.with(|cells| {
+            if let Some(mine) = cells.iter().find(|cell| cell.get() == self.0) {
+                mine.set(0);
+            }
+        });
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct Held<'a> {
+    lock: Option<Lock>,
+    map: PhantomData<&'a Map>,
+}
+
+impl Held<'_> {
+    fn nothing() -> Self {
+        Self { lock: None, map: PhantomData }
+    }
+
+    fn of(lock: Lock, place: Place) -> Self {
+        HELD.with(|cells| {
+            let free = cells.iter().find(|cell| cell.get().is_none());
+            free.map_or(Self::nothing(), |free| {
+                free.set(Some((lock, place)));
+                Self { lock: Some(lock), map: PhantomData }
+            })
+        })
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        HELD.with(|cells| {
+            let mine =
+                |cell: &&Cell<Option<(Lock, Place)>>| cell.get().is_some_and(|(lock, _)| Some(lock) == self.lock);
+            if let Some(mine) = cells.iter().rev().find(mine) {
+                mine.set(None);
+            }
+        });
+    }
+}
+
+#[track_caller]
+pub(super) fn holds_state(mm: u64) -> Held<'static> {
+    Held::of(Lock::State(mm), Location::caller())
+}
+
+#[track_caller]
+pub(super) fn might_wait(mm: Option<u64>) {
+    let (mm, place) = (mm.unwrap_or(ANY), Location::caller());
+    for (lock, held) in HELD.with(|cells| cells.each_ref().map(Cell::get)).into_iter().flatten() {
+        if thread::panicking() {
+            return;
+        }
+        match lock {
+            Lock::Map(index, name) => {
+                TABLE[index].held_while_waiting.add(mm, place);
+                if let Some(taken) = TABLE[index].taken_inside.find(mm) {
+                    panic!(
+                        "lock order: waiting at {place} for brackets and callbacks to end, while holding `{name}` since {held}, \
+                         which is taken inside one at {taken}; let go of it before waiting"
+                    );
+                }
+            }
+            Lock::State(of) if meet(of, mm) => panic!(
+                "lock order: waiting at {place} for brackets and callbacks to end, while holding an interval's state since \
+                 {held}, which its callback takes; let go of it before waiting"
+            ),
+            Lock::State(_) => {}
+        }
+    }
+}

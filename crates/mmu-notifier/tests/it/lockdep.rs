@@ -1,0 +1,135 @@
+//! S-63: waiting for callbacks while holding a lock that a callback takes is found, in whichever order the two happen.
+
+use crate::support::page;
+use mmu_notifier::{
+    Event, Finish, IntervalNotifier, IntervalOps, InvalidateRange, MmWithUser, Notifier, Registration, Subsystem,
+    lockdep,
+};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex};
+
+struct Table {
+    lock: Mutex<u32>,
+    order: lockdep::Map,
+}
+
+impl Table {
+    fn new() -> Arc<Self> {
+        Arc::new(Self { lock: Mutex::new(0), order: lockdep::Map::new("Table::lock") })
+    }
+
+    fn with<R>(&self, f: impl FnOnce(&mut u32) -> R) -> R {
+        let _order = self.order.acquire();
+        f(&mut self.lock.lock().unwrap())
+    }
+}
+
+/// Takes the table's lock in its start, and in its drop.
+struct Client(Arc<Table>);
+
+impl Notifier for Client {
+    fn invalidate_range_start(&self, _: &InvalidateRange<'_>) {
+        self.0.with(|count| *count += 1);
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        self.0.with(|count| *count += 1);
+    }
+}
+
+struct Empty;
+impl Notifier for Empty {}
+impl IntervalOps for Empty {
+    fn invalidate(&mut self, _: &InvalidateRange<'_>) -> Option<Finish> {
+        None
+    }
+}
+
+/// What the detector said, if it stopped `f`.
+fn report(f: impl FnOnce()) -> Option<String> {
+    let panic = catch_unwind(AssertUnwindSafe(f)).err()?;
+    Some(panic.downcast::<String>().map_or_else(|_| "no text".into(), |text| *text))
+}
+
+fn places(text: &str) -> usize {
+    text.matches("lockdep.rs:").count()
+}
+
+#[test]
+fn s_63_a_wait_under_a_lock_that_a_callback_took_is_reported() {
+    let (mm, table) = (MmWithUser::new(), Table::new());
+    let client = Registration::new(&mm, Client(Arc::clone(&table))).unwrap();
+    let other = Registration::new(&mm, Empty).unwrap();
+    drop(mm.invalidate(page(1), Event::Unmap));
+    let text = report(|| {
+        let _order = table.order.acquire();
+        drop(other.unregister());
+    })
+    .expect("the kernel would hang here one day");
+    assert!(text.contains("Table::lock") && places(&text) == 3, "it names the wait, the lock and the callback: {text}");
+    drop(client.unregister());
+}
+
+#[test]
+fn s_63_a_callback_that_takes_a_lock_held_in_a_wait_is_reported() {
+    let (mm, table) = (MmWithUser::new(), Table::new());
+    let _client = Registration::new(&mm, Client(Arc::clone(&table))).unwrap();
+    table.with(|_| drop(Registration::new(&mm, Empty).unwrap().unregister()));
+    drop(mm.invalidate(page(1), Event::Unmap));
+    assert_eq!(mm.callback_panics(), 1, "the callback was stopped before it could hang");
+    assert_eq!(table.with(|count| *count), 0);
+}
+
+#[test]
+fn s_63_exit_and_synchronize_are_waits_too() {
+    let (mm, table) = (MmWithUser::new(), Table::new());
+    let clients = Subsystem::<_, std::convert::Infallible, _>::new({
+        let table = Arc::clone(&table);
+        move |_: &MmWithUser| Ok(Client(Arc::clone(&table)))
+    });
+    let client = clients.get(&mm).unwrap();
+    drop(mm.invalidate(page(1), Event::Unmap));
+    let text = report(|| {
+        let _order = table.order.acquire();
+        let _waits = clients.synchronize();
+    });
+    assert!(text.is_some());
+    let text = report(|| {
+        let _order = table.order.acquire();
+        drop(mm);
+    });
+    assert!(text.is_some());
+    drop(client);
+}
+
+#[test]
+fn s_63_an_interval_must_not_wait_under_its_own_state() {
+    let mm = MmWithUser::new();
+    let interval = IntervalNotifier::insert(&mm, page(1), Empty).unwrap();
+    let text = report(|| interval.with_state(|_| drop(Registration::new(&mm, Empty))));
+    assert!(text.is_some_and(|text| text.contains("interval's state") && places(&text) == 2));
+    interval.with_state(|_| drop(Registration::new(&MmWithUser::new(), Empty)));
+}
+
+#[test]
+fn s_63_what_cannot_meet_is_not_reported() {
+    let (mm, other, table) = (MmWithUser::new(), MmWithUser::new(), Table::new());
+    let client = Registration::new(&mm, Client(Arc::clone(&table))).unwrap();
+    drop(mm.invalidate(page(1), Event::Unmap));
+    // Another address space, and another lock.
+    table.with(|_| drop(Registration::new(&other, Empty).unwrap().unregister()));
+    Table::new().with(|_| drop(Registration::new(&mm, Empty).unwrap().unregister()));
+    // Let go of before the wait.
+    table.with(|_| ());
+    drop(client.unregister());
+    // A lock that only a free takes, held while brackets are waited for.
+    let freed = Table::new();
+    drop(Registration::new(&mm, Client(Arc::clone(&freed))).unwrap());
+    let subsystem: Subsystem<Empty> = Subsystem::new(|_| Ok(Empty));
+    subsystem.get(&mm).unwrap().put();
+    subsystem.synchronize().unwrap();
+    freed.with(|_| drop(Registration::new(&mm, Empty).unwrap().unregister()));
+    assert_eq!(mm.callback_panics(), 0);
+}

@@ -1,0 +1,28 @@
+//! A child of a real `fork`.
+
+/// Forks; the child runs `f` and exits with its answer. Returns whether it said true; a hang is a death after 20 s, and a
+/// death is a panic here.
+///
+/// # Panics
+/// If there can be no child, or if it died by a signal.
+pub fn in_child(f: impl FnOnce() -> bool) -> bool {
+    // SAFETY: The child may only do what is safe after a fork in a program with threads; glibc makes `malloc` usable there, and
+    // what `f` does besides is what the caller tests.
+    match unsafe { libc::fork() } {
+        -1 => panic!("fork: {}", std::io::Error::last_os_error()),
+        0 => {
+            // SAFETY: No preconditions.
+            unsafe { libc::alarm(20) };
+            let good = std::panic::catch_unwind(std::panic::AssertUnwindSafe(f)).unwrap_or(false);
+            // SAFETY: Ends the process at once, which is always allowed.
+            unsafe { libc::_exit(i32::from(!good)) }
+        }
+        child => {
+            let mut status = 0;
+            // SAFETY: Needs a place for the status.
+            assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+            assert!(libc::WIFEXITED(status), "the child died by signal {}", libc::WTERMSIG(status));
+            status == 0
+        }
+    }
+}
