@@ -7,6 +7,9 @@
 
 mod actor;
 mod subscriber;
+#[cfg(mmun_tsan)]
+#[path = "../../crates/mmu-notifier/src/sync/traced.rs"]
+mod traced;
 
 use crate::Options;
 use crate::random::Random;
@@ -14,10 +17,15 @@ use actor::Actor;
 use mmu_notifier::MmWithUser;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 use subscriber::{Probe, Probes};
+
+#[cfg(not(mmun_tsan))]
+use std::sync::{Mutex, MutexGuard};
+#[cfg(mmun_tsan)]
+use traced::{Mutex, MutexGuard};
 
 const THREADS: u64 = 8;
 const SPACES: usize = 3;
@@ -119,7 +127,7 @@ impl World {
     }
 }
 
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

@@ -105,6 +105,54 @@ const STEPS: &[Step] = &[
         ("RUSTFLAGS", "-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer"),
         ("TSAN_OPTIONS", "halt_on_error=1 suppressions=stress/tsan.supp"),
     ]),
+    step(
+        "thread sanitizer, mmu",
+        &[
+            "cargo",
+            "run",
+            "--release",
+            "--target-dir",
+            "target-tsan-mmu",
+            "--target",
+            "x86_64-unknown-linux-gnu",
+            "-p",
+            "stress",
+            "--",
+            "mmu",
+            "--seconds",
+            "10",
+        ],
+    )
+    .env(&[
+        ("RUSTC_BOOTSTRAP", "1"),
+        ("RUSTFLAGS", "-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer --cfg mmun_tsan"),
+        ("TSAN_OPTIONS", "halt_on_error=1 suppressions=stress/tsan.supp"),
+    ]),
+    step(
+        "address sanitizer, mmu",
+        &[
+            "cargo",
+            "run",
+            "--release",
+            "--target-dir",
+            "target-asan",
+            "--target",
+            "x86_64-unknown-linux-gnu",
+            "-p",
+            "stress",
+            "--",
+            "mmu",
+            "--seconds",
+            "10",
+        ],
+    )
+    .env(&[("RUSTC_BOOTSTRAP", "1"), ("RUSTFLAGS", "-Zsanitizer=address")]),
+    step("stress mmu", &["cargo", "run", "--release", "-p", "stress", "--", "mmu", "--seconds", "30"]),
+    step(
+        "the soak's checker",
+        &["cargo", "run", "--release", "-p", "stress", "--", "mmu", "--seconds", "3", "--broken"],
+    )
+    .must_fail(),
     step("stress srcu", &["cargo", "run", "--release", "-p", "stress", "--", "srcu", "--seconds", "30"]),
     step(
         "stress srcu without membarrier",

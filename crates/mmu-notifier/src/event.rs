@@ -8,29 +8,55 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// Why a range is invalidated. A hint: a subscriber that lets go of everything on every event is correct.
 ///
 /// # Source
-/// `enum mmu_notifier_event`, include/linux/mmu_notifier.h.
+/// `enum mmu_notifier_event`, include/linux/mmu_notifier.h, Linux 5.15. Differs: the owner is a part of the events that have one;
+/// no event carries a mapping, so there is no `mmu_notifier_range_update_to_read_only` (gone from the kernel in 6.3).
+///
+/// # Examples
+/// ```
+/// use mmu_notifier::{Event, Owner};
+///
+/// let mine = Owner::new();
+/// assert_eq!(Event::Migrate { owner: Some(mine) }.owner(), Some(mine));
+/// assert_eq!((Event::Unmap.owner(), Event::ProtectionVma.name()), (None, "protection_vma"));
+/// ```
+///
+/// There is nothing to ask whether a mapping stays readable:
+///
+/// ```compile_fail,E0599
+/// fn update_to_read_only(range: &mmu_notifier::InvalidateRange<'_>) -> bool {
+///     range.event() == mmu_notifier::Event::ProtectionVma && range.vma().is_readable()
+/// }
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 #[doc(alias = "mmu_notifier_event")]
 pub enum Event {
     /// The mapping goes away or moves: munmap, mremap, brk. The only event after which the mapping may be gone.
+    #[doc(alias = "MMU_NOTIFY_UNMAP")]
     Unmap,
     /// The pages are taken away and the mapping stays: madvise, copy on write, truncation, reclaim.
+    #[doc(alias = "MMU_NOTIFY_CLEAR")]
     Clear,
     /// The protection of the whole mapping changes: mprotect.
+    #[doc(alias = "MMU_NOTIFY_PROTECTION_VMA")]
     ProtectionVma,
     /// Single pages change protection: fork's write protection, page cleaning.
+    #[doc(alias = "MMU_NOTIFY_PROTECTION_PAGE")]
     ProtectionPage,
     /// Soft-dirty tracking write-protects the pages.
+    #[doc(alias = "MMU_NOTIFY_SOFT_DIRTY")]
     SoftDirty,
     /// The address space ends. Its exit makes this event, and nobody else can.
+    #[doc(alias = "MMU_NOTIFY_RELEASE")]
     Release(Exit),
     /// The pages move to another place in memory.
+    #[doc(alias = "MMU_NOTIFY_MIGRATE")]
     Migrate {
         /// Who moves them; equal to one's own mark if the subscriber itself does.
         owner: Option<Owner>,
     },
     /// A device takes exclusive access to the pages.
+    #[doc(alias = "MMU_NOTIFY_EXCLUSIVE")]
     Exclusive {
         /// Who takes it; equal to one's own mark if the subscriber itself does.
         owner: Option<Owner>,
@@ -72,6 +98,28 @@ impl Event {
 pub struct Exit(pub(crate) ());
 
 /// The mark of whoever moves pages, by which a subscriber knows its own migration and may skip it.
+///
+/// A subscriber that skips must still count the start, as its end comes too.
+///
+/// # Source
+/// `owner` of `struct mmu_notifier_range`, Linux 5.14. Differs: a number that nobody else has, and not a pointer.
+///
+/// # Examples
+/// ```
+/// use mmu_notifier::{InvalidateRange, Notifier, Owner};
+///
+/// struct Device(Owner);
+/// impl Notifier for Device {
+///     fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
+///         if range.event().owner() == Some(self.0) {
+///             return; // This device moves the page itself, and knows.
+///         }
+///         // Let go of the range here.
+///     }
+/// }
+/// # let device = Device(Owner::new());
+/// # assert_ne!(device.0, Owner::new());
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Owner(NonZeroU64);
 
@@ -89,6 +137,10 @@ impl Owner {
 }
 
 /// Whether a callback may sleep.
+///
+/// # Source
+/// `MMU_NOTIFIER_RANGE_BLOCKABLE`, `mmu_notifier_range_blockable`, Linux 5.15. Differs: a start that must not sleep is a method
+/// of its own, [`Notifier::try_invalidate_range_start`](crate::Notifier::try_invalidate_range_start).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[doc(alias = "mmu_notifier_range_blockable")]
 pub enum Blocking {
@@ -98,7 +150,10 @@ pub enum Blocking {
     Forbidden,
 }
 
-/// One invalidation, as its subscribers see it.
+/// One invalidation, as its subscribers see it. Brackets make it; the same one comes to the start and to the end.
+///
+/// # Source
+/// `struct mmu_notifier_range`, Linux 5.15. Differs: never empty, and it may reach the last address.
 #[derive(Debug, Clone, Copy)]
 #[doc(alias = "mmu_notifier_range")]
 pub struct InvalidateRange<'a> {

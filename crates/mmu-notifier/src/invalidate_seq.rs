@@ -18,7 +18,9 @@ mod watched;
 
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Condvar, Mutex, into_inner, lock, mutant};
-use crate::{Blocking, Event, Exit, InvalidateRange, Mm, Notifier, Va, VaRange, WouldBlock, WouldDeadlock, context};
+use crate::{
+    Blocking, Event, Exit, InvalidateRange, Mm, Notifier, Va, VaRange, WouldBlock, WouldDeadlock, context, lockdep,
+};
 use std::fmt;
 use std::sync::{PoisonError, TryLockError};
 use watched::Watched;
@@ -90,6 +92,8 @@ pub struct InvalidateSeq<S: ShadowOps> {
     first: AtomicU64,
     last: AtomicU64,
     state: Mutex<State<S>>,
+    /// Beside the lock of `state`.
+    order: lockdep::Map,
 }
 
 #[derive(Debug)]
@@ -149,7 +153,9 @@ impl fmt::Display for InstallError {
 impl std::error::Error for InstallError {}
 
 impl<S: ShadowOps> InvalidateSeq<S> {
-    /// Makes a shadow of the given ranges, which may overlap.
+    /// Makes a shadow of the given ranges, which may overlap or touch.
+    ///
+    /// Until it is registered nobody tells it anything.
     #[must_use]
     pub fn new(watched: impl IntoIterator<Item = VaRange>, shadow: S) -> Self {
         let watched = Watched::new(watched);
@@ -161,6 +167,7 @@ impl<S: ShadowOps> InvalidateSeq<S> {
             first: AtomicU64::new(0),
             last: AtomicU64::new(0),
             state: Mutex::new(State { shadow, watched }),
+            order: lockdep::Map::new("the shadow of an InvalidateSeq"),
         }
     }
 
@@ -211,7 +218,9 @@ impl<S: ShadowOps> InvalidateSeq<S> {
     /// # Source
     /// `mmu_invalidate_retry_gfn` under `mmu_lock`. Differs: the lock and the comparison are one.
     #[doc(alias = "mmu_invalidate_retry_gfn")]
+    #[cfg_attr(debug_assertions, track_caller)]
     pub fn try_install<R>(&self, snapshot: Snapshot, install: impl FnOnce(&mut S) -> R) -> Result<R, InstallError> {
+        let _order = self.order.acquire();
         let mut state = lock(&self.state);
         if self.is_stale(&snapshot) {
             return Err(InstallError::Retry);
@@ -225,7 +234,12 @@ impl<S: ShadowOps> InvalidateSeq<S> {
     /// Runs `f` on the locked shadow: to use what it holds, or to let go of it.
     ///
     /// The same holds for `f` as for what [`try_install`](Self::try_install) runs.
+    ///
+    /// # Blocking
+    /// Sleeps while another thread holds the lock.
+    #[cfg_attr(debug_assertions, track_caller)]
     pub fn with_shadow<R>(&self, f: impl FnOnce(&mut S) -> R) -> R {
+        let _order = self.order.acquire();
         f(&mut lock(&self.state).shadow)
     }
 
@@ -240,6 +254,7 @@ impl<S: ShadowOps> InvalidateSeq<S> {
     /// # Source
     /// `kvm_swap_active_memslots`, virt/kvm/kvm_main.c.
     #[doc(alias = "kvm_swap_active_memslots")]
+    #[cfg_attr(debug_assertions, track_caller)]
     pub fn watch<R>(
         &self,
         watched: impl IntoIterator<Item = VaRange>,
@@ -248,6 +263,7 @@ impl<S: ShadowOps> InvalidateSeq<S> {
         if context::is_inside() {
             return Err(WouldDeadlock);
         }
+        lockdep::might_wait(None);
         let watched = Watched::new(watched);
         let mut window = lock(&self.window);
         window.waiters += 1;
@@ -255,6 +271,7 @@ impl<S: ShadowOps> InvalidateSeq<S> {
             window = self.idle.wait(window).unwrap_or_else(PoisonError::into_inner);
         }
         window.waiters -= 1;
+        let _order = self.order.acquire();
         let mut state = lock(&self.state);
         self.advance();
         window.watched = watched.clone();
@@ -262,10 +279,13 @@ impl<S: ShadowOps> InvalidateSeq<S> {
         Ok(zap(&mut state.shadow))
     }
 
-    /// Forgets every invalidation that has begun and not ended.
+    /// Forgets every invalidation that has begun and not ended, and that an address space has ended.
     ///
     /// A notifier that was unregistered between a start and its end never hears of the end. Before such a shadow is
     /// registered again this must be called; exclusive access proves that no callback runs.
+    ///
+    /// # Blocking
+    /// Never.
     ///
     /// # Source
     /// `kvm_destroy_vm`, which resets the counts in the same case.
@@ -276,7 +296,7 @@ impl<S: ShadowOps> InvalidateSeq<S> {
         self.advance();
     }
 
-    /// Takes the shadow out.
+    /// Takes the shadow out, whatever has begun and not ended.
     pub fn into_shadow(self) -> S {
         into_inner(self.state).shadow
     }
@@ -343,6 +363,7 @@ impl<S: ShadowOps> Notifier for InvalidateSeq<S> {
         }
         let event = Event::Release(Exit(()));
         let range = InvalidateRange { mm, range: VaRange::ALL, event, blocking: Blocking::Allowed };
+        let _order = self.order.acquire();
         lock(&self.state).shadow.zap(&range);
     }
 
@@ -350,6 +371,7 @@ impl<S: ShadowOps> Notifier for InvalidateSeq<S> {
         // Counted first: a fault whose turn at the lock comes after the zap's sees that it is too late.
         let meets = self.open(&mut lock(&self.window), range.range);
         if meets {
+            let _order = self.order.acquire();
             lock(&self.state).shadow.zap(range);
         }
     }

@@ -74,6 +74,18 @@ impl Mm {
 
     /// Takes part in keeping the address space alive, unless it has ended, is ending, or is the parent's of this process.
     ///
+    /// It is the only way up from a handle; to subscribe takes a user:
+    ///
+    /// ```compile_fail,E0308
+    /// # struct Shadow; impl mmu_notifier::Notifier for Shadow {}
+    /// # static SHADOW: mmu_notifier::Subsystem<Shadow> = mmu_notifier::Subsystem::new(|_| Ok(Shadow));
+    /// fn subscribe(handle: &mmu_notifier::Mm) {
+    ///     let _ = SHADOW.get(handle);
+    /// }
+    /// ```
+    ///
+    /// # Blocking
+    /// Never.
     /// # Source
     /// `mmget_not_zero`, include/linux/sched/mm.h.
     #[must_use]
@@ -106,8 +118,10 @@ impl Mm {
     /// Tells whether a bracket would call anybody: there is a subscriber, or there has been an interval. A snapshot: a
     /// registrar may be at work, so a source must not leave a bracket out because of it.
     ///
+    /// # Blocking
+    /// Never.
     /// # Source
-    /// `mm_has_notifiers`. Differs: it is false again once the last subscriber has gone.
+    /// `mm_has_notifiers`, Linux 5.15. Differs: it is false again once the last subscriber has gone.
     #[must_use]
     #[doc(alias = "mm_has_notifiers")]
     pub fn has_notifiers(&self) -> bool {
@@ -135,10 +149,12 @@ impl Mm {
         });
     }
 
-    /// Clears the accessed marks that subscribers keep for `range`, flushes, and tells whether any was set.
+    /// Clears the accessed marks that subscribers keep for `range`, flushes, and tells whether any was set. Asks everybody.
     ///
+    /// # Blocking
+    /// As long as the callbacks do.
     /// # Source
-    /// `mmu_notifier_clear_flush_young`.
+    /// `mmu_notifier_clear_flush_young`, Linux 5.15. Differs: the primary's own mark is the caller's to add.
     #[doc(alias = "mmu_notifier_clear_flush_young")]
     pub fn clear_flush_young(&self, range: VaRange) -> bool {
         let mut young = false;
@@ -146,10 +162,12 @@ impl Mm {
         young
     }
 
-    /// Clears the accessed marks that subscribers keep for `range`, and tells whether any was set.
+    /// Clears the accessed marks that subscribers keep for `range`, and tells whether any was set. Asks everybody.
     ///
+    /// # Blocking
+    /// As long as the callbacks do.
     /// # Source
-    /// `mmu_notifier_clear_young`.
+    /// `mmu_notifier_clear_young`, Linux 5.15.
     #[doc(alias = "mmu_notifier_clear_young")]
     pub fn clear_young(&self, range: VaRange) -> bool {
         let mut young = false;
@@ -160,8 +178,10 @@ impl Mm {
     /// Tells whether any subscriber holds a set accessed mark for the page at `address`, and asks no further than the
     /// first.
     ///
+    /// # Blocking
+    /// As long as the callbacks do.
     /// # Source
-    /// `mmu_notifier_test_young`.
+    /// `mmu_notifier_test_young`, Linux 5.15.
     #[doc(alias = "mmu_notifier_test_young")]
     #[must_use]
     pub fn test_young(&self, address: Va) -> bool {

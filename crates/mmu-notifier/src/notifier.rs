@@ -17,7 +17,59 @@ use crate::{InvalidateRange, Mm, Va, VaRange, WouldBlock};
 /// counted ([`Mm::callback_panics`]); the other subscribers are still called.
 ///
 /// # Source
-/// `struct mmu_notifier_ops`, include/linux/mmu_notifier.h.
+/// `struct mmu_notifier_ops`, include/linux/mmu_notifier.h, Linux 5.15. Differs: `change_pte` (gone since 6.10) is left out;
+/// `free_notifier` is `Drop`, `alloc_notifier` the closure of a [`Subsystem`](crate::Subsystem); flushing a secondary TLB
+/// is a [trait of its own](SecondaryTlb).
+///
+/// # Examples
+/// A subscriber that may refuse, and is then called again where it may sleep:
+///
+/// ```
+/// use mmu_notifier::{Event, InvalidateRange, MmWithUser, Notifier, Registration, VaRange, WouldBlock};
+/// use std::sync::{Mutex, TryLockError};
+///
+/// struct Table(Mutex<Vec<u64>>);
+///
+/// impl Notifier for Table {
+///     fn invalidate_range_start(&self, _range: &InvalidateRange<'_>) {
+///         self.0.lock().unwrap().clear();
+///     }
+///
+///     fn try_invalidate_range_start(&self, _range: &InvalidateRange<'_>) -> Result<(), WouldBlock> {
+///         self.0.try_lock().map_err(|_| WouldBlock)?.clear();
+///         Ok(())
+///     }
+/// }
+///
+/// let mm = MmWithUser::new();
+/// let table = Registration::new(&mm, Table(Mutex::new(vec![7]))).map_err(|e| e.error)?;
+/// let held = table.0.lock().unwrap();
+/// assert!(mm.try_invalidate(VaRange::ALL, Event::Clear).is_err(), "somebody is at the table");
+/// drop(held);
+/// drop(mm.invalidate(VaRange::ALL, Event::Clear));
+/// assert!(table.0.lock().unwrap().is_empty());
+/// # Ok::<(), mmu_notifier::WouldDeadlock>(())
+/// ```
+///
+/// A blockable start cannot refuse:
+///
+/// ```compile_fail,E0053
+/// # use mmu_notifier::{InvalidateRange, Notifier, WouldBlock};
+/// struct Refuses;
+/// impl Notifier for Refuses {
+///     fn invalidate_range_start(&self, _: &InvalidateRange<'_>) -> Result<(), WouldBlock> { Err(WouldBlock) }
+/// }
+/// ```
+///
+/// and where refusing is allowed, no other error can be returned:
+///
+/// ```compile_fail,E0053
+/// # use mmu_notifier::{InvalidateRange, Notifier};
+/// struct Fails;
+/// impl Notifier for Fails {
+///     fn try_invalidate_range_start(&self, _: &InvalidateRange<'_>) -> Result<(), std::io::Error> { Ok(()) }
+/// }
+/// ```
 #[doc(alias = "mmu_notifier_ops")]
 pub trait Notifier: Send + Sync + 'static {
     /// Lets go of the whole address space, which is about to end.
@@ -28,6 +80,8 @@ pub trait Notifier: Send + Sync + 'static {
     ///
     /// # Blocking
     /// May sleep; exit waits for it.
+    /// # Source
+    /// `release`, Linux 5.15.
     fn release(&self, mm: &Mm) {
         let _ = mm;
     }
@@ -36,38 +90,61 @@ pub trait Notifier: Send + Sync + 'static {
     /// [`invalidate_range_end`](Self::invalidate_range_end).
     ///
     /// # Blocking
-    /// May sleep unless [`InvalidateRange::blocking`] forbids it.
+    /// May sleep; [`try_invalidate_range_start`](Self::try_invalidate_range_start) is called where that is forbidden.
+    /// # Source
+    /// `invalidate_range_start` in blockable mode. Differs: it returns nothing, as it must not refuse.
     fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
         let _ = range;
     }
 
-    /// The same where sleeping is forbidden.
+    /// The same where sleeping is forbidden. The default calls `invalidate_range_start`, so a subscriber whose start may sleep
+    /// must write this one as well.
     ///
+    /// # Blocking
+    /// Must not sleep.
     /// # Errors
     /// [`WouldBlock`] if it would have to sleep. Then it must have changed nothing, and it gets no end.
+    /// # Source
+    /// `invalidate_range_start` in non-blockable mode. Differs: `-EAGAIN` is the only error there is; who refused may have an
+    /// end and does not get it.
     fn try_invalidate_range_start(&self, range: &InvalidateRange<'_>) -> Result<(), WouldBlock> {
         self.invalidate_range_start(range);
         Ok(())
     }
 
-    /// Hears that the change is over and the range may be used again.
+    /// Hears that the change is over and the range may be used again. The range is that of the start.
+    ///
+    /// # Blocking
+    /// May sleep unless [`InvalidateRange::blocking`] forbids it.
+    /// # Source
+    /// `invalidate_range_end`. Differs: it comes from the same read section as its start.
     fn invalidate_range_end(&self, range: &InvalidateRange<'_>) {
         let _ = range;
     }
 
-    /// Clears the accessed marks of a range, flushes, and tells whether any was set.
+    /// Clears the accessed marks of a range, flushes, and tells whether any was set. Hardware without such marks may let go of
+    /// the range, and tell whether it had anything there.
+    ///
+    /// # Source
+    /// `clear_flush_young`.
     fn clear_flush_young(&self, mm: &Mm, range: VaRange) -> bool {
         let _ = (mm, range);
         false
     }
 
     /// Clears the accessed marks of a range, and tells whether any was set. Need not flush.
+    ///
+    /// # Source
+    /// `clear_young`.
     fn clear_young(&self, mm: &Mm, range: VaRange) -> bool {
         let _ = (mm, range);
         false
     }
 
     /// Tells whether the accessed mark of the page at `address` is set, and changes nothing.
+    ///
+    /// # Source
+    /// `test_young`.
     fn test_young(&self, mm: &Mm, address: Va) -> bool {
         let _ = (mm, address);
         false

@@ -55,8 +55,10 @@ impl<N: Notifier> Registration<N> {
     /// # Blocking
     /// Sleeps while other registrars of `mm` are at work and until the brackets open now have ended.
     /// # Errors
-    /// [`RegisterError`] with the notifier, unchanged, if this thread is inside a bracket of `mm`, holds its write lock or
+    /// [`RegisterError`] with the notifier, unchanged and good for another try, if this thread is inside a bracket of `mm`, holds its write lock or
     /// runs a deferred free.
+    /// # Source
+    /// `mmu_notifier_register`, Linux 5.15. Differs: cannot be interrupted, and fails before it has changed anything.
     #[cfg_attr(debug_assertions, track_caller)]
     pub fn new(mm: &MmWithUser, notifier: N) -> Result<Self, RegisterError<N>> {
         lockdep::might_wait(Some(mm));
@@ -112,6 +114,20 @@ impl<N: Notifier> Registration<N> {
     /// # Source
     /// `mmu_notifier_unregister_no_release` and `mmu_notifier_call_srcu`, Linux 5.3. Differs: the two are one, so nothing can
     /// be freed too early, and the address space's memory is kept until `free` has returned.
+    /// # Examples
+    /// ```
+    /// use mmu_notifier::{MmWithUser, Notifier, Registration};
+    ///
+    /// struct Table(u64);
+    /// impl Notifier for Table {}
+    ///
+    /// let mm = MmWithUser::new();
+    /// let registration = Registration::new(&mm, Table(7)).map_err(|e| e.error)?;
+    /// let (send, received) = std::sync::mpsc::channel();
+    /// registration.unregister_no_release(move |table| send.send(table.0).unwrap());
+    /// assert_eq!(received.recv()?, 7, "after a grace period");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     #[doc(alias = "mmu_notifier_unregister_no_release")]
     #[doc(alias = "mmu_notifier_call_srcu")]
     pub fn unregister_no_release(self, free: impl FnOnce(N) + Send + 'static) {
@@ -120,6 +136,13 @@ impl<N: Notifier> Registration<N> {
     }
 
     /// Gives the notifier up; the same as dropping the registration.
+    ///
+    /// It calls no `release` and is dropped after a grace period, on the reclaimer thread.
+    ///
+    /// # Blocking
+    /// Never, and allocates nothing.
+    /// # Source
+    /// `mmu_notifier_put` of a registered notifier, Linux 5.15.
     #[doc(alias = "mmu_notifier_put")]
     pub fn put(self) {
         drop(self);

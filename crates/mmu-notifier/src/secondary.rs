@@ -11,6 +11,7 @@ use std::ops::Deref;
 /// # Source
 /// `arch_invalidate_secondary_tlbs` of `struct mmu_notifier_ops`, Linux 6.6, which refuses an operations table that has
 /// start or end as well. Differs: such a table cannot be written.
+#[doc(alias = "arch_invalidate_secondary_tlbs")]
 pub trait SecondaryTlb: Send + Sync + 'static {
     /// Flushes a range.
     ///

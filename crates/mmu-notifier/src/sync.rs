@@ -2,8 +2,14 @@
 
 #[cfg(mmun_loom)]
 pub(crate) use loom::sync::{Arc, Condvar, Mutex, MutexGuard, atomic};
-#[cfg(not(mmun_loom))]
+#[cfg(not(any(mmun_loom, mmun_tsan)))]
 pub(crate) use std::sync::{Arc, Condvar, Mutex, MutexGuard, atomic};
+#[cfg(mmun_tsan)]
+pub(crate) use std::sync::{Arc, atomic};
+#[cfg(mmun_tsan)]
+pub(crate) use traced::{Condvar, Mutex, MutexGuard};
+#[cfg(mmun_tsan)]
+mod traced;
 
 #[cfg(not(mmun_loom))]
 pub(crate) use srcu::forks;

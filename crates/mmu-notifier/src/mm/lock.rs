@@ -43,7 +43,24 @@ fn this_thread() -> usize {
 /// on the address space; lookups of existing subscriptions, puts and brackets go on.
 ///
 /// # Source
-/// `mmap_write_lock`, include/linux/mmap_lock.h. Differs: brackets do not take it, so that they nest freely.
+/// `mmap_write_lock`, include/linux/mmap_lock.h, Linux 5.15. Differs: brackets do not take it, so that they nest freely.
+///
+/// # Examples
+/// ```
+/// use mmu_notifier::{GetError, MmWithUser, Notifier, Subsystem};
+///
+/// struct Shadow;
+/// impl Notifier for Shadow {}
+/// static SHADOW: Subsystem<Shadow> = Subsystem::new(|_| Ok(Shadow));
+///
+/// let mm = MmWithUser::new();
+/// let mut locked = mm.mmap_write_lock()?;
+/// assert_eq!(SHADOW.get(&mm).err(), Some(GetError::WouldDeadlock), "it would wait for the lock");
+/// let held = SHADOW.get_locked(&mut locked)?;
+/// drop(locked);
+/// held.put();
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[must_use = "the address space is locked only as long as the guard lives"]
 #[doc(alias = "mmap_write_lock")]
 pub struct MmapWriteGuard<'a> {

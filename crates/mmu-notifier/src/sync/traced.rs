@@ -1,0 +1,97 @@
+//! The standard library's `Mutex` and `Condvar`, as a thread sanitizer can follow them (`--cfg mmun_tsan`).
+//!
+//! The standard library is not rebuilt for a sanitizer, which therefore does not see what its slow paths order. Here each lock
+//! has a clock: whoever unlocks advances it, whoever has locked reads it.
+
+use std::ops::{Deref, DerefMut};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{self, LockResult, PoisonError, TryLockError, TryLockResult};
+
+#[derive(Debug, Default)]
+pub(crate) struct Mutex<T> {
+    clock: AtomicU64,
+    inner: sync::Mutex<T>,
+}
+
+#[derive(Debug)]
+pub(crate) struct MutexGuard<'a, T> {
+    clock: &'a AtomicU64,
+    /// Taken out only by `Condvar::wait`.
+    inner: Option<sync::MutexGuard<'a, T>>,
+}
+
+impl<T> Mutex<T> {
+    pub(crate) const fn new(value: T) -> Self {
+        Self { clock: AtomicU64::new(0), inner: sync::Mutex::new(value) }
+    }
+
+    pub(crate) fn lock(&self) -> LockResult<MutexGuard<'_, T>> {
+        Ok(MutexGuard::new(&self.clock, self.inner.lock().unwrap_or_else(PoisonError::into_inner)))
+    }
+
+    #[allow(dead_code, reason = "who includes this file need not use all of it")]
+    pub(crate) fn try_lock(&self) -> TryLockResult<MutexGuard<'_, T>> {
+        match self.inner.try_lock() {
+            Ok(inner) => Ok(MutexGuard::new(&self.clock, inner)),
+            Err(TryLockError::Poisoned(poisoned)) => Ok(MutexGuard::new(&self.clock, poisoned.into_inner())),
+            Err(TryLockError::WouldBlock) => Err(TryLockError::WouldBlock),
+        }
+    }
+
+    #[allow(dead_code, reason = "as above")]
+    pub(crate) fn into_inner(self) -> LockResult<T> {
+        // Acquired, as the last holder's unlock may have been in a slow path.
+        self.clock.load(Ordering::Acquire);
+        self.inner.into_inner()
+    }
+}
+
+impl<'a, T> MutexGuard<'a, T> {
+    fn new(clock: &'a AtomicU64, inner: sync::MutexGuard<'a, T>) -> Self {
+        clock.load(Ordering::Acquire);
+        Self { clock, inner: Some(inner) }
+    }
+}
+
+impl<T> Deref for MutexGuard<'_, T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        self.inner.as_ref().expect("only `wait` takes it out")
+    }
+}
+
+impl<T> DerefMut for MutexGuard<'_, T> {
+    fn deref_mut(&mut self) -> &mut T {
+        self.inner.as_mut().expect("only `wait` takes it out")
+    }
+}
+
+impl<T> Drop for MutexGuard<'_, T> {
+    fn drop(&mut self) {
+        self.clock.fetch_add(1, Ordering::Release);
+        // The lock itself is released after this, when the field drops.
+    }
+}
+
+#[derive(Debug, Default)]
+#[allow(dead_code, reason = "as above")]
+pub(crate) struct Condvar(sync::Condvar);
+
+#[allow(dead_code, reason = "as above")]
+impl Condvar {
+    pub(crate) const fn new() -> Self {
+        Self(sync::Condvar::new())
+    }
+
+    pub(crate) fn wait<'a, T>(&self, mut guard: MutexGuard<'a, T>) -> LockResult<MutexGuard<'a, T>> {
+        let (clock, inner) = (guard.clock, guard.inner.take().expect("only `wait` takes it out"));
+        // Advances the clock; there is nothing left to unlock.
+        drop(guard);
+        Ok(MutexGuard::new(clock, self.0.wait(inner).unwrap_or_else(PoisonError::into_inner)))
+    }
+
+    pub(crate) fn notify_all(&self) {
+        self.0.notify_all();
+    }
+}
