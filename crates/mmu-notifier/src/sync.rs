@@ -2,12 +2,12 @@
 
 #[cfg(mmun_loom)]
 pub(crate) use loom::sync::{Arc, Condvar, Mutex, MutexGuard, atomic};
+#[cfg(mmun_tsan)]
+pub(crate) use std::sync::atomic;
 #[cfg(not(any(mmun_loom, mmun_tsan)))]
 pub(crate) use std::sync::{Arc, Condvar, Mutex, MutexGuard, atomic};
 #[cfg(mmun_tsan)]
-pub(crate) use std::sync::{Arc, atomic};
-#[cfg(mmun_tsan)]
-pub(crate) use traced::{Condvar, Mutex, MutexGuard};
+pub(crate) use traced::{Arc, Condvar, Mutex, MutexGuard};
 #[cfg(mmun_tsan)]
 mod traced;
 

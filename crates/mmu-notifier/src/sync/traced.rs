@@ -1,7 +1,8 @@
-//! The standard library's `Mutex` and `Condvar`, as a thread sanitizer can follow them (`--cfg mmun_tsan`).
+//! The standard library's `Mutex`, `Condvar` and `Arc`, as a thread sanitizer can follow them (`--cfg mmun_tsan`).
 //!
 //! The standard library is not rebuilt for a sanitizer, which therefore does not see what its slow paths order. Here each lock
-//! has a clock: whoever unlocks advances it, whoever has locked reads it.
+//! has a clock: whoever unlocks advances it, whoever has locked reads it. So has an `Arc`, whose own drop uses a fence, which
+//! sanitizers do not know.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -93,5 +94,56 @@ impl Condvar {
 
     pub(crate) fn notify_all(&self) {
         self.0.notify_all();
+    }
+}
+
+#[derive(Debug)]
+#[allow(dead_code, reason = "as above")]
+pub(crate) struct Arc<T>(sync::Arc<Shared<T>>);
+
+#[derive(Debug)]
+struct Shared<T> {
+    clock: AtomicU64,
+    value: T,
+}
+
+#[allow(dead_code, reason = "as above")]
+impl<T> Arc<T> {
+    pub(crate) fn new(value: T) -> Self {
+        Self(sync::Arc::new(Shared { clock: AtomicU64::new(0), value }))
+    }
+
+    pub(crate) fn ptr_eq(this: &Self, other: &Self) -> bool {
+        sync::Arc::ptr_eq(&this.0, &other.0)
+    }
+
+    pub(crate) fn strong_count(this: &Self) -> usize {
+        sync::Arc::strong_count(&this.0)
+    }
+}
+
+impl<T> Clone for Arc<T> {
+    fn clone(&self) -> Self {
+        Self(sync::Arc::clone(&self.0))
+    }
+}
+
+impl<T> Deref for Arc<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.0.value
+    }
+}
+
+impl<T> Drop for Arc<T> {
+    fn drop(&mut self) {
+        self.0.clock.fetch_add(1, Ordering::Release);
+    }
+}
+
+impl<T> Drop for Shared<T> {
+    fn drop(&mut self) {
+        self.clock.load(Ordering::Acquire);
     }
 }
