@@ -4,11 +4,16 @@
 //! each one that changes a translation. What each source sees, when it tells and what it misses stands in
 //! `docs/sources.md`.
 //!
+//! [`current`] is this process's own address space.
+//!
 //! * [`process`]: other processes, through ptrace and a seccomp filter.
 
 #![deny(unsafe_code)]
 
+mod current_mm;
 mod error;
+mod fork;
 pub mod process;
 
+pub use current_mm::{current, current_if_made, current_ref};
 pub use error::Error;

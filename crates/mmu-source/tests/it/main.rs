@@ -1,4 +1,4 @@
-//! The process source against real processes.
+//! The sources against the real kernel.
 
 mod attach;
 mod calls;
@@ -6,4 +6,5 @@ mod check;
 mod death;
 mod life;
 mod log;
+mod space;
 mod spawn;
