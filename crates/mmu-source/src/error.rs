@@ -50,6 +50,16 @@ pub enum Error {
         /// The one command that would grant it.
         remedy: String,
     },
+    /// The handle was made before a fork, and this is the child: the source watches the parent. The child starts its own.
+    AfterFork {
+        /// The source.
+        source: &'static str,
+    },
+    /// The call would wait for the callback that made it.
+    InCallback {
+        /// The source.
+        source: &'static str,
+    },
     /// This kernel or this processor lacks something without which the source cannot work.
     Unsupported {
         /// What is missing.
@@ -88,6 +98,12 @@ impl fmt::Display for Error {
             Error::Unavailable { source, missing, remedy } => {
                 write!(f, "source {source} lacks {missing} (try: {remedy})")
             }
+            Error::AfterFork { source } => {
+                write!(f, "source {source} was started before a fork: start it again in the child")
+            }
+            Error::InCallback { source } => {
+                write!(f, "source {source} was asked to wait inside one of its own callbacks")
+            }
             Error::Unsupported { what } => write!(f, "{what} is not available"),
         }
     }
@@ -100,7 +116,10 @@ impl std::error::Error for Error {
             | Error::Spawn { source, .. }
             | Error::Attach { source, .. }
             | Error::Kernel { source, .. } => Some(source),
-            Error::Unavailable { .. } | Error::Unsupported { .. } => None,
+            Error::Unavailable { .. }
+            | Error::AfterFork { .. }
+            | Error::InCallback { .. }
+            | Error::Unsupported { .. } => None,
         }
     }
 }

@@ -6,6 +6,7 @@
 //!
 //! [`current`] is this process's own address space.
 //!
+//! * [`kernel`]: everything that changes a translation of this process, through KVM's notifier and a BPF program.
 //! * [`process`]: other processes, through ptrace and a seccomp filter.
 
 #![deny(unsafe_code)]
@@ -13,6 +14,7 @@
 mod current_mm;
 mod error;
 mod fork;
+pub mod kernel;
 pub mod process;
 
 pub use current_mm::{current, current_if_made, current_ref};
