@@ -171,7 +171,7 @@ impl<S: ShadowOps> InvalidateSeq<S> {
     /// # Source
     /// The read of `mmu_invalidate_seq` in a KVM page fault.
     pub fn snapshot(&self, range: VaRange) -> Snapshot {
-        // ORDER(core-seq): the change that an end reports, before the look-up. Partner: the store in `leave`. Weaker, a fault
+        // ORDER(core-seq): the change that an end reports, before the look-up. Partner: the store in `advance`. Weaker, a fault
         // could look up the old page with the new sequence. Model: loom `b_40`.
         let order = if mutant("snapshot_relaxed") { Ordering::Relaxed } else { Ordering::Acquire };
         Snapshot { range, seq: self.seq.load(order) }

@@ -132,7 +132,7 @@ fn s_85_a_section_sees_all_of_before_or_nothing_of_after() {
             x.store(1, Ordering::Relaxed);
             srcu.synchronize().unwrap();
             y.store(1, Ordering::Relaxed);
-            assert_ne!(reader.join().unwrap(), (0, 1));
+            assert_ne!(reader.join().unwrap(), (0, 1), "after without before");
         });
     }
 }
@@ -339,48 +339,43 @@ fn a_polled_grace_period_waits_for_the_reader() {
     });
 }
 
-/// What is left out, and a model that must fail then.
-const MUTANTS: &[(&str, &str)] = &[
-    ("no_fence_in_lock", "free_waits_for_reader"),
-    ("no_heavy_fence", "a_polled_grace_period_waits_for_the_reader"),
-    ("unlock_relaxed", "free_waits_for_reader"),
-    ("unlock_relaxed", "a_handed_over_section_is_waited_for"),
-    ("no_fence_in_lock", "a_callback_waits_for_the_reader_and_is_not_forgotten"),
-    ("no_fence_in_unlock", "free_waits_for_both_nested_sections"),
-    ("no_fence_in_lock", "s_85_a_section_sees_all_of_before_or_nothing_of_after"),
-    ("no_heavy_fence", "grace_periods_are_shared"),
-    ("one_bank", "s_86_a_late_reader_is_not_missed"),
-    ("locks_before_unlocks", "a_later_section_does_not_stand_for_an_earlier_one"),
-    ("joins_running_grace_period", "grace_periods_are_shared"),
-    ("no_fence_in_snapshot", "grace_periods_are_shared"),
-    ("no_fence_in_unlock", "a_wake_up_is_not_lost"),
-    ("no_fence_before_sleep", "a_wake_up_is_not_lost"),
-    ("no_fence_before_wake", "a_wake_up_is_not_lost"),
-    ("no_fence_after_announcement", "a_wake_up_is_not_lost"),
-    ("no_look_after_announcement", "a_wake_up_is_not_lost"),
-    ("moved_not_counted", "a_handed_over_section_is_waited_for"),
-    ("idle_ignores_busy", "a_barrier_waits_for_the_calls_of_both_threads"),
-    ("scheduled_cleared_late", "a_barrier_waits_for_the_calls_of_both_threads"),
-    ("no_fence_in_unlock", "a_callback_waits_for_the_reader_and_is_not_forgotten"),
-    ("joins_running_grace_period", "a_polled_grace_period_waits_for_the_reader"),
+/// What is left out, a model that must fail then, and what that must say.
+const MUTANTS: &[(&str, &str, &str)] = &[
+    ("no_fence_in_lock", "free_waits_for_reader", "Causality violation"),
+    ("no_heavy_fence", "a_polled_grace_period_waits_for_the_reader", "Causality violation"),
+    ("unlock_relaxed", "free_waits_for_reader", "Causality violation"),
+    ("unlock_relaxed", "a_handed_over_section_is_waited_for", "Causality violation"),
+    ("no_fence_in_lock", "a_callback_waits_for_the_reader_and_is_not_forgotten", "Causality violation"),
+    ("no_fence_in_unlock", "free_waits_for_both_nested_sections", "deadlock; threads"),
+    ("no_fence_in_lock", "s_85_a_section_sees_all_of_before_or_nothing_of_after", "after without before"),
+    ("no_heavy_fence", "grace_periods_are_shared", "Causality violation"),
+    ("one_bank", "s_86_a_late_reader_is_not_missed", "Causality violation"),
+    ("locks_before_unlocks", "a_later_section_does_not_stand_for_an_earlier_one", "Causality violation"),
+    ("joins_running_grace_period", "grace_periods_are_shared", "Causality violation"),
+    ("no_fence_in_snapshot", "grace_periods_are_shared", "Causality violation"),
+    ("no_fence_in_unlock", "a_wake_up_is_not_lost", "deadlock; threads"),
+    ("no_fence_before_sleep", "a_wake_up_is_not_lost", "deadlock; threads"),
+    ("no_fence_before_wake", "a_wake_up_is_not_lost", "deadlock; threads"),
+    ("no_fence_after_announcement", "a_wake_up_is_not_lost", "deadlock; threads"),
+    ("no_look_after_announcement", "a_wake_up_is_not_lost", "deadlock; threads"),
+    ("moved_not_counted", "a_handed_over_section_is_waited_for", "Causality violation"),
+    ("idle_ignores_busy", "a_barrier_waits_for_the_calls_of_both_threads", "the barrier missed"),
+    ("scheduled_cleared_late", "a_barrier_waits_for_the_calls_of_both_threads", "deadlock; threads"),
+    ("no_fence_in_unlock", "a_callback_waits_for_the_reader_and_is_not_forgotten", "deadlock; threads"),
+    ("joins_running_grace_period", "a_polled_grace_period_waits_for_the_reader", "Causality violation"),
 ];
 
 #[test]
 fn mutants_are_caught() {
     let me = std::env::current_exe().unwrap();
-    let run = |mutant: &str, model: &str| {
+    for (mutant, model, complaint) in MUTANTS {
         let mut command = std::process::Command::new(&me);
-        let output =
+        let run =
             command.args(["--exact", model]).env("MMUN_MUTANT", mutant).env("RUST_BACKTRACE", "0").output().unwrap();
-        (output.status, String::from_utf8_lossy(&output.stdout).contains("running 1 test"))
-    };
-    let alive: Vec<_> = MUTANTS
-        .iter()
-        .filter(|(mutant, model)| {
-            let (status, ran) = run(mutant, model);
-            assert!(ran, "there is no model {model}");
-            status.success()
-        })
-        .collect();
-    assert!(alive.is_empty(), "not caught: {alive:#?}");
+        // A panic while another one unwinds ends the process, and then what it said is on the other stream.
+        let says = [run.stdout, run.stderr].map(|stream| String::from_utf8_lossy(&stream).into_owned()).concat();
+        assert!(says.contains("running 1 test"), "there is no model {model}");
+        assert!(!run.status.success(), "{model} passes although {mutant} breaks it");
+        assert!(says.contains(complaint), "{model} fails for {mutant}, but not because \"{complaint}\": {says}");
+    }
 }
