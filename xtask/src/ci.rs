@@ -54,6 +54,8 @@ const STEPS: &[Step] = &[
             "srcu",
             "-p",
             "mmu-notifier",
+            "-p",
+            "regcache",
             "--test",
             "loom",
         ],

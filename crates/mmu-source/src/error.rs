@@ -41,6 +41,25 @@ pub enum Error {
         /// What the kernel answered.
         source: io::Error,
     },
+    /// The machine, or the rights of this process, lack something without which the source cannot start.
+    Unavailable {
+        /// The source: `kernel`, `uffd`, `hook`.
+        source: &'static str,
+        /// What is missing.
+        missing: String,
+        /// The one command that would grant it.
+        remedy: String,
+    },
+    /// The handle was made before a fork, and this is the child: the source watches the parent. The child starts its own.
+    AfterFork {
+        /// The source.
+        source: &'static str,
+    },
+    /// The call would wait for the callback that made it.
+    InCallback {
+        /// The source.
+        source: &'static str,
+    },
     /// This kernel or this processor lacks something without which the source cannot work.
     Unsupported {
         /// What is missing.
@@ -76,6 +95,15 @@ impl fmt::Display for Error {
             Error::Attach { pid, .. } => write!(f, "PTRACE_SEIZE on pid {pid}"),
             Error::Kernel { call, tid: Some(tid), .. } => write!(f, "{call} on task {tid}"),
             Error::Kernel { call, tid: None, .. } => f.write_str(call),
+            Error::Unavailable { source, missing, remedy } => {
+                write!(f, "source {source} lacks {missing} (try: {remedy})")
+            }
+            Error::AfterFork { source } => {
+                write!(f, "source {source} was started before a fork: start it again in the child")
+            }
+            Error::InCallback { source } => {
+                write!(f, "source {source} was asked to wait inside one of its own callbacks")
+            }
             Error::Unsupported { what } => write!(f, "{what} is not available"),
         }
     }
@@ -88,7 +116,10 @@ impl std::error::Error for Error {
             | Error::Spawn { source, .. }
             | Error::Attach { source, .. }
             | Error::Kernel { source, .. } => Some(source),
-            Error::Unsupported { .. } => None,
+            Error::Unavailable { .. }
+            | Error::AfterFork { .. }
+            | Error::InCallback { .. }
+            | Error::Unsupported { .. } => None,
         }
     }
 }

@@ -4,11 +4,18 @@
 //! each one that changes a translation. What each source sees, when it tells and what it misses stands in
 //! `docs/sources.md`.
 //!
+//! [`current`] is this process's own address space.
+//!
+//! * [`kernel`]: everything that changes a translation of this process, through KVM's notifier and a BPF program.
 //! * [`process`]: other processes, through ptrace and a seccomp filter.
 
 #![deny(unsafe_code)]
 
+mod current_mm;
 mod error;
+mod fork;
+pub mod kernel;
 pub mod process;
 
+pub use current_mm::{current, current_if_made, current_ref};
 pub use error::Error;

@@ -8,7 +8,9 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use mmu_source::process::Pid;
 
 use crate::events::EventSet;
+use crate::outcome::{FAILED, Outcome};
 use crate::record;
+use crate::source::Source;
 
 /// Shows what a program does to its address space.
 #[derive(Debug, Parser)]
@@ -21,6 +23,14 @@ pub(crate) struct Cli {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     Trace(TraceArgs),
+    Coverage(CoverageArgs),
+    Doctor(DoctorArgs),
+    /// Runs one operation under one source; `coverage` starts it.
+    #[command(hide = true)]
+    CoverageCell(CellArgs),
+    /// Runs one operation for the tracer that started it.
+    #[command(hide = true)]
+    CoverageTracee(TraceeArgs),
     /// Prints the manual page.
     #[command(hide = true)]
     Man,
@@ -93,42 +103,99 @@ pub(crate) struct TraceArgs {
     pub(crate) program: Vec<OsString>,
 }
 
+/// Runs every operation that changes an address translation under every event source, and says which was told.
+///
+/// Each runs in a process of its own: it makes memory, arms the source, and makes the change. 'before'
+/// says that the subscriber was called with the translation still in place, 'after' that it was gone by
+/// then, 'missed' that nobody called, 'n/a' that the operation or the source is not to be had here;
+/// why stands on standard error. Whether a translation changed is read from /proc/self/pagemap; what that
+/// does not show (mprotect, MADV_FREE) is found by a write and in /proc/kpageflags. As root it shows more.
+///
+/// Exits 0 if every source told of what it says it sees, 1 if one did not, 2 if that could not be found out.
+#[derive(Args, Debug)]
+#[command(verbatim_doc_comment)]
+pub(crate) struct CoverageArgs {
+    /// Writes one JSON object a line
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    /// Asks this source only; may be repeated
+    #[arg(long = "source", value_name = "NAME")]
+    pub(crate) sources: Vec<Source>,
+}
+
+/// Says which event sources can be used here, and what the others lack.
+///
+/// For each: what is missing, one command that helps, and what was found of the kernel. An answer is that of
+/// the user who asks: what only root may use is not usable for others.
+///
+/// Exits 0 if all are usable, 1 if one is not, 2 if that could not be found out.
+#[derive(Args, Debug)]
+#[command(verbatim_doc_comment)]
+pub(crate) struct DoctorArgs {
+    /// Writes one JSON object a line
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct CellArgs {
+    pub(crate) operation: String,
+    pub(crate) source: Source,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct TraceeArgs {
+    pub(crate) operation: String,
+}
+
 /// What to do instead of running: print this and exit so.
 #[derive(Debug)]
 pub(crate) enum Instead {
     Help(Box<clap::Error>),
-    /// One line, with a hint.
-    Refuse(String),
+    /// One line, with a hint, and the status to exit with.
+    Refuse(String, Outcome),
 }
 
 /// # Errors
 /// Help was asked for, or the arguments are wrong.
 pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, Instead> {
-    Cli::try_parse_from(args).map_err(|error| match error.kind() {
+    let args: Vec<OsString> = args.into_iter().collect();
+    let command =
+        args.get(1).and_then(|word| word.to_str()).filter(|word| COMMANDS.iter().any(|(name, _)| name == word));
+    let outcome = if matches!(command, Some("coverage" | "doctor")) { Outcome::Exit(2) } else { FAILED };
+    Cli::try_parse_from(&args).map_err(|error| match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => Instead::Help(Box::new(error)),
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
-            Instead::Refuse("no command given; try 'mmun --help'".into())
+            Instead::Refuse("no command given; try 'mmun --help'".into(), outcome)
         }
-        _ => Instead::Refuse(one_line(&error.render().to_string())),
+        _ => Instead::Refuse(one_line(&error.render().to_string(), command), outcome),
     })
 }
 
 /// The first paragraph of clap's message, without its label.
-fn one_line(message: &str) -> String {
+fn one_line(message: &str, command: Option<&str>) -> String {
     let paragraph = message.strip_prefix("error: ").unwrap_or(message).split("\n\n").next().unwrap_or_default();
     let words: Vec<&str> = paragraph.split_whitespace().collect();
-    format!("{}; try 'mmun trace --help'", words.join(" "))
+    let command = command.map_or(String::new(), |name| format!(" {name}"));
+    format!("{}; try 'mmun{command} --help'", words.join(" "))
 }
 
-/// The manual pages of the program and of `trace`, as roff.
+/// The commands that are shown, and the names of their manual pages.
+const COMMANDS: [(&str, &str); 3] = [("trace", "mmun-trace"), ("coverage", "mmun-coverage"), ("doctor", "mmun-doctor")];
+
+/// The manual pages of the commands, as roff, one after the other.
 ///
 /// # Errors
 /// Those of `out`.
 pub(crate) fn man(out: &mut dyn std::io::Write) -> std::io::Result<()> {
     let mut cli = Cli::command();
     cli.build();
-    let trace = cli.find_subcommand("trace").expect("trace is in the table").clone();
-    clap_mangen::Man::new(trace.name("mmun-trace")).render(out)
+    for (name, page) in COMMANDS {
+        let command = cli.find_subcommand(name).expect("the test compares the names with the table").clone();
+        clap_mangen::Man::new(command.name(page)).render(out)?;
+    }
+    Ok(())
 }
 
 pub(crate) fn completions(shell: clap_complete::Shell, out: &mut dyn std::io::Write) {
@@ -145,13 +212,20 @@ mod tests {
             Ok(Cli { command: Command::Trace(args) }) => Ok(args),
             Ok(_) => Err("another command".into()),
             Err(Instead::Help(text)) => Err(text.to_string()),
-            Err(Instead::Refuse(text)) => Err(text),
+            Err(Instead::Refuse(text, _)) => Err(text),
         }
     }
 
     #[test]
     fn the_table_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_that_is_shown_has_a_manual_page() {
+        let cli = Cli::command();
+        let shown = cli.get_subcommands().filter(|command| !command.is_hide_set());
+        assert_eq!(shown.map(|command| command.get_name()).collect::<Vec<_>>(), COMMANDS.map(|(name, _)| name));
     }
 
     #[test]

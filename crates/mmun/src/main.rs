@@ -4,7 +4,9 @@
 #![deny(unsafe_code)]
 
 mod args;
+mod coverage;
 mod digits;
+mod doctor;
 mod events;
 mod front;
 mod json;
@@ -14,6 +16,8 @@ mod outcome;
 mod output;
 mod record;
 mod recorder;
+mod source;
+mod style;
 mod summary;
 mod sys;
 mod text;
@@ -28,6 +32,10 @@ fn main() {
     let outcome = match args::parse(std::env::args_os()) {
         Ok(cli) => match cli.command {
             Command::Trace(args) => trace::main(args),
+            Command::Coverage(args) => coverage::main(args),
+            Command::Doctor(args) => doctor::main(args),
+            Command::CoverageCell(args) => coverage::cell(&args),
+            Command::CoverageTracee(args) => coverage::tracee(&args),
             Command::Man => print(|out| args::man(out)),
             Command::Completions { shell } => print(|out| {
                 args::completions(shell, out);
@@ -35,9 +43,9 @@ fn main() {
             }),
         },
         Err(Instead::Help(text)) => written(text.print()),
-        Err(Instead::Refuse(line)) => {
+        Err(Instead::Refuse(line, outcome)) => {
             complain(&line);
-            FAILED
+            outcome
         }
     };
     outcome.end()
@@ -58,6 +66,26 @@ fn written(result: io::Result<()>) -> Outcome {
             FAILED
         }
     }
+}
+
+/// The words of an error without its number.
+fn reason(error: &dyn std::error::Error) -> String {
+    let text = error.to_string();
+    text.split(" (os error").next().unwrap_or_default().to_owned()
+}
+
+/// An error of a source in one line: what, why, and what helps.
+fn explain(error: &mmu_source::Error) -> String {
+    let mut line = error.to_string();
+    if let Some(source) = std::error::Error::source(error) {
+        line.push_str(": ");
+        line.push_str(&reason(source));
+    }
+    if let Some(hint) = error.hint() {
+        line.push_str("; ");
+        line.push_str(hint);
+    }
+    line
 }
 
 /// One line on standard error; if that is closed there is nobody to tell.

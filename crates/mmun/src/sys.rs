@@ -145,6 +145,31 @@ pub(crate) fn die_of(signal: i32) -> ! {
     std::process::exit(128 + signal)
 }
 
+/// Ends this process at once: nothing is flushed, no handler runs.
+pub(crate) fn exit_now(status: i32) -> ! {
+    // SAFETY: it takes an integer.
+    unsafe { libc::_exit(status) }
+}
+
+/// From now on this process is killed when `parent`, which started it, ends.
+pub(crate) fn die_with(parent: Option<Pid>) {
+    // It cannot fail with a valid signal.
+    let _ = rustix::process::set_parent_process_death_signal(Some(Signal::KILL));
+    // It may have ended before that.
+    if rustix::process::getppid() != parent {
+        exit_now(0);
+    }
+}
+
+/// Does nothing until `parent` ends, then ends too.
+pub(crate) fn wait_for_the_end_of(parent: Pid) -> ! {
+    die_with(Some(parent));
+    loop {
+        // SAFETY: it takes nothing; a signal that returns from it does no harm.
+        unsafe { libc::pause() };
+    }
+}
+
 /// Calls this process something else in `ps`, so that `pkill` for the program's name does not hit it.
 pub(crate) fn rename(name: &std::ffi::CStr) {
     let _ = rustix::thread::set_name(name);

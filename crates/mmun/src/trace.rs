@@ -11,15 +11,16 @@ use mmu_source::Error;
 use mmu_source::process::{Command, Done, Keeper, Options, Pid, Tracer};
 
 use crate::args::TraceArgs;
-use crate::complain;
 use crate::events::EventSet;
 use crate::front;
 use crate::observer::TraceObserver;
 use crate::outcome::{FAILED, NOT_EXECUTABLE, NOT_FOUND, Outcome};
 use crate::output::Output;
 use crate::recorder::{Content, Form, Recorder, Settings};
+use crate::style;
 use crate::sys;
 use crate::text::Color;
+use crate::{complain, explain, reason};
 
 #[derive(Debug)]
 struct Plan {
@@ -62,9 +63,7 @@ pub(crate) fn main(args: TraceArgs) -> Outcome {
 
 impl Plan {
     fn new(args: TraceArgs, output: Output) -> Plan {
-        let dull =
-            |name, value: Option<&str>| std::env::var_os(name).is_some_and(|v| value.map_or(!v.is_empty(), |w| v == w));
-        let color = match output.is_terminal() && !dull("NO_COLOR", None) && !dull("TERM", Some("dumb")) {
+        let color = match output.is_terminal() && style::is_wanted() {
             true => Color::Always,
             false => Color::Never,
         };
@@ -196,25 +195,10 @@ fn keep(keeper: Keeper) {
 
 /// Says why, in one line, and how to end.
 fn fail(error: &Error) -> Outcome {
-    let mut line = error.to_string();
-    if let Some(source) = std::error::Error::source(error) {
-        line.push_str(": ");
-        line.push_str(&reason(source));
-    }
-    if let Some(hint) = error.hint() {
-        line.push_str("; ");
-        line.push_str(hint);
-    }
-    complain(&line);
+    complain(&explain(error));
     match error {
         Error::Exec { source, .. } if source.kind() == io::ErrorKind::NotFound => NOT_FOUND,
         Error::Exec { .. } => NOT_EXECUTABLE,
         _ => FAILED,
     }
-}
-
-/// The words of an error without its number.
-fn reason(error: &dyn std::error::Error) -> String {
-    let text = error.to_string();
-    text.split(" (os error").next().unwrap_or_default().to_owned()
 }

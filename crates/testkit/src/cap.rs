@@ -16,6 +16,12 @@ pub enum Cap {
     I386Calls,
     /// A second NUMA node is not needed, the calls to move pages are.
     Numa,
+    /// Loading BPF programs.
+    Bpf,
+    /// Virtual machines of KVM.
+    Kvm,
+    /// userfaultfd with asynchronous write protection.
+    Userfaultfd,
 }
 
 /// Tells whether the machine has `cap`.
@@ -42,11 +48,39 @@ fn probe(cap: Cap) -> Result<(), String> {
             Err(error) => Err(format!("no seccomp: {error}")),
         },
         Cap::I386Calls => i386_getpid(),
+        Cap::Bpf => bpf().map_err(|error| format!("BPF maps cannot be made: {error}")),
+        Cap::Kvm => match fs::File::options().read(true).write(true).open("/dev/kvm") {
+            Ok(_) => Ok(()),
+            Err(error) => Err(format!("/dev/kvm: {error}")),
+        },
+        Cap::Userfaultfd => userfaultfd().map_err(|error| format!("userfaultfd: {error}")),
         Cap::Numa => match fs::metadata("/sys/devices/system/node/node0") {
             Ok(_) => Ok(()),
             Err(error) => Err(format!("no NUMA support: {error}")),
         },
     }
+}
+
+/// Makes an array of one value.
+fn bpf() -> io::Result<()> {
+    let attributes = [2_u32, 4, 8, 1, 0, 0];
+    // SAFETY: the attributes are as long as the call is told.
+    let map = unsafe { libc::syscall(libc::SYS_bpf, 0, &raw const attributes, size_of_val(&attributes)) };
+    close(map)
+}
+
+fn userfaultfd() -> io::Result<()> {
+    // SAFETY: takes an integer, returns a descriptor.
+    close(unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) })
+}
+
+fn close(descriptor: libc::c_long) -> io::Result<()> {
+    if descriptor < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is new and nobody else's.
+    unsafe { libc::close(descriptor as i32) };
+    Ok(())
 }
 
 /// Seizes a child and lets it go.

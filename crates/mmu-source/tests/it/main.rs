@@ -1,9 +1,12 @@
-//! The process source against real processes.
+//! The sources against the real kernel.
 
 mod attach;
 mod calls;
 mod check;
 mod death;
+mod kernel;
 mod life;
 mod log;
+mod memory;
+mod space;
 mod spawn;

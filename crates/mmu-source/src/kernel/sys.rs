@@ -1,0 +1,220 @@
+//! The system calls of the source: KVM, BPF, and the memory that is shared with the BPF program.
+//!
+//! # Safety
+//! The one module of the source with unsafe code. The calls take integers and pointers to locals of the size the kernel is
+//! told. [`Shared`] owns a mapping until it is dropped; its words are handed out as atomics only, bounds checked, because
+//! the BPF program writes them at any time.
+
+#![allow(unsafe_code, reason = "the one module of this source that makes raw system calls; see its Safety section")]
+
+use std::ffi::{CStr, c_ulong};
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::ptr::{self, NonNull};
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64};
+use std::time::Duration;
+
+/// `_IO(KVMIO, 0x01)`.
+const KVM_CREATE_VM: c_ulong = 0xae01;
+
+/// Opens `/dev/kvm`.
+pub(super) fn open_kvm() -> io::Result<OwnedFd> {
+    // SAFETY: the path is a string that ends in a null; the call returns a descriptor that is nobody's yet, or -1.
+    owned(unsafe { libc::open(c"/dev/kvm".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) })
+}
+
+/// Makes a virtual machine of this process: one more MMU notifier on its address space.
+pub(super) fn create_vm(kvm: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    loop {
+        // SAFETY: the request takes an integer, the type of machine, and returns a new descriptor (close on exec) or -1.
+        match owned(unsafe { libc::ioctl(kvm.as_raw_fd(), KVM_CREATE_VM, 0_usize) }) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
+        }
+    }
+}
+
+fn owned(descriptor: i32) -> io::Result<OwnedFd> {
+    if descriptor < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: `from_raw_fd` needs an open descriptor that nobody else owns: the kernel has just made it.
+    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+}
+
+/// The kinds of BPF maps in use, `enum bpf_map_type`.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Map {
+    /// One value that user space may map.
+    Value { bytes: u32 },
+    /// A ring of records, whose size is a power of two.
+    Ring { bytes: u32 },
+}
+
+/// `union bpf_attr`: the kernel wants unused bytes to be zero.
+#[repr(C, align(8))]
+struct Attributes([u32; 32]);
+
+impl Attributes {
+    const fn new() -> Self {
+        Self([0; 32])
+    }
+
+    /// Sets 32 bits at a byte offset.
+    fn word(mut self, offset: usize, value: u32) -> Self {
+        self.0[offset / 4] = value;
+        self
+    }
+
+    /// Sets a pointer at a byte offset.
+    fn pointer<T: ?Sized>(self, offset: usize, value: *const T) -> Self {
+        let address = value.cast::<u8>().addr() as u64;
+        value.cast::<u8>().expose_provenance();
+        self.word(offset, address as u32).word(offset + 4, (address >> 32) as u32)
+    }
+
+    fn call(&mut self, command: u32) -> io::Result<i32> {
+        // SAFETY: the attributes are as long as the call is told and live as long as it lasts; what they point to is
+        // borrowed by the callers of this function until it returns.
+        let result = unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut self.0, size_of_val(&self.0)) };
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result as i32) }
+    }
+}
+
+pub(super) fn create_map(map: Map) -> io::Result<OwnedFd> {
+    const BPF_F_MMAPABLE: u32 = 1 << 10;
+    let attributes = match map {
+        Map::Value { bytes } => {
+            Attributes::new().word(0, 2).word(4, 4).word(8, bytes).word(12, 1).word(16, BPF_F_MMAPABLE)
+        }
+        Map::Ring { bytes } => Attributes::new().word(0, 27).word(12, bytes),
+    };
+    let mut attributes = attributes;
+    owned(attributes.call(0)?)
+}
+
+/// Has the kernel verify and compile `program` as a raw tracepoint program. On a refusal, the end of the verifier's log is
+/// part of the error.
+pub(super) fn load_program(program: &[u64]) -> io::Result<OwnedFd> {
+    const BPF_PROG_TYPE_RAW_TRACEPOINT: u32 = 17;
+    let license = c"Dual MIT/GPL";
+    let build = || {
+        Attributes::new()
+            .word(0, BPF_PROG_TYPE_RAW_TRACEPOINT)
+            .word(4, program.len() as u32)
+            .pointer(8, program.as_ptr())
+            .pointer(16, license.as_ptr())
+    };
+    let error = match build().call(5) {
+        Ok(descriptor) => return owned(descriptor),
+        Err(error) => error,
+    };
+    let mut log = vec![0_u8; 1 << 20];
+    if build().word(24, 1).word(28, log.len() as u32).pointer(32, log.as_mut_ptr()).call(5).is_err() {
+        let text = CStr::from_bytes_until_nul(&log).map(CStr::to_string_lossy).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().rev().take(4).collect();
+        if !lines.is_empty() {
+            let lines: Vec<&str> = lines.into_iter().rev().collect();
+            return Err(io::Error::new(error.kind(), format!("{error}: {}", lines.join("; "))));
+        }
+    }
+    Err(error)
+}
+
+/// Attaches a program to a tracepoint, for as long as the returned descriptor is open.
+pub(super) fn attach(program: BorrowedFd<'_>, tracepoint: &CStr) -> io::Result<OwnedFd> {
+    owned(Attributes::new().pointer(0, tracepoint.as_ptr()).word(8, program.as_raw_fd() as u32).call(17)?)
+}
+
+/// Runs a program once, in this thread, as if its tracepoint had been passed with these arguments.
+pub(super) fn run_program(program: BorrowedFd<'_>, arguments: [u64; 2]) -> io::Result<()> {
+    let attributes = Attributes::new().word(0, program.as_raw_fd() as u32);
+    attributes.word(40, size_of_val(&arguments) as u32).pointer(48, arguments.as_ptr()).call(10).map(drop)
+}
+
+pub(super) fn event_fd() -> io::Result<OwnedFd> {
+    // SAFETY: takes integers, returns a new descriptor or -1.
+    owned(unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) })
+}
+
+/// Wakes whoever waits for `event`.
+pub(super) fn wake(event: BorrowedFd<'_>) {
+    let one = 1_u64;
+    // SAFETY: writes the eight bytes of a local. It can only fail when the event is set already.
+    unsafe { libc::write(event.as_raw_fd(), (&raw const one).cast(), 8) };
+}
+
+/// Sleeps until `ring` has a record (true) or `stop` is set (false).
+pub(super) fn wait(ring: BorrowedFd<'_>, stop: BorrowedFd<'_>) -> bool {
+    let entry = |fd: BorrowedFd<'_>| libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    let mut entries = [entry(ring), entry(stop)];
+    // SAFETY: two entries, which live through the call.
+    unsafe { libc::poll(entries.as_mut_ptr(), 2, -1) };
+    entries[1].revents == 0
+}
+
+/// Gives the processor away for a moment.
+pub(super) fn pause() {
+    std::thread::sleep(Duration::from_micros(1));
+}
+
+/// Memory shared with the BPF program.
+#[derive(Debug)]
+pub(super) struct Shared {
+    base: NonNull<u8>,
+    bytes: usize,
+}
+
+// SAFETY: the memory is reached through atomics only.
+unsafe impl Send for Shared {}
+// SAFETY: as above.
+unsafe impl Sync for Shared {}
+
+impl Shared {
+    /// Maps `bytes` of a map from `offset` on.
+    pub(super) fn map(map: BorrowedFd<'_>, offset: usize, bytes: usize, writable: bool) -> io::Result<Self> {
+        let protection = libc::PROT_READ | if writable { libc::PROT_WRITE } else { 0 };
+        let descriptor = map.as_raw_fd();
+        // SAFETY: a new mapping where the kernel likes; nothing of ours is touched.
+        let base = unsafe {
+            libc::mmap(ptr::null_mut(), bytes, protection, libc::MAP_SHARED, descriptor, offset as libc::off_t)
+        };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Self { base: NonNull::new(base.cast()).expect("mmap does not return null"), bytes })
+    }
+
+    #[inline]
+    pub(super) fn u64(&self, offset: usize) -> &AtomicU64 {
+        // SAFETY: the pointer comes from `place`: in the mapping, which lives as long as `self`, and aligned. A mapping that
+        // is not writable is only loaded from, by `ring`.
+        unsafe { AtomicU64::from_ptr(self.place(offset, 8).cast().as_ptr()) }
+    }
+
+    #[inline]
+    pub(super) fn u32(&self, offset: usize) -> &AtomicU32 {
+        // SAFETY: as for `u64`.
+        unsafe { AtomicU32::from_ptr(self.place(offset, 4).cast().as_ptr()) }
+    }
+
+    #[inline]
+    pub(super) fn u16(&self, offset: usize) -> &AtomicU16 {
+        // SAFETY: as for `u64`.
+        unsafe { AtomicU16::from_ptr(self.place(offset, 2).cast().as_ptr()) }
+    }
+
+    #[inline]
+    fn place(&self, offset: usize, size: usize) -> NonNull<u8> {
+        assert!(offset.is_multiple_of(size) && offset + size <= self.bytes, "inside of the mapping, and aligned");
+        // SAFETY: the offset was checked to be inside of the mapping, which is one allocation.
+        unsafe { self.base.add(offset) }
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, whole, and no reference into it outlives `self`.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.bytes) };
+    }
+}

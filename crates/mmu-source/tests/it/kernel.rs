@@ -1,0 +1,289 @@
+//! The kernel source: every way to change a translation, losses, forks, and a hunt for stale reads.
+
+use crate::memory::{Log, PAGE, Scratch, in_a_child, memory_file};
+use mmu_notifier::{Va, VaRange};
+use mmu_source::kernel::Kernel;
+use mmu_source::{Error, current};
+use std::os::fd::AsRawFd;
+use std::ptr;
+use std::sync::Arc;
+use testkit::{Cap, require};
+
+fn start() -> Option<Arc<Kernel>> {
+    (require(Cap::Bpf) && require(Cap::Kvm)).then(|| Kernel::start().expect("KVM and BPF are there"))
+}
+
+fn rehearse(ring: usize) -> Option<Arc<Kernel>> {
+    require(Cap::Bpf).then(|| Kernel::rehearse(ring).expect("BPF is there"))
+}
+
+/// Arms `memory`, lets `change` do its work, and wants to have been told of some of it.
+fn told(kernel: &Arc<Kernel>, name: &str, memory: Scratch, change: impl FnOnce(&Scratch)) {
+    let log = Log::about(&current(), memory.range());
+    let armed = kernel.arm(memory.range()).expect("armed");
+    let seq = kernel.read_begin().expect("no fork");
+    log.take();
+    change(&memory);
+    assert!(kernel.read_retry(seq), "{name}: the generation has not moved");
+    kernel.settle().expect("no fork");
+    assert!(!log.take().is_empty(), "{name}: nobody was told");
+    drop(armed);
+    // What the change has unmapped may belong to another thread by now.
+    std::mem::forget(memory);
+    drop(log.unregister().expect("outside of brackets"));
+}
+
+fn advise(memory: &Scratch, advice: i32) {
+    // SAFETY: our own scratch memory.
+    let result = unsafe { libc::madvise(memory.page(0), memory.bytes, advice) };
+    assert_eq!(result, 0, "madvise {advice}: {}", std::io::Error::last_os_error());
+}
+
+#[test]
+fn every_change_by_this_process_is_told() {
+    let Some(kernel) = start() else { return };
+    let private = || Scratch::anonymous(4);
+    told(&kernel, "munmap", private(), |memory| {
+        // SAFETY: our own scratch memory.
+        unsafe { libc::munmap(memory.page(1), PAGE) };
+    });
+    told(&kernel, "munmap as a bare instruction", private(), |memory| {
+        let result: i64;
+        // SAFETY: munmap of our own scratch memory; the registers that the instruction destroys are named.
+        unsafe {
+            std::arch::asm!("syscall", inlateout("rax") libc::SYS_munmap => result, in("rdi") memory.page(1), in("rsi") PAGE,
+                out("rcx") _, out("r11") _);
+        }
+        assert_eq!(result, 0);
+    });
+    told(&kernel, "mmap over it", private(), |memory| {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+        // SAFETY: over our own scratch memory.
+        unsafe { libc::mmap(memory.page(2), PAGE, libc::PROT_READ, flags, -1, 0) };
+    });
+    told(&kernel, "mremap", private(), |memory| {
+        // SAFETY: moves our own scratch memory, where the kernel likes.
+        unsafe { libc::mremap(memory.page(0), 4 * PAGE, 4096 * PAGE, libc::MREMAP_MAYMOVE) };
+    });
+    told(&kernel, "mremap onto it", private(), |memory| {
+        let source = private();
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+        // SAFETY: moves scratch memory over scratch memory.
+        unsafe { libc::mremap(source.page(0), PAGE, PAGE, flags, memory.page(3)) };
+    });
+    told(&kernel, "mprotect", private(), |memory| {
+        // SAFETY: our own scratch memory, which nobody writes any more.
+        unsafe { libc::mprotect(memory.page(0), PAGE, libc::PROT_READ) };
+    });
+    told(&kernel, "MADV_DONTNEED", private(), |memory| advise(memory, libc::MADV_DONTNEED));
+    told(&kernel, "MADV_FREE", private(), |memory| advise(memory, libc::MADV_FREE));
+    let file = memory_file(4);
+    let shared = || Scratch::map(4, libc::MAP_SHARED, file.as_raw_fd()).expect("mmap");
+    told(&kernel, "MADV_REMOVE", shared(), |memory| advise(memory, libc::MADV_REMOVE));
+    told(&kernel, "ftruncate", shared(), |_| {
+        // SAFETY: integers; nobody reads the mapping any more.
+        unsafe { libc::ftruncate(file.as_raw_fd(), 0) };
+    });
+}
+
+#[test]
+fn changes_by_others_and_by_the_kernel_are_told() {
+    let Some(kernel) = start() else { return };
+    let file = memory_file(4);
+    let shared = || Scratch::map(4, libc::MAP_SHARED, file.as_raw_fd()).expect("mmap");
+    told(&kernel, "a hole punched by another process", shared(), |_| {
+        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        // SAFETY: integers.
+        assert!(in_a_child(|| unsafe { libc::fallocate(file.as_raw_fd(), mode, 0, PAGE as libc::off_t) } == 0));
+    });
+    told(&kernel, "a truncation by another process", shared(), |_| {
+        // SAFETY: integers.
+        assert!(in_a_child(|| unsafe { libc::ftruncate(file.as_raw_fd(), 0) } == 0));
+    });
+    told(&kernel, "fork", Scratch::anonymous(4), |_| assert!(in_a_child(|| true)));
+    // Copy on write: the child keeps the old page, the parent gets another.
+    let memory = Scratch::anonymous(1);
+    let mut pipe = [0; 2];
+    // SAFETY: writes two ints to a local.
+    let made = unsafe { libc::pipe(pipe.as_mut_ptr()) };
+    assert_eq!(made, 0);
+    // SAFETY: the child waits for the end of the pipe, in system calls alone, and ends.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        // SAFETY: system calls on a local and on inherited descriptors.
+        unsafe {
+            libc::close(pipe[1]);
+            libc::read(pipe[0], ptr::from_mut(&mut [0_u8; 1]).cast(), 1);
+            libc::_exit(0)
+        }
+    }
+    told(&kernel, "copy on write", memory, |memory| memory.write(0, 2));
+    // SAFETY: closes what was opened here, and reaps the child, which ends because of it.
+    unsafe {
+        libc::close(pipe[1]);
+        libc::close(pipe[0]);
+        libc::waitpid(child, ptr::null_mut(), 0);
+    }
+}
+
+#[test]
+fn ten_thousand_ranges_can_be_armed_and_each_is_told() {
+    let Some(kernel) = rehearse(1 << 18) else { return };
+    let page = |number: u64| VaRange::covering(Va::new(0x5000_0000_0000 + number * 0x13_000), 1).expect("a page");
+    let armed: Vec<_> = (0..10_000).map(|number| kernel.arm(page(number)).expect("armed")).collect();
+    for number in 0..10_000 {
+        let before = kernel.generation();
+        kernel.inject(page(number).start().get(), page(number).end().expect("low").get()).expect("it runs");
+        assert!(!kernel.is_current(before), "page {number}");
+    }
+    let misses = (0..10_000_u64).filter(|number| {
+        let before = kernel.generation();
+        kernel.inject(0x6000_0000_0000 + number * 0x1000, 0x6000_0000_1000 + number * 0x1000).expect("it runs");
+        kernel.is_current(before)
+    });
+    let misses = misses.count();
+    assert!(misses > 8_500, "only {misses} of 10,000 foreign pages passed the filter");
+    drop(armed);
+    let before = kernel.generation();
+    (0..10_000).for_each(|number| {
+        kernel.inject(page(number).start().get(), page(number).start().get() + 4096).expect("it runs")
+    });
+    assert!(kernel.is_current(before), "all are disarmed");
+    assert_eq!(kernel.lost(), 0);
+}
+
+#[test]
+fn ranges_are_handed_on_in_order_by_whoever_looks() {
+    let Some(kernel) = rehearse(1 << 18) else { return };
+    const AT: u64 = 0x5100_0000_0000;
+    let whole = VaRange::covering(Va::new(AT), 1 << 20).expect("a range");
+    let log = Log::about(&current(), whole);
+    let _armed = kernel.arm(whole).expect("armed");
+    let pages: Vec<u64> = (0..256).map(|number| AT + (number * 7 % 256) * 4096).collect();
+    for page in &pages {
+        kernel.inject(*page, page + 4096).expect("it runs");
+    }
+    let generation = kernel.settle().expect("no fork");
+    assert!(kernel.is_handled(generation));
+    assert_eq!(generation, 256);
+    let told: Vec<u64> =
+        log.take().iter().filter(|range| range.pages() == 1).map(|range| range.start().get()).collect();
+    assert_eq!(told, pages);
+}
+
+#[test]
+fn a_full_ring_is_a_loss_and_a_loss_is_everything() {
+    if !require(Cap::Bpf) {
+        return;
+    }
+    struct Slow(std::sync::Mutex<()>);
+    impl mmu_notifier::Notifier for Slow {
+        fn invalidate_range_start(&self, range: &mmu_notifier::InvalidateRange<'_>) {
+            if range.range().start().get() == AT {
+                drop(self.0.lock());
+            }
+        }
+    }
+    const AT: u64 = 0x5200_0000_0000;
+    let kernel = Kernel::rehearse(4096).expect("BPF is there");
+    let whole = VaRange::covering(Va::new(AT), 1 << 20).expect("a range");
+    let _armed = kernel.arm(whole).expect("armed");
+    let log = Log::about(&current(), whole);
+    // A subscriber holds up whoever drains, the source's own thread included.
+    let slow =
+        mmu_notifier::Registration::new(&current(), Slow(std::sync::Mutex::new(()))).expect("outside of brackets");
+    let held = slow.0.lock().expect("no panic");
+    for number in 0..1_000_u64 {
+        kernel.inject(AT + number % 256 * 4096, AT + number % 256 * 4096 + 4096).expect("it runs");
+    }
+    assert!(kernel.lost() >= 1_000 - 2 * 128, "{} lost", kernel.lost());
+    drop(held);
+    let generation = kernel.settle().expect("no fork");
+    assert_eq!(generation, 1_000);
+    assert!(kernel.is_handled(1_000));
+    assert!(log.take().contains(&VaRange::ALL));
+    drop(slow.unregister().map_err(|_| ()).expect("outside of brackets"));
+}
+
+#[test]
+fn a_forked_child_does_not_trust_its_parents_source() {
+    let Some(kernel) = rehearse(1 << 18) else { return };
+    const AT: u64 = 0x5300_0000_0000;
+    let range = VaRange::covering(Va::new(AT), 4096).expect("a page");
+    let armed = kernel.arm(range).expect("armed");
+    let generation = kernel.settle().expect("no fork");
+    assert!(kernel.is_current(generation));
+    let passed = in_a_child(|| {
+        let blind = !kernel.is_current(generation)
+            && matches!(kernel.settle(), Err(Error::AfterFork { .. }))
+            && matches!(kernel.read_begin(), Err(Error::AfterFork { .. }))
+            && matches!(kernel.arm(range), Err(Error::AfterFork { .. }))
+            && kernel.drain().refused;
+        drop(armed);
+        drop(kernel);
+        // A start of its own works, and is its own.
+        let own = Kernel::rehearse(4096).expect("BPF is there");
+        let _armed = own.arm(range).expect("armed");
+        own.inject(AT, AT + 4096).expect("it runs");
+        blind && own.settle().is_ok_and(|generation| own.is_current(generation) && generation == 1)
+    });
+    assert!(passed);
+}
+
+#[test]
+fn the_parent_stays_armed_when_a_child_lets_go() {
+    let Some(kernel) = rehearse(1 << 18) else { return };
+    const AT: u64 = 0x5400_0000_0000;
+    let mut armed = Some(kernel.arm(VaRange::covering(Va::new(AT), 4096).expect("a page")).expect("armed"));
+    assert!(in_a_child(|| armed.take().is_some()));
+    let generation = kernel.generation();
+    kernel.inject(AT, AT + 4096).expect("it runs");
+    assert!(!kernel.is_current(generation));
+    assert!(armed.is_some());
+}
+
+#[test]
+fn a_callback_may_not_wait_for_itself() {
+    if !require(Cap::Bpf) {
+        return;
+    }
+    const AT: u64 = 0x5500_0000_0000;
+    struct Asks(std::sync::Weak<Kernel>, std::sync::Mutex<Vec<bool>>);
+    impl mmu_notifier::Notifier for Asks {
+        fn invalidate_range_start(&self, range: &mmu_notifier::InvalidateRange<'_>) {
+            if range.range().start().get() == AT
+                && let Some(kernel) = self.0.upgrade()
+            {
+                let refused = kernel.drain().refused && matches!(kernel.settle(), Err(Error::InCallback { .. }));
+                self.1.lock().expect("no panic").push(refused);
+            }
+        }
+    }
+    let kernel = Kernel::rehearse(4096).expect("BPF is there");
+    let asks = Asks(Arc::downgrade(&kernel), std::sync::Mutex::default());
+    let asks = mmu_notifier::Registration::new(&current(), asks).expect("outside of brackets");
+    let _armed = kernel.arm(VaRange::covering(Va::new(AT), 4096).expect("a page")).expect("armed");
+    kernel.inject(AT, AT + 4096).expect("it runs");
+    kernel.settle().expect("outside of callbacks");
+    assert_eq!(*asks.1.lock().expect("no panic"), [true]);
+    drop(kernel);
+    drop(asks.unregister().map_err(|_| ()).expect("outside of brackets"));
+}
+
+#[test]
+fn what_is_missing_is_named_with_a_remedy() {
+    match mmu_source::kernel::probe() {
+        Ok(features) => assert!(!features.release.is_empty()),
+        Err(Error::Unavailable { source, missing, remedy }) => {
+            assert_eq!(source, "kernel");
+            assert!(!missing.is_empty() && !remedy.is_empty(), "{missing}: {remedy}");
+        }
+        Err(other) => panic!("{other}"),
+    }
+}
+
+#[test]
+fn all_starts_give_the_same_source() {
+    let Some(kernel) = start() else { return };
+    assert!(Arc::ptr_eq(&kernel, &Kernel::start().expect("it runs")));
+}

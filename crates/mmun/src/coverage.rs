@@ -1,0 +1,98 @@
+//! `mmun coverage`: which source is told of which change, measured.
+//!
+//! Every operation runs once under every source, each time in a child of its own. The child makes memory and touches it,
+//! arms the source for it, subscribes, and changes the translation. The subscriber looks at the page at the moment it is told.
+
+mod armed;
+mod cell;
+mod files;
+mod matrix;
+mod operation;
+mod ops;
+mod other;
+mod page;
+mod region;
+mod report;
+mod runner;
+mod traced;
+mod witness;
+
+use std::io::{self, Write};
+
+use crate::args::{CellArgs, CoverageArgs, TraceeArgs};
+use crate::outcome::Outcome;
+use crate::source::Source;
+use crate::style::Style;
+use crate::{complain, doctor, sys};
+
+use matrix::Matrix;
+use operation::Operation;
+use report::Report;
+
+/// A source missed what it says it sees.
+const FOUND: Outcome = Outcome::Exit(1);
+/// An operation did not come to its end, or nothing could be measured.
+const FAILED: Outcome = Outcome::Exit(2);
+
+pub(crate) fn main(args: CoverageArgs) -> Outcome {
+    let sources: Vec<Source> =
+        Source::ALL.into_iter().filter(|source| args.sources.is_empty() || args.sources.contains(source)).collect();
+    let mut usable = Vec::new();
+    for source in &sources {
+        match doctor::usable(*source) {
+            Ok(()) => usable.push(*source),
+            Err(lack) => complain(&format!("{} cannot be used here: {}", source.name(), lack.to_line())),
+        }
+    }
+    let operations: Vec<&'static Operation> = ops::all().collect();
+    let form = if args.json { matrix::Form::Json } else { matrix::Form::Text(Style::of_stdout()) };
+    let mut matrix = Matrix::new(operations, sources, &usable, form);
+    let mut written = matrix.begin(&mut io::stdout());
+    runner::run(&matrix.places(), |index, report| {
+        matrix.enter(index, report);
+        if written.is_ok() {
+            written = matrix.write(&mut io::stdout());
+        }
+    });
+    if written.is_ok() {
+        written = matrix.end(&mut io::stdout()).and_then(|()| io::stdout().flush());
+    }
+    if let Err(error) = written {
+        if error.kind() == io::ErrorKind::BrokenPipe {
+            return Outcome::Exit(0);
+        }
+        complain(&format!("write on standard output: {}", crate::reason(&error)));
+        return FAILED;
+    }
+    matrix.reasons().iter().for_each(|line| complain(line));
+    match (usable.is_empty() || matrix.is_broken(), matrix.faults().is_empty()) {
+        (true, _) => FAILED,
+        (false, true) => Outcome::Exit(0),
+        (false, false) => {
+            matrix.faults().iter().for_each(|line| complain(line));
+            FOUND
+        }
+    }
+}
+
+/// A child: one operation under one source.
+pub(crate) fn cell(args: &CellArgs) -> Outcome {
+    // It may not outlive what started it.
+    sys::die_with(rustix::process::getppid());
+    let report = match (ops::named(&args.operation), args.source) {
+        (None, _) => Report::broken("there is no such operation"),
+        (Some(operation), Source::Process) => traced::run(operation),
+        (Some(operation), source) => cell::run(operation, source),
+    };
+    let written = rustix::io::write(io::stdout(), report.to_line().as_bytes());
+    // Nothing is taken down: the operation has left things in whatever state.
+    sys::exit_now(i32::from(written.is_err()))
+}
+
+/// A child of that child, under its tracer.
+pub(crate) fn tracee(args: &TraceeArgs) -> Outcome {
+    if let Some(operation) = ops::named(&args.operation) {
+        traced::tracee(operation);
+    }
+    sys::exit_now(0)
+}

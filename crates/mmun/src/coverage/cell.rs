@@ -1,0 +1,108 @@
+//! One operation under one source of this process, in a process of its own.
+
+use std::sync::Barrier;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use mmu_notifier::Registration;
+
+use super::armed::Armed;
+use super::operation::{Operation, Prepared, Unavailable};
+use super::page::{Page, State};
+use super::report::{Report, Seen};
+use super::witness::Witness;
+use crate::source::Source;
+
+/// How long a source that works beside this thread may take to tell.
+const LAG: Duration = Duration::from_millis(200);
+
+/// Prepares, arms, changes, and says what was told of it.
+pub(crate) fn run(operation: &Operation, source: Source) -> Report {
+    try_run(operation, source).unwrap_or_else(|Unavailable(reason)| Report::unavailable(reason))
+}
+
+fn try_run(operation: &Operation, source: Source) -> Result<Report, Unavailable> {
+    let Prepared { watched, armed, change } = (operation.prepare)()?;
+    let page = open(operation, watched)?;
+    let shows_frames = page.shows_frames();
+    let armed = Armed::new(source, armed)?;
+    let witness = Registration::new(&armed.mm(), Witness::new(page))
+        .map_err(|error| Unavailable(format!("subscribing: {error}")))?;
+    // What was told of the preparation is not the change.
+    armed.drain();
+    let before = witness.page().state()?;
+    witness.begin(before);
+    let mut changed = Ok(false);
+    let ahead = watch_beside(&armed, witness.page(), before, || {
+        changed = change().and_then(|()| Ok(witness.page().state()? != before));
+    });
+    let changed = changed?;
+    let seen = match told(&armed, &witness) {
+        // It is told later than it is known: whoever looks at the counter knows first.
+        Some(_) if armed.generation().is_some() => {
+            if ahead {
+                Seen::After
+            } else {
+                Seen::Before
+            }
+        }
+        Some(seen) => seen,
+        None => Seen::Missed,
+    };
+    if !changed && !shows_frames {
+        return Err("only root is shown whether the frame changed".into());
+    }
+    Ok(Report::told(seen, changed))
+}
+
+/// The page that will change, as `/proc` shows it.
+pub(crate) fn open(operation: &Operation, watched: usize) -> Result<Page, Unavailable> {
+    let pid = rustix::process::getpid().as_raw_nonzero().get();
+    Page::open(pid, watched, operation.judge).map_err(Unavailable)
+}
+
+/// Has the source tell what it knows, and says when it told of the page.
+fn told(armed: &Armed, witness: &Witness) -> Option<Seen> {
+    let begin = Instant::now();
+    loop {
+        armed.drain();
+        let seen = witness.seen();
+        if seen.is_some() || !armed.lags() || begin.elapsed() > LAG {
+            return seen;
+        }
+        thread::yield_now();
+    }
+}
+
+/// Runs `change`, and says whether the translation was ever seen changed with the source's counter not yet moved.
+///
+/// A thread looks at the page, then at the counter, for as long as the change takes. If the counter moves first, as it must,
+/// a changed page is never seen with the old count. That can refute the order, not prove it: what takes less time
+/// than one look, or holds off readers of `/proc`, can slip through.
+fn watch_beside(armed: &Armed, page: &Page, before: State, change: impl FnOnce()) -> bool {
+    let Some(generation) = armed.generation() else {
+        change();
+        return false;
+    };
+    let (over, started) = (AtomicBool::new(false), Barrier::new(2));
+    thread::scope(|scope| {
+        let looker = scope.spawn(|| {
+            started.wait();
+            loop {
+                let last = over.load(Relaxed);
+                let now = page.state();
+                if now.is_ok_and(|now| now != before) && armed.generation() == Some(generation) {
+                    return true;
+                }
+                if last {
+                    return false;
+                }
+            }
+        });
+        started.wait();
+        change();
+        over.store(true, Relaxed);
+        looker.join().unwrap_or(true)
+    })
+}

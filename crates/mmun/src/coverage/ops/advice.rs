@@ -1,0 +1,151 @@
+//! Pages that advice takes away or changes.
+
+use std::fs;
+use std::os::fd::AsRawFd;
+
+use rustix::process::{PidfdFlags, getpid, pidfd_open};
+
+use super::maps::PAGES;
+use super::{CALL, LIBC, LIBC_AND_UFFD};
+use crate::coverage::files::{memory_file, scratch_file};
+use crate::coverage::operation::{Operation, Prepared, Unavailable};
+use crate::coverage::other::Other;
+use crate::coverage::page::Judge;
+use crate::coverage::region::{PAGE, Region, advise_in};
+
+const MADV_COLLAPSE: i32 = 25;
+const MADV_GUARD_INSTALL: i32 = 102;
+/// A huge page of x86-64.
+const HUGE: usize = 2 << 20;
+
+pub(super) const OPERATIONS: &[Operation] = &[
+    Operation {
+        name: "madvise (DONTNEED)",
+        judge: Judge::Frame,
+        claimed: LIBC_AND_UFFD,
+        prepare: || advised(libc::MADV_DONTNEED),
+    },
+    Operation {
+        name: "madvise (DONTNEED_LOCKED)",
+        judge: Judge::Frame,
+        claimed: LIBC_AND_UFFD,
+        prepare: || {
+            // Little enough for the limit of those without privilege.
+            let region = Region::anonymous(16)?;
+            region.lock()?;
+            Ok(Prepared::new(&region.clone(), 0, move || region.advise(libc::MADV_DONTNEED_LOCKED)))
+        },
+    },
+    Operation { name: "madvise (FREE)", judge: Judge::Lazy, claimed: LIBC, prepare: || advised(libc::MADV_FREE) },
+    Operation {
+        name: "madvise (REMOVE)",
+        judge: Judge::Frame,
+        claimed: LIBC_AND_UFFD,
+        prepare: || {
+            let region = Region::shared(&memory_file(PAGES)?, PAGES)?;
+            Ok(Prepared::new(&region.clone(), 0, move || region.advise(libc::MADV_REMOVE)))
+        },
+    },
+    Operation {
+        name: "madvise (GUARD_INSTALL)",
+        judge: Judge::Frame,
+        claimed: LIBC,
+        prepare: || advised(MADV_GUARD_INSTALL),
+    },
+    Operation {
+        name: "madvise (COLLAPSE)",
+        judge: Judge::Frame,
+        claimed: LIBC,
+        prepare: || {
+            let region = small_pages()?;
+            Ok(Prepared::new(&region.clone(), 1, move || patiently(|| region.advise(MADV_COLLAPSE))))
+        },
+    },
+    Operation {
+        name: "madvise (PAGEOUT, file)",
+        judge: Judge::Frame,
+        claimed: LIBC,
+        prepare: || {
+            let region = Region::private(&scratch_file(PAGES)?, PAGES)?;
+            Ok(Prepared::new(&region.clone(), 0, move || region.advise(libc::MADV_PAGEOUT)))
+        },
+    },
+    Operation {
+        name: "madvise (PAGEOUT, swap)",
+        judge: Judge::Frame,
+        claimed: LIBC,
+        prepare: || {
+            let swaps = std::fs::read_to_string("/proc/swaps")?;
+            if swaps.lines().count() < 2 {
+                return Err("there is no swap space".into());
+            }
+            advised(libc::MADV_PAGEOUT)
+        },
+    },
+    Operation {
+        name: "io_uring (MADVISE, DONTNEED)",
+        judge: Judge::Frame,
+        claimed: &[crate::source::Source::Uffd],
+        prepare: || {
+            let region = Region::anonymous(PAGES)?;
+            let mut ring = io_uring::IoUring::new(2)?;
+            Ok(Prepared::new(&region.clone(), 0, move || region.advise_by_ring(&mut ring, libc::MADV_DONTNEED)))
+        },
+    },
+    Operation {
+        name: "process_madvise (own process)",
+        judge: Judge::Frame,
+        claimed: LIBC,
+        prepare: || {
+            let region = Region::private(&scratch_file(PAGES)?, PAGES)?;
+            let own = pidfd_open(getpid(), PidfdFlags::empty())?;
+            Ok(Prepared::new(&region.clone(), 0, move || {
+                advise_in(own.as_raw_fd(), region.start(), region.len(), libc::MADV_PAGEOUT)
+            }))
+        },
+    },
+    Operation {
+        name: "process_madvise (another process, COLLAPSE)",
+        judge: Judge::Frame,
+        claimed: CALL,
+        prepare: || {
+            let own = pidfd_open(getpid(), PidfdFlags::empty())?;
+            // The other process is made before the memory, which it would share otherwise.
+            let other =
+                Other::start(move |start, len| patiently(|| advise_in(own.as_raw_fd(), start, len, MADV_COLLAPSE)))?;
+            let region = small_pages()?;
+            Ok(Prepared::new(&region.clone(), 1, move || other.act(region.start(), region.len())))
+        },
+    },
+];
+
+fn advised(advice: i32) -> Result<Prepared, Unavailable> {
+    let region = Region::anonymous(PAGES)?;
+    Ok(Prepared::new(&region.clone(), 0, move || region.advise(advice)))
+}
+
+/// What a huge page could be made of: all of it touched, in small pages.
+fn small_pages() -> Result<Region, Unavailable> {
+    let region = Region::untouched(2 * HUGE / PAGE)?.aligned(HUGE, HUGE / PAGE);
+    let policy = fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled")?;
+    if !policy.contains("[always]") {
+        // Nobody makes huge pages of it unless asked, `khugepaged` included.
+        region.touch();
+        return Ok(region);
+    }
+    region.advise(libc::MADV_NOHUGEPAGE)?;
+    region.touch();
+    region.advise(libc::MADV_HUGEPAGE)?;
+    Ok(region)
+}
+
+/// Collapsing needs pages that nobody else looks at just then, and says `EAGAIN` if one was.
+fn patiently(mut call: impl FnMut() -> std::io::Result<()>) -> std::io::Result<()> {
+    for _ in 0..20 {
+        match call() {
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => std::thread::yield_now(),
+            done => return done,
+        }
+    }
+    call()
+}

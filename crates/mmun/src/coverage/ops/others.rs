@@ -1,0 +1,59 @@
+//! What the kernel does by itself, or with more than one node of memory.
+
+use std::fs;
+use std::io;
+use std::time::{Duration, Instant};
+
+use super::{CALL, NOBODY};
+use crate::coverage::operation::{Operation, Prepared};
+use crate::coverage::page::{Judge, Page};
+use crate::coverage::region::Region;
+
+/// How long merging may take, well below what an operation may.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+pub(super) const OPERATIONS: &[Operation] = &[
+    Operation {
+        name: "KSM merge",
+        judge: Judge::Frame,
+        claimed: NOBODY,
+        prepare: || {
+            if fs::read_to_string("/sys/kernel/mm/ksm/run").unwrap_or_default().trim() != "1" {
+                return Err("merging is off; 'echo 1 > /sys/kernel/mm/ksm/run' turns it on".into());
+            }
+            let region = Region::anonymous(64)?;
+            Ok(Prepared::new(&region.clone(), 1, move || {
+                // Every page holds the same.
+                region.advise(libc::MADV_MERGEABLE)?;
+                let pid = rustix::process::getpid().as_raw_nonzero().get();
+                let page = Page::open(pid, region.page(1), Judge::Frame).map_err(io::Error::other)?;
+                let (before, begin) = (page.state()?, Instant::now());
+                while page.state()? == before {
+                    if begin.elapsed() > PATIENCE {
+                        return Err(io::Error::other("nothing was merged for 3 s"));
+                    }
+                    std::thread::yield_now();
+                }
+                Ok(())
+            }))
+        },
+    },
+    Operation {
+        name: "move_pages (to another node)",
+        judge: Judge::Frame,
+        claimed: CALL,
+        prepare: || {
+            let node = |number: &i32| fs::exists(format!("/sys/devices/system/node/node{number}")).unwrap_or(false);
+            let nodes: Vec<i32> = (0..64).filter(node).collect();
+            if nodes.len() < 2 {
+                return Err("there is one node of memory".into());
+            }
+            let region = Region::anonymous(1)?;
+            Ok(Prepared::new(&region.clone(), 0, move || {
+                // It is on one of the two already: asked for that one, the kernel does nothing.
+                region.move_to(nodes[0])?;
+                region.move_to(nodes[1])
+            }))
+        },
+    },
+];

@@ -1,0 +1,56 @@
+//! Another process, which acts on this one's memory or files when it is told.
+
+use std::io::{self, PipeReader, PipeWriter, Read, Write};
+
+use crate::sys::{self, Fork};
+
+/// A child that waits to be told. It ends when this process does.
+#[derive(Debug)]
+pub(crate) struct Other {
+    order: PipeWriter,
+    answer: PipeReader,
+}
+
+impl Other {
+    /// Starts a child that will run `act` once, with two numbers it is sent.
+    pub(crate) fn start(act: impl FnOnce(usize, usize) -> io::Result<()>) -> io::Result<Other> {
+        let (mut orders, order) = io::pipe()?;
+        let (answer, mut answers) = io::pipe()?;
+        match sys::fork()? {
+            (Fork::Parent(_), _held) => Ok(Other { order, answer }),
+            (Fork::Child, _held) => {
+                // Else the end of the parent could not be seen.
+                drop((order, answer));
+                let mut numbers = [0; 16];
+                if orders.read_exact(&mut numbers).is_ok() {
+                    let (a, b) = numbers.split_at(8);
+                    let number = |bytes: &[u8]| usize::from_ne_bytes(bytes.try_into().expect("half of sixteen"));
+                    let errno = match act(number(a), number(b)) {
+                        Ok(()) => 0,
+                        Err(error) => error.raw_os_error().unwrap_or(libc::EIO),
+                    };
+                    // A parent that is gone needs no answer.
+                    let _ = answers.write_all(&errno.to_ne_bytes());
+                }
+                sys::exit_now(0)
+            }
+        }
+    }
+
+    /// Tells it the numbers and waits until it has acted.
+    ///
+    /// # Errors
+    /// That of the child.
+    pub(crate) fn act(mut self, a: usize, b: usize) -> io::Result<()> {
+        let mut numbers = [0; 16];
+        numbers[..8].copy_from_slice(&a.to_ne_bytes());
+        numbers[8..].copy_from_slice(&b.to_ne_bytes());
+        self.order.write_all(&numbers)?;
+        let mut errno = [0; 4];
+        self.answer.read_exact(&mut errno)?;
+        match i32::from_ne_bytes(errno) {
+            0 => Ok(()),
+            errno => Err(io::Error::from_raw_os_error(errno)),
+        }
+    }
+}

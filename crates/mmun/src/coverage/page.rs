@@ -1,0 +1,99 @@
+//! What the kernel says of one page: which frame is behind it, and as what.
+//!
+//! Callbacks ask it too, in the middle of `free` for all they know: reading a state allocates nothing and takes no lock.
+
+use std::fs::File;
+use std::io;
+
+use mmu_source::process::Pid;
+
+use super::region;
+
+/// What of a page has to differ for its translation to have changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Judge {
+    /// Whether it is there, and the frame: `/proc/PID/pagemap`.
+    Frame,
+    /// That, and whether the frame is this address space's alone: it is not once a child shares it, and then a write has to
+    /// fault.
+    Exclusive,
+    /// That the kernel may drop the frame without saving it (`MADV_FREE`): `/proc/kpageflags`. The frame itself stays until
+    /// memory is short.
+    Lazy,
+    /// Whether a write gets through.
+    Writable,
+}
+
+/// The state of a page at one moment. Two that differ mean a changed translation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct State(pub(crate) [u64; 2]);
+
+const PRESENT: u64 = 1 << 63;
+const SWAPPED: u64 = 1 << 62;
+const FILE: u64 = 1 << 61;
+const EXCLUSIVE: u64 = 1 << 56;
+const FRAME: u64 = (1 << 55) - 1;
+/// In `/proc/kpageflags`: has to be saved before it is dropped.
+const SWAP_BACKED: u64 = 1 << 14;
+
+/// One page of one process.
+#[derive(Debug)]
+pub(crate) struct Page {
+    pid: Pid,
+    address: usize,
+    judge: Judge,
+    pagemap: File,
+    flags: Option<File>,
+}
+
+impl Page {
+    /// The page at `address` of process `pid`.
+    ///
+    /// # Errors
+    /// `/proc` does not let us see what `judge` needs: one line that says so.
+    pub(crate) fn open(pid: Pid, address: usize, judge: Judge) -> Result<Page, String> {
+        let open = |name: String| File::open(&name).map_err(|error| format!("{name} cannot be read: {error}"));
+        let pagemap = open(format!("/proc/{pid}/pagemap"))?;
+        let flags = if judge == Judge::Lazy { Some(open("/proc/kpageflags".to_owned())?) } else { None };
+        Ok(Page { pid, address, judge, pagemap, flags })
+    }
+
+    pub(crate) fn address(&self) -> usize {
+        self.address
+    }
+
+    /// The state now.
+    ///
+    /// # Errors
+    /// Those of reading below `/proc`.
+    pub(crate) fn state(&self) -> io::Result<State> {
+        let entry = word(&self.pagemap, self.address / region::PAGE)?;
+        let shown = match self.judge {
+            Judge::Exclusive => PRESENT | SWAPPED | FILE | FRAME | EXCLUSIVE,
+            _ => PRESENT | SWAPPED | FILE | FRAME,
+        };
+        let more = match (self.judge, &self.flags) {
+            (Judge::Lazy, Some(flags)) if entry & PRESENT != 0 => {
+                let frame = usize::try_from(entry & FRAME).expect("a frame number is an index");
+                word(flags, frame)? & SWAP_BACKED
+            }
+            (Judge::Writable, _) => u64::from(region::takes_a_write(self.pid, self.address)),
+            _ => 0,
+        };
+        Ok(State([entry & shown, more]))
+    }
+
+    /// Whether frame numbers are shown to us; others see zeros.
+    pub(crate) fn shows_frames(&self) -> bool {
+        self.state().is_ok_and(|State([entry, _])| entry & PRESENT == 0 || entry & FRAME != 0)
+    }
+}
+
+/// The word at `index`.
+fn word(file: &File, index: usize) -> io::Result<u64> {
+    let mut bytes = [0; 8];
+    match rustix::io::pread(file, &mut bytes, index as u64 * 8)? {
+        8 => Ok(u64::from_ne_bytes(bytes)),
+        _ => Err(io::ErrorKind::UnexpectedEof.into()),
+    }
+}

@@ -1,0 +1,161 @@
+//! `mmun doctor`: which sources can be used here, and what the others lack.
+
+mod machine;
+mod probe;
+
+use std::io::{self, Write};
+
+use crate::args::DoctorArgs;
+use crate::complain;
+use crate::outcome::Outcome;
+use crate::source::Source;
+use crate::style::{Mark, Style};
+
+/// A source cannot be used.
+const FOUND: Outcome = Outcome::Exit(1);
+const FAILED: Outcome = Outcome::Exit(2);
+
+/// What was found out about a source.
+#[derive(Debug)]
+struct Diagnosis {
+    source: Source,
+    /// What is missing, and one command that helps, if one does. `None` if it can be used.
+    lack: Option<Lack>,
+    /// What was found, in words without spaces where they have a name.
+    features: Vec<String>,
+}
+
+/// Why a source cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Lack {
+    pub(crate) missing: String,
+    pub(crate) remedy: Option<String>,
+}
+
+impl Lack {
+    /// In one line.
+    pub(crate) fn to_line(&self) -> String {
+        match &self.remedy {
+            Some(remedy) => format!("{}; try '{remedy}'", self.missing),
+            None => self.missing.clone(),
+        }
+    }
+}
+
+pub(crate) fn main(args: DoctorArgs) -> Outcome {
+    let machine = machine::features();
+    let diagnoses = Source::ALL.map(|source| {
+        let (lack, mut features) = probe::probe(source);
+        if args.json {
+            // Each line stands alone.
+            features.extend(machine.iter().cloned());
+        }
+        Diagnosis { source, lack, features }
+    });
+    let text = if args.json { as_json(&diagnoses) } else { as_text(&diagnoses, &machine, Style::of_stdout()) };
+    match io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            complain(&format!("write on standard output: {}", crate::reason(&error)));
+            FAILED
+        }
+        _ if diagnoses.iter().all(|diagnosis| diagnosis.lack.is_none()) => Outcome::Exit(0),
+        _ => FOUND,
+    }
+}
+
+/// Whether a source can be used.
+///
+/// # Errors
+/// What it lacks.
+pub(crate) fn usable(source: Source) -> Result<(), Lack> {
+    probe::probe(source).0.map_or(Ok(()), Err)
+}
+
+fn as_text(diagnoses: &[Diagnosis], machine: &[String], style: Style) -> String {
+    let mut text = String::new();
+    for Diagnosis { source, lack, features } in diagnoses {
+        let name = style.paint(Mark::Bold, format!("{:9}", source.name()));
+        match lack {
+            None => text.push_str(&format!("{name}{}\n", style.paint(Mark::Good, "usable"))),
+            Some(Lack { missing, remedy }) => {
+                text.push_str(&format!("{name}{}: {missing}\n", style.paint(Mark::Bad, "not usable")));
+                if let Some(remedy) = remedy {
+                    text.push_str(&format!("         try: {remedy}\n"));
+                }
+            }
+        }
+        if !features.is_empty() {
+            text.push_str(&wrapped("found:", features));
+        }
+    }
+    text.push_str(&style.paint(Mark::Bold, "machine"));
+    text.push('\n');
+    text.push_str(&wrapped("found:", machine));
+    text
+}
+
+/// Words in lines that fit a terminal.
+fn wrapped(label: &str, words: &[String]) -> String {
+    const WIDTH: usize = 100;
+    let mut lines = vec![format!("         {label}")];
+    for (index, word) in words.iter().enumerate() {
+        let comma = if index + 1 < words.len() { "," } else { "" };
+        let last = lines.last_mut().expect("one line to begin with");
+        if last.len() + 1 + word.len() + comma.len() > WIDTH {
+            lines.push(format!("           {word}{comma}"));
+        } else {
+            last.push_str(&format!(" {word}{comma}"));
+        }
+    }
+    lines.join("\n") + "\n"
+}
+
+fn as_json(diagnoses: &[Diagnosis]) -> String {
+    let object = |Diagnosis { source, lack, features }: &Diagnosis| {
+        let missing = quoted_or_null(lack.as_ref().map(|lack| lack.missing.as_str()));
+        let remedy = quoted_or_null(lack.as_ref().and_then(|lack| lack.remedy.as_deref()));
+        let features: Vec<String> = features.iter().map(|feature| quoted(feature)).collect();
+        format!(
+            "{{\"v\":1,\"source\":{},\"usable\":{},\"missing\":{missing},\"remedy\":{remedy},\"features\":[{}]}}\n",
+            quoted(source.name()),
+            lack.is_none(),
+            features.join(",")
+        )
+    };
+    diagnoses.iter().map(object).collect()
+}
+
+fn quoted_or_null(text: Option<&str>) -> String {
+    text.map_or("null".to_owned(), quoted)
+}
+
+fn quoted(text: &str) -> String {
+    let mut quoted = String::from("\"");
+    for character in text.chars() {
+        match character {
+            '"' | '\\' => quoted.extend(['\\', character]),
+            ' '.. => quoted.push(character),
+            _ => quoted.push_str(&format!("\\u{:04x}", u32::from(character))),
+        }
+    }
+    quoted + "\""
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_json_string_is_escaped() {
+        assert_eq!(quoted("a \"b\" \\ \n ä"), r#""a \"b\" \\ \u000a ä""#);
+        assert_eq!(quoted_or_null(None), "null");
+    }
+
+    #[test]
+    fn features_are_wrapped_and_none_is_lost() {
+        let words: Vec<String> = (0..60).map(|number| format!("feature{number}")).collect();
+        let text = wrapped("found:", &words);
+        assert!(text.lines().all(|line| line.len() <= 100));
+        assert_eq!(text.matches("feature").count(), 60);
+    }
+}

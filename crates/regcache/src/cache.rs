@@ -1,0 +1,386 @@
+//! A device, its caches, and what the core tells them.
+
+use crate::gate::Gate;
+use crate::index::{Held, Index, Look};
+use crate::lease::{Lease, OwnedLease};
+use crate::raw::handles::Handles;
+use crate::raw::region::Status;
+use crate::state::{Chain, State};
+use crate::sync::{Condvar, Mutex, MutexGuard, lock};
+use crate::{Error, Options, Registrar, Stats};
+use mmu_notifier::{
+    GetError, InvalidateRange, Mm, MmWithUser, Notifier, Overflow, Subscription, Subsystem, VaRange, WouldBlock,
+    WouldDeadlock,
+};
+use std::sync::Arc;
+use std::{fmt, io};
+
+type Make<R> = Box<dyn Fn(&MmWithUser) -> io::Result<Cache<R>> + Send + Sync>;
+
+/// A registrar and the caches over it: one for each address space, shared by all who open it.
+///
+/// Dropping it leaves the open caches alone.
+///
+/// # Examples
+/// ```
+/// use mmu_notifier::{Event, MmWithUser, Va, VaRange};
+/// use regcache::{Counting, Device, Options};
+///
+/// let device = Device::new(Counting::default(), Options::new());
+/// let mm = MmWithUser::new(); // Or `mmu_source::current()`, which event sources feed.
+/// let cache = device.open(&mm)?;
+///
+/// let buffer = VaRange::covering(Va::new(0x7000_0000), 64 << 10)?;
+/// drop(cache.get(buffer)?); // Registers it,
+/// let lease = cache.get(buffer)?; // which this one finds.
+/// assert_eq!(device.registrar().registered(), 1);
+///
+/// let bracket = mm.invalidate(buffer, Event::Unmap); // Somebody unmaps it while it is in use:
+/// assert!(!lease.is_current());
+/// drop(bracket);
+/// assert_eq!(device.registrar().deregistered(), 0, "it stays registered for as long as the lease lasts");
+/// drop(lease);
+/// assert_eq!(device.registrar().deregistered(), 1);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub struct Device<R: Registrar> {
+    registrar: Arc<R>,
+    subsystem: Subsystem<Cache<R>, io::Error, Make<R>>,
+}
+
+impl<R: Registrar> Device<R> {
+    /// Makes a device whose caches have these options.
+    #[must_use]
+    pub fn new(registrar: R, options: Options) -> Self {
+        let registrar = Arc::new(registrar);
+        let for_caches = Arc::clone(&registrar);
+        let make: Make<R> = Box::new(move |_| Cache::new(Arc::clone(&for_caches), options.clone()));
+        Self { registrar, subsystem: Subsystem::new(make) }
+    }
+
+    /// Returns the registrar.
+    #[must_use]
+    pub fn registrar(&self) -> &R {
+        &self.registrar
+    }
+
+    /// Opens the device's cache for an address space, the same one for everybody.
+    ///
+    /// When the last handle is dropped, the cache deregisters everything, a moment later and on another thread.
+    /// [`synchronize`](Self::synchronize) waits for it.
+    ///
+    /// # Blocking
+    /// The first one sleeps until the invalidations that run now have ended.
+    /// # Errors
+    /// [`Error::Open`], with the core's reason or the kernel's.
+    pub fn open(&self, mm: &MmWithUser) -> Result<RegCache<R>, Error<R::Error>> {
+        let subscription = self.subsystem.get(mm).map_err(|source| Error::Open { source })?;
+        Ok(RegCache { subscription })
+    }
+
+    /// Waits until the caches whose last handle was dropped before have deregistered everything.
+    ///
+    /// # Blocking
+    /// Sleeps meanwhile.
+    /// # Errors
+    /// [`WouldDeadlock`] inside an invalidation callback.
+    pub fn synchronize(&self) -> Result<(), WouldDeadlock> {
+        self.subsystem.synchronize()
+    }
+}
+
+impl<R: Registrar + fmt::Debug> fmt::Debug for Device<R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Device").field("registrar", &self.registrar).finish_non_exhaustive()
+    }
+}
+
+/// A handle of a cache. From [`Device::open`].
+///
+/// Send and share it as you like: `get` takes no lock for what is registered already.
+pub struct RegCache<R: Registrar> {
+    subscription: Subscription<Cache<R>>,
+}
+
+impl<R: Registrar> RegCache<R> {
+    /// Leases a region that covers `range`, and registers one if there is none.
+    ///
+    /// The region stays registered until the lease is dropped, whatever happens to the memory. If it is taken away meanwhile,
+    /// the lease says so ([`Lease::is_current`]), and the region is not found any more.
+    ///
+    /// # Blocking
+    /// A hit takes no lock. A miss sleeps in the registrar, or while another thread registers the same memory.
+    /// # Errors
+    /// Those of [`Error`], [`Error::Open`] apart.
+    #[inline]
+    pub fn get(&self, range: VaRange) -> Result<Lease<'_, R>, Error<R::Error>> {
+        let cache = &*self.subscription;
+        match cache.hit(range) {
+            Some(held) => Ok(Lease::new(cache, held)),
+            None => cache.miss(range).map(|held| Lease::new(cache, held)),
+        }
+    }
+
+    /// The same as [`get`](Self::get), for a lease that keeps the cache itself, such as one that goes along with a request and is
+    /// dropped when it completes. Dearer by the two counts of a handle.
+    ///
+    /// # Errors
+    /// As `get`; [`Error::Open`] if there are too many handles.
+    pub fn get_owned(&self, range: VaRange) -> Result<OwnedLease<R>, Error<R::Error>> {
+        let cache = self.try_clone().map_err(|Overflow| Error::Open { source: GetError::Overflow })?;
+        OwnedLease::new(cache, range)
+    }
+
+    /// Leases a region that covers the memory of `buffer`.
+    ///
+    /// # Errors
+    /// As [`get`](Self::get).
+    /// # Panics
+    /// If the buffer is empty: there is nothing to register.
+    #[inline]
+    pub fn get_for<T>(&self, buffer: &[T]) -> Result<Lease<'_, R>, Error<R::Error>> {
+        let range = VaRange::covering(mmu_notifier::Va::new(buffer.as_ptr().addr() as u64), size_of_val(buffer) as u64);
+        self.get(range.expect("a buffer that is not empty covers a page"))
+    }
+
+    /// Takes everything out of the look-up and deregisters what is not leased. Returns how many regions were found until then.
+    ///
+    /// # Blocking
+    /// Sleeps in the registrar.
+    pub fn flush(&self) -> u64 {
+        self.subscription.flush()
+    }
+
+    /// Deregisters what was taken out of the look-up and could not be deregistered in a callback.
+    ///
+    /// Misses and ends of leases do so, too. This is for programs that have neither for a long time.
+    ///
+    /// # Blocking
+    /// Sleeps in the registrar.
+    pub fn reap(&self) {
+        self.subscription.reap_killed();
+    }
+
+    /// Returns what the cache did and holds.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        self.subscription.stats()
+    }
+
+    /// Returns the registrar.
+    #[must_use]
+    pub fn registrar(&self) -> &R {
+        &self.subscription.registrar
+    }
+
+    /// Returns the address space.
+    #[must_use]
+    pub fn mm(&self) -> &Mm {
+        self.subscription.mm()
+    }
+
+    /// Makes another handle of the same cache.
+    ///
+    /// # Errors
+    /// [`Overflow`] after 2^32 - 1 of them.
+    pub fn try_clone(&self) -> Result<Self, Overflow> {
+        Ok(Self { subscription: self.subscription.try_clone()? })
+    }
+}
+
+impl<R: Registrar> fmt::Debug for RegCache<R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RegCache").field("mm", self.mm()).field("stats", &self.stats()).finish_non_exhaustive()
+    }
+}
+
+/// The notifier.
+#[derive(Debug)]
+pub(crate) struct Cache<R: Registrar> {
+    pub(crate) index: Index,
+    pub(crate) handles: Handles<R::Handle>,
+    pub(crate) state: Mutex<State>,
+    /// Notified when a registration has ended and somebody waits for one.
+    pub(crate) ended: Condvar,
+    pub(crate) registrar: Arc<R>,
+    pub(crate) options: Options,
+    pub(crate) gate: Gate,
+    in_callbacks: bool,
+}
+
+impl<R: Registrar> Cache<R> {
+    fn new(registrar: Arc<R>, options: Options) -> io::Result<Self> {
+        Ok(Self {
+            index: Index::new(options.max_regions)?,
+            handles: Handles::new(options.max_regions as usize),
+            state: Mutex::new(State::new(options.max_regions)),
+            ended: Condvar::new(),
+            in_callbacks: registrar.deregisters_in_callbacks(),
+            registrar,
+            gate: Gate::new(),
+            options,
+        })
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+
+    /// Looks without a lock.
+    #[inline(always)]
+    fn hit(&self, range: VaRange) -> Option<Held<'_>> {
+        if !self.gate.is_current(&self.index.page) {
+            return None;
+        }
+        match self.index.look_up(range) {
+            Look::Hit(held) => Some(held),
+            Look::Dead(region) => {
+                self.ended_dead(region);
+                None
+            }
+            Look::Miss => None,
+        }
+    }
+
+    /// Ends a lease.
+    #[inline(always)]
+    pub(crate) fn end(&self, held: &Held<'_>) {
+        if self.index.end(held) {
+            self.ended_dead(held.region);
+        }
+    }
+
+    /// Deregisters a dead region, if the lease that has just ended was its last.
+    #[cold]
+    fn ended_dead(&self, region: u32) {
+        if self.index.page.is_inherited() {
+            return;
+        }
+        let chain = self.lock().lease_ended(&self.index, region);
+        self.reap(chain);
+    }
+
+    /// Deregisters the regions of a chain and frees their places.
+    pub(crate) fn reap(&self, mut chain: Chain) {
+        let mut freed = None;
+        while let Some(region) = self.next_of(&mut chain, freed) {
+            self.registrar.deregister(self.take(region));
+            freed = Some(region);
+        }
+    }
+
+    fn next_of(&self, chain: &mut Chain, freed: Option<u32>) -> Option<u32> {
+        self.lock().free_and_next(&self.index, freed, chain)
+    }
+
+    /// Takes the handle of a region that is in the state `Reaping`.
+    #[expect(unsafe_code, reason = "the one place where a handle leaves")]
+    pub(crate) fn take(&self, region: u32) -> R::Handle {
+        // SAFETY: The region must be registered, without a lease now and later, and this be done once: it is `Reaping`, which it became
+        // under the lock after a scan found no lease, and which only the caller that has it in its chain ends.
+        unsafe { self.handles.take(region) }
+    }
+
+    pub(crate) fn reap_killed(&self) {
+        if self.index.page.is_inherited() {
+            return;
+        }
+        let chain = self.lock().harvest(&self.index);
+        self.reap(chain);
+    }
+
+    fn flush(&self) -> u64 {
+        if self.index.page.is_inherited() {
+            return 0;
+        }
+        let (flushed, chain) = {
+            let mut state = self.lock();
+            let flushed = state.kill_all(&self.index);
+            state.counts.flushed += flushed;
+            (flushed, state.harvest(&self.index))
+        };
+        self.reap(chain);
+        flushed
+    }
+
+    fn stats(&self) -> Stats {
+        let hits = self.index.threads.hits();
+        let state = self.lock();
+        let counts = state.counts;
+        Stats {
+            hits: hits + counts.hits,
+            misses: counts.misses,
+            waits: counts.waits,
+            registered: counts.registered,
+            deregistered: counts.deregistered,
+            failed: counts.failed,
+            invalidated: counts.invalidated,
+            replaced: counts.replaced,
+            evicted: counts.evicted,
+            flushed: counts.flushed,
+            collisions: counts.collisions,
+            lost: counts.lost,
+            regions: state.regions.into(),
+            bytes: state.bytes,
+            live_regions: state.live_regions.into(),
+            live_bytes: state.live_bytes,
+        }
+    }
+
+    fn start(&self, mut state: MutexGuard<'_, State>, range: VaRange) {
+        state.invalidate_start(&self.index, range);
+        let chain = if self.in_callbacks { state.harvest(&self.index) } else { Chain::default() };
+        drop(state);
+        self.reap(chain);
+    }
+}
+
+impl<R: Registrar> Notifier for Cache<R> {
+    fn release(&self, _mm: &Mm) {
+        if self.index.page.is_inherited() {
+            return;
+        }
+        let chain = {
+            let mut state = self.lock();
+            state.closed = true;
+            state.invalidate(&self.index, VaRange::ALL);
+            self.index.page.close();
+            state.harvest(&self.index)
+        };
+        self.reap(chain);
+    }
+
+    fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
+        if !self.index.page.is_inherited() {
+            self.start(self.lock(), range.range());
+        }
+    }
+
+    fn try_invalidate_range_start(&self, range: &InvalidateRange<'_>) -> Result<(), WouldBlock> {
+        if !self.index.page.is_inherited() {
+            let mut state = self.state.try_lock().map_err(|_| WouldBlock)?;
+            // What is not leased is deregistered later: that may sleep.
+            state.invalidate_start(&self.index, range.range());
+        }
+        Ok(())
+    }
+
+    fn invalidate_range_end(&self, _range: &InvalidateRange<'_>) {
+        if !self.index.page.is_inherited() {
+            self.lock().invalidate_end();
+        }
+    }
+}
+
+impl<R: Registrar> Drop for Cache<R> {
+    /// Deregisters what is left, except under leases that were forgotten: their owners may still be at it.
+    fn drop(&mut self) {
+        if self.index.page.is_inherited() {
+            return;
+        }
+        self.flush();
+        let left = self.lock().used().filter(|(_, status)| *status == Status::Leased).count();
+        // Those keep their handles, which are leaked with them.
+        debug_assert!(left == 0 || !cfg!(mmun_loom), "no model forgets a lease");
+    }
+}

@@ -1,0 +1,44 @@
+//! A registrar that only counts, for tests and measurements.
+
+use crate::Registrar;
+use mmu_notifier::VaRange;
+use std::convert::Infallible;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Registers nothing, counts, and can deregister in callbacks. Its handles are the numbers of the registrations, from 1.
+#[derive(Debug, Default)]
+pub struct Counting {
+    registered: AtomicU64,
+    deregistered: AtomicU64,
+}
+
+impl Counting {
+    /// Returns how many registrations were made.
+    #[must_use]
+    pub fn registered(&self) -> u64 {
+        self.registered.load(Ordering::Relaxed)
+    }
+
+    /// Returns how many were undone.
+    #[must_use]
+    pub fn deregistered(&self) -> u64 {
+        self.deregistered.load(Ordering::Relaxed)
+    }
+}
+
+impl Registrar for Counting {
+    type Handle = u64;
+    type Error = Infallible;
+
+    fn register(&self, _range: VaRange) -> Result<u64, Infallible> {
+        Ok(self.registered.fetch_add(1, Ordering::Relaxed) + 1)
+    }
+
+    fn deregister(&self, _handle: u64) {
+        self.deregistered.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn deregisters_in_callbacks(&self) -> bool {
+        true
+    }
+}

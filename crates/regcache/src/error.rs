@@ -1,0 +1,94 @@
+//! Why there is no lease.
+
+use mmu_notifier::{GetError, VaRange};
+use std::{fmt, io};
+
+/// Why there is no lease, or no cache. `E` is the registrar's own error.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Error<E> {
+    /// The range is not mapped, or not all of it.
+    NotMapped {
+        /// What was asked for.
+        range: VaRange,
+        /// What the registrar said.
+        source: E,
+    },
+    /// The registrar cannot register more, also after something was evicted.
+    LimitReached {
+        /// What was asked for.
+        range: VaRange,
+        /// How many regions were evicted to make room.
+        evicted: u64,
+        /// What the registrar said the second time.
+        source: E,
+    },
+    /// The registrar failed for another reason.
+    Registrar {
+        /// What was to be registered.
+        range: VaRange,
+        /// What the registrar said.
+        source: E,
+    },
+    /// The cache's own limits are reached, and all that is registered is leased.
+    Full {
+        /// What was asked for.
+        range: VaRange,
+        /// Regions that are registered.
+        regions: u32,
+        /// Bytes that are registered.
+        bytes: u64,
+    },
+    /// The range is larger than the limit of the cache.
+    TooLarge {
+        /// What was asked for.
+        range: VaRange,
+        /// The limit, in bytes.
+        limit: u64,
+    },
+    /// The address space has ended.
+    Exited,
+    /// This process is the child of a fork and the cache is its parent's. Open one for the child's own address space.
+    Forked,
+    /// The cache could not be opened.
+    Open {
+        /// What the core or the kernel said.
+        source: GetError<io::Error>,
+    },
+}
+
+impl<E> fmt::Display for Error<E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotMapped { range, .. } => write!(f, "register {range}: not all of it is mapped"),
+            Self::LimitReached { range, evicted, .. } => {
+                write!(
+                    f,
+                    "register {range}: the limit is reached, also after {evicted} regions were evicted (RLIMIT_MEMLOCK?)"
+                )
+            }
+            Self::Registrar { range, .. } => write!(f, "register {range}: the registrar failed"),
+            Self::Full { range, regions, bytes } => {
+                write!(f, "register {range}: the cache is full, with {regions} regions of {bytes} bytes in use")
+            }
+            Self::TooLarge { range, limit } => {
+                write!(f, "register {range}: larger than the cache's limit of {limit} bytes")
+            }
+            Self::Exited => f.write_str("the address space has ended"),
+            Self::Forked => f.write_str("the cache was inherited over a fork: open one for this process"),
+            Self::Open { .. } => f.write_str("open a registration cache"),
+        }
+    }
+}
+
+impl<E: std::error::Error + 'static> std::error::Error for Error<E> {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Self::NotMapped { source, .. } | Self::LimitReached { source, .. } | Self::Registrar { source, .. } => {
+                Some(source)
+            }
+            Self::Open { source } => Some(source),
+            Self::Full { .. } | Self::TooLarge { .. } | Self::Exited | Self::Forked => None,
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! Leases: what keeps a region registered.
+
+use crate::cache::Cache;
+use crate::index::Held;
+use crate::{Error, RegCache, Registrar};
+use mmu_notifier::VaRange;
+use std::fmt;
+use std::mem::ManuallyDrop;
+
+/// A region that stays registered until this is dropped. From [`RegCache::get`].
+///
+/// It can be sent to another thread and dropped there. One that is forgotten ([`std::mem::forget`]) keeps its region registered for
+/// ever.
+#[must_use = "the region may be deregistered when the lease is dropped"]
+pub struct Lease<'a, R: Registrar> {
+    cache: &'a Cache<R>,
+    held: Held<'a>,
+}
+
+impl<'a, R: Registrar> Lease<'a, R> {
+    #[inline(always)]
+    pub(crate) fn new(cache: &'a Cache<R>, held: Held<'a>) -> Self {
+        Self { cache, held }
+    }
+
+    /// Returns what the registrar made of the region.
+    #[must_use]
+    #[inline]
+    #[expect(unsafe_code, reason = "the one place where a handle is read")]
+    pub fn handle(&self) -> &R::Handle {
+        // SAFETY: The region must be leased as long as the reference lives: it is by `self`, which the reference borrows.
+        unsafe { self.cache.handles.get(self.held.region) }
+    }
+
+    /// Returns the registered region, which covers what was asked for.
+    #[must_use]
+    pub fn range(&self) -> VaRange {
+        self.cache.index.region(self.held.region).range()
+    }
+
+    /// Tells whether the region still stands for the memory at its addresses.
+    ///
+    /// False from the moment on at which some of it was about to change, and also if the region was merged into another one, evicted or
+    /// flushed. A transfer through a region that is false afterwards may have gone to memory that is not there any more: if the
+    /// program unmaps buffers that are in use, it has to look.
+    #[must_use]
+    pub fn is_current(&self) -> bool {
+        !self.cache.index.page.is_inherited() && self.cache.index.region(self.held.region).is_live()
+    }
+}
+
+impl<R: Registrar> Drop for Lease<'_, R> {
+    #[inline(always)]
+    fn drop(&mut self) {
+        self.cache.end(&self.held);
+    }
+}
+
+impl<R: Registrar> fmt::Debug for Lease<'_, R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Lease")
+            .field("range", &self.range())
+            .field("is_current", &self.is_current())
+            .finish_non_exhaustive()
+    }
+}
+
+/// A lease that keeps its cache. From [`RegCache::get_owned`].
+#[must_use = "the region may be deregistered when the lease is dropped"]
+pub struct OwnedLease<R: Registrar> {
+    /// Borrows from the cache behind the handle. Dropped first.
+    lease: ManuallyDrop<Lease<'static, R>>,
+    cache: RegCache<R>,
+}
+
+impl<R: Registrar> OwnedLease<R> {
+    #[expect(unsafe_code, reason = "a lease beside what it borrows from")]
+    pub(crate) fn new(cache: RegCache<R>, range: VaRange) -> Result<Self, Error<R::Error>> {
+        let lease = cache.get(range)?;
+        // SAFETY: The cache must outlive the lease. The handle keeps it, at a fixed place in memory, and `drop` ends the lease
+        // before the handle. The longer lifetime is never given out: `get` shortens it.
+        let lease = unsafe { std::mem::transmute::<Lease<'_, R>, Lease<'static, R>>(lease) };
+        Ok(Self { lease: ManuallyDrop::new(lease), cache })
+    }
+
+    /// Returns the lease.
+    pub fn get<'a>(&'a self) -> &'a Lease<'a, R> {
+        &self.lease
+    }
+
+    /// Returns the cache.
+    #[must_use]
+    pub fn cache(&self) -> &RegCache<R> {
+        &self.cache
+    }
+}
+
+impl<R: Registrar> Drop for OwnedLease<R> {
+    #[expect(unsafe_code, reason = "the lease ends before the handle")]
+    fn drop(&mut self) {
+        // SAFETY: It must not be dropped or used again: this is its owner's drop.
+        unsafe { ManuallyDrop::drop(&mut self.lease) };
+    }
+}
+
+impl<R: Registrar> fmt::Debug for OwnedLease<R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("OwnedLease").field(self.get()).finish()
+    }
+}

@@ -1,0 +1,212 @@
+//! The way of a request that found nothing.
+//!
+//! The region gets its place, and is on the list of those being registered, before the registrar is called. An invalidation that comes
+//! meanwhile marks it; one that was under way already marked it at once, as the memory may change after the registrar has looked.
+//! Under the lock, after the registrar, a marked region is not put into the look-up: it is deregistered and tried again.
+//! If that happens too often, or the invalidation still runs, the caller gets a lease of a region that nobody else
+//! finds: as if it had come just before the invalidation.
+
+use crate::cache::Cache;
+use crate::index::Held;
+use crate::raw::table::Table;
+use crate::state::bytes;
+use crate::sync::wait;
+use crate::{Cause, Error, Registrar};
+use mmu_notifier::VaRange;
+
+/// How often a registration is tried again because an invalidation met it.
+const TRIES: u32 = 8;
+
+/// What a request has been through.
+#[derive(Debug, Default)]
+struct Past {
+    collisions: u32,
+    /// Whether the registrar's limit was met once, and how many regions were evicted for it.
+    evicted: Option<u64>,
+    /// Whether it is to be registered without what is beside it.
+    alone: bool,
+}
+
+/// Ends a registration that the registrar's panic would leave open.
+struct Open<'a, R: Registrar> {
+    cache: &'a Cache<R>,
+    region: u32,
+}
+
+impl<R: Registrar> Drop for Open<'_, R> {
+    fn drop(&mut self) {
+        let mut state = self.cache.lock();
+        state.finish(self.region);
+        state.free(&self.cache.index, self.region);
+        state.counts.failed += 1;
+        self.cache.wake(state);
+    }
+}
+
+impl<R: Registrar> Cache<R> {
+    #[cold]
+    pub(crate) fn miss(&self, range: VaRange) -> Result<Held<'_>, Error<R::Error>> {
+        let mut past = Past::default();
+        loop {
+            if self.index.page.is_inherited() {
+                return Err(Error::Forked);
+            }
+            if self.index.threads.mine().is_none() {
+                self.index.threads.join();
+            }
+            if let Some(result) = self.try_once(range, &mut past) {
+                return result;
+            }
+        }
+    }
+
+    /// One try. `None` if it has to be made again from the beginning.
+    fn try_once(&self, range: VaRange, past: &mut Past) -> Option<Result<Held<'_>, Error<R::Error>>> {
+        let (index, options) = (&self.index, &self.options);
+        let mut state = self.lock();
+        if state.closed {
+            return Some(Err(Error::Exited));
+        }
+        if let Some(region) = state.find(index, range) {
+            state.counts.hits += 1;
+            return Some(Ok(index.lease_locked(region)));
+        }
+        if state.has_to_wait(index, options.merge, range) {
+            state.waiters += 1;
+            state.counts.waits += 1;
+            let mut state = wait(&self.ended, state);
+            state.waiters -= 1;
+            return None;
+        }
+        if bytes(range) > options.max_bytes {
+            return Some(Err(Error::TooLarge { range, limit: options.max_bytes }));
+        }
+        let merged = if past.alone { range } else { state.target(index, options, range) };
+        let target = if bytes(merged) > options.max_bytes { range } else { merged };
+        if !state.has_room(options, bytes(target)) {
+            let mut chain = state.harvest(index);
+            let mut evicted = 0;
+            if chain.is_empty() {
+                evicted = state.evict(index, options, bytes(target));
+                chain = state.harvest(index);
+            }
+            if evicted == 0 && chain.is_empty() {
+                if target != range {
+                    past.alone = true;
+                    return None;
+                }
+                let (regions, bytes) = (state.regions, state.bytes);
+                return Some(Err(Error::Full { range, regions, bytes }));
+            }
+            drop(state);
+            self.reap(chain);
+            return None;
+        }
+        if !state.has_table(index) {
+            let log2 = index.page.tables().newest().map_or(0, |table| table.log2() + 1);
+            drop(state);
+            self.grow(log2);
+            return None;
+        }
+        let region = state.begin(index, target)?;
+        state.counts.misses += u64::from(past.collisions == 0);
+        drop(state);
+        let open = Open { cache: self, region };
+        let result = self.registrar.register(target);
+        std::mem::forget(open);
+        match result {
+            Ok(handle) => self.registered(region, handle, past),
+            Err(error) => self.refused(region, range, target, error, past),
+        }
+    }
+
+    /// Makes the table larger: without the lock, since memory is needed.
+    fn grow(&self, log2: u32) {
+        let table = Table::new(log2);
+        let state = self.lock();
+        let newest = self.index.page.tables().newest();
+        if !state.closed && newest.is_none_or(|newest| newest.log2() < table.log2()) {
+            self.index.page.install(table);
+        }
+    }
+
+    #[expect(unsafe_code, reason = "the one place where a handle comes in")]
+    fn registered(&self, region: u32, handle: R::Handle, past: &mut Past) -> Option<Result<Held<'_>, Error<R::Error>>> {
+        // SAFETY: The region must be ours and without a lease: its place was taken by this request, and it was never live.
+        unsafe { self.handles.put(region, handle) };
+        let mut state = self.lock();
+        state.counts.registered += 1;
+        let may_be_found = state.finish(region);
+        if may_be_found && state.has_table(&self.index) {
+            let held = self.index.lease_locked(region);
+            state.publish(&self.index, &self.options, region);
+            let chain = state.harvest(&self.index);
+            self.wake(state);
+            self.reap(chain);
+            return Some(Ok(held));
+        }
+        state.counts.collisions += u64::from(!may_be_found);
+        past.collisions += 1;
+        if !state.closed && (past.collisions > TRIES || state.is_invalidating(self.index.region(region).range())) {
+            let held = self.index.lease_locked(region);
+            state.keep_for_lease(region);
+            self.wake(state);
+            return Some(Ok(held));
+        }
+        self.wake(state);
+        self.registrar.deregister(self.take(region));
+        let mut state = self.lock();
+        state.counts.deregistered += 1;
+        state.free(&self.index, region);
+        None
+    }
+
+    fn refused(
+        &self,
+        region: u32,
+        range: VaRange,
+        target: VaRange,
+        error: R::Error,
+        past: &mut Past,
+    ) -> Option<Result<Held<'_>, Error<R::Error>>> {
+        let cause = self.registrar.cause(&error);
+        let mut state = self.lock();
+        state.finish(region);
+        state.free(&self.index, region);
+        state.counts.failed += 1;
+        if cause == Cause::Limit && past.evicted.is_none() {
+            // More than is needed: others will ask, too.
+            let wanted = bytes(target).max(state.live_bytes / 8);
+            let evicted = state.evict_bytes(&self.index, wanted);
+            past.evicted = Some(evicted);
+            past.alone = true;
+            let chain = state.harvest(&self.index);
+            let helps = evicted != 0 || !chain.is_empty() || target != range;
+            self.wake(state);
+            self.reap(chain);
+            if helps {
+                return None;
+            }
+            return Some(Err(Error::LimitReached { range, evicted, source: error }));
+        }
+        self.wake(state);
+        if cause == Cause::NotMapped && target != range && !past.alone {
+            past.alone = true;
+            return None;
+        }
+        Some(Err(match cause {
+            Cause::Limit => Error::LimitReached { range, evicted: past.evicted.unwrap_or(0), source: error },
+            Cause::NotMapped => Error::NotMapped { range, source: error },
+            Cause::Other => Error::Registrar { range: target, source: error },
+        }))
+    }
+
+    /// Lets the lock go, and wakes who waits for the end of a registration.
+    fn wake(&self, state: crate::sync::MutexGuard<'_, crate::state::State>) {
+        let waiters = state.waiters;
+        drop(state);
+        if waiters != 0 {
+            self.ended.notify_all();
+        }
+    }
+}

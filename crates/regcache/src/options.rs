@@ -1,0 +1,77 @@
+//! How a cache is to behave.
+
+/// Whether a request is registered together with what is registered beside it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Merge {
+    /// Each request on its own. Registrations may overlap.
+    Never,
+    /// With the regions that it overlaps, which the new region replaces.
+    #[default]
+    Overlapping,
+    /// With the regions that it overlaps or touches.
+    Adjacent,
+}
+
+/// The limits of a cache, and whether it merges.
+///
+/// # Examples
+/// ```
+/// use regcache::{Merge, Options};
+///
+/// let options = Options::new().merge(Merge::Adjacent).max_regions(1024).max_bytes(256 << 20);
+/// # let _ = options;
+/// ```
+#[derive(Debug, Clone)]
+#[must_use]
+pub struct Options {
+    pub(crate) merge: Merge,
+    pub(crate) max_regions: u32,
+    pub(crate) max_bytes: u64,
+    pub(crate) max_region_bytes: u64,
+}
+
+impl Options {
+    /// At most 65,536 regions, no limit on the bytes, regions that overlap are merged up to 1 GiB.
+    pub const fn new() -> Self {
+        Self { merge: Merge::Overlapping, max_regions: 1 << 16, max_bytes: u64::MAX, max_region_bytes: 1 << 30 }
+    }
+
+    /// Whether requests are merged.
+    pub const fn merge(mut self, merge: Merge) -> Self {
+        self.merge = merge;
+        self
+    }
+
+    /// The most regions that are registered at a time, those that are leased and no longer found included.
+    ///
+    /// Sets aside 80 bytes of address space for each; memory is taken when they are used. At least 1, at most 2^30.
+    pub const fn max_regions(mut self, regions: u32) -> Self {
+        self.max_regions = if regions == 0 {
+            1
+        } else if regions > 1 << 30 {
+            1 << 30
+        } else {
+            regions
+        };
+        self
+    }
+
+    /// The most bytes that are registered at a time, counted for each region.
+    pub const fn max_bytes(mut self, bytes: u64) -> Self {
+        self.max_bytes = bytes;
+        self
+    }
+
+    /// The most bytes that merging may make a region of. A larger request is registered as it is.
+    pub const fn max_region_bytes(mut self, bytes: u64) -> Self {
+        self.max_region_bytes = bytes;
+        self
+    }
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self::new()
+    }
+}

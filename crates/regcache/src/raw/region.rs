@@ -1,0 +1,154 @@
+//! What is kept for each region: the part that look-ups read, and the part that the lock guards.
+
+use super::barrier::{Light, light};
+use super::memory::Zero;
+use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use crate::sync::mutant;
+use mmu_notifier::{Va, VaRange};
+
+/// The part that look-ups read. Two regions share a cache line.
+#[derive(Debug)]
+#[cfg_attr(not(mmun_loom), repr(C, align(32)))]
+pub(crate) struct Region {
+    first: AtomicU64,
+    last: AtomicU64,
+    live: AtomicU32,
+    /// Leases that are in no slot.
+    counted: AtomicU32,
+    /// Whether it was used since the hand of the eviction passed.
+    visited: AtomicU32,
+}
+
+// SAFETY: Integers.
+unsafe impl Zero for Region {
+    fn zero() -> Self {
+        Self {
+            first: AtomicU64::new(0),
+            last: AtomicU64::new(0),
+            live: AtomicU32::new(0),
+            counted: AtomicU32::new(0),
+            visited: AtomicU32::new(0),
+        }
+    }
+}
+
+impl Region {
+    /// The range. Certain only for who holds the lock, or has a lease.
+    #[inline(always)]
+    pub(crate) fn range(&self) -> VaRange {
+        range(self.first.load(Ordering::Relaxed), self.last.load(Ordering::Relaxed))
+    }
+
+    #[inline(always)]
+    pub(crate) fn covers(&self, range: VaRange) -> bool {
+        self.first.load(Ordering::Relaxed) <= range.start().get()
+            && range.last().get() <= self.last.load(Ordering::Relaxed)
+    }
+
+    /// Sets the range of a region that is not live.
+    pub(crate) fn set_range(&self, range: VaRange) {
+        self.first.store(range.start().get(), Ordering::Relaxed);
+        self.last.store(range.last().get(), Ordering::Relaxed);
+    }
+
+    #[inline(always)]
+    pub(crate) fn is_live(&self) -> bool {
+        // ORDER(cache-live): Acquire for the range and the handle. Partner: the Release in `set_live`. Weaker, a lease could show the
+        // handle of the region that had this place before.
+        self.live.load(Ordering::Acquire) != 0
+    }
+
+    pub(crate) fn set_live(&self) {
+        self.visited.store(0, Ordering::Relaxed);
+        // ORDER(cache-live): Release, partner in `is_live`.
+        self.live.store(1, Ordering::Release);
+    }
+
+    pub(crate) fn set_dead(&self) {
+        // Relaxed: the heavy fence orders it, ORDER(cache-lease).
+        self.live.store(0, Ordering::Relaxed);
+    }
+
+    /// Counts a lease for which there is no slot, and orders that before what the caller reads next.
+    pub(crate) fn count(&self, kind: Light) {
+        self.counted.fetch_add(1, Ordering::Relaxed);
+        // ORDER(cache-lease): As in `Slot::publish`.
+        light(kind);
+    }
+
+    pub(crate) fn uncount(&self, kind: Light) {
+        // ORDER(cache-done): As in `Slot::clear`.
+        self.counted.fetch_sub(1, Ordering::Release);
+        // ORDER(cache-unlease): As in `Slot::clear`.
+        light(kind);
+    }
+
+    pub(crate) fn is_counted(&self) -> bool {
+        // ORDER(cache-done): Acquire, partner in `uncount`.
+        self.counted.load(Ordering::Acquire) != 0
+    }
+
+    /// Notes a use. Writes only if the hand has passed since the last one.
+    #[inline(always)]
+    pub(crate) fn visit(&self) {
+        if self.visited.load(Ordering::Relaxed) == 0 {
+            self.visited.store(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Forgets the uses; tells whether there were any.
+    pub(crate) fn forget_visits(&self) -> bool {
+        let visited = self.visited.load(Ordering::Relaxed) != 0 && !mutant("evict_what_is_used");
+        if visited {
+            self.visited.store(0, Ordering::Relaxed);
+        }
+        visited
+    }
+}
+
+#[inline(always)]
+fn range(first: u64, last: u64) -> VaRange {
+    match (last.wrapping_sub(first)).checked_add(1) {
+        Some(len) => VaRange::covering(Va::new(first), len.max(1)).unwrap_or(VaRange::ALL),
+        None => VaRange::ALL,
+    }
+}
+
+/// What a region is going through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Status {
+    /// 1. Unused. On the free list, or never used so far.
+    Free = 0,
+    /// 2. The registrar is at it. On the list of those.
+    Registering = 1,
+    /// 3. Registered, and found by look-ups. On the list of the eviction.
+    Live = 2,
+    /// 4. Out of the look-up, and nobody has looked yet whether it is leased. On the list of the killed.
+    Killed = 3,
+    /// 5. Out of the look-up, and leased: the end of the last lease moves it on. On no list.
+    Leased = 4,
+    /// 6. Without a lease: whoever has it in a chain deregisters it, and frees the place.
+    Reaping = 5,
+}
+
+/// The part that the lock guards.
+#[derive(Debug)]
+#[repr(C)]
+pub(crate) struct Entry {
+    /// Neighbours on a list; a region's number plus one, zero at the end.
+    pub(crate) next: u32,
+    pub(crate) prev: u32,
+    /// The last scan that found it leased.
+    pub(crate) scan: u32,
+    pub(crate) status: Status,
+    /// Whether its range was invalidated while it was being registered.
+    pub(crate) hit: bool,
+}
+
+// SAFETY: Zeroes are integers, the status `Free` and `false`.
+unsafe impl Zero for Entry {
+    fn zero() -> Self {
+        Self { next: 0, prev: 0, scan: 0, status: Status::Free, hit: false }
+    }
+}

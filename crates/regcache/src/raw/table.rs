@@ -1,0 +1,277 @@
+//! The hash table from granules to regions: open addressing, read without a lock, written under the cache's.
+//!
+//! An entry is one word: the upper half of the granule's hash, and the region's number plus one. A look-up that runs while
+//! an entry moves may miss it, or meet it twice; a miss goes on to ask under the lock, and what it meets is checked. So the
+//! entries need no order among each other.
+//!
+//! A table that has become too small stays until the cache is dropped, as look-ups may still be in it. Each is twice
+//! the one before, so all of them together are smaller than the one in use.
+
+use super::memory::{Zero, zeroes};
+use crate::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+use std::ptr::{self, NonNull};
+
+const PER_LINE: usize = 8;
+/// The smallest table, as a power of two.
+pub(super) const SMALLEST: u32 = if cfg!(mmun_loom) { 3 } else { 9 };
+/// The largest, so that the hash has bits left to tell entries apart.
+const LARGEST: u32 = 31;
+
+/// A cache line of entries. Its alignment leaves six bits of its address for the size of the table.
+#[derive(Debug)]
+#[repr(C, align(64))]
+pub(crate) struct Line([AtomicU64; PER_LINE]);
+
+// SAFETY: Zeroes are the value of integers.
+unsafe impl Zero for Line {
+    fn zero() -> Self {
+        Self(std::array::from_fn(|_| AtomicU64::new(0)))
+    }
+}
+
+/// A table. Its entries are written under the lock of the cache.
+#[derive(Debug)]
+pub(crate) struct Table {
+    lines: Box<[Line]>,
+    used: AtomicUsize,
+    /// The one that this one took over from.
+    previous: AtomicPtr<Table>,
+}
+
+/// The table in use, and all before it, in the order of their sizes.
+///
+/// # Invariants
+/// Null, or the newest of the tables that were installed, which are freed with this.
+#[derive(Debug)]
+pub(crate) struct Tables(AtomicPtr<Table>);
+
+/// A table as a look-up sees it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct View<'a> {
+    entries: &'a [AtomicU64],
+    log2: u32,
+}
+
+impl<'a> View<'a> {
+    /// The table that `packed` points to, if any.
+    ///
+    /// # Safety
+    /// What is stored there comes from [`Table::packed`], of tables that live for `'a`.
+    #[inline(always)]
+    pub(super) unsafe fn load(packed: &'a AtomicPtr<Line>) -> Option<Self> {
+        // ORDER(cache-table): Acquire for the entries. Partner: the Release in `Page::install`.
+        let packed = packed.load(Ordering::Acquire);
+        let log2 = (packed.addr() & 63) as u32;
+        let first = NonNull::new(packed.map_addr(|address| address & !63))?;
+        // SAFETY: A slice needs `1 << log2` live entries that are only ever shared: the caller's promise.
+        let entries = unsafe { std::slice::from_raw_parts(first.cast().as_ptr(), 1 << log2) };
+        Some(Self { entries, log2 })
+    }
+
+    /// Calls `f` with each region entered under `hash`, and perhaps with others, until it returns something.
+    #[inline(always)]
+    pub(crate) fn probe<T>(self, hash: u64, mut f: impl FnMut(u32) -> Option<T>) -> Option<T> {
+        let mask = self.entries.len() - 1;
+        let mut at = home(hash, self.log2);
+        // An entry is empty sooner or later. A look-up that is overtaken by writers again and again gives up.
+        for _ in 0..=mask {
+            let entry = self.entries.get(at)?.load(Ordering::Relaxed);
+            if entry == 0 {
+                return None;
+            }
+            if (entry ^ hash) >> 32 == 0
+                && let Some(found) = f(entry as u32 - 1)
+            {
+                return Some(found);
+            }
+            at = (at + 1) & mask;
+        }
+        None
+    }
+}
+
+#[inline(always)]
+fn home(hash: u64, log2: u32) -> usize {
+    (hash >> (64 - log2)) as usize
+}
+
+fn entry(hash: u64, region: u32) -> u64 {
+    hash & 0xffff_ffff_0000_0000 | u64::from(region + 1)
+}
+
+impl Table {
+    /// An empty table of `1 << log2` entries.
+    pub(crate) fn new(log2: u32) -> Box<Self> {
+        let log2 = log2.clamp(SMALLEST, LARGEST);
+        Box::new(Self {
+            lines: zeroes((1 << log2) / PER_LINE),
+            used: AtomicUsize::new(0),
+            previous: AtomicPtr::new(ptr::null_mut()),
+        })
+    }
+
+    pub(crate) fn log2(&self) -> u32 {
+        (self.lines.len() * PER_LINE).ilog2()
+    }
+
+    /// Whether `more` entries can be added without it becoming slow.
+    pub(crate) fn has_room(&self, more: usize) -> bool {
+        (self.used.load(Ordering::Relaxed) + more) * 2 <= self.lines.len() * PER_LINE
+    }
+
+    pub(crate) fn view(&self) -> View<'_> {
+        // SAFETY: A slice needs live entries: the lines are arrays of them, without padding, borrowed with `self`.
+        let entries =
+            unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast::<AtomicU64>(), self.lines.len() * PER_LINE) };
+        View { entries, log2: self.log2() }
+    }
+
+    /// The table as look-ups want it.
+    pub(super) fn packed(&self) -> *mut Line {
+        self.lines.as_ptr().cast_mut().map_addr(|address| address | self.log2() as usize)
+    }
+
+    /// Enters a region. The caller holds the lock of the cache and has seen that there is room.
+    pub(crate) fn insert(&self, hash: u64, region: u32) {
+        self.add(entry(hash, region));
+    }
+
+    fn add(&self, entry: u64) {
+        let View { entries, log2 } = self.view();
+        let mask = entries.len() - 1;
+        let mut at = home(entry, log2);
+        while entries[at].load(Ordering::Relaxed) != 0 {
+            at = (at + 1) & mask;
+        }
+        entries[at].store(entry, Ordering::Relaxed);
+        self.used.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Takes a region out that was entered under `hash`, and moves up what was pushed aside by it.
+    pub(crate) fn remove(&self, hash: u64, region: u32) {
+        let View { entries, log2 } = self.view();
+        let mask = entries.len() - 1;
+        let wanted = entry(hash, region);
+        let mut hole = home(hash, log2);
+        loop {
+            let found = entries[hole].load(Ordering::Relaxed);
+            if found == wanted {
+                break;
+            }
+            assert!(found != 0, "a region is in the table under each of its granules");
+            hole = (hole + 1) & mask;
+        }
+        let mut at = hole;
+        loop {
+            at = (at + 1) & mask;
+            let next = entries[at].load(Ordering::Relaxed);
+            if next == 0 {
+                break;
+            }
+            // It may move up if the hole does not lie before its home.
+            let distance = at.wrapping_sub(home(next, log2)) & mask;
+            if distance >= (at.wrapping_sub(hole) & mask) {
+                entries[hole].store(next, Ordering::Relaxed);
+                hole = at;
+            }
+        }
+        entries[hole].store(0, Ordering::Relaxed);
+        self.used.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// Takes over all entries of a smaller table.
+    fn take_over(&self, previous: &Table) {
+        for place in previous.view().entries {
+            let entry = place.load(Ordering::Relaxed);
+            if entry != 0 {
+                self.add(entry);
+            }
+        }
+    }
+}
+
+impl Tables {
+    pub(crate) fn new() -> Self {
+        Self(AtomicPtr::new(ptr::null_mut()))
+    }
+
+    /// The table in use. Certain for who holds the lock of the cache.
+    pub(crate) fn newest(&self) -> Option<&Table> {
+        // ORDER: Relaxed is enough: whoever writes a table holds the lock, under which it was installed.
+        let newest = NonNull::new(self.0.load(Ordering::Relaxed))?;
+        // SAFETY: A reference needs a live table that nobody has `&mut` to: type invariant; tables are only ever shared.
+        Some(unsafe { newest.as_ref() })
+    }
+
+    /// Puts a table in the place of the one in use, which is kept for the look-ups in it. The caller holds the lock of the cache.
+    pub(super) fn install(&self, table: Box<Table>) -> &Table {
+        if let Some(previous) = self.newest() {
+            table.take_over(previous);
+        }
+        table.previous.store(self.0.load(Ordering::Relaxed), Ordering::Relaxed);
+        let table = Box::into_raw(table);
+        // INVARIANT: It is the newest now, and leads to the others.
+        self.0.store(table, Ordering::Relaxed);
+        // SAFETY: As in `newest`.
+        unsafe { &*table }
+    }
+}
+
+impl Drop for Tables {
+    fn drop(&mut self) {
+        let mut next = self.0.load(Ordering::Relaxed);
+        while let Some(table) = NonNull::new(next) {
+            // SAFETY: A box needs the unique pointer that came from one: `install` leaked it, and its owner is being dropped.
+            let table = unsafe { Box::from_raw(table.as_ptr()) };
+            next = table.previous.load(Ordering::Relaxed);
+        }
+    }
+}
+
+#[cfg(all(test, not(mmun_loom)))]
+mod tests {
+    use super::*;
+
+    fn found(table: &Table, hash: u64) -> Vec<u32> {
+        let mut all = Vec::new();
+        table.view().probe(hash, |region| {
+            all.push(region);
+            None::<()>
+        });
+        all
+    }
+
+    #[test]
+    fn what_was_entered_is_found_until_it_is_removed() {
+        let table = Table::new(SMALLEST);
+        // All of them want the same place or its neighbours, around the end of the table.
+        let hashes: Vec<u64> = (0..100).map(|n: u64| u64::MAX << 56 | (n % 7) << 54 | n << 32).collect();
+        for (region, hash) in (0..).zip(&hashes) {
+            table.insert(*hash, region);
+        }
+        for (region, hash) in (0..).zip(&hashes) {
+            assert_eq!(found(&table, *hash), [region]);
+            table.remove(*hash, region);
+            assert!(found(&table, *hash).is_empty());
+            for (other, hash) in (0..).zip(&hashes).skip(region as usize + 1) {
+                assert_eq!(found(&table, *hash), [other], "after {region} was removed");
+            }
+        }
+        assert_eq!(table.used.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn a_larger_table_takes_all_entries_over() {
+        let small = Table::new(SMALLEST);
+        let hashes: Vec<u64> = (0..200_u64).map(|n| n.wrapping_mul(0x9e37_79b9_7f4a_7c15)).collect();
+        for (region, hash) in (0..).zip(&hashes) {
+            small.insert(*hash, region);
+        }
+        assert!(small.has_room(56) && !small.has_room(57));
+        let large = Table::new(small.log2() + 1);
+        large.take_over(&small);
+        for (region, hash) in (0..).zip(&hashes) {
+            assert!(found(&large, *hash).contains(&region));
+        }
+    }
+}

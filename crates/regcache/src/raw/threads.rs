@@ -1,0 +1,196 @@
+//! Where leases are counted without a shared write: for each thread a block of slots, each of which names one region or none.
+//!
+//! A slot goes from none to a region by its own thread only, and back by whoever ends the lease, on any thread. A thread
+//! whose slots are all in use, and one without a number, counts in the region itself.
+
+use super::barrier::{Light, light};
+use super::memory::{Zero, zeroes};
+use super::number;
+use crate::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
+use std::ptr::{self, NonNull};
+
+/// Slots of one thread.
+const SLOTS: usize = if cfg!(mmun_loom) { 1 } else { 124 };
+/// Slots that a hit looks at before it gives up.
+const PROBES: usize = if cfg!(mmun_loom) { 1 } else { 8 };
+
+/// One thread's slots in one cache: eight lines, the first of which does for a thread with few leases.
+#[repr(C, align(128))]
+#[derive(Debug)]
+pub(crate) struct Block {
+    hits: AtomicU64,
+    /// Where the owner looks first.
+    cursor: AtomicU32,
+    /// How many of the slots were ever used.
+    used: AtomicU32,
+    slots: [AtomicU32; SLOTS],
+}
+
+/// A place that can name a region.
+#[derive(Debug)]
+#[repr(transparent)]
+pub(crate) struct Slot(AtomicU32);
+
+/// The blocks of all threads.
+#[derive(Debug)]
+pub(crate) struct Threads {
+    blocks: Box<[BlockPtr]>,
+}
+
+/// # Invariants
+/// Null, or a block that lives as long as the table.
+#[derive(Debug)]
+#[repr(transparent)]
+struct BlockPtr(AtomicPtr<Block>);
+
+// SAFETY: Zero is the null pointer.
+unsafe impl Zero for BlockPtr {
+    fn zero() -> Self {
+        Self(AtomicPtr::new(ptr::null_mut()))
+    }
+}
+
+impl Slot {
+    /// Names `region`, and orders that before what the caller reads next.
+    #[inline(always)]
+    pub(crate) fn publish(&self, region: u32, kind: Light) {
+        self.0.store(region + 1, Ordering::Relaxed);
+        // ORDER(cache-lease): The name, before the look at the region's state. Partner: the heavy fence in `harvest`, between the state and
+        // the look at the slots. Without it a region is deregistered under a fresh lease. Model: loom
+        // `a_hit_racing_an_invalidation`.
+        if !crate::sync::mutant("no_fence_in_hit") {
+            light(kind);
+        }
+    }
+
+    /// Names `region`, for a caller that holds the lock of the cache.
+    pub(crate) fn publish_locked(&self, region: u32) {
+        self.0.store(region + 1, Ordering::Relaxed);
+    }
+
+    /// Names none, and orders that before what the caller reads next.
+    #[inline(always)]
+    pub(crate) fn clear(&self, kind: Light) {
+        // ORDER(cache-done): Release for what was done under the lease. Partner: the Acquire in `each`. Weaker, the
+        // deregistration could overtake the last use.
+        self.0.store(0, Ordering::Release);
+        // ORDER(cache-unlease): The end, before the look at the region's state. Partner: the heavy fence in `harvest`. Without it both
+        // sides leave the deregistration to each other. Model: loom `the_last_lease_deregisters`.
+        if !crate::sync::mutant("no_fence_in_drop") {
+            light(kind);
+        }
+    }
+}
+
+impl Block {
+    fn new() -> Box<Self> {
+        Box::new(Self {
+            hits: AtomicU64::new(0),
+            cursor: AtomicU32::new(0),
+            used: AtomicU32::new(1),
+            slots: std::array::from_fn(|_| AtomicU32::new(0)),
+        })
+    }
+
+    /// A slot that names none. The caller is the block's thread.
+    #[inline(always)]
+    pub(crate) fn free_slot(&self) -> Option<&Slot> {
+        let slot = self.slots.get(self.cursor.load(Ordering::Relaxed) as usize)?;
+        if slot.load(Ordering::Relaxed) == 0 { Some(Slot::of(slot)) } else { self.search() }
+    }
+
+    /// Looks further. Not much further: a thread with very many leases finds its way back by and by.
+    #[cold]
+    fn search(&self) -> Option<&Slot> {
+        let from = self.cursor.load(Ordering::Relaxed) as usize;
+        for at in (from + 1..=from + PROBES).map(|at| at % SLOTS) {
+            self.cursor.store(at as u32, Ordering::Relaxed);
+            if self.slots[at].load(Ordering::Relaxed) == 0 {
+                // Relaxed: whoever finds the slot in use with certainty, after its fence, finds this store, too.
+                self.used.fetch_max(at as u32 + 1, Ordering::Relaxed);
+                return Some(Slot::of(&self.slots[at]));
+            }
+        }
+        None
+    }
+
+    /// Counts a hit. The caller is the block's thread.
+    #[inline(always)]
+    pub(crate) fn count_hit(&self) {
+        self.hits.store(self.hits.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+    }
+}
+
+impl Slot {
+    #[inline(always)]
+    fn of(slot: &AtomicU32) -> &Self {
+        // SAFETY: A reference needs a live object of the type: `Slot` is a transparent wrapper.
+        unsafe { &*ptr::from_ref(slot).cast::<Self>() }
+    }
+}
+
+impl Threads {
+    pub(crate) fn new() -> Self {
+        Self { blocks: zeroes(number::MAX) }
+    }
+
+    /// This thread's block, if it has one here already.
+    #[inline(always)]
+    pub(crate) fn mine(&self) -> Option<&Block> {
+        self.blocks.get(number::mine())?.get()
+    }
+
+    /// This thread's block, made if need be; none if there are too many threads, or this one is ending.
+    #[cold]
+    pub(crate) fn join(&self) -> Option<&Block> {
+        let place = &self.blocks[number::claim()?];
+        if place.get().is_none() {
+            let block = Box::into_raw(Block::new());
+            // INVARIANT: It is freed by the table's drop. Nobody else makes one: the number is this thread's.
+            // ORDER(cache-block): Release for the zeroes. Partner: the Acquire in `get`.
+            place.0.store(block, Ordering::Release);
+        }
+        place.get()
+    }
+
+    /// Calls `f` with each region that a slot names, as often as one does.
+    pub(crate) fn each(&self, mut f: impl FnMut(u32)) {
+        for block in self.blocks.iter().take(number::high()).filter_map(BlockPtr::get) {
+            for slot in &block.slots[..block.used.load(Ordering::Relaxed) as usize] {
+                // ORDER(cache-done): Acquire, partner in `clear`.
+                if let Some(region) = slot.load(Ordering::Acquire).checked_sub(1) {
+                    f(region);
+                }
+            }
+        }
+    }
+
+    /// The hits of all threads so far.
+    pub(crate) fn hits(&self) -> u64 {
+        let blocks = self.blocks.iter().take(number::high()).filter_map(BlockPtr::get);
+        blocks.map(|block| block.hits.load(Ordering::Relaxed)).sum()
+    }
+}
+
+impl BlockPtr {
+    #[inline(always)]
+    fn get(&self) -> Option<&Block> {
+        // ORDER(cache-block): Acquire, partner in `join`. A scan that misses the pointer reads null after its heavy fence, so no slot
+        // of the block names anything that was live then.
+        let block = NonNull::new(self.0.load(Ordering::Acquire))?;
+        // SAFETY: A reference needs a live block that nobody has `&mut` to: type invariant; blocks are only ever shared.
+        Some(unsafe { block.as_ref() })
+    }
+}
+
+impl Drop for Threads {
+    fn drop(&mut self) {
+        for block in &self.blocks {
+            if let Some(block) = NonNull::new(block.0.load(Ordering::Relaxed)) {
+                // SAFETY: A box needs the unique pointer that came from one: `join` leaked it, and nobody is left, as the
+                // table is being dropped.
+                drop(unsafe { Box::from_raw(block.as_ptr()) });
+            }
+        }
+    }
+}

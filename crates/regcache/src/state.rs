@@ -1,0 +1,544 @@
+//! What the lock of a cache guards: which regions there are, and what they are going through (see [`Status`]).
+//!
+//! Nothing here allocates, frees, calls the registrar or waits, because the lock is taken in callbacks that may run in the
+//! middle of `free`. Memory is made before the lock is taken; lists are links between the regions' entries.
+
+use crate::granule::{Granule, MOST, granules};
+use crate::index::Index;
+use crate::options::{Merge, Options};
+use crate::raw::barrier;
+use crate::raw::memory::zeroes;
+use crate::raw::region::{Entry, Status};
+use crate::raw::table::Table;
+use crate::sync::atomic::Ordering;
+use crate::sync::mutant;
+use crate::walk::{Step, Summary, Walk};
+use mmu_notifier::{PAGE_SIZE, VaRange};
+
+/// A list of regions, through their entries. A region's number plus one; zero is none.
+#[derive(Debug, Default, Clone, Copy)]
+pub(crate) struct List {
+    head: u32,
+    tail: u32,
+}
+
+/// Regions without a lease, which whoever holds this deregisters one by one.
+#[derive(Debug, Default)]
+#[must_use = "nobody else will deregister them"]
+pub(crate) struct Chain(u32);
+
+/// What happened so far.
+#[derive(Debug, Default, Clone, Copy)]
+pub(crate) struct Counts {
+    pub(crate) hits: u64,
+    pub(crate) misses: u64,
+    pub(crate) waits: u64,
+    pub(crate) registered: u64,
+    pub(crate) deregistered: u64,
+    pub(crate) failed: u64,
+    pub(crate) invalidated: u64,
+    pub(crate) replaced: u64,
+    pub(crate) evicted: u64,
+    pub(crate) flushed: u64,
+    pub(crate) collisions: u64,
+    pub(crate) lost: u64,
+}
+
+#[derive(Debug)]
+pub(crate) struct State {
+    entries: Box<[Entry]>,
+    free: u32,
+    /// How many places were ever used.
+    high: u32,
+    live: List,
+    /// Where the eviction looks next, on the list of the live.
+    hand: u32,
+    registering: List,
+    killed: u32,
+    scan: u32,
+    summary: Summary,
+    /// Places that are not free, and the bytes in them.
+    pub(crate) regions: u32,
+    pub(crate) bytes: u64,
+    pub(crate) live_regions: u32,
+    pub(crate) live_bytes: u64,
+    /// Invalidations that have begun and not ended, and what they are about together.
+    brackets: u32,
+    hull: Option<VaRange>,
+    /// Whether the address space has ended.
+    pub(crate) closed: bool,
+    /// Threads that sleep until a registration ends.
+    pub(crate) waiters: u32,
+    pub(crate) counts: Counts,
+}
+
+/// The bytes of a range; all ones for the whole address space.
+pub(crate) fn bytes(range: VaRange) -> u64 {
+    range.pages().saturating_mul(PAGE_SIZE)
+}
+
+/// The smallest range that holds both.
+pub(crate) fn hull(one: VaRange, other: VaRange) -> VaRange {
+    let (first, last) = (one.start().min(other.start()), one.last().max(other.last()));
+    match (last.get() - first.get()).checked_add(1) {
+        Some(len) => VaRange::covering(first, len).unwrap_or(VaRange::ALL),
+        None => VaRange::ALL,
+    }
+}
+
+/// The range and the pages beside it.
+fn with_neighbours(range: VaRange) -> VaRange {
+    let first = range.start().get().saturating_sub(PAGE_SIZE);
+    let last = range.last().get().saturating_add(PAGE_SIZE);
+    match (last - first).checked_add(1) {
+        Some(len) => VaRange::covering(mmu_notifier::Va::new(first), len).unwrap_or(VaRange::ALL),
+        None => VaRange::ALL,
+    }
+}
+
+impl State {
+    pub(crate) fn new(regions: u32) -> Self {
+        Self {
+            entries: zeroes(regions as usize),
+            free: 0,
+            high: 0,
+            live: List::default(),
+            hand: 0,
+            registering: List::default(),
+            killed: 0,
+            scan: 0,
+            summary: Summary::new(),
+            regions: 0,
+            bytes: 0,
+            live_regions: 0,
+            live_bytes: 0,
+            brackets: 0,
+            hull: None,
+            closed: false,
+            waiters: 0,
+            counts: Counts::default(),
+        }
+    }
+
+    fn entry(&mut self, region: u32) -> &mut Entry {
+        &mut self.entries[region as usize]
+    }
+
+    pub(crate) fn status(&self, region: u32) -> Status {
+        self.entries[region as usize].status
+    }
+
+    /// The regions that are registered or were, for the end of the cache.
+    pub(crate) fn used(&self) -> impl Iterator<Item = (u32, Status)> {
+        (0..self.high).map(|region| (region, self.status(region)))
+    }
+
+    /// A live region that covers `range`.
+    pub(crate) fn find(&self, index: &Index, range: VaRange) -> Option<u32> {
+        let view = index.page.view()?;
+        let mut levels = self.summary.levels();
+        while levels != 0 {
+            let hash = crate::granule::granule_at(range.start(), levels.trailing_zeros()).hash();
+            levels &= levels - 1;
+            let found = view.probe(hash, |region| {
+                (self.status(region) == Status::Live && index.region(region).covers(range)).then_some(region)
+            });
+            if found.is_some() {
+                return found;
+            }
+        }
+        None
+    }
+
+    /// Calls `f` with every live region that overlaps `range`, with some more than once.
+    fn each_overlapping(&self, index: &Index, range: VaRange, mut f: impl FnMut(u32)) {
+        let mut walk = Walk::new(range, &self.summary, u64::from(self.high) + 64);
+        let Some(view) = index.page.view() else { return };
+        loop {
+            match walk.next(&self.summary) {
+                Step::Ask(granule) => {
+                    let _: Option<()> = view.probe(granule.hash(), |region| {
+                        if self.is_live_in(index, region, range) {
+                            f(region);
+                        }
+                        None
+                    });
+                }
+                Step::All => {
+                    (0..self.high).filter(|region| self.is_live_in(index, *region, range)).for_each(&mut f);
+                    return;
+                }
+                Step::Done => return,
+            }
+        }
+    }
+
+    fn is_live_in(&self, index: &Index, region: u32, range: VaRange) -> bool {
+        self.status(region) == Status::Live && index.region(region).range().overlaps(range)
+    }
+
+    /// What to register for `request`: together with what it is to be merged with.
+    pub(crate) fn target(&self, index: &Index, options: &Options, request: VaRange) -> VaRange {
+        let mut target = request;
+        loop {
+            let around = match options.merge {
+                Merge::Never => return request,
+                Merge::Overlapping => target,
+                Merge::Adjacent => with_neighbours(target),
+            };
+            let mut grown = target;
+            self.each_overlapping(index, around, |region| {
+                let union = hull(grown, index.region(region).range());
+                if bytes(union) <= options.max_region_bytes {
+                    grown = union;
+                }
+            });
+            if grown == target {
+                return target;
+            }
+            target = grown;
+        }
+    }
+
+    /// Whether a registration under way makes it better to wait for its end.
+    pub(crate) fn has_to_wait(&self, index: &Index, merge: Merge, range: VaRange) -> bool {
+        let mut next = self.registering.head;
+        while let Some(region) = next.checked_sub(1) {
+            let other = index.region(region);
+            let entry = &self.entries[region as usize];
+            // One that was hit will not be found afterwards: nothing to wait for.
+            if !entry.hit && (other.covers(range) || (merge != Merge::Never && other.range().overlaps(range))) {
+                return true;
+            }
+            next = entry.next;
+        }
+        false
+    }
+
+    /// Takes a free place for a region that is going to be registered.
+    pub(crate) fn begin(&mut self, index: &Index, range: VaRange) -> Option<u32> {
+        let region = match self.free.checked_sub(1) {
+            Some(region) => {
+                self.free = self.entries[region as usize].next;
+                region
+            }
+            None if (self.high as usize) < self.entries.len() => {
+                self.high += 1;
+                self.high - 1
+            }
+            None => return None,
+        };
+        self.regions += 1;
+        self.bytes = self.bytes.saturating_add(bytes(range));
+        index.region(region).set_range(range);
+        // An invalidation that has begun may change the pages after they were registered.
+        let hit = self.is_invalidating(range) && !mutant("forget_open_brackets");
+        *self.entry(region) = Entry { next: 0, prev: 0, scan: 0, status: Status::Registering, hit };
+        self.registering.push(&mut self.entries, region);
+        Some(region)
+    }
+
+    /// Takes a region off the list of those that are being registered; tells whether it may be found by others.
+    pub(crate) fn finish(&mut self, region: u32) -> bool {
+        self.registering.remove(&mut self.entries, region);
+        let may_be_found = !self.closed && (!self.entry(region).hit || mutant("publish_what_was_hit"));
+        self.entry(region).status = Status::Reaping;
+        may_be_found
+    }
+
+    /// Whether there is room in the table for one more region.
+    pub(crate) fn has_table(&self, index: &Index) -> bool {
+        index.page.tables().newest().is_some_and(|table| table.has_room(MOST as usize))
+    }
+
+    /// Makes a region be found that was just registered, and what it covers not any more.
+    pub(crate) fn publish(&mut self, index: &Index, options: &Options, region: u32) {
+        let range = index.region(region).range();
+        if options.merge != Merge::Never {
+            self.counts.replaced += self.kill_where(index, range, |other| contains(range, other));
+        }
+        let Some(table) = index.page.tables().newest() else { return };
+        for granule in granules(range) {
+            table.insert(granule.hash(), region);
+        }
+        self.summary.add(range);
+        self.live_regions += 1;
+        self.live_bytes += bytes(range);
+        self.entry(region).status = Status::Live;
+        self.live.push(&mut self.entries, region);
+        index.region(region).set_live();
+        index.page.levels.store(self.summary.levels(), Ordering::Relaxed);
+    }
+
+    /// Makes a region that was registered belong to the caller's lease alone.
+    pub(crate) fn keep_for_lease(&mut self, region: u32) {
+        self.entry(region).status = Status::Leased;
+    }
+
+    /// Takes a live region out of the look-up.
+    fn kill(&mut self, index: &Index, table: &Table, region: u32) {
+        let range = index.region(region).range();
+        index.region(region).set_dead();
+        for granule in granules(range) {
+            table.remove(granule.hash(), region);
+        }
+        self.summary.remove(range);
+        self.live_regions -= 1;
+        self.live_bytes -= bytes(range);
+        if self.hand == region + 1 {
+            self.hand = self.entry(region).prev;
+        }
+        self.live.remove(&mut self.entries, region);
+        self.entries[region as usize].status = Status::Killed;
+        self.entries[region as usize].next = self.killed;
+        self.killed = region + 1;
+    }
+
+    /// Takes all live regions that overlap `range` and that `wanted` picks out of the look-up; returns how many.
+    fn kill_where(&mut self, index: &Index, range: VaRange, wanted: impl Fn(VaRange) -> bool) -> u64 {
+        let Some(table) = index.page.tables().newest() else { return 0 };
+        let mut killed = 0;
+        let mut walk = Walk::new(range, &self.summary, u64::from(self.high) + 64);
+        loop {
+            match walk.next(&self.summary) {
+                Step::Ask(granule) => {
+                    while let Some(region) = self.first_in(index, table, granule, range, &wanted) {
+                        self.kill(index, table, region);
+                        killed += 1;
+                    }
+                }
+                Step::All => {
+                    for region in 0..self.high {
+                        if self.is_live_in(index, region, range) && wanted(index.region(region).range()) {
+                            self.kill(index, table, region);
+                            killed += 1;
+                        }
+                    }
+                    break;
+                }
+                Step::Done => break,
+            }
+        }
+        if killed != 0 {
+            index.page.levels.store(self.summary.levels(), Ordering::Relaxed);
+        }
+        killed
+    }
+
+    fn first_in(
+        &self,
+        index: &Index,
+        table: &Table,
+        granule: Granule,
+        range: VaRange,
+        wanted: impl Fn(VaRange) -> bool,
+    ) -> Option<u32> {
+        table.view().probe(granule.hash(), |region| {
+            (self.is_live_in(index, region, range) && wanted(index.region(region).range())).then_some(region)
+        })
+    }
+
+    /// The start of an invalidation: nothing that overlaps `range` is found any more, or will be before its end.
+    pub(crate) fn invalidate_start(&mut self, index: &Index, range: VaRange) {
+        self.brackets += 1;
+        self.hull = Some(self.hull.map_or(range, |hull_so_far| hull(hull_so_far, range)));
+        self.invalidate(index, range);
+    }
+
+    /// The end of an invalidation.
+    pub(crate) fn invalidate_end(&mut self) {
+        self.brackets = self.brackets.saturating_sub(1);
+        if self.brackets == 0 {
+            self.hull = None;
+        }
+    }
+
+    /// Whether an invalidation runs that is perhaps about `range`.
+    pub(crate) fn is_invalidating(&self, range: VaRange) -> bool {
+        self.hull.is_some_and(|hull| hull.overlaps(range))
+    }
+
+    /// Takes whatever overlaps `range` out, and what is being registered there, too.
+    pub(crate) fn invalidate(&mut self, index: &Index, range: VaRange) {
+        if !mutant("invalidate_nothing") {
+            self.counts.invalidated += self.kill_where(index, range, |_| true);
+        }
+        let mut next = self.registering.head;
+        while let Some(region) = next.checked_sub(1) {
+            let entry = &mut self.entries[region as usize];
+            entry.hit |= index.region(region).range().overlaps(range);
+            next = entry.next;
+        }
+    }
+
+    /// Takes everything out; returns how many regions were live.
+    pub(crate) fn kill_all(&mut self, index: &Index) -> u64 {
+        self.kill_where(index, VaRange::ALL, |_| true)
+    }
+
+    /// Finds out which of the killed regions have no lease, for the caller to deregister.
+    pub(crate) fn harvest(&mut self, index: &Index) -> Chain {
+        let mut chain = Chain(0);
+        // ORDER(cache-lease, cache-unlease): Between the regions' deaths and the look at the slots: partner of the light
+        // fences in `Slot::publish` and `Slot::clear`.
+        if self.killed == 0 || (!mutant("no_fence_in_harvest") && !barrier::heavy()) {
+            return chain;
+        }
+        self.scan_leases(index);
+        let mut next = std::mem::take(&mut self.killed);
+        while let Some(region) = next.checked_sub(1) {
+            next = self.entry(region).next;
+            self.settle(index, region, &mut chain);
+        }
+        chain
+    }
+
+    /// Marks each region that is in a slot with the number of this scan.
+    fn scan_leases(&mut self, index: &Index) {
+        self.scan = self.scan.wrapping_add(1).max(1);
+        let (scan, entries) = (self.scan, &mut self.entries);
+        index.threads.each(|region| {
+            if let Some(entry) = entries.get_mut(region as usize) {
+                entry.scan = scan;
+            }
+        });
+    }
+
+    fn is_leased(&self, index: &Index, region: u32) -> bool {
+        self.entries[region as usize].scan == self.scan || index.region(region).is_counted()
+    }
+
+    /// Puts a dead region on the chain, if the last scan found no lease of it.
+    fn settle(&mut self, index: &Index, region: u32, chain: &mut Chain) {
+        if self.is_leased(index, region) {
+            self.entry(region).status = Status::Leased;
+        } else {
+            let entry = self.entry(region);
+            entry.status = Status::Reaping;
+            entry.next = chain.0;
+            chain.0 = region + 1;
+        }
+    }
+
+    /// The end of a lease of a region that was dead by then. It may have been another region's place meanwhile.
+    pub(crate) fn lease_ended(&mut self, index: &Index, region: u32) -> Chain {
+        match self.status(region) {
+            // No fence: no lease of it can begin, and the ends of the others took this lock or are going to.
+            Status::Leased => {
+                let mut chain = Chain(0);
+                self.scan_leases(index);
+                self.settle(index, region, &mut chain);
+                chain
+            }
+            Status::Killed => self.harvest(index),
+            _ => Chain(0),
+        }
+    }
+
+    /// Gives a region's place back, and takes the next one off the chain.
+    pub(crate) fn free_and_next(&mut self, index: &Index, freed: Option<u32>, chain: &mut Chain) -> Option<u32> {
+        if let Some(region) = freed {
+            self.free(index, region);
+            self.counts.deregistered += 1;
+        }
+        let region = chain.0.checked_sub(1)?;
+        chain.0 = self.entry(region).next;
+        Some(region)
+    }
+
+    /// Gives a place back whose region is not registered.
+    pub(crate) fn free(&mut self, index: &Index, region: u32) {
+        self.regions -= 1;
+        self.bytes -= bytes(index.region(region).range()).min(self.bytes);
+        let free = std::mem::replace(&mut self.free, region + 1);
+        *self.entry(region) = Entry { next: free, prev: 0, scan: 0, status: Status::Free, hit: false };
+    }
+
+    /// Whether a region of `size` bytes is within the limits.
+    pub(crate) fn has_room(&self, options: &Options, size: u64) -> bool {
+        self.regions < options.max_regions
+            && self.bytes.checked_add(size).is_some_and(|bytes| bytes <= options.max_bytes)
+    }
+
+    /// Takes regions out that have not been used lately, to make room for `size` bytes more and a few regions to come.
+    ///
+    /// SIEVE: the hand goes from the oldest to the newest, spares what was used since it came by, and stays where it found one that was not.
+    pub(crate) fn evict(&mut self, index: &Index, options: &Options, size: u64) -> u64 {
+        let Some(table) = index.page.tables().newest() else { return 0 };
+        let (more_regions, more_bytes) = (options.max_regions / 64, options.max_bytes / 64);
+        let wanted_regions = (self.regions + 1).saturating_sub(options.max_regions);
+        let wanted_bytes = self.bytes.saturating_add(size).saturating_sub(options.max_bytes);
+        let wanted_regions = if wanted_regions == 0 { 0 } else { wanted_regions.max(more_regions) };
+        let wanted_bytes = if wanted_bytes == 0 { 0 } else { wanted_bytes.max(more_bytes) };
+        self.evict_some(index, table, wanted_regions.into(), wanted_bytes)
+    }
+
+    /// Takes out as many regions as have `wanted` bytes together, at least one.
+    pub(crate) fn evict_bytes(&mut self, index: &Index, wanted: u64) -> u64 {
+        let Some(table) = index.page.tables().newest() else { return 0 };
+        self.evict_some(index, table, 1, wanted)
+    }
+
+    fn evict_some(&mut self, index: &Index, table: &Table, wanted_regions: u64, wanted_bytes: u64) -> u64 {
+        // A hint only: what is leased would be out of the look-up and yet not give anything back.
+        self.scan_leases(index);
+        let (mut regions, mut freed) = (0, 0_u64);
+        // Twice around: the first time may only forget uses.
+        for _ in 0..2 * u64::from(self.live_regions) {
+            if regions >= wanted_regions && freed >= wanted_bytes {
+                break;
+            }
+            let at = if self.hand != 0 { self.hand } else { self.live.tail };
+            let Some(region) = at.checked_sub(1) else { break };
+            if self.is_leased(index, region) || index.region(region).forget_visits() {
+                self.hand = self.entry(region).prev;
+                continue;
+            }
+            freed = freed.saturating_add(bytes(index.region(region).range()));
+            self.hand = at;
+            self.kill(index, table, region);
+            regions += 1;
+        }
+        if regions != 0 {
+            index.page.levels.store(self.summary.levels(), Ordering::Relaxed);
+        }
+        self.counts.evicted += regions;
+        regions
+    }
+}
+
+/// Whether `inner` lies within `outer`.
+fn contains(outer: VaRange, inner: VaRange) -> bool {
+    outer.start() <= inner.start() && inner.last() <= outer.last()
+}
+
+impl Chain {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0 == 0
+    }
+}
+
+impl List {
+    /// Adds a region in front.
+    fn push(&mut self, entries: &mut [Entry], region: u32) {
+        let entry = &mut entries[region as usize];
+        (entry.prev, entry.next) = (0, self.head);
+        match self.head.checked_sub(1) {
+            Some(head) => entries[head as usize].prev = region + 1,
+            None => self.tail = region + 1,
+        }
+        self.head = region + 1;
+    }
+
+    fn remove(&mut self, entries: &mut [Entry], region: u32) {
+        let Entry { next, prev, .. } = entries[region as usize];
+        match next.checked_sub(1) {
+            Some(next) => entries[next as usize].prev = prev,
+            None => self.tail = prev,
+        }
+        match prev.checked_sub(1) {
+            Some(prev) => entries[prev as usize].next = next,
+            None => self.head = next,
+        }
+    }
+}

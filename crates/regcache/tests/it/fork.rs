@@ -1,0 +1,61 @@
+//! The child of a fork: the inherited cache does nothing.
+
+use crate::support::{counting, pages};
+use mmu_notifier::{Event, MmWithUser};
+use regcache::{Counting, Device, Error, Options, RegCache};
+
+/// Runs `f` in a child and returns whether it said yes.
+fn in_child(f: impl FnOnce() -> bool) -> bool {
+    // SAFETY: The child runs `f`, which allocates at most what the C library allows after a fork, and ends.
+    match unsafe { libc::fork() } {
+        -1 => panic!("fork: {}", std::io::Error::last_os_error()),
+        0 => {
+            let code = i32::from(!std::panic::catch_unwind(std::panic::AssertUnwindSafe(f)).unwrap_or(false));
+            // SAFETY: Ends the child without running anything of the parent's.
+            unsafe { libc::_exit(code) }
+        }
+        pid => {
+            let mut status = 0;
+            // SAFETY: Writes one int to a local.
+            assert_eq!(unsafe { libc::waitpid(pid, &mut status, 0) }, pid);
+            status == 0
+        }
+    }
+}
+
+#[test]
+fn a_child_gets_an_error_and_deregisters_nothing() {
+    let (mm, device, cache) = counting(Options::new());
+    let lease = cache.get(pages(1, 1)).unwrap();
+    drop(cache.get(pages(5, 1)).unwrap());
+    let child = |cache: RegCache<Counting>, lease: regcache::OwnedLease<Counting>| {
+        let refused = matches!(cache.get(pages(1, 1)), Err(Error::Forked));
+        let is_current = lease.get().is_current();
+        drop(lease);
+        drop(mm.invalidate(pages(1, 9), Event::Unmap));
+        let flushed = cache.flush();
+        cache.reap();
+        drop(cache);
+        refused && !is_current && flushed == 0 && device.registrar().deregistered() == 0
+    };
+    let (clone, owned) = (cache.try_clone().unwrap(), cache.get_owned(pages(1, 1)).unwrap());
+    assert!(in_child(|| child(clone, owned)));
+    assert!(lease.is_current());
+    drop(cache.get(pages(5, 1)).unwrap());
+    assert_eq!((device.registrar().registered(), device.registrar().deregistered()), (2, 0));
+}
+
+#[test]
+fn a_child_can_have_a_cache_of_its_own() {
+    let (_mm, _device, cache) = counting(Options::new());
+    drop(cache.get(pages(1, 1)).unwrap());
+    assert!(in_child(|| {
+        let mm = MmWithUser::new();
+        let device = Device::new(Counting::default(), Options::new());
+        let cache = device.open(&mm).unwrap();
+        drop(cache.get(pages(1, 1)).unwrap());
+        drop(cache.get(pages(1, 1)).unwrap());
+        drop(mm.invalidate(pages(1, 1), Event::Unmap));
+        device.registrar().registered() == 1 && device.registrar().deregistered() == 1
+    }));
+}

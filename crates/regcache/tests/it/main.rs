@@ -1,0 +1,11 @@
+//! The public interface, one module for each promise.
+#![cfg(not(mmun_loom))]
+
+mod errors;
+mod evict;
+mod fork;
+mod invalidate;
+mod lease;
+mod merge;
+mod support;
+mod threads;
