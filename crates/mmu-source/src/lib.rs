@@ -6,6 +6,7 @@
 //!
 //! [`current`] is this process's own address space.
 //!
+//! * [`hook`]: this process's own memory calls, by patching libc.
 //! * [`kernel`]: everything that changes a translation of this process, through KVM's notifier and a BPF program.
 //! * [`process`]: other processes, through ptrace and a seccomp filter.
 
@@ -14,8 +15,10 @@
 mod current_mm;
 mod error;
 mod fork;
+pub mod hook;
 pub mod kernel;
 pub mod process;
+mod ranges;
 
 pub use current_mm::{current, current_if_made, current_ref};
 pub use error::Error;

@@ -37,7 +37,7 @@ mod command;
 mod current;
 mod decode;
 mod filter;
-mod maps;
+pub(crate) mod maps;
 mod observer;
 mod proc;
 mod space;

@@ -164,12 +164,6 @@ pub(super) const IPC_SHMAT: u64 = 21;
 /// `IPCOP_shmdt`.
 pub(super) const IPC_SHMDT: u64 = 22;
 
-/// Advice to `madvise` that changes no translation. Any other, an unknown one included, is taken to clear the range.
-///
-/// NORMAL, RANDOM, SEQUENTIAL, WILLNEED, DONTFORK, DOFORK, MERGEABLE, HUGEPAGE, NOHUGEPAGE, DONTDUMP, DODUMP, WIPEONFORK,
-/// KEEPONFORK, COLD, POPULATE_READ, POPULATE_WRITE and GUARD_REMOVE.
-pub(super) const HARMLESS_ADVICE: &[u32] = &[0, 1, 2, 3, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 22, 23, 103];
-
 #[cfg(test)]
 mod tests {
     use super::*;

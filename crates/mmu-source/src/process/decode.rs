@@ -2,9 +2,10 @@
 
 use mmu_notifier::{Event, Va, VaRange};
 
-use super::abi::{Abi, Call, HARMLESS_ADVICE, IPC_SHMAT, IPC_SHMDT};
+use super::abi::{Abi, Call, IPC_SHMAT, IPC_SHMDT};
 use super::space::Break;
 use super::{Pid, maps, proc, sys};
+use crate::ranges::{MPOL_MF_STRICT, PROT_GROWSDOWN, UIO_MAXIOV, add, is_harmful, mmap, mremap, page_down, page_up};
 
 /// A call a task is about to make.
 #[derive(Debug, Clone, Copy)]
@@ -72,7 +73,7 @@ impl Entry {
                 Event::Unmap
             }
             Call::Mremap => {
-                mremap(ranges, a0, page_up(a1), page_up(a2), a3, a4);
+                mremap(ranges, a0, a1, a2, a3, a4);
                 Event::Unmap
             }
             // A query.
@@ -129,7 +130,7 @@ impl Entry {
             }
             Call::Mbind => {
                 // Without a flag to move pages it only sets a policy. MPOL_MF_STRICT moves none.
-                if a5 & !1 != 0 {
+                if a5 & !MPOL_MF_STRICT != 0 {
                     add(ranges, a0, a1);
                 }
                 Event::Migrate { owner: None }
@@ -187,7 +188,6 @@ impl Entry {
     }
 
     fn mprotect(&self, ranges: &mut Vec<VaRange>, address: u64, length: u64, protection: u64) {
-        const PROT_GROWSDOWN: u64 = 0x0100_0000;
         let mut start = address;
         if protection & PROT_GROWSDOWN != 0
             && let Some(mapping) = maps::holding(&self.maps(), address)
@@ -204,7 +204,6 @@ impl Entry {
 
     /// The iovecs of `process_madvise`.
     fn vectors(&self, ranges: &mut Vec<VaRange>, address: u64, count: u64) {
-        const UIO_MAXIOV: u64 = 1024;
         let words = self.word_list(address, 2 * count.min(UIO_MAXIOV));
         for vector in words.chunks_exact(2) {
             add(ranges, vector[0], vector[1]);
@@ -274,48 +273,6 @@ impl Entry {
         let mut bytes = [0; 8];
         (sys::read_memory(self.tid, address, &mut bytes) == 8).then(|| u64::from_le_bytes(bytes))
     }
-}
-
-fn mmap(ranges: &mut Vec<VaRange>, address: u64, length: u64, flags: u64) {
-    let replaces = flags & libc::MAP_FIXED as u64 != 0 && flags & libc::MAP_FIXED_NOREPLACE as u64 == 0;
-    if replaces {
-        add(ranges, address, length);
-    }
-}
-
-/// # Source
-/// mremap(2). A shrink gives up the tail where it stands; what moves leaves its whole old range; an old length of zero copies a
-/// shared mapping and leaves it.
-fn mremap(ranges: &mut Vec<VaRange>, old: u64, old_length: u64, new_length: u64, flags: u64, new: u64) {
-    let has = |flag: i32| flags & flag as u64 != 0;
-    if has(libc::MREMAP_FIXED) {
-        add(ranges, old, old_length);
-        add(ranges, new, new_length);
-    } else if has(libc::MREMAP_DONTUNMAP) || (has(libc::MREMAP_MAYMOVE) && new_length > old_length) {
-        add(ranges, old, old_length);
-    } else if new_length < old_length
-        && let Some(tail) = old.checked_add(new_length)
-    {
-        add(ranges, tail, old_length - new_length);
-    }
-}
-
-fn is_harmful(advice: u64) -> bool {
-    !HARMLESS_ADVICE.contains(&(advice as u32))
-}
-
-/// Adds the pages of `length` bytes from `address`, unless no range can be formed.
-fn add(ranges: &mut Vec<VaRange>, address: u64, length: u64) {
-    ranges.extend(VaRange::covering(Va::new(address), length));
-}
-
-fn page_down(address: u64) -> u64 {
-    address & !(mmu_notifier::PAGE_SIZE - 1)
-}
-
-/// Rounds up to a page; what would overflow is left as it is, and refused by the kernel.
-fn page_up(address: u64) -> u64 {
-    address.checked_next_multiple_of(mmu_notifier::PAGE_SIZE).unwrap_or(address)
 }
 
 #[cfg(test)]

@@ -17,7 +17,8 @@
 
 use libc::sock_filter;
 
-use super::abi::{ARCH_I386, ARCH_NATIVE, Call, HARMLESS_ADVICE, I386, IPC_SHMAT, IPC_SHMDT, NATIVE, X32_BIT};
+use super::abi::{ARCH_I386, ARCH_NATIVE, Call, I386, IPC_SHMAT, IPC_SHMDT, NATIVE, X32_BIT};
+use crate::ranges::HARMLESS_ADVICE;
 
 /// What the arguments must look like for a call to be traced.
 enum When {

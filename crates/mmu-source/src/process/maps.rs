@@ -9,20 +9,20 @@ use super::Pid;
 
 /// One mapping of a task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Mapping {
-    pub(super) start: u64,
-    pub(super) end: u64,
-    pub(super) writable: bool,
-    pub(super) private: bool,
-    pub(super) offset: u64,
-    pub(super) device: (u32, u32),
-    pub(super) inode: u64,
-    pub(super) kind: Kind,
+pub(crate) struct Mapping {
+    pub(crate) start: u64,
+    pub(crate) end: u64,
+    pub(crate) writable: bool,
+    pub(crate) private: bool,
+    pub(crate) offset: u64,
+    pub(crate) device: (u32, u32),
+    pub(crate) inode: u64,
+    pub(crate) kind: Kind,
 }
 
 /// What the last column says, as far as it matters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(crate) enum Kind {
     Heap,
     SysV,
     Aio,
@@ -30,7 +30,7 @@ pub(super) enum Kind {
 }
 
 /// Reads the mappings of a task, in order of address. A task that has died has none.
-pub(super) fn read(tid: Pid) -> io::Result<Vec<Mapping>> {
+pub(crate) fn read(tid: Pid) -> io::Result<Vec<Mapping>> {
     // The file tells no size; with room from the start it is read a page at a time.
     let mut text = Vec::with_capacity(1 << 16);
     File::open(format!("/proc/{tid}/maps"))?.read_to_end(&mut text)?;
@@ -38,7 +38,7 @@ pub(super) fn read(tid: Pid) -> io::Result<Vec<Mapping>> {
 }
 
 /// Parses a line, such as `7f00-8f00 rw-p 00000000 00:01 12 /SYSV00000000 (deleted)`.
-fn parse(line: &[u8]) -> Option<Mapping> {
+pub(crate) fn parse(line: &[u8]) -> Option<Mapping> {
     // A path may hold any byte but a newline; only the columns before it must be text.
     let mut columns = line.splitn(6, |byte| *byte == b' ').map(|column| std::str::from_utf8(column));
     let mut next = || columns.next()?.ok();
@@ -94,14 +94,21 @@ pub(super) fn writable_private(maps: &[Mapping], into: &mut Vec<VaRange>) {
 /// `ksys_shmdt`, ipc/shm.c: a piece belongs if it is of the same segment and its offset is its distance from `address`.
 /// The first one found in address order says which segment that is.
 pub(super) fn attached_at(maps: &[Mapping], address: u64, into: &mut Vec<VaRange>) {
-    let belongs = |mapping: &&Mapping| {
-        mapping.kind == Kind::SysV && mapping.start >= address && mapping.start - address == mapping.offset
-    };
-    let Some(first) = maps.iter().find(belongs) else { return };
-    for mapping in maps.iter().filter(belongs) {
-        if (mapping.device, mapping.inode) == (first.device, first.inode) {
-            push(into, mapping.start, mapping.end);
-        }
+    let mut segment = None;
+    for mapping in maps.iter().filter(|mapping| mapping.is_attached(address, &mut segment)) {
+        push(into, mapping.start, mapping.end);
+    }
+}
+
+impl Mapping {
+    /// Tells whether `shmdt(address)` detaches this mapping. `segment` is for one pass over all mappings, in order; it starts
+    /// as `None`.
+    pub(crate) fn is_attached(&self, address: u64, segment: &mut Option<((u32, u32), u64)>) -> bool {
+        let this = (self.device, self.inode);
+        self.kind == Kind::SysV
+            && self.start >= address
+            && self.start - address == self.offset
+            && *segment.get_or_insert(this) == this
     }
 }
 

@@ -1,0 +1,159 @@
+//! The memory calls that this process makes through libc, seen by patching libc.
+//!
+//! While a [`Hook`] is installed, every `munmap`, `mmap` over live memory, `mremap`, `madvise`, `posix_madvise`,
+//! `process_madvise` on this process, `brk`, `sbrk`, `shmat` with `SHM_REMAP`, `shmdt`, `mprotect`, `pkey_mprotect` and
+//! `remap_file_pages` that goes through libc, and every `syscall(2)` with one of those numbers, has a bracket around it on
+//! [`current`](crate::current): start callbacks run in the calling thread before the call, end callbacks after it. libc's own
+//! calls count: `free` of a large block, `malloc_trim`, stacks of threads, `dlclose` in the dynamic loader. A call made by an
+//! instruction outside of libc does not, nor do changes that are no call of this process. `docs/sources.md` has the table.
+//!
+//! # How
+//! glibc makes a system call by `mov $number, %eax; syscall`, and that `mov` is one instruction as long as a near jump. It is
+//! replaced by a jump to a trampoline, which makes the call. No thread can stand inside one instruction, and the page it is
+//! on is replaced as a whole (`mremap` of a changed copy over it), so installing and removing is safe while other threads
+//! run the code. Another library that has patched a *function's entry* stays in place and runs first.
+//!
+//! # What a callback may do
+//! It runs in whatever thread made the call, perhaps in the middle of `malloc` or `free` with the allocator's lock held, in
+//! `dlclose` with the loader's, or in a thread that is all but gone. So it must not allocate, free, load libraries, or wait for a
+//! lock that somebody holds while allocating. It may subscribe to a subscription that exists, put it, map, unmap, and
+//! make any other system call; those have brackets of their own inside this one. `errno` is put back after it.
+//!
+//! # Limits
+//! x86-64 with glibc. Signal handlers must not make memory calls while a hook is installed. The library with this code must be there
+//! when the program starts (linked or preloaded): thread-local storage of a library that is loaded later is allocated on first
+//! use, perhaps inside `free`.
+//!
+//! # Examples
+//! ```
+//! use mmu_notifier::{InvalidateRange, Notifier, Registration};
+//! use mmu_source::hook::Hook;
+//! use std::sync::atomic::{AtomicU64, Ordering};
+//!
+//! #[derive(Default)]
+//! struct Last(AtomicU64);
+//! impl Notifier for Last {
+//!     fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
+//!         self.0.store(range.range().start().get(), Ordering::Relaxed);
+//!     }
+//! }
+//!
+//! let watch = Registration::new(&mmu_source::current(), Last::default()).map_err(|_| "refused")?;
+//! let hook = Hook::install()?;
+//! // SAFETY: maps a page and unmaps it.
+//! let page = unsafe {
+//!     let page = libc::mmap(std::ptr::null_mut(), 4096, 0, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0);
+//!     libc::munmap(page, 4096);
+//!     page
+//! };
+//! assert_eq!(watch.0.load(Ordering::Relaxed), page as u64);
+//! drop(hook);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu"))]
+mod handler;
+#[cfg(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu"))]
+mod look;
+#[cfg(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu"))]
+mod module;
+#[cfg(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu"))]
+mod plan;
+#[cfg(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu"))]
+mod raw;
+#[cfg(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu"))]
+mod scan;
+#[cfg(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu"))]
+mod stub;
+#[cfg(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu"))]
+mod switch;
+#[cfg(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu"))]
+mod text;
+#[cfg(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu"))]
+mod trampoline;
+
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu")))]
+#[path = "hook/elsewhere.rs"]
+mod switch;
+
+use crate::Error;
+use std::marker::PhantomData;
+
+/// The patches in libc, for as long as one of these is alive.
+///
+/// Several share them; the last one that is dropped takes them out. A call that another thread has begun meanwhile may still
+/// have its bracket a little later. The trampolines stay mapped for good, since a thread may be in one.
+#[derive(Debug)]
+#[must_use = "the patches are taken out when it is dropped"]
+pub struct Hook(PhantomData<()>);
+
+impl Hook {
+    /// Patches libc and the dynamic loader, or takes part if that was done already.
+    ///
+    /// # Blocking
+    /// The first time it reads all of libc's code, some milliseconds; then it replaces a few pages. It waits for an
+    /// installation or removal by another thread.
+    /// # Errors
+    /// [`Error::Unavailable`] if this is not x86-64 with glibc, or if libc has no place that can be patched; it says what was
+    /// found. [`Error::Kernel`] if the kernel refuses to replace a page of code (`EACCES` or `EPERM` under a security module or
+    /// where code is sealed); then nothing is patched.
+    pub fn install() -> Result<Self, Error> {
+        switch::install().map(|()| Self(PhantomData))
+    }
+
+    /// Returns what every patched place looks like now.
+    ///
+    /// # Blocking
+    /// No. It allocates.
+    #[must_use]
+    pub fn status(&self) -> Vec<Patch> {
+        switch::status()
+    }
+}
+
+impl Drop for Hook {
+    fn drop(&mut self) {
+        switch::remove();
+    }
+}
+
+/// One place in libc that makes memory calls.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Patch {
+    /// The call: `munmap`, `brk`, ... For the function that makes any call, `syscall`.
+    pub name: &'static str,
+    /// The function it is in, if its name is known: `posix_madvise`.
+    pub function: Option<String>,
+    /// The file name of the module: `libc.so.6`.
+    pub module: String,
+    /// Where the instruction stands.
+    pub address: u64,
+    /// Who has it.
+    pub state: State,
+}
+
+/// Who has a place in libc.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum State {
+    /// No [`Hook`] is installed.
+    Free,
+    /// Our patch is in place.
+    Ours,
+    /// Our patch is in place, and another library has one at the function's entry. It runs first; a call that it makes by
+    /// itself, without going on into libc, is not seen.
+    Chained,
+    /// Something else stands where our patch was, or has to be: calls are not seen.
+    Overwritten,
+}
+
+/// Says what a [`Hook`] would patch here, without patching anything.
+///
+/// # Blocking
+/// The first time it reads all of libc's code.
+/// # Errors
+/// [`Error::Unavailable`], as [`Hook::install`].
+pub fn probe() -> Result<Vec<Patch>, Error> {
+    switch::probe()
+}

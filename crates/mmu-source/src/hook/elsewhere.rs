@@ -1,0 +1,26 @@
+//! Where there is no hook.
+
+use super::Patch;
+use crate::Error;
+
+pub(super) fn install() -> Result<(), Error> {
+    Err(missing())
+}
+
+pub(super) fn remove() {}
+
+pub(super) fn status() -> Vec<Patch> {
+    Vec::new()
+}
+
+pub(super) fn probe() -> Result<Vec<Patch>, Error> {
+    Err(missing())
+}
+
+fn missing() -> Error {
+    Error::Unavailable {
+        source: "hook",
+        missing: "x86-64 Linux with glibc".to_owned(),
+        remedy: "use the kernel or the uffd source".to_owned(),
+    }
+}

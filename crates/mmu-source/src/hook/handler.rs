@@ -1,0 +1,260 @@
+//! What runs in the place of a memory call: start of the bracket, the call, end of the bracket.
+//!
+//! It may run inside `malloc` or `free`, and in a thread that is almost gone: it allocates nothing and takes no lock. While
+//! the call itself runs, little of the stack below the caller is in use: a thread that exits gives up its own stack
+//! but for the 16 KiB (`PTHREAD_STACK_MIN`) next to its stack pointer.
+
+#![allow(unsafe_code, reason = "makes the calls whose place it takes")]
+
+use super::{look, raw};
+use crate::current_mm::current_if_made;
+use crate::ranges::{self, add, is_harmful, page_down, page_up};
+use mmu_notifier::{Event, Va, VaRange};
+use std::cell::Cell;
+use std::ffi::c_int;
+
+/// The calls that are hooked. Any other number passes `syscall(2)` untouched.
+pub(super) const CALLS: &[(libc::c_long, &str)] = &[
+    (libc::SYS_munmap, "munmap"),
+    (libc::SYS_mmap, "mmap"),
+    (libc::SYS_mremap, "mremap"),
+    (libc::SYS_madvise, "madvise"),
+    (libc::SYS_process_madvise, "process_madvise"),
+    (libc::SYS_brk, "brk"),
+    (libc::SYS_shmat, "shmat"),
+    (libc::SYS_shmdt, "shmdt"),
+    (libc::SYS_mprotect, "mprotect"),
+    (libc::SYS_pkey_mprotect, "pkey_mprotect"),
+    (libc::SYS_remap_file_pages, "remap_file_pages"),
+    (libc::SYS_mbind, "mbind"),
+    (libc::SYS_move_pages, "move_pages"),
+    (libc::SYS_migrate_pages, "migrate_pages"),
+];
+
+/// Makes the call `number`, inside a bracket if it changes a translation. The result is the kernel's.
+///
+/// # Safety
+/// As for the call itself: whoever came to the patched instruction was about to make it.
+pub(super) unsafe extern "C" fn enter(number: u64, args: &[u64; 6]) -> u64 {
+    let mut ranges = Ranges::default();
+    let event = plan(number, args, &mut ranges);
+    if let Ranges { first: Some(first), second } = ranges
+        && let Some(mm) = current_if_made()
+    {
+        // SAFETY: no preconditions.
+        let errno = unsafe { libc::__errno_location() };
+        // SAFETY: it is this thread's own `errno`, for as long as the thread runs; nobody else writes it meanwhile.
+        let errno = unsafe { &*errno.cast::<Cell<c_int>>() };
+        let before = errno.get();
+        let outer = mm.invalidate(first, event);
+        let inner = second.map(|second| mm.invalidate(second, event));
+        // SAFETY: the caller's duty.
+        let result = unsafe { raw::syscall(number, *args) };
+        drop(inner);
+        drop(outer);
+        // Callbacks may have changed it, and the caller may be one that promises to leave it alone, as `free` does.
+        errno.set(before);
+        return result;
+    }
+    // SAFETY: the caller's duty.
+    unsafe { raw::syscall(number, *args) }
+}
+
+/// Says what a call is about to invalidate.
+#[inline(always)]
+fn plan(number: u64, args: &[u64; 6], ranges: &mut Ranges) -> Event {
+    let [a0, a1, ..] = *args;
+    match number as libc::c_long {
+        libc::SYS_munmap => {
+            add(ranges, a0, a1);
+            Event::Unmap
+        }
+        libc::SYS_mmap => {
+            ranges::mmap(ranges, a0, a1, args[3]);
+            Event::Unmap
+        }
+        libc::SYS_madvise => {
+            if is_harmful(args[2]) {
+                add(ranges, a0, a1);
+            }
+            Event::Clear
+        }
+        _ => plan_rare(number, args, ranges),
+    }
+}
+
+#[inline(never)]
+fn plan_rare(number: u64, args: &[u64; 6], ranges: &mut Ranges) -> Event {
+    let [a0, a1, a2, a3, a4, a5] = *args;
+    match number as libc::c_long {
+        libc::SYS_mremap => {
+            ranges::mremap(ranges, a0, a1, a2, a3, a4);
+            Event::Unmap
+        }
+        libc::SYS_remap_file_pages => {
+            add(ranges, page_down(a0), a1);
+            Event::Unmap
+        }
+        libc::SYS_brk => {
+            // A break of zero is a query.
+            if a0 != 0 {
+                ranges.extend(VaRange::new(Va::new(page_up(a0)), Va::new(page_up(raw::program_break()))));
+            }
+            Event::Unmap
+        }
+        libc::SYS_shmat => {
+            if a1 != 0 && a2 & libc::SHM_REMAP as u64 != 0 {
+                let address = page_down(a1);
+                let room = || look::top().map_or(0, |top| top.saturating_sub(address));
+                add(ranges, address, raw::segment_size(a0 as i32).unwrap_or_else(room));
+            }
+            Event::Unmap
+        }
+        libc::SYS_shmdt => {
+            let mut segment = None;
+            look::mappings(|mapping| {
+                if mapping.is_attached(a0, &mut segment) {
+                    ranges.extend(VaRange::new(Va::new(mapping.start), Va::new(mapping.end)));
+                }
+                true
+            });
+            Event::Unmap
+        }
+        libc::SYS_process_madvise => {
+            if is_harmful(a3) && look::is_own_pidfd(a0 as i32) {
+                vectors(ranges, a1, a2);
+            }
+            Event::Clear
+        }
+        libc::SYS_mprotect | libc::SYS_pkey_mprotect => {
+            let grows_down = a2 & ranges::PROT_GROWSDOWN != 0;
+            let start = if grows_down { look::mapping_start(a0).unwrap_or(a0) } else { a0 };
+            // A length of zero does nothing, and one that runs past the end is refused.
+            if a1 != 0
+                && let Some(length) = a1.checked_add(a0 - start)
+            {
+                add(ranges, start, length);
+            }
+            Event::ProtectionVma
+        }
+        libc::SYS_mbind => {
+            if a5 & !ranges::MPOL_MF_STRICT != 0 {
+                add(ranges, a0, a1);
+            }
+            Event::Migrate { owner: None }
+        }
+        libc::SYS_move_pages => {
+            // Without a list of nodes it is a query. Whole folios move, so the pages named say little.
+            if a3 != 0 && is_own_pid(a0) {
+                ranges.extend([VaRange::ALL]);
+            }
+            Event::Migrate { owner: None }
+        }
+        libc::SYS_migrate_pages => {
+            if is_own_pid(a0) {
+                ranges.extend([VaRange::ALL]);
+            }
+            Event::Migrate { owner: None }
+        }
+        _ => Event::Unmap,
+    }
+}
+
+/// Adds the vectors of `process_madvise`. What cannot be read could be anything.
+fn vectors(ranges: &mut Ranges, address: u64, count: u64) {
+    const AT_ONCE: u64 = 64;
+    let count = count.min(ranges::UIO_MAXIOV);
+    let mut words = [0; 2 * AT_ONCE as usize];
+    for done in (0..count).step_by(AT_ONCE as usize) {
+        let now = (count - done).min(AT_ONCE);
+        match raw::read_memory(address.wrapping_add(done * 16), &mut words[..2 * now as usize]) {
+            Ok(read) => {
+                for vector in words[..read].chunks_exact(2) {
+                    add(ranges, vector[0], vector[1]);
+                }
+            }
+            // The kernel will find no vector there either.
+            Err(libc::EFAULT) => return,
+            Err(_) => ranges.extend([VaRange::ALL]),
+        }
+    }
+}
+
+/// Tells whether the calls that move pages mean this process by `pid`. A thread's own number does as well.
+fn is_own_pid(pid: u64) -> bool {
+    // SAFETY: takes no arguments and touches no memory.
+    let tid = || unsafe { raw::syscall(libc::SYS_gettid as u64, [0; 6]) };
+    pid as i32 == 0 || pid == raw::getpid() || pid == tid()
+}
+
+/// The ranges of one call: a bracket each. From the third on they are joined to the second.
+#[derive(Debug, Default)]
+struct Ranges {
+    first: Option<VaRange>,
+    second: Option<VaRange>,
+}
+
+impl Extend<VaRange> for Ranges {
+    #[inline(always)]
+    fn extend<I: IntoIterator<Item = VaRange>>(&mut self, ranges: I) {
+        for range in ranges {
+            match (self.first, self.second) {
+                (None, _) => self.first = Some(range),
+                (_, None) => self.second = Some(range),
+                (_, Some(second)) => self.second = Some(hull(second, range)),
+            }
+        }
+    }
+}
+
+/// The smallest range that holds both.
+fn hull(a: VaRange, b: VaRange) -> VaRange {
+    let start = a.start().min(b.start());
+    let joined = match (a.end(), b.end()) {
+        (Some(x), Some(y)) => VaRange::new(start, x.max(y)),
+        _ => VaRange::covering(start, start.get().wrapping_neg()),
+    };
+    joined.unwrap_or(VaRange::ALL)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn planned(number: libc::c_long, args: [u64; 6]) -> (Event, Vec<(u64, u64)>) {
+        let mut ranges = Ranges::default();
+        let event = plan(number as u64, &args, &mut ranges);
+        let pair = |range: VaRange| (range.start().get(), range.end().map_or(0, Va::get));
+        (event, ranges.first.into_iter().chain(ranges.second).map(pair).collect())
+    }
+
+    #[test]
+    fn the_calls_are_read_as_the_other_source_reads_them() {
+        assert_eq!(planned(libc::SYS_munmap, [0x1000, 1, 0, 0, 0, 0]), (Event::Unmap, vec![(0x1000, 0x2000)]));
+        assert_eq!(planned(libc::SYS_madvise, [0x1000, 1, 3, 0, 0, 0]).1, []);
+        assert_eq!(planned(libc::SYS_madvise, [0x1000, 1, 4, 0, 0, 0]), (Event::Clear, vec![(0x1000, 0x2000)]));
+        let fixed = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
+        let moved = planned(libc::SYS_mremap, [0x1000, 0x1000, 0x1000, fixed, 0x8000, 0]).1;
+        assert_eq!(moved, [(0x1000, 0x2000), (0x8000, 0x9000)]);
+        let refused = planned(libc::SYS_mprotect, [u64::MAX - 4095, 4097, 0, 0, 0, 0]);
+        assert_eq!(refused, (Event::ProtectionVma, vec![]));
+        assert_eq!(planned(libc::SYS_getpid, [0x1000; 6]).1, []);
+    }
+
+    #[test]
+    fn many_vectors_are_joined_and_missing_ones_are_none() {
+        let vectors: Vec<u64> = (1..=200_u64).flat_map(|page| [page << 12, 4096]).collect();
+        let own = -20000_i64 as u64;
+        let args = |address, count| [own, address, count, libc::MADV_DONTNEED as u64, 0, 0];
+        let many = planned(libc::SYS_process_madvise, args(vectors.as_ptr() as u64, 200));
+        assert_eq!(many, (Event::Clear, vec![(0x1000, 0x2000), (0x2000, 201 << 12)]));
+        assert_eq!(planned(libc::SYS_process_madvise, args(16, 2)).1, []);
+    }
+
+    #[test]
+    fn a_hull_reaches_the_last_address() {
+        let [low, high] = [(0x1000, 0x1000), (u64::MAX - 4095, 4096)]
+            .map(|(start, length)| VaRange::covering(Va::new(start), length).expect("it is a range"));
+        assert_eq!((hull(low, high).start(), hull(high, low).end()), (Va::new(0x1000), None));
+    }
+}

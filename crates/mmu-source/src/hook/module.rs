@@ -1,0 +1,113 @@
+//! The modules whose code makes memory calls: libc and the dynamic loader.
+
+#![allow(unsafe_code, reason = "asks the dynamic loader, and reads code")]
+
+use super::scan::Code64;
+use std::ffi::{CStr, c_int, c_void};
+use std::{ptr, slice};
+
+/// An executable segment of a loaded module.
+#[derive(Debug, Clone)]
+pub(super) struct Segment {
+    /// The file name of the module, without its folder.
+    pub(super) module: String,
+    pub(super) start: u64,
+    pub(super) length: u64,
+}
+
+impl Segment {
+    /// Returns its code.
+    pub(super) fn code(&self) -> Code64<'static> {
+        // SAFETY: the memory must be readable, and stay: code of libc and of the loader is, and those are never unloaded. Its
+        // bytes can change, if another library patches them; then what is read is one or the other, and it is looked at again
+        // before anything is replaced.
+        let bytes =
+            unsafe { slice::from_raw_parts(ptr::with_exposed_provenance(self.start as usize), self.length as usize) };
+        Code64 { bytes, start: self.start }
+    }
+}
+
+/// Finds the code of libc and of the loader; of the program itself, if it was linked statically.
+pub(super) fn segments() -> Vec<Segment> {
+    let mut all: Vec<Segment> = Vec::new();
+    // SAFETY: the callback has the right signature, and the pointer is to the list it expects.
+    unsafe { libc::dl_iterate_phdr(Some(collect), ptr::from_mut(&mut all).cast()) };
+    let is_libc = |segment: &&Segment| segment.module.starts_with("libc.so.") || segment.module.starts_with("ld-linux");
+    let found: Vec<Segment> = all.iter().filter(is_libc).cloned().collect();
+    if found.is_empty() { all.into_iter().filter(|segment| segment.module.is_empty()).collect() } else { found }
+}
+
+unsafe extern "C" fn collect(info: *mut libc::dl_phdr_info, _: usize, list: *mut c_void) -> c_int {
+    // SAFETY: `segments` passes a list, and nobody else uses it meanwhile.
+    let list = unsafe { &mut *list.cast::<Vec<Segment>>() };
+    // SAFETY: the loader passes a valid pointer.
+    let info = unsafe { &*info };
+    // SAFETY: the loader's name of a module is a C string, if there is one.
+    let path = (!info.dlpi_name.is_null()).then(|| unsafe { CStr::from_ptr(info.dlpi_name) }.to_string_lossy());
+    let module = path.as_deref().unwrap_or_default().rsplit('/').next().unwrap_or_default();
+    // SAFETY: the loader says where the headers are and how many.
+    let headers = unsafe { slice::from_raw_parts(info.dlpi_phdr, usize::from(info.dlpi_phnum)) };
+    for header in headers.iter().filter(|header| header.p_type == libc::PT_LOAD && header.p_flags & libc::PF_X != 0) {
+        let start = info.dlpi_addr + header.p_vaddr;
+        list.push(Segment { module: module.to_owned(), start, length: header.p_memsz });
+    }
+    0
+}
+
+/// A function that the module shows to others.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Function {
+    pub(super) name: String,
+    pub(super) entry: u64,
+}
+
+/// Finds the function that an address is in.
+pub(super) fn function_at(address: u64) -> Option<Function> {
+    let mut info = libc::Dl_info {
+        dli_fname: ptr::null(),
+        dli_fbase: ptr::null_mut(),
+        dli_sname: ptr::null(),
+        dli_saddr: ptr::null_mut(),
+    };
+    // SAFETY: takes any address, and writes the one structure.
+    let found = unsafe { libc::dladdr(ptr::without_provenance(address as usize), &mut info) };
+    if found == 0 || info.dli_sname.is_null() {
+        return None;
+    }
+    // SAFETY: the loader's name of a symbol is a C string, and the module stays.
+    let name = unsafe { CStr::from_ptr(info.dli_sname) }.to_str().ok()?;
+    Some(Function { name: name.to_owned(), entry: info.dli_saddr.addr() as u64 })
+}
+
+/// Sees to it that the library with this code is never unloaded: trampolines lead into it.
+pub(super) fn pin() {
+    let mut info = libc::Dl_info {
+        dli_fname: ptr::null(),
+        dli_fbase: ptr::null_mut(),
+        dli_sname: ptr::null(),
+        dli_saddr: ptr::null_mut(),
+    };
+    // SAFETY: takes any address, and writes the one structure.
+    if unsafe { libc::dladdr((pin as fn() as *const ()).cast(), &mut info) } != 0 {
+        // SAFETY: the loader's own name of a module that is loaded; it is not loaded anew. The program itself is not found by it
+        // and needs no pinning.
+        unsafe { libc::dlopen(info.dli_fname, libc::RTLD_NOW | libc::RTLD_NOLOAD | libc::RTLD_NODELETE) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn libc_is_found_with_its_functions() {
+        let segments = segments();
+        let libc = segments.iter().find(|segment| segment.module.starts_with("libc.so")).expect("linked with libc");
+        let all = segments.iter().flat_map(|segment| segment.code().sites(|_| false)).collect::<Vec<_>>();
+        let munmap = all.iter().filter(|site| site.number == Some(libc::SYS_munmap as u32));
+        assert!(munmap.clone().count() >= 2, "libc and the loader: {all:?}");
+        let own = munmap.clone().find(|site| (libc.start..libc.start + libc.length).contains(&site.address));
+        let function = function_at(own.expect("libc has one").address).expect("it is in a function");
+        assert!(function.name.contains("munmap"), "{function:?}");
+    }
+}

@@ -1,0 +1,132 @@
+//! System calls without libc: what the hook does itself must not come back to it, and must leave `errno` alone.
+
+#![allow(unsafe_code, reason = "makes raw system calls")]
+
+use std::arch::asm;
+
+/// Makes a system call and returns what the kernel leaves in `rax`: a value, or a negative error number.
+///
+/// # Safety
+/// As for the call itself, with these arguments, at this place.
+#[inline(always)]
+pub(super) unsafe fn syscall(number: u64, [a0, a1, a2, a3, a4, a5]: [u64; 6]) -> u64 {
+    let result;
+    // SAFETY: the instruction needs its number and arguments in these registers and destroys `rcx` and `r11`, as declared. What
+    // the call does to memory is the caller's duty; by default the compiler takes it to touch any.
+    unsafe {
+        asm!("syscall", inlateout("rax") number => result, in("rdi") a0, in("rsi") a1, in("rdx") a2, in("r10") a3,
+            in("r8") a4, in("r9") a5, lateout("rcx") _, lateout("r11") _, options(nostack));
+    }
+    result
+}
+
+/// Turns a result into the value, or the error number.
+pub(super) fn check(result: u64) -> Result<u64, i32> {
+    const MIN_ERRNO: i64 = -4095;
+    match result as i64 {
+        error @ MIN_ERRNO..0 => Err(-error as i32),
+        _ => Ok(result),
+    }
+}
+
+/// Maps memory near `hint`, if there is room.
+pub(super) fn mmap(hint: u64, length: u64, protection: i32, flags: i32) -> Result<u64, i32> {
+    let flags = flags | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    assert_eq!(flags & libc::MAP_FIXED, 0, "it would replace what is mapped there");
+    let args = [hint, length, protection as u64, flags as u64, u64::MAX, 0];
+    // SAFETY: a new mapping, which replaces nothing.
+    check(unsafe { syscall(libc::SYS_mmap as u64, args) })
+}
+
+/// # Safety
+/// Nobody uses the range any more.
+pub(super) unsafe fn munmap(address: u64, length: u64) -> Result<(), i32> {
+    // SAFETY: the caller's duty.
+    check(unsafe { syscall(libc::SYS_munmap as u64, [address, length, 0, 0, 0, 0]) }).map(drop)
+}
+
+/// # Safety
+/// Nobody uses the range in a way that `protection` does not allow.
+pub(super) unsafe fn mprotect(address: u64, length: u64, protection: i32) -> Result<(), i32> {
+    // SAFETY: the caller's duty.
+    check(unsafe { syscall(libc::SYS_mprotect as u64, [address, length, protection as u64, 0, 0, 0]) }).map(drop)
+}
+
+/// Moves a mapping over another one.
+///
+/// # Safety
+/// Nobody uses `from` any more, and whoever uses `to` can do with the content of `from`.
+pub(super) unsafe fn move_over(from: u64, length: u64, to: u64) -> Result<(), i32> {
+    let flags = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
+    // SAFETY: the caller's duty.
+    check(unsafe { syscall(libc::SYS_mremap as u64, [from, length, length, flags, to, 0]) }).map(drop)
+}
+
+pub(super) fn membarrier(command: i32) -> Result<u64, i32> {
+    // SAFETY: takes integers and touches no memory.
+    check(unsafe { syscall(libc::SYS_membarrier as u64, [command as u64, 0, 0, 0, 0, 0]) })
+}
+
+pub(super) fn sched_yield() {
+    // SAFETY: takes no arguments and touches no memory.
+    unsafe { syscall(libc::SYS_sched_yield as u64, [0; 6]) };
+}
+
+pub(super) fn getpid() -> u64 {
+    // SAFETY: takes no arguments and touches no memory.
+    unsafe { syscall(libc::SYS_getpid as u64, [0; 6]) }
+}
+
+/// The program break: asking for an impossible one changes nothing.
+pub(super) fn program_break() -> u64 {
+    // SAFETY: a break of zero is refused, and the present one returned.
+    unsafe { syscall(libc::SYS_brk as u64, [0; 6]) }
+}
+
+/// The size of a SysV shared memory segment, if there is such a segment and this process may ask.
+pub(super) fn segment_size(id: i32) -> Option<u64> {
+    let mut info = std::mem::MaybeUninit::<libc::shmid_ds>::zeroed();
+    let args = [id as u64, libc::IPC_STAT as u64, info.as_mut_ptr().expose_provenance() as u64, 0, 0, 0];
+    // SAFETY: the call writes one `shmid_ds`, whose layout libc shares with the kernel here, to a local one.
+    check(unsafe { syscall(libc::SYS_shmctl as u64, args) }).ok()?;
+    // SAFETY: it was zeroed, which is a valid value, and then written by the kernel.
+    Some(unsafe { info.assume_init() }.shm_segsz as u64)
+}
+
+/// Reads memory of this process that may not be there; returns how many words there were.
+pub(super) fn read_memory(address: u64, into: &mut [u64]) -> Result<usize, i32> {
+    let local = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: size_of_val(into) };
+    let remote = libc::iovec { iov_base: std::ptr::without_provenance_mut(address as usize), iov_len: local.iov_len };
+    let vector = |vector: &libc::iovec| std::ptr::from_ref(vector).expose_provenance() as u64;
+    let args = [getpid(), vector(&local), 1, vector(&remote), 1, 0];
+    // SAFETY: the call writes to `into`, as long as the vector says; what it reads it copies with all checks.
+    check(unsafe { syscall(libc::SYS_process_vm_readv as u64, args) }).map(|bytes| bytes as usize / 8)
+}
+
+/// A file of `/proc`, read without the allocator.
+#[derive(Debug)]
+pub(super) struct File(u64);
+
+impl File {
+    /// Opens `path`, which ends in a zero byte.
+    pub(super) fn open(path: &[u8]) -> Result<Self, i32> {
+        debug_assert_eq!(path.last(), Some(&0), "the path of a C call");
+        let flags = (libc::O_RDONLY | libc::O_CLOEXEC) as u64;
+        let args = [libc::AT_FDCWD as u64, path.as_ptr().expose_provenance() as u64, flags, 0, 0, 0];
+        // SAFETY: the call reads the path, which is terminated.
+        check(unsafe { syscall(libc::SYS_openat as u64, args) }).map(File)
+    }
+
+    pub(super) fn read(&mut self, into: &mut [u8]) -> Result<usize, i32> {
+        let args = [self.0, into.as_mut_ptr().expose_provenance() as u64, into.len() as u64, 0, 0, 0];
+        // SAFETY: the call writes to `into`, no more than its length.
+        check(unsafe { syscall(libc::SYS_read as u64, args) }).map(|bytes| bytes as usize)
+    }
+}
+
+impl Drop for File {
+    fn drop(&mut self) {
+        // SAFETY: the descriptor is this value's own.
+        unsafe { syscall(libc::SYS_close as u64, [self.0, 0, 0, 0, 0, 0]) };
+    }
+}

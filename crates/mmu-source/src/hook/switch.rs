@@ -1,0 +1,97 @@
+//! Puts the patches in and takes them out, counted.
+
+#![allow(unsafe_code, reason = "replaces code")]
+
+use super::plan::{self, Site};
+use super::{Patch, raw, text};
+use crate::{Error, current_ref};
+use std::io;
+use std::sync::Once;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+/// How many hooks are installed. Changed under [`LOCK`].
+static COUNT: AtomicUsize = AtomicUsize::new(0);
+static LOCK: Lock = Lock(AtomicBool::new(false));
+
+pub(super) fn install() -> Result<(), Error> {
+    // The address space is made before the first bracket, which must not allocate.
+    current_ref();
+    let sites = plan::sites()?;
+    prepare();
+    let result = LOCK.with(|| {
+        if COUNT.load(Ordering::Relaxed) == 0 {
+            // SAFETY: a trampoline does what the instruction did whose place the jump takes, and libc stays loaded.
+            if let Err(error) = unsafe { text::apply(sites.iter().map(Site::patch)) } {
+                take_out(sites);
+                return Err(error);
+            }
+        }
+        COUNT.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    });
+    result.map_err(|(call, error)| Error::Kernel { call, tid: None, source: io::Error::from_raw_os_error(error) })
+}
+
+pub(super) fn remove() {
+    let Ok(sites) = plan::sites() else { return };
+    LOCK.with(|| {
+        if COUNT.fetch_sub(1, Ordering::Relaxed) == 1 {
+            take_out(sites);
+        }
+    });
+}
+
+pub(super) fn status() -> Vec<Patch> {
+    probe().unwrap_or_default()
+}
+
+pub(super) fn probe() -> Result<Vec<Patch>, Error> {
+    let is_installed = COUNT.load(Ordering::Relaxed) != 0;
+    Ok(plan::sites()?.iter().map(|site| site.describe(is_installed)).collect())
+}
+
+fn take_out(sites: &[Site]) {
+    // A page that the kernel does not let us replace keeps its patch, which goes on working.
+    // SAFETY: the instruction does what its trampoline does, but for the bracket; libc stays loaded.
+    let _ = unsafe { text::apply(sites.iter().map(Site::restore)) };
+}
+
+/// What has to happen once before the first patch.
+fn prepare() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let _ = raw::membarrier(libc::MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED_SYNC_CORE);
+        // SAFETY: the handler is a function, and stays: this module is never unloaded.
+        unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
+    });
+}
+
+/// In the child of a fork: whoever held the lock is gone, and the work may be half done.
+extern "C" fn in_child() {
+    LOCK.0.store(false, Ordering::Relaxed);
+    // A client may subscribe while a call is under way, so the address space must be there before the call.
+    current_ref();
+    let Ok(sites) = plan::sites() else { return };
+    if COUNT.load(Ordering::Relaxed) == 0 {
+        take_out(sites);
+    } else {
+        // SAFETY: as in `install`.
+        let _ = unsafe { text::apply(sites.iter().map(Site::patch)) };
+    }
+}
+
+/// A lock that can be freed in the child of a fork. What it guards takes microseconds, allocates nothing and calls nobody.
+struct Lock(AtomicBool);
+
+impl Lock {
+    fn with<R>(&self, f: impl FnOnce() -> R) -> R {
+        // ORDER(hook-lock): Acquire, for the count and the code as the last holder left them. Partner: the Release below.
+        while self.0.compare_exchange_weak(false, true, Ordering::Acquire, Ordering::Relaxed).is_err() {
+            raw::sched_yield();
+        }
+        let result = f();
+        // ORDER(hook-lock): Release, partner above.
+        self.0.store(false, Ordering::Release);
+        result
+    }
+}

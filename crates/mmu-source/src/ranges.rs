@@ -1,0 +1,69 @@
+//! What a memory call is about to invalidate, as far as its arguments tell. The same for every source that sees them.
+//!
+//! It errs on the side of too much: arguments that the kernel will refuse still give a range if one can be formed.
+
+use mmu_notifier::{Va, VaRange};
+
+/// Advice to `madvise` that changes no translation. Any other, an unknown one included, is taken to clear the range.
+///
+/// NORMAL, RANDOM, SEQUENTIAL, WILLNEED, DONTFORK, DOFORK, MERGEABLE, HUGEPAGE, NOHUGEPAGE, DONTDUMP, DODUMP, WIPEONFORK,
+/// KEEPONFORK, COLD, POPULATE_READ, POPULATE_WRITE and GUARD_REMOVE.
+pub(crate) const HARMLESS_ADVICE: &[u32] = &[0, 1, 2, 3, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 22, 23, 103];
+/// The one flag of `mbind` that moves no pages.
+pub(crate) const MPOL_MF_STRICT: u64 = 1;
+/// `mprotect` goes on to the start of a mapping that grows down.
+pub(crate) const PROT_GROWSDOWN: u64 = 0x0100_0000;
+/// How many vectors a call may have.
+pub(crate) const UIO_MAXIOV: u64 = 1024;
+
+#[inline]
+pub(crate) fn mmap(ranges: &mut impl Extend<VaRange>, address: u64, length: u64, flags: u64) {
+    let replaces = flags & libc::MAP_FIXED as u64 != 0 && flags & libc::MAP_FIXED_NOREPLACE as u64 == 0;
+    if replaces {
+        add(ranges, address, length);
+    }
+}
+
+/// # Source
+/// mremap(2). A shrink gives up the tail where it stands; what moves leaves its whole old range; an old length of zero copies a
+/// shared mapping and leaves it.
+pub(crate) fn mremap(
+    ranges: &mut impl Extend<VaRange>,
+    old: u64,
+    old_length: u64,
+    new_length: u64,
+    flags: u64,
+    new: u64,
+) {
+    let (old_length, new_length) = (page_up(old_length), page_up(new_length));
+    let has = |flag: i32| flags & flag as u64 != 0;
+    if has(libc::MREMAP_FIXED) {
+        add(ranges, old, old_length);
+        add(ranges, new, new_length);
+    } else if has(libc::MREMAP_DONTUNMAP) || (has(libc::MREMAP_MAYMOVE) && new_length > old_length) {
+        add(ranges, old, old_length);
+    } else if new_length < old_length
+        && let Some(tail) = old.checked_add(new_length)
+    {
+        add(ranges, tail, old_length - new_length);
+    }
+}
+
+pub(crate) fn is_harmful(advice: u64) -> bool {
+    !HARMLESS_ADVICE.contains(&(advice as u32))
+}
+
+/// Adds the pages of `length` bytes from `address`, unless no range can be formed.
+#[inline]
+pub(crate) fn add(ranges: &mut impl Extend<VaRange>, address: u64, length: u64) {
+    ranges.extend(VaRange::covering(Va::new(address), length));
+}
+
+pub(crate) fn page_down(address: u64) -> u64 {
+    address & !(mmu_notifier::PAGE_SIZE - 1)
+}
+
+/// Rounds up to a page; what would overflow is left as it is, and refused by the kernel.
+pub(crate) fn page_up(address: u64) -> u64 {
+    address.checked_next_multiple_of(mmu_notifier::PAGE_SIZE).unwrap_or(address)
+}

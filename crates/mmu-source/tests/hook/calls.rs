@@ -1,0 +1,279 @@
+//! Every call that the hook claims: told before and after, with the right range, and its result left alone.
+
+use crate::child::in_a_child;
+use crate::log::Watch;
+use crate::pages::{FLAGS, PAGE, PROTECTION, at, errno, map, unmap};
+use mmu_notifier::Event;
+use mmu_source::hook::State;
+use std::ptr;
+
+const P: i64 = PAGE as i64;
+
+#[test]
+fn every_site_is_ours_while_installed() {
+    let watch = Watch::new();
+    let status = watch.hook.status();
+    assert!(status.iter().all(|patch| patch.state == State::Ours), "{status:#?}");
+    for name in [
+        "munmap",
+        "mmap",
+        "mremap",
+        "madvise",
+        "process_madvise",
+        "brk",
+        "shmat",
+        "shmdt",
+        "mprotect",
+        "pkey_mprotect",
+        "remap_file_pages",
+        "syscall",
+    ] {
+        assert!(status.iter().any(|patch| patch.name == name), "{name}: {status:#?}");
+    }
+    let in_loader = |name| status.iter().any(|patch| patch.name == name && patch.module.starts_with("ld-linux"));
+    assert!(in_loader("munmap") && in_loader("mmap") && in_loader("mprotect"), "{status:#?}");
+}
+
+#[test]
+fn munmap() {
+    let watch = Watch::new();
+    let pages = map(3, 7);
+    watch.listen_and_look(pages, 3 * PAGE);
+    unmap(pages, 1);
+    let heard = watch.heard();
+    assert_eq!(heard[0].content, 7, "the page is there in the start callback");
+    watch.listen(pages, 3 * PAGE);
+    unmap(pages + PAGE, 2);
+    watch.expect("the rest", Event::Unmap, &[(P, 3 * P)]);
+}
+
+#[test]
+fn results_and_errno_are_the_kernels() {
+    let watch = Watch::new();
+    let pages = map(1, 0);
+    // SAFETY: a misaligned address is refused.
+    assert_eq!((unsafe { libc::munmap(at(pages + 1), PAGE) }, errno()), (-1, libc::EINVAL));
+    // SAFETY: as above, by number.
+    assert_eq!((unsafe { libc::syscall(libc::SYS_munmap, pages + 1, PAGE) }, errno()), (-1, libc::EINVAL));
+    // SAFETY: an unknown advice is refused.
+    assert_eq!((unsafe { libc::madvise(at(pages), PAGE, 9999) }, errno()), (-1, libc::EINVAL));
+    // SAFETY: an unknown advice is refused; this call returns the error.
+    assert_eq!(unsafe { libc::posix_madvise(at(pages), PAGE, 9999) }, libc::EINVAL);
+    // SAFETY: a hint that changes nothing.
+    assert_eq!(unsafe { libc::posix_madvise(at(pages), PAGE, libc::POSIX_MADV_WILLNEED) }, 0);
+    // SAFETY: no such segment.
+    assert_eq!((unsafe { libc::shmdt(at(pages)) }, errno()), (-1, libc::EINVAL));
+    // SAFETY: nothing there, and no flag to move it anywhere.
+    let moved = unsafe { libc::mremap(at(16), PAGE, PAGE, 0) };
+    assert_eq!((moved, errno()), (libc::MAP_FAILED, libc::EINVAL));
+    // SAFETY: asks for the process's number.
+    assert_eq!(unsafe { libc::syscall(libc::SYS_getpid) }, i64::from(std::process::id()));
+    // SAFETY: a new mapping; the sixth argument of the call is the seventh of the function, on the stack.
+    let by_number = unsafe { libc::syscall(libc::SYS_mmap, 0, PAGE, PROTECTION, FLAGS, -1, 0_i64) };
+    assert!(by_number > 0);
+    // SAFETY: an offset that is not a page's is refused.
+    let refused = unsafe { libc::syscall(libc::SYS_mmap, 0, PAGE, PROTECTION, FLAGS, -1, 1_i64) };
+    assert_eq!((refused, errno()), (-1, libc::EINVAL));
+    unmap(by_number as usize, 1);
+    unmap(pages, 1);
+    drop(watch);
+}
+
+#[test]
+fn mmap_over_live_memory() {
+    let watch = Watch::new();
+    let pages = map(3, 5);
+    watch.listen_and_look(pages, 3 * PAGE);
+    // SAFETY: replaces pages of this test.
+    let new = unsafe { libc::mmap(at(pages), PAGE, PROTECTION, FLAGS | libc::MAP_FIXED, -1, 0) };
+    assert_eq!(new, at(pages));
+    assert_eq!(watch.heard()[0].content, 5, "the old page is there in the start callback");
+    watch.listen(pages, 3 * PAGE);
+    // SAFETY: is refused, since there is something.
+    let new = unsafe { libc::mmap(at(pages), PAGE, PROTECTION, FLAGS | libc::MAP_FIXED_NOREPLACE, -1, 0) };
+    assert_eq!((new, errno()), (libc::MAP_FAILED, libc::EEXIST));
+    watch.expect("nothing replaced", Event::Unmap, &[]);
+    watch.listen(pages, 3 * PAGE);
+    // SAFETY: replaces pages of this test.
+    unsafe { libc::mmap(at(pages + PAGE), 2 * PAGE, PROTECTION, FLAGS | libc::MAP_FIXED, -1, 0) };
+    watch.expect("two pages", Event::Unmap, &[(P, 3 * P)]);
+    unmap(pages, 3);
+}
+
+#[test]
+fn mremap_tells_both_places() {
+    let watch = Watch::new();
+    let pages = map(8, 1);
+    watch.listen(pages, 8 * PAGE);
+    // SAFETY: shrinks a mapping of this test.
+    unsafe { libc::mremap(at(pages), 8 * PAGE, 6 * PAGE, 0) };
+    watch.expect("shrink", Event::Unmap, &[(6 * P, 8 * P)]);
+    watch.listen(pages, 8 * PAGE);
+    let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+    // SAFETY: moves a page of this test over another one.
+    let moved = unsafe { libc::mremap(at(pages), PAGE, PAGE, flags, at(pages + 3 * PAGE)) };
+    assert_eq!(moved, at(pages + 3 * PAGE));
+    watch.expect("over live memory", Event::Unmap, &[(0, P), (3 * P, 4 * P)]);
+    watch.listen(pages, 8 * PAGE);
+    // SAFETY: moves the pages elsewhere, and leaves the old ones empty.
+    let elsewhere = unsafe {
+        libc::mremap(at(pages + 4 * PAGE), 2 * PAGE, 2 * PAGE, libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP, 0)
+    };
+    assert_ne!(elsewhere, libc::MAP_FAILED);
+    watch.expect("leaving the mapping", Event::Unmap, &[(4 * P, 6 * P)]);
+    unmap(elsewhere.addr(), 2);
+    unmap(pages, 6);
+}
+
+#[test]
+fn advice_that_discards() {
+    let watch = Watch::new();
+    let pages = map(4, 9);
+    watch.listen_and_look(pages, 4 * PAGE);
+    // SAFETY: discards a page of this test.
+    assert_eq!(unsafe { libc::madvise(at(pages), PAGE, libc::MADV_DONTNEED) }, 0);
+    assert_eq!(watch.heard()[0].content, 9, "the content is there in the start callback");
+    watch.listen(pages, 4 * PAGE);
+    // SAFETY: discards pages of this test.
+    assert_eq!(unsafe { libc::madvise(at(pages + PAGE), 2 * PAGE, libc::MADV_FREE) }, 0);
+    watch.expect("MADV_FREE", Event::Clear, &[(P, 3 * P)]);
+    watch.listen(pages, 4 * PAGE);
+    // SAFETY: a hint.
+    assert_eq!(unsafe { libc::madvise(at(pages), PAGE, libc::MADV_WILLNEED) }, 0);
+    watch.expect("MADV_WILLNEED", Event::Clear, &[]);
+    unmap(pages, 4);
+}
+
+#[test]
+fn process_madvise_on_this_process() {
+    let watch = Watch::new();
+    let pages = map(4, 9);
+    // SAFETY: makes a descriptor.
+    let own = unsafe { libc::syscall(libc::SYS_pidfd_open, std::process::id(), 0) };
+    let vectors = [0, 2].map(|page| libc::iovec { iov_base: at(pages + page * PAGE), iov_len: PAGE });
+    watch.listen(pages, 4 * PAGE);
+    // SAFETY: the vectors are of this test. Before Linux 6.13 this advice is refused, and told all the same.
+    unsafe { libc::syscall(libc::SYS_process_madvise, own, vectors.as_ptr(), 2, libc::MADV_DONTNEED, 0) };
+    watch.expect("both vectors", Event::Clear, &[(0, P), (2 * P, 3 * P)]);
+    // SAFETY: the descriptor is of this test.
+    unsafe { libc::close(own as i32) };
+    unmap(pages, 4);
+}
+
+#[test]
+fn mprotect_and_its_sibling_with_a_key() {
+    let watch = Watch::new();
+    let pages = map(2, 0);
+    watch.listen(pages, 2 * PAGE);
+    // SAFETY: pages of this test that nobody touches meanwhile.
+    assert_eq!(unsafe { libc::mprotect(at(pages), PAGE, libc::PROT_READ) }, 0);
+    watch.expect("mprotect", Event::ProtectionVma, &[(0, P)]);
+    for key in [0, -1] {
+        watch.listen(pages, 2 * PAGE);
+        // SAFETY: as above. A processor without keys refuses.
+        unsafe { pkey_mprotect(at(pages + PAGE), PAGE, libc::PROT_READ, key) };
+        watch.expect("pkey_mprotect", Event::ProtectionVma, &[(P, 2 * P)]);
+    }
+    unmap(pages, 2);
+}
+
+unsafe extern "C" {
+    fn pkey_mprotect(address: *mut libc::c_void, length: usize, protection: i32, key: i32) -> i32;
+    fn remap_file_pages(address: *mut libc::c_void, size: usize, protection: i32, offset: usize, flags: i32) -> i32;
+}
+
+#[test]
+fn segments_of_shared_memory() {
+    let watch = Watch::new();
+    // SAFETY: makes a segment.
+    let id = unsafe { libc::shmget(libc::IPC_PRIVATE, 2 * PAGE, libc::IPC_CREAT | 0o600) };
+    assert!(id >= 0, "shmget");
+    let pages = map(4, 3);
+    watch.listen_and_look(pages, 4 * PAGE);
+    // SAFETY: replaces pages of this test.
+    let attached = unsafe { libc::shmat(id, at(pages), libc::SHM_REMAP) };
+    // SAFETY: marks the segment of this test for its end.
+    unsafe { libc::shmctl(id, libc::IPC_RMID, ptr::null_mut()) };
+    assert_eq!(attached, at(pages));
+    let heard = watch.heard();
+    assert_eq!((heard[0].from, heard[0].to, heard[0].content, heard.len()), (0, 2 * P, 3, 2));
+    watch.listen(pages, 4 * PAGE);
+    // SAFETY: detaches what this test attached.
+    assert_eq!(unsafe { libc::shmdt(attached) }, 0);
+    watch.expect("shmdt", Event::Unmap, &[(0, 2 * P)]);
+    unmap(pages + 2 * PAGE, 2);
+}
+
+#[test]
+fn the_program_break() {
+    let watch = Watch::new();
+    drop(watch);
+    in_a_child(|| {
+        let watch = Watch::new();
+        // SAFETY: asks for the break.
+        let start = unsafe { libc::sbrk(0) }.addr().next_multiple_of(PAGE);
+        // SAFETY: there is one thread, and it allocates nothing between growth and shrinkage.
+        unsafe { libc::brk(at(start + 4 * PAGE)) };
+        watch.listen(start, 4 * PAGE);
+        // SAFETY: gives up what was just added.
+        unsafe { libc::sbrk(-(PAGE as isize)) };
+        watch.expect("sbrk", Event::Unmap, &[(3 * P, 4 * P)]);
+        // SAFETY: grows what nobody uses.
+        unsafe { libc::brk(at(start + 4 * PAGE)) };
+        watch.listen(start, 4 * PAGE);
+        // SAFETY: gives up what was just added.
+        unsafe { libc::brk(at(start)) };
+        watch.expect("brk", Event::Unmap, &[(0, 4 * P)]);
+    });
+}
+
+#[test]
+fn the_same_by_number() {
+    let watch = Watch::new();
+    let pages = map(8, 1);
+    let number = |number: libc::c_long, args: [usize; 6]| {
+        watch.listen(pages, 8 * PAGE);
+        // SAFETY: every call below is on pages of this test.
+        unsafe { libc::syscall(number, args[0], args[1], args[2], args[3], args[4], args[5]) }
+    };
+    assert_eq!(number(libc::SYS_munmap, [pages + 7 * PAGE, PAGE, 0, 0, 0, 0]), 0);
+    watch.expect("munmap", Event::Unmap, &[(7 * P, 8 * P)]);
+    assert_eq!(number(libc::SYS_madvise, [pages, PAGE, libc::MADV_DONTNEED as usize, 0, 0, 0]), 0);
+    watch.expect("madvise", Event::Clear, &[(0, P)]);
+    assert_eq!(number(libc::SYS_mprotect, [pages, PAGE, libc::PROT_NONE as usize, 0, 0, 0]), 0);
+    watch.expect("mprotect", Event::ProtectionVma, &[(0, P)]);
+    let flags = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as usize;
+    number(libc::SYS_mremap, [pages + PAGE, PAGE, PAGE, flags, pages + 2 * PAGE, 0]);
+    watch.expect("mremap", Event::Unmap, &[(P, 2 * P), (2 * P, 3 * P)]);
+    number(libc::SYS_mbind, [pages, PAGE, 0, 0, 0, 0]);
+    watch.expect("mbind without a flag to move", Event::Unmap, &[]);
+    unmap(pages, 7);
+}
+
+#[test]
+fn remap_file_pages_is_told() {
+    let watch = Watch::new();
+    let pages = map(2, 1);
+    watch.listen(pages, 2 * PAGE);
+    // SAFETY: pages of this test, of which it is refused since they are private.
+    unsafe { remap_file_pages(at(pages), PAGE, 0, 0, 0) };
+    watch.expect("remap_file_pages", Event::Unmap, &[(0, P)]);
+    unmap(pages, 2);
+}
+
+#[test]
+fn without_a_hook_nothing_is_told() {
+    in_a_child(|| {
+        let watch = Watch::new();
+        let pages = map(1, 0);
+        let Watch { log, hook } = watch;
+        drop(hook);
+        let states = mmu_source::hook::probe().expect("there are sites");
+        // Hooks of other tests were installed when the child was made, and their count went with it.
+        let is_free = states.iter().all(|patch| patch.state == State::Free);
+        let is_ours = states.iter().all(|patch| patch.state == State::Ours);
+        assert!(is_free || is_ours, "{states:?}");
+        unmap(pages, 1);
+        drop(log);
+    });
+}

@@ -1,0 +1,100 @@
+//! libc's own calls: of the allocator, of threads, of the dynamic loader.
+
+use crate::child::alone;
+use crate::log::Watch;
+use crate::pages::{PAGE, at, block, free, trim};
+use mmu_notifier::Event;
+use std::ffi::CStr;
+use std::ptr;
+
+/// A block beyond the threshold from which the allocator maps memory for each by itself.
+const LARGE: usize = 64 << 20;
+
+#[test]
+fn free_of_a_large_block() {
+    let watch = Watch::new();
+    let block = block(LARGE);
+    // SAFETY: fills the block, which is of this test.
+    unsafe { ptr::write_bytes(at(block).cast::<u8>(), 0x5a, LARGE) };
+    watch.listen_and_look(block, LARGE);
+    free(block);
+    let heard = watch.heard();
+    assert_eq!(heard.len(), 2, "{heard:?}");
+    assert!(heard[0].is_start && heard[0].event == Event::Unmap && heard[0].content == 0x5a, "{heard:?}");
+    assert!(heard[0].from <= 0 && heard[0].to >= LARGE as i64, "all of it: {heard:?}");
+}
+
+#[test]
+fn realloc_that_moves_the_pages() {
+    let watch = Watch::new();
+    let block = block(LARGE);
+    watch.listen(block, LARGE);
+    // SAFETY: makes the block of this test larger; it may move.
+    let larger = unsafe { libc::realloc(at(block), 2 * LARGE) };
+    let heard = watch.heard();
+    assert!(heard.iter().any(|heard| heard.is_start && heard.event == Event::Unmap), "{heard:?}");
+    free(larger.expose_provenance());
+}
+
+#[test]
+fn malloc_trim_of_the_top_and_of_a_hole() {
+    alone("inside::malloc_trim_of_the_top_and_of_a_hole", || {
+        let watch = Watch::new();
+        // The blocks are too small to be mapped by themselves and too large for any cache.
+        for (option, value) in [(libc::M_MMAP_THRESHOLD, 1 << 30), (libc::M_TRIM_THRESHOLD, 1 << 30)] {
+            // SAFETY: sets an option.
+            assert_eq!(unsafe { libc::mallopt(option, value) }, 1);
+        }
+        let [hole, fence] = [block(1 << 20), block(1 << 16)];
+        free(hole);
+        watch.listen(hole, 1 << 20);
+        trim();
+        let heard = watch.heard();
+        assert!(heard.iter().any(|heard| heard.is_start && heard.event == Event::Clear), "hole: {heard:?}");
+        let top = block(4 << 20);
+        free(top);
+        watch.listen(top, 4 << 20);
+        trim();
+        let heard = watch.heard();
+        assert!(heard.iter().any(|heard| heard.is_start && heard.event == Event::Unmap), "top: {heard:?}");
+        free(fence);
+    });
+}
+
+#[test]
+fn the_stack_of_a_thread_that_has_ended() {
+    let watch = Watch::new();
+    // More than glibc keeps in its cache of stacks.
+    const STACK: usize = 64 << 20;
+    let spawn = || std::thread::Builder::new().stack_size(STACK).spawn(|| ptr::from_ref(&0_u8.to_be()).addr());
+    let on_stack = {
+        let thread = spawn().expect("a thread");
+        thread.join().expect("it does not panic")
+    };
+    // The next thread's stack is likely to lie where the first one's did; its end is what is watched.
+    watch.listen(on_stack & !(PAGE - 1), PAGE);
+    let thread = spawn().expect("a thread");
+    let again = thread.join().expect("it does not panic");
+    let heard = watch.heard();
+    assert_eq!(on_stack & !(PAGE - 1), again & !(PAGE - 1), "the kernel put it elsewhere: run the test again");
+    let unmapped = |heard: &crate::log::Heard| heard.is_start && matches!(heard.event, Event::Unmap | Event::Clear);
+    assert!(heard.iter().any(unmapped), "{heard:?}");
+}
+
+#[test]
+fn dlclose() {
+    let watch = Watch::new();
+    // A library of glibc that nothing else here uses, and whose initialisation does nothing.
+    const NAME: &CStr = c"libanl.so.1";
+    // SAFETY: as said.
+    let library = unsafe { libc::dlopen(NAME.as_ptr(), libc::RTLD_NOW) };
+    assert!(!library.is_null(), "{NAME:?} belongs to glibc");
+    // SAFETY: in glibc a handle is a `struct link_map *`, which begins with the address that the library was loaded at.
+    let base = unsafe { *library.cast::<usize>() };
+    watch.listen_and_look(base, 1);
+    // SAFETY: nothing of it is used any more.
+    assert_eq!(unsafe { libc::dlclose(library) }, 0);
+    let heard = watch.heard();
+    assert!(heard.len() >= 2 && heard[0].is_start && heard[0].event == Event::Unmap, "{heard:?}");
+    assert_eq!(heard[0].content, 0x7f, "its first byte is still there: an ELF file");
+}

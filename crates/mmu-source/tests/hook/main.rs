@@ -1,0 +1,10 @@
+//! The hook source on this process itself.
+
+#![cfg(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu"))]
+
+mod calls;
+mod child;
+mod inside;
+mod load;
+mod log;
+mod pages;

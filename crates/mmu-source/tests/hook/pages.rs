@@ -1,0 +1,62 @@
+//! Memory to do things to.
+
+use std::ptr;
+
+pub(crate) const PAGE: usize = 4096;
+
+/// Maps `pages` fresh pages, each filled with `fill`, and returns their address. The test unmaps them.
+pub(crate) fn map(pages: usize, fill: u8) -> usize {
+    // SAFETY: a new mapping where the kernel likes.
+    let at = unsafe { libc::mmap(ptr::null_mut(), pages * PAGE, PROTECTION, FLAGS, -1, 0) };
+    assert_ne!(at, libc::MAP_FAILED);
+    // SAFETY: fills what was just mapped.
+    unsafe { ptr::write_bytes(at.cast::<u8>(), fill, pages * PAGE) };
+    at.expose_provenance()
+}
+
+pub(crate) fn at(address: usize) -> *mut libc::c_void {
+    ptr::with_exposed_provenance_mut(address)
+}
+
+pub(crate) fn unmap(address: usize, pages: usize) {
+    // SAFETY: the test that asks is the only one who has the pages.
+    assert_eq!(unsafe { libc::munmap(at(address), pages * PAGE) }, 0);
+}
+
+pub(crate) fn errno() -> i32 {
+    std::io::Error::last_os_error().raw_os_error().expect("it is an error of the system")
+}
+
+pub(crate) const PROTECTION: i32 = libc::PROT_READ | libc::PROT_WRITE;
+pub(crate) const FLAGS: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+
+/// Reads a byte of memory that the test has mapped.
+pub(crate) fn byte(address: usize) -> u8 {
+    // SAFETY: the test that asks has mapped it; volatile, since calls change it behind the compiler's back.
+    unsafe { ptr::read_volatile(ptr::with_exposed_provenance(address)) }
+}
+
+pub(crate) fn discard(address: usize, pages: usize) {
+    // SAFETY: the test that asks is the only one who has the pages.
+    assert_eq!(unsafe { libc::madvise(at(address), pages * PAGE, libc::MADV_DONTNEED) }, 0);
+}
+
+/// Allocates a block with `malloc`.
+pub(crate) fn block(size: usize) -> usize {
+    // SAFETY: no preconditions.
+    let block = unsafe { libc::malloc(size) };
+    assert!(!block.is_null());
+    block.expose_provenance()
+}
+
+/// Frees what `block` has allocated.
+pub(crate) fn free(block: usize) {
+    // SAFETY: it came from `malloc`, and the test that asks is done with it.
+    unsafe { libc::free(at(block)) };
+}
+
+/// Gives memory that the allocator does not need back.
+pub(crate) fn trim() {
+    // SAFETY: no preconditions.
+    unsafe { libc::malloc_trim(0) };
+}
