@@ -1,10 +1,10 @@
 //! A device, its caches, and what the core tells them.
 
 use crate::gate::Gate;
-use crate::index::{Held, Index, Look};
+use crate::index::{Held, Index, Look, Quick};
 use crate::lease::{Lease, OwnedLease};
 use crate::raw::handles::Handles;
-use crate::raw::region::Status;
+use crate::raw::region::{Region, Status};
 use crate::state::{Chain, State};
 use crate::sync::{Condvar, Mutex, MutexGuard, lock};
 use crate::{Error, Options, Registrar, Stats};
@@ -112,13 +112,17 @@ impl<R: Registrar> RegCache<R> {
     /// A hit takes no lock. A miss sleeps in the registrar, or while another thread registers the same memory.
     /// # Errors
     /// Those of [`Error`], [`Error::Open`] apart.
-    #[inline]
+    #[inline(always)]
     pub fn get(&self, range: VaRange) -> Result<Lease<'_, R>, Error<R::Error>> {
         let cache = &*self.subscription;
-        match cache.hit(range) {
-            Some(held) => Ok(Lease::new(cache, held)),
-            None => cache.miss(range).map(|held| Lease::new(cache, held)),
+        if cache.gate.is_current(&cache.index.page) {
+            match cache.index.quick(range) {
+                Quick::Hit(held) => return Ok(Lease::new(cache, held)),
+                Quick::Retract(held) => cache.end(&held),
+                Quick::Miss => {}
+            }
         }
+        cache.find_or_register(range)
     }
 
     /// The same as [`get`](Self::get), for a lease that keeps the cache itself, such as one that goes along with a request and is
@@ -226,36 +230,34 @@ impl<R: Registrar> Cache<R> {
         lock(&self.state)
     }
 
-    /// Looks without a lock.
-    #[inline(always)]
-    fn hit(&self, range: VaRange) -> Option<Held<'_>> {
-        if !self.gate.is_current(&self.index.page) {
-            return None;
-        }
+    /// The way of a request that was no quick hit.
+    #[cold]
+    #[inline(never)]
+    fn find_or_register(&self, range: VaRange) -> Result<Lease<'_, R>, Error<R::Error>> {
         match self.index.look_up(range) {
-            Look::Hit(held) => Some(held),
-            Look::Dead(region) => {
-                self.ended_dead(region);
-                None
-            }
-            Look::Miss => None,
+            Look::Hit(held) => return Ok(Lease::new(self, held)),
+            Look::Dead(region) => self.ended_dead(region),
+            Look::Miss => {}
         }
+        self.miss(range).map(|held| Lease::new(self, held))
     }
 
     /// Ends a lease.
     #[inline(always)]
     pub(crate) fn end(&self, held: &Held<'_>) {
         if self.index.end(held) {
-            self.ended_dead(held.region);
+            self.ended_dead(held.region());
         }
     }
 
     /// Deregisters a dead region, if the lease that has just ended was its last.
     #[cold]
-    fn ended_dead(&self, region: u32) {
+    #[inline(never)]
+    fn ended_dead(&self, region: &Region) {
         if self.index.page.is_inherited() {
             return;
         }
+        let region = self.index.number(region);
         let chain = self.lock().lease_ended(&self.index, region);
         self.reap(chain);
     }
@@ -304,7 +306,7 @@ impl<R: Registrar> Cache<R> {
     }
 
     fn stats(&self) -> Stats {
-        let hits = self.index.threads.hits();
+        let hits = self.index.hits();
         let state = self.lock();
         let counts = state.counts;
         Stats {

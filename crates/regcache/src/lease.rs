@@ -29,13 +29,13 @@ impl<'a, R: Registrar> Lease<'a, R> {
     #[expect(unsafe_code, reason = "the one place where a handle is read")]
     pub fn handle(&self) -> &R::Handle {
         // SAFETY: The region must be leased as long as the reference lives: it is by `self`, which the reference borrows.
-        unsafe { self.cache.handles.get(self.held.region) }
+        unsafe { self.cache.handles.get(self.cache.index.number(self.held.region())) }
     }
 
     /// Returns the registered region, which covers what was asked for.
     #[must_use]
     pub fn range(&self) -> VaRange {
-        self.cache.index.region(self.held.region).range()
+        self.held.region().range()
     }
 
     /// Tells whether the region still stands for the memory at its addresses.
@@ -45,7 +45,7 @@ impl<'a, R: Registrar> Lease<'a, R> {
     /// program unmaps buffers that are in use, it has to look.
     #[must_use]
     pub fn is_current(&self) -> bool {
-        !self.cache.index.page.is_inherited() && self.cache.index.region(self.held.region).is_live()
+        !self.cache.index.page.is_inherited() && self.held.region().is_live()
     }
 }
 

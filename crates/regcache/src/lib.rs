@@ -33,6 +33,8 @@ mod granule;
 mod index;
 mod lease;
 mod miss;
+#[expect(unsafe_code, reason = "`mlock` takes a pointer")]
+mod mlock;
 mod options;
 #[expect(unsafe_code, reason = "memory that is read without a lock")]
 mod raw;
@@ -40,12 +42,16 @@ mod registrar;
 mod state;
 mod stats;
 mod sync;
+#[expect(unsafe_code, reason = "system calls that take pointers")]
+mod uring;
 mod walk;
 
 pub use cache::{Device, RegCache};
 pub use counting::Counting;
 pub use error::Error;
 pub use lease::{Lease, OwnedLease};
+pub use mlock::Mlock;
 pub use options::{Merge, Options};
 pub use registrar::{Cause, Registrar};
 pub use stats::Stats;
+pub use uring::{FixedBuffer, Uring};

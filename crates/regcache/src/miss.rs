@@ -51,9 +51,6 @@ impl<R: Registrar> Cache<R> {
             if self.index.page.is_inherited() {
                 return Err(Error::Forked);
             }
-            if self.index.threads.mine().is_none() {
-                self.index.threads.join();
-            }
             if let Some(result) = self.try_once(range, &mut past) {
                 return result;
             }

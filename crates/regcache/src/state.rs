@@ -3,11 +3,11 @@
 //! Nothing here allocates, frees, calls the registrar or waits, because the lock is taken in callbacks that may run in the
 //! middle of `free`. Memory is made before the lock is taken; lists are links between the regions' entries.
 
-use crate::granule::{Granule, MOST, granules};
+use crate::granule::{Granule, MOST, granules, hash, lead};
 use crate::index::Index;
 use crate::options::{Merge, Options};
 use crate::raw::barrier;
-use crate::raw::memory::zeroes;
+use crate::raw::memory::Array;
 use crate::raw::region::{Entry, Status};
 use crate::raw::table::Table;
 use crate::sync::atomic::Ordering;
@@ -46,7 +46,7 @@ pub(crate) struct Counts {
 
 #[derive(Debug)]
 pub(crate) struct State {
-    entries: Box<[Entry]>,
+    entries: Array<Entry>,
     free: u32,
     /// How many places were ever used.
     high: u32,
@@ -99,7 +99,7 @@ fn with_neighbours(range: VaRange) -> VaRange {
 impl State {
     pub(crate) fn new(regions: u32) -> Self {
         Self {
-            entries: zeroes(regions as usize),
+            entries: Array::zeroes(regions as usize),
             free: 0,
             high: 0,
             live: List::default(),
@@ -138,7 +138,7 @@ impl State {
         let view = index.page.view()?;
         let mut levels = self.summary.levels();
         while levels != 0 {
-            let hash = crate::granule::granule_at(range.start(), levels.trailing_zeros()).hash();
+            let hash = hash(range.start(), lead(levels.trailing_zeros()));
             levels &= levels - 1;
             let found = view.probe(hash, |region| {
                 (self.status(region) == Status::Live && index.region(region).covers(range)).then_some(region)
@@ -267,6 +267,12 @@ impl State {
         self.entry(region).status = Status::Live;
         self.live.push(&mut self.entries, region);
         index.region(region).set_live();
+        self.tell_levels(index);
+    }
+
+    /// Tells look-ups which levels there are.
+    fn tell_levels(&self, index: &Index) {
+        index.page.lead.store(lead(self.summary.largest()), Ordering::Relaxed);
         index.page.levels.store(self.summary.levels(), Ordering::Relaxed);
     }
 
@@ -320,7 +326,7 @@ impl State {
             }
         }
         if killed != 0 {
-            index.page.levels.store(self.summary.levels(), Ordering::Relaxed);
+            self.tell_levels(index);
         }
         killed
     }
@@ -500,7 +506,7 @@ impl State {
             regions += 1;
         }
         if regions != 0 {
-            index.page.levels.store(self.summary.levels(), Ordering::Relaxed);
+            self.tell_levels(index);
         }
         self.counts.evicted += regions;
         regions

@@ -4,7 +4,7 @@
 //! skipped by a summary. When more granules were asked than there are regions, it is cheaper to look at each region.
 
 use crate::granule::{BLOCK_SHIFT, Granule, LEVELS, SMALL_LEVELS, level_of, shift, span};
-use crate::raw::memory::zeroes;
+use crate::raw::memory::Array;
 use mmu_notifier::{Va, VaRange};
 use std::ops::RangeInclusive;
 
@@ -18,12 +18,12 @@ pub(crate) struct Summary {
     /// A bit for each level that has some.
     in_use: u64,
     /// Regions of small levels, by the number of the block, wrapped around.
-    blocks: Box<[u32]>,
+    blocks: Array<u32>,
 }
 
 impl Summary {
     pub(crate) fn new() -> Self {
-        Self { levels: [0; LEVELS as usize], in_use: 0, blocks: zeroes(COUNTERS) }
+        Self { levels: [0; LEVELS as usize], in_use: 0, blocks: Array::zeroes(COUNTERS) }
     }
 
     pub(crate) fn add(&mut self, range: VaRange) {
@@ -46,6 +46,19 @@ impl Summary {
                 *count = count.wrapping_add(by);
             }
         }
+    }
+
+    /// The level that has the most regions.
+    pub(crate) fn largest(&self) -> u32 {
+        let (mut levels, mut largest) = (self.in_use, self.in_use.trailing_zeros() % LEVELS);
+        while levels != 0 {
+            let level = levels.trailing_zeros();
+            levels &= levels - 1;
+            if self.levels[level as usize] > self.levels[largest as usize] {
+                largest = level;
+            }
+        }
+        largest
     }
 
     /// A bit for each level that has regions.

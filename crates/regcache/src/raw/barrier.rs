@@ -2,7 +2,8 @@
 //!
 //! [`light`] and [`heavy`] act on each other as two `fence(SeqCst)` do. `light` stops only the compiler; `heavy` is
 //! `membarrier(PRIVATE_EXPEDITED)`, which makes every running thread of the process execute a full fence, wherever it
-//! stands. Where the call is missing or refused both are real fences; that is decided once and never changes.
+//! stands. Where the call is missing or refused, leases are not written into slots but counted in their regions, with
+//! full fences on both sides; that is decided once and never changes.
 
 #[cfg(not(mmun_loom))]
 use crate::sync::atomic::AtomicUsize;
@@ -10,28 +11,19 @@ use crate::sync::atomic::{Ordering, fence};
 #[cfg(not(mmun_loom))]
 use rustix::thread::{MembarrierCommand, MembarrierQuery, membarrier, membarrier_query};
 
-/// Which half the readers of a cache have to execute.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Light {
-    /// The compiler is told, the other side does the rest.
-    Compiler,
-    /// A full fence of their own.
-    Fence,
-}
-
 /// The reader's half.
 #[inline(always)]
-pub(crate) fn light(kind: Light) {
-    if kind == Light::Fence {
-        full();
+pub(crate) fn light() {
+    if cfg!(mmun_loom) {
+        // ORDER(cache-lease, cache-unlease): What models use for the pairs named at the callers.
+        fence(Ordering::SeqCst);
     }
     compiler_barrier();
 }
 
-/// Out of line, so that the quick way is straight.
-#[cfg_attr(not(mmun_loom), cold, inline(never))]
-fn full() {
-    // ORDER(cache-lease, cache-unlease): The fall-back's side of the pairs named at the callers.
+/// The half of a reader that does not rely on `membarrier`. Pairs with `heavy`, too, which is a full fence where it is called.
+pub(crate) fn full() {
+    // ORDER(cache-lease, cache-unlease): The side of counted leases, of the pairs named at the callers.
     fence(Ordering::SeqCst);
 }
 
@@ -56,12 +48,13 @@ const MEMBARRIER: usize = 1;
 #[cfg(not(mmun_loom))]
 const FENCES: usize = 2;
 
-/// Decides what readers do, and prepares the process for it.
+/// Prepares the process; tells whether `light` will do.
 #[cfg(not(mmun_loom))]
-pub(crate) fn prepare() -> Light {
+pub(crate) fn prepare() -> bool {
     let mut mode = MODE.load(Ordering::Relaxed);
     if mode == UNKNOWN {
         let supported = !cfg!(miri)
+            && std::env::var_os("REGCACHE_NO_MEMBARRIER").is_none()
             && membarrier_query().contains(MembarrierQuery::PRIVATE_EXPEDITED)
             && membarrier(MembarrierCommand::RegisterPrivateExpedited).is_ok();
         let found = if supported { MEMBARRIER } else { FENCES };
@@ -71,12 +64,12 @@ pub(crate) fn prepare() -> Light {
             Err(first) => first,
         };
     }
-    if mode == MEMBARRIER { Light::Compiler } else { Light::Fence }
+    mode == MEMBARRIER
 }
 
 #[cfg(mmun_loom)]
-pub(crate) fn prepare() -> Light {
-    Light::Fence
+pub(crate) fn prepare() -> bool {
+    true
 }
 
 /// The half of whoever takes regions out. False if the kernel could not do it now: then nothing may be concluded.
@@ -86,7 +79,7 @@ pub(crate) fn heavy() -> bool {
         // ENOMEM, the only error of a registered process, is a passing state: the kernel could not allocate a CPU mask.
         return (0..100).any(|_| membarrier(MembarrierCommand::PrivateExpedited).is_ok());
     }
-    // ORDER(cache-lease, cache-unlease): The fall-back's side of the pairs named at the callers.
+    // ORDER(cache-lease, cache-unlease): Without membarrier, against `full`.
     fence(Ordering::SeqCst);
     true
 }

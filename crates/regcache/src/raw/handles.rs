@@ -1,6 +1,6 @@
 //! The registrar's handles, one place for each region. Leases read them without a lock.
 
-use super::memory::{Zero, zeroes};
+use super::memory::{Array, Zero};
 use std::cell::UnsafeCell;
 use std::mem::MaybeUninit;
 
@@ -8,7 +8,7 @@ use std::mem::MaybeUninit;
 /// A place is written by who holds its region in the state of being registered, and read or emptied after that, by the
 /// holders of a lease or, when there are none, by who deregisters it.
 #[derive(Debug)]
-pub(crate) struct Handles<T>(Box<[Place<T>]>);
+pub(crate) struct Handles<T>(Array<Place<T>>);
 
 #[derive(Debug)]
 #[repr(transparent)]
@@ -27,7 +27,7 @@ unsafe impl<T: Send + Sync> Sync for Handles<T> {}
 
 impl<T> Handles<T> {
     pub(crate) fn new(len: usize) -> Self {
-        Self(zeroes(len))
+        Self(Array::zeroes(len))
     }
 
     /// Writes a region's handle.

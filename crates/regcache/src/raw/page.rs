@@ -1,6 +1,6 @@
 //! The page that a look-up begins with. The child of a fork finds it zeroed: there is no table, nothing is a hit.
 
-use super::table::{Line, Table, Tables, View};
+use super::table::{Table, Tables, View};
 use crate::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
 use std::io;
 use std::ops::Deref;
@@ -10,8 +10,10 @@ use std::ptr::NonNull;
 #[repr(C, align(64))]
 #[derive(Debug)]
 pub(crate) struct Fields {
-    /// The table in use, as `raw::table` packs it; null if there is none.
-    table: AtomicPtr<Line>,
+    /// The first entry of the table in use; null if there is none.
+    table: AtomicPtr<AtomicU64>,
+    /// What makes granules of addresses at the level that has the most regions.
+    pub(crate) lead: AtomicU64,
     /// A bit for each level that the table has regions of.
     pub(crate) levels: AtomicU64,
     /// The generation of the source up to which all changes are known.
@@ -47,7 +49,7 @@ impl Page {
     /// The table, if there is one.
     #[inline(always)]
     pub(crate) fn view(&self) -> Option<View<'_>> {
-        // SAFETY: It must hold what `packed` made, of tables that live as long as the borrow: only `install` stores something
+        // SAFETY: It must hold what `Table::first` returned, of tables that live as long as the borrow: only `install` stores something
         // else than null, and the tables are freed with `self`.
         unsafe { View::load(&self.fields.table) }
     }
@@ -58,9 +60,9 @@ impl Page {
 
     /// Makes look-ups use `table`, which takes over what is in the present one. The caller holds the lock of the cache.
     pub(crate) fn install(&self, table: Box<Table>) {
-        let packed = self.tables.install(table).packed();
+        let first = self.tables.install(table).first();
         // ORDER(cache-table): Release for the entries. Partner: the Acquire in `View::load`.
-        self.fields.table.store(packed, Ordering::Release);
+        self.fields.table.store(first, Ordering::Release);
     }
 
     /// Makes every look-up a miss from now on.
@@ -103,6 +105,7 @@ impl Mapped {
     fn new() -> io::Result<Self> {
         let fields = Fields {
             table: AtomicPtr::new(std::ptr::null_mut()),
+            lead: AtomicU64::new(12),
             levels: AtomicU64::new(0),
             seen: AtomicU64::new(0),
             alive: AtomicU32::new(1),

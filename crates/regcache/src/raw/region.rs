@@ -1,6 +1,6 @@
 //! What is kept for each region: the part that look-ups read, and the part that the lock guards.
 
-use super::barrier::{Light, light};
+use super::barrier::full;
 use super::memory::Zero;
 use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use crate::sync::mutant;
@@ -70,17 +70,17 @@ impl Region {
     }
 
     /// Counts a lease for which there is no slot, and orders that before what the caller reads next.
-    pub(crate) fn count(&self, kind: Light) {
+    pub(crate) fn count(&self) {
         self.counted.fetch_add(1, Ordering::Relaxed);
         // ORDER(cache-lease): As in `Slot::publish`.
-        light(kind);
+        full();
     }
 
-    pub(crate) fn uncount(&self, kind: Light) {
+    pub(crate) fn uncount(&self) {
         // ORDER(cache-done): As in `Slot::clear`.
         self.counted.fetch_sub(1, Ordering::Release);
         // ORDER(cache-unlease): As in `Slot::clear`.
-        light(kind);
+        full();
     }
 
     pub(crate) fn is_counted(&self) -> bool {

@@ -7,8 +7,9 @@
 //! A table that has become too small stays until the cache is dropped, as look-ups may still be in it. Each is twice
 //! the one before, so all of them together are smaller than the one in use.
 
-use super::memory::{Zero, zeroes};
+use super::memory::{Array, Zero};
 use crate::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+use std::marker::PhantomData;
 use std::ptr::{self, NonNull};
 
 const PER_LINE: usize = 8;
@@ -17,10 +18,10 @@ pub(super) const SMALLEST: u32 = if cfg!(mmun_loom) { 3 } else { 9 };
 /// The largest, so that the hash has bits left to tell entries apart.
 const LARGEST: u32 = 31;
 
-/// A cache line of entries. Its alignment leaves six bits of its address for the size of the table.
+/// A cache line of entries.
 #[derive(Debug)]
 #[repr(C, align(64))]
-pub(crate) struct Line([AtomicU64; PER_LINE]);
+struct Line([AtomicU64; PER_LINE]);
 
 // SAFETY: Zeroes are the value of integers.
 unsafe impl Zero for Line {
@@ -32,7 +33,8 @@ unsafe impl Zero for Line {
 /// A table. Its entries are written under the lock of the cache.
 #[derive(Debug)]
 pub(crate) struct Table {
-    lines: Box<[Line]>,
+    /// One line whose last word says by how much to shift a hash, then the entries.
+    lines: Array<Line>,
     used: AtomicUsize,
     /// The one that this one took over from.
     previous: AtomicPtr<Table>,
@@ -46,36 +48,60 @@ pub(crate) struct Table {
 pub(crate) struct Tables(AtomicPtr<Table>);
 
 /// A table as a look-up sees it.
+///
+/// # Invariants
+/// There are `1 << (64 - shift)` live entries from `first` on.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct View<'a> {
-    entries: &'a [AtomicU64],
-    log2: u32,
+    first: NonNull<AtomicU64>,
+    shift: u32,
+    table: PhantomData<&'a Table>,
 }
 
 impl<'a> View<'a> {
-    /// The table that `packed` points to, if any.
+    /// The table whose entries `first` points to, if any.
     ///
     /// # Safety
-    /// What is stored there comes from [`Table::packed`], of tables that live for `'a`.
+    /// What is stored there comes from [`Table::first`], of tables that live for `'a`.
     #[inline(always)]
-    pub(super) unsafe fn load(packed: &'a AtomicPtr<Line>) -> Option<Self> {
+    pub(super) unsafe fn load(first: &'a AtomicPtr<AtomicU64>) -> Option<Self> {
         // ORDER(cache-table): Acquire for the entries. Partner: the Release in `Page::install`.
-        let packed = packed.load(Ordering::Acquire);
-        let log2 = (packed.addr() & 63) as u32;
-        let first = NonNull::new(packed.map_addr(|address| address & !63))?;
-        // SAFETY: A slice needs `1 << log2` live entries that are only ever shared: the caller's promise.
-        let entries = unsafe { std::slice::from_raw_parts(first.cast().as_ptr(), 1 << log2) };
-        Some(Self { entries, log2 })
+        let first = NonNull::new(first.load(Ordering::Acquire))?;
+        // SAFETY: The result must lie in the allocation: there is a line in front of the entries.
+        let shift = unsafe { first.sub(1) };
+        // SAFETY: A reference needs a live integer: the last one of that line.
+        let shift = unsafe { shift.as_ref() }.load(Ordering::Relaxed) as u32;
+        // INVARIANT: `Table::new` wrote the shift that goes with its size.
+        Some(Self { first, shift, table: PhantomData })
+    }
+
+    #[inline(always)]
+    fn home(self, hash: u64) -> usize {
+        (hash >> (self.shift & 63)) as usize
+    }
+
+    #[inline(always)]
+    fn mask(self) -> usize {
+        (1 << (64 - self.shift)) - 1
+    }
+
+    /// An entry; `at` is wrapped around by the caller.
+    #[inline(always)]
+    fn at(self, at: usize) -> &'a AtomicU64 {
+        // SAFETY: The result must lie in the allocation: type invariant. A hash shifted by `shift` is less than the number of entries,
+        // and so is what was masked.
+        let entry = unsafe { self.first.add(at) };
+        // SAFETY: A reference needs a live integer that is only ever shared: as above.
+        unsafe { entry.as_ref() }
     }
 
     /// Calls `f` with each region entered under `hash`, and perhaps with others, until it returns something.
     #[inline(always)]
     pub(crate) fn probe<T>(self, hash: u64, mut f: impl FnMut(u32) -> Option<T>) -> Option<T> {
-        let mask = self.entries.len() - 1;
-        let mut at = home(hash, self.log2);
-        // An entry is empty sooner or later. A look-up that is overtaken by writers again and again gives up.
-        for _ in 0..=mask {
-            let entry = self.entries.get(at)?.load(Ordering::Relaxed);
+        // An entry is empty sooner or later, as half of them are.
+        let mut at = self.home(hash);
+        loop {
+            let entry = self.at(at).load(Ordering::Relaxed);
             if entry == 0 {
                 return None;
             }
@@ -84,15 +110,9 @@ impl<'a> View<'a> {
             {
                 return Some(found);
             }
-            at = (at + 1) & mask;
+            at = (at + 1) & self.mask();
         }
-        None
     }
-}
-
-#[inline(always)]
-fn home(hash: u64, log2: u32) -> usize {
-    (hash >> (64 - log2)) as usize
 }
 
 fn entry(hash: u64, region: u32) -> u64 {
@@ -103,32 +123,35 @@ impl Table {
     /// An empty table of `1 << log2` entries.
     pub(crate) fn new(log2: u32) -> Box<Self> {
         let log2 = log2.clamp(SMALLEST, LARGEST);
-        Box::new(Self {
-            lines: zeroes((1 << log2) / PER_LINE),
-            used: AtomicUsize::new(0),
-            previous: AtomicPtr::new(ptr::null_mut()),
-        })
+        let lines = Array::<Line>::zeroes(1 + (1 << log2) / PER_LINE);
+        lines[0].0[PER_LINE - 1].store(64 - u64::from(log2), Ordering::Relaxed);
+        Box::new(Self { lines, used: AtomicUsize::new(0), previous: AtomicPtr::new(ptr::null_mut()) })
+    }
+
+    fn len(&self) -> usize {
+        (self.lines.len() - 1) * PER_LINE
     }
 
     pub(crate) fn log2(&self) -> u32 {
-        (self.lines.len() * PER_LINE).ilog2()
+        self.len().ilog2()
     }
 
     /// Whether `more` entries can be added without it becoming slow.
     pub(crate) fn has_room(&self, more: usize) -> bool {
-        (self.used.load(Ordering::Relaxed) + more) * 2 <= self.lines.len() * PER_LINE
+        (self.used.load(Ordering::Relaxed) + more) * 2 <= self.len()
     }
 
     pub(crate) fn view(&self) -> View<'_> {
-        // SAFETY: A slice needs live entries: the lines are arrays of them, without padding, borrowed with `self`.
-        let entries =
-            unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast::<AtomicU64>(), self.lines.len() * PER_LINE) };
-        View { entries, log2: self.log2() }
+        let first = NonNull::from(&self.lines[1..]).cast();
+        // INVARIANT: A line is an array of entries, without padding.
+        View { first, shift: 64 - self.log2(), table: PhantomData }
     }
 
-    /// The table as look-ups want it.
-    pub(super) fn packed(&self) -> *mut Line {
-        self.lines.as_ptr().cast_mut().map_addr(|address| address | self.log2() as usize)
+    /// The first entry, as look-ups want it.
+    pub(super) fn first(&self) -> *mut AtomicU64 {
+        // From the whole array: look-ups read the line before, too.
+        let first = self.lines.as_ptr().cast::<AtomicU64>().cast_mut();
+        first.wrapping_add(PER_LINE)
     }
 
     /// Enters a region. The caller holds the lock of the cache and has seen that there is room.
@@ -137,24 +160,24 @@ impl Table {
     }
 
     fn add(&self, entry: u64) {
-        let View { entries, log2 } = self.view();
-        let mask = entries.len() - 1;
-        let mut at = home(entry, log2);
-        while entries[at].load(Ordering::Relaxed) != 0 {
+        let entries = self.view();
+        let mask = entries.mask();
+        let mut at = entries.home(entry);
+        while entries.at(at).load(Ordering::Relaxed) != 0 {
             at = (at + 1) & mask;
         }
-        entries[at].store(entry, Ordering::Relaxed);
+        entries.at(at).store(entry, Ordering::Relaxed);
         self.used.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Takes a region out that was entered under `hash`, and moves up what was pushed aside by it.
     pub(crate) fn remove(&self, hash: u64, region: u32) {
-        let View { entries, log2 } = self.view();
-        let mask = entries.len() - 1;
+        let entries = self.view();
+        let mask = entries.mask();
         let wanted = entry(hash, region);
-        let mut hole = home(hash, log2);
+        let mut hole = entries.home(hash);
         loop {
-            let found = entries[hole].load(Ordering::Relaxed);
+            let found = entries.at(hole).load(Ordering::Relaxed);
             if found == wanted {
                 break;
             }
@@ -164,25 +187,25 @@ impl Table {
         let mut at = hole;
         loop {
             at = (at + 1) & mask;
-            let next = entries[at].load(Ordering::Relaxed);
+            let next = entries.at(at).load(Ordering::Relaxed);
             if next == 0 {
                 break;
             }
             // It may move up if the hole does not lie before its home.
-            let distance = at.wrapping_sub(home(next, log2)) & mask;
+            let distance = at.wrapping_sub(entries.home(next)) & mask;
             if distance >= (at.wrapping_sub(hole) & mask) {
-                entries[hole].store(next, Ordering::Relaxed);
+                entries.at(hole).store(next, Ordering::Relaxed);
                 hole = at;
             }
         }
-        entries[hole].store(0, Ordering::Relaxed);
+        entries.at(hole).store(0, Ordering::Relaxed);
         self.used.fetch_sub(1, Ordering::Relaxed);
     }
 
     /// Takes over all entries of a smaller table.
     fn take_over(&self, previous: &Table) {
-        for place in previous.view().entries {
-            let entry = place.load(Ordering::Relaxed);
+        for at in 0..previous.len() {
+            let entry = previous.view().at(at).load(Ordering::Relaxed);
             if entry != 0 {
                 self.add(entry);
             }

@@ -3,8 +3,8 @@
 //! A slot goes from none to a region by its own thread only, and back by whoever ends the lease, on any thread. A thread
 //! whose slots are all in use, and one without a number, counts in the region itself.
 
-use super::barrier::{Light, light};
-use super::memory::{Zero, zeroes};
+use super::barrier::light;
+use super::memory::{Array, Zero};
 use super::number;
 use crate::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
 use std::ptr::{self, NonNull};
@@ -34,7 +34,8 @@ pub(crate) struct Slot(AtomicU32);
 /// The blocks of all threads.
 #[derive(Debug)]
 pub(crate) struct Threads {
-    blocks: Box<[BlockPtr]>,
+    /// Empty if slots cannot be used.
+    blocks: Array<BlockPtr>,
 }
 
 /// # Invariants
@@ -53,13 +54,13 @@ unsafe impl Zero for BlockPtr {
 impl Slot {
     /// Names `region`, and orders that before what the caller reads next.
     #[inline(always)]
-    pub(crate) fn publish(&self, region: u32, kind: Light) {
+    pub(crate) fn publish(&self, region: u32) {
         self.0.store(region + 1, Ordering::Relaxed);
         // ORDER(cache-lease): The name, before the look at the region's state. Partner: the heavy fence in `harvest`, between the state and
         // the look at the slots. Without it a region is deregistered under a fresh lease. Model: loom
         // `a_hit_racing_an_invalidation`.
         if !crate::sync::mutant("no_fence_in_hit") {
-            light(kind);
+            light();
         }
     }
 
@@ -70,14 +71,14 @@ impl Slot {
 
     /// Names none, and orders that before what the caller reads next.
     #[inline(always)]
-    pub(crate) fn clear(&self, kind: Light) {
+    pub(crate) fn clear(&self) {
         // ORDER(cache-done): Release for what was done under the lease. Partner: the Acquire in `each`. Weaker, the
         // deregistration could overtake the last use.
         self.0.store(0, Ordering::Release);
         // ORDER(cache-unlease): The end, before the look at the region's state. Partner: the heavy fence in `harvest`. Without it both
         // sides leave the deregistration to each other. Model: loom `the_last_lease_deregisters`.
         if !crate::sync::mutant("no_fence_in_drop") {
-            light(kind);
+            light();
         }
     }
 }
@@ -92,15 +93,19 @@ impl Block {
         })
     }
 
-    /// A slot that names none. The caller is the block's thread.
+    /// The slot that was used last, if it is free. The caller is the block's thread.
     #[inline(always)]
-    pub(crate) fn free_slot(&self) -> Option<&Slot> {
+    pub(crate) fn next_slot(&self) -> Option<&Slot> {
         let slot = self.slots.get(self.cursor.load(Ordering::Relaxed) as usize)?;
-        if slot.load(Ordering::Relaxed) == 0 { Some(Slot::of(slot)) } else { self.search() }
+        if slot.load(Ordering::Relaxed) == 0 { Some(Slot::of(slot)) } else { None }
+    }
+
+    /// A slot that names none, if there is one. The caller is the block's thread.
+    pub(crate) fn free_slot(&self) -> Option<&Slot> {
+        self.next_slot().or_else(|| self.search())
     }
 
     /// Looks further. Not much further: a thread with very many leases finds its way back by and by.
-    #[cold]
     fn search(&self) -> Option<&Slot> {
         let from = self.cursor.load(Ordering::Relaxed) as usize;
         for at in (from + 1..=from + PROBES).map(|at| at % SLOTS) {
@@ -130,8 +135,9 @@ impl Slot {
 }
 
 impl Threads {
-    pub(crate) fn new() -> Self {
-        Self { blocks: zeroes(number::MAX) }
+    /// Without slots there are no blocks, and every lease is counted in its region.
+    pub(crate) fn new(slots: bool) -> Self {
+        Self { blocks: Array::zeroes(if slots { number::MAX } else { 0 }) }
     }
 
     /// This thread's block, if it has one here already.
@@ -143,7 +149,7 @@ impl Threads {
     /// This thread's block, made if need be; none if there are too many threads, or this one is ending.
     #[cold]
     pub(crate) fn join(&self) -> Option<&Block> {
-        let place = &self.blocks[number::claim()?];
+        let place = self.blocks.get(number::claim()?)?;
         if place.get().is_none() {
             let block = Box::into_raw(Block::new());
             // INVARIANT: It is freed by the table's drop. Nobody else makes one: the number is this thread's.
@@ -185,7 +191,7 @@ impl BlockPtr {
 
 impl Drop for Threads {
     fn drop(&mut self) {
-        for block in &self.blocks {
+        for block in self.blocks.iter() {
             if let Some(block) = NonNull::new(block.0.load(Ordering::Relaxed)) {
                 // SAFETY: A box needs the unique pointer that came from one: `join` leaked it, and nobody is left, as the
                 // table is being dropped.

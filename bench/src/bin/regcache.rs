@@ -1,0 +1,199 @@
+//! What do a hit, a miss and an invalidation of the registration cache cost, next to the usual ways to write one?
+//!
+//! `cargo run --release -p bench --bin regcache [ROUNDS]`
+#![allow(missing_docs, missing_debug_implementations, reason = "a bench")]
+
+use lru::LruCache;
+use mmu_notifier::{Event, MmWithUser, Va, VaRange};
+use regcache::{Counting, Device, Options, RegCache};
+use std::collections::BTreeMap;
+use std::hint::black_box;
+use std::num::NonZeroUsize;
+use std::sync::{Arc, Barrier, Mutex, RwLock};
+use std::time::Instant;
+
+const TIMES: usize = 1 << 20;
+
+/// Regions of one page, two pages apart, so that nothing merges.
+fn region(number: u32) -> VaRange {
+    VaRange::covering(Va::new(0x7f00_0000_0000 + u64::from(number) * 0x2000), 1).expect("a page")
+}
+
+/// The order of the requests: random, the same for everybody.
+fn order(regions: u32, seed: u64) -> Vec<u32> {
+    let mut random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let next = |_| {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        ((random >> 32) as u32) % regions
+    };
+    (0..TIMES).map(next).collect()
+}
+
+/// A cache of some kind, full of regions.
+trait Peer: Sync {
+    fn hit(&self, range: VaRange);
+}
+
+struct Ours {
+    cache: RegCache<Counting>,
+    mm: MmWithUser,
+}
+
+impl Ours {
+    fn new(regions: u32) -> Self {
+        let mm = MmWithUser::new();
+        let device = Device::new(Counting::default(), Options::new().max_regions(regions + 1024));
+        let cache = device.open(&mm).expect("outside of brackets");
+        (0..regions).for_each(|number| drop(cache.get(region(number)).expect("a free place")));
+        Self { cache, mm }
+    }
+}
+
+impl Peer for Ours {
+    #[inline]
+    fn hit(&self, range: VaRange) {
+        drop(black_box(self.cache.get(range).expect("it is there")));
+    }
+}
+
+/// By the first address; the value is the last one and a counted registration.
+struct Tree(RwLock<BTreeMap<u64, (u64, Arc<u64>)>>);
+
+impl Tree {
+    fn new(regions: u32) -> Self {
+        let entry = |number| {
+            let range = region(number);
+            (range.start().get(), (range.last().get(), Arc::new(u64::from(number))))
+        };
+        Self(RwLock::new((0..regions).map(entry).collect()))
+    }
+}
+
+impl Peer for Tree {
+    fn hit(&self, range: VaRange) {
+        let tree = self.0.read().expect("no panic");
+        let (_, (last, registration)) = tree.range(..=range.start().get()).next_back().expect("it is there");
+        assert!(*last >= range.last().get());
+        let lease = Arc::clone(registration);
+        drop(tree);
+        drop(black_box(lease));
+    }
+}
+
+/// By exactly the first address: less than a registration cache has to do.
+struct Lru(Mutex<LruCache<u64, (u64, Arc<u64>)>>);
+
+impl Lru {
+    fn new(regions: u32) -> Self {
+        let mut lru = LruCache::new(NonZeroUsize::new(regions as usize).expect("not zero"));
+        for number in 0..regions {
+            let range = region(number);
+            lru.put(range.start().get(), (range.last().get(), Arc::new(u64::from(number))));
+        }
+        Self(Mutex::new(lru))
+    }
+}
+
+impl Peer for Lru {
+    fn hit(&self, range: VaRange) {
+        let mut lru = self.0.lock().expect("no panic");
+        let (last, registration) = lru.get(&range.start().get()).expect("it is there");
+        assert!(*last >= range.last().get());
+        let lease = Arc::clone(registration);
+        drop(lru);
+        drop(black_box(lease));
+    }
+}
+
+/// Nanoseconds for a hit and its drop, each thread with requests of its own: the slowest thread's.
+fn hit<P: Peer>(peer: &P, orders: &[Vec<u32>]) -> f64 {
+    let line = Barrier::new(orders.len());
+    let run = |order: &[u32]| {
+        line.wait();
+        let start = Instant::now();
+        for number in order {
+            peer.hit(region(*number));
+        }
+        start.elapsed().as_nanos() as f64 / order.len() as f64
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = orders.iter().map(|order| scope.spawn(|| run(order))).collect();
+        threads.into_iter().map(|thread| thread.join().expect("a bench thread")).fold(0.0, f64::max)
+    })
+}
+
+fn miss() -> f64 {
+    const REGIONS: u32 = 10_000;
+    let ours = Ours::new(1);
+    let mut taken = 0;
+    let mut misses = 0;
+    for _ in 0..10 {
+        let start = Instant::now();
+        for number in 0..REGIONS {
+            ours.hit(region(number));
+        }
+        taken += start.elapsed().as_nanos();
+        misses += u128::from(REGIONS);
+        ours.cache.flush();
+    }
+    taken as f64 / misses as f64
+}
+
+/// One region goes, and comes back outside of the clock.
+fn invalidate(ours: &Ours, order: &[u32]) -> f64 {
+    let mut taken = 0;
+    let order = &order[..50_000];
+    for some in order.chunks(50) {
+        let start = Instant::now();
+        for number in some {
+            drop(ours.mm.invalidate(region(*number), Event::Unmap));
+        }
+        taken += start.elapsed().as_nanos();
+        some.iter().for_each(|number| ours.hit(region(*number)));
+    }
+    taken as f64 / order.len() as f64
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn main() {
+    let rounds: usize = std::env::args().nth(1).and_then(|n| n.parse().ok()).unwrap_or(5);
+    println!("{rounds} rounds, medians of ns for one; the ratio is the median of the rounds' ratios\n");
+    println!("{:<44} {:>8} {:>8} {:>8} {:>8}  bar", "hit + drop", "regcache", "RwLock", "LRU", "/RwLock");
+    let cases: [(u32, usize, &str); 7] = [
+        (1, 1, "12"),
+        (1_000, 1, "18"),
+        (10_000, 1, "25"),
+        (100_000, 1, "100"),
+        (1, 2, ">= 1.0 of one thread's throughput"),
+        (10_000, 2, ">= 1.7 of one thread's throughput"),
+        (100_000, 2, ""),
+    ];
+    for (regions, threads, bar) in cases {
+        let (ours, tree, lru) = (Ours::new(regions), Tree::new(regions), Lru::new(regions));
+        let orders: Vec<_> = (0..threads as u64).map(|seed| order(regions, seed + 1)).collect();
+        let one = std::slice::from_ref(&orders[0]);
+        let mut columns: [Vec<f64>; 5] = Default::default();
+        for _ in 0..rounds {
+            let ns = [hit(&ours, &orders), hit(&tree, &orders), hit(&lru, &orders)];
+            columns.iter_mut().zip(ns).for_each(|(column, ns)| column.push(ns));
+            columns[3].push(ns[0] / ns[1]);
+            columns[4].push(threads as f64 * hit(&ours, one) / ns[0]);
+        }
+        let [ours, tree, lru, ratio, scaling] = columns.map(median);
+        let name = format!("{regions} regions, {threads} thread{}", if threads == 1 { "" } else { "s" });
+        let scaling = if threads == 1 { String::new() } else { format!("  {scaling:.2} of one thread") };
+        println!("{name:<44} {ours:>8.1} {tree:>8.1} {lru:>8.1} {ratio:>8.2}  {bar}{scaling}");
+    }
+    let misses = median((0..rounds).map(|_| miss()).collect());
+    println!("\n{:<44} {misses:>8.1} {:>28}250", "miss, counting registrar", "");
+    let ours = Ours::new(100_000);
+    let order = order(100_000, 3);
+    let invalidations = median((0..rounds).map(|_| invalidate(&ours, &order)).collect());
+    println!("{:<44} {invalidations:>8.1} {:>28}2000", "invalidation of 1 of 100,000", "");
+}

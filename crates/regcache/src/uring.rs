@@ -1,0 +1,190 @@
+//! io_uring's fixed buffers.
+//!
+//! # Safety
+//! The system calls get pointers to locals that outlive the call, with their right lengths. The kernel checks the user's
+//! addresses itself, and pins pages rather than trusting them to stay.
+
+use crate::{Cause, Lease, OwnedLease, Registrar};
+use mmu_notifier::VaRange;
+use rustix::io::{Errno, fcntl_dupfd_cloexec};
+use rustix::io_uring::{IoringRegisterOp, io_uring_register};
+use std::ffi::c_void;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Mutex, PoisonError};
+
+/// Registers memory as fixed buffers of an io_uring, for `ReadFixed` and `WriteFixed`.
+///
+/// Works with any ring, among them those of the `io-uring` crate: it keeps a descriptor of its own and leaves submission and
+/// completion alone. The ring's table of buffers becomes the registrar's: nobody else may register buffers with the ring.
+///
+/// A lease must last until its requests have completed: its slot of the table is used for another region afterwards. (The
+/// kernel keeps the pages of a request that is under way in any case.) Deregisters in callbacks.
+///
+/// # Limits
+/// A slot for each region: give the cache at most as many with [`Options::max_regions`](crate::Options::max_regions). A region of
+/// more than 1 GiB is refused, and so is memory that the kernel does not pin for long, such as a shared mapping of a file on
+/// most file systems. Rings with `IORING_SETUP_SINGLE_ISSUER` let one thread only change the table: then regions that other threads
+/// invalidate stay registered. Linux 5.19.
+///
+/// # Examples
+/// ```
+/// use io_uring::{IoUring, opcode, types};
+/// use regcache::{Device, Options, Uring};
+/// use std::os::fd::AsRawFd;
+///
+/// let mut ring = IoUring::new(8)?;
+/// let device = Device::new(Uring::new(&ring, 64)?, Options::new().max_regions(64));
+/// let cache = device.open(&mmu_source::current())?;
+///
+/// let file = std::fs::File::open("/proc/self/exe")?;
+/// let mut buffer = vec![0_u8; 4];
+/// let lease = cache.get_for(&buffer)?;
+/// let read = opcode::ReadFixed::new(types::Fd(file.as_raw_fd()), buffer.as_mut_ptr(), 4, lease.buf_index());
+/// // SAFETY: The buffer and the lease live until the request has completed.
+/// unsafe { ring.submission().push(&read.build())? };
+/// ring.submit_and_wait(1)?;
+/// assert_eq!(ring.completion().next().map(|entry| entry.result()), Some(4));
+/// drop(lease);
+/// assert_eq!(buffer, b"\x7fELF");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug)]
+pub struct Uring {
+    ring: OwnedFd,
+    /// With room for all: neither taking one nor giving one back allocates.
+    free: Mutex<Vec<u16>>,
+}
+
+/// The slot of a fixed buffer in its ring's table. From [`Uring`].
+#[derive(Debug)]
+pub struct FixedBuffer {
+    index: u16,
+}
+
+impl FixedBuffer {
+    /// Returns what `ReadFixed` and `WriteFixed` call `buf_index`.
+    #[must_use]
+    pub fn buf_index(&self) -> u16 {
+        self.index
+    }
+}
+
+impl Lease<'_, Uring> {
+    /// Returns what `ReadFixed` and `WriteFixed` call `buf_index`. The request's addresses may be any within the region.
+    #[must_use]
+    #[inline]
+    pub fn buf_index(&self) -> u16 {
+        self.handle().index
+    }
+}
+
+impl OwnedLease<Uring> {
+    /// Returns what `ReadFixed` and `WriteFixed` call `buf_index`.
+    #[must_use]
+    pub fn buf_index(&self) -> u16 {
+        self.get().buf_index()
+    }
+}
+
+/// `struct iovec`.
+#[repr(C)]
+struct Iovec {
+    base: u64,
+    len: u64,
+}
+
+/// `struct io_uring_rsrc_register`.
+#[repr(C)]
+#[derive(Default)]
+struct Register {
+    nr: u32,
+    flags: u32,
+    resv2: u64,
+    data: u64,
+    tags: u64,
+}
+
+/// `struct io_uring_rsrc_update2`.
+#[repr(C)]
+#[derive(Default)]
+struct Update {
+    offset: u32,
+    resv: u32,
+    data: u64,
+    tags: u64,
+    nr: u32,
+    resv2: u32,
+}
+
+const SPARSE: u32 = 1;
+/// The most bytes of a fixed buffer.
+const LARGEST: u64 = 1 << 30;
+
+impl Uring {
+    /// Gives `ring` an empty table of `slots` buffers.
+    ///
+    /// # Errors
+    /// What the kernel says: `EBUSY` if the ring has a table already, `EINVAL` for 0 slots or more than 2^14.
+    pub fn new(ring: impl AsFd, slots: u16) -> io::Result<Self> {
+        let ring = fcntl_dupfd_cloexec(ring, 0)?;
+        let table = Register { nr: slots.into(), flags: SPARSE, ..Register::default() };
+        let (arg, size) = ((&raw const table).cast::<c_void>(), size_of::<Register>() as u32);
+        // SAFETY: The call reads a `struct io_uring_rsrc_register` of this size, which has no pointers in it.
+        unsafe { io_uring_register(&ring, IoringRegisterOp::RegisterBuffers2, arg, size) }?;
+        Ok(Self { ring, free: Mutex::new((0..slots).rev().collect()) })
+    }
+
+    /// Puts a buffer into a slot, or nothing if it is empty.
+    fn update(&self, index: u16, buffer: &Iovec) -> io::Result<()> {
+        let data = (&raw const *buffer).expose_provenance() as u64;
+        let update = Update { offset: index.into(), data, nr: 1, ..Update::default() };
+        let (arg, size) = ((&raw const update).cast::<c_void>(), size_of::<Update>() as u32);
+        // SAFETY: The call reads a `struct io_uring_rsrc_update2` of this size and one `struct iovec`, which both live until it returns.
+        unsafe { io_uring_register(&self.ring, IoringRegisterOp::RegisterBuffersUpdate, arg, size) }?;
+        Ok(())
+    }
+
+    /// Takes a slot off the list, or puts one back. Does nothing else under the lock: `deregister` runs in callbacks.
+    fn slots<T>(&self, f: impl FnOnce(&mut Vec<u16>) -> T) -> T {
+        f(&mut self.free.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl Registrar for Uring {
+    type Handle = FixedBuffer;
+    type Error = io::Error;
+
+    fn register(&self, range: VaRange) -> io::Result<FixedBuffer> {
+        let len = range.pages().saturating_mul(mmu_notifier::PAGE_SIZE);
+        if len > LARGEST {
+            return Err(Errno::TOOBIG.into());
+        }
+        let index = self.slots(Vec::pop).ok_or(Errno::NOBUFS)?;
+        if let Err(error) = self.update(index, &Iovec { base: range.start().get(), len }) {
+            self.slots(|free| free.push(index));
+            return Err(error);
+        }
+        Ok(FixedBuffer { index })
+    }
+
+    fn deregister(&self, buffer: FixedBuffer) {
+        // A slot that cannot be emptied is not used again; its pages go with the ring.
+        if self.update(buffer.index, &Iovec { base: 0, len: 0 }).is_ok() {
+            self.slots(|free| free.push(buffer.index));
+        }
+    }
+
+    fn cause(&self, error: &io::Error) -> Cause {
+        match Errno::from_io_error(error) {
+            Some(Errno::NOMEM | Errno::NOBUFS) => Cause::Limit,
+            Some(Errno::FAULT) => Cause::NotMapped,
+            _ => Cause::Other,
+        }
+    }
+
+    /// The system call takes no lock of this process, and the list of slots is locked for a few instructions.
+    fn deregisters_in_callbacks(&self) -> bool {
+        true
+    }
+}
