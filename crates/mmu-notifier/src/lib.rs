@@ -41,6 +41,9 @@
 //! * [`Subsystem`], [`Subscription`]: get and put. [`Registration`]: for a notifier that one owner registers and takes back.
 //! * [`Mm::invalidate`], [`Mm::try_invalidate`], [`Mm::with_invalidation`]: brackets, for event sources.
 //! * [`Subsystem::synchronize`]: waits for the frees.
+//! * [`IntervalNotifier`]: a subscriber of one range, with the collision-retry protocol in its types. [`InvalidateSeq`]: what a
+//!   virtual machine monitor wants for one table over many ranges.
+//! * [`lockdep`]: finds lock-order trouble in debug builds.
 //!
 //! # What a subscriber can rely on
 //! * No bracket is missed: when `get` has returned, each bracket that is open or opens later calls the notifier.
@@ -48,6 +51,16 @@
 //!   its address space ended.
 //! * No callback runs in a freed notifier, and `release` has returned before exit goes on.
 //! * What would wait for itself returns [`WouldDeadlock`].
+//!
+//! # What a thread must not do
+//! Wait for another address space's brackets, by subscribing to it or unregistering from it, inside a bracket of this one, if
+//! another thread does the same the other way round; no lock tells the two. Wait for anything while it holds a lock that
+//! a callback takes: [`lockdep`] finds that.
+//!
+//! # In the child of a fork
+//! The parent's address spaces have no subscribers there ([`Mm::is_inherited`]); the child makes its own. A `Subsystem` can be
+//! used in both; but a child that was forked while another thread was inside [`Subsystem::synchronize`] must not call it on
+//! the same subsystem.
 
 #![deny(unsafe_code)]
 
