@@ -22,6 +22,22 @@ impl fmt::Display for Overflow {
 impl Error for Overflow {}
 
 /// Why [`Subsystem::get`](crate::Subsystem::get) made no subscription. Nothing is registered then.
+///
+/// # Source
+/// The `ERR_PTR` of `mmu_notifier_get`, Linux 5.15. Differs: no EINTR and no ENOMEM; a wait for oneself is an error and no hang.
+///
+/// # Examples
+/// ```
+/// use mmu_notifier::{GetError, MmWithUser, Notifier, Subsystem};
+///
+/// struct Table;
+/// impl Notifier for Table {}
+/// static TABLES: Subsystem<Table, &str> = Subsystem::new(|_mm| Err("the device is full"));
+///
+/// let mm = MmWithUser::new();
+/// assert_eq!(TABLES.get(&mm).err(), Some(GetError::Alloc("the device is full")));
+/// assert!(!mm.has_notifiers());
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum GetError<E> {
@@ -52,7 +68,23 @@ impl<E: Error + 'static> Error for GetError<E> {
     }
 }
 
-/// A notifier that could not be registered, and why.
+/// A notifier that could not be registered, and why. It comes back as it was, and nobody has seen it.
+///
+/// # Examples
+/// ```
+/// use mmu_notifier::{Event, MmWithUser, Notifier, Registration, VaRange};
+///
+/// struct Table(u64);
+/// impl Notifier for Table {}
+///
+/// let mm = MmWithUser::new();
+/// let bracket = mm.invalidate(VaRange::ALL, Event::Clear);
+/// let refused = Registration::new(&mm, Table(7)).err().expect("it would wait for the bracket of this thread");
+/// drop(bracket);
+/// let table = Registration::new(&mm, refused.notifier).map_err(|e| e.error)?;
+/// assert_eq!(table.0, 7);
+/// # Ok::<(), mmu_notifier::WouldDeadlock>(())
+/// ```
 #[non_exhaustive]
 pub struct RegisterError<N> {
     /// Why not.

@@ -22,6 +22,7 @@ use crate::{
     Blocking, Event, Exit, InvalidateRange, Mm, Notifier, Va, VaRange, WouldBlock, WouldDeadlock, context, lockdep,
 };
 use std::fmt;
+use std::mem::replace;
 use std::sync::{PoisonError, TryLockError};
 use watched::Watched;
 
@@ -246,6 +247,8 @@ impl<S: ShadowOps> InvalidateSeq<S> {
     /// Replaces the ranges that are watched, when no invalidation is open, and runs `zap` on the locked shadow, which must let
     /// go of whatever is watched no longer. Faults that have begun before are refused.
     ///
+    /// The same holds for `zap` as for what [`try_install`](Self::try_install) runs.
+    ///
     /// # Blocking
     /// Sleeps until every open bracket of the address space has ended. Brackets that begin meanwhile can hold it up; those
     /// that begin while `zap` runs wait for it.
@@ -274,9 +277,13 @@ impl<S: ShadowOps> InvalidateSeq<S> {
         let _order = self.order.acquire();
         let mut state = lock(&self.state);
         self.advance();
-        window.watched = watched.clone();
-        state.watched = watched;
-        Ok(zap(&mut state.shadow))
+        let old = (replace(&mut window.watched, watched.clone()), replace(&mut state.watched, watched));
+        let result = zap(&mut state.shadow);
+        drop(state);
+        drop(window);
+        // Freeing may unmap memory, which may come back here as a bracket.
+        drop(old);
+        Ok(result)
     }
 
     /// Forgets every invalidation that has begun and not ended, and that an address space has ended.

@@ -39,6 +39,8 @@
 //! * [`Mm`] is a handle of an address space, [`MmWithUser`] one of an address space that is alive. Dropping the last
 //!   `MmWithUser` is exit: every subscriber's [`release`](Notifier::release) runs.
 //! * [`Subsystem`], [`Subscription`]: get and put. [`Registration`]: for a notifier that one owner registers and takes back.
+//! * [`IntervalNotifier`]: for many ranges, each with its own state; [`InvalidateSeq`]: for one shadow with many faults, such as a
+//!   virtual machine's page tables. Both refuse to install what was looked up before a change.
 //! * [`Mm::invalidate`], [`Mm::try_invalidate`], [`Mm::with_invalidation`]: brackets, for event sources.
 //! * [`Subsystem::synchronize`]: waits for the frees.
 //! * [`IntervalNotifier`]: a subscriber of one range, with the collision-retry protocol in its types. [`InvalidateSeq`]: what a

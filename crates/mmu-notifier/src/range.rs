@@ -80,6 +80,15 @@ impl VaRange {
     ///
     /// # Errors
     /// [`InvalidRange`] if `len` is zero or the bytes run past the last address.
+    ///
+    /// # Examples
+    /// ```
+    /// use mmu_notifier::{Va, VaRange};
+    ///
+    /// let range = VaRange::covering(Va::new(0x1fff), 2)?;
+    /// assert_eq!(range.to_string(), "0x1000-0x3000");
+    /// # Ok::<(), mmu_notifier::InvalidRange>(())
+    /// ```
     pub const fn covering(start: Va, len: u64) -> Result<Self, InvalidRange> {
         if len == 0 {
             return Err(InvalidRange { start, last: Va(start.0.wrapping_sub(1)) });

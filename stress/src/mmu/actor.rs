@@ -242,8 +242,8 @@ impl Actor {
         if let Some((shadow, frame)) = pick(&self.shadows, &mut self.random) {
             let snapshot = shadow.snapshot(page());
             let found = frame.load(Ordering::Relaxed);
-            std::hint::spin_loop();
             if self.world.broken {
+                std::thread::yield_now();
                 shadow.with_shadow(|shadow| shadow.entry = Some(found));
             } else {
                 match shadow.try_install(snapshot, |shadow| shadow.entry = Some(found)) {
