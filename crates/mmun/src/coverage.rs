@@ -18,6 +18,7 @@ mod traced;
 mod witness;
 
 use std::io::{self, Write};
+use std::ops::ControlFlow;
 
 use crate::args::{CellArgs, CoverageArgs, TraceeArgs};
 use crate::outcome::Outcome;
@@ -53,6 +54,7 @@ pub(crate) fn main(args: CoverageArgs) -> Outcome {
         if written.is_ok() {
             written = matrix.write(&mut io::stdout());
         }
+        if written.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
     });
     if written.is_ok() {
         written = matrix.end(&mut io::stdout()).and_then(|()| io::stdout().flush());

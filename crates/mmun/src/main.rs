@@ -68,10 +68,16 @@ fn written(result: io::Result<()>) -> Outcome {
     }
 }
 
-/// The words of an error without its number.
+/// The words of an error without its number, which says the same.
 fn reason(error: &dyn std::error::Error) -> String {
-    let text = error.to_string();
-    text.split(" (os error").next().unwrap_or_default().to_owned()
+    without_number(&error.to_string())
+}
+
+fn without_number(text: &str) -> String {
+    match text.split_once(" (os error ") {
+        Some((before, after)) => format!("{before}{}", after.split_once(')').map_or("", |(_, after)| after)),
+        None => text.to_owned(),
+    }
 }
 
 /// An error of a source in one line: what, why, and what helps.

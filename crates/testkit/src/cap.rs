@@ -22,6 +22,10 @@ pub enum Cap {
     Kvm,
     /// userfaultfd with asynchronous write protection.
     Userfaultfd,
+    /// A program of this name that answers `--version`.
+    Program(&'static str),
+    /// Being root, to become somebody else.
+    Root,
 }
 
 /// Tells whether the machine has `cap`.
@@ -41,6 +45,16 @@ pub fn require(cap: Cap) -> bool {
 
 fn probe(cap: Cap) -> Result<(), String> {
     match cap {
+        Cap::Program(name) => match Command::new(name).arg("--version").output() {
+            Ok(output) if output.status.success() => Ok(()),
+            Ok(output) => Err(format!("{name} --version ended with {}", output.status)),
+            Err(error) => Err(format!("no {name}: {error}")),
+        },
+        // SAFETY: it takes nothing and cannot fail.
+        Cap::Root => match unsafe { libc::geteuid() } {
+            0 => Ok(()),
+            user => Err(format!("user {user} is not root")),
+        },
         Cap::Ptrace => ptrace().map_err(|error| format!("ptrace is refused: {error}")),
         Cap::SeccompTrace => match fs::read_to_string("/proc/sys/kernel/seccomp/actions_avail") {
             Ok(actions) if actions.split_whitespace().any(|action| action == "trace") => Ok(()),

@@ -1,36 +1,59 @@
 //! The sources of this process, each armed for one range.
 
+use std::sync::Arc;
+
 use mmu_notifier::{MmWithUser, VaRange};
+use mmu_source::hook::Hook;
+use mmu_source::kernel::{self, Kernel};
 
 use super::operation::Unavailable;
 use crate::source::Source;
 
 /// A source at work. What it tells arrives at the subscribers of [`Armed::mm`].
 #[derive(Debug)]
-pub(crate) enum Armed {}
+pub(crate) enum Armed {
+    Kernel(Arc<Kernel>, #[expect(dead_code, reason = "its drop disarms")] kernel::Armed),
+    Hook(Hook),
+}
 
 impl Armed {
-    pub(crate) fn new(source: Source, _range: VaRange) -> Result<Armed, Unavailable> {
-        Err(Unavailable(format!("{} is not part of this build", source.name())))
+    /// Starts `source`, for `range` if it has to be told one.
+    pub(crate) fn new(source: Source, range: VaRange) -> Result<Armed, Unavailable> {
+        let refused = |error: mmu_source::Error| Unavailable(crate::explain(&error));
+        match source {
+            Source::Kernel => {
+                let kernel = Kernel::start().map_err(refused)?;
+                let armed = kernel.arm(range).map_err(refused)?;
+                Ok(Armed::Kernel(kernel, armed))
+            }
+            Source::Hook => Hook::install().map(Armed::Hook).map_err(refused),
+            Source::Uffd => Err("uffd is not part of this build".into()),
+            Source::Process => Err("it watches other processes".into()),
+        }
     }
 
     /// The address space it feeds.
     pub(crate) fn mm(&self) -> MmWithUser {
-        match *self {}
+        mmu_source::current()
     }
 
     /// Has it tell what it knows by now.
     pub(crate) fn drain(&self) {
-        match *self {}
+        if let Armed::Kernel(kernel, _) = self {
+            kernel.drain();
+        }
     }
 
     /// The counter that moves before a translation does, of the source that has one.
     pub(crate) fn generation(&self) -> Option<u64> {
-        match *self {}
+        match self {
+            Armed::Kernel(kernel, _) => Some(kernel.generation()),
+            Armed::Hook(_) => None,
+        }
     }
 
     /// Whether it tells from a thread of its own, which may lag.
     pub(crate) fn lags(&self) -> bool {
-        match *self {}
+        !matches!(self, Armed::Hook(_))
     }
 }

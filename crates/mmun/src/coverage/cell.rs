@@ -34,9 +34,14 @@ fn try_run(operation: &Operation, source: Source) -> Result<Report, Unavailable>
     let before = witness.page().state()?;
     witness.begin(before);
     let mut changed = Ok(false);
-    let ahead = watch_beside(&armed, witness.page(), before, || {
-        changed = change().and_then(|()| Ok(witness.page().state()? != before));
-    });
+    let ahead = watch_beside(
+        || armed.generation(),
+        witness.page(),
+        before,
+        || {
+            changed = change().and_then(|()| Ok(witness.page().state()? != before));
+        },
+    );
     let changed = changed?;
     let seen = match told(&armed, &witness) {
         // It is told later than it is known: whoever looks at the counter knows first.
@@ -80,11 +85,17 @@ fn told(armed: &Armed, witness: &Witness) -> Option<Seen> {
 /// A thread looks at the page, then at the counter, for as long as the change takes. If the counter moves first, as it must,
 /// a changed page is never seen with the old count. That can refute the order, not prove it: what takes less time
 /// than one look, or holds off readers of `/proc`, can slip through.
-fn watch_beside(armed: &Armed, page: &Page, before: State, change: impl FnOnce()) -> bool {
-    let Some(generation) = armed.generation() else {
+fn watch_beside(
+    generation: impl Fn() -> Option<u64> + Sync,
+    page: &Page,
+    before: State,
+    change: impl FnOnce(),
+) -> bool {
+    let Some(at_first) = generation() else {
         change();
         return false;
     };
+    // Relaxed: the flag hands nothing over, and one look more or less does not matter.
     let (over, started) = (AtomicBool::new(false), Barrier::new(2));
     thread::scope(|scope| {
         let looker = scope.spawn(|| {
@@ -92,7 +103,7 @@ fn watch_beside(armed: &Armed, page: &Page, before: State, change: impl FnOnce()
             loop {
                 let last = over.load(Relaxed);
                 let now = page.state();
-                if now.is_ok_and(|now| now != before) && armed.generation() == Some(generation) {
+                if now.is_ok_and(|now| now != before) && generation() == Some(at_first) {
                     return true;
                 }
                 if last {
@@ -105,4 +116,50 @@ fn watch_beside(armed: &Armed, page: &Page, before: State, change: impl FnOnce()
         over.store(true, Relaxed);
         looker.join().unwrap_or(true)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicU64;
+
+    use super::super::page::Judge;
+    use super::super::region::Region;
+    use super::*;
+
+    /// A counter that moves before or after a page is discarded, and how that looks from beside.
+    fn looks_late(moves_first: bool) -> bool {
+        let region = Region::anonymous(1).unwrap();
+        let pid = rustix::process::getpid().as_raw_nonzero().get();
+        let page = Page::open(pid, region.page(0), Judge::Frame).unwrap();
+        let (counter, looks) = (AtomicU64::new(7), AtomicU64::new(0));
+        let generation = || {
+            looks.fetch_add(1, Relaxed);
+            Some(counter.load(Relaxed))
+        };
+        let discard = || region.advise(libc::MADV_DONTNEED).unwrap();
+        watch_beside(generation, &page, page.state().unwrap(), || {
+            if moves_first {
+                counter.fetch_add(1, Relaxed);
+                return discard();
+            }
+            discard();
+            // The counter is looked at once more only if the page was seen to have changed.
+            while looks.load(Relaxed) < 2 {
+                thread::yield_now();
+            }
+            counter.fetch_add(1, Relaxed);
+        })
+    }
+
+    #[test]
+    fn a_counter_that_moves_after_the_change_is_found_out() {
+        assert!(looks_late(false));
+    }
+
+    #[test]
+    fn a_counter_that_moves_before_the_change_is_not_accused() {
+        for _ in 0..100 {
+            assert!(!looks_late(true));
+        }
+    }
 }

@@ -52,7 +52,9 @@ impl Page {
     /// # Errors
     /// `/proc` does not let us see what `judge` needs: one line that says so.
     pub(crate) fn open(pid: Pid, address: usize, judge: Judge) -> Result<Page, String> {
-        let open = |name: String| File::open(&name).map_err(|error| format!("{name} cannot be read: {error}"));
+        let open = |name: String| {
+            File::open(&name).map_err(|error| format!("{name} cannot be read: {}", crate::reason(&error)))
+        };
         let pagemap = open(format!("/proc/{pid}/pagemap"))?;
         let flags = if judge == Judge::Lazy { Some(open("/proc/kpageflags".to_owned())?) } else { None };
         Ok(Page { pid, address, judge, pagemap, flags })
@@ -95,5 +97,52 @@ fn word(file: &File, index: usize) -> io::Result<u64> {
     match rustix::io::pread(file, &mut bytes, index as u64 * 8)? {
         8 => Ok(u64::from_ne_bytes(bytes)),
         _ => Err(io::ErrorKind::UnexpectedEof.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::region::Region;
+    use super::*;
+
+    fn page(region: &Region, judge: Judge) -> Result<Page, String> {
+        Page::open(rustix::process::getpid().as_raw_nonzero().get(), region.page(0), judge)
+    }
+
+    #[test]
+    fn a_page_nobody_changes_stays_the_same_and_a_discarded_one_does_not() {
+        let region = Region::anonymous(1).unwrap();
+        for judge in [Judge::Frame, Judge::Exclusive] {
+            region.touch();
+            let page = page(&region, judge).unwrap();
+            let before = page.state().unwrap();
+            assert_eq!(page.state().unwrap(), before);
+            region.advise(libc::MADV_DONTNEED).unwrap();
+            assert_ne!(page.state().unwrap(), before);
+        }
+    }
+
+    #[test]
+    fn protection_is_seen_and_looking_leaves_no_trace() {
+        let region = Region::anonymous(1).unwrap();
+        let (page, frame) = (page(&region, Judge::Writable).unwrap(), page(&region, Judge::Frame).unwrap());
+        let (writable, there) = (page.state().unwrap(), frame.state().unwrap());
+        assert_eq!(page.state().unwrap(), writable);
+        region.protect().unwrap();
+        assert_ne!(page.state().unwrap(), writable);
+        assert_eq!(frame.state().unwrap(), there);
+    }
+
+    #[test]
+    fn a_page_given_up_by_advice_is_seen_by_root() {
+        let region = Region::anonymous(64).unwrap();
+        // Only root can look: for others the operation is not available, which is tested from outside.
+        let Ok(page) = page(&region, Judge::Lazy) else {
+            assert!(!rustix::process::geteuid().is_root());
+            return;
+        };
+        let before = page.state().unwrap();
+        region.advise(libc::MADV_FREE).unwrap();
+        assert_ne!(page.state().unwrap(), before);
     }
 }

@@ -2,10 +2,11 @@
 
 use std::fs::File;
 use std::io::{self, Read, Seek};
+use std::ops::ControlFlow;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::Mutex;
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::channel;
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -26,48 +27,53 @@ const LIMIT: Duration = Duration::from_secs(5);
 /// One cell of the matrix.
 pub(crate) type Place = (&'static Operation, Source);
 
-/// Runs every place in a child of its own, and hands each report, with the index of its place, to `done` as it comes.
-pub(crate) fn run(places: &[Place], mut done: impl FnMut(usize, Report)) {
-    let next = Mutex::new(places.iter().enumerate());
+/// Runs every place in a child of its own, and hands each report, with the index of its place, to `done` as it comes. Ends
+/// early if that breaks.
+pub(crate) fn run(places: &[Place], mut done: impl FnMut(usize, Report) -> ControlFlow<()>) {
+    let left = Mutex::new(places.iter().enumerate());
     let (sender, reports) = channel();
     thread::scope(|scope| {
         for _ in 0..ABREAST.min(places.len()) {
-            let (sender, next) = (sender.clone(), &next);
+            let (sender, left) = (sender.clone(), &left);
             scope.spawn(move || {
                 loop {
-                    let place = next.lock().expect("nothing panics with it held").next();
-                    let Some((index, place)) = place else { return };
+                    let next = left.lock().unwrap_or_else(PoisonError::into_inner).next();
+                    let Some((index, place)) = next else { return };
                     let report = child(place).unwrap_or_else(|error| Report::broken(crate::reason(&error)));
-                    // Nobody listens any more if `done` panicked.
+                    // Nobody listens any more if `done` broke.
                     let _ = sender.send((index, report));
                 }
             });
         }
         drop(sender);
-        receive(&reports, &mut done);
+        for (index, report) in reports {
+            if done(index, report).is_break() {
+                *left.lock().unwrap_or_else(PoisonError::into_inner) = [].iter().enumerate();
+                return;
+            }
+        }
     });
 }
 
-fn receive(reports: &Receiver<(usize, Report)>, done: &mut impl FnMut(usize, Report)) {
-    for (index, report) in reports {
-        done(index, report);
-    }
+fn child((operation, source): &Place) -> io::Result<Report> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.args(["coverage-cell", operation.name, source.name()]);
+    supervise(command, LIMIT)
 }
 
-fn child((operation, source): &Place) -> io::Result<Report> {
-    // Files, not pipes: whatever the child leaves running cannot hold us up.
+/// Runs `command`, which has to write a report and end within `limit`. Whatever it started ends with it.
+fn supervise(mut command: Command, limit: Duration) -> io::Result<Report> {
+    // Files, not pipes: what the child leaves running cannot hold us up.
     let mut output = File::from(memfd_create("coverage-output", MemfdFlags::CLOEXEC)?);
     let mut errors = File::from(memfd_create("coverage-errors", MemfdFlags::CLOEXEC)?);
-    let mut command = Command::new(std::env::current_exe()?);
-    command.args(["coverage-cell", operation.name, source.name()]).stdin(Stdio::null());
-    command.stdout(output.try_clone()?).stderr(errors.try_clone()?).process_group(0);
+    command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(errors.try_clone()?).process_group(0);
     let mut child = command.spawn()?;
-    let in_time = wait(&child);
-    // Its own children go with it. Its number is that of its group until it is reaped.
+    let in_time = wait(&child, limit);
+    // Its number is that of its group until it is reaped. That the group is gone is no error.
     let _ = kill_process_group(Pid::from_child(&child), Signal::KILL);
     let status = child.wait()?;
     if !in_time? {
-        return Ok(Report::broken(format!("it did not end within {} s", LIMIT.as_secs())));
+        return Ok(Report::broken(format!("it did not end within {limit:?}")));
     }
     let (mut line, mut complaint) = (String::new(), String::new());
     output.rewind()?;
@@ -78,9 +84,9 @@ fn child((operation, source): &Place) -> io::Result<Report> {
 }
 
 /// Waits for the child's end, as long as it may take, and says whether it came. Does not reap it.
-fn wait(child: &Child) -> io::Result<bool> {
+fn wait(child: &Child, limit: Duration) -> io::Result<bool> {
     let pidfd = pidfd_open(Pid::from_child(child), PidfdFlags::empty())?;
-    let limit = Timespec { tv_sec: LIMIT.as_secs() as i64, tv_nsec: 0 };
+    let limit = Timespec::try_from(limit).map_err(io::Error::other)?;
     loop {
         match poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&limit)) {
             Err(Errno::INTR) => {}
@@ -98,5 +104,37 @@ fn end_of(status: ExitStatus, complaint: &str) -> String {
     match complaint.lines().find(|line| !line.trim().is_empty()) {
         Some(first) => format!("{end}: {first}"),
         None => end,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::report::Seen;
+    use super::*;
+
+    fn shell(script: &str, limit: Duration) -> Report {
+        let mut command = Command::new("sh");
+        command.args(["-c", script]);
+        supervise(command, limit).unwrap()
+    }
+
+    #[test]
+    fn a_report_is_taken_and_what_the_child_started_does_not_hold_it_up() {
+        let report = shell("sleep 1000 & echo 'before true false '", LIMIT);
+        assert_eq!(report, Report::told(Seen::Before, true));
+    }
+
+    #[test]
+    fn a_child_that_hangs_is_killed() {
+        let report = shell("while :; do sleep 1000; done", Duration::from_millis(50));
+        assert!(report.broken && report.reason.contains("did not end within 50ms"), "{report:?}");
+    }
+
+    #[test]
+    fn a_child_without_a_report_says_how_it_ended() {
+        let report = shell("kill -SEGV $$", LIMIT);
+        assert!(report.broken && report.reason.contains("SIGSEGV"), "{report:?}");
+        let report = shell("echo complaint >&2; exit 3", LIMIT);
+        assert_eq!(report.reason, "it exited with status 3: complaint");
     }
 }

@@ -4,6 +4,7 @@ use std::fs;
 use std::sync::atomic::AtomicBool;
 
 use mmu_notifier::MmWithUser;
+use mmu_source::Error;
 use mmu_source::process::{Command, Observer, Options, Task, Tracer};
 
 use super::Lack;
@@ -12,8 +13,65 @@ use crate::source::Source;
 /// What a source lacks here, if anything, and what it found.
 pub(super) fn probe(source: Source) -> (Option<Lack>, Vec<String>) {
     match source {
+        Source::Kernel => kernel(),
+        Source::Hook => hook(),
+        Source::Uffd => (Some(Lack { missing: "it is not part of this build".into(), remedy: None }), Vec::new()),
         Source::Process => process(),
-        _ => (Some(Lack { missing: format!("{} is not part of this build", source.name()), remedy: None }), Vec::new()),
+    }
+}
+
+/// What is there is listed also if something else is missing.
+fn kernel() -> (Option<Lack>, Vec<String>) {
+    let mut features = Vec::new();
+    match fs::File::options().read(true).write(true).open("/dev/kvm") {
+        Ok(_) => features.push("kvm".to_owned()),
+        Err(error) => features.push(format!("no-kvm ({})", crate::reason(&error))),
+    }
+    let tracing = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"];
+    let event = "events/kvm/kvm_unmap_hva_range/id";
+    match tracing.iter().find(|folder| fs::exists(format!("{folder}/{event}")).unwrap_or(false)) {
+        Some(folder) => features.push(format!("tracefs={folder}")),
+        None => features.push("no-tracefs".to_owned()),
+    }
+    if fs::exists("/sys/kernel/btf/vmlinux").unwrap_or(false) {
+        features.push("btf".to_owned());
+    }
+    if let Ok(level) = fs::read_to_string("/proc/sys/kernel/unprivileged_bpf_disabled") {
+        features.push(format!("unprivileged_bpf_disabled={}", level.trim()));
+    }
+    match mmu_source::kernel::probe() {
+        Ok(found) => {
+            features.push(format!("bpf={}", found.through));
+            (None, features)
+        }
+        Err(error) => (Some(lack(&error)), features),
+    }
+}
+
+fn hook() -> (Option<Lack>, Vec<String>) {
+    match mmu_source::hook::probe() {
+        Ok(places) => {
+            let mut names: Vec<&str> = places.iter().map(|place| place.name).collect();
+            names.sort_unstable();
+            names.dedup();
+            let mut features = vec![format!("places={}", places.len())];
+            features.extend(names.iter().map(|name| (*name).to_owned()));
+            let overwritten = places.iter().filter(|place| place.state == mmu_source::hook::State::Overwritten);
+            features.extend(overwritten.map(|place| format!("overwritten={} in {}", place.name, place.module)));
+            (None, features)
+        }
+        Err(error) => (Some(lack(&error)), Vec::new()),
+    }
+}
+
+/// What an error of a source says is missing.
+fn lack(error: &Error) -> Lack {
+    match error {
+        Error::Unavailable { missing, remedy, .. } => Lack {
+            missing: crate::without_number(missing),
+            remedy: Some(remedy.clone()).filter(|remedy| !remedy.is_empty()),
+        },
+        error => Lack { missing: crate::explain(error), remedy: None },
     }
 }
 
@@ -30,7 +88,7 @@ fn process() -> (Option<Lack>, Vec<String>) {
         tracer.spawn(program)?;
         tracer.run(&AtomicBool::new(false)).map(drop)
     };
-    let lack = traced().err().map(|error| Lack { missing: crate::explain(&error), remedy: None });
+    let lack = traced().err().as_ref().map(lack);
     let mut features = Vec::new();
     if lack.is_none() {
         features.push("ptrace".to_owned());

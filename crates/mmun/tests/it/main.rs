@@ -1,7 +1,9 @@
-//! `mmun trace`, run as a user runs it.
+//! `mmun`, run as a user runs it.
 
 mod bad_input;
+mod coverage;
 mod detach;
+mod doctor;
 mod manners;
 mod records;
 mod support;

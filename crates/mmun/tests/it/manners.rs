@@ -4,7 +4,9 @@ use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
 
-use crate::support::{Fifo, check, have, kill, kind, of_kind, scratch, take_records, text, trace, traced, within};
+use testkit::{Cap, require};
+
+use crate::support::{Fifo, check, kill, kind, of_kind, scratch, take_records, text, trace, traced, within};
 
 #[test]
 fn the_exit_status_is_the_programs() {
@@ -106,7 +108,7 @@ fn a_closed_pipe_ends_quietly_and_the_program_lives_on() {
 
 #[test]
 fn a_stopped_program_gives_the_terminal_back_and_goes_on() {
-    if !have("python3") {
+    if !require(Cap::Program("python3")) {
         return;
     }
     // A terminal with a shell on it, whose part the inner process plays: it starts a job in a group of its own, waits
@@ -151,7 +153,7 @@ print("all well")
 
 #[test]
 fn an_attached_terminal_gets_colour_unless_told_not_to() {
-    if !have("python3") {
+    if !require(Cap::Program("python3")) {
         return;
     }
     let script = "import pty, sys; pty.spawn([sys.argv[1], 'trace', 'ls', '/'])";

@@ -4,8 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 
 use serde_json::Value;
+use testkit::{Cap, require};
 
-use crate::support::{have, kind, of_kind, scratch, text, trace, traced, within};
+use crate::support::{kind, of_kind, scratch, text, trace, traced, within};
 
 #[test]
 fn the_example_of_the_front_page_runs() {
@@ -163,7 +164,7 @@ fn a_hundred_processes_at_once_lose_nothing() {
 
 #[test]
 fn threads_share_an_address_space_and_its_notifier() {
-    if !have("python3") {
+    if !require(Cap::Program("python3")) {
         return;
     }
     let program = "\
@@ -190,7 +191,7 @@ for thread in threads: thread.join()
 
 #[test]
 fn a_compiler_is_traced_whole() {
-    if !have("gcc") {
+    if !require(Cap::Program("gcc")) {
         return;
     }
     let source = scratch("main.c");

@@ -73,7 +73,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "write to the zero page",
-        judge: Judge::Frame,
+        judge: Judge::Exclusive,
         claimed: NOBODY,
         prepare: || {
             let region = Region::untouched(PAGES)?;

@@ -42,7 +42,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         name: "write after fork",
-        judge: Judge::Frame,
+        judge: Judge::Exclusive,
         claimed: NOBODY,
         prepare: || {
             let region = Region::anonymous(PAGES)?;

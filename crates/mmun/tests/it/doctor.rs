@@ -1,0 +1,81 @@
+//! `mmun doctor`: one answer for each source, for root and for others.
+
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Output};
+
+use serde_json::Value;
+use testkit::{Cap, require};
+
+use crate::support::{parse, text, within};
+
+const NOBODY: u32 = 65534;
+
+fn doctor(args: &'static [&str], user: Option<u32>) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_mmun"));
+    command.arg("doctor").args(args);
+    if let Some(user) = user {
+        command.uid(user).gid(user).current_dir("/");
+    }
+    within("mmun doctor", move || command.output().unwrap())
+}
+
+fn check(output: &Output) -> Vec<Value> {
+    let rows = parse(text(&output.stdout));
+    let names: Vec<&Value> = rows.iter().map(|row| &row["source"]).collect();
+    assert_eq!(names, ["kernel", "hook", "uffd", "process"]);
+    for row in &rows {
+        let keys: Vec<&String> = row.as_object().unwrap().keys().collect();
+        assert_eq!(keys, ["v", "source", "usable", "missing", "remedy", "features"]);
+        assert_eq!(row["v"], 1);
+        assert_eq!(row["usable"].as_bool().unwrap(), row["missing"].is_null(), "{row}");
+        assert!(row["remedy"].is_null() || !row["missing"].is_null(), "{row}");
+        let features: Vec<&str> =
+            row["features"].as_array().unwrap().iter().map(|word| word.as_str().unwrap()).collect();
+        for word in ["linux=", "io_uring", "pagemap"] {
+            assert!(features.iter().any(|feature| feature.contains(word)), "{word} in {row}");
+        }
+    }
+    let all = rows.iter().all(|row| row["usable"] == true);
+    assert_eq!(output.status.code(), Some(i32::from(!all)), "{}", text(&output.stderr));
+    assert_eq!(text(&output.stderr), "");
+    rows
+}
+
+#[test]
+fn each_source_has_an_answer_and_the_status_says_whether_all_can_be_used() {
+    let rows = check(&doctor(&["--json"], None));
+    if require(Cap::Ptrace) {
+        assert_eq!(rows[3]["usable"], true);
+    }
+    if require(Cap::Kvm) && require(Cap::Bpf) && require(Cap::Root) {
+        assert_eq!(rows[0]["usable"], true);
+    }
+}
+
+#[test]
+fn an_ordinary_user_learns_what_the_kernel_source_lacks_and_what_to_type() {
+    if !require(Cap::Root) {
+        return;
+    }
+    let rows = check(&doctor(&["--json"], Some(NOBODY)));
+    assert_eq!(rows[0]["usable"], false);
+    assert!(rows[0]["remedy"].is_string(), "{}", rows[0]);
+    let features = rows[0]["features"].to_string();
+    assert!(features.contains("not-root") && features.contains("pagemap=without-frames"), "{features}");
+}
+
+#[test]
+fn people_read_the_same() {
+    let output = doctor(&[], None);
+    let (page, rows) = (text(&output.stdout), check(&doctor(&["--json"], None)));
+    for row in rows {
+        let verdict = if row["usable"] == true { "usable" } else { "not usable: " };
+        let begin = format!("{:9}{verdict}", row["source"].as_str().unwrap());
+        assert!(page.lines().any(|line| line.starts_with(&begin)), "{begin}: {page}");
+        for said in ["missing", "remedy"].map(|key| row[key].as_str()).into_iter().flatten() {
+            assert!(page.contains(said), "{said}: {page}");
+        }
+    }
+    assert!(page.contains("linux=") && !page.contains('\x1b'), "{page}");
+    assert!(page.lines().all(|line| line.len() <= 160), "{page}");
+}
