@@ -1,11 +1,13 @@
 //! Torture programs: bounded by time, with the seed printed, and a checker that must stay silent.
 //!
-//! `cargo run --release -p stress -- {srcu | mmu} --seconds 30 [--seed N] [--no-membarrier] [--broken] [--no-fork]`
+//! `cargo run --release -p stress -- {srcu | mmu | regcache} --seconds 30 [--seed N] [--no-membarrier] [--broken] [--no-fork]
+//! [--source {bracket | kernel | hook}]`
 //!
 //! Exits with 0 if nothing was found, 1 if something was, 2 on a wrong command line.
 
 mod mmu;
 mod random;
+mod regcache;
 mod srcu;
 
 use std::process::ExitCode;
@@ -22,9 +24,28 @@ pub(crate) struct Options {
     pub(crate) broken: bool,
     /// Fork no children: ThreadSanitizer cannot follow them. `mmu` never does.
     pub(crate) no_fork: bool,
+    /// Who tells the registration cache.
+    pub(crate) source: Source,
 }
 
-const USAGE: &str = "usage: stress {srcu | mmu} [--seconds N] [--seed N] [--no-membarrier] [--broken] [--no-fork]";
+/// Where invalidations come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Source {
+    /// The program itself opens a bracket around each change.
+    Bracket,
+    Kernel,
+    Hook,
+}
+
+impl Options {
+    fn new(seed: u64) -> Self {
+        let length = Duration::from_secs(30);
+        Self { length, seed, no_membarrier: false, broken: false, no_fork: false, source: Source::Bracket }
+    }
+}
+
+const USAGE: &str = "usage: stress {srcu | mmu | regcache} [--seconds N] [--seed N] [--no-membarrier] [--broken] \
+    [--no-fork] [--source {bracket | kernel | hook}]";
 
 /// What is tortured.
 type Program = fn(&Options) -> ExitCode;
@@ -33,12 +54,21 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<(Program, Option
     let program: Program = match arguments.next().as_deref() {
         Some("srcu") => srcu::run,
         Some("mmu") => mmu::run,
-        _ => return Err("the first argument names the program: srcu or mmu".into()),
+        Some("regcache") => regcache::run,
+        _ => return Err("the first argument names the program: srcu, mmu or regcache".into()),
     };
     let seed = SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |now| now.as_nanos() as u64);
-    let mut options =
-        Options { length: Duration::from_secs(30), seed, no_membarrier: false, broken: false, no_fork: false };
+    let mut options = Options::new(seed);
     while let Some(argument) = arguments.next() {
+        if argument == "--source" {
+            options.source = match arguments.next().as_deref() {
+                Some("bracket") => Source::Bracket,
+                Some("kernel") => Source::Kernel,
+                Some("hook") => Source::Hook,
+                _ => return Err("--source wants bracket, kernel or hook".into()),
+            };
+            continue;
+        }
         let mut number = || {
             let value = arguments.next().ok_or(format!("{argument} wants a number"))?;
             value.parse().map_err(|_| format!("{argument} wants a number, not {value}"))

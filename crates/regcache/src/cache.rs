@@ -12,6 +12,7 @@ use mmu_notifier::{
     GetError, InvalidateRange, Mm, MmWithUser, Notifier, Overflow, Subscription, Subsystem, VaRange, WouldBlock,
     WouldDeadlock,
 };
+use mmu_source::kernel::Armed;
 use std::sync::Arc;
 use std::{fmt, io};
 
@@ -115,7 +116,7 @@ impl<R: Registrar> RegCache<R> {
     #[inline(always)]
     pub fn get(&self, range: VaRange) -> Result<Lease<'_, R>, Error<R::Error>> {
         let cache = &*self.subscription;
-        if cache.gate.is_current(&cache.index.page) {
+        if cache.gate.is_current() {
             match cache.index.quick(range) {
                 Quick::Hit(held) => return Ok(Lease::new(cache, held)),
                 Quick::Retract(held) => cache.end(&held),
@@ -198,11 +199,16 @@ impl<R: Registrar> fmt::Debug for RegCache<R> {
     }
 }
 
+/// What is kept of a registration.
+pub(crate) struct Registered<R: Registrar> {
+    pub(crate) handle: R::Handle,
+    pub(crate) armed: Option<Armed>,
+}
+
 /// The notifier.
-#[derive(Debug)]
 pub(crate) struct Cache<R: Registrar> {
     pub(crate) index: Index,
-    pub(crate) handles: Handles<R::Handle>,
+    pub(crate) handles: Handles<Registered<R>>,
     pub(crate) state: Mutex<State>,
     /// Notified when a registration has ended and somebody waits for one.
     pub(crate) ended: Condvar,
@@ -221,7 +227,7 @@ impl<R: Registrar> Cache<R> {
             ended: Condvar::new(),
             in_callbacks: registrar.deregisters_in_callbacks(),
             registrar,
-            gate: Gate::new(),
+            gate: Gate::new(options.kernel.clone()),
             options,
         })
     }
@@ -234,6 +240,7 @@ impl<R: Registrar> Cache<R> {
     #[cold]
     #[inline(never)]
     fn find_or_register(&self, range: VaRange) -> Result<Lease<'_, R>, Error<R::Error>> {
+        self.gate.settle()?;
         match self.index.look_up(range) {
             Look::Hit(held) => return Ok(Lease::new(self, held)),
             Look::Dead(region) => self.ended_dead(region),
@@ -266,9 +273,16 @@ impl<R: Registrar> Cache<R> {
     pub(crate) fn reap(&self, mut chain: Chain) {
         let mut freed = None;
         while let Some(region) = self.next_of(&mut chain, freed) {
-            self.registrar.deregister(self.take(region));
+            self.deregister(region);
             freed = Some(region);
         }
+    }
+
+    /// Deregisters a region that is in the state `Reaping`, and has no more changes of it counted.
+    pub(crate) fn deregister(&self, region: u32) {
+        let Registered { handle, armed } = self.take(region);
+        self.registrar.deregister(handle);
+        drop(armed);
     }
 
     fn next_of(&self, chain: &mut Chain, freed: Option<u32>) -> Option<u32> {
@@ -277,7 +291,7 @@ impl<R: Registrar> Cache<R> {
 
     /// Takes the handle of a region that is in the state `Reaping`.
     #[expect(unsafe_code, reason = "the one place where a handle leaves")]
-    pub(crate) fn take(&self, region: u32) -> R::Handle {
+    pub(crate) fn take(&self, region: u32) -> Registered<R> {
         // SAFETY: The region must be registered, without a lease now and later, and this be done once: it is `Reaping`, which it became
         // under the lock after a scan found no lease, and which only the caller that has it in its chain ends.
         unsafe { self.handles.take(region) }
@@ -321,7 +335,7 @@ impl<R: Registrar> Cache<R> {
             evicted: counts.evicted,
             flushed: counts.flushed,
             collisions: counts.collisions,
-            lost: counts.lost,
+            lost: self.gate.lost(),
             regions: state.regions.into(),
             bytes: state.bytes,
             live_regions: state.live_regions.into(),

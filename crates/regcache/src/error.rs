@@ -50,6 +50,11 @@ pub enum Error<E> {
     Exited,
     /// This process is the child of a fork and the cache is its parent's. Open one for the child's own address space.
     Forked,
+    /// The source of changes cannot say what has changed.
+    Source {
+        /// What the source says.
+        source: mmu_source::Error,
+    },
     /// The cache could not be opened.
     Open {
         /// What the core or the kernel said.
@@ -76,6 +81,7 @@ impl<E> fmt::Display for Error<E> {
             }
             Self::Exited => f.write_str("the address space has ended"),
             Self::Forked => f.write_str("the cache was inherited over a fork: open one for this process"),
+            Self::Source { .. } => f.write_str("the source cannot say what has changed"),
             Self::Open { .. } => f.write_str("open a registration cache"),
         }
     }
@@ -87,6 +93,7 @@ impl<E: std::error::Error + 'static> std::error::Error for Error<E> {
             Self::NotMapped { source, .. } | Self::LimitReached { source, .. } | Self::Registrar { source, .. } => {
                 Some(source)
             }
+            Self::Source { source } => Some(source),
             Self::Open { source } => Some(source),
             Self::Full { .. } | Self::TooLarge { .. } | Self::Exited | Self::Forked => None,
         }

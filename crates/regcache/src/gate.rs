@@ -1,19 +1,60 @@
-//! Whether what the look-up says can be trusted now: a source that cannot call back counts changes instead.
+//! Whether what the look-up says can be trusted now.
+//!
+//! A source that calls back before the memory changes needs nothing here. The kernel source counts a change before it happens and
+//! tells the range when asked: a look-up is trusted only if the callbacks for all changes so far have run.
+//!
+//! The count is loaded before the table is read. A change that is counted later is as if it came after the look-up; one that
+//! was counted before and handled took its regions out before that was published.
 
-use crate::raw::page::Page;
+use crate::Error;
+use mmu_notifier::VaRange;
+use mmu_source::kernel::{Armed, Kernel};
+use std::sync::Arc;
 
 /// The check in front of every look-up.
 #[derive(Debug)]
-pub(crate) struct Gate;
+pub(crate) struct Gate {
+    kernel: Option<Arc<Kernel>>,
+    lost_before: u64,
+}
 
 impl Gate {
-    pub(crate) fn new() -> Self {
-        Self
+    pub(crate) fn new(kernel: Option<Arc<Kernel>>) -> Self {
+        let lost_before = kernel.as_ref().map_or(0, |kernel| kernel.lost());
+        Self { kernel, lost_before }
     }
 
     /// Whether all changes so far are known to the cache.
     #[inline(always)]
-    pub(crate) fn is_current(&self, _page: &Page) -> bool {
-        true
+    pub(crate) fn is_current(&self) -> bool {
+        match &self.kernel {
+            None => true,
+            Some(kernel) => kernel.is_handled(kernel.generation()),
+        }
+    }
+
+    /// Sees to it that all changes so far are known to the cache. Must be called without its lock: callbacks run.
+    pub(crate) fn settle<E>(&self) -> Result<(), Error<E>> {
+        match &self.kernel {
+            None => Ok(()),
+            Some(kernel) => kernel.settle().map(drop).map_err(failed),
+        }
+    }
+
+    /// Has changes of `range` counted. When it returns, none that began before is still under way.
+    pub(crate) fn arm<E>(&self, range: VaRange) -> Result<Option<Armed>, Error<E>> {
+        self.kernel.as_ref().map(|kernel| kernel.arm(range)).transpose().map_err(failed)
+    }
+
+    /// How often the source lost events since the cache was opened, and everything was taken out.
+    pub(crate) fn lost(&self) -> u64 {
+        self.kernel.as_ref().map_or(0, |kernel| kernel.lost().saturating_sub(self.lost_before))
+    }
+}
+
+fn failed<E>(source: mmu_source::Error) -> Error<E> {
+    match source {
+        mmu_source::Error::AfterFork { .. } => Error::Forked,
+        source => Error::Source { source },
     }
 }

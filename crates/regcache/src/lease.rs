@@ -29,7 +29,7 @@ impl<'a, R: Registrar> Lease<'a, R> {
     #[expect(unsafe_code, reason = "the one place where a handle is read")]
     pub fn handle(&self) -> &R::Handle {
         // SAFETY: The region must be leased as long as the reference lives: it is by `self`, which the reference borrows.
-        unsafe { self.cache.handles.get(self.cache.index.number(self.held.region())) }
+        &unsafe { self.cache.handles.get(self.cache.index.number(self.held.region())) }.handle
     }
 
     /// Returns the registered region, which covers what was asked for.

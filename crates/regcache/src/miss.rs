@@ -6,7 +6,7 @@
 //! If that happens too often, or the invalidation still runs, the caller gets a lease of a region that nobody else
 //! finds: as if it had come just before the invalidation.
 
-use crate::cache::Cache;
+use crate::cache::{Cache, Registered};
 use crate::index::Held;
 use crate::raw::table::Table;
 use crate::state::bytes;
@@ -109,10 +109,15 @@ impl<R: Registrar> Cache<R> {
         state.counts.misses += u64::from(past.collisions == 0);
         drop(state);
         let open = Open { cache: self, region };
+        // The region is on the list: what begins to change from now on will mark it.
+        let armed = match self.gate.arm(target) {
+            Ok(armed) => armed,
+            Err(error) => return Some(Err(error)),
+        };
         let result = self.registrar.register(target);
         std::mem::forget(open);
         match result {
-            Ok(handle) => self.registered(region, handle, past),
+            Ok(handle) => self.registered(region, Registered { handle, armed }, past),
             Err(error) => self.refused(region, range, target, error, past),
         }
     }
@@ -128,12 +133,20 @@ impl<R: Registrar> Cache<R> {
     }
 
     #[expect(unsafe_code, reason = "the one place where a handle comes in")]
-    fn registered(&self, region: u32, handle: R::Handle, past: &mut Past) -> Option<Result<Held<'_>, Error<R::Error>>> {
+    fn registered(
+        &self,
+        region: u32,
+        registered: Registered<R>,
+        past: &mut Past,
+    ) -> Option<Result<Held<'_>, Error<R::Error>>> {
         // SAFETY: The region must be ours and without a lease: its place was taken by this request, and it was never live.
-        unsafe { self.handles.put(region, handle) };
+        unsafe { self.handles.put(region, registered) };
+        // Callbacks for what has begun to change since the region was armed mark it here. What begins later is counted, and no
+        // look-up will trust the region before its callback has run.
+        let settled = self.gate.settle();
         let mut state = self.lock();
         state.counts.registered += 1;
-        let may_be_found = state.finish(region);
+        let may_be_found = state.finish(region) && settled.is_ok();
         if may_be_found && state.has_table(&self.index) {
             let held = self.index.lease_locked(region);
             state.publish(&self.index, &self.options, region);
@@ -144,18 +157,22 @@ impl<R: Registrar> Cache<R> {
         }
         state.counts.collisions += u64::from(!may_be_found);
         past.collisions += 1;
-        if !state.closed && (past.collisions > TRIES || state.is_invalidating(self.index.region(region).range())) {
+        if !state.closed
+            && settled.is_ok()
+            && (past.collisions > TRIES || state.is_invalidating(self.index.region(region).range()))
+        {
             let held = self.index.lease_locked(region);
             state.keep_for_lease(region);
             self.wake(state);
             return Some(Ok(held));
         }
         self.wake(state);
-        self.registrar.deregister(self.take(region));
+        self.deregister(region);
         let mut state = self.lock();
         state.counts.deregistered += 1;
         state.free(&self.index, region);
-        None
+        drop(state);
+        settled.err().map(Err)
     }
 
     fn refused(

@@ -6,7 +6,7 @@
 use crate::{Cause, Registrar};
 use mmu_notifier::{PAGE_SIZE, VaRange};
 use rustix::io::Errno;
-use rustix::mm::{mlock, munlock};
+use rustix::mm::{MsyncFlags, mlock, msync, munlock};
 use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::io;
@@ -71,7 +71,10 @@ impl Registrar for Mlock {
                 // SAFETY: As above.
                 let _ = unsafe { munlock(place(page), PAGE_SIZE as usize) };
             }
-            return Err(error.into());
+            // The same errno for a limit and for a hole. `msync` has it for a hole only, and does nothing else (since Linux 2.6.19).
+            // SAFETY: As above.
+            let probed = unsafe { msync(place(range.start().get() / PAGE_SIZE), len, MsyncFlags::ASYNC) };
+            return Err(if probed == Err(Errno::NOMEM) { Errno::FAULT } else { error }.into());
         }
         pages(range).for_each(|page| *counts.entry(page).or_default() += 1);
         Ok(range)
@@ -93,9 +96,8 @@ impl Registrar for Mlock {
 
     fn cause(&self, error: &io::Error) -> Cause {
         match Errno::from_io_error(error) {
-            // Both for the limit and for a hole.
-            Some(Errno::NOMEM) => Cause::Limit,
-            Some(Errno::AGAIN | Errno::PERM) => Cause::Limit,
+            Some(Errno::NOMEM | Errno::AGAIN | Errno::PERM) => Cause::Limit,
+            Some(Errno::FAULT) => Cause::NotMapped,
             _ => Cause::Other,
         }
     }

@@ -1,5 +1,8 @@
 //! How a cache is to behave.
 
+use mmu_source::kernel::Kernel;
+use std::sync::Arc;
+
 /// Whether a request is registered together with what is registered beside it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
@@ -29,12 +32,19 @@ pub struct Options {
     pub(crate) max_regions: u32,
     pub(crate) max_bytes: u64,
     pub(crate) max_region_bytes: u64,
+    pub(crate) kernel: Option<Arc<Kernel>>,
 }
 
 impl Options {
     /// At most 65,536 regions, no limit on the bytes, regions that overlap are merged up to 1 GiB.
     pub const fn new() -> Self {
-        Self { merge: Merge::Overlapping, max_regions: 1 << 16, max_bytes: u64::MAX, max_region_bytes: 1 << 30 }
+        Self {
+            merge: Merge::Overlapping,
+            max_regions: 1 << 16,
+            max_bytes: u64::MAX,
+            max_region_bytes: 1 << 30,
+            kernel: None,
+        }
     }
 
     /// Whether requests are merged.
@@ -66,6 +76,15 @@ impl Options {
     /// The most bytes that merging may make a region of. A larger request is registered as it is.
     pub const fn max_region_bytes(mut self, bytes: u64) -> Self {
         self.max_region_bytes = bytes;
+        self
+    }
+
+    /// Asks the kernel source in front of every look-up whether anything has changed that the cache does not know of yet.
+    ///
+    /// Without it, the cache knows what callbacks tell it. With it, nothing that changes a translation goes unnoticed, whoever does it.
+    /// Its caches must be opened for [`mmu_source::current`], the address space that the source feeds.
+    pub fn kernel(mut self, kernel: Arc<Kernel>) -> Self {
+        self.kernel = Some(kernel);
         self
     }
 }

@@ -41,7 +41,6 @@ pub(crate) struct Counts {
     pub(crate) evicted: u64,
     pub(crate) flushed: u64,
     pub(crate) collisions: u64,
-    pub(crate) lost: u64,
 }
 
 #[derive(Debug)]

@@ -20,6 +20,8 @@ pub enum Cap {
     Bpf,
     /// Virtual machines of KVM.
     Kvm,
+    /// Making an io_uring.
+    IoUring,
     /// userfaultfd with asynchronous write protection.
     Userfaultfd,
     /// A program of this name that answers `--version`.
@@ -67,6 +69,7 @@ fn probe(cap: Cap) -> Result<(), String> {
             Ok(_) => Ok(()),
             Err(error) => Err(format!("/dev/kvm: {error}")),
         },
+        Cap::IoUring => io_uring().map_err(|error| format!("io_uring: {error}")),
         Cap::Userfaultfd => userfaultfd().map_err(|error| format!("userfaultfd: {error}")),
         Cap::Numa => match fs::metadata("/sys/devices/system/node/node0") {
             Ok(_) => Ok(()),
@@ -81,6 +84,13 @@ fn bpf() -> io::Result<()> {
     // SAFETY: the attributes are as long as the call is told.
     let map = unsafe { libc::syscall(libc::SYS_bpf, 0, &raw const attributes, size_of_val(&attributes)) };
     close(map)
+}
+
+/// Makes a ring of one entry.
+fn io_uring() -> io::Result<()> {
+    let mut params = [0_u64; 15];
+    // SAFETY: the call fills in a `struct io_uring_params`, which has 120 bytes.
+    close(unsafe { libc::syscall(libc::SYS_io_uring_setup, 1, params.as_mut_ptr()) })
 }
 
 fn userfaultfd() -> io::Result<()> {

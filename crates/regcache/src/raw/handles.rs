@@ -7,10 +7,8 @@ use std::mem::MaybeUninit;
 /// # Invariants
 /// A place is written by who holds its region in the state of being registered, and read or emptied after that, by the
 /// holders of a lease or, when there are none, by who deregisters it.
-#[derive(Debug)]
 pub(crate) struct Handles<T>(Array<Place<T>>);
 
-#[derive(Debug)]
 #[repr(transparent)]
 struct Place<T>(UnsafeCell<MaybeUninit<T>>);
 

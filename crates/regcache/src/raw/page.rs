@@ -16,8 +16,6 @@ pub(crate) struct Fields {
     pub(crate) lead: AtomicU64,
     /// A bit for each level that the table has regions of.
     pub(crate) levels: AtomicU64,
-    /// The generation of the source up to which all changes are known.
-    pub(crate) seen: AtomicU64,
     /// One; zero in the child of a fork.
     alive: AtomicU32,
 }
@@ -107,7 +105,6 @@ impl Mapped {
             table: AtomicPtr::new(std::ptr::null_mut()),
             lead: AtomicU64::new(12),
             levels: AtomicU64::new(0),
-            seen: AtomicU64::new(0),
             alive: AtomicU32::new(1),
         };
         Ok(Self(NonNull::from(Box::leak(Box::new(fields)))))

@@ -7,5 +7,7 @@ mod fork;
 mod invalidate;
 mod lease;
 mod merge;
+mod mlock;
 mod support;
 mod threads;
+mod uring;

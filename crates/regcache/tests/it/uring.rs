@@ -1,0 +1,146 @@
+//! The io_uring registrar, with transfers.
+
+use io_uring::{IoUring, opcode, types};
+use mmu_notifier::{Event, Va, VaRange};
+use regcache::{Device, Error, Options, RegCache, Uring};
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::AsRawFd;
+use testkit::{Cap, require};
+
+const PAGE: usize = 4096;
+
+/// A mapping of its own.
+struct Pages(*mut u8, usize);
+
+impl Pages {
+    fn new(pages: usize) -> Self {
+        let (access, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        // SAFETY: The kernel chooses a place where nothing is.
+        let place = unsafe { libc::mmap(std::ptr::null_mut(), pages * PAGE, access, kind, -1, 0) };
+        assert_ne!(place, libc::MAP_FAILED);
+        Self(place.cast(), pages)
+    }
+
+    fn range(&self) -> VaRange {
+        VaRange::covering(Va::new(self.0.addr() as u64), (self.1 * PAGE) as u64).unwrap()
+    }
+
+    fn bytes(&self) -> &[u8] {
+        // SAFETY: The mapping is live and initialised as long as it is borrowed.
+        unsafe { std::slice::from_raw_parts(self.0, self.1 * PAGE) }
+    }
+
+    /// Puts fresh zeroes in its place.
+    fn replace(&self) {
+        let kind = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+        // SAFETY: The range is ours, and nobody has a reference to it.
+        let place =
+            unsafe { libc::mmap(self.0.cast(), self.1 * PAGE, libc::PROT_READ | libc::PROT_WRITE, kind, -1, 0) };
+        assert_eq!(place.cast(), self.0);
+    }
+}
+
+impl Drop for Pages {
+    fn drop(&mut self) {
+        // SAFETY: The mapping is ours.
+        unsafe { libc::munmap(self.0.cast(), self.1 * PAGE) };
+    }
+}
+
+fn ring() -> (IoUring, Device<Uring>, RegCache<Uring>) {
+    let ring = IoUring::new(8).unwrap();
+    let device = Device::new(Uring::new(&ring, 8).unwrap(), Options::new().max_regions(8));
+    let cache = device.open(&mmu_source::current()).unwrap();
+    (ring, device, cache)
+}
+
+/// A file that holds `pages` pages of the letter `byte`.
+fn file(pages: usize, byte: u8) -> File {
+    // SAFETY: The name is a C string.
+    let fd = unsafe { libc::memfd_create(c"uring".as_ptr(), libc::MFD_CLOEXEC) };
+    assert!(fd >= 0);
+    // SAFETY: The descriptor is new and ours.
+    let mut file: File = unsafe { std::os::fd::FromRawFd::from_raw_fd(fd) };
+    file.write_all(&vec![byte; pages * PAGE]).unwrap();
+    file
+}
+
+/// Reads into a buffer, through a lease.
+fn read(ring: &mut IoUring, cache: &RegCache<Uring>, file: &File, buffer: &Pages) -> i32 {
+    let lease = cache.get(buffer.range()).unwrap();
+    let len = (buffer.1 * PAGE) as u32;
+    let read = opcode::ReadFixed::new(types::Fd(file.as_raw_fd()), buffer.0, len, lease.buf_index()).offset(0);
+    // SAFETY: The buffer and the lease live until the request has completed, below.
+    unsafe { ring.submission().push(&read.build()).unwrap() };
+    ring.submit_and_wait(1).unwrap();
+    ring.completion().next().unwrap().result()
+}
+
+#[test]
+fn transfers_go_through_the_slot_of_the_lease() {
+    if !require(Cap::IoUring) {
+        return;
+    }
+    let (mut ring, device, cache) = ring();
+    let buffers = [Pages::new(1), Pages::new(3), Pages::new(32)];
+    for round in 1..4 {
+        for buffer in &buffers {
+            assert_eq!(read(&mut ring, &cache, &file(32, round), buffer), (buffer.1 * PAGE) as i32);
+            assert!(buffer.bytes().iter().all(|byte| *byte == round));
+        }
+    }
+    assert_eq!((cache.stats().registered, cache.stats().hits), (3, 6));
+    drop(cache);
+    device.synchronize().unwrap();
+}
+
+#[test]
+fn what_was_remapped_is_registered_afresh() {
+    if !require(Cap::IoUring) {
+        return;
+    }
+    let (mut ring, _device, cache) = ring();
+    let buffer = Pages::new(4);
+    read(&mut ring, &cache, &file(4, 7), &buffer);
+    mmu_source::current().with_invalidation(buffer.range(), Event::Unmap, |_| {
+        assert_eq!(cache.stats().regions, 0, "deregistered before the memory goes away");
+        buffer.replace();
+    });
+    assert_eq!(buffer.bytes()[0], 0);
+    read(&mut ring, &cache, &file(4, 8), &buffer);
+    assert!(buffer.bytes().iter().all(|byte| *byte == 8), "the data went to the new pages");
+}
+
+#[test]
+fn a_slot_is_not_used_again_while_its_lease_lasts() {
+    if !require(Cap::IoUring) {
+        return;
+    }
+    let (_ring, _device, cache) = ring();
+    let buffers: Vec<_> = (0..9).map(|_| Pages::new(1)).collect();
+    let leases: Vec<_> = buffers[..8].iter().map(|buffer| cache.get(buffer.range()).unwrap()).collect();
+    cache.flush();
+    let mut slots: Vec<_> = leases.iter().map(|lease| lease.buf_index()).collect();
+    slots.sort_unstable();
+    assert_eq!(slots, [0, 1, 2, 3, 4, 5, 6, 7]);
+    assert!(matches!(cache.get(buffers[8].range()), Err(Error::Full { regions: 8, .. })));
+    let mut leases = leases.into_iter();
+    let freed = leases.next().map(|lease| lease.buf_index());
+    assert_eq!(cache.get_owned(buffers[8].range()).ok().map(|lease| lease.buf_index()), freed);
+}
+
+#[test]
+fn errors_say_what_is_wrong_with_the_range() {
+    if !require(Cap::IoUring) {
+        return;
+    }
+    let (_ring, _device, cache) = ring();
+    let buffer = Pages::new(2);
+    let unmapped = buffer.range();
+    drop(buffer);
+    assert!(matches!(cache.get(unmapped), Err(Error::NotMapped { .. })));
+    let huge = VaRange::covering(Va::new(0x1000_0000_0000), (1 << 30) + 1).unwrap();
+    assert!(matches!(cache.get(huge), Err(Error::Registrar { .. })));
+    assert_eq!(cache.stats().regions, 0);
+}

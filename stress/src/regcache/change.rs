@@ -1,0 +1,112 @@
+//! What happens to the memory meanwhile.
+
+use super::pool::{Buffer, Pool, truncate};
+use super::{Counts, add};
+use crate::random::Random;
+use crate::{Options, Source};
+use mmu_notifier::Event;
+use std::os::fd::AsRawFd;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+const ACCESS: i32 = libc::PROT_READ | libc::PROT_WRITE;
+const FRESH: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+/// The pool's file backs one buffer at a time.
+static FILE: Mutex<()> = Mutex::new(());
+
+pub(super) fn run(pool: &Pool, options: &Options, counts: &Counts, stop: &AtomicBool, mut random: Random) {
+    while !stop.load(Ordering::Relaxed) {
+        let buffer = pool.some(&mut random);
+        let _changing = buffer.changing.lock().expect("no panic");
+        let version = buffer.begin();
+        let kind = random.below(7);
+        let change = || match kind {
+            0 => map(buffer, ACCESS, FRESH),
+            1 => {
+                // A hole for a moment, which nobody else can be given.
+                map(buffer, libc::PROT_NONE, FRESH | libc::MAP_NORESERVE);
+                map(buffer, ACCESS, FRESH);
+            }
+            2 => advise(buffer, libc::MADV_DONTNEED),
+            3 => shift(buffer),
+            4 => protect(buffer),
+            // Truncation is no call that libc's hooks are about.
+            5 if options.source != Source::Hook => truncated(buffer, pool),
+            _ if !options.no_fork && options.source != Source::Hook => fork(counts),
+            _ => map(buffer, ACCESS, FRESH),
+        };
+        let silent = options.broken && random.one_in(10);
+        if options.source == Source::Bracket && !silent {
+            mmu_source::current().with_invalidation(buffer.range(), Event::Unmap, |_| change());
+        } else {
+            change();
+        }
+        buffer.fill(version);
+        buffer.end();
+        add(&counts.changed);
+        if random.one_in(8) {
+            std::thread::yield_now();
+        }
+    }
+}
+
+fn map(buffer: &Buffer, access: i32, kind: i32) {
+    // SAFETY: The range is the pool's, whose bytes nobody but the holder of `changing` relies on.
+    let place = unsafe { libc::mmap(buffer.start.cast(), buffer.len, access, kind, -1, 0) };
+    assert_eq!(place.cast(), buffer.start, "mmap: {}", std::io::Error::last_os_error());
+}
+
+fn advise(buffer: &Buffer, advice: i32) {
+    // SAFETY: As in `map`.
+    let result = unsafe { libc::madvise(buffer.start.cast(), buffer.len, advice) };
+    assert_eq!(result, 0, "madvise: {}", std::io::Error::last_os_error());
+}
+
+fn protect(buffer: &Buffer) {
+    for access in [libc::PROT_READ, ACCESS] {
+        // SAFETY: As in `map`.
+        let result = unsafe { libc::mprotect(buffer.start.cast(), buffer.len, access) };
+        assert_eq!(result, 0, "mprotect: {}", std::io::Error::last_os_error());
+    }
+}
+
+/// Moves the pages elsewhere; there are others in their place at once, so that nobody else is given the addresses.
+fn shift(buffer: &Buffer) {
+    let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP;
+    // SAFETY: As in `map`; the kernel chooses the new place.
+    let moved = unsafe { libc::mremap(buffer.start.cast(), buffer.len, buffer.len, flags) };
+    assert_ne!(moved, libc::MAP_FAILED, "mremap: {}", std::io::Error::last_os_error());
+    // SAFETY: They were moved there just now.
+    unsafe { libc::munmap(moved, buffer.len) };
+}
+
+/// Maps the file, and cuts it off and makes it long again while it is there.
+fn truncated(buffer: &Buffer, pool: &Pool) {
+    let _file = FILE.lock().expect("no panic");
+    truncate(&pool.file, buffer.len);
+    let kind = libc::MAP_SHARED | libc::MAP_FIXED;
+    // SAFETY: As in `map`.
+    let place = unsafe { libc::mmap(buffer.start.cast(), buffer.len, ACCESS, kind, pool.file.as_raw_fd(), 0) };
+    assert_eq!(place.cast(), buffer.start, "mmap: {}", std::io::Error::last_os_error());
+    buffer.fill(1);
+    truncate(&pool.file, 0);
+    truncate(&pool.file, buffer.len);
+    buffer.fill(3);
+    // Others map the file next.
+    map(buffer, ACCESS, FRESH);
+}
+
+/// A child, while which the parent's pages are write-protected.
+fn fork(counts: &Counts) {
+    // SAFETY: The child ends at once.
+    match unsafe { libc::fork() } {
+        // SAFETY: Ends the child without running anything of the parent's.
+        0 => unsafe { libc::_exit(0) },
+        -1 => {}
+        child => {
+            // SAFETY: Waits for our child and writes nothing.
+            unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
+            add(&counts.children);
+        }
+    }
+}

@@ -1,0 +1,127 @@
+//! The buffers, one beside the other, and what is in them.
+
+use crate::random::Random;
+use mmu_notifier::{Va, VaRange};
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+const PAGE: usize = 4096;
+const BUFFERS: usize = 16;
+
+/// One buffer. All its addresses stay reserved, whatever is mapped there.
+pub(super) struct Buffer {
+    pub(super) start: *mut u8,
+    pub(super) len: usize,
+    /// Even, and the pattern is there; or odd, and it is being changed.
+    version: AtomicU64,
+    /// Held by whoever changes it.
+    pub(super) changing: Mutex<()>,
+}
+
+// SAFETY: The pointer is an address for system calls; bytes behind it are written under `changing` only.
+unsafe impl Send for Buffer {}
+// SAFETY: As above.
+unsafe impl Sync for Buffer {}
+
+pub(super) struct Pool {
+    pub(super) buffers: Vec<Buffer>,
+    /// Backs some of the mappings, and is truncated.
+    pub(super) file: OwnedFd,
+}
+
+/// The byte at an offset of a version.
+fn pattern(version: u64, buffer: usize, word: usize) -> u64 {
+    (version << 40 ^ (buffer as u64) << 20 ^ word as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+}
+
+impl Buffer {
+    pub(super) fn range(&self) -> VaRange {
+        self.part(0, self.len)
+    }
+
+    pub(super) fn part(&self, from: usize, len: usize) -> VaRange {
+        VaRange::covering(Va::new((self.start.addr() + from) as u64), len as u64).expect("not empty")
+    }
+
+    pub(super) fn version(&self) -> u64 {
+        self.version.load(Ordering::SeqCst)
+    }
+
+    /// What the buffer holds at a version, from `from` on.
+    pub(super) fn contents(&self, version: u64, from: usize, bytes: &mut [u8]) {
+        for (at, word) in bytes.chunks_exact_mut(8).enumerate() {
+            word.copy_from_slice(&pattern(version, self.start.addr(), from / 8 + at).to_ne_bytes());
+        }
+    }
+
+    /// Begins a change. The caller holds `changing`.
+    pub(super) fn begin(&self) -> u64 {
+        self.version.fetch_add(1, Ordering::SeqCst) + 2
+    }
+
+    /// Ends a change: the pattern is there.
+    pub(super) fn end(&self) {
+        self.version.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Writes the pattern of a version. The caller holds `changing`, and the buffer is mapped.
+    pub(super) fn fill(&self, version: u64) {
+        for word in 0..self.len / 8 {
+            // SAFETY: The word lies in the mapping, which is writable; the kernel alone reads it at the same time.
+            unsafe { self.start.cast::<u64>().add(word).write_volatile(pattern(version, self.start.addr(), word)) };
+        }
+    }
+}
+
+impl Pool {
+    pub(super) fn new(seed: u64) -> io::Result<Self> {
+        let mut random = Random::new(seed, 1000);
+        let sizes: Vec<usize> = (0..BUFFERS).map(|_| PAGE * (1 + random.below(16))).collect();
+        let (access, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        // SAFETY: The kernel chooses a place where nothing is.
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), sizes.iter().sum(), access, kind, -1, 0) };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let mut start: *mut u8 = start.cast();
+        let mut buffers = Vec::new();
+        for len in sizes {
+            let buffer = Buffer { start, len, version: AtomicU64::new(2), changing: Mutex::new(()) };
+            buffer.fill(2);
+            buffers.push(buffer);
+            start = start.wrapping_add(len);
+        }
+        Ok(Self { buffers, file: memory_file()? })
+    }
+
+    pub(super) fn some<'a>(&'a self, random: &mut Random) -> &'a Buffer {
+        &self.buffers[random.below(BUFFERS)]
+    }
+
+    /// A range in one buffer, or from one into the next.
+    pub(super) fn some_range(&self, random: &mut Random) -> VaRange {
+        let buffer = self.some(random);
+        let from = random.below(buffer.len);
+        buffer.part(from, 1 + random.below(buffer.len - from))
+    }
+}
+
+/// A file in memory.
+pub(super) fn memory_file() -> io::Result<OwnedFd> {
+    // SAFETY: The name is a C string.
+    let fd = unsafe { libc::memfd_create(c"stress".as_ptr(), libc::MFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: The descriptor is new and ours.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Makes the file this long.
+pub(super) fn truncate(file: &OwnedFd, len: usize) {
+    // SAFETY: Takes integers.
+    let result = unsafe { libc::ftruncate(file.as_raw_fd(), len as libc::off_t) };
+    assert_eq!(result, 0, "a file in memory can have any length");
+}
