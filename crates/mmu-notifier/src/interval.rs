@@ -233,6 +233,9 @@ impl<S: IntervalOps> IntervalNotifier<S> {
     /// Runs `f` on the locked state, whatever its sequence: to use what is cached, or to let go of it.
     ///
     /// The same holds for `f` as for what [`try_install`](Self::try_install) runs.
+    ///
+    /// # Blocking
+    /// Sleeps while a callback of this interval or an `install` holds the lock.
     #[cfg_attr(debug_assertions, track_caller)]
     pub fn with_state<R>(&self, f: impl FnOnce(&mut S) -> R) -> R {
         let _held = lockdep::holds_state(self.mm());

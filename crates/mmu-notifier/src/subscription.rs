@@ -37,8 +37,12 @@ impl<N: Notifier> Subscription<N> {
 
     /// Takes one more reference to the same notifier, also when its address space has ended.
     ///
+    /// # Blocking
+    /// No.
     /// # Errors
     /// [`Overflow`] if it has as many users as can be counted.
+    /// # Source
+    /// `mmu_notifier_get` of a notifier that exists. Differs: it needs no live address space, as nothing is registered.
     pub fn try_clone(&self) -> Result<Self, Overflow> {
         match self.node.try_clone() {
             Ok(node) => Ok(Self::new(node)),
@@ -48,6 +52,11 @@ impl<N: Notifier> Subscription<N> {
     }
 
     /// Gives the reference back; the same as dropping it.
+    ///
+    /// # Blocking
+    /// Never. It allocates nothing, frees nothing and calls no callback.
+    /// # Source
+    /// `mmu_notifier_put`, Linux 5.4.
     #[doc(alias = "mmu_notifier_put")]
     pub fn put(self) {
         drop(self);

@@ -105,6 +105,20 @@ where
     /// lock.
     /// # Source
     /// `mmu_notifier_get_locked`, Linux 5.4.
+    /// # Examples
+    /// ```
+    /// use mmu_notifier::{MmWithUser, Notifier, Subsystem};
+    ///
+    /// struct Gru;
+    /// impl Notifier for Gru {}
+    /// static GRU: Subsystem<Gru> = Subsystem::new(|_| Ok(Gru));
+    ///
+    /// let mm = MmWithUser::new();
+    /// let mut locked = mm.mmap_write_lock()?;
+    /// let subscription = GRU.get_locked(&mut locked)?; // `get` would wait for this thread itself.
+    /// drop(locked);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     #[doc(alias = "mmu_notifier_get_locked")]
     #[cfg_attr(debug_assertions, track_caller)]
     pub fn get_locked(&self, locked: &mut MmapWriteGuard<'_>) -> Result<Subscription<N>, GetError<E>> {

@@ -50,6 +50,17 @@ impl Mm {
     ///
     /// # Blocking
     /// Sleeps while callbacks run.
+    /// # Source
+    /// `mmu_notifier_invalidate_range_start` and `_end`, as for `invalidate`.
+    /// # Examples
+    /// ```
+    /// use mmu_notifier::{Event, MmWithUser, OwnedBracket, VaRange};
+    ///
+    /// let mm = MmWithUser::new();
+    /// let mut stopped: Vec<OwnedBracket> = vec![mm.invalidate_owned(VaRange::ALL, Event::Clear)];
+    /// drop(mm); // Exit runs now; the bracket keeps the object alone.
+    /// stopped.clear();
+    /// ```
     #[must_use = "the bracket ends when the guard is dropped"]
     pub fn invalidate_owned(&self, range: VaRange, event: Event) -> OwnedBracket {
         let inside = Inside::enter(self);
@@ -71,6 +82,16 @@ impl Mm {
     /// # Errors
     /// [`WouldBlock`] if a subscriber would have had to sleep. Then everything is undone: each one that had accepted has
     /// got its end, the one that refused gets none, no guard exists and no end is owed.
+    /// # Examples
+    /// ```
+    /// use mmu_notifier::{Event, MmWithUser, VaRange};
+    ///
+    /// let mm = MmWithUser::new();
+    /// match mm.try_invalidate(VaRange::ALL, Event::Unmap) {
+    ///     Ok(bracket) => drop(bracket), // Reap it.
+    ///     Err(_would_block) => (),      // Leave it and try another.
+    /// }
+    /// ```
     /// # Source
     /// `mmu_notifier_invalidate_range_start_nonblock`, Linux 5.12 for the ends. Differs: who refused gets no end.
     #[doc(alias = "mmu_notifier_invalidate_range_start_nonblock")]
