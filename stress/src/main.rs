@@ -44,7 +44,15 @@ pub(crate) enum Source {
 impl Options {
     fn new(seed: u64) -> Self {
         let length = Duration::from_secs(30);
-        Self { length, seed, no_membarrier: false, broken: false, no_wait: false, no_fork: false, source: Source::Bracket }
+        Self {
+            length,
+            seed,
+            no_membarrier: false,
+            broken: false,
+            no_wait: false,
+            no_fork: false,
+            source: Source::Bracket,
+        }
     }
 }
 

@@ -176,8 +176,13 @@ impl World {
             self.over[page].store(versions[page], Ordering::Release);
             self.write(page, versions[page]);
             self.tally.changes.fetch_add(1, Ordering::Relaxed);
-            for _ in 0..random(200) {
-                std::hint::spin_loop();
+            // Bursts of changes, and pauses in which caches fill and are used.
+            if random(4) != 0 {
+                let enough = self.tally.hits.load(Ordering::Relaxed) + random(400) as u64;
+                let end = Instant::now() + Duration::from_millis(100);
+                while self.tally.hits.load(Ordering::Relaxed) < enough && Instant::now() < end {
+                    thread::yield_now();
+                }
             }
         }
     }
