@@ -2,9 +2,11 @@
 //!
 //! `cargo run --release -p stress -- {srcu | mmu | regcache} --seconds 30 [--seed N] [--no-membarrier] [--broken] [--no-fork]
 //! [--source {bracket | kernel | hook}]`
+//! `cargo run --release -p stress -- kernel --seconds 60 [--seed N] [--broken] [--no-wait]`
 //!
 //! Exits with 0 if nothing was found, 1 if something was, 2 on a wrong command line.
 
+mod kernel;
 mod mmu;
 mod random;
 mod regcache;
@@ -22,6 +24,8 @@ pub(crate) struct Options {
     pub(crate) no_membarrier: bool,
     /// Do what is tested wrong now and then, which the checker must find.
     pub(crate) broken: bool,
+    /// Fill caches without waiting for changes under way: `kernel` must find that.
+    pub(crate) no_wait: bool,
     /// Fork no children: ThreadSanitizer cannot follow them. `mmu` never does.
     pub(crate) no_fork: bool,
     /// Who tells the registration cache.
@@ -40,12 +44,20 @@ pub(crate) enum Source {
 impl Options {
     fn new(seed: u64) -> Self {
         let length = Duration::from_secs(30);
-        Self { length, seed, no_membarrier: false, broken: false, no_fork: false, source: Source::Bracket }
+        Self {
+            length,
+            seed,
+            no_membarrier: false,
+            broken: false,
+            no_wait: false,
+            no_fork: false,
+            source: Source::Bracket,
+        }
     }
 }
 
-const USAGE: &str = "usage: stress {srcu | mmu | regcache} [--seconds N] [--seed N] [--no-membarrier] [--broken] \
-    [--no-fork] [--source {bracket | kernel | hook}]";
+const USAGE: &str = "usage: stress {srcu | mmu | regcache | kernel} [--seconds N] [--seed N] [--no-membarrier] [--broken] \
+    [--no-wait] [--no-fork] [--source {bracket | kernel | hook}]";
 
 /// What is tortured.
 type Program = fn(&Options) -> ExitCode;
@@ -55,7 +67,8 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<(Program, Option
         Some("srcu") => srcu::run,
         Some("mmu") => mmu::run,
         Some("regcache") => regcache::run,
-        _ => return Err("the first argument names the program: srcu, mmu or regcache".into()),
+        Some("kernel") => kernel::run,
+        _ => return Err("the first argument names the program: srcu, mmu, regcache or kernel".into()),
     };
     let seed = SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |now| now.as_nanos() as u64);
     let mut options = Options::new(seed);
@@ -78,6 +91,7 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<(Program, Option
             "--seed" => options.seed = number()?,
             "--no-membarrier" => options.no_membarrier = true,
             "--no-fork" => options.no_fork = true,
+            "--no-wait" => options.no_wait = true,
             "--broken" => options.broken = true,
             _ => return Err(format!("unknown argument {argument}")),
         }

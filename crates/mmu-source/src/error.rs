@@ -1,5 +1,6 @@
 //! The error of every source.
 
+use mmu_notifier::VaRange;
 use std::ffi::OsString;
 use std::fmt;
 use std::io;
@@ -50,6 +51,15 @@ pub enum Error {
         /// The one command that would grant it.
         remedy: String,
     },
+    /// A range could not be armed.
+    Arm {
+        /// The call that failed.
+        call: &'static str,
+        /// The range as it was given.
+        range: VaRange,
+        /// What the kernel answered.
+        source: io::Error,
+    },
     /// The handle was made before a fork, and this is the child: the source watches the parent. The child starts its own.
     AfterFork {
         /// The source.
@@ -98,6 +108,7 @@ impl fmt::Display for Error {
             Error::Unavailable { source, missing, remedy } => {
                 write!(f, "source {source} lacks {missing} (try: {remedy})")
             }
+            Error::Arm { call, range, .. } => write!(f, "{call} on {range}"),
             Error::AfterFork { source } => {
                 write!(f, "source {source} was started before a fork: start it again in the child")
             }
@@ -115,11 +126,9 @@ impl std::error::Error for Error {
             Error::Exec { source, .. }
             | Error::Spawn { source, .. }
             | Error::Attach { source, .. }
+            | Error::Arm { source, .. }
             | Error::Kernel { source, .. } => Some(source),
-            Error::Unavailable { .. }
-            | Error::AfterFork { .. }
-            | Error::InCallback { .. }
-            | Error::Unsupported { .. } => None,
+            _ => None,
         }
     }
 }

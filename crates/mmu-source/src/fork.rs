@@ -69,6 +69,16 @@ fn map() -> &'static Marks {
     }
 }
 
+/// The mark of this address space, made on first use.
+pub(crate) fn mark() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    let id = NEXT.fetch_add(1, Ordering::Relaxed);
+    match marks().alive.compare_exchange(0, id, Ordering::Relaxed, Ordering::Relaxed) {
+        Ok(_) => id,
+        Err(before) => before,
+    }
+}
+
 extern "C" fn wipe() {
     let marks = marks();
     // ORDER: Relaxed: there is one thread in the child of a fork.

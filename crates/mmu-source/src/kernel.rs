@@ -64,7 +64,7 @@ mod probe;
 mod program;
 mod ring;
 mod start;
-mod sys;
+pub(crate) mod sys;
 #[cfg(test)]
 mod tests;
 

@@ -9,6 +9,7 @@
 //! * [`hook`]: this process's own memory calls, by patching libc.
 //! * [`kernel`]: everything that changes a translation of this process, through KVM's notifier and a BPF program.
 //! * [`process`]: other processes, through ptrace and a seccomp filter.
+//! * [`uffd`]: armed ranges of this process, through userfaultfd.
 
 #![deny(unsafe_code)]
 
@@ -19,6 +20,7 @@ pub mod hook;
 pub mod kernel;
 pub mod process;
 mod ranges;
+pub mod uffd;
 
 pub use current_mm::{current, current_if_made, current_ref};
 pub use error::Error;

@@ -8,10 +8,10 @@ use super::sys::{self, Map, Shared};
 use super::{Inner, Kernel, Machine, kernel_error};
 use crate::Error;
 use crate::current_mm::current_ref;
-use crate::fork::marks;
+use crate::fork::mark;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread;
 
@@ -20,16 +20,6 @@ const RING: usize = 256 << 10;
 
 /// The one source, with the mark of its address space: the child of a fork does not take it for its own.
 static RUNNING: Mutex<(u64, Weak<Kernel>)> = Mutex::new((0, Weak::new()));
-
-/// The mark of this address space, made on first use.
-fn mark() -> u64 {
-    static NEXT: AtomicU64 = AtomicU64::new(1);
-    let id = NEXT.fetch_add(1, Ordering::Relaxed);
-    match marks().alive.compare_exchange(0, id, Ordering::Relaxed, Ordering::Relaxed) {
-        Ok(_) => id,
-        Err(before) => before,
-    }
-}
 
 impl Kernel {
     /// Starts the source, or returns the one that runs already.

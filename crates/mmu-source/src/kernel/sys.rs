@@ -132,20 +132,20 @@ pub(super) fn run_program(program: BorrowedFd<'_>, arguments: [u64; 2]) -> io::R
     attributes.word(40, size_of_val(&arguments) as u32).pointer(48, arguments.as_ptr()).call(10).map(drop)
 }
 
-pub(super) fn event_fd() -> io::Result<OwnedFd> {
+pub(crate) fn event_fd() -> io::Result<OwnedFd> {
     // SAFETY: takes integers, returns a new descriptor or -1.
     owned(unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) })
 }
 
 /// Wakes whoever waits for `event`.
-pub(super) fn wake(event: BorrowedFd<'_>) {
+pub(crate) fn wake(event: BorrowedFd<'_>) {
     let one = 1_u64;
     // SAFETY: writes the eight bytes of a local. It can only fail when the event is set already.
     unsafe { libc::write(event.as_raw_fd(), (&raw const one).cast(), 8) };
 }
 
 /// Sleeps until `ring` has a record (true) or `stop` is set (false).
-pub(super) fn wait(ring: BorrowedFd<'_>, stop: BorrowedFd<'_>) -> bool {
+pub(crate) fn wait(ring: BorrowedFd<'_>, stop: BorrowedFd<'_>) -> bool {
     let entry = |fd: BorrowedFd<'_>| libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
     let mut entries = [entry(ring), entry(stop)];
     // SAFETY: two entries, which live through the call.
@@ -153,8 +153,32 @@ pub(super) fn wait(ring: BorrowedFd<'_>, stop: BorrowedFd<'_>) -> bool {
     entries[1].revents == 0
 }
 
+/// Sleeps until `event` is set.
+pub(crate) fn wait_for(event: BorrowedFd<'_>) {
+    let mut entry = libc::pollfd { fd: event.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: one entry, which lives through the call.
+    unsafe { libc::poll(&mut entry, 1, -1) };
+}
+
+/// Takes a wake-up back.
+pub(crate) fn clear(event: BorrowedFd<'_>) {
+    let mut count = 0_u64;
+    // SAFETY: reads the eight bytes of a local. It fails if the event is not set, for the descriptor does not block.
+    unsafe { libc::read(event.as_raw_fd(), (&raw mut count).cast(), 8) };
+}
+
+/// Waits, in short naps after a while, until `is_so`.
+pub(crate) fn until(is_so: impl Fn() -> bool) {
+    for round in 0_u32.. {
+        if is_so() {
+            return;
+        }
+        if round < 100 { std::hint::spin_loop() } else { pause() }
+    }
+}
+
 /// Gives the processor away for a moment.
-pub(super) fn pause() {
+pub(crate) fn pause() {
     std::thread::sleep(Duration::from_micros(1));
 }
 

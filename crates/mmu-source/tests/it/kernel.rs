@@ -9,6 +9,9 @@ use std::ptr;
 use std::sync::Arc;
 use testkit::{Cap, require};
 
+#[path = "../../../../stress/src/kernel/hunt.rs"]
+mod hunt;
+
 fn start() -> Option<Arc<Kernel>> {
     (require(Cap::Bpf) && require(Cap::Kvm)).then(|| Kernel::start().expect("KVM and BPF are there"))
 }
@@ -286,4 +289,26 @@ fn what_is_missing_is_named_with_a_remedy() {
 fn all_starts_give_the_same_source() {
     let Some(kernel) = start() else { return };
     assert!(Arc::ptr_eq(&kernel, &Kernel::start().expect("it runs")));
+}
+
+#[test]
+fn a_hunt_for_stale_reads_finds_none() {
+    let Some(kernel) = start() else { return };
+    let mut seed = std::time::UNIX_EPOCH.elapsed().map_or(1, |now| now.as_nanos() as u64);
+    println!("seed {seed}");
+    let mut random = || {
+        seed = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut state = seed | 1;
+        move |limit: usize| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 33) as usize % limit
+        }
+    };
+    let tally = hunt::hunt(&kernel, std::time::Duration::from_secs(5), hunt::Mutant::None, &mut random);
+    assert_eq!(tally.stale.into_inner(), 0);
+    assert!(tally.hits.into_inner() > 0 && tally.changes.into_inner() > 0);
+    let tally = hunt::hunt(&kernel, std::time::Duration::from_secs(1), hunt::Mutant::NoLook, &mut random);
+    assert!(tally.stale.into_inner() > 0, "the hunt finds what is stale");
 }

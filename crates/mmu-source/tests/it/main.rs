@@ -10,3 +10,4 @@ mod log;
 mod memory;
 mod space;
 mod spawn;
+mod uffd;

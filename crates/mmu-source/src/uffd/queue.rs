@@ -1,0 +1,101 @@
+//! From the thread that reads to the thread that runs callbacks: a queue of fixed size, without locks and allocations.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+const SLOTS: usize = 4096;
+
+/// One writer, one reader.
+#[derive(Debug)]
+pub(super) struct Queue {
+    slots: Box<[[AtomicU64; 3]]>,
+    written: AtomicU64,
+    read: AtomicU64,
+    overflowed: AtomicBool,
+    lost: AtomicU64,
+}
+
+impl Queue {
+    pub(super) fn new() -> Self {
+        let slots = (0..SLOTS).map(|_| [const { AtomicU64::new(0) }; 3]).collect();
+        Self {
+            slots,
+            written: AtomicU64::new(0),
+            read: AtomicU64::new(0),
+            overflowed: AtomicBool::new(false),
+            lost: AtomicU64::new(0),
+        }
+    }
+
+    /// Puts an entry in, or remembers that it could not.
+    pub(super) fn push(&self, entry: [u64; 3]) {
+        let at = self.written.load(Ordering::Relaxed);
+        // ORDER(source-queue-free): Acquire: the reader is done with the slot. Partner: the store in `advance`.
+        if at - self.read.load(Ordering::Acquire) >= SLOTS as u64 {
+            self.lost.fetch_add(1, Ordering::Relaxed);
+            // ORDER(source-queue): Release, with the entries before. Partner: the swap in `take_overflow`.
+            self.overflowed.store(true, Ordering::Release);
+            return;
+        }
+        let slot = &self.slots[at as usize % SLOTS];
+        slot.iter().zip(entry).for_each(|(word, value)| word.store(value, Ordering::Relaxed));
+        // ORDER(source-queue): Release, for the slot. Partner: the load in `peek`.
+        self.written.store(at + 1, Ordering::Release);
+    }
+
+    /// Returns the oldest entry, and leaves it in.
+    pub(super) fn peek(&self) -> Option<[u64; 3]> {
+        let at = self.read.load(Ordering::Relaxed);
+        // ORDER(source-queue): Acquire, for the slot. Partner: the store in `push`.
+        if at == self.written.load(Ordering::Acquire) {
+            return None;
+        }
+        let [a, b, c] = &self.slots[at as usize % SLOTS];
+        Some([a, b, c].map(|word| word.load(Ordering::Relaxed)))
+    }
+
+    /// Takes the oldest entry out: its callbacks have run.
+    pub(super) fn advance(&self) {
+        // ORDER(source-queue-free): Release: the slot has been copied, and the callbacks have run. Partner: the loads in `push` and
+        // `is_empty`.
+        self.read.store(self.read.load(Ordering::Relaxed) + 1, Ordering::Release);
+    }
+
+    /// Tells whether an entry was lost since the last call.
+    pub(super) fn take_overflow(&self) -> bool {
+        // ORDER(source-queue): Acquire: what was lost came before. Partner: the store in `push`.
+        self.overflowed.load(Ordering::Acquire) && self.overflowed.swap(false, Ordering::AcqRel)
+    }
+
+    pub(super) fn written(&self) -> u64 {
+        // ORDER(source-queue): Acquire: as in `peek`.
+        self.written.load(Ordering::Acquire)
+    }
+
+    pub(super) fn read(&self) -> u64 {
+        // ORDER(source-queue-free): Acquire: the callbacks have run. Partner: the store in `advance`.
+        self.read.load(Ordering::Acquire)
+    }
+
+    pub(super) fn lost(&self) -> u64 {
+        self.lost.load(Ordering::Relaxed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_does_not_fit_is_counted_and_the_rest_stays_in_order() {
+        let queue = Queue::new();
+        (0..SLOTS as u64 + 3).for_each(|number| queue.push([number, 0, 0]));
+        assert_eq!(queue.lost(), 3);
+        assert!(queue.take_overflow() && !queue.take_overflow());
+        for number in 0..SLOTS as u64 {
+            assert_eq!(queue.peek(), Some([number, 0, 0]));
+            queue.advance();
+        }
+        assert_eq!(queue.peek(), None);
+        assert_eq!(queue.read(), queue.written());
+    }
+}

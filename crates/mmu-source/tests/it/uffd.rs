@@ -1,0 +1,162 @@
+//! The userfaultfd source: which changes of which memory are told.
+
+use crate::memory::{Log, PAGE, Scratch, in_a_child, memory_file};
+use mmu_notifier::{Va, VaRange};
+use mmu_source::uffd::Uffd;
+use mmu_source::{Error, current};
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use testkit::{Cap, require};
+
+fn start() -> Option<Arc<Uffd>> {
+    require(Cap::Userfaultfd).then(|| Uffd::start().expect("userfaultfd is there"))
+}
+
+fn told(uffd: &Arc<Uffd>, name: &str, memory: Scratch, change: impl FnOnce(&Scratch)) {
+    let log = Log::about(&current(), memory.range());
+    let armed = uffd.arm(memory.range()).unwrap_or_else(|error| panic!("{name}: {error}"));
+    uffd.settle().expect("no fork");
+    log.take();
+    change(&memory);
+    uffd.settle().expect("no fork");
+    assert!(!log.take().is_empty(), "{name}: nobody was told");
+    drop(armed);
+    // What the change has unmapped may belong to another thread by now.
+    std::mem::forget(memory);
+    drop(log.unregister().expect("outside of brackets"));
+}
+
+fn munmap(memory: &Scratch) {
+    // SAFETY: our own scratch memory.
+    assert_eq!(unsafe { libc::munmap(memory.page(0), memory.bytes) }, 0);
+}
+
+fn advise(memory: &Scratch, advice: i32) {
+    // SAFETY: our own scratch memory.
+    let result = unsafe { libc::madvise(memory.page(0), memory.bytes, advice) };
+    assert_eq!(result, 0, "madvise {advice}: {}", std::io::Error::last_os_error());
+}
+
+#[test]
+fn changes_of_anonymous_memory_are_told() {
+    let Some(uffd) = start() else { return };
+    told(&uffd, "munmap", Scratch::anonymous(4), munmap);
+    told(&uffd, "MADV_DONTNEED", Scratch::anonymous(4), |memory| advise(memory, libc::MADV_DONTNEED));
+    told(&uffd, "mremap", Scratch::anonymous(4), |memory| {
+        // SAFETY: moves our own scratch memory, where the kernel likes.
+        unsafe { libc::mremap(memory.page(0), 4 * PAGE, 4096 * PAGE, libc::MREMAP_MAYMOVE) };
+    });
+    told(&uffd, "mmap over it", Scratch::anonymous(4), |memory| {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+        // SAFETY: over our own scratch memory.
+        unsafe { libc::mmap(memory.page(2), PAGE, libc::PROT_READ, flags, -1, 0) };
+    });
+    told(&uffd, "fork", Scratch::anonymous(4), |_| assert!(in_a_child(|| true)));
+}
+
+#[test]
+fn changes_of_shared_memory_are_told() {
+    let Some(uffd) = start() else { return };
+    let file = memory_file(4);
+    let shared = || Scratch::map(4, libc::MAP_SHARED, file.as_raw_fd()).expect("mmap");
+    told(&uffd, "munmap", shared(), munmap);
+    told(&uffd, "MADV_REMOVE", shared(), |memory| advise(memory, libc::MADV_REMOVE));
+}
+
+#[test]
+fn changes_of_huge_pages_are_told() {
+    let Some(uffd) = start() else { return };
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_NORESERVE;
+    let huge = || {
+        let bytes = 2 << 20;
+        // SAFETY: a new mapping where the kernel likes. It is not touched: there may be no huge pages.
+        let at = unsafe { libc::mmap(std::ptr::null_mut(), bytes, libc::PROT_READ, flags, -1, 0) };
+        assert_ne!(at, libc::MAP_FAILED, "{}", std::io::Error::last_os_error());
+        Scratch { at: at.cast(), bytes }
+    };
+    told(&uffd, "munmap", huge(), munmap);
+    told(&uffd, "MADV_DONTNEED", huge(), |memory| advise(memory, libc::MADV_DONTNEED));
+}
+
+#[test]
+fn what_cannot_be_armed_is_an_error() {
+    let Some(uffd) = start() else { return };
+    let memory = Scratch::anonymous(4);
+    // SAFETY: our own scratch memory.
+    assert_eq!(unsafe { libc::munmap(memory.page(2), PAGE) }, 0);
+    let error = uffd.arm(memory.range()).expect_err("there is a hole in it");
+    assert!(matches!(error, Error::Arm { .. }), "{error}");
+    std::mem::forget(memory);
+    let nothing = VaRange::covering(Va::new(0x1000), 4096).expect("a page");
+    assert!(matches!(uffd.arm(nothing), Err(Error::Arm { .. })));
+    assert!(matches!(uffd.arm(VaRange::ALL), Err(Error::Arm { .. })));
+}
+
+#[test]
+fn a_range_that_is_armed_twice_is_told_until_both_are_dropped() {
+    let Some(uffd) = start() else { return };
+    let memory = Scratch::anonymous(8);
+    let log = Log::about(&current(), memory.range());
+    let is_told = |page: usize| {
+        log.take();
+        // SAFETY: our own scratch memory.
+        assert_eq!(unsafe { libc::madvise(memory.page(page), PAGE, libc::MADV_DONTNEED) }, 0);
+        uffd.settle().expect("no fork");
+        log.take().iter().any(|range| range.contains(Va::new(memory.page(page).addr() as u64)) && range.pages() == 1)
+    };
+    let part = VaRange::covering(Va::new(memory.page(2).addr() as u64), 2 * PAGE as u64).expect("two pages");
+    let whole = uffd.arm(memory.range()).expect("armed");
+    let inside = uffd.arm(part).expect("armed");
+    drop(whole);
+    let told: Vec<bool> = (0..8).map(is_told).collect();
+    assert_eq!(told, [false, false, true, true, false, false, false, false]);
+    drop(inside);
+    assert!(!is_told(2));
+}
+
+#[test]
+fn a_callback_may_unmap_armed_memory_and_disarm() {
+    let Some(uffd) = start() else { return };
+    struct Unmaps(VaRange, std::sync::Mutex<Option<(mmu_source::uffd::Armed, Scratch)>>);
+    impl mmu_notifier::Notifier for Unmaps {
+        fn invalidate_range_start(&self, range: &mmu_notifier::InvalidateRange<'_>) {
+            if range.range().overlaps(self.0)
+                && let Some((armed, memory)) = self.1.lock().expect("no panic").take()
+            {
+                munmap(&memory);
+                drop(armed);
+                std::mem::forget(memory);
+            }
+        }
+    }
+    let (first, second) = (Scratch::anonymous(1), Scratch::anonymous(1));
+    let log = Log::about(&current(), second.range());
+    let armed = uffd.arm(second.range()).expect("armed");
+    let unmaps = Unmaps(first.range(), std::sync::Mutex::new(Some((armed, second))));
+    let unmaps = mmu_notifier::Registration::new(&current(), unmaps).expect("outside of brackets");
+    let _armed = uffd.arm(first.range()).expect("armed");
+    advise(&first, libc::MADV_DONTNEED);
+    uffd.settle().expect("no fork");
+    uffd.settle().expect("no fork");
+    assert!(unmaps.1.lock().expect("no panic").is_none(), "the callback ran");
+    assert!(!log.take().is_empty(), "and what it unmapped was told");
+    drop(unmaps.unregister().map_err(|_| ()).expect("outside of brackets"));
+}
+
+#[test]
+fn a_forked_child_has_no_part_in_its_parents_source() {
+    let Some(uffd) = start() else { return };
+    let memory = Scratch::anonymous(2);
+    let mut armed = Some(uffd.arm(memory.range()).expect("armed"));
+    assert!(in_a_child(|| {
+        let refused = matches!(uffd.settle(), Err(Error::AfterFork { .. })) && armed.take().is_some();
+        // Its memory is not registered: this would wait for a reader that is not there.
+        advise(&memory, libc::MADV_DONTNEED);
+        refused && Uffd::start().is_ok_and(|own| own.arm(memory.range()).is_ok() && own.settle().is_ok())
+    }));
+    let log = Log::about(&current(), memory.range());
+    advise(&memory, libc::MADV_DONTNEED);
+    uffd.settle().expect("no fork");
+    assert!(!log.take().is_empty(), "the parent is still armed");
+    assert!(armed.is_some());
+}

@@ -1,0 +1,297 @@
+//! A hunt for stale reads under the kernel source.
+//!
+//! Readers cache what pages hold, each page being stamped with a version. Others take the pages away in every way, and stamp
+//! what comes in their place with the next version: first the change, then a note that it is over, then the stamp. A reader looks at
+//! the notes, asks the source, looks into its cache, and asks the source again. If the source says that nothing changed, an entry
+//! older than the note is a stale read.
+
+use mmu_notifier::{InvalidateRange, Notifier, Registration, Va, VaRange};
+use mmu_source::kernel::{Armed, Kernel};
+use std::ffi::c_void;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+use std::{ptr, thread};
+
+const PAGE: usize = 4096;
+const PAGES: usize = 16;
+const THREADS: usize = 2;
+
+/// What is left out on purpose, to see the hunt succeed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Mutant {
+    /// Nothing.
+    None,
+    /// Readers do not ask the source before they use an entry.
+    NoLook,
+    /// Readers do not wait for changes under way before they fill.
+    NoWait,
+}
+
+/// What happened.
+#[derive(Debug, Default)]
+pub(crate) struct Tally {
+    pub(crate) hits: AtomicU64,
+    pub(crate) fills: AtomicU64,
+    pub(crate) retries: AtomicU64,
+    pub(crate) changes: AtomicU64,
+    pub(crate) stale: AtomicU64,
+}
+
+/// The cache, and the subscriber that empties it.
+#[derive(Debug)]
+struct Cache {
+    base: u64,
+    entries: Mutex<[Option<u64>; PAGES]>,
+}
+
+impl Notifier for Cache {
+    fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
+        let mut entries = self.entries.lock().expect("no panic");
+        for (number, entry) in entries.iter_mut().enumerate() {
+            if range.range().contains(Va::new(self.base + (number * PAGE) as u64)) {
+                *entry = None;
+            }
+        }
+    }
+}
+
+struct World {
+    base: usize,
+    files: Vec<OwnedFd>,
+    /// The version from which on each page is.
+    over: [AtomicU64; PAGES],
+    stop: AtomicBool,
+    tally: Tally,
+}
+
+/// Hunts for so long, with numbers from `random`, a generator for each thread.
+pub(crate) fn hunt<R: FnMut(usize) -> usize + Send>(
+    kernel: &Arc<Kernel>,
+    length: Duration,
+    mutant: Mutant,
+    mut random: impl FnMut() -> R,
+) -> Tally {
+    let world = World::new();
+    let cache = Cache { base: world.base as u64, entries: Mutex::new([None; PAGES]) };
+    let cache = Registration::new(&mmu_source::current(), cache).expect("outside of brackets");
+    thread::scope(|scope| {
+        for half in 0..THREADS {
+            let (world, mut random) = (&world, random());
+            scope.spawn(move || world.change(half, &mut random));
+        }
+        for _ in 0..THREADS {
+            let (world, cache, mut random) = (&world, &*cache, random());
+            scope.spawn(move || world.read(kernel, cache, mutant, &mut random));
+        }
+        let end = Instant::now() + length;
+        while Instant::now() < end {
+            thread::sleep(Duration::from_millis(20));
+        }
+        world.stop.store(true, Ordering::Relaxed);
+    });
+    drop(cache.unregister().map_err(|_| ()).expect("outside of brackets"));
+    world.unmap();
+    world.tally
+}
+
+impl World {
+    /// Even pages are private memory, odd ones are files of their own.
+    fn new() -> Self {
+        let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        // SAFETY: a new mapping where the kernel likes.
+        let base = unsafe { libc::mmap(ptr::null_mut(), PAGES * PAGE, protection, flags, -1, 0) };
+        assert_ne!(base, libc::MAP_FAILED);
+        let file = || {
+            // SAFETY: takes a string and an integer, returns a new descriptor.
+            let file = unsafe { libc::memfd_create(c"hunt".as_ptr(), libc::MFD_CLOEXEC) };
+            assert!(file >= 0);
+            // SAFETY: the descriptor is new.
+            unsafe { OwnedFd::from_raw_fd(file) }
+        };
+        let world = Self {
+            base: base.addr(),
+            files: (0..PAGES).map(|_| file()).collect(),
+            over: [const { AtomicU64::new(0) }; PAGES],
+            stop: AtomicBool::new(false),
+            tally: Tally::default(),
+        };
+        for page in 0..PAGES {
+            if page % 2 == 1 {
+                world.resize(page, PAGE);
+                world.map_file(page);
+            }
+            world.write(page, 1);
+        }
+        world
+    }
+
+    fn address(&self, page: usize) -> *mut c_void {
+        ptr::with_exposed_provenance_mut(self.base + page * PAGE)
+    }
+
+    fn map_file(&self, page: usize) {
+        let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_FIXED);
+        // SAFETY: over a page of ours, which is only read by system calls, and written by this thread.
+        let at = unsafe { libc::mmap(self.address(page), PAGE, protection, flags, self.files[page].as_raw_fd(), 0) };
+        assert_ne!(at, libc::MAP_FAILED);
+    }
+
+    fn resize(&self, page: usize, bytes: usize) {
+        // SAFETY: integers.
+        let result = unsafe { libc::ftruncate(self.files[page].as_raw_fd(), bytes as libc::off_t) };
+        assert_eq!(result, 0);
+    }
+
+    fn write(&self, page: usize, version: u64) {
+        // SAFETY: the page is mapped, and this thread alone changes it. Readers copy it by a system call.
+        unsafe { self.address(page).cast::<u64>().write_volatile(version) }
+    }
+
+    /// Reads a page as the page tables are: `None` if nothing is there, or no stamp yet.
+    fn translate(&self, page: usize) -> Option<u64> {
+        let mut version = 0_u64;
+        let local = libc::iovec { iov_base: ptr::from_mut(&mut version).cast(), iov_len: 8 };
+        let remote = libc::iovec { iov_base: self.address(page), iov_len: 8 };
+        // SAFETY: writes eight bytes of a local; the other side is checked by the kernel.
+        let got = unsafe { libc::process_vm_readv(libc::getpid(), &local, 1, &remote, 1, 0) };
+        (got == 8 && version != 0).then_some(version)
+    }
+
+    fn change(&self, half: usize, random: &mut impl FnMut(usize) -> usize) {
+        let mut versions = [1_u64; PAGES];
+        while !self.stop.load(Ordering::Relaxed) {
+            let page = random(PAGES / THREADS) * THREADS + half;
+            if random(200) == 0 {
+                fork_and_end();
+            }
+            if half == 0 {
+                self.change_private(page, random)
+            } else {
+                self.change_file(page, random)
+            }
+            versions[page] += 1;
+            // ORDER: Release: the change is over. The reader's load is Acquire: its look at the source comes after.
+            self.over[page].store(versions[page], Ordering::Release);
+            self.write(page, versions[page]);
+            self.tally.changes.fetch_add(1, Ordering::Relaxed);
+            // Bursts of changes, and pauses in which caches fill and are used.
+            if random(4) != 0 {
+                let enough = self.tally.hits.load(Ordering::Relaxed) + random(400) as u64;
+                let end = Instant::now() + Duration::from_millis(100);
+                while self.tally.hits.load(Ordering::Relaxed) < enough && Instant::now() < end {
+                    thread::yield_now();
+                }
+            }
+        }
+    }
+
+    fn change_private(&self, page: usize, random: &mut impl FnMut(usize) -> usize) {
+        let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        let result = match random(3) {
+            // SAFETY: a page of ours.
+            0 => unsafe { libc::madvise(self.address(page), PAGE, libc::MADV_DONTNEED) as isize },
+            // SAFETY: over a page of ours.
+            1 => unsafe {
+                libc::mmap(self.address(page), PAGE, protection, flags | libc::MAP_FIXED, -1, 0).addr() as isize
+            },
+            _ => {
+                // SAFETY: a new mapping where the kernel likes.
+                let other = unsafe { libc::mmap(ptr::null_mut(), PAGE, protection, flags, -1, 0) };
+                let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+                // SAFETY: moves the new page over a page of ours.
+                unsafe { libc::mremap(other, PAGE, PAGE, flags, self.address(page)).addr() as isize }
+            }
+        };
+        assert_ne!(result, -1);
+    }
+
+    fn change_file(&self, page: usize, random: &mut impl FnMut(usize) -> usize) {
+        match random(4) {
+            0 => {
+                // SAFETY: a page of ours.
+                let result = unsafe { libc::madvise(self.address(page), PAGE, libc::MADV_REMOVE) };
+                assert_eq!(result, 0);
+            }
+            1 => {
+                let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+                // SAFETY: integers.
+                let result = unsafe { libc::fallocate(self.files[page].as_raw_fd(), mode, 0, PAGE as libc::off_t) };
+                assert_eq!(result, 0);
+            }
+            2 => {
+                self.resize(page, 0);
+                self.resize(page, PAGE);
+            }
+            _ => {
+                self.resize(page, 0);
+                self.map_file(page);
+                self.resize(page, PAGE);
+            }
+        }
+    }
+
+    fn read(&self, kernel: &Arc<Kernel>, cache: &Cache, mutant: Mutant, random: &mut impl FnMut(usize) -> usize) {
+        let page_range =
+            |page: usize| VaRange::covering(Va::new((self.base + page * PAGE) as u64), PAGE as u64).expect("a page");
+        let mut armed: Vec<Option<Armed>> = (0..PAGES).map(|_| None).collect();
+        while !self.stop.load(Ordering::Relaxed) {
+            let page = random(PAGES);
+            if armed[page].is_none() {
+                armed[page] = Some(kernel.arm(page_range(page)).expect("armed"));
+            }
+            for _ in 0..random(20) {
+                // ORDER: Acquire: this change is over, and everything below comes after it.
+                let over = self.over[page].load(Ordering::Acquire);
+                let generation = match mutant {
+                    Mutant::NoLook => kernel.generation(),
+                    _ => kernel.settle().expect("no fork"),
+                };
+                let found = cache.entries.lock().expect("no panic")[page];
+                match found {
+                    Some(version) if mutant == Mutant::NoLook || kernel.is_current(generation) => {
+                        self.tally.hits.fetch_add(1, Ordering::Relaxed);
+                        if version < over {
+                            self.tally.stale.fetch_add(1, Ordering::Relaxed);
+                        }
+                    }
+                    Some(_) => {}
+                    None => self.fill(kernel, cache, mutant, page),
+                }
+            }
+        }
+    }
+
+    fn fill(&self, kernel: &Arc<Kernel>, cache: &Cache, mutant: Mutant, page: usize) {
+        // The mutant without the wait asks only for the generation.
+        let generation = kernel.settle().expect("no fork");
+        let seq = (mutant != Mutant::NoWait).then(|| kernel.read_begin().expect("a virtual machine"));
+        let Some(version) = self.translate(page) else { return };
+        let mut entries = cache.entries.lock().expect("no panic");
+        entries[page] = Some(version);
+        // Whoever invalidates from here on waits for the lock.
+        if seq.map_or(!kernel.is_current(generation), |seq| kernel.read_retry(seq)) {
+            entries[page] = None;
+            self.tally.retries.fetch_add(1, Ordering::Relaxed);
+        } else {
+            self.tally.fills.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn unmap(&self) {
+        // SAFETY: the mapping is ours, and all threads that used it have ended.
+        unsafe { libc::munmap(self.address(0), PAGES * PAGE) };
+    }
+}
+
+fn fork_and_end() {
+    // SAFETY: the child ends at once.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        // SAFETY: as above.
+        unsafe { libc::_exit(0) }
+    }
+    // SAFETY: writes nothing.
+    unsafe { libc::waitpid(child, ptr::null_mut(), 0) };
+}
