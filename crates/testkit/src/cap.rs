@@ -22,6 +22,8 @@ pub enum Cap {
     Kvm,
     /// userfaultfd with asynchronous write protection.
     Userfaultfd,
+    /// A program, found by its name.
+    Program(&'static str),
 }
 
 /// Tells whether the machine has `cap`.
@@ -39,6 +41,19 @@ pub fn require(cap: Cap) -> bool {
     false
 }
 
+/// Tells whether a program that a test can do without is in `PATH`. If not, it prints `SKIP test: reason`.
+pub fn has_optional_program(name: &str) -> bool {
+    let is_there = has_program(name);
+    if !is_there {
+        println!("SKIP {}: {name} is not installed", thread::current().name().unwrap_or("a test"));
+    }
+    is_there
+}
+
+fn has_program(name: &str) -> bool {
+    env::var_os("PATH").is_some_and(|path| env::split_paths(&path).any(|folder| folder.join(name).is_file()))
+}
+
 fn probe(cap: Cap) -> Result<(), String> {
     match cap {
         Cap::Ptrace => ptrace().map_err(|error| format!("ptrace is refused: {error}")),
@@ -48,6 +63,13 @@ fn probe(cap: Cap) -> Result<(), String> {
             Err(error) => Err(format!("no seccomp: {error}")),
         },
         Cap::I386Calls => i386_getpid(),
+        Cap::Program(name) => {
+            if has_program(name) {
+                Ok(())
+            } else {
+                Err(format!("{name} is not installed"))
+            }
+        }
         Cap::Bpf => bpf().map_err(|error| format!("BPF maps cannot be made: {error}")),
         Cap::Kvm => match fs::File::options().read(true).write(true).open("/dev/kvm") {
             Ok(_) => Ok(()),
