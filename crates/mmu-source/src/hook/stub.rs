@@ -7,7 +7,7 @@
 
 #![allow(unsafe_code, reason = "assembly")]
 
-use super::handler::enter;
+use super::handler::{enter, enter_function};
 use std::arch::naked_asm;
 
 /// What a stub keeps besides the general registers.
@@ -95,6 +95,28 @@ all!(all_sse, "movups", "xmm", "16", [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15], []
 all!(all_avx, "vmovups", "ymm", "32", [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15], []);
 all!(all_avx512, "vmovups", "zmm", "64",
     [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31], [0 1 2 3 4 5 6 7]);
+
+/// What a trampoline at the *entry* of a function jumps to: the number in `rax`, what to call in `r11`, the arguments and the
+/// stack as for the function. A function keeps no more than its callees do.
+#[unsafe(naked)]
+pub(super) unsafe extern "C" fn function() {
+    naked_asm!(
+        "push r9",
+        "push r8",
+        "push rcx",
+        "push rdx",
+        "push rsi",
+        "push rdi",
+        "mov rdi, rax",
+        "mov rsi, rsp",
+        "mov rdx, r11",
+        "sub rsp, 8",
+        "call {enter}",
+        "add rsp, 56",
+        "ret",
+        enter = sym enter_function,
+    )
+}
 
 #[cfg(test)]
 mod tests {

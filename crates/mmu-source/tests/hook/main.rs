@@ -5,6 +5,7 @@
 mod callbacks;
 mod calls;
 mod child;
+mod foreign;
 mod inside;
 mod load;
 mod log;
