@@ -24,10 +24,10 @@ pub enum Cap {
     IoUring,
     /// userfaultfd with asynchronous write protection.
     Userfaultfd,
-    /// A program of this name that answers `--version`.
-    Program(&'static str),
     /// Being root, to become somebody else.
     Root,
+    /// A program, found by its name.
+    Program(&'static str),
 }
 
 /// Tells whether the machine has `cap`.
@@ -45,13 +45,21 @@ pub fn require(cap: Cap) -> bool {
     false
 }
 
+/// Tells whether a program that a test can do without is in `PATH`. If not, it prints `SKIP test: reason`.
+pub fn has_optional_program(name: &str) -> bool {
+    let is_there = has_program(name);
+    if !is_there {
+        println!("SKIP {}: {name} is not installed", thread::current().name().unwrap_or("a test"));
+    }
+    is_there
+}
+
+fn has_program(name: &str) -> bool {
+    env::var_os("PATH").is_some_and(|path| env::split_paths(&path).any(|folder| folder.join(name).is_file()))
+}
+
 fn probe(cap: Cap) -> Result<(), String> {
     match cap {
-        Cap::Program(name) => match Command::new(name).arg("--version").output() {
-            Ok(output) if output.status.success() => Ok(()),
-            Ok(output) => Err(format!("{name} --version ended with {}", output.status)),
-            Err(error) => Err(format!("no {name}: {error}")),
-        },
         // SAFETY: it takes nothing and cannot fail.
         Cap::Root => match unsafe { libc::geteuid() } {
             0 => Ok(()),
@@ -64,6 +72,13 @@ fn probe(cap: Cap) -> Result<(), String> {
             Err(error) => Err(format!("no seccomp: {error}")),
         },
         Cap::I386Calls => i386_getpid(),
+        Cap::Program(name) => {
+            if has_program(name) {
+                Ok(())
+            } else {
+                Err(format!("{name} is not installed"))
+            }
+        }
         Cap::Bpf => bpf().map_err(|error| format!("BPF maps cannot be made: {error}")),
         Cap::Kvm => match fs::File::options().read(true).write(true).open("/dev/kvm") {
             Ok(_) => Ok(()),

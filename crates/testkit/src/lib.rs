@@ -15,5 +15,5 @@ mod cap;
 mod child;
 pub mod model;
 
-pub use cap::{Cap, require};
+pub use cap::{Cap, has_optional_program, require};
 pub use child::in_child;

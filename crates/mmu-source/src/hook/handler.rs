@@ -60,6 +60,38 @@ pub(super) unsafe extern "C" fn enter(number: u64, args: &[u64; 6]) -> u64 {
     unsafe { raw::syscall(number, *args) }
 }
 
+/// Calls `next`, which another library has put in the place of a function of libc, inside a bracket.
+///
+/// # Safety
+/// As for the function: whoever came to its entry was about to call it.
+pub(super) unsafe extern "C" fn enter_function(number: u64, args: &[u64; 6], next: Next) -> u64 {
+    let [a0, a1, a2, a3, a4, a5] = *args;
+    let mut ranges = Ranges::default();
+    let event = plan(number, args, &mut ranges);
+    let (Some(first), Some(mm)) = (ranges.first, current_if_made()) else {
+        // SAFETY: the caller's duty.
+        return unsafe { next(a0, a1, a2, a3, a4, a5) };
+    };
+    // SAFETY: no preconditions.
+    let errno = unsafe { libc::__errno_location() };
+    // SAFETY: as in `enter`.
+    let errno = unsafe { &*errno.cast::<Cell<c_int>>() };
+    let before = errno.get();
+    let outer = mm.invalidate(first, event);
+    let inner = ranges.second.map(|second| mm.invalidate(second, event));
+    errno.set(before);
+    // SAFETY: the caller's duty.
+    let result = unsafe { next(a0, a1, a2, a3, a4, a5) };
+    let after = errno.get();
+    drop(inner);
+    drop(outer);
+    errno.set(after);
+    result
+}
+
+/// A function of libc, or what stands in its place, with as many arguments as any has.
+pub(super) type Next = unsafe extern "C" fn(u64, u64, u64, u64, u64, u64) -> u64;
+
 /// Says what a call is about to invalidate.
 #[inline(always)]
 fn plan(number: u64, args: &[u64; 6], ranges: &mut Ranges) -> Event {

@@ -16,6 +16,10 @@ pub(super) struct Segment {
 }
 
 impl Segment {
+    pub(super) fn holds(&self, address: u64) -> bool {
+        (self.start..self.start + self.length).contains(&address)
+    }
+
     /// Returns its code.
     pub(super) fn code(&self) -> Code64<'static> {
         // SAFETY: the memory must be readable, and stay: code of libc and of the loader is, and those are never unloaded. Its
@@ -77,6 +81,20 @@ pub(super) fn function_at(address: u64) -> Option<Function> {
     // SAFETY: the loader's name of a symbol is a C string, and the module stays.
     let name = unsafe { CStr::from_ptr(info.dli_sname) }.to_str().ok()?;
     Some(Function { name: name.to_owned(), entry: info.dli_saddr.addr() as u64 })
+}
+
+/// Finds where libc has a function, whoever else shows one of that name.
+pub(super) fn libc_function(name: &CStr) -> Option<u64> {
+    // SAFETY: the name of a library that is loaded; it is not loaded anew.
+    let libc = unsafe { libc::dlopen(c"libc.so.6".as_ptr(), libc::RTLD_LAZY | libc::RTLD_NOLOAD) };
+    if libc.is_null() {
+        return None;
+    }
+    // SAFETY: a handle from the line above, and a name.
+    let function = unsafe { libc::dlsym(libc, name.as_ptr()) };
+    // SAFETY: the handle is given back once. libc stays loaded without it.
+    unsafe { libc::dlclose(libc) };
+    (!function.is_null()).then(|| function.expose_provenance() as u64)
 }
 
 /// Sees to it that the library with this code is never unloaded: trampolines lead into it.

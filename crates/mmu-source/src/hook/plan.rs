@@ -6,9 +6,11 @@ use super::handler::CALLS;
 use super::module::{self, Function, Segment};
 use super::scan::{Found, PATCH};
 use super::text::{self, Edit};
-use super::trampoline::Arena;
+use super::trampoline::{Arena, Foreign};
 use super::{Patch, State, stub};
 use crate::Error;
+use std::ffi::CString;
+use std::io;
 use std::sync::OnceLock;
 
 /// A place that is patched.
@@ -20,6 +22,8 @@ pub(super) struct Site {
     address: u64,
     original: [u8; PATCH],
     jump: [u8; PATCH],
+    /// It is somebody else's jump at the entry of the function.
+    is_chain: bool,
 }
 
 /// Returns the sites of this process, in order of address.
@@ -40,15 +44,25 @@ pub(super) fn sites() -> Result<&'static [Site], Error> {
 fn make() -> Result<Vec<Site>, String> {
     let segments = module::segments();
     let mut sites = Vec::new();
+    let mut missing: Vec<&str> = Vec::new();
     let is_generic = |at| module::function_at(at).is_some_and(|function| function.name == "syscall");
+    let functions = functions();
     for segment in &segments {
         let found = segment.code().sites(is_generic);
-        if !found.is_empty() {
-            sites.extend(build(segment, &found)?);
-        }
+        let is_patched = |entry| {
+            let is_in =
+                |site: &Found| module::function_at(site.address).is_some_and(|function| function.entry == entry);
+            found.iter().any(is_in)
+        };
+        // What has no site of its own has somebody else's jump at its entry, or a form that is not known.
+        let rest: Vec<&Function> =
+            functions.iter().filter(|f| segment.holds(f.entry) && !is_patched(f.entry)).collect();
+        let (built, unknown) = build(segment, &found, &rest)?;
+        sites.extend(built);
+        missing.extend(unknown.iter().filter_map(|name| NEEDED.iter().find(|needed| *needed == name)));
     }
     let is_there = |name: &&str| sites.iter().any(|site: &Site| site.name == *name);
-    let missing: Vec<&str> = NEEDED.iter().copied().filter(|name| !is_there(name)).collect();
+    missing.extend(NEEDED.iter().copied().filter(|name| !is_there(name)));
     if !missing.is_empty() {
         let modules: Vec<&str> = segments.iter().map(|segment| segment.module.as_str()).collect();
         let found: Vec<&str> = sites.iter().map(|site| site.name).collect();
@@ -64,38 +78,61 @@ fn make() -> Result<Vec<Site>, String> {
     Ok(sites)
 }
 
+/// libc's functions for the calls, `syscall` apart: its arguments are not those of a call.
+fn functions() -> Vec<Function> {
+    let entry = |name: &str| module::libc_function(&CString::new(name).expect("no zero byte"));
+    let names = CALLS.iter().map(|call| call.1);
+    names.filter_map(|name| Some(Function { name: name.to_owned(), entry: entry(name)? })).collect()
+}
+
 /// Without these a hook would be a trap: whoever installs it relies on them.
 const NEEDED: &[&str] = &["munmap", "mmap", "mremap", "madvise", "brk", "mprotect", "syscall"];
 
-/// Makes the trampolines of a segment.
-fn build(segment: &Segment, found: &[Found]) -> Result<Vec<Site>, String> {
+/// Makes the trampolines of a segment. The second list is the functions of `rest` with nothing to chain to.
+fn build(segment: &Segment, found: &[Found], rest: &[&Function]) -> Result<(Vec<Site>, Vec<String>), String> {
+    let (mut sites, mut unknown) = (Vec::new(), Vec::new());
+    if found.is_empty() && rest.is_empty() {
+        return Ok((sites, unknown));
+    }
     let end = segment.start + segment.length;
     let room = || format!("room for trampolines within 2 GiB of {}", segment.module);
-    let mut arena = Arena::near(segment.start, end, found.len()).ok_or_else(room)?;
-    let bytes = segment.code().bytes;
-    let mut sites = Vec::new();
-    for found in found {
-        let Some(stub) = stub::stub(found.keep) else { continue };
-        let from = (found.address - segment.start) as usize;
-        let moved = &bytes[from..(found.syscall - segment.start) as usize];
-        const SYSCALL: u64 = 2;
-        let trampoline = arena.add(moved, found.number.is_none(), stub, found.syscall + SYSCALL);
-        let distance = trampoline.wrapping_sub(found.address + PATCH as u64) as i64;
+    let mut arena = Arena::near(segment.start, end, found.len() + rest.len()).ok_or_else(room)?;
+    let bytes = |from: u64, length: usize| &segment.code().bytes[(from - segment.start) as usize..][..length];
+    let mut add = |name, address: u64, trampoline: u64, is_chain| {
+        let distance = trampoline.wrapping_sub(address + PATCH as u64) as i64;
         let mut jump = [0xe9; PATCH];
         jump[1..].copy_from_slice(&i32::try_from(distance).map_err(|_| room())?.to_le_bytes());
         sites.push(Site {
-            name: name(found.number),
-            function: module::function_at(found.address),
+            name,
+            function: module::function_at(address),
             module: segment.module.clone(),
-            address: found.address,
-            original: moved[..PATCH].try_into().expect("a site is as long as a jump"),
+            address,
+            original: bytes(address, PATCH).try_into().expect("as long as a jump"),
             jump,
+            is_chain,
         });
+        Ok::<(), String>(())
+    };
+    for found in found {
+        let Some(stub) = stub::stub(found.keep) else { continue };
+        let moved = bytes(found.address, (found.syscall - found.address) as usize);
+        const SYSCALL: u64 = 2;
+        let trampoline = arena.add(moved, found.number.is_none(), stub, found.syscall + SYSCALL);
+        add(name(found.number), found.address, trampoline, false)?;
     }
-    arena
-        .seal()
-        .map_err(|error| format!("executable memory (mprotect: {})", std::io::Error::from_raw_os_error(error)))?;
-    Ok(sites)
+    for function in rest {
+        let entry = bytes(function.entry, 10).try_into().expect("as long as asked for");
+        let call = CALLS.iter().find(|call| call.1 == function.name).expect("made from that list");
+        match Foreign::at(function.entry, entry) {
+            Some(foreign) => {
+                let trampoline = arena.add_chain(call.0 as u32, foreign, stub::function);
+                add(call.1, function.entry, trampoline, true)?;
+            }
+            None => unknown.push(function.name.clone()),
+        }
+    }
+    arena.seal().map_err(|error| format!("executable memory (mprotect: {})", io::Error::from_raw_os_error(error)))?;
+    Ok((sites, unknown))
 }
 
 fn name(number: Option<u32>) -> &'static str {
@@ -114,12 +151,19 @@ impl Site {
         Edit { address: self.address, from: self.jump, to: self.original }
     }
 
+    /// Tells whether there is nothing to do: it is as it should be, or somebody else's.
+    pub(super) fn is_settled(&self, is_installed: bool) -> bool {
+        // SAFETY: as in `describe`.
+        let now: [u8; PATCH] = unsafe { text::read(self.address) };
+        now != if is_installed { self.original } else { self.jump }
+    }
+
     /// Says what it looks like now; `is_installed` is what it should be.
     pub(super) fn describe(&self, is_installed: bool) -> Patch {
         // SAFETY: the site is in the code of libc or of the loader, which stay.
-        let now = unsafe { text::read(self.address) };
+        let now: [u8; PATCH] = unsafe { text::read(self.address) };
         let state = if now == self.jump {
-            if self.has_foreign_entry() { State::Chained } else { State::Ours }
+            if self.is_chain || self.has_foreign_entry() { State::Chained } else { State::Ours }
         } else if now == self.original && !is_installed {
             State::Free
         } else {
@@ -140,12 +184,7 @@ impl Site {
             return false;
         };
         // SAFETY: a function of libc or of the loader, which stay.
-        match unsafe { text::read(function.entry) } {
-            // jmp rel32; jmp *disp(%rip).
-            [0xe9, ..] | [0xff, 0x25, ..] => true,
-            // movabs to a scratch register, r10, r11 or rax, as a far jump begins.
-            [0x49, 0xba | 0xbb, ..] | [0x48, 0xb8, ..] => true,
-            _ => false,
-        }
+        let now = unsafe { text::read(function.entry) };
+        Foreign::at(function.entry, now).is_some()
     }
 }

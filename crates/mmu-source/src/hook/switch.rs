@@ -72,11 +72,15 @@ extern "C" fn in_child() {
     // A client may subscribe while a call is under way, so the address space must be there before the call.
     current_ref();
     let Ok(sites) = plan::sites() else { return };
-    if COUNT.load(Ordering::Relaxed) == 0 {
-        take_out(sites);
-    } else {
+    let is_installed = COUNT.load(Ordering::Relaxed) != 0;
+    if sites.iter().all(|site| site.is_settled(is_installed)) {
+        return;
+    }
+    if is_installed {
         // SAFETY: as in `install`.
         let _ = unsafe { text::apply(sites.iter().map(Site::patch)) };
+    } else {
+        take_out(sites);
     }
 }
 

@@ -96,7 +96,7 @@ fn page_of(address: u64) -> u64 {
 ///
 /// # Safety
 /// The address is in the code of a module that stays loaded, and so are the bytes behind it.
-pub(super) unsafe fn read(address: u64) -> [u8; PATCH] {
+pub(super) unsafe fn read<const N: usize>(address: u64) -> [u8; N] {
     // SAFETY: it is readable; volatile because it changes behind the compiler's back.
     unsafe { ptr::read_volatile(ptr::with_exposed_provenance(address as usize)) }
 }

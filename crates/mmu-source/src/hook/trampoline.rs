@@ -67,6 +67,41 @@ impl Arena {
             code.extend([0x0f, 0x05, 0xff, 0x25]);
             code.extend((RESUME - code.len() as u32 - 4).to_le_bytes());
         }
+        self.place(code, stub, resume)
+    }
+
+    /// Writes a trampoline for the entry of a function that somebody else has put a jump at, and returns where it is. It calls what
+    /// they jump to, by way of `stub`.
+    ///
+    /// # Panics
+    /// If there is no room.
+    pub(super) fn add_chain(&mut self, number: u32, foreign: Foreign, stub: unsafe extern "C" fn()) -> u64 {
+        // mov $number, %eax; lea foreign(%rip), %r11; jmp *stub; foreign:
+        let mut code = vec![0xb8];
+        code.extend(number.to_le_bytes());
+        code.extend([0x4c, 0x8d, 0x1d, 6, 0, 0, 0, 0xff, 0x25]);
+        code.extend((STUB - code.len() as u32 - 4).to_le_bytes());
+        let resume = match foreign {
+            Foreign::Direct(target) => target,
+            Foreign::ByPointer(pointer) => {
+                // mov $pointer, %r11; jmp *(%r11).
+                code.extend([0x49, 0xbb]);
+                code.extend(pointer.to_le_bytes());
+                code.extend([0x41, 0xff, 0x23]);
+                pointer
+            }
+            Foreign::ByRegister { load, resume } => {
+                code.extend(load);
+                resume
+            }
+        };
+        // jmp *resume.
+        code.extend([0xff, 0x25]);
+        code.extend((RESUME - code.len() as u32 - 4).to_le_bytes());
+        self.place(code, stub, resume)
+    }
+
+    fn place(&mut self, mut code: Vec<u8>, stub: unsafe extern "C" fn(), resume: u64) -> u64 {
         assert!(code.len() <= STUB as usize, "a site is a few instructions");
         code.resize(STUB as usize, 0xcc);
         code.extend((stub as usize).to_le_bytes());
@@ -84,6 +119,32 @@ impl Arena {
     pub(super) fn seal(self) -> Result<(), i32> {
         // SAFETY: nobody writes it any more: `add` needs the arena.
         unsafe { raw::mprotect(self.start, self.length, libc::PROT_READ | libc::PROT_EXEC) }
+    }
+}
+
+/// A jump that somebody else has put at the entry of a function: one instruction, or two of which the first is long enough.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Foreign {
+    /// `jmp target`.
+    Direct(u64),
+    /// `jmp *pointer(%rip)`: where the pointer is.
+    ByPointer(u64),
+    /// `mov $target, %register`, and what follows.
+    ByRegister { load: [u8; 10], resume: u64 },
+}
+
+impl Foreign {
+    /// Reads the jump at `entry`, if there is one.
+    pub(super) fn at(entry: u64, code: [u8; 10]) -> Option<Self> {
+        let displacement =
+            |from: usize| i32::from_le_bytes(code[from..from + 4].try_into().expect("four bytes")) as i64 as u64;
+        match code {
+            [0xe9, ..] => Some(Foreign::Direct(entry.wrapping_add(5).wrapping_add(displacement(1)))),
+            [0xff, 0x25, ..] => Some(Foreign::ByPointer(entry.wrapping_add(6).wrapping_add(displacement(2)))),
+            // To rax, r10 or r11, which a function may destroy.
+            [0x48, 0xb8, ..] | [0x49, 0xba | 0xbb, ..] => Some(Foreign::ByRegister { load: code, resume: entry + 10 }),
+            _ => None,
+        }
     }
 }
 

@@ -2,9 +2,13 @@
 
 #![cfg(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu"))]
 
+mod callbacks;
 mod calls;
 mod child;
+mod foreign;
 mod inside;
 mod load;
 mod log;
 mod pages;
+mod programs;
+mod torture;

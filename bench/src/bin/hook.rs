@@ -1,0 +1,163 @@
+//! What does the libc hook add to a `munmap`, and how long does subscribing take while threads unmap?
+//!
+//! `cargo run --release -p bench --bin hook [ROUNDS]`
+#![allow(missing_docs, missing_debug_implementations, reason = "a bench")]
+
+use mmu_notifier::{InvalidateRange, MmWithUser, Notifier, Subscription, Subsystem};
+use mmu_source::hook::Hook;
+use std::env;
+use std::ptr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Instant;
+
+struct Empty;
+
+impl Notifier for Empty {
+    fn invalidate_range_start(&self, _: &InvalidateRange<'_>) {}
+    fn invalidate_range_end(&self, _: &InvalidateRange<'_>) {}
+}
+
+const PAGE: usize = 4096;
+
+fn main() {
+    let rounds = env::args().nth(1).map_or(31, |rounds| rounds.parse().expect("a number of rounds"));
+    let mm = mmu_source::current();
+    println!("{rounds} rounds, medians");
+    let sites = mmu_source::hook::probe().expect("the hook works here");
+    println!("sites: {}", sites.len());
+
+    let refused = munmap_refused as fn() -> f64;
+    let rows = [
+        ("munmap, misaligned: refused", refused),
+        ("mremap, misaligned: refused; flags and vectors are kept", mremap_refused),
+        ("getpid by syscall(2): not hooked", getpid),
+        ("munmap of 4 KiB, touched", munmap),
+    ];
+    for (name, measure) in rows {
+        compare(name, measure, &mm, rounds);
+    }
+    installation(rounds);
+    subscribing(&mm);
+}
+
+/// Prints a call bare, with the hook alone, with one subscriber, with nine. All four take turns, and every difference and ratio is the
+/// median of those within a round: this machine's speed drifts.
+fn compare(name: &str, measure: fn() -> f64, mm: &MmWithUser, rounds: usize) {
+    let kinds: Vec<Subsystem<Empty>> = (0..9).map(|_| Subsystem::new((|_| Ok(Empty)) as fn(&_) -> _)).collect();
+    let get = |kind: &Subsystem<Empty>| kind.get(mm).expect("subscribes");
+    let mut times: Vec<[f64; 4]> = Vec::new();
+    for _ in 0..rounds {
+        let bare = measure();
+        let hook = Hook::install().expect("it worked in the probe");
+        let alone = measure();
+        let mut held: Vec<Subscription<Empty>> = vec![get(&kinds[0])];
+        let one = measure();
+        held.extend(kinds[1..].iter().map(get));
+        let nine = measure();
+        drop(held);
+        kinds.iter().for_each(|kind| kind.synchronize().expect("outside of callbacks"));
+        drop(hook);
+        times.push([bare, alone, one, nine]);
+    }
+    let of = |f: fn(&[f64; 4]) -> f64| median(times.iter().map(f).collect());
+    println!("{name}");
+    println!("  bare           {:9.1} ns", of(|t| t[0]));
+    println!("  hook alone     {:9.1} ns  {:+6.1} ns  {:.3}", of(|t| t[1]), of(|t| t[1] - t[0]), of(|t| t[1] / t[0]));
+    println!("  1 subscriber   {:9.1} ns  {:+6.1} ns  {:.3}", of(|t| t[2]), of(|t| t[2] - t[0]), of(|t| t[2] / t[0]));
+    println!("  each further              {:+6.1} ns", of(|t| (t[3] - t[2]) / 8.0));
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// Nanoseconds per call.
+fn time(calls: u32, mut call: impl FnMut()) -> f64 {
+    let start = Instant::now();
+    for _ in 0..calls {
+        call();
+    }
+    start.elapsed().as_nanos() as f64 / f64::from(calls)
+}
+
+fn munmap_refused() -> f64 {
+    // SAFETY: a misaligned address is refused.
+    time(50_000, || assert_eq!(unsafe { libc::munmap(ptr::without_provenance_mut(0x1001), PAGE) }, -1))
+}
+
+fn mremap_refused() -> f64 {
+    // SAFETY: a misaligned address is refused.
+    let call = || unsafe { libc::mremap(ptr::without_provenance_mut(0x1001), 2 * PAGE, PAGE, 0) };
+    time(50_000, || assert_eq!(call(), libc::MAP_FAILED))
+}
+
+fn getpid() -> f64 {
+    // SAFETY: takes no arguments.
+    time(50_000, || assert!(unsafe { libc::syscall(libc::SYS_getpid) } > 0))
+}
+
+fn munmap() -> f64 {
+    const MAPPINGS: usize = 512;
+    let mut total = 0.0;
+    let times = 8;
+    for _ in 0..times {
+        let mappings: Vec<*mut libc::c_void> = (0..MAPPINGS).map(|_| touched()).collect();
+        let mut next = mappings.iter();
+        // SAFETY: unmaps what was mapped for it.
+        total += time(MAPPINGS as u32, || unsafe { assert_eq!(libc::munmap(*next.next().expect("as many"), PAGE), 0) });
+    }
+    total / f64::from(times)
+}
+
+fn touched() -> *mut libc::c_void {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    // SAFETY: a new mapping.
+    let page = unsafe { libc::mmap(ptr::null_mut(), PAGE, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+    assert_ne!(page, libc::MAP_FAILED);
+    // SAFETY: writes to what was just mapped.
+    unsafe { page.cast::<u8>().write_volatile(1) };
+    page
+}
+
+fn installation(rounds: usize) {
+    let mut times = Vec::new();
+    for _ in 0..rounds {
+        times.push(time(100, || drop(Hook::install().expect("it worked before"))));
+    }
+    println!("install and remove, one thread {:9.1} us", median(times) / 1e3);
+}
+
+/// A fresh subscription and its last put, while two threads map and unmap.
+fn subscribing(mm: &MmWithUser) {
+    let hook = Hook::install().expect("it worked before");
+    let others: [Subsystem<Empty>; 2] = [const { Subsystem::new(|_| Ok(Empty)) }; 2];
+    let _held = others.each_ref().map(|kind| kind.get(mm).expect("subscribes"));
+    let kind: Subsystem<Empty> = Subsystem::new(|_| Ok(Empty));
+    let stop = AtomicBool::new(false);
+    let mut times: Vec<f64> = Vec::new();
+    thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    // SAFETY: unmaps what was mapped for it.
+                    unsafe { libc::munmap(touched(), PAGE) };
+                }
+            });
+        }
+        for _ in 0..20_000 {
+            times.push(time(1, || drop(kind.get(mm).expect("subscribes"))));
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    drop(hook);
+    times.sort_by(f64::total_cmp);
+    let at = |share: f64| times[((times.len() - 1) as f64 * share) as usize] / 1e3;
+    println!(
+        "subscribe and put, 2 threads unmapping: p50 {:.1} us, p99 {:.1} us, most {:.1} us",
+        at(0.5),
+        at(0.99),
+        at(1.0)
+    );
+}

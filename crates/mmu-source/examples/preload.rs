@@ -1,0 +1,43 @@
+//! A library to preload: installs the hook, and the kernel's notifier where it is to be had, before a program's `main`.
+//!
+//! `LD_PRELOAD=libpreload.so PROG`. With `MMUN_PRELOAD_REPORT=FILE` every process appends, when it exits, a line with
+//! how many brackets it has seen. The program runs as it does without.
+#![cfg(all(target_os = "linux", target_env = "gnu"))]
+
+use mmu_notifier::{InvalidateRange, Notifier, Registration};
+use mmu_source::hook::Hook;
+use mmu_source::kernel::Kernel;
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+static SEEN: AtomicU64 = AtomicU64::new(0);
+static HELD: OnceLock<(Hook, Option<Arc<Kernel>>, Registration<Count>)> = OnceLock::new();
+
+struct Count;
+
+impl Notifier for Count {
+    fn invalidate_range_start(&self, _: &InvalidateRange<'_>) {
+        SEEN.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+#[used]
+#[unsafe(link_section = ".init_array")]
+static START: extern "C" fn() = start;
+
+extern "C" fn start() {
+    let Ok(watch) = Registration::new(&mmu_source::current(), Count) else { return };
+    let Ok(hook) = Hook::install() else { return };
+    let _ = HELD.set((hook, Kernel::start().ok(), watch));
+    // SAFETY: the function stays: the hook keeps this library loaded.
+    unsafe { libc::atexit(report) };
+}
+
+extern "C" fn report() {
+    let Some(path) = std::env::var_os("MMUN_PRELOAD_REPORT") else { return };
+    let Ok(mut file) = OpenOptions::new().append(true).create(true).open(path) else { return };
+    let kernel = HELD.get().is_some_and(|held| held.1.is_some());
+    let _ = writeln!(file, "brackets {} kernel {kernel}", SEEN.load(Ordering::Relaxed));
+}

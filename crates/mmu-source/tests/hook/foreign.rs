@@ -1,0 +1,90 @@
+//! Another library's patches, before ours and after.
+
+use crate::child::alone;
+use crate::log::Watch;
+use crate::pages::{PAGE, at, errno, map};
+use mmu_notifier::Event;
+use mmu_source::hook::State;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+static CALLS: AtomicUsize = AtomicUsize::new(0);
+
+/// What the other library puts in the place of `munmap`: it counts, and makes the call by an instruction of its own.
+unsafe extern "C" fn their_munmap(address: usize, length: usize) -> i32 {
+    CALLS.fetch_add(1, Ordering::Relaxed);
+    let result: i64;
+    // SAFETY: the call that the caller wanted.
+    unsafe {
+        std::arch::asm!("syscall", inlateout("rax") libc::SYS_munmap => result, in("rdi") address, in("rsi") length,
+            lateout("rcx") _, lateout("r11") _, options(nostack));
+    }
+    if result == 0 {
+        return 0;
+    }
+    // SAFETY: this thread's own.
+    unsafe { libc::__errno_location().write(-result as i32) };
+    -1
+}
+
+/// `mov $target, %r11; jmp *%r11`, as UCX and others write it over a function.
+fn patch(function: usize, target: usize) {
+    let mut code = vec![0x49, 0xbb];
+    code.extend(target.to_le_bytes());
+    code.extend([0x41, 0xff, 0xe3]);
+    let memory = File::options().write(true).open("/proc/self/mem").expect("one's own memory");
+    memory.write_all_at(&code, function as u64).expect("it can be written past its protection");
+}
+
+fn unmap_one(watch: &Watch) {
+    let pages = map(1, 7);
+    watch.listen_and_look(pages, PAGE);
+    // SAFETY: the page is of this test.
+    assert_eq!(unsafe { libc::munmap(at(pages), PAGE) }, 0);
+}
+
+#[test]
+fn a_patch_that_was_there_before_is_chained_to() {
+    alone("foreign::a_patch_that_was_there_before_is_chained_to", || {
+        patch(libc::munmap as *const () as usize, their_munmap as *const () as usize);
+        let watch = Watch::new();
+        let before = CALLS.load(Ordering::Relaxed);
+        unmap_one(&watch);
+        let heard = watch.heard();
+        assert_eq!(CALLS.load(Ordering::Relaxed), before + 1, "theirs runs");
+        assert_eq!(heard.len(), 2, "and ours: {heard:?}");
+        assert!(heard[0].is_start && heard[0].event == Event::Unmap && heard[0].content == 7);
+        // SAFETY: a misaligned address is refused.
+        assert_eq!((unsafe { libc::munmap(at(1), PAGE) }, errno()), (-1, libc::EINVAL));
+        let status = watch.hook.status();
+        let of_libc = status.iter().find(|patch| patch.name == "munmap" && patch.module.starts_with("libc"));
+        assert_eq!(of_libc.expect("it is listed").state, State::Chained);
+        drop(watch.hook);
+        let before = CALLS.load(Ordering::Relaxed);
+        // SAFETY: a misaligned address is refused.
+        assert_eq!(unsafe { libc::munmap(at(1), PAGE) }, -1);
+        assert_eq!(CALLS.load(Ordering::Relaxed), before + 1, "theirs is back in its place");
+    });
+}
+
+#[test]
+fn a_patch_over_ours_is_reported_and_left_alone() {
+    alone("foreign::a_patch_over_ours_is_reported_and_left_alone", || {
+        let watch = Watch::new();
+        patch(libc::munmap as *const () as usize, their_munmap as *const () as usize);
+        let state = |watch: &Watch| {
+            let status = watch.hook.status();
+            let of_libc = status.iter().find(|patch| patch.name == "munmap" && patch.module.starts_with("libc"));
+            of_libc.expect("it is listed").state
+        };
+        assert_eq!(state(&watch), State::Overwritten);
+        unmap_one(&watch);
+        assert_eq!(watch.heard(), [], "theirs makes the call, and ours is gone");
+        drop(watch.hook);
+        let before = CALLS.load(Ordering::Relaxed);
+        // SAFETY: a misaligned address is refused.
+        assert_eq!(unsafe { libc::munmap(at(1), PAGE) }, -1);
+        assert_eq!(CALLS.load(Ordering::Relaxed), before + 1, "theirs was not taken out with ours");
+    });
+}

@@ -1,0 +1,128 @@
+//! Real programs with the hook, and the kernel's notifier if it is to be had, preloaded: the same output and exit status as
+//! without.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::OnceLock;
+use std::{env, fs};
+use testkit::{Cap, has_optional_program, require};
+
+/// The library to preload, built if need be: `cargo test --test hook` alone does not build examples.
+fn library() -> &'static Path {
+    static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
+    LIBRARY.get_or_init(|| {
+        let program = env::current_exe().expect("this program has a name");
+        let folder = program.ancestors().nth(2).expect("it lies in target/PROFILE/deps");
+        let mut build = Command::new(env!("CARGO"));
+        build.args(["build", "--quiet", "--package", "mmu-source", "--example", "preload"]);
+        if folder.ends_with("release") {
+            build.arg("--release");
+        }
+        build.current_dir(env!("CARGO_MANIFEST_DIR")).arg("--target-dir").arg(folder.parent().expect("target"));
+        assert!(build.status().expect("cargo runs").success());
+        let library = folder.join("examples/libpreload.so");
+        assert!(library.exists(), "{}", library.display());
+        library
+    })
+}
+
+/// A folder of a test, removed when the test is done.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new(name: &str) -> Self {
+        let path = env::temp_dir().join(format!("mmun-hook-{name}-{}", std::process::id()));
+        fs::create_dir_all(&path).expect("a folder for the test");
+        Self(path)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Runs a shell script with and without the library. Each run has an empty folder of its own, and `$DATA` is the other one.
+#[track_caller]
+fn same_with_and_without(name: &str, script: &str) {
+    let scratch = Scratch::new(name);
+    let report = scratch.0.join("report");
+    let run = |folder: &str, preload: bool| -> Output {
+        let folder = scratch.0.join(folder);
+        fs::create_dir_all(&folder).expect("a folder for the run");
+        let mut command = Command::new("timeout");
+        command.args(["-k", "5", "50", "sh", "-c", script]).current_dir(&folder);
+        command.env("DATA", &scratch.0).env("LC_ALL", "C").env("GIT_CONFIG_GLOBAL", "/dev/null");
+        if preload {
+            command.env("LD_PRELOAD", library()).env("MMUN_PRELOAD_REPORT", &report);
+        }
+        command.output().expect("timeout and sh run")
+    };
+    let without = run("without", false);
+    let with = run("with", true);
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).chars().take(2000).collect::<String>();
+    assert_eq!((with.status, text(&with.stderr)), (without.status, text(&without.stderr)), "{name}");
+    assert!(without.status.success(), "{name}: {}", text(&without.stderr));
+    assert!(with.stdout == without.stdout, "{name}: {}\n{}", text(&with.stdout), text(&without.stdout));
+    let report = fs::read_to_string(&report).expect("the processes have reported");
+    let heard = report.lines().filter(|line| !line.starts_with("brackets 0 ")).count();
+    assert!(heard > 0, "{name}: no bracket in any process:\n{report}");
+}
+
+#[test]
+fn python() {
+    if !require(Cap::Program("python3")) {
+        return;
+    }
+    let script = r#"python3 -c '
+import threading, subprocess, mmap, hashlib
+def work(n):
+    for i in range(20):
+        data = bytearray(1 << 20)
+        data[0] = n
+        pages = mmap.mmap(-1, 1 << 16)
+        pages.write(b"x" * 100)
+        pages.close()
+threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+[t.start() for t in threads]
+[t.join() for t in threads]
+print(subprocess.run(["sh", "-c", "echo child; exit 3"], capture_output=True))
+print(hashlib.sha256(b"a" * (32 << 20)).hexdigest(), sum(x * x for x in range(100000)))
+'"#;
+    same_with_and_without("python", script);
+}
+
+#[test]
+fn a_sort_with_threads() {
+    if !require(Cap::Program("sort")) {
+        return;
+    }
+    let script = "seq 1 400000 | awk '{ print ($1 * 7919) % 400009, $1 }' > data; \
+                  sort --parallel=4 -S 16M -k1,1n data | sha256sum; sort -r data | tail -3";
+    same_with_and_without("sort", script);
+}
+
+#[test]
+fn git_with_its_children() {
+    if !require(Cap::Program("git")) {
+        return;
+    }
+    let script = "export GIT_AUTHOR_DATE='2020-01-01 00:00:00 +0000' GIT_COMMITTER_DATE='2020-01-01 00:00:00 +0000' \
+                  GIT_AUTHOR_NAME=a GIT_AUTHOR_EMAIL=a@b GIT_COMMITTER_NAME=a GIT_COMMITTER_EMAIL=a@b; \
+                  git init -q -b main one && cd one && \
+                  for i in 1 2 3 4 5 6 7 8; do seq $i 20000 > f$i && git add . && git commit -q -m \"c $i\"; done && \
+                  git gc -q && cd .. && git clone -q --no-local one two && cd two && git log --stat -p | sha256sum && git fsck";
+    same_with_and_without("git", script);
+}
+
+#[test]
+fn a_virtual_machine_of_javascript_or_java() {
+    let script = "node -e 'let a=[]; for (let i=0;i<3e5;i++) a.push({i}); console.log(a.reduce((s,x)=>s+x.i,0))'";
+    if has_optional_program("node") {
+        same_with_and_without("node", script);
+    }
+    if has_optional_program("java") {
+        same_with_and_without("java", "java -version 2>/dev/null; echo $?");
+    }
+}
