@@ -115,6 +115,22 @@ fn hook_tells_of_what_goes_through_libc_before_it_happens() {
 }
 
 #[test]
+fn uffd_tells_what_the_kernel_tells_it_and_not_before_unless_by_chance() {
+    if !require(Cap::Userfaultfd) || !require(Cap::Root) {
+        return;
+    }
+    let (output, rows) = rows("uffd");
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    for operation in ["munmap (raw instruction)", "mremap (move)", "madvise (DONTNEED)", "io_uring (MADVISE, DONTNEED)"]
+    {
+        assert!(["before", "after"].contains(&seen(&rows, operation)), "{operation}");
+    }
+    for operation in ["shmdt", "mprotect", "write after fork", "ftruncate (another process)"] {
+        assert_eq!(seen(&rows, operation), "missed", "{operation}");
+    }
+}
+
+#[test]
 fn what_is_not_available_has_its_reason_on_standard_error() {
     if !require(Cap::Ptrace) {
         return;
