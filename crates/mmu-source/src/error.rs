@@ -85,7 +85,6 @@ impl Error {
                 Some(libc::EPERM) => Some(
                     "another tracer may hold it, or tracing needs CAP_SYS_PTRACE (see /proc/sys/kernel/yama/ptrace_scope)",
                 ),
-                Some(libc::ESRCH) => Some("no such process"),
                 _ => None,
             },
             Error::Spawn { source, .. } if source.raw_os_error() == Some(libc::EPERM) => {

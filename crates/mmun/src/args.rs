@@ -52,7 +52,7 @@ pub(crate) enum Command {
 #[derive(Args, Debug)]
 #[command(
     verbatim_doc_comment,
-    override_usage = "mmun trace [OPTIONS] PROG [ARGS]...\n       mmun trace [OPTIONS] -p PID...",
+    override_usage = "mmun trace [OPTIONS] PROG [ARGS]...\n       mmun trace [OPTIONS] -p PID [-p PID]...",
     after_long_help = record::HELP
 )]
 pub(crate) struct TraceArgs {

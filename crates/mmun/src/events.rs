@@ -38,7 +38,7 @@ impl EventSet {
 impl FromStr for EventSet {
     type Err = String;
 
-    /// Reads `unmap,clear`, or `!mprotect,clear` for all but these.
+    /// Reads `unmap,clear`, or `!unmap,clear` for all but these.
     fn from_str(text: &str) -> Result<EventSet, String> {
         let (negated, names) = match text.strip_prefix('!') {
             Some(rest) => (true, rest),

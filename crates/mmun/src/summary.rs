@@ -49,6 +49,7 @@ impl Summary {
                 let process = self.process(record.task.pid);
                 process.name = name(process.pid);
             }
+            Kind::Fork { child, .. } if child.pid != record.task.pid => self.begin(child.pid),
             Kind::MmNew | Kind::MmRelease | Kind::Fork { .. } | Kind::Exit(_) => {}
         }
     }
@@ -66,12 +67,18 @@ impl Summary {
         event.ns += t - began;
     }
 
+    /// The latest process with this number.
     fn process(&mut self, pid: Pid) -> &mut Process {
         let at = self.processes.iter().rposition(|process| process.pid == pid).unwrap_or_else(|| {
-            self.processes.push(Process { pid, name: name(pid), get: 0, put: 0, free: 0 });
+            self.begin(pid);
             self.processes.len() - 1
         });
         &mut self.processes[at]
+    }
+
+    /// A new process, whoever had its number before.
+    fn begin(&mut self, pid: Pid) {
+        self.processes.push(Process { pid, name: name(pid), get: 0, put: 0, free: 0 });
     }
 
     /// Two tables.
@@ -188,5 +195,21 @@ mod tests {
             "{\"v\":1,\"t\":99,\"kind\":\"summary\",\"events\":{},\
              \"processes\":[{\"pid\":8388608,\"get\":2,\"put\":2,\"free\":1}]}\n"
         );
+    }
+
+    #[test]
+    fn a_number_that_is_used_again_is_another_process() {
+        let child = Task { pid: TASK.pid + 1, tid: TASK.pid + 1 };
+        let mut summary = Summary::default();
+        let mut add = |task, kind| summary.add(0, &Record { task, mm: 3, kind });
+        for _ in 0..2 {
+            add(TASK, Kind::Fork { child, child_mm: 4 });
+            add(child, Kind::Get { users: 1 });
+            add(child, Kind::Put { users: 0 });
+        }
+        // A thread is no process.
+        add(TASK, Kind::Fork { child: Task { pid: TASK.pid, tid: 7 }, child_mm: 3 });
+        let processes: Vec<_> = summary.processes.iter().map(|process| (process.pid, process.get)).collect();
+        assert_eq!(processes, [(child.pid, 1), (child.pid, 1)]);
     }
 }

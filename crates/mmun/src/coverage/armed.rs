@@ -5,6 +5,7 @@ use std::sync::Arc;
 use mmu_notifier::{MmWithUser, VaRange};
 use mmu_source::hook::Hook;
 use mmu_source::kernel::{self, Kernel};
+use mmu_source::uffd::{self, Uffd};
 
 use super::operation::Unavailable;
 use crate::source::Source;
@@ -14,6 +15,7 @@ use crate::source::Source;
 pub(crate) enum Armed {
     Kernel(Arc<Kernel>, #[expect(dead_code, reason = "its drop disarms")] kernel::Armed),
     Hook(Hook),
+    Uffd(Arc<Uffd>, #[expect(dead_code, reason = "its drop disarms")] uffd::Armed),
 }
 
 impl Armed {
@@ -27,7 +29,11 @@ impl Armed {
                 Ok(Armed::Kernel(kernel, armed))
             }
             Source::Hook => Hook::install().map(Armed::Hook).map_err(refused),
-            Source::Uffd => Err("uffd is not part of this build".into()),
+            Source::Uffd => {
+                let uffd = Uffd::start().map_err(refused)?;
+                let armed = uffd.arm(range).map_err(refused)?;
+                Ok(Armed::Uffd(uffd, armed))
+            }
             Source::Process => Err("it watches other processes".into()),
         }
     }
@@ -37,23 +43,24 @@ impl Armed {
         mmu_source::current()
     }
 
-    /// Has it tell what it knows by now.
-    pub(crate) fn drain(&self) {
-        if let Armed::Kernel(kernel, _) = self {
-            kernel.drain();
-        }
+    /// Has it tell what it knows by now, and waits until it has.
+    ///
+    /// # Errors
+    /// What the source says.
+    pub(crate) fn settle(&self) -> Result<(), Unavailable> {
+        let settled = match self {
+            Armed::Kernel(kernel, _) => kernel.settle().map(drop),
+            Armed::Uffd(uffd, _) => uffd.settle(),
+            Armed::Hook(_) => Ok(()),
+        };
+        settled.map_err(|error| Unavailable(crate::explain(&error)))
     }
 
     /// The counter that moves before a translation does, of the source that has one.
     pub(crate) fn generation(&self) -> Option<u64> {
         match self {
             Armed::Kernel(kernel, _) => Some(kernel.generation()),
-            Armed::Hook(_) => None,
+            Armed::Hook(_) | Armed::Uffd(..) => None,
         }
-    }
-
-    /// Whether it tells from a thread of its own, which may lag.
-    pub(crate) fn lags(&self) -> bool {
-        !matches!(self, Armed::Hook(_))
     }
 }

@@ -3,7 +3,6 @@
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
-use std::time::{Duration, Instant};
 
 use mmu_notifier::Registration;
 
@@ -13,9 +12,6 @@ use super::page::{Page, State};
 use super::report::{Report, Seen};
 use super::witness::Witness;
 use crate::source::Source;
-
-/// How long a source that works beside this thread may take to tell.
-const LAG: Duration = Duration::from_millis(200);
 
 /// Prepares, arms, changes, and says what was told of it.
 pub(crate) fn run(operation: &Operation, source: Source) -> Report {
@@ -30,7 +26,7 @@ fn try_run(operation: &Operation, source: Source) -> Result<Report, Unavailable>
     let witness = Registration::new(&armed.mm(), Witness::new(page))
         .map_err(|error| Unavailable(format!("subscribing: {error}")))?;
     // What was told of the preparation is not the change.
-    armed.drain();
+    armed.settle()?;
     let before = witness.page().state()?;
     witness.begin(before);
     let mut changed = Ok(false);
@@ -43,7 +39,8 @@ fn try_run(operation: &Operation, source: Source) -> Result<Report, Unavailable>
         },
     );
     let changed = changed?;
-    let seen = match told(&armed, &witness) {
+    armed.settle()?;
+    let seen = match witness.seen() {
         // It is told later than it is known: whoever looks at the counter knows first.
         Some(_) if armed.generation().is_some() => {
             if ahead {
@@ -65,19 +62,6 @@ fn try_run(operation: &Operation, source: Source) -> Result<Report, Unavailable>
 pub(crate) fn open(operation: &Operation, watched: usize) -> Result<Page, Unavailable> {
     let pid = rustix::process::getpid().as_raw_nonzero().get();
     Page::open(pid, watched, operation.judge).map_err(Unavailable)
-}
-
-/// Has the source tell what it knows, and says when it told of the page.
-fn told(armed: &Armed, witness: &Witness) -> Option<Seen> {
-    let begin = Instant::now();
-    loop {
-        armed.drain();
-        let seen = witness.seen();
-        if seen.is_some() || !armed.lags() || begin.elapsed() > LAG {
-            return seen;
-        }
-        thread::yield_now();
-    }
 }
 
 /// Runs `change`, and says whether the translation was ever seen changed with the source's counter not yet moved.

@@ -15,7 +15,7 @@ pub(super) fn probe(source: Source) -> (Option<Lack>, Vec<String>) {
     match source {
         Source::Kernel => kernel(),
         Source::Hook => hook(),
-        Source::Uffd => (Some(Lack { missing: "it is not part of this build".into(), remedy: None }), Vec::new()),
+        Source::Uffd => uffd(),
         Source::Process => process(),
     }
 }
@@ -62,6 +62,14 @@ fn hook() -> (Option<Lack>, Vec<String>) {
         }
         Err(error) => (Some(lack(&error)), Vec::new()),
     }
+}
+
+fn uffd() -> (Option<Lack>, Vec<String>) {
+    let mut features = Vec::new();
+    if let Ok(allowed) = fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd") {
+        features.push(format!("unprivileged_userfaultfd={}", allowed.trim()));
+    }
+    (mmu_source::uffd::probe().err().as_ref().map(lack), features)
 }
 
 /// What an error of a source says is missing.

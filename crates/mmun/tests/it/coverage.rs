@@ -96,6 +96,41 @@ fn process_tells_of_every_memory_call_before_it_and_of_no_other_change() {
 }
 
 #[test]
+#[cfg(all(target_arch = "x86_64", target_env = "gnu"))]
+fn hook_tells_of_what_goes_through_libc_before_it_happens() {
+    let begin = Instant::now();
+    let (output, rows) = rows("hook");
+    assert!(begin.elapsed() < LIMIT);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    assert!(told(&rows, "before").len() >= 22, "{rows:?}");
+    assert_eq!(told(&rows, "after"), [""; 0]);
+    for operation in ["brk (shrink)", "sbrk (shrink)", "mremap (over a live mapping)", "munmap (syscall(2))", "dlclose"]
+    {
+        assert_eq!(seen(&rows, operation), "before", "{operation}");
+    }
+    // What does not go through libc is not told: a matrix that said so would be wrong.
+    for operation in ["munmap (raw instruction)", "ftruncate (own)", "write to a private file mapping"] {
+        assert_eq!(seen(&rows, operation), "missed", "{operation}");
+    }
+}
+
+#[test]
+fn uffd_tells_what_the_kernel_tells_it_and_not_before_unless_by_chance() {
+    if !require(Cap::Userfaultfd) || !require(Cap::Root) {
+        return;
+    }
+    let (output, rows) = rows("uffd");
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    for operation in ["munmap (raw instruction)", "mremap (move)", "madvise (DONTNEED)", "io_uring (MADVISE, DONTNEED)"]
+    {
+        assert!(["before", "after"].contains(&seen(&rows, operation)), "{operation}");
+    }
+    for operation in ["shmdt", "mprotect", "write after fork", "ftruncate (another process)"] {
+        assert_eq!(seen(&rows, operation), "missed", "{operation}");
+    }
+}
+
+#[test]
 fn what_is_not_available_has_its_reason_on_standard_error() {
     if !require(Cap::Ptrace) {
         return;

@@ -12,6 +12,7 @@ use crate::coverage::operation::{Operation, Prepared, Unavailable};
 use crate::coverage::other::Other;
 use crate::coverage::page::Judge;
 use crate::coverage::region::{PAGE, Region, advise_in};
+use crate::source::Source;
 
 const MADV_COLLAPSE: i32 = 25;
 const MADV_GUARD_INSTALL: i32 = 102;
@@ -36,7 +37,12 @@ pub(super) const OPERATIONS: &[Operation] = &[
             Ok(Prepared::new(&region.clone(), 0, move || region.advise(libc::MADV_DONTNEED_LOCKED)))
         },
     },
-    Operation { name: "madvise (FREE)", judge: Judge::Lazy, claimed: LIBC, prepare: || advised(libc::MADV_FREE) },
+    Operation {
+        name: "madvise (FREE)",
+        judge: Judge::Lazy,
+        claimed: LIBC_AND_UFFD,
+        prepare: || advised(libc::MADV_FREE),
+    },
     Operation {
         name: "madvise (REMOVE)",
         judge: Judge::Frame,
@@ -85,7 +91,8 @@ pub(super) const OPERATIONS: &[Operation] = &[
     Operation {
         name: "io_uring (MADVISE, DONTNEED)",
         judge: Judge::Frame,
-        claimed: &[crate::source::Source::Uffd],
+        // It is no call of its own: the ring is only entered.
+        claimed: &[Source::Uffd],
         prepare: || {
             let region = Region::anonymous(PAGES)?;
             let mut ring = io_uring::IoUring::new(2)?;

@@ -8,7 +8,7 @@
 use std::ffi::c_void;
 use std::io;
 
-use super::{LIBC, LIBC_AND_UFFD};
+use super::LIBC_AND_UFFD;
 use crate::coverage::operation::{Operation, Prepared, Unavailable};
 use crate::coverage::page::Judge;
 use crate::coverage::region::{PAGE, Region};
@@ -44,7 +44,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
         },
     },
     Operation { name: "malloc_trim (top)", judge: Judge::Frame, claimed: LIBC_AND_UFFD, prepare: || trimmed(false) },
-    Operation { name: "malloc_trim (hole)", judge: Judge::Frame, claimed: LIBC, prepare: || trimmed(true) },
+    Operation { name: "malloc_trim (hole)", judge: Judge::Frame, claimed: LIBC_AND_UFFD, prepare: || trimmed(true) },
     Operation {
         name: "free (large block)",
         judge: Judge::Frame,

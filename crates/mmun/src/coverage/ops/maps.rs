@@ -100,7 +100,8 @@ pub(super) const OPERATIONS: &[Operation] = &[
     Operation {
         name: "shmdt",
         judge: Judge::Frame,
-        claimed: LIBC_AND_UFFD,
+        // The kernel raises no event of userfaultfd for segments.
+        claimed: LIBC,
         prepare: || {
             let region = Region::segment(PAGES)?;
             Ok(Prepared::new(&region.clone(), 0, || region.detach()))
@@ -109,7 +110,8 @@ pub(super) const OPERATIONS: &[Operation] = &[
     Operation {
         name: "shmat (SHM_REMAP)",
         judge: Judge::Frame,
-        claimed: LIBC_AND_UFFD,
+        // The kernel raises no event of userfaultfd for segments.
+        claimed: LIBC,
         prepare: || {
             let region = Region::anonymous(PAGES)?;
             Ok(Prepared::new(&region.clone(), 0, || region.attach_over()))

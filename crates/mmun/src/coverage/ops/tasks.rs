@@ -11,13 +11,12 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::mpsc::channel;
 
-use super::{LIBC, LIBC_AND_UFFD, NOBODY};
+use super::{CALL_AND_UFFD, LIBC, LIBC_AND_UFFD, NOBODY};
 use crate::coverage::files::memory_file;
 use crate::coverage::operation::{Operation, Prepared, Unavailable};
 use crate::coverage::other::Other;
 use crate::coverage::page::Judge;
 use crate::coverage::region::{PAGE, Region};
-use crate::source::Source;
 use crate::sys::{self, Fork};
 
 use super::maps::PAGES;
@@ -29,7 +28,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     Operation {
         name: "fork (shares the page)",
         judge: Judge::Exclusive,
-        claimed: &[Source::Process],
+        claimed: CALL_AND_UFFD,
         prepare: || {
             let region = Region::anonymous(PAGES)?;
             let parent = rustix::process::getpid();
