@@ -188,7 +188,11 @@ impl Random {
 fn zipf(exponent: f64) -> impl FnMut() -> u32 {
     let mut sum = 0.0;
     let weights = (1..=BUFFERS).map(|rank| f64::from(rank).powf(-exponent));
-    let sums: Vec<f64> = weights.map(|weight| std::mem::replace(&mut sum, sum + weight) + weight).collect();
+    let mut sums = Vec::new();
+    for weight in weights {
+        sum += weight;
+        sums.push(sum);
+    }
     let mut random = Random(88_172_645_463_325_252);
     move || {
         let at = random.unit() * sum;

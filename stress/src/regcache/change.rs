@@ -73,11 +73,17 @@ fn protect(buffer: &Buffer) {
 /// Moves the pages elsewhere; there are others in their place at once, so that nobody else is given the addresses.
 fn shift(buffer: &Buffer) {
     let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP;
-    // SAFETY: As in `map`; the kernel chooses the new place.
-    let moved = unsafe { libc::mremap(buffer.start.cast(), buffer.len, buffer.len, flags) };
-    assert_ne!(moved, libc::MAP_FAILED, "mremap: {}", std::io::Error::last_os_error());
-    // SAFETY: They were moved there just now.
-    unsafe { libc::munmap(moved, buffer.len) };
+    // Linux 6.18 refuses it for a part of a mapping, after having split the mapping.
+    for _ in 0..2 {
+        // SAFETY: As in `map`; the kernel chooses the new place.
+        let moved = unsafe { libc::mremap(buffer.start.cast(), buffer.len, buffer.len, flags) };
+        if moved != libc::MAP_FAILED {
+            // SAFETY: They were moved there just now.
+            unsafe { libc::munmap(moved, buffer.len) };
+            return;
+        }
+    }
+    map(buffer, ACCESS, FRESH);
 }
 
 /// Maps the file, and cuts it off and makes it long again while it is there.
