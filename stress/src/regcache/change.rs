@@ -5,6 +5,7 @@ use super::{Counts, add};
 use crate::random::Random;
 use crate::{Options, Source};
 use mmu_notifier::Event;
+use mmu_source::kernel::Kernel;
 use std::os::fd::AsRawFd;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,7 +15,14 @@ const FRESH: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
 /// The pool's file backs one buffer at a time.
 static FILE: Mutex<()> = Mutex::new(());
 
-pub(super) fn run(pool: &Pool, options: &Options, counts: &Counts, stop: &AtomicBool, mut random: Random) {
+pub(super) fn run(
+    pool: &Pool,
+    options: &Options,
+    kernel: Option<&Kernel>,
+    counts: &Counts,
+    stop: &AtomicBool,
+    mut random: Random,
+) {
     while !stop.load(Ordering::Relaxed) {
         let buffer = pool.some(&mut random);
         let _changing = buffer.changing.lock().expect("no panic");
@@ -36,10 +44,17 @@ pub(super) fn run(pool: &Pool, options: &Options, counts: &Counts, stop: &Atomic
             _ => map(buffer, ACCESS, FRESH),
         };
         let silent = options.broken && random.one_in(10);
-        if options.source == Source::Bracket && !silent {
-            mmu_source::current().with_invalidation(buffer.range(), Event::Unmap, |_| change());
-        } else {
-            change();
+        match (options.source, kernel) {
+            (Source::Bracket, _) if !silent => {
+                mmu_source::current().with_invalidation(buffer.range(), Event::Unmap, |_| change());
+            }
+            (Source::Rehearsal, Some(kernel)) if !silent => {
+                // A rehearsal cannot wait for changes under way, so what was registered between event and change is told again.
+                tell(kernel, buffer);
+                change();
+                tell(kernel, buffer);
+            }
+            _ => change(),
         }
         buffer.fill(version);
         buffer.end();
@@ -48,6 +63,12 @@ pub(super) fn run(pool: &Pool, options: &Options, counts: &Counts, stop: &Atomic
             std::thread::yield_now();
         }
     }
+}
+
+/// What the kernel does before it changes its page tables.
+fn tell(kernel: &Kernel, buffer: &Buffer) {
+    let start = buffer.range().start().get();
+    kernel.inject(start, start + buffer.len as u64).expect("the program runs");
 }
 
 fn map(buffer: &Buffer, access: i32, kind: i32) {
