@@ -1,8 +1,13 @@
-//! Builds the C side of the comparison with liburcu, if its headers and a C compiler are here.
+//! Builds the C side of the comparisons with liburcu and UCX, if their headers and a C compiler are here.
 
 fn main() {
-    println!("cargo::rustc-check-cfg=cfg(has_urcu)");
     println!("cargo::rerun-if-changed=c");
+    urcu();
+    ucx();
+}
+
+fn urcu() {
+    println!("cargo::rustc-check-cfg=cfg(has_urcu)");
     let built = cc::Build::new()
         .files(["c/memb.c", "c/bp.c"])
         // Readers inline, as Rust readers are; the LGPL allows it for code such as ours, which is not shipped.
@@ -18,4 +23,16 @@ fn main() {
     for library in ["urcu-memb", "urcu-bp", "urcu-common"] {
         println!("cargo::rustc-link-lib={library}");
     }
+}
+
+fn ucx() {
+    println!("cargo::rustc-check-cfg=cfg(has_ucx)");
+    let built =
+        cc::Build::new().file("c/rcache.c").opt_level(3).warnings(false).cargo_warnings(false).try_compile("ucx_peer");
+    if built.is_err() {
+        println!("cargo::warning=libucx-dev or a C compiler is missing: the bench of regcache leaves UCX out");
+        return;
+    }
+    println!("cargo::rustc-cfg=has_ucx");
+    println!("cargo::rustc-link-lib=ucs");
 }

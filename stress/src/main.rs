@@ -1,7 +1,7 @@
 //! Torture programs: bounded by time, with the seed printed, and a checker that must stay silent.
 //!
 //! `cargo run --release -p stress -- {srcu | mmu | regcache} --seconds 30 [--seed N] [--no-membarrier] [--broken] [--no-fork]
-//! [--source {bracket | kernel | hook}]`
+//! [--source {bracket | kernel | rehearsal | hook}]`
 //! `cargo run --release -p stress -- kernel --seconds 60 [--seed N] [--broken] [--no-wait]`
 //!
 //! Exits with 0 if nothing was found, 1 if something was, 2 on a wrong command line.
@@ -38,6 +38,8 @@ pub(crate) enum Source {
     /// The program itself opens a bracket around each change.
     Bracket,
     Kernel,
+    /// The kernel source without a virtual machine: the program makes the kernel's events itself.
+    Rehearsal,
     Hook,
 }
 
@@ -57,7 +59,7 @@ impl Options {
 }
 
 const USAGE: &str = "usage: stress {srcu | mmu | regcache | kernel} [--seconds N] [--seed N] [--no-membarrier] [--broken] \
-    [--no-wait] [--no-fork] [--source {bracket | kernel | hook}]";
+    [--no-wait] [--no-fork] [--source {bracket | kernel | rehearsal | hook}]";
 
 /// What is tortured.
 type Program = fn(&Options) -> ExitCode;
@@ -77,8 +79,9 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<(Program, Option
             options.source = match arguments.next().as_deref() {
                 Some("bracket") => Source::Bracket,
                 Some("kernel") => Source::Kernel,
+                Some("rehearsal") => Source::Rehearsal,
                 Some("hook") => Source::Hook,
-                _ => return Err("--source wants bracket, kernel or hook".into()),
+                _ => return Err("--source wants bracket, kernel, rehearsal or hook".into()),
             };
             continue;
         }

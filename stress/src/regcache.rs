@@ -65,7 +65,15 @@ pub(crate) fn run(options: &Options) -> ExitCode {
 
 /// Runs for as long as asked; the counts, and what each cache says.
 fn torture(options: &Options) -> Result<(Arc<Counts>, Vec<Stats>), Box<dyn std::error::Error>> {
-    let kernel = if options.source == Source::Kernel { Some(Kernel::start()?) } else { None };
+    if options.no_membarrier {
+        // SAFETY: Nobody may use the environment at the same time: this thread is the only one yet that does.
+        unsafe { std::env::set_var("REGCACHE_NO_MEMBARRIER", "1") };
+    }
+    let kernel = match options.source {
+        Source::Kernel => Some(Kernel::start()?),
+        Source::Rehearsal => Some(Kernel::rehearse(1 << 16)?),
+        Source::Bracket | Source::Hook => None,
+    };
     let _hook = if options.source == Source::Hook { Some(Hook::install()?) } else { None };
     let pool = Pool::new(options.seed)?;
     let counts = Arc::new(Counts::default());
@@ -79,12 +87,12 @@ fn torture(options: &Options) -> Result<(Arc<Counts>, Vec<Stats>), Box<dyn std::
         workers.iter().map(|worker| worker.cache.try_clone()).collect::<Result<_, _>>()?;
     let start = Instant::now();
     thread::scope(|scope| {
-        let (pool, counts, stop, caches) = (&pool, &counts, &stop, &caches);
+        let (pool, counts, stop, caches, kernel) = (&pool, &counts, &stop, &caches, kernel.as_deref());
         for (stream, worker) in (0..).zip(&mut workers) {
             scope.spawn(move || worker.run(pool, counts, stop, Random::new(options.seed, stream)));
         }
         for stream in 100..100 + CHANGERS {
-            scope.spawn(move || change::run(pool, options, counts, stop, Random::new(options.seed, stream)));
+            scope.spawn(move || change::run(pool, options, kernel, counts, stop, Random::new(options.seed, stream)));
         }
         scope.spawn(move || churn(pool, caches, counts, stop, Random::new(options.seed, 200)));
         while start.elapsed() < options.length {
@@ -153,6 +161,10 @@ mod tests {
         }
         assert_eq!(torture_for(2, Source::Bracket, false), 0);
         assert_ne!(torture_for(1, Source::Bracket, true), 0, "the checker finds what it is there for");
+        if require(Cap::Bpf) {
+            assert_eq!(torture_for(2, Source::Rehearsal, false), 0);
+            assert_ne!(torture_for(1, Source::Rehearsal, true), 0, "the checker finds what it is there for");
+        }
         if require(Cap::Kvm) && require(Cap::Bpf) {
             assert_eq!(torture_for(2, Source::Kernel, false), 0);
         }

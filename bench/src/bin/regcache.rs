@@ -5,6 +5,7 @@
 
 use lru::LruCache;
 use mmu_notifier::{Event, MmWithUser, Va, VaRange};
+use mmu_source::kernel::Kernel;
 use regcache::{Counting, Device, Options, RegCache};
 use std::collections::BTreeMap;
 use std::hint::black_box;
@@ -43,8 +44,11 @@ struct Ours {
 
 impl Ours {
     fn new(regions: u32) -> Self {
-        let mm = MmWithUser::new();
-        let device = Device::new(Counting::default(), Options::new().max_regions(regions + 1024));
+        Self::with(regions, Options::new(), MmWithUser::new())
+    }
+
+    fn with(regions: u32, options: Options, mm: MmWithUser) -> Self {
+        let device = Device::new(Counting::default(), options.max_regions(regions + 1024));
         let cache = device.open(&mm).expect("outside of brackets");
         (0..regions).for_each(|number| drop(cache.get(region(number)).expect("a free place")));
         Self { cache, mm }
@@ -107,6 +111,67 @@ impl Peer for Lru {
     }
 }
 
+/// The registration cache of UCX, where Debian's libucx-dev is installed.
+#[cfg(has_ucx)]
+struct Ucx(std::ptr::NonNull<std::ffi::c_void>);
+
+#[cfg(has_ucx)]
+mod ucx {
+    use std::ffi::{c_int, c_void};
+    unsafe extern "C" {
+        pub(super) fn rcache_new() -> *mut c_void;
+        pub(super) fn rcache_hit(rcache: *mut c_void, address: *mut c_void, length: usize) -> c_int;
+        pub(super) fn rcache_free(rcache: *mut c_void);
+    }
+}
+
+// SAFETY: It locks for itself.
+#[cfg(has_ucx)]
+unsafe impl Sync for Ucx {}
+
+#[cfg(has_ucx)]
+impl Ucx {
+    fn new(regions: u32) -> Option<Self> {
+        // SAFETY: No preconditions.
+        let cache = Self(std::ptr::NonNull::new(unsafe { ucx::rcache_new() })?);
+        (0..regions).for_each(|number| cache.hit(region(number)));
+        Some(cache)
+    }
+}
+
+#[cfg(has_ucx)]
+impl Peer for Ucx {
+    fn hit(&self, range: VaRange) {
+        let address = std::ptr::without_provenance_mut(range.start().get() as usize);
+        // SAFETY: The cache lives; its registrations look at no memory.
+        assert_eq!(unsafe { ucx::rcache_hit(self.0.as_ptr(), address, 4096) }, 1);
+    }
+}
+
+#[cfg(has_ucx)]
+impl Drop for Ucx {
+    fn drop(&mut self) {
+        // SAFETY: It is used no more.
+        unsafe { ucx::rcache_free(self.0.as_ptr()) };
+    }
+}
+
+/// What stands in for it elsewhere.
+#[cfg(not(has_ucx))]
+struct Ucx;
+
+#[cfg(not(has_ucx))]
+impl Ucx {
+    fn new(_regions: u32) -> Option<Self> {
+        None
+    }
+}
+
+#[cfg(not(has_ucx))]
+impl Peer for Ucx {
+    fn hit(&self, _range: VaRange) {}
+}
+
 /// Nanoseconds for a hit and its drop, each thread with requests of its own: the slowest thread's.
 fn hit<P: Peer>(peer: &P, orders: &[Vec<u32>]) -> f64 {
     let line = Barrier::new(orders.len());
@@ -156,6 +221,29 @@ fn invalidate(ours: &Ours, order: &[u32]) -> f64 {
     taken as f64 / order.len() as f64
 }
 
+/// What the check of the kernel source's generation adds. In a rehearsal: the kernel's part of it is not in the hit.
+fn kernel(rounds: usize) {
+    const REGIONS: u32 = 1000;
+    let kernel = match Kernel::rehearse(1 << 16) {
+        Ok(kernel) => kernel,
+        Err(error) => return println!("\nthe kernel source is left out: {error}"),
+    };
+    let (without, with) =
+        (Ours::new(REGIONS), Ours::with(REGIONS, Options::new().kernel(kernel), mmu_source::current()));
+    let order = order(REGIONS, 1);
+    let order = std::slice::from_ref(&order);
+    let mut columns: [Vec<f64>; 3] = Default::default();
+    for _ in 0..2 * rounds {
+        let (without, with) = (hit(&without, order), hit(&with, order));
+        columns.iter_mut().zip([without, with, with - without]).for_each(|(column, ns)| column.push(ns));
+    }
+    let [without, with, more] = columns.map(median);
+    println!(
+        "\n{:<44} {with:>8.1}  without {without:.1}, {more:.1} more  <= 2 more",
+        "hit + drop, kernel source, 1000 regions"
+    );
+}
+
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]
@@ -164,7 +252,10 @@ fn median(mut values: Vec<f64>) -> f64 {
 fn main() {
     let rounds: usize = std::env::args().nth(1).and_then(|n| n.parse().ok()).unwrap_or(5);
     println!("{rounds} rounds, medians of ns for one; the ratio is the median of the rounds' ratios\n");
-    println!("{:<44} {:>8} {:>8} {:>8} {:>8}  bar", "hit + drop", "regcache", "RwLock", "LRU", "/RwLock");
+    println!(
+        "{:<44} {:>8} {:>8} {:>8} {:>8} {:>8} {:>8}  bar",
+        "hit + drop", "regcache", "RwLock", "LRU", "UCX", "/RwLock", "/UCX"
+    );
     let cases: [(u32, usize, &str); 7] = [
         (1, 1, "12"),
         (1_000, 1, "18"),
@@ -176,20 +267,25 @@ fn main() {
     ];
     for (regions, threads, bar) in cases {
         let (ours, tree, lru) = (Ours::new(regions), Tree::new(regions), Lru::new(regions));
+        let ucx = Ucx::new(regions);
         let orders: Vec<_> = (0..threads as u64).map(|seed| order(regions, seed + 1)).collect();
         let one = std::slice::from_ref(&orders[0]);
-        let mut columns: [Vec<f64>; 5] = Default::default();
+        let mut columns: [Vec<f64>; 7] = Default::default();
         for _ in 0..rounds {
             let ns = [hit(&ours, &orders), hit(&tree, &orders), hit(&lru, &orders)];
             columns.iter_mut().zip(ns).for_each(|(column, ns)| column.push(ns));
             columns[3].push(ns[0] / ns[1]);
             columns[4].push(threads as f64 * hit(&ours, one) / ns[0]);
+            let ucx = ucx.as_ref().map_or(f64::NAN, |ucx| hit(ucx, &orders));
+            columns[5].push(ucx);
+            columns[6].push(ns[0] / ucx);
         }
-        let [ours, tree, lru, ratio, scaling] = columns.map(median);
+        let [ours, tree, lru, ratio, scaling, ucx, to_ucx] = columns.map(median);
         let name = format!("{regions} regions, {threads} thread{}", if threads == 1 { "" } else { "s" });
         let scaling = if threads == 1 { String::new() } else { format!("  {scaling:.2} of one thread") };
-        println!("{name:<44} {ours:>8.1} {tree:>8.1} {lru:>8.1} {ratio:>8.2}  {bar}{scaling}");
+        println!("{name:<44} {ours:>8.1} {tree:>8.1} {lru:>8.1} {ucx:>8.1} {ratio:>8.2} {to_ucx:>8.2}  {bar}{scaling}");
     }
+    kernel(rounds);
     let misses = median((0..rounds).map(|_| miss()).collect());
     println!("\n{:<44} {misses:>8.1} {:>28}250", "miss, counting registrar", "");
     let ours = Ours::new(100_000);

@@ -78,8 +78,8 @@ impl<R: Registrar> Cache<R> {
         if bytes(range) > options.max_bytes {
             return Some(Err(Error::TooLarge { range, limit: options.max_bytes }));
         }
-        let merged = if past.alone { range } else { state.target(index, options, range) };
-        let target = if bytes(merged) > options.max_bytes { range } else { merged };
+        let (merged, replaces) = state.target(index, options, range);
+        let target = if past.alone || bytes(merged) > options.max_bytes { range } else { merged };
         if !state.has_room(options, bytes(target)) {
             let mut chain = state.harvest(index);
             let mut evicted = 0;
@@ -117,7 +117,7 @@ impl<R: Registrar> Cache<R> {
         let result = self.registrar.register(target);
         std::mem::forget(open);
         match result {
-            Ok(handle) => self.registered(region, Registered { handle, armed }, past),
+            Ok(handle) => self.registered(region, Registered { handle, armed }, replaces, past),
             Err(error) => self.refused(region, range, target, error, past),
         }
     }
@@ -137,6 +137,7 @@ impl<R: Registrar> Cache<R> {
         &self,
         region: u32,
         registered: Registered<R>,
+        replaces: bool,
         past: &mut Past,
     ) -> Option<Result<Held<'_>, Error<R::Error>>> {
         // SAFETY: The region must be ours and without a lease: its place was taken by this request, and it was never live.
@@ -149,7 +150,7 @@ impl<R: Registrar> Cache<R> {
         let may_be_found = state.finish(region) && settled.is_ok();
         if may_be_found && state.has_table(&self.index) {
             let held = self.index.lease_locked(region);
-            state.publish(&self.index, &self.options, region);
+            state.publish(&self.index, region, replaces);
             let chain = state.harvest(&self.index);
             self.wake(state);
             self.reap(chain);

@@ -176,24 +176,26 @@ impl State {
         self.status(region) == Status::Live && index.region(region).range().overlaps(range)
     }
 
-    /// What to register for `request`: together with what it is to be merged with.
-    pub(crate) fn target(&self, index: &Index, options: &Options, request: VaRange) -> VaRange {
-        let mut target = request;
+    /// What to register for `request`: together with what it is to be merged with. The second is whether there is anything
+    /// around that the new region may replace.
+    pub(crate) fn target(&self, index: &Index, options: &Options, request: VaRange) -> (VaRange, bool) {
+        let (mut target, mut replaces) = (request, false);
         loop {
             let around = match options.merge {
-                Merge::Never => return request,
+                Merge::Never => return (request, false),
                 Merge::Overlapping => target,
                 Merge::Adjacent => with_neighbours(target),
             };
             let mut grown = target;
             self.each_overlapping(index, around, |region| {
+                replaces = true;
                 let union = hull(grown, index.region(region).range());
                 if bytes(union) <= options.max_region_bytes {
                     grown = union;
                 }
             });
             if grown == target {
-                return target;
+                return (target, replaces);
             }
             target = grown;
         }
@@ -250,10 +252,13 @@ impl State {
         index.page.tables().newest().is_some_and(|table| table.has_room(MOST as usize))
     }
 
-    /// Makes a region be found that was just registered, and what it covers not any more.
-    pub(crate) fn publish(&mut self, index: &Index, options: &Options, region: u32) {
+    /// Makes a region be found that was just registered, and if it replaces others, what it covers not any more.
+    ///
+    /// Whether it does was seen before it was registered. Nothing that it covers was published since: who wanted to waited
+    /// for it.
+    pub(crate) fn publish(&mut self, index: &Index, region: u32, replaces: bool) {
         let range = index.region(region).range();
-        if options.merge != Merge::Never {
+        if replaces {
             self.counts.replaced += self.kill_where(index, range, |other| contains(range, other));
         }
         let Some(table) = index.page.tables().newest() else { return };

@@ -15,7 +15,7 @@ use std::sync::{Mutex, PoisonError};
 
 /// Registers memory as fixed buffers of an io_uring, for `ReadFixed` and `WriteFixed`.
 ///
-/// Works with any ring, among them those of the `io-uring` crate: it keeps a descriptor of its own and leaves submission and
+/// Works with any ring, among them those of the `io-uring` crate (with its feature `io_safety`, or by `BorrowedFd::borrow_raw`): it keeps a descriptor of its own and leaves submission and
 /// completion alone. The ring's table of buffers becomes the registrar's: nobody else may register buffers with the ring.
 ///
 /// A lease must last until its requests have completed: its slot of the table is used for another region afterwards. (The

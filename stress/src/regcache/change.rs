@@ -5,6 +5,7 @@ use super::{Counts, add};
 use crate::random::Random;
 use crate::{Options, Source};
 use mmu_notifier::Event;
+use mmu_source::kernel::Kernel;
 use std::os::fd::AsRawFd;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,7 +15,14 @@ const FRESH: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
 /// The pool's file backs one buffer at a time.
 static FILE: Mutex<()> = Mutex::new(());
 
-pub(super) fn run(pool: &Pool, options: &Options, counts: &Counts, stop: &AtomicBool, mut random: Random) {
+pub(super) fn run(
+    pool: &Pool,
+    options: &Options,
+    kernel: Option<&Kernel>,
+    counts: &Counts,
+    stop: &AtomicBool,
+    mut random: Random,
+) {
     while !stop.load(Ordering::Relaxed) {
         let buffer = pool.some(&mut random);
         let _changing = buffer.changing.lock().expect("no panic");
@@ -36,10 +44,17 @@ pub(super) fn run(pool: &Pool, options: &Options, counts: &Counts, stop: &Atomic
             _ => map(buffer, ACCESS, FRESH),
         };
         let silent = options.broken && random.one_in(10);
-        if options.source == Source::Bracket && !silent {
-            mmu_source::current().with_invalidation(buffer.range(), Event::Unmap, |_| change());
-        } else {
-            change();
+        match (options.source, kernel) {
+            (Source::Bracket, _) if !silent => {
+                mmu_source::current().with_invalidation(buffer.range(), Event::Unmap, |_| change());
+            }
+            (Source::Rehearsal, Some(kernel)) if !silent => {
+                // A rehearsal cannot wait for changes under way, so what was registered between event and change is told again.
+                tell(kernel, buffer);
+                change();
+                tell(kernel, buffer);
+            }
+            _ => change(),
         }
         buffer.fill(version);
         buffer.end();
@@ -48,6 +63,12 @@ pub(super) fn run(pool: &Pool, options: &Options, counts: &Counts, stop: &Atomic
             std::thread::yield_now();
         }
     }
+}
+
+/// What the kernel does before it changes its page tables.
+fn tell(kernel: &Kernel, buffer: &Buffer) {
+    let start = buffer.range().start().get();
+    kernel.inject(start, start + buffer.len as u64).expect("the program runs");
 }
 
 fn map(buffer: &Buffer, access: i32, kind: i32) {
@@ -73,11 +94,17 @@ fn protect(buffer: &Buffer) {
 /// Moves the pages elsewhere; there are others in their place at once, so that nobody else is given the addresses.
 fn shift(buffer: &Buffer) {
     let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP;
-    // SAFETY: As in `map`; the kernel chooses the new place.
-    let moved = unsafe { libc::mremap(buffer.start.cast(), buffer.len, buffer.len, flags) };
-    assert_ne!(moved, libc::MAP_FAILED, "mremap: {}", std::io::Error::last_os_error());
-    // SAFETY: They were moved there just now.
-    unsafe { libc::munmap(moved, buffer.len) };
+    // Linux 6.18 refuses it for a part of a mapping, after having split the mapping.
+    for _ in 0..2 {
+        // SAFETY: As in `map`; the kernel chooses the new place.
+        let moved = unsafe { libc::mremap(buffer.start.cast(), buffer.len, buffer.len, flags) };
+        if moved != libc::MAP_FAILED {
+            // SAFETY: They were moved there just now.
+            unsafe { libc::munmap(moved, buffer.len) };
+            return;
+        }
+    }
+    map(buffer, ACCESS, FRESH);
 }
 
 /// Maps the file, and cuts it off and makes it long again while it is there.

@@ -69,8 +69,9 @@ impl Buffer {
     /// Writes the pattern of a version. The caller holds `changing`, and the buffer is mapped.
     pub(super) fn fill(&self, version: u64) {
         for word in 0..self.len / 8 {
+            let place = self.start.cast::<u64>().wrapping_add(word);
             // SAFETY: The word lies in the mapping, which is writable; the kernel alone reads it at the same time.
-            unsafe { self.start.cast::<u64>().add(word).write_volatile(pattern(version, self.start.addr(), word)) };
+            unsafe { place.write_volatile(pattern(version, self.start.addr(), word)) };
         }
     }
 }

@@ -37,7 +37,7 @@ fn a_range_that_is_not_mapped_is_refused() {
 #[test]
 fn a_registrar_that_fails_leaves_nothing_behind() {
     let (_mm, _device, cache) = book(Options::new());
-    assert!(matches!(cache.get(pages(666, 1)), Err(Error::Registrar { source: Refusal::Broken, .. })));
+    assert!(matches!(cache.get(pages(666_666, 1)), Err(Error::Registrar { source: Refusal::Broken, .. })));
     assert_eq!((cache.stats().regions, cache.stats().bytes), (0, 0));
 }
 

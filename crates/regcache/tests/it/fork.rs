@@ -5,7 +5,7 @@ use mmu_notifier::{Event, MmWithUser};
 use regcache::{Counting, Device, Error, Options, RegCache};
 
 /// Runs `f` in a child and returns whether it said yes.
-fn in_child(f: impl FnOnce() -> bool) -> bool {
+pub(crate) fn in_child(f: impl FnOnce() -> bool) -> bool {
     // SAFETY: The child runs `f`, which allocates at most what the C library allows after a fork, and ends.
     match unsafe { libc::fork() } {
         -1 => panic!("fork: {}", std::io::Error::last_os_error()),

@@ -5,6 +5,7 @@ mod errors;
 mod evict;
 mod fork;
 mod invalidate;
+mod kernel;
 mod lease;
 mod merge;
 mod mlock;

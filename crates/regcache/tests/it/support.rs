@@ -82,7 +82,7 @@ impl Registrar for Book {
             during();
         }
         let mut pages = self.pages.lock().unwrap();
-        if range == super::support::pages(666, 1) {
+        if range == super::support::pages(666_666, 1) {
             return Err(Refusal::Broken);
         }
         if pages.unmapped.iter().any(|unmapped| unmapped.overlaps(range)) {

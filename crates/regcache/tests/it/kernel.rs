@@ -1,0 +1,82 @@
+//! A cache that asks the kernel source, in a rehearsal: the test makes the kernel's events.
+
+use crate::support::{Book, pages};
+use mmu_notifier::VaRange;
+use mmu_source::kernel::Kernel;
+use regcache::{Device, Error, Options, RegCache};
+use std::sync::Arc;
+use testkit::{Cap, require};
+
+fn opened(ring: usize) -> (Arc<Kernel>, Device<Book>, RegCache<Book>) {
+    let kernel = Kernel::rehearse(ring).unwrap();
+    let device = Device::new(Book::default(), Options::new().kernel(Arc::clone(&kernel)));
+    let cache = device.open(&mmu_source::current()).unwrap();
+    (kernel, device, cache)
+}
+
+fn change(kernel: &Kernel, range: VaRange) {
+    kernel.inject(range.start().get(), range.last().get() + 1).unwrap();
+}
+
+#[test]
+fn a_hit_is_not_served_after_the_kernel_has_begun_to_change_the_memory() {
+    if !require(Cap::Bpf) {
+        return;
+    }
+    let (kernel, _device, cache) = opened(1 << 16);
+    let (one, two) = (*cache.get(pages(10, 4)).unwrap().handle(), *cache.get(pages(1000, 4)).unwrap().handle());
+    assert_eq!(*cache.get(pages(10, 4)).unwrap().handle(), one);
+    change(&kernel, pages(11, 1));
+    assert_ne!(*cache.get(pages(10, 4)).unwrap().handle(), one);
+    assert_eq!(*cache.get(pages(1000, 4)).unwrap().handle(), two);
+    assert_eq!(cache.stats().invalidated, 1);
+}
+
+#[test]
+fn a_change_during_the_registration_is_noticed() {
+    if !require(Cap::Bpf) {
+        return;
+    }
+    let (kernel, device, cache) = opened(1 << 16);
+    device.registrar().during_next(move || change(&kernel, pages(11, 1)));
+    let lease = cache.get(pages(10, 4)).unwrap();
+    assert!(lease.is_current());
+    assert_eq!((*lease.handle(), cache.stats().collisions), (2, 1));
+}
+
+#[test]
+fn lost_events_drop_everything_and_are_counted() {
+    if !require(Cap::Bpf) {
+        return;
+    }
+    let (kernel, device, cache) = opened(4096);
+    for page in 0..8 {
+        drop(cache.get(pages(100 * page, 1)).unwrap());
+    }
+    let lease = cache.get(pages(0, 1)).unwrap();
+    // More than a page holds, and faster than the source's own thread drains: as often as it takes.
+    for _ in 0..1000 {
+        for _ in 0..1000 {
+            change(&kernel, pages(100, 1));
+        }
+        if kernel.lost() != 0 {
+            break;
+        }
+    }
+    assert_ne!(kernel.lost(), 0);
+    drop(cache.get(pages(5000, 1)).unwrap());
+    let stats = cache.stats();
+    assert!(!lease.is_current() && stats.lost == kernel.lost() && stats.live_regions == 1, "{stats}");
+    drop(lease);
+    assert_eq!(device.registrar().ranges(), [pages(5000, 1)]);
+}
+
+#[test]
+fn a_cache_of_a_parent_is_refused_in_its_child() {
+    if !require(Cap::Bpf) {
+        return;
+    }
+    let (_kernel, _device, cache) = opened(1 << 16);
+    drop(cache.get(pages(10, 4)).unwrap());
+    assert!(crate::fork::in_child(|| matches!(cache.get(pages(10, 4)), Err(Error::Forked))));
+}
