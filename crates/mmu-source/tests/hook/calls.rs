@@ -1,10 +1,10 @@
 //! Every call that the hook claims: told before and after, with the right range, and its result left alone.
 
-use crate::child::in_a_child;
+use crate::child::{alone, in_a_child};
 use crate::log::Watch;
 use crate::pages::{FLAGS, PAGE, PROTECTION, at, errno, map, unmap};
 use mmu_notifier::Event;
-use mmu_source::hook::State;
+use mmu_source::hook::{Hook, State, probe};
 use std::ptr;
 
 const P: i64 = PAGE as i64;
@@ -206,9 +206,7 @@ fn segments_of_shared_memory() {
 
 #[test]
 fn the_program_break() {
-    let watch = Watch::new();
-    drop(watch);
-    in_a_child(|| {
+    alone("calls::the_program_break", || {
         let watch = Watch::new();
         // SAFETY: asks for the break.
         let start = unsafe { libc::sbrk(0) }.addr().next_multiple_of(PAGE);
@@ -263,17 +261,43 @@ fn remap_file_pages_is_told() {
 
 #[test]
 fn without_a_hook_nothing_is_told() {
-    in_a_child(|| {
-        let watch = Watch::new();
+    alone("calls::without_a_hook_nothing_is_told", || {
+        let Watch { log, hook } = Watch::new();
+        let second = Hook::install().expect("it worked before");
+        let all = |state| probe().expect("there are sites").iter().all(|patch| patch.state == state);
+        drop(hook);
+        assert!(all(State::Ours), "one hook is left");
+        drop(second);
+        assert!(all(State::Free));
+        let watch = Watch { log, hook: Hook::install().expect("it worked before") };
+        assert!(all(State::Ours));
         let pages = map(1, 0);
+        watch.listen(pages, PAGE);
         let Watch { log, hook } = watch;
         drop(hook);
-        let states = mmu_source::hook::probe().expect("there are sites");
-        // Hooks of other tests were installed when the child was made, and their count went with it.
-        let is_free = states.iter().all(|patch| patch.state == State::Free);
-        let is_ours = states.iter().all(|patch| patch.state == State::Ours);
-        assert!(is_free || is_ours, "{states:?}");
         unmap(pages, 1);
-        drop(log);
+        let watch = Watch { log, hook: Hook::install().expect("it worked before") };
+        watch.expect("nothing", Event::Unmap, &[]);
+    });
+}
+
+#[test]
+fn a_forked_child_has_a_hook_of_its_own() {
+    alone("calls::a_forked_child_has_a_hook_of_its_own", || {
+        let watch = Watch::new();
+        let pages = map(1, 0);
+        watch.listen_to_all(pages, PAGE);
+        in_a_child(|| {
+            let own = Watch::new();
+            assert!(own.hook.status().iter().all(|patch| patch.state == State::Ours));
+            own.listen(pages, PAGE);
+            unmap(pages, 1);
+            own.expect("the child's", Event::Unmap, &[(0, P)]);
+            assert_eq!(watch.heard(), [], "the parent's subscriber hears nothing of the child");
+        });
+        assert_eq!(watch.heard(), [], "nor in the parent");
+        watch.listen(pages, PAGE);
+        unmap(pages, 1);
+        watch.expect("the parent's", Event::Unmap, &[(0, P)]);
     });
 }

@@ -23,8 +23,10 @@ unsafe extern "C" fn their_munmap(address: usize, length: usize) -> i32 {
     if result == 0 {
         return 0;
     }
+    // SAFETY: no preconditions.
+    let errno = unsafe { libc::__errno_location() };
     // SAFETY: this thread's own.
-    unsafe { libc::__errno_location().write(-result as i32) };
+    unsafe { errno.write(-result as i32) };
     -1
 }
 

@@ -63,22 +63,19 @@ fn malloc_trim_of_the_top_and_of_a_hole() {
 
 #[test]
 fn the_stack_of_a_thread_that_has_ended() {
-    let watch = Watch::new();
     // More than glibc keeps in its cache of stacks.
     const STACK: usize = 64 << 20;
     let spawn = || std::thread::Builder::new().stack_size(STACK).spawn(|| ptr::from_ref(&0_u8.to_be()).addr());
-    let on_stack = {
-        let thread = spawn().expect("a thread");
-        thread.join().expect("it does not panic")
-    };
-    // The next thread's stack is likely to lie where the first one's did; its end is what is watched.
-    watch.listen(on_stack & !(PAGE - 1), PAGE);
-    let thread = spawn().expect("a thread");
-    let again = thread.join().expect("it does not panic");
-    let heard = watch.heard();
-    assert_eq!(on_stack & !(PAGE - 1), again & !(PAGE - 1), "the kernel put it elsewhere: run the test again");
-    let unmapped = |heard: &crate::log::Heard| heard.is_start && matches!(heard.event, Event::Unmap | Event::Clear);
-    assert!(heard.iter().any(unmapped), "{heard:?}");
+    alone("inside::the_stack_of_a_thread_that_has_ended", || {
+        let watch = Watch::new();
+        // Where one thread's stack has been unmapped, the next one's is mapped: here nobody else maps anything.
+        let first = spawn().expect("a thread").join().expect("it does not panic") & !(PAGE - 1);
+        watch.listen_to_all(first, PAGE);
+        let second = spawn().expect("a thread").join().expect("it does not panic") & !(PAGE - 1);
+        let heard = watch.heard();
+        assert_eq!(first, second);
+        assert!(heard.iter().any(|heard| heard.is_start && heard.event == Event::Unmap), "{heard:?}");
+    });
 }
 
 #[test]

@@ -30,6 +30,9 @@ pub(crate) struct Log {
     from: AtomicU64,
     to: AtomicU64,
     looks: AtomicBool,
+    /// The thread whose calls are written down, or 0: an end callback of another thread can come when its addresses have been
+    /// given to this test already.
+    thread: AtomicU64,
     used: AtomicUsize,
     cells: [Cell; ROOM],
 }
@@ -40,6 +43,7 @@ impl Log {
             from: AtomicU64::new(0),
             to: AtomicU64::new(0),
             looks: AtomicBool::new(false),
+            thread: AtomicU64::new(0),
             used: AtomicUsize::new(0),
             cells: [const { Cell { start: AtomicU64::new(0), end: AtomicU64::new(0), what: AtomicU64::new(0) } }; ROOM],
         }
@@ -49,6 +53,10 @@ impl Log {
         let from = self.from.load(Ordering::Relaxed);
         let (start, end) = ends(range.range());
         if end <= from || start >= self.to.load(Ordering::Relaxed) {
+            return;
+        }
+        let thread = self.thread.load(Ordering::Relaxed);
+        if thread != 0 && thread != this_thread() {
             return;
         }
         let Some(cell) = self.cells.get(self.used.fetch_add(1, Ordering::Relaxed)) else { return };
@@ -67,6 +75,11 @@ impl Log {
 }
 
 const EVENTS: [Event; 4] = [Event::Unmap, Event::Clear, Event::ProtectionVma, Event::Migrate { owner: None }];
+
+fn this_thread() -> u64 {
+    // SAFETY: no preconditions.
+    unsafe { libc::pthread_self() }
+}
 
 fn ends(range: VaRange) -> (u64, u64) {
     (range.start().get(), range.end().map_or(u64::MAX, |end| end.get()))
@@ -94,8 +107,15 @@ impl Watch {
         Self { log, hook: Hook::install().expect("the hook works on this machine") }
     }
 
-    /// Forgets what was heard and listens to `length` bytes from `from`.
+    /// Forgets what was heard and listens to what this thread does to `length` bytes from `from`.
     pub(crate) fn listen(&self, from: usize, length: usize) {
+        self.listen_to_all(from, length);
+        self.log.thread.store(this_thread(), Ordering::Relaxed);
+    }
+
+    /// The same, for all threads.
+    pub(crate) fn listen_to_all(&self, from: usize, length: usize) {
+        self.log.thread.store(0, Ordering::Relaxed);
         self.log.from.store(from as u64, Ordering::Relaxed);
         self.log.to.store((from + length) as u64, Ordering::Relaxed);
         self.log.looks.store(false, Ordering::Relaxed);
