@@ -165,6 +165,14 @@ const STEPS: &[Step] = &[
         &["cargo", "run", "--release", "-p", "stress", "--", "srcu", "--seconds", "3", "--broken"],
     )
     .must_fail(),
+    step(
+        "stress regcache under hooks",
+        &["cargo", "run", "--release", "-p", "stress", "--", "regcache", "--seconds", "10", "--source", "hook"],
+    ),
+    step(
+        "stress regcache without membarrier",
+        &["cargo", "run", "--release", "-p", "stress", "--", "regcache", "--seconds", "10", "--no-membarrier"],
+    ),
     step("srcu without membarrier", &["cargo", "test", "-p", "srcu"]).env(&[("SRCU_NO_MEMBARRIER", "1")]),
     step("miri", &["cargo", "+nightly", "miri", "test", "-p", "srcu"])
         .env(&[("MIRIFLAGS", "-Zmiri-many-seeds=0..8")])
