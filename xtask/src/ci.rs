@@ -165,7 +165,17 @@ const STEPS: &[Step] = &[
         &["cargo", "run", "--release", "-p", "stress", "--", "srcu", "--seconds", "3", "--broken"],
     )
     .must_fail(),
+    step(
+        "stress regcache under hooks",
+        &["cargo", "run", "--release", "-p", "stress", "--", "regcache", "--seconds", "10", "--source", "hook"],
+    ),
+    step(
+        "stress regcache without membarrier",
+        &["cargo", "run", "--release", "-p", "stress", "--", "regcache", "--seconds", "10", "--no-membarrier"],
+    ),
     step("srcu without membarrier", &["cargo", "test", "-p", "srcu"]).env(&[("SRCU_NO_MEMBARRIER", "1")]),
+    step("the kernel source", &["cargo", "test", "-p", "mmu-source", "--test", "it", "kernel"])
+        .needs(&["test", "-e", "/dev/kvm"]),
     step("miri", &["cargo", "+nightly", "miri", "test", "-p", "srcu"])
         .env(&[("MIRIFLAGS", "-Zmiri-many-seeds=0..8")])
         .needs(&["cargo", "+nightly", "miri", "--version"]),
@@ -176,7 +186,7 @@ pub(crate) fn run(root: &Path) -> ExitCode {
     let (mut passed, mut failed, mut skipped) = (0, 0, 0);
     for step in STEPS {
         if step.needs.is_some_and(|probe| !succeeds(probe)) {
-            println!("SKIP {}: {} is not installed", step.name, step.command[..2].join(" "));
+            println!("SKIP {}: `{}` says no", step.name, step.needs.unwrap_or_default().join(" "));
             skipped += 1;
             continue;
         }

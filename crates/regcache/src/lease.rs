@@ -43,9 +43,14 @@ impl<'a, R: Registrar> Lease<'a, R> {
     /// False from the moment on at which some of it was about to change, and also if the region was merged into another one, evicted or
     /// flushed. A transfer through a region that is false afterwards may have gone to memory that is not there any more: if the
     /// program unmaps buffers that are in use, it has to look.
+    ///
+    /// # Blocking
+    /// While callbacks run, if the cache asks the kernel source and that has something to tell.
     #[must_use]
     pub fn is_current(&self) -> bool {
-        !self.cache.index.page.is_inherited() && self.held.region().is_live()
+        let cache = self.cache;
+        let known = cache.gate.is_current() || cache.gate.settle::<R::Error>().is_ok();
+        known && !cache.index.page.is_inherited() && self.held.region().is_live()
     }
 }
 

@@ -23,6 +23,48 @@
 //! });
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
+//!
+//! # What is promised
+//! * What [`get`](RegCache::get) returns is registered until the [`Lease`] ends, and covers what was asked for.
+//! * A region is not found any more once a change of its memory has been told, and it has been told before the memory changes if the
+//!   source is one that calls back first (`mmu_source::hook`, or a bracket of one's own). It is deregistered before the change, too, if it is
+//!   not leased and [`Registrar::deregisters_in_callbacks`].
+//! * With [`Options::kernel`], a look-up asks the kernel source first, which misses nothing: a change that had begun before `get` was called
+//!   is known to it.
+//! * A registration that an invalidation meets half-way is never found by anybody.
+//! * A lease does not keep memory from being unmapped. It keeps the *registration*, and [`Lease::is_current`] says whether that still stands
+//!   for the memory.
+//!
+//! # How a hit works
+//! A region is entered in a hash table under the few granules of the address space that it touches; a look-up reads the entry of its first
+//! address. Tables and regions are freed with the cache and not before, so it needs no lock and no read section to look at them. To
+//! lease what it found, the thread writes the region's number into a slot of its own, and then looks whether the region is live. Whoever takes
+//! a region out marks it dead, makes one `membarrier` call, and then looks at the slots of all threads: one of the two sees the other. So
+//! a hit and its end write to no memory that another thread writes to.
+//!
+//! Everything else, a miss, an eviction, an invalidation, is done under one lock, under which nothing allocates, frees or calls
+//! out. That is why an invalidation may come in the middle of `free`. (A thread that is stopped by a signal while it holds the lock, as some
+//! garbage collectors do, holds up invalidations.)
+//!
+//! Full caches evict by SIEVE: what was used since the hand came by is spared. A hit notes its use by a write only if nobody has
+//! since. `bench/README.md` has it beside LRU and S3-FIFO.
+//!
+//! # Sources
+//! | source | how | what it misses |
+//! | --- | --- | --- |
+//! | `mmu_source::hook` | install it, open the cache for [`mmu_source::current`] | changes that libc does not make: truncation, other processes, raw system calls |
+//! | `mmu_source::kernel` | [`Options::kernel`] | nothing; each miss arms the range, some hundred microseconds if anything has changed since the last |
+//! | one's own brackets | [`Mm::invalidate`](mmu_notifier::Mm::invalidate) | whatever has none |
+//!
+//! Events of `mmu_source::uffd` come after the call that they are about may have returned: it is not offered for caches.
+//!
+//! # Forks
+//! In the child, `get` returns [`Error::Forked`], and nothing else of the inherited cache does anything: the registrations are the
+//! parent's. The child can open a cache of its own.
+//!
+//! # Environment
+//! `REGCACHE_NO_MEMBARRIER`, if set when the first cache is opened, makes it do without `membarrier`, as it does where the kernel refuses
+//! it: leases are then counted in their regions, in shared memory.
 #![deny(unsafe_code)]
 
 mod cache;
@@ -55,3 +97,8 @@ pub use options::{Merge, Options};
 pub use registrar::{Cause, Registrar};
 pub use stats::Stats;
 pub use uring::{FixedBuffer, Uring};
+
+/// The README's examples must run.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -37,6 +37,7 @@ unsafe impl Send for Mapped {}
 // SAFETY: As above.
 unsafe impl Sync for Mapped {}
 
+#[cfg(not(mmun_loom))]
 const SIZE: usize = 4096;
 
 impl Page {

@@ -10,7 +10,7 @@ use crate::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
 use std::ptr::{self, NonNull};
 
 /// Slots of one thread.
-const SLOTS: usize = if cfg!(mmun_loom) { 1 } else { 124 };
+const SLOTS: usize = if cfg!(mmun_loom) { 2 } else { 124 };
 /// Slots that a hit looks at before it gives up.
 const PROBES: usize = if cfg!(mmun_loom) { 1 } else { 8 };
 
