@@ -91,7 +91,7 @@ pub(crate) fn hunt<R: FnMut(usize) -> usize + Send>(
         }
         world.stop.store(true, Ordering::Relaxed);
     });
-    drop(cache.unregister().map_err(|_| ()).expect("outside of brackets"));
+    assert!(cache.unregister().is_ok(), "outside of brackets");
     world.unmap();
     world.tally
 }
@@ -155,7 +155,7 @@ impl World {
         let local = libc::iovec { iov_base: ptr::from_mut(&mut version).cast(), iov_len: 8 };
         let remote = libc::iovec { iov_base: self.address(page), iov_len: 8 };
         // SAFETY: writes eight bytes of a local; the other side is checked by the kernel.
-        let got = unsafe { libc::process_vm_readv(libc::getpid(), &local, 1, &remote, 1, 0) };
+        let got = unsafe { libc::process_vm_readv(std::process::id() as i32, &local, 1, &remote, 1, 0) };
         (got == 8 && version != 0).then_some(version)
     }
 

@@ -53,11 +53,6 @@ impl Scratch {
         // SAFETY: inside of the mapping, aligned; other threads and processes may look at it.
         unsafe { self.page(page).cast::<u64>().write_volatile(value) }
     }
-
-    pub(crate) fn read(&self, page: usize) -> u64 {
-        // SAFETY: as for `write`.
-        unsafe { self.page(page).cast::<u64>().read_volatile() }
-    }
 }
 
 impl Drop for Scratch {
