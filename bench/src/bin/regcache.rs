@@ -221,6 +221,33 @@ fn invalidate(ours: &Ours, order: &[u32]) -> f64 {
     taken as f64 / order.len() as f64
 }
 
+/// The same two threads with a cache each, which share nothing at all: what the machine can do.
+fn apart(rounds: usize) {
+    for regions in [1, 10_000] {
+        let caches = [Ours::new(regions), Ours::new(regions)];
+        let orders = [order(regions, 1), order(regions, 2)];
+        let mut columns: [Vec<f64>; 3] = Default::default();
+        for _ in 0..2 * rounds {
+            let one = |at: usize| hit(&caches[at], std::slice::from_ref(&orders[at]));
+            let before = one(0);
+            let shared = hit(&caches[0], &orders);
+            let alone = std::thread::scope(|scope| {
+                let threads = [0, 1].map(|at| scope.spawn(move || one(at)));
+                threads.map(|thread| thread.join().expect("a bench thread")).into_iter().fold(0.0, f64::max)
+            });
+            let after = one(1);
+            let one = f64::midpoint(before, after);
+            columns
+                .iter_mut()
+                .zip([shared, 2.0 * one / shared, 2.0 * one / alone])
+                .for_each(|(column, value)| column.push(value));
+        }
+        let [ns, shared, alone] = columns.map(median);
+        let name = format!("{regions} regions, 2 threads, again");
+        println!("{name:<44} {ns:>8.1}  {shared:.2} of one thread; with a cache each {alone:.2}");
+    }
+}
+
 /// What the check of the kernel source's generation adds. In a rehearsal: the kernel's part of it is not in the hit.
 fn kernel(rounds: usize) {
     const REGIONS: u32 = 1000;
@@ -285,6 +312,7 @@ fn main() {
         let scaling = if threads == 1 { String::new() } else { format!("  {scaling:.2} of one thread") };
         println!("{name:<44} {ours:>8.1} {tree:>8.1} {lru:>8.1} {ucx:>8.1} {ratio:>8.2} {to_ucx:>8.2}  {bar}{scaling}");
     }
+    apart(rounds);
     kernel(rounds);
     let misses = median((0..rounds).map(|_| miss()).collect());
     println!("\n{:<44} {misses:>8.1} {:>28}250", "miss, counting registrar", "");

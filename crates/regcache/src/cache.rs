@@ -55,7 +55,10 @@ impl<R: Registrar> Device<R> {
     pub fn new(registrar: R, options: Options) -> Self {
         let registrar = Arc::new(registrar);
         let for_caches = Arc::clone(&registrar);
-        let make: Make<R> = Box::new(move |_| Cache::new(Arc::clone(&for_caches), options.clone()));
+        let make: Make<R> = Box::new(move |mm| {
+            Gate::check(options.kernel.as_ref(), mm)?;
+            Cache::new(Arc::clone(&for_caches), options.clone())
+        });
         Self { registrar, subsystem: Subsystem::new(make) }
     }
 
@@ -73,7 +76,8 @@ impl<R: Registrar> Device<R> {
     /// # Blocking
     /// The first one sleeps until the invalidations that run now have ended.
     /// # Errors
-    /// [`Error::Open`], with the core's reason or the kernel's.
+    /// [`Error::Open`], with the core's reason or the kernel's; also (`InvalidInput`) if the options have a kernel source and this is another
+    /// address space than [`mmu_source::current`].
     pub fn open(&self, mm: &MmWithUser) -> Result<RegCache<R>, Error<R::Error>> {
         let subscription = self.subsystem.get(mm).map_err(|source| Error::Open { source })?;
         Ok(RegCache { subscription })

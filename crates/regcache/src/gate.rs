@@ -7,8 +7,9 @@
 //! was counted before and handled took its regions out before that was published.
 
 use crate::Error;
-use mmu_notifier::VaRange;
+use mmu_notifier::{Mm, VaRange};
 use mmu_source::kernel::{Armed, Kernel};
+use std::io;
 use std::sync::Arc;
 
 /// The check in front of every look-up.
@@ -22,6 +23,16 @@ impl Gate {
     pub(crate) fn new(kernel: Option<Arc<Kernel>>) -> Self {
         let lost_before = kernel.as_ref().map_or(0, |kernel| kernel.lost());
         Self { kernel, lost_before }
+    }
+
+    /// Refuses an address space that the source does not feed.
+    pub(crate) fn check(kernel: Option<&Arc<Kernel>>, mm: &Mm) -> io::Result<()> {
+        if kernel.is_none() || *mm == **mmu_source::current_ref() {
+            return Ok(());
+        }
+        let why =
+            "the kernel source tells of changes of `mmu_source::current()`, and the cache is for another address space";
+        Err(io::Error::new(io::ErrorKind::InvalidInput, why))
     }
 
     /// Whether all changes so far are known to the cache.

@@ -80,3 +80,13 @@ fn a_cache_of_a_parent_is_refused_in_its_child() {
     drop(cache.get(pages(10, 4)).unwrap());
     assert!(crate::fork::in_child(|| matches!(cache.get(pages(10, 4)), Err(Error::Forked))));
 }
+
+#[test]
+fn a_cache_for_another_address_space_is_refused() {
+    if !require(Cap::Bpf) {
+        return;
+    }
+    let (_kernel, device, _cache) = opened(1 << 16);
+    let refused = device.open(&mmu_notifier::MmWithUser::new());
+    assert!(matches!(refused, Err(Error::Open { source: mmu_notifier::GetError::Alloc(_) })));
+}

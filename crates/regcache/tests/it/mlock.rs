@@ -38,3 +38,38 @@ fn a_range_that_cannot_be_locked_is_refused() {
     assert!(matches!(refused, Err(Error::NotMapped { .. })), "{refused:?}");
     assert_eq!(device.registrar().locked_pages(), 0);
 }
+
+/// Gives up the right to lock without limit, and sets one.
+fn limit_locked_memory(bytes: u64) {
+    // `struct __user_cap_header_struct` of version 3 and this process, and two `struct __user_cap_data_struct`.
+    let header = [0x2008_0522_u32, 0];
+    let mut sets = [[0_u32; 3]; 2];
+    // SAFETY: The call fills in two structs of three words.
+    assert_eq!(unsafe { libc::syscall(libc::SYS_capget, header.as_ptr(), sets.as_mut_ptr()) }, 0);
+    sets[0].iter_mut().for_each(|set| *set &= !(1 << 14));
+    // SAFETY: The call reads them.
+    assert_eq!(unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()) }, 0);
+    let limit = libc::rlimit { rlim_cur: bytes, rlim_max: bytes };
+    // SAFETY: The call reads a struct.
+    assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &limit) }, 0);
+}
+
+#[test]
+fn at_the_limit_of_locked_memory_something_is_evicted_or_the_error_says_so() {
+    assert!(crate::fork::in_child(|| {
+        limit_locked_memory(64 << 10);
+        let mm = mmu_notifier::MmWithUser::new();
+        let device = Device::new(Mlock::new(), Options::new());
+        let cache = device.open(&mm).unwrap();
+        let buffer = vec![1_u8; 80 * 4096];
+        drop(cache.get(range(&buffer, 0, 8)).unwrap());
+        let leased = cache.get(range(&buffer, 20, 7)).unwrap();
+        let fits = cache.get(range(&buffer, 40, 4)).unwrap();
+        let stats = cache.stats();
+        let refused = cache.get(range(&buffer, 60, 8));
+        leased.is_current()
+            && (stats.evicted, stats.failed, device.registrar().locked_pages()) == (1, 1, 11)
+            && matches!(refused, Err(Error::LimitReached { .. }))
+            && fits.is_current()
+    }));
+}
