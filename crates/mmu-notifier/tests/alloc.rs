@@ -5,37 +5,10 @@ use mmu_notifier::{
     Event, Finish, IntervalNotifier, IntervalOps, InvalidateRange, InvalidateSeq, MmWithUser, Notifier, Registration,
     ShadowOps, Subsystem, Va, VaRange,
 };
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
-
-thread_local!(static CALLS: Cell<usize> = const { Cell::new(0) });
-
-struct Counting;
-
-// SAFETY: Hands everything to the system's allocator, which keeps the contract.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        CALLS.set(CALLS.get() + 1);
-        // SAFETY: The caller's duties are passed on.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        CALLS.set(CALLS.get() + 1);
-        // SAFETY: The caller's duties are passed on.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
+use testkit::Counting;
 
 #[global_allocator]
 static COUNTING: Counting = Counting;
-
-/// How often `f` called the allocator in this thread, to allocate or to free.
-fn calls(f: impl FnOnce()) -> usize {
-    let before = CALLS.get();
-    f();
-    CALLS.get() - before
-}
 
 struct Silent;
 
@@ -70,11 +43,11 @@ fn dispatch_allocates_and_frees_nothing() {
     for subscribers in [0, 1, 10, 100] {
         let mm = MmWithUser::new();
         let held: Vec<_> = (0..subscribers).map(|_| Registration::new(&mm, Silent).unwrap()).collect();
-        assert_eq!(calls(|| dispatch(&mm)), 0, "with {subscribers} subscribers");
+        assert_eq!(Counting::calls(|| dispatch(&mm)), 0, "with {subscribers} subscribers");
         let nodes: Vec<_> = (0..subscribers).map(|n| IntervalNotifier::insert(&mm, page(n), Silent).unwrap()).collect();
         let shadow = Registration::new(&mm, InvalidateSeq::new([page(1)], Silent)).unwrap();
-        assert_eq!(calls(|| dispatch(&mm)), 0, "with {subscribers} subscribers and as many intervals");
-        let found = calls(|| {
+        assert_eq!(Counting::calls(|| dispatch(&mm)), 0, "with {subscribers} subscribers and as many intervals");
+        let found = Counting::calls(|| {
             shadow.try_install(shadow.snapshot(page(1)), |_| ()).unwrap();
             for node in &nodes {
                 node.try_install(node.read_begin(), |_| ()).unwrap();
@@ -90,7 +63,7 @@ fn a_threads_first_bracket_allocates_nothing() {
     let mm = MmWithUser::new();
     let _held = Registration::new(&mm, Silent).unwrap();
     std::thread::scope(|scope| {
-        scope.spawn(|| assert_eq!(calls(|| dispatch(&mm)), 0));
+        scope.spawn(|| assert_eq!(Counting::calls(|| dispatch(&mm)), 0));
     });
 }
 
@@ -99,14 +72,14 @@ fn get_of_what_exists_and_put_allocate_and_free_nothing() {
     static SILENT: Subsystem<Silent> = Subsystem::new(|_| Ok(Silent));
     let mm = MmWithUser::new();
     let held = SILENT.get(&mm).unwrap();
-    let again = calls(|| {
+    let again = Counting::calls(|| {
         let second = SILENT.get(&mm).unwrap();
         second.try_clone().unwrap().put();
         second.put();
     });
     assert_eq!(again, 0, "get, clone, and puts that are not the last");
     let bracket = mm.invalidate(page(1), Event::Clear);
-    assert_eq!(calls(|| held.put()), 0, "the last put");
+    assert_eq!(Counting::calls(|| held.put()), 0, "the last put");
     drop(bracket);
     SILENT.synchronize().unwrap();
 }
@@ -117,6 +90,6 @@ fn a_put_in_the_middle_of_a_walk_allocates_and_frees_nothing() {
     let held: Vec<_> = (0..100).map(|_| Registration::new(&mm, Silent).unwrap()).collect();
     let mut held = held.into_iter();
     let bracket = mm.invalidate(page(1), Event::Clear);
-    assert_eq!(calls(|| held.by_ref().for_each(Registration::put)), 0);
+    assert_eq!(Counting::calls(|| held.by_ref().for_each(Registration::put)), 0);
     drop(bracket);
 }

@@ -2,38 +2,12 @@
 #![cfg(not(mmun_loom))]
 
 use srcu::{Head, Srcu};
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
 use std::ptr::NonNull;
 use std::thread;
-
-thread_local!(static CALLS: Cell<usize> = const { Cell::new(0) });
-
-struct Counting;
-
-// SAFETY: Hands everything to the system's allocator, which keeps the contract.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        CALLS.set(CALLS.get() + 1);
-        // SAFETY: The caller's duties are passed on.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        CALLS.set(CALLS.get() + 1);
-        // SAFETY: The caller's duties are passed on.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
+use testkit::Counting;
 
 #[global_allocator]
 static COUNTING: Counting = Counting;
-
-fn calls(f: impl FnOnce()) -> usize {
-    let before = CALLS.get();
-    f();
-    CALLS.get() - before
-}
 
 #[test]
 fn a_threads_first_section_and_a_domains_first_use_do_not_allocate() {
@@ -43,8 +17,8 @@ fn a_threads_first_section_and_a_domains_first_use_do_not_allocate() {
     thread::scope(|scope| {
         for _ in 0..100 {
             scope.spawn(|| {
-                let in_shared = calls(|| drop(SHARED.read_lock()));
-                let in_own = calls(|| {
+                let in_shared = Counting::calls(|| drop(SHARED.read_lock()));
+                let in_own = Counting::calls(|| {
                     let own = Srcu::new();
                     drop(own.read_lock());
                     own.synchronize().unwrap();
@@ -62,7 +36,7 @@ fn call_raw_does_not_allocate_after_prepare() {
     static HEADS: [Head; 1000] = [const { Head::new() }; 1000];
     let srcu = Srcu::new();
     srcu.prepare();
-    let queued = calls(|| {
+    let queued = Counting::calls(|| {
         let section = srcu.read_lock();
         for head in &HEADS {
             // SAFETY: The heads are statics that are queued once; `nothing` may be called anywhere.

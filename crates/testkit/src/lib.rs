@@ -1,4 +1,4 @@
-//! What the tests of several crates share: probes for what this machine can do, forked children, and the reference model of the core.
+//! What the tests of several crates share: probes for what this machine can do, forked children, a counting allocator, and the reference model of the core.
 //! Not published.
 //!
 //! A test that needs more than a Rust toolchain begins like this:
@@ -11,9 +11,11 @@
 //! }
 //! ```
 
+mod alloc;
 mod cap;
 mod child;
 pub mod model;
 
+pub use alloc::Counting;
 pub use cap::{Cap, has_optional_program, require};
 pub use child::in_child;

@@ -76,8 +76,15 @@ pub(crate) fn prepare() -> bool {
 #[cfg(not(mmun_loom))]
 pub(crate) fn heavy() -> bool {
     if MODE.load(Ordering::Relaxed) == MEMBARRIER {
-        // ENOMEM, the only error of a registered process, is a passing state: the kernel could not allocate a CPU mask.
-        return (0..100).any(|_| membarrier(MembarrierCommand::PrivateExpedited).is_ok());
+        // ENOMEM is a passing state: the kernel could not allocate a CPU mask. EPERM: a fork copies the registration before it copies
+        // memory, so a child that was forked while another thread registered can have `MODE` without it.
+        return (0..100).any(|_| {
+            let done = membarrier(MembarrierCommand::PrivateExpedited).is_ok();
+            if !done {
+                let _ = membarrier(MembarrierCommand::RegisterPrivateExpedited);
+            }
+            done
+        });
     }
     // ORDER(cache-lease, cache-unlease): Without membarrier, against `full`.
     fence(Ordering::SeqCst);
