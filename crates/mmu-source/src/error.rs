@@ -85,6 +85,7 @@ impl Error {
                 Some(libc::EPERM) => Some(
                     "another tracer may hold it, or tracing needs CAP_SYS_PTRACE (see /proc/sys/kernel/yama/ptrace_scope)",
                 ),
+                Some(libc::ESRCH) => Some("it may have ended: `ps -e` lists what runs"),
                 _ => None,
             },
             Error::Spawn { source, .. } if source.raw_os_error() == Some(libc::EPERM) => {

@@ -44,6 +44,7 @@ fn no_such_process_is_125() {
     let (code, line) = refused(&["-o", "/dev/null", "-p", "4194303"]);
     assert_eq!(code, Some(125));
     assert!(line.contains("4194303") && line.to_lowercase().matches("no such process").count() == 1, "{line}");
+    assert!(line.contains("ps -e"), "a hint: {line}");
 }
 
 #[test]
