@@ -275,6 +275,9 @@ impl<R: Registrar> Cache<R> {
 
     /// Deregisters the regions of a chain and frees their places.
     pub(crate) fn reap(&self, mut chain: Chain) {
+        if chain.is_empty() {
+            return;
+        }
         let mut freed = None;
         while let Some(region) = self.next_of(&mut chain, freed) {
             self.deregister(region);
@@ -324,6 +327,10 @@ impl<R: Registrar> Cache<R> {
     }
 
     fn stats(&self) -> Stats {
+        if self.index.page.is_inherited() {
+            // A thread that is not in the child may have held the lock.
+            return Stats::default();
+        }
         let hits = self.index.hits();
         let state = self.lock();
         let counts = state.counts;
