@@ -17,7 +17,7 @@ use crate::raw::region::{Entry, Status};
 use crate::raw::table::Table;
 use crate::sync::atomic::Ordering;
 use crate::sync::mutant;
-use crate::walk::{Step, Summary, Walk};
+use crate::walk::{Summary, Walked, walk};
 use list::List;
 use mmu_notifier::{PAGE_SIZE, VaRange};
 
@@ -144,25 +144,18 @@ impl State {
     }
 
     /// Calls `f` with every live region that overlaps `range`, with some more than once.
-    fn each_overlapping(&self, index: &Index, range: VaRange, mut f: impl FnMut(u32)) {
-        let mut walk = Walk::new(range, &self.summary, u64::from(self.high) + 64);
+    fn each_overlapping(&mut self, index: &Index, range: VaRange, mut f: impl FnMut(u32)) {
         let Some(view) = index.page.view() else { return };
-        loop {
-            match walk.next(&self.summary) {
-                Step::Ask(granule) => {
-                    let _: Option<()> = view.probe(granule.hash(), |region| {
-                        if self.is_live_in(index, region, range) {
-                            f(region);
-                        }
-                        None
-                    });
+        let walked = walk(self, |state| &state.summary, range, u64::from(self.high) + 64, |state, granule| {
+            let _: Option<()> = view.probe(granule.hash(), |region| {
+                if state.is_live_in(index, region, range) {
+                    f(region);
                 }
-                Step::All => {
-                    (0..self.high).filter(|region| self.is_live_in(index, *region, range)).for_each(&mut f);
-                    return;
-                }
-                Step::Done => return,
-            }
+                None
+            });
+        });
+        if walked == Walked::TooFar {
+            (0..self.high).filter(|region| self.is_live_in(index, *region, range)).for_each(&mut f);
         }
     }
 
@@ -172,7 +165,7 @@ impl State {
 
     /// What to register for `request`: together with what it is to be merged with. The second is whether there is anything
     /// around that the new region may replace.
-    pub(crate) fn target(&self, index: &Index, options: &Options, request: VaRange) -> (VaRange, bool) {
+    pub(crate) fn target(&mut self, index: &Index, options: &Options, request: VaRange) -> (VaRange, bool) {
         let (mut target, mut replaces) = (request, false);
         loop {
             let around = match options.merge {
@@ -302,25 +295,18 @@ impl State {
     fn kill_where(&mut self, index: &Index, range: VaRange, wanted: impl Fn(VaRange) -> bool) -> u64 {
         let Some(table) = index.page.tables().newest() else { return 0 };
         let mut killed = 0;
-        let mut walk = Walk::new(range, &self.summary, u64::from(self.high) + 64);
-        loop {
-            match walk.next(&self.summary) {
-                Step::Ask(granule) => {
-                    while let Some(region) = self.first_in(index, table, granule, range, &wanted) {
-                        self.kill(index, table, region);
-                        killed += 1;
-                    }
+        let walked = walk(self, |state| &state.summary, range, u64::from(self.high) + 64, |state, granule| {
+            while let Some(region) = state.first_in(index, table, granule, range, &wanted) {
+                state.kill(index, table, region);
+                killed += 1;
+            }
+        });
+        if walked == Walked::TooFar {
+            for region in 0..self.high {
+                if self.is_live_in(index, region, range) && wanted(index.region(region).range()) {
+                    self.kill(index, table, region);
+                    killed += 1;
                 }
-                Step::All => {
-                    for region in 0..self.high {
-                        if self.is_live_in(index, region, range) && wanted(index.region(region).range()) {
-                            self.kill(index, table, region);
-                            killed += 1;
-                        }
-                    }
-                    break;
-                }
-                Step::Done => break,
             }
         }
         if killed != 0 {
