@@ -5,6 +5,7 @@
 
 mod evict;
 mod list;
+mod open;
 
 pub(crate) use list::Chain;
 
@@ -20,6 +21,7 @@ use crate::sync::mutant;
 use crate::walk::{Summary, Walked, walk};
 use list::List;
 use mmu_notifier::{PAGE_SIZE, VaRange};
+use open::Open;
 
 /// What happened so far.
 #[derive(Debug, Default, Clone, Copy)]
@@ -55,9 +57,9 @@ pub(crate) struct State {
     pub(crate) bytes: u64,
     pub(crate) live_regions: u32,
     pub(crate) live_bytes: u64,
-    /// Invalidations that have begun and not ended, and what they are about together.
-    brackets: u32,
-    hull: Option<VaRange>,
+    open: Open,
+    /// Regions in the chains of threads that are deregistering them.
+    pub(crate) reaping: u32,
     /// Whether the address space has ended.
     pub(crate) closed: bool,
     /// Threads that sleep until a registration ends.
@@ -105,8 +107,8 @@ impl State {
             bytes: 0,
             live_regions: 0,
             live_bytes: 0,
-            brackets: 0,
-            hull: None,
+            open: Open::new(),
+            reaping: 0,
             closed: false,
             waiters: 0,
             counts: Counts::default(),
@@ -146,14 +148,20 @@ impl State {
     /// Calls `f` with every live region that overlaps `range`, with some more than once.
     fn each_overlapping(&mut self, index: &Index, range: VaRange, mut f: impl FnMut(u32)) {
         let Some(view) = index.page.view() else { return };
-        let walked = walk(self, |state| &state.summary, range, u64::from(self.high) + 64, |state, granule| {
-            let _: Option<()> = view.probe(granule.hash(), |region| {
-                if state.is_live_in(index, region, range) {
-                    f(region);
-                }
-                None
-            });
-        });
+        let walked = walk(
+            self,
+            |state| &state.summary,
+            range,
+            u64::from(self.high) + 64,
+            |state, granule| {
+                let _: Option<()> = view.probe(granule.hash(), |region| {
+                    if state.is_live_in(index, region, range) {
+                        f(region);
+                    }
+                    None
+                });
+            },
+        );
         if walked == Walked::TooFar {
             (0..self.high).filter(|region| self.is_live_in(index, *region, range)).for_each(&mut f);
         }
@@ -295,12 +303,18 @@ impl State {
     fn kill_where(&mut self, index: &Index, range: VaRange, wanted: impl Fn(VaRange) -> bool) -> u64 {
         let Some(table) = index.page.tables().newest() else { return 0 };
         let mut killed = 0;
-        let walked = walk(self, |state| &state.summary, range, u64::from(self.high) + 64, |state, granule| {
-            while let Some(region) = state.first_in(index, table, granule, range, &wanted) {
-                state.kill(index, table, region);
-                killed += 1;
-            }
-        });
+        let walked = walk(
+            self,
+            |state| &state.summary,
+            range,
+            u64::from(self.high) + 64,
+            |state, granule| {
+                while let Some(region) = state.first_in(index, table, granule, range, &wanted) {
+                    state.kill(index, table, region);
+                    killed += 1;
+                }
+            },
+        );
         if walked == Walked::TooFar {
             for region in 0..self.high {
                 if self.is_live_in(index, region, range) && wanted(index.region(region).range()) {
@@ -330,22 +344,18 @@ impl State {
 
     /// The start of an invalidation: nothing that overlaps `range` is found any more, or will be before its end.
     pub(crate) fn invalidate_start(&mut self, index: &Index, range: VaRange) {
-        self.brackets += 1;
-        self.hull = Some(self.hull.map_or(range, |hull_so_far| hull(hull_so_far, range)));
+        self.open.begin(range);
         self.invalidate(index, range);
     }
 
     /// The end of an invalidation.
-    pub(crate) fn invalidate_end(&mut self) {
-        self.brackets = self.brackets.saturating_sub(1);
-        if self.brackets == 0 {
-            self.hull = None;
-        }
+    pub(crate) fn invalidate_end(&mut self, range: VaRange) {
+        self.open.end(range);
     }
 
     /// Whether an invalidation runs that is perhaps about `range`.
     pub(crate) fn is_invalidating(&self, range: VaRange) -> bool {
-        self.hull.is_some_and(|hull| hull.overlaps(range))
+        self.open.overlaps(range)
     }
 
     /// Takes whatever overlaps `range` out, and what is being registered there, too.
@@ -407,6 +417,7 @@ impl State {
             entry.status = Status::Reaping;
             entry.next = chain.0;
             chain.0 = region + 1;
+            self.reaping += 1;
         }
     }
 
@@ -425,15 +436,18 @@ impl State {
         }
     }
 
-    /// Gives a region's place back, and takes the next one off the chain.
-    pub(crate) fn free_and_next(&mut self, index: &Index, freed: Option<u32>, chain: &mut Chain) -> Option<u32> {
-        if let Some(region) = freed {
-            self.free(index, region);
-            self.counts.deregistered += 1;
-        }
+    /// Takes the next region off the chain.
+    pub(crate) fn next_of(&mut self, chain: &mut Chain) -> Option<u32> {
         let region = chain.0.checked_sub(1)?;
         chain.0 = self.entry(region).next;
         Some(region)
+    }
+
+    /// Gives the place of a region back that was in a chain.
+    pub(crate) fn reaped(&mut self, index: &Index, region: u32) {
+        self.free(index, region);
+        self.reaping -= 1;
+        self.counts.deregistered += 1;
     }
 
     /// Gives a place back whose region is not registered.
