@@ -9,7 +9,7 @@
 use crate::cache::{Cache, Registered};
 use crate::index::Held;
 use crate::raw::table::Table;
-use crate::state::{State, bytes};
+use crate::state::{State, Target, bytes};
 use crate::sync::{MutexGuard, wait};
 use crate::{Cause, Error, Registrar};
 use mmu_notifier::VaRange;
@@ -64,10 +64,13 @@ impl<R: Registrar> Cache<R> {
         if state.closed {
             return Some(Err(Error::Exited));
         }
-        if let Some(region) = state.find(index, range) {
-            state.counts.hits += 1;
-            return Some(Ok(index.lease_locked(region)));
-        }
+        let (merged, replaces) = match state.target(index, options, range) {
+            Target::Found(region) => {
+                state.counts.hits += 1;
+                return Some(Ok(index.lease_locked(region)));
+            }
+            Target::New { range, replaces } => (range, replaces),
+        };
         if state.has_to_wait(index, options.merge, range) {
             self.sleep(state);
             return None;
@@ -75,7 +78,6 @@ impl<R: Registrar> Cache<R> {
         if bytes(range) > options.max_bytes {
             return Some(Err(Error::TooLarge { range, limit: options.max_bytes }));
         }
-        let (merged, replaces) = state.target(index, options, range);
         let target = if past.alone || bytes(merged) > options.max_bytes { range } else { merged };
         if !state.has_room(options, bytes(target)) {
             let mut chain = state.harvest(index);

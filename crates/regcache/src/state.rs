@@ -39,6 +39,15 @@ pub(crate) struct Counts {
     pub(crate) collisions: u64,
 }
 
+/// What a request comes to.
+#[derive(Debug)]
+pub(crate) enum Target {
+    /// This region covers it.
+    Found(u32),
+    /// This is to be registered for it, and may replace something around.
+    New { range: VaRange, replaces: bool },
+}
+
 #[derive(Debug)]
 pub(crate) struct State {
     entries: Array<Entry>,
@@ -129,7 +138,7 @@ impl State {
     }
 
     /// A live region that covers `range`.
-    pub(crate) fn find(&self, index: &Index, range: VaRange) -> Option<u32> {
+    fn find(&self, index: &Index, range: VaRange) -> Option<u32> {
         let view = index.page.view()?;
         let mut levels = self.summary.levels();
         while levels != 0 {
@@ -171,28 +180,35 @@ impl State {
         self.status(region) == Status::Live && index.region(region).range().overlaps(range)
     }
 
-    /// What to register for `request`: together with what it is to be merged with. The second is whether there is anything
-    /// around that the new region may replace.
-    pub(crate) fn target(&mut self, index: &Index, options: &Options, request: VaRange) -> (VaRange, bool) {
-        let (mut target, mut replaces) = (request, false);
+    /// What to make of `request`: a live region that covers it, or what to register together with it.
+    pub(crate) fn target(&mut self, index: &Index, options: &Options, request: VaRange) -> Target {
+        let (mut target, mut replaces, mut found) = (request, false, None);
         loop {
             let around = match options.merge {
-                Merge::Never => return (request, false),
+                Merge::Never => {
+                    let found = self.find(index, request);
+                    return found.map_or(Target::New { range: request, replaces }, Target::Found);
+                }
                 Merge::Overlapping => target,
                 Merge::Adjacent => with_neighbours(target),
             };
             let mut grown = target;
             self.each_overlapping(index, around, |region| {
                 replaces = true;
-                let union = hull(grown, index.region(region).range());
+                let other = index.region(region);
+                if other.covers(request) {
+                    found = Some(region);
+                }
+                let union = hull(grown, other.range());
                 if bytes(union) <= options.max_region_bytes {
                     grown = union;
                 }
             });
-            if grown == target {
-                return (target, replaces);
+            match found {
+                Some(region) => return Target::Found(region),
+                None if grown == target => return Target::New { range: target, replaces },
+                None => target = grown,
             }
-            target = grown;
         }
     }
 

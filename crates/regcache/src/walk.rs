@@ -78,6 +78,7 @@ pub(crate) enum Walked {
 /// Calls `ask` with the granules of `range` that may have regions, about `budget` of them before it gives up.
 ///
 /// `ask` may take regions out, but must not add any.
+#[inline]
 pub(crate) fn walk<T>(
     subject: &mut T,
     summary: impl Fn(&T) -> &Summary,
