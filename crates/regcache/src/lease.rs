@@ -2,6 +2,7 @@
 
 use crate::cache::Cache;
 use crate::index::Held;
+use crate::sync::atomic::{Ordering, fence};
 use crate::{Error, RegCache, Registrar};
 use mmu_notifier::VaRange;
 use std::fmt;
@@ -49,6 +50,9 @@ impl<'a, R: Registrar> Lease<'a, R> {
     #[must_use]
     pub fn is_current(&self) -> bool {
         let cache = self.cache;
+        // ORDER(cache-use): What the caller has read through the lease comes before the looks that follow. Partner: `set_dead`. Weaker,
+        // it could be of the memory that came afterwards, and the answer from before.
+        fence(Ordering::Acquire);
         let known = cache.gate.is_current() || cache.gate.settle::<R::Error>().is_ok();
         known && !cache.index.page.is_inherited() && self.held.region().is_live()
     }

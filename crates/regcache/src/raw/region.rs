@@ -65,6 +65,8 @@ impl Region {
 
     pub(crate) fn set_dead(&self) {
         // Relaxed: the heavy fence orders it, ORDER(cache-lease).
+        // ORDER(cache-use): It comes before the change, as the system call that makes the change does not begin before. Partner: the
+        // fence in `Lease::is_current`.
         self.live.store(0, Ordering::Relaxed);
     }
 
