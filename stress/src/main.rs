@@ -19,7 +19,6 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// What the command line asks for.
 #[derive(Debug)]
-#[cfg_attr(not(feature = "sources"), expect(dead_code, reason = "some options are for programs that are not there"))]
 pub(crate) struct Options {
     pub(crate) length: Duration,
     pub(crate) seed: u64,
