@@ -8,7 +8,7 @@ use super::sys::{self, Map, Shared};
 use super::{Inner, Kernel, Machine, kernel_error};
 use crate::Error;
 use crate::current_mm::current_ref;
-use crate::fork::mark;
+use crate::fork::{mark, marks};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::AtomicU64;
@@ -98,6 +98,7 @@ impl Kernel {
         let ring_fd = ring.map().try_clone_to_owned().map_err(|error| kernel_error("dup", error))?;
         let inner = Arc::new(Inner {
             id,
+            alive: &marks().alive,
             header,
             tables,
             drainer: Mutex::new(Drainer::new(ring)),
