@@ -125,7 +125,7 @@ impl Mm {
     #[must_use]
     #[doc(alias = "mm_has_notifiers")]
     pub fn has_notifiers(&self) -> bool {
-        self.is_watched()
+        !self.is_inherited() && self.is_watched()
     }
 
     /// Returns how many callbacks of this address space's subscribers, their drops included, have panicked.
