@@ -211,7 +211,10 @@ fn s_17_a_subsystem_works_in_a_child_that_was_forked_during_a_free() {
     in_free.recv().unwrap();
     let (waiting, waiter) = channel();
     std::thread::scope(|scope| {
-        let (subsystem, _finally) = (&subsystem, Finally(|| drop(go_on.wait())));
+        let subsystem = &subsystem;
+        let _finally = Finally(|| {
+            go_on.wait();
+        });
         scope.spawn(move || {
             // SAFETY: No preconditions.
             waiting.send(unsafe { libc::gettid() }).unwrap();
