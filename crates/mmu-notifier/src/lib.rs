@@ -43,8 +43,6 @@
 //!   virtual machine's page tables. Both refuse to install what was looked up before a change.
 //! * [`Mm::invalidate`], [`Mm::try_invalidate`], [`Mm::with_invalidation`]: brackets, for event sources.
 //! * [`Subsystem::synchronize`]: waits for the frees.
-//! * [`IntervalNotifier`]: a subscriber of one range, with the collision-retry protocol in its types. [`InvalidateSeq`]: what a
-//!   virtual machine monitor wants for one table over many ranges.
 //! * [`lockdep`]: finds lock-order trouble in debug builds.
 //!
 //! # What a subscriber can rely on
