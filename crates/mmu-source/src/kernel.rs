@@ -94,7 +94,7 @@ struct Inner {
     /// Nonzero and equal to the mark in the page that forks wipe, unless this is the child of a fork.
     id: u64,
     header: Shared,
-    table: Shared,
+    tables: filter::Tables,
     drainer: Mutex<Drainer>,
     ring: OwnedFd,
     stop: OwnedFd,
@@ -242,7 +242,7 @@ impl Kernel {
         let words = &self.inner.header;
         match armed.level {
             Some(level) => {
-                filter::add(&self.inner.table, range, level);
+                filter::add(&self.inner.tables, range, level);
                 words.u64(header::RANGES + 8 * level).fetch_add(1, Ordering::Relaxed);
             }
             None => drop(words.u64(header::WIDE).fetch_add(1, Ordering::Relaxed)),
@@ -383,7 +383,7 @@ impl Drop for Armed {
         match self.level {
             Some(level) => {
                 inner.header.u64(header::RANGES + 8 * level).fetch_sub(1, Ordering::Relaxed);
-                filter::remove(&inner.table, self.range, level);
+                filter::remove(&inner.tables, self.range, level);
             }
             None => drop(inner.header.u64(header::WIDE).fetch_sub(1, Ordering::Relaxed)),
         }

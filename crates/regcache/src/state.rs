@@ -3,6 +3,11 @@
 //! Nothing here allocates, frees, calls the registrar or waits, because the lock is taken in callbacks that may run in the
 //! middle of `free`. Memory is made before the lock is taken; lists are links between the regions' entries.
 
+mod evict;
+mod list;
+
+pub(crate) use list::Chain;
+
 use crate::granule::{Granule, MOST, granules, hash, lead};
 use crate::index::Index;
 use crate::options::{Merge, Options};
@@ -13,19 +18,8 @@ use crate::raw::table::Table;
 use crate::sync::atomic::Ordering;
 use crate::sync::mutant;
 use crate::walk::{Step, Summary, Walk};
+use list::List;
 use mmu_notifier::{PAGE_SIZE, VaRange};
-
-/// A list of regions, through their entries. A region's number plus one; zero is none.
-#[derive(Debug, Default, Clone, Copy)]
-pub(crate) struct List {
-    head: u32,
-    tail: u32,
-}
-
-/// Regions without a lease, which whoever holds this deregisters one by one.
-#[derive(Debug, Default)]
-#[must_use = "nobody else will deregister them"]
-pub(crate) struct Chain(u32);
 
 /// What happened so far.
 #[derive(Debug, Default, Clone, Copy)]
@@ -469,86 +463,9 @@ impl State {
         self.regions < options.max_regions
             && self.bytes.checked_add(size).is_some_and(|bytes| bytes <= options.max_bytes)
     }
-
-    /// Takes regions out that have not been used lately, to make room for `size` bytes more and a few regions to come.
-    ///
-    /// SIEVE: the hand goes from the oldest to the newest, spares what was used since it came by, and stays where it found one that was not.
-    pub(crate) fn evict(&mut self, index: &Index, options: &Options, size: u64) -> u64 {
-        let Some(table) = index.page.tables().newest() else { return 0 };
-        let (more_regions, more_bytes) = (options.max_regions / 64, options.max_bytes / 64);
-        let wanted_regions = (self.regions + 1).saturating_sub(options.max_regions);
-        let wanted_bytes = self.bytes.saturating_add(size).saturating_sub(options.max_bytes);
-        let wanted_regions = if wanted_regions == 0 { 0 } else { wanted_regions.max(more_regions) };
-        let wanted_bytes = if wanted_bytes == 0 { 0 } else { wanted_bytes.max(more_bytes) };
-        self.evict_some(index, table, wanted_regions.into(), wanted_bytes)
-    }
-
-    /// Takes out as many regions as have `wanted` bytes together, at least one.
-    pub(crate) fn evict_bytes(&mut self, index: &Index, wanted: u64) -> u64 {
-        let Some(table) = index.page.tables().newest() else { return 0 };
-        self.evict_some(index, table, 1, wanted)
-    }
-
-    fn evict_some(&mut self, index: &Index, table: &Table, wanted_regions: u64, wanted_bytes: u64) -> u64 {
-        // A hint only: what is leased would be out of the look-up and yet not give anything back.
-        self.scan_leases(index);
-        let (mut regions, mut freed) = (0, 0_u64);
-        // Twice around: the first time may only forget uses.
-        for _ in 0..2 * u64::from(self.live_regions) {
-            if regions >= wanted_regions && freed >= wanted_bytes {
-                break;
-            }
-            let at = if self.hand != 0 { self.hand } else { self.live.tail };
-            let Some(region) = at.checked_sub(1) else { break };
-            if self.is_leased(index, region) || index.region(region).forget_visits() {
-                self.hand = self.entry(region).prev;
-                continue;
-            }
-            freed = freed.saturating_add(bytes(index.region(region).range()));
-            self.hand = at;
-            self.kill(index, table, region);
-            regions += 1;
-        }
-        if regions != 0 {
-            self.tell_levels(index);
-        }
-        self.counts.evicted += regions;
-        regions
-    }
 }
 
 /// Whether `inner` lies within `outer`.
 fn contains(outer: VaRange, inner: VaRange) -> bool {
     outer.start() <= inner.start() && inner.last() <= outer.last()
-}
-
-impl Chain {
-    pub(crate) fn is_empty(&self) -> bool {
-        self.0 == 0
-    }
-}
-
-impl List {
-    /// Adds a region in front.
-    fn push(&mut self, entries: &mut [Entry], region: u32) {
-        let entry = &mut entries[region as usize];
-        (entry.prev, entry.next) = (0, self.head);
-        match self.head.checked_sub(1) {
-            Some(head) => entries[head as usize].prev = region + 1,
-            None => self.tail = region + 1,
-        }
-        self.head = region + 1;
-    }
-
-    fn remove(&mut self, entries: &mut [Entry], region: u32) {
-        let Entry { next, prev, .. } = entries[region as usize];
-        match next.checked_sub(1) {
-            Some(next) => entries[next as usize].prev = prev,
-            None => self.tail = prev,
-        }
-        match prev.checked_sub(1) {
-            Some(prev) => entries[prev as usize].next = next,
-            None => self.head = next,
-        }
-    }
 }

@@ -123,6 +123,24 @@ fn a_hit_racing_an_invalidation() {
     });
 }
 
+/// The same for a thread whose slots are in use: its lease is counted in the region.
+#[test]
+fn a_counted_hit_racing_an_invalidation() {
+    model(|| {
+        let world = World::new(true, 3);
+        let others = [5, 5].map(|number| world.cache.get(page(number)).unwrap());
+        drop(world.cache.get(page(1)).unwrap());
+        let changer = thread::spawn({
+            let world = Arc::clone(&world);
+            move || world.change()
+        });
+        world.transfer(world.memory.contents.load(Ordering::Acquire));
+        changer.join().unwrap();
+        drop(others);
+        end(world);
+    });
+}
+
 #[test]
 fn the_last_lease_deregisters() {
     model(|| {
@@ -181,6 +199,7 @@ const MUTANTS: &[(&str, &str)] = &[
     ("no_fence_in_hit", "a_hit_racing_an_invalidation"),
     ("no_fence_in_harvest", "a_hit_racing_an_invalidation"),
     ("invalidate_nothing", "a_hit_racing_an_invalidation"),
+    ("no_fence_when_counted", "a_counted_hit_racing_an_invalidation"),
     ("no_fence_in_drop", "the_last_lease_deregisters"),
     ("publish_what_was_hit", "a_registration_racing_an_invalidation"),
     ("forget_open_brackets", "a_registration_racing_an_invalidation"),

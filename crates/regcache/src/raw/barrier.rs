@@ -24,7 +24,9 @@ pub(crate) fn light() {
 /// The half of a reader that does not rely on `membarrier`. Pairs with `heavy`, too, which is a full fence where it is called.
 pub(crate) fn full() {
     // ORDER(cache-lease, cache-unlease): The side of counted leases, of the pairs named at the callers.
-    fence(Ordering::SeqCst);
+    if !crate::sync::mutant("no_fence_when_counted") {
+        fence(Ordering::SeqCst);
+    }
 }
 
 /// Rust's `compiler_fence` is a promise about signal handlers only; an empty `asm!` that may touch memory is an opaque call to the

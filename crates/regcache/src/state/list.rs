@@ -1,0 +1,46 @@
+//! Lists of regions, as links between their entries: they need no memory of their own.
+
+use crate::raw::region::Entry;
+
+/// A list of regions, through their entries. A region's number plus one; zero is none.
+#[derive(Debug, Default, Clone, Copy)]
+pub(super) struct List {
+    pub(super) head: u32,
+    pub(super) tail: u32,
+}
+
+/// Regions without a lease, which whoever holds this deregisters one by one.
+#[derive(Debug, Default)]
+#[must_use = "nobody else will deregister them"]
+pub(crate) struct Chain(pub(super) u32);
+
+impl Chain {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0 == 0
+    }
+}
+
+impl List {
+    /// Adds a region in front.
+    pub(super) fn push(&mut self, entries: &mut [Entry], region: u32) {
+        let entry = &mut entries[region as usize];
+        (entry.prev, entry.next) = (0, self.head);
+        match self.head.checked_sub(1) {
+            Some(head) => entries[head as usize].prev = region + 1,
+            None => self.tail = region + 1,
+        }
+        self.head = region + 1;
+    }
+
+    pub(super) fn remove(&mut self, entries: &mut [Entry], region: u32) {
+        let Entry { next, prev, .. } = entries[region as usize];
+        match next.checked_sub(1) {
+            Some(next) => entries[next as usize].prev = prev,
+            None => self.tail = prev,
+        }
+        match prev.checked_sub(1) {
+            Some(prev) => entries[prev as usize].next = next,
+            None => self.head = next,
+        }
+    }
+}
