@@ -214,7 +214,7 @@ pub(crate) struct Cache<R: Registrar> {
     pub(crate) index: Index,
     pub(crate) handles: Handles<Registered<R>>,
     pub(crate) state: Mutex<State>,
-    /// Notified when a registration has ended and somebody waits for one.
+    /// Notified when a registration has begun to exist, or ceased to, and somebody waits for that.
     pub(crate) ended: Condvar,
     pub(crate) registrar: Arc<R>,
     pub(crate) options: Options,
@@ -275,10 +275,14 @@ impl<R: Registrar> Cache<R> {
 
     /// Deregisters the regions of a chain and frees their places.
     pub(crate) fn reap(&self, mut chain: Chain) {
-        let mut freed = None;
-        while let Some(region) = self.next_of(&mut chain, freed) {
+        if chain.is_empty() {
+            return;
+        }
+        let mut next = self.lock().next_of(&mut chain);
+        while let Some(region) = next {
+            let ending = Ending { cache: self, chain: &mut chain, region };
             self.deregister(region);
-            freed = Some(region);
+            next = ending.end();
         }
     }
 
@@ -287,10 +291,6 @@ impl<R: Registrar> Cache<R> {
         let Registered { handle, armed } = self.take(region);
         self.registrar.deregister(handle);
         drop(armed);
-    }
-
-    fn next_of(&self, chain: &mut Chain, freed: Option<u32>) -> Option<u32> {
-        self.lock().free_and_next(&self.index, freed, chain)
     }
 
     /// Takes the handle of a region that is in the state `Reaping`.
@@ -324,6 +324,10 @@ impl<R: Registrar> Cache<R> {
     }
 
     fn stats(&self) -> Stats {
+        if self.index.page.is_inherited() {
+            // A thread that is not in the child may have held the lock.
+            return Stats::default();
+        }
         let hits = self.index.hits();
         let state = self.lock();
         let counts = state.counts;
@@ -352,6 +356,37 @@ impl<R: Registrar> Cache<R> {
         let chain = if self.in_callbacks { state.harvest(&self.index) } else { Chain::default() };
         drop(state);
         self.reap(chain);
+    }
+}
+
+/// Gives the place of a region in a chain back, and if the registrar panics, those of the others.
+struct Ending<'a, R: Registrar> {
+    cache: &'a Cache<R>,
+    chain: &'a mut Chain,
+    region: u32,
+}
+
+impl<R: Registrar> Ending<'_, R> {
+    /// Frees the place; the next one of the chain.
+    fn end(self) -> Option<u32> {
+        let mut this = std::mem::ManuallyDrop::new(self);
+        let mut state = this.cache.lock();
+        state.reaped(&this.cache.index, this.region);
+        let next = state.next_of(this.chain);
+        this.cache.wake(state);
+        next
+    }
+}
+
+impl<R: Registrar> Drop for Ending<'_, R> {
+    fn drop(&mut self) {
+        let mut state = self.cache.lock();
+        state.reaped(&self.cache.index, self.region);
+        // The registrar has them still. They are not asked for again, as their owners may not be waited for.
+        while state.next_of(self.chain).is_some() {
+            state.reaping -= 1;
+        }
+        self.cache.wake(state);
     }
 }
 
@@ -385,9 +420,9 @@ impl<R: Registrar> Notifier for Cache<R> {
         Ok(())
     }
 
-    fn invalidate_range_end(&self, _range: &InvalidateRange<'_>) {
+    fn invalidate_range_end(&self, range: &InvalidateRange<'_>) {
         if !self.index.page.is_inherited() {
-            self.lock().invalidate_end();
+            self.lock().invalidate_end(range.range());
         }
     }
 }

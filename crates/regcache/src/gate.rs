@@ -45,6 +45,7 @@ impl Gate {
     }
 
     /// Sees to it that all changes so far are known to the cache. Must be called without its lock: callbacks run.
+    #[inline]
     pub(crate) fn settle<E>(&self) -> Result<(), Error<E>> {
         match &self.kernel {
             None => Ok(()),

@@ -9,8 +9,8 @@
 use crate::cache::{Cache, Registered};
 use crate::index::Held;
 use crate::raw::table::Table;
-use crate::state::bytes;
-use crate::sync::wait;
+use crate::state::{State, Target, bytes};
+use crate::sync::{MutexGuard, wait};
 use crate::{Cause, Error, Registrar};
 use mmu_notifier::VaRange;
 
@@ -64,21 +64,20 @@ impl<R: Registrar> Cache<R> {
         if state.closed {
             return Some(Err(Error::Exited));
         }
-        if let Some(region) = state.find(index, range) {
-            state.counts.hits += 1;
-            return Some(Ok(index.lease_locked(region)));
-        }
+        let (merged, replaces) = match state.target(index, options, range) {
+            Target::Found(region) => {
+                state.counts.hits += 1;
+                return Some(Ok(index.lease_locked(region)));
+            }
+            Target::New { range, replaces } => (range, replaces),
+        };
         if state.has_to_wait(index, options.merge, range) {
-            state.waiters += 1;
-            state.counts.waits += 1;
-            let mut state = wait(&self.ended, state);
-            state.waiters -= 1;
+            self.sleep(state);
             return None;
         }
         if bytes(range) > options.max_bytes {
             return Some(Err(Error::TooLarge { range, limit: options.max_bytes }));
         }
-        let (merged, replaces) = state.target(index, options, range);
         let target = if past.alone || bytes(merged) > options.max_bytes { range } else { merged };
         if !state.has_room(options, bytes(target)) {
             let mut chain = state.harvest(index);
@@ -90,6 +89,11 @@ impl<R: Registrar> Cache<R> {
             if evicted == 0 && chain.is_empty() {
                 if target != range {
                     past.alone = true;
+                    return None;
+                }
+                if state.reaping != 0 {
+                    // Another thread is about to give places back.
+                    self.sleep(state);
                     return None;
                 }
                 let (regions, bytes) = (state.regions, state.bytes);
@@ -216,8 +220,16 @@ impl<R: Registrar> Cache<R> {
         }))
     }
 
-    /// Lets the lock go, and wakes who waits for the end of a registration.
-    fn wake(&self, state: crate::sync::MutexGuard<'_, crate::state::State>) {
+    /// Sleeps until a registration that is being made or undone has ended.
+    fn sleep(&self, mut state: MutexGuard<'_, State>) {
+        state.waiters += 1;
+        state.counts.waits += 1;
+        let mut state = wait(&self.ended, state);
+        state.waiters -= 1;
+    }
+
+    /// Lets the lock go, and wakes who sleeps.
+    pub(crate) fn wake(&self, state: MutexGuard<'_, State>) {
         let waiters = state.waiters;
         drop(state);
         if waiters != 0 {

@@ -5,6 +5,7 @@
 
 mod evict;
 mod list;
+mod open;
 
 pub(crate) use list::Chain;
 
@@ -17,9 +18,10 @@ use crate::raw::region::{Entry, Status};
 use crate::raw::table::Table;
 use crate::sync::atomic::Ordering;
 use crate::sync::mutant;
-use crate::walk::{Step, Summary, Walk};
+use crate::walk::{Summary, Walked, walk};
 use list::List;
 use mmu_notifier::{PAGE_SIZE, VaRange};
+use open::Open;
 
 /// What happened so far.
 #[derive(Debug, Default, Clone, Copy)]
@@ -35,6 +37,15 @@ pub(crate) struct Counts {
     pub(crate) evicted: u64,
     pub(crate) flushed: u64,
     pub(crate) collisions: u64,
+}
+
+/// What a request comes to.
+#[derive(Debug)]
+pub(crate) enum Target {
+    /// This region covers it.
+    Found(u32),
+    /// This is to be registered for it, and may replace something around.
+    New { range: VaRange, replaces: bool },
 }
 
 #[derive(Debug)]
@@ -55,9 +66,9 @@ pub(crate) struct State {
     pub(crate) bytes: u64,
     pub(crate) live_regions: u32,
     pub(crate) live_bytes: u64,
-    /// Invalidations that have begun and not ended, and what they are about together.
-    brackets: u32,
-    hull: Option<VaRange>,
+    open: Open,
+    /// Regions in the chains of threads that are deregistering them.
+    pub(crate) reaping: u32,
     /// Whether the address space has ended.
     pub(crate) closed: bool,
     /// Threads that sleep until a registration ends.
@@ -105,8 +116,8 @@ impl State {
             bytes: 0,
             live_regions: 0,
             live_bytes: 0,
-            brackets: 0,
-            hull: None,
+            open: Open::new(),
+            reaping: 0,
             closed: false,
             waiters: 0,
             counts: Counts::default(),
@@ -127,7 +138,7 @@ impl State {
     }
 
     /// A live region that covers `range`.
-    pub(crate) fn find(&self, index: &Index, range: VaRange) -> Option<u32> {
+    fn find(&self, index: &Index, range: VaRange) -> Option<u32> {
         let view = index.page.view()?;
         let mut levels = self.summary.levels();
         while levels != 0 {
@@ -144,25 +155,24 @@ impl State {
     }
 
     /// Calls `f` with every live region that overlaps `range`, with some more than once.
-    fn each_overlapping(&self, index: &Index, range: VaRange, mut f: impl FnMut(u32)) {
-        let mut walk = Walk::new(range, &self.summary, u64::from(self.high) + 64);
+    fn each_overlapping(&mut self, index: &Index, range: VaRange, mut f: impl FnMut(u32)) {
         let Some(view) = index.page.view() else { return };
-        loop {
-            match walk.next(&self.summary) {
-                Step::Ask(granule) => {
-                    let _: Option<()> = view.probe(granule.hash(), |region| {
-                        if self.is_live_in(index, region, range) {
-                            f(region);
-                        }
-                        None
-                    });
-                }
-                Step::All => {
-                    (0..self.high).filter(|region| self.is_live_in(index, *region, range)).for_each(&mut f);
-                    return;
-                }
-                Step::Done => return,
-            }
+        let walked = walk(
+            self,
+            |state| &state.summary,
+            range,
+            u64::from(self.high) + 64,
+            |state, granule| {
+                let _: Option<()> = view.probe(granule.hash(), |region| {
+                    if state.is_live_in(index, region, range) {
+                        f(region);
+                    }
+                    None
+                });
+            },
+        );
+        if walked == Walked::TooFar {
+            (0..self.high).filter(|region| self.is_live_in(index, *region, range)).for_each(&mut f);
         }
     }
 
@@ -170,28 +180,35 @@ impl State {
         self.status(region) == Status::Live && index.region(region).range().overlaps(range)
     }
 
-    /// What to register for `request`: together with what it is to be merged with. The second is whether there is anything
-    /// around that the new region may replace.
-    pub(crate) fn target(&self, index: &Index, options: &Options, request: VaRange) -> (VaRange, bool) {
-        let (mut target, mut replaces) = (request, false);
+    /// What to make of `request`: a live region that covers it, or what to register together with it.
+    pub(crate) fn target(&mut self, index: &Index, options: &Options, request: VaRange) -> Target {
+        let (mut target, mut replaces, mut found) = (request, false, None);
         loop {
             let around = match options.merge {
-                Merge::Never => return (request, false),
+                Merge::Never => {
+                    let found = self.find(index, request);
+                    return found.map_or(Target::New { range: request, replaces }, Target::Found);
+                }
                 Merge::Overlapping => target,
                 Merge::Adjacent => with_neighbours(target),
             };
             let mut grown = target;
             self.each_overlapping(index, around, |region| {
                 replaces = true;
-                let union = hull(grown, index.region(region).range());
+                let other = index.region(region);
+                if other.covers(request) {
+                    found = Some(region);
+                }
+                let union = hull(grown, other.range());
                 if bytes(union) <= options.max_region_bytes {
                     grown = union;
                 }
             });
-            if grown == target {
-                return (target, replaces);
+            match found {
+                Some(region) => return Target::Found(region),
+                None if grown == target => return Target::New { range: target, replaces },
+                None => target = grown,
             }
-            target = grown;
         }
     }
 
@@ -302,25 +319,24 @@ impl State {
     fn kill_where(&mut self, index: &Index, range: VaRange, wanted: impl Fn(VaRange) -> bool) -> u64 {
         let Some(table) = index.page.tables().newest() else { return 0 };
         let mut killed = 0;
-        let mut walk = Walk::new(range, &self.summary, u64::from(self.high) + 64);
-        loop {
-            match walk.next(&self.summary) {
-                Step::Ask(granule) => {
-                    while let Some(region) = self.first_in(index, table, granule, range, &wanted) {
-                        self.kill(index, table, region);
-                        killed += 1;
-                    }
+        let walked = walk(
+            self,
+            |state| &state.summary,
+            range,
+            u64::from(self.high) + 64,
+            |state, granule| {
+                while let Some(region) = state.first_in(index, table, granule, range, &wanted) {
+                    state.kill(index, table, region);
+                    killed += 1;
                 }
-                Step::All => {
-                    for region in 0..self.high {
-                        if self.is_live_in(index, region, range) && wanted(index.region(region).range()) {
-                            self.kill(index, table, region);
-                            killed += 1;
-                        }
-                    }
-                    break;
+            },
+        );
+        if walked == Walked::TooFar {
+            for region in 0..self.high {
+                if self.is_live_in(index, region, range) && wanted(index.region(region).range()) {
+                    self.kill(index, table, region);
+                    killed += 1;
                 }
-                Step::Done => break,
             }
         }
         if killed != 0 {
@@ -344,22 +360,18 @@ impl State {
 
     /// The start of an invalidation: nothing that overlaps `range` is found any more, or will be before its end.
     pub(crate) fn invalidate_start(&mut self, index: &Index, range: VaRange) {
-        self.brackets += 1;
-        self.hull = Some(self.hull.map_or(range, |hull_so_far| hull(hull_so_far, range)));
+        self.open.begin(range);
         self.invalidate(index, range);
     }
 
     /// The end of an invalidation.
-    pub(crate) fn invalidate_end(&mut self) {
-        self.brackets = self.brackets.saturating_sub(1);
-        if self.brackets == 0 {
-            self.hull = None;
-        }
+    pub(crate) fn invalidate_end(&mut self, range: VaRange) {
+        self.open.end(range);
     }
 
     /// Whether an invalidation runs that is perhaps about `range`.
     pub(crate) fn is_invalidating(&self, range: VaRange) -> bool {
-        self.hull.is_some_and(|hull| hull.overlaps(range))
+        self.open.overlaps(range)
     }
 
     /// Takes whatever overlaps `range` out, and what is being registered there, too.
@@ -421,6 +433,7 @@ impl State {
             entry.status = Status::Reaping;
             entry.next = chain.0;
             chain.0 = region + 1;
+            self.reaping += 1;
         }
     }
 
@@ -439,15 +452,18 @@ impl State {
         }
     }
 
-    /// Gives a region's place back, and takes the next one off the chain.
-    pub(crate) fn free_and_next(&mut self, index: &Index, freed: Option<u32>, chain: &mut Chain) -> Option<u32> {
-        if let Some(region) = freed {
-            self.free(index, region);
-            self.counts.deregistered += 1;
-        }
+    /// Takes the next region off the chain.
+    pub(crate) fn next_of(&mut self, chain: &mut Chain) -> Option<u32> {
         let region = chain.0.checked_sub(1)?;
         chain.0 = self.entry(region).next;
         Some(region)
+    }
+
+    /// Gives the place of a region back that was in a chain.
+    pub(crate) fn reaped(&mut self, index: &Index, region: u32) {
+        self.free(index, region);
+        self.reaping -= 1;
+        self.counts.deregistered += 1;
     }
 
     /// Gives a place back whose region is not registered.

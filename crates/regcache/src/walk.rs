@@ -6,7 +6,6 @@
 use crate::granule::{BLOCK_SHIFT, Granule, LEVELS, SMALL_LEVELS, level_of, shift, span};
 use crate::raw::memory::Array;
 use mmu_notifier::{Va, VaRange};
-use std::ops::RangeInclusive;
 
 const SMALL: u64 = (1 << SMALL_LEVELS) - 1;
 const COUNTERS: usize = 4096;
@@ -67,83 +66,68 @@ impl Summary {
     }
 }
 
-/// What to do next.
+/// How a walk ended.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Step {
-    /// Ask for this granule.
-    Ask(Granule),
-    /// Look at every region, and be done.
-    All,
+pub(crate) enum Walked {
+    /// All granules were asked for.
     Done,
+    /// It would be cheaper to look at each region.
+    TooFar,
 }
 
-/// A walk over a range.
-#[derive(Debug)]
-pub(crate) struct Walk {
+/// Calls `ask` with the granules of `range` that may have regions, about `budget` of them before it gives up.
+///
+/// `ask` may take regions out, but must not add any.
+#[inline]
+pub(crate) fn walk<T>(
+    subject: &mut T,
+    summary: impl Fn(&T) -> &Summary,
     range: VaRange,
-    /// Levels still to do as a whole.
-    large: u64,
-    /// Small levels in use, and those still to do in the present block.
-    small: u64,
-    in_block: u64,
-    block: VaRange,
-    blocks: RangeInclusive<u64>,
-    level: u32,
-    numbers: RangeInclusive<u64>,
-    budget: u64,
-}
-
-#[expect(clippy::reversed_empty_ranges, reason = "one that is done")]
-const NOTHING: RangeInclusive<u64> = 1..=0;
-
-impl Walk {
-    /// A walk that asks for about `budget` granules before it gives up.
-    pub(crate) fn new(range: VaRange, summary: &Summary, budget: u64) -> Self {
-        let levels = summary.levels();
-        let (first, last) = span(range, BLOCK_SHIFT);
-        let blocks = if levels & SMALL == 0 { NOTHING } else { first..=last };
-        Self {
-            range,
-            large: levels & !SMALL,
-            small: levels & SMALL,
-            in_block: 0,
-            block: range,
-            blocks,
-            level: 0,
-            numbers: NOTHING,
-            budget,
+    mut budget: u64,
+    mut ask: impl FnMut(&mut T, Granule),
+) -> Walked {
+    let levels = summary(subject).levels();
+    let mut ask_all = |subject: &mut T, mut levels: u64, within: VaRange, budget: &mut u64| {
+        while levels != 0 {
+            let level = levels.trailing_zeros();
+            levels &= levels - 1;
+            let (first, last) = span(within, shift(level));
+            if last - first >= *budget {
+                return Walked::TooFar;
+            }
+            *budget -= last - first + 1;
+            for number in first..=last {
+                ask(subject, Granule { level, number });
+            }
+        }
+        Walked::Done
+    };
+    let (first, last) = span(range, BLOCK_SHIFT);
+    if first == last {
+        // One block, which most ranges lie in: the summary would save little.
+        return ask_all(subject, levels, range, &mut budget);
+    }
+    if ask_all(subject, levels & !SMALL, range, &mut budget) == Walked::TooFar {
+        return Walked::TooFar;
+    }
+    if levels & SMALL == 0 {
+        return Walked::Done;
+    }
+    for block in first..=last {
+        if budget == 0 {
+            return Walked::TooFar;
+        }
+        budget -= 1;
+        if summary(subject).blocks[block as usize % COUNTERS] == 0 {
+            continue;
+        }
+        let whole = VaRange::covering(Va::new(block << BLOCK_SHIFT), 1 << BLOCK_SHIFT);
+        let within = whole.ok().and_then(|whole| whole.intersection(range)).unwrap_or(range);
+        if ask_all(subject, levels & SMALL, within, &mut budget) == Walked::TooFar {
+            return Walked::TooFar;
         }
     }
-
-    pub(crate) fn next(&mut self, summary: &Summary) -> Step {
-        loop {
-            if self.budget == 0 {
-                return Step::All;
-            }
-            if let Some(number) = self.numbers.next() {
-                self.budget -= 1;
-                return Step::Ask(Granule { level: self.level, number });
-            }
-            let (levels, within) = if self.in_block != 0 {
-                (&mut self.in_block, self.block)
-            } else if self.large != 0 {
-                (&mut self.large, self.range)
-            } else {
-                let Some(block) = self.blocks.next() else { return Step::Done };
-                self.budget -= 1;
-                if summary.blocks[block as usize % COUNTERS] != 0 {
-                    self.in_block = self.small;
-                    let whole = VaRange::covering(Va::new(block << BLOCK_SHIFT), 1 << BLOCK_SHIFT);
-                    self.block = whole.ok().and_then(|whole| whole.intersection(self.range)).unwrap_or(self.range);
-                }
-                continue;
-            };
-            self.level = levels.trailing_zeros();
-            *levels &= *levels - 1;
-            let (first, last) = span(within, shift(self.level));
-            self.numbers = first..=last;
-        }
-    }
+    Walked::Done
 }
 
 #[cfg(test)]
@@ -161,12 +145,9 @@ mod tests {
         let mut summary = Summary::new();
         regions.iter().for_each(|region| summary.add(*region));
         for walked in [range(0, 1), range(512, 1), range(600, 5000), range(1 << 20, 1), range(0, 1 << 21)] {
-            let mut walk = Walk::new(walked, &summary, u64::MAX);
-            let steps = std::iter::from_fn(|| match walk.next(&summary) {
-                Step::Ask(granule) => Some(granule),
-                Step::All | Step::Done => None,
-            });
-            let asked: Vec<_> = steps.collect();
+            let mut asked = Vec::new();
+            let walked_all = walk(&mut summary, |summary| summary, walked, u64::MAX, |_, granule| asked.push(granule));
+            assert_eq!(walked_all, Walked::Done);
             for region in regions.iter().filter(|region| region.overlaps(walked)) {
                 assert!(granules(*region).any(|granule| asked.contains(&granule)), "{region} in {walked}");
             }
@@ -179,7 +160,7 @@ mod tests {
     fn a_walk_over_everything_gives_up() {
         let mut summary = Summary::new();
         summary.add(range(0, 1));
-        let mut walk = Walk::new(VaRange::ALL, &summary, 1000);
-        assert_eq!(std::iter::from_fn(|| Some(walk.next(&summary))).find(|step| *step == Step::All), Some(Step::All));
+        let walked_all = walk(&mut summary, |summary| summary, VaRange::ALL, 1000, |_, _| ());
+        assert_eq!(walked_all, Walked::TooFar);
     }
 }

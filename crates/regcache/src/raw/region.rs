@@ -3,7 +3,6 @@
 use super::barrier::full;
 use super::memory::Zero;
 use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use crate::sync::mutant;
 use mmu_notifier::{Va, VaRange};
 
 /// The part that look-ups read. Two regions share a cache line.
@@ -98,7 +97,7 @@ impl Region {
 
     /// Forgets the uses; tells whether there were any.
     pub(crate) fn forget_visits(&self) -> bool {
-        let visited = self.visited.load(Ordering::Relaxed) != 0 && !mutant("evict_what_is_used");
+        let visited = self.visited.load(Ordering::Relaxed) != 0;
         if visited {
             self.visited.store(0, Ordering::Relaxed);
         }

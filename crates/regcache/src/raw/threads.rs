@@ -23,12 +23,11 @@ pub(crate) struct Block {
     cursor: AtomicU32,
     /// How many of the slots were ever used.
     used: AtomicU32,
-    slots: [AtomicU32; SLOTS],
+    slots: [Slot; SLOTS],
 }
 
 /// A place that can name a region.
 #[derive(Debug)]
-#[repr(transparent)]
 pub(crate) struct Slot(AtomicU32);
 
 /// The blocks of all threads.
@@ -55,7 +54,7 @@ impl Slot {
     /// Names `region`, and orders that before what the caller reads next.
     #[inline(always)]
     pub(crate) fn publish(&self, region: u32) {
-        self.0.store(region + 1, Ordering::Relaxed);
+        self.publish_locked(region);
         // ORDER(cache-lease): The name, before the look at the region's state. Partner: the heavy fence in `harvest`, between the state and
         // the look at the slots. Without it a region is deregistered under a fresh lease. Model: loom
         // `a_hit_racing_an_invalidation`.
@@ -65,8 +64,17 @@ impl Slot {
     }
 
     /// Names `region`, for a caller that holds the lock of the cache.
+    #[inline(always)]
     pub(crate) fn publish_locked(&self, region: u32) {
-        self.0.store(region + 1, Ordering::Relaxed);
+        // ORDER(cache-done): Release, and the Acquire in `is_free`: who finds this name has to know that the lease before, whose
+        // end it overwrites, is over. A plain store breaks the release sequence of `clear`.
+        self.0.store(region + 1, Ordering::Release);
+    }
+
+    #[inline(always)]
+    fn is_free(&self) -> bool {
+        // ORDER(cache-done): Acquire, for the lease that another thread may have ended. Partner: `clear`.
+        self.0.load(Ordering::Acquire) == 0
     }
 
     /// Names none, and orders that before what the caller reads next.
@@ -89,7 +97,7 @@ impl Block {
             hits: AtomicU64::new(0),
             cursor: AtomicU32::new(0),
             used: AtomicU32::new(1),
-            slots: std::array::from_fn(|_| AtomicU32::new(0)),
+            slots: std::array::from_fn(|_| Slot(AtomicU32::new(0))),
         })
     }
 
@@ -97,7 +105,7 @@ impl Block {
     #[inline(always)]
     pub(crate) fn next_slot(&self) -> Option<&Slot> {
         let slot = self.slots.get(self.cursor.load(Ordering::Relaxed) as usize)?;
-        if slot.load(Ordering::Relaxed) == 0 { Some(Slot::of(slot)) } else { None }
+        slot.is_free().then_some(slot)
     }
 
     /// A slot that names none, if there is one. The caller is the block's thread.
@@ -110,10 +118,11 @@ impl Block {
         let from = self.cursor.load(Ordering::Relaxed) as usize;
         for at in (from + 1..=from + PROBES).map(|at| at % SLOTS) {
             self.cursor.store(at as u32, Ordering::Relaxed);
-            if self.slots[at].load(Ordering::Relaxed) == 0 {
+            let slot = &self.slots[at];
+            if slot.is_free() {
                 // Relaxed: whoever finds the slot in use with certainty, after its fence, finds this store, too.
                 self.used.fetch_max(at as u32 + 1, Ordering::Relaxed);
-                return Some(Slot::of(&self.slots[at]));
+                return Some(slot);
             }
         }
         None
@@ -123,14 +132,6 @@ impl Block {
     #[inline(always)]
     pub(crate) fn count_hit(&self) {
         self.hits.store(self.hits.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
-    }
-}
-
-impl Slot {
-    #[inline(always)]
-    fn of(slot: &AtomicU32) -> &Self {
-        // SAFETY: A reference needs a live object of the type: `Slot` is a transparent wrapper.
-        unsafe { &*ptr::from_ref(slot).cast::<Self>() }
     }
 }
 
@@ -164,7 +165,7 @@ impl Threads {
         for block in self.blocks.iter().take(number::high()).filter_map(BlockPtr::get) {
             for slot in &block.slots[..block.used.load(Ordering::Relaxed) as usize] {
                 // ORDER(cache-done): Acquire, partner in `clear`.
-                if let Some(region) = slot.load(Ordering::Acquire).checked_sub(1) {
+                if let Some(region) = slot.0.load(Ordering::Acquire).checked_sub(1) {
                     f(region);
                 }
             }

@@ -60,6 +60,16 @@ fn what_is_asked_for_while_it_changes_is_not_put_into_the_look_up() {
 }
 
 #[test]
+fn what_lies_between_two_changes_is_put_into_the_look_up() {
+    let (mm, _device, cache) = counting(Options::new());
+    let brackets = [10, 30].map(|page| mm.invalidate(pages(page, 1), Event::Clear));
+    assert!(cache.get(pages(20, 1)).unwrap().is_current());
+    assert!(!cache.get(pages(10, 1)).unwrap().is_current() && !cache.get(pages(30, 1)).unwrap().is_current());
+    drop(brackets);
+    assert!(cache.get(pages(10, 1)).unwrap().is_current() && cache.get(pages(30, 1)).unwrap().is_current());
+}
+
+#[test]
 fn a_registration_that_an_invalidation_meets_is_tried_again() {
     let mm = MmWithUser::new();
     let device = Device::new(Book::default(), Options::new());

@@ -31,6 +31,7 @@ struct Pages {
     limit: Option<usize>,
     unmapped: Vec<VaRange>,
     during: Option<Box<dyn FnOnce() + Send>>,
+    at_end: Option<Box<dyn FnOnce() + Send>>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,6 +71,11 @@ impl Book {
     pub(crate) fn during_next(&self, f: impl FnOnce() + Send + 'static) {
         self.pages.lock().unwrap().during = Some(Box::new(f));
     }
+
+    /// Runs `f` when something is deregistered next.
+    pub(crate) fn at_next_end(&self, f: impl FnOnce() + Send + 'static) {
+        self.pages.lock().unwrap().at_end = Some(Box::new(f));
+    }
 }
 
 impl Registrar for Book {
@@ -98,6 +104,10 @@ impl Registrar for Book {
     }
 
     fn deregister(&self, handle: u64) {
+        let at_end = self.pages.lock().unwrap().at_end.take();
+        if let Some(at_end) = at_end {
+            at_end();
+        }
         let range = self.pages.lock().unwrap().registered.remove(&handle);
         assert!(range.is_some(), "{handle} is deregistered twice");
     }

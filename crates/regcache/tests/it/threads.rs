@@ -39,6 +39,37 @@ fn concurrent_misses_for_one_region_register_once() {
 }
 
 #[test]
+fn a_request_waits_for_a_place_that_another_thread_is_about_to_give_back() {
+    let (_mm, device, cache) = book(Options::new().max_regions(1));
+    drop(cache.get(pages(1, 1)).unwrap());
+    let (entered, wait_entered) = mpsc::channel();
+    let (go_on, wait_go_on) = mpsc::channel::<()>();
+    device.registrar().at_next_end(move || {
+        entered.send(()).unwrap();
+        wait_go_on.recv().unwrap();
+    });
+    thread::scope(|scope| {
+        scope.spawn(|| cache.flush());
+        wait_entered.recv().unwrap();
+        let other = scope.spawn(|| cache.get(pages(5, 1)).map(|lease| lease.range()));
+        while cache.stats().waits == 0 && !other.is_finished() {
+            thread::yield_now();
+        }
+        go_on.send(()).unwrap();
+        assert_eq!(other.join().unwrap().unwrap(), pages(5, 1));
+    });
+}
+
+#[test]
+fn a_registrar_that_panics_leaves_its_places_to_others() {
+    let (_mm, device, cache) = book(Options::new().max_regions(1));
+    drop(cache.get(pages(1, 1)).unwrap());
+    device.registrar().at_next_end(|| panic!("as tests do"));
+    assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| cache.flush())).is_err());
+    assert_eq!(cache.get(pages(5, 1)).unwrap().range(), pages(5, 1));
+}
+
+#[test]
 fn threads_come_and_go_and_their_slots_are_used_again() {
     let (mm, device, cache) = counting(Options::new());
     for round in 0..200 {

@@ -1,0 +1,70 @@
+//! Which invalidations have begun and not ended.
+
+use super::hull;
+use mmu_notifier::VaRange;
+
+/// How many are known exactly: more run at a time only if more threads than this change memory at the same moment.
+const EXACT: usize = 16;
+
+/// # Invariants
+/// Each that is open is one of `exact[..len]`, or one of the `others`, which lie in `around`.
+#[derive(Debug)]
+pub(super) struct Open {
+    exact: [VaRange; EXACT],
+    len: usize,
+    others: u32,
+    around: VaRange,
+}
+
+impl Open {
+    pub(super) fn new() -> Self {
+        Self { exact: [VaRange::ALL; EXACT], len: 0, others: 0, around: VaRange::ALL }
+    }
+
+    pub(super) fn begin(&mut self, range: VaRange) {
+        if let Some(place) = self.exact.get_mut(self.len) {
+            *place = range;
+            self.len += 1;
+        } else {
+            self.around = if self.others == 0 { range } else { hull(self.around, range) };
+            self.others += 1;
+        }
+    }
+
+    /// The end of one that began with the same range.
+    pub(super) fn end(&mut self, range: VaRange) {
+        match self.exact[..self.len].iter().position(|open| *open == range) {
+            Some(at) => {
+                self.len -= 1;
+                self.exact[at] = self.exact[self.len];
+            }
+            None => self.others = self.others.saturating_sub(1),
+        }
+    }
+
+    /// Whether one runs that is about `range`, or perhaps is.
+    pub(super) fn overlaps(&self, range: VaRange) -> bool {
+        self.exact[..self.len].iter().any(|open| open.overlaps(range))
+            || self.others != 0 && self.around.overlaps(range)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mmu_notifier::Va;
+
+    #[test]
+    fn whatever_is_open_is_known_however_many_there_are() {
+        let page = |number: usize| VaRange::covering(Va::new((number as u64) << 12), 1).unwrap();
+        let mut open = Open::new();
+        let pages: Vec<_> = (0..3 * EXACT).map(|number| page(2 * number)).collect();
+        pages.iter().for_each(|page| open.begin(*page));
+        assert!(pages.iter().all(|page| open.overlaps(*page)) && !open.overlaps(page(1)));
+        for (at, page) in pages.iter().enumerate() {
+            open.end(*page);
+            assert!(pages[at + 1..].iter().all(|page| open.overlaps(*page)));
+        }
+        assert!(!open.overlaps(VaRange::ALL));
+    }
+}
