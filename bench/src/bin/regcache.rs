@@ -1,6 +1,6 @@
 //! What do a hit, a miss and an invalidation of the registration cache cost, next to the usual ways to write one?
 //!
-//! `cargo run --release -p bench --bin regcache [ROUNDS]`
+//! `cargo run --release -p bench --bin regcache [ROUNDS [miss]]`
 #![allow(missing_docs, missing_debug_implementations, reason = "a bench")]
 
 use lru::LruCache;
@@ -10,6 +10,7 @@ use regcache::{Counting, Device, Options, RegCache};
 use std::collections::BTreeMap;
 use std::hint::black_box;
 use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Barrier, Mutex, RwLock};
 use std::time::Instant;
 
@@ -44,11 +45,12 @@ struct Ours {
 
 impl Ours {
     fn new(regions: u32) -> Self {
-        Self::with(regions, Options::new(), MmWithUser::new())
+        Self::with(regions, Options::new(), MmWithUser::new(), 1024)
     }
 
-    fn with(regions: u32, options: Options, mm: MmWithUser) -> Self {
-        let device = Device::new(Counting::default(), options.max_regions(regions + 1024));
+    /// With room for `more` regions.
+    fn with(regions: u32, options: Options, mm: MmWithUser, more: u32) -> Self {
+        let device = Device::new(Counting::default(), options.max_regions(regions + more));
         let cache = device.open(&mm).expect("outside of brackets");
         (0..regions).for_each(|number| drop(cache.get(region(number)).expect("a free place")));
         Self { cache, mm }
@@ -90,8 +92,8 @@ impl Peer for Tree {
 struct Lru(Mutex<LruCache<u64, (u64, Arc<u64>)>>);
 
 impl Lru {
-    fn new(regions: u32) -> Self {
-        let mut lru = LruCache::new(NonZeroUsize::new(regions as usize).expect("not zero"));
+    fn new(room: u32, regions: u32) -> Self {
+        let mut lru = LruCache::new(NonZeroUsize::new(room as usize).expect("not zero"));
         for number in 0..regions {
             let range = region(number);
             lru.put(range.start().get(), (range.last().get(), Arc::new(u64::from(number))));
@@ -189,21 +191,61 @@ fn hit<P: Peer>(peer: &P, orders: &[Vec<u32>]) -> f64 {
     })
 }
 
-fn miss() -> f64 {
-    const REGIONS: u32 = 10_000;
-    let ours = Ours::new(1);
-    let mut taken = 0;
-    let mut misses = 0;
-    for _ in 0..10 {
+const MISSES: u32 = 10_000;
+
+/// Nanoseconds for one of the misses that `fill` an empty cache with regions.
+fn miss<T>(empty: impl Fn() -> T, fill: impl Fn(&T, VaRange)) -> f64 {
+    let ns = |_| {
+        let cache = empty();
         let start = Instant::now();
-        for number in 0..REGIONS {
-            ours.hit(region(number));
-        }
-        taken += start.elapsed().as_nanos();
-        misses += u128::from(REGIONS);
-        ours.cache.flush();
+        (0..MISSES).for_each(|number| fill(&cache, region(number)));
+        start.elapsed().as_nanos() as f64 / f64::from(MISSES)
+    };
+    median((0..10).map(ns).collect())
+}
+
+impl Tree {
+    fn miss(&self, range: VaRange, registration: Arc<u64>) {
+        let tree = self.0.read().expect("no panic");
+        let before = tree.range(..=range.start().get()).next_back();
+        assert!(before.is_none_or(|(_, (last, _))| *last < range.last().get()));
+        drop(tree);
+        let lease = Arc::clone(&registration);
+        self.0.write().expect("no panic").insert(range.start().get(), (range.last().get(), registration));
+        drop(black_box(lease));
     }
-    taken as f64 / misses as f64
+}
+
+impl Lru {
+    fn miss(&self, range: VaRange, registration: Arc<u64>) {
+        assert!(self.0.lock().expect("no panic").get(&range.start().get()).is_none());
+        let lease = Arc::clone(&registration);
+        let evicted = self.0.lock().expect("no panic").push(range.start().get(), (range.last().get(), registration));
+        drop((evicted, black_box(lease)));
+    }
+}
+
+/// A miss of each cache, all of which register by counting.
+fn misses(rounds: usize) {
+    let roomy = Ours::with(1, Options::new(), MmWithUser::new(), 2 * MISSES);
+    let tight = Ours::new(1);
+    let registered = AtomicU64::new(0);
+    let register = || Arc::new(registered.fetch_add(1, Ordering::Relaxed));
+    let ours = |ours: &Ours| miss(|| ours.cache.flush(), |_, range| ours.hit(range));
+    let lru = |room: u32| miss(|| Lru::new(room, 0), |lru, range| lru.miss(range, register()));
+    let mut columns: [Vec<f64>; 6] = Default::default();
+    for _ in 0..rounds {
+        let tree = miss(|| Tree::new(0), |tree, range| tree.miss(range, register()));
+        let ucx = Ucx::new(0)
+            .map_or(f64::NAN, |_| miss(|| Ucx::new(0), |ucx, range| ucx.iter().for_each(|ucx| ucx.hit(range))));
+        let row = [ours(&roomy), tree, lru(2 * MISSES), ucx, ours(&tight), lru(1025)];
+        columns.iter_mut().zip(row).for_each(|(column, ns)| column.push(ns));
+    }
+    let [ours, tree, lru, ucx, evicting, lru_evicting] = columns.map(median);
+    let (to_tree, to_ucx) = (ours / tree, ours / ucx);
+    let name = "miss, counting registrar";
+    println!("\n{name:<44} {ours:>8.1} {tree:>8.1} {lru:>8.1} {ucx:>8.1} {to_tree:>8.2} {to_ucx:>8.2}  250");
+    println!("{:<44} {evicting:>8.1} {:>8} {lru_evicting:>8.1}", "  and another region is evicted", "");
 }
 
 /// One region goes, and comes back outside of the clock.
@@ -256,7 +298,7 @@ fn kernel(rounds: usize) {
         Err(error) => return println!("\nthe kernel source is left out: {error}"),
     };
     let (without, with) =
-        (Ours::new(REGIONS), Ours::with(REGIONS, Options::new().kernel(kernel), mmu_source::current()));
+        (Ours::new(REGIONS), Ours::with(REGIONS, Options::new().kernel(kernel), mmu_source::current(), 1024));
     let order = order(REGIONS, 1);
     let order = std::slice::from_ref(&order);
     let mut columns: [Vec<f64>; 3] = Default::default();
@@ -278,6 +320,9 @@ fn median(mut values: Vec<f64>) -> f64 {
 
 fn main() {
     let rounds: usize = std::env::args().nth(1).and_then(|n| n.parse().ok()).unwrap_or(5);
+    if std::env::args().nth(2).is_some_and(|only| only == "miss") {
+        return misses(rounds);
+    }
     println!("{rounds} rounds, medians of ns for one; the ratio is the median of the rounds' ratios\n");
     println!(
         "{:<44} {:>8} {:>8} {:>8} {:>8} {:>8} {:>8}  bar",
@@ -293,7 +338,7 @@ fn main() {
         (100_000, 2, ""),
     ];
     for (regions, threads, bar) in cases {
-        let (ours, tree, lru) = (Ours::new(regions), Tree::new(regions), Lru::new(regions));
+        let (ours, tree, lru) = (Ours::new(regions), Tree::new(regions), Lru::new(regions, regions));
         let ucx = Ucx::new(regions);
         let orders: Vec<_> = (0..threads as u64).map(|seed| order(regions, seed + 1)).collect();
         let one = std::slice::from_ref(&orders[0]);
@@ -314,8 +359,7 @@ fn main() {
     }
     apart(rounds);
     kernel(rounds);
-    let misses = median((0..rounds).map(|_| miss()).collect());
-    println!("\n{:<44} {misses:>8.1} {:>28}250", "miss, counting registrar", "");
+    misses(rounds);
     let ours = Ours::new(100_000);
     let order = order(100_000, 3);
     let invalidations = median((0..rounds).map(|_| invalidate(&ours, &order)).collect());

@@ -40,7 +40,7 @@
 //! address. Tables and regions are freed with the cache and not before, so it needs no lock and no read section to look at them. To
 //! lease what it found, the thread writes the region's number into a slot of its own, and then looks whether the region is live. Whoever takes
 //! a region out marks it dead, makes one `membarrier` call, and then looks at the slots of all threads: one of the two sees the other. So
-//! a hit and its end write to no memory that another thread writes to.
+//! a hit and its end write to no memory that other threads write to all the time.
 //!
 //! Everything else, a miss, an eviction, an invalidation, is done under one lock, under which nothing allocates, frees or calls
 //! out. That is why an invalidation may come in the middle of `free`. (A thread that is stopped by a signal while it holds the lock, as some

@@ -55,12 +55,13 @@ impl Options {
 
     /// The most regions that are registered at a time, those that are leased and no longer found included.
     ///
-    /// Sets aside 80 bytes of address space for each; memory is taken when they are used. At least 1, at most 2^30.
+    /// Sets aside 80 bytes of address space for each; memory is taken when they are used. At least 1, at most 2^26.
     pub const fn max_regions(mut self, regions: u32) -> Self {
         self.max_regions = if regions == 0 {
             1
-        } else if regions > 1 << 30 {
-            1 << 30
+        } else if regions > 1 << 26 {
+            // The largest table has room for as many, with all the granules that they may touch.
+            1 << 26
         } else {
             regions
         };

@@ -33,7 +33,7 @@ unsafe impl Zero for Line {
 /// A table. Its entries are written under the lock of the cache.
 #[derive(Debug)]
 pub(crate) struct Table {
-    /// One line whose last word says by how much to shift a hash, then the entries.
+    /// One line whose last words are the mask of places and by how much to shift a hash, then the entries.
     lines: Array<Line>,
     used: AtomicUsize,
     /// The one that this one took over from.
@@ -50,7 +50,7 @@ pub(crate) struct Tables(AtomicPtr<Table>);
 /// A table as a look-up sees it.
 ///
 /// # Invariants
-/// There are `1 << (64 - shift)` live entries from `first` on.
+/// There are `1 << (64 - shift)` live entries from `first` on, and in front of them the line that [`Table`] says.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct View<'a> {
     first: NonNull<AtomicU64>,
@@ -82,7 +82,11 @@ impl<'a> View<'a> {
 
     #[inline(always)]
     fn mask(self) -> usize {
-        (1 << (64 - self.shift)) - 1
+        // Read where it is needed: computed from the shift, it would be on the way of every hit.
+        // SAFETY: The result must lie in the allocation: there is a line in front of the entries.
+        let mask = unsafe { self.first.sub(2) };
+        // SAFETY: A reference needs a live integer: the last but one of that line.
+        unsafe { mask.as_ref() }.load(Ordering::Relaxed) as usize
     }
 
     /// An entry; `at` is wrapped around by the caller.
@@ -124,6 +128,7 @@ impl Table {
     pub(crate) fn new(log2: u32) -> Box<Self> {
         let log2 = log2.clamp(SMALLEST, LARGEST);
         let lines = Array::<Line>::zeroes(1 + (1 << log2) / PER_LINE);
+        lines[0].0[PER_LINE - 2].store((1 << log2) - 1, Ordering::Relaxed);
         lines[0].0[PER_LINE - 1].store(64 - u64::from(log2), Ordering::Relaxed);
         Box::new(Self { lines, used: AtomicUsize::new(0), previous: AtomicPtr::new(ptr::null_mut()) })
     }
@@ -142,7 +147,7 @@ impl Table {
     }
 
     pub(crate) fn view(&self) -> View<'_> {
-        let first = NonNull::from(&self.lines[1..]).cast();
+        let first = NonNull::new(self.first()).expect("an entry is not at null");
         // INVARIANT: A line is an array of entries, without padding.
         View { first, shift: 64 - self.log2(), table: PhantomData }
     }
