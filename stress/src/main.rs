@@ -6,9 +6,11 @@
 //!
 //! Exits with 0 if nothing was found, 1 if something was, 2 on a wrong command line.
 
+#[cfg(feature = "sources")]
 mod kernel;
 mod mmu;
 mod random;
+#[cfg(feature = "sources")]
 mod regcache;
 mod srcu;
 
@@ -68,7 +70,9 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<(Program, Option
     let program: Program = match arguments.next().as_deref() {
         Some("srcu") => srcu::run,
         Some("mmu") => mmu::run,
+        #[cfg(feature = "sources")]
         Some("regcache") => regcache::run,
+        #[cfg(feature = "sources")]
         Some("kernel") => kernel::run,
         _ => return Err("the first argument names the program: srcu, mmu, regcache or kernel".into()),
     };

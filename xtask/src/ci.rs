@@ -4,17 +4,17 @@ use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::time::Instant;
 
-/// One step: its name, the program it needs, and the command line with its environment.
+/// One step: its name, the program it needs, and the command line, in words, with its environment.
 struct Step {
     name: &'static str,
-    needs: Option<&'static [&'static str]>,
+    needs: Option<&'static str>,
     env: &'static [(&'static str, &'static str)],
     /// Whether the command must report that it found something.
     must_fail: bool,
-    command: &'static [&'static str],
+    command: &'static str,
 }
 
-const fn step(name: &'static str, command: &'static [&'static str]) -> Step {
+const fn step(name: &'static str, command: &'static str) -> Step {
     Step { name, needs: None, env: &[], must_fail: false, command }
 }
 
@@ -31,172 +31,87 @@ impl Step {
     }
 
     /// Skips the step, visibly, where this command does not succeed.
-    const fn needs(mut self, probe: &'static [&'static str]) -> Self {
+    const fn needs(mut self, probe: &'static str) -> Self {
         self.needs = Some(probe);
         self
     }
 }
 
+const MODELS: &[(&str, &str)] = &[("RUSTFLAGS", "--cfg mmun_loom")];
+const ADDRESS_SANITIZER: &[(&str, &str)] = &[("RUSTC_BOOTSTRAP", "1"), ("RUSTFLAGS", "-Zsanitizer=address")];
+const THREAD_SANITIZER: &[(&str, &str)] = &[
+    ("RUSTC_BOOTSTRAP", "1"),
+    ("RUSTFLAGS", "-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer --cfg mmun_tsan"),
+    ("TSAN_OPTIONS", "halt_on_error=1 suppressions=stress/tsan.supp"),
+];
+
+/// Each sanitizer and the models build into a folder of their own. They take `stress` without what needs the sources, which
+/// would double their time.
 const STEPS: &[Step] = &[
-    step("format", &["cargo", "fmt", "--all", "--check"]),
-    step("tidy", &["cargo", "xtask", "tidy"]),
-    step("clippy", &["cargo", "clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]),
-    step("docs", &["cargo", "doc", "--workspace", "--no-deps"]).env(&[("RUSTDOCFLAGS", "-Dwarnings")]),
+    step("format", "cargo fmt --all --check"),
+    step("tidy", "cargo xtask tidy"),
+    step("clippy", "cargo clippy --workspace --all-targets -- -D warnings"),
+    step("docs", "cargo doc --workspace --no-deps").env(&[("RUSTDOCFLAGS", "-Dwarnings")]),
     step(
         "models and mutants",
-        &[
-            "cargo",
-            "test",
-            "--release",
-            "--target-dir",
-            "target-loom",
-            "-p",
-            "srcu",
-            "-p",
-            "mmu-notifier",
-            "-p",
-            "regcache",
-            "--test",
-            "loom",
-        ],
+        "cargo test --release --target-dir target-loom -p srcu -p mmu-notifier -p regcache --test loom",
     )
-    .env(&[("RUSTFLAGS", "--cfg mmun_loom")]),
+    .env(MODELS),
     step(
         "address sanitizer",
-        &[
-            "cargo",
-            "test",
-            "--target-dir",
-            "target-asan",
-            "--target",
-            "x86_64-unknown-linux-gnu",
-            "-p",
-            "srcu",
-            "-p",
-            "mmu-notifier",
-            "--test",
-            "it",
-            "--test",
-            "fork",
-            "--test",
-            "alloc",
-        ],
+        "cargo test --target-dir target-asan --target x86_64-unknown-linux-gnu -p srcu -p mmu-notifier \
+         --test it --test fork --test alloc",
     )
-    .env(&[("RUSTC_BOOTSTRAP", "1"), ("RUSTFLAGS", "-Zsanitizer=address")]),
-    step(
-        "thread sanitizer",
-        &[
-            "cargo",
-            "run",
-            "--release",
-            "--target-dir",
-            "target-tsan",
-            "--target",
-            "x86_64-unknown-linux-gnu",
-            "-p",
-            "stress",
-            "--",
-            "srcu",
-            "--seconds",
-            "10",
-            "--no-fork",
-        ],
-    )
-    .env(&[
-        ("RUSTC_BOOTSTRAP", "1"),
-        ("RUSTFLAGS", "-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer"),
-        ("TSAN_OPTIONS", "halt_on_error=1 suppressions=stress/tsan.supp"),
-    ]),
-    step(
-        "thread sanitizer, mmu",
-        &[
-            "cargo",
-            "run",
-            "--release",
-            "--target-dir",
-            "target-tsan-mmu",
-            "--target",
-            "x86_64-unknown-linux-gnu",
-            "-p",
-            "stress",
-            "--",
-            "mmu",
-            "--seconds",
-            "10",
-        ],
-    )
-    .env(&[
-        ("RUSTC_BOOTSTRAP", "1"),
-        ("RUSTFLAGS", "-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer --cfg mmun_tsan"),
-        ("TSAN_OPTIONS", "halt_on_error=1 suppressions=stress/tsan.supp"),
-    ]),
+    .env(ADDRESS_SANITIZER),
     step(
         "address sanitizer, mmu",
-        &[
-            "cargo",
-            "run",
-            "--release",
-            "--target-dir",
-            "target-asan",
-            "--target",
-            "x86_64-unknown-linux-gnu",
-            "-p",
-            "stress",
-            "--",
-            "mmu",
-            "--seconds",
-            "10",
-        ],
+        "cargo run --target-dir target-asan --target x86_64-unknown-linux-gnu -p stress --no-default-features -- \
+         mmu --seconds 10",
     )
-    .env(&[("RUSTC_BOOTSTRAP", "1"), ("RUSTFLAGS", "-Zsanitizer=address")]),
-    step("stress mmu", &["cargo", "run", "--release", "-p", "stress", "--", "mmu", "--seconds", "30"]),
+    .env(ADDRESS_SANITIZER),
     step(
-        "the soak's checker",
-        &["cargo", "run", "--release", "-p", "stress", "--", "mmu", "--seconds", "3", "--broken"],
+        "thread sanitizer",
+        "cargo run --release --target-dir target-tsan --target x86_64-unknown-linux-gnu -p stress --no-default-features -- \
+         srcu --seconds 10 --no-fork",
     )
-    .must_fail(),
-    step("stress srcu", &["cargo", "run", "--release", "-p", "stress", "--", "srcu", "--seconds", "30"]),
+    .env(THREAD_SANITIZER),
     step(
-        "stress srcu without membarrier",
-        &["cargo", "run", "--release", "-p", "stress", "--", "srcu", "--seconds", "30", "--no-membarrier"],
-    ),
-    step(
-        "the torture's checker",
-        &["cargo", "run", "--release", "-p", "stress", "--", "srcu", "--seconds", "3", "--broken"],
+        "thread sanitizer, mmu",
+        "cargo run --release --target-dir target-tsan --target x86_64-unknown-linux-gnu -p stress --no-default-features -- \
+         mmu --seconds 10",
     )
-    .must_fail(),
-    step(
-        "stress regcache under hooks",
-        &["cargo", "run", "--release", "-p", "stress", "--", "regcache", "--seconds", "10", "--source", "hook"],
-    ),
+    .env(THREAD_SANITIZER),
+    step("stress srcu", "cargo run --release -p stress -- srcu --seconds 30"),
+    step("stress srcu without membarrier", "cargo run --release -p stress -- srcu --seconds 30 --no-membarrier"),
+    step("the torture's checker", "cargo run --release -p stress -- srcu --seconds 3 --broken").must_fail(),
+    step("stress mmu", "cargo run --release -p stress -- mmu --seconds 20"),
+    step("the soak's checker", "cargo run --release -p stress -- mmu --seconds 3 --broken").must_fail(),
+    step("stress regcache under hooks", "cargo run --release -p stress -- regcache --seconds 10 --source hook"),
     step(
         "stress regcache without membarrier",
-        &["cargo", "run", "--release", "-p", "stress", "--", "regcache", "--seconds", "10", "--no-membarrier"],
+        "cargo run --release -p stress -- regcache --seconds 10 --no-membarrier",
     ),
-    step("srcu without membarrier", &["cargo", "test", "-p", "srcu"]).env(&[("SRCU_NO_MEMBARRIER", "1")]),
-    step("the kernel source", &["cargo", "test", "-p", "mmu-source", "--test", "it", "kernel"])
-        .needs(&["test", "-e", "/dev/kvm"]),
-    step("miri", &["cargo", "+nightly", "miri", "test", "-p", "srcu"])
+    step("srcu without membarrier", "cargo test -p srcu").env(&[("SRCU_NO_MEMBARRIER", "1")]),
+    step("the kernel source", "cargo test -p mmu-source --test it kernel").needs("test -e /dev/kvm"),
+    step("miri", "cargo +nightly miri test -p srcu")
         .env(&[("MIRIFLAGS", "-Zmiri-many-seeds=0..8")])
-        .needs(&["cargo", "+nightly", "miri", "--version"]),
-    step("licences", &["cargo", "deny", "check", "licenses", "bans", "sources"]).needs(&["cargo", "deny", "--version"]),
+        .needs("cargo +nightly miri --version"),
+    step("licences", "cargo deny check licenses bans sources").needs("cargo deny --version"),
 ];
 
 pub(crate) fn run(root: &Path) -> ExitCode {
     let (mut passed, mut failed, mut skipped) = (0, 0, 0);
     for step in STEPS {
-        if step.needs.is_some_and(|probe| !succeeds(probe)) {
-            println!("SKIP {}: `{}` says no", step.name, step.needs.unwrap_or_default().join(" "));
+        if let Some(probe) = step.needs
+            && !command(probe).output().is_ok_and(|output| output.status.success())
+        {
+            println!("SKIP {}: `{probe}` says no", step.name);
             skipped += 1;
             continue;
         }
-        println!("== {}: {}", step.name, step.command.join(" "));
+        println!("== {}: {}", step.name, step.command);
         let begin = Instant::now();
-        let status = Command::new(step.command[0])
-            .args(&step.command[1..])
-            .envs(step.env.iter().copied())
-            .current_dir(root)
-            .status();
+        let status = command(step.command).envs(step.env.iter().copied()).current_dir(root).status();
         let seconds = begin.elapsed().as_secs_f64();
         let wanted = if step.must_fail { 1 } else { 0 };
         if status.as_ref().is_ok_and(|status| status.code() == Some(wanted)) {
@@ -211,6 +126,9 @@ pub(crate) fn run(root: &Path) -> ExitCode {
     if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-fn succeeds(probe: &[&str]) -> bool {
-    Command::new(probe[0]).args(&probe[1..]).output().is_ok_and(|output| output.status.success())
+fn command(words: &str) -> Command {
+    let mut words = words.split_whitespace();
+    let mut command = Command::new(words.next().expect("a step has a program"));
+    command.args(words);
+    command
 }

@@ -46,11 +46,16 @@ pub(crate) fn is_inside() -> bool {
 
 /// Runs `f`, marked as a deferred free.
 pub(crate) fn freeing<R>(f: impl FnOnce() -> R) -> R {
+    /// Also if `f` panics.
+    struct Restore(bool);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            FREEING.with(|freeing| freeing.set(self.0));
+        }
+    }
     let _inside = Inside::enter_section(Section::enter(None));
-    let before = FREEING.with(|freeing| freeing.replace(true));
-    let result = f();
-    FREEING.with(|freeing| freeing.set(before));
-    result
+    let _restore = Restore(FREEING.with(|freeing| freeing.replace(true)));
+    f()
 }
 
 /// Tells whether this thread is running a deferred free.

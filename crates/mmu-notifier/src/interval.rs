@@ -299,7 +299,13 @@ impl<S: IntervalOps> Drop for IntervalNotifier<S> {
             let again = Self { node: self.node, owns: PhantomData };
             let mm = again.mm().clone();
             // The reclaimer must not sleep in a window either: there this drop comes here again, for another grace period.
-            mm.subscriptions().srcu().call(move || context::freeing(|| drop(again)));
+            mm.subscriptions().srcu().call(move || {
+                let mm = again.mm().clone();
+                context::freeing(|| {
+                    mm.catching(|| drop(again));
+                    drop(mm);
+                });
+            });
         }
     }
 }

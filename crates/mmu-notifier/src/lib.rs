@@ -43,8 +43,6 @@
 //!   virtual machine's page tables. Both refuse to install what was looked up before a change.
 //! * [`Mm::invalidate`], [`Mm::try_invalidate`], [`Mm::with_invalidation`]: brackets, for event sources.
 //! * [`Subsystem::synchronize`]: waits for the frees.
-//! * [`IntervalNotifier`]: a subscriber of one range, with the collision-retry protocol in its types. [`InvalidateSeq`]: what a
-//!   virtual machine monitor wants for one table over many ranges.
 //! * [`lockdep`]: finds lock-order trouble in debug builds.
 //!
 //! # What a subscriber can rely on
@@ -60,9 +58,9 @@
 //! a callback takes: [`lockdep`] finds that.
 //!
 //! # In the child of a fork
-//! The parent's address spaces have no subscribers there ([`Mm::is_inherited`]); the child makes its own. A `Subsystem` can be
-//! used in both; but a child that was forked while another thread was inside [`Subsystem::synchronize`] must not call it on
-//! the same subsystem.
+//! The parent's address spaces have no subscribers there ([`Mm::is_inherited`]); the child makes its own. A [`Subsystem`] can be
+//! used in both: what the parent has queued to be freed is not waited for in the child, and not freed. The lock around an
+//! interval's state or a shadow is a plain lock, which a thread of the parent may have held.
 
 #![deny(unsafe_code)]
 

@@ -125,7 +125,7 @@ impl Mm {
     #[must_use]
     #[doc(alias = "mm_has_notifiers")]
     pub fn has_notifiers(&self) -> bool {
-        self.is_watched()
+        !self.is_inherited() && self.is_watched()
     }
 
     /// Returns how many callbacks of this address space's subscribers, their drops included, have panicked.
@@ -264,7 +264,7 @@ impl fmt::Debug for Mm {
 /// A counted handle of an address space that is alive (`mm_users`).
 ///
 /// Cloning it is `mmget`. Dropping the last one is exit: it calls `release` of every subscriber, delists them, and waits
-/// until no callback runs any more. Whoever owns the pages frees them after that.
+/// until no callback runs in any of them; one that was put or unregistered before is not waited for. Whoever owns the pages frees them after that.
 ///
 /// # Blocking
 /// The last drop sleeps while `release` callbacks and open brackets last. Inside a callback of the same address space, or in

@@ -61,7 +61,6 @@ impl<N: Notifier> Registration<N> {
     /// `mmu_notifier_register`, Linux 5.15. Differs: cannot be interrupted, and fails before it has changed anything.
     #[cfg_attr(debug_assertions, track_caller)]
     pub fn new(mm: &MmWithUser, notifier: N) -> Result<Self, RegisterError<N>> {
-        lockdep::might_wait(Some(mm));
         match mm.mmap_write_lock() {
             Ok(locked) => {
                 let node = NodeRef::new((**mm).clone(), None, notifier);

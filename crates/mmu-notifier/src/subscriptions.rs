@@ -22,6 +22,7 @@ use crate::{InvalidateRange, Mm, Notifier, WouldBlock, context};
 use node::Header;
 use srcu::{Guard, Srcu};
 use std::marker::PhantomData;
+use std::mem;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
 
@@ -149,6 +150,10 @@ impl Subscriptions {
         self.delist_ref(&node);
         self.srcu.call(move || {
             let mm = node.mm().clone();
+            if mm.is_inherited() {
+                // Queued before a fork, and this is the child: both are the parent's.
+                return mem::forget((node, free));
+            }
             // SAFETY: The node must be delisted, a grace period must have passed since, and `node` must be its one user: the
             // line before `call`, what `call` waits for, and the caller's `Registration`, which has no key.
             let value = unsafe { node.into_value() };

@@ -3,12 +3,12 @@
 use crate::subscription::Subscription;
 use crate::subscriptions::{NodeRef, NotCounted};
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use crate::sync::{Arc, Condvar, Mutex, lock};
+use crate::sync::{Arc, Condvar, Mutex, forks, lock};
 use crate::{GetError, MmWithUser, MmapWriteGuard, Notifier, WouldDeadlock, context, lockdep, registration};
+use once_cell::race::OnceBox;
 use std::convert::Infallible;
 use std::fmt;
 use std::marker::PhantomData;
-use std::sync::OnceLock;
 
 /// The instance of an operations table. Each address space has at most one live notifier of it.
 ///
@@ -48,7 +48,7 @@ use std::sync::OnceLock;
 pub struct Subsystem<N, E = Infallible, F = fn(&MmWithUser) -> Result<N, E>> {
     alloc: F,
     users_max: u32,
-    pending: OnceLock<Arc<Pending>>,
+    pending: OnceBox<Arc<Pending>>,
     makes: PhantomData<fn() -> Result<N, E>>,
 }
 
@@ -67,7 +67,7 @@ where
     #[doc(hidden)]
     #[must_use]
     pub const fn with_users_max(alloc: F, users_max: u32) -> Self {
-        Self { alloc, users_max, pending: OnceLock::new(), makes: PhantomData }
+        Self { alloc, users_max, pending: OnceBox::new(), makes: PhantomData }
     }
 
     /// Returns this subsystem's notifier on `mm`, one more reference to it, and makes it if there is none.
@@ -91,7 +91,6 @@ where
         if let Some(found) = self.find(mm) {
             return found;
         }
-        lockdep::might_wait(Some(mm));
         let mut locked = mm.mmap_write_lock().map_err(|WouldDeadlock| GetError::WouldDeadlock)?;
         self.get_locked(&mut locked)
     }
@@ -211,8 +210,16 @@ where
         })
     }
 
+    /// Returns what belongs to this process, and makes it at first use: in the child of a fork that is not what the parent has.
     fn pending(&self) -> &Arc<Pending> {
-        self.pending.get_or_init(|| Arc::new(Pending::new(self.users_max)))
+        let mut place = &self.pending;
+        loop {
+            let pending = place.get_or_init(|| Box::new(Arc::new(Pending::new(self.users_max))));
+            if pending.forks == forks() {
+                return pending;
+            }
+            place = &pending.child;
+        }
     }
 }
 
@@ -227,9 +234,16 @@ impl<N, E, F> fmt::Debug for Subsystem<N, E, F> {
 /// A put counts in the bank that is current. `synchronize` waits for the other bank, makes it current, and waits for the
 /// first: everything queued before the call was in one of the two, and what is queued meanwhile cannot hold it up for
 /// ever, since neither bank is both waited for and filled.
+///
+/// It is one process's. A child may find its locks held, and counts that nobody will take back, by threads that it does not have;
+/// it leaves them alone and begins a new one. Made without a lock too, for the same reason.
 #[derive(Debug)]
 pub(crate) struct Pending {
     pub(crate) users_max: u32,
+    /// What [`forks`] said in the process that it belongs to.
+    forks: usize,
+    /// That of a forked child, in the child.
+    child: OnceBox<Arc<Pending>>,
     /// Both counts in one word, so that one load sees both.
     banks: AtomicU64,
     current: AtomicUsize,
@@ -242,6 +256,8 @@ impl Pending {
     fn new(users_max: u32) -> Self {
         Self {
             users_max,
+            forks: forks(),
+            child: OnceBox::new(),
             banks: AtomicU64::new(0),
             current: AtomicUsize::new(0),
             turn: Mutex::new(()),
@@ -260,6 +276,10 @@ impl Pending {
 
     /// Counts a free as done.
     pub(crate) fn freed(&self, bank: u8) {
+        if self.forks != forks() {
+            // The drop of the value forked, and this is the child: nobody here waits.
+            return;
+        }
         // ORDER(core-freed): the free before the count. Partner: the load in `wait_for`. Weaker, `synchronize` could return
         // before the effects of the free are visible.
         let bank = usize::from(bank);

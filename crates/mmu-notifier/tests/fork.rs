@@ -7,8 +7,10 @@ use mmu_notifier::{
     Event, Finish, GetError, IntervalNotifier, IntervalOps, InvalidateRange, Mm, MmWithUser, Notifier, Registration,
     Subsystem, VaRange,
 };
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::ptr;
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Barrier, Mutex, MutexGuard, PoisonError};
 use testkit::in_child;
 
 static CALLS: AtomicUsize = AtomicUsize::new(0);
@@ -56,6 +58,15 @@ impl IntervalOps for Silent {
     }
 }
 
+/// Lets go of other threads when it is dropped, also if the test fails: it would wait for them for ever.
+struct Finally<F: Fn()>(F);
+
+impl<F: Fn()> Drop for Finally<F> {
+    fn drop(&mut self) {
+        self.0();
+    }
+}
+
 static SUBSYSTEM: Subsystem<Counts> = Subsystem::new(|_| Ok(Counts));
 
 fn alone() -> MutexGuard<'static, ()> {
@@ -82,7 +93,10 @@ fn s_17_brackets_of_an_inherited_address_space_call_nobody() {
         drop(mm.invalidate(VaRange::ALL, Event::Clear));
         drop(mm.invalidate_owned(VaRange::ALL, Event::Clear));
         drop(mm.try_invalidate(VaRange::ALL, Event::Clear).unwrap());
-        mm.is_inherited() && !mm.clear_young(VaRange::ALL) && CALLS.load(Ordering::SeqCst) == before
+        mm.is_inherited()
+            && !mm.has_notifiers()
+            && !mm.clear_young(VaRange::ALL)
+            && CALLS.load(Ordering::SeqCst) == before
     }));
     drop(open);
     assert!(CALLS.load(Ordering::SeqCst) > before, "in the parent they are still called");
@@ -139,6 +153,7 @@ fn s_17_a_child_of_a_busy_process_is_not_stuck() {
                 }
             });
         }
+        let _finally = Finally(|| stop.store(1, Ordering::SeqCst));
         for round in 0..30 {
             let good = in_child(|| {
                 drop(mm.invalidate(VaRange::ALL, Event::Clear));
@@ -150,6 +165,118 @@ fn s_17_a_child_of_a_busy_process_is_not_stuck() {
             });
             assert!(good, "round {round}");
         }
-        stop.store(1, Ordering::SeqCst);
+    });
+}
+
+/// Runs what it was given when it is freed.
+struct OnFree(Option<Box<dyn FnOnce() + Send + Sync>>);
+
+impl Notifier for OnFree {}
+
+impl Drop for OnFree {
+    fn drop(&mut self) {
+        self.0.take().into_iter().for_each(|f| f());
+    }
+}
+
+type OnFrees = Subsystem<OnFree, (), Box<dyn Fn(&MmWithUser) -> Result<OnFree, ()> + Sync>>;
+
+/// A subsystem whose first notifier runs `f` when it is freed.
+fn on_first_free(f: impl FnOnce() + Send + Sync + 'static) -> OnFrees {
+    let first: Mutex<Option<Box<dyn FnOnce() + Send + Sync>>> = Mutex::new(Some(Box::new(f)));
+    Subsystem::new(Box::new(move |_: &MmWithUser| Ok(OnFree(first.lock().unwrap().take()))))
+}
+
+/// Puts a notifier of this process's own, and waits for its end.
+fn works(subsystem: &OnFrees) -> bool {
+    let own = MmWithUser::new();
+    subsystem.get(&own).unwrap().put();
+    subsystem.synchronize().is_ok() && subsystem.drain_until_idle().is_ok() && own.mm_count() == 1
+}
+
+/// A free that runs when the process forks runs in the parent alone, and who waits for it there is not in the child.
+#[test]
+fn s_17_a_subsystem_works_in_a_child_that_was_forked_during_a_free() {
+    let _alone = alone();
+    let (mm, go_on) = (MmWithUser::new(), Arc::new(Barrier::new(2)));
+    let (freeing, in_free) = channel();
+    let subsystem = on_first_free({
+        let go_on = Arc::clone(&go_on);
+        move || {
+            freeing.send(()).unwrap();
+            go_on.wait();
+        }
+    });
+    subsystem.get(&mm).unwrap().put();
+    in_free.recv().unwrap();
+    let (waiting, waiter) = channel();
+    std::thread::scope(|scope| {
+        let subsystem = &subsystem;
+        let _finally = Finally(|| {
+            go_on.wait();
+        });
+        scope.spawn(move || {
+            // SAFETY: No preconditions.
+            waiting.send(unsafe { libc::gettid() }).unwrap();
+            subsystem.synchronize().unwrap();
+        });
+        let stat = format!("/proc/self/task/{}/stat", waiter.recv().unwrap());
+        // The state comes after the name, which is in parentheses. Asleep, it holds what is locked in `synchronize`.
+        while !std::fs::read_to_string(&stat).unwrap().rsplit_once(") ").unwrap().1.starts_with('S') {
+            std::thread::yield_now();
+        }
+        // The child of the child begins anew as well.
+        assert!(in_child(|| works(subsystem) && in_child(|| works(subsystem))));
+    });
+    assert!(works(&subsystem));
+}
+
+#[test]
+fn s_17_frees_that_were_queued_run_in_the_parent_alone() {
+    let _alone = alone();
+    let mm = MmWithUser::new();
+    let (subscribed, registered) =
+        (SUBSYSTEM.get(&mm).unwrap(), Registration::new(&mm, Counts).map_err(|refused| refused.error).unwrap());
+    let mut open = Some(mm.invalidate(VaRange::ALL, Event::Clear));
+    subscribed.put();
+    registered.unregister_no_release(drop);
+    let before = CALLS.load(Ordering::SeqCst);
+    assert!(in_child(|| {
+        drop(open.take());
+        // It starts a reclaimer, which comes to the older domain first.
+        works(&on_first_free(|| ())) && CALLS.load(Ordering::SeqCst) == before
+    }));
+    drop(open);
+    SUBSYSTEM.synchronize().unwrap();
+    // The one that no subsystem knows of drops its handle last.
+    while mm.mm_count() != 1 {
+        std::thread::yield_now();
+    }
+    assert_eq!(CALLS.load(Ordering::SeqCst), before + 2);
+}
+
+#[test]
+fn s_17_a_subsystem_that_is_used_first_during_a_fork_works_in_the_child() {
+    static LATEST: AtomicPtr<OnFrees> = AtomicPtr::new(ptr::null_mut());
+    let _alone = alone();
+    let (mm, stop) = (MmWithUser::new(), AtomicBool::new(false));
+    let make = || {
+        let made: *mut OnFrees = Box::leak(Box::new(on_first_free(|| ())));
+        LATEST.store(made, Ordering::SeqCst);
+        // SAFETY: It was leaked.
+        unsafe { &*made }.get(&mm).unwrap().put();
+    };
+    make();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::SeqCst) {
+                make();
+            }
+        });
+        let _finally = Finally(|| stop.store(true, Ordering::SeqCst));
+        for round in 0..100 {
+            // SAFETY: It was leaked.
+            assert!(in_child(|| works(unsafe { &*LATEST.load(Ordering::SeqCst) })), "round {round}");
+        }
     });
 }

@@ -91,7 +91,7 @@ impl Hook {
     /// Patches libc and the dynamic loader, or takes part if that was done already.
     ///
     /// # Blocking
-    /// The first time it reads all of libc's code, some milliseconds; then it replaces a few pages. It waits for an
+    /// The first time it reads all of libc's code, tens of milliseconds; then it replaces a few pages. It waits for an
     /// installation or removal by another thread.
     /// # Errors
     /// [`Error::Unavailable`] if this is not x86-64 with glibc, or if libc has no place that can be patched; it says what was

@@ -71,7 +71,6 @@ mod tests;
 pub use probe::{Features, probe};
 
 use crate::Error;
-use crate::fork::marks;
 use drain::{Drainer, Words};
 use mmu_notifier::VaRange;
 use program::header;
@@ -91,10 +90,11 @@ pub struct Kernel {
 
 /// What the background thread shares.
 struct Inner {
-    /// Nonzero and equal to the mark in the page that forks wipe, unless this is the child of a fork.
+    /// Nonzero and equal to `alive`, a word in the page that forks wipe, unless this is the child of a fork.
     id: u64,
+    alive: &'static AtomicU64,
     header: Shared,
-    table: Shared,
+    tables: filter::Tables,
     drainer: Mutex<Drainer>,
     ring: OwnedFd,
     stop: OwnedFd,
@@ -242,7 +242,7 @@ impl Kernel {
         let words = &self.inner.header;
         match armed.level {
             Some(level) => {
-                filter::add(&self.inner.table, range, level);
+                filter::add(&self.inner.tables, range, level);
                 words.u64(header::RANGES + 8 * level).fetch_add(1, Ordering::Relaxed);
             }
             None => drop(words.u64(header::WIDE).fetch_add(1, Ordering::Relaxed)),
@@ -259,7 +259,7 @@ impl Kernel {
 impl Inner {
     #[inline]
     fn is_inherited(&self) -> bool {
-        marks().alive.load(Ordering::Relaxed) != self.id
+        self.alive.load(Ordering::Relaxed) != self.id
     }
 
     #[inline]
@@ -315,11 +315,14 @@ impl Inner {
     /// The background thread: drains when the ring fills and nobody looks.
     fn serve(&self) {
         while sys::wait(self.ring.as_fd(), self.stop.as_fd()) {
+            // Whoever waits for this range drains by itself, and at once. Were this thread as quick, the two would fight for the lock,
+            // and each event would wake it.
+            sys::nap();
             match self.drainer.try_lock() {
                 Ok(mut drainer) => drop(drainer.run(self.words())),
                 Err(TryLockError::Poisoned(error)) => drop(error.into_inner().run(self.words())),
                 // Whoever has the lock empties the ring.
-                Err(TryLockError::WouldBlock) => sys::pause(),
+                Err(TryLockError::WouldBlock) => {}
             }
         }
     }
@@ -383,7 +386,7 @@ impl Drop for Armed {
         match self.level {
             Some(level) => {
                 inner.header.u64(header::RANGES + 8 * level).fetch_sub(1, Ordering::Relaxed);
-                filter::remove(&inner.table, self.range, level);
+                filter::remove(&inner.tables, self.range, level);
             }
             None => drop(inner.header.u64(header::WIDE).fetch_sub(1, Ordering::Relaxed)),
         }

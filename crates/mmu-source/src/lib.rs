@@ -2,7 +2,7 @@
 //!
 //! A source watches somebody's system calls and opens an invalidation bracket on the right [`mmu_notifier::Mm`] around
 //! each one that changes a translation. What each source sees, when it tells and what it misses stands in
-//! `docs/sources.md`.
+//! [`SOURCES`], at length in `docs/sources.md`.
 //!
 //! [`current`] is this process's own address space.
 //!
@@ -20,7 +20,9 @@ pub mod hook;
 pub mod kernel;
 pub mod process;
 mod ranges;
+mod sources;
 pub mod uffd;
 
 pub use current_mm::{current, current_if_made, current_ref};
 pub use error::Error;
+pub use sources::{SOURCES, SourceInfo};

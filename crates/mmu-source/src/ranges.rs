@@ -20,8 +20,27 @@ pub(crate) const UIO_MAXIOV: u64 = 1024;
 pub(crate) fn mmap(ranges: &mut impl Extend<VaRange>, address: u64, length: u64, flags: u64) {
     let replaces = flags & libc::MAP_FIXED as u64 != 0 && flags & libc::MAP_FIXED_NOREPLACE as u64 == 0;
     if replaces {
-        add(ranges, address, length);
+        add(
+            ranges,
+            address,
+            if flags & libc::MAP_HUGETLB as u64 == 0 { length } else { huge_up(address, length, flags) },
+        );
     }
+}
+
+/// Rounds the length of a mapping of huge pages up to their size, as the kernel does.
+///
+/// # Source
+/// `ksys_mmap_pgoff`, mm/mmap.c. Flags that name no size ask for the default one, which is not known here: but the address
+/// must be a multiple of it.
+#[cold]
+fn huge_up(address: u64, length: u64, flags: u64) -> u64 {
+    const LARGEST: u32 = 30;
+    let size = match flags >> libc::MAP_HUGE_SHIFT & libc::MAP_HUGE_MASK as u64 {
+        0 => address.trailing_zeros().min(LARGEST),
+        size => size as u32,
+    };
+    length.checked_next_multiple_of(1 << size).unwrap_or(length)
 }
 
 /// # Source
@@ -66,4 +85,28 @@ pub(crate) fn page_down(address: u64) -> u64 {
 /// Rounds up to a page; what would overflow is left as it is, and refused by the kernel.
 pub(crate) fn page_up(address: u64) -> u64 {
     address.checked_next_multiple_of(mmu_notifier::PAGE_SIZE).unwrap_or(address)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mapping_of_huge_pages_replaces_whole_ones() {
+        const MIB: u64 = 1 << 20;
+        let mapped = |address: u64, flags: i32| {
+            let mut ranges = Vec::new();
+            mmap(&mut ranges, address, 4096, (flags | libc::MAP_FIXED) as u64);
+            assert_eq!(ranges.len(), 1);
+            ranges[0].end().map_or(0, Va::get) - address
+        };
+        assert_eq!(mapped(1 << 40, 0), 4096);
+        assert_eq!(mapped(1 << 40, libc::MAP_HUGETLB | libc::MAP_HUGE_2MB), 2 * MIB);
+        assert_eq!(mapped(1 << 40, libc::MAP_HUGETLB | libc::MAP_HUGE_1GB), 1024 * MIB);
+        // The default size: at most what the address is a multiple of.
+        assert_eq!(mapped((1 << 40) + 2 * MIB, libc::MAP_HUGETLB), 2 * MIB);
+        assert_eq!(mapped(1 << 40, libc::MAP_HUGETLB), 1024 * MIB);
+        // A size that no processor has does not overflow.
+        assert_eq!(mapped(1 << 40, libc::MAP_HUGETLB | libc::MAP_HUGE_MASK << libc::MAP_HUGE_SHIFT), 1 << 63);
+    }
 }

@@ -24,7 +24,7 @@ use std::fmt;
 /// are over, except [`SendGuard`]s, which count as open in the child wherever they are. Callbacks that were queued
 /// run in the child too, once it calls one of [`prepare`](Self::prepare), [`call`](Self::call),
 /// [`synchronize`](Self::synchronize), [`barrier`](Self::barrier) or [`start_poll`](Self::start_poll); not so the one that
-/// was running. A raw `clone` system call that goes around the C library goes around this, too.
+/// was running. `_Fork`, and a raw `clone` system call that goes around the C library, go around this, too.
 ///
 /// # Signals
 /// Not for signal handlers: one that interrupts `read_lock` could lose a count.

@@ -150,3 +150,22 @@ fn a_callback_that_forks_leaves_a_reclaimer_in_both() {
     second.barrier().unwrap();
     first.barrier().unwrap();
 }
+
+/// In a process namespace of its own each is number 1.
+#[test]
+fn a_child_with_its_parents_number_is_told_from_it() {
+    if !testkit::require(testkit::Cap::Root) {
+        return;
+    }
+    let _alone = alone();
+    // SAFETY: Concerns children of this process alone.
+    let next_is_first = || unsafe { libc::unshare(libc::CLONE_NEWPID) } == 0;
+    let is_first = || std::process::id() == 1;
+    assert!(in_child(|| {
+        next_is_first()
+            && in_child(|| {
+                let forks = srcu::forks();
+                is_first() && next_is_first() && in_child(|| is_first() && srcu::forks() != forks)
+            })
+    }));
+}

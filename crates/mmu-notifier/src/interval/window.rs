@@ -99,6 +99,7 @@ impl Intervals {
     }
 
     /// Makes brackets take part: returns when every bracket that does not has ended.
+    #[cfg_attr(debug_assertions, track_caller)]
     pub(super) fn enable(&self, mm: &MmWithUser) -> Result<(), WouldDeadlock> {
         // ORDER(core-itree): partner of the store below. Weaker, an insert could rely on a grace period it does not see.
         if self.live.load(Ordering::Acquire) {

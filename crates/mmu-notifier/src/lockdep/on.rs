@@ -37,9 +37,11 @@ impl Seen {
     fn add(&self, mm: u64, place: Place) {
         for (of, at) in &self.0 {
             // ORDER: Relaxed is enough here and in `find`: places are constants, and a report may come a moment late.
-            if of.load(Ordering::Relaxed) == mm
-                || of.compare_exchange(0, mm, Ordering::Relaxed, Ordering::Relaxed).is_ok()
-            {
+            let before = of.compare_exchange(0, mm, Ordering::Relaxed, Ordering::Relaxed).unwrap_or_else(|of| of);
+            if before == mm {
+                return;
+            }
+            if before == 0 {
                 at.store(ptr::from_ref(place).cast_mut(), Ordering::Relaxed);
                 return;
             }

@@ -1,9 +1,9 @@
 //! The lock that registrars of one address space take in turn.
 
 use super::{Mm, MmWithUser};
-use crate::WouldDeadlock;
 use crate::sync::atomic::{AtomicUsize, Ordering};
 use crate::sync::{Mutex, MutexGuard, lock, per_thread};
+use crate::{WouldDeadlock, lockdep};
 use std::cell::Cell;
 use std::fmt;
 use std::ops::Deref;
@@ -76,6 +76,7 @@ impl MmWithUser {
     /// # Errors
     /// [`WouldDeadlock`] if this thread holds it already, or is inside a bracket of this address space or a deferred free:
     /// a registrar could then wait for this thread while this thread waits for it.
+    #[cfg_attr(debug_assertions, track_caller)]
     pub fn mmap_write_lock(&self) -> Result<MmapWriteGuard<'_>, WouldDeadlock> {
         let mmap_lock = &self.0.0.mmap_lock;
         // ORDER: Relaxed is enough: only this thread ever stores its own mark, so it reads its mark if and only if it holds
@@ -83,6 +84,7 @@ impl MmWithUser {
         if self.would_deadlock() || mmap_lock.holder.load(Ordering::Relaxed) == this_thread() {
             return Err(WouldDeadlock);
         }
+        lockdep::might_wait(Some(self));
         let guard = lock(&mmap_lock.lock);
         mmap_lock.holder.store(this_thread(), Ordering::Relaxed);
         Ok(MmapWriteGuard { mm: self, _lock: guard })

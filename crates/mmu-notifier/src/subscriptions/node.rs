@@ -258,6 +258,11 @@ pub(super) unsafe fn lookup<N: Notifier>(
 /// # Safety
 /// `head` must be that of a retired `Node<N>`, and a grace period must have passed since it was delisted.
 unsafe fn free<N: Notifier>(head: NonNull<srcu::Head>) {
+    // SAFETY: A reference needs a live node: this is what frees it, and the header begins with the head.
+    if unsafe { head.cast::<Header>().as_ref() }.is_inherited() {
+        // Queued before a fork, and this is the child: it is the parent's to free.
+        return;
+    }
     // SAFETY: A `Box` needs the unique pointer that came from one: `new` leaked it, no user is left and no walker can stand
     // on it (the caller's duty); the head is the first field of the first field.
     let node = unsafe { Box::from_raw(head.cast::<Node<N>>().as_ptr()) };

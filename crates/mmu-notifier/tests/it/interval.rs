@@ -469,3 +469,27 @@ fn dropping_an_interval_in_its_own_bracket_does_not_hang_or_leak() {
     drop(mm.invalidate(page(1), Event::Clear));
     assert_eq!(mm.interval_snapshot(), (4, 0));
 }
+
+/// A drop that would wait for this thread is left to the reclaimer, and so is what its state's drop does.
+#[test]
+fn a_panic_in_the_drop_of_a_state_on_the_reclaimer_is_counted() {
+    struct Panics;
+    impl IntervalOps for Panics {
+        fn invalidate(&mut self, _: &InvalidateRange<'_>) -> Option<Finish> {
+            None
+        }
+    }
+    impl Drop for Panics {
+        fn drop(&mut self) {
+            panic!("the drop of a state");
+        }
+    }
+    let mm = MmWithUser::new();
+    let interval = IntervalNotifier::insert(&mm, page(1), Panics).unwrap();
+    let bracket = mm.invalidate(page(1), Event::Unmap);
+    drop(interval);
+    assert_eq!(mm.callback_panics(), 0, "it is in the tree until the bracket ends");
+    drop(bracket);
+    crate::support::wait_until(|| mm.mm_count() == 1);
+    assert_eq!(mm.callback_panics(), 1);
+}

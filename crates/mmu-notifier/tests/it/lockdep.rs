@@ -105,6 +105,36 @@ fn s_63_exit_and_synchronize_are_waits_too() {
 }
 
 #[test]
+fn s_63_the_write_lock_and_the_first_insert_are_waits_too() {
+    let (mm, table) = (MmWithUser::new(), Table::new());
+    let client = Registration::new(&mm, Client(Arc::clone(&table))).unwrap();
+    drop(mm.invalidate(page(1), Event::Unmap));
+    let waits: [fn(&MmWithUser); 2] =
+        [|mm| drop(mm.mmap_write_lock()), |mm| drop(IntervalNotifier::insert(mm, page(1), Empty))];
+    for wait in waits {
+        let text = report(|| {
+            let _order = table.order.acquire();
+            wait(&mm);
+        })
+        .expect("a registrar may hold the write lock, and wait");
+        assert_eq!(places(&text), 3, "{text}");
+    }
+    drop(client.unregister());
+}
+
+#[test]
+fn s_63_a_wait_that_is_refused_is_not_reported() {
+    let (mm, table) = (MmWithUser::new(), Table::new());
+    let subsystem: Subsystem<Empty> = Subsystem::new(|_| Ok(Empty));
+    let bracket = mm.invalidate(page(1), Event::Unmap);
+    table.with(|_| {
+        assert!(subsystem.get(&mm).is_err() && Registration::new(&mm, Empty).is_err());
+        assert!(IntervalNotifier::insert(&mm, page(1), Empty).is_err());
+    });
+    drop(bracket);
+}
+
+#[test]
 fn s_63_an_interval_must_not_wait_under_its_own_state() {
     let mm = MmWithUser::new();
     let interval = IntervalNotifier::insert(&mm, page(1), Empty).unwrap();

@@ -137,19 +137,24 @@ fn plan_rare(number: u64, args: &[u64; 6], ranges: &mut Ranges) -> Event {
         libc::SYS_shmat => {
             if a1 != 0 && a2 & libc::SHM_REMAP as u64 != 0 {
                 let address = page_down(a1);
-                let room = || look::top().map_or(0, |top| top.saturating_sub(address));
-                add(ranges, address, raw::segment_size(a0 as i32).unwrap_or_else(room));
+                match raw::segment_size(a0 as i32).map_or_else(look::top, |size| Ok(address.saturating_add(size))) {
+                    Ok(end) => add(ranges, address, end.saturating_sub(address)),
+                    Err(_) => ranges.extend([VaRange::ALL]),
+                }
             }
             Event::Unmap
         }
         libc::SYS_shmdt => {
             let mut segment = None;
-            look::mappings(|mapping| {
+            let read = look::mappings(|mapping| {
                 if mapping.is_attached(a0, &mut segment) {
                     ranges.extend(VaRange::new(Va::new(mapping.start), Va::new(mapping.end)));
                 }
                 true
             });
+            if read.is_err() {
+                ranges.extend([VaRange::ALL]);
+            }
             Event::Unmap
         }
         libc::SYS_process_madvise => {
@@ -160,7 +165,11 @@ fn plan_rare(number: u64, args: &[u64; 6], ranges: &mut Ranges) -> Event {
         }
         libc::SYS_mprotect | libc::SYS_pkey_mprotect => {
             let grows_down = a2 & ranges::PROT_GROWSDOWN != 0;
-            let start = if grows_down { look::mapping_start(a0).unwrap_or(a0) } else { a0 };
+            let start = match grows_down {
+                // Where the mappings cannot be read, it could go down to the first address.
+                true => look::mapping_start(a0).map_or(0, |start| start.unwrap_or(a0)),
+                false => a0,
+            };
             // A length of zero does nothing, and one that runs past the end is refused.
             if a1 != 0
                 && let Some(length) = a1.checked_add(a0 - start)
@@ -177,13 +186,13 @@ fn plan_rare(number: u64, args: &[u64; 6], ranges: &mut Ranges) -> Event {
         }
         libc::SYS_move_pages => {
             // Without a list of nodes it is a query. Whole folios move, so the pages named say little.
-            if a3 != 0 && is_own_pid(a0) {
+            if a3 != 0 && look::is_own_task(a0 as i32) {
                 ranges.extend([VaRange::ALL]);
             }
             Event::Migrate { owner: None }
         }
         libc::SYS_migrate_pages => {
-            if is_own_pid(a0) {
+            if look::is_own_task(a0 as i32) {
                 ranges.extend([VaRange::ALL]);
             }
             Event::Migrate { owner: None }
@@ -210,13 +219,6 @@ fn vectors(ranges: &mut Ranges, address: u64, count: u64) {
             Err(_) => ranges.extend([VaRange::ALL]),
         }
     }
-}
-
-/// Tells whether the calls that move pages mean this process by `pid`. A thread's own number does as well.
-fn is_own_pid(pid: u64) -> bool {
-    // SAFETY: takes no arguments and touches no memory.
-    let tid = || unsafe { raw::syscall(libc::SYS_gettid as u64, [0; 6]) };
-    pid as i32 == 0 || pid == raw::getpid() || pid == tid()
 }
 
 /// The ranges of one call: a bracket each. From the third on they are joined to the second.

@@ -6,35 +6,49 @@ use super::raw::{self, File};
 use crate::process::maps::{self, Mapping};
 
 /// Calls `f` for every mapping of this process, in order of address, until it says `false`.
-pub(super) fn mappings(mut f: impl FnMut(&Mapping) -> bool) {
-    let Ok(file) = File::open(b"/proc/self/maps\0") else { return };
+///
+/// # Errors
+/// If they cannot be read: too many open files, no `/proc`, a sandbox. Then whatever is mapped may be concerned.
+pub(super) fn mappings(mut f: impl FnMut(&Mapping) -> bool) -> Result<(), i32> {
+    let file = File::open(b"/proc/self/maps\0")?;
     // A line is its columns, at most about 80 bytes, and a path, of which only the beginning matters.
-    lines(file, |line| maps::parse(line).is_none_or(|mapping| f(&mapping)));
+    lines(file, |line| maps::parse(line).is_none_or(|mapping| f(&mapping)))
 }
 
 /// The start of the mapping that holds `address`.
-pub(super) fn mapping_start(address: u64) -> Option<u64> {
+///
+/// # Errors
+/// As for [`mappings`].
+pub(super) fn mapping_start(address: u64) -> Result<Option<u64>, i32> {
     let mut found = None;
     mappings(|mapping| {
         if mapping.start <= address && address < mapping.end {
             found = Some(mapping.start);
         }
         mapping.end <= address
-    });
-    found
+    })?;
+    Ok(found)
 }
 
 /// The end of the last mapping of the user's half.
-pub(super) fn top() -> Option<u64> {
+///
+/// # Errors
+/// As for [`mappings`].
+pub(super) fn top() -> Result<u64, i32> {
     const KERNEL_HALF: u64 = 1 << 63;
-    let mut top = None;
+    let mut top = 0;
     mappings(|mapping| {
         if mapping.end < KERNEL_HALF {
-            top = Some(mapping.end);
+            top = mapping.end;
         }
         true
-    });
-    top
+    })?;
+    Ok(top)
+}
+
+/// Tells whether the calls that move pages mean this process by `number`: any of its threads does as well.
+pub(super) fn is_own_task(number: i32) -> bool {
+    number == 0 || raw::is_thread_of(raw::getpid(), number)
 }
 
 /// Tells whether a pidfd names this process, or cannot be looked at.
@@ -56,34 +70,36 @@ pub(super) fn is_own_pidfd(fd: i32) -> bool {
         rest /= 10;
     }
     let Ok(file) = File::open(&path[..=FOLDER.len() + digits]) else { return true };
-    // A descriptor without the line is no pidfd.
-    let mut is_own = false;
-    lines(file, |line| {
-        if let Some(number) = line.strip_prefix(b"Pid:") {
-            let number = std::str::from_utf8(number.trim_ascii()).ok().and_then(|text| text.parse::<u64>().ok());
-            is_own = number == Some(raw::getpid());
+    // A descriptor without either line is no pidfd.
+    let mut number = None;
+    let read = lines(file, |line| {
+        // The second one, which not every kernel has, comes later and ends in the number that the process itself uses.
+        if let Some(numbers) = line.strip_prefix(b"Pid:").or_else(|| line.strip_prefix(b"NSpid:")) {
+            let last = std::str::from_utf8(numbers).ok().and_then(|text| text.split_ascii_whitespace().last());
+            number = last.and_then(|text| text.parse::<i32>().ok());
         }
         true
     });
-    is_own
+    // Numbers below one are of processes that have ended, or that this one cannot see.
+    read.is_err() || number.is_some_and(|number| number > 0 && is_own_task(number))
 }
 
 /// Calls `f` for every line, cut off after a kilobyte, until it says `false`.
-fn lines(mut file: File, mut f: impl FnMut(&[u8]) -> bool) {
+fn lines(mut file: File, mut f: impl FnMut(&[u8]) -> bool) -> Result<(), i32> {
     let mut line = [0_u8; 1024];
     let mut length = 0;
     let mut buffer = [0_u8; 2048];
     loop {
         let read = match file.read(&mut buffer) {
-            Ok(0) => return,
+            Ok(0) => return Ok(()),
             Ok(read) => read,
             Err(libc::EINTR) => continue,
-            Err(_) => return,
+            Err(error) => return Err(error),
         };
         for byte in &buffer[..read] {
             if *byte == b'\n' {
                 if !f(&line[..length]) {
-                    return;
+                    return Ok(());
                 }
                 length = 0;
             } else if length < line.len() {
@@ -100,11 +116,30 @@ mod tests {
 
     #[test]
     fn the_mappings_are_those_that_the_other_reader_finds() {
-        let own = mapping_start(mapping_start as *const () as u64).expect("this function is mapped");
+        let own = mapping_start(mapping_start as *const () as u64).expect("/proc is there");
+        let own = own.expect("this function is mapped");
         let all = maps::read(std::process::id() as i32).expect("/proc is there");
         assert!(all.iter().any(|mapping| mapping.start == own));
-        assert_eq!(top(), all.iter().rfind(|mapping| mapping.end < 1 << 63).map(|mapping| mapping.end));
-        assert_eq!(mapping_start(0), None);
+        assert_eq!(top().ok(), all.iter().rfind(|mapping| mapping.end < 1 << 63).map(|mapping| mapping.end));
+        assert_eq!(mapping_start(0), Ok(None));
+    }
+
+    #[test]
+    fn every_thread_of_this_process_is_this_process() {
+        let own = std::thread::scope(|scope| {
+            let (tell, ask) = std::sync::mpsc::channel();
+            let (done, wait) = std::sync::mpsc::channel::<()>();
+            scope.spawn(move || {
+                // SAFETY: no preconditions.
+                let _ = tell.send(unsafe { libc::gettid() });
+                let _ = wait.recv();
+            });
+            let is_own = is_own_task(ask.recv().expect("the thread tells"));
+            drop(done);
+            is_own
+        });
+        assert!(own && is_own_task(0) && is_own_task(std::process::id() as i32));
+        assert!(!is_own_task(1) && !is_own_task(-1) && !is_own_task(i32::MAX));
     }
 
     #[test]

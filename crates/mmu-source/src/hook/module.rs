@@ -3,7 +3,13 @@
 #![allow(unsafe_code, reason = "asks the dynamic loader, and reads code")]
 
 use super::scan::Code64;
-use std::ffi::{CStr, c_int, c_void};
+use std::borrow::Cow;
+use std::ffi::{CStr, OsStr, c_int, c_void};
+use std::fs::File;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 use std::{ptr, slice};
 
 /// An executable segment of a loaded module.
@@ -13,11 +19,40 @@ pub(super) struct Segment {
     pub(super) module: String,
     pub(super) start: u64,
     pub(super) length: u64,
+    path: PathBuf,
+    /// Where in the file it begins.
+    offset: u64,
 }
+
+/// A byte of code that a breakpoint stands in the place of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Hidden {
+    pub(super) address: u64,
+    pub(super) byte: u8,
+}
+
+/// `int3`.
+pub(super) const BREAKPOINT: u8 = 0xcc;
 
 impl Segment {
     pub(super) fn holds(&self, address: u64) -> bool {
         (self.start..self.start + self.length).contains(&address)
+    }
+
+    /// Returns its code as it is without breakpoints, and the breakpoints.
+    ///
+    /// The kernel knows a uprobe's breakpoint by the file that is mapped there, and kills whoever runs into a copy of it.
+    pub(super) fn without_breakpoints(&self) -> (Cow<'static, [u8]>, Vec<Hidden>) {
+        let code = self.code().bytes;
+        let read = |open: File| hidden(code, |at, into| open.read_exact_at(into, self.offset + at as u64));
+        // Where the file is not to be had, nothing is known of breakpoints.
+        let hidden = File::open(&self.path).and_then(read).unwrap_or_default();
+        let mut code = Cow::Borrowed(code);
+        for (index, byte) in &hidden {
+            code.to_mut()[*index] = *byte;
+        }
+        let at = |(index, byte)| Hidden { address: self.start + index as u64, byte };
+        (code, hidden.into_iter().map(at).collect())
     }
 
     /// Returns its code.
@@ -29,6 +64,36 @@ impl Segment {
             unsafe { slice::from_raw_parts(ptr::with_exposed_provenance(self.start as usize), self.length as usize) };
         Code64 { bytes, start: self.start }
     }
+}
+
+/// Finds the bytes that breakpoints hide, with their places. One stands alone: what differs from the file near by as well is
+/// another library's patch, or another file.
+///
+/// It reads the file piece by piece: a block as large as libc would change how the program's own allocator behaves.
+fn hidden(code: &[u8], read: impl Fn(usize, &mut [u8]) -> io::Result<()>) -> io::Result<Vec<(usize, u8)>> {
+    const NEAR: usize = 8;
+    const PIECE: usize = 16 << 10;
+    let mut piece = vec![0; PIECE];
+    let mut found = Vec::new();
+    for start in (0..code.len()).step_by(PIECE) {
+        let code = &code[start..(start + PIECE).min(code.len())];
+        let file = &mut piece[..code.len()];
+        read(start, file)?;
+        let differs = |index: &usize| code[*index] == BREAKPOINT && file[*index] != BREAKPOINT;
+        found.extend((0..code.len()).filter(differs).map(|index| (start + index, file[index])));
+    }
+    let mut alone = Vec::new();
+    for (index, byte) in found {
+        let near = index.saturating_sub(NEAR)..(index + NEAR + 1).min(code.len());
+        let mut file = [0; 2 * NEAR + 1];
+        let file = &mut file[..near.len()];
+        read(near.start, file)?;
+        file[index - near.start] = BREAKPOINT;
+        if *file == code[near] {
+            alone.push((index, byte));
+        }
+    }
+    Ok(alone)
 }
 
 /// Finds the code of libc and of the loader; of the program itself, if it was linked statically.
@@ -47,13 +112,20 @@ unsafe extern "C" fn collect(info: *mut libc::dl_phdr_info, _: usize, list: *mut
     // SAFETY: the loader passes a valid pointer.
     let info = unsafe { &*info };
     // SAFETY: the loader's name of a module is a C string, if there is one.
-    let path = (!info.dlpi_name.is_null()).then(|| unsafe { CStr::from_ptr(info.dlpi_name) }.to_string_lossy());
+    let name = (!info.dlpi_name.is_null()).then(|| unsafe { CStr::from_ptr(info.dlpi_name) });
+    let path = name.map(CStr::to_string_lossy);
     let module = path.as_deref().unwrap_or_default().rsplit('/').next().unwrap_or_default();
     // SAFETY: the loader says where the headers are and how many.
     let headers = unsafe { slice::from_raw_parts(info.dlpi_phdr, usize::from(info.dlpi_phnum)) };
     for header in headers.iter().filter(|header| header.p_type == libc::PT_LOAD && header.p_flags & libc::PF_X != 0) {
         let start = info.dlpi_addr + header.p_vaddr;
-        list.push(Segment { module: module.to_owned(), start, length: header.p_memsz });
+        list.push(Segment {
+            module: module.to_owned(),
+            start,
+            length: header.p_memsz,
+            path: name.map_or_else(PathBuf::new, |name| OsStr::from_bytes(name.to_bytes()).into()),
+            offset: header.p_offset,
+        });
     }
     0
 }
@@ -116,6 +188,21 @@ pub(super) fn pin() {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_breakpoint_stands_alone_and_a_patch_does_not() {
+        let file = [0x90; 64];
+        let mut code = file;
+        code[20] = BREAKPOINT;
+        code[63] = BREAKPOINT;
+        // Another library's jump, one byte of whose displacement looks like a breakpoint.
+        code[40..45].copy_from_slice(&[0xe9, 1, BREAKPOINT, 2, 3]);
+        let read = |at: usize, into: &mut [u8]| {
+            into.copy_from_slice(&file[at..][..into.len()]);
+            Ok(())
+        };
+        assert_eq!(hidden(&code, read).expect("it can be read"), [(20, 0x90), (63, 0x90)]);
+    }
 
     #[test]
     fn libc_is_found_with_its_functions() {

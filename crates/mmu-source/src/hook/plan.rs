@@ -3,8 +3,8 @@
 #![allow(unsafe_code, reason = "reads code")]
 
 use super::handler::CALLS;
-use super::module::{self, Function, Segment};
-use super::scan::{Found, PATCH};
+use super::module::{self, Function, Hidden, Segment};
+use super::scan::{Code64, Found, PATCH};
 use super::text::{self, Edit};
 use super::trampoline::{Arena, Foreign};
 use super::{Patch, State, stub};
@@ -26,13 +26,22 @@ pub(super) struct Site {
     is_chain: bool,
 }
 
-/// Returns the sites of this process, in order of address.
+/// What is to be patched.
+#[derive(Debug)]
+pub(super) struct Plan {
+    /// In order of address.
+    pub(super) sites: Vec<Site>,
+    /// What has to be put right in the pages that are replaced.
+    pub(super) hidden: Vec<Hidden>,
+}
+
+/// Returns the plan of this process.
 ///
-/// The first time nothing is patched yet, so no callback runs while they are made.
-pub(super) fn sites() -> Result<&'static [Site], Error> {
-    static SITES: OnceLock<Result<Vec<Site>, String>> = OnceLock::new();
-    match SITES.get_or_init(make) {
-        Ok(sites) => Ok(sites),
+/// The first time nothing is patched yet, so no callback runs while it is made.
+pub(super) fn plan() -> Result<&'static Plan, Error> {
+    static PLAN: OnceLock<Result<Plan, String>> = OnceLock::new();
+    match PLAN.get_or_init(make) {
+        Ok(plan) => Ok(plan),
         Err(missing) => Err(Error::Unavailable {
             source: "hook",
             missing: missing.clone(),
@@ -41,14 +50,17 @@ pub(super) fn sites() -> Result<&'static [Site], Error> {
     }
 }
 
-fn make() -> Result<Vec<Site>, String> {
+fn make() -> Result<Plan, String> {
     let segments = module::segments();
-    let mut sites = Vec::new();
+    let (mut sites, mut hidden) = (Vec::new(), Vec::new());
     let mut missing: Vec<&str> = Vec::new();
     let is_generic = |at| module::function_at(at).is_some_and(|function| function.name == "syscall");
     let functions = functions();
     for segment in &segments {
-        let found = segment.code().sites(is_generic);
+        let (bytes, breakpoints) = segment.without_breakpoints();
+        let code = Code64 { bytes: &bytes, start: segment.start };
+        hidden.extend(breakpoints);
+        let found = code.sites(is_generic);
         let is_patched = |entry| {
             let is_in =
                 |site: &Found| module::function_at(site.address).is_some_and(|function| function.entry == entry);
@@ -57,7 +69,7 @@ fn make() -> Result<Vec<Site>, String> {
         // What has no site of its own has somebody else's jump at its entry, or a form that is not known.
         let rest: Vec<&Function> =
             functions.iter().filter(|f| segment.holds(f.entry) && !is_patched(f.entry)).collect();
-        let (built, unknown) = build(segment, &found, &rest)?;
+        let (built, unknown) = build(segment, code, &found, &rest)?;
         sites.extend(built);
         missing.extend(unknown.iter().filter_map(|name| NEEDED.iter().find(|needed| *needed == name)));
     }
@@ -75,7 +87,7 @@ fn make() -> Result<Vec<Site>, String> {
     }
     module::pin();
     sites.sort_by_key(|site| site.address);
-    Ok(sites)
+    Ok(Plan { sites, hidden })
 }
 
 /// libc's functions for the calls, `syscall` apart: its arguments are not those of a call.
@@ -89,7 +101,12 @@ fn functions() -> Vec<Function> {
 const NEEDED: &[&str] = &["munmap", "mmap", "mremap", "madvise", "brk", "mprotect", "syscall"];
 
 /// Makes the trampolines of a segment. The second list is the functions of `rest` with nothing to chain to.
-fn build(segment: &Segment, found: &[Found], rest: &[&Function]) -> Result<(Vec<Site>, Vec<String>), String> {
+fn build(
+    segment: &Segment,
+    code: Code64<'_>,
+    found: &[Found],
+    rest: &[&Function],
+) -> Result<(Vec<Site>, Vec<String>), String> {
     let (mut sites, mut unknown) = (Vec::new(), Vec::new());
     if found.is_empty() && rest.is_empty() {
         return Ok((sites, unknown));
@@ -97,7 +114,7 @@ fn build(segment: &Segment, found: &[Found], rest: &[&Function]) -> Result<(Vec<
     let end = segment.start + segment.length;
     let room = || format!("room for trampolines within 2 GiB of {}", segment.module);
     let mut arena = Arena::near(segment.start, end, found.len() + rest.len()).ok_or_else(room)?;
-    let bytes = |from: u64, length: usize| &segment.code().bytes[(from - segment.start) as usize..][..length];
+    let bytes = |from: u64, length: usize| &code.bytes[(from - code.start) as usize..][..length];
     let mut add = |name, address: u64, trampoline: u64, is_chain| {
         let distance = trampoline.wrapping_sub(address + PATCH as u64) as i64;
         let mut jump = [0xe9; PATCH];

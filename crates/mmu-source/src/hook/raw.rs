@@ -77,6 +77,13 @@ pub(super) fn getpid() -> u64 {
     unsafe { syscall(libc::SYS_getpid as u64, [0; 6]) }
 }
 
+/// Tells whether the process has a thread of that number.
+pub(super) fn is_thread_of(process: u64, thread: i32) -> bool {
+    const PROBE: u64 = 0;
+    // SAFETY: takes integers; the signal zero is checked and never sent.
+    check(unsafe { syscall(libc::SYS_tgkill as u64, [process, thread as u64, PROBE, 0, 0, 0]) }).is_ok()
+}
+
 /// The program break: asking for an impossible one changes nothing.
 pub(super) fn program_break() -> u64 {
     // SAFETY: a break of zero is refused, and the present one returned.

@@ -2,7 +2,7 @@
 
 #![allow(unsafe_code, reason = "replaces code")]
 
-use super::plan::{self, Site};
+use super::plan::{self, Plan, Site};
 use super::{Patch, raw, text};
 use crate::{Error, current_ref};
 use std::io;
@@ -16,13 +16,13 @@ static LOCK: Lock = Lock(AtomicBool::new(false));
 pub(super) fn install() -> Result<(), Error> {
     // The address space is made before the first bracket, which must not allocate.
     current_ref();
-    let sites = plan::sites()?;
+    let plan = plan::plan()?;
     prepare();
     let result = LOCK.with(|| {
         if COUNT.load(Ordering::Relaxed) == 0 {
             // SAFETY: a trampoline does what the instruction did whose place the jump takes, and libc stays loaded.
-            if let Err(error) = unsafe { text::apply(sites.iter().map(Site::patch)) } {
-                take_out(sites);
+            if let Err(error) = unsafe { text::apply(plan.sites.iter().map(Site::patch), &plan.hidden) } {
+                take_out(plan);
                 return Err(error);
             }
         }
@@ -33,10 +33,10 @@ pub(super) fn install() -> Result<(), Error> {
 }
 
 pub(super) fn remove() {
-    let Ok(sites) = plan::sites() else { return };
+    let Ok(plan) = plan::plan() else { return };
     LOCK.with(|| {
         if COUNT.fetch_sub(1, Ordering::Relaxed) == 1 {
-            take_out(sites);
+            take_out(plan);
         }
     });
 }
@@ -47,13 +47,13 @@ pub(super) fn status() -> Vec<Patch> {
 
 pub(super) fn probe() -> Result<Vec<Patch>, Error> {
     let is_installed = COUNT.load(Ordering::Relaxed) != 0;
-    Ok(plan::sites()?.iter().map(|site| site.describe(is_installed)).collect())
+    Ok(plan::plan()?.sites.iter().map(|site| site.describe(is_installed)).collect())
 }
 
-fn take_out(sites: &[Site]) {
+fn take_out(plan: &Plan) {
     // A page that the kernel does not let us replace keeps its patch, which goes on working.
     // SAFETY: the instruction does what its trampoline does, but for the bracket; libc stays loaded.
-    let _ = unsafe { text::apply(sites.iter().map(Site::restore)) };
+    let _ = unsafe { text::apply(plan.sites.iter().map(Site::restore), &plan.hidden) };
 }
 
 /// What has to happen once before the first patch.
@@ -71,16 +71,16 @@ extern "C" fn in_child() {
     LOCK.0.store(false, Ordering::Relaxed);
     // A client may subscribe while a call is under way, so the address space must be there before the call.
     current_ref();
-    let Ok(sites) = plan::sites() else { return };
+    let Ok(plan) = plan::plan() else { return };
     let is_installed = COUNT.load(Ordering::Relaxed) != 0;
-    if sites.iter().all(|site| site.is_settled(is_installed)) {
+    if plan.sites.iter().all(|site| site.is_settled(is_installed)) {
         return;
     }
     if is_installed {
         // SAFETY: as in `install`.
-        let _ = unsafe { text::apply(sites.iter().map(Site::patch)) };
+        let _ = unsafe { text::apply(plan.sites.iter().map(Site::patch), &plan.hidden) };
     } else {
-        take_out(sites);
+        take_out(plan);
     }
 }
 

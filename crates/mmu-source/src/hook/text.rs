@@ -10,6 +10,7 @@
 
 #![allow(unsafe_code, reason = "replaces code")]
 
+use super::module::{BREAKPOINT, Hidden};
 use super::raw;
 use super::scan::PATCH;
 use mmu_notifier::PAGE_SIZE;
@@ -24,11 +25,14 @@ pub(super) struct Edit {
     pub(super) to: [u8; PATCH],
 }
 
-/// Makes `edits`, which are in order of address. Allocates nothing.
+/// Makes `edits`, which are in order of address, and puts right what is `hidden` in the same pages. Allocates nothing.
 ///
 /// # Safety
 /// Each `to` does what `from` does, for whoever comes to it. The pages are code of a module that stays loaded.
-pub(super) unsafe fn apply(mut edits: impl Iterator<Item = Edit> + Clone) -> Result<(), (&'static str, i32)> {
+pub(super) unsafe fn apply(
+    mut edits: impl Iterator<Item = Edit> + Clone,
+    hidden: &[Hidden],
+) -> Result<(), (&'static str, i32)> {
     let mut result = Ok(());
     while let Some(first) = edits.clone().next() {
         let start = page_of(first.address);
@@ -42,7 +46,7 @@ pub(super) unsafe fn apply(mut edits: impl Iterator<Item = Edit> + Clone) -> Res
             count += 1;
         }
         // SAFETY: the caller's duty; the run's edits lie within its pages.
-        let swapped = unsafe { swap(start, end - start, edits.clone().take(count)) };
+        let swapped = unsafe { swap(start, end - start, edits.clone().take(count), hidden) };
         result = result.and(swapped);
         edits.nth(count - 1);
     }
@@ -55,11 +59,25 @@ pub(super) unsafe fn apply(mut edits: impl Iterator<Item = Edit> + Clone) -> Res
 ///
 /// # Safety
 /// As for [`apply`]; the edits lie within the pages.
-unsafe fn swap(start: u64, length: u64, edits: impl Iterator<Item = Edit>) -> Result<(), (&'static str, i32)> {
+unsafe fn swap(
+    start: u64,
+    length: u64,
+    edits: impl Iterator<Item = Edit>,
+    hidden: &[Hidden],
+) -> Result<(), (&'static str, i32)> {
     let copy = raw::mmap(0, length, libc::PROT_READ | libc::PROT_WRITE, 0).map_err(|error| ("mmap", error))?;
     let page = ptr::with_exposed_provenance_mut::<u8>(copy as usize);
     // SAFETY: copies readable code of a loaded module to memory of the same size that was mapped above.
     unsafe { ptr::copy_nonoverlapping(ptr::with_exposed_provenance::<u8>(start as usize), page, length as usize) };
+    for hidden in hidden.iter().filter(|hidden| (start..start + length).contains(&hidden.address)) {
+        // SAFETY: the offset must stay within the copy: the range was checked in the line above.
+        let byte = unsafe { page.add((hidden.address - start) as usize) };
+        // SAFETY: the byte was written above, and nobody else has the copy.
+        let byte = unsafe { &mut *byte };
+        if *byte == BREAKPOINT {
+            *byte = hidden.byte;
+        }
+    }
     let mut is_changed = false;
     for edit in edits {
         // SAFETY: the offset must stay within the copy: the edit lies within the pages.

@@ -1,15 +1,16 @@
 //! Which ranges are armed, in a form that the BPF program can test in a time that does not depend on their number.
 //!
 //! The address space is cut into granules at [`LEVELS`] sizes, 4 KiB, 64 KiB, ... 1 TiB. A range belongs to the finest level
-//! at which it touches at most [`SPAN`] granules. A table of small counters, shared with the program, has two parts for each
-//! level: `Sum` counts the ranges of this level *and of all finer ones* that touch a granule, `Own` those of this level alone.
+//! at which it touches at most [`SPAN`] granules. Two tables of small counters, shared with the program, have a part for each
+//! level: `sum` counts the ranges of this level *and of all finer ones* that touch a granule, `own` those of this level alone.
 //!
-//! An event has a level by the same rule. Ranges of its own level or finer ones are found by its granules in `Sum` of its
-//! level (at most 16 counters, two cache lines); ranges of each coarser level by its one or two granules in `Own` of that level.
+//! An event has a level by the same rule. Ranges of its own level or finer ones are found by its granules in `sum` of its
+//! level (at most 16 counters, two cache lines); ranges of each coarser level by its one or two granules in `own` of that level.
 //! What is wider than 16 TiB is armed by a counter of its own, and an event that wide counts as a hit.
 //!
-//! Counters are shared by granules with the same hash, and stay for ever at their maximum once they have reached it. Both can
-//! only make hits out of misses: a needless invalidation. With 10,000 pages armed, one event of one page in twelve or so is one.
+//! A granule has two counters, found by two hashes; it is armed if both are above zero, and the second is looked at only if the first
+//! is. Counters are shared by granules with the same hash, and stay for ever at their maximum once they have reached it. Both can only make
+//! hits out of misses: a needless invalidation. With 10,000 pages armed, one event of one page in 190 or so is one.
 
 use super::sys::Shared;
 use mmu_notifier::VaRange;
@@ -20,26 +21,26 @@ pub(super) const LEVELS: usize = 8;
 /// The most granules of its level that a range touches.
 pub(super) const SPAN: u64 = 16;
 /// Counters of one part of one level, as a power of two.
-const SLOTS: u32 = 17;
+const SLOTS: u32 = 18;
 /// Where lines of 16 counters are told apart: so many bits of the hash.
 pub(super) const LINE_BITS: u32 = SLOTS - 4;
-/// 2^64 divided by the golden ratio.
-pub(super) const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
-/// The size of one part of one level, in bytes.
-const PART: usize = 2 << SLOTS;
-/// The size of the table, in bytes. The kernel refuses values of more than 4 MiB.
-pub(super) const TABLE: usize = PART * 2 * LEVELS;
+/// The factors of the two hashes.
+pub(super) const FACTORS: [u64; 2] = [0x9e37_79b9_7f4a_7c15, 0xc2b2_ae3d_27d4_eb4f];
+/// The counters of one level, in bytes.
+const LEVEL: usize = 2 << SLOTS;
+/// The size of a part, in bytes. The kernel refuses values of more than 4 MiB.
+pub(super) const PART: usize = LEVEL * LEVELS;
 
-/// The two parts of a level.
-#[derive(Debug, Clone, Copy)]
-pub(super) enum Part {
-    Sum,
-    Own,
+/// The counters.
+#[derive(Debug)]
+pub(super) struct Tables {
+    pub(super) sum: Shared,
+    pub(super) own: Shared,
 }
 
-/// Where a part of a level begins in the table.
-pub(super) const fn part(level: usize, part: Part) -> usize {
-    PART * (2 * level + part as usize)
+/// Where a level begins in its part.
+pub(super) const fn start_of(level: usize) -> usize {
+    LEVEL * level
 }
 
 /// The size of a level's granules, as a power of two.
@@ -48,9 +49,9 @@ pub(super) const fn shift(level: usize) -> u32 {
 }
 
 /// The program does the same sums.
-fn slot(level: usize, which: Part, granule: u64) -> usize {
-    let line = (granule >> 4).wrapping_mul(FACTOR) >> (64 - LINE_BITS);
-    part(level, which) + 32 * line as usize + 2 * (granule & 15) as usize
+fn slot(level: usize, granule: u64, factor: u64) -> usize {
+    let line = (granule >> 4).wrapping_mul(factor) >> (64 - LINE_BITS);
+    start_of(level) + 32 * line as usize + 2 * (granule & 15) as usize
 }
 
 /// The granules that a range touches.
@@ -64,21 +65,24 @@ pub(super) fn level(range: VaRange) -> Option<usize> {
 }
 
 /// Calls `f` for every counter that `range` has a part in.
-fn for_each(range: VaRange, own: usize, mut f: impl FnMut(usize)) {
-    granules(range, own).for_each(|granule| f(slot(own, Part::Own, granule)));
+fn for_each(tables: &Tables, range: VaRange, own: usize, f: impl Fn(&AtomicU16)) {
+    let both = |table: &Shared, level, granule| {
+        FACTORS.iter().for_each(|factor| f(table.u16(slot(level, granule, *factor))));
+    };
+    granules(range, own).for_each(|granule| both(&tables.own, own, granule));
     for level in own..LEVELS {
-        granules(range, level).for_each(|granule| f(slot(level, Part::Sum, granule)));
+        granules(range, level).for_each(|granule| both(&tables.sum, level, granule));
     }
 }
 
 /// Counts a range in.
-pub(super) fn add(table: &Shared, range: VaRange, own: usize) {
-    for_each(range, own, |offset| update(table.u16(offset), |count| count.saturating_add(1)));
+pub(super) fn add(tables: &Tables, range: VaRange, own: usize) {
+    for_each(tables, range, own, |counter| update(counter, |count| count.saturating_add(1)));
 }
 
 /// Counts a range out.
-pub(super) fn remove(table: &Shared, range: VaRange, own: usize) {
-    for_each(range, own, |offset| update(table.u16(offset), |count| if count == u16::MAX { count } else { count - 1 }));
+pub(super) fn remove(tables: &Tables, range: VaRange, own: usize) {
+    for_each(tables, range, own, |counter| update(counter, |count| if count == u16::MAX { count } else { count - 1 }));
 }
 
 fn update(counter: &AtomicU16, change: impl Fn(u16) -> u16) {
@@ -108,13 +112,14 @@ mod tests {
     }
 
     #[test]
-    fn every_counter_lies_in_its_part() {
+    fn every_counter_lies_in_its_level() {
         for level in 0..LEVELS {
             for granule in (0..1 << 20).step_by(97) {
-                let offset = slot(level, Part::Own, granule);
-                assert!((part(level, Part::Own)..part(level, Part::Own) + PART).contains(&offset), "{offset}");
+                for factor in FACTORS {
+                    let offset = slot(level, granule, factor);
+                    assert!((start_of(level)..start_of(level) + LEVEL).contains(&offset), "{offset}");
+                }
             }
         }
-        assert_eq!(part(LEVELS - 1, Part::Own) + PART, TABLE);
     }
 }

@@ -17,6 +17,7 @@
 //! while (++level < LEVELS)
 //!     if (ranges[level] && (own[level][hash(start >> shift[level])] || own[level][hash(last >> shift[level])])) goto hit;
 //! return;
+//! // A granule is armed if both of its counters are above zero: `hash` stands for two.
 //! hit:
 //! number = ++generation;                             // Before the page tables change, and before the record is there.
 //! record = bpf_ringbuf_reserve(ring, 24);
@@ -27,7 +28,7 @@
 //!
 //! The loops over levels are unrolled by [`build`].
 
-use super::filter::{FACTOR, LEVELS, LINE_BITS, Part, SPAN, part, shift};
+use super::filter::{FACTORS, LEVELS, LINE_BITS, SPAN, shift, start_of};
 use std::collections::HashMap;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
@@ -70,8 +71,7 @@ use Reg::{R0, R1, R2, R3, R4, R5, R6, R7, R8, R9};
 const START: Reg = R6;
 const LAST: Reg = R7;
 const HEADER: Reg = R8;
-const TABLE: Reg = R9;
-const HASH: Reg = R1;
+const HASHES: [Reg; 2] = [R1, R9];
 
 /// Operations of 64 bits, `BPF_ALU64`, with an immediate (`BPF_K`).
 #[derive(Debug, Clone, Copy)]
@@ -106,6 +106,8 @@ enum Label {
     Out,
     Level(usize),
     Granule(usize),
+    /// Behind the test of a granule that is not armed; they are numbered.
+    Passed(usize),
     Coarser(usize),
 }
 
@@ -114,6 +116,7 @@ struct Assembler {
     code: Vec<u64>,
     labels: HashMap<Label, usize>,
     jumps: Vec<(usize, Label)>,
+    tests: usize,
 }
 
 /// `struct bpf_insn`: eight bits of code, four each of destination and source, an offset, an immediate.
@@ -198,22 +201,28 @@ impl Assembler {
         assert!(before.is_none(), "one place for {label:?}");
     }
 
-    /// Jumps to `Hit` if the counter of the granule in `granule` is not zero. Uses registers 0 and 4.
-    fn test_granule(&mut self, level: usize, which: Part, granule: Reg) {
-        self.op_reg(Op::Mov, R4, granule);
-        self.op(Op::Shr, R4, 4);
-        self.op_reg(Op::Mul, R4, HASH);
-        self.op(Op::Shr, R4, 64 - LINE_BITS as i32);
-        self.op(Op::Shl, R4, 5);
-        self.op_reg(Op::Mov, R0, granule);
-        self.op(Op::And, R0, 15);
-        self.op(Op::Shl, R0, 1);
-        self.op_reg(Op::Add, R4, R0);
-        self.op(Op::Add, R4, part(level, which) as i32);
-        self.op_reg(Op::Mov, R0, TABLE);
-        self.op_reg(Op::Add, R0, R4);
-        self.load_u16(R0, R0);
-        self.jump(If::NotEqual, R0, 0, Label::Hit);
+    /// Jumps to `Hit` if both counters of the granule in `granule` are above zero. Uses registers 0 and 4.
+    fn test_granule(&mut self, level: usize, table: BorrowedFd<'_>, granule: Reg) {
+        let passed = Label::Passed(self.tests);
+        self.tests += 1;
+        for hash in HASHES {
+            self.op_reg(Op::Mov, R4, granule);
+            self.op(Op::Shr, R4, 4);
+            self.op_reg(Op::Mul, R4, hash);
+            self.op(Op::Shr, R4, 64 - LINE_BITS as i32);
+            self.op(Op::Shl, R4, 5);
+            self.op_reg(Op::Mov, R0, granule);
+            self.op(Op::And, R0, 15);
+            self.op(Op::Shl, R0, 1);
+            self.op_reg(Op::Add, R4, R0);
+            self.op(Op::Add, R4, start_of(level) as i32);
+            self.map_value(R0, table);
+            self.op_reg(Op::Add, R0, R4);
+            self.load_u16(R0, R0);
+            self.jump(If::Equal, R0, 0, passed);
+        }
+        self.goto(Label::Hit);
+        self.label(passed);
     }
 
     /// `first = start >> shift; last = last >> shift` into registers 2 and 3.
@@ -234,21 +243,31 @@ impl Assembler {
     }
 }
 
-/// Builds the program over these three maps.
-pub(super) fn build(shared: BorrowedFd<'_>, table: BorrowedFd<'_>, ring: BorrowedFd<'_>) -> Vec<u64> {
+/// The maps of the program.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Maps<'a> {
+    pub(super) header: BorrowedFd<'a>,
+    pub(super) sum: BorrowedFd<'a>,
+    pub(super) own: BorrowedFd<'a>,
+    pub(super) ring: BorrowedFd<'a>,
+}
+
+/// Builds the program over these maps.
+pub(super) fn build(maps: Maps<'_>) -> Vec<u64> {
     let mut a = Assembler::default();
     a.load(START, R1, 0);
     a.load(LAST, R1, 8);
     a.op(Op::Sub, LAST, 1);
-    a.map_value(HEADER, shared);
+    a.map_value(HEADER, maps.header);
     a.op(Op::Mov, R2, 1);
     a.atomic_add(HEADER, header::SEEN, R2, true);
     a.load(R2, HEADER, header::ARMED);
     a.jump(If::Equal, R2, 0, Label::Out);
     a.load(R2, HEADER, header::WIDE);
     a.jump(If::NotEqual, R2, 0, Label::Hit);
-    a.map_value(TABLE, table);
-    a.wide(HASH, 0, FACTOR as u32, (FACTOR >> 32) as u32);
+    for (hash, factor) in HASHES.into_iter().zip(FACTORS) {
+        a.wide(hash, 0, factor as u32, (factor >> 32) as u32);
+    }
     for level in 0..LEVELS {
         a.granules(level);
         a.op_reg(Op::Mov, R4, R3);
@@ -261,7 +280,7 @@ pub(super) fn build(shared: BorrowedFd<'_>, table: BorrowedFd<'_>, ring: Borrowe
         // Register 5 bounds the loop where the verifier can see it.
         a.op(Op::Mov, R5, 0);
         a.label(Label::Granule(level));
-        a.test_granule(level, Part::Sum, R2);
+        a.test_granule(level, maps.sum, R2);
         a.op(Op::Add, R2, 1);
         a.jump_reg(If::Greater, R2, R3, Label::Coarser(level + 1));
         a.op(Op::Add, R5, 1);
@@ -273,13 +292,13 @@ pub(super) fn build(shared: BorrowedFd<'_>, table: BorrowedFd<'_>, ring: Borrowe
         a.load(R0, HEADER, header::RANGES + 8 * level);
         a.jump(If::Equal, R0, 0, Label::Coarser(level + 1));
         a.granules(level);
-        a.test_granule(level, Part::Own, R2);
+        a.test_granule(level, maps.own, R2);
         a.jump_reg(If::Equal, R2, R3, Label::Coarser(level + 1));
-        a.test_granule(level, Part::Own, R3);
+        a.test_granule(level, maps.own, R3);
     }
     a.label(Label::Coarser(LEVELS));
     a.goto(Label::Out);
-    hit(&mut a, ring);
+    hit(&mut a, maps.ring);
     a.finish()
 }
 

@@ -1,14 +1,14 @@
 //! Starting the source, once for each address space.
 
 use super::drain::Drainer;
-use super::filter::TABLE;
-use super::program::{self, header};
+use super::filter::{PART, Tables};
+use super::program::{self, Maps, header};
 use super::ring::Ring;
 use super::sys::{self, Map, Shared};
 use super::{Inner, Kernel, Machine, kernel_error};
 use crate::Error;
 use crate::current_mm::current_ref;
-use crate::fork::mark;
+use crate::fork::{mark, marks};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::AtomicU64;
@@ -25,7 +25,7 @@ impl Kernel {
     /// Starts the source, or returns the one that runs already.
     ///
     /// It opens `/dev/kvm`, makes a virtual machine that is never run, loads a BPF program, and starts a thread that sleeps until there is
-    /// something to hand on. Some 5 MiB of kernel memory.
+    /// something to hand on. Some 9 MiB of kernel memory.
     ///
     /// # Blocking
     /// For some milliseconds at first.
@@ -76,13 +76,16 @@ impl Kernel {
         current_ref();
         let bpf = |error: io::Error| super::probe::bpf_missing(&error);
         let header_map = sys::create_map(Map::Value { bytes: header::BYTES as u32 }).map_err(bpf)?;
-        let table_map = sys::create_map(Map::Value { bytes: TABLE as u32 }).map_err(bpf)?;
+        let part = || sys::create_map(Map::Value { bytes: PART as u32 }).map_err(bpf);
+        let (sum, own) = (part()?, part()?);
         let ring = Ring::new(ring).map_err(bpf)?;
-        let code = program::build(header_map.as_fd(), table_map.as_fd(), ring.map());
+        let code =
+            program::build(Maps { header: header_map.as_fd(), sum: sum.as_fd(), own: own.as_fd(), ring: ring.map() });
         let program = sys::load_program(&code).map_err(bpf)?;
         let mapped = |error| kernel_error("mmap of a BPF map", error);
         let header = Shared::map(header_map.as_fd(), 0, header::BYTES, true).map_err(mapped)?;
-        let table = Shared::map(table_map.as_fd(), 0, TABLE, true).map_err(mapped)?;
+        let part = |map: &OwnedFd| Shared::map(map.as_fd(), 0, PART, true).map_err(mapped);
+        let tables = Tables { sum: part(&sum)?, own: part(&own)? };
         let machine = match kvm {
             Some(kvm) => {
                 let attached = sys::attach(program.as_fd(), c"kvm_unmap_hva_range")
@@ -95,8 +98,9 @@ impl Kernel {
         let ring_fd = ring.map().try_clone_to_owned().map_err(|error| kernel_error("dup", error))?;
         let inner = Arc::new(Inner {
             id,
+            alive: &marks().alive,
             header,
-            table,
+            tables,
             drainer: Mutex::new(Drainer::new(ring)),
             ring: ring_fd,
             stop: sys::event_fd().map_err(|error| kernel_error("eventfd", error))?,

@@ -177,6 +177,11 @@ pub(crate) fn until(is_so: impl Fn() -> bool) {
     }
 }
 
+/// Sleeps for a millisecond, in which the ring does not fill: it holds 8,192 records.
+pub(super) fn nap() {
+    std::thread::sleep(Duration::from_millis(1));
+}
+
 /// Gives the processor away for a moment.
 pub(crate) fn pause() {
     std::thread::sleep(Duration::from_micros(1));

@@ -20,7 +20,9 @@ pub struct Task {
 pub struct Current {
     /// The task that made the call. The address space it acts on may be another's (`process_madvise`).
     pub task: Task,
-    /// The system call, `"exit"` or `"detach"`.
+    /// The system call, `"exit"` or `"detach"`. While a bracket opens or closes it is the call that was made: `"clone"` where
+    /// libc's `fork` makes that one. A new task that the source has seen no call for is told as the kernel reports it: `"fork"`,
+    /// `"vfork"` or `"clone"`.
     pub cause: &'static str,
     /// The raw return value (`-errno` on failure) while the call's brackets close. `None` otherwise, and if the task died
     /// in the call or was let go of.

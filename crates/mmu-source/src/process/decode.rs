@@ -158,7 +158,6 @@ impl Entry {
                 if flags & libc::CLONE_VM as u64 != 0 {
                     return None;
                 }
-                cause = if flags & libc::CLONE_VFORK as u64 == 0 { "fork" } else { "vfork" };
                 maps::writable_private(&self.maps(), ranges);
                 then = Then::Copy;
                 Event::ProtectionPage
@@ -333,7 +332,7 @@ mod tests {
     fn a_copying_clone_protects_what_is_writable() {
         let (plan, ranges) = ranges_of(Call::Clone, [libc::SIGCHLD as u64, 0, 0, 0, 0, 0]);
         let plan = plan.expect("a fork is planned");
-        assert_eq!((plan.cause, plan.event, plan.then), ("fork", Event::ProtectionPage, Then::Copy));
+        assert_eq!((plan.cause, plan.event, plan.then), ("clone", Event::ProtectionPage, Then::Copy));
         assert!(!ranges.is_empty());
     }
 }

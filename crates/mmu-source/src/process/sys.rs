@@ -59,6 +59,17 @@ pub(super) enum NewTask {
     Clone,
 }
 
+impl NewTask {
+    /// The kernel's name for it, which need not be that of the call.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            NewTask::Fork => "fork",
+            NewTask::Vfork => "vfork",
+            NewTask::Clone => "clone",
+        }
+    }
+}
+
 /// How a stopped tracee goes on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Resume {

@@ -204,6 +204,30 @@ fn segments_of_shared_memory() {
     unmap(pages + 2 * PAGE, 2);
 }
 
+/// Without a descriptor left, nobody can be asked what is attached where: then everything is told.
+#[test]
+fn what_cannot_be_looked_up_is_everything() {
+    alone("calls::what_cannot_be_looked_up_is_everything", || {
+        let watch = Watch::new();
+        // SAFETY: makes a segment.
+        let id = unsafe { libc::shmget(libc::IPC_PRIVATE, PAGE, libc::IPC_CREAT | 0o600) };
+        // SAFETY: attaches it where the kernel likes.
+        let attached = unsafe { libc::shmat(id, ptr::null(), 0) };
+        // SAFETY: marks the segment of this test for its end.
+        unsafe { libc::shmctl(id, libc::IPC_RMID, ptr::null_mut()) };
+        assert_ne!(attached, libc::MAP_FAILED);
+        watch.listen(attached.addr(), PAGE);
+        let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        // SAFETY: reads the limit. This process has nothing else to open.
+        assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &none) }, 0);
+        // SAFETY: detaches what this test attached.
+        assert_eq!(unsafe { libc::shmdt(attached) }, 0);
+        let heard = watch.heard();
+        assert_eq!(heard.len(), 2, "before and after: {heard:?}");
+        assert_eq!(heard[0].from, -(attached.addr() as i64), "from the first address on: {heard:?}");
+    });
+}
+
 #[test]
 fn the_program_break() {
     alone("calls::the_program_break", || {

@@ -35,8 +35,12 @@ fn patch(function: usize, target: usize) {
     let mut code = vec![0x49, 0xbb];
     code.extend(target.to_le_bytes());
     code.extend([0x41, 0xff, 0xe3]);
+    write(function, &code);
+}
+
+fn write(address: usize, code: &[u8]) {
     let memory = File::options().write(true).open("/proc/self/mem").expect("one's own memory");
-    memory.write_all_at(&code, function as u64).expect("it can be written past its protection");
+    memory.write_all_at(code, address as u64).expect("it can be written past its protection");
 }
 
 fn unmap_one(watch: &Watch) {
@@ -88,5 +92,26 @@ fn a_patch_over_ours_is_reported_and_left_alone() {
         // SAFETY: a misaligned address is refused.
         assert_eq!(unsafe { libc::munmap(at(1), PAGE) }, -1);
         assert_eq!(CALLS.load(Ordering::Relaxed), before + 1, "theirs was not taken out with ours");
+    });
+}
+
+/// A uprobe's breakpoint is one to the kernel only where the file is mapped: whoever ran into a copy would be killed.
+#[test]
+fn a_breakpoint_is_not_copied() {
+    const BREAKPOINT: &[u8] = &[0xcc];
+    alone("foreign::a_breakpoint_is_not_copied", || {
+        // Made first, since that gives advice.
+        let _ = mmu_source::current();
+        // One at a place to be patched, and one on the same page.
+        write(libc::madvise as *const () as usize, BREAKPOINT);
+        write(libc::mlock as *const () as usize, BREAKPOINT);
+        let watch = Watch::new();
+        let pages = map(1, 7);
+        // SAFETY: changes no byte. With no room for it it is refused, which is no harm.
+        let _ = unsafe { libc::mlock(at(pages), 0) };
+        watch.listen(pages, PAGE);
+        // SAFETY: the page is of this test.
+        assert_eq!(unsafe { libc::madvise(at(pages), PAGE, libc::MADV_DONTNEED) }, 0);
+        watch.expect("madvise", Event::Clear, &[(0, PAGE as i64)]);
     });
 }

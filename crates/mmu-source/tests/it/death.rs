@@ -59,7 +59,7 @@ fn a_target_that_dies_in_somebody_elses_call_does_not_wait_for_it() {
     let child = Arc::new(Mutex::new(0));
     let of_probe = Arc::clone(&child);
     let recorder = Recorder::with(Box::new(move |part| {
-        if part.cause == "fork" {
+        if matches!(part.cause, "fork" | "clone") {
             *of_probe.lock().expect("not poisoned") = part.task.pid;
         }
         if part.cause == "process_madvise" {

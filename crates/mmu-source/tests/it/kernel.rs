@@ -144,7 +144,7 @@ fn ten_thousand_ranges_can_be_armed_and_each_is_told() {
         kernel.is_current(before)
     });
     let misses = misses.count();
-    assert!(misses > 8_500, "only {misses} of 10,000 foreign pages passed the filter");
+    assert!(misses > 9_800, "only {misses} of 10,000 foreign pages passed the filter");
     drop(armed);
     let before = kernel.generation();
     (0..10_000).for_each(|number| {
@@ -308,6 +308,10 @@ fn a_hunt_for_stale_reads_finds_none() {
     let tally = hunt::hunt(&kernel, std::time::Duration::from_secs(5), hunt::Mutant::None, &mut random);
     assert_eq!(tally.stale.into_inner(), 0);
     assert!(tally.hits.into_inner() > 0 && tally.changes.into_inner() > 0);
-    let tally = hunt::hunt(&kernel, std::time::Duration::from_secs(1), hunt::Mutant::NoLook, &mut random);
-    assert!(tally.stale.into_inner() > 0, "the hunt finds what is stale");
+    // And it finds what is stale, if readers do not wait for changes under way: soon, though not in every second.
+    let finds = |_| {
+        let tally = hunt::hunt(&kernel, std::time::Duration::from_secs(1), hunt::Mutant::NoWait, &mut random);
+        tally.stale.into_inner() > 0
+    };
+    assert!((0..30).any(finds), "the hunt finds what is stale");
 }

@@ -142,7 +142,12 @@ mod tests {
             return;
         };
         let before = page.state().unwrap();
-        region.advise(libc::MADV_FREE).unwrap();
-        assert_ne!(page.state().unwrap(), before);
+        // The kernel passes over pages that wait to be listed on another processor: this thread may have been moved since it
+        // touched them.
+        let is_seen = (0..1000).any(|_| {
+            region.advise(libc::MADV_FREE).unwrap();
+            page.state().unwrap() != before
+        });
+        assert!(is_seen);
     }
 }

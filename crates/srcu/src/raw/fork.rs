@@ -15,6 +15,9 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 /// How many forks lie between this process and the first of its family that had this crate.
 static FORKS: AtomicUsize = AtomicUsize::new(0);
 
+/// How many registrations have begun: hardly ever more than one.
+static REGISTERED: AtomicUsize = AtomicUsize::new(0);
+
 /// Returns how many forks lie between this process and the first of its family that had this crate: what it says in one
 /// process it says in no child of it.
 #[inline]
@@ -41,6 +44,7 @@ pub(super) extern "C" fn register() {
     // child that nobody repairs; and to wait for one's completion would be to wait for ever in such a child.
     // ORDER(srcu-fork): Acquire, partner below.
     if !DONE.load(Ordering::Acquire) {
+        REGISTERED.fetch_add(1, Ordering::Relaxed);
         // SAFETY: `pthread_atfork` needs functions that stay. glibc has room for 48 without allocating.
         unsafe { libc::pthread_atfork(None, None, Some(child)) };
         // ORDER(srcu-fork): Release: the registration comes first. Partner: the load above.
@@ -52,7 +56,9 @@ unsafe extern "C" fn child() {
     static REPAIRED: AtomicI32 = AtomicI32::new(0);
     // SAFETY: No preconditions.
     let this_process = unsafe { libc::getpid() };
-    if REPAIRED.swap(this_process, Ordering::Relaxed) == this_process {
+    // Not by the number alone: in a process namespace of its own, a child can have that of its parent.
+    let is_again = REPAIRED.swap(this_process, Ordering::Relaxed) == this_process;
+    if is_again && REGISTERED.load(Ordering::Relaxed) > 1 {
         return;
     }
     FORKS.fetch_add(1, Ordering::Relaxed);

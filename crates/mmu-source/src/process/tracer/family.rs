@@ -76,7 +76,7 @@ impl<O: Observer> Tracer<O> {
         let task = Task { pid, tid };
         let is_new = space.is_none();
         let space = space.unwrap_or_else(|| Rc::new(Space::new(Break::default())));
-        self.welcome(task, space, filtered, is_new, None);
+        self.welcome(task, space, filtered, is_new, None, "fork");
         self.replay(tid)
     }
 
@@ -93,34 +93,43 @@ impl<O: Observer> Tracer<O> {
             Some(call) => call.then == Then::Copy,
             None => !tracee.filtered && sys::same_memory(parent, child) == Some(false),
         };
+        let cause = tracee.call.as_ref().map_or(kind.name(), |call| call.cause);
         let (task, filtered) = (tracee.task, tracee.filtered);
         let is_thread = !copies && kind == NewTask::Clone && sys::is_thread_of(task.pid, child);
         let child_task = Task { pid: if is_thread { task.pid } else { child }, tid: child };
         if self.tasks.contains_key(&child) {
-            self.report_fork(task, &space, child);
+            self.report_fork(task, &space, child, cause);
         } else {
             let child_space = if copies { Rc::new(Space::new(space.brk.get().inherited())) } else { Rc::clone(&space) };
-            self.welcome(child_task, child_space, filtered, copies, Some((task, &space)));
+            self.welcome(child_task, child_space, filtered, copies, Some((task, &space)), cause);
         }
         self.replay(child)
     }
 
     /// Puts a new task in the table and lets it enter.
-    fn welcome(&mut self, task: Task, space: Rc<Space>, filtered: bool, is_new: bool, parent: Option<(Task, &Space)>) {
+    fn welcome(
+        &mut self,
+        task: Task,
+        space: Rc<Space>,
+        filtered: bool,
+        is_new: bool,
+        parent: Option<(Task, &Space)>,
+        cause: &'static str,
+    ) {
         self.tasks.insert(task.tid, Tracee::fresh(task, Rc::clone(&space), filtered));
         if is_new {
-            let _scope = Scope::new(task, "fork", None);
+            let _scope = Scope::new(task, cause, None);
             self.observer.event(&TaskEvent::MmNew { task, mm: &space.mm });
         }
         if let Some((parent, parent_space)) = parent {
-            self.report_fork(parent, parent_space, task.tid);
+            self.report_fork(parent, parent_space, task.tid, cause);
         }
         self.appear(task.tid);
     }
 
-    fn report_fork(&mut self, task: Task, space: &Space, child: Pid) {
+    fn report_fork(&mut self, task: Task, space: &Space, child: Pid, cause: &'static str) {
         let Some(child) = self.tasks.get(&child) else { return };
-        let _scope = Scope::new(task, "fork", None);
+        let _scope = Scope::new(task, cause, None);
         self.observer.event(&TaskEvent::Fork { task, child: child.task, mm: &space.mm, child_mm: child.mm() });
     }
 

@@ -14,20 +14,27 @@ use crate::sys::{self, PAGE, call, map, munmap, touch};
 
 const RW: i32 = PROT_READ | PROT_WRITE;
 
-/// Forks twice, once by the old call; each child unmaps a page of its copy.
+/// Forks by each call that can; each child unmaps a page of its copy.
 pub(crate) fn fork_once() {
     let arena = map(4 * PAGE, RW);
     let fixed = map(2 * PAGE, PROT_READ);
     touch(arena, 4 * PAGE);
     println!("arena {arena:#x} {:#x}", arena + 4 * PAGE);
     println!("read-only {fixed:#x} {:#x}", fixed + 2 * PAGE);
-    let child = sys::fork(|| munmap(arena + PAGE, PAGE) as i32);
-    println!("child {child} {}", sys::wait(child, 0));
-    let old = call(libc::SYS_fork, &[]) as i32;
-    if old == 0 {
-        call(libc::SYS_exit_group, &[munmap(arena + 2 * PAGE, PAGE) as u64]);
-    }
-    println!("child {old} {}", sys::wait(old, 0));
+    let signal = libc::SIGCHLD as u64;
+    let made = |name: &str, child: u64| {
+        if child == 0 {
+            call(libc::SYS_exit_group, &[munmap(arena + PAGE, PAGE) as u64]);
+        }
+        println!("child {child} {} {name}", sys::wait(child as i32, 0));
+    };
+    made("fork", call(libc::SYS_fork, &[]) as u64);
+    made("clone", call(libc::SYS_clone, &[signal, 0, 0, 0, 0]) as u64);
+    // The kernel reports this one as a `vfork`.
+    made("clone", call(libc::SYS_clone, &[signal | libc::CLONE_VFORK as u64, 0, 0, 0, 0]) as u64);
+    // Flags, three addresses, the signal, and three words for a stack and thread-local storage.
+    let args = [0, 0, 0, 0, signal, 0, 0, 0];
+    made("clone3", call(libc::SYS_clone3, &[sys::address(&args), size_of_val(&args) as u64]) as u64);
 }
 
 /// Many processes that all fork at once; every grandchild unmaps.

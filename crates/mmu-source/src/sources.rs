@@ -1,0 +1,89 @@
+//! What each source can do, said in one place: the table of `docs/sources.md`, of this crate's front page and of `mmun doctor`.
+
+/// What a source sees, misses, costs and needs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct SourceInfo {
+    /// Its name, as in `mmun coverage --source`.
+    pub name: &'static str,
+    /// Which changes it sees.
+    pub sees: &'static str,
+    /// When subscribers are told.
+    pub tells: &'static str,
+    /// What it misses.
+    pub misses: &'static str,
+    /// What a callback may do.
+    pub callback: &'static str,
+    /// What it costs.
+    pub cost: &'static str,
+    /// What it needs.
+    pub needs: &'static str,
+}
+
+/// Makes the table of constants, and the same as documentation.
+macro_rules! sources {
+    ($($name:literal: $sees:literal, $tells:literal, $misses:literal, $callback:literal, $cost:literal, $needs:literal;)*) => {
+        /// The sources.
+        ///
+        /// | source | sees | tells | misses | a callback may | costs | needs |
+        /// | --- | --- | --- | --- | --- | --- | --- |
+        $(#[doc = concat!("| `", $name, "` | ", $sees, " | ", $tells, " | ", $misses, " | ", $callback, " | ", $cost, " | ", $needs, " |")])*
+        pub const SOURCES: &[SourceInfo] = &[$(SourceInfo {
+            name: $name, sees: $sees, tells: $tells, misses: $misses, callback: $callback, cost: $cost, needs: $needs,
+        }),*];
+    };
+}
+
+sources! {
+    "kernel":
+        "every change of an armed range, whoever makes it: other processes, reclaim, copy on write, truncation, io_uring",
+        "a counter moves before the change; callbacks run when somebody looks, or soon after",
+        "nothing; it has needless hits",
+        "allocate, lock, map, unmap, arm and disarm; not wait for a thread that may be draining",
+        "two loads for each use; a fill that follows any change makes a virtual machine",
+        "/dev/kvm, CAP_BPF and CAP_PERFMON, Linux 5.12";
+    "hook":
+        "what goes through libc: munmap, mmap over live memory, mremap, madvise, brk, sbrk, shmat, shmdt, mprotect, syscall(2)",
+        "before and after, in the calling thread",
+        "bare system call instructions, other processes, the kernel's own changes",
+        "subscribe, put, map and unmap; not allocate, for it may run in the middle of free()",
+        "some 50 ns for each call",
+        "x86-64";
+    "uffd":
+        "munmap, mremap, madvise, punched holes and fork, on armed ranges",
+        "at about the time of the change; nobody waits for callbacks",
+        "mprotect, copy on write, reclaim, truncation; memory mapped anew at an armed address",
+        "anything but wait for the source",
+        "the caller waits until its event is read",
+        "CAP_SYS_PTRACE, Linux 6.7";
+    "process":
+        "memory calls, fork, exec and exit of other processes",
+        "before and after, the task stopped",
+        "what is no system call of a traced task",
+        "allocate, lock and block; not wait for a stopped task",
+        "two stops for each memory call",
+        "ptrace, Linux 5.3, x86-64";
+}
+
+impl SourceInfo {
+    /// Returns the source's row of the table, in Markdown.
+    #[must_use]
+    pub fn row(&self) -> String {
+        let Self { name, sees, tells, misses, callback, cost, needs } = self;
+        format!("| `{name}` | {sees} | {tells} | {misses} | {callback} | {cost} | {needs} |")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_document_has_the_same_table() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/sources.md");
+        let document = std::fs::read_to_string(path).expect("docs/sources.md is there");
+        for source in SOURCES {
+            assert!(document.contains(&source.row()), "docs/sources.md lacks:\n{}", source.row());
+        }
+    }
+}
