@@ -105,7 +105,18 @@ pub(super) fn load_program(program: &[u64]) -> io::Result<OwnedFd> {
             .pointer(8, program.as_ptr())
             .pointer(16, license.as_ptr())
     };
-    let error = match build().call(5) {
+    // EAGAIN: the verifier lets itself be interrupted, by a signal or by the completion of an io_uring request of this thread.
+    let is_interrupted = |result: &io::Result<_>| {
+        result.as_ref().is_err_and(|error: &io::Error| error.kind() == io::ErrorKind::WouldBlock)
+    };
+    let mut loaded = build().call(5);
+    for _ in 0..20 {
+        if !is_interrupted(&loaded) {
+            break;
+        }
+        loaded = build().call(5);
+    }
+    let error = match loaded {
         Ok(descriptor) => return owned(descriptor),
         Err(error) => error,
     };
