@@ -82,14 +82,14 @@ const STEPS: &[Step] = &[
     )
     .env(THREAD_SANITIZER),
     step("stress srcu", "cargo run --release -p stress -- srcu --seconds 30"),
-    step("stress srcu without membarrier", "cargo run --release -p stress -- srcu --seconds 30 --no-membarrier"),
+    step("stress srcu without membarrier", "cargo run --release -p stress -- srcu --seconds 10 --no-membarrier"),
     step("the torture's checker", "cargo run --release -p stress -- srcu --seconds 3 --broken").must_fail(),
-    step("stress mmu", "cargo run --release -p stress -- mmu --seconds 20"),
+    step("stress mmu", "cargo run --release -p stress -- mmu --seconds 10"),
     step("the soak's checker", "cargo run --release -p stress -- mmu --seconds 3 --broken").must_fail(),
-    step("stress regcache under hooks", "cargo run --release -p stress -- regcache --seconds 10 --source hook"),
+    step("stress regcache under hooks", "cargo run --release -p stress -- regcache --seconds 5 --source hook"),
     step(
         "stress regcache without membarrier",
-        "cargo run --release -p stress -- regcache --seconds 10 --no-membarrier",
+        "cargo run --release -p stress -- regcache --seconds 5 --no-membarrier",
     ),
     step("srcu without membarrier", "cargo test -p srcu").env(&[("SRCU_NO_MEMBARRIER", "1")]),
     step("the kernel source", "cargo test -p mmu-source --test it kernel").needs("test -e /dev/kvm"),
