@@ -258,13 +258,17 @@ fn s_17_frees_that_were_queued_run_in_the_parent_alone() {
 #[test]
 fn s_17_a_subsystem_that_is_used_first_during_a_fork_works_in_the_child() {
     static LATEST: AtomicPtr<OnFrees> = AtomicPtr::new(ptr::null_mut());
+    // So that a leak detector finds them. The child does not look here.
+    static ALL: Mutex<Vec<&OnFrees>> = Mutex::new(Vec::new());
     let _alone = alone();
     let (mm, stop) = (MmWithUser::new(), AtomicBool::new(false));
     let make = || {
         let made: *mut OnFrees = Box::leak(Box::new(on_first_free(|| ())));
         LATEST.store(made, Ordering::SeqCst);
         // SAFETY: It was leaked.
-        unsafe { &*made }.get(&mm).unwrap().put();
+        let made = unsafe { &*made };
+        ALL.lock().unwrap().push(made);
+        made.get(&mm).unwrap().put();
     };
     make();
     std::thread::scope(|scope| {
