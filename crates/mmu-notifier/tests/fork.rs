@@ -184,7 +184,9 @@ type OnFrees = Subsystem<OnFree, (), Box<dyn Fn(&MmWithUser) -> Result<OnFree, (
 /// A subsystem whose first notifier runs `f` when it is freed.
 fn on_first_free(f: impl FnOnce() + Send + Sync + 'static) -> OnFrees {
     let first: Mutex<Option<Box<dyn FnOnce() + Send + Sync>>> = Mutex::new(Some(Box::new(f)));
-    Subsystem::new(Box::new(move |_: &MmWithUser| Ok(OnFree(first.lock().unwrap().take()))))
+    // In the child of a fork the lock can be held by a thread that is not there; then `f` was the parent's.
+    let take = move || first.try_lock().ok().and_then(|mut first| first.take());
+    Subsystem::new(Box::new(move |_: &MmWithUser| Ok(OnFree(take()))))
 }
 
 /// Puts a notifier of this process's own, and waits for its end.
