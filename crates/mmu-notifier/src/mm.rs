@@ -328,12 +328,10 @@ impl Clone for MmWithUser {
 
 impl Drop for MmWithUser {
     fn drop(&mut self) {
-        // ORDER(core-exit): everything this user did, before the exit by the last one. Partner: the load below. Weaker,
+        // ORDER(core-exit): AcqRel: everything that earlier users did, before the exit by the last one. Partner: itself. Weaker,
         // exit could delist around a registration that it does not see.
-        let order = if mutant("exit_relaxed") { Ordering::Relaxed } else { Ordering::Release };
+        let order = if mutant("exit_relaxed") { Ordering::Relaxed } else { Ordering::AcqRel };
         if self.0.0.users.fetch_sub(1, order) == 1 {
-            // ORDER(core-exit): partner of the `Release` of every earlier user. A load, as thread sanitizers know no fences.
-            self.0.0.users.load(Ordering::Acquire);
             exit::release(&self.0);
         }
     }

@@ -215,12 +215,10 @@ impl<N: Notifier> NodeRef<N> {
 /// Gives the reference back; the last one delists the node and queues its free. Never blocks, never allocates.
 impl<N: Notifier> Drop for NodeRef<N> {
     fn drop(&mut self) {
-        // ORDER(core-put): every use of the node by this thread, before the free by whoever puts last. Partner: the load
-        // below. Weaker, the free could overtake another putter's last access.
-        let order = if mutant("put_relaxed") { Ordering::Relaxed } else { Ordering::Release };
+        // ORDER(core-put): AcqRel: every use of the node by whoever put earlier, before the free by whoever puts last. Partner:
+        // itself. Weaker, the free could overtake another putter's last access.
+        let order = if mutant("put_relaxed") { Ordering::Relaxed } else { Ordering::AcqRel };
         if self.as_header().users.fetch_sub(1, order) == 1 {
-            // ORDER(core-put): partner of the `Release` of every earlier put. A load, as thread sanitizers know no fences.
-            self.as_header().users.load(Ordering::Acquire);
             self.retire();
         }
     }
