@@ -176,6 +176,7 @@ impl<N: Notifier> NodeRef<N> {
 
     /// Delists the node and queues its free. The caller is the last user.
     fn retire(&self) {
+        // ORDER(core-put): What earlier putters did is behind us, by the subtraction; the queue hands it on to the free.
         let header = self.as_header();
         if header.is_inherited() {
             // The value is the parent's to free.
