@@ -104,6 +104,10 @@ fn torture(options: &Options) -> Result<(Arc<Counts>, Vec<Stats>), Box<dyn std::
         stop.store(true, Ordering::Relaxed);
     });
     let stats = caches.iter().map(RegCache::stats).collect();
+    // Its own thread may be in the middle of a callback, and of a region there.
+    if let Some(kernel) = &kernel {
+        kernel.drain();
+    }
     for cache in &caches {
         cache.flush();
         if cache.stats().regions != 0 {
