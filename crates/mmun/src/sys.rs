@@ -66,6 +66,10 @@ pub(crate) fn stop_on_ending_signals() {
             set_handler(signal, on_ending as *const () as usize);
         }
     }
+    // The timer of a stop may ring before `heed_alarms`. The program inherits no handler, but what is ignored.
+    if !is_ignored(libc::SIGALRM) {
+        set_handler(libc::SIGALRM, on_alarm as *const () as usize);
+    }
 }
 
 /// The tracer, once the traced program has its own dispositions: the terminal does not stop it, and its children are not
@@ -75,7 +79,12 @@ pub(crate) fn shield() {
         set_handler(signal, libc::SIG_IGN);
     }
     set_handler(libc::SIGCHLD, libc::SIG_DFL);
-    // Only now: the program was to inherit what we had. A timer that has rung is kept until it is unblocked below.
+    heed_alarms();
+}
+
+/// The tracer: the timer of a stop ends a `waitpid`, whatever was inherited. Where a program is spawned, only after that: it is
+/// to inherit what we had.
+pub(crate) fn heed_alarms() {
     set_handler(libc::SIGALRM, on_alarm as *const () as usize);
     change_mask(libc::SIG_UNBLOCK, &set_of(&[libc::SIGALRM, ORPHANED]));
 }

@@ -49,6 +49,7 @@ pub(crate) fn main(args: TraceArgs) -> Outcome {
     match plan.target {
         Target::Attach(_) => {
             sys::stop_on_ending_signals();
+            sys::heed_alarms();
             trace(plan, None).0
         }
         Target::Spawn(_) => front::run(|front| {

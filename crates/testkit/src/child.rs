@@ -12,7 +12,7 @@ pub fn in_child(f: impl FnOnce() -> bool) -> bool {
         -1 => panic!("fork: {}", std::io::Error::last_os_error()),
         0 => {
             // SAFETY: No preconditions.
-            unsafe { libc::alarm(20) };
+            unsafe { libc::alarm(120) };
             let good = std::panic::catch_unwind(std::panic::AssertUnwindSafe(f)).unwrap_or(false);
             // SAFETY: Ends the process at once, which is always allowed.
             unsafe { libc::_exit(i32::from(!good)) }

@@ -148,7 +148,7 @@ pub(crate) fn fork_children(world: &'static World, stop: &AtomicBool) {
 fn child(srcu: &Srcu) -> ! {
     // A hang becomes a death by SIGALRM.
     // SAFETY: No preconditions.
-    unsafe { libc::alarm(30) };
+    unsafe { libc::alarm(120) };
     let ran = Arc::new(AtomicUsize::new(0));
     let mut good = srcu.synchronize().is_ok();
     let in_callback = Arc::clone(&ran);

@@ -206,7 +206,7 @@ impl<T> Task<T> {
 
     /// Waits for it; a test that hangs here has found something.
     pub(crate) fn join(self) -> T {
-        let result = self.result.recv_timeout(Duration::from_secs(60)).expect("the other thread hangs or panicked");
+        let result = self.result.recv_timeout(Duration::from_secs(300)).expect("the other thread hangs or panicked");
         self.thread.join().unwrap();
         result
     }

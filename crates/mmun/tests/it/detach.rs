@@ -136,6 +136,9 @@ fn a_running_process_is_attached_to_and_let_go() {
             }
         };
         ask("traced");
+        // As a stop that takes long does by itself.
+        kill(mmun.id(), libc::SIGALRM);
+        ask("still traced");
         kill(mmun.id(), signal);
         assert_eq!(within("mmun trace", move || mmun.wait().unwrap()).signal(), Some(signal));
         until("detaching", move || pids.iter().all(|pid| tracer_of(*pid) == 0));
@@ -147,7 +150,7 @@ fn a_running_process_is_attached_to_and_let_go() {
         if signal == libc::SIGINT {
             let records = take_records(&path);
             must_have_ended_early(&records);
-            assert_eq!(of_kind(&records, "fork").count(), 2, "each shell ran one program while it was traced");
+            assert_eq!(of_kind(&records, "fork").count(), 4, "each shell ran two programs while it was traced");
         } else {
             fs::remove_file(&path).unwrap();
         }
