@@ -44,7 +44,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use sys::Message;
 
@@ -98,8 +98,6 @@ fn missing(error: &io::Error) -> Error {
     Error::Unavailable { source: "uffd", missing: format!("{missing}: {error}"), remedy: remedy.to_owned() }
 }
 
-static RUNNING: Mutex<(u64, Weak<Uffd>)> = Mutex::new((0, Weak::new()));
-
 impl Uffd {
     /// Starts the source, or returns the one that runs already.
     ///
@@ -107,14 +105,12 @@ impl Uffd {
     /// [`Error::Unavailable`] if the kernel or the rights are lacking; [`Error::Kernel`] if a thread cannot be started.
     pub fn start() -> Result<Arc<Self>, Error> {
         let id = fork::mark();
-        let mut running = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
-        if running.0 == id
-            && let Some(uffd) = running.1.upgrade()
-        {
+        let mut running = fork::own(&marks().uffd).lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(uffd) = running.upgrade() {
             return Ok(uffd);
         }
         let uffd = Arc::new(Self::make(id)?);
-        *running = (id, Arc::downgrade(&uffd));
+        *running = Arc::downgrade(&uffd);
         Ok(uffd)
     }
 

@@ -7,11 +7,12 @@ use super::module::{self, Function, Hidden, Segment};
 use super::scan::{Code64, Found, PATCH};
 use super::text::{self, Edit};
 use super::trampoline::{Arena, Foreign};
-use super::{Patch, State, stub};
+use super::{Patch, State, stub, switch};
 use crate::Error;
+use crate::fork::marks;
 use std::ffi::CString;
-use std::io;
-use std::sync::OnceLock;
+use std::sync::atomic::{AtomicPtr, Ordering};
+use std::{io, ptr};
 
 /// A place that is patched.
 #[derive(Debug)]
@@ -35,19 +36,43 @@ pub(super) struct Plan {
     pub(super) hidden: Vec<Hidden>,
 }
 
-/// Returns the plan of this process.
+/// What was found out, or what is missing.
+type Made = Result<Plan, String>;
+
+static MADE: AtomicPtr<Made> = AtomicPtr::new(ptr::null_mut());
+
+/// Returns the plan of this process. The child of a fork has its parent's, if that was made, as it has the parent's patches.
 ///
 /// The first time nothing is patched yet, so no callback runs while it is made.
 pub(super) fn plan() -> Result<&'static Plan, Error> {
-    static PLAN: OnceLock<Result<Plan, String>> = OnceLock::new();
-    match PLAN.get_or_init(make) {
-        Ok(plan) => Ok(plan),
-        Err(missing) => Err(Error::Unavailable {
-            source: "hook",
-            missing: missing.clone(),
-            remedy: "ldd --version; the hook knows glibc on x86-64, the kernel source needs no libc".to_owned(),
-        }),
-    }
+    // Not a `OnceLock`: forked while another thread was making the plan, a child would wait for that thread for ever.
+    let made = look().unwrap_or_else(|| {
+        marks().hook_plan.with(|| {
+            look().unwrap_or_else(|| {
+                let made = make().inspect(|_| switch::prepare());
+                // ORDER(hook-plan): Release, for the content. Partner: the load in `look`.
+                MADE.store(Box::into_raw(Box::new(made)), Ordering::Release);
+                look().expect("it was stored above")
+            })
+        })
+    });
+    made.as_ref().map_err(|missing| Error::Unavailable {
+        source: "hook",
+        missing: missing.clone(),
+        remedy: "ldd --version; the hook knows glibc on x86-64, the kernel source needs no libc".to_owned(),
+    })
+}
+
+/// Returns the plan if it was made, and could be.
+pub(super) fn made() -> Option<&'static Plan> {
+    look()?.as_ref().ok()
+}
+
+fn look() -> Option<&'static Made> {
+    // ORDER(hook-plan): Acquire, for the content. Partner: the store in `plan`.
+    let made = MADE.load(Ordering::Acquire);
+    // SAFETY: it is null or comes from `Box::into_raw` in `plan`, and is never freed.
+    unsafe { made.as_ref() }
 }
 
 fn make() -> Result<Plan, String> {

@@ -67,11 +67,6 @@ pub(super) fn membarrier(command: i32) -> Result<u64, i32> {
     check(unsafe { syscall(libc::SYS_membarrier as u64, [command as u64, 0, 0, 0, 0, 0]) })
 }
 
-pub(super) fn sched_yield() {
-    // SAFETY: takes no arguments and touches no memory.
-    unsafe { syscall(libc::SYS_sched_yield as u64, [0; 6]) };
-}
-
 pub(super) fn getpid() -> u64 {
     // SAFETY: takes no arguments and touches no memory.
     unsafe { syscall(libc::SYS_getpid as u64, [0; 6]) }
