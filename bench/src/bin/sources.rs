@@ -51,6 +51,14 @@ fn map(bytes: usize) -> *mut c_void {
     at
 }
 
+/// Maps a page where one is, or was a moment ago: this program has one thread that maps.
+fn map_over(at: *mut c_void) {
+    let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    // SAFETY: a page of `map`, which nobody else has been given since.
+    let again = unsafe { libc::mmap(at, PAGE, protection, flags | libc::MAP_FIXED, -1, 0) };
+    assert_eq!(again, at);
+}
+
 fn unmap(at: *mut c_void, bytes: usize) {
     // SAFETY: a mapping of `map`, which nobody uses any more.
     unsafe { libc::munmap(at, bytes) };
@@ -176,22 +184,22 @@ fn on_and_off(rounds: usize) {
 }
 
 fn real(rounds: usize, kernel: &Arc<Kernel>) {
-    // What `f` takes between the unmapping of a page that was touched and its own end.
+    // From the unmapping of a page that was touched to the end of `f`.
     let unmapping = |arm: bool, f: &mut dyn FnMut()| {
+        const TIMES: u32 = 500;
+        let at = map(PAGE);
+        let armed = arm.then(|| kernel.arm(range(at, PAGE)).expect("armed"));
         let mut taken = 0.0;
-        for _ in 0..1_000 {
-            let at = map(PAGE);
+        for _ in 0..TIMES {
+            map_over(at);
             touch(at, PAGE);
-            let armed = arm.then(|| kernel.arm(range(at, PAGE)).expect("armed"));
-            // What arming did to the caches is over.
-            unmap(map(PAGE), PAGE);
             let start = Instant::now();
             unmap(at, PAGE);
             f();
             taken += start.elapsed().as_nanos() as f64;
-            drop(armed);
         }
-        taken / 1_000.0
+        drop(armed);
+        taken / f64::from(TIMES)
     };
     compare(
         rounds,
@@ -199,7 +207,7 @@ fn real(rounds: usize, kernel: &Arc<Kernel>) {
         &mut [
             ("not armed", &mut || unmapping(false, &mut || {})),
             ("armed", &mut || unmapping(true, &mut || {})),
-            ("armed, and drain()", &mut || unmapping(true, &mut || drop(black_box(kernel.drain())))),
+            ("armed, and drain()", &mut || unmapping(true, &mut || _ = black_box(kernel.drain()))),
             ("armed, and settle()", &mut || unmapping(true, &mut || _ = black_box(kernel.settle().expect("no fork")))),
         ],
     );

@@ -86,7 +86,7 @@ fn plan(number: u64, args: &[u64; 6], ranges: &mut Ranges) -> Event {
             Event::Unmap
         }
         libc::SYS_mmap => {
-            ranges::mmap(ranges, a0, a1, args[3]);
+            ranges::mmap(ranges, a0, a1, args[3], || raw::huge_page_of(args[4]));
             Event::Unmap
         }
         libc::SYS_madvise => {
