@@ -67,7 +67,6 @@ struct Inner {
     /// The reader answers a question when it has read whatever was there: then it copies `asked`.
     asked: AtomicU64,
     answered: AtomicU64,
-    told_overflows: AtomicU64,
     armed: Mutex<Vec<VaRange>>,
 }
 
@@ -127,7 +126,6 @@ impl Uffd {
             stop_telling: AtomicBool::new(false),
             asked: AtomicU64::new(0),
             answered: AtomicU64::new(0),
-            told_overflows: AtomicU64::new(0),
             armed: Mutex::new(Vec::new()),
         });
         let mut uffd = Self { inner, threads: Vec::with_capacity(2) };
@@ -179,8 +177,7 @@ impl Uffd {
         }
         self.ask();
         let (written, lost) = (inner.queue.written(), inner.queue.lost());
-        // ORDER(source-told): Acquire: the callbacks for the losses have run. Partner: the store in `Inner::tell`.
-        wait::until(|| inner.queue.read() >= written && inner.told_overflows.load(Ordering::Acquire) >= lost);
+        wait::until(|| inner.queue.read() >= written && inner.queue.is_told(lost));
         Ok(())
     }
 
@@ -249,13 +246,13 @@ impl Inner {
         let mm = current_ref();
         loop {
             wait::clear(self.teller.as_fd());
-            let lost = self.queue.lost();
-            if self.queue.take_overflow() {
-                drop(mm.invalidate(VaRange::ALL, Event::Clear));
-                // ORDER(source-told): Release: the callbacks have run. Partner: the load in `settle`.
-                self.told_overflows.store(lost, Ordering::Release);
-            }
-            while let Some([kind, start, end]) = self.queue.peek() {
+            loop {
+                // Also between entries, which may never end.
+                if let Some(lost) = self.queue.untold() {
+                    drop(mm.invalidate(VaRange::ALL, Event::Clear));
+                    self.queue.tell(lost);
+                }
+                let Some([kind, start, end]) = self.queue.peek() else { break };
                 let range = VaRange::covering(Va::new(start), end.wrapping_sub(start)).unwrap_or(VaRange::ALL);
                 let event = match kind {
                     kind if kind == Kind::Unmap as u64 => Event::Unmap,
