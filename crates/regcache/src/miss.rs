@@ -7,7 +7,7 @@
 //! finds: as if it had come just before the invalidation.
 
 use crate::cache::{Cache, Registered};
-use crate::index::Held;
+use crate::raw::held::Held;
 use crate::raw::table::Table;
 use crate::state::{State, Target, bytes};
 use crate::sync::{MutexGuard, wait};

@@ -287,7 +287,7 @@ impl State {
 
     /// Tells look-ups which levels there are.
     fn tell_levels(&self, index: &Index) {
-        index.page.lead.store(lead(self.summary.largest()), Ordering::Relaxed);
+        index.page.set_lead(lead(self.summary.largest()));
         index.page.levels.store(self.summary.levels(), Ordering::Relaxed);
     }
 
