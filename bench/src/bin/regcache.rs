@@ -221,15 +221,19 @@ fn hit<P: Peer>(peer: &P, orders: &[Vec<u32>]) -> f64 {
 
 const MISSES: u32 = 10_000;
 
-/// Nanoseconds for one of the misses that `fill` an empty cache with regions.
+/// Nanoseconds for one of the misses that `fill` an empty cache with regions: the median of short pieces.
 fn miss<T>(empty: impl Fn() -> T, fill: impl Fn(&T, VaRange)) -> f64 {
-    let ns = |_| {
+    const PIECE: u32 = 250;
+    let mut pieces = Vec::new();
+    for _ in 0..10 {
         let cache = empty();
-        let start = Instant::now();
-        (0..MISSES).for_each(|number| fill(&cache, region(number)));
-        start.elapsed().as_nanos() as f64 / f64::from(MISSES)
-    };
-    median((0..10).map(ns).collect())
+        for piece in 0..MISSES / PIECE {
+            let start = Instant::now();
+            (piece * PIECE..(piece + 1) * PIECE).for_each(|number| fill(&cache, region(number)));
+            pieces.push(start.elapsed().as_nanos() as f64 / f64::from(PIECE));
+        }
+    }
+    median(pieces)
 }
 
 impl Tree {

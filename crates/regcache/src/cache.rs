@@ -1,7 +1,7 @@
 //! A device, its caches, and what the core tells them.
 
 use crate::gate::Gate;
-use crate::index::{Index, Look};
+use crate::index::{Index, Look, NoHit};
 use crate::lease::{Lease, OwnedLease};
 use crate::raw::handles::Handles;
 use crate::raw::held::Held;
@@ -121,8 +121,8 @@ impl<R: Registrar> RegCache<R> {
     #[inline(always)]
     pub fn get(&self, range: VaRange) -> Result<Lease<'_, R>, Error<R::Error>> {
         let cache = &*self.subscription;
-        let quick = if cache.gate.is_current() { cache.index.quick(range) } else { Err(None) };
-        match quick.or_else(|wrong| cache.find_or_register(range, wrong)) {
+        let quick = if cache.gate.is_current() { cache.index.quick(range) } else { Err(NoHit::Unknown) };
+        match quick.or_else(|no_hit| cache.find_or_register(range, no_hit)) {
             Ok(held) => Ok(Lease::new(cache, held)),
             Err(error) => Err(unbox(error)),
         }
@@ -246,21 +246,22 @@ impl<R: Registrar> Cache<R> {
         lock(&self.state)
     }
 
-    /// The way of a request that was no quick hit, and may have leased a region that was not what it wanted. Its result fits into two
-    /// registers, so that the quick way needs no memory for it.
+    /// The way of a request that was no quick hit. Its result fits into two registers, so that the quick way needs no memory for it.
     #[cold]
     #[inline(never)]
-    fn find_or_register(&self, range: VaRange, wrong: Option<Held<'_>>) -> Result<Held<'_>, Box<Error<R::Error>>> {
-        if let Some(wrong) = wrong {
-            self.end(&wrong);
+    fn find_or_register(&self, range: VaRange, no_hit: NoHit<'_>) -> Result<Held<'_>, Box<Error<R::Error>>> {
+        if let NoHit::Wrong(held) = &no_hit {
+            self.end(held);
         }
-        self.gate.settle().map_err(Box::new)?;
-        match self.index.look_up(range) {
-            Look::Hit(held) => return Ok(held),
-            Look::Dead(region) => self.ended_dead(region),
-            Look::Miss => {}
+        if !matches!(no_hit, NoHit::Nothing) || !self.index.has_one_level() {
+            self.gate.settle().map_err(Box::new)?;
+            match self.index.look_up(range) {
+                Look::Hit(held) => return Ok(held),
+                Look::Dead(region) => self.ended_dead(region),
+                Look::Miss => {}
+            }
         }
-        self.miss(range).map_err(Box::new)
+        self.miss(range)
     }
 
     /// Ends a lease.

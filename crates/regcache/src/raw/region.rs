@@ -42,6 +42,11 @@ impl Region {
             && range.last().get() <= self.last.load(Ordering::Relaxed)
     }
 
+    pub(crate) fn overlaps(&self, range: VaRange) -> bool {
+        self.first.load(Ordering::Relaxed) <= range.last().get()
+            && range.start().get() <= self.last.load(Ordering::Relaxed)
+    }
+
     /// Sets the range of a region that is not live.
     pub(crate) fn set_range(&self, range: VaRange) {
         self.first.store(range.start().get(), Ordering::Relaxed);
