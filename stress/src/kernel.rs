@@ -1,25 +1,44 @@
-//! `stress kernel`: a hunt for stale reads under the kernel source.
+//! `stress kernel`: a hunt for stale reads under the kernel source. `stress rush`: a hunt for threads that it holds up.
 
 mod hunt;
+mod rush;
 
 use crate::Options;
 use crate::random::Random;
 use hunt::Mutant;
 use mmu_source::kernel::Kernel;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+/// Has everybody ask the source at once while memory changes, and tells how long each was held up at most. Dies if somebody is for
+/// a minute.
+pub(crate) fn rush(options: &Options) -> ExitCode {
+    println!("rush: {:?}", options.length);
+    let Some(kernel) = start() else { return skipped() };
+    let paces = rush::rush(&kernel, options.length, Duration::from_secs(60));
+    for (deed, pace) in rush::DEEDS.iter().zip(&paces) {
+        let [times, most] = [&pace.times, &pace.most].map(|count| count.load(Ordering::Relaxed));
+        println!("rush: {deed:<10} {times:>9} times, {most} us at most");
+    }
+    println!("rush: {kernel:?}");
+    ExitCode::from(u8::from(paces.iter().any(|pace| pace.times.load(Ordering::Relaxed) == 0)))
+}
+
+fn start() -> Option<Arc<Kernel>> {
+    Kernel::start().inspect_err(|error| println!("SKIP kernel: {error}")).ok()
+}
+
+fn skipped() -> ExitCode {
+    let required = std::env::var_os("MMUN_REQUIRE").is_some_and(|value| value == "all");
+    if required { ExitCode::from(2) } else { ExitCode::SUCCESS }
+}
 
 /// Hunts, and tells what was found. `--broken` uses entries without asking the source, `--no-wait` fills without waiting.
 pub(crate) fn run(options: &Options) -> ExitCode {
     println!("kernel: seed {}, {:?}", options.seed, options.length);
-    let kernel = match Kernel::start() {
-        Ok(kernel) => kernel,
-        Err(error) => {
-            println!("SKIP kernel: {error}");
-            let required = std::env::var_os("MMUN_REQUIRE").is_some_and(|value| value == "all");
-            return if required { ExitCode::from(2) } else { ExitCode::SUCCESS };
-        }
-    };
+    let Some(kernel) = start() else { return skipped() };
     let mutant = match (options.broken, options.no_wait) {
         (true, _) => Mutant::NoLook,
         (false, true) => Mutant::NoWait,

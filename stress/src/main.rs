@@ -3,6 +3,7 @@
 //! `cargo run --release -p stress -- {srcu | mmu | regcache} --seconds 30 [--seed N] [--no-membarrier] [--broken] [--no-fork]
 //! [--source {bracket | kernel | rehearsal | hook}]`
 //! `cargo run --release -p stress -- kernel --seconds 60 [--seed N] [--broken] [--no-wait]`
+//! `cargo run --release -p stress -- rush --seconds 60`
 //!
 //! Exits with 0 if nothing was found, 1 if something was, 2 on a wrong command line.
 
@@ -60,7 +61,7 @@ impl Options {
     }
 }
 
-const USAGE: &str = "usage: stress {srcu | mmu | regcache | kernel} [--seconds N] [--seed N] [--no-membarrier] [--broken] \
+const USAGE: &str = "usage: stress {srcu | mmu | regcache | kernel | rush} [--seconds N] [--seed N] [--no-membarrier] [--broken] \
     [--no-wait] [--no-fork] [--source {bracket | kernel | rehearsal | hook}]";
 
 /// What is tortured.
@@ -74,7 +75,9 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<(Program, Option
         Some("regcache") => regcache::run,
         #[cfg(feature = "sources")]
         Some("kernel") => kernel::run,
-        _ => return Err("the first argument names the program: srcu, mmu, regcache or kernel".into()),
+        #[cfg(feature = "sources")]
+        Some("rush") => kernel::rush,
+        _ => return Err("the first argument names the program: srcu, mmu, regcache, kernel or rush".into()),
     };
     let seed = SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |now| now.as_nanos() as u64);
     let mut options = Options::new(seed);

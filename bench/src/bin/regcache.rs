@@ -174,6 +174,34 @@ impl Peer for Ucx {
     fn hit(&self, _range: VaRange) {}
 }
 
+/// Nanoseconds for a hit and its drop in one thread: the median of short pieces, which leaves out what others take of the machine.
+fn hit_alone<P: Peer>(peer: &P, order: &[u32]) -> f64 {
+    let piece = |order: &[u32]| {
+        let start = Instant::now();
+        for number in order {
+            peer.hit(region(*number));
+        }
+        start.elapsed().as_nanos() as f64 / order.len() as f64
+    };
+    median(order.chunks(1 << 12).map(piece).collect())
+}
+
+/// The hit of one region, which is where a lock that nobody else wants is cheapest.
+fn hits(rounds: usize) {
+    for regions in [1, 1000] {
+        let (ours, tree, lru) = (Ours::new(regions), Tree::new(regions), Lru::new(regions, regions));
+        let order = order(regions, 1);
+        let mut columns: [Vec<f64>; 4] = Default::default();
+        for _ in 0..rounds {
+            let ns = [hit_alone(&ours, &order), hit_alone(&tree, &order), hit_alone(&lru, &order)];
+            columns.iter_mut().zip(ns).for_each(|(column, ns)| column.push(ns));
+            columns[3].push(ns[0] / ns[1]);
+        }
+        let [ours, tree, lru, ratio] = columns.map(median);
+        println!("{regions} {ours:>8.1} {tree:>8.1} {lru:>8.1} {ratio:>8.2}");
+    }
+}
+
 /// Nanoseconds for a hit and its drop, each thread with requests of its own: the slowest thread's.
 fn hit<P: Peer>(peer: &P, orders: &[Vec<u32>]) -> f64 {
     let line = Barrier::new(orders.len());
@@ -193,15 +221,19 @@ fn hit<P: Peer>(peer: &P, orders: &[Vec<u32>]) -> f64 {
 
 const MISSES: u32 = 10_000;
 
-/// Nanoseconds for one of the misses that `fill` an empty cache with regions.
+/// Nanoseconds for one of the misses that `fill` an empty cache with regions: the median of short pieces.
 fn miss<T>(empty: impl Fn() -> T, fill: impl Fn(&T, VaRange)) -> f64 {
-    let ns = |_| {
+    const PIECE: u32 = 250;
+    let mut pieces = Vec::new();
+    for _ in 0..10 {
         let cache = empty();
-        let start = Instant::now();
-        (0..MISSES).for_each(|number| fill(&cache, region(number)));
-        start.elapsed().as_nanos() as f64 / f64::from(MISSES)
-    };
-    median((0..10).map(ns).collect())
+        for piece in 0..MISSES / PIECE {
+            let start = Instant::now();
+            (piece * PIECE..(piece + 1) * PIECE).for_each(|number| fill(&cache, region(number)));
+            pieces.push(start.elapsed().as_nanos() as f64 / f64::from(PIECE));
+        }
+    }
+    median(pieces)
 }
 
 impl Tree {
@@ -322,6 +354,9 @@ fn main() {
     let rounds: usize = std::env::args().nth(1).and_then(|n| n.parse().ok()).unwrap_or(5);
     if std::env::args().nth(2).is_some_and(|only| only == "miss") {
         return misses(rounds);
+    }
+    if std::env::args().nth(2).is_some_and(|only| only == "hit") {
+        return hits(rounds);
     }
     println!("{rounds} rounds, medians of ns for one; the ratio is the median of the rounds' ratios\n");
     println!(

@@ -51,6 +51,14 @@ fn map(bytes: usize) -> *mut c_void {
     at
 }
 
+/// Maps a page where one is, or was a moment ago: this program has one thread that maps.
+fn map_over(at: *mut c_void) {
+    let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    // SAFETY: a page of `map`, which nobody else has been given since.
+    let again = unsafe { libc::mmap(at, PAGE, protection, flags | libc::MAP_FIXED, -1, 0) };
+    assert_eq!(again, at);
+}
+
 fn unmap(at: *mut c_void, bytes: usize) {
     // SAFETY: a mapping of `map`, which nobody uses any more.
     unsafe { libc::munmap(at, bytes) };
@@ -94,9 +102,12 @@ fn main() {
         Ok(kernel) => by_hand(rounds, &kernel),
         Err(error) => println!("SKIP kernel by hand: {error}"),
     }
-    let bare = (0..rounds).map(|_| cycle()).collect();
     match Kernel::start() {
-        Ok(kernel) => real(rounds, &kernel, median(bare)),
+        Ok(kernel) => {
+            drop(kernel);
+            on_and_off(rounds);
+            real(rounds, &Kernel::start().expect("it has started before"));
+        }
         Err(error) => println!("SKIP kernel: {error}"),
     }
     match Uffd::start() {
@@ -152,31 +163,52 @@ fn by_hand(rounds: usize, kernel: &Arc<Kernel>) {
     );
 }
 
-fn real(rounds: usize, kernel: &Arc<Kernel>, before: f64) {
-    println!("mmap, touch, munmap of a page before there was a virtual machine: {before:.1} ns");
-    let _armed: Vec<_> = (0..10).map(|number| kernel.arm(page(number)).expect("armed")).collect();
-    let armed_cycle = |settle: bool| {
-        let at = map(PAGE);
-        unmap(at, PAGE);
-        let armed = kernel.arm(range(at, PAGE)).expect("armed");
-        let taken = each(2_000, || {
-            let at = map(PAGE);
-            touch(at, PAGE);
-            unmap(at, PAGE);
-            if settle {
-                black_box(kernel.settle().expect("no fork"));
-            }
-        });
-        drop(armed);
-        taken
-    };
+/// The source is stopped for the bare call, and started again.
+fn on_and_off(rounds: usize) {
     compare(
         rounds,
         "mmap, touch, munmap of a page",
         &mut [
-            ("kernel on, not armed", &mut cycle),
-            ("armed", &mut || armed_cycle(false)),
-            ("armed, and settle()", &mut || armed_cycle(true)),
+            ("bare", &mut cycle),
+            ("kernel on, nothing armed", &mut || {
+                let _kernel = Kernel::start().expect("it has started before");
+                cycle()
+            }),
+            ("kernel on, 10 other ranges armed", &mut || {
+                let kernel = Kernel::start().expect("it has started before");
+                let _armed: Vec<_> = (0..10).map(|number| kernel.arm(page(number)).expect("armed")).collect();
+                cycle()
+            }),
+        ],
+    );
+}
+
+fn real(rounds: usize, kernel: &Arc<Kernel>) {
+    // From the unmapping of a page that was touched to the end of `f`.
+    let unmapping = |arm: bool, f: &mut dyn FnMut()| {
+        const TIMES: u32 = 500;
+        let at = map(PAGE);
+        let armed = arm.then(|| kernel.arm(range(at, PAGE)).expect("armed"));
+        let mut taken = 0.0;
+        for _ in 0..TIMES {
+            map_over(at);
+            touch(at, PAGE);
+            let start = Instant::now();
+            unmap(at, PAGE);
+            f();
+            taken += start.elapsed().as_nanos() as f64;
+        }
+        drop(armed);
+        taken / f64::from(TIMES)
+    };
+    compare(
+        rounds,
+        "munmap of a page",
+        &mut [
+            ("not armed", &mut || unmapping(false, &mut || {})),
+            ("armed", &mut || unmapping(true, &mut || {})),
+            ("armed, and drain()", &mut || unmapping(true, &mut || _ = black_box(kernel.drain()))),
+            ("armed, and settle()", &mut || unmapping(true, &mut || _ = black_box(kernel.settle().expect("no fork")))),
         ],
     );
     compare(

@@ -1,7 +1,7 @@
 //! A library to preload: installs the hook, and the kernel's notifier where it is to be had, before a program's `main`.
 //!
 //! `LD_PRELOAD=libpreload.so PROG`. With `MMUN_PRELOAD_REPORT=FILE` every process appends, when it exits, a line with
-//! how many brackets it has seen. The program runs as it does without.
+//! how many brackets it has seen, or when it starts, why there is no hook. The program runs as it does without.
 #![cfg(all(target_os = "linux", target_env = "gnu"))]
 
 use mmu_notifier::{InvalidateRange, Notifier, Registration};
@@ -29,15 +29,22 @@ static START: extern "C" fn() = start;
 
 extern "C" fn start() {
     let Ok(watch) = Registration::new(&mmu_source::current(), Count) else { return };
-    let Ok(hook) = Hook::install() else { return };
+    let hook = match Hook::install() {
+        Ok(hook) => hook,
+        Err(error) => return write_report(&format!("refused: {error}")),
+    };
     let _ = HELD.set((hook, Kernel::start().ok(), watch));
     // SAFETY: the function stays: the hook keeps this library loaded.
     unsafe { libc::atexit(report) };
 }
 
 extern "C" fn report() {
+    let kernel = HELD.get().is_some_and(|held| held.1.is_some());
+    write_report(&format!("brackets {} kernel {kernel}", SEEN.load(Ordering::Relaxed)));
+}
+
+fn write_report(line: &str) {
     let Some(path) = std::env::var_os("MMUN_PRELOAD_REPORT") else { return };
     let Ok(mut file) = OpenOptions::new().append(true).create(true).open(path) else { return };
-    let kernel = HELD.get().is_some_and(|held| held.1.is_some());
-    let _ = writeln!(file, "brackets {} kernel {kernel}", SEEN.load(Ordering::Relaxed));
+    let _ = writeln!(file, "{line}");
 }

@@ -8,11 +8,18 @@
 //! # Safety
 //! This module makes the page and hands out references into it. The page is mapped for ever, writable, zeroed by the
 //! kernel and aligned for any word; it is only ever touched as the atomics of [`Marks`].
+//!
+//! A lock that a thread holds while another one forks is held in the child for ever. So what a child may need as well, to
+//! start a source of its own, is guarded by a lock in that page, or by one that each address space makes anew.
 
 #![allow(unsafe_code, reason = "maps the one page; see its Safety section")]
 
+use crate::kernel::Kernel;
+use crate::kernel::sys::until;
+use crate::uffd::Uffd;
 use std::ptr;
-use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
+use std::sync::{Mutex, Weak};
 
 /// The words.
 #[derive(Debug)]
@@ -22,7 +29,17 @@ pub(crate) struct Marks {
     pub(crate) space: AtomicPtr<mmu_notifier::MmWithUser>,
     /// Counts up to tell one address space of a family of forks from the next: nonzero where a source was started.
     pub(crate) alive: AtomicU64,
+    /// The source of this address space that runs, under a lock that no other address space's thread has taken along.
+    pub(crate) kernel: AtomicPtr<Running<Kernel>>,
+    pub(crate) uffd: AtomicPtr<Running<Uffd>>,
+    /// Held while the hook finds out what is to be patched.
+    pub(crate) hook_plan: Lock,
+    /// Held while the hook patches.
+    pub(crate) hook_patch: Lock,
 }
+
+/// The one of a source, while somebody has it.
+pub(crate) type Running<T> = Mutex<Weak<T>>;
 
 static PAGE: AtomicPtr<Marks> = AtomicPtr::new(ptr::null_mut());
 
@@ -84,6 +101,53 @@ extern "C" fn wipe() {
     // ORDER: Relaxed: there is one thread in the child of a fork.
     marks.space.store(ptr::null_mut(), Ordering::Relaxed);
     marks.alive.store(0, Ordering::Relaxed);
+    marks.kernel.store(ptr::null_mut(), Ordering::Relaxed);
+    marks.uffd.store(ptr::null_mut(), Ordering::Relaxed);
+    marks.hook_plan.0.store(false, Ordering::Relaxed);
+    marks.hook_patch.0.store(false, Ordering::Relaxed);
+}
+
+/// Returns what `slot` of [`marks`] holds for this address space, made on first use. It lasts as long as the process.
+pub(crate) fn own<T>(slot: &'static AtomicPtr<Running<T>>) -> &'static Running<T> {
+    // ORDER(source-running): Acquire, for the content. Partner: the exchange below.
+    let mut made = slot.load(Ordering::Acquire);
+    if made.is_null() {
+        let new = Box::into_raw(Box::new(Mutex::new(Weak::new())));
+        // ORDER(source-running): Release for the content, Acquire for that of whoever was first. Partner: itself, and the load above.
+        made = match slot.compare_exchange(made, new, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => new,
+            Err(first) => {
+                // SAFETY: `Box::from_raw` needs a unique, live allocation: it was made above, and nobody has seen it.
+                drop(unsafe { Box::from_raw(new) });
+                first
+            }
+        };
+    }
+    // SAFETY: the word comes from `Box::into_raw` above, published with Release, and is never freed.
+    unsafe { &*made }
+}
+
+/// A lock that is free in the child of a fork, whoever held it in the parent. It lies in [`Marks`].
+#[derive(Debug)]
+pub(crate) struct Lock(AtomicBool);
+
+impl Lock {
+    /// Runs `f` while nobody else of this address space does.
+    pub(crate) fn with<R>(&'static self, f: impl FnOnce() -> R) -> R {
+        // ORDER(fork-lock): Acquire, for what the last holder left. Partner: the Release in `drop`.
+        until(|| self.0.compare_exchange_weak(false, true, Ordering::Acquire, Ordering::Relaxed).is_ok());
+        let _held = Held(self);
+        f()
+    }
+}
+
+struct Held(&'static Lock);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        // ORDER(fork-lock): Release. Partner: the exchange in `with`.
+        self.0.0.store(false, Ordering::Release);
+    }
 }
 
 /// Turns what `marks().space` holds into a reference.

@@ -22,7 +22,7 @@
 //! # Limits
 //! x86-64 with glibc. Signal handlers must not make memory calls while a hook is installed. The library with this code must be there
 //! when the program starts (linked or preloaded): thread-local storage of a library that is loaded later is allocated on first
-//! use, perhaps inside `free`.
+//! use, perhaps inside `free`. Such a library is refused.
 //!
 //! # Examples
 //! ```
@@ -94,8 +94,8 @@ impl Hook {
     /// The first time it reads all of libc's code, tens of milliseconds; then it replaces a few pages. It waits for an
     /// installation or removal by another thread.
     /// # Errors
-    /// [`Error::Unavailable`] if this is not x86-64 with glibc, or if libc has no place that can be patched; it says what was
-    /// found. [`Error::Kernel`] if the kernel refuses to replace a page of code (`EACCES` or `EPERM` under a security module or
+    /// [`Error::Unavailable`] if this is not x86-64 with glibc, if libc has no place that can be patched (it says what was
+    /// found), or if this code is in a library that was loaded by `dlopen`. [`Error::Kernel`] if the kernel refuses to replace a page of code (`EACCES` or `EPERM` under a security module or
     /// where code is sealed); then nothing is patched.
     pub fn install() -> Result<Self, Error> {
         switch::install().map(|()| Self(PhantomData))

@@ -78,7 +78,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering, fence};
-use std::sync::{Arc, Mutex, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, TryLockError};
 use std::thread::JoinHandle;
 use sys::Shared;
 
@@ -210,13 +210,21 @@ impl Kernel {
     /// the order of the ring.
     ///
     /// # Blocking
-    /// While callbacks run, and while another thread drains.
+    /// While callbacks run, here or in another thread that drains. What changes meanwhile is left for the next call.
     pub fn drain(&self) -> Drained {
         if self.inner.is_inherited() || drain::is_draining() {
             return Drained::REFUSED;
         }
-        let (ranges, lost) = self.inner.drainer.lock().unwrap_or_else(PoisonError::into_inner).run(self.inner.words());
-        Drained { ranges, lost, refused: false }
+        let target = self.generation();
+        let mut drained = Drained { ranges: 0, lost: false, refused: false };
+        sys::until(|| match self.inner.try_drain(target) {
+            Some((ranges, lost)) => {
+                drained = Drained { ranges, lost, ..drained };
+                true
+            }
+            None => self.is_handled(target),
+        });
+        drained
     }
 
     /// Returns how many records were lost because the ring was full. Each time everything was invalidated.
@@ -284,15 +292,21 @@ impl Inner {
         if drain::is_draining() {
             return Err(Error::InCallback { source: "kernel" });
         }
-        let mut rounds = 0_u32;
-        loop {
-            self.drainer.lock().unwrap_or_else(PoisonError::into_inner).run(self.words());
-            if self.handled() >= generation {
-                return Ok(());
-            }
-            // The program has counted the generation on another processor and is about to write its record.
-            rounds += 1;
-            if rounds < 100 { std::hint::spin_loop() } else { sys::pause() }
+        // Once more if the program has counted the generation on another processor and is about to write its record. Nobody
+        // waits for the lock itself: whoever has it goes on, and may have handed on what is asked for here long before.
+        sys::until(|| {
+            self.try_drain(generation);
+            self.handled() >= generation
+        });
+        Ok(())
+    }
+
+    /// Hands on what is there, up to a generation, unless another thread does.
+    fn try_drain(&self, target: u64) -> Option<(usize, bool)> {
+        match self.drainer.try_lock() {
+            Ok(mut drainer) => Some(drainer.run(self.words(), target)),
+            Err(TryLockError::Poisoned(error)) => Some(error.into_inner().run(self.words(), target)),
+            Err(TryLockError::WouldBlock) => None,
         }
     }
 
@@ -318,12 +332,10 @@ impl Inner {
             // Whoever waits for this range drains by itself, and at once. Were this thread as quick, the two would fight for the lock,
             // and each event would wake it.
             sys::nap();
-            match self.drainer.try_lock() {
-                Ok(mut drainer) => drop(drainer.run(self.words())),
-                Err(TryLockError::Poisoned(error)) => drop(error.into_inner().run(self.words())),
-                // Whoever has the lock empties the ring.
-                Err(TryLockError::WouldBlock) => {}
-            }
+            // ORDER(source-generation): Acquire, as everybody's look; what comes after it wakes this thread again.
+            let target = self.header.u64(header::GENERATION).load(Ordering::Acquire);
+            // If another thread has the lock, that one empties the ring, or this one does after the next nap.
+            self.try_drain(target);
         }
     }
 }

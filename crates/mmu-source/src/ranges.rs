@@ -7,8 +7,9 @@ use mmu_notifier::{Va, VaRange};
 /// Advice to `madvise` that changes no translation. Any other, an unknown one included, is taken to clear the range.
 ///
 /// NORMAL, RANDOM, SEQUENTIAL, WILLNEED, DONTFORK, DOFORK, MERGEABLE, HUGEPAGE, NOHUGEPAGE, DONTDUMP, DODUMP, WIPEONFORK,
-/// KEEPONFORK, COLD, POPULATE_READ, POPULATE_WRITE and GUARD_REMOVE.
-pub(crate) const HARMLESS_ADVICE: &[u32] = &[0, 1, 2, 3, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 22, 23, 103];
+/// KEEPONFORK, COLD, POPULATE_READ and GUARD_REMOVE. POPULATE_WRITE is not among them: it gives each page that was shared for
+/// reading a copy of its own.
+pub(crate) const HARMLESS_ADVICE: &[u32] = &[0, 1, 2, 3, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 22, 103];
 /// The one flag of `mbind` that moves no pages.
 pub(crate) const MPOL_MF_STRICT: u64 = 1;
 /// `mprotect` goes on to the start of a mapping that grows down.
@@ -16,16 +17,38 @@ pub(crate) const PROT_GROWSDOWN: u64 = 0x0100_0000;
 /// How many vectors a call may have.
 pub(crate) const UIO_MAXIOV: u64 = 1024;
 
+/// `file_page` looks up the size of the file's pages, if it is one of huge pages.
+///
+/// # Source
+/// `ksys_mmap_pgoff`, mm/mmap.c: the length is rounded up to whole huge pages by the file, or by the flags.
 #[inline]
-pub(crate) fn mmap(ranges: &mut impl Extend<VaRange>, address: u64, length: u64, flags: u64) {
-    let replaces = flags & libc::MAP_FIXED as u64 != 0 && flags & libc::MAP_FIXED_NOREPLACE as u64 == 0;
-    if replaces {
-        add(
-            ranges,
-            address,
-            if flags & libc::MAP_HUGETLB as u64 == 0 { length } else { huge_up(address, length, flags) },
-        );
+pub(crate) fn mmap(
+    ranges: &mut impl Extend<VaRange>,
+    address: u64,
+    length: u64,
+    flags: u64,
+    file_page: impl FnOnce() -> Option<u64>,
+) {
+    /// The smallest; an address that is no multiple of it is refused.
+    const HUGE_PAGE: u64 = 1 << 21;
+    let has = |flag: i32| flags & flag as u64 != 0;
+    if !has(libc::MAP_FIXED) || has(libc::MAP_FIXED_NOREPLACE) {
+        return;
     }
+    let mut length = length;
+    if !has(libc::MAP_ANONYMOUS) && address.is_multiple_of(HUGE_PAGE) {
+        length = file_page().and_then(|page| length.checked_next_multiple_of(page)).unwrap_or(length);
+    }
+    if has(libc::MAP_HUGETLB) {
+        length = huge_up(address, length, flags);
+    }
+    add(ranges, address, length);
+}
+
+/// Tells the size of a file's pages by what `statfs` says of its file system, if they are huge.
+pub(crate) fn huge_page(file_system: i64, block: i64) -> Option<u64> {
+    const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
+    (file_system as u32 == HUGETLBFS_MAGIC as u32 && block > 0).then_some(block as u64)
 }
 
 /// Rounds the length of a mapping of huge pages up to their size, as the kernel does.
@@ -96,11 +119,13 @@ mod tests {
         const MIB: u64 = 1 << 20;
         let mapped = |address: u64, flags: i32| {
             let mut ranges = Vec::new();
-            mmap(&mut ranges, address, 4096, (flags | libc::MAP_FIXED) as u64);
+            mmap(&mut ranges, address, 4096, (flags | libc::MAP_FIXED) as u64, || Some(1 << 21));
             assert_eq!(ranges.len(), 1);
             ranges[0].end().map_or(0, Va::get) - address
         };
-        assert_eq!(mapped(1 << 40, 0), 4096);
+        assert_eq!(mapped(1 << 40, libc::MAP_ANONYMOUS), 4096);
+        assert_eq!(mapped(1 << 40, 0), 2 * MIB, "by the file");
+        assert_eq!(mapped((1 << 40) + 4096, 0), 4096, "refused for a file of huge pages");
         assert_eq!(mapped(1 << 40, libc::MAP_HUGETLB | libc::MAP_HUGE_2MB), 2 * MIB);
         assert_eq!(mapped(1 << 40, libc::MAP_HUGETLB | libc::MAP_HUGE_1GB), 1024 * MIB);
         // The default size: at most what the address is a multiple of.

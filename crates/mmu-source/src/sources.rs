@@ -45,10 +45,10 @@ sources! {
     "hook":
         "what goes through libc: munmap, mmap over live memory, mremap, madvise, brk, sbrk, shmat, shmdt, mprotect, syscall(2)",
         "before and after, in the calling thread",
-        "bare system call instructions, other processes, the kernel's own changes",
+        "bare system call instructions, a second libc, other processes, the kernel's own changes (copy on write, mlock)",
         "subscribe, put, map and unmap; not allocate, for it may run in the middle of free()",
         "some 50 ns for each call",
-        "x86-64";
+        "x86-64 with glibc, linked or preloaded";
     "uffd":
         "munmap, mremap, madvise, punched holes and fork, on armed ranges",
         "at about the time of the change; nobody waits for callbacks",

@@ -44,7 +44,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use sys::Message;
 
@@ -67,7 +67,6 @@ struct Inner {
     /// The reader answers a question when it has read whatever was there: then it copies `asked`.
     asked: AtomicU64,
     answered: AtomicU64,
-    told_overflows: AtomicU64,
     armed: Mutex<Vec<VaRange>>,
 }
 
@@ -98,8 +97,6 @@ fn missing(error: &io::Error) -> Error {
     Error::Unavailable { source: "uffd", missing: format!("{missing}: {error}"), remedy: remedy.to_owned() }
 }
 
-static RUNNING: Mutex<(u64, Weak<Uffd>)> = Mutex::new((0, Weak::new()));
-
 impl Uffd {
     /// Starts the source, or returns the one that runs already.
     ///
@@ -107,14 +104,12 @@ impl Uffd {
     /// [`Error::Unavailable`] if the kernel or the rights are lacking; [`Error::Kernel`] if a thread cannot be started.
     pub fn start() -> Result<Arc<Self>, Error> {
         let id = fork::mark();
-        let mut running = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
-        if running.0 == id
-            && let Some(uffd) = running.1.upgrade()
-        {
+        let mut running = fork::own(&marks().uffd).lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(uffd) = running.upgrade() {
             return Ok(uffd);
         }
         let uffd = Arc::new(Self::make(id)?);
-        *running = (id, Arc::downgrade(&uffd));
+        *running = Arc::downgrade(&uffd);
         Ok(uffd)
     }
 
@@ -131,7 +126,6 @@ impl Uffd {
             stop_telling: AtomicBool::new(false),
             asked: AtomicU64::new(0),
             answered: AtomicU64::new(0),
-            told_overflows: AtomicU64::new(0),
             armed: Mutex::new(Vec::new()),
         });
         let mut uffd = Self { inner, threads: Vec::with_capacity(2) };
@@ -183,8 +177,7 @@ impl Uffd {
         }
         self.ask();
         let (written, lost) = (inner.queue.written(), inner.queue.lost());
-        // ORDER(source-told): Acquire: the callbacks for the losses have run. Partner: the store in `Inner::tell`.
-        wait::until(|| inner.queue.read() >= written && inner.told_overflows.load(Ordering::Acquire) >= lost);
+        wait::until(|| inner.queue.read() >= written && inner.queue.is_told(lost));
         Ok(())
     }
 
@@ -253,13 +246,13 @@ impl Inner {
         let mm = current_ref();
         loop {
             wait::clear(self.teller.as_fd());
-            let lost = self.queue.lost();
-            if self.queue.take_overflow() {
-                drop(mm.invalidate(VaRange::ALL, Event::Clear));
-                // ORDER(source-told): Release: the callbacks have run. Partner: the load in `settle`.
-                self.told_overflows.store(lost, Ordering::Release);
-            }
-            while let Some([kind, start, end]) = self.queue.peek() {
+            loop {
+                // Also between entries, which may never end.
+                if let Some(lost) = self.queue.untold() {
+                    drop(mm.invalidate(VaRange::ALL, Event::Clear));
+                    self.queue.tell(lost);
+                }
+                let Some([kind, start, end]) = self.queue.peek() else { break };
                 let range = VaRange::covering(Va::new(start), end.wrapping_sub(start)).unwrap_or(VaRange::ALL);
                 let event = match kind {
                     kind if kind == Kind::Unmap as u64 => Event::Unmap,

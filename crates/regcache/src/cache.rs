@@ -1,10 +1,11 @@
 //! A device, its caches, and what the core tells them.
 
 use crate::gate::Gate;
-use crate::index::{Held, Index, Look, Quick};
+use crate::index::{Index, Look, NoHit};
 use crate::lease::{Lease, OwnedLease};
 use crate::raw::handles::Handles;
-use crate::raw::region::{Region, Status};
+use crate::raw::held::Held;
+use crate::raw::region::Status;
 use crate::state::{Chain, State};
 use crate::sync::{Condvar, Mutex, MutexGuard, lock};
 use crate::{Error, Options, Registrar, Stats};
@@ -120,14 +121,11 @@ impl<R: Registrar> RegCache<R> {
     #[inline(always)]
     pub fn get(&self, range: VaRange) -> Result<Lease<'_, R>, Error<R::Error>> {
         let cache = &*self.subscription;
-        if cache.gate.is_current() {
-            match cache.index.quick(range) {
-                Quick::Hit(held) => return Ok(Lease::new(cache, held)),
-                Quick::Retract(held) => cache.end(&held),
-                Quick::Miss => {}
-            }
+        let quick = if cache.gate.is_current() { cache.index.quick(range) } else { Err(NoHit::Unknown) };
+        match quick.or_else(|no_hit| cache.find_or_register(range, no_hit)) {
+            Ok(held) => Ok(Lease::new(cache, held)),
+            Err(error) => Err(unbox(error)),
         }
-        cache.find_or_register(range)
     }
 
     /// The same as [`get`](Self::get), for a lease that keeps the cache itself, such as one that goes along with a request and is
@@ -197,6 +195,14 @@ impl<R: Registrar> RegCache<R> {
     }
 }
 
+/// Out of line, so that a hit does not make ready for it.
+#[cold]
+#[inline(never)]
+#[expect(clippy::boxed_local, reason = "it is what errors come in")]
+fn unbox<E>(error: Box<E>) -> E {
+    *error
+}
+
 impl<R: Registrar> fmt::Debug for RegCache<R> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RegCache").field("mm", self.mm()).field("stats", &self.stats()).finish_non_exhaustive()
@@ -240,35 +246,39 @@ impl<R: Registrar> Cache<R> {
         lock(&self.state)
     }
 
-    /// The way of a request that was no quick hit.
+    /// The way of a request that was no quick hit. Its result fits into two registers, so that the quick way needs no memory for it.
     #[cold]
     #[inline(never)]
-    fn find_or_register(&self, range: VaRange) -> Result<Lease<'_, R>, Error<R::Error>> {
-        self.gate.settle()?;
-        match self.index.look_up(range) {
-            Look::Hit(held) => return Ok(Lease::new(self, held)),
-            Look::Dead(region) => self.ended_dead(region),
-            Look::Miss => {}
+    fn find_or_register(&self, range: VaRange, no_hit: NoHit<'_>) -> Result<Held<'_>, Box<Error<R::Error>>> {
+        if let NoHit::Wrong(held) = &no_hit {
+            self.end(held);
         }
-        self.miss(range).map(|held| Lease::new(self, held))
+        if !matches!(no_hit, NoHit::Nothing) || !self.index.has_one_level() {
+            self.gate.settle().map_err(Box::new)?;
+            match self.index.look_up(range) {
+                Look::Hit(held) => return Ok(held),
+                Look::Dead(region) => self.ended_dead(region),
+                Look::Miss => {}
+            }
+        }
+        self.miss(range)
     }
 
     /// Ends a lease.
     #[inline(always)]
     pub(crate) fn end(&self, held: &Held<'_>) {
-        if self.index.end(held) {
-            self.ended_dead(held.region());
+        if let Some(region) = self.index.end(held) {
+            self.ended_dead(region);
         }
     }
 
     /// Deregisters a dead region, if the lease that has just ended was its last.
     #[cold]
     #[inline(never)]
-    fn ended_dead(&self, region: &Region) {
+    fn ended_dead(&self, region: u32) {
         if self.index.page.is_inherited() {
             return;
         }
-        let region = self.index.number(region);
         let chain = self.lock().lease_ended(&self.index, region);
         self.reap(chain);
     }

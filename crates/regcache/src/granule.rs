@@ -51,20 +51,28 @@ pub(crate) fn granules(range: VaRange) -> impl Iterator<Item = Granule> {
     (first..=last).map(move |number| Granule { level, number })
 }
 
-/// What makes the hash of an address at a level: the shift in the lower bits, the level in the upper.
-pub(crate) const fn lead(level: u32) -> u64 {
-    (level as u64) << 58 | shift(level) as u64
+/// What makes the hash of an address at a level.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Lead {
+    /// The bits of a granule's number.
+    pub(crate) mask: u64,
+    /// The golden section, as a part of what the number can be.
+    pub(crate) factor: u64,
 }
 
-/// The hash of the granule that an address is in, at the level of `lead`. The table uses its upper half, in which neighbours are
-/// spread evenly (Fibonacci hashing).
+pub(crate) const fn lead(level: u32) -> Lead {
+    Lead { mask: u64::MAX << shift(level), factor: 0x9e37_79b9_7f4a_7c15 >> shift(level) | 1 }
+}
+
+/// The hash of the granule that an address is in, at the level of `lead`: the upper half of the product, in which neighbours are spread
+/// evenly (Fibonacci hashing).
 #[inline(always)]
-pub(crate) fn hash(address: Va, lead: u64) -> u64 {
-    ((address.get() >> (lead & 63)) ^ lead).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+pub(crate) fn hash(address: Va, lead: Lead) -> u32 {
+    ((address.get() & lead.mask).wrapping_mul(lead.factor) >> 32) as u32
 }
 
 impl Granule {
-    pub(crate) fn hash(self) -> u64 {
+    pub(crate) fn hash(self) -> u32 {
         hash(Va::new(self.number << shift(self.level)), lead(self.level))
     }
 }

@@ -11,12 +11,12 @@
 
 use crate::granule::{hash, lead};
 use crate::raw::barrier;
+use crate::raw::held::{Held, Place};
 use crate::raw::memory::Array;
 use crate::raw::page::Page;
 use crate::raw::region::Region;
-use crate::raw::threads::{Block, Slot, Threads};
+use crate::raw::threads::{Block, Threads};
 use crate::sync::atomic::{AtomicU64, Ordering};
-use crate::sync::mutant;
 use mmu_notifier::VaRange;
 use std::{io, ptr};
 
@@ -24,24 +24,11 @@ use std::{io, ptr};
 #[derive(Debug)]
 pub(crate) struct Index {
     pub(crate) page: Page,
-    pub(crate) regions: Array<Region>,
+    /// By name: the first one is none.
+    regions: Array<Region>,
     pub(crate) threads: Threads,
     /// Hits of leases that are in no slot.
     counted_hits: AtomicU64,
-}
-
-/// A region that is leased, and where that is written down.
-#[derive(Debug)]
-pub(crate) struct Held<'a> {
-    region: &'a Region,
-    /// None: in the region.
-    slot: Option<&'a Slot>,
-}
-
-impl<'a> Held<'a> {
-    pub(crate) fn region(&self) -> &'a Region {
-        self.region
-    }
 }
 
 /// What a look-up came to.
@@ -49,35 +36,37 @@ impl<'a> Held<'a> {
 pub(crate) enum Look<'a> {
     Hit(Held<'a>),
     /// This region was found and is dead by now; if its last lease seemed to be this one, the caller has to see to it.
-    Dead(&'a Region),
+    Dead(u32),
     Miss,
 }
 
-/// What a quick look came to.
+/// What a quick look came to that was no hit.
 #[derive(Debug)]
-pub(crate) enum Quick<'a> {
-    Hit(Held<'a>),
-    /// This was the wrong region: the lease has to be ended.
-    Retract(Held<'a>),
-    Miss,
+pub(crate) enum NoHit<'a> {
+    /// This lease is of the wrong region, and has to be ended.
+    Wrong(Held<'a>),
+    /// There was nothing at the level that has the most regions.
+    Nothing,
+    /// It did not look.
+    Unknown,
 }
 
 impl Index {
     pub(crate) fn new(regions: u32) -> io::Result<Self> {
         Ok(Self {
             page: Page::new()?,
-            regions: Array::zeroes(regions as usize),
+            regions: Array::zeroes(regions as usize + 1),
             threads: Threads::new(barrier::prepare()),
             counted_hits: AtomicU64::new(0),
         })
     }
 
+    #[inline(always)]
     pub(crate) fn region(&self, region: u32) -> &Region {
-        &self.regions[region as usize]
+        &self.regions[region as usize + 1]
     }
 
-    /// The number of a region.
-    pub(crate) fn number(&self, region: &Region) -> u32 {
+    fn name_of(&self, region: &Region) -> u32 {
         let offset = ptr::from_ref(region).addr() - self.regions.as_ptr().addr();
         (offset / size_of::<Region>()) as u32
     }
@@ -86,29 +75,34 @@ impl Index {
         self.threads.hits() + self.counted_hits.load(Ordering::Relaxed)
     }
 
-    /// Leases a live region that covers `range`, if it is found at once: in this thread's next slot, at the level that has the most
+    /// Leases a live region that covers `range`, if it is found at once: in a slot of this thread, at the level that has the most
     /// regions. Nearly all hits are.
     #[inline(always)]
-    pub(crate) fn quick(&self, range: VaRange) -> Quick<'_> {
-        let Some(block) = self.threads.mine() else { return Quick::Miss };
-        let Some(slot) = block.next_slot() else { return Quick::Miss };
-        let Some(view) = self.page.view() else { return Quick::Miss };
-        let found = view.probe(hash(range.start(), self.page.lead.load(Ordering::Relaxed)), |number| {
-            let region = self.regions.get(number as usize)?;
-            slot.publish(number);
+    pub(crate) fn quick(&self, range: VaRange) -> Result<Held<'_>, NoHit<'_>> {
+        let page = self.page.fields();
+        let block = self.threads.mine().ok_or(NoHit::Unknown)?;
+        let view = page.view().ok_or(NoHit::Unknown)?;
+        let slot = block.free_slot().ok_or(NoHit::Unknown)?;
+        let found = view.probe_names(hash(range.start(), page.lead()), |name| {
+            let region = self.regions.get(name as usize)?;
+            slot.publish(name);
             // Now, and not before: the place may have been another region's when the table was read.
-            let stands = region.is_live() && (region.covers(range) || mutant("no_second_look"));
-            Some((Held { region, slot: Some(slot) }, stands))
+            Some(region.visit(range))
         });
         match found {
-            Some((held, true)) => {
-                held.region.visit();
+            Some(true) => {
                 block.count_hit();
-                Quick::Hit(held)
+                Ok(Held::in_slot(slot))
             }
-            Some((held, false)) => Quick::Retract(held),
-            None => Quick::Miss,
+            Some(false) => Err(NoHit::Wrong(Held::in_slot(slot))),
+            None => Err(NoHit::Nothing),
         }
+    }
+
+    /// Whether `quick` looks everywhere.
+    pub(crate) fn has_one_level(&self) -> bool {
+        // Relaxed: a level that is missed is a miss.
+        self.page.levels.load(Ordering::Relaxed).is_power_of_two()
     }
 
     /// Looks everywhere, still without a lock.
@@ -117,39 +111,36 @@ impl Index {
         let Some((block, slot)) = block.and_then(|block| Some((block, block.free_slot()?))) else {
             return self.look_up_counted(range);
         };
-        self.search(range, |number| {
-            let region = self.regions.get(number as usize)?;
-            slot.publish(number);
-            let held = Held { region, slot: Some(slot) };
-            if region.is_live() && region.covers(range) {
-                region.visit();
+        self.search(range, |name| {
+            let region = self.regions.get(name as usize)?;
+            slot.publish(name);
+            if region.visit(range) {
                 block.count_hit();
-                return Some(Look::Hit(held));
+                return Some(Look::Hit(Held::in_slot(slot)));
             }
-            self.retract(held)
+            self.retract(&Held::in_slot(slot))
         })
     }
 
     /// The same for a thread that has no free slot.
     #[cold]
     fn look_up_counted(&self, range: VaRange) -> Look<'_> {
-        self.search(range, |number| {
-            let region = self.regions.get(number as usize)?;
+        self.search(range, |name| {
+            let region = self.regions.get(name as usize)?;
             // Not every region that hashes alike: this is a shared write.
             if !region.covers(range) {
                 return None;
             }
             region.count();
-            if region.is_live() && region.covers(range) {
-                region.visit();
+            if region.visit(range) {
                 self.counted_hits.fetch_add(1, Ordering::Relaxed);
-                return Some(Look::Hit(Held { region, slot: None }));
+                return Some(Look::Hit(Held::in_region(region)));
             }
-            self.retract(Held { region, slot: None })
+            self.retract(&Held::in_region(region))
         })
     }
 
-    /// Calls `f` with the regions that the table has for the first page of `range`, until it returns something.
+    /// Calls `f` with the names of the regions that the table has for the first page of `range`, until it returns something.
     fn search<'a>(&'a self, range: VaRange, mut f: impl FnMut(u32) -> Option<Look<'a>>) -> Look<'a> {
         // Relaxed: a level that is missed is a miss.
         let mut levels = self.page.levels.load(Ordering::Relaxed);
@@ -157,7 +148,7 @@ impl Index {
         while levels != 0 {
             let hash = hash(range.start(), lead(levels.trailing_zeros()));
             levels &= levels - 1;
-            if let Some(look) = view.probe(hash, &mut f) {
+            if let Some(look) = view.probe_names(hash, &mut f) {
                 return look;
             }
         }
@@ -165,30 +156,52 @@ impl Index {
     }
 
     /// Takes a lease back that did not come to stand.
-    fn retract<'a>(&'a self, held: Held<'a>) -> Option<Look<'a>> {
-        self.end(&held).then_some(Look::Dead(held.region))
+    fn retract(&self, held: &Held<'_>) -> Option<Look<'_>> {
+        self.end(held).map(Look::Dead)
     }
 
     /// Leases a region for a caller that holds the lock of the cache, and has seen that the region is live or made it.
     pub(crate) fn lease_locked(&self, number: u32) -> Held<'_> {
         let region = self.region(number);
-        region.visit();
-        let slot = self.threads.mine().and_then(Block::free_slot);
-        match slot {
-            Some(slot) => slot.publish_locked(number),
-            None => region.count(),
+        region.visit(region.range());
+        match self.threads.mine().and_then(Block::free_slot) {
+            Some(slot) => {
+                slot.publish_locked(number + 1);
+                Held::in_slot(slot)
+            }
+            None => {
+                region.count();
+                Held::in_region(region)
+            }
         }
-        Held { region, slot }
     }
 
-    /// Ends a lease. True if the region is not live, and the caller has to ask whether this was the last one.
+    /// The number of a region that is leased.
+    #[inline]
+    pub(crate) fn leased(&self, held: &Held<'_>) -> u32 {
+        match held.place() {
+            Place::Slot(slot) => slot.name() - 1,
+            Place::Region(region) => self.name_of(region) - 1,
+        }
+    }
+
+    /// Ends a lease. Returns the region's number if that is not live, and the caller has to ask whether this was the last one.
     #[inline(always)]
     #[must_use]
-    pub(crate) fn end(&self, held: &Held<'_>) -> bool {
-        match held.slot {
-            Some(slot) => slot.clear(),
-            None => held.region.uncount(),
-        }
-        !held.region.is_live()
+    pub(crate) fn end(&self, held: &Held<'_>) -> Option<u32> {
+        let Place::Slot(slot) = held.place() else { return self.end_counted(held) };
+        let name = slot.name();
+        let region = &self.regions[name as usize];
+        slot.clear();
+        if region.is_live() { None } else { Some(name - 1) }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn end_counted(&self, held: &Held<'_>) -> Option<u32> {
+        let number = self.leased(held);
+        let region = self.region(number);
+        region.uncount();
+        (!region.is_live()).then_some(number)
     }
 }

@@ -1,7 +1,8 @@
 //! Leases: what keeps a region registered.
 
 use crate::cache::Cache;
-use crate::index::Held;
+use crate::raw::held::Held;
+use crate::raw::region::Region;
 use crate::sync::atomic::{Ordering, fence};
 use crate::{Error, RegCache, Registrar};
 use mmu_notifier::VaRange;
@@ -24,19 +25,23 @@ impl<'a, R: Registrar> Lease<'a, R> {
         Self { cache, held }
     }
 
+    fn region(&self) -> &Region {
+        self.cache.index.region(self.cache.index.leased(&self.held))
+    }
+
     /// Returns what the registrar made of the region.
     #[must_use]
     #[inline]
     #[expect(unsafe_code, reason = "the one place where a handle is read")]
     pub fn handle(&self) -> &R::Handle {
         // SAFETY: The region must be leased as long as the reference lives: it is by `self`, which the reference borrows.
-        &unsafe { self.cache.handles.get(self.cache.index.number(self.held.region())) }.handle
+        &unsafe { self.cache.handles.get(self.cache.index.leased(&self.held)) }.handle
     }
 
     /// Returns the registered region, which covers what was asked for.
     #[must_use]
     pub fn range(&self) -> VaRange {
-        self.held.region().range()
+        self.region().range()
     }
 
     /// Tells whether the region still stands for the memory at its addresses.
@@ -54,7 +59,7 @@ impl<'a, R: Registrar> Lease<'a, R> {
         // it could be of the memory that came afterwards, and the answer from before.
         fence(Ordering::Acquire);
         let known = cache.gate.is_current() || cache.gate.settle::<R::Error>().is_ok();
-        known && !cache.index.page.is_inherited() && self.held.region().is_live()
+        known && !cache.index.page.is_inherited() && self.region().is_live()
     }
 }
 

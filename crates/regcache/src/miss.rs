@@ -7,7 +7,7 @@
 //! finds: as if it had come just before the invalidation.
 
 use crate::cache::{Cache, Registered};
-use crate::index::Held;
+use crate::raw::held::Held;
 use crate::raw::table::Table;
 use crate::state::{State, Target, bytes};
 use crate::sync::{MutexGuard, wait};
@@ -16,6 +16,9 @@ use mmu_notifier::VaRange;
 
 /// How often a registration is tried again because an invalidation met it.
 const TRIES: u32 = 8;
+
+/// A lease, or in few words that there is none.
+type Outcome<'a, R> = Result<Held<'a>, Box<Error<<R as Registrar>::Error>>>;
 
 /// What a request has been through.
 #[derive(Debug, Default)]
@@ -45,11 +48,11 @@ impl<R: Registrar> Drop for Open<'_, R> {
 
 impl<R: Registrar> Cache<R> {
     #[cold]
-    pub(crate) fn miss(&self, range: VaRange) -> Result<Held<'_>, Error<R::Error>> {
+    pub(crate) fn miss(&self, range: VaRange) -> Outcome<'_, R> {
         let mut past = Past::default();
         loop {
             if self.index.page.is_inherited() {
-                return Err(Error::Forked);
+                return Err(Error::Forked.into());
             }
             if let Some(result) = self.try_once(range, &mut past) {
                 return result;
@@ -58,11 +61,11 @@ impl<R: Registrar> Cache<R> {
     }
 
     /// One try. `None` if it has to be made again from the beginning.
-    fn try_once(&self, range: VaRange, past: &mut Past) -> Option<Result<Held<'_>, Error<R::Error>>> {
+    fn try_once(&self, range: VaRange, past: &mut Past) -> Option<Outcome<'_, R>> {
         let (index, options) = (&self.index, &self.options);
         let mut state = self.lock();
         if state.closed {
-            return Some(Err(Error::Exited));
+            return Some(Err(Error::Exited.into()));
         }
         let (merged, replaces) = match state.target(index, options, range) {
             Target::Found(region) => {
@@ -76,7 +79,7 @@ impl<R: Registrar> Cache<R> {
             return None;
         }
         if bytes(range) > options.max_bytes {
-            return Some(Err(Error::TooLarge { range, limit: options.max_bytes }));
+            return Some(Err(Error::TooLarge { range, limit: options.max_bytes }.into()));
         }
         let target = if past.alone || bytes(merged) > options.max_bytes { range } else { merged };
         if !state.has_room(options, bytes(target)) {
@@ -97,7 +100,7 @@ impl<R: Registrar> Cache<R> {
                     return None;
                 }
                 let (regions, bytes) = (state.regions, state.bytes);
-                return Some(Err(Error::Full { range, regions, bytes }));
+                return Some(Err(Error::Full { range, regions, bytes }.into()));
             }
             drop(state);
             self.reap(chain);
@@ -116,7 +119,7 @@ impl<R: Registrar> Cache<R> {
         // The region is on the list: what begins to change from now on will mark it.
         let armed = match self.gate.arm(target) {
             Ok(armed) => armed,
-            Err(error) => return Some(Err(error)),
+            Err(error) => return Some(Err(Box::new(error))),
         };
         let result = self.registrar.register(target);
         std::mem::forget(open);
@@ -143,7 +146,7 @@ impl<R: Registrar> Cache<R> {
         registered: Registered<R>,
         replaces: bool,
         past: &mut Past,
-    ) -> Option<Result<Held<'_>, Error<R::Error>>> {
+    ) -> Option<Outcome<'_, R>> {
         // SAFETY: The region must be ours and without a lease: its place was taken by this request, and it was never live.
         unsafe { self.handles.put(region, registered) };
         // Callbacks for what has begun to change since the region was armed mark it here. What begins later is counted, and no
@@ -177,7 +180,7 @@ impl<R: Registrar> Cache<R> {
         state.counts.deregistered += 1;
         state.free(&self.index, region);
         drop(state);
-        settled.err().map(Err)
+        settled.err().map(|error| Err(Box::new(error)))
     }
 
     fn refused(
@@ -187,7 +190,7 @@ impl<R: Registrar> Cache<R> {
         target: VaRange,
         error: R::Error,
         past: &mut Past,
-    ) -> Option<Result<Held<'_>, Error<R::Error>>> {
+    ) -> Option<Outcome<'_, R>> {
         let cause = self.registrar.cause(&error);
         let mut state = self.lock();
         state.finish(region);
@@ -206,18 +209,18 @@ impl<R: Registrar> Cache<R> {
             if helps {
                 return None;
             }
-            return Some(Err(Error::LimitReached { range, evicted, source: error }));
+            return Some(Err(Error::LimitReached { range, evicted, source: error }.into()));
         }
         self.wake(state);
         if cause == Cause::NotMapped && target != range && !past.alone {
             past.alone = true;
             return None;
         }
-        Some(Err(match cause {
+        Some(Err(Box::new(match cause {
             Cause::Limit => Error::LimitReached { range, evicted: past.evicted.unwrap_or(0), source: error },
             Cause::NotMapped => Error::NotMapped { range, source: error },
             Cause::Other => Error::Registrar { range: target, source: error },
-        }))
+        })))
     }
 
     /// Sleeps until a registration that is being made or undone has ended.

@@ -8,6 +8,7 @@
 
 pub(crate) mod barrier;
 pub(crate) mod handles;
+pub(crate) mod held;
 pub(crate) mod memory;
 mod number;
 pub(crate) mod page;

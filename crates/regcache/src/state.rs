@@ -18,7 +18,7 @@ use crate::raw::region::{Entry, Status};
 use crate::raw::table::Table;
 use crate::sync::atomic::Ordering;
 use crate::sync::mutant;
-use crate::walk::{Summary, Walked, walk};
+use crate::walk::{Levels, Summary, Walked, walk};
 use list::List;
 use mmu_notifier::{PAGE_SIZE, VaRange};
 use open::Open;
@@ -177,7 +177,7 @@ impl State {
     }
 
     fn is_live_in(&self, index: &Index, region: u32, range: VaRange) -> bool {
-        self.status(region) == Status::Live && index.region(region).range().overlaps(range)
+        self.status(region) == Status::Live && index.region(region).overlaps(range)
     }
 
     /// What to make of `request`: a live region that covers it, or what to register together with it.
@@ -219,7 +219,7 @@ impl State {
             let other = index.region(region);
             let entry = &self.entries[region as usize];
             // One that was hit will not be found afterwards: nothing to wait for.
-            if !entry.hit && (other.covers(range) || (merge != Merge::Never && other.range().overlaps(range))) {
+            if !entry.hit && (other.covers(range) || (merge != Merge::Never && other.overlaps(range))) {
                 return true;
             }
             next = entry.next;
@@ -273,21 +273,21 @@ impl State {
             self.counts.replaced += self.kill_where(index, range, |other| contains(range, other));
         }
         let Some(table) = index.page.tables().newest() else { return };
-        for granule in granules(range) {
-            table.insert(granule.hash(), region);
-        }
-        self.summary.add(range);
+        granules(range).for_each(|granule| table.insert(granule.hash(), region));
+        let levels = self.summary.add(range);
         self.live_regions += 1;
         self.live_bytes += bytes(range);
         self.entry(region).status = Status::Live;
         self.live.push(&mut self.entries, region);
         index.region(region).set_live();
-        self.tell_levels(index);
+        if levels == Levels::Others {
+            self.tell_levels(index);
+        }
     }
 
     /// Tells look-ups which levels there are.
-    fn tell_levels(&self, index: &Index) {
-        index.page.lead.store(lead(self.summary.largest()), Ordering::Relaxed);
+    fn tell_levels(&mut self, index: &Index) {
+        index.page.set_lead(lead(self.summary.find_largest()));
         index.page.levels.store(self.summary.levels(), Ordering::Relaxed);
     }
 
@@ -382,7 +382,7 @@ impl State {
         let mut next = self.registering.head;
         while let Some(region) = next.checked_sub(1) {
             let entry = &mut self.entries[region as usize];
-            entry.hit |= index.region(region).range().overlaps(range);
+            entry.hit |= index.region(region).overlaps(range);
             next = entry.next;
         }
     }

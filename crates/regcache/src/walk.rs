@@ -16,24 +16,31 @@ pub(crate) struct Summary {
     levels: [u32; LEVELS as usize],
     /// A bit for each level that has some.
     in_use: u64,
+    /// The level that had the most when that was last found out.
+    largest: u32,
     /// Regions of small levels, by the number of the block, wrapped around.
     blocks: Array<u32>,
 }
 
 impl Summary {
     pub(crate) fn new() -> Self {
-        Self { levels: [0; LEVELS as usize], in_use: 0, blocks: Array::zeroes(COUNTERS) }
+        Self { levels: [0; LEVELS as usize], in_use: 0, largest: 0, blocks: Array::zeroes(COUNTERS) }
     }
 
-    pub(crate) fn add(&mut self, range: VaRange) {
-        self.change(range, 1);
+    /// Adds a region; tells what look-ups have to know.
+    pub(crate) fn add(&mut self, range: VaRange) -> Levels {
+        let before = self.in_use;
+        let level = self.change(range, 1);
+        let largest = self.levels[level as usize] <= self.levels[self.largest as usize];
+        if self.in_use == before && largest { Levels::Same } else { Levels::Others }
     }
 
     pub(crate) fn remove(&mut self, range: VaRange) {
         self.change(range, u32::MAX);
     }
 
-    fn change(&mut self, range: VaRange, by: u32) {
+    #[inline]
+    fn change(&mut self, range: VaRange, by: u32) -> u32 {
         let level = level_of(range);
         let count = &mut self.levels[level as usize];
         *count = count.wrapping_add(by);
@@ -45,10 +52,11 @@ impl Summary {
                 *count = count.wrapping_add(by);
             }
         }
+        level
     }
 
     /// The level that has the most regions.
-    pub(crate) fn largest(&self) -> u32 {
+    pub(crate) fn find_largest(&mut self) -> u32 {
         let (mut levels, mut largest) = (self.in_use, self.in_use.trailing_zeros() % LEVELS);
         while levels != 0 {
             let level = levels.trailing_zeros();
@@ -57,13 +65,29 @@ impl Summary {
                 largest = level;
             }
         }
+        self.largest = largest;
         largest
+    }
+
+    /// About how many regions of small levels there are in a block, and at least that many.
+    #[inline]
+    fn block(&self, block: u64) -> u32 {
+        self.blocks[block as usize % COUNTERS]
     }
 
     /// A bit for each level that has regions.
     pub(crate) fn levels(&self) -> u64 {
         self.in_use
     }
+}
+
+/// What a new region means for look-ups.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Levels {
+    /// The levels in use are the same, and so is the largest.
+    Same,
+    /// They may be others.
+    Others,
 }
 
 /// How a walk ended.
@@ -87,43 +111,66 @@ pub(crate) fn walk<T>(
     mut ask: impl FnMut(&mut T, Granule),
 ) -> Walked {
     let levels = summary(subject).levels();
-    let mut ask_all = |subject: &mut T, mut levels: u64, within: VaRange, budget: &mut u64| {
-        while levels != 0 {
-            let level = levels.trailing_zeros();
-            levels &= levels - 1;
-            let (first, last) = span(within, shift(level));
-            if last - first >= *budget {
-                return Walked::TooFar;
-            }
-            *budget -= last - first + 1;
-            for number in first..=last {
-                ask(subject, Granule { level, number });
-            }
-        }
-        Walked::Done
-    };
     let (first, last) = span(range, BLOCK_SHIFT);
     if first == last {
-        // One block, which most ranges lie in: the summary would save little.
-        return ask_all(subject, levels, range, &mut budget);
+        // One block, which most ranges lie in.
+        let few = if summary(subject).block(first) == 0 { levels & !SMALL } else { levels };
+        return ask_all(subject, few, range, &mut budget, &mut ask);
     }
-    if ask_all(subject, levels & !SMALL, range, &mut budget) == Walked::TooFar {
+    walk_blocks(subject, summary, range, budget, &mut ask)
+}
+
+/// Calls `ask` with the granules of these levels in `within`.
+#[inline(always)]
+fn ask_all<T>(
+    subject: &mut T,
+    mut levels: u64,
+    within: VaRange,
+    budget: &mut u64,
+    ask: &mut impl FnMut(&mut T, Granule),
+) -> Walked {
+    while levels != 0 {
+        let level = levels.trailing_zeros();
+        levels &= levels - 1;
+        let (first, last) = span(within, shift(level));
+        if last - first >= *budget {
+            return Walked::TooFar;
+        }
+        *budget -= last - first + 1;
+        (first..=last).for_each(|number| ask(subject, Granule { level, number }));
+    }
+    Walked::Done
+}
+
+/// The same for a range that touches several blocks.
+#[cold]
+#[inline(never)]
+fn walk_blocks<T>(
+    subject: &mut T,
+    summary: impl Fn(&T) -> &Summary,
+    range: VaRange,
+    mut budget: u64,
+    ask: &mut impl FnMut(&mut T, Granule),
+) -> Walked {
+    let levels = summary(subject).levels();
+    if ask_all(subject, levels & !SMALL, range, &mut budget, ask) == Walked::TooFar {
         return Walked::TooFar;
     }
     if levels & SMALL == 0 {
         return Walked::Done;
     }
+    let (first, last) = span(range, BLOCK_SHIFT);
     for block in first..=last {
         if budget == 0 {
             return Walked::TooFar;
         }
         budget -= 1;
-        if summary(subject).blocks[block as usize % COUNTERS] == 0 {
+        if summary(subject).block(block) == 0 {
             continue;
         }
         let whole = VaRange::covering(Va::new(block << BLOCK_SHIFT), 1 << BLOCK_SHIFT);
         let within = whole.ok().and_then(|whole| whole.intersection(range)).unwrap_or(range);
-        if ask_all(subject, levels & SMALL, within, &mut budget) == Walked::TooFar {
+        if ask_all(subject, levels & SMALL, within, &mut budget, ask) == Walked::TooFar {
             return Walked::TooFar;
         }
     }
@@ -143,7 +190,7 @@ mod tests {
     fn a_walk_asks_for_a_granule_of_each_region_that_overlaps() {
         let regions = [range(0, 1), range(511, 3), range(5000, 70), range(1 << 20, 1 << 16), range(0, 100_000)];
         let mut summary = Summary::new();
-        regions.iter().for_each(|region| summary.add(*region));
+        regions.iter().for_each(|region| _ = summary.add(*region));
         for walked in [range(0, 1), range(512, 1), range(600, 5000), range(1 << 20, 1), range(0, 1 << 21)] {
             let mut asked = Vec::new();
             let walked_all = walk(&mut summary, |summary| summary, walked, u64::MAX, |_, granule| asked.push(granule));
@@ -159,7 +206,7 @@ mod tests {
     #[test]
     fn a_walk_over_everything_gives_up() {
         let mut summary = Summary::new();
-        summary.add(range(0, 1));
+        let _: Levels = summary.add(range(0, 1));
         let walked_all = walk(&mut summary, |summary| summary, VaRange::ALL, 1000, |_, _| ());
         assert_eq!(walked_all, Walked::TooFar);
     }

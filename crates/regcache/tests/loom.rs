@@ -204,6 +204,7 @@ const MUTANTS: &[(&str, &str)] = &[
     ("publish_what_was_hit", "a_registration_racing_an_invalidation"),
     ("forget_open_brackets", "a_registration_racing_an_invalidation"),
     ("no_second_look", "a_hit_racing_the_reuse_of_its_place"),
+    ("range_before_state", "a_hit_racing_the_reuse_of_its_place"),
 ];
 
 #[test]

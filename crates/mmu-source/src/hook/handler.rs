@@ -36,28 +36,8 @@ pub(super) const CALLS: &[(libc::c_long, &str)] = &[
 /// # Safety
 /// As for the call itself: whoever came to the patched instruction was about to make it.
 pub(super) unsafe extern "C" fn enter(number: u64, args: &[u64; 6]) -> u64 {
-    let mut ranges = Ranges::default();
-    let event = plan(number, args, &mut ranges);
-    if let Ranges { first: Some(first), second } = ranges
-        && let Some(mm) = current_if_made()
-    {
-        // SAFETY: no preconditions.
-        let errno = unsafe { libc::__errno_location() };
-        // SAFETY: it is this thread's own `errno`, for as long as the thread runs; nobody else writes it meanwhile.
-        let errno = unsafe { &*errno.cast::<Cell<c_int>>() };
-        let before = errno.get();
-        let outer = mm.invalidate(first, event);
-        let inner = second.map(|second| mm.invalidate(second, event));
-        // SAFETY: the caller's duty.
-        let result = unsafe { raw::syscall(number, *args) };
-        drop(inner);
-        drop(outer);
-        // Callbacks may have changed it, and the caller may be one that promises to leave it alone, as `free` does.
-        errno.set(before);
-        return result;
-    }
-    // SAFETY: the caller's duty.
-    unsafe { raw::syscall(number, *args) }
+    // SAFETY: the caller's duty. It leaves `errno` alone.
+    bracketed(number, args, || unsafe { raw::syscall(number, *args) })
 }
 
 /// Calls `next`, which another library has put in the place of a function of libc, inside a bracket.
@@ -66,22 +46,26 @@ pub(super) unsafe extern "C" fn enter(number: u64, args: &[u64; 6]) -> u64 {
 /// As for the function: whoever came to its entry was about to call it.
 pub(super) unsafe extern "C" fn enter_function(number: u64, args: &[u64; 6], next: Next) -> u64 {
     let [a0, a1, a2, a3, a4, a5] = *args;
+    // SAFETY: the caller's duty.
+    bracketed(number, args, || unsafe { next(a0, a1, a2, a3, a4, a5) })
+}
+
+/// Runs `call` inside the bracket that its arguments ask for. `errno` is as it was before to `call`, and as `call` left it
+/// to the caller, who may be one that promises to leave it alone, as `free` does: callbacks may change it.
+#[inline(always)]
+fn bracketed(number: u64, args: &[u64; 6], call: impl FnOnce() -> u64) -> u64 {
     let mut ranges = Ranges::default();
     let event = plan(number, args, &mut ranges);
-    let (Some(first), Some(mm)) = (ranges.first, current_if_made()) else {
-        // SAFETY: the caller's duty.
-        return unsafe { next(a0, a1, a2, a3, a4, a5) };
-    };
+    let (Some(first), Some(mm)) = (ranges.first, current_if_made()) else { return call() };
     // SAFETY: no preconditions.
     let errno = unsafe { libc::__errno_location() };
-    // SAFETY: as in `enter`.
+    // SAFETY: it is this thread's own `errno`, for as long as the thread runs; nobody else writes it meanwhile.
     let errno = unsafe { &*errno.cast::<Cell<c_int>>() };
     let before = errno.get();
     let outer = mm.invalidate(first, event);
     let inner = ranges.second.map(|second| mm.invalidate(second, event));
     errno.set(before);
-    // SAFETY: the caller's duty.
-    let result = unsafe { next(a0, a1, a2, a3, a4, a5) };
+    let result = call();
     let after = errno.get();
     drop(inner);
     drop(outer);
@@ -102,7 +86,7 @@ fn plan(number: u64, args: &[u64; 6], ranges: &mut Ranges) -> Event {
             Event::Unmap
         }
         libc::SYS_mmap => {
-            ranges::mmap(ranges, a0, a1, args[3]);
+            ranges::mmap(ranges, a0, a1, args[3], || raw::huge_page_of(args[4]));
             Event::Unmap
         }
         libc::SYS_madvise => {

@@ -7,11 +7,13 @@ use super::module::{self, Function, Hidden, Segment};
 use super::scan::{Code64, Found, PATCH};
 use super::text::{self, Edit};
 use super::trampoline::{Arena, Foreign};
-use super::{Patch, State, stub};
+use super::{Patch, State, look, raw, stub, switch};
 use crate::Error;
+use crate::fork::marks;
+use std::cell::Cell;
 use std::ffi::CString;
-use std::io;
-use std::sync::OnceLock;
+use std::sync::atomic::{AtomicPtr, Ordering};
+use std::{io, ptr};
 
 /// A place that is patched.
 #[derive(Debug)]
@@ -35,22 +37,67 @@ pub(super) struct Plan {
     pub(super) hidden: Vec<Hidden>,
 }
 
-/// Returns the plan of this process.
-///
-/// The first time nothing is patched yet, so no callback runs while it is made.
-pub(super) fn plan() -> Result<&'static Plan, Error> {
-    static PLAN: OnceLock<Result<Plan, String>> = OnceLock::new();
-    match PLAN.get_or_init(make) {
-        Ok(plan) => Ok(plan),
-        Err(missing) => Err(Error::Unavailable {
-            source: "hook",
-            missing: missing.clone(),
-            remedy: "ldd --version; the hook knows glibc on x86-64, the kernel source needs no libc".to_owned(),
-        }),
+/// What was found out, or what is missing.
+type Made = Result<Plan, Missing>;
+
+/// What is missing, and what would help.
+#[derive(Debug, Clone)]
+struct Missing {
+    what: String,
+    remedy: &'static str,
+}
+
+impl From<String> for Missing {
+    fn from(what: String) -> Self {
+        Self { what, remedy: "ldd --version; the hook knows glibc on x86-64, the kernel source needs no libc" }
     }
 }
 
-fn make() -> Result<Plan, String> {
+static MADE: AtomicPtr<Made> = AtomicPtr::new(ptr::null_mut());
+
+/// Returns the plan of this process. The child of a fork has its parent's, if that was made, as it has the parent's patches.
+///
+/// The first time nothing is patched yet, so no callback runs while it is made.
+pub(super) fn plan() -> Result<&'static Plan, Error> {
+    // Not a `OnceLock`: forked while another thread was making the plan, a child would wait for that thread for ever.
+    let made = look().unwrap_or_else(|| {
+        marks().hook_plan.with(|| {
+            look().unwrap_or_else(|| {
+                let made = make().inspect(|_| switch::prepare());
+                // ORDER(hook-plan): Release, for the content. Partner: the load in `look`.
+                MADE.store(Box::into_raw(Box::new(made)), Ordering::Release);
+                look().expect("it was stored above")
+            })
+        })
+    });
+    made.as_ref().map_err(|Missing { what, remedy }| Error::Unavailable {
+        source: "hook",
+        missing: what.clone(),
+        remedy: (*remedy).to_owned(),
+    })
+}
+
+/// Returns the plan if it was made, and could be.
+pub(super) fn made() -> Option<&'static Plan> {
+    look()?.as_ref().ok()
+}
+
+fn look() -> Option<&'static Made> {
+    // ORDER(hook-plan): Acquire, for the content. Partner: the store in `plan`.
+    let made = MADE.load(Ordering::Acquire);
+    // SAFETY: it is null or comes from `Box::into_raw` in `plan`, and is never freed.
+    unsafe { made.as_ref() }
+}
+
+fn make() -> Made {
+    if !has_static_storage() {
+        return Err(Missing {
+            what: "thread-local storage from the start: the library with the hook was loaded by dlopen, and would allocate \
+                   inside of free"
+                .to_owned(),
+            remedy: "link it, or load it by LD_PRELOAD",
+        });
+    }
     let segments = module::segments();
     let (mut sites, mut hidden) = (Vec::new(), Vec::new());
     let mut missing: Vec<&str> = Vec::new();
@@ -78,16 +125,33 @@ fn make() -> Result<Plan, String> {
     if !missing.is_empty() {
         let modules: Vec<&str> = segments.iter().map(|segment| segment.module.as_str()).collect();
         let found: Vec<&str> = sites.iter().map(|site| site.name).collect();
-        return Err(format!(
+        return Err(Missing::from(format!(
             "a known form of {} in libc (looked at {}; found {})",
             missing.join(", "),
             if modules.is_empty() { "nothing".to_owned() } else { modules.join(", ") },
             if found.is_empty() { "nothing".to_owned() } else { found.join(", ") },
-        ));
+        )));
     }
     module::pin();
     sites.sort_by_key(|site| site.address);
     Ok(Plan { sites, hidden })
+}
+
+/// Tells whether the thread-local storage of the library with this code came with the thread. That of a library which is loaded later
+/// is allocated on first use: for a handler that runs inside of `free`, too late.
+///
+/// What came with the thread lies below the thread pointer, in the same mapping; blocks that are allocated do not.
+fn has_static_storage() -> bool {
+    /// Where there is no `/proc`, how near it must be.
+    const NEAR: u64 = 1 << 20;
+    thread_local!(static MARK: Cell<u8> = const { Cell::new(0) });
+    let mark = MARK.with(|mark| mark.as_ptr().addr() as u64);
+    let thread = raw::thread_pointer();
+    let is_near = match (look::mapping_start(mark), look::mapping_start(thread)) {
+        (Ok(own), Ok(threads)) => own == threads,
+        _ => thread.wrapping_sub(mark) < NEAR,
+    };
+    mark < thread && is_near
 }
 
 /// libc's functions for the calls, `syscall` apart: its arguments are not those of a call.

@@ -2,6 +2,7 @@
 
 #![allow(unsafe_code, reason = "makes raw system calls")]
 
+use crate::ranges;
 use std::arch::asm;
 
 /// Makes a system call and returns what the kernel leaves in `rax`: a value, or a negative error number.
@@ -67,11 +68,6 @@ pub(super) fn membarrier(command: i32) -> Result<u64, i32> {
     check(unsafe { syscall(libc::SYS_membarrier as u64, [command as u64, 0, 0, 0, 0, 0]) })
 }
 
-pub(super) fn sched_yield() {
-    // SAFETY: takes no arguments and touches no memory.
-    unsafe { syscall(libc::SYS_sched_yield as u64, [0; 6]) };
-}
-
 pub(super) fn getpid() -> u64 {
     // SAFETY: takes no arguments and touches no memory.
     unsafe { syscall(libc::SYS_getpid as u64, [0; 6]) }
@@ -98,6 +94,26 @@ pub(super) fn segment_size(id: i32) -> Option<u64> {
     check(unsafe { syscall(libc::SYS_shmctl as u64, args) }).ok()?;
     // SAFETY: it was zeroed, which is a valid value, and then written by the kernel.
     Some(unsafe { info.assume_init() }.shm_segsz as u64)
+}
+
+/// The size of the pages of an open file, if they are huge.
+#[cold]
+pub(super) fn huge_page_of(fd: u64) -> Option<u64> {
+    let mut info = std::mem::MaybeUninit::<libc::statfs>::zeroed();
+    let args = [fd, info.as_mut_ptr().expose_provenance() as u64, 0, 0, 0, 0];
+    // SAFETY: the call writes one `statfs`, whose layout libc shares with the kernel here, to a local one.
+    check(unsafe { syscall(libc::SYS_fstatfs as u64, args) }).ok()?;
+    // SAFETY: it was zeroed, which is a valid value, and then written by the kernel.
+    let info = unsafe { info.assume_init() };
+    ranges::huge_page(info.f_type, info.f_bsize)
+}
+
+/// Where the thread's own block begins: what is thread-local from the start lies below it.
+pub(super) fn thread_pointer() -> u64 {
+    let pointer;
+    // SAFETY: the ABI keeps the pointer's own value there.
+    unsafe { asm!("mov {}, fs:0", out(reg) pointer, options(nostack, readonly, preserves_flags)) };
+    pointer
 }
 
 /// Reads memory of this process that may not be there; returns how many words there were.

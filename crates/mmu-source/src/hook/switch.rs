@@ -4,21 +4,24 @@
 
 use super::plan::{self, Plan, Site};
 use super::{Patch, raw, text};
+use crate::fork::{Lock, marks};
 use crate::{Error, current_ref};
 use std::io;
-use std::sync::Once;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// How many hooks are installed. Changed under [`LOCK`].
+/// How many hooks are installed. Changed under the lock.
 static COUNT: AtomicUsize = AtomicUsize::new(0);
-static LOCK: Lock = Lock(AtomicBool::new(false));
+
+/// What it guards takes microseconds, allocates nothing and calls nobody.
+fn lock() -> &'static Lock {
+    &marks().hook_patch
+}
 
 pub(super) fn install() -> Result<(), Error> {
     // The address space is made before the first bracket, which must not allocate.
     current_ref();
     let plan = plan::plan()?;
-    prepare();
-    let result = LOCK.with(|| {
+    let result = lock().with(|| {
         if COUNT.load(Ordering::Relaxed) == 0 {
             // SAFETY: a trampoline does what the instruction did whose place the jump takes, and libc stays loaded.
             if let Err(error) = unsafe { text::apply(plan.sites.iter().map(Site::patch), &plan.hidden) } {
@@ -33,8 +36,8 @@ pub(super) fn install() -> Result<(), Error> {
 }
 
 pub(super) fn remove() {
-    let Ok(plan) = plan::plan() else { return };
-    LOCK.with(|| {
+    let Some(plan) = plan::made() else { return };
+    lock().with(|| {
         if COUNT.fetch_sub(1, Ordering::Relaxed) == 1 {
             take_out(plan);
         }
@@ -56,22 +59,18 @@ fn take_out(plan: &Plan) {
     let _ = unsafe { text::apply(plan.sites.iter().map(Site::restore), &plan.hidden) };
 }
 
-/// What has to happen once before the first patch.
-fn prepare() {
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| {
-        let _ = raw::membarrier(libc::MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED_SYNC_CORE);
-        // SAFETY: the handler is a function, and stays: this module is never unloaded.
-        unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
-    });
+/// What has to happen before the first patch. Twice does no harm.
+pub(super) fn prepare() {
+    let _ = raw::membarrier(libc::MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED_SYNC_CORE);
+    // SAFETY: the handler is a function, and stays: this module is never unloaded.
+    unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
 }
 
-/// In the child of a fork: whoever held the lock is gone, and the work may be half done.
+/// In the child of a fork: whoever was at work is gone, and the work may be half done.
 extern "C" fn in_child() {
-    LOCK.0.store(false, Ordering::Relaxed);
     // A client may subscribe while a call is under way, so the address space must be there before the call.
     current_ref();
-    let Ok(plan) = plan::plan() else { return };
+    let Some(plan) = plan::made() else { return };
     let is_installed = COUNT.load(Ordering::Relaxed) != 0;
     if plan.sites.iter().all(|site| site.is_settled(is_installed)) {
         return;
@@ -81,21 +80,5 @@ extern "C" fn in_child() {
         let _ = unsafe { text::apply(plan.sites.iter().map(Site::patch), &plan.hidden) };
     } else {
         take_out(plan);
-    }
-}
-
-/// A lock that can be freed in the child of a fork. What it guards takes microseconds, allocates nothing and calls nobody.
-struct Lock(AtomicBool);
-
-impl Lock {
-    fn with<R>(&self, f: impl FnOnce() -> R) -> R {
-        // ORDER(hook-lock): Acquire, for the count and the code as the last holder left them. Partner: the Release below.
-        while self.0.compare_exchange_weak(false, true, Ordering::Acquire, Ordering::Relaxed).is_err() {
-            raw::sched_yield();
-        }
-        let result = f();
-        // ORDER(hook-lock): Release, partner above.
-        self.0.store(false, Ordering::Release);
-        result
     }
 }

@@ -46,12 +46,17 @@ impl Drainer {
         Self { ring, next: 1, done: vec![0; (WINDOW / 64) as usize], lost: 0 }
     }
 
-    /// Hands on what is there; returns how many ranges, and whether a loss made it everything.
-    pub(super) fn run(&mut self, words: Words<'_>) -> (usize, bool) {
+    /// Hands on what is there, until all generations up to `target` have been; returns how many ranges, and whether a loss
+    /// made it everything.
+    ///
+    /// Without a target it would not end while others change memory faster than callbacks run, or while the callbacks do.
+    pub(super) fn run(&mut self, words: Words<'_>, target: u64) -> (usize, bool) {
         let was = DRAINING.replace(true);
         let mut ranges = 0;
         let mut lost = self.look_for_losses(words);
-        while let Some(record) = self.ring.pop() {
+        while self.next <= target
+            && let Some(record) = self.ring.pop()
+        {
             drop(current_ref().invalidate(range(record.start, record.end), Event::Clear));
             ranges += 1;
             if !self.mark(record.number) {
@@ -60,7 +65,9 @@ impl Drainer {
             }
             self.publish(words);
         }
-        lost |= self.look_for_losses(words);
+        if self.next <= target {
+            lost |= self.look_for_losses(words);
+        }
         DRAINING.set(was);
         (ranges, lost)
     }

@@ -8,18 +8,15 @@ use super::sys::{self, Map, Shared};
 use super::{Inner, Kernel, Machine, kernel_error};
 use crate::Error;
 use crate::current_mm::current_ref;
-use crate::fork::{mark, marks};
+use crate::fork::{mark, marks, own};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 /// The size of the ring in bytes: 8,192 records of 32 bytes.
 const RING: usize = 256 << 10;
-
-/// The one source, with the mark of its address space: the child of a fork does not take it for its own.
-static RUNNING: Mutex<(u64, Weak<Kernel>)> = Mutex::new((0, Weak::new()));
 
 impl Kernel {
     /// Starts the source, or returns the one that runs already.
@@ -33,15 +30,13 @@ impl Kernel {
     /// [`Error::Unavailable`] if the machine or the rights are lacking, with what is missing and the command that would grant it.
     pub fn start() -> Result<Arc<Self>, Error> {
         let mark = mark();
-        let mut running = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
-        if running.0 == mark
-            && let Some(kernel) = running.1.upgrade()
-        {
+        let mut running = own(&marks().kernel).lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(kernel) = running.upgrade() {
             return Ok(kernel);
         }
         let kvm = sys::open_kvm().map_err(|error| super::probe::kvm_missing(&error))?;
         let kernel = Arc::new(Self::make(mark, RING, Some(kvm))?);
-        *running = (mark, Arc::downgrade(&kernel));
+        *running = Arc::downgrade(&kernel);
         Ok(kernel)
     }
 

@@ -9,6 +9,7 @@
 
 use std::ffi::{CStr, c_ulong};
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64};
@@ -25,12 +26,50 @@ pub(super) fn open_kvm() -> io::Result<OwnedFd> {
 
 /// Makes a virtual machine of this process: one more MMU notifier on its address space.
 pub(super) fn create_vm(kvm: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    loop {
-        // SAFETY: the request takes an integer, the type of machine, and returns a new descriptor (close on exec) or -1.
-        match owned(unsafe { libc::ioctl(kvm.as_raw_fd(), KVM_CREATE_VM, 0_usize) }) {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            result => return result,
+    // SAFETY: the request takes an integer, the type of machine, and returns a new descriptor (close on exec) or -1.
+    uninterrupted(|| owned(unsafe { libc::ioctl(kvm.as_raw_fd(), KVM_CREATE_VM, 0_usize) }))
+}
+
+/// Makes a call that a signal ends with `EINTR`. If that happens, the thread's signals wait until it has been made: a timer that
+/// rings more often than the call can be made in would keep it from ever being made.
+fn uninterrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    let is_interrupted = |result: &io::Result<T>| {
+        result.as_ref().is_err_and(|error: &io::Error| error.kind() == io::ErrorKind::Interrupted)
+    };
+    let mut result = call();
+    if !is_interrupted(&result) {
+        return result;
+    }
+    let _held = HeldSignals::new();
+    // What the kernel has to do for a thread, as for io_uring, interrupts it too.
+    for _ in 0..1000 {
+        result = call();
+        if !is_interrupted(&result) {
+            break;
         }
+    }
+    result
+}
+
+/// The thread's signals wait while this is alive.
+struct HeldSignals(libc::sigset_t);
+
+impl HeldSignals {
+    fn new() -> Self {
+        let mut sets = [const { MaybeUninit::<libc::sigset_t>::zeroed() }; 2];
+        // SAFETY: fills the set it is given.
+        unsafe { libc::sigfillset(sets[0].as_mut_ptr()) };
+        // SAFETY: both sets are locals; the first was filled above.
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, sets[0].as_ptr(), sets[1].as_mut_ptr()) };
+        // SAFETY: zeroes are a set, and the call above has written it.
+        Self(unsafe { sets[1].assume_init() })
+    }
+}
+
+impl Drop for HeldSignals {
+    fn drop(&mut self) {
+        // SAFETY: the set is what the thread had; it is the same thread, since the value never leaves `uninterrupted`.
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &self.0, ptr::null_mut()) };
     }
 }
 
@@ -179,7 +218,7 @@ pub(crate) fn clear(event: BorrowedFd<'_>) {
 }
 
 /// Waits, in short naps after a while, until `is_so`.
-pub(crate) fn until(is_so: impl Fn() -> bool) {
+pub(crate) fn until(mut is_so: impl FnMut() -> bool) {
     for round in 0_u32.. {
         if is_so() {
             return;
@@ -256,5 +295,31 @@ impl Drop for Shared {
     fn drop(&mut self) {
         // SAFETY: the mapping is ours, whole, and no reference into it outlives `self`.
         unsafe { libc::munmap(self.base.as_ptr().cast(), self.bytes) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn is_usr1_held() -> bool {
+        let mut set = MaybeUninit::<libc::sigset_t>::zeroed();
+        // SAFETY: asks for the mask only; the set is a local.
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, ptr::null(), set.as_mut_ptr()) };
+        // SAFETY: the set was written by the call above.
+        unsafe { libc::sigismember(set.as_ptr(), libc::SIGUSR1) == 1 }
+    }
+
+    #[test]
+    fn a_call_that_was_interrupted_is_made_again_without_signals_and_not_for_ever() {
+        let interrupted = || io::Error::from(io::ErrorKind::Interrupted);
+        let mut seen = Vec::new();
+        let result = uninterrupted(|| {
+            seen.push(is_usr1_held());
+            if seen.len() < 3 { Err(interrupted()) } else { Ok(seen.len()) }
+        });
+        assert_eq!((result.ok(), seen), (Some(3), vec![false, true, true]));
+        assert!(!is_usr1_held(), "the mask is put back");
+        assert!(uninterrupted(|| Err::<(), _>(interrupted())).is_err());
     }
 }

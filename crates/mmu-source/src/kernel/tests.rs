@@ -1,7 +1,10 @@
 //! The program itself, run by hand: no virtual machine is needed.
 
 use super::*;
-use mmu_notifier::Va;
+use mmu_notifier::{InvalidateRange, Notifier, Registration, Va};
+use std::sync::{PoisonError, mpsc};
+use std::thread;
+use std::time::Duration;
 use testkit::{Cap, require};
 
 fn range(start: u64, len: u64) -> VaRange {
@@ -44,4 +47,86 @@ fn the_filter_finds_what_overlaps_and_little_else() {
     assert!(hits(&kernel, range(0x1000, 1)));
     drop(everything);
     assert_eq!(kernel.lost() + kernel.settle().expect("no fork"), kernel.generation() + kernel.lost());
+}
+
+/// Changes armed memory whenever it is told of a change of it: there is always one more.
+struct Feeds {
+    kernel: std::sync::Weak<Kernel>,
+    at: u64,
+    left: AtomicU64,
+}
+
+impl Notifier for Feeds {
+    fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
+        if range.range().start().get() == self.at
+            && self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok()
+            && let Some(kernel) = self.kernel.upgrade()
+        {
+            kernel.inject(self.at, self.at + 4096).expect("the program runs");
+        }
+    }
+}
+
+#[test]
+fn changes_that_never_end_hold_nobody_up() {
+    if !require(Cap::Bpf) {
+        return;
+    }
+    const AT: u64 = 0x5600_0000_0000;
+    const MANY: u64 = 100_000;
+    let kernel = Kernel::rehearse(1 << 18).expect("BPF works here");
+    let feeds = Feeds { kernel: Arc::downgrade(&kernel), at: AT, left: AtomicU64::new(MANY) };
+    let feeds = Registration::new(&crate::current(), feeds).expect("outside of brackets");
+    let armed = kernel.arm(range(AT, 4096)).expect("it can be armed");
+    kernel.inject(AT, AT + 4096).expect("the program runs");
+    let generation = kernel.settle().expect("no fork");
+    assert!(kernel.is_handled(generation));
+    assert!(!kernel.drain().refused);
+    assert!(feeds.left.swap(0, Ordering::Relaxed) > 0, "it has not waited for the last one");
+    drop((armed, kernel));
+    assert!(feeds.unregister().is_ok());
+}
+
+/// Holds up whoever tells it of one page.
+struct Slow {
+    at: u64,
+    gate: Mutex<()>,
+}
+
+impl Notifier for Slow {
+    fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
+        if range.range().start().get() == self.at {
+            drop(self.gate.lock().unwrap_or_else(PoisonError::into_inner));
+        }
+    }
+}
+
+#[test]
+fn nobody_waits_for_callbacks_that_came_later() {
+    if !require(Cap::Bpf) {
+        return;
+    }
+    const AT: u64 = 0x5700_0000_0000;
+    let kernel = Kernel::rehearse(1 << 18).expect("BPF works here");
+    let slow = Slow { at: AT + 4096, gate: Mutex::new(()) };
+    let slow = Registration::new(&crate::current(), slow).expect("outside of brackets");
+    let _armed = kernel.arm(range(AT, 8192)).expect("it can be armed");
+    let gate = slow.gate.lock().expect("no panic");
+    kernel.inject(AT, AT + 4096).expect("the program runs");
+    kernel.inject(AT + 4096, AT + 8192).expect("the program runs");
+    thread::scope(|scope| {
+        scope.spawn(|| kernel.settle().expect("no fork"));
+        sys::until(|| kernel.is_handled(1));
+        let (tell, told) = mpsc::channel();
+        scope.spawn(|| {
+            kernel.inner.settle(1).expect("no fork");
+            let _ = tell.send(());
+            drop(tell);
+        });
+        let in_time = told.recv_timeout(Duration::from_secs(60));
+        assert!(!kernel.is_handled(2));
+        drop(gate);
+        assert_eq!(in_time, Ok(()), "the first change was handed on long ago");
+    });
+    assert!(slow.unregister().is_ok());
 }

@@ -15,6 +15,7 @@ pub(super) enum Call {
     Ipc,
     Madvise,
     ProcessMadvise,
+    ProcessMrelease,
     Mprotect,
     PkeyMprotect,
     Mbind,
@@ -39,6 +40,7 @@ impl Call {
             Call::Ipc => "ipc",
             Call::Madvise => "madvise",
             Call::ProcessMadvise => "process_madvise",
+            Call::ProcessMrelease => "process_mrelease",
             Call::Mprotect => "mprotect",
             Call::PkeyMprotect => "pkey_mprotect",
             Call::Mbind => "mbind",
@@ -121,6 +123,7 @@ pub(super) const NATIVE: &[Row] = &[
     row(libc::SYS_shmdt, Call::Shmdt),
     row(libc::SYS_madvise, Call::Madvise),
     row(libc::SYS_process_madvise, Call::ProcessMadvise),
+    row(libc::SYS_process_mrelease, Call::ProcessMrelease),
     row(libc::SYS_mprotect, Call::Mprotect),
     row(libc::SYS_pkey_mprotect, Call::PkeyMprotect),
     row(libc::SYS_mbind, Call::Mbind),
@@ -157,6 +160,7 @@ pub(super) const I386: &[Row] = &[
     (398, Call::Shmdt),
     (435, Call::Clone3),
     (440, Call::ProcessMadvise),
+    (448, Call::ProcessMrelease),
 ];
 
 /// `IPCOP_shmat`, the low half of the first argument of `ipc`.

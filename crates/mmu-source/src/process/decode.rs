@@ -1,5 +1,7 @@
 //! From a system call's arguments to what it is about to invalidate.
 
+use std::io;
+
 use mmu_notifier::{Event, Va, VaRange};
 
 use super::abi::{Abi, Call, IPC_SHMAT, IPC_SHMDT};
@@ -60,12 +62,12 @@ impl Entry {
                 Event::Unmap
             }
             Call::Mmap => {
-                mmap(ranges, a0, a1, a3);
+                mmap(ranges, a0, a1, a3, || proc::huge_page_of(self.tid, a4 as i32));
                 Event::Unmap
             }
             Call::OldMmap => {
-                let [address, length, _, flags] = self.words::<4>(a0)?;
-                mmap(ranges, address, length, flags);
+                let [address, length, _, flags, file] = self.words::<5>(a0)?;
+                mmap(ranges, address, length, flags, || proc::huge_page_of(self.tid, file as i32));
                 Event::Unmap
             }
             Call::RemapFilePages => {
@@ -79,7 +81,7 @@ impl Entry {
             // A query.
             Call::Brk if a0 == 0 => Event::Unmap,
             Call::Brk => {
-                let call = context.brk.begin(a0, context.alone, || maps::heap_end(&self.maps()));
+                let call = context.brk.begin(a0, context.alone, || maps::heap_end(self.maps()));
                 if let Some(end) = call.shrinks_from {
                     ranges.extend(VaRange::new(Va::new(page_up(a0)), Va::new(page_up(end))));
                 }
@@ -93,7 +95,7 @@ impl Entry {
                 Event::Unmap
             }
             Call::Shmdt => {
-                maps::attached_at(&self.maps(), a0, ranges);
+                maps::attached_at(self.maps(), a0, ranges);
                 Event::Unmap
             }
             Call::Ipc => {
@@ -104,7 +106,7 @@ impl Entry {
                     }
                     IPC_SHMDT => {
                         cause = "shmdt";
-                        maps::attached_at(&self.maps(), a4, ranges);
+                        maps::attached_at(self.maps(), a4, ranges);
                     }
                     _ => {}
                 }
@@ -123,6 +125,12 @@ impl Entry {
                     self.vectors(ranges, a1, a2);
                 }
                 Event::Clear
+            }
+            Call::ProcessMrelease => {
+                // What a dying process has, before its end.
+                then = Then::Elsewhere(proc::pidfd_target(self.tid, a0 as i32)?);
+                ranges.push(VaRange::ALL);
+                Event::Unmap
             }
             Call::Mprotect | Call::PkeyMprotect => {
                 self.mprotect(ranges, a0, a1, a2);
@@ -158,7 +166,7 @@ impl Entry {
                 if flags & libc::CLONE_VM as u64 != 0 {
                     return None;
                 }
-                maps::writable_private(&self.maps(), ranges);
+                maps::writable_private(self.maps(), ranges);
                 then = Then::Copy;
                 Event::ProtectionPage
             }
@@ -167,8 +175,9 @@ impl Entry {
         (!needless).then_some(Plan { cause, event, then })
     }
 
-    fn maps(&self) -> Vec<maps::Mapping> {
-        maps::read(self.tid).unwrap_or_default()
+    /// Where they cannot be read, whatever may be mapped is: nothing is told is worse than too much.
+    fn maps(&self) -> io::Result<Vec<maps::Mapping>> {
+        maps::read(self.tid)
     }
 
     fn shmat(&self, ranges: &mut Vec<VaRange>, id: u64, address: u64, flags: u64) {
@@ -180,18 +189,20 @@ impl Entry {
             Some(size) => add(ranges, address, size),
             // Of a segment of unknown size, only what is mapped above the address can be replaced.
             None => {
-                let top = self.maps().iter().map(|mapping| mapping.end).rfind(|end| *end > address);
-                add(ranges, address, top.map_or(0, |top| top.saturating_sub(address)));
+                let top = match self.maps() {
+                    Ok(maps) => maps.last().map_or(0, |mapping| mapping.end),
+                    Err(_) => page_down(u64::MAX),
+                };
+                add(ranges, address, top.saturating_sub(address));
             }
         }
     }
 
     fn mprotect(&self, ranges: &mut Vec<VaRange>, address: u64, length: u64, protection: u64) {
         let mut start = address;
-        if protection & PROT_GROWSDOWN != 0
-            && let Some(mapping) = maps::holding(&self.maps(), address)
-        {
-            start = mapping.start;
+        if protection & PROT_GROWSDOWN != 0 {
+            start =
+                self.maps().map_or(0, |maps| maps::holding(&maps, address).map_or(address, |mapping| mapping.start));
         }
         // A length of zero does nothing, and one that runs past the end is refused.
         if length != 0
@@ -214,13 +225,12 @@ impl Entry {
     fn pages(&self, ranges: &mut Vec<VaRange>, target: Pid, count: u64, address: u64) {
         const HUGE_PAGE: u64 = 1 << 21;
         const MANY: u64 = 1 << 16;
-        if count > MANY {
+        let Some(maps) = (count <= MANY).then(|| maps::read(target).ok()).flatten() else {
             ranges.push(VaRange::ALL);
             return;
-        }
+        };
         let mut pages = self.word_list(address, count);
         pages.sort_unstable();
-        let maps = maps::read(target).unwrap_or_default();
         let mut open: Option<(u64, u64)> = None;
         for page in pages {
             let (start, end) = match maps::holding(&maps, page) {
@@ -326,6 +336,34 @@ mod tests {
         assert_eq!(ranges_of(Call::Mbind, [0x1000, 0x1000, 0, 0, 0, 1]).0, None);
         assert_eq!(ranges_of(Call::Madvise, [0x1000, 0x1000, 3, 0, 0, 0]).0, None);
         assert_eq!(ranges_of(Call::Clone, [libc::CLONE_VM as u64, 0, 0, 0, 0, 0]).0, None);
+    }
+
+    #[test]
+    fn where_the_mappings_cannot_be_read_everything_is_told() {
+        let ranges_of = |call, args| {
+            let entry = Entry { tid: Pid::MAX, abi: Abi::Native, call, args };
+            let (mut ranges, mut brk) = (Vec::new(), Break::default());
+            entry.plan(Context { brk: &mut brk, alone: true, tasks: &Vec::new }, &mut ranges);
+            ranges
+        };
+        let all = vec![VaRange::ALL];
+        assert_eq!(ranges_of(Call::Shmdt, [0x1000, 0, 0, 0, 0, 0]), all);
+        assert_eq!(ranges_of(Call::Fork, [0; 6]), all);
+        assert_eq!(ranges_of(Call::MovePages, [0, 1, 0x1000, 0x1000, 0, 0]), all);
+        let from = |start: u64| VaRange::new(Va::new(start), Va::new(page_down(u64::MAX))).expect("a range");
+        assert_eq!(ranges_of(Call::Brk, [0x5000, 0, 0, 0, 0, 0]), [from(0x5000)]);
+        assert_eq!(ranges_of(Call::Shmat, [u64::MAX, 0x3000, libc::SHM_REMAP as u64, 0, 0, 0]), [from(0x3000)]);
+        let down = ranges_of(Call::Mprotect, [0x7000, 0x1000, PROT_GROWSDOWN, 0, 0, 0]);
+        assert_eq!(down, [VaRange::new(Va::new(0), Va::new(0x8000)).expect("a range")]);
+    }
+
+    #[test]
+    fn memory_that_is_released_is_all_of_the_other_process() {
+        let (plan, ranges) = ranges_of(Call::ProcessMrelease, [-20000_i64 as u64, 0, 0, 0, 0, 0]);
+        let then = Then::Elsewhere(std::process::id() as Pid);
+        assert_eq!(plan, Some(Plan { cause: "process_mrelease", event: Event::Unmap, then }));
+        assert_eq!(ranges, [(0, 0)]);
+        assert_eq!(ranges_of(Call::ProcessMrelease, [u64::MAX, 0, 0, 0, 0, 0]), (None, vec![]));
     }
 
     #[test]

@@ -62,6 +62,7 @@ fn when(call: Call) -> When {
         Call::OldMmap
         | Call::Clone3
         | Call::ProcessMadvise
+        | Call::ProcessMrelease
         | Call::Munmap
         | Call::Mremap
         | Call::Shmdt
@@ -312,7 +313,7 @@ mod tests {
     #[test]
     fn harmful_and_unknown_advice_is_traced() {
         let madvise = |advice: u64| native(libc::SYS_madvise, [0, 0, advice, 0, 0, 0]);
-        for advice in [4, 8, 9, 13, 21, 24, 25, 100, 101, 102, 5000] {
+        for advice in [4, 8, 9, 13, 21, 23, 24, 25, 100, 101, 102, 5000] {
             assert!(madvise(advice), "{advice}");
         }
         assert!(!HARMLESS_ADVICE.iter().any(|advice| madvise(u64::from(*advice))));

@@ -6,6 +6,7 @@ use std::io::{self, Read};
 use mmu_notifier::{Va, VaRange};
 
 use super::Pid;
+use crate::ranges::page_down;
 
 /// One mapping of a task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,7 +30,10 @@ pub(crate) enum Kind {
     Other,
 }
 
-/// Reads the mappings of a task, in order of address. A task that has died has none.
+/// Reads the mappings of a task, in order of address. A task that has died and is not reaped yet has none.
+///
+/// # Errors
+/// If they cannot be read: then whatever may be mapped is.
 pub(crate) fn read(tid: Pid) -> io::Result<Vec<Mapping>> {
     // The file tells no size; with room from the start it is read a page at a time.
     let mut text = Vec::with_capacity(1 << 16);
@@ -70,7 +74,8 @@ pub(crate) fn parse(line: &[u8]) -> Option<Mapping> {
 /// Collects the memory that `fork` write-protects: what is private and writable, neighbours joined.
 ///
 /// Memory that was written and made read-only later is write-protected already.
-pub(super) fn writable_private(maps: &[Mapping], into: &mut Vec<VaRange>) {
+pub(super) fn writable_private(maps: io::Result<Vec<Mapping>>, into: &mut Vec<VaRange>) {
+    let Ok(maps) = maps else { return into.push(VaRange::ALL) };
     let mut open: Option<(u64, u64)> = None;
     for mapping in maps.iter().filter(|mapping| mapping.private && mapping.writable) {
         open = match open {
@@ -93,7 +98,8 @@ pub(super) fn writable_private(maps: &[Mapping], into: &mut Vec<VaRange>) {
 /// # Source
 /// `ksys_shmdt`, ipc/shm.c: a piece belongs if it is of the same segment and its offset is its distance from `address`.
 /// The first one found in address order says which segment that is.
-pub(super) fn attached_at(maps: &[Mapping], address: u64, into: &mut Vec<VaRange>) {
+pub(super) fn attached_at(maps: io::Result<Vec<Mapping>>, address: u64, into: &mut Vec<VaRange>) {
+    let Ok(maps) = maps else { return into.push(VaRange::ALL) };
     let mut segment = None;
     for mapping in maps.iter().filter(|mapping| mapping.is_attached(address, &mut segment)) {
         push(into, mapping.start, mapping.end);
@@ -118,7 +124,8 @@ pub(super) fn holding(maps: &[Mapping], address: u64) -> Option<&Mapping> {
 }
 
 /// The end of the heap, as far as the maps tell: a neighbour that was joined to it counts as heap.
-pub(super) fn heap_end(maps: &[Mapping]) -> Option<u64> {
+pub(super) fn heap_end(maps: io::Result<Vec<Mapping>>) -> Option<u64> {
+    let Ok(maps) = maps else { return Some(page_down(u64::MAX)) };
     maps.iter().rfind(|mapping| mapping.kind == Kind::Heap).map(|mapping| mapping.end)
 }
 
@@ -145,9 +152,9 @@ mod tests {
              5000-6000 rw-s 00000000 00:01 3   /x\n7000-8000 rwxp 00000000 00:00 0   [heap]\n",
         );
         let mut found = Vec::new();
-        writable_private(&maps, &mut found);
+        writable_private(Ok(maps.clone()), &mut found);
         assert_eq!(found, [range(0x1000, 0x3000), range(0x7000, 0x8000)]);
-        assert_eq!(heap_end(&maps), Some(0x8000));
+        assert_eq!(heap_end(Ok(maps)), Some(0x8000));
     }
 
     #[test]
@@ -157,7 +164,7 @@ mod tests {
              4000-5000 rw-s 00000000 00:01 9   /SYSV00000000 (deleted)\n5000-6000 rw-s 00004000 00:01 8   /SYSV00000000\n",
         );
         let mut found = Vec::new();
-        attached_at(&maps, 0x1000, &mut found);
+        attached_at(Ok(maps), 0x1000, &mut found);
         assert_eq!(found, [range(0x1000, 0x2000), range(0x3000, 0x4000)]);
     }
 

@@ -1,8 +1,9 @@
 //! What `/proc` tells about a task, the maps apart.
 
+use std::ffi::CString;
 use std::fs;
 
-use super::Pid;
+use super::{Pid, sys};
 
 /// Reads one field of `/proc/TID/status`.
 fn status_field(tid: Pid, name: &str) -> Option<String> {
@@ -58,6 +59,11 @@ pub(super) fn pidfd_target(tid: Pid, fd: i32) -> Option<Pid> {
     }
     let text = fs::read_to_string(format!("/proc/{tid}/fdinfo/{fd}")).ok()?;
     field(&text, "Pid")?.parse().ok().filter(|pid| *pid > 0)
+}
+
+/// The size of the pages of a file that task `tid` has open, if they are huge.
+pub(super) fn huge_page_of(tid: Pid, fd: i32) -> Option<u64> {
+    sys::huge_page(&CString::new(format!("/proc/{tid}/fd/{fd}")).ok()?)
 }
 
 /// Finds among `candidates` the task that task `tid` calls `number`.

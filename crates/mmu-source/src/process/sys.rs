@@ -8,12 +8,14 @@
 
 #![allow(unsafe_code, reason = "the one module of this source that makes raw system calls; see its Safety section")]
 
-use std::ffi::{CString, c_char, c_int, c_long, c_void};
+use std::ffi::{CStr, CString, c_char, c_int, c_long, c_void};
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 
 use super::{ExitStatus, Pid, proc};
+use crate::ranges;
 
 /// What `wait` reported.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -233,6 +235,18 @@ pub(super) fn syscall_info(tid: Pid) -> io::Result<Option<SyscallInfo>> {
         2 => SyscallInfo::Exit { result: number as i64 },
         _ => SyscallInfo::None,
     }))
+}
+
+/// The size of the pages of the file at `path`, if they are huge.
+pub(super) fn huge_page(path: &CStr) -> Option<u64> {
+    let mut info = MaybeUninit::<libc::statfs>::zeroed();
+    // SAFETY: the path ends in a zero byte, and the call writes one `statfs` to a local one.
+    if unsafe { libc::statfs(path.as_ptr(), info.as_mut_ptr()) } != 0 {
+        return None;
+    }
+    // SAFETY: it was zeroed, which is a valid value, and then written by the kernel.
+    let info = unsafe { info.assume_init() };
+    ranges::huge_page(info.f_type, info.f_bsize)
 }
 
 /// Reads up to `buffer.len()` bytes of a tracee's memory and returns how many.

@@ -1,6 +1,6 @@
 //! From the thread that reads to the thread that runs callbacks: a queue of fixed size, without locks and allocations.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 const SLOTS: usize = 4096;
 
@@ -10,8 +10,9 @@ pub(super) struct Queue {
     slots: Box<[[AtomicU64; 3]]>,
     written: AtomicU64,
     read: AtomicU64,
-    overflowed: AtomicBool,
     lost: AtomicU64,
+    /// For how many of the lost ones everything has been invalidated.
+    told: AtomicU64,
 }
 
 impl Queue {
@@ -21,8 +22,8 @@ impl Queue {
             slots,
             written: AtomicU64::new(0),
             read: AtomicU64::new(0),
-            overflowed: AtomicBool::new(false),
             lost: AtomicU64::new(0),
+            told: AtomicU64::new(0),
         }
     }
 
@@ -31,9 +32,8 @@ impl Queue {
         let at = self.written.load(Ordering::Relaxed);
         // ORDER(source-queue-free): Acquire: the reader is done with the slot. Partner: the store in `advance`.
         if at - self.read.load(Ordering::Acquire) >= SLOTS as u64 {
-            self.lost.fetch_add(1, Ordering::Relaxed);
-            // ORDER(source-queue): Release, with the entries before. Partner: the swap in `take_overflow`.
-            self.overflowed.store(true, Ordering::Release);
+            // ORDER(source-queue): Release, with the entries before. Partner: the load in `untold`.
+            self.lost.fetch_add(1, Ordering::Release);
             return;
         }
         let slot = &self.slots[at as usize % SLOTS];
@@ -60,10 +60,23 @@ impl Queue {
         self.read.store(self.read.load(Ordering::Relaxed) + 1, Ordering::Release);
     }
 
-    /// Tells whether an entry was lost since the last call.
-    pub(super) fn take_overflow(&self) -> bool {
-        // ORDER(source-queue): Acquire: what was lost came before. Partner: the store in `push`.
-        self.overflowed.load(Ordering::Acquire) && self.overflowed.swap(false, Ordering::AcqRel)
+    /// Returns how many entries have been lost if not all of them have been told.
+    pub(super) fn untold(&self) -> Option<u64> {
+        // ORDER(source-queue): Acquire: what was lost came before. Partner: the addition in `push`.
+        let lost = self.lost.load(Ordering::Acquire);
+        (lost != self.told.load(Ordering::Relaxed)).then_some(lost)
+    }
+
+    /// Takes note that everything was invalidated after so many had been lost. More may have been since.
+    pub(super) fn tell(&self, lost: u64) {
+        // ORDER(source-told): Release: the callbacks have run. Partner: the load in `is_told`.
+        self.told.store(lost, Ordering::Release);
+    }
+
+    /// Tells whether the callbacks for the first so many that were lost have run.
+    pub(super) fn is_told(&self, lost: u64) -> bool {
+        // ORDER(source-told): Acquire: the callbacks have run. Partner: the store in `tell`.
+        self.told.load(Ordering::Acquire) >= lost
     }
 
     pub(super) fn written(&self) -> u64 {
@@ -90,7 +103,14 @@ mod tests {
         let queue = Queue::new();
         (0..SLOTS as u64 + 3).for_each(|number| queue.push([number, 0, 0]));
         assert_eq!(queue.lost(), 3);
-        assert!(queue.take_overflow() && !queue.take_overflow());
+        assert_eq!(queue.untold(), Some(3));
+        // One more, while callbacks run for those.
+        queue.push([0; 3]);
+        queue.tell(3);
+        assert!(queue.is_told(3) && !queue.is_told(4));
+        assert_eq!(queue.untold(), Some(4), "it is not forgotten");
+        queue.tell(4);
+        assert_eq!(queue.untold(), None);
         for number in 0..SLOTS as u64 {
             assert_eq!(queue.peek(), Some([number, 0, 0]));
             queue.advance();

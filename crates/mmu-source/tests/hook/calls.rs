@@ -47,6 +47,44 @@ fn munmap() {
     watch.expect("the rest", Event::Unmap, &[(P, 3 * P)]);
 }
 
+/// The kernel rounds the length up to whole pages of the file. That it may refuse for want of huge pages is no matter.
+#[test]
+fn mmap_of_a_file_of_huge_pages_replaces_whole_ones() {
+    const HUGE: usize = 1 << 21;
+    let flags = libc::MFD_HUGETLB | libc::MFD_HUGE_2MB;
+    // SAFETY: takes a string and an integer, returns a descriptor.
+    let file = unsafe { libc::memfd_create(c"huge".as_ptr(), flags) };
+    if file < 0 {
+        println!("SKIP: this machine has no huge pages of 2 MiB");
+        return;
+    }
+    let watch = Watch::new();
+    // SAFETY: a new mapping where the kernel likes.
+    let place = unsafe { libc::mmap(ptr::null_mut(), 3 * HUGE, libc::PROT_NONE, FLAGS, -1, 0) };
+    assert_ne!(place, libc::MAP_FAILED);
+    let aligned = place.expose_provenance().next_multiple_of(HUGE);
+    watch.listen(aligned, 2 * HUGE);
+    let flags = libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_NORESERVE;
+    // SAFETY: over a mapping of this test.
+    unsafe { libc::mmap(at(aligned), PAGE, PROTECTION, flags, file, 0) };
+    watch.expect("a huge page", Event::Unmap, &[(0, HUGE as i64)]);
+    // SAFETY: the descriptor is this test's.
+    unsafe { libc::close(file) };
+    // SAFETY: both mappings are this test's; what is left of the first is unmapped with the second.
+    unsafe { libc::munmap(place, 3 * HUGE) };
+}
+
+#[test]
+fn populating_for_writing_gives_pages_of_their_own() {
+    let watch = Watch::new();
+    let pages = map(2, 7);
+    watch.listen(pages, 2 * PAGE);
+    // SAFETY: changes no byte of the pages of this test.
+    unsafe { libc::madvise(at(pages), 2 * PAGE, libc::MADV_POPULATE_WRITE) };
+    watch.expect("populated", Event::Clear, &[(0, 2 * P)]);
+    unmap(pages, 2);
+}
+
 #[test]
 fn results_and_errno_are_the_kernels() {
     let watch = Watch::new();

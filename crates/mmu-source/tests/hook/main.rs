@@ -6,6 +6,7 @@ mod callbacks;
 mod calls;
 mod child;
 mod foreign;
+mod forks;
 mod inside;
 mod load;
 mod log;

@@ -52,7 +52,8 @@ fn same_with_and_without(name: &str, script: &str) {
         let folder = scratch.0.join(folder);
         fs::create_dir_all(&folder).expect("a folder for the run");
         let mut command = Command::new("timeout");
-        command.args(["-k", "5", "100", "sh", "-c", script]).current_dir(&folder);
+        // A hang, however slow the machine is.
+        command.args(["-k", "5", "600", "sh", "-c", script]).current_dir(&folder);
         command.env("DATA", &scratch.0).env("LC_ALL", "C").env("GIT_CONFIG_GLOBAL", "/dev/null");
         if preload {
             command.env("LD_PRELOAD", library()).env("MMUN_PRELOAD_REPORT", &report);
@@ -66,8 +67,27 @@ fn same_with_and_without(name: &str, script: &str) {
     assert!(without.status.success(), "{name}: {}", text(&without.stderr));
     assert!(with.stdout == without.stdout, "{name}: {}\n{}", text(&with.stdout), text(&without.stdout));
     let report = fs::read_to_string(&report).expect("the processes have reported");
-    let heard = report.lines().filter(|line| !line.starts_with("brackets 0 ")).count();
+    let heard = report.lines().filter(|line| line.starts_with("brackets ") && !line.starts_with("brackets 0 ")).count();
     assert!(heard > 0, "{name}: no bracket in any process:\n{report}");
+}
+
+#[test]
+fn a_library_that_is_loaded_late_is_refused_a_hook() {
+    if !require(Cap::Program("python3")) {
+        return;
+    }
+    let scratch = Scratch::new("late");
+    let report = scratch.0.join("report");
+    let load = "import ctypes, sys; ctypes.CDLL(sys.argv[1]); print('loaded')";
+    let mut command = Command::new("python3");
+    command.args(["-c", load]).arg(library()).env("MMUN_PRELOAD_REPORT", &report);
+    let output = command.output().expect("python3 runs");
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "loaded\n", "{output:?}");
+    let report = fs::read_to_string(&report).expect("the library has reported");
+    assert!(
+        report.starts_with("refused: source hook lacks thread-local storage") && report.contains("LD_PRELOAD"),
+        "{report}"
+    );
 }
 
 #[test]

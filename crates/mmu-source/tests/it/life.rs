@@ -189,6 +189,10 @@ fn a_call_on_another_process_is_told_in_that_ones_address_space() {
     assert_eq!(part.mm, mm_of(&trace, Task { pid: child, tid: child }));
     assert_eq!((part.start, part.end), (hex(said[0]), hex(said[1])));
     assert_eq!(result, said[2].parse().ok());
+    let (all, result) = trace.ends().find(|(part, _)| part.cause == "process_mrelease").expect("seen");
+    assert_eq!((all.task.tid, all.mm), (trace.pid, part.mm));
+    assert_eq!((all.event, all.start, all.end), ("unmap", 0, 0));
+    assert_eq!(result, trace.said("released")[0][0].parse().ok());
 }
 
 #[test]

@@ -84,6 +84,19 @@ fn boxed<T: Zero>(len: usize) -> Box<[T]> {
     (0..len).map(|_| T::zero()).collect()
 }
 
+/// A box of `N` zeroes.
+#[cfg(not(mmun_loom))]
+pub(super) fn boxed_array<T: Zero, const N: usize>() -> Box<[T; N]> {
+    let zeroes = Box::new_zeroed();
+    // SAFETY: The elements must be valid: their type says that zeroes are.
+    unsafe { zeroes.assume_init() }
+}
+
+#[cfg(mmun_loom)]
+pub(super) fn boxed_array<T: Zero, const N: usize>() -> Box<[T; N]> {
+    Box::new(std::array::from_fn(|_| T::zero()))
+}
+
 impl<T> Deref for Array<T> {
     type Target = [T];
 

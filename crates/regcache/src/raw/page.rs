@@ -1,6 +1,7 @@
 //! The page that a look-up begins with. The child of a fork finds it zeroed: there is no table, nothing is a hit.
 
 use super::table::{Table, Tables, View};
+use crate::granule::Lead;
 use crate::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
 use std::io;
 use std::ops::Deref;
@@ -13,7 +14,8 @@ pub(crate) struct Fields {
     /// The first entry of the table in use; null if there is none.
     table: AtomicPtr<AtomicU64>,
     /// What makes granules of addresses at the level that has the most regions.
-    pub(crate) lead: AtomicU64,
+    mask: AtomicU64,
+    factor: AtomicU64,
     /// A bit for each level that the table has regions of.
     pub(crate) levels: AtomicU64,
     /// One; zero in the child of a fork.
@@ -26,6 +28,13 @@ pub(crate) struct Page {
     fields: Mapped,
     tables: Tables,
 }
+
+/// What look-ups read of a page.
+///
+/// # Invariants
+/// `table` is null, or what `Table::first` returned, of a table that lives for `'a`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Shown<'a>(&'a Fields);
 
 /// # Invariants
 /// Points to a page of our own, of which the beginning is valid `Fields` also when it is zeroed.
@@ -45,12 +54,16 @@ impl Page {
         Ok(Self { fields: Mapped::new()?, tables: Tables::new() })
     }
 
-    /// The table, if there is one.
+    /// What look-ups read. To be taken once: the compiler would load the pointer again behind every fence.
     #[inline(always)]
+    pub(crate) fn fields(&self) -> Shown<'_> {
+        // INVARIANT: Only `install` stores something else than null in `table`: what leads to tables that live as long as `self`.
+        Shown(&self.fields)
+    }
+
+    /// The table, if there is one.
     pub(crate) fn view(&self) -> Option<View<'_>> {
-        // SAFETY: It must hold what `Table::first` returned, of tables that live as long as the borrow: only `install` stores something
-        // else than null, and the tables are freed with `self`.
-        unsafe { View::load(&self.fields.table) }
+        self.fields().view()
     }
 
     pub(crate) fn tables(&self) -> &Tables {
@@ -73,6 +86,38 @@ impl Page {
     #[inline]
     pub(crate) fn is_inherited(&self) -> bool {
         self.fields.alive.load(Ordering::Relaxed) == 0
+    }
+}
+
+impl Fields {
+    /// What makes granules of addresses at the level that has the most regions. While it changes it may be half of each, which finds
+    /// nothing.
+    #[inline(always)]
+    pub(crate) fn lead(&self) -> Lead {
+        Lead { mask: self.mask.load(Ordering::Relaxed), factor: self.factor.load(Ordering::Relaxed) }
+    }
+
+    pub(crate) fn set_lead(&self, lead: Lead) {
+        self.mask.store(lead.mask, Ordering::Relaxed);
+        self.factor.store(lead.factor, Ordering::Relaxed);
+    }
+}
+
+impl<'a> Shown<'a> {
+    /// The table, if there is one.
+    #[inline(always)]
+    pub(crate) fn view(self) -> Option<View<'a>> {
+        // SAFETY: It must hold what `Table::first` returned, of tables that live as long as the borrow: type invariant.
+        unsafe { View::load(&self.0.table) }
+    }
+}
+
+impl Deref for Shown<'_> {
+    type Target = Fields;
+
+    #[inline(always)]
+    fn deref(&self) -> &Fields {
+        self.0
     }
 }
 
@@ -104,7 +149,8 @@ impl Mapped {
     fn new() -> io::Result<Self> {
         let fields = Fields {
             table: AtomicPtr::new(std::ptr::null_mut()),
-            lead: AtomicU64::new(12),
+            mask: AtomicU64::new(0),
+            factor: AtomicU64::new(0),
             levels: AtomicU64::new(0),
             alive: AtomicU32::new(1),
         };

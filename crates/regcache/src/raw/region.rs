@@ -3,6 +3,7 @@
 use super::barrier::full;
 use super::memory::Zero;
 use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use crate::sync::mutant;
 use mmu_notifier::{Va, VaRange};
 
 /// The part that look-ups read. Two regions share a cache line.
@@ -11,23 +12,20 @@ use mmu_notifier::{Va, VaRange};
 pub(crate) struct Region {
     first: AtomicU64,
     last: AtomicU64,
-    live: AtomicU32,
+    /// `LIVE` or not, and `VISITED` if it was used since the hand of the eviction passed.
+    state: AtomicU32,
     /// Leases that are in no slot.
     counted: AtomicU32,
-    /// Whether it was used since the hand of the eviction passed.
-    visited: AtomicU32,
 }
+
+const VISITED: u32 = 1;
+/// Found by look-ups. The higher bit, so that one comparison tells.
+const LIVE: u32 = 2;
 
 // SAFETY: Integers.
 unsafe impl Zero for Region {
     fn zero() -> Self {
-        Self {
-            first: AtomicU64::new(0),
-            last: AtomicU64::new(0),
-            live: AtomicU32::new(0),
-            counted: AtomicU32::new(0),
-            visited: AtomicU32::new(0),
-        }
+        Self { first: AtomicU64::new(0), last: AtomicU64::new(0), state: AtomicU32::new(0), counted: AtomicU32::new(0) }
     }
 }
 
@@ -44,6 +42,11 @@ impl Region {
             && range.last().get() <= self.last.load(Ordering::Relaxed)
     }
 
+    pub(crate) fn overlaps(&self, range: VaRange) -> bool {
+        self.first.load(Ordering::Relaxed) <= range.last().get()
+            && range.start().get() <= self.last.load(Ordering::Relaxed)
+    }
+
     /// Sets the range of a region that is not live.
     pub(crate) fn set_range(&self, range: VaRange) {
         self.first.store(range.start().get(), Ordering::Relaxed);
@@ -52,22 +55,57 @@ impl Region {
 
     #[inline(always)]
     pub(crate) fn is_live(&self) -> bool {
+        self.state() >= LIVE
+    }
+
+    #[inline(always)]
+    fn state(&self) -> u32 {
         // ORDER(cache-live): Acquire for the range and the handle. Partner: the Release in `set_live`. Weaker, a lease could show the
         // handle of the region that had this place before.
-        self.live.load(Ordering::Acquire) != 0
+        self.state.load(Ordering::Acquire)
+    }
+
+    /// Whether it is live and covers `range`, and if so, notes a use. Writes only if the hand of the eviction has passed since the last
+    /// one.
+    #[inline(always)]
+    pub(crate) fn visit(&self, range: VaRange) -> bool {
+        // In this order: see `state`.
+        let early = mutant("range_before_state") && self.covers(range);
+        let state = self.state();
+        if state < LIVE || !(early || self.covers(range) || mutant("no_second_look")) {
+            return false;
+        }
+        state == LIVE | VISITED || self.mark()
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn mark(&self) -> bool {
+        // Relaxed: a hint. On a region that has died or is another one by now it does no harm.
+        self.state.fetch_or(VISITED, Ordering::Relaxed);
+        true
+    }
+
+    /// Forgets the uses; tells whether there were any.
+    pub(crate) fn forget_visits(&self) -> bool {
+        let visited = self.state.load(Ordering::Relaxed) & VISITED != 0;
+        if visited {
+            self.state.fetch_and(!VISITED, Ordering::Relaxed);
+        }
+        visited
     }
 
     pub(crate) fn set_live(&self) {
-        self.visited.store(0, Ordering::Relaxed);
-        // ORDER(cache-live): Release, partner in `is_live`.
-        self.live.store(1, Ordering::Release);
+        // ORDER(cache-live): Release, partner in `state`.
+        self.state.store(LIVE, Ordering::Release);
     }
 
     pub(crate) fn set_dead(&self) {
         // Relaxed: the heavy fence orders it, ORDER(cache-lease).
         // ORDER(cache-use): It comes before the change, as the system call that makes the change does not begin before. Partner: the
         // fence in `Lease::is_current`.
-        self.live.store(0, Ordering::Relaxed);
+        // A swap and no store, for loom: it would not know that a `mark` this overwrites comes before it, and go on showing the mark.
+        self.state.swap(0, Ordering::Relaxed);
     }
 
     /// Counts a lease for which there is no slot, and orders that before what the caller reads next.
@@ -87,23 +125,6 @@ impl Region {
     pub(crate) fn is_counted(&self) -> bool {
         // ORDER(cache-done): Acquire, partner in `uncount`.
         self.counted.load(Ordering::Acquire) != 0
-    }
-
-    /// Notes a use. Writes only if the hand has passed since the last one.
-    #[inline(always)]
-    pub(crate) fn visit(&self) {
-        if self.visited.load(Ordering::Relaxed) == 0 {
-            self.visited.store(1, Ordering::Relaxed);
-        }
-    }
-
-    /// Forgets the uses; tells whether there were any.
-    pub(crate) fn forget_visits(&self) -> bool {
-        let visited = self.visited.load(Ordering::Relaxed) != 0;
-        if visited {
-            self.visited.store(0, Ordering::Relaxed);
-        }
-        visited
     }
 }
 

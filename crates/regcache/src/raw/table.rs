@@ -1,6 +1,7 @@
 //! The hash table from granules to regions: open addressing, read without a lock, written under the cache's.
 //!
-//! An entry is one word: the upper half of the granule's hash, and the region's number plus one. A look-up that runs while
+//! An entry is one word: the region's name in the upper half, the granule's hash in the lower. A region's name is its
+//! number plus one, so that zero is none. A look-up that runs while
 //! an entry moves may miss it, or meet it twice; a miss goes on to ask under the lock, and what it meets is checked. So the
 //! entries need no order among each other.
 //!
@@ -33,7 +34,7 @@ unsafe impl Zero for Line {
 /// A table. Its entries are written under the lock of the cache.
 #[derive(Debug)]
 pub(crate) struct Table {
-    /// One line whose last words are the mask of places and by how much to shift a hash, then the entries.
+    /// One line whose last word is their number, then the entries.
     lines: Array<Line>,
     used: AtomicUsize,
     /// The one that this one took over from.
@@ -50,11 +51,10 @@ pub(crate) struct Tables(AtomicPtr<Table>);
 /// A table as a look-up sees it.
 ///
 /// # Invariants
-/// There are `1 << (64 - shift)` live entries from `first` on, and in front of them the line that [`Table`] says.
+/// There are live entries from `first` on, and in front of them the line that [`Table`] says, with their number, a power of two.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct View<'a> {
     first: NonNull<AtomicU64>,
-    shift: u32,
     table: PhantomData<&'a Table>,
 }
 
@@ -67,60 +67,71 @@ impl<'a> View<'a> {
     pub(super) unsafe fn load(first: &'a AtomicPtr<AtomicU64>) -> Option<Self> {
         // ORDER(cache-table): Acquire for the entries. Partner: the Release in `Page::install`.
         let first = NonNull::new(first.load(Ordering::Acquire))?;
+        // INVARIANT: `Table::new` wrote its size there.
+        Some(Self { first, table: PhantomData })
+    }
+
+    #[inline(always)]
+    fn len(self) -> usize {
         // SAFETY: The result must lie in the allocation: there is a line in front of the entries.
-        let shift = unsafe { first.sub(1) };
+        let len = unsafe { self.first.sub(1) };
         // SAFETY: A reference needs a live integer: the last one of that line.
-        let shift = unsafe { shift.as_ref() }.load(Ordering::Relaxed) as u32;
-        // INVARIANT: `Table::new` wrote the shift that goes with its size.
-        Some(Self { first, shift, table: PhantomData })
+        unsafe { len.as_ref() }.load(Ordering::Relaxed) as usize
     }
 
+    /// Where a hash is to be found: the upper bits of it, without a shift by a variable, which is slow on some processors.
     #[inline(always)]
-    fn home(self, hash: u64) -> usize {
-        (hash >> (self.shift & 63)) as usize
+    fn home(self, hash: u32) -> usize {
+        ((u64::from(hash) * self.len() as u64) >> 32) as usize
     }
 
+    /// An entry; without a check.
+    ///
+    /// # Safety
+    /// `at` is less than `len`.
     #[inline(always)]
-    fn mask(self) -> usize {
-        // Read where it is needed: computed from the shift, it would be on the way of every hit.
-        // SAFETY: The result must lie in the allocation: there is a line in front of the entries.
-        let mask = unsafe { self.first.sub(2) };
-        // SAFETY: A reference needs a live integer: the last but one of that line.
-        unsafe { mask.as_ref() }.load(Ordering::Relaxed) as usize
-    }
-
-    /// An entry; `at` is wrapped around by the caller.
-    #[inline(always)]
-    fn at(self, at: usize) -> &'a AtomicU64 {
-        // SAFETY: The result must lie in the allocation: type invariant. A hash shifted by `shift` is less than the number of entries,
-        // and so is what was masked.
+    unsafe fn at_unchecked(self, at: usize) -> &'a AtomicU64 {
+        // SAFETY: The result must lie in the allocation: type invariant, and the caller's promise.
         let entry = unsafe { self.first.add(at) };
         // SAFETY: A reference needs a live integer that is only ever shared: as above.
         unsafe { entry.as_ref() }
     }
 
-    /// Calls `f` with each region entered under `hash`, and perhaps with others, until it returns something.
+    /// The entry at `at`, wrapped around.
     #[inline(always)]
-    pub(crate) fn probe<T>(self, hash: u64, mut f: impl FnMut(u32) -> Option<T>) -> Option<T> {
-        // An entry is empty sooner or later, as half of them are.
+    fn at(self, at: usize) -> &'a AtomicU64 {
+        // SAFETY: It must be less than `len`, which is a power of two.
+        unsafe { self.at_unchecked(at & (self.len() - 1)) }
+    }
+
+    /// Calls `f` with the name of each region entered under `hash`, and perhaps of others, until it returns something.
+    #[inline(always)]
+    pub(crate) fn probe_names<T>(self, hash: u32, mut f: impl FnMut(u32) -> Option<T>) -> Option<T> {
         let mut at = self.home(hash);
-        loop {
-            let entry = self.at(at).load(Ordering::Relaxed);
-            if entry == 0 {
-                return None;
-            }
-            if (entry ^ hash) >> 32 == 0
-                && let Some(found) = f(entry as u32 - 1)
+        // SAFETY: It must be less than `len`: it is less than a 2^32th of 2^32 of it.
+        let mut entry = unsafe { self.at_unchecked(at) }.load(Ordering::Relaxed);
+        // An entry is empty sooner or later, as half of them are.
+        while entry != 0 {
+            if entry as u32 == hash
+                && let Some(found) = f((entry >> 32) as u32)
             {
                 return Some(found);
             }
-            at = (at + 1) & self.mask();
+            at += 1;
+            entry = self.at(at).load(Ordering::Relaxed);
         }
+        None
+    }
+
+    /// The same with the regions' numbers.
+    #[inline(always)]
+    pub(crate) fn probe<T>(self, hash: u32, mut f: impl FnMut(u32) -> Option<T>) -> Option<T> {
+        self.probe_names(hash, |name| f(name - 1))
     }
 }
 
-fn entry(hash: u64, region: u32) -> u64 {
-    hash & 0xffff_ffff_0000_0000 | u64::from(region + 1)
+fn entry(hash: u32, region: u32) -> u64 {
+    u64::from(region + 1) << 32 | u64::from(hash)
 }
 
 impl Table {
@@ -128,8 +139,7 @@ impl Table {
     pub(crate) fn new(log2: u32) -> Box<Self> {
         let log2 = log2.clamp(SMALLEST, LARGEST);
         let lines = Array::<Line>::zeroes(1 + (1 << log2) / PER_LINE);
-        lines[0].0[PER_LINE - 2].store((1 << log2) - 1, Ordering::Relaxed);
-        lines[0].0[PER_LINE - 1].store(64 - u64::from(log2), Ordering::Relaxed);
+        lines[0].0[PER_LINE - 1].store(1 << log2, Ordering::Relaxed);
         Box::new(Self { lines, used: AtomicUsize::new(0), previous: AtomicPtr::new(ptr::null_mut()) })
     }
 
@@ -149,7 +159,7 @@ impl Table {
     pub(crate) fn view(&self) -> View<'_> {
         let first = NonNull::new(self.first()).expect("an entry is not at null");
         // INVARIANT: A line is an array of entries, without padding.
-        View { first, shift: 64 - self.log2(), table: PhantomData }
+        View { first, table: PhantomData }
     }
 
     /// The first entry, as look-ups want it.
@@ -160,25 +170,24 @@ impl Table {
     }
 
     /// Enters a region. The caller holds the lock of the cache and has seen that there is room.
-    pub(crate) fn insert(&self, hash: u64, region: u32) {
+    pub(crate) fn insert(&self, hash: u32, region: u32) {
         self.add(entry(hash, region));
     }
 
     fn add(&self, entry: u64) {
         let entries = self.view();
-        let mask = entries.mask();
-        let mut at = entries.home(entry);
+        let mut at = entries.home(entry as u32);
         while entries.at(at).load(Ordering::Relaxed) != 0 {
-            at = (at + 1) & mask;
+            at += 1;
         }
         entries.at(at).store(entry, Ordering::Relaxed);
         self.used.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Takes a region out that was entered under `hash`, and moves up what was pushed aside by it.
-    pub(crate) fn remove(&self, hash: u64, region: u32) {
+    pub(crate) fn remove(&self, hash: u32, region: u32) {
         let entries = self.view();
-        let mask = entries.mask();
+        let mask = entries.len() - 1;
         let wanted = entry(hash, region);
         let mut hole = entries.home(hash);
         loop {
@@ -187,17 +196,17 @@ impl Table {
                 break;
             }
             assert!(found != 0, "a region is in the table under each of its granules");
-            hole = (hole + 1) & mask;
+            hole += 1;
         }
         let mut at = hole;
         loop {
-            at = (at + 1) & mask;
+            at += 1;
             let next = entries.at(at).load(Ordering::Relaxed);
             if next == 0 {
                 break;
             }
             // It may move up if the hole does not lie before its home.
-            let distance = at.wrapping_sub(entries.home(next)) & mask;
+            let distance = at.wrapping_sub(entries.home(next as u32)) & mask;
             if distance >= (at.wrapping_sub(hole) & mask) {
                 entries.at(hole).store(next, Ordering::Relaxed);
                 hole = at;
@@ -260,7 +269,7 @@ impl Drop for Tables {
 mod tests {
     use super::*;
 
-    fn found(table: &Table, hash: u64) -> Vec<u32> {
+    fn found(table: &Table, hash: u32) -> Vec<u32> {
         let mut all = Vec::new();
         table.view().probe(hash, |region| {
             all.push(region);
@@ -273,7 +282,7 @@ mod tests {
     fn what_was_entered_is_found_until_it_is_removed() {
         let table = Table::new(SMALLEST);
         // All of them want the same place or its neighbours, around the end of the table.
-        let hashes: Vec<u64> = (0..100).map(|n: u64| u64::MAX << 56 | (n % 7) << 54 | n << 32).collect();
+        let hashes: Vec<u32> = (0..100).map(|n: u32| u32::MAX << 24 | (n % 7) << 22 | n).collect();
         for (region, hash) in (0..).zip(&hashes) {
             table.insert(*hash, region);
         }
@@ -291,7 +300,7 @@ mod tests {
     #[test]
     fn a_larger_table_takes_all_entries_over() {
         let small = Table::new(SMALLEST);
-        let hashes: Vec<u64> = (0..200_u64).map(|n| n.wrapping_mul(0x9e37_79b9_7f4a_7c15)).collect();
+        let hashes: Vec<u32> = (0..200_u32).map(|n| n.wrapping_mul(0x9e37_79b9)).collect();
         for (region, hash) in (0..).zip(&hashes) {
             small.insert(*hash, region);
         }

@@ -4,23 +4,23 @@
 //! whose slots are all in use, and one without a number, counts in the region itself.
 
 use super::barrier::light;
-use super::memory::{Array, Zero};
+use super::memory::{Zero, boxed_array};
 use super::number;
-use crate::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::ptr::{self, NonNull};
 
-/// Slots of one thread.
-const SLOTS: usize = if cfg!(mmun_loom) { 2 } else { 124 };
+/// Slots of one thread: as many as a cursor can tell apart, so that it needs no check.
+const SLOTS: usize = if cfg!(mmun_loom) { 2 } else { 256 };
 /// Slots that a hit looks at before it gives up.
 const PROBES: usize = if cfg!(mmun_loom) { 1 } else { 8 };
 
-/// One thread's slots in one cache: eight lines, the first of which does for a thread with few leases.
+/// One thread's slots in one cache: a kilobyte, the first line of which does for a thread with few leases.
 #[repr(C, align(128))]
 #[derive(Debug)]
 pub(crate) struct Block {
     hits: AtomicU64,
     /// Where the owner looks first.
-    cursor: AtomicU32,
+    cursor: AtomicU8,
     /// How many of the slots were ever used.
     used: AtomicU32,
     slots: [Slot; SLOTS],
@@ -33,8 +33,10 @@ pub(crate) struct Slot(AtomicU32);
 /// The blocks of all threads.
 #[derive(Debug)]
 pub(crate) struct Threads {
-    /// Empty if slots cannot be used.
-    blocks: Array<BlockPtr>,
+    /// A box of the one size there is, so that the check of a number needs none.
+    blocks: Box<[BlockPtr; number::MAX]>,
+    /// Whether slots can be used. If not, there is no block.
+    slots: bool,
 }
 
 /// # Invariants
@@ -51,10 +53,10 @@ unsafe impl Zero for BlockPtr {
 }
 
 impl Slot {
-    /// Names `region`, and orders that before what the caller reads next.
+    /// Names a region, and orders that before what the caller reads next.
     #[inline(always)]
-    pub(crate) fn publish(&self, region: u32) {
-        self.publish_locked(region);
+    pub(crate) fn publish(&self, name: u32) {
+        self.publish_locked(name);
         // ORDER(cache-lease): The name, before the look at the region's state. Partner: the heavy fence in `harvest`, between the state and
         // the look at the slots. Without it a region is deregistered under a fresh lease. Model: loom
         // `a_hit_racing_an_invalidation`.
@@ -63,12 +65,19 @@ impl Slot {
         }
     }
 
-    /// Names `region`, for a caller that holds the lock of the cache.
+    /// Names a region, for a caller that holds the lock of the cache.
     #[inline(always)]
-    pub(crate) fn publish_locked(&self, region: u32) {
+    pub(crate) fn publish_locked(&self, name: u32) {
         // ORDER(cache-done): Release, and the Acquire in `is_free`: who finds this name has to know that the lease before, whose
         // end it overwrites, is over. A plain store breaks the release sequence of `clear`.
-        self.0.store(region + 1, Ordering::Release);
+        self.0.store(name, Ordering::Release);
+    }
+
+    /// The name of the region, for who holds the lease.
+    #[inline(always)]
+    pub(crate) fn name(&self) -> u32 {
+        // Relaxed: nobody else writes to it meanwhile.
+        self.0.load(Ordering::Relaxed)
     }
 
     #[inline(always)]
@@ -95,29 +104,28 @@ impl Block {
     fn new() -> Box<Self> {
         Box::new(Self {
             hits: AtomicU64::new(0),
-            cursor: AtomicU32::new(0),
+            cursor: AtomicU8::new(0),
             used: AtomicU32::new(1),
             slots: std::array::from_fn(|_| Slot(AtomicU32::new(0))),
         })
     }
 
-    /// The slot that was used last, if it is free. The caller is the block's thread.
+    /// A slot that names none, if there is one: mostly the one that was used last. The caller is the block's thread.
     #[inline(always)]
-    pub(crate) fn next_slot(&self) -> Option<&Slot> {
-        let slot = self.slots.get(self.cursor.load(Ordering::Relaxed) as usize)?;
-        slot.is_free().then_some(slot)
-    }
-
-    /// A slot that names none, if there is one. The caller is the block's thread.
     pub(crate) fn free_slot(&self) -> Option<&Slot> {
-        self.next_slot().or_else(|| self.search())
+        match self.slots.get(self.cursor.load(Ordering::Relaxed) as usize) {
+            Some(slot) if slot.is_free() => Some(slot),
+            _ => self.search(),
+        }
     }
 
     /// Looks further. Not much further: a thread with very many leases finds its way back by and by.
+    #[cold]
+    #[inline(never)]
     fn search(&self) -> Option<&Slot> {
         let from = self.cursor.load(Ordering::Relaxed) as usize;
         for at in (from + 1..=from + PROBES).map(|at| at % SLOTS) {
-            self.cursor.store(at as u32, Ordering::Relaxed);
+            self.cursor.store(at as u8, Ordering::Relaxed);
             let slot = &self.slots[at];
             if slot.is_free() {
                 // Relaxed: whoever finds the slot in use with certainty, after its fence, finds this store, too.
@@ -138,7 +146,7 @@ impl Block {
 impl Threads {
     /// Without slots there are no blocks, and every lease is counted in its region.
     pub(crate) fn new(slots: bool) -> Self {
-        Self { blocks: Array::zeroes(if slots { number::MAX } else { 0 }) }
+        Self { blocks: boxed_array(), slots }
     }
 
     /// This thread's block, if it has one here already.
@@ -150,6 +158,9 @@ impl Threads {
     /// This thread's block, made if need be; none if there are too many threads, or this one is ending.
     #[cold]
     pub(crate) fn join(&self) -> Option<&Block> {
+        if !self.slots {
+            return None;
+        }
         let place = self.blocks.get(number::claim()?)?;
         if place.get().is_none() {
             let block = Box::into_raw(Block::new());

@@ -109,8 +109,8 @@ fn itself(args: &[&str]) -> Command {
     command
 }
 
-/// Pages out memory of a child.
-pub(crate) fn process_madvise_of_a_child() {
+/// Pages out memory of a child, and asks for all of its memory to be released, which is refused while it lives.
+pub(crate) fn calls_on_a_child() {
     let arena = map(4 * PAGE, RW);
     touch(arena, 4 * PAGE);
     let (read, write) = gate();
@@ -124,6 +124,7 @@ pub(crate) fn process_madvise_of_a_child() {
     let result = call(libc::SYS_process_madvise, &[pidfd, sys::address(&vector), 1, libc::MADV_PAGEOUT as u64, 0]);
     println!("child {child}");
     println!("range {arena:#x} {:#x} {result}", arena + 2 * PAGE);
+    println!("released {}", call(libc::SYS_process_mrelease, &[pidfd, 0]));
     call(libc::SYS_close, &[write]);
     assert_eq!(sys::wait(child, 0), 0);
 }

@@ -28,7 +28,7 @@ fn main() {
         Some("exec") => life::exec(),
         Some("thread-exec") => life::thread_exec(),
         Some("spawn") => life::spawn(),
-        Some("other") => life::process_madvise_of_a_child(),
+        Some("other") => life::calls_on_a_child(),
         Some("stop") => life::job_control(),
         Some("signals") => life::real_time_signals(number(1)),
         Some("traceme") => life::traceme(),

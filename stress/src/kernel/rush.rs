@@ -1,0 +1,126 @@
+//! Everybody at once: some settle, fill, arm and drain while others change armed memory, and nobody may be held up for long.
+//!
+//! A watch looks at when each thread began what it is doing.
+
+use mmu_notifier::{InvalidateRange, Notifier, Registration, Va, VaRange};
+use mmu_source::kernel::Kernel;
+use std::ffi::c_void;
+use std::ptr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+const PAGE: usize = 4096;
+/// How many pages each of the two that change memory has.
+const PAGES: usize = 8;
+
+/// What the threads do.
+pub(crate) const DEEDS: [&str; 7] = ["settle", "settle", "read_begin", "arm", "drain", "change", "change"];
+
+/// How often each was done, and how long it took at most, in microseconds.
+#[derive(Debug, Default)]
+pub(crate) struct Pace {
+    pub(crate) times: AtomicU64,
+    pub(crate) most: AtomicU64,
+    /// When it began, in microseconds since the beginning; 0 if nothing is under way.
+    since: AtomicU64,
+}
+
+/// Takes its time, as a subscriber does that has something to look up.
+struct Listens(AtomicU64);
+
+impl Notifier for Listens {
+    fn invalidate_range_start(&self, _: &InvalidateRange<'_>) {
+        (0..500).for_each(|_| _ = self.0.fetch_add(1, Ordering::Relaxed));
+    }
+}
+
+/// Rushes for so long. Ends the process if something takes longer than `patience`: its threads could not be joined.
+pub(crate) fn rush(kernel: &Arc<Kernel>, length: Duration, patience: Duration) -> [Pace; 7] {
+    let paces: [Pace; 7] = std::array::from_fn(|_| Pace::default());
+    let listens = Registration::new(&mmu_source::current(), Listens(AtomicU64::new(0))).expect("outside of brackets");
+    let (start, stop) = (Instant::now(), AtomicBool::new(false));
+    let now = || start.elapsed().as_micros() as u64 + 1;
+    let memory = [map(), map()];
+    let _armed = memory.map(|at| kernel.arm(range(at)).expect("armed"));
+    thread::scope(|scope| {
+        let repeat = |deed: usize, mut f: Box<dyn FnMut() + Send>| {
+            let (pace, stop, now) = (&paces[deed], &stop, &now);
+            scope.spawn(move || {
+                while !stop.load(Ordering::Relaxed) {
+                    let begin = now();
+                    pace.since.store(begin, Ordering::Relaxed);
+                    f();
+                    pace.since.store(0, Ordering::Relaxed);
+                    pace.most.fetch_max(now() - begin, Ordering::Relaxed);
+                    pace.times.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        };
+        for deed in [0, 1] {
+            let kernel = Arc::clone(kernel);
+            repeat(deed, Box::new(move || _ = kernel.settle().expect("no fork")));
+        }
+        let own = Arc::clone(kernel);
+        repeat(2, Box::new(move || _ = own.read_begin().expect("a virtual machine")));
+        let (own, at) = (Arc::clone(kernel), memory[0]);
+        repeat(3, Box::new(move || drop(own.arm(range(at)).expect("armed"))));
+        let own = Arc::clone(kernel);
+        repeat(4, Box::new(move || assert!(!own.drain().refused)));
+        repeat(5, Box::new(move || change(memory[0])));
+        repeat(6, Box::new(move || change(memory[1])));
+        while start.elapsed() < length {
+            thread::sleep(Duration::from_millis(20));
+            let late = paces.iter().position(|pace| {
+                let since = pace.since.load(Ordering::Relaxed);
+                since != 0 && now().saturating_sub(since) > patience.as_micros() as u64
+            });
+            if let Some(deed) = late {
+                println!("{} has been held up for more than {patience:?}: {paces:?}, {kernel:?}", DEEDS[deed]);
+                std::process::abort();
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    assert!(listens.unregister().is_ok(), "outside of brackets");
+    memory.into_iter().for_each(unmap);
+    paces
+}
+
+fn range(at: usize) -> VaRange {
+    VaRange::covering(Va::new(at as u64), (PAGES * PAGE) as u64).expect("a range")
+}
+
+fn at(address: usize) -> *mut c_void {
+    ptr::with_exposed_provenance_mut(address)
+}
+
+fn map() -> usize {
+    let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    // SAFETY: a new mapping where the kernel likes.
+    let base = unsafe { libc::mmap(ptr::null_mut(), PAGES * PAGE, protection, flags, -1, 0) };
+    assert_ne!(base, libc::MAP_FAILED);
+    base.expose_provenance()
+}
+
+fn unmap(base: usize) {
+    // SAFETY: the mapping is of `map`, and all threads that used it have ended.
+    unsafe { libc::munmap(at(base), PAGES * PAGE) };
+}
+
+/// Maps pages anew over those that are there, and touches each.
+fn change(base: usize) {
+    let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    // SAFETY: over a mapping of `map`, whose pages nobody else touches.
+    let again = unsafe { libc::mmap(at(base), PAGES * PAGE, protection, flags | libc::MAP_FIXED, -1, 0) };
+    assert_eq!(again, at(base));
+    for page in 0..PAGES {
+        let page = at(base + page * PAGE);
+        // SAFETY: the page was mapped above, and stays until this thread maps over it.
+        unsafe { page.cast::<u64>().write_volatile(1) };
+        // SAFETY: as above.
+        let discarded = unsafe { libc::madvise(page, PAGE, libc::MADV_DONTNEED) };
+        assert_eq!(discarded, 0);
+    }
+}
