@@ -126,10 +126,22 @@ impl VaRange {
         (self.last - self.first) / PAGE_SIZE + 1
     }
 
+    /// Returns the number of bytes; for the whole of an address space, which has one more than fits, all ones.
+    #[must_use]
+    pub const fn bytes(self) -> u64 {
+        (self.last - self.first).saturating_add(1)
+    }
+
     /// Tells whether `address` lies in the range.
     #[must_use]
     pub const fn contains(self, address: Va) -> bool {
         self.first <= address.0 && address.0 <= self.last
+    }
+
+    /// Tells whether all of `other` lies in the range.
+    #[must_use]
+    pub const fn covers(self, other: Self) -> bool {
+        self.first <= other.first && other.last <= self.last
     }
 
     /// Tells whether the two ranges share a page.
@@ -146,7 +158,7 @@ impl VaRange {
 
     /// Returns the smallest range that holds both.
     #[must_use]
-    pub(crate) fn hull(self, other: Self) -> Self {
+    pub fn hull(self, other: Self) -> Self {
         Self { first: self.first.min(other.first), last: self.last.max(other.last) }
     }
 }
@@ -211,6 +223,9 @@ mod tests {
         let high = VaRange::covering(Va::new(PAGE_SIZE), PAGE_SIZE).unwrap();
         assert!(!low.overlaps(high) && low.intersection(high).is_none());
         assert_eq!(VaRange::ALL.intersection(high), Some(high));
+        assert_eq!(low.hull(high).bytes(), 2 * PAGE_SIZE);
+        assert!(low.hull(high).covers(high) && !high.covers(low) && high.covers(high));
+        assert_eq!((VaRange::ALL.bytes(), VaRange::ALL.hull(low)), (u64::MAX, VaRange::ALL));
         assert!(high.contains(Va::new(PAGE_SIZE)) && !low.contains(Va::new(PAGE_SIZE)));
     }
 }

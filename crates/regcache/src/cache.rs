@@ -7,7 +7,7 @@ use crate::raw::handles::Handles;
 use crate::raw::held::Held;
 use crate::raw::region::Status;
 use crate::state::{Chain, State};
-use crate::sync::{Condvar, Mutex, MutexGuard, lock};
+use crate::sync::{Condvar, Mutex, MutexGuard, lock, try_lock};
 use crate::{Error, Options, Registrar, Stats};
 use mmu_notifier::{
     GetError, InvalidateRange, Mm, MmWithUser, Notifier, Overflow, Subscription, Subsystem, VaRange, WouldBlock,
@@ -47,6 +47,8 @@ type Make<R> = Box<dyn Fn(&MmWithUser) -> io::Result<Cache<R>> + Send + Sync>;
 /// ```
 pub struct Device<R: Registrar> {
     registrar: Arc<R>,
+    /// An address space that has ended; it knows the process that it was made in.
+    home: Mm,
     subsystem: Subsystem<Cache<R>, io::Error, Make<R>>,
 }
 
@@ -60,7 +62,7 @@ impl<R: Registrar> Device<R> {
             Gate::check(options.kernel.as_ref(), mm)?;
             Cache::new(Arc::clone(&for_caches), options.clone())
         });
-        Self { registrar, subsystem: Subsystem::new(make) }
+        Self { registrar, home: (*MmWithUser::new()).clone(), subsystem: Subsystem::new(make) }
     }
 
     /// Returns the registrar.
@@ -78,8 +80,11 @@ impl<R: Registrar> Device<R> {
     /// The first one sleeps until the invalidations that run now have ended.
     /// # Errors
     /// [`Error::Open`], with the core's reason or the kernel's; also (`InvalidInput`) if the options have a kernel source and this is another
-    /// address space than [`mmu_source::current`].
+    /// address space than [`mmu_source::current`]. [`Error::Forked`] in a child of the process that made the device.
     pub fn open(&self, mm: &MmWithUser) -> Result<RegCache<R>, Error<R::Error>> {
+        if self.home.is_inherited() {
+            return Err(Error::Forked);
+        }
         let subscription = self.subsystem.get(mm).map_err(|source| Error::Open { source })?;
         Ok(RegCache { subscription })
     }
@@ -423,7 +428,7 @@ impl<R: Registrar> Notifier for Cache<R> {
 
     fn try_invalidate_range_start(&self, range: &InvalidateRange<'_>) -> Result<(), WouldBlock> {
         if !self.index.page.is_inherited() {
-            let mut state = self.state.try_lock().map_err(|_| WouldBlock)?;
+            let mut state = try_lock(&self.state).ok_or(WouldBlock)?;
             // What is not leased is deregistered later: that may sleep.
             state.invalidate_start(&self.index, range.range());
         }

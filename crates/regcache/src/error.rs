@@ -48,7 +48,8 @@ pub enum Error<E> {
     },
     /// The address space has ended.
     Exited,
-    /// This process is the child of a fork and the cache is its parent's. Open one for the child's own address space.
+    /// This process is the child of a fork and the cache or the device is its parent's. Make a device here, and open a cache of it for the
+    /// child's own address space.
     Forked,
     /// The source of changes cannot say what has changed.
     Source {

@@ -60,7 +60,8 @@
 //!
 //! # Forks
 //! In the child, `get` returns [`Error::Forked`], and nothing else of the inherited cache does anything: the registrations are the
-//! parent's. The child can open a cache of its own.
+//! parent's. The child can make a device of its own and open a cache; the parent's device opens none there, as its registrar may have
+//! been in the middle of something, and a ring or a table is not copied by a fork.
 //!
 //! # Environment
 //! `REGCACHE_NO_MEMBARRIER`, if set when the first cache is opened, makes it do without `membarrier`, as it does where the kernel refuses

@@ -9,7 +9,7 @@
 use crate::cache::{Cache, Registered};
 use crate::raw::held::Held;
 use crate::raw::table::Table;
-use crate::state::{State, Target, bytes};
+use crate::state::{State, Target};
 use crate::sync::{MutexGuard, wait};
 use crate::{Cause, Error, Registrar};
 use mmu_notifier::VaRange;
@@ -78,15 +78,15 @@ impl<R: Registrar> Cache<R> {
             self.sleep(state);
             return None;
         }
-        if bytes(range) > options.max_bytes {
+        if range.bytes() > options.max_bytes {
             return Some(Err(Error::TooLarge { range, limit: options.max_bytes }.into()));
         }
-        let target = if past.alone || bytes(merged) > options.max_bytes { range } else { merged };
-        if !state.has_room(options, bytes(target)) {
+        let target = if past.alone || merged.bytes() > options.max_bytes { range } else { merged };
+        if !state.has_room(options, target.bytes()) {
             let mut chain = state.harvest(index);
             let mut evicted = 0;
             if chain.is_empty() {
-                evicted = state.evict(index, options, bytes(target));
+                evicted = state.evict(index, options, target.bytes());
                 chain = state.harvest(index);
             }
             if evicted == 0 && chain.is_empty() {
@@ -94,8 +94,8 @@ impl<R: Registrar> Cache<R> {
                     past.alone = true;
                     return None;
                 }
-                if state.reaping != 0 {
-                    // Another thread is about to give places back.
+                if state.reaping != 0 || state.is_registering() {
+                    // Another thread is about to give places back, or to have a region that can be evicted.
                     self.sleep(state);
                     return None;
                 }
@@ -174,12 +174,9 @@ impl<R: Registrar> Cache<R> {
             self.wake(state);
             return Some(Ok(held));
         }
+        let chain = state.chain_of(region);
         self.wake(state);
-        self.deregister(region);
-        let mut state = self.lock();
-        state.counts.deregistered += 1;
-        state.free(&self.index, region);
-        drop(state);
+        self.reap(chain);
         settled.err().map(|error| Err(Box::new(error)))
     }
 
@@ -198,7 +195,7 @@ impl<R: Registrar> Cache<R> {
         state.counts.failed += 1;
         if cause == Cause::Limit && past.evicted.is_none() {
             // More than is needed: others will ask, too.
-            let wanted = bytes(target).max(state.live_bytes / 8);
+            let wanted = target.bytes().max(state.live_bytes / 8);
             let evicted = state.evict_bytes(&self.index, wanted);
             past.evicted = Some(evicted);
             past.alone = true;
@@ -212,7 +209,8 @@ impl<R: Registrar> Cache<R> {
             return Some(Err(Error::LimitReached { range, evicted, source: error }.into()));
         }
         self.wake(state);
-        if cause == Cause::NotMapped && target != range && !past.alone {
+        // Whatever is wrong may be wrong with what was merged alone.
+        if target != range && !past.alone {
             past.alone = true;
             return None;
         }

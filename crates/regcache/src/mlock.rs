@@ -10,6 +10,7 @@ use rustix::mm::{MsyncFlags, mlock, msync, munlock};
 use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::io;
+use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 /// Locks memory with `mlock`, so that using it never waits for a page to be read.
@@ -48,9 +49,26 @@ impl Mlock {
     }
 }
 
-fn pages(range: VaRange) -> impl Iterator<Item = u64> {
+/// Unlocks those of the pages that are in no region, as many at once as lie together.
+fn unlock_others(pages: Range<u64>, counts: &BTreeMap<u64, u32>) {
+    let mut from = pages.start;
+    for page in counts.range(pages.clone()).map(|(page, _)| *page).chain([pages.end]) {
+        if from < page {
+            // SAFETY: As in `register`.
+            let _ = unsafe { munlock(place(from), bytes(&(from..page))) };
+        }
+        from = page + 1;
+    }
+}
+
+fn pages(range: VaRange) -> Range<u64> {
     let first = range.start().get() / PAGE_SIZE;
     first..first + range.pages()
+}
+
+/// The length in bytes. A page less than all: the kernel would round the last bytes up to none.
+fn bytes(pages: &Range<u64>) -> usize {
+    usize::try_from((pages.end - pages.start).min((1 << 52) - 1) * PAGE_SIZE).expect("sizes have 64 bits")
 }
 
 fn place(page: u64) -> *mut c_void {
@@ -62,19 +80,19 @@ impl Registrar for Mlock {
     type Error = io::Error;
 
     fn register(&self, range: VaRange) -> io::Result<VaRange> {
-        let len = usize::try_from(range.pages().saturating_mul(PAGE_SIZE)).map_err(|_| Errno::NOMEM)?;
+        let (start, len) = (place(pages(range).start), bytes(&pages(range)));
         let mut counts = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
+        // `mlock` has the same errno for a limit and for a hole. `msync` has it for a hole only, and does nothing else (since Linux
+        // 2.6.19).
         // SAFETY: No preconditions: module docs.
-        if let Err(error) = unsafe { mlock(place(range.start().get() / PAGE_SIZE), len) } {
+        if unsafe { msync(start, len, MsyncFlags::ASYNC) } == Err(Errno::NOMEM) {
+            return Err(Errno::FAULT.into());
+        }
+        // SAFETY: As above.
+        if let Err(error) = unsafe { mlock(start, len) } {
             // It may have locked the beginning.
-            for page in pages(range).filter(|page| !counts.contains_key(page)) {
-                // SAFETY: As above.
-                let _ = unsafe { munlock(place(page), PAGE_SIZE as usize) };
-            }
-            // The same errno for a limit and for a hole. `msync` has it for a hole only, and does nothing else (since Linux 2.6.19).
-            // SAFETY: As above.
-            let probed = unsafe { msync(place(range.start().get() / PAGE_SIZE), len, MsyncFlags::ASYNC) };
-            return Err(if probed == Err(Errno::NOMEM) { Errno::FAULT } else { error }.into());
+            unlock_others(pages(range), &counts);
+            return Err(error.into());
         }
         pages(range).for_each(|page| *counts.entry(page).or_default() += 1);
         Ok(range)

@@ -69,8 +69,8 @@ pub trait Registrar: Send + Sync + 'static {
 pub enum Cause {
     /// As much is registered as may be, such as `ENOMEM` for `RLIMIT_MEMLOCK`: the cache evicts something and tries once more.
     Limit,
-    /// Not all of the range is mapped, such as `EFAULT`: what was to be merged with the request is left out, once.
+    /// Not all of the range is mapped, such as `EFAULT`.
     NotMapped,
-    /// Anything else: the caller gets the error.
+    /// Anything else.
     Other,
 }

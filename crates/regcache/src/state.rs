@@ -76,20 +76,6 @@ pub(crate) struct State {
     pub(crate) counts: Counts,
 }
 
-/// The bytes of a range; all ones for the whole address space.
-pub(crate) fn bytes(range: VaRange) -> u64 {
-    range.pages().saturating_mul(PAGE_SIZE)
-}
-
-/// The smallest range that holds both.
-pub(crate) fn hull(one: VaRange, other: VaRange) -> VaRange {
-    let (first, last) = (one.start().min(other.start()), one.last().max(other.last()));
-    match (last.get() - first.get()).checked_add(1) {
-        Some(len) => VaRange::covering(first, len).unwrap_or(VaRange::ALL),
-        None => VaRange::ALL,
-    }
-}
-
 /// The range and the pages beside it.
 fn with_neighbours(range: VaRange) -> VaRange {
     let first = range.start().get().saturating_sub(PAGE_SIZE);
@@ -199,8 +185,8 @@ impl State {
                 if other.covers(request) {
                     found = Some(region);
                 }
-                let union = hull(grown, other.range());
-                if bytes(union) <= options.max_region_bytes {
+                let union = grown.hull(other.range());
+                if union.bytes() <= options.max_region_bytes {
                     grown = union;
                 }
             });
@@ -241,7 +227,7 @@ impl State {
             None => return None,
         };
         self.regions += 1;
-        self.bytes = self.bytes.saturating_add(bytes(range));
+        self.bytes = self.bytes.saturating_add(range.bytes());
         index.region(region).set_range(range);
         // An invalidation that has begun may change the pages after they were registered.
         let hit = self.is_invalidating(range) && !mutant("forget_open_brackets");
@@ -270,13 +256,13 @@ impl State {
     pub(crate) fn publish(&mut self, index: &Index, region: u32, replaces: bool) {
         let range = index.region(region).range();
         if replaces {
-            self.counts.replaced += self.kill_where(index, range, |other| contains(range, other));
+            self.counts.replaced += self.kill_where(index, range, |other| range.covers(other));
         }
         let Some(table) = index.page.tables().newest() else { return };
         granules(range).for_each(|granule| table.insert(granule.hash(), region));
         let levels = self.summary.add(range);
         self.live_regions += 1;
-        self.live_bytes += bytes(range);
+        self.live_bytes += range.bytes();
         self.entry(region).status = Status::Live;
         self.live.push(&mut self.entries, region);
         index.region(region).set_live();
@@ -305,7 +291,7 @@ impl State {
         }
         self.summary.remove(range);
         self.live_regions -= 1;
-        self.live_bytes -= bytes(range);
+        self.live_bytes -= range.bytes();
         if self.hand == region + 1 {
             self.hand = self.entry(region).prev;
         }
@@ -429,12 +415,28 @@ impl State {
         if self.is_leased(index, region) {
             self.entry(region).status = Status::Leased;
         } else {
-            let entry = self.entry(region);
-            entry.status = Status::Reaping;
-            entry.next = chain.0;
-            chain.0 = region + 1;
-            self.reaping += 1;
+            self.link(region, chain);
         }
+    }
+
+    fn link(&mut self, region: u32, chain: &mut Chain) {
+        let entry = self.entry(region);
+        entry.status = Status::Reaping;
+        entry.next = chain.0;
+        chain.0 = region + 1;
+        self.reaping += 1;
+    }
+
+    /// A chain of one region, which was registered and that nobody is going to find.
+    pub(crate) fn chain_of(&mut self, region: u32) -> Chain {
+        let mut chain = Chain(0);
+        self.link(region, &mut chain);
+        chain
+    }
+
+    /// Whether a registration is under way.
+    pub(crate) fn is_registering(&self) -> bool {
+        self.registering.head != 0
     }
 
     /// The end of a lease of a region that was dead by then. It may have been another region's place meanwhile.
@@ -469,7 +471,7 @@ impl State {
     /// Gives a place back whose region is not registered.
     pub(crate) fn free(&mut self, index: &Index, region: u32) {
         self.regions -= 1;
-        self.bytes -= bytes(index.region(region).range()).min(self.bytes);
+        self.bytes -= index.region(region).range().bytes().min(self.bytes);
         let free = std::mem::replace(&mut self.free, region + 1);
         *self.entry(region) = Entry { next: free, prev: 0, scan: 0, status: Status::Free, hit: false };
     }
@@ -479,9 +481,4 @@ impl State {
         self.regions < options.max_regions
             && self.bytes.checked_add(size).is_some_and(|bytes| bytes <= options.max_bytes)
     }
-}
-
-/// Whether `inner` lies within `outer`.
-fn contains(outer: VaRange, inner: VaRange) -> bool {
-    outer.start() <= inner.start() && inner.last() <= outer.last()
 }

@@ -110,7 +110,10 @@ impl Region {
 
     /// Counts a lease for which there is no slot, and orders that before what the caller reads next.
     pub(crate) fn count(&self) {
-        self.counted.fetch_add(1, Ordering::Relaxed);
+        // So many can only be forgotten ones. Should the count wrap, a region would be deregistered under its leases.
+        if self.counted.fetch_add(1, Ordering::Relaxed) > u32::MAX / 2 {
+            std::process::abort();
+        }
         // ORDER(cache-lease): As in `Slot::publish`.
         full();
     }

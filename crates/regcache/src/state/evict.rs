@@ -1,6 +1,6 @@
 //! Who has to go when there is no room.
 
-use super::{State, bytes};
+use super::State;
 use crate::index::Index;
 use crate::options::Options;
 use crate::raw::table::Table;
@@ -40,7 +40,7 @@ impl State {
                 self.hand = self.entry(region).prev;
                 continue;
             }
-            freed = freed.saturating_add(bytes(index.region(region).range()));
+            freed = freed.saturating_add(index.region(region).range().bytes());
             self.hand = at;
             self.kill(index, table, region);
             regions += 1;

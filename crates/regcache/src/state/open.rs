@@ -1,6 +1,5 @@
 //! Which invalidations have begun and not ended.
 
-use super::hull;
 use mmu_notifier::VaRange;
 
 /// How many are known exactly: more run at a time only if more threads than this change memory at the same moment.
@@ -26,7 +25,7 @@ impl Open {
             *place = range;
             self.len += 1;
         } else {
-            self.around = if self.others == 0 { range } else { hull(self.around, range) };
+            self.around = if self.others == 0 { range } else { self.around.hull(range) };
             self.others += 1;
         }
     }

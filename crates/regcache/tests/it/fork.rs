@@ -48,6 +48,13 @@ fn a_child_gets_an_error_and_deregisters_nothing() {
 }
 
 #[test]
+fn a_device_of_the_parent_opens_no_cache_in_a_child() {
+    let (_mm, device, _cache) = counting(Options::new());
+    let forked = || matches!(device.open(&MmWithUser::new()), Err(Error::Forked));
+    assert!(in_child(forked) && !forked());
+}
+
+#[test]
 fn a_child_can_have_a_cache_of_its_own() {
     let (_mm, _device, cache) = counting(Options::new());
     drop(cache.get(pages(1, 1)).unwrap());

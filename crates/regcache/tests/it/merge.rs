@@ -64,6 +64,15 @@ fn a_hole_beside_the_request_is_left_out() {
     assert_eq!(cache.get(pages(18, 4)).unwrap().range(), pages(18, 4));
 }
 
+#[test]
+fn what_cannot_be_registered_with_its_neighbour_is_registered_alone() {
+    let (_mm, device, cache) = book(Options::new());
+    drop(cache.get(pages(10, 10)).unwrap());
+    device.registrar().break_over(11);
+    assert_eq!(cache.get(pages(18, 4)).unwrap().range(), pages(18, 4));
+    assert!(cache.get(pages(18, 13)).is_err(), "what is too large alone is too large");
+}
+
 /// What the fuzz does.
 #[derive(Debug, Clone)]
 enum Op {

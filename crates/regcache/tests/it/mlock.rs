@@ -1,7 +1,7 @@
 //! The `mlock` registrar.
 
 use crate::support::pages;
-use mmu_notifier::{Va, VaRange};
+use mmu_notifier::{MmWithUser, Va, VaRange};
 use regcache::{Device, Error, Merge, Mlock, Options};
 
 /// Which of the pages of a buffer are locked, by the kernel's account: kilobytes of its mapping.
@@ -28,6 +28,16 @@ fn a_page_stays_locked_until_its_last_region_goes() {
     assert_eq!((device.registrar().locked_pages(), locked_kb()), (10, 40));
     drop(two);
     assert_eq!((device.registrar().locked_pages(), locked_kb()), (0, 0));
+}
+
+#[test]
+fn a_range_that_is_a_hole_is_refused_at_once() {
+    let device = Device::new(Mlock::new(), Options::new().max_bytes(u64::MAX));
+    let mm = MmWithUser::new();
+    let cache = device.open(&mm).unwrap();
+    let refused = cache.get(VaRange::ALL).map(drop);
+    assert!(matches!(refused, Err(Error::NotMapped { .. })), "{refused:?}");
+    assert_eq!(device.registrar().locked_pages(), 0);
 }
 
 #[test]

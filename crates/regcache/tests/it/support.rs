@@ -29,6 +29,7 @@ struct Pages {
     next: u64,
     registered: BTreeMap<u64, VaRange>,
     limit: Option<usize>,
+    most: Option<u64>,
     unmapped: Vec<VaRange>,
     during: Option<Box<dyn FnOnce() + Send>>,
     at_end: Option<Box<dyn FnOnce() + Send>>,
@@ -62,6 +63,11 @@ impl Book {
         self.pages.lock().unwrap().limit = Some(limit);
     }
 
+    /// Nothing of more than `pages` from now on, and not because a limit is reached.
+    pub(crate) fn break_over(&self, pages: u64) {
+        self.pages.lock().unwrap().most = Some(pages);
+    }
+
     /// Nothing that overlaps `range` from now on.
     pub(crate) fn unmap(&self, range: VaRange) {
         self.pages.lock().unwrap().unmapped.push(range);
@@ -88,7 +94,7 @@ impl Registrar for Book {
             during();
         }
         let mut pages = self.pages.lock().unwrap();
-        if range == super::support::pages(666_666, 1) {
+        if range == super::support::pages(666_666, 1) || pages.most.is_some_and(|most| range.pages() > most) {
             return Err(Refusal::Broken);
         }
         if pages.unmapped.iter().any(|unmapped| unmapped.overlaps(range)) {

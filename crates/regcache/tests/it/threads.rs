@@ -2,7 +2,7 @@
 
 use crate::support::{book, counting, pages};
 use mmu_notifier::{Event, VaRange};
-use regcache::{Merge, Options};
+use regcache::{Error, Merge, Options};
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc;
@@ -67,6 +67,40 @@ fn a_registrar_that_panics_leaves_its_places_to_others() {
     device.registrar().at_next_end(|| panic!("as tests do"));
     assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| cache.flush())).is_err());
     assert_eq!(cache.get(pages(5, 1)).unwrap().range(), pages(5, 1));
+}
+
+#[test]
+fn a_registrar_that_panics_while_a_registration_is_undone_leaves_its_place_to_others() {
+    let (mm, device, cache) = book(Options::new().max_regions(1));
+    let here = mm.clone();
+    // The memory changes while it is being registered, and what was registered cannot be undone.
+    device.registrar().during_next(move || drop(here.invalidate(pages(1, 1), Event::Unmap)));
+    device.registrar().at_next_end(|| panic!("as tests do"));
+    assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| cache.get(pages(1, 1)).map(drop))).is_err());
+    assert_eq!(cache.get(pages(5, 1)).unwrap().range(), pages(5, 1));
+}
+
+#[test]
+fn a_request_waits_for_a_place_in_which_another_thread_is_registering() {
+    let (_mm, device, cache) = book(Options::new().max_regions(1));
+    let (entered, wait_entered) = mpsc::channel();
+    let (go_on, wait_go_on) = mpsc::channel::<()>();
+    device.registrar().during_next(move || {
+        entered.send(()).unwrap();
+        wait_go_on.recv().unwrap();
+    });
+    thread::scope(|scope| {
+        scope.spawn(|| cache.get(pages(1, 1)).map(drop).unwrap());
+        wait_entered.recv().unwrap();
+        let other = scope.spawn(|| cache.get(pages(5, 1)).map(|lease| lease.range()));
+        while cache.stats().waits == 0 && !other.is_finished() {
+            thread::yield_now();
+        }
+        go_on.send(()).unwrap();
+        // The other's lease may not have ended by the time this looks again.
+        assert!(matches!(other.join().unwrap(), Ok(_) | Err(Error::Full { .. })));
+        assert_ne!(cache.stats().waits, 0, "it did not wait");
+    });
 }
 
 #[test]
