@@ -56,9 +56,11 @@ fn a_reader_who_reads_nothing_does_not_keep_an_interrupt_waiting() {
     // Open for both, so that neither side waits for the other to open it.
     let reader = std::fs::File::options().read(true).write(true).open(&fifo.0).unwrap();
     let mut command = trace();
-    command.args(["--json", "-o"]).arg(&fifo.0).args(["sh", "-c", "while :; do (:); done"]);
-    let mut mmun = command.spawn().unwrap();
+    command.args(["--json", "-o"]).arg(&fifo.0).args(["sh", "-c", "echo $$; while :; do (:); done"]);
+    let mut mmun = command.stdout(Stdio::piped()).spawn().unwrap();
     let pid = mmun.id();
+    let mut program = String::new();
+    BufReader::new(mmun.stdout.take().unwrap()).read_line(&mut program).unwrap();
     within("filling a fifo", move || {
         // Full is where no record fits any more: a pipe holds 64 KiB.
         let mut waiting = 0;
@@ -69,6 +71,8 @@ fn a_reader_who_reads_nothing_does_not_keep_an_interrupt_waiting() {
         }
         kill(pid, libc::SIGINT);
         let status = mmun.wait().unwrap();
+        // The program was let go of, and goes on.
+        kill(program.trim().parse().unwrap(), libc::SIGKILL);
         assert_eq!(status.code(), Some(125), "{status:?}");
         drop(reader);
     });
