@@ -56,7 +56,9 @@ fn fork_amid() -> Option<libc::pid_t> {
             installed.store(true, Ordering::Relaxed);
             drop(hook);
         });
-        while !is_reading_libc() && !installed.load(Ordering::Relaxed) {}
+        while !is_reading_libc() && !installed.load(Ordering::Relaxed) {
+            std::hint::spin_loop();
+        }
         let child = fork();
         if installed.load(Ordering::Relaxed) {
             has_heard(child);
