@@ -133,9 +133,22 @@ impl std::error::Error for Error {
     }
 }
 
+/// The command that gives the running program capabilities, ready to be typed.
+pub(crate) fn setcap(capabilities: &str) -> String {
+    let program = std::env::current_exe().unwrap_or_else(|_| "PROGRAM".into());
+    let quoted = program.to_string_lossy().replace('\'', r"'\''");
+    format!("sudo setcap {capabilities}+ep '{quoted}'")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_remedy_names_this_program() {
+        let own = std::env::current_exe().expect("this program has a name");
+        assert_eq!(setcap("cap_bpf"), format!("sudo setcap cap_bpf+ep '{}'", own.display()));
+    }
 
     #[test]
     fn an_error_names_the_call_and_the_object_and_does_not_repeat_its_source() {

@@ -185,7 +185,7 @@ impl Kernel {
     ///
     /// # Blocking
     /// As [`settle`](Self::settle); if there was any event since the last call, also for the changes under way and for the making of a
-    /// virtual machine, some hundred microseconds.
+    /// virtual machine, and for its end: from some hundred microseconds to some milliseconds.
     /// # Errors
     /// As [`settle`](Self::settle); [`Error::Kernel`] if no virtual machine can be made, as with too many open files.
     /// # Source

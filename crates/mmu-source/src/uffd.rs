@@ -89,12 +89,13 @@ pub fn probe() -> Result<Features, Error> {
 }
 
 fn missing(error: &io::Error) -> Error {
+    let release = || "uname -r".to_owned();
     let (missing, remedy) = match error.raw_os_error() {
-        Some(libc::EPERM) => ("CAP_SYS_PTRACE, for the events of fork", "sudo setcap cap_sys_ptrace+ep PROGRAM"),
-        Some(libc::ENOSYS) => ("userfaultfd (CONFIG_USERFAULTFD)", "uname -r"),
-        _ => ("UFFD_FEATURE_WP_ASYNC, as of Linux 6.7", "uname -r"),
+        Some(libc::EPERM) => ("CAP_SYS_PTRACE, for the events of fork", crate::error::setcap("cap_sys_ptrace")),
+        Some(libc::ENOSYS) => ("userfaultfd (CONFIG_USERFAULTFD)", release()),
+        _ => ("UFFD_FEATURE_WP_ASYNC, as of Linux 6.7", release()),
     };
-    Error::Unavailable { source: "uffd", missing: format!("{missing}: {error}"), remedy: remedy.to_owned() }
+    Error::Unavailable { source: "uffd", missing: format!("{missing}: {error}"), remedy }
 }
 
 impl Uffd {

@@ -82,8 +82,11 @@ fn as_text(diagnoses: &[Diagnosis], machine: &[String], style: Style) -> String 
                 if let Some(remedy) = remedy {
                     text.push_str(&format!("         try: {remedy}\n"));
                 }
+                text.push_str(&format!("         needs: {}\n", source.info().needs));
             }
         }
+        text.push_str(&format!("         sees: {}\n", source.info().sees));
+        text.push_str(&format!("         misses: {}\n", source.info().misses));
         if !features.is_empty() {
             text.push_str(&wrapped("found:", features));
         }

@@ -4,8 +4,12 @@ use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use crate::sys::STOP;
 
 /// The standard error stream, or a file.
 #[derive(Debug)]
@@ -21,8 +25,13 @@ pub(crate) struct Output {
 const FULL: usize = 1 << 16;
 /// A record is shorter than this.
 const ROOM: usize = 4096;
+/// How long nothing may be read before the rest is not written, once tracing is to end.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 impl Output {
+    /// The name of what is no file.
+    pub(crate) const STDERR: &str = "standard error";
+
     /// # Errors
     /// The file cannot be created, or there is no standard error stream.
     pub(crate) fn open(path: Option<&Path>) -> io::Result<Output> {
@@ -45,7 +54,7 @@ impl Output {
 
     /// The file's name, for messages.
     pub(crate) fn name(&self) -> String {
-        self.path.as_deref().map_or("standard error".into(), |path| path.display().to_string())
+        self.path.as_deref().map_or(Self::STDERR.into(), |path| path.display().to_string())
     }
 
     /// Writes the buffer if it is full, or at once to a terminal. `true` if that failed just now.
@@ -57,7 +66,7 @@ impl Output {
     pub(crate) fn flush(&mut self) -> bool {
         let mut failed_now = false;
         if self.failed.is_none() && !self.buffer.is_empty() {
-            self.failed = write_all(&mut self.file, &self.buffer).err();
+            self.failed = write_all(&mut self.file, &self.buffer, &STOP, PATIENCE).err();
             failed_now = self.failed.is_some();
         }
         self.buffer.clear();
@@ -70,19 +79,78 @@ impl Output {
     }
 }
 
-/// As `write_all`, also to a stream that someone else made non-blocking.
-fn write_all(file: &mut File, mut bytes: &[u8]) -> io::Result<()> {
+/// As `write_all`, also to a stream that someone else made non-blocking, and not for ever: once `stop` is set, a reader who takes
+/// nothing for as long as `patience` is given up.
+fn write_all(file: &mut File, mut bytes: &[u8], stop: &AtomicBool, patience: Duration) -> io::Result<()> {
+    // What is said to be writable takes so much without waiting.
+    const AT_ONCE: usize = libc::PIPE_BUF;
+    let waits = !file.metadata()?.is_file();
     while !bytes.is_empty() {
-        match file.write(bytes) {
+        let mut part = bytes;
+        if waits {
+            wait_for_room(file, stop, patience)?;
+            part = &bytes[..bytes.len().min(AT_ONCE)];
+        }
+        match file.write(part) {
             Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
             Ok(count) => bytes = &bytes[count..],
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                // What went wrong, if anything, the next write tells.
-                let _ = poll(&mut [PollFd::new(file, PollFlags::OUT)], None);
-            }
+            Err(error) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}
             Err(error) => return Err(error),
         }
     }
     Ok(())
+}
+
+fn wait_for_room(file: &File, stop: &AtomicBool, patience: Duration) -> io::Result<()> {
+    // The flag can be set while this thread sleeps and another one takes the signal.
+    const LOOK: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
+    let mut stopped = None;
+    loop {
+        // What went wrong, if anything, the write tells.
+        if poll(&mut [PollFd::new(file, PollFlags::OUT)], Some(&LOOK)).is_ok_and(|ready| ready > 0) {
+            return Ok(());
+        }
+        // Relaxed: the flag hands nothing over.
+        if stop.load(Relaxed) && stopped.get_or_insert_with(Instant::now).elapsed() >= patience {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+    use std::os::fd::OwnedFd;
+    use std::thread;
+
+    fn pipe() -> (io::PipeReader, File) {
+        let (reader, writer) = io::pipe().unwrap();
+        (reader, File::from(OwnedFd::from(writer)))
+    }
+
+    #[test]
+    fn a_reader_who_reads_nothing_is_given_up_when_asked_to_stop() {
+        let (_reader, mut file) = pipe();
+        let (stop, bytes) = (AtomicBool::new(false), vec![1; 1 << 20]);
+        thread::scope(|scope| {
+            let writer = scope.spawn(|| write_all(&mut file, &bytes, &stop, Duration::from_millis(1)));
+            stop.store(true, Relaxed);
+            let error = writer.join().unwrap().unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        });
+    }
+
+    #[test]
+    fn a_reader_who_reads_gets_everything_also_after_the_stop() {
+        let (mut reader, mut file) = pipe();
+        let stop = AtomicBool::new(true);
+        thread::scope(|scope| {
+            let writer = scope.spawn(move || write_all(&mut file, &[7; 1 << 20], &stop, Duration::from_secs(600)));
+            let mut bytes = Vec::new();
+            reader.read_to_end(&mut bytes).unwrap();
+            assert_eq!(bytes.len(), 1 << 20);
+            writer.join().unwrap().unwrap();
+        });
+    }
 }

@@ -135,6 +135,8 @@ fn trace(plan: Plan, front: Option<rustix::process::Pid>) -> (Outcome, Option<Ke
     sys::stop_seen();
     let outcome = match written {
         Err((_, error)) if error.kind() == io::ErrorKind::BrokenPipe => Outcome::Signal(libc::SIGPIPE),
+        // Nobody reads it, so it would not be read either what went wrong, and saying it might not end.
+        Err((name, error)) if error.kind() == io::ErrorKind::TimedOut && name == Output::STDERR => FAILED,
         Err((name, error)) => {
             complain(&format!("write on {name}: {}; the trace is incomplete", reason(&error)));
             FAILED

@@ -56,7 +56,7 @@ pub(super) fn kvm_missing(error: &io::Error) -> Error {
 pub(super) fn bpf_missing(error: &io::Error) -> Error {
     match error.kind() {
         io::ErrorKind::PermissionDenied => {
-            unavailable(format!("CAP_BPF and CAP_PERFMON: {error}"), "sudo setcap cap_bpf,cap_perfmon+ep PROGRAM")
+            unavailable(format!("CAP_BPF and CAP_PERFMON: {error}"), &crate::error::setcap("cap_bpf,cap_perfmon"))
         }
         _ => unavailable(format!("BPF as of Linux 5.12: {error}"), "uname -r"),
     }

@@ -4,6 +4,7 @@ use crate::memory::{Log, PAGE, Scratch, in_a_child, memory_file};
 use mmu_notifier::{Va, VaRange};
 use mmu_source::kernel::Kernel;
 use mmu_source::{Error, current};
+use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::ptr;
 use std::sync::Arc;
@@ -86,6 +87,62 @@ fn every_change_by_this_process_is_told() {
     told(&kernel, "ftruncate", shared(), |_| {
         // SAFETY: integers; nobody reads the mapping any more.
         unsafe { libc::ftruncate(file.as_raw_fd(), 0) };
+    });
+}
+
+#[test]
+fn a_change_by_a_ring_is_told() {
+    let Some(kernel) = start() else { return };
+    if !require(Cap::IoUring) {
+        return;
+    }
+    let mut ring = io_uring::IoUring::new(2).expect("a ring");
+    told(&kernel, "MADV_DONTNEED by io_uring", Scratch::anonymous(4), |memory| {
+        let advice = io_uring::opcode::Madvise::new(memory.page(0), memory.bytes as libc::off_t, libc::MADV_DONTNEED);
+        // SAFETY: the memory is this test's, which needs nothing that is in it.
+        unsafe { ring.submission().push(&advice.build()) }.expect("there is room");
+        ring.submit_and_wait(1).expect("it is submitted");
+        assert_eq!(ring.completion().next().expect("it has completed").result(), 0);
+    });
+}
+
+/// Another process may page out what this one has, if it is not shared with anybody: so the memory is mapped after the fork.
+#[test]
+fn advice_by_another_process_is_told() {
+    let Some(kernel) = start() else { return };
+    // SAFETY: takes integers, returns a descriptor.
+    let own = unsafe { libc::syscall(libc::SYS_pidfd_open, std::process::id(), 0) } as i32;
+    assert!(own >= 0, "{}", std::io::Error::last_os_error());
+    let (mut orders, mut order) = std::io::pipe().expect("a pipe");
+    // SAFETY: the child makes three system calls and ends.
+    let child = unsafe { libc::fork() };
+    assert!(child >= 0);
+    if child == 0 {
+        drop(order);
+        let mut words = [0; 16];
+        let told = orders.read_exact(&mut words).is_ok();
+        let word = |at: usize| usize::from_ne_bytes(words[at..at + 8].try_into().expect("eight bytes"));
+        let part = libc::iovec { iov_base: ptr::without_provenance_mut(word(0)), iov_len: word(8) };
+        // SAFETY: one live vector; the pages are the parent's, who waits for their end.
+        let done = unsafe { libc::syscall(libc::SYS_process_madvise, own, &part, 1, libc::MADV_PAGEOUT, 0) };
+        // SAFETY: ends the child.
+        unsafe { libc::_exit(i32::from(!told || done != part.iov_len as i64)) }
+    }
+    drop(orders);
+    // Pages of a file can go without swap space.
+    let path = std::env::temp_dir().join(format!("mmu-source-pageout-{child}"));
+    let file = std::fs::File::options().read(true).write(true).create_new(true).open(&path).expect("a file");
+    std::fs::remove_file(&path).expect("it was made above");
+    (&file).write_all(&[1; 4 * PAGE]).expect("it is written");
+    file.sync_all().expect("it is written");
+    let memory = Scratch::read_only(4, file.as_raw_fd()).expect("mmap");
+    told(&kernel, "MADV_PAGEOUT by another process", memory, |memory| {
+        let words = [memory.page(0).addr(), memory.bytes].map(usize::to_ne_bytes);
+        order.write_all(words.as_flattened()).expect("the child reads");
+        let mut status = 0;
+        // SAFETY: writes one int to a local.
+        let reaped = unsafe { libc::waitpid(child, &mut status, 0) };
+        assert_eq!((reaped, status), (child, 0));
     });
 }
 

@@ -40,6 +40,22 @@ impl Scratch {
         Ok(scratch)
     }
 
+    /// Maps `pages` of a file privately, to be read, and reads each.
+    pub(crate) fn read_only(pages: usize, file: i32) -> io::Result<Self> {
+        let bytes = pages * PAGE;
+        // SAFETY: a new mapping where the kernel likes.
+        let at = unsafe { libc::mmap(ptr::null_mut(), bytes, libc::PROT_READ, libc::MAP_PRIVATE, file, 0) };
+        if at == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let scratch = Self { at: at.cast(), bytes };
+        for page in 0..pages {
+            // SAFETY: inside of the mapping.
+            unsafe { scratch.page(page).cast::<u8>().read_volatile() };
+        }
+        Ok(scratch)
+    }
+
     pub(crate) fn range(&self) -> VaRange {
         VaRange::covering(Va::new(self.at.addr() as u64), self.bytes as u64).expect("not empty")
     }

@@ -21,8 +21,8 @@ use crate::source::Source;
 
 /// How many children run at a time.
 const ABREAST: usize = 2;
-/// How long one may take.
-const LIMIT: Duration = Duration::from_secs(5);
+/// How long one may take. It is done in a tenth of a second; this is for what hangs, however busy the machine is.
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// One cell of the matrix.
 pub(crate) type Place = (&'static Operation, Source);

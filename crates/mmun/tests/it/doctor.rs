@@ -61,7 +61,13 @@ fn an_ordinary_user_learns_what_the_kernel_source_lacks_and_what_to_type() {
     assert_eq!(rows[0]["usable"], false);
     assert!(rows[0]["remedy"].is_string(), "{}", rows[0]);
     let features = rows[0]["features"].to_string();
+    assert!(!rows.iter().any(|row| row["remedy"].to_string().contains("PROGRAM")), "{rows:?}");
     assert!(features.contains("not-root") && features.contains("pagemap=without-frames"), "{features}");
+    if !require(Cap::Userfaultfd) {
+        return;
+    }
+    let own = format!("ep '{}'", env!("CARGO_BIN_EXE_mmun"));
+    assert!(rows[2]["remedy"].as_str().is_some_and(|remedy| remedy.ends_with(&own)), "{}", rows[2]);
 }
 
 #[test]
@@ -72,6 +78,9 @@ fn people_read_the_same() {
         let verdict = if row["usable"] == true { "usable" } else { "not usable: " };
         let begin = format!("{:9}{verdict}", row["source"].as_str().unwrap());
         assert!(page.lines().any(|line| line.starts_with(&begin)), "{begin}: {page}");
+        let info = mmu_source::SOURCES.iter().find(|info| row["source"] == info.name).expect("it is a source");
+        assert!(page.contains(info.sees) && page.contains(info.misses), "{info:?}: {page}");
+        assert_eq!(page.contains(&format!("needs: {}\n", info.needs)), row["usable"] == false, "{page}");
         for said in ["missing", "remedy"].map(|key| row[key].as_str()).into_iter().flatten() {
             assert!(page.contains(said), "{said}: {page}");
         }

@@ -1,6 +1,7 @@
 //! The traced program runs as if it were alone, and the program that traces it ends as it did.
 
 use std::io::{BufRead, BufReader, Read};
+use std::os::fd::AsRawFd;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
 
@@ -44,6 +45,37 @@ fn a_program_killed_from_outside_leaves_a_complete_trace() {
     crate::support::check(&records);
     let exits: Vec<_> = of_kind(&records, "exit").filter(|record| record["signal"] == libc::SIGKILL).collect();
     assert_eq!(exits.len(), 1);
+}
+
+#[test]
+fn a_reader_who_reads_nothing_does_not_keep_an_interrupt_waiting() {
+    if !require(Cap::Ptrace) {
+        return;
+    }
+    let fifo = Fifo::new("stuck");
+    // Open for both, so that neither side waits for the other to open it.
+    let reader = std::fs::File::options().read(true).write(true).open(&fifo.0).unwrap();
+    let mut command = trace();
+    command.args(["--json", "-o"]).arg(&fifo.0).args(["sh", "-c", "echo $$; while :; do (:); done"]);
+    let mut mmun = command.stdout(Stdio::piped()).spawn().unwrap();
+    let pid = mmun.id();
+    let mut program = String::new();
+    BufReader::new(mmun.stdout.take().unwrap()).read_line(&mut program).unwrap();
+    within("filling a fifo", move || {
+        // Full is where no record fits any more: a pipe holds 64 KiB.
+        let mut waiting = 0;
+        while waiting < 60_000 {
+            // SAFETY: writes one int to a local.
+            assert_eq!(unsafe { libc::ioctl(reader.as_raw_fd(), libc::FIONREAD, &mut waiting) }, 0);
+            std::thread::yield_now();
+        }
+        kill(pid, libc::SIGINT);
+        let status = mmun.wait().unwrap();
+        // The program was let go of, and goes on.
+        kill(program.trim().parse().unwrap(), libc::SIGKILL);
+        assert_eq!(status.code(), Some(125), "{status:?}");
+        drop(reader);
+    });
 }
 
 #[test]
