@@ -185,6 +185,7 @@ mod thread {
     /// Moves when somebody waits for a callback.
     static HURRY: Event = Event::new();
     const PAUSE_NANOSECONDS: i64 = 20_000;
+    const ASK_AGAIN_NANOSECONDS: i64 = 100_000_000;
 
     pub(super) fn pause() {
         HURRY.wait_at_most(HURRY.now(), PAUSE_NANOSECONDS);
@@ -296,7 +297,9 @@ mod thread {
             if waiter.done.load(Ordering::Acquire) {
                 return waiter.last.load(Ordering::Relaxed);
             }
-            waiter.event.wait(seen);
+            waiter.event.wait_at_most(seen, ASK_AGAIN_NANOSECONDS);
+            // Another thread may have been starting it when we asked, and have failed.
+            start();
         }
     }
 
