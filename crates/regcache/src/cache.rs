@@ -115,9 +115,11 @@ impl<R: Registrar> RegCache<R> {
     /// the lease says so ([`Lease::is_current`]), and the region is not found any more.
     ///
     /// # Blocking
-    /// A hit takes no lock. A miss sleeps in the registrar, or while another thread registers the same memory.
+    /// A hit takes no lock. A miss sleeps in the registrar, or while another thread registers the same memory. In an invalidation callback,
+    /// it must not if that thread's registrar could wait for the callback; in one that the kernel source runs, it is refused.
     /// # Errors
-    /// Those of [`Error`], [`Error::Open`] apart.
+    /// Those of [`Error`], [`Error::Open`] apart. [`Error::Source`] with [`mmu_source::Error::InCallback`] in a callback of the kernel source of
+    /// [`Options::kernel`].
     #[inline(always)]
     pub fn get(&self, range: VaRange) -> Result<Lease<'_, R>, Error<R::Error>> {
         let cache = &*self.subscription;

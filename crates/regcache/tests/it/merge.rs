@@ -39,6 +39,19 @@ fn without_merging_regions_overlap() {
 }
 
 #[test]
+fn without_merging_no_more_than_a_crowd_lies_in_one_place() {
+    let (_mm, _device, cache) = counting(Options::new().merge(Merge::Never).max_regions(4096));
+    for pages_long in 1..2000 {
+        drop(cache.get(pages(8, pages_long)).unwrap());
+    }
+    for first in (10_000..12_000).rev() {
+        drop(cache.get(pages(first, 300)).unwrap());
+    }
+    let live = cache.stats().live_regions;
+    assert!(live < 500, "{live} lie over each other");
+}
+
+#[test]
 fn a_region_that_is_leased_stays_until_its_lease_ends_when_it_is_replaced() {
     let (_mm, device, cache) = book(Options::new());
     let lease = cache.get(pages(10, 10)).unwrap();
