@@ -1,6 +1,6 @@
 //! What do a hit, a miss and an invalidation of the registration cache cost, next to the usual ways to write one?
 //!
-//! `cargo run --release -p bench --bin regcache [ROUNDS [miss]]`
+//! `cargo run --release -p bench --bin regcache [ROUNDS [PART]]`, where PART is `hit`, `threads`, `kernel`, `miss` or `invalidate`.
 #![allow(missing_docs, missing_debug_implementations, reason = "a bench")]
 
 use lru::LruCache;
@@ -186,22 +186,6 @@ fn hit_alone<P: Peer>(peer: &P, order: &[u32]) -> f64 {
     median(order.chunks(1 << 12).map(piece).collect())
 }
 
-/// The hit of one region, which is where a lock that nobody else wants is cheapest.
-fn hits(rounds: usize) {
-    for regions in [1, 1000] {
-        let (ours, tree, lru) = (Ours::new(regions), Tree::new(regions), Lru::new(regions, regions));
-        let order = order(regions, 1);
-        let mut columns: [Vec<f64>; 4] = Default::default();
-        for _ in 0..rounds {
-            let ns = [hit_alone(&ours, &order), hit_alone(&tree, &order), hit_alone(&lru, &order)];
-            columns.iter_mut().zip(ns).for_each(|(column, ns)| column.push(ns));
-            columns[3].push(ns[0] / ns[1]);
-        }
-        let [ours, tree, lru, ratio] = columns.map(median);
-        println!("{regions} {ours:>8.1} {tree:>8.1} {lru:>8.1} {ratio:>8.2}");
-    }
-}
-
 /// Nanoseconds for a hit and its drop, each thread with requests of its own: the slowest thread's.
 fn hit<P: Peer>(peer: &P, orders: &[Vec<u32>]) -> f64 {
     let line = Barrier::new(orders.len());
@@ -295,30 +279,83 @@ fn invalidate(ours: &Ours, order: &[u32]) -> f64 {
     taken as f64 / order.len() as f64
 }
 
-/// The same two threads with a cache each, which share nothing at all: what the machine can do.
-fn apart(rounds: usize) {
-    for regions in [1, 10_000] {
-        let caches = [Ours::new(regions), Ours::new(regions)];
+/// Hits of one thread in all caches.
+fn hits(rounds: usize) {
+    println!(
+        "\n{:<44} {:>8} {:>8} {:>8} {:>8} {:>8} {:>14} {:>8}  bar",
+        "hit + drop, 1 thread", "regcache", "RwLock", "LRU", "UCX", "/RwLock", "", "/UCX"
+    );
+    for (regions, bar) in [(1, "12"), (1_000, "18"), (10_000, "25"), (100_000, "100")] {
+        let (ours, tree, lru) = (Ours::new(regions), Tree::new(regions), Lru::new(regions, regions));
+        let ucx = Ucx::new(regions);
+        let order = order(regions, 1);
+        let mut columns: [Vec<f64>; 6] = Default::default();
+        for _ in 0..rounds {
+            let ns = [hit_alone(&ours, &order), hit_alone(&tree, &order), hit_alone(&lru, &order)];
+            let ucx = ucx.as_ref().map_or(f64::NAN, |ucx| hit_alone(ucx, &order));
+            let row = [ns[0], ns[1], ns[2], ucx, ns[0] / ns[1], ns[0] / ucx];
+            columns.iter_mut().zip(row).for_each(|(column, value)| column.push(value));
+        }
+        let spread = spread(&columns[4]);
+        let [ours, tree, lru, ucx, to_tree, to_ucx] = columns.map(median);
+        let name = format!("{regions} regions");
+        println!(
+            "{name:<44} {ours:>8.1} {tree:>8.1} {lru:>8.1} {ucx:>8.1} {to_tree:>8.2} {spread:>14} {to_ucx:>8.2}  {bar}; 0.4 of RwLock"
+        );
+    }
+}
+
+/// A number's way through nothing but registers: what two threads do more than one on this machine, whatever they run.
+struct Spin;
+
+impl Peer for Spin {
+    #[inline]
+    fn hit(&self, range: VaRange) {
+        let mut random = range.start().get();
+        for _ in 0..8 {
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+        }
+        black_box(random);
+    }
+}
+
+/// Two threads in the same cache against one, in each round beside two threads that share nothing at all.
+fn threads(rounds: usize) {
+    println!(
+        "\n{:<44} {:>8} {:>8} {:>8} {:>8}  ns for one",
+        "hit + drop, 2 threads", "regcache", "RwLock", "LRU", "UCX"
+    );
+    for (regions, bar) in [(1, ">= 1.0"), (10_000, ">= 1.7"), (100_000, "")] {
+        let (ours, other, tree, lru) =
+            (Ours::new(regions), Ours::new(regions), Tree::new(regions), Lru::new(regions, regions));
+        let ucx = Ucx::new(regions);
         let orders = [order(regions, 1), order(regions, 2)];
-        let mut columns: [Vec<f64>; 3] = Default::default();
-        for _ in 0..2 * rounds {
-            let one = |at: usize| hit(&caches[at], std::slice::from_ref(&orders[at]));
-            let before = one(0);
-            let shared = hit(&caches[0], &orders);
-            let alone = std::thread::scope(|scope| {
-                let threads = [0, 1].map(|at| scope.spawn(move || one(at)));
+        let one = |peer: &Ours| hit(peer, &orders[..1]);
+        let mut columns: [Vec<f64>; 8] = Default::default();
+        for _ in 0..rounds {
+            let peers =
+                [hit(&tree, &orders), hit(&lru, &orders), ucx.as_ref().map_or(f64::NAN, |ucx| hit(ucx, &orders))];
+            let (before, spin_before) = (one(&ours), hit(&Spin, &orders[..1]));
+            let (both, spin_both) = (hit(&ours, &orders), hit(&Spin, &orders));
+            let apart = std::thread::scope(|scope| {
+                let threads = [&ours, &other].map(|cache| scope.spawn(move || one(cache)));
                 threads.map(|thread| thread.join().expect("a bench thread")).into_iter().fold(0.0, f64::max)
             });
-            let after = one(1);
-            let one = f64::midpoint(before, after);
-            columns
-                .iter_mut()
-                .zip([shared, 2.0 * one / shared, 2.0 * one / alone])
-                .for_each(|(column, value)| column.push(value));
+            let (after, spin_after) = (one(&ours), hit(&Spin, &orders[..1]));
+            let alone = f64::midpoint(before, after);
+            let (scaling, control) = (2.0 * alone / both, 2.0 * f64::midpoint(spin_before, spin_after) / spin_both);
+            let row = [both, peers[0], peers[1], peers[2], scaling, control, scaling / control, 2.0 * alone / apart];
+            columns.iter_mut().zip(row).for_each(|(column, value)| column.push(value));
         }
-        let [ns, shared, alone] = columns.map(median);
-        let name = format!("{regions} regions, 2 threads, again");
-        println!("{name:<44} {ns:>8.1}  {shared:.2} of one thread; with a cache each {alone:.2}");
+        let spreads = [4, 5, 6].map(|column| spread(&columns[column]));
+        let [both, tree, lru, ucx, scaling, control, ratio, apart] = columns.map(median);
+        println!("{:<44} {both:>8.1} {tree:>8.1} {lru:>8.1} {ucx:>8.1}", format!("{regions} regions"));
+        println!("  of one thread's throughput                 {scaling:>8.2} {:>14}  {bar}", spreads[0]);
+        println!("  with a cache each                          {apart:>8.2}");
+        println!("  control: two threads that only compute     {control:>8.2} {:>14}", spreads[1]);
+        println!("  of the control                             {ratio:>8.2} {:>14}", spreads[2]);
     }
 }
 
@@ -332,10 +369,9 @@ fn kernel(rounds: usize) {
     let (without, with) =
         (Ours::new(REGIONS), Ours::with(REGIONS, Options::new().kernel(kernel), mmu_source::current(), 1024));
     let order = order(REGIONS, 1);
-    let order = std::slice::from_ref(&order);
     let mut columns: [Vec<f64>; 3] = Default::default();
     for _ in 0..2 * rounds {
-        let (without, with) = (hit(&without, order), hit(&with, order));
+        let (without, with) = (hit_alone(&without, &order), hit_alone(&with, &order));
         columns.iter_mut().zip([without, with, with - without]).for_each(|(column, ns)| column.push(ns));
     }
     let [without, with, more] = columns.map(median);
@@ -350,53 +386,35 @@ fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
+/// The least and the most.
+fn spread(values: &[f64]) -> String {
+    let (least, most) = values.iter().fold((f64::MAX, f64::MIN), |(least, most), n| (least.min(*n), most.max(*n)));
+    format!("{least:.2}..{most:.2}")
+}
+
 fn main() {
     let rounds: usize = std::env::args().nth(1).and_then(|n| n.parse().ok()).unwrap_or(5);
-    if std::env::args().nth(2).is_some_and(|only| only == "miss") {
-        return misses(rounds);
-    }
-    if std::env::args().nth(2).is_some_and(|only| only == "hit") {
-        return hits(rounds);
-    }
-    println!("{rounds} rounds, medians of ns for one; the ratio is the median of the rounds' ratios\n");
+    let part = std::env::args().nth(2);
+    let wanted = |name| part.as_ref().is_none_or(|part| part == name);
     println!(
-        "{:<44} {:>8} {:>8} {:>8} {:>8} {:>8} {:>8}  bar",
-        "hit + drop", "regcache", "RwLock", "LRU", "UCX", "/RwLock", "/UCX"
+        "{rounds} rounds, medians of ns for one; ratios are medians of the rounds' ratios, with the least and the most"
     );
-    let cases: [(u32, usize, &str); 7] = [
-        (1, 1, "12"),
-        (1_000, 1, "18"),
-        (10_000, 1, "25"),
-        (100_000, 1, "100"),
-        (1, 2, ">= 1.0 of one thread's throughput"),
-        (10_000, 2, ">= 1.7 of one thread's throughput"),
-        (100_000, 2, ""),
-    ];
-    for (regions, threads, bar) in cases {
-        let (ours, tree, lru) = (Ours::new(regions), Tree::new(regions), Lru::new(regions, regions));
-        let ucx = Ucx::new(regions);
-        let orders: Vec<_> = (0..threads as u64).map(|seed| order(regions, seed + 1)).collect();
-        let one = std::slice::from_ref(&orders[0]);
-        let mut columns: [Vec<f64>; 7] = Default::default();
-        for _ in 0..rounds {
-            let ns = [hit(&ours, &orders), hit(&tree, &orders), hit(&lru, &orders)];
-            columns.iter_mut().zip(ns).for_each(|(column, ns)| column.push(ns));
-            columns[3].push(ns[0] / ns[1]);
-            columns[4].push(threads as f64 * hit(&ours, one) / ns[0]);
-            let ucx = ucx.as_ref().map_or(f64::NAN, |ucx| hit(ucx, &orders));
-            columns[5].push(ucx);
-            columns[6].push(ns[0] / ucx);
-        }
-        let [ours, tree, lru, ratio, scaling, ucx, to_ucx] = columns.map(median);
-        let name = format!("{regions} regions, {threads} thread{}", if threads == 1 { "" } else { "s" });
-        let scaling = if threads == 1 { String::new() } else { format!("  {scaling:.2} of one thread") };
-        println!("{name:<44} {ours:>8.1} {tree:>8.1} {lru:>8.1} {ucx:>8.1} {ratio:>8.2} {to_ucx:>8.2}  {bar}{scaling}");
+    if wanted("hit") {
+        hits(rounds);
     }
-    apart(rounds);
-    kernel(rounds);
-    misses(rounds);
-    let ours = Ours::new(100_000);
-    let order = order(100_000, 3);
-    let invalidations = median((0..rounds).map(|_| invalidate(&ours, &order)).collect());
-    println!("{:<44} {invalidations:>8.1} {:>28}2000", "invalidation of 1 of 100,000", "");
+    if wanted("threads") {
+        threads(rounds);
+    }
+    if wanted("kernel") {
+        kernel(rounds);
+    }
+    if wanted("miss") {
+        misses(rounds);
+    }
+    if wanted("invalidate") {
+        let ours = Ours::new(100_000);
+        let order = order(100_000, 3);
+        let invalidations = median((0..rounds).map(|_| invalidate(&ours, &order)).collect());
+        println!("\n{:<44} {invalidations:>8.1} {:>28}2000", "invalidation of 1 of 100,000", "");
+    }
 }

@@ -1,7 +1,7 @@
 //! A device, its caches, and what the core tells them.
 
 use crate::gate::Gate;
-use crate::index::{Index, Look, NoHit};
+use crate::index::{Index, Look};
 use crate::lease::{Lease, OwnedLease};
 use crate::raw::handles::Handles;
 use crate::raw::held::Held;
@@ -120,14 +120,16 @@ impl<R: Registrar> RegCache<R> {
     /// the lease says so ([`Lease::is_current`]), and the region is not found any more.
     ///
     /// # Blocking
-    /// A hit takes no lock. A miss sleeps in the registrar, or while another thread registers the same memory.
+    /// A hit takes no lock. A miss sleeps in the registrar, or while another thread registers the same memory. In an invalidation callback,
+    /// it must not if that thread's registrar could wait for the callback; in one that the kernel source runs, it is refused.
     /// # Errors
-    /// Those of [`Error`], [`Error::Open`] apart.
+    /// Those of [`Error`], [`Error::Open`] apart. [`Error::Source`] with [`mmu_source::Error::InCallback`] in a callback of the kernel source of
+    /// [`Options::kernel`].
     #[inline(always)]
     pub fn get(&self, range: VaRange) -> Result<Lease<'_, R>, Error<R::Error>> {
         let cache = &*self.subscription;
-        let quick = if cache.gate.is_current() { cache.index.quick(range) } else { Err(NoHit::Unknown) };
-        match quick.or_else(|no_hit| cache.find_or_register(range, no_hit)) {
+        let quick = if cache.gate.is_current() { cache.index.quick(range) } else { Err(None) };
+        match quick.or_else(|wrong| cache.find_or_register(range, wrong)) {
             Ok(held) => Ok(Lease::new(cache, held)),
             Err(error) => Err(unbox(error)),
         }
@@ -251,14 +253,16 @@ impl<R: Registrar> Cache<R> {
         lock(&self.state)
     }
 
-    /// The way of a request that was no quick hit. Its result fits into two registers, so that the quick way needs no memory for it.
+    /// The way of a request that was no quick hit, and may have leased a region that was not what it wanted. Its result fits into two
+    /// registers, so that the quick way needs no memory for it.
     #[cold]
     #[inline(never)]
-    fn find_or_register(&self, range: VaRange, no_hit: NoHit<'_>) -> Result<Held<'_>, Box<Error<R::Error>>> {
-        if let NoHit::Wrong(held) = &no_hit {
+    fn find_or_register(&self, range: VaRange, wrong: Option<Held<'_>>) -> Result<Held<'_>, Box<Error<R::Error>>> {
+        if let Some(held) = &wrong {
             self.end(held);
         }
-        if !matches!(no_hit, NoHit::Nothing) || !self.index.has_one_level() {
+        // To look again would be in vain, mostly, and what it misses is found under the lock.
+        if wrong.is_some() || !self.gate.is_current() || !self.index.quick_sees_all() {
             self.gate.settle().map_err(Box::new)?;
             match self.index.look_up(range) {
                 Look::Hit(held) => return Ok(held),

@@ -53,6 +53,16 @@ impl Gate {
         }
     }
 
+    /// Whether the caller may sleep until another thread has registered something: not in a callback that the kernel source runs, which
+    /// that thread may be waiting for. Must be called without the lock of the cache: callbacks run.
+    pub(crate) fn may_sleep<E>(&self) -> Result<(), Error<E>> {
+        match &self.kernel {
+            // What there is to tell is told meanwhile.
+            Some(kernel) if kernel.drain().refused => Err(failed(mmu_source::Error::InCallback { source: "kernel" })),
+            _ => Ok(()),
+        }
+    }
+
     /// Has changes of `range` counted. When it returns, none that began before is still under way.
     pub(crate) fn arm<E>(&self, range: VaRange) -> Result<Option<Armed>, Error<E>> {
         self.kernel.as_ref().map(|kernel| kernel.arm(range)).transpose().map_err(failed)

@@ -40,17 +40,6 @@ pub(crate) enum Look<'a> {
     Miss,
 }
 
-/// What a quick look came to that was no hit.
-#[derive(Debug)]
-pub(crate) enum NoHit<'a> {
-    /// This lease is of the wrong region, and has to be ended.
-    Wrong(Held<'a>),
-    /// There was nothing at the level that has the most regions.
-    Nothing,
-    /// It did not look.
-    Unknown,
-}
-
 impl Index {
     pub(crate) fn new(regions: u32) -> io::Result<Self> {
         Ok(Self {
@@ -75,14 +64,14 @@ impl Index {
         self.threads.hits() + self.counted_hits.load(Ordering::Relaxed)
     }
 
-    /// Leases a live region that covers `range`, if it is found at once: in a slot of this thread, at the level that has the most
-    /// regions. Nearly all hits are.
+    /// Leases a live region that covers `range`, if it is found at once: in this thread's next slot, at the level that has the most
+    /// regions. Nearly all hits are. If not, there may be a lease of the wrong region, which has to be ended.
     #[inline(always)]
-    pub(crate) fn quick(&self, range: VaRange) -> Result<Held<'_>, NoHit<'_>> {
+    pub(crate) fn quick(&self, range: VaRange) -> Result<Held<'_>, Option<Held<'_>>> {
         let page = self.page.fields();
-        let block = self.threads.mine().ok_or(NoHit::Unknown)?;
-        let view = page.view().ok_or(NoHit::Unknown)?;
-        let slot = block.free_slot().ok_or(NoHit::Unknown)?;
+        let block = self.threads.mine().ok_or(None)?;
+        let view = page.view().ok_or(None)?;
+        let slot = block.next_slot().ok_or(None)?;
         let found = view.probe_names(hash(range.start(), page.lead()), |name| {
             let region = self.regions.get(name as usize)?;
             slot.publish(name);
@@ -94,15 +83,16 @@ impl Index {
                 block.count_hit();
                 Ok(Held::in_slot(slot))
             }
-            Some(false) => Err(NoHit::Wrong(Held::in_slot(slot))),
-            None => Err(NoHit::Nothing),
+            Some(false) => Err(Some(Held::in_slot(slot))),
+            None => Err(None),
         }
     }
 
-    /// Whether `quick` looks everywhere.
-    pub(crate) fn has_one_level(&self) -> bool {
+    /// Whether `quick` finds whatever there is.
+    pub(crate) fn quick_sees_all(&self) -> bool {
         // Relaxed: a level that is missed is a miss.
-        self.page.levels.load(Ordering::Relaxed).is_power_of_two()
+        let one_level = self.page.levels.load(Ordering::Relaxed).is_power_of_two();
+        one_level && self.threads.mine().and_then(Block::next_slot).is_some()
     }
 
     /// Looks everywhere, still without a lock.

@@ -28,6 +28,8 @@ struct Past {
     evicted: Option<u64>,
     /// Whether it is to be registered without what is beside it.
     alone: bool,
+    /// Whether it was seen that sleeping can do no harm.
+    may_sleep: bool,
 }
 
 /// Ends a registration that the registrar's panic would leave open.
@@ -75,8 +77,7 @@ impl<R: Registrar> Cache<R> {
             Target::New { range, replaces } => (range, replaces),
         };
         if state.has_to_wait(index, options.merge, range) {
-            self.sleep(state);
-            return None;
+            return self.sleep(state, past);
         }
         if range.bytes() > options.max_bytes {
             return Some(Err(Error::TooLarge { range, limit: options.max_bytes }.into()));
@@ -96,8 +97,7 @@ impl<R: Registrar> Cache<R> {
                 }
                 if state.reaping != 0 || state.is_registering() {
                     // Another thread is about to give places back, or to have a region that can be evicted.
-                    self.sleep(state);
-                    return None;
+                    return self.sleep(state, past);
                 }
                 let (regions, bytes) = (state.regions, state.bytes);
                 return Some(Err(Error::Full { range, regions, bytes }.into()));
@@ -221,12 +221,18 @@ impl<R: Registrar> Cache<R> {
         })))
     }
 
-    /// Sleeps until a registration that is being made or undone has ended.
-    fn sleep(&self, mut state: MutexGuard<'_, State>) {
+    /// Sleeps until a registration that is being made or undone has ended, which is to be tried again then.
+    fn sleep<'a>(&'a self, mut state: MutexGuard<'a, State>, past: &mut Past) -> Option<Outcome<'a, R>> {
+        if !past.may_sleep {
+            drop(state);
+            past.may_sleep = true;
+            return self.gate.may_sleep().err().map(|error| Err(Box::new(error)));
+        }
         state.waiters += 1;
         state.counts.waits += 1;
         let mut state = wait(&self.ended, state);
         state.waiters -= 1;
+        None
     }
 
     /// Lets the lock go, and wakes who sleeps.

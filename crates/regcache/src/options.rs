@@ -7,7 +7,8 @@ use std::sync::Arc;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Merge {
-    /// Each request on its own. Registrations may overlap.
+    /// Each request on its own. Registrations may overlap, but where 64 lie over each other, which all look-ups there have to go by, the
+    /// next one is registered together with them.
     Never,
     /// With the regions that it overlaps, which the new region replaces.
     #[default]

@@ -23,6 +23,9 @@ use list::List;
 use mmu_notifier::{PAGE_SIZE, VaRange};
 use open::Open;
 
+/// Regions that may lie over each other in one place before they are merged in any case.
+const CROWD: usize = 64;
+
 /// What happened so far.
 #[derive(Debug, Default, Clone, Copy)]
 pub(crate) struct Counts {
@@ -140,6 +143,19 @@ impl State {
         None
     }
 
+    /// Whether so many regions are entered where this one would be that each look-up there is slow.
+    fn is_crowded(&self, index: &Index, range: VaRange) -> bool {
+        let Some(view) = index.page.view() else { return false };
+        granules(range).any(|granule| {
+            let mut passed = 0;
+            view.probe(granule.hash(), |_| {
+                passed += 1;
+                (passed == CROWD).then_some(())
+            })
+            .is_some()
+        })
+    }
+
     /// Calls `f` with every live region that overlaps `range`, with some more than once.
     fn each_overlapping(&mut self, index: &Index, range: VaRange, mut f: impl FnMut(u32)) {
         let Some(view) = index.page.view() else { return };
@@ -169,13 +185,17 @@ impl State {
     /// What to make of `request`: a live region that covers it, or what to register together with it.
     pub(crate) fn target(&mut self, index: &Index, options: &Options, request: VaRange) -> Target {
         let (mut target, mut replaces, mut found) = (request, false, None);
+        if options.merge == Merge::Never {
+            if let Some(region) = self.find(index, request) {
+                return Target::Found(region);
+            }
+            if !self.is_crowded(index, request) {
+                return Target::New { range: request, replaces };
+            }
+        }
         loop {
             let around = match options.merge {
-                Merge::Never => {
-                    let found = self.find(index, request);
-                    return found.map_or(Target::New { range: request, replaces }, Target::Found);
-                }
-                Merge::Overlapping => target,
+                Merge::Never | Merge::Overlapping => target,
                 Merge::Adjacent => with_neighbours(target),
             };
             let mut grown = target;

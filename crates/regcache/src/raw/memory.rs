@@ -72,29 +72,17 @@ impl<T: Zero> Array<T> {
     }
 }
 
+/// A box of `len` zeroes.
 #[cfg(not(mmun_loom))]
-fn boxed<T: Zero>(len: usize) -> Box<[T]> {
+pub(super) fn boxed<T: Zero>(len: usize) -> Box<[T]> {
     let zeroes = Box::new_zeroed_slice(len);
     // SAFETY: The elements must be valid: their type says that zeroes are.
     unsafe { zeroes.assume_init() }
 }
 
 #[cfg(mmun_loom)]
-fn boxed<T: Zero>(len: usize) -> Box<[T]> {
+pub(super) fn boxed<T: Zero>(len: usize) -> Box<[T]> {
     (0..len).map(|_| T::zero()).collect()
-}
-
-/// A box of `N` zeroes.
-#[cfg(not(mmun_loom))]
-pub(super) fn boxed_array<T: Zero, const N: usize>() -> Box<[T; N]> {
-    let zeroes = Box::new_zeroed();
-    // SAFETY: The elements must be valid: their type says that zeroes are.
-    unsafe { zeroes.assume_init() }
-}
-
-#[cfg(mmun_loom)]
-pub(super) fn boxed_array<T: Zero, const N: usize>() -> Box<[T; N]> {
-    Box::new(std::array::from_fn(|_| T::zero()))
 }
 
 impl<T> Deref for Array<T> {

@@ -1,10 +1,11 @@
 //! A cache that asks the kernel source, in a rehearsal: the test makes the kernel's events.
 
 use crate::support::{Book, pages};
-use mmu_notifier::VaRange;
+use mmu_notifier::{InvalidateRange, Notifier, Registration, VaRange};
 use mmu_source::kernel::Kernel;
 use regcache::{Device, Error, Options, RegCache};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use testkit::{Cap, require};
 
 fn opened(ring: usize) -> (Arc<Kernel>, Device<Book>, RegCache<Book>) {
@@ -79,6 +80,44 @@ fn a_cache_of_a_parent_is_refused_in_its_child() {
     let (_kernel, _device, cache) = opened(1 << 16);
     drop(cache.get(pages(10, 4)).unwrap());
     assert!(crate::fork::in_child(|| matches!(cache.get(pages(10, 4)), Err(Error::Forked))));
+}
+
+/// Asks a cache for what another thread is registering, in a callback.
+struct Asks {
+    cache: RegCache<Book>,
+    refused: AtomicU64,
+}
+
+impl Notifier for Asks {
+    fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
+        if range.range() == pages(7777, 1) {
+            let refused = matches!(
+                self.cache.get(pages(10, 4)),
+                Err(Error::Source { source: mmu_source::Error::InCallback { .. } })
+            );
+            self.refused.fetch_add(u64::from(refused), Ordering::Relaxed);
+        }
+    }
+}
+
+#[test]
+fn a_miss_in_a_callback_of_the_source_is_refused_instead_of_waiting_for_itself() {
+    if !require(Cap::Bpf) {
+        return;
+    }
+    let (kernel, device, cache) = opened(1 << 16);
+    let asks = Asks { cache: cache.try_clone().unwrap(), refused: AtomicU64::new(0) };
+    let asks = Registration::new(&mmu_source::current(), asks).unwrap();
+    let armed = kernel.arm(pages(7777, 1)).unwrap();
+    let in_registrar = Arc::clone(&kernel);
+    device.registrar().during_next(move || {
+        // Whoever drains it, this thread waits for it at the end of the registration.
+        change(&in_registrar, pages(7777, 1));
+    });
+    drop(cache.get(pages(10, 4)).unwrap());
+    assert_eq!(asks.refused.load(Ordering::Relaxed), 1);
+    drop(armed);
+    let _ = asks.unregister();
 }
 
 #[test]

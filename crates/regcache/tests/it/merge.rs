@@ -3,6 +3,7 @@
 use crate::support::{book, counting, pages};
 use mmu_notifier::{Event, VaRange};
 use proptest::prelude::*;
+use proptest::test_runner::{TestError, TestRunner};
 use regcache::{Merge, Options};
 
 #[test]
@@ -35,6 +36,19 @@ fn without_merging_regions_overlap() {
     drop(mm.invalidate(pages(17, 1), Event::Unmap));
     cache.reap();
     assert!(device.registrar().ranges().is_empty(), "both are gone");
+}
+
+#[test]
+fn without_merging_no_more_than_a_crowd_lies_in_one_place() {
+    let (_mm, _device, cache) = counting(Options::new().merge(Merge::Never).max_regions(4096));
+    for pages_long in 1..2000 {
+        drop(cache.get(pages(8, pages_long)).unwrap());
+    }
+    for first in (10_000..12_000).rev() {
+        drop(cache.get(pages(first, 300)).unwrap());
+    }
+    let live = cache.stats().live_regions;
+    assert!(live < 500, "{live} lie over each other");
 }
 
 #[test]
@@ -73,18 +87,34 @@ fn what_cannot_be_registered_with_its_neighbour_is_registered_alone() {
     assert!(cache.get(pages(18, 13)).is_err(), "what is too large alone is too large");
 }
 
-/// What the fuzz does.
+/// What the fuzz does. Numbers of leases and brackets are taken modulo how many there are.
 #[derive(Debug, Clone)]
 enum Op {
     Get(u64, u64),
+    /// A lease that is kept.
+    Lease(u64, u64),
+    End(usize),
     Invalidate(u64, u64),
+    /// An invalidation that lasts.
+    Begin(u64, u64),
+    Finish(usize),
+    Flush,
 }
 
 fn ops() -> impl Strategy<Value = Vec<Op>> {
-    let range = (0_u64..3000, prop_oneof![8 => 1_u64..12, 2 => 1_u64..700]);
-    let op = (range, 0..4).prop_map(|((first, count), kind)| match kind {
-        0 => Op::Invalidate(first, count),
-        _ => Op::Get(first, count),
+    // Short ones in little room touch each other; long ones have other granules, and cross blocks.
+    let range = prop_oneof![
+        6 => (0_u64..60, 1_u64..8),
+        3 => (0_u64..3000, prop_oneof![8 => 1_u64..12, 2 => 1_u64..700]),
+    ];
+    let op = (range, any::<usize>(), 0..24).prop_map(|((first, count), number, kind)| match kind {
+        0..10 => Op::Get(first, count),
+        10..14 => Op::Lease(first, count),
+        14..17 => Op::End(number),
+        17..20 => Op::Invalidate(first, count),
+        20 => Op::Begin(first, count),
+        21..23 => Op::Finish(number),
+        _ => Op::Flush,
     });
     proptest::collection::vec(op, 1..120)
 }
@@ -103,55 +133,167 @@ fn union(one: VaRange, other: VaRange) -> VaRange {
     VaRange::covering(first, one.last().max(other.last()).get() - first.get() + 1).unwrap()
 }
 
-/// The obvious way: a list of intervals. Returns what a request gets.
-fn naive_get(list: &mut Vec<VaRange>, request: VaRange, merge: Merge) -> VaRange {
-    if let Some(found) = list.iter().find(|region| covers(**region, request)) {
-        return *found;
-    }
-    let mut region = request;
-    if merge != Merge::Never {
-        while let Some(at) = list.iter().position(|other| touches(*other, region, merge)) {
-            region = union(region, list.swap_remove(at));
-        }
-    }
-    list.push(region);
-    region
+/// The obvious way: lists of intervals.
+#[derive(Default)]
+struct Naive {
+    /// What is found.
+    live: Vec<VaRange>,
+    /// What is kept for leases: the registrations' numbers and ranges, once for each lease.
+    leased: Vec<(u64, VaRange)>,
+    /// Invalidations that have begun.
+    open: Vec<VaRange>,
 }
 
-fn check(ops: &[Op], merge: Merge) -> Result<(), TestCaseError> {
+/// How the naive list is wrong, if it is to be shown that the fuzz would tell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wrong {
+    Nothing,
+    KeepsWhatIsReplaced,
+    KeepsWhatIsInvalidated,
+    MergesOnce,
+    MergesNeighbours,
+    FindsWhatIsChanging,
+    ForgetsLeases,
+}
+
+impl Naive {
+    /// What a request gets.
+    fn get(&mut self, request: VaRange, merge: Merge, wrong: Wrong) -> VaRange {
+        if let Some(found) = self.live.iter().find(|region| covers(**region, request)) {
+            return *found;
+        }
+        let merge = if wrong == Wrong::MergesNeighbours { Merge::Adjacent } else { merge };
+        let (mut region, mut rest) = (request, self.live.clone());
+        while merge != Merge::Never
+            && let Some(at) = rest.iter().position(|other| touches(*other, region, merge))
+        {
+            region = union(region, rest.swap_remove(at));
+            if wrong == Wrong::MergesOnce {
+                break;
+            }
+        }
+        if wrong == Wrong::FindsWhatIsChanging || !self.open.iter().any(|open| open.overlaps(region)) {
+            if wrong != Wrong::KeepsWhatIsReplaced {
+                self.live = rest;
+            }
+            self.live.push(region);
+        }
+        region
+    }
+
+    /// What is registered, in order.
+    fn registered(&self, wrong: Wrong) -> Vec<VaRange> {
+        let mut leased = if wrong == Wrong::ForgetsLeases { Vec::new() } else { self.leased.clone() };
+        leased.sort();
+        leased.dedup();
+        // Those that are found are in the other list.
+        let mut registered = self.live.clone();
+        for (_, range) in leased {
+            if !self.live.contains(&range) {
+                registered.push(range);
+            }
+        }
+        registered.sort();
+        registered
+    }
+}
+
+fn check(ops: &[Op], merge: Merge, wrong: Wrong) -> Result<(), TestCaseError> {
     let (mm, device, cache) = book(Options::new().merge(merge));
-    let mut list = Vec::new();
+    let (mut naive, mut leases, mut brackets) = (Naive::default(), Vec::new(), Vec::new());
     for op in ops {
         match *op {
-            Op::Get(first, count) => {
-                let got = cache.get(pages(first, count)).unwrap().range();
-                let expected = naive_get(&mut list, pages(first, count), merge);
+            Op::Get(first, count) | Op::Lease(first, count) => {
+                let lease = cache.get(pages(first, count)).unwrap();
+                let expected = naive.get(pages(first, count), merge, wrong);
                 if merge == Merge::Never {
-                    prop_assert!(covers(got, pages(first, count)) && list.contains(&got));
+                    // Any that covers it will do.
+                    prop_assert!(covers(lease.range(), pages(first, count)));
+                    prop_assert!(lease.range() == expected || naive.live.contains(&lease.range()));
                 } else {
-                    prop_assert_eq!(got, expected);
+                    prop_assert_eq!(lease.range(), expected);
                 }
+                prop_assert_eq!(lease.is_current(), naive.live.contains(&lease.range()));
+                if matches!(op, Op::Lease(..)) {
+                    naive.leased.push((*lease.handle(), lease.range()));
+                    leases.push(lease);
+                }
+            }
+            Op::End(number) if !leases.is_empty() => {
+                let number = number % leases.len();
+                drop(leases.swap_remove(number));
+                naive.leased.swap_remove(number);
             }
             Op::Invalidate(first, count) => {
                 drop(mm.invalidate(pages(first, count), Event::Unmap));
-                list.retain(|region| !region.overlaps(pages(first, count)));
-                cache.reap();
+                if wrong != Wrong::KeepsWhatIsInvalidated {
+                    naive.live.retain(|region| !region.overlaps(pages(first, count)));
+                }
             }
+            Op::Begin(first, count) => {
+                brackets.push(mm.invalidate(pages(first, count), Event::Unmap));
+                naive.open.push(pages(first, count));
+                naive.live.retain(|region| !region.overlaps(pages(first, count)));
+            }
+            Op::Finish(number) if !brackets.is_empty() => {
+                let number = number % brackets.len();
+                drop(brackets.swap_remove(number));
+                naive.open.swap_remove(number);
+            }
+            Op::Flush => {
+                prop_assert_eq!(cache.flush(), naive.live.len() as u64);
+                naive.live.clear();
+            }
+            Op::End(_) | Op::Finish(_) => {}
         }
-        list.sort();
-        prop_assert_eq!(&device.registrar().ranges(), &list);
+        cache.reap();
+        // A lease of a region that is gone and one of the same range that is found are two registrations.
+        let mut registered = device.registrar().ranges();
+        registered.dedup();
+        let mut expected = naive.registered(wrong);
+        expected.dedup();
+        prop_assert_eq!(registered, expected);
         let stats = cache.stats();
-        let bytes: u64 = list.iter().map(|region| region.pages() << 12).sum();
-        prop_assert_eq!((stats.live_regions, stats.live_bytes), (list.len() as u64, bytes));
-        prop_assert_eq!((stats.regions, stats.bytes), (list.len() as u64, bytes));
+        let bytes: u64 = naive.live.iter().map(|region| region.pages() << 12).sum();
+        prop_assert_eq!((stats.live_regions, stats.live_bytes), (naive.live.len() as u64, bytes));
+        for (lease, (_, range)) in leases.iter().zip(&naive.leased) {
+            prop_assert_eq!(lease.range(), *range, "what is leased stays");
+        }
     }
+    drop((leases, brackets));
+    cache.flush();
+    prop_assert!(device.registrar().ranges().is_empty());
     Ok(())
 }
 
+const MERGES: [Merge; 3] = [Merge::Never, Merge::Overlapping, Merge::Adjacent];
+
+/// Whatever is wrong with the list, the fuzz tells, and soon.
+#[test]
+fn the_fuzz_finds_out_who_is_wrong() {
+    let wrongs = [
+        Wrong::KeepsWhatIsReplaced,
+        Wrong::KeepsWhatIsInvalidated,
+        Wrong::MergesOnce,
+        Wrong::MergesNeighbours,
+        Wrong::FindsWhatIsChanging,
+        Wrong::ForgetsLeases,
+    ];
+    for wrong in wrongs {
+        let config =
+            ProptestConfig { cases: 100, max_shrink_iters: 0, failure_persistence: None, ..Default::default() };
+        let mut runner = TestRunner::new(config);
+        let result = runner.run(&ops(), |ops| check(&ops, Merge::Overlapping, wrong));
+        assert!(matches!(result, Err(TestError::Fail(..))), "{wrong:?} goes unnoticed");
+    }
+}
+
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1000))]
+
     #[test]
     fn merging_agrees_with_a_naive_list(ops in ops(), merge in 0_usize..3) {
-        check(&ops, [Merge::Never, Merge::Overlapping, Merge::Adjacent][merge])?;
+        check(&ops, MERGES[merge], Wrong::Nothing)?;
     }
 
     #[test]
