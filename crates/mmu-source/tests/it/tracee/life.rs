@@ -270,6 +270,20 @@ pub(crate) fn killed_cloning(children: u64) {
     }
 }
 
+/// Threads that fork until standard input ends.
+pub(crate) fn fork_loop(threads: u64) {
+    for _ in 0..threads {
+        thread::spawn(|| {
+            loop {
+                let child = sys::fork(|| 0);
+                assert_eq!(sys::wait(child, 0), 0, "a child lives on and ends");
+            }
+        });
+    }
+    println!("ready");
+    stdin().lock().lines().for_each(drop);
+}
+
 /// Dies of an access to nothing.
 pub(crate) fn segfault() {
     // SAFETY: none: this is the point. The kernel ends the program here.
