@@ -91,6 +91,14 @@ pub(crate) fn mremap(
     }
 }
 
+/// Tells whether `fd` stands for the caller where a pidfd is asked for, without being a descriptor.
+///
+/// # Source
+/// `PIDFD_SELF_THREAD` and `PIDFD_SELF_THREAD_GROUP`, include/uapi/linux/pidfd.h. The latter was -20000 in Linux 6.14.
+pub(crate) fn is_self_pidfd(fd: i32) -> bool {
+    matches!(fd, -10000 | -10001 | -20000)
+}
+
 pub(crate) fn is_harmful(advice: u64) -> bool {
     !HARMLESS_ADVICE.contains(&(advice as u32))
 }

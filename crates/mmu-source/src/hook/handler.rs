@@ -252,7 +252,7 @@ mod tests {
     #[test]
     fn many_vectors_are_joined_and_missing_ones_are_none() {
         let vectors: Vec<u64> = (1..=200_u64).flat_map(|page| [page << 12, 4096]).collect();
-        let own = -20000_i64 as u64;
+        let own = -10001_i64 as u64;
         let args = |address, count| [own, address, count, libc::MADV_DONTNEED as u64, 0, 0];
         let many = planned(libc::SYS_process_madvise, args(vectors.as_ptr() as u64, 200));
         assert_eq!(many, (Event::Clear, vec![(0x1000, 0x2000), (0x2000, 201 << 12)]));

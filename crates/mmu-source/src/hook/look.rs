@@ -4,6 +4,7 @@
 
 use super::raw::{self, File};
 use crate::process::maps::{self, Mapping};
+use crate::ranges::is_self_pidfd;
 
 /// Calls `f` for every mapping of this process, in order of address, until it says `false`.
 ///
@@ -53,8 +54,7 @@ pub(super) fn is_own_task(number: i32) -> bool {
 
 /// Tells whether a pidfd names this process, or cannot be looked at.
 pub(super) fn is_own_pidfd(fd: i32) -> bool {
-    // PIDFD_SELF_THREAD and PIDFD_SELF_THREAD_GROUP, Linux 6.14.
-    if fd == -10000 || fd == -20000 {
+    if is_self_pidfd(fd) {
         return true;
     }
     if fd < 0 {
@@ -143,13 +143,28 @@ mod tests {
     }
 
     #[test]
+    fn every_number_that_the_kernel_takes_for_this_process_is_known() {
+        let page = Box::new([0_u8; 2 * 4096]);
+        let start = page.as_ptr().addr().next_multiple_of(4096);
+        let vector = libc::iovec { iov_base: std::ptr::without_provenance_mut(start), iov_len: 4096 };
+        for fd in (-10_100..-9_900).chain([-20_000]) {
+            // SAFETY: the vector is live, and the advice changes nothing of what is there.
+            let advised = unsafe {
+                libc::syscall(libc::SYS_process_madvise, fd, &raw const vector, 1_usize, libc::MADV_WILLNEED, 0)
+            };
+            assert!(advised == -1 || is_own_pidfd(fd), "{fd} is this process");
+        }
+        assert!([-10_000, -10_001, -20_000].into_iter().all(is_own_pidfd));
+    }
+
+    #[test]
     fn an_own_pidfd_is_told_from_others() {
         // SAFETY: makes a descriptor.
         let own = unsafe { libc::syscall(libc::SYS_pidfd_open, std::process::id(), 0) } as i32;
         // SAFETY: makes a descriptor.
         let other = unsafe { libc::syscall(libc::SYS_pidfd_open, 1, 0) } as i32;
         assert!(own >= 0 && other >= 0, "{}", std::io::Error::last_os_error());
-        assert!(is_own_pidfd(own) && is_own_pidfd(-10000));
+        assert!(is_own_pidfd(own));
         assert!(!is_own_pidfd(other) && !is_own_pidfd(-1) && !is_own_pidfd(0));
         for fd in [own, other] {
             // SAFETY: it is this test's own.

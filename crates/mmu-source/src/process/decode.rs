@@ -359,7 +359,7 @@ mod tests {
 
     #[test]
     fn memory_that_is_released_is_all_of_the_other_process() {
-        let (plan, ranges) = ranges_of(Call::ProcessMrelease, [-20000_i64 as u64, 0, 0, 0, 0, 0]);
+        let (plan, ranges) = ranges_of(Call::ProcessMrelease, [-10001_i64 as u64, 0, 0, 0, 0, 0]);
         let then = Then::Elsewhere(std::process::id() as Pid);
         assert_eq!(plan, Some(Plan { cause: "process_mrelease", event: Event::Unmap, then }));
         assert_eq!(ranges, [(0, 0)]);

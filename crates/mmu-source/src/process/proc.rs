@@ -4,6 +4,7 @@ use std::ffi::CString;
 use std::fs;
 
 use super::{Pid, sys};
+use crate::ranges::is_self_pidfd;
 
 /// Reads one field of `/proc/TID/status`.
 fn status_field(tid: Pid, name: &str) -> Option<String> {
@@ -53,8 +54,7 @@ pub(super) fn threads(pid: Pid) -> Vec<Pid> {
 ///
 /// The kernel translates the number into the pid namespace of this `/proc`.
 pub(super) fn pidfd_target(tid: Pid, fd: i32) -> Option<Pid> {
-    // PIDFD_SELF_THREAD and PIDFD_SELF_THREAD_GROUP, Linux 6.14.
-    if fd == -10000 || fd == -20000 {
+    if is_self_pidfd(fd) {
         return Some(tid);
     }
     let text = fs::read_to_string(format!("/proc/{tid}/fdinfo/{fd}")).ok()?;

@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader, PipeReader, Write, pipe};
 use std::process::{Child, ChildStdin, ChildStdout, Stdio};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::{fs, thread};
 
@@ -40,11 +41,15 @@ impl<I: Write, O: BufRead> Server<I, O> {
     }
 }
 
-/// Starts the server in a thread of its own, so that it is not a child of the thread that traces it.
 fn start() -> (Child, Server<ChildStdin, BufReader<ChildStdout>>) {
-    let started = thread::spawn(|| {
+    start_case("serve")
+}
+
+/// Starts the tracee in a thread of its own, so that it is not a child of the thread that traces it.
+fn start_case(case: &'static str) -> (Child, Server<ChildStdin, BufReader<ChildStdout>>) {
+    let started = thread::spawn(move || {
         let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_tracee"))
-            .args(["serve", &THREADS.to_string()])
+            .args([case, &THREADS.to_string()])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -104,6 +109,41 @@ fn a_process_with_threads_is_attached_to_and_lives_on_after_it_is_let_go() {
     assert!(status.contains("TracerPid:\t0\n"), "{status}");
     server.go();
     server.say("quit");
+    assert_eq!(child.wait().expect("a status").code(), Some(0));
+}
+
+/// The children of all threads of a process that this thread traces and that have not ended.
+fn traced_children(pid: u32) -> Vec<String> {
+    // SAFETY: takes nothing.
+    let tracer = format!("TracerPid:\t{}\n", unsafe { libc::gettid() });
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).expect("it lives");
+    let children = threads.map(|thread| fs::read_to_string(thread.expect("an entry").path().join("children")));
+    let children = children.map(|list| list.expect("the kernel lists children")).collect::<String>();
+    // One that is not there any more is let go of too.
+    let status = |child| fs::read_to_string(format!("/proc/{child}/status")).unwrap_or_default();
+    let is_traced = |status: &String| status.contains(&tracer) && !status.contains("State:\tZ");
+    children.split_whitespace().map(status).filter(is_traced).collect()
+}
+
+#[test]
+fn a_child_that_is_made_while_its_parent_is_let_go_of_is_let_go_of() {
+    if !require(Cap::Ptrace) {
+        return;
+    }
+    let (mut child, server) = start_case("fork-loop");
+    for _ in 0..50 {
+        let stop = Arc::new(AtomicBool::new(false));
+        let on_fork = Arc::clone(&stop);
+        let recorder = Recorder::with(Box::new(move |_| on_fork.store(true, Ordering::Relaxed)));
+        let mut tracer = Tracer::new(Options::default(), recorder).expect("a tracer");
+        tracer.attach(child.id() as i32).expect("it can be attached to");
+        assert_eq!(tracer.run(&stop).expect("it runs"), Done::Stopped);
+        let (recorder, keeper) = tracer.detach();
+        assert!(!keeper.is_needed(), "nobody has a filter");
+        assert_eq!(traced_children(child.id()), [""; 0]);
+        recorder.finish();
+    }
+    drop(server);
     assert_eq!(child.wait().expect("a status").code(), Some(0));
 }
 

@@ -52,6 +52,15 @@ fn a_parent_killed_while_it_forks_leaves_no_child_behind() {
 }
 
 #[test]
+fn a_thread_killed_before_it_was_named_is_not_waited_for() {
+    if !require(Cap::Ptrace) {
+        return;
+    }
+    // The run would not end if such a thread stayed stopped: its leader's end is reported only after its own.
+    assert_eq!(trace(&["killed-cloning", "300"]).status, ExitStatus::Code(0));
+}
+
+#[test]
 fn a_target_that_dies_in_somebody_elses_call_does_not_wait_for_it() {
     if !require(Cap::Ptrace) {
         return;

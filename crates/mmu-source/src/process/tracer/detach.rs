@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::marker::PhantomData;
 
+use super::super::proc;
 use super::super::sys::{self, Resume, Stop, Wait};
 use super::{Observer, Pid, Tracer};
 
@@ -97,6 +98,13 @@ impl Keeper {
             Stop::Group => Resume::Listen,
             _ => Resume::Cont,
         };
+        // Its child is traced as well, and stops before it runs. One that has stopped already was let go of.
+        if let (Resume::Detach, Stop::NewTask(_)) = (how, stop)
+            && let Ok(Some(child)) = sys::event_message(tid)
+            && proc::tracer_of(child as Pid) == Some(sys::this_thread())
+        {
+            self.tasks.entry(child as Pid).or_insert(Kept { filtered: false, in_vfork: false });
+        }
         // A task that has died meanwhile reports its end next.
         let gone = !matches!(sys::resume(tid, how, signal), Ok(Some(())));
         if how == Resume::Detach && !gone {

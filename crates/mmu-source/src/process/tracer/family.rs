@@ -6,12 +6,12 @@ use std::rc::Rc;
 use super::super::decode::Then;
 use super::super::proc;
 use super::super::space::{Break, Space};
-use super::super::sys::{self, NewTask, Stop};
+use super::super::sys::{self, NewTask, Resume, Stop};
 use super::super::task::{Life, Tracee};
-use super::{Error, ExitStatus, Observer, Pid, Scope, Task, TaskEvent, Tracer, kernel};
+use super::{Error, ExitStatus, Observer, Pid, Scope, Task, TaskEvent, Tracer, kernel, resume};
 
 /// What was reported of a task before its parent named it.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Report {
     Stopped(Stop),
     Ended(ExitStatus),
@@ -35,6 +35,13 @@ impl<O: Observer> Tracer<O> {
     /// Remembers what an unknown task reported. It stays stopped until its parent's event names it.
     pub(super) fn park(&mut self, tid: Pid, report: Report) -> Result<(), Error> {
         let family = self.parked.get(&tid).map_or_else(|| proc::family(tid), |parked| parked.family);
+        // A thread that ends before it was named was killed, and never ran: a kill is for the whole process, and took with it
+        // the event that would have named the thread. It must not wait for the end of its process, which waits for its own.
+        let is_thread = || family.is_some_and(|(pid, _)| pid != tid && self.tasks.values().any(|t| t.task.pid == pid));
+        if report == Report::Stopped(Stop::Exit) && is_thread() {
+            self.parked.remove(&tid);
+            return resume(tid, Resume::Cont, 0);
+        }
         self.parked.insert(tid, Parked { report, family });
         // A parent that was killed before its event, and reaped, will never name it. The kernel may have given the child to
         // another tracee by then, a subreaper, which is not in the middle of making it. One that is adopted too early is

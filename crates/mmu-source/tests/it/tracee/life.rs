@@ -249,6 +249,41 @@ pub(crate) fn forks_and_dies(forks: u64) {
     call(libc::SYS_kill, &[u64::from(std::process::id()), libc::SIGKILL as u64]);
 }
 
+/// Children that make threads as fast as they can, each killed while its leader does.
+pub(crate) fn killed_cloning(children: u64) {
+    let made = sys::mmap(0, PAGE, RW, libc::MAP_SHARED | libc::MAP_ANONYMOUS);
+    // SAFETY: a mapping that stays, zeroed, aligned to a page, and only ever used as this.
+    let made = unsafe { AtomicI32::from_ptr(std::ptr::with_exposed_provenance_mut(made as usize)) };
+    for number in 0..children as i32 {
+        made.store(0, Ordering::Relaxed);
+        let child = sys::fork(|| {
+            loop {
+                let _ = thread::Builder::new().stack_size(1 << 16).spawn(thread::park);
+                made.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        while made.load(Ordering::Relaxed) < 1 + number % 8 {
+            thread::yield_now();
+        }
+        call(libc::SYS_kill, &[child as u64, libc::SIGKILL as u64]);
+        sys::wait(child, 0);
+    }
+}
+
+/// Threads that fork until standard input ends.
+pub(crate) fn fork_loop(threads: u64) {
+    for _ in 0..threads {
+        thread::spawn(|| {
+            loop {
+                let child = sys::fork(|| 0);
+                assert_eq!(sys::wait(child, 0), 0, "a child lives on and ends");
+            }
+        });
+    }
+    println!("ready");
+    stdin().lock().lines().for_each(drop);
+}
+
 /// Dies of an access to nothing.
 pub(crate) fn segfault() {
     // SAFETY: none: this is the point. The kernel ends the program here.

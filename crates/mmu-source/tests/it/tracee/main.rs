@@ -34,6 +34,8 @@ fn main() {
         Some("traceme") => life::traceme(),
         Some("serve") => life::serve(number(1)),
         Some("forks-and-dies") => life::forks_and_dies(number(1)),
+        Some("killed-cloning") => life::killed_cloning(number(1)),
+        Some("fork-loop") => life::fork_loop(number(1)),
         Some("segfault") => life::segfault(),
         Some("exit") => std::process::exit(number(1) as i32),
         other => panic!("no such case: {other:?}"),
