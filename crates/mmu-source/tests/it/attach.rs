@@ -115,7 +115,8 @@ fn a_process_with_threads_is_attached_to_and_lives_on_after_it_is_let_go() {
 /// The children of all threads of a process that this thread traces and that have not ended.
 fn traced_children(pid: u32) -> Vec<String> {
     // SAFETY: takes nothing.
-    let tracer = format!("TracerPid:\t{}\n", unsafe { libc::gettid() });
+    let this_thread = unsafe { libc::gettid() };
+    let tracer = format!("TracerPid:\t{this_thread}\n");
     let threads = fs::read_dir(format!("/proc/{pid}/task")).expect("it lives");
     let children = threads.map(|thread| fs::read_to_string(thread.expect("an entry").path().join("children")));
     let children = children.map(|list| list.expect("the kernel lists children")).collect::<String>();
