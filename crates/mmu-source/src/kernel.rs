@@ -138,7 +138,8 @@ impl Kernel {
     /// Returns the number of changes of armed ranges that have begun: one load.
     ///
     /// It counts only what touches an armed range (and, since the filter is coarse, a few that do not), so that an allocator's
-    /// traffic makes no client drain. In the child of a fork it stands still: see [`is_current`](Self::is_current).
+    /// traffic makes no client drain. In the child of a fork it is the parent's and says nothing: see
+    /// [`is_current`](Self::is_current).
     #[must_use]
     #[inline]
     pub fn generation(&self) -> u64 {

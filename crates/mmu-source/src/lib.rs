@@ -20,6 +20,7 @@ pub mod hook;
 pub mod kernel;
 pub mod process;
 mod ranges;
+mod signals;
 mod sources;
 pub mod uffd;
 

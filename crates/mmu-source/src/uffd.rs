@@ -38,6 +38,7 @@ use crate::Error;
 use crate::current_mm::current_ref;
 use crate::fork::{self, marks};
 use crate::kernel::sys as wait;
+use crate::signals;
 use mmu_notifier::{Event, Va, VaRange};
 use queue::Queue;
 use std::fmt;
@@ -129,10 +130,12 @@ impl Uffd {
             answered: AtomicU64::new(0),
             armed: Mutex::new(Vec::new()),
         });
+        // A child that is forked just before this keeps the memory registered, if it lives on, though this source may end.
+        sys::let_go_in_children(inner.uffd.as_fd(), inner.reader.as_fd());
         let mut uffd = Self { inner, threads: Vec::with_capacity(2) };
         for (name, run) in [("mmu-uffd-read", Inner::read as fn(&Inner)), ("mmu-uffd-tell", Inner::tell)] {
             let inner = Arc::clone(&uffd.inner);
-            let thread = thread::Builder::new().name(name.to_owned()).spawn(move || run(&inner));
+            let thread = signals::without(|| thread::Builder::new().name(name.to_owned()).spawn(move || run(&inner)));
             let thread = thread.map_err(|source| Error::Kernel { call: "start of a thread", tid: None, source })?;
             uffd.threads.push(thread);
         }
@@ -325,6 +328,7 @@ impl Drop for Uffd {
         }
         self.inner.stop.store(true, Ordering::Relaxed);
         sys::replace(self.inner.uffd.as_fd(), self.inner.reader.as_fd());
+        sys::forget_in_children(self.inner.uffd.as_fd());
         wait::wake(self.inner.reader.as_fd());
         threads.for_each(|thread| end(Some(thread)));
     }

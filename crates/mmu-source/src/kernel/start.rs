@@ -9,6 +9,7 @@ use super::{Inner, Kernel, Machine, kernel_error};
 use crate::Error;
 use crate::current_mm::current_ref;
 use crate::fork::{mark, marks, own};
+use crate::signals;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::AtomicU64;
@@ -105,10 +106,9 @@ impl Kernel {
             program,
         });
         let served = Arc::clone(&inner);
-        let thread = thread::Builder::new()
-            .name("mmu-kernel".to_owned())
-            .spawn(move || served.serve())
-            .map_err(|error| kernel_error("start of a thread", error))?;
+        let thread =
+            signals::without(|| thread::Builder::new().name("mmu-kernel".to_owned()).spawn(move || served.serve()))
+                .map_err(|error| kernel_error("start of a thread", error))?;
         Ok(Self { inner, thread: Some(thread) })
     }
 }

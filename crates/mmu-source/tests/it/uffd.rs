@@ -143,6 +143,65 @@ fn a_callback_may_unmap_armed_memory_and_disarm() {
     assert!(unmaps.unregister().is_ok());
 }
 
+/// Memory that was moved while it was armed, by a source that has ended though a child lives that was forked before: can it be
+/// unmapped?
+fn outlived_by_a_child() -> bool {
+    let uffd = Uffd::start().expect("userfaultfd is there");
+    let memory = Scratch::anonymous(4);
+    let armed = uffd.arm(memory.range()).expect("armed");
+    // Moved, it stays registered where nobody disarms it.
+    let (flags, place) = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, Scratch::anonymous(4));
+    // SAFETY: both are our own scratch memory.
+    let moved = unsafe { libc::mremap(memory.page(0), memory.bytes, memory.bytes, flags, place.page(0)) };
+    assert_eq!(moved, place.page(0));
+    // The one is gone, the other is unmapped below.
+    let bytes = memory.bytes;
+    std::mem::forget((memory, place));
+    uffd.settle().expect("no fork");
+    // SAFETY: the child makes one call that is safe after a fork.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        loop {
+            // SAFETY: no preconditions.
+            unsafe { libc::pause() };
+        }
+    }
+    drop((armed, uffd));
+    let moved = moved.addr();
+    let (unmapped, wait) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        // SAFETY: our own memory, which nobody else knows of.
+        unmapped.send(unsafe { libc::munmap(std::ptr::without_provenance_mut(moved), bytes) })
+    });
+    let result = wait.recv_timeout(std::time::Duration::from_secs(60));
+    // SAFETY: our own child.
+    unsafe { libc::kill(child, libc::SIGKILL) };
+    result == Ok(0)
+}
+
+#[test]
+fn memory_that_was_armed_can_be_unmapped_after_the_source_although_a_child_lives() {
+    // In a process of its own, where no other test keeps the source.
+    assert!(!require(Cap::Userfaultfd) || in_a_child(outlived_by_a_child));
+}
+
+#[test]
+fn the_threads_take_none_of_the_programs_signals() {
+    let Some(_uffd) = start() else { return };
+    let tasks = std::fs::read_dir("/proc/self/task").expect("procfs");
+    // Other tests' threads come and go.
+    let threads = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("status")).ok());
+    let ours: Vec<_> = threads.filter(|status| status.starts_with("Name:\tmmu-uffd-")).collect();
+    assert!(ours.len() >= 2);
+    for status in ours {
+        let blocked = status.lines().find_map(|line| line.strip_prefix("SigBlk:\t")).expect("a mask");
+        let blocked = u64::from_str_radix(blocked, 16).expect("hexadecimal");
+        for signal in [libc::SIGTERM, libc::SIGUSR1, libc::SIGCHLD] {
+            assert_ne!(blocked & 1 << (signal - 1), 0, "{signal}: {status}");
+        }
+    }
+}
+
 #[test]
 fn a_forked_child_has_no_part_in_its_parents_source() {
     let Some(uffd) = start() else { return };
