@@ -56,7 +56,11 @@
 //! | `mmu_source::kernel` | [`Options::kernel`] | nothing; each miss arms the range, some hundred microseconds if anything has changed since the last |
 //! | one's own brackets | [`Mm::invalidate`](mmu_notifier::Mm::invalidate) | whatever has none |
 //!
-//! Events of `mmu_source::uffd` come after the call that they are about may have returned: it is not offered for caches.
+//! `mmu_source::uffd` is not offered for caches. With userfaultfd, `munmap` waits until its event has been *read*, not until it has been
+//! dealt with: between the two it returns, the memory is used anew, and a look-up would still find the old region. A bracket on
+//! [`current`](mmu_source::current) that only this source makes is therefore too late. To be sound, the source would have to count an
+//! event before it reads it, and each look-up to compare that with what was told, as [`Options::kernel`] does; even then truncation,
+//! copy on write after a fork and other processes would be missed, which the kernel source sees.
 //!
 //! # Forks
 //! In the child, `get` returns [`Error::Forked`], and nothing else of the inherited cache does anything: the registrations are the

@@ -4,6 +4,9 @@
 //! `membarrier(PRIVATE_EXPEDITED)`, which makes every running thread of the process execute a full fence, wherever it
 //! stands. Where the call is missing or refused, leases are not written into slots but counted in their regions, with
 //! full fences on both sides; that is decided once and never changes.
+//!
+//! `srcu` has such a fence, too, which aborts if the kernel refuses it later, since its readers rely on it. Here a refusal only puts off
+//! a deregistration, and a library that a buffer's owner loads must not abort: so it is not shared.
 
 #[cfg(not(mmun_loom))]
 use crate::sync::atomic::AtomicUsize;
