@@ -186,13 +186,14 @@ fn serve(tracer: &mut Tracer<TraceObserver>) -> Outcome {
 fn keep(keeper: Keeper) {
     sys::ignore_everything();
     sys::stop_seen();
-    // Nobody waits for the end of a pipe or for a mount because of this process; where that fails, nothing is lost.
+    // Nobody waits for the end of a pipe, for a lock or for a mount because of this process; where that fails, nothing is lost.
     let _ = std::env::set_current_dir("/");
     if let Ok(null) = std::fs::File::options().read(true).write(true).open("/dev/null") {
         let _ = rustix::stdio::dup2_stdin(&null);
         let _ = rustix::stdio::dup2_stdout(&null);
         let _ = rustix::stdio::dup2_stderr(&null);
     }
+    sys::close_inherited();
     keeper.serve();
 }
 

@@ -1,8 +1,9 @@
 //! The trace ends before the program does: by a signal, by force, or because it was only attached.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::process::ExitStatusExt;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, Stdio};
 use std::thread;
 
@@ -87,6 +88,31 @@ fn the_program_survives_the_death_of_mmun() {
         must_have_ended_early(&parse(&lines));
         gated.must_be_alive();
     }
+}
+
+#[test]
+fn who_stays_behind_keeps_no_descriptor_of_others() {
+    let (ready, gate) = (Fifo::new("ready"), Fifo::new("gate"));
+    // The program has closed its own.
+    let script = format!("exec 9>&-; echo here > {}; read x < {}", ready.0.display(), gate.0.display());
+    let (mut reader, writer) = io::pipe().unwrap();
+    let fd = writer.as_raw_fd();
+    let mut command = trace();
+    command.args(["-o", "/dev/null", "sh", "-c", &script]).stdout(Stdio::null()).stderr(Stdio::null());
+    // SAFETY: the closure runs between fork and exec and makes one system call, which takes integers.
+    unsafe { command.pre_exec(move || if libc::dup2(fd, 9) == 9 { Ok(()) } else { Err(io::Error::last_os_error()) }) };
+    let mut mmun = command.spawn().unwrap();
+    drop(writer);
+    assert_eq!(ready.read(), "here\n");
+    kill(mmun.id(), libc::SIGINT);
+    assert_eq!(within("mmun trace", move || mmun.wait().unwrap()).signal(), Some(libc::SIGINT));
+    // The shell waits still, and with it the one that serves its calls.
+    let rest = within("the end of the pipe", move || {
+        let mut text = String::new();
+        reader.read_to_string(&mut text).map(|_| text).unwrap()
+    });
+    assert_eq!(rest, "");
+    gate.write("go\n");
 }
 
 /// A shell that nobody traces yet; it runs a program for each line it reads.
