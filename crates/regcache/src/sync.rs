@@ -5,7 +5,18 @@ pub(crate) use loom::sync::{Condvar, Mutex, MutexGuard, atomic};
 #[cfg(not(mmun_loom))]
 pub(crate) use std::sync::{Condvar, Mutex, MutexGuard, atomic};
 
+#[cfg(not(mmun_loom))]
+pub(crate) use std::sync::atomic::fence;
 use std::sync::{PoisonError, TryLockError};
+
+/// A fence at which models may switch threads. `loom`'s own is glued to the operation before it: no thread ever runs between a store and
+/// the fence behind it. A relaxed read-modify-write that all fences share is a place to switch and adds no order.
+#[cfg(mmun_loom)]
+pub(crate) fn fence(order: atomic::Ordering) {
+    loom::lazy_static! { static ref POINT: atomic::AtomicUsize = atomic::AtomicUsize::new(0); }
+    POINT.fetch_add(1, atomic::Ordering::Relaxed);
+    atomic::fence(order);
+}
 
 /// Locks, also after a panic in another holder: nothing that can panic runs under the lock of a cache.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -36,4 +47,10 @@ pub(crate) fn mutant(name: &str) -> bool {
 #[inline(always)]
 pub(crate) const fn mutant(_name: &str) -> bool {
     false
+}
+
+/// The order, or in a run that is broken in the way that `name` says, none.
+#[inline(always)]
+pub(crate) fn unless(name: &str, order: atomic::Ordering) -> atomic::Ordering {
+    if mutant(name) { atomic::Ordering::Relaxed } else { order }
 }

@@ -1,6 +1,7 @@
 //! Every interleaving of a lease against whoever takes the region away. `RUSTFLAGS="--cfg mmun_loom" cargo test --release --test loom`.
 #![cfg(mmun_loom)]
 
+use loom::cell::UnsafeCell;
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicUsize, Ordering};
 use loom::thread;
@@ -22,7 +23,12 @@ struct Memory {
 struct Registered {
     key: usize,
     contents: usize,
+    /// Read under leases, and written when it is deregistered: models notice if the one is not ordered before the other.
+    touched: UnsafeCell<()>,
 }
+
+// SAFETY: Leases are ordered before the deregistration; that this is so is what the models are about.
+unsafe impl Sync for Registered {}
 
 struct Dma(Arc<Memory>);
 
@@ -32,10 +38,11 @@ impl Registrar for Dma {
 
     fn register(&self, _range: VaRange) -> Result<Registered, Infallible> {
         let key = self.0.registered.fetch_add(1, Ordering::Relaxed);
-        Ok(Registered { key, contents: self.0.contents.load(Ordering::Relaxed) })
+        Ok(Registered { key, contents: self.0.contents.load(Ordering::Relaxed), touched: UnsafeCell::new(()) })
     }
 
     fn deregister(&self, handle: Registered) {
+        handle.touched.with_mut(|_| ());
         assert_eq!(self.0.undone[handle.key].fetch_add(1, Ordering::Relaxed), 0, "deregistered twice");
     }
 
@@ -46,6 +53,7 @@ impl Registrar for Dma {
 
 impl Memory {
     fn is_registered(&self, handle: &Registered) -> bool {
+        handle.touched.with(|_| ());
         self.undone[handle.key].load(Ordering::Relaxed) == 0
     }
 
@@ -157,6 +165,47 @@ fn the_last_lease_deregisters() {
     });
 }
 
+/// A lease ends on another thread, and its slot is used again at once: who takes the first region away must know that end.
+#[test]
+fn a_slot_that_another_thread_has_freed() {
+    model(|| {
+        let world = World::new(true, 2);
+        drop(world.cache.get(page(1)).unwrap());
+        drop(world.cache.get(page(5)).unwrap());
+        let other = thread::spawn({
+            let world = Arc::clone(&world);
+            let lease = world.cache.get_owned(page(1)).unwrap();
+            move || {
+                assert!(world.memory.is_registered(lease.get().handle()));
+                drop(lease);
+            }
+        });
+        let changer = thread::spawn({
+            let world = Arc::clone(&world);
+            move || world.change()
+        });
+        drop(world.cache.get(page(5)).unwrap());
+        other.join().unwrap();
+        changer.join().unwrap();
+        end(world);
+    });
+}
+
+#[test]
+fn a_hit_racing_the_growth_of_the_table() {
+    model(|| {
+        let world = World::new(true, 3);
+        let other = thread::spawn({
+            let world = Arc::clone(&world);
+            // It makes the first table.
+            move || drop(world.cache.get(page(5)).unwrap())
+        });
+        world.transfer(0);
+        other.join().unwrap();
+        end(world);
+    });
+}
+
 #[test]
 fn a_registration_racing_an_invalidation() {
     model(|| {
@@ -205,6 +254,13 @@ const MUTANTS: &[(&str, &str)] = &[
     ("forget_open_brackets", "a_registration_racing_an_invalidation"),
     ("no_second_look", "a_hit_racing_the_reuse_of_its_place"),
     ("range_before_state", "a_hit_racing_the_reuse_of_its_place"),
+    ("clear_relaxed", "a_hit_racing_an_invalidation"),
+    ("each_relaxed", "a_hit_racing_an_invalidation"),
+    ("publish_relaxed", "a_slot_that_another_thread_has_freed"),
+    ("is_free_relaxed", "a_slot_that_another_thread_has_freed"),
+    ("uncount_relaxed", "a_counted_hit_racing_an_invalidation"),
+    ("count_read_relaxed", "a_counted_hit_racing_an_invalidation"),
+    ("install_relaxed", "a_hit_racing_the_growth_of_the_table"),
 ];
 
 #[test]

@@ -10,7 +10,8 @@
 
 #[cfg(not(mmun_loom))]
 use crate::sync::atomic::AtomicUsize;
-use crate::sync::atomic::{Ordering, fence};
+use crate::sync::atomic::Ordering;
+use crate::sync::fence;
 #[cfg(not(mmun_loom))]
 use rustix::thread::{MembarrierCommand, MembarrierQuery, membarrier, membarrier_query};
 

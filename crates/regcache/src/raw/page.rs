@@ -74,7 +74,7 @@ impl Page {
     pub(crate) fn install(&self, table: Box<Table>) {
         let first = self.tables.install(table).first();
         // ORDER(cache-table): Release for the entries. Partner: the Acquire in `View::load`.
-        self.fields.table.store(first, Ordering::Release);
+        self.fields.table.store(first, crate::sync::unless("install_relaxed", Ordering::Release));
     }
 
     /// Makes every look-up a miss from now on.

@@ -3,7 +3,7 @@
 use super::barrier::full;
 use super::memory::Zero;
 use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use crate::sync::mutant;
+use crate::sync::{mutant, unless};
 use mmu_notifier::{Va, VaRange};
 
 /// The part that look-ups read. Two regions share a cache line.
@@ -120,14 +120,14 @@ impl Region {
 
     pub(crate) fn uncount(&self) {
         // ORDER(cache-done): As in `Slot::clear`.
-        self.counted.fetch_sub(1, Ordering::Release);
+        self.counted.fetch_sub(1, unless("uncount_relaxed", Ordering::Release));
         // ORDER(cache-unlease): As in `Slot::clear`.
         full();
     }
 
     pub(crate) fn is_counted(&self) -> bool {
         // ORDER(cache-done): Acquire, partner in `uncount`.
-        self.counted.load(Ordering::Acquire) != 0
+        self.counted.load(unless("count_read_relaxed", Ordering::Acquire)) != 0
     }
 }
 

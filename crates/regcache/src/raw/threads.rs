@@ -7,6 +7,7 @@ use super::barrier::light;
 use super::memory::{Zero, boxed};
 use super::number;
 use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use crate::sync::unless;
 
 /// Slots of one thread.
 const SLOTS: usize = if cfg!(mmun_loom) { 2 } else { 124 };
@@ -66,7 +67,7 @@ impl Slot {
     pub(crate) fn publish_locked(&self, name: u32) {
         // ORDER(cache-done): Release, and the Acquire in `is_free`: who finds this name has to know that the lease before, whose
         // end it overwrites, is over. A plain store breaks the release sequence of `clear`.
-        self.0.store(name, Ordering::Release);
+        self.0.store(name, unless("publish_relaxed", Ordering::Release));
     }
 
     /// The name of the region, for who holds the lease.
@@ -79,7 +80,7 @@ impl Slot {
     #[inline(always)]
     fn is_free(&self) -> bool {
         // ORDER(cache-done): Acquire, for the lease that another thread may have ended. Partner: `clear`.
-        self.0.load(Ordering::Acquire) == 0
+        self.0.load(unless("is_free_relaxed", Ordering::Acquire)) == 0
     }
 
     /// Names none, and orders that before what the caller reads next.
@@ -87,7 +88,7 @@ impl Slot {
     pub(crate) fn clear(&self) {
         // ORDER(cache-done): Release for what was done under the lease. Partner: the Acquire in `each`. Weaker, the
         // deregistration could overtake the last use.
-        self.0.store(0, Ordering::Release);
+        self.0.store(0, unless("clear_relaxed", Ordering::Release));
         // ORDER(cache-unlease): The end, before the look at the region's state. Partner: the heavy fence in `harvest`. Without it both
         // sides leave the deregistration to each other. Model: loom `the_last_lease_deregisters`.
         if !crate::sync::mutant("no_fence_in_drop") {
@@ -163,7 +164,7 @@ impl Threads {
         for block in self.blocks.iter().take(number::high()) {
             for slot in &block.slots[..=block.last.load(Ordering::Relaxed) as usize] {
                 // ORDER(cache-done): Acquire, partner in `clear`.
-                if let Some(region) = slot.0.load(Ordering::Acquire).checked_sub(1) {
+                if let Some(region) = slot.0.load(unless("each_relaxed", Ordering::Acquire)).checked_sub(1) {
                     f(region);
                 }
             }
