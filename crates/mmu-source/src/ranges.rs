@@ -10,8 +10,10 @@ use mmu_notifier::{Va, VaRange};
 /// KEEPONFORK, COLD, POPULATE_READ and GUARD_REMOVE. POPULATE_WRITE is not among them: it gives each page that was shared for
 /// reading a copy of its own.
 pub(crate) const HARMLESS_ADVICE: &[u32] = &[0, 1, 2, 3, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 22, 103];
+/// The smaller huge page, and the largest folio but those of hugetlbfs.
+pub(crate) const HUGE_PAGE: u64 = 1 << 21;
 /// The one flag of `mbind` that moves no pages.
-pub(crate) const MPOL_MF_STRICT: u64 = 1;
+const MPOL_MF_STRICT: u64 = 1;
 /// `mprotect` goes on to the start of a mapping that grows down.
 pub(crate) const PROT_GROWSDOWN: u64 = 0x0100_0000;
 /// How many vectors a call may have.
@@ -29,13 +31,12 @@ pub(crate) fn mmap(
     flags: u64,
     file_page: impl FnOnce() -> Option<u64>,
 ) {
-    /// The smallest; an address that is no multiple of it is refused.
-    const HUGE_PAGE: u64 = 1 << 21;
     let has = |flag: i32| flags & flag as u64 != 0;
     if !has(libc::MAP_FIXED) || has(libc::MAP_FIXED_NOREPLACE) {
         return;
     }
     let mut length = length;
+    // The smallest huge page; an address that is no multiple of it is refused.
     if !has(libc::MAP_ANONYMOUS) && address.is_multiple_of(HUGE_PAGE) {
         length = file_page().and_then(|page| length.checked_next_multiple_of(page)).unwrap_or(length);
     }
@@ -103,6 +104,37 @@ pub(crate) fn is_harmful(advice: u64) -> bool {
     !HARMLESS_ADVICE.contains(&(advice as u32))
 }
 
+/// What `madvise` and its like clear.
+#[inline]
+pub(crate) fn madvise(ranges: &mut impl Extend<VaRange>, address: u64, length: u64, advice: u64) {
+    match advice as i32 {
+        // These look for the folio of each page, and take all of it.
+        libc::MADV_HWPOISON | libc::MADV_SOFT_OFFLINE => folios(ranges, address, length),
+        _ if is_harmful(advice) => add(ranges, address, length),
+        _ => {}
+    }
+}
+
+/// # Source
+/// `do_mbind`, mm/mempolicy.c: with a flag to move pages it isolates the folios that lie in the range in part, and moves them
+/// whole. `MPOL_MF_STRICT` moves none, and without a flag it only sets a policy.
+pub(crate) fn mbind(ranges: &mut impl Extend<VaRange>, address: u64, length: u64, flags: u64) {
+    if flags & !MPOL_MF_STRICT != 0 {
+        folios(ranges, address, length);
+    }
+}
+
+/// Adds the pages of `length` bytes from `address` and the folios they are in, which are as large as a huge page at most. A folio
+/// can reach beyond the mapping: into the next one, if the two were one before.
+#[cold]
+pub(crate) fn folios(ranges: &mut impl Extend<VaRange>, address: u64, length: u64) {
+    let start = address & !(HUGE_PAGE - 1);
+    match address.checked_add(length).and_then(|end| end.checked_next_multiple_of(HUGE_PAGE)) {
+        Some(end) if length > 0 => add(ranges, start, end - start),
+        _ => add(ranges, address, length),
+    }
+}
+
 /// Adds the pages of `length` bytes from `address`, unless no range can be formed.
 #[inline]
 pub(crate) fn add(ranges: &mut impl Extend<VaRange>, address: u64, length: u64) {
@@ -121,6 +153,29 @@ pub(crate) fn page_up(address: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_moves_is_whole_folios() {
+        const MIB: u64 = 1 << 20;
+        let told = |f: &dyn Fn(&mut Vec<VaRange>)| {
+            let mut ranges = Vec::new();
+            f(&mut ranges);
+            ranges.iter().map(|range| (range.start().get(), range.end().map_or(0, Va::get))).collect::<Vec<_>>()
+        };
+        let moves = |address, length, flags| told(&|ranges| mbind(ranges, address, length, flags));
+        assert_eq!(moves(3 * MIB, 4096, 2), [(2 * MIB, 4 * MIB)]);
+        assert_eq!(moves(3 * MIB, 4096, 4 | MPOL_MF_STRICT), [(2 * MIB, 4 * MIB)]);
+        assert_eq!(moves(2 * MIB, 2 * MIB + 1, 2), [(2 * MIB, 6 * MIB)]);
+        assert_eq!(moves(3 * MIB, 4096, MPOL_MF_STRICT), []);
+        assert_eq!(moves(3 * MIB, 0, 2), []);
+        // Nothing of the user's lies there, and nothing overflows.
+        assert_eq!(moves(u64::MAX - 4095, 4096, 2), [(u64::MAX - 4095, 0)]);
+        let advised = |advice: i32| told(&|ranges| madvise(ranges, 3 * MIB, 4096, advice as u64));
+        assert_eq!(advised(libc::MADV_SOFT_OFFLINE), [(2 * MIB, 4 * MIB)]);
+        assert_eq!(advised(libc::MADV_HWPOISON), [(2 * MIB, 4 * MIB)]);
+        assert_eq!(advised(libc::MADV_DONTNEED), [(3 * MIB, 3 * MIB + 4096)]);
+        assert_eq!(advised(libc::MADV_WILLNEED), []);
+    }
 
     #[test]
     fn a_mapping_of_huge_pages_replaces_whole_ones() {

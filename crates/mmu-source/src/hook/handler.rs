@@ -90,9 +90,7 @@ fn plan(number: u64, args: &[u64; 6], ranges: &mut Ranges) -> Event {
             Event::Unmap
         }
         libc::SYS_madvise => {
-            if is_harmful(args[2]) {
-                add(ranges, a0, a1);
-            }
+            ranges::madvise(ranges, a0, a1, args[2]);
             Event::Clear
         }
         _ => plan_rare(number, args, ranges),
@@ -143,7 +141,7 @@ fn plan_rare(number: u64, args: &[u64; 6], ranges: &mut Ranges) -> Event {
         }
         libc::SYS_process_madvise => {
             if is_harmful(a3) && look::is_own_pidfd(a0 as i32) {
-                vectors(ranges, a1, a2);
+                vectors(ranges, a1, a2, a3);
             }
             Event::Clear
         }
@@ -163,9 +161,7 @@ fn plan_rare(number: u64, args: &[u64; 6], ranges: &mut Ranges) -> Event {
             Event::ProtectionVma
         }
         libc::SYS_mbind => {
-            if a5 & !ranges::MPOL_MF_STRICT != 0 {
-                add(ranges, a0, a1);
-            }
+            ranges::mbind(ranges, a0, a1, a5);
             Event::Migrate { owner: None }
         }
         libc::SYS_move_pages => {
@@ -186,7 +182,7 @@ fn plan_rare(number: u64, args: &[u64; 6], ranges: &mut Ranges) -> Event {
 }
 
 /// Adds the vectors of `process_madvise`. What cannot be read could be anything.
-fn vectors(ranges: &mut Ranges, address: u64, count: u64) {
+fn vectors(ranges: &mut Ranges, address: u64, count: u64, advice: u64) {
     const AT_ONCE: u64 = 64;
     let count = count.min(ranges::UIO_MAXIOV);
     let mut words = [0; 2 * AT_ONCE as usize];
@@ -195,7 +191,7 @@ fn vectors(ranges: &mut Ranges, address: u64, count: u64) {
         match raw::read_memory(address.wrapping_add(done * 16), &mut words[..2 * now as usize]) {
             Ok(read) => {
                 for vector in words[..read].chunks_exact(2) {
-                    add(ranges, vector[0], vector[1]);
+                    ranges::madvise(ranges, vector[0], vector[1], advice);
                 }
             }
             // The kernel will find no vector there either.

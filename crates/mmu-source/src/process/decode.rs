@@ -7,7 +7,9 @@ use mmu_notifier::{Event, Va, VaRange};
 use super::abi::{Abi, Call, IPC_SHMAT, IPC_SHMDT};
 use super::space::Break;
 use super::{Pid, maps, proc, sys};
-use crate::ranges::{MPOL_MF_STRICT, PROT_GROWSDOWN, UIO_MAXIOV, add, is_harmful, mmap, mremap, page_down, page_up};
+use crate::ranges::{
+    HUGE_PAGE, PROT_GROWSDOWN, UIO_MAXIOV, add, folios, is_harmful, madvise, mbind, mmap, mremap, page_down, page_up,
+};
 
 /// A call a task is about to make.
 #[derive(Debug, Clone, Copy)]
@@ -113,16 +115,14 @@ impl Entry {
                 Event::Unmap
             }
             Call::Madvise => {
-                if is_harmful(a2) {
-                    add(ranges, a0, a1);
-                }
+                madvise(ranges, a0, a1, a2);
                 Event::Clear
             }
             Call::ProcessMadvise => {
                 if is_harmful(a3) {
                     let target = proc::pidfd_target(self.tid, a0 as i32)?;
                     then = Then::Elsewhere(target);
-                    self.vectors(ranges, a1, a2);
+                    self.vectors(ranges, a1, a2, a3);
                 }
                 Event::Clear
             }
@@ -137,18 +137,14 @@ impl Entry {
                 Event::ProtectionVma
             }
             Call::Mbind => {
-                // Without a flag to move pages it only sets a policy. MPOL_MF_STRICT moves none.
-                if a5 & !MPOL_MF_STRICT != 0 {
-                    add(ranges, a0, a1);
-                }
+                mbind(ranges, a0, a1, a5);
                 Event::Migrate { owner: None }
             }
             Call::MovePages => {
                 // Without a list of nodes it is a query.
                 if a3 != 0 {
                     then = self.elsewhere(a0, &context)?;
-                    let target = if let Then::Elsewhere(tid) = then { tid } else { self.tid };
-                    self.pages(ranges, target, a1, a2);
+                    self.pages(ranges, a1, a2);
                 }
                 Event::Migrate { owner: None }
             }
@@ -213,42 +209,24 @@ impl Entry {
     }
 
     /// The iovecs of `process_madvise`.
-    fn vectors(&self, ranges: &mut Vec<VaRange>, address: u64, count: u64) {
+    fn vectors(&self, ranges: &mut Vec<VaRange>, address: u64, count: u64, advice: u64) {
         let words = self.word_list(address, 2 * count.min(UIO_MAXIOV));
         for vector in words.chunks_exact(2) {
-            add(ranges, vector[0], vector[1]);
+            madvise(ranges, vector[0], vector[1], advice);
         }
     }
 
-    /// The pages of `move_pages`, each with its neighbours: what moves is a folio, which may be as large as a huge page
-    /// but does not reach beyond its mapping.
-    fn pages(&self, ranges: &mut Vec<VaRange>, target: Pid, count: u64, address: u64) {
-        const HUGE_PAGE: u64 = 1 << 21;
+    /// The pages of `move_pages`, each with the folio it may be in.
+    fn pages(&self, ranges: &mut Vec<VaRange>, count: u64, address: u64) {
         const MANY: u64 = 1 << 16;
-        let Some(maps) = (count <= MANY).then(|| maps::read(target).ok()).flatten() else {
-            ranges.push(VaRange::ALL);
-            return;
-        };
-        let mut pages = self.word_list(address, count);
-        pages.sort_unstable();
-        let mut open: Option<(u64, u64)> = None;
-        for page in pages {
-            let (start, end) = match maps::holding(&maps, page) {
-                Some(mapping) => {
-                    let start = page & !(HUGE_PAGE - 1);
-                    (start.max(mapping.start), (start + HUGE_PAGE).min(mapping.end))
-                }
-                None => continue,
-            };
-            open = match open {
-                Some((first, last)) if start <= last => Some((first, last.max(end))),
-                other => {
-                    ranges.extend(other.and_then(|(first, last)| VaRange::new(Va::new(first), Va::new(last)).ok()));
-                    Some((start, end))
-                }
-            };
+        let mut pages = if count <= MANY { self.word_list(address, count) } else { Vec::new() };
+        if (pages.len() as u64) < count {
+            return ranges.push(VaRange::ALL);
         }
-        ranges.extend(open.and_then(|(first, last)| VaRange::new(Va::new(first), Va::new(last)).ok()));
+        pages.sort_unstable();
+        for near in pages.chunk_by(|a, b| b - a <= HUGE_PAGE) {
+            folios(ranges, near[0], near[near.len() - 1] - near[0] + 1);
+        }
     }
 
     /// Whose address space a call that names a process acts on.
@@ -336,6 +314,15 @@ mod tests {
         assert_eq!(ranges_of(Call::Mbind, [0x1000, 0x1000, 0, 0, 0, 1]).0, None);
         assert_eq!(ranges_of(Call::Madvise, [0x1000, 0x1000, 3, 0, 0, 0]).0, None);
         assert_eq!(ranges_of(Call::Clone, [libc::CLONE_VM as u64, 0, 0, 0, 0, 0]).0, None);
+    }
+
+    #[test]
+    fn pages_that_move_are_told_with_their_folios_and_joined() {
+        const MIB: u64 = 1 << 20;
+        let pages: [u64; 5] = [9 * MIB, 3 * MIB, 3 * MIB + 4096, 5 * MIB, 30 * MIB];
+        let (plan, ranges) = ranges_of(Call::MovePages, [0, 5, pages.as_ptr().addr() as u64, 0x1000, 0, 0]);
+        assert_eq!(plan.map(|plan| plan.event), Some(Event::Migrate { owner: None }));
+        assert_eq!(ranges, [(2 * MIB, 6 * MIB), (8 * MIB, 10 * MIB), (30 * MIB, 32 * MIB)]);
     }
 
     #[test]

@@ -152,21 +152,20 @@ pub(crate) fn segment() {
 pub(crate) fn migrate() {
     const MPOL_MF_MOVE: u64 = 2;
     const HUGE_PAGE: u64 = 1 << 21;
-    // A mapping with no neighbour to be joined to, all within one huge page.
     let arena = map(2 * HUGE_PAGE, libc::PROT_NONE).next_multiple_of(HUGE_PAGE);
     assert_eq!(call(libc::SYS_mprotect, &[arena, 4 * PAGE, RW as u64]), 0);
     touch(arena, 4 * PAGE);
     let mut script = Script::new();
     let bound = call(libc::SYS_mbind, &[arena, 2 * PAGE, libc::MPOL_DEFAULT as u64, 0, 0, MPOL_MF_MOVE]);
-    script.seen("mbind", "migrate", arena, 2 * PAGE, bound);
+    // The whole folios, which may be as large as a huge page.
+    script.seen("mbind", "migrate", arena, HUGE_PAGE, bound);
     call(libc::SYS_mbind, &[arena, 2 * PAGE, libc::MPOL_DEFAULT as u64, 0, 0, 0]);
 
     let (pages, nodes, mut status) = ([arena + PAGE], [0_i32], [0_i32; 1]);
     let [pages, nodes] = [sys::address(&pages), sys::address(&nodes)];
     let status = sys::address_mut(&mut status);
     let moved = call(libc::SYS_move_pages, &[0, 1, pages, nodes, status, MPOL_MF_MOVE]);
-    // The whole folio, which may be as large as the mapping.
-    script.seen("move_pages", "migrate", arena, 4 * PAGE, moved);
+    script.seen("move_pages", "migrate", arena, HUGE_PAGE, moved);
     call(libc::SYS_move_pages, &[0, 1, pages, 0, status, 0]);
 
     let mask = [1_u64];
