@@ -84,7 +84,9 @@ impl Entry {
             Call::Brk if a0 == 0 => Event::Unmap,
             Call::Brk => {
                 let call = context.brk.begin(a0, context.alone, || maps::heap_end(self.maps()));
-                if let Some(end) = call.shrinks_from {
+                if let Some(end) = call.shrinks_from
+                    && proc::lowest_break(self.tid).is_none_or(|lowest| a0 >= lowest)
+                {
                     ranges.extend(VaRange::new(Va::new(page_up(a0)), Va::new(page_up(end))));
                 }
                 if call.learn {

@@ -85,6 +85,21 @@ pub(super) fn named_by(tid: Pid, number: Pid, candidates: impl Iterator<Item = P
     })
 }
 
+/// The address below which task `tid` cannot set the program break: `brk` ignores such a call.
+///
+/// # Source
+/// `brk`, mm/mmap.c: the start of the heap, or the end of the data where the kernel is built for old programs.
+pub(super) fn lowest_break(tid: Pid) -> Option<u64> {
+    lowest_break_in(&fs::read_to_string(format!("/proc/{tid}/stat")).ok()?)
+}
+
+/// The second column is a name in parentheses. `end_data` and `start_brk` are columns 46 and 47; to who may not know, zero.
+fn lowest_break_in(stat: &str) -> Option<u64> {
+    let mut columns = stat.rsplit_once(')')?.1.split_whitespace().skip(46 - 3);
+    let mut next = || columns.next()?.parse::<u64>().ok();
+    Some(next()?.min(next()?))
+}
+
 /// The size of a SysV shared memory segment, if task `tid` shares this process's IPC namespace.
 pub(super) fn segment_size(tid: Pid, id: i32) -> Option<u64> {
     if fs::read_link(format!("/proc/{tid}/ns/ipc")).ok()? != fs::read_link("/proc/self/ns/ipc").ok()? {
@@ -110,6 +125,17 @@ mod tests {
         let table = "       key      shmid perms                  size  cpid\n\
                      0          7  1600                 8192   1\n        -5   8   600   4097   1\n";
         assert_eq!((size_in(table, 7), size_in(table, 8), size_in(table, 9)), (Some(8192), Some(4097), None));
+    }
+
+    #[test]
+    fn the_heap_starts_where_the_kernel_says() {
+        let columns = |list: std::ops::Range<u64>| list.map(|column| column.to_string()).collect::<Vec<_>>().join(" ");
+        assert_eq!(lowest_break_in(&format!("1 (a) b) {}", columns(3..53))), Some(46));
+        assert_eq!(lowest_break_in(&format!("1 (a) {}", columns(3..47))), None);
+        let own = lowest_break(std::process::id() as Pid).expect("a process knows its own");
+        let maps = crate::process::maps::read(std::process::id() as Pid).expect("it can read them");
+        let heap = maps.iter().find(|mapping| mapping.kind == crate::process::maps::Kind::Heap);
+        assert!(own > 0 && heap.is_none_or(|heap| own <= heap.start), "{own:#x} {heap:x?}");
     }
 
     #[test]

@@ -117,6 +117,8 @@ pub(crate) fn program_break() {
     script.unmap("brk", base + 12 * PAGE, 4 * PAGE, brk(base + 12 * PAGE));
     // Within a page nothing is unmapped.
     assert_eq!(brk(base + 12 * PAGE - 1) as u64, base + 12 * PAGE - 1);
+    // Below the heap there is nothing to give up, whatever is mapped there.
+    assert_eq!(brk(PAGE) as u64, base + 12 * PAGE - 1, "it is ignored");
     assert_eq!(brk(0x7fff_0000_0000) as u64, base + 12 * PAGE - 1, "there is no room for that");
     script.unmap("brk", base + 4 * PAGE, 8 * PAGE, brk(base + 4 * PAGE));
     script.unmap("brk", base, 4 * PAGE, brk(base));
