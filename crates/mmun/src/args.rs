@@ -84,6 +84,8 @@ pub(crate) struct TraceArgs {
     pub(crate) follow: bool,
 
     /// Traces the program's first task only
+    ///
+    /// If another thread runs execve, nothing is recorded from then on.
     #[arg(long, overrides_with = "follow")]
     pub(crate) no_follow: bool,
 

@@ -27,7 +27,8 @@ pub use detach::Keeper;
 #[derive(Debug, Clone, Copy)]
 #[non_exhaustive]
 pub struct Options {
-    /// Traces children and threads as well. Without it no filter can be used: the children would inherit it.
+    /// Traces children and threads as well. Without it no filter can be used: the children would inherit it. A thread that
+    /// is not traced and runs `execve` takes the process with it: that ends its trace.
     pub follow: bool,
     /// Gives spawned processes a filter, so that only memory calls stop. Without it every system call does.
     pub seccomp: bool,
@@ -143,7 +144,12 @@ impl<O: Observer> Tracer<O> {
                 Wait::Ended(tid, status) => self.ended(tid, status)?,
                 Wait::Interrupted => {}
                 Wait::Nobody => {
-                    debug_assert!(self.tasks.is_empty(), "a tracee vanished: {:?}", self.tasks);
+                    debug_assert!(self.tasks.is_empty() || !self.options.follow, "a tracee vanished: {:?}", self.tasks);
+                    // A thread that is not followed has run `execve` and taken a leader's place, whose end nobody reports.
+                    for tid in self.tasks.keys().copied().collect::<Vec<_>>() {
+                        let status = self.tasks.get(&tid).and_then(|tracee| tracee.exit);
+                        self.forget(tid, "execve", status.unwrap_or(ExitStatus::Code(0)));
+                    }
                     return Ok(Done::AllExited);
                 }
             }

@@ -200,6 +200,24 @@ fn a_program_that_was_spawned_and_never_run_is_let_go_too() {
 }
 
 #[test]
+fn a_process_that_another_thread_takes_over_by_execve_is_traced_no_more() {
+    if !require(Cap::Ptrace) {
+        return;
+    }
+    let (mut child, mut server) = start();
+    let mut options = Options::default();
+    options.follow = false;
+    let mut tracer = Tracer::new(options, Recorder::new()).expect("a tracer");
+    tracer.attach(child.id() as i32).expect("it can be attached to");
+    server.say("exec");
+    assert_eq!(tracer.run(&AtomicBool::new(false)).expect("it runs"), Done::AllExited);
+    let records = tracer.detach().0.finish();
+    let exits = records.iter().filter(|record| matches!(record, Record::Exit { .. }));
+    assert_eq!(exits.count(), THREADS + 1, "none is left in the table");
+    assert_eq!(child.wait().expect("a status").code(), Some(8));
+}
+
+#[test]
 fn a_process_that_ends_while_it_is_attached_to_is_all_exited() {
     if !require(Cap::Ptrace) {
         return;

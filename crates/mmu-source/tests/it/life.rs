@@ -224,6 +224,20 @@ fn a_tracee_that_asks_to_be_traced_is_refused() {
 }
 
 #[test]
+fn a_thread_that_is_not_followed_ends_the_trace_of_its_process_by_execve() {
+    if !require(Cap::Ptrace) {
+        return;
+    }
+    let mut options = Options::default();
+    options.follow = false;
+    let trace = trace_with(options, Recorder::new(), &["thread-exec"]);
+    // The status is that of the process, whatever runs in it by then.
+    assert_eq!((trace.status, news(&trace)), (ExitStatus::Code(8), 1), "{}", trace.stdout);
+    let exits = trace.records.iter().filter(|record| matches!(record, Record::Exit { .. }));
+    assert_eq!(exits.count(), 1);
+}
+
+#[test]
 fn children_that_are_not_followed_run_untraced() {
     if !require(Cap::Ptrace) {
         return;

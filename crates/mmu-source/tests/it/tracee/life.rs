@@ -189,7 +189,8 @@ pub(crate) fn traceme() {
     println!("nobody {seized}");
 }
 
-/// Does what it is told line by line: every thread unmaps a page on `go`; `fork` does it in a child; `quit` ends it.
+/// Does what it is told line by line: every thread unmaps a page on `go`; `fork` does it in a child;
+/// `exec` becomes another program from a new thread; `quit` ends it.
 pub(crate) fn serve(threads: u64) {
     let (done, results) = mpsc::channel();
     let workers: Vec<mpsc::Sender<()>> = (0..threads)
@@ -223,6 +224,7 @@ pub(crate) fn serve(threads: u64) {
                 let child = sys::fork(|| munmap(at, PAGE) as i32);
                 println!("forked {}", sys::wait(child, 0));
             }
+            "exec" => drop(thread::spawn(|| itself(&["exit", "8"]).exec()).join()),
             _ => return,
         }
     }
