@@ -17,6 +17,8 @@ pub(crate) struct Output {
     file: File,
     path: Option<PathBuf>,
     terminal: bool,
+    /// What the file held before is in it still.
+    stale: bool,
     /// The first write that failed; nothing is written after it.
     failed: Option<io::Error>,
     pub(crate) buffer: Vec<u8>,
@@ -32,15 +34,18 @@ impl Output {
     /// The name of what is no file.
     pub(crate) const STDERR: &str = "standard error";
 
+    /// A file that exists is emptied by the first flush.
+    ///
     /// # Errors
     /// The file cannot be created, or there is no standard error stream.
     pub(crate) fn open(path: Option<&Path>) -> io::Result<Output> {
         let file = match path {
-            Some(path) => File::create(path)?,
+            Some(path) => File::options().write(true).create(true).truncate(false).open(path)?,
             None => File::from(io::stderr().as_fd().try_clone_to_owned()?),
         };
         Ok(Output {
             terminal: file.is_terminal(),
+            stale: path.is_some() && file.metadata()?.is_file(),
             file,
             path: path.map(Path::to_owned),
             failed: None,
@@ -65,12 +70,20 @@ impl Output {
     /// Writes the buffer. `true` if that failed just now.
     pub(crate) fn flush(&mut self) -> bool {
         let mut failed_now = false;
-        if self.failed.is_none() && !self.buffer.is_empty() {
-            self.failed = write_all(&mut self.file, &self.buffer, &STOP, PATIENCE).err();
+        if self.failed.is_none() && (self.stale || !self.buffer.is_empty()) {
+            let emptied = if self.stale { self.file.set_len(0) } else { Ok(()) };
+            self.failed = emptied.and_then(|()| write_all(&mut self.file, &self.buffer, &STOP, PATIENCE)).err();
+            self.stale = false;
             failed_now = self.failed.is_some();
         }
         self.buffer.clear();
         failed_now
+    }
+
+    /// Drops what is not written yet, and lets a file that nothing was written to be as it was.
+    pub(crate) fn discard(&mut self) {
+        self.buffer.clear();
+        self.stale = false;
     }
 
     /// What went wrong, if anything did.

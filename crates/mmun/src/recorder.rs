@@ -100,6 +100,13 @@ impl Recorder {
         }
     }
 
+    /// There will be no trace: what waits to be written never is, nor any record from now on.
+    pub(crate) fn discard(&self) {
+        let mut inner = self.lock();
+        (inner.writer, inner.summary) = (None, None);
+        inner.output.discard();
+    }
+
     /// Writes what waits to be written.
     pub(crate) fn flush(&self) {
         if self.lock().output.flush() {

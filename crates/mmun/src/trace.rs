@@ -122,6 +122,8 @@ fn trace(plan: Plan, front: Option<rustix::process::Pid>) -> (Outcome, Option<Ke
         drop(end);
         // It cannot panic: it writes, and takes a lock that ignores panics.
         let _ = flusher.join();
+    } else {
+        recorder.discard();
     }
     let (mut observer, keeper) = tracer.detach();
     observer.finish();

@@ -65,6 +65,24 @@ fn a_process_that_may_not_be_traced_is_125() {
 }
 
 #[test]
+fn a_trace_that_does_not_begin_leaves_the_output_as_it_was() {
+    let file = scratch("earlier");
+    fs::write(&file, "an earlier trace\n").unwrap();
+    let name = file.to_str().unwrap();
+    let mut idle = std::process::Command::new("cat").stdin(std::process::Stdio::piped()).spawn().unwrap();
+    for args in [&["--summary", "-p", &idle.id().to_string(), "-p", "4194303"][..], &["/no/such/file"]] {
+        refused(&[&["-o", name], args].concat());
+        assert_eq!(fs::read_to_string(&file).unwrap(), "an earlier trace\n", "{args:?}");
+    }
+    drop(idle.stdin.take());
+    assert!(idle.wait().unwrap().success());
+    // One that does begin replaces it.
+    assert!(trace().args(["-o", name, "true"]).output().unwrap().status.success());
+    assert!(!fs::read_to_string(&file).unwrap().contains("earlier"));
+    fs::remove_file(&file).unwrap();
+}
+
+#[test]
 fn an_unwritable_output_is_refused_before_anything_starts() {
     let started = scratch("started");
     let (code, line) = refused(&["-o", "/no/such/dir/file", "--", "touch", started.to_str().unwrap()]);
