@@ -31,12 +31,13 @@ pub(crate) enum Command {
     /// Runs one operation for the tracer that started it.
     #[command(hide = true)]
     CoverageTracee(TraceeArgs),
-    /// Prints the manual page.
-    #[command(hide = true)]
+    /// Prints the manual pages: of mmun, and of each command.
+    ///
+    /// As roff, one after the other: mmun man | man -l -
     Man,
     /// Prints the completions for a shell.
-    #[command(hide = true)]
     Completions {
+        /// The shell that will read them
         shell: clap_complete::Shell,
     },
 }
@@ -184,15 +185,22 @@ fn one_line(message: &str, command: Option<&str>) -> String {
 }
 
 /// The commands that are shown, and the names of their manual pages.
-const COMMANDS: [(&str, &str); 3] = [("trace", "mmun-trace"), ("coverage", "mmun-coverage"), ("doctor", "mmun-doctor")];
+const COMMANDS: [(&str, &str); 5] = [
+    ("trace", "mmun-trace"),
+    ("coverage", "mmun-coverage"),
+    ("doctor", "mmun-doctor"),
+    ("man", "mmun-man"),
+    ("completions", "mmun-completions"),
+];
 
-/// The manual pages of the commands, as roff, one after the other.
+/// The manual pages, as roff, one after the other: that of the whole, then those of the commands.
 ///
 /// # Errors
 /// Those of `out`.
 pub(crate) fn man(out: &mut dyn std::io::Write) -> std::io::Result<()> {
     let mut cli = Cli::command();
     cli.build();
+    clap_mangen::Man::new(cli.clone()).render(out)?;
     for (name, page) in COMMANDS {
         let command = cli.find_subcommand(name).expect("the test compares the names with the table").clone();
         clap_mangen::Man::new(command.name(page)).render(out)?;
@@ -201,7 +209,15 @@ pub(crate) fn man(out: &mut dyn std::io::Write) -> std::io::Result<()> {
 }
 
 pub(crate) fn completions(shell: clap_complete::Shell, out: &mut dyn std::io::Write) {
-    clap_complete::generate(shell, &mut Cli::command(), "mmun", out);
+    // What is hidden in the help would be completed.
+    let cli = Cli::command();
+    let shown = cli.get_subcommands().filter(|command| !command.is_hide_set());
+    let mut shown = clap::Command::new("mmun")
+        .version(env!("CARGO_PKG_VERSION"))
+        .disable_help_subcommand(true)
+        .args(cli.get_arguments())
+        .subcommands(shown);
+    clap_complete::generate(shell, &mut shown, "mmun", out);
 }
 
 #[cfg(test)]
@@ -228,6 +244,39 @@ mod tests {
         let cli = Cli::command();
         let shown = cli.get_subcommands().filter(|command| !command.is_hide_set());
         assert_eq!(shown.map(|command| command.get_name()).collect::<Vec<_>>(), COMMANDS.map(|(name, _)| name));
+    }
+
+    #[test]
+    fn completions_and_manual_have_what_is_shown_and_nothing_else() {
+        let shells = [clap_complete::Shell::Bash, clap_complete::Shell::Zsh, clap_complete::Shell::Fish];
+        let mut texts = shells.map(|shell| {
+            let mut text = Vec::new();
+            completions(shell, &mut text);
+            text
+        });
+        let mut pages = Vec::new();
+        man(&mut pages).unwrap();
+        assert!(String::from_utf8_lossy(&pages).contains(".TH mmun 1 "));
+        for text in texts.iter_mut().chain([&mut pages]) {
+            let text = String::from_utf8_lossy(text);
+            for (name, _) in COMMANDS {
+                assert!(text.contains(name), "{name}");
+            }
+            for hidden in ["coverage-cell", "coverage-tracee", "coverage__cell", "coverage\\-cell"] {
+                assert!(!text.contains(hidden), "{hidden}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_wrong_shell_is_refused_with_the_help_of_its_command() {
+        let Err(Instead::Refuse(text, _)) = parse(["mmun", "completions", "tcsh"].map(OsString::from)) else {
+            panic!("it is no shell that is known");
+        };
+        assert!(
+            text.contains("tcsh") && text.contains("bash") && text.ends_with("try 'mmun completions --help'"),
+            "{text}"
+        );
     }
 
     #[test]

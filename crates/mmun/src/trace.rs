@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::io::{self, IsTerminal};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
@@ -201,7 +202,15 @@ fn keep(keeper: Keeper) {
 
 /// Says why, in one line, and how to end.
 fn fail(error: &Error) -> Outcome {
-    complain(&explain(error));
+    let mut line = explain(error);
+    if let Error::Exec { program, source } = error
+        && source.kind() == io::ErrorKind::NotFound
+        && program.as_encoded_bytes().contains(&b'/')
+        && Path::new(program).exists()
+    {
+        line.push_str("; the file is there, its interpreter is not");
+    }
+    complain(&line);
     match error {
         Error::Exec { source, .. } if source.kind() == io::ErrorKind::NotFound => NOT_FOUND,
         Error::Exec { .. } => NOT_EXECUTABLE,

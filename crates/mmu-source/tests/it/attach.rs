@@ -255,6 +255,15 @@ fn a_process_that_is_not_there_or_refused_is_an_error_with_a_hint() {
     assert_eq!(refused(std::process::id() as i32), Some(libc::EPERM), "a process cannot trace itself");
     let (mut child, mut server) = start();
     let pid = child.id() as i32;
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).expect("it lives");
+    let tids = threads.map(|entry| entry.expect("an entry").file_name().to_str().and_then(|name| name.parse().ok()));
+    let tid: i32 = tids.flatten().find(|tid| *tid != pid).expect("it has threads");
+    match tracer.attach(tid) {
+        Err(Error::Attach { source, .. }) => {
+            assert_eq!(source.to_string(), format!("{tid} is a thread of process {pid}"));
+        }
+        other => panic!("{other:?}"),
+    }
     let mut first = Tracer::new(Options::default(), Recorder::new()).expect("a tracer");
     first.attach(pid).expect("it can be attached to");
     let second = thread::spawn(move || {

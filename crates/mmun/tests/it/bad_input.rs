@@ -28,6 +28,34 @@ fn a_program_that_does_not_exist_is_127() {
 }
 
 #[test]
+fn a_script_without_its_interpreter_is_127_as_in_bash_and_said_to_be() {
+    let file = scratch("script");
+    fs::write(&file, "#!/no/such/interpreter\n").unwrap();
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o755)).unwrap();
+    let (code, line) = refused(&["-o", "/dev/null", file.to_str().unwrap()]);
+    assert_eq!(code, Some(127));
+    assert!(line.ends_with("; the file is there, its interpreter is not\n"), "{line}");
+    fs::remove_file(&file).unwrap();
+}
+
+#[test]
+fn a_thread_is_refused_with_its_process() {
+    let (tid, done) = (std::sync::mpsc::channel(), std::sync::mpsc::channel::<()>());
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            // SAFETY: takes nothing.
+            tid.0.send(unsafe { libc::gettid() }).unwrap();
+            done.1.recv().unwrap_err();
+        });
+        let thread = tid.1.recv().unwrap();
+        let (code, line) = refused(&["-o", "/dev/null", "-p", &thread.to_string()]);
+        drop(done.0);
+        assert_eq!(code, Some(125));
+        assert!(line.contains(&format!("{thread} is a thread of process {}", std::process::id())), "{line}");
+    });
+}
+
+#[test]
 fn a_program_that_cannot_be_run_is_126() {
     let file = scratch("not-a-program");
     fs::write(&file, "neither script nor binary\n").unwrap();

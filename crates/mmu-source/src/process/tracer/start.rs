@@ -87,11 +87,17 @@ impl<O: Observer> Tracer<O> {
     /// call that it is in until then is not seen.
     ///
     /// # Errors
-    /// [`Error::Attach`]: `ESRCH` if there is no such process, `EPERM` if tracing it is refused or it is traced already.
+    /// [`Error::Attach`]: `ESRCH` if there is no such process, `EPERM` if tracing it is refused or it is traced already; of the kind
+    /// [`io::ErrorKind::InvalidInput`], without a number, if it is a thread of another process, which the message names.
     pub fn attach(&mut self, pid: Pid) -> Result<(), Error> {
         let refused = |source| Error::Attach { pid, source };
-        if pid <= 0 || proc::thread_group(pid).is_none_or(|group| group != pid) {
-            return Err(refused(io::Error::from_raw_os_error(libc::ESRCH)));
+        match proc::thread_group(pid) {
+            Some(group) if group == pid => {}
+            Some(group) => {
+                let what = format!("{pid} is a thread of process {group}");
+                return Err(refused(io::Error::new(io::ErrorKind::InvalidInput, what)));
+            }
+            None => return Err(refused(io::Error::from_raw_os_error(libc::ESRCH))),
         }
         let options = ptrace_options(self.options, false);
         let mut space = None;
