@@ -99,8 +99,12 @@ fn who_stays_behind_keeps_no_descriptor_of_others() {
     let fd = writer.as_raw_fd();
     let mut command = trace();
     command.args(["-o", "/dev/null", "sh", "-c", &script]).stdout(Stdio::null()).stderr(Stdio::null());
-    // SAFETY: the closure runs between fork and exec and makes one system call, which takes integers.
-    unsafe { command.pre_exec(move || if libc::dup2(fd, 9) == 9 { Ok(()) } else { Err(io::Error::last_os_error()) }) };
+    let inherit = move || {
+        // SAFETY: `dup2` takes integers; the program has no descriptor 9 yet.
+        if unsafe { libc::dup2(fd, 9) } == 9 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    };
+    // SAFETY: the closure runs between fork and exec and makes one system call.
+    unsafe { command.pre_exec(inherit) };
     let mut mmun = command.spawn().unwrap();
     drop(writer);
     assert_eq!(ready.read(), "here\n");
