@@ -202,11 +202,25 @@ pub(super) fn resume(tid: Pid, how: Resume, signal: i32) -> io::Result<Option<()
     unless_gone(ptrace(request, tid, 0, signal as usize).map(drop))
 }
 
-/// The message of the event a tracee is stopped at.
-pub(super) fn event_message(tid: Pid) -> io::Result<Option<u64>> {
+/// The message of `event`, at which a tracee was reported to stop.
+///
+/// `None` if it is there no more: a tracee that was killed meanwhile stands at its exit, whose message is another.
+pub(super) fn event_message(tid: Pid, event: Stop) -> io::Result<Option<u64>> {
     let mut message: libc::c_ulong = 0;
     let asked = ptrace(libc::PTRACE_GETEVENTMSG, tid, 0, (&raw mut message).addr());
-    Ok(unless_gone(asked)?.map(|_| message as u64))
+    if unless_gone(asked)?.is_none() {
+        return Ok(None);
+    }
+    let mut info = MaybeUninit::<libc::siginfo_t>::zeroed();
+    let asked = ptrace(libc::PTRACE_GETSIGINFO, tid, 0, info.as_mut_ptr().addr());
+    if unless_gone(asked)?.is_none() {
+        return Ok(None);
+    }
+    // SAFETY: it was zeroed, which is a valid value, and then written by the kernel.
+    let info = unsafe { info.assume_init() };
+    // What `wait` reports of a stop holds the same.
+    let stands_at = decode(tid, info.si_code << 8 | 0x7f);
+    Ok((stands_at == Wait::Stopped(tid, event)).then_some(message as u64))
 }
 
 /// `struct ptrace_syscall_info`, its union as words.
@@ -493,6 +507,29 @@ mod tests {
         assert_eq!(decode(1, 64 << 8 | 0x7f), Wait::Stopped(1, Stop::Signal(64)));
         assert_eq!(decode(1, 40), Wait::Ended(1, ExitStatus::Signal(40)));
         assert_eq!(decode(1, 3 << 8), Wait::Ended(1, ExitStatus::Code(3)));
+    }
+
+    #[test]
+    fn a_tracee_that_was_killed_at_an_event_has_no_message_of_it() {
+        if !testkit::require(testkit::Cap::Ptrace) {
+            return;
+        }
+        // SAFETY: the child makes system calls only.
+        let child = unsafe { libc::fork() };
+        while child == 0 {
+            // SAFETY: takes nothing.
+            unsafe { libc::pause() };
+        }
+        seize(child, libc::PTRACE_O_TRACEEXIT).expect("it can be traced");
+        // SAFETY: takes integers; the process is this test's own.
+        unsafe { libc::kill(child, libc::SIGKILL) };
+        assert_eq!(wait_for(child).expect("it stops"), Wait::Stopped(child, Stop::Exit));
+        let message = |event| event_message(child, event).expect("it can be asked");
+        assert_eq!(message(Stop::Exit), Some(libc::SIGKILL as u64));
+        assert_eq!(message(Stop::NewTask(NewTask::Clone)), None, "the number of a signal is no task");
+        resume(child, Resume::Cont, 0).expect("it goes on");
+        assert_eq!(wait_for(child).expect("it ends"), Wait::Ended(child, ExitStatus::Signal(libc::SIGKILL)));
+        assert_eq!(message(Stop::Exit), None);
     }
 
     #[test]

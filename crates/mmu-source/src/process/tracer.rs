@@ -174,7 +174,7 @@ impl<O: Observer> Tracer<O> {
             }
             Stop::NewTask(kind) => self.cloned(tid, kind)?,
             Stop::Exit => {
-                let message = sys::event_message(tid).map_err(kernel("PTRACE_GETEVENTMSG", tid))?;
+                let message = sys::event_message(tid, stop).map_err(kernel("PTRACE_GETEVENTMSG", tid))?;
                 if let (Some(tracee), Some(status)) = (self.tasks.get_mut(&tid), message) {
                     tracee.exit = sys::exit_status(status as i32);
                 }
@@ -321,6 +321,12 @@ impl<O: Observer> Tracer<O> {
             *end = Some(status);
         }
         let pid = self.forget(tid, "exit", status);
+        // A leader's end is reported last. A thread that is there still had taken its place by `execve` when it was killed.
+        let rest: Vec<Pid> =
+            self.tasks.values().filter(|t| pid == Some(tid) && t.task.pid == tid).map(|t| t.task.tid).collect();
+        for thread in rest {
+            self.forget(thread, "exit", status);
+        }
         self.adopt_orphans_of(pid)
     }
 

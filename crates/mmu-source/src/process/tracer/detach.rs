@@ -100,7 +100,7 @@ impl Keeper {
         };
         // Its child is traced as well, and stops before it runs. One that has stopped already was let go of.
         if let (Resume::Detach, Stop::NewTask(_)) = (how, stop)
-            && let Ok(Some(child)) = sys::event_message(tid)
+            && let Ok(Some(child)) = sys::event_message(tid, stop)
             && proc::tracer_of(child as Pid) == Some(sys::this_thread())
         {
             self.tasks.entry(child as Pid).or_insert(Kept { filtered: false, in_vfork: false });

@@ -89,7 +89,7 @@ impl<O: Observer> Tracer<O> {
 
     /// A task has made another one.
     pub(super) fn cloned(&mut self, parent: Pid, kind: NewTask) -> Result<(), Error> {
-        let message = sys::event_message(parent).map_err(kernel("PTRACE_GETEVENTMSG", parent))?;
+        let message = sys::event_message(parent, Stop::NewTask(kind)).map_err(kernel("PTRACE_GETEVENTMSG", parent))?;
         let (Some(child), Some(tracee)) = (message, self.tasks.get_mut(&parent)) else { return Ok(()) };
         let child = child as Pid;
         tracee.in_vfork = kind == NewTask::Vfork;
@@ -151,7 +151,7 @@ impl<O: Observer> Tracer<O> {
 
     /// A task has run `execve`. Its other threads are gone, and it has the identifier of the process now.
     pub(super) fn execed(&mut self, pid: Pid) -> Result<(), Error> {
-        let message = sys::event_message(pid).map_err(kernel("PTRACE_GETEVENTMSG", pid))?;
+        let message = sys::event_message(pid, Stop::Exec).map_err(kernel("PTRACE_GETEVENTMSG", pid))?;
         let Some(former) = message.map(|tid| tid as Pid) else { return Ok(()) };
         if former != pid && self.tasks.contains_key(&former) {
             // The old leader's end is not reported: this task has taken its place.
