@@ -516,9 +516,11 @@ mod tests {
         }
         // SAFETY: the child makes system calls only.
         let child = unsafe { libc::fork() };
-        while child == 0 {
-            // SAFETY: takes nothing.
-            unsafe { libc::pause() };
+        if child == 0 {
+            loop {
+                // SAFETY: takes nothing.
+                unsafe { libc::pause() };
+            }
         }
         seize(child, libc::PTRACE_O_TRACEEXIT).expect("it can be traced");
         // SAFETY: takes integers; the process is this test's own.
