@@ -7,7 +7,9 @@ use std::process::{Command, Stdio};
 
 use testkit::{Cap, require};
 
-use crate::support::{Fifo, check, kill, kind, of_kind, scratch, take_records, text, trace, traced, within};
+use crate::support::{
+    Fifo, by_default, check, kill, kind, of_kind, scratch, take_records, text, trace, traced, within,
+};
 
 #[test]
 fn the_exit_status_is_the_programs() {
@@ -94,7 +96,7 @@ fn standard_streams_are_the_programs_own() {
 #[test]
 fn the_program_sees_no_descriptor_mask_or_disposition_of_ours() {
     let script = "cd /proc/self/fd; echo *; grep -E '^Sig(Blk|Ign|Cgt)|^NoNewPrivs' /proc/self/status; ulimit -c";
-    let bare = Command::new("sh").args(["-c", script]).output().unwrap();
+    let bare = by_default("sh").args(["-c", script]).output().unwrap();
     let (output, _) = traced(&["--no-seccomp"], script);
     assert_eq!(ours(&output.stdout), ours(&bare.stdout));
     let (output, _) = traced(&[], script);

@@ -24,8 +24,14 @@ pub(crate) fn scratch(name: &str) -> PathBuf {
 
 /// `mmun trace`, with default signals whatever the tests were started under.
 pub(crate) fn trace() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_mmun"));
+    let mut command = by_default(env!("CARGO_BIN_EXE_mmun"));
     command.arg("trace");
+    command
+}
+
+/// A program that is ended by what ends a program, also where the tests run under `nohup`.
+pub(crate) fn by_default(program: &str) -> Command {
+    let mut command = Command::new(program);
     let default_signals = || {
         for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT] {
             // SAFETY: the default disposition is one for every signal.
