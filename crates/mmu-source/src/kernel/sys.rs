@@ -9,7 +9,6 @@
 
 use std::ffi::{CStr, c_ulong};
 use std::io;
-use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64};
@@ -40,37 +39,16 @@ fn uninterrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     if !is_interrupted(&result) {
         return result;
     }
-    let _held = HeldSignals::new();
-    // What the kernel has to do for a thread, as for io_uring, interrupts it too.
-    for _ in 0..1000 {
-        result = call();
-        if !is_interrupted(&result) {
-            break;
+    crate::signals::without(|| {
+        // What the kernel has to do for a thread, as for io_uring, interrupts it too.
+        for _ in 0..1000 {
+            result = call();
+            if !is_interrupted(&result) {
+                break;
+            }
         }
-    }
+    });
     result
-}
-
-/// The thread's signals wait while this is alive.
-struct HeldSignals(libc::sigset_t);
-
-impl HeldSignals {
-    fn new() -> Self {
-        let mut sets = [const { MaybeUninit::<libc::sigset_t>::zeroed() }; 2];
-        // SAFETY: fills the set it is given.
-        unsafe { libc::sigfillset(sets[0].as_mut_ptr()) };
-        // SAFETY: both sets are locals; the first was filled above.
-        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, sets[0].as_ptr(), sets[1].as_mut_ptr()) };
-        // SAFETY: zeroes are a set, and the call above has written it.
-        Self(unsafe { sets[1].assume_init() })
-    }
-}
-
-impl Drop for HeldSignals {
-    fn drop(&mut self) {
-        // SAFETY: the set is what the thread had; it is the same thread, since the value never leaves `uninterrupted`.
-        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &self.0, ptr::null_mut()) };
-    }
 }
 
 fn owned(descriptor: i32) -> io::Result<OwnedFd> {
@@ -301,6 +279,7 @@ impl Drop for Shared {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::mem::MaybeUninit;
 
     fn is_usr1_held() -> bool {
         let mut set = MaybeUninit::<libc::sigset_t>::zeroed();
