@@ -14,12 +14,13 @@
 
 #![allow(unsafe_code, reason = "maps the one page; see its Safety section")]
 
+use crate::Error;
 use crate::kernel::Kernel;
 use crate::kernel::sys::until;
 use crate::uffd::Uffd;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
-use std::sync::{Mutex, Weak};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 /// The words.
 #[derive(Debug)]
@@ -108,7 +109,7 @@ extern "C" fn wipe() {
 }
 
 /// Returns what `slot` of [`marks`] holds for this address space, made on first use. It lasts as long as the process.
-pub(crate) fn own<T>(slot: &'static AtomicPtr<Running<T>>) -> &'static Running<T> {
+fn own<T>(slot: &'static AtomicPtr<Running<T>>) -> &'static Running<T> {
     // ORDER(source-running): Acquire, for the content. Partner: the exchange below.
     let mut made = slot.load(Ordering::Acquire);
     if made.is_null() {
@@ -125,6 +126,21 @@ pub(crate) fn own<T>(slot: &'static AtomicPtr<Running<T>>) -> &'static Running<T
     }
     // SAFETY: the word comes from `Box::into_raw` above, published with Release, and is never freed.
     unsafe { &*made }
+}
+
+/// Returns the source of this address space that runs, or makes it, with the mark of the address space.
+pub(crate) fn running<T>(
+    slot: &'static AtomicPtr<Running<T>>,
+    make: impl FnOnce(u64) -> Result<T, Error>,
+) -> Result<Arc<T>, Error> {
+    let mark = mark();
+    let mut running = own(slot).lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(source) = running.upgrade() {
+        return Ok(source);
+    }
+    let source = Arc::new(make(mark)?);
+    *running = Arc::downgrade(&source);
+    Ok(source)
 }
 
 /// A lock that is free in the child of a fork, whoever held it in the parent. It lies in [`Marks`].

@@ -36,7 +36,7 @@ mod sys;
 
 use crate::Error;
 use crate::current_mm::current_ref;
-use crate::fork::{self, marks};
+use crate::fork::{marks, running};
 use crate::kernel::sys as wait;
 use crate::signals;
 use mmu_notifier::{Event, Va, VaRange};
@@ -105,14 +105,7 @@ impl Uffd {
     /// # Errors
     /// [`Error::Unavailable`] if the kernel or the rights are lacking; [`Error::Kernel`] if a thread cannot be started.
     pub fn start() -> Result<Arc<Self>, Error> {
-        let id = fork::mark();
-        let mut running = fork::own(&marks().uffd).lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(uffd) = running.upgrade() {
-            return Ok(uffd);
-        }
-        let uffd = Arc::new(Self::make(id)?);
-        *running = Arc::downgrade(&uffd);
-        Ok(uffd)
+        running(&marks().uffd, Self::make)
     }
 
     fn make(id: u64) -> Result<Self, Error> {

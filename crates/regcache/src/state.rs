@@ -156,23 +156,23 @@ impl State {
         })
     }
 
+    /// Calls `f` with every granule that regions which overlap `range` are entered under, if those are fewer than all regions.
+    fn walk(&mut self, range: VaRange, f: impl FnMut(&mut Self, Granule)) -> Walked {
+        let limit = u64::from(self.high) + 64;
+        walk(self, |state| &state.summary, range, limit, f)
+    }
+
     /// Calls `f` with every live region that overlaps `range`, with some more than once.
     fn each_overlapping(&mut self, index: &Index, range: VaRange, mut f: impl FnMut(u32)) {
         let Some(view) = index.page.view() else { return };
-        let walked = walk(
-            self,
-            |state| &state.summary,
-            range,
-            u64::from(self.high) + 64,
-            |state, granule| {
-                let _: Option<()> = view.probe(granule.hash(), |region| {
-                    if state.is_live_in(index, region, range) {
-                        f(region);
-                    }
-                    None
-                });
-            },
-        );
+        let walked = self.walk(range, |state, granule| {
+            let _: Option<()> = view.probe(granule.hash(), |region| {
+                if state.is_live_in(index, region, range) {
+                    f(region);
+                }
+                None
+            });
+        });
         if walked == Walked::TooFar {
             (0..self.high).filter(|region| self.is_live_in(index, *region, range)).for_each(&mut f);
         }
@@ -325,18 +325,12 @@ impl State {
     fn kill_where(&mut self, index: &Index, range: VaRange, wanted: impl Fn(VaRange) -> bool) -> u64 {
         let Some(table) = index.page.tables().newest() else { return 0 };
         let mut killed = 0;
-        let walked = walk(
-            self,
-            |state| &state.summary,
-            range,
-            u64::from(self.high) + 64,
-            |state, granule| {
-                while let Some(region) = state.first_in(index, table, granule, range, &wanted) {
-                    state.kill(index, table, region);
-                    killed += 1;
-                }
-            },
-        );
+        let walked = self.walk(range, |state, granule| {
+            while let Some(region) = state.first_in(index, table, granule, range, &wanted) {
+                state.kill(index, table, region);
+                killed += 1;
+            }
+        });
         if walked == Walked::TooFar {
             for region in 0..self.high {
                 if self.is_live_in(index, region, range) && wanted(index.region(region).range()) {

@@ -1,6 +1,6 @@
 //! A child of a real `fork`.
 
-/// Forks; the child runs `f` and exits with its answer. Returns whether it said true; a hang is a death after 20 s, and a
+/// Forks; the child runs `f` and exits with its answer. Returns whether it said true; a hang is a death after 120 s, and a
 /// death is a panic here.
 ///
 /// # Panics

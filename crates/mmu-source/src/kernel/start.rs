@@ -8,12 +8,12 @@ use super::sys::{self, Map, Shared};
 use super::{Inner, Kernel, Machine, kernel_error};
 use crate::Error;
 use crate::current_mm::current_ref;
-use crate::fork::{mark, marks, own};
+use crate::fork::{mark, marks, running};
 use crate::signals;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread;
 
 /// The size of the ring in bytes: 8,192 records of 32 bytes.
@@ -30,15 +30,10 @@ impl Kernel {
     /// # Errors
     /// [`Error::Unavailable`] if the machine or the rights are lacking, with what is missing and the command that would grant it.
     pub fn start() -> Result<Arc<Self>, Error> {
-        let mark = mark();
-        let mut running = own(&marks().kernel).lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(kernel) = running.upgrade() {
-            return Ok(kernel);
-        }
-        let kvm = sys::open_kvm().map_err(|error| super::probe::kvm_missing(&error))?;
-        let kernel = Arc::new(Self::make(mark, RING, Some(kvm))?);
-        *running = Arc::downgrade(&kernel);
-        Ok(kernel)
+        running(&marks().kernel, |mark| {
+            let kvm = sys::open_kvm().map_err(|error| super::probe::kvm_missing(&error))?;
+            Self::make(mark, RING, Some(kvm))
+        })
     }
 
     /// The source without the kernel's events: [`inject`](Self::inject) is all that happens. For tests and measurements.

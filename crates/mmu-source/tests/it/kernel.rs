@@ -1,6 +1,6 @@
 //! The kernel source: every way to change a translation, losses, forks, and a hunt for stale reads.
 
-use crate::memory::{Log, PAGE, Scratch, in_a_child, memory_file};
+use crate::memory::{Log, PAGE, Scratch, memory_file};
 use mmu_notifier::{Va, VaRange};
 use mmu_source::kernel::Kernel;
 use mmu_source::{Error, current};
@@ -8,7 +8,7 @@ use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::ptr;
 use std::sync::Arc;
-use testkit::{Cap, require};
+use testkit::{Cap, in_child, require};
 
 #[path = "../../../../stress/src/kernel/hunt.rs"]
 mod hunt;
@@ -154,13 +154,13 @@ fn changes_by_others_and_by_the_kernel_are_told() {
     told(&kernel, "a hole punched by another process", shared(), |_| {
         let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         // SAFETY: integers.
-        assert!(in_a_child(|| unsafe { libc::fallocate(file.as_raw_fd(), mode, 0, PAGE as libc::off_t) } == 0));
+        assert!(in_child(|| unsafe { libc::fallocate(file.as_raw_fd(), mode, 0, PAGE as libc::off_t) } == 0));
     });
     told(&kernel, "a truncation by another process", shared(), |_| {
         // SAFETY: integers.
-        assert!(in_a_child(|| unsafe { libc::ftruncate(file.as_raw_fd(), 0) } == 0));
+        assert!(in_child(|| unsafe { libc::ftruncate(file.as_raw_fd(), 0) } == 0));
     });
-    told(&kernel, "fork", Scratch::anonymous(4), |_| assert!(in_a_child(|| true)));
+    told(&kernel, "fork", Scratch::anonymous(4), |_| assert!(in_child(|| true)));
     // Copy on write: the child keeps the old page, the parent gets another.
     let memory = Scratch::anonymous(1);
     let child = keeps_its_pages();
@@ -272,7 +272,7 @@ fn a_forked_child_does_not_trust_its_parents_source() {
     let armed = kernel.arm(range).expect("armed");
     let generation = kernel.settle().expect("no fork");
     assert!(kernel.is_current(generation));
-    let passed = in_a_child(|| {
+    let passed = in_child(|| {
         let blind = !kernel.is_current(generation)
             && matches!(kernel.settle(), Err(Error::AfterFork { .. }))
             && matches!(kernel.read_begin(), Err(Error::AfterFork { .. }))
@@ -294,7 +294,7 @@ fn the_parent_stays_armed_when_a_child_lets_go() {
     let Some(kernel) = rehearse(1 << 18) else { return };
     const AT: u64 = 0x5400_0000_0000;
     let mut armed = Some(kernel.arm(VaRange::covering(Va::new(AT), 4096).expect("a page")).expect("armed"));
-    assert!(in_a_child(|| armed.take().is_some()));
+    assert!(in_child(|| armed.take().is_some()));
     let generation = kernel.generation();
     kernel.inject(AT, AT + 4096).expect("it runs");
     assert!(!kernel.is_current(generation));

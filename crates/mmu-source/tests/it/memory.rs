@@ -92,27 +92,6 @@ pub(crate) fn memory_file(pages: usize) -> OwnedFd {
     file
 }
 
-/// Runs `check` in a forked child; true if it returned true there.
-pub(crate) fn in_a_child(check: impl FnOnce() -> bool) -> bool {
-    // SAFETY: the child runs `check` and ends without unwinding or running the parent's exit handlers; glibc makes its
-    // allocator usable in the child.
-    match unsafe { libc::fork() } {
-        0 => {
-            let passed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(check)).unwrap_or(false);
-            // SAFETY: ends the child.
-            unsafe { libc::_exit(i32::from(!passed)) }
-        }
-        child => {
-            assert!(child > 0, "fork");
-            let mut status = 0;
-            // SAFETY: writes one int to a local.
-            let reaped = unsafe { libc::waitpid(child, &mut status, 0) };
-            assert_eq!(reaped, child);
-            status == 0
-        }
-    }
-}
-
 /// Keeps what it is told about the pages it cares for.
 #[derive(Debug)]
 pub(crate) struct Log {

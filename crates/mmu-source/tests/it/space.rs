@@ -1,7 +1,7 @@
 //! The address space of this process, and of its forked child.
 
-use crate::memory::in_a_child;
 use mmu_source::{current, current_if_made};
+use testkit::in_child;
 
 #[test]
 fn a_forked_child_has_a_fresh_one() {
@@ -13,7 +13,7 @@ fn a_forked_child_has_a_fresh_one() {
             && current().id() == current().id()
             && !current().has_notifiers()
     };
-    assert!(in_a_child(fresh));
+    assert!(in_child(fresh));
     assert_eq!(current().id(), id, "the parent keeps its own");
-    assert!(in_a_child(|| in_a_child(|| current_if_made().is_none())), "a grandchild as well");
+    assert!(in_child(|| in_child(|| current_if_made().is_none())), "a grandchild as well");
 }

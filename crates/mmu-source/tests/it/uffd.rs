@@ -1,12 +1,12 @@
 //! The userfaultfd source: which changes of which memory are told.
 
-use crate::memory::{Log, PAGE, Scratch, in_a_child, memory_file};
+use crate::memory::{Log, PAGE, Scratch, memory_file};
 use mmu_notifier::{Va, VaRange};
 use mmu_source::uffd::Uffd;
 use mmu_source::{Error, current};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use testkit::{Cap, require};
+use testkit::{Cap, in_child, require};
 
 fn start() -> Option<Arc<Uffd>> {
     require(Cap::Userfaultfd).then(|| Uffd::start().expect("userfaultfd is there"))
@@ -51,7 +51,7 @@ fn changes_of_anonymous_memory_are_told() {
         // SAFETY: over our own scratch memory.
         unsafe { libc::mmap(memory.page(2), PAGE, libc::PROT_READ, flags, -1, 0) };
     });
-    told(&uffd, "fork", Scratch::anonymous(4), |_| assert!(in_a_child(|| true)));
+    told(&uffd, "fork", Scratch::anonymous(4), |_| assert!(in_child(|| true)));
 }
 
 #[test]
@@ -182,7 +182,7 @@ fn outlived_by_a_child() -> bool {
 #[test]
 fn memory_that_was_armed_can_be_unmapped_after_the_source_although_a_child_lives() {
     // In a process of its own, where no other test keeps the source.
-    assert!(!require(Cap::Userfaultfd) || in_a_child(outlived_by_a_child));
+    assert!(!require(Cap::Userfaultfd) || in_child(outlived_by_a_child));
 }
 
 #[test]
@@ -207,7 +207,7 @@ fn a_forked_child_has_no_part_in_its_parents_source() {
     let Some(uffd) = start() else { return };
     let memory = Scratch::anonymous(2);
     let mut armed = Some(uffd.arm(memory.range()).expect("armed"));
-    assert!(in_a_child(|| {
+    assert!(in_child(|| {
         let refused = matches!(uffd.settle(), Err(Error::AfterFork { .. })) && armed.take().is_some();
         // Its memory is not registered: this would wait for a reader that is not there.
         advise(&memory, libc::MADV_DONTNEED);

@@ -3,25 +3,7 @@
 use crate::support::{counting, pages};
 use mmu_notifier::{Event, MmWithUser};
 use regcache::{Counting, Device, Error, Options, RegCache, Stats};
-
-/// Runs `f` in a child and returns whether it said yes.
-pub(crate) fn in_child(f: impl FnOnce() -> bool) -> bool {
-    // SAFETY: The child runs `f`, which allocates at most what the C library allows after a fork, and ends.
-    match unsafe { libc::fork() } {
-        -1 => panic!("fork: {}", std::io::Error::last_os_error()),
-        0 => {
-            let code = i32::from(!std::panic::catch_unwind(std::panic::AssertUnwindSafe(f)).unwrap_or(false));
-            // SAFETY: Ends the child without running anything of the parent's.
-            unsafe { libc::_exit(code) }
-        }
-        pid => {
-            let mut status = 0;
-            // SAFETY: Writes one int to a local.
-            assert_eq!(unsafe { libc::waitpid(pid, &mut status, 0) }, pid);
-            status == 0
-        }
-    }
-}
+use testkit::in_child;
 
 #[test]
 fn a_child_gets_an_error_and_deregisters_nothing() {

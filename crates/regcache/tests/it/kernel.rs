@@ -79,7 +79,7 @@ fn a_cache_of_a_parent_is_refused_in_its_child() {
     }
     let (_kernel, _device, cache) = opened(1 << 16);
     drop(cache.get(pages(10, 4)).unwrap());
-    assert!(crate::fork::in_child(|| matches!(cache.get(pages(10, 4)), Err(Error::Forked))));
+    assert!(testkit::in_child(|| matches!(cache.get(pages(10, 4)), Err(Error::Forked))));
 }
 
 /// Asks a cache for what another thread is registering, in a callback.

@@ -66,7 +66,7 @@ fn limit_locked_memory(bytes: u64) {
 
 #[test]
 fn at_the_limit_of_locked_memory_something_is_evicted_or_the_error_says_so() {
-    assert!(crate::fork::in_child(|| {
+    assert!(testkit::in_child(|| {
         limit_locked_memory(64 << 10);
         let mm = mmu_notifier::MmWithUser::new();
         let device = Device::new(Mlock::new(), Options::new());

@@ -5,18 +5,25 @@ use mmu_notifier::{Event, VaRange};
 use regcache::{Error, Merge, Options};
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc;
+use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
+
+/// What stops whoever calls it: says so, and waits to be told to go on.
+fn gate() -> (impl FnOnce() + Send + 'static, Receiver<()>, Sender<()>) {
+    let (entered, wait_entered) = mpsc::channel();
+    let (go_on, wait_go_on) = mpsc::channel();
+    let stop_here = move || {
+        entered.send(()).unwrap();
+        wait_go_on.recv().unwrap();
+    };
+    (stop_here, wait_entered, go_on)
+}
 
 #[test]
 fn concurrent_misses_for_one_region_register_once() {
     let (_mm, device, cache) = book(Options::new());
-    let (entered, wait_entered) = mpsc::channel();
-    let (go_on, wait_go_on) = mpsc::channel::<()>();
-    device.registrar().during_next(move || {
-        entered.send(()).unwrap();
-        wait_go_on.recv().unwrap();
-    });
+    let (stop_here, wait_entered, go_on) = gate();
+    device.registrar().during_next(stop_here);
     thread::scope(|scope| {
         let first = scope.spawn(|| *cache.get(pages(1, 8)).unwrap().handle());
         wait_entered.recv().unwrap();
@@ -42,12 +49,8 @@ fn concurrent_misses_for_one_region_register_once() {
 fn a_request_waits_for_a_place_that_another_thread_is_about_to_give_back() {
     let (_mm, device, cache) = book(Options::new().max_regions(1));
     drop(cache.get(pages(1, 1)).unwrap());
-    let (entered, wait_entered) = mpsc::channel();
-    let (go_on, wait_go_on) = mpsc::channel::<()>();
-    device.registrar().at_next_end(move || {
-        entered.send(()).unwrap();
-        wait_go_on.recv().unwrap();
-    });
+    let (stop_here, wait_entered, go_on) = gate();
+    device.registrar().at_next_end(stop_here);
     thread::scope(|scope| {
         scope.spawn(|| cache.flush());
         wait_entered.recv().unwrap();
@@ -83,12 +86,8 @@ fn a_registrar_that_panics_while_a_registration_is_undone_leaves_its_place_to_ot
 #[test]
 fn a_request_waits_for_a_place_in_which_another_thread_is_registering() {
     let (_mm, device, cache) = book(Options::new().max_regions(1));
-    let (entered, wait_entered) = mpsc::channel();
-    let (go_on, wait_go_on) = mpsc::channel::<()>();
-    device.registrar().during_next(move || {
-        entered.send(()).unwrap();
-        wait_go_on.recv().unwrap();
-    });
+    let (stop_here, wait_entered, go_on) = gate();
+    device.registrar().during_next(stop_here);
     thread::scope(|scope| {
         scope.spawn(|| cache.get(pages(1, 1)).map(drop).unwrap());
         wait_entered.recv().unwrap();
