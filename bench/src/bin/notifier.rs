@@ -259,10 +259,10 @@ fn main() {
     one.get(&mm).expect("outside of brackets").put();
     let mut held = None;
     println!("memory: one subscription {} B", bytes(|| held = one.get(&mm).ok()));
-    let _first = IntervalNotifier::insert(&mm, page(1), Empty);
-    let mut node = None;
-    println!("memory: one interval {} B", bytes(|| node = IntervalNotifier::insert(&mm, page(3), Empty).ok()));
+    let mut nodes = Vec::with_capacity(1000);
+    let intervals = bytes(|| nodes.extend((0..1000).map(|n| IntervalNotifier::insert(&mm, page(2 * n), Empty))));
+    println!("memory: one interval, of 1,000, with its share of the tree {} B", intervals / 1000);
     let mut empty = None;
     println!("memory: one empty Mm {} B", bytes(|| empty = Some(MmWithUser::new())));
-    drop((held, node, empty));
+    drop((held, nodes, empty));
 }

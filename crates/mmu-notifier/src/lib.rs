@@ -67,7 +67,7 @@
 mod context;
 mod error;
 mod event;
-#[expect(unsafe_code, reason = "a tree whose nodes are its users' and which is walked without a lock")]
+#[expect(unsafe_code, reason = "nodes that their users own, in a tree that is walked without a lock")]
 mod interval;
 mod invalidate_seq;
 pub mod lockdep;

@@ -1,16 +1,14 @@
 //! One interval in memory.
 //!
 //! # Safety
-//! A node is one `Box<Node<S>>` that its `IntervalNotifier` owns as a pointer. `links`, `in_tree` and `deferred_next` belong
-//! to whoever holds the lock of the address space's intervals; `links` may be read without it while the tree is frozen.
-//! The other two are atomics only so that they need no `unsafe`: the lock orders them.
+//! A node is one `Box<Node<S>>` that its `IntervalNotifier` owns as a pointer. `in_tree` and `deferred_next` belong to whoever
+//! holds the lock of the address space's intervals; they are atomics only so that they need no `unsafe`.
 
-use super::tree::{self, Links, Root};
+use super::tree::Tree;
 use super::{Finish, IntervalOps};
 use crate::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
 use crate::sync::{Mutex, mutant};
 use crate::{Blocking, InvalidateRange, Mm, VaRange, WouldBlock};
-use std::cell::UnsafeCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::{self, NonNull};
 use std::sync::{PoisonError, TryLockError};
@@ -18,10 +16,9 @@ use std::sync::{PoisonError, TryLockError};
 /// What the tree knows of an interval, whatever its state's type.
 ///
 /// # Invariants
-/// It is the first field of a `Node<S>`, `links` is its own first field, and `state` points to the `state` of that node.
-#[repr(C)]
+/// It is the first field of a `Node<S>`, and `state` points to the `state` of that node.
 pub(super) struct Header {
-    links: UnsafeCell<Links>,
+    range: VaRange,
     in_tree: AtomicBool,
     deferred_next: AtomicPtr<Header>,
     /// The sequence of the last window that met this interval; always odd. Stored under the state's lock.
@@ -29,8 +26,7 @@ pub(super) struct Header {
     state: NonNull<dyn Callback>,
 }
 
-/// Aligned so that the links, which searches read, lie in one cache line.
-#[repr(C, align(64))]
+#[repr(C)]
 pub(super) struct Node<S> {
     pub(super) header: Header,
     pub(super) state: Mutex<S>,
@@ -68,7 +64,7 @@ impl<S: IntervalOps> Node<S> {
     pub(super) fn new(mm: Mm, range: VaRange, state: S) -> NonNull<Self> {
         let node = NonNull::from(Box::leak(Box::new(Self {
             header: Header {
-                links: UnsafeCell::new(Links::new(range)),
+                range,
                 in_tree: AtomicBool::new(false),
                 deferred_next: AtomicPtr::new(ptr::null_mut()),
                 invalidate_seq: AtomicU64::new(1),
@@ -89,15 +85,6 @@ impl<S: IntervalOps> Node<S> {
 }
 
 impl Header {
-    /// Returns the header that the links in a tree belong to.
-    ///
-    /// # Safety
-    /// They must be those of a header that lives for `'a`.
-    pub(super) unsafe fn of<'a>(links: *mut Links) -> &'a Self {
-        // SAFETY: `links` is the first field of its header (invariant), which lives: the caller's duty.
-        unsafe { &*links.cast::<Self>() }
-    }
-
     pub(super) fn seq(&self) -> u64 {
         self.invalidate_seq.load(Ordering::Relaxed)
     }
@@ -121,20 +108,17 @@ impl Header {
         self.in_tree.load(Ordering::Relaxed)
     }
 
-    /// Puts the node into the tree if it is not in it, or else takes it out; returns the new root.
-    ///
-    /// # Safety
-    /// The lock must be held, nobody may walk the tree, and `root` must be the tree that the node is in if it is in one.
-    pub(super) unsafe fn toggle(&self, root: Root) -> Root {
-        let inside = self.in_tree.fetch_xor(true, Ordering::Relaxed);
-        // From the header, not from its field: `of` goes back from the links to the whole.
-        let links = ptr::from_ref(self).cast_mut().cast::<Links>();
-        if inside {
-            // SAFETY: The tree is the caller's alone, and the node is in it.
-            unsafe { tree::remove(root, links) }
+    /// Returns how many spare nodes it takes to put this node into the tree.
+    pub(super) fn need(&self, tree: &Tree<Self>) -> usize {
+        tree.need(self.range, NonNull::from(self))
+    }
+
+    /// Puts the node into the tree if it is not in it, or else takes it out. The caller holds the lock, and nobody walks the tree.
+    pub(super) fn toggle(&self, tree: &mut Tree<Self>) {
+        if self.in_tree.fetch_xor(true, Ordering::Relaxed) {
+            tree.remove(self.range, NonNull::from(self));
         } else {
-            // SAFETY: The tree is the caller's alone, and the node, which is not in it, stays alive until it is removed.
-            unsafe { tree::insert(root, links) }
+            tree.insert(self.range, NonNull::from(self));
         }
     }
 

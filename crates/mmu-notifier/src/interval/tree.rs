@@ -1,312 +1,433 @@
-//! An augmented AVL tree of intervals whose links lie in the intervals themselves.
+//! An augmented B+tree of intervals.
 //!
-//! Ordered by first address, then by the node's own address; each node knows the greatest last address below it, so that
-//! the intervals which meet a range are found in O(log n + found). Inserting and removing allocate nothing.
+//! Ordered by first address, then by the interval's own address. An entry of an inner node says where the intervals below
+//! it begin and what the greatest last address is, so that those which meet a range are found in O(log n + found). A node is
+//! six cache lines side by side, fetched together; a binary tree reads four lines one after the other instead.
 //!
-//! # Safety
-//! Every pointer in a tree is null or a live [`Links`]. Whoever changes a tree has it to itself (`&mut`, or the lock of
-//! its owner); whoever walks it knows that nobody changes it meanwhile. Each function below says that as its duty, and
-//! `NonNull::as_ptr` dereferences inside rest on it.
-
-#![expect(clippy::multiple_unsafe_ops_per_block, reason = "one duty, the tree's, carries every line of a rotation")]
+//! Changing the tree neither allocates nor frees: it is changed under a lock that the allocator may want, when it gives
+//! memory back to the kernel. What an insert needs lies among the tree's [`Spares`] beforehand, and what a removal leaves
+//! goes there.
 
 use crate::VaRange;
-use std::ptr;
+use std::mem;
+use std::ptr::NonNull;
 
-/// The links of one interval in one tree.
-#[derive(Debug)]
-pub(super) struct Links {
-    left: *mut Links,
-    right: *mut Links,
-    first: u64,
-    last: u64,
-    /// The greatest `last` in this subtree.
-    max_last: u64,
-    /// The greatest `last` in the left subtree, zero if there is none: a search that goes right then never reads the left
-    /// child, which in a large tree is a cache line from memory.
-    left_max: u64,
-    height: u32,
+/// Entries of a node: among 15 keys one is found in four steps.
+const FANOUT: usize = 15;
+
+/// Neighbours are merged when they have no more entries than this together, so that the next insert does not split them.
+const MERGED: usize = FANOUT * 3 / 4;
+
+/// A tree of pointers to `T`, which it never follows.
+pub(super) struct Tree<T> {
+    root: Option<Box<Node<T>>>,
+    /// How many nodes lie on every way down.
+    height: usize,
+    pub(super) spares: Spares<T>,
 }
 
-impl Links {
-    pub(super) fn new(range: VaRange) -> Self {
-        let (first, last) = (range.start().get(), range.last().get());
-        Self { left: ptr::null_mut(), right: ptr::null_mut(), first, last, max_last: last, left_max: 0, height: 1 }
+/// One node: its entries in order, and of each entry the least first and the greatest last address.
+#[repr(C, align(64))]
+pub(super) struct Node<T> {
+    len: usize,
+    /// All ones from `len` on.
+    first: [u64; FANOUT],
+    last: [u64; FANOUT],
+    entries: Entries<T>,
+}
+
+/// None from the node's `len` on.
+enum Entries<T> {
+    Intervals([Option<NonNull<T>>; FANOUT]),
+    Children([Option<Box<Node<T>>>; FANOUT]),
+}
+
+enum Entry<T> {
+    Interval(NonNull<T>),
+    Child(Box<Node<T>>),
+}
+
+/// What the tree is ordered by.
+type Key<T> = (u64, NonNull<T>);
+
+const ENTRY: &str = "there is an entry below the length";
+
+impl<T> Tree<T> {
+    pub(super) const fn new() -> Self {
+        Self { root: None, height: 0, spares: Spares::new() }
     }
 
-    fn overlaps(&self, range: VaRange) -> bool {
-        self.first <= range.last().get() && range.start().get() <= self.last
+    /// Returns the root, for a walk during which nobody changes the tree.
+    pub(super) fn root(&self) -> Option<&Node<T>> {
+        self.root.as_deref()
     }
-}
 
-/// A subtree: null, or the links of its root.
-pub(super) type Root = *mut Links;
-
-/// # Safety
-/// `root` must be null or live and not being changed.
-unsafe fn summary(root: Root) -> (u32, u64) {
-    // SAFETY: Live or null, and not being changed: the caller's duty.
-    unsafe { root.as_ref() }.map_or((0, 0), |node| (node.height, node.max_last))
-}
-
-/// Computes what `node` says of its subtree from its children.
-///
-/// # Safety
-/// `node` must be live, and the caller must have the tree to itself.
-unsafe fn update(node: *mut Links) {
-    // SAFETY: Live, and nobody else's: the caller's duty.
-    let node = unsafe { &mut *node };
-    // SAFETY: A child of a live node is null or live, and the caller has the tree to itself.
-    let (left, right) = unsafe { (summary(node.left), summary(node.right)) };
-    node.height = left.0.max(right.0) + 1;
-    node.left_max = left.1;
-    node.max_last = node.last.max(left.1).max(right.1);
-}
-
-/// Turns the subtree so that its left child becomes its root.
-///
-/// # Safety
-/// As [`update`]; the left child must not be null.
-unsafe fn rotate_right(root: Root) -> Root {
-    // SAFETY: Both are live, distinct and nobody else's: the caller's duty.
-    unsafe {
-        let left = (*root).left;
-        (*root).left = (*left).right;
-        (*left).right = root;
-        update(root);
-        update(left);
-        left
+    /// Returns how many spare nodes the insert of this interval takes.
+    pub(super) fn need(&self, range: VaRange, interval: NonNull<T>) -> usize {
+        let full = self.root().map_or(0, |root| root.full_towards((range.start().get(), interval)));
+        // A root that splits gets a node above it; the first interval gets a leaf.
+        if full == self.height { full + 1 } else { full }
     }
-}
 
-/// Turns the subtree so that its right child becomes its root.
-///
-/// # Safety
-/// As [`update`]; the right child must not be null.
-unsafe fn rotate_left(root: Root) -> Root {
-    // SAFETY: Both are live, distinct and nobody else's: the caller's duty.
-    unsafe {
-        let right = (*root).right;
-        (*root).right = (*right).left;
-        (*right).left = root;
-        update(root);
-        update(right);
-        right
+    /// Returns how many spare nodes each of several inserts takes at most, among removals or not.
+    ///
+    /// Each splits at most one node of each level there is today. What is above these levels grows by no more than one node
+    /// for each split of today's highest, of which an insert makes one. Removals give nodes back.
+    pub(super) fn need_each(&self) -> usize {
+        self.height + 1
     }
-}
 
-/// Makes the heights of the children differ by one at most, where they differ by two at most.
-///
-/// # Safety
-/// As [`update`].
-unsafe fn balance(root: Root) -> Root {
-    // SAFETY: `root` is live and nobody else's (the caller's duty). A child that is rotated is higher than its sibling by two,
-    // so it is not null; its own higher child likewise.
-    unsafe {
-        let (left, right) = ((*root).left, (*root).right);
-        let (left_height, right_height) = (summary(left).0, summary(right).0);
-        if left_height > right_height + 1 {
-            if summary((*left).left).0 < summary((*left).right).0 {
-                (*root).left = rotate_left(left);
+    /// Adds an interval.
+    ///
+    /// # Panics
+    /// If there are fewer spare nodes than it takes.
+    pub(super) fn insert(&mut self, range: VaRange, interval: NonNull<T>) {
+        let key = (range.start().get(), interval);
+        let right = match &mut self.root {
+            Some(root) => root.insert(key, range.last().get(), &mut self.spares),
+            None => {
+                let mut leaf = self.spares.take();
+                leaf.entries = Entries::Intervals([None; FANOUT]);
+                leaf.insert(key, range.last().get(), &mut self.spares);
+                Some(leaf)
             }
-            rotate_right(root)
-        } else if right_height > left_height + 1 {
-            if summary((*right).right).0 < summary((*right).left).0 {
-                (*root).right = rotate_right(right);
+        };
+        let Some(right) = right else { return };
+        self.height += 1;
+        self.root = Some(match self.root.take() {
+            None => right,
+            Some(left) => {
+                let mut above = self.spares.take();
+                for (at, child) in [left, right].into_iter().enumerate() {
+                    above.open(at, child.hull(), Entry::Child(child));
+                }
+                above
             }
-            rotate_left(root)
-        } else {
-            update(root);
-            root
+        });
+    }
+
+    /// Takes an interval out.
+    ///
+    /// # Panics
+    /// If it is not in the tree.
+    pub(super) fn remove(&mut self, range: VaRange, interval: NonNull<T>) {
+        let root = self.root.as_mut().expect("an empty tree has nothing to remove");
+        root.remove((range.start().get(), interval), &mut self.spares);
+        if root.len == 0 {
+            self.spares.give(self.root.take().expect("it has a root"));
+            self.height = 0;
+        }
+        while let Some(only) = self.root.as_mut().and_then(|root| root.take_only_child()) {
+            self.spares.give(mem::replace(self.root.as_mut().expect("it has a root"), only));
+            self.height -= 1;
         }
     }
 }
 
-/// The order of the tree.
-///
-/// # Safety
-/// Both must be live and not being changed.
-unsafe fn precedes(a: *const Links, b: *const Links) -> bool {
-    // SAFETY: Live and not being changed: the caller's duty.
-    let (first_a, first_b) = unsafe { ((*a).first, (*b).first) };
-    (first_a, a.addr()) < (first_b, b.addr())
-}
-
-/// Adds `node`, and returns the new root.
-///
-/// # Safety
-/// The caller must have the tree to itself; `node` must be live until it is removed, and in no tree.
-pub(super) unsafe fn insert(root: Root, node: *mut Links) -> Root {
-    // SAFETY: Everything reached is live and the caller's alone; `node` is too (the caller's duty).
-    unsafe {
-        if root.is_null() {
-            (*node).left = ptr::null_mut();
-            (*node).right = ptr::null_mut();
-            update(node);
-            return node;
+impl<T> Node<T> {
+    /// Returns how many entries begin at or before `address`.
+    fn begin_by(&self, address: u64) -> usize {
+        let mut count = 0;
+        for step in [8, 4, 2, 1] {
+            count += usize::from(self.first[count + step - 1] <= address) * step;
         }
-        if precedes(node, root) {
-            (*root).left = insert((*root).left, node);
-        } else {
-            (*root).right = insert((*root).right, node);
-        }
-        balance(root)
+        // If all bits of `address` are ones, unused entries are counted as well.
+        count.min(self.len)
     }
-}
 
-/// Takes `node` out, and returns the new root.
-///
-/// # Safety
-/// The caller must have the tree to itself, and `node` must be in it.
-pub(super) unsafe fn remove(root: Root, node: *mut Links) -> Root {
-    // SAFETY: Everything reached is live and the caller's alone; the search ends at `node`, which is in the tree (the caller's
-    // duty), so `root` is never null.
-    unsafe {
-        if root == node {
-            if (*node).right.is_null() {
-                return (*node).left;
+    /// Tells whether any interval below meets `range`.
+    pub(super) fn meets(&self, range: VaRange) -> bool {
+        let Some(nearest) = self.begin_by(range.last().get()).checked_sub(1) else { return false };
+        let reaches = |last: &u64| *last >= range.start().get();
+        if reaches(&self.last[nearest]) {
+            match &self.entries {
+                Entries::Intervals(intervals) => {
+                    // Whoever asks is about to call it.
+                    fetch(intervals[nearest].expect(ENTRY).as_ptr(), 128);
+                    return true;
+                }
+                Entries::Children(children) => {
+                    let child = children[nearest].as_deref().expect(ENTRY);
+                    fetch(child, size_of::<Self>());
+                    if child.meets(range) {
+                        return true;
+                    }
+                }
             }
-            let (next, right) = pop_first((*node).right);
-            (*next).left = (*node).left;
-            (*next).right = right;
-            return balance(next);
         }
-        if precedes(node, root) {
-            (*root).left = remove((*root).left, node);
+        // What the earlier entries hold begins where the nearest one does or before, and so in time.
+        self.last[..nearest].iter().any(reaches)
+    }
+
+    /// Calls `visit` for each interval that meets `range`, in order, until it says false; tells whether it never did.
+    pub(super) fn visit(&self, range: VaRange, visit: &mut impl FnMut(NonNull<T>) -> bool) -> bool {
+        let begun = self.begin_by(range.last().get());
+        let mut meeting = (0..begun).filter(|at| self.last[*at] >= range.start().get());
+        match &self.entries {
+            Entries::Intervals(intervals) => {
+                // All their lines on the way at once: each callback would wait for its own.
+                meeting.clone().for_each(|at| fetch(intervals[at].expect(ENTRY).as_ptr(), 128));
+                meeting.all(|at| visit(intervals[at].expect(ENTRY)))
+            }
+            Entries::Children(children) => meeting.all(|at| children[at].as_ref().expect(ENTRY).visit(range, visit)),
+        }
+    }
+
+    /// Returns the first interval of an entry.
+    fn head(&self, at: usize) -> NonNull<T> {
+        match &self.entries {
+            Entries::Intervals(intervals) => intervals[at].expect(ENTRY),
+            Entries::Children(children) => children[at].as_ref().expect(ENTRY).head(0),
+        }
+    }
+
+    /// Returns how many entries have a key that is not greater.
+    fn rank(&self, key: Key<T>) -> usize {
+        let mut rank = self.begin_by(key.0);
+        while rank != 0 && (self.first[rank - 1], self.head(rank - 1)) > key {
+            rank -= 1;
+        }
+        rank
+    }
+
+    /// Returns the entry under which a key is or belongs.
+    fn towards(&self, key: Key<T>) -> usize {
+        self.rank(key).saturating_sub(1)
+    }
+
+    /// Returns how many nodes without room there are at the end of the way to a key, before one that has room.
+    fn full_towards(&self, key: Key<T>) -> usize {
+        let (mut node, mut full) = (self, 0);
+        loop {
+            full = if node.len == FANOUT { full + 1 } else { 0 };
+            let Entries::Children(children) = &node.entries else { return full };
+            node = children[node.towards(key)].as_ref().expect(ENTRY);
+        }
+    }
+
+    /// Returns the least first and the greatest last address.
+    fn hull(&self) -> (u64, u64) {
+        (self.first[0], self.last[..self.len].iter().copied().fold(0, u64::max))
+    }
+
+    /// Adds an interval; returns the node that comes after this one if there are two now.
+    fn insert(&mut self, key: Key<T>, last: u64, spares: &mut Spares<T>) -> Option<Box<Self>> {
+        let at = self.towards(key);
+        let Entries::Children(children) = &mut self.entries else {
+            return self.put(self.rank(key), (key.0, last), Entry::Interval(key.1), spares);
+        };
+        let right = children[at].as_mut().expect(ENTRY).insert(key, last, spares);
+        self.sum_up(at);
+        right.and_then(|right| self.put(at + 1, right.hull(), Entry::Child(right), spares))
+    }
+
+    /// Takes an interval out.
+    fn remove(&mut self, key: Key<T>, spares: &mut Spares<T>) {
+        let at = self.towards(key);
+        let Entries::Children(children) = &mut self.entries else {
+            assert_eq!(self.head(at), key.1, "an interval that is removed is in the tree");
+            return self.close_interval(at);
+        };
+        let child = children[at].as_mut().expect(ENTRY);
+        child.remove(key, spares);
+        if child.len == 0 {
+            spares.give(self.close_child(at));
+            return;
+        }
+        self.sum_up(at);
+        if !self.merge(at, spares) && at != 0 {
+            self.merge(at - 1, spares);
+        }
+    }
+
+    /// Merges two neighbours if that makes a node with room; tells whether it did.
+    fn merge(&mut self, at: usize, spares: &mut Spares<T>) -> bool {
+        let Entries::Children(children) = &mut self.entries else { return false };
+        let Some([Some(left), Some(right)]) = children.get_mut(at..at + 2) else { return false };
+        if left.len + right.len > MERGED {
+            return false;
+        }
+        right.move_tail(0, left);
+        spares.give(self.close_child(at + 1));
+        self.sum_up(at);
+        true
+    }
+
+    /// Takes the child of a node that has no other.
+    fn take_only_child(&mut self) -> Option<Box<Self>> {
+        let inner = matches!(self.entries, Entries::Children(_));
+        (inner && self.len == 1).then(|| self.close_child(0))
+    }
+
+    /// Says anew of a child what it holds.
+    fn sum_up(&mut self, at: usize) {
+        if let Entries::Children(children) = &self.entries {
+            (self.first[at], self.last[at]) = children[at].as_ref().expect(ENTRY).hull();
+        }
+    }
+
+    /// Adds an entry; returns the node that comes after this one if there are two now.
+    fn put(&mut self, at: usize, hull: (u64, u64), entry: Entry<T>, spares: &mut Spares<T>) -> Option<Box<Self>> {
+        if self.len < FANOUT {
+            self.open(at, hull, entry);
+            return None;
+        }
+        let mut right = spares.take();
+        right.entries = self.entries.none();
+        // Intervals that come in order fill their nodes.
+        let middle = if at == FANOUT { FANOUT } else { FANOUT / 2 };
+        self.move_tail(middle, &mut right);
+        if at <= FANOUT / 2 {
+            self.open(at, hull, entry)
         } else {
-            (*root).right = remove((*root).right, node);
+            right.open(at - middle, hull, entry)
         }
-        balance(root)
+        Some(right)
+    }
+
+    /// Adds an entry where there is room.
+    fn open(&mut self, at: usize, (first, last): (u64, u64), entry: Entry<T>) {
+        self.first.copy_within(at..self.len, at + 1);
+        self.last.copy_within(at..self.len, at + 1);
+        (self.first[at], self.last[at]) = (first, last);
+        self.len += 1;
+        match (&mut self.entries, entry) {
+            (Entries::Intervals(intervals), Entry::Interval(interval)) => {
+                intervals[at..self.len].rotate_right(1);
+                intervals[at] = Some(interval);
+            }
+            (Entries::Children(children), Entry::Child(child)) => {
+                children[at..self.len].rotate_right(1);
+                children[at] = Some(child);
+            }
+            _ => unreachable!("a leaf has intervals, an inner node has children"),
+        }
+    }
+
+    /// Takes an interval out of a leaf.
+    fn close_interval(&mut self, at: usize) {
+        self.close(at);
+        if let Entries::Intervals(intervals) = &mut self.entries {
+            intervals[at..=self.len].rotate_left(1);
+            intervals[self.len] = None;
+        }
+    }
+
+    /// Takes a child out of an inner node.
+    fn close_child(&mut self, at: usize) -> Box<Self> {
+        self.close(at);
+        let Entries::Children(children) = &mut self.entries else { unreachable!("a leaf has no children") };
+        children[at..=self.len].rotate_left(1);
+        children[self.len].take().expect(ENTRY)
+    }
+
+    fn close(&mut self, at: usize) {
+        self.first.copy_within(at + 1..self.len, at);
+        self.last.copy_within(at + 1..self.len, at);
+        self.len -= 1;
+        self.first[self.len] = u64::MAX;
+    }
+
+    /// Moves the entries from `from` on to the end of a node of the same kind, which has room for them.
+    fn move_tail(&mut self, from: usize, to: &mut Self) {
+        let (here, there) = (from..self.len, to.len..to.len + self.len - from);
+        to.first[there.clone()].swap_with_slice(&mut self.first[here.clone()]);
+        to.last[there.clone()].swap_with_slice(&mut self.last[here.clone()]);
+        match (&mut self.entries, &mut to.entries) {
+            (Entries::Intervals(from), Entries::Intervals(to)) => to[there.clone()].swap_with_slice(&mut from[here]),
+            (Entries::Children(from), Entries::Children(to)) => to[there.clone()].swap_with_slice(&mut from[here]),
+            _ => unreachable!("neighbours are of one kind"),
+        }
+        (self.len, to.len) = (from, there.end);
     }
 }
 
-/// Takes the first node out, and returns it and the new root.
-///
-/// # Safety
-/// The caller must have the tree to itself, and `root` must not be null.
-unsafe fn pop_first(root: Root) -> (*mut Links, Root) {
-    // SAFETY: Everything reached is live and the caller's alone: the caller's duty.
-    unsafe {
-        if (*root).left.is_null() {
-            return (root, (*root).right);
+impl<T> Entries<T> {
+    /// Returns none of the same kind.
+    fn none(&self) -> Self {
+        match self {
+            Self::Intervals(_) => Self::Intervals([None; FANOUT]),
+            Self::Children(_) => Self::Children([const { None }; FANOUT]),
         }
-        let (first, left) = pop_first((*root).left);
-        (*root).left = left;
-        (first, balance(root))
     }
 }
 
-/// Calls `visit` for each interval that meets `range`, in order, until it says false; tells whether it never did.
-///
-/// # Safety
-/// Nobody may change the tree meanwhile.
-pub(super) unsafe fn visit(root: Root, range: VaRange, f: &mut impl FnMut(*mut Links) -> bool) -> bool {
-    // SAFETY: Null or live, and not being changed: the caller's duty.
-    let Some(node) = (unsafe { root.as_ref() }) else { return true };
-    // SAFETY: As for the whole tree.
-    if node.left_max >= range.start().get() && !unsafe { visit(node.left, range, f) } {
-        return false;
-    }
-    if node.first > range.last().get() {
-        return true;
-    }
-    if node.overlaps(range) && !f(root) {
-        return false;
-    }
-    if node.max_last < range.start().get() {
-        return true;
-    }
-    // SAFETY: As for the whole tree.
-    unsafe { visit(node.right, range, f) }
+/// Nodes without entries, for inserts. Each one's first child is the next.
+pub(super) struct Spares<T> {
+    front: Option<Box<Node<T>>>,
+    len: usize,
 }
 
-/// Tells whether any interval meets `range`.
-///
-/// # Safety
-/// Nobody may change the tree meanwhile.
-pub(super) unsafe fn meets(mut root: Root, range: VaRange) -> bool {
-    // SAFETY: Null or live, and not being changed: the caller's duty.
-    while let Some(node) = unsafe { root.as_ref() } {
-        if node.overlaps(range) {
-            return true;
-        }
-        // If the left subtree reaches the range's start and none of it meets the range, all of it that reaches so far
-        // begins after the range, and so does everything to the right.
-        let left_reaches = !node.left.is_null() && node.left_max >= range.start().get();
-        root = if left_reaches { node.left } else { node.right };
+impl<T> Spares<T> {
+    pub(super) const fn new() -> Self {
+        Self { front: None, len: 0 }
     }
-    false
+
+    /// Allocates so many nodes.
+    pub(super) fn allocate(count: usize) -> Self {
+        let mut spares = Self::new();
+        for _ in 0..count {
+            let entries = Entries::Intervals([None; FANOUT]);
+            spares.give(Box::new(Node { len: 0, first: [u64::MAX; FANOUT], last: [0; FANOUT], entries }));
+        }
+        spares
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Moves all but `keep` of them to the other.
+    pub(super) fn move_to(&mut self, other: &mut Self, keep: usize) {
+        while self.len > keep {
+            other.give(self.take());
+        }
+    }
+
+    /// Takes one, as an inner node.
+    ///
+    /// # Panics
+    /// If there is none.
+    fn take(&mut self) -> Box<Node<T>> {
+        let mut node = self.front.take().expect("the spare nodes were counted before");
+        let Entries::Children(children) = &mut node.entries else { unreachable!("a spare node may have children") };
+        self.front = children[0].take();
+        self.len -= 1;
+        node
+    }
+
+    /// Adds a node that has no entry.
+    fn give(&mut self, mut node: Box<Node<T>>) {
+        debug_assert_eq!(node.len, 0, "a spare node has no entry");
+        let mut children = [const { None }; FANOUT];
+        children[0] = self.front.take();
+        node.entries = Entries::Children(children);
+        self.front = Some(node);
+        self.len += 1;
+    }
+}
+
+impl<T> Drop for Spares<T> {
+    /// One after the other: their number is no bound for the stack.
+    fn drop(&mut self) {
+        while self.front.is_some() {
+            drop(self.take());
+        }
+    }
+}
+
+/// Asks for the cache lines of what will be read next.
+#[inline(always)]
+fn fetch<U>(place: *const U, bytes: usize) {
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    for line in (0..bytes).step_by(64) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: No duty: a prefetch neither reads nor faults, whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(place.wrapping_byte_add(line).cast()) };
+    }
+    #[cfg(not(all(target_arch = "x86_64", not(miri))))]
+    let _ = (place, bytes);
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::Va;
-
-    fn pages(first: u64, count: u64) -> VaRange {
-        VaRange::covering(Va::new(first << 12), count << 12).unwrap()
-    }
-
-    /// Checks order, balance and the summaries; returns height and number of nodes.
-    fn check(root: Root) -> (u32, usize) {
-        // SAFETY: The test owns the tree.
-        let Some(node) = (unsafe { root.as_ref() }) else { return (0, 0) };
-        let (left, right) = (check(node.left), check(node.right));
-        assert!(left.0.abs_diff(right.0) <= 1 && node.height == left.0.max(right.0) + 1);
-        for child in [node.left, node.right].into_iter().filter(|child| !child.is_null()) {
-            // SAFETY: The test owns the tree.
-            let (max, before) = unsafe { ((*child).max_last, precedes(child, root)) };
-            assert!(max <= node.max_last);
-            assert!(child != node.left || max == node.left_max);
-            assert_eq!(before, child == node.left);
-        }
-        (node.height, left.1 + right.1 + 1)
-    }
-
-    #[test]
-    fn random_changes_keep_order_and_balance_and_agree_with_a_plain_list() {
-        let mut random = 0x9e37_79b9_7f4a_7c15_u64;
-        let mut next = |bound: u64| {
-            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (random >> 33) % bound
-        };
-        let nodes: Vec<*mut Links> =
-            (0..300).map(|_| Box::into_raw(Box::new(Links::new(pages(next(400), 1 + next(20)))))).collect();
-        let (mut root, mut inside) = (ptr::null_mut(), Vec::<*mut Links>::new());
-        for step in 0..6000 {
-            let node = nodes[usize::try_from(next(300)).unwrap()];
-            if let Some(index) = inside.iter().position(|one| *one == node) {
-                inside.swap_remove(index);
-                // SAFETY: The test owns the tree, and `node` is in it.
-                root = unsafe { remove(root, node) };
-            } else {
-                inside.push(node);
-                // SAFETY: The test owns the tree, and `node` is not in it.
-                root = unsafe { insert(root, node) };
-            }
-            let query = pages(next(420), 1 + next(10));
-            // SAFETY: The test owns the nodes.
-            let mut expected: Vec<_> = inside.iter().copied().filter(|one| unsafe { &**one }.overlaps(query)).collect();
-            // SAFETY: The test owns the nodes.
-            expected.sort_by_key(|one| (unsafe { (**one).first }, one.addr()));
-            let mut found = Vec::new();
-            // SAFETY: The test owns the tree.
-            unsafe {
-                visit(root, query, &mut |node| {
-                    found.push(node);
-                    true
-                })
-            };
-            assert_eq!(found, expected, "at step {step}");
-            // SAFETY: The test owns the tree.
-            assert_eq!(unsafe { meets(root, query) }, !expected.is_empty());
-            if step % 50 == 0 {
-                assert_eq!(check(root).1, inside.len());
-            }
-        }
-        for node in nodes {
-            // SAFETY: Each came from `Box::into_raw` above and is used no more.
-            drop(unsafe { Box::from_raw(node) });
-        }
-    }
-}
+mod tests;

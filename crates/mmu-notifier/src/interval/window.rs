@@ -11,22 +11,22 @@
 //!
 //! # Safety
 //! `state` is changed under its lock; the tree is walked without it in state 3 only, where nobody changes it. A node in
-//! the tree or on the deferred list is kept by its `IntervalNotifier`, whose `remove` returns only when it is on neither.
+//! the tree or on the deferred list is kept by its `IntervalNotifier`, whose `remove` returns only when it is on neither. Under the
+//! lock nothing is allocated or freed, as either may begin a bracket of the process's own address space.
 //!
 //! # Source
 //! `mn_itree_inv_start_range`, `mn_itree_inv_end` and their callers, mm/mmu_notifier.c, Linux 5.15.
 
 use super::finish::Finishes;
 use super::node::Header;
-use super::tree::{self, Root};
+use super::tree::{Spares, Tree};
 use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Condvar, Mutex, MutexGuard, lock, mutant};
 use crate::{InvalidateRange, MmWithUser, WouldBlock, WouldDeadlock};
-use std::ptr;
+use std::ptr::{self, NonNull};
 use std::sync::PoisonError;
 
 /// The intervals of one address space.
-#[derive(Debug)]
 pub(crate) struct Intervals {
     /// Whether brackets take part. Set once, by the first insert.
     enabled: AtomicBool,
@@ -36,12 +36,13 @@ pub(crate) struct Intervals {
     thawed: Condvar,
 }
 
-#[derive(Debug)]
 struct State {
     invalidate_seq: u64,
     active_invalidate_ranges: u64,
-    itree: Root,
+    itree: Tree<Header>,
     deferred_list: *mut Header,
+    /// How many of that list are to be inserted.
+    deferred_inserts: usize,
     /// How many threads wait for the sequence to change: waking nobody would still be a system call.
     waiters: usize,
 }
@@ -68,6 +69,17 @@ impl State {
     fn is_full(&self) -> bool {
         self.invalidate_seq & 1 == 1
     }
+
+    /// Returns how many spare nodes are missing for an insert now, or for one more that is deferred.
+    fn lack(&self, node: &Header) -> usize {
+        let need = if self.is_full() { self.reserved() + self.itree.need_each() } else { node.need(&self.itree) };
+        need.saturating_sub(self.itree.spares.len())
+    }
+
+    /// Returns how many spare nodes the deferred inserts may take. The tree is frozen as long as there are any.
+    fn reserved(&self) -> usize {
+        self.deferred_inserts * self.itree.need_each()
+    }
 }
 
 impl Intervals {
@@ -81,8 +93,9 @@ impl Intervals {
             state: Mutex::new(State {
                 invalidate_seq: seq,
                 active_invalidate_ranges: 0,
-                itree: ptr::null_mut(),
+                itree: Tree::new(),
                 deferred_list: ptr::null_mut(),
+                deferred_inserts: 0,
                 waiters: 0,
             }),
             thawed: Condvar::new(),
@@ -125,17 +138,16 @@ impl Intervals {
         let (seq, root) = {
             let mut state = self.lock();
             state.active_invalidate_ranges += 1;
-            // SAFETY: Nobody changes the tree: its lock is held.
-            if !unsafe { tree::meets(state.itree, range.range) } {
+            let Some(root) = state.itree.root().filter(|root| root.meets(range.range)).map(NonNull::from) else {
                 return Ok(Window(()));
-            }
+            };
             state.invalidate_seq |= 1;
-            (state.invalidate_seq, state.itree)
+            (state.invalidate_seq, root)
         };
         let mut finishes = Finishes::none();
-        let mut call = |links| {
-            // SAFETY: The links are those of a header, which its owner keeps while it is in the tree.
-            match unsafe { Header::of(links) }.invalidate(seq, range) {
+        let mut call = |node: NonNull<Header>| {
+            // SAFETY: A reference needs a live node: its owner keeps it while it is in the tree.
+            match unsafe { node.as_ref() }.invalidate(seq, range) {
                 Ok(finish) => {
                     finishes.push(finish);
                     true
@@ -143,8 +155,8 @@ impl Intervals {
                 Err(WouldBlock) => false,
             }
         };
-        // SAFETY: Nobody changes the tree: the sequence is odd until this window closes.
-        let all = unsafe { tree::visit(root, range.range, &mut call) };
+        // SAFETY: A reference needs a live root that nobody changes: the tree is frozen, the sequence is odd until this window closes.
+        let all = unsafe { root.as_ref() }.visit(range.range, &mut call);
         finishes.run(range.mm);
         if all {
             Ok(Window(()))
@@ -170,9 +182,9 @@ impl Intervals {
         // SAFETY: A node on the list is kept by its owner, and the list is ours: its lock is held.
         while let Some(node) = unsafe { deferred.as_ref() } {
             deferred = node.take_deferred();
-            // SAFETY: The lock is held and no window is open: the tree is ours. The node is in it if it says so.
-            state.itree = unsafe { node.toggle(state.itree) };
+            node.toggle(&mut state.itree);
         }
+        state.deferred_inserts = 0;
         let waiters = state.waiters;
         drop(state);
         if waiters != 0 {
@@ -185,24 +197,37 @@ impl Intervals {
     /// # Safety
     /// The node must be new, and stay alive until `remove` has returned [`Removal::Done`], or `Deferred` and `wait_past`.
     pub(super) unsafe fn insert(&self, node: &Header) {
-        let mut state = self.lock();
+        let mut state = self.lock_with_spares_for(node);
+        if state.is_full() {
+            state.deferred_list = node.defer(state.deferred_list);
+            state.deferred_inserts += 1;
+        } else {
+            node.toggle(&mut state.itree);
+        }
         if state.active_invalidate_ranges == 0 {
             // Odd and of the past: no reader has to wait for it.
             node.set_seq(state.invalidate_seq.wrapping_sub(1));
-            // SAFETY: The lock is held and no window is open: the tree is ours. The node is new.
-            state.itree = unsafe { node.toggle(state.itree) };
-            return;
-        }
-        if state.is_full() {
-            state.deferred_list = node.defer(state.deferred_list);
         } else {
-            // An invalidation that runs may be of this range: the node counts as hit.
+            // An invalidation that runs may be of this range: the node counts as hit. Odd and of this window, so that readers
+            // wait until it closes.
             state.invalidate_seq |= 1;
-            // SAFETY: The lock is held, and until now the sequence was even: nobody walks the tree. The node is new.
-            state.itree = unsafe { node.toggle(state.itree) };
+            node.set_seq(state.invalidate_seq);
         }
-        // Odd and of this window: readers wait until it closes.
-        node.set_seq(state.invalidate_seq);
+    }
+
+    /// Locks, and sees to it that the tree need not allocate for this node.
+    fn lock_with_spares_for(&self, node: &Header) -> MutexGuard<'_, State> {
+        let mut state = self.lock();
+        loop {
+            let lack = state.lack(node);
+            if lack == 0 {
+                return state;
+            }
+            drop(state);
+            let mut spares = Spares::allocate(lack);
+            state = self.lock();
+            spares.move_to(&mut state.itree.spares, 0);
+        }
     }
 
     /// Takes a node out, now or when the open window closes; the latter only if the caller may wait for that.
@@ -221,12 +246,16 @@ impl Intervals {
             return Removal::Deferred(state.invalidate_seq);
         }
         if in_tree {
-            // SAFETY: The lock is held and the sequence is even: the tree is ours, and the node is in it.
-            state.itree = unsafe { node.toggle(state.itree) };
+            node.toggle(&mut state.itree);
         } else {
             // SAFETY: The lock is held; the list is this one, and its nodes are kept by their owners.
             state.deferred_list = unsafe { node.undefer(state.deferred_list) };
+            state.deferred_inserts -= 1;
         }
+        let (mut surplus, reserved) = (Spares::new(), state.reserved());
+        state.itree.spares.move_to(&mut surplus, reserved);
+        drop(state);
+        drop(surplus);
         Removal::Done
     }
 
