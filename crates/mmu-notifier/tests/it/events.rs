@@ -1,7 +1,10 @@
 //! 7.6: start, end and events.
 
-use crate::support::{At, Counter, Log, Probe, Probes, Slot, nothing, page, probes};
-use mmu_notifier::{Event, Mm, MmWithUser, Owner, Registration, Secondary, SecondaryTlb, Va, VaRange, WouldBlock};
+use crate::support::{At, Counter, Hook, Log, Probe, Probes, Slot, nothing, page, probes};
+use mmu_notifier::{
+    Blocking, Event, InvalidateRange, Mm, MmWithUser, Notifier, Owner, Registration, Secondary, SecondaryTlb, Va,
+    VaRange, WouldBlock,
+};
 use std::sync::Arc;
 
 fn three(log: &Log) -> [Probes; 3] {
@@ -60,15 +63,89 @@ fn s_103_a_refusal_reaches_the_caller_and_everybody_was_asked() {
     assert!(mm.mmap_write_lock().is_ok(), "no bracket was left open");
 }
 
+/// Whoever of many refuses: the first that is asked, one in the middle, the last, or several.
 #[test]
-fn a_refusal_by_the_last_of_many_ends_all_the_others() {
+fn b_01_a_refusal_by_any_of_many_ends_all_the_others() {
+    const ALL: usize = 100;
+    for refusing in [vec![0], vec![31], vec![32], vec![63], vec![64], vec![ALL - 1], vec![0, 50], vec![10, 33, ALL - 1]]
+    {
+        let (mm, log) = (MmWithUser::new(), Log::default());
+        let register = |number| {
+            let refuses = refusing.contains(&number);
+            let hook = Arc::new(move |at| at != At::TryStart || !refuses);
+            Registration::new(&mm, Probe::new(if refuses { "no" } else { "yes" }, &log, hook)).unwrap()
+        };
+        let held: Vec<_> = (0..ALL).rev().map(register).collect();
+        assert!(mm.try_invalidate(page(1), Event::Unmap).is_err());
+        let accepted = held.len() - refusing.len();
+        let counts = [("no", At::TryStart), ("no", At::End), ("yes", At::TryStart), ("yes", At::End)];
+        let counts = counts.map(|(name, at)| log.count(name, at));
+        assert_eq!(counts, [refusing.len(), 0, accepted, accepted], "{refusing:?} refuse");
+        assert_eq!(log.all().iter().position(|entry| entry.1 == At::End), Some(ALL), "all starts, and then the ends");
+    }
+}
+
+/// A start that panics may have done its work, so it is owed an end; an end that panics keeps nobody from his.
+#[test]
+fn b_03_a_panic_in_a_refused_start_or_its_end_leaves_the_others_paired() {
     let (mm, log) = (MmWithUser::new(), Log::default());
-    let _refuses = Registration::new(&mm, Probe::new("no", &log, Arc::new(|at| at != At::TryStart))).unwrap();
-    let accept: Vec<_> =
-        (0..100).map(|_| Registration::new(&mm, Probe::new("yes", &log, nothing())).unwrap()).collect();
+    let bad = |when| Arc::new(move |at| at != when || panic!("a callback panics, as this test wants"));
+    let hooks: [(_, Hook); 4] = [
+        ("first", nothing()),
+        ("in start", bad(At::TryStart)),
+        ("in end", bad(At::End)),
+        ("no", Arc::new(|at| at != At::TryStart)),
+    ];
+    let _held = hooks.map(|(name, hook)| Registration::new(&mm, Probe::new(name, &log, hook)).unwrap());
     assert!(mm.try_invalidate(page(1), Event::Unmap).is_err());
-    assert_eq!((log.count("yes", At::TryStart), log.count("yes", At::End)), (accept.len(), accept.len()));
-    assert_eq!(log.count("no", At::End), 0);
+    assert_eq!(log.names(At::TryStart), ["no", "in end", "in start", "first"]);
+    assert_eq!((log.names(At::End), mm.callback_panics()), (vec!["in end", "in start", "first"], 2));
+    assert!(mm.mmap_write_lock().is_ok(), "no bracket was left open");
+}
+
+/// What a subscriber is told of one bracket.
+type Told = Arc<std::sync::Mutex<Vec<(&'static str, VaRange, Event, Blocking, u64)>>>;
+
+struct Listens(Told);
+
+impl Listens {
+    fn hear(&self, what: &'static str, range: &InvalidateRange<'_>) {
+        let all = (what, range.range(), range.event(), range.blocking(), range.mm().id());
+        self.0.lock().unwrap().push(all);
+    }
+}
+
+impl Notifier for Listens {
+    fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
+        self.hear("start", range);
+    }
+    fn try_invalidate_range_start(&self, range: &InvalidateRange<'_>) -> Result<(), WouldBlock> {
+        self.hear("try", range);
+        Ok(())
+    }
+    fn invalidate_range_end(&self, range: &InvalidateRange<'_>) {
+        self.hear("end", range);
+    }
+}
+
+#[test]
+fn s_100_start_and_end_of_one_bracket_hear_the_same() {
+    let (mm, told) = (MmWithUser::new(), Told::default());
+    let _held = Registration::new(&mm, Listens(Arc::clone(&told))).unwrap();
+    let migrate = Event::Migrate { owner: Some(Owner::new()) };
+    let heard = || std::mem::take(&mut *told.lock().unwrap());
+    let both = |start, event, blocking| ["end", start].map(|what| (what, page(7), event, blocking, mm.id()));
+    let expected = |start, event, blocking| both(start, event, blocking).into_iter().rev().collect::<Vec<_>>();
+    drop(mm.invalidate(page(7), migrate));
+    assert_eq!(heard(), expected("start", migrate, Blocking::Allowed));
+    drop(mm.invalidate_owned(page(7), Event::SoftDirty));
+    assert_eq!(heard(), expected("start", Event::SoftDirty, Blocking::Allowed));
+    drop(mm.try_invalidate(page(7), migrate).unwrap());
+    assert_eq!(heard(), expected("try", migrate, Blocking::Forbidden));
+    let (log, no) = (Log::default(), Arc::new(|at| at != At::TryStart));
+    let _refuses = Registration::new(&mm, Probe::new("no", &log, no)).unwrap();
+    assert!(mm.try_invalidate(page(7), Event::Unmap).is_err());
+    assert_eq!(heard(), expected("try", Event::Unmap, Blocking::Forbidden), "the end of one that was refused as well");
 }
 
 #[test]
@@ -107,7 +184,6 @@ fn an_owned_bracket_keeps_its_address_space() {
 
 #[test]
 fn s_104_young_asks_everybody_and_test_young_stops_at_the_first() {
-    use mmu_notifier::Notifier;
     struct Young(bool, Counter);
     impl Notifier for Young {
         fn clear_flush_young(&self, _mm: &Mm, _range: VaRange) -> bool {
@@ -125,6 +201,10 @@ fn s_104_young_asks_everybody_and_test_young_stops_at_the_first() {
     }
     let (mm, calls) = (MmWithUser::new(), Counter::default());
     let _held = [false, true, false].map(|young| Registration::new(&mm, Young(young, calls.clone())).unwrap());
+    let (nobody, none) = (MmWithUser::new(), Counter::default());
+    let _no = [false; 2].map(|young| Registration::new(&nobody, Young(young, none.clone())).unwrap());
+    assert!(!nobody.clear_flush_young(page(1)) && !nobody.clear_young(page(1)) && !nobody.test_young(Va::new(0)));
+    assert_eq!(none.get(), 6, "all were asked, and all said no");
     assert!(mm.clear_flush_young(page(1)) && calls.get() == 3);
     assert!(mm.clear_young(page(1)) && calls.get() == 6);
     assert!(mm.test_young(Va::new(0x1000)) && calls.get() == 8, "the newest said no, the next one yes");
@@ -177,13 +257,13 @@ fn b_02_who_can_refuse_may_have_an_end() {
 #[test]
 fn b_03_over_any_mix_starts_that_succeeded_equal_ends() {
     let (mm, log) = (MmWithUser::new(), Log::default());
-    let refusals = Counter::default();
+    let refusals = [(); 5].map(|()| Counter::default());
     let mut random = 12345_u32;
     let bits = Arc::new(std::sync::atomic::AtomicU32::new(0));
     let names = ["a", "b", "c", "d", "e"];
     let _held: Vec<_> = (0..5)
         .map(|index| {
-            let (bits, refusals) = (Arc::clone(&bits), refusals.clone());
+            let (bits, refusals) = (Arc::clone(&bits), refusals[index].clone());
             let hook = move |at| {
                 let refuse = at == At::TryStart && bits.load(std::sync::atomic::Ordering::SeqCst) >> index & 1 == 1;
                 if refuse {
@@ -203,10 +283,11 @@ fn b_03_over_any_mix_starts_that_succeeded_equal_ends() {
             drop(mm.try_invalidate(page(1), Event::Clear));
         }
     }
-    let starts: usize = names.iter().map(|name| log.count(name, At::Start) + log.count(name, At::TryStart)).sum();
-    let ends: usize = names.iter().map(|name| log.count(name, At::End)).sum();
-    assert_eq!(starts - refusals.get(), ends);
-    assert!(refusals.get() > 50 && ends > 100, "both happened");
+    for (name, refusals) in names.iter().zip(&refusals) {
+        let (starts, ends) = (log.count(name, At::Start) + log.count(name, At::TryStart), log.count(name, At::End));
+        assert_eq!(starts - refusals.get(), ends, "of {name}");
+        assert!(refusals.get() > 20 && ends > 20, "both happened");
+    }
 }
 
 #[test]
@@ -241,6 +322,8 @@ fn b_06_a_table_is_of_one_kind() {
     drop(mm.invalidate(page(1), Event::Clear));
     mm.invalidate_secondary_tlbs(page(1));
     assert_eq!((log.all().len(), flushes.get()), (2, 1));
+    drop(mm.try_invalidate(page(1), Event::Clear).unwrap());
+    assert_eq!((log.all().len(), flushes.get()), (4, 1), "a start that must not sleep is no flush either");
 }
 
 #[test]
@@ -259,11 +342,13 @@ fn b_08_only_migration_and_exclusive_access_carry_an_owner() {
     let (mine, other) = (Owner::new(), Owner::new());
     assert_ne!(mine, other);
     assert_eq!(Event::Migrate { owner: Some(mine) }.owner(), Some(mine));
-    assert_eq!(Event::Exclusive { owner: None }.owner(), None);
-    assert!([Event::Unmap, Event::Clear, Event::SoftDirty].iter().all(|event| event.owner().is_none()));
+    assert_eq!(Event::Exclusive { owner: Some(mine) }.owner(), Some(mine));
+    assert_eq!((Event::Exclusive { owner: None }.owner(), Event::Migrate { owner: None }.owner()), (None, None));
+    let others = [Event::Unmap, Event::Clear, Event::ProtectionVma, Event::ProtectionPage, Event::SoftDirty];
+    assert!(others.iter().all(|event| event.owner().is_none()));
     struct SkipsOwn(Owner, Counter);
-    impl mmu_notifier::Notifier for SkipsOwn {
-        fn invalidate_range_start(&self, range: &mmu_notifier::InvalidateRange<'_>) {
+    impl Notifier for SkipsOwn {
+        fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
             if range.event().owner() != Some(self.0) {
                 self.1.add();
             }
@@ -272,8 +357,12 @@ fn b_08_only_migration_and_exclusive_access_carry_an_owner() {
     let (mm, torn_down) = (MmWithUser::new(), Counter::default());
     let _held = Registration::new(&mm, SkipsOwn(mine, torn_down.clone())).unwrap();
     drop(mm.invalidate(page(1), Event::Migrate { owner: Some(mine) }));
+    drop(mm.invalidate(page(1), Event::Exclusive { owner: Some(mine) }));
+    assert_eq!(torn_down.get(), 0, "its own");
     drop(mm.invalidate(page(1), Event::Migrate { owner: Some(other) }));
-    assert_eq!(torn_down.get(), 1);
+    drop(mm.invalidate(page(1), Event::Exclusive { owner: None }));
+    drop(mm.invalidate(page(1), Event::Unmap));
+    assert_eq!(torn_down.get(), 3);
 }
 
 /// Nobody else can make the event (see the doc test of `Exit`), and subscribers hear of exit through `release`.

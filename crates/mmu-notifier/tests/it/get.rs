@@ -2,15 +2,20 @@
 
 use crate::support::{At, Counter, Gate, Log, Probe, nothing, page, probes, spawn, stop, wait_until};
 use mmu_notifier::{Event, GetError, MmWithUser, Notifier, Registration, Subsystem};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Barrier};
 
 #[test]
 fn s_01_the_first_get_makes_the_notifier() {
-    let (mm, log) = (MmWithUser::new(), Log::default());
-    let subsystem = probes("a", &log, nothing());
+    let (mm, log, made_for) = (MmWithUser::new(), Log::default(), AtomicU64::new(0));
+    let subsystem = Subsystem::<Probe, (), _>::new(|mm: &MmWithUser| {
+        log.add("a", At::Alloc);
+        made_for.store(mm.id(), Ordering::SeqCst);
+        Ok(Probe::new("a", &log, nothing()))
+    });
     let before = mm.mm_count();
     let subscription = subsystem.get(&mm).unwrap();
-    assert_eq!(log.all(), [("a", At::Alloc)]);
+    assert_eq!((log.all(), made_for.load(Ordering::SeqCst)), (vec![("a", At::Alloc)], mm.id()));
     assert!(mm.has_notifiers());
     assert_eq!((subscription.users(), mm.mm_count()), (1, before + 1));
     assert_eq!(*subscription.mm(), *mm);
@@ -129,8 +134,10 @@ fn s_10_a_full_count_is_an_error_until_one_is_put() {
     assert_eq!(subsystem.get(&mm).err().unwrap(), GetError::Overflow);
     assert!(first.try_clone().is_err());
     assert_eq!(first.users(), 3, "and the count still is the maximum");
-    drop(rest);
-    assert_eq!(subsystem.get(&mm).unwrap().users(), 2);
+    let [one, _other] = rest;
+    one.put();
+    let again = subsystem.get(&mm).expect("one was put");
+    assert_eq!((again.users(), subsystem.get(&mm).err().unwrap()), (3, GetError::Overflow));
 }
 
 #[test]
@@ -176,9 +183,20 @@ fn s_12_a_callback_may_run_before_get_has_returned() {
 #[test]
 fn s_13_a_dead_address_space_cannot_be_passed() {
     let mm = MmWithUser::new();
-    let handle = (*mm).clone();
+    let (handle, log) = ((*mm).clone(), Log::default());
+    let in_release = {
+        let (handle, log) = (handle.clone(), log.clone());
+        move |at| {
+            if at == At::Release && handle.mmget_not_zero().is_some() {
+                log.add("revived", at);
+            }
+            true
+        }
+    };
+    let _registered = Registration::new(&mm, Probe::new("a", &log, Arc::new(in_release))).unwrap();
     drop(mm);
     assert!(handle.mmget_not_zero().is_none(), "get takes a living one, and there is no way to have it");
+    assert_eq!(log.all(), [("a", At::Release), ("a", At::Released)], "nor while it ends");
 }
 
 #[test]
@@ -193,6 +211,27 @@ fn s_14_under_the_write_lock_get_locked_works_and_get_says_so() {
     drop(locked);
     assert_eq!((subscription.users(), again.users()), (2, 2));
     assert!(mm.mmap_write_lock().is_ok());
+}
+
+/// The write lock is no licence to wait for a bracket that this thread has open, whoever opened it.
+#[test]
+fn s_14_get_locked_inside_a_bracket_is_refused_and_a_bracket_left_by_alloc_too() {
+    let (mm, log) = (MmWithUser::new(), Log::default());
+    let subsystem = probes("a", &log, nothing());
+    let mut locked = mm.mmap_write_lock().unwrap();
+    let bracket = mm.invalidate(page(1), Event::Clear);
+    assert_eq!(subsystem.get_locked(&mut locked).err().unwrap(), GetError::WouldDeadlock);
+    assert_eq!(log.all(), [], "alloc was not called");
+    drop(bracket);
+    let leaves = Subsystem::<Probe, (), _>::new(|mm: &MmWithUser| {
+        std::mem::forget(mm.invalidate(page(1), Event::Clear));
+        Ok(Probe::new("b", &log, nothing()))
+    });
+    // On an address space of its own, as nobody can ever subscribe to it any more.
+    let other = MmWithUser::new();
+    assert_eq!(leaves.get(&other).err().unwrap(), GetError::WouldDeadlock);
+    assert_eq!((log.all(), other.has_notifiers(), other.mm_count()), (vec![("b", At::Free)], false, 1));
+    assert_eq!(subsystem.get_locked(&mut locked).unwrap().users(), 1);
 }
 
 /// Decided by type: a registration has no key, so that nobody can share what its owner will unregister.

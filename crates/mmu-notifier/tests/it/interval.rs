@@ -5,20 +5,22 @@ use mmu_notifier::{
     Event, Finish, IntervalNotifier, IntervalOps, InvalidateRange, MmWithUser, Registration, Retry, Va, VaRange,
     WouldBlock,
 };
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
-type Hook = Box<dyn FnMut(&InvalidateRange<'_>) -> Result<Option<Finish>, WouldBlock> + Send>;
+pub(crate) type Hook = Box<dyn FnMut(&InvalidateRange<'_>) -> Result<Option<Finish>, WouldBlock> + Send>;
 
 /// A state that keeps the events it was told, and what a reader installed.
 #[derive(Default)]
-struct Shadow {
-    events: Vec<Event>,
+pub(crate) struct Shadow {
+    pub(crate) events: Vec<Event>,
     entry: Option<u64>,
     hook: Option<Hook>,
 }
 
 impl Shadow {
-    fn with(hook: impl FnMut(&InvalidateRange<'_>) -> Result<Option<Finish>, WouldBlock> + Send + 'static) -> Self {
+    pub(crate) fn with(
+        hook: impl FnMut(&InvalidateRange<'_>) -> Result<Option<Finish>, WouldBlock> + Send + 'static,
+    ) -> Self {
         Self { hook: Some(Box::new(hook)), ..Self::default() }
     }
 }
@@ -248,6 +250,26 @@ fn b_24_read_begin_may_return_a_sequence_that_is_out_of_date() {
     }
 }
 
+/// The window that it waits for is the one that it found, and not whatever comes next: no reader is held up for ever by a
+/// stream of invalidations.
+#[test]
+fn b_24_read_begin_waits_for_one_window_only() {
+    let mm = Arc::new(MmWithUser::new());
+    let node = Arc::new(insert(&mm, page(1)));
+    let first = mm.invalidate(page(1), Event::Clear);
+    let reader = spawn({
+        let node = Arc::clone(&node);
+        move || node.read_begin()
+    });
+    reader.assert_blocked();
+    drop(first);
+    let second = mm.invalidate(page(1), Event::Clear);
+    let seq = reader.join();
+    assert!(node.check_retry(seq));
+    assert_eq!(node.try_install(seq, |_| ()), Err(Retry), "and says so, as the second one is running");
+    drop(second);
+}
+
 /// Inside one's own bracket the wait would never end: the reader gets a sequence that fits no time.
 #[test]
 fn read_begin_inside_ones_own_bracket_does_not_hang() {
@@ -384,64 +406,6 @@ fn b_32_the_lockless_check_is_reliable_when_it_says_retry() {
     drop(mm.invalidate(page(1), Event::Clear));
     assert!(node.check_retry(seq));
     assert_eq!(node.try_install(seq, |_| ()), Err(Retry));
-}
-
-type Order = Arc<Mutex<Vec<(&'static str, u32)>>>;
-
-/// A state whose start and finish are written down.
-fn two_pass(order: &Order, number: u32) -> Shadow {
-    let order = Arc::clone(order);
-    Shadow::with(move |_| {
-        order.lock().unwrap().push(("start", number));
-        let order = Arc::clone(&order);
-        Ok(Some(Finish::new(move || order.lock().unwrap().push(("finish", number)))))
-    })
-}
-
-#[test]
-fn b_33_all_starts_come_before_all_finishes() {
-    let (mm, order) = (MmWithUser::new(), Order::default());
-    let nodes = [1, 2, 3].map(|n| IntervalNotifier::insert(&mm, page(u64::from(n)), two_pass(&order, n)).unwrap());
-    drop(mm.invalidate(VaRange::ALL, Event::Clear));
-    let expected: Vec<_> =
-        [("start", 1), ("start", 2), ("start", 3), ("finish", 1), ("finish", 2), ("finish", 3)].into();
-    assert_eq!(std::mem::take(&mut *order.lock().unwrap()), expected);
-    let _refuses = IntervalNotifier::insert(&mm, page(4), Shadow::with(|_| Err(WouldBlock))).unwrap();
-    assert!(mm.try_invalidate(VaRange::ALL, Event::Clear).is_err());
-    assert_eq!(*order.lock().unwrap(), expected, "on a refusal the earlier finishes still run");
-    drop(nodes);
-}
-
-#[test]
-fn b_34_remove_waits_for_a_pending_finish() {
-    let (mm, gate) = (Arc::new(MmWithUser::new()), Gate::new());
-    let shadow = Shadow::with({
-        let gate = Arc::clone(&gate);
-        move |_| {
-            let gate = Arc::clone(&gate);
-            Ok(Some(Finish::new(move || gate.pass())))
-        }
-    });
-    let node = IntervalNotifier::insert(&mm, page(1), shadow).unwrap();
-    let walker = spawn({
-        let mm = Arc::clone(&mm);
-        move || drop(mm.invalidate(page(1), Event::Clear))
-    });
-    gate.wait_for(1);
-    let remover = spawn(move || drop(node.remove().unwrap()));
-    remover.assert_blocked();
-    gate.open();
-    walker.join();
-    remover.join();
-}
-
-#[test]
-fn a_panicking_interval_is_counted_and_the_window_closes() {
-    let mm = MmWithUser::new();
-    let node = IntervalNotifier::insert(&mm, page(1), Shadow::with(|_| panic!("as this test wants"))).unwrap();
-    drop(mm.invalidate(page(1), Event::Clear));
-    assert_eq!((mm.callback_panics(), mm.interval_snapshot()), (1, (4, 0)));
-    assert_eq!(node.remove().unwrap().events.len(), 1);
 }
 
 /// A drop that would wait for this very thread is finished by the reclaimer.

@@ -130,6 +130,7 @@ fn b_42_an_unregister_between_start_and_end_needs_a_reset() {
     let mm = Arc::new(MmWithUser::new());
     let shadow = shadow(&mm);
     // Delisted by another thread while this bracket is open: it waits, and the end does not come.
+    let before = shadow.snapshot(page(8));
     let bracket = mm.invalidate(page(7), Event::Clear);
     let (hand_back, back) = std::sync::mpsc::channel();
     shadow.unregister_no_release(move |shadow| hand_back.send(shadow).unwrap());
@@ -137,9 +138,15 @@ fn b_42_an_unregister_between_start_and_end_needs_a_reset() {
     let mut shadow = back.recv().unwrap();
     assert_eq!(shadow.in_progress(), Some((page(7).start(), page(7).last())), "a start without an end");
     shadow.reset();
+    assert_eq!(
+        shadow.try_install(before, |_| ()),
+        Err(InstallError::Retry),
+        "what was looked up before has been in nobody's care"
+    );
     let shadow = Registration::new(&mm, shadow).unwrap();
     fault(&shadow, 7, 1).unwrap();
     drop(mm.invalidate(page(7), Event::Clear));
+    shadow.watch([pages(1, 99)], |_| ()).expect("no bracket is open, and none counts as open");
     assert_eq!((entry(&shadow, 7), shadow.in_progress(), mm.callback_panics()), (None, None, 0));
     assert!(shadow.unregister().unwrap().into_shadow().0.is_empty());
 }

@@ -13,3 +13,4 @@ mod put;
 mod register;
 mod support;
 mod synchronize;
+mod two_pass;

@@ -1,7 +1,7 @@
 //! 7.2: put and the deferred free.
 
 use crate::support::{At, Counter, Gate, Hook, Log, Probe, Slot, nothing, page, probes, put_at, spawn, stop};
-use mmu_notifier::{Event, Mm, MmWithUser, Notifier, Registration, Subsystem, Va};
+use mmu_notifier::{Event, MmWithUser, Notifier, Registration, Subsystem, Va};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -238,20 +238,27 @@ fn s_30_a_walker_on_a_put_object_still_reaches_the_rest() {
 
 #[test]
 fn s_31_a_callback_may_put_its_own_object() {
-    for at in [At::Start, At::End, At::Young] {
+    for at in [At::Start, At::TryStart, At::End, At::Young] {
         let (mm, log) = (MmWithUser::new(), Log::default());
         let slot: Slot<Probe> = Slot::default();
         let after = probes("after", &log, nothing());
         let _after = after.get(&mm).unwrap();
         let subsystem = probes("x", &log, put_at(at, &slot));
         *slot.lock().unwrap() = Some(subsystem.get(&mm).unwrap());
-        let bracket = mm.invalidate(page(1), Event::Clear);
+        let start = if at == At::TryStart { At::TryStart } else { At::Start };
+        let bracket = match start {
+            At::TryStart => mm.try_invalidate(page(1), Event::Clear).unwrap(),
+            _ => mm.invalidate(page(1), Event::Clear),
+        };
+        assert_eq!(log.count("x", At::Free), 0, "its section is open");
         drop(bracket);
         assert!(!mm.test_young(Va::new(0x1000)));
         subsystem.synchronize().unwrap();
         assert_eq!((log.count("x", At::Free), log.count("x", at)), (1, 1), "at {at:?}");
-        let all = (log.count("after", At::Start), log.count("after", At::End), log.count("after", At::Young));
+        let all = (log.count("after", start), log.count("after", At::End), log.count("after", At::Young));
         assert_eq!(all, (1, 1, 1), "the walk went on");
+        let place = |entry| log.all().iter().position(|one| *one == entry).unwrap();
+        assert!(place(("x", At::Free)) > place(("after", at)), "freed after the walk that it was put in");
     }
 }
 
@@ -309,6 +316,7 @@ fn s_35_put_returns_while_a_grace_period_is_stuck() {
     gate.wait_for(1);
     drop(held);
     assert!(log.count("a", At::Free) == 0, "every put returned, no free has run");
+    assert!(mm.mmap_write_lock().is_ok() && stuck.get(&mm).is_ok(), "and none has kept a lock");
     gate.open();
     walker.join();
     for one in &others {
@@ -320,11 +328,13 @@ fn s_35_put_returns_while_a_grace_period_is_stuck() {
 /// The mutex that its own object holds: each putter unlocks before it puts, and the object outlives every unlock.
 #[test]
 fn s_36_unlock_then_put_touches_nothing_freed() {
+    static COMPLETE: AtomicUsize = AtomicUsize::new(0);
     #[derive(Default)]
     struct Locked(Mutex<u64>);
-    impl Notifier for Locked {
-        fn release(&self, _mm: &Mm) {
-            *self.0.lock().unwrap() += 1;
+    impl Notifier for Locked {}
+    impl Drop for Locked {
+        fn drop(&mut self) {
+            COMPLETE.fetch_add(usize::from(*self.0.get_mut().unwrap() == 4), Ordering::Relaxed);
         }
     }
     static LOCKED: Subsystem<Locked> = Subsystem::new(|_| Ok(Locked::default()));
@@ -340,5 +350,6 @@ fn s_36_unlock_then_put_touches_nothing_freed() {
             }
         });
     }
-    assert!(LOCKED.synchronize().is_ok());
+    LOCKED.synchronize().unwrap();
+    assert_eq!(COMPLETE.load(Ordering::Relaxed), 200, "each free came after every putter's unlock");
 }

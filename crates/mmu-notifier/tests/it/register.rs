@@ -1,7 +1,8 @@
 //! 7.4: register and unregister.
 
-use crate::support::{At, Gate, Hook, Log, Probe, nothing, page, probes, spawn, stop, wait_until};
-use mmu_notifier::{Event, MmWithUser, Registration};
+use crate::support::{At, Counter, Gate, Hook, Log, Probe, nothing, page, probes, spawn, stop, wait_until};
+use mmu_notifier::{Event, GetError, InvalidateRange, MmWithUser, Notifier, Registration, Va};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 #[test]
@@ -35,17 +36,53 @@ fn s_61_unregister_waits_for_a_running_callback() {
     drop(probe);
 }
 
+/// Under a storm of events: what was handed back is called no more.
+#[test]
+fn s_61_after_unregister_the_count_of_callbacks_stands_still() {
+    struct Counts(Counter);
+    impl Notifier for Counts {
+        fn invalidate_range_start(&self, _range: &InvalidateRange<'_>) {
+            self.0.add();
+        }
+        fn invalidate_range_end(&self, _range: &InvalidateRange<'_>) {
+            self.0.add();
+        }
+    }
+    let (mm, stop, events) = (MmWithUser::new(), AtomicBool::new(false), Counter::default());
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    drop(mm.invalidate(page(1), Event::Clear));
+                    events.add();
+                }
+            });
+        }
+        for _ in 0..200 {
+            let registration = Registration::new(&mm, Counts(Counter::default())).unwrap();
+            wait_until(|| registration.0.get() > 0);
+            let counts = registration.unregister().unwrap();
+            let (calls, before) = (counts.0.get(), events.get());
+            wait_until(|| events.get() > before + 2);
+            assert_eq!(counts.0.get(), calls, "called after it was unregistered");
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    assert_eq!(mm.callback_panics(), 0);
+}
+
 #[test]
 fn s_62_unregister_from_a_callback_is_an_error() {
     let (mm, log) = (MmWithUser::new(), Log::default());
     let slot: Arc<Mutex<Option<Registration<Probe>>>> = Arc::default();
     let hook: Hook = {
-        let slot = Arc::clone(&slot);
+        let (slot, log) = (Arc::clone(&slot), log.clone());
         Arc::new(move |at| {
-            if at == At::Start {
-                let registration = slot.lock().unwrap().take().unwrap();
+            let registration = slot.lock().unwrap().take();
+            if let Some(registration) = registration {
                 let refused = registration.unregister().err().expect("it would wait for itself");
                 assert!(!refused.to_string().is_empty());
+                log.add("refused", at);
                 *slot.lock().unwrap() = Some(refused.registration);
             }
             true
@@ -53,9 +90,69 @@ fn s_62_unregister_from_a_callback_is_an_error() {
     };
     *slot.lock().unwrap() = Some(Registration::new(&mm, Probe::new("a", &log, hook)).unwrap());
     drop(mm.invalidate(page(1), Event::Clear));
-    assert_eq!((log.count("a", At::End), mm.callback_panics()), (1, 0), "still registered, and unharmed");
+    drop(mm.try_invalidate(page(1), Event::Clear).unwrap());
+    assert!(!mm.test_young(Va::new(0x1000)));
+    assert_eq!((log.count("a", At::End), mm.callback_panics()), (2, 0), "still registered, and unharmed");
+    let handle = (*mm).clone();
+    drop(mm);
+    assert_eq!(log.names(At::Release), ["a", "refused"], "in the release of exit too");
+    let all = [At::Start, At::End, At::TryStart, At::End, At::Young, At::Release].map(|at| ("refused", at));
+    assert_eq!(log.all().into_iter().filter(|entry| entry.0 == "refused").collect::<Vec<_>>(), all);
     let registration = slot.lock().unwrap().take().unwrap();
-    assert_eq!(registration.unregister().unwrap().name, "a");
+    assert_eq!((registration.unregister().unwrap().name, handle.callback_panics()), ("a", 0));
+}
+
+/// `release` panics where exit runs it and where `unregister` does: counted, and everything else goes on.
+#[test]
+fn a_release_that_panics_is_counted_and_holds_nothing_up() {
+    let (mm, log) = (MmWithUser::new(), Log::default());
+    let bad: Hook = Arc::new(|at| at != At::Release || panic!("a release panics, as this test wants"));
+    let first = Registration::new(&mm, Probe::new("first", &log, Arc::clone(&bad))).unwrap();
+    let second = Registration::new(&mm, Probe::new("second", &log, bad)).unwrap();
+    let _last = Registration::new(&mm, Probe::new("last", &log, nothing())).unwrap();
+    assert_eq!((second.unregister().unwrap().name, mm.callback_panics()), ("second", 1));
+    let handle = (*mm).clone();
+    drop(mm);
+    assert_eq!((log.names(At::Release), handle.callback_panics()), (vec!["second", "last", "first"], 2));
+    assert!(!handle.has_notifiers() && first.unregister().is_ok());
+}
+
+/// Nothing that could wait is started in a free: the reclaimer would wait for itself.
+#[test]
+fn s_65_what_registers_or_unregisters_in_a_deferred_free_is_refused() {
+    struct Frees(Box<dyn FnMut() + Send + Sync>);
+    impl Notifier for Frees {}
+    impl Drop for Frees {
+        fn drop(&mut self) {
+            (self.0)();
+        }
+    }
+    let (mm, log, refused) = (MmWithUser::new(), Log::default(), Counter::default());
+    let other = Arc::new(MmWithUser::new());
+    let mut held = Some(Registration::new(&other, Probe::new("held", &log, nothing())).unwrap());
+    let on_free = {
+        let (other, log, refused) = (Arc::clone(&other), log.clone(), refused.clone());
+        move || {
+            let subsystem = probes("never", &log, nothing());
+            refused.add_if(subsystem.get(&other).is_err_and(|error| error == GetError::WouldDeadlock));
+            refused.add_if(Registration::new(&other, Probe::new("b", &log, nothing())).is_err());
+            refused.add_if(other.mmap_write_lock().is_err());
+            refused.add_if(subsystem.drain_until_idle().is_err() && subsystem.synchronize().is_err());
+            refused.add_if(held.take().unwrap().unregister().is_err());
+        }
+    };
+    Registration::new(&mm, Frees(Box::new(on_free))).unwrap().put();
+    wait_until(|| mm.mm_count() == 1);
+    assert_eq!((refused.get(), mm.callback_panics()), (5, 0));
+    let (freed, wait) = std::sync::mpsc::channel();
+    let again = Arc::clone(&other);
+    Registration::new(&mm, Probe::new("c", &log, nothing())).unwrap().unregister_no_release(move |_| {
+        freed.send(again.mmap_write_lock().is_err()).unwrap();
+        panic!("a deferred free panics, as this test wants");
+    });
+    assert!(wait.recv().unwrap(), "in this kind of free as well");
+    wait_until(|| mm.mm_count() == 1);
+    assert_eq!((mm.callback_panics(), log.count("never", At::Alloc)), (1, 0));
 }
 
 #[test]
@@ -164,9 +261,12 @@ fn s_70_an_object_can_be_registered_again_after_unregister() {
     let (mm, log) = (MmWithUser::new(), Log::default());
     let mut probe = Probe::new("a", &log, nothing());
     for _ in 0..3 {
-        probe = Registration::new(&mm, probe).unwrap().unregister().unwrap();
+        let registration = Registration::new(&mm, probe).unwrap();
+        drop(mm.invalidate(page(1), Event::Clear));
+        probe = registration.unregister().unwrap();
     }
-    assert_eq!((log.count("a", At::Released), log.count("a", At::Free)), (3, 0));
+    let counts = [At::Start, At::End, At::Released, At::Free].map(|at| log.count("a", at));
+    assert_eq!(counts, [3, 3, 3, 0], "and each time it was at work");
     drop(probe);
 }
 

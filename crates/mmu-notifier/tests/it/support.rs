@@ -247,6 +247,13 @@ impl Counter {
         self.0.fetch_add(1, Ordering::SeqCst) + 1
     }
 
+    /// Counts if `it` holds.
+    pub(crate) fn add_if(&self, it: bool) {
+        if it {
+            self.add();
+        }
+    }
+
     pub(crate) fn get(&self) -> usize {
         self.0.load(Ordering::SeqCst)
     }

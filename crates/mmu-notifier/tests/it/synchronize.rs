@@ -3,7 +3,10 @@
 use crate::support::{
     At, Counter, Gate, Hook, Log, Probe, Probes, Slot, nothing, page, probes, put_at, spawn, stop, wait_until,
 };
-use mmu_notifier::{Event, MmWithUser, Subsystem};
+use mmu_notifier::{
+    Event, Finish, IntervalNotifier, IntervalOps, InvalidateRange, Mm, MmWithUser, Notifier, Registration, Secondary,
+    SecondaryTlb, Subsystem, Va, VaRange,
+};
 use std::sync::{Arc, Mutex};
 
 #[test]
@@ -39,7 +42,7 @@ fn s_81_synchronize_waits_for_a_slow_free() {
     waiter.join();
 }
 
-/// In a bracket, in a callback, in a free: each says so, and none hangs.
+/// In a bracket, in a callback of any kind, in a free: each says so, and none hangs.
 #[test]
 fn s_87_synchronize_where_it_would_wait_for_itself_is_an_error() {
     let (mm, log) = (MmWithUser::new(), Log::default());
@@ -48,20 +51,73 @@ fn s_87_synchronize_where_it_would_wait_for_itself_is_an_error() {
     let hook: Hook = {
         let (other, refused) = (Arc::clone(&other), Arc::clone(&refused));
         Arc::new(move |at| {
-            if other.synchronize().is_err() {
+            if other.synchronize().is_err() && other.drain_until_idle().is_err() {
                 refused.lock().unwrap().push(at);
             }
             true
         })
     };
+    let registration = Registration::new(&mm, Probe::new("b", &log, Arc::clone(&hook))).unwrap();
+    drop(registration.unregister().unwrap());
+    assert_eq!(std::mem::take(&mut *refused.lock().unwrap()), [At::Release], "and the drop was this thread's");
     let subsystem = probes("a", &log, hook);
     let held = subsystem.get(&mm).unwrap();
     let bracket = mm.invalidate(page(1), Event::Clear);
     assert!(subsystem.synchronize().is_err());
     drop(bracket);
+    drop(mm.try_invalidate(page(1), Event::Clear).unwrap());
+    assert!(!mm.test_young(Va::new(0x1000)));
+    drop(mm);
     held.put();
     subsystem.synchronize().unwrap();
-    assert_eq!(*refused.lock().unwrap(), [At::Start, At::End, At::Free]);
+    let all = [At::Start, At::End, At::TryStart, At::End, At::Young, At::Release, At::Free];
+    assert_eq!(*refused.lock().unwrap(), all);
+}
+
+/// The callback of an interval, what it leaves for later, and its drop by the reclaimer are such places too; so is the
+/// callback of a secondary TLB.
+#[test]
+fn s_87_synchronize_in_an_interval_or_a_flush_is_an_error() {
+    static REFUSED: Mutex<Vec<&str>> = Mutex::new(Vec::new());
+    static EMPTY: Subsystem<Empty> = Subsystem::new(|_| Ok(Empty));
+    fn tried(place: &'static str) {
+        if EMPTY.synchronize().is_err() && EMPTY.drain_until_idle().is_err() {
+            REFUSED.lock().unwrap().push(place);
+        }
+    }
+    struct Empty;
+    impl Notifier for Empty {}
+    impl SecondaryTlb for Empty {
+        fn invalidate_secondary_tlbs(&self, _mm: &Mm, _range: VaRange) {
+            tried("flush");
+        }
+    }
+    impl IntervalOps for Empty {
+        fn invalidate(&mut self, _range: &InvalidateRange<'_>) -> Option<Finish> {
+            tried("interval");
+            Some(Finish::new(|| tried("finish")))
+        }
+    }
+    impl Drop for Empty {
+        fn drop(&mut self) {
+            tried("drop");
+        }
+    }
+    let mm = MmWithUser::new();
+    let handle = (*mm).clone();
+    let _tlb = Registration::new(&mm, Secondary(Empty)).unwrap();
+    let interval = IntervalNotifier::insert(&mm, page(1), Empty).unwrap();
+    let bracket = mm.invalidate(page(1), Event::Clear);
+    mm.invalidate_secondary_tlbs(page(1));
+    drop(bracket);
+    drop(mm);
+    assert_eq!(*REFUSED.lock().unwrap(), ["interval", "finish", "flush", "interval", "finish"], "twice: once for exit");
+    let bracket = handle.invalidate(page(1), Event::Clear);
+    drop(interval);
+    drop(bracket);
+    // The registration's, the handle and nothing else.
+    wait_until(|| handle.mm_count() == 2);
+    assert_eq!(REFUSED.lock().unwrap()[5..], ["interval", "finish", "drop"]);
 }
 
 /// With nothing queued there is nothing to wait for, so unlike the kernel's this is no grace period.
@@ -116,15 +172,14 @@ fn s_88_one_drain_covers_what_a_free_puts() {
 fn s_90_a_hundred_thousand_puts_wait_for_a_stuck_reader() {
     const PUTS: usize = 100_000;
     struct Counted(Counter);
-    impl mmu_notifier::Notifier for Counted {}
+    impl Notifier for Counted {}
     impl Drop for Counted {
         fn drop(&mut self) {
             self.0.add();
         }
     }
     let (mm, frees) = (MmWithUser::new(), Counter::default());
-    let registered: Vec<_> =
-        (0..PUTS).map(|_| mmu_notifier::Registration::new(&mm, Counted(frees.clone())).unwrap()).collect();
+    let registered: Vec<_> = (0..PUTS).map(|_| Registration::new(&mm, Counted(frees.clone())).unwrap()).collect();
     let bracket = mm.invalidate(page(1), Event::Clear);
     drop(registered);
     assert_eq!((frees.get(), mm.mm_count()), (0, PUTS + 1));
@@ -133,23 +188,40 @@ fn s_90_a_hundred_thousand_puts_wait_for_a_stuck_reader() {
     assert_eq!(frees.get(), PUTS);
 }
 
+struct Quiet;
+
+impl IntervalOps for Quiet {
+    fn invalidate(&mut self, _range: &InvalidateRange<'_>) -> Option<Finish> {
+        None
+    }
+}
+
 #[test]
 fn b_45_a_stuck_callback_delays_nobody_elsewhere() {
     let (stuck_mm, mm, log, gate) = (Arc::new(MmWithUser::new()), MmWithUser::new(), Log::default(), Gate::new());
     let stuck = probes("stuck", &log, stop(At::Start, &gate));
     let _stuck = stuck.get(&stuck_mm).unwrap();
+    let late_ones = probes("late", &log, nothing());
+    let late = late_ones.get(&stuck_mm).unwrap();
     let walker = spawn({
         let mm = Arc::clone(&stuck_mm);
         move || drop(mm.invalidate(page(1), Event::Clear))
     });
     gate.wait_for(1);
+    // A free that is queued behind the stuck callback is in nobody's way either.
+    late.put();
     let subsystem = probes("free", &log, nothing());
     subsystem.get(&mm).unwrap().put();
     subsystem.synchronize().unwrap();
-    let registration = mmu_notifier::Registration::new(&mm, crate::support::Probe::new("r", &log, nothing())).unwrap();
+    let registration = Registration::new(&mm, Probe::new("r", &log, nothing())).unwrap();
     drop(registration.unregister().unwrap());
+    let interval = IntervalNotifier::insert(&mm, page(1), Quiet).unwrap();
+    drop(mm.try_invalidate(page(1), Event::Clear).unwrap());
+    assert!(interval.try_install(interval.read_begin(), |_| ()).is_ok() && interval.remove().is_ok());
     drop(mm);
-    assert_eq!((log.count("free", At::Free), log.count("r", At::Released)), (1, 1));
+    assert_eq!((log.count("free", At::Free), log.count("r", At::Released), log.count("late", At::Free)), (1, 1, 0));
     gate.open();
     walker.join();
+    late_ones.synchronize().unwrap();
+    assert_eq!(log.count("late", At::Free), 1);
 }
