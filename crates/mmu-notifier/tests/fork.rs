@@ -5,7 +5,7 @@
 
 use mmu_notifier::{
     Event, Finish, GetError, IntervalNotifier, IntervalOps, InvalidateRange, Mm, MmWithUser, Notifier, Registration,
-    Subsystem, VaRange,
+    Secondary, SecondaryTlb, Subsystem, Va, VaRange,
 };
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
@@ -31,6 +31,24 @@ impl Notifier for Counts {
         Self::call();
     }
     fn invalidate_range_end(&self, _: &InvalidateRange<'_>) {
+        Self::call();
+    }
+    fn clear_flush_young(&self, _: &Mm, _: VaRange) -> bool {
+        Self::call();
+        true
+    }
+    fn clear_young(&self, _: &Mm, _: VaRange) -> bool {
+        Self::call();
+        true
+    }
+    fn test_young(&self, _: &Mm, _: Va) -> bool {
+        Self::call();
+        true
+    }
+}
+
+impl SecondaryTlb for Counts {
+    fn invalidate_secondary_tlbs(&self, _: &Mm, _: VaRange) {
         Self::call();
     }
 }
@@ -83,23 +101,65 @@ fn s_17_brackets_of_an_inherited_address_space_call_nobody() {
     let _alone = alone();
     let mm = MmWithUser::new();
     let _subscribed = SUBSYSTEM.get(&mm).unwrap();
+    let _tlb = Registration::new(&mm, Secondary(Counts)).map_err(|refused| refused.error).unwrap();
     let _interval = IntervalNotifier::insert(&mm, VaRange::ALL, Counts).unwrap();
     assert!(!mm.is_inherited());
-    let open = mm.invalidate(VaRange::ALL, Event::Unmap);
+    let open = (mm.invalidate(VaRange::ALL, Event::Unmap), mm.invalidate_owned(VaRange::ALL, Event::Unmap));
     let before = CALLS.load(Ordering::SeqCst);
     let mut open = Some(open);
     assert!(in_child(|| {
         drop(open.take());
+        mm.invalidate_secondary_tlbs(VaRange::ALL);
         drop(mm.invalidate(VaRange::ALL, Event::Clear));
         drop(mm.invalidate_owned(VaRange::ALL, Event::Clear));
         drop(mm.try_invalidate(VaRange::ALL, Event::Clear).unwrap());
         mm.is_inherited()
             && !mm.has_notifiers()
             && !mm.clear_young(VaRange::ALL)
+            && !mm.clear_flush_young(VaRange::ALL)
+            && !mm.test_young(Va::new(0))
             && CALLS.load(Ordering::SeqCst) == before
     }));
     drop(open);
-    assert!(CALLS.load(Ordering::SeqCst) > before, "in the parent they are still called");
+    assert_eq!(CALLS.load(Ordering::SeqCst), before + 2, "in the parent both ends come");
+    assert!(mm.clear_young(VaRange::ALL) && CALLS.load(Ordering::SeqCst) == before + 3);
+}
+
+/// What is left of an interval and a registration in the child says no at once, whatever the parent's threads hold.
+#[test]
+fn s_17_nothing_waits_or_installs_on_an_inherited_address_space() {
+    let _alone = alone();
+    let mm = MmWithUser::new();
+    let interval = IntervalNotifier::insert(&mm, VaRange::ALL, Silent).unwrap();
+    let registered = Registration::new(&mm, Silent).map_err(|refused| refused.error).unwrap();
+    let seq = interval.read_begin();
+    let (opened, open) = channel();
+    let (finish, finished) = channel::<()>();
+    let mut held = Some((interval, registered));
+    std::thread::scope(|scope| {
+        let mm = &mm;
+        scope.spawn(move || {
+            let bracket = mm.invalidate(VaRange::ALL, Event::Clear);
+            opened.send(()).unwrap();
+            let _closed = finished.recv();
+            drop(bracket);
+        });
+        open.recv().unwrap();
+        // Dropped at the end also if the test fails, and then the bracket ends.
+        let _finish = finish;
+        assert!(in_child(|| {
+            let (interval, registered) = held.take().unwrap();
+            interval.try_install(interval.read_begin(), |_| ()).is_err()
+                && interval.try_install(seq, |_| ()).is_err()
+                && interval.remove().is_err()
+                && registered.unregister().is_err()
+                && mm.mmap_write_lock().is_err()
+                && mm.clone().mm_users() == 2
+        }));
+    });
+    let (interval, registered) = held.unwrap();
+    assert!(interval.try_install(interval.read_begin(), |_| ()).is_ok());
+    assert!(interval.remove().is_ok() && registered.unregister().is_ok());
 }
 
 #[test]

@@ -1,9 +1,9 @@
 //! S-63: waiting for callbacks while holding a lock that a callback takes is found, in whichever order the two happen.
 
-use crate::support::page;
+use crate::support::{Gate, page, spawn};
 use mmu_notifier::{
-    Event, Finish, IntervalNotifier, IntervalOps, InvalidateRange, MmWithUser, Notifier, Registration, Subsystem,
-    lockdep,
+    Event, Finish, IntervalNotifier, IntervalOps, InvalidateRange, InvalidateSeq, MmWithUser, Notifier, Registration,
+    ShadowOps, Subsystem, lockdep,
 };
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
@@ -45,6 +45,10 @@ impl IntervalOps for Empty {
     fn invalidate(&mut self, _: &InvalidateRange<'_>) -> Option<Finish> {
         None
     }
+}
+
+impl ShadowOps for Empty {
+    fn zap(&mut self, _: &InvalidateRange<'_>) {}
 }
 
 /// What the detector said, if it stopped `f`.
@@ -120,6 +124,71 @@ fn s_63_the_write_lock_and_the_first_insert_are_waits_too() {
         assert_eq!(places(&text), 3, "{text}");
     }
     drop(client.unregister());
+}
+
+/// Each other function that may wait, under a lock that a callback of the same address space has taken.
+#[test]
+fn s_63_every_function_that_may_wait_is_one() {
+    let (mm, table, gate) = (Arc::new(MmWithUser::new()), Table::new(), Gate::new());
+    let _client = Registration::new(&mm, Client(Arc::clone(&table))).unwrap();
+    let subsystem: Subsystem<Empty> = Subsystem::new(|_| Ok(Empty));
+    let shadow = InvalidateSeq::new([page(1)], Empty);
+    let intervals = [1, 1].map(|number| IntervalNotifier::insert(&mm, page(number), Empty).unwrap());
+    let [read, removed] = intervals;
+    let mut locked = mm.mmap_write_lock().unwrap();
+    drop(mm.invalidate(page(1), Event::Unmap));
+    // A window that is another thread's, so that readers wait.
+    let source = spawn({
+        let (mm, gate) = (Arc::clone(&mm), Arc::clone(&gate));
+        move || mm.with_invalidation(page(1), Event::Unmap, |_| gate.pass())
+    });
+    gate.wait_for(1);
+    let stopped = |name, wait: Box<dyn FnOnce() + '_>| {
+        let text = report(|| {
+            let _order = table.order.acquire();
+            wait();
+        });
+        let text = text.unwrap_or_else(|| panic!("{name} is not known to wait"));
+        assert!(text.contains("Table::lock") && places(&text) == 3, "{name}: {text}");
+    };
+    stopped("get_locked", Box::new(|| drop(subsystem.get_locked(&mut locked))));
+    stopped("drain_until_idle", Box::new(|| subsystem.drain_until_idle().unwrap()));
+    stopped("watch", Box::new(|| shadow.watch([], |_| ()).unwrap()));
+    stopped("read_begin", Box::new(|| assert!(read.check_retry(read.read_begin()))));
+    gate.open();
+    source.join();
+    stopped("remove", Box::new(|| drop(removed.remove())));
+}
+
+/// A lock that is taken inside two brackets must not be held in a wait for either.
+#[test]
+fn s_63_a_nested_bracket_hides_no_outer_one() {
+    let (mms, table) = ([MmWithUser::new(), MmWithUser::new()], Table::new());
+    let [outer, inner] = mms.each_ref().map(|mm| mm.invalidate(page(1), Event::Unmap));
+    table.with(|_| ());
+    drop((outer, inner));
+    for mm in &mms {
+        let text = report(|| {
+            let _order = table.order.acquire();
+            drop(Registration::new(mm, Empty));
+        });
+        assert!(text.is_some_and(|text| places(&text) == 3));
+    }
+}
+
+/// What was known of a lock goes with its map: another one may get its place in the detector's table.
+#[test]
+fn s_63_a_new_lock_is_not_taken_for_an_old_one() {
+    let mm = MmWithUser::new();
+    for _ in 0..20 {
+        let bracket = mm.invalidate(page(1), Event::Unmap);
+        Table::new().with(|_| ());
+        drop(bracket);
+        let held_in_wait = Table::new();
+        held_in_wait.with(|_| drop(Registration::new(&mm, Empty).unwrap().unregister()));
+        drop(held_in_wait);
+    }
+    assert_eq!(mm.callback_panics(), 0);
 }
 
 #[test]
