@@ -106,6 +106,50 @@ fn s_22_a_put_racing_a_walker() {
     });
 }
 
+/// A walker may stand on the subscriber that is put, before it has looked what comes next.
+#[test]
+fn s_30_a_put_racing_a_walker_that_must_reach_the_rest() {
+    model(|| {
+        let (mm, seen, behind) = (Arc::new(MmWithUser::new()), Arc::new(Seen::default()), Arc::new(Seen::default()));
+        let (rest, subsystem) = (canaries(&behind), canaries(&seen));
+        let stays = rest.get(&mm).unwrap();
+        let held = subsystem.get(&mm).unwrap();
+        let walker = thread::spawn({
+            let mm = Arc::clone(&mm);
+            move || drop(mm.invalidate(VaRange::ALL, Event::Clear))
+        });
+        held.put();
+        walker.join().unwrap();
+        assert_eq!((count(&behind.starts), count(&behind.ends)), (1, 1), "the walk lost its way");
+        stays.put();
+        mm.run_deferred();
+        assert_eq!((count(&seen.frees), count(&behind.frees), mm.callback_panics()), (1, 1, 0));
+    });
+}
+
+/// Two threads wait for the frees of one subsystem, and a put comes between: the second must not trust the first.
+#[test]
+fn s_80_a_put_racing_a_synchronize_of_somebody_else() {
+    model(|| {
+        let (mm, seen) = (Arc::new(MmWithUser::new()), Arc::new(Seen::default()));
+        let subsystem = Arc::new(canaries(&seen));
+        let held = subsystem.get(&mm).unwrap();
+        let other = thread::spawn({
+            let subsystem = Arc::clone(&subsystem);
+            move || subsystem.synchronize().unwrap()
+        });
+        held.put();
+        let reclaimer = thread::spawn({
+            let mm = Arc::clone(&mm);
+            move || mm.run_deferred()
+        });
+        subsystem.synchronize().unwrap();
+        assert_eq!(count(&seen.frees), 1, "returned before the free of what was put before");
+        reclaimer.join().unwrap();
+        other.join().unwrap();
+    });
+}
+
 #[test]
 fn s_27_a_get_racing_the_last_put() {
     model(|| {
@@ -429,6 +473,7 @@ fn b_41_a_fault_racing_an_invalidation_and_one_elsewhere() {
 /// Each way to break the core, the model that must fail for it, and what that must say.
 const MUTANTS: &[(&str, &str, &str)] = &[
     ("free_at_once", "s_22_a_put_racing_a_walker", "used after it was freed"),
+    ("free_at_once", "s_47_a_put_racing_exit", "used after it was freed"),
     ("get_revives", "s_27_a_get_racing_the_last_put", "retired twice"),
     ("exit_peeks_relaxed", "s_48_s_50_unregister_racing_exit", "delisted, and nobody has released it"),
     ("delist_before_release", "s_48_s_50_unregister_racing_exit", "delisted, and nobody has released it"),
