@@ -210,9 +210,8 @@ fn s_48_s_50_unregister_racing_exit() {
     });
 }
 
-#[test]
-fn s_66_s_69_a_registrar_racing_a_bracket() {
-    model(|| {
+fn registrar_racing(bracket: fn(&Mm, &AtomicUsize)) {
+    model(move || {
         let (mm, seen) = (Arc::new(MmWithUser::new()), Arc::new(Seen::default()));
         let subsystem = canaries(&seen);
         // Somebody else is there: a bracket that finds nobody owes no end, and would hide an epoch that comes too early.
@@ -222,11 +221,7 @@ fn s_66_s_69_a_registrar_racing_a_bracket() {
         let moved = Arc::new(AtomicUsize::new(0));
         let source = thread::spawn({
             let (mm, moved) = (Arc::clone(&mm), Arc::clone(&moved));
-            move || {
-                let bracket = mm.invalidate(VaRange::ALL, Event::Unmap);
-                moved.store(1, Ordering::Relaxed);
-                drop(bracket);
-            }
+            move || bracket(&mm, &moved)
         });
         let held = subsystem.get(&mm).unwrap();
         // What is looked up now is either new, or its change will be told.
@@ -238,6 +233,24 @@ fn s_66_s_69_a_registrar_racing_a_bracket() {
         held.put();
         other.put();
         mm.run_deferred();
+    });
+}
+
+#[test]
+fn s_66_s_69_a_registrar_racing_a_bracket() {
+    registrar_racing(|mm, moved| {
+        let bracket = mm.invalidate(VaRange::ALL, Event::Unmap);
+        moved.store(1, Ordering::Relaxed);
+        drop(bracket);
+    });
+}
+
+#[test]
+fn s_66_s_69_a_registrar_racing_a_bracket_that_must_not_sleep() {
+    registrar_racing(|mm, moved| {
+        let Ok(bracket) = mm.try_invalidate(VaRange::ALL, Event::Unmap) else { panic!("nobody refuses") };
+        moved.store(1, Ordering::Relaxed);
+        drop(bracket);
     });
 }
 

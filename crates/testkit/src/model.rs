@@ -1,8 +1,10 @@
 //! The reference model of the core: plain vectors, one thread, every rule written out. Slow and obviously right.
 //!
 //! It says what each operation returns and which callbacks it makes, in order. The real core is run on the same
-//! operations and must agree. Frees are asynchronous, so the model says which notifiers have been freed only where
-//! `synchronize` succeeds.
+//! operations and must agree. Whoever operates is a number: brackets belong to a thread, and what waits for those of its own
+//! thread is refused. What would wait for other threads' is told by [`Model::blockers`]: the operation is begun, then those
+//! brackets are ended, and then it must be over. Frees are asynchronous, so the model says which notifiers have been freed
+//! only where `synchronize` succeeds.
 
 /// A callback, and which notifier or interval it came to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -15,8 +17,16 @@ pub enum Callback {
     End(usize),
     /// `release` of a subscriber.
     Release(usize),
+    /// One of the three questions about accessed marks.
+    Young(usize),
+    /// The flush of a secondary TLB.
+    Flush(usize),
+    /// The callback of a shadow with a sequence, from a start or a release.
+    Zap(usize),
     /// The callback of an interval.
     Interval(usize),
+    /// What an interval's callback left for later.
+    Finish(usize),
 }
 
 /// What an operation answers.
@@ -34,6 +44,44 @@ pub enum Answer {
     Dead,
     /// The range was invalidated since.
     Retry,
+    /// The range is not within what a shadow watches.
+    NotWatched,
+    /// There are as many users as can be.
+    Overflow,
+    /// `alloc` failed.
+    Alloc,
+}
+
+/// The most users of one notifier.
+pub const USERS_MAX: u32 = 3;
+
+/// Which kind of subscriber.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// One that refuses every non-blockable start, or none.
+    Plain {
+        /// Whether it refuses.
+        refuses: bool,
+    },
+    /// A secondary TLB.
+    Tlb,
+    /// A shadow with a sequence, which watches these pages.
+    Shadow {
+        /// From the first to the last.
+        watched: (u64, u64),
+    },
+}
+
+/// What `alloc` is to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Alloc {
+    /// Make a plain subscriber that refuses, or not.
+    Makes {
+        /// Whether it refuses.
+        refuses: bool,
+    },
+    /// Fail.
+    Fails,
 }
 
 /// One notifier that was ever made.
@@ -43,7 +91,19 @@ struct Notifier {
     /// The subsystem, none for a registration.
     key: Option<usize>,
     users: u32,
-    refuses: bool,
+    kind: Kind,
+    shadow: Shadow,
+}
+
+/// What a shadow with a sequence knows.
+#[derive(Debug, Default)]
+struct Shadow {
+    /// Invalidations that met it and have not ended, and the smallest range around all since there were none.
+    in_progress: u32,
+    hull: (u64, u64),
+    /// How many such have ended, and how often what it watches has changed.
+    seq: u64,
+    released: bool,
 }
 
 /// One interval that was ever made.
@@ -53,6 +113,7 @@ struct Interval {
     pages: (u64, u64),
     in_tree: bool,
     seq: u64,
+    refuses: bool,
 }
 
 /// One address space.
@@ -67,13 +128,14 @@ struct Mm {
     /// Brackets that take part in windows; they do from the first insert on.
     active: u32,
     has_intervals: bool,
-    brackets: u32,
 }
 
 /// One open bracket.
 #[derive(Debug)]
 struct Bracket {
+    thread: usize,
     mm: usize,
+    pages: (u64, u64),
     callees: Vec<usize>,
     window: bool,
 }
@@ -85,12 +147,16 @@ pub struct Model {
     notifiers: Vec<Notifier>,
     intervals: Vec<Interval>,
     brackets: Vec<Option<Bracket>>,
-    /// What the last operation called.
+    /// What has been called since it was last taken.
     pub calls: Vec<Callback>,
 }
 
 /// The sequence that never fits.
 const NEVER: u64 = 0;
+
+fn meet(a: (u64, u64), b: (u64, u64)) -> bool {
+    a.0 <= b.1 && b.0 <= a.1
+}
 
 impl Model {
     /// Makes an address space with one user.
@@ -103,7 +169,6 @@ impl Model {
             seq: 2,
             active: 0,
             has_intervals: false,
-            brackets: 0,
         });
         self.mms.len() - 1
     }
@@ -119,36 +184,89 @@ impl Model {
 
     /// Drops one user; the last is exit.
     pub fn mm_put(&mut self, mm: usize) {
-        self.calls.clear();
         self.mms[mm].users -= 1;
         if self.mms[mm].users > 0 {
             return;
         }
         if self.mms[mm].has_intervals {
-            let window = self.window_start(mm, (0, u64::MAX));
-            self.window_end(mm, window);
+            self.window_start(mm, (0, u64::MAX));
+            self.window_end(mm);
         }
         for notifier in std::mem::take(&mut self.mms[mm].listed) {
-            self.calls.push(Callback::Release(notifier));
+            self.release(notifier);
         }
     }
 
-    /// `Subsystem::get`. A subscriber made with `refuses` refuses every non-blockable start.
-    pub fn get(&mut self, key: usize, mm: usize, refuses: bool) -> Answer {
-        let found = self.mms[mm].listed.iter().copied().find(|n| self.notifiers[*n].key == Some(key));
-        if let Some(notifier) = found {
-            self.notifiers[notifier].users += 1;
-            return Answer::Got(notifier, self.notifiers[notifier].users);
+    fn release(&mut self, notifier: usize) {
+        self.notifiers[notifier].shadow.released = true;
+        self.calls.push(match self.notifiers[notifier].kind {
+            Kind::Shadow { .. } => Callback::Zap(notifier),
+            _ => Callback::Release(notifier),
+        });
+    }
+
+    /// Whether a thread is inside a bracket of an address space.
+    #[must_use]
+    pub fn is_inside(&self, thread: usize, mm: usize) -> bool {
+        self.brackets.iter().flatten().any(|bracket| bracket.thread == thread && bracket.mm == mm)
+    }
+
+    fn is_inside_any(&self, thread: usize) -> bool {
+        self.brackets.iter().flatten().any(|bracket| bracket.thread == thread)
+    }
+
+    /// The brackets of other threads that one which waits for those of `mm` waits for, and their threads.
+    #[must_use]
+    pub fn blockers(&self, thread: usize, mm: usize) -> Vec<(usize, usize)> {
+        let open = self.brackets.iter().enumerate().filter_map(|(number, bracket)| Some((number, bracket.as_ref()?)));
+        open.filter(|(_, bracket)| bracket.mm == mm && bracket.thread != thread)
+            .map(|(number, bracket)| (number, bracket.thread))
+            .collect()
+    }
+
+    /// The address spaces on which a notifier of a subsystem has been put and may not be freed.
+    #[must_use]
+    pub fn retired(&self, key: usize) -> Vec<usize> {
+        let mut mms: Vec<_> =
+            self.notifiers.iter().filter(|one| one.key == Some(key) && one.users == 0).map(|one| one.mm).collect();
+        mms.sort_unstable();
+        mms.dedup();
+        mms
+    }
+
+    /// `Subsystem::get` finds what there is.
+    #[must_use]
+    pub fn finds(&self, key: usize, mm: usize) -> bool {
+        self.find(key, mm).is_some()
+    }
+
+    fn find(&self, key: usize, mm: usize) -> Option<usize> {
+        self.mms[mm].listed.iter().copied().find(|n| self.notifiers[*n].key == Some(key))
+    }
+
+    /// `Subsystem::get`.
+    pub fn get(&mut self, thread: usize, key: usize, mm: usize, alloc: Alloc) -> Answer {
+        if let Some(notifier) = self.find(key, mm) {
+            return self.clone(notifier);
         }
-        self.register(Some(key), mm, refuses)
+        match alloc {
+            Alloc::Fails if !self.is_inside(thread, mm) => Answer::Alloc,
+            Alloc::Fails => Answer::WouldDeadlock,
+            Alloc::Makes { refuses } => self.register(thread, Some(key), mm, Kind::Plain { refuses }),
+        }
+    }
+
+    /// `MmWithUser::mmap_write_lock`, and `Subsystem::get_locked` under it.
+    pub fn get_locked(&mut self, thread: usize, key: usize, mm: usize, alloc: Alloc) -> Answer {
+        if self.is_inside(thread, mm) { Answer::WouldDeadlock } else { self.get(thread, key, mm, alloc) }
     }
 
     /// `Registration::new` if there is no key.
-    pub fn register(&mut self, key: Option<usize>, mm: usize, refuses: bool) -> Answer {
-        if self.mms[mm].brackets > 0 {
+    pub fn register(&mut self, thread: usize, key: Option<usize>, mm: usize, kind: Kind) -> Answer {
+        if self.is_inside(thread, mm) {
             return Answer::WouldDeadlock;
         }
-        self.notifiers.push(Notifier { mm, key, users: 1, refuses });
+        self.notifiers.push(Notifier { mm, key, users: 1, kind, shadow: Shadow::default() });
         let notifier = self.notifiers.len() - 1;
         self.mms[mm].listed.insert(0, notifier);
         Answer::Got(notifier, 1)
@@ -156,11 +274,14 @@ impl Model {
 
     /// `Subscription::try_clone`.
     pub fn clone(&mut self, notifier: usize) -> Answer {
+        if self.notifiers[notifier].users == USERS_MAX {
+            return Answer::Overflow;
+        }
         self.notifiers[notifier].users += 1;
         Answer::Got(notifier, self.notifiers[notifier].users)
     }
 
-    /// Drops one subscription, or a registration.
+    /// Drops one subscription, or a registration; `unregister_no_release` as well.
     pub fn put(&mut self, notifier: usize) {
         self.notifiers[notifier].users -= 1;
         if self.notifiers[notifier].users == 0 {
@@ -174,26 +295,37 @@ impl Model {
     }
 
     /// `Registration::unregister`.
-    pub fn unregister(&mut self, notifier: usize) -> Answer {
-        self.calls.clear();
+    pub fn unregister(&mut self, thread: usize, notifier: usize) -> Answer {
         let mm = self.notifiers[notifier].mm;
-        if self.mms[mm].brackets > 0 {
+        if self.is_inside(thread, mm) {
             return Answer::WouldDeadlock;
         }
         if self.mms[mm].listed.contains(&notifier) {
-            self.calls.push(Callback::Release(notifier));
+            self.release(notifier);
         }
         self.delist(notifier);
         self.notifiers[notifier].users = 0;
         Answer::Done
     }
 
+    /// The address space of a notifier.
+    #[must_use]
+    pub fn mm_of(&self, notifier: usize) -> usize {
+        self.notifiers[notifier].mm
+    }
+
+    /// The subscribers that are listed.
+    #[must_use]
+    pub fn listed(&self, mm: usize) -> &[usize] {
+        &self.mms[mm].listed
+    }
+
     /// `Subsystem::synchronize`: which notifiers of the subsystem have been freed when it succeeds.
     ///
     /// # Errors
-    /// `WouldDeadlock` while a bracket is open.
-    pub fn synchronize(&self, key: usize) -> Result<Vec<usize>, Answer> {
-        if self.mms.iter().any(|mm| mm.brackets > 0) {
+    /// `WouldDeadlock` inside a bracket.
+    pub fn synchronize(&self, thread: usize, key: usize) -> Result<Vec<usize>, Answer> {
+        if self.is_inside_any(thread) {
             return Err(Answer::WouldDeadlock);
         }
         let freed = |n: &usize| self.notifiers[*n].key == Some(key) && self.notifiers[*n].users == 0;
@@ -201,41 +333,60 @@ impl Model {
     }
 
     /// `Mm::invalidate`; the answer's bracket is the number given back.
-    pub fn invalidate(&mut self, mm: usize, pages: (u64, u64)) -> usize {
-        self.calls.clear();
-        let window = self.mms[mm].has_intervals && {
+    pub fn invalidate(&mut self, thread: usize, mm: usize, pages: (u64, u64)) -> usize {
+        let window = self.mms[mm].has_intervals;
+        if window {
             self.window_start(mm, pages);
-            true
-        };
-        let callees = self.mms[mm].listed.clone();
-        self.calls.extend(callees.iter().map(|n| Callback::Start(*n)));
-        self.open(mm, callees, window)
+        }
+        for notifier in self.mms[mm].listed.clone() {
+            match self.notifiers[notifier].kind {
+                Kind::Plain { .. } => self.calls.push(Callback::Start(notifier)),
+                Kind::Tlb => {}
+                Kind::Shadow { watched } => self.shadow_start(notifier, watched, pages),
+            }
+        }
+        self.open(thread, mm, pages, window)
     }
 
-    /// `Mm::try_invalidate`. Intervals never refuse here.
+    /// `Mm::try_invalidate`.
     ///
     /// # Errors
-    /// `WouldBlock` if a subscriber refuses.
-    pub fn try_invalidate(&mut self, mm: usize, pages: (u64, u64)) -> Result<usize, Answer> {
-        self.calls.clear();
-        let window = self.mms[mm].has_intervals && {
-            self.window_start(mm, pages);
-            true
-        };
-        let callees = self.mms[mm].listed.clone();
-        self.calls.extend(callees.iter().map(|n| Callback::TryStart(*n)));
-        if callees.iter().any(|n| self.notifiers[*n].refuses) {
-            let accepted = callees.iter().filter(|n| !self.notifiers[**n].refuses);
-            self.calls.extend(accepted.map(|n| Callback::End(*n)));
-            self.window_end(mm, window);
+    /// `WouldBlock` if an interval or a subscriber refuses.
+    pub fn try_invalidate(&mut self, thread: usize, mm: usize, pages: (u64, u64)) -> Result<usize, Answer> {
+        let window = self.mms[mm].has_intervals;
+        if window && !self.window_try_start(mm, pages) {
             return Err(Answer::WouldBlock);
         }
-        Ok(self.open(mm, callees, window))
+        let callees = self.mms[mm].listed.clone();
+        for notifier in &callees {
+            match self.notifiers[*notifier].kind {
+                Kind::Plain { .. } => self.calls.push(Callback::TryStart(*notifier)),
+                Kind::Tlb => {}
+                Kind::Shadow { watched } => self.shadow_start(*notifier, watched, pages),
+            }
+        }
+        if callees.iter().any(|n| self.notifiers[*n].kind == Kind::Plain { refuses: true }) {
+            callees.iter().for_each(|n| self.tell_end(*n, pages));
+            if window {
+                self.window_end(mm);
+            }
+            return Err(Answer::WouldBlock);
+        }
+        Ok(self.open(thread, mm, pages, window))
     }
 
-    fn open(&mut self, mm: usize, callees: Vec<usize>, window: bool) -> usize {
-        self.mms[mm].brackets += 1;
-        self.brackets.push(Some(Bracket { mm, callees, window }));
+    /// Tells a subscriber that has accepted its start of the end.
+    fn tell_end(&mut self, notifier: usize, pages: (u64, u64)) {
+        match self.notifiers[notifier].kind {
+            Kind::Plain { refuses: false } => self.calls.push(Callback::End(notifier)),
+            Kind::Plain { refuses: true } | Kind::Tlb => {}
+            Kind::Shadow { watched } => self.shadow_end(notifier, watched, pages),
+        }
+    }
+
+    fn open(&mut self, thread: usize, mm: usize, pages: (u64, u64), window: bool) -> usize {
+        let callees = self.mms[mm].listed.clone();
+        self.brackets.push(Some(Bracket { thread, mm, pages, callees, window }));
         self.brackets.len() - 1
     }
 
@@ -244,36 +395,160 @@ impl Model {
     /// # Panics
     /// If it was dropped before.
     pub fn end(&mut self, bracket: usize) {
-        self.calls.clear();
-        let Bracket { mm, callees, window } = self.brackets[bracket].take().expect("a bracket ends once");
-        self.window_end(mm, window);
-        let listed = &self.mms[mm].listed;
-        self.calls.extend(listed.iter().filter(|n| callees.contains(n)).map(|n| Callback::End(*n)));
-        self.mms[mm].brackets -= 1;
+        let Bracket { mm, pages, callees, window, .. } = self.brackets[bracket].take().expect("a bracket ends once");
+        if window {
+            self.window_end(mm);
+        }
+        for notifier in self.mms[mm].listed.clone() {
+            if !callees.contains(&notifier) {
+                continue;
+            }
+            match self.notifiers[notifier].kind {
+                // Also one that refuses: what it would have refused it was not asked, or there would be no bracket.
+                Kind::Plain { .. } => self.calls.push(Callback::End(notifier)),
+                Kind::Tlb => {}
+                Kind::Shadow { watched } => self.shadow_end(notifier, watched, pages),
+            }
+        }
     }
 
-    fn window_start(&mut self, mm: usize, pages: (u64, u64)) -> bool {
+    /// `clear_flush_young`, `clear_young`: every odd subscriber says yes.
+    pub fn clear_young(&mut self, mm: usize) -> bool {
+        let asked: Vec<_> = self.with_marks(mm);
+        self.calls.extend(asked.iter().map(|n| Callback::Young(*n)));
+        asked.iter().any(|n| n % 2 == 1)
+    }
+
+    /// `test_young`.
+    pub fn test_young(&mut self, mm: usize) -> bool {
+        for notifier in self.with_marks(mm) {
+            self.calls.push(Callback::Young(notifier));
+            if notifier % 2 == 1 {
+                return true;
+            }
+        }
+        false
+    }
+
+    fn with_marks(&self, mm: usize) -> Vec<usize> {
+        let has = |n: &usize| !matches!(self.notifiers[*n].kind, Kind::Shadow { .. });
+        self.mms[mm].listed.iter().copied().filter(has).collect()
+    }
+
+    /// `Mm::invalidate_secondary_tlbs`.
+    pub fn flush(&mut self, mm: usize) {
+        let tlbs = self.mms[mm].listed.iter().filter(|n| self.notifiers[**n].kind == Kind::Tlb);
+        self.calls.extend(tlbs.map(|n| Callback::Flush(*n)));
+    }
+
+    fn shadow_start(&mut self, notifier: usize, watched: (u64, u64), pages: (u64, u64)) {
+        if !meet(watched, pages) {
+            return;
+        }
+        let shadow = &mut self.notifiers[notifier].shadow;
+        let hull = (shadow.hull.0.min(pages.0), shadow.hull.1.max(pages.1));
+        shadow.hull = if shadow.in_progress == 0 { pages } else { hull };
+        shadow.in_progress += 1;
+        self.calls.push(Callback::Zap(notifier));
+    }
+
+    fn shadow_end(&mut self, notifier: usize, watched: (u64, u64), pages: (u64, u64)) {
+        if meet(watched, pages) {
+            self.notifiers[notifier].shadow.in_progress -= 1;
+            self.notifiers[notifier].shadow.seq += 1;
+        }
+    }
+
+    /// `InvalidateSeq::snapshot`.
+    #[must_use]
+    pub fn snapshot_shadow(&self, notifier: usize) -> u64 {
+        self.notifiers[notifier].shadow.seq
+    }
+
+    /// `InvalidateSeq::try_install`.
+    ///
+    /// # Panics
+    /// If the notifier is not a shadow.
+    #[must_use]
+    pub fn install_shadow(&self, notifier: usize, seq: u64, pages: (u64, u64)) -> Answer {
+        let Notifier { shadow, kind: Kind::Shadow { watched }, .. } = &self.notifiers[notifier] else {
+            panic!("it is not a shadow")
+        };
+        let invalidating = shadow.in_progress > 0 && meet(shadow.hull, pages);
+        if shadow.released || invalidating || shadow.seq != seq {
+            Answer::Retry
+        } else if watched.0 <= pages.0 && pages.1 <= watched.1 {
+            Answer::Done
+        } else {
+            Answer::NotWatched
+        }
+    }
+
+    /// Whether a shadow's address space has ended: whether every end comes is then not known.
+    #[must_use]
+    pub fn is_released(&self, notifier: usize) -> bool {
+        self.notifiers[notifier].shadow.released
+    }
+
+    /// `InvalidateSeq::watch`.
+    pub fn watch(&mut self, thread: usize, notifier: usize, watched: (u64, u64)) -> Answer {
+        if self.is_inside_any(thread) {
+            return Answer::WouldDeadlock;
+        }
+        self.notifiers[notifier].kind = Kind::Shadow { watched };
+        self.notifiers[notifier].shadow.seq += 1;
+        Answer::Done
+    }
+
+    fn hit(&self, mm: usize, pages: (u64, u64)) -> Vec<usize> {
+        let mut hit: Vec<_> =
+            self.mms[mm].intervals.iter().copied().filter(|i| meet(self.intervals[*i].pages, pages)).collect();
+        hit.sort_by_key(|i| self.intervals[*i].pages.0);
+        hit
+    }
+
+    /// Calls intervals, and then what every odd one has left for later.
+    fn tell_intervals(&mut self, mm: usize, told: &[usize], finishing: &[usize]) {
+        for interval in told {
+            self.intervals[*interval].seq = self.mms[mm].seq;
+            self.calls.push(Callback::Interval(*interval));
+        }
+        self.calls.extend(finishing.iter().filter(|i| **i % 2 == 1).map(|i| Callback::Finish(*i)));
+    }
+
+    fn window_start(&mut self, mm: usize, pages: (u64, u64)) {
+        let hit = self.hit(mm, pages);
         self.mms[mm].active += 1;
-        let hit: Vec<usize> = self.mms[mm].intervals.iter().copied().filter(|i| self.meets(*i, pages)).collect();
         if !hit.is_empty() {
             self.mms[mm].seq |= 1;
         }
-        for interval in hit {
-            self.intervals[interval].seq = self.mms[mm].seq;
-            self.calls.push(Callback::Interval(interval));
-        }
-        true
+        self.tell_intervals(mm, &hit, &hit);
     }
 
-    fn meets(&self, interval: usize, pages: (u64, u64)) -> bool {
-        let own = self.intervals[interval].pages;
-        own.0 <= pages.1 && pages.0 <= own.1
+    /// Whether it depends on more than the model knows which intervals a non-blockable start asks: one that refuses, and
+    /// another that begins where it does.
+    #[must_use]
+    pub fn is_ambiguous(&self, mm: usize, pages: (u64, u64)) -> bool {
+        let hit = self.hit(mm, pages);
+        let first = hit.iter().find(|i| self.intervals[**i].refuses).map(|i| self.intervals[*i].pages.0);
+        first.is_some_and(|first| hit.iter().filter(|i| self.intervals[**i].pages.0 == first).count() > 1)
     }
 
-    fn window_end(&mut self, mm: usize, window: bool) {
-        if !window {
-            return;
-        }
+    /// The same where intervals may refuse; the first that does is the last that is asked.
+    fn window_try_start(&mut self, mm: usize, pages: (u64, u64)) -> bool {
+        let hit = self.hit(mm, pages);
+        let Some(refuses) = hit.iter().position(|i| self.intervals[*i].refuses) else {
+            self.window_start(mm, pages);
+            return true;
+        };
+        self.mms[mm].active += 1;
+        self.mms[mm].seq |= 1;
+        self.tell_intervals(mm, &hit[..=refuses], &hit[..refuses]);
+        self.window_end(mm);
+        false
+    }
+
+    fn window_end(&mut self, mm: usize) {
         self.mms[mm].active -= 1;
         if self.mms[mm].active > 0 || self.mms[mm].seq & 1 == 0 {
             return;
@@ -285,10 +560,16 @@ impl Model {
         }
     }
 
+    /// Whether there was an interval yet: the first one waits.
+    #[must_use]
+    pub fn has_intervals(&self, mm: usize) -> bool {
+        self.mms[mm].has_intervals
+    }
+
     /// `IntervalNotifier::insert` of the pages from the first to the last.
-    pub fn insert(&mut self, mm: usize, pages: (u64, u64)) -> Answer {
+    pub fn insert(&mut self, thread: usize, mm: usize, pages: (u64, u64), refuses: bool) -> Answer {
         if !self.mms[mm].has_intervals {
-            if self.mms[mm].brackets > 0 {
+            if self.is_inside(thread, mm) {
                 return Answer::WouldDeadlock;
             }
             self.mms[mm].has_intervals = true;
@@ -300,7 +581,7 @@ impl Model {
             self.mms[mm].seq |= 1;
         }
         let seq = if idle { self.mms[mm].seq - 1 } else { self.mms[mm].seq };
-        self.intervals.push(Interval { mm, pages, in_tree: !full, seq });
+        self.intervals.push(Interval { mm, pages, in_tree: !full, seq, refuses });
         if full {
             self.mms[mm].deferred.push(interval)
         } else {
@@ -315,12 +596,17 @@ impl Model {
         self.intervals.len()
     }
 
+    /// How many notifiers were ever registered.
+    #[must_use]
+    pub fn notifiers_made(&self) -> usize {
+        self.notifiers.len()
+    }
+
     /// `IntervalNotifier::remove`.
-    pub fn remove(&mut self, interval: usize) -> Answer {
+    pub fn remove(&mut self, thread: usize, interval: usize) -> Answer {
         let mm = self.intervals[interval].mm;
         let full = self.mms[mm].seq & 1 == 1;
-        if full && self.intervals[interval].in_tree {
-            // The window is one of this very thread.
+        if full && self.intervals[interval].in_tree && self.is_inside(thread, mm) {
             return Answer::WouldDeadlock;
         }
         self.mms[mm].intervals.retain(|one| *one != interval);
@@ -328,17 +614,30 @@ impl Model {
         Answer::Done
     }
 
+    /// Whether `IntervalNotifier::read_begin` has to wait for a window.
+    #[must_use]
+    pub fn is_invalidating(&self, interval: usize) -> bool {
+        let Interval { mm, seq, .. } = self.intervals[interval];
+        seq == self.mms[mm].seq
+    }
+
     /// `IntervalNotifier::read_begin`.
     #[must_use]
-    pub fn read_begin(&self, interval: usize) -> u64 {
+    pub fn read_begin(&self, thread: usize, interval: usize) -> u64 {
         let Interval { mm, seq, .. } = self.intervals[interval];
-        if seq == self.mms[mm].seq { NEVER } else { seq }
+        if self.is_invalidating(interval) && self.is_inside(thread, mm) { NEVER } else { seq }
     }
 
     /// `IntervalNotifier::try_install`.
     #[must_use]
     pub fn try_install(&self, interval: usize, seq: u64) -> Answer {
         if self.intervals[interval].seq == seq { Answer::Done } else { Answer::Retry }
+    }
+
+    /// The address space of an interval.
+    #[must_use]
+    pub fn mm_of_interval(&self, interval: usize) -> usize {
+        self.intervals[interval].mm
     }
 
     /// The sequence of an address space's intervals, and how many windows are open.
@@ -351,5 +650,12 @@ impl Model {
     #[must_use]
     pub fn has_notifiers(&self, mm: usize) -> bool {
         !self.mms[mm].listed.is_empty() || self.mms[mm].has_intervals
+    }
+
+    /// Whether every subscriber that is listed has users, is listed once, and is not freed: what the model itself relies on.
+    #[must_use]
+    pub fn is_sound(&self) -> bool {
+        let listed = || self.mms.iter().flat_map(|mm| &mm.listed);
+        listed().all(|n| self.notifiers[*n].users > 0 && listed().filter(|one| *one == n).count() == 1)
     }
 }

@@ -42,6 +42,38 @@ fn s_81_synchronize_waits_for_a_slow_free() {
     waiter.join();
 }
 
+/// Nor does it wait for what is put while it waits: a stream of puts cannot hold it up.
+#[test]
+fn s_81_synchronize_does_not_wait_for_later_puts() {
+    let (mms, log) = ([MmWithUser::new(), MmWithUser::new()], Log::default());
+    let (gates, frees) = ([Gate::new(), Gate::new()], Counter::default());
+    let hook: Hook = {
+        let gates = gates.clone();
+        Arc::new(move |at| {
+            if at == At::Free {
+                gates[frees.add() - 1].pass();
+            }
+            true
+        })
+    };
+    let subsystem = Arc::new(probes("a", &log, hook));
+    let [first, second] = mms.each_ref().map(|mm| subsystem.get(mm).unwrap());
+    first.put();
+    gates[0].wait_for(1);
+    let waiter = spawn({
+        let subsystem = Arc::clone(&subsystem);
+        move || subsystem.synchronize().unwrap()
+    });
+    waiter.assert_blocked();
+    second.put();
+    gates[0].open();
+    gates[1].wait_for(1);
+    waiter.join();
+    gates[1].open();
+    subsystem.synchronize().unwrap();
+    assert!(mms.iter().all(|mm| mm.mm_count() == 1));
+}
+
 /// In a bracket, in a callback of any kind, in a free: each says so, and none hangs.
 #[test]
 fn s_87_synchronize_where_it_would_wait_for_itself_is_an_error() {
