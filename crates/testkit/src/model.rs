@@ -6,6 +6,12 @@
 //! brackets are ended, and then it must be over. Frees are asynchronous, so the model says which notifiers have been freed
 //! only where `synchronize` succeeds.
 
+mod intervals;
+mod shadows;
+
+use intervals::Interval;
+use shadows::Shadow;
+
 /// A callback, and which notifier or interval it came to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Callback {
@@ -95,27 +101,6 @@ struct Notifier {
     shadow: Shadow,
 }
 
-/// What a shadow with a sequence knows.
-#[derive(Debug, Default)]
-struct Shadow {
-    /// Invalidations that met it and have not ended, and the smallest range around all since there were none.
-    in_progress: u32,
-    hull: (u64, u64),
-    /// How many such have ended, and how often what it watches has changed.
-    seq: u64,
-    released: bool,
-}
-
-/// One interval that was ever made.
-#[derive(Debug)]
-struct Interval {
-    mm: usize,
-    pages: (u64, u64),
-    in_tree: bool,
-    seq: u64,
-    refuses: bool,
-}
-
 /// One address space.
 #[derive(Debug)]
 struct Mm {
@@ -150,9 +135,6 @@ pub struct Model {
     /// What has been called since it was last taken.
     pub calls: Vec<Callback>,
 }
-
-/// The sequence that never fits.
-const NEVER: u64 = 0;
 
 fn meet(a: (u64, u64), b: (u64, u64)) -> bool {
     a.0 <= b.1 && b.0 <= a.1
@@ -441,209 +423,10 @@ impl Model {
         self.calls.extend(tlbs.map(|n| Callback::Flush(*n)));
     }
 
-    fn shadow_start(&mut self, notifier: usize, watched: (u64, u64), pages: (u64, u64)) {
-        if !meet(watched, pages) {
-            return;
-        }
-        let shadow = &mut self.notifiers[notifier].shadow;
-        let hull = (shadow.hull.0.min(pages.0), shadow.hull.1.max(pages.1));
-        shadow.hull = if shadow.in_progress == 0 { pages } else { hull };
-        shadow.in_progress += 1;
-        self.calls.push(Callback::Zap(notifier));
-    }
-
-    fn shadow_end(&mut self, notifier: usize, watched: (u64, u64), pages: (u64, u64)) {
-        if meet(watched, pages) {
-            self.notifiers[notifier].shadow.in_progress -= 1;
-            self.notifiers[notifier].shadow.seq += 1;
-        }
-    }
-
-    /// `InvalidateSeq::snapshot`.
-    #[must_use]
-    pub fn snapshot_shadow(&self, notifier: usize) -> u64 {
-        self.notifiers[notifier].shadow.seq
-    }
-
-    /// `InvalidateSeq::try_install`.
-    ///
-    /// # Panics
-    /// If the notifier is not a shadow.
-    #[must_use]
-    pub fn install_shadow(&self, notifier: usize, seq: u64, pages: (u64, u64)) -> Answer {
-        let Notifier { shadow, kind: Kind::Shadow { watched }, .. } = &self.notifiers[notifier] else {
-            panic!("it is not a shadow")
-        };
-        let invalidating = shadow.in_progress > 0 && meet(shadow.hull, pages);
-        if shadow.released || invalidating || shadow.seq != seq {
-            Answer::Retry
-        } else if watched.0 <= pages.0 && pages.1 <= watched.1 {
-            Answer::Done
-        } else {
-            Answer::NotWatched
-        }
-    }
-
-    /// Whether a shadow's address space has ended: whether every end comes is then not known.
-    #[must_use]
-    pub fn is_released(&self, notifier: usize) -> bool {
-        self.notifiers[notifier].shadow.released
-    }
-
-    /// `InvalidateSeq::watch`.
-    pub fn watch(&mut self, thread: usize, notifier: usize, watched: (u64, u64)) -> Answer {
-        if self.is_inside_any(thread) {
-            return Answer::WouldDeadlock;
-        }
-        self.notifiers[notifier].kind = Kind::Shadow { watched };
-        self.notifiers[notifier].shadow.seq += 1;
-        Answer::Done
-    }
-
-    fn hit(&self, mm: usize, pages: (u64, u64)) -> Vec<usize> {
-        let mut hit: Vec<_> =
-            self.mms[mm].intervals.iter().copied().filter(|i| meet(self.intervals[*i].pages, pages)).collect();
-        hit.sort_by_key(|i| self.intervals[*i].pages.0);
-        hit
-    }
-
-    /// Calls intervals, and then what every odd one has left for later.
-    fn tell_intervals(&mut self, mm: usize, told: &[usize], finishing: &[usize]) {
-        for interval in told {
-            self.intervals[*interval].seq = self.mms[mm].seq;
-            self.calls.push(Callback::Interval(*interval));
-        }
-        self.calls.extend(finishing.iter().filter(|i| **i % 2 == 1).map(|i| Callback::Finish(*i)));
-    }
-
-    fn window_start(&mut self, mm: usize, pages: (u64, u64)) {
-        let hit = self.hit(mm, pages);
-        self.mms[mm].active += 1;
-        if !hit.is_empty() {
-            self.mms[mm].seq |= 1;
-        }
-        self.tell_intervals(mm, &hit, &hit);
-    }
-
-    /// Whether it depends on more than the model knows which intervals a non-blockable start asks: one that refuses, and
-    /// another that begins where it does.
-    #[must_use]
-    pub fn is_ambiguous(&self, mm: usize, pages: (u64, u64)) -> bool {
-        let hit = self.hit(mm, pages);
-        let first = hit.iter().find(|i| self.intervals[**i].refuses).map(|i| self.intervals[*i].pages.0);
-        first.is_some_and(|first| hit.iter().filter(|i| self.intervals[**i].pages.0 == first).count() > 1)
-    }
-
-    /// The same where intervals may refuse; the first that does is the last that is asked.
-    fn window_try_start(&mut self, mm: usize, pages: (u64, u64)) -> bool {
-        let hit = self.hit(mm, pages);
-        let Some(refuses) = hit.iter().position(|i| self.intervals[*i].refuses) else {
-            self.window_start(mm, pages);
-            return true;
-        };
-        self.mms[mm].active += 1;
-        self.mms[mm].seq |= 1;
-        self.tell_intervals(mm, &hit[..=refuses], &hit[..refuses]);
-        self.window_end(mm);
-        false
-    }
-
-    fn window_end(&mut self, mm: usize) {
-        self.mms[mm].active -= 1;
-        if self.mms[mm].active > 0 || self.mms[mm].seq & 1 == 0 {
-            return;
-        }
-        self.mms[mm].seq += 1;
-        for interval in std::mem::take(&mut self.mms[mm].deferred) {
-            self.intervals[interval].in_tree = true;
-            self.mms[mm].intervals.push(interval);
-        }
-    }
-
-    /// Whether there was an interval yet: the first one waits.
-    #[must_use]
-    pub fn has_intervals(&self, mm: usize) -> bool {
-        self.mms[mm].has_intervals
-    }
-
-    /// `IntervalNotifier::insert` of the pages from the first to the last.
-    pub fn insert(&mut self, thread: usize, mm: usize, pages: (u64, u64), refuses: bool) -> Answer {
-        if !self.mms[mm].has_intervals {
-            if self.is_inside(thread, mm) {
-                return Answer::WouldDeadlock;
-            }
-            self.mms[mm].has_intervals = true;
-        }
-        let interval = self.intervals.len();
-        let full = self.mms[mm].seq & 1 == 1;
-        let idle = self.mms[mm].active == 0;
-        if !idle {
-            self.mms[mm].seq |= 1;
-        }
-        let seq = if idle { self.mms[mm].seq - 1 } else { self.mms[mm].seq };
-        self.intervals.push(Interval { mm, pages, in_tree: !full, seq, refuses });
-        if full {
-            self.mms[mm].deferred.push(interval)
-        } else {
-            self.mms[mm].intervals.push(interval)
-        }
-        Answer::Got(interval, 1)
-    }
-
-    /// How many intervals were ever inserted.
-    #[must_use]
-    pub fn intervals_made(&self) -> usize {
-        self.intervals.len()
-    }
-
     /// How many notifiers were ever registered.
     #[must_use]
     pub fn notifiers_made(&self) -> usize {
         self.notifiers.len()
-    }
-
-    /// `IntervalNotifier::remove`.
-    pub fn remove(&mut self, thread: usize, interval: usize) -> Answer {
-        let mm = self.intervals[interval].mm;
-        let full = self.mms[mm].seq & 1 == 1;
-        if full && self.intervals[interval].in_tree && self.is_inside(thread, mm) {
-            return Answer::WouldDeadlock;
-        }
-        self.mms[mm].intervals.retain(|one| *one != interval);
-        self.mms[mm].deferred.retain(|one| *one != interval);
-        Answer::Done
-    }
-
-    /// Whether `IntervalNotifier::read_begin` has to wait for a window.
-    #[must_use]
-    pub fn is_invalidating(&self, interval: usize) -> bool {
-        let Interval { mm, seq, .. } = self.intervals[interval];
-        seq == self.mms[mm].seq
-    }
-
-    /// `IntervalNotifier::read_begin`.
-    #[must_use]
-    pub fn read_begin(&self, thread: usize, interval: usize) -> u64 {
-        let Interval { mm, seq, .. } = self.intervals[interval];
-        if self.is_invalidating(interval) && self.is_inside(thread, mm) { NEVER } else { seq }
-    }
-
-    /// `IntervalNotifier::try_install`.
-    #[must_use]
-    pub fn try_install(&self, interval: usize, seq: u64) -> Answer {
-        if self.intervals[interval].seq == seq { Answer::Done } else { Answer::Retry }
-    }
-
-    /// The address space of an interval.
-    #[must_use]
-    pub fn mm_of_interval(&self, interval: usize) -> usize {
-        self.intervals[interval].mm
-    }
-
-    /// The sequence of an address space's intervals, and how many windows are open.
-    #[must_use]
-    pub fn snapshot(&self, mm: usize) -> (u64, u64) {
-        (self.mms[mm].seq, u64::from(self.mms[mm].active))
     }
 
     /// Whether a bracket of an address space would call anybody, as far as it can be known without looking.

@@ -5,6 +5,7 @@
 //! waits, and what is called meanwhile comes in any order.
 
 mod callbacks;
+mod steps;
 mod threads;
 mod world;
 

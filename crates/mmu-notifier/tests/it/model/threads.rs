@@ -87,6 +87,8 @@ impl Drop for Worker {
             // It may hang; then it is left behind.
             return;
         }
-        self.thread.take().map(|thread| thread.join().expect("a thread has panicked"));
+        if let Some(thread) = self.thread.take() {
+            thread.join().expect("a thread has panicked");
+        }
     }
 }

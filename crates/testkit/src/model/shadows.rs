@@ -1,0 +1,75 @@
+//! Shadows with one sequence for all they watch.
+
+use super::{Answer, Callback, Kind, Model, Notifier, meet};
+
+/// What a shadow with a sequence knows.
+#[derive(Debug, Default)]
+pub(super) struct Shadow {
+    /// Invalidations that met it and have not ended, and the smallest range around all since there were none.
+    in_progress: u32,
+    hull: (u64, u64),
+    /// How many such have ended, and how often what it watches has changed.
+    seq: u64,
+    pub(super) released: bool,
+}
+
+impl Model {
+    pub(super) fn shadow_start(&mut self, notifier: usize, watched: (u64, u64), pages: (u64, u64)) {
+        if !meet(watched, pages) {
+            return;
+        }
+        let shadow = &mut self.notifiers[notifier].shadow;
+        let hull = (shadow.hull.0.min(pages.0), shadow.hull.1.max(pages.1));
+        shadow.hull = if shadow.in_progress == 0 { pages } else { hull };
+        shadow.in_progress += 1;
+        self.calls.push(Callback::Zap(notifier));
+    }
+
+    pub(super) fn shadow_end(&mut self, notifier: usize, watched: (u64, u64), pages: (u64, u64)) {
+        if meet(watched, pages) {
+            self.notifiers[notifier].shadow.in_progress -= 1;
+            self.notifiers[notifier].shadow.seq += 1;
+        }
+    }
+
+    /// `InvalidateSeq::snapshot`.
+    #[must_use]
+    pub fn snapshot_shadow(&self, notifier: usize) -> u64 {
+        self.notifiers[notifier].shadow.seq
+    }
+
+    /// `InvalidateSeq::try_install`.
+    ///
+    /// # Panics
+    /// If the notifier is not a shadow.
+    #[must_use]
+    pub fn install_shadow(&self, notifier: usize, seq: u64, pages: (u64, u64)) -> Answer {
+        let Notifier { shadow, kind: Kind::Shadow { watched }, .. } = &self.notifiers[notifier] else {
+            panic!("it is not a shadow")
+        };
+        let invalidating = shadow.in_progress > 0 && meet(shadow.hull, pages);
+        if shadow.released || invalidating || shadow.seq != seq {
+            Answer::Retry
+        } else if watched.0 <= pages.0 && pages.1 <= watched.1 {
+            Answer::Done
+        } else {
+            Answer::NotWatched
+        }
+    }
+
+    /// Whether a shadow's address space has ended: whether every end comes is then not known.
+    #[must_use]
+    pub fn is_released(&self, notifier: usize) -> bool {
+        self.notifiers[notifier].shadow.released
+    }
+
+    /// `InvalidateSeq::watch`.
+    pub fn watch(&mut self, thread: usize, notifier: usize, watched: (u64, u64)) -> Answer {
+        if self.is_inside_any(thread) {
+            return Answer::WouldDeadlock;
+        }
+        self.notifiers[notifier].kind = Kind::Shadow { watched };
+        self.notifiers[notifier].shadow.seq += 1;
+        Answer::Done
+    }
+}
