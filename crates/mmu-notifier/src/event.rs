@@ -91,7 +91,7 @@ impl Event {
 
 /// The proof that an address space is exiting; nobody outside can make one.
 ///
-/// ```compile_fail,E0423
+/// ```compile_fail,E0603
 /// let event = mmu_notifier::Event::Release(mmu_notifier::Exit(()));
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -137,12 +137,6 @@ fn s_63_every_function_that_may_wait_is_one() {
     let [read, removed] = intervals;
     let mut locked = mm.mmap_write_lock().unwrap();
     drop(mm.invalidate(page(1), Event::Unmap));
-    // A window that is another thread's, so that readers wait.
-    let source = spawn({
-        let (mm, gate) = (Arc::clone(&mm), Arc::clone(&gate));
-        move || mm.with_invalidation(page(1), Event::Unmap, |_| gate.pass())
-    });
-    gate.wait_for(1);
     let stopped = |name, wait: Box<dyn FnOnce() + '_>| {
         let text = report(|| {
             let _order = table.order.acquire();
@@ -154,10 +148,16 @@ fn s_63_every_function_that_may_wait_is_one() {
     stopped("get_locked", Box::new(|| drop(subsystem.get_locked(&mut locked))));
     stopped("drain_until_idle", Box::new(|| subsystem.drain_until_idle().unwrap()));
     stopped("watch", Box::new(|| shadow.watch([], |_| ()).unwrap()));
+    stopped("remove", Box::new(|| drop(removed.remove())));
+    // A window that is another thread's, so that a reader waits.
+    let source = spawn({
+        let (mm, gate) = (Arc::clone(&mm), Arc::clone(&gate));
+        move || mm.with_invalidation(page(1), Event::Unmap, |_| gate.pass())
+    });
+    gate.wait_for(1);
     stopped("read_begin", Box::new(|| assert!(read.check_retry(read.read_begin()))));
     gate.open();
     source.join();
-    stopped("remove", Box::new(|| drop(removed.remove())));
 }
 
 /// A lock that is taken inside two brackets must not be held in a wait for either.

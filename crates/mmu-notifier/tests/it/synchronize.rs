@@ -106,6 +106,20 @@ fn s_87_synchronize_where_it_would_wait_for_itself_is_an_error() {
     assert_eq!(*refused.lock().unwrap(), all);
 }
 
+/// Other work on the same reclaimer, of a domain that is the caller's own, is as bad a place as a free: what would be waited for
+/// comes after it.
+#[test]
+fn s_87_synchronize_in_other_work_of_the_reclaimer_is_an_error() {
+    let (mm, log, domain) = (MmWithUser::new(), Log::default(), srcu::Srcu::new());
+    let subsystem = Arc::new(probes("a", &log, nothing()));
+    let bracket = mm.invalidate(page(1), Event::Clear);
+    let (tell, told) = std::sync::mpsc::channel();
+    let inner = Arc::clone(&subsystem);
+    domain.call(move || tell.send((inner.synchronize().is_err(), inner.drain_until_idle().is_err())).unwrap());
+    assert_eq!(told.recv().unwrap(), (true, true));
+    drop(bracket);
+}
+
 /// The callback of an interval, what it leaves for later, and its drop by the reclaimer are such places too; so is the
 /// callback of a secondary TLB.
 #[test]

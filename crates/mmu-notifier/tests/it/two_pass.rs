@@ -130,6 +130,37 @@ fn b_33_a_finish_that_panics_is_counted_and_the_others_run() {
     assert_eq!(*order.lock().unwrap(), [("start", 2), ("finish", 2)]);
 }
 
+/// In the callback of an interval, at exit as well, nothing can wait for the window that it is in.
+#[test]
+fn b_22_remove_and_read_begin_inside_a_callback_are_refused() {
+    let (mm, refused) = (MmWithUser::new(), Arc::new(Mutex::new(Vec::new())));
+    let slot = Arc::new(Mutex::new(None::<IntervalNotifier<Shadow>>));
+    let shadow = Shadow::with({
+        let (slot, refused) = (Arc::clone(&slot), Arc::clone(&refused));
+        move |range| {
+            let other = slot.lock().unwrap().take().expect("it is put back each time");
+            let seq = other.read_begin();
+            let stale = other.try_install(seq, |_| ()).is_err();
+            let other = other.remove().err().expect("it would wait for this callback").interval;
+            refused.lock().unwrap().push((range.event().name(), stale));
+            *slot.lock().unwrap() = Some(other);
+            Ok(None)
+        }
+    });
+    // Called in the order of their first pages.
+    let other = IntervalNotifier::insert(&mm, page(1), Shadow::default()).unwrap();
+    let caller = IntervalNotifier::insert(&mm, page(2), shadow).unwrap();
+    *slot.lock().unwrap() = Some(other);
+    drop(mm.invalidate(VaRange::ALL, Event::Clear));
+    let handle = (*mm).clone();
+    drop(mm);
+    assert_eq!(*refused.lock().unwrap(), [("clear", true), ("release", true)]);
+    assert_eq!((handle.callback_panics(), handle.interval_snapshot()), (0, (6, 0)));
+    drop(caller);
+    let other = slot.lock().unwrap().take().unwrap();
+    assert_eq!(other.remove().unwrap().events.len(), 2);
+}
+
 /// S-31 for the callbacks of intervals: put is allowed in both, and the free comes after the bracket.
 #[test]
 fn s_31_an_intervals_callbacks_may_put() {
