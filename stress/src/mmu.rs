@@ -14,7 +14,7 @@ mod traced;
 use crate::Options;
 use crate::random::Random;
 use actor::Actor;
-use mmu_notifier::MmWithUser;
+use mmu_notifier::{Mm, MmWithUser};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
@@ -31,12 +31,17 @@ const THREADS: u64 = 8;
 const SPACES: usize = 3;
 const SUBSYSTEMS: usize = 3;
 
+/// How many address spaces are kept for their last check before those that can be are checked.
+const RETIRED: usize = 1000;
+
 /// What happened, for the last lines of output.
 #[derive(Debug, Default)]
 pub(crate) struct Counts {
     allocs: AtomicU64,
     frees: AtomicU64,
     gets: AtomicU64,
+    overflows: AtomicU64,
+    flushes: AtomicU64,
     registrations: AtomicU64,
     intervals: AtomicU64,
     brackets: AtomicU64,
@@ -75,6 +80,8 @@ pub(crate) struct World {
     pub(crate) subsystems: [Probes; SUBSYSTEMS],
     /// Subscriptions that any callback may take and put.
     pub(crate) orphans: Mutex<Vec<mmu_notifier::Subscription<Probe>>>,
+    /// Address spaces that have lost their place, until nobody else has them.
+    retired: Mutex<Vec<Mm>>,
     pub(crate) counts: Counts,
     pub(crate) broken: bool,
 }
@@ -85,6 +92,7 @@ impl World {
             spaces: [(); SPACES].map(|()| Mutex::new(Space::new())),
             subsystems: [(); SUBSYSTEMS].map(|()| subscriber::subsystem()),
             orphans: Mutex::default(),
+            retired: Mutex::default(),
             counts: Counts::default(),
             broken,
         }))
@@ -97,9 +105,24 @@ impl World {
     /// Puts a new address space into a place, and drops the place's hold on the old one: exit, if nobody else is a user.
     pub(crate) fn replace(&self, number: usize) {
         let old = std::mem::replace(&mut *lock(&self.spaces[number]), Space::new());
-        self.check(old.mm.callback_panics() == 0, "a callback has panicked");
+        let handle = (*old.mm).clone();
         drop(old);
+        let mut retired = lock(&self.retired);
+        retired.push(handle);
+        if retired.len() > RETIRED {
+            retired.retain(|mm| mm.mm_count() > 1 || !self.check_idle(mm));
+        }
+        drop(retired);
         add(&self.counts.exits);
+    }
+
+    /// Checks an address space that nobody uses and nobody else has.
+    fn check_idle(&self, mm: &Mm) -> bool {
+        let (seq, open) = mm.interval_snapshot();
+        self.check(open == 0 && seq % 2 == 0, "an interval's window is still open");
+        self.check(mm.callback_panics() == 0, "a callback has panicked");
+        self.check(mm.mm_users() == 0, "an address space has ended and has users");
+        true
     }
 
     /// Counts an error if `good` is false.
@@ -115,13 +138,11 @@ impl World {
         for subsystem in &self.subsystems {
             self.check(subsystem.drain_until_idle().is_ok(), "a drain outside of brackets was refused");
         }
-        for place in &self.spaces {
-            let space = lock(place);
+        (0..SPACES).for_each(|number| self.replace(number));
+        for mm in &*lock(&self.retired) {
             // What is freed without a subsystem, such as a registration that was put, nobody can wait for.
-            wait_until(|| space.mm.mm_count() == 1);
-            let (seq, open) = space.mm.interval_snapshot();
-            self.check(open == 0 && seq % 2 == 0, "an interval's window is still open");
-            self.check(space.mm.callback_panics() == 0, "a callback has panicked");
+            wait_until(|| mm.mm_count() == 1);
+            self.check_idle(mm);
         }
         wait_until(|| self.counts.frees.load(Ordering::Relaxed) == self.counts.allocs.load(Ordering::Relaxed));
     }
@@ -186,7 +207,8 @@ mod tests {
         let world = World::new(false);
         assert_eq!(soak(world, 48, Duration::from_secs(2)), 0);
         let counts = &world.counts;
-        for done in [&counts.allocs, &counts.registrations, &counts.intervals, &counts.refused, &counts.faults] {
+        let all = [&counts.allocs, &counts.registrations, &counts.intervals, &counts.refused, &counts.faults];
+        for done in all.into_iter().chain([&counts.overflows, &counts.flushes, &counts.exits]) {
             assert!(done.load(Ordering::Relaxed) > 0, "it did not do everything: {counts:?}");
         }
     }

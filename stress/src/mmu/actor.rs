@@ -4,7 +4,8 @@ use super::subscriber::{self, Probe, Shadow, page};
 use super::{SPACES, SUBSYSTEMS, Space, World, add, lock};
 use crate::random::Random;
 use mmu_notifier::{
-    Event, GetError, InstallError, IntervalNotifier, InvalidateSeq, Mm, Registration, Subscription, Va, VaRange,
+    Event, GetError, InstallError, IntervalNotifier, InvalidateSeq, Mm, Registration, Secondary, Subscription, Va,
+    VaRange,
 };
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -17,6 +18,7 @@ pub(crate) struct Actor {
     random: Random,
     subscriptions: Vec<Subscription<Probe>>,
     registrations: Vec<Registration<Probe>>,
+    tlbs: Vec<Registration<Secondary<Probe>>>,
     intervals: Vec<(IntervalNotifier<Shadow>, Arc<AtomicU64>)>,
     shadows: Vec<(Registration<InvalidateSeq<Shadow>>, Arc<AtomicU64>)>,
 }
@@ -29,6 +31,7 @@ impl Actor {
             random,
             subscriptions: Vec::new(),
             registrations: Vec::new(),
+            tlbs: Vec::new(),
             intervals: Vec::new(),
             shadows: Vec::new(),
         }
@@ -71,7 +74,18 @@ impl Actor {
 
     fn get(&mut self, space: &Space) {
         let subsystem = &self.world.subsystems[self.random.below(SUBSYSTEMS)];
-        match subsystem.get(&space.mm) {
+        let got = match self.random.below(8) {
+            0 => match space.mm.mmap_write_lock() {
+                Ok(mut locked) => subsystem.get_locked(&mut locked),
+                Err(_) => Err(GetError::WouldDeadlock),
+            },
+            1 => {
+                let failed = subscriber::FAILING.get(&space.mm).err();
+                return self.world.check(failed == Some(GetError::Alloc(())), "a failing alloc was not passed on");
+            }
+            _ => subsystem.get(&space.mm),
+        };
+        match got {
             Ok(held) => {
                 held.alive();
                 add(&self.world.counts.gets);
@@ -81,6 +95,7 @@ impl Actor {
                     self.subscriptions.push(held);
                 }
             }
+            Err(GetError::Overflow) => add(&self.world.counts.overflows),
             Err(_) => self.world.check(false, "a get outside of brackets was refused"),
         }
         if self.subscriptions.len() > HELD {
@@ -91,15 +106,21 @@ impl Actor {
     fn put(&mut self) {
         let Some(held) = take(&mut self.subscriptions, &mut self.random) else { return };
         if self.random.one_in(4) {
-            let again = held.try_clone().expect("few users");
+            let again = held.try_clone();
             held.put();
-            again.alive();
+            match again {
+                Ok(again) => again.alive(),
+                Err(_overflow) => add(&self.world.counts.overflows),
+            }
         } else {
             held.put();
         }
     }
 
     fn register(&mut self, space: &Space) {
+        if self.random.one_in(4) {
+            return self.register_tlb(space);
+        }
         match Registration::new(&space.mm, Probe::new(self.world)) {
             Ok(registration) => self.registrations.push(registration),
             Err(_) => self.world.check(false, "a registration outside of brackets was refused"),
@@ -107,6 +128,22 @@ impl Actor {
         add(&self.world.counts.registrations);
         if self.registrations.len() > HELD {
             self.unregister();
+        }
+    }
+
+    fn register_tlb(&mut self, space: &Space) {
+        match Registration::new(&space.mm, Secondary(Probe::new(self.world))) {
+            Ok(tlb) => self.tlbs.push(tlb),
+            Err(_) => self.world.check(false, "a registration outside of brackets was refused"),
+        }
+        if self.tlbs.len() > 1
+            && let Some(tlb) = take(&mut self.tlbs, &mut self.random)
+        {
+            match self.random.below(3) {
+                0 => tlb.put(),
+                1 => tlb.unregister_no_release(|tlb| tlb.alive()),
+                _ => self.world.check(tlb.unregister().is_ok(), "an unregister outside of brackets was refused"),
+            }
         }
     }
 
@@ -177,6 +214,7 @@ impl Actor {
             0 => {
                 let Ok(bracket) = space.mm.try_invalidate(range, event) else { return };
                 change(space, range);
+                space.mm.invalidate_secondary_tlbs(range);
                 self.inside(space, depth);
                 drop(bracket);
             }
@@ -214,7 +252,8 @@ impl Actor {
             }
             3 => match self.world.subsystems[0].get(&space.mm) {
                 Ok(held) => held.put(),
-                Err(error) => self.world.check(error == GetError::WouldDeadlock, "a get in a bracket failed otherwise"),
+                Err(GetError::WouldDeadlock | GetError::Overflow) => {}
+                Err(_) => self.world.check(false, "a get in a bracket failed otherwise"),
             },
             4 => self.fault(Some(&space.mm)),
             5 => std::thread::yield_now(),

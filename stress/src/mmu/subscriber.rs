@@ -2,7 +2,8 @@
 
 use super::{World, add, lock};
 use mmu_notifier::{
-    Finish, IntervalOps, InvalidateRange, Mm, MmWithUser, Notifier, ShadowOps, Subsystem, Va, VaRange, WouldBlock,
+    Finish, IntervalOps, InvalidateRange, Mm, MmWithUser, Notifier, SecondaryTlb, ShadowOps, Subsystem, Va, VaRange,
+    WouldBlock,
 };
 use std::convert::Infallible;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,9 +17,16 @@ pub(crate) type Probes =
 /// Where a world is found from a subsystem that is a part of it; there is one world for each.
 pub(crate) static WORLD: std::sync::OnceLock<&'static World> = std::sync::OnceLock::new();
 
+/// So few that a get is refused now and then.
+const USERS_MAX: u32 = 3;
+
 pub(crate) fn subsystem() -> Probes {
-    Subsystem::new(Box::new(|_mm| Ok(Probe::new(WORLD.get().expect("the actors have set it")))))
+    let alloc = |_: &MmWithUser| Ok(Probe::new(WORLD.get().expect("the actors have set it")));
+    Subsystem::with_users_max(Box::new(alloc), USERS_MAX)
 }
+
+/// One whose notifier can never be made.
+pub(crate) static FAILING: Subsystem<Probe, ()> = Subsystem::new(|_mm| Err(()));
 
 #[derive(Debug)]
 pub(crate) struct Probe {
@@ -86,6 +94,17 @@ impl Notifier for Probe {
     fn test_young(&self, _mm: &Mm, _address: Va) -> bool {
         self.alive();
         false
+    }
+}
+
+impl SecondaryTlb for Probe {
+    fn invalidate_secondary_tlbs(&self, _mm: &Mm, _range: VaRange) {
+        self.alive();
+        add(&self.world.counts.flushes);
+    }
+
+    fn release(&self, _mm: &Mm) {
+        self.alive();
     }
 }
 
