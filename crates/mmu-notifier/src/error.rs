@@ -8,6 +8,8 @@ pub use srcu::WouldDeadlock;
 
 /// A notifier has as many users as can be counted; put one and try again.
 ///
+/// 2^32 - 1 can be counted.
+///
 /// # Source
 /// `-EOVERFLOW` from `mmu_notifier_get`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,6 +72,9 @@ impl<E: Error + 'static> Error for GetError<E> {
 
 /// A notifier that could not be registered, and why. It comes back as it was, and nobody has seen it.
 ///
+/// # Source
+/// The errors of `mmu_notifier_register`, Linux 5.15. Differs: the notifier is not left half set up; no EINTR and no ENOMEM.
+///
 /// # Examples
 /// ```
 /// use mmu_notifier::{Event, MmWithUser, Notifier, Registration, VaRange};
@@ -93,7 +98,10 @@ pub struct RegisterError<N> {
     pub notifier: N,
 }
 
-/// A registration that could not be taken back here, and why.
+/// A registration that could not be taken back here, and why. See [`Registration::unregister`] for an example.
+///
+/// # Source
+/// None: the kernel's `mmu_notifier_unregister` hangs in this case.
 #[non_exhaustive]
 pub struct UnregisterError<N: Notifier> {
     /// Why not.

@@ -91,6 +91,9 @@ impl Event {
 
 /// The proof that an address space is exiting; nobody outside can make one.
 ///
+/// # Source
+/// `MMU_NOTIFY_RELEASE`, Linux 5.5. Differs: the kernel's is a number like the others.
+///
 /// ```compile_fail,E0603
 /// let event = mmu_notifier::Event::Release(mmu_notifier::Exit(()));
 /// ```
@@ -154,6 +157,17 @@ pub enum Blocking {
 ///
 /// # Source
 /// `struct mmu_notifier_range`, Linux 5.15. Differs: never empty, and it may reach the last address.
+///
+/// # Examples
+/// ```
+/// use mmu_notifier::{Blocking, Event, MmWithUser, VaRange};
+///
+/// let mm = MmWithUser::new();
+/// let bracket = mm.invalidate_owned(VaRange::ALL, Event::Unmap);
+/// let range = bracket.range();
+/// assert_eq!((range.range(), range.event(), range.blocking()), (VaRange::ALL, Event::Unmap, Blocking::Allowed));
+/// assert_eq!(range.mm().id(), mm.id());
+/// ```
 #[derive(Debug, Clone, Copy)]
 #[doc(alias = "mmu_notifier_range")]
 pub struct InvalidateRange<'a> {

@@ -25,6 +25,33 @@ use window::Removal;
 ///
 /// # Source
 /// `struct mmu_interval_notifier_ops`, Linux 5.5; the second pass as proposed in 2026.
+///
+/// # Examples
+/// A state that starts a slow flush for each range and waits for all of them afterwards:
+///
+/// ```
+/// use mmu_notifier::{Event, Finish, IntervalNotifier, IntervalOps, InvalidateRange, MmWithUser, Va, VaRange};
+/// use std::sync::mpsc::{Sender, channel};
+///
+/// struct Device(Sender<&'static str>);
+/// impl IntervalOps for Device {
+///     fn invalidate(&mut self, _range: &InvalidateRange<'_>) -> Option<Finish> {
+///         self.0.send("begin to flush").unwrap();
+///         let device = self.0.clone();
+///         Some(Finish::new(move || device.send("wait for the flush").unwrap()))
+///     }
+/// }
+///
+/// let mm = MmWithUser::new();
+/// let (device, log) = channel();
+/// let page = |number: u64| VaRange::covering(Va::new(number << 12), 1);
+/// let one = IntervalNotifier::insert(&mm, page(1)?, Device(device.clone()))?;
+/// let two = IntervalNotifier::insert(&mm, page(2)?, Device(device))?;
+/// drop(mm.invalidate(VaRange::ALL, Event::Unmap));
+/// let all: Vec<_> = log.try_iter().collect();
+/// assert_eq!(all, ["begin to flush", "begin to flush", "wait for the flush", "wait for the flush"]);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[doc(alias = "mmu_interval_notifier_ops")]
 pub trait IntervalOps: Send + 'static {
     /// Lets go of what `range` covers. What is returned runs after every interval that meets the range has been called,
@@ -250,7 +277,27 @@ impl<S: IntervalOps> IntervalNotifier<S> {
     /// [`RemoveError`] with the interval, unchanged, if it would have to wait and this thread is inside a bracket or callback
     /// of the address space.
     /// # Source
-    /// `mmu_interval_notifier_remove`.
+    /// `mmu_interval_notifier_remove`. Differs: the state comes back; a wait for oneself is an error.
+    /// # Examples
+    /// ```
+    /// # use mmu_notifier::*;
+    /// # struct Cache(Vec<u64>);
+    /// # impl IntervalOps for Cache {
+    /// #     fn invalidate(&mut self, _: &InvalidateRange<'_>) -> Option<Finish> { self.0.clear(); None }
+    /// # }
+    /// let mm = MmWithUser::new();
+    /// let node = IntervalNotifier::insert(&mm, VaRange::ALL, Cache(vec![7]))?;
+    /// let seq = node.read_begin();
+    /// assert!(!node.check_retry(seq));
+    /// node.with_state(|cache| cache.0.push(8));
+    /// let bracket = mm.invalidate(VaRange::ALL, Event::Unmap);
+    /// assert!(node.check_retry(seq));
+    /// let refused = node.remove().err().expect("it would wait for the bracket of this thread");
+    /// drop(bracket);
+    /// let cache = refused.interval.remove().map_err(|e| e.error)?;
+    /// assert!(cache.0.is_empty());
+    /// # Ok::<(), WouldDeadlock>(())
+    /// ```
     #[doc(alias = "mmu_interval_notifier_remove")]
     #[cfg_attr(debug_assertions, track_caller)]
     pub fn remove(self) -> Result<S, RemoveError<S>> {

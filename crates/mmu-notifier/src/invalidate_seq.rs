@@ -26,7 +26,10 @@ use std::mem::replace;
 use std::sync::{PoisonError, TryLockError};
 use watched::Watched;
 
-/// What a shadow does when a part of it is invalidated.
+/// What a shadow does when a part of it is invalidated. See [`InvalidateSeq`] for an example.
+///
+/// # Source
+/// `kvm_unmap_gfn_range`, arch/x86/kvm/mmu/mmu.c, Linux 6.12.
 pub trait ShadowOps: Send + 'static {
     /// Lets go of every entry that `range` covers. The shadow's lock is held.
     ///
@@ -256,6 +259,23 @@ impl<S: ShadowOps> InvalidateSeq<S> {
     /// [`WouldDeadlock`] inside a bracket, a callback or a deferred free of any address space. Nothing has changed then.
     /// # Source
     /// `kvm_swap_active_memslots`, virt/kvm/kvm_main.c.
+    /// # Examples
+    /// ```
+    /// # use mmu_notifier::*;
+    /// # struct Table(Vec<u64>);
+    /// # impl ShadowOps for Table { fn zap(&mut self, _: &InvalidateRange<'_>) { self.0.clear(); } }
+    /// let shadow = InvalidateSeq::new([], Table(vec![7]));
+    /// let page = VaRange::covering(Va::new(0x7000), 1)?;
+    /// let snapshot = shadow.snapshot(page);
+    /// assert_eq!(shadow.try_install(snapshot, |_| ()), Err(InstallError::NotWatched));
+    /// let before = shadow.snapshot(page);
+    /// shadow.watch([page], |table| table.0.clear())?;
+    /// assert!(shadow.is_stale(&before) && shadow.try_install(before, |_| ()).is_err());
+    /// let snapshot = shadow.snapshot(page);
+    /// shadow.try_install(snapshot, |table| table.0.push(7))?;
+    /// assert_eq!(shadow.with_shadow(|table| table.0.len()), 1);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     #[doc(alias = "kvm_swap_active_memslots")]
     #[cfg_attr(debug_assertions, track_caller)]
     pub fn watch<R>(
@@ -296,6 +316,21 @@ impl<S: ShadowOps> InvalidateSeq<S> {
     ///
     /// # Source
     /// `kvm_destroy_vm`, which resets the counts in the same case.
+    /// # Examples
+    /// ```
+    /// # use mmu_notifier::*;
+    /// # struct Table; impl ShadowOps for Table { fn zap(&mut self, _: &InvalidateRange<'_>) {} }
+    /// let mm = MmWithUser::new();
+    /// let shadow = Registration::new(&mm, InvalidateSeq::new([VaRange::ALL], Table)).map_err(|e| e.error)?;
+    /// let mut shadow = shadow.unregister().map_err(|e| e.error)?;
+    /// let snapshot = shadow.snapshot(VaRange::ALL);
+    /// assert!(shadow.try_install(snapshot, |_| ()).is_err(), "it was released");
+    /// shadow.reset();
+    /// let shadow = Registration::new(&mm, shadow).map_err(|e| e.error)?;
+    /// let snapshot = shadow.snapshot(VaRange::ALL);
+    /// assert!(shadow.try_install(snapshot, |_| ()).is_ok());
+    /// # Ok::<(), mmu_notifier::WouldDeadlock>(())
+    /// ```
     pub fn reset(&mut self) {
         let mut window = lock(&self.window);
         window.active = 0;
@@ -304,6 +339,9 @@ impl<S: ShadowOps> InvalidateSeq<S> {
     }
 
     /// Takes the shadow out, whatever has begun and not ended.
+    ///
+    /// # Blocking
+    /// Never.
     pub fn into_shadow(self) -> S {
         into_inner(self.state).shadow
     }

@@ -65,6 +65,25 @@ impl Map {
     /// # Panics
     /// With `debug_assertions`, if this is inside a bracket or callback of an address space for which a thread has waited while
     /// it held this lock.
+    /// # Source
+    /// `lock_map_acquire`, include/linux/lockdep.h, Linux 5.5.
+    /// # Examples
+    /// ```
+    /// use mmu_notifier::{Event, MmWithUser, Notifier, Registration, VaRange, lockdep};
+    /// use std::panic::{AssertUnwindSafe, catch_unwind};
+    ///
+    /// struct Table;
+    /// impl Notifier for Table {}
+    ///
+    /// let (mm, order) = (MmWithUser::new(), lockdep::Map::new("the table's lock"));
+    /// mm.with_invalidation(VaRange::ALL, Event::Clear, |_| drop(order.acquire()));
+    /// let waits = || {
+    ///     let _held = order.acquire();
+    ///     drop(Registration::new(&mm, Table));
+    /// };
+    /// let found = catch_unwind(AssertUnwindSafe(waits)).is_err();
+    /// assert_eq!(found, cfg!(debug_assertions), "a bracket takes that lock, and this waits for brackets under it");
+    /// ```
     #[cfg_attr(debug_assertions, track_caller)]
     #[inline]
     #[doc(alias = "lock_map_acquire")]

@@ -30,6 +30,17 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 ///
 /// # Source
 /// `struct mm_struct`, `mmgrab`, `mmdrop`; `Mm` of Rust in the kernel.
+///
+/// # Examples
+/// ```
+/// use mmu_notifier::{Mm, MmWithUser};
+///
+/// let user = MmWithUser::new();
+/// let handle: Mm = (*user).clone();
+/// assert_eq!((handle.mm_users(), handle.mm_count()), (1, 2), "the user has a handle of its own");
+/// drop(user);
+/// assert_eq!((handle.mm_users(), handle.mm_count(), handle.callback_panics()), (0, 1, 0));
+/// ```
 #[derive(Clone)]
 #[doc(alias = "mm_struct")]
 #[doc(alias = "mmgrab")]
@@ -168,6 +179,27 @@ impl Mm {
     /// As long as the callbacks do.
     /// # Source
     /// `mmu_notifier_clear_young`, Linux 5.15.
+    /// # Examples
+    /// ```
+    /// use mmu_notifier::{Mm, MmWithUser, Notifier, Registration, Va, VaRange};
+    /// use std::sync::atomic::{AtomicBool, Ordering};
+    ///
+    /// struct Table(AtomicBool);
+    /// impl Notifier for Table {
+    ///     fn clear_young(&self, _: &Mm, _: VaRange) -> bool {
+    ///         self.0.swap(false, Ordering::Relaxed)
+    ///     }
+    ///     fn test_young(&self, _: &Mm, _: Va) -> bool {
+    ///         self.0.load(Ordering::Relaxed)
+    ///     }
+    /// }
+    ///
+    /// let mm = MmWithUser::new();
+    /// let _table = Registration::new(&mm, Table(AtomicBool::new(true))).map_err(|e| e.error)?;
+    /// assert!(mm.test_young(Va::new(0x1000)) && mm.clear_young(VaRange::ALL));
+    /// assert!(!mm.test_young(Va::new(0x1000)), "nobody has used it since");
+    /// # Ok::<(), mmu_notifier::WouldDeadlock>(())
+    /// ```
     #[doc(alias = "mmu_notifier_clear_young")]
     pub fn clear_young(&self, range: VaRange) -> bool {
         let mut young = false;

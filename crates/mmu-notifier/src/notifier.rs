@@ -125,8 +125,10 @@ pub trait Notifier: Send + Sync + 'static {
     /// Clears the accessed marks of a range, flushes, and tells whether any was set. Hardware without such marks may let go of
     /// the range, and tell whether it had anything there.
     ///
+    /// # Blocking
+    /// May sleep; whoever asks waits.
     /// # Source
-    /// `clear_flush_young`.
+    /// `clear_flush_young` of `struct mmu_notifier_ops`, Linux 5.15. Differs: it returns a `bool`.
     fn clear_flush_young(&self, mm: &Mm, range: VaRange) -> bool {
         let _ = (mm, range);
         false
@@ -134,8 +136,10 @@ pub trait Notifier: Send + Sync + 'static {
 
     /// Clears the accessed marks of a range, and tells whether any was set. Need not flush.
     ///
+    /// # Blocking
+    /// May sleep; whoever asks waits.
     /// # Source
-    /// `clear_young`.
+    /// `clear_young` of `struct mmu_notifier_ops`, Linux 5.15. Differs: it returns a `bool`.
     fn clear_young(&self, mm: &Mm, range: VaRange) -> bool {
         let _ = (mm, range);
         false
@@ -143,8 +147,10 @@ pub trait Notifier: Send + Sync + 'static {
 
     /// Tells whether the accessed mark of the page at `address` is set, and changes nothing.
     ///
+    /// # Blocking
+    /// May sleep; whoever asks waits.
     /// # Source
-    /// `test_young`.
+    /// `test_young` of `struct mmu_notifier_ops`, Linux 5.15. Differs: it returns a `bool`.
     fn test_young(&self, mm: &Mm, address: Va) -> bool {
         let _ = (mm, address);
         false

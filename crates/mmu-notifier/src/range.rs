@@ -6,6 +6,13 @@ use std::fmt;
 pub const PAGE_SIZE: u64 = 4096;
 
 /// A virtual address, in bytes. It may belong to another process, so it is never a pointer.
+///
+/// # Examples
+/// ```
+/// use mmu_notifier::Va;
+///
+/// assert_eq!((Va::new(0x7000).get(), Va::new(0x7000).to_string().as_str()), (0x7000, "0x7000"));
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Va(u64);
 
@@ -48,6 +55,12 @@ impl fmt::Debug for Va {
 /// let range = VaRange::new(Va::new(0x1000), Va::new(0x3000))?;
 /// assert_eq!(range.pages(), 2);
 /// assert!(VaRange::new(Va::new(0x1000), Va::new(0x1000)).is_err(), "an empty range cannot be made");
+/// assert!(range.contains(Va::new(0x2fff)) && !range.contains(Va::new(0x3000)));
+///
+/// let other = VaRange::new(Va::new(0x2000), Va::new(0x5000))?;
+/// assert_eq!(range.intersection(other).map(VaRange::pages), Some(1));
+/// assert_eq!(range.hull(other).bytes(), 0x4000);
+/// assert!(VaRange::ALL.covers(other) && VaRange::ALL.end().is_none());
 /// # Ok::<(), mmu_notifier::InvalidRange>(())
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -83,6 +83,21 @@ impl<N: Notifier> Registration<N> {
     /// Never.
     /// # Source
     /// `mmu_notifier_unregister`, Linux 5.15.
+    /// # Examples
+    /// ```
+    /// use mmu_notifier::{Event, MmWithUser, Notifier, Registration, VaRange};
+    ///
+    /// struct Table;
+    /// impl Notifier for Table {}
+    ///
+    /// let mm = MmWithUser::new();
+    /// let registration = Registration::new(&mm, Table).map_err(|e| e.error)?;
+    /// let bracket = mm.invalidate(VaRange::ALL, Event::Clear);
+    /// let refused = registration.unregister().err().expect("it would wait for the bracket of this thread");
+    /// drop(bracket);
+    /// refused.registration.unregister().map_err(|e| e.error)?;
+    /// # Ok::<(), mmu_notifier::WouldDeadlock>(())
+    /// ```
     #[doc(alias = "mmu_notifier_unregister")]
     #[cfg_attr(debug_assertions, track_caller)]
     pub fn unregister(self) -> Result<N, UnregisterError<N>> {
@@ -136,7 +151,8 @@ impl<N: Notifier> Registration<N> {
 
     /// Gives the notifier up; the same as dropping the registration.
     ///
-    /// It calls no `release` and is dropped after a grace period, on the reclaimer thread.
+    /// It calls no `release` and is dropped after a grace period, on the reclaimer thread. No function waits for that; a
+    /// [`Subsystem`](crate::Subsystem) has one.
     ///
     /// # Blocking
     /// Never, and allocates nothing.

@@ -13,10 +13,12 @@ use std::ops::Deref;
 /// start or end as well. Differs: such a table cannot be written.
 #[doc(alias = "arch_invalidate_secondary_tlbs")]
 pub trait SecondaryTlb: Send + Sync + 'static {
-    /// Flushes a range.
+    /// Flushes a range, before the page table's lock is let go.
     ///
     /// # Blocking
     /// Must not sleep.
+    /// # Source
+    /// `arch_invalidate_secondary_tlbs`, Linux 6.6.
     fn invalidate_secondary_tlbs(&self, mm: &Mm, range: VaRange);
 
     /// Lets go of the whole address space. See [`Notifier::release`].
@@ -43,7 +45,7 @@ pub trait SecondaryTlb: Send + Sync + 'static {
     }
 }
 
-/// A [`SecondaryTlb`] as a subscriber, for [`Subsystem`](crate::Subsystem) and [`Registration`](crate::Registration).
+/// A [`SecondaryTlb`] as a subscriber, which brackets never call, for [`Subsystem`](crate::Subsystem) and [`Registration`](crate::Registration).
 ///
 /// # Examples
 /// ```

@@ -11,6 +11,19 @@ use std::ops::Deref;
 /// period, when no callback can be running in it. Put calls no `release`: whoever puts last must have dropped all shadow
 /// entries before. Put never sleeps and never allocates, so it may be called from any callback.
 ///
+/// ```
+/// # struct Shadow; impl mmu_notifier::Notifier for Shadow {}
+/// # static SHADOW: mmu_notifier::Subsystem<Shadow> = mmu_notifier::Subsystem::new(|_| Ok(Shadow));
+/// let mm = mmu_notifier::MmWithUser::new();
+/// let subscription = SHADOW.get(&mm)?;
+/// let another = subscription.try_clone()?;
+/// assert_eq!((another.users(), another.mm().id()), (2, mm.id()));
+/// subscription.put();
+/// drop(another); // The last put: no bracket calls it any more.
+/// assert!(!mm.has_notifiers());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
 /// One put for each get is all that can be written:
 ///
 /// ```compile_fail,E0382

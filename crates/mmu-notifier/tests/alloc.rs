@@ -3,7 +3,7 @@
 
 use mmu_notifier::{
     Event, Finish, IntervalNotifier, IntervalOps, InvalidateRange, InvalidateSeq, MmWithUser, Notifier, Registration,
-    ShadowOps, Subsystem, Va, VaRange,
+    ShadowOps, Subsystem, Va, VaRange, WouldBlock,
 };
 use testkit::Counting;
 
@@ -56,6 +56,23 @@ fn dispatch_allocates_and_frees_nothing() {
         assert_eq!(found, 0, "a fault");
         drop((held, nodes));
     }
+}
+
+/// A refusal remembers who has accepted, however many they are, and allocates nothing for it.
+#[test]
+fn a_refused_start_allocates_and_frees_nothing() {
+    struct Refuses;
+    impl Notifier for Refuses {
+        fn try_invalidate_range_start(&self, _: &InvalidateRange<'_>) -> Result<(), WouldBlock> {
+            Err(WouldBlock)
+        }
+    }
+    let mm = MmWithUser::new();
+    let refuses = Registration::new(&mm, Refuses).unwrap();
+    let held: Vec<_> = (0..100).map(|_| Registration::new(&mm, Silent).unwrap()).collect();
+    let node = IntervalNotifier::insert(&mm, page(1), Silent).unwrap();
+    assert_eq!(Counting::calls(|| assert!(mm.try_invalidate(page(1), Event::Clear).is_err())), 0);
+    drop((refuses, held, node));
 }
 
 #[test]

@@ -116,6 +116,8 @@ impl Mm {
     ///
     /// # Blocking
     /// Sleeps while callbacks run.
+    /// # Source
+    /// None: the kernel's callers pair start and end by hand.
     /// # Examples
     /// ```
     /// use mmu_notifier::{Event, MmWithUser, VaRange};
