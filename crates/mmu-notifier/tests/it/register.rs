@@ -1,7 +1,9 @@
 //! 7.4: register and unregister.
 
 use crate::support::{At, Counter, Gate, Hook, Log, Probe, nothing, page, probes, spawn, stop, wait_until};
-use mmu_notifier::{Event, GetError, InvalidateRange, MmWithUser, Notifier, Registration, Va};
+use mmu_notifier::{
+    Event, Finish, GetError, IntervalNotifier, IntervalOps, InvalidateRange, MmWithUser, Notifier, Registration, Va,
+};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -153,6 +155,37 @@ fn s_65_what_registers_or_unregisters_in_a_deferred_free_is_refused() {
     assert!(wait.recv().unwrap(), "in this kind of free as well");
     wait_until(|| mm.mm_count() == 1);
     assert_eq!((mm.callback_panics(), log.count("never", At::Alloc)), (1, 0));
+}
+
+/// The reclaimer also drops the state of an interval that was let go of inside its own bracket.
+#[test]
+fn s_65_what_registers_in_the_deferred_drop_of_an_interval_is_refused() {
+    struct State(Box<dyn FnMut() + Send>);
+    impl IntervalOps for State {
+        fn invalidate(&mut self, _range: &InvalidateRange<'_>) -> Option<Finish> {
+            None
+        }
+    }
+    impl Drop for State {
+        fn drop(&mut self) {
+            (self.0)();
+        }
+    }
+    let (mm, other, log, refused) = (MmWithUser::new(), MmWithUser::new(), Log::default(), Counter::default());
+    let on_drop = {
+        let (log, refused) = (log.clone(), refused.clone());
+        move || {
+            refused.add_if(Registration::new(&other, Probe::new("a", &log, nothing())).is_err());
+            refused.add_if(other.mmap_write_lock().is_err());
+        }
+    };
+    let node = IntervalNotifier::insert(&mm, page(1), State(Box::new(on_drop))).unwrap();
+    let bracket = mm.invalidate(page(1), Event::Clear);
+    drop(node);
+    assert_eq!(refused.get(), 0, "the window is open");
+    drop(bracket);
+    wait_until(|| mm.mm_count() == 1);
+    assert_eq!((refused.get(), mm.callback_panics()), (2, 0));
 }
 
 #[test]
