@@ -104,9 +104,12 @@ pub struct InvalidateSeq<S: ShadowOps> {
 struct Window {
     /// How many brackets are open, whether they meet what is watched or not (`mn_active_invalidate_count`).
     active: u64,
+    /// Whether the address space has ended: of brackets that were open then, the end may never come.
+    released: bool,
     /// How many threads wait for `idle`: waking nobody would still be a system call.
     waiters: usize,
-    /// Changed only when `active` is zero, so that an end decides as its start did, and under both locks.
+    /// Changed only when `active` is zero, so that an end decides as its start did, or after release, when ends decide
+    /// nothing; and under both locks.
     watched: Watched,
 }
 
@@ -164,7 +167,7 @@ impl<S: ShadowOps> InvalidateSeq<S> {
     pub fn new(watched: impl IntoIterator<Item = VaRange>, shadow: S) -> Self {
         let watched = Watched::new(watched);
         Self {
-            window: Mutex::new(Window { active: 0, waiters: 0, watched: watched.clone() }),
+            window: Mutex::new(Window { active: 0, released: false, waiters: 0, watched: watched.clone() }),
             idle: Condvar::new(),
             in_progress: AtomicU64::new(0),
             seq: AtomicU64::new(0),
@@ -253,8 +256,8 @@ impl<S: ShadowOps> InvalidateSeq<S> {
     /// The same holds for `zap` as for what [`try_install`](Self::try_install) runs.
     ///
     /// # Blocking
-    /// Sleeps until every open bracket of the address space has ended. Brackets that begin meanwhile can hold it up; those
-    /// that begin while `zap` runs wait for it.
+    /// Sleeps until every open bracket of the address space has ended, or the address space has. Brackets that begin meanwhile
+    /// can hold it up; those that begin while `zap` runs wait for it.
     /// # Errors
     /// [`WouldDeadlock`] inside a bracket, a callback or a deferred free of any address space. Nothing has changed then.
     /// # Source
@@ -290,7 +293,7 @@ impl<S: ShadowOps> InvalidateSeq<S> {
         let watched = Watched::new(watched);
         let mut window = lock(&self.window);
         window.waiters += 1;
-        while window.active != 0 {
+        while window.active != 0 && !window.released {
             window = self.idle.wait(window).unwrap_or_else(PoisonError::into_inner);
         }
         window.waiters -= 1;
@@ -309,7 +312,7 @@ impl<S: ShadowOps> InvalidateSeq<S> {
     /// Forgets every invalidation that has begun and not ended, and that an address space has ended.
     ///
     /// A notifier that was unregistered between a start and its end never hears of the end. Before such a shadow is
-    /// registered again this must be called; exclusive access proves that no callback runs.
+    /// registered again, or its ranges are changed, this must be called; exclusive access proves that no callback runs.
     ///
     /// # Blocking
     /// Never.
@@ -333,7 +336,7 @@ impl<S: ShadowOps> InvalidateSeq<S> {
     /// ```
     pub fn reset(&mut self) {
         let mut window = lock(&self.window);
-        window.active = 0;
+        (window.active, window.released) = (0, false);
         self.in_progress.store(0, Ordering::Relaxed);
         self.advance();
     }
@@ -403,9 +406,11 @@ impl<S: ShadowOps> Notifier for InvalidateSeq<S> {
     fn release(&self, mm: &Mm) {
         {
             // Never left: what is looked up from now on is about to be freed.
-            let _window = lock(&self.window);
+            let mut window = lock(&self.window);
             self.enter(VaRange::ALL);
+            window.released = true;
         }
+        self.idle.notify_all();
         let event = Event::Release(Exit(()));
         let range = InvalidateRange { mm, range: VaRange::ALL, event, blocking: Blocking::Allowed };
         let _order = self.order.acquire();
@@ -435,7 +440,7 @@ impl<S: ShadowOps> Notifier for InvalidateSeq<S> {
     fn invalidate_range_end(&self, range: &InvalidateRange<'_>) {
         let mut window = lock(&self.window);
         window.active = window.active.checked_sub(1).expect("an end comes after its start");
-        if window.watched.meets(range.range) && !mutant("zap_uncounted") {
+        if !window.released && window.watched.meets(range.range) && !mutant("zap_uncounted") {
             self.leave();
         }
         let wake = window.active == 0 && window.waiters != 0;
