@@ -1,0 +1,44 @@
+//! The tree of intervals beside a plain list: inserts, removals and searches, chosen by the fuzzer's bytes.
+#![no_main]
+
+#[path = "../../crates/mmu-notifier/src/interval/tree.rs"]
+mod tree;
+
+use libfuzzer_sys::fuzz_target;
+use mmu_notifier::{Va, VaRange};
+use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
+use std::ptr::NonNull;
+use tree::{Spares, Tree};
+
+fn pages(first: u8, count: u8) -> VaRange {
+    VaRange::covering(Va::new(u64::from(first) << 12), (u64::from(count) + 1) << 12).expect("it is short")
+}
+
+fuzz_target!(|steps: Vec<(u8, u8, u8)>| {
+    let (mut tree, mut list) = (Tree::<u8>::new(), BTreeMap::new());
+    for (number, first, count) in steps {
+        // A place that is never looked at.
+        let interval = NonNull::<u8>::without_provenance(NonZeroUsize::MIN.saturating_add(usize::from(number)));
+        if let Some(range) = list.remove(&interval) {
+            tree.remove(range, interval);
+            tree.spares.move_to(&mut Spares::new(), 0);
+        } else {
+            let range = pages(first, count);
+            let need = tree.need(range, interval);
+            assert!(need <= tree.need_each());
+            Spares::allocate(need).move_to(&mut tree.spares, 0);
+            tree.insert(range, interval);
+            assert_eq!(tree.spares.len(), 0, "it takes what it asked for");
+            list.insert(interval, range);
+        }
+        let query = pages(count, first % 8);
+        let mut expected: Vec<_> = list.iter().filter(|(_, range)| range.overlaps(query)).collect();
+        expected.sort_by_key(|(interval, range)| (range.start(), **interval));
+        let mut found = Vec::new();
+        let root = tree.root();
+        root.map(|root| root.visit(query, &mut |interval| { found.push(interval); true }));
+        assert!(found.iter().eq(expected.iter().map(|(interval, _)| *interval)));
+        assert_eq!(root.is_some_and(|root| root.meets(query)), !found.is_empty());
+    }
+});
