@@ -105,7 +105,7 @@ struct Bare {
 
 impl Bare {
     #[inline(never)]
-    fn call(list: Option<&Self>, of: fn(&Self) -> fn(&VaRange), range: &VaRange) {
+    fn call(list: Option<&Self>, of: impl Fn(&Self) -> fn(&VaRange), range: &VaRange) {
         let mut at = list;
         while let Some(one) = at {
             at = one.next.as_deref();

@@ -9,7 +9,7 @@ pub use lock::MmapWriteGuard;
 
 use crate::interval::Intervals;
 use crate::secondary::Sealed;
-use crate::subscriptions::{Epoch, Section, Subscriptions};
+use crate::subscriptions::Subscriptions;
 use crate::sync::atomic::{AtomicUsize, Ordering};
 use crate::sync::forks;
 use crate::sync::{Arc, mutant};
@@ -136,7 +136,7 @@ impl Mm {
     #[must_use]
     #[doc(alias = "mm_has_notifiers")]
     pub fn has_notifiers(&self) -> bool {
-        !self.is_inherited() && self.is_watched()
+        !self.is_inherited() && (!self.0.subscriptions.is_empty() || self.0.intervals.is_enabled())
     }
 
     /// Returns how many callbacks of this address space's subscribers, their drops included, have panicked.
@@ -228,8 +228,7 @@ impl Mm {
             return;
         }
         let _inside = context::Inside::enter(self);
-        let guard = self.0.subscriptions.srcu().read_lock();
-        self.0.subscriptions.for_each(Section::of(&guard), Epoch::ALL, self, f);
+        self.0.subscriptions.read().for_each(self, f);
     }
 
     /// Runs the deferred frees of this address space: models have no reclaimer thread.
@@ -262,7 +261,8 @@ impl Mm {
         self.0.subscriptions.srcu().read_lock_held() || context::is_freeing() || self.is_inherited()
     }
 
-    /// Runs one callback outside a walk; a panic in it is counted, as in one.
+    /// Runs one callback; a panic in it is counted.
+    #[inline]
     pub(crate) fn catching(&self, callback: impl FnOnce()) {
         if let Err(panic) = catch_unwind(AssertUnwindSafe(callback)) {
             self.count_panic(panic);
@@ -270,6 +270,7 @@ impl Mm {
     }
 
     /// Counts a callback's panic. Its message went through the panic hook already.
+    #[cold]
     pub(crate) fn count_panic(&self, payload: Box<dyn Any + Send>) {
         self.0.panics.fetch_add(1, Ordering::Relaxed);
         if let Err(again) = catch_unwind(AssertUnwindSafe(|| drop(payload))) {

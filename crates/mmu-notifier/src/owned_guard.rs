@@ -28,10 +28,6 @@ impl OwnedGuard {
     pub(crate) fn mm(&self) -> &Mm {
         &self.mm
     }
-
-    pub(crate) fn get<'a>(&'a self) -> &'a Guard<'a> {
-        &self.guard
-    }
 }
 
 impl Drop for OwnedGuard {

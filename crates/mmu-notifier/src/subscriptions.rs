@@ -5,18 +5,18 @@
 //! node is freed only after it was unlinked and a grace period passed, and an unlinked node keeps its `next`, so a walker
 //! that stands on it still reaches the rest. The lock is never held over a callback, an allocation or a free.
 //!
-//! # Epochs
-//! A bracket must call `end` on exactly those subscribers it called `start` on, less those put in between. It loads the
-//! epoch once; a subscriber takes part if its stamp is not younger. A registrar links its node first, with the stamp
-//! `epoch + 1`, and then publishes that epoch: whoever reads the new epoch finds the node, whoever read the old one
-//! leaves it out from start to end.
+//! # Who takes part
+//! A bracket must call `end` on exactly those subscribers it called `start` on, less those put in between. Nodes are linked
+//! at the front only, so whatever is reached from the node that was first when the bracket began is what its start walk
+//! reached, or less. Both walks begin at that node: the read section keeps it, even if it is put meanwhile.
 
 mod node;
 
 pub(crate) use node::{NodeRef, NotCounted};
 
+use crate::owned_guard::OwnedGuard;
 use crate::subsystem::Pending;
-use crate::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicPtr, Ordering};
 use crate::sync::{Arc, Mutex, lock, mutant};
 use crate::{InvalidateRange, Mm, Notifier, WouldBlock, context};
 use node::Header;
@@ -31,23 +31,13 @@ use std::ptr;
 #[doc(alias = "mmu_notifier_subscriptions")]
 pub(crate) struct Subscriptions {
     head: AtomicPtr<Header>,
-    epoch: AtomicU64,
     srcu: Srcu,
     lock: Mutex<()>,
 }
 
-/// The subscribers that one bracket calls: those no younger than it.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Epoch(u64);
-
 impl Subscriptions {
     pub(crate) fn new() -> Self {
-        Self {
-            head: AtomicPtr::new(ptr::null_mut()),
-            epoch: AtomicU64::new(0),
-            srcu: Srcu::new(),
-            lock: Mutex::new(()),
-        }
+        Self { head: AtomicPtr::new(ptr::null_mut()), srcu: Srcu::new(), lock: Mutex::new(()) }
     }
 
     #[inline]
@@ -55,12 +45,18 @@ impl Subscriptions {
         &self.srcu
     }
 
-    /// Returns which subscribers a bracket calls that begins now. Its read section is open already.
-    #[inline]
-    pub(crate) fn epoch(&self) -> Epoch {
-        // ORDER(core-publish): partner of the stores in `insert`. Weaker, a bracket could read a new epoch and miss the node
-        // in its start walk, then find it in its end walk.
-        Epoch(self.epoch.load(Ordering::Acquire))
+    /// Opens a read section and finds who is subscribed.
+    #[inline(always)]
+    pub(crate) fn read(&self) -> Reading<Guard<'_>> {
+        let guard = self.srcu.read_lock();
+        Reading { first: self.first(), guard }
+    }
+
+    /// The caller has opened a read section.
+    #[inline(always)]
+    fn first(&self) -> *const Header {
+        // ORDER(core-publish): partner of the store in `insert`.
+        self.head.load(Ordering::Acquire)
     }
 
     /// Links a new node at the front, for brackets that begin from now on. A grace period later no older bracket is left.
@@ -70,22 +66,15 @@ impl Subscriptions {
         // SAFETY: A reference needs a live node: `node` counts it.
         let node = unsafe { header.as_ref() };
         let first = self.head.load(Ordering::Relaxed);
-        let stamp = self.epoch.load(Ordering::Relaxed) + 1;
-        node.stamp.store(stamp, Ordering::Relaxed);
         node.next.store(first, Ordering::Relaxed);
         node.pprev.store((&raw const self.head).cast_mut(), Ordering::Relaxed);
         // SAFETY: A reference needs a live node: `first` is listed, and nobody delists it while we hold the lock.
         if let Some(first) = unsafe { first.as_ref() } {
             first.pprev.store((&raw const node.next).cast_mut(), Ordering::Relaxed);
         }
-        if mutant("epoch_before_link") {
-            self.epoch.store(stamp, Ordering::Release);
-        }
         // ORDER(core-publish): the node's content before the pointer to it. Partners: the loads of `head` and `next` in the
         // walks. Weaker, a walker could call through a half-made node.
         self.head.store(header.as_ptr(), Ordering::Release);
-        // ORDER(core-publish): the node before its epoch. Partner: the load in `epoch`.
-        self.epoch.store(stamp, Ordering::Release);
     }
 
     /// Unlinks a node if it is listed. It keeps its `next`, for walkers that stand on it.
@@ -178,7 +167,8 @@ impl Subscriptions {
     }
 
     /// Finds the live node of a subsystem and counts it.
-    pub(crate) fn lookup<N: Notifier>(&self, owner: &Arc<Pending>) -> Option<Result<NodeRef<N>, NotCounted>> {
+    #[inline(always)]
+    pub(crate) fn lookup<N: Notifier>(&self, owner: &Arc<Pending>) -> Result<NodeRef<N>, NotCounted> {
         let _guard = self.srcu.read_lock();
         // ORDER(core-publish): partner of the store in `insert`.
         let first = self.head.load(Ordering::Acquire);
@@ -186,81 +176,116 @@ impl Subscriptions {
         // with its own `owner`.
         unsafe { node::lookup(first, owner) }
     }
+}
 
-    /// Calls `f` for each subscriber that takes part in `epoch`, newest first, and goes on after one that panics.
-    #[inline]
-    pub(crate) fn for_each(&self, section: Section<'_>, epoch: Epoch, mm: &Mm, mut f: impl FnMut(&dyn Notifier)) {
-        let mut walk = Walk::new(self, section, epoch);
-        if walk.is_done() {
-            return;
-        }
-        while let Err(panic) = catch_unwind(AssertUnwindSafe(|| {
-            while let Some(node) = walk.next() {
-                f(node.notifier());
-            }
-        })) {
-            mm.count_panic(panic);
-        }
+/// An open read section, and who was subscribed when it was opened.
+///
+/// # Invariants
+/// `first` is null or was reached in the section that `guard` keeps open.
+#[derive(Debug)]
+pub(crate) struct Reading<G> {
+    first: *const Header,
+    guard: G,
+}
+
+impl Reading<OwnedGuard> {
+    /// The same, keeping the address space itself.
+    pub(crate) fn of(mm: Mm) -> Self {
+        let guard = OwnedGuard::new(mm);
+        Self { first: guard.mm().subscriptions().first(), guard }
+    }
+
+    pub(crate) fn mm(&self) -> &Mm {
+        self.guard.mm()
+    }
+}
+
+impl<G> Reading<G> {
+    /// Tells whether nobody was subscribed.
+    #[inline(always)]
+    pub(crate) fn is_empty(&self) -> bool {
+        self.first.is_null()
+    }
+
+    /// Leaves out all who are subscribed.
+    #[inline(always)]
+    pub(crate) fn forget_all(&mut self) {
+        // INVARIANT: Null is allowed.
+        self.first = ptr::null();
+    }
+
+    /// Calls `f` for each subscriber, newest first, and goes on after one that panics.
+    pub(crate) fn for_each(&self, mm: &Mm, mut f: impl FnMut(&dyn Notifier)) {
+        self.walk().each(|node| mm.catching(|| f(node.callbacks())));
     }
 
     /// Calls the non-blockable start of every subscriber; if any refuses, ends those that accepted.
-    pub(crate) fn try_start(
-        &self,
-        section: Section<'_>,
-        epoch: Epoch,
-        range: &InvalidateRange<'_>,
-    ) -> Result<(), WouldBlock> {
-        if try_start_from(&mut Walk::new(self, section, epoch), range, false) { Err(WouldBlock) } else { Ok(()) }
+    pub(crate) fn try_start(&self, range: &InvalidateRange<'_>) -> Result<(), WouldBlock> {
+        if try_start_from(&mut self.walk(), range, false) { Err(WouldBlock) } else { Ok(()) }
     }
-}
 
-impl Epoch {
-    /// Every subscriber, whenever it came.
-    pub(crate) const ALL: Self = Self(u64::MAX);
-}
-
-/// The proof of an open read section, by value: a guard whose address is never taken stays in registers.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Section<'a>(PhantomData<&'a Srcu>);
-
-impl<'a> Section<'a> {
+    /// Stands before the newest subscriber.
     #[inline(always)]
-    pub(crate) fn of(_guard: &'a Guard<'_>) -> Self {
-        Self(PhantomData)
+    pub(crate) fn walk(&self) -> Walk<'_> {
+        Walk { at: self.first, section: PhantomData }
     }
 }
 
-/// A walk in progress: it stands before `at`.
-struct Walk<'a> {
+/// A walk in progress.
+///
+/// # Invariants
+/// `at` is null or was reached in a section that is open for `'a`.
+pub(crate) struct Walk<'a> {
     at: *const Header,
-    epoch: Epoch,
-    _section: Section<'a>,
+    section: PhantomData<&'a Srcu>,
 }
 
 impl<'a> Walk<'a> {
-    #[inline]
-    fn new(list: &Subscriptions, section: Section<'a>, epoch: Epoch) -> Self {
-        // ORDER(core-publish): partner of the store in `insert`.
-        Self { at: list.head.load(Ordering::Acquire), epoch, _section: section }
+    /// Calls the start of every subscriber.
+    #[inline(always)]
+    pub(crate) fn start(self, range: &InvalidateRange<'_>) {
+        self.each(|node| node.callbacks().start(range));
     }
 
-    #[inline]
-    fn is_done(&self) -> bool {
-        self.at.is_null()
-    }
-
-    #[inline]
-    fn next(&mut self) -> Option<&'a Header> {
-        loop {
-            // SAFETY: A reference needs a live node: it was reached in the read section that `_section` proves, which outlives `'a`, so it
-            // cannot be freed yet.
-            let node = unsafe { self.at.as_ref() }?;
-            // ORDER(core-publish): partner of the stores in `insert` and `unlink`.
-            self.at = node.next.load(Ordering::Acquire);
-            if node.stamp.load(Ordering::Relaxed) <= self.epoch.0 {
-                return Some(node);
+    /// The same where callbacks have run since the section was opened, which may have put the first of them.
+    pub(crate) fn start_listed(self, range: &InvalidateRange<'_>) {
+        self.each(|node| {
+            if node.is_listed() {
+                node.callbacks().start(range);
             }
+        });
+    }
+
+    /// Calls the end of every subscriber that was not put meanwhile.
+    #[inline(always)]
+    pub(crate) fn end(self, range: &InvalidateRange<'_>) {
+        self.each(|node| {
+            if node.is_listed() {
+                node.callbacks().end(range);
+            }
+        });
+    }
+
+    #[inline(always)]
+    fn each(mut self, mut f: impl FnMut(&Header)) {
+        while let Some(node) = self.here() {
+            self.pass(node);
+            f(node);
         }
+    }
+
+    #[inline(always)]
+    fn here(&self) -> Option<&'a Header> {
+        // SAFETY: A reference needs a live node: it was reached in a section that is still open (invariant), so it is not freed yet.
+        unsafe { self.at.as_ref() }
+    }
+
+    /// Goes on behind `node`, which is the one that it stands on.
+    #[inline(always)]
+    fn pass(&mut self, node: &'a Header) {
+        // ORDER(core-publish): partner of the stores in `insert` and `unlink`.
+        // INVARIANT: Reached from a node of the same section.
+        self.at = node.next.load(Ordering::Acquire);
     }
 }
 
@@ -271,12 +296,17 @@ fn try_start_from(walk: &mut Walk<'_>, range: &InvalidateRange<'_>, mut refused:
     let mut accepted: [Option<&Header>; AT_ONCE] = [None; AT_ONCE];
     let mut full = true;
     for slot in &mut accepted {
-        let Some(node) = walk.next() else {
+        let Some(node) = walk.here() else {
             full = false;
             break;
         };
+        walk.pass(node);
+        if !node.is_listed() {
+            // An interval's callback has put it.
+            continue;
+        }
         // A start that panicked may have done its work: it counts as accepted, so that its end comes.
-        match catch_unwind(AssertUnwindSafe(|| node.notifier().try_invalidate_range_start(range))) {
+        match catch_unwind(AssertUnwindSafe(|| node.callbacks().try_invalidate_range_start(range))) {
             Ok(Err(WouldBlock)) => refused = true,
             Ok(Ok(())) => *slot = Some(node),
             Err(panic) => {
@@ -291,7 +321,7 @@ fn try_start_from(walk: &mut Walk<'_>, range: &InvalidateRange<'_>, mut refused:
     if refused {
         // One that was put since its start gets no end, as everywhere.
         for node in accepted.into_iter().flatten().filter(|node| node.is_listed()) {
-            range.mm.catching(|| node.notifier().invalidate_range_end(range));
+            node.callbacks().end(range);
         }
     }
     refused

@@ -88,9 +88,16 @@ where
     #[doc(alias = "mmu_notifier_get")]
     #[cfg_attr(debug_assertions, track_caller)]
     pub fn get(&self, mm: &MmWithUser) -> Result<Subscription<N>, GetError<E>> {
-        if let Some(found) = self.find(mm) {
-            return found;
+        match self.find(mm) {
+            Some(found) => found,
+            None => self.get_slowly(mm),
         }
+    }
+
+    /// Out of line: it has room for a notifier on its stack, on lines of its own, and `get` needs no stack.
+    #[cold]
+    #[cfg_attr(debug_assertions, track_caller)]
+    fn get_slowly(&self, mm: &MmWithUser) -> Result<Subscription<N>, GetError<E>> {
         let mut locked = mm.mmap_write_lock().map_err(|WouldDeadlock| GetError::WouldDeadlock)?;
         self.get_locked(&mut locked)
     }
@@ -199,19 +206,24 @@ where
         Ok(())
     }
 
+    /// Finds nothing where `mm` is the parent's of this process: its notifiers have the parent's `Pending` for their key.
+    #[inline(always)]
     fn find(&self, mm: &MmWithUser) -> Option<Result<Subscription<N>, GetError<E>>> {
-        if mm.is_inherited() {
-            return None;
+        match mm.subscriptions().lookup(self.pending()) {
+            Ok(node) => Some(Ok(Subscription::new(node))),
+            Err(NotCounted::Overflow) => Some(Err(GetError::Overflow)),
+            Err(NotCounted::Gone) => None,
         }
-        Some(match mm.subscriptions().lookup(self.pending())? {
-            Ok(node) => Ok(Subscription::new(node)),
-            Err(NotCounted::Overflow) => Err(GetError::Overflow),
-            Err(NotCounted::Gone) => return None,
-        })
     }
 
     /// Returns what belongs to this process, and makes it at first use: in the child of a fork that is not what the parent has.
+    #[inline]
     fn pending(&self) -> &Arc<Pending> {
+        self.pending.get().filter(|pending| pending.forks == forks()).unwrap_or_else(|| self.pending_slowly())
+    }
+
+    #[cold]
+    fn pending_slowly(&self) -> &Arc<Pending> {
         let mut place = &self.pending;
         loop {
             let pending = place.get_or_init(|| Box::new(Arc::new(Pending::new(self.users_max))));

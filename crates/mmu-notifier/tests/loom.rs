@@ -214,7 +214,7 @@ fn registrar_racing(bracket: fn(&Mm, &AtomicUsize)) {
     model(move || {
         let (mm, seen) = (Arc::new(MmWithUser::new()), Arc::new(Seen::default()));
         let subsystem = canaries(&seen);
-        // Somebody else is there: a bracket that finds nobody owes no end, and would hide an epoch that comes too early.
+        // Somebody else is there: a bracket that finds nobody owes no end, and would hide one too many.
         let Ok(other) = Registration::new(&mm, Canary::new(&Arc::new(Seen::default()))) else {
             panic!("it was made outside")
         };
@@ -491,7 +491,7 @@ const MUTANTS: &[(&str, &str, &str)] = &[
     ("exit_peeks_relaxed", "s_48_s_50_unregister_racing_exit", "delisted, and nobody has released it"),
     ("delist_before_release", "s_48_s_50_unregister_racing_exit", "delisted, and nobody has released it"),
     ("register_waits_not", "s_66_s_69_a_registrar_racing_a_bracket", "a stale entry that nobody will invalidate"),
-    ("epoch_before_link", "s_66_s_69_a_registrar_racing_a_bracket", "ends without starts"),
+    ("ends_whom_it_finds", "s_66_s_69_a_registrar_racing_a_bracket", "ends without starts"),
     (
         "get_trusts_the_unready",
         "s_66_a_second_getter_racing_a_bracket",

@@ -4,7 +4,8 @@ use super::Mm;
 use crate::context::Inside;
 use crate::interval::Window;
 use crate::owned_guard::OwnedGuard;
-use crate::subscriptions::{Epoch, Section};
+use crate::subscriptions::{Reading, Walk};
+use crate::sync::mutant;
 use crate::{Blocking, Event, InvalidateRange, VaRange, WouldBlock};
 use srcu::Guard;
 
@@ -35,12 +36,15 @@ impl Mm {
     #[inline(always)]
     pub fn invalidate(&self, range: VaRange, event: Event) -> Bracket<'_> {
         let inside = Inside::enter(self);
-        let guard = self.subscriptions().srcu().read_lock();
-        let epoch = self.subscriptions().epoch();
+        let reading = self.subscriptions().read();
         let blocking = Blocking::Allowed;
-        let mut bracket = Bracket { mm: self, range, event, blocking, epoch, window: None, guard, _inside: inside };
-        if self.is_watched() {
-            bracket.window = start_each(&bracket.range_for_all(), Section::of(&bracket.guard), epoch);
+        let mut bracket = Bracket { mm: self, range, event, blocking, window: None, reading, _inside: inside };
+        if !bracket.reading.is_empty() || self.intervals().is_enabled() {
+            if self.is_inherited() {
+                bracket.reading.forget_all();
+            } else {
+                bracket.window = start_each(&bracket.range_for_all(), &bracket.reading);
+            }
         }
         bracket
     }
@@ -64,11 +68,10 @@ impl Mm {
     #[must_use = "the bracket ends when the guard is dropped"]
     pub fn invalidate_owned(&self, range: VaRange, event: Event) -> OwnedBracket {
         let inside = Inside::enter(self);
-        let guard = OwnedGuard::new(self.clone());
-        let epoch = self.subscriptions().epoch();
-        let mut bracket = OwnedBracket { guard, range, event, epoch, window: None, _inside: inside };
-        if self.is_watched() {
-            bracket.window = start_each(&bracket.range(), Section::of(bracket.guard.get()), epoch);
+        let reading = Reading::of(self.clone());
+        let mut bracket = OwnedBracket { range, event, window: None, reading, _inside: inside };
+        if !self.is_inherited() {
+            bracket.window = start_each(&bracket.range(), &bracket.reading);
         }
         bracket
     }
@@ -97,19 +100,18 @@ impl Mm {
     #[doc(alias = "mmu_notifier_invalidate_range_start_nonblock")]
     pub fn try_invalidate(&self, range: VaRange, event: Event) -> Result<Bracket<'_>, WouldBlock> {
         let inside = Inside::enter(self);
-        let guard = self.subscriptions().srcu().read_lock();
-        let epoch = self.subscriptions().epoch();
+        let reading = self.subscriptions().read();
         let blocking = Blocking::Forbidden;
         let each = InvalidateRange { mm: self, range, event, blocking };
         if self.is_inherited() {
-            return Ok(Bracket { mm: self, range, event, blocking, epoch, window: None, guard, _inside: inside });
+            return Ok(Bracket { mm: self, range, event, blocking, window: None, reading, _inside: inside });
         }
         let window = if self.intervals().is_enabled() { Some(self.intervals().start(&each)?) } else { None };
-        if let Err(refused) = self.subscriptions().try_start(Section::of(&guard), epoch, &each) {
+        if let Err(refused) = reading.try_start(&each) {
             window.into_iter().for_each(|window| self.intervals().end(window));
             return Err(refused);
         }
-        Ok(Bracket { mm: self, range, event, blocking, epoch, window, guard, _inside: inside })
+        Ok(Bracket { mm: self, range, event, blocking, window, reading, _inside: inside })
     }
 
     /// Runs `change` inside a bracket: subscribers hear the start before it and the end after it, also if it panics.
@@ -132,43 +134,50 @@ impl Mm {
     }
 }
 
-impl Mm {
-    /// Tells whether a bracket that begins now has anybody to call.
-    #[inline]
-    pub(super) fn is_watched(&self) -> bool {
-        !self.subscriptions().is_empty() || self.intervals().is_enabled()
+/// Calls the intervals and then the subscribers; returns the window that is owed its end.
+#[inline(always)]
+fn start_each<G>(range: &InvalidateRange<'_>, reading: &Reading<G>) -> Option<Window> {
+    if range.mm.intervals().is_enabled() {
+        return start_with_intervals(range, reading.walk());
     }
+    reading.walk().start(range);
+    None
 }
 
-/// Calls the intervals and then the subscribers; returns the window that is owed its end.
+/// Closes the window and calls the subscribers that were there at the start.
 ///
-/// The range comes by reference: copied word by word and then read in wider pieces, it would stall twice a bracket.
+/// Out of line, or the drop of a bracket would be too large to be inlined, and the bracket in memory for it. Generic, and so
+/// compiled into the crate that drops it: a call from there into this one goes through a pointer.
+#[inline(never)]
+#[expect(clippy::extra_unused_type_parameters, reason = "it is there to be generic")]
 #[expect(
     improper_ctypes_definitions,
     reason = "the C ABI is wanted for one thing only: it tells the optimiser that nothing unwinds"
 )]
-extern "C" fn start_each(range: &InvalidateRange<'_>, section: Section<'_>, epoch: Epoch) -> Option<Window> {
-    let mm = range.mm;
-    if mm.is_inherited() {
-        return None;
-    }
-    // Nobody can refuse where sleeping is allowed.
-    let window = if mm.intervals().is_enabled() { mm.intervals().start(range).ok() } else { None };
-    mm.subscriptions().for_each(section, epoch, mm, |notifier| notifier.invalidate_range_start(range));
-    window
-}
-
-/// Closes the window and calls the subscribers that were there at the start: the epoch tells.
-#[expect(improper_ctypes_definitions, reason = "as for `start_each`")]
-extern "C" fn end_each(range: &InvalidateRange<'_>, section: Section<'_>, epoch: Epoch, window: Option<Window>) {
-    let mm = range.mm;
-    if mm.is_inherited() {
+extern "C" fn end_each<G>(range: &InvalidateRange<'_>, subscribers: Walk<'_>, window: Option<Window>) {
+    if range.mm.is_inherited() {
         return;
     }
     if let Some(window) = window {
-        mm.intervals().end(window);
+        close(range.mm, window);
     }
-    mm.subscriptions().for_each(section, epoch, mm, |notifier| notifier.invalidate_range_end(range));
+    subscribers.end(range);
+}
+
+#[cold]
+#[expect(improper_ctypes_definitions, reason = "as for `end_each`")]
+extern "C" fn close(mm: &Mm, window: Window) {
+    mm.intervals().end(window);
+}
+
+/// Out of line, for what is inlined into every caller of `invalidate` must be small.
+#[cold]
+#[expect(improper_ctypes_definitions, reason = "as for `end_each`")]
+extern "C" fn start_with_intervals(range: &InvalidateRange<'_>, subscribers: Walk<'_>) -> Option<Window> {
+    // Nobody can refuse where sleeping is allowed.
+    let window = range.mm.intervals().start(range).ok();
+    subscribers.start_listed(range);
+    window
 }
 
 /// An invalidation in progress. Dropping it tells the subscribers that the change is over.
@@ -197,9 +206,8 @@ pub struct Bracket<'a> {
     range: VaRange,
     event: Event,
     blocking: Blocking,
-    epoch: Epoch,
     window: Option<Window>,
-    guard: Guard<'a>,
+    reading: Reading<Guard<'a>>,
     _inside: Inside,
 }
 
@@ -232,8 +240,10 @@ impl<'a> Bracket<'a> {
 impl Drop for Bracket<'_> {
     #[inline(always)]
     fn drop(&mut self) {
-        if self.window.is_some() || !self.mm.subscriptions().is_empty() {
-            end_each(&self.range_for_all(), Section::of(&self.guard), self.epoch, self.window);
+        if self.window.is_some() || !self.reading.is_empty() {
+            let found = mutant("ends_whom_it_finds").then(|| self.mm.subscriptions().read());
+            let subscribers = found.as_ref().unwrap_or(&self.reading).walk();
+            end_each::<Guard<'_>>(&self.range_for_all(), subscribers, self.window);
         }
     }
 }
@@ -242,11 +252,10 @@ impl Drop for Bracket<'_> {
 #[must_use = "the bracket ends when the guard is dropped"]
 #[derive(Debug)]
 pub struct OwnedBracket {
-    guard: OwnedGuard,
     range: VaRange,
     event: Event,
-    epoch: Epoch,
     window: Option<Window>,
+    reading: Reading<OwnedGuard>,
     _inside: Inside,
 }
 
@@ -254,12 +263,12 @@ impl OwnedBracket {
     /// Returns what the subscribers see.
     #[must_use]
     pub fn range(&self) -> InvalidateRange<'_> {
-        InvalidateRange { mm: self.guard.mm(), range: self.range, event: self.event, blocking: Blocking::Allowed }
+        InvalidateRange { mm: self.reading.mm(), range: self.range, event: self.event, blocking: Blocking::Allowed }
     }
 }
 
 impl Drop for OwnedBracket {
     fn drop(&mut self) {
-        end_each(&self.range(), Section::of(self.guard.get()), self.epoch, self.window);
+        end_each::<OwnedGuard>(&self.range(), self.reading.walk(), self.window);
     }
 }

@@ -1,7 +1,6 @@
 //! The end of an address space.
 
 use super::Mm;
-use crate::subscriptions::{Epoch, Section};
 use crate::{Blocking, Event, Exit, InvalidateRange, VaRange, context, lockdep};
 
 /// Tells every interval, then calls `release` of every subscriber, delists them all, and waits until no callback runs in any of them.
@@ -32,8 +31,8 @@ pub(super) fn release(mm: &Mm) {
     }
     {
         let _inside = context::Inside::enter(mm);
-        let guard = list.srcu().read_lock();
-        list.for_each(Section::of(&guard), Epoch::ALL, mm, |notifier| notifier.release(mm));
+        let reading = list.read();
+        reading.for_each(mm, |notifier| notifier.release(mm));
         list.delist_all();
     }
     if !mm.would_deadlock() {

@@ -10,9 +10,9 @@
 
 use crate::context;
 use crate::subsystem::Pending;
-use crate::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, Ordering};
 use crate::sync::{Arc, mutant};
-use crate::{Mm, Notifier};
+use crate::{InvalidateRange, Mm, Notifier};
 use std::cell::UnsafeCell;
 use std::marker::PhantomData;
 use std::mem::ManuallyDrop;
@@ -29,10 +29,7 @@ pub(super) struct Header {
     pub(super) next: AtomicPtr<Header>,
     /// The link that points here, null when not listed. Changed under the list's lock only.
     pub(super) pprev: AtomicPtr<AtomicPtr<Header>>,
-    notifier: NonNull<dyn Notifier>,
-    /// The epoch from which brackets call this subscriber.
-    pub(super) stamp: AtomicU64,
-    /// Whether every bracket older than `stamp` has ended.
+    /// Whether every bracket that does not call it has ended.
     live: AtomicBool,
     /// Which count of `owner` holds the queued free.
     bank: AtomicU8,
@@ -40,10 +37,13 @@ pub(super) struct Header {
     /// The subsystem, which is the key; none for a `Registration`.
     owner: Option<Arc<Pending>>,
     mm: Mm,
+    /// Behind the first cache line, which is all that get and put touch, with the value, which is what it calls.
+    notifier: NonNull<dyn Callbacks>,
 }
 
 impl Header {
-    pub(super) fn notifier(&self) -> &dyn Notifier {
+    #[inline(always)]
+    pub(super) fn callbacks(&self) -> &dyn Callbacks {
         // SAFETY: The pointee must be alive and not mutably borrowed. It is the `value` of the node that `self` is part of
         // (invariant), so it lives as long as `self` does, and nobody makes a `&mut` to it before the node is freed.
         unsafe { self.notifier.as_ref() }
@@ -53,8 +53,30 @@ impl Header {
         self.mm.is_inherited()
     }
 
+    fn users_max(&self) -> u32 {
+        self.owner.as_ref().map_or(u32::MAX, |owner| owner.users_max)
+    }
+
+    #[inline(always)]
     pub(super) fn is_listed(&self) -> bool {
         !self.pprev.load(Ordering::Relaxed).is_null()
+    }
+}
+
+/// A notifier as brackets call it: its panics are caught in here. So a walk is made of calls that do not unwind, and the
+/// bracket around it stays in registers.
+pub(super) trait Callbacks: Notifier {
+    extern "C" fn start(&self, range: &InvalidateRange<'_>);
+    extern "C" fn end(&self, range: &InvalidateRange<'_>);
+}
+
+impl<N: Notifier> Callbacks for N {
+    extern "C" fn start(&self, range: &InvalidateRange<'_>) {
+        range.mm.catching(|| self.invalidate_range_start(range));
+    }
+
+    extern "C" fn end(&self, range: &InvalidateRange<'_>) {
+        range.mm.catching(|| self.invalidate_range_end(range));
     }
 }
 
@@ -78,10 +100,10 @@ unsafe impl<N: Notifier> Send for NodeRef<N> {}
 // SAFETY: As for `Send`: everything reachable through `&NodeRef` is `Sync`.
 unsafe impl<N: Notifier> Sync for NodeRef<N> {}
 
-/// Why no reference to a listed node could be had.
+/// Why no reference to a node could be had.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum NotCounted {
-    /// It was put for the last time.
+    /// There is none, or it was put for the last time.
     Gone,
     /// Its count is at the maximum.
     Overflow,
@@ -95,19 +117,18 @@ impl<N: Notifier> NodeRef<N> {
                 rcu: UnsafeCell::new(srcu::Head::new()),
                 next: AtomicPtr::new(ptr::null_mut()),
                 pprev: AtomicPtr::new(ptr::null_mut()),
-                notifier: NonNull::<N>::dangling(),
-                stamp: AtomicU64::new(u64::MAX),
                 live: AtomicBool::new(false),
                 bank: AtomicU8::new(0),
                 users: AtomicU32::new(1),
                 owner,
                 mm,
+                notifier: NonNull::<N>::dangling(),
             },
             value,
         })));
         // SAFETY: The place must be within a live allocation: it is a field of the box leaked above. No reference is made.
         let value = unsafe { &raw mut (*node.as_ptr()).value };
-        let notifier: *mut dyn Notifier = value;
+        let notifier: *mut dyn Callbacks = value;
         let notifier = NonNull::new(notifier).expect("the address of a field is not null");
         // SAFETY: Writing needs a live place that nobody else uses: `node` is not shared yet.
         unsafe { (*node.as_ptr()).header.notifier = notifier };
@@ -145,17 +166,17 @@ impl<N: Notifier> NodeRef<N> {
 
     pub(crate) fn try_clone(&self) -> Result<Self, NotCounted> {
         // SAFETY: The node must be alive: counted. It is an `N`, as `self` is.
-        unsafe { Self::from_header(self.header()) }
+        unsafe { Self::from_header(self.header(), self.as_header().users_max()) }
     }
 
     /// Takes one more reference, unless the last one is gone or the count is full.
     ///
     /// # Safety
     /// `node` must be the header of a live `Node<N>`, by the pointer that `new` made: it may become the one to free it by.
-    unsafe fn from_header(node: NonNull<Header>) -> Result<Self, NotCounted> {
+    #[inline(always)]
+    unsafe fn from_header(node: NonNull<Header>, max: u32) -> Result<Self, NotCounted> {
         // SAFETY: The node must be alive: the caller's duty.
         let header = unsafe { node.as_ref() };
-        let max = header.owner.as_ref().map_or(u32::MAX, |owner| owner.users_max);
         let mut users = header.users.load(Ordering::Relaxed);
         loop {
             match users {
@@ -174,33 +195,6 @@ impl<N: Notifier> NodeRef<N> {
         }
     }
 
-    /// Delists the node and queues its free. The caller is the last user.
-    fn retire(&self) {
-        // ORDER(core-put): What earlier putters did is behind us, by the subtraction; the queue hands it on to the free.
-        let header = self.as_header();
-        if header.is_inherited() {
-            // The value is the parent's to free.
-            return;
-        }
-        // Queueing a head twice may do anything, also never end; where a mutant can do that, it is caught here.
-        assert!(!mutant("get_revives") || header.live.swap(false, Ordering::Relaxed), "retired twice");
-        if let Some(owner) = &header.owner {
-            header.bank.store(owner.queued(), Ordering::Relaxed);
-        }
-        let list = header.mm.subscriptions();
-        list.delist(header);
-        let head: NonNull<srcu::Head> = self.node.cast();
-        if mutant("free_at_once") {
-            // SAFETY: None; this is what the models must catch.
-            return unsafe { free::<N>(head) };
-        }
-        // The free drops the node's handle of the address space, which may be the last and take the domain with it, while
-        // this still runs; a handle of our own would have to be dropped here, and that could wait.
-        // SAFETY: `head` must stay valid and be queued only once until `free` runs, and `free` must be right for it: the node
-        // lives until then (deferred) and this is its last user, `Head` is the node's first field, and the node is an `N`.
-        unsafe { list.srcu().call_raw_dropping(head, free::<N>) };
-    }
-
     /// Takes the value out of a node that was delisted before a grace period which has ended.
     ///
     /// # Safety
@@ -215,12 +209,14 @@ impl<N: Notifier> NodeRef<N> {
 
 /// Gives the reference back; the last one delists the node and queues its free. Never blocks, never allocates.
 impl<N: Notifier> Drop for NodeRef<N> {
+    #[inline]
     fn drop(&mut self) {
         // ORDER(core-put): AcqRel: every use of the node by whoever put earlier, before the free by whoever puts last. Partner:
         // itself. Weaker, the free could overtake another putter's last access.
         let order = if mutant("put_relaxed") { Ordering::Relaxed } else { Ordering::AcqRel };
         if self.as_header().users.fetch_sub(1, order) == 1 {
-            self.retire();
+            // SAFETY: The node is alive until it is freed, this was its last user, and `free` is for the `N` that it is.
+            unsafe { retire(self.header(), free::<N>) };
         }
     }
 }
@@ -229,10 +225,11 @@ impl<N: Notifier> Drop for NodeRef<N> {
 ///
 /// # Safety
 /// `header` must be null or a node reached in a read section that is still open, and `owner` that of a `Subsystem<N>`.
+#[inline(always)]
 pub(super) unsafe fn lookup<N: Notifier>(
     mut header: *mut Header,
     owner: &Arc<Pending>,
-) -> Option<Result<NodeRef<N>, NotCounted>> {
+) -> Result<NodeRef<N>, NotCounted> {
     while let Some(pointer) = NonNull::new(header) {
         // SAFETY: A reference needs a live node: reached in an open read section (the caller's duty), so deferred.
         let node = unsafe { pointer.as_ref() };
@@ -241,15 +238,48 @@ pub(super) unsafe fn lookup<N: Notifier>(
             && (node.live.load(Ordering::Acquire) || mutant("get_trusts_the_unready"));
         if ours {
             // SAFETY: It must be a `Node<N>`: only `Subsystem<N>` makes nodes with its own `owner`.
-            match unsafe { NodeRef::from_header(pointer) } {
+            match unsafe { NodeRef::from_header(pointer, owner.users_max) } {
                 Err(NotCounted::Gone) => {}
-                found => return Some(found),
+                found => return found,
             }
         }
         // ORDER(core-publish): partner of the stores in `insert`.
         header = node.next.load(Ordering::Acquire);
     }
-    None
+    Err(NotCounted::Gone)
+}
+
+/// Delists a node and queues its free.
+///
+/// # Safety
+/// `node` must be alive, its last user gone, and `free` right for its type.
+#[cold]
+unsafe fn retire(node: NonNull<Header>, free: unsafe fn(NonNull<srcu::Head>)) {
+    // ORDER(core-put): What earlier putters did is behind us, by the subtraction; the queue hands it on to the free.
+    // SAFETY: A reference needs a live node: the caller's duty, and nobody queues the free but this.
+    let header = unsafe { node.as_ref() };
+    if header.is_inherited() {
+        // The value is the parent's to free.
+        return;
+    }
+    // Queueing a head twice may do anything, also never end; where a mutant can do that, it is caught here.
+    assert!(!mutant("get_revives") || header.live.swap(false, Ordering::Relaxed), "retired twice");
+    if let Some(owner) = &header.owner {
+        header.bank.store(owner.queued(), Ordering::Relaxed);
+    }
+    let list = header.mm.subscriptions();
+    list.delist(header);
+    let head: NonNull<srcu::Head> = node.cast();
+    if mutant("free_at_once") {
+        // SAFETY: None; this is what the models must catch.
+        return unsafe { free(head) };
+    }
+    // The free drops the node's handle of the address space, which may be the last and take the domain with it, while
+    // this still runs; a handle of our own would have to be dropped here, and that could wait.
+    // SAFETY: `head` must stay valid and be queued only once until `free` runs, and `free` must be right for it: the node
+    // lives until then (deferred) and its last user is gone, `Head` is the node's first field, and `free` is for its type (the
+    // caller's duties).
+    unsafe { list.srcu().call_raw_dropping(head, free) };
 }
 
 /// Frees a node: its value, then its reference to the address space, and only then tells the subsystem.

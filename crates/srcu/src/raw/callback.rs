@@ -94,6 +94,7 @@ impl Srcu {
     /// ```
     #[doc(alias = "call_srcu")]
     pub unsafe fn call_raw(&self, head: NonNull<Head>, f: unsafe fn(NonNull<Head>)) {
+        debug_assert_not_queued(head);
         let state = self.state();
         // SAFETY: `push` wants what the caller promised to us.
         if unsafe { push(state, head, f) } {
@@ -104,16 +105,23 @@ impl Srcu {
 
     /// The same as [`call_raw`](Self::call_raw), where `f` may drop the domain itself, which it can do before this returns.
     ///
-    /// Two atomic read-modify-writes dearer. Never blocks, and never allocates once the domain is prepared.
+    /// Two atomic read-modify-writes dearer if nothing is queued yet. Never blocks, and never allocates once the domain is
+    /// prepared.
     ///
     /// # Safety
     /// As [`call_raw`](Self::call_raw). The domain may be gone when this returns.
     pub unsafe fn call_raw_dropping(&self, head: NonNull<Head>, f: unsafe fn(NonNull<Head>)) {
+        debug_assert_not_queued(head);
         let state = NonNull::from(self.state());
-        // SAFETY: The domain is borrowed and keeps its state up to here; from `retain` on, our own count does.
+        // SAFETY: The domain is borrowed and keeps its state until the push; from `retain` on, our own count does.
         let alive = unsafe { state.as_ref() };
+        // SAFETY: `push_behind` wants what the caller promised to us.
+        if unsafe { push_behind(alive, head, f) } {
+            // Whoever found the queue empty schedules the domain, which may be gone already.
+            return;
+        }
         alive.retain();
-        // SAFETY: `push` wants what the caller promised to us.
+        // SAFETY: `push` wants what the caller promised to us, and `push_behind` has not queued it.
         if unsafe { push(alive, head, f) } {
             reclaimer::schedule(alive);
             reclaimer::start_unless_forked();
@@ -123,32 +131,60 @@ impl Srcu {
     }
 }
 
+/// For callers of `call_raw` that break their promise.
+fn debug_assert_not_queued(head: NonNull<Head>) {
+    // SAFETY: The head must be valid: their promise.
+    let idle = unsafe { head.as_ref() }.function.get().is_none();
+    debug_assert!(idle, "a callback's head was queued again before its function was called");
+}
+
 /// Queues a head; says whether the queue was empty, in which case the caller must `schedule` the domain.
 ///
 /// # Safety
 /// As for [`Srcu::call_raw`].
 unsafe fn push(state: &State, head: NonNull<Head>, function: Function) -> bool {
-    {
-        // SAFETY: The head must be valid and not in use: the caller's promise. The reference ends before the push.
-        let head = unsafe { head.as_ref() };
-        debug_assert!(
-            head.function.get().is_none(),
-            "a callback's head was queued again before its function was called"
-        );
-        head.function.set(Some(function));
-    }
+    // SAFETY: The caller's promise is passed on.
+    unsafe { push_if(state, head, function, |_| true) }.is_some_and(|newest| newest.is_null())
+}
+
+/// Queues a head if the queue is not empty; says whether it did. Then the state is not used behind the push.
+///
+/// # Safety
+/// As for [`Srcu::call_raw`], if it returns true.
+unsafe fn push_behind(state: &State, head: NonNull<Head>, function: Function) -> bool {
+    // SAFETY: The caller's promise is passed on.
+    unsafe { push_if(state, head, function, |newest| !newest.is_null()) }.is_some()
+}
+
+/// Queues a head behind the newest if `may` says so, and returns that one, perhaps null.
+///
+/// # Safety
+/// As for [`Srcu::call_raw`].
+#[inline(always)]
+unsafe fn push_if(
+    state: &State,
+    head: NonNull<Head>,
+    function: Function,
+    may: impl Fn(*mut Head) -> bool,
+) -> Option<*mut Head> {
     let queue = &state.pending.queue;
     let mut newest = queue.load(Ordering::Relaxed);
-    loop {
-        // SAFETY: As above: until the push succeeds the head is ours.
-        unsafe { head.as_ref() }.next.set(NonNull::new(newest));
+    while may(newest) {
+        {
+            // SAFETY: The head must be valid and not in use: the caller's promise, until the push succeeds. The reference ends
+            // before it.
+            let head = unsafe { head.as_ref() };
+            head.function.set(Some(function));
+            head.next.set(NonNull::new(newest));
+        }
         // ORDER(srcu-queue): Release for the head and for all that happened before the call. Partner: the Acquire in
         // `Batch::fill`. Model: loom `a_barrier_waits_for_the_calls_of_both_threads`.
         match queue.compare_exchange_weak(newest, head.as_ptr(), Ordering::Release, Ordering::Relaxed) {
-            Ok(_) => return newest.is_null(),
+            Ok(_) => return Some(newest),
             Err(newer) => newest = newer,
         }
     }
+    None
 }
 
 #[repr(C)]
