@@ -3,7 +3,7 @@
 use crate::subscription::Subscription;
 use crate::subscriptions::{NodeRef, NotCounted};
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use crate::sync::{Arc, Condvar, Mutex, forks, lock};
+use crate::sync::{Arc, Condvar, Mutex, forks, lock, mutant};
 use crate::{GetError, MmWithUser, MmapWriteGuard, Notifier, WouldDeadlock, context, lockdep, registration};
 use once_cell::race::OnceBox;
 use std::convert::Infallible;
@@ -294,8 +294,9 @@ impl Pending {
         }
         // ORDER(core-freed): the free before the count. Partner: the load in `wait_for`. Weaker, `synchronize` could return
         // before the effects of the free are visible.
+        let order = if mutant("freed_relaxed") { Ordering::Relaxed } else { Ordering::Release };
         let bank = usize::from(bank);
-        if count(self.banks.fetch_sub(one(bank), Ordering::Release), bank) == 1 {
+        if count(self.banks.fetch_sub(one(bank), order), bank) == 1 {
             // Under the lock, so that it cannot fall between a waiter's check and its sleep.
             let _lock = lock(&self.emptied.0);
             self.emptied.1.notify_all();
@@ -305,7 +306,9 @@ impl Pending {
     fn synchronize(&self) {
         let _turn = lock(&self.turn);
         let current = self.current.load(Ordering::Relaxed);
-        self.wait_for(1 - current);
+        if !mutant("one_bank") {
+            self.wait_for(1 - current);
+        }
         self.current.store(1 - current, Ordering::Relaxed);
         self.wait_for(current);
     }

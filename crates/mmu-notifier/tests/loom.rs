@@ -487,6 +487,8 @@ fn b_41_a_fault_racing_an_invalidation_and_one_elsewhere() {
 const MUTANTS: &[(&str, &str, &str)] = &[
     ("free_at_once", "s_22_a_put_racing_a_walker", "used after it was freed"),
     ("free_at_once", "s_47_a_put_racing_exit", "used after it was freed"),
+    ("one_bank", "s_80_a_put_racing_a_synchronize_of_somebody_else", "returned before the free"),
+    ("freed_relaxed", "s_80_a_put_racing_a_synchronize_of_somebody_else", "returned before the free"),
     ("get_revives", "s_27_a_get_racing_the_last_put", "retired twice"),
     ("exit_peeks_relaxed", "s_48_s_50_unregister_racing_exit", "delisted, and nobody has released it"),
     ("delist_before_release", "s_48_s_50_unregister_racing_exit", "delisted, and nobody has released it"),
