@@ -52,6 +52,8 @@ const STEPS: &[Step] = &[
     step("tidy", "cargo xtask tidy"),
     step("clippy", "cargo clippy --workspace --all-targets -- -D warnings"),
     step("docs", "cargo doc --workspace --no-deps").env(&[("RUSTDOCFLAGS", "-Dwarnings")]),
+    // Only then does rustdoc compare why an example does not compile with what it says.
+    step("what must not compile", "cargo test --workspace --doc").env(&[("RUSTC_BOOTSTRAP", "1")]),
     step(
         "models and mutants",
         "cargo test --release --target-dir target-loom -p srcu -p mmu-notifier -p regcache --test loom",
