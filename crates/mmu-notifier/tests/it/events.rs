@@ -2,8 +2,8 @@
 
 use crate::support::{At, Counter, Hook, Log, Probe, Probes, Slot, nothing, page, probes};
 use mmu_notifier::{
-    Blocking, Event, InvalidateRange, Mm, MmWithUser, Notifier, Owner, Registration, Secondary, SecondaryTlb, Va,
-    VaRange, WouldBlock,
+    Blocking, Event, Finish, IntervalNotifier, IntervalOps, InvalidateRange, Mm, MmWithUser, Notifier, Owner,
+    Registration, Secondary, SecondaryTlb, Va, VaRange, WouldBlock,
 };
 use std::sync::Arc;
 
@@ -210,6 +210,30 @@ fn s_104_young_asks_everybody_and_test_young_stops_at_the_first() {
     assert!(mm.test_young(Va::new(0x1000)) && calls.get() == 8, "the newest said no, the next one yes");
 }
 
+/// What a subscriber leaves out.
+#[test]
+fn s_104_by_default_nothing_is_young_and_a_start_that_must_not_sleep_is_the_other_one() {
+    struct Plain(Counter);
+    impl Notifier for Plain {
+        fn invalidate_range_start(&self, _range: &InvalidateRange<'_>) {
+            self.0.add();
+        }
+    }
+    impl IntervalOps for Plain {
+        fn invalidate(&mut self, _range: &InvalidateRange<'_>) -> Option<Finish> {
+            self.0.add();
+            None
+        }
+    }
+    let (mm, starts, hits) = (MmWithUser::new(), Counter::default(), Counter::default());
+    let _plain = Registration::new(&mm, Plain(starts.clone())).unwrap();
+    let _tlb = Registration::new(&mm, Secondary(Tlb(Counter::default()))).unwrap();
+    let _interval = IntervalNotifier::insert(&mm, page(1), Plain(hits.clone())).unwrap();
+    assert!(!mm.clear_flush_young(page(1)) && !mm.clear_young(page(1)) && !mm.test_young(Va::new(0x1000)));
+    drop(mm.try_invalidate(page(1), Event::Clear).unwrap());
+    assert_eq!((starts.get(), hits.get()), (1, 1));
+}
+
 struct Tlb(Counter);
 
 impl SecondaryTlb for Tlb {
@@ -324,6 +348,36 @@ fn b_06_a_table_is_of_one_kind() {
     assert_eq!((log.all().len(), flushes.get()), (2, 1));
     drop(mm.try_invalidate(page(1), Event::Clear).unwrap());
     assert_eq!((log.all().len(), flushes.get()), (4, 1), "a start that must not sleep is no flush either");
+}
+
+#[test]
+fn b_06_release_and_young_reach_a_secondary_tlb() {
+    /// Says yes to each question for a page of its own.
+    struct Marked(Log);
+    impl SecondaryTlb for Marked {
+        fn invalidate_secondary_tlbs(&self, _mm: &Mm, _range: VaRange) {}
+        fn release(&self, _mm: &Mm) {
+            self.0.add("tlb", At::Release);
+        }
+        fn clear_flush_young(&self, _mm: &Mm, range: VaRange) -> bool {
+            range == page(1)
+        }
+        fn clear_young(&self, _mm: &Mm, range: VaRange) -> bool {
+            range == page(2)
+        }
+        fn test_young(&self, _mm: &Mm, address: Va) -> bool {
+            address == page(3).start()
+        }
+    }
+    let (mm, log) = (MmWithUser::new(), Log::default());
+    let _tlb = Registration::new(&mm, Secondary(Marked(log.clone()))).unwrap();
+    let young = |number: u64| {
+        let (range, address) = (page(number), page(number).start());
+        [mm.clear_flush_young(range), mm.clear_young(range), mm.test_young(address)]
+    };
+    assert_eq!([1, 2, 3].map(young), [[true, false, false], [false, true, false], [false, false, true]]);
+    drop(mm);
+    assert_eq!(log.all(), [("tlb", At::Release)]);
 }
 
 #[test]
