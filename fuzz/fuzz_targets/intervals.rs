@@ -22,12 +22,12 @@ fuzz_target!(|steps: Vec<(u8, u8, u8)>| {
         let interval = NonNull::<u8>::without_provenance(NonZeroUsize::MIN.saturating_add(usize::from(number)));
         if let Some(range) = list.remove(&interval) {
             tree.remove(range, interval);
-            tree.spares.move_to(&mut Spares::new(), 0);
+            drop(tree.spares.take_all());
         } else {
             let range = pages(first, count);
             let need = tree.need(range, interval);
             assert!(need <= tree.need_each());
-            Spares::allocate(need).move_to(&mut tree.spares, 0);
+            tree.spares.add(Spares::allocate(need));
             tree.insert(range, interval);
             assert_eq!(tree.spares.len(), 0, "it takes what it asked for");
             list.insert(interval, range);

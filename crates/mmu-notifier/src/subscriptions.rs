@@ -54,9 +54,10 @@ impl Subscriptions {
 
     /// The caller has opened a read section.
     #[inline(always)]
-    fn first(&self) -> *const Header {
-        // ORDER(core-publish): partner of the store in `insert`.
-        self.head.load(Ordering::Acquire)
+    fn first(&self) -> *mut Header {
+        // ORDER(core-publish): partner of the stores in `insert` and `unlink`. Weaker, a walk could go into a half-made node. Model:
+        // loom `s_66_s_69`.
+        self.head.load(if mutant("first_relaxed") { Ordering::Relaxed } else { Ordering::Acquire })
     }
 
     /// Links a new node at the front, for brackets that begin from now on. A grace period later no older bracket is left.
@@ -72,8 +73,7 @@ impl Subscriptions {
         if let Some(first) = unsafe { first.as_ref() } {
             first.pprev.store((&raw const node.next).cast_mut(), Ordering::Relaxed);
         }
-        // ORDER(core-publish): the node's content before the pointer to it. Partners: the loads of `head` and `next` in the
-        // walks. Weaker, a walker could call through a half-made node.
+        // ORDER(core-publish): the node's content before the pointer to it. Partner: the load in `first`. Weaker, a walker could call through a half-made node.
         self.head.store(header.as_ptr(), Ordering::Release);
     }
 
@@ -107,8 +107,7 @@ impl Subscriptions {
         };
         let next = node.next.load(Ordering::Relaxed);
         // ORDER(core-delist): partner of the load in `is_empty`.
-        // ORDER(core-publish): the content of `next`, to walkers that reach it through this link for the first time. Partners:
-        // the loads in the walks.
+        // ORDER(core-publish): the content of `next`, to walks that begin at it. Partner: the load in `first`.
         link.store(next, Ordering::Release);
         // SAFETY: A reference needs a live node: `next` of a listed node is listed, and stays so under the lock.
         if let Some(next) = unsafe { next.as_ref() } {
@@ -170,11 +169,9 @@ impl Subscriptions {
     #[inline(always)]
     pub(crate) fn lookup<N: Notifier>(&self, owner: &Arc<Pending>) -> Result<NodeRef<N>, NotCounted> {
         let _guard = self.srcu.read_lock();
-        // ORDER(core-publish): partner of the store in `insert`.
-        let first = self.head.load(Ordering::Acquire);
         // SAFETY: The node must be reached in an open read section: `_guard`, until the return. Only `Subsystem<N>` calls this,
         // with its own `owner`.
-        unsafe { node::lookup(first, owner) }
+        unsafe { node::lookup(self.first(), owner) }
     }
 }
 
@@ -205,13 +202,6 @@ impl<G> Reading<G> {
     #[inline(always)]
     pub(crate) fn is_empty(&self) -> bool {
         self.first.is_null()
-    }
-
-    /// Leaves out all who are subscribed.
-    #[inline(always)]
-    pub(crate) fn forget_all(&mut self) {
-        // INVARIANT: Null is allowed.
-        self.first = ptr::null();
     }
 
     /// Calls `f` for each subscriber, newest first, and goes on after one that panics.
@@ -247,30 +237,20 @@ impl<'a> Walk<'a> {
         self.each(|node| node.callbacks().start(range));
     }
 
-    /// The same where callbacks have run since the section was opened, which may have put the first of them.
-    pub(crate) fn start_listed(self, range: &InvalidateRange<'_>) {
-        self.each(|node| {
-            if node.is_listed() {
-                node.callbacks().start(range);
-            }
-        });
-    }
-
-    /// Calls the end of every subscriber that was not put meanwhile.
+    /// Calls the end of every subscriber.
     #[inline(always)]
     pub(crate) fn end(self, range: &InvalidateRange<'_>) {
-        self.each(|node| {
-            if node.is_listed() {
-                node.callbacks().end(range);
-            }
-        });
+        self.each(|node| node.callbacks().end(range));
     }
 
+    /// Runs `f` for each one that was not put since the section was opened, by a callback say.
     #[inline(always)]
     fn each(mut self, mut f: impl FnMut(&Header)) {
         while let Some(node) = self.here() {
             self.pass(node);
-            f(node);
+            if node.is_listed() {
+                f(node);
+            }
         }
     }
 
@@ -283,9 +263,9 @@ impl<'a> Walk<'a> {
     /// Goes on behind `node`, which is the one that it stands on.
     #[inline(always)]
     fn pass(&mut self, node: &'a Header) {
-        // ORDER(core-publish): partner of the stores in `insert` and `unlink`.
+        // ORDER: Relaxed is enough: what is behind a node was linked before it, under the same lock, so `first` covers it.
         // INVARIANT: Reached from a node of the same section.
-        self.at = node.next.load(Ordering::Acquire);
+        self.at = node.next.load(Ordering::Relaxed);
     }
 }
 

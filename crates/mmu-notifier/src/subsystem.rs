@@ -206,9 +206,11 @@ where
         Ok(())
     }
 
-    /// Finds nothing where `mm` is the parent's of this process: its notifiers have the parent's `Pending` for their key.
     #[inline(always)]
     fn find(&self, mm: &MmWithUser) -> Option<Result<Subscription<N>, GetError<E>>> {
+        if mm.is_inherited() {
+            return None;
+        }
         match mm.subscriptions().lookup(self.pending()) {
             Ok(node) => Some(Ok(Subscription::new(node))),
             Err(NotCounted::Overflow) => Some(Err(GetError::Overflow)),

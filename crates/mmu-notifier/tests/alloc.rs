@@ -113,14 +113,17 @@ fn a_put_in_the_middle_of_a_walk_allocates_and_frees_nothing() {
 
 #[test]
 fn an_end_that_makes_deferred_inserts_allocates_and_frees_nothing() {
-    for late in [1, 2, 1000] {
-        let mm = MmWithUser::new();
+    let up = |late| (0..late).map(|number| 2 * number + 1).collect();
+    // Made last in, first out: upwards to full nodes, and then downwards behind them.
+    let down_behind = (0..3100).map(|number| 100_000 + number).chain((1000..1300).rev()).collect();
+    for late in [up(1), up(2), up(1000), down_behind] {
+        let (mm, count): (_, usize) = (MmWithUser::new(), Vec::len(&late));
         let insert = |number| IntervalNotifier::insert(&mm, page(number), Silent).unwrap();
         // In order, so that every node of the tree is full.
         let mut nodes: Vec<_> = (0..15 * 15).map(|number| insert(2 * number)).collect();
         let bracket = mm.invalidate(VaRange::ALL, Event::Unmap);
-        nodes.extend((0..late).map(|number| insert(2 * number + 1)));
-        assert_eq!(Counting::calls(|| drop(bracket)), 0, "with {late} inserts");
+        nodes.extend(late.into_iter().map(insert));
+        assert_eq!(Counting::calls(|| drop(bracket)), 0, "with {count} inserts");
         assert_eq!(mm.callback_panics(), 0);
         // What was kept for the worst case goes with the first interval that is removed.
         drop(nodes.pop());

@@ -167,6 +167,7 @@ fn s_17_nobody_subscribes_to_an_inherited_address_space() {
     let _alone = alone();
     let mm = MmWithUser::new();
     let _subscribed = SUBSYSTEM.get(&mm).unwrap();
+    let _interval = IntervalNotifier::insert(&mm, VaRange::ALL, Counts).unwrap();
     assert!(in_child(|| {
         let own = MmWithUser::new();
         SUBSYSTEM.get(&mm).is_err_and(|error| error == GetError::WouldDeadlock)

@@ -493,6 +493,7 @@ const MUTANTS: &[(&str, &str, &str)] = &[
     ("exit_peeks_relaxed", "s_48_s_50_unregister_racing_exit", "delisted, and nobody has released it"),
     ("delist_before_release", "s_48_s_50_unregister_racing_exit", "delisted, and nobody has released it"),
     ("register_waits_not", "s_66_s_69_a_registrar_racing_a_bracket", "a stale entry that nobody will invalidate"),
+    ("first_relaxed", "s_66_s_69_a_registrar_racing_a_bracket", "Causality violation"),
     ("ends_whom_it_finds", "s_66_s_69_a_registrar_racing_a_bracket", "ends without starts"),
     (
         "get_trusts_the_unready",

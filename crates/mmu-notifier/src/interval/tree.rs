@@ -12,7 +12,7 @@ use crate::VaRange;
 use std::mem;
 use std::ptr::NonNull;
 
-/// Entries of a node: among 15 keys one is found in four steps.
+/// Entries of a node: among 15 keys one is found in four steps, see [`Node::begin_by`].
 const FANOUT: usize = 15;
 
 /// Neighbours are merged when they have no more entries than this together, so that the next insert does not split them.
@@ -71,8 +71,11 @@ impl<T> Tree<T> {
 
     /// Returns how many spare nodes each of several inserts takes at most, among removals or not.
     ///
-    /// Each splits at most one node of each level there is today. What is above these levels grows by no more than one node
-    /// for each split of today's highest, of which an insert makes one. Removals give nodes back.
+    /// Each splits at most one node of each level there is today; so there are as many additions to the level above these, at
+    /// most. A node above splits when it is full, which takes it seven additions from the half of a split, thirteen from an
+    /// edge; a full one that an edge split has left behind splits once more at no price. Thirteen additions make no more than two
+    /// nodes, and the first of each level is the new root, of two entries: all that is above is less than there were inserts.
+    /// What a removal shortens has been split off for nothing; but a merge gives a node back.
     pub(super) fn need_each(&self) -> usize {
         self.height + 1
     }
@@ -84,11 +87,14 @@ impl<T> Tree<T> {
     pub(super) fn insert(&mut self, range: VaRange, interval: NonNull<T>) {
         let key = (range.start().get(), interval);
         let right = match &mut self.root {
-            Some(root) => root.insert(key, range.last().get(), &mut self.spares),
+            Some(root) => {
+                let edge = key.0 < root.first[0] || root.greatest_first() < key.0;
+                root.insert(key, range.last().get(), edge, &mut self.spares)
+            }
             None => {
                 let mut leaf = self.spares.take();
                 leaf.entries = Entries::Intervals([None; FANOUT]);
-                leaf.insert(key, range.last().get(), &mut self.spares);
+                leaf.open(0, (key.0, range.last().get()), Entry::Interval(interval));
                 Some(leaf)
             }
         };
@@ -127,6 +133,7 @@ impl<T> Tree<T> {
 impl<T> Node<T> {
     /// Returns how many entries begin at or before `address`.
     fn begin_by(&self, address: u64) -> usize {
+        const { assert!(FANOUT == 8 + 4 + 2 + 1) };
         let mut count = 0;
         for step in [8, 4, 2, 1] {
             count += usize::from(self.first[count + step - 1] <= address) * step;
@@ -210,15 +217,26 @@ impl<T> Node<T> {
         (self.first[0], self.last[..self.len].iter().copied().fold(0, u64::max))
     }
 
-    /// Adds an interval; returns the node that comes after this one if there are two now.
-    fn insert(&mut self, key: Key<T>, last: u64, spares: &mut Spares<T>) -> Option<Box<Self>> {
-        let at = self.towards(key);
+    /// Returns where the last interval begins.
+    fn greatest_first(&self) -> u64 {
+        let mut node = self;
+        while let Entries::Children(children) = &node.entries {
+            node = children[node.len - 1].as_ref().expect(ENTRY);
+        }
+        node.first[node.len - 1]
+    }
+
+    /// Adds an interval, at an edge if it begins before or after all others; returns the node that comes after this one if there
+    /// are two now.
+    fn insert(&mut self, key: Key<T>, last: u64, edge: bool, spares: &mut Spares<T>) -> Option<Box<Self>> {
+        let rank = self.rank(key);
         let Entries::Children(children) = &mut self.entries else {
-            return self.put(self.rank(key), (key.0, last), Entry::Interval(key.1), spares);
+            return self.put(rank, (key.0, last), Entry::Interval(key.1), edge, spares);
         };
-        let right = children[at].as_mut().expect(ENTRY).insert(key, last, spares);
+        let at = rank.saturating_sub(1);
+        let right = children[at].as_mut().expect(ENTRY).insert(key, last, edge, spares);
         self.sum_up(at);
-        right.and_then(|right| self.put(at + 1, right.hull(), Entry::Child(right), spares))
+        right.and_then(|right| self.put(at + 1, right.hull(), Entry::Child(right), edge, spares))
     }
 
     /// Takes an interval out.
@@ -267,15 +285,22 @@ impl<T> Node<T> {
     }
 
     /// Adds an entry; returns the node that comes after this one if there are two now.
-    fn put(&mut self, at: usize, hull: (u64, u64), entry: Entry<T>, spares: &mut Spares<T>) -> Option<Box<Self>> {
+    fn put(
+        &mut self,
+        at: usize,
+        hull: (u64, u64),
+        entry: Entry<T>,
+        edge: bool,
+        spares: &mut Spares<T>,
+    ) -> Option<Box<Self>> {
         if self.len < FANOUT {
             self.open(at, hull, entry);
             return None;
         }
         let mut right = spares.take();
         right.entries = self.entries.none();
-        // Intervals that come in order fill their nodes.
-        let middle = if at == FANOUT { FANOUT } else { FANOUT / 2 };
+        // Intervals that come in order, up or down, leave full nodes behind them.
+        let middle = if edge { at } else { FANOUT / 2 };
         self.move_tail(middle, &mut right);
         if at <= FANOUT / 2 {
             self.open(at, hull, entry)
@@ -377,11 +402,15 @@ impl<T> Spares<T> {
         self.len
     }
 
-    /// Moves all but `keep` of them to the other.
-    pub(super) fn move_to(&mut self, other: &mut Self, keep: usize) {
-        while self.len > keep {
-            other.give(self.take());
+    pub(super) fn add(&mut self, mut more: Self) {
+        while more.len != 0 {
+            self.give(more.take());
         }
+    }
+
+    /// Takes all of them.
+    pub(super) fn take_all(&mut self) -> Self {
+        mem::replace(self, Self::new())
     }
 
     /// Takes one, as an inner node.

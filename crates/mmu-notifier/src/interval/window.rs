@@ -72,13 +72,15 @@ impl State {
 
     /// Returns how many spare nodes are missing for an insert now, or for one more that is deferred.
     fn lack(&self, node: &Header) -> usize {
-        let need = if self.is_full() { self.reserved() + self.itree.need_each() } else { node.need(&self.itree) };
+        let each = self.itree.need_each();
+        let need = if self.is_full() { (self.deferred_inserts + 1) * each } else { node.need(&self.itree) };
         need.saturating_sub(self.itree.spares.len())
     }
 
-    /// Returns how many spare nodes the deferred inserts may take. The tree is frozen as long as there are any.
-    fn reserved(&self) -> usize {
-        self.deferred_inserts * self.itree.need_each()
+    /// Takes the spare nodes that nobody needs any more, to be freed without the lock.
+    fn surplus(&mut self) -> Spares<Header> {
+        // The tree is frozen as long as there are deferred inserts, and the nodes are theirs.
+        if self.deferred_inserts == 0 { self.itree.spares.take_all() } else { Spares::new() }
     }
 }
 
@@ -114,6 +116,10 @@ impl Intervals {
     /// Makes brackets take part: returns when every bracket that does not has ended.
     #[cfg_attr(debug_assertions, track_caller)]
     pub(super) fn enable(&self, mm: &MmWithUser) -> Result<(), WouldDeadlock> {
+        if mm.is_inherited() {
+            // Its lock may be held, or its tree half changed, by a thread that is not here.
+            return Err(WouldDeadlock);
+        }
         // ORDER(core-itree): partner of the store below. Weaker, an insert could rely on a grace period it does not see.
         if self.live.load(Ordering::Acquire) {
             return Ok(());
@@ -213,6 +219,9 @@ impl Intervals {
             state.invalidate_seq |= 1;
             node.set_seq(state.invalidate_seq);
         }
+        let surplus = state.surplus();
+        drop(state);
+        drop(surplus);
     }
 
     /// Locks, and sees to it that the tree need not allocate for this node.
@@ -224,9 +233,9 @@ impl Intervals {
                 return state;
             }
             drop(state);
-            let mut spares = Spares::allocate(lack);
+            let spares = Spares::allocate(lack);
             state = self.lock();
-            spares.move_to(&mut state.itree.spares, 0);
+            state.itree.spares.add(spares);
         }
     }
 
@@ -252,8 +261,7 @@ impl Intervals {
             state.deferred_list = unsafe { node.undefer(state.deferred_list) };
             state.deferred_inserts -= 1;
         }
-        let (mut surplus, reserved) = (Spares::new(), state.reserved());
-        state.itree.spares.move_to(&mut surplus, reserved);
+        let surplus = state.surplus();
         drop(state);
         drop(surplus);
         Removal::Done

@@ -39,12 +39,8 @@ impl Mm {
         let reading = self.subscriptions().read();
         let blocking = Blocking::Allowed;
         let mut bracket = Bracket { mm: self, range, event, blocking, window: None, reading, _inside: inside };
-        if !bracket.reading.is_empty() || self.intervals().is_enabled() {
-            if self.is_inherited() {
-                bracket.reading.forget_all();
-            } else {
-                bracket.window = start_each(&bracket.range_for_all(), &bracket.reading);
-            }
+        if (!bracket.reading.is_empty() || self.intervals().is_enabled()) && !self.is_inherited() {
+            bracket.window = start_each(&bracket.range_for_all(), &bracket.reading);
         }
         bracket
     }
@@ -176,7 +172,7 @@ extern "C" fn close(mm: &Mm, window: Window) {
 extern "C" fn start_with_intervals(range: &InvalidateRange<'_>, subscribers: Walk<'_>) -> Option<Window> {
     // Nobody can refuse where sleeping is allowed.
     let window = range.mm.intervals().start(range).ok();
-    subscribers.start_listed(range);
+    subscribers.start(range);
     window
 }
 

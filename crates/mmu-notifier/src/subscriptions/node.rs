@@ -243,8 +243,8 @@ pub(super) unsafe fn lookup<N: Notifier>(
                 found => return found,
             }
         }
-        // ORDER(core-publish): partner of the stores in `insert`.
-        header = node.next.load(Ordering::Acquire);
+        // ORDER: Relaxed is enough, as in the walks.
+        header = node.next.load(Ordering::Relaxed);
     }
     Err(NotCounted::Gone)
 }

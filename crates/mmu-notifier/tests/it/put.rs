@@ -262,6 +262,29 @@ fn s_31_a_callback_may_put_its_own_object() {
     }
 }
 
+/// By the subscriber that is called before it, or by one further away, or by an interval: whoever is put is called no more.
+#[test]
+fn s_31_what_a_callback_puts_is_not_called_by_the_same_walk() {
+    for (at, between) in [At::Start, At::TryStart, At::End, At::Release].map(|at| [(at, false), (at, true)]).concat() {
+        let (mm, log) = (MmWithUser::new(), Log::default());
+        let slot: Slot<Probe> = Slot::default();
+        let victim = probes("victim", &log, nothing());
+        *slot.lock().unwrap() = Some(victim.get(&mm).unwrap());
+        let other = probes("between", &log, nothing());
+        let _other = between.then(|| other.get(&mm).unwrap());
+        let putter = probes("putter", &log, put_at(at, &slot));
+        let _putter = putter.get(&mm).unwrap();
+        match at {
+            At::TryStart => drop(mm.try_invalidate(page(1), Event::Clear).unwrap()),
+            At::Release => drop(mm),
+            _ => drop(mm.invalidate(page(1), Event::Clear)),
+        }
+        victim.synchronize().unwrap();
+        assert_eq!((log.count("putter", at), log.count("victim", at)), (1, 0), "at {at:?}, one between: {between}");
+        assert_eq!((log.count("victim", At::Free), log.count("between", at)), (1, usize::from(between)));
+    }
+}
+
 #[test]
 fn s_32_a_put_between_start_and_end_leaves_a_start_alone() {
     let (mm, log) = (Arc::new(MmWithUser::new()), Log::default());

@@ -9,7 +9,7 @@ use super::current;
 use super::reclaimer;
 use super::state::State;
 use crate::Srcu;
-use crate::sync::Ordering;
+use crate::sync::{self, Ordering};
 use std::any::Any;
 use std::cell::Cell;
 use std::fmt;
@@ -116,7 +116,7 @@ impl Srcu {
         // SAFETY: The domain is borrowed and keeps its state until the push; from `retain` on, our own count does.
         let alive = unsafe { state.as_ref() };
         // SAFETY: `push_behind` wants what the caller promised to us.
-        if unsafe { push_behind(alive, head, f) } {
+        if unsafe { push_behind(&alive.pending.queue, head, f) } {
             // Whoever found the queue empty schedules the domain, which may be gone already.
             return;
         }
@@ -144,16 +144,16 @@ fn debug_assert_not_queued(head: NonNull<Head>) {
 /// As for [`Srcu::call_raw`].
 unsafe fn push(state: &State, head: NonNull<Head>, function: Function) -> bool {
     // SAFETY: The caller's promise is passed on.
-    unsafe { push_if(state, head, function, |_| true) }.is_some_and(|newest| newest.is_null())
+    unsafe { push_if(&state.pending.queue, head, function, |_| true) }.is_some_and(|newest| newest.is_null())
 }
 
-/// Queues a head if the queue is not empty; says whether it did. Then the state is not used behind the push.
+/// Queues a head if the queue is not empty; says whether it did. Then the queue, which may be gone, is not used behind the push.
 ///
 /// # Safety
 /// As for [`Srcu::call_raw`], if it returns true.
-unsafe fn push_behind(state: &State, head: NonNull<Head>, function: Function) -> bool {
+unsafe fn push_behind(queue: &sync::AtomicPtr<Head>, head: NonNull<Head>, function: Function) -> bool {
     // SAFETY: The caller's promise is passed on.
-    unsafe { push_if(state, head, function, |newest| !newest.is_null()) }.is_some()
+    unsafe { push_if(queue, head, function, |newest| !newest.is_null()) }.is_some()
 }
 
 /// Queues a head behind the newest if `may` says so, and returns that one, perhaps null.
@@ -162,12 +162,11 @@ unsafe fn push_behind(state: &State, head: NonNull<Head>, function: Function) ->
 /// As for [`Srcu::call_raw`].
 #[inline(always)]
 unsafe fn push_if(
-    state: &State,
+    queue: &sync::AtomicPtr<Head>,
     head: NonNull<Head>,
     function: Function,
     may: impl Fn(*mut Head) -> bool,
 ) -> Option<*mut Head> {
-    let queue = &state.pending.queue;
     let mut newest = queue.load(Ordering::Relaxed);
     while may(newest) {
         {

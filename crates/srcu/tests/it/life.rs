@@ -119,3 +119,43 @@ fn domains_are_made_used_and_dropped_on_many_threads() {
     });
     assert_eq!(count.get(), 2000);
 }
+
+/// Each node keeps the domain that it is queued in; whichever is freed last takes the domain along, perhaps while others are
+/// still coming back from their call.
+#[test]
+fn the_last_callback_may_drop_its_domain() {
+    #[repr(C)]
+    struct Node {
+        head: Head,
+        srcu: Arc<Srcu>,
+        freed: Count,
+    }
+    unsafe fn free(head: NonNull<Head>) {
+        // SAFETY: The head is the first field of a node from `Box::leak` below, which is queued once and not used by anybody else
+        // now.
+        let node = unsafe { Box::from_raw(head.cast::<Node>().as_ptr()) };
+        node.freed.add();
+    }
+    let freed = Count::default();
+    for _ in 0..1000 {
+        let srcu = Arc::new(Srcu::new());
+        srcu.prepare();
+        let nodes = [(); 4].map(|()| Node { head: Head::new(), srcu: Arc::clone(&srcu), freed: freed.clone() });
+        drop(srcu);
+        thread::scope(|scope| {
+            for node in nodes {
+                scope.spawn(|| {
+                    let node = NonNull::from(Box::leak(Box::new(node)));
+                    // SAFETY: A reference needs a live node: it is there until `free`, which is not called before the call below.
+                    let srcu = &unsafe { node.as_ref() }.srcu;
+                    // SAFETY: The node is there until `free`, which is right for it, and its head is its first field. It keeps the
+                    // domain until the head is queued.
+                    unsafe { srcu.call_raw_dropping(node.cast(), free) };
+                });
+            }
+        });
+    }
+    while freed.get() != 4000 {
+        thread::yield_now();
+    }
+}

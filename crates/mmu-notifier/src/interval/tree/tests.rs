@@ -19,30 +19,43 @@ fn pages(first: u64, count: u64) -> VaRange {
 struct Pair {
     tree: Tree<u64>,
     list: BTreeMap<Interval, VaRange>,
+    removed: usize,
+    /// Whether the spare nodes of all inserts are there from the start.
+    reserved: bool,
 }
 
 impl Pair {
     fn new() -> Self {
-        Self { tree: Tree::new(), list: BTreeMap::new() }
+        Self { tree: Tree::new(), list: BTreeMap::new(), removed: 0, reserved: false }
+    }
+
+    fn reserve(&mut self, inserts: usize) {
+        self.reserved = true;
+        self.tree.spares.add(Spares::allocate(inserts * self.tree.need_each()));
     }
 
     /// Gives the tree exactly what it says it needs.
     fn insert(&mut self, range: VaRange, interval: Interval) {
         let need = self.tree.need(range, interval);
-        assert!(need <= self.tree.need_each());
-        let lack = need - self.tree.spares.len();
-        Spares::allocate(lack).move_to(&mut self.tree.spares, 0);
+        assert!(self.reserved || need <= self.tree.need_each());
+        if !self.reserved {
+            self.tree.spares.add(Spares::allocate(need));
+        }
+        let before = self.tree.spares.len();
         self.tree.insert(range, interval);
-        assert_eq!(self.tree.spares.len(), 0, "it takes what it asked for");
-        self.list.insert(interval, range);
+        assert_eq!(self.tree.spares.len(), before - need, "it takes what it asked for");
+        assert!(self.list.insert(interval, range).is_none());
     }
 
     fn remove(&mut self, interval: Interval) {
         let range = self.list.remove(&interval).unwrap();
-        let before = nodes(&self.tree);
+        self.removed += 1;
+        let all = nodes(&self.tree) + self.tree.spares.len();
         self.tree.remove(range, interval);
-        assert_eq!(self.tree.spares.len(), before - nodes(&self.tree), "no node is lost");
-        self.tree.spares.move_to(&mut Spares::new(), 0);
+        assert_eq!(self.tree.spares.len() + nodes(&self.tree), all, "no node is lost");
+        if !self.reserved {
+            drop(self.tree.spares.take_all());
+        }
     }
 
     fn agree(&self, query: VaRange) {
@@ -141,26 +154,41 @@ proptest! {
     /// The promise behind inserts that are put off: what each reserves is enough for all of them, removals among them or not.
     #[test]
     fn many_inserts_take_no_more_than_each_reserves(
-        before in 0..2000_usize,
-        late in prop::collection::vec((0..4000_u64, 1..20_u64, 0..5_usize), 1..400),
+        before in prop::collection::vec(run(), 0..3),
+        late in prop::collection::vec((run(), 0..3_usize), 1..8),
     ) {
         let mut pair = Pair::new();
-        for number in 0..before {
-            pair.insert(pages(2 * number as u64, 1), interval(number));
-        }
-        let reserved = late.len() * pair.tree.need_each();
-        Spares::allocate(reserved).move_to(&mut pair.tree.spares, 0);
-        for (number, (first, count, removals)) in late.into_iter().enumerate() {
-            let interval = interval(before + number);
-            pair.tree.insert(pages(first, count), interval);
-            pair.list.insert(interval, pages(first, count));
-            for _ in 0..removals * usize::from(before % 2 == 0) {
-                let Some((old, range)) = pair.list.pop_first() else { break };
-                pair.tree.remove(range, old);
+        let insert_all = |pair: &mut Pair, firsts: Vec<u64>| {
+            for first in firsts {
+                let interval = interval(pair.list.len() + pair.removed);
+                pair.insert(pages(first, 1), interval);
+            }
+        };
+        before.into_iter().for_each(|run| insert_all(&mut pair, run));
+        pair.reserve(late.iter().map(|(run, _)| run.len()).sum());
+        for (run, removals) in late {
+            for firsts in run.chunks(1 + run.len() / 50) {
+                insert_all(&mut pair, firsts.to_vec());
+                for _ in 0..removals {
+                    let oldest = pair.list.first_key_value().map(|(interval, _)| *interval);
+                    oldest.into_iter().for_each(|oldest| pair.remove(oldest));
+                }
             }
         }
         pair.check();
     }
+}
+
+/// Intervals in order, up or down, or all over the place.
+fn run() -> impl Strategy<Value = Vec<u64>> {
+    (0..4_u64, 1..1500_u64, 0..3_u8).prop_map(|(region, len, order)| {
+        let of = |number| region * 10_000 + number;
+        match order {
+            0 => (0..len).map(of).collect(),
+            1 => (0..len).rev().map(of).collect(),
+            _ => (0..len).map(|number| of(number * 7919 % 9973)).collect(),
+        }
+    })
 }
 
 #[test]
@@ -177,20 +205,41 @@ fn the_last_address_and_the_whole_of_an_address_space_are_found() {
     }
 }
 
+/// Full nodes that are split again and again from behind once took a node for each insert on every new level.
+#[test]
+fn inserts_down_to_a_full_tree_take_no_more_than_each_reserves() {
+    for up in [15, 224, 3100, 3375] {
+        let mut pair = Pair::new();
+        pair.insert(pages(0, 1), interval(0));
+        pair.reserve(up + 30_000);
+        for number in 0..up {
+            pair.insert(pages(100_000 + number as u64, 1), interval(1 + number));
+        }
+        for number in 0..30_000 {
+            pair.insert(pages(90_000 - number as u64, 1), interval(10_000 + number));
+        }
+        pair.check();
+        let count = pair.list.len();
+        assert!(nodes(&pair.tree) <= count / FANOUT * 3, "{} nodes for {count} intervals", nodes(&pair.tree));
+    }
+}
+
 #[test]
 fn nodes_are_full_after_inserts_in_order_and_go_with_what_they_held() {
     const COUNT: usize = 20_000;
-    let mut pair = Pair::new();
-    for number in 0..COUNT {
-        pair.insert(pages(number as u64, 1), interval(number));
+    for down in [false, true] {
+        let mut pair = Pair::new();
+        for number in 0..COUNT {
+            pair.insert(pages(if down { COUNT - number } else { number } as u64, 1), interval(number));
+        }
+        pair.check();
+        assert!(nodes(&pair.tree) <= COUNT / FANOUT * 11 / 10, "{} nodes", nodes(&pair.tree));
+        // Nine out of ten, all over the place.
+        for number in (0..COUNT).filter(|number| number % 10 != 0) {
+            pair.remove(interval(number));
+        }
+        pair.check();
+        let left = COUNT / 10;
+        assert!(nodes(&pair.tree) <= left / FANOUT * 3, "{} nodes for {left} intervals", nodes(&pair.tree));
     }
-    pair.check();
-    assert!(nodes(&pair.tree) <= COUNT / FANOUT * 11 / 10, "{} nodes", nodes(&pair.tree));
-    // Nine out of ten, all over the place.
-    for number in (0..COUNT).filter(|number| number % 10 != 0) {
-        pair.remove(interval(number));
-    }
-    pair.check();
-    let left = COUNT / 10;
-    assert!(nodes(&pair.tree) <= left / FANOUT * 3, "{} nodes for {left} intervals", nodes(&pair.tree));
 }
