@@ -280,3 +280,10 @@ fn s_17_an_address_space_of_its_own_starts_without_subscribers() {
     drop(child.invalidate(page(1), Event::Unmap));
     assert!(!child.has_notifiers() && log.all().is_empty());
 }
+
+#[test]
+fn handles_are_equal_if_they_are_of_one_address_space() {
+    let (mm, other) = (MmWithUser::new(), MmWithUser::new());
+    assert_eq!((*mm).clone(), *mm);
+    assert_ne!(*mm, *other);
+}
