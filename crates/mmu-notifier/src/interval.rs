@@ -171,7 +171,7 @@ impl<S: IntervalOps> IntervalNotifier<S> {
     /// Only the first insert on an address space sleeps, until the brackets open then have ended.
     /// # Errors
     /// [`WouldDeadlock`] if this is the first insert and this thread is inside a bracket of `mm`, holds its write lock, or
-    /// runs a deferred free.
+    /// runs a deferred free; and always where `mm` is the address space of a parent process.
     /// # Source
     /// `mmu_interval_notifier_insert`. Differs: empty ranges, overflow and dead address spaces cannot be passed, and there
     /// is no EINTR.
