@@ -1,6 +1,8 @@
-//! The project's own chores: `cargo xtask tidy` checks what rustc does not, `cargo xtask ci` is the whole gate.
+//! The project's own chores: `cargo xtask tidy` checks what rustc does not, `cargo xtask ci` is the whole gate,
+//! and `cargo xtask packages` tests each crate as it will be published.
 
 mod ci;
+mod packages;
 mod tidy;
 
 use std::path::{Path, PathBuf};
@@ -11,8 +13,9 @@ fn main() -> ExitCode {
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["tidy"] => tidy::run(&root()),
         ["ci"] => ci::run(&root()),
+        ["packages"] => packages::run(&root()),
         _ => {
-            eprintln!("usage: cargo xtask {{tidy | ci}}");
+            eprintln!("usage: cargo xtask {{tidy | ci | packages}}");
             ExitCode::from(2)
         }
     }

@@ -17,11 +17,10 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("mmu-source", &["mmu-notifier"]),
     ("regcache", &["mmu-notifier", "mmu-source"]),
     ("mmun", &["srcu", "mmu-notifier", "mmu-source", "regcache"]),
-    ("testkit", &[]),
 ];
 
 /// Members of the workspace that are not published and may use anything.
-const TOOLS: &[&str] = &["bench", "stress", "xtask"];
+const TOOLS: &[&str] = &["bench", "stress", "testkit", "xtask"];
 
 /// The numbers of the contract's scenarios, first and last of each section.
 const SCENARIOS: &[(char, &[(u32, u32)])] =

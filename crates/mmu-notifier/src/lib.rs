@@ -96,7 +96,7 @@ pub use secondary::{Secondary, SecondaryTlb};
 pub use subscription::Subscription;
 pub use subsystem::Subsystem;
 
-/// The front page's example must run.
+/// The example of the crate's README must run.
 #[cfg(doctest)]
-#[doc = include_str!("../../../README.md")]
+#[doc = include_str!("../README.md")]
 struct Readme;

@@ -27,3 +27,8 @@ pub mod uffd;
 pub use current_mm::{current, current_if_made, current_ref};
 pub use error::Error;
 pub use sources::{SOURCES, SourceInfo};
+
+/// The example of the crate's README must run.
+#[cfg(all(doctest, target_arch = "x86_64", target_os = "linux", target_env = "gnu"))]
+#[doc = include_str!("../README.md")]
+struct Readme;

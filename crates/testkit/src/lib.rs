@@ -19,3 +19,8 @@ pub mod model;
 pub use alloc::Counting;
 pub use cap::{Cap, has_optional_program, require};
 pub use child::in_child;
+
+/// The examples of the front page must run. Here, because no published crate brings the front page.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct Readme;
