@@ -33,6 +33,7 @@
 //! ```
 
 mod abi;
+mod births;
 mod command;
 mod current;
 mod decode;
@@ -47,6 +48,6 @@ mod tracer;
 
 pub use crate::Error;
 pub use command::Command;
-pub use current::{Current, Pid, Task, current};
+pub use current::{Current, Pid, Registers, Task, current};
 pub use observer::{ExitStatus, Observer, TaskEvent};
 pub use tracer::{Done, Keeper, Options, Tracer};

@@ -17,6 +17,7 @@ pub struct Task {
 /// On whose behalf a callback runs, as the kernel's `current`.
 #[doc(alias = "current")]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Current {
     /// The task that made the call. The address space it acts on may be another's (`process_madvise`).
     pub task: Task,
@@ -27,6 +28,42 @@ pub struct Current {
     /// The raw return value (`-errno` on failure) while the call's brackets close. `None` otherwise, and if the task died
     /// in the call or was let go of.
     pub result: Option<i64>,
+}
+
+/// Where a stopped task is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Registers {
+    /// The instruction pointer. At a system call it stands behind the instruction that makes it.
+    pub ip: u64,
+    /// The stack pointer.
+    pub sp: u64,
+    /// The frame pointer, where the program keeps one.
+    pub bp: u64,
+    /// The task runs 32-bit code.
+    pub is_32bit: bool,
+}
+
+impl Current {
+    /// Reads the registers of the task, which is stopped while the source is working on it.
+    ///
+    /// `None` if the task has died meanwhile, or has been let go of, and in a thread other than the tracer's.
+    ///
+    /// # Source
+    /// ptrace(2), `PTRACE_GETREGS`.
+    pub fn registers(&self) -> Option<Registers> {
+        super::sys::registers(self.task.tid)
+    }
+
+    /// Reads the task's memory at `address`, and returns how many bytes could be read.
+    ///
+    /// Memory that is not mapped ends the read. A task that has died has no memory: 0.
+    ///
+    /// # Source
+    /// process_vm_readv(2); `PTRACE_PEEKDATA` where that is refused.
+    pub fn read_memory(&self, address: u64, buffer: &mut [u8]) -> usize {
+        super::sys::read_memory(self.task.tid, address, buffer)
+    }
 }
 
 thread_local! {

@@ -50,8 +50,18 @@ enum When {
     },
 }
 
-fn when(call: Call) -> When {
+/// Which calls are traced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Traced {
+    /// Those that may change a translation.
+    Changes,
+    /// Those that only make a mapping as well.
+    ChangesAndBirths,
+}
+
+fn when(call: Call, traced: Traced) -> When {
     match call {
+        Call::Mmap | Call::Shmat if traced == Traced::ChangesAndBirths => When::Always,
         Call::Mmap => When::Bits { arg: 3, set: libc::MAP_FIXED as u32, clear: libc::MAP_FIXED_NOREPLACE as u32 },
         Call::Clone => When::NoBits { arg: 0, clear: libc::CLONE_VM as u32 },
         Call::Shmat => When::Bits { arg: 2, set: libc::SHM_REMAP as u32, clear: 0 },
@@ -77,8 +87,8 @@ fn when(call: Call) -> When {
 }
 
 /// Assembles the filter.
-pub(super) fn program() -> Vec<sock_filter> {
-    let mut asm = Asm { code: Vec::new(), fixups: Vec::new() };
+pub(super) fn program(traced: Traced) -> Vec<sock_filter> {
+    let mut asm = Asm { code: Vec::new(), fixups: Vec::new(), traced };
     asm.load(OFFSET_ARCH);
     let foreign = asm.jump_later(JEQ, ARCH_NATIVE, Side::Else);
     asm.load(OFFSET_NUMBER);
@@ -119,6 +129,7 @@ struct Jump(usize);
 struct Asm {
     code: Vec<sock_filter>,
     fixups: Vec<Fixup>,
+    traced: Traced,
 }
 
 impl Asm {
@@ -130,7 +141,7 @@ impl Asm {
         self.search(&sorted, &mut hits);
         for (jump, call) in hits {
             self.land(jump);
-            self.test(when(call));
+            self.test(when(call, self.traced));
         }
     }
 
@@ -256,7 +267,11 @@ mod tests {
 
     /// Runs the filter as the kernel would.
     fn run(arch: u32, number: u32, args: [u64; 6]) -> u32 {
-        let program = program();
+        run_with(Traced::Changes, arch, number, args)
+    }
+
+    fn run_with(traced: Traced, arch: u32, number: u32, args: [u64; 6]) -> u32 {
+        let program = program(traced);
         let (mut pc, mut a) = (0, 0_u32);
         loop {
             let insn = program[pc];
@@ -296,6 +311,14 @@ mod tests {
         assert!(mmap(libc::MAP_FIXED | libc::MAP_PRIVATE));
         assert!(!mmap(libc::MAP_PRIVATE) && !mmap(libc::MAP_FIXED_NOREPLACE));
         assert!(!mmap(libc::MAP_FIXED | libc::MAP_FIXED_NOREPLACE), "the kernel lets NOREPLACE win");
+    }
+
+    #[test]
+    fn every_mmap_is_traced_if_births_are_asked_for() {
+        for number in [libc::SYS_mmap, libc::SYS_shmat] {
+            assert_eq!(run_with(Traced::ChangesAndBirths, ARCH_NATIVE, number as u32, [0; 6]), RET_TRACE);
+            assert!(!native(number, [0; 6]));
+        }
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! What a tracer tells its user.
 
-use mmu_notifier::{Mm, MmWithUser};
+use mmu_notifier::{Mm, MmWithUser, VaRange};
 
 use super::Task;
 
@@ -67,6 +67,17 @@ pub enum TaskEvent<'a> {
         mm: &'a Mm,
         /// How it ended.
         status: ExitStatus,
+    },
+    /// A call has made or grown a mapping, and the task stands at its end. Only with [`super::Options::births`].
+    ///
+    /// [`super::current`] says which call it was.
+    Mapped {
+        /// The task.
+        task: Task,
+        /// The address space.
+        mm: &'a Mm,
+        /// What is mapped now. Of the heap, all of it.
+        range: VaRange,
     },
     /// A task made a system call under an ABI this source cannot read. If that call changed the address space, it was missed.
     UnknownAbi {

@@ -17,6 +17,10 @@ use std::ptr;
 use super::{ExitStatus, Pid, proc};
 use crate::ranges;
 
+mod registers;
+
+pub(super) use registers::registers;
+
 /// What `wait` reported.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Wait {

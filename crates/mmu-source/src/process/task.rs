@@ -17,6 +17,7 @@ use std::rc::Rc;
 
 use mmu_notifier::{Mm, OwnedBracket};
 
+use super::births::Birth;
 use super::decode::Then;
 use super::space::Space;
 use super::sys::Resume;
@@ -93,6 +94,8 @@ pub(super) struct OpenCall {
     /// The address space the brackets are on, unless that has ended meanwhile.
     pub(super) space: Option<Rc<Space>>,
     pub(super) then: Then,
+    /// What it maps, if that is to be told.
+    pub(super) birth: Option<Birth>,
     /// Only the low half of the result counts.
     pub(super) compat: bool,
 }

@@ -7,11 +7,13 @@ use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::{io, mem};
 
-use mmu_notifier::VaRange;
+use mmu_notifier::{Event, VaRange};
 
 use super::abi::Abi;
+use super::births::Birth;
 use super::current::Scope;
-use super::decode::{Context, Entry, Then};
+use super::decode::{Context, Entry, Plan, Then};
+use super::filter::Traced;
 use super::space::Space;
 use super::sys::{self, Resume, Stop, SyscallInfo, Wait};
 use super::task::{Life, OpenCall, Tracee};
@@ -32,11 +34,19 @@ pub struct Options {
     pub follow: bool,
     /// Gives spawned processes a filter, so that only memory calls stop. Without it every system call does.
     pub seccomp: bool,
+    /// Stops at calls that only make a mapping, too, and tells of it by [`TaskEvent::Mapped`].
+    pub births: bool,
 }
 
 impl Default for Options {
     fn default() -> Options {
-        Options { follow: true, seccomp: true }
+        Options { follow: true, seccomp: true, births: false }
+    }
+}
+
+impl Options {
+    fn traced(self) -> Traced {
+        if self.births { Traced::ChangesAndBirths } else { Traced::Changes }
     }
 }
 
@@ -215,7 +225,9 @@ impl<O: Observer> Tracer<O> {
             let tasks = || self.tasks.keys().copied().collect();
             Entry { tid, abi, call, args }.plan(Context { brk, alone, tasks: &tasks }, &mut ranges)
         });
-        if let Some(plan) = plan
+        let birth = Birth::of(call, &args).filter(|_| self.options.births);
+        let only_birth = || birth.map(|_| Plan { cause: call.name(), event: Event::Unmap, then: Then::Close });
+        if let Some(plan) = plan.or_else(only_birth)
             && let Some(target) = self.target(tid, plan.then)
         {
             let scope = Scope::new(task, plan.cause, None);
@@ -225,7 +237,7 @@ impl<O: Observer> Tracer<O> {
             let brackets = ranges.iter().map(|range| target.mm.invalidate_owned(*range, plan.event)).collect();
             drop(scope);
             let compat = abi.is_compat();
-            let call = OpenCall { cause: plan.cause, brackets, space: Some(target), then: plan.then, compat };
+            let call = OpenCall { cause: plan.cause, brackets, space: Some(target), then: plan.then, birth, compat };
             if let Some(tracee) = self.tasks.get_mut(&tid) {
                 tracee.call = Some(call);
             }
@@ -256,6 +268,11 @@ impl<O: Observer> Tracer<O> {
         if let (Then::LearnBreak, Some(space)) = (call.then, &call.space) {
             let mask = if call.compat { u64::from(u32::MAX) } else { u64::MAX };
             space.update_brk(|brk| brk.finish(result.map(|result| result as u64 & mask)));
+        }
+        if let (Some(birth), Some(space), Some(result)) = (call.birth, &call.space, result)
+            && let Some(range) = birth.range(tid, result as u64)
+        {
+            self.observer.event(&TaskEvent::Mapped { task: tracee.task, mm: &space.mm, range });
         }
     }
 

@@ -10,4 +10,5 @@ mod log;
 mod memory;
 mod space;
 mod spawn;
+mod stop;
 mod uffd;

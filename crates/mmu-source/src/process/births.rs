@@ -1,0 +1,61 @@
+//! The mappings that calls make, for observers that asked for them.
+
+use mmu_notifier::{Va, VaRange};
+
+use super::abi::Call;
+use super::{Pid, maps};
+use crate::ranges::page_up;
+
+/// What a call maps if it succeeds. Its address is the call's result.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Birth {
+    /// So many bytes from the result on.
+    Bytes(u64),
+    /// The heap, which ends at the result.
+    Heap,
+    /// One mapping, whose size `/proc` knows.
+    One,
+}
+
+impl Birth {
+    /// `None` for a call that makes no mapping, and for `ipc`, whose result is in memory.
+    pub(super) fn of(call: Call, args: &[u64; 6]) -> Option<Birth> {
+        match call {
+            Call::Mmap => Some(Birth::Bytes(args[1])),
+            Call::Mremap => Some(Birth::Bytes(args[2])),
+            Call::Brk => Some(Birth::Heap),
+            Call::OldMmap | Call::Shmat => Some(Birth::One),
+            _ => None,
+        }
+    }
+
+    /// What is mapped now that the call of `tid` has returned `result`; `None` if it failed.
+    pub(super) fn range(self, tid: Pid, result: u64) -> Option<VaRange> {
+        if result == 0 || (-4095..0).contains(&(result as i64)) {
+            return None;
+        }
+        let holding = |address| {
+            let maps = maps::read(tid).ok()?;
+            maps::holding(&maps, address).copied()
+        };
+        match self {
+            Birth::Bytes(bytes) => VaRange::covering(Va::new(result), bytes).ok(),
+            Birth::Heap => VaRange::new(Va::new(holding(result - 1)?.start), Va::new(page_up(result))).ok(),
+            Birth::One => {
+                let mapping = holding(result)?;
+                VaRange::new(Va::new(mapping.start), Va::new(mapping.end)).ok()
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_call_maps_nothing() {
+        assert_eq!(Birth::Bytes(4096).range(1, -12_i64 as u64), None);
+        assert_eq!(Birth::Bytes(4096).range(1, 0x1000), VaRange::covering(Va::new(0x1000), 4096).ok());
+    }
+}

@@ -1,0 +1,95 @@
+//! What can be asked of a task while it stands at a call, and the mappings that calls make.
+
+use std::convert::Infallible;
+use std::fs;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
+
+use mmu_notifier::{InvalidateRange, MmWithUser, Notifier, Subscription, Subsystem};
+use mmu_source::process::{Command, ExitStatus, Observer, Options, Task, TaskEvent, Tracer, current};
+use testkit::{Cap, require};
+
+/// The mapping of `pid` that holds `address`, as its line says.
+fn line_of(pid: i32, address: u64) -> String {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).expect("the task lives");
+    let holds = |line: &&str| {
+        let (start, end) = line.split(' ').next().and_then(|range| range.split_once('-')).expect("a range");
+        let hex = |text| u64::from_str_radix(text, 16).expect("a number");
+        hex(start) <= address && address < hex(end)
+    };
+    maps.lines().find(holds).unwrap_or_else(|| panic!("{address:#x} is not mapped:\n{maps}")).to_owned()
+}
+
+struct Probe;
+static SEEN: AtomicU32 = AtomicU32::new(0);
+
+impl Notifier for Probe {
+    fn invalidate_range_start(&self, _: &InvalidateRange<'_>) {
+        let current = current().expect("a callback runs on behalf of a task");
+        let registers = current.registers().expect("it stands before its call");
+        assert!(!registers.is_32bit);
+        let code = line_of(current.task.pid, registers.ip);
+        assert!(code.contains(" r-xp "), "{code}");
+        let stack = line_of(current.task.pid, registers.sp);
+        assert!(stack.contains("[stack]"), "{stack}");
+        let (mut call, mut word) = ([0; 2], [0; 8]);
+        assert_eq!(current.read_memory(registers.ip - 2, &mut call), 2);
+        assert_eq!(call, [0x0f, 0x05], "the instruction that it stands behind is `syscall`");
+        assert_eq!(current.read_memory(registers.sp, &mut word), 8);
+        assert_eq!(current.read_memory(0, &mut word), 0);
+        SEEN.fetch_add(1, Relaxed);
+    }
+}
+
+struct Watcher {
+    probes: Subsystem<Probe, Infallible>,
+    mapped: Vec<(&'static str, String)>,
+}
+
+impl Observer for Watcher {
+    type Held = Subscription<Probe>;
+
+    fn enter(&mut self, _: Task, mm: &MmWithUser) -> Self::Held {
+        self.probes.get(mm).expect("it is alive")
+    }
+
+    fn leave(&mut self, _: Task, _: Self::Held) {}
+
+    fn event(&mut self, event: &TaskEvent<'_>) {
+        if let TaskEvent::Mapped { task, range, .. } = event {
+            let cause = current().expect("it is told on behalf of a task").cause;
+            line_of(task.pid, range.start().get());
+            self.mapped.push((cause, line_of(task.pid, range.last().get())));
+        }
+    }
+}
+
+fn watch(births: bool) -> Watcher {
+    let mut options = Options::default();
+    options.births = births;
+    let watcher = Watcher { probes: Subsystem::new(|_| Ok(Probe)), mapped: Vec::new() };
+    let mut tracer = Tracer::new(options, watcher).expect("this machine can");
+    tracer.spawn(Command::new("ls").arg("/proc/self/task")).expect("it can be run");
+    tracer.run(&AtomicBool::new(false)).expect("it is traced");
+    assert_eq!(tracer.exit_status(), Some(ExitStatus::Code(0)));
+    tracer.detach().0
+}
+
+#[test]
+fn a_task_that_stands_at_a_call_can_be_asked_where_it_is() {
+    if !require(Cap::Ptrace) {
+        return;
+    }
+    assert_eq!(watch(false).mapped, []);
+    assert!(SEEN.load(Relaxed) > 5);
+}
+
+#[test]
+fn births_are_told_when_they_are_mapped() {
+    if !require(Cap::Ptrace) {
+        return;
+    }
+    let mapped = watch(true).mapped;
+    let has = |cause: &str, what: &str| mapped.iter().any(|(by, line)| *by == cause && line.contains(what));
+    assert!(has("mmap", "libc.so"), "{mapped:?}");
+    assert!(has("brk", "[heap]"), "{mapped:?}");
+}
