@@ -3,10 +3,10 @@
 //! The first device that attaches makes the map, later ones find it; the last that detaches frees it. A buffer is pinned once,
 //! whoever uses it, and leaves the translation tables of all devices before its memory changes.
 
+use mmu_notifier::lockdep::CheckedAlloc;
 use mmu_notifier::{
     Event, InstallError, InvalidateRange, InvalidateSeq, MmWithUser, ShadowOps, Subscription, Subsystem, Va, VaRange,
 };
-use std::collections::BTreeMap;
 use std::io::Error;
 use std::ptr;
 use std::sync::Arc;
@@ -14,21 +14,29 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 const PAGE: u64 = mmu_notifier::PAGE_SIZE;
 
-/// A device by its number, and its address on the bus.
+/// Ends the program if a callback uses the heap, which it must not: see `Notifier`.
+#[global_allocator]
+static ALLOC: CheckedAlloc = CheckedAlloc::new();
+
+/// A device by its number.
 type Device = usize;
+
+/// How many devices and buffers there can be: the map is of a fixed size, as a callback must not allocate or free.
+const DEVICES: usize = 4;
+const BUFFERS: usize = 16;
 
 /// A buffer whose pages stay in memory as long as this lives.
 struct Pinned {
     range: VaRange,
-    /// The devices that have it in their tables, and at which bus address.
-    users: BTreeMap<Device, u64>,
+    /// At which bus address it is in each device's table, if it is.
+    bus_addresses: [Option<u64>; DEVICES],
 }
 
 impl Pinned {
     fn new(range: VaRange) -> Result<Self, Error> {
         // SAFETY: `mlock` has no memory-safety duty: it fails where nothing is mapped.
         match unsafe { libc::mlock(range.start().get() as *const libc::c_void, (range.pages() * PAGE) as usize) } {
-            0 => Ok(Self { range, users: BTreeMap::new() }),
+            0 => Ok(Self { range, bus_addresses: [None; DEVICES] }),
             _ => Err(Error::last_os_error()),
         }
     }
@@ -43,7 +51,7 @@ impl Drop for Pinned {
 
 /// What all devices have of one address space.
 struct Map {
-    buffers: BTreeMap<u64, Pinned>,
+    buffers: [Option<Pinned>; BUFFERS],
     next_bus_address: u64,
     /// Entries that were taken out of devices' tables: each is a command to a device.
     flushes: Arc<AtomicUsize>,
@@ -52,13 +60,17 @@ struct Map {
 impl ShadowOps for Map {
     fn zap(&mut self, range: &InvalidateRange<'_>) {
         // A device writes wherever its table points: each entry goes before the memory does.
-        self.buffers.retain(|_, buffer| {
-            let stays = !buffer.range.overlaps(range.range());
-            if !stays {
-                self.flushes.fetch_add(buffer.users.len(), Ordering::Relaxed);
+        for place in &mut self.buffers {
+            if let Some(buffer) = place.take_if(|buffer| buffer.range.overlaps(range.range())) {
+                self.flushes.fetch_add(buffer.bus_addresses.iter().flatten().count(), Ordering::Relaxed);
             }
-            stays
-        });
+        }
+    }
+}
+
+impl Map {
+    fn find(&mut self, range: VaRange) -> Option<&mut Pinned> {
+        self.buffers.iter_mut().flatten().find(|buffer| buffer.range == range)
     }
 }
 
@@ -68,10 +80,12 @@ type SharedMap = Subscription<InvalidateSeq<Map>>;
 fn map(shared: &SharedMap, device: Device, range: VaRange) -> Result<u64, Error> {
     loop {
         let known = shared.with_shadow(|map| {
-            let bus_address = map.next_bus_address;
-            let buffer = map.buffers.get_mut(&range.start().get())?;
-            map.next_bus_address += range.pages() * PAGE;
-            Some(*buffer.users.entry(device).or_insert(bus_address))
+            let next = map.next_bus_address;
+            let bus_address = *map.find(range)?.bus_addresses[device].get_or_insert(next);
+            if bus_address == next {
+                map.next_bus_address += range.pages() * PAGE;
+            }
+            Some(bus_address)
         });
         if let Some(bus_address) = known {
             return Ok(bus_address);
@@ -79,12 +93,17 @@ fn map(shared: &SharedMap, device: Device, range: VaRange) -> Result<u64, Error>
         let snapshot = shared.snapshot(range);
         let pinned = Pinned::new(range)?;
         let installed = shared.try_install(snapshot, |map| {
-            // Another device may have been quicker; its buffer stays, and this pin goes.
-            map.buffers.entry(range.start().get()).or_insert(pinned);
+            // If another device was quicker, its buffer stays.
+            if map.find(range).is_some() {
+                return true;
+            }
+            let free = map.buffers.iter_mut().find(|place| place.is_none());
+            free.map(|place| *place = Some(pinned)).is_some()
         });
         match installed {
+            Ok(false) => return Err(Error::other("all buffers are in use")),
             // Mapped or invalidated meanwhile: either way the next turn knows.
-            Ok(()) | Err(InstallError::Retry) => {}
+            Ok(true) | Err(InstallError::Retry) => {}
             Err(error) => return Err(Error::other(error)),
         }
     }
@@ -93,10 +112,12 @@ fn map(shared: &SharedMap, device: Device, range: VaRange) -> Result<u64, Error>
 /// Takes a device out of every buffer, as it must before it puts the map: put tells nobody.
 fn detach(shared: SharedMap, device: Device) {
     shared.with_shadow(|map| {
-        map.buffers.retain(|_, buffer| {
-            buffer.users.remove(&device);
-            !buffer.users.is_empty()
-        });
+        for place in &mut map.buffers {
+            place.take_if(|buffer| {
+                buffer.bus_addresses[device] = None;
+                buffer.bus_addresses == [None; DEVICES]
+            });
+        }
     });
     shared.put();
 }
@@ -106,7 +127,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let maps_made = AtomicUsize::new(0);
     let dma = Subsystem::<InvalidateSeq<Map>, std::convert::Infallible, _>::new(|_: &MmWithUser| {
         maps_made.fetch_add(1, Ordering::Relaxed);
-        let map = Map { buffers: BTreeMap::new(), next_bus_address: 0x1000_0000, flushes: Arc::clone(&flushes) };
+        let map =
+            Map { buffers: [const { None }; BUFFERS], next_bus_address: 0x1000_0000, flushes: Arc::clone(&flushes) };
         Ok(InvalidateSeq::new([VaRange::ALL], map))
     });
 
@@ -123,7 +145,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     let bus_address = map(&devices[1], 1, second)?;
     assert_eq!(map(&devices[1], 1, second)?, bus_address, "mapped once");
-    let buffers = |shared: &SharedMap| shared.with_shadow(|map| map.buffers.len());
+    let buffers = |shared: &SharedMap| shared.with_shadow(|map| map.buffers.iter().flatten().count());
     assert_eq!(buffers(&devices[2]), 2);
 
     // The process unmaps the first buffer while devices use it: all of them have let go before it happens.

@@ -5,8 +5,8 @@
 //!
 //! Here brackets are opened by hand around each call; an event source does that for a program that knows nothing of it.
 
-use mmu_notifier::{Event, InvalidateRange, InvalidateSeq, MmWithUser, ShadowOps, Subsystem, Va, VaRange};
-use std::collections::BTreeMap;
+use mmu_notifier::lockdep::CheckedAlloc;
+use mmu_notifier::{Event, InvalidateSeq, MmWithUser, SoftTlb, Subsystem, Va, VaRange};
 use std::io::Error;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,20 +15,19 @@ use std::thread;
 const PAGES: u64 = 32;
 const PAGE: u64 = mmu_notifier::PAGE_SIZE;
 
-/// Which page has which host address, as far as somebody has used it. Spte is the kernel's word for one such entry.
-#[derive(Default)]
-struct Table(BTreeMap<u64, NonNull<u8>>);
+/// Ends the program if a callback uses the heap, which it must not: see `Notifier`.
+#[global_allocator]
+static ALLOC: CheckedAlloc = CheckedAlloc::new();
 
-// SAFETY: The pointers are to memory that belongs to no thread, and are used under the table's lock.
-unsafe impl Send for Table {}
+/// Where a page of the guest is in this process.
+#[derive(Clone, Copy)]
+struct Host(NonNull<u8>);
 
-impl ShadowOps for Table {
-    fn zap(&mut self, range: &InvalidateRange<'_>) {
-        self.0.retain(|page, _| !range.range().contains(Va::new(*page)));
-    }
-}
+// SAFETY: The pointer is to memory that belongs to no thread, and is used under the table's lock.
+unsafe impl Send for Host {}
 
-type Shadow = InvalidateSeq<Table>;
+/// The host address of each page that was used lately. Spte is the kernel's word for one such entry.
+type Shadow = InvalidateSeq<SoftTlb<Host>>;
 
 /// The guest's memory, of which any page may be missing.
 struct Guest {
@@ -59,12 +58,12 @@ impl Guest {
     }
 
     /// Walks the primary page table: what a page is mapped to, if it is.
-    fn walk(&self, page: VaRange) -> Option<NonNull<u8>> {
+    fn walk(&self, page: VaRange) -> Option<Host> {
         let start = page.start().get() as *mut libc::c_void;
         let mut resident = 0;
         // SAFETY: `mincore` only looks, and fails with ENOMEM where nothing is mapped; it writes one byte for one page.
         let mapped = unsafe { libc::mincore(start, PAGE as usize, &raw mut resident) } == 0;
-        NonNull::new(start.cast::<u8>()).filter(|_| mapped)
+        NonNull::new(start.cast::<u8>()).filter(|_| mapped).map(Host)
     }
 }
 
@@ -80,12 +79,12 @@ fn mmap(at: *mut libc::c_void, length: u64, flags: libc::c_int) -> u64 {
 /// had to be faulted in.
 fn increment(shadow: &Shadow, guest: &Guest, number: u64) -> (Option<u8>, bool) {
     let page = guest.page(number);
-    let address = page.start().get();
+    let address = page.start();
     let mut faulted = false;
     loop {
         // Under the shadow's lock, where no entry can be zapped.
         let hit = shadow.with_shadow(|table| {
-            table.0.get(&address).map(|host| {
+            table.get(address).map(|Host(host)| {
                 // SAFETY: The page must be mapped: its entry is there, so no bracket has come to the point where it may go.
                 let value = unsafe { host.as_ptr().read_volatile() };
                 // SAFETY: As above; only lock holders write.
@@ -100,7 +99,7 @@ fn increment(shadow: &Shadow, guest: &Guest, number: u64) -> (Option<u8>, bool) 
         let snapshot = shadow.snapshot(page);
         let Some(host) = guest.walk(page) else { return (None, faulted) };
         // If it is refused the page has gone meanwhile, or is going: the next turn looks again.
-        let _ = shadow.try_install(snapshot, |table| table.0.insert(address, host));
+        let _ = shadow.try_install(snapshot, |table| table.insert(address, host));
     }
 }
 
@@ -109,7 +108,7 @@ fn main() {
     let guest = Guest::map();
     let range = guest.range;
     let shadows = Subsystem::<Shadow, std::convert::Infallible, _>::new(move |_: &MmWithUser| {
-        Ok(InvalidateSeq::new([range], Table::default()))
+        Ok(InvalidateSeq::new([range], SoftTlb::new(PAGES as usize)))
     });
     let shadow = shadows.get(&mm).expect("no bracket is open here");
 
@@ -153,7 +152,7 @@ fn main() {
 
     // The end of the address space: nothing is left in the table, and nothing gets in.
     drop(mm);
-    assert!(shadow.with_shadow(|table| table.0.is_empty()));
+    assert!(shadow.with_shadow(|table| table.is_empty()));
     assert!(shadow.try_install(shadow.snapshot(guest.page(1)), |_| ()).is_err());
     shadow.put();
     shadows.synchronize().expect("no bracket is open here");

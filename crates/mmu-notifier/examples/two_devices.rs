@@ -4,12 +4,16 @@
 //! Each device is a subsystem: two keys, so a process that has both open has two notifiers. Unloading is three steps: no file
 //! can be opened any more, the last references are put, and [`Subsystem::synchronize`] has returned for each.
 
-use mmu_notifier::{Event, InvalidateRange, Mm, MmWithUser, Notifier, Subscription, Subsystem, Va, VaRange};
-use std::collections::BTreeSet;
+use mmu_notifier::lockdep::CheckedAlloc;
+use mmu_notifier::{Event, InvalidateRange, Mm, MmWithUser, Notifier, SoftTlb, Subscription, Subsystem, Va, VaRange};
 use std::convert::Infallible;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
+
+/// Ends the program if a callback uses the heap, which it must not: see `Notifier`.
+#[global_allocator]
+static ALLOC: CheckedAlloc = CheckedAlloc::new();
 
 /// What the module's code and data are: whoever holds this runs in it.
 #[derive(Debug, Default)]
@@ -23,12 +27,13 @@ struct Module {
 #[derive(Debug)]
 struct Context {
     module: Arc<Module>,
-    pages: Mutex<BTreeSet<u64>>,
+    /// The pages that the device uses. The lock is held over memory of a fixed size, as callbacks need it.
+    pages: Mutex<SoftTlb<()>>,
 }
 
 impl Context {
     fn forget(&self, range: VaRange) {
-        self.pages.lock().expect("no holder panics").retain(|page| !range.contains(Va::new(*page)));
+        self.pages.lock().expect("no holder panics").zap(range);
     }
 }
 
@@ -63,7 +68,7 @@ impl File {
     }
 
     fn use_page(&self, page: u64) {
-        self.0.pages.lock().expect("no holder panics").insert(page);
+        self.0.pages.lock().expect("no holder panics").insert(Va::new(page), ());
     }
 
     /// Whoever closes the last file must have dropped every page: put calls no `release`.
@@ -78,7 +83,8 @@ impl File {
 fn load(module: &Arc<Module>) -> [Device; 2] {
     [(); 2].map(|()| {
         let module = Arc::clone(module);
-        let alloc = move |_: &MmWithUser| Ok(Context { module: Arc::clone(&module), pages: Mutex::default() });
+        let alloc =
+            move |_: &MmWithUser| Ok(Context { module: Arc::clone(&module), pages: Mutex::new(SoftTlb::new(64)) });
         Subsystem::new(Box::new(alloc) as Box<_>)
     })
 }

@@ -31,31 +31,38 @@ use window::Removal;
 ///
 /// ```
 /// use mmu_notifier::{Event, Finish, IntervalNotifier, IntervalOps, InvalidateRange, MmWithUser, Va, VaRange};
-/// use std::sync::mpsc::{Sender, channel};
+/// use std::sync::atomic::{AtomicU64, Ordering};
 ///
-/// struct Device(Sender<&'static str>);
+/// static UNDER_WAY: AtomicU64 = AtomicU64::new(0); // Flushes that were begun and not waited for.
+/// static AT_ONCE: AtomicU64 = AtomicU64::new(0);   // How many there were at the most.
+///
+/// struct Device(Option<Finish>); // The second pass, made beforehand: the callback must not allocate.
 /// impl IntervalOps for Device {
 ///     fn invalidate(&mut self, _range: &InvalidateRange<'_>) -> Option<Finish> {
-///         self.0.send("begin to flush").unwrap();
-///         let device = self.0.clone();
-///         Some(Finish::new(move || device.send("wait for the flush").unwrap()))
+///         let under_way = UNDER_WAY.fetch_add(1, Ordering::Relaxed) + 1; // Begin to flush.
+///         AT_ONCE.fetch_max(under_way, Ordering::Relaxed);
+///         self.0.take()
 ///     }
 /// }
+/// let device = || {
+///     let wait = || { UNDER_WAY.fetch_sub(1, Ordering::Relaxed); };
+///     Device(Some(Finish::new(wait)))
+/// };
 ///
 /// let mm = MmWithUser::new();
-/// let (device, log) = channel();
 /// let page = |number: u64| VaRange::covering(Va::new(number << 12), 1);
-/// let one = IntervalNotifier::insert(&mm, page(1)?, Device(device.clone()))?;
-/// let two = IntervalNotifier::insert(&mm, page(2)?, Device(device))?;
+/// let one = IntervalNotifier::insert(&mm, page(1)?, device())?;
+/// let two = IntervalNotifier::insert(&mm, page(2)?, device())?;
 /// drop(mm.invalidate(VaRange::ALL, Event::Unmap));
-/// let all: Vec<_> = log.try_iter().collect();
-/// assert_eq!(all, ["begin to flush", "begin to flush", "wait for the flush", "wait for the flush"]);
+/// assert_eq!((AT_ONCE.load(Ordering::Relaxed), UNDER_WAY.load(Ordering::Relaxed)), (2, 0));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[doc(alias = "mmu_interval_notifier_ops")]
 pub trait IntervalOps: Send + 'static {
     /// Lets go of what `range` covers. What is returned runs after every interval that meets the range has been called,
     /// without the lock, for work that is slow and can go on for all at once.
+    ///
+    /// It must not allocate, free or print, and no more must whoever holds the state: see [`Notifier`](crate::Notifier).
     ///
     /// # Blocking
     /// May sleep.

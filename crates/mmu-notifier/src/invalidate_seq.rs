@@ -36,7 +36,8 @@ pub trait ShadowOps: Send + 'static {
     /// Called only for ranges that meet what the shadow watches, and with the whole range.
     ///
     /// # Blocking
-    /// May sleep unless [`InvalidateRange::blocking`] forbids it. Must not wait for whoever waits for an invalidation.
+    /// May sleep unless [`InvalidateRange::blocking`] forbids it. Must not wait for whoever waits for an invalidation, and must not
+    /// allocate, free or print: see [`Notifier`].
     fn zap(&mut self, range: &InvalidateRange<'_>);
 }
 
@@ -57,30 +58,36 @@ pub trait ShadowOps: Send + 'static {
 /// does not take the shadow's lock; what comes after exit is refused.
 ///
 /// # Examples
-/// ```
-/// use mmu_notifier::{Event, InvalidateRange, InvalidateSeq, MmWithUser, Registration, ShadowOps, Va, VaRange};
-/// use std::collections::BTreeMap;
+/// A shadow of this program's own; [`SoftTlb`](crate::SoftTlb) is a ready one.
 ///
-/// #[derive(Default)]
-/// struct Table(BTreeMap<u64, u64>);
+/// ```
+/// # use mmu_notifier::lockdep::CheckedAlloc;
+/// # #[global_allocator]
+/// # static ALLOC: CheckedAlloc = CheckedAlloc::new();
+/// use mmu_notifier::{Event, InvalidateRange, InvalidateSeq, MmWithUser, Registration, ShadowOps, Va, VaRange};
+///
+/// /// Frames of eight pages. Its size is fixed: neither `zap` nor what `try_install` runs may allocate or free.
+/// struct Table([Option<u64>; 8]);
 /// impl ShadowOps for Table {
 ///     fn zap(&mut self, range: &InvalidateRange<'_>) {
-///         self.0.retain(|page, _| !range.range().contains(Va::new(page << 12)));
+///         for (page, frame) in (4..).zip(&mut self.0) {
+///             frame.take_if(|_| range.range().contains(Va::new(page << 12)));
+///         }
 ///     }
 /// }
 ///
 /// let mm = MmWithUser::new();
 /// let guest = VaRange::covering(Va::new(0x4000), 0x8000)?;
-/// let shadow = Registration::new(&mm, InvalidateSeq::new([guest], Table::default())).map_err(|e| e.error)?;
+/// let shadow = Registration::new(&mm, InvalidateSeq::new([guest], Table([None; 8]))).map_err(|e| e.error)?;
 ///
 /// let page = VaRange::covering(Va::new(0x7000), 1)?;
 /// let snapshot = shadow.snapshot(page);
 /// let frame = 42; // Looked up here, however long it takes.
-/// shadow.try_install(snapshot, |table| table.0.insert(7, frame))?;
+/// shadow.try_install(snapshot, |table| table.0[3] = Some(frame))?;
 ///
 /// let snapshot = shadow.snapshot(page);
 /// drop(mm.invalidate(page, Event::Unmap));
-/// assert!(shadow.try_install(snapshot, |table| table.0.insert(7, frame)).is_err(), "look again");
+/// assert!(shadow.try_install(snapshot, |table| table.0[3] = Some(frame)).is_err(), "look again");
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[doc(alias = "mmu_invalidate_seq")]
@@ -215,8 +222,8 @@ impl<S: ShadowOps> InvalidateSeq<S> {
 
     /// Runs `install` on the locked shadow, if the snapshot's range is watched and was not invalidated since.
     ///
-    /// `install` must not change this address space's mappings (with an in-process source that includes freeing large
-    /// memory): the callback for that would want the same lock.
+    /// `install` must not allocate, free or print, and make no memory call: with a source in this process, any of these may
+    /// run the callback, which takes the same lock ([`Notifier`] has the rule).
     ///
     /// # Blocking
     /// Sleeps while another thread holds the lock: a zap or another `install`.

@@ -7,24 +7,26 @@
 //! it. Whoever changes the address space does so inside a bracket, [`Mm::invalidate`].
 //!
 //! ```
-//! use mmu_notifier::{Event, InvalidateRange, MmWithUser, Notifier, Subsystem, Va, VaRange};
-//! use std::{collections::BTreeMap, sync::Mutex};
+//! # use mmu_notifier::lockdep::CheckedAlloc;
+//! # #[global_allocator]
+//! # static ALLOC: CheckedAlloc = CheckedAlloc::new();
+//! use mmu_notifier::{Event, InvalidateRange, MmWithUser, Notifier, SoftTlb, Subsystem, Va, VaRange};
+//! use std::sync::Mutex;
 //!
-//! /// A shadow page table: page number to frame number.
-//! #[derive(Default)]
-//! struct Shadow(Mutex<BTreeMap<u64, u64>>);
+//! /// A shadow page table: page to frame number, in memory of a fixed size, since a callback may not allocate or free.
+//! struct Shadow(Mutex<SoftTlb<u64>>);
 //!
 //! impl Notifier for Shadow {
 //!     fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
-//!         self.0.lock().unwrap().retain(|page, _| !range.range().contains(Va::new(page << 12)));
+//!         self.0.lock().unwrap().zap(range.range());
 //!     }
 //! }
 //!
-//! static SHADOW: Subsystem<Shadow> = Subsystem::new(|_mm| Ok(Shadow::default()));
+//! static SHADOW: Subsystem<Shadow> = Subsystem::new(|_mm| Ok(Shadow(Mutex::new(SoftTlb::new(1024)))));
 //!
 //! let mm = MmWithUser::new();
 //! let shadow = SHADOW.get(&mm)?;
-//! shadow.0.lock().unwrap().insert(7, 42);
+//! shadow.0.lock().unwrap().insert(Va::new(0x7000), 42);
 //!
 //! let bracket = mm.invalidate(VaRange::covering(Va::new(0x7000), 0x1000)?, Event::Unmap);
 //! assert!(shadow.0.lock().unwrap().is_empty(), "it let go before the memory moves");
@@ -43,7 +45,8 @@
 //!   virtual machine's page tables. Both refuse to install what was looked up before a change.
 //! * [`Mm::invalidate`], [`Mm::try_invalidate`], [`Mm::with_invalidation`]: brackets, for event sources.
 //! * [`Subsystem::synchronize`]: waits for the frees.
-//! * [`lockdep`]: finds lock-order trouble in debug builds.
+//! * [`SoftTlb`]: a table of translations that a callback can empty, for it never allocates.
+//! * [`lockdep`]: finds lock-order trouble, and callbacks that allocate, in debug builds.
 //!
 //! # What a subscriber can rely on
 //! * No bracket is missed: when `get` has returned, each bracket that is open or opens later calls the notifier.
@@ -51,6 +54,9 @@
 //!   its address space ended.
 //! * No callback runs in a freed notifier, and `release` has returned before exit goes on.
 //! * What would wait for itself returns [`WouldDeadlock`].
+//!
+//! # What a callback must not do
+//! Allocate, free, print, or take a lock whose holders do: it may run in the middle of `free`. [`Notifier`] has the rule in full.
 //!
 //! # What a thread must not do
 //! Wait for another address space's brackets, by subscribing to it or unregistering from it, inside a bracket of this one, if
@@ -78,6 +84,7 @@ mod owned_guard;
 mod range;
 mod registration;
 mod secondary;
+mod soft_tlb;
 mod subscription;
 #[expect(unsafe_code, reason = "the one list that is read under SRCU")]
 mod subscriptions;
@@ -93,6 +100,7 @@ pub use notifier::Notifier;
 pub use range::{InvalidRange, PAGE_SIZE, Va, VaRange};
 pub use registration::Registration;
 pub use secondary::{Secondary, SecondaryTlb};
+pub use soft_tlb::SoftTlb;
 pub use subscription::Subscription;
 pub use subsystem::Subsystem;
 

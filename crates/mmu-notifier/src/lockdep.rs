@@ -29,9 +29,16 @@
 //! # drop(table);
 //! ```
 //!
+//! A callback that uses the heap, or a lock that a callback takes and somebody holds over an allocation, hangs just as rarely:
+//! [`CheckedAlloc`] finds those.
+//!
 //! # Source
 //! `__mmu_notifier_invalidate_range_start_map`, mm/mmu_notifier.c, Linux 5.5. Differs: locks are told one from another by their
 //! `Map` and not by class, and address spaces are told apart.
+
+mod alloc;
+
+pub use alloc::CheckedAlloc;
 
 use crate::Mm;
 use std::marker::PhantomData;
@@ -107,6 +114,12 @@ pub(crate) fn might_wait(mm: Option<&Mm>) {
 #[inline]
 pub(crate) fn holds_state(mm: &Mm) -> imp::Held<'static> {
     imp::holds_state(mm.id())
+}
+
+/// Says that this thread runs the callback `method` of `N`, until dropped.
+#[inline(always)]
+pub(crate) fn callback<N: ?Sized>(method: &'static str) -> imp::Callback {
+    imp::Callback::enter(std::any::type_name::<N>, method)
 }
 
 pub(crate) use imp::Section;

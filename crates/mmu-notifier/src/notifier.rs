@@ -16,6 +16,19 @@ use crate::{InvalidateRange, Mm, Va, VaRange, WouldBlock};
 /// and what would wait returns [`WouldDeadlock`](crate::WouldDeadlock) instead. A panic in a callback is caught and
 /// counted ([`Mm::callback_panics`]); the other subscribers are still called.
 ///
+/// # What a start or end callback must not do
+/// Where the address space is the caller's own, memory also changes inside the allocator: `free` gives a block back to the
+/// kernel with its own locks held, and the callback runs in the middle of it. So a callback must not
+/// * allocate or free memory: no insert into or removal from a collection that owns nodes, no clone of a `String`, no `Finish::new`;
+/// * print or log, which allocates and takes the lock of the stream;
+/// * take a lock whose holders allocate, free or print, because such a holder may be this very thread;
+/// * load libraries, or use thread-local storage with a destructor.
+///
+/// It may store to atomics, take locks that are held over memory of a fixed size only, and make system calls. Keep what a
+/// callback has to change in such memory ([`SoftTlb`](crate::SoftTlb) is a ready table), or mark it there and let the
+/// next user free it. [`lockdep::CheckedAlloc`](crate::lockdep::CheckedAlloc) finds a mistake at the first call. Only the subscribers
+/// of an address space that no allocator of this thread changes, as those of another process, are free to do as they like.
+///
 /// # Source
 /// `struct mmu_notifier_ops`, include/linux/mmu_notifier.h, Linux 5.15. Differs: `change_pte` (gone since 6.10) is left out;
 /// `free_notifier` is `Drop`, `alloc_notifier` the closure of a [`Subsystem`](crate::Subsystem); flushing a secondary TLB
@@ -28,26 +41,26 @@ use crate::{InvalidateRange, Mm, Va, VaRange, WouldBlock};
 /// use mmu_notifier::{Event, InvalidateRange, MmWithUser, Notifier, Registration, VaRange, WouldBlock};
 /// use std::sync::{Mutex, TryLockError};
 ///
-/// struct Table(Mutex<Vec<u64>>);
+/// struct Table(Mutex<[Option<u64>; 8]>); // Of a fixed size: who holds the lock never allocates.
 ///
 /// impl Notifier for Table {
 ///     fn invalidate_range_start(&self, _range: &InvalidateRange<'_>) {
-///         self.0.lock().unwrap().clear();
+///         self.0.lock().unwrap().fill(None);
 ///     }
 ///
 ///     fn try_invalidate_range_start(&self, _range: &InvalidateRange<'_>) -> Result<(), WouldBlock> {
-///         self.0.try_lock().map_err(|_| WouldBlock)?.clear();
+///         self.0.try_lock().map_err(|_| WouldBlock)?.fill(None);
 ///         Ok(())
 ///     }
 /// }
 ///
 /// let mm = MmWithUser::new();
-/// let table = Registration::new(&mm, Table(Mutex::new(vec![7]))).map_err(|e| e.error)?;
+/// let table = Registration::new(&mm, Table(Mutex::new([Some(7); 8]))).map_err(|e| e.error)?;
 /// let held = table.0.lock().unwrap();
-/// assert!(mm.try_invalidate(VaRange::ALL, Event::Clear).is_err(), "somebody is at the table");
+/// assert!(mm.try_invalidate(VaRange::ALL, Event::Clear).is_err(), "the table is locked");
 /// drop(held);
 /// drop(mm.invalidate(VaRange::ALL, Event::Clear));
-/// assert!(table.0.lock().unwrap().is_empty());
+/// assert_eq!(table.0.lock().unwrap().iter().flatten().count(), 0);
 /// # Ok::<(), mmu_notifier::WouldDeadlock>(())
 /// ```
 ///

@@ -50,17 +50,19 @@ pub trait SecondaryTlb: Send + Sync + 'static {
 /// # Examples
 /// ```
 /// use mmu_notifier::{Mm, MmWithUser, Registration, Secondary, SecondaryTlb, VaRange};
+/// use std::sync::atomic::{AtomicU64, Ordering};
 ///
-/// struct Iommu;
+/// struct Iommu(AtomicU64); // How many flushes it was told to do.
 /// impl SecondaryTlb for Iommu {
-///     fn invalidate_secondary_tlbs(&self, _mm: &Mm, range: VaRange) {
-///         println!("flush {range}");
+///     fn invalidate_secondary_tlbs(&self, _mm: &Mm, _range: VaRange) {
+///         self.0.fetch_add(1, Ordering::Relaxed);
 ///     }
 /// }
 ///
 /// let mm = MmWithUser::new();
-/// let _registration = Registration::new(&mm, Secondary(Iommu)).map_err(|e| e.error)?;
+/// let iommu = Registration::new(&mm, Secondary(Iommu(AtomicU64::new(0)))).map_err(|e| e.error)?;
 /// mm.invalidate_secondary_tlbs(VaRange::ALL);
+/// assert_eq!(iommu.0.0.load(Ordering::Relaxed), 1);
 /// # Ok::<(), mmu_notifier::WouldDeadlock>(())
 /// ```
 ///

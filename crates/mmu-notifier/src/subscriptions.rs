@@ -286,7 +286,7 @@ fn try_start_from(walk: &mut Walk<'_>, range: &InvalidateRange<'_>, mut refused:
             continue;
         }
         // A start that panicked may have done its work: it counts as accepted, so that its end comes.
-        match catch_unwind(AssertUnwindSafe(|| node.callbacks().try_invalidate_range_start(range))) {
+        match catch_unwind(AssertUnwindSafe(|| node.callbacks().try_start(range))) {
             Ok(Err(WouldBlock)) => refused = true,
             Ok(Ok(())) => *slot = Some(node),
             Err(panic) => {

@@ -4,6 +4,7 @@
 //! how many brackets it has seen, or when it starts, why there is no hook. The program runs as it does without.
 #![cfg(all(target_os = "linux", target_env = "gnu"))]
 
+use mmu_notifier::lockdep::CheckedAlloc;
 use mmu_notifier::{InvalidateRange, Notifier, Registration};
 use mmu_source::hook::Hook;
 use mmu_source::kernel::Kernel;
@@ -11,6 +12,10 @@ use std::fs::OpenOptions;
 use std::io::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
+
+/// Ends the program if a callback uses the heap, which it must not: see `Notifier`.
+#[global_allocator]
+static ALLOC: CheckedAlloc = CheckedAlloc::new();
 
 static SEEN: AtomicU64 = AtomicU64::new(0);
 static HELD: OnceLock<(Hook, Option<Arc<Kernel>>, Registration<Count>)> = OnceLock::new();

@@ -1,8 +1,7 @@
 //! The address space of this process.
 
-use crate::fork::{marks, space};
+use crate::fork::{keep, marks, space};
 use mmu_notifier::MmWithUser;
-use std::ptr;
 use std::sync::atomic::Ordering;
 
 /// Returns the address space of this process: the one that the sources of this process (`kernel`,
@@ -11,6 +10,12 @@ use std::sync::atomic::Ordering;
 /// It is made on first use and never exits. The child of a fork has an address space of its own: the first use there makes
 /// a fresh one, which has no subscribers, as the kernel does. Subscriptions that the child has inherited belong to its
 /// parent's address space and hear nothing any more. A child of `vfork` shares its parent's.
+///
+/// # What a callback must not do
+/// A callback on this address space may run in the middle of `malloc` or `free`, with the allocator's locks held. So it must
+/// not allocate, free, print, or lock what is held elsewhere while allocating: [`Notifier`](mmu_notifier::Notifier) has the rule,
+/// `examples/own_process.rs` is a complete program that keeps it, and [`CheckedAlloc`](mmu_notifier::lockdep::CheckedAlloc)
+/// finds a mistake at the first call.
 ///
 /// # Blocking
 /// No. The first use allocates.
@@ -38,20 +43,21 @@ pub fn current_ref() -> &'static MmWithUser {
 /// to be told: a client may subscribe while the change is under way.)
 #[inline]
 pub fn current_if_made() -> Option<&'static MmWithUser> {
-    // ORDER(source-space): Acquire, for the content. Partner: the exchange in `make`.
+    // ORDER(source-space): Acquire, for the content. Partner: the store in `make`.
     space(marks().space.load(Ordering::Acquire))
 }
 
 #[cold]
 fn make() -> &'static MmWithUser {
-    let made = Box::into_raw(Box::new(MmWithUser::new()));
-    // ORDER(source-space): Release for the content, Acquire for that of whoever was first. Partner: itself, and the load in
-    // `current_if_made`.
-    match marks().space.compare_exchange(ptr::null_mut(), made, Ordering::AcqRel, Ordering::Acquire) {
-        Ok(_) => space(made).expect("a box is not null"),
-        // Two threads were first. Ours stays unused: dropping it could wait for a reclaimer.
-        Err(first) => space(first).expect("the exchange failed because it is not null"),
-    }
+    // Under a lock, so that no second one is made in vain: it could not be dropped here, where the caller must not wait.
+    marks().make.with(|| {
+        current_if_made().unwrap_or_else(|| {
+            let made = keep(MmWithUser::new());
+            // ORDER(source-space): Release for the content. Partner: the load in `current_if_made`.
+            marks().space.store(made, Ordering::Release);
+            space(made).expect("a pointer from a box is not null")
+        })
+    })
 }
 
 #[cfg(test)]

@@ -28,6 +28,8 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 pub(crate) struct Marks {
     /// The address of this process's `MmWithUser`.
     pub(crate) space: AtomicPtr<mmu_notifier::MmWithUser>,
+    /// Held while what one of these words points to is made.
+    pub(crate) make: Lock,
     /// Counts up to tell one address space of a family of forks from the next: nonzero where a source was started.
     pub(crate) alive: AtomicU64,
     /// The source of this address space that runs, under a lock that no other address space's thread has taken along.
@@ -101,6 +103,7 @@ extern "C" fn wipe() {
     let marks = marks();
     // ORDER: Relaxed: there is one thread in the child of a fork.
     marks.space.store(ptr::null_mut(), Ordering::Relaxed);
+    marks.make.0.store(false, Ordering::Relaxed);
     marks.alive.store(0, Ordering::Relaxed);
     marks.kernel.store(ptr::null_mut(), Ordering::Relaxed);
     marks.uffd.store(ptr::null_mut(), Ordering::Relaxed);
@@ -108,23 +111,42 @@ extern "C" fn wipe() {
     marks.hook_patch.0.store(false, Ordering::Relaxed);
 }
 
+/// Makes what lasts as long as the process, for a word of [`marks`] to point to.
+///
+/// A leak checker does not look into that page, nor does it exist any more in the child of a fork. So a list that begins
+/// in a `static` keeps all of them in sight, the parent's too.
+pub(crate) fn keep<T>(value: T) -> *mut T {
+    struct Kept {
+        _value: *mut (),
+        _next: *mut Kept,
+    }
+    static FIRST: AtomicPtr<Kept> = AtomicPtr::new(ptr::null_mut());
+    let value = Box::into_raw(Box::new(value));
+    let kept = Box::into_raw(Box::new(Kept { _value: value.cast(), _next: ptr::null_mut() }));
+    // ORDER: Relaxed: the list is never followed.
+    let next = FIRST.swap(kept, Ordering::Relaxed);
+    // SAFETY: writing needs a live place that no other thread uses: it was made above, and nobody follows the list.
+    unsafe { (*kept)._next = next };
+    value
+}
+
 /// Returns what `slot` of [`marks`] holds for this address space, made on first use. It lasts as long as the process.
 fn own<T>(slot: &'static AtomicPtr<Running<T>>) -> &'static Running<T> {
-    // ORDER(source-running): Acquire, for the content. Partner: the exchange below.
+    // ORDER(source-running): Acquire, for the content. Partner: the store below.
     let mut made = slot.load(Ordering::Acquire);
     if made.is_null() {
-        let new = Box::into_raw(Box::new(Mutex::new(Weak::new())));
-        // ORDER(source-running): Release for the content, Acquire for that of whoever was first. Partner: itself, and the load above.
-        made = match slot.compare_exchange(made, new, Ordering::AcqRel, Ordering::Acquire) {
-            Ok(_) => new,
-            Err(first) => {
-                // SAFETY: `Box::from_raw` needs a unique, live allocation: it was made above, and nobody has seen it.
-                drop(unsafe { Box::from_raw(new) });
-                first
+        made = marks().make.with(|| {
+            let first = slot.load(Ordering::Relaxed);
+            if !first.is_null() {
+                return first;
             }
-        };
+            let made = keep(Mutex::new(Weak::new()));
+            // ORDER(source-running): Release for the content. Partner: the load above.
+            slot.store(made, Ordering::Release);
+            made
+        });
     }
-    // SAFETY: the word comes from `Box::into_raw` above, published with Release, and is never freed.
+    // SAFETY: the word comes from `keep` above, published with Release, and is never freed.
     unsafe { &*made }
 }
 
@@ -168,6 +190,6 @@ impl Drop for Held {
 
 /// Turns what `marks().space` holds into a reference.
 pub(crate) fn space(pointer: *mut mmu_notifier::MmWithUser) -> Option<&'static mmu_notifier::MmWithUser> {
-    // SAFETY: the word is null or comes from `Box::into_raw` in `current_mm`, published with Release, and is never freed.
+    // SAFETY: the word is null or comes from `keep` in `current_mm`, published with Release, and is never freed.
     unsafe { pointer.as_ref() }
 }

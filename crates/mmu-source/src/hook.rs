@@ -16,7 +16,8 @@
 //! # What a callback may do
 //! It runs in whatever thread made the call, perhaps in the middle of `malloc` or `free` with the allocator's lock held, in
 //! `dlclose` with the loader's, or in a thread that is all but gone. So it must not allocate, free, load libraries, or wait for a
-//! lock that somebody holds while allocating. It may subscribe to a subscription that exists, put it, map, unmap, and
+//! lock that somebody holds while allocating ([`CheckedAlloc`](mmu_notifier::lockdep::CheckedAlloc) finds that at the first call,
+//! `examples/own_process.rs` shows how it is done). It may subscribe to a subscription that exists, put it, map, unmap, and
 //! make any other system call; those have brackets of their own inside this one. `errno` is put back after it.
 //!
 //! # Limits

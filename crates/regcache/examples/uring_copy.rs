@@ -6,6 +6,7 @@
 //! If the cache served a registration of the old memory, the data would end up there, and the checksums would differ.
 
 use io_uring::{IoUring, opcode, squeue, types};
+use mmu_notifier::lockdep::CheckedAlloc;
 use mmu_source::hook::Hook;
 use mmu_source::kernel::Kernel;
 use regcache::{Device, Options, OwnedLease, RegCache, Uring};
@@ -16,6 +17,10 @@ use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::{env, process, ptr, thread};
+
+/// Ends the program if a callback uses the heap, which it must not: see `Notifier`.
+#[global_allocator]
+static ALLOC: CheckedAlloc = CheckedAlloc::new();
 
 const BUFFERS: usize = 8;
 const LEN: usize = 64 << 10;

@@ -5,7 +5,8 @@ use std::fmt;
 
 /// What an interval's callback leaves to be done after all the others have been called.
 ///
-/// Making one allocates. A state that must not allocate in its callback makes it beforehand and keeps it.
+/// Making one allocates, and when it has run it is freed, in the thread that opened the bracket. So it is for address spaces whose
+/// brackets no allocator opens; under the `hook` source use none.
 ///
 /// # Source
 /// `struct mmu_interval_notifier_finish`, proposed in 2026. Differs: it is a closure, so it cannot be used twice.

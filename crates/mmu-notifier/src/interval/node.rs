@@ -52,6 +52,7 @@ impl<S: IntervalOps> Callback for Mutex<S> {
         if !mutant("callback_without_seq") {
             node.invalidate_seq.store(seq, Ordering::Relaxed);
         }
+        let _callback = crate::lockdep::callback::<S>("invalidate");
         match range.blocking {
             Blocking::Allowed => Ok(state.invalidate(range)),
             Blocking::Forbidden => state.try_invalidate(range),

@@ -7,10 +7,11 @@
 //! The one `unsafe` block turns what was a `&'static Location` back into one.
 
 use std::cell::Cell;
+use std::io::Write;
 use std::marker::PhantomData;
 use std::panic::Location;
 use std::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
-use std::{fmt, ptr, thread};
+use std::{fmt, io, process, ptr, thread};
 
 type Place = &'static Location<'static>;
 
@@ -54,6 +55,11 @@ impl Seen {
             // SAFETY: A reference needs a live value: what is not null is a `&'static Location` that `add` stored.
             (of != 0 && meet(of, mm)).then(|| unsafe { at.load(Ordering::Relaxed).as_ref() }).flatten()
         })
+    }
+
+    /// Tells whether it was seen for any address space. A deferred free is none: the allocator does not wait for it.
+    fn any(&self) -> bool {
+        self.0.iter().any(|(of, _)| ![0, FREES].contains(&of.load(Ordering::Relaxed)))
     }
 
     fn clear(&self) {
@@ -151,7 +157,11 @@ enum Lock {
 
 const DEPTH: usize = 16;
 
+/// A callback: the name of its notifier's type, and of the method.
+type Called = (fn() -> &'static str, &'static str);
+
 thread_local! {
+    static CALLED: Cell<Option<Called>> = const { Cell::new(None) };
     static HELD: [Cell<Option<(Lock, Place)>>; DEPTH] = const { [const { Cell::new(None) }; DEPTH] };
     static INSIDE: [Cell<u64>; DEPTH] = const { [const { Cell::new(0) }; DEPTH] };
 }
@@ -185,6 +195,60 @@ impl Drop for Section {
             }
         });
     }
+}
+
+/// A callback that runs in this thread. Those of a bracket inside of it come and go before it does.
+#[derive(Debug)]
+pub(crate) struct Callback(Option<Called>);
+
+impl Callback {
+    pub(crate) fn enter(notifier: fn() -> &'static str, method: &'static str) -> Self {
+        Self(CALLED.replace(Some((notifier, method))))
+    }
+}
+
+impl Drop for Callback {
+    fn drop(&mut self) {
+        CALLED.set(self.0);
+    }
+}
+
+/// Ends the process if the allocator must not be called here.
+///
+/// A panic in a callback may allocate its message: it is found, and reported, without this.
+pub(super) fn might_allocate(call: &str) {
+    if let Some((notifier, method)) = CALLED.get()
+        && !thread::panicking()
+    {
+        CALLED.set(None);
+        stop(format_args!(
+            "`{}` of `{}` {call} memory: a callback may run in the middle of `free`, whose locks it would wait for; \
+             keep what it needs in memory of a fixed size, such as `SoftTlb`",
+            method,
+            notifier()
+        ));
+    }
+    let taken_in_callback = |lock: Lock| match lock {
+        Lock::Map(index, name) => TABLE[index].taken_inside.any().then_some(name),
+        Lock::State(_) => Some("the state of an interval"),
+    };
+    for (lock, held) in HELD.with(|cells| cells.each_ref().map(Cell::get)).into_iter().flatten() {
+        if let Some(name) = taken_in_callback(lock)
+            && !thread::panicking()
+        {
+            HELD.with(|cells| cells.iter().for_each(|cell| cell.set(None)));
+            stop(format_args!(
+                "the holder of `{name}` (locked at {held}, and in a callback) {call} memory: the allocator may make a memory \
+                 call, whose callback would wait for that lock; unlock it before"
+            ));
+        }
+    }
+}
+
+/// Says why, and ends the process: whoever calls the allocator does not expect to unwind.
+fn stop(why: fmt::Arguments<'_>) -> ! {
+    let _ = writeln!(io::stderr(), "mmu_notifier::lockdep: {why}");
+    process::abort()
 }
 
 #[derive(Debug)]

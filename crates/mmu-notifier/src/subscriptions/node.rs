@@ -12,7 +12,7 @@ use crate::context;
 use crate::subsystem::Pending;
 use crate::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, Ordering};
 use crate::sync::{Arc, mutant};
-use crate::{InvalidateRange, Mm, Notifier};
+use crate::{InvalidateRange, Mm, Notifier, WouldBlock, lockdep};
 use std::cell::UnsafeCell;
 use std::marker::PhantomData;
 use std::mem::ManuallyDrop;
@@ -68,15 +68,24 @@ impl Header {
 pub(super) trait Callbacks: Notifier {
     extern "C" fn start(&self, range: &InvalidateRange<'_>);
     extern "C" fn end(&self, range: &InvalidateRange<'_>);
+    /// Its panics are not caught: the caller has to know of them.
+    fn try_start(&self, range: &InvalidateRange<'_>) -> Result<(), WouldBlock>;
 }
 
 impl<N: Notifier> Callbacks for N {
     extern "C" fn start(&self, range: &InvalidateRange<'_>) {
+        let _callback = lockdep::callback::<N>("invalidate_range_start");
         range.mm.catching(|| self.invalidate_range_start(range));
     }
 
     extern "C" fn end(&self, range: &InvalidateRange<'_>) {
+        let _callback = lockdep::callback::<N>("invalidate_range_end");
         range.mm.catching(|| self.invalidate_range_end(range));
+    }
+
+    fn try_start(&self, range: &InvalidateRange<'_>) -> Result<(), WouldBlock> {
+        let _callback = lockdep::callback::<N>("try_invalidate_range_start");
+        self.try_invalidate_range_start(range)
     }
 }
 

@@ -2,6 +2,7 @@
 
 #![cfg(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu"))]
 
+mod callback_heap;
 mod callbacks;
 mod calls;
 mod child;
@@ -13,3 +14,7 @@ mod log;
 mod pages;
 mod programs;
 mod torture;
+
+/// No callback of these tests may use the heap.
+#[global_allocator]
+static ALLOC: mmu_notifier::lockdep::CheckedAlloc = mmu_notifier::lockdep::CheckedAlloc::new();

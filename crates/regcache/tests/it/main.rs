@@ -12,3 +12,7 @@ mod mlock;
 mod support;
 mod threads;
 mod uring;
+
+/// No callback of these tests may use the heap, nor may who holds a lock that callbacks take.
+#[global_allocator]
+static ALLOC: mmu_notifier::lockdep::CheckedAlloc = mmu_notifier::lockdep::CheckedAlloc::new();

@@ -1,0 +1,149 @@
+//! A software TLB: translations of pages in memory of a fixed size.
+
+use crate::{InvalidateRange, PAGE_SIZE, ShadowOps, Va, VaRange};
+
+/// A software TLB: a fixed number of page translations, the ready shadow for an [`InvalidateSeq`](crate::InvalidateSeq).
+///
+/// It takes the place of a map of pages under a lock. A map frees its nodes when entries leave it, which a callback must not
+/// do (see [`Notifier`](crate::Notifier)), and allocates when they enter, which no holder of a lock must do that a callback
+/// takes. This allocates once, in [`new`](Self::new), and frees in its drop.
+///
+/// Like a processor's TLB it may forget: each page has one place, and entering a page evicts the one that was there. The next use
+/// of that page is a miss, and is looked up again. Pages that lie side by side do not evict one another, as long as they are
+/// no more than its capacity.
+///
+/// # Examples
+/// ```
+/// use mmu_notifier::{Event, InvalidateSeq, MmWithUser, Registration, SoftTlb, Va, VaRange};
+///
+/// let mm = MmWithUser::new();
+/// let shadow = Registration::new(&mm, InvalidateSeq::new([VaRange::ALL], SoftTlb::new(64))).map_err(|e| e.error)?;
+///
+/// let page = VaRange::covering(Va::new(0x7000), 1)?;
+/// let snapshot = shadow.snapshot(page);
+/// let frame = 42; // Looked up here, however long it takes.
+/// shadow.try_install(snapshot, |tlb| tlb.insert(page.start(), frame))?;
+/// assert_eq!(shadow.with_shadow(|tlb| tlb.get(Va::new(0x7123))), Some(42));
+///
+/// drop(mm.invalidate(page, Event::Unmap));
+/// assert_eq!(shadow.with_shadow(|tlb| tlb.get(page.start())), None);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct SoftTlb<V> {
+    /// The page number and what it translates to; a power of two of places.
+    places: Box<[Option<(u64, V)>]>,
+}
+
+impl<V: Copy> SoftTlb<V> {
+    /// Makes an empty one for `capacity` pages, rounded up to a power of two, and at least one.
+    ///
+    /// # Panics
+    /// If there is not as much memory.
+    #[must_use]
+    pub fn new(capacity: usize) -> Self {
+        Self { places: vec![None; capacity.max(1).next_power_of_two()].into() }
+    }
+
+    /// How many pages it has room for.
+    #[must_use]
+    pub fn capacity(&self) -> usize {
+        self.places.len()
+    }
+
+    /// Returns what the page with this address translates to. `None` is a miss: look it up and [`insert`](Self::insert) it.
+    #[inline]
+    #[must_use]
+    pub fn get(&self, address: Va) -> Option<V> {
+        let page = page(address);
+        self.places[self.place(page)].filter(|(of, _)| *of == page).map(|(_, value)| value)
+    }
+
+    /// Enters the page with this address, in place of the page that had its place.
+    #[inline]
+    pub fn insert(&mut self, address: Va, value: V) {
+        let page = page(address);
+        let place = self.place(page);
+        self.places[place] = Some((page, value));
+    }
+
+    /// Lets go of every page of a range, in as many steps as the range has pages or this has places, whichever is less.
+    pub fn zap(&mut self, range: VaRange) {
+        let (first, last) = (page(range.start()), page(range.last()));
+        if last - first < self.places.len() as u64 {
+            for page in first..=last {
+                let place = self.place(page);
+                self.places[place].take_if(|(of, _)| *of == page);
+            }
+        } else {
+            for place in &mut self.places {
+                place.take_if(|(of, _)| (first..=last).contains(of));
+            }
+        }
+    }
+
+    /// Tells whether it holds no page.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.places.iter().all(Option::is_none)
+    }
+
+    #[inline]
+    fn place(&self, page: u64) -> usize {
+        page as usize & (self.places.len() - 1)
+    }
+}
+
+impl<V: Copy + Send + 'static> ShadowOps for SoftTlb<V> {
+    fn zap(&mut self, range: &InvalidateRange<'_>) {
+        self.zap(range.range());
+    }
+}
+
+#[inline]
+fn page(address: Va) -> u64 {
+    address.get() / PAGE_SIZE
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pages(first: u64, count: u64) -> VaRange {
+        VaRange::covering(Va::new(first * PAGE_SIZE), count * PAGE_SIZE).expect("it is not empty")
+    }
+
+    fn held(tlb: &SoftTlb<u64>) -> Vec<u64> {
+        (0..64).filter(|page| tlb.get(Va::new(page * PAGE_SIZE)) == Some(*page)).collect()
+    }
+
+    #[test]
+    fn a_range_leaves_and_its_neighbours_stay() {
+        let mut tlb = SoftTlb::new(7);
+        assert_eq!(tlb.capacity(), 8);
+        for page in 0..8 {
+            tlb.insert(Va::new(page * PAGE_SIZE + 5), page);
+        }
+        tlb.zap(pages(2, 3));
+        assert_eq!(held(&tlb), [0, 1, 5, 6, 7]);
+        // As many pages as there are places, and more.
+        tlb.zap(pages(6, 8));
+        assert_eq!(held(&tlb), [0, 1, 5]);
+        tlb.zap(pages(1, 9));
+        assert_eq!(held(&tlb), [0]);
+        tlb.zap(VaRange::ALL);
+        assert!(tlb.is_empty());
+    }
+
+    #[test]
+    fn a_page_evicts_another_one_and_is_not_taken_for_it() {
+        let mut tlb = SoftTlb::new(8);
+        tlb.insert(Va::new(PAGE_SIZE), 1);
+        assert_eq!(tlb.get(Va::new(9 * PAGE_SIZE)), None);
+        tlb.insert(Va::new(9 * PAGE_SIZE), 9);
+        assert_eq!((tlb.get(Va::new(PAGE_SIZE)), tlb.get(Va::new(9 * PAGE_SIZE))), (None, Some(9)));
+        // Zapping the page that was evicted leaves the other one alone.
+        tlb.zap(pages(1, 1));
+        assert_eq!(held(&tlb), [9]);
+    }
+}

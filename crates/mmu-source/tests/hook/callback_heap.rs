@@ -1,0 +1,105 @@
+//! Callbacks that use the heap, which end the process, and the example on the front page of `mmu-notifier`, which does not.
+
+use crate::child::alone;
+use crate::pages::{map, unmap};
+use mmu_notifier::{
+    InvalidateRange, InvalidateSeq, MmWithUser, Notifier, Registration, SoftTlb, Subsystem, Va, VaRange,
+};
+use mmu_source::hook::Hook;
+use std::hint::black_box;
+use std::os::unix::process::ExitStatusExt;
+use std::process::Command;
+use std::sync::Barrier;
+use std::{env, thread};
+
+const MARK: &str = "MMUN_TEST_BREAKS_THE_RULE";
+
+/// Runs the calling test once more, where it must end as [`CheckedAlloc`](mmu_notifier::lockdep::CheckedAlloc) ends it, with `says` in its message.
+fn must_stop(test: &str, says: &str, body: impl FnOnce()) {
+    if env::var_os(MARK).is_some() {
+        return body();
+    }
+    let mut command = Command::new(env::current_exe().expect("this program has a name"));
+    command.args([test, "--exact", "--nocapture", "--test-threads=1"]).env(MARK, "1");
+    let output = command.output().expect("it runs again");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.signal(), Some(libc::SIGABRT), "{stderr}");
+    assert!(stderr.contains(says), "{stderr}");
+}
+
+struct Allocates;
+
+impl Notifier for Allocates {
+    fn invalidate_range_start(&self, _: &InvalidateRange<'_>) {
+        drop(black_box(Box::new(1)));
+    }
+}
+
+#[test]
+fn a_callback_that_allocates_is_named() {
+    let says = "`invalidate_range_start` of `hook::callback_heap::Allocates` allocates memory";
+    must_stop("callback_heap::a_callback_that_allocates_is_named", says, || {
+        let _watch = Registration::new(&mmu_source::current(), Allocates).map_err(|_| "refused").expect("registers");
+        let _hook = Hook::install().expect("the hook works on this machine");
+        unmap(map(1, 0), 1);
+    });
+}
+
+#[test]
+fn who_allocates_under_a_lock_that_a_callback_takes_is_told() {
+    let says = "the holder of `the shadow of an InvalidateSeq`";
+    must_stop("callback_heap::who_allocates_under_a_lock_that_a_callback_takes_is_told", says, || {
+        let shadow = InvalidateSeq::new([VaRange::ALL], SoftTlb::<u64>::new(1));
+        let shadow = Registration::new(&mmu_source::current(), shadow).map_err(|_| "refused").expect("registers");
+        let _hook = Hook::install().expect("the hook works on this machine");
+        unmap(map(1, 0), 1);
+        shadow.with_shadow(|_| drop(black_box(Box::new(1))));
+    });
+}
+
+type Shadow = InvalidateSeq<SoftTlb<u64>>;
+
+static SHADOW: Subsystem<Shadow> =
+    Subsystem::new(|_: &MmWithUser| Ok(InvalidateSeq::new([VaRange::ALL], SoftTlb::new(1024))));
+
+/// The heap's top is given back in the middle of `free`, with the allocator's lock held, and what is known of it is let go.
+#[test]
+fn a_shadow_is_emptied_in_the_middle_of_free() {
+    alone("callback_heap::a_shadow_is_emptied_in_the_middle_of_free", || {
+        for (option, value) in [(libc::M_MMAP_THRESHOLD, 1 << 30), (libc::M_TRIM_THRESHOLD, 64 << 10)] {
+            // SAFETY: changes when the allocator gives memory back.
+            assert_eq!(unsafe { libc::mallopt(option, value) }, 1);
+        }
+        let shadow = SHADOW.get(&mmu_source::current()).expect("subscribes");
+        let _hook = Hook::install().expect("the hook works on this machine");
+        for _ in 0..10 {
+            let block = vec![1_u8; 4 << 20];
+            let range =
+                VaRange::covering(Va::new(block.as_ptr().addr() as u64), block.len() as u64).expect("it is not empty");
+            for number in 0..1024 {
+                let page = VaRange::covering(Va::new(range.start().get() + number * 4096), 1).expect("a page");
+                let installed = shadow.try_install(shadow.snapshot(page), |tlb| tlb.insert(page.start(), number));
+                assert_eq!(installed, Ok(()));
+            }
+            assert_eq!(shadow.with_shadow(|tlb| tlb.get(Va::new(range.start().get() + 4096 * 7))), Some(7));
+            drop(block);
+            assert!(shadow.with_shadow(|tlb| tlb.get(range.last())).is_none(), "the end of the block was given back");
+        }
+    });
+}
+
+#[test]
+fn threads_that_ask_first_make_one_address_space() {
+    alone("callback_heap::threads_that_ask_first_make_one_address_space", || {
+        let together = Barrier::new(8);
+        thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    together.wait();
+                    assert_eq!(mmu_source::current().id(), 1);
+                });
+            }
+        });
+        assert_eq!(MmWithUser::new().id(), 2, "none was made in vain");
+    });
+}
