@@ -1,7 +1,9 @@
 //! The project's own chores: `cargo xtask tidy` checks what rustc does not, `cargo xtask ci` is the whole gate,
-//! and `cargo xtask packages` tests each crate as it will be published.
+//! `cargo xtask packages` tests each crate as it will be published, and `cargo xtask guest` runs tests under
+//! other kernels.
 
 mod ci;
+mod guest;
 mod packages;
 mod tidy;
 
@@ -9,13 +11,19 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    // Words that need not be UTF-8.
+    if std::env::args_os().nth(1).is_some_and(|word| word == "guest-record") {
+        return guest::record::run(&std::env::args_os().skip(2).collect::<Vec<_>>());
+    }
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["tidy"] => tidy::run(&root()),
         ["ci"] => ci::run(&root()),
         ["packages"] => packages::run(&root()),
+        ["guest", ref arguments @ ..] => guest::run(&root(), arguments),
+        ["guest-agent", plan] => guest::agent::run(Path::new(plan)),
         _ => {
-            eprintln!("usage: cargo xtask {{tidy | ci | packages}}");
+            eprintln!("usage: cargo xtask {{tidy | ci | packages | guest}}");
             ExitCode::from(2)
         }
     }

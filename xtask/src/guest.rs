@@ -1,0 +1,194 @@
+//! `cargo xtask guest`: the tests in a machine that has what hosts lack, under several kernels.
+//!
+//! QEMU emulates the machine in software: virtualisation inside it, two nodes of memory, swap space, merging of equal pages, a network card
+//! that does RDMA. Its kernel is one of Debian's. Its root folder is the host's, read-only, below an overlay in memory: every program, library and
+//! test binary stands where it stands on the host, so nothing has to be packed.
+//!
+//! Cargo decides what runs: it is given a runner that notes the command line instead of running it ([`record`]). What was noted runs in
+//! one boot ([`agent`]). Whether a test can run there is said by the test (`testkit::require`), not here.
+
+pub(crate) mod agent;
+mod archive;
+mod kernel;
+mod machine;
+pub(crate) mod record;
+mod table;
+
+use kernel::{Kernel, SERIES};
+use machine::Outcome;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::time::Duration;
+use std::{fs, process};
+
+const USAGE: &str = "usage: cargo xtask guest [--kernel 5.10|6.1|6.12|6.18|newest|all]... [--shell] [--limit SECONDS] [--table] \
+    [-- ARGUMENTS OF CARGO TEST]";
+
+/// What runs if nothing else is asked for: a label, which is a column of the table, and the arguments of Cargo.
+const STANDARD: &[(&str, &str)] = &[
+    ("kernel source", "test -p mmu-source --lib --test it -- kernel"),
+    ("kernel cache", "test -p regcache --test it -- kernel uring"),
+    ("coverage", "test -p mmun --test it -- coverage::the_kernel_misses_nothing coverage::a_guest_has_every_row"),
+    ("trace", "test -p mmu-source -p mmun --test it -- --skip kernel --skip coverage"),
+    ("stress kernel", "run -p stress -- kernel --seconds 5"),
+];
+
+/// A program, and the package of Debian that it comes in.
+const NEEDED: &[(&str, &str)] = &[
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    ("busybox", "busybox-static"),
+    ("depmod", "kmod"),
+    ("xz", "xz-utils"),
+    ("rdma", "iproute2"),
+    ("mkfs.ext4", "e2fsprogs"),
+    ("apt-get", "apt"),
+    ("dpkg-deb", "dpkg"),
+];
+
+/// What the command line asks for.
+struct Options {
+    kernels: Vec<&'static str>,
+    shell: bool,
+    limit: Duration,
+    table: bool,
+    tests: Vec<String>,
+}
+
+pub(crate) fn run(root: &Path, arguments: &[&str]) -> ExitCode {
+    match try_run(root, arguments) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("guest: {error}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn try_run(root: &Path, arguments: &[&str]) -> Result<bool, String> {
+    let options = parse(arguments)?;
+    check_host()?;
+    let store = root.join("target/guest");
+    let scratch = store.join(format!("run-{}", process::id()));
+    fs::create_dir_all(&scratch).map_err(|error| format!("{}: {error}", scratch.display()))?;
+    let _removed = Removed(scratch.clone());
+    let steps = if options.shell { Vec::new() } else { plan(root, &scratch, &options)? };
+    if steps.is_empty() && !options.shell {
+        return Err("Cargo had nothing to run".into());
+    }
+    let mut passed = true;
+    for series in &options.kernels {
+        let kernel = Kernel::get(&store, series)?;
+        println!("== Linux {} ({series})", kernel.version);
+        let machine =
+            machine::Machine { root, store: &store, scratch: &scratch, kernel: &kernel, limit: options.limit };
+        if options.shell {
+            machine.shell()?;
+            continue;
+        }
+        let results = machine.run(&steps)?;
+        for (step, outcome) in steps.iter().zip(&results) {
+            println!("{} {}: {outcome}", if outcome.passed() { "ok" } else { "FAILED" }, step);
+        }
+        passed &= results.iter().all(Outcome::passed);
+        if options.table {
+            table::enter(root, series, &kernel.version, &steps, &results)?;
+        }
+    }
+    Ok(passed)
+}
+
+fn parse(arguments: &[&str]) -> Result<Options, String> {
+    let mut options =
+        Options { kernels: Vec::new(), shell: false, limit: Duration::from_secs(240), table: false, tests: Vec::new() };
+    let mut words = arguments.iter();
+    while let Some(word) = words.next() {
+        match *word {
+            "--kernel" => match words.next().copied() {
+                Some("all") => options.kernels.extend(SERIES.iter().map(|series| series.name)),
+                Some(name) => {
+                    let series = SERIES.iter().find(|series| series.name == name);
+                    options.kernels.push(series.ok_or_else(|| format!("no kernel {name}; {USAGE}"))?.name);
+                }
+                None => return Err(USAGE.into()),
+            },
+            "--shell" => options.shell = true,
+            "--table" => options.table = true,
+            "--limit" => {
+                let seconds = words.next().and_then(|word| word.parse().ok());
+                options.limit = Duration::from_secs(seconds.ok_or(USAGE)?);
+            }
+            "--" => options.tests = words.by_ref().map(|word| (*word).to_owned()).collect(),
+            _ => return Err(format!("unknown argument {word}; {USAGE}")),
+        }
+    }
+    if options.kernels.is_empty() {
+        options.kernels.push("6.12");
+    }
+    if options.table && !options.tests.is_empty() {
+        return Err("--table is made by the standard tests: leave the others out".into());
+    }
+    Ok(options)
+}
+
+/// Says what is missing, and how to get it, in one line.
+fn check_host() -> Result<(), String> {
+    if cfg!(not(target_arch = "x86_64")) {
+        return Err("the guests are x86-64 machines, and so must the host be: they use its programs".into());
+    }
+    let folders = search_path();
+    let is_there = |program: &str| folders.split(':').any(|folder| Path::new(folder).join(program).is_file());
+    let missing: Vec<&str> =
+        NEEDED.iter().filter(|(program, _)| !is_there(program)).map(|(_, package)| *package).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    Err(format!("packages are missing; try 'apt-get install --no-install-recommends {}'", missing.join(" ")))
+}
+
+/// Has Cargo build the tests and note what it would run. Returns the label of each command.
+fn plan(root: &Path, scratch: &Path, options: &Options) -> Result<Vec<String>, String> {
+    let mut steps = Vec::new();
+    if options.tests.is_empty() {
+        for (label, words) in STANDARD {
+            note(root, scratch, label, &words.split(' ').collect::<Vec<_>>(), &mut steps)?;
+        }
+    } else {
+        let words: Vec<&str> = ["test"].into_iter().chain(options.tests.iter().map(String::as_str)).collect();
+        note(root, scratch, &options.tests.join(" "), &words, &mut steps)?;
+    }
+    Ok(steps)
+}
+
+fn note(root: &Path, scratch: &Path, label: &str, words: &[&str], steps: &mut Vec<String>) -> Result<(), String> {
+    let own = std::env::current_exe().map_err(|error| format!("the path of this program: {error}"))?;
+    let runner = format!("target.x86_64-unknown-linux-gnu.runner=[{own:?}, \"guest-record\"]");
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let status = Command::new(cargo)
+        .args(["--config", &runner])
+        .args(words)
+        .env(record::PLAN, scratch)
+        .current_dir(root)
+        .status()
+        .map_err(|error| format!("cargo: {error}"))?;
+    if !status.success() {
+        return Err(format!("cargo {} failed", words.join(" ")));
+    }
+    steps.resize(record::count(scratch), label.to_owned());
+    Ok(())
+}
+
+/// The folders of programs, those for administrators included.
+fn search_path() -> String {
+    format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default())
+}
+
+/// A folder that goes with this value.
+struct Removed(PathBuf);
+
+impl Drop for Removed {
+    fn drop(&mut self) {
+        // What stays behind is scratch of this run's own name.
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}

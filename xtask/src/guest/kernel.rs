@@ -1,0 +1,197 @@
+//! Debian's kernels: which there are, and getting one.
+//!
+//! A kernel is downloaded by `apt-get` and unpacked, not installed. Each suite has lists of its own, made from the mirror that the host uses, so
+//! that the host's own packages are left alone. What was unpacked once is kept in `target/guest`; to have it renewed, delete it there.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// A series of kernels.
+pub(crate) struct Series {
+    pub(crate) name: &'static str,
+    suite: &'static str,
+}
+
+/// From the oldest to the newest.
+pub(crate) const SERIES: &[Series] = &[
+    Series { name: "5.10", suite: "bullseye" },
+    Series { name: "6.1", suite: "bookworm" },
+    Series { name: "6.12", suite: "trixie" },
+    Series { name: "6.18", suite: "trixie-backports" },
+    Series { name: "newest", suite: "trixie-backports" },
+];
+
+/// A kernel that is unpacked.
+pub(crate) struct Kernel {
+    pub(crate) version: String,
+    pub(crate) image: PathBuf,
+    /// The folder of `/lib/modules`.
+    pub(crate) modules: PathBuf,
+}
+
+impl Kernel {
+    /// The newest kernel of a series, from the store or, if it is not there, from the mirror.
+    pub(crate) fn get(store: &Path, name: &str) -> Result<Self, String> {
+        let series = SERIES.iter().find(|series| series.name == name).expect("the command line was checked");
+        let folder = store.join("kernels").join(name);
+        let parent = folder.parent().expect("it was just joined");
+        let failed = |error| format!("{}: {error}", parent.display());
+        fs::create_dir_all(parent).map_err(failed)?;
+        // Two guests may be started at once.
+        let lock = File::create(parent.join("lock")).map_err(failed)?;
+        lock.lock().map_err(failed)?;
+        if !folder.exists() {
+            let unfinished = folder.with_extension("part");
+            let _ = fs::remove_dir_all(&unfinished);
+            fs::create_dir_all(&unfinished).map_err(failed)?;
+            download(store, series, &unfinished)?;
+            fs::rename(&unfinished, &folder).map_err(failed)?;
+        }
+        Self::at(&folder).ok_or_else(|| format!("{} holds no kernel: delete it, and try again", folder.display()))
+    }
+
+    fn at(folder: &Path) -> Option<Self> {
+        let modules =
+            ["lib/modules", "usr/lib/modules"].iter().map(|path| folder.join(path)).find(|path| path.exists())?;
+        let version = fs::read_dir(&modules).ok()?.next()?.ok()?.file_name().into_string().ok()?;
+        let images = [folder.join(format!("boot/vmlinuz-{version}")), modules.join(&version).join("vmlinuz")];
+        let image = images.into_iter().find(|path| path.exists())?;
+        Some(Self { version, image, modules })
+    }
+}
+
+fn download(store: &Path, series: &Series, folder: &Path) -> Result<(), String> {
+    println!("guest: downloading Debian's kernel {} ({})", series.name, series.suite);
+    let apt = Apt::new(store, series.suite)?;
+    apt.run("apt-get", &["update", "-qq"], store)?;
+    let listed =
+        apt.run("apt-cache", &["search", "--names-only", "^linux-(image|binary|modules|base)-[0-9].*-amd64$"], store)?;
+    let names: Vec<&str> = listed.lines().filter_map(|line| line.split(' ').next()).collect();
+    let wanted =
+        newest(&names, series.name).ok_or_else(|| format!("{} has no kernel {}", series.suite, series.name))?;
+    let packages = packages(&names, wanted);
+    apt.run("apt-get", &[&["download", "-qq"], &packages[..]].concat(), folder)?;
+    for name in fs::read_dir(folder).map_err(|error| format!("{}: {error}", folder.display()))? {
+        let path = name.map_err(|error| format!("{}: {error}", folder.display()))?.path();
+        if path.extension().is_some_and(|extension| extension == "deb") {
+            output(Command::new("dpkg-deb").arg("-x").arg(&path).arg(folder))?;
+            // It is unpacked: what stays would be space.
+            let _ = fs::remove_file(&path);
+        }
+    }
+    let kernel =
+        Kernel::at(folder).ok_or_else(|| format!("{} hold no kernel that is known here", packages.join(", ")))?;
+    // The program looks below `lib`, whatever the package does.
+    if !folder.join("lib").exists() {
+        std::os::unix::fs::symlink("usr/lib", folder.join("lib")).map_err(|error| format!("lib: {error}"))?;
+    }
+    output(Command::new("depmod").env("PATH", super::search_path()).arg("-b").arg(folder).arg(&kernel.version))
+        .map(drop)
+}
+
+/// The version of a kernel package without `linux-image-` and the like: its numbers, to be compared.
+fn numbers(version: &str) -> Vec<u32> {
+    version.split(|letter: char| !letter.is_ascii_digit()).filter_map(|digits| digits.parse().ok()).collect()
+}
+
+/// The newest version of a series among the names of packages.
+fn newest<'a>(names: &[&'a str], series: &str) -> Option<&'a str> {
+    let plain = |version: &&&str| !version.contains("rt-") && !version.contains("cloud-");
+    let versions = names.iter().filter_map(|name| name.strip_prefix("linux-image-"));
+    let versions: Vec<&str> = versions.collect();
+    let of_series = |version: &&&str| {
+        let wanted = numbers(series);
+        wanted.is_empty() || numbers(version).starts_with(&wanted)
+    };
+    versions.iter().filter(plain).filter(of_series).max_by_key(|version| numbers(version)).copied()
+}
+
+/// What has to be downloaded for a version. From 7.1 on the image is an empty package, and its parts are packages of their own.
+fn packages<'a>(names: &[&'a str], version: &str) -> Vec<&'a str> {
+    let of_version = |name: &&&'a str| name.strip_suffix(version).is_some_and(|kind| kind.matches('-').count() == 2);
+    let parts: Vec<&str> = names.iter().filter(of_version).copied().collect();
+    let has_modules = parts.iter().any(|name| name.starts_with("linux-modules-"));
+    parts.into_iter().filter(|name| has_modules != name.starts_with("linux-image-")).collect()
+}
+
+/// A private set of package lists.
+struct Apt {
+    configuration: PathBuf,
+}
+
+impl Apt {
+    fn new(store: &Path, suite: &str) -> Result<Self, String> {
+        let folder = store.join("apt").join(suite);
+        let failed = |error| format!("{}: {error}", folder.display());
+        for path in ["lists/partial", "cache/archives/partial"] {
+            fs::create_dir_all(folder.join(path)).map_err(failed)?;
+        }
+        let key = "/usr/share/keyrings/debian-archive-keyring.gpg";
+        let source = format!("deb [signed-by={key}] {} {suite} main\n", mirror());
+        fs::write(folder.join("sources.list"), source).map_err(failed)?;
+        let place = folder.display();
+        let settings = format!(
+            "Dir::Etc::sourcelist \"{place}/sources.list\";\nDir::Etc::sourceparts \"/dev/null\";\n\
+             Dir::State::lists \"{place}/lists\";\nDir::Cache \"{place}/cache\";\n\
+             APT::Sandbox::User \"root\";\nAcquire::Languages \"none\";\n"
+        );
+        let configuration = folder.join("apt.conf");
+        fs::write(&configuration, settings).map_err(failed)?;
+        Ok(Self { configuration })
+    }
+
+    fn run(&self, program: &str, arguments: &[&str], folder: &Path) -> Result<String, String> {
+        output(Command::new(program).args(arguments).env("APT_CONFIG", &self.configuration).current_dir(folder))
+    }
+}
+
+/// The mirror of the host's own packages, if it is a Debian.
+fn mirror() -> String {
+    let arguments = ["indextargets", "--format", "$(LABEL) $(REPO_URI)", "Created-By: Packages"];
+    let targets = output(Command::new("apt-get").args(arguments)).unwrap_or_default();
+    let own = targets.lines().find_map(|line| line.strip_prefix("Debian "));
+    own.unwrap_or("http://deb.debian.org/debian/").to_owned()
+}
+
+/// Runs a command for its output.
+fn output(command: &mut Command) -> Result<String, String> {
+    let shown = format!("{command:?}");
+    let output = command.output().map_err(|error| format!("{shown}: {error}"))?;
+    if output.status.success() {
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+    }
+    let errors = String::from_utf8_lossy(&output.stderr);
+    Err(format!("{shown}: {}", errors.lines().next().unwrap_or("it failed without a word")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NAMES: &[&str] = &[
+        "linux-image-6.18.9+deb13-amd64",
+        "linux-image-6.18.15+deb13-amd64",
+        "linux-image-6.18.15+deb13-cloud-amd64",
+        "linux-image-6.18.15+deb13-rt-amd64",
+        "linux-image-7.3.4+deb13-amd64",
+        "linux-binary-7.3.4+deb13-amd64",
+        "linux-modules-7.3.4+deb13-amd64",
+        "linux-base-7.3.4+deb13-amd64",
+        "linux-binary-7.3.4+deb13-cloud-amd64",
+    ];
+
+    #[test]
+    fn versions_are_compared_by_number_and_flavours_passed_over() {
+        assert_eq!(newest(NAMES, "6.18"), Some("6.18.15+deb13-amd64"));
+        assert_eq!(newest(NAMES, "newest"), Some("7.3.4+deb13-amd64"));
+        assert_eq!(newest(NAMES, "6.1"), None);
+    }
+
+    #[test]
+    fn a_kernel_in_parts_is_downloaded_in_parts() {
+        assert_eq!(packages(NAMES, "6.18.15+deb13-amd64"), ["linux-image-6.18.15+deb13-amd64"]);
+        let parts = ["linux-binary-", "linux-modules-", "linux-base-"].map(|kind| format!("{kind}7.3.4+deb13-amd64"));
+        assert_eq!(packages(NAMES, "7.3.4+deb13-amd64"), parts);
+    }
+}

@@ -1,0 +1,293 @@
+//! The emulated machine: its command line, its output, and its end, whichever way that comes.
+
+use super::agent::{self, MARK};
+use super::archive;
+use super::kernel::Kernel;
+use std::fmt;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How long the machine may take to boot, and beyond the limit of a command: it takes four seconds where nothing else runs.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// How many of the console's last lines are shown when the machine is lost.
+const LAST_LINES: usize = 40;
+const MEGABYTES: u32 = 1280;
+
+/// How a step went.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Outcome {
+    /// What the agent said of its end. Empty if it did not come to that.
+    end: String,
+    passed: u32,
+    failed: u32,
+    skipped: u32,
+    seconds: f64,
+}
+
+impl Outcome {
+    pub(crate) fn passed(&self) -> bool {
+        self.end == "passed"
+    }
+
+    /// What stands in the table: counts of tests, or how the command ended.
+    pub(crate) fn cell(outcomes: &[&Self]) -> String {
+        let sum = |count: fn(&Self) -> u32| outcomes.iter().map(|outcome| count(outcome)).sum::<u32>();
+        let (passed, failed, skipped) = (sum(|o| o.passed) - sum(|o| o.skipped), sum(|o| o.failed), sum(|o| o.skipped));
+        let mut words = Vec::new();
+        if passed + failed + skipped != 0 {
+            words.push(format!("{passed} passed"));
+        }
+        if failed != 0 {
+            words.push(format!("{failed} failed"));
+        }
+        if skipped != 0 {
+            words.push(format!("{skipped} skipped"));
+        }
+        let lost = outcomes.iter().find(|outcome| !outcome.passed() && outcome.failed == 0);
+        match lost {
+            Some(outcome) if outcome.end.is_empty() => words.push("kernel died".into()),
+            Some(outcome) => words.push(outcome.end.clone()),
+            None if words.is_empty() => words.push("passed".into()),
+            None => {}
+        }
+        words.join(", ")
+    }
+
+    /// Counts what libtest says of its tests.
+    fn read(&mut self, line: &str) {
+        if line.starts_with("SKIP ") {
+            self.skipped += 1;
+        } else if let Some(counts) = line.strip_prefix("test result: ") {
+            let count = |name: &str| -> u32 {
+                let words: Vec<&str> = counts.split([' ', ';', '.']).filter(|word| !word.is_empty()).collect();
+                words.windows(2).find(|pair| pair[1] == name).and_then(|pair| pair[0].parse().ok()).unwrap_or(0)
+            };
+            self.passed += count("passed");
+            self.failed += count("failed");
+        }
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({:.1} s)", Self::cell(&[self]), self.seconds)
+    }
+}
+
+/// A machine to be.
+pub(crate) struct Machine<'a> {
+    pub(crate) root: &'a Path,
+    pub(crate) store: &'a Path,
+    pub(crate) scratch: &'a Path,
+    pub(crate) kernel: &'a Kernel,
+    pub(crate) limit: Duration,
+}
+
+impl Machine<'_> {
+    /// Gives a shell in the machine.
+    pub(crate) fn shell(&self) -> Result<(), String> {
+        println!("guest: 'exit' turns the machine off, Ctrl-A X ends it at once");
+        let mut command = self.command(0, true)?;
+        command.args(["-serial", "mon:stdio"]);
+        let status = command.status().map_err(|error| format!("qemu-system-x86_64: {error}"))?;
+        if status.success() { Ok(()) } else { Err(format!("the machine ended with {status}")) }
+    }
+
+    /// Runs what was noted, and shows its output as it comes.
+    pub(crate) fn run(&self, labels: &[String]) -> Result<Vec<Outcome>, String> {
+        let mut outcomes = vec![Outcome::default(); labels.len()];
+        let mut first = 0;
+        let mut is_second = false;
+        while let Some(lost) = self.boot(first, &mut outcomes)? {
+            println!("guest: {lost}; the last lines of its console:");
+            let console = fs::read(self.console()).unwrap_or_default();
+            let console = String::from_utf8_lossy(&console);
+            let lines: Vec<&str> = console.lines().collect();
+            lines[lines.len().saturating_sub(LAST_LINES)..].iter().for_each(|line| println!("  {line}"));
+            // With several threads, QEMU can run a breakpoint that the kernel has already taken out of its code.
+            let is_emulators = console.contains("Oops: int3") || console.contains("int3: 0000");
+            if !is_emulators || is_second {
+                break;
+            }
+            is_second = true;
+            first = outcomes.iter().position(|outcome| outcome.end.is_empty()).unwrap_or(0);
+            outcomes[first] = Outcome::default();
+            println!(
+                "guest: that is a fault of the emulator's (int3 of patched code): once more, from {}",
+                labels[first]
+            );
+        }
+        Ok(outcomes)
+    }
+
+    /// Boots once. Says what is wrong if the machine does not come to the end of the plan.
+    fn boot(&self, first: usize, outcomes: &mut [Outcome]) -> Result<Option<String>, String> {
+        let mut command = self.command(first, false)?;
+        command.args(["-serial", "stdio"]).stdin(Stdio::null()).stdout(Stdio::piped());
+        let mut child = command.spawn().map_err(|error| format!("qemu-system-x86_64: {error}"))?;
+        let lines = lines(&mut child);
+        let mut running: Option<(usize, Instant)> = None;
+        let mut deadline = Instant::now() + PATIENCE;
+        let lost = loop {
+            let line = match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(line) => line,
+                Err(RecvTimeoutError::Timeout) => break Some("the guest hangs"),
+                Err(RecvTimeoutError::Disconnected) => break Some("the guest's kernel died"),
+            };
+            let Some(message) = line.strip_prefix(MARK) else {
+                if let Some((number, _)) = running {
+                    outcomes[number].read(&line);
+                }
+                // The agent begins its lines with an empty one.
+                if running.is_some() && !line.is_empty() {
+                    println!("{line}");
+                }
+                continue;
+            };
+            let mut words = message.splitn(3, ' ');
+            let (word, number) = (words.next(), words.next().and_then(|number| number.parse::<usize>().ok()));
+            match (word, number.filter(|number| *number < outcomes.len())) {
+                (Some("begin"), Some(number)) => {
+                    running = Some((number, Instant::now()));
+                    deadline = Instant::now() + self.limit + PATIENCE;
+                }
+                (Some("end"), Some(number)) => {
+                    outcomes[number].end = words.next().unwrap_or_default().to_owned();
+                    outcomes[number].seconds = running.map_or(0.0, |(_, begin)| begin.elapsed().as_secs_f64());
+                    running = None;
+                }
+                (Some("over"), _) => break None,
+                _ => {}
+            }
+        };
+        // It has ended, or is to end: neither is an error.
+        let _ = child.kill();
+        let _ = child.wait();
+        Ok(lost.map(str::to_owned))
+    }
+
+    fn console(&self) -> PathBuf {
+        self.scratch.join("console.log")
+    }
+
+    /// The machine, but for the line to the host.
+    fn command(&self, first: usize, shell: bool) -> Result<Command, String> {
+        let initial = self.scratch.join("initial.cpio");
+        let write =
+            |path: &Path, bytes: &[u8]| fs::write(path, bytes).map_err(|error| format!("{}: {error}", path.display()));
+        write(&initial, &archive::make(self.kernel, &self.environment(first, shell)?)?)?;
+        let disks = disks(self.store)?;
+        let half = MEGABYTES / 2;
+        // It ends with this program, however that ends.
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL", "qemu-system-x86_64"]);
+        command.args([
+            "-M",
+            "pc",
+            "-accel",
+            "tcg,thread=multi",
+            "-cpu",
+            "max",
+            "-smp",
+            "2",
+            "-m",
+            &MEGABYTES.to_string(),
+        ]);
+        for node in 0..2 {
+            command.args(["-object", &format!("memory-backend-ram,id=m{node},size={half}M")]);
+            command.args(["-numa", &format!("node,memdev=m{node},cpus={node}")]);
+        }
+        command.args(["-nodefaults", "-display", "none", "-no-reboot"]);
+        command.arg("-kernel").arg(&self.kernel.image).arg("-initrd").arg(&initial);
+        let parameters =
+            "console=ttyS0 panic=-1 quiet mmun.guest hugepages=16 transparent_hugepage=always numa_balancing=enable";
+        command.args(["-append", parameters]);
+        command.args(["-virtfs", "local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap"]);
+        for disk in disks {
+            let disk = disk.display().to_string().replace(',', ",,");
+            command.args(["-drive", &format!("if=virtio,format=raw,snapshot=on,cache=unsafe,file={disk}")]);
+        }
+        command.args(["-serial", &format!("file:{}", self.console().display())]);
+        Ok(command)
+    }
+
+    /// What the scripts in the guest have to know.
+    fn environment(&self, first: usize, shell: bool) -> Result<String, String> {
+        let agent = std::env::current_exe().map_err(|error| format!("the path of this program: {error}"))?;
+        let limit = self.limit.as_secs().to_string();
+        let variables = [
+            ("WORKSPACE", self.root.display().to_string()),
+            ("SETUP", self.root.join("xtask/src/guest/setup.sh").display().to_string()),
+            ("MODULES", self.kernel.modules.display().to_string()),
+            ("AGENT", agent.display().to_string()),
+            ("RUN", self.scratch.display().to_string()),
+            ("SHELL_WANTED", if shell { "yes" } else { "" }.to_owned()),
+            (agent::FIRST, first.to_string()),
+            (agent::LIMIT, limit),
+        ];
+        let quoted = |text: &str| format!("'{}'", text.replace('\'', "'\\''"));
+        Ok(variables.iter().map(|(name, value)| format!("export {name}={}\n", quoted(value))).collect())
+    }
+}
+
+/// The machine's lines, read by a thread: the wait for one has an end.
+fn lines(child: &mut Child) -> Receiver<String> {
+    let output = BufReader::new(child.stdout.take().expect("it is piped"));
+    let (sender, lines) = channel();
+    thread::spawn(move || {
+        for line in output.split(b'\n').map_while(Result::ok) {
+            let line = String::from_utf8_lossy(&line).trim_end_matches('\r').to_owned();
+            if sender.send(line).is_err() {
+                return;
+            }
+        }
+    });
+    lines
+}
+
+/// A disk with a file system and one with swap space. The machine writes beside them, not on them.
+fn disks(store: &Path) -> Result<[PathBuf; 2], String> {
+    let failed = |error| format!("{}: {error}", store.display());
+    let lock = File::create(store.join("disks.lock")).map_err(failed)?;
+    lock.lock().map_err(failed)?;
+    let make = |name: &str, megabytes: u64, program: &str, arguments: &[&str]| {
+        let (path, unfinished) = (store.join(name), store.join(format!("{name}.part")));
+        if !path.exists() {
+            File::create(&unfinished).and_then(|file| file.set_len(megabytes << 20)).map_err(failed)?;
+            let output =
+                Command::new(program).env("PATH", super::search_path()).args(arguments).arg(&unfinished).output();
+            let output = output.map_err(|error| format!("{program}: {error}"))?;
+            if !output.status.success() {
+                return Err(format!("{program}: {}", String::from_utf8_lossy(&output.stderr).trim()));
+            }
+            fs::rename(&unfinished, &path).map_err(failed)?;
+        }
+        Ok(path)
+    };
+    Ok([make("disk.img", 1024, "mkfs.ext4", &["-q", "-F"])?, make("swap.img", 512, "mkswap", &[])?])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_result_of_libtest_is_counted_and_skips_are_not_passes() {
+        let mut outcome = Outcome { end: "passed".into(), ..Outcome::default() };
+        for line in
+            ["SKIP a: no", "test result: ok. 12 passed; 0 failed; 0 ignored", "test result: ok. 3 passed; 0 failed;"]
+        {
+            outcome.read(line);
+        }
+        assert_eq!(Outcome::cell(&[&outcome]), "14 passed, 1 skipped");
+        outcome.end = "it exited with status 101".into();
+        outcome.read("test result: FAILED. 1 passed; 2 failed; 0 ignored");
+        assert_eq!(Outcome::cell(&[&outcome]), "15 passed, 2 failed, 1 skipped");
+        assert_eq!(Outcome::cell(&[&Outcome::default()]), "kernel died");
+    }
+}

@@ -1,0 +1,43 @@
+#!/bin/sh
+# Inside the guest, with the host's programs: makes a machine that has everything a test may ask for, then runs the agent.
+# What an old kernel lacks fails here without a word, and is named by the test that misses it.
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8
+exec 2>/dev/console
+
+mkdir -p /dev/shm /dev/pts /run /tmp /lib/modules
+mount -t tmpfs tmpfs /dev/shm
+mount -t devpts -o ptmxmode=666 devpts /dev/pts
+mount -t tmpfs tmpfs /run
+mount -t tracefs tracefs /sys/kernel/tracing
+mount --bind "$MODULES" /lib/modules
+for module in virtio_blk ext4 kvm-amd rdma_rxe ib_uverbs rdma_ucm dummy vfio-pci; do
+    modprobe -q "$module"
+done
+
+# A disk for scratch files (what is in memory cannot be written back), and swap space.
+mount -t ext4 /dev/vda /tmp && chmod 1777 /tmp
+swapon /dev/vdb
+
+# What hosts seldom have: merging of equal pages, eager huge pages, memory that follows its user from node to node, cgroups.
+mount -t cgroup2 cgroup2 /sys/fs/cgroup && echo +memory >/sys/fs/cgroup/cgroup.subtree_control
+echo 20 >/sys/kernel/mm/ksm/sleep_millisecs
+echo 1000 >/sys/kernel/mm/ksm/pages_to_scan
+echo 1 >/sys/kernel/mm/ksm/run
+echo always >/sys/kernel/mm/transparent_hugepage/enabled
+echo 50 >/sys/kernel/mm/transparent_hugepage/khugepaged/scan_sleep_millisecs
+echo 1 >/proc/sys/kernel/numa_balancing
+echo 1 >/proc/sys/vm/unprivileged_userfaultfd
+
+# A network card that does RDMA in software.
+ip link set lo up
+ip link add dummy0 type dummy && ip address add 192.0.2.1/24 dev dummy0 && ip link set dummy0 up
+rdma link add rxe0 type rxe netdev dummy0
+
+if [ -n "$SHELL_WANTED" ]; then
+    stty -F /dev/ttyS1 sane
+    cd "$WORKSPACE" && setsid -c /bin/bash -i <>/dev/ttyS1 >&0 2>&0
+else
+    stty -F /dev/ttyS1 raw -echo
+    "$AGENT" guest-agent "$RUN" <>/dev/ttyS1 >&0
+fi
+busybox poweroff -f

@@ -1,0 +1,63 @@
+//! `docs/kernels.md`: what passes under which kernel, as the rig found it.
+
+use super::STANDARD;
+use super::kernel::SERIES;
+use super::machine::Outcome;
+use std::fs;
+use std::path::Path;
+
+/// Comes in front of the table; the text around it is written by hand.
+const BEGIN: &str = "<!-- written by cargo xtask guest --table -->\n";
+const END: &str = "<!-- end -->\n";
+
+/// Writes the row of a kernel, and leaves the others.
+pub(crate) fn enter(
+    root: &Path,
+    series: &str,
+    version: &str,
+    labels: &[String],
+    results: &[Outcome],
+) -> Result<(), String> {
+    let path = root.join("docs/kernels.md");
+    let failed = |error| format!("{}: {error}", path.display());
+    let text = fs::read_to_string(&path).map_err(failed)?;
+    let cells: Vec<String> = STANDARD
+        .iter()
+        .map(|(label, _)| {
+            let of_label = labels.iter().zip(results).filter(|(step, _)| step == label);
+            Outcome::cell(&of_label.map(|(_, outcome)| outcome).collect::<Vec<_>>())
+        })
+        .collect();
+    let row = format!("| {series} | {version} | {} |\n", cells.join(" | "));
+    let text = with_row(&text, series, &row).ok_or_else(|| format!("{} has no table of the rig's", path.display()))?;
+    fs::write(&path, text).map_err(failed)
+}
+
+fn with_row(text: &str, series: &str, row: &str) -> Option<String> {
+    let (before, rest) = text.split_once(BEGIN)?;
+    let (table, after) = rest.split_once(END)?;
+    let key = |row: &str| row.strip_prefix("| ").and_then(|row| row.split(" |").next()).unwrap_or_default().to_owned();
+    let mut rows: Vec<String> = table.lines().skip(2).map(|line| format!("{line}\n")).collect();
+    rows.retain(|line| key(line) != series);
+    rows.push(row.to_owned());
+    rows.sort_by_key(|row| SERIES.iter().position(|series| series.name == key(row)));
+    let labels: Vec<&str> = STANDARD.iter().map(|(label, _)| *label).collect();
+    let head = format!("| kernel | version | {} |\n|{}\n", labels.join(" | "), " --- |".repeat(labels.len() + 2));
+    Some(format!("{before}{BEGIN}{head}{}{END}{after}", rows.concat()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_takes_the_place_of_the_one_before_and_kernels_are_in_order() {
+        let empty = format!("above\n{BEGIN}{END}below\n");
+        let text = with_row(&empty, "6.12", "| 6.12 | a |\n").unwrap();
+        let text = with_row(&text, "6.1", "| 6.1 | b |\n").unwrap();
+        let text = with_row(&text, "6.12", "| 6.12 | c |\n").unwrap();
+        let rows: Vec<&str> = text.lines().filter(|line| line.starts_with("| 6")).collect();
+        assert_eq!(rows, ["| 6.1 | b |", "| 6.12 | c |"]);
+        assert!(text.starts_with("above\n") && text.ends_with("below\n"));
+    }
+}
