@@ -70,7 +70,8 @@ impl<E: Error + 'static> Error for GetError<E> {
     }
 }
 
-/// A notifier that could not be registered, and why. It comes back as it was, and nobody has seen it.
+/// A notifier that could not be registered, and why. It comes back as it was, and nobody has seen it. `?` turns the error
+/// into [`WouldDeadlock`] and drops the notifier.
 ///
 /// # Source
 /// The errors of `mmu_notifier_register`, Linux 5.15. Differs: the notifier is not left half set up; no EINTR and no ENOMEM.
@@ -86,7 +87,7 @@ impl<E: Error + 'static> Error for GetError<E> {
 /// let bracket = mm.invalidate(VaRange::ALL, Event::Clear);
 /// let refused = Registration::new(&mm, Table(7)).err().expect("it would wait for the bracket of this thread");
 /// drop(bracket);
-/// let table = Registration::new(&mm, refused.notifier).map_err(|e| e.error)?;
+/// let table = Registration::new(&mm, refused.notifier)?;
 /// assert_eq!(table.0, 7);
 /// # Ok::<(), mmu_notifier::WouldDeadlock>(())
 /// ```
@@ -98,7 +99,8 @@ pub struct RegisterError<N> {
     pub notifier: N,
 }
 
-/// A registration that could not be taken back here, and why. See [`Registration::unregister`] for an example.
+/// A registration that could not be taken back here, and why. See [`Registration::unregister`] for an example. `?` turns the
+/// error into [`WouldDeadlock`] and drops the registration, which is a put.
 ///
 /// # Source
 /// None: the kernel's `mmu_notifier_unregister` hangs in this case.
@@ -110,23 +112,32 @@ pub struct UnregisterError<N: Notifier> {
     pub registration: Registration<N>,
 }
 
+/// For errors that hand a value back: `?` in a function that returns [`WouldDeadlock`] keeps the reason and drops the value.
 macro_rules! carries_a_value {
-    ($name:ident) => {
-        impl<N: Notifier> fmt::Debug for $name<N> {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    ($name:ident<$value:ident: $bound:path>) => {
+        impl<$value: $bound> std::fmt::Debug for $name<$value> {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
                 f.debug_struct(stringify!($name)).field("error", &self.error).finish_non_exhaustive()
             }
         }
 
-        impl<N: Notifier> fmt::Display for $name<N> {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        impl<$value: $bound> std::fmt::Display for $name<$value> {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
                 self.error.fmt(f)
             }
         }
 
-        impl<N: Notifier> Error for $name<N> {}
+        impl<$value: $bound> std::error::Error for $name<$value> {}
+
+        impl<$value: $bound> From<$name<$value>> for crate::WouldDeadlock {
+            fn from(refused: $name<$value>) -> Self {
+                refused.error
+            }
+        }
     };
 }
 
-carries_a_value!(RegisterError);
-carries_a_value!(UnregisterError);
+pub(crate) use carries_a_value;
+
+carries_a_value!(RegisterError<N: Notifier>);
+carries_a_value!(UnregisterError<N: Notifier>);

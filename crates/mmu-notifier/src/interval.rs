@@ -1,15 +1,17 @@
 //! Interval notifiers: a subscriber of one range, with the collision-retry protocol in its types.
 
+mod error;
 mod finish;
 mod node;
 mod tree;
 mod window;
 
+pub use error::{InsertError, RemoveError, Retry};
 pub use finish::Finish;
 pub(crate) use window::{Intervals, Window};
 
 use crate::sync::lock;
-use crate::{InvalidateRange, Mm, MmWithUser, VaRange, WouldBlock, WouldDeadlock, context, lockdep};
+use crate::{InvalidateRange, Mm, MmWithUser, MmapWriteGuard, VaRange, WouldBlock, WouldDeadlock, context, lockdep};
 use node::Node;
 use std::fmt;
 use std::marker::PhantomData;
@@ -135,41 +137,6 @@ pub struct ReadSeq(u64);
 /// No node's sequence is ever even, so this one never fits.
 const NEVER: ReadSeq = ReadSeq(0);
 
-/// The range was invalidated since the sequence was read: begin again.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Retry;
-
-impl fmt::Display for Retry {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("the range was invalidated meanwhile: begin the read again")
-    }
-}
-
-impl std::error::Error for Retry {}
-
-/// An interval that could not be removed here, and why.
-#[non_exhaustive]
-pub struct RemoveError<S: IntervalOps> {
-    /// Why not.
-    pub error: WouldDeadlock,
-    /// The interval, which is still good.
-    pub interval: IntervalNotifier<S>,
-}
-
-impl<S: IntervalOps> fmt::Debug for RemoveError<S> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("RemoveError").field("error", &self.error).finish_non_exhaustive()
-    }
-}
-
-impl<S: IntervalOps> fmt::Display for RemoveError<S> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.error.fmt(f)
-    }
-}
-
-impl<S: IntervalOps> std::error::Error for RemoveError<S> {}
-
 impl<S: IntervalOps> IntervalNotifier<S> {
     /// Subscribes to `range` of `mm`. If an invalidation is running it may not be in the tree yet when this returns: a
     /// reader must begin with [`read_begin`](Self::read_begin), which waits for that.
@@ -177,20 +144,62 @@ impl<S: IntervalOps> IntervalNotifier<S> {
     /// # Blocking
     /// Only the first insert on an address space sleeps, until the brackets open then have ended.
     /// # Errors
-    /// [`WouldDeadlock`] if this is the first insert and this thread is inside a bracket of `mm`, holds its write lock, or
-    /// runs a deferred free; and always where `mm` is the address space of a parent process.
+    /// [`InsertError`] with the state, if this is the first insert and this thread is inside a bracket of `mm`, holds its
+    /// write lock (use [`insert_locked`](Self::insert_locked)) or runs a deferred free; and always where `mm` is the
+    /// address space of a parent process.
     /// # Source
     /// `mmu_interval_notifier_insert`. Differs: empty ranges, overflow and dead address spaces cannot be passed, and there
     /// is no EINTR.
     #[doc(alias = "mmu_interval_notifier_insert")]
     #[cfg_attr(debug_assertions, track_caller)]
-    pub fn insert(mm: &MmWithUser, range: VaRange, state: S) -> Result<Self, WouldDeadlock> {
-        mm.intervals().enable(mm)?;
+    pub fn insert(mm: &MmWithUser, range: VaRange, state: S) -> Result<Self, InsertError<S>> {
+        match mm.intervals().enable(mm) {
+            Ok(()) => Ok(Self::insert_enabled(mm, range, state)),
+            Err(error) => Err(InsertError { error, state }),
+        }
+    }
+
+    /// The same as [`insert`](Self::insert), for a caller that holds the write lock.
+    ///
+    /// # Blocking
+    /// As `insert`, the lock apart.
+    /// # Errors
+    /// [`InsertError`] with the state, if this is the first insert and this thread has opened a bracket of the address space
+    /// since it took the lock, or runs a deferred free; and always where the address space is that of a parent process.
+    /// # Source
+    /// `mmu_interval_notifier_insert_locked`, Linux 5.5.
+    /// # Examples
+    /// ```
+    /// use mmu_notifier::{Finish, IntervalNotifier, IntervalOps, InvalidateRange, MmWithUser, VaRange};
+    ///
+    /// struct Grant;
+    /// impl IntervalOps for Grant {
+    ///     fn invalidate(&mut self, _: &InvalidateRange<'_>) -> Option<Finish> { None }
+    /// }
+    ///
+    /// let mm = MmWithUser::new();
+    /// let mut locked = mm.mmap_write_lock()?;
+    /// let grant = IntervalNotifier::insert_locked(&mut locked, VaRange::ALL, Grant)?; // `insert` would wait for this thread.
+    /// drop(locked);
+    /// assert_eq!(grant.range(), VaRange::ALL);
+    /// # Ok::<(), mmu_notifier::WouldDeadlock>(())
+    /// ```
+    #[doc(alias = "mmu_interval_notifier_insert_locked")]
+    #[cfg_attr(debug_assertions, track_caller)]
+    pub fn insert_locked(locked: &mut MmapWriteGuard<'_>, range: VaRange, state: S) -> Result<Self, InsertError<S>> {
+        match locked.intervals().enable_locked(locked) {
+            Ok(()) => Ok(Self::insert_enabled(locked.mm(), range, state)),
+            Err(error) => Err(InsertError { error, state }),
+        }
+    }
+
+    /// The caller has enabled the intervals of `mm`.
+    fn insert_enabled(mm: &MmWithUser, range: VaRange, state: S) -> Self {
         let node = Node::new((**mm).clone(), range, state);
         let interval = Self { node, owns: PhantomData };
         // SAFETY: The node is new, and `interval` keeps it until `detach` has seen it off.
         unsafe { mm.intervals().insert(&interval.node().header) };
-        Ok(interval)
+        interval
     }
 
     fn node(&self) -> &Node<S> {
@@ -202,6 +211,15 @@ impl<S: IntervalOps> IntervalNotifier<S> {
     #[must_use]
     pub fn mm(&self) -> &Mm {
         &self.node().mm
+    }
+
+    /// Returns the range that it was inserted with.
+    ///
+    /// # Source
+    /// `interval_tree.start` and `interval_tree.last` of `struct mmu_interval_notifier`.
+    #[must_use]
+    pub fn range(&self) -> VaRange {
+        self.node().header.range()
     }
 
     /// Waits until no invalidation of this interval is running, and returns its sequence.
@@ -232,10 +250,46 @@ impl<S: IntervalOps> IntervalNotifier<S> {
         ReadSeq(seq)
     }
 
-    /// Tells, without the lock, whether `seq` is out of date. True is reliable, false is not.
+    /// Tells, without the state's lock, whether `seq` is out of date.
+    ///
+    /// True is always reliable. False is reliable under a lock that every callback of this interval takes as well, as
+    /// drivers have it that keep many intervals under one lock of their own; without such a lock it is a hint. The reason:
+    /// the sequence is stored before the callback runs. If the callback has taken that lock first, this sees the new
+    /// sequence; if the caller has, the callback comes later and finds what the caller installs under the lock.
     ///
     /// # Source
-    /// `mmu_interval_check_retry`.
+    /// `mmu_interval_check_retry` without that lock, `mmu_interval_read_retry` under it.
+    /// # Examples
+    /// ```
+    /// use mmu_notifier::{Event, Finish, IntervalNotifier, IntervalOps, InvalidateRange, MmWithUser, VaRange};
+    /// use std::sync::{Arc, Mutex};
+    ///
+    /// /// One table of the device for all of its buffers.
+    /// type Table = Arc<Mutex<[Option<u64>; 64]>>;
+    /// struct Buffer(usize, Table);
+    /// impl IntervalOps for Buffer {
+    ///     fn invalidate(&mut self, _: &InvalidateRange<'_>) -> Option<Finish> {
+    ///         self.1.lock().unwrap()[self.0] = None;
+    ///         None
+    ///     }
+    /// }
+    ///
+    /// let (mm, table) = (MmWithUser::new(), Table::new(Mutex::new([None; 64])));
+    /// let buffer = IntervalNotifier::insert(&mm, VaRange::ALL, Buffer(7, Arc::clone(&table)))?;
+    /// loop {
+    ///     let seq = buffer.read_begin();
+    ///     let frame = 42; // Looked up here, however long it takes.
+    ///     let mut entries = table.lock().unwrap();
+    ///     if !buffer.check_retry(seq) {
+    ///         entries[7] = Some(frame); // The lock may be held on, for other buffers.
+    ///         break;
+    ///     }
+    /// }
+    /// drop(mm.invalidate(VaRange::ALL, Event::Unmap));
+    /// assert_eq!(table.lock().unwrap()[7], None);
+    /// # Ok::<(), mmu_notifier::WouldDeadlock>(())
+    /// ```
+    #[doc(alias = "mmu_interval_read_retry")]
     #[doc(alias = "mmu_interval_check_retry")]
     #[must_use]
     pub fn check_retry(&self, seq: ReadSeq) -> bool {
@@ -301,7 +355,7 @@ impl<S: IntervalOps> IntervalNotifier<S> {
     /// assert!(node.check_retry(seq));
     /// let refused = node.remove().err().expect("it would wait for the bracket of this thread");
     /// drop(bracket);
-    /// let cache = refused.interval.remove().map_err(|e| e.error)?;
+    /// let cache = refused.interval.remove()?;
     /// assert!(cache.0.is_empty());
     /// # Ok::<(), WouldDeadlock>(())
     /// ```

@@ -78,7 +78,7 @@ pub trait ShadowOps: Send + 'static {
 ///
 /// let mm = MmWithUser::new();
 /// let guest = VaRange::covering(Va::new(0x4000), 0x8000)?;
-/// let shadow = Registration::new(&mm, InvalidateSeq::new([guest], Table([None; 8]))).map_err(|e| e.error)?;
+/// let shadow = Registration::new(&mm, InvalidateSeq::new([guest], Table([None; 8])))?;
 ///
 /// let page = VaRange::covering(Va::new(0x7000), 1)?;
 /// let snapshot = shadow.snapshot(page);
@@ -293,11 +293,12 @@ impl<S: ShadowOps> InvalidateSeq<S> {
         watched: impl IntoIterator<Item = VaRange>,
         zap: impl FnOnce(&mut S) -> R,
     ) -> Result<R, WouldDeadlock> {
+        // Before the question: the caller's iterator may leave a bracket open.
+        let watched = Watched::new(watched);
         if context::is_inside() {
             return Err(WouldDeadlock);
         }
         lockdep::might_wait(None);
-        let watched = Watched::new(watched);
         let mut window = lock(&self.window);
         window.waiters += 1;
         while window.active != 0 && !window.released {
@@ -331,12 +332,12 @@ impl<S: ShadowOps> InvalidateSeq<S> {
     /// # use mmu_notifier::*;
     /// # struct Table; impl ShadowOps for Table { fn zap(&mut self, _: &InvalidateRange<'_>) {} }
     /// let mm = MmWithUser::new();
-    /// let shadow = Registration::new(&mm, InvalidateSeq::new([VaRange::ALL], Table)).map_err(|e| e.error)?;
-    /// let mut shadow = shadow.unregister().map_err(|e| e.error)?;
+    /// let shadow = Registration::new(&mm, InvalidateSeq::new([VaRange::ALL], Table))?;
+    /// let mut shadow = shadow.unregister()?;
     /// let snapshot = shadow.snapshot(VaRange::ALL);
     /// assert!(shadow.try_install(snapshot, |_| ()).is_err(), "it was released");
     /// shadow.reset();
-    /// let shadow = Registration::new(&mm, shadow).map_err(|e| e.error)?;
+    /// let shadow = Registration::new(&mm, shadow)?;
     /// let snapshot = shadow.snapshot(VaRange::ALL);
     /// assert!(shadow.try_install(snapshot, |_| ()).is_ok());
     /// # Ok::<(), mmu_notifier::WouldDeadlock>(())

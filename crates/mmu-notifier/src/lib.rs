@@ -93,7 +93,7 @@ mod sync;
 
 pub use error::{GetError, Overflow, RegisterError, UnregisterError, WouldDeadlock};
 pub use event::{Blocking, Event, Exit, InvalidateRange, Owner, WouldBlock};
-pub use interval::{Finish, IntervalNotifier, IntervalOps, ReadSeq, RemoveError, Retry};
+pub use interval::{Finish, InsertError, IntervalNotifier, IntervalOps, ReadSeq, RemoveError, Retry};
 pub use invalidate_seq::{InstallError, InvalidateSeq, ShadowOps, Snapshot};
 pub use mm::{Bracket, Mm, MmWithUser, MmapWriteGuard, OwnedBracket};
 pub use notifier::Notifier;

@@ -195,7 +195,7 @@ impl Mm {
     /// }
     ///
     /// let mm = MmWithUser::new();
-    /// let _table = Registration::new(&mm, Table(AtomicBool::new(true))).map_err(|e| e.error)?;
+    /// let _table = Registration::new(&mm, Table(AtomicBool::new(true)))?;
     /// assert!(mm.test_young(Va::new(0x1000)) && mm.clear_young(VaRange::ALL));
     /// assert!(!mm.test_young(Va::new(0x1000)), "nobody has used it since");
     /// # Ok::<(), mmu_notifier::WouldDeadlock>(())

@@ -55,7 +55,7 @@ use crate::{InvalidateRange, Mm, Va, VaRange, WouldBlock};
 /// }
 ///
 /// let mm = MmWithUser::new();
-/// let table = Registration::new(&mm, Table(Mutex::new([Some(7); 8]))).map_err(|e| e.error)?;
+/// let table = Registration::new(&mm, Table(Mutex::new([Some(7); 8])))?;
 /// let held = table.0.lock().unwrap();
 /// assert!(mm.try_invalidate(VaRange::ALL, Event::Clear).is_err(), "the table is locked");
 /// drop(held);

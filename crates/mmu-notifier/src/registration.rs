@@ -1,7 +1,8 @@
 //! Registration: for callers that own their notifier and take it back.
 
 use crate::subscriptions::NodeRef;
-use crate::sync::mutant;
+use crate::subsystem::Pending;
+use crate::sync::{Arc, mutant};
 use crate::{
     Mm, MmWithUser, MmapWriteGuard, Notifier, RegisterError, UnregisterError, WouldDeadlock, context, lockdep,
 };
@@ -16,16 +17,32 @@ pub(crate) fn publish<N: Notifier>(node: &NodeRef<N>, locked: &MmapWriteGuard<'_
     let list = locked.subscriptions();
     list.srcu().prepare();
     list.insert(node);
-    // Every caller has asked `would_deadlock` since it took the lock, so this is not refused.
+    // Every caller has asked `would_deadlock` since it took the lock and ran its last callback, so this is not refused.
     let waited = if mutant("register_waits_not") { Ok(()) } else { list.srcu().synchronize() };
     debug_assert!(waited.is_ok(), "a registrar was refused its grace period");
-    node.set_live();
+}
+
+/// Registers a notifier, of a subsystem or of none, for a caller that holds the write lock.
+#[cfg_attr(debug_assertions, track_caller)]
+pub(crate) fn register<N: Notifier>(
+    locked: &MmapWriteGuard<'_>,
+    owner: Option<&Arc<Pending>>,
+    notifier: N,
+) -> Result<Registration<N>, RegisterError<N>> {
+    if locked.would_deadlock() {
+        return Err(RegisterError { error: WouldDeadlock, notifier });
+    }
+    lockdep::might_wait(Some(locked));
+    let node = NodeRef::new((**locked.mm()).clone(), owner.cloned(), notifier);
+    publish(&node, locked);
+    Ok(Registration { node })
 }
 
 /// A notifier that one owner has registered and will take back.
 ///
 /// No subsystem finds it: it has no key, so it cannot be shared by mistake and then unregistered under its sharers.
-/// Dropping the registration is `put`: no `release`, no waiting, and the value is dropped after a grace period.
+/// Dropping the registration is `put`: no `release`, no waiting, and the value is dropped after a grace period. To wait for
+/// that drop, register it through a [`Subsystem`](crate::Subsystem::register).
 ///
 /// # Source
 /// `mmu_notifier_register`, `mmu_notifier_unregister`, Linux 5.15. Differs: `get` does not find it, by type.
@@ -38,8 +55,8 @@ pub(crate) fn publish<N: Notifier>(node: &NodeRef<N>, locked: &MmapWriteGuard<'_
 /// impl Notifier for Table {}
 ///
 /// let mm = MmWithUser::new();
-/// let registration = Registration::new(&mm, Table(vec![1])).map_err(|e| e.error)?;
-/// let table = registration.unregister().map_err(|e| e.error)?;
+/// let registration = Registration::new(&mm, Table(vec![1]))?;
+/// let table = registration.unregister()?;
 /// assert_eq!(table.0, [1], "the value came back, and no callback runs in it any more");
 /// # Ok::<(), mmu_notifier::WouldDeadlock>(())
 /// ```
@@ -55,20 +72,44 @@ impl<N: Notifier> Registration<N> {
     /// # Blocking
     /// Sleeps while other registrars of `mm` are at work and until the brackets open now have ended.
     /// # Errors
-    /// [`RegisterError`] with the notifier, unchanged and good for another try, if this thread is inside a bracket of `mm`, holds its write lock or
-    /// runs a deferred free.
+    /// [`RegisterError`] with the notifier, unchanged and good for another try, if this thread is inside a bracket of `mm`,
+    /// holds its write lock (use [`new_locked`](Self::new_locked)) or runs a deferred free.
     /// # Source
     /// `mmu_notifier_register`, Linux 5.15. Differs: cannot be interrupted, and fails before it has changed anything.
     #[cfg_attr(debug_assertions, track_caller)]
     pub fn new(mm: &MmWithUser, notifier: N) -> Result<Self, RegisterError<N>> {
         match mm.mmap_write_lock() {
-            Ok(locked) => {
-                let node = NodeRef::new((**mm).clone(), None, notifier);
-                publish(&node, &locked);
-                Ok(Self { node })
-            }
+            Ok(locked) => register(&locked, None, notifier),
             Err(error) => Err(RegisterError { error, notifier }),
         }
+    }
+
+    /// The same as [`new`](Self::new), for a caller that holds the write lock.
+    ///
+    /// # Blocking
+    /// As `new`, the lock apart.
+    /// # Errors
+    /// As `new`, the lock apart: also if this thread has opened a bracket of the address space since it took the lock.
+    /// # Source
+    /// `__mmu_notifier_register`, Linux 5.15.
+    /// # Examples
+    /// ```
+    /// use mmu_notifier::{MmWithUser, Notifier, Registration};
+    ///
+    /// struct Enclave;
+    /// impl Notifier for Enclave {}
+    ///
+    /// let mm = MmWithUser::new();
+    /// let mut locked = mm.mmap_write_lock()?;
+    /// let registration = Registration::new_locked(&mut locked, Enclave)?; // `new` would wait for this thread itself.
+    /// drop(locked);
+    /// registration.unregister()?;
+    /// # Ok::<(), mmu_notifier::WouldDeadlock>(())
+    /// ```
+    #[doc(alias = "__mmu_notifier_register")]
+    #[cfg_attr(debug_assertions, track_caller)]
+    pub fn new_locked(locked: &mut MmapWriteGuard<'_>, notifier: N) -> Result<Self, RegisterError<N>> {
+        register(locked, None, notifier)
     }
 
     /// Calls `release` unless exit has done so, delists the notifier, waits until no callback runs in it, and hands it
@@ -78,7 +119,8 @@ impl<N: Notifier> Registration<N> {
     /// Sleeps while `release` and the brackets open now last.
     /// # Errors
     /// [`UnregisterError`] with the registration, unchanged, if this thread is inside a bracket or callback of the address
-    /// space or runs a deferred free.
+    /// space or runs a deferred free. Also if `release` has left a bracket open on this thread: the registration is still
+    /// good then, and the next `unregister` calls `release` again.
     /// # Panics
     /// Never.
     /// # Source
@@ -91,11 +133,11 @@ impl<N: Notifier> Registration<N> {
     /// impl Notifier for Table {}
     ///
     /// let mm = MmWithUser::new();
-    /// let registration = Registration::new(&mm, Table).map_err(|e| e.error)?;
+    /// let registration = Registration::new(&mm, Table)?;
     /// let bracket = mm.invalidate(VaRange::ALL, Event::Clear);
     /// let refused = registration.unregister().err().expect("it would wait for the bracket of this thread");
     /// drop(bracket);
-    /// refused.registration.unregister().map_err(|e| e.error)?;
+    /// refused.registration.unregister()?;
     /// # Ok::<(), mmu_notifier::WouldDeadlock>(())
     /// ```
     #[doc(alias = "mmu_notifier_unregister")]
@@ -111,9 +153,15 @@ impl<N: Notifier> Registration<N> {
             list.delist_ref(&self.node);
             mm.catching(|| self.node.value().release(&mm));
         } else if list.is_listed(&self.node) {
-            let _inside = context::Inside::enter(&mm);
-            let _guard = list.srcu().read_lock();
-            mm.catching(|| self.node.value().release(&mm));
+            {
+                let _inside = context::Inside::enter(&mm);
+                let _guard = list.srcu().read_lock();
+                mm.catching(|| self.node.value().release(&mm));
+            }
+            if mm.would_deadlock() {
+                // `release` has left a bracket open on this thread, and the grace period would wait for its end.
+                return Err(UnregisterError { error: WouldDeadlock, registration: self });
+            }
         }
         Ok(list.reclaim(self.node))
     }
@@ -136,7 +184,7 @@ impl<N: Notifier> Registration<N> {
     /// impl Notifier for Table {}
     ///
     /// let mm = MmWithUser::new();
-    /// let registration = Registration::new(&mm, Table(7)).map_err(|e| e.error)?;
+    /// let registration = Registration::new(&mm, Table(7))?;
     /// let (send, received) = std::sync::mpsc::channel();
     /// registration.unregister_no_release(move |table| send.send(table.0).unwrap());
     /// assert_eq!(received.recv()?, 7, "after a grace period");
@@ -151,8 +199,9 @@ impl<N: Notifier> Registration<N> {
 
     /// Gives the notifier up; the same as dropping the registration.
     ///
-    /// It calls no `release` and is dropped after a grace period, on the reclaimer thread. No function waits for that; a
-    /// [`Subsystem`](crate::Subsystem) has one.
+    /// It calls no `release` and is dropped after a grace period, on the reclaimer thread.
+    /// [`Subsystem::synchronize`](crate::Subsystem::synchronize) waits for that, if the notifier was registered through
+    /// [`Subsystem::register`](crate::Subsystem::register); otherwise no function does.
     ///
     /// # Blocking
     /// Never, and allocates nothing.

@@ -60,7 +60,7 @@ pub trait SecondaryTlb: Send + Sync + 'static {
 /// }
 ///
 /// let mm = MmWithUser::new();
-/// let iommu = Registration::new(&mm, Secondary(Iommu(AtomicU64::new(0)))).map_err(|e| e.error)?;
+/// let iommu = Registration::new(&mm, Secondary(Iommu(AtomicU64::new(0))))?;
 /// mm.invalidate_secondary_tlbs(VaRange::ALL);
 /// assert_eq!(iommu.0.0.load(Ordering::Relaxed), 1);
 /// # Ok::<(), mmu_notifier::WouldDeadlock>(())

@@ -14,6 +14,7 @@ mod node;
 
 pub(crate) use node::{NodeRef, NotCounted};
 
+use crate::interval::Window;
 use crate::owned_guard::OwnedGuard;
 use crate::subsystem::Pending;
 use crate::sync::atomic::{AtomicPtr, Ordering};
@@ -124,7 +125,7 @@ impl Subscriptions {
     /// Delists a node that was never shared, waits until no walker can stand on it, and takes its value out.
     ///
     /// # Panics
-    /// If this thread would wait for itself; the caller asks `would_deadlock` before.
+    /// If this thread would wait for itself; the caller asks `would_deadlock` after the last callback that it runs.
     pub(crate) fn reclaim<N: Notifier>(&self, node: NodeRef<N>) -> N {
         self.delist_ref(&node);
         self.srcu.synchronize().expect("unregister asked whether it may wait");
@@ -135,17 +136,24 @@ impl Subscriptions {
 
     /// Delists a node that was never shared, and passes its value to `free` after a grace period.
     pub(crate) fn reclaim_later<N: Notifier>(&self, node: NodeRef<N>, free: impl FnOnce(N) + Send + 'static) {
+        let counted = node.count_free();
         self.delist_ref(&node);
         self.srcu.call(move || {
             let mm = node.mm().clone();
             if mm.is_inherited() {
                 // Queued before a fork, and this is the child: both are the parent's.
-                return mem::forget((node, free));
+                return mem::forget((node, free, counted));
             }
             // SAFETY: The node must be delisted, a grace period must have passed since, and `node` must be its one user: the
             // line before `call`, what `call` waits for, and the caller's `Registration`, which has no key.
             let value = unsafe { node.into_value() };
-            context::freeing(|| mm.catching(|| free(value)));
+            context::freeing(|| {
+                mm.catching(|| free(value));
+                drop(mm);
+            });
+            if let Some(counted) = counted {
+                counted.freed();
+            }
         });
     }
 
@@ -209,9 +217,10 @@ impl<G> Reading<G> {
         self.walk().each(|node| mm.catching(|| f(node.callbacks())));
     }
 
-    /// Calls the non-blockable start of every subscriber; if any refuses, ends those that accepted.
-    pub(crate) fn try_start(&self, range: &InvalidateRange<'_>) -> Result<(), WouldBlock> {
-        if try_start_from(&mut self.walk(), range, false) { Err(WouldBlock) } else { Ok(()) }
+    /// Calls the non-blockable start of every subscriber; if any refuses, closes the window of the intervals and ends those
+    /// that accepted.
+    pub(crate) fn try_start(&self, range: &InvalidateRange<'_>, window: Option<Window>) -> Result<(), WouldBlock> {
+        if try_start_from(None, &mut self.walk(), range, window, false) { Err(WouldBlock) } else { Ok(()) }
     }
 
     /// Stands before the newest subscriber.
@@ -269,16 +278,46 @@ impl<'a> Walk<'a> {
     }
 }
 
-/// Starts the next few subscribers and, by recursion, the rest; returns whether anybody refused, `refused` included, and
-/// has then ended those that accepted. The stack is the memory of who accepted: nothing here may allocate.
-fn try_start_from(walk: &mut Walk<'_>, range: &InvalidateRange<'_>, mut refused: bool) -> bool {
-    const AT_ONCE: usize = 32;
-    let mut accepted: [Option<&Header>; AT_ONCE] = [None; AT_ONCE];
-    let mut full = true;
-    for slot in &mut accepted {
+/// Subscribers whose starts one call of [`try_start_from`] remembers.
+const AT_ONCE: usize = 32;
+
+/// Some of the subscribers that accepted a start, newest first, and the frame that holds the newer ones. The stack is the
+/// memory of who accepted, because nothing here may allocate.
+struct Accepted<'f, 'a> {
+    nodes: [Option<&'a Header>; AT_ONCE],
+    newer: Option<&'f Accepted<'f, 'a>>,
+}
+
+impl Accepted<'_, '_> {
+    /// Calls the end of each of them, newest first. One that was put since its start gets no end, as everywhere.
+    fn end(&self, range: &InvalidateRange<'_>) {
+        if let Some(newer) = self.newer {
+            newer.end(range);
+        }
+        for node in self.nodes.iter().flatten().filter(|node| node.is_listed()) {
+            node.callbacks().end(range);
+        }
+    }
+}
+
+/// Starts the subscribers that come next and, by recursion, the rest. If one of them refuses, or `refused` says that a
+/// newer one has, it closes the window, ends all that accepted, and returns true.
+fn try_start_from<'a>(
+    newer: Option<&Accepted<'_, 'a>>,
+    walk: &mut Walk<'a>,
+    range: &InvalidateRange<'_>,
+    window: Option<Window>,
+    mut refused: bool,
+) -> bool {
+    let mut accepted = Accepted { nodes: [None; AT_ONCE], newer };
+    for slot in &mut accepted.nodes {
         let Some(node) = walk.here() else {
-            full = false;
-            break;
+            if refused {
+                // In the order of every end: first the window of the intervals, then the subscribers.
+                window.into_iter().for_each(|window| range.mm.intervals().end(window));
+                accepted.end(range);
+            }
+            return refused;
         };
         walk.pass(node);
         if !node.is_listed() {
@@ -295,14 +334,5 @@ fn try_start_from(walk: &mut Walk<'_>, range: &InvalidateRange<'_>, mut refused:
             }
         }
     }
-    if full {
-        refused = try_start_from(walk, range, refused);
-    }
-    if refused {
-        // One that was put since its start gets no end, as everywhere.
-        for node in accepted.into_iter().flatten().filter(|node| node.is_listed()) {
-            node.callbacks().end(range);
-        }
-    }
-    refused
+    try_start_from(Some(&accepted), walk, range, window, refused)
 }

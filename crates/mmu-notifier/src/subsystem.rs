@@ -4,7 +4,10 @@ use crate::subscription::Subscription;
 use crate::subscriptions::{NodeRef, NotCounted};
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{Arc, Condvar, Mutex, forks, lock, mutant};
-use crate::{GetError, MmWithUser, MmapWriteGuard, Notifier, WouldDeadlock, context, lockdep, registration};
+use crate::{
+    GetError, MmWithUser, MmapWriteGuard, Notifier, RegisterError, Registration, WouldDeadlock, context, lockdep,
+    registration,
+};
 use once_cell::race::OnceBox;
 use std::convert::Infallible;
 use std::fmt;
@@ -142,11 +145,96 @@ where
         }
         let node = NodeRef::new((**locked.mm()).clone(), Some(Arc::clone(self.pending())), notifier);
         registration::publish(&node, locked);
+        node.set_live();
         Ok(Subscription::new(node))
     }
 
+    #[inline(always)]
+    fn find(&self, mm: &MmWithUser) -> Option<Result<Subscription<N>, GetError<E>>> {
+        if mm.is_inherited() {
+            return None;
+        }
+        match mm.subscriptions().lookup(self.pending()) {
+            Ok(node) => Some(Ok(Subscription::new(node))),
+            Err(NotCounted::Overflow) => Some(Err(GetError::Overflow)),
+            Err(NotCounted::Gone) => None,
+        }
+    }
+}
+
+impl<N: Notifier> Subsystem<N, Infallible, ()> {
+    /// Makes a subsystem whose notifiers all come from [`register`](Self::register). It has no `get`.
+    ///
+    /// # Source
+    /// `struct mmu_notifier_ops` without `alloc_notifier`.
+    #[must_use]
+    pub const fn without_alloc() -> Self {
+        Self { alloc: (), users_max: u32::MAX, pending: OnceBox::new(), makes: PhantomData }
+    }
+}
+
+impl<N: Notifier, E, F> Subsystem<N, E, F> {
+    /// Registers a notifier of the caller's own, as [`Registration::new`] does, and lets
+    /// [`synchronize`](Self::synchronize) wait for its free if it is put.
+    ///
+    /// [`get`](Self::get) does not find it, and it does not count as the subsystem's one notifier of `mm`.
+    ///
+    /// # Blocking
+    /// As [`Registration::new`].
+    /// # Errors
+    /// As [`Registration::new`].
+    /// # Source
+    /// `mmu_notifier_register`, Linux 5.15. Differs: `get` does not find it.
+    /// # Examples
+    /// ```
+    /// # use std::convert::Infallible;
+    /// use mmu_notifier::{MmWithUser, Notifier, Subsystem};
+    ///
+    /// struct Domain(std::sync::mpsc::Sender<&'static str>);
+    /// impl Notifier for Domain {}
+    /// impl Drop for Domain {
+    ///     fn drop(&mut self) {
+    ///         self.0.send("freed").unwrap();
+    ///     }
+    /// }
+    /// static DOMAINS: Subsystem<Domain, Infallible, ()> = Subsystem::without_alloc();
+    ///
+    /// let (mm, (send, freed)) = (MmWithUser::new(), std::sync::mpsc::channel());
+    /// DOMAINS.register(&mm, Domain(send))?.put();
+    /// DOMAINS.synchronize()?;
+    /// assert_eq!(freed.try_recv(), Ok("freed"));
+    /// # Ok::<(), mmu_notifier::WouldDeadlock>(())
+    /// ```
+    #[doc(alias = "mmu_notifier_register")]
+    #[cfg_attr(debug_assertions, track_caller)]
+    pub fn register(&self, mm: &MmWithUser, notifier: N) -> Result<Registration<N>, RegisterError<N>> {
+        match mm.mmap_write_lock() {
+            Ok(locked) => registration::register(&locked, Some(self.pending()), notifier),
+            Err(error) => Err(RegisterError { error, notifier }),
+        }
+    }
+
+    /// The same as [`register`](Self::register), for a caller that holds the write lock.
+    ///
+    /// # Blocking
+    /// As [`Registration::new_locked`].
+    /// # Errors
+    /// As [`Registration::new_locked`].
+    /// # Source
+    /// `__mmu_notifier_register`, Linux 5.15.
+    #[doc(alias = "__mmu_notifier_register")]
+    #[cfg_attr(debug_assertions, track_caller)]
+    pub fn register_locked(
+        &self,
+        locked: &mut MmapWriteGuard<'_>,
+        notifier: N,
+    ) -> Result<Registration<N>, RegisterError<N>> {
+        registration::register(locked, Some(self.pending()), notifier)
+    }
+
     /// Waits until every notifier of this subsystem whose last reference was put before the call has been freed, and its
-    /// reference to the address space dropped, whichever thread put it.
+    /// reference to the address space dropped, whichever thread put it: those that `get` made and those that were
+    /// [`register`](Self::register)ed, [`unregister_no_release`](Registration::unregister_no_release) included.
     ///
     /// It does not wait for what those frees put in turn: call it again for that.
     ///
@@ -204,18 +292,6 @@ where
             self.pending().synchronize();
         }
         Ok(())
-    }
-
-    #[inline(always)]
-    fn find(&self, mm: &MmWithUser) -> Option<Result<Subscription<N>, GetError<E>>> {
-        if mm.is_inherited() {
-            return None;
-        }
-        match mm.subscriptions().lookup(self.pending()) {
-            Ok(node) => Some(Ok(Subscription::new(node))),
-            Err(NotCounted::Overflow) => Some(Err(GetError::Overflow)),
-            Err(NotCounted::Gone) => None,
-        }
     }
 
     /// Returns what belongs to this process, and makes it at first use: in the child of a fork that is not what the parent has.

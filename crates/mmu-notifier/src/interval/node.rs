@@ -86,6 +86,10 @@ impl<S: IntervalOps> Node<S> {
 }
 
 impl Header {
+    pub(super) fn range(&self) -> VaRange {
+        self.range
+    }
+
     pub(super) fn seq(&self) -> u64 {
         self.invalidate_seq.load(Ordering::Relaxed)
     }

@@ -22,7 +22,7 @@ use super::node::Header;
 use super::tree::{Spares, Tree};
 use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Condvar, Mutex, MutexGuard, lock, mutant};
-use crate::{InvalidateRange, MmWithUser, WouldBlock, WouldDeadlock};
+use crate::{InvalidateRange, MmWithUser, MmapWriteGuard, WouldBlock, WouldDeadlock, lockdep};
 use std::ptr::{self, NonNull};
 use std::sync::PoisonError;
 
@@ -124,9 +124,25 @@ impl Intervals {
         if self.live.load(Ordering::Acquire) {
             return Ok(());
         }
-        let _locked = mm.mmap_write_lock()?;
+        self.enable_locked(&mm.mmap_write_lock()?)
+    }
+
+    /// The same for a caller that holds the write lock.
+    #[cfg_attr(debug_assertions, track_caller)]
+    pub(super) fn enable_locked(&self, locked: &MmapWriteGuard<'_>) -> Result<(), WouldDeadlock> {
+        if locked.is_inherited() {
+            return Err(WouldDeadlock);
+        }
+        // ORDER(core-itree): as in `enable`.
+        if self.live.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        if locked.would_deadlock() {
+            return Err(WouldDeadlock);
+        }
+        lockdep::might_wait(Some(locked));
         self.enabled.store(true, Ordering::Relaxed);
-        mm.subscriptions().srcu().synchronize()?;
+        locked.subscriptions().srcu().synchronize()?;
         // ORDER(core-itree): the grace period, before whoever skips it.
         self.live.store(true, Ordering::Release);
         Ok(())
@@ -292,5 +308,60 @@ impl Intervals {
     pub(crate) fn snapshot(&self) -> (u64, u64) {
         let state = self.lock();
         (state.invalidate_seq, state.active_invalidate_ranges)
+    }
+}
+
+#[cfg(all(test, not(mmun_loom)))]
+mod tests {
+    use super::*;
+    use crate::{Event, Finish, IntervalNotifier, IntervalOps, Va, VaRange};
+
+    struct Quiet;
+
+    impl IntervalOps for Quiet {
+        fn invalidate(&mut self, _range: &InvalidateRange<'_>) -> Option<Finish> {
+            None
+        }
+    }
+
+    fn insert(mm: &MmWithUser, page: u64) -> IntervalNotifier<Quiet> {
+        IntervalNotifier::insert(mm, VaRange::covering(Va::new(page << 12), 1).unwrap(), Quiet).unwrap()
+    }
+
+    #[test]
+    fn a_deferred_insert_that_is_taken_back_keeps_no_memory() {
+        let mm = MmWithUser::new();
+        let _hit = insert(&mm, 1);
+        let bracket = mm.invalidate(VaRange::ALL, Event::Clear);
+        let deferred = [insert(&mm, 2), insert(&mm, 3)];
+        let spares = || mm.intervals().lock().itree.spares.len();
+        assert!(spares() != 0, "what they will need was made when they were inserted");
+        assert!(deferred.into_iter().all(|interval| interval.remove().is_ok()));
+        assert_eq!((spares(), mm.intervals().lock().deferred_inserts), (0, 0));
+        drop(bracket);
+    }
+
+    /// The end of an earlier window may be about to notify when a later one has opened, and a condition variable may wake
+    /// for no reason at all.
+    #[test]
+    fn a_wake_up_for_another_window_ends_no_wait() {
+        let mm = MmWithUser::new();
+        let interval = insert(&mm, 1);
+        let bracket = mm.invalidate(VaRange::ALL, Event::Clear);
+        let intervals = mm.intervals();
+        let waiters = || intervals.lock().waiters;
+        std::thread::scope(|scope| {
+            let remover = scope.spawn(|| interval.remove().is_ok());
+            while waiters() == 0 {
+                std::thread::yield_now();
+            }
+            for _ in 0..1000 {
+                intervals.thawed.notify_all();
+                assert_eq!(waiters(), 1, "it gave up the wait");
+                std::thread::yield_now();
+            }
+            drop(bracket);
+            assert!(remover.join().unwrap());
+        });
     }
 }

@@ -103,10 +103,7 @@ impl Mm {
             return Ok(Bracket { mm: self, range, event, blocking, window: None, reading, _inside: inside });
         }
         let window = if self.intervals().is_enabled() { Some(self.intervals().start(&each)?) } else { None };
-        if let Err(refused) = reading.try_start(&each) {
-            window.into_iter().for_each(|window| self.intervals().end(window));
-            return Err(refused);
-        }
+        reading.try_start(&each, window)?;
         Ok(Bracket { mm: self, range, event, blocking, window, reading, _inside: inside })
     }
 

@@ -29,12 +29,13 @@ pub(super) struct Header {
     pub(super) next: AtomicPtr<Header>,
     /// The link that points here, null when not listed. Changed under the list's lock only.
     pub(super) pprev: AtomicPtr<AtomicPtr<Header>>,
-    /// Whether every bracket that does not call it has ended.
+    /// Whether `get` may find it: every bracket that does not call it has ended.
     live: AtomicBool,
     /// Which count of `owner` holds the queued free.
     bank: AtomicU8,
     users: AtomicU32,
-    /// The subsystem, which is the key; none for a `Registration`.
+    /// The subsystem: the key of a notifier that `get` made, and what counts the free of either kind. Not every
+    /// `Registration` has one, and none is found by it, because none is ever `live`.
     owner: Option<Arc<Pending>>,
     mm: Mm,
     /// Behind the first cache line, which is all that get and put touch, with the value, which is what it calls.
@@ -109,6 +110,19 @@ unsafe impl<N: Notifier> Send for NodeRef<N> {}
 // SAFETY: As for `Send`: everything reachable through `&NodeRef` is `Sync`.
 unsafe impl<N: Notifier> Sync for NodeRef<N> {}
 
+/// A free that is queued, of a node that takes part in its subsystem's `synchronize`.
+pub(crate) struct CountedFree {
+    owner: Arc<Pending>,
+    bank: u8,
+}
+
+impl CountedFree {
+    /// Counts it as done.
+    pub(crate) fn freed(self) {
+        self.owner.freed(self.bank);
+    }
+}
+
 /// Why no reference to a node could be had.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum NotCounted {
@@ -171,6 +185,12 @@ impl<N: Notifier> NodeRef<N> {
         // ORDER(core-live): the grace period before this store, to whoever finds the node without waiting itself. Partner:
         // the load in `lookup`. Weaker, a second getter could trust a subscription that an older bracket does not know.
         self.as_header().live.store(true, Ordering::Release);
+    }
+
+    /// Counts, at its subsystem if it has one, a free that the caller is about to queue by itself.
+    pub(crate) fn count_free(&self) -> Option<CountedFree> {
+        let owner = Arc::clone(self.as_header().owner.as_ref()?);
+        Some(CountedFree { bank: owner.queued(), owner })
     }
 
     pub(crate) fn try_clone(&self) -> Result<Self, NotCounted> {

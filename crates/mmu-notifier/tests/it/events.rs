@@ -5,7 +5,7 @@ use mmu_notifier::{
     Blocking, Event, Finish, IntervalNotifier, IntervalOps, InvalidateRange, Mm, MmWithUser, Notifier, Owner,
     Registration, Secondary, SecondaryTlb, Va, VaRange, WouldBlock,
 };
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 fn three(log: &Log) -> [Probes; 3] {
     ["a", "b", "c"].map(|name| probes(name, log, nothing()))
@@ -85,6 +85,48 @@ fn b_01_a_refusal_by_any_of_many_ends_all_the_others() {
     }
 }
 
+struct Quiet;
+
+impl IntervalOps for Quiet {
+    fn invalidate(&mut self, _range: &InvalidateRange<'_>) -> Option<Finish> {
+        None
+    }
+}
+
+/// Writes down its number and whether the window of the intervals is open, at each end.
+struct Ends(usize, Arc<Mutex<Vec<(usize, bool)>>>);
+
+impl Notifier for Ends {
+    fn try_invalidate_range_start(&self, _range: &InvalidateRange<'_>) -> Result<(), WouldBlock> {
+        if self.0 == 0 { Err(WouldBlock) } else { Ok(()) }
+    }
+
+    fn invalidate_range_end(&self, range: &InvalidateRange<'_>) {
+        let (seq, active) = range.mm().interval_snapshot();
+        self.1.lock().unwrap().push((self.0, seq % 2 == 1 || active != 0));
+    }
+}
+
+/// Newest first, after the window of the intervals was closed: for any number of subscribers, and the same as after a
+/// bracket that nobody refused.
+#[test]
+fn b_01_ends_come_in_one_order_for_any_number_of_subscribers() {
+    for all in [1, 2, 31, 32, 33, 40, 64, 65, 100, 1000] {
+        let (mm, ends) = (MmWithUser::new(), Arc::<Mutex<Vec<_>>>::default());
+        let _interval = IntervalNotifier::insert(&mm, page(1), Quiet).unwrap();
+        let _held: Vec<_> =
+            (0..all).map(|number| Registration::new(&mm, Ends(number, Arc::clone(&ends))).unwrap()).collect();
+        let heard = || std::mem::take(&mut *ends.lock().unwrap());
+        assert!(mm.try_invalidate(page(1), Event::Unmap).is_err());
+        let newest_first = |last: usize| (last..all).rev().map(|number| (number, false)).collect::<Vec<_>>();
+        assert_eq!(heard(), newest_first(1), "of {all}; the one that refused gets none");
+        drop(mm.invalidate(page(1), Event::Unmap));
+        assert_eq!(heard(), newest_first(0), "of {all}");
+        drop(mm.invalidate_owned(page(1), Event::Unmap));
+        assert_eq!(heard(), newest_first(0), "of {all}");
+    }
+}
+
 /// A start that panics may have done its work, so it is owed an end; an end that panics keeps nobody from his.
 #[test]
 fn b_03_a_panic_in_a_refused_start_or_its_end_leaves_the_others_paired() {
@@ -104,7 +146,7 @@ fn b_03_a_panic_in_a_refused_start_or_its_end_leaves_the_others_paired() {
 }
 
 /// What a subscriber is told of one bracket.
-type Told = Arc<std::sync::Mutex<Vec<(&'static str, VaRange, Event, Blocking, u64)>>>;
+type Told = Arc<Mutex<Vec<(&'static str, VaRange, Event, Blocking, u64)>>>;
 
 struct Listens(Told);
 

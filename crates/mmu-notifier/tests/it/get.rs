@@ -61,8 +61,9 @@ fn s_05_an_alloc_error_comes_back_as_it_is() {
     assert_eq!((mm.has_notifiers(), mm.mm_count()), (false, count));
 }
 
-/// The kernel can fail after `alloc`, for want of memory for the list head. Here the head is part of the address space
-/// and nothing fails after `alloc`; what fails does so before, and hands an owned notifier back.
+/// The kernel can fail after `alloc`, for want of memory for the list head. Here the head is part of the address space. What
+/// fails does so before `alloc`, or hands an owned notifier back; after `alloc`, only a bracket that `alloc` itself has left
+/// open is refused (`s_14`), and then the notifier is dropped in this thread, too.
 #[test]
 fn s_06_a_failed_registration_leaves_nothing_behind() {
     let (mm, log) = (MmWithUser::new(), Log::default());

@@ -1,6 +1,6 @@
 //! 7.7: interval notifiers.
 
-use crate::support::{At, Gate, Log, Probe, nothing, page, spawn};
+use crate::support::{At, Counter, Gate, Log, Probe, nothing, page, spawn};
 use mmu_notifier::{
     Event, Finish, IntervalNotifier, IntervalOps, InvalidateRange, MmWithUser, Registration, Retry, Va, VaRange,
     WouldBlock,
@@ -208,10 +208,11 @@ fn b_21_remove_in_a_full_window_returns_after_it() {
 
 #[test]
 fn b_22_remove_waits_for_a_running_callback() {
-    let (mm, gate) = (Arc::new(MmWithUser::new()), Gate::new());
+    let (mm, gate, calls) = (Arc::new(MmWithUser::new()), Gate::new(), Counter::default());
     let shadow = Shadow::with({
-        let gate = Arc::clone(&gate);
+        let (gate, calls) = (Arc::clone(&gate), calls.clone());
         move |_| {
+            calls.add();
             gate.pass();
             Ok(None)
         }
@@ -222,11 +223,17 @@ fn b_22_remove_waits_for_a_running_callback() {
         move || drop(mm.invalidate(page(1), Event::Clear))
     });
     gate.wait_for(1);
-    let remover = spawn(move || node.remove().unwrap().events.len());
+    let remover = spawn(move || node.remove().unwrap());
     remover.assert_blocked();
     gate.open();
     walker.join();
-    assert_eq!(remover.join(), 1);
+    let shadow = remover.join();
+    drop(mm.invalidate(page(1), Event::Clear));
+    drop(mm.try_invalidate(page(1), Event::Clear).unwrap());
+    let handle = (**mm).clone();
+    drop(mm);
+    assert_eq!((shadow.events.len(), handle.mm_users()), (1, 0));
+    assert_eq!(calls.get(), 1, "no callback afterwards, not even that of exit");
 }
 
 #[test]
@@ -392,10 +399,89 @@ fn b_30_the_first_insert_waits_for_brackets_that_do_not_count() {
 fn b_31_a_first_insert_that_cannot_wait_links_nothing() {
     let mm = MmWithUser::new();
     let bracket = mm.invalidate(page(1), Event::Unmap);
-    assert!(IntervalNotifier::insert(&mm, page(1), Shadow::default()).is_err());
+    let state = Shadow { entry: Some(7), ..Shadow::default() };
+    let refused = IntervalNotifier::insert(&mm, page(1), state).err().unwrap();
     drop(bracket);
     assert_eq!((mm.interval_snapshot(), mm.mm_count()), ((2, 0), 1));
-    assert!(IntervalNotifier::insert(&mm, page(1), Shadow::default()).is_ok());
+    let node = IntervalNotifier::insert(&mm, page(1), refused.state).unwrap();
+    assert_eq!(node.with_state(|state| state.entry), Some(7), "the state came back");
+}
+
+/// For the holder of the write lock, also if it is the first interval of the address space. It waits for the brackets of
+/// other threads, as the first insert does.
+#[test]
+fn b_30_the_first_insert_may_be_under_the_write_lock() {
+    let mm = Arc::new(MmWithUser::new());
+    let bracket = mm.invalidate(page(1), Event::Unmap);
+    let first = spawn({
+        let mm = Arc::clone(&mm);
+        move || {
+            let mut locked = mm.mmap_write_lock().unwrap();
+            assert!(IntervalNotifier::insert(&mm, page(1), Shadow::default()).is_err(), "it would wait for the lock");
+            IntervalNotifier::insert_locked(&mut locked, page(1), Shadow::default()).unwrap()
+        }
+    });
+    first.assert_blocked();
+    drop(bracket);
+    let node = first.join();
+    assert_eq!((mm.interval_snapshot(), node.range()), ((2, 0), page(1)));
+    drop(mm.invalidate(page(1), Event::Unmap));
+    assert_eq!(told(&node), 1);
+    let mut locked = mm.mmap_write_lock().unwrap();
+    let bracket = mm.invalidate(page(1), Event::Unmap);
+    let second = IntervalNotifier::insert_locked(&mut locked, page(2), Shadow::default());
+    assert!(second.is_ok(), "only the first one waits");
+    drop((bracket, second));
+}
+
+#[test]
+fn b_31_a_first_insert_under_the_write_lock_is_refused_in_a_bracket() {
+    let mm = MmWithUser::new();
+    let mut locked = mm.mmap_write_lock().unwrap();
+    let bracket = mm.invalidate(page(1), Event::Unmap);
+    let state = Shadow { entry: Some(7), ..Shadow::default() };
+    let refused = IntervalNotifier::insert_locked(&mut locked, page(1), state).err().unwrap();
+    drop(bracket);
+    assert_eq!((refused.state.entry, mm.has_notifiers(), mm.mm_count()), (Some(7), false, 1));
+    assert!(IntervalNotifier::insert_locked(&mut locked, page(1), refused.state).is_ok());
+}
+
+/// Many intervals under one lock of the driver's, which each callback takes: under that lock the check without the state's
+/// own lock says for certain whether an entry may be made.
+#[test]
+fn b_32_the_check_is_exact_under_a_lock_that_the_callback_takes() {
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicU64, Ordering};
+    struct Buffer(Arc<Mutex<Option<u64>>>);
+    impl IntervalOps for Buffer {
+        fn invalidate(&mut self, _range: &InvalidateRange<'_>) -> Option<Finish> {
+            *self.0.lock().unwrap() = None;
+            None
+        }
+    }
+    let (mm, frame, entry) = (MmWithUser::new(), AtomicU64::new(0), Arc::<Mutex<Option<u64>>>::default());
+    let node = IntervalNotifier::insert(&mm, page(1), Buffer(Arc::clone(&entry))).unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for next in 1..20_000 {
+                let bracket = mm.invalidate(page(1), Event::Unmap);
+                frame.store(next, Ordering::SeqCst);
+                drop(bracket);
+            }
+        });
+        for _ in 0..20_000 {
+            let seq = node.read_begin();
+            let found = frame.load(Ordering::SeqCst);
+            let mut entry = entry.lock().unwrap();
+            if !node.check_retry(seq) {
+                *entry = Some(found);
+            }
+            // The frame moves on only after a start has taken this lock and cleared the entry.
+            assert!(entry.is_none_or(|entry| entry == frame.load(Ordering::SeqCst)), "a stale entry");
+        }
+    });
+    let last = frame.load(Ordering::SeqCst);
+    assert!(entry.lock().unwrap().is_none_or(|entry| entry == last));
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use crate::support::{Gate, Log, Probe, nothing, page, spawn};
 use mmu_notifier::{
     Event, InstallError, InvalidateRange, InvalidateSeq, MmWithUser, Notifier, Registration, ShadowOps, Va, VaRange,
-    WouldBlock,
+    WouldBlock, WouldDeadlock,
 };
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -209,6 +209,21 @@ fn b_44_a_change_of_what_is_watched_waits_for_open_brackets() {
 }
 
 /// Exit delists the shadow while a bracket is open, whose end it never hears: nothing is left to wait for.
+/// The ranges come from an iterator of the caller's, which may leave a bracket open.
+#[test]
+fn b_44_a_change_of_what_is_watched_asks_after_the_ranges_were_made() {
+    let mm = MmWithUser::new();
+    let shadow = shadow(&mm);
+    let mut kept = None;
+    let ranges = std::iter::once_with(|| {
+        kept = Some(mm.invalidate(page(1), Event::Clear));
+        page(1)
+    });
+    assert_eq!(shadow.watch(ranges, |_| ()), Err(WouldDeadlock));
+    drop(kept);
+    assert!(shadow.watch([page(1)], |_| ()).is_ok());
+}
+
 #[test]
 fn b_44_a_change_of_what_is_watched_after_exit_does_not_wait_for_an_end_that_never_comes() {
     let mm = MmWithUser::new();

@@ -2,8 +2,10 @@
 
 use crate::support::{At, Counter, Gate, Hook, Log, Probe, nothing, page, probes, spawn, stop, wait_until};
 use mmu_notifier::{
-    Event, Finish, GetError, IntervalNotifier, IntervalOps, InvalidateRange, MmWithUser, Notifier, Registration, Va,
+    Event, Finish, GetError, IntervalNotifier, IntervalOps, InvalidateRange, Mm, MmWithUser, Notifier, OwnedBracket,
+    Registration, Va, WouldDeadlock,
 };
+use std::cell::RefCell;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -102,6 +104,96 @@ fn s_62_unregister_from_a_callback_is_an_error() {
     assert_eq!(log.all().into_iter().filter(|entry| entry.0 == "refused").collect::<Vec<_>>(), all);
     let registration = slot.lock().unwrap().take().unwrap();
     assert_eq!((registration.unregister().unwrap().name, handle.callback_panics()), ("a", 0));
+}
+
+#[test]
+fn s_14_a_notifier_of_ones_own_is_registered_under_the_write_lock() {
+    let (mm, log) = (Arc::new(MmWithUser::new()), Log::default());
+    let bracket = mm.invalidate(page(1), Event::Clear);
+    let registrar = spawn({
+        let (mm, log) = (Arc::clone(&mm), log.clone());
+        move || {
+            let mut locked = mm.mmap_write_lock().unwrap();
+            let refused = Registration::new(&mm, Probe::new("a", &log, nothing())).err().unwrap();
+            Registration::new_locked(&mut locked, refused.notifier).unwrap()
+        }
+    });
+    registrar.assert_blocked();
+    drop(bracket);
+    let registration = registrar.join();
+    drop(mm.invalidate(page(1), Event::Clear));
+    assert_eq!(log.all(), [("a", At::Start), ("a", At::End)], "nothing of the bracket that was open");
+    let mut locked = mm.mmap_write_lock().unwrap();
+    let bracket = mm.invalidate(page(1), Event::Clear);
+    let refused = Registration::new_locked(&mut locked, Probe::new("b", &log, nothing())).err().unwrap();
+    assert_eq!((refused.notifier.name, refused.error), ("b", WouldDeadlock), "it would wait for the bracket");
+    drop((bracket, locked));
+    registration.unregister().unwrap();
+    assert!(!mm.has_notifiers());
+}
+
+/// `?` keeps the reason; the value is dropped.
+#[test]
+fn errors_that_hand_a_value_back_convert_to_the_reason() {
+    struct Quiet;
+    impl IntervalOps for Quiet {
+        fn invalidate(&mut self, _range: &InvalidateRange<'_>) -> Option<Finish> {
+            None
+        }
+    }
+    fn all(mm: &MmWithUser, log: &Log) -> Result<(), WouldDeadlock> {
+        let interval = IntervalNotifier::insert(mm, page(1), Quiet)?;
+        let registration = Registration::new(mm, Probe::new("a", log, nothing()))?;
+        interval.remove()?;
+        registration.unregister()?;
+        Ok(())
+    }
+    let (mm, log) = (MmWithUser::new(), Log::default());
+    assert_eq!(all(&mm, &log), Ok(()));
+    let bracket = mm.invalidate(page(1), Event::Clear);
+    assert_eq!(all(&mm, &log), Err(WouldDeadlock));
+    drop(bracket);
+    assert_eq!((log.count("a", At::Free), mm.has_notifiers()), (2, true), "true: there has been an interval");
+}
+
+thread_local! {
+    static KEPT: RefCell<Option<OwnedBracket>> = const { RefCell::new(None) };
+}
+
+/// Leaves a bracket open on the thread that runs its `release`, the first time.
+struct LeavesOpen(Counter);
+
+impl Notifier for LeavesOpen {
+    fn release(&self, mm: &Mm) {
+        if self.0.add() == 1 {
+            KEPT.set(Some(mm.invalidate_owned(page(1), Event::Clear)));
+        }
+    }
+}
+
+/// The question whether a wait would be for this thread is asked after `release`, too.
+#[test]
+fn s_62_unregister_does_not_wait_for_a_bracket_that_release_left_open() {
+    let (mm, releases, log) = (MmWithUser::new(), Counter::default(), Log::default());
+    let registration = Registration::new(&mm, LeavesOpen(releases.clone())).unwrap();
+    let refused = registration.unregister().err().expect("it would wait for the bracket of this thread");
+    assert!(mm.has_notifiers(), "the registration is still good");
+    assert_eq!(Registration::new(&mm, Probe::new("a", &log, nothing())).err().unwrap().error, WouldDeadlock);
+    KEPT.set(None);
+    refused.registration.unregister().unwrap();
+    assert_eq!((releases.get(), mm.has_notifiers(), mm.callback_panics()), (2, false, 0));
+}
+
+/// The same in exit, which has nobody to tell: it goes on without the wait.
+#[test]
+fn s_62_exit_does_not_wait_for_a_bracket_that_release_left_open() {
+    let (mm, releases) = (MmWithUser::new(), Counter::default());
+    let registration = Registration::new(&mm, LeavesOpen(releases.clone())).unwrap();
+    let handle = (*mm).clone();
+    drop(mm);
+    assert_eq!((releases.get(), handle.has_notifiers()), (1, false));
+    KEPT.set(None);
+    assert!(registration.unregister().is_ok());
 }
 
 /// `release` panics where exit runs it and where `unregister` does: counted, and everything else goes on.

@@ -166,10 +166,15 @@ fn s_87_synchronize_in_an_interval_or_a_flush_is_an_error() {
     assert_eq!(REFUSED.lock().unwrap()[5..], ["interval", "finish", "drop"]);
 }
 
-/// With nothing queued there is nothing to wait for, so unlike the kernel's this is no grace period.
+/// What is promised of `Subsystem::synchronize`: every notifier that was put before the call is freed. The kernel's is a
+/// grace period, so it waits for readers even with nothing pending; that half of the scenario is `Srcu::synchronize`'s, and
+/// tested there. Here nothing pending is nothing to wait for. With something pending, it waits for every bracket of that
+/// address space that was open at the put, on whichever thread, and for no bracket of another address space.
 #[test]
-fn s_82_with_nothing_pending_synchronize_does_not_wait_for_a_bracket_elsewhere() {
+fn s_82_synchronize_waits_for_the_brackets_that_hold_up_a_free_and_for_no_others() {
     let (mm, log) = (Arc::new(MmWithUser::new()), Log::default());
+    let other = MmWithUser::new();
+    let elsewhere = other.invalidate(page(1), Event::Clear);
     let subsystem = Arc::new(probes("a", &log, nothing()));
     let held = subsystem.get(&mm).unwrap();
     let bracket = mm.invalidate(page(1), Event::Clear);
@@ -181,9 +186,58 @@ fn s_82_with_nothing_pending_synchronize_does_not_wait_for_a_bracket_elsewhere()
     held.put();
     let waiter = waiter(&subsystem);
     waiter.assert_blocked();
+    assert_eq!(log.count("a", At::Free), 0);
     drop(bracket);
     waiter.join();
-    assert_eq!(log.count("a", At::Free), 1);
+    assert_eq!((log.count("a", At::Free), mm.mm_count()), (1, 1));
+    drop(elsewhere);
+}
+
+/// A driver whose notifiers are its own, registered and then put: `mmu_notifier_synchronize` of the kernel's is for these, too.
+#[test]
+fn s_80_synchronize_waits_for_registrations_that_were_put() {
+    let (mms, log, gate) = ([MmWithUser::new(), MmWithUser::new()], Log::default(), Gate::new());
+    static OWNED: Subsystem<Probe, std::convert::Infallible, ()> = Subsystem::without_alloc();
+    let [put, dropped] = mms.each_ref().map(|mm| OWNED.register(mm, Probe::new("put", &log, nothing())).unwrap());
+    let mut locked = mms[0].mmap_write_lock().unwrap();
+    let stopped = Probe::new("handed over", &log, stop(At::Free, &gate));
+    let handed_over = OWNED.register_locked(&mut locked, stopped).unwrap();
+    drop(locked);
+    drop(mms[0].invalidate(page(1), Event::Clear));
+    assert_eq!(log.names(At::Start), ["handed over", "put"], "they are called as all others are");
+    put.put();
+    drop(dropped);
+    OWNED.synchronize().unwrap();
+    assert_eq!((log.count("put", At::Free), mms.each_ref().map(|mm| mm.mm_count())), (2, [2, 1]));
+    let freed = log.clone();
+    handed_over.unregister_no_release(move |probe| {
+        drop(probe);
+        freed.add("by the caller", At::Free);
+    });
+    gate.wait_for(1);
+    let waiter = spawn(|| OWNED.synchronize().unwrap());
+    waiter.assert_blocked();
+    gate.open();
+    waiter.join();
+    assert_eq!((log.count("by the caller", At::Free), mms[0].mm_count()), (1, 1));
+    let kept = OWNED.register(&mms[0], Probe::new("taken back", &log, nothing())).unwrap();
+    assert_eq!(kept.unregister().unwrap().name, "taken back");
+    OWNED.synchronize().unwrap();
+}
+
+/// `get` finds only what it has made: a registration has an owner who may take it back.
+#[test]
+fn s_15_get_does_not_find_what_its_subsystem_has_registered() {
+    let (mm, log) = (MmWithUser::new(), Log::default());
+    let subsystem = probes("got", &log, nothing());
+    let registered = subsystem.register(&mm, Probe::new("registered", &log, nothing())).unwrap();
+    let got = subsystem.get(&mm).unwrap();
+    assert_eq!((got.name, got.users(), registered.name), ("got", 1, "registered"));
+    let bracket = mm.invalidate(page(1), Event::Clear);
+    assert_eq!(subsystem.register(&mm, Probe::new("no", &log, nothing())).err().unwrap().notifier.name, "no");
+    drop(bracket);
+    assert_eq!(registered.unregister().unwrap().name, "registered");
+    assert!(mm.has_notifiers());
 }
 
 #[test]
@@ -208,9 +262,41 @@ fn s_88_one_drain_covers_what_a_free_puts() {
     drop(first);
     subsystem.drain_until_idle().unwrap();
     assert_eq!(log.count("a", At::Free), CHAIN);
+    assert!(mms.iter().all(|mm| mm.mm_count() == 1));
     let bracket = mms[0].invalidate(page(1), Event::Clear);
     assert!(subsystem.drain_until_idle().is_err(), "it could wait for this bracket");
     drop(bracket);
+}
+
+/// The drain looks again after what it waited for: the second free cannot come to its end before the drain has had every
+/// occasion to return.
+#[test]
+fn s_88_a_drain_waits_for_the_free_that_the_awaited_one_has_put() {
+    let (mms, log, gate) = ([MmWithUser::new(), MmWithUser::new()], Log::default(), Gate::new());
+    let (second, made) = (Slot::default(), Counter::default());
+    let subsystem: Arc<Probes> = Arc::new(Subsystem::new({
+        let (log, gate, second) = (log.clone(), Arc::clone(&gate), Arc::clone(&second));
+        Box::new(move |_| match made.add() {
+            1 => Ok(Probe::new("first", &log, put_at(At::Free, &second))),
+            _ => Ok(Probe::new("second", &log, stop(At::Free, &gate))),
+        })
+    }));
+    let first = subsystem.get(&mms[0]).unwrap();
+    *second.lock().unwrap() = Some(subsystem.get(&mms[1]).unwrap());
+    let bracket = mms[0].invalidate(page(1), Event::Clear);
+    first.put();
+    let drain = spawn({
+        let subsystem = Arc::clone(&subsystem);
+        move || subsystem.drain_until_idle().unwrap()
+    });
+    drain.assert_blocked();
+    drop(bracket);
+    gate.wait_for(1);
+    assert_eq!(log.count("first", At::Free), 1, "what it waited for at first is done");
+    drain.assert_blocked();
+    gate.open();
+    drain.join();
+    assert!(mms.iter().all(|mm| mm.mm_count() == 1));
 }
 
 /// Memory grows by one node for each put, and nothing else: put neither waits nor fails.
