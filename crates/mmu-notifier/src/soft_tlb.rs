@@ -17,7 +17,7 @@ use crate::{InvalidateRange, PAGE_SIZE, ShadowOps, Va, VaRange};
 /// use mmu_notifier::{Event, InvalidateSeq, MmWithUser, Registration, SoftTlb, Va, VaRange};
 ///
 /// let mm = MmWithUser::new();
-/// let shadow = Registration::new(&mm, InvalidateSeq::new([VaRange::ALL], SoftTlb::new(64))).map_err(|e| e.error)?;
+/// let shadow = Registration::new(&mm, InvalidateSeq::new([VaRange::ALL], SoftTlb::new(64)))?;
 ///
 /// let page = VaRange::covering(Va::new(0x7000), 1)?;
 /// let snapshot = shadow.snapshot(page);
