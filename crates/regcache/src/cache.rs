@@ -14,6 +14,7 @@ use mmu_notifier::{
     WouldDeadlock,
 };
 use mmu_source::kernel::Armed;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::{fmt, io};
 
@@ -293,15 +294,30 @@ impl<R: Registrar> Cache<R> {
     }
 
     /// Deregisters the regions of a chain and frees their places.
+    ///
+    /// # Panics
+    /// As the registrar does, once all regions have been deregistered: a panic costs the one region that it is about.
     pub(crate) fn reap(&self, mut chain: Chain) {
         if chain.is_empty() {
             return;
         }
+        let mut first_panic = None;
         let mut next = self.lock().next_of(&mut chain);
         while let Some(region) = next {
-            let ending = Ending { cache: self, chain: &mut chain, region };
-            self.deregister(region);
-            next = ending.end();
+            let result = catch_unwind(AssertUnwindSafe(|| self.deregister(region)));
+            let mut state = self.lock();
+            state.reaped(&self.index, region);
+            next = state.next_of(&mut chain);
+            self.wake(state);
+            match result {
+                Err(panic) if first_panic.is_none() => first_panic = Some(panic),
+                // Leaked: its drop could panic as well. The panic hook has reported it.
+                Err(panic) => std::mem::forget(panic),
+                Ok(()) => {}
+            }
+        }
+        if let Some(panic) = first_panic {
+            resume_unwind(panic);
         }
     }
 
@@ -375,37 +391,6 @@ impl<R: Registrar> Cache<R> {
         let chain = if self.in_callbacks { state.harvest(&self.index) } else { Chain::default() };
         drop(state);
         self.reap(chain);
-    }
-}
-
-/// Gives the place of a region in a chain back, and if the registrar panics, those of the others.
-struct Ending<'a, R: Registrar> {
-    cache: &'a Cache<R>,
-    chain: &'a mut Chain,
-    region: u32,
-}
-
-impl<R: Registrar> Ending<'_, R> {
-    /// Frees the place; the next one of the chain.
-    fn end(self) -> Option<u32> {
-        let mut this = std::mem::ManuallyDrop::new(self);
-        let mut state = this.cache.lock();
-        state.reaped(&this.cache.index, this.region);
-        let next = state.next_of(this.chain);
-        this.cache.wake(state);
-        next
-    }
-}
-
-impl<R: Registrar> Drop for Ending<'_, R> {
-    fn drop(&mut self) {
-        let mut state = self.cache.lock();
-        state.reaped(&self.cache.index, self.region);
-        // The registrar has them still. They are not asked for again, as their owners may not be waited for.
-        while state.next_of(self.chain).is_some() {
-            state.reaping -= 1;
-        }
-        self.cache.wake(state);
     }
 }
 

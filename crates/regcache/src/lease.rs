@@ -1,7 +1,7 @@
 //! Leases: what keeps a region registered.
 
 use crate::cache::Cache;
-use crate::raw::held::Held;
+use crate::raw::held::{Held, Place};
 use crate::raw::region::Region;
 use crate::sync::atomic::{Ordering, fence};
 use crate::{Error, RegCache, Registrar};
@@ -23,6 +23,15 @@ impl<'a, R: Registrar> Lease<'a, R> {
     #[inline(always)]
     pub(crate) fn new(cache: &'a Cache<R>, held: Held<'a>) -> Self {
         Self { cache, held }
+    }
+
+    /// The same, to be ended by the caller.
+    pub(crate) fn into_held(self) -> Held<'a> {
+        let this = ManuallyDrop::new(self);
+        match this.held.place() {
+            Place::Slot(slot) => Held::in_slot(slot),
+            Place::Region(region) => Held::in_region(region),
+        }
     }
 
     fn region(&self) -> &Region {

@@ -7,6 +7,8 @@
 //! finds: as if it had come just before the invalidation.
 
 use crate::cache::{Cache, Registered};
+use crate::lease::Lease;
+use crate::options::within;
 use crate::raw::held::Held;
 use crate::raw::table::Table;
 use crate::state::{State, Target};
@@ -79,10 +81,10 @@ impl<R: Registrar> Cache<R> {
         if state.has_to_wait(index, options.merge, range) {
             return self.sleep(state, past);
         }
-        if range.bytes() > options.max_bytes {
+        if !within(range, options.max_bytes) {
             return Some(Err(Error::TooLarge { range, limit: options.max_bytes }.into()));
         }
-        let target = if past.alone || merged.bytes() > options.max_bytes { range } else { merged };
+        let target = if past.alone || !within(merged, options.max_bytes) { range } else { merged };
         if !state.has_room(options, target.bytes()) {
             let mut chain = state.harvest(index);
             let mut evicted = 0;
@@ -121,11 +123,12 @@ impl<R: Registrar> Cache<R> {
             Ok(armed) => armed,
             Err(error) => return Some(Err(Box::new(error))),
         };
-        let result = self.registrar.register(target);
+        let result = self.registrar.register(target).map_err(|error| (self.registrar.cause(&error), error));
+        // The registrar has not panicked.
         std::mem::forget(open);
         match result {
             Ok(handle) => self.registered(region, Registered { handle, armed }, replaces, past),
-            Err(error) => self.refused(region, range, target, error, past),
+            Err((cause, error)) => self.refused(region, range, target, cause, error, past),
         }
     }
 
@@ -156,12 +159,13 @@ impl<R: Registrar> Cache<R> {
         state.counts.registered += 1;
         let may_be_found = state.finish(region) && settled.is_ok();
         if may_be_found && state.has_table(&self.index) {
-            let held = self.index.lease_locked(region);
+            let lease = Lease::new(self, self.index.lease_locked(region));
             state.publish(&self.index, region, replaces);
             let chain = state.harvest(&self.index);
             self.wake(state);
+            // If this panics, the lease ends.
             self.reap(chain);
-            return Some(Ok(held));
+            return Some(Ok(lease.into_held()));
         }
         state.counts.collisions += u64::from(!may_be_found);
         past.collisions += 1;
@@ -185,10 +189,10 @@ impl<R: Registrar> Cache<R> {
         region: u32,
         range: VaRange,
         target: VaRange,
+        cause: Cause,
         error: R::Error,
         past: &mut Past,
     ) -> Option<Outcome<'_, R>> {
-        let cause = self.registrar.cause(&error);
         let mut state = self.lock();
         state.finish(region);
         state.free(&self.index, region);

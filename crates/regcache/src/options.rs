@@ -1,5 +1,6 @@
 //! How a cache is to behave.
 
+use mmu_notifier::VaRange;
 use mmu_source::kernel::Kernel;
 use std::sync::Arc;
 
@@ -15,6 +16,12 @@ pub enum Merge {
     Overlapping,
     /// With the regions that it overlaps or touches.
     Adjacent,
+}
+
+/// Tells whether a range has at most `limit` bytes. The whole of an address space never does: it has one byte more than a
+/// number of bytes can say, and every other range's [`bytes`](VaRange::bytes) are exact.
+pub(crate) fn within(range: VaRange, limit: u64) -> bool {
+    range != VaRange::ALL && range.bytes() <= limit
 }
 
 /// The limits of a cache, and whether it merges.

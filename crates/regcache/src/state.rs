@@ -11,7 +11,7 @@ pub(crate) use list::Chain;
 
 use crate::granule::{Granule, MOST, granules, hash, lead};
 use crate::index::Index;
-use crate::options::{Merge, Options};
+use crate::options::{Merge, Options, within};
 use crate::raw::barrier;
 use crate::raw::memory::Array;
 use crate::raw::region::{Entry, Status};
@@ -206,7 +206,7 @@ impl State {
                     found = Some(region);
                 }
                 let union = grown.hull(other.range());
-                if union.bytes() <= options.max_region_bytes {
+                if within(union, options.max_region_bytes) {
                     grown = union;
                 }
             });
@@ -247,7 +247,8 @@ impl State {
             None => return None,
         };
         self.regions += 1;
-        self.bytes = self.bytes.saturating_add(range.bytes());
+        // Within the limit, so that it is exact: see `has_room`.
+        self.bytes += range.bytes();
         index.region(region).set_range(range);
         // An invalidation that has begun may change the pages after they were registered.
         let hit = self.is_invalidating(range) && !mutant("forget_open_brackets");
@@ -485,7 +486,7 @@ impl State {
     /// Gives a place back whose region is not registered.
     pub(crate) fn free(&mut self, index: &Index, region: u32) {
         self.regions -= 1;
-        self.bytes -= index.region(region).range().bytes().min(self.bytes);
+        self.bytes -= index.region(region).range().bytes();
         let free = std::mem::replace(&mut self.free, region + 1);
         *self.entry(region) = Entry { next: free, prev: 0, scan: 0, status: Status::Free, hit: false };
     }

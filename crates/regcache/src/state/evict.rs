@@ -13,7 +13,8 @@ impl State {
         let Some(table) = index.page.tables().newest() else { return 0 };
         let (more_regions, more_bytes) = (options.max_regions / 64, options.max_bytes / 64);
         let wanted_regions = (self.regions + 1).saturating_sub(options.max_regions);
-        let wanted_bytes = self.bytes.saturating_add(size).saturating_sub(options.max_bytes);
+        // Not `bytes + size - max_bytes`: the sum may be more than fits.
+        let wanted_bytes = size.saturating_sub(options.max_bytes - self.bytes);
         let wanted_regions = if wanted_regions == 0 { 0 } else { wanted_regions.max(more_regions) };
         let wanted_bytes = if wanted_bytes == 0 { 0 } else { wanted_bytes.max(more_bytes) };
         self.evict_some(index, table, wanted_regions.into(), wanted_bytes)

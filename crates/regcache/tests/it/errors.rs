@@ -1,9 +1,11 @@
 //! What callers are told when something fails.
 
-use crate::support::{Refusal, book, pages};
-use regcache::{Error, Options};
+use crate::support::{Refusal, book, counting, pages};
+use mmu_notifier::{MmWithUser, VaRange};
+use regcache::{Cause, Device, Error, Merge, Options, RegCache, Registrar};
 use std::error::Error as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Mutex;
 
 #[test]
 fn a_limit_of_the_registrar_evicts_and_is_tried_once_more() {
@@ -48,6 +50,109 @@ fn a_registrar_that_panics_leaves_nothing_behind() {
     assert!(catch_unwind(AssertUnwindSafe(|| cache.get(pages(1, 1)).map(drop))).is_err());
     assert_eq!((cache.stats().regions, cache.stats().failed), (0, 1));
     drop(cache.get(pages(1, 1)).unwrap());
+}
+
+/// Panics when it deregisters what it is told to, and says what it was asked to deregister.
+#[derive(Default)]
+struct Panics {
+    at: Mutex<Vec<VaRange>>,
+    asked: Mutex<Vec<VaRange>>,
+    in_cause: bool,
+}
+
+impl Registrar for Panics {
+    type Handle = VaRange;
+    type Error = Refusal;
+
+    fn register(&self, range: VaRange) -> Result<VaRange, Refusal> {
+        if self.in_cause { Err(Refusal::Broken) } else { Ok(range) }
+    }
+
+    fn deregister(&self, range: VaRange) {
+        self.asked.lock().unwrap().push(range);
+        let panics = self.at.lock().unwrap().contains(&range);
+        assert!(!panics, "deregister panics, as this test wants");
+    }
+
+    fn cause(&self, _error: &Refusal) -> Cause {
+        panic!("cause panics, as this test wants")
+    }
+}
+
+fn panics(registrar: Panics, options: Options) -> (MmWithUser, Device<Panics>, RegCache<Panics>) {
+    let (mm, device) = (MmWithUser::new(), Device::new(registrar, options));
+    let cache = device.open(&mm).unwrap();
+    (mm, device, cache)
+}
+
+#[test]
+fn a_panic_in_deregister_costs_one_region() {
+    for all in [vec![0], vec![0, 1, 30, 63], (0..64).collect()] {
+        let at = Mutex::new(all.iter().map(|n| pages(20 * n, 1)).collect());
+        let (_mm, device, cache) = panics(Panics { at, ..Panics::default() }, Options::new().max_regions(64));
+        let fill = |from: u64| (0..64).for_each(|n| drop(cache.get(pages(from + 20 * n, 1)).unwrap()));
+        fill(0);
+        assert!(catch_unwind(AssertUnwindSafe(|| cache.flush())).is_err(), "the caller hears of it");
+        assert_eq!(device.registrar().asked.lock().unwrap().len(), 64, "all were deregistered, or tried once");
+        assert_eq!((cache.stats().regions, cache.stats().bytes), (0, 0));
+        fill(100_000);
+        assert_eq!((cache.stats().live_regions, cache.stats().evicted), (64, 0), "every place is there again");
+    }
+}
+
+/// The region that replaces another one is leased to the request that hears the panic: nobody would ever end that lease.
+#[test]
+fn a_panic_in_deregister_leaves_no_lease_behind() {
+    let at = Mutex::new(vec![pages(1, 1)]);
+    let (_mm, device, cache) = panics(Panics { at, ..Panics::default() }, Options::new());
+    drop(cache.get(pages(1, 1)).unwrap());
+    assert!(catch_unwind(AssertUnwindSafe(|| drop(cache.get(pages(1, 2))))).is_err());
+    cache.flush();
+    assert_eq!(*device.registrar().asked.lock().unwrap(), [pages(1, 1), pages(1, 2)]);
+    assert_eq!(cache.stats().regions, 0);
+}
+
+#[test]
+fn a_registrar_that_panics_over_its_own_error_leaves_nothing_behind() {
+    let (_mm, _device, cache) = panics(Panics { in_cause: true, ..Panics::default() }, Options::new());
+    for _ in 0..3 {
+        // The second one would wait for the first for ever.
+        assert!(catch_unwind(AssertUnwindSafe(|| cache.get(pages(1, 1)).map(drop))).is_err());
+    }
+    assert_eq!((cache.stats().regions, cache.stats().failed), (0, 3));
+}
+
+#[test]
+fn the_whole_address_space_is_too_large_and_nothing_is_evicted_for_it() {
+    for merge in [Merge::Never, Merge::Overlapping, Merge::Adjacent] {
+        for max_bytes in [u64::MAX, 1 << 40] {
+            let options = Options::new().merge(merge).max_bytes(max_bytes).max_region_bytes(u64::MAX);
+            let (_mm, _device, cache) = counting(options);
+            drop(cache.get(pages(1, 1)).unwrap());
+            let refused = cache.get(VaRange::ALL).unwrap_err();
+            assert!(matches!(refused, Error::TooLarge { range: VaRange::ALL, .. }), "{refused:?}");
+            let says = "register 0x0-0x10000000000000000: no cache registers the whole of an address space";
+            assert_eq!(refused.to_string(), says);
+            assert_eq!((cache.stats().live_regions, cache.stats().evicted, cache.stats().bytes), (1, 0, 4096));
+        }
+    }
+}
+
+/// Two halves have more bytes together than can be counted: there is room for one, and the other one goes.
+#[test]
+fn sums_that_do_not_fit_are_evicted_for() {
+    for merge in [Merge::Never, Merge::Overlapping, Merge::Adjacent] {
+        let (_mm, device, cache) = counting(Options::new().merge(merge).max_region_bytes(u64::MAX));
+        let [low, high] = [0, 1 << 51].map(|first| pages(first, 1 << 51));
+        for half in [low, high, low] {
+            assert_eq!(cache.get(half).unwrap().range(), half);
+            assert_eq!((cache.stats().regions, cache.stats().bytes), (1, 1 << 63));
+        }
+        let leased = cache.get(low).unwrap();
+        assert!(matches!(cache.get(high), Err(Error::Full { regions: 1, .. })), "it is leased");
+        drop(leased);
+        assert_eq!(device.registrar().deregistered(), 2);
+    }
 }
 
 #[test]
