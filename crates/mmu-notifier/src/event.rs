@@ -1,6 +1,6 @@
 //! What is about to happen to a range, as a subscriber is told.
 
-use crate::{Mm, VaRange};
+use crate::{Mm, Va, VaRange};
 use std::fmt;
 use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -130,13 +130,35 @@ impl Owner {
     /// Makes a mark that is unlike every other of this process.
     ///
     /// # Panics
-    /// After 2^64 marks.
+    /// After 2^63 marks.
     #[must_use]
     #[expect(clippy::new_without_default, reason = "two defaults that differ would surprise")]
     pub fn new() -> Self {
-        static NEXT: AtomicU64 = AtomicU64::new(1);
-        Self(NonZeroU64::new(NEXT.fetch_add(1, Ordering::Relaxed)).expect("2^64 owners were made"))
+        static NEXT: AtomicU64 = AtomicU64::new(Owner::FIRST);
+        let next = NEXT.fetch_add(1, Ordering::Relaxed);
+        assert!(next >= Self::FIRST, "2^63 owners were made");
+        Self(NonZeroU64::new(next).expect("it is at least the first"))
     }
+
+    /// Returns the mark of whoever has an object at this address, or none for address zero; for C programs, whose owners are
+    /// pointers. No mark of [`new`](Self::new) is one of these.
+    ///
+    /// # Panics
+    /// If the address is one of the kernel's, from 2^63 on.
+    #[must_use]
+    pub fn at(address: Va) -> Option<Self> {
+        assert!(address.get() < Self::FIRST, "no object of a process lies at {address}");
+        NonZeroU64::new(address.get()).map(Self)
+    }
+
+    /// Returns the mark as a number, which for one of [`at`](Self::at) is the address.
+    #[must_use]
+    pub const fn get(self) -> u64 {
+        self.0.get()
+    }
+
+    /// Where those of `new` begin, above all addresses of objects.
+    const FIRST: u64 = 1 << 63;
 }
 
 /// Whether a callback may sleep.

@@ -3,6 +3,7 @@
 mod error;
 mod finish;
 mod node;
+pub(crate) mod raw;
 mod tree;
 mod window;
 
@@ -10,14 +11,13 @@ pub use error::{InsertError, RemoveError, Retry};
 pub use finish::Finish;
 pub(crate) use window::{Intervals, Window};
 
-use crate::sync::lock;
+use crate::sync::{Mutex, lock};
 use crate::{InvalidateRange, Mm, MmWithUser, MmapWriteGuard, VaRange, WouldBlock, WouldDeadlock, context, lockdep};
 use node::Node;
 use std::fmt;
 use std::marker::PhantomData;
 use std::mem::ManuallyDrop;
 use std::ptr::NonNull;
-use window::Removal;
 
 /// What an interval's state does when its range is invalidated.
 ///
@@ -119,8 +119,8 @@ pub trait IntervalOps: Send + 'static {
 #[must_use = "dropping an interval removes it"]
 #[doc(alias = "mmu_interval_notifier")]
 pub struct IntervalNotifier<S: IntervalOps> {
-    node: NonNull<Node<S>>,
-    owns: PhantomData<Node<S>>,
+    node: NonNull<Node<Mutex<S>>>,
+    owns: PhantomData<Node<Mutex<S>>>,
 }
 
 // SAFETY: What moves is a `Box` of a state behind a lock, which is `Send` if the state is, as `IntervalOps` demands, and of
@@ -133,9 +133,6 @@ unsafe impl<S: IntervalOps> Sync for IntervalNotifier<S> {}
 #[must_use = "a sequence is what `try_install` compares"]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ReadSeq(u64);
-
-/// No node's sequence is ever even, so this one never fits.
-const NEVER: ReadSeq = ReadSeq(0);
 
 impl<S: IntervalOps> IntervalNotifier<S> {
     /// Subscribes to `range` of `mm`. If an invalidation is running it may not be in the tree yet when this returns: a
@@ -195,14 +192,14 @@ impl<S: IntervalOps> IntervalNotifier<S> {
 
     /// The caller has enabled the intervals of `mm`.
     fn insert_enabled(mm: &MmWithUser, range: VaRange, state: S) -> Self {
-        let node = Node::new((**mm).clone(), range, state);
+        let node = Node::new((**mm).clone(), range, Mutex::new(state));
         let interval = Self { node, owns: PhantomData };
         // SAFETY: The node is new, and `interval` keeps it until `detach` has seen it off.
         unsafe { mm.intervals().insert(&interval.node().header) };
         interval
     }
 
-    fn node(&self) -> &Node<S> {
+    fn node(&self) -> &Node<Mutex<S>> {
         // SAFETY: A reference needs a live node: this handle owns it.
         unsafe { self.node.as_ref() }
     }
@@ -235,19 +232,7 @@ impl<S: IntervalOps> IntervalNotifier<S> {
     #[doc(alias = "mmu_interval_read_begin")]
     #[cfg_attr(debug_assertions, track_caller)]
     pub fn read_begin(&self) -> ReadSeq {
-        if self.mm().is_inherited() {
-            return NEVER;
-        }
-        let intervals = self.mm().intervals();
-        let (seq, invalidating) = intervals.read(&self.node().header);
-        if invalidating {
-            if self.mm().would_deadlock() {
-                return NEVER;
-            }
-            lockdep::might_wait(Some(self.mm()));
-            intervals.wait_past(seq);
-        }
-        ReadSeq(seq)
+        ReadSeq(self.node().read_begin())
     }
 
     /// Tells, without the state's lock, whether `seq` is out of date.
@@ -371,30 +356,11 @@ impl<S: IntervalOps> IntervalNotifier<S> {
         Ok(crate::sync::into_inner(node.state))
     }
 
-    /// Takes the node off the tree and waits until nobody can be in its callback; false, and nothing changed, if that would
-    /// be this thread.
     #[cfg_attr(debug_assertions, track_caller)]
     fn detach(&self) -> bool {
-        if self.mm().is_inherited() {
-            return false;
-        }
-        let intervals = self.mm().intervals();
-        let may_wait = !self.mm().would_deadlock();
-        if may_wait {
-            lockdep::might_wait(Some(self.mm()));
-        }
         // SAFETY: The handle exists, so the node was inserted and is not removed: `remove` and drop consume the handle once
         // this returns true, and false leaves the node as it was.
-        match unsafe { intervals.remove(&self.node().header, may_wait) } {
-            Removal::Done => true,
-            Removal::Refused => false,
-            Removal::Deferred(seq) => {
-                intervals.wait_past(seq);
-                // What a `wait_past` that looks at the sequence alone gets wrong: cheap, and the end of a use after free.
-                assert!(!self.node().header.is_in_tree(), "the window closed and the interval is still in the tree");
-                true
-            }
-        }
+        unsafe { self.node().detach() }
     }
 }
 

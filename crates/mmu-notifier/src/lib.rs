@@ -82,6 +82,8 @@ mod notifier;
 #[expect(unsafe_code, reason = "a guard beside what it borrows from")]
 mod owned_guard;
 mod range;
+#[expect(unsafe_code, reason = "its users give the memory")]
+pub mod raw;
 mod registration;
 mod secondary;
 mod soft_tlb;

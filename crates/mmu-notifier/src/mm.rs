@@ -42,6 +42,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 /// assert_eq!((handle.mm_users(), handle.mm_count(), handle.callback_panics()), (0, 1, 0));
 /// ```
 #[derive(Clone)]
+#[repr(transparent)]
 #[doc(alias = "mm_struct")]
 #[doc(alias = "mmgrab")]
 #[doc(alias = "mmdrop")]
@@ -318,6 +319,7 @@ impl fmt::Debug for Mm {
 /// ```
 #[doc(alias = "mmget")]
 #[doc(alias = "mmput")]
+#[repr(transparent)]
 pub struct MmWithUser(Mm);
 
 impl MmWithUser {

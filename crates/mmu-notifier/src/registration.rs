@@ -38,6 +38,35 @@ pub(crate) fn register<N: Notifier>(
     Ok(Registration { node })
 }
 
+/// Calls `release` of a notifier that is to be unregistered, unless exit has done so.
+///
+/// # Errors
+/// If this thread must not wait for its callbacks afterwards.
+#[cfg_attr(debug_assertions, track_caller)]
+pub(crate) fn release<N: Notifier>(node: &NodeRef<N>) -> Result<(), WouldDeadlock> {
+    let mm = node.mm();
+    if mm.would_deadlock() {
+        return Err(WouldDeadlock);
+    }
+    lockdep::might_wait(Some(mm));
+    let list = mm.subscriptions();
+    if mutant("delist_before_release") {
+        list.delist_ref(node);
+        mm.catching(|| node.value().release(mm));
+    } else if list.is_listed(node) {
+        {
+            let _inside = context::Inside::enter(mm);
+            let _guard = list.srcu().read_lock();
+            mm.catching(|| node.value().release(mm));
+        }
+        if mm.would_deadlock() {
+            // `release` has left a bracket open on this thread, and the grace period would wait for its end.
+            return Err(WouldDeadlock);
+        }
+    }
+    Ok(())
+}
+
 /// A notifier that one owner has registered and will take back.
 ///
 /// No subsystem finds it: it has no key, so it cannot be shared by mistake and then unregistered under its sharers.
@@ -143,27 +172,11 @@ impl<N: Notifier> Registration<N> {
     #[doc(alias = "mmu_notifier_unregister")]
     #[cfg_attr(debug_assertions, track_caller)]
     pub fn unregister(self) -> Result<N, UnregisterError<N>> {
+        if let Err(error) = release(&self.node) {
+            return Err(UnregisterError { error, registration: self });
+        }
         let mm = self.mm().clone();
-        if mm.would_deadlock() {
-            return Err(UnregisterError { error: WouldDeadlock, registration: self });
-        }
-        lockdep::might_wait(Some(&mm));
-        let list = mm.subscriptions();
-        if mutant("delist_before_release") {
-            list.delist_ref(&self.node);
-            mm.catching(|| self.node.value().release(&mm));
-        } else if list.is_listed(&self.node) {
-            {
-                let _inside = context::Inside::enter(&mm);
-                let _guard = list.srcu().read_lock();
-                mm.catching(|| self.node.value().release(&mm));
-            }
-            if mm.would_deadlock() {
-                // `release` has left a bracket open on this thread, and the grace period would wait for its end.
-                return Err(UnregisterError { error: WouldDeadlock, registration: self });
-            }
-        }
-        Ok(list.reclaim(self.node))
+        Ok(mm.subscriptions().reclaim(self.node))
     }
 
     /// Delists the notifier without `release` and without waiting, and hands its value to `free` after a grace period.

@@ -12,6 +12,7 @@
 
 mod node;
 
+pub use node::{Embedded, Node, SurplusPut};
 pub(crate) use node::{NodeRef, NotCounted};
 
 use crate::interval::Window;
@@ -173,13 +174,17 @@ impl Subscriptions {
         self.head.load(order).is_null()
     }
 
-    /// Finds the live node of a subsystem and counts it.
+    /// Finds the newest live node of a subsystem that is wanted, and counts it.
     #[inline(always)]
-    pub(crate) fn lookup<N: Notifier>(&self, owner: &Arc<Pending>) -> Result<NodeRef<N>, NotCounted> {
+    pub(crate) fn lookup<N: Notifier>(
+        &self,
+        owner: &Arc<Pending>,
+        is_wanted: impl Fn(&N) -> bool,
+    ) -> Result<NodeRef<N>, NotCounted> {
         let _guard = self.srcu.read_lock();
         // SAFETY: The node must be reached in an open read section: `_guard`, until the return. Only `Subsystem<N>` calls this,
         // with its own `owner`.
-        unsafe { node::lookup(self.first(), owner) }
+        unsafe { node::lookup(self.first(), owner, is_wanted) }
     }
 }
 

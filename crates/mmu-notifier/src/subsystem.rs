@@ -151,10 +151,7 @@ where
 
     #[inline(always)]
     fn find(&self, mm: &MmWithUser) -> Option<Result<Subscription<N>, GetError<E>>> {
-        if mm.is_inherited() {
-            return None;
-        }
-        match mm.subscriptions().lookup(self.pending()) {
+        match self.lookup(mm, |_| true) {
             Ok(node) => Some(Ok(Subscription::new(node))),
             Err(NotCounted::Overflow) => Some(Err(GetError::Overflow)),
             Err(NotCounted::Gone) => None,
@@ -174,6 +171,15 @@ impl<N: Notifier> Subsystem<N, Infallible, ()> {
 }
 
 impl<N: Notifier, E, F> Subsystem<N, E, F> {
+    /// Finds the newest live notifier that is wanted, and counts it.
+    #[inline(always)]
+    pub(crate) fn lookup(&self, mm: &MmWithUser, is_wanted: impl Fn(&N) -> bool) -> Result<NodeRef<N>, NotCounted> {
+        if mm.is_inherited() {
+            return Err(NotCounted::Gone);
+        }
+        mm.subscriptions().lookup(self.pending(), is_wanted)
+    }
+
     /// Registers a notifier of the caller's own, as [`Registration::new`] does, and lets
     /// [`synchronize`](Self::synchronize) wait for its free if it is put.
     ///
@@ -296,7 +302,7 @@ impl<N: Notifier, E, F> Subsystem<N, E, F> {
 
     /// Returns what belongs to this process, and makes it at first use: in the child of a fork that is not what the parent has.
     #[inline]
-    fn pending(&self) -> &Arc<Pending> {
+    pub(crate) fn pending(&self) -> &Arc<Pending> {
         self.pending.get().filter(|pending| pending.forks == forks()).unwrap_or_else(|| self.pending_slowly())
     }
 

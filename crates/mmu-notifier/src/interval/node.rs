@@ -1,14 +1,17 @@
 //! One interval in memory.
 //!
 //! # Safety
-//! A node is one `Box<Node<S>>` that its `IntervalNotifier` owns as a pointer. `in_tree` and `deferred_next` belong to whoever
+//! A node is one `Box<Node<Mutex<S>>>` that its `IntervalNotifier` owns as a pointer, or lies in memory of a caller of
+//! [`raw`](crate::raw). `in_tree` and `deferred_next` belong to whoever
 //! holds the lock of the address space's intervals; they are atomics only so that they need no `unsafe`.
 
 use super::tree::Tree;
+use super::window::Removal;
 use super::{Finish, IntervalOps};
 use crate::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
 use crate::sync::{Mutex, mutant};
-use crate::{Blocking, InvalidateRange, Mm, VaRange, WouldBlock};
+use crate::{Blocking, InvalidateRange, Mm, VaRange, WouldBlock, lockdep};
+use std::mem::MaybeUninit;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::{self, NonNull};
 use std::sync::{PoisonError, TryLockError};
@@ -16,7 +19,7 @@ use std::sync::{PoisonError, TryLockError};
 /// What the tree knows of an interval, whatever its state's type.
 ///
 /// # Invariants
-/// It is the first field of a `Node<S>`, and `state` points to the `state` of that node.
+/// It is the first field of a `Node<L>`, and `state` points to the `state` of that node.
 pub(super) struct Header {
     range: VaRange,
     in_tree: AtomicBool,
@@ -27,14 +30,14 @@ pub(super) struct Header {
 }
 
 #[repr(C)]
-pub(super) struct Node<S> {
+pub(super) struct Node<L> {
     pub(super) header: Header,
-    pub(super) state: Mutex<S>,
+    pub(super) state: L,
     pub(super) mm: Mm,
 }
 
 /// The state's lock and callback, its type forgotten.
-trait Callback {
+pub(super) trait Callback {
     fn invalidate(&self, node: &Header, seq: u64, range: &InvalidateRange<'_>) -> Result<Option<Finish>, WouldBlock>;
 }
 
@@ -60,30 +63,83 @@ impl<S: IntervalOps> Callback for Mutex<S> {
     }
 }
 
-impl<S: IntervalOps> Node<S> {
+impl<L: Callback + 'static> Node<L> {
     /// Makes a node that is in no tree, and leaks it to its owner.
-    pub(super) fn new(mm: Mm, range: VaRange, state: S) -> NonNull<Self> {
-        let node = NonNull::from(Box::leak(Box::new(Self {
-            header: Header {
-                range,
-                in_tree: AtomicBool::new(false),
-                deferred_next: AtomicPtr::new(ptr::null_mut()),
-                invalidate_seq: AtomicU64::new(1),
-                state: NonNull::<Mutex<S>>::dangling(),
-            },
-            state: Mutex::new(state),
-            mm,
-        })));
-        // SAFETY: The place must be within a live allocation: it is a field of the box leaked above. No reference is made.
-        let state = unsafe { &raw mut (*node.as_ptr()).state };
-        let state: *mut dyn Callback = state;
-        let state = NonNull::new(state).expect("the address of a field is not null");
-        // SAFETY: Writing needs a live place that nobody else uses: `node` is not shared yet.
-        unsafe { (*node.as_ptr()).header.state = state };
-        // INVARIANT: `state` points to the state of its own node from here on.
+    pub(super) fn new(mm: Mm, range: VaRange, state: L) -> NonNull<Self> {
+        let node = NonNull::from(Box::leak(Box::new(MaybeUninit::<Self>::uninit()))).cast();
+        // SAFETY: The place must be valid for writes: it is the box leaked above.
+        unsafe { Self::write(node, mm, range, state) };
         node
     }
+
+    /// Makes a node that is in no tree at `node`.
+    ///
+    /// # Safety
+    /// `node` must be valid for writes, aligned, and not in use.
+    pub(super) unsafe fn write(node: NonNull<Self>, mm: Mm, range: VaRange, state: L) {
+        // SAFETY: The place must be within a live allocation: the caller's duty. No reference is made.
+        let place: *mut dyn Callback = unsafe { &raw mut (*node.as_ptr()).state };
+        let header = Header {
+            range,
+            in_tree: AtomicBool::new(false),
+            deferred_next: AtomicPtr::new(ptr::null_mut()),
+            invalidate_seq: AtomicU64::new(1),
+            state: NonNull::new(place).expect("the address of a field is not null"),
+        };
+        // INVARIANT: `state` points to the state of its own node.
+        // SAFETY: The place must be valid for writes: the caller's duty.
+        unsafe { node.write(Self { header, state, mm }) };
+    }
+
+    /// Waits until no invalidation of this interval is running, and returns its sequence, or [`NEVER`] where it must not wait.
+    #[cfg_attr(debug_assertions, track_caller)]
+    pub(super) fn read_begin(&self) -> u64 {
+        if self.mm.is_inherited() {
+            return NEVER;
+        }
+        let intervals = self.mm.intervals();
+        let (seq, invalidating) = intervals.read(&self.header);
+        if invalidating {
+            if self.mm.would_deadlock() {
+                return NEVER;
+            }
+            lockdep::might_wait(Some(&self.mm));
+            intervals.wait_past(seq);
+        }
+        seq
+    }
+
+    /// Takes the node off the tree and waits until nobody can be in its callback; false, and nothing changed, if that would
+    /// be this thread.
+    ///
+    /// # Safety
+    /// The node must have been inserted, and not detached before with success.
+    #[cfg_attr(debug_assertions, track_caller)]
+    pub(super) unsafe fn detach(&self) -> bool {
+        if self.mm.is_inherited() {
+            return false;
+        }
+        let intervals = self.mm.intervals();
+        let may_wait = !self.mm.would_deadlock();
+        if may_wait {
+            lockdep::might_wait(Some(&self.mm));
+        }
+        // SAFETY: The node must be inserted and not removed: the caller's duty.
+        match unsafe { intervals.remove(&self.header, may_wait) } {
+            Removal::Done => true,
+            Removal::Refused => false,
+            Removal::Deferred(seq) => {
+                intervals.wait_past(seq);
+                // What a `wait_past` that looks at the sequence alone gets wrong: cheap, and the end of a use after free.
+                assert!(!self.header.is_in_tree(), "the window closed and the interval is still in the tree");
+                true
+            }
+        }
+    }
 }
+
+/// No node's sequence is ever even, so this one never fits.
+const NEVER: u64 = 0;
 
 impl Header {
     pub(super) fn range(&self) -> VaRange {

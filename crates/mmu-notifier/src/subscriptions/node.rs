@@ -1,12 +1,17 @@
 //! One subscriber in memory, and the counted reference to it.
 //!
 //! # Safety
-//! A node is one `Box<Node<N>>`, handled as `NonNull`. Two facts carry every `unsafe` block here:
+//! A node is handled as `NonNull`. It is one `Box<Aligned<N>>`, or lies in memory of a caller of [`raw`](crate::raw). Two
+//! facts carry every `unsafe` block here:
 //!
 //! * **counted**: a [`NodeRef`] holds one of `users`. While `users` is not zero nobody queues the free.
 //! * **deferred**: the free is queued once, by the one thread that saw `users` become zero (or that consumed the
 //!   `Registration`), after the node was unlinked, and runs after a grace period of the address space's domain. So a
 //!   node reached through the list is alive until the end of the read section it was reached in.
+
+mod raw;
+
+pub use raw::{Embedded, SurplusPut};
 
 use crate::context;
 use crate::subsystem::Pending;
@@ -58,6 +63,18 @@ impl Header {
         self.owner.as_ref().map_or(u32::MAX, |owner| owner.users_max)
     }
 
+    /// Runs `dispose`, gives the reference to the address space back, and only then tells the subsystem.
+    fn freed(self, dispose: impl FnOnce()) {
+        let Self { mm, owner, bank, .. } = self;
+        context::freeing(|| {
+            mm.catching(dispose);
+            drop(mm);
+        });
+        if let Some(owner) = owner {
+            owner.freed(bank.load(Ordering::Relaxed));
+        }
+    }
+
     #[inline(always)]
     pub(super) fn is_listed(&self) -> bool {
         !self.pprev.load(Ordering::Relaxed).is_null()
@@ -90,11 +107,33 @@ impl<N: Notifier> Callbacks for N {
     }
 }
 
-/// Alone on its cache lines: getters of one address space must not slow those of another.
-#[repr(C, align(128))]
-struct Node<N: Notifier> {
+/// The memory of one subscriber of type `N`: how the list knows it, and the notifier itself.
+#[repr(C)]
+pub struct Node<N: Notifier> {
     header: Header,
     value: N,
+}
+
+/// Alone on its cache lines: getters of one address space must not slow those of another.
+#[repr(C, align(128))]
+struct Aligned<N: Notifier>(Node<N>);
+
+impl<N: Notifier> Node<N> {
+    /// Returns an unlisted node with one user, for [`NodeRef::adopt`].
+    pub(crate) fn unlisted(mm: Mm, owner: Option<Arc<Pending>>, value: N) -> Self {
+        let header = Header {
+            rcu: UnsafeCell::new(srcu::Head::new()),
+            next: AtomicPtr::new(ptr::null_mut()),
+            pprev: AtomicPtr::new(ptr::null_mut()),
+            live: AtomicBool::new(false),
+            bank: AtomicU8::new(0),
+            users: AtomicU32::new(1),
+            owner,
+            mm,
+            notifier: NonNull::<N>::dangling(),
+        };
+        Self { header, value }
+    }
 }
 
 /// One counted reference to a node.
@@ -135,27 +174,38 @@ pub(crate) enum NotCounted {
 impl<N: Notifier> NodeRef<N> {
     /// Makes an unlisted node with one user.
     pub(crate) fn new(mm: Mm, owner: Option<Arc<Pending>>, value: N) -> Self {
-        let node = NonNull::from(Box::leak(Box::new(Node {
-            header: Header {
-                rcu: UnsafeCell::new(srcu::Head::new()),
-                next: AtomicPtr::new(ptr::null_mut()),
-                pprev: AtomicPtr::new(ptr::null_mut()),
-                live: AtomicBool::new(false),
-                bank: AtomicU8::new(0),
-                users: AtomicU32::new(1),
-                owner,
-                mm,
-                notifier: NonNull::<N>::dangling(),
-            },
-            value,
-        })));
-        // SAFETY: The place must be within a live allocation: it is a field of the box leaked above. No reference is made.
+        let node = Aligned(Node::unlisted(mm, owner, value));
+        let node = NonNull::from(Box::leak(Box::new(node))).cast();
+        // SAFETY: The node must be new, and alive as long as it has a user: it was made above, and `free` is the only end of
+        // its box. The wrapper begins with the node.
+        unsafe { Self::adopt(node) }
+    }
+
+    /// Makes the one reference to a node that was just written to where it stays.
+    ///
+    /// # Safety
+    /// `node` must be an unlisted node with one user, not shared yet, and stay alive as long as it has users.
+    pub(crate) unsafe fn adopt(node: NonNull<Node<N>>) -> Self {
+        // SAFETY: The place must be within a live allocation: it is a field of the node. No reference is made.
         let value = unsafe { &raw mut (*node.as_ptr()).value };
         let notifier: *mut dyn Callbacks = value;
         let notifier = NonNull::new(notifier).expect("the address of a field is not null");
         // SAFETY: Writing needs a live place that nobody else uses: `node` is not shared yet.
         unsafe { (*node.as_ptr()).header.notifier = notifier };
         // INVARIANT: `notifier` points to the value of its own node from here on.
+        Self { node, owns: PhantomData }
+    }
+
+    /// Returns the node, whose count the caller takes over.
+    pub(crate) fn into_node(self) -> NonNull<Node<N>> {
+        ManuallyDrop::new(self).node
+    }
+
+    /// Returns the reference that `into_node` gave away.
+    ///
+    /// # Safety
+    /// `node` must be alive and counted, and the count be the caller's to give.
+    pub(crate) unsafe fn from_node(node: NonNull<Node<N>>) -> Self {
         Self { node, owns: PhantomData }
     }
 
@@ -231,8 +281,8 @@ impl<N: Notifier> NodeRef<N> {
     pub(crate) unsafe fn into_value(self) -> N {
         // SAFETY: A `Box` needs the unique pointer that came from one: `new` leaked it, `self` is the one user, and no walker
         // can stand on it any more (the caller's duty).
-        let node = unsafe { Box::from_raw(ManuallyDrop::new(self).node.as_ptr()) };
-        node.value
+        let node = unsafe { Box::from_raw(self.into_node().cast::<Aligned<N>>().as_ptr()) };
+        node.0.value
     }
 }
 
@@ -250,7 +300,7 @@ impl<N: Notifier> Drop for NodeRef<N> {
     }
 }
 
-/// Finds the newest node of `owner` that is live and can still be counted.
+/// Finds the newest node of `owner` that is wanted, live and can still be counted.
 ///
 /// # Safety
 /// `header` must be null or a node reached in a read section that is still open, and `owner` that of a `Subsystem<N>`.
@@ -258,6 +308,7 @@ impl<N: Notifier> Drop for NodeRef<N> {
 pub(super) unsafe fn lookup<N: Notifier>(
     mut header: *mut Header,
     owner: &Arc<Pending>,
+    is_wanted: impl Fn(&N) -> bool,
 ) -> Result<NodeRef<N>, NotCounted> {
     while let Some(pointer) = NonNull::new(header) {
         // SAFETY: A reference needs a live node: reached in an open read section (the caller's duty), so deferred.
@@ -265,8 +316,10 @@ pub(super) unsafe fn lookup<N: Notifier>(
         // ORDER(core-live): partner of the store in `set_live`.
         let ours = node.owner.as_ref().is_some_and(|key| Arc::ptr_eq(key, owner))
             && (node.live.load(Ordering::Acquire) || mutant("get_trusts_the_unready"));
-        if ours {
-            // SAFETY: It must be a `Node<N>`: only `Subsystem<N>` makes nodes with its own `owner`.
+        // SAFETY: It must be a live `Node<N>`: reached in an open read section, and only `Subsystem<N>` makes nodes with its own
+        // `owner`.
+        if ours && is_wanted(unsafe { &(*pointer.cast::<Node<N>>().as_ptr()).value }) {
+            // SAFETY: As above.
             match unsafe { NodeRef::from_header(pointer, owner.users_max) } {
                 Err(NotCounted::Gone) => {}
                 found => return found,
@@ -323,17 +376,11 @@ unsafe fn free<N: Notifier>(head: NonNull<srcu::Head>) {
     }
     // SAFETY: A `Box` needs the unique pointer that came from one: `new` leaked it, no user is left and no walker can stand
     // on it (the caller's duty); the head is the first field of the first field.
-    let node = unsafe { Box::from_raw(head.cast::<Node<N>>().as_ptr()) };
+    let node = unsafe { Box::from_raw(head.cast::<Aligned<N>>().as_ptr()) };
     // In a block of its own, so that the memory is gone before the subsystem is told.
-    let (mm, owner, bank, value) = {
-        let Node { header: Header { mm, owner, bank, .. }, value } = *node;
-        (mm, owner, bank, value)
+    let (header, value) = {
+        let Aligned(Node { header, value }) = *node;
+        (header, value)
     };
-    context::freeing(|| {
-        mm.catching(|| drop(value));
-        drop(mm);
-    });
-    if let Some(owner) = owner {
-        owner.freed(bank.load(Ordering::Relaxed));
-    }
+    header.freed(|| drop(value));
 }

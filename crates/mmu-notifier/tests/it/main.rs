@@ -10,6 +10,7 @@ mod invalidate_seq;
 mod lockdep;
 mod model;
 mod put;
+mod raw;
 mod register;
 mod support;
 mod synchronize;

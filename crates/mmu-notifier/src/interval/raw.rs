@@ -1,0 +1,162 @@
+//! Intervals in memory of their users, who keep the lock and the sequence by themselves.
+
+use super::Finish;
+use super::node::{Callback, Header, Node};
+use crate::{InvalidateRange, Mm, MmWithUser, MmapWriteGuard, VaRange, WouldBlock, WouldDeadlock};
+use std::fmt;
+use std::ptr::{self, NonNull};
+
+/// What an interval does when its range is invalidated: it takes its user's lock, and stores `seq` with
+/// [`Interval::set_seq`], always, before it lets go of anything.
+///
+/// # Source
+/// `struct mmu_interval_notifier_ops`, Linux 5.5.
+pub trait RawIntervalOps: Send + Sync + 'static {
+    /// Lets go of what `range` covers.
+    ///
+    /// # Blocking
+    /// May sleep unless the range forbids it.
+    /// # Errors
+    /// [`WouldBlock`] if it would have to sleep, where that is forbidden.
+    fn invalidate(&self, range: &InvalidateRange<'_>, seq: u64) -> Result<(), WouldBlock>;
+}
+
+/// The state of a raw interval, as the tree calls it.
+#[repr(transparent)]
+struct State<T>(T);
+
+impl<T: RawIntervalOps> Callback for State<T> {
+    fn invalidate(&self, _: &Header, seq: u64, range: &InvalidateRange<'_>) -> Result<Option<Finish>, WouldBlock> {
+        self.0.invalidate(range, seq).map(|()| None)
+    }
+}
+
+/// The memory of one interval. Its user holds a lock of its own around [`set_seq`](Self::set_seq) and
+/// [`read_retry`](Self::read_retry).
+#[repr(C)]
+pub struct Interval<T>(Node<State<T>>);
+
+impl<T: RawIntervalOps> Interval<T> {
+    /// Makes an interval of `range` at `place` and inserts it, as [`IntervalNotifier::insert`](crate::IntervalNotifier::insert) does.
+    ///
+    /// # Blocking
+    /// Only the first insert on an address space sleeps, until the brackets open then have ended.
+    /// # Errors
+    /// [`WouldDeadlock`] if this is the first insert and this thread is inside a bracket of `mm`, holds its write lock, or
+    /// runs a deferred free; and always where `mm` is the address space of a parent process. Nothing was written.
+    /// # Safety
+    /// `place` must be valid for writes and aligned, and stay valid, at its place and untouched by others until
+    /// [`remove`](Self::remove) has succeeded.
+    /// # Source
+    /// `mmu_interval_notifier_insert`, Linux 5.5.
+    #[cfg_attr(debug_assertions, track_caller)]
+    pub unsafe fn insert(place: NonNull<Self>, mm: &MmWithUser, range: VaRange, ops: T) -> Result<(), WouldDeadlock> {
+        mm.intervals().enable(mm)?;
+        // SAFETY: The caller's duty is passed on.
+        unsafe { Self::insert_enabled(place, mm, range, ops) };
+        Ok(())
+    }
+
+    /// The same for a caller that holds the write lock.
+    ///
+    /// # Blocking
+    /// As `insert`.
+    /// # Errors
+    /// [`WouldDeadlock`] if this is the first insert and this thread has opened a bracket since it took the lock.
+    /// # Safety
+    /// As for `insert`.
+    /// # Source
+    /// `mmu_interval_notifier_insert_locked`, Linux 5.5.
+    #[cfg_attr(debug_assertions, track_caller)]
+    pub unsafe fn insert_locked(
+        place: NonNull<Self>,
+        locked: &mut MmapWriteGuard<'_>,
+        range: VaRange,
+        ops: T,
+    ) -> Result<(), WouldDeadlock> {
+        locked.mm().intervals().enable_locked(locked)?;
+        // SAFETY: The caller's duty is passed on.
+        unsafe { Self::insert_enabled(place, locked.mm(), range, ops) };
+        Ok(())
+    }
+
+    /// # Safety
+    /// As for `insert`.
+    unsafe fn insert_enabled(place: NonNull<Self>, mm: &MmWithUser, range: VaRange, ops: T) {
+        let node: NonNull<Node<State<T>>> = place.cast();
+        // SAFETY: The place must be valid for writes: the caller's duty.
+        unsafe { Node::write(node, (**mm).clone(), range, State(ops)) };
+        // SAFETY: A reference needs a live node: it was written above.
+        let node = unsafe { node.as_ref() };
+        // SAFETY: The node must be new, and stay until it is removed: the caller's duty.
+        unsafe { mm.intervals().insert(&node.header) };
+    }
+
+    /// Takes the interval out, waits until no callback of it can run, and drops it: its memory is the caller's again.
+    ///
+    /// # Blocking
+    /// Sleeps while an invalidation that met any interval of this address space runs.
+    /// # Errors
+    /// [`WouldDeadlock`] if it would have to wait and this thread is inside a bracket or callback of the address space; and
+    /// always where that is a parent process's. Nothing has changed.
+    /// # Safety
+    /// `interval` must be inserted, and nobody may use it afterwards.
+    /// # Source
+    /// `mmu_interval_notifier_remove`, Linux 5.5.
+    #[cfg_attr(debug_assertions, track_caller)]
+    pub unsafe fn remove(interval: NonNull<Self>) -> Result<(), WouldDeadlock> {
+        let node = interval.cast::<Node<State<T>>>();
+        // SAFETY: The node must be alive: inserted, which is the caller's duty.
+        let inserted = unsafe { node.as_ref() };
+        // SAFETY: The node must have been inserted, and not be detached: the caller's duty.
+        if !unsafe { inserted.detach() } {
+            return Err(WouldDeadlock);
+        }
+        // SAFETY: Moving out needs a place that nobody uses any more: `detach` has seen the node off the tree, its list and
+        // every walk, and the caller lets nobody use it.
+        drop(unsafe { ptr::read(node.as_ptr()) });
+        Ok(())
+    }
+
+    /// Waits until no invalidation of this interval is running, and returns its sequence; zero, which never fits, where it
+    /// must not wait. See [`IntervalNotifier::read_begin`](crate::IntervalNotifier::read_begin).
+    ///
+    /// # Blocking
+    /// Sleeps while an invalidation that met this interval runs.
+    /// # Source
+    /// `mmu_interval_read_begin`, Linux 5.5.
+    #[cfg_attr(debug_assertions, track_caller)]
+    pub fn read_begin(&self) -> u64 {
+        self.0.read_begin()
+    }
+
+    /// Tells whether the range was invalidated since `seq` was read: reliable under the user's lock, and a hint that may be a
+    /// false `false` without it.
+    ///
+    /// # Source
+    /// `mmu_interval_read_retry`, `mmu_interval_check_retry`, Linux 5.5.
+    #[must_use]
+    pub fn read_retry(&self, seq: u64) -> bool {
+        self.0.header.seq() != seq
+    }
+
+    /// Stores the sequence that a callback was given, under the user's lock.
+    ///
+    /// # Source
+    /// `mmu_interval_set_seq`, Linux 5.5.
+    pub fn set_seq(&self, seq: u64) {
+        self.0.header.set_seq(seq);
+    }
+
+    /// Returns the address space, which may have ended.
+    #[must_use]
+    pub fn mm(&self) -> &Mm {
+        &self.0.mm
+    }
+}
+
+impl<T> fmt::Debug for Interval<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Interval").field("mm", &self.0.mm).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,147 @@
+//! Notifiers and intervals in memory of their users: what a C interface is made of.
+//!
+//! In C a `struct mmu_notifier` is a field of the driver's own object, the driver frees that object, and one table of operations is
+//! the key by which it is found. So here the user gives the memory of a node, says which node it looks for, and gets pointers.
+//! What callbacks see, what waits for what and what is refused is the same as for [`Subsystem`](crate::Subsystem) and
+//! [`Registration`](crate::Registration), for it is the same code.
+//!
+//! Rust programs have no use for this module: the rest of the crate is safe.
+//!
+//! # Safety
+//! A node is alive from `register` until it is disposed of or unregistered; `find` returns a counted node, which is not disposed
+//! of before it is put. Each function says what is left to its caller.
+
+pub use crate::interval::raw::{Interval, RawIntervalOps};
+pub use crate::secondary::Sealed;
+pub use crate::subscriptions::{Embedded, Node, SurplusPut};
+
+use crate::subscriptions::{NodeRef, NotCounted};
+use crate::{MmWithUser, MmapWriteGuard, Overflow, Subsystem, WouldDeadlock, lockdep, registration};
+use std::convert::Infallible;
+use std::ptr::NonNull;
+
+/// All notifiers of one type whose nodes lie in memory of their users, and the frees of them that are queued.
+///
+/// # Examples
+/// An object with a counter of invalidations, found by its number:
+///
+/// ```
+/// use mmu_notifier::raw::{Embedded, Node, Notifiers};
+/// use mmu_notifier::{Event, InvalidateRange, MmWithUser, Notifier, VaRange};
+/// use std::mem::MaybeUninit;
+/// use std::ptr::NonNull;
+/// use std::sync::atomic::{AtomicU32, Ordering};
+///
+/// struct Counter(u32, AtomicU32);
+///
+/// impl Notifier for Counter {
+///     fn invalidate_range_start(&self, _: &InvalidateRange<'_>) {
+///         self.1.fetch_add(1, Ordering::Relaxed);
+///     }
+/// }
+///
+/// // SAFETY: The memory of each node is a box of its own, leaked until here.
+/// unsafe impl Embedded for Counter {
+///     unsafe fn dispose(node: NonNull<Node<Self>>) {
+///         // SAFETY: It was leaked below, and nobody uses it any more.
+///         drop(unsafe { Box::from_raw(node.as_ptr()) });
+///     }
+/// }
+///
+/// static COUNTERS: Notifiers<Counter> = Notifiers::new();
+///
+/// let mm = MmWithUser::new();
+/// let place = NonNull::from(Box::leak(Box::new(MaybeUninit::<Node<Counter>>::uninit()))).cast();
+/// let mut locked = mm.mmap_write_lock()?;
+/// // SAFETY: The place is leaked until `dispose`.
+/// unsafe { COUNTERS.register(place, Counter(7, AtomicU32::new(0)), &mut locked)? };
+/// drop(locked);
+///
+/// drop(mm.invalidate(VaRange::ALL, Event::Clear));
+/// let found = COUNTERS.find(&mm, |counter| counter.0 == 7)?.expect("it is registered");
+/// // SAFETY: It is counted.
+/// assert_eq!(unsafe { found.as_ref() }.value().1.load(Ordering::Relaxed), 1);
+/// for _found_and_registered in 0..2 {
+///     // SAFETY: It has a user until this is done the second time.
+///     unsafe { Node::put(found)? };
+/// }
+/// COUNTERS.synchronize()?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug)]
+pub struct Notifiers<N> {
+    subsystem: Subsystem<N, Infallible, ()>,
+}
+
+impl<N: Embedded> Notifiers<N> {
+    /// Makes an empty one, which can be a `static`.
+    #[must_use]
+    #[expect(clippy::new_without_default, reason = "it is a static")]
+    pub const fn new() -> Self {
+        Self { subsystem: Subsystem::without_alloc() }
+    }
+
+    /// Returns the newest notifier of `mm` that `is_wanted` wants, and that is not put for the last time, with one more user.
+    ///
+    /// # Blocking
+    /// Never; `is_wanted` runs in a read section, and must not wait.
+    /// # Errors
+    /// [`Overflow`] if it has as many users as can be counted.
+    /// # Source
+    /// `find_get_mmu_notifier`, mm/mmu_notifier.c, Linux 5.15.
+    #[inline]
+    pub fn find(&self, mm: &MmWithUser, is_wanted: impl Fn(&N) -> bool) -> Result<Option<NonNull<Node<N>>>, Overflow> {
+        match self.subsystem.lookup(mm, is_wanted) {
+            Ok(node) => Ok(Some(node.into_node())),
+            Err(NotCounted::Gone) => Ok(None),
+            Err(NotCounted::Overflow) => Err(Overflow),
+        }
+    }
+
+    /// Makes a node of one user at `place`, and registers it. When it returns, every bracket that does not call it has
+    /// ended.
+    ///
+    /// # Blocking
+    /// Sleeps until the brackets open now have ended.
+    /// # Errors
+    /// [`WouldDeadlock`] if this thread has opened a bracket of the address space since it took the lock. Nothing was written.
+    /// # Safety
+    /// `place` must be valid for writes, aligned and not in use, and keep to what [`Embedded`] says.
+    /// # Source
+    /// `__mmu_notifier_register`, Linux 5.15.
+    #[cfg_attr(debug_assertions, track_caller)]
+    pub unsafe fn register(
+        &self,
+        place: NonNull<Node<N>>,
+        notifier: N,
+        locked: &mut MmapWriteGuard<'_>,
+    ) -> Result<(), WouldDeadlock> {
+        if locked.would_deadlock() {
+            return Err(WouldDeadlock);
+        }
+        lockdep::might_wait(Some(locked.mm()));
+        let node = Node::unlisted((**locked.mm()).clone(), Some(self.subsystem.pending().clone()), notifier);
+        // SAFETY: The place must be valid for writes: the caller's duty.
+        unsafe { place.write(node) };
+        // SAFETY: The node must be new and stay alive: it was written above, and the caller keeps it.
+        let node = unsafe { NodeRef::adopt(place) };
+        registration::publish(&node, locked);
+        node.set_live();
+        node.into_node();
+        Ok(())
+    }
+
+    /// Waits until every node whose last reference was put before the call has been disposed of, and its reference to the
+    /// address space dropped, whichever thread put it. See [`Subsystem::synchronize`].
+    ///
+    /// # Blocking
+    /// Sleeps for the grace periods and the frees.
+    /// # Errors
+    /// [`WouldDeadlock`] inside a bracket, a callback or a deferred free of any address space.
+    /// # Source
+    /// `mmu_notifier_synchronize`, which knows no subsystems either.
+    #[cfg_attr(debug_assertions, track_caller)]
+    pub fn synchronize(&self) -> Result<(), WouldDeadlock> {
+        self.subsystem.synchronize()
+    }
+}

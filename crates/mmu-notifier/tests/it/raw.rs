@@ -1,0 +1,168 @@
+//! Notifiers and intervals in memory of their users.
+#![expect(unsafe_code, reason = "that memory")]
+
+use mmu_notifier::raw::{Embedded, Interval, Node, Notifiers, RawIntervalOps, SurplusPut};
+use mmu_notifier::{Event, InvalidateRange, MmWithUser, Notifier, Va, VaRange, WouldBlock, WouldDeadlock};
+use std::mem::MaybeUninit;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+
+#[derive(Default)]
+struct Calls {
+    starts: AtomicUsize,
+    releases: AtomicUsize,
+    disposed: AtomicUsize,
+}
+
+struct Counter(u32, Arc<Calls>);
+
+impl Notifier for Counter {
+    fn invalidate_range_start(&self, _: &InvalidateRange<'_>) {
+        self.1.starts.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn release(&self, _: &mmu_notifier::Mm) {
+        self.1.releases.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+// SAFETY: The memory of each node is a box of its own, leaked until here or until `unregister`.
+unsafe impl Embedded for Counter {
+    unsafe fn dispose(node: NonNull<Node<Self>>) {
+        // SAFETY: `place` leaked it, and nobody uses it any more.
+        let node = unsafe { Box::from_raw(node.as_ptr().cast::<MaybeUninit<Node<Self>>>()) };
+        // SAFETY: The value is still in it, at the place that `value` says.
+        let value = unsafe { std::ptr::read(node.assume_init_ref().value()) };
+        value.1.disposed.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+fn place<T>() -> NonNull<T> {
+    NonNull::from(Box::leak(Box::new(MaybeUninit::<T>::uninit()))).cast()
+}
+
+fn register(all: &Notifiers<Counter>, mm: &MmWithUser, number: u32, calls: &Arc<Calls>) -> NonNull<Node<Counter>> {
+    let node = place();
+    let mut locked = mm.mmap_write_lock().unwrap();
+    // SAFETY: The place is leaked until `dispose` or `unregister`.
+    unsafe { all.register(node, Counter(number, Arc::clone(calls)), &mut locked) }.unwrap();
+    node
+}
+
+#[test]
+fn s_15_a_registered_node_is_found_and_s_16_the_newest_first() {
+    let (all, mm, calls) = (Notifiers::new(), MmWithUser::new(), Arc::default());
+    let one = register(&all, &mm, 1, &calls);
+    let newer = register(&all, &mm, 1, &calls);
+    let other = register(&all, &mm, 2, &calls);
+    assert_eq!(all.find(&mm, |counter| counter.0 == 1), Ok(Some(newer)));
+    assert_eq!(all.find(&mm, |counter| counter.0 == 2), Ok(Some(other)));
+    assert_eq!(all.find(&mm, |counter| counter.0 == 3), Ok(None));
+    assert_eq!(all.find(&MmWithUser::new(), |_| true), Ok(None), "it is another address space");
+    drop(mm.invalidate(VaRange::ALL, Event::Clear));
+    assert_eq!(calls.starts.load(Ordering::Relaxed), 3);
+    for (node, users) in [(one, 1), (newer, 2), (other, 2)] {
+        // SAFETY: It is counted, `users` times.
+        assert_eq!(unsafe { node.as_ref() }.users(), users);
+        for _ in 0..users {
+            // SAFETY: As above.
+            assert_eq!(unsafe { Node::put(node) }, Ok(()));
+        }
+    }
+    all.synchronize().unwrap();
+    assert_eq!((calls.disposed.load(Ordering::Relaxed), mm.mm_count()), (3, 1));
+}
+
+#[test]
+fn s_29_a_surplus_put_is_an_error() {
+    let (all, mm, calls) = (Notifiers::new(), MmWithUser::new(), Arc::default());
+    let node = register(&all, &mm, 1, &calls);
+    let bracket = mm.invalidate(VaRange::ALL, Event::Clear);
+    // SAFETY: It has one user.
+    assert_eq!(unsafe { Node::put(node) }, Ok(()));
+    // SAFETY: The bracket keeps it from being disposed of.
+    assert_eq!(unsafe { Node::put(node) }, Err(SurplusPut));
+    drop(bracket);
+    all.synchronize().unwrap();
+    assert_eq!(calls.disposed.load(Ordering::Relaxed), 1);
+}
+
+#[test]
+fn s_60_unregister_gives_the_memory_back_whoever_has_users() {
+    let (all, mm, calls) = (Notifiers::new(), MmWithUser::new(), Arc::default());
+    let node = register(&all, &mm, 1, &calls);
+    assert!(all.find(&mm, |_| true).unwrap().is_some());
+    let bracket = mm.invalidate(VaRange::ALL, Event::Clear);
+    // SAFETY: It is registered, and stays so: this is refused.
+    assert_eq!(unsafe { Node::unregister(node) }, Err(WouldDeadlock));
+    drop(bracket);
+    // SAFETY: It is registered, and nobody uses it any more.
+    assert_eq!(unsafe { Node::unregister(node) }, Ok(()));
+    assert_eq!((calls.releases.load(Ordering::Relaxed), calls.disposed.load(Ordering::Relaxed)), (1, 0));
+    assert_eq!(mm.mm_count(), 1);
+    // SAFETY: `place` leaked it, and it is ours again; only the value in it is left to be dropped.
+    unsafe { Counter::dispose(node) };
+    assert_eq!((Arc::strong_count(&calls), mm.has_notifiers()), (1, false));
+}
+
+struct Range {
+    me: NonNull<Interval<Range>>,
+    locked: Arc<Mutex<()>>,
+    seen: Arc<AtomicU64>,
+}
+
+// SAFETY: The pointer is to an interval that its own callbacks, which come through it, find alive.
+unsafe impl Send for Range {}
+// SAFETY: As above.
+unsafe impl Sync for Range {}
+
+impl RawIntervalOps for Range {
+    fn invalidate(&self, range: &InvalidateRange<'_>, seq: u64) -> Result<(), WouldBlock> {
+        let held = self.locked.try_lock().map_err(|_| WouldBlock)?;
+        // SAFETY: It is inserted: this is its callback.
+        unsafe { self.me.as_ref() }.set_seq(seq);
+        drop(held);
+        self.seen.store(range.range().start().get(), Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+#[test]
+fn b_14_b_22_b_29_a_raw_interval_keeps_its_own_lock_and_sequence() {
+    let (mm, locked, seen) = (MmWithUser::new(), Arc::default(), Arc::default());
+    let page = |number: u64| VaRange::covering(Va::new(number << 12), 1).unwrap();
+    let me = place();
+    let ops = Range { me, locked: Arc::clone(&locked), seen: Arc::clone(&seen) };
+    // SAFETY: The place is leaked until it is removed.
+    unsafe { Interval::insert(me, &mm, page(7), ops) }.unwrap();
+    // SAFETY: It is inserted.
+    let interval = unsafe { me.as_ref() };
+    let seq = interval.read_begin();
+    drop(mm.invalidate(page(8), Event::Clear));
+    assert!(!interval.read_retry(seq));
+    let held = locked.lock().unwrap();
+    assert!(mm.try_invalidate(page(7), Event::Clear).is_err());
+    drop(held);
+    let bracket = mm.invalidate(page(7), Event::Clear);
+    assert!(interval.read_retry(seq) && seen.load(Ordering::Relaxed) == 7 << 12);
+    assert_eq!(interval.read_begin(), 0, "it would wait for this thread");
+    // SAFETY: It is inserted, and stays so: this is refused.
+    assert_eq!(unsafe { Interval::remove(me) }, Err(WouldDeadlock));
+    drop(bracket);
+    drop(mm.clone());
+    assert_eq!(mm.mm_count(), 2);
+    // SAFETY: It is inserted, and nobody uses it any more.
+    unsafe { Interval::remove(me) }.unwrap();
+    assert_eq!((mm.mm_count(), Arc::strong_count(&seen)), (1, 1));
+    // SAFETY: `place` leaked it, and it is ours again.
+    drop(unsafe { Box::from_raw(me.as_ptr().cast::<MaybeUninit<Interval<Range>>>()) });
+    let mut locked = mm.mmap_write_lock().unwrap();
+    let me = place();
+    let ops = Range { me, locked: Arc::default(), seen: Arc::default() };
+    // SAFETY: The place is leaked for good.
+    unsafe { Interval::insert_locked(me, &mut locked, page(7), ops) }.unwrap();
+    drop(locked);
+    // SAFETY: It is inserted.
+    unsafe { Interval::remove(me) }.unwrap();
+}
