@@ -16,6 +16,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("mmu-notifier", &["srcu"]),
     ("mmu-source", &["mmu-notifier"]),
     ("regcache", &["mmu-notifier", "mmu-source"]),
+    ("mmun-capi", &["mmu-notifier", "mmu-source", "regcache"]),
     ("mmun", &["srcu", "mmu-notifier", "mmu-source", "regcache"]),
 ];
 

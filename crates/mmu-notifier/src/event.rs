@@ -140,15 +140,14 @@ impl Owner {
         Self(NonZeroU64::new(next).expect("it is at least the first"))
     }
 
-    /// Returns the mark of whoever has an object at this address, or none for address zero; for C programs, whose owners are
-    /// pointers. No mark of [`new`](Self::new) is one of these.
-    ///
-    /// # Panics
-    /// If the address is one of the kernel's, from 2^63 on.
+    /// Returns the mark of whoever has an object at this address, none for address zero; for C programs, whose owners are
+    /// pointers. No object's address is a mark of [`new`](Self::new): those lie above 2^63.
     #[must_use]
-    pub fn at(address: Va) -> Option<Self> {
-        assert!(address.get() < Self::FIRST, "no object of a process lies at {address}");
-        NonZeroU64::new(address.get()).map(Self)
+    pub const fn at(address: Va) -> Option<Self> {
+        match NonZeroU64::new(address.get()) {
+            Some(number) => Some(Self(number)),
+            None => None,
+        }
     }
 
     /// Returns the mark as a number, which for one of [`at`](Self::at) is the address.

@@ -16,7 +16,7 @@ pub use crate::secondary::Sealed;
 pub use crate::subscriptions::{Embedded, Node, SurplusPut};
 
 use crate::subscriptions::{NodeRef, NotCounted};
-use crate::{MmWithUser, MmapWriteGuard, Overflow, Subsystem, WouldDeadlock, lockdep, registration};
+use crate::{Mm, MmWithUser, MmapWriteGuard, Overflow, Subsystem, WouldDeadlock, lockdep, registration};
 use std::convert::Infallible;
 use std::ptr::NonNull;
 
@@ -144,4 +144,11 @@ impl<N: Embedded> Notifiers<N> {
     pub fn synchronize(&self) -> Result<(), WouldDeadlock> {
         self.subsystem.synchronize()
     }
+}
+
+/// Tells whether what waits for brackets of `mm` would be refused here: inside one of this thread's own, in a deferred free, and
+/// in the child of a fork if `mm` is the parent's.
+#[must_use]
+pub fn would_deadlock(mm: &Mm) -> bool {
+    mm.would_deadlock()
 }

@@ -1,0 +1,75 @@
+//! The border to C: how functions are exported, how misuse is told, how it ends where nothing can be returned.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Defines exported functions. A panic in one is a bug of ours: it ends the process, with the function's name.
+macro_rules! export {
+    ($($(#[$attribute:meta])* fn $name:ident($($arg:ident: $type:ty),* $(,)?) $(-> $result:ty)? $body:block)*) => {$(
+        $(#[$attribute])*
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C" fn $name($($arg: $type),*) $(-> $result)? {
+            let border = $crate::border::Border(stringify!($name));
+            #[allow(clippy::redundant_closure_call, reason = "so that `return` and `?` stay within the border")]
+            let result = (|| $(-> $result)? { $body })();
+            std::mem::forget(border);
+            result
+        }
+    )*};
+}
+
+pub(crate) use export;
+
+/// Dropped only by a panic: the function around it aborts then, as it is `extern "C"`.
+pub(crate) struct Border(pub(crate) &'static str);
+
+impl Drop for Border {
+    #[cold]
+    fn drop(&mut self) {
+        say(&["libmmun: bug: ", self.0, " panicked; please report what is said above"]);
+    }
+}
+
+/// Says a line on the standard error, without the allocator, which may be what this thread is in the middle of.
+fn say(words: &[&str]) {
+    let mut line = [0_u8; 512];
+    let mut length = 0;
+    for word in words {
+        let room = word.len().min(line.len() - 1 - length);
+        line[length..length + room].copy_from_slice(&word.as_bytes()[..room]);
+        length += room;
+    }
+    line[length] = b'\n';
+    // SAFETY: It reads as many bytes as `line` has.
+    unsafe { libc::write(2, line.as_ptr().cast(), length + 1) };
+}
+
+/// Ends the process: the caller has no result in which an error could be returned, and going on would hang or corrupt.
+#[cold]
+pub(crate) fn die(function: &str, reason: &str) -> ! {
+    say(&["libmmun: ", function, ": ", reason]);
+    std::process::abort();
+}
+
+/// Says once that the caller made a mistake, which was put up with.
+#[cold]
+pub(crate) fn warn(said: &AtomicBool, words: &[&str]) {
+    if !said.swap(true, Ordering::Relaxed) {
+        let mut line = ["libmmun: warning: ", "", "", "", ""];
+        line[1..].iter_mut().zip(words).for_each(|(place, word)| *place = word);
+        say(&line);
+    }
+}
+
+/// Says once, at each place in the code, that the caller made a mistake: the kernel's `WARN_ON_ONCE`.
+macro_rules! warn_once {
+    ($($word:expr),+) => {{
+        static SAID: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);
+        $crate::border::warn(&SAID, &[$($word),+]);
+    }};
+}
+
+pub(crate) use warn_once;
+
+/// What a waiting function that returns nothing says where waiting would never end.
+pub(crate) const SELF_WAIT: &str =
+    "called inside an invalidation or callback, or in free_notifier: it would wait for itself";

@@ -1,0 +1,199 @@
+//! `struct mmu_interval_notifier`.
+
+use crate::border::{die, export, warn_once};
+use crate::mm::{self, MmStruct};
+use crate::range::Range;
+use libc::{c_int, c_ulong};
+use mmu_notifier::raw::{Interval, RawIntervalOps};
+use mmu_notifier::{Blocking, InvalidateRange, Va, VaRange, WouldBlock, WouldDeadlock};
+use std::mem::MaybeUninit;
+use std::ptr::NonNull;
+
+/// `struct mmu_interval_notifier`.
+#[repr(C)]
+#[derive(Debug)]
+pub struct IntervalNotifier {
+    start: c_ulong,
+    last: c_ulong,
+    ops: *const IntervalOps,
+    mm: *mut MmStruct,
+    node: MaybeUninit<[usize; NODE_WORDS]>,
+}
+
+const NODE_WORDS: usize = 14;
+const _: () = assert!(size_of::<Interval<Driver>>() <= NODE_WORDS * size_of::<usize>());
+const _: () = assert!(align_of::<Interval<Driver>>() <= align_of::<usize>());
+
+/// `struct mmu_interval_notifier_ops`.
+#[repr(C)]
+#[derive(Debug)]
+pub struct IntervalOps {
+    invalidate: Option<unsafe extern "C-unwind" fn(*mut IntervalNotifier, *const Range, c_ulong) -> bool>,
+}
+
+/// A driver's interval, as the core calls it.
+struct Driver {
+    me: NonNull<IntervalNotifier>,
+    invalidate: unsafe extern "C-unwind" fn(*mut IntervalNotifier, *const Range, c_ulong) -> bool,
+}
+
+// SAFETY: C code promises a callback that may run on any thread, in parallel; the header says so.
+unsafe impl Send for Driver {}
+// SAFETY: As above.
+unsafe impl Sync for Driver {}
+
+impl RawIntervalOps for Driver {
+    fn invalidate(&self, range: &InvalidateRange<'_>, seq: u64) -> Result<(), WouldBlock> {
+        // SAFETY: The driver's own callback, with its own interval, which is inserted: so says the header.
+        let done = unsafe { (self.invalidate)(self.me.as_ptr(), &Range::of(range), seq) };
+        match range.blocking() {
+            _ if done => Ok(()),
+            Blocking::Forbidden => Err(WouldBlock),
+            Blocking::Allowed => {
+                warn_once!("invalidate of an interval returned false for a blockable range: it was ignored");
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Returns the interval of the core in an interval of C.
+///
+/// # Safety
+/// `interval` must be a place for one.
+unsafe fn node(interval: NonNull<IntervalNotifier>) -> NonNull<Interval<Driver>> {
+    // SAFETY: The place must be within one allocation: the caller's duty.
+    let node = unsafe { &raw mut (*interval.as_ptr()).node };
+    NonNull::new(node.cast()).expect("the address of a field is not null")
+}
+
+/// # Safety
+/// `interval` must be null or inserted, and stay so.
+unsafe fn inserted<'a>(function: &str, interval: *const IntervalNotifier) -> &'a Interval<Driver> {
+    let Some(interval) = NonNull::new(interval.cast_mut()) else { die(function, "the interval is null") };
+    // SAFETY: A place for an interval: the caller's duty.
+    let node = unsafe { node(interval) };
+    // SAFETY: A reference needs a live node: inserted, which is the caller's duty.
+    unsafe { node.as_ref() }
+}
+
+/// Checks what both inserts take, and inserts with `insert`.
+///
+/// # Safety
+/// `interval` must be null or a place for an interval, `mm` null or the bits of a handle, `ops` null or a table.
+unsafe fn insert(
+    interval: *mut IntervalNotifier,
+    mm: *mut MmStruct,
+    (start, length): (c_ulong, c_ulong),
+    ops: *const IntervalOps,
+    insert: impl FnOnce(NonNull<Interval<Driver>>, VaRange, Driver) -> Result<(), c_int>,
+) -> c_int {
+    let Some(me) = NonNull::new(interval).filter(|_| !mm.is_null()) else { return -libc::EINVAL };
+    // SAFETY: Null or a table: the caller's duty.
+    let Some(invalidate) = unsafe { ops.as_ref() }.and_then(|ops| ops.invalidate) else { return -libc::EINVAL };
+    // Whole pages: brackets are of whole pages, too, so no other one meets the interval.
+    let Ok(range) = VaRange::covering(Va::new(start), length) else { return -libc::EOVERFLOW };
+    // SAFETY: The bits of a handle: the caller's duty.
+    if unsafe { mm::borrow_user(&raw const mm) }.is_none_or(|mm| mm.is_inherited()) {
+        return -libc::EINVAL;
+    }
+    // SAFETY: The place must be valid: the caller's duty.
+    let place = unsafe { &mut *interval };
+    (place.start, place.last, place.ops, place.mm) = (start, start + (length - 1), ops, mm);
+    // SAFETY: A place for an interval: the caller's duty.
+    let node = unsafe { node(me) };
+    insert(node, range, Driver { me, invalidate }).map_or_else(|error| error, |()| 0)
+}
+
+export! {
+    /// Inserts an interval.
+    ///
+    /// # Safety
+    /// See mmun/mmu_notifier.h.
+    fn mmun_interval_insert(
+        interval: *mut IntervalNotifier,
+        mm: *mut MmStruct,
+        start: c_ulong,
+        length: c_ulong,
+        ops: *const IntervalOps,
+    ) -> c_int {
+        let into = |node, range, driver| {
+            // SAFETY: The caller has a user, of which `insert` has made sure that there is one.
+            let Some(user) = (unsafe { mm::borrow_user(&raw const mm) }) else { return Err(-libc::EINVAL) };
+            // SAFETY: The place is large enough (asserted above), and the driver's until it is removed.
+            unsafe { Interval::insert(node, user, range, driver) }.map_err(|WouldDeadlock| -libc::EDEADLK)
+        };
+        // SAFETY: The caller's duty is passed on.
+        unsafe { insert(interval, mm, (start, length), ops, into) }
+    }
+
+    /// The same under the write lock.
+    ///
+    /// # Safety
+    /// See mmun/mmu_notifier.h.
+    fn mmun_interval_insert_locked(
+        interval: *mut IntervalNotifier,
+        mm: *mut MmStruct,
+        start: c_ulong,
+        length: c_ulong,
+        ops: *const IntervalOps,
+    ) -> c_int {
+        let into = |node, range, driver| {
+            let Some(guard) = mm::held(mm) else {
+                warn_once!("mmu_interval_notifier_insert_locked: this thread does not hold the write lock: refused");
+                return Err(-libc::EINVAL);
+            };
+            // SAFETY: The guard is there, this thread's, and nobody else uses it until the insert has returned.
+            let guard = unsafe { &mut *guard };
+            // SAFETY: The place is large enough (asserted above), and the driver's until it is removed.
+            unsafe { Interval::insert_locked(node, guard, range, driver) }.map_err(|WouldDeadlock| -libc::EDEADLK)
+        };
+        // SAFETY: The caller's duty is passed on.
+        unsafe { insert(interval, mm, (start, length), ops, into) }
+    }
+
+    /// Removes an interval.
+    ///
+    /// # Safety
+    /// See mmun/mmu_notifier.h.
+    fn mmun_interval_remove(interval: *mut IntervalNotifier) {
+        const NAME: &str = "mmu_interval_notifier_remove";
+        // SAFETY: It is inserted: so says the header.
+        if unsafe { inserted(NAME, interval) }.mm().is_inherited() {
+            // It is the parent's, and called by nobody here.
+            return;
+        }
+        let Some(interval) = NonNull::new(interval) else { die(NAME, "the interval is null") };
+        // SAFETY: It is the caller's interval.
+        let node = unsafe { node(interval) };
+        // SAFETY: It is inserted, and nobody uses it any more: so says the header.
+        mm::must_not_wait(NAME, unsafe { Interval::remove(node) });
+    }
+
+    /// Waits until no invalidation of the interval is running, and returns its sequence.
+    ///
+    /// # Safety
+    /// See mmun/mmu_notifier.h.
+    fn mmun_interval_read_begin(interval: *mut IntervalNotifier) -> c_ulong {
+        // SAFETY: It is inserted: so says the header.
+        unsafe { inserted("mmu_interval_read_begin", interval) }.read_begin()
+    }
+
+    /// Tells whether the range was invalidated since.
+    ///
+    /// # Safety
+    /// See mmun/mmu_notifier.h.
+    fn mmun_interval_read_retry(interval: *mut IntervalNotifier, seq: c_ulong) -> bool {
+        // SAFETY: It is inserted: so says the header.
+        unsafe { inserted("mmu_interval_read_retry", interval) }.read_retry(seq)
+    }
+
+    /// Stores the sequence that the callback was given.
+    ///
+    /// # Safety
+    /// See mmun/mmu_notifier.h.
+    fn mmun_interval_set_seq(interval: *mut IntervalNotifier, seq: c_ulong) {
+        // SAFETY: It is inserted: so says the header.
+        unsafe { inserted("mmu_interval_set_seq", interval) }.set_seq(seq);
+    }
+}

@@ -1,0 +1,226 @@
+//! `struct mm_struct`: handles of an address space, and its write lock.
+//!
+//! # Safety
+//! In C a handle is a pointer that nobody follows: the bits of an [`Mm`] or [`MmWithUser`], which are one word. `mmgrab` and
+//! its kin count as clones and drops do; every other function borrows the handle that its caller has.
+
+use crate::border::{SELF_WAIT, die, export};
+use mmu_notifier::{Mm, MmWithUser, MmapWriteGuard, WouldDeadlock};
+use std::cell::{Cell, UnsafeCell};
+use std::mem::{self, ManuallyDrop, MaybeUninit};
+use std::ptr;
+
+/// What C calls `struct mm_struct`; only pointers to it exist.
+#[repr(C)]
+#[derive(Debug)]
+pub struct MmStruct {
+    opaque: [u8; 0],
+}
+
+const _: () = assert!(size_of::<Mm>() == size_of::<*mut MmStruct>() && size_of::<MmWithUser>() == size_of::<Mm>());
+
+/// Returns the bits of a handle, which count for nothing.
+#[inline(always)]
+pub(crate) fn bits(mm: &Mm) -> *mut MmStruct {
+    // SAFETY: Both are one word (asserted above), and any word is a pointer that nobody follows.
+    unsafe { mem::transmute_copy(mm) }
+}
+
+/// Returns the handle whose bits lie at `place`.
+///
+/// # Safety
+/// `place` must hold the bits of a handle that is counted for as long as the reference lives.
+#[inline(always)]
+pub(crate) unsafe fn borrow<'a>(place: *const *mut MmStruct) -> &'a Mm {
+    // SAFETY: The place must hold an `Mm`: its bits, and the count, are the caller's duty.
+    unsafe { &*place.cast() }
+}
+
+/// The same with the address space known to be alive, unless it has ended.
+///
+/// # Safety
+/// As for `borrow`; and if it is alive now, the caller sees to it that it stays so.
+#[inline(always)]
+pub(crate) unsafe fn borrow_user<'a>(place: *const *mut MmStruct) -> Option<&'a MmWithUser> {
+    // SAFETY: The caller's duty is passed on.
+    let mm = unsafe { borrow(place) };
+    // SAFETY: The place must hold an `MmWithUser`: of one word like `Mm`, and counted by the caller's own.
+    (mm.mm_users() != 0).then(|| unsafe { &*place.cast() })
+}
+
+/// Takes a handle over from C.
+///
+/// # Safety
+/// `mm` must be the bits of a handle that is the caller's to give.
+unsafe fn take<T>(function: &str, mm: *mut MmStruct) -> T {
+    const { assert!(size_of::<T>() == size_of::<*mut MmStruct>()) };
+    if mm.is_null() {
+        die(function, "the address space is null");
+    }
+    // SAFETY: Both are one word, and these are the bits of a `T`: the caller's duty.
+    unsafe { mem::transmute_copy(&mm) }
+}
+
+export! {
+    /// Takes one more handle (`mm_count`).
+    ///
+    /// # Safety
+    /// See mmun/mmu_notifier.h.
+    fn mmun_mmgrab(mm: *mut MmStruct) {
+        // SAFETY: The caller has a handle, which stays its own.
+        let mm = unsafe { take::<ManuallyDrop<Mm>>("mmgrab", mm) };
+        mem::forget(Mm::clone(&mm));
+    }
+
+    /// Gives a handle back.
+    ///
+    /// # Safety
+    /// See mmun/mmu_notifier.h.
+    fn mmun_mmdrop(mm: *mut MmStruct) {
+        // SAFETY: The caller gives its handle.
+        drop(unsafe { take::<Mm>("mmdrop", mm) });
+    }
+
+    /// Takes one more user (`mm_users`).
+    ///
+    /// # Safety
+    /// See mmun/mmu_notifier.h.
+    fn mmun_mmget(mm: *mut MmStruct) {
+        // SAFETY: The caller has a user, which stays its own.
+        let mm = unsafe { take::<ManuallyDrop<MmWithUser>>("mmget", mm) };
+        mem::forget(MmWithUser::clone(&mm));
+    }
+
+    /// Takes one more user unless the address space has ended.
+    ///
+    /// # Safety
+    /// See mmun/mmu_notifier.h.
+    fn mmun_mmget_not_zero(mm: *mut MmStruct) -> bool {
+        // SAFETY: The caller has a handle, which stays its own.
+        let mm = unsafe { take::<ManuallyDrop<Mm>>("mmget_not_zero", mm) };
+        mm.mmget_not_zero().map(mem::forget).is_some()
+    }
+
+    /// Gives a user back; the last one is exit.
+    ///
+    /// # Safety
+    /// See mmun/mmu_notifier.h.
+    fn mmun_mmput(mm: *mut MmStruct) {
+        // SAFETY: The caller gives its user.
+        drop(unsafe { take::<MmWithUser>("mmput", mm) });
+    }
+
+    /// Returns the address space of this process, which counts for nothing and lasts as long as the process.
+    ///
+    /// # Safety
+    /// None.
+    fn mmun_current_mm() -> *mut MmStruct {
+        bits(mmu_source::current_ref())
+    }
+
+    /// Makes an address space with one user.
+    ///
+    /// # Safety
+    /// None.
+    fn mmun_mm_new() -> *mut MmStruct {
+        bits(&ManuallyDrop::new(MmWithUser::new()))
+    }
+
+    /// Tells whether a bracket would call anybody.
+    ///
+    /// # Safety
+    /// See mmun/mmu_notifier.h.
+    fn mmun_mm_has_notifiers(mm: *mut MmStruct) -> bool {
+        // SAFETY: The caller has a handle, which stays its own.
+        unsafe { take::<ManuallyDrop<Mm>>("mm_has_notifiers", mm) }.has_notifiers()
+    }
+
+    /// Takes the write lock.
+    ///
+    /// # Safety
+    /// See mmun/mmu_notifier.h.
+    fn mmun_mmap_write_lock(mm: *mut MmStruct) {
+        if mm.is_null() {
+            die("mmap_write_lock", "the address space is null");
+        }
+        // SAFETY: The caller has a handle.
+        if let Err(WouldDeadlock) = unsafe { lock(mm) } {
+            die("mmap_write_lock", "this thread holds the lock, or is inside an invalidation: it would wait for itself");
+        }
+    }
+
+    /// Gives the write lock back.
+    ///
+    /// # Safety
+    /// See mmun/mmu_notifier.h.
+    fn mmun_mmap_write_unlock(mm: *mut MmStruct) {
+        if !unlock(mm) {
+            die("mmap_write_unlock", "this thread does not hold the lock");
+        }
+    }
+}
+
+/// A write lock that C code holds.
+struct Held {
+    /// Null if none.
+    mm: Cell<*mut MmStruct>,
+    /// There if `mm` is not null, and borrowing it.
+    guard: UnsafeCell<MaybeUninit<MmapWriteGuard<'static>>>,
+}
+
+/// How many address spaces a thread can have locked at once.
+const AT_ONCE: usize = 8;
+
+thread_local! {
+    static HELD: [Held; AT_ONCE] = const {
+        [const { Held { mm: Cell::new(ptr::null_mut()), guard: UnsafeCell::new(MaybeUninit::uninit()) } }; AT_ONCE]
+    };
+}
+
+/// Locks, until `unlock` in the same thread.
+///
+/// # Safety
+/// `mm` must be the bits of a handle, which is counted until then.
+pub(crate) unsafe fn lock(mm: *mut MmStruct) -> Result<(), WouldDeadlock> {
+    HELD.with(|held| {
+        let Some(free) = held.iter().find(|held| held.mm.get().is_null()) else {
+            die("mmap_write_lock", "this thread holds the locks of eight address spaces already");
+        };
+        free.mm.set(mm);
+        // SAFETY: The place holds the bits of a counted handle, and keeps them until the guard is gone. That it may have no user
+        // any more is no matter for a lock.
+        let user: &'static MmWithUser = unsafe { &*free.mm.as_ptr().cast() };
+        match user.mmap_write_lock() {
+            Ok(guard) => {
+                // SAFETY: Writing needs a place that nobody uses: it was free, and this thread is the only one to use it.
+                unsafe { (*free.guard.get()).write(guard) };
+                Ok(())
+            }
+            Err(refused) => {
+                free.mm.set(ptr::null_mut());
+                Err(refused)
+            }
+        }
+    })
+}
+
+/// Unlocks; tells whether it was locked by this thread.
+pub(crate) fn unlock(mm: *mut MmStruct) -> bool {
+    let Some(guard) = held(mm) else { return false };
+    // SAFETY: There is a guard, and nobody else in this thread is using it: callbacks run between uses only.
+    unsafe { guard.drop_in_place() };
+    HELD.with(|held| held.iter().filter(|held| held.mm.get() == mm).for_each(|held| held.mm.set(ptr::null_mut())));
+    true
+}
+
+/// Returns the guard of this thread, if it has locked `mm`; it stays where it is until `unlock`.
+pub(crate) fn held(mm: *mut MmStruct) -> Option<*mut MmapWriteGuard<'static>> {
+    HELD.with(|held| held.iter().find(|held| !mm.is_null() && held.mm.get() == mm).map(|held| held.guard.get().cast()))
+}
+
+/// What must not wait and cannot return an error.
+pub(crate) fn must_not_wait(function: &str, waited: Result<(), WouldDeadlock>) {
+    if let Err(WouldDeadlock) = waited {
+        die(function, SELF_WAIT);
+    }
+}

@@ -1,0 +1,402 @@
+//! `struct mmu_notifier`: get, put, register, unregister.
+
+use crate::border::{die, export, warn_once};
+use crate::mm::{self, MmStruct};
+use crate::range::{self, Range};
+use libc::{c_int, c_ulong};
+use mmu_notifier::raw::{Embedded, Node, Notifiers, Sealed, SurplusPut, would_deadlock};
+use mmu_notifier::{
+    InvalidateRange, Mm, MmWithUser, Notifier, Overflow, SecondaryTlb, Va, VaRange, WouldBlock, WouldDeadlock,
+};
+use std::mem::{self, MaybeUninit};
+use std::ptr::{self, NonNull};
+
+/// `struct mmu_notifier`.
+#[repr(C)]
+#[derive(Debug)]
+pub struct MmuNotifier {
+    ops: *const Ops,
+    mm: *mut MmStruct,
+    node: MaybeUninit<[usize; NODE_WORDS]>,
+}
+
+const NODE_WORDS: usize = 14;
+const _: () = assert!(size_of::<Node<Driver>>() <= NODE_WORDS * size_of::<usize>());
+const _: () = assert!(align_of::<Node<Driver>>() <= align_of::<usize>());
+
+/// `struct mmu_notifier_ops`. Callbacks may unwind as far as C++ is concerned: the core ends the process then.
+#[repr(C)]
+#[derive(Debug)]
+pub struct Ops {
+    release: Option<unsafe extern "C-unwind" fn(*mut MmuNotifier, *mut MmStruct)>,
+    clear_flush_young: Option<unsafe extern "C-unwind" fn(*mut MmuNotifier, *mut MmStruct, c_ulong, c_ulong) -> c_int>,
+    clear_young: Option<unsafe extern "C-unwind" fn(*mut MmuNotifier, *mut MmStruct, c_ulong, c_ulong) -> c_int>,
+    test_young: Option<unsafe extern "C-unwind" fn(*mut MmuNotifier, *mut MmStruct, c_ulong) -> c_int>,
+    invalidate_range_start: Option<unsafe extern "C-unwind" fn(*mut MmuNotifier, *const Range) -> c_int>,
+    invalidate_range_end: Option<unsafe extern "C-unwind" fn(*mut MmuNotifier, *const Range)>,
+    arch_invalidate_secondary_tlbs:
+        Option<unsafe extern "C-unwind" fn(*mut MmuNotifier, *mut MmStruct, c_ulong, c_ulong)>,
+    alloc_notifier: Option<unsafe extern "C-unwind" fn(*mut MmStruct) -> *mut MmuNotifier>,
+    free_notifier: Option<unsafe extern "C-unwind" fn(*mut MmuNotifier)>,
+}
+
+/// A driver's notifier, as the core calls it.
+///
+/// # Invariants
+/// `me` is where the node is that this is the value of, and `ops` is its table, which lives as long as it is registered.
+struct Driver {
+    me: NonNull<MmuNotifier>,
+    ops: NonNull<Ops>,
+}
+
+// SAFETY: C code promises callbacks that may run on any thread, in parallel; the header says so.
+unsafe impl Send for Driver {}
+// SAFETY: As above.
+unsafe impl Sync for Driver {}
+
+static DRIVERS: Notifiers<Driver> = Notifiers::new();
+
+impl Driver {
+    #[inline(always)]
+    fn ops(&self) -> &Ops {
+        // SAFETY: The table lives (invariant).
+        unsafe { self.ops.as_ref() }
+    }
+
+    #[inline(always)]
+    fn start(&self, range: &InvalidateRange<'_>) -> c_int {
+        // SAFETY: The driver's own callback, with its own notifier, which is registered: so says the header.
+        self.ops().invalidate_range_start.map_or(0, |start| unsafe { start(self.me.as_ptr(), &Range::of(range)) })
+    }
+}
+
+impl Notifier for Driver {
+    fn release(&self, mm: &Mm) {
+        if let Some(release) = self.ops().release {
+            // SAFETY: As for `start`.
+            unsafe { release(self.me.as_ptr(), mm::bits(mm)) };
+        }
+    }
+
+    #[inline]
+    fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
+        if self.start(range) != 0 {
+            warn_once!("invalidate_range_start returned an error for a blockable range: it was ignored");
+        }
+    }
+
+    fn try_invalidate_range_start(&self, range: &InvalidateRange<'_>) -> Result<(), WouldBlock> {
+        let result = self.start(range);
+        if result != 0 && result != -libc::EAGAIN {
+            warn_once!("invalidate_range_start returned another error than -EAGAIN: it was taken for that");
+        }
+        if result == 0 { Ok(()) } else { Err(WouldBlock) }
+    }
+
+    #[inline]
+    fn invalidate_range_end(&self, range: &InvalidateRange<'_>) {
+        if let Some(end) = self.ops().invalidate_range_end {
+            // SAFETY: As for `start`.
+            unsafe { end(self.me.as_ptr(), &Range::of(range)) };
+        }
+    }
+
+    fn clear_flush_young(&self, mm: &Mm, range: VaRange) -> bool {
+        let (start, end) = range::bounds(range);
+        // SAFETY: As for `start`.
+        self.ops().clear_flush_young.is_some_and(|f| unsafe { f(self.me.as_ptr(), mm::bits(mm), start, end) } != 0)
+    }
+
+    fn clear_young(&self, mm: &Mm, range: VaRange) -> bool {
+        let (start, end) = range::bounds(range);
+        // SAFETY: As for `start`.
+        self.ops().clear_young.is_some_and(|f| unsafe { f(self.me.as_ptr(), mm::bits(mm), start, end) } != 0)
+    }
+
+    fn test_young(&self, mm: &Mm, address: Va) -> bool {
+        // SAFETY: As for `start`.
+        self.ops().test_young.is_some_and(|f| unsafe { f(self.me.as_ptr(), mm::bits(mm), address.get()) } != 0)
+    }
+
+    fn secondary_tlb(&self, _: Sealed) -> Option<&dyn SecondaryTlb> {
+        self.ops().arch_invalidate_secondary_tlbs.is_some().then_some(self)
+    }
+}
+
+impl SecondaryTlb for Driver {
+    fn invalidate_secondary_tlbs(&self, mm: &Mm, range: VaRange) {
+        if let Some(flush) = self.ops().arch_invalidate_secondary_tlbs {
+            let (start, end) = range::bounds(range);
+            // SAFETY: As for `start`.
+            unsafe { flush(self.me.as_ptr(), mm::bits(mm), start, end) };
+        }
+    }
+}
+
+// SAFETY: The header tells the driver to keep a notifier as long as it is registered.
+unsafe impl Embedded for Driver {
+    unsafe fn dispose(node: NonNull<Node<Self>>) {
+        // SAFETY: The node is still there, with its value: the duty of the caller of this function.
+        let &Driver { me, ops } = unsafe { node.as_ref() }.value();
+        // SAFETY: The table lives until the notifier is freed (invariant).
+        if let Some(free) = unsafe { ops.as_ref() }.free_notifier {
+            // SAFETY: It is the driver's own function, called once, with its own notifier, which nobody uses any more.
+            unsafe { free(me.as_ptr()) };
+        }
+    }
+}
+
+/// Returns the node of a notifier.
+///
+/// # Safety
+/// `notifier` must be a place for one.
+#[inline(always)]
+unsafe fn node(notifier: NonNull<MmuNotifier>) -> NonNull<Node<Driver>> {
+    // SAFETY: The place must be within one allocation: the caller's duty.
+    let node = unsafe { &raw mut (*notifier.as_ptr()).node };
+    NonNull::new(node.cast()).expect("the address of a field is not null")
+}
+
+/// Why nothing was registered, as an error number of C.
+type Refused = c_int;
+
+const DEADLOCK: Refused = -libc::EDEADLK;
+
+/// Returns the address space if it is alive and this process's.
+///
+/// # Safety
+/// As for [`mm::borrow_user`].
+#[inline(always)]
+unsafe fn alive<'a>(place: *const *mut MmStruct) -> Result<&'a MmWithUser, Refused> {
+    // SAFETY: The place must be valid: the caller's duty.
+    if unsafe { *place }.is_null() {
+        return Err(-libc::EINVAL);
+    }
+    // SAFETY: The caller's duty is passed on.
+    unsafe { mm::borrow_user(place) }.filter(|mm| !mm.is_inherited()).ok_or(-libc::ESRCH)
+}
+
+/// Finds the newest notifier of `ops` and counts it.
+#[inline(always)]
+fn find(mm: &MmWithUser, ops: NonNull<Ops>) -> Result<Option<NonNull<MmuNotifier>>, Refused> {
+    match DRIVERS.find(mm, |driver| driver.ops == ops) {
+        // SAFETY: The node is counted, and its value is there.
+        Ok(Some(node)) => Ok(Some(unsafe { node.as_ref() }.value().me)),
+        Ok(None) => Ok(None),
+        Err(Overflow) => Err(-libc::EOVERFLOW),
+    }
+}
+
+/// Registers `notifier`, whose `ops` is set, under the write lock that this thread holds.
+///
+/// # Safety
+/// `notifier` must be a notifier of C that is not registered, and `mm` the bits of a user.
+unsafe fn register(function: &str, notifier: NonNull<MmuNotifier>, mm: *mut MmStruct) -> Result<(), Refused> {
+    // SAFETY: The place must be valid: the caller's duty.
+    let Some(ops) = NonNull::new(unsafe { (*notifier.as_ptr()).ops }.cast_mut()) else { return Err(-libc::EINVAL) };
+    // SAFETY: The table must live: the caller's duty.
+    let table = unsafe { ops.as_ref() };
+    if table.arch_invalidate_secondary_tlbs.is_some()
+        && (table.invalidate_range_start.is_some() || table.invalidate_range_end.is_some())
+    {
+        warn_once!(function, ": ops with arch_invalidate_secondary_tlbs have no start and no end: refused");
+        return Err(-libc::EINVAL);
+    }
+    let Some(guard) = mm::held(mm) else {
+        warn_once!(function, ": this thread does not hold the write lock of the address space: refused");
+        return Err(-libc::EINVAL);
+    };
+    // SAFETY: The guard is there, this thread's, and nobody else uses it until `register` has returned.
+    let guard = unsafe { &mut *guard };
+    // SAFETY: The place must be valid: the caller's duty.
+    let place_of_mm = unsafe { &mut (*notifier.as_ptr()).mm };
+    // Before callbacks can see it, as in the kernel.
+    let before = mem::replace(place_of_mm, mm);
+    // SAFETY: A place for a notifier: the caller's duty.
+    let place = unsafe { node(notifier) };
+    // INVARIANT: The value of the node in `notifier`, with its table.
+    // SAFETY: The place is valid, large enough (asserted above), and the driver's until it is freed.
+    if let Err(WouldDeadlock) = unsafe { DRIVERS.register(place, Driver { me: notifier, ops }, guard) } {
+        // SAFETY: As above.
+        unsafe { (*notifier.as_ptr()).mm = before };
+        return Err(DEADLOCK);
+    }
+    Ok(())
+}
+
+/// Finds or makes the notifier of `ops` under the write lock.
+///
+/// # Safety
+/// `mm` must be the bits of a user, and `ops` a table.
+unsafe fn get_locked(function: &str, ops: NonNull<Ops>, mm: *mut MmStruct) -> Result<NonNull<MmuNotifier>, Refused> {
+    // SAFETY: The caller has a user.
+    let user = unsafe { alive(&raw const mm) }?;
+    if let Some(found) = find(user, ops)? {
+        return Ok(found);
+    }
+    if mm::held(mm).is_none() {
+        warn_once!(function, ": this thread does not hold the write lock of the address space: refused");
+        return Err(-libc::EINVAL);
+    }
+    // Asked again by `register`; here it is before `alloc_notifier`.
+    if would_deadlock(user) {
+        return Err(DEADLOCK);
+    }
+    // SAFETY: The table must live: the caller's duty.
+    let Some(alloc) = unsafe { ops.as_ref() }.alloc_notifier else { return Err(-libc::EINVAL) };
+    // SAFETY: The driver's own function, under the lock, as the header says.
+    let made = unsafe { alloc(mm) };
+    let Some(notifier) = NonNull::new(made) else { return Err(-libc::ENOMEM) };
+    if is_error(made) {
+        return Err(c_int::try_from(made.addr().cast_signed()).expect("an error number is small"));
+    }
+    // SAFETY: The place must be valid: a notifier that the driver has just made.
+    unsafe { (*made).ops = ops.as_ptr() };
+    // SAFETY: It is not registered, and the caller has a user.
+    unsafe { register(function, notifier, mm) }.map(|()| notifier).inspect_err(|_| {
+        // SAFETY: The table must live: the caller's duty.
+        if let Some(free) = unsafe { ops.as_ref() }.free_notifier {
+            // SAFETY: The driver's own function, for what it has just made and nobody has seen.
+            unsafe { free(made) };
+        }
+    })
+}
+
+/// `ERR_PTR`, for pointers that a driver reads with `IS_ERR`.
+fn pointer(result: Result<NonNull<MmuNotifier>, Refused>) -> *mut MmuNotifier {
+    result.map_or_else(|error| ptr::without_provenance_mut(error as isize as usize), NonNull::as_ptr)
+}
+
+/// `IS_ERR`.
+fn is_error(pointer: *mut MmuNotifier) -> bool {
+    pointer.addr() >= (-4095_isize).cast_unsigned()
+}
+
+/// Runs `f` under the write lock.
+///
+/// # Safety
+/// `mm` must be the bits of a handle.
+unsafe fn locking<R>(mm: *mut MmStruct, f: impl FnOnce() -> Result<R, Refused>) -> Result<R, Refused> {
+    // SAFETY: The caller's duty is passed on.
+    unsafe { mm::lock(mm) }.map_err(|WouldDeadlock| DEADLOCK)?;
+    let result = f();
+    mm::unlock(mm);
+    result
+}
+
+/// # Safety
+/// As for `get_locked`.
+#[cold]
+unsafe fn get_slowly(ops: NonNull<Ops>, mm: *mut MmStruct) -> Result<NonNull<MmuNotifier>, Refused> {
+    // SAFETY: The caller's duty is passed on.
+    let get = || unsafe { get_locked("mmu_notifier_get", ops, mm) };
+    // SAFETY: The caller's duty is passed on.
+    unsafe { locking(mm, get) }
+}
+
+fn code(result: Result<(), Refused>) -> c_int {
+    result.map_or_else(|error| error, |()| 0)
+}
+
+export! {
+    /// Returns the notifier of `ops` on `mm`, with one more user.
+    ///
+    /// # Safety
+    /// See mmun/mmu_notifier.h.
+    fn mmun_get(ops: *const Ops, mm: *mut MmStruct) -> *mut MmuNotifier {
+        pointer((|| {
+            let ops = NonNull::new(ops.cast_mut()).ok_or(-libc::EINVAL)?;
+            // SAFETY: The caller has a user.
+            let user = unsafe { alive(&raw const mm) }?;
+            match find(user, ops)? {
+                Some(found) => Ok(found),
+                // SAFETY: The caller has a user, and gives a table.
+                None => unsafe { get_slowly(ops, mm) },
+            }
+        })())
+    }
+
+    /// The same under the write lock.
+    ///
+    /// # Safety
+    /// See mmun/mmu_notifier.h.
+    fn mmun_get_locked(ops: *const Ops, mm: *mut MmStruct) -> *mut MmuNotifier {
+        // SAFETY: The caller has a user, and gives a table.
+        let get = |ops| unsafe { get_locked("mmu_notifier_get_locked", ops, mm) };
+        pointer(NonNull::new(ops.cast_mut()).ok_or(-libc::EINVAL).and_then(get))
+    }
+
+    /// Gives a user back.
+    ///
+    /// # Safety
+    /// See mmun/mmu_notifier.h.
+    fn mmun_put(notifier: *mut MmuNotifier) {
+        let Some(notifier) = NonNull::new(notifier) else { die("mmu_notifier_put", "the notifier is null") };
+        // SAFETY: It is the caller's notifier.
+        let node = unsafe { node(notifier) };
+        // SAFETY: It is registered and not freed: so says the header.
+        if let Err(SurplusPut) = unsafe { Node::put(node) } {
+            warn_once!("mmu_notifier_put: the notifier was put more often than it was got");
+        }
+    }
+
+    /// Registers a notifier.
+    ///
+    /// # Safety
+    /// See mmun/mmu_notifier.h.
+    fn mmun_register(notifier: *mut MmuNotifier, mm: *mut MmStruct) -> c_int {
+        let Some(notifier) = NonNull::new(notifier) else { return -libc::EINVAL };
+        // SAFETY: The caller has a user.
+        if let Err(error) = unsafe { alive(&raw const mm) } {
+            return error;
+        }
+        // SAFETY: The caller has a user, and gives a notifier that is not registered.
+        let register = || unsafe { register("mmu_notifier_register", notifier, mm) };
+        // SAFETY: The caller has a user.
+        code(unsafe { locking(mm, register) })
+    }
+
+    /// The same under the write lock.
+    ///
+    /// # Safety
+    /// See mmun/mmu_notifier.h.
+    fn mmun_register_locked(notifier: *mut MmuNotifier, mm: *mut MmStruct) -> c_int {
+        let Some(notifier) = NonNull::new(notifier) else { return -libc::EINVAL };
+        // SAFETY: The caller has a user.
+        if let Err(error) = unsafe { alive(&raw const mm) } {
+            return error;
+        }
+        // SAFETY: The caller has a user, and gives a notifier that is not registered.
+        code(unsafe { register("__mmu_notifier_register", notifier, mm) })
+    }
+
+    /// Takes a notifier back.
+    ///
+    /// # Safety
+    /// See mmun/mmu_notifier.h.
+    fn mmun_unregister(notifier: *mut MmuNotifier, mm: *mut MmStruct) {
+        const NAME: &str = "mmu_notifier_unregister";
+        let Some(notifier) = NonNull::new(notifier) else { die(NAME, "the notifier is null") };
+        // SAFETY: The place must be valid: so says the header.
+        if unsafe { (*notifier.as_ptr()).mm } != mm || mm.is_null() {
+            die(NAME, "the notifier is not registered on this address space");
+        }
+        // SAFETY: The notifier has a handle.
+        if unsafe { mm::borrow(&raw const mm) }.is_inherited() {
+            // It is the parent's, and calls nobody here.
+            return;
+        }
+        // SAFETY: It is the caller's notifier.
+        let node = unsafe { node(notifier) };
+        // SAFETY: It is registered, and nobody uses it any more: so says the header.
+        mm::must_not_wait(NAME, unsafe { Node::unregister(node) });
+    }
+
+    /// Waits for the frees.
+    ///
+    /// # Safety
+    /// None.
+    fn mmun_synchronize() {
+        mm::must_not_wait("mmu_notifier_synchronize", DRIVERS.synchronize());
+    }
+}

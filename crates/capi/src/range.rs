@@ -1,0 +1,227 @@
+//! `struct mmu_notifier_range`: what callbacks are told, and brackets for event sources.
+//!
+//! # Safety
+//! The private words of a range that C gives hold a [`Bracket`] from `start` to `end`, as [`OPEN`] says. It borrows the handle at
+//! `mm` of the same range: hence C must leave the range where it is in between.
+
+use crate::border::{die, export, warn_once};
+use crate::mm::{self, MmStruct};
+use libc::{c_int, c_uint, c_ulong, c_void};
+use mmu_notifier::{Blocking, Bracket, Event, InvalidateRange, Mm, Owner, Va, VaRange, WouldBlock};
+use std::mem::MaybeUninit;
+use std::ptr;
+
+/// `struct mmu_notifier_range`.
+#[repr(C)]
+#[derive(Debug)]
+pub struct Range {
+    mm: *mut MmStruct,
+    start: c_ulong,
+    end: c_ulong,
+    flags: c_uint,
+    event: c_uint,
+    owner: *mut c_void,
+    /// [`OPEN`] while there is a bracket in `bracket`.
+    state: usize,
+    bracket: MaybeUninit<[usize; BRACKET_WORDS]>,
+}
+
+const BRACKET_WORDS: usize = 17;
+const _: () = assert!(size_of::<Bracket<'static>>() <= BRACKET_WORDS * size_of::<usize>());
+const _: () = assert!(align_of::<Bracket<'static>>() <= align_of::<usize>());
+
+/// No value that a place has by chance: a range need not have been initialised.
+const OPEN: usize = 0x6d6d_756e_6f70_656e;
+
+const BLOCKABLE: c_uint = 1;
+
+/// The events, in the order of `enum mmu_notifier_event`.
+const RELEASE: c_uint = 5;
+const MIGRATE: c_uint = 6;
+const EXCLUSIVE: c_uint = 7;
+
+fn code(event: Event) -> c_uint {
+    match event {
+        Event::Clear => 1,
+        Event::ProtectionVma => 2,
+        Event::ProtectionPage => 3,
+        Event::SoftDirty => 4,
+        Event::Release(_) => RELEASE,
+        Event::Migrate { .. } => MIGRATE,
+        Event::Exclusive { .. } => EXCLUSIVE,
+        // The strongest one stands for what is not known here.
+        _ => 0,
+    }
+}
+
+fn event(code: c_uint, owner: *mut c_void) -> Event {
+    let owner = || Owner::at(Va::new(owner.addr() as u64));
+    match code {
+        0 => Event::Unmap,
+        1 => Event::Clear,
+        2 => Event::ProtectionVma,
+        3 => Event::ProtectionPage,
+        4 => Event::SoftDirty,
+        MIGRATE => Event::Migrate { owner: owner() },
+        EXCLUSIVE => Event::Exclusive { owner: owner() },
+        _ => {
+            warn_once!("mmu_notifier_invalidate_range_start: no event for sources; MMU_NOTIFY_UNMAP is told");
+            Event::Unmap
+        }
+    }
+}
+
+/// Returns the bounds as C has them; a range that reaches the last address ends at `ULONG_MAX`.
+#[inline(always)]
+pub(crate) fn bounds(range: VaRange) -> (c_ulong, c_ulong) {
+    (range.start().get(), range.last().get().saturating_add(1))
+}
+
+/// Returns the pages that the bytes from `start` up to and without `end` touch; none if there are no bytes.
+#[inline(always)]
+pub(crate) fn pages(start: c_ulong, end: c_ulong) -> Option<VaRange> {
+    match VaRange::new(Va::new(start), Va::new(end)) {
+        Ok(range) => Some(range),
+        Err(_) => VaRange::covering(Va::new(start), end.checked_sub(start)?).ok(),
+    }
+}
+
+impl Range {
+    /// Returns what a callback is told of `range`.
+    #[inline(always)]
+    pub(crate) fn of(range: &InvalidateRange<'_>) -> Self {
+        let (start, end) = bounds(range.range());
+        let owner =
+            range.event().owner().map_or(ptr::null_mut(), |owner| ptr::without_provenance_mut(owner.get() as usize));
+        Self {
+            mm: mm::bits(range.mm()),
+            start,
+            end,
+            flags: if range.blocking() == Blocking::Allowed { BLOCKABLE } else { 0 },
+            event: code(range.event()),
+            owner,
+            state: 0,
+            bracket: MaybeUninit::uninit(),
+        }
+    }
+}
+
+/// Opens a bracket as `open` does, and keeps it in the range.
+///
+/// # Safety
+/// `range` must be a range of C, with the bits of a counted handle, that stays where it is until its end.
+#[inline(always)]
+unsafe fn start(
+    function: &str,
+    range: *mut Range,
+    open: impl FnOnce(&'static Mm, VaRange, Event) -> Result<Bracket<'static>, WouldBlock>,
+) -> Result<(), WouldBlock> {
+    // SAFETY: The place must be valid: the caller's duty.
+    let Some(this) = (unsafe { range.as_mut() }) else { die(function, "the range is null") };
+    if this.mm.is_null() {
+        die(function, "the range has no address space: use mmu_notifier_range_init");
+    }
+    if this.state == OPEN {
+        die(function, "the range has been started and not ended");
+    }
+    this.state = 0;
+    let Some(pages) = pages(this.start, this.end) else { return Ok(()) };
+    let event = event(this.event, this.owner);
+    // Not through `this`, which ends before the bracket does.
+    let place_of_mm = range.cast::<*mut MmStruct>();
+    // SAFETY: The place holds the bits of a counted handle and stays until the end: the caller's duty.
+    let mm: &'static Mm = unsafe { mm::borrow(place_of_mm) };
+    let bracket = open(mm, pages, event)?;
+    // SAFETY: The place must be valid: the caller's duty.
+    let this = unsafe { &mut *range };
+    // SAFETY: The place must be large enough: asserted above.
+    unsafe { this.bracket.as_mut_ptr().cast::<Bracket<'static>>().write(bracket) };
+    this.state = OPEN;
+    Ok(())
+}
+
+const _: () = assert!(std::mem::offset_of!(Range, mm) == 0);
+
+export! {
+    /// Opens a bracket.
+    ///
+    /// # Safety
+    /// See mmun/mmu_notifier.h.
+    fn mmun_invalidate_range_start(range: *mut Range) {
+        // SAFETY: The caller's duty is passed on.
+        let started = unsafe { start("mmu_notifier_invalidate_range_start", range, |mm, pages, event| Ok(mm.invalidate(pages, event))) };
+        debug_assert!(started.is_ok(), "nobody can refuse where sleeping is allowed");
+    }
+
+    /// Opens a bracket where nobody may sleep.
+    ///
+    /// # Safety
+    /// See mmun/mmu_notifier.h.
+    fn mmun_invalidate_range_start_nonblock(range: *mut Range) -> c_int {
+        // SAFETY: The caller's duty is passed on.
+        match unsafe { start("mmu_notifier_invalidate_range_start_nonblock", range, Mm::try_invalidate) } {
+            Ok(()) => 0,
+            Err(WouldBlock) => -libc::EAGAIN,
+        }
+    }
+
+    /// Closes the bracket.
+    ///
+    /// # Safety
+    /// See mmun/mmu_notifier.h.
+    fn mmun_invalidate_range_end(range: *mut Range) {
+        // SAFETY: The place must be null or valid: the caller's duty.
+        let Some(this) = (unsafe { range.as_mut() }) else { die("mmu_notifier_invalidate_range_end", "the range is null") };
+        if this.state != OPEN {
+            return;
+        }
+        this.state = 0;
+        // SAFETY: There is a bracket, as `state` has just said, and it is taken once.
+        let bracket = unsafe { this.bracket.as_ptr().cast::<Bracket<'static>>().read() };
+        drop(bracket);
+    }
+
+    /// Tells secondary TLBs to flush.
+    ///
+    /// # Safety
+    /// See mmun/mmu_notifier.h.
+    fn mmun_arch_invalidate_secondary_tlbs(mm: *mut MmStruct, start: c_ulong, end: c_ulong) {
+        if mm.is_null() {
+            die("mmu_notifier_arch_invalidate_secondary_tlbs", "the address space is null");
+        }
+        if let Some(pages) = pages(start, end) {
+            // SAFETY: The caller has a handle.
+            unsafe { mm::borrow(&raw const mm) }.invalidate_secondary_tlbs(pages);
+        }
+    }
+
+    /// Clears accessed marks and flushes.
+    ///
+    /// # Safety
+    /// See mmun/mmu_notifier.h.
+    fn mmun_clear_flush_young(mm: *mut MmStruct, start: c_ulong, end: c_ulong) -> c_int {
+        // SAFETY: The caller has a handle.
+        let mm = (!mm.is_null()).then(|| unsafe { mm::borrow(&raw const mm) });
+        c_int::from(mm.zip(pages(start, end)).is_some_and(|(mm, pages)| mm.clear_flush_young(pages)))
+    }
+
+    /// Clears accessed marks.
+    ///
+    /// # Safety
+    /// See mmun/mmu_notifier.h.
+    fn mmun_clear_young(mm: *mut MmStruct, start: c_ulong, end: c_ulong) -> c_int {
+        // SAFETY: The caller has a handle.
+        let mm = (!mm.is_null()).then(|| unsafe { mm::borrow(&raw const mm) });
+        c_int::from(mm.zip(pages(start, end)).is_some_and(|(mm, pages)| mm.clear_young(pages)))
+    }
+
+    /// Asks for an accessed mark.
+    ///
+    /// # Safety
+    /// See mmun/mmu_notifier.h.
+    fn mmun_test_young(mm: *mut MmStruct, address: c_ulong) -> c_int {
+        // SAFETY: The caller has a handle.
+        let mm = (!mm.is_null()).then(|| unsafe { mm::borrow(&raw const mm) });
+        c_int::from(mm.is_some_and(|mm| mm.test_young(Va::new(address))))
+    }
+}
