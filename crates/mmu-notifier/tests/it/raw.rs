@@ -32,8 +32,10 @@ unsafe impl Embedded for Counter {
     unsafe fn dispose(node: NonNull<Node<Self>>) {
         // SAFETY: `place` leaked it, and nobody uses it any more.
         let node = unsafe { Box::from_raw(node.as_ptr().cast::<MaybeUninit<Node<Self>>>()) };
-        // SAFETY: The value is still in it, at the place that `value` says.
-        let value = unsafe { std::ptr::read(node.assume_init_ref().value()) };
+        // SAFETY: The value is still in it.
+        let value = unsafe { node.assume_init_ref() }.value();
+        // SAFETY: It is moved out once.
+        let value = unsafe { std::ptr::read(value) };
         value.1.disposed.fetch_add(1, Ordering::Relaxed);
     }
 }
