@@ -3,6 +3,7 @@
 use crate::gate::Gate;
 use crate::index::{Index, Look};
 use crate::lease::{Lease, OwnedLease};
+use crate::options::reported;
 use crate::raw::handles::Handles;
 use crate::raw::held::Held;
 use crate::raw::region::Status;
@@ -380,9 +381,9 @@ impl<R: Registrar> Cache<R> {
             collisions: counts.collisions,
             lost: self.gate.lost(),
             regions: state.regions.into(),
-            bytes: state.bytes,
+            bytes: reported(state.bytes),
             live_regions: state.live_regions.into(),
-            live_bytes: state.live_bytes,
+            live_bytes: reported(state.live_bytes),
         }
     }
 

@@ -39,7 +39,7 @@ pub enum Error<E> {
         /// Bytes that are registered.
         bytes: u64,
     },
-    /// The range is larger than the limit of the cache, or the whole of an address space.
+    /// The range is larger than the limit of the cache.
     TooLarge {
         /// What was asked for.
         range: VaRange,
@@ -76,9 +76,6 @@ impl<E> fmt::Display for Error<E> {
             Self::Registrar { range, .. } => write!(f, "register {range}: the registrar failed"),
             Self::Full { range, regions, bytes } => {
                 write!(f, "register {range}: the cache is full, with {regions} regions of {bytes} bytes in use")
-            }
-            Self::TooLarge { range: VaRange::ALL, .. } => {
-                write!(f, "register {}: no cache registers the whole of an address space", VaRange::ALL)
             }
             Self::TooLarge { range, limit } => {
                 write!(f, "register {range}: larger than the cache's limit of {limit} bytes")

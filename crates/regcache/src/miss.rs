@@ -8,7 +8,7 @@
 
 use crate::cache::{Cache, Registered};
 use crate::lease::Lease;
-use crate::options::within;
+use crate::options::{reported, size, within};
 use crate::raw::held::Held;
 use crate::raw::table::Table;
 use crate::state::{State, Target};
@@ -81,15 +81,15 @@ impl<R: Registrar> Cache<R> {
         if state.has_to_wait(index, options.merge, range) {
             return self.sleep(state, past);
         }
-        if !within(range, options.max_bytes) {
+        if !within(size(range), options.max_bytes) {
             return Some(Err(Error::TooLarge { range, limit: options.max_bytes }.into()));
         }
-        let target = if past.alone || !within(merged, options.max_bytes) { range } else { merged };
-        if !state.has_room(options, target.bytes()) {
+        let target = if past.alone || !within(size(merged), options.max_bytes) { range } else { merged };
+        if !state.has_room(options, size(target)) {
             let mut chain = state.harvest(index);
             let mut evicted = 0;
             if chain.is_empty() {
-                evicted = state.evict(index, options, target.bytes());
+                evicted = state.evict(index, options, size(target));
                 chain = state.harvest(index);
             }
             if evicted == 0 && chain.is_empty() {
@@ -101,7 +101,7 @@ impl<R: Registrar> Cache<R> {
                     // Another thread is about to give places back, or to have a region that can be evicted.
                     return self.sleep(state, past);
                 }
-                let (regions, bytes) = (state.regions, state.bytes);
+                let (regions, bytes) = (state.regions, reported(state.bytes));
                 return Some(Err(Error::Full { range, regions, bytes }.into()));
             }
             drop(state);
@@ -199,7 +199,7 @@ impl<R: Registrar> Cache<R> {
         state.counts.failed += 1;
         if cause == Cause::Limit && past.evicted.is_none() {
             // More than is needed: others will ask, too.
-            let wanted = target.bytes().max(state.live_bytes / 8);
+            let wanted = size(target).max(state.live_bytes / 8);
             let evicted = state.evict_bytes(&self.index, wanted);
             past.evicted = Some(evicted);
             past.alone = true;

@@ -18,10 +18,19 @@ pub enum Merge {
     Adjacent,
 }
 
-/// Tells whether a range has at most `limit` bytes. The whole of an address space never does: it has one byte more than a
-/// number of bytes can say, and every other range's [`bytes`](VaRange::bytes) are exact.
-pub(crate) fn within(range: VaRange, limit: u64) -> bool {
-    range != VaRange::ALL && range.bytes() <= limit
+/// The bytes of a range, exactly: the whole of an address space has one more than 64 bits count, and sums have more.
+pub(crate) fn size(range: VaRange) -> u128 {
+    u128::from(range.last().get() - range.start().get()) + 1
+}
+
+/// Tells whether `bytes` are within a limit, of which the highest is none.
+pub(crate) fn within(bytes: u128, limit: u64) -> bool {
+    limit == u64::MAX || bytes <= limit.into()
+}
+
+/// What is said of a number of bytes where 64 bits have to do.
+pub(crate) fn reported(bytes: u128) -> u64 {
+    bytes.try_into().unwrap_or(u64::MAX)
 }
 
 /// The limits of a cache, and whether it merges.
@@ -76,13 +85,13 @@ impl Options {
         self
     }
 
-    /// The most bytes that are registered at a time, counted for each region.
+    /// The most bytes that are registered at a time, counted for each region; `u64::MAX` is no limit.
     pub const fn max_bytes(mut self, bytes: u64) -> Self {
         self.max_bytes = bytes;
         self
     }
 
-    /// The most bytes that merging may make a region of. A larger request is registered as it is.
+    /// The most bytes that merging may make a region of, `u64::MAX` for no limit. A larger request is registered as it is.
     pub const fn max_region_bytes(mut self, bytes: u64) -> Self {
         self.max_region_bytes = bytes;
         self

@@ -11,7 +11,7 @@ pub(crate) use list::Chain;
 
 use crate::granule::{Granule, MOST, granules, hash, lead};
 use crate::index::Index;
-use crate::options::{Merge, Options, within};
+use crate::options::{Merge, Options, size, within};
 use crate::raw::barrier;
 use crate::raw::memory::Array;
 use crate::raw::region::{Entry, Status};
@@ -66,9 +66,9 @@ pub(crate) struct State {
     summary: Summary,
     /// Places that are not free, and the bytes in them.
     pub(crate) regions: u32,
-    pub(crate) bytes: u64,
+    pub(crate) bytes: u128,
     pub(crate) live_regions: u32,
-    pub(crate) live_bytes: u64,
+    pub(crate) live_bytes: u128,
     open: Open,
     /// Regions in the chains of threads that are deregistering them.
     pub(crate) reaping: u32,
@@ -206,7 +206,7 @@ impl State {
                     found = Some(region);
                 }
                 let union = grown.hull(other.range());
-                if within(union, options.max_region_bytes) {
+                if within(size(union), options.max_region_bytes) {
                     grown = union;
                 }
             });
@@ -247,8 +247,7 @@ impl State {
             None => return None,
         };
         self.regions += 1;
-        // Within the limit, so that it is exact: see `has_room`.
-        self.bytes += range.bytes();
+        self.bytes += size(range);
         index.region(region).set_range(range);
         // An invalidation that has begun may change the pages after they were registered.
         let hit = self.is_invalidating(range) && !mutant("forget_open_brackets");
@@ -283,7 +282,7 @@ impl State {
         granules(range).for_each(|granule| table.insert(granule.hash(), region));
         let levels = self.summary.add(range);
         self.live_regions += 1;
-        self.live_bytes += range.bytes();
+        self.live_bytes += size(range);
         self.entry(region).status = Status::Live;
         self.live.push(&mut self.entries, region);
         index.region(region).set_live();
@@ -312,7 +311,7 @@ impl State {
         }
         self.summary.remove(range);
         self.live_regions -= 1;
-        self.live_bytes -= range.bytes();
+        self.live_bytes -= size(range);
         if self.hand == region + 1 {
             self.hand = self.entry(region).prev;
         }
@@ -486,14 +485,13 @@ impl State {
     /// Gives a place back whose region is not registered.
     pub(crate) fn free(&mut self, index: &Index, region: u32) {
         self.regions -= 1;
-        self.bytes -= index.region(region).range().bytes();
+        self.bytes -= size(index.region(region).range());
         let free = std::mem::replace(&mut self.free, region + 1);
         *self.entry(region) = Entry { next: free, prev: 0, scan: 0, status: Status::Free, hit: false };
     }
 
     /// Whether a region of `size` bytes is within the limits.
-    pub(crate) fn has_room(&self, options: &Options, size: u64) -> bool {
-        self.regions < options.max_regions
-            && self.bytes.checked_add(size).is_some_and(|bytes| bytes <= options.max_bytes)
+    pub(crate) fn has_room(&self, options: &Options, size: u128) -> bool {
+        self.regions < options.max_regions && within(self.bytes + size, options.max_bytes)
     }
 }

@@ -1,7 +1,7 @@
 //! What callers are told when something fails.
 
 use crate::support::{Refusal, book, counting, pages};
-use mmu_notifier::{MmWithUser, VaRange};
+use mmu_notifier::{Event, MmWithUser, VaRange};
 use regcache::{Cause, Device, Error, Merge, Options, RegCache, Registrar};
 use std::error::Error as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -122,27 +122,44 @@ fn a_registrar_that_panics_over_its_own_error_leaves_nothing_behind() {
     assert_eq!((cache.stats().regions, cache.stats().failed), (0, 3));
 }
 
+/// It has one byte more than 64 bits count, so it is over every limit, and nothing is evicted in vain.
 #[test]
-fn the_whole_address_space_is_too_large_and_nothing_is_evicted_for_it() {
+fn the_whole_address_space_is_too_large_for_any_limit() {
     for merge in [Merge::Never, Merge::Overlapping, Merge::Adjacent] {
-        for max_bytes in [u64::MAX, 1 << 40] {
+        for max_bytes in [u64::MAX - 1, 1 << 40] {
             let options = Options::new().merge(merge).max_bytes(max_bytes).max_region_bytes(u64::MAX);
             let (_mm, _device, cache) = counting(options);
             drop(cache.get(pages(1, 1)).unwrap());
             let refused = cache.get(VaRange::ALL).unwrap_err();
             assert!(matches!(refused, Error::TooLarge { range: VaRange::ALL, .. }), "{refused:?}");
-            let says = "register 0x0-0x10000000000000000: no cache registers the whole of an address space";
-            assert_eq!(refused.to_string(), says);
+            let limit = format!("larger than the cache's limit of {max_bytes} bytes");
+            assert_eq!(refused.to_string(), format!("register 0x0-0x10000000000000000: {limit}"));
             assert_eq!((cache.stats().live_regions, cache.stats().evicted, cache.stats().bytes), (1, 0, 4096));
         }
     }
 }
 
-/// Two halves have more bytes together than can be counted: there is room for one, and the other one goes.
 #[test]
-fn sums_that_do_not_fit_are_evicted_for() {
+fn without_a_limit_there_is_room_for_the_whole_address_space_beside_others() {
     for merge in [Merge::Never, Merge::Overlapping, Merge::Adjacent] {
-        let (_mm, device, cache) = counting(Options::new().merge(merge).max_region_bytes(u64::MAX));
+        let (mm, device, cache) = counting(Options::new().merge(merge));
+        let [low, high] = [0, 1 << 51].map(|first| pages(first, 1 << 51));
+        let leases = [low, high, VaRange::ALL].map(|range| cache.get(range).unwrap());
+        assert_eq!(leases.each_ref().map(|lease| lease.range()), [low, high, VaRange::ALL]);
+        assert_eq!(cache.stats().bytes, u64::MAX, "twice as much, and that is what can be said of it");
+        drop(leases);
+        drop(mm.invalidate(pages(1, 1), Event::Unmap));
+        cache.flush();
+        assert_eq!((cache.stats().regions, cache.stats().bytes, cache.stats().live_bytes), (0, 0, 0));
+        assert_eq!((device.registrar().deregistered(), cache.stats().evicted), (3, 0));
+    }
+}
+
+/// Two halves have more bytes together than 64 bits count: there is room for one, and the other one goes.
+#[test]
+fn where_sums_do_not_fit_into_64_bits_the_limit_holds() {
+    for merge in [Merge::Never, Merge::Overlapping, Merge::Adjacent] {
+        let (_mm, device, cache) = counting(Options::new().merge(merge).max_bytes(u64::MAX - 1));
         let [low, high] = [0, 1 << 51].map(|first| pages(first, 1 << 51));
         for half in [low, high, low] {
             assert_eq!(cache.get(half).unwrap().range(), half);
