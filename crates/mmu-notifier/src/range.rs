@@ -23,6 +23,12 @@ impl Va {
         Self(address)
     }
 
+    /// Takes the address of a pointer of this process.
+    #[must_use]
+    pub fn from_ptr<T: ?Sized>(pointer: *const T) -> Self {
+        Self(pointer.addr() as u64)
+    }
+
     /// Returns the byte address.
     #[must_use]
     pub const fn get(self) -> u64 {
@@ -110,6 +116,25 @@ impl VaRange {
             Some(last) => Ok(Self { first: start.0 & !(PAGE_SIZE - 1), last: last | (PAGE_SIZE - 1) }),
             None => Err(InvalidRange { start, last: Va(u64::MAX) }),
         }
+    }
+
+    /// Makes the smallest range of whole pages that holds the memory of `buffer`, in this process.
+    ///
+    /// # Errors
+    /// [`InvalidRange`] if `buffer` has no bytes.
+    ///
+    /// # Examples
+    /// ```
+    /// use mmu_notifier::{Va, VaRange};
+    ///
+    /// let buffer = vec![0_u8; 10_000];
+    /// let range = VaRange::of(&buffer)?;
+    /// assert!(range.contains(Va::from_ptr(&buffer[9_999])));
+    /// assert!(VaRange::of::<u8>(&[]).is_err(), "there is nothing to make a range of");
+    /// # Ok::<(), mmu_notifier::InvalidRange>(())
+    /// ```
+    pub fn of<T>(buffer: &[T]) -> Result<Self, InvalidRange> {
+        Self::covering(Va::from_ptr(buffer.as_ptr()), size_of_val(buffer) as u64)
     }
 
     /// Returns the first byte.

@@ -50,6 +50,9 @@ impl<N: Notifier> Subscription<N> {
 
     /// Takes one more reference to the same notifier, also when its address space has ended.
     ///
+    /// Not `Clone`, because the count of users is 32 bits wide, as the kernel's is, and a clone cannot fail; an `Arc` of one
+    /// subscription can be cloned.
+    ///
     /// # Blocking
     /// No.
     /// # Errors

@@ -110,7 +110,9 @@ impl<R: Registrar + fmt::Debug> fmt::Debug for Device<R> {
 
 /// A handle of a cache. From [`Device::open`].
 ///
-/// Send and share it as you like: `get` takes no lock for what is registered already.
+/// Send and share it as you like: `get` takes no lock for what is registered already. Not for signal handlers: one that
+/// interrupts its thread's own `get` and keeps a lease may lose that lease to the interrupted call, and a miss or the end of a
+/// lease may wait for a lock that the interrupted code holds.
 pub struct RegCache<R: Registrar> {
     subscription: Subscription<Cache<R>>,
 }
@@ -155,8 +157,18 @@ impl<R: Registrar> RegCache<R> {
     /// If the buffer is empty: there is nothing to register.
     #[inline]
     pub fn get_for<T>(&self, buffer: &[T]) -> Result<Lease<'_, R>, Error<R::Error>> {
-        let range = VaRange::covering(mmu_notifier::Va::new(buffer.as_ptr().addr() as u64), size_of_val(buffer) as u64);
-        self.get(range.expect("a buffer that is not empty covers a page"))
+        self.get(VaRange::of(buffer).expect("a buffer that is not empty covers a page"))
+    }
+
+    /// The same as [`get_for`](Self::get_for), for a lease that keeps the cache itself, as [`get_owned`](Self::get_owned) gives
+    /// it. It does not keep the buffer.
+    ///
+    /// # Errors
+    /// As [`get_owned`](Self::get_owned).
+    /// # Panics
+    /// If the buffer is empty: there is nothing to register.
+    pub fn get_owned_for<T>(&self, buffer: &[T]) -> Result<OwnedLease<R>, Error<R::Error>> {
+        self.get_owned(VaRange::of(buffer).expect("a buffer that is not empty covers a page"))
     }
 
     /// Takes everything out of the look-up and deregisters what is not leased. Returns how many regions were found until then.
@@ -195,7 +207,8 @@ impl<R: Registrar> RegCache<R> {
         self.subscription.mm()
     }
 
-    /// Makes another handle of the same cache.
+    /// Makes another handle of the same cache. Not `Clone`, because the count of handles is 32 bits wide, as the kernel's is,
+    /// and a clone cannot fail; an `Arc` of one handle can be cloned.
     ///
     /// # Errors
     /// [`Overflow`] after 2^32 - 1 of them.

@@ -146,13 +146,19 @@ impl Srcu {
         SendGuard::enter(self.state())
     }
 
-    /// Waits until all sections that began before the call have ended.
+    /// Waits until all sections that began before the call have ended, and sometimes for a bounded number of later ones.
     ///
-    /// What was unlinked before the call can be freed after it. Sections that begin later are not waited for. Callers at the
-    /// same time share grace periods.
+    /// What was unlinked before the call can be freed after it. Callers at the same time share grace periods.
+    ///
+    /// If no grace period is under way at the call, sections that begin later are not waited for. If one is (because of
+    /// another `synchronize`, a [`call`](Self::call) or a [`start_poll`](Self::start_poll)), this waits for the one after it:
+    /// the one under way may have looked for readers before the caller's unlinking. The next one begins when that one has
+    /// ended. Until then new sections count in the same bank as older ones, so sections that begin before the next grace
+    /// period does are waited for, too; sections that begin after it are not. A reader preempted in the middle of
+    /// `read_lock` may have chosen its bank earlier, and is waited for as well. No stream of new sections holds a caller up.
     ///
     /// # Blocking
-    /// Looks for a moment, then sleeps until the last of the sections ends.
+    /// Looks for a moment, then sleeps until the last of these sections ends.
     /// # Errors
     /// [`WouldDeadlock`] inside a section ([`read_lock_held`](Self::read_lock_held)) or callback of this domain.
     /// # Source

@@ -148,3 +148,36 @@ fn a_cookie_of_another_domain_is_refused() {
     let cookie = a.start_poll();
     let _ = b.poll(cookie);
 }
+
+/// With a grace period under way, the caller's is the one after it. A section that begins before the latter may be waited
+/// for; one that begins after it, in the other bank, is not.
+#[test]
+fn s_83_a_grace_period_waits_for_no_section_that_begins_after_it() {
+    let srcu = Srcu::new();
+    let first = srcu.read_lock();
+    let under_way = srcu.start_poll();
+    // The grace period under way has turned the banks over.
+    while format!("{srcu:?}").contains("waiting: [0, 0]") {
+        thread::yield_now();
+    }
+    let asked = srcu.start_poll();
+    let second = srcu.read_lock();
+    drop(first);
+    while !srcu.poll(under_way) {
+        thread::yield_now();
+    }
+    let bank = format!("{second:?}");
+    let later = loop {
+        let later = srcu.read_lock();
+        if format!("{later:?}") != bank {
+            break later;
+        }
+        thread::yield_now();
+    };
+    assert!(!srcu.poll(asked), "the second section is open");
+    drop(second);
+    while !srcu.poll(asked) {
+        thread::yield_now();
+    }
+    drop(later);
+}
