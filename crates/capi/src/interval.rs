@@ -197,3 +197,10 @@ export! {
         unsafe { inserted("mmu_interval_set_seq", interval) }.set_seq(seq);
     }
 }
+
+/// What abi/layout.txt says of the header.
+#[cfg(target_pointer_width = "64")]
+const _: () = {
+    assert!(size_of::<IntervalNotifier>() == 144 && std::mem::offset_of!(IntervalNotifier, ops) == 16);
+    assert!(std::mem::offset_of!(IntervalNotifier, node) == 32);
+};

@@ -400,3 +400,10 @@ export! {
         mm::must_not_wait("mmu_notifier_synchronize", DRIVERS.synchronize());
     }
 }
+
+/// What abi/layout.txt says of the header.
+#[cfg(target_pointer_width = "64")]
+const _: () = {
+    assert!(size_of::<MmuNotifier>() == 128 && mem::offset_of!(MmuNotifier, node) == 16);
+    assert!(size_of::<Ops>() == 72 && mem::offset_of!(Ops, free_notifier) == 64);
+};

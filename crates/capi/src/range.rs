@@ -225,3 +225,10 @@ export! {
         c_int::from(mm.is_some_and(|mm| mm.test_young(Va::new(address))))
     }
 }
+
+/// What abi/layout.txt says of the header.
+#[cfg(target_pointer_width = "64")]
+const _: () = {
+    assert!(size_of::<Range>() == 184 && std::mem::offset_of!(Range, owner) == 32);
+    assert!(std::mem::offset_of!(Range, state) == 40 && std::mem::offset_of!(Range, bracket) == 48);
+};

@@ -1,1 +1,6 @@
-//! The C interface, from C.
+//! The C interface, from C: programs that are compiled here and run.
+
+mod abi;
+mod headers;
+mod scenarios;
+mod support;

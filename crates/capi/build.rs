@@ -1,0 +1,52 @@
+//! The shared library's name and the version of its symbols.
+
+use std::path::Path;
+use std::process::Command;
+use std::{env, fs};
+
+/// The major version of the binary interface.
+const ABI: &str = "0";
+
+fn main() {
+    println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rerun-if-env-changed=RUSTC_LINKER");
+    let is_linux = env::var("CARGO_CFG_TARGET_OS").is_ok_and(|os| os == "linux");
+    if !is_linux {
+        return;
+    }
+    println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,libmmun.so.{ABI}");
+    if let Some(wrapper) = wrapper() {
+        println!("cargo:rustc-cdylib-link-arg=-wrapper");
+        println!("cargo:rustc-cdylib-link-arg={wrapper}");
+    }
+}
+
+/// Writes a program that gives the symbols their version, where the linker is driven by gcc, which has `-wrapper`.
+///
+/// rustc hands the linker a version script of its own with an anonymous version, beside which there can be no other. So its
+/// script is given a name on the way.
+fn wrapper() -> Option<String> {
+    let linker = env::var("RUSTC_LINKER").unwrap_or_else(|_| "cc".into());
+    let about = Command::new(linker).arg("--version").output().ok()?;
+    if !String::from_utf8_lossy(&about.stdout).contains("Free Software Foundation") {
+        println!("cargo:warning=the linker is not gcc: the symbols of libmmun.so get no versions");
+        return None;
+    }
+    let path = Path::new(&env::var_os("OUT_DIR")?).join("with_versions");
+    let script = format!(
+        "#!/bin/sh\n\
+         for argument; do\n\
+         \tcase $argument in\n\
+         \t--version-script=*) sed -i '1s/^{{/MMUN_{ABI} {{/' \"${{argument#--version-script=}}\" ;;\n\
+         \tesac\n\
+         done\n\
+         exec \"$@\"\n"
+    );
+    fs::write(&path, script).ok()?;
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).ok()?;
+    }
+    Some(path.to_str()?.to_owned())
+}

@@ -1,0 +1,93 @@
+/* What the scenario programs share: a driver that writes down what happens to it, gates, threads. */
+#ifndef CHECK_H
+#define CHECK_H
+
+#include <mmun/mmu_notifier.h>
+#include <pthread.h>
+#include <sched.h>
+#include <semaphore.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#define CHECK(condition)                                                                             \
+	do {                                                                                         \
+		if (!(condition)) {                                                                  \
+			fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);              \
+			_exit(1);                                                                    \
+		}                                                                                    \
+	} while (0)
+
+#define PAGE 4096ul
+#define SCENARIO(name) static void name(void)
+/* The frees of one do not reach into the next. */
+#define RUN(name)                                                                                    \
+	do {                                                                                         \
+		name();                                                                              \
+		mmu_notifier_synchronize();                                                          \
+		printf("ok %s\n", #name);                                                            \
+		fflush(stdout);                                                                      \
+	} while (0)
+
+enum at { ALLOC, START, END, RELEASE, FREE, FLUSH, YOUNG, AT_MAX };
+
+/* A driver's object. */
+struct probe {
+	int name;
+	atomic_int count[AT_MAX];
+	struct mmu_notifier mn; /* Not the first field: container_of is what finds the object. */
+	void (*hook)(struct probe *, enum at, const struct mmu_notifier_range *);
+	int refuse; /* What start returns. */
+	unsigned long last_start, last_end;
+	enum mmu_notifier_event last_event;
+	void *last_owner;
+	bool last_blockable;
+};
+
+/* What happened, in order: name * 10 + at. */
+extern int order[256];
+extern atomic_int happened;
+extern atomic_int allocs, frees;
+
+extern const struct mmu_notifier_ops ops, other_ops, failing_ops, flush_ops, both_ops, bare_ops;
+/* What alloc_notifier of `ops` uses for the next object. */
+extern int next_name;
+extern void (*next_hook)(struct probe *, enum at, const struct mmu_notifier_range *);
+
+struct probe *probe_of(struct mmu_notifier *mn);
+struct probe *probe_new(int name, const struct mmu_notifier_ops *table);
+struct probe *got(struct mm_struct *mm, const struct mmu_notifier_ops *table, int name);
+void event(struct mm_struct *mm, unsigned long page);
+void forget(void);
+/* The objects to which `at` happened, newest last, as decimal digits. */
+long names(enum at at);
+/* Waits until the condition holds, which another thread is about to bring about. */
+#define AWAIT(condition)                                                                             \
+	while (!(condition))                                                                         \
+		sched_yield()
+
+/* A place where a callback stops. */
+struct gate {
+	sem_t arrived, open;
+};
+extern struct gate gate;
+void gate_reset(void);
+void stop_at_start(struct probe *, enum at, const struct mmu_notifier_range *);
+void stop_at_release(struct probe *, enum at, const struct mmu_notifier_range *);
+void stop_at_free(struct probe *, enum at, const struct mmu_notifier_range *);
+
+pthread_t spawn(void *(*run)(void *), void *argument);
+void join(pthread_t thread);
+/* Whether `f` ends a process with SIGABRT, and `f2` in turn. */
+bool aborts(void (*f)(void));
+bool child_succeeds(void (*f)(void));
+
+void get_put(void);
+void life(void);
+void events(void);
+void intervals(void);
+
+#endif
