@@ -2,7 +2,7 @@
 //!
 //! In C a `struct mmu_notifier` is a field of the driver's own object, the driver frees that object, and one table of operations is
 //! the key by which it is found. So here the user gives the memory of a node, says which node it looks for, and gets pointers.
-//! What callbacks see, what waits for what and what is refused is the same as for [`Subsystem`](crate::Subsystem) and
+//! What callbacks see, what waits for what and what is refused is the same as for [`Subsystem`] and
 //! [`Registration`](crate::Registration), for it is the same code.
 //!
 //! Rust programs have no use for this module: the rest of the crate is safe.
