@@ -162,9 +162,11 @@ fn b_14_b_22_b_29_a_raw_interval_keeps_its_own_lock_and_sequence() {
     let mut locked = mm.mmap_write_lock().unwrap();
     let me = place();
     let ops = Range { me, locked: Arc::default(), seen: Arc::default() };
-    // SAFETY: The place is leaked for good.
+    // SAFETY: The place is leaked until it is removed.
     unsafe { Interval::insert_locked(me, &mut locked, page(7), ops) }.unwrap();
     drop(locked);
     // SAFETY: It is inserted.
     unsafe { Interval::remove(me) }.unwrap();
+    // SAFETY: `place` leaked it, and it is ours again.
+    drop(unsafe { Box::from_raw(me.as_ptr().cast::<MaybeUninit<Interval<Range>>>()) });
 }
