@@ -18,6 +18,7 @@ use crate::Error;
 use crate::kernel::Kernel;
 use crate::kernel::sys::until;
 use crate::uffd::Uffd;
+use crate::watch::Brackets;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -35,6 +36,8 @@ pub(crate) struct Marks {
     /// The source of this address space that runs, under a lock that no other address space's thread has taken along.
     pub(crate) kernel: AtomicPtr<Running<Kernel>>,
     pub(crate) uffd: AtomicPtr<Running<Uffd>>,
+    /// What marks the watches of this address space.
+    pub(crate) brackets: AtomicPtr<Running<Brackets>>,
     /// Held while the hook finds out what is to be patched.
     pub(crate) hook_plan: Lock,
     /// Held while the hook patches.
@@ -107,6 +110,7 @@ extern "C" fn wipe() {
     marks.alive.store(0, Ordering::Relaxed);
     marks.kernel.store(ptr::null_mut(), Ordering::Relaxed);
     marks.uffd.store(ptr::null_mut(), Ordering::Relaxed);
+    marks.brackets.store(ptr::null_mut(), Ordering::Relaxed);
     marks.hook_plan.0.store(false, Ordering::Relaxed);
     marks.hook_patch.0.store(false, Ordering::Relaxed);
 }

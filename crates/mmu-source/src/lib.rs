@@ -10,6 +10,8 @@
 //! * [`kernel`]: everything that changes a translation of this process, through KVM's notifier and a BPF program.
 //! * [`process`]: other processes, through ptrace and a seccomp filter.
 //! * [`uffd`]: armed ranges of this process, through userfaultfd.
+//!
+//! [`Watch`] answers one question about one range, whatever the source: has it been touched since?
 
 #![deny(unsafe_code)]
 
@@ -23,10 +25,13 @@ mod ranges;
 mod signals;
 mod sources;
 pub mod uffd;
+mod vault;
+mod watch;
 
 pub use current_mm::{current, current_if_made, current_ref};
 pub use error::Error;
 pub use sources::{SOURCES, SourceInfo};
+pub use watch::Watch;
 
 /// The example of the crate's README must run.
 #[cfg(all(doctest, target_arch = "x86_64", target_os = "linux", target_env = "gnu"))]

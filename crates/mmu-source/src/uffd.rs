@@ -232,7 +232,7 @@ impl Inner {
             if self.stop.load(Ordering::Relaxed) {
                 return;
             }
-            if !wait::wait(self.uffd.as_fd(), self.reader.as_fd()) {
+            if !wait::wait(self.uffd.as_fd(), self.reader.as_fd(), None) {
                 wait::clear(self.reader.as_fd());
             }
         }

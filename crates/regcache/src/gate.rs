@@ -40,7 +40,7 @@ impl Gate {
     pub(crate) fn is_current(&self) -> bool {
         match &self.kernel {
             None => true,
-            Some(kernel) => kernel.is_handled(kernel.generation()),
+            Some(kernel) => kernel.is_settled(),
         }
     }
 

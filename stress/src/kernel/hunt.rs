@@ -244,34 +244,31 @@ impl World {
             for _ in 0..random(20) {
                 // ORDER: Acquire: this change is over, and everything below comes after it.
                 let over = self.over[page].load(Ordering::Acquire);
-                let generation = match mutant {
-                    Mutant::NoLook => kernel.generation(),
-                    _ => kernel.settle().expect("no fork"),
-                };
+                let settled = (mutant != Mutant::NoLook).then(|| kernel.settle().expect("no fork"));
                 let found = cache.entries.lock().expect("no panic")[page];
                 match found {
-                    Some(version) if mutant == Mutant::NoLook || kernel.is_current(generation) => {
+                    Some(version) if settled.is_none_or(|settled| kernel.is_current(settled)) => {
                         self.tally.hits.fetch_add(1, Ordering::Relaxed);
                         if version < over {
                             self.tally.stale.fetch_add(1, Ordering::Relaxed);
                         }
                     }
                     Some(_) => {}
-                    None => self.fill(kernel, cache, mutant, page),
+                    None => self.fill(kernel, armed[page].as_ref().expect("armed"), cache, mutant, page),
                 }
             }
         }
     }
 
-    fn fill(&self, kernel: &Arc<Kernel>, cache: &Cache, mutant: Mutant, page: usize) {
+    fn fill(&self, kernel: &Kernel, armed: &Armed, cache: &Cache, mutant: Mutant, page: usize) {
         // The mutant without the wait asks only for the generation.
         let generation = kernel.settle().expect("no fork");
-        let seq = (mutant != Mutant::NoWait).then(|| kernel.read_begin().expect("a virtual machine"));
+        let seq = (mutant != Mutant::NoWait).then(|| armed.read_begin().expect("a virtual machine"));
         let Some(version) = self.translate(page) else { return };
         let mut entries = cache.entries.lock().expect("no panic");
         entries[page] = Some(version);
         // Whoever invalidates from here on waits for the lock.
-        if seq.map_or(!kernel.is_current(generation), |seq| kernel.read_retry(seq)) {
+        if seq.map_or(!kernel.is_current(generation), |seq| armed.read_retry(seq)) {
             entries[page] = None;
             self.tally.retries.fetch_add(1, Ordering::Relaxed);
         } else {

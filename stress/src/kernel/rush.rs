@@ -62,7 +62,7 @@ pub(crate) fn rush(kernel: &Arc<Kernel>, length: Duration, patience: Duration) -
             let kernel = Arc::clone(kernel);
             repeat(deed, Box::new(move || _ = kernel.settle().expect("no fork")));
         }
-        let own = Arc::clone(kernel);
+        let own = kernel.arm(range(memory[1])).expect("armed");
         repeat(2, Box::new(move || _ = own.read_begin().expect("a virtual machine")));
         let (own, at) = (Arc::clone(kernel), memory[0]);
         repeat(3, Box::new(move || drop(own.arm(range(at)).expect("armed"))));

@@ -1,8 +1,7 @@
 //! What the source finds on this machine, and how it says what is missing.
 
-use super::filter::PART;
-use super::program::{self, Maps, header};
-use super::sys::{self, Map};
+use super::machine::Parts;
+use super::sys;
 use crate::Error;
 use std::io;
 use std::os::fd::AsFd;
@@ -24,14 +23,8 @@ pub struct Features {
 pub fn probe() -> Result<Features, Error> {
     let kvm = sys::open_kvm().map_err(|error| kvm_missing(&error))?;
     sys::create_vm(kvm.as_fd()).map_err(|error| kvm_missing(&error))?;
-    let map = |map| sys::create_map(map).map_err(|error| bpf_missing(&error));
-    let header = map(Map::Value { bytes: header::BYTES as u32 })?;
-    let part = map(Map::Value { bytes: PART as u32 })?;
-    let ring = map(Map::Ring { bytes: 4096 })?;
-    let code =
-        program::build(Maps { header: header.as_fd(), sum: part.as_fd(), own: part.as_fd(), ring: ring.as_fd() });
-    let program = sys::load_program(&code).map_err(|error| bpf_missing(&error))?;
-    sys::attach(program.as_fd(), c"kvm_unmap_hva_range").map_err(|error| tracepoint_missing(&error))?;
+    let parts = Parts::make(4096).map_err(|error| bpf_missing(&error))?;
+    sys::attach(parts.program.as_fd(), c"kvm_unmap_hva_range").map_err(|error| tracepoint_missing(&error))?;
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     Ok(Features { release: release.trim().to_owned(), through: "raw_tracepoint kvm_unmap_hva_range" })
 }

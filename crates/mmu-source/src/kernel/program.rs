@@ -4,7 +4,9 @@
 //! change. In C it would read:
 //!
 //! ```c
-//! seen++;                                            // Every event, armed or not: `arm` needs it.
+//! if (start == scratch) goto question;
+//! if (!on) return;                                   // Nothing was ever armed.
+//! if (dirty != 1) xchg(&dirty, 1);                   // A full barrier before the look at the filter: `arm` needs it.
 //! if (!armed) return;
 //! if (wide) goto hit;
 //! last = end - 1;
@@ -19,89 +21,82 @@
 //! return;
 //! // A granule is armed if both of its counters are above zero: `hash` stands for two.
 //! hit:
+//! if (count && *count == 0) return;                  // Another address space, or B's own turn: see `wait.rs`.
 //! number = ++generation;                             // Before the page tables change, and before the record is there.
 //! record = bpf_ringbuf_reserve(ring, 24);
 //! if (!record) { lost++; return; }
-//! *record = { start, end, number };
-//! bpf_ringbuf_submit(record);
+//! *record = { start, end, number | what the task is doing << 48 };
+//! bpf_ringbuf_submit(record, awake ? BPF_RB_NO_WAKEUP : 0);
+//! return;
+//! question:                                          // Is anything under way? See `wait.rs`.
+//! number = asked;
+//! if (count && *count == 0) answered = number;
 //! ```
 //!
 //! The loops over levels are unrolled by [`build`].
 
+use super::asm::{Assembler, If, Op, PEEKED, Reg};
 use super::filter::{FACTORS, LEVELS, LINE_BITS, SPAN, shift, start_of};
-use std::collections::HashMap;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use Reg::{R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, R10};
+use std::os::fd::BorrowedFd;
 
-/// Where the words of the shared header lie. Those that are written often have a cache line each.
+/// Where the words of the shared header lie. Those that are written often have a cache line each; those from `ON` to
+/// `WIDE` are read by each event.
 pub(super) mod header {
     pub(in super::super) const BYTES: usize = 4096;
-    /// How many events hit an armed range.
+    /// How many events hit an armed range, and one.
     pub(in super::super) const GENERATION: usize = 0;
-    /// How many events there were.
-    pub(in super::super) const SEEN: usize = 64;
+    /// How many hits found B's count at zero. For guesses: processors overwrite each other's additions.
+    pub(in super::super) const IGNORED: usize = 64;
     /// How many hits found the ring full.
     pub(in super::super) const LOST: usize = 128;
+    /// Whether a range was ever armed.
+    pub(in super::super) const ON: usize = 192;
+    /// Whether there was an event since the last wait: see `wait.rs`.
+    pub(in super::super) const DIRTY: usize = 200;
+    /// The page whose events are questions.
+    pub(in super::super) const SCRATCH: usize = 208;
+    /// Whether somebody is going to look at the ring anyway.
+    pub(in super::super) const AWAKE: usize = 216;
     /// How many ranges are armed.
-    pub(in super::super) const ARMED: usize = 192;
+    pub(in super::super) const ARMED: usize = 224;
     /// How many of them are wider than the filter.
-    pub(in super::super) const WIDE: usize = 200;
+    pub(in super::super) const WIDE: usize = 232;
     /// How many of them belong to each level: a word for each.
     pub(in super::super) const RANGES: usize = 256;
+    /// The question, and the last one whose answer was that nothing is under way.
+    pub(in super::super) const ASKED: usize = 320;
+    pub(in super::super) const ANSWERED: usize = 328;
+}
+
+/// Where the words lie that only programs see.
+pub(super) mod private {
+    pub(in super::super) const BYTES: usize = 64;
+    /// The address of machine B's count of changes under way; 0 if there is none.
+    pub(in super::super) const COUNT: usize = 0;
+    /// The `f_op` of a virtual machine's file.
+    pub(in super::super) const FILE_OPS: usize = 8;
 }
 
 /// The size of a record: start, end, number.
 const RECORD: i32 = 24;
-
-/// Registers. 1 to 5 are lost in a call, 6 to 9 are not; 0 is a call's result.
-#[derive(Debug, Clone, Copy)]
-enum Reg {
-    R0,
-    R1,
-    R2,
-    R3,
-    R4,
-    R5,
-    R6,
-    R7,
-    R8,
-    R9,
-}
-use Reg::{R0, R1, R2, R3, R4, R5, R6, R7, R8, R9};
+/// What the upper bits of a record's number say of its task: 0 if nothing is known, else its system call plus 2, where -1
+/// is none: an exception.
+pub(super) const NUMBER_BITS: u32 = 48;
 
 const START: Reg = R6;
 const LAST: Reg = R7;
 const HEADER: Reg = R8;
 const HASHES: [Reg; 2] = [R1, R9];
 
-/// Operations of 64 bits, `BPF_ALU64`, with an immediate (`BPF_K`).
-#[derive(Debug, Clone, Copy)]
-enum Op {
-    Add = 0x07,
-    Sub = 0x17,
-    And = 0x57,
-    Shl = 0x67,
-    Shr = 0x77,
-    Mul = 0x27,
-    Mov = 0xb7,
-}
-
-/// The bit that makes the source a register (`BPF_X`).
-const BY_REGISTER: u8 = 0x08;
-
-/// Conditions of 64 bits, `BPF_JMP`; unsigned.
-#[derive(Debug, Clone, Copy)]
-enum If {
-    Always = 0x05,
-    Equal = 0x15,
-    Greater = 0x25,
-    NotEqual = 0x55,
-    Less = 0xa5,
-}
-
 /// A place to jump to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Label {
+    Question,
+    /// `dirty` is set.
+    Dirty,
     Hit,
+    Count,
     Lost,
     Out,
     Level(usize),
@@ -111,100 +106,31 @@ enum Label {
     Coarser(usize),
 }
 
-#[derive(Default)]
-struct Assembler {
-    code: Vec<u64>,
-    labels: HashMap<Label, usize>,
-    jumps: Vec<(usize, Label)>,
-    tests: usize,
+/// The maps of the program.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Maps<'a> {
+    pub(super) header: BorrowedFd<'a>,
+    pub(super) private: BorrowedFd<'a>,
+    pub(super) sum: BorrowedFd<'a>,
+    pub(super) own: BorrowedFd<'a>,
+    pub(super) ring: BorrowedFd<'a>,
 }
 
-/// `struct bpf_insn`: eight bits of code, four each of destination and source, an offset, an immediate.
-fn instruction(code: u8, dst: Reg, src: u8, offset: i16, immediate: i32) -> u64 {
-    u64::from(code)
-        | (dst as u64) << 8
-        | u64::from(src) << 12
-        | u64::from(offset as u16) << 16
-        | u64::from(immediate as u32) << 32
+/// What this kernel lets programs do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Rights {
+    /// Read kernel memory, which lockdown can forbid.
+    pub(super) peek: bool,
+    /// Look at the registers of the current task (Linux 5.15).
+    pub(super) registers: bool,
 }
 
-impl Assembler {
-    fn push(&mut self, code: u8, dst: Reg, src: u8, offset: usize, immediate: i32) {
-        let offset = i16::try_from(offset).expect("offsets of this program are small");
-        self.code.push(instruction(code, dst, src, offset, immediate));
-    }
+type Code = Assembler<Label>;
 
-    /// `dst op= immediate`.
-    fn op(&mut self, op: Op, dst: Reg, immediate: i32) {
-        self.push(op as u8, dst, 0, 0, immediate);
-    }
-
-    /// `dst op= src`.
-    fn op_reg(&mut self, op: Op, dst: Reg, src: Reg) {
-        self.push(op as u8 | BY_REGISTER, dst, src as u8, 0, 0);
-    }
-
-    /// `dst = *(u64 *)(src + offset)`.
-    fn load(&mut self, dst: Reg, src: Reg, offset: usize) {
-        self.push(0x79, dst, src as u8, offset, 0);
-    }
-
-    /// `dst = *(u16 *)src`.
-    fn load_u16(&mut self, dst: Reg, src: Reg) {
-        self.push(0x69, dst, src as u8, 0, 0);
-    }
-
-    /// `*(u64 *)(dst + offset) = src`.
-    fn store(&mut self, dst: Reg, offset: usize, src: Reg) {
-        self.push(0x7b, dst, src as u8, offset, 0);
-    }
-
-    /// `atomic_add(dst + offset, src)`, and with `fetch` `src =` its former value, which makes it a full barrier too.
-    fn atomic_add(&mut self, dst: Reg, offset: usize, src: Reg, fetch: bool) {
-        self.push(0xdb, dst, src as u8, offset, i32::from(fetch));
-    }
-
-    /// `dst = immediate`, 64 bits in two instructions.
-    fn wide(&mut self, dst: Reg, kind: u8, low: u32, high: u32) {
-        self.push(0x18, dst, kind, 0, low as i32);
-        self.code.push(u64::from(high) << 32);
-    }
-
-    fn map(&mut self, dst: Reg, map: BorrowedFd<'_>) {
-        self.wide(dst, 1, map.as_raw_fd() as u32, 0);
-    }
-
-    fn map_value(&mut self, dst: Reg, map: BorrowedFd<'_>) {
-        self.wide(dst, 2, map.as_raw_fd() as u32, 0);
-    }
-
-    fn call(&mut self, helper: i32) {
-        self.push(0x85, R0, 0, 0, helper);
-    }
-
-    fn jump(&mut self, condition: If, dst: Reg, immediate: i32, to: Label) {
-        self.jumps.push((self.code.len(), to));
-        self.push(condition as u8, dst, 0, 0, immediate);
-    }
-
-    fn jump_reg(&mut self, condition: If, dst: Reg, src: Reg, to: Label) {
-        self.jumps.push((self.code.len(), to));
-        self.push(condition as u8 | BY_REGISTER, dst, src as u8, 0, 0);
-    }
-
-    fn goto(&mut self, to: Label) {
-        self.jump(If::Always, R0, 0, to);
-    }
-
-    fn label(&mut self, label: Label) {
-        let before = self.labels.insert(label, self.code.len());
-        assert!(before.is_none(), "one place for {label:?}");
-    }
-
+impl Code {
     /// Jumps to `Hit` if both counters of the granule in `granule` are above zero. Uses registers 0 and 4.
     fn test_granule(&mut self, level: usize, table: BorrowedFd<'_>, granule: Reg) {
-        let passed = Label::Passed(self.tests);
-        self.tests += 1;
+        let passed = Label::Passed(self.len());
         for hash in HASHES {
             self.op_reg(Op::Mov, R4, granule);
             self.op(Op::Shr, R4, 4);
@@ -232,38 +158,30 @@ impl Assembler {
             self.op(Op::Shr, dst, shift(level) as i32);
         }
     }
-
-    fn finish(mut self) -> Vec<u64> {
-        for (at, label) in self.jumps {
-            let to = self.labels[&label] as i64;
-            let offset = i16::try_from(to - at as i64 - 1).expect("the program is short");
-            self.code[at] |= u64::from(offset as u16) << 16;
-        }
-        self.code
-    }
-}
-
-/// The maps of the program.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Maps<'a> {
-    pub(super) header: BorrowedFd<'a>,
-    pub(super) sum: BorrowedFd<'a>,
-    pub(super) own: BorrowedFd<'a>,
-    pub(super) ring: BorrowedFd<'a>,
 }
 
 /// Builds the program over these maps.
-pub(super) fn build(maps: Maps<'_>) -> Vec<u64> {
-    let mut a = Assembler::default();
+pub(super) fn build(maps: Maps<'_>, rights: Rights) -> Vec<u64> {
+    let mut a = Code::new();
     a.load(START, R1, 0);
     a.load(LAST, R1, 8);
     a.op(Op::Sub, LAST, 1);
     a.map_value(HEADER, maps.header);
-    a.op(Op::Mov, R2, 1);
-    a.atomic_add(HEADER, header::SEEN, R2, true);
-    a.load(R2, HEADER, header::ARMED);
+    let word = |offset: usize| offset as isize;
+    a.load(R2, HEADER, word(header::SCRATCH));
+    a.jump_reg(If::Equal, R2, START, Label::Question);
+    a.load(R2, HEADER, word(header::ON));
     a.jump(If::Equal, R2, 0, Label::Out);
-    a.load(R2, HEADER, header::WIDE);
+    // ORDER(source-wait): the change has raised B's count, by a locked instruction, before this look at A's tracepoint. Partner:
+    // the fence in `Waits::wait`.
+    a.load(R2, HEADER, word(header::DIRTY));
+    a.jump(If::Equal, R2, 1, Label::Dirty);
+    a.op(Op::Mov, R2, 1);
+    a.exchange(HEADER, word(header::DIRTY), R2);
+    a.label(Label::Dirty);
+    a.load(R2, HEADER, word(header::ARMED));
+    a.jump(If::Equal, R2, 0, Label::Out);
+    a.load(R2, HEADER, word(header::WIDE));
     a.jump(If::NotEqual, R2, 0, Label::Hit);
     for (hash, factor) in HASHES.into_iter().zip(FACTORS) {
         a.wide(hash, 0, factor as u32, (factor >> 32) as u32);
@@ -289,7 +207,7 @@ pub(super) fn build(maps: Maps<'_>) -> Vec<u64> {
     }
     for level in 1..LEVELS {
         a.label(Label::Coarser(level));
-        a.load(R0, HEADER, header::RANGES + 8 * level);
+        a.load(R0, HEADER, word(header::RANGES + 8 * level));
         a.jump(If::Equal, R0, 0, Label::Coarser(level + 1));
         a.granules(level);
         a.test_granule(level, maps.own, R2);
@@ -298,19 +216,55 @@ pub(super) fn build(maps: Maps<'_>) -> Vec<u64> {
     }
     a.label(Label::Coarser(LEVELS));
     a.goto(Label::Out);
-    hit(&mut a, maps.ring);
+    question(&mut a, maps, rights);
+    hit(&mut a, maps, rights);
     a.finish()
 }
 
+/// Jumps to `unknown` if B's count cannot be read, or falls through with it in register 0. Registers 1 to 5 are lost.
+fn load_count(a: &mut Code, maps: Maps<'_>, unknown: Label) {
+    a.map_value(R3, maps.private);
+    a.load(R3, R3, private::COUNT as isize);
+    a.jump(If::Equal, R3, 0, unknown);
+    a.peek(4);
+    a.jump(If::NotEqual, R0, 0, unknown);
+    a.load_u32(R0, R10, PEEKED);
+}
+
+/// A question of `wait.rs`: answered if nothing is under way.
+fn question(a: &mut Code, maps: Maps<'_>, rights: Rights) {
+    a.label(Label::Question);
+    if rights.peek {
+        // The number first: the answer is of a moment after the question.
+        a.load(R7, HEADER, header::ASKED as isize);
+        load_count(a, maps, Label::Out);
+        a.jump(If::NotEqual, R0, 0, Label::Out);
+        a.store(HEADER, header::ANSWERED as isize, R7);
+    }
+    a.goto(Label::Out);
+}
+
 /// The end of the program: counts and records the event.
-fn hit(a: &mut Assembler, ring: BorrowedFd<'_>) {
+fn hit(a: &mut Code, maps: Maps<'_>, rights: Rights) {
     const RINGBUF_RESERVE: i32 = 131;
     const RINGBUF_SUBMIT: i32 = 132;
     a.label(Label::Hit);
+    if rights.peek {
+        load_count(a, maps, Label::Count);
+        a.jump(If::NotEqual, R0, 0, Label::Count);
+        a.load(R0, HEADER, header::IGNORED as isize);
+        a.op(Op::Add, R0, 1);
+        a.store(HEADER, header::IGNORED as isize, R0);
+        a.goto(Label::Out);
+    }
+    a.label(Label::Count);
     a.op(Op::Mov, R9, 1);
-    a.atomic_add(HEADER, header::GENERATION, R9, true);
+    a.atomic_add(HEADER, header::GENERATION as isize, R9, true);
     a.op(Op::Add, R9, 1);
-    a.map(R1, ring);
+    if rights.registers {
+        add_call(a);
+    }
+    a.map(R1, maps.ring);
     a.op(Op::Mov, R2, RECORD);
     a.op(Op::Mov, R3, 0);
     a.call(RINGBUF_RESERVE);
@@ -320,13 +274,30 @@ fn hit(a: &mut Assembler, ring: BorrowedFd<'_>) {
     a.store(R0, 8, LAST);
     a.store(R0, 16, R9);
     a.op_reg(Op::Mov, R1, R0);
-    a.op(Op::Mov, R2, 0);
+    // BPF_RB_NO_WAKEUP is 1. ORDER(source-awake): the generation was counted above, a full barrier. Partner: the fence in
+    // `wants_a_call`.
+    a.load(R2, HEADER, header::AWAKE as isize);
     a.call(RINGBUF_SUBMIT);
     a.label(Label::Out);
     a.op(Op::Mov, R0, 0);
-    a.push(0x95, R0, 0, 0, 0);
+    a.exit();
     a.label(Label::Lost);
     a.op(Op::Mov, R1, 1);
-    a.atomic_add(HEADER, header::LOST, R1, false);
+    a.atomic_add(HEADER, header::LOST as isize, R1, false);
     a.goto(Label::Out);
+}
+
+/// Adds the current task's system call to the number in register 9.
+fn add_call(a: &mut Code) {
+    const GET_CURRENT_TASK_BTF: i32 = 158;
+    const TASK_PT_REGS: i32 = 175;
+    /// `orig_ax` in `struct pt_regs`, of x86-64.
+    const ORIG_AX: isize = 120;
+    a.call(GET_CURRENT_TASK_BTF);
+    a.op_reg(Op::Mov, R1, R0);
+    a.call(TASK_PT_REGS);
+    a.load(R0, R0, ORIG_AX);
+    a.op(Op::Add, R0, 2);
+    a.op(Op::Shl, R0, NUMBER_BITS as i32);
+    a.op_reg(Op::Or, R9, R0);
 }

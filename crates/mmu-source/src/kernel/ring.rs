@@ -3,9 +3,10 @@
 //! The kernel's layout: a page with the consumer's position, a page with the producer's, then the data, mapped twice in a
 //! row so that a record never wraps. A record has a header of eight bytes: its length with two flags, and a word for the kernel.
 
-use super::sys::{self, Map, Shared};
+use super::program::NUMBER_BITS;
+use super::sys::Shared;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::Ordering;
 
 const PAGE: usize = mmu_notifier::PAGE_SIZE as usize;
@@ -22,28 +23,29 @@ pub(super) struct Record {
     pub(super) end: u64,
     /// The generation that this event made.
     pub(super) number: u64,
+    /// What the task was doing: see `program.rs`.
+    pub(super) call: u16,
 }
 
 /// One reader at a time: the caller holds a lock.
 #[derive(Debug)]
 pub(super) struct Ring {
-    map: OwnedFd,
     consumer: Shared,
     producer: Shared,
     bytes: usize,
 }
 
 impl Ring {
-    /// Makes a ring of `bytes`, a power of two and at least a page.
-    pub(super) fn new(bytes: usize) -> io::Result<Self> {
-        let map = sys::create_map(Map::Ring { bytes: bytes as u32 })?;
-        let consumer = Shared::map(map.as_fd(), 0, PAGE, true)?;
-        let producer = Shared::map(map.as_fd(), PAGE, PAGE + 2 * bytes, false)?;
-        Ok(Self { map, consumer, producer, bytes })
+    /// Maps a ring of `bytes`, a power of two and at least a page.
+    pub(super) fn new(map: BorrowedFd<'_>, bytes: usize) -> io::Result<Self> {
+        let consumer = Shared::map(map, 0, PAGE, true)?;
+        let producer = Shared::map(map, PAGE, PAGE + 2 * bytes, false)?;
+        Ok(Self { consumer, producer, bytes })
     }
 
-    pub(super) fn map(&self) -> BorrowedFd<'_> {
-        self.map.as_fd()
+    /// What is mapped.
+    pub(super) fn mappings(&self) -> [&Shared; 2] {
+        [&self.consumer, &self.producer]
     }
 
     /// Takes the oldest record out, unless there is none or it is still being written.
@@ -61,7 +63,12 @@ impl Ring {
                 return None;
             }
             let word = |index: usize| self.producer.u64(place + HEADER + 8 * index).load(Ordering::Relaxed);
-            let record = Record { start: word(0), end: word(1), number: word(2) };
+            let record = Record {
+                start: word(0),
+                end: word(1),
+                number: word(2) & ((1 << NUMBER_BITS) - 1),
+                call: (word(2) >> NUMBER_BITS) as u16,
+            };
             let length = HEADER + ((header & !DISCARD) as usize).next_multiple_of(8);
             // ORDER: Release: the record has been copied before the kernel may write over it.
             self.consumer.u64(0).store(at + length as u64, Ordering::Release);

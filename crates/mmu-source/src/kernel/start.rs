@@ -1,39 +1,40 @@
 //! Starting the source, once for each address space.
 
-use super::drain::Drainer;
 use super::filter::{PART, Tables};
-use super::program::{self, Maps, header};
+use super::intake::Intake;
+use super::machine::{Machines, Parts};
+use super::program::header;
 use super::ring::Ring;
-use super::sys::{self, Map, Shared};
-use super::{Inner, Kernel, Machine, kernel_error};
+use super::sys::{self, ProgressPage, Shared};
+use super::wait::Waits;
+use super::{Inner, Kernel, kernel_error};
 use crate::Error;
 use crate::current_mm::current_ref;
 use crate::fork::{mark, marks, running};
 use crate::signals;
-use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex};
+use crate::vault::Vault;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, mpsc};
 use std::thread;
 
 /// The size of the ring in bytes: 8,192 records of 32 bytes.
 const RING: usize = 256 << 10;
+/// The generation before the first event. Not zero: see [`sys::Progress`].
+const FIRST: u64 = 1;
 
 impl Kernel {
     /// Starts the source, or returns the one that runs already.
     ///
-    /// It opens `/dev/kvm`, makes a virtual machine that is never run, loads a BPF program, and starts a thread that sleeps until there is
-    /// something to hand on. Some 9 MiB of kernel memory.
+    /// It opens `/dev/kvm`, makes a virtual machine that is never run, loads BPF programs, and starts three threads that
+    /// sleep until there is something to do. Some 9 MiB of kernel memory. None of its descriptors is in the program's table.
     ///
     /// # Blocking
     /// For some milliseconds at first.
     /// # Errors
     /// [`Error::Unavailable`] if the machine or the rights are lacking, with what is missing and the command that would grant it.
     pub fn start() -> Result<Arc<Self>, Error> {
-        running(&marks().kernel, |mark| {
-            let kvm = sys::open_kvm().map_err(|error| super::probe::kvm_missing(&error))?;
-            Self::make(mark, RING, Some(kvm))
-        })
+        running(&marks().kernel, |mark| Self::make(mark, RING, true))
     }
 
     /// The source without the kernel's events: [`inject`](Self::inject) is all that happens. For tests and measurements.
@@ -42,7 +43,7 @@ impl Kernel {
     /// As [`start`](Self::start).
     #[doc(hidden)]
     pub fn rehearse(ring: usize) -> Result<Arc<Self>, Error> {
-        Ok(Arc::new(Self::make(mark(), ring, None)?))
+        Ok(Arc::new(Self::make(mark(), ring, false)?))
     }
 
     /// Runs the BPF program once, as if the kernel were about to change these addresses.
@@ -51,59 +52,72 @@ impl Kernel {
     /// [`Error::Kernel`] if the kernel cannot run such programs by hand (before 5.10).
     #[doc(hidden)]
     pub fn inject(&self, start: u64, end: u64) -> Result<(), Error> {
-        sys::run_program(self.inner.program.as_fd(), [start, end])
-            .map_err(|error| kernel_error("BPF_PROG_TEST_RUN", error))
+        self.rehearsal(move |inject| inject(start, end))
     }
 
-    /// The descriptor of the BPF program, for measurements.
+    /// Runs `f` where the BPF program can be run by hand, with a function that does.
+    ///
+    /// # Errors
+    /// As [`inject`](Self::inject).
     #[doc(hidden)]
-    #[must_use]
-    pub fn program(&self) -> BorrowedFd<'_> {
-        self.inner.program.as_fd()
+    pub fn rehearsal<R: Send + 'static>(
+        &self,
+        f: impl FnOnce(&dyn Fn(u64, u64) -> Result<(), Error>) -> R + Send + 'static,
+    ) -> R {
+        self.vault().run(|machines| {
+            let program = machines.parts.program.as_fd();
+            f(&|start, end| {
+                let result = sys::run_program(program, [start, end]);
+                result.map(drop).map_err(|error| kernel_error("BPF_PROG_TEST_RUN", error))
+            })
+        })
     }
 
-    fn make(id: u64, ring: usize, kvm: Option<OwnedFd>) -> Result<Self, Error> {
+    fn make(id: u64, ring: usize, with_kvm: bool) -> Result<Self, Error> {
         // The callbacks' address space is there before there is anything to tell.
         current_ref();
-        let bpf = |error: io::Error| super::probe::bpf_missing(&error);
-        let header_map = sys::create_map(Map::Value { bytes: header::BYTES as u32 }).map_err(bpf)?;
-        let part = || sys::create_map(Map::Value { bytes: PART as u32 }).map_err(bpf);
-        let (sum, own) = (part()?, part()?);
-        let ring = Ring::new(ring).map_err(bpf)?;
-        let code =
-            program::build(Maps { header: header_map.as_fd(), sum: sum.as_fd(), own: own.as_fd(), ring: ring.map() });
-        let program = sys::load_program(&code).map_err(bpf)?;
-        let mapped = |error| kernel_error("mmap of a BPF map", error);
-        let header = Shared::map(header_map.as_fd(), 0, header::BYTES, true).map_err(mapped)?;
+        let (tell, told) = mpsc::channel();
+        let vault = Vault::open("mmu-vault", kernel_error, move |letterbox| {
+            let open_kvm = || sys::open_kvm().map_err(|error| super::probe::kvm_missing(&error));
+            let kvm: Option<OwnedFd> = with_kvm.then(open_kvm).transpose()?;
+            let parts = Parts::make(ring).map_err(|error| super::probe::bpf_missing(&error))?;
+            let inner = Arc::new(Inner::map(id, &parts, ring)?);
+            let mut machines = Machines::new(parts, kvm, letterbox.clone())?;
+            machines.listen(&inner)?;
+            let _ = tell.send(inner);
+            Ok(machines)
+        })?;
+        let inner = told.recv().expect("the vault has made it");
+        let teller = Arc::clone(&inner);
+        let thread =
+            signals::without(|| thread::Builder::new().name("mmu-kernel".to_owned()).spawn(move || teller.tell()))
+                .map_err(|error| kernel_error("start of a thread", error))?;
+        let _ = inner.teller.set(thread.thread().clone());
+        Ok(Self { inner, vault: Some(vault), thread: Some(thread) })
+    }
+}
+
+impl Inner {
+    fn map(id: u64, parts: &Parts, ring: usize) -> Result<Self, Error> {
+        let mapped = |error| kernel_error("mmap", error);
+        let header = Shared::map(parts.header.as_fd(), 0, header::BYTES, true).map_err(mapped)?;
+        header.u64(header::GENERATION).store(FIRST, Ordering::Relaxed);
         let part = |map: &OwnedFd| Shared::map(map.as_fd(), 0, PART, true).map_err(mapped);
-        let tables = Tables { sum: part(&sum)?, own: part(&own)? };
-        let machine = match kvm {
-            Some(kvm) => {
-                let attached = sys::attach(program.as_fd(), c"kvm_unmap_hva_range")
-                    .map_err(|error| super::probe::tracepoint_missing(&error))?;
-                let vm = sys::create_vm(kvm.as_fd()).map_err(|error| kernel_error("KVM_CREATE_VM", error))?;
-                Some(Machine { kvm, _vm: vm, _attached: attached })
-            }
-            None => None,
-        };
-        let ring_fd = ring.map().try_clone_to_owned().map_err(|error| kernel_error("dup", error))?;
-        let inner = Arc::new(Inner {
+        let tables = Tables { sum: part(&parts.sum)?, own: part(&parts.own)? };
+        let ring = Ring::new(parts.ring.as_fd(), ring).map_err(mapped)?;
+        let waits = Waits::new(&header).map_err(mapped)?;
+        Ok(Self {
             id,
             alive: &marks().alive,
             header,
             tables,
-            drainer: Mutex::new(Drainer::new(ring)),
-            ring: ring_fd,
-            stop: sys::event_fd().map_err(|error| kernel_error("eventfd", error))?,
-            handled: AtomicU64::new(0),
-            quiet: AtomicU64::new(0),
-            machine,
-            program,
-        });
-        let served = Arc::clone(&inner);
-        let thread =
-            signals::without(|| thread::Builder::new().name("mmu-kernel".to_owned()).spawn(move || served.serve()))
-                .map_err(|error| kernel_error("start of a thread", error))?;
-        Ok(Self { inner, thread: Some(thread) })
+            progress: ProgressPage::map(FIRST).map_err(mapped)?,
+            intake: Mutex::new(Intake::new(ring, FIRST)),
+            handing: Mutex::new(()),
+            waits,
+            stop: AtomicBool::new(false),
+            teller: OnceLock::new(),
+            missed: AtomicU64::new(0),
+        })
     }
 }

@@ -11,7 +11,7 @@ use std::ffi::{CStr, c_ulong};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr::{self, NonNull};
-use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64};
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 /// `_IO(KVMIO, 0x01)`.
@@ -64,6 +64,8 @@ fn owned(descriptor: i32) -> io::Result<OwnedFd> {
 pub(super) enum Map {
     /// One value that user space may map.
     Value { bytes: u32 },
+    /// One value that only programs see.
+    Private { bytes: u32 },
     /// A ring of records, whose size is a power of two.
     Ring { bytes: u32 },
 }
@@ -104,20 +106,29 @@ pub(super) fn create_map(map: Map) -> io::Result<OwnedFd> {
         Map::Value { bytes } => {
             Attributes::new().word(0, 2).word(4, 4).word(8, bytes).word(12, 1).word(16, BPF_F_MMAPABLE)
         }
+        Map::Private { bytes } => Attributes::new().word(0, 2).word(4, 4).word(8, bytes).word(12, 1),
         Map::Ring { bytes } => Attributes::new().word(0, 27).word(12, bytes),
     };
     let mut attributes = attributes;
     owned(attributes.call(0)?)
 }
 
-/// Has the kernel verify and compile `program` as a raw tracepoint program. On a refusal, the end of the verifier's log is
-/// part of the error.
-pub(super) fn load_program(program: &[u64]) -> io::Result<OwnedFd> {
-    const BPF_PROG_TYPE_RAW_TRACEPOINT: u32 = 17;
+/// What a program is for, `enum bpf_prog_type`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    RawTracepoint = 17,
+    /// To be run when it is asked to.
+    Syscall = 31,
+}
+
+/// Has the kernel verify and compile `program`. On a refusal, the end of the verifier's log is part of the error.
+pub(super) fn load_program(kind: Kind, program: &[u64]) -> io::Result<OwnedFd> {
+    const BPF_F_SLEEPABLE: u32 = 1 << 4;
     let license = c"Dual MIT/GPL";
     let build = || {
         Attributes::new()
-            .word(0, BPF_PROG_TYPE_RAW_TRACEPOINT)
+            .word(0, kind as u32)
+            .word(44, if kind == Kind::Syscall { BPF_F_SLEEPABLE } else { 0 })
             .word(4, program.len() as u32)
             .pointer(8, program.as_ptr())
             .pointer(16, license.as_ptr())
@@ -154,10 +165,122 @@ pub(super) fn attach(program: BorrowedFd<'_>, tracepoint: &CStr) -> io::Result<O
     owned(Attributes::new().pointer(0, tracepoint.as_ptr()).word(8, program.as_raw_fd() as u32).call(17)?)
 }
 
-/// Runs a program once, in this thread, as if its tracepoint had been passed with these arguments.
-pub(super) fn run_program(program: BorrowedFd<'_>, arguments: [u64; 2]) -> io::Result<()> {
+/// Runs a program once, in this thread: a raw tracepoint's as if that had been passed with these arguments. Returns what
+/// it returns.
+pub(super) fn run_program(program: BorrowedFd<'_>, mut arguments: [u64; 2]) -> io::Result<u32> {
     let attributes = Attributes::new().word(0, program.as_raw_fd() as u32);
-    attributes.word(40, size_of_val(&arguments) as u32).pointer(48, arguments.as_ptr()).call(10).map(drop)
+    let mut attributes = attributes.word(40, size_of_val(&arguments) as u32).pointer(48, arguments.as_mut_ptr());
+    attributes.call(10)?;
+    Ok(attributes.0[1])
+}
+
+/// Returns how often a program was not run, because the processor was in the middle of it already.
+pub(super) fn missed_runs(program: BorrowedFd<'_>) -> io::Result<u64> {
+    /// `recursion_misses` in `struct bpf_prog_info` (Linux 5.12).
+    const RECURSION_MISSES: usize = 208;
+    let mut info = [0_u64; 32];
+    let attributes = Attributes::new().word(0, program.as_raw_fd() as u32);
+    attributes.word(4, size_of_val(&info) as u32).pointer(8, info.as_mut_ptr()).call(15)?;
+    Ok(info[RECURSION_MISSES / 8])
+}
+
+/// Makes a change of `page`, which has no content, so that its event is told. Not through libc, where `hook` would tell
+/// subscribers of it.
+#[cfg(target_arch = "x86_64")]
+pub(super) fn ask(page: &Scratch) {
+    let advise = |advice: i32| {
+        let mut result = libc::SYS_madvise;
+        // SAFETY: drops the content of a page of ours that nobody reads or writes; the registers that the instruction
+        // destroys are named.
+        unsafe {
+            std::arch::asm!("syscall", inlateout("rax") result, in("rdi") page.0.as_ptr(), in("rsi") PAGE,
+                in("rdx") advice as usize, out("rcx") _, out("r11") _, options(nostack));
+        }
+        result == 0
+    };
+    // Memory that the program has locked refuses the first.
+    if !advise(libc::MADV_DONTNEED) {
+        advise(MADV_DONTNEED_LOCKED);
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+const MADV_DONTNEED_LOCKED: i32 = 24;
+
+#[cfg(not(target_arch = "x86_64"))]
+pub(super) fn ask(_: &Scratch) {}
+
+const PAGE: usize = mmu_notifier::PAGE_SIZE as usize;
+
+/// A page that is only ever asked about.
+#[derive(Debug)]
+pub(super) struct Scratch(NonNull<u8>);
+
+// SAFETY: the page is never read or written.
+unsafe impl Send for Scratch {}
+// SAFETY: as above.
+unsafe impl Sync for Scratch {}
+
+impl Scratch {
+    pub(super) fn map() -> io::Result<Self> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        // SAFETY: a new mapping where the kernel likes; nothing of ours is touched.
+        let base = unsafe { libc::mmap(ptr::null_mut(), PAGE, libc::PROT_NONE, flags, -1, 0) };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Self(NonNull::new(base.cast()).expect("mmap does not return null")))
+    }
+
+    pub(super) fn address(&self) -> u64 {
+        self.0.addr().get() as u64
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // SAFETY: the page is ours and has no content.
+        unsafe { libc::munmap(self.0.as_ptr().cast(), PAGE) };
+    }
+}
+
+/// The bytes of a file of the kernel's: mapped where that can be (Linux 6.16), which is far quicker, or else read.
+#[derive(Debug)]
+pub(super) enum Whole {
+    Mapped { base: NonNull<u8>, bytes: usize },
+    Read(Vec<u8>),
+}
+
+impl Whole {
+    pub(super) fn of(path: &str) -> io::Result<Self> {
+        let file = std::fs::File::open(path)?;
+        let bytes = file.metadata()?.len() as usize;
+        // SAFETY: a new mapping where the kernel likes; nothing of ours is touched.
+        let base =
+            unsafe { libc::mmap(ptr::null_mut(), bytes, libc::PROT_READ, libc::MAP_PRIVATE, file.as_raw_fd(), 0) };
+        match NonNull::new(base.cast::<u8>()) {
+            Some(base) if base.as_ptr().cast() != libc::MAP_FAILED => Ok(Self::Mapped { base, bytes }),
+            _ => std::fs::read(path).map(Self::Read),
+        }
+    }
+
+    pub(super) fn bytes(&self) -> &[u8] {
+        match self {
+            // SAFETY: a slice needs readable memory that does not change: the mapping is as long, lives as long as `self`, and
+            // shows what the kernel never changes.
+            Self::Mapped { base, bytes } => unsafe { std::slice::from_raw_parts(base.as_ptr(), *bytes) },
+            Self::Read(bytes) => bytes,
+        }
+    }
+}
+
+impl Drop for Whole {
+    fn drop(&mut self) {
+        if let Self::Mapped { base, bytes } = self {
+            // SAFETY: the mapping is ours, whole, and no slice of it outlives `self`.
+            unsafe { libc::munmap(base.as_ptr().cast(), *bytes) };
+        }
+    }
 }
 
 pub(crate) fn event_fd() -> io::Result<OwnedFd> {
@@ -172,12 +295,13 @@ pub(crate) fn wake(event: BorrowedFd<'_>) {
     unsafe { libc::write(event.as_raw_fd(), (&raw const one).cast(), 8) };
 }
 
-/// Sleeps until `ring` has a record (true) or `stop` is set (false).
-pub(crate) fn wait(ring: BorrowedFd<'_>, stop: BorrowedFd<'_>) -> bool {
+/// Sleeps until `ring` has a record or the time is over (true), or until `stop` is set (false).
+pub(crate) fn wait(ring: BorrowedFd<'_>, stop: BorrowedFd<'_>, time: Option<Duration>) -> bool {
+    let milliseconds = time.map_or(-1, |time| i32::try_from(time.as_millis()).unwrap_or(i32::MAX));
     let entry = |fd: BorrowedFd<'_>| libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
     let mut entries = [entry(ring), entry(stop)];
     // SAFETY: two entries, which live through the call.
-    unsafe { libc::poll(entries.as_mut_ptr(), 2, -1) };
+    unsafe { libc::poll(entries.as_mut_ptr(), 2, milliseconds) };
     entries[1].revents == 0
 }
 
@@ -203,11 +327,6 @@ pub(crate) fn until(mut is_so: impl FnMut() -> bool) {
         }
         if round < 100 { std::hint::spin_loop() } else { pause() }
     }
-}
-
-/// Sleeps for a millisecond, in which the ring does not fill: it holds 8,192 records.
-pub(super) fn nap() {
-    std::thread::sleep(Duration::from_millis(1));
 }
 
 /// Gives the processor away for a moment.
@@ -242,6 +361,15 @@ impl Shared {
         Ok(Self { base: NonNull::new(base.cast()).expect("mmap does not return null"), bytes })
     }
 
+    /// Unmaps it before its owner goes, who may be leaked.
+    ///
+    /// # Safety
+    /// Nobody may use it again, or drop it.
+    pub(super) unsafe fn unmap(&self) {
+        // SAFETY: the mapping is ours, whole, and the caller vouches that nobody uses it any more.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.bytes) };
+    }
+
     #[inline]
     pub(super) fn u64(&self, offset: usize) -> &AtomicU64 {
         // SAFETY: the pointer comes from `place`: in the mapping, which lives as long as `self`, and aligned. A mapping that
@@ -273,6 +401,109 @@ impl Drop for Shared {
     fn drop(&mut self) {
         // SAFETY: the mapping is ours, whole, and no reference into it outlives `self`.
         unsafe { libc::munmap(self.base.as_ptr().cast(), self.bytes) };
+    }
+}
+
+impl super::Inner {
+    /// Unmaps what is shared with the program, in the child of a fork whose last handle goes: threads that are only the
+    /// parent's keep this value alive for ever.
+    pub(super) fn leave_to_parent(&self) {
+        let intake = self.intake.try_lock();
+        let ring = intake.iter().flat_map(|intake| intake.ring.mappings());
+        for mapping in [&self.header, &self.tables.sum, &self.tables.own].into_iter().chain(ring) {
+            // SAFETY: nobody may use the mapping again. The last handle is being dropped, and all of the source's threads are the
+            // parent's; they are also why `self`, and with it the mapping, is never dropped here.
+            unsafe { mapping.unmap() };
+        }
+    }
+}
+
+/// The two words that a watch looks at first.
+#[derive(Debug)]
+pub(super) struct Glance {
+    generation: NonNull<AtomicU64>,
+    marked: NonNull<AtomicU64>,
+}
+
+// SAFETY: the words are atomics that any thread may load.
+unsafe impl Send for Glance {}
+// SAFETY: as above.
+unsafe impl Sync for Glance {}
+
+impl Glance {
+    /// The owner must keep the source that both are of.
+    pub(super) fn new(header: &Shared, progress: &Progress) -> Self {
+        let generation = header.u64(super::program::header::GENERATION);
+        Self { generation: NonNull::from(generation), marked: NonNull::from(&progress.marked) }
+    }
+
+    /// Whether all events so far have been taken in.
+    #[inline]
+    pub(super) fn is_current(&self) -> bool {
+        // SAFETY: a dereference needs a live word: `Watching` has the source beside this, whose mapping it is.
+        let generation = unsafe { self.generation.as_ref() };
+        // SAFETY: as above.
+        let marked = unsafe { self.marked.as_ref() };
+        // ORDER(source-generation): Acquire, as everybody's look.
+        let now = generation.load(Ordering::Acquire);
+        // ORDER(source-marked): Acquire, for the word of the watch. Partner: the store in `Intake::publish`.
+        marked.load(Ordering::Acquire) >= now
+    }
+}
+
+/// How far events have been taken in and handed on: zero in the child of a fork, where the generation never is.
+#[derive(Debug)]
+#[repr(C)]
+pub(super) struct Progress {
+    /// All generations up to this one have been taken in.
+    pub(super) marked: AtomicU64,
+    /// All generations up to this one have been handed on.
+    pub(super) handled: AtomicU64,
+}
+
+/// The page of a [`Progress`].
+#[derive(Debug)]
+pub(super) struct ProgressPage(NonNull<Progress>);
+
+// SAFETY: the page is reached through atomics only.
+unsafe impl Send for ProgressPage {}
+// SAFETY: as above.
+unsafe impl Sync for ProgressPage {}
+
+impl ProgressPage {
+    pub(super) fn map(from: u64) -> io::Result<Self> {
+        let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        // SAFETY: a new mapping where the kernel likes; nothing of ours is touched.
+        let base = unsafe { libc::mmap(ptr::null_mut(), PAGE, protection, flags, -1, 0) };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let page = Self(NonNull::new(base.cast()).expect("mmap does not return null"));
+        // SAFETY: the advice is on the page just mapped and changes its inheritance only.
+        if unsafe { libc::madvise(base, PAGE, libc::MADV_WIPEONFORK) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        page.marked.store(from, Ordering::Relaxed);
+        page.handled.store(from, Ordering::Relaxed);
+        Ok(page)
+    }
+}
+
+impl std::ops::Deref for ProgressPage {
+    type Target = Progress;
+
+    #[inline]
+    fn deref(&self) -> &Progress {
+        // SAFETY: a dereference needs a live, initialised `Progress`: the page is mapped as long as `self`, is aligned for
+        // anything, and zeroes are a valid `Progress`.
+        unsafe { self.0.as_ref() }
+    }
+}
+
+impl Drop for ProgressPage {
+    fn drop(&mut self) {
+        // SAFETY: the page is ours, and no reference into it outlives `self`.
+        unsafe { libc::munmap(self.0.as_ptr().cast(), PAGE) };
     }
 }
 

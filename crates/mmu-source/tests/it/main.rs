@@ -5,6 +5,7 @@ mod calls;
 mod check;
 mod death;
 mod kernel;
+mod kernel_life;
 mod life;
 mod log;
 mod memory;

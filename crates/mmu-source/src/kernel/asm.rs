@@ -1,0 +1,191 @@
+//! An assembler for the few BPF instructions that the programs of this source need.
+
+use std::collections::HashMap;
+use std::fmt::Debug;
+use std::hash::Hash;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+/// Registers. 1 to 5 are lost in a call, 6 to 9 are not; 0 is a call's result.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Reg {
+    R0,
+    R1,
+    R2,
+    R3,
+    R4,
+    R5,
+    R6,
+    R7,
+    R8,
+    R9,
+    /// The end of the stack, read only.
+    R10,
+}
+
+/// Operations of 64 bits, `BPF_ALU64`, with an immediate (`BPF_K`).
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Op {
+    Add = 0x07,
+    Sub = 0x17,
+    And = 0x57,
+    Shl = 0x67,
+    Shr = 0x77,
+    Mul = 0x27,
+    Mov = 0xb7,
+    Or = 0x47,
+}
+
+/// The bit that makes the source a register (`BPF_X`).
+const BY_REGISTER: u8 = 0x08;
+
+/// Conditions of 64 bits, `BPF_JMP`; unsigned.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum If {
+    Always = 0x05,
+    Equal = 0x15,
+    Greater = 0x25,
+    NotEqual = 0x55,
+    NotLess = 0x35,
+    Less = 0xa5,
+}
+
+/// A program that is being written. Its places to jump to are named by `L`.
+pub(super) struct Assembler<L> {
+    code: Vec<u64>,
+    labels: HashMap<L, usize>,
+    jumps: Vec<(usize, L)>,
+}
+
+/// `struct bpf_insn`: eight bits of code, four each of destination and source, an offset, an immediate.
+fn instruction(code: u8, dst: Reg, src: u8, offset: i16, immediate: i32) -> u64 {
+    u64::from(code)
+        | (dst as u64) << 8
+        | u64::from(src) << 12
+        | u64::from(offset as u16) << 16
+        | u64::from(immediate as u32) << 32
+}
+
+/// Where [`Assembler::peek`] leaves what it has read, from the end of the stack.
+pub(super) const PEEKED: isize = -8;
+
+impl<L: Copy + Eq + Hash + Debug> Assembler<L> {
+    pub(super) fn new() -> Self {
+        Self { code: Vec::new(), labels: HashMap::new(), jumps: Vec::new() }
+    }
+
+    fn push(&mut self, code: u8, dst: Reg, src: u8, offset: isize, immediate: i32) {
+        let offset = i16::try_from(offset).expect("offsets of these programs are small");
+        self.code.push(instruction(code, dst, src, offset, immediate));
+    }
+
+    /// `dst op= immediate`.
+    pub(super) fn op(&mut self, op: Op, dst: Reg, immediate: i32) {
+        self.push(op as u8, dst, 0, 0, immediate);
+    }
+
+    /// `dst op= src`.
+    pub(super) fn op_reg(&mut self, op: Op, dst: Reg, src: Reg) {
+        self.push(op as u8 | BY_REGISTER, dst, src as u8, 0, 0);
+    }
+
+    /// `dst = *(u64 *)(src + offset)`.
+    pub(super) fn load(&mut self, dst: Reg, src: Reg, offset: isize) {
+        self.push(0x79, dst, src as u8, offset, 0);
+    }
+
+    /// `dst = *(u16 *)src`.
+    pub(super) fn load_u16(&mut self, dst: Reg, src: Reg) {
+        self.push(0x69, dst, src as u8, 0, 0);
+    }
+
+    /// `dst = *(u32 *)(src + offset)`.
+    pub(super) fn load_u32(&mut self, dst: Reg, src: Reg, offset: isize) {
+        self.push(0x61, dst, src as u8, offset, 0);
+    }
+
+    /// `*(u64 *)(dst + offset) = immediate`.
+    pub(super) fn store_immediate(&mut self, dst: Reg, offset: isize, immediate: i32) {
+        self.push(0x7a, dst, 0, offset, immediate);
+    }
+
+    /// `*(u64 *)(dst + offset) = src`.
+    pub(super) fn store(&mut self, dst: Reg, offset: isize, src: Reg) {
+        self.push(0x7b, dst, src as u8, offset, 0);
+    }
+
+    /// `atomic_add(dst + offset, src)`, and with `fetch` `src =` its former value, which makes it a full barrier too.
+    pub(super) fn atomic_add(&mut self, dst: Reg, offset: isize, src: Reg, fetch: bool) {
+        self.push(0xdb, dst, src as u8, offset, i32::from(fetch));
+    }
+
+    /// `src = exchange(dst + offset, src)`, a full barrier.
+    pub(super) fn exchange(&mut self, dst: Reg, offset: isize, src: Reg) {
+        self.push(0xdb, dst, src as u8, offset, 0xe1);
+    }
+
+    /// `dst = immediate`, 64 bits in two instructions.
+    pub(super) fn wide(&mut self, dst: Reg, kind: u8, low: u32, high: u32) {
+        self.push(0x18, dst, kind, 0, low as i32);
+        self.code.push(u64::from(high) << 32);
+    }
+
+    pub(super) fn map(&mut self, dst: Reg, map: BorrowedFd<'_>) {
+        self.wide(dst, 1, map.as_raw_fd() as u32, 0);
+    }
+
+    pub(super) fn map_value(&mut self, dst: Reg, map: BorrowedFd<'_>) {
+        self.wide(dst, 2, map.as_raw_fd() as u32, 0);
+    }
+
+    pub(super) fn call(&mut self, helper: i32) {
+        self.push(0x85, Reg::R0, 0, 0, helper);
+    }
+
+    pub(super) fn jump(&mut self, condition: If, dst: Reg, immediate: i32, to: L) {
+        self.jumps.push((self.code.len(), to));
+        self.push(condition as u8, dst, 0, 0, immediate);
+    }
+
+    pub(super) fn jump_reg(&mut self, condition: If, dst: Reg, src: Reg, to: L) {
+        self.jumps.push((self.code.len(), to));
+        self.push(condition as u8 | BY_REGISTER, dst, src as u8, 0, 0);
+    }
+
+    pub(super) fn goto(&mut self, to: L) {
+        self.jump(If::Always, Reg::R0, 0, to);
+    }
+
+    pub(super) fn label(&mut self, label: L) {
+        let before = self.labels.insert(label, self.code.len());
+        assert!(before.is_none(), "one place for {label:?}");
+    }
+
+    /// How long the program is so far.
+    pub(super) fn len(&self) -> usize {
+        self.code.len()
+    }
+
+    pub(super) fn exit(&mut self) {
+        self.push(0x95, Reg::R0, 0, 0, 0);
+    }
+
+    /// Reads `bytes` of kernel memory at the address in register 3 to the end of the stack, zero before: register 0 is zero
+    /// if that could be read. Registers 1 to 5 are lost.
+    pub(super) fn peek(&mut self, bytes: i32) {
+        const PROBE_READ_KERNEL: i32 = 113;
+        self.store_immediate(Reg::R10, PEEKED, 0);
+        self.op_reg(Op::Mov, Reg::R1, Reg::R10);
+        self.op(Op::Add, Reg::R1, PEEKED as i32);
+        self.op(Op::Mov, Reg::R2, bytes);
+        self.call(PROBE_READ_KERNEL);
+    }
+
+    pub(super) fn finish(mut self) -> Vec<u64> {
+        for (at, label) in self.jumps {
+            let to = self.labels[&label] as i64;
+            let offset = i16::try_from(to - at as i64 - 1).expect("the program is short");
+            self.code[at] |= u64::from(offset as u16) << 16;
+        }
+        self.code
+    }
+}

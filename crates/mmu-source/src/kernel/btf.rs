@@ -1,0 +1,229 @@
+//! Where a member lies in a struct of the running kernel, from the kernel's own description of its types (BTF).
+//!
+//! A file of BTF is a header, the types, and their names. A type's number is its place; its length goes by its kind. What
+//! belongs to a module describes the module's own types only, and goes on with the numbers and the names of `vmlinux`.
+//! The reader takes any bytes: what makes no sense is as if it were not there.
+//!
+//! # Source
+//! `Documentation/bpf/btf.rst`, Linux 6.12.
+
+/// The kinds that are looked into.
+const STRUCT: u32 = 4;
+const UNION: u32 = 5;
+/// How deep nameless members may be nested.
+const DEPTH: u32 = 8;
+
+/// One file.
+#[derive(Debug, Clone, Copy)]
+struct Part<'a> {
+    types: &'a [u8],
+    names: &'a [u8],
+}
+
+/// The types of the kernel, or of one of its modules over the kernel.
+#[derive(Debug)]
+pub(super) struct Btf<'a> {
+    base: Part<'a>,
+    /// The module's part, and the number of its first type.
+    module: Option<(Part<'a>, u32)>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Type<'a> {
+    name: u32,
+    kind: u32,
+    /// Whether members have their size in the upper bits of their place.
+    has_sizes: bool,
+    /// Twelve bytes for each member of a struct or union.
+    members: &'a [u8],
+}
+
+fn word(bytes: &[u8], at: usize) -> Option<u32> {
+    let bytes = bytes.get(at..at.checked_add(4)?)?;
+    Some(u32::from_le_bytes(bytes.try_into().expect("four bytes")))
+}
+
+impl<'a> Part<'a> {
+    fn parse(file: &'a [u8]) -> Option<Self> {
+        const MAGIC: u32 = 0xeb9f;
+        if word(file, 0)? & 0xffff != MAGIC {
+            return None;
+        }
+        let header = word(file, 4)? as usize;
+        let section = |at: usize| {
+            let start = header.checked_add(word(file, at)? as usize)?;
+            file.get(start..start.checked_add(word(file, at + 4)? as usize)?)
+        };
+        Some(Self { types: section(8)?, names: section(16)? })
+    }
+
+    fn types(self) -> Types<'a> {
+        Types { rest: self.types }
+    }
+
+    /// The name that begins at `offset`.
+    fn is_named(self, offset: u32, name: &str) -> bool {
+        let end = offset as usize + name.len();
+        self.names.get(offset as usize..end) == Some(name.as_bytes()) && self.names.get(end) == Some(&0)
+    }
+}
+
+/// The types of a part in order.
+struct Types<'a> {
+    rest: &'a [u8],
+}
+
+impl<'a> Iterator for Types<'a> {
+    type Item = Type<'a>;
+
+    fn next(&mut self) -> Option<Type<'a>> {
+        let (name, info) = (word(self.rest, 0)?, word(self.rest, 4)?);
+        let (kind, count) = (info >> 24 & 31, (info & 0xffff) as usize);
+        let more = match kind {
+            1 | 14 | 17 => 4,                       // Integers, variables, tags of declarations.
+            2 | 7..=12 | 16 | 18 => 0, // Pointers, forwards, other names, qualifiers, functions, floats, tags.
+            3 => 12,                   // Arrays.
+            STRUCT | UNION | 15 | 19 => 12 * count, // The same size for sections and enumerations of 64 bits.
+            6 | 13 => 8 * count,       // Enumerations, prototypes.
+            _ => return None,
+        };
+        let members = self.rest.get(12..12 + more)?;
+        self.rest = &self.rest[12 + more..];
+        Some(Type { name, kind, has_sizes: info >> 31 != 0, members })
+    }
+}
+
+impl<'a> Btf<'a> {
+    /// Reads the kernel's file, and a module's if there is one.
+    #[must_use]
+    pub(super) fn parse(vmlinux: &'a [u8], module: Option<&'a [u8]>) -> Option<Self> {
+        let base = Part::parse(vmlinux)?;
+        let module = match module {
+            // Number 0 is `void`, which has no entry.
+            Some(file) => Some((Part::parse(file)?, u32::try_from(base.types().count()).ok()? + 1)),
+            None => None,
+        };
+        Some(Self { base, module })
+    }
+
+    fn all(&self) -> impl Iterator<Item = Type<'a>> + use<'a> {
+        let module = self.module.map(|(part, _)| part.types()).into_iter().flatten();
+        self.base.types().chain(module)
+    }
+
+    fn is_named(&self, offset: u32, name: &str) -> bool {
+        match self.module {
+            Some((part, _)) if offset as usize >= self.base.names.len() => {
+                part.is_named(offset - self.base.names.len() as u32, name)
+            }
+            _ => self.base.is_named(offset, name),
+        }
+    }
+
+    /// Returns where, in bytes, `member` lies in the struct of this name; in a nameless part of it, too.
+    #[must_use]
+    pub(super) fn offset(&self, name: &str, member: &str) -> Option<u32> {
+        let is_it = |found: &Type<'_>| found.kind == STRUCT && self.is_named(found.name, name);
+        // Several types can have one name. Those without the member are declared elsewhere for something else.
+        self.all()
+            .filter(is_it)
+            .find_map(|found| self.bit_in(&found, member, DEPTH))
+            .and_then(|bit| bit.is_multiple_of(8).then_some(bit / 8))
+    }
+
+    fn bit_in(&self, parent: &Type<'a>, member: &str, depth: u32) -> Option<u32> {
+        parent.members.chunks_exact(12).find_map(|entry| {
+            let [name, number, place] = [word(entry, 0)?, word(entry, 4)?, word(entry, 8)?];
+            let bit = if parent.has_sizes { place & 0xff_ffff } else { place };
+            if self.is_named(name, member) {
+                return Some(bit);
+            }
+            if name != 0 || depth == 0 {
+                return None;
+            }
+            let inner = self.all().nth((number as usize).checked_sub(1)?)?;
+            let is_nested = inner.kind == STRUCT || inner.kind == UNION;
+            is_nested.then(|| self.bit_in(&inner, member, depth - 1)).flatten()?.checked_add(bit)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Writes BTF by hand.
+    #[derive(Default)]
+    struct Writer {
+        types: Vec<u32>,
+        names: Vec<u8>,
+        /// Where names begin.
+        first: u32,
+    }
+
+    impl Writer {
+        fn name(&mut self, name: &str) -> u32 {
+            let at = self.first + self.names.len() as u32;
+            self.names.extend(name.bytes().chain([0]));
+            at
+        }
+
+        fn add(&mut self, kind: u32, name: &str, members: &[(&str, u32, u32)]) {
+            let name = if name.is_empty() { 0 } else { self.name(name) };
+            self.types.extend([name, kind << 24 | members.len() as u32, 0]);
+            for (member, number, bit) in members {
+                let member = if member.is_empty() { 0 } else { self.name(member) };
+                self.types.extend([member, *number, *bit]);
+            }
+        }
+
+        fn file(&self) -> Vec<u8> {
+            let types = 4 * self.types.len() as u32;
+            let header = [0x1_eb9f, 24, 0, types, types, self.names.len() as u32];
+            let words = header.iter().chain(&self.types).flat_map(|word| word.to_le_bytes());
+            words.chain(self.names.iter().copied()).collect()
+        }
+    }
+
+    #[test]
+    fn members_are_found_where_they_lie_in_nameless_parts_and_in_modules() {
+        let mut vmlinux = Writer::default();
+        vmlinux.name("");
+        vmlinux.add(STRUCT, "file", &[("f_op", 9, 64), ("", 2, 128)]);
+        vmlinux.add(UNION, "", &[("data", 9, 0), ("", 3, 64)]);
+        vmlinux.add(STRUCT, "", &[("private_data", 9, 32)]);
+        let base = vmlinux.file();
+        let mut module = Writer { first: vmlinux.names.len() as u32, ..Writer::default() };
+        module.add(STRUCT, "kvm", &[("count", 9, 800), ("", 3, 160)]);
+        let over = module.file();
+        let btf = Btf::parse(&base, Some(&over)).expect("it is well formed");
+        assert_eq!(btf.offset("file", "f_op"), Some(8));
+        assert_eq!(btf.offset("file", "private_data"), Some(28));
+        assert_eq!(btf.offset("kvm", "count"), Some(100));
+        assert_eq!(btf.offset("kvm", "private_data"), Some(24), "a module's struct with a part of the kernel's");
+        assert_eq!(
+            (btf.offset("kvm", "f_op"), btf.offset("fil", "f_op"), btf.offset("files", "f_op")),
+            (None, None, None)
+        );
+        assert_eq!(Btf::parse(&base, None).expect("well formed").offset("kvm", "count"), None);
+    }
+
+    #[test]
+    fn bytes_that_are_no_description_have_no_members() {
+        let mut whole = Writer::default();
+        whole.name("");
+        whole.add(STRUCT, "a", &[("", 1, 0), ("b", 1, 8)]);
+        let whole = whole.file();
+        assert_eq!(Btf::parse(&whole, None).expect("well formed").offset("a", "b"), Some(1));
+        assert_eq!(Btf::parse(&whole, None).expect("well formed").offset("a", "c"), None, "it is a part of itself");
+        for length in 0..whole.len() {
+            let cut = Btf::parse(&whole[..length], None);
+            assert_eq!(cut.and_then(|btf| btf.offset("a", "b")), None, "cut to {length}");
+        }
+        for at in 0..whole.len() {
+            let mut bent = whole.clone();
+            bent[at] ^= 0xff;
+            let _ = Btf::parse(&bent, Some(&whole)).map(|btf| btf.offset("a", "b"));
+        }
+    }
+}

@@ -1,0 +1,202 @@
+//! Taking records in: out of the ring, in front of those who ask.
+//!
+//! ```text
+//!   the program ── ring ──> take in ──┬── watches are marked ───────── marked
+//!                                     └── queue ──> callbacks run ──── handled
+//! ```
+//!
+//! Taking in is short: it marks words and moves records into a queue of fixed size. It runs no callback, allocates
+//! nothing and frees nothing, so it can be done in the middle of `free` by whoever asks a [`Watch`](crate::Watch). Handing
+//! on (`tell.rs`) runs callbacks and has a lock of its own.
+//!
+//! The generation is counted before the record is there, and processors overtake each other: records come out of order,
+//! and `marked` moves on when none before is missing.
+
+use super::ring::Ring;
+use crate::watch::Table;
+use mmu_notifier::{Va, VaRange};
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// How far records may be out of order, which takes one processor for each that overtakes.
+const WINDOW: u64 = 4096;
+/// How many records wait for callbacks at most.
+const QUEUE: usize = 8192;
+
+/// A record on its way to subscribers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Told {
+    pub(super) range: VaRange,
+    /// What the task was doing that made the change: see `program.rs`.
+    pub(super) call: u16,
+    /// When this one has been handed on, all generations up to here have.
+    pub(super) upto: u64,
+    /// Whether it stands for records that were lost.
+    pub(super) is_loss: bool,
+}
+
+/// What the program counts.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Words<'a> {
+    pub(super) generation: &'a AtomicU64,
+    pub(super) lost: &'a AtomicU64,
+    /// All generations up to this one have been taken in.
+    pub(super) marked: &'a AtomicU64,
+}
+
+/// The consumer of the ring, under a lock.
+///
+/// # Invariants
+/// Every generation below `next` has been taken in, or everything has been marked since it was counted. `done` has those from
+/// `next` on that were, by their number modulo [`WINDOW`].
+#[derive(Debug)]
+pub(super) struct Intake {
+    pub(super) ring: Ring,
+    pub(super) watches: Table,
+    queue: VecDeque<Told>,
+    next: u64,
+    done: Vec<u64>,
+    /// The program's count of losses, as far as it was seen.
+    lost: u64,
+    /// How often the queue was full.
+    pub(super) overflows: u64,
+}
+
+impl Intake {
+    /// Goes on from `generation`, which nobody has been told of.
+    pub(super) fn new(ring: Ring, generation: u64) -> Self {
+        Self {
+            ring,
+            watches: Table::with_room(64),
+            queue: VecDeque::with_capacity(QUEUE),
+            next: generation + 1,
+            done: vec![0; (WINDOW / 64) as usize],
+            lost: 0,
+            overflows: 0,
+        }
+    }
+
+    /// Takes in what is there, until all generations up to `target` have been.
+    ///
+    /// Without a target it would not end while others change memory faster.
+    pub(super) fn run(&mut self, words: Words<'_>, target: u64) {
+        self.look_for_losses(words);
+        while self.next <= target
+            && let Some(record) = self.ring.pop()
+        {
+            let range = range(record.start, record.end);
+            self.watches.touch(range, record.number);
+            if !self.mark(record.number) || !self.push(range, record.call) {
+                self.everything(words);
+            }
+            self.publish(words);
+        }
+        if self.next <= target {
+            self.look_for_losses(words);
+        }
+    }
+
+    /// Takes the oldest record for subscribers.
+    pub(super) fn pop(&mut self) -> Option<Told> {
+        self.queue.pop_front()
+    }
+
+    /// Queues a range; false if there is no room.
+    fn push(&mut self, range: VaRange, call: u16) -> bool {
+        let upto = self.next - 1;
+        if let Some(last) = self.queue.back_mut()
+            && last.range.covers(range)
+        {
+            // Both have been counted, and the callback of neither has run: one does for both.
+            last.upto = upto;
+            last.call = if last.call == call { call } else { 0 };
+            return true;
+        }
+        if self.queue.len() == QUEUE {
+            self.overflows += 1;
+            return false;
+        }
+        self.queue.push_back(Told { range, call, upto, is_loss: false });
+        true
+    }
+
+    fn look_for_losses(&mut self, words: Words<'_>) {
+        // ORDER(source-lost): Acquire: the look at the generation in `everything` comes after this. Partner: the program, which
+        // counts the generation first. Weaker, the lost event itself could be left waiting.
+        let lost = words.lost.load(Ordering::Acquire);
+        if lost != self.lost {
+            self.everything(words);
+            self.lost = lost;
+        }
+    }
+
+    /// Marks everything, which does for every change up to now.
+    pub(super) fn everything(&mut self, words: Words<'_>) {
+        // ORDER(source-lost): Acquire, as the client's own look: what is counted here began before the marks that follow.
+        let now = words.generation.load(Ordering::Acquire);
+        self.watches.touch_all(now);
+        // INVARIANT: all up to `now` are done. Those that were marked beyond stay marked.
+        if now - self.next.min(now) >= WINDOW {
+            self.done.fill(0);
+            self.next = now + 1;
+        }
+        while self.next <= now {
+            self.unmark(self.next);
+            self.next += 1;
+        }
+        self.skip_done();
+        // What waits is a part of everything.
+        self.queue.clear();
+        self.queue.push_back(Told { range: VaRange::ALL, call: 0, upto: self.next - 1, is_loss: true });
+        self.publish(words);
+    }
+
+    /// Marks a generation as taken in; false if it is out of the window.
+    fn mark(&mut self, number: u64) -> bool {
+        if number >= self.next {
+            if number - self.next >= WINDOW {
+                return false;
+            }
+            self.done[(number % WINDOW / 64) as usize] |= 1 << (number % 64);
+            self.skip_done();
+        }
+        true
+    }
+
+    fn unmark(&mut self, number: u64) -> bool {
+        let word = &mut self.done[(number % WINDOW / 64) as usize];
+        let bit = 1 << (number % 64);
+        let was = *word & bit != 0;
+        *word &= !bit;
+        was
+    }
+
+    fn skip_done(&mut self) {
+        while self.unmark(self.next) {
+            self.next += 1;
+        }
+    }
+
+    fn publish(&self, words: Words<'_>) {
+        // ORDER(source-marked): Release: the words of the watches are marked. Partner: the loads in `Glance::is_current` and
+        // `Inner::marked`. Weaker, a watch is taken for valid whose word is about to be marked.
+        words.marked.store(self.next - 1, Ordering::Release);
+    }
+}
+
+/// The pages of an event. What cannot be a range of pages is everything.
+fn range(start: u64, end: u64) -> VaRange {
+    VaRange::covering(Va::new(start), end.wrapping_sub(start)).unwrap_or(VaRange::ALL)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_that_is_no_range_is_everything() {
+        assert_eq!(range(0, 0), VaRange::ALL);
+        assert_eq!(range(0x2000, 0x1000), VaRange::ALL);
+        assert_eq!(range(0x1000, 0x3000).pages(), 2);
+    }
+}

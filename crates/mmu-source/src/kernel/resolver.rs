@@ -1,0 +1,127 @@
+//! The BPF program that finds a virtual machine's count of changes under way.
+//!
+//! It runs when it is asked to (`BPF_PROG_TYPE_SYSCALL`, Linux 5.14), in the thread that has the machine's descriptor. In
+//! C, with the places of the members as the running kernel has them:
+//!
+//! ```c
+//! if (descriptor == NONE) { count = 0; return 0; }
+//! table = current->files->fdt;
+//! if (descriptor >= table->max_fds || !(file = table->fd[descriptor])) return 1;
+//! if (!file_ops) file_ops = file->f_op;              // The first one is asked about by us, and is a machine.
+//! if (file->f_op != file_ops) return 1;              // So this is one as well.
+//! kvm = file->private_data;
+//! if (kvm->mm != current->mm) return 1;              // Of this address space.
+//! count = &kvm->mn_active_invalidate_count;
+//! return 0;
+//! ```
+//!
+//! `count` lies in a map that no process can read: a client of a broker learns no kernel address by it.
+
+use super::asm::{Assembler, If, Op, PEEKED, Reg};
+use super::btf::Btf;
+use super::program::private;
+use super::sys;
+use Reg::{R0, R1, R3, R6, R7, R8, R9, R10};
+use std::os::fd::BorrowedFd;
+
+/// The descriptor that stands for no machine.
+pub(super) const NONE: u64 = u64::MAX;
+
+/// Where the members lie.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Offsets {
+    task_files: u32,
+    task_mm: u32,
+    files_table: u32,
+    table_size: u32,
+    table_files: u32,
+    file_ops: u32,
+    file_data: u32,
+    kvm_mm: u32,
+    kvm_count: u32,
+}
+
+impl Offsets {
+    /// Asks the running kernel; `None` if it has no description of itself, or not of KVM.
+    pub(super) fn of_this_kernel() -> Option<Self> {
+        let vmlinux = sys::Whole::of("/sys/kernel/btf/vmlinux").ok()?;
+        let module = sys::Whole::of("/sys/kernel/btf/kvm").ok();
+        let btf = Btf::parse(vmlinux.bytes(), module.as_ref().map(sys::Whole::bytes))?;
+        Some(Self {
+            task_files: btf.offset("task_struct", "files")?,
+            task_mm: btf.offset("task_struct", "mm")?,
+            files_table: btf.offset("files_struct", "fdt")?,
+            table_size: btf.offset("fdtable", "max_fds")?,
+            table_files: btf.offset("fdtable", "fd")?,
+            file_ops: btf.offset("file", "f_op")?,
+            file_data: btf.offset("file", "private_data")?,
+            kvm_mm: btf.offset("kvm", "mm")?,
+            kvm_count: btf.offset("kvm", "mn_active_invalidate_count")?,
+        })
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Label {
+    Find,
+    Known,
+    Refuse,
+}
+
+/// Builds the program; `map` has the words that only programs see.
+pub(super) fn build(map: BorrowedFd<'_>, at: Offsets) -> Vec<u64> {
+    const GET_CURRENT_TASK: i32 = 35;
+    let mut a = Assembler::new();
+    let (descriptor, kept, table, words) = (R6, R7, R8, R9);
+    a.load(descriptor, R1, 0);
+    a.map_value(words, map);
+    a.jump(If::NotEqual, descriptor, -1, Label::Find);
+    a.store_immediate(words, private::COUNT as isize, 0);
+    a.op(Op::Mov, R0, 0);
+    a.exit();
+    a.label(Label::Find);
+    // Register 0 = the word of so many bytes at register 0 + offset.
+    let follow = |a: &mut Assembler<Label>, offset: u32, bytes: i32| {
+        a.op_reg(Op::Mov, R3, R0);
+        a.op(Op::Add, R3, offset as i32);
+        a.peek(bytes);
+        a.jump(If::NotEqual, R0, 0, Label::Refuse);
+        a.load(R0, R10, PEEKED);
+    };
+    a.call(GET_CURRENT_TASK);
+    follow(&mut a, at.task_files, 8);
+    follow(&mut a, at.files_table, 8);
+    a.op_reg(Op::Mov, table, R0);
+    follow(&mut a, at.table_size, 4);
+    a.jump_reg(If::NotLess, descriptor, R0, Label::Refuse);
+    a.op_reg(Op::Mov, R0, table);
+    follow(&mut a, at.table_files, 8);
+    a.op(Op::Shl, descriptor, 3);
+    a.op_reg(Op::Add, R0, descriptor);
+    follow(&mut a, 0, 8);
+    a.jump(If::Equal, R0, 0, Label::Refuse);
+    a.op_reg(Op::Mov, kept, R0);
+    follow(&mut a, at.file_ops, 8);
+    a.load(R1, words, private::FILE_OPS as isize);
+    a.jump(If::NotEqual, R1, 0, Label::Known);
+    a.store(words, private::FILE_OPS as isize, R0);
+    a.op_reg(Op::Mov, R1, R0);
+    a.label(Label::Known);
+    a.jump_reg(If::NotEqual, R0, R1, Label::Refuse);
+    a.op_reg(Op::Mov, R0, kept);
+    follow(&mut a, at.file_data, 8);
+    a.op_reg(Op::Mov, kept, R0);
+    follow(&mut a, at.kvm_mm, 8);
+    a.op_reg(Op::Mov, table, R0);
+    a.call(GET_CURRENT_TASK);
+    follow(&mut a, at.task_mm, 8);
+    a.jump_reg(If::NotEqual, R0, table, Label::Refuse);
+    a.op(Op::Add, kept, at.kvm_count as i32);
+    a.store(words, private::COUNT as isize, kept);
+    a.op(Op::Mov, R0, 0);
+    a.exit();
+    a.label(Label::Refuse);
+    a.op(Op::Mov, R0, 1);
+    a.exit();
+    a.finish()
+}

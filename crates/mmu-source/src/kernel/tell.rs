@@ -1,0 +1,199 @@
+//! Handing records on to subscribers, in order, and knowing up to where that has been done.
+
+use super::Inner;
+use super::intake::{Intake, Told, Words};
+use super::program::header;
+use super::sys;
+use crate::current_mm::current_ref;
+use mmu_notifier::Event;
+use std::cell::Cell;
+use std::sync::atomic::{Ordering, compiler_fence, fence};
+use std::sync::{MutexGuard, TryLockError};
+use std::thread;
+
+/// How often a watch tries to have the records taken in before it answers that it does not know.
+const TRIES: usize = 200;
+
+thread_local! {
+    /// Whether this thread is handing on, so that a callback of it cannot wait for itself.
+    static TELLING: Cell<bool> = const { Cell::new(false) };
+    /// Whether it is taking in, so that a signal handler does not wait for what it has interrupted.
+    static TAKING: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Sets a flag of this thread for as long as it lives. It is set before the lock that it stands for is tried, and cleared
+/// when that is free again: a signal handler that finds it clear finds no lock held by its own thread.
+struct Flag(&'static thread::LocalKey<Cell<bool>>);
+
+impl Flag {
+    fn set(flag: &'static thread::LocalKey<Cell<bool>>) -> Option<Self> {
+        let was = flag.replace(true);
+        compiler_fence(Ordering::SeqCst);
+        (!was).then_some(Self(flag))
+    }
+}
+
+impl Drop for Flag {
+    fn drop(&mut self) {
+        compiler_fence(Ordering::SeqCst);
+        self.0.set(false);
+    }
+}
+
+/// Whether the caller is a callback that the source runs, or a signal handler that has interrupted it.
+pub(super) fn is_inside() -> bool {
+    TELLING.get() || TAKING.get()
+}
+
+/// What one turn of handing on did.
+#[derive(Debug, Default)]
+pub(super) struct Turn {
+    pub(super) ranges: usize,
+    pub(super) lost: bool,
+}
+
+impl Inner {
+    fn words(&self) -> Words<'_> {
+        Words {
+            generation: self.header.u64(header::GENERATION),
+            lost: self.header.u64(header::LOST),
+            marked: &self.progress.marked,
+        }
+    }
+
+    fn marked(&self) -> u64 {
+        // ORDER(source-marked): Acquire, for the words of the watches. Partner: the store in `Intake::publish`.
+        self.progress.marked.load(Ordering::Acquire)
+    }
+
+    #[inline]
+    pub(super) fn handled(&self) -> u64 {
+        // ORDER(source-handled): Acquire, for what the callbacks did. Partner: the store in `hand_on`.
+        self.progress.handled.load(Ordering::Acquire)
+    }
+
+    /// Runs `f` on the consumer of the ring; `None` in a signal handler that has interrupted that, or in the child of a fork.
+    pub(super) fn with_intake<R>(&self, f: impl FnOnce(&mut Intake, Words<'_>) -> R) -> Option<R> {
+        let _taking = Flag::set(&TAKING)?;
+        if self.is_inherited() {
+            return None;
+        }
+        let mut intake = self.intake.lock().unwrap_or_else(|error| error.into_inner());
+        Some(f(&mut intake, self.words()))
+    }
+
+    /// Takes in what there is up to now, without waiting for another thread. False if that could not be done.
+    #[cold]
+    pub(super) fn catch_up(&self) -> bool {
+        let Some(_taking) = Flag::set(&TAKING) else { return false };
+        if self.is_inherited() {
+            return false;
+        }
+        // ORDER(source-generation): Acquire, as everybody's look.
+        let target = self.header.u64(header::GENERATION).load(Ordering::Acquire);
+        for _ in 0..TRIES {
+            if let Some(mut intake) = try_lock(&self.intake) {
+                intake.run(self.words(), target);
+            }
+            if self.marked() >= target {
+                return true;
+            }
+            // Another thread has the lock, or another processor is about to write its record.
+            std::hint::spin_loop();
+        }
+        false
+    }
+
+    /// Hands on what there is, up to a generation, unless another thread does.
+    pub(super) fn hand_on(&self, target: u64) -> Option<Turn> {
+        let telling = Flag::set(&TELLING)?;
+        let handing = try_lock(&self.handing)?;
+        let mut turn = Turn::default();
+        while self.handled() < target
+            && let Some(told) = self.with_intake(|intake, words| take(intake, words, target)).flatten()
+        {
+            drop(current_ref().invalidate(told.range, event(told.call)));
+            if self.is_inherited() {
+                // The callback has forked, and this is the child. What it does from here on would be done to the parent's words.
+                break;
+            }
+            turn.ranges += usize::from(!told.is_loss);
+            turn.lost |= told.is_loss;
+            // ORDER(source-handled): Release: the callbacks have run. Partner: the load in `handled`. Weaker, a client takes an
+            // entry for good that a callback is about to take out.
+            self.progress.handled.store(told.upto, Ordering::Release);
+        }
+        drop(handing);
+        drop(telling);
+        Some(turn)
+    }
+
+    /// Sees to it that all generations up to this one have been handed on. The caller has asked [`is_inside`].
+    pub(super) fn settle(&self, generation: u64) {
+        // Once more if the program has counted the generation on another processor and is about to write its record. Nobody
+        // waits for the lock itself: whoever has it goes on, and may have handed on what is asked for here long before.
+        sys::until(|| {
+            self.hand_on(generation);
+            self.handled() >= generation || self.is_inherited()
+        });
+    }
+
+    pub(super) fn is_caught_up(&self) -> bool {
+        // ORDER(source-generation): Acquire, as everybody's look.
+        self.handled() >= self.header.u64(header::GENERATION).load(Ordering::Acquire)
+    }
+
+    /// The thread that runs callbacks when nobody looks. It ends after the callback in which the source was stopped.
+    pub(super) fn tell(&self) {
+        loop {
+            thread::park();
+            // ORDER(source-stop): Acquire. Partner: the store in the drop of `Kernel`.
+            if self.stop.load(Ordering::Acquire) {
+                return;
+            }
+            // ORDER(source-generation): Acquire, as everybody's look.
+            let target = self.header.u64(header::GENERATION).load(Ordering::Acquire);
+            self.hand_on(target);
+        }
+    }
+
+    /// Takes note of how often the program was skipped so far: each time is a loss.
+    pub(super) fn note_missed(&self, missed: u64) {
+        if self.missed.swap(missed, Ordering::Relaxed) != missed {
+            self.with_intake(|intake, words| intake.everything(words));
+            // Nothing was counted, so nobody would look.
+            self.header.u64(header::LOST).fetch_add(1, Ordering::Relaxed);
+            self.header.u64(header::GENERATION).fetch_add(1, Ordering::Relaxed);
+            self.wake_teller();
+        }
+    }
+
+    /// Asks the program to wake the listener at the next record; false if there are records already.
+    pub(super) fn wants_a_call(&self) -> bool {
+        self.header.u64(header::AWAKE).store(0, Ordering::Relaxed);
+        // ORDER(source-awake): full fence between the word and the look at the generation. Partner: the program, which counts the
+        // generation (a full barrier) and then looks at the word. Weaker, a record wakes nobody and nobody sees it.
+        fence(Ordering::SeqCst);
+        self.is_caught_up()
+    }
+}
+
+fn take(intake: &mut Intake, words: Words<'_>, target: u64) -> Option<Told> {
+    intake.run(words, target);
+    intake.pop()
+}
+
+fn try_lock<T>(lock: &std::sync::Mutex<T>) -> Option<MutexGuard<'_, T>> {
+    match lock.try_lock() {
+        Ok(guard) => Some(guard),
+        Err(TryLockError::Poisoned(error)) => Some(error.into_inner()),
+        Err(TryLockError::WouldBlock) => None,
+    }
+}
+
+/// What a subscriber is told of the kind of a change, by the system call of the task that makes it.
+///
+/// A hint that errs on the side of more: reclaim can take pages in the middle of any call, but only these can take a mapping.
+fn event(_call: u16) -> Event {
+    Event::Clear
+}

@@ -1,0 +1,76 @@
+//! Watches that the kernel marks.
+
+use super::sys::Glance;
+use super::{Armed, Kernel};
+use crate::Error;
+use crate::watch::{Id, Watch, Word, enter};
+use mmu_notifier::VaRange;
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+
+/// A range that is armed, a place in the table of watches, and the word that is marked.
+#[derive(Debug)]
+pub(crate) struct Watching {
+    glance: Glance,
+    word: Arc<Word>,
+    id: Id,
+    armed: Armed,
+}
+
+impl Kernel {
+    /// Watches `range` until the returned value is dropped: [`Watch::is_valid`] says whether anything has touched it since.
+    ///
+    /// When it returns, no change that began before is under way, and every later one is counted before it happens. So
+    /// translate the range after it; no [`read_begin`](Armed::read_begin) is needed.
+    ///
+    /// # Blocking
+    /// As [`arm`](Self::arm).
+    /// # Errors
+    /// As [`arm`](Self::arm); [`Error::InCallback`] in a signal handler that has interrupted the source.
+    pub fn watch(self: &Arc<Self>, range: VaRange) -> Result<Watch, Error> {
+        let armed = Armed::enter(self, range)?;
+        let word = Arc::new(Word::default());
+        let base = self.generation();
+        let id = self.enter(range, base, &word).ok_or(Error::InCallback { source: "kernel" })?;
+        let glance = Glance::new(&self.inner.header, &self.inner.progress);
+        let watching = Watching { glance, word, id, armed };
+        // What begins from here on marks the watch; what began before is over after this.
+        self.wait()?;
+        Ok(Watch::by_kernel(range, watching))
+    }
+
+    fn enter(&self, range: VaRange, base: u64, word: &Arc<Word>) -> Option<Id> {
+        // In a signal handler that has interrupted this very thread, and in a child, there is no table to be had.
+        self.inner.with_intake(|_, _| ())?;
+        Some(enter(|f| _ = self.inner.with_intake(|intake, _| f(&mut intake.watches)), range, base, word))
+    }
+}
+
+impl Watching {
+    #[inline]
+    pub(crate) fn is_valid(&self) -> bool {
+        // ORDER(source-generation): Acquire: what the caller has read through its entry comes before the look at the generation.
+        fence(Ordering::Acquire);
+        (self.glance.is_current() || self.armed.kernel.inner.catch_up()) && !self.word.is_touched()
+    }
+
+    pub(crate) fn renew(&mut self) -> Result<(), Error> {
+        let kernel = &self.armed.kernel;
+        if kernel.inner.is_inherited() {
+            return Err(Error::AfterFork { source: "kernel" });
+        }
+        let base = kernel.generation();
+        let renewed = kernel.inner.with_intake(|intake, _| intake.watches.renew(&self.id, base));
+        renewed.ok_or(Error::InCallback { source: "kernel" })?;
+        // Something may be under way that began before.
+        kernel.wait().inspect_err(|_| self.word.touch())
+    }
+}
+
+impl Drop for Watching {
+    fn drop(&mut self) {
+        // The word is freed outside of the lock. In the child of a fork the table is the parent's, and stays as it is.
+        let word = self.armed.kernel.inner.with_intake(|intake, _| intake.watches.remove(&self.id));
+        drop(word);
+    }
+}

@@ -1,0 +1,104 @@
+//! Watches that brackets mark.
+//!
+//! One subscriber for all of them. It marks at the start of a bracket and at its end: a watch that is made in between may
+//! stand for a translation from before the change, and is marked before the call that makes the change returns.
+
+use super::table::{Id, Table, Word, enter};
+use crate::Error;
+use crate::current_mm::current_ref;
+use crate::fork::{marks, running};
+use mmu_notifier::{InvalidateRange, Notifier, Registration, VaRange};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Brackets have no numbers: all of them come after each watch.
+const ANY: u64 = 1;
+
+/// The subscriber, one for each address space, as long as that lasts.
+pub(crate) struct Brackets {
+    id: u64,
+    registration: Registration<Marks>,
+    /// Whether it has been seen to that it stays: a registrar would wait for open brackets again.
+    stays: AtomicBool,
+}
+
+struct Marks(Mutex<Table>);
+
+pub(super) struct Bracketed {
+    brackets: Arc<Brackets>,
+    id: Id,
+    word: Arc<Word>,
+}
+
+impl Marks {
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Notifier for Marks {
+    fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
+        // ORDER(watch-bracket): the mark comes before the change, and before the caller's next step. Partner: the fence in
+        // `is_valid`.
+        self.table().touch(range.range(), ANY);
+    }
+
+    fn invalidate_range_end(&self, range: &InvalidateRange<'_>) {
+        self.table().touch(range.range(), ANY);
+    }
+}
+
+impl Brackets {
+    fn running() -> Result<Arc<Self>, Error> {
+        running(&marks().brackets, |id| {
+            let marks = Marks(Mutex::new(Table::with_room(64)));
+            let registration =
+                Registration::new(current_ref(), marks).map_err(|_| Error::InCallback { source: "watch" })?;
+            Ok(Self { id, registration, stays: AtomicBool::new(false) })
+        })
+        .inspect(|brackets| {
+            if !brackets.stays.swap(true, Ordering::Relaxed) {
+                std::mem::forget(Arc::clone(brackets));
+            }
+        })
+    }
+}
+
+impl Bracketed {
+    pub(super) fn new(range: VaRange) -> Result<Self, Error> {
+        let brackets = Brackets::running()?;
+        let word = Arc::new(Word::default());
+        let id = enter(|f| f(&mut brackets.registration.table()), range, 0, &word);
+        Ok(Self { brackets, id, word })
+    }
+
+    fn is_inherited(&self) -> bool {
+        marks().alive.load(Ordering::Relaxed) != self.brackets.id
+    }
+
+    #[inline]
+    pub(super) fn is_valid(&self) -> bool {
+        // ORDER(watch-bracket): Acquire: the caller's own order (a lock, a join) puts the end of the bracket before this look;
+        // what the caller has read through its entry comes before it, too. Partner: the store in `Word::touch`.
+        fence(Ordering::Acquire);
+        !self.word.is_touched() && !self.is_inherited()
+    }
+
+    pub(super) fn renew(&mut self) -> Result<(), Error> {
+        if self.is_inherited() {
+            return Err(Error::AfterFork { source: "watch" });
+        }
+        self.brackets.registration.table().renew(&self.id, 0);
+        Ok(())
+    }
+}
+
+impl Drop for Bracketed {
+    fn drop(&mut self) {
+        // The child of a fork may have inherited the lock from a thread that had it.
+        if !self.is_inherited() {
+            let word = self.brackets.registration.table().remove(&self.id);
+            drop(word);
+        }
+    }
+}

@@ -1,0 +1,167 @@
+//! The kernel source when descriptors are closed, in children, in signal handlers, and when it is dropped at a bad moment.
+
+use crate::memory::{PAGE, Scratch};
+use mmu_notifier::{InvalidateRange, Notifier, Registration, VaRange};
+use mmu_source::kernel::Kernel;
+use mmu_source::{Error, Watch, current};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use testkit::{Cap, in_child, require};
+
+fn can_start() -> bool {
+    require(Cap::Bpf) && require(Cap::Kvm)
+}
+
+fn discard(memory: &Scratch) {
+    // SAFETY: our own scratch memory.
+    assert_eq!(unsafe { libc::madvise(memory.page(0), PAGE, libc::MADV_DONTNEED) }, 0);
+}
+
+/// What of KVM and BPF this process has open, in the table of its first thread.
+fn open_here() -> Vec<String> {
+    let entries = std::fs::read_dir("/proc/self/fd").expect("proc");
+    let paths = entries.filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok());
+    paths.map(|path| path.display().to_string()).filter(|path| path.contains("kvm") || path.contains("bpf")).collect()
+}
+
+#[test]
+fn closing_every_descriptor_does_not_blind_the_source() {
+    if !can_start() {
+        return;
+    }
+    assert!(in_child(|| {
+        let kernel = Kernel::start().expect("it starts");
+        let memory = Scratch::anonymous(1);
+        let watch = kernel.watch(memory.range()).expect("a watch");
+        let armed = kernel.arm(memory.range()).expect("armed");
+        // SAFETY: integers. This child needs no descriptor any more.
+        assert_eq!(unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, 0) }, 0);
+        // The numbers are given again, to files that nobody may touch.
+        let files: Vec<_> = (0..40).map(|_| std::fs::File::open("/dev/zero").expect("a file")).collect();
+        let seq = armed.read_begin().expect("it goes on");
+        let settled = kernel.settle().expect("it goes on");
+        let was = watch.is_valid() && kernel.is_current(settled) && !armed.read_retry(seq);
+        discard(&memory);
+        let is = !watch.is_valid() && !kernel.is_current(settled) && armed.read_retry(seq);
+        drop(files);
+        was && is && kernel.watch(memory.range()).is_ok_and(|watch| watch.is_valid())
+    }));
+}
+
+#[test]
+fn a_child_inherits_nothing_and_says_so() {
+    if !can_start() {
+        return;
+    }
+    let kernel = Kernel::start().expect("it starts");
+    let memory = Scratch::anonymous(1);
+    let mut watch = kernel.watch(memory.range()).expect("a watch");
+    assert!(open_here().is_empty(), "{:?}", open_here());
+    assert!(in_child(|| {
+        let blind = kernel.is_inherited() && !watch.is_valid();
+        let refused = matches!(watch.renew(), Err(Error::AfterFork { .. }));
+        let own = Kernel::start().expect("one call is enough");
+        let fresh = own.watch(memory.range()).expect("a watch");
+        blind && refused && !own.is_inherited() && fresh.is_valid() && open_here().is_empty()
+    }));
+    assert!(watch.is_valid() || watch.renew().is_ok(), "the fork was a change");
+}
+
+#[test]
+fn a_watch_is_touched_by_changes_of_its_range_alone() {
+    if !can_start() {
+        return;
+    }
+    let kernel = Kernel::start().expect("it starts");
+    let (one, other) = (Scratch::anonymous(1), Scratch::anonymous(1));
+    let mut watches = [&one, &other].map(|memory| kernel.watch(memory.range()).expect("a watch"));
+    // Other tests fork meanwhile, which changes everything: once more, then.
+    let is_so = (0..100).any(|_| {
+        watches.iter_mut().for_each(|watch| watch.renew().expect("no fork of this thread"));
+        discard(&one);
+        assert!(!watches[0].is_valid());
+        watches[1].is_valid()
+    });
+    assert!(is_so);
+    let mut bracketed = Watch::new(one.range()).expect("outside of brackets");
+    bracketed.renew().expect("no fork of this thread");
+    drop(current().invalidate(one.range(), mmu_notifier::Event::Unmap));
+    assert!(!bracketed.is_valid());
+}
+
+/// Takes a lock in each callback about one range.
+struct Locks {
+    about: VaRange,
+    lock: Arc<Mutex<()>>,
+    entered: Mutex<mpsc::Sender<()>>,
+}
+
+impl Notifier for Locks {
+    fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
+        if range.range().overlaps(self.about) {
+            let _ = self.entered.lock().unwrap_or_else(PoisonError::into_inner).send(());
+            drop(self.lock.lock().unwrap_or_else(PoisonError::into_inner));
+        }
+    }
+}
+
+#[test]
+fn the_last_handle_can_be_dropped_under_a_lock_that_callbacks_take() {
+    if !require(Cap::Bpf) {
+        return;
+    }
+    let kernel = Kernel::rehearse(4096).expect("BPF is there");
+    let memory = Scratch::anonymous(1);
+    let (sender, entered) = mpsc::channel();
+    let lock = Arc::new(Mutex::new(()));
+    let locks = Locks { about: memory.range(), lock: Arc::clone(&lock), entered: Mutex::new(sender) };
+    let locks = Registration::new(&current(), locks).map_err(|error| error.error).expect("outside of brackets");
+    let armed = kernel.arm(memory.range()).expect("armed");
+    let held = lock.lock().expect("no panic");
+    let at = memory.range().start().get();
+    kernel.inject(at, at + PAGE as u64).expect("it runs");
+    entered.recv().expect("the source's own thread is in the callback");
+    drop(kernel);
+    drop(armed);
+    drop(held);
+    assert!(locks.unregister().is_ok());
+}
+
+static ASKED: AtomicU64 = AtomicU64::new(0);
+static SOURCE: std::sync::OnceLock<Arc<Kernel>> = std::sync::OnceLock::new();
+
+#[test]
+fn a_signal_handler_may_settle() {
+    if !can_start() {
+        return;
+    }
+    extern "C" fn handler(_: i32) {
+        if let Some(kernel) = SOURCE.get() {
+            let _ = kernel.settle();
+            ASKED.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+    assert!(in_child(|| {
+        let kernel = Kernel::start().expect("it starts");
+        let _ = SOURCE.set(Arc::clone(&kernel));
+        let memory = Scratch::anonymous(1);
+        let _armed = kernel.arm(memory.range()).expect("armed");
+        // SAFETY: the handler makes no call that is not allowed in one.
+        unsafe { libc::signal(libc::SIGALRM, handler as *const () as usize) };
+        let often = libc::timeval { tv_sec: 0, tv_usec: 100 };
+        let timer = libc::itimerval { it_interval: often, it_value: often };
+        // SAFETY: reads a local.
+        unsafe { libc::setitimer(libc::ITIMER_REAL, &timer, std::ptr::null_mut()) };
+        // A hang ends this child by another signal.
+        while ASKED.load(Ordering::Relaxed) < 5_000 {
+            memory.write(0, 1);
+            discard(&memory);
+            let _ = kernel.settle();
+        }
+        let never = libc::timeval { tv_sec: 0, tv_usec: 0 };
+        let timer = libc::itimerval { it_interval: never, it_value: never };
+        // SAFETY: as above.
+        unsafe { libc::setitimer(libc::ITIMER_REAL, &timer, std::ptr::null_mut()) };
+        true
+    }));
+}
