@@ -5,7 +5,7 @@ use crate::mm::{self, MmStruct};
 use crate::range::Range;
 use libc::{c_int, c_ulong};
 use mmu_notifier::raw::{Interval, RawIntervalOps};
-use mmu_notifier::{Blocking, InvalidateRange, Va, VaRange, WouldBlock, WouldDeadlock};
+use mmu_notifier::{Blocking, InvalidateRange, MmWithUser, Va, VaRange, WouldBlock, WouldDeadlock};
 use std::mem::MaybeUninit;
 use std::ptr::NonNull;
 
@@ -86,7 +86,7 @@ unsafe fn insert(
     mm: *mut MmStruct,
     (start, length): (c_ulong, c_ulong),
     ops: *const IntervalOps,
-    insert: impl FnOnce(NonNull<Interval<Driver>>, VaRange, Driver) -> Result<(), c_int>,
+    insert: impl FnOnce(&MmWithUser, NonNull<Interval<Driver>>, VaRange, Driver) -> Result<(), c_int>,
 ) -> c_int {
     let Some(me) = NonNull::new(interval).filter(|_| !mm.is_null()) else { return -libc::EINVAL };
     // SAFETY: Null or a table: the caller's duty.
@@ -94,15 +94,14 @@ unsafe fn insert(
     // Whole pages: brackets are of whole pages, too, so no other one meets the interval.
     let Ok(range) = VaRange::covering(Va::new(start), length) else { return -libc::EOVERFLOW };
     // SAFETY: The bits of a handle: the caller's duty.
-    if unsafe { mm::borrow_user(&raw const mm) }.is_none_or(|mm| mm.is_inherited()) {
-        return -libc::EINVAL;
-    }
+    let user = unsafe { mm::borrow_user(&raw const mm) };
+    let Some(user) = user.filter(|mm| !mm.is_inherited()) else { return -libc::EINVAL };
     // SAFETY: The place must be valid: the caller's duty.
     let place = unsafe { &mut *interval };
     (place.start, place.last, place.ops, place.mm) = (start, start + (length - 1), ops, mm);
     // SAFETY: A place for an interval: the caller's duty.
     let node = unsafe { node(me) };
-    insert(node, range, Driver { me, invalidate }).map_or_else(|error| error, |()| 0)
+    insert(user, node, range, Driver { me, invalidate }).map_or_else(|error| error, |()| 0)
 }
 
 export! {
@@ -117,9 +116,7 @@ export! {
         length: c_ulong,
         ops: *const IntervalOps,
     ) -> c_int {
-        let into = |node, range, driver| {
-            // SAFETY: The caller has a user, of which `insert` has made sure that there is one.
-            let Some(user) = (unsafe { mm::borrow_user(&raw const mm) }) else { return Err(-libc::EINVAL) };
+        let into = |user: &_, node, range, driver| {
             // SAFETY: The place is large enough (asserted above), and the driver's until it is removed.
             unsafe { Interval::insert(node, user, range, driver) }.map_err(|WouldDeadlock| -libc::EDEADLK)
         };
@@ -138,7 +135,7 @@ export! {
         length: c_ulong,
         ops: *const IntervalOps,
     ) -> c_int {
-        let into = |node, range, driver| {
+        let into = |_: &_, node, range, driver| {
             let Some(guard) = mm::held(mm) else {
                 warn_once!("mmu_interval_notifier_insert_locked: this thread does not hold the write lock: refused");
                 return Err(-libc::EINVAL);

@@ -12,9 +12,9 @@
  *            lock of this library. From a callback a driver may get what exists, put, and open further invalidations; it must
  *            not wait for callbacks. What would wait for itself returns -EDEADLK, or ends the process with a message where
  *            the function returns nothing: in the kernel that is lockdep's splat and the hang that follows. A callback that is
- *            called by an event source of this process (mmun.h) may stand in the middle of free(): then it must not
- *            allocate, nor take a lock that anybody holds while he allocates.
- * fork       In the child an address space of the parent calls nobody, nobody can subscribe to it (-ESRCH), and what is put,
+ *            called by an event source of this process may stand in the middle of free(): then it must not
+ *            allocate, nor take a lock that a thread may hold while it allocates.
+ * fork       In the child an address space of the parent has no callbacks, refuses subscribers (-ESRCH), and what is put,
  *            removed or dropped of it is left as it is, without a callback. The child makes its own. Every function may be called.
  * Errors     Negative error numbers, or ERR_PTR of them. A null pointer is -EINVAL where there is a result, and else ends the process
  *            with a message. Mistakes that the kernel answers with WARN are said on stderr, once for each place.
@@ -76,11 +76,11 @@ static inline bool IS_ERR_OR_NULL(const void *pointer)
  */
 struct mm_struct;
 
-/* Returns this process's own, which the sources of mmun.h feed. It is not counted and never ends. In the child of a fork it is
+/* Returns this process's own, which the event sources of this process feed. It is not counted and never ends. In the child of a fork it is
  * another one. Allocates at first use. */
 struct mm_struct *mmun_current_mm(void);
 
-/* Makes one with one user, which the caller gives back with mmput(). Whoever made it tells its changes (below). */
+/* Makes one with one user, which the caller gives back with mmput(). The caller is its event source (below). */
 struct mm_struct *mmun_mm_new(void);
 
 /* Takes one more handle, of a caller that has one; mmdrop() gives it back. The last mmdrop() waits for queued frees of this address space, if
@@ -254,30 +254,30 @@ int __mmu_notifier_register(struct mmu_notifier *subscription, struct mm_struct 
 
 /*
  * Calls release, unless exit has, delists the notifier, and waits until no callback runs in it. Then its memory is the
- * driver's again. Whoever has got it by mmu_notifier_get() loses it. Inside an invalidation or callback of `mm` and in free_notifier it ends the process.
+ * driver's again. Users that got it by mmu_notifier_get() lose it. Inside an invalidation or callback of `mm` and in free_notifier it ends the process.
  */
 #define mmu_notifier_unregister mmun_unregister
 void mmu_notifier_unregister(struct mmu_notifier *subscription, struct mm_struct *mm);
 
 /*
- * Waits until every notifier whose last put came before the call has been freed, whoever put it, so that code of the driver can be
+ * Waits until every notifier whose last put came before the call has been freed, whichever thread put it, so that code of the driver can be
  * unloaded. (The kernel's says so and waits for a grace period only; this one waits for no callback if nothing was put.)
  * Inside an invalidation, a callback or free_notifier it ends the process.
  */
 #define mmu_notifier_synchronize mmun_synchronize
 void mmu_notifier_synchronize(void);
 
-/* Tells whether an invalidation would call anybody. (In the kernel it stays true after the last one has gone.) */
+/* Tells whether an invalidation would call a subscriber. (In the kernel it stays true after the last one has gone.) */
 #define mm_has_notifiers mmun_mm_has_notifiers
 bool mm_has_notifiers(struct mm_struct *mm);
 
 /* ------------------------------------------------------------------------------------------------------------------------
- * Event sources: whoever changes an address space
+ * Event sources: the code that changes an address space
  * ------------------------------------------------------------------------------------------------------------------------ */
 
 /*
  * Tells subscribers that the range is about to change, and waits until they have let go; _end() says that it has. Both in one
- * thread, the range left where it is in between, and not copied. They nest. In between nobody can finish subscribing, and
+ * thread, the range left where it is in between, and not copied. They nest. In between no subscriber can finish subscribing, and
  * what is put is not freed. Callbacks come newest subscriber first, intervals before them in the order of their addresses.
  * Starting what is started ends the process. Ending what is not started does nothing.
  */
@@ -286,7 +286,7 @@ bool mm_has_notifiers(struct mm_struct *mm);
 void mmu_notifier_invalidate_range_start(struct mmu_notifier_range *range);
 void mmu_notifier_invalidate_range_end(struct mmu_notifier_range *range);
 
-/* The same where nobody may sleep. -EAGAIN if a subscriber would have to: then those which had accepted have got their end, and none is
+/* The same where subscribers may not sleep. -EAGAIN if a subscriber would have to: then those which had accepted have got their end, and none is
  * owed. All subscribers are asked; intervals up to the one that refuses, and then no subscriber. */
 #define mmu_notifier_invalidate_range_start_nonblock mmun_invalidate_range_start_nonblock
 int mmu_notifier_invalidate_range_start_nonblock(struct mmu_notifier_range *range);
@@ -295,7 +295,7 @@ int mmu_notifier_invalidate_range_start_nonblock(struct mmu_notifier_range *rang
 #define mmu_notifier_arch_invalidate_secondary_tlbs mmun_arch_invalidate_secondary_tlbs
 void mmu_notifier_arch_invalidate_secondary_tlbs(struct mm_struct *mm, unsigned long start, unsigned long end);
 
-/* Ask all and tell whether anybody said yes; test_young asks no further than the first. A yes is 1. */
+/* Ask all subscribers and tell whether one said yes; test_young asks no further than the first. A yes is 1. */
 #define mmu_notifier_clear_flush_young mmun_clear_flush_young
 #define mmu_notifier_clear_young mmun_clear_young
 #define mmu_notifier_test_young mmun_test_young

@@ -32,7 +32,6 @@ pub(super) enum Op {
     Shr = 0x77,
     Mul = 0x27,
     Mov = 0xb7,
-    Or = 0x47,
 }
 
 /// The bit that makes the source a register (`BPF_X`).

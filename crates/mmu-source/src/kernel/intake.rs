@@ -27,8 +27,6 @@ const QUEUE: usize = 8192;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Told {
     pub(super) range: VaRange,
-    /// What the task was doing that made the change: see `program.rs`.
-    pub(super) call: u16,
     /// When this one has been handed on, all generations up to here have.
     pub(super) upto: u64,
     /// Whether it stands for records that were lost.
@@ -86,7 +84,7 @@ impl Intake {
         {
             let range = range(record.start, record.end);
             self.watches.touch(range, record.number);
-            if !self.mark(record.number) || !self.push(range, record.call) {
+            if !self.mark(record.number) || !self.push(range) {
                 self.everything(words);
             }
             self.publish(words);
@@ -102,21 +100,20 @@ impl Intake {
     }
 
     /// Queues a range; false if there is no room.
-    fn push(&mut self, range: VaRange, call: u16) -> bool {
+    fn push(&mut self, range: VaRange) -> bool {
         let upto = self.next - 1;
         if let Some(last) = self.queue.back_mut()
             && last.range.covers(range)
         {
             // Both have been counted, and the callback of neither has run: one does for both.
             last.upto = upto;
-            last.call = if last.call == call { call } else { 0 };
             return true;
         }
         if self.queue.len() == QUEUE {
             self.overflows += 1;
             return false;
         }
-        self.queue.push_back(Told { range, call, upto, is_loss: false });
+        self.queue.push_back(Told { range, upto, is_loss: false });
         true
     }
 
@@ -147,7 +144,7 @@ impl Intake {
         self.skip_done();
         // What waits is a part of everything.
         self.queue.clear();
-        self.queue.push_back(Told { range: VaRange::ALL, call: 0, upto: self.next - 1, is_loss: true });
+        self.queue.push_back(Told { range: VaRange::ALL, upto: self.next - 1, is_loss: true });
         self.publish(words);
     }
 

@@ -1,6 +1,6 @@
 //! What the vault holds: descriptors, virtual machines that are never run, and the thread that listens to the ring.
 
-use super::program::{self, Maps, Rights, header, private};
+use super::program::{self, Maps, header, private};
 use super::resolver::{self, Offsets};
 use super::sys::{self, Kind, Map};
 use super::{Inner, filter, kernel_error};
@@ -42,20 +42,10 @@ impl Parts {
     }
 }
 
-/// Loads the program with as much as this kernel lets it do.
+/// Loads the program, without the right to read kernel memory if the kernel refuses that alone.
 fn load(maps: Maps<'_>) -> io::Result<OwnedFd> {
-    let load =
-        |peek, registers| sys::load_program(Kind::RawTracepoint, &program::build(maps, Rights { peek, registers }));
-    let is_forbidden = |error: &io::Error| error.kind() == io::ErrorKind::PermissionDenied;
-    let tries = [(true, cfg!(target_arch = "x86_64")), (true, false), (false, false)];
-    let mut loaded = load(tries[0].0, tries[0].1);
-    for (peek, registers) in &tries[1..] {
-        match &loaded {
-            Err(error) if !is_forbidden(error) => loaded = load(*peek, *registers),
-            _ => break,
-        }
-    }
-    loaded
+    let load = |peek| sys::load_program(Kind::RawTracepoint, &program::build(maps, peek));
+    load(true).or_else(|error| if error.kind() == io::ErrorKind::PermissionDenied { Err(error) } else { load(false) })
 }
 
 /// The virtual machines: see `wait.rs`. Dropping it closes everything.
@@ -135,7 +125,7 @@ impl Machines {
         }
         self.later.post(move |_| drop(made));
         self.forget_b();
-        Ok(self.live.as_ref().is_some_and(|live| live.b.is_some()))
+        Ok(self.has_b())
     }
 
     /// Closes B, after the program has forgotten it.

@@ -80,9 +80,6 @@ pub(super) mod private {
 
 /// The size of a record: start, end, number.
 const RECORD: i32 = 24;
-/// What the upper bits of a record's number say of its task: 0 if nothing is known, else its system call plus 2, where -1
-/// is none: an exception.
-pub(super) const NUMBER_BITS: u32 = 48;
 
 const START: Reg = R6;
 const LAST: Reg = R7;
@@ -114,15 +111,6 @@ pub(super) struct Maps<'a> {
     pub(super) sum: BorrowedFd<'a>,
     pub(super) own: BorrowedFd<'a>,
     pub(super) ring: BorrowedFd<'a>,
-}
-
-/// What this kernel lets programs do.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Rights {
-    /// Read kernel memory, which lockdown can forbid.
-    pub(super) peek: bool,
-    /// Look at the registers of the current task (Linux 5.15).
-    pub(super) registers: bool,
 }
 
 type Code = Assembler<Label>;
@@ -160,8 +148,8 @@ impl Code {
     }
 }
 
-/// Builds the program over these maps.
-pub(super) fn build(maps: Maps<'_>, rights: Rights) -> Vec<u64> {
+/// Builds the program over these maps. It reads kernel memory if it may `peek`, which lockdown can forbid.
+pub(super) fn build(maps: Maps<'_>, peek: bool) -> Vec<u64> {
     let mut a = Code::new();
     a.load(START, R1, 0);
     a.load(LAST, R1, 8);
@@ -216,8 +204,8 @@ pub(super) fn build(maps: Maps<'_>, rights: Rights) -> Vec<u64> {
     }
     a.label(Label::Coarser(LEVELS));
     a.goto(Label::Out);
-    question(&mut a, maps, rights);
-    hit(&mut a, maps, rights);
+    question(&mut a, maps, peek);
+    hit(&mut a, maps, peek);
     a.finish()
 }
 
@@ -232,9 +220,9 @@ fn load_count(a: &mut Code, maps: Maps<'_>, unknown: Label) {
 }
 
 /// A question of `wait.rs`: answered if nothing is under way.
-fn question(a: &mut Code, maps: Maps<'_>, rights: Rights) {
+fn question(a: &mut Code, maps: Maps<'_>, peek: bool) {
     a.label(Label::Question);
-    if rights.peek {
+    if peek {
         // The number first: the answer is of a moment after the question.
         a.load(R7, HEADER, header::ASKED as isize);
         load_count(a, maps, Label::Out);
@@ -245,11 +233,11 @@ fn question(a: &mut Code, maps: Maps<'_>, rights: Rights) {
 }
 
 /// The end of the program: counts and records the event.
-fn hit(a: &mut Code, maps: Maps<'_>, rights: Rights) {
+fn hit(a: &mut Code, maps: Maps<'_>, peek: bool) {
     const RINGBUF_RESERVE: i32 = 131;
     const RINGBUF_SUBMIT: i32 = 132;
     a.label(Label::Hit);
-    if rights.peek {
+    if peek {
         load_count(a, maps, Label::Count);
         a.jump(If::NotEqual, R0, 0, Label::Count);
         a.load(R0, HEADER, header::IGNORED as isize);
@@ -261,9 +249,6 @@ fn hit(a: &mut Code, maps: Maps<'_>, rights: Rights) {
     a.op(Op::Mov, R9, 1);
     a.atomic_add(HEADER, header::GENERATION as isize, R9, true);
     a.op(Op::Add, R9, 1);
-    if rights.registers {
-        add_call(a);
-    }
     a.map(R1, maps.ring);
     a.op(Op::Mov, R2, RECORD);
     a.op(Op::Mov, R3, 0);
@@ -285,19 +270,4 @@ fn hit(a: &mut Code, maps: Maps<'_>, rights: Rights) {
     a.op(Op::Mov, R1, 1);
     a.atomic_add(HEADER, header::LOST as isize, R1, false);
     a.goto(Label::Out);
-}
-
-/// Adds the current task's system call to the number in register 9.
-fn add_call(a: &mut Code) {
-    const GET_CURRENT_TASK_BTF: i32 = 158;
-    const TASK_PT_REGS: i32 = 175;
-    /// `orig_ax` in `struct pt_regs`, of x86-64.
-    const ORIG_AX: isize = 120;
-    a.call(GET_CURRENT_TASK_BTF);
-    a.op_reg(Op::Mov, R1, R0);
-    a.call(TASK_PT_REGS);
-    a.load(R0, R0, ORIG_AX);
-    a.op(Op::Add, R0, 2);
-    a.op(Op::Shl, R0, NUMBER_BITS as i32);
-    a.op_reg(Op::Or, R9, R0);
 }

@@ -3,7 +3,6 @@
 //! The kernel's layout: a page with the consumer's position, a page with the producer's, then the data, mapped twice in a
 //! row so that a record never wraps. A record has a header of eight bytes: its length with two flags, and a word for the kernel.
 
-use super::program::NUMBER_BITS;
 use super::sys::Shared;
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -23,8 +22,6 @@ pub(super) struct Record {
     pub(super) end: u64,
     /// The generation that this event made.
     pub(super) number: u64,
-    /// What the task was doing: see `program.rs`.
-    pub(super) call: u16,
 }
 
 /// One reader at a time: the caller holds a lock.
@@ -63,12 +60,7 @@ impl Ring {
                 return None;
             }
             let word = |index: usize| self.producer.u64(place + HEADER + 8 * index).load(Ordering::Relaxed);
-            let record = Record {
-                start: word(0),
-                end: word(1),
-                number: word(2) & ((1 << NUMBER_BITS) - 1),
-                call: (word(2) >> NUMBER_BITS) as u16,
-            };
+            let record = Record { start: word(0), end: word(1), number: word(2) };
             let length = HEADER + ((header & !DISCARD) as usize).next_multiple_of(8);
             // ORDER: Release: the record has been copied before the kernel may write over it.
             self.consumer.u64(0).store(at + length as u64, Ordering::Release);

@@ -212,6 +212,17 @@ pub(super) fn ask(_: &Scratch) {}
 
 const PAGE: usize = mmu_notifier::PAGE_SIZE as usize;
 
+/// Maps a page of anonymous memory.
+fn new_page(protection: i32) -> io::Result<NonNull<u8>> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    // SAFETY: a new mapping where the kernel likes; nothing of ours is touched.
+    let base = unsafe { libc::mmap(ptr::null_mut(), PAGE, protection, flags, -1, 0) };
+    if base == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(NonNull::new(base.cast()).expect("mmap does not return null"))
+}
+
 /// A page that is only ever asked about.
 #[derive(Debug)]
 pub(super) struct Scratch(NonNull<u8>);
@@ -223,13 +234,7 @@ unsafe impl Sync for Scratch {}
 
 impl Scratch {
     pub(super) fn map() -> io::Result<Self> {
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-        // SAFETY: a new mapping where the kernel likes; nothing of ours is touched.
-        let base = unsafe { libc::mmap(ptr::null_mut(), PAGE, libc::PROT_NONE, flags, -1, 0) };
-        if base == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(Self(NonNull::new(base.cast()).expect("mmap does not return null")))
+        new_page(libc::PROT_NONE).map(Self)
     }
 
     pub(super) fn address(&self) -> u64 {
@@ -472,15 +477,9 @@ unsafe impl Sync for ProgressPage {}
 
 impl ProgressPage {
     pub(super) fn map(from: u64) -> io::Result<Self> {
-        let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-        // SAFETY: a new mapping where the kernel likes; nothing of ours is touched.
-        let base = unsafe { libc::mmap(ptr::null_mut(), PAGE, protection, flags, -1, 0) };
-        if base == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        let page = Self(NonNull::new(base.cast()).expect("mmap does not return null"));
+        let page = Self(new_page(libc::PROT_READ | libc::PROT_WRITE)?.cast());
         // SAFETY: the advice is on the page just mapped and changes its inheritance only.
-        if unsafe { libc::madvise(base, PAGE, libc::MADV_WIPEONFORK) } != 0 {
+        if unsafe { libc::madvise(page.0.as_ptr().cast(), PAGE, libc::MADV_WIPEONFORK) } != 0 {
             return Err(io::Error::last_os_error());
         }
         page.marked.store(from, Ordering::Relaxed);

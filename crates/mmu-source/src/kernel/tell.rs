@@ -89,8 +89,7 @@ impl Inner {
         if self.is_inherited() {
             return false;
         }
-        // ORDER(source-generation): Acquire, as everybody's look.
-        let target = self.header.u64(header::GENERATION).load(Ordering::Acquire);
+        let target = self.generation();
         for _ in 0..TRIES {
             if let Some(mut intake) = try_lock(&self.intake) {
                 intake.run(self.words(), target);
@@ -112,7 +111,7 @@ impl Inner {
         while self.handled() < target
             && let Some(told) = self.with_intake(|intake, words| take(intake, words, target)).flatten()
         {
-            drop(current_ref().invalidate(told.range, event(told.call)));
+            drop(current_ref().invalidate(told.range, Event::Clear));
             if self.is_inherited() {
                 // The callback has forked, and this is the child. What it does from here on would be done to the parent's words.
                 break;
@@ -139,8 +138,7 @@ impl Inner {
     }
 
     pub(super) fn is_caught_up(&self) -> bool {
-        // ORDER(source-generation): Acquire, as everybody's look.
-        self.handled() >= self.header.u64(header::GENERATION).load(Ordering::Acquire)
+        self.handled() >= self.generation()
     }
 
     /// The thread that runs callbacks when nobody looks. It ends after the callback in which the source was stopped.
@@ -151,8 +149,7 @@ impl Inner {
             if self.stop.load(Ordering::Acquire) {
                 return;
             }
-            // ORDER(source-generation): Acquire, as everybody's look.
-            let target = self.header.u64(header::GENERATION).load(Ordering::Acquire);
+            let target = self.generation();
             self.hand_on(target);
         }
     }
@@ -189,11 +186,4 @@ fn try_lock<T>(lock: &std::sync::Mutex<T>) -> Option<MutexGuard<'_, T>> {
         Err(TryLockError::Poisoned(error)) => Some(error.into_inner()),
         Err(TryLockError::WouldBlock) => None,
     }
-}
-
-/// What a subscriber is told of the kind of a change, by the system call of the task that makes it.
-///
-/// A hint that errs on the side of more: reclaim can take pages in the middle of any call, but only these can take a mapping.
-fn event(_call: u16) -> Event {
-    Event::Clear
 }

@@ -40,9 +40,8 @@ impl Kernel {
     }
 
     fn enter(&self, range: VaRange, base: u64, word: &Arc<Word>) -> Option<Id> {
-        // In a signal handler that has interrupted this very thread, and in a child, there is no table to be had.
-        self.inner.with_intake(|_, _| ())?;
-        Some(enter(|f| _ = self.inner.with_intake(|intake, _| f(&mut intake.watches)), range, base, word))
+        // A signal handler that has interrupted the source, and a child, get no table.
+        enter(|f| self.inner.with_intake(|intake, _| f(&mut intake.watches)), range, base, word)
     }
 }
 

@@ -68,7 +68,11 @@ impl Bracketed {
     pub(super) fn new(range: VaRange) -> Result<Self, Error> {
         let brackets = Brackets::running()?;
         let word = Arc::new(Word::default());
-        let id = enter(|f| f(&mut brackets.registration.table()), range, 0, &word);
+        let table = |f: &mut dyn FnMut(&mut Table)| {
+            f(&mut brackets.registration.table());
+            Some(())
+        };
+        let id = enter(table, range, 0, &word).expect("the table is given each time");
         Ok(Self { brackets, id, word })
     }
 

@@ -208,8 +208,14 @@ impl Table {
     }
 }
 
-/// Enters a watch into the table that `with` gives access to, under its lock. Allocates outside of that.
-pub(crate) fn enter(with: impl Fn(&mut dyn FnMut(&mut Table)), range: VaRange, base: u64, word: &Arc<Word>) -> Id {
+/// Enters a watch into the table that `with` gives access to, under its lock. Allocates outside of that. `None` if
+/// `with` has no table to give.
+pub(crate) fn enter(
+    with: impl Fn(&mut dyn FnMut(&mut Table)) -> Option<()>,
+    range: VaRange,
+    base: u64,
+    word: &Arc<Word>,
+) -> Option<Id> {
     loop {
         let (mut entered, mut room) = (None, 0);
         with(&mut |table| {
@@ -217,9 +223,9 @@ pub(crate) fn enter(with: impl Fn(&mut dyn FnMut(&mut Table)), range: VaRange, b
             if !table.is_full() {
                 entered = Some(table.insert(range, base, Arc::clone(word)));
             }
-        });
-        if let Some(id) = entered {
-            return id;
+        })?;
+        if entered.is_some() {
+            return entered;
         }
         let mut larger = Table::with_room(2 * room);
         with(&mut |table| {
@@ -227,7 +233,7 @@ pub(crate) fn enter(with: impl Fn(&mut dyn FnMut(&mut Table)), range: VaRange, b
                 larger.take_over(table);
                 std::mem::swap(table, &mut larger);
             }
-        });
+        })?;
     }
 }
 
