@@ -21,10 +21,11 @@ fn main() {
     }
 }
 
-/// Writes a program that gives the symbols their version, where the linker is driven by gcc, which has `-wrapper`.
+/// Writes a program that gives the symbols their version, where the linker is driven by gcc, which
+/// has `-wrapper`.
 ///
-/// rustc hands the linker a version script of its own with an anonymous version, beside which there can be no other. So its
-/// script is given a name on the way.
+/// rustc hands the linker a version script of its own with an anonymous version, beside which there
+/// can be no other. So its script is given a name on the way.
 fn wrapper() -> Option<String> {
     let linker = env::var("RUSTC_LINKER").unwrap_or_else(|_| "cc".into());
     let about = Command::new(linker).arg("--version").output().ok()?;

@@ -1,11 +1,13 @@
 //! `cargo xtask guest`: the tests in a machine that has what hosts lack, under several kernels.
 //!
-//! QEMU emulates the machine in software: virtualisation inside it, two nodes of memory, swap space, merging of equal pages, a network card
-//! that does RDMA. Its kernel is one of Debian's. Its root folder is the host's, read-only, below an overlay in memory: every program, library and
+//! QEMU emulates the machine in software: virtualisation inside it, two nodes of memory, swap
+//! space, merging of equal pages, a network card that does RDMA. Its kernel is one of Debian's. Its
+//! root folder is the host's, read-only, below an overlay in memory: every program, library and
 //! test binary stands where it stands on the host, so nothing has to be packed.
 //!
-//! Cargo decides what runs: it is given a runner that notes the command line instead of running it ([`record`]). What was noted runs in
-//! one boot ([`agent`]). Whether a test can run there is said by the test (`testkit::require`), not here.
+//! Cargo decides what runs: it is given a runner that notes the command line instead of running it
+//! ([`record`]). What was noted runs in one boot ([`agent`]). Whether a test can run there is said
+//! by the test (`testkit::require`), not here.
 
 pub(crate) mod agent;
 mod archive;
@@ -24,7 +26,8 @@ use std::{fs, process};
 const USAGE: &str = "usage: cargo xtask guest [--kernel 5.10|6.1|6.12|6.18|newest|all]... [--shell] [--limit SECONDS] [--table] \
     [-- ARGUMENTS OF CARGO TEST]";
 
-/// What runs if nothing else is asked for: a label, which is a column of the table, and the arguments of Cargo.
+/// What runs if nothing else is asked for: a label, which is a column of the table, and the
+/// arguments of Cargo.
 const STANDARD: &[(&str, &str)] = &[
     ("kernel source", "test -p mmu-source --lib --test it -- kernel"),
     ("kernel cache", "test -p regcache --test it -- kernel uring"),

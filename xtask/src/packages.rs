@@ -1,5 +1,6 @@
-//! `cargo xtask packages`: each published crate as its user gets it. Packs all of them, unpacks each
-//! outside the workspace, and runs there the tests that it brings, against the others' packages.
+//! `cargo xtask packages`: each published crate as its user gets it. Packs all of them, unpacks
+//! each outside the workspace, and runs there the tests that it brings, against the others'
+//! packages.
 
 use cargo_metadata::MetadataCommand;
 use std::fs;

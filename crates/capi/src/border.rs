@@ -1,8 +1,10 @@
-//! The border to C: how functions are exported, how misuse is told, how it ends where nothing can be returned.
+//! The border to C: how functions are exported, how misuse is told, how it ends where nothing can
+//! be returned.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Defines exported functions. A panic in one is a bug of ours: it ends the process, with the function's name.
+/// Defines exported functions. A panic in one is a bug of ours: it ends the process, with the
+/// function's name.
 macro_rules! export {
     ($($(#[$attribute:meta])* fn $name:ident($($arg:ident: $type:ty),* $(,)?) $(-> $result:ty)? $body:block)*) => {$(
         $(#[$attribute])*
@@ -29,7 +31,8 @@ impl Drop for Border {
     }
 }
 
-/// Says a line on the standard error, without the allocator, which may be what this thread is in the middle of.
+/// Says a line on the standard error, without the allocator, which may be what this thread is in
+/// the middle of.
 fn say(words: &[&str]) {
     let mut line = [0_u8; 512];
     let mut length = 0;
@@ -43,7 +46,8 @@ fn say(words: &[&str]) {
     unsafe { libc::write(2, line.as_ptr().cast(), length + 1) };
 }
 
-/// Ends the process: the caller has no result in which an error could be returned, and going on would hang or corrupt.
+/// Ends the process: the caller has no result in which an error could be returned, and going on
+/// would hang or corrupt.
 #[cold]
 pub(crate) fn die(function: &str, reason: &str) -> ! {
     say(&["libmmun: ", function, ": ", reason]);
@@ -60,7 +64,8 @@ pub(crate) fn warn(said: &AtomicBool, words: &[&str]) {
     }
 }
 
-/// Says once, at each place in the code, that the caller made a mistake: the kernel's `WARN_ON_ONCE`.
+/// Says once, at each place in the code, that the caller made a mistake: the kernel's
+/// `WARN_ON_ONCE`.
 macro_rules! warn_once {
     ($($word:expr),+) => {{
         static SAID: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);

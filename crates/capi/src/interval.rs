@@ -44,7 +44,8 @@ unsafe impl Sync for Driver {}
 
 impl RawIntervalOps for Driver {
     fn invalidate(&self, range: &InvalidateRange<'_>, seq: u64) -> Result<(), WouldBlock> {
-        // SAFETY: The driver's own callback, with its own interval, which is inserted: so says the header.
+        // SAFETY: The driver's own callback, with its own interval, which is inserted: so says the
+        // header.
         let done = unsafe { (self.invalidate)(self.me.as_ptr(), &Range::of(range), seq) };
         match range.blocking() {
             _ if done => Ok(()),
@@ -80,7 +81,8 @@ unsafe fn inserted<'a>(function: &str, interval: *const IntervalNotifier) -> &'a
 /// Checks what both inserts take, and inserts with `insert`.
 ///
 /// # Safety
-/// `interval` must be null or a place for an interval, `mm` null or the bits of a handle, `ops` null or a table.
+/// `interval` must be null or a place for an interval, `mm` null or the bits of a handle, `ops`
+/// null or a table.
 unsafe fn insert(
     interval: *mut IntervalNotifier,
     mm: *mut MmStruct,
@@ -117,7 +119,8 @@ export! {
         ops: *const IntervalOps,
     ) -> c_int {
         let into = |user: &_, node, range, driver| {
-            // SAFETY: The place is large enough (asserted above), and the driver's until it is removed.
+            // SAFETY: The place is large enough (asserted above), and the driver's until it is
+            // removed.
             unsafe { Interval::insert(node, user, range, driver) }.map_err(|WouldDeadlock| -libc::EDEADLK)
         };
         // SAFETY: The caller's duty is passed on.
@@ -140,9 +143,11 @@ export! {
                 warn_once!("mmu_interval_notifier_insert_locked: this thread does not hold the write lock: refused");
                 return Err(-libc::EINVAL);
             };
-            // SAFETY: The guard is there, this thread's, and nobody else uses it until the insert has returned.
+            // SAFETY: The guard is there, this thread's, and nobody else uses it until the insert
+            // has returned.
             let guard = unsafe { &mut *guard };
-            // SAFETY: The place is large enough (asserted above), and the driver's until it is removed.
+            // SAFETY: The place is large enough (asserted above), and the driver's until it is
+            // removed.
             unsafe { Interval::insert_locked(node, guard, range, driver) }.map_err(|WouldDeadlock| -libc::EDEADLK)
         };
         // SAFETY: The caller's duty is passed on.

@@ -1,9 +1,10 @@
 //! `libmmun`: the functions behind the C headers in `include/mmun`, which are their documentation.
 //!
 //! # Safety
-//! Every exported function trusts its caller as far as C cannot say it: pointers are null or valid, objects are what the header
-//! says. What can be checked is: null pointers, bounds, states, waits for oneself. A panic in this library is a bug and ends the
-//! process with a message; a C++ exception that leaves a callback does, too.
+//! Every exported function trusts its caller as far as C cannot say it: pointers are null or valid,
+//! objects are what the header says. What can be checked is: null pointers, bounds, states, waits
+//! for oneself. A panic in this library is a bug and ends the process with a message; a C++
+//! exception that leaves a callback does, too.
 
 mod border;
 mod interval;

@@ -1,8 +1,9 @@
 //! `struct mm_struct`: handles of an address space, and its write lock.
 //!
 //! # Safety
-//! In C a handle is a pointer that nobody follows: the bits of an [`Mm`] or [`MmWithUser`], which are one word. `mmgrab` and
-//! its kin count as clones and drops do; every other function borrows the handle that its caller has.
+//! In C a handle is a pointer that nobody follows: the bits of an [`Mm`] or [`MmWithUser`], which
+//! are one word. `mmgrab` and its kin count as clones and drops do; every other function borrows
+//! the handle that its caller has.
 
 use crate::border::{SELF_WAIT, die, export};
 use mmu_notifier::{Mm, MmWithUser, MmapWriteGuard, WouldDeadlock};
@@ -44,7 +45,8 @@ pub(crate) unsafe fn borrow<'a>(place: *const *mut MmStruct) -> &'a Mm {
 pub(crate) unsafe fn borrow_user<'a>(place: *const *mut MmStruct) -> Option<&'a MmWithUser> {
     // SAFETY: The caller's duty is passed on.
     let mm = unsafe { borrow(place) };
-    // SAFETY: The place must hold an `MmWithUser`: of one word like `Mm`, and counted by the caller's own.
+    // SAFETY: The place must hold an `MmWithUser`: of one word like `Mm`, and counted by the
+    // caller's own.
     (mm.mm_users() != 0).then(|| unsafe { &*place.cast() })
 }
 
@@ -110,7 +112,8 @@ export! {
         drop(unsafe { take::<MmWithUser>("mmput", mm) });
     }
 
-    /// Returns the address space of this process, which counts for nothing and lasts as long as the process.
+    /// Returns the address space of this process, which counts for nothing and lasts as long as the
+    /// process.
     ///
     /// # Safety
     /// None.
@@ -187,12 +190,13 @@ pub(crate) unsafe fn lock(mm: *mut MmStruct) -> Result<(), WouldDeadlock> {
             die("mmap_write_lock", "this thread holds the locks of eight address spaces already");
         };
         free.mm.set(mm);
-        // SAFETY: The place holds the bits of a counted handle, and keeps them until the guard is gone. That it may have no user
-        // any more is no matter for a lock.
+        // SAFETY: The place holds the bits of a counted handle, and keeps them until the guard is
+        // gone. That it may have no user any more is no matter for a lock.
         let user: &'static MmWithUser = unsafe { &*free.mm.as_ptr().cast() };
         match user.mmap_write_lock() {
             Ok(guard) => {
-                // SAFETY: Writing needs a place that nobody uses: it was free, and this thread is the only one to use it.
+                // SAFETY: Writing needs a place that nobody uses: it was free, and this thread is
+                // the only one to use it.
                 unsafe { (*free.guard.get()).write(guard) };
                 Ok(())
             }
@@ -207,7 +211,8 @@ pub(crate) unsafe fn lock(mm: *mut MmStruct) -> Result<(), WouldDeadlock> {
 /// Unlocks; tells whether it was locked by this thread.
 pub(crate) fn unlock(mm: *mut MmStruct) -> bool {
     let Some(guard) = held(mm) else { return false };
-    // SAFETY: There is a guard, and nobody else in this thread is using it: callbacks run between uses only.
+    // SAFETY: There is a guard, and nobody else in this thread is using it: callbacks run between
+    // uses only.
     unsafe { guard.drop_in_place() };
     HELD.with(|held| held.iter().filter(|held| held.mm.get() == mm).for_each(|held| held.mm.set(ptr::null_mut())));
     true

@@ -24,7 +24,8 @@ const NODE_WORDS: usize = 14;
 const _: () = assert!(size_of::<Node<Driver>>() <= NODE_WORDS * size_of::<usize>());
 const _: () = assert!(align_of::<Node<Driver>>() <= align_of::<usize>());
 
-/// `struct mmu_notifier_ops`. Callbacks may unwind as far as C++ is concerned: the core ends the process then.
+/// `struct mmu_notifier_ops`. Callbacks may unwind as far as C++ is concerned: the core ends the
+/// process then.
 #[repr(C)]
 #[derive(Debug)]
 pub struct Ops {
@@ -43,7 +44,8 @@ pub struct Ops {
 /// A driver's notifier, as the core calls it.
 ///
 /// # Invariants
-/// `me` is where the node is that this is the value of, and `ops` is its table, which lives as long as it is registered.
+/// `me` is where the node is that this is the value of, and `ops` is its table, which lives as long
+/// as it is registered.
 struct Driver {
     me: NonNull<MmuNotifier>,
     ops: NonNull<Ops>,
@@ -65,7 +67,8 @@ impl Driver {
 
     #[inline(always)]
     fn start(&self, range: &InvalidateRange<'_>) -> c_int {
-        // SAFETY: The driver's own callback, with its own notifier, which is registered: so says the header.
+        // SAFETY: The driver's own callback, with its own notifier, which is registered: so says
+        // the header.
         self.ops().invalidate_range_start.map_or(0, |start| unsafe { start(self.me.as_ptr(), &Range::of(range)) })
     }
 }
@@ -140,7 +143,8 @@ unsafe impl Embedded for Driver {
         let &Driver { me, ops } = unsafe { node.as_ref() }.value();
         // SAFETY: The table lives until the notifier is freed (invariant).
         if let Some(free) = unsafe { ops.as_ref() }.free_notifier {
-            // SAFETY: It is the driver's own function, called once, with its own notifier, which nobody uses any more.
+            // SAFETY: It is the driver's own function, called once, with its own notifier, which
+            // nobody uses any more.
             unsafe { free(me.as_ptr()) };
         }
     }
@@ -206,7 +210,8 @@ unsafe fn register(function: &str, notifier: NonNull<MmuNotifier>, mm: *mut MmSt
         warn_once!(function, ": this thread does not hold the write lock of the address space: refused");
         return Err(-libc::EINVAL);
     };
-    // SAFETY: The guard is there, this thread's, and nobody else uses it until `register` has returned.
+    // SAFETY: The guard is there, this thread's, and nobody else uses it until `register` has
+    // returned.
     let guard = unsafe { &mut *guard };
     // SAFETY: The place must be valid: the caller's duty.
     let place_of_mm = unsafe { &mut (*notifier.as_ptr()).mm };
@@ -214,8 +219,8 @@ unsafe fn register(function: &str, notifier: NonNull<MmuNotifier>, mm: *mut MmSt
     let before = mem::replace(place_of_mm, mm);
     // SAFETY: A place for a notifier: the caller's duty.
     let place = unsafe { node(notifier) };
-    // INVARIANT: The value of the node in `notifier`, with its table.
-    // SAFETY: The place is valid, large enough (asserted above), and the driver's until it is freed.
+    // INVARIANT: The value of the node in `notifier`, with its table. SAFETY: The place is valid,
+    // large enough (asserted above), and the driver's until it is freed.
     if let Err(WouldDeadlock) = unsafe { DRIVERS.register(place, Driver { me: notifier, ops }, guard) } {
         // SAFETY: As above.
         unsafe { (*notifier.as_ptr()).mm = before };

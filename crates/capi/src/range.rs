@@ -1,8 +1,9 @@
 //! `struct mmu_notifier_range`: what callbacks are told, and brackets for event sources.
 //!
 //! # Safety
-//! The private words of a range that C gives hold a [`Bracket`] from `start` to `end`, as [`OPEN`] says. It borrows the handle at
-//! `mm` of the same range: hence C must leave the range where it is in between.
+//! The private words of a range that C gives hold a [`Bracket`] from `start` to `end`, as [`OPEN`]
+//! says. It borrows the handle at `mm` of the same range: hence C must leave the range where it is
+//! in between.
 
 use crate::border::{die, export, warn_once};
 use crate::mm::{self, MmStruct};
@@ -77,7 +78,8 @@ pub(crate) fn bounds(range: VaRange) -> (c_ulong, c_ulong) {
     (range.start().get(), range.last().get().saturating_add(1))
 }
 
-/// Returns the pages that the bytes from `start` up to and without `end` touch; none if there are no bytes.
+/// Returns the pages that the bytes from `start` up to and without `end` touch; none if there are
+/// no bytes.
 #[inline(always)]
 pub(crate) fn pages(start: c_ulong, end: c_ulong) -> Option<VaRange> {
     match VaRange::new(Va::new(start), Va::new(end)) {
@@ -109,7 +111,8 @@ impl Range {
 /// Opens a bracket as `open` does, and keeps it in the range.
 ///
 /// # Safety
-/// `range` must be a range of C, with the bits of a counted handle, that stays where it is until its end.
+/// `range` must be a range of C, with the bits of a counted handle, that stays where it is until
+/// its end.
 #[inline(always)]
 unsafe fn start(
     function: &str,
@@ -129,7 +132,8 @@ unsafe fn start(
     let event = event(this.event, this.owner);
     // Not through `this`, which ends before the bracket does.
     let place_of_mm = range.cast::<*mut MmStruct>();
-    // SAFETY: The place holds the bits of a counted handle and stays until the end: the caller's duty.
+    // SAFETY: The place holds the bits of a counted handle and stays until the end: the caller's
+    // duty.
     let mm: &'static Mm = unsafe { mm::borrow(place_of_mm) };
     let bracket = open(mm, pages, event)?;
     // SAFETY: The place must be valid: the caller's duty.

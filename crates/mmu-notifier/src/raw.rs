@@ -1,15 +1,17 @@
 //! Notifiers and intervals in memory of their users: what a C interface is made of.
 //!
-//! In C a `struct mmu_notifier` is a field of the driver's own object, the driver frees that object, and one table of operations is
-//! the key by which it is found. So here the user gives the memory of a node, says which node it looks for, and gets pointers.
-//! What callbacks see, what waits for what and what is refused is the same as for [`Subsystem`] and
+//! In C a `struct mmu_notifier` is a field of the driver's own object, the driver frees that
+//! object, and one table of operations is the key by which it is found. So here the user gives the
+//! memory of a node, says which node it looks for, and gets pointers. What callbacks see, what
+//! waits for what and what is refused is the same as for [`Subsystem`] and
 //! [`Registration`](crate::Registration), for it is the same code.
 //!
 //! Rust programs have no use for this module: the rest of the crate is safe.
 //!
 //! # Safety
-//! A node is alive from `register` until it is disposed of or unregistered; `find` returns a counted node, which is not disposed
-//! of before it is put. Each function says what is left to its caller.
+//! A node is alive from `register` until it is disposed of or unregistered; `find` returns a
+//! counted node, which is not disposed of before it is put. Each function says what is left to its
+//! caller.
 
 pub use crate::interval::raw::{Interval, RawIntervalOps};
 pub use crate::secondary::Sealed;
@@ -20,7 +22,8 @@ use crate::{Mm, MmWithUser, MmapWriteGuard, Overflow, Subsystem, WouldDeadlock, 
 use std::convert::Infallible;
 use std::ptr::NonNull;
 
-/// All notifiers of one type whose nodes lie in memory of their users, and the frees of them that are queued.
+/// All notifiers of one type whose nodes lie in memory of their users, and the frees of them that
+/// are queued.
 ///
 /// # Examples
 /// An object with a counter of invalidations, found by its number:
@@ -81,7 +84,8 @@ impl<N: Embedded> Notifiers<N> {
         Self { subsystem: Subsystem::without_alloc() }
     }
 
-    /// Returns the newest notifier of `mm` that `is_wanted` wants, and that is not put for the last time, with one more user.
+    /// Returns the newest notifier of `mm` that `is_wanted` wants, and that is not put for the last
+    /// time, with one more user.
     ///
     /// # Blocking
     /// Never; `is_wanted` runs in a read section, and must not wait.
@@ -98,15 +102,17 @@ impl<N: Embedded> Notifiers<N> {
         }
     }
 
-    /// Makes a node of one user at `place`, and registers it. When it returns, every bracket that does not call it has
-    /// ended.
+    /// Makes a node of one user at `place`, and registers it. When it returns, every bracket that
+    /// does not call it has ended.
     ///
     /// # Blocking
     /// Sleeps until the brackets open now have ended.
     /// # Errors
-    /// [`WouldDeadlock`] if this thread has opened a bracket of the address space since it took the lock. Nothing was written.
+    /// [`WouldDeadlock`] if this thread has opened a bracket of the address space since it took the
+    /// lock. Nothing was written.
     /// # Safety
-    /// `place` must be valid for writes, aligned and not in use, and keep to what [`Embedded`] says.
+    /// `place` must be valid for writes, aligned and not in use, and keep to what [`Embedded`]
+    /// says.
     /// # Source
     /// `__mmu_notifier_register`, Linux 5.15.
     #[cfg_attr(debug_assertions, track_caller)]
@@ -123,7 +129,8 @@ impl<N: Embedded> Notifiers<N> {
         let node = Node::unlisted((**locked.mm()).clone(), Some(self.subsystem.pending().clone()), notifier);
         // SAFETY: The place must be valid for writes: the caller's duty.
         unsafe { place.write(node) };
-        // SAFETY: The node must be new and stay alive: it was written above, and the caller keeps it.
+        // SAFETY: The node must be new and stay alive: it was written above, and the caller keeps
+        // it.
         let node = unsafe { NodeRef::adopt(place) };
         registration::publish(&node, locked);
         node.set_live();
@@ -131,8 +138,9 @@ impl<N: Embedded> Notifiers<N> {
         Ok(())
     }
 
-    /// Waits until every node whose last reference was put before the call has been disposed of, and its reference to the
-    /// address space dropped, whichever thread put it. See [`Subsystem::synchronize`].
+    /// Waits until every node whose last reference was put before the call has been disposed of,
+    /// and its reference to the address space dropped, whichever thread put it. See
+    /// [`Subsystem::synchronize`].
     ///
     /// # Blocking
     /// Sleeps for the grace periods and the frees.
@@ -146,8 +154,8 @@ impl<N: Embedded> Notifiers<N> {
     }
 }
 
-/// Tells whether what waits for brackets of `mm` would be refused here: inside one of this thread's own, in a deferred free, and
-/// in the child of a fork if `mm` is the parent's.
+/// Tells whether what waits for brackets of `mm` would be refused here: inside one of this thread's
+/// own, in a deferred free, and in the child of a fork if `mm` is the parent's.
 #[must_use]
 pub fn would_deadlock(mm: &Mm) -> bool {
     mm.would_deadlock()

@@ -2,15 +2,17 @@
 
 use crate::{InvalidateRange, PAGE_SIZE, ShadowOps, Va, VaRange};
 
-/// A software TLB: a fixed number of page translations, the ready shadow for an [`InvalidateSeq`](crate::InvalidateSeq).
+/// A software TLB: a fixed number of page translations, the ready shadow for an
+/// [`InvalidateSeq`](crate::InvalidateSeq).
 ///
-/// It takes the place of a map of pages under a lock. A map frees its nodes when entries leave it, which a callback must not
-/// do (see [`Notifier`](crate::Notifier)), and allocates when they enter, which no holder of a lock must do that a callback
-/// takes. This allocates once, in [`new`](Self::new), and frees in its drop.
+/// It takes the place of a map of pages under a lock. A map frees its nodes when entries leave it,
+/// which a callback must not do (see [`Notifier`](crate::Notifier)), and allocates when they enter,
+/// which no holder of a lock must do that a callback takes. This allocates once, in
+/// [`new`](Self::new), and frees in its drop.
 ///
-/// Like a processor's TLB it may forget: each page has one place, and entering a page evicts the one that was there. The next use
-/// of that page is a miss, and is looked up again. Pages that lie side by side do not evict one another, as long as they are
-/// no more than its capacity.
+/// Like a processor's TLB it may forget: each page has one place, and entering a page evicts the
+/// one that was there. The next use of that page is a miss, and is looked up again. Pages that lie
+/// side by side do not evict one another, as long as they are no more than its capacity.
 ///
 /// # Examples
 /// ```
@@ -51,7 +53,8 @@ impl<V: Copy> SoftTlb<V> {
         self.places.len()
     }
 
-    /// Returns what the page with this address translates to. `None` is a miss: look it up and [`insert`](Self::insert) it.
+    /// Returns what the page with this address translates to. `None` is a miss: look it up and
+    /// [`insert`](Self::insert) it.
     #[inline]
     #[must_use]
     pub fn get(&self, address: Va) -> Option<V> {
@@ -67,7 +70,8 @@ impl<V: Copy> SoftTlb<V> {
         self.places[place] = Some((page, value));
     }
 
-    /// Lets go of every page of a range, in as many steps as the range has pages or this has places, whichever is less.
+    /// Lets go of every page of a range, in as many steps as the range has pages or this has
+    /// places, whichever is less.
     pub fn zap(&mut self, range: VaRange) {
         let (first, last) = (page(range.start()), page(range.last()));
         if last - first < self.places.len() as u64 {

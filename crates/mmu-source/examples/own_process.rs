@@ -1,14 +1,17 @@
-//! A shadow of this process's own memory, kept right while the allocator gives memory back underneath it.
+//! A shadow of this process's own memory, kept right while the allocator gives memory back
+//! underneath it.
 //!
 //! `cargo run -p mmu-source --example own_process`
 //!
-//! One thread allocates blocks, fills them, and frees them; the other one reads them through a shadow: a table that translates a page
-//! to a pointer, filled at the first use of the page. Reading does not ask the kernel whether the page is still there. That is
-//! sound because the hook tells the shadow *before* a page leaves, wherever that happens: in the middle of `free`, for
+//! One thread allocates blocks, fills them, and frees them; the other one reads them through a
+//! shadow: a table that translates a page to a pointer, filled at the first use of the page.
+//! Reading does not ask the kernel whether the page is still there. That is sound because the hook
+//! tells the shadow *before* a page leaves, wherever that happens: in the middle of `free`, for
 //! one. A mistake in the protocol ends this program with SIGSEGV.
 //!
-//! The callback may run while the allocator's locks are held, so it neither allocates nor frees, and no more does any
-//! code that holds the shadow's lock. `SoftTlb` is a table of fixed size, and `CheckedAlloc` proves it for every call.
+//! The callback may run while the allocator's locks are held, so it neither allocates nor frees,
+//! and no more does any code that holds the shadow's lock. `SoftTlb` is a table of fixed size, and
+//! `CheckedAlloc` proves it for every call.
 
 use mmu_notifier::lockdep::CheckedAlloc;
 use mmu_notifier::{InvalidateSeq, PAGE_SIZE, SoftTlb, Subsystem, Va, VaRange};
@@ -22,7 +25,8 @@ use std::thread;
 #[global_allocator]
 static ALLOC: CheckedAlloc = CheckedAlloc::new();
 
-/// Where a page is. In a shadow of guest memory or of a device's this would be another address than the page's own.
+/// Where a page is. In a shadow of guest memory or of a device's this would be another address than
+/// the page's own.
 #[derive(Clone, Copy)]
 struct Host(NonNull<u8>);
 
@@ -33,7 +37,8 @@ type Shadow = InvalidateSeq<SoftTlb<Host>>;
 
 static SHADOW: Subsystem<Shadow> = Subsystem::new(|_mm| Ok(InvalidateSeq::new([VaRange::ALL], SoftTlb::new(1024))));
 
-/// Where the latest block begins, and how many there were. Reading it is free of any order: the block may be gone already.
+/// Where the latest block begins, and how many there were. Reading it is free of any order: the
+/// block may be gone already.
 static BLOCK: AtomicU64 = AtomicU64::new(0);
 
 const BLOCK_SIZE: usize = 2 << 20;
@@ -43,7 +48,8 @@ fn read(shadow: &Shadow, page: VaRange) -> Option<u8> {
     loop {
         // Under the shadow's lock no page can leave it, and so none can leave memory.
         let hit = shadow.with_shadow(|tlb| {
-            // SAFETY: a page that is in the shadow is mapped and readable: the callback for its removal waits for the lock.
+            // SAFETY: a page that is in the shadow is mapped and readable: the callback for its
+            // removal waits for the lock.
             tlb.get(page.start()).map(|Host(host)| unsafe { host.as_ptr().read_volatile() })
         });
         if hit.is_some() {
@@ -92,14 +98,16 @@ fn main() -> Result<(), Box<dyn Error>> {
             let block = vec![round as u8; BLOCK_SIZE + ((round % 7) << 16)];
             BLOCK.store((block.as_ptr().expose_provenance() as u64).next_multiple_of(PAGE_SIZE), Ordering::Relaxed);
             thread::yield_now();
-            // Freed here: by `munmap`, by `brk`, or by leaving it in the heap, as the allocator sees fit.
+            // Freed here: by `munmap`, by `brk`, or by leaving it in the heap, as the allocator
+            // sees fit.
         }
         stop.store(true, Ordering::Relaxed);
         reader.join()
     });
     let (reads, missing) = read.map_err(|_| "the reader panicked")?;
 
-    // The other way round: first the source, then the subscription, then wait until the notifier was freed.
+    // The other way round: first the source, then the subscription, then wait until the notifier
+    // was freed.
     drop(hook);
     shadow.put();
     SHADOW.synchronize()?;

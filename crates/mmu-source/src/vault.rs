@@ -1,9 +1,10 @@
 //! Descriptors out of the program's reach.
 //!
-//! Programs close descriptors that they do not know: a daemon calls `close_range(3, ~0)`, a shell calls `dup2` over a
-//! fixed number. A source that kept its descriptors in the program's table would be blind from then on, or would read
-//! and write a file of the program that was given the old number. So a source keeps them in a **vault**: a thread whose
-//! descriptor table is its own. What other threads want done with a descriptor, they have done there.
+//! Programs close descriptors that they do not know: a daemon calls `close_range(3, ~0)`, a shell
+//! calls `dup2` over a fixed number. A source that kept its descriptors in the program's table
+//! would be blind from then on, or would read and write a file of the program that was given the
+//! old number. So a source keeps them in a **vault**: a thread whose descriptor table is its own.
+//! What other threads want done with a descriptor, they have done there.
 //!
 //! ```text
 //!   the program's threads ─── the program's table: its files
@@ -11,15 +12,16 @@
 //!   threads that it starts ──────┘
 //! ```
 //!
-//! A child gets a copy of the table of the thread that forks. So it inherits none of these descriptors, and nothing of a
-//! source lives on in a child.
+//! A child gets a copy of the table of the thread that forks. So it inherits none of these
+//! descriptors, and nothing of a source lives on in a child.
 //!
-//! The vault's thread runs no callback and takes no lock that a callback can see: whoever waits for it never waits for a
-//! client.
+//! The vault's thread runs no callback and takes no lock that a callback can see: whoever waits for
+//! it never waits for a client.
 //!
 //! # Safety
-//! The one call without a safe wrapper replaces the calling thread's descriptor table by an empty one. The thread is the
-//! vault's own, it has opened nothing yet, and the program's table is not touched.
+//! The one call without a safe wrapper replaces the calling thread's descriptor table by an empty
+//! one. The thread is the vault's own, it has opened nothing yet, and the program's table is not
+//! touched.
 
 #![allow(unsafe_code, reason = "one call without a safe wrapper; see the Safety section")]
 
@@ -121,11 +123,12 @@ fn serve<T>(messages: &Receiver<Message<T>>, mut content: T) {
     }
 }
 
-/// Gives the calling thread an empty descriptor table of its own, in which 0 to 2 stand for nothing: what a panic would
-/// print there goes nowhere.
+/// Gives the calling thread an empty descriptor table of its own, in which 0 to 2 stand for
+/// nothing: what a panic would print there goes nowhere.
 fn empty_table() -> io::Result<()> {
     const CLOSE_RANGE_UNSHARE: u32 = 1 << 1;
-    // SAFETY: integers. The table is the thread's own from here on, and nothing that it has closed was the thread's.
+    // SAFETY: integers. The table is the thread's own from here on, and nothing that it has closed
+    // was the thread's.
     if unsafe { libc::syscall(libc::SYS_close_range, 0_u32, u32::MAX, CLOSE_RANGE_UNSHARE) } != 0 {
         return Err(io::Error::last_os_error());
     }

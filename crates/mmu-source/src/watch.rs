@@ -1,8 +1,8 @@
 //! One question about one range: has it been touched since?
 //!
-//! A cache that looks an entry up under its own lock, perhaps inside of `free`, wants to know whether that entry can be
-//! trusted, and nothing else. [`Watch::is_valid`] answers without a callback, a lock, an allocation, or a wait for another
-//! thread.
+//! A cache that looks an entry up under its own lock, perhaps inside of `free`, wants to know
+//! whether that entry can be trusted, and nothing else. [`Watch::is_valid`] answers without a
+//! callback, a lock, an allocation, or a wait for another thread.
 //!
 //! | made by | is marked by | misses |
 //! | --- | --- | --- |
@@ -45,15 +45,18 @@ enum By {
 }
 
 impl Watch {
-    /// Watches `range` for the brackets that sources open on [`current`](crate::current), and the program itself.
+    /// Watches `range` for the brackets that sources open on [`current`](crate::current), and the
+    /// program itself.
     ///
-    /// Such a bracket marks the watch before the change, in the thread that makes it. Without a source it hears nothing.
-    /// What begins after this returns is not missed; a bracket that is open then marks the watch or ends first.
+    /// Such a bracket marks the watch before the change, in the thread that makes it. Without a
+    /// source it hears nothing. What begins after this returns is not missed; a bracket that is
+    /// open then marks the watch or ends first.
     ///
     /// # Blocking
     /// The first one of a process waits for brackets that are open.
     /// # Errors
-    /// [`Error::InCallback`] for the first one of a process, inside of a bracket of the same thread.
+    /// [`Error::InCallback`] for the first one of a process, inside of a bracket of the same
+    /// thread.
     pub fn new(range: VaRange) -> Result<Self, Error> {
         Ok(Self { range, by: By::Brackets(Bracketed::new(range)?) })
     }
@@ -62,18 +65,20 @@ impl Watch {
         Self { range, by: By::Kernel(watching) }
     }
 
-    /// Tells whether nothing has touched the range: neither before this call nor while the caller used what it has read.
+    /// Tells whether nothing has touched the range: neither before this call nor while the caller
+    /// used what it has read.
     ///
-    /// Once it is false it stays so, with one exception: a watch of the kernel source whose records another thread is
-    /// just sorting, or this very thread if a signal handler asks, answers false where it cannot know. In the child of a
-    /// fork it is false.
+    /// Once it is false it stays so, with one exception: a watch of the kernel source whose records
+    /// another thread is just sorting, or this very thread if a signal handler asks, answers false
+    /// where it cannot know. In the child of a fork it is false.
     ///
-    /// Call it before an entry is used, and again afterwards if another thread could have changed the memory meanwhile.
+    /// Call it before an entry is used, and again afterwards if another thread could have changed
+    /// the memory meanwhile.
     ///
     /// # Blocking
-    /// No. No callback runs, nothing is allocated; it may be called in a callback, under any lock, inside of `free` and in
-    /// a signal handler. Some nanoseconds if nothing has happened; else it sorts the records of what has, a few tens of
-    /// nanoseconds for each.
+    /// No. No callback runs, nothing is allocated; it may be called in a callback, under any lock,
+    /// inside of `free` and in a signal handler. Some nanoseconds if nothing has happened; else it
+    /// sorts the records of what has, a few tens of nanoseconds for each.
     #[must_use]
     #[inline]
     pub fn is_valid(&self) -> bool {
@@ -83,7 +88,8 @@ impl Watch {
         }
     }
 
-    /// Begins anew: what has happened so far counts no more, and what is under way is over when it returns.
+    /// Begins anew: what has happened so far counts no more, and what is under way is over when it
+    /// returns.
     ///
     /// Cheaper than another watch. Translate the range again afterwards.
     ///

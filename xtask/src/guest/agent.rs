@@ -1,6 +1,7 @@
 //! Inside the guest: runs what was noted, and tells the host how it went.
 //!
-//! Standard output is the line to the host. What the commands write goes there as it comes; lines that begin with [`MARK`] are the agent's own.
+//! Standard output is the line to the host. What the commands write goes there as it comes; lines
+//! that begin with [`MARK`] are the agent's own.
 
 use super::record;
 use std::io::{self, Read, Write};

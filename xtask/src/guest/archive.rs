@@ -1,4 +1,5 @@
-//! The initial file system: an archive in the format "newc" of cpio, and the modules that mount the host's root folder.
+//! The initial file system: an archive in the format "newc" of cpio, and the modules that mount the
+//! host's root folder.
 
 use super::kernel::Kernel;
 use std::fmt::Write;
@@ -19,7 +20,8 @@ struct Archive {
 impl Archive {
     fn entry(&mut self, name: &str, mode: u32, content: &[u8]) {
         self.entries += 1;
-        // Number, mode, owner, group, links, time, length, device twice, length of the name with its zero byte, checksum.
+        // Number, mode, owner, group, links, time, length, device twice, length of the name with
+        // its zero byte, checksum.
         let length = u32::try_from(content.len()).expect("no file of 4 GiB belongs in here");
         let named = u32::try_from(name.len() + 1).expect("names are short");
         let fields = [self.entries, mode, 0, 0, 1, 0, length, 0, 0, 0, 0, named, 0];
@@ -71,7 +73,8 @@ pub(crate) fn make(kernel: &Kernel, environment: &str) -> Result<Vec<u8>, String
     Ok(archive.end())
 }
 
-/// The files of the modules, each behind what it needs. What is no module of this kernel is built into it.
+/// The files of the modules, each behind what it needs. What is no module of this kernel is built
+/// into it.
 fn modules(kernel: &Kernel) -> Result<Vec<PathBuf>, String> {
     let folder = kernel.modules.join(&kernel.version);
     let path = folder.join("modules.dep");

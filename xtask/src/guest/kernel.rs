@@ -1,7 +1,8 @@
 //! Debian's kernels: which there are, and getting one.
 //!
-//! A kernel is downloaded by `apt-get` and unpacked, not installed. Each suite has lists of its own, made from the mirror that the host uses, so
-//! that the host's own packages are left alone. What was unpacked once is kept in `target/guest`; to have it renewed, delete it there.
+//! A kernel is downloaded by `apt-get` and unpacked, not installed. Each suite has lists of its
+//! own, made from the mirror that the host uses, so that the host's own packages are left alone.
+//! What was unpacked once is kept in `target/guest`; to have it renewed, delete it there.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -90,7 +91,8 @@ fn download(store: &Path, series: &Series, folder: &Path) -> Result<(), String> 
         .map(drop)
 }
 
-/// The version of a kernel package without `linux-image-` and the like: its numbers, to be compared.
+/// The version of a kernel package without `linux-image-` and the like: its numbers, to be
+/// compared.
 fn numbers(version: &str) -> Vec<u32> {
     version.split(|letter: char| !letter.is_ascii_digit()).filter_map(|digits| digits.parse().ok()).collect()
 }
@@ -107,7 +109,8 @@ fn newest<'a>(names: &[&'a str], series: &str) -> Option<&'a str> {
     versions.iter().filter(plain).filter(of_series).max_by_key(|version| numbers(version)).copied()
 }
 
-/// What has to be downloaded for a version. From 7.1 on the image is an empty package, and its parts are packages of their own.
+/// What has to be downloaded for a version. From 7.1 on the image is an empty package, and its
+/// parts are packages of their own.
 fn packages<'a>(names: &[&'a str], version: &str) -> Vec<&'a str> {
     let of_version = |name: &&&'a str| name.strip_suffix(version).is_some_and(|kind| kind.matches('-').count() == 2);
     let parts: Vec<&str> = names.iter().filter(of_version).copied().collect();

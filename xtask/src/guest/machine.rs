@@ -12,7 +12,8 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long the machine may take to boot, and beyond the limit of a command: it takes four seconds where nothing else runs.
+/// How long the machine may take to boot, and beyond the limit of a command: it takes four seconds
+/// where nothing else runs.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// How many of the console's last lines are shown when the machine is lost.
 const LAST_LINES: usize = 40;
@@ -109,7 +110,8 @@ impl Machine<'_> {
             let console = String::from_utf8_lossy(&console);
             let lines: Vec<&str> = console.lines().collect();
             lines[lines.len().saturating_sub(LAST_LINES)..].iter().for_each(|line| println!("  {line}"));
-            // With several threads, QEMU can run a breakpoint that the kernel has already taken out of its code.
+            // With several threads, QEMU can run a breakpoint that the kernel has already taken out
+            // of its code.
             let is_emulators = console.contains("Oops: int3") || console.contains("int3: 0000");
             if !is_emulators || is_second {
                 break;

@@ -1,6 +1,7 @@
 //! The runner that Cargo is given: notes what it should run, for the guest to run it.
 //!
-//! A note is a file named by its number: the working folder, how many variables follow, those, and the command line, each ended by a zero byte.
+//! A note is a file named by its number: the working folder, how many variables follow, those, and
+//! the command line, each ended by a zero byte.
 
 use std::ffi::OsString;
 use std::fs;

@@ -16,10 +16,12 @@ impl fmt::Display for Retry {
 
 impl std::error::Error for Retry {}
 
-/// An interval that could not be inserted here, and why. `?` turns it into [`WouldDeadlock`] and drops the state.
+/// An interval that could not be inserted here, and why. `?` turns it into [`WouldDeadlock`] and
+/// drops the state.
 ///
 /// # Source
-/// The errors of `mmu_interval_notifier_insert`. Differs: the state comes back; no EINTR, ENOMEM, EINVAL and EOVERFLOW.
+/// The errors of `mmu_interval_notifier_insert`. Differs: the state comes back; no EINTR, ENOMEM,
+/// EINVAL and EOVERFLOW.
 #[non_exhaustive]
 pub struct InsertError<S> {
     /// Why not.
@@ -28,7 +30,8 @@ pub struct InsertError<S> {
     pub state: S,
 }
 
-/// An interval that could not be removed here, and why. `?` turns it into [`WouldDeadlock`] and drops the interval.
+/// An interval that could not be removed here, and why. `?` turns it into [`WouldDeadlock`] and
+/// drops the interval.
 ///
 /// # Source
 /// None: the kernel's `mmu_interval_notifier_remove` hangs in this case.

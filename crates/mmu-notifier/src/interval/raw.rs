@@ -6,8 +6,8 @@ use crate::{InvalidateRange, Mm, MmWithUser, MmapWriteGuard, VaRange, WouldBlock
 use std::fmt;
 use std::ptr::{self, NonNull};
 
-/// What an interval does when its range is invalidated: it takes its user's lock, and stores `seq` with
-/// [`Interval::set_seq`], always, before it lets go of anything.
+/// What an interval does when its range is invalidated: it takes its user's lock, and stores `seq`
+/// with [`Interval::set_seq`], always, before it lets go of anything.
 ///
 /// # Source
 /// `struct mmu_interval_notifier_ops`, Linux 5.5.
@@ -31,22 +31,24 @@ impl<T: RawIntervalOps> Callback for State<T> {
     }
 }
 
-/// The memory of one interval. Its user holds a lock of its own around [`set_seq`](Self::set_seq) and
-/// [`read_retry`](Self::read_retry).
+/// The memory of one interval. Its user holds a lock of its own around [`set_seq`](Self::set_seq)
+/// and [`read_retry`](Self::read_retry).
 #[repr(C)]
 pub struct Interval<T>(Node<State<T>>);
 
 impl<T: RawIntervalOps> Interval<T> {
-    /// Makes an interval of `range` at `place` and inserts it, as [`IntervalNotifier::insert`](crate::IntervalNotifier::insert) does.
+    /// Makes an interval of `range` at `place` and inserts it, as
+    /// [`IntervalNotifier::insert`](crate::IntervalNotifier::insert) does.
     ///
     /// # Blocking
     /// Only the first insert on an address space sleeps, until the brackets open then have ended.
     /// # Errors
-    /// [`WouldDeadlock`] if this is the first insert and this thread is inside a bracket of `mm`, holds its write lock, or
-    /// runs a deferred free; and always where `mm` is the address space of a parent process. Nothing was written.
+    /// [`WouldDeadlock`] if this is the first insert and this thread is inside a bracket of `mm`,
+    /// holds its write lock, or runs a deferred free; and always where `mm` is the address space of
+    /// a parent process. Nothing was written.
     /// # Safety
-    /// `place` must be valid for writes and aligned, and stay valid, at its place and untouched by others until
-    /// [`remove`](Self::remove) has succeeded.
+    /// `place` must be valid for writes and aligned, and stay valid, at its place and untouched by
+    /// others until [`remove`](Self::remove) has succeeded.
     /// # Source
     /// `mmu_interval_notifier_insert`, Linux 5.5.
     #[cfg_attr(debug_assertions, track_caller)]
@@ -62,7 +64,8 @@ impl<T: RawIntervalOps> Interval<T> {
     /// # Blocking
     /// As `insert`.
     /// # Errors
-    /// [`WouldDeadlock`] if this is the first insert and this thread has opened a bracket since it took the lock.
+    /// [`WouldDeadlock`] if this is the first insert and this thread has opened a bracket since it
+    /// took the lock.
     /// # Safety
     /// As for `insert`.
     /// # Source
@@ -92,13 +95,14 @@ impl<T: RawIntervalOps> Interval<T> {
         unsafe { mm.intervals().insert(&node.header) };
     }
 
-    /// Takes the interval out, waits until no callback of it can run, and drops it: its memory is the caller's again.
+    /// Takes the interval out, waits until no callback of it can run, and drops it: its memory is
+    /// the caller's again.
     ///
     /// # Blocking
     /// Sleeps while an invalidation that met any interval of this address space runs.
     /// # Errors
-    /// [`WouldDeadlock`] if it would have to wait and this thread is inside a bracket or callback of the address space; and
-    /// always where that is a parent process's. Nothing has changed.
+    /// [`WouldDeadlock`] if it would have to wait and this thread is inside a bracket or callback
+    /// of the address space; and always where that is a parent process's. Nothing has changed.
     /// # Safety
     /// `interval` must be inserted, and nobody may use it afterwards.
     /// # Source
@@ -112,14 +116,15 @@ impl<T: RawIntervalOps> Interval<T> {
         if !unsafe { inserted.detach() } {
             return Err(WouldDeadlock);
         }
-        // SAFETY: Moving out needs a place that nobody uses any more: `detach` has seen the node off the tree, its list and
-        // every walk, and the caller lets nobody use it.
+        // SAFETY: Moving out needs a place that nobody uses any more: `detach` has seen the node
+        // off the tree, its list and every walk, and the caller lets nobody use it.
         drop(unsafe { ptr::read(node.as_ptr()) });
         Ok(())
     }
 
-    /// Waits until no invalidation of this interval is running, and returns its sequence; zero, which never fits, where it
-    /// must not wait. See [`IntervalNotifier::read_begin`](crate::IntervalNotifier::read_begin).
+    /// Waits until no invalidation of this interval is running, and returns its sequence; zero,
+    /// which never fits, where it must not wait. See
+    /// [`IntervalNotifier::read_begin`](crate::IntervalNotifier::read_begin).
     ///
     /// # Blocking
     /// Sleeps while an invalidation that met this interval runs.
@@ -130,8 +135,8 @@ impl<T: RawIntervalOps> Interval<T> {
         self.0.read_begin()
     }
 
-    /// Tells whether the range was invalidated since `seq` was read: reliable under the user's lock, and a hint that may be a
-    /// false `false` without it.
+    /// Tells whether the range was invalidated since `seq` was read: reliable under the user's
+    /// lock, and a hint that may be a false `false` without it.
     ///
     /// # Source
     /// `mmu_interval_read_retry`, `mmu_interval_check_retry`, Linux 5.5.

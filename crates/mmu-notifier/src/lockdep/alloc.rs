@@ -1,25 +1,29 @@
 //! The allocator that refuses to be called where a callback must not call it.
 //!
 //! # Safety
-//! Every call is handed to the allocator beneath, with the caller's arguments: what the caller owes it is owed beneath, and what it
-//! owes the caller is owed above. The check in front reads and writes constants and thread-local words.
+//! Every call is handed to the allocator beneath, with the caller's arguments: what the caller owes
+//! it is owed beneath, and what it owes the caller is owed above. The check in front reads and
+//! writes constants and thread-local words.
 
 #![allow(unsafe_code, reason = "an allocator")]
 
 use super::imp::{Callback, might_allocate};
 use std::alloc::{GlobalAlloc, Layout, System};
 
-/// An allocator that ends the process when a callback allocates or frees memory, and says which callback it was.
+/// An allocator that ends the process when a callback allocates or frees memory, and says which
+/// callback it was.
 ///
-/// A callback may run in the middle of `free`, with the allocator's locks held: if it allocates or frees, it waits for
-/// them for ever. That happens only when `free` gives memory back to the kernel, so tests rarely see it. Under this allocator
-/// the first call of such a callback ends the process. So does an allocation while the thread holds a lock with a
-/// [`Map`](super::Map) that some callback takes, or the state of an [`InvalidateSeq`](crate::InvalidateSeq) or an
+/// A callback may run in the middle of `free`, with the allocator's locks held: if it allocates or
+/// frees, it waits for them for ever. That happens only when `free` gives memory back to the
+/// kernel, so tests rarely see it. Under this allocator the first call of such a callback ends the
+/// process. So does an allocation while the thread holds a lock with a [`Map`](super::Map) that
+/// some callback takes, or the state of an [`InvalidateSeq`](crate::InvalidateSeq) or an
 /// [`IntervalNotifier`](crate::IntervalNotifier).
 ///
-/// It checks every bracket, whichever source opened it, and start and end callbacks only: [`release`](crate::Notifier::release) and
-/// `Drop` run outside of the allocator. A program whose callbacks come from the `process` source alone may allocate in
-/// them, and has no use for it. It sees what goes through Rust's allocator; `malloc` called from C it does not see.
+/// It checks every bracket, whichever source opened it, and start and end callbacks only:
+/// [`release`](crate::Notifier::release) and `Drop` run outside of the allocator. A program whose
+/// callbacks come from the `process` source alone may allocate in them, and has no use for it. It
+/// sees what goes through Rust's allocator; `malloc` called from C it does not see.
 ///
 /// Builds without `debug_assertions` check nothing, and hand every call on.
 ///
@@ -32,8 +36,8 @@ use std::alloc::{GlobalAlloc, Layout, System};
 /// ```
 ///
 /// # Source
-/// The kernel's lockdep does this with `fs_reclaim_acquire`, mm/page_alloc.c, Linux 5.10: a notifier must not allocate in a
-/// way that waits for reclaim, since reclaim calls notifiers.
+/// The kernel's lockdep does this with `fs_reclaim_acquire`, mm/page_alloc.c, Linux 5.10: a
+/// notifier must not allocate in a way that waits for reclaim, since reclaim calls notifiers.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct CheckedAlloc<A = System>(A);
 
@@ -44,8 +48,8 @@ impl CheckedAlloc {
         Self(System)
     }
 
-    /// Runs `f` unchecked: in a callback that never runs inside the allocator, as those that a client of the `kernel` source has
-    /// asked for in a thread of its own.
+    /// Runs `f` unchecked: in a callback that never runs inside the allocator, as those that a
+    /// client of the `kernel` source has asked for in a thread of its own.
     pub fn unchecked<R>(f: impl FnOnce() -> R) -> R {
         let _outside = Callback::none();
         f()
@@ -60,8 +64,9 @@ impl<A: GlobalAlloc> CheckedAlloc<A> {
     }
 }
 
-// SAFETY: `GlobalAlloc` demands that blocks fit their layout, stay until they are freed, and that no call unwinds: the allocator
-// beneath keeps that, and the check ends the process where it does not return.
+// SAFETY: `GlobalAlloc` demands that blocks fit their layout, stay until they are freed, and that
+// no call unwinds: the allocator beneath keeps that, and the check ends the process where it does
+// not return.
 unsafe impl<A: GlobalAlloc> GlobalAlloc for CheckedAlloc<A> {
     #[inline]
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {

@@ -41,8 +41,9 @@ impl Armed {
         words.u64(header::ARMED).fetch_add(1, Ordering::Relaxed);
         // For good: until now no event has set `dirty`, which has been set from the beginning.
         words.u64(header::ON).store(1, Ordering::Relaxed);
-        // ORDER(source-arm): full fence between the filter and the look at `dirty` in `Waits::wait`. Partner: the program, which sets
-        // `dirty` (a full barrier) and then looks at the filter. Weaker, an event could be in neither.
+        // ORDER(source-arm): full fence between the filter and the look at `dirty` in
+        // `Waits::wait`. Partner: the program, which sets `dirty` (a full barrier) and then looks
+        // at the filter. Weaker, an event could be in neither.
         fence(Ordering::SeqCst);
         Ok(armed)
     }
@@ -53,12 +54,14 @@ impl Armed {
         self.range
     }
 
-    /// Begins to fill a cache with translations of this range: settles, and waits until every change under way is over.
+    /// Begins to fill a cache with translations of this range: settles, and waits until every
+    /// change under way is over.
     ///
     /// # Blocking
-    /// As [`settle`](Kernel::settle). If there was any event since the last wait of any thread, also for the changes under
-    /// way: some two microseconds, if the kernel lets its count of them be read; else, and while others change this address space without a
-    /// pause, for the making of a virtual machine, which takes from a hundred microseconds to some milliseconds.
+    /// As [`settle`](Kernel::settle). If there was any event since the last wait of any thread,
+    /// also for the changes under way: some two microseconds, if the kernel lets its count of them
+    /// be read; else, and while others change this address space without a pause, for the making of
+    /// a virtual machine, which takes from a hundred microseconds to some milliseconds.
     /// # Errors
     /// As [`settle`](Kernel::settle); [`Error::Kernel`] if no virtual machine can be made.
     /// # Source

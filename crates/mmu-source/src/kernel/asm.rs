@@ -55,7 +55,8 @@ pub(super) struct Assembler<L> {
     jumps: Vec<(usize, L)>,
 }
 
-/// `struct bpf_insn`: eight bits of code, four each of destination and source, an offset, an immediate.
+/// `struct bpf_insn`: eight bits of code, four each of destination and source, an offset, an
+/// immediate.
 fn instruction(code: u8, dst: Reg, src: u8, offset: i16, immediate: i32) -> u64 {
     u64::from(code)
         | (dst as u64) << 8
@@ -112,7 +113,8 @@ impl<L: Copy + Eq + Hash + Debug> Assembler<L> {
         self.push(0x7b, dst, src as u8, offset, 0);
     }
 
-    /// `atomic_add(dst + offset, src)`, and with `fetch` `src =` its former value, which makes it a full barrier too.
+    /// `atomic_add(dst + offset, src)`, and with `fetch` `src =` its former value, which makes it a
+    /// full barrier too.
     pub(super) fn atomic_add(&mut self, dst: Reg, offset: isize, src: Reg, fetch: bool) {
         self.push(0xdb, dst, src as u8, offset, i32::from(fetch));
     }
@@ -168,8 +170,8 @@ impl<L: Copy + Eq + Hash + Debug> Assembler<L> {
         self.push(0x95, Reg::R0, 0, 0, 0);
     }
 
-    /// Reads `bytes` of kernel memory at the address in register 3 to the end of the stack, zero before: register 0 is zero
-    /// if that could be read. Registers 1 to 5 are lost.
+    /// Reads `bytes` of kernel memory at the address in register 3 to the end of the stack, zero
+    /// before: register 0 is zero if that could be read. Registers 1 to 5 are lost.
     pub(super) fn peek(&mut self, bytes: i32) {
         const PROBE_READ_KERNEL: i32 = 113;
         self.store_immediate(Reg::R10, PEEKED, 0);

@@ -1,8 +1,10 @@
-//! Where a member lies in a struct of the running kernel, from the kernel's own description of its types (BTF).
+//! Where a member lies in a struct of the running kernel, from the kernel's own description of its
+//! types (BTF).
 //!
-//! A file of BTF is a header, the types, and their names. A type's number is its place; its length goes by its kind. What
-//! belongs to a module describes the module's own types only, and goes on with the numbers and the names of `vmlinux`.
-//! The reader takes any bytes: what makes no sense is as if it were not there.
+//! A file of BTF is a header, the types, and their names. A type's number is its place; its length
+//! goes by its kind. What belongs to a module describes the module's own types only, and goes on
+//! with the numbers and the names of `vmlinux`. The reader takes any bytes: what makes no sense is
+//! as if it were not there.
 //!
 //! # Source
 //! `Documentation/bpf/btf.rst`, Linux 6.12.
@@ -120,11 +122,13 @@ impl<'a> Btf<'a> {
         }
     }
 
-    /// Returns where, in bytes, `member` lies in the struct of this name; in a nameless part of it, too.
+    /// Returns where, in bytes, `member` lies in the struct of this name; in a nameless part of it,
+    /// too.
     #[must_use]
     pub(super) fn offset(&self, name: &str, member: &str) -> Option<u32> {
         let is_it = |found: &Type<'_>| found.kind == STRUCT && self.is_named(found.name, name);
-        // Several types can have one name. Those without the member are declared elsewhere for something else.
+        // Several types can have one name. Those without the member are declared elsewhere for
+        // something else.
         self.all()
             .filter(is_it)
             .find_map(|found| self.bit_in(&found, member, DEPTH))

@@ -5,12 +5,13 @@
 //!                                     └── queue ──> callbacks run ──── handled
 //! ```
 //!
-//! Taking in is short: it marks words and moves records into a queue of fixed size. It runs no callback, allocates
-//! nothing and frees nothing, so it can be done in the middle of `free` by whoever asks a [`Watch`](crate::Watch). Handing
-//! on (`tell.rs`) runs callbacks and has a lock of its own.
+//! Taking in is short: it marks words and moves records into a queue of fixed size. It runs no
+//! callback, allocates nothing and frees nothing, so it can be done in the middle of `free` by
+//! whoever asks a [`Watch`](crate::Watch). Handing on (`tell.rs`) runs callbacks and has a lock of
+//! its own.
 //!
-//! The generation is counted before the record is there, and processors overtake each other: records come out of order,
-//! and `marked` moves on when none before is missing.
+//! The generation is counted before the record is there, and processors overtake each other:
+//! records come out of order, and `marked` moves on when none before is missing.
 
 use super::ring::Ring;
 use crate::watch::Table;
@@ -45,8 +46,8 @@ pub(super) struct Words<'a> {
 /// The consumer of the ring, under a lock.
 ///
 /// # Invariants
-/// Every generation below `next` has been taken in, or everything has been marked since it was counted. `done` has those from
-/// `next` on that were, by their number modulo [`WINDOW`].
+/// Every generation below `next` has been taken in, or everything has been marked since it was
+/// counted. `done` has those from `next` on that were, by their number modulo [`WINDOW`].
 #[derive(Debug)]
 pub(super) struct Intake {
     pub(super) ring: Ring,
@@ -118,8 +119,9 @@ impl Intake {
     }
 
     fn look_for_losses(&mut self, words: Words<'_>) {
-        // ORDER(source-lost): Acquire: the look at the generation in `everything` comes after this. Partner: the program, which
-        // counts the generation first. Weaker, the lost event itself could be left waiting.
+        // ORDER(source-lost): Acquire: the look at the generation in `everything` comes after this.
+        // Partner: the program, which counts the generation first. Weaker, the lost event itself
+        // could be left waiting.
         let lost = words.lost.load(Ordering::Acquire);
         if lost != self.lost {
             self.everything(words);
@@ -129,7 +131,8 @@ impl Intake {
 
     /// Marks everything, which does for every change up to now.
     pub(super) fn everything(&mut self, words: Words<'_>) {
-        // ORDER(source-lost): Acquire, as the client's own look: what is counted here began before the marks that follow.
+        // ORDER(source-lost): Acquire, as the client's own look: what is counted here began before
+        // the marks that follow.
         let now = words.generation.load(Ordering::Acquire);
         self.watches.touch_all(now);
         // INVARIANT: all up to `now` are done. Those that were marked beyond stay marked.
@@ -175,8 +178,9 @@ impl Intake {
     }
 
     fn publish(&self, words: Words<'_>) {
-        // ORDER(source-marked): Release: the words of the watches are marked. Partner: the loads in `Glance::is_current` and
-        // `Inner::marked`. Weaker, a watch is taken for valid whose word is about to be marked.
+        // ORDER(source-marked): Release: the words of the watches are marked. Partner: the loads in
+        // `Glance::is_current` and `Inner::marked`. Weaker, a watch is taken for valid whose word
+        // is about to be marked.
         words.marked.store(self.next - 1, Ordering::Release);
     }
 }

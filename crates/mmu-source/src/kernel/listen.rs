@@ -1,8 +1,8 @@
 //! The thread that waits for records, in the vault's descriptor table, and has subscribers told.
 //!
-//! Who looks at every use needs nobody to wake: so this thread is woken by the first record after a pause, and from then on
-//! looks once a millisecond, while the program wakes nobody. After a millisecond in which everything was handed on it
-//! sleeps again.
+//! Who looks at every use needs nobody to wake: so this thread is woken by the first record after a
+//! pause, and from then on looks once a millisecond, while the program wakes nobody. After a
+//! millisecond in which everything was handed on it sleeps again.
 
 use super::Inner;
 use super::machine::{Machines, load_resolver};
@@ -69,7 +69,8 @@ pub(super) fn listen(
     }
 }
 
-/// Whether this kernel runs programs at tracepoints preemptibly, and skips one that the processor is in the middle of.
+/// Whether this kernel runs programs at tracepoints preemptibly, and skips one that the processor
+/// is in the middle of.
 fn may_skip_runs() -> bool {
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let major = release.split('.').next().and_then(|major| major.parse::<u32>().ok());

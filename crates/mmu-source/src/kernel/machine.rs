@@ -1,4 +1,5 @@
-//! What the vault holds: descriptors, virtual machines that are never run, and the thread that listens to the ring.
+//! What the vault holds: descriptors, virtual machines that are never run, and the thread that
+//! listens to the ring.
 
 use super::program::{self, Maps, header, private};
 use super::resolver::{self, Offsets};
@@ -110,7 +111,8 @@ impl Machines {
         self.resolver = Some(resolver);
     }
 
-    /// Makes a machine, which proves that no change is under way, and has it take B's place if its count can be found.
+    /// Makes a machine, which proves that no change is under way, and has it take B's place if its
+    /// count can be found.
     pub(super) fn renew_b(&mut self) -> Result<bool, Error> {
         let Some(live) = &mut self.live else { return Ok(false) };
         let made = create_vm(&live.kvm)?;
@@ -178,7 +180,8 @@ fn create_vm(kvm: &OwnedFd) -> Result<OwnedFd, Error> {
 
 /// Loads the program that finds counts, where that is of use.
 pub(super) fn load_resolver(private: &OwnedFd) -> Option<OwnedFd> {
-    // Elsewhere it is not shown that the count goes down after the stores to the page tables are seen.
+    // Elsewhere it is not shown that the count goes down after the stores to the page tables are
+    // seen.
     if !cfg!(target_arch = "x86_64") {
         return None;
     }

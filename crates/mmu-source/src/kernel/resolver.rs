@@ -1,7 +1,7 @@
 //! The BPF program that finds a virtual machine's count of changes under way.
 //!
-//! It runs when it is asked to (`BPF_PROG_TYPE_SYSCALL`, Linux 5.14), in the thread that has the machine's descriptor. In
-//! C, with the places of the members as the running kernel has them:
+//! It runs when it is asked to (`BPF_PROG_TYPE_SYSCALL`, Linux 5.14), in the thread that has the
+//! machine's descriptor. In C, with the places of the members as the running kernel has them:
 //!
 //! ```c
 //! if (descriptor == NONE) { count = 0; return 0; }
@@ -15,7 +15,8 @@
 //! return 0;
 //! ```
 //!
-//! `count` lies in a map that no process can read: a client of a broker learns no kernel address by it.
+//! `count` lies in a map that no process can read: a client of a broker learns no kernel address by
+//! it.
 
 use super::asm::{Assembler, If, Op, PEEKED, Reg};
 use super::btf::Btf;

@@ -21,8 +21,9 @@ thread_local! {
     static TAKING: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Sets a flag of this thread for as long as it lives. It is set before the lock that it stands for is tried, and cleared
-/// when that is free again: a signal handler that finds it clear finds no lock held by its own thread.
+/// Sets a flag of this thread for as long as it lives. It is set before the lock that it stands for
+/// is tried, and cleared when that is free again: a signal handler that finds it clear finds no
+/// lock held by its own thread.
 struct Flag(&'static thread::LocalKey<Cell<bool>>);
 
 impl Flag {
@@ -40,7 +41,8 @@ impl Drop for Flag {
     }
 }
 
-/// Whether the caller is a callback that the source runs, or a signal handler that has interrupted it.
+/// Whether the caller is a callback that the source runs, or a signal handler that has interrupted
+/// it.
 pub(super) fn is_inside() -> bool {
     TELLING.get() || TAKING.get()
 }
@@ -62,17 +64,20 @@ impl Inner {
     }
 
     fn marked(&self) -> u64 {
-        // ORDER(source-marked): Acquire, for the words of the watches. Partner: the store in `Intake::publish`.
+        // ORDER(source-marked): Acquire, for the words of the watches. Partner: the store in
+        // `Intake::publish`.
         self.progress.marked.load(Ordering::Acquire)
     }
 
     #[inline]
     pub(super) fn handled(&self) -> u64 {
-        // ORDER(source-handled): Acquire, for what the callbacks did. Partner: the store in `hand_on`.
+        // ORDER(source-handled): Acquire, for what the callbacks did. Partner: the store in
+        // `hand_on`.
         self.progress.handled.load(Ordering::Acquire)
     }
 
-    /// Runs `f` on the consumer of the ring; `None` in a signal handler that has interrupted that, or in the child of a fork.
+    /// Runs `f` on the consumer of the ring; `None` in a signal handler that has interrupted that,
+    /// or in the child of a fork.
     pub(super) fn with_intake<R>(&self, f: impl FnOnce(&mut Intake, Words<'_>) -> R) -> Option<R> {
         let _taking = Flag::set(&TAKING)?;
         if self.is_inherited() {
@@ -82,7 +87,8 @@ impl Inner {
         Some(f(&mut intake, self.words()))
     }
 
-    /// Takes in what there is up to now, without waiting for another thread. False if that could not be done.
+    /// Takes in what there is up to now, without waiting for another thread. False if that could
+    /// not be done.
     #[cold]
     pub(super) fn catch_up(&self) -> bool {
         let Some(_taking) = Flag::set(&TAKING) else { return false };
@@ -113,13 +119,15 @@ impl Inner {
         {
             drop(current_ref().invalidate(told.range, Event::Clear));
             if self.is_inherited() {
-                // The callback has forked, and this is the child. What it does from here on would be done to the parent's words.
+                // The callback has forked, and this is the child. What it does from here on would
+                // be done to the parent's words.
                 break;
             }
             turn.ranges += usize::from(!told.is_loss);
             turn.lost |= told.is_loss;
-            // ORDER(source-handled): Release: the callbacks have run. Partner: the load in `handled`. Weaker, a client takes an
-            // entry for good that a callback is about to take out.
+            // ORDER(source-handled): Release: the callbacks have run. Partner: the load in
+            // `handled`. Weaker, a client takes an entry for good that a callback is about to take
+            // out.
             self.progress.handled.store(told.upto, Ordering::Release);
         }
         drop(handing);
@@ -127,10 +135,12 @@ impl Inner {
         Some(turn)
     }
 
-    /// Sees to it that all generations up to this one have been handed on. The caller has asked [`is_inside`].
+    /// Sees to it that all generations up to this one have been handed on. The caller has asked
+    /// [`is_inside`].
     pub(super) fn settle(&self, generation: u64) {
-        // Once more if the program has counted the generation on another processor and is about to write its record. Nobody
-        // waits for the lock itself: whoever has it goes on, and may have handed on what is asked for here long before.
+        // Once more if the program has counted the generation on another processor and is about to
+        // write its record. Nobody waits for the lock itself: whoever has it goes on, and may have
+        // handed on what is asked for here long before.
         sys::until(|| {
             self.hand_on(generation);
             self.handled() >= generation || self.is_inherited()
@@ -141,7 +151,8 @@ impl Inner {
         self.handled() >= self.generation()
     }
 
-    /// The thread that runs callbacks when nobody looks. It ends after the callback in which the source was stopped.
+    /// The thread that runs callbacks when nobody looks. It ends after the callback in which the
+    /// source was stopped.
     pub(super) fn tell(&self) {
         loop {
             thread::park();
@@ -165,11 +176,13 @@ impl Inner {
         }
     }
 
-    /// Asks the program to wake the listener at the next record; false if there are records already.
+    /// Asks the program to wake the listener at the next record; false if there are records
+    /// already.
     pub(super) fn wants_a_call(&self) -> bool {
         self.header.u64(header::AWAKE).store(0, Ordering::Relaxed);
-        // ORDER(source-awake): full fence between the word and the look at the generation. Partner: the program, which counts the
-        // generation (a full barrier) and then looks at the word. Weaker, a record wakes nobody and nobody sees it.
+        // ORDER(source-awake): full fence between the word and the look at the generation. Partner:
+        // the program, which counts the generation (a full barrier) and then looks at the word.
+        // Weaker, a record wakes nobody and nobody sees it.
         fence(Ordering::SeqCst);
         self.is_caught_up()
     }

@@ -1,44 +1,51 @@
 //! Waiting until every change under way is over.
 //!
-//! The tracepoint tells the *start* of a change. What is translated between the start and the change itself is the old
-//! translation with the new generation: no count of starts can help. So whoever fills waits first.
+//! The tracepoint tells the *start* of a change. What is translated between the start and the
+//! change itself is the old translation with the new generation: no count of starts can help. So
+//! whoever fills waits first.
 //!
-//! KVM counts the changes under way for each machine, but its tracepoint fires *before* that count goes up: on one machine
-//! "the generation has been seen, and the count is zero" proves nothing. Two machines put the two in order. The kernel
-//! calls the newest notifier first, so if A is the older machine and B the newer, one change is, in this order:
+//! KVM counts the changes under way for each machine, but its tracepoint fires *before* that count
+//! goes up: on one machine "the generation has been seen, and the count is zero" proves nothing.
+//! Two machines put the two in order. The kernel calls the newest notifier first, so if A is the
+//! older machine and B the newer, one change is, in this order:
 //!
 //! ```text
 //!   B: tracepoint   B: count +1   A: tracepoint   A: count +1   page tables   B: count -1   A: count -1
 //!                   └──────────────── B's count is above zero ────────────────┘
 //! ```
 //!
-//! * **A wait.** If the caller has seen A's event, B's count went up before: once it is zero, the change is over. If not,
-//!   A's event is still to come, before the page tables change, and the caller's next look at the generation sees it.
-//! * **An event of another address space.** At A's tracepoint B's count is above zero, because of this very change. So an
-//!   event that finds it at zero is not ours (or is ours and at B's tracepoint, with A's to come), and the program need not
-//!   count it. Whoever discards memory in a loop elsewhere costs us nothing.
+//! * **A wait.** If the caller has seen A's event, B's count went up before: once it is zero, the
+//!   change is over. If not, A's event is still to come, before the page tables change, and the
+//!   caller's next look at the generation sees it.
+//! * **An event of another address space.** At A's tracepoint B's count is above zero, because of
+//!   this very change. So an event that finds it at zero is not ours (or is ours and at B's
+//!   tracepoint, with A's to come), and the program need not count it. Whoever discards memory in a
+//!   loop elsewhere costs us nothing.
 //!
-//! Nobody can read the count but a BPF program, and no descriptor of ours is in the caller's reach (`vault.rs`). So the
-//! caller *makes an event*: it discards a page that has no content, and the program at the tracepoint answers.
+//! Nobody can read the count but a BPF program, and no descriptor of ours is in the caller's reach
+//! (`vault.rs`). So the caller *makes an event*: it discards a page that has no content, and the
+//! program at the tracepoint answers.
 //!
 //! ```text
 //!   caller   asked = n          madvise(scratch)              answered == n ?  over : ask again
 //!   program                     └─ if (B's count == 0) answered = asked
 //! ```
 //!
-//! At A's tracepoint the question itself counts, so it is answered at B's or not at all. If after [`POLLS`] questions the
-//! count was never found at zero, the vault makes another machine, which takes B's place: a new notifier is registered
-//! under every lock that a change of this address space needs (`mm_take_all_locks`), so none is under way then. The same
-//! is done where the count cannot be read, or where it is not shown that the count goes down after the page tables'
-//! stores are seen (any processor but x86-64).
+//! At A's tracepoint the question itself counts, so it is answered at B's or not at all. If after
+//! [`POLLS`] questions the count was never found at zero, the vault makes another machine, which
+//! takes B's place: a new notifier is registered under every lock that a change of this address
+//! space needs (`mm_take_all_locks`), so none is under way then. The same is done where the count
+//! cannot be read, or where it is not shown that the count goes down after the page tables' stores
+//! are seen (any processor but x86-64).
 //!
-//! B costs each change some 0.35 us, and is closed when nobody has waited for a while. The word with the address of B's
-//! count is cleared before, and unregistering B waits for every start that is being told (`synchronize_srcu`): no program
-//! reads the count of a machine that is gone.
+//! B costs each change some 0.35 us, and is closed when nobody has waited for a while. The word
+//! with the address of B's count is cleared before, and unregistering B waits for every start that
+//! is being told (`synchronize_srcu`): no program reads the count of a machine that is gone.
 //!
 //! # Sharing
-//! `dirty` says whether there was any event since the last wait: 0 if not, 1 if there was, 2 while somebody waits. Waits
-//! have numbers. Who finds, with the lock in hand, that a wait has ended which began after it came, need not wait.
+//! `dirty` says whether there was any event since the last wait: 0 if not, 1 if there was, 2 while
+//! somebody waits. Waits have numbers. Who finds, with the lock in hand, that a wait has ended
+//! which began after it came, need not wait.
 //!
 //! # Source
 //! `virt/kvm/kvm_main.c`, `mm/mmu_notifier.c`, Linux 6.12 and 6.18.
@@ -95,8 +102,8 @@ impl Waits {
     /// Waits until every change that had begun before the call is over.
     pub(super) fn wait(&self, header: &Shared, vault: &Vault<Machines>) -> Result<(), Error> {
         let dirty = header.u64(header::DIRTY);
-        // ORDER(source-quiet): Acquire: those changes are over for this thread too. Partner: the exchange below. It comes after the
-        // fence of `arm`: ORDER(source-arm).
+        // ORDER(source-quiet): Acquire: those changes are over for this thread too. Partner: the
+        // exchange below. It comes after the fence of `arm`: ORDER(source-arm).
         if dirty.load(Ordering::Acquire) == QUIET {
             return Ok(());
         }
@@ -108,9 +115,11 @@ impl Waits {
         let number = self.begun.load(Ordering::Relaxed) + 1;
         self.begun.store(number, Ordering::Relaxed);
         dirty.store(WAITING, Ordering::Relaxed);
-        // ORDER(source-wait): full fence between the two words and the look at the count. Partners: the program's look at `dirty`, which
-        // comes after its change has raised B's count (a locked instruction), so that a change that did not set `dirty` again is
-        // seen in the count; and the fence of `arm` before the ticket, so that whoever relies on this wait has entered its range.
+        // ORDER(source-wait): full fence between the two words and the look at the count. Partners:
+        // the program's look at `dirty`, which comes after its change has raised B's count (a
+        // locked instruction), so that a change that did not set `dirty` again is seen in the
+        // count; and the fence of `arm` before the ticket, so that whoever relies on this wait has
+        // entered its range.
         fence(Ordering::SeqCst);
         if !self.is_over(&mut state, header) {
             match vault.run(Machines::renew_b) {
@@ -123,7 +132,8 @@ impl Waits {
             state.machines += 1;
         }
         state.ended = number;
-        // ORDER(source-quiet): Release, behind the wait. Partner: the load above. If it fails there was an event meanwhile.
+        // ORDER(source-quiet): Release, behind the wait. Partner: the load above. If it fails there
+        // was an event meanwhile.
         let _ = dirty.compare_exchange(WAITING, QUIET, Ordering::Release, Ordering::Relaxed);
         Ok(())
     }
@@ -137,8 +147,8 @@ impl Waits {
             state.asked += 1;
             header.u64(header::ASKED).store(state.asked, Ordering::Relaxed);
             sys::ask(&self.scratch);
-            // ORDER(source-quiet): Acquire: what was under way is over for this thread. Partner: the program's look at the count,
-            // before its store.
+            // ORDER(source-quiet): Acquire: what was under way is over for this thread. Partner:
+            // the program's look at the count, before its store.
             header.u64(header::ANSWERED).load(Ordering::Acquire) == state.asked
         })
     }
@@ -157,8 +167,8 @@ impl Waits {
         self.begun.load(Ordering::Relaxed)
     }
 
-    /// Has `f` change machine B while nobody waits; it says whether there is one afterwards. Not done if somebody does: that
-    /// one may be waiting for the caller, the vault.
+    /// Has `f` change machine B while nobody waits; it says whether there is one afterwards. Not
+    /// done if somebody does: that one may be waiting for the caller, the vault.
     pub(super) fn change_b(&self, f: impl FnOnce() -> bool) {
         let state = match self.state.try_lock() {
             Ok(state) => state,

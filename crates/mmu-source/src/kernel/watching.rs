@@ -18,15 +18,18 @@ pub(crate) struct Watching {
 }
 
 impl Kernel {
-    /// Watches `range` until the returned value is dropped: [`Watch::is_valid`] says whether anything has touched it since.
+    /// Watches `range` until the returned value is dropped: [`Watch::is_valid`] says whether
+    /// anything has touched it since.
     ///
-    /// When it returns, no change that began before is under way, and every later one is counted before it happens. So
-    /// translate the range after it; no [`read_begin`](Armed::read_begin) is needed.
+    /// When it returns, no change that began before is under way, and every later one is counted
+    /// before it happens. So translate the range after it; no [`read_begin`](Armed::read_begin) is
+    /// needed.
     ///
     /// # Blocking
     /// As [`arm`](Self::arm).
     /// # Errors
-    /// As [`arm`](Self::arm); [`Error::InCallback`] in a signal handler that has interrupted the source.
+    /// As [`arm`](Self::arm); [`Error::InCallback`] in a signal handler that has interrupted the
+    /// source.
     pub fn watch(self: &Arc<Self>, range: VaRange) -> Result<Watch, Error> {
         let armed = Armed::enter(self, range)?;
         let word = Arc::new(Word::default());
@@ -48,7 +51,8 @@ impl Kernel {
 impl Watching {
     #[inline]
     pub(crate) fn is_valid(&self) -> bool {
-        // ORDER(source-generation): Acquire: what the caller has read through its entry comes before the look at the generation.
+        // ORDER(source-generation): Acquire: what the caller has read through its entry comes
+        // before the look at the generation.
         fence(Ordering::Acquire);
         (self.glance.is_current() || self.armed.kernel.inner.catch_up()) && !self.word.is_touched()
     }
@@ -68,7 +72,8 @@ impl Watching {
 
 impl Drop for Watching {
     fn drop(&mut self) {
-        // The word is freed outside of the lock. In the child of a fork the table is the parent's, and stays as it is.
+        // The word is freed outside of the lock. In the child of a fork the table is the parent's,
+        // and stays as it is.
         let word = self.armed.kernel.inner.with_intake(|intake, _| intake.watches.remove(&self.id));
         drop(word);
     }

@@ -1,7 +1,8 @@
 //! Watches that brackets mark.
 //!
-//! One subscriber for all of them. It marks at the start of a bracket and at its end: a watch that is made in between may
-//! stand for a translation from before the change, and is marked before the call that makes the change returns.
+//! One subscriber for all of them. It marks at the start of a bracket and at its end: a watch that
+//! is made in between may stand for a translation from before the change, and is marked before the
+//! call that makes the change returns.
 
 use super::table::{Id, Table, Word, enter};
 use crate::Error;
@@ -38,8 +39,8 @@ impl Marks {
 
 impl Notifier for Marks {
     fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
-        // ORDER(watch-bracket): the mark comes before the change, and before the caller's next step. Partner: the fence in
-        // `is_valid`.
+        // ORDER(watch-bracket): the mark comes before the change, and before the caller's next
+        // step. Partner: the fence in `is_valid`.
         self.table().touch(range.range(), ANY);
     }
 
@@ -82,8 +83,9 @@ impl Bracketed {
 
     #[inline]
     pub(super) fn is_valid(&self) -> bool {
-        // ORDER(watch-bracket): Acquire: the caller's own order (a lock, a join) puts the end of the bracket before this look;
-        // what the caller has read through its entry comes before it, too. Partner: the store in `Word::touch`.
+        // ORDER(watch-bracket): Acquire: the caller's own order (a lock, a join) puts the end of
+        // the bracket before this look; what the caller has read through its entry comes before it,
+        // too. Partner: the store in `Word::touch`.
         fence(Ordering::Acquire);
         !self.word.is_touched() && !self.is_inherited()
     }

@@ -1,11 +1,12 @@
 //! Which watches an event touches.
 //!
-//! The address space is cut into granules at [`LEVELS`] sizes, 4 KiB, 64 KiB, ... A watch belongs to the finest level at
-//! which it touches at most two granules, and is linked into the chain of each. An event looks at the chains of its own
-//! granules at each level that has watches; one that touches too many granules looks at all watches instead.
+//! The address space is cut into granules at [`LEVELS`] sizes, 4 KiB, 64 KiB, ... A watch belongs
+//! to the finest level at which it touches at most two granules, and is linked into the chain of
+//! each. An event looks at the chains of its own granules at each level that has watches; one that
+//! touches too many granules looks at all watches instead.
 //!
-//! Nothing here allocates but [`Table::with_room`]: the lock around a table may be taken inside of `free`. A full table is
-//! replaced by a larger one that was made outside of the lock.
+//! Nothing here allocates but [`Table::with_room`]: the lock around a table may be taken inside of
+//! `free`. A full table is replaced by a larger one that was made outside of the lock.
 
 use mmu_notifier::VaRange;
 use std::sync::Arc;
@@ -37,7 +38,8 @@ impl Word {
 struct Node {
     /// `None` if the place is free; `next[0]` is then the next free place.
     watched: Option<Watched>,
-    /// What follows in the chains of the first and of the second granule: a node's number times two, plus which.
+    /// What follows in the chains of the first and of the second granule: a node's number times
+    /// two, plus which.
     next: [u32; 2],
 }
 
@@ -208,8 +210,8 @@ impl Table {
     }
 }
 
-/// Enters a watch into the table that `with` gives access to, under its lock. Allocates outside of that. `None` if
-/// `with` has no table to give.
+/// Enters a watch into the table that `with` gives access to, under its lock. Allocates outside of
+/// that. `None` if `with` has no table to give.
 pub(crate) fn enter(
     with: impl Fn(&mut dyn FnMut(&mut Table)) -> Option<()>,
     range: VaRange,

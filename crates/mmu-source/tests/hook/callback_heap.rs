@@ -1,4 +1,5 @@
-//! Callbacks that use the heap, which end the process, and the example on the front page of `mmu-notifier`, which does not.
+//! Callbacks that use the heap, which end the process, and the example on the front page of
+//! `mmu-notifier`, which does not.
 
 use crate::child::alone;
 use crate::pages::{map, unmap};
@@ -14,7 +15,8 @@ use std::{env, thread};
 
 const MARK: &str = "MMUN_TEST_BREAKS_THE_RULE";
 
-/// Runs the calling test once more, where it must end as [`CheckedAlloc`](mmu_notifier::lockdep::CheckedAlloc) ends it, with `says` in its message.
+/// Runs the calling test once more, where it must end as
+/// [`CheckedAlloc`](mmu_notifier::lockdep::CheckedAlloc) ends it, with `says` in its message.
 fn must_stop(test: &str, says: &str, body: impl FnOnce()) {
     if env::var_os(MARK).is_some() {
         return body();
@@ -62,7 +64,8 @@ type Shadow = InvalidateSeq<SoftTlb<u64>>;
 static SHADOW: Subsystem<Shadow> =
     Subsystem::new(|_: &MmWithUser| Ok(InvalidateSeq::new([VaRange::ALL], SoftTlb::new(1024))));
 
-/// The heap's top is given back in the middle of `free`, with the allocator's lock held, and what is known of it is let go.
+/// The heap's top is given back in the middle of `free`, with the allocator's lock held, and what
+/// is known of it is let go.
 #[test]
 fn a_shadow_is_emptied_in_the_middle_of_free() {
     alone("callback_heap::a_shadow_is_emptied_in_the_middle_of_free", || {

@@ -1,4 +1,5 @@
-//! The kernel source when descriptors are closed, in children, in signal handlers, and when it is dropped at a bad moment.
+//! The kernel source when descriptors are closed, in children, in signal handlers, and when it is
+//! dropped at a bad moment.
 
 use crate::memory::{PAGE, Scratch};
 use mmu_notifier::{InvalidateRange, Notifier, Registration, VaRange};

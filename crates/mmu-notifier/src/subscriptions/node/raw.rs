@@ -12,16 +12,18 @@ use std::ptr::{self, NonNull};
 /// A notifier whose node lies in an object of its user's, which frees the object.
 ///
 /// # Safety
-/// The memory of a node that was given to [`Notifiers::register`](crate::raw::Notifiers::register) must stay valid, at its place,
-/// and untouched by others, until `dispose` is called with it or [`Node::unregister`] has succeeded.
+/// The memory of a node that was given to [`Notifiers::register`](crate::raw::Notifiers::register)
+/// must stay valid, at its place, and untouched by others, until `dispose` is called with it or
+/// [`Node::unregister`] has succeeded.
 pub unsafe trait Embedded: Notifier {
-    /// Takes the node back, after its last put and a grace period: what `free_notifier` is in the kernel.
+    /// Takes the node back, after its last put and a grace period: what `free_notifier` is in the
+    /// kernel.
     ///
     /// # Blocking
     /// It runs on the reclaimer thread and must not sleep.
     /// # Safety
-    /// `node` was registered, no callback can be running in it, and nobody uses it any more. Its value has not been dropped:
-    /// that is for this function.
+    /// `node` was registered, no callback can be running in it, and nobody uses it any more. Its
+    /// value has not been dropped: that is for this function.
     unsafe fn dispose(node: NonNull<Node<Self>>)
     where
         Self: Sized;
@@ -43,7 +45,8 @@ impl fmt::Display for SurplusPut {
 impl Error for SurplusPut {}
 
 impl<N: Embedded> Node<N> {
-    /// Gives one reference back; the last one delists the node and queues its [`dispose`](Embedded::dispose).
+    /// Gives one reference back; the last one delists the node and queues its
+    /// [`dispose`](Embedded::dispose).
     ///
     /// # Blocking
     /// Never; it allocates nothing.
@@ -63,7 +66,8 @@ impl<N: Embedded> Node<N> {
             // ORDER(core-put): AcqRel, as in the drop of `NodeRef`. Partner: itself.
             match header.users.compare_exchange_weak(users, users - 1, Ordering::AcqRel, Ordering::Relaxed) {
                 Ok(1) => {
-                    // SAFETY: The node is alive until it is disposed of, this was its last user, and it is a `Node<N>`.
+                    // SAFETY: The node is alive until it is disposed of, this was its last user,
+                    // and it is a `Node<N>`.
                     unsafe { retire(node, dispose::<N>) };
                     return Ok(());
                 }
@@ -74,16 +78,18 @@ impl<N: Embedded> Node<N> {
         Err(SurplusPut)
     }
 
-    /// Calls `release` unless exit has done so, delists the node, waits until no callback runs in it, and lets go of it,
-    /// whoever may have users of it. It is not disposed of: its memory is the caller's again, with the value in it.
+    /// Calls `release` unless exit has done so, delists the node, waits until no callback runs in
+    /// it, and lets go of it, whoever may have users of it. It is not disposed of: its memory is
+    /// the caller's again, with the value in it.
     ///
     /// # Blocking
     /// Sleeps while `release` and the brackets open now last.
     /// # Errors
-    /// [`WouldDeadlock`] if this thread is inside a bracket or callback of the address space or runs a deferred free, or if `release`
-    /// has left a bracket open. It is still registered then.
+    /// [`WouldDeadlock`] if this thread is inside a bracket or callback of the address space or
+    /// runs a deferred free, or if `release` has left a bracket open. It is still registered then.
     /// # Safety
-    /// `node` must be registered, and neither disposed of nor put for the last time; nobody may use it afterwards.
+    /// `node` must be registered, and neither disposed of nor put for the last time; nobody may use
+    /// it afterwards.
     /// # Source
     /// `mmu_notifier_unregister`, Linux 5.15.
     #[cfg_attr(debug_assertions, track_caller)]
@@ -95,8 +101,8 @@ impl<N: Embedded> Node<N> {
         list.delist_ref(&counted);
         // `registration::release` has just asked whether that would be refused.
         list.srcu().synchronize()?;
-        // SAFETY: Moving out needs a place that nobody uses any more: delisted before a grace period that has ended, and the
-        // caller lets nobody use it.
+        // SAFETY: Moving out needs a place that nobody uses any more: delisted before a grace
+        // period that has ended, and the caller lets nobody use it.
         drop(unsafe { ptr::read(node.as_ptr().cast::<Header>()) });
         Ok(())
     }
@@ -127,15 +133,17 @@ impl<N: Notifier> fmt::Debug for Node<N> {
 }
 
 /// # Safety
-/// `head` must be that of a retired `Node<N>` of `Notifiers`, and a grace period must have passed since it was delisted.
+/// `head` must be that of a retired `Node<N>` of `Notifiers`, and a grace period must have passed
+/// since it was delisted.
 unsafe fn dispose<N: Embedded>(head: NonNull<srcu::Head>) {
-    // SAFETY: A reference needs a live node: this is what ends it, and the header begins with the head.
+    // SAFETY: A reference needs a live node: this is what ends it, and the header begins with the
+    // head.
     if unsafe { head.cast::<Header>().as_ref() }.is_inherited() {
         // Queued before a fork, and this is the child: it is the parent's to dispose of.
         return;
     }
-    // SAFETY: Moving out needs a place that nobody uses any more: no user is left and no walker can stand on it (the
-    // caller's duty).
+    // SAFETY: Moving out needs a place that nobody uses any more: no user is left and no walker can
+    // stand on it (the caller's duty).
     let header = unsafe { ptr::read(head.cast::<Header>().as_ptr()) };
     // SAFETY: The node must have been registered, and nobody use it: the caller's duty.
     header.freed(|| unsafe { N::dispose(head.cast()) });
