@@ -169,3 +169,44 @@ fn a_child_with_its_parents_number_is_told_from_it() {
             })
     }));
 }
+
+/// The standard library has a lock that each of its threads takes as it starts and as it ends. A fork
+/// copies that lock as it is: if the reclaimer of a child needed it, the child would wait for a thread
+/// that it does not have.
+#[test]
+fn a_child_has_its_reclaimer_whatever_threads_were_starting_in_the_parent() {
+    let _alone = alone();
+    let (srcu, count, stop) = (Srcu::new(), Count::default(), AtomicBool::new(false));
+    srcu.call(|| ());
+    srcu.barrier().unwrap();
+    thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    thread::spawn(|| ()).join().unwrap();
+                }
+            });
+        }
+        let _stopped = Stop(&stop);
+        for _ in 0..4000 {
+            let good = in_child(|| {
+                // SAFETY: No preconditions. A child that hangs need not take two minutes.
+                unsafe { libc::alarm(20) };
+                let own = count.clone();
+                srcu.call(move || own.add());
+                srcu.barrier().unwrap();
+                count.get() == 1
+            });
+            assert!(good, "a child was not served");
+        }
+    });
+}
+
+/// Has threads end, also when the test fails.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}

@@ -237,14 +237,41 @@ mod thread {
         if STATUS.compare_exchange(status, STARTING, Ordering::Relaxed, Ordering::Relaxed).is_err() {
             return;
         }
-        let spawned = without_signals(|| std::thread::Builder::new().name("srcu-reclaimer".into()).spawn(|| run()));
-        match spawned {
-            Ok(_) => STATUS.store(RUNNING, Ordering::Relaxed),
-            Err(error) => {
+        match without_signals(spawn) {
+            0 => STATUS.store(RUNNING, Ordering::Relaxed),
+            error => {
                 STATUS.store(status, Ordering::Relaxed);
+                let error = std::io::Error::from_raw_os_error(error);
                 panic!("could not start the reclaimer thread of srcu: {error}");
             }
         }
+    }
+
+    /// Starts the thread; returns an error number, or 0.
+    ///
+    /// Not by `std::thread`, whose threads take a lock of the standard library as they start and as
+    /// they end. If another thread held that lock at a fork, the child's reclaimer would wait for it
+    /// for ever. `pthread_create` may be called in the child: glibc puts its own locks right.
+    fn spawn() -> libc::c_int {
+        let mut thread = MaybeUninit::<libc::pthread_t>::uninit();
+        // SAFETY: Needs a place for the thread's name, default attributes, and a function that takes any argument: `main`
+        // ignores it, and may run in any thread.
+        let error = unsafe { libc::pthread_create(thread.as_mut_ptr(), ptr::null(), main, ptr::null_mut()) };
+        if error == 0 {
+            // SAFETY: The call before filled it in.
+            let thread = unsafe { thread.assume_init() };
+            // SAFETY: Needs a thread that nobody joins or detaches: it was made above, and never ends.
+            unsafe { libc::pthread_detach(thread) };
+        }
+        error
+    }
+
+    extern "C" fn main(_: *mut libc::c_void) -> *mut libc::c_void {
+        // SAFETY: No preconditions.
+        let this = unsafe { libc::pthread_self() };
+        // SAFETY: Needs a thread that is alive, this one, and a string of at most 16 bytes, its zero included.
+        unsafe { libc::pthread_setname_np(this, c"srcu-reclaimer".as_ptr()) };
+        run()
     }
 
     /// Runs `f` with all signals blocked, which a new thread inherits: the program's handlers never run on ours.
