@@ -17,7 +17,8 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("mmu-source", &["mmu-notifier"]),
     ("regcache", &["mmu-notifier", "mmu-source"]),
     ("mmun-capi", &["mmu-notifier", "mmu-source", "regcache"]),
-    ("mmun", &["srcu", "mmu-notifier", "mmu-source", "regcache"]),
+    ("mmun-dropin", &["mmu-notifier", "mmu-source"]),
+    ("mmun", &["srcu", "mmu-notifier", "mmu-source", "regcache", "mmun-dropin"]),
 ];
 
 /// Members of the workspace that are not published and may use anything.

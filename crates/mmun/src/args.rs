@@ -23,6 +23,7 @@ pub(crate) struct Cli {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     Trace(TraceArgs),
+    Run(RunArgs),
     Coverage(CoverageArgs),
     Doctor(DoctorArgs),
     /// Runs one operation under one source; `coverage` starts it.
@@ -106,6 +107,53 @@ pub(crate) struct TraceArgs {
     pub(crate) program: Vec<OsString>,
 }
 
+/// Runs a program, unchanged, with registration caches of UCX and libfabric that cannot go stale.
+///
+/// The library libmmun_dropin.so is preloaded into the program and everything it starts, mpirun's
+/// ranks on this machine included. It does nothing in processes that use neither UCX nor libfabric. When
+/// the program has ended, one table on standard error says which processes did, what watched them, and
+/// which stale registrations were refused.
+///
+/// Exits as the program did; 125 if mmun itself failed, 126 if the program cannot be run, 127 if there
+/// is none.
+#[derive(Args, Debug)]
+#[command(verbatim_doc_comment, override_usage = "mmun run [OPTIONS] [--] PROG [ARGS]...")]
+pub(crate) struct RunArgs {
+    /// Which sources watch: auto takes both, or hook where kernel cannot be had
+    #[arg(long, value_name = "NAME", value_enum, default_value_t = Watch::Auto)]
+    pub(crate) source: Watch,
+
+    /// Refuses to start a process whose sources could miss a change (it exits with 125)
+    #[arg(long)]
+    pub(crate) strict: bool,
+
+    /// Says before the run, for every kind of change, which source is told of it here
+    #[arg(long)]
+    pub(crate) check: bool,
+
+    /// Writes the report to FILE instead of standard error
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) output: Option<PathBuf>,
+
+    /// Writes no report; mmun is then replaced by the program
+    #[arg(long, conflicts_with = "output")]
+    pub(crate) no_report: bool,
+
+    /// The program to run, and its arguments
+    #[arg(value_name = "PROG", trailing_var_arg = true, required = true)]
+    pub(crate) program: Vec<OsString>,
+}
+
+/// The values of `MMUN`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Watch {
+    Auto,
+    Hook,
+    Kernel,
+    Both,
+    Off,
+}
+
 /// Runs every operation that changes an address translation under every event source, and says which was told.
 ///
 /// Each runs in a process of its own: it makes memory, arms the source, and makes the change. 'before'
@@ -185,8 +233,9 @@ fn one_line(message: &str, command: Option<&str>) -> String {
 }
 
 /// The commands that are shown, and the names of their manual pages.
-const COMMANDS: [(&str, &str); 5] = [
+const COMMANDS: [(&str, &str); 6] = [
     ("trace", "mmun-trace"),
+    ("run", "mmun-run"),
     ("coverage", "mmun-coverage"),
     ("doctor", "mmun-doctor"),
     ("man", "mmun-man"),

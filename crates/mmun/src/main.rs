@@ -16,6 +16,7 @@ mod outcome;
 mod output;
 mod record;
 mod recorder;
+mod run;
 mod source;
 mod style;
 mod summary;
@@ -32,6 +33,7 @@ fn main() {
     let outcome = match args::parse(std::env::args_os()) {
         Ok(cli) => match cli.command {
             Command::Trace(args) => trace::main(args),
+            Command::Run(args) => run::main(&args),
             Command::Coverage(args) => coverage::main(args),
             Command::Doctor(args) => doctor::main(args),
             Command::CoverageCell(args) => coverage::cell(&args),

@@ -6,6 +6,10 @@
 //! tracer ignores nothing before it has spawned the program.
 #![expect(unsafe_code, reason = "system calls without a safe wrapper")]
 
+mod relay;
+
+pub(crate) use relay::{Relay, start_under_relay, stop_as};
+
 use std::io;
 use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering::Relaxed};

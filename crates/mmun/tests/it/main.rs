@@ -6,4 +6,5 @@ mod detach;
 mod doctor;
 mod manners;
 mod records;
+mod run;
 mod support;

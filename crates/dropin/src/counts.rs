@@ -1,0 +1,84 @@
+//! What the report counts. Written anywhere, callbacks included; read once, at exit.
+
+use mmu_notifier::VaRange;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
+
+/// A number that only grows. Relaxed: nothing is handed over with it.
+#[derive(Debug)]
+pub(crate) struct Count(AtomicU64);
+
+impl Count {
+    const fn new() -> Count {
+        Count(AtomicU64::new(0))
+    }
+
+    pub(crate) fn add(&self, more: u64) {
+        self.0.fetch_add(more, Relaxed);
+    }
+
+    pub(crate) fn get(&self) -> u64 {
+        self.0.load(Relaxed)
+    }
+}
+
+/// Look-ups of a libfabric cache that found a registration.
+pub(crate) static HITS: Count = Count::new();
+/// Of them, those whose registration was stale.
+pub(crate) static REFUSED: Count = Count::new();
+/// Registrations that a libfabric cache had watched.
+pub(crate) static WATCHED: Count = Count::new();
+/// Registrations that libfabric was told to drop without being asked for them.
+pub(crate) static REAPED: Count = Count::new();
+/// Ranges that UCX was told of.
+pub(crate) static TOLD: Count = Count::new();
+/// Look-ups of a UCX cache at which the kernel source was asked.
+pub(crate) static ASKED: Count = Count::new();
+/// Caches that started and stopped to watch.
+pub(crate) static STARTS: Count = Count::new();
+/// Nanoseconds that the first use took.
+pub(crate) static START_NS: Count = Count::new();
+
+/// A change of memory that made registrations stale.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Change {
+    /// What happened: `unmap`, `clear`, ...
+    pub(crate) event: &'static str,
+    pub(crate) range: VaRange,
+}
+
+/// A hit that was refused: what would have been corrupted, and by what.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Refusal {
+    pub(crate) start: u64,
+    pub(crate) len: u64,
+    pub(crate) change: Change,
+    pub(crate) times: u64,
+}
+
+/// How many different ones are kept.
+const KEPT: usize = 16;
+
+static REFUSALS: Mutex<Vec<Refusal>> = Mutex::new(Vec::new());
+
+/// Counts a refused hit of the registration `start..start + len`.
+///
+/// # Blocking
+/// It may allocate, so it must not be called from a callback.
+pub(crate) fn refused(start: u64, len: u64, change: Change) {
+    REFUSED.add(1);
+    let mut refusals = REFUSALS.lock().unwrap_or_else(PoisonError::into_inner);
+    let same =
+        |refusal: &&mut Refusal| (refusal.start, refusal.len, refusal.change.event) == (start, len, change.event);
+    if let Some(refusal) = refusals.iter_mut().find(same) {
+        refusal.times += 1;
+    } else if refusals.len() < KEPT {
+        refusals.push(Refusal { start, len, change, times: 1 });
+    }
+}
+
+/// The first refusals that differ.
+pub(crate) fn refusals() -> Vec<Refusal> {
+    // Not waited for: a thread may have been stopped anywhere when the process exits.
+    REFUSALS.try_lock().map(|refusals| refusals.clone()).unwrap_or_default()
+}

@@ -1,0 +1,114 @@
+//! The real functions behind the ones that this library defines.
+//!
+//! `RTLD_NEXT` finds them where the other library is in the global scope. A library that Python or a
+//! plug-in has loaded with `RTLD_LOCAL` is not: then every loaded object is asked whose file name fits.
+//!
+//! # Safety
+//! Functions are looked up by name in objects that are loaded, and such an object is pinned
+//! (`RTLD_NODELETE`) before its address is handed out, so the address stays good for the process.
+//! Who calls one vouches for its type.
+
+#![allow(unsafe_code, reason = "dlsym and its kin; see the Safety section")]
+
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::ptr::{self, NonNull};
+
+/// A library that may be loaded, by how its file's name begins.
+pub(crate) const UCM: &CStr = c"libucm";
+pub(crate) const UCS: &CStr = c"libucs";
+pub(crate) const FABRIC: &CStr = c"libfabric";
+
+/// Returns the function `symbol` of the loaded library whose file name begins with `library`.
+pub(crate) fn function(library: &CStr, symbol: &CStr) -> Option<NonNull<c_void>> {
+    // SAFETY: the name is a live string; `RTLD_NEXT` looks behind the object of this caller, so it cannot be our own.
+    let next = unsafe { libc::dlsym(libc::RTLD_NEXT, symbol.as_ptr()) };
+    let found = NonNull::new(next).or_else(|| in_loaded(library, symbol))?;
+    pin(found);
+    Some(found)
+}
+
+fn in_loaded(library: &CStr, symbol: &CStr) -> Option<NonNull<c_void>> {
+    loaded(library).iter().find_map(|file| {
+        let handle = open(file, libc::RTLD_LAZY | libc::RTLD_NOLOAD)?;
+        // SAFETY: the handle is open, the name a live string.
+        let found = NonNull::new(unsafe { libc::dlsym(handle.as_ptr(), symbol.as_ptr()) });
+        // SAFETY: the handle is `dlopen`'s, closed once; the object stays, since it was loaded before.
+        unsafe { libc::dlclose(handle.as_ptr()) };
+        // A handle also shows what the library depends on, which may be this one.
+        found.filter(|found| object(*found).is_some_and(|name| name == *file))
+    })
+}
+
+/// The names of loaded objects whose file name begins with `library`.
+fn loaded(library: &CStr) -> Vec<CString> {
+    struct Search<'a> {
+        prefix: &'a [u8],
+        found: Vec<CString>,
+    }
+    unsafe extern "C" fn each(info: *mut libc::dl_phdr_info, _size: usize, data: *mut c_void) -> c_int {
+        // SAFETY: `data` is the `Search` below, which nobody else uses meanwhile.
+        let search = unsafe { &mut *data.cast::<Search<'_>>() };
+        // SAFETY: the loader hands out a live structure.
+        let name = unsafe { (*info).dlpi_name };
+        if !name.is_null() {
+            // SAFETY: the name of a loaded object is a live string while the loader's lock is held, as it is here.
+            let name = unsafe { CStr::from_ptr(name) };
+            let file = name.to_bytes().rsplit(|byte| *byte == b'/').next().unwrap_or_default();
+            // libfabric.so.1, and what Python's wheels call it: libfabric-0a1b2c3d.so.1.
+            let rest = file.strip_prefix(search.prefix);
+            if rest.is_some_and(|rest| rest.starts_with(b".so") || rest.starts_with(b"-")) {
+                search.found.push(name.to_owned());
+            }
+        }
+        0
+    }
+    let mut search = Search { prefix: library.to_bytes(), found: Vec::new() };
+    // SAFETY: the function has the type that is asked for, and `data` lives for the call.
+    unsafe { libc::dl_iterate_phdr(Some(each), (&raw mut search).cast()) };
+    search.found
+}
+
+/// Keeps the object around `address` loaded.
+fn pin(address: NonNull<c_void>) {
+    if let Some(name) = object(address) {
+        // The handle is leaked, and `RTLD_NODELETE` outlasts even its closing.
+        open(&name, libc::RTLD_LAZY | libc::RTLD_NOLOAD | libc::RTLD_NODELETE);
+    }
+}
+
+/// The name by which the loader knows the object around `address`.
+fn object(address: NonNull<c_void>) -> Option<CString> {
+    let mut info = libc::Dl_info {
+        dli_fname: ptr::null(),
+        dli_fbase: ptr::null_mut(),
+        dli_sname: ptr::null(),
+        dli_saddr: ptr::null_mut(),
+    };
+    // SAFETY: it fills in the structure it is given.
+    let found = unsafe { libc::dladdr(address.as_ptr(), &raw mut info) };
+    if found == 0 || info.dli_fname.is_null() {
+        return None;
+    }
+    // SAFETY: the loader's own copy of the name, alive as long as the object.
+    Some(unsafe { CStr::from_ptr(info.dli_fname) }.to_owned())
+}
+
+fn open(file: &CStr, flags: c_int) -> Option<NonNull<c_void>> {
+    let file: *const c_char = file.as_ptr();
+    // SAFETY: a live string; with `RTLD_NOLOAD` nothing is loaded and no code of the object runs.
+    NonNull::new(unsafe { libc::dlopen(file, flags) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_function_of_a_loaded_library_is_found_by_the_beginning_of_its_name() {
+        let found = in_loaded(c"libc", c"getpid").expect("libc is loaded");
+        assert_eq!(found.as_ptr().addr(), (libc::getpid as *const ()).addr(), "the one that we link with");
+        assert!(object(found).is_some_and(|name| name.to_string_lossy().contains("libc.so")));
+        assert!(in_loaded(c"libc", c"mmun_there_is_none").is_none());
+        assert!(in_loaded(c"lib", c"getpid").is_none(), "a part of a name is none");
+    }
+}

@@ -1,0 +1,134 @@
+//! libfabric: our memory monitor, imported before a provider opens a domain.
+//!
+//! libfabric reads which monitor is the default when a domain is opened; importing is possible as soon
+//! as the library has initialised itself, which its `fi_getinfo` does. So the monitor is imported
+//! after the first `fi_getinfo`, and before `fi_fabric` for programs that have found the former by
+//! another way.
+
+#![allow(unsafe_code, reason = "calls libfabric; see the crate's Safety section")]
+
+pub(crate) mod abi;
+mod monitor;
+mod reaper;
+
+pub(crate) use reaper::{Reaper, stop_all};
+
+use crate::found::{self, FABRIC};
+use crate::settings::{Choice, settings};
+use crate::{report, space};
+use abi::{FiOpen, Fid, Ops, VERSION};
+use std::ffi::{CStr, c_char, c_int, c_void};
+use std::ptr;
+use std::sync::OnceLock;
+
+/// How the import went, once it was tried.
+static IMPORTED: OnceLock<Result<(), String>> = OnceLock::new();
+
+/// What the report says of it. `None` if the program did not use libfabric.
+pub(crate) fn imported() -> Option<Result<(), &'static str>> {
+    IMPORTED.get().map(|result| result.as_ref().copied().map_err(String::as_str))
+}
+
+/// Imports the monitor, unless that was tried before.
+fn import() {
+    if settings().choice == Choice::Off {
+        return;
+    }
+    IMPORTED.get_or_init(|| {
+        report::begin();
+        try_import()
+    });
+}
+
+fn try_import() -> Result<(), String> {
+    let open = found::function(FABRIC, c"fi_open").ok_or("it is older than 1.13 (no fi_open)")?;
+    // SAFETY: the type of `fi_open` in fi_open(3), since 1.5 of its ABI.
+    let open = unsafe { std::mem::transmute::<ptr::NonNull<c_void>, FiOpen>(open) };
+    let mut cache: *mut Fid = ptr::null_mut();
+    // SAFETY: a live name, no attribute, and room for the answer.
+    let opened = unsafe { open(VERSION, c"mr_cache".as_ptr(), ptr::null_mut(), 0, 0, &raw mut cache, ptr::null_mut()) };
+    if opened != 0 || cache.is_null() {
+        return Err(format!("fi_open of \"mr_cache\" answered {}: older than 1.13", name(opened)));
+    }
+    // SAFETY: libfabric has just made it, and its first three words are a `fid`.
+    let ops = unsafe { (*cache).ops }.cast::<Ops>();
+    // SAFETY: the table of operations lives as long as the object, and begins with these three words.
+    let Ops { close, bind, .. } = unsafe { ops.read() };
+    // SAFETY: the monitor is a static with the layout that the class says.
+    let bound = unsafe { bind(cache, monitor::monitor().cast(), 0) };
+    // SAFETY: `cache` is open, and closed once.
+    unsafe { close(cache) };
+    match -bound {
+        0 => Ok(()),
+        libc::EBUSY => {
+            Err("another monitor was imported first (EBUSY), as Open MPI does; its caches are that one's".to_owned())
+        }
+        _ => Err(format!("importing the monitor answered {}", name(bound))),
+    }
+}
+
+fn name(error: c_int) -> String {
+    std::io::Error::from_raw_os_error(-error).to_string()
+}
+
+/// Imports the monitor, for a program that looks libfabric's functions up by `dlsym`: it calls this after its first
+/// `fi_getinfo` and before `fi_domain`. Returns 0, or a negative error number.
+#[unsafe(no_mangle)]
+pub(crate) extern "C" fn mmun_dropin_attach() -> c_int {
+    import();
+    match imported() {
+        Some(Ok(())) => 0,
+        _ => -libc::ENODATA,
+    }
+}
+
+/// The real `fi_getinfo`, then the import.
+///
+/// # Safety
+/// That of `fi_getinfo`, to which all arguments go.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn fi_getinfo(
+    version: u32,
+    node: *const c_char,
+    service: *const c_char,
+    flags: u64,
+    hints: *const c_void,
+    info: *mut *mut c_void,
+) -> c_int {
+    type Real = unsafe extern "C" fn(u32, *const c_char, *const c_char, u64, *const c_void, *mut *mut c_void) -> c_int;
+    let Some(real) = real(c"fi_getinfo") else { return -libc::ENOSYS };
+    // SAFETY: the type of `fi_getinfo` in fi_getinfo(3).
+    let real = unsafe { std::mem::transmute::<ptr::NonNull<c_void>, Real>(real) };
+    // SAFETY: the caller's duty.
+    let result = unsafe { real(version, node, service, flags, hints, info) };
+    import();
+    result
+}
+
+/// The import, then the real `fi_fabric`.
+///
+/// # Safety
+/// That of `fi_fabric`, to which all arguments go.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn fi_fabric(attr: *mut c_void, fabric: *mut *mut c_void, context: *mut c_void) -> c_int {
+    type Real = unsafe extern "C" fn(*mut c_void, *mut *mut c_void, *mut c_void) -> c_int;
+    let Some(real) = real(c"fi_fabric") else { return -libc::ENOSYS };
+    import();
+    // SAFETY: the type of `fi_fabric` in fi_fabric(3).
+    let real = unsafe { std::mem::transmute::<ptr::NonNull<c_void>, Real>(real) };
+    // SAFETY: the caller's duty.
+    unsafe { real(attr, fabric, context) }
+}
+
+fn real(symbol: &CStr) -> Option<ptr::NonNull<c_void>> {
+    let real = found::function(FABRIC, symbol);
+    if real.is_none() {
+        report::complain(&format!("{}: no libfabric is loaded", symbol.to_string_lossy()));
+    }
+    real
+}
+
+/// Whether the monitor has been started by a cache.
+pub(crate) fn is_started() -> bool {
+    crate::counts::STARTS.get() != 0 && space::current().is_some()
+}

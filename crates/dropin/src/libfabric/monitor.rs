@@ -1,0 +1,113 @@
+//! The memory monitor that libfabric imports.
+//!
+//! | call | held by libfabric | does here |
+//! | --- | --- | --- |
+//! | `start` | the lock of the monitors' states | starts the sources, marks ranges from now on |
+//! | `subscribe`, `unsubscribe` | the lock of all caches | enters a range, takes it out |
+//! | `valid` | the lock of all caches | asks the kernel source, then looks at the range |
+//! | `stop` | the lock of the monitors' states | nothing: patching libc again would cost more than it saves |
+//!
+//! None of them waits for a thread that could want a lock of libfabric's: callbacks mark and go
+//! ([`Ranges`](crate::ranges::Ranges)), and `notify`, which takes the caches' lock, is called by a
+//! thread of our own that holds nothing ([`Reaper`](super::Reaper)).
+
+#![allow(unsafe_code, reason = "a structure that libfabric fills in; see the crate's Safety section")]
+
+use super::abi::{CLASS_MEM_MONITOR, Fid, MemMonitor, MonitorOps};
+use crate::counts::{self, Change};
+use crate::ranges::Verdict;
+use crate::space::{self, Space};
+use mmu_notifier::VaRange;
+use std::cell::UnsafeCell;
+use std::ffi::{c_int, c_void};
+use std::ptr;
+
+static OPS: MonitorOps = MonitorOps { size: size_of::<MonitorOps>(), start, stop, subscribe, unsubscribe, valid };
+
+/// What is shared. libfabric writes its own fields once, at the import.
+struct Shared(UnsafeCell<MemMonitor>);
+
+// SAFETY: after the import, which happens once, it is only read: `import_ops` by the reaper, which starts afterwards.
+unsafe impl Sync for Shared {}
+
+static MONITOR: Shared = Shared(UnsafeCell::new(MemMonitor {
+    fid: Fid { class: CLASS_MEM_MONITOR, context: ptr::null_mut(), ops: ptr::null_mut() },
+    export_ops: &raw const OPS,
+    import_ops: ptr::null(),
+}));
+
+/// The monitor, to be imported.
+pub(super) fn monitor() -> *mut MemMonitor {
+    MONITOR.0.get()
+}
+
+/// Has libfabric drop every registration that meets `start..start + len`.
+///
+/// # Blocking
+/// Takes the lock of all caches. Must not be called where that may be held.
+pub(super) fn notify(start: u64, len: u64) {
+    // SAFETY: the monitor is a static; the field is written by the import only, before any cache starts.
+    let import = unsafe { (*monitor()).import_ops };
+    // SAFETY: libfabric sets it to a static table of its own, and is pinned.
+    let Some(import) = (unsafe { import.as_ref() }) else { return };
+    // SAFETY: the type of `notify` in `rdma/fi_ext.h`; no lock of libfabric's is held by this thread.
+    unsafe { (import.notify)(monitor(), ptr::without_provenance(start as usize), len as usize) };
+}
+
+/// The first cache of a kind. An error leaves it without one: slower, never stale.
+extern "C" fn start(_: *mut MemMonitor) -> c_int {
+    counts::STARTS.add(1);
+    if is_ready(space::current_or_made()) { 0 } else { -libc::ENOSYS }
+}
+
+/// Whether ranges of `space` are watched from now on.
+fn is_ready(space: &'static Space) -> bool {
+    space.is_watched() && space.mark() && space.reaper.start(space)
+}
+
+extern "C" fn stop(_: *mut MemMonitor) {}
+
+extern "C" fn subscribe(_: *mut MemMonitor, address: *const c_void, len: usize) -> c_int {
+    counts::WATCHED.add(1);
+    let space = space::current().unwrap_or_else(|| {
+        // The child of a fork, which was not started here. If nothing watches it, its hits are refused.
+        let space = space::current_or_made();
+        is_ready(space);
+        space
+    });
+    // What changed before the registration is over and done with; left for the next `valid`, it would make this range stale. What
+    // changed between the registration and this call is lost to every monitor of libfabric's.
+    space.settle();
+    // An error here is followed by an unsubscription in some versions and not in others. So there is none.
+    space.ranges.subscribe(address.addr() as u64, len as u64);
+    0
+}
+
+extern "C" fn unsubscribe(_: *mut MemMonitor, address: *const c_void, len: usize) {
+    // In the child of a fork: a range of its parent's. There is nothing to take out.
+    if let Some(space) = space::current() {
+        space.ranges.unsubscribe(address.addr() as u64, len as u64);
+    }
+}
+
+extern "C" fn valid(_: *mut MemMonitor, address: *const c_void, len: usize) -> bool {
+    counts::HITS.add(1);
+    let (start, len) = (address.addr() as u64, len as u64);
+    let unknown = Change { event: "fork", range: VaRange::ALL };
+    let verdict = match space::current() {
+        Some(space) if space.settle() => space.ranges.look(start, len),
+        // What the kernel source cannot answer for, or what the parent has registered.
+        _ => Verdict::Stale(unknown),
+    };
+    match verdict {
+        Verdict::Valid => true,
+        Verdict::Stale(change) => {
+            counts::refused(start, len, change);
+            false
+        }
+        Verdict::Unknown => {
+            counts::refused(start, len, unknown);
+            false
+        }
+    }
+}

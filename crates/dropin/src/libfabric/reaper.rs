@@ -1,0 +1,115 @@
+//! The thread that has libfabric drop what is stale, before anybody looks it up: pinned memory is given back.
+//!
+//! A callback only wakes it. It sleeps on a word (futex), so there is no descriptor that a daemon could close.
+
+#![allow(unsafe_code, reason = "futex calls, and the mask of signals; see the crate's Safety section")]
+
+use super::monitor;
+use crate::counts;
+use crate::space::Space;
+use std::mem::MaybeUninit;
+use std::ptr;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+/// Wakes the thread of one address space.
+#[derive(Debug)]
+pub(crate) struct Reaper {
+    /// [`IDLE`], [`ASKED`] or [`ASLEEP`].
+    word: AtomicU32,
+    is_started: AtomicBool,
+}
+
+/// It is at work, or about to sleep.
+const IDLE: u32 = 0;
+/// It looks again before it sleeps.
+const ASKED: u32 = 1;
+/// It sleeps, or is about to, and has to be woken.
+const ASLEEP: u32 = 2;
+
+/// Set when the process exits: libfabric may be taking itself down.
+static EXITING: AtomicBool = AtomicBool::new(false);
+
+impl Reaper {
+    pub(crate) const fn new() -> Reaper {
+        Reaper { word: AtomicU32::new(IDLE), is_started: AtomicBool::new(false) }
+    }
+
+    /// Starts the thread, once. False if there can be none.
+    pub(crate) fn start(&'static self, space: &'static Space) -> bool {
+        // Relaxed: it hands nothing over.
+        if self.is_started.swap(true, Ordering::Relaxed) {
+            return true;
+        }
+        let made = without_signals(|| {
+            std::thread::Builder::new().name("mmun-dropin".to_owned()).spawn(move || self.serve(space))
+        });
+        if made.is_err() {
+            self.is_started.store(false, Ordering::Relaxed);
+        }
+        made.is_ok()
+    }
+
+    /// Has it look. For callbacks.
+    pub(crate) fn wake(&self) {
+        // ORDER(dropin-reaper): Release, for what was marked. Partner: the exchange in `serve`.
+        if self.word.swap(ASKED, Ordering::AcqRel) == ASLEEP {
+            // SAFETY: a futex call on a live word; `FUTEX_WAKE` reads no more of it.
+            unsafe {
+                libc::syscall(libc::SYS_futex, &raw const self.word, libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG, 1)
+            };
+        }
+    }
+
+    fn serve(&self, space: &'static Space) {
+        loop {
+            // ORDER(dropin-reaper): Acquire, for what was marked. Partner: the swap in `wake`.
+            if self.word.swap(IDLE, Ordering::AcqRel) != ASKED {
+                self.sleep();
+                continue;
+            }
+            for (start, len) in space.ranges.stale() {
+                if EXITING.load(Ordering::Relaxed) {
+                    return;
+                }
+                counts::REAPED.add(1);
+                monitor::notify(start, len);
+            }
+        }
+    }
+
+    /// Sleeps until it is asked.
+    fn sleep(&self) {
+        // Relaxed: the swap in `serve` takes what was marked.
+        if self.word.compare_exchange(IDLE, ASLEEP, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
+            let none = ptr::null::<libc::timespec>();
+            // SAFETY: a futex call on a live word, without a timeout. It returns at once if the word has changed.
+            unsafe {
+                libc::syscall(
+                    libc::SYS_futex,
+                    &raw const self.word,
+                    libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG,
+                    ASLEEP,
+                    none,
+                )
+            };
+        }
+    }
+}
+
+/// No `notify` begins after this, but for one that has begun already.
+pub(crate) fn stop_all() {
+    EXITING.store(true, Ordering::Relaxed);
+}
+
+/// Runs `f` with all signals blocked, for a thread that it starts: the program's handlers never run there.
+fn without_signals<T>(f: impl FnOnce() -> T) -> T {
+    let mut sets = [const { MaybeUninit::<libc::sigset_t>::zeroed() }; 2];
+    // SAFETY: fills the set it is given.
+    unsafe { libc::sigfillset(sets[0].as_mut_ptr()) };
+    // SAFETY: both sets are locals; the first was filled above.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, sets[0].as_ptr(), sets[1].as_mut_ptr()) };
+    let result = f();
+    // SAFETY: the call above has written the set that this thread had.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, sets[1].as_ptr(), ptr::null_mut()) };
+    result
+}

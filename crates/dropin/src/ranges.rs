@@ -1,0 +1,233 @@
+//! The ranges that libfabric's caches have registered, and which of them are stale.
+//!
+//! A change of memory is told in the thread that makes it, perhaps inside `free`, with the allocator's
+//! lock held. Registrations are entered under libfabric's lock and this table's, and entering
+//! allocates. So the callback must not wait for the table: it *tries* the lock. Where the lock is
+//! taken, the callback leaves a note instead, one bit for each group of granules ([`granules`]), and
+//! the next look at the table marks every range that shares a bit. Such a note can make a range stale
+//! that is not; the registration is then made anew. It cannot miss one.
+//!
+//! | | state of a range | leaves it by |
+//! | --- | --- | --- |
+//! | 1 | valid: `stale` is `None` | a change or a note that meets it (2), the last unsubscription |
+//! | 2 | stale, counted in `dirty` | the last unsubscription |
+//!
+//! # Invariants
+//! `dirty` is the number of stale ranges, and is changed under the lock only. `pending` is 0 or holds
+//! the bits of changes that have not been entered yet. So if both are 0, every range is valid.
+
+use crate::counts::Change;
+use mmu_notifier::VaRange;
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// What of a callback's time may go into waiting for the lock, in turns. The lock is held for some
+/// hundred instructions, unless its owner was preempted, or is this very thread.
+const TURNS: usize = 64;
+
+/// Start and length in bytes, as libfabric gave them.
+type Key = (u64, u64);
+
+#[derive(Debug)]
+struct Entry {
+    /// Equal ranges of several caches are not told apart by libfabric; they are counted.
+    count: usize,
+    stale: Option<Change>,
+}
+
+/// Ranges in order of their start, by length: class `n` has lengths from `2^n` to `2^(n+1) - 1`. So
+/// what overlaps an address starts less than `2^(n+1)` before it.
+#[derive(Debug)]
+struct Table {
+    classes: [BTreeMap<Key, Entry>; 64],
+    /// The classes that are not empty.
+    used: u64,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Ranges {
+    table: Mutex<Table>,
+    dirty: AtomicUsize,
+    pending: AtomicU64,
+}
+
+/// What a look at a range found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    Valid,
+    Stale(Change),
+    /// It was never subscribed here: the parent of this process did, before a fork.
+    Unknown,
+}
+
+impl Ranges {
+    pub(crate) const fn new() -> Ranges {
+        let table = Table { classes: [const { BTreeMap::new() }; 64], used: 0 };
+        Ranges { table: Mutex::new(table), dirty: AtomicUsize::new(0), pending: AtomicU64::new(0) }
+    }
+
+    /// Enters a registration of `start..start + len`.
+    pub(crate) fn subscribe(&self, start: u64, len: u64) {
+        let mut table = self.lock();
+        let class = class(len);
+        table.used |= 1 << class;
+        let entry = table.classes[class].entry((start, len)).or_insert(Entry { count: 0, stale: None });
+        entry.count += 1;
+    }
+
+    /// Takes one registration of `start..start + len` out. What was never entered is none.
+    pub(crate) fn unsubscribe(&self, start: u64, len: u64) {
+        let mut table = self.lock();
+        let class = class(len);
+        let Some(entry) = table.classes[class].get_mut(&(start, len)) else { return };
+        entry.count -= 1;
+        if entry.count == 0 {
+            let was_stale = entry.stale.is_some();
+            table.classes[class].remove(&(start, len));
+            if table.classes[class].is_empty() {
+                table.used &= !(1 << class);
+            }
+            if was_stale {
+                // ORDER(dropin-dirty): Relaxed suffices: under the lock.
+                self.dirty.fetch_sub(1, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Tells whether nothing has changed in `start..start + len` since it was subscribed.
+    ///
+    /// Two loads where no range is stale.
+    #[inline]
+    pub(crate) fn look(&self, start: u64, len: u64) -> Verdict {
+        if self.is_clean() { Verdict::Valid } else { self.look_up(start, len) }
+    }
+
+    /// Whether every range is valid.
+    #[inline]
+    pub(crate) fn is_clean(&self) -> bool {
+        // ORDER(dropin-dirty): Acquire, `pending` first. A change that happens before this look was counted before it: in
+        // `pending`, if its callback did not get the lock. If that note is gone by now, `enter_notes` took it back, and had added
+        // to `dirty` before, which the second load sees. In the other order both could be missed. Partner: `mark`, `enter_notes`.
+        self.pending.load(Ordering::Acquire) == 0 && self.dirty.load(Ordering::Acquire) == 0
+    }
+
+    #[cold]
+    fn look_up(&self, start: u64, len: u64) -> Verdict {
+        let table = self.lock();
+        match table.classes[class(len)].get(&(start, len)) {
+            None => Verdict::Unknown,
+            Some(Entry { stale: None, .. }) => Verdict::Valid,
+            Some(Entry { stale: Some(change), .. }) => Verdict::Stale(*change),
+        }
+    }
+
+    /// Marks what `change` meets. Returns whether there may be something new that is stale.
+    ///
+    /// For callbacks: allocates nothing and waits for nobody.
+    pub(crate) fn changed(&self, change: Change) -> bool {
+        for _ in 0..TURNS {
+            if let Ok(mut table) = self.table.try_lock() {
+                return self.mark(&mut table, change);
+            }
+            std::hint::spin_loop();
+        }
+        // ORDER(dropin-dirty): Release, as the change itself comes after it. Partner: `is_clean`, `lock`.
+        self.pending.fetch_or(granules(change.range), Ordering::AcqRel);
+        true
+    }
+
+    /// The ranges that are stale.
+    pub(crate) fn stale(&self) -> Vec<Key> {
+        let table = self.lock();
+        let all = table.classes.iter().flatten();
+        all.filter(|(_, entry)| entry.stale.is_some()).map(|(key, _)| *key).collect()
+    }
+
+    /// How many ranges are watched. Nothing if a thread was stopped in the middle of a change.
+    pub(crate) fn count(&self) -> Option<usize> {
+        let table = self.table.try_lock().ok()?;
+        Some(table.classes.iter().map(BTreeMap::len).sum())
+    }
+
+    /// The table, with every note entered.
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        // ORDER(dropin-dirty): Acquire. Partner: `changed`.
+        if self.pending.load(Ordering::Acquire) != 0 {
+            self.enter_notes(&mut table);
+        }
+        table
+    }
+
+    #[cold]
+    fn enter_notes(&self, table: &mut Table) {
+        // Marked first and cleared afterwards, so that at no moment a range that is stale looks clean.
+        // ORDER(dropin-dirty): Acquire. Partner: `changed`.
+        let bits = self.pending.load(Ordering::Acquire);
+        let mut marked = 0;
+        for ((start, len), entry) in table.classes.iter_mut().flatten() {
+            let Some(range) = covering(*start, *len) else { continue };
+            if entry.stale.is_none() && granules(range) & bits != 0 {
+                entry.stale = Some(Change { event: "a change nearby", range });
+                marked += 1;
+            }
+        }
+        // ORDER(dropin-dirty): Release, before the bits go. Partner: `is_clean`.
+        self.dirty.fetch_add(marked, Ordering::Release);
+        // Others that were set meanwhile stay. One of these that was set again may go: every range that has it is stale.
+        // ORDER(dropin-dirty): Release: a look that sees the bits gone sees `dirty`. Partner: `is_clean`.
+        self.pending.fetch_and(!bits, Ordering::AcqRel);
+    }
+
+    fn mark(&self, table: &mut Table, change: Change) -> bool {
+        let start = change.range.start().get();
+        // `None` is the end of the address space.
+        let end = change.range.end().map(|end| end.get());
+        let mut marked = 0;
+        let mut used = table.used;
+        while used != 0 {
+            let class = used.trailing_zeros() as usize;
+            used &= used - 1;
+            let longest = (2_u64 << class).wrapping_sub(1);
+            let from = start.saturating_sub(longest);
+            let entries = table.classes[class].range_mut((from, 0)..);
+            let entries = entries.take_while(|((at, _), _)| end.is_none_or(|end| *at < end));
+            for ((at, len), entry) in entries {
+                if entry.stale.is_none() && at.saturating_add(*len) > start {
+                    entry.stale = Some(change);
+                    marked += 1;
+                }
+            }
+        }
+        if marked != 0 {
+            // ORDER(dropin-dirty): Release. Partner: `is_clean`.
+            self.dirty.fetch_add(marked, Ordering::Release);
+        }
+        marked != 0
+    }
+}
+
+fn class(len: u64) -> usize {
+    len.max(1).ilog2() as usize
+}
+
+fn covering(start: u64, len: u64) -> Option<VaRange> {
+    VaRange::covering(mmu_notifier::Va::new(start), len).ok()
+}
+
+/// One bit for each granule of 2 MiB that a range meets, modulo 64.
+fn granules(range: VaRange) -> u64 {
+    const SHIFT: u32 = 21;
+    let first = range.start().get() >> SHIFT;
+    let last = range.end().map_or(u64::MAX, |end| end.get() - 1) >> SHIFT;
+    if last - first >= 63 {
+        return u64::MAX;
+    }
+    let bits = (2_u64 << (last - first)) - 1;
+    bits.rotate_left((first % 64) as u32)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,213 @@
+//! UCX: told of changes as by an external source of events, and asked at look-up where it passes by.
+//!
+//! UCX's registration caches subscribe by `ucm_set_event_handler`. If somebody else has announced that
+//! he tells of unmapped memory (`ucm_set_external_event`), UCX patches nothing for that event, and
+//! `ucm_vm_munmap` is how it is told. Its cache drops what the range meets, or notes it where its lock
+//! is taken: it never waits, so the callback may run inside `free`.
+//!
+//! A change that only the kernel source sees is told when that source is asked. Up to UCX 1.13 each look-up
+//! calls `ucs_rcache_get`, which is defined here too, and asks. From 1.14 on the call is inlined: there
+//! the source's own thread tells, a little later.
+
+#![allow(unsafe_code, reason = "calls UCX; see the crate's Safety section")]
+
+use crate::counts;
+use crate::found::{self, UCM, UCS};
+use crate::settings::{Choice, settings};
+use crate::space::{self, Aborts, Space};
+use crate::{libfabric, report};
+use mmu_notifier::{InvalidateRange, Notifier, Registration};
+use std::ffi::{CStr, c_int, c_void};
+use std::ptr::{self, NonNull};
+use std::sync::OnceLock;
+use std::sync::PoisonError;
+use std::sync::atomic::{AtomicPtr, Ordering};
+
+/// `UCM_EVENT_VM_UNMAPPED`.
+const VM_UNMAPPED: c_int = 1 << 17;
+/// `UCS_ERR_UNSUPPORTED`.
+const UNSUPPORTED: i8 = -22;
+
+type VmMunmap = unsafe extern "C" fn(*mut c_void, usize);
+
+/// How UCX was told of, once a cache has subscribed.
+static SERVED: OnceLock<Result<Served, String>> = OnceLock::new();
+
+/// A UCX that is fed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Served {
+    vm_munmap: VmMunmap,
+}
+
+/// What the report says of it. `None` if the program did not use UCX.
+pub(crate) fn served() -> Option<Result<(), &'static str>> {
+    SERVED.get().map(|result| result.as_ref().map(|_| ()).map_err(String::as_str))
+}
+
+/// Tells UCX of what is about to change.
+#[derive(Debug)]
+pub(crate) struct Feed(Served);
+
+impl Notifier for Feed {
+    fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
+        let no_unwinding = Aborts;
+        counts::TOLD.add(1);
+        let start = range.range().start().get() as usize;
+        // What reaches the end of the address space: UCX counts in bytes from the start.
+        let end = range.range().end().map_or(usize::MAX, |end| end.get() as usize);
+        // SAFETY: the type of `ucm_vm_munmap` in `ucm/api/ucm.h`. It may be called anywhere, inside `free` too: it takes a lock
+        // for readers that may be taken again, and calls handlers that try their locks only.
+        unsafe { (self.0.vm_munmap)(ptr::without_provenance_mut(start), end - start) };
+        std::mem::forget(no_unwinding);
+    }
+}
+
+/// Sees to it that UCX is told of changes of this address space.
+fn serve() {
+    if settings().choice == Choice::Off {
+        return;
+    }
+    let served = SERVED.get_or_init(|| {
+        report::begin();
+        try_serve()
+    });
+    if let Ok(served) = served {
+        feed(space::current_or_made(), *served);
+    }
+}
+
+fn try_serve() -> Result<Served, String> {
+    let function = |name: &CStr| {
+        found::function(UCM, name).ok_or_else(|| format!("it is older than 1.4 (no {})", name.to_string_lossy()))
+    };
+    let (announce, vm_munmap) = (function(c"ucm_set_external_event")?, function(c"ucm_vm_munmap")?);
+    // SAFETY: the type of `ucm_vm_munmap` in `ucm/api/ucm.h`.
+    let served = Served { vm_munmap: unsafe { std::mem::transmute::<NonNull<c_void>, VmMunmap>(vm_munmap) } };
+    let space = space::current_or_made();
+    if !space.is_watched() {
+        return Err("no source can be had: UCX watches by itself".to_owned());
+    }
+    if !feed(space, served) {
+        return Err("the address space cannot be subscribed to: UCX watches by itself".to_owned());
+    }
+    // SAFETY: the type of `ucm_set_external_event` in `ucm/api/ucm.h`.
+    let announce = unsafe { std::mem::transmute::<NonNull<c_void>, unsafe extern "C" fn(c_int)>(announce) };
+    // SAFETY: it takes a set of events. From here on they are told.
+    unsafe { announce(VM_UNMAPPED) };
+    Ok(served)
+}
+
+/// Subscribes for UCX, once for each address space.
+fn feed(space: &'static Space, served: Served) -> bool {
+    let mut fed = space.fed.lock().unwrap_or_else(PoisonError::into_inner);
+    if fed.is_none() {
+        *fed = Registration::new(mmu_source::current_ref(), Feed(served)).ok();
+    }
+    fed.is_some()
+}
+
+/// In the child of a fork: UCX's caches go on there, with what the parent registered.
+pub(crate) fn serve_child() {
+    if let Some(Ok(served)) = SERVED.get() {
+        let space = space::current_or_made();
+        feed(space, *served);
+        // Whatever was registered is the parent's memory.
+        // SAFETY: as in `Feed`.
+        unsafe { (served.vm_munmap)(ptr::null_mut(), usize::MAX) };
+    }
+}
+
+/// The real `ucm_set_event_handler`, once changes are told from here.
+///
+/// # Safety
+/// That of `ucm_set_event_handler`, to which all arguments go.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn ucm_set_event_handler(
+    events: c_int,
+    priority: c_int,
+    callback: *mut c_void,
+    argument: *mut c_void,
+) -> i8 {
+    type Real = unsafe extern "C" fn(c_int, c_int, *mut c_void, *mut c_void) -> i8;
+    let Some(real) = found::function(UCM, c"ucm_set_event_handler") else {
+        report::complain("ucm_set_event_handler: no libucm is loaded");
+        return UNSUPPORTED;
+    };
+    // SAFETY: the type of `ucm_set_event_handler` in `ucm/api/ucm.h`; a `ucs_status_t` is one byte.
+    let real = unsafe { std::mem::transmute::<NonNull<c_void>, Real>(real) };
+    if events & VM_UNMAPPED != 0 {
+        serve();
+    }
+    // SAFETY: the caller's duty.
+    unsafe { real(events, priority, callback, argument) }
+}
+
+/// The real `ucs_rcache_get`, after the kernel source was asked.
+///
+/// Its arguments are words, six up to UCX 1.13 and seven later. More are handed on than there are: the words above the
+/// caller's last argument are the caller's frame, which can be read.
+///
+/// # Safety
+/// That of `ucs_rcache_get`.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn ucs_rcache_get(
+    a: usize,
+    b: usize,
+    c: usize,
+    d: usize,
+    e: usize,
+    f: usize,
+    g: usize,
+) -> i8 {
+    type Real = unsafe extern "C" fn(usize, usize, usize, usize, usize, usize, usize) -> i8;
+    static REAL: AtomicPtr<c_void> = AtomicPtr::new(ptr::null_mut());
+    // Relaxed: an address of code that stays; whoever finds none looks it up.
+    let real = NonNull::new(REAL.load(Ordering::Relaxed)).or_else(|| {
+        let found = found::function(UCS, c"ucs_rcache_get")?;
+        REAL.store(found.as_ptr(), Ordering::Relaxed);
+        Some(found)
+    });
+    let Some(real) = real else {
+        report::complain("ucs_rcache_get: no libucs is loaded");
+        return UNSUPPORTED;
+    };
+    ask();
+    // SAFETY: the words that the caller has passed, in the registers and on the stack where they were.
+    let real = unsafe { std::mem::transmute::<NonNull<c_void>, Real>(real) };
+    // SAFETY: the caller's duty.
+    unsafe { real(a, b, c, d, e, f, g) }
+}
+
+#[inline]
+fn ask() {
+    match space::current() {
+        Some(space) if space.kernel().is_ok() => {
+            counts::ASKED.add(1);
+            space.settle();
+        }
+        None if SERVED.get().is_some() => serve_child(),
+        _ => {}
+    }
+}
+
+/// The version of the UCX that is loaded, as far as it can be asked: major and minor.
+fn version() -> Option<(u32, u32)> {
+    type GetVersion = unsafe extern "C" fn(*mut u32, *mut u32, *mut u32);
+    let get = found::function(c"libucp", c"ucp_get_version")?;
+    // SAFETY: the type of `ucp_get_version` in `ucp/api/ucp.h`.
+    let get = unsafe { std::mem::transmute::<NonNull<c_void>, GetVersion>(get) };
+    let [mut major, mut minor, mut release] = [0; 3];
+    // SAFETY: room for three numbers.
+    unsafe { get(&raw mut major, &raw mut minor, &raw mut release) };
+    Some((major, minor))
+}
+
+/// Whether the kernel source cannot be asked at each look-up, as far as is known.
+pub(crate) fn looks_up_by_itself() -> bool {
+    version().is_some_and(|version| version >= (1, 14)) && counts::ASKED.get() == 0
+}
+
+/// Whether either library is used by this process.
+pub(crate) fn is_used() -> bool {
+    served().is_some() || libfabric::imported().is_some()
+}

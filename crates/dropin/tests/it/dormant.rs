@@ -1,0 +1,46 @@
+//! A program that uses neither library is left alone.
+
+use crate::support::{library, output, preloaded, text};
+use std::process::Command;
+
+/// Its threads, its open descriptors, and what it has mapped that it has not without the library.
+fn state(mut command: Command) -> (String, String) {
+    command.args(["-c", "ls /proc/self/task | wc -l; ls /proc/self/fd | wc -l"]);
+    let output = output(command);
+    (text(&output.stdout), text(&output.stderr))
+}
+
+#[test]
+fn a_shell_has_no_thread_no_descriptor_and_no_report() {
+    assert_eq!(state(preloaded("sh", "both")), state(Command::new("sh")));
+}
+
+#[test]
+fn libc_is_not_patched() {
+    // The mapping of libc's code is one piece, as long as nobody has replaced a page of it.
+    let mut command = preloaded("grep", "both");
+    command.args(["-c", "r-xp.*/libc.so", "/proc/self/maps"]);
+    assert_eq!(text(&output(command).stdout), "1\n");
+}
+
+#[test]
+fn it_needs_nothing_but_libc() {
+    let output = output({
+        let mut command = Command::new("ldd");
+        command.arg(library());
+        command
+    });
+    let needs = text(&output.stdout);
+    for line in needs.lines() {
+        let known = ["linux-vdso", "libc.so.6", "ld-linux", "libm.so.6"];
+        assert!(
+            known.iter().any(|name| line.contains(name)),
+            "each library more costs the start of every program: {needs}"
+        );
+    }
+}
+
+#[test]
+fn wrong_settings_are_said_at_the_first_use_and_not_before() {
+    assert_eq!(text(&output(preloaded("true", "nonsense")).stderr), "");
+}

@@ -1,0 +1,52 @@
+//! Ranks that exchange buffers which come and go, by each way that Open MPI and MPICH have here.
+
+use crate::support::{build, output, preloaded, text};
+use std::path::Path;
+use std::process::Command;
+
+/// Seconds of each run; `MMUN_SECONDS` says more.
+fn seconds() -> String {
+    std::env::var("MMUN_SECONDS").unwrap_or_else(|_| "2".to_owned())
+}
+
+fn exchange(mut command: Command, program: &Path, uses: &[&str]) {
+    command.args(["-n", "2"]).arg(program).arg(seconds());
+    let output = output(command);
+    let (out, error) = (text(&output.stdout), text(&output.stderr));
+    assert!(output.status.success(), "{out}{error}");
+    assert!(out.contains(" 0 bytes wrong"), "{out}{error}");
+    for word in uses {
+        assert_eq!(error.matches(word).count(), 2, "one report for each rank: {word}: {error}");
+    }
+}
+
+fn open_mpi(options: &[&str], source: &str, uses: &[&str]) {
+    let Some(program) = build("mpicc.openmpi", "exchange.c", &[]) else { return };
+    let mut command = preloaded("mpirun.openmpi", source);
+    command.args(["--oversubscribe", "--allow-run-as-root"]).args(options);
+    exchange(command, &program, uses);
+}
+
+#[test]
+fn open_mpi_over_its_own_transport() {
+    open_mpi(&["--mca", "pml", "ob1"], "hook", &[]);
+}
+
+#[test]
+fn open_mpi_over_ucx() {
+    let options = ["--mca", "pml", "ucx", "--mca", "pml_ucx_tls", "any", "--mca", "pml_ucx_devices", "any"];
+    open_mpi(&options, "hook", &[]);
+}
+
+#[test]
+fn open_mpi_over_libfabric() {
+    open_mpi(&["--mca", "pml", "cm", "--mca", "mtl", "ofi"], "hook", &["libfabric"]);
+}
+
+#[test]
+fn mpich() {
+    for source in ["hook", "auto"] {
+        let Some(program) = build("mpicc.mpich", "exchange.c", &[]) else { return };
+        exchange(preloaded("mpirun.mpich", source), &program, &["told of changes"]);
+    }
+}

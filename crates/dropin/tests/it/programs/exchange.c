@@ -1,0 +1,78 @@
+/* Two ranks or more exchange buffers that are freed and mapped anew between calls, and check every byte.
+ *
+ * exchange SECONDS: prints "N rounds, M bytes wrong" on rank 0; exits 1 if a byte was wrong. */
+#define _GNU_SOURCE
+#include <mpi.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+enum { LARGEST = 1 << 20 };
+
+static unsigned char content(unsigned round, int from, size_t at)
+{
+    return (unsigned char)(round * 31 + (unsigned)from * 17 + at * 7 + (at >> 12));
+}
+
+/* A buffer, each time by another way, and how it goes. */
+static unsigned char *take(unsigned round, size_t length)
+{
+    if (round % 3 == 0)
+        return malloc(length);
+    void *at = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return at == MAP_FAILED ? NULL : at;
+}
+
+static void give(unsigned round, unsigned char *buffer, size_t length)
+{
+    if (round % 3 == 0)
+        free(buffer);
+    else if (round % 3 == 1)
+        munmap(buffer, length);
+    else
+        syscall(11 /* munmap of x86-64 */, buffer, length);
+}
+
+int main(int argc, char **argv)
+{
+    double limit = argc > 1 ? atof(argv[1]) : 1;
+    int rank, size, going = 1;
+    unsigned long wrong = 0, all = 0;
+    unsigned round = 0;
+    MPI_Init(&argc, &argv);
+    MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+    MPI_Comm_size(MPI_COMM_WORLD, &size);
+    double begin = MPI_Wtime();
+    while (going) {
+        size_t length = (size_t)1 << (8 + round % 13);
+        unsigned char *out = take(round, length), *in = take(round + 1, length);
+        if (!out || !in)
+            MPI_Abort(MPI_COMM_WORLD, 2);
+        for (size_t at = 0; at < length; at++)
+            out[at] = content(round, rank, at);
+        memset(in, 0xee, length);
+        int next = (rank + 1) % size, last = (rank + size - 1) % size;
+        MPI_Sendrecv(out, (int)length, MPI_BYTE, next, 0, in, (int)length, MPI_BYTE, last, 0, MPI_COMM_WORLD,
+                     MPI_STATUS_IGNORE);
+        for (size_t at = 0; at < length; at++)
+            wrong += in[at] != content(round, last, at);
+        size_t part = length / (size_t)size;
+        MPI_Alltoall(out, (int)part, MPI_BYTE, in, (int)part, MPI_BYTE, MPI_COMM_WORLD);
+        for (int from = 0; from < size; from++)
+            for (size_t at = 0; at < part; at++)
+                wrong += in[(size_t)from * part + at] != content(round, from, (size_t)rank * part + at);
+        give(round, out, length);
+        give(round + 1, in, length);
+        round++;
+        going = MPI_Wtime() - begin < limit;
+        MPI_Bcast(&going, 1, MPI_INT, 0, MPI_COMM_WORLD);
+    }
+    MPI_Reduce(&wrong, &all, 1, MPI_UNSIGNED_LONG, MPI_SUM, 0, MPI_COMM_WORLD);
+    if (rank == 0)
+        printf("%u rounds, %lu bytes wrong\n", round, all);
+    MPI_Bcast(&all, 1, MPI_UNSIGNED_LONG, 0, MPI_COMM_WORLD);
+    MPI_Finalize();
+    return all != 0;
+}

@@ -1,0 +1,155 @@
+//! `mmun run`: a program with the drop-in preloaded, and what its processes reported.
+
+mod found;
+mod reports;
+
+use std::ffi::OsString;
+use std::fs;
+use std::io::{self, Write};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use clap::ValueEnum;
+use rustix::process::{Pid, WaitOptions, WaitStatus};
+
+use crate::args::{CoverageArgs, RunArgs, Watch};
+use crate::outcome::{FAILED, NOT_EXECUTABLE, NOT_FOUND, Outcome};
+use crate::source::Source;
+use crate::sys::{self, Relay};
+use crate::{complain, coverage, reason};
+
+pub(crate) fn main(args: &RunArgs) -> Outcome {
+    let library = match found::library() {
+        Ok(library) => library,
+        Err(reason) => {
+            complain(&reason);
+            return FAILED;
+        }
+    };
+    if args.check {
+        check(args.source);
+    }
+    let mut command = Command::new(&args.program[0]);
+    command.args(&args.program[1..]);
+    command.env("LD_PRELOAD", preload(&library));
+    let name = args.source.to_possible_value().expect("no value is hidden");
+    command.env("MMUN", name.get_name());
+    if args.strict {
+        command.env("MMUN_STRICT", "1");
+    }
+    if args.no_report {
+        command.env_remove("MMUN_REPORT");
+        return refused(&args.program[0], &command.exec());
+    }
+    let folder = match folder() {
+        Ok(folder) => folder,
+        Err(error) => {
+            complain(&format!("mkdir in {}: {}", std::env::temp_dir().display(), reason(&error)));
+            return FAILED;
+        }
+    };
+    command.env("MMUN_REPORT", with_slash(&folder));
+    let outcome = match sys::start_under_relay(command) {
+        Ok(program) => wait(&program),
+        Err(error) => {
+            let _ = fs::remove_dir_all(&folder);
+            return refused(&args.program[0], &error);
+        }
+    };
+    let text = reports::merged(&folder);
+    let _ = fs::remove_dir_all(&folder);
+    let written = match &args.output {
+        Some(file) => fs::write(file, text).map_err(|error| (file.display().to_string(), error)),
+        // A closed standard error has nobody to tell.
+        None => {
+            let _ = io::stderr().write_all(text.as_bytes());
+            Ok(())
+        }
+    };
+    if let Err((file, error)) = written {
+        complain(&format!("write on {file}: {}", reason(&error)));
+    }
+    outcome
+}
+
+/// Waits until the program has ended. Stops when it stops.
+fn wait(program: &Relay) -> Outcome {
+    let number = program.0.id() as i32;
+    let pid = Pid::from_raw(number).expect("a child's pid is positive");
+    loop {
+        match rustix::process::waitpid(Some(pid), WaitOptions::UNTRACED) {
+            Ok(Some((_, status))) => match ended(status) {
+                Some(outcome) => return outcome,
+                // It may go on already: then whoever continued it continued its group, this process too.
+                None if is_stopped(number) => sys::stop_as(number),
+                None => {}
+            },
+            Ok(None) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => {
+                complain(&format!("wait on the program: {}", reason(&io::Error::from(error))));
+                return FAILED;
+            }
+        }
+    }
+}
+
+fn ended(status: WaitStatus) -> Option<Outcome> {
+    let code = status.exit_status().map(Outcome::Exit);
+    code.or_else(|| status.terminating_signal().map(Outcome::Signal))
+}
+
+/// Whether the process is stopped, by `/proc`.
+fn is_stopped(pid: i32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with(['T', 't']))
+}
+
+/// Which program could not be run, and why.
+fn refused(program: &OsString, error: &io::Error) -> Outcome {
+    complain(&format!("execve on {}: {}", program.display(), reason(error)));
+    match error.kind() {
+        io::ErrorKind::NotFound => NOT_FOUND,
+        _ => NOT_EXECUTABLE,
+    }
+}
+
+/// The library before whatever is preloaded already.
+fn preload(library: &Path) -> OsString {
+    let mut all = library.as_os_str().to_owned();
+    if let Some(others) = std::env::var_os("LD_PRELOAD").filter(|others| !others.is_empty()) {
+        all.push(":");
+        all.push(others);
+    }
+    all
+}
+
+/// A directory of our own, for one report a process.
+fn folder() -> io::Result<PathBuf> {
+    let base = std::env::temp_dir();
+    for attempt in 0..100_u32 {
+        let name = base.join(format!("mmun-run-{}-{attempt}", std::process::id()));
+        match fs::create_dir(&name) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            other => return other.map(|()| name),
+        }
+    }
+    Err(io::ErrorKind::AlreadyExists.into())
+}
+
+fn with_slash(folder: &Path) -> OsString {
+    let mut name = folder.as_os_str().to_owned();
+    name.push("/");
+    name
+}
+
+/// What each kind of change is seen by, here and now.
+fn check(watch: Watch) {
+    let sources = match watch {
+        Watch::Auto | Watch::Both => vec![Source::Kernel, Source::Hook],
+        Watch::Kernel => vec![Source::Kernel],
+        Watch::Hook => vec![Source::Hook],
+        Watch::Off => return,
+    };
+    coverage::main(CoverageArgs { json: false, sources });
+}

@@ -1,0 +1,169 @@
+//! The reports of all processes, as one.
+//!
+//! Each process has written a file: a line `mmun: process PID[ rank N]: PROGRAM`, then lines of two spaces, a name
+//! in ten columns, and a value; a line without a name goes on with the one before. `libmmun_dropin.so` writes it for
+//! people; here it is read for the few values that make a table.
+
+use std::fmt::Write;
+use std::fs;
+use std::path::Path;
+
+/// How wide a name is.
+const NAME: usize = 10;
+
+/// What one process reported.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Report {
+    process: String,
+    rank: String,
+    program: String,
+    lines: Vec<(String, String)>,
+    text: String,
+}
+
+/// One text of what the processes in `folder` have reported.
+pub(super) fn merged(folder: &Path) -> String {
+    let files = fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut reports: Vec<Report> =
+        files.filter_map(|file| fs::read_to_string(file.path()).ok()).map(|text| Report::read(&text)).collect();
+    let number = |word: &str| word.parse::<u64>().unwrap_or(u64::MAX);
+    reports.sort_by_key(|report| (number(&report.rank), number(&report.process)));
+    match reports.as_slice() {
+        [] => "mmun: no process used UCX or libfabric\n".to_owned(),
+        [one] => one.text.clone(),
+        many => table(many),
+    }
+}
+
+impl Report {
+    fn read(text: &str) -> Report {
+        let mut report = Report { text: text.to_owned(), ..Report::default() };
+        let (head, lines) = text.split_once('\n').unwrap_or((text, ""));
+        let head = head.strip_prefix("mmun: process ").unwrap_or(head);
+        let (who, program) = head.split_once(": ").unwrap_or((head, ""));
+        let (process, rank) = who.split_once(" rank ").unwrap_or((who, "-"));
+        (report.process, report.rank, report.program) = (process.to_owned(), rank.to_owned(), program.to_owned());
+        for line in lines.lines().filter_map(|line| line.strip_prefix("  ")) {
+            let (name, value) = line.split_at_checked(NAME).unwrap_or((line, ""));
+            let name = match (name.trim(), report.lines.last()) {
+                ("", Some((before, _))) => before.clone(),
+                (name, _) => name.to_owned(),
+            };
+            report.lines.push((name, value.to_owned()));
+        }
+        report
+    }
+
+    fn value(&self, name: &str) -> Option<&str> {
+        self.lines.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
+    }
+
+    /// `yes`, `no`, or `-` for what was not used.
+    fn whether(&self, name: &str) -> &'static str {
+        match self.value(name) {
+            None => "-",
+            Some(value) if value.starts_with("not ") => "no",
+            Some(_) => "yes",
+        }
+    }
+
+    /// The number before `word`, or the first one.
+    fn count(&self, name: &str, word: Option<&str>) -> String {
+        let Some(value) = self.value(name) else { return "-".to_owned() };
+        let words: Vec<&str> = value.split([' ', ',']).filter(|word| !word.is_empty()).collect();
+        let at = match word {
+            None => 0,
+            Some(word) => words.iter().position(|known| *known == word).and_then(|at| at.checked_sub(1)).unwrap_or(0),
+        };
+        words.get(at).map_or("-".to_owned(), |word| (*word).to_owned())
+    }
+}
+
+fn table(reports: &[Report]) -> String {
+    let mut text = format!("mmun: {} processes used UCX or libfabric\n", reports.len());
+    let names =
+        ["process", "rank", "libfabric", "UCX", "hook", "kernel", "watched", "hits", "refused", "told", "program"];
+    let mut rows: Vec<Vec<String>> = vec![names.iter().map(|name| (*name).to_owned()).collect()];
+    for report in reports {
+        rows.push(vec![
+            report.process.clone(),
+            report.rank.clone(),
+            report.whether("libfabric").to_owned(),
+            report.whether("UCX").to_owned(),
+            report.whether("hook").to_owned(),
+            report.whether("kernel").to_owned(),
+            report.count("watched", None),
+            report.count("hits", None),
+            report.count("hits", Some("refused")),
+            report.count("told", None),
+            report.program.clone(),
+        ]);
+    }
+    let widths: Vec<usize> =
+        (0..names.len()).map(|column| rows.iter().map(|row| row[column].len()).max().unwrap_or(0)).collect();
+    for row in &rows {
+        let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}"));
+        let _ = writeln!(text, "  {}", cells.collect::<Vec<_>>().join("  ").trim_end());
+    }
+    // What the table does not say, each once, with who said it.
+    let mut said: Vec<(String, Vec<&str>)> = Vec::new();
+    for report in reports {
+        for (name, value) in report.lines.iter().filter(|(name, value)| is_worth_a_line(name, value)) {
+            let line = format!("{name}: {value}");
+            match said.iter_mut().find(|(known, _)| *known == line) {
+                Some((_, who)) => who.push(&report.process),
+                None => said.push((line, vec![&report.process])),
+            }
+        }
+    }
+    for (line, who) in said {
+        let who = if who.len() == reports.len() { "all".to_owned() } else { who.join(", ") };
+        let _ = writeln!(text, "  {who}: {line}");
+    }
+    text
+}
+
+fn is_worth_a_line(name: &str, value: &str) -> bool {
+    let is_number = matches!(name, "watched" | "hits" | "told" | "start");
+    let is_plain = value.starts_with("in use") && !value.contains("overwritten")
+        || value == "watched"
+        || value == "told of changes";
+    !is_number && !is_plain
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ONE: &str = "mmun: process 7 rank 1: ./a: b\n  libfabric watched\n  hook      in use, 17 places in libc\n  \
+        kernel    not in use: /dev/kvm is not there\n            without it, changes are missed\n  \
+        watched   12 registrations, 3 of them still\n  hits      100, 4 refused as stale; 2 dropped before\n  \
+        refused   0x1000-0x2000: unmap of 0x1000..0x2000, 4 hits\n";
+
+    #[test]
+    fn a_report_is_read() {
+        let report = Report::read(ONE);
+        assert_eq!((report.process.as_str(), report.rank.as_str(), report.program.as_str()), ("7", "1", "./a: b"));
+        assert_eq!((report.whether("hook"), report.whether("kernel"), report.whether("UCX")), ("yes", "no", "-"));
+        assert_eq!((report.count("hits", None), report.count("hits", Some("refused"))), ("100".into(), "4".into()));
+        assert_eq!(report.count("watched", None), "12");
+        assert_eq!(report.lines[3].0, "kernel", "a line without a name goes on");
+    }
+
+    #[test]
+    fn a_table_says_what_is_common_once() {
+        let two = [Report::read(ONE), Report::read(&ONE.replace("process 7 rank 1", "process 9 rank 2"))];
+        let text = table(&two);
+        assert_eq!(text.matches("/dev/kvm is not there").count(), 1, "{text}");
+        assert!(text.contains("all: kernel: not in use"), "{text}");
+        assert!(text.contains("all: refused: 0x1000-0x2000"), "{text}");
+        assert!(text.lines().nth(2).unwrap().contains("100"), "{text}");
+    }
+
+    #[test]
+    fn nonsense_is_no_panic() {
+        for text in ["", "\n\n", "mmun: process", "x\n  \n  é\n", "mmun: process 1 rank : \n  hits      \n"] {
+            let _ = table(&[Report::read(text), Report::read(text)]);
+        }
+    }
+}

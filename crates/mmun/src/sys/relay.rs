@@ -1,0 +1,98 @@
+//! Standing in front of a program without being noticed: signals, stops, and the death of either.
+//!
+//! The program is in the same process group, so the terminal's signals reach it without help: only those that a
+//! process sent to this one alone are handed on.
+
+use super::{Held, change_mask, is_ignored, keeping_errno, set_of};
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command};
+use std::sync::atomic::{AtomicI32, Ordering::Relaxed};
+
+/// Where signals go. 0 before there is a program.
+static PROGRAM: AtomicI32 = AtomicI32::new(0);
+
+/// What is never handed on: what cannot be caught, what says something about this process, and what the terminal sends to stop
+/// all of its group.
+const OURS: [i32; 12] = [
+    libc::SIGKILL,
+    libc::SIGSTOP,
+    libc::SIGCHLD,
+    libc::SIGCONT,
+    libc::SIGTSTP,
+    libc::SIGTTIN,
+    libc::SIGTTOU,
+    libc::SIGSEGV,
+    libc::SIGBUS,
+    libc::SIGILL,
+    libc::SIGFPE,
+    libc::SIGTRAP,
+];
+
+/// The program that runs behind this process.
+#[derive(Debug)]
+pub(crate) struct Relay(pub(crate) Child);
+
+/// Starts `command` with the signals' dispositions and mask that this process was started with, and hands signals on from now
+/// on. If this process is killed, so is the program.
+///
+/// # Errors
+/// Those of the start.
+pub(crate) fn start_under_relay(mut command: Command) -> io::Result<Relay> {
+    let inherited = change_mask(libc::SIG_BLOCK, &set_of(&[]));
+    let own = rustix::process::getpid();
+    let prepare = move || {
+        // The standard library has emptied the mask.
+        change_mask(libc::SIG_SETMASK, &inherited);
+        rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
+        if rustix::process::getppid() != Some(own) {
+            return Err(io::Error::from_raw_os_error(libc::ECANCELED));
+        }
+        Ok(())
+    };
+    // SAFETY: the closure runs between fork and exec, and makes system calls only.
+    unsafe { command.pre_exec(prepare) };
+    // What arrives meanwhile waits until there is somebody to hand it to.
+    let held = Held::new();
+    let child = command.spawn()?;
+    PROGRAM.store(child.id() as i32, Relaxed);
+    let last = libc::SIGRTMAX();
+    for signal in (1..=last).filter(|signal| !OURS.contains(signal)) {
+        if !is_ignored(signal) {
+            relay(signal);
+        }
+    }
+    drop(held);
+    Ok(Relay(child))
+}
+
+/// Stops this process as the program was stopped, so that the shell notices, and has the program go on when this process does.
+pub(crate) fn stop_as(program: i32) {
+    // SAFETY: it takes any number.
+    unsafe { libc::raise(libc::SIGSTOP) };
+    // Whoever continued this process alone meant the program.
+    // SAFETY: it takes any numbers; the program is not waited for yet, so its number is its own.
+    unsafe { libc::kill(program, libc::SIGCONT) };
+}
+
+fn relay(signal: i32) {
+    let action = libc::sigaction {
+        sa_sigaction: on_signal as *const () as usize,
+        sa_mask: set_of(&[]),
+        sa_flags: libc::SA_SIGINFO | libc::SA_RESTART,
+        sa_restorer: None,
+    };
+    let mut before = MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: both are live; the handler touches atomics and makes one call. A number that glibc keeps is refused.
+    unsafe { libc::sigaction(signal, &raw const action, before.as_mut_ptr()) };
+}
+
+extern "C" fn on_signal(signal: i32, info: *const libc::siginfo_t, _: *const libc::c_void) {
+    // SAFETY: the kernel passes a live structure with SA_SIGINFO.
+    let is_sent = unsafe { (*info).si_code } <= 0;
+    if is_sent {
+        // SAFETY: `kill` takes any numbers. The program's is not reused: whoever waits for it ends afterwards.
+        keeping_errno(|| unsafe { libc::kill(PROGRAM.load(Relaxed), signal) });
+    }
+}

@@ -1,0 +1,147 @@
+//! `mmun run`: the program runs as if `mmun` were not there, with the drop-in in it.
+
+use std::fs;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use crate::support::{Fifo, by_default, kill, scratch, text, within};
+
+/// The library that Cargo has built for these tests: beside them.
+fn library() -> PathBuf {
+    let own = std::env::current_exe().unwrap();
+    let library = own.parent().unwrap().join("libmmun_dropin.so");
+    assert!(library.exists(), "{} was built with the tests", library.display());
+    library
+}
+
+fn run() -> Command {
+    let mut command = by_default(env!("CARGO_BIN_EXE_mmun"));
+    command.arg("run").env("MMUN_DROPIN", library());
+    command
+}
+
+fn sh(script: &str) -> Command {
+    let mut command = run();
+    command.args(["--", "sh", "-c", script]);
+    command
+}
+
+#[test]
+fn it_ends_as_the_program_did() {
+    let code = |script| sh(script).output().unwrap().status;
+    assert_eq!(code("exit 0").code(), Some(0));
+    assert_eq!(code("exit 7").code(), Some(7));
+    assert_eq!(code("exit 125").code(), Some(125));
+    assert_eq!(code("kill -TERM $$").signal(), Some(libc::SIGTERM));
+    assert_eq!(code("kill -KILL $$").signal(), Some(libc::SIGKILL));
+}
+
+#[test]
+fn a_program_that_cannot_be_run_is_said_in_one_line() {
+    for (program, code) in [("/nonexistent", 127), ("/etc/passwd", 126)] {
+        for option in ["--source=auto", "--no-report"] {
+            let output = run().args([option, "--", program]).output().unwrap();
+            assert_eq!(output.status.code(), Some(code), "{program}");
+            let error = text(&output.stderr);
+            assert!(
+                error.starts_with(&format!("mmun: execve on {program}: ")) && error.lines().count() == 1,
+                "{error}"
+            );
+        }
+    }
+    let output = run().env("MMUN_DROPIN", "/nonexistent").args(["--", "true"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(125));
+    assert_eq!(text(&output.stderr), "mmun: MMUN_DROPIN=/nonexistent: no such file\n");
+    let output = run().output().unwrap();
+    assert_eq!((output.status.code(), text(&output.stderr).lines().count()), (Some(125), 1));
+}
+
+#[test]
+fn input_output_and_arguments_pass_through() {
+    let mut command = run();
+    command.args(["--", "sh", "-c", "cat; echo $# \"$2\" >&2", "sh", "--json", "a  b"]);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    use std::io::Write;
+    child.stdin.take().unwrap().write_all(b"through").unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(text(&output.stdout), "through");
+    assert_eq!(text(&output.stderr), "2 a  b\nmmun: no process used UCX or libfabric\n");
+}
+
+#[test]
+fn the_program_has_the_library_and_its_settings() {
+    let script =
+        "echo $LD_PRELOAD; echo $MMUN; echo $MMUN_STRICT; echo $MMUN_REPORT; grep -c mmun_dropin /proc/self/maps";
+    let output =
+        run().env("LD_PRELOAD", "").args(["--source=hook", "--strict", "--", "sh", "-c", script]).output().unwrap();
+    let lines: Vec<&str> = text(&output.stdout).lines().collect();
+    assert_eq!(Path::new(lines[0]), library().canonicalize().unwrap());
+    assert_eq!((lines[1], lines[2]), ("hook", "1"));
+    assert!(lines[3].ends_with('/') && !fs::exists(lines[3]).unwrap(), "the directory is gone: {}", lines[3]);
+    assert!(lines[4].parse::<u32>().unwrap() > 2, "grep itself has it too: {}", lines[4]);
+    let output =
+        run().args(["--no-report", "--", "sh", "-c", "echo $$ $MMUN_REPORT"]).stdout(Stdio::piped()).spawn().unwrap();
+    let pid = output.id();
+    let output = output.wait_with_output().unwrap();
+    assert_eq!(text(&output.stdout), format!("{pid}\n"), "without a report it is the program");
+}
+
+#[test]
+fn a_report_goes_where_it_is_asked_to() {
+    let file = scratch("report");
+    let output = run().arg("-o").arg(&file).args(["--", "true"]).output().unwrap();
+    assert_eq!((output.status.code(), text(&output.stderr)), (Some(0), ""));
+    assert_eq!(fs::read_to_string(&file).unwrap(), "mmun: no process used UCX or libfabric\n");
+    fs::remove_file(file).unwrap();
+}
+
+#[test]
+fn signals_that_are_sent_to_it_reach_the_program() {
+    for (name, signal) in
+        [("TERM", libc::SIGTERM), ("USR1", libc::SIGUSR1), ("INT", libc::SIGINT), ("HUP", libc::SIGHUP)]
+    {
+        let (ready, held) = (Fifo::new("ready"), Fifo::new("held"));
+        // A shell that waits in `read` heeds its trap when the read is interrupted; nobody writes to the second pipe.
+        let script =
+            format!("trap 'exit 9' {name}; exec 8<>{}; echo > {}; read x <&8", held.0.display(), ready.0.display());
+        let mut child = sh(&script).stderr(Stdio::null()).spawn().unwrap();
+        assert_eq!(ready.read(), "\n");
+        kill(child.id(), signal);
+        let status = within("mmun run", move || child.wait().unwrap());
+        assert_eq!(status.code(), Some(9), "{name}");
+    }
+}
+
+#[test]
+fn it_stops_and_goes_on_with_the_program() {
+    let mut child = sh("kill -STOP $$; exit 6").stderr(Stdio::null()).spawn().unwrap();
+    let pid = child.id() as i32;
+    let stopped = within("the stop", move || {
+        let mut status = 0;
+        // SAFETY: writes an int to a local.
+        assert_eq!(unsafe { libc::waitpid(pid, &raw mut status, libc::WUNTRACED) }, pid);
+        status
+    });
+    assert!(libc::WIFSTOPPED(stopped), "{stopped:#x}");
+    kill(child.id(), libc::SIGCONT);
+    let status = within("mmun run", move || child.wait().unwrap());
+    assert_eq!(status.code(), Some(6));
+}
+
+#[test]
+fn the_program_does_not_outlive_it() {
+    let (ready, gone) = (Fifo::new("ready"), Fifo::new("gone"));
+    // The program alone holds the second pipe's end for writing.
+    let script = format!("exec 8>{}; echo > {}; while :; do sleep 100; done", gone.0.display(), ready.0.display());
+    let mut child =
+        sh(&script.replace("while :; do sleep 100; done", "exec sleep 1000")).stderr(Stdio::null()).spawn().unwrap();
+    let reader = {
+        let path = gone.0.clone();
+        std::thread::spawn(move || fs::read_to_string(path).unwrap())
+    };
+    assert_eq!(ready.read(), "\n");
+    kill(child.id(), libc::SIGKILL);
+    child.wait().unwrap();
+    assert_eq!(within("the end of the program", move || reader.join().unwrap()), "");
+}
