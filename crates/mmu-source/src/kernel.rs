@@ -92,6 +92,7 @@ mod listen;
 mod machine;
 mod probe;
 mod program;
+mod programs;
 mod resolver;
 mod ring;
 mod start;

@@ -5,8 +5,9 @@
 //! millisecond in which everything was handed on it sleeps again.
 
 use super::Inner;
-use super::machine::{Machines, load_resolver};
+use super::machine::Machines;
 use super::program::header;
+use super::programs::load_resolver;
 use super::sys;
 use crate::vault::Letterbox;
 use std::os::fd::{AsFd, OwnedFd};

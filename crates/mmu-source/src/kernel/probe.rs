@@ -1,6 +1,6 @@
 //! What the source finds on this machine, and how it says what is missing.
 
-use super::machine::Parts;
+use super::programs::Programs;
 use super::sys;
 use crate::Error;
 use std::io;
@@ -23,8 +23,8 @@ pub struct Features {
 pub fn probe() -> Result<Features, Error> {
     let kvm = sys::open_kvm().map_err(|error| kvm_missing(&error))?;
     sys::create_vm(kvm.as_fd()).map_err(|error| kvm_missing(&error))?;
-    let parts = Parts::make(4096).map_err(|error| bpf_missing(&error))?;
-    sys::attach(parts.program.as_fd(), c"kvm_unmap_hva_range").map_err(|error| tracepoint_missing(&error))?;
+    let (_, programs) = Programs::make(4096).map_err(|error| bpf_missing(&error))?;
+    programs.attach().map_err(|error| tracepoint_missing(&error))?;
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     Ok(Features { release: release.trim().to_owned(), through: "raw_tracepoint kvm_unmap_hva_range" })
 }

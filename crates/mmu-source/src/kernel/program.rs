@@ -76,6 +76,8 @@ pub(super) mod private {
     pub(in super::super) const COUNT: usize = 0;
     /// The `f_op` of a virtual machine's file.
     pub(in super::super) const FILE_OPS: usize = 8;
+    /// The address space whose changes are told: the address of its `struct mm_struct`.
+    pub(in super::super) const SPACE: usize = 16;
 }
 
 /// The size of a record: start, end, number.

@@ -4,23 +4,28 @@
 //! machine's descriptor. In C, with the places of the members as the running kernel has them:
 //!
 //! ```c
-//! if (descriptor == NONE) { count = 0; return 0; }
+//! if (descriptor == NONE) {
+//!     count = 0;
+//!     if (role == SPACE) space = 0;
+//!     return 0;
+//! }
 //! table = current->files->fdt;
 //! if (descriptor >= table->max_fds || !(file = table->fd[descriptor])) return 1;
 //! if (!file_ops) file_ops = file->f_op;              // The first one is asked about by us, and is a machine.
 //! if (file->f_op != file_ops) return 1;              // So this is one as well.
 //! kvm = file->private_data;
-//! if (kvm->mm != current->mm) return 1;              // Of this address space.
+//! if (role == SPACE) { space = kvm->mm; return 0; }
+//! if (kvm->mm != space) return 1;                    // Of the address space that the source is of.
 //! count = &kvm->mn_active_invalidate_count;
 //! return 0;
 //! ```
 //!
-//! `count` lies in a map that no process can read: a client of a broker learns no kernel address by
-//! it.
+//! The words lie in a map that no process can read: a client of a broker learns no kernel address.
 
 use super::asm::{Assembler, If, Op, PEEKED, Reg};
 use super::btf::Btf;
 use super::program::private;
+use super::programs::Role;
 use super::sys;
 use Reg::{R0, R1, R3, R6, R7, R8, R9, R10};
 use std::os::fd::BorrowedFd;
@@ -28,11 +33,13 @@ use std::os::fd::BorrowedFd;
 /// The descriptor that stands for no machine.
 pub(super) const NONE: u64 = u64::MAX;
 
+/// Where the role is kept, from the end of the stack.
+const ROLE: isize = PEEKED - 8;
+
 /// Where the members lie.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Offsets {
     task_files: u32,
-    task_mm: u32,
     files_table: u32,
     table_size: u32,
     table_files: u32,
@@ -50,7 +57,6 @@ impl Offsets {
         let btf = Btf::parse(vmlinux.bytes(), module.as_ref().map(sys::Whole::bytes))?;
         Some(Self {
             task_files: btf.offset("task_struct", "files")?,
-            task_mm: btf.offset("task_struct", "mm")?,
             files_table: btf.offset("files_struct", "fdt")?,
             table_size: btf.offset("fdtable", "max_fds")?,
             table_files: btf.offset("fdtable", "fd")?,
@@ -65,7 +71,9 @@ impl Offsets {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Label {
     Find,
+    Forgotten,
     Known,
+    Space,
     Refuse,
 }
 
@@ -75,9 +83,14 @@ pub(super) fn build(map: BorrowedFd<'_>, at: Offsets) -> Vec<u64> {
     let mut a = Assembler::new();
     let (descriptor, kept, table, words) = (R6, R7, R8, R9);
     a.load(descriptor, R1, 0);
+    a.load(R0, R1, 8);
+    a.store(R10, ROLE, R0);
     a.map_value(words, map);
     a.jump(If::NotEqual, descriptor, -1, Label::Find);
     a.store_immediate(words, private::COUNT as isize, 0);
+    a.jump(If::Equal, R0, Role::B as i32, Label::Forgotten);
+    a.store_immediate(words, private::SPACE as isize, 0);
+    a.label(Label::Forgotten);
     a.op(Op::Mov, R0, 0);
     a.exit();
     a.label(Label::Find);
@@ -113,12 +126,16 @@ pub(super) fn build(map: BorrowedFd<'_>, at: Offsets) -> Vec<u64> {
     follow(&mut a, at.file_data, 8);
     a.op_reg(Op::Mov, kept, R0);
     follow(&mut a, at.kvm_mm, 8);
-    a.op_reg(Op::Mov, table, R0);
-    a.call(GET_CURRENT_TASK);
-    follow(&mut a, at.task_mm, 8);
-    a.jump_reg(If::NotEqual, R0, table, Label::Refuse);
+    a.load(R1, R10, ROLE);
+    a.jump(If::Equal, R1, Role::Space as i32, Label::Space);
+    a.load(R1, words, private::SPACE as isize);
+    a.jump_reg(If::NotEqual, R0, R1, Label::Refuse);
     a.op(Op::Add, kept, at.kvm_count as i32);
     a.store(words, private::COUNT as isize, kept);
+    a.op(Op::Mov, R0, 0);
+    a.exit();
+    a.label(Label::Space);
+    a.store(words, private::SPACE as isize, R0);
     a.op(Op::Mov, R0, 0);
     a.exit();
     a.label(Label::Refuse);

@@ -2,8 +2,9 @@
 
 use super::filter::{PART, Tables};
 use super::intake::Intake;
-use super::machine::{Machines, Parts};
+use super::machine::Machines;
 use super::program::header;
+use super::programs::{Programs, SharedMaps};
 use super::ring::Ring;
 use super::sys::{self, ProgressPage, Shared};
 use super::wait::Waits;
@@ -65,10 +66,9 @@ impl Kernel {
         f: impl FnOnce(&dyn Fn(u64, u64) -> Result<(), Error>) -> R + Send + 'static,
     ) -> R {
         self.vault().run(|machines| {
-            let program = machines.parts.program.as_fd();
             f(&|start, end| {
-                let result = sys::run_program(program, [start, end]);
-                result.map(drop).map_err(|error| kernel_error("BPF_PROG_TEST_RUN", error))
+                let injected = machines.programs.inject(start, end);
+                injected.map_err(|error| kernel_error("BPF_PROG_TEST_RUN", error))
             })
         })
     }
@@ -80,10 +80,10 @@ impl Kernel {
         let vault = Vault::open("mmu-vault", kernel_error, move |letterbox| {
             let open_kvm = || sys::open_kvm().map_err(|error| super::probe::kvm_missing(&error));
             let kvm: Option<OwnedFd> = with_kvm.then(open_kvm).transpose()?;
-            let parts = Parts::make(ring).map_err(|error| super::probe::bpf_missing(&error))?;
-            let inner = Arc::new(Inner::map(id, &parts, ring)?);
-            let mut machines = Machines::new(parts, kvm, letterbox.clone())?;
-            machines.listen(&inner)?;
+            let (maps, programs) = Programs::make(ring).map_err(|error| super::probe::bpf_missing(&error))?;
+            let inner = Arc::new(Inner::map(id, &maps, ring)?);
+            let mut machines = Machines::new(programs, kvm, letterbox.clone())?;
+            machines.listen(&inner, maps.ring)?;
             let _ = tell.send(inner);
             Ok(machines)
         })?;
@@ -98,13 +98,13 @@ impl Kernel {
 }
 
 impl Inner {
-    fn map(id: u64, parts: &Parts, ring: usize) -> Result<Self, Error> {
+    fn map(id: u64, maps: &SharedMaps, ring: usize) -> Result<Self, Error> {
         let mapped = |error| kernel_error("mmap", error);
-        let header = Shared::map(parts.header.as_fd(), 0, header::BYTES, true).map_err(mapped)?;
+        let header = Shared::map(maps.header.as_fd(), 0, header::BYTES, true).map_err(mapped)?;
         header.u64(header::GENERATION).store(FIRST, Ordering::Relaxed);
         let part = |map: &OwnedFd| Shared::map(map.as_fd(), 0, PART, true).map_err(mapped);
-        let tables = Tables { sum: part(&parts.sum)?, own: part(&parts.own)? };
-        let ring = Ring::new(parts.ring.as_fd(), ring).map_err(mapped)?;
+        let tables = Tables { sum: part(&maps.sum)?, own: part(&maps.own)? };
+        let ring = Ring::new(maps.ring.as_fd(), ring).map_err(mapped)?;
         let waits = Waits::new(&header).map_err(mapped)?;
         Ok(Self {
             id,

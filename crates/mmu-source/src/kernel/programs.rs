@@ -1,0 +1,121 @@
+//! The maps and the BPF programs of one source.
+
+use super::filter;
+use super::program::{self, Maps, header, private};
+use super::resolver::{self, Offsets};
+use super::sys::{self, Kind, Map};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+/// The maps that user space has mapped, too.
+#[derive(Debug)]
+pub(super) struct SharedMaps {
+    pub(super) header: OwnedFd,
+    pub(super) sum: OwnedFd,
+    pub(super) own: OwnedFd,
+    pub(super) ring: OwnedFd,
+}
+
+/// The programs, and the words that only they see.
+#[derive(Debug)]
+pub(super) struct Programs {
+    private: OwnedFd,
+    tracepoint: OwnedFd,
+    /// Finds a machine's count. `None` until it is loaded, or where that is of no use.
+    resolver: Option<OwnedFd>,
+}
+
+/// What a machine is shown to the resolver for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Role {
+    /// To be the machine B whose count the tracepoint's program reads.
+    B = 0,
+    /// To say which address space the source is of.
+    Space = 1,
+}
+
+impl SharedMaps {
+    fn make(ring: usize) -> io::Result<Self> {
+        let value = |bytes: usize| sys::create_map(Map::Value { bytes: bytes as u32 });
+        Ok(Self {
+            header: value(header::BYTES)?,
+            sum: value(filter::PART)?,
+            own: value(filter::PART)?,
+            ring: sys::create_map(Map::Ring { bytes: ring as u32 })?,
+        })
+    }
+}
+
+impl Programs {
+    /// Makes the maps, with a ring of so many bytes, and loads the tracepoint's program over them.
+    pub(super) fn make(ring: usize) -> io::Result<(SharedMaps, Self)> {
+        let shared = SharedMaps::make(ring)?;
+        let private = sys::create_map(Map::Private { bytes: private::BYTES as u32 })?;
+        let maps = Maps {
+            header: shared.header.as_fd(),
+            private: private.as_fd(),
+            sum: shared.sum.as_fd(),
+            own: shared.own.as_fd(),
+            ring: shared.ring.as_fd(),
+        };
+        let tracepoint = load(maps)?;
+        Ok((shared, Self { private, tracepoint, resolver: None }))
+    }
+
+    /// Has the kernel run the program at the tracepoint, for as long as the returned descriptor is
+    /// open.
+    pub(super) fn attach(&self) -> io::Result<OwnedFd> {
+        sys::attach(self.tracepoint.as_fd(), c"kvm_unmap_hva_range")
+    }
+
+    /// Runs the tracepoint's program by hand.
+    pub(super) fn inject(&self, start: u64, end: u64) -> io::Result<()> {
+        sys::run_program(self.tracepoint.as_fd(), [start, end]).map(drop)
+    }
+
+    /// How often the tracepoint's program was not run when it should have been.
+    pub(super) fn missed_runs(&self) -> u64 {
+        sys::missed_runs(self.tracepoint.as_fd()).unwrap_or(0)
+    }
+
+    /// Another descriptor of the words that only programs see, for [`load_resolver`].
+    pub(super) fn private(&self) -> io::Result<OwnedFd> {
+        self.private.try_clone()
+    }
+
+    pub(super) fn set_resolver(&mut self, resolver: OwnedFd) {
+        self.resolver = Some(resolver);
+    }
+
+    /// Shows a machine to the programs. False if its place in the kernel cannot be found, or if it
+    /// is none, or of another address space.
+    pub(super) fn show(&self, machine: BorrowedFd<'_>, role: Role) -> bool {
+        self.resolve(machine.as_raw_fd() as u64, role) == Some(0)
+    }
+
+    /// Has the programs read no machine's count any more; false if they may go on.
+    pub(super) fn forget_b(&self) -> bool {
+        self.resolver.is_none() || self.resolve(resolver::NONE, Role::B).is_some()
+    }
+
+    fn resolve(&self, descriptor: u64, role: Role) -> Option<u32> {
+        sys::run_program(self.resolver.as_ref()?.as_fd(), [descriptor, role as u64]).ok()
+    }
+}
+
+/// Loads the program, without the right to read kernel memory if the kernel refuses that alone.
+fn load(maps: Maps<'_>) -> io::Result<OwnedFd> {
+    let load = |peek| sys::load_program(Kind::RawTracepoint, &program::build(maps, peek));
+    load(true).or_else(|error| if error.kind() == io::ErrorKind::PermissionDenied { Err(error) } else { load(false) })
+}
+
+/// Loads the program that finds counts, where that is of use.
+pub(super) fn load_resolver(private: &OwnedFd) -> Option<OwnedFd> {
+    // Elsewhere it is not shown that the count goes down after the stores to the page tables are
+    // seen.
+    if !cfg!(target_arch = "x86_64") {
+        return None;
+    }
+    let code = resolver::build(private.as_fd(), Offsets::of_this_kernel()?);
+    sys::load_program(Kind::Syscall, &code).ok()
+}
