@@ -59,12 +59,17 @@ pub(crate) fn huge_page(file_system: i64, block: i64) -> Option<u64> {
 /// must be a multiple of it.
 #[cold]
 fn huge_up(address: u64, length: u64, flags: u64) -> u64 {
-    const LARGEST: u32 = 30;
-    let size = match flags >> libc::MAP_HUGE_SHIFT & libc::MAP_HUGE_MASK as u64 {
-        0 => address.trailing_zeros().min(LARGEST),
-        size => size as u32,
+    let page = match flags >> libc::MAP_HUGE_SHIFT & libc::MAP_HUGE_MASK as u64 {
+        0 => largest_page_at(address),
+        size => 1 << size,
     };
-    length.checked_next_multiple_of(1 << size).unwrap_or(length)
+    length.checked_next_multiple_of(page).unwrap_or(length)
+}
+
+/// The largest huge page that can begin at `address`.
+pub(crate) fn largest_page_at(address: u64) -> u64 {
+    const LARGEST: u32 = 30;
+    1 << address.trailing_zeros().min(LARGEST)
 }
 
 /// # Source

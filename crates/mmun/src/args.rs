@@ -1,20 +1,37 @@
 //! The command line. Help, man page and completions come from this table alone.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::{fs, io};
 
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use mmu_source::process::Pid;
 
-use crate::events::EventSet;
+use crate::events::{Events, EventsParser};
 use crate::outcome::{FAILED, Outcome};
 use crate::record;
 use crate::source::Source;
 
+const EXAMPLES: &str = "\
+Examples:
+  mmun trace ls                   every change of a translation, while ls runs
+  mmun trace -p 4711              the same of a process that runs already
+  mmun coverage                   which event source is told of which change, on this machine
+  mmun doctor                     which event sources can be used here, and what the others lack
+  mmun man ~/.local/share/man/man1
+                                  installs the manual pages";
+
+const TRACE_EXAMPLES: &str = "\
+Examples:
+  mmun trace -e unmap -e clear ls -R .      two kinds of changes only
+  mmun trace --summary-only make            totals by event and by process
+  mmun trace --json -o trace.json ./server  one record a line, for other programs
+  mmun trace -p 4711 -p 4712                two running processes, until they end or ^C";
+
 /// Shows what a program does to its address space.
 #[derive(Debug, Parser)]
-#[command(name = "mmun", version, disable_help_subcommand = true)]
+#[command(name = "mmun", version, disable_help_subcommand = true, after_help = EXAMPLES)]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,
@@ -35,7 +52,13 @@ pub(crate) enum Command {
     /// Prints the manual pages: of mmun, and of each command.
     ///
     /// As roff, one after the other: mmun man | man -l -
-    Man,
+    /// Into a folder, one page a file: mmun man ~/.local/share/man/man1
+    #[command(verbatim_doc_comment)]
+    Man {
+        /// Writes mmun.1, mmun-trace.1 and the others here; the folder is made if it is not there
+        #[arg(value_name = "FOLDER")]
+        folder: Option<PathBuf>,
+    },
     /// Prints the completions for a shell.
     Completions {
         /// The shell that will read them
@@ -55,19 +78,20 @@ pub(crate) enum Command {
 #[command(
     verbatim_doc_comment,
     override_usage = "mmun trace [OPTIONS] PROG [ARGS]...\n       mmun trace [OPTIONS] -p PID [-p PID]...",
-    after_long_help = record::HELP
+    after_help = TRACE_EXAMPLES,
+    after_long_help = format!("{TRACE_EXAMPLES}\n\n{}", record::HELP)
 )]
 pub(crate) struct TraceArgs {
     /// Writes to FILE instead of standard error
     #[arg(short, long, value_name = "FILE")]
     pub(crate) output: Option<PathBuf>,
 
-    /// Records only these events, or all but these: unmap,clear or '!migrate'
+    /// Records only these events, or all but these: unmap,clear or '!migrate'; may be repeated
     ///
-    /// The events are unmap, clear, protection_vma, protection_page, soft_dirty, release, migrate
-    /// and exclusive. The life of tasks and address spaces is always recorded.
-    #[arg(short, long, value_name = "EVENTS", verbatim_doc_comment)]
-    pub(crate) events: Option<EventSet>,
+    /// Several options add up; what one of them excludes is left out. The life of tasks and address
+    /// spaces is always recorded.
+    #[arg(short, long, value_name = "EVENTS", value_parser = EventsParser, verbatim_doc_comment)]
+    pub(crate) events: Vec<Events>,
 
     /// Writes one JSON object a line
     #[arg(long)]
@@ -204,6 +228,8 @@ pub(crate) struct TraceeArgs {
 #[derive(Debug)]
 pub(crate) enum Instead {
     Help(Box<clap::Error>),
+    /// Help that was not asked for, on standard error, and the status to exit with.
+    Usage(Box<clap::Error>, Outcome),
     /// One line, with a hint, and the status to exit with.
     Refuse(String, Outcome),
 }
@@ -217,9 +243,8 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, Ins
     let outcome = if matches!(command, Some("coverage" | "doctor")) { Outcome::Exit(2) } else { FAILED };
     Cli::try_parse_from(&args).map_err(|error| match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => Instead::Help(Box::new(error)),
-        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
-            Instead::Refuse("no command given; try 'mmun --help'".into(), outcome)
-        }
+        // Its help, but as a failure: a script that has lost its arguments must not go on.
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => Instead::Usage(Box::new(error), outcome),
         _ => Instead::Refuse(one_line(&error.render().to_string(), command), outcome),
     })
 }
@@ -242,17 +267,38 @@ const COMMANDS: [(&str, &str); 6] = [
     ("completions", "mmun-completions"),
 ];
 
-/// The manual pages, as roff, one after the other: that of the whole, then those of the commands.
+/// The manual pages, as roff: that of the whole, then those of the commands, each with the name of its file.
+fn pages() -> impl Iterator<Item = (String, clap_mangen::Man)> {
+    let mut cli = Cli::command();
+    cli.build();
+    let of_command = |(name, page): (&str, &'static str)| {
+        cli.find_subcommand(name).expect("the test compares the names with the table").clone().name(page)
+    };
+    let commands: Vec<clap::Command> = COMMANDS.map(of_command).into();
+    std::iter::once(cli).chain(commands).map(|command| {
+        let file = format!("{}.1", command.get_name());
+        (file, clap_mangen::Man::new(command))
+    })
+}
+
+/// Prints the manual pages one after the other.
 ///
 /// # Errors
 /// Those of `out`.
-pub(crate) fn man(out: &mut dyn std::io::Write) -> std::io::Result<()> {
-    let mut cli = Cli::command();
-    cli.build();
-    clap_mangen::Man::new(cli.clone()).render(out)?;
-    for (name, page) in COMMANDS {
-        let command = cli.find_subcommand(name).expect("the test compares the names with the table").clone();
-        clap_mangen::Man::new(command.name(page)).render(out)?;
+pub(crate) fn man(out: &mut dyn io::Write) -> io::Result<()> {
+    pages().try_for_each(|(_, page)| page.render(out))
+}
+
+/// Writes each manual page to a file in `folder`.
+///
+/// # Errors
+/// The folder or file, and what is wrong with it.
+pub(crate) fn man_into(folder: &Path) -> Result<(), (PathBuf, io::Error)> {
+    fs::create_dir_all(folder).map_err(|error| (folder.to_owned(), error))?;
+    for (name, page) in pages() {
+        let path = folder.join(name);
+        let mut text = Vec::new();
+        page.render(&mut text).and_then(|()| fs::write(&path, &text)).map_err(|error| (path, error))?;
     }
     Ok(())
 }
@@ -278,7 +324,7 @@ mod tests {
         match parse(all) {
             Ok(Cli { command: Command::Trace(args) }) => Ok(args),
             Ok(_) => Err("another command".into()),
-            Err(Instead::Help(text)) => Err(text.to_string()),
+            Err(Instead::Help(text) | Instead::Usage(text, _)) => Err(text.to_string()),
             Err(Instead::Refuse(text, _)) => Err(text),
         }
     }
@@ -311,6 +357,8 @@ mod tests {
             for (name, _) in COMMANDS {
                 assert!(text.contains(name), "{name}");
             }
+            let events = crate::events::NAMES.iter().all(|event| text.contains(event));
+            assert!(events, "the values of --events");
             for hidden in ["coverage-cell", "coverage-tracee", "coverage__cell", "coverage\\-cell"] {
                 assert!(!text.contains(hidden), "{hidden}");
             }

@@ -1,7 +1,9 @@
 //! The invalidation events a user can name, and sets of them.
 
+use std::ffi::OsStr;
 use std::str::FromStr;
 
+use clap::builder::{PossibleValue, TypedValueParser};
 use mmu_notifier::Event;
 
 /// The names of all events, in the order of their numbers here.
@@ -30,28 +32,91 @@ pub(crate) struct EventSet(u8);
 impl EventSet {
     pub(crate) const ALL: EventSet = EventSet(!0);
 
+    /// The events that all options together ask for: what some option names, or all of them, but for what one excludes.
+    pub(crate) fn of(options: &[Events]) -> EventSet {
+        let mut only = None;
+        let mut excluded = 0;
+        for option in options {
+            match *option {
+                Events::Only(set) => only = Some(only.unwrap_or(0) | set),
+                Events::AllBut(set) => excluded |= set,
+            }
+        }
+        EventSet(only.unwrap_or(EventSet::ALL.0) & !excluded)
+    }
+
     pub(crate) fn contains(self, number: usize) -> bool {
         self.0 & (1 << number) != 0
     }
 }
 
-impl FromStr for EventSet {
+/// What one option asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Events {
+    Only(u8),
+    AllBut(u8),
+}
+
+impl FromStr for Events {
     type Err = String;
 
     /// Reads `unmap,clear`, or `!unmap,clear` for all but these.
-    fn from_str(text: &str) -> Result<EventSet, String> {
-        let (negated, names) = match text.strip_prefix('!') {
+    fn from_str(text: &str) -> Result<Events, String> {
+        let (excluded, names) = match text.strip_prefix('!') {
             Some(rest) => (true, rest),
             None => (false, text),
         };
         let mut set = 0;
         for name in names.split(',') {
-            let number = NAMES.iter().position(|known| *known == name);
-            let number =
-                number.ok_or_else(|| format!("unknown event {name:?}; the events are {}", NAMES.join(", ")))?;
+            let number = NAMES.iter().position(|known| *known == name).ok_or_else(|| unknown(name))?;
             set |= 1 << number;
         }
-        Ok(EventSet(if negated { !set } else { set }))
+        Ok(if excluded { Events::AllBut(set) } else { Events::Only(set) })
+    }
+}
+
+fn unknown(name: &str) -> String {
+    let hint = match meant(name) {
+        Some(known) => format!("did you mean {known}? "),
+        None => String::new(),
+    };
+    format!("unknown event {name:?}; {hint}The events are {}", NAMES.join(", "))
+}
+
+/// The event that somebody may mean by a word: the system call that makes it, or a part of its name.
+fn meant(word: &str) -> Option<&'static str> {
+    let word = word.to_lowercase();
+    let of_call = match word.as_str() {
+        "mmap" | "mremap" | "brk" | "shmat" | "shmdt" | "remap_file_pages" | "process_mrelease" => Some("unmap"),
+        "madvise" | "process_madvise" => Some("clear"),
+        "mprotect" | "pkey_mprotect" => Some("protection_vma"),
+        "fork" | "vfork" | "clone" | "clone3" => Some("protection_page"),
+        "mbind" | "move_pages" => Some("migrate"),
+        _ => None,
+    };
+    let is_part = |known: &&&str| word.len() > 2 && (known.contains(word.as_str()) || word.contains(**known));
+    of_call.or_else(|| NAMES.iter().find(is_part).copied())
+}
+
+/// Reads the option, and tells completions the names.
+#[derive(Clone, Debug)]
+pub(crate) struct EventsParser;
+
+impl TypedValueParser for EventsParser {
+    type Value = Events;
+
+    fn parse_ref(
+        &self,
+        command: &clap::Command,
+        arg: Option<&clap::Arg>,
+        value: &OsStr,
+    ) -> Result<Events, clap::Error> {
+        let parse: fn(&str) -> Result<Events, String> = str::parse;
+        parse.parse_ref(command, arg, value)
+    }
+
+    fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue> + '_>> {
+        Some(Box::new(NAMES.iter().map(|name| PossibleValue::new(*name))))
     }
 }
 
@@ -59,25 +124,50 @@ impl FromStr for EventSet {
 mod tests {
     use super::*;
 
+    fn set(options: &[&str]) -> Vec<&'static str> {
+        let options: Vec<Events> = options.iter().map(|option| option.parse().unwrap()).collect();
+        let set = EventSet::of(&options);
+        NAMES.iter().enumerate().filter(|(number, _)| set.contains(*number)).map(|(_, name)| *name).collect()
+    }
+
     #[test]
-    fn a_list_names_exactly_its_events() {
-        let set: EventSet = "unmap,migrate".parse().unwrap();
-        let chosen: Vec<_> =
-            NAMES.iter().enumerate().filter(|(n, _)| set.contains(*n)).map(|(_, name)| *name).collect();
-        assert_eq!(chosen, ["unmap", "migrate"]);
+    fn a_list_names_exactly_its_events_and_none_names_all() {
+        assert_eq!(set(&["unmap,migrate"]), ["unmap", "migrate"]);
+        assert_eq!(set(&[]), NAMES);
     }
 
     #[test]
     fn an_exclamation_mark_means_all_but() {
-        let set: EventSet = "!clear".parse().unwrap();
-        assert!(!set.contains(1) && set.contains(0) && set.contains(7));
+        assert_eq!(set(&["!clear"]).len(), NAMES.len() - 1);
+    }
+
+    #[test]
+    fn repeated_options_add_up_and_what_one_excludes_is_left_out() {
+        assert_eq!(set(&["unmap", "clear"]), ["unmap", "clear"]);
+        assert_eq!(set(&["!unmap", "!clear"]), NAMES[2..]);
+        assert_eq!(set(&["!clear", "unmap,clear"]), ["unmap"]);
     }
 
     #[test]
     fn an_unknown_or_empty_name_lists_the_known_ones() {
         for text in ["unmap,foo", "", "unmap,", "!", "Unmap"] {
-            let error = text.parse::<EventSet>().unwrap_err();
+            let error = text.parse::<Events>().unwrap_err();
             assert!(error.contains("protection_vma"), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_call_or_a_part_of_a_name_points_to_its_event() {
+        for (word, event) in [
+            ("munmap", Some("unmap")),
+            ("Unmap", Some("unmap")),
+            ("protection", Some("protection_vma")),
+            ("mprotect", Some("protection_vma")),
+            ("fork", Some("protection_page")),
+            ("open", None),
+            ("", None),
+        ] {
+            assert_eq!(meant(word), event, "{word}");
         }
     }
 

@@ -16,7 +16,7 @@ pub(crate) fn write(out: &mut Vec<u8>, t: u64, record: &Record) {
     out.put(",\"mm\":");
     out.put_dec(record.mm);
     match record.kind {
-        Kind::MmNew | Kind::MmRelease => {}
+        Kind::MmNew | Kind::MmRelease | Kind::Detach => {}
         Kind::Get { users } | Kind::Put { users } => number(out, "users", users.into()),
         Kind::Free => number(out, "users", 0),
         Kind::Start(span) => write_span(out, &span),
@@ -63,6 +63,7 @@ pub(crate) fn kind_name(kind: Kind) -> &'static str {
         Kind::Fork { .. } => "fork",
         Kind::Exec { .. } => "exec",
         Kind::Exit(_) => "exit",
+        Kind::Detach => "detach",
     }
 }
 

@@ -38,13 +38,24 @@ fn main() {
             Command::Doctor(args) => doctor::main(args),
             Command::CoverageCell(args) => coverage::cell(&args),
             Command::CoverageTracee(args) => coverage::tracee(&args),
-            Command::Man => print(|out| args::man(out)),
+            Command::Man { folder: None } => print(|out| args::man(out)),
+            Command::Man { folder: Some(folder) } => match args::man_into(&folder) {
+                Ok(()) => Outcome::Exit(0),
+                Err((path, error)) => {
+                    complain(&format!("write on {}: {}", path.display(), reason(&error)));
+                    FAILED
+                }
+            },
             Command::Completions { shell } => print(|out| {
                 args::completions(shell, out);
                 Ok(())
             }),
         },
         Err(Instead::Help(text)) => written(text.print()),
+        Err(Instead::Usage(text, outcome)) => {
+            let _ = text.print();
+            outcome
+        }
         Err(Instead::Refuse(line, outcome)) => {
             complain(&line);
             outcome

@@ -32,7 +32,10 @@ impl TraceNotifier {
 
 impl Notifier for TraceNotifier {
     fn release(&self, mm: &Mm) {
-        self.record(mm, Kind::MmRelease);
+        // What is let go of lives on.
+        if current().is_none_or(|current| current.cause != "detach") {
+            self.record(mm, Kind::MmRelease);
+        }
     }
 
     fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
@@ -142,6 +145,7 @@ impl Observer for TraceObserver {
             }
             TaskEvent::Exec { task, mm, old_mm } => self.record(task, mm, Kind::Exec { old_mm: old_mm.id() }),
             TaskEvent::Exit { task, mm, status } => self.record(task, mm, Kind::Exit(status)),
+            TaskEvent::Detach { task, mm } => self.record(task, mm, Kind::Detach),
             TaskEvent::UnknownAbi { .. } => self.missed += 1,
             _ => {}
         }

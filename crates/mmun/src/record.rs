@@ -23,6 +23,8 @@ Records (--json writes one object a line; every one has v, t, kind, pid, tid and
   fork         a task or process is created; child_pid, child_tid, child_mm
   exec         the process enters a new address space; old_mm: the one it left
   exit         a task ends; code, or signal if it was killed
+  detach       the trace of a task ends before the task does: it lives on, and so does its address
+               space, which has no mm_release then
   put          a task gives its subscription back; users: references after it
   mm_release   an address space ends: its last task is gone
   free         the notifier of an address space is freed, after its last put and a grace period;
@@ -62,6 +64,7 @@ pub(crate) enum Kind {
         old_mm: u64,
     },
     Exit(ExitStatus),
+    Detach,
 }
 
 /// One range under one system call.

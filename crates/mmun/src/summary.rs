@@ -50,7 +50,7 @@ impl Summary {
                 process.name = name(process.pid);
             }
             Kind::Fork { child, .. } if child.pid != record.task.pid => self.begin(child.pid),
-            Kind::MmNew | Kind::MmRelease | Kind::Fork { .. } | Kind::Exit(_) => {}
+            Kind::MmNew | Kind::MmRelease | Kind::Fork { .. } | Kind::Exit(_) | Kind::Detach => {}
         }
     }
 

@@ -71,7 +71,7 @@ impl Plan {
         };
         let settings = Settings {
             form: if args.json { Form::Json } else { Form::Text(color) },
-            events: args.events.unwrap_or(EventSet::ALL),
+            events: EventSet::of(&args.events),
             content: match (args.summary_only, args.summary) {
                 (true, _) => Content::Summary,
                 (false, true) => Content::RecordsAndSummary,

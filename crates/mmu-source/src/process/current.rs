@@ -62,7 +62,7 @@ impl Current {
     /// # Source
     /// process_vm_readv(2); `PTRACE_PEEKDATA` where that is refused.
     pub fn read_memory(&self, address: u64, buffer: &mut [u8]) -> usize {
-        super::sys::read_memory(self.task.tid, address, buffer)
+        super::sys::read_memory(self.task.tid, address, buffer).unwrap_or(0)
     }
 }
 

@@ -5,10 +5,12 @@ use std::io;
 use mmu_notifier::{Event, Va, VaRange};
 
 use super::abi::{Abi, Call, IPC_SHMAT, IPC_SHMDT};
+use super::proc::Named;
 use super::space::Break;
 use super::{Pid, maps, proc, sys};
 use crate::ranges::{
-    HUGE_PAGE, PROT_GROWSDOWN, UIO_MAXIOV, add, folios, is_harmful, madvise, mbind, mmap, mremap, page_down, page_up,
+    HUGE_PAGE, PROT_GROWSDOWN, UIO_MAXIOV, add, folios, is_harmful, largest_page_at, madvise, mbind, mmap, mremap,
+    page_down, page_up,
 };
 
 /// A call a task is about to make.
@@ -33,12 +35,14 @@ pub(super) struct Plan {
 pub(super) enum Then {
     /// Nothing.
     Close,
-    /// It acts on the address space of this task.
-    Elsewhere(Pid),
+    /// It acts on the address space of another process, or on its own if it names that.
+    Elsewhere(Named),
     /// Its result is the program break.
     LearnBreak,
     /// A child that comes out of it has an address space of its own.
     Copy,
+    /// A child that comes out of it may have an address space of its own: its flags cannot be read.
+    MayCopy,
 }
 
 /// What decoding needs to know about the caller's address space.
@@ -64,12 +68,17 @@ impl Entry {
                 Event::Unmap
             }
             Call::Mmap => {
-                mmap(ranges, a0, a1, a3, || proc::huge_page_of(self.tid, a4 as i32));
+                mmap(ranges, a0, a1, a3, || self.huge_page(a0, a4));
                 Event::Unmap
             }
             Call::OldMmap => {
-                let [address, length, _, flags, file] = self.words::<5>(a0)?;
-                mmap(ranges, address, length, flags, || proc::huge_page_of(self.tid, file as i32));
+                match self.word_list(a0, 5).as_deref() {
+                    Ok([address, length, _, flags, file]) => {
+                        mmap(ranges, *address, *length, *flags, || self.huge_page(*address, *file));
+                    }
+                    Ok(_) => {}
+                    Err(_) => ranges.push(VaRange::ALL),
+                }
                 Event::Unmap
             }
             Call::RemapFilePages => {
@@ -122,15 +131,14 @@ impl Entry {
             }
             Call::ProcessMadvise => {
                 if is_harmful(a3) {
-                    let target = proc::pidfd_target(self.tid, a0 as i32)?;
-                    then = Then::Elsewhere(target);
+                    then = Then::Elsewhere(proc::pidfd_target(self.tid, a0 as i32));
                     self.vectors(ranges, a1, a2, a3);
                 }
                 Event::Clear
             }
             Call::ProcessMrelease => {
                 // What a dying process has, before its end.
-                then = Then::Elsewhere(proc::pidfd_target(self.tid, a0 as i32)?);
+                then = Then::Elsewhere(proc::pidfd_target(self.tid, a0 as i32));
                 ranges.push(VaRange::ALL);
                 Event::Unmap
             }
@@ -145,37 +153,44 @@ impl Entry {
             Call::MovePages => {
                 // Without a list of nodes it is a query.
                 if a3 != 0 {
-                    then = self.elsewhere(a0, &context)?;
+                    then = self.elsewhere(a0, &context);
                     self.pages(ranges, a1, a2);
                 }
                 Event::Migrate { owner: None }
             }
             Call::MigratePages => {
-                then = self.elsewhere(a0, &context)?;
+                then = self.elsewhere(a0, &context);
                 ranges.push(VaRange::ALL);
                 Event::Migrate { owner: None }
             }
             Call::Fork | Call::Clone | Call::Clone3 => {
                 let flags = match self.call {
-                    Call::Clone => a0,
-                    Call::Clone3 => self.read_u64(a0)?,
-                    _ => 0,
+                    Call::Clone => Ok(Some(a0)),
+                    Call::Clone3 => self.read_u64(a0),
+                    _ => Ok(Some(0)),
                 };
-                if flags & libc::CLONE_VM as u64 != 0 {
-                    return None;
-                }
+                then = match flags {
+                    Ok(Some(flags)) if flags & libc::CLONE_VM as u64 == 0 => Then::Copy,
+                    // It shares, or its flags lie where no memory is.
+                    Ok(_) => return None,
+                    Err(_) => Then::MayCopy,
+                };
                 maps::writable_private(self.maps(), ranges);
-                then = Then::Copy;
                 Event::ProtectionPage
             }
         };
-        let needless = ranges.is_empty() && !matches!(then, Then::LearnBreak | Then::Copy);
+        let needless = ranges.is_empty() && !matches!(then, Then::LearnBreak | Then::Copy | Then::MayCopy);
         (!needless).then_some(Plan { cause, event, then })
     }
 
     /// Where they cannot be read, whatever may be mapped is: nothing is told is worse than too much.
     fn maps(&self) -> io::Result<Vec<maps::Mapping>> {
         maps::read(self.tid)
+    }
+
+    /// The size of the pages of a file to be mapped at `address`, if they can be huge.
+    fn huge_page(&self, address: u64, fd: u64) -> Option<u64> {
+        proc::huge_page_of(self.tid, fd as i32).unwrap_or(Some(largest_page_at(address)))
     }
 
     fn shmat(&self, ranges: &mut Vec<VaRange>, id: u64, address: u64, flags: u64) {
@@ -212,7 +227,9 @@ impl Entry {
 
     /// The iovecs of `process_madvise`.
     fn vectors(&self, ranges: &mut Vec<VaRange>, address: u64, count: u64, advice: u64) {
-        let words = self.word_list(address, 2 * count.min(UIO_MAXIOV));
+        // More are refused.
+        let count = 2 * count.min(UIO_MAXIOV);
+        let Ok(words) = self.word_list(address, count) else { return ranges.push(VaRange::ALL) };
         for vector in words.chunks_exact(2) {
             madvise(ranges, vector[0], vector[1], advice);
         }
@@ -221,7 +238,7 @@ impl Entry {
     /// The pages of `move_pages`, each with the folio it may be in.
     fn pages(&self, ranges: &mut Vec<VaRange>, count: u64, address: u64) {
         const MANY: u64 = 1 << 16;
-        let mut pages = if count <= MANY { self.word_list(address, count) } else { Vec::new() };
+        let mut pages = if count <= MANY { self.word_list(address, count).unwrap_or_default() } else { Vec::new() };
         if (pages.len() as u64) < count {
             return ranges.push(VaRange::ALL);
         }
@@ -232,35 +249,34 @@ impl Entry {
     }
 
     /// Whose address space a call that names a process acts on.
-    fn elsewhere(&self, pid: u64, context: &Context<'_>) -> Option<Then> {
+    fn elsewhere(&self, pid: u64, context: &Context<'_>) -> Then {
         let number = pid as Pid;
         if number == 0 {
-            return Some(Then::Close);
+            return Then::Close;
         }
-        proc::named_by(self.tid, number, (context.tasks)().into_iter()).map(Then::Elsewhere)
+        Then::Elsewhere(proc::named_by(self.tid, number, (context.tasks)().into_iter()))
     }
 
-    /// Reads `N` words as wide as the ABI has them.
-    fn words<const N: usize>(&self, address: u64) -> Option<[u64; N]> {
-        self.word_list(address, N as u64).try_into().ok()
-    }
-
-    fn word_list(&self, address: u64, count: u64) -> Vec<u64> {
+    /// Reads words as wide as the ABI has them, up to where memory ends.
+    ///
+    /// # Errors
+    /// If the memory may not be read.
+    fn word_list(&self, address: u64, count: u64) -> io::Result<Vec<u64>> {
         let size = if self.abi.is_compat() { 4 } else { 8 };
         let mut bytes = vec![0; count as usize * size];
-        let read = sys::read_memory(self.tid, address, &mut bytes);
+        let read = sys::read_memory(self.tid, address, &mut bytes)?;
         let word = |bytes: &[u8]| {
             let mut word = [0; 8];
             word[..size].copy_from_slice(bytes);
             u64::from_le_bytes(word)
         };
-        bytes[..read].chunks_exact(size).map(word).collect()
+        Ok(bytes[..read].chunks_exact(size).map(word).collect())
     }
 
-    /// Reads 64 bits, whatever the ABI.
-    fn read_u64(&self, address: u64) -> Option<u64> {
+    /// Reads 64 bits, whatever the ABI. `None` if there is no memory.
+    fn read_u64(&self, address: u64) -> io::Result<Option<u64>> {
         let mut bytes = [0; 8];
-        (sys::read_memory(self.tid, address, &mut bytes) == 8).then(|| u64::from_le_bytes(bytes))
+        Ok((sys::read_memory(self.tid, address, &mut bytes)? == 8).then(|| u64::from_le_bytes(bytes)))
     }
 }
 
@@ -342,17 +358,38 @@ mod tests {
         let from = |start: u64| VaRange::new(Va::new(start), Va::new(page_down(u64::MAX))).expect("a range");
         assert_eq!(ranges_of(Call::Brk, [0x5000, 0, 0, 0, 0, 0]), [from(0x5000)]);
         assert_eq!(ranges_of(Call::Shmat, [u64::MAX, 0x3000, libc::SHM_REMAP as u64, 0, 0, 0]), [from(0x3000)]);
+        assert_eq!(ranges_of(Call::OldMmap, [0x1000, 0, 0, 0, 0, 0]), all);
+        assert_eq!(ranges_of(Call::ProcessMadvise, [3, 0x1000, 1, 21, 0, 0]), all);
+        let file = ranges_of(Call::Mmap, [0x4020_0000, 0x1000, 0, libc::MAP_FIXED as u64, 3, 0]);
+        assert_eq!(file, [VaRange::new(Va::new(0x4020_0000), Va::new(0x4040_0000)).expect("a range")]);
         let down = ranges_of(Call::Mprotect, [0x7000, 0x1000, PROT_GROWSDOWN, 0, 0, 0]);
         assert_eq!(down, [VaRange::new(Va::new(0), Va::new(0x8000)).expect("a range")]);
     }
 
     #[test]
+    fn whom_and_what_a_call_means_that_cannot_be_read_is_not_known() {
+        let then_of = |call, args| {
+            let entry = Entry { tid: Pid::MAX, abi: Abi::Native, call, args };
+            let plan =
+                entry.plan(Context { brk: &mut Break::default(), alone: true, tasks: &Vec::new }, &mut Vec::new());
+            plan.map(|plan| plan.then)
+        };
+        let anyone = Some(Then::Elsewhere(Named::Anyone));
+        assert_eq!(then_of(Call::ProcessMadvise, [3, 0x1000, 1, 21, 0, 0]), anyone);
+        assert_eq!(then_of(Call::ProcessMrelease, [3, 0, 0, 0, 0, 0]), anyone);
+        assert_eq!(then_of(Call::MovePages, [7, 1, 0x1000, 0x1000, 0, 0]), anyone);
+        assert_eq!(then_of(Call::MigratePages, [7, 1, 0x1000, 0x1000, 0, 0]), anyone);
+        assert_eq!(then_of(Call::Clone3, [0x1000, 88, 0, 0, 0, 0]), Some(Then::MayCopy));
+    }
+
+    #[test]
     fn memory_that_is_released_is_all_of_the_other_process() {
         let (plan, ranges) = ranges_of(Call::ProcessMrelease, [-10001_i64 as u64, 0, 0, 0, 0, 0]);
-        let then = Then::Elsewhere(std::process::id() as Pid);
+        let then = Then::Elsewhere(Named::Task(std::process::id() as Pid));
         assert_eq!(plan, Some(Plan { cause: "process_mrelease", event: Event::Unmap, then }));
         assert_eq!(ranges, [(0, 0)]);
-        assert_eq!(ranges_of(Call::ProcessMrelease, [u64::MAX, 0, 0, 0, 0, 0]), (None, vec![]));
+        let refused = ranges_of(Call::ProcessMrelease, [u64::MAX, 0, 0, 0, 0, 0]).0;
+        assert_eq!(refused.map(|plan| plan.then), Some(Then::Elsewhere(Named::Stranger)));
     }
 
     #[test]

@@ -246,7 +246,10 @@ const JGE: u32 = libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K;
 const JSET: u32 = libc::BPF_JMP | libc::BPF_JSET | libc::BPF_K;
 const RET: u32 = libc::BPF_RET | libc::BPF_K;
 const RET_ALLOW: u32 = libc::SECCOMP_RET_ALLOW;
-const RET_TRACE: u32 = libc::SECCOMP_RET_TRACE;
+const RET_TRACE: u32 = libc::SECCOMP_RET_TRACE | DATUM as u32;
+/// What the filter hands to the tracer at each stop. A program can have filters of its own that hand things to a tracer; where
+/// both ask for a stop, the kernel reports the one that was installed last, the program's.
+pub(super) const DATUM: u16 = 0x6d75;
 
 /// Offsets in `struct seccomp_data`.
 const OFFSET_NUMBER: u32 = 0;

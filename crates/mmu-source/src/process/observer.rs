@@ -79,6 +79,14 @@ pub enum TaskEvent<'a> {
         /// What is mapped now. Of the heap, all of it.
         range: VaRange,
     },
+    /// The tracing of a task has ended and the task lives on. Reported after it left its address space. If it was the last there
+    /// that was traced, its `release` has run, although the address space lives on as well.
+    Detach {
+        /// The task.
+        task: Task,
+        /// The address space it is in.
+        mm: &'a Mm,
+    },
     /// A task made a system call under an ABI this source cannot read. If that call changed the address space, it was missed.
     UnknownAbi {
         /// The task.

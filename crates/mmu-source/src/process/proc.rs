@@ -1,7 +1,11 @@
 //! What `/proc` tells about a task, the maps apart.
+//!
+//! `/proc` may say nothing: it is not mounted, hides other users' processes (`hidepid`), or the task is not dumpable. Every
+//! function here returns `None` or an error for "not known", which no caller may take for "no".
 
 use std::ffi::CString;
-use std::fs;
+use std::path::PathBuf;
+use std::{fs, io};
 
 use super::{Pid, sys};
 use crate::ranges::is_self_pidfd;
@@ -27,62 +31,118 @@ pub(super) fn thread_group(tid: Pid) -> Option<Pid> {
     status_field(tid, "Tgid")?.parse().ok()
 }
 
-/// The thread that traces a task, if any.
+/// The thread that traces a task; 0 if none does.
 pub(super) fn tracer_of(tid: Pid) -> Option<Pid> {
-    status_field(tid, "TracerPid")?.parse().ok().filter(|pid| *pid > 0)
+    status_field(tid, "TracerPid")?.parse().ok()
 }
 
 /// Tells whether `tracer` traces any task at all. It looks through all of `/proc`.
-pub(super) fn has_tracees(tracer: Pid) -> bool {
-    let Ok(entries) = fs::read_dir("/proc") else { return false };
+pub(super) fn has_tracees(tracer: Pid) -> Option<bool> {
+    let entries = fs::read_dir("/proc").ok()?;
     let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
-    pids.flat_map(threads).any(|tid| tracer_of(tid) == Some(tracer))
+    let found = pids.flat_map(|pid| threads(pid).unwrap_or_default()).any(|tid| tracer_of(tid) == Some(tracer));
+    (found || shows_all(&fs::read_to_string("/proc/self/mountinfo").ok()?)).then_some(found)
 }
 
-/// Tells whether a task has ended and only its status is left, or not even that.
-pub(super) fn has_ended(tid: Pid) -> bool {
-    status_field(tid, "State").is_none_or(|state| state.starts_with(['Z', 'X']))
+/// Tells from a `mountinfo` whether `/proc` lists every process. Of several mounts there, the last is seen.
+fn shows_all(mounts: &str) -> bool {
+    let of_proc = mounts.lines().rfind(|line| line.split(' ').nth(4) == Some("/proc"));
+    of_proc.is_some_and(|line| !line.contains("hidepid="))
+}
+
+/// The first letter of a task's state, as `ps` prints it.
+pub(super) fn state(tid: Pid) -> Option<u8> {
+    status_field(tid, "State")?.bytes().next()
+}
+
+/// Tells whether a task has ended and only its status is left.
+pub(super) fn has_ended(tid: Pid) -> Option<bool> {
+    state(tid).map(|state| matches!(state, b'Z' | b'X'))
 }
 
 /// The threads of a process.
-pub(super) fn threads(pid: Pid) -> Vec<Pid> {
-    let Ok(entries) = fs::read_dir(format!("/proc/{pid}/task")) else { return Vec::new() };
-    entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect()
+pub(super) fn threads(pid: Pid) -> io::Result<Vec<Pid>> {
+    let entries = fs::read_dir(format!("/proc/{pid}/task"))?;
+    Ok(entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect())
+}
+
+/// Tells whether a task numbers processes as this thread does.
+pub(super) fn shares_pid_namespace(tid: Pid) -> Option<bool> {
+    let own = fs::read_link("/proc/self/ns/pid").ok()?;
+    Some(pid_namespace(tid)? == own)
+}
+
+fn pid_namespace(tid: Pid) -> Option<PathBuf> {
+    fs::read_link(format!("/proc/{tid}/ns/pid")).ok()
 }
 
 /// Resolves a pidfd of task `tid` to the process or thread it names.
 ///
 /// The kernel translates the number into the pid namespace of this `/proc`.
-pub(super) fn pidfd_target(tid: Pid, fd: i32) -> Option<Pid> {
+pub(super) fn pidfd_target(tid: Pid, fd: i32) -> Named {
     if is_self_pidfd(fd) {
-        return Some(tid);
+        return Named::Task(tid);
     }
-    let text = fs::read_to_string(format!("/proc/{tid}/fdinfo/{fd}")).ok()?;
-    field(&text, "Pid")?.parse().ok().filter(|pid| *pid > 0)
+    match fs::read_to_string(format!("/proc/{tid}/fdinfo/{fd}")) {
+        // No pidfd, or one of a process that has ended or that this namespace has no number for.
+        Ok(text) => match field(&text, "Pid").and_then(|pid| pid.parse().ok()) {
+            Some(pid) if pid > 0 => Named::Task(pid),
+            _ => Named::Stranger,
+        },
+        // The task's descriptors can be seen, and there is no such one.
+        Err(_) if fs::exists(format!("/proc/{tid}/fdinfo/.")).unwrap_or(false) => Named::Stranger,
+        Err(_) => Named::Anyone,
+    }
 }
 
 /// The size of the pages of a file that task `tid` has open, if they are huge.
-pub(super) fn huge_page_of(tid: Pid, fd: i32) -> Option<u64> {
-    sys::huge_page(&CString::new(format!("/proc/{tid}/fd/{fd}")).ok()?)
+///
+/// # Errors
+/// If the task's descriptors cannot be read.
+pub(super) fn huge_page_of(tid: Pid, fd: i32) -> io::Result<Option<u64>> {
+    let path = CString::new(format!("/proc/{tid}/fd/{fd}"))?;
+    match sys::huge_page(&path) {
+        // The descriptors can be read and there is no such one: the call will be refused.
+        Err(_) if fs::exists(format!("/proc/{tid}/fd/.")).unwrap_or(false) => Ok(None),
+        page => page,
+    }
+}
+
+/// Whom a call names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Named {
+    /// This task.
+    Task(Pid),
+    /// None of the tasks that are traced.
+    Stranger,
+    /// It cannot be known which.
+    Anyone,
 }
 
 /// Finds among `candidates` the task that task `tid` calls `number`.
 ///
 /// They are the same number unless `tid` lives in a pid namespace of its own.
-pub(super) fn named_by(tid: Pid, number: Pid, candidates: impl Iterator<Item = Pid>) -> Option<Pid> {
+pub(super) fn named_by(tid: Pid, number: Pid, candidates: impl Iterator<Item = Pid>) -> Named {
     if number == 0 {
-        return Some(tid);
+        return Named::Task(tid);
     }
-    let namespace = |tid| fs::read_link(format!("/proc/{tid}/ns/pid")).ok();
-    if namespace(tid) == fs::read_link("/proc/self/ns/pid").ok() {
-        return Some(number);
+    match shares_pid_namespace(tid) {
+        None => return Named::Anyone,
+        Some(true) => return Named::Task(number),
+        Some(false) => {}
     }
-    let own = namespace(tid)?;
-    // A task's NSpid column lists its numbers from this namespace inwards; the last one is that in its own.
-    candidates.into_iter().find(|candidate| {
-        let innermost = || status_field(*candidate, "NSpid")?.split_whitespace().last()?.parse::<Pid>().ok();
-        innermost() == Some(number) && namespace(*candidate).as_ref() == Some(&own)
-    })
+    let Some(own) = pid_namespace(tid) else { return Named::Anyone };
+    let mut found = Named::Stranger;
+    for candidate in candidates {
+        // A task's NSpid column lists its numbers from this namespace inwards; the last one is that in its own.
+        let innermost = || status_field(candidate, "NSpid")?.split_whitespace().last()?.parse::<Pid>().ok();
+        match (innermost(), pid_namespace(candidate)) {
+            (Some(inner), Some(namespace)) if inner == number && namespace == own => return Named::Task(candidate),
+            (Some(_), Some(_)) => {}
+            _ => found = Named::Anyone,
+        }
+    }
+    found
 }
 
 /// The address below which task `tid` cannot set the program break: `brk` ignores such a call.
@@ -142,7 +202,32 @@ mod tests {
     fn this_process_is_its_own_thread_group_leader() {
         let pid = std::process::id() as Pid;
         assert_eq!(thread_group(pid), Some(pid));
-        assert!(threads(pid).contains(&pid));
-        assert_eq!(named_by(pid, 0, std::iter::empty()), Some(pid));
+        assert!(threads(pid).expect("it has some").contains(&pid));
+        assert_eq!(named_by(pid, 0, std::iter::empty()), Named::Task(pid));
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_not_known() {
+        let nobody = Pid::MAX;
+        assert_eq!((family(nobody), tracer_of(nobody), has_ended(nobody)), (None, None, None));
+        assert_eq!((pidfd_target(nobody, 3), named_by(nobody, 7, std::iter::empty())), (Named::Anyone, Named::Anyone));
+        assert!(huge_page_of(nobody, 3).is_err());
+        assert!(threads(nobody).is_err());
+    }
+
+    #[test]
+    fn what_can_be_read_and_is_not_there_is_a_no() {
+        let own = std::process::id() as Pid;
+        assert_eq!(pidfd_target(own, 100_000), Named::Stranger);
+        assert_eq!(huge_page_of(own, 100_000).expect("the descriptors can be read"), None);
+    }
+
+    #[test]
+    fn a_proc_that_hides_processes_does_not_show_all() {
+        let shown =
+            "22 28 0:21 / /proc rw,relatime shared:14 - proc proc rw\n30 28 0:9 / /tmp rw - tmpfs hidepid=2 rw\n";
+        assert!(shows_all(shown));
+        assert!(!shows_all(&format!("{shown}40 22 0:50 / /proc rw - proc proc rw,hidepid=invisible\n")));
+        assert!(!shows_all("30 28 0:9 / /tmp rw - tmpfs tmpfs rw\n"));
     }
 }

@@ -1,6 +1,7 @@
 //! One traced address space.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::rc::{Rc, Weak};
 
 use mmu_notifier::MmWithUser;
 
@@ -11,13 +12,39 @@ pub(super) struct Space {
     pub(super) brk: Cell<Break>,
     /// The tasks in it that are alive.
     pub(super) tasks: Cell<u32>,
-    /// The brackets on it that calls of tasks elsewhere hold open.
+    /// The calls of tasks elsewhere that hold brackets on it open.
     pub(super) from_elsewhere: Cell<u32>,
+    /// Address spaces that may be the same one as this: it could not be known whether its first task shares their memory.
+    perhaps: RefCell<Vec<Weak<Space>>>,
 }
 
 impl Space {
     pub(super) fn new(brk: Break) -> Space {
-        Space { mm: MmWithUser::new(), brk: Cell::new(brk), tasks: Cell::new(0), from_elsewhere: Cell::new(0) }
+        Space {
+            mm: MmWithUser::new(),
+            brk: Cell::new(brk),
+            tasks: Cell::new(0),
+            from_elsewhere: Cell::new(0),
+            perhaps: RefCell::default(),
+        }
+    }
+
+    /// Makes one that may be the same as any of `others`. Whatever is told in one of them is told in it, and the other way.
+    pub(super) fn doubtful<'a>(others: impl IntoIterator<Item = &'a Rc<Space>>) -> Space {
+        let space = Space::new(Break::default());
+        space.perhaps.borrow_mut().extend(others.into_iter().map(Rc::downgrade));
+        space
+    }
+
+    /// It is known now to be none of the others.
+    pub(super) fn is_its_own(&self) {
+        self.perhaps.take();
+    }
+
+    /// Tells whether the two may be the same one.
+    pub(super) fn may_be(&self, other: &Space) -> bool {
+        let names = |a: &Space, b: &Space| a.perhaps.borrow().iter().any(|weak| std::ptr::eq(weak.as_ptr(), b));
+        names(self, other) || names(other, self)
     }
 
     pub(super) fn update_brk<R>(&self, change: impl FnOnce(&mut Break) -> R) -> R {

@@ -19,7 +19,7 @@ use crate::ranges;
 
 mod registers;
 
-pub(super) use registers::registers;
+pub(super) use registers::{registers, skip_call};
 
 /// What `wait` reported.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,14 +92,43 @@ pub(super) enum Resume {
 /// Entry to or exit from a system call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum SyscallInfo {
-    Entry { arch: u32, number: u64, args: [u64; 6] },
-    Exit { result: i64 },
+    /// At the stop of a filter, `datum` is the low half of what the filter returned.
+    Entry {
+        call: RawCall,
+        datum: Option<u16>,
+    },
+    Exit {
+        result: i64,
+        place: Place,
+    },
     None,
+}
+
+/// A call as the task is about to make it. Two equal ones are the same call, made again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct RawCall {
+    pub(super) arch: u32,
+    pub(super) number: u64,
+    pub(super) args: [u64; 6],
+    pub(super) place: Place,
+}
+
+/// Where in its program a task makes a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Place {
+    /// Behind the instruction that makes the call.
+    pub(super) instruction: u64,
+    pub(super) stack: u64,
 }
 
 /// Waits for the next event of any child or tracee of this thread.
 pub(super) fn wait() -> io::Result<Wait> {
     wait_for(-1)
+}
+
+/// Takes the next event of any child or tracee of this thread, if there is one; if not, that is an interruption.
+pub(super) fn poll() -> io::Result<Wait> {
+    wait_with(-1, libc::WNOHANG)
 }
 
 /// Waits for the next event of one child or tracee of this thread, or of any if `pid` is -1.
@@ -110,12 +139,13 @@ pub(super) fn wait_for(pid: Pid) -> io::Result<Wait> {
 /// Waits for an event of a tracee that no table knows.
 ///
 /// There is one if a task was killed when it had made a child and before its event could name it. Other children of this thread
-/// are not waited for, so that [`Wait::Nobody`] means no tracee.
+/// are not waited for, so that [`Wait::Nobody`] means no tracee. Where `/proc` does not say which children are tracees, all
+/// are waited for: this thread must have no others.
 pub(super) fn wait_for_unknown() -> io::Result<Wait> {
     match wait_with(-1, libc::WNOHANG)? {
-        Wait::Interrupted if proc::has_tracees(this_thread()) => wait(),
         // Nothing to report and no tracee: the children that there are are not ours to wait for.
-        Wait::Interrupted => Ok(Wait::Nobody),
+        Wait::Interrupted if proc::has_tracees(this_thread()) == Some(false) => Ok(Wait::Nobody),
+        Wait::Interrupted => wait(),
         other => Ok(other),
     }
 }
@@ -246,39 +276,55 @@ pub(super) fn syscall_info(tid: Pid) -> io::Result<Option<SyscallInfo>> {
     if unless_gone(asked)?.is_none() {
         return Ok(None);
     }
-    let [number, a, b, c, d, e, f, _] = raw.words;
+    let [number, a, b, c, d, e, f, datum] = raw.words;
+    let place = Place { instruction: raw.instruction_pointer, stack: raw.stack_pointer };
+    let call = RawCall { arch: raw.arch, number, args: [a, b, c, d, e, f], place };
     Ok(Some(match raw.op {
-        // Entry and seccomp stops.
-        1 | 3 => SyscallInfo::Entry { arch: raw.arch, number, args: [a, b, c, d, e, f] },
-        2 => SyscallInfo::Exit { result: number as i64 },
+        1 => SyscallInfo::Entry { call, datum: None },
+        2 => SyscallInfo::Exit { result: number as i64, place },
+        3 => SyscallInfo::Entry { call, datum: Some(datum as u16) },
         _ => SyscallInfo::None,
     }))
 }
 
 /// The size of the pages of the file at `path`, if they are huge.
-pub(super) fn huge_page(path: &CStr) -> Option<u64> {
+pub(super) fn huge_page(path: &CStr) -> io::Result<Option<u64>> {
     let mut info = MaybeUninit::<libc::statfs>::zeroed();
     // SAFETY: the path ends in a zero byte, and the call writes one `statfs` to a local one.
     if unsafe { libc::statfs(path.as_ptr(), info.as_mut_ptr()) } != 0 {
-        return None;
+        return Err(io::Error::last_os_error());
     }
     // SAFETY: it was zeroed, which is a valid value, and then written by the kernel.
     let info = unsafe { info.assume_init() };
-    ranges::huge_page(info.f_type, info.f_bsize)
+    Ok(ranges::huge_page(info.f_type, info.f_bsize))
 }
 
-/// Reads up to `buffer.len()` bytes of a tracee's memory and returns how many.
-pub(super) fn read_memory(tid: Pid, address: u64, buffer: &mut [u8]) -> usize {
-    let Ok(base) = usize::try_from(address) else { return 0 };
+/// Reads up to `buffer.len()` bytes of a tracee's memory and returns how many: fewer if the rest is not mapped.
+///
+/// # Errors
+/// If the memory may not be read: a tracee that is not dumpable is closed to a tracer without `CAP_SYS_PTRACE`.
+pub(super) fn read_memory(tid: Pid, address: u64, buffer: &mut [u8]) -> io::Result<usize> {
+    let Ok(base) = usize::try_from(address) else { return Ok(0) };
     let local = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
     let remote = libc::iovec { iov_base: ptr::without_provenance_mut(base), iov_len: buffer.len() };
     // SAFETY: the kernel writes at most `iov_len` bytes to `local`, which is `buffer`, borrowed exclusively. The remote
     // address is checked by the kernel.
     let read = unsafe { libc::process_vm_readv(tid, &local, 1, &remote, 1, 0) };
-    usize::try_from(read).unwrap_or_else(|_| peek(tid, address, buffer))
+    if let Ok(read) = usize::try_from(read) {
+        return Ok(read);
+    }
+    let error = io::Error::last_os_error();
+    if error.raw_os_error() == Some(libc::EFAULT) {
+        return Ok(0);
+    }
+    // A kernel without that call, or a security module that forbids only that.
+    match peek(tid, address, buffer) {
+        0 => Err(error),
+        read => Ok(read),
+    }
 }
 
-/// The same word by word, which also works on a tracee that is not dumpable.
+/// The same word by word.
 fn peek(tid: Pid, address: u64, buffer: &mut [u8]) -> usize {
     let mut read = 0;
     for (chunk, address) in buffer.chunks_mut(size_of::<c_long>()).zip((address..).step_by(size_of::<c_long>())) {
@@ -303,11 +349,12 @@ pub(super) fn same_memory(a: Pid, b: Pid) -> Option<bool> {
     (order >= 0).then_some(order == 0)
 }
 
-/// Tells whether `tid` is a thread of process `pid`.
+/// Tells whether `tid` is a thread of process `pid`. It asks the kernel directly and needs no right and no `/proc`.
 pub(super) fn is_thread_of(pid: Pid, tid: Pid) -> bool {
     // SAFETY: `tgkill` takes integers only; signal 0 is not sent.
     let result = unsafe { libc::syscall(libc::SYS_tgkill, pid, tid, 0) };
-    result == 0 || io::Error::last_os_error().raw_os_error() != Some(libc::ESRCH)
+    // Being forbidden to send one comes after finding the thread. Numbers that are none are invalid.
+    result == 0 || io::Error::last_os_error().raw_os_error() == Some(libc::EPERM)
 }
 
 /// The identifier of this thread.

@@ -7,18 +7,16 @@ use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::{io, mem};
 
-use mmu_notifier::{Event, VaRange};
+use mmu_notifier::VaRange;
 
-use super::abi::Abi;
-use super::births::Birth;
 use super::current::Scope;
-use super::decode::{Context, Entry, Plan, Then};
 use super::filter::Traced;
-use super::space::Space;
 use super::sys::{self, Resume, Stop, SyscallInfo, Wait};
-use super::task::{Life, OpenCall, Tracee};
-use super::{Error, ExitStatus, Observer, Pid, Task, TaskEvent};
+use super::task::{Life, Tracee};
+use super::{Error, ExitStatus, Observer, Pid, Task, TaskEvent, filter};
 
+mod attach;
+mod calls;
 mod detach;
 mod family;
 mod start;
@@ -78,8 +76,14 @@ pub struct Tracer<O: Observer> {
     observer: O,
     options: Options,
     tasks: HashMap<Pid, Tracee<O::Held>>,
-    /// What was reported of tasks that nobody has named yet.
+    /// What was reported of tasks that no parent has named yet.
     parked: HashMap<Pid, family::Parked>,
+    /// Counts the reports of all tasks.
+    clock: u64,
+    /// A task has ended that may have left a child unnamed.
+    lost_a_maker: bool,
+    /// An address space was made that may be the same as another one.
+    in_doubt: bool,
     /// Tasks that were stopped outside `run`, which lets them go.
     held: Vec<Pid>,
     /// The process spawned last, and how it ended.
@@ -106,6 +110,9 @@ impl<O: Observer> Tracer<O> {
             options,
             tasks: HashMap::new(),
             parked: HashMap::new(),
+            clock: 0,
+            lost_a_maker: false,
+            in_doubt: false,
             held: Vec::new(),
             root: None,
             filters: false,
@@ -149,10 +156,11 @@ impl<O: Observer> Tracer<O> {
             }
             let known = !self.tasks.is_empty() || !self.parked.is_empty();
             let event = if known { sys::wait() } else { sys::wait_for_unknown() };
+            self.clock += 1;
             match event.map_err(|source| Error::Kernel { call: "waitpid", tid: None, source })? {
                 Wait::Stopped(tid, stop) => self.stopped(tid, stop)?,
                 Wait::Ended(tid, status) => self.ended(tid, status)?,
-                Wait::Interrupted => {}
+                Wait::Interrupted => continue,
                 Wait::Nobody => {
                     debug_assert!(self.tasks.is_empty() || !self.options.follow, "a tracee vanished: {:?}", self.tasks);
                     // A thread that is not followed has run `execve` and taken a leader's place, whose end nobody reports.
@@ -163,6 +171,9 @@ impl<O: Observer> Tracer<O> {
                     return Ok(Done::AllExited);
                 }
             }
+            if !self.parked.is_empty() {
+                self.adopt_unnamed()?;
+            }
         }
     }
 
@@ -171,14 +182,22 @@ impl<O: Observer> Tracer<O> {
         if stop == Stop::Exec {
             return self.execed(tid);
         }
-        if !self.tasks.contains_key(&tid) {
+        let Some(tracee) = self.tasks.get_mut(&tid) else {
             return self.park(tid, family::Report::Stopped(stop));
-        }
+        };
+        tracee.reported = self.clock;
+        // A task that waits in `vfork` reports nothing.
+        tracee.in_vfork = false;
         match stop {
             Stop::Seccomp | Stop::Syscall => {
+                tracee.in_unseen_call = false;
                 match sys::syscall_info(tid).map_err(kernel("PTRACE_GET_SYSCALL_INFO", tid))? {
-                    Some(SyscallInfo::Entry { arch, number, args }) => self.call_begins(tid, arch, number, args),
-                    Some(SyscallInfo::Exit { result }) => self.call_ends(tid, Some(result)),
+                    // A filter of the program's own asks for a tracer that knows it, and there is none.
+                    Some(SyscallInfo::Entry { datum: Some(datum), .. }) if datum != filter::DATUM => {
+                        sys::skip_call(tid).map_err(kernel("PTRACE_POKEUSER", tid))?;
+                    }
+                    Some(SyscallInfo::Entry { call, datum }) => self.call_begins(tid, call, datum.is_some()),
+                    Some(SyscallInfo::Exit { result, place }) => self.call_returns(tid, result, place),
                     Some(SyscallInfo::None) | None => {}
                 }
             }
@@ -204,78 +223,6 @@ impl<O: Observer> Tracer<O> {
         }
     }
 
-    /// A task stands before a system call.
-    fn call_begins(&mut self, tid: Pid, arch: u32, number: u64, mut args: [u64; 6]) {
-        let Some(tracee) = self.tasks.get(&tid) else { return };
-        let (Life::In(space, _), None) = (&tracee.life, &tracee.call) else { return };
-        let task = tracee.task;
-        let Some((abi, number)) = Abi::of(arch, number) else {
-            let _scope = Scope::new(task, "unknown", None);
-            self.observer.event(&TaskEvent::UnknownAbi { task, arch, number });
-            return;
-        };
-        let Some(call) = abi.call(number) else { return };
-        if abi == Abi::I386 {
-            args = args.map(|arg| arg & u64::from(u32::MAX));
-        }
-        let mut ranges = mem::take(&mut self.ranges);
-        ranges.clear();
-        let plan = space.update_brk(|brk| {
-            let alone = space.tasks.get() == 1;
-            let tasks = || self.tasks.keys().copied().collect();
-            Entry { tid, abi, call, args }.plan(Context { brk, alone, tasks: &tasks }, &mut ranges)
-        });
-        let birth = Birth::of(call, &args).filter(|_| self.options.births);
-        let only_birth = || birth.map(|_| Plan { cause: call.name(), event: Event::Unmap, then: Then::Close });
-        if let Some(plan) = plan.or_else(only_birth)
-            && let Some(target) = self.target(tid, plan.then)
-        {
-            let scope = Scope::new(task, plan.cause, None);
-            if let Then::Elsewhere(_) = plan.then {
-                target.from_elsewhere.set(target.from_elsewhere.get() + 1);
-            }
-            let brackets = ranges.iter().map(|range| target.mm.invalidate_owned(*range, plan.event)).collect();
-            drop(scope);
-            let compat = abi.is_compat();
-            let call = OpenCall { cause: plan.cause, brackets, space: Some(target), then: plan.then, birth, compat };
-            if let Some(tracee) = self.tasks.get_mut(&tid) {
-                tracee.call = Some(call);
-            }
-        }
-        self.ranges = ranges;
-    }
-
-    /// The address space a call acts on, if it is traced.
-    fn target(&self, tid: Pid, then: Then) -> Option<Rc<Space>> {
-        let tracee = match then {
-            Then::Elsewhere(pid) => {
-                // A leader that has ended stands for its process all the same.
-                let leader = self.tasks.get(&pid).filter(|tracee| tracee.space().is_some());
-                leader.or_else(|| self.tasks.values().find(|tracee| tracee.task.pid == pid && tracee.space().is_some()))
-            }
-            _ => self.tasks.get(&tid),
-        };
-        tracee?.space().cloned()
-    }
-
-    /// A task's open call is over, or the task is, or the tracing.
-    fn call_ends(&mut self, tid: Pid, result: Option<i64>) {
-        let Some(tracee) = self.tasks.get_mut(&tid) else { return };
-        tracee.in_vfork = false;
-        let Some(mut call) = tracee.call.take() else { return };
-        let _scope = Scope::new(tracee.task, call.cause, result);
-        close_brackets(&mut call);
-        if let (Then::LearnBreak, Some(space)) = (call.then, &call.space) {
-            let mask = if call.compat { u64::from(u32::MAX) } else { u64::MAX };
-            space.update_brk(|brk| brk.finish(result.map(|result| result as u64 & mask)));
-        }
-        if let (Some(birth), Some(space), Some(result)) = (call.birth, &call.space, result)
-            && let Some(range) = birth.range(tid, result as u64)
-        {
-            self.observer.event(&TaskEvent::Mapped { task: tracee.task, mm: &space.mm, range });
-        }
-    }
-
     /// A task is seen for the first time.
     fn appear(&mut self, tid: Pid) {
         let Some(tracee) = self.tasks.get_mut(&tid) else { return };
@@ -289,7 +236,7 @@ impl<O: Observer> Tracer<O> {
 
     /// A task leaves its address space. If it was the last, that is its exit.
     fn depart(&mut self, tid: Pid, cause: &'static str) {
-        self.call_ends(tid, None);
+        self.calls_are_cut(tid);
         if let Some(Tracee { life: Life::In(space, _), .. }) = self.tasks.get(&tid)
             && space.tasks.get() == 1
             && space.from_elsewhere.get() > 0
@@ -313,25 +260,15 @@ impl<O: Observer> Tracer<O> {
         }
     }
 
-    /// Closes the brackets that tasks elsewhere hold on an address space that is about to end: its exit would wait for them,
-    /// and the subscribers that are put before it would never hear their end.
-    fn close_from_elsewhere(&mut self, space: &Rc<Space>) {
-        for tracee in self.tasks.values_mut() {
-            let Some(call) = &mut tracee.call else { continue };
-            let is_here = call.space.as_ref().is_some_and(|target| Rc::ptr_eq(target, space));
-            if is_here && matches!(call.then, Then::Elsewhere(_)) {
-                let _scope = Scope::new(tracee.task, call.cause, None);
-                close_brackets(call);
-                call.space = None;
-            }
-        }
-    }
-
     /// A task has ended.
     fn ended(&mut self, tid: Pid, status: ExitStatus) -> Result<(), Error> {
-        if !self.tasks.contains_key(&tid) {
+        let Some(tracee) = self.tasks.get(&tid) else {
             return self.park(tid, family::Report::Ended(status));
-        }
+        };
+        // A task that ends by itself is not making another one. What ends it can be a signal, or another thread of its own.
+        let pid = tracee.task.pid;
+        let is_alone = !self.tasks.values().any(|other| other.task.pid == pid && other.task.tid != tid);
+        self.lost_a_maker |= pid != tid || !is_alone || matches!(status, ExitStatus::Signal(_));
         if let Some((root, end)) = &mut self.root
             && *root == tid
         {
@@ -344,7 +281,7 @@ impl<O: Observer> Tracer<O> {
         for thread in rest {
             self.forget(thread, "exit", status);
         }
-        self.adopt_orphans_of(pid)
+        Ok(())
     }
 
     /// Takes a task that is no more out of the table, and returns its process.
@@ -361,14 +298,6 @@ impl<O: Observer> Tracer<O> {
 impl<O: Observer + fmt::Debug> fmt::Debug for Tracer<O> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Tracer").field("observer", &self.observer).field("tasks", &self.tasks).finish_non_exhaustive()
-    }
-}
-
-/// Closes the brackets of a call, the last one first.
-fn close_brackets(call: &mut OpenCall) {
-    while call.brackets.pop().is_some() {}
-    if let (Then::Elsewhere(_), Some(space)) = (call.then, &call.space) {
-        space.from_elsewhere.set(space.from_elsewhere.get() - 1);
     }
 }
 

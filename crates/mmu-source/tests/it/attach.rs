@@ -1,10 +1,13 @@
 //! Attaching to processes that run, and letting go of processes that run on.
 
+use std::ffi::CString;
+use std::fs::{self, File};
 use std::io::{BufRead, BufReader, PipeReader, Write, pipe};
 use std::process::{Child, ChildStdin, ChildStdout, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::{fs, thread};
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::Duration;
 
 use mmu_source::process::{Done, Error, ExitStatus, Options, Tracer};
 use testkit::{Cap, require};
@@ -274,4 +277,47 @@ fn a_process_that_is_not_there_or_refused_is_an_error_with_a_hint() {
     server.say("quit");
     first.run(&AtomicBool::new(false)).expect("it runs");
     drop(child.wait());
+}
+
+#[test]
+fn a_parent_that_waits_in_vfork_is_let_go_of_without_waiting_for_its_child() {
+    if !require(Cap::Ptrace) {
+        return;
+    }
+    let path = std::env::temp_dir().join(format!("vfork-{}", std::process::id()));
+    let c_path = CString::new(path.as_os_str().as_encoded_bytes()).expect("a path");
+    // SAFETY: a live string.
+    assert_eq!(unsafe { libc::mkfifo(c_path.as_ptr(), 0o600) }, 0);
+    let argument = path.clone();
+    let started = thread::spawn(move || {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_tracee"));
+        command.arg("waits-in-vfork").arg(argument).stdout(Stdio::piped());
+        let mut child = command.spawn().expect("it starts");
+        let from = BufReader::new(child.stdout.take().expect("piped"));
+        (child, from)
+    });
+    let (mut child, mut from) = started.join().expect("no panic");
+    let mut line = String::new();
+    from.read_line(&mut line).expect("it says so");
+    let pid = child.id();
+    // Its wait for the child cannot be interrupted.
+    while !fs::read_to_string(format!("/proc/{pid}/status")).expect("it lives").contains("State:\tD") {
+        thread::yield_now();
+    }
+    let (let_go, is_let_go) = mpsc::channel();
+    thread::spawn(move || {
+        let mut tracer = Tracer::new(Options::default(), Recorder::new()).expect("a tracer");
+        tracer.attach(pid as i32).expect("it can be attached to");
+        let (recorder, _keeper) = tracer.detach();
+        let_go.send(recorder.finish()).expect("the test waits");
+    });
+    let records = is_let_go.recv_timeout(Duration::from_secs(120)).expect("it does not wait for the child");
+    assert!(records.iter().any(|record| matches!(record, Record::Detach { .. })));
+    // The thread that traced it has ended, and with it the tracing.
+    drop(File::options().write(true).open(&path).expect("the child reads"));
+    line.clear();
+    from.read_line(&mut line).expect("it goes on");
+    assert_eq!(line, "waited 0\n");
+    assert_eq!(child.wait().expect("a status").code(), Some(0));
+    fs::remove_file(path).expect("removed");
 }

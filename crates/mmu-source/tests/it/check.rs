@@ -47,7 +47,7 @@ pub(crate) fn pairs(records: &[Record]) {
                 assert!(mms.contains_key(mm) && mms.contains_key(child_mm));
             }
             Record::Exec { mm, old_mm, .. } => assert!(mms.contains_key(mm) && mm != old_mm),
-            Record::Exit { task, .. } => {
+            Record::Detach { task, .. } | Record::Exit { task, .. } => {
                 assert!(!held.iter().any(|(holder, _)| holder == task), "{task:?} exits before it leaves");
                 ended.insert(*task);
             }

@@ -22,6 +22,7 @@ pub(crate) enum Record {
     Fork { task: Task, child: Task, mm: u64, child_mm: u64 },
     Exec { task: Task, mm: u64, old_mm: u64 },
     Exit { task: Task, mm: u64, status: ExitStatus },
+    Detach { task: Task, mm: u64 },
 }
 
 /// One bracket.
@@ -149,6 +150,7 @@ impl Observer for Recorder {
             }
             TaskEvent::Exec { task, mm, old_mm } => Record::Exec { task, mm: mm.id(), old_mm: old_mm.id() },
             TaskEvent::Exit { task, mm, status } => Record::Exit { task, mm: mm.id(), status },
+            TaskEvent::Detach { task, mm } => Record::Detach { task, mm: mm.id() },
             ref other => panic!("unexpected: {other:?}"),
         });
     }

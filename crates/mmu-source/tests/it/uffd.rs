@@ -188,11 +188,15 @@ fn memory_that_was_armed_can_be_unmapped_after_the_source_although_a_child_lives
 #[test]
 fn the_threads_take_none_of_the_programs_signals() {
     let Some(_uffd) = start() else { return };
-    let tasks = std::fs::read_dir("/proc/self/task").expect("procfs");
-    // Other tests' threads come and go.
-    let threads = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("status")).ok());
-    let ours: Vec<_> = threads.filter(|status| status.starts_with("Name:\tmmu-uffd-")).collect();
-    assert!(ours.len() >= 2);
+    // Other tests' threads come and go, and a list that is read meanwhile can lack some.
+    let ours = loop {
+        let tasks = std::fs::read_dir("/proc/self/task").expect("procfs");
+        let threads = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("status")).ok());
+        let ours: Vec<_> = threads.filter(|status| status.starts_with("Name:\tmmu-uffd-")).collect();
+        if ours.len() >= 2 {
+            break ours;
+        }
+    };
     for status in ours {
         let blocked = status.lines().find_map(|line| line.strip_prefix("SigBlk:\t")).expect("a mask");
         let blocked = u64::from_str_radix(blocked, 16).expect("hexadecimal");

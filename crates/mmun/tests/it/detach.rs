@@ -202,3 +202,39 @@ fn a_trace_of_attached_processes_ends_when_they_do() {
     check(&records);
     assert_eq!(of_kind(&records, "exit").count(), 1);
 }
+
+#[test]
+fn a_parent_that_waits_in_vfork_is_let_go_at_the_first_signal() {
+    let gate = Fifo::new("gate");
+    // A child of `vfork` opens the pipe before it executes its program, and its parent waits for it without being disturbed.
+    let script = "import os, sys
+print('ready', flush=True)
+os.posix_spawn('/bin/true', ['true'], {}, file_actions=[(os.POSIX_SPAWN_OPEN, 9, sys.argv[1], os.O_RDONLY, 0)])
+print(os.wait()[1], flush=True)";
+    let mut command = Command::new("python3");
+    command.args(["-c", script]).arg(&gate.0).stdout(Stdio::piped());
+    let mut parent = command.spawn().unwrap();
+    let mut lines = BufReader::new(parent.stdout.take().unwrap()).lines();
+    assert_eq!(lines.next().unwrap().unwrap(), "ready");
+    let pid = parent.id();
+    let status = move || fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    until("the parent to wait", move || status().contains("State:\tD"));
+    let path = scratch("trace.json");
+    let mut command = trace();
+    command.args(["--json", "-o", path.to_str().unwrap(), "-p", &pid.to_string()]);
+    let mut mmun = command.spawn().unwrap();
+    until("the tracer", move || tracer_of(pid) != 0);
+    let written = path.clone();
+    until("the record of the task", move || fs::read_to_string(&written).unwrap().contains("\"kind\":\"get\""));
+    kill(mmun.id(), libc::SIGTERM);
+    // The child waits still, for this test.
+    assert_eq!(within("mmun trace", move || mmun.wait().unwrap()).signal(), Some(libc::SIGTERM));
+    let records = take_records(&path);
+    check(&records);
+    let let_go: Vec<_> = of_kind(&records, "detach").map(|record| record["tid"].as_u64()).collect();
+    assert_eq!(let_go, [Some(u64::from(pid))]);
+    assert_eq!(of_kind(&records, "mm_release").count(), 0, "the address space lives on");
+    gate.write("go\n");
+    assert_eq!(lines.next().unwrap().unwrap(), "0");
+    assert!(parent.wait().unwrap().success());
+}

@@ -4,6 +4,7 @@ mod bad_input;
 mod coverage;
 mod detach;
 mod doctor;
+mod hidden;
 mod manners;
 mod records;
 mod run;

@@ -225,6 +225,49 @@ fn help_and_manual_name_every_record_and_option() {
 }
 
 #[test]
+fn without_a_command_it_shows_its_help_and_fails() {
+    let output = Command::new(env!("CARGO_BIN_EXE_mmun")).output().unwrap();
+    let help = text(&output.stderr);
+    assert!(help.contains("Usage: mmun") && help.contains("Examples:") && help.contains("coverage"), "{help}");
+    assert_eq!((output.status.code(), output.stdout.len()), (Some(125), 0));
+}
+
+#[test]
+fn manual_pages_are_written_to_a_folder() {
+    let (folder, mmun) = (scratch("man"), env!("CARGO_BIN_EXE_mmun"));
+    let man = |folder: &std::path::Path| Command::new(mmun).arg("man").arg(folder).output().unwrap();
+    let output = man(&folder.join("man1"));
+    assert!(output.status.success() && output.stdout.is_empty(), "{}", text(&output.stderr));
+    let mut names: Vec<_> =
+        std::fs::read_dir(folder.join("man1")).unwrap().map(|file| file.unwrap().file_name()).collect();
+    names.sort();
+    let pages = ["mmun-completions.1", "mmun-coverage.1", "mmun-doctor.1", "mmun-man.1", "mmun-trace.1", "mmun.1"];
+    assert_eq!(names, pages);
+    let page = |name| std::fs::read_to_string(folder.join("man1").join(name)).unwrap();
+    assert!(pages.iter().all(|name| page(name).contains(&format!(".TH {} 1 ", name.trim_end_matches(".1")))));
+    // A file is in the way.
+    let output = man(&folder.join("man1/mmun.1"));
+    let line = text(&output.stderr);
+    assert!(line.starts_with("mmun: write on ") && line.contains("mmun.1: ") && line.lines().count() == 1, "{line}");
+    assert_eq!(output.status.code(), Some(125));
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+#[test]
+fn events_are_chosen_by_options_that_add_up() {
+    let kinds = |options: &[&str]| {
+        let (_, records) = traced(options, "ls / > /dev/null");
+        let mut events: Vec<String> =
+            of_kind(&records, "start").map(|record| record["event"].as_str().unwrap().to_owned()).collect();
+        events.sort();
+        events.dedup();
+        events
+    };
+    assert_eq!(kinds(&["-e", "unmap", "-e", "protection_vma"]), ["protection_vma", "unmap"]);
+    assert_eq!(kinds(&["-e", "unmap,protection_vma", "-e", "!unmap"]), ["protection_vma"]);
+}
+
+#[test]
 fn a_reader_that_is_slow_loses_nothing() {
     let mut command = trace();
     command.args(["--json", "sh", "-c", "for i in 1 2 3 4 5; do ls / > /dev/null; done"]).stderr(Stdio::piped());

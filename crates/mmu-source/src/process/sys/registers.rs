@@ -1,5 +1,7 @@
 //! The registers of a stopped task.
 
+use std::io;
+
 use super::super::{Pid, Registers};
 
 /// Where a stopped tracee of this thread is; `None` if it is none, or not stopped.
@@ -19,4 +21,18 @@ pub(in super::super) fn registers(tid: Pid) -> Option<Registers> {
 #[cfg(not(target_arch = "x86_64"))]
 pub(in super::super) fn registers(_: Pid) -> Option<Registers> {
     None
+}
+
+/// Makes the kernel skip the call that a tracee stands before: it fails with `ENOSYS`.
+///
+/// Without a call number the result is what stands there already, `ENOSYS`.
+#[cfg(target_arch = "x86_64")]
+pub(in super::super) fn skip_call(tid: Pid) -> io::Result<Option<()>> {
+    let number = 8 * libc::ORIG_RAX as usize;
+    super::unless_gone(super::ptrace(libc::PTRACE_POKEUSER, tid, number, usize::MAX).map(drop))
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+pub(in super::super) fn skip_call(_: Pid) -> io::Result<Option<()>> {
+    Err(io::ErrorKind::Unsupported.into())
 }

@@ -2,24 +2,39 @@
 
 use std::collections::HashMap;
 use std::marker::PhantomData;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use super::super::proc;
 use super::super::sys::{self, Resume, Stop, Wait};
-use super::{Observer, Pid, Tracer};
+use super::{Life, Observer, Pid, Scope, TaskEvent, Tracer};
+
+/// How long a tracee that was asked to stop may take, if it does not sleep where nothing can stop it.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// How long a tracee may take that does.
+const DISK: Duration = Duration::from_millis(50);
 
 impl<O: Observer> Tracer<O> {
     /// Lets go of everybody: closes every bracket, lets every task leave, and detaches the tracees that have no filter.
     ///
-    /// The others are the [`Keeper`]'s: a task with a filter and without a tracer has its memory calls refused (`ENOSYS`).
+    /// The others are the [`Keeper`]'s: a task with a filter and without a tracer has its memory calls refused (`ENOSYS`). So is
+    /// a task that cannot be stopped at once, such as a parent that waits in `vfork` for its child, or a frozen one. If its
+    /// tracer's thread ends, the kernel lets go of it.
     /// Pending signals and job control stops stay as they are.
     ///
     /// # Blocking
-    /// Sleeps until each tracee without a filter has stopped, those apart that wait in `vfork` for their child.
+    /// Sleeps until each tracee without a filter has stopped that can, two seconds at most.
     pub fn detach(mut self) -> (O, Keeper) {
         let mut tids: Vec<Pid> = self.tasks.keys().copied().collect();
         tids.sort_unstable();
         for tid in &tids {
+            let lives = self.tasks.get(tid).filter(|tracee| matches!(tracee.life, Life::In(..)));
+            let lives = lives.map(|tracee| (tracee.task, tracee.mm().clone()));
             self.depart(*tid, "detach");
+            if let Some((task, mm)) = lives {
+                let _scope = Scope::new(task, "detach", None);
+                self.observer.event(&TaskEvent::Detach { task, mm: &mm });
+            }
         }
         let kept = |filtered, in_vfork| Kept { filtered, in_vfork };
         let mut tasks: HashMap<Pid, Kept> =
@@ -35,7 +50,7 @@ impl<O: Observer> Tracer<O> {
         }
         // One that has died is not waited for: the end of a first thread is reported only after that of all the others.
         keeper.tasks.retain(|tid, kept| kept.filtered || kept.in_vfork || matches!(sys::interrupt(*tid), Ok(Some(()))));
-        while keeper.tasks.values().any(|kept| !kept.filtered && !kept.in_vfork) && keeper.step() {}
+        keeper.let_go();
         (self.observer, keeper)
     }
 }
@@ -59,6 +74,31 @@ struct Kept {
 }
 
 impl Keeper {
+    /// Detaches the tracees without a filter, which were asked to stop, as they stop. Those that cannot are left.
+    fn let_go(&mut self) {
+        let begun = Instant::now();
+        let mut nap = Duration::from_micros(50);
+        while self.tasks.values().any(|kept| !kept.filtered && !kept.in_vfork) {
+            match sys::poll() {
+                // No wait with a limit exists for tracees.
+                Ok(Wait::Interrupted) if self.may_stop_soon(begun.elapsed()) => {
+                    thread::sleep(nap);
+                    nap = (nap * 2).min(Duration::from_millis(5));
+                }
+                Ok(event @ (Wait::Stopped(..) | Wait::Ended(..))) => self.serve_one(event),
+                Ok(Wait::Interrupted | Wait::Nobody) | Err(_) => return,
+            }
+        }
+    }
+
+    /// Tells whether one of the tracees without a filter may yet stop, after this time.
+    fn may_stop_soon(&self, waited: Duration) -> bool {
+        let sleeps_deep = |tid| proc::state(tid) == Some(b'D');
+        let mut rest = self.tasks.iter().filter(|(_, kept)| !kept.filtered && !kept.in_vfork);
+        // Waiting for a disk looks the same, and is over in less.
+        waited < DISK || waited < PATIENCE && rest.any(|(tid, _)| !sleeps_deep(*tid))
+    }
+
     /// Tells whether there is anybody to serve.
     pub fn is_needed(&self) -> bool {
         !self.tasks.is_empty()
@@ -80,12 +120,18 @@ impl Keeper {
     fn step(&mut self) -> bool {
         let event = if self.tasks.is_empty() { sys::wait_for_unknown() } else { sys::wait() };
         match event {
-            Ok(Wait::Stopped(tid, stop)) => self.pass(tid, stop),
-            Ok(Wait::Ended(tid, _)) => drop(self.tasks.remove(&tid)),
-            Ok(Wait::Interrupted) => {}
             Ok(Wait::Nobody) | Err(_) => return false,
+            Ok(event) => self.serve_one(event),
         }
         true
+    }
+
+    fn serve_one(&mut self, event: Wait) {
+        match event {
+            Wait::Stopped(tid, stop) => self.pass(tid, stop),
+            Wait::Ended(tid, _) => drop(self.tasks.remove(&tid)),
+            Wait::Interrupted | Wait::Nobody => {}
+        }
     }
 
     /// Lets a task go on from a stop: for good if it has no filter.
@@ -101,7 +147,7 @@ impl Keeper {
         // Its child is traced as well, and stops before it runs. One that has stopped already was let go of.
         if let (Resume::Detach, Stop::NewTask(_)) = (how, stop)
             && let Ok(Some(child)) = sys::event_message(tid, stop)
-            && proc::tracer_of(child as Pid) == Some(sys::this_thread())
+            && matches!(sys::interrupt(child as Pid), Ok(Some(())))
         {
             self.tasks.entry(child as Pid).or_insert(Kept { filtered: false, in_vfork: false });
         }

@@ -1,4 +1,4 @@
-//! How tracing begins: spawn and attach.
+//! How tracing begins with a program that is spawned.
 
 use std::os::fd::AsRawFd;
 use std::ptr;
@@ -9,8 +9,8 @@ use super::super::command::Layout;
 use super::super::space::{Break, Space};
 use super::super::sys::{self, Child, Resume, Step, Stop, Wait};
 use super::super::task::Tracee;
-use super::super::{Command, filter, proc};
-use super::{Error, Observer, Options, Pid, Scope, Task, TaskEvent, Tracer, kernel, resume};
+use super::super::{Command, filter};
+use super::{Error, Observer, Options, Pid, Scope, Task, TaskEvent, Tracer, resume};
 
 impl<O: Observer> Tracer<O> {
     /// Starts a program under the tracer and returns its process.
@@ -81,73 +81,8 @@ impl<O: Observer> Tracer<O> {
         Ok(pid)
     }
 
-    /// Traces a process that runs already, with all its threads. Every system call of it stops.
-    ///
-    /// The observer is told of its threads at once. Each of them is seen from its first stop on, which [`Tracer::run`] serves: a
-    /// call that it is in until then is not seen.
-    ///
-    /// # Errors
-    /// [`Error::Attach`]: `ESRCH` if there is no such process, `EPERM` if tracing it is refused or it is traced already; of the kind
-    /// [`io::ErrorKind::InvalidInput`], without a number, if it is a thread of another process, which the message names.
-    pub fn attach(&mut self, pid: Pid) -> Result<(), Error> {
-        let refused = |source| Error::Attach { pid, source };
-        match proc::thread_group(pid) {
-            Some(group) if group == pid => {}
-            Some(group) => {
-                let what = format!("{pid} is a thread of process {group}");
-                return Err(refused(io::Error::new(io::ErrorKind::InvalidInput, what)));
-            }
-            None => return Err(refused(io::Error::from_raw_os_error(libc::ESRCH))),
-        }
-        let options = ptrace_options(self.options, false);
-        let mut space = None;
-        let mut seen = Vec::new();
-        // A thread that was not traced yet can have made another one meanwhile: look until there is nothing new.
-        loop {
-            let mut new: Vec<Pid> = proc::threads(pid);
-            new.retain(|tid| !seen.contains(tid));
-            if new.is_empty() {
-                break;
-            }
-            for tid in new {
-                seen.push(tid);
-                match sys::seize(tid, options) {
-                    Ok(()) => {}
-                    // Made by a thread that is traced by now.
-                    Err(_) if self.tasks.contains_key(&tid) || is_ours(tid) => continue,
-                    Err(error) if error.raw_os_error() == Some(libc::ESRCH) => continue,
-                    // A leader that has ended while its threads go on cannot be traced and need not be.
-                    Err(error) if proc::has_ended(tid) => {
-                        drop(error);
-                        continue;
-                    }
-                    Err(error) if space.is_none() => return Err(refused(error)),
-                    Err(source) => return Err(Error::Kernel { call: "PTRACE_SEIZE", tid: Some(tid), source }),
-                }
-                let space = space.get_or_insert_with(|| self.space_of(tid));
-                let space = Rc::clone(space);
-                self.begin(Task { pid, tid }, space, false, "attach");
-                self.appear(tid);
-                sys::interrupt(tid).map_err(kernel("PTRACE_INTERRUPT", tid))?;
-            }
-        }
-        if space.is_none() && !self.tasks.values().any(|tracee| tracee.task.pid == pid) {
-            return Err(refused(io::Error::from_raw_os_error(libc::ESRCH)));
-        }
-        Ok(())
-    }
-
-    /// The address space of a task to attach to: one that is known already if it shares that one's memory.
-    fn space_of(&self, tid: Pid) -> Rc<Space> {
-        let sharer = self
-            .tasks
-            .values()
-            .find(|tracee| tracee.space().is_some() && sys::same_memory(tid, tracee.task.tid) == Some(true));
-        sharer.and_then(|tracee| tracee.space().cloned()).unwrap_or_else(|| Rc::new(Space::new(Break::default())))
-    }
-
     /// Puts a task in the table that has no parent there.
-    fn begin(&mut self, task: Task, space: Rc<Space>, filtered: bool, cause: &'static str) {
+    pub(super) fn begin(&mut self, task: Task, space: Rc<Space>, filtered: bool, cause: &'static str) {
         let is_new = !self.tasks.values().any(|tracee| tracee.mm() == &*space.mm);
         self.tasks.insert(task.tid, Tracee::fresh(task, Rc::clone(&space), filtered));
         if is_new {
@@ -171,7 +106,7 @@ fn until_exec(pid: Pid) -> Result<bool, Error> {
     }
 }
 
-fn ptrace_options(options: Options, filter: bool) -> i32 {
+pub(super) fn ptrace_options(options: Options, filter: bool) -> i32 {
     let mut bits = libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_TRACEEXEC | libc::PTRACE_O_TRACEEXIT;
     if options.follow {
         bits |= libc::PTRACE_O_TRACEFORK | libc::PTRACE_O_TRACEVFORK | libc::PTRACE_O_TRACECLONE;
@@ -185,11 +120,6 @@ fn ptrace_options(options: Options, filter: bool) -> i32 {
 /// Null-terminated pointers to strings of `layout`, which must outlive them.
 fn pointers(layout: &Layout, strings: fn(&Layout) -> &Vec<std::ffi::CString>) -> Vec<*const libc::c_char> {
     strings(layout).iter().map(|string| string.as_ptr()).chain(iter::once(ptr::null())).collect()
-}
-
-/// Tells whether a task is traced by this thread already.
-fn is_ours(tid: Pid) -> bool {
-    proc::tracer_of(tid) == Some(sys::this_thread())
 }
 
 fn exec_error(command: &Command, source: io::Error) -> Error {

@@ -2,8 +2,10 @@
 //!
 //! Each case makes calls and prints what it did, so that a test can compare that with what the source saw.
 
+mod again;
 mod calls;
 mod life;
+mod odd;
 mod script;
 mod sys;
 
@@ -36,6 +38,16 @@ fn main() {
         Some("forks-and-dies") => life::forks_and_dies(number(1)),
         Some("killed-cloning") => life::killed_cloning(number(1)),
         Some("fork-loop") => life::fork_loop(number(1)),
+        Some("interrupted") => again::interrupted(number(1)),
+        Some("interrupted-twice") => again::interrupted_twice(),
+        Some("gives-up") => again::gives_up(),
+        Some("dies-in-handler") => again::dies_in_its_handler(),
+        Some("hidden-fork") => odd::hidden(life::fork_once),
+        Some("hidden-advice") => odd::hidden(odd::advice_on_itself),
+        Some("hidden-storm") => odd::hidden(|| life::storm(number(1))),
+        Some("own-filter") => odd::own_filter(),
+        Some("exec-loop") => odd::exec_loop(number(1)),
+        Some("waits-in-vfork") => odd::waits_in_vfork(&args[1]),
         Some("segfault") => life::segfault(),
         Some("exit") => std::process::exit(number(1) as i32),
         other => panic!("no such case: {other:?}"),

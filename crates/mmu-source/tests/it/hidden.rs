@@ -1,0 +1,119 @@
+//! What a tracer may not read: memory and `/proc` of a program that is closed to it.
+
+use std::sync::mpsc;
+use std::thread;
+
+use mmu_source::process::{ExitStatus, Options};
+use testkit::{Cap, require};
+
+use crate::log::{Record, Recorder, Trace, hex, trace_with};
+
+/// Runs in a thread without the privilege to look into other processes, which what it starts does not have either.
+fn without_privilege<T: Send + 'static>(run: impl FnOnce() -> T + Send + 'static) -> T {
+    let (done, result) = mpsc::channel();
+    let thread = thread::spawn(move || {
+        give_up_ptrace();
+        done.send(run()).expect("the test waits");
+    });
+    match result.recv() {
+        Ok(value) => value,
+        Err(_) => std::panic::resume_unwind(thread.join().expect_err("it sent nothing")),
+    }
+}
+
+/// Takes `CAP_SYS_PTRACE` from this thread, for good. An ordinary user has none.
+fn give_up_ptrace() {
+    const CAP_SYS_PTRACE: u32 = 19;
+    const VERSION_3: u32 = 0x2008_0522;
+    // Version and thread (0 is this one), then the sets effective, permitted and inheritable of the low 32 and of the high 32.
+    let header = [VERSION_3, 0];
+    let mut sets = [[0_u32; 3]; 2];
+    // SAFETY: this option takes integers. An ordinary user may not, and need not.
+    unsafe { libc::prctl(libc::PR_CAPBSET_DROP, CAP_SYS_PTRACE as libc::c_ulong, 0, 0, 0) };
+    // SAFETY: reads the header and fills both sets, which have the layout of version 3.
+    assert_eq!(unsafe { libc::syscall(libc::SYS_capget, header.as_ptr(), sets.as_mut_ptr()) }, 0);
+    for set in &mut sets[0] {
+        *set &= !(1 << CAP_SYS_PTRACE);
+    }
+    // SAFETY: as above; it reads both.
+    assert_eq!(unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()) }, 0);
+}
+
+fn trace_hidden(seccomp: bool, args: &'static [&'static str]) -> Trace {
+    without_privilege(move || {
+        let mut options = Options::default();
+        options.seccomp = seccomp;
+        trace_with(options, Recorder::new(), args)
+    })
+}
+
+#[test]
+fn children_of_a_program_that_cannot_be_read_are_in_address_spaces_of_their_own() {
+    if !require(Cap::Ptrace) || !require(Cap::SeccompTrace) {
+        return;
+    }
+    for seccomp in [true, false] {
+        let trace = trace_hidden(seccomp, &["hidden-fork"]);
+        assert_eq!(trace.status, ExitStatus::Code(0), "{}", trace.stdout);
+        let forks = trace.records.iter().filter_map(|record| match record {
+            Record::Fork { task, child, mm, child_mm } => Some((task, child, mm, child_mm)),
+            _ => None,
+        });
+        let forks: Vec<_> = forks.collect();
+        assert_eq!(forks.len(), 4);
+        for (words, (_, child, mm, child_mm)) in trace.said("child").into_iter().zip(forks) {
+            assert_eq!((words[0], words[1]), (child.tid.to_string().as_str(), "0"));
+            assert_ne!(mm, child_mm, "{words:?}: nothing says that it shares");
+            let told =
+                |mm| trace.ends().any(|(part, _)| part.task == *child && part.cause == "munmap" && part.mm == mm);
+            assert!(told(*child_mm), "{words:?}");
+            // That it copied the memory is known of these; of the call whose flags lie in memory it may have shared it.
+            assert_eq!(told(*mm), words[2] == "clone3", "{words:?}");
+        }
+    }
+}
+
+#[test]
+fn advice_of_a_program_that_cannot_be_read_is_told_as_everything_it_could_be() {
+    if !require(Cap::Ptrace) || !require(Cap::Numa) {
+        return;
+    }
+    let trace = trace_hidden(true, &["hidden-advice"]);
+    assert_eq!(trace.status, ExitStatus::Code(0), "{}", trace.stdout);
+    for (cause, event) in [("process_madvise", "clear"), ("move_pages", "migrate")] {
+        let words = &trace.said(cause)[0];
+        let (start, end, result) = (hex(words[0]), hex(words[1]), words[2].parse().ok());
+        let told = trace.ends().any(|(part, told)| {
+            (part.cause, part.event, told) == (cause, event, result)
+                && part.start <= start
+                && (part.end == 0 || end <= part.end)
+        });
+        assert!(told, "{cause} {words:?}");
+    }
+}
+
+#[test]
+fn many_children_of_a_program_that_cannot_be_read_all_run() {
+    if !require(Cap::Ptrace) {
+        return;
+    }
+    for seccomp in [true, false] {
+        let trace = trace_hidden(seccomp, &["hidden-storm", "100"]);
+        assert_eq!((trace.stdout.as_str(), trace.status), ("failed 0\n", ExitStatus::Code(0)));
+    }
+}
+
+#[test]
+fn a_filter_of_the_programs_own_that_asks_for_a_tracer_finds_none() {
+    if !require(Cap::Ptrace) || !require(Cap::SeccompTrace) {
+        return;
+    }
+    for seccomp in [true, false] {
+        let mut options = Options::default();
+        options.seccomp = seccomp;
+        let trace = trace_with(options, Recorder::new(), &["own-filter"]);
+        let refused = -libc::ENOSYS;
+        assert_eq!(trace.stdout, format!("mprotect {refused}\ngetppid {refused}\n"), "with our filter: {seccomp}");
+        assert_eq!(trace.status, ExitStatus::Code(0));
+    }
+}

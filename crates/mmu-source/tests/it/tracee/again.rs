@@ -1,0 +1,104 @@
+//! Calls that a signal interrupts, so that the kernel makes them again. The test sends the signal.
+
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+
+use libc::{PROT_READ, PROT_WRITE, c_int, c_long, c_void, siginfo_t, ucontext_t};
+
+use crate::sys::{self, PAGE, call, map, munmap};
+
+type Handler = extern "C" fn(c_int, *mut siginfo_t, *mut c_void);
+
+static RUNS: AtomicU64 = AtomicU64::new(0);
+static CHILD: AtomicI64 = AtomicI64::new(0);
+
+/// Sets the handler of the signal that the test sends, and says which signal that is.
+fn handle(handler: Handler) {
+    let signal = libc::SIGRTMIN() + 5;
+    // SAFETY: zero is a valid value of each field.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_sigaction = handler as libc::sighandler_t;
+    action.sa_flags = libc::SA_SIGINFO | libc::SA_NODEFER;
+    // SAFETY: the action is complete; the handlers of this file make system calls and use atomics, nothing else.
+    assert_eq!(unsafe { libc::sigaction(signal, &action, std::ptr::null_mut()) }, 0);
+    println!("signal {signal}");
+}
+
+fn unmap_a_page() {
+    let at = map(PAGE, PROT_READ | PROT_WRITE);
+    assert_eq!(munmap(at, PAGE), 0);
+}
+
+fn fork_with(number: c_long) -> i64 {
+    let args = [0, 0, 0, 0, libc::SIGCHLD as u64, 0, 0, 0];
+    let child = match number {
+        libc::SYS_clone3 => call(number, &[sys::address(&args), size_of_val(&args) as u64]),
+        libc::SYS_clone => call(number, &[libc::SIGCHLD as u64, 0, 0, 0, 0]),
+        _ => call(number, &[]),
+    };
+    if child == 0 {
+        call(libc::SYS_exit_group, &[0]);
+    }
+    child
+}
+
+extern "C" fn count_and_unmap(_: c_int, _: *mut siginfo_t, _: *mut c_void) {
+    RUNS.fetch_add(1, Ordering::Relaxed);
+    unmap_a_page();
+}
+
+/// Forks by the call of this number; its handler unmaps a page.
+pub(crate) fn interrupted(number: u64) {
+    handle(count_and_unmap);
+    let child = fork_with(number as c_long);
+    println!("child {child} {} {}", sys::wait(child as i32, 0), RUNS.load(Ordering::Relaxed));
+}
+
+extern "C" fn count_and_fork(_: c_int, _: *mut siginfo_t, _: *mut c_void) {
+    // The second signal comes in the fork of the first one's handler.
+    if RUNS.fetch_add(1, Ordering::Relaxed) == 0 {
+        CHILD.store(fork_with(libc::SYS_fork), Ordering::Relaxed);
+    } else {
+        unmap_a_page();
+    }
+}
+
+/// Forks, and forks in the handler, each of which is interrupted.
+pub(crate) fn interrupted_twice() {
+    handle(count_and_fork);
+    let outer = fork_with(libc::SYS_fork);
+    let inner = CHILD.load(Ordering::Relaxed);
+    let wait = |child| sys::wait(child as i32, 0);
+    println!("children {outer} {inner} {} {}", wait(outer) | wait(inner), RUNS.load(Ordering::Relaxed));
+}
+
+/// Stands further up on the stack than the call that was interrupted, and never returns.
+extern "C" fn elsewhere() -> ! {
+    unmap_a_page();
+    call(libc::SYS_exit_group, &[5]);
+    unreachable!("exit_group returned")
+}
+
+extern "C" fn jump(_: c_int, _: *mut siginfo_t, context: *mut c_void) {
+    let context = context.cast::<ucontext_t>();
+    // SAFETY: the kernel passes a context that lives as long as the handler runs, which alone uses it.
+    let registers = unsafe { &mut (*context).uc_mcontext.gregs };
+    registers[libc::REG_RIP as usize] = elsewhere as *const () as i64;
+    // As after a call: the frames that are overwritten are not used any more.
+    registers[libc::REG_RSP as usize] = ((registers[libc::REG_RSP as usize] + 0x800) & !15) - 8;
+}
+
+/// Forks, and leaves the handler by a jump, as `siglongjmp` does: the fork is not made again.
+pub(crate) fn gives_up() {
+    handle(jump);
+    fork_with(libc::SYS_fork);
+}
+
+extern "C" fn die(_: c_int, _: *mut siginfo_t, _: *mut c_void) {
+    call(libc::SYS_exit_group, &[6]);
+}
+
+/// Forks, and ends in the handler.
+pub(crate) fn dies_in_its_handler() {
+    handle(die);
+    fork_with(libc::SYS_fork);
+}

@@ -1,0 +1,96 @@
+//! What makes a program harder to trace: memory that is closed, filters of its own, threads that execute, a wait in `vfork`.
+
+use std::ffi::CString;
+use std::os::unix::process::CommandExt;
+use std::{env, process, ptr, thread};
+
+use libc::{BPF_ABS, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W, PROT_READ, PROT_WRITE, c_long, sock_filter};
+
+use crate::sys::{self, PAGE, call, map, touch};
+
+/// Runs `case` with memory that a tracer without privilege may not read, as that of a program that may be executed and not read.
+pub(crate) fn hidden(case: impl FnOnce()) {
+    assert_eq!(call(libc::SYS_prctl, &[libc::PR_SET_DUMPABLE as u64, 0]), 0);
+    case();
+}
+
+/// Gives up pages by calls that name this process.
+pub(crate) fn advice_on_itself() {
+    let arena = map(4 * PAGE, PROT_READ | PROT_WRITE);
+    touch(arena, 4 * PAGE);
+    let own = call(libc::SYS_pidfd_open, &[u64::from(process::id()), 0]) as u64;
+    let vector = [arena, 2 * PAGE];
+    let advice = libc::MADV_PAGEOUT as u64;
+    let result = call(libc::SYS_process_madvise, &[own, sys::address(&vector), 1, advice, 0]);
+    println!("process_madvise {arena:#x} {:#x} {result}", arena + 2 * PAGE);
+    let (pages, nodes, mut status) = ([arena], [0_i32], [0_i32]);
+    let pid = u64::from(process::id());
+    let (pages, nodes) = (sys::address(&pages), sys::address(&nodes));
+    let result = call(libc::SYS_move_pages, &[pid, 1, pages, nodes, sys::address_mut(&mut status), 2]);
+    println!("move_pages {arena:#x} {:#x} {result}", arena + PAGE);
+}
+
+/// Installs a filter that asks for a tracer at a memory call and at another one, and makes both.
+pub(crate) fn own_filter() {
+    const fn statement(code: u32, k: u32) -> sock_filter {
+        sock_filter { code: code as u16, jt: 0, jf: 0, k }
+    }
+    let found = |number: c_long, distance| {
+        let test = statement(BPF_JMP | BPF_JEQ | BPF_K, number as u32);
+        sock_filter { jt: distance, ..test }
+    };
+    let filter = [
+        statement(BPF_LD | BPF_W | BPF_ABS, 0),
+        found(libc::SYS_mprotect, 2),
+        found(libc::SYS_getppid, 1),
+        statement(BPF_RET | BPF_K, libc::SECCOMP_RET_ALLOW),
+        statement(BPF_RET | BPF_K, libc::SECCOMP_RET_TRACE | 77),
+    ];
+    let at = map(PAGE, PROT_READ | PROT_WRITE);
+    assert_eq!(call(libc::SYS_prctl, &[libc::PR_SET_NO_NEW_PRIVS as u64, 1, 0, 0, 0]), 0);
+    let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_ptr().cast_mut() };
+    assert_eq!(call(libc::SYS_seccomp, &[libc::SECCOMP_SET_MODE_FILTER as u64, 0, sys::address(&program)]), 0);
+    let protected = call(libc::SYS_mprotect, &[at, PAGE, PROT_READ as u64]);
+    let parent = call(libc::SYS_getppid, &[]);
+    println!("mprotect {protected}");
+    println!("getppid {parent}");
+}
+
+/// A process with many threads, of which one that is not the first executes the program anew, again and again.
+pub(crate) fn exec_loop(left: u64) {
+    if left == 0 {
+        process::exit(4);
+    }
+    let spawn = |run: fn()| thread::Builder::new().stack_size(1 << 16).spawn(run);
+    for _ in 0..40 {
+        spawn(thread::park).expect("a thread");
+    }
+    let executing = thread::spawn(move || {
+        let itself = env::current_exe().expect("the program has a path");
+        process::Command::new(itself).args(["exec-loop", &(left - 1).to_string()]).exec()
+    });
+    println!("{:?}", executing.join());
+}
+
+/// Starts a child that shares its memory until somebody opens the named pipe at `path` for writing.
+pub(crate) fn waits_in_vfork(path: &str) {
+    let path = CString::new(path).expect("a path");
+    let program = c"/bin/true";
+    let argv = [program.as_ptr().cast_mut(), ptr::null_mut()];
+    let mut actions = std::mem::MaybeUninit::uninit();
+    println!("ready");
+    // SAFETY: initialises what is passed.
+    assert_eq!(unsafe { libc::posix_spawn_file_actions_init(actions.as_mut_ptr()) }, 0);
+    // SAFETY: initialised above; the path is a live string.
+    let added =
+        unsafe { libc::posix_spawn_file_actions_addopen(actions.as_mut_ptr(), 9, path.as_ptr(), libc::O_RDONLY, 0) };
+    assert_eq!(added, 0);
+    let mut child = 0;
+    let (actions, environment) = (actions.as_ptr(), [ptr::null_mut()]);
+    // SAFETY: initialised above; strings and lists of strings that live across the call.
+    let spawned = unsafe {
+        libc::posix_spawn(&mut child, program.as_ptr(), actions, ptr::null(), argv.as_ptr(), environment.as_ptr())
+    };
+    assert_eq!(spawned, 0);
+    println!("waited {}", sys::wait(child, 0));
+}

@@ -1,0 +1,90 @@
+//! Programs and machines that do not say everything: `/proc` that hides or is not there, programs that may not be read.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde_json::Value;
+use testkit::{Cap, require};
+
+use crate::support::{check, of_kind, parse, text, within};
+
+const NOBODY: &str = "65534";
+
+/// A folder that everybody can enter, with a copy of `mmun` and a shell that may be executed and not read.
+struct Open(PathBuf);
+
+impl Open {
+    fn new(name: &str) -> Open {
+        let folder = std::env::temp_dir().join(format!("mmun-{name}-{}", std::process::id()));
+        fs::create_dir(&folder).unwrap();
+        fs::set_permissions(&folder, fs::Permissions::from_mode(0o777)).unwrap();
+        for (from, to, mode) in
+            [(Path::new(env!("CARGO_BIN_EXE_mmun")), "mmun", 0o755), (Path::new("/bin/sh"), "sh", 0o711)]
+        {
+            fs::copy(from, folder.join(to)).unwrap();
+            fs::set_permissions(folder.join(to), fs::Permissions::from_mode(mode)).unwrap();
+        }
+        Open(folder)
+    }
+
+    /// Runs `mmun trace` as nobody where `setup` has changed the mounts, and the shell under it.
+    fn trace(&self, setup: &str, script: &str) -> (Output, Vec<Value>) {
+        let path = self.0.join("trace.json");
+        let [mmun, shell] = ["mmun", "sh"].map(|name| self.0.join(name));
+        let mut command = Command::new("unshare");
+        let nobody = "exec setpriv --reuid=$0 --regid=$0 --clear-groups -- \"$@\"";
+        command.args(["-m", "sh", "-c", &format!("{setup} && {nobody}"), NOBODY]).arg(mmun);
+        command.args(["trace", "--json", "-o"]).arg(&path).arg("--").arg(shell).args(["-c", script]);
+        let output = stopping_all("mmun trace", command);
+        let records = parse(&fs::read_to_string(&path).unwrap());
+        check(&records);
+        (output, records)
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Runs a command in a process group of its own, which is killed if it does not end.
+fn stopping_all(what: &str, mut command: Command) -> Output {
+    let child = command.process_group(0).stdout(std::process::Stdio::piped()).spawn().unwrap();
+    let group = child.id();
+    let ended = std::panic::catch_unwind(|| within(what, move || child.wait_with_output().unwrap()));
+    ended.unwrap_or_else(|panic| {
+        // SAFETY: takes integers; the group is this test's own.
+        unsafe { libc::kill(-(group as i32), libc::SIGKILL) };
+        std::panic::resume_unwind(panic)
+    })
+}
+
+/// Four shells that each make 40 children, and say how many ended well.
+const FORKS: &str =
+    "w() { n=0; i=0; while [ $i -lt 40 ]; do (exit 3); [ $? = 3 ] && n=$((n+1)); i=$((i+1)); done; echo $n; }
+w & w & w & w & wait";
+
+#[test]
+fn every_child_runs_and_is_told_whatever_proc_says() {
+    if !require(Cap::Root)
+        || !require(Cap::Ptrace)
+        || !require(Cap::Program("unshare"))
+        || !require(Cap::Program("setpriv"))
+    {
+        return;
+    }
+    let open = Open::new("hidden");
+    let hide = |option: &str| format!("mount -t proc -o hidepid={option} proc /proc");
+    for setup in ["umount -l /proc", "mount -t tmpfs none /proc", &hide("1"), &hide("2"), &hide("4"), "true"] {
+        let (output, records) = open.trace(setup, FORKS);
+        assert_eq!((text(&output.stdout), output.status.code()), ("40\n40\n40\n40\n", Some(0)), "{setup}");
+        // The shell forks for each child, and for the four.
+        assert_eq!(of_kind(&records, "fork").count(), 164, "{setup}");
+        // Each is in an address space of its own: as many as the shells, the children, and the first program.
+        assert_eq!(of_kind(&records, "mm_new").count(), 165, "{setup}");
+    }
+}
