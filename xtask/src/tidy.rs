@@ -14,7 +14,7 @@ const MAX_LINES: usize = 600;
 const LAYERS: &[(&str, &[&str])] = &[
     ("srcu", &[]),
     ("mmu-notifier", &["srcu"]),
-    ("mmu-source", &["mmu-notifier"]),
+    ("mmu-source", &["srcu", "mmu-notifier"]),
     ("regcache", &["mmu-notifier", "mmu-source"]),
     ("mmun-capi", &["mmu-notifier", "mmu-source", "regcache"]),
     ("mmun-dropin", &["mmu-notifier", "mmu-source"]),

@@ -117,7 +117,7 @@ use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, OnceLock};
-use std::thread::{JoinHandle, Thread};
+use std::thread::Thread;
 use sys::{ProgressPage, Shared};
 use wait::Waits;
 
@@ -126,7 +126,6 @@ pub struct Kernel {
     inner: Arc<Inner>,
     /// `None` once this is being dropped.
     vault: Option<Vault<Machines>>,
-    thread: Option<JoinHandle<()>>,
 }
 
 /// What the threads of the source share.
@@ -320,13 +319,12 @@ fn kernel_error(call: &'static str, source: io::Error) -> Error {
 impl Drop for Kernel {
     /// Closes all descriptors, and waits for that, but for no callback: the thread that runs one ends after it.
     fn drop(&mut self) {
-        let (vault, thread) = (self.vault.take(), self.thread.take());
+        let vault = self.vault.take();
         if self.inner.is_inherited() {
-            // The threads are the parent's. There is nothing here to join or to detach.
+            // The vault's thread is the parent's.
             if let Some(vault) = vault {
                 vault.abandon();
             }
-            std::mem::forget(thread);
             self.inner.leave_to_parent();
             return;
         }

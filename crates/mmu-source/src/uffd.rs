@@ -38,21 +38,20 @@ use crate::Error;
 use crate::current_mm::current_ref;
 use crate::fork::{marks, running};
 use crate::kernel::sys as wait;
-use crate::signals;
 use mmu_notifier::{Event, Va, VaRange};
 use queue::Queue;
+use srcu::Thread;
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
 use sys::Message;
 
 /// The source, while any handle of it is alive.
 pub struct Uffd {
     inner: Arc<Inner>,
-    threads: Vec<JoinHandle<()>>,
+    threads: Vec<Thread>,
 }
 
 struct Inner {
@@ -126,9 +125,9 @@ impl Uffd {
         // A child that is forked just before this keeps the memory registered, if it lives on, though this source may end.
         sys::let_go_in_children(inner.uffd.as_fd(), inner.reader.as_fd());
         let mut uffd = Self { inner, threads: Vec::with_capacity(2) };
-        for (name, run) in [("mmu-uffd-read", Inner::read as fn(&Inner)), ("mmu-uffd-tell", Inner::tell)] {
+        for (name, run) in [(c"mmu-uffd-read", Inner::read as fn(&Inner)), (c"mmu-uffd-tell", Inner::tell)] {
             let inner = Arc::clone(&uffd.inner);
-            let thread = signals::without(|| thread::Builder::new().name(name.to_owned()).spawn(move || run(&inner)));
+            let thread = Thread::spawn(name, move || run(&inner));
             let thread = thread.map_err(|source| Error::Kernel { call: "start of a thread", tid: None, source })?;
             uffd.threads.push(thread);
         }
@@ -169,7 +168,7 @@ impl Uffd {
         if inner.is_inherited() {
             return Err(Error::AfterFork { source: "uffd" });
         }
-        if self.threads.iter().any(|thread| thread.thread().id() == thread::current().id()) {
+        if self.threads.iter().any(Thread::is_current) {
             return Err(Error::InCallback { source: "uffd" });
         }
         self.ask();
@@ -310,20 +309,18 @@ impl Drop for Uffd {
         // The callbacks end first, and the reader serves what they change. The descriptor goes before the reader, which may need the
         // allocator to end: from then on nobody waits for it.
         let mut threads = threads.into_iter().rev();
-        let end = |thread: Option<JoinHandle<()>>| {
-            // A callback that drops the last handle runs on the thread itself.
-            drop(thread.filter(|thread| thread.thread().id() != thread::current().id()).map(JoinHandle::join));
-        };
+        // A callback that drops the last handle runs on the thread itself.
+        let end = |thread: Thread| if thread.is_current() { thread.detach() } else { thread.join() };
         self.inner.stop_telling.store(true, Ordering::Relaxed);
         wait::wake(self.inner.teller.as_fd());
         if threads.len() == 2 {
-            end(threads.next());
+            threads.next().into_iter().for_each(end);
         }
         self.inner.stop.store(true, Ordering::Relaxed);
         sys::replace(self.inner.uffd.as_fd(), self.inner.reader.as_fd());
         sys::forget_in_children(self.inner.uffd.as_fd());
         wait::wake(self.inner.reader.as_fd());
-        threads.for_each(|thread| end(Some(thread)));
+        threads.for_each(end);
     }
 }
 

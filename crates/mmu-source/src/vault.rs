@@ -25,10 +25,11 @@
 
 #![allow(unsafe_code, reason = "one call without a safe wrapper; see the Safety section")]
 
+use srcu::Thread;
+use std::ffi::CStr;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::thread::{self, JoinHandle};
 
 enum Message<T> {
     Run(Box<dyn FnOnce(&mut T) + Send>),
@@ -41,7 +42,7 @@ enum Message<T> {
 #[derive(Debug)]
 pub(crate) struct Vault<T> {
     inbox: Letterbox<T>,
-    thread: Option<JoinHandle<()>>,
+    thread: Option<Thread>,
 }
 
 /// Posts jobs to a vault, without keeping it open.
@@ -54,7 +55,7 @@ impl<T: 'static> Vault<T> {
     /// # Errors
     /// Those of `make`; what `failed` says of a call that failed before.
     pub(crate) fn open<E: Send + 'static>(
-        name: &str,
+        name: &'static CStr,
         failed: fn(&'static str, io::Error) -> E,
         make: impl FnOnce(&Letterbox<T>) -> Result<T, E> + Send + 'static,
     ) -> Result<Self, E> {
@@ -73,8 +74,7 @@ impl<T: 'static> Vault<T> {
                 serve(&messages, content);
             }
         };
-        let thread = crate::signals::without(|| thread::Builder::new().name(name.to_owned()).spawn(run))
-            .map_err(|error| failed("start of a thread", error))?;
+        let thread = Thread::spawn(name, run).map_err(|error| failed("start of a thread", error))?;
         let vault = Self { inbox, thread: Some(thread) };
         answered.recv().expect("the thread answers before it ends").map(|()| vault)
     }
@@ -99,7 +99,7 @@ impl<T> Drop for Vault<T> {
     fn drop(&mut self) {
         let _ = self.inbox.0.send(Message::Close);
         if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
+            thread.join();
         }
     }
 }
@@ -148,7 +148,7 @@ mod tests {
     use std::os::fd::AsRawFd;
 
     fn open() -> Vault<File> {
-        Vault::open("vault", |_, error| error, |_| File::open("/proc/self/status")).expect("a vault")
+        Vault::open(c"vault", |_, error| error, |_| File::open("/proc/self/status")).expect("a vault")
     }
 
     #[test]
@@ -169,7 +169,7 @@ mod tests {
         let vault = open();
         assert!(catch_unwind(AssertUnwindSafe(|| vault.run(|_| panic!("as asked")))).is_err());
         assert!(vault.run(|file| file.metadata().is_ok()), "the vault goes on");
-        let failed = Vault::<()>::open("vault", |_, error| error, |_| Err(io::ErrorKind::NotFound.into()));
+        let failed = Vault::<()>::open(c"vault", |_, error| error, |_| Err(io::ErrorKind::NotFound.into()));
         assert_eq!(failed.err().map(|error| error.kind()), Some(io::ErrorKind::NotFound));
     }
 }

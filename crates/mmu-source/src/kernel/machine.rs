@@ -6,9 +6,9 @@ use super::sys;
 use super::{Inner, kernel_error};
 use crate::Error;
 use crate::vault::Letterbox;
+use srcu::Thread;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::thread::JoinHandle;
 
 /// The virtual machines: see `wait.rs`. Dropping it closes everything.
 #[derive(Debug)]
@@ -31,7 +31,7 @@ struct Live {
 #[derive(Debug)]
 struct Listener {
     stop: OwnedFd,
-    thread: JoinHandle<()>,
+    thread: Thread,
 }
 
 impl Machines {
@@ -55,10 +55,8 @@ impl Machines {
         let (inner, vault) = (Arc::clone(inner), self.later.clone());
         let private = self.live.is_some().then(|| self.programs.private()).transpose();
         let private = private.map_err(|error| kernel_error("dup", error))?;
-        let thread = std::thread::Builder::new()
-            .name("mmu-listen".to_owned())
-            .spawn(move || super::listen::listen(&inner, &ring, &stopped, private, &vault))
-            .map_err(|error| kernel_error("start of a thread", error))?;
+        let listen = move || super::listen::listen(&inner, &ring, &stopped, private, &vault);
+        let thread = Thread::spawn(c"mmu-listen", listen).map_err(|error| kernel_error("start of a thread", error))?;
         self.listener = Some(Listener { stop, thread });
         Ok(())
     }
@@ -125,7 +123,7 @@ impl Drop for Machines {
     fn drop(&mut self) {
         if let Some(Listener { stop, thread }) = self.listener.take() {
             sys::wake(stop.as_fd());
-            let _ = thread.join();
+            thread.join();
         }
     }
 }

@@ -12,8 +12,8 @@ use super::{Inner, Kernel, kernel_error};
 use crate::Error;
 use crate::current_mm::current_ref;
 use crate::fork::{mark, marks, running};
-use crate::signals;
 use crate::vault::Vault;
+use srcu::Thread;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, mpsc};
@@ -77,7 +77,7 @@ impl Kernel {
         // The callbacks' address space is there before there is anything to tell.
         current_ref();
         let (tell, told) = mpsc::channel();
-        let vault = Vault::open("mmu-vault", kernel_error, move |letterbox| {
+        let vault = Vault::open(c"mmu-vault", kernel_error, move |letterbox| {
             let open_kvm = || sys::open_kvm().map_err(|error| super::probe::kvm_missing(&error));
             let kvm: Option<OwnedFd> = with_kvm.then(open_kvm).transpose()?;
             let (maps, programs) = Programs::make(ring).map_err(|error| super::probe::bpf_missing(&error))?;
@@ -89,11 +89,13 @@ impl Kernel {
         })?;
         let inner = told.recv().expect("the vault has made it");
         let teller = Arc::clone(&inner);
-        let thread =
-            signals::without(|| thread::Builder::new().name("mmu-kernel".to_owned()).spawn(move || teller.tell()))
-                .map_err(|error| kernel_error("start of a thread", error))?;
-        let _ = inner.teller.set(thread.thread().clone());
-        Ok(Self { inner, vault: Some(vault), thread: Some(thread) })
+        let tell = move || {
+            let _ = teller.teller.set(thread::current());
+            teller.tell();
+        };
+        Thread::spawn(c"mmu-kernel", tell).map_err(|error| kernel_error("start of a thread", error))?.detach();
+        inner.teller.wait();
+        Ok(Self { inner, vault: Some(vault) })
     }
 }
 

@@ -168,7 +168,7 @@ use thread::{inbox, pause};
 mod thread {
     use super::{AtomicPtr, Event, Inbox, NonNull, Ordering, State, current, is_idle, ptr, schedule, turn};
     use crate::raw::callback::push_boxed;
-    use std::mem::MaybeUninit;
+    use crate::raw::thread::Thread;
     use std::sync::Arc;
     use std::sync::atomic::{AtomicBool, AtomicU8};
 
@@ -237,55 +237,16 @@ mod thread {
         if STATUS.compare_exchange(status, STARTING, Ordering::Relaxed, Ordering::Relaxed).is_err() {
             return;
         }
-        match without_signals(spawn) {
-            0 => STATUS.store(RUNNING, Ordering::Relaxed),
-            error => {
+        match Thread::spawn(c"srcu-reclaimer", || run()) {
+            Ok(thread) => {
+                thread.detach();
+                STATUS.store(RUNNING, Ordering::Relaxed);
+            }
+            Err(error) => {
                 STATUS.store(status, Ordering::Relaxed);
-                let error = std::io::Error::from_raw_os_error(error);
                 panic!("could not start the reclaimer thread of srcu: {error}");
             }
         }
-    }
-
-    /// Starts the thread; returns an error number, or 0.
-    ///
-    /// Not by `std::thread`, whose threads take a lock of the standard library as they start and as
-    /// they end. If another thread held that lock at a fork, the child's reclaimer would wait for it
-    /// for ever. `pthread_create` may be called in the child: glibc puts its own locks right.
-    fn spawn() -> libc::c_int {
-        let mut thread = MaybeUninit::<libc::pthread_t>::uninit();
-        // SAFETY: Needs a place for the thread's name, default attributes, and a function that takes any argument: `main`
-        // ignores it, and may run in any thread.
-        let error = unsafe { libc::pthread_create(thread.as_mut_ptr(), ptr::null(), main, ptr::null_mut()) };
-        if error == 0 {
-            // SAFETY: The call before filled it in.
-            let thread = unsafe { thread.assume_init() };
-            // SAFETY: Needs a thread that nobody joins or detaches: it was made above, and never ends.
-            unsafe { libc::pthread_detach(thread) };
-        }
-        error
-    }
-
-    extern "C" fn main(_: *mut libc::c_void) -> *mut libc::c_void {
-        // SAFETY: No preconditions.
-        let this = unsafe { libc::pthread_self() };
-        // SAFETY: Needs a thread that is alive, this one, and a string of at most 16 bytes, its zero included.
-        unsafe { libc::pthread_setname_np(this, c"srcu-reclaimer".as_ptr()) };
-        run()
-    }
-
-    /// Runs `f` with all signals blocked, which a new thread inherits: the program's handlers never run on ours.
-    fn without_signals<T>(f: impl FnOnce() -> T) -> T {
-        let mut all = MaybeUninit::<libc::sigset_t>::uninit();
-        let mut before = MaybeUninit::<libc::sigset_t>::uninit();
-        // SAFETY: Needs a place for a set.
-        unsafe { libc::sigfillset(all.as_mut_ptr()) };
-        // SAFETY: Needs an initialized set, from the line above, and a place for the old one.
-        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr()) };
-        let result = f();
-        // SAFETY: Needs an initialized set: the call before filled it in.
-        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, before.as_ptr(), ptr::null_mut()) };
-        result
     }
 
     /// What `barrier` waits on. Not on its stack, which a fork in another thread would pull away under the child's queue.
