@@ -51,6 +51,7 @@ const STEPS: &[Step] = &[
     step("format", "cargo fmt --all --check"),
     step("tidy", "cargo xtask tidy"),
     step("clippy", "cargo clippy --workspace --all-targets -- -D warnings"),
+    step("packages", "cargo xtask packages"),
     step("docs", "cargo doc --workspace --no-deps").env(&[("RUSTDOCFLAGS", "-Dwarnings")]),
     // Only then does rustdoc compare why an example does not compile with what it says.
     step("what must not compile", "cargo test --workspace --doc").env(&[("RUSTC_BOOTSTRAP", "1")]),

@@ -15,10 +15,8 @@
 #![allow(unsafe_code, reason = "maps the one page; see its Safety section")]
 
 use crate::Error;
-use crate::kernel::Kernel;
-use crate::kernel::sys::until;
-use crate::uffd::Uffd;
-use crate::watch::Brackets;
+use crate::wait::until;
+use std::any::Any;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -34,18 +32,19 @@ pub(crate) struct Marks {
     /// Counts up to tell one address space of a family of forks from the next: nonzero where a source was started.
     pub(crate) alive: AtomicU64,
     /// The source of this address space that runs, under a lock that no other address space's thread has taken along.
-    pub(crate) kernel: AtomicPtr<Running<Kernel>>,
-    pub(crate) uffd: AtomicPtr<Running<Uffd>>,
+    pub(crate) kernel: AtomicPtr<Running>,
+    pub(crate) uffd: AtomicPtr<Running>,
     /// What marks the watches of this address space.
-    pub(crate) brackets: AtomicPtr<Running<Brackets>>,
+    pub(crate) brackets: AtomicPtr<Running>,
     /// Held while the hook finds out what is to be patched.
     pub(crate) hook_plan: Lock,
     /// Held while the hook patches.
     pub(crate) hook_patch: Lock,
 }
 
-/// The one of a source, while somebody has it.
-pub(crate) type Running<T> = Mutex<Weak<T>>;
+/// The one of a source, while a handle to it lives. Its type is the source's own, which lies above
+/// this module.
+pub(crate) type Running = Mutex<Weak<dyn Any + Send + Sync>>;
 
 static PAGE: AtomicPtr<Marks> = AtomicPtr::new(ptr::null_mut());
 
@@ -135,7 +134,7 @@ pub(crate) fn keep<T>(value: T) -> *mut T {
 }
 
 /// Returns what `slot` of [`marks`] holds for this address space, made on first use. It lasts as long as the process.
-fn own<T>(slot: &'static AtomicPtr<Running<T>>) -> &'static Running<T> {
+fn own(slot: &'static AtomicPtr<Running>) -> &'static Running {
     // ORDER(source-running): Acquire, for the content. Partner: the store below.
     let mut made = slot.load(Ordering::Acquire);
     if made.is_null() {
@@ -144,7 +143,7 @@ fn own<T>(slot: &'static AtomicPtr<Running<T>>) -> &'static Running<T> {
             if !first.is_null() {
                 return first;
             }
-            let made = keep(Mutex::new(Weak::new()));
+            let made = keep(Mutex::new(Weak::<()>::new() as Weak<dyn Any + Send + Sync>));
             // ORDER(source-running): Release for the content. Partner: the load above.
             slot.store(made, Ordering::Release);
             made
@@ -155,17 +154,20 @@ fn own<T>(slot: &'static AtomicPtr<Running<T>>) -> &'static Running<T> {
 }
 
 /// Returns the source of this address space that runs, or makes it, with the mark of the address space.
-pub(crate) fn running<T>(
-    slot: &'static AtomicPtr<Running<T>>,
+///
+/// # Panics
+/// If another source has the slot.
+pub(crate) fn running<T: Any + Send + Sync>(
+    slot: &'static AtomicPtr<Running>,
     make: impl FnOnce(u64) -> Result<T, Error>,
 ) -> Result<Arc<T>, Error> {
     let mark = mark();
     let mut running = own(slot).lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(source) = running.upgrade() {
-        return Ok(source);
+        return Ok(source.downcast().unwrap_or_else(|_| unreachable!("each slot has one source")));
     }
     let source = Arc::new(make(mark)?);
-    *running = Arc::downgrade(&source);
+    *running = Arc::downgrade(&(source.clone() as Arc<dyn Any + Send + Sync>));
     Ok(source)
 }
 

@@ -234,7 +234,7 @@ impl Kernel {
         }
         let target = self.generation();
         let mut drained = Drained { ranges: 0, lost: false, refused: false };
-        sys::until(|| {
+        crate::wait::until(|| {
             if let Some(turn) = self.inner.hand_on(target) {
                 drained.ranges += turn.ranges;
                 drained.lost |= turn.lost;

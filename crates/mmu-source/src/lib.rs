@@ -15,6 +15,11 @@
 
 #![deny(unsafe_code)]
 
+/// The probes of the tests, a link to `testkit`'s: the published crate has no `testkit` and still
+/// runs its own unit tests.
+#[cfg(test)]
+#[allow(unsafe_code, dead_code, unreachable_pub, reason = "a file of another crate, with that crate's rules")]
+mod cap;
 mod current_mm;
 mod error;
 mod fork;
@@ -26,6 +31,7 @@ mod signals;
 mod sources;
 pub mod uffd;
 mod vault;
+mod wait;
 mod watch;
 
 pub use current_mm::{current, current_if_made, current_ref};

@@ -80,7 +80,7 @@ mod tests {
 
     #[test]
     fn the_document_has_the_same_table() {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/sources.md");
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/sources.md");
         let document = std::fs::read_to_string(path).expect("docs/sources.md is there");
         for source in SOURCES {
             assert!(document.contains(&source.row()), "docs/sources.md lacks:\n{}", source.row());

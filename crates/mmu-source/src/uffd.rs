@@ -37,7 +37,7 @@ mod sys;
 use crate::Error;
 use crate::current_mm::current_ref;
 use crate::fork::{marks, running};
-use crate::kernel::sys as wait;
+use crate::wait;
 use mmu_notifier::{Event, Va, VaRange};
 use queue::Queue;
 use srcu::Thread;
@@ -231,7 +231,7 @@ impl Inner {
             if self.stop.load(Ordering::Relaxed) {
                 return;
             }
-            if !wait::wait(self.uffd.as_fd(), self.reader.as_fd(), None) {
+            if !wait::readable(self.uffd.as_fd(), self.reader.as_fd(), None) {
                 wait::clear(self.reader.as_fd());
             }
         }

@@ -27,7 +27,6 @@ mod table;
 use crate::Error;
 use crate::kernel::Watching;
 use bracketed::Bracketed;
-pub(crate) use bracketed::Brackets;
 use mmu_notifier::VaRange;
 use std::fmt;
 pub(crate) use table::{Id, Table, Word, enter};

@@ -8,7 +8,6 @@ use super::Inner;
 use super::machine::Machines;
 use super::program::header;
 use super::programs::load_resolver;
-use super::sys;
 use crate::vault::Letterbox;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -41,7 +40,7 @@ pub(super) fn listen(
         if inner.wants_a_call() {
             // Only with B is there something to do when nothing happens.
             let patience = (inner.waits.has_b() || may_skip).then_some(IDLE);
-            if !sys::wait(ring.as_fd(), stop.as_fd(), patience) {
+            if !crate::wait::readable(ring.as_fd(), stop.as_fd(), patience) {
                 return;
             }
         }

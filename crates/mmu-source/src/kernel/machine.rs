@@ -50,7 +50,7 @@ impl Machines {
 
     /// Starts the thread that listens, in this thread's descriptor table.
     pub(super) fn listen(&mut self, inner: &Arc<Inner>, ring: OwnedFd) -> Result<(), Error> {
-        let stop = sys::event_fd().map_err(|error| kernel_error("eventfd", error))?;
+        let stop = crate::wait::event_fd().map_err(|error| kernel_error("eventfd", error))?;
         let stopped = stop.try_clone().map_err(|error| kernel_error("dup", error))?;
         let (inner, vault) = (Arc::clone(inner), self.later.clone());
         let private = self.live.is_some().then(|| self.programs.private()).transpose();
@@ -122,7 +122,7 @@ impl Machines {
 impl Drop for Machines {
     fn drop(&mut self) {
         if let Some(Listener { stop, thread }) = self.listener.take() {
-            sys::wake(stop.as_fd());
+            crate::wait::wake(stop.as_fd());
             thread.join();
         }
     }

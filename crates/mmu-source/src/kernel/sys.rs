@@ -12,7 +12,6 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
-use std::time::Duration;
 
 /// `_IO(KVMIO, 0x01)`.
 const KVM_CREATE_VM: c_ulong = 0xae01;
@@ -286,57 +285,6 @@ impl Drop for Whole {
             unsafe { libc::munmap(base.as_ptr().cast(), *bytes) };
         }
     }
-}
-
-pub(crate) fn event_fd() -> io::Result<OwnedFd> {
-    // SAFETY: takes integers, returns a new descriptor or -1.
-    owned(unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) })
-}
-
-/// Wakes whoever waits for `event`.
-pub(crate) fn wake(event: BorrowedFd<'_>) {
-    let one = 1_u64;
-    // SAFETY: writes the eight bytes of a local. It can only fail when the event is set already.
-    unsafe { libc::write(event.as_raw_fd(), (&raw const one).cast(), 8) };
-}
-
-/// Sleeps until `ring` has a record or the time is over (true), or until `stop` is set (false).
-pub(crate) fn wait(ring: BorrowedFd<'_>, stop: BorrowedFd<'_>, time: Option<Duration>) -> bool {
-    let milliseconds = time.map_or(-1, |time| i32::try_from(time.as_millis()).unwrap_or(i32::MAX));
-    let entry = |fd: BorrowedFd<'_>| libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-    let mut entries = [entry(ring), entry(stop)];
-    // SAFETY: two entries, which live through the call.
-    unsafe { libc::poll(entries.as_mut_ptr(), 2, milliseconds) };
-    entries[1].revents == 0
-}
-
-/// Sleeps until `event` is set.
-pub(crate) fn wait_for(event: BorrowedFd<'_>) {
-    let mut entry = libc::pollfd { fd: event.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-    // SAFETY: one entry, which lives through the call.
-    unsafe { libc::poll(&mut entry, 1, -1) };
-}
-
-/// Takes a wake-up back.
-pub(crate) fn clear(event: BorrowedFd<'_>) {
-    let mut count = 0_u64;
-    // SAFETY: reads the eight bytes of a local. It fails if the event is not set, for the descriptor does not block.
-    unsafe { libc::read(event.as_raw_fd(), (&raw mut count).cast(), 8) };
-}
-
-/// Waits, in short naps after a while, until `is_so`.
-pub(crate) fn until(mut is_so: impl FnMut() -> bool) {
-    for round in 0_u32.. {
-        if is_so() {
-            return;
-        }
-        if round < 100 { std::hint::spin_loop() } else { pause() }
-    }
-}
-
-/// Gives the processor away for a moment.
-pub(crate) fn pause() {
-    std::thread::sleep(Duration::from_micros(1));
 }
 
 /// Memory shared with the BPF program.

@@ -3,7 +3,6 @@
 use super::Inner;
 use super::intake::{Intake, Told, Words};
 use super::program::header;
-use super::sys;
 use crate::current_mm::current_ref;
 use mmu_notifier::Event;
 use std::cell::Cell;
@@ -141,7 +140,7 @@ impl Inner {
         // Once more if the program has counted the generation on another processor and is about to
         // write its record. Nobody waits for the lock itself: whoever has it goes on, and may have
         // handed on what is asked for here long before.
-        sys::until(|| {
+        crate::wait::until(|| {
             self.hand_on(generation);
             self.handled() >= generation || self.is_inherited()
         });

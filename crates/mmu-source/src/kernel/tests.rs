@@ -1,11 +1,11 @@
 //! The program itself, run by hand: no virtual machine is needed.
 
 use super::*;
+use crate::cap::{Cap, require};
 use mmu_notifier::{InvalidateRange, Notifier, Registration, Va};
 use std::sync::{PoisonError, mpsc};
 use std::thread;
 use std::time::Duration;
-use testkit::{Cap, require};
 
 fn range(start: u64, len: u64) -> VaRange {
     VaRange::covering(Va::new(start), len).expect("a range")
@@ -117,7 +117,7 @@ fn nobody_waits_for_callbacks_that_came_later() {
     kernel.inject(AT + 4096, AT + 8192).expect("the program runs");
     thread::scope(|scope| {
         scope.spawn(|| kernel.settle().expect("no fork"));
-        sys::until(|| kernel.inner.handled() >= 2);
+        crate::wait::until(|| kernel.inner.handled() >= 2);
         let (tell, told) = mpsc::channel();
         scope.spawn(|| {
             kernel.inner.settle(2);
