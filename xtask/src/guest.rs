@@ -17,11 +17,16 @@ pub(crate) mod record;
 mod table;
 
 use kernel::{Kernel, SERIES};
-use machine::Outcome;
+use machine::{Machine, Outcome};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
-use std::time::Duration;
-use std::{fs, process};
+use std::sync::Mutex;
+use std::sync::mpsc::channel;
+use std::time::{Duration, Instant};
+use std::{fs, io, process, thread};
+
+/// How many machines run at once. Each emulates two processors.
+const ABREAST: usize = 2;
 
 const USAGE: &str = "usage: cargo xtask guest [--kernel 5.10|6.1|6.12|6.18|newest|all]... [--shell] [--limit SECONDS] [--table] \
     [-- ARGUMENTS OF CARGO TEST]";
@@ -72,33 +77,70 @@ fn try_run(root: &Path, arguments: &[&str]) -> Result<bool, String> {
     let options = parse(arguments)?;
     check_host()?;
     let store = root.join("target/guest");
-    let scratch = store.join(format!("run-{}", process::id()));
-    fs::create_dir_all(&scratch).map_err(|error| format!("{}: {error}", scratch.display()))?;
-    let _removed = Removed(scratch.clone());
-    let steps = if options.shell { Vec::new() } else { plan(root, &scratch, &options)? };
+    let plan = own_folder(&store).map_err(|error| format!("{}: {error}", store.display()))?;
+    let _removed = Removed(plan.clone());
+    let steps = if options.shell { Vec::new() } else { note_all(root, &plan, &options)? };
     if steps.is_empty() && !options.shell {
         return Err("Cargo had nothing to run".into());
     }
-    let mut passed = true;
+    let mut machines = Vec::new();
     for series in &options.kernels {
         let kernel = Kernel::get(&store, series)?;
         println!("== Linux {} ({series})", kernel.version);
-        let machine =
-            machine::Machine { root, store: &store, scratch: &scratch, kernel: &kernel, limit: options.limit };
-        if options.shell {
-            machine.shell()?;
-            continue;
+        let prefix = if options.kernels.len() > 1 { format!("{series}: ") } else { String::new() };
+        let (scratch, limit) = (plan.join(series), options.limit);
+        machines.push((series, Machine { prefix, root, store: &store, plan: &plan, scratch, kernel, limit }));
+    }
+    if options.shell {
+        return machines.iter().try_for_each(|(_, machine)| machine.shell()).map(|()| true);
+    }
+    let left = Mutex::new(machines.iter());
+    let (sender, ended) = channel();
+    thread::scope(|scope| {
+        for _ in 0..ABREAST.min(machines.len()) {
+            let (sender, left, steps) = (sender.clone(), &left, &steps);
+            scope.spawn(move || {
+                loop {
+                    let next = left.lock().expect("no thread panics with it held").next();
+                    let Some((series, machine)) = next else { return };
+                    let begin = Instant::now();
+                    let results = machine.run(steps);
+                    sender.send((*series, machine, begin.elapsed(), results)).expect("the receiver waits below");
+                }
+            });
         }
-        let results = machine.run(&steps)?;
-        for (step, outcome) in steps.iter().zip(&results) {
-            println!("{} {}: {outcome}", if outcome.passed() { "ok" } else { "FAILED" }, step);
+        drop(sender);
+        let mut passed = true;
+        for (series, machine, took, results) in ended {
+            let results = results?;
+            println!("== Linux {} ({series}), {:.0} s", machine.kernel.version, took.as_secs_f64());
+            for (step, outcome) in steps.iter().zip(&results) {
+                println!("{} {step}: {outcome}", if outcome.passed() { "ok" } else { "FAILED" });
+            }
+            passed &= results.iter().all(Outcome::passed);
+            if options.table {
+                table::enter(root, series, &machine.kernel.version, &steps, &results)?;
+            }
         }
-        passed &= results.iter().all(Outcome::passed);
-        if options.table {
-            table::enter(root, series, &kernel.version, &steps, &results)?;
+        Ok(passed)
+    })
+}
+
+/// Makes the folder of this run, and removes those of runs that were killed.
+fn own_folder(store: &Path) -> io::Result<PathBuf> {
+    fs::create_dir_all(store)?;
+    for entry in fs::read_dir(store)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let process = name.to_str().and_then(|name| name.strip_prefix("run-"));
+        if process.is_some_and(|process| !Path::new("/proc").join(process).exists()) {
+            fs::remove_dir_all(entry.path())?;
         }
     }
-    Ok(passed)
+    let folder = store.join(format!("run-{}", process::id()));
+    // A process of the same number may have left one.
+    let _ = fs::remove_dir_all(&folder);
+    fs::create_dir(&folder).map(|()| folder)
 }
 
 fn parse(arguments: &[&str]) -> Result<Options, String> {
@@ -150,34 +192,41 @@ fn check_host() -> Result<(), String> {
 }
 
 /// Has Cargo build the tests and note what it would run. Returns the label of each command.
-fn plan(root: &Path, scratch: &Path, options: &Options) -> Result<Vec<String>, String> {
+fn note_all(root: &Path, plan: &Path, options: &Options) -> Result<Vec<String>, String> {
     let mut steps = Vec::new();
     if options.tests.is_empty() {
         for (label, words) in STANDARD {
-            note(root, scratch, label, &words.split(' ').collect::<Vec<_>>(), &mut steps)?;
+            note(root, plan, label, &words.split(' ').collect::<Vec<_>>(), &mut steps)?;
         }
     } else {
         let words: Vec<&str> = ["test"].into_iter().chain(options.tests.iter().map(String::as_str)).collect();
-        note(root, scratch, &options.tests.join(" "), &words, &mut steps)?;
+        note(root, plan, &options.tests.join(" "), &words, &mut steps)?;
     }
     Ok(steps)
 }
 
-fn note(root: &Path, scratch: &Path, label: &str, words: &[&str], steps: &mut Vec<String>) -> Result<(), String> {
+fn note(root: &Path, plan: &Path, label: &str, words: &[&str], steps: &mut Vec<String>) -> Result<(), String> {
     let own = std::env::current_exe().map_err(|error| format!("the path of this program: {error}"))?;
     let runner = format!("target.x86_64-unknown-linux-gnu.runner=[{own:?}, \"guest-record\"]");
+    // A test that is skipped passes, and says so where libtest hides it.
+    let shown: &[&str] = match words {
+        ["test", rest @ ..] if rest.contains(&"--") => &["--show-output"],
+        ["test", ..] => &["--", "--show-output"],
+        _ => &[],
+    };
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let status = Command::new(cargo)
         .args(["--config", &runner])
         .args(words)
-        .env(record::PLAN, scratch)
+        .args(shown)
+        .env(record::PLAN, plan)
         .current_dir(root)
         .status()
         .map_err(|error| format!("cargo: {error}"))?;
     if !status.success() {
         return Err(format!("cargo {} failed", words.join(" ")));
     }
-    steps.resize(record::count(scratch), label.to_owned());
+    steps.resize(record::count(plan), label.to_owned());
     Ok(())
 }
 

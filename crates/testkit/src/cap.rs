@@ -24,6 +24,8 @@ pub enum Cap {
     IoUring,
     /// userfaultfd with asynchronous write protection.
     Userfaultfd,
+    /// A device that does RDMA, and the library that reaches it.
+    Rdma,
     /// Being root, to become somebody else.
     Root,
     /// A program, found by its name.
@@ -35,17 +37,26 @@ pub enum Cap {
 /// If not, it prints `SKIP test: reason`, the test being the one that runs in this thread.
 ///
 /// # Panics
-/// If the machine lacks it and the environment says `MMUN_REQUIRE=all`, unless it also says `MMUN_WITHOUT=kvm` and `cap` is that:
-/// no package brings the processor's part of it.
+/// If the machine lacks it and the environment says `MMUN_REQUIRE=all`, unless `MMUN_WITHOUT` lists it, such as `kvm rdma`: no package
+/// brings a processor's virtualisation, a device or another kernel.
 pub fn require(cap: Cap) -> bool {
     let Err(reason) = probe(cap) else { return true };
     let current = thread::current();
     let name = current.name().unwrap_or("a test");
     let is_required = env::var_os("MMUN_REQUIRE").is_some_and(|value| value == "all");
-    let is_excused = cap == Cap::Kvm && env::var_os("MMUN_WITHOUT").is_some_and(|value| value == "kvm");
+    let without = env::var("MMUN_WITHOUT").unwrap_or_default();
+    let is_excused = without.split(' ').any(|word| word == format!("{cap:?}").to_lowercase());
     assert!(!is_required || is_excused, "{name} needs {cap:?}: {reason}");
     println!("SKIP {name}: {reason}");
     false
+}
+
+/// How many rounds a hunt for a race takes: `full`, or a tenth in the machine of `cargo xtask guest`, where software emulation
+/// makes each some twenty times dearer.
+pub fn rounds(full: usize) -> usize {
+    let is_guest =
+        fs::read_to_string("/proc/cmdline").is_ok_and(|line| line.split(' ').any(|word| word == "mmun.guest"));
+    if is_guest { full.div_ceil(10) } else { full }
 }
 
 /// Tells whether a program that a test can do without is in `PATH`. If not, it prints `SKIP test: reason`.
@@ -89,11 +100,22 @@ fn probe(cap: Cap) -> Result<(), String> {
         },
         Cap::IoUring => io_uring().map_err(|error| format!("io_uring: {error}")),
         Cap::Userfaultfd => userfaultfd().map_err(|error| format!("userfaultfd: {error}")),
+        Cap::Rdma => rdma(),
         Cap::Numa => match fs::metadata("/sys/devices/system/node/node0") {
             Ok(_) => Ok(()),
             Err(error) => Err(format!("no NUMA support: {error}")),
         },
     }
+}
+
+fn rdma() -> Result<(), String> {
+    let devices = fs::read_dir("/sys/class/infiniband").map_err(|error| format!("/sys/class/infiniband: {error}"))?;
+    if devices.count() == 0 {
+        return Err("no RDMA device; 'rdma link add rxe0 type rxe netdev NAME' makes one in software".to_owned());
+    }
+    // SAFETY: the name is a C string, and the library's constructors do nothing but set up itself.
+    let library = unsafe { libc::dlopen(c"libibverbs.so.1".as_ptr(), libc::RTLD_NOW) };
+    if library.is_null() { Err("libibverbs is not installed".to_owned()) } else { Ok(()) }
 }
 
 /// Makes an array of one value.
@@ -111,9 +133,22 @@ fn io_uring() -> io::Result<()> {
     close(unsafe { libc::syscall(libc::SYS_io_uring_setup, 1, params.as_mut_ptr()) })
 }
 
+/// Asks for asynchronous write protection, which came with Linux 6.7.
 fn userfaultfd() -> io::Result<()> {
+    const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
+    // Version, features, calls.
+    let mut api = [0xaa_u64, 1 << 15, 0];
     // SAFETY: takes an integer, returns a descriptor.
-    close(unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) })
+    let descriptor = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
+    // SAFETY: the call reads and writes a `struct uffdio_api`, which has 24 bytes; a descriptor of -1 is refused.
+    let answer = unsafe { libc::ioctl(descriptor as i32, UFFDIO_API, api.as_mut_ptr()) };
+    let error = io::Error::last_os_error();
+    close(descriptor)?;
+    match (answer, error.raw_os_error()) {
+        (0, _) => Ok(()),
+        (_, Some(libc::EINVAL)) => Err(io::Error::other("no asynchronous write protection, which needs Linux 6.7")),
+        _ => Err(error),
+    }
 }
 
 fn close(descriptor: libc::c_long) -> io::Result<()> {

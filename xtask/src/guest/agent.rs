@@ -16,6 +16,8 @@ use std::time::Duration;
 pub(crate) const MARK: char = '\u{1e}';
 /// The variable that says how many seconds a command may take.
 pub(crate) const LIMIT: &str = "MMUN_GUEST_LIMIT";
+/// The variable that says what the machine's kernel lacks.
+pub(crate) const LACKS: &str = "MMUN_GUEST_LACKS";
 /// The variable that says with which command to begin.
 pub(crate) const FIRST: &str = "MMUN_GUEST_FIRST";
 
@@ -23,10 +25,15 @@ pub(crate) fn run(plan: &Path) -> ExitCode {
     let number = |name| std::env::var(name).ok().and_then(|text| text.parse().ok());
     let limit = number(LIMIT).unwrap_or(240);
     let first = number(FIRST).unwrap_or(0) as usize;
+    let lacks = std::env::var(LACKS).unwrap_or_default();
     for number in first..record::count(plan) {
         tell(&format!("begin {number}"));
         let end = match record::read(plan, number) {
-            Some(command) => one(command, Duration::from_secs(limit)).unwrap_or_else(|error| error.to_string()),
+            Some(mut command) => {
+                // The machine has everything: a test that is skipped for another reason has found a fault.
+                command.env("MMUN_REQUIRE", "all").env("MMUN_WITHOUT", &lacks);
+                one(command, Duration::from_secs(limit)).unwrap_or_else(|error| error.to_string())
+            }
             None => "its note cannot be read".to_owned(),
         };
         tell(&format!("end {number} {end}"));

@@ -12,19 +12,22 @@ use std::process::Command;
 pub(crate) struct Series {
     pub(crate) name: &'static str,
     suite: &'static str,
+    /// What its tests do without: names of `testkit::Cap` in small letters. A lack of anything else is a failure.
+    pub(crate) lacks: &'static str,
 }
 
 /// From the oldest to the newest.
 pub(crate) const SERIES: &[Series] = &[
-    Series { name: "5.10", suite: "bullseye" },
-    Series { name: "6.1", suite: "bookworm" },
-    Series { name: "6.12", suite: "trixie" },
-    Series { name: "6.18", suite: "trixie-backports" },
-    Series { name: "newest", suite: "trixie-backports" },
+    Series { name: "5.10", suite: "bullseye", lacks: "userfaultfd bpf kvm" },
+    Series { name: "6.1", suite: "bookworm", lacks: "userfaultfd" },
+    Series { name: "6.12", suite: "trixie", lacks: "" },
+    Series { name: "6.18", suite: "trixie-backports", lacks: "" },
+    Series { name: "newest", suite: "trixie-backports", lacks: "" },
 ];
 
 /// A kernel that is unpacked.
 pub(crate) struct Kernel {
+    pub(crate) series: &'static Series,
     pub(crate) version: String,
     pub(crate) image: PathBuf,
     /// The folder of `/lib/modules`.
@@ -49,20 +52,21 @@ impl Kernel {
             download(store, series, &unfinished)?;
             fs::rename(&unfinished, &folder).map_err(failed)?;
         }
-        Self::at(&folder).ok_or_else(|| format!("{} holds no kernel: delete it, and try again", folder.display()))
+        Self::at(series, &folder)
+            .ok_or_else(|| format!("{} holds no kernel: delete it, and try again", folder.display()))
     }
 
-    fn at(folder: &Path) -> Option<Self> {
+    fn at(series: &'static Series, folder: &Path) -> Option<Self> {
         let modules =
             ["lib/modules", "usr/lib/modules"].iter().map(|path| folder.join(path)).find(|path| path.exists())?;
         let version = fs::read_dir(&modules).ok()?.next()?.ok()?.file_name().into_string().ok()?;
         let images = [folder.join(format!("boot/vmlinuz-{version}")), modules.join(&version).join("vmlinuz")];
         let image = images.into_iter().find(|path| path.exists())?;
-        Some(Self { version, image, modules })
+        Some(Self { series, version, image, modules })
     }
 }
 
-fn download(store: &Path, series: &Series, folder: &Path) -> Result<(), String> {
+fn download(store: &Path, series: &'static Series, folder: &Path) -> Result<(), String> {
     println!("guest: downloading Debian's kernel {} ({})", series.name, series.suite);
     let apt = Apt::new(store, series.suite)?;
     apt.run("apt-get", &["update", "-qq"], store)?;
@@ -81,8 +85,8 @@ fn download(store: &Path, series: &Series, folder: &Path) -> Result<(), String> 
             let _ = fs::remove_file(&path);
         }
     }
-    let kernel =
-        Kernel::at(folder).ok_or_else(|| format!("{} hold no kernel that is known here", packages.join(", ")))?;
+    let kernel = Kernel::at(series, folder)
+        .ok_or_else(|| format!("{} hold no kernel that is known here", packages.join(", ")))?;
     // The program looks below `lib`, whatever the package does.
     if !folder.join("lib").exists() {
         std::os::unix::fs::symlink("usr/lib", folder.join("lib")).map_err(|error| format!("lib: {error}"))?;

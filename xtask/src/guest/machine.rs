@@ -80,12 +80,43 @@ impl fmt::Display for Outcome {
     }
 }
 
+/// What executes the machine's instructions.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Accelerator {
+    Kvm,
+    Emulation,
+}
+
+impl Accelerator {
+    /// KVM only where it nests, because the guest needs `/dev/kvm` too.
+    fn of_host() -> Self {
+        let nests = ["kvm_intel", "kvm_amd"].iter().any(|module| {
+            let answer = fs::read_to_string(format!("/sys/module/{module}/parameters/nested"));
+            answer.is_ok_and(|answer| ["Y", "1"].contains(&answer.trim()))
+        });
+        let opens = File::options().read(true).write(true).open("/dev/kvm").is_ok();
+        if nests && opens { Self::Kvm } else { Self::Emulation }
+    }
+
+    fn arguments(self) -> &'static [&'static str] {
+        match self {
+            Self::Kvm => &["-accel", "kvm", "-cpu", "host"],
+            Self::Emulation => &["-accel", "tcg,thread=multi", "-cpu", "max"],
+        }
+    }
+}
+
 /// A machine to be.
 pub(crate) struct Machine<'a> {
+    /// Begins each line that is printed: two machines may run at once.
+    pub(crate) prefix: String,
     pub(crate) root: &'a Path,
     pub(crate) store: &'a Path,
-    pub(crate) scratch: &'a Path,
-    pub(crate) kernel: &'a Kernel,
+    /// Where the notes are.
+    pub(crate) plan: &'a Path,
+    /// A folder of this machine's own.
+    pub(crate) scratch: PathBuf,
+    pub(crate) kernel: Kernel,
     pub(crate) limit: Duration,
 }
 
@@ -93,7 +124,7 @@ impl Machine<'_> {
     /// Gives a shell in the machine.
     pub(crate) fn shell(&self) -> Result<(), String> {
         println!("guest: 'exit' turns the machine off, Ctrl-A X ends it at once");
-        let mut command = self.command(0, true)?;
+        let mut command = self.command(0, true, Accelerator::of_host())?;
         command.args(["-serial", "mon:stdio"]);
         let status = command.status().map_err(|error| format!("qemu-system-x86_64: {error}"))?;
         if status.success() { Ok(()) } else { Err(format!("the machine ended with {status}")) }
@@ -102,38 +133,47 @@ impl Machine<'_> {
     /// Runs what was noted, and shows its output as it comes.
     pub(crate) fn run(&self, labels: &[String]) -> Result<Vec<Outcome>, String> {
         let mut outcomes = vec![Outcome::default(); labels.len()];
+        let mut accelerator = Accelerator::of_host();
         let mut first = 0;
-        let mut is_second = false;
-        while let Some(lost) = self.boot(first, &mut outcomes)? {
-            println!("guest: {lost}; the last lines of its console:");
+        let mut retries = 2;
+        while let Some(lost) = self.boot(first, accelerator, &mut outcomes)? {
+            self.say(&format!("guest: {lost}; the last lines of its console:"));
             let console = fs::read(self.console()).unwrap_or_default();
             let console = String::from_utf8_lossy(&console);
             let lines: Vec<&str> = console.lines().collect();
-            lines[lines.len().saturating_sub(LAST_LINES)..].iter().for_each(|line| println!("  {line}"));
+            lines[lines.len().saturating_sub(LAST_LINES)..].iter().for_each(|line| self.say(&format!("  {line}")));
+            first = outcomes.iter().position(|outcome| outcome.end.is_empty()).unwrap_or(0);
             // With several threads, QEMU can run a breakpoint that the kernel has already taken out
             // of its code.
             let is_emulators = console.contains("Oops: int3") || console.contains("int3: 0000");
-            if !is_emulators || is_second {
-                break;
-            }
-            is_second = true;
-            first = outcomes.iter().position(|outcome| outcome.end.is_empty()).unwrap_or(0);
+            let why = match accelerator {
+                Accelerator::Kvm if first == 0 => "this host's KVM may be unable to run it: once more, emulated",
+                Accelerator::Emulation if is_emulators && retries > 0 => {
+                    "that is a fault of the emulator's (int3 of patched code): once more"
+                }
+                _ => break,
+            };
+            retries -= 1;
+            accelerator = Accelerator::Emulation;
             outcomes[first] = Outcome::default();
-            println!(
-                "guest: that is a fault of the emulator's (int3 of patched code): once more, from {}",
-                labels[first]
-            );
+            self.say(&format!("guest: {why}, from {}", labels[first]));
         }
         Ok(outcomes)
     }
 
+    /// Prints a line, whole.
+    fn say(&self, line: &str) {
+        println!("{}{line}", self.prefix);
+    }
+
     /// Boots once. Says what is wrong if the machine does not come to the end of the plan.
-    fn boot(&self, first: usize, outcomes: &mut [Outcome]) -> Result<Option<String>, String> {
-        let mut command = self.command(first, false)?;
+    fn boot(&self, first: usize, accelerator: Accelerator, outcomes: &mut [Outcome]) -> Result<Option<String>, String> {
+        let mut command = self.command(first, false, accelerator)?;
         command.args(["-serial", "stdio"]).stdin(Stdio::null()).stdout(Stdio::piped());
         let mut child = command.spawn().map_err(|error| format!("qemu-system-x86_64: {error}"))?;
         let lines = lines(&mut child);
         let mut running: Option<(usize, Instant)> = None;
+        let mut is_list = false;
         let mut deadline = Instant::now() + PATIENCE;
         let lost = loop {
             let line = match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
@@ -145,9 +185,10 @@ impl Machine<'_> {
                 if let Some((number, _)) = running {
                     outcomes[number].read(&line);
                 }
-                // The agent begins its lines with an empty one.
-                if running.is_some() && !line.is_empty() {
-                    println!("{line}");
+                // The agent begins its lines with an empty one. The tests that passed are named above.
+                is_list = line == "successes:" || is_list && line.starts_with("    ");
+                if running.is_some() && !line.is_empty() && !is_list {
+                    self.say(&line);
                 }
                 continue;
             };
@@ -178,28 +219,18 @@ impl Machine<'_> {
     }
 
     /// The machine, but for the line to the host.
-    fn command(&self, first: usize, shell: bool) -> Result<Command, String> {
+    fn command(&self, first: usize, shell: bool, accelerator: Accelerator) -> Result<Command, String> {
+        fs::create_dir_all(&self.scratch).map_err(|error| format!("{}: {error}", self.scratch.display()))?;
         let initial = self.scratch.join("initial.cpio");
         let write =
             |path: &Path, bytes: &[u8]| fs::write(path, bytes).map_err(|error| format!("{}: {error}", path.display()));
-        write(&initial, &archive::make(self.kernel, &self.environment(first, shell)?)?)?;
+        write(&initial, &archive::make(&self.kernel, &self.environment(first, shell)?)?)?;
         let disks = disks(self.store)?;
         let half = MEGABYTES / 2;
         // It ends with this program, however that ends.
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL", "qemu-system-x86_64"]);
-        command.args([
-            "-M",
-            "pc",
-            "-accel",
-            "tcg,thread=multi",
-            "-cpu",
-            "max",
-            "-smp",
-            "2",
-            "-m",
-            &MEGABYTES.to_string(),
-        ]);
+        command.args(["-M", "pc", "-smp", "2", "-m", &MEGABYTES.to_string()]).args(accelerator.arguments());
         for node in 0..2 {
             command.args(["-object", &format!("memory-backend-ram,id=m{node},size={half}M")]);
             command.args(["-numa", &format!("node,memdev=m{node},cpus={node}")]);
@@ -227,8 +258,9 @@ impl Machine<'_> {
             ("SETUP", self.root.join("xtask/src/guest/setup.sh").display().to_string()),
             ("MODULES", self.kernel.modules.display().to_string()),
             ("AGENT", agent.display().to_string()),
-            ("RUN", self.scratch.display().to_string()),
+            ("RUN", self.plan.display().to_string()),
             ("SHELL_WANTED", if shell { "yes" } else { "" }.to_owned()),
+            (agent::LACKS, self.kernel.series.lacks.to_owned()),
             (agent::FIRST, first.to_string()),
             (agent::LIMIT, limit),
         ];

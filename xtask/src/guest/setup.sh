@@ -10,7 +10,7 @@ mount -t devpts -o ptmxmode=666 devpts /dev/pts
 mount -t tmpfs tmpfs /run
 mount -t tracefs tracefs /sys/kernel/tracing
 mount --bind "$MODULES" /lib/modules
-for module in virtio_blk ext4 kvm-amd rdma_rxe ib_uverbs rdma_ucm dummy vfio-pci; do
+for module in virtio_blk ext4 kvm-amd kvm-intel rdma_rxe ib_uverbs rdma_ucm dummy vfio-pci; do
     modprobe -q "$module"
 done
 

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use mmu_notifier::{InvalidateRange, Mm, MmWithUser, Notifier, Registration};
 use mmu_source::process::{ExitStatus, Observer, Options, Task, TaskEvent, Tracer, current};
-use testkit::{Cap, require};
+use testkit::{Cap, require, rounds};
 
 use crate::log::{Record, Recorder, trace, trace_with, tracee, with_stdout};
 
@@ -44,7 +44,7 @@ fn a_parent_killed_while_it_forks_leaves_no_child_behind() {
     if !require(Cap::Ptrace) {
         return;
     }
-    for _ in 0..25 {
+    for _ in 0..rounds(25) {
         // The run would not end if a child stayed stopped for want of a parent to name it.
         let trace = trace(&["forks-and-dies", "20"]);
         assert_eq!(trace.status, ExitStatus::Signal(libc::SIGKILL));
@@ -57,7 +57,7 @@ fn a_thread_killed_before_it_was_named_is_not_waited_for() {
         return;
     }
     // The run would not end if such a thread stayed stopped: its leader's end is reported only after its own.
-    assert_eq!(trace(&["killed-cloning", "300"]).status, ExitStatus::Code(0));
+    assert_eq!(trace(&["killed-cloning", &rounds(300).to_string()]).status, ExitStatus::Code(0));
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use mmu_source::process::{ExitStatus, Options, Task};
-use testkit::{Cap, require};
+use testkit::{Cap, require, rounds};
 
 use crate::log::{Record, Recorder, Trace, hex, trace, trace_with};
 
@@ -84,11 +84,11 @@ fn fork_protects_what_is_writable_and_private_while_the_child_is_made() {
 #[test]
 fn threads_share_one_address_space_and_no_call_of_theirs_is_lost() {
     const THREADS: usize = 64;
-    const ROUNDS: usize = 50;
     if !require(Cap::Ptrace) {
         return;
     }
-    let trace = trace(&["threads", &THREADS.to_string(), &ROUNDS.to_string()]);
+    let rounds = rounds(50);
+    let trace = trace(&["threads", &THREADS.to_string(), &rounds.to_string()]);
     assert_eq!(trace.status, ExitStatus::Code(0), "{}", trace.stdout);
     assert_eq!(news(&trace), 1);
     let forks = forks(&trace);
@@ -97,7 +97,7 @@ fn threads_share_one_address_space_and_no_call_of_theirs_is_lost() {
         assert_eq!((child.pid, mm), (trace.pid, child_mm));
         let unmaps =
             |part: &&crate::log::Part| part.task == *child && part.cause == "munmap" && part.end - part.start == 8192;
-        assert_eq!(trace.ends().map(|(part, _)| part).filter(unmaps).count(), ROUNDS, "{child:?}");
+        assert_eq!(trace.ends().map(|(part, _)| part).filter(unmaps).count(), rounds, "{child:?}");
     }
 }
 
@@ -144,7 +144,7 @@ fn execve_by_another_thread_ends_the_rest_and_takes_the_leaders_place() {
     if !require(Cap::Ptrace) {
         return;
     }
-    for _ in 0..20 {
+    for _ in 0..rounds(20) {
         let trace = trace(&["thread-exec"]);
         assert_eq!(trace.status, ExitStatus::Code(8), "{}", trace.stdout);
         let task = Task { pid: trace.pid, tid: trace.pid };

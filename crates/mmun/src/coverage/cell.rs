@@ -1,5 +1,6 @@
 //! One operation under one source of this process, in a process of its own.
 
+use std::io;
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
@@ -27,13 +28,13 @@ fn try_run(operation: &Operation, source: Source) -> Result<Report, Unavailable>
         .map_err(|error| Unavailable(format!("subscribing: {error}")))?;
     // What was told of the preparation is not the change.
     armed.settle()?;
-    let before = witness.page().state()?;
+    let (at_first, before) = at_rest(|| armed.generation(), witness.page())?;
     witness.begin(before);
     let mut changed = Ok(false);
     let ahead = watch_beside(
         || armed.generation(),
         witness.page(),
-        before,
+        (at_first, before),
         || {
             changed = change().and_then(|()| Ok(witness.page().state()? != before));
         },
@@ -64,6 +65,21 @@ pub(crate) fn open(operation: &Operation, watched: usize) -> Result<Page, Unavai
     Page::open(pid, watched, operation.judge).map_err(Unavailable)
 }
 
+/// The source's counter and the state of the page at one moment.
+///
+/// The counter is read first and once more afterwards: the kernel may move the page by itself meanwhile, and then a state
+/// that is older than the counter would look like a change that nobody counted.
+fn at_rest(generation: impl Fn() -> Option<u64>, page: &Page) -> io::Result<(Option<u64>, State)> {
+    loop {
+        let counted = generation();
+        let state = page.state()?;
+        if generation() == counted {
+            return Ok((counted, state));
+        }
+        thread::yield_now();
+    }
+}
+
 /// Runs `change`, and says whether the translation was ever seen changed with the source's counter not yet moved.
 ///
 /// A thread looks at the page, then at the counter, for as long as the change takes. If the counter moves first, as it must,
@@ -72,13 +88,13 @@ pub(crate) fn open(operation: &Operation, watched: usize) -> Result<Page, Unavai
 fn watch_beside(
     generation: impl Fn() -> Option<u64> + Sync,
     page: &Page,
-    before: State,
+    (at_first, before): (Option<u64>, State),
     change: impl FnOnce(),
 ) -> bool {
-    let Some(at_first) = generation() else {
+    if at_first.is_none() {
         change();
         return false;
-    };
+    }
     // Relaxed: the flag hands nothing over, and one look more or less does not matter.
     let (over, started) = (AtomicBool::new(false), Barrier::new(2));
     thread::scope(|scope| {
@@ -87,7 +103,7 @@ fn watch_beside(
             loop {
                 let last = over.load(Relaxed);
                 let now = page.state();
-                if now.is_ok_and(|now| now != before) && generation() == Some(at_first) {
+                if now.is_ok_and(|now| now != before) && generation() == at_first {
                     return true;
                 }
                 if last {
@@ -121,18 +137,36 @@ mod tests {
             Some(counter.load(Relaxed))
         };
         let discard = || region.advise(libc::MADV_DONTNEED).unwrap();
-        watch_beside(generation, &page, page.state().unwrap(), || {
+        watch_beside(generation, &page, at_rest(|| Some(7), &page).unwrap(), || {
             if moves_first {
                 counter.fetch_add(1, Relaxed);
                 return discard();
             }
             discard();
-            // The counter is looked at once more only if the page was seen to have changed.
-            while looks.load(Relaxed) < 2 {
+            // The counter is looked at only if the page was seen to have changed.
+            while looks.load(Relaxed) == 0 {
                 thread::yield_now();
             }
             counter.fetch_add(1, Relaxed);
         })
+    }
+
+    #[test]
+    fn a_page_that_moves_before_the_change_is_not_held_against_the_source() {
+        let region = Region::anonymous(1).unwrap();
+        let pid = rustix::process::getpid().as_raw_nonzero().get();
+        let page = Page::open(pid, region.page(0), Judge::Frame).unwrap();
+        let (counter, moves) = (AtomicU64::new(7), AtomicBool::new(true));
+        // The kernel moves the page, and counts it, just before the counter is first read.
+        let generation = || {
+            if moves.swap(false, Relaxed) {
+                counter.fetch_add(1, Relaxed);
+                region.advise(libc::MADV_DONTNEED).unwrap();
+            }
+            Some(counter.load(Relaxed))
+        };
+        let begin = at_rest(generation, &page).unwrap();
+        assert!(!watch_beside(generation, &page, begin, || ()));
     }
 
     #[test]

@@ -3,6 +3,8 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
+use testkit::rounds;
+
 use crate::support::{Fifo, scratch, text, trace, within};
 
 /// Runs `mmun trace ARGS`; it must say one line and nothing else.
@@ -140,7 +142,7 @@ fn an_unknown_event_or_option_is_refused_before_anything_starts() {
 #[test]
 fn a_full_disk_is_said_once_and_the_program_lives_on() {
     let done = Fifo::new("done");
-    let script = format!("for i in $(seq 60); do ls / > /dev/null; done; echo fine > {}", done.0.display());
+    let script = format!("for i in $(seq {}); do ls / > /dev/null; done; echo fine > {}", rounds(60), done.0.display());
     let mut command = trace();
     command.args(["--json", "-o", "/dev/full", "sh", "-c", &script]).stderr(std::process::Stdio::piped());
     let mut mmun = command.spawn().unwrap();

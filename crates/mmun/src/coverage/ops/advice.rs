@@ -31,6 +31,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
         judge: Judge::Frame,
         claimed: LIBC_AND_UFFD,
         prepare: || {
+            known(libc::MADV_DONTNEED_LOCKED, "5.18")?;
             // Little enough for the limit of those without privilege.
             let region = Region::anonymous(16)?;
             region.lock()?;
@@ -56,13 +57,14 @@ pub(super) const OPERATIONS: &[Operation] = &[
         name: "madvise (GUARD_INSTALL)",
         judge: Judge::Frame,
         claimed: LIBC,
-        prepare: || advised(MADV_GUARD_INSTALL),
+        prepare: || advised(known(MADV_GUARD_INSTALL, "6.13")?),
     },
     Operation {
         name: "madvise (COLLAPSE)",
         judge: Judge::Frame,
         claimed: LIBC,
         prepare: || {
+            known(MADV_COLLAPSE, "6.1")?;
             let region = small_pages()?;
             Ok(Prepared::new(&region.clone(), 1, move || patiently(|| region.advise(MADV_COLLAPSE))))
         },
@@ -116,6 +118,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
         judge: Judge::Frame,
         claimed: CALL,
         prepare: || {
+            known(MADV_COLLAPSE, "6.1")?;
             let own = pidfd_open(getpid(), PidfdFlags::empty())?;
             // The other process is made before the memory, which it would share otherwise.
             let other =
@@ -129,6 +132,17 @@ pub(super) const OPERATIONS: &[Operation] = &[
 fn advised(advice: i32) -> Result<Prepared, Unavailable> {
     let region = Region::anonymous(PAGES)?;
     Ok(Prepared::new(&region.clone(), 0, move || region.advise(advice)))
+}
+
+/// The advice, if this kernel knows it.
+fn known(advice: i32, since: &str) -> Result<i32, Unavailable> {
+    // Of no memory: the kernel only looks whether there is such advice.
+    match Region::untouched(1)?.part(0, 0).advise(advice) {
+        Err(error) if error.kind() == std::io::ErrorKind::InvalidInput => {
+            Err(Unavailable(format!("it needs Linux {since}")))
+        }
+        known => Ok(known.map(|()| advice)?),
+    }
 }
 
 /// What a huge page could be made of: all of it touched, in small pages.
