@@ -273,7 +273,8 @@ impl Kernel {
     /// Ranges may overlap, and be armed several times.
     ///
     /// # Blocking
-    /// As [`read_begin`](Armed::read_begin), without the callbacks.
+    /// If there was any event since the last wait of any thread, for the changes under way, as
+    /// [`read_begin`](Armed::read_begin) does; for no callback.
     /// # Errors
     /// [`Error::AfterFork`] in the child of a fork; [`Error::Kernel`] if no virtual machine can be made.
     pub fn arm(self: &Arc<Self>, range: VaRange) -> Result<Armed, Error> {
@@ -285,6 +286,11 @@ impl Kernel {
     /// Waits until every change that had begun before the call is over.
     fn wait(&self) -> Result<(), Error> {
         self.inner.waits.wait(&self.inner.header, self.vault())
+    }
+
+    /// The same for ranges that were armed before `settled` was made.
+    fn wait_for(&self, settled: Settled) -> Result<(), Error> {
+        self.inner.waits.wait_for(settled.0, &self.inner.header, self.vault())
     }
 
     fn vault(&self) -> &Vault<Machines> {

@@ -27,6 +27,10 @@
 //! takes no lock and allocates nothing: it moves events into a queue of fixed size. Another one runs the callbacks, which may
 //! therefore do what they like: allocate, map and unmap armed memory, arm and disarm.
 //!
+//! # Descriptors
+//! The userfaultfd is in a descriptor table of its own that no call of the program reaches: `close_range`, `closefrom` and
+//! `dup2` do not harm it, and children do not inherit it. The thread that runs callbacks has the program's table.
+//!
 //! # Forks
 //! A fork of this process invalidates everything in the parent (all private memory becomes copy on write). In the child
 //! an inherited handle answers [`Error::AfterFork`]; the child's memory is not registered.
@@ -37,6 +41,7 @@ mod sys;
 use crate::Error;
 use crate::current_mm::current_ref;
 use crate::fork::{marks, running};
+use crate::vault::Vault;
 use crate::wait;
 use mmu_notifier::{Event, Va, VaRange};
 use queue::Queue;
@@ -45,29 +50,44 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread;
 use sys::Message;
 
 /// The source, while any handle of it is alive.
 pub struct Uffd {
     inner: Arc<Inner>,
-    threads: Vec<Thread>,
+    /// Both `None` once this is being dropped.
+    vault: Option<Vault<Reader>>,
+    teller: Option<Thread>,
 }
 
+/// What the threads share.
 struct Inner {
     id: u64,
-    uffd: OwnedFd,
     queue: Queue,
-    /// Wakes the reader: to answer `asked`, or to stop.
-    reader: OwnedFd,
-    /// Wakes the thread that runs callbacks.
-    teller: OwnedFd,
+    /// The thread that runs callbacks, to be woken.
+    teller: OnceLock<thread::Thread>,
     stop: AtomicBool,
     stop_telling: AtomicBool,
     /// The reader answers a question when it has read whatever was there: then it copies `asked`.
     asked: AtomicU64,
     answered: AtomicU64,
     armed: Mutex<Vec<VaRange>>,
+}
+
+/// What is in the vault: the descriptors, and the thread that reads.
+struct Reader {
+    inner: Arc<Inner>,
+    descriptors: Arc<Descriptors>,
+    thread: Option<Thread>,
+}
+
+#[derive(Debug)]
+struct Descriptors {
+    uffd: OwnedFd,
+    /// Wakes the reader: to answer `asked`, or to stop.
+    nudge: OwnedFd,
 }
 
 /// What the source found.
@@ -109,31 +129,34 @@ impl Uffd {
 
     fn make(id: u64) -> Result<Self, Error> {
         current_ref();
-        let event = || wait::event_fd().map_err(|source| Error::Kernel { call: "eventfd", tid: None, source });
         let inner = Arc::new(Inner {
             id,
-            uffd: sys::open().map_err(|error| missing(&error))?,
             queue: Queue::new(),
-            reader: event()?,
-            teller: event()?,
+            teller: OnceLock::new(),
             stop: AtomicBool::new(false),
             stop_telling: AtomicBool::new(false),
             asked: AtomicU64::new(0),
             answered: AtomicU64::new(0),
             armed: Mutex::new(Vec::new()),
         });
-        // A child that is forked just before this keeps the memory registered, if it lives on, though this source may end.
-        sys::let_go_in_children(inner.uffd.as_fd(), inner.reader.as_fd());
-        let mut uffd = Self { inner, threads: Vec::with_capacity(2) };
-        for (name, run) in [(c"mmu-uffd-read", Inner::read as fn(&Inner)), (c"mmu-uffd-tell", Inner::tell)] {
-            let inner = Arc::clone(&uffd.inner);
-            let thread = Thread::spawn(name, move || run(&inner));
-            let thread = thread.map_err(|source| Error::Kernel { call: "start of a thread", tid: None, source })?;
-            uffd.threads.push(thread);
-        }
+        let shared = Arc::clone(&inner);
+        let vault = Vault::open(c"mmu-uffd-vault", kernel_error, move |_| Reader::start(shared))?;
+        let mut uffd = Self { inner, vault: Some(vault), teller: None };
+        let inner = Arc::clone(&uffd.inner);
+        let tell = move || {
+            let _ = inner.teller.set(thread::current());
+            inner.tell();
+        };
+        let thread = Thread::spawn(c"mmu-uffd-tell", tell).map_err(|error| kernel_error("start of a thread", error))?;
+        uffd.teller = Some(thread);
+        uffd.inner.teller.wait();
         // A thread allocates as it starts. A fork at that time would hold the allocator's lock and wait for the reader.
         uffd.ask();
         Ok(uffd)
+    }
+
+    fn vault(&self) -> &Vault<Reader> {
+        self.vault.as_ref().expect("it is there until the drop")
     }
 
     /// Has changes of `range` told until the returned value is dropped, or until the memory is unmapped: what is mapped there
@@ -151,7 +174,7 @@ impl Uffd {
         let failed = |source| Error::Arm { call: "UFFDIO_REGISTER", range, source };
         let mut armed = self.inner.armed();
         sys::is_mapped(range).map_err(failed)?;
-        sys::register(self.inner.uffd.as_fd(), range).map_err(failed)?;
+        self.vault().run(move |reader| sys::register(reader.descriptors.uffd.as_fd(), range)).map_err(failed)?;
         armed.push(range);
         drop(armed);
         Ok(Armed { uffd: Arc::clone(self), range })
@@ -168,7 +191,7 @@ impl Uffd {
         if inner.is_inherited() {
             return Err(Error::AfterFork { source: "uffd" });
         }
-        if self.threads.iter().any(Thread::is_current) {
+        if self.is_teller() {
             return Err(Error::InCallback { source: "uffd" });
         }
         self.ask();
@@ -177,12 +200,17 @@ impl Uffd {
         Ok(())
     }
 
+    /// Whether the caller is a callback of this source.
+    fn is_teller(&self) -> bool {
+        self.teller.as_ref().is_some_and(Thread::is_current)
+    }
+
     /// Waits until the reader has read whatever there is.
     fn ask(&self) {
         let inner = &self.inner;
         // ORDER(source-ask): AcqRel: the question comes after the call that it is about. Partner: the load in `Inner::read`.
         let question = inner.asked.fetch_add(1, Ordering::AcqRel) + 1;
-        wait::wake(inner.reader.as_fd());
+        self.vault().run(|reader| wait::wake(reader.descriptors.nudge.as_fd()));
         // ORDER(source-answer): Acquire: what was read is in the queue. Partner: the store in `Inner::read`.
         wait::until(|| inner.answered.load(Ordering::Acquire) >= question);
     }
@@ -204,12 +232,12 @@ impl Inner {
     }
 
     /// The thread that reads. No lock, no allocation, no callback: somebody waits for it with the allocator's lock held.
-    fn read(&self) {
+    fn read(&self, Descriptors { uffd, nudge }: &Descriptors) {
         loop {
             // ORDER(source-ask): Acquire: what is read below is read after the question. Partner: the addition in `settle`.
             let asked = self.asked.load(Ordering::Acquire);
             let mut any = false;
-            while let Some(message) = sys::read(self.uffd.as_fd()) {
+            while let Some(message) = sys::read(uffd.as_fd()) {
                 any = true;
                 match message {
                     Message::Remove { start, end } => self.queue.push([Kind::Clear as u64, start, end]),
@@ -223,7 +251,7 @@ impl Inner {
                 }
             }
             if any {
-                wait::wake(self.teller.as_fd());
+                self.wake_teller();
             }
             // ORDER(source-answer): Release, for the queue. Partner: the load in `settle`.
             self.answered.store(asked, Ordering::Release);
@@ -231,9 +259,15 @@ impl Inner {
             if self.stop.load(Ordering::Relaxed) {
                 return;
             }
-            if !wait::readable(self.uffd.as_fd(), self.reader.as_fd(), None) {
-                wait::clear(self.reader.as_fd());
+            if !wait::readable(uffd.as_fd(), nudge.as_fd(), None) {
+                wait::clear(nudge.as_fd());
             }
+        }
+    }
+
+    fn wake_teller(&self) {
+        if let Some(teller) = self.teller.get() {
+            teller.unpark();
         }
     }
 
@@ -241,7 +275,6 @@ impl Inner {
     fn tell(&self) {
         let mm = current_ref();
         loop {
-            wait::clear(self.teller.as_fd());
             loop {
                 // Also between entries, which may never end.
                 if let Some(lost) = self.queue.untold() {
@@ -261,13 +294,15 @@ impl Inner {
             if self.stop_telling.load(Ordering::Relaxed) {
                 return;
             }
-            wait::wait_for(self.teller.as_fd());
+            thread::park();
         }
     }
+}
 
+impl Uffd {
     /// Unregisters what no other armed range covers.
     fn disarm(&self, range: VaRange) {
-        let mut armed = self.armed();
+        let mut armed = self.inner.armed();
         if let Some(at) = armed.iter().position(|other| *other == range) {
             armed.swap_remove(at);
         }
@@ -280,7 +315,7 @@ impl Inner {
             let until = next.map_or(rest.end(), |next| Some(next.start()));
             if let Some(free) = until.and_then(|until| VaRange::new(from, until).ok()) {
                 // It may be unmapped meanwhile, and then it is not registered either.
-                drop(sys::unregister(self.uffd.as_fd(), free));
+                drop(self.vault().run(move |reader| sys::unregister(reader.descriptors.uffd.as_fd(), free)));
             }
             match next.and_then(VaRange::end) {
                 Some(end) => from = end,
@@ -298,29 +333,56 @@ enum Kind {
     Protection = 2,
 }
 
+impl Reader {
+    /// Opens the descriptors and starts the thread, in the vault.
+    fn start(inner: Arc<Inner>) -> Result<Self, Error> {
+        let uffd = sys::open().map_err(|error| missing(&error))?;
+        let nudge = wait::event_fd().map_err(|error| kernel_error("eventfd", error))?;
+        let descriptors = Arc::new(Descriptors { uffd, nudge });
+        let (shared, own) = (Arc::clone(&inner), Arc::clone(&descriptors));
+        let read = move || shared.read(&own);
+        let thread = Thread::spawn(c"mmu-uffd-read", read).map_err(|error| kernel_error("start of a thread", error))?;
+        Ok(Self { inner, descriptors, thread: Some(thread) })
+    }
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        let Descriptors { uffd, nudge } = &*self.descriptors;
+        self.inner.stop.store(true, Ordering::Relaxed);
+        // The userfaultfd goes before the reader, which may need the allocator to end: from then on nobody waits for it.
+        sys::replace(uffd.as_fd(), nudge.as_fd());
+        wait::wake(nudge.as_fd());
+        if let Some(thread) = self.thread.take() {
+            thread.join();
+        }
+    }
+}
+
+fn kernel_error(call: &'static str, source: io::Error) -> Error {
+    Error::Kernel { call, tid: None, source }
+}
+
 impl Drop for Uffd {
     fn drop(&mut self) {
-        let threads = std::mem::take(&mut self.threads);
+        let (vault, teller) = (self.vault.take(), self.teller.take());
         if self.inner.is_inherited() {
             // The threads are the parent's.
-            threads.into_iter().for_each(std::mem::forget);
+            if let Some(vault) = vault {
+                vault.abandon();
+            }
             return;
         }
-        // The callbacks end first, and the reader serves what they change. The descriptor goes before the reader, which may need the
-        // allocator to end: from then on nobody waits for it.
-        let mut threads = threads.into_iter().rev();
-        // A callback that drops the last handle runs on the thread itself.
-        let end = |thread: Thread| if thread.is_current() { thread.detach() } else { thread.join() };
+        // The callbacks end first, and the reader serves what they change.
         self.inner.stop_telling.store(true, Ordering::Relaxed);
-        wait::wake(self.inner.teller.as_fd());
-        if threads.len() == 2 {
-            threads.next().into_iter().for_each(end);
+        self.inner.wake_teller();
+        // A callback that drops the last handle runs on the thread itself.
+        match teller {
+            Some(teller) if teller.is_current() => teller.detach(),
+            Some(teller) => teller.join(),
+            None => {}
         }
-        self.inner.stop.store(true, Ordering::Relaxed);
-        sys::replace(self.inner.uffd.as_fd(), self.inner.reader.as_fd());
-        sys::forget_in_children(self.inner.uffd.as_fd());
-        wait::wake(self.inner.reader.as_fd());
-        threads.for_each(end);
+        drop(vault);
     }
 }
 
@@ -350,7 +412,7 @@ impl Drop for Armed {
     fn drop(&mut self) {
         // In the child of a fork the descriptor acts on the parent's memory.
         if !self.uffd.inner.is_inherited() {
-            self.uffd.inner.disarm(self.range);
+            self.uffd.disarm(self.range);
         }
     }
 }

@@ -37,13 +37,6 @@ pub(crate) fn readable(ring: BorrowedFd<'_>, stop: BorrowedFd<'_>, time: Option<
     entries[1].revents == 0
 }
 
-/// Sleeps until `event` is set.
-pub(crate) fn wait_for(event: BorrowedFd<'_>) {
-    let mut entry = libc::pollfd { fd: event.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-    // SAFETY: one entry, which lives through the call.
-    unsafe { libc::poll(&mut entry, 1, -1) };
-}
-
 /// Takes a wake-up back.
 pub(crate) fn clear(event: BorrowedFd<'_>) {
     let mut count = 0_u64;

@@ -9,8 +9,11 @@ use mmu_notifier::VaRange;
 use rustix::io::{Errno, fcntl_dupfd_cloexec};
 use rustix::io_uring::{IoringRegisterOp, io_uring_register};
 use std::ffi::c_void;
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::mem::ManuallyDrop;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::sync::{Mutex, PoisonError};
 
 /// Registers memory as fixed buffers of an io_uring, for `ReadFixed` and `WriteFixed`.
@@ -26,6 +29,9 @@ use std::sync::{Mutex, PoisonError};
 /// more than 1 GiB is refused, and so is memory that the kernel does not pin for long, such as a shared mapping of a file on
 /// most file systems. Rings with `IORING_SETUP_SINGLE_ISSUER` let one thread only change the table: then regions that other threads
 /// invalidate stay registered. Linux 5.19.
+///
+/// A program that closes descriptors which it does not know (`close_range`, `dup2`) takes this one, too. From then on registering is
+/// an error that says so, the number is left to whoever has it now, and what was registered stays so until the ring ends.
 ///
 /// # Examples
 /// ```
@@ -51,9 +57,45 @@ use std::sync::{Mutex, PoisonError};
 /// ```
 #[derive(Debug)]
 pub struct Uring {
-    ring: OwnedFd,
+    ring: Ring,
     /// With room for all: neither taking one nor giving one back allocates.
     free: Mutex<Vec<u16>>,
+}
+
+/// A descriptor of the ring in the program's table, where the program can close it or put something else in its place. Not
+/// moved out of reach: a ring may take registrations from one thread only, and callbacks must not wait for another.
+#[derive(Debug)]
+struct Ring {
+    file: ManuallyDrop<File>,
+    /// Device and inode, which no other file has: that of a ring is its own.
+    identity: [u64; 2],
+}
+
+impl Ring {
+    fn new(ring: impl AsFd) -> io::Result<Self> {
+        let file = File::from(fcntl_dupfd_cloexec(ring, 0)?);
+        let identity = Self::identity(&file)?;
+        Ok(Self { file: ManuallyDrop::new(file), identity })
+    }
+
+    fn identity(file: &File) -> io::Result<[u64; 2]> {
+        file.metadata().map(|metadata| [metadata.dev(), metadata.ino()])
+    }
+
+    /// Returns the descriptor if it is still the ring's.
+    fn get(&self) -> Option<&File> {
+        let is_ours = Self::identity(&self.file).is_ok_and(|identity| identity == self.identity);
+        is_ours.then_some(&self.file)
+    }
+}
+
+impl Drop for Ring {
+    fn drop(&mut self) {
+        if self.get().is_some() {
+            // SAFETY: `drop` needs a value that is not used any more: this is the end of its owner.
+            unsafe { ManuallyDrop::drop(&mut self.file) }
+        }
+    }
 }
 
 /// The slot of a fixed buffer in its ring's table. From [`Uring`].
@@ -117,6 +159,10 @@ struct Update {
     resv2: u32,
 }
 
+/// What is said when the descriptor is not the ring's any more.
+const LOST: &str = "the program has closed the descriptor that `Uring` keeps of the ring, or put another file in its place: \
+    make a new `Uring`";
+
 const SPARSE: u32 = 1;
 /// The most bytes of a fixed buffer.
 const LARGEST: u64 = 1 << 30;
@@ -127,21 +173,22 @@ impl Uring {
     /// # Errors
     /// What the kernel says: `EBUSY` if the ring has a table already, `EINVAL` for 0 slots or more than 2^14.
     pub fn new(ring: impl AsFd, slots: u16) -> io::Result<Self> {
-        let ring = fcntl_dupfd_cloexec(ring, 0)?;
+        let ring = Ring::new(ring)?;
         let table = Register { nr: slots.into(), flags: SPARSE, ..Register::default() };
         let (arg, size) = ((&raw const table).cast::<c_void>(), size_of::<Register>() as u32);
         // SAFETY: The call reads a `struct io_uring_rsrc_register` of this size, which has no pointers in it.
-        unsafe { io_uring_register(&ring, IoringRegisterOp::RegisterBuffers2, arg, size) }?;
+        unsafe { io_uring_register(&*ring.file, IoringRegisterOp::RegisterBuffers2, arg, size) }?;
         Ok(Self { ring, free: Mutex::new((0..slots).rev().collect()) })
     }
 
-    /// Puts a buffer into a slot, or nothing if it is empty.
+    /// Puts a buffer into a slot, or nothing if it is empty. Allocates nothing.
     fn update(&self, index: u16, buffer: &Iovec) -> io::Result<()> {
+        let ring = self.ring.get().ok_or(Errno::BADF)?;
         let data = (&raw const *buffer).expose_provenance() as u64;
         let update = Update { offset: index.into(), data, nr: 1, ..Update::default() };
         let (arg, size) = ((&raw const update).cast::<c_void>(), size_of::<Update>() as u32);
         // SAFETY: The call reads a `struct io_uring_rsrc_update2` of this size and one `struct iovec`, which both live until it returns.
-        unsafe { io_uring_register(&self.ring, IoringRegisterOp::RegisterBuffersUpdate, arg, size) }?;
+        unsafe { io_uring_register(ring, IoringRegisterOp::RegisterBuffersUpdate, arg, size) }?;
         Ok(())
     }
 
@@ -163,7 +210,7 @@ impl Registrar for Uring {
         let index = self.slots(Vec::pop).ok_or(Errno::NOBUFS)?;
         if let Err(error) = self.update(index, &Iovec { base: range.start().get(), len }) {
             self.slots(|free| free.push(index));
-            return Err(error);
+            return Err(if self.ring.get().is_none() { io::Error::other(LOST) } else { error });
         }
         Ok(FixedBuffer { index })
     }

@@ -58,17 +58,17 @@ impl Armed {
     /// change under way is over.
     ///
     /// # Blocking
-    /// As [`settle`](Kernel::settle). If there was any event since the last wait of any thread,
-    /// also for the changes under way: some two microseconds, if the kernel lets its count of them
-    /// be read; else, and while others change this address space without a pause, for the making of
-    /// a virtual machine, which takes from a hundred microseconds to some milliseconds.
+    /// As [`settle`](Kernel::settle). If an armed range was changed since the last wait of any
+    /// thread, also for the changes under way: some two microseconds, if the kernel lets its count
+    /// of them be read; else, and while others change this address space without a pause, for the
+    /// making of a virtual machine, which takes from a hundred microseconds to some milliseconds.
     /// # Errors
     /// As [`settle`](Kernel::settle); [`Error::Kernel`] if no virtual machine can be made.
     /// # Source
     /// `mmu_interval_read_begin`.
     pub fn read_begin(&self) -> Result<ReadSeq, Error> {
         let settled = self.kernel.settle()?;
-        self.kernel.wait()?;
+        self.kernel.wait_for(settled)?;
         Ok(ReadSeq(settled))
     }
 

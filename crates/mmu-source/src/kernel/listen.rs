@@ -3,6 +3,10 @@
 //! Who looks at every use needs nobody to wake: so this thread is woken by the first record after a
 //! pause, and from then on looks once a millisecond, while the program wakes nobody. After a
 //! millisecond in which everything was handed on it sleeps again.
+//!
+//! It also closes machine B, which costs each change of this address space something, when nobody
+//! has waited for a while. A process that fills now and then would make a machine each time: so if
+//! one is made again soon after it was closed, it stays twice as long.
 
 use super::Inner;
 use super::machine::Machines;
@@ -12,19 +16,23 @@ use crate::vault::Letterbox;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-/// How long machine B stays when nobody waits.
-const IDLE: Duration = Duration::from_secs(1);
+/// How long machine B stays when nobody waits: at first, and at most.
+const LEASE: [Duration; 2] = [Duration::from_millis(10), Duration::from_secs(1)];
+/// How long after its end B is made again too soon.
+const SOON: Duration = Duration::from_secs(1);
+/// How often to look whether runs were skipped.
+const SECOND: Duration = Duration::from_secs(1);
 /// So many records in a millisecond, and B is made unasked: it tells our changes from others'.
 const FLOOD: u64 = 64;
-/// So many ignored events in a period of [`IDLE`] keep B.
-const NOISE: u64 = 1000;
+/// So many ignored events in a millisecond keep B.
+const NOISE: u64 = 1;
 
 pub(super) fn listen(
     inner: &Arc<Inner>,
     ring: &OwnedFd,
-    stop: &OwnedFd,
+    nudge: &OwnedFd,
     private: Option<OwnedFd>,
     vault: &Letterbox<Machines>,
 ) {
@@ -33,16 +41,15 @@ pub(super) fn listen(
         vault.post(move |machines| machines.set_resolver(resolver));
     }
     drop(private);
-    let mut before = Before::of(inner);
+    let mut lease = Lease::new();
     let mut nap = 1;
     let may_skip = may_skip_runs();
     loop {
         if inner.wants_a_call() {
             // Only with B is there something to do when nothing happens.
-            let patience = (inner.waits.has_b() || may_skip).then_some(IDLE);
-            if !crate::wait::readable(ring.as_fd(), stop.as_fd(), patience) {
-                return;
-            }
+            let patience = inner.waits.has_b().then_some(lease.length);
+            crate::wait::readable(ring.as_fd(), nudge.as_fd(), patience.or(may_skip.then_some(SECOND)));
+            crate::wait::clear(nudge.as_fd());
         }
         inner.header.u64(header::AWAKE).store(1, Ordering::Relaxed);
         let (handled, generation) = (inner.handled(), inner.generation());
@@ -60,7 +67,7 @@ pub(super) fn listen(
             let shared = Arc::clone(inner);
             vault.post(move |machines| machines.make_b(&shared));
         }
-        before.look(inner, vault);
+        lease.look(inner, vault);
         // A skipped run is an event that nobody counted.
         let shared = Arc::clone(inner);
         if may_skip {
@@ -78,29 +85,41 @@ fn may_skip_runs() -> bool {
     major.is_none_or(|major| major >= 7)
 }
 
-/// What was so when B's use was looked at last.
-struct Before {
-    at: std::time::Instant,
+/// How long B stays.
+struct Lease {
+    length: Duration,
+    /// What was so when its use was looked at last.
+    at: Instant,
     begun: u64,
     ignored: u64,
+    had_b: bool,
+    /// When it ended last.
+    ended: Option<Instant>,
 }
 
-impl Before {
-    fn of(inner: &Inner) -> Self {
-        let ignored = inner.header.u64(header::IGNORED).load(Ordering::Relaxed);
-        Self { at: std::time::Instant::now(), begun: inner.waits.begun(), ignored }
+impl Lease {
+    fn new() -> Self {
+        Self { length: LEASE[0], at: Instant::now(), begun: 0, ignored: 0, had_b: false, ended: None }
     }
 
     /// Has B closed if it was of no use for a while.
     fn look(&mut self, inner: &Arc<Inner>, vault: &Letterbox<Machines>) {
-        if self.at.elapsed() < IDLE {
+        let has_b = inner.waits.has_b();
+        if has_b && !self.had_b {
+            let soon = self.ended.is_some_and(|ended| ended.elapsed() < SOON);
+            self.length = if soon { (2 * self.length).min(LEASE[1]) } else { LEASE[0] };
+        } else if self.at.elapsed() < self.length {
             return;
         }
-        let now = Self::of(inner);
-        if inner.waits.has_b() && now.begun == self.begun && now.ignored.wrapping_sub(self.ignored) < NOISE {
-            let (shared, begun) = (Arc::clone(inner), now.begun);
+        let begun = inner.waits.begun();
+        let ignored = inner.header.u64(header::IGNORED).load(Ordering::Relaxed);
+        let noise = NOISE * self.length.as_millis() as u64;
+        let is_idle = begun == self.begun && ignored.wrapping_sub(self.ignored) < noise;
+        if has_b && self.had_b && is_idle {
+            let shared = Arc::clone(inner);
             vault.post(move |machines| machines.close_idle_b(&shared, begun));
+            self.ended = Some(Instant::now());
         }
-        *self = now;
+        (self.at, self.begun, self.ignored, self.had_b) = (Instant::now(), begun, ignored, has_b);
     }
 }

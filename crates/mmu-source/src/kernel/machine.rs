@@ -9,9 +9,9 @@ use crate::vault::Letterbox;
 use srcu::Thread;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 /// The virtual machines: see `wait.rs`. Dropping it closes everything.
-#[derive(Debug)]
 pub(super) struct Machines {
     listener: Option<Listener>,
     pub(super) programs: Programs,
@@ -28,9 +28,10 @@ struct Live {
     _attached: OwnedFd,
 }
 
-#[derive(Debug)]
 struct Listener {
-    stop: OwnedFd,
+    inner: Arc<Inner>,
+    /// Wakes it: there is a machine B, or it is to stop.
+    nudge: OwnedFd,
     thread: Thread,
 }
 
@@ -50,14 +51,14 @@ impl Machines {
 
     /// Starts the thread that listens, in this thread's descriptor table.
     pub(super) fn listen(&mut self, inner: &Arc<Inner>, ring: OwnedFd) -> Result<(), Error> {
-        let stop = crate::wait::event_fd().map_err(|error| kernel_error("eventfd", error))?;
-        let stopped = stop.try_clone().map_err(|error| kernel_error("dup", error))?;
-        let (inner, vault) = (Arc::clone(inner), self.later.clone());
+        let nudge = crate::wait::event_fd().map_err(|error| kernel_error("eventfd", error))?;
+        let nudged = nudge.try_clone().map_err(|error| kernel_error("dup", error))?;
+        let (shared, vault) = (Arc::clone(inner), self.later.clone());
         let private = self.live.is_some().then(|| self.programs.private()).transpose();
         let private = private.map_err(|error| kernel_error("dup", error))?;
-        let listen = move || super::listen::listen(&inner, &ring, &stopped, private, &vault);
+        let listen = move || super::listen::listen(&shared, &ring, &nudged, private, &vault);
         let thread = Thread::spawn(c"mmu-listen", listen).map_err(|error| kernel_error("start of a thread", error))?;
-        self.listener = Some(Listener { stop, thread });
+        self.listener = Some(Listener { inner: Arc::clone(inner), nudge, thread });
         Ok(())
     }
 
@@ -70,18 +71,29 @@ impl Machines {
 
     /// Makes a machine, which proves that no change is under way, and has it take B's place if its
     /// count can be found.
-    pub(super) fn renew_b(&mut self) -> Result<bool, Error> {
-        let Some(live) = &mut self.live else { return Ok(false) };
+    pub(super) fn renew_b(&mut self) -> Result<(), Error> {
+        let Some(live) = &mut self.live else { return Ok(()) };
         let made = create_vm(&live.kvm)?;
         if self.programs.show(made.as_fd(), Role::B) {
             let before = live.b.replace(made);
+            self.tell_b();
             // Closing takes up to some milliseconds: after the answer.
             self.later.post(move |_| drop(before));
-            return Ok(true);
+        } else {
+            self.later.post(move |_| drop(made));
+            self.forget_b();
         }
-        self.later.post(move |_| drop(made));
-        self.forget_b();
-        Ok(self.has_b())
+        Ok(())
+    }
+
+    /// Tells those who wait, and the listener, whether there is a machine B.
+    fn tell_b(&self) {
+        let Some(Listener { inner, nudge, .. }) = &self.listener else { return };
+        let had_b = inner.waits.has_b();
+        inner.waits.set_has_b(self.has_b());
+        if !had_b {
+            crate::wait::wake(nudge.as_fd());
+        }
     }
 
     /// Closes B, after the program has forgotten it.
@@ -90,6 +102,7 @@ impl Machines {
         // If even this fails the program goes on reading B's count, so B has to stay.
         if live.b.is_some() && self.programs.forget_b() {
             let b = live.b.take();
+            self.tell_b();
             self.later.post(move |_| drop(b));
         }
     }
@@ -100,13 +113,17 @@ impl Machines {
             if inner.waits.begun() == begun {
                 self.forget_b();
             }
-            self.has_b()
         });
     }
 
     /// Makes B if there is none, unasked.
     pub(super) fn make_b(&mut self, inner: &Inner) {
-        inner.waits.change_b(|| self.has_b() || self.renew_b().unwrap_or(false));
+        inner.waits.change_b(|| {
+            if !self.has_b() {
+                // Without it there are needless records, no more.
+                let _ = self.renew_b();
+            }
+        });
     }
 
     fn has_b(&self) -> bool {
@@ -121,8 +138,11 @@ impl Machines {
 
 impl Drop for Machines {
     fn drop(&mut self) {
-        if let Some(Listener { stop, thread }) = self.listener.take() {
-            crate::wait::wake(stop.as_fd());
+        if let Some(Listener { inner, nudge, thread }) = self.listener.take() {
+            // ORDER(source-stop): Release, as in the drop of `Kernel`, which has done it already
+            // unless that could not be made.
+            inner.stop.store(true, Ordering::Release);
+            crate::wait::wake(nudge.as_fd());
             thread.join();
         }
     }

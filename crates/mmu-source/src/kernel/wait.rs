@@ -42,6 +42,12 @@
 //! with the address of B's count is cleared before, and unregistering B waits for every start that
 //! is being told (`synchronize_srcu`): no program reads the count of a machine that is gone.
 //!
+//! # Whose range is armed already
+//! A change of an armed range is counted in the generation. So a caller whose range was armed
+//! before needs no wait if no event has hit an armed range since the last wait began: what the
+//! others change is no business of its. `over` is the generation that a wait has found before it
+//! asked.
+//!
 //! # Sharing
 //! `dirty` says whether there was any event since the last wait: 0 if not, 1 if there was, 2 while
 //! somebody waits. Waits have numbers. Who finds, with the lock in hand, that a wait has ended
@@ -58,8 +64,11 @@ use crate::vault::Vault;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 
-/// How often the count is looked at before a machine is made.
-const POLLS: u32 = 100;
+/// How often the count is looked at before a machine is made, and how often of these without a
+/// pause. With 8 threads that fill and 8 that map on two processors, 100 looks without a pause made
+/// a machine for one wait in 68, 300 with pauses for one in 995.
+const POLLS: u32 = 300;
+const SPINS: u32 = 100;
 
 /// What the program finds in `dirty`.
 const QUIET: u64 = 0;
@@ -74,6 +83,8 @@ pub(super) struct Waits {
     begun: AtomicU64,
     /// Whether there is a machine B whose count the program reads. Written under the lock.
     has_b: AtomicBool,
+    /// Changes that were counted up to this generation, by A's event, are over. Written under the lock.
+    over: AtomicU64,
     state: Mutex<State>,
 }
 
@@ -92,11 +103,28 @@ impl Waits {
         // Events before the first wait were not counted.
         header.u64(header::DIRTY).store(DIRTY, Ordering::Relaxed);
         header.u64(header::SCRATCH).store(scratch.address(), Ordering::Relaxed);
-        Ok(Self { scratch, begun: AtomicU64::new(0), has_b: AtomicBool::new(false), state: Mutex::default() })
+        Ok(Self {
+            scratch,
+            begun: AtomicU64::new(0),
+            has_b: AtomicBool::new(false),
+            over: AtomicU64::new(0),
+            state: Mutex::default(),
+        })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until every change is over that was counted up to a generation which the caller has
+    /// seen; enough for a range that was armed before.
+    pub(super) fn wait_for(&self, generation: u64, header: &Shared, vault: &Vault<Machines>) -> Result<(), Error> {
+        // ORDER(source-quiet): Acquire: those changes are over for this thread too. Partner: the
+        // store in `wait`.
+        if self.over.load(Ordering::Acquire) >= generation {
+            return Ok(());
+        }
+        self.wait(header, vault)
     }
 
     /// Waits until every change that had begun before the call is over.
@@ -115,6 +143,8 @@ impl Waits {
         let number = self.begun.load(Ordering::Relaxed) + 1;
         self.begun.store(number, Ordering::Relaxed);
         dirty.store(WAITING, Ordering::Relaxed);
+        // ORDER(source-generation): Acquire, as everybody's look: the question comes after it.
+        let generation = header.u64(header::GENERATION).load(Ordering::Acquire);
         // ORDER(source-wait): full fence between the two words and the look at the count. Partners:
         // the program's look at `dirty`, which comes after its change has raised B's count (a
         // locked instruction), so that a change that did not set `dirty` again is seen in the
@@ -122,16 +152,12 @@ impl Waits {
         // entered its range.
         fence(Ordering::SeqCst);
         if !self.is_over(&mut state, header) {
-            match vault.run(Machines::renew_b) {
-                Ok(has_b) => self.has_b.store(has_b, Ordering::Relaxed),
-                Err(error) => {
-                    dirty.store(DIRTY, Ordering::Relaxed);
-                    return Err(error);
-                }
-            }
+            vault.run(Machines::renew_b).inspect_err(|_| dirty.store(DIRTY, Ordering::Relaxed))?;
             state.machines += 1;
         }
         state.ended = number;
+        // ORDER(source-quiet): Release, behind the wait. Partner: the load in `wait_for`.
+        self.over.store(generation, Ordering::Release);
         // ORDER(source-quiet): Release, behind the wait. Partner: the load above. If it fails there
         // was an event meanwhile.
         let _ = dirty.compare_exchange(WAITING, QUIET, Ordering::Release, Ordering::Relaxed);
@@ -143,7 +169,11 @@ impl Waits {
         if !self.has_b.load(Ordering::Relaxed) {
             return false;
         }
-        (0..POLLS).any(|_| {
+        (0..POLLS).any(|poll| {
+            if poll >= SPINS {
+                // A thread in the middle of a change may want the processor.
+                crate::wait::pause();
+            }
             state.asked += 1;
             header.u64(header::ASKED).store(state.asked, Ordering::Relaxed);
             sys::ask(&self.scratch);
@@ -162,20 +192,26 @@ impl Waits {
         self.has_b.load(Ordering::Relaxed)
     }
 
+    /// Says whether there is a machine B. Under the lock, which the vault has in [`change_b`](Self::change_b), and
+    /// otherwise the thread that waits for it.
+    pub(super) fn set_has_b(&self, has_b: bool) {
+        self.has_b.store(has_b, Ordering::Relaxed);
+    }
+
     /// How many waits have begun.
     pub(super) fn begun(&self) -> u64 {
         self.begun.load(Ordering::Relaxed)
     }
 
-    /// Has `f` change machine B while nobody waits; it says whether there is one afterwards. Not
-    /// done if somebody does: that one may be waiting for the caller, the vault.
-    pub(super) fn change_b(&self, f: impl FnOnce() -> bool) {
+    /// Has `f` change machine B while nobody waits. Not done if somebody does: that one may be
+    /// waiting for the caller, the vault.
+    pub(super) fn change_b(&self, f: impl FnOnce()) {
         let state = match self.state.try_lock() {
             Ok(state) => state,
             Err(TryLockError::Poisoned(error)) => error.into_inner(),
             Err(TryLockError::WouldBlock) => return,
         };
-        self.has_b.store(f(), Ordering::Relaxed);
+        f();
         drop(state);
     }
 }

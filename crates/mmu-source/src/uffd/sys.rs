@@ -12,8 +12,6 @@ use mmu_notifier::VaRange;
 use std::ffi::{c_ulong, c_void};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::sync::Once;
-use std::sync::atomic::{AtomicI32, Ordering};
 
 const UFFD_API: u64 = 0xaa;
 const UFFD_USER_MODE_ONLY: i32 = 1;
@@ -97,38 +95,6 @@ pub(super) fn replace(uffd: BorrowedFd<'_>, event: BorrowedFd<'_>) {
     unsafe { libc::dup3(event.as_raw_fd(), uffd.as_raw_fd(), libc::O_CLOEXEC) };
 }
 
-/// The descriptor to be ended in children, and what it becomes there; the first is -1 if there is none.
-static IN_CHILDREN: [AtomicI32; 2] = [AtomicI32::new(-1), AtomicI32::new(-1)];
-
-/// Has the children of later forks let go of a userfaultfd, as [`replace`] does. As long as any process has it, its memory stays
-/// registered, and whoever changes that waits for a reader that may have ended.
-pub(super) fn let_go_in_children(uffd: BorrowedFd<'_>, event: BorrowedFd<'_>) {
-    static REGISTER: Once = Once::new();
-    REGISTER.call_once(|| {
-        // SAFETY: the handler is a function, and so stays.
-        unsafe { libc::pthread_atfork(None, None, Some(child)) };
-    });
-    // ORDER: Relaxed is enough: a child sees what the thread that forks does, and is right with any of it: both are open until
-    // `forget_in_children`.
-    IN_CHILDREN[1].store(event.as_raw_fd(), Ordering::Relaxed);
-    IN_CHILDREN[0].store(uffd.as_raw_fd(), Ordering::Relaxed);
-}
-
-/// Ends that, before the descriptors are closed. Another source may have come meanwhile.
-pub(super) fn forget_in_children(uffd: BorrowedFd<'_>) {
-    // ORDER: Relaxed: as above.
-    let _ = IN_CHILDREN[0].compare_exchange(uffd.as_raw_fd(), -1, Ordering::Relaxed, Ordering::Relaxed);
-}
-
-extern "C" fn child() {
-    let [uffd, event] = IN_CHILDREN.each_ref().map(|descriptor| descriptor.load(Ordering::Relaxed));
-    if uffd >= 0 && event >= 0 {
-        // SAFETY: as in `replace`. Async-signal-safe, as the child of a program with threads needs.
-        unsafe { libc::dup3(event, uffd, libc::O_CLOEXEC) };
-    }
-    IN_CHILDREN[0].store(-1, Ordering::Relaxed);
-}
-
 /// Reads a message if there is one. Allocates nothing.
 pub(super) fn read(uffd: BorrowedFd<'_>) -> Option<Message> {
     let mut message = [0_u64; 4];
@@ -140,7 +106,8 @@ pub(super) fn read(uffd: BorrowedFd<'_>) -> Option<Message> {
     let [event, a, b, c] = message;
     Some(match event as u8 {
         0x13 => {
-            // SAFETY: closes the descriptor of the child's userfaultfd, which the kernel has just put there and which nobody knows.
+            // SAFETY: closes the descriptor of the child's userfaultfd, which the kernel has just put there and which nobody knows,
+            // in the table of this thread.
             // The child's memory is registered no more then.
             drop(unsafe { OwnedFd::from_raw_fd(a as u32 as i32) });
             Message::Fork

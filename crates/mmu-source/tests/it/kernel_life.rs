@@ -5,6 +5,7 @@ use crate::memory::{PAGE, Scratch};
 use mmu_notifier::{InvalidateRange, Notifier, Registration, VaRange};
 use mmu_source::kernel::Kernel;
 use mmu_source::{Error, Watch, current};
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use testkit::{Cap, in_child, require};
@@ -25,28 +26,52 @@ fn open_here() -> Vec<String> {
     paths.map(|path| path.display().to_string()).filter(|path| path.contains("kvm") || path.contains("bpf")).collect()
 }
 
+/// Has all descriptors closed or replaced by `close`, and the numbers given to files that nobody may touch.
+fn goes_on_after(close: impl FnOnce()) -> bool {
+    let kernel = Kernel::start().expect("it starts");
+    let memory = Scratch::anonymous(1);
+    let mut watch = kernel.watch(memory.range()).expect("a watch");
+    let armed = kernel.arm(memory.range()).expect("armed");
+    close();
+    let files: Vec<_> = (0..40).map(|_| std::fs::File::open("/dev/zero").expect("a file")).collect();
+    // The parent of this child changes memory at the same addresses, which are needless hits: once more, then.
+    let goes_on = (0..100).any(|_| {
+        watch.renew().expect("it goes on");
+        let seq = armed.read_begin().expect("it goes on");
+        let settled = kernel.settle().expect("it goes on");
+        let was = watch.is_valid() && kernel.is_current(settled) && !armed.read_retry(seq);
+        discard(&memory);
+        assert!(!watch.is_valid() && !kernel.is_current(settled) && armed.read_retry(seq));
+        was
+    });
+    let watches = (0..100).any(|_| kernel.watch(memory.range()).is_ok_and(|watch| watch.is_valid()));
+    drop((watch, armed, kernel));
+    // SAFETY: integers.
+    let open = files.iter().all(|file| unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFD) } >= 0);
+    goes_on && watches && open
+}
+
 #[test]
 fn closing_every_descriptor_does_not_blind_the_source() {
     if !can_start() {
         return;
     }
-    assert!(in_child(|| {
-        let kernel = Kernel::start().expect("it starts");
-        let memory = Scratch::anonymous(1);
-        let watch = kernel.watch(memory.range()).expect("a watch");
-        let armed = kernel.arm(memory.range()).expect("armed");
+    assert!(in_child(|| goes_on_after(|| {
         // SAFETY: integers. This child needs no descriptor any more.
         assert_eq!(unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, 0) }, 0);
-        // The numbers are given again, to files that nobody may touch.
-        let files: Vec<_> = (0..40).map(|_| std::fs::File::open("/dev/zero").expect("a file")).collect();
-        let seq = armed.read_begin().expect("it goes on");
-        let settled = kernel.settle().expect("it goes on");
-        let was = watch.is_valid() && kernel.is_current(settled) && !armed.read_retry(seq);
-        discard(&memory);
-        let is = !watch.is_valid() && !kernel.is_current(settled) && armed.read_retry(seq);
-        drop(files);
-        was && is && kernel.watch(memory.range()).is_ok_and(|watch| watch.is_valid())
-    }));
+    })));
+    unsafe extern "C" {
+        fn closefrom(first: libc::c_int);
+    }
+    // SAFETY: closes descriptors, as above.
+    assert!(in_child(|| goes_on_after(|| unsafe { closefrom(3) })));
+    assert!(in_child(|| goes_on_after(|| {
+        let zero = std::fs::File::open("/dev/zero").expect("a file");
+        for number in (3..200).filter(|number| *number != zero.as_raw_fd()) {
+            // SAFETY: integers, as above.
+            assert!(unsafe { libc::dup2(zero.as_raw_fd(), number) } >= 0);
+        }
+    })));
 }
 
 #[test]

@@ -223,3 +223,41 @@ fn a_forked_child_has_no_part_in_its_parents_source() {
     assert!(!log.take().is_empty(), "the parent is still armed");
     assert!(armed.is_some());
 }
+
+/// Closes every descriptor, or puts a file over each, and gives the numbers to files of the program.
+fn closed_and_used_again(over: bool) -> bool {
+    let uffd = Uffd::start().expect("userfaultfd is there");
+    let memory = Scratch::anonymous(2);
+    let armed = uffd.arm(memory.range()).expect("armed");
+    let zero = std::fs::File::open("/dev/zero").expect("a file");
+    let files: Vec<_> = if over {
+        // SAFETY: integers; what was there is nobody's any more, in this child that needs no other descriptor.
+        let over = (3..64)
+            .filter(|number| *number != zero.as_raw_fd() && unsafe { libc::dup2(zero.as_raw_fd(), *number) } >= 0);
+        over.collect()
+    } else {
+        std::mem::forget(zero);
+        // SAFETY: integers, as above.
+        assert_eq!(unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, 0) }, 0);
+        (0..40)
+            .map(|_| std::os::fd::IntoRawFd::into_raw_fd(std::fs::File::open("/dev/zero").expect("a file")))
+            .collect()
+    };
+    let log = Log::about(&current(), memory.range());
+    advise(&memory, libc::MADV_DONTNEED);
+    uffd.settle().expect("it goes on");
+    let told = !log.take().is_empty();
+    let other = Scratch::anonymous(1);
+    drop(uffd.arm(other.range()).expect("it goes on"));
+    drop((armed, uffd));
+    // SAFETY: integers.
+    told && files.iter().all(|file| unsafe { libc::fcntl(*file, libc::F_GETFD) } >= 0)
+}
+
+#[test]
+fn closing_every_descriptor_does_not_silence_the_source() {
+    if require(Cap::Userfaultfd) {
+        assert!(in_child(|| closed_and_used_again(false)));
+        assert!(in_child(|| closed_and_used_again(true)));
+    }
+}

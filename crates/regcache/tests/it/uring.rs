@@ -144,3 +144,56 @@ fn errors_say_what_is_wrong_with_the_range() {
     assert!(matches!(cache.get(huge), Err(Error::Registrar { .. })));
     assert_eq!(cache.stats().regions, 0);
 }
+
+/// The numbers of the rings that this process has open.
+fn rings() -> Vec<i32> {
+    let entries = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
+    let is_ring = |entry: &std::fs::DirEntry| {
+        std::fs::read_link(entry.path()).is_ok_and(|to| to.ends_with("anon_inode:[io_uring]"))
+    };
+    entries.filter(is_ring).filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
+}
+
+/// Puts `other` over the registrar's descriptor: does it know, and leave `other` alone?
+fn leaves_alone(other: i32) -> bool {
+    let before = rings();
+    let (_ring, device, cache) = ring();
+    let kept: Vec<i32> = rings().into_iter().filter(|number| !before.contains(number)).collect();
+    let ours = kept.into_iter().max().unwrap();
+    let (old, new) = (Pages::new(1), Pages::new(1));
+    let lease = cache.get(old.range()).unwrap();
+    if other < 0 {
+        // SAFETY: integers: what a program does that closes what it does not know.
+        unsafe { libc::close(ours) };
+    } else {
+        // SAFETY: as above.
+        assert_eq!(unsafe { libc::dup2(other, ours) }, ours);
+    }
+    let refused = cache.get(new.range()).expect_err("it is not the ring's any more");
+    let refused = std::error::Error::source(&refused).map(ToString::to_string).unwrap_or_default();
+    // What the memory was is not served, though the ring keeps it.
+    drop(mmu_source::current().invalidate(old.range(), Event::Unmap));
+    let is_stale = lease.is_current() || cache.get(old.range()).is_ok();
+    drop(lease);
+    drop(cache);
+    device.synchronize().unwrap();
+    drop(device);
+    // SAFETY: an integer.
+    let is_open = unsafe { libc::fcntl(ours, libc::F_GETFD) } >= 0;
+    refused.contains("make a new `Uring`") && !is_stale && is_open == (other >= 0)
+}
+
+#[test]
+fn a_descriptor_that_is_not_the_rings_any_more_is_left_alone() {
+    if !require(Cap::IoUring) {
+        return;
+    }
+    // In children: other tests' rings come and go.
+    assert!(testkit::in_child(|| leaves_alone(-1)));
+    assert!(testkit::in_child(|| leaves_alone(file(1, b'x').as_raw_fd())));
+    assert!(testkit::in_child(|| {
+        let other = IoUring::new(8).unwrap();
+        // Nothing was registered with it, or this would be refused.
+        leaves_alone(other.as_raw_fd()) && other.submitter().register_buffers_sparse(1).is_ok()
+    }));
+}
