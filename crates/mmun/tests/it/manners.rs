@@ -238,12 +238,18 @@ fn manual_pages_are_written_to_a_folder() {
     let man = |folder: &std::path::Path| Command::new(mmun).arg("man").arg(folder).output().unwrap();
     let output = man(&folder.join("man1"));
     assert!(output.status.success() && output.stdout.is_empty(), "{}", text(&output.stderr));
-    let mut names: Vec<_> =
-        std::fs::read_dir(folder.join("man1")).unwrap().map(|file| file.unwrap().file_name()).collect();
+    let mut names: Vec<_> = std::fs::read_dir(folder.join("man1"))
+        .unwrap()
+        .map(|file| file.unwrap().file_name().into_string().unwrap())
+        .collect();
     names.sort();
-    let pages = ["mmun-completions.1", "mmun-coverage.1", "mmun-doctor.1", "mmun-man.1", "mmun-trace.1", "mmun.1"];
-    assert_eq!(names, pages);
-    let page = |name| std::fs::read_to_string(folder.join("man1").join(name)).unwrap();
+    let help = Command::new(mmun).arg("--help").output().unwrap();
+    let commands = text(&help.stdout).lines().skip_while(|line| *line != "Commands:").skip(1);
+    let commands = commands.map_while(|line| line.split_whitespace().next());
+    let mut pages: Vec<_> = commands.map(|command| format!("mmun-{command}.1")).chain(["mmun.1".to_owned()]).collect();
+    pages.sort();
+    assert!(names == pages && pages.len() > 5, "{names:?} {pages:?}");
+    let page = |name: &str| std::fs::read_to_string(folder.join("man1").join(name)).unwrap();
     assert!(pages.iter().all(|name| page(name).contains(&format!(".TH {} 1 ", name.trim_end_matches(".1")))));
     // A file is in the way.
     let output = man(&folder.join("man1/mmun.1"));
