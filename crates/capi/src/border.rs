@@ -31,6 +31,24 @@ impl Drop for Border {
     }
 }
 
+/// Runs a callback of the program; an exception that leaves it ends the process.
+#[inline(always)]
+pub(crate) fn guarded<R>(name: &'static str, callback: impl FnOnce() -> R) -> R {
+    let guard = Guard(name);
+    let result = callback();
+    std::mem::forget(guard);
+    result
+}
+
+struct Guard(&'static str);
+
+impl Drop for Guard {
+    #[cold]
+    fn drop(&mut self) {
+        die(self.0, "an exception has left the callback");
+    }
+}
+
 /// Says a line on the standard error, without the allocator, which may be what this thread is in
 /// the middle of.
 fn say(words: &[&str]) {

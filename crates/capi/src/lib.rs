@@ -6,11 +6,23 @@
 //! for oneself. A panic in this library is a bug and ends the process with a message; a C++
 //! exception that leaves a callback does, too.
 
-mod border;
+// mmu_notifier.h
 mod interval;
 mod mm;
 mod notifier;
 mod range;
+
+// mmun.h
+mod fills;
+pub mod regcache;
+pub mod sources;
+pub mod subscription;
+pub mod watch;
+
+// Both of them.
+mod args;
+mod border;
+pub mod error;
 
 pub use interval::*;
 pub use mm::*;

@@ -41,7 +41,7 @@ const RELEASE: c_uint = 5;
 const MIGRATE: c_uint = 6;
 const EXCLUSIVE: c_uint = 7;
 
-fn code(event: Event) -> c_uint {
+pub(crate) fn code(event: Event) -> c_uint {
     match event {
         Event::Clear => 1,
         Event::ProtectionVma => 2,

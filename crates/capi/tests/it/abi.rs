@@ -29,7 +29,8 @@ fn the_symbols_are_those_of_the_list() {
 #[test]
 fn sizes_and_offsets_are_those_of_the_list() {
     let list = list("layout.txt");
-    let mut program = String::from("#include <mmun/mmu_notifier.h>\n#include <stdio.h>\nint main(void) {\n");
+    let mut program =
+        String::from("#include <mmun/mmu_notifier.h>\n#include <mmun/mmun.h>\n#include <stdio.h>\nint main(void) {\n");
     for line in &list {
         let words: Vec<&str> = line.split(' ').collect();
         match words[..] {

@@ -2,5 +2,6 @@
 
 mod abi;
 mod headers;
+mod mmun;
 mod scenarios;
 mod support;

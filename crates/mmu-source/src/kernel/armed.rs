@@ -22,6 +22,41 @@ pub struct Armed {
 #[doc(alias = "mmu_interval_read_begin")]
 pub struct ReadSeq(Settled);
 
+impl ReadSeq {
+    /// Returns the sequence as a number, for a caller in another language. It is never zero.
+    #[must_use]
+    pub const fn to_bits(self) -> u64 {
+        self.0.0
+    }
+
+    /// Takes a number of [`to_bits`](Self::to_bits) back.
+    pub const fn from_bits(bits: u64) -> Self {
+        Self(Settled(bits))
+    }
+}
+
+impl Kernel {
+    /// Begins to fill a cache with translations of ranges that the caller has armed or watches. The
+    /// same as [`Armed::read_begin`]: the wait is for changes of any range.
+    ///
+    /// # Blocking
+    /// As [`Armed::read_begin`].
+    /// # Errors
+    /// As [`Armed::read_begin`].
+    pub fn read_begin(&self) -> Result<ReadSeq, Error> {
+        let settled = self.settle()?;
+        self.wait_for(settled)?;
+        Ok(ReadSeq(settled))
+    }
+
+    /// Tells whether what was translated since `seq` must be thrown away.
+    #[must_use]
+    #[inline]
+    pub fn read_retry(&self, seq: ReadSeq) -> bool {
+        !self.is_current(seq.0)
+    }
+}
+
 impl Armed {
     /// Enters a range into the filter. Changes that are under way may have passed that.
     pub(super) fn enter(kernel: &Arc<Kernel>, range: VaRange) -> Result<Self, Error> {
@@ -67,9 +102,7 @@ impl Armed {
     /// # Source
     /// `mmu_interval_read_begin`.
     pub fn read_begin(&self) -> Result<ReadSeq, Error> {
-        let settled = self.kernel.settle()?;
-        self.kernel.wait_for(settled)?;
-        Ok(ReadSeq(settled))
+        self.kernel.read_begin()
     }
 
     /// Tells whether what was translated since `seq` must be thrown away.
@@ -79,7 +112,7 @@ impl Armed {
     #[must_use]
     #[inline]
     pub fn read_retry(&self, seq: ReadSeq) -> bool {
-        !self.kernel.is_current(seq.0)
+        self.kernel.read_retry(seq)
     }
 }
 

@@ -1,8 +1,8 @@
 //! Handing records on to subscribers, in order, and knowing up to where that has been done.
 
-use super::Inner;
 use super::intake::{Intake, Told, Words};
 use super::program::header;
+use super::{Inner, Kernel};
 use crate::current_mm::current_ref;
 use mmu_notifier::Event;
 use std::cell::Cell;
@@ -44,6 +44,19 @@ impl Drop for Flag {
 /// it.
 pub(super) fn is_inside() -> bool {
     TELLING.get() || TAKING.get()
+}
+
+impl Kernel {
+    /// Tells whether this thread is handing on what the kernel has told: whether a callback that
+    /// asks was called by this source, and not by a bracket that another source or the program has
+    /// opened.
+    ///
+    /// A bracket that a callback of this source opens counts as this source's.
+    #[must_use]
+    #[inline]
+    pub fn is_telling() -> bool {
+        TELLING.get()
+    }
 }
 
 /// What one turn of handing on did.

@@ -1,0 +1,141 @@
+//! Errors: a negative number for the program, a line of text for its user.
+
+use crate::border::export;
+use libc::{c_char, c_int};
+use mmu_notifier::GetError;
+use mmu_source::Error;
+use std::cell::{Cell, RefCell};
+use std::ffi::{CStr, CString};
+use std::fmt::Write;
+
+pub(crate) const INVALID: &CStr = c"an argument is null, misaligned, empty or out of bounds";
+pub(crate) const TOO_NEW: &CStr = c"a struct has a field that is newer than this library, and not zero";
+pub(crate) const INHERITED: &CStr = c"it is the parent's of this process: make one here, after the fork";
+pub(crate) const IN_CALLBACK: &CStr = c"called inside an invalidation or a callback: it would wait for itself";
+
+thread_local! {
+    /// What `mmun_last_error` returns: static, or what is in `OWNED`. No destructor, because one is
+    /// registered by an allocation, and a call may fail in the middle of `free`.
+    static TEXT: Cell<*const c_char> = const { Cell::new(c"".as_ptr()) };
+    static OWNED: RefCell<CString> = RefCell::new(CString::default());
+}
+
+/// Keeps what there is to say of an error of this thread, and returns its number.
+#[cold]
+pub(crate) fn fail(code: c_int, text: &'static CStr) -> c_int {
+    TEXT.set(text.as_ptr());
+    code
+}
+
+/// The same with a text that had to be made.
+#[cold]
+pub(crate) fn fail_with(code: c_int, text: String) -> c_int {
+    let text = CString::new(text.replace('\0', "?")).unwrap_or_default();
+    // A thread that is ending has no place for it any more.
+    let kept = OWNED.try_with(|owned| {
+        let mut owned = owned.borrow_mut();
+        *owned = text;
+        owned.as_ptr()
+    });
+    TEXT.set(kept.unwrap_or(c"".as_ptr()));
+    code
+}
+
+/// An error and what it came from, in one line.
+pub(crate) fn line(error: &dyn std::error::Error) -> String {
+    let mut line = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        let _ = write!(line, ": {error}");
+        source = error.source();
+    }
+    line
+}
+
+/// What a source says.
+#[cold]
+pub(crate) fn of_source(error: &Error) -> c_int {
+    let errno = |error: &std::io::Error| -error.raw_os_error().unwrap_or(libc::EIO);
+    match error {
+        Error::AfterFork { .. } => fail(-libc::ESRCH, INHERITED),
+        Error::InCallback { .. } => fail(-libc::EDEADLK, IN_CALLBACK),
+        Error::Unavailable { .. } | Error::Unsupported { .. } => fail_with(-libc::EOPNOTSUPP, line(error)),
+        Error::Kernel { source, .. } | Error::Arm { source, .. } => fail_with(errno(source), line(error)),
+        _ => fail_with(-libc::EIO, line(error)),
+    }
+}
+
+/// What a registration cache says. The registrar's own number goes through.
+#[cold]
+pub(crate) fn of_cache(error: &::regcache::Error<Refused>) -> c_int {
+    use ::regcache::Error as E;
+    match error {
+        E::Exited | E::Forked => fail(-libc::ESRCH, INHERITED),
+        E::Source { source } => of_source(source),
+        E::NotMapped { source, .. } | E::LimitReached { source, .. } | E::Registrar { source, .. } => {
+            fail_with(source.0, line(error))
+        }
+        E::Full { .. } => fail_with(-libc::ENOSPC, line(error)),
+        E::TooLarge { .. } => fail_with(-libc::EFBIG, line(error)),
+        E::Open { source: GetError::WouldDeadlock } => fail(-libc::EDEADLK, IN_CALLBACK),
+        _ => fail_with(-libc::ENOMEM, line(error)),
+    }
+}
+
+/// What a registrar of C returned: a negative error number.
+#[derive(Debug)]
+pub struct Refused(pub(crate) c_int);
+
+impl std::fmt::Display for Refused {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::io::Error::from_raw_os_error(-self.0).fmt(f)
+    }
+}
+
+impl std::error::Error for Refused {}
+
+export! {
+    /// Returns what there is to say of the last call of this thread that failed.
+    ///
+    /// # Safety
+    /// None.
+    fn mmun_last_error() -> *const c_char {
+        TEXT.get()
+    }
+
+    /// Returns what an error number means in this library.
+    ///
+    /// # Safety
+    /// None.
+    fn mmun_strerror(code: c_int) -> *const c_char {
+        let text = match code.checked_neg() {
+            Some(0) => c"success",
+            Some(libc::EINVAL) => INVALID,
+            Some(libc::E2BIG) => TOO_NEW,
+            Some(libc::ESRCH) => INHERITED,
+            Some(libc::EDEADLK) => IN_CALLBACK,
+            Some(libc::EOPNOTSUPP) => c"the machine, or the rights of this process, lack what a source needs",
+            Some(libc::EBUSY) => c"a registration is still leased",
+            Some(libc::ENOSPC) => c"the registration cache is full, and all that is in it is leased",
+            Some(libc::EFBIG) => c"the range is larger than the limit of the registration cache",
+            Some(libc::EFAULT) => c"not all of the range is mapped",
+            Some(libc::ENOMEM) => c"out of memory, or over the limit of memory that may be registered (ulimit -l)",
+            Some(libc::EPERM) => c"operation not permitted",
+            Some(libc::EAGAIN) => c"try again",
+            Some(libc::EIO) => c"input/output error",
+            _ => c"an error number of the operating system or the registrar",
+        };
+        text.as_ptr()
+    }
+
+    /// Returns the version of the binary interface.
+    ///
+    /// # Safety
+    /// None.
+    fn mmun_abi_version() -> u32 {
+        ABI_VERSION
+    }
+}
+
+/// `MMUN_ABI_VERSION`: the major version times 2^16, and the minor one.
+const ABI_VERSION: u32 = 1;

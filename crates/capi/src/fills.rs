@@ -1,0 +1,91 @@
+//! Filling a cache, where brackets are all that is told: one interval over the whole address space.
+//!
+//! Intervals are called before subscribers. So a fill that sees no new sequence, and has entered its
+//! translation before it looks, is seen by every callback of what changes later.
+
+use mmu_notifier::raw::{Interval, RawIntervalOps};
+use mmu_notifier::{InvalidateRange, MmWithUser, VaRange, WouldBlock};
+use std::fmt;
+use std::mem::MaybeUninit;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+/// Made at the first fill, as every bracket pays for it.
+#[derive(Default)]
+pub(crate) struct Fills {
+    /// Null, or inserted until this is dropped.
+    interval: AtomicPtr<Interval<Whole>>,
+    making: Mutex<()>,
+}
+
+/// The one interval.
+struct Whole(NonNull<Interval<Whole>>);
+
+// SAFETY: An interval may be used by any thread.
+unsafe impl Send for Whole {}
+// SAFETY: As above.
+unsafe impl Sync for Whole {}
+
+impl RawIntervalOps for Whole {
+    fn invalidate(&self, _: &InvalidateRange<'_>, seq: u64) -> Result<(), WouldBlock> {
+        // SAFETY: A reference needs a live interval: this is called while it is inserted.
+        unsafe { self.0.as_ref() }.set_seq(seq);
+        Ok(())
+    }
+}
+
+impl Fills {
+    fn interval(&self) -> Option<&Interval<Whole>> {
+        // ORDER(capi-fills): Acquire, for the interval's content. Partner: the store in `make`.
+        // SAFETY: Null, or inserted until the drop.
+        unsafe { self.interval.load(Ordering::Acquire).as_ref() }
+    }
+
+    fn make(&self, mm: &MmWithUser) -> Option<&Interval<Whole>> {
+        let _making = self.making.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(made) = self.interval() {
+            return Some(made);
+        }
+        let place: NonNull<Interval<Whole>> =
+            NonNull::from(Box::leak(Box::new(MaybeUninit::<Interval<Whole>>::uninit()))).cast();
+        // SAFETY: The place is leaked until the drop, or this fails.
+        if unsafe { Interval::insert(place, mm, VaRange::ALL, Whole(place)) }.is_err() {
+            // SAFETY: It was leaked above, and nothing was written.
+            drop(unsafe { Box::from_raw(place.cast::<MaybeUninit<Interval<Whole>>>().as_ptr()) });
+            return None;
+        }
+        // ORDER(capi-fills): Release, for the content. Partner: the load in `interval`.
+        self.interval.store(place.as_ptr(), Ordering::Release);
+        self.interval()
+    }
+
+    /// Waits until nothing is changing and returns the sequence; `None` where this thread must not
+    /// wait.
+    pub(crate) fn begin(&self, mm: &MmWithUser) -> Option<u64> {
+        let interval = self.interval().or_else(|| self.make(mm))?;
+        Some(interval.read_begin()).filter(|seq| *seq != 0)
+    }
+
+    pub(crate) fn retry(&self, seq: u64) -> bool {
+        self.interval().is_none_or(|interval| interval.read_retry(seq))
+    }
+}
+
+impl Drop for Fills {
+    fn drop(&mut self) {
+        let Some(interval) = NonNull::new(*self.interval.get_mut()) else { return };
+        // SAFETY: It is inserted, and only reached through this.
+        if unsafe { Interval::remove(interval) }.is_ok() {
+            // SAFETY: It was leaked in `make`, and has been dropped.
+            drop(unsafe { Box::from_raw(interval.cast::<MaybeUninit<Interval<Whole>>>().as_ptr()) });
+        }
+        // Else this is a callback, or the child of a fork. It stays, and harms nobody.
+    }
+}
+
+impl fmt::Debug for Fills {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Fills").field(&self.interval()).finish()
+    }
+}

@@ -1,0 +1,403 @@
+//! `struct mmun_regcache`: a registration cache whose registrar is a struct of functions.
+
+use crate::args::{self, Growing};
+use crate::border::{die, export, guarded};
+use crate::error::{INVALID, Refused, fail, of_cache};
+use crate::sources::{Mmun, code, share};
+use ::regcache::{Cause, Device, Lease as Held, Merge, RegCache, Registrar};
+use libc::{c_int, c_void};
+use mmu_notifier::{Notifier, Registration, Va, VaRange};
+use std::mem::{self, MaybeUninit};
+use std::ptr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+type Register = unsafe extern "C-unwind" fn(*mut c_void, *mut c_void, usize, *mut *mut c_void) -> c_int;
+type Deregister = unsafe extern "C-unwind" fn(*mut c_void, *mut c_void, usize, *mut c_void);
+
+/// `struct mmun_registrar`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct Functions {
+    size: usize,
+    context: *mut c_void,
+    register_region: Option<Register>,
+    deregister_region: Option<Deregister>,
+    flags: u64,
+}
+
+// SAFETY: Pointers and numbers; what is no function of C's is against the header.
+unsafe impl Growing for Functions {
+    const FIRST: usize = 40;
+}
+
+const IN_CALLBACKS: u64 = 1;
+
+/// `struct mmun_regcache_options`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    size: usize,
+    merge: u32,
+    max_regions: u32,
+    max_bytes: u64,
+    max_region_bytes: u64,
+}
+
+// SAFETY: Numbers only.
+unsafe impl Growing for Options {
+    const FIRST: usize = 32;
+}
+
+impl Options {
+    fn options(self, mmun: &Mmun) -> Result<::regcache::Options, c_int> {
+        let merge = match self.merge {
+            0 => Merge::Overlapping,
+            1 => Merge::Never,
+            2 => Merge::Adjacent,
+            _ => return Err(fail(-libc::EINVAL, c"mmun_regcache_open: there is no such way to merge")),
+        };
+        let mut options = ::regcache::Options::new().merge(merge);
+        if self.max_regions != 0 {
+            options = options.max_regions(self.max_regions);
+        }
+        if self.max_bytes != 0 {
+            options = options.max_bytes(self.max_bytes);
+        }
+        if self.max_region_bytes != 0 {
+            options = options.max_region_bytes(self.max_region_bytes);
+        }
+        Ok(match &mmun.kernel {
+            Some(kernel) => options.kernel(Arc::clone(kernel)),
+            None => options,
+        })
+    }
+}
+
+/// `struct mmun_regcache_stats`: the fields of [`::regcache::Stats`], in their order.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct Stats {
+    size: usize,
+    values: [u64; 16],
+}
+
+// SAFETY: Numbers only.
+unsafe impl Growing for Stats {
+    const FIRST: usize = 136;
+}
+
+/// The registrar of C.
+#[derive(Debug)]
+struct Driver {
+    context: *mut c_void,
+    register_region: Register,
+    deregister_region: Deregister,
+    in_callbacks: bool,
+}
+
+// SAFETY: C code promises functions that may run on any thread, in parallel; the header says so.
+unsafe impl Send for Driver {}
+// SAFETY: As above.
+unsafe impl Sync for Driver {}
+
+/// What the registrar of C has made of a region.
+#[derive(Debug)]
+struct Handle {
+    value: *mut c_void,
+    range: VaRange,
+}
+
+// SAFETY: A pointer that is handed to C code only, which may use it on any thread; the header says
+// so.
+unsafe impl Send for Handle {}
+// SAFETY: As above.
+unsafe impl Sync for Handle {}
+
+fn start(range: VaRange) -> *mut c_void {
+    ptr::without_provenance_mut(range.start().get() as usize)
+}
+
+/// The bytes of a range, which does not reach the last address.
+fn length(range: VaRange) -> usize {
+    (range.last().get() - range.start().get()) as usize + 1
+}
+
+impl Registrar for Driver {
+    type Handle = Handle;
+    type Error = Refused;
+
+    fn register(&self, range: VaRange) -> Result<Handle, Refused> {
+        let mut value = ptr::null_mut();
+        let register = || {
+            // SAFETY: The program's own function, with its own context: so says the header.
+            unsafe { (self.register_region)(self.context, start(range), length(range), &raw mut value) }
+        };
+        match guarded("mmun_registrar.register_region", register) {
+            0 => Ok(Handle { value, range }),
+            code @ -4095..0 => Err(Refused(code)),
+            _ => Err(Refused(-libc::EIO)),
+        }
+    }
+
+    fn deregister(&self, Handle { value, range }: Handle) {
+        let deregister = || {
+            // SAFETY: As in `register`, and once for each handle.
+            unsafe { (self.deregister_region)(self.context, start(range), length(range), value) }
+        };
+        guarded("mmun_registrar.deregister_region", deregister);
+    }
+
+    fn cause(&self, error: &Refused) -> Cause {
+        match -error.0 {
+            libc::ENOMEM | libc::EAGAIN | libc::ENOSPC => Cause::Limit,
+            libc::EFAULT => Cause::NotMapped,
+            _ => Cause::Other,
+        }
+    }
+
+    fn deregisters_in_callbacks(&self) -> bool {
+        self.in_callbacks
+    }
+}
+
+/// `struct mmun_regcache`.
+#[derive(Debug)]
+pub struct Regcache {
+    cache: RegCache<Driver>,
+    device: Device<Driver>,
+    mmun: Arc<Mmun>,
+}
+
+/// `struct mmun_lease`.
+#[repr(C)]
+#[derive(Debug)]
+pub struct Lease {
+    handle: *mut c_void,
+    /// There is no lease if the words are zero; a lease has the address of its cache.
+    held: MaybeUninit<[usize; LEASE_WORDS]>,
+}
+
+const LEASE_WORDS: usize = 2;
+const _: () = assert!(size_of::<Held<'static, Driver>>() == LEASE_WORDS * size_of::<usize>());
+const _: () = assert!(align_of::<Held<'static, Driver>>() <= align_of::<usize>());
+
+impl Lease {
+    const NONE: Self = Self { handle: ptr::null_mut(), held: MaybeUninit::new([0; LEASE_WORDS]) };
+
+    fn is_held(&self) -> bool {
+        // SAFETY: Two words are there, which C has written or this library.
+        let words = unsafe { self.held.assume_init() };
+        words != [0; LEASE_WORDS]
+    }
+
+    /// # Safety
+    /// `lease` must be null or a lease that the caller has not put.
+    unsafe fn held<'a>(lease: *const Self) -> Option<&'a Held<'static, Driver>> {
+        // SAFETY: Null or a lease: the caller's duty.
+        let lease = unsafe { lease.as_ref() }.filter(|lease| lease.is_held())?;
+        // SAFETY: There is a lease in it, which `mmun_regcache_get` has put there.
+        Some(unsafe { &*lease.held.as_ptr().cast() })
+    }
+}
+
+fn open(mmun: Arc<Mmun>, functions: &Functions, options: Options) -> Result<Regcache, c_int> {
+    let (Some(register_region), Some(deregister_region)) = (functions.register_region, functions.deregister_region)
+    else {
+        return Err(fail(-libc::EINVAL, c"mmun_regcache_open: a function of the registrar is null"));
+    };
+    if functions.flags & !IN_CALLBACKS != 0 {
+        return Err(fail(-libc::EINVAL, c"mmun_regcache_open: the registrar has an unknown flag"));
+    }
+    mmun.may_wait()?;
+    let in_callbacks = functions.flags & IN_CALLBACKS != 0;
+    let driver = Driver { context: functions.context, register_region, deregister_region, in_callbacks };
+    let device = Device::new(driver, options.options(&mmun)?);
+    let cache = device.open(mmun.mm).map_err(|error| of_cache(&error))?;
+    mmun.caches.fetch_add(1, Ordering::Relaxed);
+    Ok(Regcache { cache, device, mmun })
+}
+
+struct Nobody;
+
+impl Notifier for Nobody {}
+
+impl Regcache {
+    /// Deregisters everything; fails, and changes nothing for good, if something is leased.
+    fn empty(&self) -> Result<(), c_int> {
+        self.mmun.may_wait()?;
+        self.cache.flush();
+        if self.cache.stats().regions != 0 {
+            // A callback may be deregistering what it has taken out. A registrar waits for it.
+            drop(Registration::new(self.mmun.mm, Nobody));
+            self.cache.flush();
+        }
+        if self.cache.stats().regions == 0 {
+            return Ok(());
+        }
+        Err(fail(-libc::EBUSY, c"mmun_regcache_close: a lease has not been put"))
+    }
+}
+
+export! {
+    /// Opens a cache.
+    ///
+    /// # Safety
+    /// See mmun/mmun.h.
+    fn mmun_regcache_open(
+        mmun: *const Mmun,
+        registrar: *const Functions,
+        options: *const Options,
+        cache: *mut *mut Regcache,
+    ) -> c_int {
+        code((|| {
+            // SAFETY: Valid: so says the header.
+            let functions = unsafe { args::read(registrar) }?;
+            let options = if options.is_null() {
+                Options { size: 0, merge: 0, max_regions: 0, max_bytes: 0, max_region_bytes: 0 }
+            } else {
+                // SAFETY: Valid: so says the header.
+                unsafe { args::read(options) }?
+            };
+            // SAFETY: Null or valid: so says the header.
+            let place = unsafe { args::result(cache) }?;
+            // SAFETY: Null or open: so says the header.
+            let mmun = unsafe { share(mmun) }?;
+            *place = Box::into_raw(Box::new(open(mmun, &functions, options)?));
+            Ok(())
+        })())
+    }
+
+    /// Closes a cache.
+    ///
+    /// # Safety
+    /// See mmun/mmun.h.
+    fn mmun_regcache_close(cache: *mut Regcache) -> c_int {
+        // SAFETY: Null or open: so says the header.
+        let Some(open) = (unsafe { cache.as_ref() }) else { return 0 };
+        let is_inherited = open.mmun.mm.is_inherited();
+        if !is_inherited && let Err(code) = open.empty() {
+            return code;
+        }
+        // SAFETY: It came from `Box::into_raw`, and the caller gives it up: so says the header.
+        let Regcache { cache, device, mmun } = *unsafe { Box::from_raw(cache) };
+        drop(cache);
+        if !is_inherited && device.synchronize().is_err() {
+            die("mmun_regcache_close", "the registrar has left an invalidation open on this thread");
+        }
+        mmun.caches.fetch_sub(1, Ordering::Relaxed);
+        0
+    }
+
+    /// Leases a region.
+    ///
+    /// # Safety
+    /// See mmun/mmun.h.
+    fn mmun_regcache_get(cache: *const Regcache, address: *mut c_void, length: usize, lease: *mut Lease) -> c_int {
+        if !lease.is_aligned() {
+            return fail(-libc::EINVAL, INVALID);
+        }
+        // SAFETY: Null or open: so says the header.
+        let open = unsafe { cache.as_ref() };
+        // SAFETY: Null or a place for a lease: so says the header.
+        let (Some(open), Some(place)) = (open, unsafe { lease.as_mut() }) else { return fail(-libc::EINVAL, INVALID) };
+        let range = match VaRange::covering(Va::from_ptr(address), length as u64) {
+            Ok(range) if range.last() != Va::new(u64::MAX) => range,
+            _ => {
+                *place = Lease::NONE;
+                return fail(-libc::EINVAL, INVALID);
+            }
+        };
+        match open.cache.get(range) {
+            Ok(held) => {
+                place.handle = held.handle().value;
+                // SAFETY: The place is large enough (asserted above). The cache outlives the lease,
+                // for it is not closed before.
+                unsafe { place.held.as_mut_ptr().cast::<Held<'_, Driver>>().write(held) };
+                0
+            }
+            Err(error) => {
+                *place = Lease::NONE;
+                of_cache(&error)
+            }
+        }
+    }
+
+    /// Ends a lease.
+    ///
+    /// # Safety
+    /// See mmun/mmun.h.
+    fn mmun_regcache_put(lease: *mut Lease) {
+        // SAFETY: Null or a lease: so says the header.
+        let Some(place) = (unsafe { lease.as_mut() }).filter(|lease| lease.is_held()) else {
+            die("mmun_regcache_put", "there is no lease: it is null or has been put");
+        };
+        let held = mem::replace(&mut place.held, Lease::NONE.held);
+        // SAFETY: There was a lease in it, as `is_held` has just said, and it is taken once.
+        drop(unsafe { held.as_ptr().cast::<Held<'static, Driver>>().read() });
+    }
+
+    /// Tells whether the region still stands for the memory.
+    ///
+    /// # Safety
+    /// See mmun/mmun.h.
+    fn mmun_lease_valid(lease: *const Lease) -> bool {
+        // SAFETY: Null or a lease: so says the header.
+        unsafe { Lease::held(lease) }.is_some_and(Held::is_current)
+    }
+
+    /// Returns what is registered.
+    ///
+    /// # Safety
+    /// See mmun/mmun.h.
+    fn mmun_lease_range(lease: *const Lease, address: *mut *mut c_void, bytes: *mut usize) -> c_int {
+        // SAFETY: Null or a lease: so says the header.
+        let Some(held) = (unsafe { Lease::held(lease) }) else { return fail(-libc::EINVAL, INVALID) };
+        // SAFETY: Null or valid: so says the header.
+        let Some(address) = (unsafe { address.as_mut() }) else { return fail(-libc::EINVAL, INVALID) };
+        // SAFETY: Null or valid: so says the header.
+        let Some(bytes) = (unsafe { bytes.as_mut() }) else { return fail(-libc::EINVAL, INVALID) };
+        (*address, *bytes) = (start(held.range()), length(held.range()));
+        0
+    }
+
+    /// Takes everything out.
+    ///
+    /// # Safety
+    /// See mmun/mmun.h.
+    fn mmun_regcache_flush(cache: *const Regcache) -> u64 {
+        // SAFETY: Null or open: so says the header.
+        unsafe { cache.as_ref() }.map_or(0, |open| open.cache.flush())
+    }
+
+    /// Deregisters what callbacks have left.
+    ///
+    /// # Safety
+    /// See mmun/mmun.h.
+    fn mmun_regcache_reap(cache: *const Regcache) {
+        // SAFETY: Null or open: so says the header.
+        if let Some(open) = unsafe { cache.as_ref() } {
+            open.cache.reap();
+        }
+    }
+
+    /// Says what the cache did and holds.
+    ///
+    /// # Safety
+    /// See mmun/mmun.h.
+    fn mmun_regcache_stats(cache: *const Regcache, stats: *mut Stats) -> c_int {
+        // SAFETY: Null or open: so says the header.
+        let Some(open) = (unsafe { cache.as_ref() }) else { return fail(-libc::EINVAL, INVALID) };
+        let values = open.cache.stats().metrics().map(|(_, value)| value);
+        // SAFETY: Valid: so says the header.
+        code(unsafe { args::write(stats, &Stats { size: 0, values }) })
+    }
+}
+
+/// What abi/layout.txt says of the header.
+#[cfg(target_pointer_width = "64")]
+const _: () = {
+    assert!(size_of::<Functions>() == Functions::FIRST && size_of::<Options>() == Options::FIRST);
+    assert!(size_of::<Stats>() == Stats::FIRST && size_of::<Lease>() == 24);
+    assert!(mem::offset_of!(Lease, handle) == 0 && mem::offset_of!(Functions, flags) == 32);
+};

@@ -1,0 +1,277 @@
+//! `struct mmun`: the event sources of this process, as one handle.
+
+use crate::args::{self, Growing};
+use crate::border::export;
+use crate::error::{IN_CALLBACK, INHERITED, INVALID, fail, fail_with, line, of_source};
+use crate::fills::Fills;
+use libc::{c_char, c_int};
+use mmu_notifier::MmWithUser;
+use mmu_source::Error;
+use mmu_source::hook::Hook;
+use mmu_source::kernel::{Kernel, ReadSeq};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+const HOOK: u32 = 1;
+const KERNEL: u32 = 2;
+const OWN: u32 = 4;
+
+/// `struct mmun_options`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    size: usize,
+    sources: u32,
+    required: u32,
+}
+
+// SAFETY: Numbers only.
+unsafe impl Growing for Options {
+    const FIRST: usize = 16;
+}
+
+const WHY: usize = 256;
+
+/// `struct mmun_status`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct Status {
+    size: usize,
+    sources: u32,
+    complete: u32,
+    inherited: u32,
+    reserved: u32,
+    subscriptions: u64,
+    watches: u64,
+    caches: u64,
+    changes: u64,
+    lost: u64,
+    no_hook: [c_char; WHY],
+    no_kernel: [c_char; WHY],
+}
+
+// SAFETY: Numbers only.
+unsafe impl Growing for Status {
+    const FIRST: usize = 64 + 2 * WHY;
+}
+
+/// `struct mmun`. Subscriptions, watches and caches keep it.
+#[derive(Debug)]
+pub struct Mmun {
+    pub(crate) mm: &'static MmWithUser,
+    hook: Result<Option<Hook>, String>,
+    pub(crate) kernel: Option<Arc<Kernel>>,
+    no_kernel: String,
+    own: bool,
+    fills: Fills,
+    pub(crate) subscriptions: AtomicU64,
+    pub(crate) watches: AtomicU64,
+    pub(crate) caches: AtomicU64,
+}
+
+impl Mmun {
+    fn open(sources: u32, required: u32) -> Result<Self, c_int> {
+        if (sources | required) & !(HOOK | KERNEL | OWN) != 0 {
+            return Err(fail(-libc::EINVAL, c"mmun_open: there is no such source"));
+        }
+        let wanted = if sources == 0 { HOOK | KERNEL | required } else { sources | required };
+        let refused = |which: u32, error: &Error| -> Result<String, c_int> {
+            let is_fault = !matches!(error, Error::Unavailable { .. } | Error::Unsupported { .. });
+            if required & which != 0 || is_fault { Err(of_source(error)) } else { Ok(line(error)) }
+        };
+        let mm = mmu_source::current_ref();
+        let (mut kernel, mut no_kernel) = (None, String::new());
+        if wanted & KERNEL != 0 {
+            match Kernel::start() {
+                Ok(started) => kernel = Some(started),
+                Err(error) => no_kernel = refused(KERNEL, &error)?,
+            }
+        }
+        let hook = match (wanted & HOOK != 0).then(Hook::install).transpose() {
+            Ok(hook) => Ok(hook),
+            Err(error) => Err(refused(HOOK, &error)?),
+        };
+        let own = wanted & OWN != 0;
+        if let (None, Ok(None) | Err(_), false) = (&kernel, &hook, own) {
+            let both = [hook.err().unwrap_or_default(), no_kernel].join("; ");
+            return Err(fail_with(-libc::EOPNOTSUPP, both.trim_matches([';', ' ']).to_owned()));
+        }
+        Ok(Self {
+            mm,
+            hook,
+            kernel,
+            no_kernel,
+            own,
+            fills: Fills::default(),
+            subscriptions: AtomicU64::new(0),
+            watches: AtomicU64::new(0),
+            caches: AtomicU64::new(0),
+        })
+    }
+
+    /// Fails in the child of a fork.
+    pub(crate) fn check(&self) -> Result<(), c_int> {
+        if self.mm.is_inherited() { Err(fail(-libc::ESRCH, INHERITED)) } else { Ok(()) }
+    }
+
+    /// Fails where this thread must not wait for callbacks.
+    pub(crate) fn may_wait(&self) -> Result<(), c_int> {
+        self.check()?;
+        if mmu_notifier::raw::would_deadlock(self.mm) { Err(fail(-libc::EDEADLK, IN_CALLBACK)) } else { Ok(()) }
+    }
+
+    fn sources(&self) -> u32 {
+        let hook = if let Ok(Some(_)) = self.hook { HOOK } else { 0 };
+        let kernel = if self.kernel.is_some() { KERNEL } else { 0 };
+        hook | kernel | if self.own { OWN } else { 0 }
+    }
+
+    fn status(&self) -> Status {
+        let is_inherited = self.mm.is_inherited();
+        // In a child the lock around the source's own numbers may be held for ever.
+        let kernel = self.kernel.as_ref().filter(|_| !is_inherited);
+        Status {
+            size: 0,
+            sources: if is_inherited { 0 } else { self.sources() },
+            complete: kernel.is_some().into(),
+            inherited: is_inherited.into(),
+            reserved: 0,
+            subscriptions: self.subscriptions.load(Ordering::Relaxed),
+            watches: self.watches.load(Ordering::Relaxed),
+            caches: self.caches.load(Ordering::Relaxed),
+            changes: kernel.map_or(0, |kernel| kernel.generation() - 1),
+            lost: kernel.map_or(0, |kernel| kernel.lost()),
+            no_hook: text(self.hook.as_ref().err().map_or("", String::as_str)),
+            no_kernel: text(&self.no_kernel),
+        }
+    }
+
+    fn fill_begin(&self) -> Result<u64, c_int> {
+        self.check()?;
+        match &self.kernel {
+            Some(kernel) => kernel.read_begin().map(ReadSeq::to_bits).map_err(|error| of_source(&error)),
+            None => self.fills.begin(self.mm).ok_or_else(|| fail(-libc::EDEADLK, IN_CALLBACK)),
+        }
+    }
+
+    fn fill_retry(&self, seq: u64) -> bool {
+        if seq == 0 || self.mm.is_inherited() {
+            return true;
+        }
+        match &self.kernel {
+            Some(kernel) => kernel.read_retry(ReadSeq::from_bits(seq)),
+            None => self.fills.retry(seq),
+        }
+    }
+}
+
+/// The beginning of a text, for a field of a struct.
+fn text(text: &str) -> [c_char; WHY] {
+    let mut field = [0; WHY];
+    let bytes = text.bytes().map(|byte| byte as c_char);
+    field.iter_mut().zip(bytes.take(WHY - 1)).for_each(|(place, byte)| *place = byte);
+    field
+}
+
+/// Returns another handle of what the program has a handle of.
+///
+/// # Safety
+/// `mmun` must be null or open.
+pub(crate) unsafe fn share(mmun: *const Mmun) -> Result<Arc<Mmun>, c_int> {
+    if mmun.is_null() {
+        return Err(fail(-libc::EINVAL, INVALID));
+    }
+    // SAFETY: It came from `Arc::into_raw` in `mmun_open` and is open: the caller's duty.
+    unsafe { Arc::increment_strong_count(mmun) };
+    // SAFETY: As above; this takes the count that was just added.
+    Ok(unsafe { Arc::from_raw(mmun) })
+}
+
+pub(crate) fn code(result: Result<(), c_int>) -> c_int {
+    result.map_or_else(|error| error, |()| 0)
+}
+
+export! {
+    /// Opens the sources.
+    ///
+    /// # Safety
+    /// See mmun/mmun.h.
+    fn mmun_open(options: *const Options, opened: *mut *mut Mmun) -> c_int {
+        code((|| {
+            let (sources, required) = if options.is_null() { (0, 0) } else {
+                // SAFETY: Valid: so says the header.
+                let options = unsafe { args::read(options) }?;
+                (options.sources, options.required)
+            };
+            // SAFETY: Null or valid: so says the header.
+            let opened = unsafe { args::result(opened) }?;
+            *opened = Arc::into_raw(Arc::new(Mmun::open(sources, required)?)).cast_mut();
+            Ok(())
+        })())
+    }
+
+    /// Gives the handle back.
+    ///
+    /// # Safety
+    /// See mmun/mmun.h.
+    fn mmun_close(mmun: *mut Mmun) {
+        if !mmun.is_null() {
+            // SAFETY: It came from `Arc::into_raw`, and the caller gives it up: so says the header.
+            drop(unsafe { Arc::from_raw(mmun) });
+        }
+    }
+
+    /// Says what runs, and why the rest does not.
+    ///
+    /// # Safety
+    /// See mmun/mmun.h.
+    fn mmun_status(mmun: *const Mmun, status: *mut Status) -> c_int {
+        // SAFETY: Null or open: so says the header.
+        let Some(mmun) = (unsafe { mmun.as_ref() }) else { return fail(-libc::EINVAL, INVALID) };
+        // SAFETY: Valid: so says the header.
+        code(unsafe { args::write(status, &mmun.status()) })
+    }
+
+    /// Sees to it that callbacks have run for all that has happened.
+    ///
+    /// # Safety
+    /// See mmun/mmun.h.
+    fn mmun_settle(mmun: *const Mmun) -> c_int {
+        // SAFETY: Null or open: so says the header.
+        let Some(mmun) = (unsafe { mmun.as_ref() }) else { return fail(-libc::EINVAL, INVALID) };
+        if let Err(code) = mmun.check() {
+            return code;
+        }
+        match &mmun.kernel {
+            Some(kernel) => kernel.settle().map_or_else(|error| of_source(&error), |_| 0),
+            None => 0,
+        }
+    }
+
+    /// Begins to fill a cache.
+    ///
+    /// # Safety
+    /// See mmun/mmun.h.
+    fn mmun_fill_begin(mmun: *const Mmun) -> u64 {
+        // SAFETY: Null or open: so says the header.
+        match unsafe { mmun.as_ref() } {
+            Some(mmun) => mmun.fill_begin().unwrap_or(0),
+            None => {
+                fail(-libc::EINVAL, INVALID);
+                0
+            }
+        }
+    }
+
+    /// Tells whether something has changed since.
+    ///
+    /// # Safety
+    /// See mmun/mmun.h.
+    fn mmun_fill_retry(mmun: *const Mmun, seq: u64) -> bool {
+        // SAFETY: Null or open: so says the header.
+        unsafe { mmun.as_ref() }.is_none_or(|mmun| mmun.fill_retry(seq))
+    }
+}
+
+/// What abi/layout.txt says of the header.
+const _: () = assert!(size_of::<Status>() == Status::FIRST && size_of::<Options>() == Options::FIRST);

@@ -1,0 +1,183 @@
+//! `struct mmun_subscription`: callbacks of a cache on this process's address space.
+
+use crate::args::{self, Growing};
+use crate::border::{export, guarded};
+use crate::error::{IN_CALLBACK, INVALID, fail, of_source};
+use crate::range::{bounds, code as event};
+use crate::sources::{Mmun, code, share};
+use libc::{c_int, c_void};
+use mmu_notifier::{InvalidateRange, Notifier, Registration, UnregisterError, VaRange};
+use mmu_source::kernel::{Armed, Kernel};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// `struct mmun_change`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct Change {
+    size: usize,
+    start: usize,
+    end: usize,
+    event: u32,
+    cause: u32,
+}
+
+type Callback = Option<unsafe extern "C-unwind" fn(*mut c_void, *const Change)>;
+
+/// `struct mmun_ops`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct Ops {
+    size: usize,
+    start: Callback,
+    end: Callback,
+}
+
+// SAFETY: Pointers to functions; what is no function of C's is against the header.
+unsafe impl Growing for Ops {
+    const FIRST: usize = 24;
+}
+
+/// `enum mmun_cause`.
+const BRACKET: u32 = 0;
+const TOLD: u32 = 1;
+
+struct Callbacks {
+    context: *mut c_void,
+    start: Callback,
+    end: Callback,
+    /// Whether there is a source that tells later.
+    by_kernel: bool,
+}
+
+// SAFETY: C code promises callbacks that may run on any thread, in parallel; the header says so.
+unsafe impl Send for Callbacks {}
+// SAFETY: As above.
+unsafe impl Sync for Callbacks {}
+
+impl Callbacks {
+    #[inline(always)]
+    fn call(&self, name: &'static str, callback: Callback, range: &InvalidateRange<'_>) {
+        let Some(callback) = callback else { return };
+        let (start, end) = bounds(range.range());
+        let change = Change {
+            size: size_of::<Change>(),
+            start: start as usize,
+            end: end as usize,
+            event: event(range.event()),
+            cause: if self.by_kernel && Kernel::is_telling() { TOLD } else { BRACKET },
+        };
+        // SAFETY: The program's own callback, with its own context: so says the header.
+        guarded(name, || unsafe { callback(self.context, &raw const change) });
+    }
+}
+
+impl Notifier for Callbacks {
+    #[inline]
+    fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
+        self.call("mmun_ops.start", self.start, range);
+    }
+
+    #[inline]
+    fn invalidate_range_end(&self, range: &InvalidateRange<'_>) {
+        self.call("mmun_ops.end", self.end, range);
+    }
+}
+
+/// `struct mmun_subscription`. The range is disarmed before the source may end.
+pub struct Subscription {
+    registration: Registration<Callbacks>,
+    armed: Option<Armed>,
+    mmun: Arc<Mmun>,
+}
+
+impl std::fmt::Debug for Subscription {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Subscription").field("armed", &self.armed).finish_non_exhaustive()
+    }
+}
+
+fn subscribe(mmun: Arc<Mmun>, ops: &Ops, context: *mut c_void) -> Result<Subscription, c_int> {
+    mmun.may_wait()?;
+    let callbacks = Callbacks { context, start: ops.start, end: ops.end, by_kernel: mmun.kernel.is_some() };
+    let refused = |_| fail(-libc::EDEADLK, IN_CALLBACK);
+    let registration = Registration::new(mmun.mm, callbacks).map_err(refused)?;
+    let armed = mmun.kernel.as_ref().map(|kernel| kernel.arm(VaRange::ALL)).transpose();
+    match armed {
+        Ok(armed) => {
+            mmun.subscriptions.fetch_add(1, Ordering::Relaxed);
+            Ok(Subscription { registration, armed, mmun })
+        }
+        Err(error) => {
+            // Not refused: nothing has been opened on this thread since.
+            let _ = registration.unregister();
+            Err(of_source(&error))
+        }
+    }
+}
+
+/// Gives the subscription back if this thread must not wait.
+fn unsubscribe(subscription: Subscription) -> Result<(), Subscription> {
+    let Subscription { registration, armed, mmun } = subscription;
+    if mmun.mm.is_inherited() {
+        // The parent's callbacks, which nobody calls here: there is nothing to wait for.
+        drop(registration);
+    } else if let Err(UnregisterError { registration, .. }) = registration.unregister() {
+        return Err(Subscription { registration, armed, mmun });
+    }
+    mmun.subscriptions.fetch_sub(1, Ordering::Relaxed);
+    drop(armed);
+    Ok(())
+}
+
+export! {
+    /// Subscribes.
+    ///
+    /// # Safety
+    /// See mmun/mmun.h.
+    fn mmun_subscribe(
+        mmun: *const Mmun,
+        ops: *const Ops,
+        context: *mut c_void,
+        subscription: *mut *mut Subscription,
+    ) -> c_int {
+        code((|| {
+            // SAFETY: Valid: so says the header.
+            let ops = unsafe { args::read(ops) }?;
+            // SAFETY: Null or valid: so says the header.
+            let place = unsafe { args::result(subscription) }?;
+            // SAFETY: Null or open: so says the header.
+            let mmun = unsafe { share(mmun) }?;
+            *place = Box::into_raw(Box::new(subscribe(mmun, &ops, context)?));
+            Ok(())
+        })())
+    }
+
+    /// Unsubscribes.
+    ///
+    /// # Safety
+    /// See mmun/mmun.h.
+    fn mmun_unsubscribe(subscription: *mut Subscription) -> c_int {
+        if subscription.is_null() {
+            return fail(-libc::EINVAL, INVALID);
+        }
+        // SAFETY: It came from `Box::into_raw`, and the caller gives it up: so says the header.
+        let taken = unsafe { subscription.read() };
+        match unsubscribe(taken) {
+            Ok(()) => {
+                // SAFETY: Its content was moved out above. What is left is the memory.
+                drop(unsafe { Box::from_raw(subscription.cast::<std::mem::MaybeUninit<Subscription>>()) });
+                0
+            }
+            Err(kept) => {
+                // SAFETY: Its content was moved out above.
+                unsafe { subscription.write(kept) };
+                fail(-libc::EDEADLK, IN_CALLBACK)
+            }
+        }
+    }
+}
+
+/// What abi/layout.txt says of the header.
+#[cfg(target_pointer_width = "64")]
+const _: () = assert!(size_of::<Change>() == 32 && size_of::<Ops>() == Ops::FIRST);

@@ -1,0 +1,80 @@
+//! `struct mmun_watch`.
+
+use crate::args;
+use crate::border::export;
+use crate::error::{INVALID, fail, of_source};
+use crate::sources::{Mmun, code, share};
+use libc::{c_int, c_void};
+use mmu_notifier::{Va, VaRange};
+use mmu_source::Watch;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// `struct mmun_watch`.
+#[derive(Debug)]
+pub struct Watched {
+    watch: Watch,
+    mmun: Arc<Mmun>,
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        self.mmun.watches.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+export! {
+    /// Watches the bytes.
+    ///
+    /// # Safety
+    /// See mmun/mmun.h.
+    fn mmun_watch(mmun: *const Mmun, address: *const c_void, length: usize, watch: *mut *mut Watched) -> c_int {
+        code((|| {
+            // SAFETY: Null or valid: so says the header.
+            let place = unsafe { args::result(watch) }?;
+            // SAFETY: Null or open: so says the header.
+            let mmun = unsafe { share(mmun) }?;
+            let range = VaRange::covering(Va::from_ptr(address), length as u64);
+            let range = range.map_err(|_| fail(-libc::EINVAL, INVALID))?;
+            mmun.check()?;
+            let watch = match &mmun.kernel {
+                Some(kernel) => kernel.watch(range),
+                None => Watch::new(range),
+            };
+            let watch = watch.map_err(|error| of_source(&error))?;
+            mmun.watches.fetch_add(1, Ordering::Relaxed);
+            *place = Box::into_raw(Box::new(Watched { watch, mmun }));
+            Ok(())
+        })())
+    }
+
+    /// Tells whether nothing has touched the bytes.
+    ///
+    /// # Safety
+    /// See mmun/mmun.h.
+    fn mmun_watch_valid(watch: *const Watched) -> bool {
+        // SAFETY: Null or a watch: so says the header.
+        unsafe { watch.as_ref() }.is_some_and(|watched| watched.watch.is_valid())
+    }
+
+    /// Begins anew.
+    ///
+    /// # Safety
+    /// See mmun/mmun.h.
+    fn mmun_watch_renew(watch: *mut Watched) -> c_int {
+        // SAFETY: Null or a watch that no other thread uses: so says the header.
+        let Some(watched) = (unsafe { watch.as_mut() }) else { return fail(-libc::EINVAL, INVALID) };
+        watched.watch.renew().map_or_else(|error| of_source(&error), |()| 0)
+    }
+
+    /// Gives the watch up.
+    ///
+    /// # Safety
+    /// See mmun/mmun.h.
+    fn mmun_unwatch(watch: *mut Watched) {
+        if !watch.is_null() {
+            // SAFETY: It came from `Box::into_raw` and nobody uses it any more: so says the header.
+            drop(unsafe { Box::from_raw(watch) });
+        }
+    }
+}

@@ -1,0 +1,53 @@
+//! What `mmun.h` promises, from C, over each source.
+
+use crate::support::{compile, sources, succeed};
+use std::process::Command;
+use testkit::{Cap, has_optional_program, require};
+
+const FLAGS: &[&str] = &["-std=gnu11", "-g", "-Wall", "-Wextra", "-Werror"];
+
+fn run(name: &str, flags: &[&str], source: &str, wrapper: &[&str]) {
+    let Some(program) = compile(name, "gcc", &[FLAGS, flags].concat(), &sources("tests/c/mmun")) else { return };
+    let mut command = match wrapper {
+        [] => Command::new(program),
+        [first, rest @ ..] => {
+            let mut command = Command::new(first);
+            command.args(rest).arg(program);
+            command
+        }
+    };
+    let output = succeed(command.arg(source));
+    let passed = output.lines().filter(|line| line.starts_with("ok ")).count();
+    assert_eq!(passed, 18, "{output}");
+}
+
+#[test]
+fn over_brackets_of_the_program() {
+    run("mmun-own", &[], "own", &[]);
+}
+
+#[test]
+#[cfg(all(target_arch = "x86_64", target_env = "gnu"))]
+fn over_the_hook() {
+    run("mmun-hook", &[], "hook", &[]);
+}
+
+#[test]
+fn over_the_kernel() {
+    if require(Cap::Kvm) && require(Cap::Bpf) {
+        run("mmun-kernel", &[], "kernel", &[]);
+    }
+}
+
+#[test]
+fn under_the_address_sanitizer() {
+    run("mmun-asan", &["-fsanitize=address,undefined", "-fno-sanitize-recover", "-fno-sanitize=alignment"], "own", &[]);
+}
+
+#[test]
+fn under_valgrind() {
+    if has_optional_program("valgrind") {
+        let valgrind = ["valgrind", "-q", "--fair-sched=yes", "--error-exitcode=9", "--leak-check=no"];
+        run("mmun-valgrind", &[], "own", &valgrind);
+    }
+}
