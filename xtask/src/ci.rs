@@ -96,6 +96,7 @@ const STEPS: &[Step] = &[
     ),
     step("srcu without membarrier", "cargo test -p srcu").env(&[("SRCU_NO_MEMBARRIER", "1")]),
     step("the kernel source", "cargo test -p mmu-source --test it kernel").needs("test -e /dev/kvm"),
+    step("the sources in other surroundings", "cargo xtask surroundings").needs("cargo xtask surroundings --probe"),
     step("a rush at the kernel source", "cargo run --release -p stress -- rush --seconds 10").needs("test -e /dev/kvm"),
     step("miri", "cargo +nightly miri test -p srcu")
         .env(&[("MIRIFLAGS", "-Zmiri-many-seeds=0..8")])

@@ -1,10 +1,11 @@
 //! The project's own chores: `cargo xtask tidy` checks what rustc does not, `cargo xtask ci` is the whole gate,
-//! `cargo xtask packages` tests each crate as it will be published, and `cargo xtask guest` runs tests under
-//! other kernels.
+//! `cargo xtask packages` tests each crate as it will be published, `cargo xtask guest` runs tests under
+//! other kernels, and `cargo xtask surroundings` runs those of the sources where loader and allocator behave differently.
 
 mod ci;
 mod guest;
 mod packages;
+mod surroundings;
 mod tidy;
 
 use std::path::{Path, PathBuf};
@@ -19,11 +20,13 @@ fn main() -> ExitCode {
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["tidy"] => tidy::run(&root()),
         ["ci"] => ci::run(&root()),
+        ["surroundings"] => surroundings::run(&root()),
+        ["surroundings", "--probe"] => surroundings::probe(),
         ["packages"] => packages::run(&root()),
         ["guest", ref arguments @ ..] => guest::run(&root(), arguments),
         ["guest-agent", plan] => guest::agent::run(Path::new(plan)),
         _ => {
-            eprintln!("usage: cargo xtask {{tidy | ci | packages | guest}}");
+            eprintln!("usage: cargo xtask {{tidy | ci | packages | guest | surroundings}}");
             ExitCode::from(2)
         }
     }

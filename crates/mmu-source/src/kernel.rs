@@ -104,7 +104,7 @@ mod wait;
 mod watching;
 
 pub use armed::{Armed, ReadSeq};
-pub use probe::{Features, probe};
+pub use probe::{Features, probe, probe_all};
 pub(crate) use watching::Watching;
 
 use crate::Error;

@@ -38,7 +38,7 @@ sources! {
     "kernel":
         "every change of an armed range, whoever makes it: other processes, reclaim, copy on write, truncation, io_uring",
         "a counter moves before the change; callbacks run when somebody looks, or soon after",
-        "nothing; it has needless hits",
+        "nothing; some changes of other memory are told as well",
         "allocate, lock, map, unmap, arm and disarm; not wait for a thread that may be draining",
         "two loads for each use; a fill that follows a change waits some microseconds (x86-64 with BTF; elsewhere it makes a virtual machine)",
         "/dev/kvm, CAP_BPF and CAP_PERFMON, Linux 5.12";

@@ -12,6 +12,9 @@ const STRACE: &[&str] = &["strace", "-f", "--seccomp-bpf", "-e", "trace=%memory"
 const MMUN: &[&str] = &[env!("CARGO_BIN_EXE_mmun"), "trace", "-o", "/dev/null"];
 const MMUN_JSON: &[&str] = &[env!("CARGO_BIN_EXE_mmun"), "trace", "--json", "-o", "/dev/null"];
 
+/// 400 forks, and 100 executed shells.
+const SHELL: &[&str] = &["sh", "-c", "i=0; while [ $i -lt 100 ]; do (:); (:); (:); (:); sh -c :; i=$((i+1)); done"];
+
 fn main() {
     let mut args = std::env::args().skip(1).filter(|arg| arg != "--bench");
     match args.next().as_deref() {
@@ -44,6 +47,7 @@ fn compare(pairs: usize, rounds: &str, word: &str) {
         ("gcc -O2 -c, bare / strace", &[], STRACE, &compile, f64::NAN),
         ("gcc -O2 -c of a line, text / strace", MMUN, STRACE, &small, 0.9),
         ("gcc -O2 -c of a line, bare / strace", &[], STRACE, &small, f64::NAN),
+        ("forks and execs of sh, text / strace", MMUN, STRACE, SHELL, 1.0),
         ("start and end, text / strace", MMUN, STRACE, &["true"], f64::NAN),
         ("no memory calls, text / bare", MMUN, &[], &quiet, 1.02),
         ("no memory calls, strace / bare", STRACE, &[], &quiet, f64::NAN),

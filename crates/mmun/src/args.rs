@@ -74,6 +74,9 @@ pub(crate) enum Command {
 ///
 /// Exits as the program did; 125 if mmun itself failed, 126 if the program cannot be run, 127 if
 /// there is none. SIGINT or SIGTERM ends the trace, not the program.
+///
+/// A traced program has one tracer: debuggers and strace are refused, and a program under
+/// AddressSanitizer must run with LSAN_OPTIONS=detect_leaks=0, or it exits with status 1.
 #[derive(Args, Debug)]
 #[command(
     verbatim_doc_comment,
@@ -111,7 +114,8 @@ pub(crate) struct TraceArgs {
 
     /// Traces the program's first task only
     ///
-    /// If another thread runs execve, nothing is recorded from then on.
+    /// If another thread runs execve, nothing is recorded from then on. A child made with
+    /// CLONE_PTRACE is let go at its first stop, untraced.
     #[arg(long, overrides_with = "follow")]
     pub(crate) no_follow: bool,
 
@@ -201,7 +205,7 @@ pub(crate) struct CoverageArgs {
 
 /// Says which event sources can be used here, and what the others lack.
 ///
-/// For each: what is missing, one command that helps, and what was found of the kernel. An answer is that of
+/// For each: all that is missing, each with a command that helps, and what was found of the kernel. An answer is that of
 /// the user who asks: what only root may use is not usable for others.
 ///
 /// Exits 0 if all are usable, 1 if one is not, 2 if that could not be found out.

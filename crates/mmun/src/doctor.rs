@@ -19,8 +19,8 @@ const FAILED: Outcome = Outcome::Exit(2);
 #[derive(Debug)]
 struct Diagnosis {
     source: Source,
-    /// What is missing, and one command that helps, if one does. `None` if it can be used.
-    lack: Option<Lack>,
+    /// What is missing, each with a command that helps, if one does. None if it can be used.
+    lacks: Vec<Lack>,
     /// What was found, in words without spaces where they have a name.
     features: Vec<String>,
 }
@@ -36,7 +36,7 @@ impl Lack {
     /// In one line.
     pub(crate) fn to_line(&self) -> String {
         match &self.remedy {
-            Some(remedy) => format!("{}; try '{remedy}'", self.missing),
+            Some(remedy) => format!("{}; try: {remedy}", self.missing),
             None => self.missing.clone(),
         }
     }
@@ -45,12 +45,12 @@ impl Lack {
 pub(crate) fn main(args: DoctorArgs) -> Outcome {
     let machine = machine::features();
     let diagnoses = Source::ALL.map(|source| {
-        let (lack, mut features) = probe::probe(source);
+        let (lacks, mut features) = probe::probe(source);
         if args.json {
             // Each line stands alone.
             features.extend(machine.iter().cloned());
         }
-        Diagnosis { source, lack, features }
+        Diagnosis { source, lacks, features }
     });
     let text = if args.json { as_json(&diagnoses) } else { as_text(&diagnoses, &machine, Style::of_stdout()) };
     match io::stdout().write_all(text.as_bytes()) {
@@ -58,7 +58,7 @@ pub(crate) fn main(args: DoctorArgs) -> Outcome {
             complain(&format!("write on standard output: {}", crate::reason(&error)));
             FAILED
         }
-        _ if diagnoses.iter().all(|diagnosis| diagnosis.lack.is_none()) => Outcome::Exit(0),
+        _ if diagnoses.iter().all(|diagnosis| diagnosis.lacks.is_empty()) => Outcome::Exit(0),
         _ => FOUND,
     }
 }
@@ -68,22 +68,24 @@ pub(crate) fn main(args: DoctorArgs) -> Outcome {
 /// # Errors
 /// What it lacks.
 pub(crate) fn usable(source: Source) -> Result<(), Lack> {
-    probe::probe(source).0.map_or(Ok(()), Err)
+    probe::probe(source).0.into_iter().next().map_or(Ok(()), Err)
 }
 
 fn as_text(diagnoses: &[Diagnosis], machine: &[String], style: Style) -> String {
     let mut text = String::new();
-    for Diagnosis { source, lack, features } in diagnoses {
+    for Diagnosis { source, lacks, features } in diagnoses {
         let name = style.paint(Mark::Bold, format!("{:9}", source.name()));
-        match lack {
-            None => text.push_str(&format!("{name}{}\n", style.paint(Mark::Good, "usable"))),
-            Some(Lack { missing, remedy }) => {
-                text.push_str(&format!("{name}{}: {missing}\n", style.paint(Mark::Bad, "not usable")));
+        if lacks.is_empty() {
+            text.push_str(&format!("{name}{}\n", style.paint(Mark::Good, "usable")));
+        } else {
+            text.push_str(&format!("{name}{}\n", style.paint(Mark::Bad, "not usable")));
+            for Lack { missing, remedy } in lacks {
+                text.push_str(&format!("         lacks: {missing}\n"));
                 if let Some(remedy) = remedy {
-                    text.push_str(&format!("         try: {remedy}\n"));
+                    text.push_str(&format!("           try: {remedy}\n"));
                 }
-                text.push_str(&format!("         needs: {}\n", source.info().needs));
             }
+            text.push_str(&format!("         needs: {}\n", source.info().needs));
         }
         text.push_str(&format!("         sees: {}\n", source.info().sees));
         text.push_str(&format!("         misses: {}\n", source.info().misses));
@@ -114,22 +116,24 @@ fn wrapped(label: &str, words: &[String]) -> String {
 }
 
 fn as_json(diagnoses: &[Diagnosis]) -> String {
-    let object = |Diagnosis { source, lack, features }: &Diagnosis| {
-        let missing = quoted_or_null(lack.as_ref().map(|lack| lack.missing.as_str()));
-        let remedy = quoted_or_null(lack.as_ref().and_then(|lack| lack.remedy.as_deref()));
+    let object = |Diagnosis { source, lacks, features }: &Diagnosis| {
+        let missing = quoted_or_null(lacks.iter().map(|lack| lack.missing.as_str()), "; ");
+        // One line to be typed.
+        let remedy = quoted_or_null(lacks.iter().filter_map(|lack| lack.remedy.as_deref()), " && ");
         let features: Vec<String> = features.iter().map(|feature| quoted(feature)).collect();
         format!(
             "{{\"v\":1,\"source\":{},\"usable\":{},\"missing\":{missing},\"remedy\":{remedy},\"features\":[{}]}}\n",
             quoted(source.name()),
-            lack.is_none(),
+            lacks.is_empty(),
             features.join(",")
         )
     };
     diagnoses.iter().map(object).collect()
 }
 
-fn quoted_or_null(text: Option<&str>) -> String {
-    text.map_or("null".to_owned(), quoted)
+fn quoted_or_null<'a>(texts: impl Iterator<Item = &'a str>, between: &str) -> String {
+    let texts: Vec<&str> = texts.collect();
+    if texts.is_empty() { "null".to_owned() } else { quoted(&texts.join(between)) }
 }
 
 fn quoted(text: &str) -> String {
@@ -151,7 +155,8 @@ mod tests {
     #[test]
     fn a_json_string_is_escaped() {
         assert_eq!(quoted("a \"b\" \\ \n ä"), r#""a \"b\" \\ \u000a ä""#);
-        assert_eq!(quoted_or_null(None), "null");
+        assert_eq!(quoted_or_null([].into_iter(), "; "), "null");
+        assert_eq!(quoted_or_null(["a", "b"].into_iter(), "; "), "\"a; b\"");
     }
 
     #[test]

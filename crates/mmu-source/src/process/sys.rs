@@ -12,14 +12,17 @@ use std::ffi::{CStr, CString, c_char, c_int, c_long, c_void};
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::ptr;
 
 use super::{ExitStatus, Pid, proc};
 use crate::ranges;
 
+mod memory;
 mod registers;
+mod status;
 
+pub(super) use memory::read_memory;
 pub(super) use registers::{registers, skip_call};
+pub(super) use status::take_status;
 
 /// What `wait` reported.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -220,6 +223,11 @@ pub(super) fn seize(tid: Pid, options: i32) -> io::Result<()> {
     ptrace(libc::PTRACE_SEIZE, tid, 0, options as usize).map(drop)
 }
 
+/// Changes what a stopped tracee reports.
+pub(super) fn set_options(tid: Pid, options: i32) -> io::Result<Option<()>> {
+    unless_gone(ptrace(libc::PTRACE_SETOPTIONS, tid, 0, options as usize).map(drop))
+}
+
 /// Makes a running tracee stop.
 pub(super) fn interrupt(tid: Pid) -> io::Result<Option<()>> {
     unless_gone(ptrace(libc::PTRACE_INTERRUPT, tid, 0, 0).map(drop))
@@ -297,48 +305,6 @@ pub(super) fn huge_page(path: &CStr) -> io::Result<Option<u64>> {
     // SAFETY: it was zeroed, which is a valid value, and then written by the kernel.
     let info = unsafe { info.assume_init() };
     Ok(ranges::huge_page(info.f_type, info.f_bsize))
-}
-
-/// Reads up to `buffer.len()` bytes of a tracee's memory and returns how many: fewer if the rest is not mapped.
-///
-/// # Errors
-/// If the memory may not be read: a tracee that is not dumpable is closed to a tracer without `CAP_SYS_PTRACE`.
-pub(super) fn read_memory(tid: Pid, address: u64, buffer: &mut [u8]) -> io::Result<usize> {
-    let Ok(base) = usize::try_from(address) else { return Ok(0) };
-    let local = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
-    let remote = libc::iovec { iov_base: ptr::without_provenance_mut(base), iov_len: buffer.len() };
-    // SAFETY: the kernel writes at most `iov_len` bytes to `local`, which is `buffer`, borrowed exclusively. The remote
-    // address is checked by the kernel.
-    let read = unsafe { libc::process_vm_readv(tid, &local, 1, &remote, 1, 0) };
-    if let Ok(read) = usize::try_from(read) {
-        return Ok(read);
-    }
-    let error = io::Error::last_os_error();
-    if error.raw_os_error() == Some(libc::EFAULT) {
-        return Ok(0);
-    }
-    // A kernel without that call, or a security module that forbids only that.
-    match peek(tid, address, buffer) {
-        0 => Err(error),
-        read => Ok(read),
-    }
-}
-
-/// The same word by word.
-fn peek(tid: Pid, address: u64, buffer: &mut [u8]) -> usize {
-    let mut read = 0;
-    for (chunk, address) in buffer.chunks_mut(size_of::<c_long>()).zip((address..).step_by(size_of::<c_long>())) {
-        let mut word: c_long = 0;
-        let out = (&raw mut word).addr();
-        // SAFETY: the raw call, unlike the wrapper of libc, writes one word to the address given, which is `word`.
-        let result = unsafe { libc::syscall(libc::SYS_ptrace, libc::PTRACE_PEEKDATA, tid, address, out) };
-        if result == -1 {
-            break;
-        }
-        chunk.copy_from_slice(&word.to_ne_bytes()[..chunk.len()]);
-        read += chunk.len();
-    }
-    read
 }
 
 /// Tells whether two tasks share their memory, or `None` if the kernel does not say.

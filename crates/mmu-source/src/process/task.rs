@@ -32,6 +32,8 @@ pub(super) struct Tracee<H> {
     pub(super) task: Task,
     /// Its memory calls stop by a filter. Without one, every call stops.
     pub(super) filtered: bool,
+    /// It reports its end before it ends. One that was attached to, and what it made before its first stop, does not yet.
+    pub(super) stops_at_exit: bool,
     pub(super) life: Life<H>,
     pub(super) call: Option<OpenCall>,
     /// The calls that the kernel is going to make again.
@@ -60,6 +62,7 @@ impl<H> Tracee<H> {
         Tracee {
             task,
             filtered,
+            stops_at_exit: filtered,
             life: Life::Fresh(space),
             call: None,
             again: Vec::new(),

@@ -19,6 +19,7 @@ mod attach;
 mod calls;
 mod detach;
 mod family;
+mod reaper;
 mod start;
 
 pub use detach::Keeper;
@@ -186,6 +187,10 @@ impl<O: Observer> Tracer<O> {
             return self.park(tid, family::Report::Stopped(stop));
         };
         tracee.reported = self.clock;
+        if !mem::replace(&mut tracee.stops_at_exit, true) {
+            let options = start::ptrace_options(self.options, false);
+            sys::set_options(tid, options).map_err(kernel("PTRACE_SETOPTIONS", tid))?;
+        }
         // A task that waits in `vfork` reports nothing.
         tracee.in_vfork = false;
         match stop {

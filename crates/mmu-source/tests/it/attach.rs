@@ -321,3 +321,32 @@ fn a_parent_that_waits_in_vfork_is_let_go_of_without_waiting_for_its_child() {
     assert_eq!(child.wait().expect("a status").code(), Some(0));
     fs::remove_file(path).expect("removed");
 }
+#[test]
+fn a_process_that_executes_itself_again_and_again_is_attached_to_or_has_ended() {
+    if !require(Cap::Ptrace) {
+        return;
+    }
+    let started = thread::spawn(|| {
+        let itself = env!("CARGO_BIN_EXE_tracee");
+        std::process::Command::new(itself).args(["exec-loop", "60"]).stdout(Stdio::null()).spawn().expect("it starts")
+    });
+    let mut child = started.join().expect("no panic");
+    let mut attached = 0;
+    loop {
+        let mut tracer = Tracer::new(Options::default(), Recorder::new()).expect("a tracer");
+        match tracer.attach(child.id() as i32) {
+            Ok(()) => attached += 1,
+            Err(Error::Attach { source, .. }) => {
+                assert_eq!(source.raw_os_error(), Some(libc::ESRCH), "{source}");
+                break;
+            }
+            Err(other) => panic!("{other}"),
+        }
+        let (recorder, keeper) = tracer.detach();
+        keeper.serve();
+        recorder.finish();
+    }
+    assert!(attached > 0);
+    // The tracer may have taken its status already.
+    drop(child.wait());
+}

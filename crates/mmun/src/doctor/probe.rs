@@ -11,7 +11,7 @@ use super::Lack;
 use crate::source::Source;
 
 /// What a source lacks here, if anything, and what it found.
-pub(super) fn probe(source: Source) -> (Option<Lack>, Vec<String>) {
+pub(super) fn probe(source: Source) -> (Vec<Lack>, Vec<String>) {
     match source {
         Source::Kernel => kernel(),
         Source::Hook => hook(),
@@ -21,7 +21,7 @@ pub(super) fn probe(source: Source) -> (Option<Lack>, Vec<String>) {
 }
 
 /// What is there is listed also if something else is missing.
-fn kernel() -> (Option<Lack>, Vec<String>) {
+fn kernel() -> (Vec<Lack>, Vec<String>) {
     let mut features = Vec::new();
     match fs::File::options().read(true).write(true).open("/dev/kvm") {
         Ok(_) => features.push("kvm".to_owned()),
@@ -39,16 +39,16 @@ fn kernel() -> (Option<Lack>, Vec<String>) {
     if let Ok(level) = fs::read_to_string("/proc/sys/kernel/unprivileged_bpf_disabled") {
         features.push(format!("unprivileged_bpf_disabled={}", level.trim()));
     }
-    match mmu_source::kernel::probe() {
+    match mmu_source::kernel::probe_all() {
         Ok(found) => {
             features.push(format!("bpf={}", found.through));
-            (None, features)
+            (Vec::new(), features)
         }
-        Err(error) => (Some(lack(&error)), features),
+        Err(errors) => (errors.iter().map(lack).collect(), features),
     }
 }
 
-fn hook() -> (Option<Lack>, Vec<String>) {
+fn hook() -> (Vec<Lack>, Vec<String>) {
     match mmu_source::hook::probe() {
         Ok(places) => {
             let mut names: Vec<&str> = places.iter().map(|place| place.name).collect();
@@ -58,18 +58,18 @@ fn hook() -> (Option<Lack>, Vec<String>) {
             features.extend(names.iter().map(|name| (*name).to_owned()));
             let overwritten = places.iter().filter(|place| place.state == mmu_source::hook::State::Overwritten);
             features.extend(overwritten.map(|place| format!("overwritten={} in {}", place.name, place.module)));
-            (None, features)
+            (Vec::new(), features)
         }
-        Err(error) => (Some(lack(&error)), Vec::new()),
+        Err(error) => (vec![lack(&error)], Vec::new()),
     }
 }
 
-fn uffd() -> (Option<Lack>, Vec<String>) {
+fn uffd() -> (Vec<Lack>, Vec<String>) {
     let mut features = Vec::new();
     if let Ok(allowed) = fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd") {
         features.push(format!("unprivileged_userfaultfd={}", allowed.trim()));
     }
-    (mmu_source::uffd::probe().err().as_ref().map(lack), features)
+    (mmu_source::uffd::probe().err().iter().map(lack).collect(), features)
 }
 
 /// What an error of a source says is missing.
@@ -84,7 +84,7 @@ fn lack(error: &Error) -> Lack {
 }
 
 /// Traces a program that ends at once.
-fn process() -> (Option<Lack>, Vec<String>) {
+fn process() -> (Vec<Lack>, Vec<String>) {
     // It says its version to nobody; to us, if even that cannot be opened.
     let null = fs::File::options().write(true).open("/dev/null");
     let mut program = Command::new("/proc/self/exe").arg("--version");
@@ -96,9 +96,9 @@ fn process() -> (Option<Lack>, Vec<String>) {
         tracer.spawn(program)?;
         tracer.run(&AtomicBool::new(false)).map(drop)
     };
-    let lack = traced().err().as_ref().map(lack);
+    let lacks: Vec<Lack> = traced().err().iter().map(lack).collect();
     let mut features = Vec::new();
-    if lack.is_none() {
+    if lacks.is_empty() {
         features.push("ptrace".to_owned());
     }
     match fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope") {
@@ -111,7 +111,7 @@ fn process() -> (Option<Lack>, Vec<String>) {
             features.push(format!("seccomp={action}"));
         }
     }
-    (lack, features)
+    (lacks, features)
 }
 
 struct Nobody;

@@ -6,6 +6,7 @@ use std::rc::Rc;
 use super::super::proc;
 use super::super::space::{Break, Space};
 use super::super::sys;
+use super::reaper::Reaper;
 use super::start::ptrace_options;
 use super::{Error, ExitStatus, Observer, Pid, Task, Tracer};
 
@@ -36,20 +37,41 @@ impl<O: Observer> Tracer<O> {
                 _ => io::Error::from_raw_os_error(libc::ESRCH),
             }));
         }
+        let mut reaper = None;
+        let seized = self.seize_all(pid, &mut reaper);
+        let ended = reaper.map_or(Vec::new(), Reaper::finish);
+        self.forget_all(ended);
+        seized.map_err(refused)?;
+        if !self.tasks.values().any(|tracee| tracee.task.pid == pid) {
+            return Err(refused(io::Error::from_raw_os_error(libc::ESRCH)));
+        }
+        Ok(())
+    }
+
+    /// A thread that is not traced yet can make another one, or execute another program, at any time: looks until all that are there
+    /// are traced.
+    fn seize_all(&mut self, pid: Pid, reaper: &mut Option<Reaper>) -> io::Result<()> {
         let mut tries = 0;
-        // A thread that is not traced yet can make another one, or execute another program, at any time: look until all that
-        // are there are traced.
         loop {
             let mut refusal = None;
             let mut is_new = false;
-            for tid in proc::threads(pid).map_err(|error| refused(self.unlisted(pid, error)))? {
+            for tid in proc::threads(pid).map_err(|error| self.unlisted(pid, error))? {
+                let ended = reaper.as_ref().map_or(Vec::new(), Reaper::ended);
+                self.forget_all(ended);
                 if self.is_traced(pid, tid) {
                     continue;
                 }
-                match sys::seize(tid, ptrace_options(self.options, false)) {
+                match sys::seize(tid, ptrace_options(self.options, false) & !libc::PTRACE_O_TRACEEXIT) {
                     Ok(()) => {
                         is_new = true;
                         self.seized(pid, tid);
+                        let reaper = match reaper {
+                            Some(reaper) => reaper,
+                            None => reaper.insert(Reaper::start()?),
+                        };
+                        if tid != pid {
+                            reaper.watch(tid);
+                        }
                     }
                     // Made by a thread that is traced by now: its maker's event names it.
                     Err(_) if is_ours(tid) => {}
@@ -62,16 +84,19 @@ impl<O: Observer> Tracer<O> {
             match refusal {
                 // Seizing a task that an `execve` has just replaced is refused as well.
                 Some((_, false)) if tries < TRIES => {}
-                Some((error, _)) => return Err(refused(error)),
-                None if !is_new => break,
+                Some((error, _)) => return Err(error),
+                None if !is_new => return Ok(()),
                 None => {}
             }
             tries += 1;
         }
-        if !self.tasks.values().any(|tracee| tracee.task.pid == pid) {
-            return Err(refused(io::Error::from_raw_os_error(libc::ESRCH)));
+    }
+
+    /// Takes threads out of the table that have ended while another one was waited for.
+    fn forget_all(&mut self, ended: Vec<(Pid, ExitStatus)>) {
+        for (tid, status) in ended {
+            self.forget(tid, "exit", status);
         }
-        Ok(())
     }
 
     /// Tells whether a thread is in the table and still the task that it was when it came there.

@@ -11,21 +11,23 @@ type Handler = extern "C" fn(c_int, *mut siginfo_t, *mut c_void);
 static RUNS: AtomicU64 = AtomicU64::new(0);
 static CHILD: AtomicI64 = AtomicI64::new(0);
 
-/// Sets the handler of the signal that the test sends, and says which signal that is.
+/// Where the page is that is unmapped.
+static PAGE_AT: AtomicU64 = AtomicU64::new(0);
+
+/// Sets the handler of the signal that the test sends, and says which page it unmaps.
 fn handle(handler: Handler) {
-    let signal = libc::SIGRTMIN() + 5;
     // SAFETY: zero is a valid value of each field.
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
     action.sa_sigaction = handler as libc::sighandler_t;
     action.sa_flags = libc::SA_SIGINFO | libc::SA_NODEFER;
     // SAFETY: the action is complete; the handlers of this file make system calls and use atomics, nothing else.
-    assert_eq!(unsafe { libc::sigaction(signal, &action, std::ptr::null_mut()) }, 0);
-    println!("signal {signal}");
+    assert_eq!(unsafe { libc::sigaction(libc::SIGUSR2, &action, std::ptr::null_mut()) }, 0);
+    PAGE_AT.store(map(PAGE, PROT_READ | PROT_WRITE), Ordering::Relaxed);
+    println!("page {:#x}", PAGE_AT.load(Ordering::Relaxed));
 }
 
-fn unmap_a_page() {
-    let at = map(PAGE, PROT_READ | PROT_WRITE);
-    assert_eq!(munmap(at, PAGE), 0);
+fn unmap_the_page() {
+    assert_eq!(munmap(PAGE_AT.load(Ordering::Relaxed), PAGE), 0);
 }
 
 fn fork_with(number: c_long) -> i64 {
@@ -43,7 +45,7 @@ fn fork_with(number: c_long) -> i64 {
 
 extern "C" fn count_and_unmap(_: c_int, _: *mut siginfo_t, _: *mut c_void) {
     RUNS.fetch_add(1, Ordering::Relaxed);
-    unmap_a_page();
+    unmap_the_page();
 }
 
 /// Forks by the call of this number; its handler unmaps a page.
@@ -58,7 +60,7 @@ extern "C" fn count_and_fork(_: c_int, _: *mut siginfo_t, _: *mut c_void) {
     if RUNS.fetch_add(1, Ordering::Relaxed) == 0 {
         CHILD.store(fork_with(libc::SYS_fork), Ordering::Relaxed);
     } else {
-        unmap_a_page();
+        unmap_the_page();
     }
 }
 
@@ -73,7 +75,7 @@ pub(crate) fn interrupted_twice() {
 
 /// Stands further up on the stack than the call that was interrupted, and never returns.
 extern "C" fn elsewhere() -> ! {
-    unmap_a_page();
+    unmap_the_page();
     call(libc::SYS_exit_group, &[5]);
     unreachable!("exit_group returned")
 }

@@ -4,7 +4,7 @@ use crate::sys;
 
 /// What a call should be seen as: `cause event start end result`.
 pub(crate) struct Script {
-    /// Begun before the first call and ended after the last, so that everything between is the script's.
+    /// Named before the first call and after the last, so that everything between is the script's.
     marker: u64,
     lines: Vec<(&'static str, &'static str, u64, u64, i64)>,
 }
@@ -20,8 +20,11 @@ impl Script {
         script
     }
 
+    /// Makes a call that nothing else makes, whatever the loader or the allocator do with the same address.
     fn mark(&self) {
-        assert_eq!(sys::call(libc::SYS_madvise, &[self.marker, sys::PAGE, libc::MADV_DONTNEED as u64]), 0);
+        const NO_SUCH_ADVICE: u64 = 12_345;
+        let refused = sys::call(libc::SYS_madvise, &[self.marker, sys::PAGE, NO_SUCH_ADVICE]);
+        assert_eq!(refused, -i64::from(libc::EINVAL));
     }
 
     /// Says that the call which returned `result` is seen as this.

@@ -1,0 +1,66 @@
+//! The tests of the sources once more where the loader, libc and the allocator behave differently: a cache of the loader that fills many
+//! pages, another allocator, and a large environment.
+//!
+//! A test that takes a call of theirs for its own fails here.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+/// What the loader's cache is filled up to: 16 pages. It does not read what comes after its entries.
+const CACHE_BYTES: usize = 1 << 16;
+/// How much is added to the environment, in pieces that `execve` takes.
+const VARIABLES: usize = 8;
+const VARIABLE_BYTES: usize = 100_000;
+
+/// What is tested, and what the tests are told. Those of `inside` are about glibc's own allocator.
+const TESTS: &[(&[&str], &[&str])] = &[
+    (&["test", "-p", "mmu-source", "--test", "it"], &[]),
+    (&["test", "-p", "mmu-source", "--test", "hook"], &["--skip", "inside::"]),
+];
+
+pub(crate) fn run(root: &Path) -> ExitCode {
+    match run_all(root) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("surroundings: {error}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run_all(root: &Path) -> io::Result<bool> {
+    let allocator = allocator().ok_or_else(|| io::Error::other("libjemalloc.so.2 is not installed (libjemalloc2)"))?;
+    let cache = root.join("target/ld.so.cache");
+    fs::create_dir_all(root.join("target"))?;
+    let mut bytes = fs::read("/etc/ld.so.cache")?;
+    bytes.resize(bytes.len().max(CACHE_BYTES), 0);
+    fs::write(&cache, bytes)?;
+    for (arguments, options) in TESTS {
+        // Built first: the tests alone are to run with another allocator.
+        if !Command::new("cargo").args(*arguments).arg("--no-run").current_dir(root).status()?.success() {
+            return Ok(false);
+        }
+        let mut test = Command::new("unshare");
+        test.args(["-m", "sh", "-c", "mount --bind \"$0\" /etc/ld.so.cache && exec \"$@\""]).arg(&cache);
+        test.arg("cargo").args(*arguments).arg("--").args(*options).env("LD_PRELOAD", &allocator).current_dir(root);
+        test.envs((0..VARIABLES).map(|number| (format!("MMUN_FILLER_{number}"), "x".repeat(VARIABLE_BYTES))));
+        if !test.status()?.success() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Tells whether what it takes is here.
+pub(crate) fn probe() -> ExitCode {
+    let can_mount = Command::new("unshare").args(["-m", "true"]).status().is_ok_and(|status| status.success());
+    if can_mount && allocator().is_some() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn allocator() -> Option<PathBuf> {
+    let folders = ["/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/lib", "/usr/local/lib"];
+    folders.iter().map(|folder| Path::new(folder).join("libjemalloc.so.2")).find(|path| path.is_file())
+}
