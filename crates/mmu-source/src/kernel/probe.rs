@@ -22,28 +22,10 @@ pub struct Features {
 /// # Errors
 /// [`Error::Unavailable`] with the first thing that is missing, and the command that would grant it.
 pub fn probe() -> Result<Features, Error> {
-    probe_all().map_err(|mut errors| errors.swap_remove(0))
-}
-
-/// As [`probe`], with everything that is missing.
-///
-/// # Errors
-/// One [`Error::Unavailable`] for each thing, at least one.
-pub fn probe_all() -> Result<Features, Vec<Error>> {
-    let mut errors = Vec::new();
-    let made = sys::open_kvm().and_then(|kvm| sys::create_vm(kvm.as_fd()).map(drop));
-    errors.extend(made.err().map(|error| kvm_missing(&error)));
-    match Programs::make(4096) {
-        Err(error) => errors.push(bpf_missing(&error)),
-        // The tracepoint comes with KVM.
-        Ok((_, programs)) if errors.is_empty() => {
-            errors.extend(programs.attach().err().map(|error| tracepoint_missing(&error)));
-        }
-        Ok(_) => {}
-    }
-    if !errors.is_empty() {
-        return Err(errors);
-    }
+    let kvm = sys::open_kvm().map_err(|error| kvm_missing(&error))?;
+    sys::create_vm(kvm.as_fd()).map_err(|error| kvm_missing(&error))?;
+    let (_, programs) = Programs::make(4096).map_err(|error| bpf_missing(&error))?;
+    programs.attach().map_err(|error| tracepoint_missing(&error))?;
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     Ok(Features { release: release.trim().to_owned(), through: "raw_tracepoint kvm_unmap_hva_range" })
 }
@@ -64,6 +46,23 @@ pub(super) fn kvm_missing(error: &io::Error) -> Error {
         ),
         _ => unavailable(format!("a virtual machine of KVM: {error}"), "sudo dmesg | grep -i kvm"),
     }
+}
+
+/// As [`probe`], with everything that is missing.
+///
+/// # Errors
+/// One [`Error::Unavailable`] for each thing, at least one.
+pub fn probe_all() -> Result<Features, Vec<Error>> {
+    let first = match probe() {
+        Ok(features) => return Ok(features),
+        Err(error) => error,
+    };
+    let mut errors = vec![first];
+    // The virtual machine is asked for first: without one, the rest was not looked at.
+    if sys::open_kvm().and_then(|kvm| sys::create_vm(kvm.as_fd())).is_err() {
+        errors.extend(Programs::make(4096).err().map(|error| bpf_missing(&error)));
+    }
+    Err(errors)
 }
 
 /// Whom `/dev/kvm` belongs to.
