@@ -98,6 +98,7 @@ const STEPS: &[Step] = &[
     step("the kernel source", "cargo test -p mmu-source --test it kernel").needs("test -e /dev/kvm"),
     step("the sources in other surroundings", "cargo xtask surroundings").needs("cargo xtask surroundings --probe"),
     step("a rush at the kernel source", "cargo run --release -p stress -- rush --seconds 10").needs("test -e /dev/kvm"),
+    step("guests", "cargo xtask guest --kernel 6.1 --kernel 6.12").needs("cargo xtask guest --kernel 6.1 --kernel 6.12 --check"),
     step("miri", "cargo +nightly miri test -p srcu")
         .env(&[("MIRIFLAGS", "-Zmiri-many-seeds=0..8")])
         .needs("cargo +nightly miri --version"),
@@ -107,10 +108,8 @@ const STEPS: &[Step] = &[
 pub(crate) fn run(root: &Path) -> ExitCode {
     let (mut passed, mut failed, mut skipped) = (0, 0, 0);
     for step in STEPS {
-        if let Some(probe) = step.needs
-            && !command(probe).output().is_ok_and(|output| output.status.success())
-        {
-            println!("SKIP {}: `{probe}` says no", step.name);
+        if let Some(reason) = step.needs.and_then(lack) {
+            println!("SKIP {}: {reason}", step.name);
             skipped += 1;
             continue;
         }
@@ -129,6 +128,16 @@ pub(crate) fn run(root: &Path) -> ExitCode {
     }
     println!("{passed} passed, {failed} failed, {skipped} skipped");
     if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Why a probe fails: the last line of its errors.
+fn lack(probe: &str) -> Option<String> {
+    let said = match command(probe).output() {
+        Ok(output) if output.status.success() => return None,
+        Ok(output) => String::from_utf8_lossy(&output.stderr).lines().next_back().unwrap_or_default().to_owned(),
+        Err(error) => error.to_string(),
+    };
+    Some(format!("`{probe}` says no: {said}"))
 }
 
 fn command(words: &str) -> Command {

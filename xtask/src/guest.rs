@@ -25,10 +25,12 @@ use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 use std::{fs, io, process, thread};
 
+/// The name of this program's copy in the folder of a run.
+const AGENT: &str = "agent";
 /// How many machines run at once. Each emulates two processors.
 const ABREAST: usize = 2;
 
-const USAGE: &str = "usage: cargo xtask guest [--kernel 5.10|6.1|6.12|6.18|newest|all]... [--shell] [--limit SECONDS] [--table] \
+const USAGE: &str = "usage: cargo xtask guest [--kernel 5.10|6.1|6.12|6.18|newest|all]... [--shell] [--limit SECONDS] [--check] [--table] \
     [-- ARGUMENTS OF CARGO TEST]";
 
 /// What runs if nothing else is asked for: a label, which is a column of the table, and the
@@ -38,19 +40,26 @@ const STANDARD: &[(&str, &str)] = &[
     ("kernel cache", "test -p regcache --test it -- kernel uring"),
     ("coverage", "test -p mmun --test it -- coverage::the_kernel_misses_nothing"),
     ("trace", "test -p mmu-source -p mmun --test it -- --skip kernel --skip coverage"),
+    ("RDMA", "test -p regcache-rdma --features verbs --test it"),
     ("stress kernel", "run -p stress -- kernel --seconds 5"),
 ];
 
-/// A program, and the package of Debian that it comes in.
+/// A program, or a file if it has a folder, and the package of Debian that it comes in.
 const NEEDED: &[(&str, &str)] = &[
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("busybox", "busybox-static"),
     ("depmod", "kmod"),
     ("xz", "xz-utils"),
+    ("python3", "python3"),
     ("rdma", "iproute2"),
     ("mkfs.ext4", "e2fsprogs"),
     ("apt-get", "apt"),
     ("dpkg-deb", "dpkg"),
+    ("setpriv", "util-linux"),
+    // What the tests of `regcache-rdma` are built with, and run with.
+    ("cmake", "cmake"),
+    ("/usr/lib/llvm-*/lib/libclang.so", "libclang-dev"),
+    ("/etc/libibverbs.d/rxe.driver", "ibverbs-providers"),
 ];
 
 /// What the command line asks for.
@@ -58,6 +67,8 @@ struct Options {
     kernels: Vec<&'static str>,
     shell: bool,
     limit: Duration,
+    /// Only whether the host has what is needed.
+    check: bool,
     table: bool,
     tests: Vec<String>,
 }
@@ -77,6 +88,9 @@ fn try_run(root: &Path, arguments: &[&str]) -> Result<bool, String> {
     let options = parse(arguments)?;
     check_host()?;
     let store = root.join("target/guest");
+    if options.check {
+        return options.kernels.iter().try_for_each(|series| Kernel::get(&store, series).map(drop)).map(|()| true);
+    }
     let plan = own_folder(&store).map_err(|error| format!("{}: {error}", store.display()))?;
     let _removed = Removed(plan.clone());
     let steps = if options.shell { Vec::new() } else { note_all(root, &plan, &options)? };
@@ -140,12 +154,21 @@ fn own_folder(store: &Path) -> io::Result<PathBuf> {
     let folder = store.join(format!("run-{}", process::id()));
     // A process of the same number may have left one.
     let _ = fs::remove_dir_all(&folder);
-    fs::create_dir(&folder).map(|()| folder)
+    fs::create_dir(&folder)?;
+    // A build may replace this program while the guests run.
+    fs::copy(std::env::current_exe()?, folder.join(AGENT))?;
+    Ok(folder)
 }
 
 fn parse(arguments: &[&str]) -> Result<Options, String> {
-    let mut options =
-        Options { kernels: Vec::new(), shell: false, limit: Duration::from_secs(240), table: false, tests: Vec::new() };
+    let mut options = Options {
+        kernels: Vec::new(),
+        shell: false,
+        limit: Duration::from_secs(240),
+        check: false,
+        table: false,
+        tests: Vec::new(),
+    };
     let mut words = arguments.iter();
     while let Some(word) = words.next() {
         match *word {
@@ -158,6 +181,7 @@ fn parse(arguments: &[&str]) -> Result<Options, String> {
                 None => return Err(USAGE.into()),
             },
             "--shell" => options.shell = true,
+            "--check" => options.check = true,
             "--table" => options.table = true,
             "--limit" => {
                 let seconds = words.next().and_then(|word| word.parse().ok());
@@ -182,13 +206,23 @@ fn check_host() -> Result<(), String> {
         return Err("the guests are x86-64 machines, and so must the host be: they use its programs".into());
     }
     let folders = search_path();
-    let is_there = |program: &str| folders.split(':').any(|folder| Path::new(folder).join(program).is_file());
+    let is_there = |name: &str| match name.split_once("/llvm-*/") {
+        Some((folder, rest)) => fs::read_dir(folder).is_ok_and(|mut all| all.any(|entry| is_of_llvm(entry, rest))),
+        // An absolute path replaces the folder that it is joined to.
+        None => folders.split(':').any(|folder| Path::new(folder).join(name).is_file()),
+    };
     let missing: Vec<&str> =
         NEEDED.iter().filter(|(program, _)| !is_there(program)).map(|(_, package)| *package).collect();
     if missing.is_empty() {
         return Ok(());
     }
     Err(format!("packages are missing; try 'apt-get install --no-install-recommends {}'", missing.join(" ")))
+}
+
+/// Whether a folder is a version of LLVM that has the file.
+fn is_of_llvm(entry: io::Result<fs::DirEntry>, file: &str) -> bool {
+    entry
+        .is_ok_and(|entry| entry.file_name().to_string_lossy().starts_with("llvm-") && entry.path().join(file).exists())
 }
 
 /// Has Cargo build the tests and note what it would run. Returns the label of each command.
@@ -206,8 +240,7 @@ fn note_all(root: &Path, plan: &Path, options: &Options) -> Result<Vec<String>, 
 }
 
 fn note(root: &Path, plan: &Path, label: &str, words: &[&str], steps: &mut Vec<String>) -> Result<(), String> {
-    let own = std::env::current_exe().map_err(|error| format!("the path of this program: {error}"))?;
-    let runner = format!("target.x86_64-unknown-linux-gnu.runner=[{own:?}, \"guest-record\"]");
+    let runner = format!("target.x86_64-unknown-linux-gnu.runner=[{:?}, \"guest-record\"]", plan.join(AGENT));
     // A test that is skipped passes, and says so where libtest hides it.
     let shown: &[&str] = match words {
         ["test", rest @ ..] if rest.contains(&"--") => &["--show-output"],

@@ -16,6 +16,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("mmu-notifier", &["srcu"]),
     ("mmu-source", &["srcu", "mmu-notifier"]),
     ("regcache", &["mmu-notifier", "mmu-source"]),
+    ("regcache-rdma", &["mmu-notifier", "mmu-source", "regcache"]),
     ("mmun-capi", &["mmu-notifier", "mmu-source", "regcache"]),
     ("mmun-dropin", &["mmu-notifier", "mmu-source"]),
     ("mmun", &["srcu", "mmu-notifier", "mmu-source", "regcache", "mmun-dropin"]),

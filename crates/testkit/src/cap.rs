@@ -51,12 +51,15 @@ pub fn require(cap: Cap) -> bool {
     false
 }
 
+/// Whether this is the machine of `cargo xtask guest`, which has everything that an operation may ask for.
+pub fn is_guest() -> bool {
+    fs::read_to_string("/proc/cmdline").is_ok_and(|line| line.split_whitespace().any(|word| word == "mmun.guest"))
+}
+
 /// How many rounds a hunt for a race takes: `full`, or a tenth in the machine of `cargo xtask guest`, where software emulation
 /// makes each some twenty times dearer.
 pub fn rounds(full: usize) -> usize {
-    let is_guest =
-        fs::read_to_string("/proc/cmdline").is_ok_and(|line| line.split(' ').any(|word| word == "mmun.guest"));
-    if is_guest { full.div_ceil(10) } else { full }
+    if is_guest() { full.div_ceil(10) } else { full }
 }
 
 /// Tells whether a program that a test can do without is in `PATH`. If not, it prints `SKIP test: reason`.

@@ -17,7 +17,7 @@ mod child;
 pub mod model;
 
 pub use alloc::Counting;
-pub use cap::{Cap, has_optional_program, require, rounds};
+pub use cap::{Cap, has_optional_program, is_guest, require, rounds};
 pub use child::in_child;
 
 /// The examples of the front page must run. Here, because no published crate brings the front page.

@@ -224,7 +224,7 @@ impl Machine<'_> {
         let initial = self.scratch.join("initial.cpio");
         let write =
             |path: &Path, bytes: &[u8]| fs::write(path, bytes).map_err(|error| format!("{}: {error}", path.display()));
-        write(&initial, &archive::make(&self.kernel, &self.environment(first, shell)?)?)?;
+        write(&initial, &archive::make(&self.kernel, &self.environment(first, shell))?)?;
         let disks = disks(self.store)?;
         let half = MEGABYTES / 2;
         // It ends with this program, however that ends.
@@ -250,14 +250,13 @@ impl Machine<'_> {
     }
 
     /// What the scripts in the guest have to know.
-    fn environment(&self, first: usize, shell: bool) -> Result<String, String> {
-        let agent = std::env::current_exe().map_err(|error| format!("the path of this program: {error}"))?;
+    fn environment(&self, first: usize, shell: bool) -> String {
         let limit = self.limit.as_secs().to_string();
         let variables = [
             ("WORKSPACE", self.root.display().to_string()),
             ("SETUP", self.root.join("xtask/src/guest/setup.sh").display().to_string()),
             ("MODULES", self.kernel.modules.display().to_string()),
-            ("AGENT", agent.display().to_string()),
+            ("AGENT", self.plan.join(super::AGENT).display().to_string()),
             ("RUN", self.plan.display().to_string()),
             ("SHELL_WANTED", if shell { "yes" } else { "" }.to_owned()),
             (agent::LACKS, self.kernel.series.lacks.to_owned()),
@@ -265,7 +264,7 @@ impl Machine<'_> {
             (agent::LIMIT, limit),
         ];
         let quoted = |text: &str| format!("'{}'", text.replace('\'', "'\\''"));
-        Ok(variables.iter().map(|(name, value)| format!("export {name}={}\n", quoted(value))).collect())
+        variables.iter().map(|(name, value)| format!("export {name}={}\n", quoted(value))).collect()
     }
 }
 

@@ -3,6 +3,7 @@
 mod advice;
 mod files;
 mod heap;
+mod machine;
 mod maps;
 mod others;
 mod tasks;
@@ -23,13 +24,14 @@ const NOBODY: &[Source] = &[];
 
 /// Every operation, in the order of the matrix.
 pub(crate) fn all() -> impl Iterator<Item = &'static Operation> {
-    let groups: [&'static [Operation]; 6] = [
+    let groups: [&'static [Operation]; 7] = [
         maps::OPERATIONS,
         heap::OPERATIONS,
         advice::OPERATIONS,
         files::OPERATIONS,
         tasks::OPERATIONS,
         others::OPERATIONS,
+        machine::OPERATIONS,
     ];
     groups.into_iter().flatten()
 }

@@ -1,6 +1,5 @@
 //! Pages that advice takes away or changes.
 
-use std::fs;
 use std::os::fd::AsRawFd;
 
 use rustix::process::{PidfdFlags, getpid, pidfd_open};
@@ -66,7 +65,10 @@ pub(super) const OPERATIONS: &[Operation] = &[
         prepare: || {
             known(MADV_COLLAPSE, "6.1")?;
             let region = small_pages()?;
-            Ok(Prepared::new(&region.clone(), 1, move || patiently(|| region.advise(MADV_COLLAPSE))))
+            Ok(Prepared::new(&region.clone(), 1, move || {
+                region.advise(libc::MADV_HUGEPAGE)?;
+                patiently(|| region.advise(MADV_COLLAPSE))
+            }))
         },
     },
     Operation {
@@ -124,7 +126,10 @@ pub(super) const OPERATIONS: &[Operation] = &[
             let other =
                 Other::start(move |start, len| patiently(|| advise_in(own.as_raw_fd(), start, len, MADV_COLLAPSE)))?;
             let region = small_pages()?;
-            Ok(Prepared::new(&region.clone(), 1, move || other.act(region.start(), region.len())))
+            Ok(Prepared::new(&region.clone(), 1, move || {
+                region.advise(libc::MADV_HUGEPAGE)?;
+                other.act(region.start(), region.len())
+            }))
         },
     },
 ];
@@ -135,7 +140,7 @@ fn advised(advice: i32) -> Result<Prepared, Unavailable> {
 }
 
 /// The advice, if this kernel knows it.
-fn known(advice: i32, since: &str) -> Result<i32, Unavailable> {
+pub(super) fn known(advice: i32, since: &str) -> Result<i32, Unavailable> {
     // Of no memory: the kernel only looks whether there is such advice.
     match Region::untouched(1)?.part(0, 0).advise(advice) {
         Err(error) if error.kind() == std::io::ErrorKind::InvalidInput => {
@@ -145,18 +150,12 @@ fn known(advice: i32, since: &str) -> Result<i32, Unavailable> {
     }
 }
 
-/// What a huge page could be made of: all of it touched, in small pages.
-fn small_pages() -> Result<Region, Unavailable> {
+/// What a huge page could be made of: all of it touched, in small pages, which stay so until other advice is given:
+/// `khugepaged` could be faster than the operation.
+pub(super) fn small_pages() -> Result<Region, Unavailable> {
     let region = Region::untouched(2 * HUGE / PAGE)?.aligned(HUGE, HUGE / PAGE);
-    let policy = fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled")?;
-    if !policy.contains("[always]") {
-        // Nobody makes huge pages of it unless asked, `khugepaged` included.
-        region.touch();
-        return Ok(region);
-    }
     region.advise(libc::MADV_NOHUGEPAGE)?;
     region.touch();
-    region.advise(libc::MADV_HUGEPAGE)?;
     Ok(region)
 }
 

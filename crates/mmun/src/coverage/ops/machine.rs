@@ -1,0 +1,192 @@
+//! What only some machines do: those with swap space and memory cgroups, two nodes of memory, or huge pages reserved.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::thread::{CpuSet, sched_setaffinity};
+
+use super::advice::{known, small_pages};
+use super::maps::PAGES;
+use super::{LIBC, NOBODY};
+use crate::coverage::files::scratch_file;
+use crate::coverage::operation::{Operation, Prepared, Unavailable};
+use crate::coverage::page::{Judge, Page};
+use crate::coverage::region::{PAGE, Region};
+
+/// How long the kernel may take to come round to it, well below what an operation may.
+const PATIENCE: Duration = Duration::from_secs(30);
+const MADV_HWPOISON: i32 = 100;
+
+pub(super) const OPERATIONS: &[Operation] = &[
+    Operation { name: "reclaim to swap (memory cgroup)", judge: Judge::Frame, claimed: NOBODY, prepare: reclaimed },
+    Operation { name: "automatic NUMA balancing", judge: Judge::Frame, claimed: NOBODY, prepare: balanced },
+    Operation {
+        name: "khugepaged",
+        judge: Judge::Frame,
+        claimed: NOBODY,
+        prepare: || {
+            let between = number("/sys/kernel/mm/transparent_hugepage/khugepaged/scan_sleep_millisecs")?;
+            if between > 1000 {
+                return Err(Unavailable(format!(
+                    "khugepaged scans every {between} ms; 'echo 50 > \
+                     /sys/kernel/mm/transparent_hugepage/khugepaged/scan_sleep_millisecs' would do"
+                )));
+            }
+            let region = small_pages()?;
+            Ok(Prepared::new(&region.clone(), 1, move || {
+                region.advise(libc::MADV_HUGEPAGE)?;
+                until_changed(&region, 1, || Ok(()))
+            }))
+        },
+    },
+    Operation { name: "compaction", judge: Judge::Frame, claimed: NOBODY, prepare: compacted },
+    Operation {
+        name: "madvise (HWPOISON)",
+        judge: Judge::Frame,
+        claimed: LIBC,
+        prepare: || {
+            let line = fs::read_to_string("/proc/cmdline")?;
+            if !line.split_whitespace().any(|word| word == "mmun.guest") {
+                return Err("it would cost this machine a page until it boots anew; `cargo xtask guest` has one".into());
+            }
+            known(MADV_HWPOISON, "2.6.32")?;
+            // Of a clean page nobody has to be told: its file still has it.
+            let region = Region::private(&scratch_file(PAGES)?, PAGES)?;
+            Ok(Prepared::new(&region.clone(), 0, move || region.part(0, 1).advise(MADV_HWPOISON)))
+        },
+    },
+    Operation {
+        name: "ftruncate (hugetlbfs)",
+        judge: Judge::Frame,
+        claimed: NOBODY,
+        prepare: || {
+            if number("/proc/sys/vm/nr_hugepages")? == 0 {
+                return Err("no huge pages are reserved; 'echo 16 > /proc/sys/vm/nr_hugepages' would do".into());
+            }
+            let file = memfd_create("coverage", MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB)?;
+            ftruncate(&file, (PAGES * PAGE) as u64)?;
+            let file = fs::File::from(file);
+            let region = Region::shared(&file, PAGES)?;
+            Ok(Prepared::new(&region, 0, move || Ok(ftruncate(&file, 0)?)))
+        },
+    },
+];
+
+/// Asks for reclaim from a cgroup that holds this process alone.
+fn reclaimed() -> Result<Prepared, Unavailable> {
+    if fs::read_to_string("/proc/swaps")?.lines().count() < 2 {
+        return Err("there is no swap space".into());
+    }
+    let group = Group::join()?;
+    if !group.path.join("memory.reclaim").exists() {
+        return Err("it needs Linux 5.19 and the memory controller of cgroup v2".into());
+    }
+    let region = Region::anonymous(8 * PAGES)?;
+    Ok(Prepared::new(&region.clone(), 0, move || {
+        let file = group.path.join("memory.reclaim");
+        until_changed(&region, 0, || match fs::write(&file, "4M") {
+            // Not all of it could be reclaimed.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
+            done => done,
+        })
+    }))
+}
+
+/// A cgroup that lasts as long as this value; the process is back where it was then.
+struct Group {
+    path: PathBuf,
+    before: PathBuf,
+}
+
+impl Group {
+    fn join() -> Result<Group, Unavailable> {
+        let root = Path::new("/sys/fs/cgroup");
+        let own = fs::read_to_string("/proc/self/cgroup")?;
+        let own = own.lines().find_map(|line| line.strip_prefix("0::/")).ok_or("there is no cgroup v2")?;
+        let group = Group { path: root.join(format!("mmun-coverage-{}", std::process::id())), before: root.join(own) };
+        fs::create_dir(&group.path).map_err(|error| Unavailable(format!("a cgroup: {}", crate::reason(&error))))?;
+        fs::write(group.path.join("cgroup.procs"), "0")?;
+        Ok(group)
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        // What cannot be undone stays, and does nothing.
+        let _ = fs::write(self.before.join("cgroup.procs"), "0");
+        let _ = fs::remove_dir(&self.path);
+    }
+}
+
+/// Uses memory of one node from a processor of another until the kernel moves it there.
+fn balanced() -> Result<Prepared, Unavailable> {
+    if !fs::read_to_string("/proc/sys/kernel/numa_balancing").is_ok_and(|mode| mode.trim() != "0") {
+        return Err("it is off, or there is one node; 'echo 1 > /proc/sys/kernel/numa_balancing' turns it on".into());
+    }
+    let processor = |node: &i32| {
+        let list = fs::read_to_string(format!("/sys/devices/system/node/node{node}/cpulist")).ok()?;
+        list.trim().split(['-', ',']).next()?.parse::<usize>().ok()
+    };
+    let processors: Vec<usize> = (0..64).filter_map(|node| processor(&node)).collect();
+    let [first, second, ..] = processors[..] else { return Err("there is one node with a processor".into()) };
+    run_on(first)?;
+    let region = Region::untouched(PAGES)?;
+    region.advise(libc::MADV_NOHUGEPAGE)?;
+    region.touch();
+    Ok(Prepared::new(&region.clone(), 0, move || {
+        run_on(second)?;
+        until_changed(&region, 0, || {
+            region.touch();
+            Ok(())
+        })
+    }))
+}
+
+fn run_on(processor: usize) -> io::Result<()> {
+    let mut set = CpuSet::new();
+    set.set(processor);
+    Ok(sched_setaffinity(None, &set)?)
+}
+
+/// Memory with holes: the kernel moves pages from low frames to free ones further up.
+fn compacted() -> Result<Prepared, Unavailable> {
+    const COMPACT: &str = "/proc/sys/vm/compact_memory";
+    let region = Region::untouched(8 * PAGES)?;
+    region.advise(libc::MADV_NOHUGEPAGE)?;
+    region.touch();
+    let all = 0..8 * PAGES;
+    for hole in all.clone().skip(1).step_by(2) {
+        region.part(hole, 1).advise(libc::MADV_DONTNEED)?;
+    }
+    let own = rustix::process::getpid().as_raw_nonzero().get();
+    let frame = |page: &usize| Page::open(own, region.page(*page), Judge::Frame).ok()?.state().ok();
+    let lowest = all.step_by(2).min_by_key(|page| frame(page).map(|state| state.0)).expect("there are pages");
+    if !fs::metadata(COMPACT).is_ok_and(|file| !file.permissions().readonly()) || !rustix::process::geteuid().is_root()
+    {
+        return Err("only root may ask for it".into());
+    }
+    Ok(Prepared::new(&region.clone(), lowest, move || until_changed(&region, lowest, || fs::write(COMPACT, "1"))))
+}
+
+/// Does `step` until the page's frame is another.
+fn until_changed(region: &Region, page: usize, mut step: impl FnMut() -> io::Result<()>) -> io::Result<()> {
+    let pid = rustix::process::getpid().as_raw_nonzero().get();
+    let page = Page::open(pid, region.page(page), Judge::Frame).map_err(io::Error::other)?;
+    let (before, begin) = (page.state()?, Instant::now());
+    while page.state()? == before {
+        if begin.elapsed() > PATIENCE {
+            return Err(io::Error::other("nothing changed for 30 s"));
+        }
+        step()?;
+        std::thread::yield_now();
+    }
+    Ok(())
+}
+
+fn number(path: &str) -> Result<u64, Unavailable> {
+    let text = fs::read_to_string(path)?;
+    text.trim().parse().map_err(|_| Unavailable(format!("{path} holds no number")))
+}

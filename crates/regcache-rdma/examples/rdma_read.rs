@@ -1,0 +1,57 @@
+//! Reads ordinary buffers by RDMA while another thread frees them and maps anew, and compares every byte.
+//!
+//! Two queue pairs of one process: the one reads what the other's process has registered, here the same memory.
+//!
+//! ```sh
+//! cargo run --features verbs --example rdma_read
+//! ```
+#![expect(unsafe_code, reason = "the device reads and writes memory; each block says why it may")]
+
+mod endpoint;
+
+use endpoint::{Failure, Place, connected, open};
+use mmu_source::hook::Hook;
+use mmu_source::kernel::Kernel;
+use regcache::{Device, Options};
+use regcache_rdma::{Access, Rdma};
+use std::thread;
+
+const ROUNDS: usize = 200;
+const LENGTH: usize = 64 << 10;
+
+fn main() -> Result<(), Failure> {
+    let context = open()?;
+    let domain = context.alloc_pd()?;
+    let (mut reader, _peer) = connected(&context, &domain)?;
+    // SAFETY: the one reader below uses each key during its lease, and waits for the transfer.
+    let rdma = unsafe { Rdma::new(domain, Access::LocalWrite | Access::RemoteRead) }?;
+    // The kernel source sees everything; where it cannot be had, the hooks see what `free` does.
+    let (options, _hook) = match Kernel::start() {
+        Ok(kernel) => (Options::new().kernel(kernel), None),
+        Err(why) => {
+            println!("without the kernel source ({why}), with hooks");
+            (Options::new(), Some(Hook::install()?))
+        }
+    };
+    let device = Device::new(rdma, options);
+    let cache = device.open(&mmu_source::current())?;
+    let mut sink = vec![0_u8; LENGTH];
+    let mut wrong = 0;
+    for round in 0..ROUNDS {
+        // Large enough for `malloc` to map it, and for `free` to unmap it: the address is used again and again.
+        let buffer = vec![round as u8; 4 << 20];
+        let from = cache.get_for(&buffer[..LENGTH])?;
+        let to = cache.get_for(&sink)?;
+        let (from_place, to_place) = (
+            Place { address: buffer.as_ptr().expose_provenance() as u64, key: from.handle().rkey() },
+            Place { address: sink.as_mut_ptr().expose_provenance() as u64, key: to.handle().lkey() },
+        );
+        // SAFETY: this thread owns both buffers, and waits here.
+        unsafe { reader.read(to_place, from_place, LENGTH as u32) }?;
+        drop((from, to));
+        wrong += sink.iter().filter(|byte| **byte != round as u8).count();
+        thread::spawn(move || drop(buffer)).join().map_err(|_| "the other thread panicked")?;
+    }
+    println!("{ROUNDS} buffers read, {wrong} bytes wrong; {}", cache.stats());
+    if wrong == 0 { Ok(()) } else { Err("stale bytes were read".into()) }
+}

@@ -1,0 +1,145 @@
+//! The registrar.
+//!
+//! # Safety
+//! The kernel checks each range that is registered and pins its pages: a region can never lead to memory that was freed. What
+//! the device does to the pages is the duty of [`Rdma::new`]'s caller.
+#![expect(unsafe_code, reason = "memory is registered by address; see the Safety section")]
+
+use crate::OnDemand;
+use mmu_notifier::{PAGE_SIZE, VaRange};
+use regcache::{Cause, Registrar};
+use sideway::ibverbs::memory_region::{MemoryRegion, RegisterMemoryRegionErrorKind};
+use sideway::ibverbs::protection_domain::ProtectionDomain;
+use std::sync::Arc;
+use std::{fmt, io};
+
+/// What a device may do with registered memory: the flags of `ibv_reg_mr`.
+///
+/// Part of a cache's identity, because a region is found by its range alone: memory that needs other flags needs another
+/// [`Device`](regcache::Device).
+pub use sideway::ibverbs::AccessFlags as Access;
+
+/// Registers memory as RDMA memory regions of one protection domain, all with the same access.
+///
+/// The handle of a region is sideway's `Arc<MemoryRegion>`, whose `lkey()` and `rkey()` go into work requests. A clone of the `Arc`
+/// keeps the region registered beyond its lease, and beyond its memory: use it within the lease.
+#[derive(Debug)]
+pub struct Rdma {
+    domain: Arc<ProtectionDomain>,
+    access: Access,
+}
+
+impl Rdma {
+    /// A registrar for the queue pairs of `domain`.
+    ///
+    /// # Safety
+    /// The device reads and writes the memory of leased regions behind the compiler's back. Who uses a key of a lease, in this
+    /// process or at a peer that was told the `rkey`, must do so only while the lease lasts, and only on bytes that nothing in this
+    /// process reads or writes at the same time. A transfer into the memory needs bytes that may be written: not those behind a
+    /// shared reference.
+    ///
+    /// # Errors
+    /// [`Error::Access`] if `access` asks for remote writes or atomics without [`Access::LocalWrite`], which verbs demand.
+    /// [`Error::OnDemand`] if it asks for on-demand paging and the device has none.
+    ///
+    /// # Source
+    /// `ibv_reg_mr(3)`.
+    pub unsafe fn new(domain: Arc<ProtectionDomain>, access: Access) -> Result<Self, Error> {
+        let remote = Access::RemoteWrite | Access::RemoteAtomic;
+        if access.intersects(remote) && !access.contains(Access::LocalWrite) {
+            return Err(Error::Access);
+        }
+        if access.contains(Access::OnDemand) && OnDemand::of_domain(&domain)?.is_none() {
+            return Err(Error::OnDemand);
+        }
+        Ok(Self { domain, access })
+    }
+
+    /// The protection domain of the regions.
+    #[must_use]
+    pub fn domain(&self) -> &Arc<ProtectionDomain> {
+        &self.domain
+    }
+
+    /// What the device may do with the memory.
+    #[must_use]
+    pub fn access(&self) -> Access {
+        self.access
+    }
+}
+
+impl Registrar for Rdma {
+    type Handle = Arc<MemoryRegion>;
+    type Error = Error;
+
+    fn register(&self, range: VaRange) -> Result<Arc<MemoryRegion>, Error> {
+        let start = usize::try_from(range.start().get()).expect("addresses have 64 bits");
+        let length = usize::try_from(range.pages() * PAGE_SIZE).expect("no mapping is larger than an address space");
+        // SAFETY: memory that is valid for the device: the kernel refuses what is not mapped, or not for writing if the
+        // device is to write, and pins the rest. The accesses are the duty of `new`'s caller.
+        let registered = unsafe { self.domain.reg_mr(start, length, self.access) };
+        registered.map_err(|error| match error.0 {
+            RegisterMemoryRegionErrorKind::Ibverbs(source) => Error::Register { source },
+            other => Error::Register { source: io::Error::other(other) },
+        })
+    }
+
+    fn deregister(&self, region: Arc<MemoryRegion>) {
+        drop(region);
+    }
+
+    fn cause(&self, error: &Error) -> Cause {
+        let Error::Register { source } = error else { return Cause::Other };
+        match source.raw_os_error() {
+            // ENOMEM, EAGAIN: locked memory, or regions of the device.
+            Some(12 | 11) => Cause::Limit,
+            // EFAULT.
+            Some(14) => Cause::NotMapped,
+            _ => Cause::Other,
+        }
+    }
+}
+
+/// Why memory could not be registered.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Error {
+    /// `ibv_reg_mr` failed.
+    Register {
+        /// What it said.
+        source: io::Error,
+    },
+    /// The device could not be asked.
+    Query {
+        /// What `ibv_query_device_ex` said.
+        source: io::Error,
+    },
+    /// Remote writes and atomics need local writes.
+    Access,
+    /// The device has no on-demand paging.
+    OnDemand,
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Register { source } => match source.raw_os_error() {
+                Some(12) => "ibv_reg_mr: no memory; the limit of locked memory may be reached ('ulimit -l' shows it)",
+                Some(14) => "ibv_reg_mr: not all of the range is mapped, or not for writing",
+                _ => "ibv_reg_mr failed",
+            },
+            Self::Query { .. } => "ibv_query_device_ex failed",
+            Self::Access => "remote writes and atomics need Access::LocalWrite too",
+            Self::OnDemand => "the device has no on-demand paging; 'ibv_devinfo -v' shows what it has",
+        })
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Self::Register { source } | Self::Query { source } => Some(source),
+            Self::Access | Self::OnDemand => None,
+        }
+    }
+}

@@ -1,0 +1,23 @@
+//! Real verbs: run by `cargo xtask guest`, which has a device that does RDMA in software.
+
+#[cfg(feature = "verbs")]
+#[path = "../../examples/endpoint/mod.rs"]
+mod endpoint;
+#[cfg(feature = "verbs")]
+mod limits;
+#[cfg(feature = "verbs")]
+mod memory;
+#[cfg(feature = "verbs")]
+mod peers;
+#[cfg(feature = "verbs")]
+mod removal;
+#[cfg(feature = "verbs")]
+mod stale;
+#[cfg(feature = "verbs")]
+mod torture;
+
+#[cfg(not(feature = "verbs"))]
+#[test]
+fn verbs() {
+    println!("SKIP verbs: built without the feature `verbs`, which needs cmake and libclang");
+}
