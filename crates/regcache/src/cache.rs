@@ -1,5 +1,6 @@
 //! A device, its caches, and what the core tells them.
 
+use crate::error::Refusal;
 use crate::gate::Gate;
 use crate::index::{Index, Look};
 use crate::lease::{Lease, OwnedLease};
@@ -8,7 +9,7 @@ use crate::raw::handles::Handles;
 use crate::raw::held::Held;
 use crate::raw::region::Status;
 use crate::state::{Chain, State};
-use crate::sync::{Condvar, Mutex, MutexGuard, lock, try_lock};
+use crate::sync::{AtWork, Condvar, Mutex, MutexGuard, is_locking, lock, try_lock};
 use crate::{Error, Options, Registrar, Stats};
 use mmu_notifier::{
     GetError, InvalidateRange, Mm, MmWithUser, Notifier, Overflow, Subscription, Subsystem, VaRange, WouldBlock,
@@ -110,9 +111,14 @@ impl<R: Registrar + fmt::Debug> fmt::Debug for Device<R> {
 
 /// A handle of a cache. From [`Device::open`].
 ///
-/// Send and share it as you like: `get` takes no lock for what is registered already. Not for signal handlers: one that
-/// interrupts its thread's own `get` and keeps a lease may lose that lease to the interrupted call, and a miss or the end of a
-/// lease may wait for a lock that the interrupted code holds.
+/// Send and share it as you like: `get` takes no lock for what is registered already.
+///
+/// # Signal handlers
+/// A handler may call [`get`](Self::get), use the lease, keep it and end it, whatever it has
+/// interrupted. A hit takes no lock and does not allocate. Where `get` would wait for the very
+/// work that the handler interrupted, it is refused ([`Error::WouldDeadlock`]). A miss, and the
+/// end of the last lease of a stale region, call the registrar: they are for handlers only if the
+/// registrar is. `flush`, `stats`, `get_owned` and opening or dropping handles are not.
 pub struct RegCache<R: Registrar> {
     subscription: Subscription<Cache<R>>,
 }
@@ -135,7 +141,7 @@ impl<R: Registrar> RegCache<R> {
         let quick = if cache.gate.is_current() { cache.index.quick(range) } else { Err(None) };
         match quick.or_else(|wrong| cache.find_or_register(range, wrong)) {
             Ok(held) => Ok(Lease::new(cache, held)),
-            Err(error) => Err(unbox(error)),
+            Err(refusal) => Err(refusal.into_error()),
         }
     }
 
@@ -217,14 +223,6 @@ impl<R: Registrar> RegCache<R> {
     }
 }
 
-/// Out of line, so that a hit does not make ready for it.
-#[cold]
-#[inline(never)]
-#[expect(clippy::boxed_local, reason = "it is what errors come in")]
-fn unbox<E>(error: Box<E>) -> E {
-    *error
-}
-
 impl<R: Registrar> fmt::Debug for RegCache<R> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RegCache").field("mm", self.mm()).field("stats", &self.stats()).finish_non_exhaustive()
@@ -272,13 +270,13 @@ impl<R: Registrar> Cache<R> {
     /// registers, so that the quick way needs no memory for it.
     #[cold]
     #[inline(never)]
-    fn find_or_register(&self, range: VaRange, wrong: Option<Held<'_>>) -> Result<Held<'_>, Box<Error<R::Error>>> {
+    fn find_or_register(&self, range: VaRange, wrong: Option<Held<'_>>) -> Result<Held<'_>, Refusal<R::Error>> {
         if let Some(held) = &wrong {
             self.end(held);
         }
         // To look again would be in vain, mostly, and what it misses is found under the lock.
         if wrong.is_some() || !self.gate.is_current() || !self.index.quick_sees_all() {
-            self.gate.settle().map_err(Box::new)?;
+            self.gate.settle()?;
             match self.index.look_up(range) {
                 Look::Hit(held) => return Ok(held),
                 Look::Dead(region) => self.ended_dead(region),
@@ -303,6 +301,11 @@ impl<R: Registrar> Cache<R> {
         if self.index.page.is_inherited() {
             return;
         }
+        if is_locking() {
+            // In a signal handler. The next scan asks, perhaps that of the interrupted work.
+            return self.index.leave_unasked();
+        }
+        let _at_work = AtWork::mark(self);
         let chain = self.lock().lease_ended(&self.index, region);
         self.reap(chain);
     }
@@ -354,6 +357,7 @@ impl<R: Registrar> Cache<R> {
         if self.index.page.is_inherited() {
             return;
         }
+        let _at_work = AtWork::mark(self);
         let chain = self.lock().harvest(&self.index);
         self.reap(chain);
     }
@@ -362,6 +366,7 @@ impl<R: Registrar> Cache<R> {
         if self.index.page.is_inherited() {
             return 0;
         }
+        let _at_work = AtWork::mark(self);
         let (flushed, chain) = {
             let mut state = self.lock();
             let flushed = state.kill_all(&self.index);
@@ -400,7 +405,9 @@ impl<R: Registrar> Cache<R> {
         }
     }
 
-    fn start(&self, mut state: MutexGuard<'_, State>, range: VaRange) {
+    fn start(&self, range: VaRange) {
+        let _at_work = AtWork::mark(self);
+        let mut state = self.lock();
         state.invalidate_start(&self.index, range);
         let chain = if self.in_callbacks { state.harvest(&self.index) } else { Chain::default() };
         drop(state);
@@ -413,6 +420,7 @@ impl<R: Registrar> Notifier for Cache<R> {
         if self.index.page.is_inherited() {
             return;
         }
+        let _at_work = AtWork::mark(self);
         let chain = {
             let mut state = self.lock();
             state.closed = true;
@@ -425,7 +433,7 @@ impl<R: Registrar> Notifier for Cache<R> {
 
     fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
         if !self.index.page.is_inherited() {
-            self.start(self.lock(), range.range());
+            self.start(range.range());
         }
     }
 

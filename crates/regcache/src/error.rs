@@ -51,6 +51,10 @@ pub enum Error<E> {
     /// This process is the child of a fork and the cache or the device is its parent's. Make a device here, and open a cache of it for the
     /// child's own address space.
     Forked,
+    /// The call would wait for its own thread: it comes from a signal handler that interrupted this
+    /// thread's work on the cache, or from the registrar or a callback in the middle of that work.
+    /// Try again after that has returned.
+    WouldDeadlock,
     /// The source of changes cannot say what has changed.
     Source {
         /// What the source says.
@@ -82,6 +86,9 @@ impl<E> fmt::Display for Error<E> {
             }
             Self::Exited => f.write_str("the address space has ended"),
             Self::Forked => f.write_str("the cache was inherited over a fork: open one for this process"),
+            Self::WouldDeadlock => f.write_str(
+                "wait for this thread's own work on the cache: try again when the signal handler or registrar has returned",
+            ),
             Self::Source { .. } => f.write_str("the source cannot say what has changed"),
             Self::Open { .. } => f.write_str("open a registration cache"),
         }
@@ -96,7 +103,39 @@ impl<E: std::error::Error + 'static> std::error::Error for Error<E> {
             }
             Self::Source { source } => Some(source),
             Self::Open { source } => Some(source),
-            Self::Full { .. } | Self::TooLarge { .. } | Self::Exited | Self::Forked => None,
+            Self::Full { .. } | Self::TooLarge { .. } | Self::Exited | Self::Forked | Self::WouldDeadlock => None,
+        }
+    }
+}
+
+/// An error on its way through the slow path, in two words. The refusals that a signal handler or a
+/// callback may meet have no box: either may have interrupted the allocator.
+#[derive(Debug)]
+pub(crate) enum Refusal<E> {
+    WouldDeadlock,
+    InCallback,
+    Other(Box<Error<E>>),
+}
+
+impl<E> Refusal<E> {
+    /// Out of line, so that a hit does not make ready for it.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn into_error(self) -> Error<E> {
+        match self {
+            Self::WouldDeadlock => Error::WouldDeadlock,
+            Self::InCallback => Error::Source { source: mmu_source::Error::InCallback { source: "kernel" } },
+            Self::Other(error) => *error,
+        }
+    }
+}
+
+impl<E> From<Error<E>> for Refusal<E> {
+    fn from(error: Error<E>) -> Self {
+        match error {
+            Error::WouldDeadlock => Self::WouldDeadlock,
+            Error::Source { source: mmu_source::Error::InCallback { .. } } => Self::InCallback,
+            error => Self::Other(Box::new(error)),
         }
     }
 }

@@ -16,7 +16,7 @@ use crate::raw::memory::Array;
 use crate::raw::page::Page;
 use crate::raw::region::Region;
 use crate::raw::threads::{Block, Threads};
-use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use mmu_notifier::VaRange;
 use std::{io, ptr};
 
@@ -29,6 +29,8 @@ pub(crate) struct Index {
     pub(crate) threads: Threads,
     /// Hits of leases that are in no slot.
     counted_hits: AtomicU64,
+    /// Whether a signal handler has ended a lease of a dead region, and could not ask whether it was the last.
+    unasked: AtomicBool,
 }
 
 /// What a look-up came to.
@@ -47,6 +49,7 @@ impl Index {
             regions: Array::zeroes(regions as usize + 1),
             threads: Threads::new(barrier::prepare()),
             counted_hits: AtomicU64::new(0),
+            unasked: AtomicBool::new(false),
         })
     }
 
@@ -71,18 +74,20 @@ impl Index {
         let page = self.page.fields();
         let block = self.threads.mine().ok_or(None)?;
         let view = page.view().ok_or(None)?;
-        let slot = block.next_slot().ok_or(None)?;
+        let taking = block.begin().ok_or(None)?;
+        let Some(slot) = block.next_slot() else {
+            taking.end(false);
+            return Err(None);
+        };
         let found = view.probe_names(hash(range.start(), page.lead()), |name| {
             let region = self.regions.get(name as usize)?;
             slot.publish(name);
             // Now, and not before: the place may have been another region's when the table was read.
             Some(region.visit(range))
         });
+        taking.end(found == Some(true));
         match found {
-            Some(true) => {
-                block.count_hit();
-                Ok(Held::in_slot(slot))
-            }
+            Some(true) => Ok(Held::in_slot(slot)),
             Some(false) => Err(Some(Held::in_slot(slot))),
             None => Err(None),
         }
@@ -98,21 +103,25 @@ impl Index {
     /// Looks everywhere, still without a lock.
     pub(crate) fn look_up(&self, range: VaRange) -> Look<'_> {
         let block = self.threads.mine().or_else(|| self.threads.join());
-        let Some((block, slot)) = block.and_then(|block| Some((block, block.free_slot()?))) else {
+        let Some(taking) = block.and_then(Block::begin) else { return self.look_up_counted(range) };
+        let Some(slot) = taking.block().free_slot() else {
+            taking.end(false);
             return self.look_up_counted(range);
         };
-        self.search(range, |name| {
+        let look = self.search(range, |name| {
             let region = self.regions.get(name as usize)?;
             slot.publish(name);
             if region.visit(range) {
-                block.count_hit();
                 return Some(Look::Hit(Held::in_slot(slot)));
             }
+            // The slot is this thread's still, since no handler takes one meanwhile.
             self.retract(&Held::in_slot(slot))
-        })
+        });
+        taking.end(matches!(look, Look::Hit(_)));
+        look
     }
 
-    /// The same for a thread that has no free slot.
+    /// The same for a thread that has no free slot, and for a signal handler that has interrupted the taking of one.
     #[cold]
     fn look_up_counted(&self, range: VaRange) -> Look<'_> {
         self.search(range, |name| {
@@ -145,7 +154,7 @@ impl Index {
         Look::Miss
     }
 
-    /// Takes a lease back that did not come to stand.
+    /// Undoes a lease attempt that lost the race against an invalidation.
     fn retract(&self, held: &Held<'_>) -> Option<Look<'_>> {
         self.end(held).map(Look::Dead)
     }
@@ -154,16 +163,18 @@ impl Index {
     pub(crate) fn lease_locked(&self, number: u32) -> Held<'_> {
         let region = self.region(number);
         region.visit(region.range());
-        match self.threads.mine().and_then(Block::free_slot) {
-            Some(slot) => {
+        if let Some(taking) = self.threads.mine().and_then(Block::begin) {
+            let slot = taking.block().free_slot();
+            if let Some(slot) = slot {
                 slot.publish_locked(number + 1);
-                Held::in_slot(slot)
             }
-            None => {
-                region.count();
-                Held::in_region(region)
+            taking.end(false);
+            if let Some(slot) = slot {
+                return Held::in_slot(slot);
             }
         }
+        region.count();
+        Held::in_region(region)
     }
 
     /// The number of a region that is leased.
@@ -184,6 +195,19 @@ impl Index {
         let region = &self.regions[name as usize];
         slot.clear();
         if region.is_live() { None } else { Some(name - 1) }
+    }
+
+    /// Leaves the question whether the lease that has just ended was the last one to the next [`take_unasked`](Self::take_unasked).
+    pub(crate) fn leave_unasked(&self) {
+        // ORDER(cache-unasked): Release, for the end of the lease. Partner: the Acquire in `take_unasked`. Weaker, the scan could
+        // still see the lease, and nobody would ask again.
+        self.unasked.store(true, Ordering::Release);
+    }
+
+    /// Tells whether such a question was left, to a caller that is going to ask it.
+    pub(crate) fn take_unasked(&self) -> bool {
+        // ORDER(cache-unasked): Acquire, partner in `leave_unasked`. The load first: a swap for each miss would be a shared write.
+        self.unasked.load(Ordering::Relaxed) && self.unasked.swap(false, Ordering::Acquire)
     }
 
     #[cold]

@@ -7,12 +7,13 @@
 //! finds: as if it had come just before the invalidation.
 
 use crate::cache::{Cache, Registered};
+use crate::error::Refusal;
 use crate::lease::Lease;
 use crate::options::{reported, size, within};
 use crate::raw::held::Held;
 use crate::raw::table::Table;
 use crate::state::{State, Target};
-use crate::sync::{MutexGuard, wait};
+use crate::sync::{AtWork, MutexGuard, is_locking, wait};
 use crate::{Cause, Error, Registrar};
 use mmu_notifier::VaRange;
 
@@ -20,7 +21,7 @@ use mmu_notifier::VaRange;
 const TRIES: u32 = 8;
 
 /// A lease, or in few words that there is none.
-type Outcome<'a, R> = Result<Held<'a>, Box<Error<<R as Registrar>::Error>>>;
+type Outcome<'a, R> = Result<Held<'a>, Refusal<<R as Registrar>::Error>>;
 
 /// What a request has been through.
 #[derive(Debug, Default)]
@@ -32,6 +33,8 @@ struct Past {
     alone: bool,
     /// Whether it was seen that sleeping can do no harm.
     may_sleep: bool,
+    /// Whether this thread is in the middle of other work on the cache: it must not sleep until that is done.
+    is_nested: bool,
 }
 
 /// Ends a registration that the registrar's panic would leave open.
@@ -53,8 +56,12 @@ impl<R: Registrar> Drop for Open<'_, R> {
 impl<R: Registrar> Cache<R> {
     #[cold]
     pub(crate) fn miss(&self, range: VaRange) -> Outcome<'_, R> {
-        let mut past = Past::default();
+        let at_work = AtWork::mark(self);
+        let mut past = Past { is_nested: at_work.is_nested(), ..Past::default() };
         loop {
+            if is_locking() {
+                return Err(Refusal::WouldDeadlock);
+            }
             if self.index.page.is_inherited() {
                 return Err(Error::Forked.into());
             }
@@ -121,7 +128,7 @@ impl<R: Registrar> Cache<R> {
         // The region is on the list: what begins to change from now on will mark it.
         let armed = match self.gate.arm(target) {
             Ok(armed) => armed,
-            Err(error) => return Some(Err(Box::new(error))),
+            Err(error) => return Some(Err(error.into())),
         };
         let result = self.registrar.register(target).map_err(|error| (self.registrar.cause(&error), error));
         // The registrar has not panicked.
@@ -181,7 +188,7 @@ impl<R: Registrar> Cache<R> {
         let chain = state.chain_of(region);
         self.wake(state);
         self.reap(chain);
-        settled.err().map(|error| Err(Box::new(error)))
+        settled.err().map(|error| Err(error.into()))
     }
 
     fn refused(
@@ -218,7 +225,7 @@ impl<R: Registrar> Cache<R> {
             past.alone = true;
             return None;
         }
-        Some(Err(Box::new(match cause {
+        Some(Err(Refusal::from(match cause {
             Cause::Limit => Error::LimitReached { range, evicted: past.evicted.unwrap_or(0), source: error },
             Cause::NotMapped => Error::NotMapped { range, source: error },
             Cause::Other => Error::Registrar { range: target, source: error },
@@ -230,7 +237,10 @@ impl<R: Registrar> Cache<R> {
         if !past.may_sleep {
             drop(state);
             past.may_sleep = true;
-            return self.gate.may_sleep().err().map(|error| Err(Box::new(error)));
+            return self.gate.may_sleep().err().map(|error| Err(error.into()));
+        }
+        if past.is_nested {
+            return Some(Err(Refusal::WouldDeadlock));
         }
         state.waiters += 1;
         state.counts.waits += 1;

@@ -395,6 +395,9 @@ impl State {
     /// Finds out which of the killed regions have no lease, for the caller to deregister.
     pub(crate) fn harvest(&mut self, index: &Index) -> Chain {
         let mut chain = Chain(0);
+        if index.take_unasked() {
+            self.ask_again();
+        }
         // ORDER(cache-lease, cache-unlease): Between the regions' deaths and the look at the slots: partner of the light
         // fences in `Slot::publish` and `Slot::clear`.
         if self.killed == 0 || (!mutant("no_fence_in_harvest") && !barrier::heavy()) {
@@ -407,6 +410,18 @@ impl State {
             self.settle(index, region, &mut chain);
         }
         chain
+    }
+
+    /// Puts the leased regions among those that are asked for a lease.
+    #[cold]
+    fn ask_again(&mut self) {
+        for region in 0..self.high {
+            if self.status(region) == Status::Leased {
+                let next = std::mem::replace(&mut self.killed, region + 1);
+                let entry = self.entry(region);
+                (entry.status, entry.next) = (Status::Killed, next);
+            }
+        }
     }
 
     /// Marks each region that is in a slot with the number of this scan.

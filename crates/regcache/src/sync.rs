@@ -1,10 +1,16 @@
 //! The primitives that models replace: from `loom` under `cfg(mmun_loom)`, from `std` otherwise.
 
 #[cfg(mmun_loom)]
-pub(crate) use loom::sync::{Condvar, Mutex, MutexGuard, atomic};
+use loom::sync::MutexGuard as Guard;
+#[cfg(mmun_loom)]
+pub(crate) use loom::sync::{Condvar, Mutex, atomic};
 #[cfg(not(mmun_loom))]
-pub(crate) use std::sync::{Condvar, Mutex, MutexGuard, atomic};
+use std::sync::MutexGuard as Guard;
+#[cfg(not(mmun_loom))]
+pub(crate) use std::sync::{Condvar, Mutex, atomic};
 
+use atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::ops::{Deref, DerefMut};
 #[cfg(not(mmun_loom))]
 pub(crate) use std::sync::atomic::fence;
 use std::sync::{PoisonError, TryLockError};
@@ -18,23 +24,129 @@ pub(crate) fn fence(order: atomic::Ordering) {
     atomic::fence(order);
 }
 
+/// The lock of a cache, held.
+#[derive(Debug)]
+pub(crate) struct MutexGuard<'a, T> {
+    guard: Guard<'a, T>,
+    // Dropped second: the mark stays until the lock is free.
+    locking: Locking,
+}
+
+impl<T> Deref for MutexGuard<'_, T> {
+    type Target = T;
+    fn deref(&self) -> &T {
+        &self.guard
+    }
+}
+
+impl<T> DerefMut for MutexGuard<'_, T> {
+    fn deref_mut(&mut self) -> &mut T {
+        &mut self.guard
+    }
+}
+
+#[cfg(not(mmun_loom))]
+thread_local! {
+    /// Whether this thread holds the lock of a cache, or is about to.
+    static LOCKING: AtomicBool = const { AtomicBool::new(false) };
+    /// The address of the cache that this thread is at work on, zero for none.
+    static AT_WORK: AtomicUsize = const { AtomicUsize::new(0) };
+}
+#[cfg(mmun_loom)]
+loom::thread_local! {
+    static LOCKING: AtomicBool = AtomicBool::new(false);
+    static AT_WORK: AtomicUsize = AtomicUsize::new(0);
+}
+
+/// The mark that this thread is at the lock of a cache: a signal handler that finds it must not wait for that lock.
+///
+/// Set before the attempt and taken back after the release, so that there is no instruction in between.
+#[derive(Debug)]
+struct Locking {
+    before: bool,
+}
+
+impl Locking {
+    fn mark() -> Self {
+        let before = LOCKING.with(|locking| locking.load(Ordering::Relaxed));
+        LOCKING.with(|locking| locking.store(true, Ordering::Relaxed));
+        order_for_handlers();
+        Self { before }
+    }
+}
+
+impl Drop for Locking {
+    fn drop(&mut self) {
+        order_for_handlers();
+        // Not false: a handler may have interrupted a thread that was about to lock.
+        LOCKING.with(|locking| locking.store(self.before, Ordering::Relaxed));
+    }
+}
+
+/// Tells whether waiting for the lock of a cache would wait for this very thread, which a signal handler has interrupted:
+/// nothing else comes here under the lock.
+pub(crate) fn is_locking() -> bool {
+    LOCKING.with(|locking| locking.load(Ordering::Relaxed))
+}
+
+/// The mark that this thread is at work on a cache, with its lock or in its registrar: a signal handler that finds it must
+/// not sleep until that work is done.
+///
+/// Only the innermost cache is marked. A registrar that uses another cache in turn hides the outer one.
+#[derive(Debug)]
+pub(crate) struct AtWork {
+    before: usize,
+    is_nested: bool,
+}
+
+impl AtWork {
+    pub(crate) fn mark<T>(cache: &T) -> Self {
+        let cache = std::ptr::from_ref(cache).addr();
+        let before = AT_WORK.with(|at_work| at_work.load(Ordering::Relaxed));
+        AT_WORK.with(|at_work| at_work.store(cache, Ordering::Relaxed));
+        order_for_handlers();
+        Self { before, is_nested: before == cache }
+    }
+
+    /// Tells whether this thread was at work on the same cache already.
+    pub(crate) fn is_nested(&self) -> bool {
+        self.is_nested
+    }
+}
+
+impl Drop for AtWork {
+    fn drop(&mut self) {
+        order_for_handlers();
+        AT_WORK.with(|at_work| at_work.store(self.before, Ordering::Relaxed));
+    }
+}
+
+/// Keeps the compiler from moving a mark past what it marks. Models have no signal handlers.
+fn order_for_handlers() {
+    #[cfg(not(mmun_loom))]
+    std::sync::atomic::compiler_fence(Ordering::SeqCst);
+}
+
 /// Locks, also after a panic in another holder: nothing that can panic runs under the lock of a cache.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+    let locking = Locking::mark();
+    MutexGuard { guard: mutex.lock().unwrap_or_else(PoisonError::into_inner), locking }
 }
 
 /// Locks at once or not at all, also after a panic.
 pub(crate) fn try_lock<T>(mutex: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
+    let locking = Locking::mark();
     match mutex.try_lock() {
-        Ok(guard) => Some(guard),
-        Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+        Ok(guard) => Some(MutexGuard { guard, locking }),
+        Err(TryLockError::Poisoned(poisoned)) => Some(MutexGuard { guard: poisoned.into_inner(), locking }),
         Err(TryLockError::WouldBlock) => None,
     }
 }
 
 /// Sleeps until notified. May wake for nothing.
 pub(crate) fn wait<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
-    condvar.wait(guard).unwrap_or_else(PoisonError::into_inner)
+    let MutexGuard { guard, locking } = guard;
+    MutexGuard { guard: condvar.wait(guard).unwrap_or_else(PoisonError::into_inner), locking }
 }
 
 /// Whether this run is to be broken in the way that `name` says. A model that passes all the same proves nothing.

@@ -7,7 +7,7 @@
 
 #![allow(unsafe_code, reason = "an allocator")]
 
-use super::imp::{Callback, might_allocate};
+use super::imp::might_allocate;
 use std::alloc::{GlobalAlloc, Layout, System};
 
 /// An allocator that ends the process when a callback allocates or frees memory, and says which
@@ -46,13 +46,6 @@ impl CheckedAlloc {
     #[must_use]
     pub const fn new() -> Self {
         Self(System)
-    }
-
-    /// Runs `f` unchecked: in a callback that never runs inside the allocator, as those that a
-    /// client of the `kernel` source has asked for in a thread of its own.
-    pub fn unchecked<R>(f: impl FnOnce() -> R) -> R {
-        let _outside = Callback::none();
-        f()
     }
 }
 

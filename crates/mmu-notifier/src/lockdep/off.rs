@@ -38,10 +38,6 @@ impl Callback {
     pub(crate) fn enter(_notifier: fn() -> &'static str, _method: &'static str) -> Self {
         Self
     }
-
-    pub(crate) fn none() -> Self {
-        Self
-    }
 }
 
 #[inline(always)]

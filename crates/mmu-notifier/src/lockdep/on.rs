@@ -205,11 +205,6 @@ impl Callback {
     pub(crate) fn enter(notifier: fn() -> &'static str, method: &'static str) -> Self {
         Self(CALLED.replace(Some((notifier, method))))
     }
-
-    /// As if there were none.
-    pub(crate) fn none() -> Self {
-        Self(CALLED.take())
-    }
 }
 
 impl Drop for Callback {

@@ -1,7 +1,8 @@
 //! Where leases are counted without a shared write: for each thread a block of slots, each of which names one region or none.
 //!
 //! A slot goes from none to a region by its own thread only, and back by whoever ends the lease, on any thread. A thread
-//! whose slots are all in use, and one without a number, counts in the region itself.
+//! whose slots are all in use, and one without a number, counts in the region itself. So does a signal handler that has
+//! interrupted its thread between the look at a free slot and the write to it: see [`Block::begin`].
 
 use super::barrier::light;
 use super::memory::{Zero, boxed};
@@ -18,6 +19,7 @@ const PROBES: usize = if cfg!(mmun_loom) { 1 } else { 8 };
 #[repr(C, align(128))]
 #[derive(Debug)]
 pub(crate) struct Block {
+    /// Twice the hits, plus one while the thread takes a slot.
     hits: AtomicU64,
     /// Where the owner looks if the first slot is in use.
     cursor: AtomicU32,
@@ -131,11 +133,50 @@ impl Block {
         None
     }
 
-    /// Counts a hit. The caller is the block's thread.
+    /// Begins to take a slot; none if this thread is at that already, which a signal handler has interrupted. The handler's
+    /// lease goes elsewhere: the interrupted code may have seen any slot free, and would write over it. The caller is the
+    /// block's thread.
     #[inline(always)]
-    pub(crate) fn count_hit(&self) {
-        self.hits.store(self.hits.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+    pub(crate) fn begin(&self) -> Option<Taking<'_>> {
+        let before = self.hits.load(Ordering::Relaxed);
+        if before & 1 != 0 {
+            return None;
+        }
+        self.hits.store(before + 1, Ordering::Relaxed);
+        // ORDER: The mark before the look at a slot, for handlers on this thread: the compiler alone could change the order.
+        compiler_fence();
+        Some(Taking { block: self, before })
     }
+}
+
+/// A slot is being taken by this thread, until `end`.
+#[must_use = "all later leases would be counted in their regions"]
+#[derive(Debug)]
+pub(crate) struct Taking<'a> {
+    block: &'a Block,
+    before: u64,
+}
+
+impl<'a> Taking<'a> {
+    #[inline(always)]
+    pub(crate) fn block(&self) -> &'a Block {
+        self.block
+    }
+
+    /// A slot was taken, or none was; counts a hit if it was one.
+    #[inline(always)]
+    pub(crate) fn end(self, hit: bool) {
+        // ORDER: The write to the slot before the mark goes, as in `begin`.
+        compiler_fence();
+        self.block.hits.store(self.before + 2 * u64::from(hit), Ordering::Relaxed);
+    }
+}
+
+/// Models have no signal handlers.
+#[inline(always)]
+fn compiler_fence() {
+    #[cfg(not(mmun_loom))]
+    std::sync::atomic::compiler_fence(std::sync::atomic::Ordering::SeqCst);
 }
 
 impl Threads {
@@ -173,6 +214,6 @@ impl Threads {
 
     /// The hits of all threads so far.
     pub(crate) fn hits(&self) -> u64 {
-        self.blocks.iter().take(number::high()).map(|block| block.hits.load(Ordering::Relaxed)).sum()
+        self.blocks.iter().take(number::high()).map(|block| block.hits.load(Ordering::Relaxed) / 2).sum()
     }
 }

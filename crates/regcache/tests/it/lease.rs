@@ -140,6 +140,27 @@ fn get_for_leases_the_pages_of_a_buffer() {
 }
 
 #[test]
+fn get_owned_for_leases_the_pages_of_a_buffer_and_keeps_the_cache() {
+    let (_mm, device, cache) = counting(Options::new());
+    let buffer = vec![0_u32; 5000];
+    let lease = cache.get_owned_for(&buffer).unwrap();
+    assert_eq!(lease.get().range(), VaRange::of(&buffer).unwrap());
+    drop(cache);
+    device.synchronize().unwrap();
+    assert_eq!(device.registrar().deregistered(), 0, "the lease keeps the cache");
+    drop(lease);
+    device.synchronize().unwrap();
+    assert_eq!(device.registrar().deregistered(), 1);
+}
+
+#[test]
+#[should_panic(expected = "a buffer that is not empty covers a page")]
+fn get_owned_for_refuses_an_empty_buffer() {
+    let (_mm, _device, cache) = counting(Options::new());
+    let _ = cache.get_owned_for::<u8>(&[]);
+}
+
+#[test]
 fn handles_can_be_shared_and_sent() {
     fn shared<T: Send + Sync>(_: &T) {}
     let (_mm, device, cache) = counting(Options::new());

@@ -9,6 +9,7 @@ mod kernel;
 mod lease;
 mod merge;
 mod mlock;
+mod signals;
 mod support;
 mod threads;
 mod uring;

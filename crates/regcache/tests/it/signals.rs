@@ -1,0 +1,128 @@
+//! Leases that signal handlers take and end, and requests that would wait for their own thread.
+
+use crate::support::{Book, pages};
+use mmu_notifier::{Event, MmWithUser};
+use regcache::{Counting, Device, Error, Lease, Options, RegCache};
+use std::cell::UnsafeCell;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use testkit::in_child;
+
+static CACHE: OnceLock<RegCache<Counting>> = OnceLock::new();
+
+/// The lease of the handler. `STEP` says whose it is.
+struct Kept(UnsafeCell<Option<Lease<'static, Counting>>>);
+// SAFETY: one thread uses it, and its handler: whoever of the two is named by `STEP`.
+unsafe impl Sync for Kept {}
+static KEPT: Kept = Kept(UnsafeCell::new(None));
+
+static STEP: AtomicU8 = AtomicU8::new(TAKE);
+/// 1. The handler is to take a lease. 2. It has one. 3. It is to end it.
+const TAKE: u8 = 1;
+const HAS: u8 = 2;
+const END: u8 = 3;
+
+static SIGNALS: AtomicU64 = AtomicU64::new(0);
+static REFUSED: AtomicU64 = AtomicU64::new(0);
+static BROKEN: AtomicBool = AtomicBool::new(false);
+
+extern "C" fn handler(_: i32) {
+    SIGNALS.fetch_add(1, Ordering::Relaxed);
+    let Some(cache) = CACHE.get() else { return };
+    match STEP.load(Ordering::Relaxed) {
+        TAKE => match cache.get(pages(20, 1)) {
+            Ok(lease) => {
+                // SAFETY: the step says that it is the handler's.
+                unsafe { *KEPT.0.get() = Some(lease) };
+                STEP.store(HAS, Ordering::Relaxed);
+            }
+            Err(Error::WouldDeadlock) => _ = REFUSED.fetch_add(1, Ordering::Relaxed),
+            Err(_) => BROKEN.store(true, Ordering::Relaxed),
+        },
+        END => {
+            // SAFETY: as above.
+            drop(unsafe { (*KEPT.0.get()).take() });
+            STEP.store(TAKE, Ordering::Relaxed);
+        }
+        _ => {}
+    }
+}
+
+/// Sends this process a signal every 50 microseconds, until it ends. Not the one that ends a child that hangs.
+fn send_signals() {
+    // SAFETY: zeroes are a valid `sigevent`.
+    let mut event: libc::sigevent = unsafe { std::mem::zeroed() };
+    (event.sigev_notify, event.sigev_signo) = (libc::SIGEV_SIGNAL, libc::SIGUSR1);
+    let mut timer = std::ptr::null_mut();
+    // SAFETY: the handler calls what the documents allow in one, and what it shares is atomic or guarded by `STEP`.
+    unsafe { libc::signal(libc::SIGUSR1, handler as *const () as usize) };
+    // SAFETY: reads one local and writes the other.
+    assert_eq!(unsafe { libc::timer_create(libc::CLOCK_MONOTONIC, &mut event, &mut timer) }, 0);
+    let often = libc::timespec { tv_sec: 0, tv_nsec: 50_000 };
+    let often = libc::itimerspec { it_interval: often, it_value: often };
+    // SAFETY: the timer was made above; reads a local.
+    assert_eq!(unsafe { libc::timer_settime(timer, 0, &often, std::ptr::null_mut()) }, 0);
+}
+
+#[test]
+fn a_signal_handlers_lease_is_kept_and_its_end_is_seen() {
+    assert!(in_child(|| {
+        let (mm, device) = (MmWithUser::new(), Device::new(Counting::default(), Options::new()));
+        assert!(CACHE.set(device.open(&mm).unwrap()).is_ok());
+        let (cache, counts) = (CACHE.get().unwrap(), device.registrar());
+        let registered = || counts.registered() - counts.deregistered();
+        drop(cache.get(pages(20, 1)).unwrap());
+        send_signals();
+        let mut leases = 0;
+        while SIGNALS.load(Ordering::Relaxed) < 20_000 {
+            match STEP.load(Ordering::Relaxed) {
+                // The lease of the handler must not be lost to the call that it interrupts.
+                TAKE => drop(cache.get(pages(10, 1)).unwrap()),
+                HAS => {
+                    leases += 1;
+                    drop(mm.invalidate(pages(20, 1), Event::Unmap));
+                    cache.flush();
+                    // SAFETY: the step says that it is not the handler's.
+                    let stale = unsafe { (*KEPT.0.get()).as_ref() }.is_some_and(|lease| !lease.is_current());
+                    assert!(stale, "the lease does not know what has happened");
+                    assert_eq!(registered(), 1, "deregistered under a lease, or registered without one");
+                    STEP.store(END, Ordering::Relaxed);
+                    // The handler interrupts the work under the lock, and there the end waits for another's question.
+                    while STEP.load(Ordering::Relaxed) == END {
+                        cache.flush();
+                    }
+                    cache.flush();
+                    drop(mm.invalidate(pages(20, 1), Event::Unmap));
+                    cache.flush();
+                }
+                _ => unreachable!("this thread alone ends that step, or has seen it end"),
+            }
+        }
+        // SAFETY: no preconditions.
+        unsafe { libc::signal(libc::SIGUSR1, libc::SIG_IGN) };
+        // SAFETY: there is no handler any more.
+        drop(unsafe { (*KEPT.0.get()).take() });
+        cache.flush();
+        assert!(leases > 100, "{leases}");
+        !BROKEN.load(Ordering::Relaxed) && registered() == 0
+    }));
+}
+
+#[test]
+fn a_request_that_would_wait_for_its_own_thread_is_refused() {
+    assert!(in_child(|| {
+        // SAFETY: no preconditions. A hang need not take two minutes.
+        unsafe { libc::alarm(20) };
+        let (mm, device) = (MmWithUser::new(), Device::new(Book::default(), Options::new()));
+        let cache = device.open(&mm).unwrap();
+        let (same, other) = (cache.try_clone().unwrap(), cache.try_clone().unwrap());
+        static ANSWERS: AtomicU64 = AtomicU64::new(0);
+        device.registrar().during_next(move || {
+            let refused = matches!(same.get(pages(10, 1)), Err(Error::WouldDeadlock));
+            let good = other.get(pages(20, 1)).is_ok();
+            ANSWERS.fetch_add(u64::from(refused) + u64::from(good), Ordering::Relaxed);
+        });
+        drop(cache.get(pages(10, 4)).unwrap());
+        ANSWERS.load(Ordering::Relaxed) == 2
+    }));
+}
