@@ -139,7 +139,8 @@ impl<S: IntervalOps> IntervalNotifier<S> {
     /// reader must begin with [`read_begin`](Self::read_begin), which waits for that.
     ///
     /// # Blocking
-    /// Only the first insert on an address space sleeps, until the brackets open then have ended.
+    /// Only the first insert on an address space sleeps, until the brackets open then have ended, and
+    /// those opened later that it [may have to wait for](crate#what-a-wait-waits-for).
     /// # Errors
     /// [`InsertError`] with the state, if this is the first insert and this thread is inside a bracket of `mm`, holds its
     /// write lock (use [`insert_locked`](Self::insert_locked)) or runs a deferred free; and always where `mm` is the

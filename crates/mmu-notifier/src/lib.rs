@@ -59,9 +59,11 @@
 //! Allocate, free, print, or take a lock whose holders do: it may run in the middle of `free`. [`Notifier`] has the rule in full.
 //!
 //! # What a wait waits for
-//! A registrar, `unregister` and exit wait for every bracket that is open when they begin. If another grace period of the
-//! address space is under way then (another registrar's, or one for what was put), they also wait for brackets that open
-//! until that one has ended; never for later ones. So a stream of brackets holds nobody up for ever.
+//! A registrar, `unregister` and exit wait for every bracket that is open when they begin. If another
+//! grace period of the address space is under way then (another registrar's, or one for a
+//! subscription that was put), they also wait for brackets that open before that one ends. So they
+//! do for a bracket whose thread was preempted in the middle of opening it. They wait for no later
+//! bracket: a stream of brackets holds no caller up for ever.
 //!
 //! # What a thread must not do
 //! Wait for another address space's brackets, by subscribing to it or unregistering from it, inside a bracket of this one, if

@@ -248,6 +248,14 @@ mod tests {
     }
 
     #[test]
+    fn the_address_of_a_pointer_is_that_of_its_first_byte() {
+        let words = [0_u64; 4];
+        let first = words.as_ptr().addr() as u64;
+        assert_eq!(Va::from_ptr(&words[3]), Va::new(first + 24));
+        assert_eq!(Va::from_ptr(&words[1..]), Va::new(first + 8), "a slice's, without its length");
+    }
+
+    #[test]
     fn covering_rounds_outwards_and_refuses_overflow() {
         let range = VaRange::covering(Va::new(0x1fff), 2).unwrap();
         assert_eq!(range, VaRange::new(Va::new(0x1000), Va::new(0x3000)).unwrap());

@@ -106,7 +106,8 @@ impl<N: Embedded> Notifiers<N> {
     /// does not call it has ended.
     ///
     /// # Blocking
-    /// Sleeps until the brackets open now have ended.
+    /// Sleeps until the brackets open now have ended, and those opened later that it
+    /// [may have to wait for](crate#what-a-wait-waits-for).
     /// # Errors
     /// [`WouldDeadlock`] if this thread has opened a bracket of the address space since it took the
     /// lock. Nothing was written.

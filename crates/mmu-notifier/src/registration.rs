@@ -99,7 +99,8 @@ impl<N: Notifier> Registration<N> {
     /// Registers `notifier` on `mm`. When it returns, every bracket that does not call it has ended.
     ///
     /// # Blocking
-    /// Sleeps while other registrars of `mm` are at work and until the brackets open now have ended.
+    /// Sleeps while other registrars of `mm` are at work and until the brackets open now have ended,
+    /// and those opened later that it [may have to wait for](crate#what-a-wait-waits-for).
     /// # Errors
     /// [`RegisterError`] with the notifier, unchanged and good for another try, if this thread is inside a bracket of `mm`,
     /// holds its write lock (use [`new_locked`](Self::new_locked)) or runs a deferred free.
@@ -145,7 +146,8 @@ impl<N: Notifier> Registration<N> {
     /// back.
     ///
     /// # Blocking
-    /// Sleeps while `release` and the brackets open now last.
+    /// Sleeps while `release` and the brackets open now last, and those opened later that it
+    /// [may have to wait for](crate#what-a-wait-waits-for).
     /// # Errors
     /// [`UnregisterError`] with the registration, unchanged, if this thread is inside a bracket or callback of the address
     /// space or runs a deferred free. Also if `release` has left a bracket open on this thread: the registration is still

@@ -80,7 +80,8 @@ where
     ///
     /// # Blocking
     /// An existing notifier is found without a lock. A new one sleeps in `alloc`, while other registrars of `mm` are at
-    /// work, and until the brackets open now have ended.
+    /// work, and until the brackets open now have ended, and those opened later that it
+    /// [may have to wait for](crate#what-a-wait-waits-for).
     /// # Errors
     /// [`GetError::Alloc`] passes on what `alloc` says, and nothing was registered. [`GetError::Overflow`] if the notifier
     /// has as many users as can be counted. [`GetError::WouldDeadlock`] if it has to be made and this thread is inside a

@@ -41,7 +41,8 @@ impl<T: RawIntervalOps> Interval<T> {
     /// [`IntervalNotifier::insert`](crate::IntervalNotifier::insert) does.
     ///
     /// # Blocking
-    /// Only the first insert on an address space sleeps, until the brackets open then have ended.
+    /// Only the first insert on an address space sleeps, until the brackets open then have ended, and
+    /// those opened later that it [may have to wait for](crate#what-a-wait-waits-for).
     /// # Errors
     /// [`WouldDeadlock`] if this is the first insert and this thread is inside a bracket of `mm`,
     /// holds its write lock, or runs a deferred free; and always where `mm` is the address space of

@@ -8,6 +8,7 @@ use crate::subscriptions::{Reading, Walk};
 use crate::sync::mutant;
 use crate::{Blocking, Event, InvalidateRange, VaRange, WouldBlock};
 use srcu::Guard;
+use std::marker::PhantomData;
 
 impl Mm {
     /// Tells subscribers that `range` is about to change, and waits until they have let go of it.
@@ -38,7 +39,8 @@ impl Mm {
         let inside = Inside::enter(self);
         let reading = self.subscriptions().read();
         let blocking = Blocking::Allowed;
-        let mut bracket = Bracket { mm: self, range, event, blocking, window: None, reading, _inside: inside };
+        let mut bracket =
+            Bracket { _stays: STAYS, mm: self, range, event, blocking, window: None, reading, _inside: inside };
         if (!bracket.reading.is_empty() || self.intervals().is_enabled()) && !self.is_inherited() {
             bracket.window = start_each(&bracket.range_for_all(), &bracket.reading);
         }
@@ -65,7 +67,7 @@ impl Mm {
     pub fn invalidate_owned(&self, range: VaRange, event: Event) -> OwnedBracket {
         let inside = Inside::enter(self);
         let reading = Reading::of(self.clone());
-        let mut bracket = OwnedBracket { range, event, window: None, reading, _inside: inside };
+        let mut bracket = OwnedBracket { _stays: STAYS, range, event, window: None, reading, _inside: inside };
         if !self.is_inherited() {
             bracket.window = start_each(&bracket.range(), &bracket.reading);
         }
@@ -100,11 +102,20 @@ impl Mm {
         let blocking = Blocking::Forbidden;
         let each = InvalidateRange { mm: self, range, event, blocking };
         if self.is_inherited() {
-            return Ok(Bracket { mm: self, range, event, blocking, window: None, reading, _inside: inside });
+            return Ok(Bracket {
+                _stays: STAYS,
+                mm: self,
+                range,
+                event,
+                blocking,
+                window: None,
+                reading,
+                _inside: inside,
+            });
         }
         let window = if self.intervals().is_enabled() { Some(self.intervals().start(&each)?) } else { None };
         reading.try_start(&each, window)?;
-        Ok(Bracket { mm: self, range, event, blocking, window, reading, _inside: inside })
+        Ok(Bracket { _stays: STAYS, mm: self, range, event, blocking, window, reading, _inside: inside })
     }
 
     /// Runs `change` inside a bracket: subscribers hear the start before it and the end after it, also if it panics.
@@ -173,6 +184,13 @@ extern "C" fn start_with_intervals(range: &InvalidateRange<'_>, subscribers: Wal
     window
 }
 
+/// Why a bracket cannot be sent to another thread, in the words of the compiler's message: its end
+/// runs in the read section of its start, and the thread is known to be inside it.
+#[derive(Debug)]
+struct EndsOnTheThreadThatBeganIt(PhantomData<*const ()>);
+
+const STAYS: EndsOnTheThreadThatBeganIt = EndsOnTheThreadThatBeganIt(PhantomData);
+
 /// An invalidation in progress. Dropping it tells the subscribers that the change is over.
 ///
 /// It stays on its thread:
@@ -195,6 +213,8 @@ extern "C" fn start_with_intervals(range: &InvalidateRange<'_>, subscribers: Wal
 #[derive(Debug)]
 #[doc(alias = "mmu_notifier_invalidate_range_end")]
 pub struct Bracket<'a> {
+    /// First, so that the compiler names it.
+    _stays: EndsOnTheThreadThatBeganIt,
     mm: &'a Mm,
     range: VaRange,
     event: Event,
@@ -245,6 +265,8 @@ impl Drop for Bracket<'_> {
 #[must_use = "the bracket ends when the guard is dropped"]
 #[derive(Debug)]
 pub struct OwnedBracket {
+    /// First, so that the compiler names it.
+    _stays: EndsOnTheThreadThatBeganIt,
     range: VaRange,
     event: Event,
     window: Option<Window>,

@@ -83,7 +83,8 @@ impl<N: Embedded> Node<N> {
     /// the caller's again, with the value in it.
     ///
     /// # Blocking
-    /// Sleeps while `release` and the brackets open now last.
+    /// Sleeps while `release` and the brackets open now last, and those opened later that it
+    /// [may have to wait for](crate#what-a-wait-waits-for).
     /// # Errors
     /// [`WouldDeadlock`] if this thread is inside a bracket or callback of the address space or
     /// runs a deferred free, or if `release` has left a bracket open. It is still registered then.
