@@ -15,6 +15,8 @@ fn main() {
         return;
     }
     println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,libmmun.so.{ABI}");
+    // `dlclose` leaves it loaded: the reclaimer's thread and patches of the hook lead into it.
+    println!("cargo:rustc-cdylib-link-arg=-Wl,-z,nodelete");
     if let Some(wrapper) = wrapper() {
         println!("cargo:rustc-cdylib-link-arg=-wrapper");
         println!("cargo:rustc-cdylib-link-arg={wrapper}");

@@ -33,23 +33,6 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Makes thread-locals that need no set-up at first use: it may come in the middle of `free`.
-#[cfg(not(mmun_loom))]
-macro_rules! per_thread {
-    ($($(#[$attribute:meta])* static $name:ident: $type:ty = $init:expr;)*) => {
-        std::thread_local! { $($(#[$attribute])* static $name: $type = const { $init };)* }
-    };
-}
-
-#[cfg(mmun_loom)]
-macro_rules! per_thread {
-    ($($(#[$attribute:meta])* static $name:ident: $type:ty = $init:expr;)*) => {
-        loom::thread_local! { $($(#[$attribute])* static $name: $type = $init;)* }
-    };
-}
-
-pub(crate) use per_thread;
-
 /// Whether this run is to be broken in the way that `name` says. A model that passes all the same proves nothing.
 #[cfg(mmun_loom)]
 pub(crate) fn mutant(name: &str) -> bool {

@@ -2,6 +2,7 @@
 //!
 //! `LD_PRELOAD=libpreload.so PROG`. With `MMUN_PRELOAD_REPORT=FILE` every process appends, when it exits, a line with
 //! how many brackets it has seen, or when it starts, why there is no hook. The program runs as it does without.
+//! With `MMUN_PRELOAD_LATE` set it can be loaded by `dlopen`, and installs the hook alone.
 #![cfg(all(target_os = "linux", target_env = "gnu"))]
 
 use mmu_notifier::lockdep::CheckedAlloc;
@@ -38,7 +39,11 @@ extern "C" fn start() {
         Ok(hook) => hook,
         Err(error) => return write_report(&format!("refused: {error}")),
     };
-    let _ = HELD.set((hook, Kernel::start().ok(), watch));
+    // The start of the kernel's notifier waits for a thread of its own, which needs the loader's lock. A library that is
+    // loaded by `dlopen` is initialised with that lock held.
+    let is_late = std::env::var_os("MMUN_PRELOAD_LATE").is_some();
+    let kernel = if is_late { None } else { Kernel::start().ok() };
+    let _ = HELD.set((hook, kernel, watch));
     // SAFETY: the function stays: the hook keeps this library loaded.
     unsafe { libc::atexit(report) };
 }

@@ -21,9 +21,13 @@
 //! make any other system call; those have brackets of their own inside this one. `errno` is put back after it.
 //!
 //! # Limits
-//! x86-64 with glibc. Signal handlers must not make memory calls while a hook is installed. The library with this code must be there
-//! when the program starts (linked or preloaded): thread-local storage of a library that is loaded later is allocated on first
-//! use, perhaps inside `free`. Such a library is refused.
+//! x86-64 with glibc. Signal handlers must not make memory calls while a hook is installed.
+//!
+//! The library with this code may be loaded by `dlopen`, and stays loaded then: `dlclose` does not unload it. Its thread-local
+//! words come from the space that glibc sets aside for such libraries (1.6 KiB for all of a process); if that is used up, `dlopen`
+//! fails with "cannot allocate memory in static TLS block", and `LD_PRELOAD` or linking helps. A *callback* of such a library must
+//! not use the standard library's thread-locals, because the first use in a thread may allocate. In builds with
+//! `debug_assertions`, [`lockdep`](mmu_notifier::lockdep) does: load those when the program starts.
 //!
 //! # Examples
 //! ```
@@ -96,8 +100,8 @@ impl Hook {
     /// installation or removal by another thread.
     /// # Errors
     /// [`Error::Unavailable`] if this is not x86-64 with glibc, if libc has no place that can be patched (it says what was
-    /// found), or if this code is in a library that was loaded by `dlopen`. [`Error::Kernel`] if the kernel refuses to replace a page of code (`EACCES` or `EPERM` under a security module or
-    /// where code is sealed); then nothing is patched.
+    /// found). [`Error::Kernel`] if the kernel refuses to replace a page of code (`EACCES` or `EPERM` under a
+    /// security module or where code is sealed); then nothing is patched.
     pub fn install() -> Result<Self, Error> {
         switch::install().map(|()| Self(PhantomData))
     }

@@ -103,6 +103,9 @@
 #[cfg(not(target_os = "linux"))]
 compile_error!("srcu is built on futexes, robust mutexes and membarrier, and so needs Linux");
 
+#[macro_use]
+mod word;
+
 mod error;
 mod grace;
 mod guard;

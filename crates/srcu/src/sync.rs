@@ -4,13 +4,11 @@
 pub(crate) use loom::{
     hint::spin_loop,
     sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering},
-    thread_local,
 };
 #[cfg(not(mmun_loom))]
 pub(crate) use std::{
     hint::spin_loop,
     sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence},
-    thread_local,
 };
 
 /// A fence at which models may switch threads. `loom`'s own is glued to the operation before it: no thread ever runs between a

@@ -2,9 +2,8 @@
 
 use super::{Mm, MmWithUser};
 use crate::sync::atomic::{AtomicUsize, Ordering};
-use crate::sync::{Mutex, MutexGuard, lock, per_thread};
+use crate::sync::{Mutex, MutexGuard, lock};
 use crate::{WouldDeadlock, lockdep};
-use std::cell::Cell;
 use std::fmt;
 use std::ops::Deref;
 
@@ -22,19 +21,18 @@ impl MmapLock {
     }
 }
 
-per_thread! {
-    static MARK: Cell<usize> = Cell::new(0);
+srcu::thread_word! {
+    /// This thread's number, or zero as long as it has none.
+    static MARK: u64 = 0;
 }
 
 /// Returns this thread's number, which is not zero and no other thread ever has.
 fn this_thread() -> usize {
     static LAST: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
-    MARK.with(|mark| {
-        if mark.get() == 0 {
-            mark.set(LAST.fetch_add(1, Ordering::Relaxed) + 1);
-        }
-        mark.get()
-    })
+    if MARK.get() == 0 {
+        MARK.set(LAST.fetch_add(1, Ordering::Relaxed) as u64 + 1);
+    }
+    MARK.get() as usize
 }
 
 /// The write lock of an address space's mappings, held by this thread until dropped.

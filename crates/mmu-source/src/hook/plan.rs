@@ -7,10 +7,9 @@ use super::module::{self, Function, Hidden, Segment};
 use super::scan::{Code64, Found, PATCH};
 use super::text::{self, Edit};
 use super::trampoline::{Arena, Foreign};
-use super::{Patch, State, look, raw, stub, switch};
+use super::{Patch, State, stub, switch};
 use crate::Error;
 use crate::fork::marks;
-use std::cell::Cell;
 use std::ffi::CString;
 use std::sync::atomic::{AtomicPtr, Ordering};
 use std::{io, ptr};
@@ -38,20 +37,7 @@ pub(super) struct Plan {
 }
 
 /// What was found out, or what is missing.
-type Made = Result<Plan, Missing>;
-
-/// What is missing, and what would help.
-#[derive(Debug, Clone)]
-struct Missing {
-    what: String,
-    remedy: &'static str,
-}
-
-impl From<String> for Missing {
-    fn from(what: String) -> Self {
-        Self { what, remedy: "ldd --version; the hook knows glibc on x86-64, the kernel source needs no libc" }
-    }
-}
+type Made = Result<Plan, String>;
 
 static MADE: AtomicPtr<Made> = AtomicPtr::new(ptr::null_mut());
 
@@ -70,10 +56,10 @@ pub(super) fn plan() -> Result<&'static Plan, Error> {
             })
         })
     });
-    made.as_ref().map_err(|Missing { what, remedy }| Error::Unavailable {
+    made.as_ref().map_err(|missing| Error::Unavailable {
         source: "hook",
-        missing: what.clone(),
-        remedy: (*remedy).to_owned(),
+        missing: missing.clone(),
+        remedy: "ldd --version; the hook knows glibc on x86-64, the kernel source needs no libc".to_owned(),
     })
 }
 
@@ -90,14 +76,6 @@ fn look() -> Option<&'static Made> {
 }
 
 fn make() -> Made {
-    if !has_static_storage() {
-        return Err(Missing {
-            what: "thread-local storage from the start: the library with the hook was loaded by dlopen, and would allocate \
-                   inside of free"
-                .to_owned(),
-            remedy: "link it, or load it by LD_PRELOAD",
-        });
-    }
     let segments = module::segments();
     let (mut sites, mut hidden) = (Vec::new(), Vec::new());
     let mut missing: Vec<&str> = Vec::new();
@@ -125,33 +103,16 @@ fn make() -> Made {
     if !missing.is_empty() {
         let modules: Vec<&str> = segments.iter().map(|segment| segment.module.as_str()).collect();
         let found: Vec<&str> = sites.iter().map(|site| site.name).collect();
-        return Err(Missing::from(format!(
+        return Err(format!(
             "a known form of {} in libc (looked at {}; found {})",
             missing.join(", "),
             if modules.is_empty() { "nothing".to_owned() } else { modules.join(", ") },
             if found.is_empty() { "nothing".to_owned() } else { found.join(", ") },
-        )));
+        ));
     }
     module::pin();
     sites.sort_by_key(|site| site.address);
     Ok(Plan { sites, hidden })
-}
-
-/// Tells whether the thread-local storage of the library with this code came with the thread. That of a library which is loaded later
-/// is allocated on first use: for a handler that runs inside of `free`, too late.
-///
-/// What came with the thread lies below the thread pointer, in the same mapping; blocks that are allocated do not.
-fn has_static_storage() -> bool {
-    /// Where there is no `/proc`, how near it must be.
-    const NEAR: u64 = 1 << 20;
-    thread_local!(static MARK: Cell<u8> = const { Cell::new(0) });
-    let mark = MARK.with(|mark| mark.as_ptr().addr() as u64);
-    let thread = raw::thread_pointer();
-    let is_near = match (look::mapping_start(mark), look::mapping_start(thread)) {
-        (Ok(own), Ok(threads)) => own == threads,
-        _ => thread.wrapping_sub(mark) < NEAR,
-    };
-    mark < thread && is_near
 }
 
 /// libc's functions for the calls, `syscall` apart: its arguments are not those of a call.

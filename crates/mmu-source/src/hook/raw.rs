@@ -108,14 +108,6 @@ pub(super) fn huge_page_of(fd: u64) -> Option<u64> {
     ranges::huge_page(info.f_type, info.f_bsize)
 }
 
-/// Where the thread's own block begins: what is thread-local from the start lies below it.
-pub(super) fn thread_pointer() -> u64 {
-    let pointer;
-    // SAFETY: the ABI keeps the pointer's own value there.
-    unsafe { asm!("mov {}, fs:0", out(reg) pointer, options(nostack, readonly, preserves_flags)) };
-    pointer
-}
-
 /// Reads memory of this process that may not be there; returns how many words there were.
 pub(super) fn read_memory(address: u64, into: &mut [u64]) -> Result<usize, i32> {
     let local = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: size_of_val(into) };

@@ -9,6 +9,7 @@ mod child;
 mod foreign;
 mod forks;
 mod inside;
+mod late;
 mod load;
 mod log;
 mod pages;

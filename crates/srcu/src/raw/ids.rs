@@ -15,17 +15,15 @@ use super::die;
 use super::lock::Lock;
 use super::pages;
 use super::table::{self, BUCKETS, Place};
-use std::cell::Cell;
 use std::mem::MaybeUninit;
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 
 type Mutex = libc::pthread_mutex_t;
 
-thread_local! {
-    // A constant without a destructor, as in `current`.
-    static PLACE: Cell<Place> = const { Cell::new(Place::NONE) };
-    static ID: Cell<usize> = const { Cell::new(0) };
+thread_word! {
+    /// A [`Place`] in one word.
+    static PLACE: u64 = Place::NONE.to_word();
 }
 
 /// One more than the highest number in use so far.
@@ -40,7 +38,8 @@ const PROBES: usize = 32;
 
 #[inline(always)]
 pub(super) fn place() -> Place {
-    PLACE.with(Cell::get)
+    // INVARIANT: `PLACE` begins as `NONE`, and only `claim` sets it.
+    Place::from_word(PLACE.get())
 }
 
 #[inline]
@@ -66,8 +65,7 @@ fn claim() -> Place {
     *cursor = if high <= PROBES { 0 } else { (start + PROBES) % high };
     let Some(place) = Place::of(id) else { die("more threads than Linux can have") };
     // INVARIANT: `try_own` locked the mutex of `id` for this thread.
-    PLACE.with(|mine| mine.set(place));
-    ID.with(|mine| mine.set(id));
+    PLACE.set(place.to_word());
     place
 }
 
@@ -130,7 +128,7 @@ pub(super) fn after_fork() {
     for id in 0..HIGH.load(Ordering::Relaxed) {
         init(mutex(id));
     }
-    if place() != Place::NONE && !try_own(mutex(ID.with(Cell::get))) {
+    if place() != Place::NONE && !try_own(mutex(place().id())) {
         die("a new robust mutex cannot be locked");
     }
 }

@@ -8,7 +8,7 @@
 //! # Invariants
 //! * A bucket pointer is null, or points to that bucket's full number of zeroed or used slots, for the domain's life.
 //! * The bucket past the end is always null: threads without a number look there and so take the slow way.
-//! * A `Place` comes only from `NONE` or `of`, so its bucket exists and its offset is that of a slot in it.
+//! * A `Place` comes only from `NONE` or `of`, perhaps by way of a word, so its bucket exists and its offset is that of a slot in it.
 
 use super::slot::Slot;
 use super::{ids, pages};
@@ -36,6 +36,21 @@ impl Place {
         let (bucket, at) = split(id);
         let offset = u32::try_from(at * size_of::<Slot>()).ok()?;
         (bucket < BUCKETS).then_some(Place { bucket: bucket as u32, offset })
+    }
+
+    /// The number that [`of`](Self::of) was given.
+    pub(crate) fn id(self) -> usize {
+        (0..self.bucket as usize).map(slots_in).sum::<usize>() + self.offset as usize / size_of::<Slot>()
+    }
+
+    pub(crate) const fn to_word(self) -> u64 {
+        (self.offset as u64) << 32 | self.bucket as u64
+    }
+
+    /// The place whose [`to_word`](Self::to_word) it is.
+    #[inline(always)]
+    pub(crate) const fn from_word(word: u64) -> Self {
+        Self { bucket: word as u32, offset: (word >> 32) as u32 }
     }
 }
 
@@ -161,6 +176,8 @@ mod tests {
             if expected.1 == slots_in(expected.0) {
                 expected = (expected.0 + 1, 0);
             }
+            let place = Place::of(id).expect("few enough");
+            assert_eq!((place.id(), Place::from_word(place.to_word())), (id, place));
         }
     }
 

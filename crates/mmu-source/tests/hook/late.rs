@@ -1,0 +1,148 @@
+//! A library with the hook that comes by `dlopen`, into a process whose threads are at work already.
+
+use crate::child::alone;
+use crate::programs::{Scratch, library};
+use std::ffi::{CString, c_void};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::process::Command;
+use std::sync::{Barrier, Mutex};
+use std::{fs, thread};
+use testkit::{Cap, require};
+
+const THREADS: usize = 16;
+/// More than the loader leaves room for in a thread's table of thread-local blocks.
+const MODULES: usize = 40;
+const BLOCK: usize = 256 << 10;
+
+fn open(path: &Path) -> *mut c_void {
+    let name = CString::new(path.as_os_str().as_bytes()).expect("no zero byte");
+    // SAFETY: the libraries are this test's own and need nothing from whoever loads them.
+    let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
+    assert!(!handle.is_null(), "{}", path.display());
+    handle
+}
+
+/// Loads libraries with thread-local storage, which makes the table of every thread out of date: the next
+/// look-up by the loader allocates a longer one.
+fn load_others(folder: &Path, names: std::ops::Range<usize>) {
+    let library = folder.join("others.so");
+    for name in names {
+        let copy = folder.join(format!("{name}.so"));
+        fs::copy(&library, &copy).expect("a copy in the scratch folder");
+        open(&copy);
+    }
+}
+
+fn compile_other(folder: &Path) {
+    let source = folder.join("others.c");
+    fs::write(&source, "__thread char block[64]; char *find(void) { return block; }\n").expect("a file");
+    let mut compiler = Command::new("cc");
+    compiler.args(["-shared", "-fPIC", "-o"]).arg(folder.join("others.so")).arg(source);
+    assert!(compiler.status().expect("cc runs").success());
+}
+
+/// Returns the top of the heap to the kernel, with the allocator's lock held.
+fn trim() {
+    // SAFETY: plain use of the allocator.
+    let block = unsafe { libc::malloc(BLOCK) };
+    assert!(!block.is_null());
+    // SAFETY: the block is this function's.
+    unsafe { libc::free(block) };
+}
+
+#[test]
+fn a_threads_first_bracket_is_inside_the_allocator() {
+    if !require(Cap::Program("cc")) {
+        return;
+    }
+    alone("late::a_threads_first_bracket_is_inside_the_allocator", || {
+        let scratch = Scratch::new("late");
+        compile_other(&scratch.0);
+        // Optimised, for `lockdep` uses thread-locals of the standard library.
+        let library = library(true);
+        let report = scratch.0.join("report");
+        for (name, value) in [("MMUN_PRELOAD_REPORT", report.as_os_str()), ("MMUN_PRELOAD_LATE", "1".as_ref())] {
+            // SAFETY: no other thread reads or changes the environment.
+            unsafe { std::env::set_var(name, value) };
+        }
+        for (option, value) in [(libc::M_MMAP_THRESHOLD, 1 << 30), (libc::M_TRIM_THRESHOLD, 0)] {
+            // SAFETY: sets an option.
+            assert_eq!(unsafe { libc::mallopt(option, value) }, 1);
+        }
+        // SAFETY: a time limit, because a failure is a hang.
+        unsafe { libc::alarm(120) };
+        let (started, loaded) = (Barrier::new(THREADS + 1), Barrier::new(THREADS + 1));
+        let (alone, settled) = (Mutex::new(()), Barrier::new(THREADS));
+        thread::scope(|scope| {
+            for _ in 0..THREADS {
+                scope.spawn(|| {
+                    trim();
+                    started.wait();
+                    loaded.wait();
+                    // One at a time: another thread's block above this one would keep the heap from being trimmed.
+                    let turn = alone.lock();
+                    trim();
+                    drop(turn);
+                    settled.wait();
+                    (0..100).for_each(|_| trim());
+                });
+            }
+            started.wait();
+            load_others(&scratch.0, 0..MODULES);
+            let handle = open(library);
+            load_others(&scratch.0, MODULES..2 * MODULES);
+            // SAFETY: nothing of the library is called by name.
+            assert_eq!(unsafe { libc::dlclose(handle) }, 0, "and it stays");
+            loaded.wait();
+        });
+        // SAFETY: runs the exit handlers of this process, in which no other thread is left.
+        let status = unsafe { libc::fork() };
+        if status == 0 {
+            // SAFETY: ends the child by way of its exit handlers, one of which reports.
+            unsafe { libc::exit(0) };
+        }
+        // SAFETY: waits for the child from above.
+        unsafe { libc::waitpid(status, std::ptr::null_mut(), 0) };
+        let report = fs::read_to_string(&report).expect("the library has reported");
+        let brackets: usize = report.split(' ').nth(1).and_then(|count| count.parse().ok()).expect("a count");
+        assert!(report.starts_with("brackets ") && brackets >= THREADS, "{report}");
+    });
+}
+
+/// What the loader's function for thread-locals is called by: parts of the standard library that run when a
+/// panic does, and the source `kernel`, which is used outside of brackets.
+const MAY_LOOK_UP: &[&str] = &[
+    "std[",
+    "std::",
+    "<std",
+    "core::ops::function::",
+    "mmu_source::kernel",
+    "mmu_source::vault",
+    "mmu_source::uffd",
+    "mmu_source::thread",
+];
+
+#[test]
+fn nothing_on_the_way_of_a_bracket_is_looked_up_by_the_loader() {
+    if !require(Cap::Program("objdump")) {
+        return;
+    }
+    let mut objdump = Command::new("objdump");
+    objdump.args(["-d", "--demangle", "--no-show-raw-insn"]).arg(library(true));
+    let output = objdump.output().expect("objdump runs");
+    let code = String::from_utf8_lossy(&output.stdout);
+    let (mut function, mut callers) = ("", Vec::new());
+    for line in code.lines() {
+        if let Some(name) = line.strip_suffix(">:").and_then(|line| line.split_once(" <")) {
+            function = name.1;
+        } else if line.contains("__tls_get_addr") {
+            callers.push(function);
+        }
+    }
+    assert!(code.contains("fs:(") || code.contains("%fs:"), "it was disassembled");
+    let is_allowed =
+        |name: &&str| name.contains("tls_get_addr") || MAY_LOOK_UP.iter().any(|start| name.starts_with(start));
+    callers.retain(|name| !is_allowed(name));
+    assert_eq!(callers, [""; 0]);
+}
