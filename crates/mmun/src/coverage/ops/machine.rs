@@ -17,7 +17,7 @@ use crate::coverage::page::{Judge, Page};
 use crate::coverage::region::{PAGE, Region};
 
 /// How long the kernel may take to come round to it, well below what an operation may.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(10);
 const MADV_HWPOISON: i32 = 100;
 
 pub(super) const OPERATIONS: &[Operation] = &[
@@ -42,7 +42,6 @@ pub(super) const OPERATIONS: &[Operation] = &[
             }))
         },
     },
-    Operation { name: "compaction", judge: Judge::Frame, claimed: NOBODY, prepare: compacted },
     Operation {
         name: "madvise (HWPOISON)",
         judge: Judge::Frame,
@@ -151,26 +150,6 @@ fn run_on(processor: usize) -> io::Result<()> {
     Ok(sched_setaffinity(None, &set)?)
 }
 
-/// Memory with holes: the kernel moves pages from low frames to free ones further up.
-fn compacted() -> Result<Prepared, Unavailable> {
-    const COMPACT: &str = "/proc/sys/vm/compact_memory";
-    let region = Region::untouched(8 * PAGES)?;
-    region.advise(libc::MADV_NOHUGEPAGE)?;
-    region.touch();
-    let all = 0..8 * PAGES;
-    for hole in all.clone().skip(1).step_by(2) {
-        region.part(hole, 1).advise(libc::MADV_DONTNEED)?;
-    }
-    let own = rustix::process::getpid().as_raw_nonzero().get();
-    let frame = |page: &usize| Page::open(own, region.page(*page), Judge::Frame).ok()?.state().ok();
-    let lowest = all.step_by(2).min_by_key(|page| frame(page).map(|state| state.0)).expect("there are pages");
-    if !fs::metadata(COMPACT).is_ok_and(|file| !file.permissions().readonly()) || !rustix::process::geteuid().is_root()
-    {
-        return Err("only root may ask for it".into());
-    }
-    Ok(Prepared::new(&region.clone(), lowest, move || until_changed(&region, lowest, || fs::write(COMPACT, "1"))))
-}
-
 /// Does `step` until the page's frame is another.
 fn until_changed(region: &Region, page: usize, mut step: impl FnMut() -> io::Result<()>) -> io::Result<()> {
     let pid = rustix::process::getpid().as_raw_nonzero().get();
@@ -178,7 +157,7 @@ fn until_changed(region: &Region, page: usize, mut step: impl FnMut() -> io::Res
     let (before, begin) = (page.state()?, Instant::now());
     while page.state()? == before {
         if begin.elapsed() > PATIENCE {
-            return Err(io::Error::other("nothing changed for 30 s"));
+            return Err(io::Error::other("nothing changed for 10 s"));
         }
         step()?;
         std::thread::yield_now();

@@ -10,7 +10,7 @@ use crate::coverage::page::{Judge, Page};
 use crate::coverage::region::Region;
 
 /// How long merging may take, well below what an operation may. An emulated machine under load takes seconds.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(10);
 
 pub(super) const OPERATIONS: &[Operation] = &[
     Operation {
@@ -30,7 +30,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
                 let (before, begin) = (page.state()?, Instant::now());
                 while page.state()? == before {
                     if begin.elapsed() > PATIENCE {
-                        return Err(io::Error::other("nothing was merged for 30 s"));
+                        return Err(io::Error::other("nothing was merged for 10 s"));
                     }
                     std::thread::yield_now();
                 }
