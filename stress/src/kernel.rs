@@ -9,7 +9,8 @@ use hunt::Mutant;
 use mmu_source::kernel::Kernel;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::Duration;
 
 /// Has everybody ask the source at once while memory changes, and tells how long each was held up at most. Dies if somebody is for
@@ -35,7 +36,8 @@ fn skipped() -> ExitCode {
     if required { ExitCode::from(2) } else { ExitCode::SUCCESS }
 }
 
-/// Hunts, and tells what was found. `--broken` uses entries without asking the source, `--no-wait` fills without waiting.
+/// Hunts, and tells what was found. `--broken` uses entries without asking the source, `--no-wait` fills without waiting, `--crowd N` has
+/// so many threads change other memory meanwhile.
 pub(crate) fn run(options: &Options) -> ExitCode {
     println!("kernel: seed {}, {:?}", options.seed, options.length);
     let Some(kernel) = start() else { return skipped() };
@@ -45,10 +47,17 @@ pub(crate) fn run(options: &Options) -> ExitCode {
         (false, false) => Mutant::None,
     };
     let mut stream = 0;
-    let tally = hunt::hunt(&kernel, options.length, mutant, || {
+    let random = || {
         stream += 1;
         let mut random = Random::new(options.seed, stream);
         move |limit| random.below(limit)
+    };
+    let stop = AtomicBool::new(false);
+    let tally = thread::scope(|scope| {
+        (0..options.crowd).for_each(|_| _ = scope.spawn(|| crowd(&stop)));
+        let tally = hunt::hunt(&kernel, options.length, mutant, random);
+        stop.store(true, Ordering::Relaxed);
+        tally
     });
     let [changes, hits, fills, retries, stale] =
         [&tally.changes, &tally.hits, &tally.fills, &tally.retries, &tally.stale]
@@ -57,6 +66,17 @@ pub(crate) fn run(options: &Options) -> ExitCode {
         "kernel: {changes} changes, {hits} hits, {fills} fills, {retries} fills thrown away, {} lost",
         kernel.lost()
     );
+    let (waits, machines) = kernel.waits();
+    println!("kernel: {waits} waits, {machines} machines made for them");
     println!("kernel: {stale} stale");
     ExitCode::from(u8::from(stale != 0))
+}
+
+/// Changes memory that is not armed without a pause: then there is hardly a moment in which nothing is under way.
+fn crowd(stop: &AtomicBool) {
+    while !stop.load(Ordering::Relaxed) {
+        let memory = rush::map();
+        rush::change(memory);
+        rush::unmap(memory);
+    }
 }

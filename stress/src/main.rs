@@ -2,7 +2,7 @@
 //!
 //! `cargo run --release -p stress -- {srcu | mmu | regcache} --seconds 30 [--seed N] [--no-membarrier] [--broken] [--no-fork]
 //! [--source {bracket | kernel | rehearsal | hook}]`
-//! `cargo run --release -p stress -- kernel --seconds 60 [--seed N] [--broken] [--no-wait]`
+//! `cargo run --release -p stress -- kernel --seconds 60 [--seed N] [--broken] [--no-wait] [--crowd N]`
 //! `cargo run --release -p stress -- rush --seconds 60`
 //!
 //! Exits with 0 if nothing was found, 1 if something was, 2 on a wrong command line.
@@ -29,6 +29,8 @@ pub(crate) struct Options {
     pub(crate) broken: bool,
     /// Fill caches without waiting for changes under way: `kernel` must find that.
     pub(crate) no_wait: bool,
+    /// So many threads change memory that nobody looks at: for `kernel`.
+    pub(crate) crowd: u64,
     /// Fork no children: ThreadSanitizer cannot follow them. `mmu` never does.
     pub(crate) no_fork: bool,
     /// Who tells the registration cache.
@@ -55,6 +57,7 @@ impl Options {
             no_membarrier: false,
             broken: false,
             no_wait: false,
+            crowd: 0,
             no_fork: false,
             source: Source::Bracket,
         }
@@ -62,7 +65,7 @@ impl Options {
 }
 
 const USAGE: &str = "usage: stress {srcu | mmu | regcache | kernel | rush} [--seconds N] [--seed N] [--no-membarrier] [--broken] \
-    [--no-wait] [--no-fork] [--source {bracket | kernel | rehearsal | hook}]";
+    [--no-wait] [--crowd N] [--no-fork] [--source {bracket | kernel | rehearsal | hook}]";
 
 /// What is tortured.
 type Program = fn(&Options) -> ExitCode;
@@ -98,6 +101,7 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<(Program, Option
         };
         match argument.as_str() {
             "--seconds" => options.length = Duration::from_secs(number()?),
+            "--crowd" => options.crowd = number()?,
             "--seed" => options.seed = number()?,
             "--no-membarrier" => options.no_membarrier = true,
             "--no-fork" => options.no_fork = true,

@@ -147,6 +147,12 @@ struct Inner {
 }
 
 /// A generation up to which subscribers have been told of every change: what [`Kernel::settle`] returned.
+///
+/// A number that nothing has been told of is not one:
+/// ```compile_fail,E0308
+/// # let kernel = mmu_source::kernel::Kernel::start().unwrap();
+/// let is_current = kernel.is_current(kernel.generation());
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[must_use = "what is used has to be checked with `is_current` if it may change meanwhile"]
 pub struct Settled(u64);

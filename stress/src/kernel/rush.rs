@@ -96,7 +96,7 @@ fn at(address: usize) -> *mut c_void {
     ptr::with_exposed_provenance_mut(address)
 }
 
-fn map() -> usize {
+pub(super) fn map() -> usize {
     let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
     // SAFETY: a new mapping where the kernel likes.
     let base = unsafe { libc::mmap(ptr::null_mut(), PAGES * PAGE, protection, flags, -1, 0) };
@@ -104,13 +104,13 @@ fn map() -> usize {
     base.expose_provenance()
 }
 
-fn unmap(base: usize) {
+pub(super) fn unmap(base: usize) {
     // SAFETY: the mapping is of `map`, and all threads that used it have ended.
     unsafe { libc::munmap(at(base), PAGES * PAGE) };
 }
 
 /// Maps pages anew over those that are there, and touches each.
-fn change(base: usize) {
+pub(super) fn change(base: usize) {
     let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
     // SAFETY: over a mapping of `map`, whose pages nobody else touches.
     let again = unsafe { libc::mmap(at(base), PAGES * PAGE, protection, flags | libc::MAP_FIXED, -1, 0) };

@@ -17,6 +17,17 @@ pub struct Armed {
 }
 
 /// A moment at which nothing was changing: what [`Armed::read_begin`] returned.
+///
+/// There is none without an armed range, and what [`settle`](Kernel::settle) returned is not one: there, changes may be under way.
+/// ```compile_fail,E0599
+/// # let kernel = mmu_source::kernel::Kernel::start().unwrap();
+/// let seq = kernel.read_begin();
+/// ```
+/// ```compile_fail,E0308
+/// # let kernel = mmu_source::kernel::Kernel::start().unwrap();
+/// # let armed = kernel.arm(mmu_notifier::VaRange::ALL).unwrap();
+/// let is_stale = armed.read_retry(kernel.settle().unwrap());
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[must_use = "a fill that is not checked with `read_retry` may be stale"]
 #[doc(alias = "mmu_interval_read_begin")]

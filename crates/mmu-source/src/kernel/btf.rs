@@ -14,6 +14,8 @@ const STRUCT: u32 = 4;
 const UNION: u32 = 5;
 /// How deep nameless members may be nested.
 const DEPTH: u32 = 8;
+/// How many of them are looked into for one member. The kernel's largest struct has some ten.
+const NAMELESS: u32 = 1000;
 
 /// One file.
 #[derive(Debug, Clone, Copy)]
@@ -127,15 +129,17 @@ impl<'a> Btf<'a> {
     #[must_use]
     pub(super) fn offset(&self, name: &str, member: &str) -> Option<u32> {
         let is_it = |found: &Type<'_>| found.kind == STRUCT && self.is_named(found.name, name);
+        // Bytes that make no sense can have parts of parts without an end.
+        let mut left = NAMELESS;
         // Several types can have one name. Those without the member are declared elsewhere for
         // something else.
         self.all()
             .filter(is_it)
-            .find_map(|found| self.bit_in(&found, member, DEPTH))
+            .find_map(|found| self.bit_in(&found, member, DEPTH, &mut left))
             .and_then(|bit| bit.is_multiple_of(8).then_some(bit / 8))
     }
 
-    fn bit_in(&self, parent: &Type<'a>, member: &str, depth: u32) -> Option<u32> {
+    fn bit_in(&self, parent: &Type<'a>, member: &str, depth: u32, left: &mut u32) -> Option<u32> {
         parent.members.chunks_exact(12).find_map(|entry| {
             let [name, number, place] = [word(entry, 0)?, word(entry, 4)?, word(entry, 8)?];
             let bit = if parent.has_sizes { place & 0xff_ffff } else { place };
@@ -145,9 +149,10 @@ impl<'a> Btf<'a> {
             if name != 0 || depth == 0 {
                 return None;
             }
+            *left = left.checked_sub(1)?;
             let inner = self.all().nth((number as usize).checked_sub(1)?)?;
             let is_nested = inner.kind == STRUCT || inner.kind == UNION;
-            is_nested.then(|| self.bit_in(&inner, member, depth - 1)).flatten()?.checked_add(bit)
+            is_nested.then(|| self.bit_in(&inner, member, depth - 1, left)).flatten()?.checked_add(bit)
         })
     }
 }
@@ -210,6 +215,14 @@ mod tests {
             (None, None, None)
         );
         assert_eq!(Btf::parse(&base, None).expect("well formed").offset("kvm", "count"), None);
+    }
+
+    #[test]
+    fn parts_of_parts_without_an_end_are_not_followed_for_ever() {
+        let mut whole = Writer::default();
+        whole.name("");
+        whole.add(STRUCT, "a", &[("", 1, 0); 300]);
+        assert_eq!(Btf::parse(&whole.file(), None).expect("well formed").offset("a", "c"), None);
     }
 
     #[test]

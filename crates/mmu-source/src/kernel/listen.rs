@@ -43,7 +43,7 @@ pub(super) fn listen(
     drop(private);
     let mut lease = Lease::new();
     let mut nap = 1;
-    let may_skip = may_skip_runs();
+    let may_skip = super::probe::may_skip(&std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default());
     loop {
         if inner.wants_a_call() {
             // Only with B is there something to do when nothing happens.
@@ -74,15 +74,6 @@ pub(super) fn listen(
             vault.post(move |machines| shared.note_missed(machines.missed_runs()));
         }
     }
-}
-
-/// Whether this kernel runs programs at tracepoints preemptibly, and skips one that the processor
-/// is in the middle of.
-fn may_skip_runs() -> bool {
-    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let major = release.split('.').next().and_then(|major| major.parse::<u32>().ok());
-    // What is not known is taken for the worse.
-    major.is_none_or(|major| major >= 7)
 }
 
 /// How long B stays.

@@ -15,6 +15,9 @@ pub struct Features {
     pub release: String,
     /// How the source hears: `raw_tracepoint kvm_unmap_hva_range`.
     pub through: &'static str,
+    /// Whether this kernel may skip the program, if the processor is in the middle of it (Linux 7.0). What was skipped is counted, and
+    /// everything invalidated, within a second: until then a change of that time is not known.
+    pub may_skip: bool,
 }
 
 /// Tells whether the source would start here, without starting it.
@@ -27,7 +30,16 @@ pub fn probe() -> Result<Features, Error> {
     let (_, programs) = Programs::make(4096).map_err(|error| bpf_missing(&error))?;
     programs.attach().map_err(|error| tracepoint_missing(&error))?;
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    Ok(Features { release: release.trim().to_owned(), through: "raw_tracepoint kvm_unmap_hva_range" })
+    let may_skip = may_skip(&release);
+    Ok(Features { release: release.trim().to_owned(), through: "raw_tracepoint kvm_unmap_hva_range", may_skip })
+}
+
+/// Whether a kernel of this release runs programs at tracepoints preemptibly, and skips one that the
+/// processor is in the middle of.
+pub(super) fn may_skip(release: &str) -> bool {
+    let major = release.split('.').next().and_then(|major| major.parse::<u32>().ok());
+    // What is not known is taken for the worse.
+    major.is_none_or(|major| major >= 7)
 }
 
 fn unavailable(missing: String, remedy: &str) -> Error {
@@ -152,5 +164,10 @@ mod tests {
         let groups = "root:x:0:\nkvm:x:104:a,b\n";
         assert_eq!(group_name(groups, 104).as_deref(), Some("kvm"));
         assert_eq!(group_name(groups, 10), None);
+    }
+
+    #[test]
+    fn kernels_that_may_skip_the_program_are_known_by_their_release() {
+        assert_eq!(["6.18.2-amd64", "7.0.0-rc1", "12.1", "", "x"].map(may_skip), [false, true, true, true, true]);
     }
 }

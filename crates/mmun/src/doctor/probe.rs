@@ -42,6 +42,7 @@ fn kernel() -> (Vec<Lack>, Vec<String>) {
     match mmu_source::kernel::probe_all() {
         Ok(found) => {
             features.push(format!("bpf={}", found.through));
+            features.push(format!("skipped-runs={}", if found.may_skip { "told-within-a-second" } else { "none" }));
             (Vec::new(), features)
         }
         Err(errors) => (errors.iter().map(lack).collect(), features),
