@@ -18,11 +18,7 @@ pub struct Armed {
 
 /// A moment at which nothing was changing: what [`Armed::read_begin`] returned.
 ///
-/// There is none without an armed range, and what [`settle`](Kernel::settle) returned is not one: there, changes may be under way.
-/// ```compile_fail,E0599
-/// # let kernel = mmu_source::kernel::Kernel::start().unwrap();
-/// let seq = kernel.read_begin();
-/// ```
+/// What [`settle`](Kernel::settle) returned is not one: there, changes may be under way.
 /// ```compile_fail,E0308
 /// # let kernel = mmu_source::kernel::Kernel::start().unwrap();
 /// # let armed = kernel.arm(mmu_notifier::VaRange::ALL).unwrap();
@@ -47,13 +43,15 @@ impl ReadSeq {
 }
 
 impl Kernel {
-    /// Begins to fill a cache with translations of ranges that the caller has armed or watches. The
-    /// same as [`Armed::read_begin`]: the wait is for changes of any range.
+    /// Begins to fill a cache with translations of ranges that the caller has armed or watches, which
+    /// no type proves here: for other languages. The same as [`Armed::read_begin`], whose wait is for
+    /// changes of any armed range.
     ///
     /// # Blocking
     /// As [`Armed::read_begin`].
     /// # Errors
     /// As [`Armed::read_begin`].
+    #[doc(hidden)]
     pub fn read_begin(&self) -> Result<ReadSeq, Error> {
         let settled = self.settle()?;
         self.wait_for(settled)?;
@@ -61,6 +59,7 @@ impl Kernel {
     }
 
     /// Tells whether what was translated since `seq` must be thrown away.
+    #[doc(hidden)]
     #[must_use]
     #[inline]
     pub fn read_retry(&self, seq: ReadSeq) -> bool {
