@@ -198,6 +198,11 @@ pub(crate) struct Reading<G> {
     guard: G,
 }
 
+// SAFETY: What moves is a guard that may, and a pointer to a subscriber that the guard's section keeps
+// in place: subscribers are `Send` and `Sync`. Without this, a bracket that is sent to another thread
+// is refused in the name of this private type.
+unsafe impl<G: Send> Send for Reading<G> {}
+
 impl Reading<OwnedGuard> {
     /// The same, keeping the address space itself.
     pub(crate) fn of(mm: Mm) -> Self {

@@ -120,7 +120,6 @@ pub use raw::callback::{Head, set_callback_panic_hook};
 pub use raw::current::is_reclaimer;
 #[cfg(not(mmun_loom))]
 pub use raw::fork::forks;
-#[cfg(not(mmun_loom))]
 #[doc(hidden)]
 pub use raw::thread::Thread;
 pub use srcu::{Cookie, Srcu};

@@ -24,7 +24,6 @@ pub(crate) mod slot;
 pub(crate) mod state;
 #[cfg_attr(mmun_loom, path = "raw/table_loom.rs")]
 pub(crate) mod table;
-#[cfg(not(mmun_loom))]
 pub(crate) mod thread;
 
 /// Ends the process with one line on stderr; allocates nothing, since it may be called inside an allocator.
