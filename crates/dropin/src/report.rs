@@ -31,7 +31,8 @@ pub(crate) fn explain(error: &mmu_source::Error) -> String {
 pub(crate) fn refuse(space: &Space) -> ! {
     let reason = space.kernel().map_or_else(str::to_owned, |_| String::new());
     complain(&format!("MMUN_STRICT=1 and the sources miss changes: kernel: {reason}"));
-    // SAFETY: it takes an integer. Handlers of the program do not run: it has not begun to communicate.
+    // SAFETY: it takes an integer. Handlers of the program do not run: it has not begun to
+    // communicate.
     unsafe { libc::_exit(125) }
 }
 

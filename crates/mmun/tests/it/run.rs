@@ -2,22 +2,14 @@
 
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
-use crate::support::{Fifo, by_default, kill, scratch, text, within};
-
-/// The library that Cargo has built for these tests: beside them.
-fn library() -> PathBuf {
-    let own = std::env::current_exe().unwrap();
-    let library = own.parent().unwrap().join("libmmun_dropin.so");
-    assert!(library.exists(), "{} was built with the tests", library.display());
-    library
-}
+use crate::support::{Fifo, by_default, dropin, kill, scratch, text, within};
 
 fn run() -> Command {
     let mut command = by_default(env!("CARGO_BIN_EXE_mmun"));
-    command.arg("run").env("MMUN_DROPIN", library());
+    command.arg("run").env("MMUN_DROPIN", dropin());
     command
 }
 
@@ -76,7 +68,7 @@ fn the_program_has_the_library_and_its_settings() {
     let output =
         run().env("LD_PRELOAD", "").args(["--source=hook", "--strict", "--", "sh", "-c", script]).output().unwrap();
     let lines: Vec<&str> = text(&output.stdout).lines().collect();
-    assert_eq!(Path::new(lines[0]), library().canonicalize().unwrap());
+    assert_eq!(Path::new(lines[0]), dropin().canonicalize().unwrap());
     assert_eq!((lines[1], lines[2]), ("hook", "1"));
     assert!(lines[3].ends_with('/') && !fs::exists(lines[3]).unwrap(), "the directory is gone: {}", lines[3]);
     assert!(lines[4].parse::<u32>().unwrap() > 2, "grep itself has it too: {}", lines[4]);
@@ -102,7 +94,8 @@ fn signals_that_are_sent_to_it_reach_the_program() {
         [("TERM", libc::SIGTERM), ("USR1", libc::SIGUSR1), ("INT", libc::SIGINT), ("HUP", libc::SIGHUP)]
     {
         let (ready, held) = (Fifo::new("ready"), Fifo::new("held"));
-        // A shell that waits in `read` heeds its trap when the read is interrupted; nobody writes to the second pipe.
+        // A shell that waits in `read` heeds its trap when the read is interrupted; nobody writes
+        // to the second pipe.
         let script =
             format!("trap 'exit 9' {name}; exec 8<>{}; echo > {}; read x <&8", held.0.display(), ready.0.display());
         let mut child = sh(&script).stderr(Stdio::null()).spawn().unwrap();
