@@ -24,9 +24,18 @@ pub(crate) fn function(library: &CStr, symbol: &CStr) -> Option<NonNull<c_void>>
     // SAFETY: the name is a live string; `RTLD_NEXT` looks behind the object of this caller, so it
     // cannot be our own.
     let next = unsafe { libc::dlsym(libc::RTLD_NEXT, symbol.as_ptr()) };
-    let found = NonNull::new(next).or_else(|| in_loaded(library, symbol))?;
+    let found = NonNull::new(next).or_else(|| in_loaded(library, symbol)).or_else(|| in_program(symbol))?;
     pin(found);
     Some(found)
+}
+
+/// The program itself has the library inside, and shows its functions. It stands in front of this
+/// object.
+fn in_program(symbol: &CStr) -> Option<NonNull<c_void>> {
+    // SAFETY: a live string; the default scope is searched.
+    let found = NonNull::new(unsafe { libc::dlsym(libc::RTLD_DEFAULT, symbol.as_ptr()) })?;
+    let own = NonNull::new((function as *const ()).cast_mut().cast())?;
+    (object(found) != object(own)).then_some(found)
 }
 
 fn in_loaded(library: &CStr, symbol: &CStr) -> Option<NonNull<c_void>> {
@@ -114,5 +123,6 @@ mod tests {
         assert!(object(found).is_some_and(|name| name.to_string_lossy().contains("libc.so")));
         assert!(in_loaded(c"libc", c"mmun_there_is_none").is_none());
         assert!(in_loaded(c"lib", c"getpid").is_none(), "a part of a name is none");
+        assert!(in_program(c"main").is_none(), "this object's own are not found");
     }
 }

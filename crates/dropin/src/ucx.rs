@@ -185,7 +185,11 @@ pub(crate) unsafe extern "C" fn ucs_rcache_get(
 fn ask() {
     match space::current() {
         Some(space) if space.kernel().is_ok() => {
-            counts::ASKED.add(1);
+            // Relaxed: for the report. Loaded first: a store at each look-up would be shared by all
+            // threads.
+            if !counts::ASKED.load(Ordering::Relaxed) {
+                counts::ASKED.store(true, Ordering::Relaxed);
+            }
             space.settle();
         }
         None if SERVED.get().is_some() => serve_child(),
@@ -207,7 +211,7 @@ fn version() -> Option<(u32, u32)> {
 
 /// Whether the kernel source cannot be asked at each look-up, as far as is known.
 pub(crate) fn looks_up_by_itself() -> bool {
-    version().is_some_and(|version| version >= (1, 14)) && counts::ASKED.get() == 0
+    version().is_some_and(|version| version >= (1, 14)) && !counts::ASKED.load(Ordering::Relaxed)
 }
 
 /// Whether either library is used by this process.

@@ -102,7 +102,7 @@ extern "C" fn unsubscribe(_: *mut MemMonitor, address: *const c_void, len: usize
 }
 
 extern "C" fn valid(_: *mut MemMonitor, address: *const c_void, len: usize) -> bool {
-    counts::HITS.add(1);
+    counts::HITS.add_one_under_lock();
     let (start, len) = (address.addr() as u64, len as u64);
     let unknown = Change { event: "fork", range: VaRange::ALL };
     let verdict = match space::current() {
