@@ -1,6 +1,7 @@
 //! The C interface, from C: programs that are compiled here and run.
 
 mod abi;
+mod examples;
 mod headers;
 mod mmun;
 mod scenarios;
