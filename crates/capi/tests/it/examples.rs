@@ -1,6 +1,6 @@
 //! The examples, built as their readers would build them, and run.
 
-use crate::support::{STRICT, compile, libraries, root};
+use crate::support::{STRICT, compile, libraries, root, scratch};
 use std::path::PathBuf;
 use std::process::Command;
 use testkit::{Cap, require};
@@ -51,5 +51,19 @@ fn handles_of_cpp() {
 fn a_stale_hit_in_python() {
     if require(Cap::Program("python3")) {
         run(Command::new("python3").arg(root().join("examples/stale.py")).arg(libraries().join("libmmun.so")));
+    }
+}
+
+/// The program that `README.md` begins with.
+#[test]
+fn the_first_program() {
+    let readme = std::fs::read_to_string(root().join("README.md")).expect("it is there");
+    let program = readme.split("```c\n").nth(1).and_then(|rest| rest.split("```").next()).expect("a program in C");
+    let source = scratch("programs").join("first.c");
+    std::fs::write(&source, program).expect("a file below target");
+    if let Some(program) = compile("first", "gcc", &[&["-std=c99"], STRICT].concat(), &[source]) {
+        let output = Command::new(program).output().expect("it runs");
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() || stderr.contains(" lacks "), "{stderr}");
     }
 }

@@ -3,6 +3,9 @@
 mod abi;
 mod examples;
 mod headers;
+mod history;
+mod hostile;
 mod mmun;
+mod prototypes;
 mod scenarios;
 mod support;
