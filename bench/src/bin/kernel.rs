@@ -5,11 +5,12 @@
 #![allow(missing_docs, reason = "a bench")]
 
 use mmu_notifier::{Va, VaRange};
-use mmu_source::kernel::Kernel;
+use mmu_source::kernel::{Kernel, broker};
 use regcache::{Counting, Device, Options};
 use std::ffi::c_void;
 use std::hint::black_box;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
 use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -309,7 +310,26 @@ impl Machine {
     }
 }
 
+/// Starts the source, with one's own rights, and as an ordinary user through a broker.
 fn starts(rounds: usize) {
+    timed_starts(rounds, "start()");
+    let socket = std::env::temp_dir().join(format!("mmun-bench-{}", std::process::id()));
+    let options = broker::Options { group: Some("nogroup".to_owned()), max_clients: 8 };
+    let served = match broker::Broker::bind(&socket, &options) {
+        Ok(served) => served,
+        Err(error) => return println!("SKIP start() through a broker: {error}"),
+    };
+    std::thread::spawn(move || served.serve(|_| ()));
+    let own = std::env::current_exe().expect("this program");
+    let mut client = std::process::Command::new(own);
+    client.args([&rounds.to_string(), "client"]).env(broker::VARIABLE, &socket).uid(65534).gid(65534);
+    if !client.status().is_ok_and(|status| status.success()) {
+        println!("SKIP start() through a broker: the client failed");
+    }
+    let _ = std::fs::remove_file(socket);
+}
+
+fn timed_starts(rounds: usize, label: &str) {
     let mut taken = Vec::new();
     for _ in 0..rounds * 5 {
         let mut kernel = None;
@@ -318,7 +338,7 @@ fn starts(rounds: usize) {
         // A program that is attached again at once waits for a grace period of the tracepoint.
         std::thread::sleep(Duration::from_millis(150));
     }
-    row("start()", "ms", &mut taken, "p50 <= 5");
+    row(label, "ms", &mut taken, "p50 <= 5");
 }
 
 /// Hits a second while another user's process discards 20 TiB in a loop, with a machine of its own and without.
@@ -387,6 +407,9 @@ fn main() {
     let part = arguments.next();
     if part.as_deref() == Some("attack") {
         return attack(arguments.next().as_deref() == Some("machine"));
+    }
+    if part.as_deref() == Some("client") {
+        return timed_starts(rounds, "start() through a broker");
     }
     if let Err(error) = Kernel::start() {
         return println!("SKIP kernel: {error}");

@@ -85,11 +85,13 @@
 
 mod armed;
 mod asm;
+pub mod broker;
 mod btf;
 mod filter;
 mod intake;
 mod listen;
 mod machine;
+mod owner;
 mod probe;
 mod program;
 mod programs;

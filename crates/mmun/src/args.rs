@@ -6,9 +6,9 @@ use std::{fs, io};
 
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand};
+use mmu_source::kernel::broker::SOCKET;
 use mmu_source::process::Pid;
 
-use crate::coverage::Library;
 use crate::events::{Events, EventsParser};
 use crate::outcome::{FAILED, Outcome};
 use crate::record;
@@ -44,12 +44,10 @@ pub(crate) enum Command {
     Run(RunArgs),
     Coverage(CoverageArgs),
     Doctor(DoctorArgs),
+    Broker(BrokerArgs),
     /// Runs one operation under one source; `coverage` starts it.
     #[command(hide = true)]
     CoverageCell(CellArgs),
-    /// Runs one operation under a library's cache; `coverage --library` starts it.
-    #[command(hide = true)]
-    CoverageLibraryCell(LibraryCellArgs),
     /// Runs one operation for the tracer that started it.
     #[command(hide = true)]
     CoverageTracee(TraceeArgs),
@@ -205,21 +203,6 @@ pub(crate) struct CoverageArgs {
     /// Asks this source only; may be repeated
     #[arg(long = "source", value_name = "NAME")]
     pub(crate) sources: Vec<Source>,
-
-    /// Asks a registration cache instead, as shipped and with the drop-in
-    ///
-    /// Each operation changes a page that the library's own cache has registered; then the registration is
-    /// looked up again, and data is sent through it. 'right' says that the data arrived in the page,
-    /// 'stale' that it went elsewhere, 'shipped' is the library alone, 'hook' and 'both' are with
-    /// libmmun_dropin.so and these sources. The device is an io_uring. Exits 1 if something was stale with both.
-    #[arg(long, value_name = "NAME", conflicts_with = "sources", verbatim_doc_comment)]
-    pub(crate) library: Option<Library>,
-
-    /// Looks the registration up so long after the change
-    ///
-    /// A UCX whose look-up cannot be asked (from 1.14 on) is told by a thread, some microseconds later.
-    #[arg(long, value_name = "MICROSECONDS", default_value_t = 0, requires = "library", verbatim_doc_comment)]
-    pub(crate) wait: u64,
 }
 
 /// Says which event sources can be used here, and what the others lack.
@@ -236,17 +219,52 @@ pub(crate) struct DoctorArgs {
     pub(crate) json: bool,
 }
 
+/// Lends the kernel source to processes that may not load BPF programs.
+///
+/// Run by root, or with CAP_BPF, CAP_PERFMON and the right to open /dev/kvm. A process of the group then
+/// starts the source without any capability: the library looks for the socket where it lacks the rights
+/// itself. Each client is told of its own address space only. It gets /dev/kvm, so that members of the
+/// group can make virtual machines; serve users who may, and who can bear that each client makes changes
+/// of memory a little slower for every process with a virtual machine (see SECURITY.md).
+///
+/// Clients go on being told when the broker ends; only their waits become slower.
+///
+/// Exits 2 if it cannot serve; otherwise it runs until a signal ends it.
+#[derive(Args, Debug)]
+#[command(verbatim_doc_comment, after_long_help = BROKER_EXAMPLES)]
+pub(crate) struct BrokerArgs {
+    /// Listens at PATH; clients look elsewhere only if MMUN_BROKER says so
+    ///
+    /// Not needed if a service manager passes a socket on (dist/mmun-broker.socket).
+    #[arg(long, value_name = "PATH", default_value = SOCKET, verbatim_doc_comment)]
+    pub(crate) socket: PathBuf,
+
+    /// Serves members of this group, besides root and the own user
+    #[arg(long, value_name = "NAME")]
+    pub(crate) group: Option<String>,
+
+    /// Serves so many processes at most; one user can have half of what the others leave
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) max_clients: u16,
+
+    /// Says on standard error who comes, goes and is refused
+    #[arg(short, long)]
+    pub(crate) verbose: bool,
+}
+
+const BROKER_EXAMPLES: &str = "Examples:
+  sudo mmun broker --group \"$(id -gn)\"            Serves your group at /run/mmun/broker.sock.
+  mmun coverage --source kernel                    Finds it there, as an ordinary user.
+
+  sudo mmun broker --socket /run/job7.sock --group hpc --max-clients 128
+  MMUN_BROKER=/run/job7.sock ./program             Finds it there.
+
+  sudo systemctl enable --now mmun-broker.socket   Starts it when the first client comes.";
+
 #[derive(Args, Debug)]
 pub(crate) struct CellArgs {
     pub(crate) operation: String,
     pub(crate) source: Source,
-}
-
-#[derive(Args, Debug)]
-pub(crate) struct LibraryCellArgs {
-    pub(crate) library: Library,
-    pub(crate) operation: String,
-    pub(crate) wait: u64,
 }
 
 #[derive(Args, Debug)]
@@ -270,7 +288,7 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, Ins
     let args: Vec<OsString> = args.into_iter().collect();
     let command =
         args.get(1).and_then(|word| word.to_str()).filter(|word| COMMANDS.iter().any(|(name, _)| name == word));
-    let outcome = if matches!(command, Some("coverage" | "doctor")) { Outcome::Exit(2) } else { FAILED };
+    let outcome = if matches!(command, Some("coverage" | "doctor" | "broker")) { Outcome::Exit(2) } else { FAILED };
     Cli::try_parse_from(&args).map_err(|error| match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => Instead::Help(Box::new(error)),
         // Its help, but as a failure: a script that has lost its arguments must not go on.
@@ -288,11 +306,12 @@ fn one_line(message: &str, command: Option<&str>) -> String {
 }
 
 /// The commands that are shown, and the names of their manual pages.
-const COMMANDS: [(&str, &str); 6] = [
+const COMMANDS: [(&str, &str); 7] = [
     ("trace", "mmun-trace"),
     ("run", "mmun-run"),
     ("coverage", "mmun-coverage"),
     ("doctor", "mmun-doctor"),
+    ("broker", "mmun-broker"),
     ("man", "mmun-man"),
     ("completions", "mmun-completions"),
 ];

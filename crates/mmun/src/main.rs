@@ -4,6 +4,7 @@
 #![deny(unsafe_code)]
 
 mod args;
+mod broker;
 mod coverage;
 mod digits;
 mod doctor;
@@ -36,8 +37,8 @@ fn main() {
             Command::Run(args) => run::main(&args),
             Command::Coverage(args) => coverage::main(args),
             Command::Doctor(args) => doctor::main(args),
+            Command::Broker(args) => broker::main(args),
             Command::CoverageCell(args) => coverage::cell(&args),
-            Command::CoverageLibraryCell(args) => coverage::library_cell(&args),
             Command::CoverageTracee(args) => coverage::tracee(&args),
             Command::Man { folder: None } => print(|out| args::man(out)),
             Command::Man { folder: Some(folder) } => match args::man_into(&folder) {

@@ -13,8 +13,6 @@ use std::process::Command;
 use clap::ValueEnum;
 use rustix::process::{Pid, WaitOptions, WaitStatus};
 
-pub(crate) use found::library;
-
 use crate::args::{CoverageArgs, RunArgs, Watch};
 use crate::outcome::{FAILED, NOT_EXECUTABLE, NOT_FOUND, Outcome};
 use crate::source::Source;
@@ -22,7 +20,7 @@ use crate::sys::{self, Relay};
 use crate::{complain, coverage, reason};
 
 pub(crate) fn main(args: &RunArgs) -> Outcome {
-    let library = match library() {
+    let library = match found::library() {
         Ok(library) => library,
         Err(reason) => {
             complain(&reason);
@@ -153,5 +151,5 @@ fn check(watch: Watch) {
         Watch::Hook => vec![Source::Hook],
         Watch::Off => return,
     };
-    coverage::main(CoverageArgs { json: false, sources, library: None, wait: 0 });
+    coverage::main(CoverageArgs { json: false, sources });
 }

@@ -11,7 +11,7 @@
 use super::Inner;
 use super::machine::Machines;
 use super::program::header;
-use super::programs::load_resolver;
+use super::programs::{load_resolver, offsets};
 use crate::vault::Letterbox;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -37,7 +37,8 @@ pub(super) fn listen(
     vault: &Letterbox<Machines>,
 ) {
     // After the start, since it takes some milliseconds. Waits make machines until then.
-    if let Some(resolver) = private.as_ref().and_then(load_resolver) {
+    let load = |private: &OwnedFd| load_resolver(private, offsets()?).ok();
+    if let Some(resolver) = private.as_ref().and_then(load) {
         vault.post(move |machines| machines.set_resolver(resolver));
     }
     drop(private);

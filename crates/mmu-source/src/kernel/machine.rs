@@ -1,27 +1,36 @@
 //! What the vault holds: descriptors, virtual machines that are never run, and the thread that
 //! listens to the ring.
 
+use super::broker::Session;
+use super::broker::message::Request;
 use super::programs::{Programs, Role};
 use super::sys;
 use super::{Inner, kernel_error};
 use crate::Error;
 use crate::vault::Letterbox;
 use srcu::Thread;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 /// The virtual machines: see `wait.rs`. Dropping it closes everything.
 pub(super) struct Machines {
     listener: Option<Listener>,
-    pub(super) programs: Programs,
+    keeper: Keeper,
     live: Option<Live>,
     later: Letterbox<Self>,
 }
 
+/// Who has the programs.
+#[derive(Debug)]
+pub(super) enum Keeper {
+    Own(Programs),
+    Broker(Session),
+}
+
 /// What makes the kernel tell. None in a rehearsal.
 #[derive(Debug)]
-struct Live {
+pub(super) struct Live {
     kvm: OwnedFd,
     b: Option<OwnedFd>,
     a: OwnedFd,
@@ -35,18 +44,34 @@ struct Listener {
     thread: Thread,
 }
 
+impl Live {
+    pub(super) fn new(kvm: OwnedFd, a: OwnedFd, attached: OwnedFd) -> Self {
+        Self { kvm, b: None, a, _attached: attached }
+    }
+}
+
+impl Keeper {
+    /// Has the program read this machine's count: whether it does, if that is known.
+    fn show_b(&self, machine: BorrowedFd<'_>) -> Option<bool> {
+        match self {
+            Self::Own(programs) => Some(programs.show(machine, Role::B)),
+            // It was not even asked.
+            Self::Broker(session) if session.is_silent() => Some(false),
+            Self::Broker(session) => session.ask(Request::Count, Some(machine)).map(|found| found == 1),
+        }
+    }
+
+    fn forget_b(&self) -> bool {
+        match self {
+            Self::Own(programs) => programs.forget_b(),
+            Self::Broker(session) => session.ask(Request::Forget, None) == Some(1),
+        }
+    }
+}
+
 impl Machines {
-    /// Attaches the program and makes machine A, if there is `/dev/kvm`.
-    pub(super) fn new(programs: Programs, kvm: Option<OwnedFd>, later: Letterbox<Self>) -> Result<Self, Error> {
-        let live = match kvm {
-            Some(kvm) => {
-                let attached = programs.attach().map_err(|error| super::probe::tracepoint_missing(&error))?;
-                let a = create_vm(&kvm)?;
-                Some(Live { kvm, b: None, a, _attached: attached })
-            }
-            None => None,
-        };
-        Ok(Self { listener: None, programs, live, later })
+    pub(super) fn new(keeper: Keeper, live: Option<Live>, later: Letterbox<Self>) -> Self {
+        Self { listener: None, keeper, live, later }
     }
 
     /// Starts the thread that listens, in this thread's descriptor table.
@@ -54,7 +79,10 @@ impl Machines {
         let nudge = crate::wait::event_fd().map_err(|error| kernel_error("eventfd", error))?;
         let nudged = nudge.try_clone().map_err(|error| kernel_error("dup", error))?;
         let (shared, vault) = (Arc::clone(inner), self.later.clone());
-        let private = self.live.is_some().then(|| self.programs.private()).transpose();
+        let private = match (&self.keeper, &self.live) {
+            (Keeper::Own(programs), Some(_)) => Some(programs.private()).transpose(),
+            _ => Ok(None),
+        };
         let private = private.map_err(|error| kernel_error("dup", error))?;
         let listen = move || super::listen::listen(&shared, &ring, &nudged, private, &vault);
         let thread = Thread::spawn(c"mmu-listen", listen).map_err(|error| kernel_error("start of a thread", error))?;
@@ -63,9 +91,9 @@ impl Machines {
     }
 
     pub(super) fn set_resolver(&mut self, resolver: OwnedFd) {
-        self.programs.set_resolver(resolver);
-        if let Some(live) = &self.live {
-            self.programs.show(live.a.as_fd(), Role::Space);
+        if let (Keeper::Own(programs), Some(live)) = (&mut self.keeper, &self.live) {
+            programs.set_resolver(resolver);
+            programs.show(live.a.as_fd(), Role::Space);
         }
     }
 
@@ -74,14 +102,20 @@ impl Machines {
     pub(super) fn renew_b(&mut self) -> Result<(), Error> {
         let Some(live) = &mut self.live else { return Ok(()) };
         let made = create_vm(&live.kvm)?;
-        if self.programs.show(made.as_fd(), Role::B) {
-            let before = live.b.replace(made);
-            self.tell_b();
-            // Closing takes up to some milliseconds: after the answer.
-            self.later.post(move |_| drop(before));
-        } else {
-            self.later.post(move |_| drop(made));
-            self.forget_b();
+        match self.keeper.show_b(made.as_fd()) {
+            Some(true) => {
+                let before = live.b.replace(made);
+                self.tell_b();
+                // Closing takes up to some milliseconds: after the answer.
+                self.later.post(move |_| drop(before));
+            }
+            Some(false) => {
+                self.later.post(move |_| drop(made));
+                self.forget_b();
+            }
+            // A broker that is late, or has ended: its program may read this count or soon will. So
+            // the machine stays for as long as the vault.
+            None => std::mem::forget(made),
         }
         Ok(())
     }
@@ -100,7 +134,7 @@ impl Machines {
     fn forget_b(&mut self) {
         let Some(live) = &mut self.live else { return };
         // If even this fails the program goes on reading B's count, so B has to stay.
-        if live.b.is_some() && self.programs.forget_b() {
+        if live.b.is_some() && self.keeper.forget_b() {
             let b = live.b.take();
             self.tell_b();
             self.later.post(move |_| drop(b));
@@ -132,7 +166,18 @@ impl Machines {
 
     /// How often the program was not run when it should have been.
     pub(super) fn missed_runs(&self) -> u64 {
-        self.programs.missed_runs()
+        match &self.keeper {
+            Keeper::Own(programs) => programs.missed_runs(),
+            Keeper::Broker(session) => session.ask(Request::Missed, None).unwrap_or(0),
+        }
+    }
+
+    /// The programs, of a source that has them itself.
+    pub(super) fn programs(&self) -> Option<&Programs> {
+        match &self.keeper {
+            Keeper::Own(programs) => Some(programs),
+            Keeper::Broker(_) => None,
+        }
     }
 }
 

@@ -1,5 +1,7 @@
 //! What the source finds on this machine, and how it says what is missing.
 
+use super::machine::Keeper;
+use super::program::Audience;
 use super::programs::Programs;
 use super::sys;
 use crate::Error;
@@ -25,13 +27,13 @@ pub struct Features {
 /// # Errors
 /// [`Error::Unavailable`] with the first thing that is missing, and the command that would grant it.
 pub fn probe() -> Result<Features, Error> {
-    let kvm = sys::open_kvm().map_err(|error| kvm_missing(&error))?;
-    sys::create_vm(kvm.as_fd()).map_err(|error| kvm_missing(&error))?;
-    let (_, programs) = Programs::make(4096).map_err(|error| bpf_missing(&error))?;
-    programs.attach().map_err(|error| tracepoint_missing(&error))?;
+    let through = match super::start::outfit(4096, true)?.1 {
+        Keeper::Own(_) => "raw_tracepoint kvm_unmap_hva_range",
+        Keeper::Broker(_) => "raw_tracepoint kvm_unmap_hva_range of a broker",
+    };
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let may_skip = may_skip(&release);
-    Ok(Features { release: release.trim().to_owned(), through: "raw_tracepoint kvm_unmap_hva_range", may_skip })
+    Ok(Features { release: release.trim().to_owned(), through, may_skip })
 }
 
 /// Whether a kernel of this release runs programs at tracepoints preemptibly, and skips one that the
@@ -42,7 +44,21 @@ pub(super) fn may_skip(release: &str) -> bool {
     major.is_none_or(|major| major >= 7)
 }
 
-fn unavailable(missing: String, remedy: &str) -> Error {
+/// Nothing here, nor a broker that would help.
+pub(super) fn broker_refuses(lack: Error, why: &str) -> Error {
+    let path = super::broker::path();
+    match lack {
+        Error::Unavailable { missing, remedy, .. } => {
+            unavailable(format!("{missing}; the broker at {} cannot help: {why}", path.display()), &remedy)
+        }
+        other => other,
+    }
+}
+
+/// Grants all that a user lacks, if root types it.
+pub(super) const BROKER: &str = "sudo mmun broker --group \"$(id -gn)\"";
+
+pub(super) fn unavailable(missing: String, remedy: &str) -> Error {
     Error::Unavailable { source: "kernel", missing, remedy: remedy.to_owned() }
 }
 
@@ -72,7 +88,7 @@ pub fn probe_all() -> Result<Features, Vec<Error>> {
     let mut errors = vec![first];
     // The virtual machine is asked for first: without one, the rest was not looked at.
     if sys::open_kvm().and_then(|kvm| sys::create_vm(kvm.as_fd())).is_err() {
-        errors.extend(Programs::make(4096).err().map(|error| bpf_missing(&error)));
+        errors.extend(Programs::make(4096, Audience::Own { peek: true }).err().map(|error| bpf_missing(&error)));
     }
     Err(errors)
 }
@@ -123,10 +139,17 @@ fn may_not_open(error: &io::Error, device: &Device) -> Error {
 pub(super) fn bpf_missing(error: &io::Error) -> Error {
     match error.kind() {
         io::ErrorKind::PermissionDenied => {
-            unavailable(format!("CAP_BPF and CAP_PERFMON: {error}"), &crate::error::setcap("cap_bpf,cap_perfmon"))
+            let missing = format!("CAP_BPF and CAP_PERFMON, or a broker ({BROKER}): {error}");
+            unavailable(missing, &crate::error::setcap("cap_bpf,cap_perfmon"))
         }
         _ => unavailable(format!("BPF as of Linux 5.12: {error}"), "uname -r"),
     }
+}
+
+/// What a broker cannot do without.
+pub(super) fn description_missing() -> Error {
+    let missing = "x86-64, and the kernel's description of itself and of KVM (CONFIG_DEBUG_INFO_BTF, Linux 5.15)";
+    unavailable(missing.to_owned(), "ls -l /sys/kernel/btf")
 }
 
 pub(super) fn tracepoint_missing(error: &io::Error) -> Error {

@@ -37,6 +37,7 @@
 
 use super::asm::{Assembler, If, Op, PEEKED, Reg};
 use super::filter::{FACTORS, LEVELS, LINE_BITS, SPAN, shift, start_of};
+use super::owner;
 use Reg::{R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, R10};
 use std::os::fd::BorrowedFd;
 
@@ -103,6 +104,22 @@ enum Label {
     /// Behind the test of a granule that is not armed; they are numbered.
     Passed(usize),
     Coarser(usize),
+    /// For a client: the question or the hit is of its own address space.
+    Answer,
+    Record,
+    Owner(usize),
+}
+
+/// For whom the program is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Audience {
+    /// For the process that has loaded it.
+    Own {
+        /// Whether it may read kernel memory, which lockdown can forbid.
+        peek: bool,
+    },
+    /// For a client of a broker, which is told of its own address space only: see `owner.rs`.
+    Client,
 }
 
 /// The maps of the program.
@@ -150,9 +167,12 @@ impl Code {
     }
 }
 
-/// Builds the program over these maps. It reads kernel memory if it may `peek`, which lockdown can forbid.
-pub(super) fn build(maps: Maps<'_>, peek: bool) -> Vec<u64> {
+/// Builds the program over these maps.
+pub(super) fn build(maps: Maps<'_>, audience: Audience) -> Vec<u64> {
     let mut a = Code::new();
+    if audience == Audience::Client {
+        owner::keep_context(&mut a);
+    }
     a.load(START, R1, 0);
     a.load(LAST, R1, 8);
     a.op(Op::Sub, LAST, 1);
@@ -206,9 +226,36 @@ pub(super) fn build(maps: Maps<'_>, peek: bool) -> Vec<u64> {
     }
     a.label(Label::Coarser(LEVELS));
     a.goto(Label::Out);
-    question(&mut a, maps, peek);
-    hit(&mut a, maps, peek);
+    let peek = match audience {
+        Audience::Own { peek } => {
+            question(&mut a, maps, peek, Label::Question);
+            peek
+        }
+        Audience::Client => {
+            a.label(Label::Question);
+            a.label(Label::Hit);
+            owner::check(&mut a, maps.private, (START, LAST), Label::Owner, Label::Out);
+            a.map_value(HEADER, maps.header);
+            a.load(R2, HEADER, word(header::SCRATCH));
+            a.jump_reg(If::NotEqual, R2, START, Label::Record);
+            question(&mut a, maps, true, Label::Answer);
+            true
+        }
+    };
+    hit(&mut a, maps, peek, if audience == Audience::Client { Label::Record } else { Label::Hit });
     a.finish()
+}
+
+/// A number that tells one version of the program for clients, and so of its words, from another.
+pub(super) fn fingerprint(any: BorrowedFd<'_>) -> u64 {
+    const WIDE: u64 = 0x18;
+    let maps = Maps { header: any, private: any, sum: any, own: any, ring: any };
+    build(maps, Audience::Client).into_iter().fold(0xcbf2_9ce4_8422_2325, |sum, instruction| {
+        // Which map it is differs each time.
+        let is_map = instruction & 0xff == WIDE && instruction >> 12 & 15 != 0;
+        let same = if is_map { instruction & 0xffff_ffff } else { instruction };
+        (sum ^ same).wrapping_mul(0x0000_0100_0000_01b3).rotate_left(23)
+    })
 }
 
 /// Jumps to `unknown` if B's count cannot be read, or falls through with it in register 0. Registers 1 to 5 are lost.
@@ -222,8 +269,8 @@ fn load_count(a: &mut Code, maps: Maps<'_>, unknown: Label) {
 }
 
 /// A question of `wait.rs`: answered if nothing is under way.
-fn question(a: &mut Code, maps: Maps<'_>, peek: bool) {
-    a.label(Label::Question);
+fn question(a: &mut Code, maps: Maps<'_>, peek: bool, label: Label) {
+    a.label(label);
     if peek {
         // The number first: the answer is of a moment after the question.
         a.load(R7, HEADER, header::ASKED as isize);
@@ -235,10 +282,10 @@ fn question(a: &mut Code, maps: Maps<'_>, peek: bool) {
 }
 
 /// The end of the program: counts and records the event.
-fn hit(a: &mut Code, maps: Maps<'_>, peek: bool) {
+fn hit(a: &mut Code, maps: Maps<'_>, peek: bool, label: Label) {
     const RINGBUF_RESERVE: i32 = 131;
     const RINGBUF_SUBMIT: i32 = 132;
-    a.label(Label::Hit);
+    a.label(label);
     if peek {
         load_count(a, maps, Label::Count);
         a.jump(If::NotEqual, R0, 0, Label::Count);

@@ -1,7 +1,7 @@
 //! The maps and the BPF programs of one source.
 
 use super::filter;
-use super::program::{self, Maps, header, private};
+use super::program::{self, Audience, Maps, header, private};
 use super::resolver::{self, Offsets};
 use super::sys::{self, Kind, Map};
 use std::io;
@@ -48,7 +48,7 @@ impl SharedMaps {
 
 impl Programs {
     /// Makes the maps, with a ring of so many bytes, and loads the tracepoint's program over them.
-    pub(super) fn make(ring: usize) -> io::Result<(SharedMaps, Self)> {
+    pub(super) fn make(ring: usize, audience: Audience) -> io::Result<(SharedMaps, Self)> {
         let shared = SharedMaps::make(ring)?;
         let private = sys::create_map(Map::Private { bytes: private::BYTES as u32 })?;
         let maps = Maps {
@@ -58,14 +58,14 @@ impl Programs {
             own: shared.own.as_fd(),
             ring: shared.ring.as_fd(),
         };
-        let tracepoint = load(maps)?;
+        let tracepoint = load(maps, audience)?;
         Ok((shared, Self { private, tracepoint, resolver: None }))
     }
 
     /// Has the kernel run the program at the tracepoint, for as long as the returned descriptor is
     /// open.
     pub(super) fn attach(&self) -> io::Result<OwnedFd> {
-        sys::attach(self.tracepoint.as_fd(), c"kvm_unmap_hva_range")
+        sys::attach(self.tracepoint.as_fd(), sys::TRACEPOINT)
     }
 
     /// Runs the tracepoint's program by hand.
@@ -98,24 +98,41 @@ impl Programs {
         self.resolver.is_none() || self.resolve(resolver::NONE, Role::B).is_some()
     }
 
+    /// Has the programs know no machine and no address space any more; false if they may go on.
+    pub(super) fn forget_all(&self) -> bool {
+        self.resolver.is_none() || self.resolve(resolver::NONE, Role::Space).is_some()
+    }
+
+    /// The kernel's number of the tracepoint's program.
+    pub(super) fn number(&self) -> io::Result<u32> {
+        sys::number(self.tracepoint.as_fd())
+    }
+
     fn resolve(&self, descriptor: u64, role: Role) -> Option<u32> {
         sys::run_program(self.resolver.as_ref()?.as_fd(), [descriptor, role as u64]).ok()
     }
 }
 
-/// Loads the program, without the right to read kernel memory if the kernel refuses that alone.
-fn load(maps: Maps<'_>) -> io::Result<OwnedFd> {
-    let load = |peek| sys::load_program(Kind::RawTracepoint, &program::build(maps, peek));
-    load(true).or_else(|error| if error.kind() == io::ErrorKind::PermissionDenied { Err(error) } else { load(false) })
+/// Loads the program. The one of this process does without the right to read kernel memory if the
+/// kernel refuses that alone.
+fn load(maps: Maps<'_>, audience: Audience) -> io::Result<OwnedFd> {
+    let load = |audience| sys::load_program(Kind::RawTracepoint, &program::build(maps, audience));
+    load(audience).or_else(|error| match audience {
+        Audience::Own { peek: true } if error.kind() != io::ErrorKind::PermissionDenied => {
+            load(Audience::Own { peek: false })
+        }
+        _ => Err(error),
+    })
 }
 
-/// Loads the program that finds counts, where that is of use.
-pub(super) fn load_resolver(private: &OwnedFd) -> Option<OwnedFd> {
+/// Loads the program that finds machines.
+pub(super) fn load_resolver(private: &OwnedFd, offsets: Offsets) -> io::Result<OwnedFd> {
+    sys::load_program(Kind::Syscall, &resolver::build(private.as_fd(), offsets))
+}
+
+/// Where the kernel has what the resolver follows, where that is of use.
+pub(super) fn offsets() -> Option<Offsets> {
     // Elsewhere it is not shown that the count goes down after the stores to the page tables are
     // seen.
-    if !cfg!(target_arch = "x86_64") {
-        return None;
-    }
-    let code = resolver::build(private.as_fd(), Offsets::of_this_kernel()?);
-    sys::load_program(Kind::Syscall, &code).ok()
+    if cfg!(target_arch = "x86_64") { Offsets::of_this_kernel() } else { None }
 }

@@ -1,12 +1,14 @@
 //! Starting the source, once for each address space.
 
+use super::broker::{self, Joined};
 use super::filter::{PART, Tables};
 use super::intake::Intake;
-use super::machine::Machines;
-use super::program::header;
+use super::machine::{Keeper, Live, Machines};
+use super::probe;
+use super::program::{Audience, header};
 use super::programs::{Programs, SharedMaps};
 use super::ring::Ring;
-use super::sys::{self, ProgressPage, Shared};
+use super::sys::{self, ProgressPage, Scratch, Shared};
 use super::wait::Waits;
 use super::{Inner, Kernel, kernel_error};
 use crate::Error;
@@ -14,13 +16,14 @@ use crate::current_mm::current_ref;
 use crate::fork::{mark, marks, running};
 use crate::vault::Vault;
 use srcu::Thread;
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, mpsc};
 use std::thread;
 
 /// The size of the ring in bytes: 8,192 records of 32 bytes.
-const RING: usize = 256 << 10;
+pub(super) const RING: usize = 256 << 10;
 /// The generation before the first event. Not zero: see [`sys::Progress`].
 const FIRST: u64 = 1;
 
@@ -67,7 +70,9 @@ impl Kernel {
     ) -> R {
         self.vault().run(|machines| {
             f(&|start, end| {
-                let injected = machines.programs.inject(start, end);
+                // Of a broker's client, none is in reach.
+                let programs = machines.programs().ok_or(io::ErrorKind::PermissionDenied);
+                let injected = programs.map_err(io::Error::from).and_then(|programs| programs.inject(start, end));
                 injected.map_err(|error| kernel_error("BPF_PROG_TEST_RUN", error))
             })
         })
@@ -78,11 +83,14 @@ impl Kernel {
         current_ref();
         let (tell, told) = mpsc::channel();
         let vault = Vault::open(c"mmu-vault", kernel_error, move |letterbox| {
-            let open_kvm = || sys::open_kvm().map_err(|error| super::probe::kvm_missing(&error));
-            let kvm: Option<OwnedFd> = with_kvm.then(open_kvm).transpose()?;
-            let (maps, programs) = Programs::make(ring).map_err(|error| super::probe::bpf_missing(&error))?;
+            let (maps, keeper, live) = outfit(ring, with_kvm)?;
+            let is_brokered = matches!(keeper, Keeper::Broker(_));
             let inner = Arc::new(Inner::map(id, &maps, ring)?);
-            let mut machines = Machines::new(programs, kvm, letterbox.clone())?;
+            if is_brokered && !inner.hears()? {
+                let lack = probe::unavailable("the right to load BPF programs".to_owned(), probe::BROKER);
+                return Err(probe::broker_refuses(lack, "its program does not tell of changes"));
+            }
+            let mut machines = Machines::new(keeper, live, letterbox.clone());
             machines.listen(&inner, maps.ring)?;
             let _ = tell.send(inner);
             Ok(machines)
@@ -99,7 +107,45 @@ impl Kernel {
     }
 }
 
+/// What a source is made of.
+type Outfit = (SharedMaps, Keeper, Option<Live>);
+
+/// Makes it, or has a broker do so if this process cannot.
+pub(super) fn outfit(ring: usize, with_kvm: bool) -> Result<Outfit, Error> {
+    own_outfit(ring, with_kvm).or_else(|lack| match with_kvm.then(broker::join).flatten() {
+        Some(Ok(Joined { maps, keeper, live })) => Ok((maps, keeper, Some(live))),
+        Some(Err(why)) => Err(probe::broker_refuses(lack, &why)),
+        None => Err(lack),
+    })
+}
+
+fn own_outfit(ring: usize, with_kvm: bool) -> Result<Outfit, Error> {
+    let open_kvm = || sys::open_kvm().map_err(|error| probe::kvm_missing(&error));
+    let kvm: Option<OwnedFd> = with_kvm.then(open_kvm).transpose()?;
+    let audience = Audience::Own { peek: true };
+    let (maps, programs) = Programs::make(ring, audience).map_err(|error| probe::bpf_missing(&error))?;
+    let make_live = |kvm: OwnedFd| {
+        let attached = programs.attach().map_err(|error| probe::tracepoint_missing(&error))?;
+        let a = sys::create_vm(kvm.as_fd()).map_err(|error| probe::kvm_missing(&error))?;
+        Ok::<_, Error>(Live::new(kvm, a, attached))
+    };
+    let live = kvm.map(make_live).transpose()?;
+    Ok((maps, Keeper::Own(programs), live))
+}
+
 impl Inner {
+    /// Makes a change while everything is armed, and tells whether the program has counted one.
+    fn hears(&self) -> Result<bool, Error> {
+        let page = Scratch::map().map_err(|error| kernel_error("mmap", error))?;
+        let before = self.generation();
+        let words = [header::ARMED, header::WIDE].map(|word| self.header.u64(word));
+        words.iter().for_each(|word| word.store(1, Ordering::Relaxed));
+        self.header.u64(header::ON).store(1, Ordering::Relaxed);
+        sys::ask(&page);
+        words.iter().for_each(|word| word.store(0, Ordering::Relaxed));
+        Ok(self.generation() != before)
+    }
+
     fn map(id: u64, maps: &SharedMaps, ring: usize) -> Result<Self, Error> {
         let mapped = |error| kernel_error("mmap", error);
         let header = Shared::map(maps.header.as_fd(), 0, header::BYTES, true).map_err(mapped)?;

@@ -13,6 +13,9 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
+/// Where a change of page tables that KVM mirrors is told of.
+pub(super) const TRACEPOINT: &CStr = c"kvm_unmap_hva_range";
+
 /// `_IO(KVMIO, 0x01)`.
 const KVM_CREATE_VM: c_ulong = 0xae01;
 
@@ -181,6 +184,31 @@ pub(super) fn missed_runs(program: BorrowedFd<'_>) -> io::Result<u64> {
     let attributes = Attributes::new().word(0, program.as_raw_fd() as u32);
     attributes.word(4, size_of_val(&info) as u32).pointer(8, info.as_mut_ptr()).call(15)?;
     Ok(info[RECURSION_MISSES / 8])
+}
+
+/// What the kernel has by a number of its own, as long as anything refers to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Object {
+    Program(u32),
+    Map(u32),
+}
+
+/// Returns the kernel's number of a program or of a map.
+pub(super) fn number(object: BorrowedFd<'_>) -> io::Result<u32> {
+    // Both kinds of information begin with the type and the number.
+    let mut info = [0_u32; 2];
+    let attributes = Attributes::new().word(0, object.as_raw_fd() as u32);
+    attributes.word(4, size_of_val(&info) as u32).pointer(8, info.as_mut_ptr()).call(15)?;
+    Ok(info[1])
+}
+
+/// Whether an object is still there. False if this process may not know, which takes CAP_SYS_ADMIN.
+pub(super) fn exists(object: Object) -> bool {
+    let (command, number) = match object {
+        Object::Program(number) => (13, number),
+        Object::Map(number) => (14, number),
+    };
+    Attributes::new().word(0, number).call(command).and_then(owned).is_ok()
 }
 
 /// Makes a change of `page`, which has no content, so that its event is told. Not through libc, where `hook` would tell

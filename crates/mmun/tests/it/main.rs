@@ -1,6 +1,7 @@
 //! `mmun`, run as a user runs it.
 
 mod bad_input;
+mod broker;
 mod coverage;
 mod detach;
 mod doctor;

@@ -1,0 +1,77 @@
+//! What a client believes of the descriptors that came.
+//!
+//! The kernel says what a descriptor is, in `/proc`. A map that were a file could be cut short under
+//! the client (`SIGBUS`), and a device that is not KVM would do with `KVM_CREATE_VM` what it likes.
+
+use super::super::program::header;
+use super::super::programs::SharedMaps;
+use super::super::start::RING;
+use super::super::{filter, sys};
+use std::fs;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+const ARRAY: u64 = 2;
+const RING_BUFFER: u64 = 27;
+
+/// The number in a line of the form `name: number` of a descriptor's description.
+fn number(description: &str, name: &str) -> Option<u64> {
+    let line = description.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    line.trim().parse().ok()
+}
+
+/// What the kernel says of a descriptor that has no file behind it; `None` of any other.
+fn description(descriptor: &OwnedFd) -> io::Result<Option<(String, String)>> {
+    let number = descriptor.as_raw_fd();
+    let name = fs::read_link(format!("/proc/thread-self/fd/{number}"))?;
+    // The path of a file begins with a slash.
+    let Some(kind) = name.to_str().and_then(|name| name.strip_prefix("anon_inode:")) else { return Ok(None) };
+    Ok(Some((kind.to_owned(), fs::read_to_string(format!("/proc/thread-self/fdinfo/{number}"))?)))
+}
+
+/// Whether these are the maps that a broker hands out.
+pub(super) fn are_maps(maps: &SharedMaps) -> io::Result<bool> {
+    let is_map = |map: &OwnedFd, wanted: [(&str, u64); 3]| {
+        let Some((kind, text)) = description(map)? else { return Ok::<_, io::Error>(false) };
+        Ok(kind == "bpf-map" && wanted.iter().all(|(name, value)| number(&text, name) == Some(*value)))
+    };
+    let value = |bytes: usize| [("map_type", ARRAY), ("value_size", bytes as u64), ("max_entries", 1)];
+    let ring = [("map_type", RING_BUFFER), ("value_size", 0), ("max_entries", RING as u64)];
+    Ok(is_map(&maps.header, value(header::BYTES))?
+        && is_map(&maps.sum, value(filter::PART))?
+        && is_map(&maps.own, value(filter::PART))?
+        && is_map(&maps.ring, ring)?)
+}
+
+/// Whether this is what has a program run at the tracepoint.
+pub(super) fn is_link(link: &OwnedFd) -> io::Result<bool> {
+    let tracepoint = sys::TRACEPOINT.to_str().expect("it is ASCII");
+    let names_it = |line: &str| line.split_whitespace().nth(1) == Some(tracepoint);
+    Ok(description(link)?.is_some_and(|(kind, text)| kind.starts_with("bpf") && text.lines().any(names_it)))
+}
+
+/// Whether this is the device of KVM.
+pub(super) fn is_kvm(kvm: &OwnedFd) -> io::Result<bool> {
+    use std::os::unix::fs::{FileTypeExt, MetadataExt};
+    const MISC: u32 = 10;
+    const KVM: u32 = 232;
+    let file = fs::File::from(kvm.try_clone()?).metadata()?;
+    Ok(file.file_type().is_char_device() && file.rdev() == libc::makedev(MISC, KVM))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_only_named_like_a_map_is_none() {
+        let text = "pos:\t0\nmap_type:\t2\nvalue_size:\t4096\nmax_entries:\t1\nmap_type_more:\t9\n";
+        assert_eq!(number(text, "map_type"), Some(2));
+        assert_eq!(number(text, "map"), None);
+        let file = OwnedFd::from(fs::File::open("/dev/null").expect("it is there"));
+        assert!(!is_kvm(&file).expect("proc"));
+        assert!(!is_link(&file).expect("proc"));
+        let [header, sum, own, ring] = [(); 4].map(|()| file.try_clone().expect("a descriptor"));
+        assert!(!are_maps(&SharedMaps { header, sum, own, ring }).expect("proc"));
+    }
+}

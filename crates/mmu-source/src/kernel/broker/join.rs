@@ -1,0 +1,132 @@
+//! The client's side: how a process that lacks the rights gets the source from a broker.
+
+use super::super::machine::{Keeper, Live};
+use super::super::program;
+use super::super::programs::SharedMaps;
+use super::super::sys;
+use super::message::{Reply, Request};
+use super::socket::{self, Packet};
+use super::{SOCKET, VARIABLE, check};
+use std::ffi::OsString;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// How long a broker may take for an answer.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// A connection to a broker that has joined this process.
+///
+/// It stays open as long as the source does, whatever happens: to a broker its end is the client's.
+#[derive(Debug)]
+pub(in super::super) struct Session {
+    socket: OwnedFd,
+    /// The broker did not answer, or not with sense. It is asked nothing more: its late answer would
+    /// be taken for that of the next request.
+    is_silent: AtomicBool,
+}
+
+/// What a broker gave.
+#[derive(Debug)]
+pub(in super::super) struct Joined {
+    pub(in super::super) maps: SharedMaps,
+    pub(in super::super) keeper: Keeper,
+    pub(in super::super) live: Live,
+}
+
+/// Where brokers are sought.
+pub(in super::super) fn path() -> PathBuf {
+    path_of(std::env::var_os(VARIABLE).filter(|_| !super::sys::is_privileged_by_exec()))
+}
+
+fn path_of(variable: Option<OsString>) -> PathBuf {
+    variable.filter(|path| !path.is_empty()).unwrap_or_else(|| SOCKET.into()).into()
+}
+
+/// Has the broker tell this process, or says why it does not. `None` if there is no broker.
+pub(in super::super) fn join() -> Option<Result<Joined, String>> {
+    let path = path();
+    let socket = match socket::connect_to(&path, PATIENCE) {
+        Ok(socket) => socket,
+        Err(error) => {
+            let is_none = matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused);
+            return (!is_none).then(|| Err(error.to_string()));
+        }
+    };
+    Some(with(socket))
+}
+
+pub(super) fn with(socket: OwnedFd) -> Result<Joined, String> {
+    let in_words = |error: io::Error| match error.kind() {
+        io::ErrorKind::WouldBlock => format!("it did not answer within {} s", PATIENCE.as_secs()),
+        _ => error.to_string(),
+    };
+    // It decides what this process knows of its memory: so it must be the system's, or our own.
+    let server = socket::peer(&socket).map_err(in_words)?;
+    if server.user != 0 && server.user != super::sys::effective_user() {
+        return Err(format!("user {} listens there, who is neither root nor this user", server.user));
+    }
+    let kind = "what came is not what a broker sends";
+    let (version, greeting) = receive(&socket).map_err(in_words)??;
+    if version != program::fingerprint(socket.as_fd()) {
+        return Err("it is of another version than this program: start one of the same version".to_owned());
+    }
+    let [kvm] = greeting.take().ok_or(kind)?;
+    if !check::is_kvm(&kvm).map_err(in_words)? {
+        return Err(kind.to_owned());
+    }
+    let a = sys::create_vm(kvm.as_fd()).map_err(in_words)?;
+    socket::send(&socket, &Request::Join.bytes(), &[a.as_fd()]).map_err(in_words)?;
+    let (_, given) = receive(&socket).map_err(in_words)??;
+    let [header, sum, own, ring, link] = given.take().ok_or(kind)?;
+    let maps = SharedMaps { header, sum, own, ring };
+    if !check::are_maps(&maps).map_err(in_words)? || !check::is_link(&link).map_err(in_words)? {
+        return Err(kind.to_owned());
+    }
+    let session = Session { socket, is_silent: AtomicBool::new(false) };
+    Ok(Joined { maps, keeper: Keeper::Broker(session), live: Live::new(kvm, a, link) })
+}
+
+/// The broker's next answer, or its refusal in words.
+fn receive(socket: &OwnedFd) -> io::Result<Result<(u64, Packet), String>> {
+    let Some(packet) = socket::receive(socket)? else { return Err(io::ErrorKind::ConnectionReset.into()) };
+    Ok(match Reply::parse(packet.bytes()) {
+        Some(Reply::Done(value)) => Ok((value, packet)),
+        Some(Reply::Refused(refusal)) => Err(refusal.to_string()),
+        None => Err("it does not speak as a broker does".to_owned()),
+    })
+}
+
+impl Session {
+    /// Whether the broker is asked nothing more.
+    pub(in super::super) fn is_silent(&self) -> bool {
+        self.is_silent.load(Ordering::Relaxed)
+    }
+
+    /// Asks for something; `None` if there is no answer, now or ever.
+    pub(in super::super) fn ask(&self, request: Request, with: Option<BorrowedFd<'_>>) -> Option<u64> {
+        if self.is_silent() {
+            return None;
+        }
+        let sent = socket::send(&self.socket, &request.bytes(), with.as_slice());
+        let value = sent.and_then(|()| receive(&self.socket)).ok().and_then(Result::ok).map(|(value, _)| value);
+        if value.is_none() {
+            self.is_silent.store(true, Ordering::Relaxed);
+        }
+        value
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_empty_variable_names_no_broker() {
+        assert_eq!(path_of(None), PathBuf::from(SOCKET));
+        assert_eq!(path_of(Some(OsString::new())), PathBuf::from(SOCKET));
+        assert_eq!(path_of(Some("/x".into())), PathBuf::from("/x"));
+    }
+}

@@ -1,0 +1,106 @@
+//! The places that clients take, and when one is free again.
+//!
+//! Each client's program is run for each change that the kernel tells any virtual machine's process
+//! of, so there is a limit. A user can have half of what the others leave, rounded up: one user
+//! alone half of all, a second one a quarter. So no user, whatever it does, takes the last place.
+//!
+//! A client has its link and its maps in hand, and can keep or pass on their descriptors when its
+//! connection has ended. Its place is free when the kernel knows none of them any more.
+
+use super::super::sys::{self, Object};
+use super::message::Refusal;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// The places of a broker.
+#[derive(Debug)]
+pub(super) struct Places {
+    most: usize,
+    taken: Mutex<Taken>,
+}
+
+#[derive(Debug, Default)]
+struct Taken {
+    next: u64,
+    list: Vec<Place>,
+}
+
+#[derive(Debug)]
+struct Place {
+    number: u64,
+    user: u32,
+    /// What the client of a connection that has ended may still have.
+    left: Option<Vec<Object>>,
+}
+
+/// A place that is taken, until it is dropped.
+#[derive(Debug)]
+pub(super) struct Ticket {
+    places: Arc<Places>,
+    number: u64,
+    /// What the client was given.
+    pub(super) given: Vec<Object>,
+}
+
+impl Places {
+    pub(super) fn new(most: usize) -> Arc<Self> {
+        Arc::new(Self { most, taken: Mutex::default() })
+    }
+
+    fn taken(&self) -> MutexGuard<'_, Taken> {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a place for a user.
+    pub(super) fn take(self: &Arc<Self>, user: u32) -> Result<Ticket, Refusal> {
+        let mut taken = self.taken();
+        taken.list.retain(|place| place.left.as_ref().is_none_or(|left| left.iter().copied().any(sys::exists)));
+        if taken.list.len() >= self.most {
+            return Err(Refusal::Full);
+        }
+        let own = taken.list.iter().filter(|place| place.user == user).count();
+        let others = taken.list.len() - own;
+        if user != 0 && own >= (self.most - others).div_ceil(2) {
+            return Err(Refusal::Share);
+        }
+        let number = taken.next;
+        taken.next += 1;
+        taken.list.push(Place { number, user, left: None });
+        Ok(Ticket { places: Arc::clone(self), number, given: Vec::new() })
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        let mut taken = self.places.taken();
+        if let Some(place) = taken.list.iter_mut().find(|place| place.number == self.number) {
+            place.left = Some(std::mem::take(&mut self.given));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_user_has_half_of_what_the_others_leave() {
+        let places = Places::new(8);
+        let take = |user| places.take(user);
+        let first: Vec<_> = (0..4).map(|_| take(1).expect("half")).collect();
+        assert_eq!(take(1).err(), Some(Refusal::Share));
+        let second: Vec<_> = (0..2).map(|_| take(2).expect("half of the rest")).collect();
+        assert_eq!(take(2).err(), Some(Refusal::Share));
+        let third = take(3).expect("half of two");
+        assert_eq!(take(3).err(), Some(Refusal::Share));
+        let root = take(0).expect("the last place");
+        assert_eq!(take(0).err(), Some(Refusal::Full));
+        assert_eq!(take(4).err(), Some(Refusal::Full));
+        drop((first, second, third, root));
+        assert!(take(1).is_ok());
+        let places = Places::new(1);
+        let only = places.take(1).expect("one place has no half");
+        assert_eq!(places.take(2).err(), Some(Refusal::Full));
+        drop(only);
+        assert!(places.take(2).is_ok());
+    }
+}

@@ -1,0 +1,114 @@
+//! Packets with descriptors, and who is at the other end.
+
+use rustix::net::sockopt::{Timeout, set_socket_timeout, socket_peercred};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, recvmsg, sendmsg, socket_with,
+};
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::time::Duration;
+
+/// As many descriptors as any message has, and more: what is too many is seen.
+const DESCRIPTORS: usize = 8;
+
+/// A packet that came.
+#[derive(Debug)]
+pub(super) struct Packet {
+    bytes: [u8; 32],
+    length: usize,
+    pub(super) descriptors: Vec<OwnedFd>,
+}
+
+impl Packet {
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.bytes[..self.length]
+    }
+
+    /// The descriptors, if there are so many.
+    pub(super) fn take<const N: usize>(self) -> Option<[OwnedFd; N]> {
+        self.descriptors.try_into().ok()
+    }
+}
+
+fn new() -> io::Result<OwnedFd> {
+    Ok(socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?)
+}
+
+/// Connects, within `patience`.
+pub(super) fn connect_to(path: &Path, patience: Duration) -> io::Result<OwnedFd> {
+    let socket = new()?;
+    be_patient(&socket, Some(patience))?;
+    connect(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(socket)
+}
+
+/// Makes a socket at `path` to listen at. Nobody can connect before [`start_listening`].
+pub(super) fn bind_at(path: &Path) -> io::Result<OwnedFd> {
+    let socket = new()?;
+    bind(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(socket)
+}
+
+pub(super) fn start_listening(socket: &OwnedFd) -> io::Result<()> {
+    Ok(listen(socket, 128)?)
+}
+
+/// How long the calls that follow may take.
+pub(super) fn be_patient(socket: &OwnedFd, patience: Option<Duration>) -> io::Result<()> {
+    set_socket_timeout(socket, Timeout::Recv, patience)?;
+    set_socket_timeout(socket, Timeout::Send, patience)?;
+    Ok(())
+}
+
+/// The user at the other end, as of its `connect` or `listen`, and its process for messages.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Peer {
+    pub(super) user: u32,
+    pub(super) group: u32,
+    /// Not to be relied on: it may be that of another process by now.
+    pub(super) pid: i32,
+}
+
+pub(super) fn peer(socket: &OwnedFd) -> io::Result<Peer> {
+    let creds = socket_peercred(socket)?;
+    Ok(Peer { user: creds.uid.as_raw(), group: creds.gid.as_raw(), pid: creds.pid.as_raw_nonzero().get() })
+}
+
+/// Sends a packet.
+pub(super) fn send(socket: &OwnedFd, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !descriptors.is_empty() {
+        assert!(control.push(SendAncillaryMessage::ScmRights(descriptors)), "messages have few descriptors");
+    }
+    loop {
+        match sendmsg(socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL) {
+            Err(rustix::io::Errno::INTR) => {}
+            result => return Ok(result.map(drop)?),
+        }
+    }
+}
+
+/// Receives a packet; `None` if the other end has closed.
+pub(super) fn receive(socket: &OwnedFd) -> io::Result<Option<Packet>> {
+    let mut packet = Packet { bytes: [0; 32], length: 0, descriptors: Vec::new() };
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let received = loop {
+        let into = &mut [IoSliceMut::new(&mut packet.bytes)];
+        match recvmsg(socket, into, &mut control, RecvFlags::CMSG_CLOEXEC) {
+            Err(rustix::io::Errno::INTR) => {}
+            result => break result?,
+        }
+    };
+    packet.length = received.bytes;
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(descriptors) = message {
+            packet.descriptors.extend(descriptors);
+        }
+    }
+    Ok((packet.length > 0).then_some(packet))
+}

@@ -1,0 +1,430 @@
+//! Clients and brokers that speak by hand, over real sockets; a second address space and another
+//! user where it takes one.
+
+#![allow(unsafe_code, reason = "becomes another user in a child, and ends processes")]
+
+use super::super::program::header;
+use super::super::sys::{self as kernel_sys, Scratch, Shared};
+use super::super::{Kernel, broker};
+use super::join::with;
+use super::message::{Refusal, Reply, Request};
+use super::*;
+use crate::wait::until;
+use mmu_notifier::VaRange;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Instant;
+use testkit::{Cap, in_child, require};
+
+const NOBODY: u32 = 65534;
+const SOON: Duration = Duration::from_secs(60);
+
+fn can_run() -> bool {
+    require(Cap::Root) && require(Cap::Kvm) && require(Cap::Bpf)
+}
+
+fn new_path() -> PathBuf {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    std::env::temp_dir().join(format!("mmun-broker-{}-{number}", std::process::id()))
+}
+
+/// A path that is gone with this.
+struct At(PathBuf);
+
+impl Drop for At {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+/// Starts a broker for the tests' own user, in a thread that ends with the process.
+fn start(max_clients: usize) -> At {
+    let path = new_path();
+    let broker = Broker::bind(&path, &Options { group: None, max_clients }).expect("root with KVM and BPF can");
+    std::thread::spawn(move || broker.serve(|_| ()));
+    At(path)
+}
+
+fn connect(at: &At) -> OwnedFd {
+    socket::connect_to(&at.0, SOON).expect("a broker listens there")
+}
+
+fn reply(socket: &OwnedFd) -> Option<(Reply, Vec<OwnedFd>)> {
+    let packet = socket::receive(socket).ok().flatten()?;
+    Some((Reply::parse(packet.bytes()).expect("a reply"), packet.descriptors))
+}
+
+fn ask(socket: &OwnedFd, bytes: &[u8], with: &[BorrowedFd<'_>]) -> Option<Reply> {
+    socket::send(socket, bytes, with).ok()?;
+    reply(socket).map(|(reply, _)| reply)
+}
+
+/// What a client has that speaks by hand.
+struct Client {
+    socket: OwnedFd,
+    kvm: OwnedFd,
+    a: OwnedFd,
+    given: Vec<OwnedFd>,
+}
+
+fn join(at: &At) -> Result<Client, Refusal> {
+    let socket = connect(at);
+    let (greeting, mut kvm) = reply(&socket).expect("a greeting");
+    if let Reply::Refused(refusal) = greeting {
+        return Err(refusal);
+    }
+    let kvm = kvm.pop().expect("the greeting brings the device");
+    let a = kernel_sys::create_vm(kvm.as_fd()).expect("it is KVM");
+    socket::send(&socket, &Request::Join.bytes(), &[a.as_fd()]).expect("the broker is there");
+    match reply(&socket).expect("an answer") {
+        (Reply::Done(_), given) => Ok(Client { socket, kvm, a, given }),
+        (Reply::Refused(refusal), _) => Err(refusal),
+    }
+}
+
+/// Joins as soon as there is a place: what the last client had goes soon after it, not at once.
+fn join_soon(at: &At) -> Client {
+    let begun = Instant::now();
+    loop {
+        match join(at) {
+            Ok(client) => return client,
+            Err(refusal) => assert!(begun.elapsed() < SOON, "{refusal:?}"),
+        }
+    }
+}
+
+impl Client {
+    /// Whether a change of this process is counted.
+    fn is_told(&self) -> bool {
+        let header = Shared::map(self.given[0].as_fd(), 0, header::BYTES, true).expect("it is a map");
+        for word in [header::ON, header::ARMED, header::WIDE] {
+            header.u64(word).store(1, Ordering::Relaxed);
+        }
+        let before = header.u64(header::GENERATION).load(Ordering::Relaxed);
+        kernel_sys::ask(&Scratch::map().expect("a page"));
+        header.u64(header::GENERATION).load(Ordering::Relaxed) != before
+    }
+}
+
+#[test]
+fn who_keeps_what_it_was_given_keeps_its_place() {
+    if !can_run() {
+        return;
+    }
+    let at = start(1);
+    let Client { socket, given, .. } = join(&at).expect("a place");
+    assert_eq!(join(&at).err(), Some(Refusal::Full));
+    drop(socket);
+    // The broker sees the end of the connection some time; the place is never free meanwhile.
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_millis(200) {
+        assert_eq!(join(&at).err(), Some(Refusal::Full), "the link is still there");
+    }
+    for kept in given {
+        assert_eq!(join(&at).err(), Some(Refusal::Full), "something is still there");
+        drop(kept);
+    }
+    assert!(join_soon(&at).is_told());
+}
+
+#[test]
+fn a_client_that_is_killed_leaves_nothing() {
+    if !can_run() {
+        return;
+    }
+    let at = start(1);
+    let (mut said, mut says) = pipe();
+    // SAFETY: the child makes system calls, allocates, and is killed.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        let client = join(&at);
+        let _ = says.write_all(&[u8::from(client.is_ok())]);
+        std::thread::sleep(SOON);
+        // SAFETY: ends the process at once.
+        unsafe { libc::_exit(1) };
+    }
+    let mut has_joined = [0];
+    said.read_exact(&mut has_joined).expect("the child says so");
+    assert_eq!(has_joined, [1]);
+    assert_eq!(join(&at).err(), Some(Refusal::Full));
+    end(child);
+    assert!(join_soon(&at).is_told());
+}
+
+#[test]
+fn nonsense_and_silence_are_the_clients_own_loss() {
+    if !can_run() {
+        return;
+    }
+    let at = start(64);
+    let silent: Vec<OwnedFd> = (0..8).map(|_| connect(&at)).collect();
+    let null = OwnedFd::from(File::open("/dev/null").expect("it is there"));
+    let begun = Instant::now();
+    let refused = Some(Reply::Refused(Refusal::Nonsense));
+    let packets: [(&[u8], usize); 9] = [
+        (b"x", 0),
+        (b"mmun", 0),
+        (&[0xff; 4096], 0),
+        (&Request::Join.bytes(), 0),
+        (&Request::Join.bytes(), 1),
+        (&Request::Join.bytes(), 200),
+        (&Request::Count.bytes(), 1),
+        (&Request::Missed.bytes(), 0),
+        (&Request::Missed.bytes(), 3),
+    ];
+    for (bytes, descriptors) in packets {
+        let socket = connect(&at);
+        reply(&socket).expect("a greeting");
+        let descriptors = vec![null.as_fd(); descriptors];
+        // More descriptors than a packet may have here are sent by another call.
+        let answer = if descriptors.len() > 8 {
+            send_many(&socket, bytes, &descriptors);
+            reply(&socket).map(|(reply, _)| reply)
+        } else {
+            ask(&socket, bytes, &descriptors)
+        };
+        assert_eq!(answer, refused, "{bytes:?}");
+        assert!(reply(&socket).is_none(), "the broker closes");
+    }
+    let client = join(&at).expect("a place");
+    assert_eq!(ask(&client.socket, &Request::Count.bytes(), &[null.as_fd()]), Some(Reply::Done(0)));
+    assert_eq!(ask(&client.socket, &Request::Count.bytes(), &[client.kvm.as_fd()]), Some(Reply::Done(0)));
+    let b = kernel_sys::create_vm(client.kvm.as_fd()).expect("a machine");
+    assert_eq!(ask(&client.socket, &Request::Count.bytes(), &[b.as_fd()]), Some(Reply::Done(1)));
+    assert_eq!(ask(&client.socket, &Request::Forget.bytes(), &[]), Some(Reply::Done(1)));
+    assert!(client.is_told());
+    assert_eq!(ask(&client.socket, &Request::Join.bytes(), &[client.a.as_fd()]), refused, "twice");
+    assert!(begun.elapsed() < SOON && join(&at).is_ok_and(|client| client.is_told()));
+    drop(silent);
+}
+
+#[test]
+fn a_machine_of_another_address_space_is_none() {
+    if !can_run() {
+        return;
+    }
+    let at = start(4);
+    let client = join(&at).expect("a place");
+    let foreign = foreign_machine();
+    assert_eq!(ask(&client.socket, &Request::Count.bytes(), &[foreign.as_fd()]), Some(Reply::Done(0)));
+    assert!(client.is_told());
+}
+
+#[test]
+fn a_client_is_told_of_its_own_changes_alone() {
+    if !can_run() {
+        return;
+    }
+    let at = start(4);
+    let page = Scratch::map().expect("a page");
+    let ((mut go, mut going), (mut done, mut doing)) = (pipe(), pipe());
+    // SAFETY: the child makes system calls, allocates, and is killed.
+    let victim = unsafe { libc::fork() };
+    if victim == 0 {
+        let kvm = kernel_sys::open_kvm().expect("root may");
+        let _machine = kernel_sys::create_vm(kvm.as_fd()).expect("a machine");
+        while go.read_exact(&mut [0]).is_ok() {
+            (0..1000).for_each(|_| kernel_sys::ask(&page));
+            let _ = doing.write_all(&[0]);
+        }
+    }
+    // A child, because other tests change this address space meanwhile.
+    let good = in_child(|| {
+        let client = join(&at).expect("a place");
+        assert!(client.is_told());
+        let header = Shared::map(client.given[0].as_fd(), 0, header::BYTES, true).expect("it is a map");
+        let words = [header::GENERATION, header::LOST, header::IGNORED, header::ANSWERED];
+        let seen = || words.map(|word| header.u64(word).load(Ordering::Relaxed));
+        // Everything is armed, without and with a machine B; then the page is the one of the questions.
+        let b = kernel_sys::create_vm(client.kvm.as_fd()).expect("a machine");
+        for (scratch, with_b) in [(0, false), (0, true), (page.address(), true)] {
+            let (request, with) = if with_b { (Request::Count, Some(b.as_fd())) } else { (Request::Forget, None) };
+            assert_eq!(ask(&client.socket, &request.bytes(), with.as_slice()), Some(Reply::Done(1)));
+            header.u64(header::SCRATCH).store(scratch, Ordering::Relaxed);
+            header.u64(header::ASKED).store(77, Ordering::Relaxed);
+            let before = seen();
+            going.write_all(&[0]).expect("the victim lives");
+            done.read_exact(&mut [0]).expect("the victim lives");
+            assert_eq!(seen(), before, "a change of the victim left a trace ({scratch:#x}, {with_b})");
+            kernel_sys::ask(&page);
+            assert_ne!(seen(), before, "a change of its own left none");
+        }
+        true
+    });
+    end(victim);
+    assert!(good);
+}
+
+#[test]
+fn an_ordinary_user_starts_the_source_through_a_broker() {
+    if !can_run() {
+        return;
+    }
+    let groups = fs::read_to_string("/etc/group").expect("it is there");
+    let group = groups.lines().find(|line| line.contains(&format!(":{NOBODY}:"))).expect("nobody has a group");
+    let group = Some(group.split(':').next().expect("a name").to_owned());
+    let at = At(new_path());
+    let broker = Broker::bind(&at.0, &Options { group, max_clients: 8 }).expect("root with KVM and BPF can");
+    std::thread::spawn(move || broker.serve(|_| ()));
+    assert!(in_child(|| {
+        become_nobody();
+        // SAFETY: the child of a fork has one thread.
+        unsafe { std::env::set_var(VARIABLE, &at.0) };
+        let no_map = kernel_sys::create_map(kernel_sys::Map::Ring { bytes: 4096 });
+        assert!(kernel_sys::open_kvm().is_err() && no_map.is_err(), "it has no right");
+        let kernel = Kernel::start().expect("the broker helps");
+        let page = Scratch::map().expect("a page");
+        let range = VaRange::covering(mmu_notifier::Va::new(page.address()), 1).expect("a range");
+        let watch = kernel.watch(range).expect("it can be watched");
+        let was_valid = watch.is_valid();
+        kernel_sys::ask(&page);
+        // Without a right to run programs it polls the count that the broker's program reads.
+        (0..100).for_each(|_| assert!(kernel.arm(range).is_ok()));
+        let (_, machines) = kernel.waits();
+        was_valid && !watch.is_valid() && machines < 10
+    }));
+}
+
+#[test]
+fn clients_go_on_being_told_when_the_broker_is_killed() {
+    if !can_run() {
+        return;
+    }
+    let at = At(new_path());
+    // SAFETY: the child makes a broker and is killed.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        broker::Broker::bind(&at.0, &Options { group: None, max_clients: 4 }).expect("it can be made").serve(|_| ());
+    }
+    until(|| socket::connect_to(&at.0, SOON).is_ok());
+    let client = join(&at).expect("a place");
+    assert!(client.is_told());
+    end(child);
+    assert!(reply(&client.socket).is_none(), "the broker is gone");
+    assert!(client.is_told());
+    // Another takes the place of the socket that nobody listens at.
+    let broker = Broker::bind(&at.0, &Options { group: None, max_clients: 4 }).expect("the socket is stale");
+    std::thread::spawn(move || broker.serve(|_| ()));
+    assert!(join(&at).expect("a place").is_told());
+    let second = Broker::bind(&at.0, &Options { group: None, max_clients: 4 });
+    let Err(Error::Kernel { source, .. }) = second else { panic!("one listens there already: {second:?}") };
+    assert_eq!(source.kind(), io::ErrorKind::AddrInUse);
+}
+
+#[test]
+fn a_hostile_socket_is_refused_and_not_believed() {
+    if !can_run() {
+        return;
+    }
+    let null = || OwnedFd::from(File::open("/dev/null").expect("it is there"));
+    let kvm = || kernel_sys::open_kvm().expect("root may");
+    let said = |bytes: &[u8], first: Vec<OwnedFd>, then: Vec<OwnedFd>| {
+        let (server, client) = pair();
+        let bytes = bytes.to_vec();
+        let thread = std::thread::spawn(move || {
+            let first: Vec<BorrowedFd<'_>> = first.iter().map(|one| one.as_fd()).collect();
+            let then: Vec<BorrowedFd<'_>> = then.iter().map(|one| one.as_fd()).collect();
+            let _ = socket::send(&server, &bytes, &first);
+            if socket::receive(&server).is_ok_and(|packet| packet.is_some()) {
+                let _ = socket::send(&server, &Reply::Done(0).bytes(), &then);
+            }
+            let _ = socket::receive(&server);
+        });
+        let error = with(client).err();
+        thread.join().expect("it ends");
+        error.expect("it is not believed")
+    };
+    let version = program::fingerprint(null().as_fd());
+    let greeting = Reply::Done(version).bytes();
+    let kind = "what came is not what a broker sends";
+    assert!(said(b"SSH-2.0", vec![], vec![]).contains("does not speak"));
+    assert!(said(&Reply::Done(version + 1).bytes(), vec![kvm()], vec![]).contains("another version"));
+    assert!(said(&Reply::Refused(Refusal::Full).bytes(), vec![], vec![]).contains("--max-clients"));
+    assert_eq!(said(&greeting, vec![], vec![]), kind);
+    assert_eq!(said(&greeting, vec![null()], vec![]), kind, "no KVM");
+    assert_eq!(said(&greeting, vec![kvm(), kvm()], vec![]), kind);
+    assert_eq!(said(&greeting, vec![kvm()], (0..5).map(|_| null()).collect()), kind, "no maps");
+    // Maps, but without a link: what would count the changes?
+    let at = start(4);
+    let real = || join(&at).expect("a place").given;
+    let mut unlinked = real();
+    unlinked.pop();
+    unlinked.push(null());
+    assert_eq!(said(&greeting, vec![kvm()], unlinked), kind);
+    let mut swapped = real();
+    swapped.swap(0, 1);
+    assert_eq!(said(&greeting, vec![kvm()], swapped), kind);
+}
+
+#[test]
+fn another_users_socket_is_not_asked() {
+    if !can_run() {
+        return;
+    }
+    let at = At(new_path());
+    // SAFETY: the child listens, and is killed.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        become_nobody();
+        let listener = socket::bind_at(&at.0).expect("the folder is everybody's");
+        socket::start_listening(&listener).expect("it is bound");
+        std::thread::sleep(SOON);
+        // SAFETY: ends the process at once.
+        unsafe { libc::_exit(1) };
+    }
+    until(|| socket::connect_to(&at.0, SOON).is_ok());
+    let error = with(connect(&at)).expect_err("it is nobody's");
+    end(child);
+    assert!(error.contains("65534") && error.contains("neither root"), "{error}");
+}
+
+fn become_nobody() {
+    // SAFETY: no list is read.
+    assert_eq!(unsafe { libc::setgroups(0, std::ptr::null()) }, 0);
+    // SAFETY: integers.
+    assert_eq!(unsafe { libc::setresgid(NOBODY, NOBODY, NOBODY) }, 0);
+    // SAFETY: integers.
+    assert_eq!(unsafe { libc::setresuid(NOBODY, NOBODY, NOBODY) }, 0);
+}
+
+fn pipe() -> (File, File) {
+    let (read, write) = std::io::pipe().expect("a pipe");
+    (OwnedFd::from(read).into(), OwnedFd::from(write).into())
+}
+
+/// Two sockets that are connected.
+fn pair() -> (OwnedFd, OwnedFd) {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+    socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).expect("two sockets")
+}
+
+fn send_many(socket: &OwnedFd, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) {
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+    let mut space = vec![std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    assert!(control.push(SendAncillaryMessage::ScmRights(descriptors)));
+    sendmsg(socket, &[io::IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL).expect("it is sent");
+}
+
+/// A virtual machine that a child has made, who has ended.
+fn foreign_machine() -> OwnedFd {
+    let (ours, theirs) = pair();
+    assert!(in_child(|| {
+        let kvm = kernel_sys::open_kvm().expect("root may");
+        let machine = kernel_sys::create_vm(kvm.as_fd()).expect("a machine");
+        socket::send(&theirs, b"x", &[machine.as_fd()]).is_ok()
+    }));
+    let packet = socket::receive(&ours).expect("it was sent").expect("it was sent");
+    packet.take::<1>().map(|[machine]| machine).expect("one descriptor")
+}
+
+fn end(child: libc::pid_t) {
+    // SAFETY: a child that was not waited for.
+    unsafe { libc::kill(child, libc::SIGKILL) };
+    // SAFETY: as above; the status is not asked for.
+    unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
+}

@@ -1,0 +1,113 @@
+//! Whose event it is, for the program of a broker's client.
+//!
+//! The tracepoint does not say which address space changes, and a client must not learn of other
+//! processes' changes: neither their addresses nor, by arming one page after the other, whether
+//! there was one. But the kernel announces a change with a `struct mmu_notifier_range` on the stack
+//! of the task that makes it: the address space, the start and the end are three words in a row.
+//! The program searches the stack, from its own context (which lies there as well) up to the
+//! registers of the entry into the kernel.
+//!
+//! ```text
+//!   context ... frames of the notifiers ... [ mm | start | end | ... ] ... the caller's frames ... registers
+//! ```
+//!
+//! If the change is of the client's address space, its three words are there, and are found: no
+//! change is missed. If it is not, they are not there, and the program ends without a trace.
+//!
+//! # Source
+//! Every caller of `mmu_notifier_invalidate_range_start` has the range in a local variable: Linux
+//! 5.15 to 6.18. `bpf_trace_run2` has the context in one.
+
+use super::asm::{Assembler, If, Op, PEEKED, Reg};
+use super::btf::Btf;
+use super::program::private;
+use super::sys;
+use Reg::{R0, R1, R2, R3, R8, R9, R10};
+use std::fmt::Debug;
+use std::hash::Hash;
+use std::os::fd::BorrowedFd;
+
+/// Where the address of the context is kept, from the end of the stack.
+const CONTEXT: isize = PEEKED - 8;
+/// Where the number of bytes is kept that are searched.
+const LENGTH: isize = CONTEXT - 8;
+/// So much of the stack is looked at in one piece.
+const PIECE: isize = 256;
+const BUFFER: isize = LENGTH - PIECE;
+/// How far the next piece begins behind this one: the three words may lie across the border.
+const STEP: isize = PIECE - 16;
+/// No kernel stack is larger. For the verifier, which wants an end.
+const STACK: isize = 32 << 10;
+/// The last piece may reach so far into the saved registers and not beyond them.
+const REGISTERS: isize = 168;
+
+/// Whether the kernel's description says that the three words are in a row.
+pub(super) fn can_be_told() -> bool {
+    let Ok(vmlinux) = sys::Whole::of("/sys/kernel/btf/vmlinux") else { return false };
+    let Some(btf) = Btf::parse(vmlinux.bytes(), None) else { return false };
+    let [mm, start, end] = ["mm", "start", "end"].map(|member| btf.offset("mmu_notifier_range", member));
+    mm.is_some_and(|mm| start == Some(mm + 8) && end == Some(mm + 16))
+}
+
+/// Keeps the context, which is in register 1 at the beginning of the program.
+pub(super) fn keep_context<L: Copy + Eq + Hash + Debug>(a: &mut Assembler<L>) {
+    a.store(R10, CONTEXT, R1);
+}
+
+/// Falls through if the change from register `start` to the end behind register `last` is of the
+/// address space that the source is of, or else jumps to `others`. Keeps registers 6 and 7 only.
+pub(super) fn check<L: Copy + Eq + Hash + Debug>(
+    a: &mut Assembler<L>,
+    private: BorrowedFd<'_>,
+    (start, last): (Reg, Reg),
+    label: impl Fn(usize) -> L,
+    others: L,
+) {
+    const GET_CURRENT_TASK_BTF: i32 = 158;
+    const TASK_PT_REGS: i32 = 175;
+    const PROBE_READ_KERNEL: i32 = 113;
+    let words = (PIECE / 8 - 2) as usize;
+    // Labels: behind a word, of a word that may be the first of the three, of the loop, and the end.
+    let (behind, first) = (|word| word, |word| words + word);
+    let [piece, ours] = [2 * words, 2 * words + 1];
+    a.load(R9, R10, CONTEXT);
+    a.call(GET_CURRENT_TASK_BTF);
+    a.op_reg(Op::Mov, R1, R0);
+    a.call(TASK_PT_REGS);
+    a.op_reg(Op::Sub, R0, R9);
+    a.op(Op::Sub, R0, (PIECE - REGISTERS) as i32);
+    a.store(R10, LENGTH, R0);
+    a.op(Op::Mov, R8, 0);
+    a.label(label(piece));
+    a.op_reg(Op::Mov, R1, R10);
+    a.op(Op::Add, R1, BUFFER as i32);
+    a.op(Op::Mov, R2, PIECE as i32);
+    a.op_reg(Op::Mov, R3, R9);
+    a.op_reg(Op::Add, R3, R8);
+    a.call(PROBE_READ_KERNEL);
+    a.jump(If::NotEqual, R0, 0, others);
+    a.map_value(R1, private);
+    a.load(R1, R1, private::SPACE as isize);
+    a.jump(If::Equal, R1, 0, others);
+    a.op_reg(Op::Mov, R2, last);
+    a.op(Op::Add, R2, 1);
+    for word in 0..words {
+        a.load(R3, R10, BUFFER + 8 * word as isize);
+        a.jump_reg(If::Equal, R3, R1, label(first(word)));
+        a.label(label(behind(word)));
+    }
+    a.op(Op::Add, R8, STEP as i32);
+    a.load(R3, R10, LENGTH);
+    a.jump_reg(If::NotLess, R8, R3, others);
+    a.jump(If::Less, R8, STACK as i32, label(piece));
+    a.goto(others);
+    for word in 0..words {
+        a.label(label(first(word)));
+        for (offset, wanted) in [(8, start), (16, R2)] {
+            a.load(R3, R10, BUFFER + 8 * word as isize + offset);
+            a.jump_reg(If::NotEqual, R3, wanted, label(behind(word)));
+        }
+        a.goto(label(ours));
+    }
+    a.label(label(ours));
+}

@@ -1,0 +1,51 @@
+//! `mmun broker`: the kernel source for processes that lack the rights.
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use mmu_source::kernel::broker::{Broker, Event, Options, SOCKET};
+
+use crate::args::BrokerArgs;
+use crate::complain;
+use crate::outcome::Outcome;
+
+const FAILED: Outcome = Outcome::Exit(2);
+
+pub(crate) fn main(args: BrokerArgs) -> Outcome {
+    let options = Options { group: args.group, max_clients: args.max_clients.into() };
+    let made = match Broker::inherited(&options) {
+        Ok(Some(broker)) => Ok(broker),
+        Ok(None) => {
+            make_folder(&args.socket);
+            Broker::bind(&args.socket, &options)
+        }
+        Err(error) => Err(error),
+    };
+    match made {
+        Ok(broker) if args.verbose => broker.serve(|event| complain(&line(event))),
+        Ok(broker) => broker.serve(|_| ()),
+        Err(error) => {
+            complain(&format!("broker at {}: {}", args.socket.display(), crate::explain(&error)));
+            FAILED
+        }
+    }
+}
+
+/// Makes the folder of the usual socket, which is gone after each start of the system. If it cannot be
+/// made, that is said when the socket is.
+fn make_folder(socket: &Path) {
+    let folder = Path::new(SOCKET).parent().expect("it is in a folder");
+    if socket == Path::new(SOCKET) && fs::create_dir(folder).is_ok() {
+        let _ = fs::set_permissions(folder, Permissions::from_mode(0o755));
+    }
+}
+
+fn line(event: Event) -> String {
+    match event {
+        Event::Came { user, pid } => format!("process {pid} of user {user} came"),
+        Event::Went { user, pid } => format!("process {pid} of user {user} went"),
+        Event::Refused { user, pid, why } => format!("process {pid} of user {user} was refused: {why}"),
+        _ => "something else happened".to_owned(),
+    }
+}

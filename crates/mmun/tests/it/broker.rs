@@ -1,0 +1,153 @@
+//! `mmun broker`: real processes of another user, through a real socket.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output};
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use testkit::{Cap, require};
+
+use crate::support::{parse, text, within};
+
+/// An ordinary user, and its group.
+const NOBODY: u32 = 65534;
+
+fn can_run() -> bool {
+    require(Cap::Root) && require(Cap::Kvm) && require(Cap::Bpf)
+}
+
+/// A broker that serves the group of `nobody`, until it is dropped.
+struct Broker {
+    child: Child,
+    socket: PathBuf,
+}
+
+impl Broker {
+    fn start(options: &[&str]) -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("mmun-cli-broker-{}-{}", std::process::id(), NEXT.fetch_add(1, Relaxed));
+        let socket = std::env::temp_dir().join(name);
+        let groups = fs::read_to_string("/etc/group").unwrap();
+        let group = groups.lines().find(|line| line.split(':').nth(2) == Some("65534")).expect("nobody has a group");
+        let group = group.split(':').next().unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_mmun"));
+        command.arg("broker").arg("--socket").arg(&socket).args(["--group", group]).args(options);
+        let child = command.spawn().unwrap();
+        let broker = Self { child, socket };
+        wait_for_a_place(&broker.socket);
+        broker
+    }
+}
+
+impl Drop for Broker {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = fs::remove_file(&self.socket);
+    }
+}
+
+/// A program run by an ordinary user, without any capability.
+fn client(program: &str, socket: &Path, user: u32) -> Command {
+    let mut command = Command::new(program);
+    command.env("MMUN_BROKER", socket).env_remove("NO_COLOR").uid(user).gid(user);
+    let no_groups = || {
+        // SAFETY: no list is read, and the capabilities go with the user's change, which comes later.
+        unsafe { libc::setgroups(0, std::ptr::null()) };
+        // SAFETY: integers.
+        unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
+        Ok(())
+    };
+    // SAFETY: the closure runs between fork and exec and makes system calls only.
+    unsafe { command.pre_exec(no_groups) };
+    command
+}
+
+fn run(socket: &Path, user: u32, args: &[&str]) -> Output {
+    let mut command = client(env!("CARGO_BIN_EXE_mmun"), socket, user);
+    command.args(args);
+    within("a client of the broker", move || command.output().unwrap())
+}
+
+/// What `doctor` says is missing of the kernel source.
+fn lack(socket: &Path, user: u32) -> Option<String> {
+    let output = run(socket, user, &["doctor", "--json"]);
+    let rows = parse(text(&output.stdout));
+    let row = rows.iter().find(|row| row["source"] == "kernel").expect("it is a source");
+    assert_eq!(row["usable"] == true, row["missing"].is_null(), "{row}");
+    row["missing"].as_str().map(str::to_owned)
+}
+
+/// Waits until the broker serves.
+fn wait_for_a_place(socket: &Path) {
+    let begun = Instant::now();
+    while let Some(lack) = lack(socket, NOBODY) {
+        assert!(begun.elapsed() < Duration::from_secs(60), "{lack}");
+    }
+}
+
+#[test]
+fn coverage_through_a_broker_misses_nothing_as_nobody() {
+    if !can_run() {
+        return;
+    }
+    let broker = Broker::start(&[]);
+    let output = run(&broker.socket, NOBODY, &["coverage", "--json", "--source", "kernel"]);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    let rows = parse(text(&output.stdout));
+    let changed: Vec<_> = rows.iter().filter(|row| row["changed"] == true).collect();
+    assert!(changed.len() >= 30, "{}", text(&output.stderr));
+    for row in changed {
+        assert_eq!(row["seen"], "before", "{row}");
+    }
+}
+
+#[test]
+fn who_is_not_of_the_group_is_refused() {
+    if !can_run() {
+        return;
+    }
+    let broker = Broker::start(&[]);
+    const STRANGER: u32 = 61_234;
+    let lack_of_right = lack(&broker.socket, STRANGER).expect("the socket is not its own");
+    assert!(lack_of_right.contains("Permission denied"), "{lack_of_right}");
+    // Even if the socket lets everybody in.
+    fs::set_permissions(&broker.socket, fs::Permissions::from_mode(0o666)).unwrap();
+    let refusal = lack(&broker.socket, STRANGER).expect("it is no member");
+    assert!(refusal.contains("does not serve this user") && refusal.contains("--group"), "{refusal}");
+    assert_eq!(lack(&broker.socket, NOBODY), None);
+}
+
+#[test]
+fn what_cannot_be_served_is_said_in_one_line() {
+    if !require(Cap::Root) {
+        return;
+    }
+    let refused = |args: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_mmun"));
+        command.arg("broker").args(args);
+        let output = within("mmun broker", move || command.output().unwrap());
+        assert_eq!(output.status.code(), Some(2), "{}", text(&output.stderr));
+        let line = text(&output.stderr).trim_end().to_owned();
+        assert!(line.starts_with("mmun: ") && !line.contains('\n'), "{line}");
+        line
+    };
+    assert!(refused(&["--group", "no-such-group"]).contains("no-such-group"));
+    assert!(refused(&["--max-clients", "0"]).contains("--max-clients"));
+    assert!(refused(&["--socket", "/proc/none/x"]).contains("/proc/none/x"));
+}
+
+#[test]
+fn without_a_broker_doctor_says_how_to_start_one() {
+    if !require(Cap::Root) || !require(Cap::Bpf) {
+        return;
+    }
+    let output = run(Path::new("/nonexistent/socket"), NOBODY, &["doctor", "--json"]);
+    let rows = parse(text(&output.stdout));
+    let row = rows.iter().find(|row| row["source"] == "kernel").expect("it is a source");
+    let missing = row["missing"].as_str().expect("it has no right");
+    assert!(missing.contains("CAP_BPF and CAP_PERFMON") && missing.contains("sudo mmun broker --group"), "{row}");
+}

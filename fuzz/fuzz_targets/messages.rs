@@ -1,0 +1,23 @@
+//! What comes through the socket of a broker: whatever it is, it is one message in its one form, or none.
+#![no_main]
+#![allow(dead_code, reason = "the file has more than the parsers")]
+
+#[path = "../../crates/mmu-source/src/kernel/broker/message.rs"]
+mod message;
+
+use libfuzzer_sys::fuzz_target;
+use message::{Reply, Request};
+
+fuzz_target!(|packet: &[u8]| {
+    if let Some(request) = Request::parse(packet) {
+        assert_eq!(request.bytes(), packet);
+        assert!(request.descriptors() <= 1);
+    }
+    if let Some(reply) = Reply::parse(packet) {
+        assert_eq!(reply.bytes(), packet);
+        // What a refusal is printed as is one line that a terminal takes for text.
+        if let Reply::Refused(refusal) = reply {
+            assert!(refusal.to_string().chars().all(|character| !character.is_control()));
+        }
+    }
+});
