@@ -21,6 +21,12 @@ python3 -c 'import fcntl, signal
 kvm = open("/dev/kvm")
 machine = fcntl.ioctl(kvm, 0xAE01, 0)
 signal.pause()' &
+# The same for the tracepoint: beside two listeners that stay, one more or less changes no code.
+for trace in /sys/kernel/tracing /sys/kernel/tracing/instances/still; do
+    mkdir -p $trace
+    echo 0 >$trace/tracing_on
+    echo 1 >$trace/events/kvm/kvm_unmap_hva_range/enable
+done
 
 # A disk for scratch files (what is in memory cannot be written back), and swap space.
 mount -t ext4 /dev/vda /tmp && chmod 1777 /tmp
