@@ -1,9 +1,21 @@
-//! Builds the C side of the comparisons with liburcu and UCX, if their headers and a C compiler are here.
+//! Builds the C side of the comparisons with liburcu, UCX and libmmun, if their headers and a C
+//! compiler are here.
 
 fn main() {
     println!("cargo::rerun-if-changed=c");
     urcu();
     ucx();
+    capi();
+}
+
+fn capi() {
+    println!("cargo::rustc-check-cfg=cfg(has_capi)");
+    println!("cargo::rerun-if-changed=../crates/capi/include");
+    let mut build = cc::Build::new();
+    build.file("c/capi.c").include("../crates/capi/include").opt_level(3).warnings(false).cargo_warnings(false);
+    if build.try_compile("capi_loops").is_ok() {
+        println!("cargo::rustc-cfg=has_capi");
+    }
 }
 
 fn urcu() {

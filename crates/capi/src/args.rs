@@ -13,8 +13,7 @@ use std::ptr;
 /// A struct of C whose first field is `size`.
 ///
 /// # Safety
-/// It is `repr(C)`, has no padding, begins with a `usize`, and every content of its bytes is a value
-/// of it.
+/// It is `repr(C)`, begins with a `usize`, and every content of its bytes is a value of it.
 pub(crate) unsafe trait Growing: Sized {
     /// The size that the struct had in its first version.
     const FIRST: usize;

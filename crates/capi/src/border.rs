@@ -96,3 +96,35 @@ pub(crate) use warn_once;
 /// What a waiting function that returns nothing says where waiting would never end.
 pub(crate) const SELF_WAIT: &str =
     "called inside an invalidation or callback, or in free_notifier: it would wait for itself";
+
+#[cfg(test)]
+#[allow(unreachable_pub, reason = "a function that is exported as those of the library are")]
+mod tests {
+    use std::env;
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::Command;
+
+    export! {
+        /// # Safety
+        /// None.
+        fn mmun_test_that_panics() {
+            panic!("on purpose");
+        }
+    }
+
+    #[test]
+    fn a_panic_ends_the_process_with_the_name_of_the_function() {
+        const CHILD: &str = "MMUN_TEST_PANICS";
+        if env::var_os(CHILD).is_some() {
+            // SAFETY: None.
+            return unsafe { mmun_test_that_panics() };
+        }
+        let own = env::current_exe().expect("this program has a path");
+        let name = "border::tests::a_panic_ends_the_process_with_the_name_of_the_function";
+        let child = Command::new(own).args(["--exact", name, "--nocapture"]).env(CHILD, "1").output();
+        let child = child.expect("this program runs");
+        let stderr = String::from_utf8_lossy(&child.stderr);
+        assert_eq!(child.status.signal(), Some(libc::SIGABRT), "{stderr}");
+        assert!(stderr.contains("libmmun: bug: mmun_test_that_panics panicked"), "{stderr}");
+    }
+}

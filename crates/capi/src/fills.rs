@@ -1,7 +1,7 @@
 //! Filling a cache, where brackets are all that is told: one interval over the whole address space.
 //!
-//! Intervals are called before subscribers. So a fill that sees no new sequence, and has entered its
-//! translation before it looks, is seen by every callback of what changes later.
+//! Intervals are called before subscribers. So if a fill enters its translation first and then sees
+//! no new sequence, the callbacks of every later change find that translation.
 
 use mmu_notifier::raw::{Interval, RawIntervalOps};
 use mmu_notifier::{InvalidateRange, MmWithUser, VaRange, WouldBlock};

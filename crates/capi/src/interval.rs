@@ -1,6 +1,6 @@
 //! `struct mmu_interval_notifier`.
 
-use crate::border::{die, export, warn_once};
+use crate::border::{die, export, guarded, warn_once};
 use crate::mm::{self, MmStruct};
 use crate::range::Range;
 use libc::{c_int, c_ulong};
@@ -46,7 +46,8 @@ impl RawIntervalOps for Driver {
     fn invalidate(&self, range: &InvalidateRange<'_>, seq: u64) -> Result<(), WouldBlock> {
         // SAFETY: The driver's own callback, with its own interval, which is inserted: so says the
         // header.
-        let done = unsafe { (self.invalidate)(self.me.as_ptr(), &Range::of(range), seq) };
+        let call = || unsafe { (self.invalidate)(self.me.as_ptr(), &Range::of(range), seq) };
+        let done = guarded("mmu_interval_notifier_ops.invalidate", call);
         match range.blocking() {
             _ if done => Ok(()),
             Blocking::Forbidden => Err(WouldBlock),
@@ -200,9 +201,7 @@ export! {
     }
 }
 
-/// What abi/layout.txt says of the header.
-#[cfg(target_pointer_width = "64")]
-const _: () = {
-    assert!(size_of::<IntervalNotifier>() == 144 && std::mem::offset_of!(IntervalNotifier, ops) == 16);
-    assert!(std::mem::offset_of!(IntervalNotifier, node) == 32);
-};
+crate::layout::layout! {
+    "mmu_interval_notifier" = IntervalNotifier { start as "interval_tree", ops, mm, node as "mmun_private" }
+    "mmu_interval_notifier_ops" = IntervalOps { invalidate }
+}

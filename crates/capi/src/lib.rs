@@ -23,6 +23,7 @@ pub mod watch;
 mod args;
 mod border;
 pub mod error;
+mod layout;
 
 pub use interval::*;
 pub use mm::*;

@@ -1,6 +1,6 @@
 //! `struct mmu_notifier`: get, put, register, unregister.
 
-use crate::border::{die, export, warn_once};
+use crate::border::{die, export, guarded, warn_once};
 use crate::mm::{self, MmStruct};
 use crate::range::{self, Range};
 use libc::{c_int, c_ulong};
@@ -24,22 +24,26 @@ const NODE_WORDS: usize = 14;
 const _: () = assert!(size_of::<Node<Driver>>() <= NODE_WORDS * size_of::<usize>());
 const _: () = assert!(align_of::<Node<Driver>>() <= align_of::<usize>());
 
-/// `struct mmu_notifier_ops`. Callbacks may unwind as far as C++ is concerned: the core ends the
+/// `struct mmu_notifier_ops`. Callbacks may unwind as far as C++ is concerned: `guarded` ends the
 /// process then.
 #[repr(C)]
 #[derive(Debug)]
 pub struct Ops {
     release: Option<unsafe extern "C-unwind" fn(*mut MmuNotifier, *mut MmStruct)>,
-    clear_flush_young: Option<unsafe extern "C-unwind" fn(*mut MmuNotifier, *mut MmStruct, c_ulong, c_ulong) -> c_int>,
-    clear_young: Option<unsafe extern "C-unwind" fn(*mut MmuNotifier, *mut MmStruct, c_ulong, c_ulong) -> c_int>,
-    test_young: Option<unsafe extern "C-unwind" fn(*mut MmuNotifier, *mut MmStruct, c_ulong) -> c_int>,
-    invalidate_range_start: Option<unsafe extern "C-unwind" fn(*mut MmuNotifier, *const Range) -> c_int>,
+    clear_flush_young: Option<Young>,
+    clear_young: Option<Young>,
+    test_young: Option<TestYoung>,
+    invalidate_range_start: Option<Start>,
     invalidate_range_end: Option<unsafe extern "C-unwind" fn(*mut MmuNotifier, *const Range)>,
     arch_invalidate_secondary_tlbs:
         Option<unsafe extern "C-unwind" fn(*mut MmuNotifier, *mut MmStruct, c_ulong, c_ulong)>,
     alloc_notifier: Option<unsafe extern "C-unwind" fn(*mut MmStruct) -> *mut MmuNotifier>,
     free_notifier: Option<unsafe extern "C-unwind" fn(*mut MmuNotifier)>,
 }
+
+type Start = unsafe extern "C-unwind" fn(*mut MmuNotifier, *const Range) -> c_int;
+type Young = unsafe extern "C-unwind" fn(*mut MmuNotifier, *mut MmStruct, c_ulong, c_ulong) -> c_int;
+type TestYoung = unsafe extern "C-unwind" fn(*mut MmuNotifier, *mut MmStruct, c_ulong) -> c_int;
 
 /// A driver's notifier, as the core calls it.
 ///
@@ -69,7 +73,10 @@ impl Driver {
     fn start(&self, range: &InvalidateRange<'_>) -> c_int {
         // SAFETY: The driver's own callback, with its own notifier, which is registered: so says
         // the header.
-        self.ops().invalidate_range_start.map_or(0, |start| unsafe { start(self.me.as_ptr(), &Range::of(range)) })
+        let call = |start: Start| unsafe { start(self.me.as_ptr(), &Range::of(range)) };
+        self.ops()
+            .invalidate_range_start
+            .map_or(0, |start| guarded("mmu_notifier_ops.invalidate_range_start", || call(start)))
     }
 }
 
@@ -77,7 +84,7 @@ impl Notifier for Driver {
     fn release(&self, mm: &Mm) {
         if let Some(release) = self.ops().release {
             // SAFETY: As for `start`.
-            unsafe { release(self.me.as_ptr(), mm::bits(mm)) };
+            guarded("mmu_notifier_ops.release", || unsafe { release(self.me.as_ptr(), mm::bits(mm)) });
         }
     }
 
@@ -100,25 +107,28 @@ impl Notifier for Driver {
     fn invalidate_range_end(&self, range: &InvalidateRange<'_>) {
         if let Some(end) = self.ops().invalidate_range_end {
             // SAFETY: As for `start`.
-            unsafe { end(self.me.as_ptr(), &Range::of(range)) };
+            guarded("mmu_notifier_ops.invalidate_range_end", || unsafe { end(self.me.as_ptr(), &Range::of(range)) });
         }
     }
 
     fn clear_flush_young(&self, mm: &Mm, range: VaRange) -> bool {
         let (start, end) = range::bounds(range);
         // SAFETY: As for `start`.
-        self.ops().clear_flush_young.is_some_and(|f| unsafe { f(self.me.as_ptr(), mm::bits(mm), start, end) } != 0)
+        let call = |f: Young| unsafe { f(self.me.as_ptr(), mm::bits(mm), start, end) } != 0;
+        self.ops().clear_flush_young.is_some_and(|f| guarded("mmu_notifier_ops.clear_flush_young", || call(f)))
     }
 
     fn clear_young(&self, mm: &Mm, range: VaRange) -> bool {
         let (start, end) = range::bounds(range);
         // SAFETY: As for `start`.
-        self.ops().clear_young.is_some_and(|f| unsafe { f(self.me.as_ptr(), mm::bits(mm), start, end) } != 0)
+        let call = |f: Young| unsafe { f(self.me.as_ptr(), mm::bits(mm), start, end) } != 0;
+        self.ops().clear_young.is_some_and(|f| guarded("mmu_notifier_ops.clear_young", || call(f)))
     }
 
     fn test_young(&self, mm: &Mm, address: Va) -> bool {
         // SAFETY: As for `start`.
-        self.ops().test_young.is_some_and(|f| unsafe { f(self.me.as_ptr(), mm::bits(mm), address.get()) } != 0)
+        let call = |f: TestYoung| unsafe { f(self.me.as_ptr(), mm::bits(mm), address.get()) } != 0;
+        self.ops().test_young.is_some_and(|f| guarded("mmu_notifier_ops.test_young", || call(f)))
     }
 
     fn secondary_tlb(&self, _: Sealed) -> Option<&dyn SecondaryTlb> {
@@ -131,7 +141,8 @@ impl SecondaryTlb for Driver {
         if let Some(flush) = self.ops().arch_invalidate_secondary_tlbs {
             let (start, end) = range::bounds(range);
             // SAFETY: As for `start`.
-            unsafe { flush(self.me.as_ptr(), mm::bits(mm), start, end) };
+            let call = || unsafe { flush(self.me.as_ptr(), mm::bits(mm), start, end) };
+            guarded("mmu_notifier_ops.arch_invalidate_secondary_tlbs", call);
         }
     }
 }
@@ -145,7 +156,7 @@ unsafe impl Embedded for Driver {
         if let Some(free) = unsafe { ops.as_ref() }.free_notifier {
             // SAFETY: It is the driver's own function, called once, with its own notifier, which
             // nobody uses any more.
-            unsafe { free(me.as_ptr()) };
+            guarded("mmu_notifier_ops.free_notifier", || unsafe { free(me.as_ptr()) });
         }
     }
 }
@@ -250,7 +261,7 @@ unsafe fn get_locked(function: &str, ops: NonNull<Ops>, mm: *mut MmStruct) -> Re
     // SAFETY: The table must live: the caller's duty.
     let Some(alloc) = unsafe { ops.as_ref() }.alloc_notifier else { return Err(-libc::EINVAL) };
     // SAFETY: The driver's own function, under the lock, as the header says.
-    let made = unsafe { alloc(mm) };
+    let made = guarded("mmu_notifier_ops.alloc_notifier", || unsafe { alloc(mm) });
     let Some(notifier) = NonNull::new(made) else { return Err(-libc::ENOMEM) };
     if is_error(made) {
         return Err(c_int::try_from(made.addr().cast_signed()).expect("an error number is small"));
@@ -406,9 +417,10 @@ export! {
     }
 }
 
-/// What abi/layout.txt says of the header.
-#[cfg(target_pointer_width = "64")]
-const _: () = {
-    assert!(size_of::<MmuNotifier>() == 128 && mem::offset_of!(MmuNotifier, node) == 16);
-    assert!(size_of::<Ops>() == 72 && mem::offset_of!(Ops, free_notifier) == 64);
-};
+crate::layout::layout! {
+    "mmu_notifier" = MmuNotifier { ops, mm, node as "mmun_private" }
+    "mmu_notifier_ops" = Ops {
+        release, clear_flush_young, clear_young, test_young, invalidate_range_start, invalidate_range_end,
+        arch_invalidate_secondary_tlbs, alloc_notifier, free_notifier,
+    }
+}

@@ -230,9 +230,8 @@ export! {
     }
 }
 
-/// What abi/layout.txt says of the header.
-#[cfg(target_pointer_width = "64")]
-const _: () = {
-    assert!(size_of::<Range>() == 184 && std::mem::offset_of!(Range, owner) == 32);
-    assert!(std::mem::offset_of!(Range, state) == 40 && std::mem::offset_of!(Range, bracket) == 48);
-};
+crate::layout::layout! {
+    "mmu_notifier_range" = Range {
+        mm, start, end, flags, event, owner, state as "mmun_state", bracket as "mmun_private",
+    }
+}

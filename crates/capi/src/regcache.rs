@@ -394,10 +394,22 @@ export! {
     }
 }
 
-/// What abi/layout.txt says of the header.
 #[cfg(target_pointer_width = "64")]
 const _: () = {
     assert!(size_of::<Functions>() == Functions::FIRST && size_of::<Options>() == Options::FIRST);
-    assert!(size_of::<Stats>() == Stats::FIRST && size_of::<Lease>() == 24);
-    assert!(mem::offset_of!(Lease, handle) == 0 && mem::offset_of!(Functions, flags) == 32);
+    assert!(size_of::<Stats>() == Stats::FIRST);
 };
+
+crate::layout::layout! {
+    "mmun_registrar" = Functions { size, context, register_region, deregister_region, flags }
+    "mmun_regcache_options" = Options { size, merge, max_regions, max_bytes, max_region_bytes }
+    "mmun_lease" = Lease { handle, held as "mmun_private" }
+    "mmun_regcache_stats" = Stats { size }
+}
+/// The fields that are an array here.
+#[cfg(test)]
+pub(crate) fn layout_of_stats() -> Vec<String> {
+    let names = ::regcache::Stats::default().metrics().map(|(name, _)| name.trim_end_matches("_total"));
+    let at = mem::offset_of!(Stats, values);
+    names.iter().zip(0..).map(|(name, number)| format!("mmun_regcache_stats.{name} {}", at + 8 * number)).collect()
+}

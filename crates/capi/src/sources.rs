@@ -273,5 +273,12 @@ export! {
     }
 }
 
-/// What abi/layout.txt says of the header.
 const _: () = assert!(size_of::<Status>() == Status::FIRST && size_of::<Options>() == Options::FIRST);
+
+crate::layout::layout! {
+    "mmun_options" = Options { size, sources, required }
+    "mmun_status" = Status {
+        size, sources, complete, inherited, reserved, subscriptions, watches, caches, changes, lost, no_hook,
+        no_kernel,
+    }
+}

@@ -178,6 +178,10 @@ export! {
     }
 }
 
-/// What abi/layout.txt says of the header.
 #[cfg(target_pointer_width = "64")]
 const _: () = assert!(size_of::<Change>() == 32 && size_of::<Ops>() == Ops::FIRST);
+
+crate::layout::layout! {
+    "mmun_change" = Change { size, start, end, event, cause }
+    "mmun_ops" = Ops { size, start, end }
+}

@@ -1,7 +1,8 @@
 //! The real functions behind the ones that this library defines.
 //!
-//! `RTLD_NEXT` finds them where the other library is in the global scope. A library that Python or a
-//! plug-in has loaded with `RTLD_LOCAL` is not: then every loaded object is asked whose file name fits.
+//! `RTLD_NEXT` finds them where the other library is in the global scope. A library that Python or
+//! a plug-in has loaded with `RTLD_LOCAL` is not: then every loaded object is asked whose file name
+//! fits.
 //!
 //! # Safety
 //! Functions are looked up by name in objects that are loaded, and such an object is pinned
@@ -20,11 +21,21 @@ pub(crate) const FABRIC: &CStr = c"libfabric";
 
 /// Returns the function `symbol` of the loaded library whose file name begins with `library`.
 pub(crate) fn function(library: &CStr, symbol: &CStr) -> Option<NonNull<c_void>> {
-    // SAFETY: the name is a live string; `RTLD_NEXT` looks behind the object of this caller, so it cannot be our own.
+    // SAFETY: the name is a live string; `RTLD_NEXT` looks behind the object of this caller, so it
+    // cannot be our own.
     let next = unsafe { libc::dlsym(libc::RTLD_NEXT, symbol.as_ptr()) };
-    let found = NonNull::new(next).or_else(|| in_loaded(library, symbol))?;
+    let found = NonNull::new(next).or_else(|| in_loaded(library, symbol)).or_else(|| in_program(symbol))?;
     pin(found);
     Some(found)
+}
+
+/// The program itself has the library inside, and shows its functions. It stands in front of this
+/// object.
+fn in_program(symbol: &CStr) -> Option<NonNull<c_void>> {
+    // SAFETY: a live string; the default scope is searched.
+    let found = NonNull::new(unsafe { libc::dlsym(libc::RTLD_DEFAULT, symbol.as_ptr()) })?;
+    let own = NonNull::new((function as *const ()).cast_mut().cast())?;
+    (object(found) != object(own)).then_some(found)
 }
 
 fn in_loaded(library: &CStr, symbol: &CStr) -> Option<NonNull<c_void>> {
@@ -32,7 +43,8 @@ fn in_loaded(library: &CStr, symbol: &CStr) -> Option<NonNull<c_void>> {
         let handle = open(file, libc::RTLD_LAZY | libc::RTLD_NOLOAD)?;
         // SAFETY: the handle is open, the name a live string.
         let found = NonNull::new(unsafe { libc::dlsym(handle.as_ptr(), symbol.as_ptr()) });
-        // SAFETY: the handle is `dlopen`'s, closed once; the object stays, since it was loaded before.
+        // SAFETY: the handle is `dlopen`'s, closed once; the object stays, since it was loaded
+        // before.
         unsafe { libc::dlclose(handle.as_ptr()) };
         // A handle also shows what the library depends on, which may be this one.
         found.filter(|found| object(*found).is_some_and(|name| name == *file))
@@ -51,7 +63,8 @@ fn loaded(library: &CStr) -> Vec<CString> {
         // SAFETY: the loader hands out a live structure.
         let name = unsafe { (*info).dlpi_name };
         if !name.is_null() {
-            // SAFETY: the name of a loaded object is a live string while the loader's lock is held, as it is here.
+            // SAFETY: the name of a loaded object is a live string while the loader's lock is held,
+            // as it is here.
             let name = unsafe { CStr::from_ptr(name) };
             let file = name.to_bytes().rsplit(|byte| *byte == b'/').next().unwrap_or_default();
             // libfabric.so.1, and what Python's wheels call it: libfabric-0a1b2c3d.so.1.
@@ -110,5 +123,6 @@ mod tests {
         assert!(object(found).is_some_and(|name| name.to_string_lossy().contains("libc.so")));
         assert!(in_loaded(c"libc", c"mmun_there_is_none").is_none());
         assert!(in_loaded(c"lib", c"getpid").is_none(), "a part of a name is none");
+        assert!(in_program(c"main").is_none(), "this object's own are not found");
     }
 }

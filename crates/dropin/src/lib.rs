@@ -24,11 +24,11 @@
 //! | `MMUN_STRICT` | `1`: a process whose sources are not complete exits with 125 at its first use |
 //!
 //! # Safety
-//! Everything that is `unsafe` here is one of three things: a call of a function of the other library,
-//! by the type that its public header or its exported symbol has had in all versions that
-//! `docs/adopt.md` names; access to the structures that the two sides share (`libfabric::abi`); or a
-//! system call. A panic never leaves the library: it aborts the process, because a registration cache
-//! that has lost an invalidation would corrupt data.
+//! Everything that is `unsafe` here is one of three things: a call of a function of the other
+//! library, by the type that its public header or its exported symbol has had in all versions that
+//! `docs/adopt.md` names; access to the structures that the two sides share (`libfabric::abi`); or
+//! a system call. A panic never leaves the library: it aborts the process, because a registration
+//! cache that has lost an invalidation would corrupt data.
 
 #![deny(unsafe_code)]
 

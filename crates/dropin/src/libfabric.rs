@@ -1,9 +1,9 @@
 //! libfabric: our memory monitor, imported before a provider opens a domain.
 //!
-//! libfabric reads which monitor is the default when a domain is opened; importing is possible as soon
-//! as the library has initialised itself, which its `fi_getinfo` does. So the monitor is imported
-//! after the first `fi_getinfo`, and before `fi_fabric` for programs that have found the former by
-//! another way.
+//! libfabric reads which monitor is the default when a domain is opened; importing is possible as
+//! soon as the library has initialised itself, which its `fi_getinfo` does. So the monitor is
+//! imported after the first `fi_getinfo`, and before `fi_fabric` for programs that have found the
+//! former by another way.
 
 #![allow(unsafe_code, reason = "calls libfabric; see the crate's Safety section")]
 
@@ -52,7 +52,8 @@ fn try_import() -> Result<(), String> {
     }
     // SAFETY: libfabric has just made it, and its first three words are a `fid`.
     let ops = unsafe { (*cache).ops }.cast::<Ops>();
-    // SAFETY: the table of operations lives as long as the object, and begins with these three words.
+    // SAFETY: the table of operations lives as long as the object, and begins with these three
+    // words.
     let Ops { close, bind, .. } = unsafe { ops.read() };
     // SAFETY: the monitor is a static with the layout that the class says.
     let bound = unsafe { bind(cache, monitor::monitor().cast(), 0) };
@@ -71,8 +72,8 @@ fn name(error: c_int) -> String {
     std::io::Error::from_raw_os_error(-error).to_string()
 }
 
-/// Imports the monitor, for a program that looks libfabric's functions up by `dlsym`: it calls this after its first
-/// `fi_getinfo` and before `fi_domain`. Returns 0, or a negative error number.
+/// Imports the monitor, for a program that looks libfabric's functions up by `dlsym`: it calls this
+/// after its first `fi_getinfo` and before `fi_domain`. Returns 0, or a negative error number.
 #[unsafe(no_mangle)]
 pub(crate) extern "C" fn mmun_dropin_attach() -> c_int {
     import();

@@ -1,11 +1,11 @@
 //! The ranges that libfabric's caches have registered, and which of them are stale.
 //!
-//! A change of memory is told in the thread that makes it, perhaps inside `free`, with the allocator's
-//! lock held. Registrations are entered under libfabric's lock and this table's, and entering
-//! allocates. So the callback must not wait for the table: it *tries* the lock. Where the lock is
-//! taken, the callback leaves a note instead, one bit for each group of granules ([`granules`]), and
-//! the next look at the table marks every range that shares a bit. Such a note can make a range stale
-//! that is not; the registration is then made anew. It cannot miss one.
+//! A change of memory is told in the thread that makes it, perhaps inside `free`, with the
+//! allocator's lock held. Registrations are entered under libfabric's lock and this table's, and
+//! entering allocates. So the callback must not wait for the table: it *tries* the lock. Where the
+//! lock is taken, the callback leaves a note instead, one bit for each group of granules
+//! ([`granules`]), and the next look at the table marks every range that shares a bit. Such a note
+//! can make a range stale that is not; the registration is then made anew. It cannot miss one.
 //!
 //! | | state of a range | leaves it by |
 //! | --- | --- | --- |
@@ -13,11 +13,13 @@
 //! | 2 | stale, counted in `dirty` | the last unsubscription |
 //!
 //! # Invariants
-//! `dirty` is the number of stale ranges, and is changed under the lock only. `pending` is 0 or holds
-//! the bits of changes that have not been entered yet. So if both are 0, every range is valid.
+//! `dirty` is the number of stale ranges, and is changed under the lock only. `pending` is 0 or
+//! holds the bits of changes that have not been entered yet. So if both are 0, every range is
+//! valid.
 
 use crate::counts::Change;
 use mmu_notifier::VaRange;
+use mmu_source::Watch;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -34,6 +36,29 @@ struct Entry {
     /// Equal ranges of several caches are not told apart by libfabric; they are counted.
     count: usize,
     stale: Option<Change>,
+    /// What the kernel says of it. `None` where the kernel source is not in use.
+    watch: Option<Watch>,
+}
+
+impl Entry {
+    /// Whether a change that is told now makes it stale. Not if the kernel says that nothing has
+    /// touched it since: then what is told is older than the registration, or has yet to begin and
+    /// is told again.
+    fn is_met(&self) -> bool {
+        self.stale.is_none() && !self.watch.as_ref().is_some_and(Watch::is_valid)
+    }
+
+    /// The change that the kernel has counted and nobody has told of yet, or one that was told.
+    fn verdict(&self, start: u64, len: u64) -> Verdict {
+        match (&self.stale, &self.watch) {
+            (Some(change), _) => Verdict::Stale(*change),
+            (None, Some(watch)) if !watch.is_valid() => Verdict::Stale(Change {
+                event: "a change that only the kernel told",
+                range: covering(start, len).unwrap_or(VaRange::ALL),
+            }),
+            (None, _) => Verdict::Valid,
+        }
+    }
 }
 
 /// Ranges in order of their start, by length: class `n` has lengths from `2^n` to `2^(n+1) - 1`. So
@@ -68,13 +93,32 @@ impl Ranges {
         Ranges { table: Mutex::new(table), dirty: AtomicUsize::new(0), pending: AtomicU64::new(0) }
     }
 
-    /// Enters a registration of `start..start + len`.
-    pub(crate) fn subscribe(&self, start: u64, len: u64) {
+    /// Enters a registration of `start..start + len`. A range that is entered already keeps its
+    /// first watch, and stays stale if it is: another cache has it from before the change.
+    pub(crate) fn subscribe(&self, start: u64, len: u64, watch: Option<Watch>) {
         let mut table = self.lock();
         let class = class(len);
         table.used |= 1 << class;
-        let entry = table.classes[class].entry((start, len)).or_insert(Entry { count: 0, stale: None });
+        let mut watch = watch;
+        let entry = table.classes[class].entry((start, len));
+        let entry = entry.or_insert_with(|| Entry { count: 0, stale: None, watch: watch.take() });
         entry.count += 1;
+        // One that is not needed is dropped outside of the lock: that takes one of the kernel
+        // source's.
+        drop(table);
+        drop(watch);
+    }
+
+    /// Marks a registration that nothing can watch: it is never valid.
+    pub(crate) fn give_up(&self, start: u64, len: u64, change: Change) {
+        let mut table = self.lock();
+        if let Some(entry) = table.classes[class(len)].get_mut(&(start, len))
+            && entry.stale.is_none()
+        {
+            entry.stale = Some(change);
+            // ORDER(dropin-dirty): Release. Partner: `is_clean`.
+            self.dirty.fetch_add(1, Ordering::Release);
+        }
     }
 
     /// Takes one registration of `start..start + len` out. What was never entered is none.
@@ -85,7 +129,7 @@ impl Ranges {
         entry.count -= 1;
         if entry.count == 0 {
             let was_stale = entry.stale.is_some();
-            table.classes[class].remove(&(start, len));
+            let removed = table.classes[class].remove(&(start, len));
             if table.classes[class].is_empty() {
                 table.used &= !(1 << class);
             }
@@ -93,34 +137,29 @@ impl Ranges {
                 // ORDER(dropin-dirty): Relaxed suffices: under the lock.
                 self.dirty.fetch_sub(1, Ordering::Relaxed);
             }
+            drop(table);
+            drop(removed);
         }
     }
 
-    /// Tells whether nothing has changed in `start..start + len` since it was subscribed.
-    ///
-    /// Two loads where no range is stale.
-    #[inline]
-    pub(crate) fn look(&self, start: u64, len: u64) -> Verdict {
-        if self.is_clean() { Verdict::Valid } else { self.look_up(start, len) }
-    }
-
-    /// Whether every range is valid.
+    /// Whether no change that was told has met any range. Two loads.
     #[inline]
     pub(crate) fn is_clean(&self) -> bool {
-        // ORDER(dropin-dirty): Acquire, `pending` first. A change that happens before this look was counted before it: in
-        // `pending`, if its callback did not get the lock. If that note is gone by now, `enter_notes` took it back, and had added
-        // to `dirty` before, which the second load sees. In the other order both could be missed. Partner: `mark`, `enter_notes`.
+        // ORDER(dropin-dirty): Acquire, `pending` first. A change that happens before this look was
+        // counted before it: in `pending`, if its callback did not get the lock. If that note is
+        // gone by now, `enter_notes` took it back, and had added to `dirty` before, which the
+        // second load sees. In the other order both could be missed. Partner: `mark`,
+        // `enter_notes`.
         self.pending.load(Ordering::Acquire) == 0 && self.dirty.load(Ordering::Acquire) == 0
     }
 
+    /// Tells whether nothing has changed in `start..start + len` since it was subscribed: neither
+    /// by what was told nor by its watch. Runs no callback.
     #[cold]
-    fn look_up(&self, start: u64, len: u64) -> Verdict {
+    pub(crate) fn look(&self, start: u64, len: u64) -> Verdict {
         let table = self.lock();
-        match table.classes[class(len)].get(&(start, len)) {
-            None => Verdict::Unknown,
-            Some(Entry { stale: None, .. }) => Verdict::Valid,
-            Some(Entry { stale: Some(change), .. }) => Verdict::Stale(*change),
-        }
+        let entry = table.classes[class(len)].get(&(start, len));
+        entry.map_or(Verdict::Unknown, |entry| entry.verdict(start, len))
     }
 
     /// Marks what `change` meets. Returns whether there may be something new that is stale.
@@ -133,7 +172,8 @@ impl Ranges {
             }
             std::hint::spin_loop();
         }
-        // ORDER(dropin-dirty): Release, as the change itself comes after it. Partner: `is_clean`, `lock`.
+        // ORDER(dropin-dirty): Release, as the change itself comes after it. Partner: `is_clean`,
+        // `lock`.
         self.pending.fetch_or(granules(change.range), Ordering::AcqRel);
         true
     }
@@ -163,21 +203,22 @@ impl Ranges {
 
     #[cold]
     fn enter_notes(&self, table: &mut Table) {
-        // Marked first and cleared afterwards, so that at no moment a range that is stale looks clean.
-        // ORDER(dropin-dirty): Acquire. Partner: `changed`.
+        // Marked first and cleared afterwards, so that at no moment a range that is stale looks
+        // clean. ORDER(dropin-dirty): Acquire. Partner: `changed`.
         let bits = self.pending.load(Ordering::Acquire);
         let mut marked = 0;
         for ((start, len), entry) in table.classes.iter_mut().flatten() {
             let Some(range) = covering(*start, *len) else { continue };
-            if entry.stale.is_none() && granules(range) & bits != 0 {
+            if granules(range) & bits != 0 && entry.is_met() {
                 entry.stale = Some(Change { event: "a change nearby", range });
                 marked += 1;
             }
         }
         // ORDER(dropin-dirty): Release, before the bits go. Partner: `is_clean`.
         self.dirty.fetch_add(marked, Ordering::Release);
-        // Others that were set meanwhile stay. One of these that was set again may go: every range that has it is stale.
-        // ORDER(dropin-dirty): Release: a look that sees the bits gone sees `dirty`. Partner: `is_clean`.
+        // Others that were set meanwhile stay. One of these that was set again may go: every range
+        // that has it is stale. ORDER(dropin-dirty): Release: a look that sees the bits gone sees
+        // `dirty`. Partner: `is_clean`.
         self.pending.fetch_and(!bits, Ordering::AcqRel);
     }
 
@@ -195,7 +236,7 @@ impl Ranges {
             let entries = table.classes[class].range_mut((from, 0)..);
             let entries = entries.take_while(|((at, _), _)| end.is_none_or(|end| *at < end));
             for ((at, len), entry) in entries {
-                if entry.stale.is_none() && at.saturating_add(*len) > start {
+                if at.saturating_add(*len) > start && entry.is_met() {
                     entry.stale = Some(change);
                     marked += 1;
                 }

@@ -9,6 +9,7 @@ use std::fmt::Write as _;
 use std::fs::File;
 use std::io::Write as _;
 use std::sync::Once;
+use std::sync::atomic::Ordering;
 
 /// One line on standard error, in one call.
 pub(crate) fn complain(line: &str) {
@@ -31,7 +32,8 @@ pub(crate) fn explain(error: &mmu_source::Error) -> String {
 pub(crate) fn refuse(space: &Space) -> ! {
     let reason = space.kernel().map_or_else(str::to_owned, |_| String::new());
     complain(&format!("MMUN_STRICT=1 and the sources miss changes: kernel: {reason}"));
-    // SAFETY: it takes an integer. Handlers of the program do not run: it has not begun to communicate.
+    // SAFETY: it takes an integer. Handlers of the program do not run: it has not begun to
+    // communicate.
     unsafe { libc::_exit(125) }
 }
 
@@ -160,7 +162,8 @@ fn text() -> String {
         );
     }
     if ucx::served().is_some() {
-        line("told", format!("{} changes; asked at {} look-ups", counts::TOLD.get(), counts::ASKED.get()));
+        let asked = if counts::ASKED.load(Ordering::Relaxed) { "asked" } else { "not asked" };
+        line("told", format!("{} changes; {asked} at look-ups", counts::TOLD.get()));
     }
     line("start", format!("{:.1} ms", counts::START_NS.get() as f64 / 1e6));
     for refusal in counts::refusals() {

@@ -1,10 +1,10 @@
 //! The sources and the watched ranges of this address space.
 //!
-//! The child of a fork has an address space of its own: what its parent registered is stale there, and
-//! what its parent started does not watch it. So everything that is about *this* address space hangs on one
-//! pointer, with the number of the address space that it was made for. A child finds another number
-//! and makes its own; its parent's is leaked, because a thread that the child does not have may
-//! have held its locks.
+//! The child of a fork has an address space of its own: what its parent registered is stale there,
+//! and what its parent started does not watch it. So everything that is about *this* address space
+//! hangs on one pointer, with the number of the address space that it was made for. A child finds
+//! another number and makes its own; its parent's is leaked, because a thread that the child does
+//! not have may have held its locks.
 
 #![allow(unsafe_code, reason = "one pointer that is published once and never freed")]
 
@@ -13,7 +13,8 @@ use crate::libfabric::Reaper;
 use crate::ranges::Ranges;
 use crate::settings::settings;
 use crate::{report, ucx};
-use mmu_notifier::{InvalidateRange, Notifier, Registration, VaRange};
+use mmu_notifier::{InvalidateRange, Notifier, Registration, Va, VaRange};
+use mmu_source::Watch;
 use mmu_source::hook::Hook;
 use mmu_source::kernel::{Armed, Kernel};
 use std::ptr;
@@ -27,7 +28,9 @@ pub(crate) struct Space {
     /// The number of its `Mm`.
     id: u64,
     hook: Result<Hook, String>,
-    kernel: Result<Everything, String>,
+    kernel: Result<Arc<Kernel>, String>,
+    /// All of the address space, armed for UCX: that says nothing of what it registers.
+    everything: Mutex<Option<Armed>>,
     /// Of libfabric's caches.
     pub(crate) ranges: Ranges,
     pub(crate) reaper: Reaper,
@@ -35,13 +38,6 @@ pub(crate) struct Space {
     marks: Mutex<Option<Registration<Marks>>>,
     /// The subscription that feeds UCX. Made with its first cache.
     pub(crate) fed: Mutex<Option<Registration<ucx::Feed>>>,
-}
-
-/// The kernel source with all of the address space armed.
-#[derive(Debug)]
-struct Everything {
-    kernel: Arc<Kernel>,
-    _armed: Armed,
 }
 
 static CURRENT: AtomicPtr<Space> = AtomicPtr::new(ptr::null_mut());
@@ -69,11 +65,13 @@ fn make() -> &'static Space {
     // ORDER(dropin-space): Acquire, for a failure below. Partner: itself.
     let before = CURRENT.load(Ordering::Acquire);
     let space = Box::leak(Box::new(Space::new()));
-    // ORDER(dropin-space): Release for the content, Acquire for that of the thread that was first. Partner: `current`.
+    // ORDER(dropin-space): Release for the content, Acquire for that of the thread that was first.
+    // Partner: `current`.
     match CURRENT.compare_exchange(before, space, Ordering::AcqRel, Ordering::Acquire) {
         Ok(_) => space,
-        // Another thread was first, in this address space: a child begins with one thread. Both have the same sources.
-        // SAFETY: as in `current`; it is not null, since it was exchanged by another call of this function.
+        // Another thread was first, in this address space: a child begins with one thread. Both
+        // have the same sources. SAFETY: as in `current`; it is not null, since it was exchanged by
+        // another call of this function.
         Err(first) => unsafe { &*first },
     }
 }
@@ -88,7 +86,7 @@ impl Space {
             false => Err(off()),
         };
         let kernel = match choice.wants_kernel() {
-            true => Everything::start().map_err(|error| report::explain(&error)),
+            true => Kernel::start().map_err(|error| report::explain(&error)),
             false => Err(off()),
         };
         counts::START_NS.add(begin.elapsed().as_nanos() as u64);
@@ -96,6 +94,7 @@ impl Space {
             id: mmu_source::current_ref().id(),
             hook,
             kernel,
+            everything: Mutex::new(None),
             ranges: Ranges::new(),
             reaper: Reaper::new(),
             marks: Mutex::new(None),
@@ -125,16 +124,43 @@ impl Space {
     }
 
     pub(crate) fn kernel(&self) -> Result<&Arc<Kernel>, &str> {
-        self.kernel.as_ref().map(|all| &all.kernel).map_err(String::as_str)
+        self.kernel.as_ref().map_err(String::as_str)
     }
 
-    /// Has every change that has begun before marked and told. False if that cannot be known.
+    /// Has every change that has begun before told, callbacks included.
     #[inline]
-    pub(crate) fn settle(&self) -> bool {
-        match &self.kernel {
-            Ok(all) => all.kernel.settle().is_ok(),
-            Err(_) => true,
+    pub(crate) fn settle(&self) {
+        if let Ok(kernel) = &self.kernel {
+            // In the child of a fork nothing is told; what its parent registered was dropped there.
+            let _ = kernel.settle();
         }
+    }
+
+    /// Whether every change that the kernel has counted was told.
+    #[inline]
+    pub(crate) fn is_settled(&self) -> bool {
+        self.kernel.as_ref().map_or(true, |kernel| kernel.is_settled())
+    }
+
+    /// Has the kernel watch a registration. `None` where that source is not in use.
+    ///
+    /// # Errors
+    /// The kernel source is in use, and cannot.
+    pub(crate) fn watch(&self, start: u64, len: u64) -> Result<Option<Watch>, ()> {
+        let Ok(kernel) = &self.kernel else { return Ok(None) };
+        let range = VaRange::covering(Va::new(start), len).map_err(drop)?;
+        kernel.watch(range).map(Some).map_err(drop)
+    }
+
+    /// Has changes of all the address space told, where the kernel source is in use. False if it
+    /// cannot.
+    pub(crate) fn arm_everything(&self) -> bool {
+        let Ok(kernel) = &self.kernel else { return true };
+        let mut everything = self.everything.lock().unwrap_or_else(PoisonError::into_inner);
+        if everything.is_none() {
+            *everything = kernel.arm(VaRange::ALL).ok();
+        }
+        everything.is_some()
     }
 
     /// Begins to mark ranges. False if the address space cannot be subscribed to.
@@ -144,14 +170,6 @@ impl Space {
             *marks = Registration::new(mmu_source::current_ref(), Marks(self)).ok();
         }
         marks.is_some()
-    }
-}
-
-impl Everything {
-    fn start() -> Result<Everything, mmu_source::Error> {
-        let kernel = Kernel::start()?;
-        let armed = kernel.arm(VaRange::ALL)?;
-        Ok(Everything { kernel, _armed: armed })
     }
 }
 
@@ -170,7 +188,8 @@ impl Notifier for Marks {
     }
 }
 
-/// Aborts when it is dropped: a panic in a callback would lose an invalidation, and the core would only count it.
+/// Aborts when it is dropped: a panic in a callback would lose an invalidation, and the core would
+/// only count it.
 #[derive(Debug)]
 pub(crate) struct Aborts;
 

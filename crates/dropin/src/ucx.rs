@@ -1,13 +1,14 @@
-//! UCX: told of changes as by an external source of events, and asked at look-up where it passes by.
+//! UCX: told of changes as by an external source of events, and asked at look-up where it passes
+//! by.
 //!
-//! UCX's registration caches subscribe by `ucm_set_event_handler`. If somebody else has announced that
-//! he tells of unmapped memory (`ucm_set_external_event`), UCX patches nothing for that event, and
-//! `ucm_vm_munmap` is how it is told. Its cache drops what the range meets, or notes it where its lock
-//! is taken: it never waits, so the callback may run inside `free`.
+//! UCX's registration caches subscribe by `ucm_set_event_handler`. If somebody else has announced
+//! that he tells of unmapped memory (`ucm_set_external_event`), UCX patches nothing for that event,
+//! and `ucm_vm_munmap` is how it is told. Its cache drops what the range meets, or notes it where
+//! its lock is taken: it never waits, so the callback may run inside `free`.
 //!
-//! A change that only the kernel source sees is told when that source is asked. Up to UCX 1.13 each look-up
-//! calls `ucs_rcache_get`, which is defined here too, and asks. From 1.14 on the call is inlined: there
-//! the source's own thread tells, a little later.
+//! A change that only the kernel source sees is told when that source is asked. Up to UCX 1.13 each
+//! look-up calls `ucs_rcache_get`, which is defined here too, and asks. From 1.14 on the call is
+//! inlined: there the source's own thread tells, a little later.
 
 #![allow(unsafe_code, reason = "calls UCX; see the crate's Safety section")]
 
@@ -55,8 +56,9 @@ impl Notifier for Feed {
         let start = range.range().start().get() as usize;
         // What reaches the end of the address space: UCX counts in bytes from the start.
         let end = range.range().end().map_or(usize::MAX, |end| end.get() as usize);
-        // SAFETY: the type of `ucm_vm_munmap` in `ucm/api/ucm.h`. It may be called anywhere, inside `free` too: it takes a lock
-        // for readers that may be taken again, and calls handlers that try their locks only.
+        // SAFETY: the type of `ucm_vm_munmap` in `ucm/api/ucm.h`. It may be called anywhere, inside
+        // `free` too: it takes a lock for readers that may be taken again, and calls handlers that
+        // try their locks only.
         unsafe { (self.0.vm_munmap)(ptr::without_provenance_mut(start), end - start) };
         std::mem::forget(no_unwinding);
     }
@@ -100,7 +102,7 @@ fn try_serve() -> Result<Served, String> {
 /// Subscribes for UCX, once for each address space.
 fn feed(space: &'static Space, served: Served) -> bool {
     let mut fed = space.fed.lock().unwrap_or_else(PoisonError::into_inner);
-    if fed.is_none() {
+    if fed.is_none() && space.arm_everything() {
         *fed = Registration::new(mmu_source::current_ref(), Feed(served)).ok();
     }
     fed.is_some()
@@ -144,8 +146,8 @@ pub(crate) unsafe extern "C" fn ucm_set_event_handler(
 
 /// The real `ucs_rcache_get`, after the kernel source was asked.
 ///
-/// Its arguments are words, six up to UCX 1.13 and seven later. More are handed on than there are: the words above the
-/// caller's last argument are the caller's frame, which can be read.
+/// Its arguments are words, six up to UCX 1.13 and seven later. More are handed on than there are:
+/// the words above the caller's last argument are the caller's frame, which can be read.
 ///
 /// # Safety
 /// That of `ucs_rcache_get`.
@@ -172,7 +174,8 @@ pub(crate) unsafe extern "C" fn ucs_rcache_get(
         return UNSUPPORTED;
     };
     ask();
-    // SAFETY: the words that the caller has passed, in the registers and on the stack where they were.
+    // SAFETY: the words that the caller has passed, in the registers and on the stack where they
+    // were.
     let real = unsafe { std::mem::transmute::<NonNull<c_void>, Real>(real) };
     // SAFETY: the caller's duty.
     unsafe { real(a, b, c, d, e, f, g) }
@@ -182,7 +185,11 @@ pub(crate) unsafe extern "C" fn ucs_rcache_get(
 fn ask() {
     match space::current() {
         Some(space) if space.kernel().is_ok() => {
-            counts::ASKED.add(1);
+            // Relaxed: for the report. Loaded first: a store at each look-up would be shared by all
+            // threads.
+            if !counts::ASKED.load(Ordering::Relaxed) {
+                counts::ASKED.store(true, Ordering::Relaxed);
+            }
             space.settle();
         }
         None if SERVED.get().is_some() => serve_child(),
@@ -204,7 +211,7 @@ fn version() -> Option<(u32, u32)> {
 
 /// Whether the kernel source cannot be asked at each look-up, as far as is known.
 pub(crate) fn looks_up_by_itself() -> bool {
-    version().is_some_and(|version| version >= (1, 14)) && counts::ASKED.get() == 0
+    version().is_some_and(|version| version >= (1, 14)) && !counts::ASKED.load(Ordering::Relaxed)
 }
 
 /// Whether either library is used by this process.

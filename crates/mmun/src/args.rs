@@ -9,6 +9,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use mmu_source::kernel::broker::SOCKET;
 use mmu_source::process::Pid;
 
+use crate::coverage::Library;
 use crate::events::{Events, EventsParser};
 use crate::outcome::{FAILED, Outcome};
 use crate::record;
@@ -48,6 +49,9 @@ pub(crate) enum Command {
     /// Runs one operation under one source; `coverage` starts it.
     #[command(hide = true)]
     CoverageCell(CellArgs),
+    /// Runs one operation under a library's cache; `coverage --library` starts it.
+    #[command(hide = true)]
+    CoverageLibraryCell(LibraryCellArgs),
     /// Runs one operation for the tracer that started it.
     #[command(hide = true)]
     CoverageTracee(TraceeArgs),
@@ -203,6 +207,21 @@ pub(crate) struct CoverageArgs {
     /// Asks this source only; may be repeated
     #[arg(long = "source", value_name = "NAME")]
     pub(crate) sources: Vec<Source>,
+
+    /// Asks a registration cache instead, as shipped and with the drop-in
+    ///
+    /// Each operation changes a page that the library's own cache has registered; then the registration is
+    /// looked up again, and data is sent through it. 'right' says that the data arrived in the page,
+    /// 'stale' that it went elsewhere, 'shipped' is the library alone, 'hook' and 'both' are with
+    /// libmmun_dropin.so and these sources. The device is an io_uring. Exits 1 if something was stale with both.
+    #[arg(long, value_name = "NAME", conflicts_with = "sources", verbatim_doc_comment)]
+    pub(crate) library: Option<Library>,
+
+    /// Looks the registration up so long after the change
+    ///
+    /// A UCX whose look-up cannot be asked (from 1.14 on) is told by a thread, some microseconds later.
+    #[arg(long, value_name = "MICROSECONDS", default_value_t = 0, requires = "library", verbatim_doc_comment)]
+    pub(crate) wait: u64,
 }
 
 /// Says which event sources can be used here, and what the others lack.
@@ -265,6 +284,13 @@ const BROKER_EXAMPLES: &str = "Examples:
 pub(crate) struct CellArgs {
     pub(crate) operation: String,
     pub(crate) source: Source,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct LibraryCellArgs {
+    pub(crate) library: Library,
+    pub(crate) operation: String,
+    pub(crate) wait: u64,
 }
 
 #[derive(Args, Debug)]

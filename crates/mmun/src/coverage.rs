@@ -6,6 +6,7 @@
 mod armed;
 mod cell;
 mod files;
+mod library;
 mod matrix;
 mod operation;
 mod ops;
@@ -20,7 +21,7 @@ mod witness;
 use std::io::{self, Write};
 use std::ops::ControlFlow;
 
-use crate::args::{CellArgs, CoverageArgs, TraceeArgs};
+use crate::args::{CellArgs, CoverageArgs, LibraryCellArgs, TraceeArgs};
 use crate::outcome::Outcome;
 use crate::source::Source;
 use crate::style::Style;
@@ -35,7 +36,12 @@ const FOUND: Outcome = Outcome::Exit(1);
 /// An operation did not come to its end, or nothing could be measured.
 const FAILED: Outcome = Outcome::Exit(2);
 
+pub(crate) use library::Library;
+
 pub(crate) fn main(args: CoverageArgs) -> Outcome {
+    if let Some(library) = args.library {
+        return library::main(library, args.wait, args.json);
+    }
     let sources: Vec<Source> =
         Source::ALL.into_iter().filter(|source| args.sources.is_empty() || args.sources.contains(source)).collect();
     let mut usable = Vec::new();
@@ -88,6 +94,14 @@ pub(crate) fn cell(args: &CellArgs) -> Outcome {
     };
     let written = rustix::io::write(io::stdout(), report.to_line().as_bytes());
     // Nothing is taken down: the operation has left things in whatever state.
+    sys::exit_now(i32::from(written.is_err()))
+}
+
+/// A child: one operation under a library's cache.
+pub(crate) fn library_cell(args: &LibraryCellArgs) -> Outcome {
+    sys::die_with(rustix::process::getppid());
+    let report = library::cell_of(args);
+    let written = rustix::io::write(io::stdout(), report.to_line().as_bytes());
     sys::exit_now(i32::from(written.is_err()))
 }
 

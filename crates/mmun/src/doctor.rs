@@ -1,5 +1,6 @@
 //! `mmun doctor`: which sources can be used here, and what the others lack.
 
+mod libraries;
 mod machine;
 mod probe;
 
@@ -52,7 +53,11 @@ pub(crate) fn main(args: DoctorArgs) -> Outcome {
         }
         Diagnosis { source, lacks, features }
     });
-    let text = if args.json { as_json(&diagnoses) } else { as_text(&diagnoses, &machine, Style::of_stdout()) };
+    let text = if args.json {
+        as_json(&diagnoses)
+    } else {
+        as_text(&diagnoses, &machine, &libraries::lines(), Style::of_stdout())
+    };
     match io::stdout().write_all(text.as_bytes()) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
             complain(&format!("write on standard output: {}", crate::reason(&error)));
@@ -71,7 +76,7 @@ pub(crate) fn usable(source: Source) -> Result<(), Lack> {
     probe::probe(source).0.into_iter().next().map_or(Ok(()), Err)
 }
 
-fn as_text(diagnoses: &[Diagnosis], machine: &[String], style: Style) -> String {
+fn as_text(diagnoses: &[Diagnosis], machine: &[String], libraries: &[String], style: Style) -> String {
     let mut text = String::new();
     for Diagnosis { source, lacks, features } in diagnoses {
         let name = style.paint(Mark::Bold, format!("{:9}", source.name()));
@@ -96,6 +101,9 @@ fn as_text(diagnoses: &[Diagnosis], machine: &[String], style: Style) -> String 
     text.push_str(&style.paint(Mark::Bold, "machine"));
     text.push('\n');
     text.push_str(&wrapped("found:", machine));
+    text.push_str(&style.paint(Mark::Bold, "drop-in"));
+    text.push('\n');
+    libraries.iter().for_each(|line| text.push_str(&format!("         {line}\n")));
     text
 }
 

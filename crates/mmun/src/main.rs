@@ -39,6 +39,7 @@ fn main() {
             Command::Doctor(args) => doctor::main(args),
             Command::Broker(args) => broker::main(args),
             Command::CoverageCell(args) => coverage::cell(&args),
+            Command::CoverageLibraryCell(args) => coverage::library_cell(&args),
             Command::CoverageTracee(args) => coverage::tracee(&args),
             Command::Man { folder: None } => print(|out| args::man(out)),
             Command::Man { folder: Some(folder) } => match args::man_into(&folder) {

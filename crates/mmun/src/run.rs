@@ -13,6 +13,8 @@ use std::process::Command;
 use clap::ValueEnum;
 use rustix::process::{Pid, WaitOptions, WaitStatus};
 
+pub(crate) use found::library;
+
 use crate::args::{CoverageArgs, RunArgs, Watch};
 use crate::outcome::{FAILED, NOT_EXECUTABLE, NOT_FOUND, Outcome};
 use crate::source::Source;
@@ -20,7 +22,7 @@ use crate::sys::{self, Relay};
 use crate::{complain, coverage, reason};
 
 pub(crate) fn main(args: &RunArgs) -> Outcome {
-    let library = match found::library() {
+    let library = match library() {
         Ok(library) => library,
         Err(reason) => {
             complain(&reason);
@@ -151,5 +153,5 @@ fn check(watch: Watch) {
         Watch::Hook => vec![Source::Hook],
         Watch::Off => return,
     };
-    coverage::main(CoverageArgs { json: false, sources });
+    coverage::main(CoverageArgs { json: false, sources, library: None, wait: 0 });
 }

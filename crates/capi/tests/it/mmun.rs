@@ -51,3 +51,10 @@ fn under_valgrind() {
         run("mmun-valgrind", &[], "own", &valgrind);
     }
 }
+
+/// For a second; a minute under the thread sanitizer is run by hand.
+#[test]
+fn thirty_two_threads() {
+    let Some(program) = compile("threads", "gcc", FLAGS, &sources("tests/c/threads")) else { return };
+    assert!(succeed(Command::new(program).arg("1000")).ends_with("ok\n"));
+}

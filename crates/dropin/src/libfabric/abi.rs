@@ -1,4 +1,5 @@
-//! What libfabric and a memory monitor share, by its public headers: `rdma/fabric.h`, `rdma/fi_ext.h`.
+//! What libfabric and a memory monitor share, by its public headers: `rdma/fabric.h`,
+//! `rdma/fi_ext.h`.
 //!
 //! The layouts are the same from 1.13, the first version that imports a monitor, to 2.x.
 

@@ -4,8 +4,7 @@
 //! | --- | --- | --- |
 //! | `start` | the lock of the monitors' states | starts the sources, marks ranges from now on |
 //! | `subscribe`, `unsubscribe` | the lock of all caches | enters a range, takes it out |
-//! | `valid` | the lock of all caches | asks the kernel source, then looks at the range |
-//! | `stop` | the lock of the monitors' states | nothing: patching libc again would cost more than it saves |
+//! | `valid` | the lock of all caches | two counters; if one has moved, the range and its `Watch` |
 //!
 //! None of them waits for a thread that could want a lock of libfabric's: callbacks mark and go
 //! ([`Ranges`](crate::ranges::Ranges)), and `notify`, which takes the caches' lock, is called by a
@@ -27,7 +26,8 @@ static OPS: MonitorOps = MonitorOps { size: size_of::<MonitorOps>(), start, stop
 /// What is shared. libfabric writes its own fields once, at the import.
 struct Shared(UnsafeCell<MemMonitor>);
 
-// SAFETY: after the import, which happens once, it is only read: `import_ops` by the reaper, which starts afterwards.
+// SAFETY: after the import, which happens once, it is only read: `import_ops` by the reaper, which
+// starts afterwards.
 unsafe impl Sync for Shared {}
 
 static MONITOR: Shared = Shared(UnsafeCell::new(MemMonitor {
@@ -46,11 +46,13 @@ pub(super) fn monitor() -> *mut MemMonitor {
 /// # Blocking
 /// Takes the lock of all caches. Must not be called where that may be held.
 pub(super) fn notify(start: u64, len: u64) {
-    // SAFETY: the monitor is a static; the field is written by the import only, before any cache starts.
+    // SAFETY: the monitor is a static; the field is written by the import only, before any cache
+    // starts.
     let import = unsafe { (*monitor()).import_ops };
     // SAFETY: libfabric sets it to a static table of its own, and is pinned.
     let Some(import) = (unsafe { import.as_ref() }) else { return };
-    // SAFETY: the type of `notify` in `rdma/fi_ext.h`; no lock of libfabric's is held by this thread.
+    // SAFETY: the type of `notify` in `rdma/fi_ext.h`; no lock of libfabric's is held by this
+    // thread.
     unsafe { (import.notify)(monitor(), ptr::without_provenance(start as usize), len as usize) };
 }
 
@@ -70,16 +72,25 @@ extern "C" fn stop(_: *mut MemMonitor) {}
 extern "C" fn subscribe(_: *mut MemMonitor, address: *const c_void, len: usize) -> c_int {
     counts::WATCHED.add(1);
     let space = space::current().unwrap_or_else(|| {
-        // The child of a fork, which was not started here. If nothing watches it, its hits are refused.
+        // The child of a fork, which was not started here. If nothing watches it, its hits are
+        // refused.
         let space = space::current_or_made();
         is_ready(space);
         space
     });
-    // What changed before the registration is over and done with; left for the next `valid`, it would make this range stale. What
-    // changed between the registration and this call is lost to every monitor of libfabric's.
-    space.settle();
-    // An error here is followed by an unsubscription in some versions and not in others. So there is none.
-    space.ranges.subscribe(address.addr() as u64, len as u64);
+    let (start, len) = (address.addr() as u64, len as u64);
+    // What changed before the registration is over and done with. What changed between the
+    // registration and this call is lost to every monitor of libfabric's: it says nothing when a
+    // miss begins.
+    let watch = space.watch(start, len);
+    let refused = watch.is_err();
+    // An error here is followed by an unsubscription in some versions and not in others. So there
+    // is none.
+    space.ranges.subscribe(start, len, watch.unwrap_or(None));
+    if refused {
+        space.ranges.give_up(start, len, Change { event: "no watch could be had", range: VaRange::ALL });
+        space.reaper.wake();
+    }
     0
 }
 
@@ -91,13 +102,15 @@ extern "C" fn unsubscribe(_: *mut MemMonitor, address: *const c_void, len: usize
 }
 
 extern "C" fn valid(_: *mut MemMonitor, address: *const c_void, len: usize) -> bool {
-    counts::HITS.add(1);
+    counts::HITS.add_one_under_lock();
     let (start, len) = (address.addr() as u64, len as u64);
     let unknown = Change { event: "fork", range: VaRange::ALL };
     let verdict = match space::current() {
-        Some(space) if space.settle() => space.ranges.look(start, len),
-        // What the kernel source cannot answer for, or what the parent has registered.
-        _ => Verdict::Stale(unknown),
+        // Nothing has changed in any range, and nothing is left to be told: five loads.
+        Some(space) if space.is_settled() && space.ranges.is_clean() => Verdict::Valid,
+        Some(space) => space.ranges.look(start, len),
+        // What the parent has registered.
+        None => Verdict::Stale(unknown),
     };
     match verdict {
         Verdict::Valid => true,

@@ -1,6 +1,8 @@
-//! The thread that has libfabric drop what is stale, before anybody looks it up: pinned memory is given back.
+//! The thread that has libfabric drop what is stale, before anybody looks it up: pinned memory is
+//! given back.
 //!
-//! A callback only wakes it. It sleeps on a word (futex), so there is no descriptor that a daemon could close.
+//! A callback only wakes it. It sleeps on a word (futex), so there is no descriptor that a daemon
+//! could close.
 
 #![allow(unsafe_code, reason = "futex calls, and the mask of signals; see the crate's Safety section")]
 
@@ -82,7 +84,8 @@ impl Reaper {
         // Relaxed: the swap in `serve` takes what was marked.
         if self.word.compare_exchange(IDLE, ASLEEP, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
             let none = ptr::null::<libc::timespec>();
-            // SAFETY: a futex call on a live word, without a timeout. It returns at once if the word has changed.
+            // SAFETY: a futex call on a live word, without a timeout. It returns at once if the
+            // word has changed.
             unsafe {
                 libc::syscall(
                     libc::SYS_futex,
@@ -101,7 +104,8 @@ pub(crate) fn stop_all() {
     EXITING.store(true, Ordering::Relaxed);
 }
 
-/// Runs `f` with all signals blocked, for a thread that it starts: the program's handlers never run there.
+/// Runs `f` with all signals blocked, for a thread that it starts: the program's handlers never run
+/// there.
 fn without_signals<T>(f: impl FnOnce() -> T) -> T {
     let mut sets = [const { MaybeUninit::<libc::sigset_t>::zeroed() }; 2];
     // SAFETY: fills the set it is given.

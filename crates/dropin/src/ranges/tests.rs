@@ -8,7 +8,7 @@ fn change(start: u64, len: u64) -> Change {
 }
 
 fn is_stale(ranges: &Ranges, start: u64, len: u64) -> bool {
-    matches!(ranges.look_up(start, len), Verdict::Stale(_))
+    matches!(ranges.look(start, len), Verdict::Stale(_))
 }
 
 #[test]
@@ -16,7 +16,7 @@ fn a_change_makes_stale_what_it_meets_and_nothing_else() {
     let ranges = Ranges::new();
     let keys = [(0x1000, 0x1000), (0x1000, 0x10_0000), (0x2000, 1), (0x5fff, 2), (0x8000, 0x1000)];
     for (start, len) in keys {
-        ranges.subscribe(start, len);
+        ranges.subscribe(start, len, None);
     }
     assert!(ranges.is_clean());
     assert!(ranges.changed(change(0x6000, 0x1000)));
@@ -32,13 +32,13 @@ fn a_change_makes_stale_what_it_meets_and_nothing_else() {
 #[test]
 fn equal_ranges_are_counted() {
     let ranges = Ranges::new();
-    ranges.subscribe(0x1000, 8);
-    ranges.subscribe(0x1000, 8);
+    ranges.subscribe(0x1000, 8, None);
+    ranges.subscribe(0x1000, 8, None);
     ranges.unsubscribe(0x1000, 8);
     ranges.changed(change(0x1000, 1));
     assert!(is_stale(&ranges, 0x1000, 8));
     ranges.unsubscribe(0x1000, 8);
-    assert_eq!((ranges.look_up(0x1000, 8), ranges.is_clean()), (Verdict::Unknown, true));
+    assert_eq!((ranges.look(0x1000, 8), ranges.is_clean()), (Verdict::Unknown, true));
     // What this process never subscribed.
     ranges.unsubscribe(0x1000, 8);
 }
@@ -47,8 +47,8 @@ fn equal_ranges_are_counted() {
 fn a_callback_that_finds_the_table_locked_leaves_a_note() {
     let ranges = Ranges::new();
     let far = 0x7000_0000_0000;
-    ranges.subscribe(0x1000, 8);
-    ranges.subscribe(far + (5 << 21), 8);
+    ranges.subscribe(0x1000, 8, None);
+    ranges.subscribe(far + (5 << 21), 8, None);
     let held = ranges.table.lock().unwrap();
     // This very thread holds it, as when entering a range frees memory.
     assert!(ranges.changed(change(far + (5 << 21), 4096)));
@@ -77,7 +77,7 @@ fn the_table_agrees_with_a_plain_list() {
         .collect();
     for (start, len) in &spots {
         let ranges = Ranges::new();
-        spots.iter().for_each(|(start, len)| ranges.subscribe(*start, *len));
+        spots.iter().for_each(|(start, len)| ranges.subscribe(*start, *len, None));
         let change = change(*start, *len);
         ranges.changed(change);
         for (at, long) in &spots {
@@ -99,7 +99,7 @@ fn no_change_is_lost_between_threads() {
                 for round in 0..20_000_u64 {
                     // Each in a granule of its own, and now and then in a neighbour's.
                     let start = (thread << 21) + ((round % 300) << 12);
-                    ranges.subscribe(start, 4096);
+                    ranges.subscribe(start, 4096, None);
                     ranges.changed(change(start, 4096));
                     assert!(matches!(ranges.look(start, 4096), Verdict::Stale(_)), "round {round}");
                     ranges.unsubscribe(start, 4096);

@@ -21,7 +21,7 @@ fn exchange(mut command: Command, program: &Path, uses: &[&str]) {
 }
 
 fn open_mpi(options: &[&str], source: &str, uses: &[&str]) {
-    let Some(program) = build("mpicc.openmpi", "exchange.c", &[]) else { return };
+    let Some(program) = build("mpicc.openmpi", "exchange.c", "mpi", &[]) else { return };
     let mut command = preloaded("mpirun.openmpi", source);
     command.args(["--oversubscribe", "--allow-run-as-root"]).args(options);
     exchange(command, &program, uses);
@@ -46,7 +46,24 @@ fn open_mpi_over_libfabric() {
 #[test]
 fn mpich() {
     for source in ["hook", "auto"] {
-        let Some(program) = build("mpicc.mpich", "exchange.c", &[]) else { return };
+        let Some(program) = build("mpicc.mpich", "exchange.c", "mpi", &[]) else { return };
         exchange(preloaded("mpirun.mpich", source), &program, &["told of changes"]);
     }
+}
+
+#[test]
+fn a_program_in_python_that_loads_it_locally() {
+    let python = "/usr/bin/python3";
+    let has = Command::new(python).args(["-c", "import mpi4py, numpy"]).output();
+    if !has.is_ok_and(|output| output.status.success()) {
+        assert!(std::env::var_os("MMUN_REQUIRE").is_none(), "python3-mpi4py and python3-numpy are not installed");
+        println!("SKIP: no mpi4py or numpy");
+        return;
+    }
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/programs/exchange.py");
+    let mut command = preloaded("mpirun.openmpi", "auto");
+    command.args(["--oversubscribe", "--allow-run-as-root", "-n", "2", python]).arg(script).arg(seconds());
+    let output = output(command);
+    let (out, error) = (text(&output.stdout), text(&output.stderr));
+    assert!(output.status.success() && out.contains(" 0 bytes wrong"), "{out}{error}");
 }

@@ -2,28 +2,38 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use std::sync::mpsc;
+use std::sync::{Mutex, PoisonError, mpsc};
 use std::time::Duration;
+use testkit::{Cap, require};
 
-/// The library that Cargo has built for these tests.
+/// The library that Cargo has built for these tests: beside them. The one in the folder above may be older.
 pub(crate) fn library() -> PathBuf {
     let own = std::env::current_exe().unwrap();
-    let folder = own.parent().unwrap();
-    let library = [folder.join("../libmmun_dropin.so"), folder.join("libmmun_dropin.so")];
-    library.iter().find(|place| place.exists()).expect("it was built with the tests").canonicalize().unwrap()
+    let library = own.parent().unwrap().join("libmmun_dropin.so");
+    assert!(library.exists(), "{} was built with the tests", library.display());
+    library
 }
 
-/// A program of `tests/it/programs`, built by `compiler` with `flags`. `None`, with the reason printed, if
-/// that is not installed.
-pub(crate) fn build(compiler: &str, source: &str, flags: &[&str]) -> Option<PathBuf> {
-    if !testkit::has_optional_program(compiler) {
+/// A program of `tests/it/programs`, built by `compiler` with `flags`. `None`, with the reason
+/// printed, if that is not installed.
+pub(crate) fn build(compiler: &'static str, source: &str, variant: &str, flags: &[&str]) -> Option<PathBuf> {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    if !require(Cap::Program(compiler)) {
         return None;
     }
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/programs").join(source);
-    let name = format!("{}-{compiler}-{}", source.file_stem().unwrap().display(), std::process::id());
+    let name = format!("{}-{compiler}-{variant}-{}", source.file_stem().unwrap().display(), std::process::id());
     let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    if program.exists() {
+        return Some(program);
+    }
     let mut command = Command::new(compiler);
-    command.args(["-O1", "-Wall", "-Wextra", "-Werror", "-pthread", "-o"]).arg(&program).arg(&source).args(flags);
+    command
+        .args(["-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function", "-pthread", "-o"])
+        .arg(&program)
+        .arg(&source)
+        .args(flags);
     let output = command.output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     Some(program)

@@ -287,3 +287,32 @@ pub(crate) fn takes_a_write(pid: i32, address: usize) -> bool {
     // SAFETY: one byte of a local is read; the one written belongs to a region, and it holds `MARK` already.
     unsafe { libc::process_vm_writev(pid, &local, 1, &remote, 1, 0) == 1 }
 }
+
+/// Maps a page at `address` if nothing is mapped there.
+pub(crate) fn map_if_free(address: usize) -> io::Result<()> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+    // SAFETY: with MAP_FIXED_NOREPLACE nothing that is mapped is touched.
+    let result = unsafe { libc::mmap(pointer(address), PAGE, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+    match check_address(result) {
+        Err(error) if error.raw_os_error() != Some(libc::EEXIST) => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Writes to memory of this process, if that can be written. For the page of an operation that has been run.
+pub(crate) fn put(address: usize, bytes: &[u8]) -> bool {
+    let local = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
+    let remote = libc::iovec { iov_base: pointer(address), iov_len: bytes.len() };
+    let pid = rustix::process::getpid().as_raw_nonzero().get();
+    // SAFETY: the bytes are read; the page is nobody's object.
+    unsafe { libc::process_vm_writev(pid, &local, 1, &remote, 1, 0) == bytes.len() as isize }
+}
+
+/// Reads memory of this process, if that can be read.
+pub(crate) fn get(address: usize, bytes: &mut [u8]) -> bool {
+    let local = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+    let remote = libc::iovec { iov_base: pointer(address), iov_len: bytes.len() };
+    let pid = rustix::process::getpid().as_raw_nonzero().get();
+    // SAFETY: the local bytes are written, and no others.
+    unsafe { libc::process_vm_readv(pid, &local, 1, &remote, 1, 0) == bytes.len() as isize }
+}

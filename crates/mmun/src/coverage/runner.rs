@@ -29,17 +29,33 @@ pub(crate) type Place = (&'static Operation, Source);
 
 /// Runs every place in a child of its own, and hands each report, with the index of its place, to `done` as it comes. Ends
 /// early if that breaks.
-pub(crate) fn run(places: &[Place], mut done: impl FnMut(usize, Report) -> ControlFlow<()>) {
-    let left = Mutex::new(places.iter().enumerate());
+pub(crate) fn run(places: &[Place], done: impl FnMut(usize, Report) -> ControlFlow<()>) {
+    let command = |index: usize| {
+        let (operation, source) = &places[index];
+        let mut command = Command::new(std::env::current_exe()?);
+        command.args(["coverage-cell", operation.name, source.name()]);
+        Ok(command)
+    };
+    run_commands(places.len(), command, done);
+}
+
+/// The same for any `count` commands that write a report.
+pub(crate) fn run_commands(
+    count: usize,
+    command: impl Fn(usize) -> io::Result<Command> + Sync,
+    mut done: impl FnMut(usize, Report) -> ControlFlow<()>,
+) {
+    let left = Mutex::new(0..count);
     let (sender, reports) = channel();
     thread::scope(|scope| {
-        for _ in 0..ABREAST.min(places.len()) {
-            let (sender, left) = (sender.clone(), &left);
+        for _ in 0..ABREAST.min(count) {
+            let (sender, left, command) = (sender.clone(), &left, &command);
             scope.spawn(move || {
                 loop {
                     let next = left.lock().unwrap_or_else(PoisonError::into_inner).next();
-                    let Some((index, place)) = next else { return };
-                    let report = child(place).unwrap_or_else(|error| Report::broken(crate::reason(&error)));
+                    let Some(index) = next else { return };
+                    let report = command(index).and_then(|command| supervise(command, LIMIT));
+                    let report = report.unwrap_or_else(|error| Report::broken(crate::reason(&error)));
                     // Nobody listens any more if `done` broke.
                     let _ = sender.send((index, report));
                 }
@@ -48,17 +64,11 @@ pub(crate) fn run(places: &[Place], mut done: impl FnMut(usize, Report) -> Contr
         drop(sender);
         for (index, report) in reports {
             if done(index, report).is_break() {
-                *left.lock().unwrap_or_else(PoisonError::into_inner) = [].iter().enumerate();
+                *left.lock().unwrap_or_else(PoisonError::into_inner) = 0..0;
                 return;
             }
         }
     });
-}
-
-fn child((operation, source): &Place) -> io::Result<Report> {
-    let mut command = Command::new(std::env::current_exe()?);
-    command.args(["coverage-cell", operation.name, source.name()]);
-    supervise(command, LIMIT)
 }
 
 /// Runs `command`, which has to write a report and end within `limit`. Whatever it started ends with it.

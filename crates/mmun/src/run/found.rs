@@ -8,7 +8,7 @@ const NAME: &str = "libmmun_dropin.so";
 ///
 /// # Errors
 /// One line: where it was sought.
-pub(super) fn library() -> Result<PathBuf, String> {
+pub(crate) fn library() -> Result<PathBuf, String> {
     if let Some(named) = std::env::var_os("MMUN_DROPIN").filter(|named| !named.is_empty()) {
         let named = PathBuf::from(named);
         return usable(&named).ok_or(format!("MMUN_DROPIN={}: no such file", named.display()))?;

@@ -1,8 +1,8 @@
 //! The reports of all processes, as one.
 //!
-//! Each process has written a file: a line `mmun: process PID[ rank N]: PROGRAM`, then lines of two spaces, a name
-//! in ten columns, and a value; a line without a name goes on with the one before. `libmmun_dropin.so` writes it for
-//! people; here it is read for the few values that make a table.
+//! Each process has written a file: a line `mmun: process PID[ rank N]: PROGRAM`, then lines of two
+//! spaces, a name in ten columns, and a value; a line without a name goes on with the one before.
+//! `libmmun_dropin.so` writes it for people; here it is read for the few values that make a table.
 
 use std::fmt::Write;
 use std::fs;

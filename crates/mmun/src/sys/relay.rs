@@ -1,7 +1,7 @@
 //! Standing in front of a program without being noticed: signals, stops, and the death of either.
 //!
-//! The program is in the same process group, so the terminal's signals reach it without help: only those that a
-//! process sent to this one alone are handed on.
+//! The program is in the same process group, so the terminal's signals reach it without help: only
+//! those that a process sent to this one alone are handed on.
 
 use super::{Held, change_mask, is_ignored, keeping_errno, set_of};
 use std::io;
@@ -13,8 +13,8 @@ use std::sync::atomic::{AtomicI32, Ordering::Relaxed};
 /// Where signals go. 0 before there is a program.
 static PROGRAM: AtomicI32 = AtomicI32::new(0);
 
-/// What is never handed on: what cannot be caught, what says something about this process, and what the terminal sends to stop
-/// all of its group.
+/// What is never handed on: what cannot be caught, what says something about this process, and what
+/// the terminal sends to stop all of its group.
 const OURS: [i32; 12] = [
     libc::SIGKILL,
     libc::SIGSTOP,
@@ -34,8 +34,8 @@ const OURS: [i32; 12] = [
 #[derive(Debug)]
 pub(crate) struct Relay(pub(crate) Child);
 
-/// Starts `command` with the signals' dispositions and mask that this process was started with, and hands signals on from now
-/// on. If this process is killed, so is the program.
+/// Starts `command` with the signals' dispositions and mask that this process was started with, and
+/// hands signals on from now on. If this process is killed, so is the program.
 ///
 /// # Errors
 /// Those of the start.
@@ -67,7 +67,8 @@ pub(crate) fn start_under_relay(mut command: Command) -> io::Result<Relay> {
     Ok(Relay(child))
 }
 
-/// Stops this process as the program was stopped, so that the shell notices, and has the program go on when this process does.
+/// Stops this process as the program was stopped, so that the shell notices, and has the program go
+/// on when this process does.
 pub(crate) fn stop_as(program: i32) {
     // SAFETY: it takes any number.
     unsafe { libc::raise(libc::SIGSTOP) };
@@ -84,7 +85,8 @@ fn relay(signal: i32) {
         sa_restorer: None,
     };
     let mut before = MaybeUninit::<libc::sigaction>::zeroed();
-    // SAFETY: both are live; the handler touches atomics and makes one call. A number that glibc keeps is refused.
+    // SAFETY: both are live; the handler touches atomics and makes one call. A number that glibc
+    // keeps is refused.
     unsafe { libc::sigaction(signal, &raw const action, before.as_mut_ptr()) };
 }
 
@@ -92,7 +94,8 @@ extern "C" fn on_signal(signal: i32, info: *const libc::siginfo_t, _: *const lib
     // SAFETY: the kernel passes a live structure with SA_SIGINFO.
     let is_sent = unsafe { (*info).si_code } <= 0;
     if is_sent {
-        // SAFETY: `kill` takes any numbers. The program's is not reused: whoever waits for it ends afterwards.
+        // SAFETY: `kill` takes any numbers. The program's is not reused: whoever waits for it ends
+        // afterwards.
         keeping_errno(|| unsafe { libc::kill(PROGRAM.load(Relaxed), signal) });
     }
 }

@@ -238,3 +238,39 @@ fn the_kernel_misses_nothing() {
     }
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
 }
+
+/// How many transfers of each column were stale, and how many could be made.
+fn stale(rows: &[Value], column: &str) -> (usize, usize) {
+    let rows = rows.iter().filter(|row| row["column"] == column);
+    let count = |word: &str| rows.clone().filter(|row| row["transfer"] == word).count();
+    (count("stale"), count("stale") + count("right"))
+}
+
+#[test]
+#[cfg(all(target_arch = "x86_64", target_env = "gnu"))]
+fn ucx_sends_stale_data_as_shipped_and_none_with_the_drop_in() {
+    if !require(Cap::Program("ucx_info")) || !require(Cap::IoUring) {
+        return;
+    }
+    let mut command = mmun(&["coverage", "--json", "--library", "ucx"]);
+    command.env("MMUN_DROPIN", crate::support::dropin());
+    let output = within("mmun coverage", move || command.output().unwrap());
+    let rows = parse(text(&output.stdout));
+    let errors = text(&output.stderr);
+    if errors.contains("the layout of its cache is known for") {
+        println!("SKIP: {errors}");
+        return;
+    }
+    let (shipped, all) = stale(&rows, "shipped");
+    assert!(all >= 36, "{all} operations: {errors}");
+    // The control: if this fails, the transfer does not show what is stale.
+    assert!(shipped >= 8, "{shipped} of {all}: {errors}");
+    let (hook, all) = stale(&rows, "hook");
+    assert!(hook <= 13 && hook < shipped && all >= 36, "{hook} of {all}: {errors}");
+    let (both, all) = stale(&rows, "both");
+    if require(Cap::Kvm) && require(Cap::Bpf) {
+        assert!(all >= 36, "{all} operations: {errors}");
+        assert_eq!(both, 0, "{rows:?} {errors}");
+        assert_eq!(output.status.code(), Some(0), "{errors}");
+    }
+}

@@ -2,22 +2,16 @@
 
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
-use crate::support::{Fifo, by_default, kill, scratch, text, within};
+use testkit::{Cap, require};
 
-/// The library that Cargo has built for these tests: beside them.
-fn library() -> PathBuf {
-    let own = std::env::current_exe().unwrap();
-    let library = own.parent().unwrap().join("libmmun_dropin.so");
-    assert!(library.exists(), "{} was built with the tests", library.display());
-    library
-}
+use crate::support::{Fifo, by_default, dropin, kill, scratch, text, within};
 
 fn run() -> Command {
     let mut command = by_default(env!("CARGO_BIN_EXE_mmun"));
-    command.arg("run").env("MMUN_DROPIN", library());
+    command.arg("run").env("MMUN_DROPIN", dropin());
     command
 }
 
@@ -76,7 +70,7 @@ fn the_program_has_the_library_and_its_settings() {
     let output =
         run().env("LD_PRELOAD", "").args(["--source=hook", "--strict", "--", "sh", "-c", script]).output().unwrap();
     let lines: Vec<&str> = text(&output.stdout).lines().collect();
-    assert_eq!(Path::new(lines[0]), library().canonicalize().unwrap());
+    assert_eq!(Path::new(lines[0]), dropin().canonicalize().unwrap());
     assert_eq!((lines[1], lines[2]), ("hook", "1"));
     assert!(lines[3].ends_with('/') && !fs::exists(lines[3]).unwrap(), "the directory is gone: {}", lines[3]);
     assert!(lines[4].parse::<u32>().unwrap() > 2, "grep itself has it too: {}", lines[4]);
@@ -102,7 +96,8 @@ fn signals_that_are_sent_to_it_reach_the_program() {
         [("TERM", libc::SIGTERM), ("USR1", libc::SIGUSR1), ("INT", libc::SIGINT), ("HUP", libc::SIGHUP)]
     {
         let (ready, held) = (Fifo::new("ready"), Fifo::new("held"));
-        // A shell that waits in `read` heeds its trap when the read is interrupted; nobody writes to the second pipe.
+        // A shell that waits in `read` heeds its trap when the read is interrupted; nobody writes
+        // to the second pipe.
         let script =
             format!("trap 'exit 9' {name}; exec 8<>{}; echo > {}; read x <&8", held.0.display(), ready.0.display());
         let mut child = sh(&script).stderr(Stdio::null()).spawn().unwrap();
@@ -144,4 +139,27 @@ fn the_program_does_not_outlive_it() {
     kill(child.id(), libc::SIGKILL);
     child.wait().unwrap();
     assert_eq!(within("the end of the program", move || reader.join().unwrap()), "");
+}
+
+#[test]
+fn the_reports_of_all_ranks_are_one_table() {
+    let python = "/usr/bin/python3";
+    let is_there = Command::new(python).args(["-c", "import mpi4py"]).output();
+    if !require(Cap::Program("mpirun.openmpi")) || !is_there.is_ok_and(|output| output.status.success()) {
+        assert!(std::env::var_os("MMUN_REQUIRE").is_none(), "python3-mpi4py is not installed");
+        return;
+    }
+    let mut command = run();
+    command.args(["--", "mpirun.openmpi", "--oversubscribe", "--allow-run-as-root", "-n", "2"]);
+    // Open MPI over libfabric.
+    command.args(["--mca", "pml", "cm", "--mca", "mtl", "ofi", python, "-c", "from mpi4py import MPI"]);
+    let output = within("mmun run", move || command.output().unwrap());
+    let report = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{report}");
+    assert!(report.contains("mmun: 2 processes used UCX or libfabric\n"), "{report}");
+    for rank in ["0", "1"] {
+        let row = report.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        let row = row.filter(|words| words.get(1) == Some(&rank) && words.last() == Some(&python));
+        assert_eq!(row.map(|words| words[2] == "yes").collect::<Vec<_>>(), [true], "rank {rank}: {report}");
+    }
 }

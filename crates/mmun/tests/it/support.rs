@@ -22,6 +22,14 @@ pub(crate) fn scratch(name: &str) -> PathBuf {
     Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{}-{number}-{name}", std::process::id()))
 }
 
+/// The drop-in library that Cargo has built for these tests: beside them.
+pub(crate) fn dropin() -> PathBuf {
+    let own = std::env::current_exe().unwrap();
+    let library = own.parent().unwrap().join("libmmun_dropin.so");
+    assert!(library.exists(), "{} was built with the tests", library.display());
+    library
+}
+
 /// `mmun trace`, with default signals whatever the tests were started under.
 pub(crate) fn trace() -> Command {
     let mut command = by_default(env!("CARGO_BIN_EXE_mmun"));

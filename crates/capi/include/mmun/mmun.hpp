@@ -1,0 +1,239 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//
+// mmun/mmun.h for C++11 and later: handles that give themselves back, errors as exceptions, callbacks
+// as objects. Header only. The rules are those of mmun/mmun.h.
+//
+//	mmu::Sources mmun;				// Throws mmu::Error.
+//	mmu::Watch watch(mmun, buffer, length);
+//	if (watch.valid())
+//		transfer(key);
+//
+// Handles can be moved and not copied. Destructors do not throw.
+#ifndef MMUN_MMUN_HPP
+#define MMUN_MMUN_HPP
+
+#include <mmun/mmun.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <system_error>
+#include <utility>
+
+namespace mmu {
+
+// What a function of the library said. code().value() is an errno; what() is mmun_last_error().
+class Error : public std::system_error {
+public:
+	explicit Error(int error) : std::system_error(-error, std::generic_category(), mmun_last_error()) {}
+};
+
+namespace detail {
+
+inline void check(int result)
+{
+	if (result < 0)
+		throw Error(result);
+}
+
+// For destructors: a handle that is given back where that is not allowed.
+inline void must(int result, const char *what) noexcept
+{
+	if (result < 0) {
+		std::fprintf(stderr, "libmmun: %s: %s\n", what, mmun_last_error());
+		std::abort();
+	}
+}
+
+struct Close {
+	void operator()(struct mmun *handle) const noexcept { mmun_close(handle); }
+	void operator()(struct mmun_watch *handle) const noexcept { mmun_unwatch(handle); }
+	void operator()(struct mmun_regcache *handle) const noexcept
+	{
+		must(mmun_regcache_close(handle), "mmu::RegCache is destroyed");
+	}
+};
+
+} // namespace detail
+
+// The event sources of this process.
+class Sources {
+public:
+	// `sources` are started as far as they can be had, 0 for hook and kernel; `required` must be had.
+	explicit Sources(std::uint32_t sources = 0, std::uint32_t required = 0)
+	{
+		const struct mmun_options options = {sizeof(options), sources, required};
+		struct mmun *opened;
+
+		detail::check(mmun_open(&options, &opened));
+		handle_.reset(opened);
+	}
+
+	struct mmun_status status() const
+	{
+		struct mmun_status status = {};
+
+		status.size = sizeof(status);
+		detail::check(mmun_status(get(), &status));
+		return status;
+	}
+
+	// Sees to it that callbacks have run for all that has happened.
+	void settle() const { detail::check(mmun_settle(get())); }
+
+	// Calls `fill` until no change has met it half-way. `fill` registers and enters; `undo` takes back
+	// what it has done. Call both under the lock of the callbacks, or lock in them.
+	template <class Fill, class Undo> void fill(Fill fill, Undo undo) const
+	{
+		for (;;) {
+			const std::uint64_t seq = mmun_fill_begin(get());
+
+			if (seq == 0)
+				throw Error(-EDEADLK);
+			fill();
+			if (!mmun_fill_retry(get(), seq))
+				return;
+			undo();
+		}
+	}
+
+	struct mmun *get() const noexcept { return handle_.get(); }
+
+private:
+	std::unique_ptr<struct mmun, detail::Close> handle_;
+};
+
+// A range, and whether it has been touched since.
+class Watch {
+public:
+	Watch(const Sources &mmun, const void *address, std::size_t length)
+	{
+		struct mmun_watch *watch;
+
+		detail::check(mmun_watch(mmun.get(), address, length, &watch));
+		handle_.reset(watch);
+	}
+
+	bool valid() const noexcept { return mmun_watch_valid(handle_.get()); }
+	void renew() { detail::check(mmun_watch_renew(handle_.get())); }
+
+private:
+	std::unique_ptr<struct mmun_watch, detail::Close> handle_;
+};
+
+// Calls start(change) and end(change) of an object for every change until it is destroyed, which waits until no
+// call runs. Must not be destroyed in a callback: that ends the process.
+template <class Subscriber> class Subscription {
+public:
+	template <class... Arguments>
+	explicit Subscription(const Sources &mmun, Arguments &&...arguments)
+	    : subscriber_(new Subscriber(std::forward<Arguments>(arguments)...))
+	{
+		const struct mmun_ops ops = {sizeof(ops), start, end};
+
+		detail::check(mmun_subscribe(mmun.get(), &ops, subscriber_.get(), &handle_));
+	}
+
+	Subscription(Subscription &&other) noexcept
+	    : subscriber_(std::move(other.subscriber_)), handle_(other.handle_)
+	{
+		other.handle_ = nullptr;
+	}
+
+	Subscription(const Subscription &) = delete;
+	Subscription &operator=(const Subscription &) = delete;
+
+	~Subscription()
+	{
+		if (handle_)
+			detail::must(mmun_unsubscribe(handle_), "mmu::Subscription is destroyed");
+	}
+
+	Subscriber &operator*() const noexcept { return *subscriber_; }
+	Subscriber *operator->() const noexcept { return subscriber_.get(); }
+
+private:
+	static void start(void *context, const struct mmun_change *change)
+	{
+		static_cast<Subscriber *>(context)->start(*change);
+	}
+
+	static void end(void *context, const struct mmun_change *change)
+	{
+		static_cast<Subscriber *>(context)->end(*change);
+	}
+
+	std::unique_ptr<Subscriber> subscriber_;
+	struct mmun_subscription *handle_ = nullptr;
+};
+
+class RegCache;
+
+// A region that stays registered until this is destroyed.
+class Lease {
+public:
+	Lease(Lease &&other) noexcept : lease_(other.lease_), held_(other.held_) { other.held_ = false; }
+	Lease &operator=(Lease &&other) noexcept
+	{
+		std::swap(lease_, other.lease_);
+		std::swap(held_, other.held_);
+		return *this;
+	}
+	Lease(const Lease &) = delete;
+	Lease &operator=(const Lease &) = delete;
+	~Lease()
+	{
+		if (held_)
+			mmun_regcache_put(&lease_);
+	}
+
+	void *handle() const noexcept { return lease_.handle; }
+	bool valid() const noexcept { return held_ && mmun_lease_valid(&lease_); }
+
+private:
+	friend class RegCache;
+	explicit Lease(const struct mmun_lease &lease) noexcept : lease_(lease), held_(true) {}
+
+	struct mmun_lease lease_;
+	bool held_;
+};
+
+// A registration cache over the functions of a registrar. Destroy it after its leases: a lease that is left
+// ends the process.
+class RegCache {
+public:
+	RegCache(const Sources &mmun, const struct mmun_registrar &registrar,
+		 const struct mmun_regcache_options *options = nullptr)
+	{
+		struct mmun_regcache *cache;
+
+		detail::check(mmun_regcache_open(mmun.get(), &registrar, options, &cache));
+		handle_.reset(cache);
+	}
+
+	Lease lease(void *address, std::size_t length) const
+	{
+		struct mmun_lease lease;
+
+		detail::check(mmun_regcache_get(handle_.get(), address, length, &lease));
+		return Lease(lease);
+	}
+
+	std::uint64_t flush() const noexcept { return mmun_regcache_flush(handle_.get()); }
+
+	struct mmun_regcache_stats stats() const
+	{
+		struct mmun_regcache_stats stats = {};
+
+		stats.size = sizeof(stats);
+		detail::check(mmun_regcache_stats(handle_.get(), &stats));
+		return stats;
+	}
+
+private:
+	std::unique_ptr<struct mmun_regcache, detail::Close> handle_;
+};
+
+} // namespace mmu
+
+#endif

@@ -1,0 +1,145 @@
+//! Real registration caches of UCX and libfabric, with an io_uring as the device.
+//!
+//! libfabric's cache is not exported, so the program has Debian's `libfabric.a` inside: the same
+//! code as the shared library's, and the only way to it without a network card.
+
+use crate::support::{build, library, output, text};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use testkit::{Cap, require};
+
+/// Which cache a program has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Cache {
+    Ucx,
+    Libfabric,
+}
+
+const ALL: [Cache; 2] = [Cache::Ucx, Cache::Libfabric];
+
+/// The program, if it can be built here. Its declarations are those of Debian 12's versions.
+fn program(cache: Cache) -> Option<PathBuf> {
+    let (asks, version) = match cache {
+        Cache::Ucx => (["ucx_info", "-v"], "1.13"),
+        Cache::Libfabric => (["fi_info", "--version"], "1.17"),
+    };
+    if !require(Cap::Program("gcc")) || !require(Cap::Program(asks[0])) || !require(Cap::IoUring) {
+        return None;
+    }
+    let found = Command::new(asks[0]).arg(asks[1]).output().unwrap();
+    if !text(&found.stdout).contains(version) {
+        println!("SKIP: the layout of the cache is known for {cache:?} {version}");
+        return None;
+    }
+    match cache {
+        Cache::Ucx => build("gcc", "cache.c", "ucx", &["-DWITH_UCX", "-lucs", "-lucm"]),
+        Cache::Libfabric => {
+            let archive = "/usr/lib/x86_64-linux-gnu/libfabric.a";
+            let needs = ["-l:libpsm_infinipath.so.1", "-l:libpsm2.so.2", "-lrdmacm", "-libverbs", "-lefa", "-latomic"];
+            // Its own functions are found by the library as those of a shared one would be.
+            let flags: Vec<&str> = ["-rdynamic", archive].into_iter().chain(needs).chain(["-ldl"]).collect();
+            assert!(Path::new(archive).exists(), "fi_info without libfabric-dev");
+            build("gcc", "cache.c", "libfabric", &flags)
+        }
+    }
+}
+
+/// Runs it as shipped (`None`), or with the library and these sources.
+fn run(program: &Path, words: &[&str], source: Option<&str>) -> String {
+    let mut command = Command::new(program);
+    command.args(words);
+    if let Some(source) = source {
+        command.env("LD_PRELOAD", library()).env("MMUN", source);
+    }
+    let output = output(command);
+    let out = text(&output.stdout);
+    assert!(output.status.success(), "{words:?} {source:?}: {:?} {out}{}", output.status, text(&output.stderr));
+    out
+}
+
+/// The number before "stale of".
+fn stale(out: &str) -> usize {
+    let line = out.lines().find(|line| line.contains(" stale of ")).expect("the last line");
+    line.split(' ').next().unwrap().parse().unwrap()
+}
+
+fn has_kernel() -> bool {
+    require(Cap::Kvm) && require(Cap::Bpf)
+}
+
+#[test]
+fn nothing_is_stale_with_both_and_much_without() {
+    for cache in ALL {
+        let Some(program) = program(cache) else { continue };
+        let shipped = stale(&run(&program, &["stale"], None));
+        // The control: else the transfer does not show what is stale.
+        assert!(shipped >= 7, "{cache:?}: {shipped}");
+        let hook = stale(&run(&program, &["stale"], Some("hook")));
+        assert!(hook < shipped, "{cache:?}: {hook} with hook, {shipped} without");
+        if has_kernel() {
+            let out = run(&program, &["stale"], Some("both"));
+            assert_eq!(stale(&out), 0, "{cache:?}: {out}");
+        }
+    }
+}
+
+#[test]
+fn a_program_that_closes_all_descriptors_is_served_on() {
+    for cache in ALL {
+        let Some(program) = program(cache) else { continue };
+        if has_kernel() {
+            assert_eq!(stale(&run(&program, &["close"], Some("both"))), 0, "{cache:?}");
+        }
+    }
+}
+
+#[test]
+fn a_child_registers_anew_and_its_parent_goes_on() {
+    for cache in ALL {
+        let Some(program) = program(cache) else { continue };
+        for source in ["hook", "auto"] {
+            let out = run(&program, &["fork"], Some(source));
+            assert_eq!(out.matches(" right").count(), 2, "{cache:?} {source}: {out}");
+        }
+    }
+}
+
+#[test]
+fn caches_start_and_stop_while_others_map_and_unmap() {
+    for cache in ALL {
+        let Some(program) = program(cache) else { continue };
+        for source in ["hook", "auto"] {
+            for _ in 0..runs() {
+                run(&program, &["cycles", "20"], Some(source));
+            }
+        }
+    }
+}
+
+/// How often what may crash by chance is run; `MMUN_RUNS` says more.
+fn runs() -> u32 {
+    std::env::var("MMUN_RUNS").ok().and_then(|runs| runs.parse().ok()).unwrap_or(3)
+}
+
+#[test]
+fn allocators_that_are_not_libcs_are_watched_too() {
+    for name in ["libjemalloc.so.2", "libtcmalloc_minimal.so.4", "libmimalloc.so.2.0"] {
+        let file = Path::new("/usr/lib/x86_64-linux-gnu").join(name);
+        if !file.exists() {
+            println!("SKIP {name}: it is not installed");
+            continue;
+        }
+        for cache in ALL {
+            let Some(program) = program(cache) else { continue };
+            let mut command = Command::new(&program);
+            command.arg("stale").env("MMUN", "auto");
+            command.env("LD_PRELOAD", format!("{}:{}", library().display(), file.display()));
+            let output = output(command);
+            let out = text(&output.stdout);
+            assert!(output.status.success(), "{cache:?} {name}: {:?} {out}{}", output.status, text(&output.stderr));
+            if has_kernel() {
+                assert_eq!(stale(&out), 0, "{cache:?} {name}: {out}");
+            }
+        }
+    }
+}

@@ -1,0 +1,401 @@
+/* A real registration cache: what is stale in it, what it costs, and whether it survives.
+ *
+ * cache stale              each operation changes a registered page; prints "OPERATION right|stale", then "N stale of M"
+ * cache speed              prints nanoseconds, one "NAME NS" a line, the least of many bursts
+ * cache threads SECONDS    five threads map, register, look up and unmap: "N rounds"
+ * cache cycles N           N starts and stops of the cache while five threads map and unmap
+ * cache close              close_range over everything but the standard ones, then what `stale` does
+ * cache fork               a registration, then a fork: the child has to register anew; both go on */
+#define _GNU_SOURCE
+#ifdef WITH_UCX
+#include "ucx_cache.h"
+#else
+#include "libfabric_cache.h"
+#endif
+#include <linux/falloc.h>
+#include <fcntl.h>
+#include <malloc.h>
+#include <pthread.h>
+#include <sys/wait.h>
+#include <time.h>
+
+enum { PAGE = 4096, LENGTH = 16 * PAGE };
+
+static char *map(void)
+{
+    char *at = mmap(NULL, LENGTH, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (at == MAP_FAILED)
+        device_die("mmap");
+    memset(at, 1, LENGTH);
+    return at;
+}
+
+static int file;
+
+static char *map_file(void)
+{
+    file = memfd_create("buffer", 0);
+    if (file < 0 || ftruncate(file, LENGTH))
+        device_die("memfd");
+    char *at = mmap(NULL, LENGTH, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    if (at == MAP_FAILED)
+        device_die("mmap");
+    memset(at, 1, LENGTH);
+    return at;
+}
+
+static char *large(void)
+{
+    char *at = malloc(1 << 25);
+    memset(at, 1, 1 << 25);
+    return at + (-(uintptr_t)at & (PAGE - 1)) + PAGE;
+}
+
+static void *whole;
+static char *large_to_free(void)
+{
+    whole = malloc(1 << 25);
+    memset(whole, 1, 1 << 25);
+    return (char *)whole + (-(uintptr_t)whole & (PAGE - 1)) + PAGE;
+}
+
+static void raw(long number, long a, long b, long c)
+{
+    long result;
+    __asm__ volatile("syscall" : "=a"(result) : "a"(number), "D"(a), "S"(b), "d"(c) : "rcx", "r11", "memory");
+}
+
+static void by_child(void (*act)(char *), char *at)
+{
+    pid_t child = fork();
+    if (child == 0) {
+        act(at);
+        _exit(0);
+    }
+    waitpid(child, NULL, 0);
+}
+
+static void unmap(char *at) { munmap(at, LENGTH); }
+static void unmap_raw(char *at) { raw(SYS_munmap, (long)at, LENGTH, 0); }
+static void unmap_by_number(char *at) { syscall(SYS_munmap, at, LENGTH); }
+static void map_over(char *at)
+{
+    mmap(at, LENGTH, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+}
+static void move(char *at) { mremap(at, LENGTH, LENGTH, MREMAP_MAYMOVE | MREMAP_FIXED, map()); }
+static void move_over(char *at) { mremap(map(), LENGTH, LENGTH, MREMAP_MAYMOVE | MREMAP_FIXED, at); }
+static void shrink(char *at) { mremap(at, LENGTH, PAGE, 0); }
+static void discard(char *at) { madvise(at, LENGTH, MADV_DONTNEED); }
+static void discard_raw(char *at) { raw(SYS_madvise, (long)at, LENGTH, MADV_DONTNEED); }
+static void discard_locked(char *at) { madvise(at, LENGTH, 24 /* DONTNEED_LOCKED */); }
+static void remove_pages(char *at) { madvise(at, LENGTH, MADV_REMOVE); }
+static void truncate_file(char *at)
+{
+    (void)at;
+    if (ftruncate(file, 0) || ftruncate(file, LENGTH))
+        device_die("ftruncate");
+}
+static void punch(char *at)
+{
+    (void)at;
+    fallocate(file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, LENGTH);
+}
+static void truncate_by_child(char *at) { by_child(truncate_file, at); }
+static void punch_by_child(char *at) { by_child(punch, at); }
+static void release(char *at)
+{
+    (void)at;
+    free(whole);
+}
+
+static const struct {
+    const char *name;
+    char *(*make)(void);
+    void (*change)(char *);
+} operations[] = {
+    { "munmap", map, unmap },
+    { "munmap by instruction", map, unmap_raw },
+    { "munmap by syscall(2)", map, unmap_by_number },
+    { "mmap over it", map, map_over },
+    { "mremap away", map, move },
+    { "mremap over it", map, move_over },
+    { "mremap to a page", map, shrink },
+    { "DONTNEED", map, discard },
+    { "DONTNEED in the heap", large, discard },
+    { "DONTNEED by instruction", map, discard_raw },
+    { "DONTNEED_LOCKED", map, discard_locked },
+    { "REMOVE", map_file, remove_pages },
+    { "ftruncate", map_file, truncate_file },
+    { "PUNCH_HOLE", map_file, punch },
+    { "ftruncate in another process", map_file, truncate_by_child },
+    { "PUNCH_HOLE in another process", map_file, punch_by_child },
+    { "free", large_to_free, release },
+};
+
+static int is_stale(char *(*make)(void), void (*change)(char *))
+{
+    char *at = make(), bytes[DEVICE_BYTES];
+    char *page = at + 2 * PAGE;
+    long slot = -2;
+    for (int tries = 0; tries < 8; tries++) {
+        long now = cache_get(page, PAGE);
+        if (now >= 0 && now == slot)
+            break;
+        slot = now;
+    }
+    if (cache_get(page, PAGE) != slot || slot < 0) {
+        fprintf(stderr, "the cache does not find what it has registered: %ld\n", slot);
+        exit(2);
+    }
+    change(at);
+    mmap(page, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
+    memset(page, 0, DEVICE_BYTES);
+    slot = cache_get(page, PAGE);
+    if (slot < 0)
+        return 0;
+    if (device_write(slot, page))
+        return 1;
+    memset(bytes, 0x5a, sizeof bytes);
+    return memcmp(page, bytes, sizeof bytes) != 0;
+}
+
+static int stale(void)
+{
+    int count = 0, all = (int)(sizeof operations / sizeof *operations);
+    for (int i = 0; i < all; i++) {
+        fflush(stdout);
+        pid_t child = fork();
+        if (child == 0) {
+            device_open();
+            cache_open();
+            _exit(is_stale(operations[i].make, operations[i].change));
+        }
+        int status;
+        waitpid(child, &status, 0);
+        if (!WIFEXITED(status) || WEXITSTATUS(status) > 1) {
+            fprintf(stderr, "%s: status %#x\n", operations[i].name, status);
+            return 2;
+        }
+        count += WEXITSTATUS(status);
+        printf("%-32s%s\n", operations[i].name, WEXITSTATUS(status) ? "stale" : "right");
+    }
+    printf("%d stale of %d\n", count, all);
+    return 0;
+}
+
+static double now(void)
+{
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (double)time.tv_sec * 1e9 + (double)time.tv_nsec;
+}
+
+/* The least of many short bursts: what other programs on the machine take is not in it. */
+static void least(const char *name, int bursts, double (*measure)(void))
+{
+    double best = 1e18;
+    for (int i = 0; i < bursts; i++) {
+        double time = measure();
+        best = time < best ? time : best;
+    }
+    printf("%s %.1f\n", name, best);
+}
+
+static char *regions[1000];
+static int used;
+
+static double hit(void)
+{
+    enum { ROUNDS = 1000 };
+    double begin = now();
+    for (int i = 0; i < ROUNDS; i++)
+        if (cache_get(regions[i % used], PAGE) < 0)
+            exit(2);
+    return (now() - begin) / ROUNDS;
+}
+
+static double cycle(void)
+{
+    enum { ROUNDS = 20 };
+    double begin = now();
+    for (int i = 0; i < ROUNDS; i++) {
+        char *at = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        *at = 1;
+        cache_get(at, PAGE);
+        cache_get(at, PAGE);
+        munmap(at, PAGE);
+    }
+    return (now() - begin) / ROUNDS;
+}
+
+static double unmapping(void)
+{
+    enum { ROUNDS = 20 };
+    double spent = 0;
+    for (int i = 0; i < ROUNDS; i++) {
+        char *at = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        *at = 1;
+        double begin = now();
+        munmap(at, PAGE);
+        spent += now() - begin;
+    }
+    return spent / ROUNDS;
+}
+
+static int speed(void)
+{
+    device.is_off = 1;
+    double begin = now();
+    cache_open();
+    printf("first_use %.0f\n", now() - begin);
+    least("munmap", 500, unmapping);
+    for (used = 1; used <= 1000; used *= 1000) {
+        for (int i = 0; i < used; i++) {
+            regions[i] = map();
+            cache_get(regions[i], PAGE);
+        }
+        least(used == 1 ? "hit_1" : "hit_1000", 2000, hit);
+    }
+    least("cycle", 500, cycle);
+    return 0;
+}
+
+static atomic_int is_over;
+static atomic_ulong rounds;
+
+static void *register_and_unmap(void *unused)
+{
+    (void)unused;
+    while (!is_over) {
+        char *at = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        *at = 1;
+        cache_get(at, PAGE);
+        cache_get(at, PAGE);
+        munmap(at, PAGE);
+        rounds++;
+    }
+    return NULL;
+}
+
+static void *map_and_unmap(void *unused)
+{
+    (void)unused;
+    while (!is_over) {
+        char *at = map();
+        munmap(at, LENGTH);
+        free(malloc(300000));
+        rounds++;
+    }
+    return NULL;
+}
+
+static void five(void *(*work)(void *), pthread_t *threads)
+{
+    for (int i = 0; i < 5; i++)
+        if (pthread_create(&threads[i], NULL, work, NULL))
+            device_die("pthread_create");
+}
+
+static void join(pthread_t *threads)
+{
+    is_over = 1;
+    for (int i = 0; i < 5; i++)
+        pthread_join(threads[i], NULL);
+}
+
+static int throughput(double seconds)
+{
+    pthread_t threads[5];
+    device.is_off = 1;
+    cache_open();
+    double end = now() + seconds * 1e9;
+    five(register_and_unmap, threads);
+    while (now() < end)
+        usleep(1000);
+    join(threads);
+    printf("%lu rounds\n", rounds);
+    return 0;
+}
+
+static int cycles(int count)
+{
+    pthread_t threads[5];
+    device.is_off = 1;
+    five(map_and_unmap, threads);
+    cache_open();
+    for (int i = 0; i < count; i++) {
+        char *at = map();
+        cache_get(at, LENGTH);
+        munmap(at, LENGTH);
+        cache_stop();
+        unsigned long before = rounds;
+        while (rounds - before < 3)
+            ;
+        cache_start();
+    }
+    join(threads);
+    printf("%d cycles\n", count);
+    return 0;
+}
+
+static int after_close(void)
+{
+    device_open();
+    cache_open();
+    /* The ring's own descriptors stay: they are the device's, as a network card's would. */
+    unsigned low = (unsigned)(device.ring < device.source ? device.ring : device.source);
+    unsigned high = (unsigned)(device.ring < device.source ? device.source : device.ring);
+    syscall(SYS_close_range, 3, low - 1, 0);
+    if (high - low > 1)
+        syscall(SYS_close_range, low + 1, high - 1, 0);
+    syscall(SYS_close_range, high + 1, ~0U, 0);
+    int count = 0;
+    for (size_t i = 0; i < sizeof operations / sizeof *operations; i++)
+        count += is_stale(operations[i].make, operations[i].change);
+    printf("%d stale of %d\n", count, (int)(sizeof operations / sizeof *operations));
+    return 0;
+}
+
+static int forked(void)
+{
+    device_open();
+    cache_open();
+    char *at = map();
+    cache_get(at, LENGTH);
+    long before = cache_get(at, LENGTH);
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        /* Its memory is a copy: what the parent has registered is not where the child's bytes are. */
+        memset(at, 2, LENGTH);
+        long slot = cache_get(at, LENGTH);
+        printf("child %s\n", slot >= 0 && slot == before ? "stale" : "right");
+        munmap(at, LENGTH);
+        fflush(stdout);
+        _exit(0);
+    }
+    int status;
+    waitpid(child, &status, 0);
+    printf("parent %s\n", is_stale(map, unmap_by_number) ? "stale" : "right");
+    return status != 0;
+}
+
+int main(int count, char **words)
+{
+    const char *what = count > 1 ? words[1] : "";
+    const char *number = count > 2 ? words[2] : "1";
+    if (!strcmp(what, "stale"))
+        return stale();
+    if (!strcmp(what, "speed"))
+        return speed();
+    if (!strcmp(what, "threads"))
+        return throughput(atof(number));
+    if (!strcmp(what, "cycles"))
+        return cycles(atoi(number));
+    if (!strcmp(what, "close"))
+        return after_close();
+    if (!strcmp(what, "fork"))
+        return forked();
+    fprintf(stderr, "cache stale|speed|threads SECONDS|cycles N|close|fork\n");
+    return 2;
+}

@@ -1,0 +1,64 @@
+//! One operation under a library's cache, in a process of its own.
+
+use std::time::{Duration, Instant};
+
+use super::Library;
+use super::ring::{BYTES, Ring};
+use super::ucx::Cache;
+use crate::coverage::cell::open;
+use crate::coverage::operation::{Operation, Prepared, Unavailable};
+use crate::coverage::region;
+use crate::coverage::report::{Report, Seen};
+
+/// Where in the page the bytes go: not where an allocator keeps its own.
+const INSIDE: usize = region::PAGE / 2;
+
+/// How often a registration is made before it has to be found.
+const TRIES: usize = 8;
+
+/// Registers, changes, looks up again, transfers, and says where the bytes arrived.
+pub(crate) fn run(operation: &Operation, library: Library, wait: Duration) -> Report {
+    match library {
+        Library::Ucx => try_run(operation, wait),
+    }
+    .unwrap_or_else(|Unavailable(reason)| Report::unavailable(reason))
+}
+
+fn try_run(operation: &Operation, wait: Duration) -> Result<Report, Unavailable> {
+    let Prepared { watched, armed: _, change } = (operation.prepare)()?;
+    let page = open(operation, watched)?;
+    // The ring and the cache stay: this process ends by `_exit`.
+    let ring: &'static Ring = Box::leak(Box::new(Ring::new()?));
+    let cache = Cache::open(ring)?;
+    // To pin a page may change its translation (a page of zeros, or of a file): then the first
+    // registration is dropped.
+    let look_up =
+        || cache.slot(watched, region::PAGE).ok_or("the page cannot be registered: the kernel does not pin it");
+    let mut last = look_up()?;
+    if !(0..TRIES).any(|_| look_up().is_ok_and(|slot| std::mem::replace(&mut last, slot) == slot)) {
+        return Err("the cache does not find what it has just registered".into());
+    }
+    let before = page.state()?;
+    change()?;
+    let begin = Instant::now();
+    let changed = page.state()? != before;
+    region::map_if_free(watched)?;
+    let target = watched + INSIDE;
+    // The program writes its own page. One that it may not write stays as it is.
+    region::put(target, &[0; BYTES.len()]);
+    // Awake: the point is what is told meanwhile by others, and a sleep is never as short as this.
+    while begin.elapsed() < wait {
+        std::hint::spin_loop();
+    }
+    let seen = match cache.slot(watched, region::PAGE) {
+        // A new registration was refused: nothing is transferred.
+        None => Seen::Before,
+        Some(slot) => {
+            ring.write(slot, target)?;
+            let mut bytes = [0; BYTES.len()];
+            let is_there = region::get(target, &mut bytes) && bytes == BYTES;
+            if is_there { Seen::Before } else { Seen::Missed }
+        }
+    };
+    Ok(Report::told(seen, changed))
+}

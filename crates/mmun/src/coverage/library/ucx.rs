@@ -1,0 +1,240 @@
+//! UCX's registration cache, the one that its InfiniBand transports use, with an io_uring as the
+//! device.
+//!
+//! `libucs` exports it. Its interface is not public, and has changed twice: the layouts here are
+//! those of 1.12 and 1.13, and of 1.22; other versions are refused.
+//!
+//! # Safety
+//! Functions are called by the types that their version has. The context of the cache outlives it:
+//! neither is taken down.
+#![expect(unsafe_code, reason = "calls libucs; see the Safety section")]
+
+use std::ffi::{CStr, c_int, c_void};
+use std::ptr::{null_mut, with_exposed_provenance_mut};
+
+use super::ring::Ring;
+use crate::coverage::operation::Unavailable;
+
+const VM_UNMAPPED: c_int = 1 << 17;
+/// A region: what it covers, what else is the cache's own, and what is ours. The cache's part is
+/// smaller in every version.
+#[repr(C)]
+struct Region {
+    start: usize,
+    end: usize,
+    own: [usize; 60],
+    slot: u32,
+}
+
+const OK: i8 = 0;
+const IO_ERROR: i8 = -3;
+
+type MemReg = extern "C" fn(*mut Ring, *mut c_void, *mut c_void, *mut Region, u16) -> i8;
+type MemDereg = extern "C" fn(*mut Ring, *mut c_void, *mut Region);
+type Merge = extern "C" fn(*mut Ring, *mut c_void, *mut c_void, *mut Region);
+type Dump = extern "C" fn(*mut Ring, *mut c_void, *mut Region, *mut u8, usize);
+
+#[repr(C)]
+struct Ops13 {
+    reg: MemReg,
+    dereg: MemDereg,
+    dump: Dump,
+}
+
+#[repr(C)]
+struct Ops22 {
+    reg: MemReg,
+    dereg: MemDereg,
+    merge: Merge,
+    dump: Dump,
+}
+
+/// What both layouts end in.
+#[repr(C)]
+struct Rest {
+    events: c_int,
+    priority: c_int,
+    ops: *const c_void,
+    context: *mut Ring,
+    flags: c_int,
+    max_regions: usize,
+    max_size: usize,
+    max_unreleased: usize,
+    /// Room for what a version adds.
+    spare: [usize; 8],
+}
+
+#[repr(C)]
+struct Params13 {
+    region: usize,
+    alignment: usize,
+    max_alignment: usize,
+    rest: Rest,
+}
+
+#[repr(C)]
+struct Params22 {
+    region: usize,
+    rest: Rest,
+}
+
+static OPS13: Ops13 = Ops13 { reg, dereg, dump };
+static OPS22: Ops22 = Ops22 { reg, dereg, merge, dump };
+
+type Create = unsafe extern "C" fn(*const c_void, *const u8, *mut c_void, *mut *mut c_void) -> i8;
+type Get13 = unsafe extern "C" fn(*mut c_void, *mut c_void, usize, c_int, *mut c_void, *mut *mut c_void) -> i8;
+type Get22 = unsafe extern "C" fn(*mut c_void, *mut c_void, usize, usize, c_int, *mut c_void, *mut *mut c_void) -> i8;
+type Put = unsafe extern "C" fn(*mut c_void, *mut c_void);
+
+#[derive(Clone, Copy)]
+enum Get {
+    Of13(Get13),
+    Of22(Get22),
+}
+
+/// A cache.
+pub(crate) struct Cache {
+    cache: *mut c_void,
+    get: Get,
+    put: Put,
+}
+
+extern "C" fn reg(ring: *mut Ring, _: *mut c_void, _: *mut c_void, region: *mut Region, _: u16) -> i8 {
+    // SAFETY: a region begins with its start and its end, in every version.
+    let start = unsafe { (*region).start };
+    // SAFETY: as before.
+    let end = unsafe { (*region).end };
+    // SAFETY: the context of `open`, which lives as long as the process and is only shared.
+    match unsafe { &*ring }.register(start, end - start) {
+        Ok(slot) => {
+            // SAFETY: the size of a region was given in `open`.
+            unsafe { (*region).slot = slot };
+            OK
+        }
+        Err(_) => IO_ERROR,
+    }
+}
+
+extern "C" fn dereg(ring: *mut Ring, _: *mut c_void, region: *mut Region) {
+    // SAFETY: written by `reg`.
+    let slot = unsafe { (*region).slot };
+    // SAFETY: as in `reg`. The kernel lets go in any case when the ring is closed.
+    let _ = unsafe { &*ring }.deregister(slot);
+}
+
+extern "C" fn merge(_: *mut Ring, _: *mut c_void, _: *mut c_void, _: *mut Region) {}
+
+extern "C" fn dump(_: *mut Ring, _: *mut c_void, _: *mut Region, buffer: *mut u8, len: usize) {
+    if len != 0 {
+        // SAFETY: the buffer has `len` bytes.
+        unsafe { buffer.write(0) };
+    }
+}
+
+fn load(file: &CStr) -> Result<*mut c_void, Unavailable> {
+    // SAFETY: a live string. UCX's constructors may run in any program.
+    let handle = unsafe { libc::dlopen(file.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
+    if handle.is_null() {
+        Err(Unavailable(format!("{}: cannot be loaded", file.to_string_lossy())))
+    } else {
+        Ok(handle)
+    }
+}
+
+fn symbol(handle: *mut c_void, name: &CStr) -> Result<*mut c_void, Unavailable> {
+    // SAFETY: an open handle or `RTLD_DEFAULT`, and a live string.
+    let found = unsafe { libc::dlsym(handle, name.as_ptr()) };
+    if found.is_null() { Err(Unavailable(format!("UCX has no {}", name.to_string_lossy()))) } else { Ok(found) }
+}
+
+/// The version of the UCX that the loader finds.
+pub(crate) fn version() -> Result<(u32, u32), Unavailable> {
+    let get = symbol(load(c"libucp.so.0")?, c"ucp_get_version")?;
+    // SAFETY: its type in `ucp/api/ucp.h`.
+    let get = unsafe { std::mem::transmute::<*mut c_void, unsafe extern "C" fn(*mut u32, *mut u32, *mut u32)>(get) };
+    let [mut major, mut minor, mut release] = [0; 3];
+    // SAFETY: room for three numbers.
+    unsafe { get(&raw mut major, &raw mut minor, &raw mut release) };
+    Ok((major, minor))
+}
+
+impl Cache {
+    /// A new cache whose regions are slots of `ring`.
+    pub(crate) fn open(ring: &'static Ring) -> Result<Cache, Unavailable> {
+        let (major, minor) = version()?;
+        let ucs = load(c"libucs.so.0")?;
+        // SAFETY: the types of the versions that are let pass below.
+        let create = unsafe { std::mem::transmute::<*mut c_void, Create>(symbol(ucs, c"ucs_rcache_create")?) };
+        // SAFETY: as before.
+        let put = unsafe { std::mem::transmute::<*mut c_void, Put>(symbol(ucs, c"ucs_rcache_region_put")?) };
+        let rest = |ops: *const c_void| Rest {
+            events: VM_UNMAPPED,
+            priority: 1000,
+            ops,
+            context: (&raw const *ring).cast_mut(),
+            flags: 0,
+            max_regions: usize::MAX,
+            max_size: usize::MAX,
+            max_unreleased: usize::MAX,
+            spare: [0; 8],
+        };
+        let mut cache = null_mut();
+        let (get, status) = match (major, minor) {
+            (1, 12 | 13) => {
+                // Its transports call it by name, so a library that was loaded before may stand in
+                // front of it.
+                let get = symbol(libc::RTLD_DEFAULT, c"ucs_rcache_get")?;
+                // SAFETY: the type of these versions.
+                let get = Get::Of13(unsafe { std::mem::transmute::<*mut c_void, Get13>(get) });
+                let rest = rest((&raw const OPS13).cast());
+                let params = Params13 { region: size_of::<Region>(), alignment: 16, max_alignment: 4096, rest };
+                // SAFETY: the layout of these versions, and room for the answer.
+                let status =
+                    unsafe { create((&raw const params).cast(), c"mmun".as_ptr().cast(), null_mut(), &raw mut cache) };
+                (get, status)
+            }
+            (1, 22..) => {
+                // Its transports have the look-up compiled in: nobody can stand in front of it.
+                let get = symbol(ucs, c"ucs_rcache_get")?;
+                // SAFETY: the type of these versions.
+                let get = Get::Of22(unsafe { std::mem::transmute::<*mut c_void, Get22>(get) });
+                let params = Params22 { region: size_of::<Region>(), rest: rest((&raw const OPS22).cast()) };
+                // SAFETY: the layout of these versions, and room for the answer.
+                let status =
+                    unsafe { create((&raw const params).cast(), c"mmun".as_ptr().cast(), null_mut(), &raw mut cache) };
+                (get, status)
+            }
+            _ => {
+                return Err(Unavailable(format!(
+                    "UCX {major}.{minor}: the layout of its cache is known for 1.12, 1.13 and from 1.22 on"
+                )));
+            }
+        };
+        if status != OK || cache.is_null() {
+            return Err(Unavailable(format!("ucs_rcache_create answered {status}")));
+        }
+        Ok(Cache { cache, get, put })
+    }
+
+    /// Looks a range up, registers it if need be, and returns its slot. `None` if it could not be
+    /// registered.
+    pub(crate) fn slot(&self, address: usize, len: usize) -> Option<u32> {
+        let mut region = null_mut();
+        let at = with_exposed_provenance_mut(address);
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let status = match self.get {
+            // SAFETY: the cache lives, and there is room for the answer.
+            Get::Of13(get) => unsafe { get(self.cache, at, len, protection, null_mut(), &raw mut region) },
+            // SAFETY: as before.
+            Get::Of22(get) => unsafe { get(self.cache, at, len, 16, protection, null_mut(), &raw mut region) },
+        };
+        if status != OK || region.is_null() {
+            return None;
+        }
+        // SAFETY: written by `reg` for every region that a look-up returns.
+        let slot = unsafe { (*region.cast::<Region>()).slot };
+        // SAFETY: what the look-up returned, given back once. It stays in the cache.
+        unsafe { (self.put)(self.cache, region) };
+        Some(slot)
+    }
+}

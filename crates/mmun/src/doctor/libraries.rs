@@ -1,0 +1,89 @@
+//! Which UCX, libfabric, Open MPI and MPICH are installed, and what the drop-in does for each.
+//!
+//! Their own programs are asked, as an administrator would: loading a library could start it.
+
+use std::process::{Command, Stdio};
+
+/// Whom to ask for a version, by which words.
+const ASKED: [(&str, &[&str]); 4] = [
+    ("UCX", &["ucx_info", "-v"]),
+    ("libfabric", &["fi_info", "--version"]),
+    ("Open MPI", &["ompi_info", "--version"]),
+    ("MPICH", &["mpichversion", "-v"]),
+];
+
+/// One line for each that is installed.
+pub(super) fn lines() -> Vec<String> {
+    ASKED
+        .iter()
+        .map(|(name, words)| match version(words) {
+            None => format!("{name}: no {} in PATH", words[0]),
+            Some(version) => format!("{name} {}: {}", dotted(&version), verdict(name, &version)),
+        })
+        .collect()
+}
+
+fn version(words: &[&str]) -> Option<Vec<u32>> {
+    let mut command = Command::new(words[0]);
+    let output = command.args(&words[1..]).stdin(Stdio::null()).stderr(Stdio::null()).output().ok()?;
+    first_version(&String::from_utf8_lossy(&output.stdout))
+}
+
+/// The first numbers with dots between them.
+fn first_version(text: &str) -> Option<Vec<u32>> {
+    text.split(|c: char| c.is_whitespace() || c == ',').find_map(|word| {
+        let word = word.trim_start_matches('v');
+        let word: String = word.chars().take_while(|c| c.is_ascii_digit() || *c == '.').collect();
+        let numbers: Vec<u32> = word.split('.').map_while(|number| number.parse().ok()).collect();
+        (numbers.len() >= 2).then_some(numbers)
+    })
+}
+
+fn dotted(version: &[u32]) -> String {
+    version.iter().map(u32::to_string).collect::<Vec<_>>().join(".")
+}
+
+fn verdict(name: &str, version: &[u32]) -> &'static str {
+    match name {
+        "UCX" if version >= &[1, 14] => {
+            "told of each change; what only the kernel source sees is told microseconds late: its look-up cannot be asked"
+        }
+        "UCX" if version >= &[1, 12] => "told of each change, and asked at each look-up",
+        "UCX" => "older than what was tried (1.12); 'mmun coverage --library ucx' finds out",
+        "libfabric" if version >= &[1, 13] => "asked at each hit, through an imported monitor",
+        "libfabric" => "not served: a monitor can be imported from 1.13 on",
+        "Open MPI" => {
+            "served through UCX (pml ucx) and libfabric (mtl or btl ofi); a monitor of its own that is imported first stays"
+        }
+        _ => "served through UCX (ch4:ucx) or libfabric (ch4:ofi)",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_found_in_what_the_programs_print() {
+        for (text, found) in [
+            ("# Version 1.13.1\n# Git", Some(vec![1, 13, 1])),
+            ("# Library version: 1.22.0", Some(vec![1, 22, 0])),
+            ("fi_info: 1.17.0\nlibfabric: 1.17.0", Some(vec![1, 17, 0])),
+            ("Open MPI v4.1.4\n", Some(vec![4, 1, 4])),
+            ("MPICH Version:    \t4.0.2\n", Some(vec![4, 0, 2])),
+            ("libfabric: 2.3.0rc1", Some(vec![2, 3, 0])),
+            ("no numbers", None),
+        ] {
+            assert_eq!(first_version(text), found, "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_done_depends_on_the_version() {
+        assert!(verdict("UCX", &[1, 13, 1]).contains("asked at each look-up"));
+        assert!(verdict("UCX", &[1, 14]).contains("microseconds late"));
+        assert!(verdict("UCX", &[1, 22, 0]).contains("microseconds late"));
+        assert!(verdict("libfabric", &[1, 12, 1]).contains("not served"));
+        assert!(verdict("libfabric", &[2, 1]).contains("asked at each hit"));
+    }
+}
