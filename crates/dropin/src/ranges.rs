@@ -53,7 +53,7 @@ impl Entry {
         match (&self.stale, &self.watch) {
             (Some(change), _) => Verdict::Stale(*change),
             (None, Some(watch)) if !watch.is_valid() => Verdict::Stale(Change {
-                event: "a change that only the kernel told",
+                event: "a change that the kernel counted",
                 range: covering(start, len).unwrap_or(VaRange::ALL),
             }),
             (None, _) => Verdict::Valid,

@@ -143,3 +143,34 @@ fn allocators_that_are_not_libcs_are_watched_too() {
         }
     }
 }
+
+#[test]
+fn a_process_that_would_miss_changes_is_refused_when_that_is_asked_for() {
+    for cache in ALL {
+        let Some(program) = program(cache) else { continue };
+        let mut command = Command::new(&program);
+        command.arg("fork").env("LD_PRELOAD", library()).env("MMUN", "hook").env("MMUN_STRICT", "1");
+        let output = output(command);
+        let error = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(125), "{cache:?}: {error}");
+        assert_eq!(error.lines().count(), 1, "{error}");
+        assert!(error.starts_with("mmun: MMUN_STRICT=1 and the sources miss changes: kernel: "), "{error}");
+    }
+}
+
+#[test]
+fn the_report_names_the_registration_that_was_refused() {
+    let Some(program) = program(Cache::Libfabric) else { return };
+    if !has_kernel() {
+        return;
+    }
+    let mut command = Command::new(&program);
+    command.arg("fork").env("LD_PRELOAD", library()).env("MMUN", "both").env("MMUN_REPORT", "-");
+    let report = text(&output(command).stderr);
+    for line in
+        ["libfabric watched", "hook      in use", "kernel    in use", "watched   3 registrations", "refused   0x"]
+    {
+        assert!(report.lines().any(|known| known.trim_start().starts_with(line)), "{line}: {report}");
+    }
+    assert_eq!(report.matches("mmun: process ").count(), 1, "the child ended without exit: {report}");
+}
