@@ -2,7 +2,7 @@
 //!
 //! `LD_PRELOAD=libpreload.so PROG`. With `MMUN_PRELOAD_REPORT=FILE` every process appends, when it exits, a line with
 //! how many brackets it has seen, or when it starts, why there is no hook. The program runs as it does without.
-//! With `MMUN_PRELOAD_LATE` set it can be loaded by `dlopen`, and installs the hook alone.
+//! It can be loaded by `dlopen` as well.
 #![cfg(all(target_os = "linux", target_env = "gnu"))]
 
 use mmu_notifier::lockdep::CheckedAlloc;
@@ -39,10 +39,7 @@ extern "C" fn start() {
         Ok(hook) => hook,
         Err(error) => return write_report(&format!("refused: {error}")),
     };
-    // The start of the kernel's notifier waits for a thread of its own, which needs the loader's lock. A library that is
-    // loaded by `dlopen` is initialised with that lock held.
-    let is_late = std::env::var_os("MMUN_PRELOAD_LATE").is_some();
-    let kernel = if is_late { None } else { Kernel::start().ok() };
+    let kernel = Kernel::start().ok();
     let _ = HELD.set((hook, kernel, watch));
     // SAFETY: the function stays: the hook keeps this library loaded.
     unsafe { libc::atexit(report) };

@@ -62,10 +62,8 @@ fn a_threads_first_bracket_is_inside_the_allocator() {
         // Optimised, for `lockdep` uses thread-locals of the standard library.
         let library = library(true);
         let report = scratch.0.join("report");
-        for (name, value) in [("MMUN_PRELOAD_REPORT", report.as_os_str()), ("MMUN_PRELOAD_LATE", "1".as_ref())] {
-            // SAFETY: no other thread reads or changes the environment.
-            unsafe { std::env::set_var(name, value) };
-        }
+        // SAFETY: no other thread reads or changes the environment.
+        unsafe { std::env::set_var("MMUN_PRELOAD_REPORT", &report) };
         for (option, value) in [(libc::M_MMAP_THRESHOLD, 1 << 30), (libc::M_TRIM_THRESHOLD, 0)] {
             // SAFETY: sets an option.
             assert_eq!(unsafe { libc::mallopt(option, value) }, 1);
