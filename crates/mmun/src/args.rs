@@ -1,14 +1,17 @@
 //! The command line. Help, man page and completions come from this table alone.
 
+mod details;
+
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
 use clap::error::ErrorKind;
-use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap::{ArgGroup, Args, CommandFactory, Parser, Subcommand};
 use mmu_source::kernel::broker::SOCKET;
 use mmu_source::process::Pid;
 
+pub(crate) use self::details::{DetailArgs, SummaryArgs};
 use crate::coverage::Library;
 use crate::events::{Events, EventsParser};
 use crate::outcome::{FAILED, Outcome};
@@ -27,7 +30,10 @@ Examples:
 const TRACE_EXAMPLES: &str = "\
 Examples:
   mmun trace -e unmap -e clear ls -R .      two kinds of changes only
-  mmun trace --summary-only make            totals by event and by process
+  mmun trace --summary-only make            totals by event, by place in the code, by what lay there
+  mmun trace -k -e unmap ./server           who unmaps: the stack of each call
+  mmun trace --summary=where --sort resident --top 3 ./server
+                                            the three places that give most memory back
   mmun trace --json -o trace.json ./server  one record a line, for other programs
   mmun trace -p 4711 -p 4712                two running processes, until they end or ^C";
 
@@ -55,6 +61,9 @@ pub(crate) enum Command {
     /// Runs one operation for the tracer that started it.
     #[command(hide = true)]
     CoverageTracee(TraceeArgs),
+    /// Makes calls that do nothing, for the tracer that measures what they take.
+    #[command(hide = true)]
+    IdleCalls,
     /// Prints the manual pages: of mmun, and of each command.
     ///
     /// As roff, one after the other: mmun man | man -l -
@@ -88,6 +97,8 @@ pub(crate) enum Command {
     verbatim_doc_comment,
     override_usage = "mmun trace [OPTIONS] PROG [ARGS]...\n       mmun trace [OPTIONS] -p PID [-p PID]...",
     after_help = TRACE_EXAMPLES,
+    group(ArgGroup::new("totals").multiple(true)),
+    group(ArgGroup::new("places").multiple(true)),
     after_long_help = format!("{TRACE_EXAMPLES}\n\n{}", record::HELP)
 )]
 pub(crate) struct TraceArgs {
@@ -106,12 +117,14 @@ pub(crate) struct TraceArgs {
     #[arg(long)]
     pub(crate) json: bool,
 
-    /// Adds totals at the end: per event and per process
-    #[arg(long)]
-    pub(crate) summary: bool,
+    #[command(flatten)]
+    pub(crate) summary: SummaryArgs,
+
+    #[command(flatten)]
+    pub(crate) details: DetailArgs,
 
     /// Writes the totals and no records
-    #[arg(long)]
+    #[arg(long, groups = ["totals", "places"])]
     pub(crate) summary_only: bool,
 
     /// Follows children and threads; the default

@@ -10,11 +10,15 @@ use mmu_notifier::Event;
 pub(crate) const NAMES: [&str; 8] =
     ["unmap", "clear", "protection_vma", "protection_page", "soft_dirty", "release", "migrate", "exclusive"];
 
+/// Positions of two of them.
+pub(crate) const UNMAP: usize = 0;
+pub(crate) const CLEAR: usize = 1;
+
 /// Position of `event` in [`NAMES`]; `None` for one that this version of the program does not know.
 pub(crate) fn number(event: Event) -> Option<usize> {
     Some(match event {
-        Event::Unmap => 0,
-        Event::Clear => 1,
+        Event::Unmap => UNMAP,
+        Event::Clear => CLEAR,
         Event::ProtectionVma => 2,
         Event::ProtectionPage => 3,
         Event::SoftDirty => 4,
@@ -28,6 +32,12 @@ pub(crate) fn number(event: Event) -> Option<usize> {
 /// Which events to record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct EventSet(u8);
+
+impl Default for EventSet {
+    fn default() -> EventSet {
+        EventSet::ALL
+    }
+}
 
 impl EventSet {
     pub(crate) const ALL: EventSet = EventSet(!0);

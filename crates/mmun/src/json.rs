@@ -4,10 +4,10 @@ use mmu_notifier::Blocking;
 use mmu_source::process::ExitStatus;
 
 use crate::digits::Put;
-use crate::record::{Kind, Record, Span};
+use crate::record::{Extra, Kind, Record, Span};
 
 /// Appends `record`, made at `t` nanoseconds, to `out`. Allocates nothing if `out` has room.
-pub(crate) fn write(out: &mut Vec<u8>, t: u64, record: &Record) {
+pub(crate) fn write(out: &mut Vec<u8>, t: u64, record: &Record, extra: &Extra<'_>) {
     head(out, t, kind_name(record.kind));
     out.put(",\"pid\":");
     out.put_int(record.task.pid.into());
@@ -39,6 +39,7 @@ pub(crate) fn write(out: &mut Vec<u8>, t: u64, record: &Record) {
         Kind::Exit(ExitStatus::Code(code)) => number(out, "code", code.into()),
         Kind::Exit(ExitStatus::Signal(signal)) => number(out, "signal", signal.into()),
     }
+    write_extra(out, extra);
     out.put("}\n");
 }
 
@@ -72,14 +73,85 @@ fn write_span(out: &mut Vec<u8>, span: &Span) {
     out.put(span.event_name());
     out.put("\",\"cause\":\"");
     out.put(span.cause);
-    out.put("\",\"start\":\"");
-    out.put_hex(span.start().into());
-    out.put("\",\"end\":\"");
-    out.put_hex(span.end());
+    out.put("\"");
+    range_in_hex(out, span.start(), span.end());
     out.put(match span.blocking {
-        Blocking::Allowed => "\",\"blockable\":true",
-        Blocking::Forbidden => "\",\"blockable\":false",
+        Blocking::Allowed => ",\"blockable\":true",
+        Blocking::Forbidden => ",\"blockable\":false",
     });
+    range_in_numbers(out, span.start(), span.end());
+}
+
+fn range_in_hex(out: &mut Vec<u8>, start: u64, end: u128) {
+    out.put(",\"start\":\"");
+    out.put_hex(start.into());
+    out.put("\",\"end\":\"");
+    out.put_hex(end);
+    out.put("\"");
+}
+
+/// What a reader can calculate with. That of the whole address space is one byte short.
+fn range_in_numbers(out: &mut Vec<u8>, start: u64, end: u128) {
+    out.put(",\"address\":");
+    out.put_dec(start);
+    out.put(",\"bytes\":");
+    out.put_dec(u64::try_from(end - u128::from(start)).unwrap_or(u64::MAX));
+}
+
+fn write_extra(out: &mut Vec<u8>, extra: &Extra<'_>) {
+    if !extra.comm.is_empty() {
+        out.put(",\"comm\":");
+        put_str(out, extra.comm);
+    }
+    for (key, text) in [(",\"program\":", extra.program), (",\"what\":", extra.what)] {
+        if let Some(text) = text {
+            out.put(key);
+            put_str(out, text);
+        }
+    }
+    if let Some(pages) = extra.pages {
+        for (key, bytes) in [
+            (",\"resident\":", pages.resident),
+            (",\"file\":", pages.file),
+            (",\"huge\":", pages.huge),
+            (",\"swapped\":", pages.swapped),
+        ] {
+            out.put(key);
+            out.put_dec(bytes);
+        }
+    }
+    if let Some(site) = extra.site {
+        out.put(",\"site\":");
+        out.put_dec(site.into());
+    }
+    if let Some(own) = extra.own {
+        out.put(",\"self\":");
+        out.put_dec(own);
+    }
+}
+
+/// A string with its quotes.
+pub(crate) fn put_str(out: &mut Vec<u8>, text: &str) {
+    out.put("\"");
+    let mut plain = 0;
+    for (at, byte) in text.bytes().enumerate() {
+        if byte >= 0x20 && byte != b'"' && byte != b'\\' {
+            continue;
+        }
+        out.put(&text[plain..at]);
+        match byte {
+            b'"' => out.put("\\\""),
+            b'\\' => out.put("\\\\"),
+            b'\n' => out.put("\\n"),
+            other => {
+                out.put(if other < 0x10 { "\\u000" } else { "\\u001" });
+                out.push(b"0123456789abcdef"[usize::from(other & 0xf)]);
+            }
+        }
+        plain = at + 1;
+    }
+    out.put(&text[plain..]);
+    out.put("\"");
 }
 
 fn number(out: &mut Vec<u8>, key: &str, value: i64) {
@@ -87,4 +159,18 @@ fn number(out: &mut Vec<u8>, key: &str, value: i64) {
     out.put(key);
     out.put("\":");
     out.put_int(value);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_string_comes_back_as_it_was() {
+        for text in ["", "plain", "a\"b\\c", "\n\t\u{1}\u{1f}", "grüße \u{1f600}"] {
+            let mut out = Vec::new();
+            put_str(&mut out, text);
+            assert_eq!(serde_json::from_slice::<String>(&out).unwrap(), text);
+        }
+    }
 }

@@ -5,12 +5,16 @@
 
 mod args;
 mod broker;
+mod capture;
+mod change;
 mod coverage;
 mod digits;
 mod doctor;
 mod events;
 mod front;
+mod intern;
 mod json;
+mod lifecycle;
 mod names;
 mod observer;
 mod outcome;
@@ -19,11 +23,13 @@ mod record;
 mod recorder;
 mod run;
 mod source;
+mod stacks;
 mod style;
 mod summary;
 mod sys;
 mod text;
 mod trace;
+mod who;
 
 use std::io::{self, Write};
 
@@ -41,6 +47,10 @@ fn main() {
             Command::CoverageCell(args) => coverage::cell(&args),
             Command::CoverageLibraryCell(args) => coverage::library_cell(&args),
             Command::CoverageTracee(args) => coverage::tracee(&args),
+            Command::IdleCalls => {
+                capture::calibrate::idle_calls();
+                Outcome::Exit(0)
+            }
             Command::Man { folder: None } => print(|out| args::man(out)),
             Command::Man { folder: Some(folder) } => match args::man_into(&folder) {
                 Ok(()) => Outcome::Exit(0),

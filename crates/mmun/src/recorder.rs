@@ -4,32 +4,44 @@ use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use crate::capture::Capture;
+use crate::change::{Change, Pairs, Seen};
 use crate::events::EventSet;
 use crate::json;
+use crate::lifecycle::Lifecycle;
 use crate::output::Output;
-use crate::record::{Kind, Record};
-use crate::summary::Summary;
+use crate::record::{Extra, Kind, Record};
+use crate::stacks::Stacks;
+use crate::summary::{Sources, Summary, Wanted};
 use crate::text::{Color, Text};
+use crate::who::{self, Who};
 
 /// What to record, and how.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Settings {
-    pub(crate) form: Form,
+    /// `None`: no records are written.
+    pub(crate) form: Option<Form>,
     pub(crate) events: EventSet,
-    pub(crate) content: Content,
+    pub(crate) summary: Option<Wanted>,
+    /// The summary is JSON, too.
+    pub(crate) json: bool,
+    pub(crate) lifecycle: bool,
+    /// Look at what lies in each range, and at how long each call runs.
+    pub(crate) details: bool,
+    /// What a call that does nothing takes.
+    pub(crate) overhead: u64,
+    /// Take stacks; these functions are never the place of a call.
+    pub(crate) stacks: Option<Vec<String>>,
+    /// Write the stacks, and not only the table of places.
+    pub(crate) list_stacks: bool,
+    /// Keep the time of each munmap, to learn what one that does nothing takes.
+    pub(crate) samples: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Form {
     Json,
     Text(Color),
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Content {
-    Records,
-    RecordsAndSummary,
-    Summary,
 }
 
 /// Shared by the tracing thread and the thread that frees notifiers.
@@ -45,9 +57,16 @@ struct Inner {
     begin: Instant,
     events: EventSet,
     writer: Option<Writer>,
-    /// How the summary is written, too.
-    form: Form,
+    /// How the summary is written.
+    json: bool,
+    who: Who,
+    capture: Option<Capture>,
+    stacks: Option<Stacks>,
+    list_stacks: bool,
+    pairs: Pairs,
     summary: Option<Summary>,
+    lifecycle: Option<Lifecycle>,
+    samples: Option<Vec<u64>>,
     output: Output,
 }
 
@@ -60,28 +79,47 @@ enum Writer {
 impl Recorder {
     /// The trace begins now. `give_up` is called once, when the output cannot be written any more.
     pub(crate) fn new(settings: Settings, output: Output, give_up: fn()) -> Recorder {
-        let Settings { form, events, content } = settings;
-        let writer = match form {
-            _ if content == Content::Summary => None,
-            Form::Json => Some(Writer::Json),
-            Form::Text(color) => Some(Writer::Text(Text::new(color))),
+        let writer = settings.form.map(|form| match form {
+            Form::Json => Writer::Json,
+            Form::Text(color) => Writer::Text(Text::new(color)),
+        });
+        let mut capture = settings.details.then(Capture::default);
+        if let Some(capture) = &mut capture {
+            capture.runtime.overhead = settings.overhead;
+        }
+        let inner = Inner {
+            begin: Instant::now(),
+            events: settings.events,
+            writer,
+            json: settings.json,
+            who: Who::default(),
+            capture,
+            stacks: settings.stacks.map(Stacks::new),
+            list_stacks: settings.list_stacks,
+            pairs: Pairs::default(),
+            summary: settings.summary.map(Summary::new),
+            lifecycle: settings.lifecycle.then(Lifecycle::default),
+            samples: settings.samples.then(Vec::new),
+            output,
         };
-        let summary = (content != Content::Records).then(Summary::default);
-        let inner = Inner { begin: Instant::now(), events, writer, form, summary, output };
         Recorder { inner: Mutex::new(inner), give_up }
     }
 
     /// Records what happened just now.
     pub(crate) fn record(&self, record: &Record) {
         let mut inner = self.lock();
-        if let Kind::Start(span) | Kind::End(span, _) = &record.kind
-            && !inner.events.contains(span.event)
-        {
+        let events = inner.events;
+        let wanted = record.span().is_none_or(|span| events.contains(span.event));
+        let seen = if wanted { inner.look(record) } else { None };
+        if let Some(stacks) = &mut inner.stacks {
+            stacks.follow(record);
+        }
+        if !wanted {
             return;
         }
         // The clock is read under the lock: times do not decrease from line to line.
         let t = inner.now();
-        if inner.add(t, record) {
+        if inner.add(t, record, seen) {
             (self.give_up)();
         }
     }
@@ -100,10 +138,15 @@ impl Recorder {
         }
     }
 
+    /// The time of each munmap, if it was kept.
+    pub(crate) fn take_samples(&self) -> Vec<u64> {
+        self.lock().samples.take().unwrap_or_default()
+    }
+
     /// There will be no trace: what waits to be written never is, nor any record from now on.
     pub(crate) fn discard(&self) {
         let mut inner = self.lock();
-        (inner.writer, inner.summary) = (None, None);
+        (inner.writer, inner.summary, inner.lifecycle) = (None, None, None);
         inner.output.discard();
     }
 
@@ -124,18 +167,90 @@ impl Inner {
         self.begin.elapsed().as_nanos() as u64
     }
 
+    /// Looks at a task that stands before a call, or behind it. The time this takes is not in the trace.
+    fn look(&mut self, record: &Record) -> Option<Seen> {
+        let Record { task, mm, .. } = *record;
+        let capture = self.capture.as_mut()?;
+        match record.kind {
+            Kind::Start(span) => {
+                let mut seen = capture.look(task, mm, &span);
+                if self.pairs.open(task.tid) == 0 {
+                    capture.runtime.begin(task);
+                }
+                if let Some(stacks) = &mut self.stacks {
+                    seen.site = stacks.take(task, capture);
+                }
+                return Some(seen);
+            }
+            Kind::End(_, Some(_)) => capture.runtime.end(task),
+            Kind::End(_, None) => capture.runtime.forget(task.tid),
+            Kind::Exit(_) | Kind::Detach => capture.left(task.tid),
+            Kind::Get { .. } => capture.entered(task.tid, mm),
+            Kind::MmRelease => capture.released(mm),
+            _ => {}
+        }
+        None
+    }
+
     /// `true` if the output failed just now.
-    fn add(&mut self, t: u64, record: &Record) -> bool {
-        if let Some(summary) = &mut self.summary {
-            summary.add(t, record);
+    fn add(&mut self, t: u64, record: &Record, seen: Option<Seen>) -> bool {
+        let change = self.pair(t, record, seen);
+        let names = self.capture.as_ref().map(|capture| &capture.names);
+        let comm = self.who.name(record.task, &record.kind);
+        let program = match record.kind {
+            Kind::MmNew | Kind::Exec { .. } if self.writer.is_some() => who::program(record.task.pid),
+            _ => None,
+        };
+        let extra = Extra {
+            comm,
+            program: program.as_deref(),
+            what: seen.and_then(|seen| seen.what).and_then(|what| Some(names?.text(what))),
+            pages: seen.and_then(|seen| seen.pages),
+            site: seen.and_then(|seen| seen.site).filter(|_| self.list_stacks),
+            own: change.and_then(|change| change.own),
+        };
+        if let Some(summary) = &mut self.summary
+            && let Some(change) = &change
+        {
+            summary.add(change, comm);
+        }
+        if let Some(lifecycle) = &mut self.lifecycle {
+            lifecycle.add(record, comm);
+        }
+        if let Some(samples) = &mut self.samples
+            && let Some(change) = change
+            && change.span.cause == "munmap"
+        {
+            samples.extend(change.own);
         }
         let out = &mut self.output.buffer;
         match &mut self.writer {
-            Some(Writer::Json) => json::write(out, t, record),
-            Some(Writer::Text(text)) => text.write(out, t, record),
+            Some(Writer::Json) => json::write(out, t, record, &extra),
+            Some(Writer::Text(text)) => text.write(out, t, record, &extra),
             None => return false,
         }
         self.output.settle()
+    }
+
+    /// Keeps a start until its end, and makes a change of both, for those who want changes.
+    fn pair(&mut self, t: u64, record: &Record, seen: Option<Seen>) -> Option<Change> {
+        if self.capture.is_none() && self.summary.is_none() {
+            return None;
+        }
+        match record.kind {
+            Kind::Start(span) => {
+                self.pairs.begin(t, record, span, seen.unwrap_or_default());
+                None
+            }
+            Kind::End(span, result) => {
+                let mut change = self.pairs.end(t, record, span, result)?;
+                if change.is_call {
+                    change.own = self.capture.as_mut().and_then(|capture| capture.runtime.take(record.task.tid));
+                }
+                Some(change)
+            }
+            _ => None,
+        }
     }
 
     fn finish(&mut self) {
@@ -144,16 +259,33 @@ impl Inner {
         if let Some(Writer::Text(text)) = &mut self.writer {
             text.flush(out);
         }
-        if let Some(summary) = self.summary.take() {
-            match self.form {
-                Form::Json => summary.write_json(out, t),
-                Form::Text(_) => {
-                    if self.writer.is_some() {
-                        out.push(b'\n');
-                    }
-                    summary.write_text(out);
-                }
+        let stacks = self.stacks.take().map(Stacks::resolve).unwrap_or_default();
+        match self.writer.as_ref().filter(|_| self.list_stacks) {
+            Some(Writer::Json) => stacks.write_json(out, t),
+            Some(Writer::Text(_)) => stacks.write_text(out),
+            None => {}
+        }
+        let names = self.capture.as_ref().map(|capture| &capture.names);
+        let mut space = self.writer.is_some();
+        let mut part = |out: &mut Vec<u8>| {
+            if std::mem::replace(&mut space, true) {
+                out.push(b'\n');
             }
+        };
+        if let Some(summary) = self.summary.take() {
+            let sources = Sources { names, stacks: &stacks };
+            if self.json {
+                summary.write_json(out, t, &sources, self.lifecycle.as_ref());
+            } else {
+                part(out);
+                summary.write_text(out, &sources);
+            }
+        }
+        if let Some(lifecycle) = self.lifecycle.take()
+            && !self.json
+        {
+            part(out);
+            lifecycle.write_text(out);
         }
         self.output.flush();
     }
@@ -173,7 +305,7 @@ mod tests {
     #[test]
     fn times_never_decrease_in_a_file_two_threads_write() {
         let path = std::env::temp_dir().join(format!("mmun-recorder-{}", std::process::id()));
-        let settings = Settings { form: Form::Json, events: EventSet::ALL, content: Content::Records };
+        let settings = Settings { form: Some(Form::Json), ..Settings::default() };
         let recorder = Recorder::new(settings, Output::open(Some(&path)).unwrap(), || panic!("the output failed"));
         let record = Record { task: Task { pid: 1, tid: 1 }, mm: 1, kind: Kind::Free };
         std::thread::scope(|scope| {

@@ -1,150 +1,234 @@
-//! Totals of a trace: per event, and per process.
+//! Totals of a trace: how often, how much and how long, by event, by place in the code, by what lay there, by task and by cause.
 
-use std::fs;
+mod table;
+
+use std::collections::HashMap;
+use std::hash::Hash;
 use std::io::Write as _;
 
-use mmu_source::process::{Pid, Task};
+use mmu_source::process::Task;
 
+use crate::change::Change;
 use crate::digits::Put;
 use crate::events;
+use crate::intern::{Name, Names};
 use crate::json;
-use crate::record::{Kind, Record, Span};
-use crate::text::put_time;
+use crate::lifecycle::Lifecycle;
+use crate::stacks::Resolved;
 
-/// Counts as records pass by.
-#[derive(Debug, Default)]
-pub(crate) struct Summary {
-    events: [Event; events::NAMES.len()],
-    /// In the order in which they appeared.
-    processes: Vec<Process>,
-    open: Vec<(Task, u64, Span, u64)>,
+pub(crate) use self::table::{By, Sort, Tables};
+
+/// Which tables, and how.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Wanted {
+    pub(crate) tables: Tables,
+    pub(crate) sort: Sort,
+    /// So many rows of each table.
+    pub(crate) top: usize,
+    /// Time on the clock instead of time in the call.
+    pub(crate) wall: bool,
 }
 
-#[derive(Clone, Debug, Default)]
-struct Event {
-    count: u64,
-    errors: u64,
-    pages: u64,
-    ns: u64,
-}
-
+/// What numbers in a summary stand for.
 #[derive(Debug)]
-struct Process {
-    pid: Pid,
-    name: String,
-    get: u64,
-    put: u64,
-    free: u64,
+pub(crate) struct Sources<'a> {
+    pub(crate) names: Option<&'a Names>,
+    pub(crate) stacks: &'a Resolved,
+}
+
+/// Counts as changes pass by.
+#[derive(Debug)]
+pub(crate) struct Summary {
+    wanted: Wanted,
+    events: [Row; events::NAMES.len()],
+    sites: HashMap<Option<u32>, Row>,
+    whats: HashMap<Option<Name>, Row>,
+    tasks: HashMap<(Task, String), Row>,
+    causes: HashMap<&'static str, Row>,
+    total: Row,
+    /// Unmaps and clears, and those of them that removed nothing. `None` if that was not looked at.
+    removals: Option<(u64, u64)>,
+}
+
+/// What is summed up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Row {
+    pub(crate) calls: u64,
+    /// Of which a call can have several.
+    pub(crate) ranges: u64,
+    pub(crate) errors: u64,
+    pub(crate) pages: u64,
+    pub(crate) bytes: u64,
+    pub(crate) resident: u64,
+    /// On the clock, of every range.
+    pub(crate) wall: u64,
+    pub(crate) time: u64,
+    pub(crate) longest: u64,
+}
+
+impl Row {
+    fn add(&mut self, change: &Change, wall: bool) {
+        self.ranges += 1;
+        self.errors += u64::from(change.failed());
+        self.pages = self.pages.saturating_add(change.span.range.pages());
+        self.bytes = self.bytes.saturating_add(change.bytes());
+        self.resident = self.resident.saturating_add(change.resident());
+        self.wall += change.wall();
+        if change.is_call {
+            self.calls += 1;
+            let time = change.own.filter(|_| !wall).unwrap_or_else(|| change.wall());
+            self.time += time;
+            self.longest = self.longest.max(time);
+        }
+    }
+
+    fn merge(&mut self, other: &Row) {
+        self.calls += other.calls;
+        self.ranges += other.ranges;
+        self.errors += other.errors;
+        self.pages = self.pages.saturating_add(other.pages);
+        self.bytes = self.bytes.saturating_add(other.bytes);
+        self.resident = self.resident.saturating_add(other.resident);
+        self.wall += other.wall;
+        self.time += other.time;
+        self.longest = self.longest.max(other.longest);
+    }
 }
 
 impl Summary {
-    pub(crate) fn add(&mut self, t: u64, record: &Record) {
-        match record.kind {
-            Kind::Start(span) => self.open.push((record.task, record.mm, span, t)),
-            Kind::End(span, result) => self.close(t, record, &span, result),
-            Kind::Get { .. } => self.process(record.task.pid).get += 1,
-            Kind::Put { .. } => self.process(record.task.pid).put += 1,
-            Kind::Free => self.process(record.task.pid).free += 1,
-            Kind::Exec { .. } => {
-                let process = self.process(record.task.pid);
-                process.name = name(process.pid);
+    pub(crate) fn new(wanted: Wanted) -> Summary {
+        Summary {
+            wanted,
+            events: Default::default(),
+            sites: HashMap::new(),
+            whats: HashMap::new(),
+            tasks: HashMap::new(),
+            causes: HashMap::new(),
+            total: Row::default(),
+            removals: None,
+        }
+    }
+
+    /// `comm` is the name of the change's task.
+    pub(crate) fn add(&mut self, change: &Change, comm: &str) {
+        let Wanted { tables, wall, .. } = self.wanted;
+        self.events[change.span.event].add(change, wall);
+        self.total.add(change, wall);
+        let seen = change.seen;
+        if tables.has(By::Where) {
+            self.sites.entry(seen.site).or_default().add(change, wall);
+        }
+        if tables.has(By::What) {
+            self.whats.entry(seen.what).or_default().add(change, wall);
+        }
+        if tables.has(By::Task) {
+            self.tasks.entry((change.task, comm.to_owned())).or_default().add(change, wall);
+        }
+        if tables.has(By::Cause) {
+            self.causes.entry(change.span.cause).or_default().add(change, wall);
+        }
+        if matches!(change.span.event, events::UNMAP | events::CLEAR)
+            && let Some(pages) = seen.pages
+        {
+            let (all, nothing) = self.removals.get_or_insert_default();
+            *all += 1;
+            *nothing += u64::from(change.failed() || pages.resident + pages.swapped == 0);
+        }
+    }
+
+    /// The rows of a table, in order, with their labels.
+    fn rows(&self, by: By, sources: &Sources<'_>) -> Vec<(String, Row)> {
+        let what = |name: &Option<Name>| match (name, sources.names) {
+            (Some(name), Some(names)) => names.text(*name).to_owned(),
+            _ => "(not known)".to_owned(),
+        };
+        let task = |(task, comm): &(Task, String)| match comm.as_str() {
+            "" => format!("{}/{}", task.pid, task.tid),
+            comm => format!("{comm} {}/{}", task.pid, task.tid),
+        };
+        let rows = match by {
+            By::Event => {
+                let named = events::NAMES.iter().zip(&self.events).filter(|(_, row)| row.ranges > 0);
+                return named.map(|(name, row)| ((*name).to_owned(), *row)).collect();
             }
-            Kind::Fork { child, .. } if child.pid != record.task.pid => self.begin(child.pid),
-            Kind::MmNew | Kind::MmRelease | Kind::Fork { .. } | Kind::Exit(_) | Kind::Detach => {}
+            By::Where => labelled(&self.sites, |site| sources.stacks.place(*site)),
+            By::What => labelled(&self.whats, what),
+            By::Task => labelled(&self.tasks, task),
+            By::Cause => labelled(&self.causes, |cause| (*cause).to_owned()),
+        };
+        self.wanted.sort.apply(rows)
+    }
+
+    /// Short tables.
+    pub(crate) fn write_text(&self, out: &mut Vec<u8>, sources: &Sources<'_>) {
+        for by in self.wanted.tables.list() {
+            if by != By::Where || !sources.stacks.is_empty() {
+                table::write(out, by, &self.rows(by, sources), &self.total, &self.wanted);
+            }
         }
-    }
-
-    fn close(&mut self, t: u64, record: &Record, span: &Span, result: Option<i64>) {
-        // The latest start is the likeliest; few are open at any time.
-        let same =
-            |open: &(Task, u64, Span, u64)| open.0.tid == record.task.tid && open.1 == record.mm && open.2 == *span;
-        let Some(at) = self.open.iter().rposition(same) else { return };
-        let (.., began) = self.open.swap_remove(at);
-        let event = &mut self.events[span.event];
-        event.count += 1;
-        event.errors += u64::from(result.is_none_or(|result| (-4095..0).contains(&result)));
-        event.pages = event.pages.saturating_add(span.range.pages());
-        event.ns += t - began;
-    }
-
-    /// The latest process with this number.
-    fn process(&mut self, pid: Pid) -> &mut Process {
-        let at = self.processes.iter().rposition(|process| process.pid == pid).unwrap_or_else(|| {
-            self.begin(pid);
-            self.processes.len() - 1
-        });
-        &mut self.processes[at]
-    }
-
-    /// A new process, whoever had its number before.
-    fn begin(&mut self, pid: Pid) {
-        self.processes.push(Process { pid, name: name(pid), get: 0, put: 0, free: 0 });
-    }
-
-    /// Two tables.
-    pub(crate) fn write_text(&self, out: &mut Vec<u8>) {
-        // Writing to memory cannot fail.
-        let _ = self.tables(out);
-    }
-
-    fn tables(&self, out: &mut Vec<u8>) -> std::io::Result<()> {
-        writeln!(out, "{:<17}{:>10}{:>10}{:>14}{:>12}{:>12}", "event", "count", "errors", "pages", "time", "per call")?;
-        let mut total = Event::default();
-        for (name, event) in events::NAMES.iter().zip(&self.events).filter(|(_, event)| event.count > 0) {
-            total.count += event.count;
-            total.errors += event.errors;
-            total.pages = total.pages.saturating_add(event.pages);
-            total.ns += event.ns;
-            event.row(out, name)?;
+        if let Some((all, nothing)) = self.removals {
+            // Writing to memory cannot fail.
+            let _ = writeln!(out, "{nothing} of {all} unmaps and clears removed nothing.");
         }
-        total.row(out, "total")?;
-        writeln!(out, "\n{:>8}  {:<15}{:>10}{:>10}{:>10}", "process", "name", "get", "put", "free")?;
-        for Process { pid, name, get, put, free } in &self.processes {
-            writeln!(out, "{pid:>8}  {name:<15}{get:>10}{put:>10}{free:>10}")?;
-        }
-        Ok(())
     }
 
     /// One object with the keys every line has but no task: it is about all of them.
-    pub(crate) fn write_json(&self, out: &mut Vec<u8>, t: u64) {
+    pub(crate) fn write_json(&self, out: &mut Vec<u8>, t: u64, sources: &Sources<'_>, lifecycle: Option<&Lifecycle>) {
         json::head(out, t, "summary");
         out.put(",\"events\":{");
-        let mut comma = "";
-        for (name, event) in events::NAMES.iter().zip(&self.events).filter(|(_, event)| event.count > 0) {
-            let Event { count, errors, pages, ns } = event;
+        for (at, (name, row)) in self.rows(By::Event, sources).iter().enumerate() {
+            let comma = if at == 0 { "" } else { "," };
             let _ = write!(
                 out,
-                "{comma}\"{name}\":{{\"count\":{count},\"errors\":{errors},\"pages\":{pages},\"ns\":{ns}}}"
+                "{comma}\"{name}\":{{\"count\":{},\"errors\":{},\"pages\":{},\"ns\":{},",
+                row.ranges, row.errors, row.pages, row.wall
             );
-            comma = ",";
+            write_row(out, row);
+            out.put("}");
         }
-        out.put("},\"processes\":[");
-        comma = "";
-        for Process { pid, get, put, free, .. } in &self.processes {
-            let _ = write!(out, "{comma}{{\"pid\":{pid},\"get\":{get},\"put\":{put},\"free\":{free}}}");
-            comma = ",";
+        out.put("}");
+        for by in self.wanted.tables.list().filter(|by| *by != By::Event) {
+            let _ = write!(out, ",\"{}\":[", by.name());
+            for (at, (label, row)) in self.rows(by, sources).iter().take(self.wanted.top).enumerate() {
+                out.put(if at == 0 { "{\"name\":" } else { ",{\"name\":" });
+                json::put_str(out, label);
+                out.put(",");
+                write_row(out, row);
+                out.put("}");
+            }
+            out.put("]");
         }
-        out.put("]}\n");
+        if let Some((all, nothing)) = self.removals {
+            let _ = write!(out, ",\"removals\":{all},\"removed_nothing\":{nothing}");
+        }
+        if let Some(lifecycle) = lifecycle {
+            out.put(",\"processes\":[");
+            for (at, process) in lifecycle.processes.iter().enumerate() {
+                let comma = if at == 0 { "" } else { "," };
+                let crate::lifecycle::Process { pid, get, put, free, .. } = process;
+                let _ = write!(out, "{comma}{{\"pid\":{pid},\"get\":{get},\"put\":{put},\"free\":{free}}}");
+            }
+            out.put("]");
+        }
+        out.put("}\n");
     }
 }
 
-impl Event {
-    fn row(&self, out: &mut Vec<u8>, name: &str) -> std::io::Result<()> {
-        let Event { count, errors, pages, ns } = self;
-        write!(out, "{name:<17}{count:>10}{errors:>10}{pages:>14}{:>12}", time(*ns))?;
-        writeln!(out, "{:>12}", ns.checked_div(*count).map(time).unwrap_or_default())
+fn write_row(out: &mut Vec<u8>, row: &Row) {
+    let Row { calls, bytes, resident, time, longest, .. } = row;
+    let _ = write!(
+        out,
+        "\"calls\":{calls},\"bytes\":{bytes},\"resident\":{resident},\"self\":{time},\"longest\":{longest}"
+    );
+}
+
+/// Rows under their labels; equal labels share a row.
+fn labelled<K: Eq + Hash>(rows: &HashMap<K, Row>, label: impl Fn(&K) -> String) -> Vec<(String, Row)> {
+    let mut merged: HashMap<String, Row> = HashMap::new();
+    for (key, row) in rows {
+        merged.entry(label(key)).or_default().merge(row);
     }
-}
-
-fn time(ns: u64) -> String {
-    let mut out = Vec::new();
-    put_time(&mut out, ns);
-    String::from_utf8_lossy(&out).into_owned()
-}
-
-fn name(pid: Pid) -> String {
-    let comm = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-    comm.trim_end().escape_debug().to_string()
+    merged.into_iter().collect()
 }
 
 #[cfg(test)]
@@ -152,64 +236,62 @@ mod tests {
     use mmu_notifier::{Blocking, Va, VaRange};
 
     use super::*;
+    use crate::change::{Pages, Seen};
+    use crate::record::Span;
 
-    const TASK: Task = Task { pid: 1 << 23, tid: 1 << 23 };
-
-    fn span() -> Span {
-        let range = VaRange::covering(Va::new(4096), 8192).unwrap();
-        Span { event: 1, cause: "madvise", range, blocking: Blocking::Allowed }
+    fn change(cause: &'static str, pages: u64, resident: u64, own: u64, result: i64) -> Change {
+        let range = VaRange::covering(Va::new(4096), pages * 4096).unwrap();
+        let pages = Some(Pages { resident, ..Pages::default() });
+        Change {
+            task: Task { pid: 1, tid: 2 },
+            span: Span { event: 1, cause, range, blocking: Blocking::Allowed },
+            began: 100,
+            ended: 200,
+            result: Some(result),
+            seen: Seen { what: None, pages, site: None },
+            own: Some(own),
+            is_call: true,
+        }
     }
 
-    fn summary(records: &[(u64, Kind)]) -> String {
-        let (mut summary, mut out) = (Summary::default(), Vec::new());
-        for (t, kind) in records {
-            summary.add(*t, &Record { task: TASK, mm: 3, kind: *kind });
+    fn summary(tables: &str, sort: Sort, top: usize) -> String {
+        let wanted = Wanted { tables: tables.parse().unwrap(), sort, top, wall: false };
+        let mut summary = Summary::new(wanted);
+        for change in
+            [change("madvise", 2, 8192, 10, 0), change("munmap", 1, 0, 50, 0), change("munmap", 1, 4096, 5, -22)]
+        {
+            summary.add(&change, "prog");
         }
-        summary.write_json(&mut out, 99);
+        let (mut out, stacks) = (Vec::new(), Resolved::default());
+        summary.write_text(&mut out, &Sources { names: None, stacks: &stacks });
         String::from_utf8(out).unwrap()
     }
 
     #[test]
-    fn equal_brackets_of_one_task_nest() {
-        let text = summary(&[
-            (0, Kind::Start(span())),
-            (10, Kind::Start(span())),
-            (11, Kind::End(span(), Some(0))),
-            (20, Kind::End(span(), Some(-12))),
-        ]);
-        assert!(text.contains(r#""events":{"clear":{"count":2,"errors":1,"pages":4,"ns":21}}"#), "{text}");
+    fn what_failed_removed_nothing_and_what_was_not_resident_neither() {
+        let text = summary("event", Sort::Time, 10);
+        assert!(text.ends_with("\n2 of 3 unmaps and clears removed nothing.\n"), "{text}");
+        let row: Vec<&str> = text.lines().nth(1).unwrap().split_whitespace().collect();
+        assert_eq!(row, ["clear", "3", "16", "KiB", "8", "KiB", "65", "ns", "50", "ns", "1", "failed"]);
     }
 
     #[test]
-    fn gets_puts_and_frees_are_counted_by_process() {
-        let get = |users| Kind::Get { users };
-        let text = summary(&[
-            (0, get(1)),
-            (0, get(2)),
-            (1, Kind::Put { users: 1 }),
-            (2, Kind::Put { users: 0 }),
-            (3, Kind::Free),
-        ]);
-        assert_eq!(
-            text,
-            "{\"v\":1,\"t\":99,\"kind\":\"summary\",\"events\":{},\
-             \"processes\":[{\"pid\":8388608,\"get\":2,\"put\":2,\"free\":1}]}\n"
-        );
+    fn rows_are_sorted_by_what_is_asked_for_and_cut() {
+        let first = |sort, top| {
+            let text = summary("cause", sort, top);
+            let row = text.lines().nth(1).unwrap().split_whitespace().last().unwrap().to_owned();
+            (row, text)
+        };
+        assert_eq!(first(Sort::Time, 10).0, "munmap");
+        assert_eq!(first(Sort::Resident, 10).0, "madvise");
+        assert_eq!(first(Sort::Calls, 10).0, "munmap");
+        let (row, text) = first(Sort::Resident, 1);
+        assert!(row == "madvise" && text.contains("1 more"), "{text}");
     }
 
     #[test]
-    fn a_number_that_is_used_again_is_another_process() {
-        let child = Task { pid: TASK.pid + 1, tid: TASK.pid + 1 };
-        let mut summary = Summary::default();
-        let mut add = |task, kind| summary.add(0, &Record { task, mm: 3, kind });
-        for _ in 0..2 {
-            add(TASK, Kind::Fork { child, child_mm: 4 });
-            add(child, Kind::Get { users: 1 });
-            add(child, Kind::Put { users: 0 });
-        }
-        // A thread is no process.
-        add(TASK, Kind::Fork { child: Task { pid: TASK.pid, tid: 7 }, child_mm: 3 });
-        let processes: Vec<_> = summary.processes.iter().map(|process| (process.pid, process.get)).collect();
-        assert_eq!(processes, [(child.pid, 1), (child.pid, 1)]);
+    fn tasks_are_named() {
+        assert!(summary("task", Sort::Time, 10).contains("prog 1/2"));
+        assert!(!summary("where", Sort::Time, 10).contains("where"), "no stacks were taken");
     }
 }

@@ -6,14 +6,14 @@
 
 use std::collections::HashMap;
 use std::io::Write as _;
-use std::{fs, mem};
+use std::mem;
 
 use mmu_source::process::{ExitStatus, Pid, Task};
 
 use crate::digits::Put;
 use crate::json::kind_name;
 use crate::names;
-use crate::record::{Kind, Record, Span};
+use crate::record::{Extra, Kind, Record, Span};
 
 /// The text form of a trace.
 #[derive(Debug)]
@@ -32,14 +32,30 @@ pub(crate) enum Color {
     Always,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Open {
     t: u64,
     task: Task,
     mm: u64,
     span: Span,
-    end: Option<(u64, Option<i64>)>,
+    comm: Comm,
+    found: Option<Box<Found>>,
+    end: Option<End>,
 }
+
+/// How a call ended: when, its result, and the time in the call itself.
+type End = (u64, Option<i64>, Option<u64>);
+
+/// What lay in a range.
+#[derive(Clone, Debug)]
+struct Found {
+    what: String,
+    resident: Option<u64>,
+    site: Option<u32>,
+}
+
+/// The name of a task, cut to what the kernel keeps.
+type Comm = ([u8; 15], u8);
 
 /// Starts of one task, in order, and the ends of some.
 ///
@@ -61,7 +77,7 @@ impl Opens {
     }
 
     /// Notes the end of the last start that it can belong to, and says whether there is one.
-    fn end(&mut self, record: &Record, span: &Span, end: (u64, Option<i64>)) -> bool {
+    fn end(&mut self, record: &Record, span: &Span, end: End) -> bool {
         let count = self.list.len() - self.ended;
         let is_ours = |open: &Open| {
             open.end.is_none() && open.task.tid == record.task.tid && open.mm == record.mm && open.span == *span
@@ -101,18 +117,23 @@ impl Text {
     }
 
     /// Appends what `record`, made at `t` nanoseconds, makes ready to be written.
-    pub(crate) fn write(&mut self, out: &mut Vec<u8>, t: u64, record: &Record) {
+    pub(crate) fn write(&mut self, out: &mut Vec<u8>, t: u64, record: &Record, extra: &Extra<'_>) {
         match record.kind {
             Kind::Start(span) => {
                 if self.held.list.first().is_some_and(|open| open.task.tid != record.task.tid) {
                     self.flush(out);
                 }
-                self.held.push(Open { t, task: record.task, mm: record.mm, span, end: None });
+                let found = extra.what.map(|what| {
+                    let resident = extra.pages.map(|pages| pages.resident);
+                    Box::new(Found { what: what.to_owned(), resident, site: extra.site })
+                });
+                let comm = cut(extra.comm);
+                self.held.push(Open { t, task: record.task, mm: record.mm, span, comm, found, end: None });
             }
-            Kind::End(span, result) => self.end(out, t, record, &span, result),
+            Kind::End(span, result) => self.end(out, record, &span, (t, result, extra.own)),
             _ => {
                 self.flush(out);
-                self.life(out, t, record);
+                self.life(out, t, record, extra);
             }
         }
     }
@@ -124,15 +145,15 @@ impl Text {
         self.cut.entry(first.task.tid).or_default().append(&mut self.held);
     }
 
-    fn end(&mut self, out: &mut Vec<u8>, t: u64, record: &Record, span: &Span, result: Option<i64>) {
+    fn end(&mut self, out: &mut Vec<u8>, record: &Record, span: &Span, end: End) {
         let tid = record.task.tid;
-        if self.held.end(record, span, (t, result)) {
+        if self.held.end(record, span, end) {
             if self.held.open == 0 {
                 self.lines(out, &self.held.list, Part::Whole);
                 self.held.clear();
             }
         } else if let Some(cut) = self.cut.get_mut(&tid)
-            && cut.end(record, span, (t, result))
+            && cut.end(record, span, end)
             && cut.open == 0
             && let Some(done) = self.cut.remove(&tid)
         {
@@ -151,10 +172,10 @@ impl Text {
     fn line(&self, out: &mut Vec<u8>, group: &[Open], part: Part) {
         let (first, last) = (&group[0], &group[group.len() - 1]);
         let t = match (part, last.end) {
-            (Part::Resumed, Some((t, _))) => t,
+            (Part::Resumed, Some((t, ..))) => t,
             _ => first.t,
         };
-        self.prefix(out, t, first.task, first.mm);
+        self.prefix(out, t, first.task, &first.comm, first.mm);
         self.column(out, EVENT, 17, |out| out.put(first.span.event_name()));
         if part == Part::Resumed {
             pad(out, 41);
@@ -182,16 +203,35 @@ impl Text {
             Part::Unfinished => " <unfinished ...>",
             Part::Resumed => " resumed>",
         });
-        if let (Part::Whole | Part::Resumed, Some((t, result))) = (part, last.end) {
+        if let (Part::Whole | Part::Resumed, Some((t, result, _))) = (part, last.end) {
             out.put(" = ");
             self.result(out, first.span.cause, result);
+            // The first range ends last, and has the time of the call.
+            let own = group.iter().find_map(|open| open.end?.2);
             self.paint(out, FAINT, |out| {
                 out.put("  <");
-                put_time(out, t - first.t);
+                put_time(out, own.unwrap_or(t - first.t));
                 out.put(">");
             });
         }
+        if let (Part::Whole | Part::Unfinished, Some(found)) = (part, &first.found) {
+            let resident = group.iter().filter_map(|open| open.found.as_ref()?.resident);
+            self.found(out, found, resident.reduce(u64::saturating_add));
+        }
         out.put("\n");
+    }
+
+    fn found(&self, out: &mut Vec<u8>, found: &Found, resident: Option<u64>) {
+        if let Some(bytes) = resident {
+            out.put("  resident ");
+            put_bytes(out, bytes);
+        }
+        out.put("  ");
+        out.put(&found.what.escape_debug().to_string());
+        if let Some(site) = found.site {
+            out.put("  stack ");
+            out.put_dec(site.into());
+        }
     }
 
     fn result(&self, out: &mut Vec<u8>, cause: &str, result: Option<i64>) {
@@ -210,8 +250,8 @@ impl Text {
     }
 
     /// A line of the life of tasks, address spaces and notifiers.
-    fn life(&self, out: &mut Vec<u8>, t: u64, record: &Record) {
-        self.prefix(out, t, record.task, record.mm);
+    fn life(&self, out: &mut Vec<u8>, t: u64, record: &Record, extra: &Extra<'_>) {
+        self.prefix(out, t, record.task, &cut(extra.comm), record.mm);
         let style = match record.kind {
             Kind::MmNew | Kind::Get { .. } => BORN,
             Kind::MmRelease | Kind::Put { .. } | Kind::Free => GONE,
@@ -226,8 +266,11 @@ impl Text {
                 write!(out, "thread {} in mm{child_mm}", child.tid)
             }
             Kind::Fork { child, child_mm } => write!(out, "process {} in mm{child_mm}", child.pid),
-            Kind::MmNew => write!(out, "{}", comm(record.task, "")),
-            Kind::Exec { old_mm } => write!(out, "from mm{old_mm}{}", comm(record.task, ", now ")),
+            Kind::MmNew => write!(out, "{}", extra.program.unwrap_or_default().escape_debug()),
+            Kind::Exec { old_mm } => {
+                let now = extra.program.map(|program| format!(", now {}", program.escape_debug()));
+                write!(out, "from mm{old_mm}{}", now.unwrap_or_default())
+            }
             Kind::Exit(ExitStatus::Code(code)) => write!(out, "code {code}"),
             Kind::Exit(ExitStatus::Signal(signal)) => write!(out, "killed by {}", names::signal(signal)),
             _ => Ok(()),
@@ -238,7 +281,7 @@ impl Text {
         out.put("\n");
     }
 
-    fn prefix(&self, out: &mut Vec<u8>, t: u64, task: Task, mm: u64) {
+    fn prefix(&self, out: &mut Vec<u8>, t: u64, task: Task, comm: &Comm, mm: u64) {
         self.paint(out, FAINT, |out| {
             let begin = out.len();
             out.put_dec(t / 1_000_000_000);
@@ -252,7 +295,9 @@ impl Text {
         let begin = out.len();
         out.put_int(task.tid.into());
         right_align(out, begin, 8);
-        out.put("  ");
+        out.put(" ");
+        let (name, length) = comm;
+        self.column(out, PLAIN, 16, |out| out.extend_from_slice(&name[..usize::from(*length)]));
         let style = MMS[(mm % MMS.len() as u64) as usize];
         self.column(out, style, 6, |out| {
             out.put("mm");
@@ -282,18 +327,32 @@ impl Text {
     }
 }
 
-/// The program's name, after `before`; nothing if the task is gone already.
-fn comm(task: Task, before: &str) -> String {
-    match fs::read_to_string(format!("/proc/{}/comm", task.tid)) {
-        Ok(name) => format!("{before}{}", name.trim_end().escape_debug()),
-        Err(_) => String::new(),
-    }
+/// Cut to so many bytes as the kernel keeps, at a character.
+fn cut(comm: &str) -> Comm {
+    let mut name = [0; 15];
+    let length = comm.floor_char_boundary(name.len());
+    name[..length].copy_from_slice(&comm.as_bytes()[..length]);
+    (name, length as u8)
 }
 
 /// Eight columns, right-aligned: `44 KiB`, `1.5 GiB`.
 fn put_size(out: &mut Vec<u8>, pages: u64) {
     let begin = out.len();
-    let (mut tenths, mut unit) = (pages as u128 * 40, 0);
+    put_tenths(out, u128::from(pages) * 40);
+    right_align(out, begin, 8);
+}
+
+/// `44 KiB`, `1.5 GiB`; nothing is `0`.
+pub(crate) fn put_bytes(out: &mut Vec<u8>, bytes: u64) {
+    match bytes {
+        0 => out.put("0"),
+        _ => put_tenths(out, u128::from(bytes) * 10 / 1024),
+    }
+}
+
+/// Tenths of a KiB.
+fn put_tenths(out: &mut Vec<u8>, mut tenths: u128) {
+    let mut unit = 0;
     while tenths >= 10240 && unit < 5 {
         tenths /= 1024;
         unit += 1;
@@ -305,7 +364,6 @@ fn put_size(out: &mut Vec<u8>, pages: u64) {
     }
     out.push(b' ');
     out.put(["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"][unit]);
-    right_align(out, begin, 8);
 }
 
 /// `870 ns`, `3.1 us`, `12 ms`, `1.4 s`.
@@ -363,7 +421,12 @@ mod tests {
     fn written(records: &[(u64, Task, Kind)]) -> Vec<String> {
         let (mut text, mut out) = (Text::new(Color::Never), Vec::new());
         for (t, task, kind) in records {
-            text.write(&mut out, *t, &Record { task: *task, mm: 1, kind: *kind });
+            text.write(
+                &mut out,
+                *t,
+                &Record { task: *task, mm: 1, kind: *kind },
+                &Extra { comm: "prog", ..Extra::default() },
+            );
         }
         text.flush(&mut out);
         String::from_utf8(out).unwrap().lines().map(str::to_owned).collect()
@@ -376,7 +439,7 @@ mod tests {
         assert_eq!(
             lines,
             [
-                "    0.000001    4711  mm1   unmap            0x1000000-0x100b000              44 KiB  munmap = 0  <3.1 us>"
+                "    0.000001    4711 prog            mm1   unmap            0x1000000-0x100b000              44 KiB  munmap = 0  <3.1 us>"
             ]
         );
     }

@@ -12,13 +12,15 @@ use mmu_source::Error;
 use mmu_source::process::{Command, Done, Keeper, Options, Pid, Tracer};
 
 use crate::args::TraceArgs;
+use crate::capture::calibrate;
 use crate::events::EventSet;
 use crate::front;
 use crate::observer::TraceObserver;
 use crate::outcome::{FAILED, NOT_EXECUTABLE, NOT_FOUND, Outcome};
 use crate::output::Output;
-use crate::recorder::{Content, Form, Recorder, Settings};
+use crate::recorder::{Form, Recorder, Settings};
 use crate::style;
+use crate::summary::By;
 use crate::sys;
 use crate::text::Color;
 use crate::{complain, explain, reason};
@@ -69,14 +71,22 @@ impl Plan {
             true => Color::Always,
             false => Color::Never,
         };
+        let summary = args.summary.wanted(args.summary_only);
+        let details = args.details;
+        let by_place = summary.is_some_and(|wanted| wanted.tables.has(By::Where));
+        let stacks = details.stacks || by_place;
+        let form = if args.json { Form::Json } else { Form::Text(color) };
         let settings = Settings {
-            form: if args.json { Form::Json } else { Form::Text(color) },
+            form: (!args.summary_only).then_some(form),
             events: EventSet::of(&args.events),
-            content: match (args.summary_only, args.summary) {
-                (true, _) => Content::Summary,
-                (false, true) => Content::RecordsAndSummary,
-                (false, false) => Content::Records,
-            },
+            summary,
+            json: args.json,
+            lifecycle: details.lifecycle,
+            details: details.details || stacks || summary.is_some(),
+            overhead: 0,
+            stacks: stacks.then_some(details.not_place),
+            list_stacks: details.stacks,
+            samples: false,
         };
         let mut options = Options::default();
         options.follow = !args.no_follow;
@@ -101,7 +111,13 @@ const LAG: Duration = Duration::from_millis(200);
 enum Never {}
 
 /// Runs the plan to its end. A keeper comes back if tracees live on that cannot be without a tracer.
-fn trace(plan: Plan, front: Option<rustix::process::Pid>) -> (Outcome, Option<Keeper>) {
+fn trace(mut plan: Plan, front: Option<rustix::process::Pid>) -> (Outcome, Option<Keeper>) {
+    if plan.settings.details {
+        let mut options = plan.options;
+        // What is attached to has no filter.
+        options.seccomp &= matches!(plan.target, Target::Spawn(_));
+        plan.settings.overhead = calibrate::overhead(options);
+    }
     let recorder = Arc::new(Recorder::new(plan.settings, plan.output, sys::request_stop));
     let mut tracer = match Tracer::new(plan.options, TraceObserver::new(Arc::clone(&recorder))) {
         Ok(tracer) => tracer,

@@ -4,6 +4,7 @@ mod bad_input;
 mod broker;
 mod coverage;
 mod detach;
+mod details;
 mod doctor;
 mod hidden;
 mod manners;

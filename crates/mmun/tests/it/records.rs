@@ -40,16 +40,16 @@ fn a_family_of_processes_gets_puts_and_frees() {
 fn keys_come_in_the_order_the_format_says() {
     let (_, records) = traced(&[], "ls / > /dev/null");
     for (name, keys) in [
-        ("start", "v t kind pid tid mm event cause start end blockable"),
-        ("end", "v t kind pid tid mm event cause start end blockable result"),
-        ("get", "v t kind pid tid mm users"),
-        ("put", "v t kind pid tid mm users"),
-        ("free", "v t kind pid tid mm users"),
-        ("mm_new", "v t kind pid tid mm"),
-        ("mm_release", "v t kind pid tid mm"),
-        ("fork", "v t kind pid tid mm child_pid child_tid child_mm"),
-        ("exec", "v t kind pid tid mm old_mm"),
-        ("exit", "v t kind pid tid mm code"),
+        ("start", "v t kind pid tid mm event cause start end blockable address bytes comm"),
+        ("end", "v t kind pid tid mm event cause start end blockable address bytes result comm"),
+        ("get", "v t kind pid tid mm users comm"),
+        ("put", "v t kind pid tid mm users comm"),
+        ("free", "v t kind pid tid mm users comm"),
+        ("mm_new", "v t kind pid tid mm comm program"),
+        ("mm_release", "v t kind pid tid mm comm"),
+        ("fork", "v t kind pid tid mm child_pid child_tid child_mm comm"),
+        ("exec", "v t kind pid tid mm old_mm comm program"),
+        ("exit", "v t kind pid tid mm code comm"),
     ] {
         let record = of_kind(&records, name).next().unwrap();
         let shape: Vec<&str> = record.as_object().unwrap().keys().map(String::as_str).collect();
@@ -60,6 +60,7 @@ fn keys_come_in_the_order_the_format_says() {
 #[test]
 fn addresses_are_page_aligned_hex_and_half_open() {
     let (_, records) = traced(&[], "ls / > /dev/null");
+    let json = |number: u128| Value::from(u64::try_from(number).unwrap());
     let mut count = 0;
     for record in of_kind(&records, "start") {
         let address =
@@ -67,6 +68,10 @@ fn addresses_are_page_aligned_hex_and_half_open() {
         assert!(
             address("start") < address("end") && address("start") % 4096 == 0 && address("end") % 4096 == 0,
             "{record}"
+        );
+        assert_eq!(
+            (&record["address"], &record["bytes"]),
+            (&json(address("start")), &json(address("end") - address("start")))
         );
         assert_eq!(record["blockable"], true);
         count += 1;
@@ -91,7 +96,7 @@ fn a_filter_keeps_its_events_and_the_life_of_tasks() {
 
 #[test]
 fn the_summary_is_the_sum_of_the_records() {
-    let (_, records) = traced(&["--summary"], "ls / > /dev/null; (:) & wait");
+    let (_, records) = traced(&["--summary", "--lifecycle"], "ls / > /dev/null; (:) & wait");
     let (summary, records) = records.split_last().unwrap();
     assert_eq!(kind(summary), "summary");
     let mut counts: BTreeMap<&str, u64> = BTreeMap::new();
@@ -112,6 +117,7 @@ fn the_summary_is_the_sum_of_the_records() {
         );
         assert!(total["ns"].as_u64().unwrap() > 0 && total["errors"] == 0);
     }
+    assert!(!summary["processes"].as_array().unwrap().is_empty());
     for process in summary["processes"].as_array().unwrap() {
         for name in ["get", "put", "free"] {
             let count = of_kind(records, name).filter(|record| record["pid"] == process["pid"]).count();
@@ -128,7 +134,10 @@ fn a_summary_alone_has_no_records() {
     command.args(["--summary-only", "ls", "/"]);
     let output = within("mmun trace", move || command.output().unwrap());
     let table = text(&output.stderr);
-    assert!(table.starts_with("event ") && table.contains("\ntotal ") && table.contains("\n process  name"), "{table}");
+    assert!(table.starts_with("event ") && table.contains("\ntotal "), "{table}");
+    assert!(table.contains("  where\n") && table.contains("  what lay there\n"), "{table}");
+    assert!(table.contains(" removed nothing.\n") && !table.contains("process"), "{table}");
+    assert!(!table.contains("stack 0"), "stacks are listed with -k: {table}");
 }
 
 #[test]

@@ -100,7 +100,7 @@ pub(crate) fn check(records: &[Value]) {
         let t = record["t"].as_u64().unwrap();
         assert!(t >= last_t, "time went back: {record}");
         last_t = t;
-        if kind(record) == "summary" {
+        if matches!(kind(record), "stack" | "summary") {
             continue;
         }
         let (mm, tid) = (record["mm"].as_u64().unwrap(), record["tid"].as_u64().unwrap());
@@ -120,8 +120,10 @@ pub(crate) fn check(records: &[Value]) {
             }
             "start" | "end" => {
                 let mut key = record.clone();
-                for name in ["t", "kind", "result"] {
-                    key.as_object_mut().unwrap().shift_remove(name);
+                // What is found before the call stands in the start, and what after it in the end.
+                let only_one = ["result", "comm", "what", "resident", "file", "huge", "swapped", "site", "self"];
+                for name in ["t", "kind"].iter().chain(&only_one) {
+                    key.as_object_mut().unwrap().shift_remove(*name);
                 }
                 let count = open.entry(key.to_string()).or_default();
                 *count += if kind(record) == "start" { 1 } else { -1 };

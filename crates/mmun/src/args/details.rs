@@ -1,0 +1,54 @@
+//! What `mmun trace` is asked to find out besides, and what to make of it.
+
+use clap::Args;
+
+use crate::summary::{Sort, Tables, Wanted};
+
+/// The tables of a summary.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct SummaryArgs {
+    /// Adds totals at the end: by event, place in the code and what lay there, or these tables: event,where,what,task,cause
+    #[arg(long, value_name = "TABLES", groups = ["totals", "places"], num_args = 0..=1, require_equals = true, default_missing_value = Tables::DEFAULT)]
+    pub(crate) summary: Option<Tables>,
+
+    /// Sorts the tables by this
+    #[arg(long, value_name = "KEY", default_value = "time", requires = "totals")]
+    pub(crate) sort: Sort,
+
+    /// Shows so many rows of each table
+    #[arg(long, value_name = "N", default_value_t = 10, requires = "totals")]
+    pub(crate) top: usize,
+
+    /// Takes time as the clock shows it, the stops of the tracer included, not the time in the call itself
+    #[arg(long, requires = "totals")]
+    pub(crate) wall: bool,
+}
+
+impl SummaryArgs {
+    /// The tables that are asked for; `always` takes the usual ones if none is.
+    pub(crate) fn wanted(&self, always: bool) -> Option<Wanted> {
+        let usual = || always.then(|| Tables::DEFAULT.parse().expect("the usual tables are tables"));
+        let tables = self.summary.or_else(usual)?;
+        Some(Wanted { tables, sort: self.sort, top: self.top, wall: self.wall })
+    }
+}
+
+/// What to find out about each call.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct DetailArgs {
+    /// Adds to each record what lay there, how much of it was in memory, and the time in the call itself
+    #[arg(long)]
+    pub(crate) details: bool,
+
+    /// Adds call stacks, named at the end; with all that --details adds
+    #[arg(short = 'k', long, group = "places")]
+    pub(crate) stacks: bool,
+
+    /// Never takes this function for the place of a call, as if it were an allocator; may be repeated
+    #[arg(long = "not-place", value_name = "FUNCTION", requires = "places")]
+    pub(crate) not_place: Vec<String>,
+
+    /// Adds a table of the get, put and free of each process at the end
+    #[arg(long)]
+    pub(crate) lifecycle: bool,
+}

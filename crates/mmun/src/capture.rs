@@ -1,0 +1,96 @@
+//! What is found out about a call while its task stands before it: what lies in its range, how much of that is in memory, and who calls.
+
+pub(crate) mod calibrate;
+pub(crate) mod ioctl;
+pub(crate) mod place;
+pub(crate) mod runtime;
+
+use std::collections::HashMap;
+
+use mmu_source::process::{Pid, Task};
+
+use self::ioctl::Which;
+use self::place::Place;
+use self::runtime::Runtime;
+use crate::change::Seen;
+use crate::intern::{Name, Names};
+use crate::record::Span;
+
+/// Looks at address spaces.
+#[derive(Debug, Default)]
+pub(crate) struct Capture {
+    places: HashMap<u64, Place>,
+    /// The address space that each task is in.
+    mms: HashMap<Pid, u64>,
+    pub(crate) names: Names,
+    pub(crate) runtime: Runtime,
+}
+
+/// How many address spaces are kept open, with two files each.
+const MOST_OPEN: usize = 128;
+
+impl Capture {
+    /// A task has entered an address space.
+    pub(crate) fn entered(&mut self, tid: Pid, mm: u64) {
+        self.mms.insert(tid, mm);
+    }
+
+    /// A task has ended, or its trace has.
+    pub(crate) fn left(&mut self, tid: Pid) {
+        self.runtime.forget(tid);
+        self.mms.remove(&tid);
+    }
+
+    /// The address space that a task is in.
+    pub(crate) fn mm(&self, tid: Pid) -> Option<u64> {
+        self.mms.get(&tid).copied()
+    }
+
+    /// An address space is gone.
+    pub(crate) fn released(&mut self, mm: u64) {
+        self.places.remove(&mm);
+    }
+
+    /// What lies in a range that a call of `task` is about to change in `mm`.
+    pub(crate) fn look(&mut self, task: Task, mm: u64, span: &Span) -> Seen {
+        let (start, end) = (span.start(), u64::try_from(span.end()).unwrap_or(u64::MAX));
+        let what = self.what(task.tid, mm, start, end);
+        let pages = self.place(task.tid, mm).and_then(|place| place.pages(start, end));
+        Seen { what, pages, site: None }
+    }
+
+    /// The name of the first mapping of a range.
+    pub(crate) fn what(&mut self, tid: Pid, mm: u64, start: u64, end: u64) -> Option<Name> {
+        let vma = self.place(tid, mm)?.mapping(start, Which::HoldingOrNext);
+        let name = match &vma {
+            Some(vma) if vma.start < end => kind(vma),
+            _ => NOTHING,
+        };
+        Some(self.names.number(name))
+    }
+
+    pub(crate) fn place(&mut self, tid: Pid, mm: u64) -> Option<&mut Place> {
+        if !self.places.contains_key(&mm) {
+            if self.places.len() >= MOST_OPEN {
+                self.places.clear();
+            }
+            // A call can act on another process (`process_madvise`): then a task of that process is asked.
+            let is_there = |tid: Pid| self.mms.get(&tid) == Some(&mm);
+            let tid = if is_there(tid) { tid } else { *self.mms.keys().find(|tid| is_there(**tid))? };
+            self.places.insert(mm, Place::of(tid)?);
+        }
+        self.places.get_mut(&mm)
+    }
+}
+
+/// Said of a range in which nothing is mapped.
+pub(crate) const NOTHING: &str = "nothing";
+
+/// What a mapping is, for people. The name of an anonymous mapping stands in `[anon:..]`.
+fn kind(vma: &ioctl::Vma) -> &str {
+    match vma.name.as_str() {
+        "" if vma.inode == 0 => "anonymous",
+        "" => "file",
+        name => name,
+    }
+}

@@ -1,0 +1,183 @@
+//! What lies in an address space, and how much of it is in memory: `/proc/PID/maps` and `pagemap`.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::FileExt;
+
+use mmu_source::process::Pid;
+
+use super::ioctl::{self, IS_FILE, IS_HUGE, IS_PRESENT, IS_SWAPPED, IS_ZERO, Vma, Which};
+use crate::change::Pages;
+
+/// Two files of one address space. They stay those of this address space also when its task executes another program.
+#[derive(Debug)]
+pub(crate) struct Place {
+    maps: File,
+    pagemap: File,
+    /// The kernel has no `PROCMAP_QUERY` or no `PAGEMAP_SCAN`.
+    old_maps: bool,
+    old_pagemap: bool,
+}
+
+const PAGE: u64 = 4096;
+/// One past the last address that a program can have with four levels of page tables; more is asked for in vain on most machines.
+const TOP: u64 = 0x7fff_ffff_f000;
+/// Without `PAGEMAP_SCAN` a larger range is not read: 8 bytes a page.
+const MOST_READ: u64 = 16 << 30;
+
+impl Place {
+    /// `None` if the task is gone or may not be asked.
+    pub(crate) fn of(tid: Pid) -> Option<Place> {
+        Some(Place {
+            maps: File::open(format!("/proc/{tid}/maps")).ok()?,
+            pagemap: File::open(format!("/proc/{tid}/pagemap")).ok()?,
+            old_maps: false,
+            old_pagemap: false,
+        })
+    }
+
+    /// The mapping at `address`, or the next one.
+    pub(crate) fn mapping(&mut self, address: u64, which: Which) -> Option<Vma> {
+        if !self.old_maps {
+            match ioctl::query(&self.maps, address, which) {
+                Ok(vma) => return vma,
+                Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => self.old_maps = true,
+                Err(_) => return None,
+            }
+        }
+        let vma = self.all().into_iter().find(|vma| address < vma.end)?;
+        (which == Which::HoldingOrNext || vma.start <= address).then_some(vma)
+    }
+
+    /// All mappings, in order.
+    pub(crate) fn all(&mut self) -> Vec<Vma> {
+        let mut text = Vec::with_capacity(1 << 16);
+        let read = self.maps.seek(SeekFrom::Start(0)).and_then(|_| self.maps.read_to_end(&mut text));
+        if read.is_err() {
+            return Vec::new();
+        }
+        text.split(|byte| *byte == b'\n').filter_map(parse).collect()
+    }
+
+    /// How much of a range is in memory; `None` if the kernel does not say.
+    pub(crate) fn pages(&mut self, start: u64, end: u64) -> Option<Pages> {
+        let (start, end) = (start.min(TOP), end.min(TOP));
+        let mut pages = Pages::default();
+        if !self.old_pagemap {
+            let mut tell = |region: &ioctl::Region| add(&mut pages, region.end - region.start, region.categories);
+            match ioctl::scan(&self.pagemap, start, end, &mut tell) {
+                Ok(()) => return Some(pages),
+                Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => self.old_pagemap = true,
+                Err(_) => return None,
+            }
+        }
+        if end - start > MOST_READ {
+            return None;
+        }
+        self.read_pagemap(start, end).ok()
+    }
+
+    /// One word a page: bit 63 is present, 62 swapped, 61 of a file or shared.
+    fn read_pagemap(&self, start: u64, end: u64) -> io::Result<Pages> {
+        let mut pages = Pages::default();
+        let mut words = [0; 1 << 13];
+        let mut at = start / PAGE * 8;
+        let stop = end / PAGE * 8;
+        while at < stop {
+            let want = words.len().min((stop - at) as usize);
+            let count = self.pagemap.read_at(&mut words[..want], at)?;
+            if count < 8 {
+                break;
+            }
+            for word in words[..count / 8 * 8].chunks_exact(8) {
+                let word = u64::from_ne_bytes(word.try_into().expect("eight bytes"));
+                let mut categories = 0;
+                for (bit, category) in [(63, IS_PRESENT), (62, IS_SWAPPED), (61, IS_FILE)] {
+                    categories |= if word >> bit & 1 != 0 { category } else { 0 };
+                }
+                add(&mut pages, PAGE, categories);
+            }
+            at += (count / 8 * 8) as u64;
+        }
+        Ok(pages)
+    }
+}
+
+fn add(pages: &mut Pages, bytes: u64, categories: u64) {
+    if categories & IS_SWAPPED != 0 {
+        pages.swapped += bytes;
+    } else if categories & IS_PRESENT != 0 && categories & IS_ZERO == 0 {
+        pages.resident += bytes;
+        pages.file += if categories & IS_FILE != 0 { bytes } else { 0 };
+        pages.huge += if categories & IS_HUGE != 0 { bytes } else { 0 };
+    }
+}
+
+/// A line of `maps`: `7f00-8f00 rw-p 00000000 00:01 12    /path`.
+fn parse(line: &[u8]) -> Option<Vma> {
+    let line = String::from_utf8_lossy(line);
+    let mut columns = line.splitn(6, ' ');
+    let hex = |text: &str| u64::from_str_radix(text, 16).ok();
+    let (start, end) = columns.next()?.split_once('-')?;
+    let offset = hex(columns.nth(1)?)?;
+    let (major, minor) = columns.next()?.split_once(':')?;
+    let inode = columns.next()?.parse().ok()?;
+    let name = columns.next().unwrap_or_default().trim_start().to_owned();
+    let device = (u32::from_str_radix(major, 16).ok()?, u32::from_str_radix(minor, 16).ok()?);
+    Some(Vma { start: hex(start)?, end: hex(end)?, offset, device, inode, name })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What lies in `memory`, as the kernel's calls and as the files say.
+    fn both(memory: &[u8]) -> [(Option<Vma>, Option<Pages>); 2] {
+        let start = memory.as_ptr() as u64;
+        [false, true].map(|old| {
+            let mut place = Place::of(std::process::id() as Pid).unwrap();
+            (place.old_maps, place.old_pagemap) = (old, old);
+            (place.mapping(start, Which::Holding), place.pages(start, start + memory.len() as u64))
+        })
+    }
+
+    #[test]
+    fn old_and_new_ways_agree_and_count_what_was_touched() {
+        const SIZE: usize = 1 << 20;
+        let layout = std::alloc::Layout::from_size_align(SIZE, 4096).unwrap();
+        let mut memory = vec![0_u8; SIZE + 2 * 4096];
+        let skip = memory.as_ptr().align_offset(layout.align());
+        let memory = &mut memory[skip + 4096..][..SIZE - 4096];
+        let resident = |memory: &[u8]| {
+            let [(vma, pages), (old_vma, old_pages)] = both(memory);
+            let (vma, old_vma) = (vma.unwrap(), old_vma.unwrap());
+            // The allocator may grow the mapping in between.
+            assert_eq!((vma.start, vma.inode, &vma.name), (old_vma.start, old_vma.inode, &old_vma.name));
+            assert_eq!(pages.unwrap().resident, old_pages.unwrap().resident);
+            pages.unwrap().resident
+        };
+        let before = resident(memory);
+        assert!(before < SIZE as u64 / 2, "{before}");
+        memory.iter_mut().step_by(4096).for_each(|byte| *byte = 1);
+        assert_eq!(resident(memory), memory.len() as u64);
+    }
+
+    #[test]
+    fn what_is_not_mapped_is_nothing_and_the_next_mapping_is_found() {
+        for old in [false, true] {
+            let mut place = Place::of(std::process::id() as Pid).unwrap();
+            place.old_maps = old;
+            assert_eq!(place.mapping(4096, Which::Holding), None);
+            let first = place.all().remove(0);
+            assert_eq!(place.mapping(4096, Which::HoldingOrNext), Some(first));
+        }
+    }
+
+    #[test]
+    fn a_line_that_is_no_text_does_no_harm() {
+        let vma = parse(b"1000-2000 rw-p 00001000 08:01 5                          /a b\xff").unwrap();
+        assert_eq!((vma.start, vma.offset, vma.device, vma.inode), (0x1000, 0x1000, (8, 1), 5));
+        assert!(vma.name.starts_with("/a b"));
+        assert_eq!((parse(b""), parse(b"1000-"), parse(b"1-2 r 0 0:0 x")), (None, None, None));
+    }
+}

@@ -1,0 +1,143 @@
+//! A change: one range under one call, from its start to its end, with what was found there.
+
+use std::collections::HashMap;
+
+use mmu_source::process::{Pid, Task};
+
+use crate::intern::Name;
+use crate::record::{Record, Span};
+
+/// One range under one call.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Change {
+    pub(crate) task: Task,
+    pub(crate) span: Span,
+    /// When it began and ended, in nanoseconds since the trace began.
+    pub(crate) began: u64,
+    pub(crate) ended: u64,
+    /// `None`: the task died in the call.
+    pub(crate) result: Option<i64>,
+    pub(crate) seen: Seen,
+    /// The time that the task ran in the call. A call with several ranges has it once, in the one that ends last.
+    pub(crate) own: Option<u64>,
+    /// This one stands for its call; other ranges of the same call do not.
+    pub(crate) is_call: bool,
+}
+
+/// What was found before the call.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Seen {
+    /// What lay at the begin of the range.
+    pub(crate) what: Option<Name>,
+    pub(crate) pages: Option<Pages>,
+    /// The stack of the call.
+    pub(crate) site: Option<u32>,
+}
+
+/// Bytes of a range, by what they are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Pages {
+    /// In memory, in total.
+    pub(crate) resident: u64,
+    /// Of these, of a file or shared.
+    pub(crate) file: u64,
+    /// Of these, in huge pages.
+    pub(crate) huge: u64,
+    pub(crate) swapped: u64,
+}
+
+impl Change {
+    pub(crate) fn failed(&self) -> bool {
+        self.result.is_none_or(|result| (-4095..0).contains(&result))
+    }
+
+    pub(crate) fn bytes(&self) -> u64 {
+        u64::try_from(self.span.end() - u128::from(self.span.start())).unwrap_or(u64::MAX)
+    }
+
+    /// What the call removed from memory or changed there; 0 if it failed.
+    pub(crate) fn resident(&self) -> u64 {
+        self.seen.pages.filter(|_| !self.failed()).map_or(0, |pages| pages.resident)
+    }
+
+    pub(crate) fn wall(&self) -> u64 {
+        self.ended - self.began
+    }
+}
+
+/// Finds the start that an end belongs to.
+#[derive(Debug, Default)]
+pub(crate) struct Pairs {
+    open: HashMap<Pid, Vec<Open>>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Open {
+    mm: u64,
+    span: Span,
+    began: u64,
+    seen: Seen,
+}
+
+impl Pairs {
+    pub(crate) fn begin(&mut self, t: u64, record: &Record, span: Span, seen: Seen) {
+        let open = Open { mm: record.mm, span, began: t, seen };
+        self.open.entry(record.task.tid).or_default().push(open);
+    }
+
+    /// `None` if the trace does not have its start.
+    pub(crate) fn end(&mut self, t: u64, record: &Record, span: Span, result: Option<i64>) -> Option<Change> {
+        let opens = self.open.get_mut(&record.task.tid)?;
+        // They end in reverse order.
+        let at = opens.iter().rposition(|open| open.mm == record.mm && open.span == span)?;
+        let open = opens.remove(at);
+        let is_call = opens.is_empty();
+        if is_call {
+            self.open.remove(&record.task.tid);
+        }
+        Some(Change {
+            task: record.task,
+            span,
+            began: open.began,
+            ended: t,
+            result,
+            seen: open.seen,
+            own: None,
+            is_call,
+        })
+    }
+
+    /// How many ranges of this task's call are open.
+    pub(crate) fn open(&self, tid: Pid) -> usize {
+        self.open.get(&tid).map_or(0, Vec::len)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use mmu_notifier::{Blocking, Va, VaRange};
+
+    use super::*;
+    use crate::record::Kind;
+
+    #[test]
+    fn ranges_of_one_call_end_in_reverse_and_one_stands_for_the_call() {
+        let span = |page: u64| Span {
+            event: 0,
+            cause: "munmap",
+            range: VaRange::covering(Va::new(page << 12), 4096).expect("a page"),
+            blocking: Blocking::Allowed,
+        };
+        let record = |kind| Record { task: Task { pid: 1, tid: 1 }, mm: 1, kind };
+        let mut pairs = Pairs::default();
+        for page in [1, 2, 1] {
+            pairs.begin(page, &record(Kind::Start(span(page))), span(page), Seen::default());
+        }
+        let mut end = |page| {
+            let change = pairs.end(9, &record(Kind::MmNew), span(page), Some(0));
+            change.map(|change| (change.began, change.is_call))
+        };
+        assert_eq!((end(3), end(1), end(2), end(1)), (None, Some((1, false)), Some((2, false)), Some((1, true))));
+        assert_eq!(pairs.open(1), 0);
+    }
+}

@@ -1,0 +1,32 @@
+//! Strings by number.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// The number of a string in a [`Names`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct Name(u32);
+
+/// Distinct strings, numbered in the order in which they came.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Names {
+    numbers: HashMap<Arc<str>, Name>,
+    list: Vec<Arc<str>>,
+}
+
+impl Names {
+    pub(crate) fn number(&mut self, text: &str) -> Name {
+        if let Some(name) = self.numbers.get(text) {
+            return *name;
+        }
+        let name = Name(self.list.len() as u32);
+        let text: Arc<str> = text.into();
+        self.numbers.insert(Arc::clone(&text), name);
+        self.list.push(text);
+        name
+    }
+
+    pub(crate) fn text(&self, name: Name) -> &str {
+        &self.list[name.0 as usize]
+    }
+}

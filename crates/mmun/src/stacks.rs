@@ -1,0 +1,109 @@
+//! Where in the code calls are made: stacks are taken while a task stands before its call, and named after the end.
+//!
+//! A stack is unwound at once, from the program's unwind tables (`.eh_frame`) or its frame pointers: stacks repeat, so that a copy for
+//! later would cost more than the unwinding. A frame is kept as a place in a file, so that programs that share a library share its stacks.
+
+mod image;
+mod site;
+mod space;
+mod symbols;
+
+use std::collections::HashMap;
+
+use mmu_source::process::{Task, current};
+
+use self::image::Images;
+pub(crate) use self::site::{Frame, Resolved};
+use self::space::Space;
+use crate::capture::Capture;
+use crate::record::{Kind, Record};
+
+/// A place in a file that is mapped, or in memory that is of no file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+struct Address {
+    image: u32,
+    /// As the file numbers its addresses; of what is in no file, as the process does.
+    at: u64,
+}
+
+/// Takes stacks.
+#[derive(Debug)]
+pub(crate) struct Stacks {
+    /// Functions that are never the place of a call.
+    skip: Vec<String>,
+    images: Images,
+    spaces: HashMap<u64, Space>,
+    /// Each distinct stack, the innermost frame first.
+    stacks: HashMap<Box<[Address]>, u32>,
+    scratch: Scratch,
+}
+
+/// What every unwinding needs and none keeps.
+#[derive(Debug, Default)]
+struct Scratch {
+    memory: Vec<u8>,
+    frames: Vec<u64>,
+}
+
+impl Stacks {
+    pub(crate) fn new(skip: Vec<String>) -> Stacks {
+        Stacks {
+            skip,
+            images: Images::default(),
+            spaces: HashMap::new(),
+            stacks: HashMap::new(),
+            scratch: Scratch::default(),
+        }
+    }
+
+    /// Takes note of what a record says about address spaces, after [`Stacks::take`].
+    pub(crate) fn follow(&mut self, record: &Record) {
+        match record.kind {
+            Kind::MmRelease => drop(self.spaces.remove(&record.mm)),
+            // What will lie there is looked up when it is met. Only calls that unmap put another file to an address.
+            Kind::Start(span) if span.event == crate::events::UNMAP => {
+                if let Some(space) = self.spaces.get_mut(&record.mm) {
+                    space.forget(span.start(), span.end());
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// The number of the stack of `task`, which stands before a call; `None` if it cannot be taken.
+    pub(crate) fn take(&mut self, task: Task, capture: &mut Capture) -> Option<u32> {
+        let current = current()?;
+        let registers = current.registers()?;
+        let mm = capture.mm(task.tid)?;
+        if registers.is_32bit {
+            return None;
+        }
+        let space = self.spaces.entry(mm).or_default();
+        let place = capture.place(task.tid, mm)?;
+        space.unwind(&mut self.images, place, &current, registers, &mut self.scratch);
+        let frames = &self.scratch.frames;
+        if let Some(number) = space.known.get(&frames[..]) {
+            return Some(*number);
+        }
+        let addresses: Box<[Address]> = frames.iter().map(|at| space.address(*at)).collect();
+        let next = self.stacks.len() as u32;
+        let number = *self.stacks.entry(addresses).or_insert(next);
+        space.known.insert(frames[..].into(), number);
+        Some(number)
+    }
+
+    /// Names every frame.
+    pub(crate) fn resolve(self) -> Resolved {
+        let mut wanted: Vec<Address> = self.stacks.keys().flat_map(|stack| stack.iter().copied()).collect();
+        wanted.sort_unstable();
+        wanted.dedup();
+        let named = symbols::name(&self.images, &wanted);
+        let mut list: Vec<(u32, Box<[Address]>)> =
+            self.stacks.into_iter().map(|(stack, number)| (number, stack)).collect();
+        list.sort_unstable_by_key(|(number, _)| *number);
+        let frames = |stack: &[Address]| -> Vec<Frame> {
+            stack.iter().flat_map(|address| named.get(address).into_iter().flatten().cloned()).collect()
+        };
+        Resolved::new(list.iter().map(|(number, stack)| (*number, frames(stack))), &self.skip)
+    }
+}

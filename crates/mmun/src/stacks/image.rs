@@ -1,0 +1,276 @@
+//! The files that programs have mapped, kept so that they can be read after the programs, and the files, are gone.
+//!
+//! # Safety
+//! A file is mapped so that it stays; but nothing here ever reads the mapping: another process can cut the file short, and reading
+//! what is beyond its end kills the reader. All reads go through `/proc/self/mem`, for which that is an error.
+#![expect(unsafe_code, reason = "a file is mapped so that it stays")]
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::ptr::{self, NonNull};
+use std::sync::Arc;
+
+use mmu_source::process::{Current, Pid};
+use object::read::{Object, ObjectSection, ObjectSegment, ReadCache};
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+
+use crate::capture::ioctl::Vma;
+
+/// All files met so far.
+#[derive(Debug, Default)]
+pub(super) struct Images {
+    pub(super) list: Vec<Image>,
+    by_file: HashMap<((u32, u32), u64), u32>,
+}
+
+/// Something that holds code.
+#[derive(Debug)]
+pub(super) struct Image {
+    /// The path that the process knows it by, or what the kernel calls it.
+    pub(super) path: String,
+    pub(super) content: Content,
+    /// The segments that are executable.
+    segments: Vec<Segment>,
+    pub(super) sections: Sections,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Segment {
+    offset: u64,
+    size: u64,
+    address: u64,
+}
+
+/// What unwinding needs, copied.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Sections {
+    pub(super) text: Option<(u64, u64)>,
+    pub(super) eh_frame: Option<(u64, Arc<[u8]>)>,
+    pub(super) eh_frame_hdr: Option<(u64, Arc<[u8]>)>,
+}
+
+#[derive(Debug)]
+pub(super) enum Content {
+    /// A file that is mapped here.
+    Mapped(Mapped),
+    Memory(Arc<[u8]>),
+    /// Memory of no file, of this process: code that was made at run time. It begins here.
+    Anonymous {
+        pid: Pid,
+        begin: u64,
+    },
+}
+
+/// A larger section is not read.
+const MOST: u64 = 256 << 20;
+
+impl Images {
+    /// The image behind a mapping of the task that stands before a call, and where address 0 of the image lies.
+    pub(super) fn of(&mut self, vma: &Vma, current: &Current) -> Option<(u32, u64)> {
+        let key = (vma.device, vma.inode);
+        let number = match self.by_file.get(&key).filter(|_| vma.inode != 0) {
+            Some(number) => *number,
+            None => {
+                let content =
+                    if vma.inode == 0 { from_memory(vma, current)? } else { from_file(vma, current.task.pid)? };
+                let image = Image::new(vma.name.clone(), content)?;
+                let number = self.push(image);
+                if vma.inode != 0 {
+                    self.by_file.insert(key, number);
+                }
+                number
+            }
+        };
+        Some((number, self.list[number as usize].bias(vma)?))
+    }
+
+    /// Stands for memory that is of no file.
+    pub(super) fn anonymous(&mut self, name: &str, pid: Pid, begin: u64) -> u32 {
+        let path = if name.is_empty() { "[anon]".to_owned() } else { name.to_owned() };
+        let (segments, sections) = (Vec::new(), Sections::default());
+        self.push(Image { path, content: Content::Anonymous { pid, begin }, segments, sections })
+    }
+
+    fn push(&mut self, image: Image) -> u32 {
+        self.list.push(image);
+        self.list.len() as u32 - 1
+    }
+}
+
+impl Image {
+    /// `None` if it is no ELF file.
+    fn new(path: String, content: Content) -> Option<Image> {
+        let cache = ReadCache::new(content.reader()?);
+        let elf = object::File::parse(&cache).ok()?;
+        let is_executable = |segment: &object::Segment<'_, '_, _>| match segment.flags() {
+            object::SegmentFlags::Elf { p_flags, .. } => p_flags.0 & object::elf::PF_X.0 != 0,
+            _ => false,
+        };
+        let segments = elf.segments().filter(is_executable).map(|segment| {
+            let (offset, size) = segment.file_range();
+            Segment { offset, size, address: segment.address() }
+        });
+        let segments = segments.collect();
+        let section = |name: &str| {
+            let section = elf.section_by_name(name)?;
+            let data = if section.size() <= MOST { section.data().ok()? } else { return None };
+            Some((section.address(), Arc::from(data)))
+        };
+        let text = elf.section_by_name(".text").map(|section| (section.address(), section.size()));
+        let sections = Sections { text, eh_frame: section(".eh_frame"), eh_frame_hdr: section(".eh_frame_hdr") };
+        drop(elf);
+        Some(Image { path, content, segments, sections })
+    }
+
+    /// Where the image's address 0 lies, if this mapping is of an executable segment.
+    fn bias(&self, vma: &Vma) -> Option<u64> {
+        const MASK: u64 = !4095;
+        if let Content::Memory(_) = self.content {
+            return Some(vma.start);
+        }
+        let holds = |segment: &&Segment| {
+            let end = segment.offset.saturating_add(segment.size).saturating_add(4095) & MASK;
+            (segment.offset & MASK..end).contains(&vma.offset)
+        };
+        let segment = self.segments.iter().find(holds)?;
+        let inside = vma.offset - (segment.offset & MASK);
+        vma.start.checked_sub((segment.address & MASK).checked_add(inside)?)
+    }
+}
+
+/// The vdso.
+fn from_memory(vma: &Vma, current: &Current) -> Option<Content> {
+    if vma.name != "[vdso]" {
+        return None;
+    }
+    let mut bytes = vec![0; usize::try_from(vma.end - vma.start).ok().filter(|size| *size <= 1 << 20)?];
+    let read = current.read_memory(vma.start, &mut bytes);
+    bytes.truncate(read);
+    Some(Content::Memory(bytes.into()))
+}
+
+/// The file itself, also if it has been deleted; without the right to that, the file of that name, if it is the same.
+fn from_file(vma: &Vma, pid: Pid) -> Option<Content> {
+    let direct = File::open(format!("/proc/{pid}/map_files/{:x}-{:x}", vma.start, vma.end));
+    let by_name = || File::open(format!("/proc/{pid}/root{}", vma.name)).ok();
+    let file = direct.ok().or_else(by_name)?;
+    let metadata = file.metadata().ok()?;
+    if !metadata.is_file() || metadata.ino() != vma.inode {
+        return None;
+    }
+    Mapped::new(&file, metadata.len()).map(Content::Mapped)
+}
+
+impl Content {
+    /// `None` for what is of no file.
+    pub(super) fn reader(&self) -> Option<Box<dyn Reader>> {
+        match self {
+            Content::Mapped(mapped) => Some(Box::new(mapped.reader().ok()?)),
+            Content::Memory(bytes) => Some(Box::new(io::Cursor::new(Arc::clone(bytes)))),
+            Content::Anonymous { .. } => None,
+        }
+    }
+}
+
+/// What an ELF file is read from.
+pub(super) trait Reader: Read + Seek {}
+impl<T: Read + Seek> Reader for T {}
+
+/// A file that is mapped here and not read.
+#[derive(Debug)]
+pub(super) struct Mapped {
+    begin: NonNull<std::ffi::c_void>,
+    length: u64,
+}
+
+// SAFETY: it is an address that is handed to the kernel; the memory behind it is never accessed.
+unsafe impl Send for Mapped {}
+
+impl Mapped {
+    fn new(file: &File, length: u64) -> Option<Mapped> {
+        let size = usize::try_from(length).ok().filter(|size| *size > 0)?;
+        // SAFETY: a fresh mapping at an address of the kernel's choice touches nothing that exists.
+        let begin = unsafe { mmap(ptr::null_mut(), size, ProtFlags::READ, MapFlags::PRIVATE, file, 0) };
+        Some(Mapped { begin: NonNull::new(begin.ok()?)?, length })
+    }
+
+    fn reader(&self) -> io::Result<MappedReader> {
+        Ok(MappedReader {
+            memory: File::open("/proc/self/mem")?,
+            begin: self.begin.addr().get() as u64,
+            length: self.length,
+            at: 0,
+        })
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        // SAFETY: `new` mapped exactly this, and no reference to it was ever made.
+        let _ = unsafe { munmap(self.begin.as_ptr(), self.length as usize) };
+    }
+}
+
+struct MappedReader {
+    memory: File,
+    begin: u64,
+    length: u64,
+    at: u64,
+}
+
+impl Read for MappedReader {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let left = self.length.saturating_sub(self.at);
+        let size = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+        let count = self.memory.read_at(&mut buffer[..size], self.begin + self.at)?;
+        self.at += count as u64;
+        Ok(count)
+    }
+}
+
+impl Seek for MappedReader {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        let at = match to {
+            SeekFrom::Start(at) => Some(at),
+            SeekFrom::End(by) => self.length.checked_add_signed(by),
+            SeekFrom::Current(by) => self.at.checked_add_signed(by),
+        };
+        self.at = at.ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(self.at)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_is_cut_short_is_an_error_and_no_death() {
+        let path = std::env::temp_dir().join(format!("mmun-image-{}", std::process::id()));
+        std::fs::write(&path, vec![7; 3 * 4096]).unwrap();
+        let file = File::options().read(true).write(true).open(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let mapped = Mapped::new(&file, 3 * 4096).unwrap();
+        let mut reader = mapped.reader().unwrap();
+        let mut bytes = [0; 16];
+        assert_eq!((reader.seek(SeekFrom::Start(8192)).unwrap(), reader.read(&mut bytes).unwrap()), (8192, 16));
+        assert_eq!(bytes, [7; 16]);
+        file.set_len(4096).unwrap();
+        reader.seek(SeekFrom::Start(8192)).unwrap();
+        assert!(reader.read(&mut bytes).is_err());
+    }
+
+    #[test]
+    fn the_bias_is_that_of_the_executable_segment() {
+        let segments = vec![Segment { offset: 0x1234, size: 0x5000, address: 0x41234 }];
+        let (path, sections) = (String::new(), Sections::default());
+        let image = Image { path, content: Content::Anonymous { pid: 1, begin: 0 }, segments, sections };
+        let vma = |start, offset| Vma { start, end: start + 0x1000, offset, ..Vma::default() };
+        assert_eq!(image.bias(&vma(0x7f00_0004_1000, 0x1000)), Some(0x7f00_0000_0000));
+        assert_eq!(image.bias(&vma(0x7f00_0004_3000, 0x3000)), Some(0x7f00_0000_0000));
+        assert_eq!(image.bias(&vma(0x7f00_0004_3000, 0)), None);
+        assert_eq!(image.bias(&vma(0x1000, 0x1000)), None, "no address lies below zero");
+    }
+}

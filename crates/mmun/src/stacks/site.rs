@@ -1,0 +1,263 @@
+//! Stacks with names, and the frame of each that is the place of the call.
+
+use std::collections::HashMap;
+
+use crate::digits::Put;
+use crate::json;
+
+/// One function on a stack.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub(crate) struct Frame {
+    /// Its name, or `libc.so.6+0x27249`.
+    pub(crate) function: String,
+    /// The file it is in, without directories.
+    pub(crate) module: String,
+    /// `file.c:12`, or nothing.
+    pub(crate) line: String,
+    pub(crate) has_name: bool,
+}
+
+impl Frame {
+    /// `f (module file.c:12)`
+    pub(crate) fn text(&self) -> String {
+        let Frame { function, module, line, has_name } = self;
+        match (has_name, line.as_str()) {
+            (true, "") => format!("{function} ({module})"),
+            (true, line) => format!("{function} ({module} {line})"),
+            (false, "") => function.clone(),
+            (false, line) => format!("{function} ({line})"),
+        }
+    }
+}
+
+/// A stack, the innermost frame first.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Stack {
+    pub(crate) frames: Vec<Frame>,
+    /// The frame that is the place of the call.
+    pub(crate) place: usize,
+}
+
+impl Stack {
+    /// The place of the call, for tables.
+    pub(crate) fn place(&self) -> String {
+        match self.frames.get(self.place) {
+            Some(frame) => frame.text(),
+            None => UNKNOWN.to_owned(),
+        }
+    }
+}
+
+const UNKNOWN: &str = "(not known)";
+
+/// Every stack of a trace.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Resolved {
+    stacks: HashMap<u32, Stack>,
+}
+
+/// Functions that make memory calls on behalf of others, by their names without leading underscores.
+const ALLOCATORS: &[&str] = &[
+    "munmap",
+    "mmap",
+    "mmap64",
+    "mprotect",
+    "madvise",
+    "mremap",
+    "brk",
+    "sbrk",
+    "syscall",
+    "syscall_cancel",
+    "posix_madvise",
+    "free",
+    "cfree",
+    "malloc",
+    "calloc",
+    "realloc",
+    "reallocarray",
+    "memalign",
+    "aligned_alloc",
+    "posix_memalign",
+    "valloc",
+    "malloc_trim",
+    "munmap_chunk",
+    "int_free",
+    "int_malloc",
+    "int_realloc",
+    "int_memalign",
+    "systrim",
+    "sysmalloc",
+    "heap_trim",
+    "shrink_heap",
+    "grow_heap",
+    "mtrim",
+    "default_morecore",
+    "glibc_morecore",
+    "PyObject_Free",
+    "PyObject_Malloc",
+    "PyObject_Realloc",
+    "PyObject_Calloc",
+    "PyMem_Free",
+    "PyMem_Malloc",
+    "PyMem_Realloc",
+    "PyMem_RawFree",
+    "PyMem_RawMalloc",
+    "PyMem_RawRealloc",
+    "PyObject_Arena",
+    "new_arena",
+    "insert_to_freepool",
+    "insert_to_usedpool",
+    "allocate_from_new_pool",
+    "PyObject_ArenaMmap",
+    "PyObject_ArenaMunmap",
+    "PyMem_ArenaFree",
+    "PyMem_ArenaAlloc",
+    "pymalloc_alloc",
+    "pymalloc_free",
+    "rust_alloc",
+    "rust_dealloc",
+    "rust_realloc",
+    "rdl_dealloc",
+    "rdl_realloc",
+    "rdl_alloc",
+    "operator delete(void*)",
+    "operator delete[](void*)",
+    "operator new(unsigned long)",
+    "operator new[](unsigned long)",
+    "operator delete(void*, unsigned long)",
+    "operator delete[](void*, unsigned long)",
+    "fork",
+    "Fork",
+    "libc_fork",
+    "vfork",
+    "clone",
+    "clone3",
+];
+
+/// Libraries in which no function is the place: the C library, the loader, and allocators of their own.
+const LIBRARIES: &[&str] = &[
+    "libc.so",
+    "libc-2",
+    "libpthread",
+    "libc.musl",
+    "ld-linux",
+    "ld-musl",
+    "libjemalloc",
+    "libmimalloc",
+    "libtcmalloc",
+];
+
+impl Resolved {
+    pub(crate) fn new(stacks: impl IntoIterator<Item = (u32, Vec<Frame>)>, skip: &[String]) -> Resolved {
+        let with_place = |frames: Vec<Frame>| {
+            let at = frames.iter().position(|frame| !is_allocator(frame, skip));
+            // All of it is the loader's or libc's: the outermost that has a name says most.
+            let at = at.or_else(|| frames.iter().rposition(|frame| frame.has_name)).unwrap_or(0);
+            Stack { frames, place: at }
+        };
+        Resolved { stacks: stacks.into_iter().map(|(number, frames)| (number, with_place(frames))).collect() }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.stacks.is_empty()
+    }
+
+    pub(crate) fn get(&self, site: Option<u32>) -> Option<&Stack> {
+        self.stacks.get(&site?)
+    }
+
+    pub(crate) fn place(&self, site: Option<u32>) -> String {
+        self.get(site).map_or_else(|| UNKNOWN.to_owned(), Stack::place)
+    }
+
+    /// All stacks with their numbers, in order.
+    pub(crate) fn all(&self) -> Vec<(u32, &Stack)> {
+        let mut all: Vec<_> = self.stacks.iter().map(|(number, stack)| (*number, stack)).collect();
+        all.sort_unstable_by_key(|(number, _)| *number);
+        all
+    }
+
+    /// One record a stack.
+    pub(crate) fn write_json(&self, out: &mut Vec<u8>, t: u64) {
+        for (number, stack) in self.all() {
+            json::head(out, t, "stack");
+            out.put(",\"site\":");
+            out.put_dec(number.into());
+            out.put(",\"place\":");
+            out.put_dec(stack.place as u64);
+            out.put(",\"frames\":[");
+            let mut comma = "{\"function\":";
+            for frame in &stack.frames {
+                out.put(comma);
+                json::put_str(out, &frame.function);
+                out.put(",\"module\":");
+                json::put_str(out, &frame.module);
+                out.put(",\"line\":");
+                json::put_str(out, &frame.line);
+                out.put(if frame.has_name { ",\"named\":true}" } else { ",\"named\":false}" });
+                comma = ",{\"function\":";
+            }
+            out.put("]}\n");
+        }
+    }
+
+    /// As strace does it, a frame a line.
+    pub(crate) fn write_text(&self, out: &mut Vec<u8>) {
+        for (number, stack) in self.all() {
+            out.put("stack ");
+            out.put_dec(number.into());
+            out.put("\n");
+            for (at, frame) in stack.frames.iter().enumerate() {
+                out.put(if at == stack.place { " * " } else { " > " });
+                out.put(&frame.text().escape_debug().to_string().replace("\\'", "'"));
+                out.put("\n");
+            }
+        }
+    }
+}
+
+fn is_allocator(frame: &Frame, skip: &[String]) -> bool {
+    let bare = frame.function.trim_start_matches('_');
+    let bare = bare.split("::").last().filter(|_| bare.starts_with("alloc::alloc")).unwrap_or(bare);
+    ALLOCATORS.contains(&bare)
+        || skip.iter().any(|name| *name == frame.function || *name == bare)
+        || LIBRARIES.iter().any(|name| frame.module.starts_with(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn frame(function: &str, module: &str) -> Frame {
+        let has_name = !function.contains('+');
+        Frame { function: function.into(), module: module.into(), line: String::new(), has_name }
+    }
+
+    fn place(frames: &[Frame], skip: &[&str]) -> String {
+        let skip: Vec<String> = skip.iter().map(|name| (*name).to_owned()).collect();
+        Resolved::new([(3, frames.to_vec())], &skip).place(Some(3))
+    }
+
+    #[test]
+    fn the_place_is_the_first_function_that_is_no_allocator() {
+        let stack = [
+            frame("__munmap", "libc.so.6"),
+            frame("libc.so.6+0x99", "libc.so.6"),
+            frame("free", "libc.so.6"),
+            frame("drop_cache", "app"),
+            frame("main", "app"),
+        ];
+        assert_eq!(place(&stack, &[]), "drop_cache (app)");
+        assert_eq!(place(&stack, &["drop_cache"]), "main (app)");
+        assert_eq!(place(&stack[..3], &[]), "free (libc.so.6)");
+        assert_eq!(place(&[], &[]), "(not known)");
+        assert_eq!(Resolved::default().place(None), "(not known)");
+    }
+
+    #[test]
+    fn a_frame_without_a_name_says_where_it_is() {
+        assert_eq!(frame("app+0x10", "app").text(), "app+0x10");
+        let with_line = Frame { line: "a.c:3".into(), ..frame("f", "app") };
+        assert_eq!(with_line.text(), "f (app a.c:3)");
+    }
+}

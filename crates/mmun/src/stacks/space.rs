@@ -1,0 +1,209 @@
+//! One address space, as far as its code is known.
+
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+use framehop::x86_64::{CacheX86_64, UnwindRegsX86_64, UnwinderX86_64};
+use framehop::{ExplicitModuleSectionInfo, FrameAddress, Module, Unwinder};
+use mmu_source::process::{Current, Registers};
+
+use super::image::Images;
+use super::{Address, Scratch};
+use crate::capture::ioctl::Which;
+use crate::capture::place::Place;
+
+/// The code of one address space.
+#[derive(Default)]
+pub(super) struct Space {
+    unwinder: UnwinderX86_64<Arc<[u8]>>,
+    cache: CacheX86_64,
+    /// In order of address, not overlapping.
+    parts: Vec<Part>,
+    /// The stacks that were met since code last went away.
+    pub(super) known: HashMap<Box<[u64]>, u32>,
+}
+
+/// A mapping with code.
+#[derive(Clone, Copy, Debug)]
+struct Part {
+    start: u64,
+    end: u64,
+    image: u32,
+    /// What is taken off an address.
+    bias: u64,
+    has_module: bool,
+}
+
+/// So much of a stack is read at once, and twice as much each time it does not suffice.
+const FIRST_READ: usize = 16 << 10;
+const MOST_READ: usize = 1 << 20;
+/// A deeper stack is cut.
+const DEEPEST: usize = 256;
+
+impl Space {
+    /// Leaves the addresses of the frames in `scratch`, the innermost first.
+    pub(super) fn unwind(
+        &mut self,
+        images: &mut Images,
+        place: &mut Place,
+        current: &Current,
+        registers: Registers,
+        scratch: &mut Scratch,
+    ) {
+        let memory = &mut scratch.memory;
+        memory.resize(FIRST_READ, 0);
+        let read = current.read_memory(registers.sp, memory);
+        memory.truncate(read);
+        // Each round ends or learns of a part of the code that was not known.
+        for _ in 0..DEEPEST {
+            let frames = &mut scratch.frames;
+            frames.clear();
+            let walk = AssertUnwindSafe(|| self.walk(current, registers, memory, frames));
+            // What a broken file says about itself could mislead the unwinder.
+            let Some(unknown) = catch_unwind(walk).unwrap_or(None) else { break };
+            if !self.learn(images, place, current, unknown) {
+                break;
+            }
+        }
+        if scratch.frames.is_empty() {
+            scratch.frames.push(registers.ip);
+        }
+    }
+
+    /// Stops at an address that no known part holds, and returns it.
+    fn walk(
+        &mut self,
+        current: &Current,
+        registers: Registers,
+        memory: &mut Vec<u8>,
+        frames: &mut Vec<u64>,
+    ) -> Option<u64> {
+        let Space { unwinder, cache, parts, .. } = self;
+        let sp = registers.sp;
+        let mut read = |address: u64| {
+            let offset = address.checked_sub(sp).ok_or(())?;
+            let end = usize::try_from(offset).ok().and_then(|offset| offset.checked_add(8)).ok_or(())?;
+            while memory.len() < end {
+                let have = memory.len();
+                // A read that ended early met the end of the stack.
+                if have < FIRST_READ || end > MOST_READ || !have.is_power_of_two() {
+                    return Err(());
+                }
+                memory.resize(2 * have, 0);
+                let read = current.read_memory(sp + have as u64, &mut memory[have..]);
+                memory.truncate(have + read);
+            }
+            let word = memory[end - 8..end].try_into().expect("eight bytes");
+            Ok(u64::from_le_bytes(word))
+        };
+        let start = UnwindRegsX86_64::new(registers.ip, registers.sp, registers.bp);
+        let mut iter = unwinder.iter_frames(registers.ip, start, cache, &mut read);
+        while let Ok(Some(frame)) = iter.next() {
+            // A call stands before the address to which it returns.
+            let address = match frame {
+                // Behind the instruction that makes the system call, and still in it.
+                FrameAddress::InstructionPointer(address) => address.saturating_sub(1),
+                FrameAddress::ReturnAddress(address) => u64::from(address) - 1,
+            };
+            if part_of(parts, address).is_none() {
+                return Some(address);
+            }
+            frames.push(address);
+            if frames.len() == DEEPEST {
+                break;
+            }
+        }
+        None
+    }
+
+    /// Finds out what lies at `address`. Afterwards a part holds it, be it one of which nothing is known.
+    ///
+    /// `false` if nothing is mapped there: the unwinding went astray, and the frames below it are all there is.
+    fn learn(&mut self, images: &mut Images, place: &mut Place, current: &Current, address: u64) -> bool {
+        let Some(vma) = place.mapping(address, Which::Holding) else {
+            return false;
+        };
+        // Where maps are stale, parts must not overlap all the same.
+        self.forget(vma.start, vma.end.into());
+        let found = catch_unwind(AssertUnwindSafe(|| images.of(&vma, current))).unwrap_or(None);
+        let Some((image, bias)) = found else {
+            let image = images.anonymous(&vma.name, current.task.pid, vma.start);
+            self.insert(Part { start: vma.start, end: vma.end, image, bias: 0, has_module: false });
+            return true;
+        };
+        let sections = images.list[image as usize].sections.clone();
+        let span = |section: &Option<(u64, Arc<[u8]>)>| {
+            section.as_ref().map(|(at, data)| *at..at.saturating_add(data.len() as u64))
+        };
+        let info = ExplicitModuleSectionInfo {
+            base_svma: 0,
+            text_svma: sections.text.map(|(at, size)| at..at.saturating_add(size)),
+            eh_frame_svma: span(&sections.eh_frame),
+            eh_frame: sections.eh_frame.map(|(_, data)| data),
+            eh_frame_hdr_svma: span(&sections.eh_frame_hdr),
+            eh_frame_hdr: sections.eh_frame_hdr.map(|(_, data)| data),
+            ..ExplicitModuleSectionInfo::default()
+        };
+        self.unwinder.add_module(Module::new(String::new(), vma.start..vma.end, bias, info));
+        self.insert(Part { start: vma.start, end: vma.end, image, bias, has_module: true });
+        true
+    }
+
+    fn insert(&mut self, part: Part) {
+        let at = self.parts.partition_point(|other| other.start < part.start);
+        self.parts.insert(at, part);
+    }
+
+    /// Nothing is known any more about a range.
+    pub(super) fn forget(&mut self, start: u64, end: u128) {
+        let first = self.parts.partition_point(|part| part.end <= start);
+        let last = self.parts.partition_point(|part| u128::from(part.start) < end);
+        if first >= last {
+            return;
+        }
+        for part in self.parts.drain(first..last).filter(|part| part.has_module) {
+            self.unwinder.remove_module(part.start);
+        }
+        self.known.clear();
+    }
+
+    /// The place of an address of a frame.
+    pub(super) fn address(&self, at: u64) -> Address {
+        match part_of(&self.parts, at) {
+            Some(part) => Address { image: part.image, at: at - part.bias },
+            None => Address { image: u32::MAX, at },
+        }
+    }
+}
+
+fn part_of(parts: &[Part], address: u64) -> Option<&Part> {
+    let at = parts.partition_point(|part| part.end <= address);
+    parts.get(at).filter(|part| part.start <= address)
+}
+
+impl std::fmt::Debug for Space {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Space").field("parts", &self.parts).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_are_found_and_forgotten_by_address() {
+        let mut space = Space::default();
+        for start in [0x3000, 0x1000] {
+            space.insert(Part { start, end: start + 0x1000, image: start as u32, bias: 0x1000, has_module: false });
+        }
+        assert_eq!(space.address(0x3010), Address { image: 0x3000, at: 0x2010 });
+        assert_eq!(space.address(0x2fff).image, u32::MAX);
+        space.known.insert([1].into(), 1);
+        space.forget(0x2000, 0x3000);
+        assert_eq!((space.parts.len(), space.known.len()), (2, 1));
+        space.forget(0x3fff, 1 << 64);
+        assert_eq!((space.parts.len(), space.known.len()), (1, 0));
+    }
+}

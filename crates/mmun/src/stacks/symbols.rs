@@ -1,0 +1,238 @@
+//! From addresses to names: symbols, lines and inlined functions, once the trace has ended.
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::fs::File;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use addr2line::gimli::{Dwarf, EndianSlice, LittleEndian, SectionId};
+use addr2line::{Context, demangle_auto};
+use object::read::{Object, ObjectSection, ObjectSymbol, ReadCache, ReadRef, SymbolKind};
+
+use super::Address;
+use super::image::{Content, Image, Images, Reader};
+use super::site::Frame;
+
+/// A file whose debug sections are larger together is named by its symbols only.
+const MOST_DEBUG: u64 = 512 << 20;
+
+/// The frames of each address, the innermost first: more than one where functions were inlined. `wanted` is sorted.
+pub(super) fn name(images: &Images, wanted: &[Address]) -> HashMap<Address, Vec<Frame>> {
+    let mut named = HashMap::with_capacity(wanted.len());
+    for group in wanted.chunk_by(|a, b| a.image == b.image) {
+        let Some(image) = images.list.get(group[0].image as usize) else {
+            named.extend(group.iter().map(|address| (*address, vec![unnamed("[unknown]", address.at)])));
+            continue;
+        };
+        let frames = match image.content {
+            Content::Anonymous { pid, begin } => of_run_time(image, pid, begin, group),
+            // What a broken file makes the readers do is not worth the trace.
+            _ => catch_unwind(AssertUnwindSafe(|| of_file(image, group))).unwrap_or_default(),
+        };
+        for (at, address) in group.iter().enumerate() {
+            let found = frames.get(at).filter(|found| !found.is_empty()).cloned();
+            named.insert(*address, found.unwrap_or_else(|| vec![unnamed(short(&image.path), address.at)]));
+        }
+    }
+    named
+}
+
+/// Code of no function that is known.
+fn unnamed(module: &str, at: u64) -> Frame {
+    Frame { function: format!("{module}+{at:#x}"), module: module.into(), line: String::new(), has_name: false }
+}
+
+/// The last part of a path, without what the kernel adds to the name of a file that is gone.
+fn short(path: &str) -> &str {
+    let path = path.strip_suffix(" (deleted)").unwrap_or(path);
+    path.rsplit('/').next().filter(|name| !name.is_empty()).unwrap_or(path)
+}
+
+/// Code that was made at run time, as the program itself tells of it (`/tmp/perf-PID.map`).
+fn of_run_time(image: &Image, pid: i32, begin: u64, group: &[Address]) -> Vec<Vec<Frame>> {
+    let map = std::fs::read(format!("/tmp/perf-{pid}.map")).unwrap_or_default();
+    let mut symbols: Vec<(u64, u64, Cow<'_, str>)> = map.split(|byte| *byte == b'\n').filter_map(perf_line).collect();
+    symbols.sort_by_key(|(at, ..)| *at);
+    let frame = |address: &Address| match find(&symbols, address.at) {
+        Some(name) => Frame { function: name.to_owned(), module: "[jit]".into(), line: String::new(), has_name: true },
+        None => unnamed(short(&image.path), address.at.saturating_sub(begin)),
+    };
+    group.iter().map(|address| vec![frame(address)]).collect()
+}
+
+/// `START SIZE name`, in hexadecimal.
+fn perf_line(line: &[u8]) -> Option<(u64, u64, Cow<'_, str>)> {
+    let mut words = line.splitn(3, |byte| *byte == b' ');
+    let mut hex = || u64::from_str_radix(std::str::from_utf8(words.next()?).ok()?.trim_start_matches("0x"), 16).ok();
+    let (start, size) = (hex()?, hex()?);
+    Some((start, size, String::from_utf8_lossy(words.next()?)))
+}
+
+fn of_file(image: &Image, group: &[Address]) -> Vec<Vec<Frame>> {
+    let Some(reader) = image.content.reader() else { return Vec::new() };
+    let cache = ReadCache::new(reader);
+    let Ok(elf) = object::File::parse(&cache) else { return Vec::new() };
+    // A distribution's symbols are in a file of their own, where they are installed.
+    let apart = elf
+        .build_id()
+        .ok()
+        .flatten()
+        .and_then(debug_file)
+        .map(|file| ReadCache::new(Box::new(file) as Box<dyn Reader>));
+    let apart = apart.as_ref().and_then(|cache| object::File::parse(cache).ok());
+    let mut symbols = Vec::new();
+    collect(&elf, &mut symbols);
+    if let Some(apart) = &apart {
+        collect(apart, &mut symbols);
+    }
+    symbols.sort_by_key(|(at, size, name)| (*at, *size, std::cmp::Reverse(name.starts_with('_'))));
+    let debug = apart.as_ref().filter(|apart| has_debug(apart)).or(Some(&elf).filter(|elf| has_debug(elf)));
+    let sections = debug.map(Sections::read);
+    let context = sections.as_ref().and_then(Sections::context);
+    let module = short(&image.path);
+    group.iter().map(|address| frames(module, &symbols, context.as_ref(), address.at)).collect()
+}
+
+type Slice<'a> = EndianSlice<'a, LittleEndian>;
+
+fn frames(
+    module: &str,
+    symbols: &[(u64, u64, Cow<'_, str>)],
+    context: Option<&Context<Slice<'_>>>,
+    at: u64,
+) -> Vec<Frame> {
+    let symbol = find(symbols, at);
+    let mut list = Vec::new();
+    if let Some(context) = context
+        && let Ok(mut found) = context.find_frames(at).skip_all_loads()
+    {
+        while let Ok(Some(frame)) = found.next() {
+            let name = frame.function.as_ref().and_then(|name| Some(name.demangle().ok()?.into_owned()));
+            let line = frame.location.and_then(|place| {
+                let file = place.file?.rsplit('/').next()?;
+                Some(place.line.map_or_else(|| file.to_owned(), |line| format!("{file}:{line}")))
+            });
+            let line = line.unwrap_or_default();
+            match name {
+                Some(function) => list.push(Frame { function, module: module.into(), line, has_name: true }),
+                None if symbol.is_none() => {
+                    list.push(Frame { line, ..unnamed(module, at) });
+                }
+                None => list.push(Frame { line, ..named(module, symbol.unwrap_or_default()) }),
+            }
+            if list.len() == 64 {
+                break;
+            }
+        }
+    }
+    if list.is_empty()
+        && let Some(symbol) = symbol
+    {
+        list.push(named(module, symbol));
+    }
+    list
+}
+
+fn named(module: &str, symbol: &str) -> Frame {
+    // The version of a symbol is of no interest here: `malloc@@GLIBC_2.2.5`.
+    let symbol = symbol.split_once('@').map_or(symbol, |(name, _)| name);
+    let function = demangle_auto(symbol.into(), None).into_owned();
+    Frame { function, module: module.into(), line: String::new(), has_name: true }
+}
+
+/// The symbol that holds `at`, never one that ends before it.
+fn find<'a>(symbols: &'a [(u64, u64, Cow<'_, str>)], at: u64) -> Option<&'a str> {
+    let end = symbols.partition_point(|(start, ..)| *start <= at);
+    // Aliases and nested symbols stand close together.
+    let near = symbols[..end].iter().rev().take(8);
+    near.filter(|(start, size, _)| at - start < (*size).max(1)).map(|(.., name)| &**name).next()
+}
+
+fn collect<'a, R: ReadRef<'a>>(elf: &object::File<'a, R>, into: &mut Vec<(u64, u64, Cow<'a, str>)>) {
+    let all = elf.symbols().chain(elf.dynamic_symbols());
+    let functions =
+        all.filter(|symbol| symbol.kind() == SymbolKind::Text && symbol.is_definition() && symbol.size() > 0);
+    into.extend(functions.filter_map(|symbol| {
+        let name = String::from_utf8_lossy(symbol.name_bytes().ok()?);
+        Some((symbol.address(), symbol.size(), name))
+    }));
+}
+
+fn has_debug<'a, R: ReadRef<'a>>(elf: &object::File<'a, R>) -> bool {
+    let size = |name| elf.section_by_name(name).map_or(0, |section| section.size());
+    let total: u64 = [".debug_info", ".debug_line", ".debug_str", ".debug_abbrev", ".debug_ranges", ".debug_rnglists"]
+        .into_iter()
+        .map(size)
+        .sum();
+    elf.section_by_name(".debug_line").is_some() && total <= MOST_DEBUG
+}
+
+fn debug_file(id: &[u8]) -> Option<File> {
+    let hex: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
+    let (directory, rest) = hex.split_at_checked(2)?;
+    File::open(format!("/usr/lib/debug/.build-id/{directory}/{rest}.debug")).ok()
+}
+
+/// The debug sections of a file.
+struct Sections<'a>(HashMap<SectionId, Cow<'a, [u8]>>);
+
+impl<'a> Sections<'a> {
+    fn read<R: ReadRef<'a>>(elf: &object::File<'a, R>) -> Sections<'a> {
+        use SectionId::*;
+        let ids = [
+            DebugAbbrev,
+            DebugAddr,
+            DebugAranges,
+            DebugInfo,
+            DebugLine,
+            DebugLineStr,
+            DebugRanges,
+            DebugRngLists,
+            DebugStr,
+            DebugStrOffsets,
+        ];
+        let read = |id: SectionId| Some((id, elf.section_by_name(id.name())?.uncompressed_data().ok()?));
+        Sections(ids.into_iter().filter_map(read).collect())
+    }
+
+    fn context(&self) -> Option<Context<Slice<'_>>> {
+        let load = |id: SectionId| -> Result<Slice<'_>, addr2line::gimli::Error> {
+            Ok(EndianSlice::new(self.0.get(&id).map_or(&[], |data| data), LittleEndian))
+        };
+        Context::from_dwarf(Dwarf::load(load).ok()?).ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_symbol_names_nothing_beyond_its_size() {
+        let symbols = [(0x10, 0x10, Cow::from("a")), (0x14, 4, Cow::from("inner")), (0x40, 1, Cow::from("b"))];
+        assert_eq!(
+            (find(&symbols, 0x13), find(&symbols, 0x17), find(&symbols, 0x18)),
+            (Some("a"), Some("inner"), Some("a"))
+        );
+        assert_eq!((find(&symbols, 0x20), find(&symbols, 0x41), find(&symbols, 0)), (None, None, None));
+    }
+
+    #[test]
+    fn a_line_of_a_perf_map_may_have_spaces_in_its_name() {
+        assert_eq!(
+            perf_line(b"7f10 20 LazyCompile:~f /a b.js:1"),
+            Some((0x7f10, 0x20, "LazyCompile:~f /a b.js:1".into()))
+        );
+        assert_eq!((perf_line(b""), perf_line(b"zz 1 a"), perf_line(b"1 2")), (None, None, None));
+    }
+
+    #[test]
+    fn names_are_short_and_demangled() {
+        assert_eq!(
+            (short("/usr/lib/a.so (deleted)"), short("[vdso]"), short("/memfd:x (deleted)")),
+            ("a.so", "[vdso]", "memfd:x")
+        );
+        assert_eq!(named("m", "_ZN3foo3barEv").function, "foo::bar()");
+        assert_eq!(named("m", "malloc@@GLIBC_2.2.5").function, "malloc");
+    }
+}

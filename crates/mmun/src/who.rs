@@ -1,0 +1,94 @@
+//! The names of tasks.
+
+use std::collections::HashMap;
+use std::fs;
+
+use mmu_source::process::{Pid, Task};
+
+use crate::record::Kind;
+
+/// What each task is called, as far as it was looked up.
+///
+/// A task gives itself its name after it was made, and nothing tells of it. So the name is read when the task appears, and again at
+/// its 1st, 2nd, 4th, 8th record and so on: at next to no cost a task that makes calls is soon known by its name.
+#[derive(Debug, Default)]
+pub(crate) struct Who {
+    tasks: HashMap<Pid, Named>,
+}
+
+#[derive(Debug)]
+struct Named {
+    pid: Pid,
+    name: String,
+    records: u32,
+    ended: bool,
+}
+
+impl Who {
+    /// The name of `task`, of which `kind` is recorded; empty if it is not known.
+    pub(crate) fn name(&mut self, task: Task, kind: &Kind) -> &str {
+        let is_late = matches!(kind, Kind::Put { .. } | Kind::Free | Kind::MmRelease);
+        let new = || Named { pid: task.pid, name: String::new(), records: 0, ended: false };
+        let named = self.tasks.entry(task.tid).or_insert_with(new);
+        if named.ended && !is_late {
+            // The number is another task's now.
+            (named.ended, named.records) = (false, 0);
+        }
+        if matches!(kind, Kind::MmNew | Kind::Exec { .. }) || named.pid != task.pid {
+            (named.pid, named.records) = (task.pid, 0);
+        }
+        if matches!(kind, Kind::Exit(_)) {
+            named.ended = true;
+        }
+        named.records = named.records.saturating_add(1);
+        if named.records.is_power_of_two()
+            && !is_late
+            && let Some(name) = read(task.tid)
+        {
+            named.name = name;
+        }
+        &named.name
+    }
+
+    /// The name that is known.
+    #[cfg(test)]
+    pub(crate) fn known(&self, tid: Pid) -> &str {
+        self.tasks.get(&tid).map_or("", |named| &named.name)
+    }
+}
+
+/// The kernel's name of a task; `None` if the task is gone. What is not printable is escaped.
+fn read(tid: Pid) -> Option<String> {
+    let name = fs::read(format!("/proc/{tid}/comm")).ok()?;
+    let name = String::from_utf8_lossy(name.strip_suffix(b"\n").unwrap_or(&name));
+    Some(if name.chars().any(char::is_control) { name.escape_debug().to_string() } else { name.into_owned() })
+}
+
+/// The file that a process runs; `None` if it is gone or may not be asked.
+pub(crate) fn program(pid: Pid) -> Option<String> {
+    Some(fs::read_link(format!("/proc/{pid}/exe")).ok()?.to_string_lossy().into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_task_that_renames_itself_is_soon_known_by_its_name() {
+        let this = std::process::id() as Pid;
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let tid = rustix::thread::gettid().as_raw_nonzero().get();
+                let (task, mut who) = (Task { pid: this, tid }, Who::default());
+                let kind = Kind::Get { users: 1 };
+                who.name(task, &kind);
+                who.name(task, &kind);
+                rustix::thread::set_name(c"another").unwrap();
+                assert_ne!(who.name(task, &kind), "another", "the third is not looked up");
+                assert_eq!(who.name(task, &kind), "another");
+                assert_eq!(who.known(tid), "another");
+            });
+        });
+        assert_eq!(Who::default().known(1), "");
+    }
+}

@@ -1,0 +1,155 @@
+//! What is found out about each call: what lay there, how much of it was in memory, how long, and where in the code.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+
+use serde_json::Value;
+use testkit::{Cap, require};
+
+use crate::support::{check, kind, of_kind, scratch, take_records, text, trace, traced, within};
+
+/// Maps 256 anonymous pages, touches ten, and unmaps them in a function of its own; all of that a hundred times.
+const GIVES_BACK: &str = "\
+#define _GNU_SOURCE
+#include <sys/mman.h>
+#include <sys/prctl.h>
+static __attribute__((noinline)) int give_back(char *at) {
+    int result = munmap(at, 1 << 20); /* line 5 */
+    __asm__ volatile(\"\");
+    return result;
+}
+int main(void) {
+    prctl(PR_SET_NAME, \"giver\");
+    for (int i = 0; i < 100; i++) {
+        char *at = mmap(0, 1 << 20, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        for (int page = 0; page < 10; page++) at[page << 12] = 1;
+        if (give_back(at)) return 1;
+    }
+    return 0;
+}
+";
+
+/// Compiles [`GIVES_BACK`] and returns the trace of a run of it, and what stood on standard error.
+fn gives_back(options: &[&str], flags: &[&str]) -> (Vec<Value>, String) {
+    let (source, program, path) = (scratch("give.c"), scratch("give"), scratch("give.json"));
+    fs::write(&source, GIVES_BACK).unwrap();
+    let done = std::process::Command::new("gcc").args(flags).arg("-o").arg(&program).arg(&source).status().unwrap();
+    assert!(done.success());
+    let mut command = trace();
+    command.args(["--json", "-o"]).arg(&path).args(options).arg(&program);
+    let output = within("mmun trace", move || command.output().unwrap());
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let records = take_records(&path);
+    check(&records);
+    let mut command = trace();
+    command.args(options).arg(&program);
+    let output = within("mmun trace", move || command.output().unwrap());
+    fs::remove_file(source).unwrap();
+    fs::remove_file(program).unwrap();
+    (records, text(&output.stderr).to_owned())
+}
+
+fn large<'a>(records: &'a [Value], name: &'a str) -> impl Iterator<Item = &'a Value> {
+    of_kind(records, name).filter(|record| record["cause"] == "munmap" && record["bytes"] == 1 << 20)
+}
+
+#[test]
+fn details_say_what_lay_there_how_much_and_how_long() {
+    if !require(Cap::Program("gcc")) {
+        return;
+    }
+    let (records, lines) = gives_back(&["--details"], &["-O1"]);
+    assert_eq!(large(&records, "start").count(), 100);
+    for start in large(&records, "start") {
+        assert_eq!(start["what"], "anonymous");
+        let found = ["resident", "file", "huge", "swapped"].map(|key| start[key].as_u64());
+        assert_eq!(found, [Some(40960), Some(0), Some(0), Some(0)]);
+        assert!(start.get("self").is_none() && start.get("site").is_none());
+    }
+    for end in large(&records, "end") {
+        assert!(end["self"].as_u64().is_some() && end.get("what").is_none(), "{end}");
+    }
+    assert_eq!(large(&records, "start").last().unwrap()["comm"], "giver", "it renamed itself long ago");
+    let line = lines.lines().find(|line| line.contains("1.0 MiB  munmap = 0"));
+    assert!(line.is_some_and(|line| line.ends_with("resident 40 KiB  anonymous")), "{lines}");
+    // The loader replaces what it has just mapped and nobody has touched.
+    let untouched = of_kind(&records, "start").find(|record| record["cause"] == "mmap").unwrap();
+    assert!(untouched["what"].as_str().unwrap().contains(".so") && untouched["resident"] == 0, "{untouched}");
+}
+
+#[test]
+fn a_stack_names_the_function_that_gives_memory_back() {
+    if !require(Cap::Program("gcc")) {
+        return;
+    }
+    for flags in [&["-g", "-O1"][..], &["-O1", "-fomit-frame-pointer"], &["-g", "-O1", "-static"]] {
+        let (records, lines) = gives_back(&["-k", "--summary=where"], flags);
+        let sites: BTreeSet<u64> = large(&records, "start").map(|start| start["site"].as_u64().unwrap()).collect();
+        assert_eq!(sites.len(), 1, "calls from one line have one stack");
+        let stack = of_kind(&records, "stack").find(|stack| sites.contains(&stack["site"].as_u64().unwrap())).unwrap();
+        let frames = stack["frames"].as_array().unwrap();
+        let place = &frames[stack["place"].as_u64().unwrap() as usize];
+        assert_eq!(place["function"], "give_back", "{flags:?}: {stack}");
+        assert!(frames.iter().any(|frame| frame["function"] == "main"), "{flags:?}: {stack}");
+        if flags.contains(&"-g") {
+            assert!(place["line"].as_str().unwrap().ends_with("give.c:5"), "{stack}");
+        }
+        let mut rows = records.last().unwrap()["where"].as_array().unwrap().iter();
+        let row = rows.find(|row| row["name"].as_str().unwrap().starts_with("give_back (")).unwrap();
+        assert_eq!((&row["calls"], &row["resident"]), (&100.into(), &(100 * 40960).into()));
+        assert!(lines.contains("\n * give_back ("), "{lines}");
+    }
+}
+
+#[test]
+fn a_function_is_never_the_place_if_so_asked() {
+    if !require(Cap::Program("gcc")) {
+        return;
+    }
+    let (records, _) = gives_back(&["--summary=where", "--not-place", "give_back"], &["-O1"]);
+    assert_eq!(of_kind(&records, "stack").count(), 0, "stacks are listed with -k");
+    let rows = records.last().unwrap()["where"].as_array().unwrap();
+    let names: Vec<&str> = rows.iter().map(|row| row["name"].as_str().unwrap()).collect();
+    assert!(names.iter().any(|name| name.starts_with("main (")), "{names:?}");
+    assert!(names.iter().all(|name| !name.starts_with("give_back")), "{names:?}");
+}
+
+#[test]
+fn every_key_is_documented_and_every_documented_key_is_written() {
+    const KINDS: [&str; 13] = [
+        "mm_new",
+        "get",
+        "put",
+        "free",
+        "mm_release",
+        "start",
+        "end",
+        "fork",
+        "exec",
+        "exit",
+        "detach",
+        "stack",
+        "summary",
+    ];
+    let page = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/trace-json.md")).unwrap();
+    let mut documented: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
+    for line in page.lines().filter(|line| line.starts_with("| `")) {
+        let columns: Vec<&str> = line.split(" | ").collect();
+        let key = columns[0].trim_matches(['|', ' ', '`']);
+        let named: BTreeSet<&str> = columns[1].split('`').skip(1).step_by(2).collect();
+        for kind in KINDS {
+            if columns[1] == "all" || named.contains(kind) != columns[1].starts_with("all but") {
+                documented.entry(kind).or_default().insert(key);
+            }
+        }
+    }
+    let everything = ["--details", "-k", "--summary=event,where,what,task,cause", "--lifecycle"];
+    let (_, records) = traced(&everything, "ls / > /dev/null; sh -c 'kill -9 $$'; echo done");
+    let mut written: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
+    for record in &records {
+        written.entry(kind(record)).or_default().extend(record.as_object().unwrap().keys().map(String::as_str));
+    }
+    // The trace of no task ended before the task did.
+    assert_eq!(documented.remove("detach"), Some(BTreeSet::from(["v", "t", "kind", "pid", "tid", "mm", "comm"])));
+    assert_eq!(written, documented);
+}
