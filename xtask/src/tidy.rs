@@ -1,5 +1,7 @@
-//! What the compiler does not check: file sizes, which crate may use which, the pairs of ordering comments, and that each
-//! scenario of the contract has a test.
+//! What the compiler does not check: file sizes, which crate may use which, circles of modules, the
+//! pairs of ordering comments, and that each scenario of the contract has a test.
+
+mod circles;
 
 use cargo_metadata::MetadataCommand;
 use std::collections::{BTreeMap, BTreeSet};
@@ -34,6 +36,7 @@ pub(crate) fn run(root: &Path) -> ExitCode {
     let mut complaints = Vec::new();
     sizes(&sources, &mut complaints);
     edges(root, &mut complaints);
+    circles::check(&sources, &mut complaints);
     orders(root, &sources, &mut complaints);
     scenarios(root, &sources, &mut complaints);
     for complaint in &complaints {

@@ -1,0 +1,376 @@
+//! No circles among modules: neighbours in one folder use each other in one direction only.
+//!
+//! A module counts with everything below it: `mm.rs` and `mm/exit.rs` are one room. The rooms of each
+//! folder form a graph of their own. A child may use its parent, and a parent its child. Tests are
+//! left out.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::path::{Path, PathBuf};
+use syn::visit::{self, Visit};
+use syn::{Attribute, Item, ItemUse, UseTree};
+
+/// Uses that close a circle and stay: the crate, the room, its neighbour, and the reason.
+type Allowed = (&'static str, &'static str, &'static str, &'static str);
+
+const ALLOWED: &[Allowed] = &[
+    ("dropin", "report", "libfabric", "the report at exit collects what each interposer did"),
+    ("dropin", "report", "settings", "settings complain through the report, whose place is a setting"),
+    ("dropin", "report", "space", "the report at exit collects what the watched space counted"),
+    ("dropin", "report", "ucx", "the report at exit collects what each interposer did"),
+    ("dropin", "space", "libfabric", "the space owns the registrations of its interposers"),
+    ("dropin", "space", "ucx", "the space owns the registrations of its interposers"),
+    ("mmu-notifier", "context", "mm", "a context names the space whose callback runs"),
+    ("mmu-notifier", "error", "registration", "a refused release gives the registration back"),
+    ("mmu-notifier", "event", "mm", "an event names the space that it happens in"),
+    ("mmu-notifier", "interval", "mm", "a node owns a handle of its space, which owns the tree"),
+    (
+        "mmu-notifier",
+        "interval/window",
+        "interval/node",
+        "the tree links the headers of nodes, which remove themselves",
+    ),
+    ("mmu-notifier", "lockdep", "mm", "lockdep asks a space for its number"),
+    ("mmu-notifier", "notifier", "mm", "callbacks receive the space, which owns their list"),
+    ("mmu-notifier", "notifier", "secondary", "each trait refuses types that implement the other"),
+    ("mmu-notifier", "owned_guard", "mm", "a guard that outlives a borrow owns a handle of its space"),
+    ("mmu-notifier", "registration", "subsystem", "a freed node counts down its subsystem's pending frees"),
+    ("mmu-notifier", "secondary", "mm", "callbacks receive the space, which owns their list"),
+    ("mmu-notifier", "subscriptions", "mm", "a node owns a handle of its space, which owns the list"),
+    ("mmu-notifier", "subscriptions", "registration", "the raw node releases as a registration does"),
+    ("mmu-notifier", "subscriptions", "subsystem", "a freed node counts down its subsystem's pending frees"),
+    ("mmu-source", "hook/plan", "hook/switch", "a plan reads the text through the switch that will patch it"),
+    ("mmu-source", "kernel/broker", "kernel/probe", "the broker's errors are worded by the probe"),
+    ("mmu-source", "kernel/broker", "kernel/start", "the broker checks the size of the ring that start asks for"),
+    ("mmu-source", "kernel/machine", "kernel/broker", "a machine of a broker's client asks the broker for its twin"),
+    ("mmu-source", "kernel/machine", "kernel/listen", "a machine starts the thread that listens to it"),
+    ("mmu-source", "kernel/owner", "kernel/program", "both write the layout of the private map"),
+    ("mmu-source", "kernel/resolver", "kernel/programs", "the resolver's argument is the role of a machine"),
+    ("mmu-source", "kernel/start", "kernel/probe", "errors of a start are worded by the probe"),
+    ("mmu-source", "kernel/sys", "kernel/program", "the shared page's reader knows the header's layout"),
+    ("mmu-source", "process/sys", "process/current", "calls speak of tasks"),
+    ("mmu-source", "process/sys", "process/observer", "calls speak of tasks"),
+    ("mmu-source", "process/sys", "process/proc", "a stop is told from another by the task's status file"),
+    ("mmu-source", "watch", "kernel", "a watch is of one source or the other"),
+    ("mmun", "args", "coverage", "the parser knows the names of libraries"),
+    ("mmun", "capture", "observer", "the cost of a capture is measured with a tracer of its own"),
+    ("mmun", "capture", "recorder", "the cost of a capture is measured with a recorder of its own"),
+    ("mmun", "change", "record", "brackets are paired by the fields of their records"),
+    ("mmun", "coverage", "run", "a coverage cell runs a program as `mmun run` does"),
+    ("regcache", "lease", "cache", "a lease gives itself back to its cache"),
+    ("regcache-rdma", "odp", "rdma", "both fail with the crate's one error type"),
+    ("srcu", "raw", "grace", "the state of a domain holds that of its grace period"),
+    ("srcu", "raw", "srcu", "a callback's domain is named by its public handle"),
+    ("srcu", "raw/ids", "raw/table", "an id is a place in the table"),
+    ("srcu", "raw/pages", "raw/table", "pages are counted in the table's buckets"),
+    ("srcu", "raw/reclaimer", "raw/callback", "the reclaimer's tests of models push callbacks"),
+    ("srcu", "raw/state", "raw/callback", "the state of a domain owns its queue of callbacks"),
+    ("srcu", "raw/state", "raw/fork", "a new domain makes sure that forks are handled"),
+    ("srcu", "raw/state", "raw/reclaimer", "the state of a domain owns its inbox at the reclaimer"),
+];
+
+/// The path of a module in its crate: the root is empty.
+type Module = Vec<String>;
+
+pub(super) fn check(sources: &[(PathBuf, String)], complaints: &mut Vec<String>) {
+    look(sources, ALLOWED, complaints);
+}
+
+fn look(sources: &[(PathBuf, String)], allowed: &[Allowed], complaints: &mut Vec<String>) {
+    let mut crates: BTreeMap<String, Vec<(Module, syn::File)>> = BTreeMap::new();
+    for (path, text) in sources {
+        let Some((name, module)) = place(path) else { continue };
+        let file = syn::parse_file(text).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        crates.entry(name).or_default().push((module, file));
+    }
+    for (name, files) in &crates {
+        let all = graphs(files);
+        let mut graphs = all.clone();
+        for (_, from, to, _) in allowed.iter().filter(|(owner, ..)| owner == name) {
+            let folder: Module = from.split('/').map(str::to_owned).collect();
+            let folder = &folder[..folder.len() - 1];
+            let [from_room, to_room] = [from, to].map(|room| room.rsplit('/').next().unwrap_or(room));
+            let is_needed = all.get(folder).is_some_and(|graph| {
+                graph.get(from_room).is_some_and(|used| used.contains_key(to_room))
+                    && way(graph, to_room, from_room).is_some()
+            });
+            if !is_needed {
+                complaints.push(format!("{name}: {from} -> {to} closes no circle any more: take it off the list"));
+            } else if let Some(used) = graphs.get_mut(folder).and_then(|graph| graph.get_mut(from_room)) {
+                used.remove(to_room);
+            }
+        }
+        for circle in graphs.iter().flat_map(|(folder, graph)| circles_of(folder, graph)) {
+            let steps: Vec<String> = circle.iter().map(Step::to_string).collect();
+            complaints.push(format!("{name} has a circle of modules: {}", steps.join(", ")));
+        }
+    }
+}
+
+/// The crate and the module that a source file of a library or program belongs to.
+fn place(path: &Path) -> Option<(String, Module)> {
+    let mut parts: Vec<String> =
+        path.with_extension("").iter().map(|part| part.to_string_lossy().into_owned()).collect();
+    if parts.len() < 4 || parts[0] != "crates" || parts[2] != "src" || parts.contains(&"tests".into()) {
+        return None;
+    }
+    let mut module = parts.split_off(3);
+    if matches!(module[0].as_str(), "lib" | "main") {
+        module.clear();
+    }
+    Some((parts.swap_remove(1), module))
+}
+
+/// One use of a neighbour: `from` names an item of `to`.
+struct Step {
+    from: String,
+    to: String,
+    item: String,
+}
+
+impl std::fmt::Display for Step {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} uses {} ({})", self.from, self.to, self.item)
+    }
+}
+
+/// Of one folder: the rooms that each room uses, with an item as the witness.
+type Graph = BTreeMap<String, BTreeMap<String, String>>;
+
+/// The folders of one crate.
+fn graphs(files: &[(Module, syn::File)]) -> BTreeMap<Module, Graph> {
+    let modules: BTreeSet<Module> = files.iter().map(|(module, _)| module.clone()).collect();
+    let exports: BTreeMap<Module, BTreeMap<String, Module>> =
+        files.iter().map(|(module, file)| (module.clone(), exports(module, file))).collect();
+    let mut graphs: BTreeMap<Module, Graph> = BTreeMap::new();
+    for (module, file) in files {
+        let mut uses = Uses { module, found: Vec::new() };
+        uses.visit_file(file);
+        for path in uses.found {
+            let target = resolve(&path, &modules, &exports);
+            let shared = module.iter().zip(&target).take_while(|(mine, theirs)| mine == theirs).count();
+            if shared < module.len() && shared < target.len() {
+                let graph = graphs.entry(module[..shared].to_vec()).or_default();
+                let item = path.join("::");
+                graph.entry(module[shared].clone()).or_default().entry(target[shared].clone()).or_insert(item);
+            }
+        }
+    }
+    graphs
+}
+
+/// What the names of a folder's rooms begin with.
+fn prefix(folder: &[String]) -> String {
+    folder.iter().map(|part| format!("{part}/")).collect()
+}
+
+/// The circles of one folder: for each room that is its circle's first by name, the shortest way
+/// back to it.
+fn circles_of(folder: &[String], graph: &Graph) -> Vec<Vec<Step>> {
+    let mut found = Vec::new();
+    let mut seen: BTreeSet<&str> = BTreeSet::new();
+    for start in graph.keys() {
+        if seen.contains(start.as_str()) {
+            continue;
+        }
+        let Some(rooms) = way(graph, start, start) else { continue };
+        seen.extend(&rooms);
+        let full = |room: &str| prefix(folder) + room;
+        let step =
+            |pair: &[&str]| Step { from: full(pair[0]), to: full(pair[1]), item: graph[pair[0]][pair[1]].clone() };
+        found.push(rooms.windows(2).map(step).collect());
+    }
+    found
+}
+
+/// The shortest way from `start` to `end`, both included, of at least one step.
+fn way<'a>(graph: &'a Graph, start: &'a str, end: &str) -> Option<Vec<&'a str>> {
+    let mut came_from: BTreeMap<&str, &str> = BTreeMap::new();
+    let mut queue = VecDeque::from([start]);
+    while let Some(room) = queue.pop_front() {
+        for next in graph.get(room).into_iter().flat_map(BTreeMap::keys) {
+            if !came_from.contains_key(next.as_str()) {
+                came_from.insert(next, room);
+                queue.push_back(next);
+            }
+        }
+    }
+    let mut rooms = vec![came_from.get_key_value(end).map(|(end, _)| *end)?];
+    loop {
+        let before = came_from[rooms[rooms.len() - 1]];
+        rooms.push(before);
+        if before == start {
+            rooms.reverse();
+            return Some(rooms);
+        }
+    }
+}
+
+/// Where the item lies that `path` names: in the deepest module of the path, after re-exports.
+fn resolve(
+    path: &[String],
+    modules: &BTreeSet<Module>,
+    exports: &BTreeMap<Module, BTreeMap<String, Module>>,
+) -> Module {
+    let mut path = path.to_vec();
+    // A re-export of a re-export ends after a few steps; a glob of names could lead around.
+    for _ in 0..8 {
+        let depth = (0..=path.len()).rev().find(|depth| modules.contains(&path[..*depth])).unwrap_or(0);
+        let target = path.get(depth).and_then(|name| exports.get(&path[..depth])?.get(name));
+        let Some(target) = target else { return path[..depth].to_vec() };
+        path = [target, &path[depth + 1..]].concat();
+    }
+    path
+}
+
+/// The names that a module brings into itself from elsewhere in the crate, with their paths.
+fn exports(module: &Module, file: &syn::File) -> BTreeMap<String, Module> {
+    let mut found = BTreeMap::new();
+    for item in &file.items {
+        if let Item::Use(item) = item {
+            let mut paths = Vec::new();
+            flatten(&item.tree, &mut Vec::new(), &mut paths);
+            for (path, name) in paths {
+                // In this edition a path without `crate` names a module beside it or another crate.
+                let absolute = absolute(module, &path).unwrap_or_else(|| [module.clone(), path.clone()].concat());
+                if absolute != [&module[..], std::slice::from_ref(&name)].concat() {
+                    found.insert(name, absolute);
+                }
+            }
+        }
+    }
+    found
+}
+
+/// The paths of a use tree, each with the name that it gets.
+fn flatten(tree: &UseTree, prefix: &mut Vec<String>, found: &mut Vec<(Vec<String>, String)>) {
+    match tree {
+        UseTree::Path(path) => {
+            prefix.push(path.ident.to_string());
+            flatten(&path.tree, prefix, found);
+            prefix.pop();
+        }
+        UseTree::Name(name) if name.ident == "self" => {
+            found.push((prefix.clone(), prefix.last().cloned().unwrap_or_default()));
+        }
+        UseTree::Name(name) => {
+            let name = name.ident.to_string();
+            found.push(([&prefix[..], std::slice::from_ref(&name)].concat(), name));
+        }
+        UseTree::Rename(rename) => {
+            let path = [&prefix[..], &[rename.ident.to_string()]].concat();
+            found.push((path, rename.rename.to_string()));
+        }
+        UseTree::Glob(_) => found.push((prefix.clone(), "*".into())),
+        UseTree::Group(group) => group.items.iter().for_each(|tree| flatten(tree, prefix, found)),
+    }
+}
+
+/// Turns a path that begins with `crate`, `self` or `super` into one from the crate's root.
+fn absolute(module: &[String], path: &[String]) -> Option<Module> {
+    let mut base = match path.first()?.as_str() {
+        "crate" => Vec::new(),
+        "self" | "super" => module.to_vec(),
+        _ => return None,
+    };
+    let mut rest = path;
+    while let Some((first, after)) = rest.split_first() {
+        match first.as_str() {
+            "crate" | "self" => {}
+            "super" => drop(base.pop()),
+            _ => break,
+        }
+        rest = after;
+    }
+    Some([&base[..], rest].concat())
+}
+
+/// Collects every path of one file that names something in its own crate.
+struct Uses<'a> {
+    module: &'a Module,
+    found: Vec<Module>,
+}
+
+impl Visit<'_> for Uses<'_> {
+    fn visit_item(&mut self, item: &Item) {
+        // An inline module would shift what `super` means; the only ones here are tests.
+        let is_test = matches!(item, Item::Mod(module) if module.attrs.iter().any(is_for_tests));
+        if !is_test {
+            visit::visit_item(self, item);
+        }
+    }
+
+    fn visit_item_use(&mut self, item: &ItemUse) {
+        let mut paths = Vec::new();
+        flatten(&item.tree, &mut Vec::new(), &mut paths);
+        self.found.extend(paths.iter().filter_map(|(path, _)| absolute(self.module, path)));
+    }
+
+    fn visit_path(&mut self, path: &syn::Path) {
+        let segments: Vec<String> = path.segments.iter().map(|segment| segment.ident.to_string()).collect();
+        if segments.len() > 1 {
+            self.found.extend(absolute(self.module, &segments));
+        }
+        visit::visit_path(self, path);
+    }
+}
+
+fn is_for_tests(attribute: &Attribute) -> bool {
+    attribute.path().is_ident("cfg")
+        && matches!(&attribute.meta, syn::Meta::List(list) if list.tokens.to_string() == "test")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CIRCLE: [(&str, &str); 5] = [
+        ("lib", "mod a; mod b; mod c; pub use c::Third;"),
+        ("a", "use crate::b::Second; #[cfg(test)] mod tests { use crate::c::Third; }"),
+        ("b", "mod deep; pub(crate) struct Second;"),
+        ("b/deep", "fn f() -> super::super::c::Third { crate::Third }"),
+        ("c", "use crate::a::First;"),
+    ];
+
+    fn complaints(files: &[(&str, &str)], allowed: &[Allowed]) -> Vec<String> {
+        let path = |file: &str| PathBuf::from(format!("crates/made/src/{file}.rs"));
+        let sources: Vec<_> = files.iter().map(|(file, text)| (path(file), (*text).to_owned())).collect();
+        let mut complaints = Vec::new();
+        look(&sources, allowed, &mut complaints);
+        complaints
+    }
+
+    #[test]
+    fn a_circle_is_told_step_by_step() {
+        let all = complaints(&CIRCLE, &[]);
+        let steps = "a uses b (b::Second), b uses c (c::Third), c uses a (a::First)";
+        assert_eq!(all, [format!("made has a circle of modules: {steps}")]);
+    }
+
+    #[test]
+    fn without_one_of_its_uses_there_is_no_circle() {
+        for left_out in [1, 3, 4] {
+            let mut files = CIRCLE;
+            files[left_out].1 = "";
+            assert_eq!(complaints(&files, &[]), [""; 0], "without {}", files[left_out].0);
+        }
+    }
+
+    #[test]
+    fn a_use_through_a_re_export_counts_for_the_module_that_has_the_item() {
+        let files = [("lib", "mod a; mod c; pub use c::Third;"), ("a", "use crate::Third;"), ("c", "use crate::a;")];
+        assert_eq!(complaints(&files, &[]).len(), 1);
+    }
+
+    #[test]
+    fn an_allowed_use_is_not_complained_of() {
+        assert_eq!(complaints(&CIRCLE, &[("made", "b", "c", "")]), [""; 0]);
+    }
+
+    #[test]
+    fn an_allowance_that_allows_nothing_is_complained_of() {
+        let stale = "made: a -> c closes no circle any more: take it off the list";
+        assert_eq!(complaints(&CIRCLE, &[("made", "b", "c", ""), ("made", "a", "c", "")]), [stale]);
+        let open = [("lib", "mod a; mod c;"), ("a", "use crate::c;"), ("c", "")];
+        assert_eq!(complaints(&open, &[("made", "a", "c", "")]), [stale]);
+    }
+}
