@@ -36,7 +36,7 @@ macro_rules! sources {
 
 sources! {
     "kernel":
-        "every change of an armed range, whoever makes it: other processes, reclaim, copy on write, truncation, io_uring",
+        "every change of an armed range, also by other processes, reclaim, copy on write, truncation, io_uring",
         "a counter moves before the change; callbacks run when somebody looks, or soon after",
         "nothing; some changes of other memory are told as well",
         "allocate, lock, map, unmap, arm and disarm; not wait for a thread that may be draining",

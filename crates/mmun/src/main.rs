@@ -77,7 +77,7 @@ fn main() {
     outcome.end()
 }
 
-/// Writes to standard output, without a word if nobody reads it.
+/// Writes to standard output; a closed pipe is no error.
 fn print(write: impl FnOnce(&mut Vec<u8>) -> io::Result<()>) -> Outcome {
     let mut text = Vec::new();
     written(write(&mut text).and_then(|()| io::stdout().write_all(&text)))
@@ -120,7 +120,7 @@ fn explain(error: &mmu_source::Error) -> String {
     line
 }
 
-/// One line on standard error; if that is closed there is nobody to tell.
+/// One line on standard error; if that is closed, the line is lost.
 fn complain(line: &str) {
     let _ = writeln!(io::stderr(), "mmun: {line}");
 }

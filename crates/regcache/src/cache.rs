@@ -240,7 +240,7 @@ pub(crate) struct Cache<R: Registrar> {
     pub(crate) index: Index,
     pub(crate) handles: Handles<Registered<R>>,
     pub(crate) state: Mutex<State>,
-    /// Notified when a registration has begun to exist, or ceased to, and somebody waits for that.
+    /// Notified when a registration has begun or ceased to exist and a thread waits for that.
     pub(crate) ended: Condvar,
     pub(crate) registrar: Arc<R>,
     pub(crate) options: Options,

@@ -4,10 +4,11 @@
 //! 2. The region's number goes into a slot of this thread's own. From now on the region is leased, if it still is one.
 //! 3. If the region is live and covers what is asked for, the lease stands. If not, the slot is emptied again.
 //!
-//! Whoever takes a region out marks it dead, executes the heavy fence and then looks at all slots. Of the two sides one sees
-//! the other: either step 3 finds the region dead, or the look at the slots finds the lease, and the region stays
-//! registered until the lease ends. The end of a lease is the same in reverse: it empties the slot and then looks whether the region
-//! is still live; if not, it asks under the lock whether it was the last.
+//! An invalidation or eviction, the *killer* of a region, marks the region dead, executes the heavy fence and then scans all
+//! slots. If the reader writes its slot before the fence, the scan finds the lease, and the region stays registered until the
+//! lease ends. If the fence comes first, step 3 finds the region dead, and the reader empties its slot. The end of a lease is
+//! the reverse: it empties the slot and then looks whether the region is still live; if not, it asks under the lock whether it
+//! was the last lease.
 
 use crate::granule::{hash, lead};
 use crate::raw::barrier;
@@ -37,7 +38,7 @@ pub(crate) struct Index {
 #[derive(Debug)]
 pub(crate) enum Look<'a> {
     Hit(Held<'a>),
-    /// This region was found and is dead by now; if its last lease seemed to be this one, the caller has to see to it.
+    /// This region was found and has died meanwhile. If this attempt looked like its last lease, the caller must ask under the lock.
     Dead(u32),
     Miss,
 }
@@ -199,8 +200,8 @@ impl Index {
 
     /// Leaves the question whether the lease that has just ended was the last one to the next [`take_unasked`](Self::take_unasked).
     pub(crate) fn leave_unasked(&self) {
-        // ORDER(cache-unasked): Release, for the end of the lease. Partner: the Acquire in `take_unasked`. Weaker, the scan could
-        // still see the lease, and nobody would ask again.
+        // ORDER(cache-unasked): Release, for the end of the lease. Partner: the Acquire in `take_unasked`. With a weaker store the
+        // scan could still see the lease, and no later scan would ask.
         self.unasked.store(true, Ordering::Release);
     }
 

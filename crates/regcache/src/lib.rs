@@ -31,22 +31,23 @@
 //!   not leased and [`Registrar::deregisters_in_callbacks`].
 //! * With [`Options::kernel`], a look-up asks the kernel source first, which misses nothing: a change that had begun before `get` was called
 //!   is known to it.
-//! * A registration that an invalidation meets half-way is never found by anybody.
+//! * A registration that an invalidation meets half-way is never entered in the table.
 //! * A lease does not keep memory from being unmapped. It keeps the *registration*, and [`Lease::is_current`] says whether that still stands
 //!   for the memory.
 //!
 //! # How a hit works
 //! A region is entered in a hash table under the few granules of the address space that it touches; a look-up reads the entry of its first
 //! address. Tables and regions are freed with the cache and not before, so it needs no lock and no read section to look at them. To
-//! lease what it found, the thread writes the region's number into a slot of its own, and then looks whether the region is live. Whoever takes
-//! a region out marks it dead, makes one `membarrier` call, and then looks at the slots of all threads: one of the two sees the other. So
-//! a hit and its end write to no memory that other threads write to all the time.
+//! lease what it found, the thread writes the region's number into a slot of its own, and then looks whether the region is live. An
+//! invalidation or eviction marks the region dead, makes one `membarrier` call, and then scans the slots of all threads. If the slot is
+//! written before that call, the scan finds the lease; if the call comes first, the thread finds the region dead. So a hit and its end
+//! write to no cache line that other threads write to.
 //!
 //! Everything else, a miss, an eviction, an invalidation, is done under one lock, under which nothing allocates, frees or calls
 //! out. That is why an invalidation may come in the middle of `free`. (A thread that is stopped by a signal while it holds the lock, as some
 //! garbage collectors do, holds up invalidations.)
 //!
-//! Full caches evict by SIEVE: what was used since the hand came by is spared. A hit notes its use by a write only if nobody has
+//! Full caches evict by SIEVE: a region that was used since the hand last passed is spared. A hit notes its use by a write only if no hit has done so
 //! since. `bench/README.md` has it beside LRU and S3-FIFO.
 //!
 //! # Sources
@@ -54,7 +55,7 @@
 //! | --- | --- | --- |
 //! | `mmu_source::hook` | install it, open the cache for [`mmu_source::current`] | changes that libc does not make: truncation, other processes, raw system calls |
 //! | `mmu_source::kernel` | [`Options::kernel`] | nothing; each miss arms the range, some hundred microseconds if anything has changed since the last |
-//! | one's own brackets | [`Mm::invalidate`](mmu_notifier::Mm::invalidate) | whatever has none |
+//! | the program's own brackets | [`Mm::invalidate`](mmu_notifier::Mm::invalidate) | changes without a bracket |
 //!
 //! `mmu_source::uffd` is not offered for caches. With userfaultfd, `munmap` waits until its event has been *read*, not until it has been
 //! dealt with: between the two it returns, the memory is used anew, and a look-up would still find the old region. A bracket on

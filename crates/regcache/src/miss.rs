@@ -3,8 +3,8 @@
 //! The region gets its place, and is on the list of those being registered, before the registrar is called. An invalidation that comes
 //! meanwhile marks it; one that was under way already marked it at once, as the memory may change after the registrar has looked.
 //! Under the lock, after the registrar, a marked region is not put into the look-up: it is deregistered and tried again.
-//! If that happens too often, or the invalidation still runs, the caller gets a lease of a region that nobody else
-//! finds: as if it had come just before the invalidation.
+//! If that happens too often, or the invalidation still runs, the caller gets a lease of a region that is in no
+//! look-up, as if the request had come just before the invalidation.
 
 use crate::cache::{Cache, Registered};
 use crate::error::Refusal;

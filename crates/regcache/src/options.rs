@@ -99,7 +99,7 @@ impl Options {
 
     /// Asks the kernel source in front of every look-up whether anything has changed that the cache does not know of yet.
     ///
-    /// Without it, the cache knows what callbacks tell it. With it, nothing that changes a translation goes unnoticed, whoever does it.
+    /// Without it, the cache knows what callbacks tell it. With it, no change of a translation goes unnoticed, whichever process or kernel thread makes it.
     /// Its caches must be opened for [`mmu_source::current`], the address space that the source feeds.
     pub fn kernel(mut self, kernel: Arc<Kernel>) -> Self {
         self.kernel = Some(kernel);

@@ -40,7 +40,7 @@ pub trait Registrar: Send + Sync + 'static {
     /// Whatever the device says; [`cause`](Self::cause) tells the cache what to make of it. Nothing may be registered then.
     fn register(&self, range: VaRange) -> Result<Self::Handle, Self::Error>;
 
-    /// Undoes a registration, which nobody uses any more.
+    /// Undoes a registration that has no lease any more.
     ///
     /// Called without a lock. Cannot fail: if the device refuses, there is nothing the cache could do about it.
     fn deregister(&self, handle: Self::Handle);

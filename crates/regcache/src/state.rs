@@ -456,7 +456,7 @@ impl State {
         self.reaping += 1;
     }
 
-    /// A chain of one region, which was registered and that nobody is going to find.
+    /// A chain of one region, which was registered and is in no look-up.
     pub(crate) fn chain_of(&mut self, region: u32) -> Chain {
         let mut chain = Chain(0);
         self.link(region, &mut chain);

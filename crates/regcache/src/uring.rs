@@ -19,7 +19,7 @@ use std::sync::{Mutex, PoisonError};
 /// Registers memory as fixed buffers of an io_uring, for `ReadFixed` and `WriteFixed`.
 ///
 /// Works with any ring, among them those of the `io-uring` crate (with its feature `io_safety`, or by `BorrowedFd::borrow_raw`): it keeps a descriptor of its own and leaves submission and
-/// completion alone. The ring's table of buffers becomes the registrar's: nobody else may register buffers with the ring.
+/// completion alone. The ring's table of buffers becomes the registrar's: no other code may register buffers with the ring.
 ///
 /// A lease must last until its requests have completed: its slot of the table is used for another region afterwards. (The
 /// kernel keeps the pages of a request that is under way in any case.) Deregisters in callbacks.
@@ -31,7 +31,7 @@ use std::sync::{Mutex, PoisonError};
 /// invalidate stay registered. Linux 5.19.
 ///
 /// A program that closes descriptors which it does not know (`close_range`, `dup2`) takes this one, too. From then on registering is
-/// an error that says so, the number is left to whoever has it now, and what was registered stays so until the ring ends.
+/// an error that says so, the number is left to its present owner, and what was registered stays so until the ring ends.
 ///
 /// # Examples
 /// ```

@@ -42,7 +42,7 @@ fn try_run(operation: &Operation, source: Source) -> Result<Report, Unavailable>
     let changed = changed?;
     armed.settle()?;
     let seen = match witness.seen() {
-        // It is told later than it is known: whoever looks at the counter knows first.
+        // The counter moves before the callback runs, so a reader of the counter knows first.
         Some(_) if armed.generation().is_some() => {
             if ahead {
                 Seen::After
@@ -68,7 +68,7 @@ pub(crate) fn open(operation: &Operation, watched: usize) -> Result<Page, Unavai
 /// The source's counter and the state of the page at one moment.
 ///
 /// The counter is read first and once more afterwards: the kernel may move the page by itself meanwhile, and then a state
-/// that is older than the counter would look like a change that nobody counted.
+/// that is older than the counter would look like a change that was not counted.
 fn at_rest(generation: impl Fn() -> Option<u64>, page: &Page) -> io::Result<(Option<u64>, State)> {
     loop {
         let counted = generation();

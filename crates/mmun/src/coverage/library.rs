@@ -4,7 +4,7 @@
 //! Each operation runs once in each column, in a process of its own. It registers the page through
 //! the library's real cache, changes the translation, maps new memory where there is none any more,
 //! looks the registration up again and has the kernel write through it. If the bytes do not arrive
-//! in the page, the registration was stale: a device would have corrupted data, and told nobody.
+//! in the page, the registration was stale: a device would have corrupted data without an error.
 
 mod cell;
 mod ring;

@@ -19,7 +19,7 @@ const CALL: &[Source] = &[Process];
 const LIBC_AND_UFFD: &[Source] = &[Hook, Uffd, Process];
 /// Who sees the same where libc is not asked.
 const CALL_AND_UFFD: &[Source] = &[Uffd, Process];
-/// Nobody but the kernel itself.
+/// The kernel itself, without a call of any process.
 const NOBODY: &[Source] = &[];
 
 /// Every operation, in the order of the matrix.

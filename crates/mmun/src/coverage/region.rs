@@ -2,8 +2,8 @@
 //!
 //! # Safety
 //! A [`Region`] is mapped here, and no Rust reference to its bytes ever exists: they are read and written by volatile
-//! accesses of this module alone. So whatever happens to its translations happens to nobody's object, and the functions that
-//! change them are safe. What takes memory away takes the `Region` by value, or leaves pages that read as zeros.
+//! accesses of this module alone. A change of its translations therefore touches no Rust object, and the functions that
+//! change them are safe. A function that takes memory away takes the `Region` by value, or leaves pages that read as zeros.
 #![expect(unsafe_code, reason = "maps, changes and unmaps raw memory; see the Safety section")]
 
 use std::ffi::{CStr, c_int, c_void};
@@ -19,7 +19,7 @@ pub(crate) const PAGE: usize = 4096;
 /// What touched pages hold, so that a discarded one can be told from them.
 const MARK: u8 = 0xa5;
 
-/// Pages that are nobody else's.
+/// Pages that only this value owns.
 ///
 /// # Invariants
 /// `start..start + len` was mapped by this module; no reference into it exists.
@@ -76,7 +76,7 @@ impl Region {
         Ok(Region { start: check_address(start)?, len })
     }
 
-    /// A segment of System V shared memory, touched. It is marked to go when nobody has it attached.
+    /// A segment of System V shared memory, touched. It is marked for removal at the last detach.
     pub(crate) fn segment(pages: usize) -> io::Result<Region> {
         let id = new_segment(pages)?;
         // SAFETY: a null address lets the kernel pick a place where nothing is.
@@ -114,7 +114,7 @@ impl Region {
     /// Writes a byte to every page.
     pub(crate) fn touch(&self) {
         for address in (self.start..self.start + self.len).step_by(PAGE) {
-            // SAFETY: the invariant: mapped, writable, and nobody's object.
+            // SAFETY: the invariant: mapped and writable, and no Rust object lies there.
             unsafe { pointer(address).cast::<u8>().write_volatile(MARK) };
         }
     }
@@ -122,14 +122,14 @@ impl Region {
     /// Reads a byte of every page.
     pub(crate) fn look(&self) {
         for address in (self.start..self.start + self.len).step_by(PAGE) {
-            // SAFETY: the invariant: mapped, readable, and written by nobody else in this process.
+            // SAFETY: the invariant: mapped and readable, and no other code of this process writes to it.
             unsafe { pointer(address).cast::<u8>().read_volatile() };
         }
     }
 
     /// `munmap` of libc.
     pub(crate) fn unmap(self) -> io::Result<()> {
-        // SAFETY: the pages are nobody's, and given up with `self`.
+        // SAFETY: no Rust object lies in the pages, and they are given up with `self`.
         check(unsafe { libc::munmap(pointer(self.start), self.len) })
     }
 
@@ -160,7 +160,7 @@ impl Region {
     /// `mremap` to wherever there is room, or to `target`, whose pages are given up.
     pub(crate) fn remap(self, len: usize, flags: c_int, target: Option<Region>) -> io::Result<()> {
         let target = target.map_or(0, |target| target.start);
-        // SAFETY: the old pages are nobody's and given up with `self`; with MREMAP_FIXED so are the target's.
+        // SAFETY: no Rust object lies in the old pages, which are given up with `self`; with MREMAP_FIXED the same holds for the target's.
         let moved = unsafe { libc::mremap(pointer(self.start), self.len, len, flags, pointer(target)) };
         check_address(moved).map(drop)
     }
@@ -168,29 +168,29 @@ impl Region {
     /// `mmap` with `MAP_FIXED` over the region.
     pub(crate) fn map_over(self) -> io::Result<()> {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
-        // SAFETY: what is replaced is nobody's.
+        // SAFETY: no Rust object lies in the pages that are replaced.
         check_address(unsafe { libc::mmap(pointer(self.start), self.len, libc::PROT_READ, flags, -1, 0) }).map(drop)
     }
 
     /// `madvise` of libc.
     pub(crate) fn advise(&self, advice: c_int) -> io::Result<()> {
-        // SAFETY: the pages are nobody's; the advices used here leave them mapped, or `self` is not touched afterwards.
+        // SAFETY: no Rust object lies in the pages; the advices used here leave them mapped, or `self` is not touched afterwards.
         check(unsafe { libc::madvise(pointer(self.start), self.len, advice) })
     }
 
     /// `IORING_OP_MADVISE`.
     pub(crate) fn advise_by_ring(&self, ring: &mut IoUring, advice: c_int) -> io::Result<()> {
         let entry = opcode::Madvise::new(pointer(self.start).cast_const(), self.len as i64, advice).build();
-        // SAFETY: the entry points to no buffer; the pages are nobody's.
+        // SAFETY: the entry points to no buffer; no Rust object lies in the pages.
         unsafe { ring.submission().push(&entry) }.map_err(io::Error::other)?;
         ring.submit_and_wait(1)?;
         let result = ring.completion().next().map_or(-libc::EIO, |entry| entry.result());
         if result < 0 { Err(io::Error::from_raw_os_error(-result)) } else { Ok(()) }
     }
 
-    /// `mprotect` of libc to read only; nobody writes there afterwards.
+    /// `mprotect` of libc to read only; no code writes there afterwards.
     pub(crate) fn protect(&self) -> io::Result<()> {
-        // SAFETY: the pages are nobody's.
+        // SAFETY: no Rust object lies in the pages.
         check(unsafe { libc::mprotect(pointer(self.start), self.len, libc::PROT_READ) })
     }
 
@@ -200,7 +200,7 @@ impl Region {
         let function = symbol(c"pkey_mprotect").ok_or_else(|| io::Error::other("libc has no pkey_mprotect"))?;
         // SAFETY: this is the type that pkey_mprotect(2) documents for that name.
         let function = unsafe { std::mem::transmute::<*mut c_void, PkeyMprotect>(function) };
-        // SAFETY: the pages are nobody's.
+        // SAFETY: no Rust object lies in the pages.
         check(unsafe { function(pointer(self.start), self.len, libc::PROT_READ, -1) })
     }
 
@@ -212,14 +212,14 @@ impl Region {
 
     /// `shmdt` of libc: the region is a segment.
     pub(crate) fn detach(self) -> io::Result<()> {
-        // SAFETY: the pages are nobody's, and given up with `self`.
+        // SAFETY: no Rust object lies in the pages, and they are given up with `self`.
         check(unsafe { libc::shmdt(pointer(self.start)) })
     }
 
     /// `shmat` with `SHM_REMAP` over the region.
     pub(crate) fn attach_over(self) -> io::Result<()> {
         let id = new_segment(self.len / PAGE)?;
-        // SAFETY: what is replaced is nobody's.
+        // SAFETY: no Rust object lies in the pages that are replaced.
         let attached = unsafe { libc::shmat(id, pointer(self.start), libc::SHM_REMAP) };
         let attached = check_address(attached).map(drop);
         discard_segment(id);
@@ -266,7 +266,7 @@ fn new_segment(pages: usize) -> io::Result<i32> {
     check(id).map(|()| id)
 }
 
-/// The segment goes once nobody has it attached.
+/// The kernel removes the segment at the last detach.
 fn discard_segment(id: i32) {
     // SAFETY: IPC_RMID reads no buffer.
     unsafe { libc::shmctl(id, libc::IPC_RMID, null_mut()) };
@@ -304,7 +304,7 @@ pub(crate) fn put(address: usize, bytes: &[u8]) -> bool {
     let local = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
     let remote = libc::iovec { iov_base: pointer(address), iov_len: bytes.len() };
     let pid = rustix::process::getpid().as_raw_nonzero().get();
-    // SAFETY: the bytes are read; the page is nobody's object.
+    // SAFETY: the bytes are only read; no Rust object lies in the page.
     unsafe { libc::process_vm_writev(pid, &local, 1, &remote, 1, 0) == bytes.len() as isize }
 }
 

@@ -56,7 +56,7 @@ pub(crate) fn run_commands(
                     let Some(index) = next else { return };
                     let report = command(index).and_then(|command| supervise(command, LIMIT));
                     let report = report.unwrap_or_else(|error| Report::broken(crate::reason(&error)));
-                    // Nobody listens any more if `done` broke.
+                    // If `done` is closed, the receiver has ended.
                     let _ = sender.send((index, report));
                 }
             });

@@ -1,4 +1,4 @@
-//! The asymmetric fence: next to nothing for a hit and for the end of a lease, a system call for whoever takes regions out.
+//! The asymmetric fence: a compiler barrier for a hit and for the end of a lease, a system call for an invalidation or eviction.
 //!
 //! [`light`] and [`heavy`] act on each other as two `fence(SeqCst)` do. `light` stops only the compiler; `heavy` is
 //! `membarrier(PRIVATE_EXPEDITED)`, which makes every running thread of the process execute a full fence, wherever it
@@ -78,7 +78,7 @@ pub(crate) fn prepare() -> bool {
     true
 }
 
-/// The half of whoever takes regions out. False if the kernel could not do it now: then nothing may be concluded.
+/// The half of an invalidation or eviction. False if the kernel could not do it now: then nothing may be concluded.
 #[cfg(not(mmun_loom))]
 pub(crate) fn heavy() -> bool {
     if MODE.load(Ordering::Relaxed) == MEMBARRIER {

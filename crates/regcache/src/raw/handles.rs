@@ -33,7 +33,7 @@ impl<T> Handles<T> {
     /// # Safety
     /// The caller is registering the region, and no lease of it exists.
     pub(crate) unsafe fn put(&self, region: u32, handle: T) {
-        // SAFETY: Nobody else may use the place: the caller's promise.
+        // SAFETY: No other code may use the place: the caller's promise.
         unsafe { (*self.0[region as usize].0.get()).write(handle) };
     }
 
@@ -43,7 +43,7 @@ impl<T> Handles<T> {
     /// The caller holds a lease of the region for as long as it uses the reference.
     #[inline]
     pub(crate) unsafe fn get(&self, region: u32) -> &T {
-        // SAFETY: Nobody may write to the place: a leased region was registered, and is deregistered after its last lease.
+        // SAFETY: No code may write to the place: a leased region was registered, and is deregistered after its last lease.
         let place = unsafe { &*self.0[region as usize].0.get() };
         // SAFETY: It must be written: as above.
         unsafe { place.assume_init_ref() }
@@ -54,7 +54,7 @@ impl<T> Handles<T> {
     /// # Safety
     /// The region was registered, has no lease and gets none, and this is done once.
     pub(crate) unsafe fn take(&self, region: u32) -> T {
-        // SAFETY: Nobody else may use the place: the caller's promise.
+        // SAFETY: No other code may use the place: the caller's promise.
         let place = unsafe { &*self.0[region as usize].0.get() };
         // SAFETY: It must be written, and not be read again: the caller's promise.
         unsafe { place.assume_init_read() }

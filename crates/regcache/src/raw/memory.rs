@@ -98,7 +98,7 @@ impl<T> Deref for Array<T> {
 impl<T> std::ops::DerefMut for Array<T> {
     #[inline(always)]
     fn deref_mut(&mut self) -> &mut [T] {
-        // SAFETY: As in `deref`; they are borrowed with the array, so nobody else can use them.
+        // SAFETY: As in `deref`; they are borrowed with the array, so no other code can use them.
         unsafe { self.elements.as_mut() }
     }
 }

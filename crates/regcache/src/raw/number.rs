@@ -43,7 +43,7 @@ mod imp {
 
     #[inline]
     pub(in crate::raw) fn high() -> usize {
-        // Relaxed: whoever needs it current has executed a heavy fence, or holds the lock of a cache.
+        // Relaxed: a caller that needs the current number has executed a heavy fence, or holds the lock of a cache.
         HIGH.load(Ordering::Relaxed)
     }
 

@@ -149,11 +149,11 @@ pub(crate) enum Status {
     Registering = 1,
     /// 3. Registered, and found by look-ups. On the list of the eviction.
     Live = 2,
-    /// 4. Out of the look-up, and nobody has looked yet whether it is leased. On the list of the killed.
+    /// 4. Out of the look-up; the slots have not been scanned for its leases yet. On the list of the killed.
     Killed = 3,
     /// 5. Out of the look-up, and leased: the end of the last lease moves it on. On no list.
     Leased = 4,
-    /// 6. Without a lease: whoever has it in a chain deregisters it, and frees the place.
+    /// 6. Without a lease: the owner of the chain that it is in deregisters it, and frees the place.
     Reaping = 5,
 }
 

@@ -2,8 +2,8 @@
 //!
 //! An entry is one word: the region's name in the upper half, the granule's hash in the lower. A region's name is its
 //! number plus one, so that zero is none. A look-up that runs while
-//! an entry moves may miss it, or meet it twice; a miss goes on to ask under the lock, and what it meets is checked. So the
-//! entries need no order among each other.
+//! an entry moves may miss it, or meet it twice. A miss asks again under the lock, and a region that is found is checked, so
+//! the entries need no order among each other.
 //!
 //! A table that has become too small stays until the cache is dropped, as look-ups may still be in it. Each is twice
 //! the one before, so all of them together are smaller than the one in use.
@@ -234,9 +234,9 @@ impl Tables {
 
     /// The table in use. Certain for who holds the lock of the cache.
     pub(crate) fn newest(&self) -> Option<&Table> {
-        // ORDER: Relaxed is enough: whoever writes a table holds the lock, under which it was installed.
+        // ORDER: Relaxed is enough: a writer of the table holds the lock, under which the table was installed.
         let newest = NonNull::new(self.0.load(Ordering::Relaxed))?;
-        // SAFETY: A reference needs a live table that nobody has `&mut` to: type invariant; tables are only ever shared.
+        // SAFETY: A reference needs a live table without a `&mut` to it: type invariant; tables are only ever shared.
         Some(unsafe { newest.as_ref() })
     }
 

@@ -1,6 +1,6 @@
 //! Where leases are counted without a shared write: for each thread a block of slots, each of which names one region or none.
 //!
-//! A slot goes from none to a region by its own thread only, and back by whoever ends the lease, on any thread. A thread
+//! Only a slot's own thread writes a region into it; the thread that ends the lease, which may be another, empties it. A thread
 //! whose slots are all in use, and one without a number, counts in the region itself. So does a signal handler that has
 //! interrupted its thread between the look at a free slot and the write to it: see [`Block::begin`].
 
@@ -75,7 +75,7 @@ impl Slot {
     /// The name of the region, for who holds the lease.
     #[inline(always)]
     pub(crate) fn name(&self) -> u32 {
-        // Relaxed: nobody else writes to it meanwhile.
+        // Relaxed: no other thread writes to it meanwhile.
         self.0.load(Ordering::Relaxed)
     }
 
@@ -125,7 +125,7 @@ impl Block {
             self.cursor.store(at as u32, Ordering::Relaxed);
             let slot = &self.slots[at];
             if slot.is_free() {
-                // Relaxed: whoever finds the slot in use with certainty, after its fence, finds this store, too.
+                // Relaxed: a scan that must find the slot in use comes after the heavy fence, and finds this store, too.
                 self.last.fetch_max(at as u32, Ordering::Relaxed);
                 return Some(slot);
             }

@@ -9,9 +9,9 @@ pub(super) struct List {
     pub(super) tail: u32,
 }
 
-/// Regions without a lease, which whoever holds this deregisters one by one.
+/// Regions without a lease. The holder of this list deregisters them one by one.
 #[derive(Debug, Default)]
-#[must_use = "nobody else will deregister them"]
+#[must_use = "only the holder deregisters them"]
 pub(crate) struct Chain(pub(super) u32);
 
 impl Chain {

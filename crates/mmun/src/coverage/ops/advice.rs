@@ -159,7 +159,7 @@ pub(super) fn small_pages() -> Result<Region, Unavailable> {
     Ok(region)
 }
 
-/// Collapsing needs pages that nobody else looks at just then, and says `EAGAIN` if one was.
+/// Collapsing fails with `EAGAIN` if another user has a reference to one of the pages at that moment.
 fn patiently(mut call: impl FnMut() -> std::io::Result<()>) -> std::io::Result<()> {
     for _ in 0..20 {
         match call() {

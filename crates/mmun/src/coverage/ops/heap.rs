@@ -79,7 +79,7 @@ fn end_moves(back: fn(usize) -> bool) -> Result<Prepared, Unavailable> {
         return Err("the heap cannot grow".into());
     }
     for address in (end.next_multiple_of(PAGE)..end + GAIN).step_by(PAGE) {
-        // SAFETY: below the new end, above the old one: mapped, and nobody's.
+        // SAFETY: below the new end, above the old one: mapped, and in no block of the allocator.
         unsafe { (address as *mut u8).write_volatile(1) };
     }
     Ok(Prepared::at(end + GAIN / 2, move || {

@@ -52,7 +52,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
                 return Err("it would cost this machine a page until it boots anew; `cargo xtask guest` has one".into());
             }
             known(MADV_HWPOISON, "2.6.32")?;
-            // Of a clean page nobody has to be told: its file still has it.
+            // Discarding a clean page need not be told: its file still has the bytes.
             let region = Region::private(&scratch_file(PAGES)?, PAGES)?;
             Ok(Prepared::new(&region.clone(), 0, move || region.part(0, 1).advise(MADV_HWPOISON)))
         },
