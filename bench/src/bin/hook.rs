@@ -1,11 +1,13 @@
 //! What does the libc hook add to a `munmap`, and how long does subscribing take while threads unmap?
 //!
-//! `cargo run --release -p bench --bin hook [ROUNDS]`
+//! `cargo run --release -p bench --bin hook [ROUNDS]`; `hook first [ROUNDS]` measures the first use alone, in fresh processes.
 #![allow(missing_docs, missing_debug_implementations, reason = "a bench")]
 
 use mmu_notifier::{InvalidateRange, MmWithUser, Notifier, Subscription, Subsystem};
 use mmu_source::hook::Hook;
+use mmu_source::kernel::Kernel;
 use std::env;
+use std::process::Command;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -21,6 +23,13 @@ impl Notifier for Empty {
 const PAGE: usize = 4096;
 
 fn main() {
+    match env::args().nth(1).as_deref() {
+        Some("first") => {
+            return first(env::args().nth(2).map_or(31, |rounds| rounds.parse().expect("a number of rounds")));
+        }
+        Some("first-use") => return first_use(&env::args().nth(2).expect("which sources")),
+        _ => {}
+    }
     let rounds = env::args().nth(1).map_or(31, |rounds| rounds.parse().expect("a number of rounds"));
     let mm = mmu_source::current();
     println!("{rounds} rounds, medians");
@@ -39,6 +48,39 @@ fn main() {
     }
     installation(rounds);
     (0..=2).for_each(|threads| subscribing(&mm, threads));
+}
+
+/// What a fresh process starts.
+const FIRST: [&str; 4] = ["hook", "hook beside two threads", "kernel", "hook and kernel"];
+
+/// Prints how long the first use of a source takes. The processes take turns.
+fn first(rounds: usize) {
+    let program = env::current_exe().expect("this program has a name");
+    let mut times: [Vec<f64>; FIRST.len()] = Default::default();
+    for _ in 0..rounds {
+        for (what, times) in FIRST.into_iter().zip(&mut times) {
+            let output = Command::new(&program).args(["first-use", what]).output().expect("it runs again");
+            let time = String::from_utf8_lossy(&output.stdout);
+            times.push(time.trim().parse().unwrap_or_else(|_| panic!("{what}: {output:?}")));
+        }
+    }
+    for (what, mut times) in FIRST.into_iter().zip(times) {
+        times.sort_by(f64::total_cmp);
+        println!("first use, {what:24} {:7.2} ms, at best {:7.2} ms", median(times.clone()), times[0]);
+    }
+}
+
+/// Prints the milliseconds of one first use.
+fn first_use(what: &str) {
+    let threads = if what.ends_with("threads") { 2 } else { 0 };
+    for _ in 0..threads {
+        thread::spawn(thread::park);
+    }
+    let start = Instant::now();
+    let hook = what.contains("hook").then(|| Hook::install().expect("the hook works here"));
+    let kernel = what.contains("kernel").then(|| Kernel::start().expect("the kernel source works here"));
+    println!("{}", start.elapsed().as_secs_f64() * 1e3);
+    drop((hook, kernel));
 }
 
 /// Prints a call bare, with the hook alone, with one subscriber, with nine. All four take turns, and every difference and ratio is the

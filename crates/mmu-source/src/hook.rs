@@ -69,6 +69,8 @@ mod raw;
 #[cfg(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu"))]
 mod scan;
 #[cfg(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu"))]
+mod starts;
+#[cfg(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu"))]
 mod stub;
 #[cfg(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu"))]
 mod switch;
@@ -96,7 +98,7 @@ impl Hook {
     /// Patches libc and the dynamic loader, or takes part if that was done already.
     ///
     /// # Blocking
-    /// The first time it reads all of libc's code, tens of milliseconds; then it replaces a few pages. It waits for an
+    /// The first time it searches libc's code, some milliseconds; then it replaces a few pages. It waits for an
     /// installation or removal by another thread.
     /// # Errors
     /// [`Error::Unavailable`] if this is not x86-64 with glibc, if libc has no place that can be patched (it says what was
@@ -156,7 +158,7 @@ pub enum State {
 /// Says what a [`Hook`] would patch here, without patching anything.
 ///
 /// # Blocking
-/// The first time it reads all of libc's code.
+/// The first time it searches libc's code, some milliseconds.
 /// # Errors
 /// [`Error::Unavailable`], as [`Hook::install`].
 pub fn probe() -> Result<Vec<Patch>, Error> {

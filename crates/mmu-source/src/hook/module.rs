@@ -2,11 +2,13 @@
 
 #![allow(unsafe_code, reason = "asks the dynamic loader, and reads code")]
 
+use super::raw;
 use super::scan::Code64;
-use std::borrow::Cow;
+use super::starts::Starts;
 use std::ffi::{CStr, OsStr, c_int, c_void};
 use std::fs::File;
 use std::io;
+use std::ops::{Deref, Range};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
@@ -22,6 +24,8 @@ pub(super) struct Segment {
     path: PathBuf,
     /// Where in the file it begins.
     offset: u64,
+    /// Where the module's table of functions stands, if it has one.
+    unwind: Option<Range<u64>>,
 }
 
 /// A byte of code that a breakpoint stands in the place of.
@@ -42,17 +46,31 @@ impl Segment {
     /// Returns its code as it is without breakpoints, and the breakpoints.
     ///
     /// The kernel knows a uprobe's breakpoint by the file that is mapped there, and kills whoever runs into a copy of it.
-    pub(super) fn without_breakpoints(&self) -> (Cow<'static, [u8]>, Vec<Hidden>) {
+    ///
+    /// # Errors
+    /// Those of `mmap`.
+    pub(super) fn without_breakpoints(&self) -> Result<(Text, Vec<Hidden>), i32> {
         let code = self.code().bytes;
         let read = |open: File| hidden(code, |at, into| open.read_exact_at(into, self.offset + at as u64));
         // Where the file is not to be had, nothing is known of breakpoints.
         let hidden = File::open(&self.path).and_then(read).unwrap_or_default();
-        let mut code = Cow::Borrowed(code);
-        for (index, byte) in &hidden {
-            code.to_mut()[*index] = *byte;
-        }
+        let text = if hidden.is_empty() { Text::InPlace(code) } else { Text::Copy(Scratch::new(code, &hidden)?) };
         let at = |(index, byte)| Hidden { address: self.start + index as u64, byte };
-        (code, hidden.into_iter().map(at).collect())
+        Ok((text, hidden.into_iter().map(at).collect()))
+    }
+
+    /// Says where the functions of the module begin.
+    pub(super) fn starts(&self) -> Starts<'static> {
+        let Some(table) = &self.unwind else { return Starts::default() };
+        // SAFETY: the memory must be readable, never change, and stay: the loader says that the table is there, in a segment
+        // that is not writable, of libc or of the loader itself, which are never unloaded.
+        let section = unsafe {
+            slice::from_raw_parts(
+                ptr::with_exposed_provenance(table.start as usize),
+                (table.end - table.start) as usize,
+            )
+        };
+        Starts::parse(section, table.start)
     }
 
     /// Returns its code.
@@ -63,6 +81,59 @@ impl Segment {
         let bytes =
             unsafe { slice::from_raw_parts(ptr::with_exposed_provenance(self.start as usize), self.length as usize) };
         Code64 { bytes, start: self.start }
+    }
+}
+
+/// Code without breakpoints.
+#[derive(Debug)]
+pub(super) enum Text {
+    /// It has none.
+    InPlace(&'static [u8]),
+    Copy(Scratch),
+}
+
+impl Deref for Text {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Text::InPlace(code) => code,
+            Text::Copy(copy) => copy.bytes(),
+        }
+    }
+}
+
+/// A changed copy of a module's code, in a mapping of its own: if the program's allocator lent so large a block and took it
+/// back, it would treat the program's blocks in another way from then on.
+#[derive(Debug)]
+pub(super) struct Scratch {
+    at: u64,
+    length: usize,
+}
+
+impl Scratch {
+    fn new(code: &[u8], changes: &[(usize, u8)]) -> Result<Self, i32> {
+        let length = code.len();
+        let at = raw::mmap(0, length as u64, libc::PROT_READ | libc::PROT_WRITE, 0)?;
+        // SAFETY: the memory must be valid, and no one else may have it: it was mapped above, with zeroes, as long as this.
+        let copy = unsafe { slice::from_raw_parts_mut(ptr::with_exposed_provenance_mut::<u8>(at as usize), length) };
+        copy.copy_from_slice(code);
+        for (index, byte) in changes {
+            copy[*index] = *byte;
+        }
+        Ok(Self { at, length })
+    }
+
+    fn bytes(&self) -> &[u8] {
+        // SAFETY: the memory must be readable and not change: this value has mapped it, and wrote it before it was made.
+        unsafe { slice::from_raw_parts(ptr::with_exposed_provenance(self.at as usize), self.length) }
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is this value's, and what was borrowed of it is given back.
+        let _ = unsafe { raw::munmap(self.at, self.length as u64) };
     }
 }
 
@@ -79,6 +150,9 @@ fn hidden(code: &[u8], read: impl Fn(usize, &mut [u8]) -> io::Result<()>) -> io:
         let code = &code[start..(start + PIECE).min(code.len())];
         let file = &mut piece[..code.len()];
         read(start, file)?;
+        if code == file {
+            continue;
+        }
         let differs = |index: &usize| code[*index] == BREAKPOINT && file[*index] != BREAKPOINT;
         found.extend((0..code.len()).filter(differs).map(|index| (start + index, file[index])));
     }
@@ -117,14 +191,19 @@ unsafe extern "C" fn collect(info: *mut libc::dl_phdr_info, _: usize, list: *mut
     let module = path.as_deref().unwrap_or_default().rsplit('/').next().unwrap_or_default();
     // SAFETY: the loader says where the headers are and how many.
     let headers = unsafe { slice::from_raw_parts(info.dlpi_phdr, usize::from(info.dlpi_phnum)) };
-    for header in headers.iter().filter(|header| header.p_type == libc::PT_LOAD && header.p_flags & libc::PF_X != 0) {
+    let range = |header: &libc::Elf64_Phdr| {
         let start = info.dlpi_addr + header.p_vaddr;
+        start..start + header.p_memsz
+    };
+    let unwind = headers.iter().find(|header| header.p_type == libc::PT_GNU_EH_FRAME).map(range);
+    for header in headers.iter().filter(|header| header.p_type == libc::PT_LOAD && header.p_flags & libc::PF_X != 0) {
         list.push(Segment {
             module: module.to_owned(),
-            start,
+            start: range(header).start,
             length: header.p_memsz,
             path: name.map_or_else(PathBuf::new, |name| OsStr::from_bytes(name.to_bytes()).into()),
             offset: header.p_offset,
+            unwind: unwind.clone(),
         });
     }
     0
@@ -205,10 +284,30 @@ mod tests {
     }
 
     #[test]
+    fn a_changed_copy_of_code() {
+        let copy = Scratch::new(&[0x90; 5000], &[(4999, 0xc3)]).expect("memory");
+        let text = Text::Copy(copy);
+        assert!(text[..4999].iter().all(|byte| *byte == 0x90) && text[4999] == 0xc3 && text.len() == 5000);
+    }
+
+    #[test]
+    fn what_is_found_in_some_functions_is_what_is_found_in_all_code() {
+        for segment in segments() {
+            let starts = segment.starts();
+            assert!(starts.after(segment.start).is_some_and(|at| segment.holds(at)), "{} has a table", segment.module);
+            let is_generic = |at| function_at(at).is_some_and(|function| function.name == "syscall");
+            let some = segment.code().sites(starts, is_generic);
+            assert!(some.len() > 2, "{some:?}");
+            assert_eq!(some, segment.code().sites(Starts::default(), is_generic));
+        }
+    }
+
+    #[test]
     fn libc_is_found_with_its_functions() {
         let segments = segments();
         let libc = segments.iter().find(|segment| segment.module.starts_with("libc.so")).expect("linked with libc");
-        let all = segments.iter().flat_map(|segment| segment.code().sites(|_| false)).collect::<Vec<_>>();
+        let all =
+            segments.iter().flat_map(|segment| segment.code().sites(segment.starts(), |_| false)).collect::<Vec<_>>();
         let munmap = all.iter().filter(|site| site.number == Some(libc::SYS_munmap as u32));
         assert!(munmap.clone().count() >= 2, "libc and the loader: {all:?}");
         let own = munmap.clone().find(|site| (libc.start..libc.start + libc.length).contains(&site.address));

@@ -79,18 +79,24 @@ fn make() -> Made {
     let segments = module::segments();
     let (mut sites, mut hidden) = (Vec::new(), Vec::new());
     let mut missing: Vec<&str> = Vec::new();
-    let is_generic = |at| module::function_at(at).is_some_and(|function| function.name == "syscall");
+    let generic = module::libc_function(c"syscall");
+    // To ask the loader for the name of a function takes long.
+    let is_generic = |at: u64| {
+        const LONGEST: u64 = 128;
+        generic.is_some_and(|entry| (entry..entry + LONGEST).contains(&at))
+            && module::function_at(at).is_some_and(|function| function.name == "syscall")
+    };
     let functions = functions();
     for segment in &segments {
-        let (bytes, breakpoints) = segment.without_breakpoints();
+        let (bytes, breakpoints) = segment.without_breakpoints().map_err(|error| no_memory("mmap", error))?;
         let code = Code64 { bytes: &bytes, start: segment.start };
         hidden.extend(breakpoints);
-        let found = code.sites(is_generic);
-        let is_patched = |entry| {
-            let is_in =
-                |site: &Found| module::function_at(site.address).is_some_and(|function| function.entry == entry);
-            found.iter().any(is_in)
-        };
+        let found: Vec<(Found, Option<Function>)> = code
+            .sites(segment.starts(), is_generic)
+            .into_iter()
+            .map(|site| (site.clone(), module::function_at(site.address)))
+            .collect();
+        let is_patched = |entry| found.iter().any(|(_, function)| function.as_ref().is_some_and(|f| f.entry == entry));
         // What has no site of its own has somebody else's jump at its entry, or a form that is not known.
         let rest: Vec<&Function> =
             functions.iter().filter(|f| segment.holds(f.entry) && !is_patched(f.entry)).collect();
@@ -129,7 +135,7 @@ const NEEDED: &[&str] = &["munmap", "mmap", "mremap", "madvise", "brk", "mprotec
 fn build(
     segment: &Segment,
     code: Code64<'_>,
-    found: &[Found],
+    found: &[(Found, Option<Function>)],
     rest: &[&Function],
 ) -> Result<(Vec<Site>, Vec<String>), String> {
     let (mut sites, mut unknown) = (Vec::new(), Vec::new());
@@ -140,13 +146,13 @@ fn build(
     let room = || format!("room for trampolines within 2 GiB of {}", segment.module);
     let mut arena = Arena::near(segment.start, end, found.len() + rest.len()).ok_or_else(room)?;
     let bytes = |from: u64, length: usize| &code.bytes[(from - code.start) as usize..][..length];
-    let mut add = |name, address: u64, trampoline: u64, is_chain| {
+    let mut add = |name, function: Option<Function>, address: u64, trampoline: u64, is_chain| {
         let distance = trampoline.wrapping_sub(address + PATCH as u64) as i64;
         let mut jump = [0xe9; PATCH];
         jump[1..].copy_from_slice(&i32::try_from(distance).map_err(|_| room())?.to_le_bytes());
         sites.push(Site {
             name,
-            function: module::function_at(address),
+            function,
             module: segment.module.clone(),
             address,
             original: bytes(address, PATCH).try_into().expect("as long as a jump"),
@@ -155,12 +161,12 @@ fn build(
         });
         Ok::<(), String>(())
     };
-    for found in found {
+    for (found, function) in found {
         let Some(stub) = stub::stub(found.keep) else { continue };
         let moved = bytes(found.address, (found.syscall - found.address) as usize);
         const SYSCALL: u64 = 2;
         let trampoline = arena.add(moved, found.number.is_none(), stub, found.syscall + SYSCALL);
-        add(name(found.number), found.address, trampoline, false)?;
+        add(name(found.number), function.clone(), found.address, trampoline, false)?;
     }
     for function in rest {
         let entry = bytes(function.entry, 10).try_into().expect("as long as asked for");
@@ -168,13 +174,17 @@ fn build(
         match Foreign::at(function.entry, entry) {
             Some(foreign) => {
                 let trampoline = arena.add_chain(call.0 as u32, foreign, stub::function);
-                add(call.1, function.entry, trampoline, true)?;
+                add(call.1, module::function_at(function.entry), function.entry, trampoline, true)?;
             }
             None => unknown.push(function.name.clone()),
         }
     }
-    arena.seal().map_err(|error| format!("executable memory (mprotect: {})", io::Error::from_raw_os_error(error)))?;
+    arena.seal().map_err(|error| no_memory("mprotect", error))?;
     Ok((sites, unknown))
+}
+
+fn no_memory(call: &str, error: i32) -> String {
+    format!("memory for code ({call}: {})", io::Error::from_raw_os_error(error))
 }
 
 fn name(number: Option<u32>) -> &'static str {

@@ -2,15 +2,17 @@
 //!
 //! glibc makes nearly every one as `mov $number, %eax; syscall`. That `mov` is one instruction of exactly five bytes, as
 //! long as a near jump, so no thread can ever stand inside it. A *site* is such an instruction (or another one of at
-//! least five bytes) with what follows up to the `syscall`. The code is read by a disassembler from the start of the
-//! segment to its end; what cannot be shown to be safe to move is left alone.
+//! least five bytes) with what follows up to the `syscall`. A disassembler reads the functions in which the bytes of a site
+//! stand, from their starts; what cannot be shown to be safe to move is left alone.
 
 use super::handler::CALLS;
+use super::starts::Starts;
 use super::stub::Keep;
 use iced_x86::RflagsBits as Flags;
 use iced_x86::{
     Code, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, OpAccess, OpKind, Register,
 };
+use std::ops::Range;
 
 /// As many bytes are replaced, by a jump.
 pub(super) const PATCH: usize = 5;
@@ -36,28 +38,98 @@ pub(super) struct Code64<'a> {
 }
 
 impl<'a> Code64<'a> {
-    fn decoder(self, at: u64) -> Option<Decoder<'a>> {
-        let bytes = self.bytes.get(usize::try_from(at.checked_sub(self.start)?).ok()?..)?;
-        Some(Decoder::with_ip(64, bytes, at, DecoderOptions::NONE))
+    /// Reads the instructions of a part of the code, one after the other.
+    fn instructions(self, part: Range<u64>) -> impl Iterator<Item = Instruction> {
+        let offset = |address: u64| usize::try_from(address.checked_sub(self.start)?).ok();
+        let bytes = offset(part.start).zip(offset(part.end)).and_then(|(start, end)| self.bytes.get(start..end));
+        Decoder::with_ip(64, bytes.unwrap_or_default(), part.start, DecoderOptions::NONE).into_iter()
     }
 
     pub(super) fn instruction_at(self, at: u64) -> Option<Instruction> {
-        let instruction = self.decoder(at)?.decode();
-        (!instruction.is_invalid()).then_some(instruction)
+        self.instructions(at..self.end()).next().filter(|instruction| !instruction.is_invalid())
     }
 
-    /// Finds all sites. `is_generic` says of an address whether it is in `syscall(2)`.
-    pub(super) fn sites(self, is_generic: impl Fn(u64) -> bool) -> Vec<Found> {
-        let mut targets = Vec::new();
-        let mut found = Vec::new();
+    fn end(self) -> u64 {
+        self.start + self.bytes.len() as u64
+    }
+
+    /// Finds all sites. `starts` says where functions begin, and `is_generic` whether an address is in `syscall(2)`.
+    ///
+    /// Of the code around each `syscall` instruction that can belong to a site, whole functions are decoded, from their
+    /// starts. Without `starts`, everything is.
+    pub(super) fn sites(self, starts: Starts<'_>, is_generic: impl Fn(u64) -> bool) -> Vec<Found> {
+        let (mut targets, mut found) = (Vec::new(), Vec::new());
+        let regions = self.regions(starts, &is_generic);
+        for region in &regions {
+            let mut at = region.start;
+            while at < region.end {
+                let end = starts.after(at).map_or(region.end, |next| next.min(region.end));
+                self.decode(at..end, &is_generic, &mut targets, &mut found);
+                at = end;
+            }
+        }
+        targets.extend(self.far_targets(starts, &regions, &found));
+        targets.sort_unstable();
+        // Who jumps between the patch and the `syscall` would pass the patch by, or land in it.
+        found.retain(|site| {
+            let next = targets.partition_point(|target| *target <= site.address);
+            targets.get(next).is_none_or(|target| *target > site.syscall)
+        });
+        found
+    }
+
+    /// Returns the functions to decode: those around the bytes of a `syscall` instruction before which stands what a site
+    /// has to have. Short jumps into a site come from no farther than these.
+    fn regions(self, starts: Starts<'_>, is_generic: &impl Fn(u64) -> bool) -> Vec<Range<u64>> {
+        const SYSCALL: [u8; 2] = *b"\x0f\x05";
+        const SHORT_JUMP: u64 = 128;
+        const LONGEST_INSTRUCTION: u64 = 15;
+        const NEAR: u64 = MAX_MOVED + SHORT_JUMP + LONGEST_INSTRUCTION;
+        let mut regions: Vec<Range<u64>> = Vec::new();
+        for index in self.occurrences(SYSCALL) {
+            let at = self.start + index as u64;
+            let before = &self.bytes[index.saturating_sub(MAX_MOVED as usize)..index];
+            if !before.array_windows().any(sets_number) && !is_generic(at) {
+                continue;
+            }
+            let start = starts.at_or_before(at.saturating_sub(NEAR)).unwrap_or(0).max(self.start);
+            let end = starts.after(at + NEAR).unwrap_or(u64::MAX).min(self.end());
+            match regions.last_mut() {
+                Some(last) if start <= last.end => last.end = end,
+                _ => regions.push(start..end),
+            }
+        }
+        regions
+    }
+
+    /// Finds two bytes wherever they stand.
+    fn occurrences(self, [first, second]: [u8; 2]) -> impl Iterator<Item = usize> {
+        // Few chunks have any, which is found out without a branch for each byte.
+        const CHUNK: usize = 64;
+        let is_here = move |(a, b): (&u8, &u8)| (*a == first) & (*b == second);
+        (0..self.bytes.len()).step_by(CHUNK).flat_map(move |start| {
+            let chunk = &self.bytes[start..(start + CHUNK + 1).min(self.bytes.len())];
+            let pairs = move || chunk.iter().zip(&chunk[1..]);
+            let has_any = pairs().fold(false, |any, pair| any | is_here(pair));
+            let found = move || pairs().enumerate().filter(move |(_, pair)| is_here(*pair));
+            has_any.then(found).into_iter().flatten().map(move |(index, _)| start + index)
+        })
+    }
+
+    /// Finds the sites of a function, and what it jumps to or calls.
+    fn decode(
+        self,
+        function: Range<u64>,
+        is_generic: &impl Fn(u64) -> bool,
+        targets: &mut Vec<u64>,
+        found: &mut Vec<Found>,
+    ) {
         // What has run before, if nothing jumps: the last few instructions.
         let mut before: Vec<Instruction> = Vec::new();
-        for instruction in self.decoder(self.start).into_iter().flatten() {
-            if let OpKind::NearBranch64 = instruction.op0_kind() {
-                targets.push(instruction.near_branch64());
-            }
+        for instruction in self.instructions(function) {
+            targets.extend(branches_to(&instruction));
             if instruction.code() == Code::Syscall {
-                found.extend(self.site(&before, instruction, &is_generic));
+                found.extend(self.site(&before, instruction, is_generic));
             }
             // A call comes back, but not to what the code before it left in `rax`.
             if instruction.is_invalid() || instruction.flow_control() != FlowControl::Next {
@@ -69,13 +141,46 @@ impl<'a> Code64<'a> {
                 before.push(instruction);
             }
         }
-        targets.sort_unstable();
-        // Who jumps between the patch and the `syscall` would pass the patch by, or land in it.
-        found.retain(|site| {
-            let next = targets.partition_point(|target| *target <= site.address);
-            targets.get(next).is_none_or(|target| *target > site.syscall)
-        });
-        found
+    }
+
+    /// Finds the jumps and calls into sites from code that was not decoded, such as the unlikely part of a function,
+    /// which the compiler puts elsewhere. A far jump ends in its distance, four bytes. So any four bytes are taken for a
+    /// distance; where they lead into a site, the function around them is decoded, and shows whether they are one.
+    fn far_targets(self, starts: Starts<'_>, regions: &[Range<u64>], found: &[Found]) -> Vec<u64> {
+        const DISTANCE: usize = 4;
+        /// Whether a site is among so many bytes: for nearly all distances one look there is enough.
+        const BLOCK: usize = 64;
+        let mut blocks = vec![false; self.bytes.len() / BLOCK + 1];
+        // For what is outside of the code.
+        let outside = blocks.len();
+        blocks.push(false);
+        for site in found {
+            // It is shorter than a block.
+            for address in [site.address, site.syscall] {
+                blocks[(address - self.start) as usize / BLOCK] = true;
+            }
+        }
+        let mut targets = Vec::new();
+        for (next, distance) in (DISTANCE..).zip(self.bytes.array_windows::<DISTANCE>()) {
+            let target = next.wrapping_add_signed(i32::from_le_bytes(*distance) as isize);
+            if !blocks[(target / BLOCK).min(outside)] {
+                continue;
+            }
+            let (next, target) = (self.start + next as u64, self.start + target as u64);
+            let may_be = found.iter().any(|site| site.address < target && target <= site.syscall)
+                && !regions.iter().any(|region| region.contains(&(next - 1)));
+            if may_be && self.jumps(starts, next, target) {
+                targets.push(target);
+            }
+        }
+        targets
+    }
+
+    /// Tells whether the instruction before `next` jumps to `target`.
+    fn jumps(self, starts: Starts<'_>, next: u64, target: u64) -> bool {
+        let function = starts.at_or_before(next - 1).unwrap_or(0).max(self.start)..next;
+        self.instructions(function)
+            .any(|instruction| instruction.next_ip() == next && branches_to(&instruction) == Some(target))
     }
 
     fn site(self, before: &[Instruction], syscall: Instruction, is_generic: &impl Fn(u64) -> bool) -> Option<Found> {
@@ -177,6 +282,18 @@ const MAX_MOVED: u64 = 48;
 const LOOK_AHEAD: usize = 100;
 const STATUS: u32 = Flags::OF | Flags::SF | Flags::ZF | Flags::AF | Flags::CF | Flags::PF;
 
+/// Tells whether five bytes are `mov $number, %eax` with the number of a call that is hooked.
+fn sets_number(code: &[u8; PATCH]) -> bool {
+    let [opcode, number @ ..] = *code;
+    let number = libc::c_long::from(u32::from_le_bytes(number));
+    opcode == 0xb8 && CALLS.iter().any(|call| call.0 == number)
+}
+
+/// Returns where an instruction jumps to or what it calls, if it says so by itself.
+fn branches_to(instruction: &Instruction) -> Option<u64> {
+    (instruction.op0_kind() == OpKind::NearBranch64).then(|| instruction.near_branch64())
+}
+
 /// Tells whether an instruction does the same at another address.
 fn can_move(instruction: &Instruction) -> bool {
     !instruction.is_ip_rel_memory_operand() && instruction.flow_control() == FlowControl::Next
@@ -185,11 +302,12 @@ fn can_move(instruction: &Instruction) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::hook::starts;
 
     const AT: u64 = 0x1000;
 
     fn sites(bytes: &[u8]) -> Vec<Found> {
-        Code64 { bytes, start: AT }.sites(|_| false)
+        Code64 { bytes, start: AT }.sites(Starts::default(), |_| false)
     }
 
     #[test]
@@ -218,6 +336,40 @@ mod tests {
     }
 
     #[test]
+    fn a_site_is_found_wherever_it_stands() {
+        for count in 0..200 {
+            let code = behind(count, b"\xb8\x0b\0\0\0\x0f\x05");
+            assert_eq!(sites(&code).len(), 1, "behind {count} others");
+        }
+    }
+
+    /// `count` instructions that do nothing, and `code` behind them.
+    fn behind(count: usize, code: &[u8]) -> Vec<u8> {
+        [&vec![0x90; count], code].concat()
+    }
+
+    #[test]
+    fn jumps_from_code_that_is_not_decoded_are_seen() {
+        // mov $11, %eax; syscall; ret
+        let site = b"\xb8\x0b\0\0\0\x0f\x05\xc3";
+        const FAR: i32 = 0x1000;
+        let to = |distance: i32| (distance - 5).to_le_bytes();
+        let with = |first: &[u8]| {
+            let mut code = behind(FAR as usize, site);
+            code[..first.len()].copy_from_slice(first);
+            let table = starts::tests::section(starts::tests::USUAL, &[0, 0x800]);
+            Code64 { bytes: &code, start: AT }.sites(Starts::parse(&table, AT), |_| false).len()
+        };
+        let jump = |opcode: u8, distance: i32| [&[opcode][..], &to(distance)].concat();
+        assert_eq!(with(&[]), 1);
+        assert_eq!(with(&jump(0xe9, FAR)), 1, "to the instruction that is replaced");
+        assert_eq!(with(&jump(0xe9, FAR + 5)), 0, "to the `syscall`");
+        assert_eq!(with(&jump(0xe8, FAR + 1)), 0, "into the instruction");
+        assert_eq!(with(&[&[0x0f, 0x84][..], &(FAR + 5 - 6).to_le_bytes()].concat()), 0, "on a condition");
+        assert_eq!(with(&jump(0xb8, FAR + 5)), 1, "a number that looks like a distance");
+    }
+
+    #[test]
     fn a_vector_register_or_a_flag_that_is_read_is_kept() {
         let keep = |code: &[u8]| sites(code)[0].keep;
         // mov $11, %eax; syscall; movups %xmm0, (%rdi); ret
@@ -234,7 +386,7 @@ mod tests {
     fn a_call_whose_number_only_the_caller_knows() {
         // mov %rdi, %rax; mov 8(%rsp), %r9; syscall; cmp $-4095, %rax; ret
         let code = b"\x48\x89\xf8\x4c\x8b\x4c\x24\x08\x0f\x05\x48\x3d\x01\xf0\xff\xff\xc3";
-        let found = Code64 { bytes: code, start: AT }.sites(|at| at == AT + 8);
+        let found = Code64 { bytes: code, start: AT }.sites(Starts::default(), |at| at == AT + 8);
         assert_eq!(found, [Found { address: AT + 3, syscall: AT + 8, number: None, keep: Keep::Nothing }]);
         assert_eq!(sites(code), []);
     }

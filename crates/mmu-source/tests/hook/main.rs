@@ -2,6 +2,7 @@
 
 #![cfg(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu"))]
 
+mod allocator;
 mod callback_heap;
 mod callbacks;
 mod calls;

@@ -1,0 +1,92 @@
+//! Where the functions of a module begin.
+
+/// The table of `.eh_frame_hdr`: the unwinder finds the functions of a module by it. Empty if the module has none.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Starts<'a> {
+    /// Where the section stands: the entries count from there.
+    base: u64,
+    /// In order of address. The first half of an entry is the start of a function.
+    entries: &'a [[u8; ENTRY]],
+}
+
+const ENTRY: usize = 8;
+
+impl<'a> Starts<'a> {
+    /// Reads the section that stands at `base`. A table in a form that linkers do not write counts as
+    /// empty, and so does a table that is not in order.
+    pub(super) fn parse(section: &'a [u8], base: u64) -> Self {
+        /// Version 1; any pointer of four bytes; a count of four bytes; entries of four bytes each, signed, from `base`.
+        const FORM: [u8; 2] = [0x03, 0x3b];
+        let parse = || {
+            let (&[version, pointer, ref form @ ..], rest) = section.split_first_chunk::<4>()?;
+            let has_short_pointer = matches!(pointer & 0x0f, 0x03 | 0x0b);
+            if version != 1 || !has_short_pointer || *form != FORM {
+                return None;
+            }
+            let (_, rest) = rest.split_first_chunk::<4>()?;
+            let (count, table) = rest.split_first_chunk::<4>()?;
+            let entries = table.as_chunks().0.get(..u32::from_le_bytes(*count) as usize)?;
+            entries.is_sorted_by_key(distance).then_some(Self { base, entries })
+        };
+        parse().unwrap_or_default()
+    }
+
+    /// Returns the last start that is not above `address`.
+    pub(super) fn at_or_before(self, address: u64) -> Option<u64> {
+        let index = self.first_after(address).checked_sub(1)?;
+        Some(self.start(&self.entries[index]))
+    }
+
+    /// Returns the first start above `address`.
+    pub(super) fn after(self, address: u64) -> Option<u64> {
+        self.entries.get(self.first_after(address)).map(|entry| self.start(entry))
+    }
+
+    fn first_after(self, address: u64) -> usize {
+        self.entries.partition_point(|entry| self.start(entry) <= address)
+    }
+
+    fn start(self, entry: &[u8; ENTRY]) -> u64 {
+        self.base.wrapping_add_signed(distance(entry).into())
+    }
+}
+
+fn distance(entry: &[u8; ENTRY]) -> i32 {
+    let [a, b, c, d, ..] = *entry;
+    i32::from_le_bytes([a, b, c, d])
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    pub(in super::super) fn section(form: [u8; 4], starts: &[i32]) -> Vec<u8> {
+        let mut section = Vec::from(form);
+        section.extend([0; 4]);
+        section.extend((starts.len() as u32).to_le_bytes());
+        starts.iter().for_each(|start| section.extend([start.to_le_bytes(), [0; 4]].concat()));
+        section
+    }
+
+    pub(in super::super) const USUAL: [u8; 4] = [1, 0x1b, 0x03, 0x3b];
+
+    #[test]
+    fn the_function_around_an_address_is_found() {
+        let section = section(USUAL, &[-0x300, -0x200, -0x100]);
+        let starts = Starts::parse(&section, 0x1000);
+        assert_eq!((starts.at_or_before(0xcff), starts.after(0xcff)), (None, Some(0xd00)));
+        assert_eq!((starts.at_or_before(0xd00), starts.after(0xd00)), (Some(0xd00), Some(0xe00)));
+        assert_eq!((starts.at_or_before(0xfff), starts.after(0xfff)), (Some(0xf00), None));
+    }
+
+    #[test]
+    fn a_table_that_cannot_be_trusted_is_empty() {
+        let is_empty = |section: &[u8]| Starts::parse(section, 0x1000).entries.is_empty();
+        assert!(!is_empty(&section(USUAL, &[0, 1])));
+        assert!(is_empty(&section(USUAL, &[1, 0])), "not in order");
+        assert!(is_empty(&section([1, 0x1b, 0x03, 0x3c], &[0, 1])), "eight bytes each");
+        assert!(is_empty(&section([1, 0xff, 0x03, 0x3b], &[0, 1])), "no pointer");
+        assert!(is_empty(&section(USUAL, &[0, 1])[..20]), "cut off");
+        assert!(is_empty(&[]));
+    }
+}
