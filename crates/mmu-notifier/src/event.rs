@@ -1,15 +1,17 @@
-//! What is about to happen to a range, as a subscriber is told.
+//! An invalidation as subscribers see it: its event, its range, and whether the callback may sleep.
 
 use crate::{Mm, Va, VaRange};
 use std::fmt;
 use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Why a range is invalidated. A hint: a subscriber that lets go of everything on every event is correct.
+/// Why a range is invalidated. The event is a hint: a subscriber that drops the range on every
+/// event is correct.
 ///
 /// # Source
-/// `enum mmu_notifier_event`, include/linux/mmu_notifier.h, Linux 5.15. Differs: the owner is a part of the events that have one;
-/// no event carries a mapping, so there is no `mmu_notifier_range_update_to_read_only` (gone from the kernel in 6.3).
+/// `enum mmu_notifier_event`, include/linux/mmu_notifier.h, Linux 5.15. Differs: an event that has
+/// an owner carries the owner. No event carries a mapping, so there is no
+/// `mmu_notifier_range_update_to_read_only` (removed from the kernel in 6.3).
 ///
 /// # Examples
 /// ```
@@ -20,7 +22,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// assert_eq!((Event::Unmap.owner(), Event::ProtectionVma.name()), (None, "protection_vma"));
 /// ```
 ///
-/// There is nothing to ask whether a mapping stays readable:
+/// An event cannot tell whether a mapping stays readable:
 ///
 /// ```compile_fail,E0599
 /// fn update_to_read_only(range: &mmu_notifier::InvalidateRange<'_>) -> bool {
@@ -31,10 +33,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 #[non_exhaustive]
 #[doc(alias = "mmu_notifier_event")]
 pub enum Event {
-    /// The mapping goes away or moves: munmap, mremap, brk. The only event after which the mapping may be gone.
+    /// The mapping is removed or moved: munmap, mremap, brk. Only after this event may the mapping
+    /// be gone.
     #[doc(alias = "MMU_NOTIFY_UNMAP")]
     Unmap,
-    /// The pages are taken away and the mapping stays: madvise, copy on write, truncation, reclaim.
+    /// The pages are taken away, but the mapping stays: madvise, copy on write, truncation,
+    /// reclaim.
     #[doc(alias = "MMU_NOTIFY_CLEAR")]
     Clear,
     /// The protection of the whole mapping changes: mprotect.
@@ -46,19 +50,21 @@ pub enum Event {
     /// Soft-dirty tracking write-protects the pages.
     #[doc(alias = "MMU_NOTIFY_SOFT_DIRTY")]
     SoftDirty,
-    /// The address space ends. Its exit makes this event, and nobody else can.
+    /// The address space ends. Only its exit can make this event.
     #[doc(alias = "MMU_NOTIFY_RELEASE")]
     Release(Exit),
     /// The pages move to another place in memory.
     #[doc(alias = "MMU_NOTIFY_MIGRATE")]
     Migrate {
-        /// Who moves them; equal to one's own mark if the subscriber itself does.
+        /// The mark of the driver that moves them. A subscriber that moves them itself finds its
+        /// own mark.
         owner: Option<Owner>,
     },
     /// A device takes exclusive access to the pages.
     #[doc(alias = "MMU_NOTIFY_EXCLUSIVE")]
     Exclusive {
-        /// Who takes it; equal to one's own mark if the subscriber itself does.
+        /// The mark of the driver that takes it. A subscriber that takes it itself finds its own
+        /// mark.
         owner: Option<Owner>,
     },
 }
@@ -79,7 +85,8 @@ impl Event {
         }
     }
 
-    /// Returns the mark of whoever migrates the pages or takes them exclusively; `None` for every other event.
+    /// Returns the mark of the driver that migrates the pages or takes them exclusively; `None` for
+    /// every other event.
     #[must_use]
     pub const fn owner(self) -> Option<Owner> {
         match self {
@@ -89,7 +96,7 @@ impl Event {
     }
 }
 
-/// The proof that an address space is exiting; nobody outside can make one.
+/// The proof that an address space is exiting. Only this crate can make one.
 ///
 /// # Source
 /// `MMU_NOTIFY_RELEASE`, Linux 5.5. Differs: the kernel's is a number like the others.
@@ -100,12 +107,15 @@ impl Event {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Exit(pub(crate) ());
 
-/// The mark of whoever moves pages, by which a subscriber knows its own migration and may skip it.
+/// The mark of a driver that moves pages. A subscriber recognises its own migration by the mark and
+/// may skip it.
 ///
-/// A subscriber that skips must still count the start, as its end comes too.
+/// A subscriber that counts open invalidations must also count a start that it skips, because the
+/// matching end is called as well.
 ///
 /// # Source
-/// `owner` of `struct mmu_notifier_range`, Linux 5.14. Differs: a number that nobody else has, and not a pointer.
+/// `owner` of `struct mmu_notifier_range`, Linux 5.14. Differs: a number that is unique in this
+/// process instead of a pointer.
 ///
 /// # Examples
 /// ```
@@ -127,7 +137,7 @@ pub struct Exit(pub(crate) ());
 pub struct Owner(NonZeroU64);
 
 impl Owner {
-    /// Makes a mark that is unlike every other of this process.
+    /// Makes a mark that differs from every other mark of this process.
     ///
     /// # Panics
     /// After 2^63 marks.
@@ -140,8 +150,9 @@ impl Owner {
         Self(NonZeroU64::new(next).expect("it is at least the first"))
     }
 
-    /// Returns the mark of whoever has an object at this address, none for address zero; for C programs, whose owners are
-    /// pointers. No object's address is a mark of [`new`](Self::new): those lie above 2^63.
+    /// Returns the mark of the object at this address, or `None` for address zero. For C programs,
+    /// whose owners are pointers. The mark differs from every mark of [`new`](Self::new), because
+    /// those are at least 2^63 and no object's address is.
     #[must_use]
     pub const fn at(address: Va) -> Option<Self> {
         match NonZeroU64::new(address.get()) {
@@ -150,31 +161,33 @@ impl Owner {
         }
     }
 
-    /// Returns the mark as a number, which for one of [`at`](Self::at) is the address.
+    /// Returns the mark as a number. For a mark of [`at`](Self::at), that is the address.
     #[must_use]
     pub const fn get(self) -> u64 {
         self.0.get()
     }
 
-    /// Where those of `new` begin, above all addresses of objects.
+    /// The first mark of `new`: above the addresses of all objects.
     const FIRST: u64 = 1 << 63;
 }
 
 /// Whether a callback may sleep.
 ///
 /// # Source
-/// `MMU_NOTIFIER_RANGE_BLOCKABLE`, `mmu_notifier_range_blockable`, Linux 5.15. Differs: a start that must not sleep is a method
-/// of its own, [`Notifier::try_invalidate_range_start`](crate::Notifier::try_invalidate_range_start).
+/// `MMU_NOTIFIER_RANGE_BLOCKABLE`, `mmu_notifier_range_blockable`, Linux 5.15. Differs: a start
+/// that must not sleep calls a method of its own,
+/// [`Notifier::try_invalidate_range_start`](crate::Notifier::try_invalidate_range_start).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[doc(alias = "mmu_notifier_range_blockable")]
 pub enum Blocking {
-    /// It may sleep, and must not refuse.
+    /// The callback may sleep, and must not refuse.
     Allowed,
-    /// It must answer at once, and may refuse with [`WouldBlock`].
+    /// The callback must not sleep, and may refuse with [`WouldBlock`].
     Forbidden,
 }
 
-/// One invalidation, as its subscribers see it. Brackets make it; the same one comes to the start and to the end.
+/// One invalidation, as its subscribers see it. A bracket makes it and passes the same one to the
+/// start and to the end.
 ///
 /// # Source
 /// `struct mmu_notifier_range`, Linux 5.15. Differs: never empty, and it may reach the last address.
@@ -224,10 +237,12 @@ impl<'a> InvalidateRange<'a> {
     }
 }
 
-/// A subscriber would have had to sleep where that is forbidden. No end is owed for the start that got this answer.
+/// A subscriber would have to sleep where sleeping is forbidden. The subscriber that returned this
+/// gets no end for the refused start.
 ///
 /// # Source
-/// `-EAGAIN` from `invalidate_range_start`; no other refusal exists, so it is a type of its own and not an errno.
+/// `-EAGAIN` from `invalidate_range_start`. No other refusal exists, so this is a type of its own
+/// instead of an errno.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct WouldBlock;
 

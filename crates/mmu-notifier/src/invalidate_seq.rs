@@ -1,15 +1,26 @@
-//! The collision protocol of a hypervisor: one count, one sequence and one range for a whole shadow.
+//! The collision protocol of a hypervisor: one count, one sequence and one range for a whole
+//! shadow.
 //!
 //! # The protocol
-//! | who | does |
-//! | --- | --- |
-//! | start | counts itself in `in_progress` and widens the range; then locks the state and zaps |
-//! | end | advances `seq`, and only then leaves `in_progress` |
-//! | fault | reads `seq`; looks up; locks the state; gives up if `in_progress` is not zero and the range meets its own, or if `seq` is another; else installs |
+//! * A **start** counts itself in `in_progress` and widens the range. Then it locks the state and
+//!   zaps.
+//! * An **end** advances `seq`, and only then leaves `in_progress`.
+//! * A **fault** proceeds in six steps:
+//! 1. It reads `seq`.
+//! 2. It looks up the page, without a lock.
+//! 3. It locks the state.
+//! 4. If `in_progress` is not zero and the range in progress meets its own, it retries from step 1.
+//! 5. If `seq` has changed, it retries from step 1.
+//! 6. It installs the page and unlocks the state.
 //!
-//! A fault whose turn at the lock comes before the start's is zapped by it. One whose turn comes after sees the start's
-//! count, or else, since it was taken back after `seq` had advanced, the new `seq`. A fault that has read the new `seq`
-//! looks up after the change.
+//! A fault must never leave a stale entry installed. A fault and the zap of a start take the same
+//! lock, so there are two cases:
+//!
+//! * If the fault takes the lock first, the zap comes later and removes what the fault installed.
+//! * If the start takes the lock first, the fault sees the start's count and retries. If the
+//!   matching end has already removed that count, the fault sees the new `seq`, because the end
+//!   advances `seq` first. A fault that read the old `seq` in step 1 then retries. A fault that
+//!   read the new `seq` looked up the page after the change, so its entry is not stale.
 //!
 //! # Source
 //! `kvm_mmu_invalidate_begin`, `_range_add`, `_end`, `mmu_invalidate_retry_gfn`, virt/kvm/kvm_main.c, Linux 6.12.
@@ -26,39 +37,43 @@ use std::mem::replace;
 use std::sync::{PoisonError, TryLockError};
 use watched::Watched;
 
-/// What a shadow does when a part of it is invalidated. See [`InvalidateSeq`] for an example.
+/// What a shadow does when part of it is invalidated. See [`InvalidateSeq`] for an example.
 ///
 /// # Source
 /// `kvm_unmap_gfn_range`, arch/x86/kvm/mmu/mmu.c, Linux 6.12.
 pub trait ShadowOps: Send + 'static {
-    /// Lets go of every entry that `range` covers. The shadow's lock is held.
+    /// Drops every entry that `range` covers. The caller holds the shadow's lock.
     ///
-    /// Called only for ranges that meet what the shadow watches, and with the whole range.
+    /// Called only for ranges that meet a range that the shadow watches, and with the whole range
+    /// of the invalidation.
     ///
     /// # Blocking
-    /// May sleep unless [`InvalidateRange::blocking`] forbids it. Must not wait for whoever waits for an invalidation, and must not
-    /// allocate, free or print: see [`Notifier`].
+    /// May sleep unless [`InvalidateRange::blocking`] forbids it. Must not wait for a thread that
+    /// itself waits for an invalidation to end, because neither would continue. Must not allocate,
+    /// free or print: see [`Notifier`].
     fn zap(&mut self, range: &InvalidateRange<'_>);
 }
 
 /// A shadow of translations, with the protocol by which faults fill it and invalidations empty it.
 ///
-/// For a shadow that has one lock and many faults that may collide, such as a virtual machine's page tables; many
-/// independent ranges are better off as [`IntervalNotifier`](crate::IntervalNotifier)s. It is a [`Notifier`]: give it to a
-/// [`Subsystem`](crate::Subsystem) or a [`Registration`](crate::Registration), or call its callbacks from those of a
-/// notifier around it. The state can be reached under its lock alone, and what a fault has looked up gets into it only
-/// if nothing has changed since.
+/// Use it for a shadow that has one lock and many faults that may collide, such as a virtual
+/// machine's page tables. For many independent ranges, use
+/// [`IntervalNotifier`](crate::IntervalNotifier)s. It is a [`Notifier`]: give it to a
+/// [`Subsystem`](crate::Subsystem) or a [`Registration`](crate::Registration), or call its
+/// callbacks from those of a notifier that contains it. The state can be reached under its lock
+/// alone. The result of a fault's look-up is installed only if the range has not changed since.
 ///
-/// Faults do not wait for an invalidation: they are refused and try again, from the snapshot on. Of invalidations that
-/// overlap in time, the smallest range around all of them counts until the last one ends; one of unwatched ranges does not
-/// count. When the address space has ended, nothing can be installed any more.
+/// A fault does not wait for an invalidation. The shadow refuses the fault, which then retries with
+/// a new snapshot. While invalidations overlap in time, the smallest range around all of them
+/// counts as invalidated until the last one ends. An invalidation of unwatched ranges does not
+/// count. After the address space has ended, every install is refused.
 ///
 /// # Source
-/// The `mmu_invalidate_*` fields of `struct kvm`, Linux 6.12. Differs: ranges are addresses and not guest frames; the end
-/// does not take the shadow's lock; what comes after exit is refused.
+/// The `mmu_invalidate_*` fields of `struct kvm`, Linux 6.12. Differs: ranges are addresses instead
+/// of guest frames; the end does not take the shadow's lock; an install after exit is refused.
 ///
 /// # Examples
-/// A shadow of this program's own; [`SoftTlb`](crate::SoftTlb) is a ready one.
+/// A shadow that this program defines. [`SoftTlb`](crate::SoftTlb) is a ready-made table.
 ///
 /// ```
 /// # use mmu_notifier::lockdep::CheckedAlloc;
@@ -96,27 +111,31 @@ pub struct InvalidateSeq<S: ShadowOps> {
     window: Mutex<Window>,
     /// No bracket is open.
     idle: Condvar,
-    /// How many open brackets meet what is watched, and for ever one more once the address space has ended. These
-    /// four are written under `window` and read without it.
+    /// How many open brackets meet a watched range. After the address space has ended, one more,
+    /// which stays for ever. This field and the next three are written under `window` and read
+    /// without it.
     in_progress: AtomicU64,
     seq: AtomicU64,
     first: AtomicU64,
     last: AtomicU64,
     state: Mutex<State<S>>,
-    /// Beside the lock of `state`.
+    /// What `lockdep` records of the lock around `state`.
     order: lockdep::Map,
 }
 
 #[derive(Debug)]
 struct Window {
-    /// How many brackets are open, whether they meet what is watched or not (`mn_active_invalidate_count`).
+    /// How many brackets are open, whether or not they meet a watched range
+    /// (`mn_active_invalidate_count`).
     active: u64,
-    /// Whether the address space has ended: of brackets that were open then, the end may never come.
+    /// Whether the address space has ended. Exit delists the subscriber, so brackets that were open
+    /// at that time may never call their end.
     released: bool,
-    /// How many threads wait for `idle`: waking nobody would still be a system call.
+    /// How many threads wait for `idle`. Without waiters, the end skips the wake-up, which would be
+    /// a system call.
     waiters: usize,
-    /// Changed only when `active` is zero, so that an end decides as its start did, or after release, when ends decide
-    /// nothing; and under both locks.
+    /// Changed under both locks, and only when `active` is zero or after release. So an end finds
+    /// the same ranges as its start did; after release, an end leaves `in_progress` alone.
     watched: Watched,
 }
 
@@ -126,9 +145,10 @@ struct State<S> {
     watched: Watched,
 }
 
-/// What a fault began with: where, and the sequence at that time.
+/// The start of a fault: its range, and the sequence at that time.
 ///
-/// It serves for one try. One that was refused needs a new snapshot and a new look-up after it:
+/// A snapshot is good for one try. A fault that was refused needs a new snapshot, and must look up
+/// again after it:
 ///
 /// ```compile_fail,E0382
 /// # use mmu_notifier::*;
@@ -149,9 +169,9 @@ pub struct Snapshot {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum InstallError {
-    /// The range was or is being invalidated: take a new snapshot and look up again.
+    /// The range was invalidated, or is being invalidated: take a new snapshot and look up again.
     Retry,
-    /// The range is not within what the shadow watches, so nobody would ever zap it.
+    /// The range is not within the ranges that the shadow watches, so no invalidation would zap it.
     NotWatched,
 }
 
@@ -169,7 +189,7 @@ impl std::error::Error for InstallError {}
 impl<S: ShadowOps> InvalidateSeq<S> {
     /// Makes a shadow of the given ranges, which may overlap or touch.
     ///
-    /// Until it is registered nobody tells it anything.
+    /// Until the shadow is registered, no bracket calls it.
     #[must_use]
     pub fn new(watched: impl IntoIterator<Item = VaRange>, shadow: S) -> Self {
         let watched = Watched::new(watched);
@@ -185,32 +205,36 @@ impl<S: ShadowOps> InvalidateSeq<S> {
         }
     }
 
-    /// Begins a fault on `range`. Whatever is to be installed must be looked up after this.
+    /// Begins a fault on `range`. The caller must look up the page after this call: a look-up
+    /// before it could be stale, and the snapshot could not tell.
     ///
     /// # Blocking
     /// Never, and takes no lock.
     /// # Source
     /// The read of `mmu_invalidate_seq` in a KVM page fault.
     pub fn snapshot(&self, range: VaRange) -> Snapshot {
-        // ORDER(core-seq): the change that an end reports, before the look-up. Partner: the store in `advance`. Weaker, a fault
-        // could look up the old page with the new sequence. Model: loom `b_40`.
+        // ORDER(core-seq): orders the change that an end reports before the caller's look-up.
+        // Partner: the store in `advance`. Weaker, a fault could look up the old page after it read
+        // the new sequence. Model: loom `b_40`.
         let order = if mutant("snapshot_relaxed") { Ordering::Relaxed } else { Ordering::Acquire };
         Snapshot { range, seq: self.seq.load(order) }
     }
 
-    /// Tells, without the lock, whether [`try_install`](Self::try_install) would probably refuse. Both answers may be wrong by
-    /// the time they arrive; it saves looking up what is of no use.
+    /// Tells, without the lock, whether [`try_install`](Self::try_install) would probably refuse.
+    /// Either answer may be stale when it is returned. A caller can use it to skip a look-up that
+    /// is probably useless.
     ///
     /// # Source
     /// `mmu_invalidate_retry_gfn_unsafe`.
     #[doc(alias = "mmu_invalidate_retry_gfn_unsafe")]
     #[must_use]
     pub fn is_stale(&self, snapshot: &Snapshot) -> bool {
-        // ORDER(core-seq-end): partner of the stores in `leave` and `enter`. Weaker, one could see an end's count and not its
-        // sequence, and install what it has invalidated. Model: loom `b_40`.
+        // ORDER(core-seq-end): partner of the stores in `leave` and `enter`. Weaker, a fault could
+        // see an end's count without that end's sequence, and install what the bracket has
+        // invalidated. Model: loom `b_40`.
         if self.in_progress.load(Ordering::Acquire) != 0 {
-            // ORDER(core-seq-end): partner of the stores in `enter`: who reads the range of a later window sees that the
-            // earlier one has advanced the sequence.
+            // ORDER(core-seq-end): partner of the stores in `enter`. A fault that reads the range
+            // of a later window also sees the sequence that earlier windows have advanced.
             let order = if mutant("range_relaxed") { Ordering::Relaxed } else { Ordering::Acquire };
             let (first, last) = (self.first.load(order), self.last.load(order));
             if first <= snapshot.range.last().get() && snapshot.range.start().get() <= last {
@@ -220,10 +244,12 @@ impl<S: ShadowOps> InvalidateSeq<S> {
         self.seq.load(Ordering::Relaxed) != snapshot.seq
     }
 
-    /// Runs `install` on the locked shadow, if the snapshot's range is watched and was not invalidated since.
+    /// Runs `install` on the locked shadow, if the snapshot's range is watched and was not
+    /// invalidated since.
     ///
-    /// `install` must not allocate, free or print, and make no memory call: with a source in this process, any of these may
-    /// run the callback, which takes the same lock ([`Notifier`] has the rule).
+    /// `install` must not allocate, free or print, and must not change mappings: with a source in
+    /// this process, any of these may run the callback, which takes the same lock ([`Notifier`] has
+    /// the rule).
     ///
     /// # Blocking
     /// Sleeps while another thread holds the lock: a zap or another `install`.
@@ -245,9 +271,9 @@ impl<S: ShadowOps> InvalidateSeq<S> {
         Ok(install(&mut state.shadow))
     }
 
-    /// Runs `f` on the locked shadow: to use what it holds, or to let go of it.
+    /// Runs `f` on the locked shadow, to use or to drop its entries.
     ///
-    /// The same holds for `f` as for what [`try_install`](Self::try_install) runs.
+    /// `f` must obey the same rule as `install` in [`try_install`](Self::try_install).
     ///
     /// # Blocking
     /// Sleeps while another thread holds the lock.
@@ -257,16 +283,18 @@ impl<S: ShadowOps> InvalidateSeq<S> {
         f(&mut lock(&self.state).shadow)
     }
 
-    /// Replaces the ranges that are watched, when no invalidation is open, and runs `zap` on the locked shadow, which must let
-    /// go of whatever is watched no longer. Faults that have begun before are refused.
+    /// Waits until no bracket is open, replaces the watched ranges, and runs `zap` on the locked
+    /// shadow. `zap` must drop every entry outside the new ranges, because no bracket will zap such
+    /// an entry any more. Faults that began earlier are refused.
     ///
-    /// The same holds for `zap` as for what [`try_install`](Self::try_install) runs.
+    /// `zap` must obey the same rule as `install` in [`try_install`](Self::try_install).
     ///
     /// # Blocking
-    /// Sleeps until every open bracket of the address space has ended, or the address space has. Brackets that begin meanwhile
-    /// can hold it up; those that begin while `zap` runs wait for it.
+    /// Sleeps until no bracket of the address space is open, or the address space has ended. New
+    /// brackets can delay it for ever. A bracket that begins while `zap` runs waits for `zap`.
     /// # Errors
-    /// [`WouldDeadlock`] inside a bracket, a callback or a deferred free of any address space. Nothing has changed then.
+    /// [`WouldDeadlock`] inside a bracket, a callback or a deferred free of any address space.
+    /// Nothing has changed then.
     /// # Source
     /// `kvm_swap_active_memslots`, virt/kvm/kvm_main.c.
     /// # Examples
@@ -293,7 +321,7 @@ impl<S: ShadowOps> InvalidateSeq<S> {
         watched: impl IntoIterator<Item = VaRange>,
         zap: impl FnOnce(&mut S) -> R,
     ) -> Result<R, WouldDeadlock> {
-        // Before the question: the caller's iterator may leave a bracket open.
+        // Before the check below: the caller's iterator may leave a bracket open.
         let watched = Watched::new(watched);
         if context::is_inside() {
             return Err(WouldDeadlock);
@@ -312,15 +340,19 @@ impl<S: ShadowOps> InvalidateSeq<S> {
         let result = zap(&mut state.shadow);
         drop(state);
         drop(window);
-        // Freeing may unmap memory, which may come back here as a bracket.
+        // Freeing may unmap memory. That may begin a bracket, which calls this shadow, so both
+        // locks must be free.
         drop(old);
         Ok(result)
     }
 
-    /// Forgets every invalidation that has begun and not ended, and that an address space has ended.
+    /// Forgets every invalidation that has begun and not ended, and forgets that an address space
+    /// has ended.
     ///
-    /// A notifier that was unregistered between a start and its end never hears of the end. Before such a shadow is
-    /// registered again, or its ranges are changed, this must be called; exclusive access proves that no callback runs.
+    /// A notifier that was unregistered between a start and its end never gets the end. The caller
+    /// must reset such a shadow before it registers the shadow again or changes its ranges:
+    /// otherwise the old starts would count for ever. Exclusive access proves that no callback
+    /// runs.
     ///
     /// # Blocking
     /// Never.
@@ -349,7 +381,7 @@ impl<S: ShadowOps> InvalidateSeq<S> {
         self.advance();
     }
 
-    /// Takes the shadow out, whatever has begun and not ended.
+    /// Returns the shadow. Invalidations that have begun and not ended do not matter.
     ///
     /// # Blocking
     /// Never.
@@ -359,11 +391,12 @@ impl<S: ShadowOps> InvalidateSeq<S> {
 
     /// Advances the sequence; the caller holds `window` or has exclusive access.
     fn advance(&self) {
-        // ORDER(core-seq): what is reported, before the new sequence. Partner: the load in `snapshot`.
+        // ORDER(core-seq): orders the change that the end reports before the new sequence. Partner:
+        // the load in `snapshot`.
         self.seq.store(self.seq.load(Ordering::Relaxed).wrapping_add(1), Ordering::Release);
     }
 
-    /// Counts a start that meets what is watched; the caller holds `window`.
+    /// Counts a start that meets a watched range. The caller holds `window`.
     fn enter(&self, range: VaRange) {
         let in_progress = self.in_progress.load(Ordering::Relaxed);
         let (mut first, mut last) = (range.start().get(), range.last().get());
@@ -371,14 +404,15 @@ impl<S: ShadowOps> InvalidateSeq<S> {
             first = first.min(self.first.load(Ordering::Relaxed));
             last = last.max(self.last.load(Ordering::Relaxed));
         }
-        // ORDER(core-seq-end): the sequence of earlier ends, before the range that replaces theirs. Partner: the loads in
-        // `is_stale`. Weaker, a fault could see a range that does not meet it and the old sequence.
+        // ORDER(core-seq-end): orders the sequence of earlier ends before the range that replaces
+        // theirs. Partner: the loads in `is_stale`. Weaker, a fault could see the new range, which
+        // does not meet its own, together with the old sequence, and install a stale entry.
         self.first.store(first, Ordering::Release);
         self.last.store(last, Ordering::Release);
         self.in_progress.store(in_progress + 1, Ordering::Release);
     }
 
-    /// Takes back what `enter` counted; the caller holds `window`.
+    /// Removes what `enter` counted. The caller holds `window`.
     fn leave(&self) {
         let left = self.in_progress.load(Ordering::Relaxed) - 1;
         if mutant("count_before_seq") {
@@ -386,11 +420,13 @@ impl<S: ShadowOps> InvalidateSeq<S> {
             return self.advance();
         }
         self.advance();
-        // ORDER(core-seq-end): the new sequence, before the count that lets faults through. Partner: the load in `is_stale`.
+        // ORDER(core-seq-end): orders the new sequence before the count that lets faults through.
+        // Partner: the load in `is_stale`.
         self.in_progress.store(left, if mutant("end_relaxed") { Ordering::Relaxed } else { Ordering::Release });
     }
 
-    /// Opens a bracket; the caller holds `window`. Tells whether it meets what is watched.
+    /// Counts a bracket that opens, and tells whether it meets a watched range. The caller holds
+    /// `window`.
     fn open(&self, window: &mut Window, range: VaRange) -> bool {
         window.active += 1;
         let meets = window.watched.meets(range);
@@ -400,7 +436,8 @@ impl<S: ShadowOps> InvalidateSeq<S> {
         meets
     }
 
-    /// The range that is being invalidated, for tests; none if no invalidation meets what is watched.
+    /// Returns the range that is being invalidated, for tests; none if no open bracket meets a
+    /// watched range.
     #[doc(hidden)]
     #[must_use]
     pub fn in_progress(&self) -> Option<(Va, Va)> {
@@ -413,7 +450,8 @@ impl<S: ShadowOps> InvalidateSeq<S> {
 impl<S: ShadowOps> Notifier for InvalidateSeq<S> {
     fn release(&self, mm: &Mm) {
         {
-            // Never left: what is looked up from now on is about to be freed.
+            // This count is never removed: pages that a fault looks up from now on are about to be
+            // freed.
             let mut window = lock(&self.window);
             self.enter(VaRange::ALL);
             window.released = true;
@@ -426,7 +464,7 @@ impl<S: ShadowOps> Notifier for InvalidateSeq<S> {
     }
 
     fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
-        // Counted first: a fault whose turn at the lock comes after the zap's sees that it is too late.
+        // Counted before the zap: a fault that takes the lock after the zap then sees the count.
         let meets = self.open(&mut lock(&self.window), range.range);
         if meets {
             let _order = self.order.acquire();
@@ -444,7 +482,7 @@ impl<S: ShadowOps> Notifier for InvalidateSeq<S> {
     }
 
     /// # Panics
-    /// If there was no start.
+    /// If no start came before.
     fn invalidate_range_end(&self, range: &InvalidateRange<'_>) {
         let mut window = lock(&self.window);
         window.active = window.active.checked_sub(1).expect("an end comes after its start");
@@ -459,7 +497,7 @@ impl<S: ShadowOps> Notifier for InvalidateSeq<S> {
     }
 }
 
-/// Locks at once or not at all.
+/// Locks without waiting, or refuses.
 fn try_lock<T>(mutex: &Mutex<T>) -> Result<crate::sync::MutexGuard<'_, T>, WouldBlock> {
     match mutex.try_lock() {
         Ok(guard) => Ok(guard),

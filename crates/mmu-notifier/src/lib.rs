@@ -1,10 +1,12 @@
 //! MMU notifiers for userspace, with the kernel's own lifetime scheme.
 //!
-//! Code that keeps a second copy of an address space's translations (a registration cache, a shadow page table, a DMA map,
-//! a software TLB) must let go of an address *before* the memory behind it moves. Here such code is a [`Notifier`]. Its
-//! [`Subsystem`] hands out its one notifier for an address space with [`get`](Subsystem::get), shared by reference count;
-//! the last [`put`](Subscription::put) unlinks it, and it is freed after a grace period, when no callback can still run in
-//! it. Whoever changes the address space does so inside a bracket, [`Mm::invalidate`].
+//! Some code keeps a second copy of an address space's translations: a registration cache, a shadow
+//! page table, a DMA map, a software TLB. Such code must drop an address *before* the memory behind
+//! it moves. In this crate it is a [`Notifier`]. A [`Subsystem`] holds at most one notifier per
+//! address space, and [`get`](Subsystem::get) returns a counted reference to it. The last
+//! [`put`](Subscription::put) unlinks the notifier. A grace period later no callback can run in it,
+//! and it is freed. Code that changes the address space does so inside a bracket,
+//! [`Mm::invalidate`].
 //!
 //! ```
 //! # use mmu_notifier::lockdep::CheckedAlloc;
@@ -38,42 +40,63 @@
 //! ```
 //!
 //! # The parts
-//! * [`Mm`] is a handle of an address space, [`MmWithUser`] one of an address space that is alive. Dropping the last
-//!   `MmWithUser` is exit: every subscriber's [`release`](Notifier::release) runs.
-//! * [`Subsystem`], [`Subscription`]: get and put. [`Registration`]: for a notifier that one owner registers and takes back.
-//! * [`IntervalNotifier`]: for many ranges, each with its own state; [`InvalidateSeq`]: for one shadow with many faults, such as a
-//!   virtual machine's page tables. Both refuse to install what was looked up before a change.
-//! * [`Mm::invalidate`], [`Mm::try_invalidate`], [`Mm::with_invalidation`]: brackets, for event sources.
+//! * [`Mm`] is a handle of an address space, [`MmWithUser`] one of an address space that is alive.
+//!   Dropping the last `MmWithUser` is exit: it runs every subscriber's
+//!   [`release`](Notifier::release).
+//! * [`Subsystem`], [`Subscription`]: get and put. [`Registration`]: for a notifier that one owner
+//!   registers and takes back.
+//! * [`IntervalNotifier`]: for many ranges, each with its own state. [`InvalidateSeq`]: for one
+//!   shadow with many faults, such as a virtual machine's page tables. Both refuse to install the
+//!   result of a look-up that was made before a change.
+//! * [`Mm::invalidate`], [`Mm::try_invalidate`], [`Mm::with_invalidation`]: brackets, for event
+//!   sources.
 //! * [`Subsystem::synchronize`]: waits for the frees.
-//! * [`SoftTlb`]: a table of translations that a callback can empty, for it never allocates.
-//! * [`lockdep`]: finds lock-order trouble, and callbacks that allocate, in debug builds.
+//! * [`SoftTlb`]: a table of translations that a callback can empty, because it never allocates.
+//! * [`lockdep`]: reports lock-order inversions, and callbacks that allocate, in debug builds.
+//!
+//! # A subscriber's life
+//! 1. `get` lists the notifier and waits until every bracket that does not call it has ended.
+//! 2. Each bracket calls `invalidate_range_start`, the memory changes, and `invalidate_range_end`
+//!    follows.
+//! 3. The last `put` delists the notifier. A bracket that is already open may still be in a
+//!    callback.
+//! 4. A grace period later no callback can be in the notifier, and the background thread drops it.
+//! 5. If the address space ends first, exit calls `release`, delists the notifier, and waits for
+//!    its callbacks. The notifier itself lives until its last `put`.
 //!
 //! # What a subscriber can rely on
-//! * No bracket is missed: when `get` has returned, each bracket that is open or opens later calls the notifier.
-//! * No end without its start; a start without its end only if the notifier was delisted in between: put, unregistered, or
-//!   its address space ended.
-//! * No callback runs in a freed notifier, and `release` has returned before exit goes on.
-//! * What would wait for itself returns [`WouldDeadlock`].
+//! * No bracket is missed: after `get` has returned, every bracket that is open or opens later
+//!   calls the notifier.
+//! * No end comes without its start. A start lacks its end only if the notifier was delisted in
+//!   between: it was put or unregistered, or its address space ended.
+//! * No callback runs in a freed notifier, and `release` has returned before exit returns.
+//! * A call that would wait for its own thread returns [`WouldDeadlock`].
 //!
 //! # What a callback must not do
-//! Allocate, free, print, or take a lock whose holders do: it may run in the middle of `free`. [`Notifier`] has the rule in full.
+//! A callback must not allocate, free or print, and must not take a lock whose holders do, because
+//! the callback may run in the middle of `free`. [`Notifier`] has the rule in full.
 //!
 //! # What a wait waits for
-//! A registrar, `unregister` and exit wait for every bracket that is open when they begin. If another
-//! grace period of the address space is under way then (another registrar's, or one for a
-//! subscription that was put), they also wait for brackets that open before that one ends. So they
-//! do for a bracket whose thread was preempted in the middle of opening it. They wait for no later
-//! bracket: a stream of brackets holds no caller up for ever.
+//! A registrar, `unregister` and exit wait for every bracket that is open when they begin. They
+//! also wait for some brackets that open later, in two cases. If another grace period of the
+//! address space is under way at that time (another registrar's, or one for a subscription that was
+//! put), they wait for brackets that open before that grace period ends. If a thread was preempted
+//! while it opened a bracket, they may wait for that bracket. They wait for no later bracket, so a
+//! stream of brackets delays no caller for ever.
 //!
 //! # What a thread must not do
-//! Wait for another address space's brackets, by subscribing to it or unregistering from it, inside a bracket of this one, if
-//! another thread does the same the other way round; no lock tells the two. Wait for anything while it holds a lock that
-//! a callback takes: [`lockdep`] finds that.
+//! Inside a bracket of one address space, a thread must not subscribe to or unregister from another
+//! address space if some other thread does the same with the two exchanged. Each would wait for the
+//! other's bracket, and neither wait holds a lock by which this crate could detect the deadlock.
+//!
+//! A thread must not wait while it holds a lock that a callback takes, because the wait may be for
+//! that callback. [`lockdep`] detects this.
 //!
 //! # In the child of a fork
-//! The parent's address spaces have no subscribers there ([`Mm::is_inherited`]); the child makes its own. A [`Subsystem`] can be
-//! used in both: what the parent has queued to be freed is not waited for in the child, and not freed. The lock around an
-//! interval's state or a shadow is a plain lock, which a thread of the parent may have held.
+//! The parent's address spaces have no subscribers in the child ([`Mm::is_inherited`]); the child
+//! makes address spaces of its own. A [`Subsystem`] works in both. The child neither waits for the
+//! parent's queued frees nor runs them. The lock around an interval's state or a shadow is a plain
+//! lock: if a thread of the parent held the lock at the fork, it stays locked in the child.
 
 #![deny(unsafe_code)]
 

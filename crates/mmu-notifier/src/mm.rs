@@ -1,4 +1,4 @@
-//! The address space: its memory (`Mm`) and its life (`MmWithUser`).
+//! The address space: its object in memory (`Mm`) and its life (`MmWithUser`).
 
 mod bracket;
 mod exit;
@@ -20,13 +20,16 @@ use std::fmt;
 use std::ops::Deref;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-/// A counted handle of an address space (`mm_count`): the object is there, the address space may have ended.
+/// A counted handle of an address space (`mm_count`). The object exists as long as the handle does,
+/// but the address space may have ended.
 ///
-/// Cloning it is `mmgrab`, dropping it `mmdrop`. A subscription holds one. It does not keep the address space alive; to
-/// do something that needs it alive, go up through [`mmget_not_zero`](Self::mmget_not_zero).
+/// Cloning a handle is `mmgrab`, dropping it is `mmdrop`. A subscription holds one. A handle does
+/// not keep the address space alive; for work that needs it alive, take a user with
+/// [`mmget_not_zero`](Self::mmget_not_zero).
 ///
 /// # Blocking
-/// The last drop waits for what the address space's domain still has to run, if there is anything.
+/// The last drop waits until the deferred work of the address space's domain, if there is any, has
+/// run.
 ///
 /// # Source
 /// `struct mm_struct`, `mmgrab`, `mmdrop`; `Mm` of Rust in the kernel.
@@ -48,13 +51,13 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 #[doc(alias = "mmdrop")]
 pub struct Mm(Arc<Inner>);
 
-/// Alone on its cache lines, as its subscribers are.
+/// Alone on its cache lines, as the nodes of its subscribers are.
 #[repr(align(128))]
 struct Inner {
     id: u64,
-    /// What [`forks`] said in the process that it belongs to.
+    /// The value of [`forks`] in the process that made this address space.
     forks: usize,
-    /// How many [`MmWithUser`] there are; zero for ever once it was.
+    /// How many [`MmWithUser`] there are. Once zero, it stays zero.
     users: AtomicUsize,
     subscriptions: Subscriptions,
     intervals: Intervals,
@@ -63,30 +66,33 @@ struct Inner {
 }
 
 impl Mm {
-    /// Returns the number by which this process tells its address spaces apart, counted from 1 and never used again.
+    /// Returns a number that identifies this address space in this process. Numbers begin with 1
+    /// and are never reused.
     #[must_use]
     pub fn id(&self) -> u64 {
         self.0.id
     }
 
-    /// Tells whether this address space is that of a process which this one was forked from.
+    /// Tells whether this address space belongs to a process from which this one was forked.
     ///
-    /// It is the parent's alone: here it has no subscribers, brackets of it call nobody, nobody can subscribe to it or get a
-    /// user of it, and what is put or dropped here for the last time is left as it is, with what it may hold of the
-    /// parent's. The child makes an address space of its own.
+    /// It stays the parent's. In the child it has no subscribers, and a bracket of it calls no
+    /// callback. The child can neither subscribe to it nor take a user of it. A last put or drop in
+    /// the child frees nothing, because the value and all that it owns belong to the parent. The
+    /// child makes an address space of its own.
     ///
     /// # Source
-    /// `mmu_notifier_subscriptions_init` in `mm_init`, kernel/fork.c: a child starts without subscribers. Differs: the kernel has
-    /// no handle that a child could inherit.
+    /// `mmu_notifier_subscriptions_init` in `mm_init`, kernel/fork.c: a child starts without
+    /// subscribers. Differs: the kernel has no handle that a child could inherit.
     #[must_use]
     #[inline]
     pub fn is_inherited(&self) -> bool {
         self.0.forks != forks()
     }
 
-    /// Takes part in keeping the address space alive, unless it has ended, is ending, or is the parent's of this process.
+    /// Takes one more user, which keeps the address space alive; `None` if the address space has
+    /// ended, is ending, or belongs to a parent process.
     ///
-    /// It is the only way up from a handle; to subscribe takes a user:
+    /// This is the only way from a handle to a user, and subscribing needs a user:
     ///
     /// ```compile_fail,E0308
     /// # struct Shadow; impl mmu_notifier::Notifier for Shadow {}
@@ -104,8 +110,8 @@ impl Mm {
     pub fn mmget_not_zero(&self) -> Option<MmWithUser> {
         let mut users = if self.is_inherited() { 0 } else { self.0.users.load(Ordering::Relaxed) };
         while users != 0 {
-            // ORDER: Relaxed is enough: the handle that `self` came from orders the content, and the count alone decides who
-            // runs exit.
+            // ORDER: Relaxed is enough. The handle `self` already orders the content, and which
+            // thread runs exit depends on the count alone.
             match self.0.users.compare_exchange_weak(users, users + 1, Ordering::Relaxed, Ordering::Relaxed) {
                 Ok(_) => return Some(MmWithUser(self.clone())),
                 Err(now) => users = now,
@@ -114,21 +120,22 @@ impl Mm {
         None
     }
 
-    /// Returns how many [`MmWithUser`] there are. A snapshot, for reports and tests.
+    /// Returns how many [`MmWithUser`] there are. A snapshot for reports and tests.
     #[must_use]
     pub fn mm_users(&self) -> usize {
         self.0.users.load(Ordering::Relaxed)
     }
 
-    /// Returns how many handles there are: every `Mm`, every [`MmWithUser`] and every subscription holds one. A snapshot,
-    /// for reports and tests.
+    /// Returns how many handles there are. Every `Mm`, every [`MmWithUser`] and every subscription
+    /// holds one. A snapshot for reports and tests.
     #[must_use]
     pub fn mm_count(&self) -> usize {
         Arc::strong_count(&self.0)
     }
 
-    /// Tells whether a bracket would call anybody: there is a subscriber, or there has been an interval. A snapshot: a
-    /// registrar may be at work, so a source must not leave a bracket out because of it.
+    /// Tells whether a bracket would call a callback: a subscriber exists, or an interval was
+    /// inserted at some time. The answer is a snapshot, and a registrar may be at work. So a source
+    /// must not skip a bracket because of it.
     ///
     /// # Blocking
     /// Never.
@@ -140,16 +147,17 @@ impl Mm {
         !self.is_inherited() && (!self.0.subscriptions.is_empty() || self.0.intervals.is_enabled())
     }
 
-    /// Returns how many callbacks of this address space's subscribers, their drops included, have panicked.
+    /// Returns how many callbacks of this address space's subscribers have panicked, including
+    /// their drops.
     #[must_use]
     pub fn callback_panics(&self) -> usize {
         self.0.panics.load(Ordering::Relaxed)
     }
 
-    /// Tells subscribers that walk the primary page table by themselves to flush `range`.
+    /// Tells subscribers that walk the primary page table themselves to flush `range`.
     ///
     /// # Blocking
-    /// No; their callbacks must not sleep either.
+    /// Never; the callbacks must not sleep either.
     /// # Source
     /// `mmu_notifier_arch_invalidate_secondary_tlbs`, Linux 6.6.
     #[doc(alias = "mmu_notifier_arch_invalidate_secondary_tlbs")]
@@ -161,12 +169,14 @@ impl Mm {
         });
     }
 
-    /// Clears the accessed marks that subscribers keep for `range`, flushes, and tells whether any was set. Asks everybody.
+    /// Clears the accessed marks that subscribers keep for `range`, flushes, and tells whether any
+    /// mark was set. Asks every subscriber.
     ///
     /// # Blocking
     /// As long as the callbacks do.
     /// # Source
-    /// `mmu_notifier_clear_flush_young`, Linux 5.15. Differs: the primary's own mark is the caller's to add.
+    /// `mmu_notifier_clear_flush_young`, Linux 5.15. Differs: the caller adds the primary page
+    /// table's own mark.
     #[doc(alias = "mmu_notifier_clear_flush_young")]
     pub fn clear_flush_young(&self, range: VaRange) -> bool {
         let mut young = false;
@@ -174,7 +184,8 @@ impl Mm {
         young
     }
 
-    /// Clears the accessed marks that subscribers keep for `range`, and tells whether any was set. Asks everybody.
+    /// Clears the accessed marks that subscribers keep for `range`, and tells whether any mark was
+    /// set. Asks every subscriber.
     ///
     /// # Blocking
     /// As long as the callbacks do.
@@ -208,8 +219,8 @@ impl Mm {
         young
     }
 
-    /// Tells whether any subscriber holds a set accessed mark for the page at `address`, and asks no further than the
-    /// first.
+    /// Tells whether any subscriber holds a set accessed mark for the page at `address`. Stops
+    /// asking at the first such subscriber.
     ///
     /// # Blocking
     /// As long as the callbacks do.
@@ -223,7 +234,7 @@ impl Mm {
         young
     }
 
-    /// Calls `f` for every subscriber in a section of its own.
+    /// Calls `f` for every subscriber, in a read section of its own.
     fn for_each(&self, f: impl FnMut(&dyn crate::Notifier)) {
         if self.is_inherited() {
             return;
@@ -232,7 +243,8 @@ impl Mm {
         self.0.subscriptions.read().for_each(self, f);
     }
 
-    /// Runs the deferred frees of this address space: models have no reclaimer thread.
+    /// Runs the deferred frees of this address space. Models have no reclaimer thread that would do
+    /// it.
     #[cfg(mmun_loom)]
     #[doc(hidden)]
     pub fn run_deferred(&self) {
@@ -256,13 +268,15 @@ impl Mm {
         &self.0.subscriptions
     }
 
-    /// Tells whether waiting here for brackets of this address space would wait for this thread itself.
+    /// Tells whether waiting here for brackets of this address space would wait for this thread
+    /// itself, or could wait for ever.
     pub(crate) fn would_deadlock(&self) -> bool {
-        // Where it is inherited, whoever would have to be waited for may be a thread of the parent.
+        // An inherited address space may have brackets of parent threads. They never end in the
+        // child.
         self.0.subscriptions.srcu().read_lock_held() || context::is_freeing() || self.is_inherited()
     }
 
-    /// Runs one callback; a panic in it is counted.
+    /// Runs one callback, and counts it if it panics.
     #[inline]
     pub(crate) fn catching(&self, callback: impl FnOnce()) {
         if let Err(panic) = catch_unwind(AssertUnwindSafe(callback)) {
@@ -270,12 +284,12 @@ impl Mm {
         }
     }
 
-    /// Counts a callback's panic. Its message went through the panic hook already.
+    /// Counts a callback's panic. The panic hook has printed the message already.
     #[cold]
     pub(crate) fn count_panic(&self, payload: Box<dyn Any + Send>) {
         self.0.panics.fetch_add(1, Ordering::Relaxed);
         if let Err(again) = catch_unwind(AssertUnwindSafe(|| drop(payload))) {
-            // A payload whose drop panics as well is not asked a third time.
+            // Dropping the payload panicked too. Leak the second payload instead of dropping it.
             std::mem::forget(again);
         }
     }
@@ -297,12 +311,14 @@ impl fmt::Debug for Mm {
 
 /// A counted handle of an address space that is alive (`mm_users`).
 ///
-/// Cloning it is `mmget`. Dropping the last one is exit: it calls `release` of every subscriber, delists them, and waits
-/// until no callback runs in any of them; one that was put or unregistered before is not waited for. Whoever owns the pages frees them after that.
+/// Cloning it is `mmget`. Dropping the last one is exit: it calls `release` of every subscriber,
+/// delists them, and waits until no callback runs in any of them. It does not promise this for a
+/// subscriber that was put or unregistered before. The owner of the pages frees them after exit has
+/// returned.
 ///
 /// # Blocking
-/// The last drop sleeps while `release` callbacks and open brackets last. Inside a callback of the same address space, or in
-/// a deferred free, it does not wait for those brackets.
+/// The last drop sleeps while `release` callbacks and open brackets last. Inside a callback of the
+/// same address space, or in a deferred free, it does not wait for those brackets.
 ///
 /// # Source
 /// `mmget`, `mmput`; `MmWithUser` of Rust in the kernel.
@@ -363,8 +379,9 @@ impl Clone for MmWithUser {
 
 impl Drop for MmWithUser {
     fn drop(&mut self) {
-        // ORDER(core-exit): AcqRel: everything that earlier users did, before the exit by the last one. Partner: itself. Weaker,
-        // exit could delist around a registration that it does not see.
+        // ORDER(core-exit): AcqRel orders everything that earlier users did before the exit by the
+        // last one. Partner: itself. Weaker, exit could delist without seeing a registration that
+        // an earlier user made.
         let order = if mutant("exit_relaxed") { Ordering::Relaxed } else { Ordering::AcqRel };
         if self.0.0.users.fetch_sub(1, order) == 1 {
             exit::release(&self.0);

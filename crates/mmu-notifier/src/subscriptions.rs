@@ -1,14 +1,29 @@
-//! The subscribers of one address space: the list, who may walk it, and how it changes under walkers.
+//! The subscribers of one address space: the list, who may walk it, and how it changes under
+//! walkers.
+//!
+//! ```text
+//!   head --> C --> B --> A        newest first; each `pprev` points back at the link to its node
+//!            |
+//!            +-- a bracket keeps the node that was first when it began, and both of its walks
+//!                begin there: start calls C, B, A; end calls those of them that are still listed
+//!
+//!   insert D:  head --> D --> C   older brackets begin at C, so they never call D
+//!   delist B:  C --> A            B keeps its `next`, so a walker that stands on B reaches A
+//! ```
 //!
 //! # Safety
-//! The list is singly linked for readers and changed under one lock. A walker holds a read section of the domain; a
-//! node is freed only after it was unlinked and a grace period passed, and an unlinked node keeps its `next`, so a walker
-//! that stands on it still reaches the rest. The lock is never held over a callback, an allocation or a free.
+//! The list is singly linked for readers and changed under one lock. A walker holds a read section
+//! of the domain. A node is freed only after it was unlinked and a grace period has passed. An
+//! unlinked node keeps its `next`, so a walker that stands on it still reaches the rest. No code
+//! calls a callback, allocates or frees while it holds the lock, because each of these may begin a
+//! bracket.
 //!
 //! # Who takes part
-//! A bracket must call `end` on exactly those subscribers it called `start` on, less those put in between. Nodes are linked
-//! at the front only, so whatever is reached from the node that was first when the bracket began is what its start walk
-//! reached, or less. Both walks begin at that node: the read section keeps it, even if it is put meanwhile.
+//! A bracket must call `end` on exactly those subscribers on which it called `start`, except those
+//! that were delisted in between. Both walks begin at the node that was first when the bracket
+//! began. The read section keeps that node alive, even if it is put meanwhile. New nodes are linked
+//! at the front only, so no node appears behind it: the end walk reaches the nodes of the start
+//! walk, or fewer.
 
 mod node;
 
@@ -28,7 +43,7 @@ use std::mem;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
 
-/// The list head and the domain that protects it.
+/// The list head, and the domain that protects the list.
 #[derive(Debug)]
 #[doc(alias = "mmu_notifier_subscriptions")]
 pub(crate) struct Subscriptions {
@@ -47,22 +62,24 @@ impl Subscriptions {
         &self.srcu
     }
 
-    /// Opens a read section and finds who is subscribed.
+    /// Opens a read section, and notes the node that is first now.
     #[inline(always)]
     pub(crate) fn read(&self) -> Reading<Guard<'_>> {
         let guard = self.srcu.read_lock();
         Reading { first: self.first(), guard }
     }
 
-    /// The caller has opened a read section.
+    /// Returns the first node. The caller must have opened a read section, which keeps the node
+    /// alive.
     #[inline(always)]
     fn first(&self) -> *mut Header {
-        // ORDER(core-publish): partner of the stores in `insert` and `unlink`. Weaker, a walk could go into a half-made node. Model:
-        // loom `s_66_s_69`.
+        // ORDER(core-publish): partner of the stores in `insert` and `unlink`. Weaker, a walk could
+        // enter a node whose fields it does not see yet. Model: loom `s_66_s_69`.
         self.head.load(if mutant("first_relaxed") { Ordering::Relaxed } else { Ordering::Acquire })
     }
 
-    /// Links a new node at the front, for brackets that begin from now on. A grace period later no older bracket is left.
+    /// Links a new node at the front. Brackets that begin from now on call it. After a grace
+    /// period, every bracket that does not call it has ended.
     pub(crate) fn insert<N: Notifier>(&self, node: &NodeRef<N>) {
         let _lock = lock(&self.lock);
         let header = node.header();
@@ -71,18 +88,21 @@ impl Subscriptions {
         let first = self.head.load(Ordering::Relaxed);
         node.next.store(first, Ordering::Relaxed);
         node.pprev.store((&raw const self.head).cast_mut(), Ordering::Relaxed);
-        // SAFETY: A reference needs a live node: `first` is listed, and nobody delists it while we hold the lock.
+        // SAFETY: A reference needs a live node: `first` is listed, and no thread delists it while
+        // this one holds the lock.
         if let Some(first) = unsafe { first.as_ref() } {
             first.pprev.store((&raw const node.next).cast_mut(), Ordering::Relaxed);
         }
-        // ORDER(core-publish): the node's content before the pointer to it. Partner: the load in `first`. Weaker, a walker could call through a half-made node.
+        // ORDER(core-publish): orders the node's content before the pointer to it. Partner: the
+        // load in `first`. Weaker, a walker could call through a half-made node.
         self.head.store(header.as_ptr(), Ordering::Release);
     }
 
-    /// Unlinks a node if it is listed. It keeps its `next`, for walkers that stand on it.
+    /// Unlinks a node if it is listed. The node keeps its `next`, for walkers that stand on it.
     fn delist(&self, node: &Header) {
         if node.is_inherited() {
-            // Nobody walks the list here, and its lock may be held by a thread that is not here.
+            // This is the child of a fork. No thread here walks the parent's list, and a thread
+            // that exists in the parent only may hold the lock for ever.
             return;
         }
         let _lock = lock(&self.lock);
@@ -92,61 +112,72 @@ impl Subscriptions {
     /// Unlinks every node.
     pub(crate) fn delist_all(&self) {
         let _lock = lock(&self.lock);
-        // SAFETY: A reference needs a live node: the first one is listed, and nobody else delists while we hold the lock.
+        // SAFETY: A reference needs a live node: the first one is listed, and no other thread
+        // delists it while this one holds the lock.
         while let Some(node) = unsafe { self.head.load(Ordering::Relaxed).as_ref() } {
             Self::unlink(node);
         }
     }
 
-    /// The caller holds the lock of the list that `node` is on.
+    /// Unlinks `node` if it is listed. The caller holds the lock of its list.
     fn unlink(node: &Header) {
         let pprev = node.pprev.load(Ordering::Relaxed);
         node.pprev.store(ptr::null_mut(), Ordering::Relaxed);
-        // SAFETY: A reference needs a live link: not null, it is the head's or that of the listed node before this one, and
-        // nobody delists that one while the caller holds the lock.
+        // SAFETY: A reference needs a live link. If `pprev` is not null, it points to the list's
+        // head or to the `next` of the listed node in front, and no thread delists that node while
+        // the caller holds the lock.
         let Some(link) = (unsafe { pprev.as_ref() }) else {
             return;
         };
         let next = node.next.load(Ordering::Relaxed);
-        // ORDER(core-delist): partner of the load in `is_empty`.
-        // ORDER(core-publish): the content of `next`, to walks that begin at it. Partner: the load in `first`.
+        // ORDER(core-delist): partner of the load in `is_empty`. ORDER(core-publish): orders the
+        // content of `next` before the link to it, for walks that begin at `next`. Partner: the
+        // load in `first`.
         link.store(next, Ordering::Release);
-        // SAFETY: A reference needs a live node: `next` of a listed node is listed, and stays so under the lock.
+        // SAFETY: A reference needs a live node: the successor of a listed node is listed, and
+        // stays so under the lock.
         if let Some(next) = unsafe { next.as_ref() } {
             next.pprev.store(pprev, Ordering::Relaxed);
         }
     }
 
-    /// Unlinks the node of `node` if exit has not done so.
+    /// Unlinks the node of a reference, unless exit has done so.
     pub(crate) fn delist_ref<N: Notifier>(&self, node: &NodeRef<N>) {
         // SAFETY: A reference needs a live node: `node` counts it.
         self.delist(unsafe { node.header().as_ref() });
     }
 
-    /// Delists a node that was never shared, waits until no walker can stand on it, and takes its value out.
+    /// Delists a node whose `NodeRef` was never cloned, waits until no walker can stand on the
+    /// node, and takes the value out.
     ///
     /// # Panics
-    /// If this thread would wait for itself; the caller asks `would_deadlock` after the last callback that it runs.
+    /// If this thread would wait for itself. The caller prevents that: it asks `would_deadlock`
+    /// after the last callback that it runs.
     pub(crate) fn reclaim<N: Notifier>(&self, node: NodeRef<N>) -> N {
         self.delist_ref(&node);
         self.srcu.synchronize().expect("unregister asked whether it may wait");
-        // SAFETY: The node must be delisted, a grace period must have passed since, and `node` must be its one user: the two
-        // lines above, and the caller's `Registration`, which has no key by which a second user could find it.
+        // SAFETY: The node must be delisted, a grace period must have passed since, and `node` must
+        // be its only user. The two lines above do the first two. A `Registration`, from which
+        // `node` comes, has no key by which a second user could find it.
         unsafe { node.into_value() }
     }
 
-    /// Delists a node that was never shared, and passes its value to `free` after a grace period.
+    /// Delists a node whose `NodeRef` was never cloned, and passes the value to `free` after a
+    /// grace period.
     pub(crate) fn reclaim_later<N: Notifier>(&self, node: NodeRef<N>, free: impl FnOnce(N) + Send + 'static) {
         let counted = node.count_free();
         self.delist_ref(&node);
         self.srcu.call(move || {
             let mm = node.mm().clone();
             if mm.is_inherited() {
-                // Queued before a fork, and this is the child: both are the parent's.
+                // Queued before a fork, and this is the child: node and closure belong to the
+                // parent.
                 return mem::forget((node, free, counted));
             }
-            // SAFETY: The node must be delisted, a grace period must have passed since, and `node` must be its one user: the
-            // line before `call`, what `call` waits for, and the caller's `Registration`, which has no key.
+            // SAFETY: The node must be delisted, a grace period must have passed since, and `node`
+            // must be its only user. The line before `call` delists it, `call` waits for the grace
+            // period, and a `Registration`, from which `node` comes, has no key by which a second
+            // user could find it.
             let value = unsafe { node.into_value() };
             context::freeing(|| {
                 mm.catching(|| free(value));
@@ -158,23 +189,25 @@ impl Subscriptions {
         });
     }
 
-    /// Tells whether a node is listed. Only a hint while exit may run.
+    /// Tells whether a node is listed. The answer may be stale at once if exit runs in parallel.
     pub(crate) fn is_listed<N: Notifier>(&self, node: &NodeRef<N>) -> bool {
         // SAFETY: A reference needs a live node: `node` counts it.
         unsafe { node.header().as_ref() }.is_listed()
     }
 
-    /// Tells whether nobody is subscribed. Only a hint while registrars run.
+    /// Tells whether the list is empty. The answer may be stale at once if registrars run in
+    /// parallel.
     #[inline]
     pub(crate) fn is_empty(&self) -> bool {
-        // ORDER(core-delist): whoever finds the list empty sees what was done before the last node was unlinked, its
-        // `release` above all. Partner: the store in `unlink`. Weaker, exit could return before the effects of a `release`
-        // that `unregister` ran. Model: loom `s_48_s_50`.
+        // ORDER(core-delist): a thread that finds the list empty sees everything that happened
+        // before the last node was unlinked, above all its `release`. Partner: the store in
+        // `unlink`. Weaker, exit could return before the effects of a `release` that `unregister`
+        // ran. Model: loom `s_48_s_50`.
         let order = if mutant("exit_peeks_relaxed") { Ordering::Relaxed } else { Ordering::Acquire };
         self.head.load(order).is_null()
     }
 
-    /// Finds the newest live node of a subsystem that is wanted, and counts it.
+    /// Finds the newest node of a subsystem that is wanted and live, and takes a reference to it.
     #[inline(always)]
     pub(crate) fn lookup<N: Notifier>(
         &self,
@@ -182,13 +215,13 @@ impl Subscriptions {
         is_wanted: impl Fn(&N) -> bool,
     ) -> Result<NodeRef<N>, NotCounted> {
         let _guard = self.srcu.read_lock();
-        // SAFETY: The node must be reached in an open read section: `_guard`, until the return. Only `Subsystem<N>` calls this,
-        // with its own `owner`.
+        // SAFETY: The node must be reached in an open read section: `_guard` keeps one open until
+        // the return. Only `Subsystem<N>` calls this, with its own `owner`.
         unsafe { node::lookup(self.first(), owner, is_wanted) }
     }
 }
 
-/// An open read section, and who was subscribed when it was opened.
+/// An open read section, and the first subscriber at the time it was opened.
 ///
 /// # Invariants
 /// `first` is null or was reached in the section that `guard` keeps open.
@@ -198,13 +231,14 @@ pub(crate) struct Reading<G> {
     guard: G,
 }
 
-// SAFETY: What moves is a guard that may, and a pointer to a subscriber that the guard's section keeps
-// in place: subscribers are `Send` and `Sync`. Without this, a bracket that is sent to another thread
-// is refused in the name of this private type.
+// SAFETY: What moves to the other thread is a guard that is `Send`, and a pointer to a subscriber,
+// which is `Send` and `Sync`; the guard's section keeps the subscriber alive. Without this impl,
+// the compiler's message about a bracket that is sent to another thread would name this private
+// type.
 unsafe impl<G: Send> Send for Reading<G> {}
 
 impl Reading<OwnedGuard> {
-    /// The same, keeping the address space itself.
+    /// Opens a section and keeps its address space alive.
     pub(crate) fn of(mm: Mm) -> Self {
         let guard = OwnedGuard::new(mm);
         Self { first: guard.mm().subscriptions().first(), guard }
@@ -216,31 +250,31 @@ impl Reading<OwnedGuard> {
 }
 
 impl<G> Reading<G> {
-    /// Tells whether nobody was subscribed.
+    /// Tells whether the list was empty when the section was opened.
     #[inline(always)]
     pub(crate) fn is_empty(&self) -> bool {
         self.first.is_null()
     }
 
-    /// Calls `f` for each subscriber, newest first, and goes on after one that panics.
+    /// Calls `f` for each subscriber, newest first, and continues after one that panics.
     pub(crate) fn for_each(&self, mm: &Mm, mut f: impl FnMut(&dyn Notifier)) {
         self.walk().each(|node| mm.catching(|| f(node.callbacks())));
     }
 
-    /// Calls the non-blockable start of every subscriber; if any refuses, closes the window of the intervals and ends those
-    /// that accepted.
+    /// Calls the non-blockable start of every subscriber. If any of them refuses, closes the window
+    /// of the intervals and calls the end of those that accepted.
     pub(crate) fn try_start(&self, range: &InvalidateRange<'_>, window: Option<Window>) -> Result<(), WouldBlock> {
         if try_start_from(None, &mut self.walk(), range, window, false) { Err(WouldBlock) } else { Ok(()) }
     }
 
-    /// Stands before the newest subscriber.
+    /// Returns a cursor that stands on the newest subscriber.
     #[inline(always)]
     pub(crate) fn walk(&self) -> Walk<'_> {
         Walk { at: self.first, section: PhantomData }
     }
 }
 
-/// A walk in progress.
+/// The cursor of a walk.
 ///
 /// # Invariants
 /// `at` is null or was reached in a section that is open for `'a`.
@@ -262,7 +296,8 @@ impl<'a> Walk<'a> {
         self.each(|node| node.callbacks().end(range));
     }
 
-    /// Runs `f` for each one that was not put since the section was opened, by a callback say.
+    /// Runs `f` for each node that was not delisted since the section was opened, for example by a
+    /// callback of this walk.
     #[inline(always)]
     fn each(mut self, mut f: impl FnMut(&Header)) {
         while let Some(node) = self.here() {
@@ -275,31 +310,34 @@ impl<'a> Walk<'a> {
 
     #[inline(always)]
     fn here(&self) -> Option<&'a Header> {
-        // SAFETY: A reference needs a live node: it was reached in a section that is still open (invariant), so it is not freed yet.
+        // SAFETY: A reference needs a live node: it was reached in a section that is still open
+        // (invariant), so it is not freed yet.
         unsafe { self.at.as_ref() }
     }
 
-    /// Goes on behind `node`, which is the one that it stands on.
+    /// Advances the cursor from `node`, on which it stands, to the successor.
     #[inline(always)]
     fn pass(&mut self, node: &'a Header) {
-        // ORDER: Relaxed is enough: what is behind a node was linked before it, under the same lock, so `first` covers it.
-        // INVARIANT: Reached from a node of the same section.
+        // ORDER: Relaxed is enough. A node's successor was linked earlier, under the same lock, so
+        // the Acquire load in `first` covers its content too. INVARIANT: Reached from a node of the
+        // same section.
         self.at = node.next.load(Ordering::Relaxed);
     }
 }
 
-/// Subscribers whose starts one call of [`try_start_from`] remembers.
+/// How many subscribers one frame of [`try_start_from`] remembers.
 const AT_ONCE: usize = 32;
 
-/// Some of the subscribers that accepted a start, newest first, and the frame that holds the newer ones. The stack is the
-/// memory of who accepted, because nothing here may allocate.
+/// Some of the subscribers that accepted a start, newest first, and a link to the frame that holds
+/// the newer ones. The stack records which subscribers accepted, because a start must not allocate.
 struct Accepted<'f, 'a> {
     nodes: [Option<&'a Header>; AT_ONCE],
     newer: Option<&'f Accepted<'f, 'a>>,
 }
 
 impl Accepted<'_, '_> {
-    /// Calls the end of each of them, newest first. One that was put since its start gets no end, as everywhere.
+    /// Calls the end of each of these subscribers, newest first. As in every end, a subscriber that
+    /// was delisted since its start is not called.
     fn end(&self, range: &InvalidateRange<'_>) {
         if let Some(newer) = self.newer {
             newer.end(range);
@@ -310,8 +348,9 @@ impl Accepted<'_, '_> {
     }
 }
 
-/// Starts the subscribers that come next and, by recursion, the rest. If one of them refuses, or `refused` says that a
-/// newer one has, it closes the window, ends all that accepted, and returns true.
+/// Starts the next subscribers and, by recursion, the rest. Every subscriber is started, also after
+/// one has refused. If one refuses, or `refused` says that a newer one has, closes the window, ends
+/// the subscribers that accepted, and returns true.
 fn try_start_from<'a>(
     newer: Option<&Accepted<'_, 'a>>,
     walk: &mut Walk<'a>,
@@ -323,7 +362,8 @@ fn try_start_from<'a>(
     for slot in &mut accepted.nodes {
         let Some(node) = walk.here() else {
             if refused {
-                // In the order of every end: first the window of the intervals, then the subscribers.
+                // The same order as in every end: first the window of the intervals, then the
+                // subscribers.
                 window.into_iter().for_each(|window| range.mm.intervals().end(window));
                 accepted.end(range);
             }
@@ -331,10 +371,11 @@ fn try_start_from<'a>(
         };
         walk.pass(node);
         if !node.is_listed() {
-            // An interval's callback has put it.
+            // A callback that ran earlier in this bracket has delisted this node.
             continue;
         }
-        // A start that panicked may have done its work: it counts as accepted, so that its end comes.
+        // A start that panicked may have done part of its work. It counts as accepted, so its end
+        // runs.
         match catch_unwind(AssertUnwindSafe(|| node.callbacks().try_start(range))) {
             Ok(Err(WouldBlock)) => refused = true,
             Ok(Ok(())) => *slot = Some(node),

@@ -1,18 +1,41 @@
-//! The sequence that all intervals of one address space share, and the windows in which it stands still.
+//! The sequence that all intervals of one address space share, and the windows in which the tree of
+//! intervals is frozen.
+//!
+//! A window is the time from the start of a bracket to its end. Windows overlap, so they are
+//! counted.
 //!
 //! | # | state | `active_invalidate_ranges` | `invalidate_seq` | tree |
 //! | --- | --- | --- | --- | --- |
 //! | 1 | idle | 0 | even | may change |
-//! | 2 | partial: invalidations run, none met an interval so far | > 0 | even | may change |
-//! | 3 | full: one of them did | > 0 | odd | frozen, changes are deferred |
+//! | 2 | partial: windows are open, none has met an interval so far | > 0 | even | may change |
+//! | 3 | full: one met an interval, or an insert came | > 0 | odd | frozen, changes are deferred |
 //!
-//! From 1 to 2 or 3 by the start of a bracket, from 2 to 3 by a start that meets an interval or by an insert, back to 1
-//! by the end of the last bracket, which makes the deferred changes and then wakes whoever waits.
+//! ```text
+//!   1 idle ----- start that meets no interval -----> 2 partial
+//!     |                                                  |
+//!     | start that meets an interval                     | start that meets an interval,
+//!     v                                                  v or an insert
+//!   3 full <---------------------------------------------+
+//! ```
+//!
+//! The end of the last window leads back to 1, from 2 and from 3.
+//!
+//! 1. A start counts its window. If the range meets an interval, the start makes the sequence odd
+//!    and calls each interval that it meets, without the lock. The frozen tree makes that walk
+//!    safe.
+//! 2. Each interval stores the odd sequence. A reader that looked up before sees another sequence
+//!    and must retry; a reader that begins now waits until the sequence changes.
+//! 3. Inserts and removals during state 3 go to the deferred list. Removing a node that still waits
+//!    for its insert takes the node off that list at once.
+//! 4. The end of the last window in state 3 makes the sequence even, applies the deferred list, and
+//!    wakes the waiters.
 //!
 //! # Safety
-//! `state` is changed under its lock; the tree is walked without it in state 3 only, where nobody changes it. A node in
-//! the tree or on the deferred list is kept by its `IntervalNotifier`, whose `remove` returns only when it is on neither. Under the
-//! lock nothing is allocated or freed, as either may begin a bracket of the process's own address space.
+//! `state` is changed under its lock. The tree is walked without the lock in state 3 only, in which
+//! no thread changes it. A node in the tree or on the deferred list is kept by its owner, whose
+//! `remove` succeeds only when the node is on neither. Under the lock no code allocates or frees,
+//! because either may begin a bracket of the process's own address space, which takes the same
+//! lock.
 //!
 //! # Source
 //! `mn_itree_inv_start_range`, `mn_itree_inv_end` and their callers, mm/mmu_notifier.c, Linux 5.15.
@@ -28,7 +51,7 @@ use std::sync::PoisonError;
 
 /// The intervals of one address space.
 pub(crate) struct Intervals {
-    /// Whether brackets take part. Set once, by the first insert.
+    /// Whether brackets open windows. Set once, by the first insert.
     enabled: AtomicBool,
     /// Whether every bracket that did not see `enabled` has ended.
     live: AtomicBool,
@@ -41,27 +64,28 @@ struct State {
     active_invalidate_ranges: u64,
     itree: Tree<Header>,
     deferred_list: *mut Header,
-    /// How many of that list are to be inserted.
+    /// How many nodes of `deferred_list` wait to be inserted; the others wait to be removed.
     deferred_inserts: usize,
-    /// How many threads wait for the sequence to change: waking nobody would still be a system call.
+    /// How many threads wait for the sequence to change. Without waiters, the end skips the
+    /// wake-up, which would be a system call.
     waiters: usize,
 }
 
-// SAFETY: The pointers are to nodes that are `Send + Sync` as far as the list and the tree use them, and the state is
-// behind a lock.
+// SAFETY: The pointers are to nodes that are `Send + Sync` as far as the list and the tree use
+// them, and the state is behind a lock.
 unsafe impl Send for State {}
 
-/// A bracket's part in a window: its end is owed.
+/// Proof that a bracket has opened a window and must close it.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Window(());
 
-/// What became of a node that is to be removed.
+/// What happened to a node that is to be removed.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Removal {
     Done,
-    /// It leaves the tree when the window with this sequence closes.
+    /// The node leaves the tree when the window with this sequence closes.
     Deferred(u64),
-    /// It would have had to be deferred. Nothing has changed.
+    /// The removal would have to be deferred, and the caller must not wait. Nothing has changed.
     Refused,
 }
 
@@ -70,23 +94,24 @@ impl State {
         self.invalidate_seq & 1 == 1
     }
 
-    /// Returns how many spare nodes are missing for an insert now, or for one more that is deferred.
+    /// Returns how many more spare nodes an insert of `node` needs, or one more deferred insert.
     fn lack(&self, node: &Header) -> usize {
         let each = self.itree.need_each();
         let need = if self.is_full() { (self.deferred_inserts + 1) * each } else { node.need(&self.itree) };
         need.saturating_sub(self.itree.spares.len())
     }
 
-    /// Takes the spare nodes that nobody needs any more, to be freed without the lock.
+    /// Takes the spare nodes that no pending insert needs. The caller frees them without the lock.
     fn surplus(&mut self) -> Spares<Header> {
-        // The tree is frozen as long as there are deferred inserts, and the nodes are theirs.
+        // Deferred inserts exist only while the tree is frozen, and they need the spare nodes.
         if self.deferred_inserts == 0 { self.itree.spares.take_all() } else { Spares::new() }
     }
 }
 
 impl Intervals {
     /// # Panics
-    /// If `seq` is odd; the first is 2, another one only serves tests of the wrap-around.
+    /// If `seq` is odd. Real address spaces begin with 2; other values serve tests of the
+    /// wrap-around.
     pub(crate) fn new(seq: u64) -> Self {
         assert!(seq.is_multiple_of(2), "an idle sequence is even");
         Self {
@@ -104,30 +129,36 @@ impl Intervals {
         }
     }
 
-    /// Tells whether brackets take part in windows.
+    /// Tells whether brackets open windows.
     #[inline]
     pub(crate) fn is_enabled(&self) -> bool {
-        // ORDER: Relaxed is enough: a bracket that reads false although it began after the first insert had returned would be
-        // one that the insert's grace period did not wait for and that yet does not see what came before it, which the
-        // domain excludes. What lies behind the flag is read under the lock.
+        // ORDER: Relaxed is enough. A bracket reads the flag inside its read section, and the first
+        // insert sets the flag before its grace period. If the section began too early to see the
+        // flag, the grace period waits for it, so the bracket has ended when the insert returns. If
+        // the grace period does not wait for the section, the section sees every store made before
+        // the grace period, this flag included. Exit reads the flag without a section: every insert
+        // needs a user, and `core-exit` orders those users before exit. The data behind the flag is
+        // read under the lock.
         self.enabled.load(Ordering::Relaxed)
     }
 
-    /// Makes brackets take part: returns when every bracket that does not has ended.
+    /// Makes brackets open windows. Returns when every bracket that does not has ended.
     #[cfg_attr(debug_assertions, track_caller)]
     pub(super) fn enable(&self, mm: &MmWithUser) -> Result<(), WouldDeadlock> {
         if mm.is_inherited() {
-            // Its lock may be held, or its tree half changed, by a thread that is not here.
+            // A thread of the parent, which does not exist here, may hold the lock or have changed
+            // half of the tree.
             return Err(WouldDeadlock);
         }
-        // ORDER(core-itree): partner of the store below. Weaker, an insert could rely on a grace period it does not see.
+        // ORDER(core-itree): partner of the store in `enable_locked`. Weaker, an insert that skips
+        // the wait could rely on a grace period that it does not see.
         if self.live.load(Ordering::Acquire) {
             return Ok(());
         }
         self.enable_locked(&mm.mmap_write_lock()?)
     }
 
-    /// The same for a caller that holds the write lock.
+    /// Does the same for a caller that holds the write lock.
     #[cfg_attr(debug_assertions, track_caller)]
     pub(super) fn enable_locked(&self, locked: &MmapWriteGuard<'_>) -> Result<(), WouldDeadlock> {
         if locked.is_inherited() {
@@ -143,7 +174,8 @@ impl Intervals {
         lockdep::might_wait(Some(locked));
         self.enabled.store(true, Ordering::Relaxed);
         locked.subscriptions().srcu().synchronize()?;
-        // ORDER(core-itree): the grace period, before whoever skips it.
+        // ORDER(core-itree): orders the grace period before every insert that reads true and skips
+        // the wait. Partner: the loads above.
         self.live.store(true, Ordering::Release);
         Ok(())
     }
@@ -155,7 +187,8 @@ impl Intervals {
     /// Opens a window for `range` and calls every interval that meets it.
     ///
     /// # Errors
-    /// [`WouldBlock`] if a non-blockable callback refused. Then no window is open, and the intervals after it were not asked.
+    /// [`WouldBlock`] if a non-blockable callback refused. Then no window is open, and the
+    /// intervals after the one that refused were not asked.
     pub(crate) fn start(&self, range: &InvalidateRange<'_>) -> Result<Window, WouldBlock> {
         let (seq, root) = {
             let mut state = self.lock();
@@ -177,7 +210,8 @@ impl Intervals {
                 Err(WouldBlock) => false,
             }
         };
-        // SAFETY: A reference needs a live root that nobody changes: the tree is frozen, the sequence is odd until this window closes.
+        // SAFETY: A reference needs a live root that no thread changes: the sequence stays odd
+        // until this window closes, and an odd sequence freezes the tree.
         let all = unsafe { root.as_ref() }.visit(range.range, &mut call);
         finishes.run(range.mm);
         if all {
@@ -188,7 +222,7 @@ impl Intervals {
         }
     }
 
-    /// Closes one bracket's window; the last one makes the deferred changes and wakes whoever waits.
+    /// Closes one bracket's window. The last one makes the deferred changes and wakes the waiters.
     pub(crate) fn end(&self, Window(()): Window) {
         let mut state = self.lock();
         state.active_invalidate_ranges -= 1;
@@ -201,7 +235,8 @@ impl Intervals {
             state = self.lock();
         }
         let mut deferred = std::mem::replace(&mut state.deferred_list, ptr::null_mut());
-        // SAFETY: A node on the list is kept by its owner, and the list is ours: its lock is held.
+        // SAFETY: A node on the list is kept by its owner, and no other thread changes the list:
+        // the lock is held.
         while let Some(node) = unsafe { deferred.as_ref() } {
             deferred = node.take_deferred();
             node.toggle(&mut state.itree);
@@ -214,10 +249,11 @@ impl Intervals {
         }
     }
 
-    /// Adds a node, now or when the open window closes.
+    /// Adds a node now, or when the open window closes.
     ///
     /// # Safety
-    /// The node must be new, and stay alive until `remove` has returned [`Removal::Done`], or `Deferred` and `wait_past`.
+    /// The node must be new, and stay alive until `remove` has returned [`Removal::Done`], or until
+    /// `remove` has returned `Deferred` and `wait_past` has returned as well.
     pub(super) unsafe fn insert(&self, node: &Header) {
         let mut state = self.lock_with_spares_for(node);
         if state.is_full() {
@@ -227,11 +263,12 @@ impl Intervals {
             node.toggle(&mut state.itree);
         }
         if state.active_invalidate_ranges == 0 {
-            // Odd and of the past: no reader has to wait for it.
+            // An odd sequence of the past: no reader waits for it.
             node.set_seq(state.invalidate_seq.wrapping_sub(1));
         } else {
-            // An invalidation that runs may be of this range: the node counts as hit. Odd and of this window, so that readers
-            // wait until it closes.
+            // A running invalidation may cover this range and has already passed the tree, so the
+            // node counts as met. The odd sequence of the open window makes readers wait until it
+            // closes.
             state.invalidate_seq |= 1;
             node.set_seq(state.invalidate_seq);
         }
@@ -240,7 +277,8 @@ impl Intervals {
         drop(surplus);
     }
 
-    /// Locks, and sees to it that the tree need not allocate for this node.
+    /// Takes the lock with enough spare nodes in store that inserting `node` does not allocate
+    /// under it.
     fn lock_with_spares_for(&self, node: &Header) -> MutexGuard<'_, State> {
         let mut state = self.lock();
         loop {
@@ -255,7 +293,8 @@ impl Intervals {
         }
     }
 
-    /// Takes a node out, now or when the open window closes; the latter only if the caller may wait for that.
+    /// Takes a node out of the tree: now, or when the open window closes. Defers only if the caller
+    /// may wait for that.
     ///
     /// # Safety
     /// The node must have been inserted, and not removed before.
@@ -266,14 +305,15 @@ impl Intervals {
             if !may_wait {
                 return Removal::Refused;
             }
-            // A node in the tree is on no list, as it is removed only once.
+            // The node is in the tree, so its insert is not on the list, and it is removed only
+            // once.
             state.deferred_list = node.defer(state.deferred_list);
             return Removal::Deferred(state.invalidate_seq);
         }
         if in_tree {
             node.toggle(&mut state.itree);
         } else {
-            // SAFETY: The lock is held; the list is this one, and its nodes are kept by their owners.
+            // SAFETY: The lock is held, the node is on this list, and owners keep the list's nodes.
             state.deferred_list = unsafe { node.undefer(state.deferred_list) };
             state.deferred_inserts -= 1;
         }
@@ -283,19 +323,21 @@ impl Intervals {
         Removal::Done
     }
 
-    /// Reads a node's sequence; the second is whether the window of that sequence is open.
+    /// Returns a node's sequence, and whether the window of that sequence is still open.
     pub(super) fn read(&self, node: &Header) -> (u64, bool) {
         let state = self.lock();
         let seq = node.seq();
         (seq, seq == state.invalidate_seq)
     }
 
-    /// Waits until the window with the odd sequence `seq` has closed and its deferred changes are made.
+    /// Waits until the window with the odd sequence `seq` has closed and its deferred changes are
+    /// made.
     pub(super) fn wait_past(&self, seq: u64) {
         if mutant("remove_waits_not") {
             return;
         }
-        // Under the lock: whoever sees the next sequence sees the deferred changes made too.
+        // `end` changes the sequence and makes the deferred changes in one critical section. So a
+        // thread that reads the next sequence under the lock also sees those changes.
         let mut state = self.lock();
         state.waiters += 1;
         while state.invalidate_seq == seq {
@@ -341,8 +383,8 @@ mod tests {
         drop(bracket);
     }
 
-    /// The end of an earlier window may be about to notify when a later one has opened, and a condition variable may wake
-    /// for no reason at all.
+    /// A thread that ends an earlier window may notify after a later window has opened, and a
+    /// condition variable may also wake spuriously.
     #[test]
     fn a_wake_up_for_another_window_ends_no_wait() {
         let mm = MmWithUser::new();

@@ -3,11 +3,18 @@
 use super::Mm;
 use crate::{Blocking, Event, Exit, InvalidateRange, VaRange, context, lockdep};
 
-/// Tells every interval, then calls `release` of every subscriber, delists them all, and waits until no callback runs in any of them.
+/// Ends an address space for its intervals and subscribers.
 ///
-/// The order matters: a subscriber is delisted only after its `release` has returned, so that at no time its shadow
-/// entries exist while nobody would tell it of a change. A `release` that `unregister` runs at the same time is waited
-/// for as well. Intervals stay until they are removed, and are still told of what comes.
+/// 1. Every interval is invalidated once, over the whole address space.
+/// 2. `release` of every subscriber is called, and only then every subscriber is delisted.
+/// 3. The caller waits until no callback runs in any of them, unless that would wait for itself.
+///
+/// Step 2 has this order because a subscriber keeps its shadow entries until its `release` has
+/// returned. If it were delisted first, a bracket in between would not tell it of a change to them.
+///
+/// The wait in step 3 also covers a `release` that `unregister` runs at the same time, because that
+/// `release` runs in a read section. Intervals stay in the tree until they are removed, and later
+/// brackets still call them.
 ///
 /// # Source
 /// `__mmu_notifier_release`, mm/mmu_notifier.c, Linux 5.15.
@@ -16,7 +23,7 @@ pub(super) fn release(mm: &Mm) {
     if mm.is_inherited() {
         return;
     }
-    // Nobody can register any more: that takes a user.
+    // No thread can register any more, because registering takes a user.
     if mm.intervals().is_enabled() {
         let _inside = context::Inside::enter(mm);
         let _guard = list.srcu().read_lock();
@@ -37,7 +44,8 @@ pub(super) fn release(mm: &Mm) {
     }
     if !mm.would_deadlock() {
         lockdep::might_wait(Some(mm));
-        // Not inside a section or a free of this domain, as just asked, so this cannot be refused.
+        // The check above excludes a read section and a deferred free, so the wait cannot be
+        // refused.
         let waited = list.srcu().synchronize();
         debug_assert!(waited.is_ok(), "exit was refused its grace period");
     }

@@ -1,13 +1,29 @@
 //! One subscriber in memory, and the counted reference to it.
 //!
-//! # Safety
-//! A node is handled as `NonNull`. It is one `Box<Aligned<N>>`, or lies in memory of a caller of [`raw`](crate::raw). Two
-//! facts carry every `unsafe` block here:
+//! # The life of a node
+//! 1. [`NodeRef::new`] makes the node with one user. No list holds it yet.
+//! 2. `Subscriptions::insert` links it at the front of the list. Brackets that begin from now on
+//!    call it; older open brackets do not.
+//! 3. A grace period passes, so every older bracket has ended. Only then does `set_live` let `get`
+//!    find the node.
+//! 4. `get` and `try_clone` add users; `put` removes them. The count never leaves zero again.
+//! 5. The put that takes `users` to zero delists the node and queues its free (`retire`). A walker
+//!    may still stand on the node.
+//! 6. After one more grace period no walker can reach the node, and the background thread frees it.
 //!
-//! * **counted**: a [`NodeRef`] holds one of `users`. While `users` is not zero nobody queues the free.
-//! * **deferred**: the free is queued once, by the one thread that saw `users` become zero (or that consumed the
-//!   `Registration`), after the node was unlinked, and runs after a grace period of the address space's domain. So a
-//!   node reached through the list is alive until the end of the read section it was reached in.
+//! A `Registration` never becomes `live`. Its `unregister` may replace steps 5 and 6: it delists
+//! the node, waits for the grace period itself, and takes the value back.
+//!
+//! # Safety
+//! A node is handled as `NonNull`. It is one `Box<Aligned<N>>`, or lies in memory that a caller of
+//! [`raw`](crate::raw) provides. Two facts carry every `unsafe` block here:
+//!
+//! * **counted**: a [`NodeRef`] holds one of `users`. While `users` is not zero, no thread queues
+//!   the free.
+//! * **deferred**: exactly one thread queues the free, once: the thread that took `users` to zero,
+//!   or the thread that consumed the `Registration`. It does so after it unlinked the node, and the
+//!   free runs after a grace period of the address space's domain. So a node that was reached
+//!   through the list stays alive until the end of the read section in which it was reached.
 
 mod raw;
 
@@ -23,7 +39,7 @@ use std::marker::PhantomData;
 use std::mem::ManuallyDrop;
 use std::ptr::{self, NonNull};
 
-/// What the list knows of a subscriber, whatever its type.
+/// The part of a subscriber that does not depend on its type.
 ///
 /// # Invariants
 /// It is the first field of a `Node<N>`, and `notifier` points to the `value` of that same node.
@@ -34,24 +50,27 @@ pub(super) struct Header {
     pub(super) next: AtomicPtr<Header>,
     /// The link that points here, null when not listed. Changed under the list's lock only.
     pub(super) pprev: AtomicPtr<AtomicPtr<Header>>,
-    /// Whether `get` may find it: every bracket that does not call it has ended.
+    /// Whether `get` may find the node: every bracket that does not call it has ended.
     live: AtomicBool,
-    /// Which count of `owner` holds the queued free.
+    /// Which of the two counts of `owner` holds the queued free.
     bank: AtomicU8,
     users: AtomicU32,
-    /// The subsystem: the key of a notifier that `get` made, and what counts the free of either kind. Not every
-    /// `Registration` has one, and none is found by it, because none is ever `live`.
+    /// The subsystem. For a notifier that `get` made, it is the key by which `get` finds it; for
+    /// every notifier that has one, it counts the queued free. A `Registration` may have no
+    /// subsystem, and no lookup finds a `Registration`, because it is never `live`.
     owner: Option<Arc<Pending>>,
     mm: Mm,
-    /// Behind the first cache line, which is all that get and put touch, with the value, which is what it calls.
+    /// Not in the first cache line, which is all that `get` and `put` touch, but beside the value,
+    /// which this pointer is used to call.
     notifier: NonNull<dyn Callbacks>,
 }
 
 impl Header {
     #[inline(always)]
     pub(super) fn callbacks(&self) -> &dyn Callbacks {
-        // SAFETY: The pointee must be alive and not mutably borrowed. It is the `value` of the node that `self` is part of
-        // (invariant), so it lives as long as `self` does, and nobody makes a `&mut` to it before the node is freed.
+        // SAFETY: The pointee must be alive and not mutably borrowed. It is the `value` of the node
+        // that `self` is part of (invariant), so it lives as long as `self` does, and no code makes
+        // a `&mut` to the value before the node is freed.
         unsafe { self.notifier.as_ref() }
     }
 
@@ -63,7 +82,8 @@ impl Header {
         self.owner.as_ref().map_or(u32::MAX, |owner| owner.users_max)
     }
 
-    /// Runs `dispose`, gives the reference to the address space back, and only then tells the subsystem.
+    /// Runs `dispose`, drops the node's reference to the address space, and only then reports the
+    /// free to the subsystem: when `synchronize` returns, both must be gone.
     fn freed(self, dispose: impl FnOnce()) {
         let Self { mm, owner, bank, .. } = self;
         context::freeing(|| {
@@ -81,12 +101,13 @@ impl Header {
     }
 }
 
-/// A notifier as brackets call it: its panics are caught in here. So a walk is made of calls that do not unwind, and the
-/// bracket around it stays in registers.
+/// A notifier as brackets call it. `start` and `end` catch its panics, so a walk consists of calls
+/// that do not unwind, and the compiler can keep the bracket around the walk in registers.
 pub(super) trait Callbacks: Notifier {
     extern "C" fn start(&self, range: &InvalidateRange<'_>);
     extern "C" fn end(&self, range: &InvalidateRange<'_>);
-    /// Its panics are not caught: the caller has to know of them.
+    /// Does not catch a panic: the caller must know of it, to record that the start may have been
+    /// made.
     fn try_start(&self, range: &InvalidateRange<'_>) -> Result<(), WouldBlock>;
 }
 
@@ -107,14 +128,14 @@ impl<N: Notifier> Callbacks for N {
     }
 }
 
-/// The memory of one subscriber of type `N`: how the list knows it, and the notifier itself.
+/// The memory of one subscriber of type `N`: the header that the list uses, and the notifier.
 #[repr(C)]
 pub struct Node<N: Notifier> {
     header: Header,
     value: N,
 }
 
-/// Alone on its cache lines: getters of one address space must not slow those of another.
+/// Alone on its cache lines, so that getters of one address space do not slow those of another.
 #[repr(C, align(128))]
 struct Aligned<N: Notifier>(Node<N>);
 
@@ -142,30 +163,31 @@ pub(crate) struct NodeRef<N: Notifier> {
     owns: PhantomData<Node<N>>,
 }
 
-// SAFETY: `NodeRef` gives `&N` to whoever holds it and lets the value be dropped on the reclaimer: N must be `Send` and
-// `Sync`, which `Notifier` demands. The rest of the node is atomics, the `Send + Sync` handles `Mm` and `Arc`, and the
-// head, which only the queueing thread and then the reclaimer touch.
+// SAFETY: `NodeRef` gives `&N` to its holder and lets the value be dropped on the reclaimer thread,
+// so `N` must be `Send` and `Sync`, which `Notifier` demands. The rest of the node is atomics, the
+// `Send + Sync` handles `Mm` and `Arc`, and the head, which only the queueing thread and after it
+// the reclaimer touch.
 unsafe impl<N: Notifier> Send for NodeRef<N> {}
 // SAFETY: As for `Send`: everything reachable through `&NodeRef` is `Sync`.
 unsafe impl<N: Notifier> Sync for NodeRef<N> {}
 
-/// A free that is queued, of a node that takes part in its subsystem's `synchronize`.
+/// A queued free that the node's subsystem counts, so that `synchronize` waits for it.
 pub(crate) struct CountedFree {
     owner: Arc<Pending>,
     bank: u8,
 }
 
 impl CountedFree {
-    /// Counts it as done.
+    /// Counts the free as done.
     pub(crate) fn freed(self) {
         self.owner.freed(self.bank);
     }
 }
 
-/// Why no reference to a node could be had.
+/// Why no reference to a node could be taken.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum NotCounted {
-    /// There is none, or it was put for the last time.
+    /// There is no such node, or its last reference was put.
     Gone,
     /// Its count is at the maximum.
     Overflow,
@@ -176,35 +198,36 @@ impl<N: Notifier> NodeRef<N> {
     pub(crate) fn new(mm: Mm, owner: Option<Arc<Pending>>, value: N) -> Self {
         let node = Aligned(Node::unlisted(mm, owner, value));
         let node = NonNull::from(Box::leak(Box::new(node))).cast();
-        // SAFETY: The node must be new, and alive as long as it has a user: it was made above, and `free` is the only end of
-        // its box. The wrapper begins with the node.
+        // SAFETY: The node must be new, and alive as long as it has a user: it was made above, and
+        // only the end of its last user frees its box. The wrapper begins with the node.
         unsafe { Self::adopt(node) }
     }
 
-    /// Makes the one reference to a node that was just written to where it stays.
+    /// Makes the one reference to a node that was just written to its final place.
     ///
     /// # Safety
-    /// `node` must be an unlisted node with one user, not shared yet, and stay alive as long as it has users.
+    /// `node` must be an unlisted node with one user, not shared yet, and must stay alive as long
+    /// as it has users.
     pub(crate) unsafe fn adopt(node: NonNull<Node<N>>) -> Self {
         // SAFETY: The place must be within a live allocation: it is a field of the node. No reference is made.
         let value = unsafe { &raw mut (*node.as_ptr()).value };
         let notifier: *mut dyn Callbacks = value;
         let notifier = NonNull::new(notifier).expect("the address of a field is not null");
-        // SAFETY: Writing needs a live place that nobody else uses: `node` is not shared yet.
+        // SAFETY: Writing needs a live place that no other thread uses: `node` is not shared yet.
         unsafe { (*node.as_ptr()).header.notifier = notifier };
         // INVARIANT: `notifier` points to the value of its own node from here on.
         Self { node, owns: PhantomData }
     }
 
-    /// Returns the node, whose count the caller takes over.
+    /// Returns the node without giving up its count, which passes to the caller.
     pub(crate) fn into_node(self) -> NonNull<Node<N>> {
         ManuallyDrop::new(self).node
     }
 
-    /// Returns the reference that `into_node` gave away.
+    /// Makes the reference again that `into_node` took apart.
     ///
     /// # Safety
-    /// `node` must be alive and counted, and the count be the caller's to give.
+    /// `node` must be alive and counted, and the caller must own that count.
     pub(crate) unsafe fn from_node(node: NonNull<Node<N>>) -> Self {
         Self { node, owns: PhantomData }
     }
@@ -214,12 +237,13 @@ impl<N: Notifier> NodeRef<N> {
     }
 
     fn as_header(&self) -> &Header {
-        // SAFETY: The node must be alive: counted. `Header` is only ever shared.
+        // SAFETY: The node must be alive: counted. Only shared references to a `Header` are ever
+        // made.
         unsafe { self.header().as_ref() }
     }
 
     pub(crate) fn value(&self) -> &N {
-        // SAFETY: The node must be alive: counted. Nobody makes a `&mut N` before the free.
+        // SAFETY: The node must be alive: counted. No code makes a `&mut N` before the free.
         unsafe { &(*self.node.as_ptr()).value }
     }
 
@@ -232,12 +256,14 @@ impl<N: Notifier> NodeRef<N> {
     }
 
     pub(crate) fn set_live(&self) {
-        // ORDER(core-live): the grace period before this store, to whoever finds the node without waiting itself. Partner:
-        // the load in `lookup`. Weaker, a second getter could trust a subscription that an older bracket does not know.
+        // ORDER(core-live): orders the grace period before this store. Partner: the load in
+        // `lookup`. A getter that reads true returns without waiting, so it relies on that grace
+        // period. Weaker, it could return while an older bracket that does not call the node is
+        // still open.
         self.as_header().live.store(true, Ordering::Release);
     }
 
-    /// Counts, at its subsystem if it has one, a free that the caller is about to queue by itself.
+    /// Counts a free that the caller is about to queue, at the node's subsystem if it has one.
     pub(crate) fn count_free(&self) -> Option<CountedFree> {
         let owner = Arc::clone(self.as_header().owner.as_ref()?);
         Some(CountedFree { bank: owner.queued(), owner })
@@ -248,10 +274,12 @@ impl<N: Notifier> NodeRef<N> {
         unsafe { Self::from_header(self.header(), self.as_header().users_max()) }
     }
 
-    /// Takes one more reference, unless the last one is gone or the count is full.
+    /// Takes one more reference, unless the count is zero or full.
     ///
     /// # Safety
-    /// `node` must be the header of a live `Node<N>`, by the pointer that `new` made: it may become the one to free it by.
+    /// `node` must be the header of a live `Node<N>`, by the pointer that `new` or `adopt` was
+    /// given: the new reference may turn out to be the last, and then frees the node through that
+    /// pointer.
     #[inline(always)]
     unsafe fn from_header(node: NonNull<Header>, max: u32) -> Result<Self, NotCounted> {
         // SAFETY: The node must be alive: the caller's duty.
@@ -263,8 +291,9 @@ impl<N: Notifier> NodeRef<N> {
                 n if n >= max => return Err(NotCounted::Overflow),
                 _ => {}
             }
-            // ORDER: Relaxed is enough: whoever holds a reference or found the node in the list already sees its content, and
-            // the count alone decides who frees. Model: loom `s_27`.
+            // ORDER: Relaxed is enough. The caller holds a reference or found the node in the list,
+            // so it already sees the content. Which thread frees the node depends on the count
+            // alone. Model: loom `s_27`.
             match header.users.compare_exchange_weak(users, users + 1, Ordering::Relaxed, Ordering::Relaxed) {
                 Ok(_) => {
                     return Ok(Self { node: node.cast(), owns: PhantomData });
@@ -277,21 +306,24 @@ impl<N: Notifier> NodeRef<N> {
     /// Takes the value out of a node that was delisted before a grace period which has ended.
     ///
     /// # Safety
-    /// The node must be delisted, a grace period of its domain must have passed since, and `self` must be its one user.
+    /// The node must be delisted, a grace period of its domain must have passed since, and `self`
+    /// must be its only user.
     pub(crate) unsafe fn into_value(self) -> N {
-        // SAFETY: A `Box` needs the unique pointer that came from one: `new` leaked it, `self` is the one user, and no walker
-        // can stand on it any more (the caller's duty).
+        // SAFETY: A `Box` needs the unique pointer that came from one: `new` leaked it, `self` is
+        // the only user, and no walker can stand on it any more (the caller's duty).
         let node = unsafe { Box::from_raw(self.into_node().cast::<Aligned<N>>().as_ptr()) };
         node.0.value
     }
 }
 
-/// Gives the reference back; the last one delists the node and queues its free. Never blocks, never allocates.
+/// Gives the reference back. The last one delists the node and queues its free. Never blocks and
+/// never allocates.
 impl<N: Notifier> Drop for NodeRef<N> {
     #[inline]
     fn drop(&mut self) {
-        // ORDER(core-put): AcqRel: every use of the node by whoever put earlier, before the free by whoever puts last. Partner:
-        // itself. Weaker, the free could overtake another putter's last access.
+        // ORDER(core-put): AcqRel orders each earlier put, and every use of the node before it,
+        // before the free by the last put. Partner: itself. Weaker, the free could overtake the
+        // last access through another reference.
         let order = if mutant("put_relaxed") { Ordering::Relaxed } else { Ordering::AcqRel };
         if self.as_header().users.fetch_sub(1, order) == 1 {
             // SAFETY: The node is alive until it is freed, this was its last user, and `free` is for the `N` that it is.
@@ -300,10 +332,11 @@ impl<N: Notifier> Drop for NodeRef<N> {
     }
 }
 
-/// Finds the newest node of `owner` that is wanted, live and can still be counted.
+/// Finds the newest node of `owner` that is wanted and live, and takes a reference to it.
 ///
 /// # Safety
-/// `header` must be null or a node reached in a read section that is still open, and `owner` that of a `Subsystem<N>`.
+/// `header` must be null or a node reached in a read section that is still open, and `owner` must
+/// be that of a `Subsystem<N>`.
 #[inline(always)]
 pub(super) unsafe fn lookup<N: Notifier>(
     mut header: *mut Header,
@@ -316,8 +349,8 @@ pub(super) unsafe fn lookup<N: Notifier>(
         // ORDER(core-live): partner of the store in `set_live`.
         let ours = node.owner.as_ref().is_some_and(|key| Arc::ptr_eq(key, owner))
             && (node.live.load(Ordering::Acquire) || mutant("get_trusts_the_unready"));
-        // SAFETY: It must be a live `Node<N>`: reached in an open read section, and only `Subsystem<N>` makes nodes with its own
-        // `owner`.
+        // SAFETY: It must be a live `Node<N>`: it was reached in an open read section, and only
+        // `Subsystem<N>` makes nodes with its own `owner`.
         if ours && is_wanted(unsafe { &(*pointer.cast::<Node<N>>().as_ptr()).value }) {
             // SAFETY: As above.
             match unsafe { NodeRef::from_header(pointer, owner.users_max) } {
@@ -325,7 +358,7 @@ pub(super) unsafe fn lookup<N: Notifier>(
                 found => return found,
             }
         }
-        // ORDER: Relaxed is enough, as in the walks.
+        // ORDER: Relaxed is enough, as in `Walk::pass`.
         header = node.next.load(Ordering::Relaxed);
     }
     Err(NotCounted::Gone)
@@ -334,17 +367,19 @@ pub(super) unsafe fn lookup<N: Notifier>(
 /// Delists a node and queues its free.
 ///
 /// # Safety
-/// `node` must be alive, its last user gone, and `free` right for its type.
+/// `node` must be alive, its last user gone, and `free` must be right for its type.
 #[cold]
 unsafe fn retire(node: NonNull<Header>, free: unsafe fn(NonNull<srcu::Head>)) {
-    // ORDER(core-put): What earlier putters did is behind us, by the subtraction; the queue hands it on to the free.
-    // SAFETY: A reference needs a live node: the caller's duty, and nobody queues the free but this.
+    // ORDER(core-put): The subtraction that took the count to zero orders all earlier puts before
+    // this point, and the queue orders this point before the free. SAFETY: A reference needs a live
+    // node: the caller's duty, and no other thread queues the free.
     let header = unsafe { node.as_ref() };
     if header.is_inherited() {
-        // The value is the parent's to free.
+        // This is the child of a fork, and the value belongs to the parent.
         return;
     }
-    // Queueing a head twice may do anything, also never end; where a mutant can do that, it is caught here.
+    // Queueing a head twice corrupts the queue, which may then never end. A mutant that retires a
+    // node twice is stopped here instead.
     assert!(!mutant("get_revives") || header.live.swap(false, Ordering::Relaxed), "retired twice");
     if let Some(owner) = &header.owner {
         header.bank.store(owner.queued(), Ordering::Relaxed);
@@ -353,31 +388,36 @@ unsafe fn retire(node: NonNull<Header>, free: unsafe fn(NonNull<srcu::Head>)) {
     list.delist(header);
     let head: NonNull<srcu::Head> = node.cast();
     if mutant("free_at_once") {
-        // SAFETY: None; this is what the models must catch.
+        // SAFETY: None: this mutant is unsound, and the models must catch it.
         return unsafe { free(head) };
     }
-    // The free drops the node's handle of the address space, which may be the last and take the domain with it, while
-    // this still runs; a handle of our own would have to be dropped here, and that could wait.
-    // SAFETY: `head` must stay valid and be queued only once until `free` runs, and `free` must be right for it: the node
-    // lives until then (deferred) and its last user is gone, `Head` is the node's first field, and `free` is for its type (the
-    // caller's duties).
+    // The free drops the node's handle of the address space. That handle may be the last one, and
+    // then the domain is dropped while this call still runs; `call_raw_dropping` allows that.
+    // Keeping a second handle here would not help: dropping it could be the last drop, which waits,
+    // and a put must not wait. SAFETY: `head` must stay valid and be queued only once until `free`
+    // runs, and `free` must be right for it: the node lives until then (deferred) and its last user
+    // is gone, `Head` is the node's first field, and `free` is for its type (the caller's duties).
     unsafe { list.srcu().call_raw_dropping(head, free) };
 }
 
-/// Frees a node: its value, then its reference to the address space, and only then tells the subsystem.
+/// Frees a node: first its value, then its reference to the address space. Only then reports the
+/// free to the subsystem.
 ///
 /// # Safety
-/// `head` must be that of a retired `Node<N>`, and a grace period must have passed since it was delisted.
+/// `head` must be that of a retired `Node<N>`, and a grace period must have passed since it was
+/// delisted.
 unsafe fn free<N: Notifier>(head: NonNull<srcu::Head>) {
-    // SAFETY: A reference needs a live node: this is what frees it, and the header begins with the head.
+    // SAFETY: A reference needs a live node: only this function frees it, and the header begins
+    // with the head.
     if unsafe { head.cast::<Header>().as_ref() }.is_inherited() {
-        // Queued before a fork, and this is the child: it is the parent's to free.
+        // Queued before a fork, and this is the child: the node is the parent's to free.
         return;
     }
-    // SAFETY: A `Box` needs the unique pointer that came from one: `new` leaked it, no user is left and no walker can stand
-    // on it (the caller's duty); the head is the first field of the first field.
+    // SAFETY: A `Box` needs the unique pointer that came from one: `new` leaked it, no user is left
+    // and no walker can stand on it (the caller's duty); the head is the first field of the first
+    // field.
     let node = unsafe { Box::from_raw(head.cast::<Aligned<N>>().as_ptr()) };
-    // In a block of its own, so that the memory is gone before the subsystem is told.
+    // In a block of its own, so that the node's memory is freed before the subsystem is told.
     let (header, value) = {
         let Aligned(Node { header, value }) = *node;
         (header, value)

@@ -1,4 +1,5 @@
-//! Nodes in memory of their users.
+//! Nodes in memory that a C caller provides: it embeds the node in an object of its own and frees
+//! that object itself.
 
 use super::{Header, Node, NodeRef, retire};
 use crate::registration;
@@ -9,27 +10,30 @@ use std::fmt;
 use std::mem::ManuallyDrop;
 use std::ptr::{self, NonNull};
 
-/// A notifier whose node lies in an object of its user's, which frees the object.
+/// A notifier whose node is embedded in an object of the caller. The caller, not this crate, frees
+/// the object.
 ///
 /// # Safety
 /// The memory of a node that was given to [`Notifiers::register`](crate::raw::Notifiers::register)
-/// must stay valid, at its place, and untouched by others, until `dispose` is called with it or
+/// must stay valid, at its place, and untouched by other code, until `dispose` is called with it or
 /// [`Node::unregister`] has succeeded.
 pub unsafe trait Embedded: Notifier {
-    /// Takes the node back, after its last put and a grace period: what `free_notifier` is in the
-    /// kernel.
+    /// Gives the node's memory back to the caller, after the last put and a grace period. It is the
+    /// kernel's `free_notifier`.
     ///
     /// # Blocking
-    /// It runs on the reclaimer thread and must not sleep.
+    /// Runs on the reclaimer thread and must not sleep, because every other deferred free waits
+    /// behind it.
     /// # Safety
-    /// `node` was registered, no callback can be running in it, and nobody uses it any more. Its
-    /// value has not been dropped: that is for this function.
+    /// `node` was registered, no callback can be running in it, and no thread uses it any more. Its
+    /// value has not been dropped yet: this function must drop it.
     unsafe fn dispose(node: NonNull<Node<Self>>)
     where
         Self: Sized;
 }
 
-/// A put of a notifier that has no users, so nobody's to put. Nothing has changed.
+/// A put of a notifier that has no users left, so the caller owned no reference. Nothing has
+/// changed.
 ///
 /// # Source
 /// The warning of `mmu_notifier_put`, Linux 5.15.
@@ -51,9 +55,9 @@ impl<N: Embedded> Node<N> {
     /// # Blocking
     /// Never; it allocates nothing.
     /// # Errors
-    /// [`SurplusPut`] if it has no users, and is not disposed of yet.
+    /// [`SurplusPut`] if the node has no users left but is not disposed of yet.
     /// # Safety
-    /// `node` must be registered, and not disposed of: it is, as long as it has users.
+    /// `node` must be registered and not disposed of. Both hold as long as it has users.
     /// # Source
     /// `mmu_notifier_put`, Linux 5.15.
     #[inline]
@@ -79,18 +83,19 @@ impl<N: Embedded> Node<N> {
     }
 
     /// Calls `release` unless exit has done so, delists the node, waits until no callback runs in
-    /// it, and lets go of it, whoever may have users of it. It is not disposed of: its memory is
-    /// the caller's again, with the value in it.
+    /// it, and gives the memory back to the caller with the value still in it. The count of users
+    /// does not matter, and `dispose` is not called.
     ///
     /// # Blocking
     /// Sleeps while `release` and the brackets open now last, and those opened later that it
     /// [may have to wait for](crate#what-a-wait-waits-for).
     /// # Errors
     /// [`WouldDeadlock`] if this thread is inside a bracket or callback of the address space or
-    /// runs a deferred free, or if `release` has left a bracket open. It is still registered then.
+    /// runs a deferred free, or if `release` has left a bracket open. The node is still registered
+    /// then.
     /// # Safety
-    /// `node` must be registered, and neither disposed of nor put for the last time; nobody may use
-    /// it afterwards.
+    /// `node` must be registered, and neither disposed of nor put for the last time. No thread may
+    /// use the node afterwards.
     /// # Source
     /// `mmu_notifier_unregister`, Linux 5.15.
     #[cfg_attr(debug_assertions, track_caller)]
@@ -100,10 +105,11 @@ impl<N: Embedded> Node<N> {
         registration::release(&counted)?;
         let list = counted.mm().subscriptions();
         list.delist_ref(&counted);
-        // `registration::release` has just asked whether that would be refused.
+        // `registration::release` has just asked whether this wait would be refused.
         list.srcu().synchronize()?;
-        // SAFETY: Moving out needs a place that nobody uses any more: delisted before a grace
-        // period that has ended, and the caller lets nobody use it.
+        // SAFETY: Moving out needs a place that no thread uses any more. The node was delisted
+        // before a grace period that has ended, and the caller promises that no thread uses it
+        // afterwards.
         drop(unsafe { ptr::read(node.as_ptr().cast::<Header>()) });
         Ok(())
     }
@@ -137,15 +143,15 @@ impl<N: Notifier> fmt::Debug for Node<N> {
 /// `head` must be that of a retired `Node<N>` of `Notifiers`, and a grace period must have passed
 /// since it was delisted.
 unsafe fn dispose<N: Embedded>(head: NonNull<srcu::Head>) {
-    // SAFETY: A reference needs a live node: this is what ends it, and the header begins with the
-    // head.
+    // SAFETY: A reference needs a live node: only this function disposes of it, and the header
+    // begins with the head.
     if unsafe { head.cast::<Header>().as_ref() }.is_inherited() {
-        // Queued before a fork, and this is the child: it is the parent's to dispose of.
+        // Queued before a fork, and this is the child: the node is the parent's to dispose of.
         return;
     }
-    // SAFETY: Moving out needs a place that nobody uses any more: no user is left and no walker can
-    // stand on it (the caller's duty).
+    // SAFETY: Moving out needs a place that no thread uses any more: no user is left and no walker
+    // can stand on it (the caller's duty).
     let header = unsafe { ptr::read(head.cast::<Header>().as_ptr()) };
-    // SAFETY: The node must have been registered, and nobody use it: the caller's duty.
+    // SAFETY: The node must have been registered, and no thread may use it: the caller's duty.
     header.freed(|| unsafe { N::dispose(head.cast()) });
 }
