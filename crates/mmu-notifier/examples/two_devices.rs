@@ -1,8 +1,12 @@
-//! A driver of two devices that can be unloaded: files are opened and closed, processes end, and at the end nothing of the
-//! driver may be running or left anywhere.
+//! A driver module for two devices, and how to unload it safely. Programs open and close its files
+//! and exit in between; after the unload no code of the module runs and nothing of it is left.
 //!
-//! Each device is a subsystem: two keys, so a process that has both open has two notifiers. Unloading is three steps: no file
-//! can be opened any more, the last references are put, and [`Subsystem::synchronize`] has returned for each.
+//! Each device is a [`Subsystem`]. A process that has opened both devices therefore has two
+//! notifiers. Unloading takes three steps:
+//!
+//! 1. The driver stops opening files.
+//! 2. It closes every file, which puts every reference.
+//! 3. [`Subsystem::synchronize`] returns for each device, so every notifier has been freed.
 
 use mmu_notifier::lockdep::CheckedAlloc;
 use mmu_notifier::{Event, InvalidateRange, Mm, MmWithUser, Notifier, SoftTlb, Subscription, Subsystem, Va, VaRange};
@@ -11,11 +15,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-/// Ends the program if a callback uses the heap, which it must not: see `Notifier`.
+/// Ends the program if a callback uses the heap, which no callback may do: see `Notifier`.
 #[global_allocator]
 static ALLOC: CheckedAlloc = CheckedAlloc::new();
 
-/// What the module's code and data are: whoever holds this runs in it.
+/// Stands for the module's code and data: an object that holds it may run that code.
 #[derive(Debug, Default)]
 struct Module {
     invalidations: AtomicU64,
@@ -23,11 +27,12 @@ struct Module {
     freed: AtomicU64,
 }
 
-/// What one device has of one process.
+/// The state that one device keeps for one process.
 #[derive(Debug)]
 struct Context {
     module: Arc<Module>,
-    /// The pages that the device uses. The lock is held over memory of a fixed size, as callbacks need it.
+    /// The pages that the device uses. Callbacks take this lock, so its holders must not allocate:
+    /// the table has a fixed size.
     pages: Mutex<SoftTlb<()>>,
 }
 
@@ -49,7 +54,7 @@ impl Notifier for Context {
     }
 }
 
-/// The kernel's `free_notifier`: on another thread, after the last callback.
+/// The kernel's `free_notifier`. Runs on the background thread, after the last callback.
 impl Drop for Context {
     fn drop(&mut self) {
         assert!(self.pages.get_mut().expect("no holder panics").is_empty(), "put before the pages were dropped");
@@ -71,7 +76,7 @@ impl File {
         self.0.pages.lock().expect("no holder panics").insert(Va::new(page), ());
     }
 
-    /// Whoever closes the last file must have dropped every page: put calls no `release`.
+    /// Drops every page if this is the last file, because put calls no `release`.
     fn close(self) {
         if self.0.users() == 1 {
             self.0.forget(VaRange::ALL);
@@ -110,13 +115,13 @@ fn main() {
     let [first, second] = processes;
     let handle = (*first).clone();
     thread::scope(|scope| {
-        // Memory changes all the time, whatever the driver does.
+        // Memory changes all the time, independently of the driver.
         scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
                 drop(second.invalidate(range, Event::Unmap));
             }
         });
-        // The first process ends with its files open. They are closed later, and that is fine.
+        // The first process exits with its files open. They are closed later, which is allowed.
         drop(first);
         assert_eq!(module.released.load(Ordering::Relaxed), 2, "both devices have let go of it");
 
@@ -128,7 +133,8 @@ fn main() {
         assert_eq!(module.freed.load(Ordering::Relaxed), 4, "every context of every process");
         let before = module.invalidations.load(Ordering::Relaxed);
         drop(devices);
-        // The module's memory can go now: nobody else has it, although the second process goes on changing its memory.
+        // The module's memory can be freed now: no context holds it any more, although the second
+        // process still changes its memory.
         assert_eq!(Arc::strong_count(&module), 1);
         drop(second.invalidate(range, Event::Unmap));
         assert_eq!(module.invalidations.load(Ordering::Relaxed), before, "nobody is called");

@@ -1,4 +1,29 @@
 //! Interval notifiers: a subscriber of one range, with the collision-retry protocol in its types.
+//!
+//! ```text
+//!   reader                            bracket
+//!   ------                            -------
+//!   1. read_begin: waits while the
+//!      interval is being invalidated,
+//!      reads its sequence
+//!   2. looks up, without a lock       1. start: makes the shared sequence odd (a window opens)
+//!   3. try_install:                   2. for each interval that the range meets:
+//!        lock the state                    lock the state
+//!        retry if the sequence             store the odd sequence
+//!          has changed                     invalidate the state
+//!        install                           unlock
+//!        unlock                       3. the memory changes
+//!                                     4. last end: makes the shared sequence even, wakes readers
+//! ```
+//!
+//! Reader and bracket take the same lock, so there are two cases:
+//!
+//! * If the reader takes the lock first, the callback comes later and removes what the reader
+//!   installed.
+//! * If the bracket takes the lock first, the reader finds another sequence and retries. Its next
+//!   `read_begin` waits until the last window has closed, so the new look-up follows the change.
+//!
+//! `window` holds the shared sequence, `tree` the intervals by range.
 
 mod error;
 mod finish;
@@ -21,9 +46,11 @@ use std::ptr::NonNull;
 
 /// What an interval's state does when its range is invalidated.
 ///
-/// The state is locked and its sequence advanced before either function is called; neither can be forgotten. Both may run
-/// in parallel for different intervals, and one after the other for the same. After exit, [`Event::Release`](crate::Event)
-/// comes once for every interval, over the whole address space.
+/// The state is locked and its sequence stored before either function is called; an implementation
+/// cannot forget either. Calls for different intervals may run in parallel; calls for the same
+/// interval are serialised. At exit, every interval in the tree is called once with
+/// [`Event::Release`](crate::Event), over the whole address space. An interval whose insert still
+/// waits for the end of an open bracket at that time does not get this call.
 ///
 /// # Source
 /// `struct mmu_interval_notifier_ops`, Linux 5.5; the second pass as proposed in 2026.
@@ -61,19 +88,22 @@ use std::ptr::NonNull;
 /// ```
 #[doc(alias = "mmu_interval_notifier_ops")]
 pub trait IntervalOps: Send + 'static {
-    /// Lets go of what `range` covers. What is returned runs after every interval that meets the range has been called,
-    /// without the lock, for work that is slow and can go on for all at once.
+    /// Drops everything that `range` covers. The returned [`Finish`] runs without the lock, after
+    /// every interval that meets the range has been called. Use it for slow work that can proceed
+    /// for all intervals at once.
     ///
-    /// It must not allocate, free or print, and no more must whoever holds the state: see [`Notifier`](crate::Notifier).
+    /// Must not allocate, free or print. The same holds for every other holder of the state's lock,
+    /// because the callback waits for that lock: see [`Notifier`](crate::Notifier).
     ///
     /// # Blocking
     /// May sleep.
     fn invalidate(&mut self, range: &InvalidateRange<'_>) -> Option<Finish>;
 
-    /// The same where sleeping is forbidden.
+    /// The same as [`invalidate`](Self::invalidate), where sleeping is forbidden.
     ///
     /// # Errors
-    /// [`WouldBlock`] if it would have to sleep. The intervals after it are not asked, and no bracket opens.
+    /// [`WouldBlock`] if it would have to sleep. Then the intervals after this one are not asked,
+    /// and no bracket opens.
     fn try_invalidate(&mut self, range: &InvalidateRange<'_>) -> Result<Option<Finish>, WouldBlock> {
         Ok(self.invalidate(range))
     }
@@ -81,12 +111,14 @@ pub trait IntervalOps: Send + 'static {
 
 /// A subscriber of one range, which owns the state that the range protects.
 ///
-/// A reader takes a sequence with [`read_begin`](Self::read_begin), looks up whatever it wants to cache without any lock,
-/// and puts it into the state with [`try_install`](Self::try_install), which refuses if the range was invalidated in
-/// between. So nothing stale can be installed, and forgetting the lock or the sequence cannot be written.
+/// A reader gets a sequence from [`read_begin`](Self::read_begin), looks up what it wants to cache
+/// without any lock, and stores the result in the state with [`try_install`](Self::try_install),
+/// which refuses if the range was invalidated in between. So no stale result can be installed, and
+/// a reader cannot forget the lock or the sequence.
 ///
-/// Dropping it is [`remove`](Self::remove). Where that would wait for this very thread, in a bracket or in a deferred free,
-/// the drop returns at once, and the reclaimer thread removes the node and drops its state after a grace period.
+/// Dropping it is [`remove`](Self::remove). If that would wait for this very thread (inside a
+/// bracket or a deferred free), the drop returns at once, and the background thread removes the
+/// node and drops its state after a grace period.
 ///
 /// # Source
 /// `struct mmu_interval_notifier`, Linux 5.5.
@@ -123,31 +155,33 @@ pub struct IntervalNotifier<S: IntervalOps> {
     owns: PhantomData<Node<Mutex<S>>>,
 }
 
-// SAFETY: What moves is a `Box` of a state behind a lock, which is `Send` if the state is, as `IntervalOps` demands, and of
-// links that only lock holders touch.
+// SAFETY: What moves is a `Box` of a state behind a lock, which is `Send` if the state is, as
+// `IntervalOps` demands, and of links that only lock holders touch.
 unsafe impl<S: IntervalOps> Send for IntervalNotifier<S> {}
-// SAFETY: `&IntervalNotifier` reaches the state only through its lock, and the links only through that of the intervals.
+// SAFETY: `&IntervalNotifier` reaches the state only through its lock, and the links only through
+// the lock of the intervals.
 unsafe impl<S: IntervalOps> Sync for IntervalNotifier<S> {}
 
-/// What [`IntervalNotifier::read_begin`] saw.
+/// The sequence that [`IntervalNotifier::read_begin`] saw.
 #[must_use = "a sequence is what `try_install` compares"]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ReadSeq(u64);
 
 impl<S: IntervalOps> IntervalNotifier<S> {
-    /// Subscribes to `range` of `mm`. If an invalidation is running it may not be in the tree yet when this returns: a
-    /// reader must begin with [`read_begin`](Self::read_begin), which waits for that.
+    /// Subscribes to `range` of `mm`. If an invalidation is running, the interval may not be in the
+    /// tree yet when this returns. So a reader must begin with [`read_begin`](Self::read_begin),
+    /// which waits until the interval is in the tree.
     ///
     /// # Blocking
-    /// Only the first insert on an address space sleeps, until the brackets open then have ended, and
-    /// those opened later that it [may have to wait for](crate#what-a-wait-waits-for).
+    /// Only the first insert on an address space sleeps: until the brackets open at that time have
+    /// ended, and those opened later that it [may have to wait for](crate#what-a-wait-waits-for).
     /// # Errors
-    /// [`InsertError`] with the state, if this is the first insert and this thread is inside a bracket of `mm`, holds its
-    /// write lock (use [`insert_locked`](Self::insert_locked)) or runs a deferred free; and always where `mm` is the
-    /// address space of a parent process.
+    /// [`InsertError`] with the state, if this is the first insert and this thread is inside a
+    /// bracket of `mm`, holds its write lock (use [`insert_locked`](Self::insert_locked)) or runs a
+    /// deferred free. Always if `mm` is the address space of a parent process.
     /// # Source
-    /// `mmu_interval_notifier_insert`. Differs: empty ranges, overflow and dead address spaces cannot be passed, and there
-    /// is no EINTR.
+    /// `mmu_interval_notifier_insert`. Differs: empty ranges, overflow and dead address spaces
+    /// cannot be passed, and there is no EINTR.
     #[doc(alias = "mmu_interval_notifier_insert")]
     #[cfg_attr(debug_assertions, track_caller)]
     pub fn insert(mm: &MmWithUser, range: VaRange, state: S) -> Result<Self, InsertError<S>> {
@@ -160,10 +194,11 @@ impl<S: IntervalOps> IntervalNotifier<S> {
     /// The same as [`insert`](Self::insert), for a caller that holds the write lock.
     ///
     /// # Blocking
-    /// As `insert`, the lock apart.
+    /// As `insert`, except for the lock.
     /// # Errors
-    /// [`InsertError`] with the state, if this is the first insert and this thread has opened a bracket of the address space
-    /// since it took the lock, or runs a deferred free; and always where the address space is that of a parent process.
+    /// [`InsertError`] with the state, if this is the first insert and this thread has opened a
+    /// bracket of the address space since it took the lock, or runs a deferred free. Always if the
+    /// address space is that of a parent process.
     /// # Source
     /// `mmu_interval_notifier_insert_locked`, Linux 5.5.
     /// # Examples
@@ -195,7 +230,7 @@ impl<S: IntervalOps> IntervalNotifier<S> {
     fn insert_enabled(mm: &MmWithUser, range: VaRange, state: S) -> Self {
         let node = Node::new((**mm).clone(), range, Mutex::new(state));
         let interval = Self { node, owns: PhantomData };
-        // SAFETY: The node is new, and `interval` keeps it until `detach` has seen it off.
+        // SAFETY: The node is new, and `interval` keeps it until `detach` has succeeded.
         unsafe { mm.intervals().insert(&interval.node().header) };
         interval
     }
@@ -222,12 +257,13 @@ impl<S: IntervalOps> IntervalNotifier<S> {
 
     /// Waits until no invalidation of this interval is running, and returns its sequence.
     ///
-    /// The sequence may be out of date by the time it is returned; [`try_install`](Self::try_install) says so. How often
-    /// to begin again is the caller's to bound.
+    /// The sequence may be stale when it is returned; [`try_install`](Self::try_install) detects
+    /// that. The caller must bound how often it retries, if it needs a bound.
     ///
     /// # Blocking
-    /// Sleeps while an invalidation that met this interval runs. Inside a bracket of the same address space, where that
-    /// could be this thread's own, it does not sleep, and returns a sequence that never fits instead.
+    /// Sleeps while an invalidation that met this interval runs. Inside a bracket of the same
+    /// address space, it might wait for this thread's own bracket. There it does not sleep, and
+    /// returns a sequence that never matches.
     /// # Source
     /// `mmu_interval_read_begin`.
     #[doc(alias = "mmu_interval_read_begin")]
@@ -236,12 +272,15 @@ impl<S: IntervalOps> IntervalNotifier<S> {
         ReadSeq(self.node().read_begin())
     }
 
-    /// Tells, without the state's lock, whether `seq` is out of date.
+    /// Tells, without the state's lock, whether `seq` is stale.
     ///
-    /// True is always reliable. False is reliable under a lock that every callback of this interval takes as well, as
-    /// drivers have it that keep many intervals under one lock of their own; without such a lock it is a hint. The reason:
-    /// the sequence is stored before the callback runs. If the callback has taken that lock first, this sees the new
-    /// sequence; if the caller has, the callback comes later and finds what the caller installs under the lock.
+    /// True is always reliable. False is a hint, unless the caller holds a lock that every callback
+    /// of this interval takes as well: some drivers keep many intervals under one lock of their
+    /// own. Then it is reliable, because the sequence is stored before the callback runs:
+    ///
+    /// * If the callback takes that lock first, the caller sees the new sequence.
+    /// * If the caller takes that lock first, the callback runs later and finds what the caller
+    ///   installed under the lock.
     ///
     /// # Source
     /// `mmu_interval_check_retry` without that lock, `mmu_interval_read_retry` under it.
@@ -284,8 +323,9 @@ impl<S: IntervalOps> IntervalNotifier<S> {
 
     /// Runs `install` on the locked state, if the range was not invalidated since `seq` was read.
     ///
-    /// `install` must not change this address space's mappings (with an in-process source that includes freeing large
-    /// memory): the callback for that would want the same lock.
+    /// `install` must not change this address space's mappings, because the callback for that
+    /// change would wait for the lock that `install` holds. With an in-process source, freeing a
+    /// large block of memory changes mappings too.
     ///
     /// # Blocking
     /// Sleeps while a callback of this interval or another `install` holds the lock.
@@ -304,9 +344,10 @@ impl<S: IntervalOps> IntervalNotifier<S> {
         if self.node().header.seq() == seq.0 { Ok(install(&mut state)) } else { Err(Retry) }
     }
 
-    /// Runs `f` on the locked state, whatever its sequence: to use what is cached, or to let go of it.
+    /// Runs `f` on the locked state, whatever its sequence is: to use what is cached, or to drop
+    /// it.
     ///
-    /// The same holds for `f` as for what [`try_install`](Self::try_install) runs.
+    /// `f` must obey the same rule as `install` in [`try_install`](Self::try_install).
     ///
     /// # Blocking
     /// Sleeps while a callback of this interval or an `install` holds the lock.
@@ -321,10 +362,11 @@ impl<S: IntervalOps> IntervalNotifier<S> {
     /// # Blocking
     /// Sleeps while an invalidation that met any interval of this address space runs.
     /// # Errors
-    /// [`RemoveError`] with the interval, unchanged, if it would have to wait and this thread is inside a bracket or callback
-    /// of the address space.
+    /// [`RemoveError`] with the interval, unchanged, if the removal would have to wait and this
+    /// thread is inside a bracket or callback of the address space.
     /// # Source
-    /// `mmu_interval_notifier_remove`. Differs: the state comes back; a wait for oneself is an error.
+    /// `mmu_interval_notifier_remove`. Differs: the state comes back; a wait for the caller's own
+    /// thread is an error.
     /// # Examples
     /// ```
     /// # use mmu_notifier::*;
@@ -351,16 +393,17 @@ impl<S: IntervalOps> IntervalNotifier<S> {
         if !self.detach() {
             return Err(RemoveError { error: WouldDeadlock, interval: self });
         }
-        // SAFETY: A `Box` needs the unique pointer that came from one: `new` leaked it to this handle, which is not dropped,
-        // and `detach` has seen the node off the tree, its list and every walk.
+        // SAFETY: A `Box` needs the unique pointer that came from one: `new` leaked it to this
+        // handle, which is not dropped, and after `detach` the node is in no tree, no list and no
+        // walk.
         let node = unsafe { Box::from_raw(ManuallyDrop::new(self).node.as_ptr()) };
         Ok(crate::sync::into_inner(node.state))
     }
 
     #[cfg_attr(debug_assertions, track_caller)]
     fn detach(&self) -> bool {
-        // SAFETY: The handle exists, so the node was inserted and is not removed: `remove` and drop consume the handle once
-        // this returns true, and false leaves the node as it was.
+        // SAFETY: The handle exists, so the node was inserted and is not removed: `remove` and drop
+        // consume the handle once this returns true, and false leaves the node as it was.
         unsafe { self.node().detach() }
     }
 }
@@ -373,7 +416,8 @@ impl<S: IntervalOps> Drop for IntervalNotifier<S> {
         } else if !self.mm().is_inherited() {
             let again = Self { node: self.node, owns: PhantomData };
             let mm = again.mm().clone();
-            // The reclaimer must not sleep in a window either: there this drop comes here again, for another grace period.
+            // The reclaimer must not sleep until a window closes either. If one is open, the drop
+            // below comes back to this place and waits for another grace period.
             mm.subscriptions().srcu().call(move || {
                 let mm = again.mm().clone();
                 context::freeing(|| {

@@ -1,4 +1,15 @@
-//! Brackets: the time between the start and the end of an invalidation.
+//! Brackets: an invalidation from its start to its end.
+//!
+//! 1. The start opens a read section of the domain, and remembers the first subscriber.
+//! 2. It opens a window of the intervals, if an interval was ever inserted, and calls each interval
+//!    that the range meets.
+//! 3. It calls the start of each subscriber. The caller then changes the memory.
+//! 4. The end, which is the guard's drop, closes the window, calls the end of each subscriber that
+//!    got a start and is still listed, and closes the read section.
+//!
+//! A registrar waits for a grace period of the same domain. So there are two cases: either the
+//! registrar waits until this bracket has ended, or this bracket's read section began after the
+//! notifier was listed, and the bracket calls the notifier.
 
 use super::Mm;
 use crate::context::Inside;
@@ -11,15 +22,18 @@ use srcu::Guard;
 use std::marker::PhantomData;
 
 impl Mm {
-    /// Tells subscribers that `range` is about to change, and waits until they have let go of it.
+    /// Tells subscribers that `range` is about to change, and waits until they have dropped it.
     ///
-    /// Dropping the returned guard is `invalidate_range_end`: the change is over. Brackets nest, in one thread and across
-    /// threads. As long as one is open, nobody can finish subscribing to this address space, so a bracket that is
-    /// forgotten ([`std::mem::forget`]) holds up registrars, exit and every deferred free for ever; the form that cannot
-    /// be forgotten is [`with_invalidation`](Self::with_invalidation).
+    /// Dropping the returned guard is `invalidate_range_end`: the change is over. Brackets nest, in
+    /// one thread and across threads. While a bracket is open, no new notifier can finish
+    /// registering on this address space. So a bracket that is forgotten ([`std::mem::forget`])
+    /// blocks registrars, exit and every deferred free for ever.
+    /// [`with_invalidation`](Self::with_invalidation) is the form that cannot be forgotten.
     ///
     /// # Blocking
-    /// Sleeps while callbacks run. Allocates nothing and takes no lock.
+    /// Sleeps while callbacks run. Allocates nothing. Takes no lock as long as no interval was
+    /// inserted on this address space; after that, it takes the lock of the intervals, but never
+    /// across a callback.
     /// # Source
     /// `mmu_notifier_invalidate_range_start` and `_end`. Differs: the end is the guard's drop, in the same read section.
     /// # Examples
@@ -47,8 +61,9 @@ impl Mm {
         bracket
     }
 
-    /// The same as [`invalidate`](Self::invalidate), for a guard that keeps the address space itself: for sources that
-    /// hold brackets in their own data, such as a tracer with one per stopped thread.
+    /// The same as [`invalidate`](Self::invalidate), but the guard keeps the address space's object
+    /// alive. For sources that store brackets in their own data, such as a tracer with one bracket
+    /// per stopped thread.
     ///
     /// # Blocking
     /// Sleeps while callbacks run.
@@ -74,15 +89,16 @@ impl Mm {
         bracket
     }
 
-    /// Tells subscribers that `range` is about to change, where nobody may sleep.
+    /// Tells subscribers that `range` is about to change, where the caller must not sleep.
     ///
-    /// Every subscriber is called, also after one has refused.
+    /// Every subscriber is called, even after one has refused.
     ///
     /// # Blocking
-    /// No, as far as the callbacks keep their promise.
+    /// Never, as long as the callbacks obey their rule.
     /// # Errors
-    /// [`WouldBlock`] if a subscriber would have had to sleep. Then everything is undone: each one that had accepted has
-    /// got its end, the one that refused gets none, no guard exists and no end is owed.
+    /// [`WouldBlock`] if a subscriber would have had to sleep. Then everything is undone: each
+    /// subscriber that had accepted has got its end, and the one that refused gets none. No guard
+    /// exists, and no end is owed.
     /// # Examples
     /// ```
     /// use mmu_notifier::{Event, MmWithUser, VaRange};
@@ -94,7 +110,8 @@ impl Mm {
     /// }
     /// ```
     /// # Source
-    /// `mmu_notifier_invalidate_range_start_nonblock`, Linux 5.12 for the ends. Differs: who refused gets no end.
+    /// `mmu_notifier_invalidate_range_start_nonblock`, Linux 5.12 for the ends. Differs: a
+    /// subscriber that refused gets no end.
     #[doc(alias = "mmu_notifier_invalidate_range_start_nonblock")]
     pub fn try_invalidate(&self, range: VaRange, event: Event) -> Result<Bracket<'_>, WouldBlock> {
         let inside = Inside::enter(self);
@@ -118,7 +135,8 @@ impl Mm {
         Ok(Bracket { _stays: STAYS, mm: self, range, event, blocking, window, reading, _inside: inside })
     }
 
-    /// Runs `change` inside a bracket: subscribers hear the start before it and the end after it, also if it panics.
+    /// Runs `change` inside a bracket. Subscribers get the start before it and the end after it,
+    /// even if `change` panics.
     ///
     /// # Blocking
     /// Sleeps while callbacks run.
@@ -138,7 +156,7 @@ impl Mm {
     }
 }
 
-/// Calls the intervals and then the subscribers; returns the window that is owed its end.
+/// Calls the intervals and then the subscribers. Returns the window that the end must close.
 #[inline(always)]
 fn start_each<G>(range: &InvalidateRange<'_>, reading: &Reading<G>) -> Option<Window> {
     if range.mm.intervals().is_enabled() {
@@ -148,10 +166,11 @@ fn start_each<G>(range: &InvalidateRange<'_>, reading: &Reading<G>) -> Option<Wi
     None
 }
 
-/// Closes the window and calls the subscribers that were there at the start.
+/// Closes the window and calls the subscribers that were listed at the start.
 ///
-/// Out of line, or the drop of a bracket would be too large to be inlined, and the bracket in memory for it. Generic, and so
-/// compiled into the crate that drops it: a call from there into this one goes through a pointer.
+/// Out of line, because inlined it would make the drop of a bracket too large to be inlined itself,
+/// and the bracket would then be kept in memory. Generic, so that it is compiled into the crate
+/// that drops the bracket: a call from that crate into this one would go through a pointer.
 #[inline(never)]
 #[expect(clippy::extra_unused_type_parameters, reason = "it is there to be generic")]
 #[expect(
@@ -174,18 +193,19 @@ extern "C" fn close(mm: &Mm, window: Window) {
     mm.intervals().end(window);
 }
 
-/// Out of line, for what is inlined into every caller of `invalidate` must be small.
+/// Out of line, because everything that is inlined into the callers of `invalidate` must be small.
 #[cold]
 #[expect(improper_ctypes_definitions, reason = "as for `end_each`")]
 extern "C" fn start_with_intervals(range: &InvalidateRange<'_>, subscribers: Walk<'_>) -> Option<Window> {
-    // Nobody can refuse where sleeping is allowed.
+    // `start` fails only if a callback refuses, and none may refuse where sleeping is allowed.
     let window = range.mm.intervals().start(range).ok();
     subscribers.start(range);
     window
 }
 
-/// Why a bracket cannot be sent to another thread, in the words of the compiler's message: its end
-/// runs in the read section of its start, and the thread is known to be inside it.
+/// The reason why a bracket cannot be sent to another thread, as the compiler's message shows it.
+/// The end of a bracket runs in the read section of its start, and the thread is recorded as inside
+/// it.
 #[derive(Debug)]
 struct EndsOnTheThreadThatBeganIt(PhantomData<*const ()>);
 
@@ -213,7 +233,7 @@ const STAYS: EndsOnTheThreadThatBeganIt = EndsOnTheThreadThatBeganIt(PhantomData
 #[derive(Debug)]
 #[doc(alias = "mmu_notifier_invalidate_range_end")]
 pub struct Bracket<'a> {
-    /// First, so that the compiler names it.
+    /// First, so that the compiler's message names this field.
     _stays: EndsOnTheThreadThatBeganIt,
     mm: &'a Mm,
     range: VaRange,
@@ -225,7 +245,8 @@ pub struct Bracket<'a> {
 }
 
 impl<'a> Bracket<'a> {
-    /// What the subscribers see. Made only where somebody is called: in the fast path its fields stay in registers.
+    /// Returns what the subscribers see. Called only where a callback follows, so that the fields
+    /// stay in registers on the fast path.
     #[inline]
     fn range_for_all(&self) -> InvalidateRange<'a> {
         InvalidateRange { mm: self.mm, range: self.range, event: self.event, blocking: self.blocking }
@@ -261,11 +282,12 @@ impl Drop for Bracket<'_> {
     }
 }
 
-/// An invalidation in progress that keeps its address space. Dropping it tells the subscribers that the change is over.
+/// An invalidation in progress that keeps its address space's object alive. Dropping it tells the
+/// subscribers that the change is over.
 #[must_use = "the bracket ends when the guard is dropped"]
 #[derive(Debug)]
 pub struct OwnedBracket {
-    /// First, so that the compiler names it.
+    /// First, so that the compiler's message names this field.
     _stays: EndsOnTheThreadThatBeganIt,
     range: VaRange,
     event: Event,

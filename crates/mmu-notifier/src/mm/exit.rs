@@ -5,9 +5,9 @@ use crate::{Blocking, Event, Exit, InvalidateRange, VaRange, context, lockdep};
 
 /// Ends an address space for its intervals and subscribers.
 ///
-/// 1. Every interval is invalidated once, over the whole address space.
+/// 1. Every interval in the tree is invalidated once, over the whole address space.
 /// 2. `release` of every subscriber is called, and only then every subscriber is delisted.
-/// 3. The caller waits until no callback runs in any of them, unless that would wait for itself.
+/// 3. Exit waits until no callback runs in any of them, unless that would wait for itself.
 ///
 /// Step 2 has this order because a subscriber keeps its shadow entries until its `release` has
 /// returned. If it were delisted first, a bracket in between would not tell it of a change to them.

@@ -1,4 +1,4 @@
-//! The lock that registrars of one address space take in turn.
+//! The lock that serialises the registrars of one address space.
 
 use super::{Mm, MmWithUser};
 use crate::sync::atomic::{AtomicUsize, Ordering};
@@ -7,11 +7,11 @@ use crate::{WouldDeadlock, lockdep};
 use std::fmt;
 use std::ops::Deref;
 
-/// `mmap_lock` as far as this crate needs it: held to register, with its holder known, so that a thread which holds it
-/// is told so instead of waiting for itself.
+/// `mmap_lock`, reduced to what this crate needs: registrars hold it, and it records its holder. So
+/// a thread that already holds it gets an error instead of a deadlock with itself.
 pub(super) struct MmapLock {
     lock: Mutex<()>,
-    /// The mark of the thread that holds `lock`, zero if none does.
+    /// The number of the thread that holds `lock`, or zero if no thread does.
     holder: AtomicUsize,
 }
 
@@ -22,11 +22,11 @@ impl MmapLock {
 }
 
 srcu::thread_word! {
-    /// This thread's number, or zero as long as it has none.
+    /// This thread's number, or zero if it has none yet.
     static MARK: u64 = 0;
 }
 
-/// Returns this thread's number, which is not zero and no other thread ever has.
+/// Returns this thread's number: not zero, and never given to another thread.
 fn this_thread() -> usize {
     static LAST: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
     if MARK.get() == 0 {
@@ -37,8 +37,9 @@ fn this_thread() -> usize {
 
 /// The write lock of an address space's mappings, held by this thread until dropped.
 ///
-/// [`Subsystem::get_locked`](crate::Subsystem::get_locked) takes it as proof. While it is held, nobody else registers
-/// on the address space; lookups of existing subscriptions, puts and brackets go on.
+/// [`Subsystem::get_locked`](crate::Subsystem::get_locked) takes it as proof. While it is held, no
+/// other thread can register on the address space. Lookups of existing subscriptions, puts and
+/// brackets are not affected.
 ///
 /// # Source
 /// `mmap_write_lock`, include/linux/mmap_lock.h, Linux 5.15. Differs: brackets do not take it, so that they nest freely.
@@ -70,15 +71,17 @@ impl MmWithUser {
     /// Takes the write lock of this address space's mappings.
     ///
     /// # Blocking
-    /// Sleeps while another thread holds it, which includes a registrar that waits for open brackets.
+    /// Sleeps while another thread holds it. That thread may be a registrar that waits for open
+    /// brackets.
     /// # Errors
-    /// [`WouldDeadlock`] if this thread holds it already, or is inside a bracket of this address space or a deferred free:
-    /// a registrar could then wait for this thread while this thread waits for it.
+    /// [`WouldDeadlock`] if this thread holds it already, or is inside a bracket of this address
+    /// space or a deferred free. There, a registrar that holds the lock could wait for this thread,
+    /// while this thread waits for the lock.
     #[cfg_attr(debug_assertions, track_caller)]
     pub fn mmap_write_lock(&self) -> Result<MmapWriteGuard<'_>, WouldDeadlock> {
         let mmap_lock = &self.0.0.mmap_lock;
-        // ORDER: Relaxed is enough: only this thread ever stores its own mark, so it reads its mark if and only if it holds
-        // the lock.
+        // ORDER: Relaxed is enough. Only this thread ever stores its own number, so it reads its
+        // number if and only if it holds the lock.
         if self.would_deadlock() || mmap_lock.holder.load(Ordering::Relaxed) == this_thread() {
             return Err(WouldDeadlock);
         }
@@ -91,7 +94,7 @@ impl MmWithUser {
 
 impl Drop for MmapWriteGuard<'_> {
     fn drop(&mut self) {
-        // The lock itself is released after this, when the field drops.
+        // The lock itself is released after this, when the field is dropped.
         self.mm.0.0.mmap_lock.holder.store(0, Ordering::Relaxed);
     }
 }
