@@ -22,11 +22,12 @@ pub(super) const OPERATIONS: &[Operation] = &[
                 return Err("merging is off; 'echo 1 > /sys/kernel/mm/ksm/run' turns it on".into());
             }
             let region = Region::anonymous(64)?;
-            Ok(Prepared::new(&region.clone(), 1, move || {
-                // Every page holds the same.
+            // Every page holds the same. Of the first two that are compared, the second one's frame is kept for all.
+            let watched = 32;
+            Ok(Prepared::new(&region.clone(), watched, move || {
                 region.advise(libc::MADV_MERGEABLE)?;
                 let pid = rustix::process::getpid().as_raw_nonzero().get();
-                let page = Page::open(pid, region.page(1), Judge::Frame).map_err(io::Error::other)?;
+                let page = Page::open(pid, region.page(watched), Judge::Frame).map_err(io::Error::other)?;
                 let (before, begin) = (page.state()?, Instant::now());
                 while page.state()? == before {
                     if begin.elapsed() > PATIENCE {
