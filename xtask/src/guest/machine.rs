@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 /// How long the machine may take to boot, and beyond the limit of a command: it takes four seconds
 /// where nothing else runs.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(300);
 /// How many of the console's last lines are shown when the machine is lost.
 const LAST_LINES: usize = 40;
 const MEGABYTES: u32 = 1280;
