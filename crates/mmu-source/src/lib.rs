@@ -15,11 +15,6 @@
 
 #![deny(unsafe_code)]
 
-/// The probes of the tests, a link to `testkit`'s: the published crate has no `testkit` and still
-/// runs its own unit tests.
-#[cfg(test)]
-#[allow(unsafe_code, dead_code, unreachable_pub, reason = "a file of another crate, with that crate's rules")]
-mod cap;
 mod current_mm;
 mod error;
 mod fork;
@@ -29,6 +24,8 @@ pub mod process;
 mod ranges;
 mod signals;
 mod sources;
+#[cfg(test)]
+mod testkit;
 pub mod uffd;
 mod vault;
 mod wait;

@@ -1,7 +1,7 @@
 //! The program itself, run by hand: no virtual machine is needed.
 
 use super::*;
-use crate::cap::{Cap, require};
+use crate::testkit::{Cap, require};
 use mmu_notifier::{InvalidateRange, Notifier, Registration, Va};
 use std::sync::{PoisonError, mpsc};
 use std::thread;

@@ -528,7 +528,7 @@ mod tests {
 
     #[test]
     fn a_tracee_that_was_killed_at_an_event_has_no_message_of_it() {
-        if !crate::cap::require(crate::cap::Cap::Ptrace) {
+        if !crate::testkit::require(crate::testkit::Cap::Ptrace) {
             return;
         }
         // SAFETY: the child makes system calls only.

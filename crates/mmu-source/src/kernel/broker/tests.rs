@@ -9,6 +9,7 @@ use super::super::{Kernel, broker};
 use super::join::with;
 use super::message::{Refusal, Reply, Request};
 use super::*;
+use crate::testkit::{Cap, in_child, require};
 use crate::wait::until;
 use mmu_notifier::VaRange;
 use std::fs::File;
@@ -17,7 +18,6 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
-use testkit::{Cap, in_child, require};
 
 const NOBODY: u32 = 65534;
 const SOON: Duration = Duration::from_secs(60);
