@@ -10,7 +10,7 @@ use crate::record::Kind;
 /// What each task is called, as far as it was looked up.
 ///
 /// A task gives itself its name after it was made, and nothing tells of it. So the name is read when the task appears, and again at
-/// its 1st, 2nd, 4th, 8th record and so on: at next to no cost a task that makes calls is soon known by its name.
+/// its 8th, 64th, 512th record and so on: at next to no cost a task that makes calls is soon known by its name.
 #[derive(Debug, Default)]
 pub(crate) struct Who {
     tasks: HashMap<Pid, Named>,
@@ -34,14 +34,15 @@ impl Who {
             // The number is another task's now.
             (named.ended, named.records) = (false, 0);
         }
-        if matches!(kind, Kind::MmNew | Kind::Exec { .. }) || named.pid != task.pid {
+        if matches!(kind, Kind::MmNew) || named.pid != task.pid {
             (named.pid, named.records) = (task.pid, 0);
         }
         if matches!(kind, Kind::Exit(_)) {
             named.ended = true;
         }
         named.records = named.records.saturating_add(1);
-        if named.records.is_power_of_two()
+        let is_power_of_eight = named.records.is_power_of_two() && named.records.trailing_zeros().is_multiple_of(3);
+        if is_power_of_eight
             && !is_late
             && let Some(name) = read(task.tid)
         {
@@ -82,9 +83,10 @@ mod tests {
                 let (task, mut who) = (Task { pid: this, tid }, Who::default());
                 let kind = Kind::Get { users: 1 };
                 who.name(task, &kind);
-                who.name(task, &kind);
                 rustix::thread::set_name(c"another").unwrap();
-                assert_ne!(who.name(task, &kind), "another", "the third is not looked up");
+                for _ in 2..8 {
+                    assert_ne!(who.name(task, &kind), "another", "only the eighth is looked up");
+                }
                 assert_eq!(who.name(task, &kind), "another");
                 assert_eq!(who.known(tid), "another");
             });
