@@ -20,7 +20,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("regcache", &["mmu-notifier", "mmu-source"]),
     ("regcache-rdma", &["mmu-notifier", "mmu-source", "regcache"]),
     ("mmun-capi", &["mmu-notifier", "mmu-source", "regcache"]),
-    ("mmun-dropin", &["mmu-notifier", "mmu-source"]),
+    ("mmun-dropin", &["srcu", "mmu-notifier", "mmu-source"]),
     ("mmun", &["srcu", "mmu-notifier", "mmu-source", "regcache", "mmun-dropin"]),
 ];
 

@@ -4,12 +4,12 @@
 //! A callback only wakes it. It sleeps on a word (futex), so there is no descriptor that a daemon
 //! could close.
 
-#![allow(unsafe_code, reason = "futex calls, and the mask of signals; see the crate's Safety section")]
+#![allow(unsafe_code, reason = "futex calls; see the crate's Safety section")]
 
 use super::monitor;
 use crate::counts;
 use crate::space::Space;
-use std::mem::MaybeUninit;
+use srcu::Thread;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
@@ -42,9 +42,7 @@ impl Reaper {
         if self.is_started.swap(true, Ordering::Relaxed) {
             return true;
         }
-        let made = without_signals(|| {
-            std::thread::Builder::new().name("mmun-dropin".to_owned()).spawn(move || self.serve(space))
-        });
+        let made = Thread::spawn(c"mmun-dropin", move || self.serve(space)).map(Thread::detach);
         if made.is_err() {
             self.is_started.store(false, Ordering::Relaxed);
         }
@@ -102,18 +100,4 @@ impl Reaper {
 /// No `notify` begins after this, but for one that has begun already.
 pub(crate) fn stop_all() {
     EXITING.store(true, Ordering::Relaxed);
-}
-
-/// Runs `f` with all signals blocked, for a thread that it starts: the program's handlers never run
-/// there.
-fn without_signals<T>(f: impl FnOnce() -> T) -> T {
-    let mut sets = [const { MaybeUninit::<libc::sigset_t>::zeroed() }; 2];
-    // SAFETY: fills the set it is given.
-    unsafe { libc::sigfillset(sets[0].as_mut_ptr()) };
-    // SAFETY: both sets are locals; the first was filled above.
-    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, sets[0].as_ptr(), sets[1].as_mut_ptr()) };
-    let result = f();
-    // SAFETY: the call above has written the set that this thread had.
-    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, sets[1].as_ptr(), ptr::null_mut()) };
-    result
 }
