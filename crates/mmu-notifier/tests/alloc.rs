@@ -5,6 +5,8 @@ use mmu_notifier::{
     Event, Finish, IntervalNotifier, IntervalOps, InvalidateRange, InvalidateSeq, MmWithUser, Notifier, Registration,
     ShadowOps, Subsystem, Va, VaRange, WouldBlock,
 };
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use testkit::Counting;
 
 #[global_allocator]
@@ -73,6 +75,39 @@ fn a_refused_start_allocates_and_frees_nothing() {
     let node = IntervalNotifier::insert(&mm, page(1), Silent).unwrap();
     assert_eq!(Counting::calls(|| assert!(mm.try_invalidate(page(1), Event::Clear).is_err())), 0);
     drop((refuses, held, node));
+}
+
+/// What they keep is dropped after the bracket, by another thread.
+#[test]
+fn second_passes_that_were_made_beforehand_allocate_and_free_nothing() {
+    struct Ready(Option<Finish>);
+    impl IntervalOps for Ready {
+        fn invalidate(&mut self, _range: &InvalidateRange<'_>) -> Option<Finish> {
+            self.0.take()
+        }
+    }
+    let (mm, kept, ran) = (MmWithUser::new(), Arc::new(()), Arc::new(AtomicUsize::new(0)));
+    let make = |number| {
+        let (kept, ran) = (Arc::clone(&kept), Arc::clone(&ran));
+        let finish = Finish::new(move || {
+            assert!(Arc::strong_count(&kept) > 0);
+            ran.fetch_add(1, Ordering::Relaxed);
+        });
+        IntervalNotifier::insert(&mm, page(number), Ready(Some(finish))).unwrap()
+    };
+    let nodes = [1, 2, 3].map(make);
+    let calls = Counting::calls(|| {
+        let bracket = mm.invalidate(VaRange::ALL, Event::Clear);
+        assert_eq!(Arc::strong_count(&kept), 4, "as long as the bracket is open");
+        drop(bracket);
+    });
+    assert_eq!((calls, ran.load(Ordering::Relaxed)), (0, 3));
+    // Frees of one address space come in their order.
+    static LATER: Subsystem<Silent> = Subsystem::new(|_| Ok(Silent));
+    drop(LATER.get(&mm).unwrap());
+    LATER.synchronize().unwrap();
+    assert_eq!(Arc::strong_count(&kept), 1);
+    drop(nodes);
 }
 
 #[test]

@@ -1,27 +1,79 @@
 //! The second pass of an interval's invalidation.
+//!
+//! # Safety
+//! A pass that has run is given to `call_raw_dropping` as the pointer of its `Box`. Nothing else has
+//! that pointer, and `free` turns it back into the `Box`.
 
-use crate::Mm;
+use crate::{Mm, context, lockdep};
 use std::fmt;
+use std::ptr::NonNull;
 
 /// What an interval's callback leaves to be done after all the others have been called.
 ///
-/// Making one allocates, and when it has run it is freed, in the thread that opened the bracket. So it is for address spaces whose
-/// brackets no allocator opens; under the `hook` source use none.
+/// Making one allocates, so a callback must not: it takes one that was made beforehand, as in the example of
+/// [`IntervalOps`](super::IntervalOps). What the closure keeps is dropped after a grace period, by the
+/// reclaimer thread, because the bracket may have been opened in the middle of `free`. That drop must not block.
+///
+/// The second pass itself keeps to [the rule for callbacks](crate::Notifier#what-a-start-or-end-callback-must-not-do).
 ///
 /// # Source
-/// `struct mmu_interval_notifier_finish`, proposed in 2026. Differs: it is a closure, so it cannot be used twice.
+/// `struct mmu_interval_notifier_finish`, proposed in 2026. Differs: it is a closure, and each is used once.
 pub struct Finish(Box<Pass>);
 
+/// # Invariants
+/// The head is the first field.
+#[repr(C)]
 struct Pass {
+    head: srcu::Head,
     next: Option<Finish>,
-    run: Box<dyn FnOnce() + Send>,
+    /// The address space that it ran for.
+    mm: Option<Mm>,
+    run: Box<dyn FnMut() + Send>,
 }
 
 impl Finish {
-    /// Makes a second pass that runs `run`.
-    pub fn new(run: impl FnOnce() + Send + 'static) -> Self {
-        Self(Box::new(Pass { next: None, run: Box::new(run) }))
+    /// Makes a second pass that runs `run`, once.
+    ///
+    /// It is [`FnMut`], since calling an `FnOnce` frees what it owns at the end of the call.
+    pub fn new(run: impl FnMut() + Send + 'static) -> Self {
+        Self(Box::new(Pass { head: srcu::Head::new(), next: None, mm: None, run: Box::new(run) }))
     }
+
+    /// Runs it, and queues its free.
+    fn run(mut self, mm: &Mm) {
+        let _callback = lockdep::callback::<Self>("run");
+        mm.catching(&mut self.0.run);
+        self.0.mm = Some(mm.clone());
+        let pass = Box::leak(self.0);
+        if mm.is_inherited() {
+            // `run` has forked, and this is the child: what the closure keeps is the parent's.
+            return;
+        }
+        let head: NonNull<srcu::Head> = NonNull::from(pass).cast();
+        // SAFETY: `head` must stay valid and be queued once until `free` runs: the pass was leaked just now, and `free` alone has
+        // it back. `free` may run on any thread: the closure is `Send`.
+        unsafe { mm.subscriptions().srcu().call_raw_dropping(head, free) };
+    }
+}
+
+/// Frees a pass that has run.
+///
+/// # Safety
+/// `head` must be that of a pass that was leaked, and nothing else may use it.
+unsafe fn free(head: NonNull<srcu::Head>) {
+    let pass: NonNull<Pass> = head.cast();
+    // SAFETY: A reference needs a live pass: this is what frees it.
+    if unsafe { pass.as_ref() }.mm.as_ref().is_some_and(Mm::is_inherited) {
+        // Queued before a fork, and this is the child: what the closure keeps is the parent's.
+        return;
+    }
+    // SAFETY: A `Box` needs the unique pointer that came from one: the pass was leaked, and its head is its first field.
+    let Pass { mm, run, .. } = *unsafe { Box::from_raw(pass.as_ptr()) };
+    context::freeing(|| {
+        if let Some(mm) = mm {
+            mm.catching(|| drop(run));
+        }
+    });
 }
 
 impl fmt::Debug for Finish {
@@ -55,7 +107,7 @@ impl Finishes {
         }
         while let Some(mut finish) = first {
             first = finish.0.next.take();
-            mm.catching(finish.0.run);
+            finish.run(mm);
         }
     }
 }

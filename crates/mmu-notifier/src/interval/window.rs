@@ -172,6 +172,8 @@ impl Intervals {
             return Err(WouldDeadlock);
         }
         lockdep::might_wait(Some(locked));
+        // A second pass that has run is queued inside of a bracket, where nothing may be allocated.
+        locked.subscriptions().srcu().prepare();
         self.enabled.store(true, Ordering::Relaxed);
         locked.subscriptions().srcu().synchronize()?;
         // ORDER(core-itree): orders the grace period before every insert that reads true and skips

@@ -4,13 +4,15 @@
 use crate::child::alone;
 use crate::pages::{map, unmap};
 use mmu_notifier::{
-    InvalidateRange, InvalidateSeq, MmWithUser, Notifier, Registration, SoftTlb, Subsystem, Va, VaRange,
+    Finish, IntervalNotifier, IntervalOps, InvalidateRange, InvalidateSeq, MmWithUser, Notifier, Registration, SoftTlb,
+    Subsystem, Va, VaRange,
 };
 use mmu_source::hook::Hook;
 use std::hint::black_box;
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
-use std::sync::Barrier;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Barrier};
 use std::{env, thread};
 
 const MARK: &str = "MMUN_TEST_BREAKS_THE_RULE";
@@ -64,15 +66,19 @@ type Shadow = InvalidateSeq<SoftTlb<u64>>;
 static SHADOW: Subsystem<Shadow> =
     Subsystem::new(|_: &MmWithUser| Ok(InvalidateSeq::new([VaRange::ALL], SoftTlb::new(1024))));
 
+fn give_memory_back_often() {
+    for (option, value) in [(libc::M_MMAP_THRESHOLD, 1 << 30), (libc::M_TRIM_THRESHOLD, 64 << 10)] {
+        // SAFETY: changes when the allocator gives memory back.
+        assert_eq!(unsafe { libc::mallopt(option, value) }, 1);
+    }
+}
+
 /// The heap's top is given back in the middle of `free`, with the allocator's lock held, and what
 /// is known of it is let go.
 #[test]
 fn a_shadow_is_emptied_in_the_middle_of_free() {
     alone("callback_heap::a_shadow_is_emptied_in_the_middle_of_free", || {
-        for (option, value) in [(libc::M_MMAP_THRESHOLD, 1 << 30), (libc::M_TRIM_THRESHOLD, 64 << 10)] {
-            // SAFETY: changes when the allocator gives memory back.
-            assert_eq!(unsafe { libc::mallopt(option, value) }, 1);
-        }
+        give_memory_back_often();
         let shadow = SHADOW.get(&mmu_source::current()).expect("subscribes");
         let _hook = Hook::install().expect("the hook works on this machine");
         for _ in 0..10 {
@@ -87,6 +93,41 @@ fn a_shadow_is_emptied_in_the_middle_of_free() {
             assert_eq!(shadow.with_shadow(|tlb| tlb.get(Va::new(range.start().get() + 4096 * 7))), Some(7));
             drop(block);
             assert!(shadow.with_shadow(|tlb| tlb.get(range.last())).is_none(), "the end of the block was given back");
+        }
+    });
+}
+
+/// A device whose second pass was made beforehand.
+struct Device(Option<Finish>);
+
+impl IntervalOps for Device {
+    fn invalidate(&mut self, _: &InvalidateRange<'_>) -> Option<Finish> {
+        self.0.take()
+    }
+}
+
+#[test]
+fn a_second_pass_runs_in_the_middle_of_free() {
+    alone("callback_heap::a_second_pass_runs_in_the_middle_of_free", || {
+        give_memory_back_often();
+        let _hook = Hook::install().expect("the hook works on this machine");
+        for _ in 0..10 {
+            let block = vec![1_u8; 4 << 20];
+            let range =
+                VaRange::covering(Va::new(block.as_ptr().addr() as u64), block.len() as u64).expect("it is not empty");
+            let waits = Arc::new(AtomicUsize::new(0));
+            let waited = Arc::clone(&waits);
+            // What it keeps is on the heap.
+            let table = vec![1_usize; 1000];
+            let finish = Finish::new(move || {
+                waited.fetch_add(table.iter().sum(), Ordering::Relaxed);
+            });
+            let device = Device(Some(finish));
+            let device = IntervalNotifier::insert(&mmu_source::current(), range, device).map_err(|_| "refused");
+            let device = device.expect("outside of brackets");
+            drop(block);
+            assert_eq!(waits.load(Ordering::Relaxed), 1000, "the end of the block was given back");
+            assert!(device.remove().is_ok());
         }
     });
 }
