@@ -13,12 +13,16 @@
 
 mod alloc;
 mod cap;
+mod cgroup;
 mod child;
 pub mod model;
+mod signals;
 
 pub use alloc::Counting;
 pub use cap::{Cap, has_optional_program, is_guest, require, rounds};
+pub use cgroup::Cgroup;
 pub use child::in_child;
+pub use signals::{has_timers, signal_every};
 
 /// The examples of the front page must run. Here, because no published crate brings the front page.
 #[cfg(doctest)]

@@ -210,6 +210,10 @@ fn real_time_signals_are_delivered_each_once() {
         return;
     }
     let trace = trace(&["signals", "200"]);
+    if trace.stdout.starts_with("no more signals") {
+        println!("SKIP real_time_signals_are_delivered_each_once: {} (RLIMIT_SIGPENDING)", trace.stdout.trim());
+        return;
+    }
     assert_eq!((trace.stdout.as_str(), trace.status), ("200\n", ExitStatus::Code(0)));
 }
 

@@ -1,9 +1,10 @@
 //! A cache that asks the kernel source, in a rehearsal: the test makes the kernel's events.
 
 use crate::support::{Book, pages};
-use mmu_notifier::{InvalidateRange, Notifier, Registration, VaRange};
+use mmu_notifier::{InvalidateRange, Notifier, Registration, Va, VaRange};
 use mmu_source::kernel::Kernel;
 use regcache::{Device, Error, Options, RegCache};
+use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use testkit::{Cap, require};
@@ -89,6 +90,35 @@ fn a_cache_of_a_parent_is_refused_in_its_child() {
     let (_kernel, _device, cache) = opened(1 << 16);
     drop(cache.get(pages(10, 4)).unwrap());
     assert!(testkit::in_child(|| matches!(cache.get(pages(10, 4)), Err(Error::Forked))));
+}
+
+/// As daemons do.
+#[test]
+fn a_program_that_closes_every_descriptor_is_served_nothing_stale() {
+    if !require(Cap::Bpf) || !require(Cap::Kvm) {
+        return;
+    }
+    assert!(testkit::in_child(|| {
+        let device = Device::new(Book::default(), Options::new().kernel(Kernel::start().unwrap()));
+        let cache = device.open(&mmu_source::current()).unwrap();
+        let (read_write, private) =
+            (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_POPULATE);
+        // SAFETY: takes a new place for a page.
+        let page = unsafe { libc::mmap(ptr::null_mut(), 4096, read_write, private, -1, 0) };
+        assert_ne!(page, libc::MAP_FAILED);
+        let range = VaRange::covering(Va::new(page.addr() as u64), 1).unwrap();
+        // SAFETY: takes integers. This child needs no descriptor.
+        assert_eq!(unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, 0) }, 0);
+        // The parent of this child changes memory at the same addresses, which are needless misses: once more, then.
+        (0..100).any(|_| {
+            let one = *cache.get(range).unwrap().handle();
+            let is_hit = *cache.get(range).unwrap().handle() == one;
+            // SAFETY: nothing refers to the page made above.
+            assert_eq!(unsafe { libc::madvise(page, 4096, libc::MADV_DONTNEED) }, 0);
+            assert_ne!(*cache.get(range).unwrap().handle(), one, "the page is another one");
+            is_hit
+        })
+    }));
 }
 
 /// Asks a cache for what another thread is registering, in a callback.

@@ -6,7 +6,8 @@ use regcache::{Counting, Device, Error, Lease, Options, RegCache};
 use std::cell::UnsafeCell;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use testkit::in_child;
+use std::time::Duration;
+use testkit::{has_timers, in_child, signal_every};
 
 static CACHE: OnceLock<RegCache<Counting>> = OnceLock::new();
 
@@ -48,24 +49,17 @@ extern "C" fn handler(_: i32) {
     }
 }
 
-/// Sends this process a signal every 50 microseconds, until it ends. Not the one that ends a child that hangs.
 fn send_signals() {
-    // SAFETY: zeroes are a valid `sigevent`.
-    let mut event: libc::sigevent = unsafe { std::mem::zeroed() };
-    (event.sigev_notify, event.sigev_signo) = (libc::SIGEV_SIGNAL, libc::SIGUSR1);
-    let mut timer = std::ptr::null_mut();
     // SAFETY: the handler calls what the documents allow in one, and what it shares is atomic or guarded by `STEP`.
     unsafe { libc::signal(libc::SIGUSR1, handler as *const () as usize) };
-    // SAFETY: reads one local and writes the other.
-    assert_eq!(unsafe { libc::timer_create(libc::CLOCK_MONOTONIC, &mut event, &mut timer) }, 0);
-    let often = libc::timespec { tv_sec: 0, tv_nsec: 50_000 };
-    let often = libc::itimerspec { it_interval: often, it_value: often };
-    // SAFETY: the timer was made above; reads a local.
-    assert_eq!(unsafe { libc::timer_settime(timer, 0, &often, std::ptr::null_mut()) }, 0);
+    signal_every(Duration::from_micros(50), libc::SIGUSR1).expect("a timer");
 }
 
 #[test]
 fn a_signal_handlers_lease_is_kept_and_its_end_is_seen() {
+    if !has_timers() {
+        return;
+    }
     assert!(in_child(|| {
         let (mm, device) = (MmWithUser::new(), Device::new(Counting::default(), Options::new()));
         assert!(CACHE.set(device.open(&mm).unwrap()).is_ok());

@@ -1,0 +1,51 @@
+//! Signals from a timer.
+
+use std::time::Duration;
+use std::{io, mem, ptr, thread};
+
+fn timer(signal: i32) -> io::Result<libc::timer_t> {
+    // SAFETY: zeroes are a valid `sigevent`.
+    let mut event: libc::sigevent = unsafe { mem::zeroed() };
+    (event.sigev_notify, event.sigev_signo) = (libc::SIGEV_SIGNAL, signal);
+    let mut timer = ptr::null_mut();
+    // SAFETY: reads one local and writes the other.
+    match unsafe { libc::timer_create(libc::CLOCK_MONOTONIC, &mut event, &mut timer) } {
+        0 => Ok(timer),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Tells whether a timer can be made: each takes one of the signals that the user's processes may have queued.
+///
+/// If not, it prints `SKIP test: reason`, the test being the one that runs in this thread.
+pub fn has_timers() -> bool {
+    match timer(libc::SIGUSR1) {
+        Ok(timer) => {
+            // SAFETY: it was made above, and is used no more.
+            unsafe { libc::timer_delete(timer) };
+            true
+        }
+        Err(error) => {
+            let name = thread::current().name().unwrap_or("a test").to_owned();
+            println!("SKIP {name}: no timer can be made, see RLIMIT_SIGPENDING: {error}");
+            false
+        }
+    }
+}
+
+/// Sends this process `signal` again and again, until it ends.
+///
+/// SIGALRM is taken: it ends a child of [`in_child`](crate::in_child) that hangs.
+///
+/// # Errors
+/// If no timer can be made.
+pub fn signal_every(time: Duration, signal: i32) -> io::Result<()> {
+    let timer = timer(signal)?;
+    let time = libc::timespec { tv_sec: time.as_secs() as i64, tv_nsec: i64::from(time.subsec_nanos()) };
+    let often = libc::itimerspec { it_interval: time, it_value: time };
+    // SAFETY: the timer was made above; reads a local.
+    match unsafe { libc::timer_settime(timer, 0, &often, ptr::null_mut()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
