@@ -5,9 +5,11 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::thread;
 
 use serde_json::Value;
+use testkit::Cgroup;
 
 use crate::support::{Fifo, check, kill, kind, of_kind, parse, scratch, take_records, trace, within};
 
@@ -239,4 +241,76 @@ print(os.wait()[1], flush=True)";
     drop(within("the child's open", move || fs::File::options().write(true).open(path).unwrap()));
     assert_eq!(lines.next().unwrap().unwrap(), "0");
     assert!(parent.wait().unwrap().success());
+}
+
+/// Frozen before `mmun` attaches, and after.
+#[test]
+fn a_frozen_process_is_let_go_at_the_first_signal() {
+    for frozen_first in [true, false] {
+        let Some(group) = Cgroup::new_or_skip() else { return };
+        let mut shell = bystander();
+        let (mut stdin, mut lines) =
+            (shell.stdin.take().unwrap(), BufReader::new(shell.stdout.take().unwrap()).lines());
+        assert_eq!(lines.next().unwrap().unwrap(), "ready");
+        let (pid, group) = (shell.id(), Arc::new(group));
+        group.add(pid).unwrap();
+        let freeze = || {
+            group.freeze().unwrap();
+            let group = Arc::clone(&group);
+            until("the freeze", move || group.is_frozen());
+        };
+        if frozen_first {
+            freeze();
+        }
+        let path = scratch("trace.json");
+        let mut command = trace();
+        command.args(["--json", "-o", path.to_str().unwrap(), "-p", &pid.to_string()]);
+        let mut mmun = command.spawn().unwrap();
+        let written = path.clone();
+        until("the record of the task", move || {
+            fs::read_to_string(&written).is_ok_and(|text| text.contains("\"kind\":\"get\""))
+        });
+        if !frozen_first {
+            freeze();
+        }
+        kill(mmun.id(), libc::SIGTERM);
+        // It is frozen still.
+        assert_eq!(within("mmun trace", move || mmun.wait().unwrap()).signal(), Some(libc::SIGTERM));
+        until("detaching", move || tracer_of(pid) == 0);
+        let refrozen = Arc::clone(&group);
+        until("the freeze", move || refrozen.is_frozen());
+        let records = take_records(&path);
+        check(&records);
+        let let_go: Vec<_> = of_kind(&records, "detach").map(|record| record["tid"].as_u64()).collect();
+        assert_eq!(let_go, [Some(u64::from(pid))]);
+        group.thaw().unwrap();
+        writeln!(stdin, "free").unwrap();
+        assert_eq!(lines.next().unwrap().unwrap(), "free");
+        drop(stdin);
+        assert!(shell.wait().unwrap().success());
+    }
+}
+
+/// A program that `mmun` has started keeps its tracer, for its filter; `mmun` itself ends at once.
+#[test]
+fn an_ending_signal_does_not_wait_for_a_frozen_program() {
+    let Some(group) = Cgroup::new_or_skip() else { return };
+    let (gated, path) = (Gated::new(), scratch("trace.json"));
+    let mut command = trace();
+    command.args(["--json", "--summary", "-o"]).arg(&path);
+    command.args(["sh", "-c", &gated.script().replace("echo here", "echo $$")]);
+    let mut mmun = command.spawn().unwrap();
+    let shell: u32 = gated.ready.read().trim().parse().unwrap();
+    let group = Arc::new(group);
+    group.add(shell).unwrap();
+    group.freeze().unwrap();
+    let frozen = Arc::clone(&group);
+    until("the freeze", move || frozen.is_frozen());
+    kill(mmun.id(), libc::SIGTERM);
+    assert_eq!(within("mmun trace", move || mmun.wait().unwrap()).signal(), Some(libc::SIGTERM));
+    must_have_ended_early(&take_records(&path));
+    group.thaw().unwrap();
+    gated.must_be_alive();
+    let gone = format!("/proc/{shell}");
+    until("the end of the program", move || !fs::exists(&gone).unwrap());
 }

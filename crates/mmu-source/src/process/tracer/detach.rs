@@ -18,8 +18,8 @@ impl<O: Observer> Tracer<O> {
     /// Lets go of everybody: closes every bracket, lets every task leave, and detaches the tracees that have no filter.
     ///
     /// The others are the [`Keeper`]'s: a task with a filter and without a tracer has its memory calls refused (`ENOSYS`). So is
-    /// a task that cannot be stopped at once, such as a parent that waits in `vfork` for its child, or a frozen one. If its
-    /// tracer's thread ends, the kernel lets go of it.
+    /// a task that cannot be stopped at once: a parent that waits in `vfork` for its child, or a task that the freezer of cgroup v1
+    /// holds (that of v2 lets it stop). If its tracer's thread ends, the kernel lets go of it.
     /// Pending signals and job control stops stay as they are.
     ///
     /// # Blocking
