@@ -10,7 +10,8 @@ macro_rules! export {
         $(#[$attribute])*
         #[unsafe(no_mangle)]
         pub unsafe extern "C" fn $name($($arg: $type),*) $(-> $result)? {
-            let border = $crate::border::Border(stringify!($name));
+            // The function around it is `extern "C"`, and so aborts after this.
+            let border = $crate::border::on_unwind!($crate::border::say_bug(stringify!($name)));
             #[allow(clippy::redundant_closure_call, reason = "so that `return` and `?` stay within the border")]
             let result = (|| $(-> $result)? { $body })();
             std::mem::forget(border);
@@ -21,32 +22,39 @@ macro_rules! export {
 
 pub(crate) use export;
 
-/// Dropped only by a panic: the function around it aborts then, as it is `extern "C"`.
-pub(crate) struct Border(pub(crate) &'static str);
-
-impl Drop for Border {
-    #[cold]
-    fn drop(&mut self) {
-        say(&["libmmun: bug: ", self.0, " panicked; please report what is said above"]);
-    }
+/// Makes a value that runs `$call` if it is dropped, which only unwinding does: the caller forgets
+/// it otherwise. It has no fields, because a name in it would be stored on each call.
+macro_rules! on_unwind {
+    ($call:expr) => {{
+        struct OnUnwind;
+        impl Drop for OnUnwind {
+            #[cold]
+            fn drop(&mut self) {
+                $call;
+            }
+        }
+        OnUnwind
+    }};
 }
 
-/// Runs a callback of the program; an exception that leaves it ends the process.
-#[inline(always)]
-pub(crate) fn guarded<R>(name: &'static str, callback: impl FnOnce() -> R) -> R {
-    let guard = Guard(name);
-    let result = callback();
-    std::mem::forget(guard);
-    result
+pub(crate) use on_unwind;
+
+/// Runs a callback of the program; an exception that leaves the callback ends the process.
+macro_rules! guarded {
+    ($name:literal, $callback:expr) => {{
+        let guard = $crate::border::on_unwind!($crate::border::die($name, "an exception has left the callback"));
+        let result = $callback;
+        std::mem::forget(guard);
+        result
+    }};
 }
 
-struct Guard(&'static str);
+pub(crate) use guarded;
 
-impl Drop for Guard {
-    #[cold]
-    fn drop(&mut self) {
-        die(self.0, "an exception has left the callback");
-    }
+/// Says that an exported function has panicked.
+#[cold]
+pub(crate) fn say_bug(function: &str) {
+    say(&["libmmun: bug: ", function, " panicked; please report what is said above"]);
 }
 
 /// Says a line on the standard error, without the allocator, which may be what this thread is in

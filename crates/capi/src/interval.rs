@@ -47,7 +47,7 @@ impl RawIntervalOps for Driver {
         // SAFETY: The driver's own callback, with its own interval, which is inserted: so says the
         // header.
         let call = || unsafe { (self.invalidate)(self.me.as_ptr(), &Range::of(range), seq) };
-        let done = guarded("mmu_interval_notifier_ops.invalidate", call);
+        let done = guarded!("mmu_interval_notifier_ops.invalidate", call());
         match range.blocking() {
             _ if done => Ok(()),
             Blocking::Forbidden => Err(WouldBlock),

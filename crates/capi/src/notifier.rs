@@ -76,7 +76,7 @@ impl Driver {
         let call = |start: Start| unsafe { start(self.me.as_ptr(), &Range::of(range)) };
         self.ops()
             .invalidate_range_start
-            .map_or(0, |start| guarded("mmu_notifier_ops.invalidate_range_start", || call(start)))
+            .map_or(0, |start| guarded!("mmu_notifier_ops.invalidate_range_start", call(start)))
     }
 }
 
@@ -84,7 +84,7 @@ impl Notifier for Driver {
     fn release(&self, mm: &Mm) {
         if let Some(release) = self.ops().release {
             // SAFETY: As for `start`.
-            guarded("mmu_notifier_ops.release", || unsafe { release(self.me.as_ptr(), mm::bits(mm)) });
+            guarded!("mmu_notifier_ops.release", unsafe { release(self.me.as_ptr(), mm::bits(mm)) });
         }
     }
 
@@ -107,7 +107,7 @@ impl Notifier for Driver {
     fn invalidate_range_end(&self, range: &InvalidateRange<'_>) {
         if let Some(end) = self.ops().invalidate_range_end {
             // SAFETY: As for `start`.
-            guarded("mmu_notifier_ops.invalidate_range_end", || unsafe { end(self.me.as_ptr(), &Range::of(range)) });
+            guarded!("mmu_notifier_ops.invalidate_range_end", unsafe { end(self.me.as_ptr(), &Range::of(range)) });
         }
     }
 
@@ -115,20 +115,20 @@ impl Notifier for Driver {
         let (start, end) = range::bounds(range);
         // SAFETY: As for `start`.
         let call = |f: Young| unsafe { f(self.me.as_ptr(), mm::bits(mm), start, end) } != 0;
-        self.ops().clear_flush_young.is_some_and(|f| guarded("mmu_notifier_ops.clear_flush_young", || call(f)))
+        self.ops().clear_flush_young.is_some_and(|f| guarded!("mmu_notifier_ops.clear_flush_young", call(f)))
     }
 
     fn clear_young(&self, mm: &Mm, range: VaRange) -> bool {
         let (start, end) = range::bounds(range);
         // SAFETY: As for `start`.
         let call = |f: Young| unsafe { f(self.me.as_ptr(), mm::bits(mm), start, end) } != 0;
-        self.ops().clear_young.is_some_and(|f| guarded("mmu_notifier_ops.clear_young", || call(f)))
+        self.ops().clear_young.is_some_and(|f| guarded!("mmu_notifier_ops.clear_young", call(f)))
     }
 
     fn test_young(&self, mm: &Mm, address: Va) -> bool {
         // SAFETY: As for `start`.
         let call = |f: TestYoung| unsafe { f(self.me.as_ptr(), mm::bits(mm), address.get()) } != 0;
-        self.ops().test_young.is_some_and(|f| guarded("mmu_notifier_ops.test_young", || call(f)))
+        self.ops().test_young.is_some_and(|f| guarded!("mmu_notifier_ops.test_young", call(f)))
     }
 
     fn secondary_tlb(&self, _: Sealed) -> Option<&dyn SecondaryTlb> {
@@ -142,7 +142,7 @@ impl SecondaryTlb for Driver {
             let (start, end) = range::bounds(range);
             // SAFETY: As for `start`.
             let call = || unsafe { flush(self.me.as_ptr(), mm::bits(mm), start, end) };
-            guarded("mmu_notifier_ops.arch_invalidate_secondary_tlbs", call);
+            guarded!("mmu_notifier_ops.arch_invalidate_secondary_tlbs", call());
         }
     }
 }
@@ -156,7 +156,7 @@ unsafe impl Embedded for Driver {
         if let Some(free) = unsafe { ops.as_ref() }.free_notifier {
             // SAFETY: It is the driver's own function, called once, with its own notifier, which
             // nobody uses any more.
-            guarded("mmu_notifier_ops.free_notifier", || unsafe { free(me.as_ptr()) });
+            guarded!("mmu_notifier_ops.free_notifier", unsafe { free(me.as_ptr()) });
         }
     }
 }
@@ -261,7 +261,8 @@ unsafe fn get_locked(function: &str, ops: NonNull<Ops>, mm: *mut MmStruct) -> Re
     // SAFETY: The table must live: the caller's duty.
     let Some(alloc) = unsafe { ops.as_ref() }.alloc_notifier else { return Err(-libc::EINVAL) };
     // SAFETY: The driver's own function, under the lock, as the header says.
-    let made = guarded("mmu_notifier_ops.alloc_notifier", || unsafe { alloc(mm) });
+    let call = || unsafe { alloc(mm) };
+    let made = guarded!("mmu_notifier_ops.alloc_notifier", call());
     let Some(notifier) = NonNull::new(made) else { return Err(-libc::ENOMEM) };
     if is_error(made) {
         return Err(c_int::try_from(made.addr().cast_signed()).expect("an error number is small"));

@@ -82,10 +82,7 @@ pub(crate) fn bounds(range: VaRange) -> (c_ulong, c_ulong) {
 /// no bytes.
 #[inline(always)]
 pub(crate) fn pages(start: c_ulong, end: c_ulong) -> Option<VaRange> {
-    match VaRange::new(Va::new(start), Va::new(end)) {
-        Ok(range) => Some(range),
-        Err(_) => VaRange::covering(Va::new(start), end.checked_sub(start)?).ok(),
-    }
+    VaRange::covering(Va::new(start), end.checked_sub(start)?).ok()
 }
 
 impl Range {

@@ -129,11 +129,11 @@ impl Registrar for Driver {
 
     fn register(&self, range: VaRange) -> Result<Handle, Refused> {
         let mut value = ptr::null_mut();
-        let register = || {
+        let mut register = || {
             // SAFETY: The program's own function, with its own context: so says the header.
             unsafe { (self.register_region)(self.context, start(range), length(range), &raw mut value) }
         };
-        match guarded("mmun_registrar.register_region", register) {
+        match guarded!("mmun_registrar.register_region", register()) {
             0 => Ok(Handle { value, range }),
             code @ -4095..0 => Err(Refused(code)),
             _ => Err(Refused(-libc::EIO)),
@@ -145,7 +145,7 @@ impl Registrar for Driver {
             // SAFETY: As in `register`, and once for each handle.
             unsafe { (self.deregister_region)(self.context, start(range), length(range), value) }
         };
-        guarded("mmun_registrar.deregister_region", deregister);
+        guarded!("mmun_registrar.deregister_region", deregister());
     }
 
     fn cause(&self, error: &Refused) -> Cause {

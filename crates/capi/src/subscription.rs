@@ -57,30 +57,33 @@ unsafe impl Sync for Callbacks {}
 
 impl Callbacks {
     #[inline(always)]
-    fn call(&self, name: &'static str, callback: Callback, range: &InvalidateRange<'_>) {
-        let Some(callback) = callback else { return };
+    fn change(&self, range: &InvalidateRange<'_>) -> Change {
         let (start, end) = bounds(range.range());
-        let change = Change {
+        Change {
             size: size_of::<Change>(),
             start: start as usize,
             end: end as usize,
             event: event(range.event()),
             cause: if self.by_kernel && Kernel::is_telling() { TOLD } else { BRACKET },
-        };
-        // SAFETY: The program's own callback, with its own context: so says the header.
-        guarded(name, || unsafe { callback(self.context, &raw const change) });
+        }
     }
 }
 
 impl Notifier for Callbacks {
     #[inline]
     fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
-        self.call("mmun_ops.start", self.start, range);
+        if let Some(start) = self.start {
+            // SAFETY: The program's own callback, with its own context: so says the header.
+            guarded!("mmun_ops.start", unsafe { start(self.context, &self.change(range)) });
+        }
     }
 
     #[inline]
     fn invalidate_range_end(&self, range: &InvalidateRange<'_>) {
-        self.call("mmun_ops.end", self.end, range);
+        if let Some(end) = self.end {
+            // SAFETY: The program's own callback, with its own context: so says the header.
+            guarded!("mmun_ops.end", unsafe { end(self.context, &self.change(range)) });
+        }
     }
 }
 

@@ -122,6 +122,7 @@ impl Mm {
 
     /// Returns how many [`MmWithUser`] there are. A snapshot for reports and tests.
     #[must_use]
+    #[inline]
     pub fn mm_users(&self) -> usize {
         self.0.users.load(Ordering::Relaxed)
     }

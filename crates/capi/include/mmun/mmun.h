@@ -38,7 +38,9 @@
  *            you are older than the library, fields that you do not have count as zero. If you are
  *            newer, fields that the library does not know must be zero, or the call is -E2BIG.
  * Threads    Any thread may call any function at any time, also several with the same handle, unless
- *            the function says otherwise. As everywhere in C, what is closed must not be used.
+ *            the function says otherwise. As everywhere in C, what is closed must not be used. A call
+ *            that ends a handle (close, unsubscribe, unwatch, put) must be the only one with that
+ *            handle: two threads that end it at the same time free it twice, as with free().
  * Callbacks  May run in any thread, several at once, and in the middle of malloc() and free(). See
  *            struct mmun_change for what they may do. An exception of C++ that leaves a callback ends
  *            the process with a message.
@@ -240,7 +242,8 @@ int mmun_subscribe(const struct mmun *mmun, const struct mmun_ops *ops, void *co
 		   struct mmun_subscription **subscription);
 
 /* Ends a subscription: when it returns 0, no callback runs, and none will. -EDEADLK in a callback
- * or inside an invalidation, where it would wait for itself; the subscription goes on then. */
+ * or inside an invalidation, where it would wait for itself; the subscription goes on then. Only one
+ * thread may call it for a subscription, also while the call waits: a second call uses freed memory. */
 int mmun_unsubscribe(struct mmun_subscription *subscription);
 
 /* Sees to it that callbacks have run for all changes that began before the call. Two loads if

@@ -52,6 +52,22 @@ fn under_valgrind() {
     }
 }
 
+/// What the headers allow in a signal handler: `mmun_watch_valid`.
+#[test]
+fn a_signal_handler_may_ask_a_watch() {
+    let Some(program) = compile("signals", "gcc", FLAGS, &sources("tests/c/signals")) else { return };
+    let asked = |source: &str| {
+        let output = succeed(Command::new(&program).args([source, "100"]));
+        assert_eq!(output, "ok 100 signals\n", "{source}");
+    };
+    asked("own");
+    #[cfg(all(target_arch = "x86_64", target_env = "gnu"))]
+    asked("hook");
+    if require(Cap::Kvm) && require(Cap::Bpf) {
+        asked("kernel");
+    }
+}
+
 /// For a second; a minute under the thread sanitizer is run by hand.
 #[test]
 fn thirty_two_threads() {

@@ -77,6 +77,7 @@ impl Bracketed {
         Ok(Self { brackets, id, word })
     }
 
+    #[inline]
     fn is_inherited(&self) -> bool {
         marks().alive.load(Ordering::Relaxed) != self.brackets.id
     }
