@@ -1,4 +1,5 @@
-//! What this thread is in the middle of, so that a wait which could never end is refused instead.
+//! The sections that this thread is inside of. A wait that could never end is refused because of
+//! them.
 
 use crate::Mm;
 use crate::lockdep::Section;
@@ -6,18 +7,18 @@ use crate::lockdep::Section;
 srcu::thread_word! {
     /// How many brackets, releases and frees of any address space this thread is inside of.
     static DEPTH: u64 = 0;
-    /// One if this thread is running a deferred free, so on the reclaimer.
+    /// One if this thread is running a deferred free. Only the background thread does.
     static FREEING: u64 = 0;
 }
 
-/// Marks this thread as being inside a callback section, until dropped.
+/// Records that this thread is inside a callback section, until dropped.
 #[derive(Debug)]
 pub(crate) struct Inside {
     _section: Section,
 }
 
 impl Inside {
-    /// A bracket or callback of `mm`.
+    /// Enters a bracket or callback of `mm`.
     #[inline]
     pub(crate) fn enter(mm: &Mm) -> Self {
         Self::enter_section(Section::enter(Some(mm.id())))
@@ -37,14 +38,15 @@ impl Drop for Inside {
     }
 }
 
-/// Tells whether this thread is inside a bracket, a release or a free of any address space, or runs deferred work at all.
+/// Tells whether this thread is inside a bracket, a release or a free of any address space, or is
+/// the background thread.
 pub(crate) fn is_inside() -> bool {
     DEPTH.get() != 0 || srcu::is_reclaimer()
 }
 
-/// Runs `f`, marked as a deferred free.
+/// Runs `f`, and records it as a deferred free.
 pub(crate) fn freeing<R>(f: impl FnOnce() -> R) -> R {
-    /// Also if `f` panics.
+    /// Restores the mark even if `f` panics.
     struct Restore(u64);
     impl Drop for Restore {
         fn drop(&mut self) {

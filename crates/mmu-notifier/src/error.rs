@@ -1,4 +1,4 @@
-//! What can go wrong.
+//! The errors of this crate.
 
 use crate::{Notifier, Registration};
 use std::error::Error;
@@ -6,9 +6,7 @@ use std::fmt;
 
 pub use srcu::WouldDeadlock;
 
-/// A notifier has as many users as can be counted; put one and try again.
-///
-/// 2^32 - 1 can be counted.
+/// A notifier has the maximum number of users, 2^32 - 1. Put one and try again.
 ///
 /// # Source
 /// `-EOVERFLOW` from `mmu_notifier_get`.
@@ -26,7 +24,8 @@ impl Error for Overflow {}
 /// Why [`Subsystem::get`](crate::Subsystem::get) made no subscription. Nothing is registered then.
 ///
 /// # Source
-/// The `ERR_PTR` of `mmu_notifier_get`, Linux 5.15. Differs: no EINTR and no ENOMEM; a wait for oneself is an error and no hang.
+/// The `ERR_PTR` of `mmu_notifier_get`, Linux 5.15. Differs: no EINTR and no ENOMEM; a wait for the
+/// caller's own thread is an error instead of a hang.
 ///
 /// # Examples
 /// ```
@@ -43,11 +42,12 @@ impl Error for Overflow {}
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum GetError<E> {
-    /// The subsystem's `alloc` failed with this.
+    /// The subsystem's `alloc` failed with this error.
     Alloc(E),
-    /// The notifier has as many users as can be counted.
+    /// The notifier has the maximum number of users.
     Overflow,
-    /// A new notifier has to be made, and this thread is where waiting for brackets would wait for itself.
+    /// A new notifier has to be made, but this thread would wait for itself if it waited for
+    /// brackets.
     WouldDeadlock,
 }
 
@@ -70,11 +70,12 @@ impl<E: Error + 'static> Error for GetError<E> {
     }
 }
 
-/// A notifier that could not be registered, and why. It comes back as it was, and nobody has seen it. `?` turns the error
-/// into [`WouldDeadlock`] and drops the notifier.
+/// A notifier that could not be registered, and the reason. It comes back unchanged, and no
+/// callback has run in it. `?` turns the error into [`WouldDeadlock`] and drops the notifier.
 ///
 /// # Source
-/// The errors of `mmu_notifier_register`, Linux 5.15. Differs: the notifier is not left half set up; no EINTR and no ENOMEM.
+/// The errors of `mmu_notifier_register`, Linux 5.15. Differs: the notifier is not left half set
+/// up; no EINTR and no ENOMEM.
 ///
 /// # Examples
 /// ```
@@ -93,26 +94,28 @@ impl<E: Error + 'static> Error for GetError<E> {
 /// ```
 #[non_exhaustive]
 pub struct RegisterError<N> {
-    /// Why not.
+    /// The reason.
     pub error: WouldDeadlock,
     /// The notifier, for another try.
     pub notifier: N,
 }
 
-/// A registration that could not be taken back here, and why. See [`Registration::unregister`] for an example. `?` turns the
-/// error into [`WouldDeadlock`] and drops the registration, which is a put.
+/// A registration that could not be taken back here, and the reason. See
+/// [`Registration::unregister`] for an example. `?` turns the error into [`WouldDeadlock`] and
+/// drops the registration, which is a put.
 ///
 /// # Source
 /// None: the kernel's `mmu_notifier_unregister` hangs in this case.
 #[non_exhaustive]
 pub struct UnregisterError<N: Notifier> {
-    /// Why not.
+    /// The reason.
     pub error: WouldDeadlock,
     /// The registration, which is still good.
     pub registration: Registration<N>,
 }
 
-/// For errors that hand a value back: `?` in a function that returns [`WouldDeadlock`] keeps the reason and drops the value.
+/// For errors that hand a value back. In a function that returns [`WouldDeadlock`], `?` keeps the
+/// reason and drops the value.
 macro_rules! carries_a_value {
     ($name:ident<$value:ident: $bound:path>) => {
         impl<$value: $bound> std::fmt::Debug for $name<$value> {

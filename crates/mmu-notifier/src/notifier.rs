@@ -3,36 +3,44 @@
 use crate::secondary::{Sealed, SecondaryTlb};
 use crate::{InvalidateRange, Mm, Va, VaRange, WouldBlock};
 
-/// What a subscriber does when an address space changes. Every method has a default that does nothing.
+/// What a subscriber does when an address space changes. Every method has a default that does
+/// nothing.
 ///
-/// The kernel's `free_notifier` is the value's own `Drop`: it runs on the reclaimer thread of the `srcu` crate, after a
-/// grace period, when no callback of this value can still be running. It also runs, in the caller's thread, for a value
-/// that was never registered.
+/// The kernel's `free_notifier` is the value's own `Drop`. It runs on the background thread of the
+/// `srcu` crate, after a grace period, when no callback of this value can still be running. For a
+/// value that was never registered, it runs in the caller's thread.
 ///
-/// Callbacks may run before `get` has returned to its caller, in parallel with themselves, and after the last reference
-/// was put (until the grace period ends). A start need not be followed by an end: the subscriber may be
+/// Callbacks may run before `get` has returned, in parallel with themselves, and after the last
+/// put, until the grace period ends. A start need not be followed by an end: the subscriber may be
 /// put, unregistered or released in between.
-/// A callback may put, look up existing subscriptions and open further brackets; it cannot wait for callbacks to end,
-/// and what would wait returns [`WouldDeadlock`](crate::WouldDeadlock) instead. A panic in a callback is caught and
-/// counted ([`Mm::callback_panics`]); the other subscribers are still called.
+///
+/// A callback may put, look up existing subscriptions and open further brackets. It cannot wait for
+/// callbacks to end: a call that would wait returns [`WouldDeadlock`](crate::WouldDeadlock)
+/// instead. A panic in a callback is caught and counted ([`Mm::callback_panics`]), and the other
+/// subscribers are still called.
 ///
 /// # What a start or end callback must not do
-/// Where the address space is the caller's own, memory also changes inside the allocator: `free` gives a block back to the
-/// kernel with its own locks held, and the callback runs in the middle of it. So a callback must not
-/// * allocate or free memory: no insert into or removal from a collection that owns nodes, no clone of a `String`, no `Finish::new`;
-/// * print or log, which allocates and takes the lock of the stream;
-/// * take a lock whose holders allocate, free or print, because such a holder may be this very thread;
+/// If the address space is the caller's own, the allocator changes it as well: `free` returns a
+/// block to the kernel while it holds the allocator's locks, and the callback runs in the middle of
+/// `free`. So a callback must not
+/// * allocate or free memory: no insert into or removal from a collection that owns nodes, no clone
+///   of a `String`, no `Finish::new`;
+/// * print or log, because that allocates and takes the lock of the stream;
+/// * take a lock whose holders allocate, free or print, because such a holder may be this very
+///   thread;
 /// * load libraries, or use thread-local storage with a destructor.
 ///
-/// It may store to atomics, take locks that are held over memory of a fixed size only, and make system calls. Keep what a
-/// callback has to change in such memory ([`SoftTlb`](crate::SoftTlb) is a ready table), or mark it there and let the
-/// next user free it. [`lockdep::CheckedAlloc`](crate::lockdep::CheckedAlloc) finds a mistake at the first call. Only the subscribers
-/// of an address space that no allocator of this thread changes, as those of another process, are free to do as they like.
+/// A callback may store to atomics, make system calls, and take locks whose holders only touch
+/// memory of a fixed size. Keep the data that a callback changes in such memory
+/// ([`SoftTlb`](crate::SoftTlb) is a ready-made table), or let the callback mark the data and the
+/// next user free it. [`lockdep::CheckedAlloc`](crate::lockdep::CheckedAlloc) finds a violation at
+/// the first call. The rules do not apply to a subscriber of another process's address space,
+/// because no allocator of this process changes that.
 ///
 /// # Source
-/// `struct mmu_notifier_ops`, include/linux/mmu_notifier.h, Linux 5.15. Differs: `change_pte` (gone since 6.10) is left out;
-/// `free_notifier` is `Drop`, `alloc_notifier` the closure of a [`Subsystem`](crate::Subsystem); flushing a secondary TLB
-/// is a [trait of its own](SecondaryTlb).
+/// `struct mmu_notifier_ops`, include/linux/mmu_notifier.h, Linux 5.15. Differs: `change_pte`
+/// (removed in 6.10) is left out; `free_notifier` is `Drop`, `alloc_notifier` is the closure of a
+/// [`Subsystem`](crate::Subsystem); flushing a secondary TLB is a [trait of its own](SecondaryTlb).
 ///
 /// # Examples
 /// A subscriber that may refuse, and is then called again where it may sleep:
@@ -85,11 +93,13 @@ use crate::{InvalidateRange, Mm, Va, VaRange, WouldBlock};
 /// ```
 #[doc(alias = "mmu_notifier_ops")]
 pub trait Notifier: Send + Sync + 'static {
-    /// Lets go of the whole address space, which is about to end.
+    /// Drops everything of the address space, which is about to end.
     ///
-    /// When it has returned nothing may be able to use the address space through this subscriber any more. Other callbacks may
-    /// still come, during it and until it is delisted right after, so it must leave them something to stand on. May run
-    /// twice and in parallel for a [`Registration`](crate::Registration): once from exit, once from `unregister`.
+    /// After it has returned, neither the subscriber nor a device behind it may use the address
+    /// space. Other callbacks may run in parallel with `release`, and after it until exit delists
+    /// the subscriber, so `release` must leave the subscriber in a state in which they can run.
+    /// For a [`Registration`](crate::Registration) it may run twice, and in parallel: once from
+    /// exit, once from `unregister`.
     ///
     /// # Blocking
     /// May sleep; exit waits for it.
@@ -99,33 +109,37 @@ pub trait Notifier: Send + Sync + 'static {
         let _ = mm;
     }
 
-    /// Lets go of a range that is about to change, and keeps off it until the matching
+    /// Drops a range that is about to change, and does not use the range until the matching
     /// [`invalidate_range_end`](Self::invalidate_range_end).
     ///
     /// # Blocking
-    /// May sleep; [`try_invalidate_range_start`](Self::try_invalidate_range_start) is called where that is forbidden.
+    /// May sleep. Where sleeping is forbidden,
+    /// [`try_invalidate_range_start`](Self::try_invalidate_range_start) is called instead.
     /// # Source
-    /// `invalidate_range_start` in blockable mode. Differs: it returns nothing, as it must not refuse.
+    /// `invalidate_range_start` in blockable mode. Differs: it returns nothing, because it must not
+    /// refuse.
     fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
         let _ = range;
     }
 
-    /// The same where sleeping is forbidden. The default calls `invalidate_range_start`, so a subscriber whose start may sleep
-    /// must write this one as well.
+    /// The same as [`invalidate_range_start`](Self::invalidate_range_start), where sleeping is
+    /// forbidden. The default calls `invalidate_range_start`, so a subscriber whose start may sleep
+    /// must implement this method as well.
     ///
     /// # Blocking
     /// Must not sleep.
     /// # Errors
     /// [`WouldBlock`] if it would have to sleep. Then it must have changed nothing, and it gets no end.
     /// # Source
-    /// `invalidate_range_start` in non-blockable mode. Differs: `-EAGAIN` is the only error there is; who refused may have an
-    /// end and does not get it.
+    /// `invalidate_range_start` in non-blockable mode. Differs: `-EAGAIN` is the only error. A
+    /// subscriber that refuses may implement the end; that end is not called for the refused start.
     fn try_invalidate_range_start(&self, range: &InvalidateRange<'_>) -> Result<(), WouldBlock> {
         self.invalidate_range_start(range);
         Ok(())
     }
 
-    /// Hears that the change is over and the range may be used again. The range is that of the start.
+    /// Reports that the change is over, so the range may be used again. The range is that of the
+    /// start.
     ///
     /// # Blocking
     /// May sleep unless [`InvalidateRange::blocking`] forbids it.
@@ -135,11 +149,11 @@ pub trait Notifier: Send + Sync + 'static {
         let _ = range;
     }
 
-    /// Clears the accessed marks of a range, flushes, and tells whether any was set. Hardware without such marks may let go of
-    /// the range, and tell whether it had anything there.
+    /// Clears the accessed marks of a range, flushes, and tells whether any mark was set. Hardware
+    /// without such marks may drop the range instead, and tell whether it had an entry there.
     ///
     /// # Blocking
-    /// May sleep; whoever asks waits.
+    /// May sleep; the caller of [`Mm::clear_flush_young`] waits.
     /// # Source
     /// `clear_flush_young` of `struct mmu_notifier_ops`, Linux 5.15. Differs: it returns a `bool`.
     fn clear_flush_young(&self, mm: &Mm, range: VaRange) -> bool {
@@ -150,7 +164,7 @@ pub trait Notifier: Send + Sync + 'static {
     /// Clears the accessed marks of a range, and tells whether any was set. Need not flush.
     ///
     /// # Blocking
-    /// May sleep; whoever asks waits.
+    /// May sleep; the caller of [`Mm::clear_young`] waits.
     /// # Source
     /// `clear_young` of `struct mmu_notifier_ops`, Linux 5.15. Differs: it returns a `bool`.
     fn clear_young(&self, mm: &Mm, range: VaRange) -> bool {
@@ -161,7 +175,7 @@ pub trait Notifier: Send + Sync + 'static {
     /// Tells whether the accessed mark of the page at `address` is set, and changes nothing.
     ///
     /// # Blocking
-    /// May sleep; whoever asks waits.
+    /// May sleep; the caller of [`Mm::test_young`] waits.
     /// # Source
     /// `test_young` of `struct mmu_notifier_ops`, Linux 5.15. Differs: it returns a `bool`.
     fn test_young(&self, mm: &Mm, address: Va) -> bool {
@@ -169,7 +183,7 @@ pub trait Notifier: Send + Sync + 'static {
         false
     }
 
-    /// The other kind of subscriber, which [`Secondary`](crate::Secondary) alone can be.
+    /// The other kind of subscriber, which only [`Secondary`](crate::Secondary) can be.
     #[doc(hidden)]
     fn secondary_tlb(&self, _: Sealed) -> Option<&dyn SecondaryTlb> {
         None

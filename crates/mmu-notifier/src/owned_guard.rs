@@ -1,8 +1,8 @@
-//! A read section of an address space's domain that keeps the address space.
+//! A read section of an address space's domain that keeps the address space's object alive.
 //!
 //! # Safety
-//! `guard` really borrows from the heap object behind `mm`, which does not move when the handle does, and is dropped
-//! before it.
+//! `guard` really borrows from the heap object behind `mm`. That object does not move when the
+//! handle does, and `guard` is dropped before `mm`.
 
 use crate::Mm;
 use srcu::Guard;
@@ -19,8 +19,9 @@ pub(crate) struct OwnedGuard {
 impl OwnedGuard {
     pub(crate) fn new(mm: Mm) -> Self {
         let guard = mm.subscriptions().srcu().read_lock();
-        // SAFETY: The domain must outlive the guard. It lives in the shared object that `mm` keeps, at a fixed address, and
-        // `drop` below ends the guard before `mm`. The longer lifetime is never given out: `get` shortens it.
+        // SAFETY: The domain must outlive the guard. It lives in the shared object that `mm` keeps
+        // alive, at a fixed address, and `drop` below ends the guard before `mm`. The longer
+        // lifetime never leaves this type: no method returns the guard.
         let guard = unsafe { std::mem::transmute::<Guard<'_>, Guard<'static>>(guard) };
         Self { guard: ManuallyDrop::new(guard), mm }
     }

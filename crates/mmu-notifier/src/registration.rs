@@ -1,4 +1,4 @@
-//! Registration: for callers that own their notifier and take it back.
+//! Registration: for callers that make a notifier and later take it back.
 
 use crate::subscriptions::NodeRef;
 use crate::subsystem::Pending;
@@ -9,7 +9,7 @@ use crate::{
 use std::fmt;
 use std::ops::Deref;
 
-/// Lists a new node and waits until every bracket that does not know it has ended.
+/// Lists a new node and waits until every bracket that does not call it has ended.
 ///
 /// # Source
 /// `__mmu_notifier_register`, Linux 5.15. Differs: a grace period of brackets replaces `mm_take_all_locks`.
@@ -17,7 +17,8 @@ pub(crate) fn publish<N: Notifier>(node: &NodeRef<N>, locked: &MmapWriteGuard<'_
     let list = locked.subscriptions();
     list.srcu().prepare();
     list.insert(node);
-    // Every caller has asked `would_deadlock` since it took the lock and ran its last callback, so this is not refused.
+    // Every caller has asked `would_deadlock` since it took the lock and ran its last callback, so
+    // this wait is not refused.
     let waited = if mutant("register_waits_not") { Ok(()) } else { list.srcu().synchronize() };
     debug_assert!(waited.is_ok(), "a registrar was refused its grace period");
 }
@@ -41,7 +42,7 @@ pub(crate) fn register<N: Notifier>(
 /// Calls `release` of a notifier that is to be unregistered, unless exit has done so.
 ///
 /// # Errors
-/// If this thread must not wait for its callbacks afterwards.
+/// If this thread must not wait for the notifier's callbacks afterwards.
 #[cfg_attr(debug_assertions, track_caller)]
 pub(crate) fn release<N: Notifier>(node: &NodeRef<N>) -> Result<(), WouldDeadlock> {
     let mm = node.mm();
@@ -60,7 +61,8 @@ pub(crate) fn release<N: Notifier>(node: &NodeRef<N>) -> Result<(), WouldDeadloc
             mm.catching(|| node.value().release(mm));
         }
         if mm.would_deadlock() {
-            // `release` has left a bracket open on this thread, and the grace period would wait for its end.
+            // `release` has left a bracket open on this thread, and the grace period would wait for
+            // it.
             return Err(WouldDeadlock);
         }
     }
@@ -69,9 +71,10 @@ pub(crate) fn release<N: Notifier>(node: &NodeRef<N>) -> Result<(), WouldDeadloc
 
 /// A notifier that one owner has registered and will take back.
 ///
-/// No subsystem finds it: it has no key, so it cannot be shared by mistake and then unregistered under its sharers.
-/// Dropping the registration is `put`: no `release`, no waiting, and the value is dropped after a grace period. To wait for
-/// that drop, register it through a [`Subsystem`](crate::Subsystem::register).
+/// It has no key, so no lookup finds it. It therefore cannot be shared by mistake and then be
+/// unregistered while another user still has it. Dropping the registration is `put`: it calls no
+/// `release` and does not wait, and the value is dropped after a grace period. To be able to wait
+/// for that drop, register it through a [`Subsystem`](crate::Subsystem::register).
 ///
 /// # Source
 /// `mmu_notifier_register`, `mmu_notifier_unregister`, Linux 5.15. Differs: `get` does not find it, by type.
@@ -99,11 +102,13 @@ impl<N: Notifier> Registration<N> {
     /// Registers `notifier` on `mm`. When it returns, every bracket that does not call it has ended.
     ///
     /// # Blocking
-    /// Sleeps while other registrars of `mm` are at work and until the brackets open now have ended,
-    /// and those opened later that it [may have to wait for](crate#what-a-wait-waits-for).
+    /// Sleeps while other registrars of `mm` are at work, and until the brackets open at that time
+    /// have ended, and those opened later that it [may have to wait
+    /// for](crate#what-a-wait-waits-for).
     /// # Errors
-    /// [`RegisterError`] with the notifier, unchanged and good for another try, if this thread is inside a bracket of `mm`,
-    /// holds its write lock (use [`new_locked`](Self::new_locked)) or runs a deferred free.
+    /// [`RegisterError`] with the notifier, unchanged and good for another try, if this thread is
+    /// inside a bracket of `mm`, holds its write lock (use [`new_locked`](Self::new_locked)) or
+    /// runs a deferred free.
     /// # Source
     /// `mmu_notifier_register`, Linux 5.15. Differs: cannot be interrupted, and fails before it has changed anything.
     #[cfg_attr(debug_assertions, track_caller)]
@@ -117,9 +122,10 @@ impl<N: Notifier> Registration<N> {
     /// The same as [`new`](Self::new), for a caller that holds the write lock.
     ///
     /// # Blocking
-    /// As `new`, the lock apart.
+    /// As `new`, except for the lock.
     /// # Errors
-    /// As `new`, the lock apart: also if this thread has opened a bracket of the address space since it took the lock.
+    /// As `new`, except for the lock; also if this thread has opened a bracket of the address space
+    /// since it took the lock.
     /// # Source
     /// `__mmu_notifier_register`, Linux 5.15.
     /// # Examples
@@ -142,16 +148,17 @@ impl<N: Notifier> Registration<N> {
         register(locked, None, notifier)
     }
 
-    /// Calls `release` unless exit has done so, delists the notifier, waits until no callback runs in it, and hands it
-    /// back.
+    /// Calls `release` unless exit has done so, delists the notifier, waits until no callback runs
+    /// in it, and hands it back.
     ///
     /// # Blocking
-    /// Sleeps while `release` and the brackets open now last, and those opened later that it
-    /// [may have to wait for](crate#what-a-wait-waits-for).
+    /// Sleeps while `release` runs, and until the brackets open at that time have ended, and those
+    /// opened later that it [may have to wait for](crate#what-a-wait-waits-for).
     /// # Errors
-    /// [`UnregisterError`] with the registration, unchanged, if this thread is inside a bracket or callback of the address
-    /// space or runs a deferred free. Also if `release` has left a bracket open on this thread: the registration is still
-    /// good then, and the next `unregister` calls `release` again.
+    /// [`UnregisterError`] with the registration, unchanged, if this thread is inside a bracket or
+    /// callback of the address space or runs a deferred free. Also if `release` has left a bracket
+    /// open on this thread. The registration is still good then, and the next `unregister` calls
+    /// `release` again.
     /// # Panics
     /// Never.
     /// # Source
@@ -181,16 +188,19 @@ impl<N: Notifier> Registration<N> {
         Ok(mm.subscriptions().reclaim(self.node))
     }
 
-    /// Delists the notifier without `release` and without waiting, and hands its value to `free` after a grace period.
+    /// Delists the notifier without `release` and without waiting, and hands its value to `free`
+    /// after a grace period.
     ///
-    /// A callback that was running may go on until then. For a caller that has let go of everything already and must not
-    /// sleep, yet wants more than the drop that [`put`](Self::put) gives.
+    /// A callback that is already running may continue until then. For a caller that has already
+    /// dropped all shadow entries and must not sleep, but needs more than the plain drop of
+    /// [`put`](Self::put).
     ///
     /// # Blocking
     /// Never; it allocates. `free` runs on the reclaimer thread and must not sleep.
     /// # Source
-    /// `mmu_notifier_unregister_no_release` and `mmu_notifier_call_srcu`, Linux 5.3. Differs: the two are one, so nothing can
-    /// be freed too early, and the address space's memory is kept until `free` has returned.
+    /// `mmu_notifier_unregister_no_release` and `mmu_notifier_call_srcu`, Linux 5.3. Differs: the
+    /// two are one call, so the value cannot be freed too early. The address space's object is kept
+    /// until `free` has returned.
     /// # Examples
     /// ```
     /// use mmu_notifier::{MmWithUser, Notifier, Registration};
@@ -214,9 +224,10 @@ impl<N: Notifier> Registration<N> {
 
     /// Gives the notifier up; the same as dropping the registration.
     ///
-    /// It calls no `release` and is dropped after a grace period, on the reclaimer thread.
-    /// [`Subsystem::synchronize`](crate::Subsystem::synchronize) waits for that, if the notifier was registered through
-    /// [`Subsystem::register`](crate::Subsystem::register); otherwise no function does.
+    /// It calls no `release`. The notifier is dropped on the background thread after a grace
+    /// period. If it was registered through [`Subsystem::register`](crate::Subsystem::register),
+    /// [`Subsystem::synchronize`](crate::Subsystem::synchronize) waits for that drop; otherwise no
+    /// function does.
     ///
     /// # Blocking
     /// Never, and allocates nothing.

@@ -1,19 +1,20 @@
-//! Secondary TLBs that walk the primary page table by themselves.
+//! Secondary TLBs that walk the primary page table themselves.
 
 use crate::{Mm, Notifier, Va, VaRange};
 use std::ops::Deref;
 
-/// What a TLB of hardware that reads the primary page table does when that changes.
+/// A hardware TLB that reads the primary page table, and what it does when that table changes.
 ///
-/// Such hardware can refill at any moment between a start and an end, so those are no use to it: it must be flushed where
-/// the entry was cleared, under the lock of the page table. A software copy wants [`Notifier`]; nothing can be both.
+/// Such hardware can refill an entry at any moment between a start and an end, so a bracket does
+/// not help it. It must be flushed where the page-table entry was cleared, under the lock of the
+/// page table. A software copy implements [`Notifier`] instead. No type can be both.
 ///
 /// # Source
-/// `arch_invalidate_secondary_tlbs` of `struct mmu_notifier_ops`, Linux 6.6, which refuses an operations table that has
-/// start or end as well. Differs: such a table cannot be written.
+/// `arch_invalidate_secondary_tlbs` of `struct mmu_notifier_ops`, Linux 6.6, which refuses an
+/// operations table that also has a start or an end. Differs: such a table does not compile.
 #[doc(alias = "arch_invalidate_secondary_tlbs")]
 pub trait SecondaryTlb: Send + Sync + 'static {
-    /// Flushes a range, before the page table's lock is let go.
+    /// Flushes a range, before the page table's lock is released.
     ///
     /// # Blocking
     /// Must not sleep.
@@ -21,7 +22,7 @@ pub trait SecondaryTlb: Send + Sync + 'static {
     /// `arch_invalidate_secondary_tlbs`, Linux 6.6.
     fn invalidate_secondary_tlbs(&self, mm: &Mm, range: VaRange);
 
-    /// Lets go of the whole address space. See [`Notifier::release`].
+    /// Drops the whole address space. See [`Notifier::release`].
     fn release(&self, mm: &Mm) {
         let _ = mm;
     }
@@ -45,7 +46,8 @@ pub trait SecondaryTlb: Send + Sync + 'static {
     }
 }
 
-/// A [`SecondaryTlb`] as a subscriber, which brackets never call, for [`Subsystem`](crate::Subsystem) and [`Registration`](crate::Registration).
+/// A [`SecondaryTlb`] as a subscriber that brackets never call, for [`Subsystem`](crate::Subsystem)
+/// and [`Registration`](crate::Registration).
 ///
 /// # Examples
 /// ```
@@ -108,6 +110,6 @@ impl<T: SecondaryTlb> Notifier for Secondary<T> {
     }
 }
 
-/// Keeps a method of a public trait to this crate: nobody else can name it.
+/// Keeps a method of a public trait private to this crate: other crates cannot name this type.
 #[derive(Debug, Clone, Copy)]
 pub struct Sealed;

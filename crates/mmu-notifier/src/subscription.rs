@@ -7,9 +7,10 @@ use std::ops::Deref;
 
 /// One reference to a notifier. Dropping it is `put`.
 ///
-/// The last put delists the notifier at once: a bracket opened afterwards does not call it. It is freed after a grace
-/// period, when no callback can be running in it. Put calls no `release`: whoever puts last must have dropped all shadow
-/// entries before. Put never sleeps and never allocates, so it may be called from any callback.
+/// The last put delists the notifier at once: a bracket opened afterwards does not call it. The
+/// notifier is freed after a grace period, when no callback can be running in it. Put calls no
+/// `release`, so the caller of the last put must drop all shadow entries before it. Put never
+/// sleeps and never allocates, so any callback may call it.
 ///
 /// ```
 /// # struct Shadow; impl mmu_notifier::Notifier for Shadow {}
@@ -24,7 +25,7 @@ use std::ops::Deref;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 ///
-/// One put for each get is all that can be written:
+/// A second put of the same reference does not compile:
 ///
 /// ```compile_fail,E0382
 /// # struct Shadow; impl mmu_notifier::Notifier for Shadow {}
@@ -48,21 +49,22 @@ impl<N: Notifier> Subscription<N> {
         Self { node }
     }
 
-    /// Takes one more reference to the same notifier, also when its address space has ended.
+    /// Takes one more reference to the same notifier, even if its address space has ended.
     ///
-    /// Not `Clone`, because the count of users is 32 bits wide, as the kernel's is, and a clone cannot fail; an `Arc` of one
-    /// subscription can be cloned.
+    /// This is not `Clone`, because a clone cannot fail, and the count of users is 32 bits wide, as
+    /// in the kernel, and may overflow. An `Arc` of one subscription can be cloned.
     ///
     /// # Blocking
     /// No.
     /// # Errors
-    /// [`Overflow`] if it has as many users as can be counted.
+    /// [`Overflow`] if the notifier has the maximum number of users.
     /// # Source
-    /// `mmu_notifier_get` of a notifier that exists. Differs: it needs no live address space, as nothing is registered.
+    /// `mmu_notifier_get` of a notifier that exists. Differs: it needs no live address space,
+    /// because it registers no notifier.
     pub fn try_clone(&self) -> Result<Self, Overflow> {
         match self.node.try_clone() {
             Ok(node) => Ok(Self::new(node)),
-            // `Gone` cannot be: `self` is counted.
+            // `Gone` is impossible: `self` is counted.
             Err(NotCounted::Overflow | NotCounted::Gone) => Err(Overflow),
         }
     }

@@ -15,15 +15,16 @@ use std::marker::PhantomData;
 
 /// The instance of an operations table. Each address space has at most one live notifier of it.
 ///
-/// The instance is the key: two subsystems of one type are two keys. It holds `alloc`, which makes the value for an
-/// address space that has none; the address space is locked meanwhile, so `alloc` may sleep but must not register on it,
-/// and the value must be complete, because callbacks may run before [`get`](Self::get) has returned.
+/// The instance is the key: two subsystems of one type are two keys. It holds `alloc`, which makes
+/// the value for an address space that has none. The address space is locked meanwhile, so `alloc`
+/// may sleep but must not register on it. The value must be complete, because callbacks may run
+/// before [`get`](Self::get) has returned.
 ///
 /// Dropping the subsystem leaves its subscriptions alone.
 ///
 /// # Source
-/// `struct mmu_notifier_ops` with `alloc_notifier`, Linux 5.4. Differs: the key is the instance and never the address of a
-/// table or function, which Rust may merge.
+/// `struct mmu_notifier_ops` with `alloc_notifier`, Linux 5.4. Differs: the key is the instance and
+/// never the address of a table or function, because Rust may merge those.
 ///
 /// # Examples
 /// ```
@@ -66,27 +67,29 @@ where
         Self::with_users_max(alloc, u32::MAX)
     }
 
-    /// The same with a lower bound on the users of one notifier, for tests of the overflow.
+    /// The same with a lower limit on the users of one notifier, for tests of the overflow.
     #[doc(hidden)]
     #[must_use]
     pub const fn with_users_max(alloc: F, users_max: u32) -> Self {
         Self { alloc, users_max, pending: OnceBox::new(), makes: PhantomData }
     }
 
-    /// Returns this subsystem's notifier on `mm`, one more reference to it, and makes it if there is none.
+    /// Returns a reference to this subsystem's notifier on `mm`. Makes the notifier if there is
+    /// none.
     ///
-    /// When it returns, every bracket that does not call this notifier has ended: what is cached from now on will be
-    /// invalidated in time.
+    /// When it returns, every bracket that does not call this notifier has ended. So everything
+    /// that the caller caches from now on will be invalidated in time.
     ///
     /// # Blocking
-    /// An existing notifier is found without a lock. A new one sleeps in `alloc`, while other registrars of `mm` are at
-    /// work, and until the brackets open now have ended, and those opened later that it
-    /// [may have to wait for](crate#what-a-wait-waits-for).
+    /// An existing notifier is found without a lock. To make a new one, this sleeps in `alloc`,
+    /// while other registrars of `mm` are at work, and until the brackets open at that time have
+    /// ended, and those opened later that it [may have to wait for](crate#what-a-wait-waits-for).
     /// # Errors
-    /// [`GetError::Alloc`] passes on what `alloc` says, and nothing was registered. [`GetError::Overflow`] if the notifier
-    /// has as many users as can be counted. [`GetError::WouldDeadlock`] if it has to be made and this thread is inside a
-    /// bracket of `mm`, holds its write lock (use [`get_locked`](Self::get_locked)) or runs a deferred free; `alloc` was
-    /// not called then.
+    /// [`GetError::Alloc`] if `alloc` failed; nothing was registered. [`GetError::Overflow`] if the
+    /// notifier has the maximum number of users. [`GetError::WouldDeadlock`] if the notifier has to
+    /// be made and this thread is inside a bracket of `mm`, holds its write lock (use
+    /// [`get_locked`](Self::get_locked)) or runs a deferred free. `alloc` was not called then,
+    /// unless `alloc` itself left a bracket open.
     /// # Source
     /// `mmu_notifier_get`, Linux 5.4. Differs: cannot be interrupted; a dead address space cannot be passed.
     #[doc(alias = "mmu_notifier_get")]
@@ -98,7 +101,8 @@ where
         }
     }
 
-    /// Out of line: it has room for a notifier on its stack, on lines of its own, and `get` needs no stack.
+    /// Out of line: this function needs stack space for a notifier, aligned to cache lines, and the
+    /// fast path of `get` needs no stack.
     #[cold]
     #[cfg_attr(debug_assertions, track_caller)]
     fn get_slowly(&self, mm: &MmWithUser) -> Result<Subscription<N>, GetError<E>> {
@@ -109,10 +113,10 @@ where
     /// The same as [`get`](Self::get), for a caller that holds the write lock.
     ///
     /// # Blocking
-    /// As `get`, the lock apart.
+    /// As `get`, except for the lock.
     /// # Errors
-    /// As `get`; [`GetError::WouldDeadlock`] only if this thread has opened a bracket of the address space since it took the
-    /// lock.
+    /// As `get`; [`GetError::WouldDeadlock`] only if this thread has opened a bracket of the
+    /// address space since it took the lock.
     /// # Source
     /// `mmu_notifier_get_locked`, Linux 5.4.
     /// # Examples
@@ -141,7 +145,8 @@ where
         lockdep::might_wait(Some(locked.mm()));
         let notifier = (self.alloc)(locked.mm()).map_err(GetError::Alloc)?;
         if locked.would_deadlock() {
-            // `alloc` has left a bracket open, for which the registrar would wait.
+            // `alloc` has left a bracket open on this thread, and the registrar would wait for its
+            // end.
             return Err(GetError::WouldDeadlock);
         }
         let node = NodeRef::new((**locked.mm()).clone(), Some(Arc::clone(self.pending())), notifier);
@@ -161,7 +166,8 @@ where
 }
 
 impl<N: Notifier> Subsystem<N, Infallible, ()> {
-    /// Makes a subsystem whose notifiers all come from [`register`](Self::register). It has no `get`.
+    /// Makes a subsystem whose notifiers all come from [`register`](Self::register). It has no
+    /// `get`.
     ///
     /// # Source
     /// `struct mmu_notifier_ops` without `alloc_notifier`.
@@ -172,7 +178,7 @@ impl<N: Notifier> Subsystem<N, Infallible, ()> {
 }
 
 impl<N: Notifier, E, F> Subsystem<N, E, F> {
-    /// Finds the newest live notifier that is wanted, and counts it.
+    /// Finds the newest notifier that is wanted and live, and takes a reference to it.
     #[inline(always)]
     pub(crate) fn lookup(&self, mm: &MmWithUser, is_wanted: impl Fn(&N) -> bool) -> Result<NodeRef<N>, NotCounted> {
         if mm.is_inherited() {
@@ -181,10 +187,11 @@ impl<N: Notifier, E, F> Subsystem<N, E, F> {
         mm.subscriptions().lookup(self.pending(), is_wanted)
     }
 
-    /// Registers a notifier of the caller's own, as [`Registration::new`] does, and lets
-    /// [`synchronize`](Self::synchronize) wait for its free if it is put.
+    /// Registers a notifier that the caller made, as [`Registration::new`] does. If the
+    /// registration is put, [`synchronize`](Self::synchronize) waits for the free.
     ///
-    /// [`get`](Self::get) does not find it, and it does not count as the subsystem's one notifier of `mm`.
+    /// [`get`](Self::get) does not find this notifier, which does not count as the subsystem's one
+    /// notifier of `mm`.
     ///
     /// # Blocking
     /// As [`Registration::new`].
@@ -239,19 +246,22 @@ impl<N: Notifier, E, F> Subsystem<N, E, F> {
         registration::register(locked, Some(self.pending()), notifier)
     }
 
-    /// Waits until every notifier of this subsystem whose last reference was put before the call has been freed, and its
-    /// reference to the address space dropped, whichever thread put it: those that `get` made and those that were
-    /// [`register`](Self::register)ed, [`unregister_no_release`](Registration::unregister_no_release) included.
+    /// Waits until every notifier of this subsystem whose last reference was put before the call
+    /// has been freed, and its reference to the address space dropped. The thread that put it does
+    /// not matter. This covers the notifiers that `get` made and those that were
+    /// [`register`](Self::register)ed,
+    /// [`unregister_no_release`](Registration::unregister_no_release) included.
     ///
-    /// It does not wait for what those frees put in turn: call it again for that.
+    /// It does not wait for notifiers that these frees put in turn. Use
+    /// [`drain_until_idle`](Self::drain_until_idle) for those.
     ///
     /// # Blocking
     /// Sleeps for the grace periods and the frees.
     /// # Errors
     /// [`WouldDeadlock`] inside a bracket, a callback or a deferred free of any address space.
     /// # Source
-    /// `mmu_notifier_synchronize`. Differs: it keeps what that function's comment promises; the kernel's body waits for a
-    /// grace period only.
+    /// `mmu_notifier_synchronize`. Differs: it does what that function's comment promises. The
+    /// kernel's body only waits for a grace period.
     #[doc(alias = "mmu_notifier_synchronize")]
     #[cfg_attr(debug_assertions, track_caller)]
     pub fn synchronize(&self) -> Result<(), WouldDeadlock> {
@@ -263,11 +273,12 @@ impl<N: Notifier, E, F> Subsystem<N, E, F> {
         Ok(())
     }
 
-    /// Waits as [`synchronize`](Self::synchronize) does, and for what those frees put in turn, until no free of this subsystem
-    /// is queued or running.
+    /// Waits as [`synchronize`](Self::synchronize) does, and also for notifiers that the frees put
+    /// in turn, until no free of this subsystem is queued or running.
     ///
     /// # Blocking
-    /// Sleeps for the grace periods and the frees; for ever if other threads go on putting.
+    /// Sleeps for the grace periods and the frees. Never returns if other threads never stop
+    /// putting.
     /// # Errors
     /// [`WouldDeadlock`] inside a bracket, a callback or a deferred free of any address space.
     /// # Source
@@ -301,7 +312,8 @@ impl<N: Notifier, E, F> Subsystem<N, E, F> {
         Ok(())
     }
 
-    /// Returns what belongs to this process, and makes it at first use: in the child of a fork that is not what the parent has.
+    /// Returns the frees of this process, made at first use. The child of a fork gets a new value
+    /// instead of the parent's.
     #[inline]
     pub(crate) fn pending(&self) -> &Arc<Pending> {
         self.pending.get().filter(|pending| pending.forks == forks()).unwrap_or_else(|| self.pending_slowly())
@@ -328,23 +340,29 @@ impl<N, E, F> fmt::Debug for Subsystem<N, E, F> {
 
 /// The frees of one subsystem that are queued and not done, in two banks.
 ///
-/// A put counts in the bank that is current. `synchronize` waits for the other bank, makes it current, and waits for the
-/// first: everything queued before the call was in one of the two, and what is queued meanwhile cannot hold it up for
-/// ever, since neither bank is both waited for and filled.
+/// 1. A put counts its free in the current bank.
+/// 2. `synchronize` waits until the other bank is empty, and makes that bank current.
+/// 3. Then it waits until the first bank is empty.
 ///
-/// It is one process's. A child may find its locks held, and counts that nobody will take back, by threads that it does not have;
-/// it leaves them alone and begins a new one. Made without a lock too, for the same reason.
+/// Every free queued before the call is in one of the two banks, so `synchronize` waits for all of
+/// them. New puts cannot delay it for ever, because it never waits for the bank that new puts fill.
+/// A put that read `current` before step 2 may still count in the first bank; there are finitely
+/// many such puts.
+///
+/// A `Pending` belongs to one process. In the child of a fork, threads that exist in the parent
+/// only may hold its locks or owe it counts. So the child leaves it alone and makes a new one. The
+/// new one is made without a lock, for the same reason.
 #[derive(Debug)]
 pub(crate) struct Pending {
     pub(crate) users_max: u32,
-    /// What [`forks`] said in the process that it belongs to.
+    /// The value of [`forks`] in the process that made it.
     forks: usize,
-    /// That of a forked child, in the child.
+    /// The `Pending` that a forked child made, in the child.
     child: OnceBox<Arc<Pending>>,
     /// Both counts in one word, so that one load sees both.
     banks: AtomicU64,
     current: AtomicUsize,
-    /// Held by the one `synchronize` at work.
+    /// Held by the one running `synchronize`.
     turn: Mutex<()>,
     emptied: (Mutex<()>, Condvar),
 }
@@ -364,8 +382,9 @@ impl Pending {
 
     /// Counts a free that is about to be queued, and returns its bank.
     pub(crate) fn queued(&self) -> u8 {
-        // ORDER: Relaxed is enough: a put that happened before `synchronize` is seen by it through that relation, in
-        // whichever bank it counted; one that did not need not be seen.
+        // ORDER: Relaxed is enough. If the put happened before `synchronize`, that relation makes
+        // the count visible to it, in whichever bank it is. If the put did not, `synchronize` need
+        // not see it.
         let bank = self.current.load(Ordering::Relaxed);
         self.banks.fetch_add(one(bank), Ordering::Relaxed);
         u8::from(bank != 0)
@@ -374,15 +393,16 @@ impl Pending {
     /// Counts a free as done.
     pub(crate) fn freed(&self, bank: u8) {
         if self.forks != forks() {
-            // The drop of the value forked, and this is the child: nobody here waits.
+            // The value's drop forked, and this is the child, in which no thread waits.
             return;
         }
-        // ORDER(core-freed): the free before the count. Partner: the load in `wait_for`. Weaker, `synchronize` could return
-        // before the effects of the free are visible.
+        // ORDER(core-freed): orders the free before the count. Partner: the load in `wait_for`.
+        // Weaker, `synchronize` could return before the effects of the free are visible.
         let order = if mutant("freed_relaxed") { Ordering::Relaxed } else { Ordering::Release };
         let bank = usize::from(bank);
         if count(self.banks.fetch_sub(one(bank), order), bank) == 1 {
-            // Under the lock, so that it cannot fall between a waiter's check and its sleep.
+            // Under the lock, so that the notification cannot fall between a waiter's check and its
+            // sleep.
             let _lock = lock(&self.emptied.0);
             self.emptied.1.notify_all();
         }
@@ -398,7 +418,8 @@ impl Pending {
         self.wait_for(current);
     }
 
-    /// Tells whether nothing is queued. What a free puts is counted before that free is done, so no chain is missed.
+    /// Tells whether no free is queued. A put inside a free is counted before that free is done, so
+    /// no chain is missed.
     fn is_idle(&self) -> bool {
         // ORDER(core-freed): partner of the subtraction in `freed`.
         self.banks.load(Ordering::Acquire) == 0
@@ -413,7 +434,8 @@ impl Pending {
     }
 }
 
-/// One free in a bank. More than 2^32 cannot be queued: their nodes would not fit into memory.
+/// One free in a bank. More than 2^32 cannot be queued, because their nodes would not fit into
+/// memory.
 const fn one(bank: usize) -> u64 {
     1 << (32 * bank)
 }

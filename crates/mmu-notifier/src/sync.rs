@@ -22,18 +22,19 @@ pub(crate) fn forks() -> usize {
 
 use std::sync::PoisonError;
 
-/// Takes the value out of a lock that nobody can hold, also after a panic in a holder.
+/// Takes the value out of a lock that no thread holds, even if a holder has panicked.
 pub(crate) fn into_inner<T>(mutex: Mutex<T>) -> T {
     mutex.into_inner().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Locks, also after a panic in another holder: what these locks guard is consistent at every instruction that can
-/// panic, and a panicking `alloc` must not take the address space with it.
+/// Takes a lock, even if another holder has panicked. The guarded data is consistent at every
+/// instruction that can panic, and a panicking `alloc` must not make the address space unusable.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Whether this run is to be broken in the way that `name` says. A model that passes all the same proves nothing.
+/// Whether this run must break the code in the way that `name` says. A model that passes even then
+/// proves nothing.
 #[cfg(mmun_loom)]
 pub(crate) fn mutant(name: &str) -> bool {
     std::env::var("MMUN_MUTANT").is_ok_and(|mutant| mutant == name)

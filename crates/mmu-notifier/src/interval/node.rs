@@ -1,9 +1,10 @@
 //! One interval in memory.
 //!
 //! # Safety
-//! A node is one `Box<Node<Mutex<S>>>` that its `IntervalNotifier` owns as a pointer, or lies in memory of a caller of
-//! [`raw`](crate::raw). `in_tree` and `deferred_next` belong to whoever
-//! holds the lock of the address space's intervals; they are atomics only so that they need no `unsafe`.
+//! A node is one `Box<Node<Mutex<S>>>` that its `IntervalNotifier` owns as a pointer, or lies in
+//! memory that a caller of [`raw`](crate::raw) provides. `in_tree` and `deferred_next` are used
+//! only under the lock of the address space's intervals. They are atomics only to avoid `unsafe`
+//! code.
 
 use super::tree::Tree;
 use super::window::Removal;
@@ -16,7 +17,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::{self, NonNull};
 use std::sync::{PoisonError, TryLockError};
 
-/// What the tree knows of an interval, whatever its state's type.
+/// The part of an interval that does not depend on the type of its state.
 ///
 /// # Invariants
 /// It is the first field of a `Node<L>`, and `state` points to the `state` of that node.
@@ -36,7 +37,7 @@ pub(super) struct Node<L> {
     pub(super) mm: Mm,
 }
 
-/// The state's lock and callback, its type forgotten.
+/// The state's lock and callback, without the state's type.
 pub(super) trait Callback {
     fn invalidate(&self, node: &Header, seq: u64, range: &InvalidateRange<'_>) -> Result<Option<Finish>, WouldBlock>;
 }
@@ -51,7 +52,8 @@ impl<S: IntervalOps> Callback for Mutex<S> {
                 Err(TryLockError::WouldBlock) => return Err(WouldBlock),
             },
         };
-        // Always, and before the callback: no reader that looked before this window may install what it found.
+        // Always stored, and before the callback: a reader that looked up before this window must
+        // not install the result.
         if !mutant("callback_without_seq") {
             node.invalidate_seq.store(seq, Ordering::Relaxed);
         }
@@ -64,7 +66,7 @@ impl<S: IntervalOps> Callback for Mutex<S> {
 }
 
 impl<L: Callback + 'static> Node<L> {
-    /// Makes a node that is in no tree, and leaks it to its owner.
+    /// Makes a node that is in no tree, and leaks its box. The caller owns it.
     pub(super) fn new(mm: Mm, range: VaRange, state: L) -> NonNull<Self> {
         let node = NonNull::from(Box::leak(Box::new(MaybeUninit::<Self>::uninit()))).cast();
         // SAFETY: The place must be valid for writes: it is the box leaked above.
@@ -91,7 +93,8 @@ impl<L: Callback + 'static> Node<L> {
         unsafe { node.write(Self { header, state, mm }) };
     }
 
-    /// Waits until no invalidation of this interval is running, and returns its sequence, or [`NEVER`] where it must not wait.
+    /// Waits until no invalidation of this interval is running, and returns its sequence. Returns
+    /// [`NEVER`] if this thread must not wait.
     #[cfg_attr(debug_assertions, track_caller)]
     pub(super) fn read_begin(&self) -> u64 {
         if self.mm.is_inherited() {
@@ -109,8 +112,8 @@ impl<L: Callback + 'static> Node<L> {
         seq
     }
 
-    /// Takes the node off the tree and waits until nobody can be in its callback; false, and nothing changed, if that would
-    /// be this thread.
+    /// Takes the node off the tree and waits until no thread can be in its callback. Returns false,
+    /// and changes nothing, if this thread would wait for itself.
     ///
     /// # Safety
     /// The node must have been inserted, and not detached before with success.
@@ -130,7 +133,8 @@ impl<L: Callback + 'static> Node<L> {
             Removal::Refused => false,
             Removal::Deferred(seq) => {
                 intervals.wait_past(seq);
-                // What a `wait_past` that looks at the sequence alone gets wrong: cheap, and the end of a use after free.
+                // Fails if the sequence changed before the deferred changes were made. The check is
+                // cheap, and without it that failure would be a use after free.
                 assert!(!self.header.is_in_tree(), "the window closed and the interval is still in the tree");
                 true
             }
@@ -138,7 +142,7 @@ impl<L: Callback + 'static> Node<L> {
     }
 }
 
-/// No node's sequence is ever even, so this one never fits.
+/// A sequence that matches no node's, because theirs are always odd.
 const NEVER: u64 = 0;
 
 impl Header {
@@ -154,7 +158,7 @@ impl Header {
         self.invalidate_seq.store(seq, Ordering::Relaxed);
     }
 
-    /// Calls the interval's callback; a panic in it counts as done, and is counted.
+    /// Calls the interval's callback. A panic in it is counted, and the call counts as done.
     pub(super) fn invalidate(&self, seq: u64, range: &InvalidateRange<'_>) -> Result<Option<Finish>, WouldBlock> {
         // SAFETY: The pointee must be alive and not mutably borrowed: it is a part of the same node (invariant), and a lock.
         let state = unsafe { self.state.as_ref() };
@@ -164,17 +168,18 @@ impl Header {
         })
     }
 
-    /// Whoever asks holds the lock.
+    /// Tells whether the node is in the tree. The caller holds the lock.
     pub(super) fn is_in_tree(&self) -> bool {
         self.in_tree.load(Ordering::Relaxed)
     }
 
-    /// Returns how many spare nodes it takes to put this node into the tree.
+    /// Returns how many spare nodes the tree needs to insert this node.
     pub(super) fn need(&self, tree: &Tree<Self>) -> usize {
         tree.need(self.range, NonNull::from(self))
     }
 
-    /// Puts the node into the tree if it is not in it, or else takes it out. The caller holds the lock, and nobody walks the tree.
+    /// Inserts the node into the tree if it is not in it, and removes it otherwise. The caller
+    /// holds the lock, and no thread walks the tree.
     pub(super) fn toggle(&self, tree: &mut Tree<Self>) {
         if self.in_tree.fetch_xor(true, Ordering::Relaxed) {
             tree.remove(self.range, NonNull::from(self));
@@ -183,21 +188,24 @@ impl Header {
         }
     }
 
-    /// Puts the node at the front of the deferred list, and returns the new front. The caller holds the lock.
+    /// Pushes the node to the front of the deferred list, and returns the new front. The caller
+    /// holds the lock.
     pub(super) fn defer(&self, front: *mut Self) -> *mut Self {
         self.deferred_next.store(front, Ordering::Relaxed);
         ptr::from_ref(self).cast_mut()
     }
 
-    /// Takes this front node off the deferred list, and returns the next. The caller holds the lock.
+    /// Takes this front node off the deferred list, and returns the next. The caller holds the
+    /// lock.
     pub(super) fn take_deferred(&self) -> *mut Self {
         self.deferred_next.swap(ptr::null_mut(), Ordering::Relaxed)
     }
 
-    /// Takes this node off the deferred list, wherever it stands, and returns the new front.
+    /// Takes this node off the deferred list, at any position, and returns the new front.
     ///
     /// # Safety
-    /// The lock must be held, and `front` be null or the front of the list, whose nodes are all alive.
+    /// The lock must be held, and `front` must be null or the front of the list, whose nodes are
+    /// all alive.
     pub(super) unsafe fn undefer(&self, front: *mut Self) -> *mut Self {
         if ptr::eq(front, self) {
             return self.take_deferred();

@@ -1,4 +1,5 @@
-//! Intervals in memory of their users, who keep the lock and the sequence by themselves.
+//! Intervals in memory that a C caller provides. The caller also provides the lock and checks the
+//! sequence.
 
 use super::Finish;
 use super::node::{Callback, Header, Node};
@@ -6,13 +7,14 @@ use crate::{InvalidateRange, Mm, MmWithUser, MmapWriteGuard, VaRange, WouldBlock
 use std::fmt;
 use std::ptr::{self, NonNull};
 
-/// What an interval does when its range is invalidated: it takes its user's lock, and stores `seq`
-/// with [`Interval::set_seq`], always, before it lets go of anything.
+/// What an interval does when its range is invalidated. It must take the caller's lock and store
+/// `seq` with [`Interval::set_seq`] in every call, before it drops anything: otherwise a reader
+/// that looked up before would not retry.
 ///
 /// # Source
 /// `struct mmu_interval_notifier_ops`, Linux 5.5.
 pub trait RawIntervalOps: Send + Sync + 'static {
-    /// Lets go of what `range` covers.
+    /// Drops everything that `range` covers.
     ///
     /// # Blocking
     /// May sleep unless the range forbids it.
@@ -41,15 +43,15 @@ impl<T: RawIntervalOps> Interval<T> {
     /// [`IntervalNotifier::insert`](crate::IntervalNotifier::insert) does.
     ///
     /// # Blocking
-    /// Only the first insert on an address space sleeps, until the brackets open then have ended, and
-    /// those opened later that it [may have to wait for](crate#what-a-wait-waits-for).
+    /// Only the first insert on an address space sleeps: until the brackets open at that time have
+    /// ended, and those opened later that it [may have to wait for](crate#what-a-wait-waits-for).
     /// # Errors
     /// [`WouldDeadlock`] if this is the first insert and this thread is inside a bracket of `mm`,
-    /// holds its write lock, or runs a deferred free; and always where `mm` is the address space of
-    /// a parent process. Nothing was written.
+    /// holds its write lock, or runs a deferred free. Always if `mm` is the address space of a
+    /// parent process. Nothing was written.
     /// # Safety
     /// `place` must be valid for writes and aligned, and stay valid, at its place and untouched by
-    /// others until [`remove`](Self::remove) has succeeded.
+    /// other code until [`remove`](Self::remove) has succeeded.
     /// # Source
     /// `mmu_interval_notifier_insert`, Linux 5.5.
     #[cfg_attr(debug_assertions, track_caller)]
@@ -96,16 +98,16 @@ impl<T: RawIntervalOps> Interval<T> {
         unsafe { mm.intervals().insert(&node.header) };
     }
 
-    /// Takes the interval out, waits until no callback of it can run, and drops it: its memory is
-    /// the caller's again.
+    /// Removes the interval, waits until no callback of it can run, and drops it. The memory is the
+    /// caller's again.
     ///
     /// # Blocking
     /// Sleeps while an invalidation that met any interval of this address space runs.
     /// # Errors
     /// [`WouldDeadlock`] if it would have to wait and this thread is inside a bracket or callback
-    /// of the address space; and always where that is a parent process's. Nothing has changed.
+    /// of the address space; always if that is a parent process's. Nothing has changed.
     /// # Safety
-    /// `interval` must be inserted, and nobody may use it afterwards.
+    /// `interval` must be inserted, and no thread may use it afterwards.
     /// # Source
     /// `mmu_interval_notifier_remove`, Linux 5.5.
     #[cfg_attr(debug_assertions, track_caller)]
@@ -117,14 +119,15 @@ impl<T: RawIntervalOps> Interval<T> {
         if !unsafe { inserted.detach() } {
             return Err(WouldDeadlock);
         }
-        // SAFETY: Moving out needs a place that nobody uses any more: `detach` has seen the node
-        // off the tree, its list and every walk, and the caller lets nobody use it.
+        // SAFETY: Moving out needs a place that no thread uses any more. After `detach`, the node
+        // is in no tree, no list and no walk, and the caller promises that no thread uses it
+        // afterwards.
         drop(unsafe { ptr::read(node.as_ptr()) });
         Ok(())
     }
 
-    /// Waits until no invalidation of this interval is running, and returns its sequence; zero,
-    /// which never fits, where it must not wait. See
+    /// Waits until no invalidation of this interval is running, and returns its sequence. Returns
+    /// zero, which never matches, if this thread must not wait. See
     /// [`IntervalNotifier::read_begin`](crate::IntervalNotifier::read_begin).
     ///
     /// # Blocking
@@ -136,8 +139,8 @@ impl<T: RawIntervalOps> Interval<T> {
         self.0.read_begin()
     }
 
-    /// Tells whether the range was invalidated since `seq` was read: reliable under the user's
-    /// lock, and a hint that may be a false `false` without it.
+    /// Tells whether the range was invalidated since `seq` was read. Reliable under the user's
+    /// lock. Without the lock, true is reliable and false is a hint.
     ///
     /// # Source
     /// `mmu_interval_read_retry`, `mmu_interval_check_retry`, Linux 5.5.
