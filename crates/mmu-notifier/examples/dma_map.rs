@@ -1,7 +1,9 @@
-//! A DMA map: several devices use the memory of one process, and share one notifier for its address space.
+//! A DMA map: several devices use the memory of one process and share one notifier for its address
+//! space.
 //!
-//! The first device that attaches makes the map, later ones find it; the last that detaches frees it. A buffer is pinned once,
-//! whoever uses it, and leaves the translation tables of all devices before its memory changes.
+//! The first device that attaches makes the map, later ones find it, and the last one that detaches
+//! frees it. A buffer is pinned once, even if several devices use it. It leaves the translation
+//! tables of all devices before its memory changes.
 
 use mmu_notifier::lockdep::CheckedAlloc;
 use mmu_notifier::{
@@ -14,27 +16,28 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 const PAGE: u64 = mmu_notifier::PAGE_SIZE;
 
-/// Ends the program if a callback uses the heap, which it must not: see `Notifier`.
+/// Ends the program if a callback uses the heap, which no callback may do: see `Notifier`.
 #[global_allocator]
 static ALLOC: CheckedAlloc = CheckedAlloc::new();
 
-/// A device by its number.
+/// The number of a device.
 type Device = usize;
 
-/// How many devices and buffers there can be: the map is of a fixed size, as a callback must not allocate or free.
+/// The maximum number of devices and buffers. The map has a fixed size, because a callback must not
+/// allocate or free.
 const DEVICES: usize = 4;
 const BUFFERS: usize = 16;
 
-/// A buffer whose pages stay in memory as long as this lives.
+/// A buffer whose pages stay in memory as long as this value lives.
 struct Pinned {
     range: VaRange,
-    /// At which bus address it is in each device's table, if it is.
+    /// Its bus address in each device's table, if the buffer is in that table.
     bus_addresses: [Option<u64>; DEVICES],
 }
 
 impl Pinned {
     fn new(range: VaRange) -> Result<Self, Error> {
-        // SAFETY: `mlock` has no memory-safety duty: it fails where nothing is mapped.
+        // SAFETY: `mlock` has no memory-safety duty: it fails for unmapped addresses.
         match unsafe { libc::mlock(range.start().get() as *const libc::c_void, (range.pages() * PAGE) as usize) } {
             0 => Ok(Self { range, bus_addresses: [None; DEVICES] }),
             _ => Err(Error::last_os_error()),
@@ -49,17 +52,18 @@ impl Drop for Pinned {
     }
 }
 
-/// What all devices have of one address space.
+/// The state that all devices share for one address space.
 struct Map {
     buffers: [Option<Pinned>; BUFFERS],
     next_bus_address: u64,
-    /// Entries that were taken out of devices' tables: each is a command to a device.
+    /// How many entries were removed from devices' tables. Each removal is a command to a device.
     flushes: Arc<AtomicUsize>,
 }
 
 impl ShadowOps for Map {
     fn zap(&mut self, range: &InvalidateRange<'_>) {
-        // A device writes wherever its table points: each entry goes before the memory does.
+        // A device writes to the address in its table, so each entry must go before the memory
+        // does.
         for place in &mut self.buffers {
             if let Some(buffer) = place.take_if(|buffer| buffer.range.overlaps(range.range())) {
                 self.flushes.fetch_add(buffer.bus_addresses.iter().flatten().count(), Ordering::Relaxed);
@@ -76,7 +80,7 @@ impl Map {
 
 type SharedMap = Subscription<InvalidateSeq<Map>>;
 
-/// Gives a device access to a buffer: pins it, or finds that it is pinned already.
+/// Gives a device access to a buffer. Pins the buffer unless it is pinned already.
 fn map(shared: &SharedMap, device: Device, range: VaRange) -> Result<u64, Error> {
     loop {
         let known = shared.with_shadow(|map| {
@@ -93,7 +97,7 @@ fn map(shared: &SharedMap, device: Device, range: VaRange) -> Result<u64, Error>
         let snapshot = shared.snapshot(range);
         let pinned = Pinned::new(range)?;
         let installed = shared.try_install(snapshot, |map| {
-            // If another device was quicker, its buffer stays.
+            // If another device has pinned the buffer meanwhile, its buffer stays.
             if map.find(range).is_some() {
                 return true;
             }
@@ -102,14 +106,15 @@ fn map(shared: &SharedMap, device: Device, range: VaRange) -> Result<u64, Error>
         });
         match installed {
             Ok(false) => return Err(Error::other("all buffers are in use")),
-            // Mapped or invalidated meanwhile: either way the next turn knows.
+            // The buffer was mapped or invalidated meanwhile. The next turn finds out which.
             Ok(true) | Err(InstallError::Retry) => {}
             Err(error) => return Err(Error::other(error)),
         }
     }
 }
 
-/// Takes a device out of every buffer, as it must before it puts the map: put tells nobody.
+/// Takes a device out of every buffer. A device must do this before it puts the map, because put
+/// calls no callback.
 fn detach(shared: SharedMap, device: Device) {
     shared.with_shadow(|map| {
         for place in &mut map.buffers {
@@ -136,7 +141,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let devices = [dma.get(&mm)?, dma.get(&mm)?, dma.get(&mm)?];
     assert_eq!((maps_made.load(Ordering::Relaxed), devices[0].users()), (1, 3), "one map for all");
 
-    // Two buffers, of which the first is used by all devices.
+    // Two buffers. All devices use the first.
     let memory = anonymous(8 * PAGE)?;
     let first = VaRange::covering(Va::new(memory), 2 * PAGE)?;
     let second = VaRange::covering(Va::new(memory + 4 * PAGE), PAGE)?;
@@ -148,21 +153,21 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let buffers = |shared: &SharedMap| shared.with_shadow(|map| map.buffers.iter().flatten().count());
     assert_eq!(buffers(&devices[2]), 2);
 
-    // The process unmaps the first buffer while devices use it: all of them have let go before it happens.
+    // The process unmaps the first buffer while devices use it. All of them drop it before that.
     mm.with_invalidation(first, Event::Unmap, |_| {
         assert_eq!((buffers(&devices[0]), flushes.load(Ordering::Relaxed)), (1, 3));
-        // SAFETY: Nobody uses that memory: no device has it any more, and this program never did.
+        // SAFETY: No code uses that memory: no device has it any more, and this program never did.
         assert_eq!(unsafe { libc::munmap(memory as *mut libc::c_void, 2 * PAGE as usize) }, 0);
     });
     assert!(map(&devices[0], 0, first).is_err(), "there is nothing to pin");
 
-    // Devices leave one by one; the last one frees the map.
+    // Devices detach one by one. The last one frees the map.
     for (number, device) in devices.into_iter().enumerate() {
         detach(device, number);
     }
     dma.synchronize()?;
     assert_eq!(mm.mm_count(), 1, "nothing is left of it");
-    // SAFETY: Nobody uses that memory.
+    // SAFETY: No code uses that memory.
     assert_eq!(unsafe { libc::munmap((memory + 2 * PAGE) as *mut libc::c_void, 6 * PAGE as usize) }, 0);
     println!("{} devices' entries were flushed before their memory went away", flushes.load(Ordering::Relaxed));
     Ok(())
@@ -170,7 +175,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
 fn anonymous(length: u64) -> Result<u64, Error> {
     let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-    // SAFETY: It takes free addresses only, as none is given.
+    // SAFETY: The call takes free addresses only, because no address is given.
     let start = unsafe { libc::mmap(ptr::null_mut(), length as usize, protection, flags, -1, 0) };
     if start == libc::MAP_FAILED { Err(Error::last_os_error()) } else { Ok(start as u64) }
 }

@@ -1,9 +1,12 @@
-//! A shadow page table over real memory: entries are faulted in when they are first used, and `munmap` may come at any time.
+//! A shadow page table over real memory. An entry is faulted in when it is first used, and `munmap`
+//! may run at any time.
 //!
-//! Readers follow the table's pointers without asking the kernel. That is sound only as long as an entry leaves the table
-//! before its page leaves the address space: a mistake in the protocol ends this program with SIGSEGV.
+//! Readers follow the table's pointers without asking the kernel. That is sound only if an entry
+//! leaves the table before its page leaves the address space: a mistake in the protocol ends this
+//! program with SIGSEGV.
 //!
-//! Here brackets are opened by hand around each call; an event source does that for a program that knows nothing of it.
+//! This program opens a bracket by hand around each call. With an event source, the code that calls
+//! `munmap` need not be changed.
 
 use mmu_notifier::lockdep::CheckedAlloc;
 use mmu_notifier::{Event, InvalidateSeq, MmWithUser, SoftTlb, Subsystem, Va, VaRange};
@@ -15,21 +18,21 @@ use std::thread;
 const PAGES: u64 = 32;
 const PAGE: u64 = mmu_notifier::PAGE_SIZE;
 
-/// Ends the program if a callback uses the heap, which it must not: see `Notifier`.
+/// Ends the program if a callback uses the heap, which no callback may do: see `Notifier`.
 #[global_allocator]
 static ALLOC: CheckedAlloc = CheckedAlloc::new();
 
-/// Where a page of the guest is in this process.
+/// Where a page of the guest lies in this process.
 #[derive(Clone, Copy)]
 struct Host(NonNull<u8>);
 
 // SAFETY: The pointer is to memory that belongs to no thread, and is used under the table's lock.
 unsafe impl Send for Host {}
 
-/// The host address of each page that was used lately. Spte is the kernel's word for one such entry.
+/// The host address of each page that was used lately. The kernel calls one such entry an spte.
 type Shadow = InvalidateSeq<SoftTlb<Host>>;
 
-/// The guest's memory, of which any page may be missing.
+/// The guest's memory. Any page of it may be missing.
 struct Guest {
     range: VaRange,
 }
@@ -47,21 +50,23 @@ impl Guest {
     fn unmap(&self, mm: &MmWithUser, number: u64) {
         let page = self.page(number);
         let _bracket = mm.invalidate(page, Event::Unmap);
-        // SAFETY: Nobody may use the page: it is the guest's, which is reached through the shadow alone, and that has let go.
+        // SAFETY: No code may use the page. It is the guest's, which is reached through the shadow
+        // alone, and the shadow has dropped it.
         let done = unsafe { libc::munmap(page.start().get() as *mut libc::c_void, PAGE as usize) };
         assert_eq!(done, 0, "munmap: {}", Error::last_os_error());
     }
 
-    /// Maps a missing page again. Nothing was translated there, so there is nothing to tell.
+    /// Maps a missing page again. No translation of it existed, so no bracket is needed.
     fn map_again(&self, number: u64) {
         mmap(self.page(number).start().get() as *mut libc::c_void, PAGE, libc::MAP_FIXED_NOREPLACE);
     }
 
-    /// Walks the primary page table: what a page is mapped to, if it is.
+    /// Walks the primary page table: returns the page's address if it is mapped.
     fn walk(&self, page: VaRange) -> Option<Host> {
         let start = page.start().get() as *mut libc::c_void;
         let mut resident = 0;
-        // SAFETY: `mincore` only looks, and fails with ENOMEM where nothing is mapped; it writes one byte for one page.
+        // SAFETY: `mincore` only reads the page table, and fails with ENOMEM for an unmapped page.
+        // It writes one byte for one page.
         let mapped = unsafe { libc::mincore(start, PAGE as usize, &raw mut resident) } == 0;
         NonNull::new(start.cast::<u8>()).filter(|_| mapped).map(Host)
     }
@@ -69,23 +74,24 @@ impl Guest {
 
 fn mmap(at: *mut libc::c_void, length: u64, flags: libc::c_int) -> u64 {
     let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | flags);
-    // SAFETY: It takes free addresses only: none is given, or MAP_FIXED_NOREPLACE is.
+    // SAFETY: The call takes free addresses only: no address is given, or MAP_FIXED_NOREPLACE is.
     let start = unsafe { libc::mmap(at, length as usize, protection, flags, -1, 0) };
     assert_ne!(start, libc::MAP_FAILED, "mmap: {}", Error::last_os_error());
     start as u64
 }
 
-/// Adds one to a byte of the guest, through the shadow. Returns what it was, or `None` if the page is not mapped, and whether it
-/// had to be faulted in.
+/// Adds one to a byte of the guest, through the shadow. Returns the old value, or `None` if the
+/// page is not mapped, and whether the page had to be faulted in.
 fn increment(shadow: &Shadow, guest: &Guest, number: u64) -> (Option<u8>, bool) {
     let page = guest.page(number);
     let address = page.start();
     let mut faulted = false;
     loop {
-        // Under the shadow's lock, where no entry can be zapped.
+        // Under the shadow's lock, which keeps every entry from being zapped.
         let hit = shadow.with_shadow(|table| {
             table.get(address).map(|Host(host)| {
-                // SAFETY: The page must be mapped: its entry is there, so no bracket has come to the point where it may go.
+                // SAFETY: The page must be mapped. Its entry is in the shadow, so no bracket has
+                // reached the point at which the page may be unmapped.
                 let value = unsafe { host.as_ptr().read_volatile() };
                 // SAFETY: As above; only lock holders write.
                 unsafe { host.as_ptr().write_volatile(value.wrapping_add(1)) };
@@ -98,7 +104,8 @@ fn increment(shadow: &Shadow, guest: &Guest, number: u64) -> (Option<u8>, bool) 
         faulted = true;
         let snapshot = shadow.snapshot(page);
         let Some(host) = guest.walk(page) else { return (None, faulted) };
-        // If it is refused the page has gone meanwhile, or is going: the next turn looks again.
+        // A refusal means that the page was or is being invalidated: the next turn looks it up
+        // again.
         let _ = shadow.try_install(snapshot, |table| table.insert(address, host));
     }
 }
@@ -119,7 +126,7 @@ fn main() {
     guest.map_again(0);
     assert_eq!(increment(&shadow, &guest, 0), (Some(0), true), "a new page, which is empty");
 
-    // The same with processors that run meanwhile.
+    // The same while other threads run the guest.
     let stop = AtomicBool::new(false);
     let (hits, faults) = thread::scope(|scope| {
         let processors = [1, 5].map(|stride| {
@@ -150,7 +157,7 @@ fn main() {
     });
     assert_eq!(shadow.in_progress(), None);
 
-    // The end of the address space: nothing is left in the table, and nothing gets in.
+    // The address space ends: the table is empty, and nothing can be installed any more.
     drop(mm);
     assert!(shadow.with_shadow(|table| table.is_empty()));
     assert!(shadow.try_install(shadow.snapshot(guest.page(1)), |_| ()).is_err());

@@ -80,7 +80,8 @@ fn model(f: impl Fn() + Sync + Send + 'static) {
     model_with(2, f);
 }
 
-/// Checks every run in which threads are interrupted up to `preemptions` times; waiting does not count.
+/// Checks every run in which threads are preempted up to `preemptions` times. Waiting does not
+/// count.
 fn model_with(preemptions: usize, f: impl Fn() + Sync + Send + 'static) {
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = Some(builder.preemption_bound.unwrap_or(preemptions));
@@ -106,7 +107,7 @@ fn s_22_a_put_racing_a_walker() {
     });
 }
 
-/// A walker may stand on the subscriber that is put, before it has looked what comes next.
+/// A walker may stand on the node that is put, and has not read the node's successor yet.
 #[test]
 fn s_30_a_put_racing_a_walker_that_must_reach_the_rest() {
     model(|| {
@@ -127,7 +128,8 @@ fn s_30_a_put_racing_a_walker_that_must_reach_the_rest() {
     });
 }
 
-/// Two threads wait for the frees of one subsystem, and a put comes between: the second must not trust the first.
+/// Two threads wait for the frees of one subsystem, and a put comes in between. The second thread
+/// must not rely on the first one's wait.
 #[test]
 fn s_80_a_put_racing_a_synchronize_of_somebody_else() {
     model(|| {
@@ -214,7 +216,8 @@ fn registrar_racing(bracket: fn(&Mm, &AtomicUsize)) {
     model(move || {
         let (mm, seen) = (Arc::new(MmWithUser::new()), Arc::new(Seen::default()));
         let subsystem = canaries(&seen);
-        // Somebody else is there: a bracket that finds nobody owes no end, and would hide one too many.
+        // Another subscriber is listed. A bracket that found an empty list would call no end at
+        // all, and would hide a surplus end.
         let Ok(other) = Registration::new(&mm, Canary::new(&Arc::new(Seen::default()))) else {
             panic!("it was made outside")
         };
@@ -224,7 +227,7 @@ fn registrar_racing(bracket: fn(&Mm, &AtomicUsize)) {
             move || bracket(&mm, &moved)
         });
         let held = subsystem.get(&mm).unwrap();
-        // What is looked up now is either new, or its change will be told.
+        // The value that is looked up now is either new, or the bracket will call the notifier.
         let looked_up = moved.load(Ordering::Relaxed);
         source.join().unwrap();
         let (starts, ends) = (count(&seen.starts), count(&seen.ends));
@@ -301,7 +304,7 @@ fn b_21_a_remove_racing_the_last_end() {
             removed.store(true, Ordering::Relaxed);
         });
         drop(bracket);
-        // Neither a later window nor a deferred change may know the node once it was removed.
+        // After the removal, neither a later window nor a deferred change may use the node.
         drop(mm.invalidate(VaRange::ALL, Event::Unmap));
         remover.join().unwrap();
         assert_eq!((mm.interval_snapshot().1, mm.callback_panics()), (0, 0));
@@ -343,7 +346,7 @@ unsafe impl Sync for Touched {}
 
 impl Touched {
     fn touch(&self) {
-        // SAFETY: Nobody may write while a user is left: that is what the model checks.
+        // SAFETY: No thread may write while a user is left: the model checks exactly that.
         assert!(self.0.with(|alive| unsafe { *alive }), "used after it was freed");
     }
 }
@@ -391,7 +394,7 @@ fn s_40_release_sees_what_every_user_did() {
         let user = thread::spawn({
             let (mm, held) = (mm.clone(), Arc::clone(&held));
             move || {
-                // SAFETY: Nobody else uses it before exit, which this user holds up.
+                // SAFETY: No other thread uses the cell before exit, and this user delays exit.
                 held.0.with_mut(|alive| unsafe { *alive = true });
                 drop(mm);
             }

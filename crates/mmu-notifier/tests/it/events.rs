@@ -63,7 +63,7 @@ fn s_103_a_refusal_reaches_the_caller_and_everybody_was_asked() {
     assert!(mm.mmap_write_lock().is_ok(), "no bracket was left open");
 }
 
-/// Whoever of many refuses: the first that is asked, one in the middle, the last, or several.
+/// Any of many may refuse: the first that is asked, one in the middle, the last, or several.
 #[test]
 fn b_01_a_refusal_by_any_of_many_ends_all_the_others() {
     const ALL: usize = 100;
@@ -107,8 +107,8 @@ impl Notifier for Ends {
     }
 }
 
-/// Newest first, after the window of the intervals was closed: for any number of subscribers, and the same as after a
-/// bracket that nobody refused.
+/// Newest first, after the window of the intervals was closed: for any number of subscribers, and
+/// in the same order as after a bracket that no subscriber refused.
 #[test]
 fn b_01_ends_come_in_one_order_for_any_number_of_subscribers() {
     for all in [1, 2, 31, 32, 33, 40, 64, 65, 100, 1000] {
@@ -127,7 +127,8 @@ fn b_01_ends_come_in_one_order_for_any_number_of_subscribers() {
     }
 }
 
-/// A start that panics may have done its work, so it is owed an end; an end that panics keeps nobody from his.
+/// A start that panics may have done part of its work, so it is owed an end. An end that panics
+/// must not keep the other subscribers from their ends.
 #[test]
 fn b_03_a_panic_in_a_refused_start_or_its_end_leaves_the_others_paired() {
     let (mm, log) = (MmWithUser::new(), Log::default());
@@ -461,7 +462,8 @@ fn b_08_only_migration_and_exclusive_access_carry_an_owner() {
     assert_eq!(torn_down.get(), 3);
 }
 
-/// Nobody else can make the event (see the doc test of `Exit`), and subscribers hear of exit through `release`.
+/// Only exit can make the event (see the doc test of `Exit`), and exit calls `release` of
+/// subscribers.
 #[test]
 fn b_10_release_comes_from_exit_alone() {
     let (mm, log) = (MmWithUser::new(), Log::default());

@@ -214,7 +214,8 @@ fn s_14_under_the_write_lock_get_locked_works_and_get_says_so() {
     assert!(mm.mmap_write_lock().is_ok());
 }
 
-/// The write lock is no licence to wait for a bracket that this thread has open, whoever opened it.
+/// A caller that holds the write lock must still not wait for a bracket that its thread has open.
+/// The bracket may be the caller's own, or one that `alloc` opened.
 #[test]
 fn s_14_get_locked_inside_a_bracket_is_refused_and_a_bracket_left_by_alloc_too() {
     let (mm, log) = (MmWithUser::new(), Log::default());
@@ -228,14 +229,15 @@ fn s_14_get_locked_inside_a_bracket_is_refused_and_a_bracket_left_by_alloc_too()
         std::mem::forget(mm.invalidate(page(1), Event::Clear));
         Ok(Probe::new("b", &log, nothing()))
     });
-    // On an address space of its own, as nobody can ever subscribe to it any more.
+    // On an address space of its own, because the open bracket blocks every later registrar of it.
     let other = MmWithUser::new();
     assert_eq!(leaves.get(&other).err().unwrap(), GetError::WouldDeadlock);
     assert_eq!((log.all(), other.has_notifiers(), other.mm_count()), (vec![("b", At::Free)], false, 1));
     assert_eq!(subsystem.get_locked(&mut locked).unwrap().users(), 1);
 }
 
-/// Decided by type: a registration has no key, so that nobody can share what its owner will unregister.
+/// The type decides: a registration has no key, so no other user can share a notifier that its
+/// owner will unregister.
 #[test]
 fn s_15_get_does_not_find_a_registered_object() {
     let (mm, log) = (MmWithUser::new(), Log::default());

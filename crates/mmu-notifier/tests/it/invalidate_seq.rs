@@ -59,7 +59,8 @@ fn b_40_a_fault_that_an_invalidation_overtook_is_refused() {
     assert_eq!(entry(&shadow, 7), Some(2));
 }
 
-/// The frame changes inside brackets; nobody ever finds an older one in the shadow than the one that is there.
+/// The frame changes inside brackets. No reader ever finds an older frame in the shadow than the
+/// current one.
 #[test]
 fn b_40_no_stale_entry_under_load() {
     let mm = Arc::new(MmWithUser::new());

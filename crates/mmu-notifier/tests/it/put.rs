@@ -262,7 +262,8 @@ fn s_31_a_callback_may_put_its_own_object() {
     }
 }
 
-/// By the subscriber that is called before it, or by one further away, or by an interval: whoever is put is called no more.
+/// A callback of an earlier subscriber, of a distant one or of an interval puts the victim. The
+/// rest of the same walk must not call the victim.
 #[test]
 fn s_31_what_a_callback_puts_is_not_called_by_the_same_walk() {
     for (at, between) in [At::Start, At::TryStart, At::End, At::Release].map(|at| [(at, false), (at, true)]).concat() {

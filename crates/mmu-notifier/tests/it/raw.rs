@@ -30,7 +30,7 @@ impl Notifier for Counter {
 // SAFETY: The memory of each node is a box of its own, leaked until here or until `unregister`.
 unsafe impl Embedded for Counter {
     unsafe fn dispose(node: NonNull<Node<Self>>) {
-        // SAFETY: `place` leaked it, and nobody uses it any more.
+        // SAFETY: `place` leaked it, and no thread uses it any more.
         let node = unsafe { Box::from_raw(node.as_ptr().cast::<MaybeUninit<Node<Self>>>()) };
         // SAFETY: The value is still in it.
         let value = unsafe { node.assume_init_ref() }.value();
@@ -99,7 +99,7 @@ fn s_60_unregister_gives_the_memory_back_whoever_has_users() {
     // SAFETY: It is registered, and stays so: this is refused.
     assert_eq!(unsafe { Node::unregister(node) }, Err(WouldDeadlock));
     drop(bracket);
-    // SAFETY: It is registered, and nobody uses it any more.
+    // SAFETY: It is registered, and no thread uses it any more.
     assert_eq!(unsafe { Node::unregister(node) }, Ok(()));
     assert_eq!((calls.releases.load(Ordering::Relaxed), calls.disposed.load(Ordering::Relaxed)), (1, 0));
     assert_eq!(mm.mm_count(), 1);
@@ -154,7 +154,7 @@ fn b_14_b_22_b_29_a_raw_interval_keeps_its_own_lock_and_sequence() {
     drop(bracket);
     drop(mm.clone());
     assert_eq!(mm.mm_count(), 2);
-    // SAFETY: It is inserted, and nobody uses it any more.
+    // SAFETY: It is inserted, and no thread uses it any more.
     unsafe { Interval::remove(me) }.unwrap();
     assert_eq!((mm.mm_count(), Arc::strong_count(&seen)), (1, 1));
     // SAFETY: `place` leaked it, and it is ours again.

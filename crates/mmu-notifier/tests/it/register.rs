@@ -171,7 +171,7 @@ impl Notifier for LeavesOpen {
     }
 }
 
-/// The question whether a wait would be for this thread is asked after `release`, too.
+/// `unregister` checks a second time, after `release`, whether it would wait for its own thread.
 #[test]
 fn s_62_unregister_does_not_wait_for_a_bracket_that_release_left_open() {
     let (mm, releases, log) = (MmWithUser::new(), Counter::default(), Log::default());
@@ -184,7 +184,7 @@ fn s_62_unregister_does_not_wait_for_a_bracket_that_release_left_open() {
     assert_eq!((releases.get(), mm.has_notifiers(), mm.callback_panics()), (2, false, 0));
 }
 
-/// The same in exit, which has nobody to tell: it goes on without the wait.
+/// Exit makes the same check. It cannot return an error, so it skips the wait.
 #[test]
 fn s_62_exit_does_not_wait_for_a_bracket_that_release_left_open() {
     let (mm, releases) = (MmWithUser::new(), Counter::default());
@@ -196,7 +196,8 @@ fn s_62_exit_does_not_wait_for_a_bracket_that_release_left_open() {
     assert!(registration.unregister().is_ok());
 }
 
-/// `release` panics where exit runs it and where `unregister` does: counted, and everything else goes on.
+/// `release` panics both in exit and in `unregister`. The panics are counted, and everything else
+/// continues.
 #[test]
 fn a_release_that_panics_is_counted_and_holds_nothing_up() {
     let (mm, log) = (MmWithUser::new(), Log::default());

@@ -128,10 +128,10 @@ pub(crate) fn probes(name: &'static str, log: &Log, hook: Hook) -> Probes {
     }))
 }
 
-/// A door that holds whoever comes until a test opens it.
+/// A gate that blocks every thread that reaches it until a test opens it.
 #[derive(Default)]
 pub(crate) struct Gate {
-    /// How many have come, and whether it is open.
+    /// How many threads have reached the gate, and whether it is open.
     state: Mutex<(usize, bool)>,
     changed: Condvar,
 }

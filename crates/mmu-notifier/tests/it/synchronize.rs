@@ -42,7 +42,7 @@ fn s_81_synchronize_waits_for_a_slow_free() {
     waiter.join();
 }
 
-/// Nor does it wait for what is put while it waits: a stream of puts cannot hold it up.
+/// Nor does it wait for notifiers that are put while it waits: a stream of puts cannot delay it.
 #[test]
 fn s_81_synchronize_does_not_wait_for_later_puts() {
     let (mms, log) = ([MmWithUser::new(), MmWithUser::new()], Log::default());
@@ -340,7 +340,7 @@ fn b_45_a_stuck_callback_delays_nobody_elsewhere() {
         move || drop(mm.invalidate(page(1), Event::Clear))
     });
     gate.wait_for(1);
-    // A free that is queued behind the stuck callback is in nobody's way either.
+    // A free that is queued behind the stuck callback must not delay other address spaces either.
     late.put();
     let subsystem = probes("free", &log, nothing());
     subsystem.get(&mm).unwrap().put();

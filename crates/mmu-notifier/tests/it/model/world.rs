@@ -154,7 +154,7 @@ impl World {
     pub(super) fn end_all(&mut self, blockers: &[(usize, usize)], delisted: &[usize]) {
         self.parallel |= !blockers.is_empty();
         for (bracket, thread) in blockers {
-            // Whoever is delisted at the same time may hear the end or not.
+            // A subscriber that is delisted at the same time may or may not be called.
             for notifier in delisted {
                 *self.extra.entry(Callback::End(*notifier)).or_default() += 1;
             }
