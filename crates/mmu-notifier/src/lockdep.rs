@@ -1,12 +1,22 @@
-//! Finds lock-order trouble before it hangs: waiting for callbacks while holding a lock that a callback takes.
+//! Finds one kind of deadlock before it happens: a thread waits for callbacks while it holds a lock
+//! that a callback takes.
 //!
-//! A bracket that is open, or a callback that runs, may be waiting for a lock. Whoever holds that lock and waits for brackets
-//! or callbacks to end ([`unregister`](crate::Registration::unregister), `get` of a new notifier,
-//! [`remove`](crate::IntervalNotifier::remove), [`synchronize`](crate::Subsystem::synchronize), exit) waits for ever, once the two meet.
-//! They rarely meet in a test. With a [`Map`] beside the lock it is enough that both have happened at some time, in either
-//! order: the second of them panics and names the place of the first.
+//! ```text
+//!   thread 1                              thread 2
+//!   lock(table)                           bracket is open
+//!   unregister: waits for thread 2's      callback: waits for lock(table), which
+//!     bracket                               thread 1 holds
+//! ```
 //!
-//! Only builds with `debug_assertions` do this. In others a `Map` is empty and does nothing.
+//! Some calls wait for brackets or callbacks to end:
+//! [`unregister`](crate::Registration::unregister), `get` of a new notifier,
+//! [`remove`](crate::IntervalNotifier::remove), [`synchronize`](crate::Subsystem::synchronize),
+//! exit. If the caller holds a lock that an open bracket or a running callback waits for, neither
+//! thread continues. The two rarely meet in a test. With a [`Map`] beside the lock they need not
+//! meet: it is enough that both have happened at some time, in either order. The second one panics
+//! and names the place of the first.
+//!
+//! Only builds with `debug_assertions` do this. In other builds a `Map` is empty and does nothing.
 //!
 //! # Examples
 //! ```
@@ -20,7 +30,7 @@
 //!
 //! impl Notifier for Table {
 //!     fn invalidate_range_start(&self, _: &InvalidateRange<'_>) {
-//!         let _order = self.order.acquire(); // Before the lock, so that it is told even where the lock would hang.
+//!         let _order = self.order.acquire(); // Before the lock, so that it reports even a lock that hangs.
 //!         self.entries.lock().unwrap().clear();
 //!     }
 //! }
@@ -29,12 +39,12 @@
 //! # drop(table);
 //! ```
 //!
-//! A callback that uses the heap, or a lock that a callback takes and somebody holds over an allocation, hangs just as rarely:
-//! [`CheckedAlloc`] finds those.
+//! Two other mistakes hang just as rarely: a callback that uses the heap, and a thread that
+//! allocates while it holds a lock that a callback takes. [`CheckedAlloc`] finds those.
 //!
 //! # Source
-//! `__mmu_notifier_invalidate_range_start_map`, mm/mmu_notifier.c, Linux 5.5. Differs: locks are told one from another by their
-//! `Map` and not by class, and address spaces are told apart.
+//! `__mmu_notifier_invalidate_range_start_map`, mm/mmu_notifier.c, Linux 5.5. Differs: a lock is
+//! identified by its `Map` instead of by class, and address spaces are told apart.
 
 mod alloc;
 
@@ -43,7 +53,7 @@ pub use alloc::CheckedAlloc;
 use crate::Mm;
 use std::marker::PhantomData;
 
-/// Stands beside one lock, of whatever kind, and knows where it was taken.
+/// Stands beside one lock of any kind, and records where it was taken.
 ///
 /// # Source
 /// `struct lockdep_map`.
@@ -51,27 +61,27 @@ use std::marker::PhantomData;
 #[doc(alias = "lockdep_map")]
 pub struct Map(imp::Map);
 
-/// Says that the lock beside a [`Map`] is held, or about to be, until dropped.
+/// Records that the lock beside a [`Map`] is held or about to be taken, until dropped.
 #[must_use = "the lock counts as held only as long as this lives"]
 #[derive(Debug)]
 pub struct Held<'a> {
     _held: imp::Held<'a>,
-    // What is held is held by a thread.
+    // Not `Send`: a lock is held by one thread.
     _stays: PhantomData<*const ()>,
 }
 
 impl Map {
-    /// Makes the map of a lock that reports call `name`.
+    /// Makes the map of a lock, which reports call `name`.
     #[must_use]
     pub const fn new(name: &'static str) -> Self {
         Self(imp::Map::new(name))
     }
 
-    /// Says that this thread takes the lock; it counts as held until the guard is dropped.
+    /// Records that this thread takes the lock. It counts as held until the guard is dropped.
     ///
     /// # Panics
-    /// With `debug_assertions`, if this is inside a bracket or callback of an address space for which a thread has waited while
-    /// it held this lock.
+    /// With `debug_assertions`, if this thread is inside a bracket or callback of an address space,
+    /// and some thread has waited for that address space while it held this lock.
     /// # Source
     /// `lock_map_acquire`, include/linux/lockdep.h, Linux 5.5.
     /// # Examples
@@ -99,7 +109,8 @@ impl Map {
     }
 }
 
-/// Says that this thread is about to wait until brackets and callbacks of `mm` have ended, or those of any address space.
+/// Records that this thread is about to wait until brackets and callbacks of `mm`, or of any
+/// address space, have ended.
 ///
 /// # Panics
 /// If it holds a lock that one of them takes.
@@ -109,14 +120,15 @@ pub(crate) fn might_wait(mm: Option<&Mm>) {
     imp::might_wait(mm.map(Mm::id));
 }
 
-/// Says that this thread holds the state of an interval of `mm`, which the interval's callback takes, until dropped.
+/// Records that this thread holds the state of an interval of `mm`, which the interval's callback
+/// takes, until dropped.
 #[cfg_attr(debug_assertions, track_caller)]
 #[inline]
 pub(crate) fn holds_state(mm: &Mm) -> imp::Held<'static> {
     imp::holds_state(mm.id())
 }
 
-/// Says that this thread runs the callback `method` of `N`, until dropped.
+/// Records that this thread runs the callback `method` of `N`, until dropped.
 #[inline(always)]
 pub(crate) fn callback<N: ?Sized>(method: &'static str) -> imp::Callback {
     imp::Callback::enter(std::any::type_name::<N>, method)

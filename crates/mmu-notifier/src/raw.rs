@@ -1,16 +1,17 @@
-//! Notifiers and intervals in memory of their users: what a C interface is made of.
+//! Notifiers and intervals in memory that a C caller provides: the base of a C interface.
 //!
 //! In C a `struct mmu_notifier` is a field of the driver's own object, the driver frees that
-//! object, and one table of operations is the key by which it is found. So here the user gives the
-//! memory of a node, says which node it looks for, and gets pointers. What callbacks see, what
-//! waits for what and what is refused is the same as for [`Subsystem`] and
-//! [`Registration`](crate::Registration), for it is the same code.
+//! object, and a table of operations is the key by which the notifier is found. So in this module
+//! the caller provides the memory of a node, passes a closure that selects a node, and gets
+//! pointers. Callbacks, waits and errors are the same as for [`Subsystem`] and
+//! [`Registration`](crate::Registration), because they are the same code.
 //!
-//! Rust programs have no use for this module: the rest of the crate is safe.
+//! Rust programs do not need this module: the rest of the crate is safe.
 //!
 //! # Safety
-//! A node is alive from `register` until it is disposed of or unregistered; `find` returns a
-//! counted node, which is not disposed of before it is put. Each function says what is left to its
+//! A node is alive from `register` until it is disposed of or unregistered. `find` returns a
+//! counted node, which is not disposed of before the caller puts it. Each function states the
+//! duties that remain for its caller.
 //! caller.
 
 pub use crate::interval::raw::{Interval, RawIntervalOps};
@@ -22,8 +23,8 @@ use crate::{Mm, MmWithUser, MmapWriteGuard, Overflow, Subsystem, WouldDeadlock, 
 use std::convert::Infallible;
 use std::ptr::NonNull;
 
-/// All notifiers of one type whose nodes lie in memory of their users, and the frees of them that
-/// are queued.
+/// All notifiers of one type whose nodes lie in memory that a C caller provides, and the count of
+/// their queued frees.
 ///
 /// # Examples
 /// An object with a counter of invalidations, found by its number:
@@ -46,7 +47,7 @@ use std::ptr::NonNull;
 /// // SAFETY: The memory of each node is a box of its own, leaked until here.
 /// unsafe impl Embedded for Counter {
 ///     unsafe fn dispose(node: NonNull<Node<Self>>) {
-///         // SAFETY: It was leaked below, and nobody uses it any more.
+///         // SAFETY: It was leaked below, and no thread uses it any more.
 ///         drop(unsafe { Box::from_raw(node.as_ptr()) });
 ///     }
 /// }
@@ -77,20 +78,20 @@ pub struct Notifiers<N> {
 }
 
 impl<N: Embedded> Notifiers<N> {
-    /// Makes an empty one, which can be a `static`.
+    /// Makes an empty set, which can be a `static`.
     #[must_use]
     #[expect(clippy::new_without_default, reason = "it is a static")]
     pub const fn new() -> Self {
         Self { subsystem: Subsystem::without_alloc() }
     }
 
-    /// Returns the newest notifier of `mm` that `is_wanted` wants, and that is not put for the last
-    /// time, with one more user.
+    /// Returns the newest notifier of `mm` that `is_wanted` accepts and that still has users, with
+    /// one more user.
     ///
     /// # Blocking
-    /// Never; `is_wanted` runs in a read section, and must not wait.
+    /// Never. `is_wanted` runs in a read section and must not wait.
     /// # Errors
-    /// [`Overflow`] if it has as many users as can be counted.
+    /// [`Overflow`] if the notifier has the maximum number of users.
     /// # Source
     /// `find_get_mmu_notifier`, mm/mmu_notifier.c, Linux 5.15.
     #[inline]
@@ -106,14 +107,14 @@ impl<N: Embedded> Notifiers<N> {
     /// does not call it has ended.
     ///
     /// # Blocking
-    /// Sleeps until the brackets open now have ended, and those opened later that it
-    /// [may have to wait for](crate#what-a-wait-waits-for).
+    /// Sleeps until the brackets open at that time have ended, and those opened later that it [may
+    /// have to wait for](crate#what-a-wait-waits-for).
     /// # Errors
     /// [`WouldDeadlock`] if this thread has opened a bracket of the address space since it took the
     /// lock. Nothing was written.
     /// # Safety
-    /// `place` must be valid for writes, aligned and not in use, and keep to what [`Embedded`]
-    /// says.
+    /// `place` must be valid for writes, aligned and not in use, and must satisfy the duties of
+    /// [`Embedded`].
     /// # Source
     /// `__mmu_notifier_register`, Linux 5.15.
     #[cfg_attr(debug_assertions, track_caller)]
@@ -140,7 +141,7 @@ impl<N: Embedded> Notifiers<N> {
     }
 
     /// Waits until every node whose last reference was put before the call has been disposed of,
-    /// and its reference to the address space dropped, whichever thread put it. See
+    /// and its reference to the address space dropped. The thread that put it does not matter. See
     /// [`Subsystem::synchronize`].
     ///
     /// # Blocking
@@ -155,8 +156,8 @@ impl<N: Embedded> Notifiers<N> {
     }
 }
 
-/// Tells whether what waits for brackets of `mm` would be refused here: inside one of this thread's
-/// own, in a deferred free, and in the child of a fork if `mm` is the parent's.
+/// Tells whether waiting for brackets of `mm` would be refused here: inside a bracket of this
+/// thread, in a deferred free, and in the child of a fork if `mm` is the parent's.
 #[must_use]
 pub fn would_deadlock(mm: &Mm) -> bool {
     mm.would_deadlock()

@@ -2,17 +2,18 @@
 
 use crate::{InvalidateRange, PAGE_SIZE, ShadowOps, Va, VaRange};
 
-/// A software TLB: a fixed number of page translations, the ready shadow for an
+/// A software TLB: a fixed number of page translations, ready-made as the shadow of an
 /// [`InvalidateSeq`](crate::InvalidateSeq).
 ///
-/// It takes the place of a map of pages under a lock. A map frees its nodes when entries leave it,
-/// which a callback must not do (see [`Notifier`](crate::Notifier)), and allocates when they enter,
-/// which no holder of a lock must do that a callback takes. This allocates once, in
+/// It replaces a map of pages under a lock. A map frees its nodes when entries leave it, which a
+/// callback must not do (see [`Notifier`](crate::Notifier)). It allocates when entries are added,
+/// which no holder of a lock that a callback takes may do. A `SoftTlb` allocates once, in
 /// [`new`](Self::new), and frees in its drop.
 ///
-/// Like a processor's TLB it may forget: each page has one place, and entering a page evicts the
-/// one that was there. The next use of that page is a miss, and is looked up again. Pages that lie
-/// side by side do not evict one another, as long as they are no more than its capacity.
+/// Like a processor's TLB it may evict entries: each page has one place, and inserting a page
+/// evicts the page that had the place. The next use of the evicted page is a miss, and must be
+/// looked up again. Adjacent pages do not evict one another, as long as there are no more of them
+/// than its capacity.
 ///
 /// # Examples
 /// ```
@@ -33,27 +34,27 @@ use crate::{InvalidateRange, PAGE_SIZE, ShadowOps, Va, VaRange};
 /// ```
 #[derive(Debug, Clone)]
 pub struct SoftTlb<V> {
-    /// The page number and what it translates to; a power of two of places.
+    /// The page number and its translation; the number of places is a power of two.
     places: Box<[Option<(u64, V)>]>,
 }
 
 impl<V: Copy> SoftTlb<V> {
-    /// Makes an empty one for `capacity` pages, rounded up to a power of two, and at least one.
+    /// Makes an empty table for `capacity` pages, rounded up to a power of two, and at least one.
     ///
     /// # Panics
-    /// If there is not as much memory.
+    /// If there is not enough memory.
     #[must_use]
     pub fn new(capacity: usize) -> Self {
         Self { places: vec![None; capacity.max(1).next_power_of_two()].into() }
     }
 
-    /// How many pages it has room for.
+    /// Returns how many pages the table has room for.
     #[must_use]
     pub fn capacity(&self) -> usize {
         self.places.len()
     }
 
-    /// Returns what the page with this address translates to. `None` is a miss: look it up and
+    /// Returns the translation of the page with this address. `None` is a miss: look it up and
     /// [`insert`](Self::insert) it.
     #[inline]
     #[must_use]
@@ -62,7 +63,7 @@ impl<V: Copy> SoftTlb<V> {
         self.places[self.place(page)].filter(|(of, _)| *of == page).map(|(_, value)| value)
     }
 
-    /// Enters the page with this address, in place of the page that had its place.
+    /// Inserts the page with this address, and evicts the page that had its place.
     #[inline]
     pub fn insert(&mut self, address: Va, value: V) {
         let page = page(address);
@@ -70,8 +71,8 @@ impl<V: Copy> SoftTlb<V> {
         self.places[place] = Some((page, value));
     }
 
-    /// Lets go of every page of a range, in as many steps as the range has pages or this has
-    /// places, whichever is less.
+    /// Drops every page of a range. Takes as many steps as the range has pages or the table has
+    /// places, whichever number is smaller.
     pub fn zap(&mut self, range: VaRange) {
         let (first, last) = (page(range.start()), page(range.last()));
         if last - first < self.places.len() as u64 {
@@ -86,7 +87,7 @@ impl<V: Copy> SoftTlb<V> {
         }
     }
 
-    /// Tells whether it holds no page.
+    /// Tells whether the table holds no page.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.places.iter().all(Option::is_none)

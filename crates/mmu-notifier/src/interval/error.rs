@@ -1,10 +1,10 @@
-//! What can go wrong with an interval.
+//! The errors of intervals.
 
 use super::{IntervalNotifier, IntervalOps};
 use crate::WouldDeadlock;
 use std::fmt;
 
-/// The range was invalidated since the sequence was read: begin again.
+/// The range was invalidated since the sequence was read: retry from `read_begin`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Retry;
 
@@ -16,28 +16,28 @@ impl fmt::Display for Retry {
 
 impl std::error::Error for Retry {}
 
-/// An interval that could not be inserted here, and why. `?` turns it into [`WouldDeadlock`] and
-/// drops the state.
+/// An interval that could not be inserted here, and the reason. `?` turns it into [`WouldDeadlock`]
+/// and drops the state.
 ///
 /// # Source
 /// The errors of `mmu_interval_notifier_insert`. Differs: the state comes back; no EINTR, ENOMEM,
 /// EINVAL and EOVERFLOW.
 #[non_exhaustive]
 pub struct InsertError<S> {
-    /// Why not.
+    /// The reason.
     pub error: WouldDeadlock,
     /// The state, for another try.
     pub state: S,
 }
 
-/// An interval that could not be removed here, and why. `?` turns it into [`WouldDeadlock`] and
-/// drops the interval.
+/// An interval that could not be removed here, and the reason. `?` turns it into [`WouldDeadlock`]
+/// and drops the interval.
 ///
 /// # Source
 /// None: the kernel's `mmu_interval_notifier_remove` hangs in this case.
 #[non_exhaustive]
 pub struct RemoveError<S: IntervalOps> {
-    /// Why not.
+    /// The reason.
     pub error: WouldDeadlock,
     /// The interval, which is still good.
     pub interval: IntervalNotifier<S>,

@@ -8,16 +8,19 @@ use crate::{Mm, context, lockdep};
 use std::fmt;
 use std::ptr::NonNull;
 
-/// What an interval's callback leaves to be done after all the others have been called.
+/// The part of an interval's invalidation that runs after all other intervals have been called.
 ///
-/// Making one allocates, so a callback must not: it takes one that was made beforehand, as in the example of
-/// [`IntervalOps`](super::IntervalOps). What the closure keeps is dropped after a grace period, by the
-/// reclaimer thread, because the bracket may have been opened in the middle of `free`. That drop must not block.
+/// Making one allocates, so a callback must not make one: it takes one that was made beforehand, as
+/// in the example of [`IntervalOps`](super::IntervalOps). The values that the closure owns are
+/// dropped after a grace period, on the reclaimer thread, because the bracket may have been opened
+/// in the middle of `free`. That drop must not block.
 ///
-/// The second pass itself keeps to [the rule for callbacks](crate::Notifier#what-a-start-or-end-callback-must-not-do).
+/// The closure must obey
+/// [the rule for callbacks](crate::Notifier#what-a-start-or-end-callback-must-not-do).
 ///
 /// # Source
-/// `struct mmu_interval_notifier_finish`, proposed in 2026. Differs: it is a closure, and each is used once.
+/// `struct mmu_interval_notifier_finish`, proposed in 2026. Differs: it is a closure, and each is
+/// used once.
 pub struct Finish(Box<Pass>);
 
 /// # Invariants

@@ -1,12 +1,21 @@
 //! An augmented B+tree of intervals.
 //!
-//! Ordered by first address, then by the interval's own address. An entry of an inner node says where the intervals below
-//! it begin and what the greatest last address is, so that those which meet a range are found in O(log n + found). A node is
-//! six cache lines side by side, fetched together; a binary tree reads four lines one after the other instead.
+//! ```text
+//!   inner node:   first: least first address below       last: greatest last address below
+//!                 [ 0x1000 .. 0x9000 | 0xa000 .. 0xf000 ]
+//!                      |                    |
+//!   leaves:       intervals, ordered by first address, then by the interval's own address
+//! ```
 //!
-//! Changing the tree neither allocates nor frees: it is changed under a lock that the allocator may want, when it gives
-//! memory back to the kernel. What an insert needs lies among the tree's [`Spares`] beforehand, and what a removal leaves
-//! goes there.
+//! To find the intervals that meet a range, a walk skips every entry that begins after the range,
+//! and every entry whose greatest last address lies before it. That takes O(log n + found). A node
+//! is six adjacent cache lines, which are fetched together. A binary tree would read four lines one
+//! after the other instead.
+//!
+//! No change of the tree allocates or frees, because the caller holds a lock that a callback takes,
+//! and the allocator may run a callback when it returns memory to the kernel. An insert uses nodes
+//! that were stored in the tree's [`Spares`] beforehand, and a removal stores the nodes that it
+//! frees there.
 
 use crate::VaRange;
 use std::mem;
@@ -15,22 +24,24 @@ use std::ptr::NonNull;
 /// Entries of a node: among 15 keys one is found in four steps, see [`Node::begin_by`].
 const FANOUT: usize = 15;
 
-/// Neighbours are merged when they have no more entries than this together, so that the next insert does not split them.
+/// Two neighbours are merged when together they have no more entries than this, so that the next
+/// insert does not split them again.
 const MERGED: usize = FANOUT * 3 / 4;
 
-/// A tree of pointers to `T`, which it never follows.
+/// A tree of pointers to `T`. The tree never dereferences them.
 pub(super) struct Tree<T> {
     root: Option<Box<Node<T>>>,
-    /// How many nodes lie on every way down.
+    /// The number of levels, which is the same on every path.
     height: usize,
     pub(super) spares: Spares<T>,
 }
 
-/// One node: its entries in order, and of each entry the least first and the greatest last address.
+/// One node: its entries in order, and for each entry the least first and the greatest last
+/// address.
 #[repr(C, align(64))]
 pub(super) struct Node<T> {
     len: usize,
-    /// All ones from `len` on.
+    /// All ones from the node's `len` on.
     first: [u64; FANOUT],
     last: [u64; FANOUT],
     entries: Entries<T>,
@@ -47,7 +58,7 @@ enum Entry<T> {
     Child(Box<Node<T>>),
 }
 
-/// What the tree is ordered by.
+/// The key by which the tree is ordered.
 type Key<T> = (u64, NonNull<T>);
 
 const ENTRY: &str = "there is an entry below the length";
@@ -57,15 +68,15 @@ impl<T> Tree<T> {
         Self { root: None, height: 0, spares: Spares::new() }
     }
 
-    /// Returns the root, for a walk during which nobody changes the tree.
+    /// Returns the root, for a walk during which no thread changes the tree.
     pub(super) fn root(&self) -> Option<&Node<T>> {
         self.root.as_deref()
     }
 
-    /// Returns how many spare nodes the insert of this interval takes.
+    /// Returns how many spare nodes the insert of this interval needs.
     pub(super) fn need(&self, range: VaRange, interval: NonNull<T>) -> usize {
         let full = self.root().map_or(0, |root| root.full_towards((range.start().get(), interval)));
-        // A root that splits gets a node above it; the first interval gets a leaf.
+        // If the root splits, it gets a parent. The first interval gets a leaf.
         if full == self.height { full + 1 } else { full }
     }
 
@@ -81,9 +92,8 @@ impl<T> Tree<T> {
     }
 
     /// Adds an interval.
-    ///
     /// # Panics
-    /// If there are fewer spare nodes than it takes.
+    /// If there are fewer spare nodes than the insert needs.
     pub(super) fn insert(&mut self, range: VaRange, interval: NonNull<T>) {
         let key = (range.start().get(), interval);
         let right = match &mut self.root {
@@ -112,7 +122,7 @@ impl<T> Tree<T> {
         });
     }
 
-    /// Takes an interval out.
+    /// Removes an interval.
     ///
     /// # Panics
     /// If it is not in the tree.
@@ -149,7 +159,7 @@ impl<T> Node<T> {
         if reaches(&self.last[nearest]) {
             match &self.entries {
                 Entries::Intervals(intervals) => {
-                    // Whoever asks is about to call it.
+                    // The caller is about to call this interval.
                     fetch(intervals[nearest].expect(ENTRY).as_ptr(), 128);
                     return true;
                 }
@@ -162,17 +172,20 @@ impl<T> Node<T> {
                 }
             }
         }
-        // What the earlier entries hold begins where the nearest one does or before, and so in time.
+        // The intervals of earlier entries begin no later than those of the nearest entry, so none
+        // of them begins after the range. Only their last addresses matter.
         self.last[..nearest].iter().any(reaches)
     }
 
-    /// Calls `visit` for each interval that meets `range`, in order, until it says false; tells whether it never did.
+    /// Calls `visit` for each interval that meets `range`, in order, until it returns false.
+    /// Returns false if a call did.
     pub(super) fn visit(&self, range: VaRange, visit: &mut impl FnMut(NonNull<T>) -> bool) -> bool {
         let begun = self.begin_by(range.last().get());
         let mut meeting = (0..begun).filter(|at| self.last[*at] >= range.start().get());
         match &self.entries {
             Entries::Intervals(intervals) => {
-                // All their lines on the way at once: each callback would wait for its own.
+                // Prefetch the lines of all of them now. Otherwise each callback would wait for its
+                // own.
                 meeting.clone().for_each(|at| fetch(intervals[at].expect(ENTRY).as_ptr(), 128));
                 meeting.all(|at| visit(intervals[at].expect(ENTRY)))
             }
@@ -197,12 +210,13 @@ impl<T> Node<T> {
         rank
     }
 
-    /// Returns the entry under which a key is or belongs.
+    /// Returns the index of the entry that contains a key or would contain it.
     fn towards(&self, key: Key<T>) -> usize {
         self.rank(key).saturating_sub(1)
     }
 
-    /// Returns how many nodes without room there are at the end of the way to a key, before one that has room.
+    /// Returns how many full nodes there are at the end of the path to a key, below the last node
+    /// with room.
     fn full_towards(&self, key: Key<T>) -> usize {
         let (mut node, mut full) = (self, 0);
         loop {
@@ -226,8 +240,8 @@ impl<T> Node<T> {
         node.first[node.len - 1]
     }
 
-    /// Adds an interval, at an edge if it begins before or after all others; returns the node that comes after this one if there
-    /// are two now.
+    /// Adds an interval. Splits at an edge if the interval begins before or after all others. If
+    /// the node was split, returns its new successor.
     fn insert(&mut self, key: Key<T>, last: u64, edge: bool, spares: &mut Spares<T>) -> Option<Box<Self>> {
         let rank = self.rank(key);
         let Entries::Children(children) = &mut self.entries else {
@@ -239,7 +253,7 @@ impl<T> Node<T> {
         right.and_then(|right| self.put(at + 1, right.hull(), Entry::Child(right), edge, spares))
     }
 
-    /// Takes an interval out.
+    /// Removes an interval.
     fn remove(&mut self, key: Key<T>, spares: &mut Spares<T>) {
         let at = self.towards(key);
         let Entries::Children(children) = &mut self.entries else {
@@ -258,7 +272,7 @@ impl<T> Node<T> {
         }
     }
 
-    /// Merges two neighbours if that makes a node with room; tells whether it did.
+    /// Merges two neighbours if the result has room; tells whether it did.
     fn merge(&mut self, at: usize, spares: &mut Spares<T>) -> bool {
         let Entries::Children(children) = &mut self.entries else { return false };
         let Some([Some(left), Some(right)]) = children.get_mut(at..at + 2) else { return false };
@@ -277,14 +291,14 @@ impl<T> Node<T> {
         (inner && self.len == 1).then(|| self.close_child(0))
     }
 
-    /// Says anew of a child what it holds.
+    /// Recomputes the addresses of a child's entry.
     fn sum_up(&mut self, at: usize) {
         if let Entries::Children(children) = &self.entries {
             (self.first[at], self.last[at]) = children[at].as_ref().expect(ENTRY).hull();
         }
     }
 
-    /// Adds an entry; returns the node that comes after this one if there are two now.
+    /// Adds an entry. If the node was split, returns its new successor.
     fn put(
         &mut self,
         at: usize,
@@ -299,7 +313,7 @@ impl<T> Node<T> {
         }
         let mut right = spares.take();
         right.entries = self.entries.none();
-        // Intervals that come in order, up or down, leave full nodes behind them.
+        // Intervals that arrive in ascending or descending order leave full nodes behind them.
         let middle = if edge { at } else { FANOUT / 2 };
         self.move_tail(middle, &mut right);
         if at <= FANOUT / 2 {
@@ -329,7 +343,7 @@ impl<T> Node<T> {
         }
     }
 
-    /// Takes an interval out of a leaf.
+    /// Removes an interval from a leaf.
     fn close_interval(&mut self, at: usize) {
         self.close(at);
         if let Entries::Intervals(intervals) = &mut self.entries {
@@ -338,7 +352,7 @@ impl<T> Node<T> {
         }
     }
 
-    /// Takes a child out of an inner node.
+    /// Removes a child from an inner node.
     fn close_child(&mut self, at: usize) -> Box<Self> {
         self.close(at);
         let Entries::Children(children) = &mut self.entries else { unreachable!("a leaf has no children") };
@@ -368,7 +382,7 @@ impl<T> Node<T> {
 }
 
 impl<T> Entries<T> {
-    /// Returns none of the same kind.
+    /// Returns an empty set of entries of the same kind.
     fn none(&self) -> Self {
         match self {
             Self::Intervals(_) => Self::Intervals([None; FANOUT]),
@@ -377,7 +391,7 @@ impl<T> Entries<T> {
     }
 }
 
-/// Nodes without entries, for inserts. Each one's first child is the next.
+/// Nodes without entries, for inserts. The first child of each one is the next.
 pub(super) struct Spares<T> {
     front: Option<Box<Node<T>>>,
     len: usize,
@@ -388,7 +402,7 @@ impl<T> Spares<T> {
         Self { front: None, len: 0 }
     }
 
-    /// Allocates so many nodes.
+    /// Allocates this many nodes.
     pub(super) fn allocate(count: usize) -> Self {
         let mut spares = Self::new();
         for _ in 0..count {
@@ -437,7 +451,7 @@ impl<T> Spares<T> {
 }
 
 impl<T> Drop for Spares<T> {
-    /// One after the other: their number is no bound for the stack.
+    /// Drops them in a loop, because recursion could overflow the stack.
     fn drop(&mut self) {
         while self.front.is_some() {
             drop(self.take());
@@ -445,7 +459,7 @@ impl<T> Drop for Spares<T> {
     }
 }
 
-/// Asks for the cache lines of what will be read next.
+/// Prefetches the cache lines of data that will be read next.
 #[inline(always)]
 fn fetch<U>(place: *const U, bytes: usize) {
     #[cfg(all(target_arch = "x86_64", not(miri)))]

@@ -1,9 +1,9 @@
 //! The allocator that refuses to be called where a callback must not call it.
 //!
 //! # Safety
-//! Every call is handed to the allocator beneath, with the caller's arguments: what the caller owes
-//! it is owed beneath, and what it owes the caller is owed above. The check in front reads and
-//! writes constants and thread-local words.
+//! Every call is forwarded to the inner allocator with the caller's arguments. So the inner
+//! allocator gets every promise that the caller made, and the caller gets every promise of the
+//! inner allocator. The check in front reads and writes only constants and thread-local words.
 
 #![allow(unsafe_code, reason = "an allocator")]
 
@@ -13,19 +13,19 @@ use std::alloc::{GlobalAlloc, Layout, System};
 /// An allocator that ends the process when a callback allocates or frees memory, and says which
 /// callback it was.
 ///
-/// A callback may run in the middle of `free`, with the allocator's locks held: if it allocates or
-/// frees, it waits for them for ever. That happens only when `free` gives memory back to the
-/// kernel, so tests rarely see it. Under this allocator the first call of such a callback ends the
-/// process. So does an allocation while the thread holds a lock with a [`Map`](super::Map) that
-/// some callback takes, or the state of an [`InvalidateSeq`](crate::InvalidateSeq) or an
-/// [`IntervalNotifier`](crate::IntervalNotifier).
+/// A callback may run in the middle of `free`, while the allocator's locks are held. If it
+/// allocates or frees then, it waits for those locks for ever. `free` calls the kernel only
+/// sometimes, so tests rarely see the deadlock. Under this allocator, the first such call in a
+/// callback ends the process. So does an allocation while the thread holds a lock with a
+/// [`Map`](super::Map) that some callback takes, or the state of an
+/// [`InvalidateSeq`](crate::InvalidateSeq) or an [`IntervalNotifier`](crate::IntervalNotifier).
 ///
-/// It checks every bracket, whichever source opened it, and start and end callbacks only:
+/// It checks brackets of every source, but only start and end callbacks:
 /// [`release`](crate::Notifier::release) and `Drop` run outside of the allocator. A program whose
-/// callbacks come from the `process` source alone may allocate in them, and has no use for it. It
-/// sees what goes through Rust's allocator; `malloc` called from C it does not see.
+/// callbacks come from the `process` source alone may allocate in them, and does not need it. It
+/// sees calls of Rust's allocator, but no `malloc` from C.
 ///
-/// Builds without `debug_assertions` check nothing, and hand every call on.
+/// Builds without `debug_assertions` check nothing and only forward calls.
 ///
 /// # Examples
 /// ```
@@ -58,8 +58,8 @@ impl<A: GlobalAlloc> CheckedAlloc<A> {
 }
 
 // SAFETY: `GlobalAlloc` demands that blocks fit their layout, stay until they are freed, and that
-// no call unwinds: the allocator beneath keeps that, and the check ends the process where it does
-// not return.
+// no call unwinds. The inner allocator guarantees that, and a failed check ends the process instead
+// of unwinding.
 unsafe impl<A: GlobalAlloc> GlobalAlloc for CheckedAlloc<A> {
     #[inline]
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {

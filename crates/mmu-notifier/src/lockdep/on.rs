@@ -245,7 +245,8 @@ pub(super) fn might_allocate(call: &str) {
     }
 }
 
-/// Says why, and ends the process: whoever calls the allocator does not expect to unwind.
+/// Prints the reason and ends the process, because a caller of the allocator does not expect a
+/// panic.
 fn stop(why: fmt::Arguments<'_>) -> ! {
     let _ = writeln!(io::stderr(), "mmu_notifier::lockdep: {why}");
     process::abort()

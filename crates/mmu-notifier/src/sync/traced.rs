@@ -1,9 +1,10 @@
 //! The standard library's `Mutex`, `Condvar` and `Arc`, as a thread sanitizer can follow them (`--cfg mmun_tsan`).
 //!
-//! The standard library is not rebuilt for a sanitizer, which therefore does not see what its slow paths order. Here each lock
-//! has a clock, which whoever locks and whoever unlocks advances. So has an `Arc`, whose own drop uses a fence, which
-//! sanitizers do not know. A clock is never only read: LLVM deletes an acquiring load whose value nobody uses, if a function
-//! does nothing else.
+//! The standard library is not rebuilt for a sanitizer, so the sanitizer does not see what its slow
+//! paths order. Here each lock has a clock, which every lock and every unlock advances. An `Arc`
+//! has one too, because its own drop uses a fence, which sanitizers do not understand. A clock is
+//! never only read: LLVM deletes an acquiring load whose value is unused, if the function does
+//! nothing else.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicU64, Ordering};
