@@ -1,4 +1,4 @@
-//! Read sections: what a reader holds while it is inside, and the quick way in.
+//! Read sections: the guards that a reader holds, and the fast path that opens them.
 
 use crate::raw::barrier;
 use crate::raw::slot::Slot;
@@ -7,12 +7,15 @@ use crate::sync::{Ordering, mutant};
 use std::fmt;
 use std::marker::PhantomData;
 
-/// A read section of this thread: what is reachable when it begins is not freed before it is dropped.
+/// A read section of this thread. Data that is reachable when it begins is not freed before it is
+/// dropped.
 ///
-/// From [`Srcu::read_lock`](crate::Srcu::read_lock). The thread may sleep in it, open further sections of this or another
-/// domain, and drop its guards in any order. It is `!Send`: a section that may end on another thread is a [`SendGuard`].
+/// From [`Srcu::read_lock`](crate::Srcu::read_lock). The thread may sleep inside it, open further
+/// sections of this or another domain, and drop its guards in any order. It is `!Send`; a section
+/// that may end on another thread is a [`SendGuard`].
 ///
-/// A guard that is forgotten keeps its section open for ever: no grace period of the domain ends again.
+/// A guard that is forgotten keeps its section open for ever: no later grace period of the domain
+/// ends.
 ///
 /// ```compile_fail,E0277
 /// let srcu = srcu::Srcu::new();
@@ -29,18 +32,20 @@ pub struct Guard<'a> {
     not_send: PhantomData<*mut ()>,
 }
 
-/// A read section that may end on another thread, as a task does that waits for I/O in between.
+/// A read section that may end on another thread, such as that of a task that awaits I/O inside it.
 ///
-/// From [`Srcu::down_read`](crate::Srcu::down_read). Dropping it ends the section. It belongs to no thread, so the crate cannot
-/// see that a thread which waits for a grace period holds one itself: such a wait hangs.
+/// From [`Srcu::down_read`](crate::Srcu::down_read). Dropping it ends the section. It belongs to no
+/// thread, so this crate cannot detect a thread that waits for a grace period while it holds one:
+/// such a wait hangs.
 #[must_use = "the section ends when the guard is dropped"]
 pub struct SendGuard<'a> {
     section: Section<'a>,
 }
 
-/// This thread's way into a domain, with the look-up of its counters done once.
+/// A per-thread handle of a domain, which skips the look-up of the thread's counters.
 ///
-/// From [`Srcu::reader`](crate::Srcu::reader). Worth having where one function opens very many short sections. `!Send`.
+/// From [`Srcu::reader`](crate::Srcu::reader). Useful where one function opens very many short
+/// sections. `!Send`.
 ///
 /// ```compile_fail,E0277
 /// let srcu = srcu::Srcu::new();
@@ -53,18 +58,18 @@ pub struct Reader<'a> {
     not_send: PhantomData<*mut ()>,
 }
 
-/// Where a section is counted.
+/// The place where a section is counted.
 #[derive(Clone, Copy)]
 struct Section<'a> {
     state: &'a State,
-    /// The index word when it began: the bank, and how to fence.
+    /// The index word when the section began: the bank, and which kind of fence to use.
     word: usize,
 }
 
 impl<'a> Guard<'a> {
     #[inline(always)]
     pub(crate) fn enter(state: &'a State, slot: &'a Slot) -> Self {
-        // Relaxed: either bank will do at any time; grace periods look at both.
+        // Relaxed: either bank is right at any time, because grace periods scan both.
         let word = state.index.load(Ordering::Relaxed);
         slot.local.enter(word);
         begun(word);
@@ -93,15 +98,16 @@ impl<'a> SendGuard<'a> {
         Self { section: Section { state, word } }
     }
 
-    /// Ends the section, on whatever thread this is, as dropping the guard does.
+    /// Ends the section on the calling thread, as dropping the guard does.
     #[doc(alias = "srcu_up_read")]
     pub fn up_read(self) {}
 }
 
 impl Drop for SendGuard<'_> {
     fn drop(&mut self) {
-        // The end is counted in this thread's slot. It happens after the beginning, since something brought the guard here;
-        // that is what ORDER(srcu-scan) needs.
+        // The end is counted in this thread's slot. The beginning happens before it, because the
+        // guard was sent to this thread, and the sending orders the two. ORDER(srcu-scan) needs
+        // that.
         slot(self.section.state).moved.leave(self.section.word);
         self.section.ended();
     }
@@ -120,27 +126,28 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// This thread's slot, claimed if need be.
+/// Returns this thread's slot, and claims one if the thread has none.
 pub(crate) fn slot(state: &State) -> &Slot {
     state.table.mine().unwrap_or_else(|| state.table.claim_mine())
 }
 
 #[inline(always)]
 fn begun(word: usize) {
-    // ORDER(srcu-enter): Between the count and the first read of protected data. Partner: the heavy fence in `scan`.
-    // Without it the grace period can miss our count while we read the old pointer. Model: loom
-    // `free_waits_for_reader`.
+    // ORDER(srcu-enter): orders the count before the first read of protected data. Partner: the
+    // heavy fence in `scan`. Without this fence, the grace period could miss our count while we
+    // read the old pointer. Model: loom `free_waits_for_reader`.
     if !mutant("no_fence_in_lock") {
         barrier::light(word);
     }
 }
 
 impl Section<'_> {
-    /// Tells those who wait for the end of this section, which has just been counted.
+    /// Wakes the threads that wait for the end of this section, which has just been counted.
     #[inline(always)]
     fn ended(self) {
-        // ORDER(srcu-wake): Between the count and the look at `waiting`. Partner: the heavy fence after the announcement in
-        // `step`. Model: loom `a_wake_up_is_not_lost`.
+        // ORDER(srcu-wake): orders the count before the load of `waiting`. Partner: the heavy fence
+        // after the announcement in `step`. Without this fence, the waiter could miss the end of
+        // the section while we miss the waiter. Model: loom `a_wake_up_is_not_lost`.
         if !mutant("no_fence_in_unlock") {
             barrier::light(self.word);
         }

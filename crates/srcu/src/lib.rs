@@ -1,5 +1,6 @@
-//! Sleepable read-copy-update (SRCU) for userspace: readers that cost a few plain instructions and may sleep, updaters that
-//! wait for just those readers that could still hold what they unlinked, prompt callbacks, and a barrier.
+//! Sleepable read-copy-update (SRCU) for userspace. Readers cost a few plain instructions and may
+//! sleep. Updaters wait only for the readers that could still hold an unlinked object. Callbacks
+//! run promptly, and a barrier waits for them.
 //!
 //! ```
 //! use srcu::Srcu;
@@ -10,7 +11,7 @@
 //! static SRCU: Srcu = Srcu::new();
 //! static CONFIG: AtomicPtr<Config> = AtomicPtr::new(std::ptr::null_mut());
 //!
-//! /// Runs `f` with the present configuration. `f` may sleep; nobody waits for it but whoever frees this very version.
+//! /// Runs `f` with the current configuration. `f` may sleep: that only delays frees.
 //! fn with_config<R>(f: impl FnOnce(&Config) -> R) -> Option<R> {
 //!     let _section = SRCU.read_lock();
 //!     // SAFETY: A version is freed a grace period after it was replaced, and this section is still open.
@@ -21,9 +22,9 @@
 //! fn replace_config(new: Config) {
 //!     let old = CONFIG.swap(Box::into_raw(Box::new(new)), Ordering::AcqRel);
 //!     if !old.is_null() {
-//!         // SAFETY: It came from `Box::into_raw` above, and the swap gave it to us alone.
+//!         // SAFETY: It came from `Box::into_raw` above, and after the swap only this thread owns it.
 //!         let old = unsafe { Box::from_raw(old) };
-//!         // Not now: readers may be looking at it. When they are done:
+//!         // Readers may still use it. Drop it when they are done:
 //!         SRCU.call(move || drop(old));
 //!     }
 //! }
@@ -32,7 +33,7 @@
 //! std::thread::scope(|scope| {
 //!     scope.spawn(|| with_config(|config| {
 //!         std::thread::sleep(std::time::Duration::from_millis(5)); // Sleeping is fine.
-//!         assert_eq!(config.greeting.len(), 5); // Still there, whatever happened meanwhile.
+//!         assert_eq!(config.greeting.len(), 5); // Still valid, although it may have been replaced.
 //!     }));
 //!     replace_config(Config { workers: 2, greeting: "howdy".into() });
 //! });
@@ -43,12 +44,15 @@
 //!
 //! # What a grace period is
 //!
-//! A reader brackets its use of shared data with a *section*. An updater first *unlinks* an object, so that no new section can find
-//! it, and then waits until all sections that began before have ended: a *grace period*. Sections that begin later cannot
-//! have the object and are not waited for, so the wait ends although there are always readers. Then the object can be freed.
+//! A reader brackets its use of shared data with a *section*. An updater first *unlinks* an object,
+//! so that no new section can find it. It then waits until all sections that began before have
+//! ended: a *grace period*. Sections that begin later cannot reach the object, so the updater does
+//! not wait for them, and the wait ends although there are always readers. Then the object can be
+//! freed.
 //!
-//! Each [`Srcu`] is a *domain* of its own. A reader that sleeps for an hour holds up the grace periods of its domain for an hour, and
-//! nobody else's. That is what makes sleeping readers affordable, and the reason to have many domains rather than one.
+//! Each [`Srcu`] is a *domain* of its own. A reader that sleeps for an hour delays the grace
+//! periods of its domain for an hour, and those of no other domain. That makes sleeping readers
+//! affordable, and it is the reason to have many domains instead of one.
 //!
 //! # Which call
 //!
@@ -63,18 +67,23 @@
 //! | all callbacks so far to have returned (before unloading code, in tests) | [`Srcu::barrier`] | for them |
 //! | no callback left, not even those that callbacks queue | [`Srcu::drain_until_idle`] | for them |
 //!
-//! `synchronize` is no `barrier`: after it, callbacks queued long before may still be about to run. `barrier` is no `synchronize`: with
-//! nothing queued it returns at once.
+//! `synchronize` is not a `barrier`: when it returns, callbacks that were queued long before may
+//! still be about to run. `barrier` is not a `synchronize`: with no callback queued it returns at
+//! once.
 //!
-//! A wait for oneself (`synchronize` in one's own section or callback, `barrier` in any callback) is [`WouldDeadlock`], not a hang.
-//! The exceptions are the holder of a [`SendGuard`], which belongs to no thread, and a wait that goes round through *other* domains or
-//! locks: a section of A that waits for B, and a section of B that waits for A.
+//! A call that would wait for its own thread (`synchronize` inside a section or callback of the
+//! same domain, `barrier` in any callback) returns [`WouldDeadlock`] instead of hanging. Two cases
+//! are not detected: the holder of a [`SendGuard`], which belongs to no thread, and a cycle through
+//! *other* domains or locks, such as a section of A that waits for B while a section of B waits for
+//! A.
 //!
 //! # Callbacks
 //!
-//! One thread, started by the first `call` or `prepare`, runs the callbacks of all domains. It sleeps unless some domain can move, and
-//! is woken by the very reader that ends the last section waited for, so a callback runs microseconds later. A domain
-//! whose reader is stuck delays no other. A callback that blocks delays all. A panic in one is caught and counted.
+//! One thread, started by the first `call` or `prepare`, runs the callbacks of all domains. It
+//! sleeps until some domain can advance. The reader that ends the last section of a grace period
+//! wakes it, so a callback runs microseconds later. A domain whose reader is stuck delays no other
+//! domain. A callback that blocks delays the callbacks of all domains. A panic in a callback is
+//! caught and counted.
 //!
 //! # When not to use it
 //!
@@ -88,15 +97,17 @@
 //! | barrier | yes | no | no | not needed | `rcu_barrier` |
 //! | platforms | Linux | all | all | all | Unix |
 //!
-//! Take arc-swap for one value that is replaced as a whole: it is safe code and needs no thread. Take crossbeam-epoch or seize for
-//! lock-free containers whose readers are short and whose garbage may wait. Take a lock if writes are not rare. Take this crate if
-//! readers sleep or call out, if it matters *when* something is freed, or if somebody must be able to wait for that.
+//! Use arc-swap for one value that is replaced as a whole: it is safe code and needs no thread. Use
+//! crossbeam-epoch or seize for lock-free containers whose readers are short and whose garbage may
+//! wait. Use a lock if writes are not rare. Use this crate if readers sleep or call other code, if
+//! it matters *when* an object is freed, or if a thread must be able to wait for that.
 //!
 //! # Limits
 //!
-//! Linux only. Not for signal handlers. [`Srcu`] says what happens in the child of a `fork`. With the environment variable
-//! `SRCU_NO_MEMBARRIER` set when the first domain is used, readers use real fences, as they do where the kernel refuses
-//! `membarrier`; a seccomp filter that forbids it *later* aborts the process at the next grace period.
+//! Linux only. Not for signal handlers. [`Srcu`] describes the child of a `fork`. If the
+//! environment variable `SRCU_NO_MEMBARRIER` is set when the first domain is used, readers use real
+//! fences. They also do so if the kernel refuses `membarrier`. A seccomp filter that forbids
+//! `membarrier` *later* aborts the process at the next grace period.
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
 

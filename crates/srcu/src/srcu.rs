@@ -1,4 +1,4 @@
-//! A domain, as its users see it.
+//! The public type of a domain.
 
 use crate::WouldDeadlock;
 use crate::guard::{self, Guard, Reader, SendGuard};
@@ -8,37 +8,43 @@ use crate::raw::{callback, current, reclaimer};
 use crate::sync::Ordering;
 use std::fmt;
 
-/// A domain of sleepable read-copy-update: readers and updaters that know of each other, and of nobody else.
+/// A domain of sleepable read-copy-update: its updaters wait for its own readers and for no others.
 ///
-/// Make one for every object that has readers of its own; a domain whose reader sleeps for an hour delays only itself.
-/// A new domain is one word and costs nothing until it is used; a used one takes a page (4 KiB) for up to 28 threads, and
-/// more pages when more threads of the process take part.
+/// Make one domain for every object that has readers of its own, because a reader that sleeps for
+/// an hour delays only its own domain. A new domain is one word and costs nothing until it is used.
+/// A used one takes a page (4 KiB) for up to 28 threads, and more pages when more threads of the
+/// process take part.
 ///
 /// # Dropping
-/// Runs what is pending, and waits for it. In a callback it does not wait: the state lives on with the reclaimer until the
-/// last callback has returned. No section can be open, since guards borrow the domain; if one was leaked (`mem::forget`),
-/// its grace period never comes, and callbacks that wait for it are leaked in place of a hang.
+/// Runs the pending callbacks and waits for them. Inside a callback the drop does not wait: the
+/// background thread keeps the state until the last callback has returned. No section can be open,
+/// because guards borrow the domain. If a guard was leaked (`mem::forget`), its grace period never
+/// ends. Callbacks that wait for it are leaked too; waiting for them would hang.
 ///
 /// # Forks
-/// The child of a `fork` can use the domains it inherits. The calling thread's sections go on there; those of other threads
-/// are over, except [`SendGuard`]s, which count as open in the child wherever they are. Callbacks that were queued
-/// run in the child too, once it calls one of [`prepare`](Self::prepare), [`call`](Self::call),
-/// [`synchronize`](Self::synchronize), [`barrier`](Self::barrier) or [`start_poll`](Self::start_poll); not so the one that
-/// was running. `_Fork`, and a raw `clone` system call that goes around the C library, go around this, too.
+/// The child of a `fork` can use the domains that it inherits. The calling thread's sections stay
+/// open in the child. The sections of other threads are over, except [`SendGuard`]s: each of them
+/// counts as open in the child, on any thread. Queued callbacks run in the child too, once the
+/// child calls [`prepare`](Self::prepare), [`call`](Self::call),
+/// [`synchronize`](Self::synchronize), [`barrier`](Self::barrier) or
+/// [`start_poll`](Self::start_poll). The callback that was running at the fork does not run again.
+/// `_Fork`, and a raw `clone` system call that bypasses the C library, bypass this handling as
+/// well.
 ///
 /// # Signals
-/// Not for signal handlers: one that interrupts `read_lock` could lose a count.
+/// Must not be used in signal handlers: a handler that interrupts `read_lock` could lose a count.
 ///
 /// # Source
-/// `struct srcu_struct`, kernel/rcu/srcutree.c. Differs: counters are per thread, a single look at both banks ends a grace
-/// period if no section is open, and what would deadlock is refused.
+/// `struct srcu_struct`, kernel/rcu/srcutree.c. Differs: counters are per thread, one scan of both
+/// banks ends a grace period if no section is open, and a call that would deadlock returns an
+/// error.
 #[doc(alias = "srcu_struct")]
 #[doc(alias = "init_srcu_struct")]
 pub struct Srcu {
     handle: Handle,
 }
 
-/// A grace period that somebody asked for and will look for later: see [`Srcu::start_poll`].
+/// A grace period that a caller has requested and will check later: see [`Srcu::start_poll`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use = "pass it to `Srcu::poll` to learn whether the grace period is over"]
 pub struct Cookie {
@@ -48,20 +54,21 @@ pub struct Cookie {
 }
 
 impl Srcu {
-    /// A domain that nobody uses yet. Makes no system call and allocates nothing.
+    /// Makes an unused domain. Makes no system call and allocates nothing.
     #[cfg(not(mmun_loom))]
     pub const fn new() -> Self {
         Self { handle: Handle::new() }
     }
 
-    /// A domain that nobody uses yet.
+    /// Makes an unused domain.
     #[cfg(mmun_loom)]
     pub fn new() -> Self {
         Self { handle: Handle::new() }
     }
 
-    /// Does now what [`call_raw`](Self::call_raw) and [`read_lock`](Self::read_lock) would do on first use: makes the domain's
-    /// page, gives this thread its counters, starts the reclaimer thread if this process has none.
+    /// Does now the work that [`call_raw`](Self::call_raw) and [`read_lock`](Self::read_lock) would
+    /// do on first use: makes the domain's page, gives this thread its counters, and starts the
+    /// background thread if this process has none.
     ///
     /// # Panics
     /// If the thread cannot be started.
@@ -72,9 +79,10 @@ impl Srcu {
 
     /// Begins a read section, which ends when the guard is dropped.
     ///
-    /// Costs a few plain instructions: no lock, no atomic read-modify-write, no fence. A thread's first section in a domain
-    /// looks for its place, which never involves the allocator, so it may begin inside `malloc`. Sections nest without
-    /// limit, and may sleep.
+    /// Costs a few plain instructions: no lock, no atomic read-modify-write, no fence. The first
+    /// section of a thread in a domain claims a slot for the thread. The claim never calls the
+    /// allocator, so that section may begin inside `malloc`. Sections nest without limit and may
+    /// sleep.
     ///
     /// # Source
     /// `srcu_read_lock`, include/linux/srcu.h.
@@ -83,7 +91,7 @@ impl Srcu {
     /// ```
     /// let srcu = srcu::Srcu::new();
     /// let section = srcu.read_lock();
-    /// // What is reachable here stays valid until the end of the section.
+    /// // Data that is reachable here stays valid until the end of the section.
     /// section.unlock();
     /// ```
     #[doc(alias = "srcu_read_lock")]
@@ -97,7 +105,7 @@ impl Srcu {
         Guard::enter(state, slot)
     }
 
-    /// Returns what `read_lock` needs and not a guard, which would keep the guard in memory on the quick way too.
+    /// Returns the slot instead of a guard: a guard would be spilled to the stack on the fast path.
     #[cold]
     fn first_section(&self) -> (&State, &Slot) {
         let state = self.state();
@@ -110,7 +118,8 @@ impl Srcu {
         self.handle.peek().table.mine().is_some_and(|slot| slot.local.depth() != 0)
     }
 
-    /// This thread's own way in, half as dear as [`read_lock`](Self::read_lock): the look-up is done here, once.
+    /// Returns a per-thread handle that skips the slot look-up. A section through it costs half as
+    /// much as [`read_lock`](Self::read_lock).
     ///
     /// # Examples
     /// ```
@@ -126,8 +135,9 @@ impl Srcu {
 
     /// Begins a read section that may end on another thread: send the guard there and drop it.
     ///
-    /// A little slower than [`read_lock`](Self::read_lock). The section belongs to no thread, so waiting for a grace period
-    /// while holding the guard is not detected: it hangs.
+    /// A little slower than [`read_lock`](Self::read_lock). The section belongs to no thread, so
+    /// this crate cannot detect a thread that waits for a grace period while it holds the guard:
+    /// such a wait hangs.
     ///
     /// # Source
     /// `srcu_down_read` and `srcu_up_read`, include/linux/srcu.h. Differs: the token ends the section when dropped.
@@ -158,7 +168,7 @@ impl Srcu {
     /// `read_lock` may have chosen its bank earlier, and is waited for as well. No stream of new sections holds a caller up.
     ///
     /// # Blocking
-    /// Looks for a moment, then sleeps until the last of these sections ends.
+    /// Spins for a moment, then sleeps until the last of these sections ends.
     /// # Errors
     /// [`WouldDeadlock`] inside a section ([`read_lock_held`](Self::read_lock_held)) or callback of this domain.
     /// # Source
@@ -174,7 +184,8 @@ impl Srcu {
         Ok(())
     }
 
-    /// The same as [`synchronize`](Self::synchronize): no grace period is ever delayed on purpose here, so none can be hurried.
+    /// The same as [`synchronize`](Self::synchronize). No grace period is delayed on purpose here,
+    /// so none can be expedited.
     ///
     /// # Errors
     /// As `synchronize`.
@@ -183,7 +194,8 @@ impl Srcu {
         self.synchronize()
     }
 
-    /// Asks for a grace period, and does not wait for it: [`poll`](Self::poll) says when it is over.
+    /// Requests a grace period without waiting for it. [`poll`](Self::poll) tells when it has
+    /// ended.
     ///
     /// May be called inside sections and callbacks. Allocates nothing after [`prepare`](Self::prepare).
     ///
@@ -213,9 +225,9 @@ impl Srcu {
         Cookie { want, domain: address(state) }
     }
 
-    /// Whether all sections that began before the cookie was made have ended.
+    /// Tells whether all sections that began before the cookie was made have ended.
     ///
-    /// If so, what was unlinked before the cookie was made can be freed.
+    /// If so, objects that were unlinked before the cookie was made can be freed.
     ///
     /// # Panics
     /// If the cookie is of another domain.
@@ -226,12 +238,14 @@ impl Srcu {
         state.passed(cookie.want)
     }
 
-    /// Calls `f` on the reclaimer thread once all sections that are open now have ended.
+    /// Calls `f` on the background thread once all sections that are open now have ended.
     ///
-    /// Allocates; [`call_raw`](Self::call_raw) does not. May be called inside sections and callbacks. One thread runs the
-    /// callbacks of all domains, those of one domain in the order of the calls: `f` should not block. If it panics that
-    /// is caught, counted ([`callback_panics`](Self::callback_panics)) and reported ([`set_callback_panic_hook`]), and the
-    /// other callbacks run. Nothing throttles callers: what they hand over stays in memory until the readers let go.
+    /// Allocates; [`call_raw`](Self::call_raw) does not. May be called inside sections and
+    /// callbacks. One thread runs the callbacks of all domains, and those of one domain in the
+    /// order of the calls, so `f` should not block. A panic in `f` is caught, counted
+    /// ([`callback_panics`](Self::callback_panics)) and reported ([`set_callback_panic_hook`]), and
+    /// the other callbacks still run. Callers are not throttled: queued callbacks stay in memory
+    /// until the readers' sections end.
     ///
     /// # Panics
     /// If the reclaimer thread has to be started and cannot be.
@@ -257,12 +271,13 @@ impl Srcu {
 
     /// Waits until every callback queued before the call has returned.
     ///
-    /// With none queued it returns at once: it is not a grace period.
+    /// With no callback queued it returns at once: it is not a grace period.
     ///
     /// # Blocking
     /// Sleeps until then.
     /// # Errors
-    /// [`WouldDeadlock`] inside a section of this domain, or in a callback of any: one thread runs them all.
+    /// [`WouldDeadlock`] inside a section of this domain, or in a callback of any domain, because
+    /// one thread runs the callbacks of all domains.
     /// # Panics
     /// If the reclaimer thread has to be started and cannot be.
     /// # Source
@@ -276,7 +291,8 @@ impl Srcu {
 
     /// Waits until no callback is queued or running, including those that callbacks queue.
     ///
-    /// Returns only when the domain was found so; a callback that always queues another keeps it waiting.
+    /// Returns only when it has seen the domain idle. A callback that always queues another one
+    /// keeps it waiting.
     ///
     /// # Blocking
     /// Sleeps until then.
@@ -288,12 +304,12 @@ impl Srcu {
         self.wait_for_callbacks(|state| while !reclaimer::barrier(state) {})
     }
 
-    /// How many callbacks of this domain have panicked.
+    /// Returns how many callbacks of this domain have panicked.
     pub fn callback_panics(&self) -> u64 {
         self.handle.peek().pending.panics.load(Ordering::Relaxed)
     }
 
-    /// For models, which have no reclaimer: takes one of its turns, if there is something to do.
+    /// For models, which have no background thread: runs one turn of it, if there is work to do.
     #[cfg(mmun_loom)]
     #[doc(hidden)]
     pub fn take_turn(&self) {
@@ -336,7 +352,7 @@ impl Drop for Srcu {
     #[doc(alias = "cleanup_srcu_struct")]
     fn drop(&mut self) {
         let Some(state) = self.handle.used() else { return };
-        // Nobody borrows the domain, so the sums are exact, and an open section is a leaked one.
+        // No thread borrows the domain, so the sums are exact, and an open section is a leaked one.
         if !current::is_reclaimer() && !state.any_open() {
             reclaimer::barrier(state);
         }
