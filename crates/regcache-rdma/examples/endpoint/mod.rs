@@ -115,8 +115,9 @@ impl Endpoint {
         state
             .setup_state(QueuePairState::ReadyToSend)
             .setup_sq_psn(0)
-            .setup_timeout(14)
-            .setup_retry_cnt(7)
+            // Seven times a second, then an error. Seven retries would be endless: soft-RoCE takes 7 so, as all do for `rnr_retry`.
+            .setup_timeout(18)
+            .setup_retry_cnt(6)
             .setup_rnr_retry(7)
             .setup_max_read_atomic(1);
         Ok(self.pair.modify(&state)?)
