@@ -38,6 +38,8 @@ mod command;
 mod current;
 mod decode;
 mod filter;
+mod huge_page;
+mod kinds;
 pub(crate) mod maps;
 mod observer;
 mod proc;
@@ -48,6 +50,7 @@ mod tracer;
 
 pub use crate::Error;
 pub use command::Command;
-pub use current::{Current, Pid, Registers, Task, current};
-pub use observer::{ExitStatus, Observer, TaskEvent};
+pub use current::{Current, current};
+pub use kinds::{ExitStatus, Pid, Registers, Task};
+pub use observer::{Observer, TaskEvent};
 pub use tracer::{Done, Keeper, Options, Tracer};

@@ -1,6 +1,6 @@
 //! Ranges that are armed, and filling a cache with translations of them.
 
-use super::program::header;
+use super::layout::header;
 use super::{Kernel, Settled, filter};
 use crate::Error;
 use mmu_notifier::VaRange;

@@ -147,9 +147,9 @@ impl Broker {
 
     fn new(listener: OwnedFd, group: Option<u32>, max_clients: usize) -> Result<Self, Error> {
         sys::raise_descriptor_limit();
-        let kvm = super::sys::open_kvm().map_err(|error| super::probe::kvm_missing(&error))?;
-        let machine = super::sys::create_vm(kvm.as_fd()).map_err(|error| super::probe::kvm_missing(&error))?;
-        let lacking = || super::probe::description_missing();
+        let kvm = super::sys::open_kvm().map_err(|error| super::missing::kvm_missing(&error))?;
+        let machine = super::sys::create_vm(kvm.as_fd()).map_err(|error| super::missing::kvm_missing(&error))?;
+        let lacking = || super::missing::description_missing();
         let offsets = offsets().filter(|_| owner::can_be_told()).ok_or_else(lacking)?;
         let means = Arc::new(Means { machine, offsets });
         session::rehearse(&means)?;

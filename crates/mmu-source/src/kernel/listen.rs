@@ -9,8 +9,8 @@
 //! one is made again soon after it was closed, it stays twice as long.
 
 use super::Inner;
+use super::layout::header;
 use super::machine::Machines;
-use super::program::header;
 use super::programs::{load_resolver, offsets};
 use crate::vault::Letterbox;
 use std::os::fd::{AsFd, OwnedFd};

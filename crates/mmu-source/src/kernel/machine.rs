@@ -3,7 +3,8 @@
 
 use super::broker::Session;
 use super::broker::message::Request;
-use super::programs::{Programs, Role};
+use super::programs::Programs;
+use super::resolver::Role;
 use super::sys;
 use super::{Inner, kernel_error};
 use crate::Error;

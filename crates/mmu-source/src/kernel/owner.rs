@@ -20,7 +20,7 @@
 
 use super::asm::{Assembler, If, Op, PEEKED, Reg};
 use super::btf::Btf;
-use super::program::private;
+use super::layout::private;
 use super::sys;
 use Reg::{R0, R1, R2, R3, R8, R9, R10};
 use std::fmt::Debug;

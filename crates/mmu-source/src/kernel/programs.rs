@@ -1,8 +1,9 @@
 //! The maps and the BPF programs of one source.
 
 use super::filter;
-use super::program::{self, Audience, Maps, header, private};
-use super::resolver::{self, Offsets};
+use super::layout::{header, private};
+use super::program::{self, Audience, Maps};
+use super::resolver::{self, Offsets, Role};
 use super::sys::{self, Kind, Map};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -23,15 +24,6 @@ pub(super) struct Programs {
     tracepoint: OwnedFd,
     /// Finds a machine's count. `None` until it is loaded, or where that is of no use.
     resolver: Option<OwnedFd>,
-}
-
-/// What a machine is shown to the resolver for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Role {
-    /// To be the machine B whose count the tracepoint's program reads.
-    B = 0,
-    /// To say which address space the source is of.
-    Space = 1,
 }
 
 impl SharedMaps {

@@ -24,14 +24,22 @@
 
 use super::asm::{Assembler, If, Op, PEEKED, Reg};
 use super::btf::Btf;
-use super::program::private;
-use super::programs::Role;
+use super::layout::private;
 use super::sys;
 use Reg::{R0, R1, R3, R6, R7, R8, R9, R10};
 use std::os::fd::BorrowedFd;
 
 /// The descriptor that stands for no machine.
 pub(super) const NONE: u64 = u64::MAX;
+
+/// What a machine is shown to the resolver for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Role {
+    /// To be the machine B whose count the tracepoint's program reads.
+    B = 0,
+    /// To say which address space the source is of.
+    Space = 1,
+}
 
 /// Where the role is kept, from the end of the stack.
 const ROLE: isize = PEEKED - 8;

@@ -3,9 +3,10 @@
 use super::broker::{self, Joined};
 use super::filter::{PART, Tables};
 use super::intake::Intake;
+use super::layout::{RING, header};
 use super::machine::{Keeper, Live, Machines};
-use super::probe;
-use super::program::{Audience, header};
+use super::missing;
+use super::program::Audience;
 use super::programs::{Programs, SharedMaps};
 use super::ring::Ring;
 use super::sys::{self, ProgressPage, Scratch, Shared};
@@ -22,8 +23,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, mpsc};
 use std::thread;
 
-/// The size of the ring in bytes: 8,192 records of 32 bytes.
-pub(super) const RING: usize = 256 << 10;
 /// The generation before the first event. Not zero: see [`sys::Progress`].
 const FIRST: u64 = 1;
 
@@ -87,8 +86,8 @@ impl Kernel {
             let is_brokered = matches!(keeper, Keeper::Broker(_));
             let inner = Arc::new(Inner::map(id, &maps, ring)?);
             if is_brokered && !inner.hears()? {
-                let lack = probe::unavailable("the right to load BPF programs".to_owned(), probe::BROKER);
-                return Err(probe::broker_refuses(lack, "its program does not tell of changes"));
+                let lack = missing::unavailable("the right to load BPF programs".to_owned(), missing::BROKER);
+                return Err(broker_refuses(lack, "its program does not tell of changes"));
             }
             let mut machines = Machines::new(keeper, live, letterbox.clone());
             machines.listen(&inner, maps.ring)?;
@@ -114,19 +113,30 @@ type Outfit = (SharedMaps, Keeper, Option<Live>);
 pub(super) fn outfit(ring: usize, with_kvm: bool) -> Result<Outfit, Error> {
     own_outfit(ring, with_kvm).or_else(|lack| match with_kvm.then(broker::join).flatten() {
         Some(Ok(Joined { maps, keeper, live })) => Ok((maps, keeper, Some(live))),
-        Some(Err(why)) => Err(probe::broker_refuses(lack, &why)),
+        Some(Err(why)) => Err(broker_refuses(lack, &why)),
         None => Err(lack),
     })
 }
 
+/// Nothing here, nor a broker that would help.
+fn broker_refuses(lack: Error, why: &str) -> Error {
+    let path = broker::path();
+    match lack {
+        Error::Unavailable { missing, remedy, .. } => {
+            missing::unavailable(format!("{missing}; the broker at {} cannot help: {why}", path.display()), &remedy)
+        }
+        other => other,
+    }
+}
+
 fn own_outfit(ring: usize, with_kvm: bool) -> Result<Outfit, Error> {
-    let open_kvm = || sys::open_kvm().map_err(|error| probe::kvm_missing(&error));
+    let open_kvm = || sys::open_kvm().map_err(|error| missing::kvm_missing(&error));
     let kvm: Option<OwnedFd> = with_kvm.then(open_kvm).transpose()?;
     let audience = Audience::Own { peek: true };
-    let (maps, programs) = Programs::make(ring, audience).map_err(|error| probe::bpf_missing(&error))?;
+    let (maps, programs) = Programs::make(ring, audience).map_err(|error| missing::bpf_missing(&error))?;
     let make_live = |kvm: OwnedFd| {
-        let attached = programs.attach().map_err(|error| probe::tracepoint_missing(&error))?;
-        let a = sys::create_vm(kvm.as_fd()).map_err(|error| probe::kvm_missing(&error))?;
+        let attached = programs.attach().map_err(|error| missing::tracepoint_missing(&error))?;
+        let a = sys::create_vm(kvm.as_fd()).map_err(|error| missing::kvm_missing(&error))?;
         Ok::<_, Error>(Live::new(kvm, a, attached))
     };
     let live = kvm.map(make_live).transpose()?;

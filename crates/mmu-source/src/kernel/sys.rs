@@ -414,7 +414,7 @@ unsafe impl Sync for Glance {}
 impl Glance {
     /// The owner must keep the source that both are of.
     pub(super) fn new(header: &Shared, progress: &Progress) -> Self {
-        let generation = header.u64(super::program::header::GENERATION);
+        let generation = header.u64(super::layout::header::GENERATION);
         Self { generation: NonNull::from(generation), marked: NonNull::from(&progress.marked) }
     }
 

@@ -1,7 +1,7 @@
 //! Handing records on to subscribers, in order, and knowing up to where that has been done.
 
 use super::intake::{Intake, Told, Words};
-use super::program::header;
+use super::layout::header;
 use super::{Inner, Kernel};
 use crate::current_mm::current_ref;
 use mmu_notifier::Event;

@@ -56,8 +56,8 @@
 //! # Source
 //! `virt/kvm/kvm_main.c`, `mm/mmu_notifier.c`, Linux 6.12 and 6.18.
 
+use super::layout::header;
 use super::machine::Machines;
-use super::program::header;
 use super::sys::{self, Scratch, Shared};
 use crate::Error;
 use crate::vault::Vault;

@@ -2,17 +2,7 @@
 
 use std::cell::Cell;
 
-/// A process or thread identifier, as the tracer's pid namespace numbers it.
-pub type Pid = i32;
-
-/// A task: one thread of one process.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Task {
-    /// The process, which is the thread group.
-    pub pid: Pid,
-    /// The thread.
-    pub tid: Pid,
-}
+use super::kinds::{Registers, Task};
 
 /// On whose behalf a callback runs, as the kernel's `current`.
 #[doc(alias = "current")]
@@ -28,20 +18,6 @@ pub struct Current {
     /// The raw return value (`-errno` on failure) while the call's brackets close. `None` otherwise, and if the task died
     /// in the call or was let go of.
     pub result: Option<i64>,
-}
-
-/// Where a stopped task is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Registers {
-    /// The instruction pointer. At a system call it stands behind the instruction that makes it.
-    pub ip: u64,
-    /// The stack pointer.
-    pub sp: u64,
-    /// The frame pointer, where the program keeps one.
-    pub bp: u64,
-    /// The task runs 32-bit code.
-    pub is_32bit: bool,
 }
 
 impl Current {

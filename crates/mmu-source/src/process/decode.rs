@@ -7,7 +7,7 @@ use mmu_notifier::{Event, Va, VaRange};
 use super::abi::{Abi, Call, IPC_SHMAT, IPC_SHMDT};
 use super::proc::Named;
 use super::space::Break;
-use super::{Pid, maps, proc, sys};
+use super::{Pid, huge_page, maps, proc, sys};
 use crate::ranges::{
     HUGE_PAGE, PROT_GROWSDOWN, UIO_MAXIOV, add, folios, is_harmful, largest_page_at, madvise, mbind, mmap, mremap,
     page_down, page_up,
@@ -190,7 +190,7 @@ impl Entry {
 
     /// The size of the pages of a file to be mapped at `address`, if they can be huge.
     fn huge_page(&self, address: u64, fd: u64) -> Option<u64> {
-        proc::huge_page_of(self.tid, fd as i32).unwrap_or(Some(largest_page_at(address)))
+        huge_page::of(self.tid, fd as i32).unwrap_or(Some(largest_page_at(address)))
     }
 
     fn shmat(&self, ranges: &mut Vec<VaRange>, id: u64, address: u64, flags: u64) {

@@ -2,7 +2,7 @@
 
 use mmu_notifier::{Mm, MmWithUser, VaRange};
 
-use super::Task;
+use super::kinds::{ExitStatus, Task};
 
 /// Is told which task is in which address space, and keeps something for each while it is there.
 ///
@@ -96,13 +96,4 @@ pub enum TaskEvent<'a> {
         /// The number of the call.
         number: u64,
     },
-}
-
-/// How a task ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum ExitStatus {
-    /// It exited with this status, 0 to 255.
-    Code(i32),
-    /// This signal ended it.
-    Signal(i32),
 }

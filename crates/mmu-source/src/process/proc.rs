@@ -3,11 +3,10 @@
 //! `/proc` may say nothing: it is not mounted, hides other users' processes (`hidepid`), or the task is not dumpable. Every
 //! function here returns `None` or an error for "not known", which no caller may take for "no".
 
-use std::ffi::CString;
 use std::path::PathBuf;
 use std::{fs, io};
 
-use super::{Pid, sys};
+use super::Pid;
 use crate::ranges::is_self_pidfd;
 
 /// Reads one field of `/proc/TID/status`.
@@ -92,19 +91,6 @@ pub(super) fn pidfd_target(tid: Pid, fd: i32) -> Named {
         // The task's descriptors can be seen, and there is no such one.
         Err(_) if fs::exists(format!("/proc/{tid}/fdinfo/.")).unwrap_or(false) => Named::Stranger,
         Err(_) => Named::Anyone,
-    }
-}
-
-/// The size of the pages of a file that task `tid` has open, if they are huge.
-///
-/// # Errors
-/// If the task's descriptors cannot be read.
-pub(super) fn huge_page_of(tid: Pid, fd: i32) -> io::Result<Option<u64>> {
-    let path = CString::new(format!("/proc/{tid}/fd/{fd}"))?;
-    match sys::huge_page(&path) {
-        // The descriptors can be read and there is no such one: the call will be refused.
-        Err(_) if fs::exists(format!("/proc/{tid}/fd/.")).unwrap_or(false) => Ok(None),
-        page => page,
     }
 }
 
@@ -211,7 +197,6 @@ mod tests {
         let nobody = Pid::MAX;
         assert_eq!((family(nobody), tracer_of(nobody), has_ended(nobody)), (None, None, None));
         assert_eq!((pidfd_target(nobody, 3), named_by(nobody, 7, std::iter::empty())), (Named::Anyone, Named::Anyone));
-        assert!(huge_page_of(nobody, 3).is_err());
         assert!(threads(nobody).is_err());
     }
 
@@ -219,7 +204,6 @@ mod tests {
     fn what_can_be_read_and_is_not_there_is_a_no() {
         let own = std::process::id() as Pid;
         assert_eq!(pidfd_target(own, 100_000), Named::Stranger);
-        assert_eq!(huge_page_of(own, 100_000).expect("the descriptors can be read"), None);
     }
 
     #[test]

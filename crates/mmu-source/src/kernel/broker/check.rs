@@ -3,9 +3,8 @@
 //! The kernel says what a descriptor is, in `/proc`. A map that were a file could be cut short under
 //! the client (`SIGBUS`), and a device that is not KVM would do with `KVM_CREATE_VM` what it likes.
 
-use super::super::program::header;
+use super::super::layout::{RING, header};
 use super::super::programs::SharedMaps;
-use super::super::start::RING;
 use super::super::{filter, sys};
 use std::fs;
 use std::io;

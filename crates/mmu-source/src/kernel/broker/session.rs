@@ -7,11 +7,11 @@
 //! that was freed and has become something else is never read, and an address space that has ended
 //! is never taken for another one. When the connection ends, the programs forget both.
 
-use super::super::probe;
+use super::super::layout::RING;
+use super::super::missing;
 use super::super::program::Audience;
-use super::super::programs::{Programs, Role, SharedMaps, load_resolver};
-use super::super::resolver::Offsets;
-use super::super::start::RING;
+use super::super::programs::{Programs, SharedMaps, load_resolver};
+use super::super::resolver::{Offsets, Role};
 use super::super::sys::{self, Object};
 use super::message::{Refusal, Reply, Request};
 use super::places::Ticket;
@@ -46,10 +46,10 @@ pub(super) fn serve(socket: &OwnedFd, means: &Means, ticket: &mut Ticket) {
 
 /// Tells whether clients could be served.
 pub(super) fn rehearse(means: &Means) -> Result<(), Error> {
-    let (_, programs) = make(means).map_err(|error| probe::bpf_missing(&error))?;
-    programs.attach().map_err(|error| probe::tracepoint_missing(&error))?;
+    let (_, programs) = make(means).map_err(|error| missing::bpf_missing(&error))?;
+    programs.attach().map_err(|error| missing::tracepoint_missing(&error))?;
     let is_known = programs.show(means.machine.as_fd(), Role::Space);
-    if is_known { Ok(()) } else { Err(probe::description_missing()) }
+    if is_known { Ok(()) } else { Err(missing::description_missing()) }
 }
 
 struct Session {

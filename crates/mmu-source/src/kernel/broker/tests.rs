@@ -3,7 +3,7 @@
 
 #![allow(unsafe_code, reason = "becomes another user in a child, and ends processes")]
 
-use super::super::program::header;
+use super::super::layout::header;
 use super::super::sys::{self as kernel_sys, Scratch, Shared};
 use super::super::{Kernel, broker};
 use super::join::with;

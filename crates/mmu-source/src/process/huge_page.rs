@@ -1,0 +1,35 @@
+//! Whether a file that a task has open lies in huge pages.
+
+use std::ffi::CString;
+use std::{fs, io};
+
+use super::{Pid, sys};
+
+/// The size of the pages of a file that task `tid` has open, if they are huge.
+///
+/// # Errors
+/// If the task's descriptors cannot be read.
+pub(super) fn of(tid: Pid, fd: i32) -> io::Result<Option<u64>> {
+    let path = CString::new(format!("/proc/{tid}/fd/{fd}"))?;
+    match sys::huge_page(&path) {
+        // The descriptors can be read and there is no such one: the call will be refused.
+        Err(_) if fs::exists(format!("/proc/{tid}/fd/.")).unwrap_or(false) => Ok(None),
+        page => page,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_task_that_cannot_be_read_is_an_error() {
+        assert!(of(Pid::MAX, 3).is_err());
+    }
+
+    #[test]
+    fn a_descriptor_that_can_be_seen_not_to_exist_has_none() {
+        let own = std::process::id() as Pid;
+        assert_eq!(of(own, 100_000).expect("the descriptors can be read"), None);
+    }
+}
