@@ -30,6 +30,7 @@ pub mod uffd;
 mod vault;
 mod wait;
 mod watch;
+mod watch_table;
 
 pub use current_mm::{current, current_if_made, current_ref};
 pub use error::Error;

@@ -22,14 +22,13 @@
 //! ```
 
 mod bracketed;
-mod table;
 
 use crate::Error;
-use crate::kernel::Watching;
+use crate::kernel::{Kernel, Watching};
 use bracketed::Bracketed;
 use mmu_notifier::VaRange;
 use std::fmt;
-pub(crate) use table::{Id, Table, Word, enter};
+use std::sync::Arc;
 
 /// A range of this process, and whether anything has touched it since the watch was made.
 pub struct Watch {
@@ -58,10 +57,6 @@ impl Watch {
     /// thread.
     pub fn new(range: VaRange) -> Result<Self, Error> {
         Ok(Self { range, by: By::Brackets(Bracketed::new(range)?) })
-    }
-
-    pub(crate) fn by_kernel(range: VaRange, watching: Watching) -> Self {
-        Self { range, by: By::Kernel(watching) }
     }
 
     /// Tells whether nothing has touched the range: neither before this call nor while the caller
@@ -107,6 +102,24 @@ impl Watch {
     #[must_use]
     pub fn range(&self) -> VaRange {
         self.range
+    }
+}
+
+impl Kernel {
+    /// Watches `range` until the returned value is dropped: [`Watch::is_valid`] says whether
+    /// anything has touched it since.
+    ///
+    /// When it returns, no change that began before is under way, and every later one is counted
+    /// before it happens. So translate the range after it; no [`read_begin`](crate::kernel::Armed::read_begin) is
+    /// needed.
+    ///
+    /// # Blocking
+    /// As [`arm`](Kernel::arm).
+    /// # Errors
+    /// As [`arm`](Kernel::arm); [`Error::InCallback`] in a signal handler that has interrupted the
+    /// source.
+    pub fn watch(self: &Arc<Self>, range: VaRange) -> Result<Watch, Error> {
+        Ok(Watch { range, by: By::Kernel(Watching::new(self, range)?) })
     }
 }
 

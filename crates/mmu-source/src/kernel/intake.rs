@@ -14,7 +14,7 @@
 //! records come out of order, and `marked` moves on when none before is missing.
 
 use super::ring::Ring;
-use crate::watch::Table;
+use crate::watch_table::Table;
 use mmu_notifier::{Va, VaRange};
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};

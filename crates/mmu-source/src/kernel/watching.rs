@@ -3,7 +3,7 @@
 use super::sys::Glance;
 use super::{Armed, Kernel};
 use crate::Error;
-use crate::watch::{Id, Watch, Word, enter};
+use crate::watch_table::{Id, Word, enter};
 use mmu_notifier::VaRange;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
@@ -18,30 +18,6 @@ pub(crate) struct Watching {
 }
 
 impl Kernel {
-    /// Watches `range` until the returned value is dropped: [`Watch::is_valid`] says whether
-    /// anything has touched it since.
-    ///
-    /// When it returns, no change that began before is under way, and every later one is counted
-    /// before it happens. So translate the range after it; no [`read_begin`](Armed::read_begin) is
-    /// needed.
-    ///
-    /// # Blocking
-    /// As [`arm`](Self::arm).
-    /// # Errors
-    /// As [`arm`](Self::arm); [`Error::InCallback`] in a signal handler that has interrupted the
-    /// source.
-    pub fn watch(self: &Arc<Self>, range: VaRange) -> Result<Watch, Error> {
-        let armed = Armed::enter(self, range)?;
-        let word = Arc::new(Word::default());
-        let base = self.generation();
-        let id = self.enter(range, base, &word).ok_or(Error::InCallback { source: "kernel" })?;
-        let glance = Glance::new(&self.inner.header, &self.inner.progress);
-        let watching = Watching { glance, word, id, armed };
-        // What begins from here on marks the watch; what began before is over after this.
-        self.wait()?;
-        Ok(Watch::by_kernel(range, watching))
-    }
-
     fn enter(&self, range: VaRange, base: u64, word: &Arc<Word>) -> Option<Id> {
         // A signal handler that has interrupted the source, and a child, get no table.
         enter(|f| self.inner.with_intake(|intake, _| f(&mut intake.watches)), range, base, word)
@@ -49,6 +25,19 @@ impl Kernel {
 }
 
 impl Watching {
+    /// See [`Kernel::watch`].
+    pub(crate) fn new(kernel: &Arc<Kernel>, range: VaRange) -> Result<Self, Error> {
+        let armed = Armed::enter(kernel, range)?;
+        let word = Arc::new(Word::default());
+        let base = kernel.generation();
+        let id = kernel.enter(range, base, &word).ok_or(Error::InCallback { source: "kernel" })?;
+        let glance = Glance::new(&kernel.inner.header, &kernel.inner.progress);
+        let watching = Watching { glance, word, id, armed };
+        // What begins from here on marks the watch; what began before is over after this.
+        kernel.wait()?;
+        Ok(watching)
+    }
+
     #[inline]
     pub(crate) fn is_valid(&self) -> bool {
         // ORDER(source-generation): Acquire: what the caller has read through its entry comes

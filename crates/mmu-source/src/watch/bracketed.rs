@@ -4,10 +4,10 @@
 //! is made in between may stand for a translation from before the change, and is marked before the
 //! call that makes the change returns.
 
-use super::table::{Id, Table, Word, enter};
 use crate::Error;
 use crate::current_mm::current_ref;
 use crate::fork::{marks, running};
+use crate::watch_table::{Id, Table, Word, enter};
 use mmu_notifier::{InvalidateRange, Notifier, Registration, VaRange};
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
