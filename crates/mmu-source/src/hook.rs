@@ -84,7 +84,8 @@ mod trampoline;
 mod switch;
 
 use crate::Error;
-use std::marker::PhantomData;
+use crate::fork::{mark, marks};
+use std::sync::atomic::Ordering;
 
 /// The patches in libc, for as long as one of these is alive.
 ///
@@ -92,7 +93,10 @@ use std::marker::PhantomData;
 /// have its bracket a little later. The trampolines stay mapped for good, since a thread may be in one.
 #[derive(Debug)]
 #[must_use = "the patches are taken out when it is dropped"]
-pub struct Hook(PhantomData<()>);
+pub struct Hook {
+    /// Of the address space that installed it.
+    id: u64,
+}
 
 impl Hook {
     /// Patches libc and the dynamic loader, or takes part if that was done already.
@@ -105,7 +109,7 @@ impl Hook {
     /// found). [`Error::Kernel`] if the kernel refuses to replace a page of code (`EACCES` or `EPERM` under a
     /// security module or where code is sealed); then nothing is patched.
     pub fn install() -> Result<Self, Error> {
-        switch::install().map(|()| Self(PhantomData))
+        switch::install().map(|()| Self { id: mark() })
     }
 
     /// Returns what every patched place looks like now.
@@ -115,6 +119,14 @@ impl Hook {
     #[must_use]
     pub fn status(&self) -> Vec<Patch> {
         switch::status()
+    }
+
+    /// Tells whether this is the child of a fork and the hook its parent's. Such a hook works all the same: the child has
+    /// a copy of the patches, and the brackets of its calls are on its own [`current`](crate::current). The
+    /// subscriptions of the parent are not there.
+    #[must_use]
+    pub fn is_inherited(&self) -> bool {
+        marks().alive.load(Ordering::Relaxed) != self.id
     }
 }
 

@@ -352,12 +352,14 @@ fn a_forked_child_has_a_hook_of_its_own() {
         in_a_child(|| {
             let own = Watch::new();
             assert!(own.hook.status().iter().all(|patch| patch.state == State::Ours));
+            assert!(watch.hook.is_inherited() && !own.hook.is_inherited());
             own.listen(pages, PAGE);
             unmap(pages, 1);
             own.expect("the child's", Event::Unmap, &[(0, P)]);
             assert_eq!(watch.heard(), [], "the parent's subscriber hears nothing of the child");
         });
         assert_eq!(watch.heard(), [], "nor in the parent");
+        assert!(!watch.hook.is_inherited());
         watch.listen(pages, PAGE);
         unmap(pages, 1);
         watch.expect("the parent's", Event::Unmap, &[(0, P)]);

@@ -14,7 +14,7 @@ use crate::source::Source;
 #[derive(Debug)]
 pub(crate) enum Armed {
     Kernel(Arc<Kernel>, #[expect(dead_code, reason = "its drop disarms")] kernel::Armed),
-    Hook(Hook),
+    Hook(#[expect(dead_code, reason = "it only has to live")] Hook),
     Uffd(Arc<Uffd>, #[expect(dead_code, reason = "its drop disarms")] uffd::Armed),
 }
 
