@@ -83,11 +83,12 @@ pub(crate) unsafe fn write<T: Growing>(place: *mut T, value: &T) -> Result<(), c
 /// # Safety
 /// `place` must be null or valid for writes.
 pub(crate) unsafe fn result<'a, T>(place: *mut *mut T) -> Result<&'a mut *mut T, c_int> {
+    let invalid = || fail(-libc::EINVAL, c"the place for the result, the last argument, is null or misaligned");
     if !place.is_aligned() {
-        return Err(fail(-libc::EINVAL, INVALID));
+        return Err(invalid());
     }
     // SAFETY: Null or valid: the caller's duty.
-    let place = unsafe { place.as_mut() }.ok_or_else(|| fail(-libc::EINVAL, INVALID))?;
+    let place = unsafe { place.as_mut() }.ok_or_else(invalid)?;
     *place = ptr::null_mut();
     Ok(place)
 }

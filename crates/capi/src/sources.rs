@@ -179,7 +179,7 @@ fn text(text: &str) -> [c_char; WHY] {
 /// `mmun` must be null or open.
 pub(crate) unsafe fn share(mmun: *const Mmun) -> Result<Arc<Mmun>, c_int> {
     if mmun.is_null() {
-        return Err(fail(-libc::EINVAL, INVALID));
+        return Err(fail(-libc::EINVAL, c"the first argument, from mmun_open(), is null"));
     }
     // SAFETY: It came from `Arc::into_raw` in `mmun_open` and is open: the caller's duty.
     unsafe { Arc::increment_strong_count(mmun) };

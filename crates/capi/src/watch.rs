@@ -2,7 +2,7 @@
 
 use crate::args;
 use crate::border::export;
-use crate::error::{INVALID, fail, of_source};
+use crate::error::{fail, of_source};
 use crate::sources::{Mmun, code, share};
 use libc::{c_int, c_void};
 use mmu_notifier::{Va, VaRange};
@@ -35,7 +35,16 @@ export! {
             // SAFETY: Null or open: so says the header.
             let mmun = unsafe { share(mmun) }?;
             let range = VaRange::covering(Va::from_ptr(address), length as u64);
-            let range = range.map_err(|_| fail(-libc::EINVAL, INVALID))?;
+            let range = range.map_err(|_| {
+                fail(
+                    -libc::EINVAL,
+                    if length == 0 {
+                        c"mmun_watch(): length is 0"
+                    } else {
+                        c"mmun_watch(): address + length is beyond the end of the address space"
+                    },
+                )
+            })?;
             mmun.check()?;
             let watch = match &mmun.kernel {
                 Some(kernel) => kernel.watch(range),
@@ -63,7 +72,9 @@ export! {
     /// See mmun/mmun.h.
     fn mmun_watch_renew(watch: *mut Watched) -> c_int {
         // SAFETY: Null or a watch that no other thread uses: so says the header.
-        let Some(watched) = (unsafe { watch.as_mut() }) else { return fail(-libc::EINVAL, INVALID) };
+        let Some(watched) = (unsafe { watch.as_mut() }) else {
+            return fail(-libc::EINVAL, c"mmun_watch_renew(): watch is null");
+        };
         watched.watch.renew().map_or_else(|error| of_source(&error), |()| 0)
     }
 

@@ -76,7 +76,8 @@
 //!
 //! # Descriptors
 //! The source's descriptors are in a table of their own that no call of the program reaches: `close_range`, `closefrom` and
-//! `dup2` do not harm it, and children do not inherit them. Threads of the source's that run callbacks have the program's table.
+//! `dup2` do not harm it, and children do not inherit them. The limit of descriptors (`RLIMIT_NOFILE`) holds in that table as well: some
+//! twenty are needed to start, and what is opened later has a number below 8. Threads of the source's that run callbacks have the program's table.
 //!
 //! # Forks
 //! The virtual machine stays the parent's. In the child of a fork an inherited handle is blind: it knows that
@@ -256,7 +257,10 @@ impl Kernel {
     }
 
     /// Returns how often records were lost: the ring or the queue was full, or the kernel skipped the program (`missed`
-    /// in the `Debug` output). Each time everything was invalidated.
+    /// in the `Debug` output).
+    ///
+    /// It counts records, not invalidations: everything is invalidated once for all records that
+    /// were lost since the last time.
     #[must_use]
     pub fn lost(&self) -> u64 {
         let overflows = self.inner.with_intake(|intake, _| intake.overflows).unwrap_or(0);
@@ -286,7 +290,8 @@ impl Kernel {
     /// If there was any event since the last wait of any thread, for the changes under way, as
     /// [`read_begin`](Armed::read_begin) does; for no callback.
     /// # Errors
-    /// [`Error::AfterFork`] in the child of a fork; [`Error::Kernel`] if no virtual machine can be made.
+    /// [`Error::AfterFork`] in the child of a fork; [`Error::Kernel`] if no virtual machine can be made, such as `EMFILE`
+    /// if the program has lowered its limit of descriptors (`RLIMIT_NOFILE`) below 8: the limit holds in the source's own table, too.
     pub fn arm(self: &Arc<Self>, range: VaRange) -> Result<Armed, Error> {
         let armed = Armed::enter(self, range)?;
         self.wait()?;

@@ -109,6 +109,9 @@ pub fn probe() -> Result<Features, Error> {
 }
 
 fn missing(error: &io::Error) -> Error {
+    if let Some((missing, remedy)) = crate::error::exhausted(error) {
+        return Error::Unavailable { source: "uffd", missing, remedy };
+    }
     let release = || "uname -r".to_owned();
     let (missing, remedy) = match error.raw_os_error() {
         Some(libc::EPERM) => ("CAP_SYS_PTRACE, for the events of fork", crate::error::setcap("cap_sys_ptrace")),

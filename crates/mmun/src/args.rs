@@ -88,7 +88,11 @@ pub(crate) enum Command {
 /// translations stand a start and an end.
 ///
 /// Exits as the program did; 125 if mmun itself failed, 126 if the program cannot be run, 127 if
-/// there is none. SIGINT or SIGTERM ends the trace, not the program.
+/// there is none. SIGINT or SIGTERM ends the trace, not the program; mmun then dies of that signal,
+/// which a shell shows as 130 or 143.
+///
+/// A fork is recorded with the ranges that it protects, which stand in /proc; without /proc as one
+/// range of everything.
 ///
 /// A traced program has one tracer: debuggers and strace are refused, and a program under
 /// AddressSanitizer must run with LSAN_OPTIONS=detect_leaks=0, or it exits with status 1.

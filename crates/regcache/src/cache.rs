@@ -114,11 +114,16 @@ impl<R: Registrar + fmt::Debug> fmt::Debug for Device<R> {
 /// Send and share it as you like: `get` takes no lock for what is registered already.
 ///
 /// # Signal handlers
-/// A handler may call [`get`](Self::get), use the lease, keep it and end it, whatever it has
-/// interrupted. A hit takes no lock and does not allocate. Where `get` would wait for the very
-/// work that the handler interrupted, it is refused ([`Error::WouldDeadlock`]). A miss, and the
-/// end of the last lease of a stale region, call the registrar: they are for handlers only if the
-/// registrar is. `flush`, `stats`, `get_owned` and opening or dropping handles are not.
+/// A handler calls [`get_cached`](Self::get_cached), which never registers, and ends the lease with
+/// [`Lease::end_later`], which never deregisters. Both may interrupt anything.
+///
+/// [`get`](Self::get) and the drop of a lease are for handlers only if the registrar is, and the
+/// subscribers of the kernel source are: any `get` can be a miss, also of a region that is leased,
+/// because a change of its memory takes it out of the look-up. With [`Options::kernel`], each fork
+/// changes all private writable memory. [`Mlock`](crate::Mlock) is not for handlers: it would wait
+/// for the lock that the interrupted code holds. Where `get` would wait for the cache's own work
+/// that the handler interrupted, it is refused ([`Error::WouldDeadlock`]). `flush`, `stats`,
+/// `get_owned` and opening or dropping handles are not for handlers.
 pub struct RegCache<R: Registrar> {
     subscription: Subscription<Cache<R>>,
 }
@@ -132,6 +137,7 @@ impl<R: Registrar> RegCache<R> {
     /// # Blocking
     /// A hit takes no lock. A miss sleeps in the registrar, or while another thread registers the same memory. In an invalidation callback,
     /// it must not if that thread's registrar could wait for the callback; in one that the kernel source runs, it is refused.
+    /// A signal handler calls [`get_cached`](Self::get_cached) instead, unless the registrar may be called in one.
     /// # Errors
     /// Those of [`Error`], [`Error::Open`] apart. [`Error::Source`] with [`mmu_source::Error::InCallback`] in a callback of the kernel source of
     /// [`Options::kernel`].
@@ -143,6 +149,48 @@ impl<R: Registrar> RegCache<R> {
             Ok(held) => Ok(Lease::new(cache, held)),
             Err(refusal) => Err(refusal.into_error()),
         }
+    }
+
+    /// Leases a region that covers `range` if there is one in the look-up. Never registers, never waits, and calls neither
+    /// the registrar nor a callback: for signal handlers, and for callers that would rather go without.
+    ///
+    /// `None` also while the kernel source of [`Options::kernel`] has changes that were not told yet, and in the child of
+    /// a fork. A later [`get`](Self::get), or the source's own thread, has them told.
+    ///
+    /// # Examples
+    /// ```
+    /// # use mmu_notifier::{MmWithUser, Va, VaRange};
+    /// # use regcache::{Counting, Device, Options};
+    /// # let (device, mm) = (Device::new(Counting::default(), Options::new()), MmWithUser::new());
+    /// let cache = device.open(&mm)?;
+    /// let buffer = VaRange::covering(Va::new(0x7000_0000), 64 << 10)?;
+    /// assert!(cache.get_cached(buffer).is_none());
+    /// drop(cache.get(buffer)?);
+    /// if let Some(lease) = cache.get_cached(buffer) {
+    ///     lease.end_later(); // In a handler; elsewhere it can just be dropped.
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    #[must_use]
+    pub fn get_cached(&self, range: VaRange) -> Option<Lease<'_, R>> {
+        let cache = &*self.subscription;
+        if !cache.gate.is_current() {
+            return None;
+        }
+        let held = cache.index.quick(range).or_else(|wrong| {
+            if let Some(wrong) = wrong {
+                cache.end_later(&wrong);
+            }
+            match cache.index.look_up_in_handler(range) {
+                Look::Hit(held) => Ok(held),
+                Look::Dead(_) => {
+                    cache.index.leave_unasked();
+                    Err(())
+                }
+                Look::Miss => Err(()),
+            }
+        });
+        held.ok().map(|held| Lease::new(cache, held))
     }
 
     /// The same as [`get`](Self::get), for a lease that keeps the cache itself, such as one that goes along with a request and is
@@ -291,6 +339,13 @@ impl<R: Registrar> Cache<R> {
     pub(crate) fn end(&self, held: &Held<'_>) {
         if let Some(region) = self.index.end(held) {
             self.ended_dead(region);
+        }
+    }
+
+    /// Ends a lease. The next scan asks whether it was the last.
+    pub(crate) fn end_later(&self, held: &Held<'_>) {
+        if self.index.end(held).is_some() {
+            self.index.leave_unasked();
         }
     }
 

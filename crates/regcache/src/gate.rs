@@ -68,7 +68,7 @@ impl Gate {
         self.kernel.as_ref().map(|kernel| kernel.arm(range)).transpose().map_err(failed)
     }
 
-    /// How often the source lost events since the cache was opened, and everything was taken out.
+    /// How many records the source has lost since the cache was opened.
     pub(crate) fn lost(&self) -> u64 {
         self.kernel.as_ref().map_or(0, |kernel| kernel.lost().saturating_sub(self.lost_before))
     }

@@ -101,9 +101,17 @@ impl Index {
         one_level && self.threads.mine().and_then(Block::next_slot).is_some()
     }
 
-    /// Looks everywhere, still without a lock.
+    /// Looks everywhere, still without a lock. May allocate, for this thread's first slot.
     pub(crate) fn look_up(&self, range: VaRange) -> Look<'_> {
-        let block = self.threads.mine().or_else(|| self.threads.join());
+        self.look_up_in(self.threads.mine().or_else(|| self.threads.join()), range)
+    }
+
+    /// The same for a signal handler, which must not allocate.
+    pub(crate) fn look_up_in_handler(&self, range: VaRange) -> Look<'_> {
+        self.look_up_in(self.threads.mine(), range)
+    }
+
+    fn look_up_in<'a>(&'a self, block: Option<&'a Block>, range: VaRange) -> Look<'a> {
         let Some(taking) = block.and_then(Block::begin) else { return self.look_up_counted(range) };
         let Some(slot) = taking.block().free_slot() else {
             taking.end(false);

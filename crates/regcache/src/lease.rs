@@ -34,6 +34,15 @@ impl<'a, R: Registrar> Lease<'a, R> {
         }
     }
 
+    /// Ends the lease without a lock and without the registrar, as a signal handler must.
+    ///
+    /// If it was the last lease of a stale region, the next miss, invalidation,
+    /// [`reap`](RegCache::reap) or [`flush`](RegCache::flush) deregisters that.
+    pub fn end_later(self) {
+        let cache = self.cache;
+        cache.end_later(&self.into_held());
+    }
+
     fn region(&self) -> &Region {
         self.cache.index.region(self.cache.index.leased(&self.held))
     }

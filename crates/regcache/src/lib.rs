@@ -64,6 +64,9 @@
 //! copy on write after a fork and other processes would be missed, which the kernel source sees.
 //!
 //! # Forks
+//! In the parent, [`Options::kernel`] sees a fork as a change of all private writable memory, which becomes copy on write: such regions leave
+//! the look-up, leased ones too, and the next `get` of each registers anew.
+//!
 //! In the child, `get` returns [`Error::Forked`], and nothing else of the inherited cache does anything: the registrations are the
 //! parent's. The child can make a device of its own and open a cache; the parent's device opens none there, as its registrar may have
 //! been in the middle of something, and a ring or a table is not copied by a fork.

@@ -18,6 +18,10 @@ use std::sync::{Mutex, PoisonError};
 /// The kernel does not count locks. Regions may overlap, so this does: a page is unlocked with its last region. Pages that the
 /// program locks itself would be unlocked, too.
 ///
+/// # Signal handlers
+/// Not for signal handlers: it takes a lock and allocates, and would wait for the code that the handler interrupted. A handler
+/// calls [`RegCache::get_cached`](crate::RegCache::get_cached) and [`Lease::end_later`](crate::Lease::end_later), which never come here.
+///
 /// # Examples
 /// ```
 /// use regcache::{Device, Mlock, Options};

@@ -30,7 +30,7 @@ pub struct Stats {
     pub flushed: u64,
     /// Registrations that an invalidation met half-way, and that were not put into the look-up.
     pub collisions: u64,
-    /// Times that a source had lost events, and everything was taken out.
+    /// Records that a source has lost. For all that were lost since the last time, everything was taken out once.
     pub lost: u64,
     /// Regions that are registered, those out of the look-up included.
     pub regions: u64,

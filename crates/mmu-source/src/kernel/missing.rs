@@ -11,7 +11,14 @@ pub(super) fn unavailable(missing: String, remedy: &str) -> Error {
     Error::Unavailable { source: "kernel", missing, remedy: remedy.to_owned() }
 }
 
+fn exhausted(error: &io::Error) -> Option<Error> {
+    crate::error::exhausted(error).map(|(missing, remedy)| unavailable(missing, &remedy))
+}
+
 pub(super) fn kvm_missing(error: &io::Error) -> Error {
+    if let Some(lack) = exhausted(error) {
+        return lack;
+    }
     match error.raw_os_error() {
         Some(libc::EACCES | libc::EPERM) => match std::fs::metadata("/dev/kvm") {
             Ok(device) => may_not_open(error, &Device::of(&device)),
@@ -69,6 +76,9 @@ fn may_not_open(error: &io::Error, device: &Device) -> Error {
 }
 
 pub(super) fn bpf_missing(error: &io::Error) -> Error {
+    if let Some(lack) = exhausted(error) {
+        return lack;
+    }
     match error.kind() {
         io::ErrorKind::PermissionDenied => {
             let missing = format!("CAP_BPF and CAP_PERFMON, or a broker ({BROKER}): {error}");
@@ -85,6 +95,9 @@ pub(super) fn description_missing() -> Error {
 }
 
 pub(super) fn tracepoint_missing(error: &io::Error) -> Error {
+    if let Some(lack) = exhausted(error) {
+        return lack;
+    }
     match error.kind() {
         io::ErrorKind::PermissionDenied => bpf_missing(error),
         _ => unavailable(format!("the tracepoint kvm:kvm_unmap_hva_range: {error}"), "sudo modprobe kvm"),

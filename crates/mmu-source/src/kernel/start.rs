@@ -35,7 +35,7 @@ impl Kernel {
     /// # Blocking
     /// For some milliseconds at first.
     /// # Errors
-    /// [`Error::Unavailable`] if the machine or the rights are lacking, with what is missing and the command that would grant it.
+    /// [`Error::Unavailable`] if the machine, the rights or descriptors are lacking, with what is missing and the command that would grant it.
     pub fn start() -> Result<Arc<Self>, Error> {
         running(&marks().kernel, |mark| Self::make(mark, RING, true))
     }

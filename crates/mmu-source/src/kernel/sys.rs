@@ -150,6 +150,10 @@ pub(super) fn load_program(kind: Kind, program: &[u64]) -> io::Result<OwnedFd> {
         Ok(descriptor) => return owned(descriptor),
         Err(error) => error,
     };
+    if crate::error::exhausted(&error).is_some() {
+        // The verifier has nothing against the program, and the number would be lost with its log.
+        return Err(error);
+    }
     let mut log = vec![0_u8; 1 << 20];
     if build().word(24, 1).word(28, log.len() as u32).pointer(32, log.as_mut_ptr()).call(5).is_err() {
         let text = CStr::from_bytes_until_nul(&log).map(CStr::to_string_lossy).unwrap_or_default();

@@ -35,6 +35,23 @@ pub(super) fn tracer_of(tid: Pid) -> Option<Pid> {
     status_field(tid, "TracerPid")?.parse().ok()
 }
 
+/// Tells whether the process `tracer` is known to trace a thread of the process `pid`, itself or
+/// through tracers in between.
+pub(super) fn traces(tracer: Pid, pid: Pid) -> bool {
+    let (mut seen, mut next) = (vec![pid], 0);
+    while let Some(&tracee) = seen.get(next) {
+        next += 1;
+        for thread in threads(tracee).unwrap_or_default().into_iter().filter_map(tracer_of) {
+            match thread_group(thread) {
+                Some(group) if group == tracer => return true,
+                Some(group) if !seen.contains(&group) => seen.push(group),
+                _ => {}
+            }
+        }
+    }
+    false
+}
+
 /// Tells whether `tracer` traces any task at all. It looks through all of `/proc`.
 pub(super) fn has_tracees(tracer: Pid) -> Option<bool> {
     let entries = fs::read_dir("/proc").ok()?;

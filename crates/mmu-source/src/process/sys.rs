@@ -427,9 +427,10 @@ impl Child<'_> {
             // frames that called `fork`.
             unsafe { libc::execve(candidate.as_ptr(), self.argv.as_ptr(), self.envp.as_ptr()) };
             match errno() {
-                // As the shell does: look on, but remember that one was found and refused.
-                libc::EACCES => refused = libc::EACCES,
-                libc::ENOENT | libc::ENOTDIR => {}
+                // As the shell does: look on, but remember that one was found and refused. In a folder that may not be
+                // searched, none was found.
+                libc::EACCES if self.candidates.len() == 1 || is_there(candidate) => refused = libc::EACCES,
+                libc::EACCES | libc::ENOENT | libc::ENOTDIR => {}
                 other => {
                     refused = other;
                     break;
@@ -461,6 +462,13 @@ fn quit() -> ! {
 
 fn errno() -> c_int {
     io::Error::last_os_error().raw_os_error().unwrap_or(0)
+}
+
+/// Tells whether there is a file of this name, in a folder that may be searched.
+fn is_there(path: &CStr) -> bool {
+    let mut status = std::mem::MaybeUninit::<libc::stat>::uninit();
+    // SAFETY: a string, and a place for the answer, which is not read.
+    unsafe { libc::stat(path.as_ptr(), status.as_mut_ptr()) == 0 }
 }
 
 /// Installs the filter: as it is where that is allowed, or else with the promise to gain no privileges.

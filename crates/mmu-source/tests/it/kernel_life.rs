@@ -75,6 +75,50 @@ fn closing_every_descriptor_does_not_blind_the_source() {
     })));
 }
 
+/// Lets this process have descriptors below `most` alone.
+fn limit_descriptors(most: u64) {
+    let limit = libc::rlimit { rlim_cur: most, rlim_max: most };
+    // SAFETY: reads a local.
+    assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) }, 0);
+}
+
+#[test]
+fn a_limit_of_descriptors_that_is_lowered_after_the_start_does_no_harm() {
+    if !can_start() {
+        return;
+    }
+    assert!(in_child(|| {
+        let kernel = Kernel::start().expect("it starts");
+        let memory = Scratch::anonymous(1);
+        limit_descriptors(8);
+        let armed = kernel.arm(memory.range()).expect("there is a place for a machine");
+        discard(&memory);
+        armed.read_begin().is_ok() && kernel.waits().1 > 0
+    }));
+}
+
+#[test]
+fn a_start_without_descriptors_says_so() {
+    if !can_start() {
+        return;
+    }
+    for most in 3..24 {
+        assert!(
+            in_child(move || {
+                limit_descriptors(most);
+                let Err(error) = Kernel::start() else { return most > 8 };
+                let is_told = match &error {
+                    Error::Unavailable { remedy, .. } => remedy.starts_with("ulimit -n"),
+                    error => error.hint().is_some_and(|hint| hint.contains("ulimit -n")),
+                };
+                assert!(is_told, "{error:?}");
+                true
+            }),
+            "{most}"
+        );
+    }
+}
+
 #[test]
 fn a_child_inherits_nothing_and_says_so() {
     if !can_start() {

@@ -45,6 +45,30 @@ fn a_program_that_is_not_there_or_not_executable_is_an_error() {
 }
 
 #[test]
+fn a_folder_that_may_not_be_searched_hides_no_other_and_has_no_program() {
+    if !(require(Cap::Ptrace) && require(Cap::Root)) {
+        return;
+    }
+    let folder = std::env::temp_dir().join(format!("unsearchable-{}", std::process::id()));
+    fs::create_dir(&folder).expect("a folder");
+    fs::set_permissions(&folder, fs::Permissions::from_mode(0o000)).expect("its owner may");
+    let path = OsString::from(format!("{}:/bin:/usr/bin", folder.display()));
+    let is_so = testkit::in_child(|| {
+        // SAFETY: an integer. Files are looked for as somebody else from here on.
+        unsafe { libc::setfsuid(65534) };
+        // SAFETY: integers. This child can be traced all the same.
+        assert_eq!(unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 1, 0, 0, 0) }, 0);
+        let command = |name| Command::new(name).environment([("PATH".into(), path.clone())]);
+        let missing = tracer().spawn(command("no-such-program-anywhere"));
+        let is_missing = matches!(&missing, Err(Error::Exec { source, .. }) if source.kind() == ErrorKind::NotFound);
+        assert!(is_missing, "{missing:?}");
+        run(command("true")) == ExitStatus::Code(0)
+    });
+    fs::remove_dir(&folder).expect("it is empty");
+    assert!(is_so);
+}
+
+#[test]
 fn a_program_that_is_no_program_is_an_error() {
     if !require(Cap::Ptrace) {
         return;

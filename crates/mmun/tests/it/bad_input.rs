@@ -30,6 +30,28 @@ fn a_program_that_does_not_exist_is_127() {
 }
 
 #[test]
+fn a_process_that_traces_mmun_itself_is_refused() {
+    let mut command = trace();
+    let script = "\"$0\" trace -o /dev/null -p $PPID; echo $?";
+    command.args(["-o", "/dev/null", "--", "sh", "-c", script, command_path()]);
+    let output = within("two tracers of each other", move || command.output().unwrap());
+    let line = text(&output.stderr);
+    assert!(line.contains(" traces this one: each would wait for the other\n"), "{line}");
+    assert_eq!((text(&output.stdout), output.status.code()), ("125\n", Some(0)));
+}
+
+#[test]
+fn a_tracer_in_a_trace_says_that_it_is_traced_itself() {
+    let (code, line) = refused(&["-o", "/dev/null", "--", command_path(), "trace", "-o", "/dev/null", "--", "true"]);
+    assert_eq!(code, Some(125));
+    assert!(line.contains("; this process is itself traced"), "{line}");
+}
+
+fn command_path() -> &'static str {
+    env!("CARGO_BIN_EXE_mmun")
+}
+
+#[test]
 fn a_script_without_its_interpreter_is_127_as_in_bash_and_said_to_be() {
     let file = scratch("script");
     fs::write(&file, "#!/no/such/interpreter\n").unwrap();

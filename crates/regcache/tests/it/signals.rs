@@ -1,8 +1,8 @@
 //! Leases that signal handlers take and end, and requests that would wait for their own thread.
 
-use crate::support::{Book, pages};
+use crate::support::{Book, counting, pages};
 use mmu_notifier::{Event, MmWithUser};
-use regcache::{Counting, Device, Error, Lease, Options, RegCache};
+use regcache::{Counting, Device, Error, Lease, Mlock, Options, RegCache};
 use std::cell::UnsafeCell;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
@@ -50,6 +50,10 @@ extern "C" fn handler(_: i32) {
 }
 
 fn send_signals() {
+    send_signals_to(handler);
+}
+
+fn send_signals_to(handler: extern "C" fn(i32)) {
     // SAFETY: the handler calls what the documents allow in one, and what it shares is atomic or guarded by `STEP`.
     unsafe { libc::signal(libc::SIGUSR1, handler as *const () as usize) };
     signal_every(Duration::from_micros(50), libc::SIGUSR1).expect("a timer");
@@ -100,6 +104,64 @@ fn a_signal_handlers_lease_is_kept_and_its_end_is_seen() {
         assert!(leases > 100, "{leases}");
         !BROKEN.load(Ordering::Relaxed) && registered() == 0
     }));
+}
+
+static LOCKED: OnceLock<RegCache<Mlock>> = OnceLock::new();
+static BUFFER: AtomicU64 = AtomicU64::new(0);
+static HITS: AtomicU64 = AtomicU64::new(0);
+
+extern "C" fn looks_up(_: i32) {
+    SIGNALS.fetch_add(1, Ordering::Relaxed);
+    let Some(cache) = LOCKED.get() else { return };
+    if let Some(lease) = cache.get_cached(pages(BUFFER.load(Ordering::Relaxed) / 4096, 1)) {
+        HITS.fetch_add(1, Ordering::Relaxed);
+        lease.end_later();
+    }
+}
+
+#[test]
+fn a_handler_that_looks_up_never_enters_the_registrar() {
+    if !has_timers() {
+        return;
+    }
+    assert!(in_child(|| {
+        let buffer = vec![1_u8; 8 * 4096];
+        let first = (buffer.as_ptr().addr() as u64).next_multiple_of(4096);
+        BUFFER.store(first, Ordering::Relaxed);
+        let (kept, other) = (pages(first / 4096, 1), pages(first / 4096 + 2, 1));
+        let device = Device::new(Mlock::new(), Options::new());
+        let mm = MmWithUser::new();
+        assert!(LOCKED.set(device.open(&mm).unwrap()).is_ok());
+        let cache = LOCKED.get().unwrap();
+        send_signals_to(looks_up);
+        let mut leased = cache.get(kept).unwrap();
+        while SIGNALS.load(Ordering::Relaxed) < 20_000 || HITS.load(Ordering::Relaxed) < 100 {
+            // What the handler asks for is a miss now, and the registrar is at work on something else.
+            drop(mm.invalidate(kept, Event::Unmap));
+            drop(cache.get(other).unwrap());
+            cache.flush();
+            leased = cache.get(kept).unwrap();
+        }
+        // SAFETY: no preconditions.
+        unsafe { libc::signal(libc::SIGUSR1, libc::SIG_IGN) };
+        drop(leased);
+        cache.flush();
+        device.registrar().locked_pages() == 0
+    }));
+}
+
+#[test]
+fn a_lease_that_is_ended_later_is_deregistered_by_the_next_scan() {
+    let (mm, device, cache) = counting(Options::new());
+    assert!(cache.get_cached(pages(10, 1)).is_none() && device.registrar().registered() == 0);
+    drop(cache.get(pages(10, 1)).unwrap());
+    let lease = cache.get_cached(pages(10, 1)).expect("it is in the look-up");
+    drop(mm.invalidate(pages(10, 1), Event::Unmap));
+    assert!(!lease.is_current() && cache.get_cached(pages(10, 1)).is_none());
+    lease.end_later();
+    assert_eq!(device.registrar().deregistered(), 0, "the registrar was called");
+    cache.reap();
+    assert_eq!(device.registrar().deregistered(), 1);
 }
 
 #[test]

@@ -25,7 +25,8 @@ impl<O: Observer> Tracer<O> {
     /// # Errors
     /// [`Error::Attach`]: `ESRCH` if there is no such process, `EPERM` if tracing it is refused or it is traced already; of the kind
     /// [`io::ErrorKind::InvalidInput`], without a number, if it is a thread of another process, which the message names;
-    /// another error if `/proc` does not list its threads.
+    /// [`io::ErrorKind::Deadlock`] if it traces this process, itself or through tracers in between: each would stop
+    /// and wait for the other. Another error if `/proc` does not list its threads.
     pub fn attach(&mut self, pid: Pid) -> Result<(), Error> {
         let refused = |source| Error::Attach { pid, source };
         if !sys::is_thread_of(pid, pid) {
@@ -36,6 +37,10 @@ impl<O: Observer> Tracer<O> {
                 }
                 _ => io::Error::from_raw_os_error(libc::ESRCH),
             }));
+        }
+        if proc::traces(pid, std::process::id().cast_signed()) {
+            let what = format!("process {pid} traces this one: each would wait for the other");
+            return Err(refused(io::Error::new(io::ErrorKind::Deadlock, what)));
         }
         let mut reaper = None;
         let seized = self.seize_all(pid, &mut reaper);
