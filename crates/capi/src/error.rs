@@ -77,7 +77,7 @@ pub(crate) fn of_cache(error: &::regcache::Error<Refused>) -> c_int {
         }
         E::Full { .. } => fail_with(-libc::ENOSPC, line(error)),
         E::TooLarge { .. } => fail_with(-libc::EFBIG, line(error)),
-        E::Open { source: GetError::WouldDeadlock } => fail(-libc::EDEADLK, IN_CALLBACK),
+        E::Open { source: GetError::WouldDeadlock } | E::WouldDeadlock => fail(-libc::EDEADLK, IN_CALLBACK),
         _ => fail_with(-libc::ENOMEM, line(error)),
     }
 }

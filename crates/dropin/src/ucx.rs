@@ -112,7 +112,11 @@ fn feed(space: &'static Space, served: Served) -> bool {
 pub(crate) fn serve_child() {
     if let Some(Ok(served)) = SERVED.get() {
         let space = space::current_or_made();
-        feed(space, *served);
+        if !feed(space, *served) || !space.is_watched() {
+            report::complain(
+                "in a child process no event source can be had: registrations of UCX can become stale here",
+            );
+        }
         // Whatever was registered is the parent's memory.
         // SAFETY: as in `Feed`.
         unsafe { (served.vm_munmap)(ptr::null_mut(), usize::MAX) };

@@ -83,7 +83,8 @@ extern "C" fn subscribe(_: *mut MemMonitor, address: *const c_void, len: usize) 
     // registration and this call is lost to every monitor of libfabric's: it says nothing when a
     // miss begins.
     let watch = space.watch(start, len);
-    let refused = watch.is_err();
+    // Without a source, in a child that could not start one, no change would be told either.
+    let refused = watch.is_err() || !(space.is_watched() && space.mark());
     // An error here is followed by an unsubscription in some versions and not in others. So there
     // is none.
     space.ranges.subscribe(start, len, watch.unwrap_or(None));

@@ -29,7 +29,8 @@ impl Flag {
     fn set(flag: &'static thread::LocalKey<Cell<bool>>) -> Option<Self> {
         let was = flag.replace(true);
         compiler_fence(Ordering::SeqCst);
-        (!was).then_some(Self(flag))
+        // Not `then_some`: a value that is made and dropped would clear the outer flag.
+        (!was).then(|| Self(flag))
     }
 }
 

@@ -200,6 +200,7 @@ fn the_last_handle_can_be_dropped_under_a_lock_that_callbacks_take() {
 
 static ASKED: AtomicU64 = AtomicU64::new(0);
 static SOURCE: std::sync::OnceLock<Arc<Kernel>> = std::sync::OnceLock::new();
+static WATCH: std::sync::OnceLock<Watch> = std::sync::OnceLock::new();
 
 #[test]
 fn a_signal_handler_may_settle() {
@@ -208,6 +209,8 @@ fn a_signal_handler_may_settle() {
     }
     extern "C" fn handler(_: i32) {
         if let Some(kernel) = SOURCE.get() {
+            // It finds the thread in the middle of its own look, and must not forget that.
+            let _ = WATCH.get().map(Watch::is_valid);
             let _ = kernel.settle();
             ASKED.fetch_add(1, Ordering::Relaxed);
         }
@@ -216,14 +219,14 @@ fn a_signal_handler_may_settle() {
         let kernel = Kernel::start().expect("it starts");
         let _ = SOURCE.set(Arc::clone(&kernel));
         let memory = Scratch::anonymous(1);
-        let _armed = kernel.arm(memory.range()).expect("armed");
+        let watch = WATCH.get_or_init(|| kernel.watch(memory.range()).expect("armed"));
         // SAFETY: the handler makes no call that is not allowed in one.
         unsafe { libc::signal(libc::SIGUSR1, handler as *const () as usize) };
         signal_every(Duration::from_micros(100), libc::SIGUSR1).expect("a timer");
         while ASKED.load(Ordering::Relaxed) < 5_000 {
             memory.write(0, 1);
             discard(&memory);
-            let _ = kernel.settle();
+            let _ = (watch.is_valid(), kernel.settle());
         }
         true
     }));

@@ -1,6 +1,7 @@
 //! Packets with descriptors, and who is at the other end.
 
-use rustix::net::sockopt::{Timeout, set_socket_timeout, socket_peercred};
+use super::sys;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, recvmsg, sendmsg, socket_with,
@@ -68,13 +69,14 @@ pub(super) fn be_patient(socket: &OwnedFd, patience: Option<Duration>) -> io::Re
 pub(super) struct Peer {
     pub(super) user: u32,
     pub(super) group: u32,
-    /// Not to be relied on: it may be that of another process by now.
+    /// Not to be relied on: it may be that of another process by now. Zero if the process lies
+    /// outside of this one's pid namespace.
     pub(super) pid: i32,
 }
 
 pub(super) fn peer(socket: &OwnedFd) -> io::Result<Peer> {
-    let creds = socket_peercred(socket)?;
-    Ok(Peer { user: creds.uid.as_raw(), group: creds.gid.as_raw(), pid: creds.pid.as_raw_nonzero().get() })
+    let creds = sys::peer_credentials(socket)?;
+    Ok(Peer { user: creds.uid, group: creds.gid, pid: creds.pid })
 }
 
 /// Sends a packet.

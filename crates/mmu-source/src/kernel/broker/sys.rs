@@ -11,6 +11,19 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr;
 
+/// The process at the other end, as of its `connect` or `listen`.
+///
+/// The pid is zero for a process outside of this one's pid namespace, which a type for process
+/// numbers that excludes zero cannot hold.
+pub(super) fn peer_credentials(socket: &OwnedFd) -> io::Result<libc::ucred> {
+    let mut creds = libc::ucred { pid: 0, uid: 0, gid: 0 };
+    let mut bytes = size_of_val(&creds) as libc::socklen_t;
+    let (socket, into) = (socket.as_raw_fd(), (&raw mut creds).cast());
+    // SAFETY: the local has as many bytes as the call is told, and any bytes are a valid `ucred`.
+    let result = unsafe { libc::getsockopt(socket, libc::SOL_SOCKET, libc::SO_PEERCRED, into, &mut bytes) };
+    if result == 0 { Ok(creds) } else { Err(io::Error::last_os_error()) }
+}
+
 /// The groups of the process at the other end, as of its `connect`, without its effective one.
 pub(super) fn peer_groups(socket: &OwnedFd) -> io::Result<Vec<u32>> {
     const SO_PEERGROUPS: i32 = 59;
