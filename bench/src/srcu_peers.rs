@@ -54,7 +54,8 @@ pub(crate) mod urcu {
     //! liburcu, with its readers inlined into C loops.
     //!
     //! # Safety
-    //! The functions of `c/*.c` want only that a thread that reads or waits with "memb" is registered.
+    //! The functions of `c/*.c` want only that a thread that reads or waits with "memb" is
+    //! registered.
 
     mod c {
         unsafe extern "C" {
@@ -70,7 +71,8 @@ pub(crate) mod urcu {
 
     /// Runs `f` on a registered thread.
     fn registered(f: impl FnOnce() -> f64) -> f64 {
-        // SAFETY: Wants a thread that is not registered: every way in goes through here and out below.
+        // SAFETY: Wants a thread that is not registered: every way in goes through here and out
+        // below.
         unsafe { c::peer_memb_register() };
         let result = f();
         // SAFETY: Wants a registered thread outside of sections.

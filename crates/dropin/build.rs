@@ -1,7 +1,7 @@
 //! Links the unwinder in.
 //!
-//! The library is loaded into every program below `mmun run`, shells and launchers included. Loading
-//! `libgcc_s.so.1` as well would double what it adds to the start of each: 0.1 ms.
+//! The library is loaded into every program below `mmun run`, shells and launchers included.
+//! Loading `libgcc_s.so.1` as well would double what it adds to the start of each: 0.1 ms.
 
 use std::path::PathBuf;
 use std::{env, fs};

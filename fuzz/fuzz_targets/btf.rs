@@ -1,4 +1,5 @@
-//! The kernel's description of its types, and a module's over it: whatever the bytes are, the reader comes to an end.
+//! The kernel's description of its types, and a module's over it: whatever the bytes are, the
+//! reader comes to an end.
 #![no_main]
 
 #[path = "../../crates/mmu-source/src/kernel/btf.rs"]

@@ -1,4 +1,5 @@
-//! The tree of intervals beside a plain list: inserts, removals and searches, chosen by the fuzzer's bytes.
+//! The tree of intervals beside a plain list: inserts, removals and searches, chosen by the
+//! fuzzer's bytes.
 #![no_main]
 
 #[path = "../../crates/mmu-notifier/src/interval/tree.rs"]

@@ -1,4 +1,5 @@
-//! A line of `/proc/PID/maps`: whatever it holds, it is a mapping or none, and what it says comes out.
+//! A line of `/proc/PID/maps`: whatever it holds, it is a mapping or none, and what it says comes
+//! out.
 #![no_main]
 #![allow(dead_code, reason = "the parser's file has more than the parser")]
 

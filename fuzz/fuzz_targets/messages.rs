@@ -1,4 +1,5 @@
-//! What comes through the socket of a broker: whatever it is, it is one message in its one form, or none.
+//! What comes through the socket of a broker: whatever it is, it is one message in its one form, or
+//! none.
 #![no_main]
 #![allow(dead_code, reason = "the file has more than the parsers")]
 

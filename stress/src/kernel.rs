@@ -1,4 +1,5 @@
-//! `stress kernel`: a hunt for stale reads under the kernel source. `stress rush`: a hunt for threads that it holds up.
+//! `stress kernel`: a hunt for stale reads under the kernel source. `stress rush`: a hunt for
+//! threads that it holds up.
 
 mod hunt;
 mod rush;
@@ -13,8 +14,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-/// Has everybody ask the source at once while memory changes, and tells how long each was held up at most. Dies if somebody is for
-/// a minute.
+/// Has everybody ask the source at once while memory changes, and tells how long each was held up
+/// at most. Dies if somebody is for a minute.
 pub(crate) fn rush(options: &Options) -> ExitCode {
     println!("rush: {:?}", options.length);
     let Some(kernel) = start() else { return skipped() };
@@ -36,8 +37,8 @@ fn skipped() -> ExitCode {
     if required { ExitCode::from(2) } else { ExitCode::SUCCESS }
 }
 
-/// Hunts, and tells what was found. `--broken` uses entries without asking the source, `--no-wait` fills without waiting, `--crowd N` has
-/// so many threads change other memory meanwhile.
+/// Hunts, and tells what was found. `--broken` uses entries without asking the source, `--no-wait`
+/// fills without waiting, `--crowd N` has so many threads change other memory meanwhile.
 pub(crate) fn run(options: &Options) -> ExitCode {
     println!("kernel: seed {}, {:?}", options.seed, options.length);
     let Some(kernel) = start() else { return skipped() };
@@ -72,7 +73,8 @@ pub(crate) fn run(options: &Options) -> ExitCode {
     ExitCode::from(u8::from(stale != 0))
 }
 
-/// Changes memory that is not armed without a pause: then there is hardly a moment in which nothing is under way.
+/// Changes memory that is not armed without a pause: then there is hardly a moment in which nothing
+/// is under way.
 fn crowd(stop: &AtomicBool) {
     while !stop.load(Ordering::Relaxed) {
         let memory = rush::map();

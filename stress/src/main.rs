@@ -1,9 +1,9 @@
 //! Torture programs: bounded by time, with the seed printed, and a checker that must stay silent.
 //!
-//! `cargo run --release -p stress -- {srcu | mmu | regcache} --seconds 30 [--seed N] [--no-membarrier] [--broken] [--no-fork]
-//! [--source {bracket | kernel | rehearsal | hook}]`
-//! `cargo run --release -p stress -- kernel --seconds 60 [--seed N] [--broken] [--no-wait] [--crowd N]`
-//! `cargo run --release -p stress -- rush --seconds 60`
+//! `cargo run --release -p stress -- {srcu | mmu | regcache} --seconds 30 [--seed N]
+//! [--no-membarrier] [--broken] [--no-fork] [--source {bracket | kernel | rehearsal | hook}]`
+//! `cargo run --release -p stress -- kernel --seconds 60 [--seed N] [--broken] [--no-wait] [--crowd
+//! N]` `cargo run --release -p stress -- rush --seconds 60`
 //!
 //! Exits with 0 if nothing was found, 1 if something was, 2 on a wrong command line.
 

@@ -1,9 +1,10 @@
-//! Soaks `mmu-notifier`: threads that get, put, register, unregister, insert, remove, invalidate, fault and exit at random, on
-//! address spaces that come and go.
+//! Soaks `mmu-notifier`: threads that get, put, register, unregister, insert, remove, invalidate,
+//! fault and exit at random, on address spaces that come and go.
 //!
-//! Every notifier says whether it is alive and counts its starts and ends. The frame behind an address space changes inside
-//! brackets only, and nobody may find another than the present one in a shadow. At the end everything that was made must
-//! have been freed, and every count must be zero.
+//! Every notifier says whether it is alive and counts its starts and ends. The frame behind an
+//! address space changes inside brackets only, and nobody may find another than the present one in
+//! a shadow. At the end everything that was made must have been freed, and every count must be
+//! zero.
 
 mod actor;
 mod subscriber;
@@ -102,7 +103,8 @@ impl World {
         lock(&self.spaces[number]).clone()
     }
 
-    /// Puts a new address space into a place, and drops the place's hold on the old one: exit, if nobody else is a user.
+    /// Puts a new address space into a place, and drops the place's hold on the old one: exit, if
+    /// nobody else is a user.
     pub(crate) fn replace(&self, number: usize) {
         let old = std::mem::replace(&mut *lock(&self.spaces[number]), Space::new());
         let handle = (*old.mm).clone();
@@ -140,7 +142,8 @@ impl World {
         }
         (0..SPACES).for_each(|number| self.replace(number));
         for mm in &*lock(&self.retired) {
-            // What is freed without a subsystem, such as a registration that was put, nobody can wait for.
+            // What is freed without a subsystem, such as a registration that was put, nobody can
+            // wait for.
             wait_until(|| mm.mm_count() == 1);
             self.check_idle(mm);
         }

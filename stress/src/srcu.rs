@@ -1,8 +1,9 @@
-//! Tortures `srcu`: readers that sleep, nest and migrate, threads that come and go, updaters that use every way to wait,
-//! callbacks that call, wait and panic, domains that are made and dropped, and processes that fork.
+//! Tortures `srcu`: readers that sleep, nest and migrate, threads that come and go, updaters that
+//! use every way to wait, callbacks that call, wait and panic, domains that are made and dropped,
+//! and processes that fork.
 //!
-//! Every object says whether it is alive. Freeing one poisons it, and only much later gives its memory back, so a reader that
-//! still holds it sees the poison.
+//! Every object says whether it is alive. Freeing one poisons it, and only much later gives its
+//! memory back, so a reader that still holds it sees the poison.
 
 mod object;
 mod readers;

@@ -45,8 +45,8 @@ const THREAD_SANITIZER: &[(&str, &str)] = &[
     ("TSAN_OPTIONS", "halt_on_error=1 suppressions=stress/tsan.supp"),
 ];
 
-/// Each sanitizer and the models build into a folder of their own. They take `stress` without what needs the sources, which
-/// would double their time.
+/// Each sanitizer and the models build into a folder of their own. They take `stress` without what
+/// needs the sources, which would double their time.
 const STEPS: &[Step] = &[
     step("format", "cargo fmt --all --check"),
     step("tidy", "cargo xtask tidy"),

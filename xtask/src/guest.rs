@@ -36,7 +36,8 @@ const USAGE: &str = "usage: cargo xtask guest [--kernel 5.10|6.1|6.12|6.18|newes
 /// What runs if nothing else is asked for: a label, which is a column of the table, and the
 /// arguments of Cargo. `docs/kernels.md` says what is left out, and why.
 const STANDARD: &[(&str, &str)] = &[
-    // Each test of the broker loads programs in several processes, and the emulated kernel takes long to verify them.
+    // Each test of the broker loads programs in several processes, and the emulated kernel takes
+    // long to verify them.
     ("kernel source", "test -p mmu-source --lib --test it -- kernel --skip broker"),
     ("kernel cache", "test -p regcache --test it -- kernel uring"),
     ("coverage", "test -p mmun --test it -- coverage::the_kernel_misses_nothing"),

@@ -1,6 +1,7 @@
-//! The project's own chores: `cargo xtask tidy` checks what rustc does not, `cargo xtask ci` is the whole gate,
-//! `cargo xtask packages` tests each crate as it will be published, `cargo xtask guest` runs tests under
-//! other kernels, and `cargo xtask surroundings` runs those of the sources where loader and allocator behave differently.
+//! The project's own chores: `cargo xtask tidy` checks what rustc does not, `cargo xtask ci` is the
+//! whole gate, `cargo xtask packages` tests each crate as it will be published, `cargo xtask guest`
+//! runs tests under other kernels, and `cargo xtask surroundings` runs those of the sources where
+//! loader and allocator behave differently.
 
 mod ci;
 mod guest;

@@ -1,5 +1,5 @@
-//! The tests of the sources once more where the loader, libc and the allocator behave differently: a cache of the loader that fills many
-//! pages, another allocator, and a large environment.
+//! The tests of the sources once more where the loader, libc and the allocator behave differently:
+//! a cache of the loader that fills many pages, another allocator, and a large environment.
 //!
 //! A test that takes a call of theirs for its own fails here.
 
@@ -8,14 +8,15 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
-/// What the loader's cache is filled up to: 16 pages. It does not read what comes after its entries.
+/// What the loader's cache is filled up to: 16 pages. It does not read what comes after its
+/// entries.
 const CACHE_BYTES: usize = 1 << 16;
 /// How much is added to the environment, in pieces that `execve` takes.
 const VARIABLES: usize = 8;
 const VARIABLE_BYTES: usize = 100_000;
 
-/// What is tested, and what the tests are told. Those of `inside` and `allocator` are about glibc's own
-/// allocator.
+/// What is tested, and what the tests are told. Those of `inside` and `allocator` are about glibc's
+/// own allocator.
 const TESTS: &[(&[&str], &[&str])] = &[
     (&["test", "-p", "mmu-source", "--test", "it"], &[]),
     (&["test", "-p", "mmu-source", "--test", "hook"], &["--skip", "inside::", "--skip", "allocator::"]),

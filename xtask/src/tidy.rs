@@ -1,5 +1,6 @@
-//! What the compiler does not check: file sizes, which crate may use which, circles of modules, the
-//! pairs of ordering comments, and that each scenario of the contract has a test.
+//! What the compiler does not check: file sizes, widths of comments, which crate may use which,
+//! circles of modules, the pairs of ordering comments, and that each scenario of the contract has a
+//! test.
 
 mod circles;
 
@@ -11,6 +12,8 @@ use std::process::ExitCode;
 
 /// The longest a source file may be, in lines.
 const MAX_LINES: usize = 600;
+/// The longest a line of prose in a comment may be, in characters: rustfmt does not wrap comments.
+const MAX_COLUMNS: usize = 100;
 
 /// Who may use whom, published crates only: arrows point down this list.
 const LAYERS: &[(&str, &[&str])] = &[
@@ -35,6 +38,7 @@ pub(crate) fn run(root: &Path) -> ExitCode {
     let sources = sources(root);
     let mut complaints = Vec::new();
     sizes(&sources, &mut complaints);
+    widths(&sources, &mut complaints);
     edges(root, &mut complaints);
     circles::check(&sources, &mut complaints);
     orders(root, &sources, &mut complaints);
@@ -69,6 +73,27 @@ fn sizes(sources: &[(PathBuf, String)], complaints: &mut Vec<String>) {
         let lines = text.lines().count();
         if lines > MAX_LINES {
             complaints.push(format!("{} has {lines} lines, more than {MAX_LINES}: split it", path.display()));
+        }
+    }
+}
+
+/// Prose in comments fits. Tables and code in documents are as wide as they have to be.
+fn widths(sources: &[(PathBuf, String)], complaints: &mut Vec<String>) {
+    for (path, text) in sources {
+        let mut is_code = false;
+        for (number, line) in (1..).zip(text.lines()) {
+            let Some(comment) = line.trim_start().strip_prefix("//") else {
+                is_code = false;
+                continue;
+            };
+            let comment = comment.trim_start_matches(['/', '!']).trim_start();
+            if comment.starts_with("```") {
+                is_code = !is_code;
+            }
+            if line.chars().count() > MAX_COLUMNS && !is_code && !comment.starts_with('|') {
+                let place = path.display();
+                complaints.push(format!("{place}:{number}: a comment of more than {MAX_COLUMNS} characters: wrap it"));
+            }
         }
     }
 }
@@ -136,8 +161,8 @@ fn first_cell(line: &str) -> Option<&str> {
     line.strip_prefix('|')?.split('|').next().map(str::trim)
 }
 
-/// Each scenario has a test whose name begins with its id (or with several, `s_48_s_50_`), or a row in the table of what cannot
-/// be written.
+/// Each scenario has a test whose name begins with its id (or with several, `s_48_s_50_`), or a row
+/// in the table of what cannot be written.
 fn scenarios(root: &Path, sources: &[(PathBuf, String)], complaints: &mut Vec<String>) {
     let table = fs::read_to_string(root.join("docs/lifecycle.md")).expect("docs/lifecycle.md is there");
     let mut covered = BTreeSet::new();

@@ -1,6 +1,8 @@
-//! What does the libc hook add to a `munmap`, and how long does subscribing take while threads unmap?
+//! What does the libc hook add to a `munmap`, and how long does subscribing take while threads
+//! unmap?
 //!
-//! `cargo run --release -p bench --bin hook [ROUNDS]`; `hook first [ROUNDS]` measures the first use alone, in fresh processes.
+//! `cargo run --release -p bench --bin hook [ROUNDS]`; `hook first [ROUNDS]` measures the first use
+//! alone, in fresh processes.
 #![allow(missing_docs, missing_debug_implementations, reason = "a bench")]
 
 use mmu_notifier::{InvalidateRange, MmWithUser, Notifier, Subscription, Subsystem};
@@ -83,8 +85,9 @@ fn first_use(what: &str) {
     drop((hook, kernel));
 }
 
-/// Prints a call bare, with the hook alone, with one subscriber, with nine. All four take turns, and every difference and ratio is the
-/// median of those within a round: this machine's speed drifts.
+/// Prints a call bare, with the hook alone, with one subscriber, with nine. All four take turns,
+/// and every difference and ratio is the median of those within a round: this machine's speed
+/// drifts.
 fn compare(name: &str, measure: fn() -> f64, mm: &MmWithUser, rounds: usize) {
     let kinds: Vec<Subsystem<Empty>> = (0..9).map(|_| Subsystem::new((|_| Ok(Empty)) as fn(&_) -> _)).collect();
     let get = |kind: &Subsystem<Empty>| kind.get(mm).expect("subscribes");
@@ -171,8 +174,9 @@ fn installation(rounds: usize) {
     println!("install and remove, one thread {:9.1} us", median(times) / 1e3);
 }
 
-/// A fresh subscription and its last put, while other threads map and unmap. Two of them and this one are more than this machine has
-/// processors: then a bracket that has to be waited for may be that of a thread which is not running.
+/// A fresh subscription and its last put, while other threads map and unmap. Two of them and this
+/// one are more than this machine has processors: then a bracket that has to be waited for may be
+/// that of a thread which is not running.
 fn subscribing(mm: &MmWithUser, threads: usize) {
     let hook = Hook::install().expect("it worked before");
     let others: [Subsystem<Empty>; 2] = [const { Subsystem::new(|_| Ok(Empty)) }; 2];

@@ -1,7 +1,7 @@
 //! The bars of the kernel source, beside a virtual machine that is open for nothing.
 //!
-//! `cargo run --release -p bench --bin kernel [ROUNDS [PART]]`, where PART is `fill`, `crowd`, `watch`, `on`, `start` or
-//! `flood`. Wants root: the flood comes from another user.
+//! `cargo run --release -p bench --bin kernel [ROUNDS [PART]]`, where PART is `fill`, `crowd`,
+//! `watch`, `on`, `start` or `flood`. Wants root: the flood comes from another user.
 #![allow(missing_docs, reason = "a bench")]
 
 use mmu_notifier::{Va, VaRange};
@@ -160,7 +160,8 @@ impl Uevents {
     }
 }
 
-/// 8 threads fill while 8 map and unmap: first with ranges that were armed long before, then with one that is armed for each fill.
+/// 8 threads fill while 8 map and unmap: first with ranges that were armed long before, then with
+/// one that is armed for each fill.
 fn crowd(rounds: usize) {
     for rearm in [false, true] {
         let kernel = Kernel::start().expect("KVM and BPF");
@@ -255,7 +256,8 @@ fn watches(rounds: usize) {
     );
 }
 
-/// In turn: nothing, a bare machine, the source with nothing armed, with 10 ranges armed and idle, and just after arming.
+/// In turn: nothing, a bare machine, the source with nothing armed, with 10 ranges armed and idle,
+/// and just after arming.
 fn on(rounds: usize) {
     const NAMES: [&str; 5] = ["bare", "bare machine", "on, nothing armed", "on, 10 others armed", "on, 10 just armed"];
     // The best of several pieces: what others take of the machine is left out.
@@ -341,7 +343,8 @@ fn timed_starts(rounds: usize, label: &str) {
     row(label, "ms", &mut taken, "p50 <= 5");
 }
 
-/// Hits a second while another user's process discards 20 TiB in a loop, with a machine of its own and without.
+/// Hits a second while another user's process discards 20 TiB in a loop, with a machine of its own
+/// and without.
 fn flood(rounds: usize) {
     const REGIONS: u64 = 1000;
     let kernel = Kernel::start().expect("KVM and BPF");

@@ -1,4 +1,5 @@
-//! What do brackets, get, put and intervals cost, next to an empty SRCU section and to the usual map of `Arc`s?
+//! What do brackets, get, put and intervals cost, next to an empty SRCU section and to the usual
+//! map of `Arc`s?
 //!
 //! `cargo run --release -p bench --bin notifier [ROUNDS]`
 #![allow(missing_docs, missing_debug_implementations, reason = "a bench")]
@@ -96,7 +97,8 @@ fn bracket(subscribers: usize, threads: usize) -> f64 {
     on_threads(threads, TIMES, |_| drop(mm.invalidate(page(1), Event::Clear)))
 }
 
-/// The floor of dispatch: as many callbacks through pointers in a list, called twice, and nothing around them.
+/// The floor of dispatch: as many callbacks through pointers in a list, called twice, and nothing
+/// around them.
 struct Bare {
     next: Option<Box<Bare>>,
     start: fn(&VaRange),
@@ -144,7 +146,8 @@ fn map_of_arcs(threads: usize, shared: bool) -> f64 {
     })
 }
 
-/// Last puts in a burst, while a bracket holds the frees up; returns the cost and what they allocated.
+/// Last puts in a burst, while a bracket holds the frees up; returns the cost and what they
+/// allocated.
 fn last_puts() -> (f64, usize) {
     const BURST: u32 = 1000;
     let mm = MmWithUser::new();

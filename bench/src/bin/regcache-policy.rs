@@ -1,4 +1,5 @@
-//! Which regions should go when the cache is full? Hit ratios of eviction policies over made-up traces.
+//! Which regions should go when the cache is full? Hit ratios of eviction policies over made-up
+//! traces.
 //!
 //! `cargo run --release -p bench --bin regcache-policy`
 #![allow(missing_docs, missing_debug_implementations, reason = "a bench")]
@@ -107,7 +108,8 @@ impl Policy for Sieve {
     }
 }
 
-/// A small queue for newcomers, a main one for what was used there, and a memory of what left the small one.
+/// A small queue for newcomers, a main one for what was used there, and a memory of what left the
+/// small one.
 struct S3Fifo {
     small: VecDeque<u32>,
     main: VecDeque<u32>,

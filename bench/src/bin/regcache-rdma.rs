@@ -1,7 +1,9 @@
-//! What does a hit cost whose handle is an RDMA memory region, next to one whose handle is a number?
+//! What does a hit cost whose handle is an RDMA memory region, next to one whose handle is a
+//! number?
 //!
-//! `cargo run --release -p bench --bin regcache-rdma [ROUNDS]`. No device is needed: the registrar returns handles that are
-//! ready, of the shape that `regcache-rdma` has (a counted pointer to a pointer to the keys), and the user reads both keys.
+//! `cargo run --release -p bench --bin regcache-rdma [ROUNDS]`. No device is needed: the registrar
+//! returns handles that are ready, of the shape that `regcache-rdma` has (a counted pointer to a
+//! pointer to the keys), and the user reads both keys.
 #![allow(missing_docs, missing_debug_implementations, reason = "a bench")]
 
 use mmu_notifier::{MmWithUser, Va, VaRange};

@@ -1,4 +1,5 @@
-//! What does a registration cache bring to io_uring reads? Unregistered buffers, the cache, and registering each time.
+//! What does a registration cache bring to io_uring reads? Unregistered buffers, the cache, and
+//! registering each time.
 //!
 //! `cargo run --release -p bench --bin regcache-uring [ROUNDS]`
 #![allow(missing_docs, missing_debug_implementations, reason = "a bench")]

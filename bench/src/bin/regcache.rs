@@ -1,6 +1,8 @@
-//! What do a hit, a miss and an invalidation of the registration cache cost, next to the usual ways to write one?
+//! What do a hit, a miss and an invalidation of the registration cache cost, next to the usual ways
+//! to write one?
 //!
-//! `cargo run --release -p bench --bin regcache [ROUNDS [PART]]`, where PART is `hit`, `threads`, `kernel`, `miss` or `invalidate`.
+//! `cargo run --release -p bench --bin regcache [ROUNDS [PART]]`, where PART is `hit`, `threads`,
+//! `kernel`, `miss` or `invalidate`.
 #![allow(missing_docs, missing_debug_implementations, reason = "a bench")]
 
 use lru::LruCache;
@@ -174,7 +176,8 @@ impl Peer for Ucx {
     fn hit(&self, _range: VaRange) {}
 }
 
-/// Nanoseconds for a hit and its drop in one thread: the median of short pieces, which leaves out what others take of the machine.
+/// Nanoseconds for a hit and its drop in one thread: the median of short pieces, which leaves out
+/// what others take of the machine.
 fn hit_alone<P: Peer>(peer: &P, order: &[u32]) -> f64 {
     let piece = |order: &[u32]| {
         let start = Instant::now();
@@ -205,7 +208,8 @@ fn hit<P: Peer>(peer: &P, orders: &[Vec<u32>]) -> f64 {
 
 const MISSES: u32 = 10_000;
 
-/// Nanoseconds for one of the misses that `fill` an empty cache with regions: the median of short pieces.
+/// Nanoseconds for one of the misses that `fill` an empty cache with regions: the median of short
+/// pieces.
 fn miss<T>(empty: impl Fn() -> T, fill: impl Fn(&T, VaRange)) -> f64 {
     const PIECE: u32 = 250;
     let mut pieces = Vec::new();
@@ -305,7 +309,8 @@ fn hits(rounds: usize) {
     }
 }
 
-/// A number's way through nothing but registers: what two threads do more than one on this machine, whatever they run.
+/// A number's way through nothing but registers: what two threads do more than one on this machine,
+/// whatever they run.
 struct Spin;
 
 impl Peer for Spin {
@@ -321,7 +326,8 @@ impl Peer for Spin {
     }
 }
 
-/// Two threads in the same cache against one, in each round beside two threads that share nothing at all.
+/// Two threads in the same cache against one, in each round beside two threads that share nothing
+/// at all.
 fn threads(rounds: usize) {
     println!(
         "\n{:<44} {:>8} {:>8} {:>8} {:>8}  ns for one",
@@ -359,7 +365,8 @@ fn threads(rounds: usize) {
     }
 }
 
-/// What the check of the kernel source's generation adds. In a rehearsal: the kernel's part of it is not in the hit.
+/// What the check of the kernel source's generation adds. In a rehearsal: the kernel's part of it
+/// is not in the hit.
 fn kernel(rounds: usize) {
     const REGIONS: u32 = 1000;
     let kernel = match Kernel::rehearse(1 << 16) {

@@ -2,7 +2,8 @@
 //!
 //! `cargo run --release -p bench --bin sources [ROUNDS]`
 //!
-//! Where there is no KVM, the BPF program is run by hand (`BPF_PROG_TEST_RUN`), and rows that need the real thing are left out.
+//! Where there is no KVM, the BPF program is run by hand (`BPF_PROG_TEST_RUN`), and rows that need
+//! the real thing are left out.
 #![allow(missing_docs, reason = "a bench")]
 
 use mmu_notifier::{InvalidateRange, Notifier, Registration, Va, VaRange};
@@ -163,7 +164,8 @@ fn by_hand(rounds: usize, kernel: &Arc<Kernel>) {
     );
 }
 
-/// The source is stopped for the bare call, and started again. What starting and stopping leave to the kernel to do is not counted.
+/// The source is stopped for the bare call, and started again. What starting and stopping leave to
+/// the kernel to do is not counted.
 fn on_and_off(rounds: usize) {
     let on = |armed: u64| {
         let kernel = Kernel::start().expect("it has started before");

@@ -15,7 +15,8 @@ use std::time::Instant;
 
 /// Sections in a slice.
 const SECTIONS: u64 = 100_000;
-/// Slices in a round. The best one counts, as on a shared machine most others measure the neighbours.
+/// Slices in a round. The best one counts, as on a shared machine most others measure the
+/// neighbours.
 const SLICES: usize = 50;
 
 /// ns for one section, in the best slice.

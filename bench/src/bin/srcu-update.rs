@@ -53,7 +53,8 @@ fn call_raw() -> f64 {
     let heads: Vec<Head> = (0..CALLS).map(|_| Head::new()).collect();
     let start = Instant::now();
     for head in &heads {
-        // SAFETY: The head lives until after the barrier and is queued once; `nothing` may be called anywhere.
+        // SAFETY: The head lives until after the barrier and is queued once; `nothing` may be
+        // called anywhere.
         unsafe { srcu.call_raw(NonNull::from(head), nothing) };
     }
     let taken = ns(start, CALLS);
@@ -75,7 +76,8 @@ fn call() -> f64 {
     taken
 }
 
-/// The same, with all callbacks held up by a section: what the producer pays when nothing runs beside it.
+/// The same, with all callbacks held up by a section: what the producer pays when nothing runs
+/// beside it.
 fn call_raw_held_up() -> f64 {
     let srcu = Srcu::new();
     srcu.prepare();

@@ -6,11 +6,11 @@
 //! ```
 //!
 //! The library does nothing until the program calls `ucm_set_event_handler` (UCX's registration
-//! caches do), `fi_getinfo` or `fi_fabric`. These three, and `ucs_rcache_get`, it defines itself and
-//! hands on to the real ones.
+//! caches do), `fi_getinfo` or `fi_fabric`. These three, and `ucs_rcache_get`, it defines itself
+//! and hands on to the real ones.
 //!
-//! * **UCX** is told of memory that is about to change through `ucm_vm_munmap`, as an external source
-//!   of events; it does not patch libc then. Up to 1.13 every look-up of its cache passes
+//! * **UCX** is told of memory that is about to change through `ucm_vm_munmap`, as an external
+//!   source of events; it does not patch libc then. Up to 1.13 every look-up of its cache passes
 //!   `ucs_rcache_get`, and the `kernel` source is asked there.
 //! * **libfabric** gets a memory monitor through its public import. Each hit of its cache asks that
 //!   monitor whether the registration is still valid.

@@ -104,7 +104,8 @@ impl Drop for Domain {
 
 static DOMAINS: Subsystem<Domain, Infallible, ()> = Subsystem::without_alloc();
 
-/// Binds address spaces, and unloads the driver: put does not wait, `synchronize` does, once for all.
+/// Binds address spaces, and unloads the driver: put does not wait, `synchronize` does, once for
+/// all.
 fn bind_and_unload(spaces: &[MmWithUser]) -> Result<(u64, u64), WouldDeadlock> {
     let (unit, mut flushes) = (Arc::new(AtomicU64::new(0)), 0);
     for mm in spaces {

@@ -190,7 +190,8 @@ pub enum Blocking {
 /// start and to the end.
 ///
 /// # Source
-/// `struct mmu_notifier_range`, Linux 5.15. Differs: never empty, and it may reach the last address.
+/// `struct mmu_notifier_range`, Linux 5.15. Differs: never empty, and it may reach the last
+/// address.
 ///
 /// # Examples
 /// ```

@@ -23,7 +23,8 @@
 //!   read the new `seq` looked up the page after the change, so its entry is not stale.
 //!
 //! # Source
-//! `kvm_mmu_invalidate_begin`, `_range_add`, `_end`, `mmu_invalidate_retry_gfn`, virt/kvm/kvm_main.c, Linux 6.12.
+//! `kvm_mmu_invalidate_begin`, `_range_add`, `_end`, `mmu_invalidate_retry_gfn`,
+//! virt/kvm/kvm_main.c, Linux 6.12.
 
 mod watched;
 

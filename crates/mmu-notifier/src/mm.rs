@@ -141,7 +141,8 @@ impl Mm {
     /// # Blocking
     /// Never.
     /// # Source
-    /// `mm_has_notifiers`, Linux 5.15. Differs: it is false again once the last subscriber has gone.
+    /// `mm_has_notifiers`, Linux 5.15. Differs: it is false again once the last subscriber has
+    /// gone.
     #[must_use]
     #[doc(alias = "mm_has_notifiers")]
     pub fn has_notifiers(&self) -> bool {
@@ -257,7 +258,8 @@ impl Mm {
         &self.0.intervals
     }
 
-    /// Returns the sequence of the intervals and how many invalidations are open, for tests of the protocol.
+    /// Returns the sequence of the intervals and how many invalidations are open, for tests of the
+    /// protocol.
     #[doc(hidden)]
     #[must_use]
     pub fn interval_snapshot(&self) -> (u64, u64) {

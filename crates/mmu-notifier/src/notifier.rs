@@ -129,7 +129,8 @@ pub trait Notifier: Send + Sync + 'static {
     /// # Blocking
     /// Must not sleep.
     /// # Errors
-    /// [`WouldBlock`] if it would have to sleep. Then it must have changed nothing, and it gets no end.
+    /// [`WouldBlock`] if it would have to sleep. Then it must have changed nothing, and it gets no
+    /// end.
     /// # Source
     /// `invalidate_range_start` in non-blockable mode. Differs: `-EAGAIN` is the only error. A
     /// subscriber that refuses may implement the end; that end is not called for the refused start.

@@ -51,8 +51,8 @@ impl fmt::Debug for Va {
 /// A non-empty range of whole pages, half-open in bytes.
 ///
 /// # Invariants
-/// `first` is a multiple of [`PAGE_SIZE`], `last + 1` is one too (it wraps to zero for a range that reaches the last
-/// address), and `first < last`.
+/// `first` is a multiple of [`PAGE_SIZE`], `last + 1` is one too (it wraps to zero for a range that
+/// reaches the last address), and `first < last`.
 ///
 /// # Examples
 /// ```
@@ -82,11 +82,12 @@ impl VaRange {
     /// Makes the range of bytes from `start` up to and without `end`.
     ///
     /// # Errors
-    /// [`InvalidRange`] if the range is empty or reversed, or if either bound is not a multiple of [`PAGE_SIZE`].
+    /// [`InvalidRange`] if the range is empty or reversed, or if either bound is not a multiple of
+    /// [`PAGE_SIZE`].
     ///
     /// # Source
-    /// `mmu_notifier_range_init`, include/linux/mmu_notifier.h. Differs: the kernel accepts an empty range, and one at
-    /// address zero then hits every interval.
+    /// `mmu_notifier_range_init`, include/linux/mmu_notifier.h. Differs: the kernel accepts an
+    /// empty range, and one at address zero then hits every interval.
     pub const fn new(start: Va, end: Va) -> Result<Self, InvalidRange> {
         if start.0 < end.0 && start.0.is_multiple_of(PAGE_SIZE) && end.0.is_multiple_of(PAGE_SIZE) {
             Ok(Self { first: start.0, last: end.0 - 1 })
@@ -164,7 +165,8 @@ impl VaRange {
         (self.last - self.first) / PAGE_SIZE + 1
     }
 
-    /// Returns the number of bytes; for the whole of an address space, which has one more than fits, all ones.
+    /// Returns the number of bytes; for the whole of an address space, which has one more than
+    /// fits, all ones.
     #[must_use]
     pub const fn bytes(self) -> u64 {
         (self.last - self.first).saturating_add(1)
@@ -213,7 +215,8 @@ impl fmt::Debug for VaRange {
     }
 }
 
-/// The bounds given make no [`VaRange`]: empty, reversed, past the last address or not on page bounds.
+/// The bounds given make no [`VaRange`]: empty, reversed, past the last address or not on page
+/// bounds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct InvalidRange {

@@ -12,7 +12,8 @@ use std::ops::Deref;
 /// Lists a new node and waits until every bracket that does not call it has ended.
 ///
 /// # Source
-/// `__mmu_notifier_register`, Linux 5.15. Differs: a grace period of brackets replaces `mm_take_all_locks`.
+/// `__mmu_notifier_register`, Linux 5.15. Differs: a grace period of brackets replaces
+/// `mm_take_all_locks`.
 pub(crate) fn publish<N: Notifier>(node: &NodeRef<N>, locked: &MmapWriteGuard<'_>) {
     let list = locked.subscriptions();
     list.srcu().prepare();
@@ -77,7 +78,8 @@ pub(crate) fn release<N: Notifier>(node: &NodeRef<N>) -> Result<(), WouldDeadloc
 /// for that drop, register it through a [`Subsystem`](crate::Subsystem::register).
 ///
 /// # Source
-/// `mmu_notifier_register`, `mmu_notifier_unregister`, Linux 5.15. Differs: `get` does not find it, by type.
+/// `mmu_notifier_register`, `mmu_notifier_unregister`, Linux 5.15. Differs: `get` does not find it,
+/// by type.
 ///
 /// # Examples
 /// ```
@@ -99,7 +101,8 @@ pub struct Registration<N: Notifier> {
 }
 
 impl<N: Notifier> Registration<N> {
-    /// Registers `notifier` on `mm`. When it returns, every bracket that does not call it has ended.
+    /// Registers `notifier` on `mm`. When it returns, every bracket that does not call it has
+    /// ended.
     ///
     /// # Blocking
     /// Sleeps while other registrars of `mm` are at work, and until the brackets open at that time
@@ -110,7 +113,8 @@ impl<N: Notifier> Registration<N> {
     /// inside a bracket of `mm`, holds its write lock (use [`new_locked`](Self::new_locked)) or
     /// runs a deferred free.
     /// # Source
-    /// `mmu_notifier_register`, Linux 5.15. Differs: cannot be interrupted, and fails before it has changed anything.
+    /// `mmu_notifier_register`, Linux 5.15. Differs: cannot be interrupted, and fails before it has
+    /// changed anything.
     #[cfg_attr(debug_assertions, track_caller)]
     pub fn new(mm: &MmWithUser, notifier: N) -> Result<Self, RegisterError<N>> {
         match mm.mmap_write_lock() {

@@ -1,4 +1,5 @@
-//! A subsystem: one instance of the operations table, and the key by which it finds its notifier on an address space.
+//! A subsystem: one instance of the operations table, and the key by which it finds its notifier on
+//! an address space.
 
 use crate::subscription::Subscription;
 use crate::subscriptions::{NodeRef, NotCounted};
@@ -91,7 +92,8 @@ where
     /// [`get_locked`](Self::get_locked)) or runs a deferred free. `alloc` was not called then,
     /// unless `alloc` itself left a bracket open.
     /// # Source
-    /// `mmu_notifier_get`, Linux 5.4. Differs: cannot be interrupted; a dead address space cannot be passed.
+    /// `mmu_notifier_get`, Linux 5.4. Differs: cannot be interrupted; a dead address space cannot
+    /// be passed.
     #[doc(alias = "mmu_notifier_get")]
     #[cfg_attr(debug_assertions, track_caller)]
     pub fn get(&self, mm: &MmWithUser) -> Result<Subscription<N>, GetError<E>> {

@@ -1,6 +1,7 @@
 //! What the child of a real `fork` has of its parent's address space: nothing.
 //!
-//! A program of its own, one test at a time: a child has no other threads, but it has what they had locked.
+//! A program of its own, one test at a time: a child has no other threads, but it has what they had
+//! locked.
 #![cfg(not(mmun_loom))]
 
 use mmu_notifier::{
@@ -76,7 +77,8 @@ impl IntervalOps for Silent {
     }
 }
 
-/// Lets go of other threads when it is dropped, also if the test fails: it would wait for them for ever.
+/// Lets go of other threads when it is dropped, also if the test fails: it would wait for them for
+/// ever.
 struct Finally<F: Fn()>(F);
 
 impl<F: Fn()> Drop for Finally<F> {
@@ -125,7 +127,8 @@ fn s_17_brackets_of_an_inherited_address_space_call_nobody() {
     assert!(mm.clear_young(VaRange::ALL) && CALLS.load(Ordering::SeqCst) == before + 3);
 }
 
-/// What is left of an interval and a registration in the child says no at once, whatever the parent's threads hold.
+/// What is left of an interval and a registration in the child says no at once, whatever the
+/// parent's threads hold.
 #[test]
 fn s_17_nothing_waits_or_installs_on_an_inherited_address_space() {
     let _alone = alone();
@@ -245,7 +248,8 @@ type OnFrees = Subsystem<OnFree, (), Box<dyn Fn(&MmWithUser) -> Result<OnFree, (
 /// A subsystem whose first notifier runs `f` when it is freed.
 fn on_first_free(f: impl FnOnce() + Send + Sync + 'static) -> OnFrees {
     let first: Mutex<Option<Box<dyn FnOnce() + Send + Sync>>> = Mutex::new(Some(Box::new(f)));
-    // In the child of a fork the lock can be held by a thread that is not there; then `f` was the parent's.
+    // In the child of a fork the lock can be held by a thread that is not there; then `f` was the
+    // parent's.
     let take = move || first.try_lock().ok().and_then(|mut first| first.take());
     Subsystem::new(Box::new(move |_: &MmWithUser| Ok(OnFree(take()))))
 }
@@ -257,7 +261,8 @@ fn works(subsystem: &OnFrees) -> bool {
     subsystem.synchronize().is_ok() && subsystem.drain_until_idle().is_ok() && own.mm_count() == 1
 }
 
-/// A free that runs when the process forks runs in the parent alone, and who waits for it there is not in the child.
+/// A free that runs when the process forks runs in the parent alone, and who waits for it there is
+/// not in the child.
 #[test]
 fn s_17_a_subsystem_works_in_a_child_that_was_forked_during_a_free() {
     let _alone = alone();
@@ -284,7 +289,8 @@ fn s_17_a_subsystem_works_in_a_child_that_was_forked_during_a_free() {
             subsystem.synchronize().unwrap();
         });
         let stat = format!("/proc/self/task/{}/stat", waiter.recv().unwrap());
-        // The state comes after the name, which is in parentheses. Asleep, it holds what is locked in `synchronize`.
+        // The state comes after the name, which is in parentheses. Asleep, it holds what is locked
+        // in `synchronize`.
         while !std::fs::read_to_string(&stat).unwrap().rsplit_once(") ").unwrap().1.starts_with('S') {
             std::thread::yield_now();
         }

@@ -1,4 +1,5 @@
-//! Every interleaving of the races that the contract lists. `RUSTFLAGS="--cfg mmun_loom" cargo test --release --test loom`.
+//! Every interleaving of the races that the contract lists. `RUSTFLAGS="--cfg mmun_loom" cargo test
+//! --release --test loom`.
 #![cfg(mmun_loom)]
 
 use loom::sync::Arc;
@@ -9,7 +10,8 @@ use mmu_notifier::{
     Registration, ShadowOps, Subsystem, Va, VaRange,
 };
 
-/// What a model's notifiers have seen. What a callback asserts comes out as a counted panic, which each model checks.
+/// What a model's notifiers have seen. What a callback asserts comes out as a counted panic, which
+/// each model checks.
 #[derive(Default)]
 struct Seen {
     allocs: AtomicUsize,
@@ -338,7 +340,8 @@ fn s_66_a_second_getter_racing_a_bracket() {
     });
 }
 
-/// What every user touches and the drop writes: `loom` reports a free that is not ordered after each use.
+/// What every user touches and the drop writes: `loom` reports a free that is not ordered after
+/// each use.
 struct Touched(loom::cell::UnsafeCell<bool>);
 
 // SAFETY: The cell is used across threads on purpose; `loom` checks that no two uses race.
@@ -529,7 +532,8 @@ fn every_mutant_is_caught() {
     for (mutant, model, complaint) in MUTANTS {
         let run =
             std::process::Command::new(&this).env("MMUN_MUTANT", mutant).args(["--exact", model]).output().unwrap();
-        // A panic while another one unwinds ends the process, and then what it said is on the other stream.
+        // A panic while another one unwinds ends the process, and then what it said is on the other
+        // stream.
         let says = [run.stdout, run.stderr].map(|stream| String::from_utf8_lossy(&stream).into_owned()).concat();
         assert!(says.contains("running 1 test"), "{model} is no model");
         assert!(!run.status.success(), "{model} passes although {mutant} breaks it");

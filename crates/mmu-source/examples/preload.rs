@@ -1,8 +1,9 @@
-//! A library to preload: installs the hook, and the kernel's notifier where it is to be had, before a program's `main`.
+//! A library to preload: installs the hook, and the kernel's notifier where it is to be had, before
+//! a program's `main`.
 //!
-//! `LD_PRELOAD=libpreload.so PROG`. With `MMUN_PRELOAD_REPORT=FILE` every process appends, when it exits, a line with
-//! how many brackets it has seen, or when it starts, why there is no hook. The program runs as it does without.
-//! It can be loaded by `dlopen` as well.
+//! `LD_PRELOAD=libpreload.so PROG`. With `MMUN_PRELOAD_REPORT=FILE` every process appends, when it
+//! exits, a line with how many brackets it has seen, or when it starts, why there is no hook. The
+//! program runs as it does without. It can be loaded by `dlopen` as well.
 #![cfg(all(target_os = "linux", target_env = "gnu"))]
 
 use mmu_notifier::lockdep::CheckedAlloc;

@@ -1,7 +1,8 @@
-//! Runs a program and writes a line for every invalidation it causes: `trace_log FILE PROG [ARGS..]`.
+//! Runs a program and writes a line for every invalidation it causes: `trace_log FILE PROG
+//! [ARGS..]`.
 //!
-//! Its callbacks lock, format and write, which they may because they hear of other processes only. Those of this process's own address
-//! space must not: see `own_process.rs`.
+//! Its callbacks lock, format and write, which they may because they hear of other processes only.
+//! Those of this process's own address space must not: see `own_process.rs`.
 //!
 //! It is also what the benchmarks compare with strace: `trace_log /dev/null PROG`.
 

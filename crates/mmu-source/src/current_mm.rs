@@ -7,14 +7,16 @@ use std::sync::atomic::Ordering;
 /// Returns the address space of this process: the one that the sources of this process (`kernel`,
 /// `uffd`, hooks) feed.
 ///
-/// It is made on first use and never exits. The child of a fork has an address space of its own: the first use there makes
-/// a fresh one, which has no subscribers, as the kernel does. Subscriptions that the child has inherited belong to its
-/// parent's address space and hear nothing any more. A child of `vfork` shares its parent's.
+/// It is made on first use and never exits. The child of a fork has an address space of its own:
+/// the first use there makes a fresh one, which has no subscribers, as the kernel does.
+/// Subscriptions that the child has inherited belong to its parent's address space and hear nothing
+/// any more. A child of `vfork` shares its parent's.
 ///
 /// # What a callback must not do
-/// A callback on this address space may run in the middle of `malloc` or `free`, with the allocator's locks held. So it must
-/// not allocate, free, print, or lock what is held elsewhere while allocating: [`Notifier`](mmu_notifier::Notifier) has the rule,
-/// `examples/own_process.rs` is a complete program that keeps it, and [`CheckedAlloc`](mmu_notifier::lockdep::CheckedAlloc)
+/// A callback on this address space may run in the middle of `malloc` or `free`, with the
+/// allocator's locks held. So it must not allocate, free, print, or lock what is held elsewhere
+/// while allocating: [`Notifier`](mmu_notifier::Notifier) has the rule, `examples/own_process.rs`
+/// is a complete program that keeps it, and [`CheckedAlloc`](mmu_notifier::lockdep::CheckedAlloc)
 /// finds a mistake at the first call.
 ///
 /// # Blocking
@@ -39,8 +41,8 @@ pub fn current_ref() -> &'static MmWithUser {
 
 /// Returns the address space of this process if anybody has asked for it yet. Never allocates.
 ///
-/// If nobody has, there are no subscribers. (A source must still see to it that it is made before the first change that has
-/// to be told: a client may subscribe while the change is under way.)
+/// If nobody has, there are no subscribers. (A source must still see to it that it is made before
+/// the first change that has to be told: a client may subscribe while the change is under way.)
 #[inline]
 pub fn current_if_made() -> Option<&'static MmWithUser> {
     // ORDER(source-space): Acquire, for the content. Partner: the store in `make`.
@@ -49,7 +51,8 @@ pub fn current_if_made() -> Option<&'static MmWithUser> {
 
 #[cold]
 fn make() -> &'static MmWithUser {
-    // Under a lock, so that no second one is made in vain: it could not be dropped here, where the caller must not wait.
+    // Under a lock, so that no second one is made in vain: it could not be dropped here, where the
+    // caller must not wait.
     marks().make.with(|| {
         current_if_made().unwrap_or_else(|| {
             let made = keep(MmWithUser::new());

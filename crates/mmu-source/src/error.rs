@@ -11,22 +11,24 @@ use std::io;
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Error {
-    /// The program could not be executed: `ENOENT` if it was not found, `EACCES` if it may not be executed.
+    /// The program could not be executed: `ENOENT` if it was not found, `EACCES` if it may not be
+    /// executed.
     Exec {
         /// The program as it was given.
         program: OsString,
         /// What `execve` answered.
         source: io::Error,
     },
-    /// The new process could not be set up before its program ran: `EAGAIN` if there are too many, `EPERM` if tracing it
-    /// is refused, `ENOENT` if its working directory does not exist.
+    /// The new process could not be set up before its program ran: `EAGAIN` if there are too many,
+    /// `EPERM` if tracing it is refused, `ENOENT` if its working directory does not exist.
     Spawn {
         /// The call that failed.
         call: &'static str,
         /// What it answered.
         source: io::Error,
     },
-    /// A process could not be attached to: `ESRCH` if there is none, `EPERM` if it is refused or traced already.
+    /// A process could not be attached to: `ESRCH` if there is none, `EPERM` if it is refused or
+    /// traced already.
     Attach {
         /// The process as it was given.
         pid: i32,
@@ -42,7 +44,8 @@ pub enum Error {
         /// What the kernel answered.
         source: io::Error,
     },
-    /// The machine, or the rights of this process, lack something without which the source cannot start.
+    /// The machine, or the rights of this process, lack something without which the source cannot
+    /// start.
     Unavailable {
         /// The source: `kernel`, `uffd`, `hook`.
         source: &'static str,
@@ -60,7 +63,8 @@ pub enum Error {
         /// What the kernel answered.
         source: io::Error,
     },
-    /// The handle was made before a fork, and this is the child: the source watches the parent. The child starts its own.
+    /// The handle was made before a fork, and this is the child: the source watches the parent. The
+    /// child starts its own.
     AfterFork {
         /// The source.
         source: &'static str,

@@ -1,16 +1,19 @@
 //! Words that are zero again in the child of a fork.
 //!
-//! What a source keeps about *this* address space (its `Mm`, its file descriptors, its counters) means nothing in the child
-//! of a fork. A handler of `pthread_atfork` misses `_Fork` and raw `clone` calls, and asking for the pid is a system call.
-//! So the words lie in a page that the kernel itself wipes when it copies the address space, and only then: a `vfork` child
-//! and a thread share the memory, and see them.
+//! What a source keeps about *this* address space (its `Mm`, its file descriptors, its counters)
+//! means nothing in the child of a fork. A handler of `pthread_atfork` misses `_Fork` and raw
+//! `clone` calls, and asking for the pid is a system call. So the words lie in a page that the
+//! kernel itself wipes when it copies the address space, and only then: a `vfork` child and a
+//! thread share the memory, and see them.
 //!
 //! # Safety
-//! This module makes the page and hands out references into it. The page is mapped for ever, writable, zeroed by the
-//! kernel and aligned for any word; it is only ever touched as the atomics of [`Marks`].
+//! This module makes the page and hands out references into it. The page is mapped for ever,
+//! writable, zeroed by the kernel and aligned for any word; it is only ever touched as the atomics
+//! of [`Marks`].
 //!
-//! A lock that a thread holds while another one forks is held in the child for ever. So what a child may need as well, to
-//! start a source of its own, is guarded by a lock in that page, or by one that each address space makes anew.
+//! A lock that a thread holds while another one forks is held in the child for ever. So what a
+//! child may need as well, to start a source of its own, is guarded by a lock in that page, or by
+//! one that each address space makes anew.
 
 #![allow(unsafe_code, reason = "maps the one page; see its Safety section")]
 
@@ -29,9 +32,11 @@ pub(crate) struct Marks {
     pub(crate) space: AtomicPtr<mmu_notifier::MmWithUser>,
     /// Held while what one of these words points to is made.
     pub(crate) make: Lock,
-    /// Counts up to tell one address space of a family of forks from the next: nonzero where a source was started.
+    /// Counts up to tell one address space of a family of forks from the next: nonzero where a
+    /// source was started.
     pub(crate) alive: AtomicU64,
-    /// The source of this address space that runs, under a lock that no other address space's thread has taken along.
+    /// The source of this address space that runs, under a lock that no other address space's
+    /// thread has taken along.
     pub(crate) kernel: AtomicPtr<Running>,
     pub(crate) uffd: AtomicPtr<Running>,
     /// What marks the watches of this address space.
@@ -54,10 +59,11 @@ static PAGE: AtomicPtr<Marks> = AtomicPtr::new(ptr::null_mut());
 /// If not even one page can be mapped.
 #[inline]
 pub(crate) fn marks() -> &'static Marks {
-    // ORDER(source-marks): Acquire, for the page's mapping by another thread. Partner: the exchange in `map`.
+    // ORDER(source-marks): Acquire, for the page's mapping by another thread. Partner: the exchange
+    // in `map`.
     let page = PAGE.load(Ordering::Acquire);
-    // SAFETY: a dereference needs a live, initialised `Marks`: `PAGE` is null or what `map` made, which is never unmapped,
-    // and zeroes are a valid `Marks`.
+    // SAFETY: a dereference needs a live, initialised `Marks`: `PAGE` is null or what `map` made,
+    // which is never unmapped, and zeroes are a valid `Marks`.
     unsafe { page.as_ref() }.unwrap_or_else(map)
 }
 
@@ -70,8 +76,8 @@ fn map() -> &'static Marks {
     // SAFETY: the advice is on the page just mapped and changes its inheritance only.
     let wiped = unsafe { libc::madvise(page, 4096, libc::MADV_WIPEONFORK) } == 0;
     let page = page.cast::<Marks>();
-    // ORDER(source-marks): Release for the mapping and its advice, Acquire for that of whoever was first. Partner: itself, and
-    // the load in `marks`.
+    // ORDER(source-marks): Release for the mapping and its advice, Acquire for that of whoever was
+    // first. Partner: itself, and the load in `marks`.
     match PAGE.compare_exchange(ptr::null_mut(), page, Ordering::AcqRel, Ordering::Acquire) {
         Ok(_) => {
             if !wiped {
@@ -116,8 +122,8 @@ extern "C" fn wipe() {
 
 /// Makes what lasts as long as the process, for a word of [`marks`] to point to.
 ///
-/// A leak checker does not look into that page, nor does it exist any more in the child of a fork. So a list that begins
-/// in a `static` keeps all of them in sight, the parent's too.
+/// A leak checker does not look into that page, nor does it exist any more in the child of a fork.
+/// So a list that begins in a `static` keeps all of them in sight, the parent's too.
 pub(crate) fn keep<T>(value: T) -> *mut T {
     struct Kept {
         _value: *mut (),
@@ -128,12 +134,14 @@ pub(crate) fn keep<T>(value: T) -> *mut T {
     let kept = Box::into_raw(Box::new(Kept { _value: value.cast(), _next: ptr::null_mut() }));
     // ORDER: Relaxed: the list is never followed.
     let next = FIRST.swap(kept, Ordering::Relaxed);
-    // SAFETY: writing needs a live place that no other thread uses: it was made above, and nobody follows the list.
+    // SAFETY: writing needs a live place that no other thread uses: it was made above, and nobody
+    // follows the list.
     unsafe { (*kept)._next = next };
     value
 }
 
-/// Returns what `slot` of [`marks`] holds for this address space, made on first use. It lasts as long as the process.
+/// Returns what `slot` of [`marks`] holds for this address space, made on first use. It lasts as
+/// long as the process.
 fn own(slot: &'static AtomicPtr<Running>) -> &'static Running {
     // ORDER(source-running): Acquire, for the content. Partner: the store below.
     let mut made = slot.load(Ordering::Acquire);
@@ -153,7 +161,8 @@ fn own(slot: &'static AtomicPtr<Running>) -> &'static Running {
     unsafe { &*made }
 }
 
-/// Returns the source of this address space that runs, or makes it, with the mark of the address space.
+/// Returns the source of this address space that runs, or makes it, with the mark of the address
+/// space.
 ///
 /// # Panics
 /// If another source has the slot.
@@ -196,6 +205,7 @@ impl Drop for Held {
 
 /// Turns what `marks().space` holds into a reference.
 pub(crate) fn space(pointer: *mut mmu_notifier::MmWithUser) -> Option<&'static mmu_notifier::MmWithUser> {
-    // SAFETY: the word is null or comes from `keep` in `current_mm`, published with Release, and is never freed.
+    // SAFETY: the word is null or comes from `keep` in `current_mm`, published with Release, and is
+    // never freed.
     unsafe { pointer.as_ref() }
 }

@@ -1,33 +1,40 @@
 //! The memory calls that this process makes through libc, seen by patching libc.
 //!
-//! While a [`Hook`] is installed, every `munmap`, `mmap` over live memory, `mremap`, `madvise`, `posix_madvise`,
-//! `process_madvise` on this process, `brk`, `sbrk`, `shmat` with `SHM_REMAP`, `shmdt`, `mprotect`, `pkey_mprotect` and
-//! `remap_file_pages` that goes through libc, and every `syscall(2)` with one of those numbers, has a bracket around it on
-//! [`current`](crate::current): start callbacks run in the calling thread before the call, end callbacks after it. libc's own
-//! calls count: `free` of a large block, `malloc_trim`, stacks of threads, `dlclose` in the dynamic loader. A call made by an
-//! instruction outside of libc does not, nor do changes that are no call of this process. `docs/sources.md` has the table.
+//! While a [`Hook`] is installed, every `munmap`, `mmap` over live memory, `mremap`, `madvise`,
+//! `posix_madvise`, `process_madvise` on this process, `brk`, `sbrk`, `shmat` with `SHM_REMAP`,
+//! `shmdt`, `mprotect`, `pkey_mprotect` and `remap_file_pages` that goes through libc, and every
+//! `syscall(2)` with one of those numbers, has a bracket around it on [`current`](crate::current):
+//! start callbacks run in the calling thread before the call, end callbacks after it. libc's own
+//! calls count: `free` of a large block, `malloc_trim`, stacks of threads, `dlclose` in the dynamic
+//! loader. A call made by an instruction outside of libc does not, nor do changes that are no call
+//! of this process. `docs/sources.md` has the table.
 //!
 //! # How
-//! glibc makes a system call by `mov $number, %eax; syscall`, and that `mov` is one instruction as long as a near jump. It is
-//! replaced by a jump to a trampoline, which makes the call. No thread can stand inside one instruction, and the page it is
-//! on is replaced as a whole (`mremap` of a changed copy over it), so installing and removing is safe while other threads
-//! run the code. Another library that has patched a *function's entry* stays in place and runs first.
+//! glibc makes a system call by `mov $number, %eax; syscall`, and that `mov` is one instruction as
+//! long as a near jump. It is replaced by a jump to a trampoline, which makes the call. No thread
+//! can stand inside one instruction, and the page it is on is replaced as a whole (`mremap` of a
+//! changed copy over it), so installing and removing is safe while other threads run the code.
+//! Another library that has patched a *function's entry* stays in place and runs first.
 //!
 //! # What a callback may do
-//! It runs in whatever thread made the call, perhaps in the middle of `malloc` or `free` with the allocator's lock held, in
-//! `dlclose` with the loader's, or in a thread that is all but gone. So it must not allocate, free, load libraries, or wait for a
-//! lock that somebody holds while allocating ([`CheckedAlloc`](mmu_notifier::lockdep::CheckedAlloc) finds that at the first call,
-//! `examples/own_process.rs` shows how it is done). It may subscribe to a subscription that exists, put it, map, unmap, and
-//! make any other system call; those have brackets of their own inside this one. `errno` is put back after it.
+//! It runs in whatever thread made the call, perhaps in the middle of `malloc` or `free` with the
+//! allocator's lock held, in `dlclose` with the loader's, or in a thread that is all but gone. So
+//! it must not allocate, free, load libraries, or wait for a lock that somebody holds while
+//! allocating ([`CheckedAlloc`](mmu_notifier::lockdep::CheckedAlloc) finds that at the first call,
+//! `examples/own_process.rs` shows how it is done). It may subscribe to a subscription that exists,
+//! put it, map, unmap, and make any other system call; those have brackets of their own inside this
+//! one. `errno` is put back after it.
 //!
 //! # Limits
 //! x86-64 with glibc. Signal handlers must not make memory calls while a hook is installed.
 //!
-//! The library with this code may be loaded by `dlopen`, and stays loaded then: `dlclose` does not unload it. Its thread-local
-//! words come from the space that glibc sets aside for such libraries (1.6 KiB for all of a process); if that is used up, `dlopen`
-//! fails with "cannot allocate memory in static TLS block", and `LD_PRELOAD` or linking helps. A *callback* of such a library must
-//! not use the standard library's thread-locals, because the first use in a thread may allocate. In builds with
-//! `debug_assertions`, [`lockdep`](mmu_notifier::lockdep) does: load those when the program starts.
+//! The library with this code may be loaded by `dlopen`, and stays loaded then: `dlclose` does not
+//! unload it. Its thread-local words come from the space that glibc sets aside for such libraries
+//! (1.6 KiB for all of a process); if that is used up, `dlopen` fails with "cannot allocate memory
+//! in static TLS block", and `LD_PRELOAD` or linking helps. A *callback* of such a library must not
+//! use the standard library's thread-locals, because the first use in a thread may allocate. In
+//! builds with `debug_assertions`, [`lockdep`](mmu_notifier::lockdep) does: load those when the
+//! program starts.
 //!
 //! # Examples
 //! ```
@@ -89,8 +96,9 @@ use std::sync::atomic::Ordering;
 
 /// The patches in libc, for as long as one of these is alive.
 ///
-/// Several share them; the last one that is dropped takes them out. A call that another thread has begun meanwhile may still
-/// have its bracket a little later. The trampolines stay mapped for good, since a thread may be in one.
+/// Several share them; the last one that is dropped takes them out. A call that another thread has
+/// begun meanwhile may still have its bracket a little later. The trampolines stay mapped for good,
+/// since a thread may be in one.
 #[derive(Debug)]
 #[must_use = "the patches are taken out when it is dropped"]
 pub struct Hook {
@@ -102,12 +110,13 @@ impl Hook {
     /// Patches libc and the dynamic loader, or takes part if that was done already.
     ///
     /// # Blocking
-    /// The first time it searches libc's code, some milliseconds; then it replaces a few pages. It waits for an
-    /// installation or removal by another thread.
+    /// The first time it searches libc's code, some milliseconds; then it replaces a few pages. It
+    /// waits for an installation or removal by another thread.
     /// # Errors
-    /// [`Error::Unavailable`] if this is not x86-64 with glibc, if libc has no place that can be patched (it says what was
-    /// found). [`Error::Kernel`] if the kernel refuses to replace a page of code (`EACCES` or `EPERM` under a
-    /// security module or where code is sealed); then nothing is patched.
+    /// [`Error::Unavailable`] if this is not x86-64 with glibc, if libc has no place that can be
+    /// patched (it says what was found). [`Error::Kernel`] if the kernel refuses to replace a page
+    /// of code (`EACCES` or `EPERM` under a security module or where code is sealed); then nothing
+    /// is patched.
     pub fn install() -> Result<Self, Error> {
         switch::install().map(|()| Self { id: mark() })
     }
@@ -121,9 +130,9 @@ impl Hook {
         switch::status()
     }
 
-    /// Tells whether this is the child of a fork and the hook its parent's. Such a hook works all the same: the child has
-    /// a copy of the patches, and the brackets of its calls are on its own [`current`](crate::current). The
-    /// subscriptions of the parent are not there.
+    /// Tells whether this is the child of a fork and the hook its parent's. Such a hook works all
+    /// the same: the child has a copy of the patches, and the brackets of its calls are on its own
+    /// [`current`](crate::current). The subscriptions of the parent are not there.
     #[must_use]
     pub fn is_inherited(&self) -> bool {
         marks().alive.load(Ordering::Relaxed) != self.id
@@ -160,8 +169,8 @@ pub enum State {
     Free,
     /// Our patch is in place.
     Ours,
-    /// Our patch is in place, and another library has one at the function's entry. It runs first; a call that it makes by
-    /// itself, without going on into libc, is not seen.
+    /// Our patch is in place, and another library has one at the function's entry. It runs first; a
+    /// call that it makes by itself, without going on into libc, is not seen.
     Chained,
     /// Something else stands where our patch was, or has to be: calls are not seen.
     Overwritten,

@@ -1,10 +1,12 @@
-//! Everything that changes a translation of this process, whoever does it: the kernel's own MMU notifier.
+//! Everything that changes a translation of this process, whoever does it: the kernel's own MMU
+//! notifier.
 //!
-//! Creating a KVM virtual machine registers an MMU notifier on the calling process. From then on every invalidation of its
-//! page tables passes the tracepoint `kvm:kvm_unmap_hva_range` with its start and end *before* the tables change. A small
-//! BPF program there counts a generation, in memory that this process has mapped, and writes the range to a ring. The machine
-//! itself is never run. Nothing is patched, and nothing can be evaded: other processes, reclaim, truncation, copy on
-//! write and `io_uring` all come by.
+//! Creating a KVM virtual machine registers an MMU notifier on the calling process. From then on
+//! every invalidation of its page tables passes the tracepoint `kvm:kvm_unmap_hva_range` with its
+//! start and end *before* the tables change. A small BPF program there counts a generation, in
+//! memory that this process has mapped, and writes the range to a ring. The machine itself is never
+//! run. Nothing is patched, and nothing can be evaded: other processes, reclaim, truncation, copy
+//! on write and `io_uring` all come by.
 //!
 //! ```no_run
 //! use mmu_notifier::{Va, VaRange};
@@ -34,7 +36,8 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! A cache that has no subscriber, or asks under a lock of its own, keeps a [`Watch`](crate::Watch) in each entry instead:
+//! A cache that has no subscriber, or asks under a lock of its own, keeps a [`Watch`](crate::Watch)
+//! in each entry instead:
 //!
 //! ```no_run
 //! # use mmu_notifier::{Va, VaRange};
@@ -51,38 +54,44 @@
 //! ```
 //!
 //! # Why this is sound
-//! * **A hit.** The generation is counted before the page tables change. So if an entry is found after [`settle`](Kernel::settle),
-//!   and [`is_current`](Kernel::is_current) still holds after the use, no change of an armed range began between the two, and all
-//!   earlier ones had been told.
-//! * **A fill.** The tracepoint tells the *start* of a change. A translation made between the start and the change
-//!   itself would be the old one with the new generation: no counter of starts can help. [`read_begin`](Armed::read_begin)
-//!   therefore waits, if there was any event since the last wait, until every change under way is over: some two
-//!   microseconds. `kernel/wait.rs` has the argument, with a picture.
-//! * **Arming.** [`arm`](Kernel::arm) enters the range into the filter and then waits in the same way. When it has returned, no change
-//!   is under way that the filter has let pass.
+//! * **A hit.** The generation is counted before the page tables change. So if an entry is found
+//!   after [`settle`](Kernel::settle), and [`is_current`](Kernel::is_current) still holds after the
+//!   use, no change of an armed range began between the two, and all earlier ones had been told.
+//! * **A fill.** The tracepoint tells the *start* of a change. A translation made between the start
+//!   and the change itself would be the old one with the new generation: no counter of starts can
+//!   help. [`read_begin`](Armed::read_begin) therefore waits, if there was any event since the last
+//!   wait, until every change under way is over: some two microseconds. `kernel/wait.rs` has the
+//!   argument, with a picture.
+//! * **Arming.** [`arm`](Kernel::arm) enters the range into the filter and then waits in the same
+//!   way. When it has returned, no change is under way that the filter has let pass.
 //!
-//! It tells nothing about a device that goes on using a translation. That is what the callbacks are for, and they come after
-//! the start of the change, not in it: the change does not wait.
+//! It tells nothing about a device that goes on using a translation. That is what the callbacks are
+//! for, and they come after the start of the change, not in it: the change does not wait.
 //!
 //! # What a callback may do
-//! Callbacks run in the thread that calls [`settle`](Kernel::settle), [`drain`](Kernel::drain) or [`read_begin`](Armed::read_begin), or
-//! in the source's own. They may allocate, lock, map and unmap, arm and disarm. They must not wait for another thread that
-//! may be draining; draining inside of a callback returns at once. Dropping the source or what is armed never waits for a
+//! Callbacks run in the thread that calls [`settle`](Kernel::settle), [`drain`](Kernel::drain) or
+//! [`read_begin`](Armed::read_begin), or in the source's own. They may allocate, lock, map and
+//! unmap, arm and disarm. They must not wait for another thread that may be draining; draining
+//! inside of a callback returns at once. Dropping the source or what is armed never waits for a
 //! callback.
 //!
 //! # Signal handlers
-//! [`Watch::is_valid`](crate::Watch::is_valid), [`is_current`](Kernel::is_current) and [`settle`](Kernel::settle) may be called in a signal
-//! handler. One that has interrupted the source itself gets false, or [`Error::InCallback`]. Nothing else may.
+//! [`Watch::is_valid`](crate::Watch::is_valid), [`is_current`](Kernel::is_current) and
+//! [`settle`](Kernel::settle) may be called in a signal handler. One that has interrupted the
+//! source itself gets false, or [`Error::InCallback`]. Nothing else may.
 //!
 //! # Descriptors
-//! The source's descriptors are in a table of their own that no call of the program reaches: `close_range`, `closefrom` and
-//! `dup2` do not harm it, and children do not inherit them. The limit of descriptors (`RLIMIT_NOFILE`) holds in that table as well: some
-//! twenty are needed to start, and what is opened later has a number below 8. Threads of the source's that run callbacks have the program's table.
+//! The source's descriptors are in a table of their own that no call of the program reaches:
+//! `close_range`, `closefrom` and `dup2` do not harm it, and children do not inherit them. The
+//! limit of descriptors (`RLIMIT_NOFILE`) holds in that table as well: some twenty are needed to
+//! start, and what is opened later has a number below 8. Threads of the source's that run callbacks
+//! have the program's table.
 //!
 //! # Forks
-//! The virtual machine stays the parent's. In the child of a fork an inherited handle is blind: it knows that
-//! ([`is_inherited`](Kernel::is_inherited)), is never current, and answers [`Error::AfterFork`]. The child starts its own. When its last
-//! inherited handle is dropped, nothing of the parent's source is left in it.
+//! The virtual machine stays the parent's. In the child of a fork an inherited handle is blind: it
+//! knows that ([`is_inherited`](Kernel::is_inherited)), is never current, and answers
+//! [`Error::AfterFork`]. The child starts its own. When its last inherited handle is dropped,
+//! nothing of the parent's source is left in it.
 
 mod armed;
 mod asm;
@@ -135,7 +144,8 @@ pub struct Kernel {
 
 /// What the threads of the source share.
 struct Inner {
-    /// Nonzero and equal to `alive`, a word in the page that forks wipe, unless this is the child of a fork.
+    /// Nonzero and equal to `alive`, a word in the page that forks wipe, unless this is the child
+    /// of a fork.
     id: u64,
     alive: &'static AtomicU64,
     header: Shared,
@@ -151,7 +161,8 @@ struct Inner {
     missed: AtomicU64,
 }
 
-/// A generation up to which subscribers have been told of every change: what [`Kernel::settle`] returned.
+/// A generation up to which subscribers have been told of every change: what [`Kernel::settle`]
+/// returned.
 ///
 /// A number that nothing has been told of is not one:
 /// ```compile_fail,E0308
@@ -169,7 +180,8 @@ pub struct Drained {
     pub ranges: usize,
     /// Whether records had been lost, so that everything was invalidated.
     pub lost: bool,
-    /// Whether the caller was a callback that is itself being drained, or the child of a fork: then nothing was done.
+    /// Whether the caller was a callback that is itself being drained, or the child of a fork: then
+    /// nothing was done.
     pub refused: bool,
 }
 
@@ -180,38 +192,41 @@ impl Drained {
 impl Kernel {
     /// Returns the number of changes of armed ranges that have begun, and one: for statistics.
     ///
-    /// It counts only what touches an armed range (and, since the filter is coarse, a few that do not), so that an allocator's
-    /// traffic makes no client drain.
+    /// It counts only what touches an armed range (and, since the filter is coarse, a few that do
+    /// not), so that an allocator's traffic makes no client drain.
     #[must_use]
     #[inline]
     pub fn generation(&self) -> u64 {
         self.inner.generation()
     }
 
-    /// Tells whether no change of an armed range has begun since the source was settled. False for ever in the child of a fork.
+    /// Tells whether no change of an armed range has begun since the source was settled. False for
+    /// ever in the child of a fork.
     #[must_use]
     #[inline]
     pub fn is_current(&self, settled: Settled) -> bool {
-        // ORDER(source-generation): what the caller has read through its translation comes before the look at the generation.
+        // ORDER(source-generation): what the caller has read through its translation comes before
+        // the look at the generation.
         fence(Ordering::Acquire);
         self.generation() == settled.0 && self.inner.handled() >= settled.0
     }
 
-    /// Tells whether subscribers have been told of every change that has begun: then [`settle`](Self::settle) has nothing to do.
+    /// Tells whether subscribers have been told of every change that has begun: then
+    /// [`settle`](Self::settle) has nothing to do.
     #[must_use]
     #[inline]
     pub fn is_settled(&self) -> bool {
         self.inner.is_caught_up()
     }
 
-    /// Sees to it that subscribers have been told of every change that has begun before the call. Two loads and a comparison
-    /// if there is nothing to tell.
+    /// Sees to it that subscribers have been told of every change that has begun before the call.
+    /// Two loads and a comparison if there is nothing to tell.
     ///
     /// # Blocking
     /// While callbacks run, here or in another thread that drains.
     /// # Errors
-    /// [`Error::AfterFork`] in the child of a fork. [`Error::InCallback`] in a callback that the source itself runs, and in a signal
-    /// handler that has interrupted the source.
+    /// [`Error::AfterFork`] in the child of a fork. [`Error::InCallback`] in a callback that the
+    /// source itself runs, and in a signal handler that has interrupted the source.
     #[inline]
     pub fn settle(&self) -> Result<Settled, Error> {
         let generation = self.generation();
@@ -234,11 +249,12 @@ impl Kernel {
         if self.is_inherited() { Err(Error::AfterFork { source: "kernel" }) } else { Ok(Settled(generation)) }
     }
 
-    /// Hands the ranges that are waiting to [`Mm::invalidate`](mmu_notifier::Mm::invalidate) of [`current`](crate::current), in
-    /// the order of the ring.
+    /// Hands the ranges that are waiting to [`Mm::invalidate`](mmu_notifier::Mm::invalidate) of
+    /// [`current`](crate::current), in the order of the ring.
     ///
     /// # Blocking
-    /// While callbacks run, here or in another thread that drains. What changes meanwhile is left for the next call.
+    /// While callbacks run, here or in another thread that drains. What changes meanwhile is left
+    /// for the next call.
     pub fn drain(&self) -> Drained {
         if self.is_inherited() || tell::is_inside() {
             return Drained::REFUSED;
@@ -256,8 +272,8 @@ impl Kernel {
         drained
     }
 
-    /// Returns how often records were lost: the ring or the queue was full, or the kernel skipped the program (`missed`
-    /// in the `Debug` output).
+    /// Returns how often records were lost: the ring or the queue was full, or the kernel skipped
+    /// the program (`missed` in the `Debug` output).
     ///
     /// It counts records, not invalidations: everything is invalidated once for all records that
     /// were lost since the last time.
@@ -269,20 +285,23 @@ impl Kernel {
             + overflows
     }
 
-    /// Tells whether this is the child of a fork and the source its parent's. [`start`](Self::start) makes its own.
+    /// Tells whether this is the child of a fork and the source its parent's.
+    /// [`start`](Self::start) makes its own.
     #[must_use]
     pub fn is_inherited(&self) -> bool {
         self.inner.is_inherited()
     }
 
-    /// Returns how often a thread has waited for changes under way, and for how many of these a virtual machine was made.
+    /// Returns how often a thread has waited for changes under way, and for how many of these a
+    /// virtual machine was made.
     #[must_use]
     pub fn waits(&self) -> (u64, u64) {
         self.inner.waits.counts()
     }
 
-    /// Has changes of `range` counted and told until the returned value is dropped. When it returns, no change
-    /// that began before is still under way, and every later one is counted before it happens.
+    /// Has changes of `range` counted and told until the returned value is dropped. When it
+    /// returns, no change that began before is still under way, and every later one is counted
+    /// before it happens.
     ///
     /// Ranges may overlap, and be armed several times.
     ///
@@ -290,8 +309,9 @@ impl Kernel {
     /// If there was any event since the last wait of any thread, for the changes under way, as
     /// [`read_begin`](Armed::read_begin) does; for no callback.
     /// # Errors
-    /// [`Error::AfterFork`] in the child of a fork; [`Error::Kernel`] if no virtual machine can be made, such as `EMFILE`
-    /// if the program has lowered its limit of descriptors (`RLIMIT_NOFILE`) below 8: the limit holds in the source's own table, too.
+    /// [`Error::AfterFork`] in the child of a fork; [`Error::Kernel`] if no virtual machine can be
+    /// made, such as `EMFILE` if the program has lowered its limit of descriptors (`RLIMIT_NOFILE`)
+    /// below 8: the limit holds in the source's own table, too.
     pub fn arm(self: &Arc<Self>, range: VaRange) -> Result<Armed, Error> {
         let armed = Armed::enter(self, range)?;
         self.wait()?;
@@ -321,8 +341,8 @@ impl Inner {
 
     #[inline]
     fn generation(&self) -> u64 {
-        // ORDER(source-generation): Acquire: what the caller reads next is not read before. Partner: the program's addition, a full
-        // barrier, before the page tables change.
+        // ORDER(source-generation): Acquire: what the caller reads next is not read before.
+        // Partner: the program's addition, a full barrier, before the page tables change.
         self.header.u64(header::GENERATION).load(Ordering::Acquire)
     }
 
@@ -338,7 +358,8 @@ fn kernel_error(call: &'static str, source: io::Error) -> Error {
 }
 
 impl Drop for Kernel {
-    /// Closes all descriptors, and waits for that, but for no callback: the thread that runs one ends after it.
+    /// Closes all descriptors, and waits for that, but for no callback: the thread that runs one
+    /// ends after it.
     fn drop(&mut self) {
         let vault = self.vault.take();
         if self.inner.is_inherited() {
@@ -349,7 +370,8 @@ impl Drop for Kernel {
             self.inner.leave_to_parent();
             return;
         }
-        // ORDER(source-stop): Release, for no data: the threads look at it when they are woken. Partner: the loads there.
+        // ORDER(source-stop): Release, for no data: the threads look at it when they are woken.
+        // Partner: the loads there.
         self.inner.stop.store(true, Ordering::Release);
         self.inner.wake_teller();
         drop(vault);

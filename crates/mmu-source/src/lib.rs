@@ -1,13 +1,14 @@
 //! Sources of address-space changes for [`mmu_notifier`].
 //!
-//! A source watches somebody's system calls and opens an invalidation bracket on the right [`mmu_notifier::Mm`] around
-//! each one that changes a translation. What each source sees, when it tells and what it misses stands in
-//! [`SOURCES`], at length in `docs/sources.md`.
+//! A source watches somebody's system calls and opens an invalidation bracket on the right
+//! [`mmu_notifier::Mm`] around each one that changes a translation. What each source sees, when it
+//! tells and what it misses stands in [`SOURCES`], at length in `docs/sources.md`.
 //!
 //! [`current`] is this process's own address space.
 //!
 //! * [`hook`]: this process's own memory calls, by patching libc.
-//! * [`kernel`]: everything that changes a translation of this process, through KVM's notifier and a BPF program.
+//! * [`kernel`]: everything that changes a translation of this process, through KVM's notifier and
+//!   a BPF program.
 //! * [`process`]: other processes, through ptrace and a seccomp filter.
 //! * [`uffd`]: armed ranges of this process, through userfaultfd.
 //!

@@ -1,14 +1,17 @@
-//! What a memory call is about to invalidate, as far as its arguments tell. The same for every source that sees them.
+//! What a memory call is about to invalidate, as far as its arguments tell. The same for every
+//! source that sees them.
 //!
-//! It errs on the side of too much: arguments that the kernel will refuse still give a range if one can be formed.
+//! It errs on the side of too much: arguments that the kernel will refuse still give a range if one
+//! can be formed.
 
 use mmu_notifier::{Va, VaRange};
 
-/// Advice to `madvise` that changes no translation. Any other, an unknown one included, is taken to clear the range.
+/// Advice to `madvise` that changes no translation. Any other, an unknown one included, is taken to
+/// clear the range.
 ///
-/// NORMAL, RANDOM, SEQUENTIAL, WILLNEED, DONTFORK, DOFORK, MERGEABLE, HUGEPAGE, NOHUGEPAGE, DONTDUMP, DODUMP, WIPEONFORK,
-/// KEEPONFORK, COLD, POPULATE_READ and GUARD_REMOVE. POPULATE_WRITE is not among them: it gives each page that was shared for
-/// reading a copy of its own.
+/// NORMAL, RANDOM, SEQUENTIAL, WILLNEED, DONTFORK, DOFORK, MERGEABLE, HUGEPAGE, NOHUGEPAGE,
+/// DONTDUMP, DODUMP, WIPEONFORK, KEEPONFORK, COLD, POPULATE_READ and GUARD_REMOVE. POPULATE_WRITE
+/// is not among them: it gives each page that was shared for reading a copy of its own.
 pub(crate) const HARMLESS_ADVICE: &[u32] = &[0, 1, 2, 3, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 22, 103];
 /// The smaller huge page, and the largest folio but those of hugetlbfs.
 pub(crate) const HUGE_PAGE: u64 = 1 << 21;
@@ -22,7 +25,8 @@ pub(crate) const UIO_MAXIOV: u64 = 1024;
 /// `file_page` looks up the size of the file's pages, if it is one of huge pages.
 ///
 /// # Source
-/// `ksys_mmap_pgoff`, mm/mmap.c: the length is rounded up to whole huge pages by the file, or by the flags.
+/// `ksys_mmap_pgoff`, mm/mmap.c: the length is rounded up to whole huge pages by the file, or by
+/// the flags.
 #[inline]
 pub(crate) fn mmap(
     ranges: &mut impl Extend<VaRange>,
@@ -55,8 +59,8 @@ pub(crate) fn huge_page(file_system: i64, block: i64) -> Option<u64> {
 /// Rounds the length of a mapping of huge pages up to their size, as the kernel does.
 ///
 /// # Source
-/// `ksys_mmap_pgoff`, mm/mmap.c. Flags that name no size ask for the default one, which is not known here: but the address
-/// must be a multiple of it.
+/// `ksys_mmap_pgoff`, mm/mmap.c. Flags that name no size ask for the default one, which is not
+/// known here: but the address must be a multiple of it.
 #[cold]
 fn huge_up(address: u64, length: u64, flags: u64) -> u64 {
     let page = match flags >> libc::MAP_HUGE_SHIFT & libc::MAP_HUGE_MASK as u64 {
@@ -73,8 +77,8 @@ pub(crate) fn largest_page_at(address: u64) -> u64 {
 }
 
 /// # Source
-/// mremap(2). A shrink gives up the tail where it stands; what moves leaves its whole old range; an old length of zero copies a
-/// shared mapping and leaves it.
+/// mremap(2). A shrink gives up the tail where it stands; what moves leaves its whole old range; an
+/// old length of zero copies a shared mapping and leaves it.
 pub(crate) fn mremap(
     ranges: &mut impl Extend<VaRange>,
     old: u64,
@@ -100,7 +104,8 @@ pub(crate) fn mremap(
 /// Tells whether `fd` stands for the caller where a pidfd is asked for, without being a descriptor.
 ///
 /// # Source
-/// `PIDFD_SELF_THREAD` and `PIDFD_SELF_THREAD_GROUP`, include/uapi/linux/pidfd.h. The latter was -20000 in Linux 6.14.
+/// `PIDFD_SELF_THREAD` and `PIDFD_SELF_THREAD_GROUP`, include/uapi/linux/pidfd.h. The latter was
+/// -20000 in Linux 6.14.
 pub(crate) fn is_self_pidfd(fd: i32) -> bool {
     matches!(fd, -10000 | -10001 | -20000)
 }
@@ -121,16 +126,18 @@ pub(crate) fn madvise(ranges: &mut impl Extend<VaRange>, address: u64, length: u
 }
 
 /// # Source
-/// `do_mbind`, mm/mempolicy.c: with a flag to move pages it isolates the folios that lie in the range in part, and moves them
-/// whole. `MPOL_MF_STRICT` moves none, and without a flag it only sets a policy.
+/// `do_mbind`, mm/mempolicy.c: with a flag to move pages it isolates the folios that lie in the
+/// range in part, and moves them whole. `MPOL_MF_STRICT` moves none, and without a flag it only
+/// sets a policy.
 pub(crate) fn mbind(ranges: &mut impl Extend<VaRange>, address: u64, length: u64, flags: u64) {
     if flags & !MPOL_MF_STRICT != 0 {
         folios(ranges, address, length);
     }
 }
 
-/// Adds the pages of `length` bytes from `address` and the folios they are in, which are as large as a huge page at most. A folio
-/// can reach beyond the mapping: into the next one, if the two were one before.
+/// Adds the pages of `length` bytes from `address` and the folios they are in, which are as large
+/// as a huge page at most. A folio can reach beyond the mapping: into the next one, if the two were
+/// one before.
 #[cold]
 pub(crate) fn folios(ranges: &mut impl Extend<VaRange>, address: u64, length: u64) {
     let start = address & !(HUGE_PAGE - 1);

@@ -9,8 +9,8 @@ use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ptr;
 
-/// Runs `f` with all signals blocked. A thread that it starts inherits that: the program's handlers never run there, and a signal that
-/// the program waits for is not taken from it.
+/// Runs `f` with all signals blocked. A thread that it starts inherits that: the program's handlers
+/// never run there, and a signal that the program waits for is not taken from it.
 pub(crate) fn without<T>(f: impl FnOnce() -> T) -> T {
     let _held = Held::new();
     f()

@@ -1,4 +1,5 @@
-//! What each source can do, said in one place: the table of `docs/sources.md`, of this crate's front page and of `mmun doctor`.
+//! What each source can do, said in one place: the table of `docs/sources.md`, of this crate's
+//! front page and of `mmun doctor`.
 
 /// What a source sees, misses, costs and needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

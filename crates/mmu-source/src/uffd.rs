@@ -1,8 +1,9 @@
 //! Changes of armed ranges of this process, told by userfaultfd.
 //!
-//! The ranges are registered for asynchronous write protection (`UFFD_FEATURE_WP_ASYNC`, Linux 6.7), and no page is ever
-//! protected: there is no fault to serve, and nobody hangs if the program stops. What is wanted are the events: unmap,
-//! remove (madvise and hole punching through this mapping), remap, fork.
+//! The ranges are registered for asynchronous write protection (`UFFD_FEATURE_WP_ASYNC`, Linux
+//! 6.7), and no page is ever protected: there is no fault to serve, and nobody hangs if the program
+//! stops. What is wanted are the events: unmap, remove (madvise and hole punching through this
+//! mapping), remap, fork.
 //!
 //! ```
 //! use mmu_source::uffd::Uffd;
@@ -18,22 +19,26 @@
 //! ```
 //!
 //! # When it tells
-//! The thread that changes the memory waits until its event has been *read*, and then goes on; callbacks run after
-//! that, in a thread of the source. Remove events are sent before the pages go, the others after, but since nobody waits for the
-//! callbacks, no event is a bracket. [`settle`](Uffd::settle) waits until everything is told whose call has returned.
+//! The thread that changes the memory waits until its event has been *read*, and then goes on;
+//! callbacks run after that, in a thread of the source. Remove events are sent before the pages go,
+//! the others after, but since nobody waits for the callbacks, no event is a bracket.
+//! [`settle`](Uffd::settle) waits until everything is told whose call has returned.
 //!
 //! # Two threads
-//! Whoever calls `munmap` may hold the allocator's lock, and waits for our reader. So the thread that reads runs no callbacks,
-//! takes no lock and allocates nothing: it moves events into a queue of fixed size. Another one runs the callbacks, which may
-//! therefore do what they like: allocate, map and unmap armed memory, arm and disarm.
+//! Whoever calls `munmap` may hold the allocator's lock, and waits for our reader. So the thread
+//! that reads runs no callbacks, takes no lock and allocates nothing: it moves events into a queue
+//! of fixed size. Another one runs the callbacks, which may therefore do what they like: allocate,
+//! map and unmap armed memory, arm and disarm.
 //!
 //! # Descriptors
-//! The userfaultfd is in a descriptor table of its own that no call of the program reaches: `close_range`, `closefrom` and
-//! `dup2` do not harm it, and children do not inherit it. The thread that runs callbacks has the program's table.
+//! The userfaultfd is in a descriptor table of its own that no call of the program reaches:
+//! `close_range`, `closefrom` and `dup2` do not harm it, and children do not inherit it. The thread
+//! that runs callbacks has the program's table.
 //!
 //! # Forks
-//! A fork of this process invalidates everything in the parent (all private memory becomes copy on write). In the child
-//! an inherited handle answers [`Error::AfterFork`]; the child's memory is not registered.
+//! A fork of this process invalidates everything in the parent (all private memory becomes copy on
+//! write). In the child an inherited handle answers [`Error::AfterFork`]; the child's memory is not
+//! registered.
 
 mod queue;
 mod sys;
@@ -125,7 +130,8 @@ impl Uffd {
     /// Starts the source, or returns the one that runs already.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] if the kernel or the rights are lacking; [`Error::Kernel`] if a thread cannot be started.
+    /// [`Error::Unavailable`] if the kernel or the rights are lacking; [`Error::Kernel`] if a
+    /// thread cannot be started.
     pub fn start() -> Result<Arc<Self>, Error> {
         running(&marks().uffd, Self::make)
     }
@@ -153,7 +159,8 @@ impl Uffd {
         let thread = Thread::spawn(c"mmu-uffd-tell", tell).map_err(|error| kernel_error("start of a thread", error))?;
         uffd.teller = Some(thread);
         uffd.inner.teller.wait();
-        // A thread allocates as it starts. A fork at that time would hold the allocator's lock and wait for the reader.
+        // A thread allocates as it starts. A fork at that time would hold the allocator's lock and
+        // wait for the reader.
         uffd.ask();
         Ok(uffd)
     }
@@ -162,14 +169,16 @@ impl Uffd {
         self.vault.as_ref().expect("it is there until the drop")
     }
 
-    /// Has changes of `range` told until the returned value is dropped, or until the memory is unmapped: what is mapped there
-    /// afterwards is not armed. Memory that is moved stays armed at its new place.
+    /// Has changes of `range` told until the returned value is dropped, or until the memory is
+    /// unmapped: what is mapped there afterwards is not armed. Memory that is moved stays armed at
+    /// its new place.
     ///
     /// Anonymous memory, shmem, hugetlbfs and mapped files can be armed. Ranges may overlap.
     ///
     /// # Errors
-    /// [`Error::Arm`] if a part of the range is not mapped (`ENOMEM`), belongs to another userfaultfd (`EBUSY`), or cannot be registered
-    /// (`EINVAL`): then nothing is armed. [`Error::AfterFork`] in the child of a fork.
+    /// [`Error::Arm`] if a part of the range is not mapped (`ENOMEM`), belongs to another
+    /// userfaultfd (`EBUSY`), or cannot be registered (`EINVAL`): then nothing is armed.
+    /// [`Error::AfterFork`] in the child of a fork.
     pub fn arm(self: &Arc<Self>, range: VaRange) -> Result<Armed, Error> {
         if self.inner.is_inherited() {
             return Err(Error::AfterFork { source: "uffd" });
@@ -188,7 +197,8 @@ impl Uffd {
     /// # Blocking
     /// While callbacks run.
     /// # Errors
-    /// [`Error::AfterFork`] in the child of a fork; [`Error::InCallback`] in a callback of this source.
+    /// [`Error::AfterFork`] in the child of a fork; [`Error::InCallback`] in a callback of this
+    /// source.
     pub fn settle(&self) -> Result<(), Error> {
         let inner = &self.inner;
         if inner.is_inherited() {
@@ -211,10 +221,12 @@ impl Uffd {
     /// Waits until the reader has read whatever there is.
     fn ask(&self) {
         let inner = &self.inner;
-        // ORDER(source-ask): AcqRel: the question comes after the call that it is about. Partner: the load in `Inner::read`.
+        // ORDER(source-ask): AcqRel: the question comes after the call that it is about. Partner:
+        // the load in `Inner::read`.
         let question = inner.asked.fetch_add(1, Ordering::AcqRel) + 1;
         self.vault().run(|reader| wait::wake(reader.descriptors.nudge.as_fd()));
-        // ORDER(source-answer): Acquire: what was read is in the queue. Partner: the store in `Inner::read`.
+        // ORDER(source-answer): Acquire: what was read is in the queue. Partner: the store in
+        // `Inner::read`.
         wait::until(|| inner.answered.load(Ordering::Acquire) >= question);
     }
 
@@ -234,10 +246,12 @@ impl Inner {
         self.armed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The thread that reads. No lock, no allocation, no callback: somebody waits for it with the allocator's lock held.
+    /// The thread that reads. No lock, no allocation, no callback: somebody waits for it with the
+    /// allocator's lock held.
     fn read(&self, Descriptors { uffd, nudge }: &Descriptors) {
         loop {
-            // ORDER(source-ask): Acquire: what is read below is read after the question. Partner: the addition in `settle`.
+            // ORDER(source-ask): Acquire: what is read below is read after the question. Partner:
+            // the addition in `settle`.
             let asked = self.asked.load(Ordering::Acquire);
             let mut any = false;
             while let Some(message) = sys::read(uffd.as_fd()) {
@@ -353,7 +367,8 @@ impl Drop for Reader {
     fn drop(&mut self) {
         let Descriptors { uffd, nudge } = &*self.descriptors;
         self.inner.stop.store(true, Ordering::Relaxed);
-        // The userfaultfd goes before the reader, which may need the allocator to end: from then on nobody waits for it.
+        // The userfaultfd goes before the reader, which may need the allocator to end: from then on
+        // nobody waits for it.
         sys::replace(uffd.as_fd(), nudge.as_fd());
         wait::wake(nudge.as_fd());
         if let Some(thread) = self.thread.take() {

@@ -151,8 +151,9 @@ fn empty_table() -> io::Result<()> {
     Ok(())
 }
 
-/// Takes the lowest numbers, which are free again once the content is made. What is opened later has
-/// one below the program's limit, also if the program has lowered that (`RLIMIT_NOFILE`) meanwhile.
+/// Takes the lowest numbers, which are free again once the content is made. What is opened later
+/// has one below the program's limit, also if the program has lowered that (`RLIMIT_NOFILE`)
+/// meanwhile.
 fn spare_places() -> io::Result<[OwnedFd; SPARE]> {
     let mut places = [const { None }; SPARE];
     for place in &mut places {

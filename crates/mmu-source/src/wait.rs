@@ -40,7 +40,8 @@ pub(crate) fn readable(ring: BorrowedFd<'_>, stop: BorrowedFd<'_>, time: Option<
 /// Takes a wake-up back.
 pub(crate) fn clear(event: BorrowedFd<'_>) {
     let mut count = 0_u64;
-    // SAFETY: reads the eight bytes of a local. It fails if the event is not set, for the descriptor does not block.
+    // SAFETY: reads the eight bytes of a local. It fails if the event is not set, for the
+    // descriptor does not block.
     unsafe { libc::read(event.as_raw_fd(), (&raw mut count).cast(), 8) };
 }
 

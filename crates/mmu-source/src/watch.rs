@@ -110,8 +110,8 @@ impl Kernel {
     /// anything has touched it since.
     ///
     /// When it returns, no change that began before is under way, and every later one is counted
-    /// before it happens. So translate the range after it; no [`read_begin`](crate::kernel::Armed::read_begin) is
-    /// needed.
+    /// before it happens. So translate the range after it; no
+    /// [`read_begin`](crate::kernel::Armed::read_begin) is needed.
     ///
     /// # Blocking
     /// As [`arm`](Kernel::arm).

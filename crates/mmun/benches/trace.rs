@@ -1,7 +1,8 @@
 //! What tracing costs, against `strace` and against no tracing at all.
 //!
-//! `cargo bench -p mmun --bench trace [-- PAIRS [ROUNDS [WORD]]]`, WORD choosing the rows that contain it. Each pair runs both sides in turn; printed are the medians, the median of the
-//! pairs' ratios and their spread.
+//! `cargo bench -p mmun --bench trace [-- PAIRS [ROUNDS [WORD]]]`, WORD choosing the rows that
+//! contain it. Each pair runs both sides in turn; printed are the medians, the median of the pairs'
+//! ratios and their spread.
 
 use std::fs;
 use std::hint::black_box;
@@ -43,7 +44,8 @@ fn compare(pairs: usize, rounds: &str, word: &str) {
         ("map+touch+unmap, text / strace", MMUN, STRACE, &rounds[..], 0.8),
         ("map+touch+unmap, json / strace", MMUN_JSON, STRACE, &rounds, 0.8),
         ("gcc -O2 -c, text / strace", MMUN, STRACE, &compile, 0.9),
-        // What a tracer that costs nothing would reach: a compiler computes, and makes few memory calls.
+        // What a tracer that costs nothing would reach: a compiler computes, and makes few memory
+        // calls.
         ("gcc -O2 -c, bare / strace", &[], STRACE, &compile, f64::NAN),
         ("gcc -O2 -c of a line, text / strace", MMUN, STRACE, &small, 0.9),
         ("gcc -O2 -c of a line, bare / strace", &[], STRACE, &small, f64::NAN),
@@ -90,7 +92,8 @@ fn run(tracer: &[&str], program: &[&str]) -> Duration {
 
 fn rounds(count: u32) {
     for _ in 0..count {
-        // SAFETY: a fresh private mapping at an address the kernel chooses touches nothing that exists.
+        // SAFETY: a fresh private mapping at an address the kernel chooses touches nothing that
+        // exists.
         let page = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),

@@ -161,12 +161,12 @@ pub(crate) struct TraceArgs {
 /// Runs a program, unchanged, with registration caches of UCX and libfabric that cannot go stale.
 ///
 /// The library libmmun_dropin.so is preloaded into the program and everything it starts, mpirun's
-/// ranks on this machine included. It does nothing in processes that use neither UCX nor libfabric. When
-/// the program has ended, one table on standard error says which processes did, what watched them, and
-/// which stale registrations were refused.
+/// ranks on this machine included. It does nothing in processes that use neither UCX nor libfabric.
+/// When the program has ended, one table on standard error says which processes did, what watched
+/// them, and which stale registrations were refused.
 ///
-/// Exits as the program did; 125 if mmun itself failed, 126 if the program cannot be run, 127 if there
-/// is none.
+/// Exits as the program did; 125 if mmun itself failed, 126 if the program cannot be run, 127 if
+/// there is none.
 #[derive(Args, Debug)]
 #[command(verbatim_doc_comment, override_usage = "mmun run [OPTIONS] [--] PROG [ARGS]...")]
 pub(crate) struct RunArgs {
@@ -205,15 +205,18 @@ pub(crate) enum Watch {
     Off,
 }
 
-/// Runs every operation that changes an address translation under every event source, and says which was told.
+/// Runs every operation that changes an address translation under every event source, and says
+/// which was told.
 ///
-/// Each runs in a process of its own: it makes memory, arms the source, and makes the change. 'before'
-/// says that the subscriber was called with the translation still in place, 'after' that it was gone by
-/// then, 'missed' that nobody called, 'n/a' that the operation or the source is not to be had here;
-/// why stands on standard error. Whether a translation changed is read from /proc/self/pagemap; what that
-/// does not show (mprotect, MADV_FREE) is found by a write and in /proc/kpageflags. As root it shows more.
+/// Each runs in a process of its own: it makes memory, arms the source, and makes the change.
+/// 'before' says that the subscriber was called with the translation still in place, 'after' that
+/// it was gone by then, 'missed' that nobody called, 'n/a' that the operation or the source is not
+/// to be had here; why stands on standard error. Whether a translation changed is read from
+/// /proc/self/pagemap; what that does not show (mprotect, MADV_FREE) is found by a write and in
+/// /proc/kpageflags. As root it shows more.
 ///
-/// Exits 0 if every source told of what it says it sees, 1 if one did not, 2 if that could not be found out.
+/// Exits 0 if every source told of what it says it sees, 1 if one did not, 2 if that could not be
+/// found out.
 #[derive(Args, Debug)]
 #[command(verbatim_doc_comment)]
 pub(crate) struct CoverageArgs {
@@ -227,24 +230,26 @@ pub(crate) struct CoverageArgs {
 
     /// Asks a registration cache instead, as shipped and with the drop-in
     ///
-    /// Each operation changes a page that the library's own cache has registered; then the registration is
-    /// looked up again, and data is sent through it. 'right' says that the data arrived in the page,
-    /// 'stale' that it went elsewhere, 'shipped' is the library alone, 'hook' and 'both' are with
-    /// libmmun_dropin.so and these sources. The device is an io_uring. Exits 1 if something was stale with both.
+    /// Each operation changes a page that the library's own cache has registered; then the
+    /// registration is looked up again, and data is sent through it. 'right' says that the data
+    /// arrived in the page, 'stale' that it went elsewhere, 'shipped' is the library alone, 'hook'
+    /// and 'both' are with libmmun_dropin.so and these sources. The device is an io_uring. Exits 1
+    /// if something was stale with both.
     #[arg(long, value_name = "NAME", conflicts_with = "sources", verbatim_doc_comment)]
     pub(crate) library: Option<Library>,
 
     /// Looks the registration up so long after the change
     ///
-    /// A UCX whose look-up cannot be asked (from 1.14 on) is told by a thread, some microseconds later.
+    /// A UCX whose look-up cannot be asked (from 1.14 on) is told by a thread, some microseconds
+    /// later.
     #[arg(long, value_name = "MICROSECONDS", default_value_t = 0, requires = "library", verbatim_doc_comment)]
     pub(crate) wait: u64,
 }
 
 /// Says which event sources can be used here, and what the others lack.
 ///
-/// For each: all that is missing, each with a command that helps, and what was found of the kernel. An answer is that of
-/// the user who asks: what only root may use is not usable for others.
+/// For each: all that is missing, each with a command that helps, and what was found of the kernel.
+/// An answer is that of the user who asks: what only root may use is not usable for others.
 ///
 /// Exits 0 if all are usable, 1 if one is not, 2 if that could not be found out.
 #[derive(Args, Debug)]
@@ -257,11 +262,12 @@ pub(crate) struct DoctorArgs {
 
 /// Lends the kernel source to processes that may not load BPF programs.
 ///
-/// Run by root, or with CAP_BPF, CAP_PERFMON and the right to open /dev/kvm. A process of the group then
-/// starts the source without any capability: the library looks for the socket where it lacks the rights
-/// itself. Each client is told of its own address space only. It gets /dev/kvm, so that members of the
-/// group can make virtual machines; serve users who may, and who can bear that each client makes changes
-/// of memory a little slower for every process with a virtual machine (see SECURITY.md).
+/// Run by root, or with CAP_BPF, CAP_PERFMON and the right to open /dev/kvm. A process of the group
+/// then starts the source without any capability: the library looks for the socket where it lacks
+/// the rights itself. Each client is told of its own address space only. It gets /dev/kvm, so that
+/// members of the group can make virtual machines; serve users who may, and who can bear that each
+/// client makes changes of memory a little slower for every process with a virtual machine (see
+/// SECURITY.md).
 ///
 /// Clients go on being told when the broker ends; only their waits become slower.
 ///
@@ -359,7 +365,8 @@ const COMMANDS: [(&str, &str); 7] = [
     ("completions", "mmun-completions"),
 ];
 
-/// The manual pages, as roff: that of the whole, then those of the commands, each with the name of its file.
+/// The manual pages, as roff: that of the whole, then those of the commands, each with the name of
+/// its file.
 fn pages() -> impl Iterator<Item = (String, clap_mangen::Man)> {
     let mut cli = Cli::command();
     cli.build();

@@ -1,4 +1,5 @@
-//! What is found out about a call while its task stands before it: what lies in its range, how much of that is in memory, and who calls.
+//! What is found out about a call while its task stands before it: what lies in its range, how much
+//! of that is in memory, and who calls.
 
 pub(crate) mod calibrate;
 pub(crate) mod ioctl;
@@ -74,7 +75,8 @@ impl Capture {
             if self.places.len() >= MOST_OPEN {
                 self.places.clear();
             }
-            // A call can act on another process (`process_madvise`): then a task of that process is asked.
+            // A call can act on another process (`process_madvise`): then a task of that process is
+            // asked.
             let is_there = |tid: Pid| self.mms.get(&tid) == Some(&mm);
             let tid = if is_there(tid) { tid } else { *self.mms.keys().find(|tid| is_there(**tid))? };
             self.places.insert(mm, Place::of(tid)?);

@@ -18,7 +18,8 @@ pub(crate) struct Change {
     /// `None`: the task died in the call.
     pub(crate) result: Option<i64>,
     pub(crate) seen: Seen,
-    /// The time that the task ran in the call. A call with several ranges has it once, in the one that ends last.
+    /// The time that the task ran in the call. A call with several ranges has it once, in the one
+    /// that ends last.
     pub(crate) own: Option<u64>,
     /// This one stands for its call; other ranges of the same call do not.
     pub(crate) is_call: bool,

@@ -1,7 +1,8 @@
 //! `mmun coverage`: which source is told of which change, measured.
 //!
-//! Every operation runs once under every source, each time in a child of its own. The child makes memory and touches it,
-//! arms the source for it, subscribes, and changes the translation. The subscriber looks at the page at the moment it is told.
+//! Every operation runs once under every source, each time in a child of its own. The child makes
+//! memory and touches it, arms the source for it, subscribes, and changes the translation. The
+//! subscriber looks at the page at the moment it is told.
 
 mod armed;
 mod cell;

@@ -1,4 +1,5 @@
-//! Numbers into bytes without the formatting machinery, for the path that runs twice per traced call.
+//! Numbers into bytes without the formatting machinery, for the path that runs twice per traced
+//! call.
 
 /// Appends text and numbers to a buffer.
 pub(crate) trait Put {

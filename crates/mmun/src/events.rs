@@ -42,7 +42,8 @@ impl Default for EventSet {
 impl EventSet {
     pub(crate) const ALL: EventSet = EventSet(!0);
 
-    /// The events that all options together ask for: what some option names, or all of them, but for what one excludes.
+    /// The events that all options together ask for: what some option names, or all of them, but
+    /// for what one excludes.
     pub(crate) fn of(options: &[Events]) -> EventSet {
         let mut only = None;
         let mut excluded = 0;
@@ -93,7 +94,8 @@ fn unknown(name: &str) -> String {
     format!("unknown event {name:?}; {hint}The events are {}", NAMES.join(", "))
 }
 
-/// The event that somebody may mean by a word: the system call that makes it, or a part of its name.
+/// The event that somebody may mean by a word: the system call that makes it, or a part of its
+/// name.
 fn meant(word: &str) -> Option<&'static str> {
     let word = word.to_lowercase();
     let of_call = match word.as_str() {

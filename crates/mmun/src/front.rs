@@ -1,9 +1,10 @@
 //! The process the user started, in front of the one that traces.
 //!
-//! A task under our seccomp filter gets `ENOSYS` for its memory calls once it has no tracer. So the tracer has to outlive
-//! whatever happens to the process the user knows: that one only waits, hands signals on, and ends as the traced program did. It
-//! keeps its default `SIGTSTP`, so that the shell gets the terminal back when the program is stopped; the tracer ignores it,
-//! because it has to see the program's own stop through.
+//! A task under our seccomp filter gets `ENOSYS` for its memory calls once it has no tracer. So the
+//! tracer has to outlive whatever happens to the process the user knows: that one only waits, hands
+//! signals on, and ends as the traced program did. It keeps its default `SIGTSTP`, so that the
+//! shell gets the terminal back when the program is stopped; the tracer ignores it, because it has
+//! to see the program's own stop through.
 
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
 
@@ -21,8 +22,8 @@ pub(crate) struct Front {
 }
 
 impl Front {
-    /// Lets the front end. If the tracer does not stay, the front waits for it, so that no zombie is left to a process 1
-    /// that may not reap it.
+    /// Lets the front end. If the tracer does not stay, the front waits for it, so that no zombie
+    /// is left to a process 1 that may not reap it.
     pub(crate) fn tell(mut self, outcome: Outcome, stays: bool) {
         let mut message = [u8::from(stays); 6];
         message[..5].copy_from_slice(&outcome.to_bytes());

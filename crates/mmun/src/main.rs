@@ -1,6 +1,7 @@
 //! `mmun`: shows what a program does to its address space.
 //!
-//! Arguments become a plan, the plan is run; what a library user would want is in `mmu-notifier` and `mmu-source`.
+//! Arguments become a plan, the plan is run; what a library user would want is in `mmu-notifier`
+//! and `mmu-source`.
 #![deny(unsafe_code)]
 
 mod args;

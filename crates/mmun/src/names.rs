@@ -1,6 +1,7 @@
 //! Names of errors and signals, for people.
 
-/// The errors memory calls, `fork` and `execve` fail with, and those by which the kernel restarts a call.
+/// The errors memory calls, `fork` and `execve` fail with, and those by which the kernel restarts a
+/// call.
 pub(crate) fn errno(number: i64) -> Option<&'static str> {
     const NAMES: &[(i64, &str)] = &[
         (1, "EPERM"),

@@ -1,4 +1,5 @@
-//! The trace as a subscriber: every task gets the notifier of its address space when it appears and puts it when it ends.
+//! The trace as a subscriber: every task gets the notifier of its address space when it appears and
+//! puts it when it ends.
 
 use std::convert::Infallible;
 use std::fmt;
@@ -64,8 +65,9 @@ impl Drop for TraceNotifier {
 pub(crate) struct TraceObserver {
     recorder: Arc<Recorder>,
     subsystem: Subsystem<TraceNotifier, Infallible, Alloc>,
-    /// What tasks held that have left: put once their address space had the chance to end. That is the kernel's order,
-    /// too: an exiting task drops its `mm`, whose `release` runs, and closes its files, which put, afterwards.
+    /// What tasks held that have left: put once their address space had the chance to end. That is
+    /// the kernel's order, too: an exiting task drops its `mm`, whose `release` runs, and closes
+    /// its files, which put, afterwards.
     leaving: Vec<(Task, Subscription<TraceNotifier>)>,
     /// System calls that could not be read.
     missed: u64,

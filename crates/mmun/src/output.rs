@@ -92,8 +92,8 @@ impl Output {
     }
 }
 
-/// As `write_all`, also to a stream that someone else made non-blocking, and not for ever: once `stop` is set, a reader who takes
-/// nothing for as long as `patience` is given up.
+/// As `write_all`, also to a stream that someone else made non-blocking, and not for ever: once
+/// `stop` is set, a reader who takes nothing for as long as `patience` is given up.
 fn write_all(file: &mut File, mut bytes: &[u8], stop: &AtomicBool, patience: Duration) -> io::Result<()> {
     // What is said to be writable takes so much without waiting.
     const AT_ONCE: usize = libc::PIPE_BUF;

@@ -167,7 +167,8 @@ impl Inner {
         self.begin.elapsed().as_nanos() as u64
     }
 
-    /// Looks at a task that stands before a call, or behind it. The time this takes is not in the trace.
+    /// Looks at a task that stands before a call, or behind it. The time this takes is not in the
+    /// trace.
     fn look(&mut self, record: &Record) -> Option<Seen> {
         let Record { task, mm, .. } = *record;
         let capture = self.capture.as_mut()?;

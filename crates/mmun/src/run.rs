@@ -83,7 +83,8 @@ fn wait(program: &Relay) -> Outcome {
         match rustix::process::waitpid(Some(pid), WaitOptions::UNTRACED) {
             Ok(Some((_, status))) => match ended(status) {
                 Some(outcome) => return outcome,
-                // It may go on already: then whoever continued it continued its group, this process too.
+                // It may go on already: then whoever continued it continued its group, this process
+                // too.
                 None if is_stopped(number) => sys::stop_as(number),
                 None => {}
             },

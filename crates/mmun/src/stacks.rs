@@ -1,7 +1,9 @@
-//! Where in the code calls are made: stacks are taken while a task stands before its call, and named after the end.
+//! Where in the code calls are made: stacks are taken while a task stands before its call, and
+//! named after the end.
 //!
-//! A stack is unwound at once, from the program's unwind tables (`.eh_frame`) or its frame pointers: stacks repeat, so that a copy for
-//! later would cost more than the unwinding. A frame is kept as a place in a file, so that programs that share a library share its stacks.
+//! A stack is unwound at once, from the program's unwind tables (`.eh_frame`) or its frame
+//! pointers: stacks repeat, so that a copy for later would cost more than the unwinding. A frame is
+//! kept as a place in a file, so that programs that share a library share its stacks.
 
 mod image;
 mod site;
@@ -60,7 +62,8 @@ impl Stacks {
     pub(crate) fn follow(&mut self, record: &Record) {
         match record.kind {
             Kind::MmRelease => drop(self.spaces.remove(&record.mm)),
-            // What will lie there is looked up when it is met. Only calls that unmap put another file to an address.
+            // What will lie there is looked up when it is met. Only calls that unmap put another
+            // file to an address.
             Kind::Start(span) if span.event == crate::events::UNMAP => {
                 if let Some(space) = self.spaces.get_mut(&record.mm) {
                     space.forget(span.start(), span.end());

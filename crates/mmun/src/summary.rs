@@ -1,4 +1,5 @@
-//! Totals of a trace: how often, how much and how long, by event, by place in the code, by what lay there, by task and by cause.
+//! Totals of a trace: how often, how much and how long, by event, by place in the code, by what lay
+//! there, by task and by cause.
 
 mod table;
 

@@ -1,9 +1,10 @@
 //! The calls the standard library lacks: fork, signal handlers, dying of a signal.
 //!
 //! # Safety
-//! Everything unsafe in this program is here. Handlers touch atomics and make system calls, nothing else, and leave `errno` as
-//! it was. Handlers are never inherited by the traced program (`execve` resets them); what is set to *ignored* is, so the
-//! tracer ignores nothing before it has spawned the program.
+//! Everything unsafe in this program is here. Handlers touch atomics and make system calls, nothing
+//! else, and leave `errno` as it was. Handlers are never inherited by the traced program (`execve`
+//! resets them); what is set to *ignored* is, so the tracer ignores nothing before it has spawned
+//! the program.
 #![expect(unsafe_code, reason = "system calls without a safe wrapper")]
 
 mod relay;
@@ -40,7 +41,8 @@ pub(crate) enum Fork {
 /// `EAGAIN` or `ENOMEM`.
 pub(crate) fn fork() -> io::Result<(Fork, Held)> {
     let held = Held::new();
-    // SAFETY: `fork` needs that the child does nothing another thread could have left half-done. No thread was started yet.
+    // SAFETY: `fork` needs that the child does nothing another thread could have left half-done. No
+    // thread was started yet.
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
         0 => Ok((Fork::Child, held)),
@@ -63,21 +65,23 @@ impl Drop for Held {
     }
 }
 
-/// The tracer, before it spawns: ending signals ask [`STOP`] from now on, those apart that are ignored.
+/// The tracer, before it spawns: ending signals ask [`STOP`] from now on, those apart that are
+/// ignored.
 pub(crate) fn stop_on_ending_signals() {
     for signal in ENDING {
         if !is_ignored(signal) {
             set_handler(signal, on_ending as *const () as usize);
         }
     }
-    // The timer of a stop may ring before `heed_alarms`. The program inherits no handler, but what is ignored.
+    // The timer of a stop may ring before `heed_alarms`. The program inherits no handler, but what
+    // is ignored.
     if !is_ignored(libc::SIGALRM) {
         set_handler(libc::SIGALRM, on_alarm as *const () as usize);
     }
 }
 
-/// The tracer, once the traced program has its own dispositions: the terminal does not stop it, and its children are not
-/// reaped behind its back.
+/// The tracer, once the traced program has its own dispositions: the terminal does not stop it, and
+/// its children are not reaped behind its back.
 pub(crate) fn shield() {
     for signal in [libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU] {
         set_handler(signal, libc::SIG_IGN);
@@ -86,8 +90,8 @@ pub(crate) fn shield() {
     heed_alarms();
 }
 
-/// The tracer: the timer of a stop ends a `waitpid`, whatever was inherited. Where a program is spawned, only after that: it is
-/// to inherit what we had.
+/// The tracer: the timer of a stop ends a `waitpid`, whatever was inherited. Where a program is
+/// spawned, only after that: it is to inherit what we had.
 pub(crate) fn heed_alarms() {
     set_handler(libc::SIGALRM, on_alarm as *const () as usize);
     change_mask(libc::SIG_UNBLOCK, &set_of(&[libc::SIGALRM, ORPHANED]));
@@ -106,8 +110,9 @@ pub(crate) fn stop_with(front: Option<Pid>) {
 
 /// Asks the tracing thread to stop, from any thread or handler.
 ///
-/// That thread sits in `waitpid`. A signal that arrives after it has looked at [`STOP`] and before it sleeps would be lost, and
-/// one that the kernel gives to another thread would not wake it; so a timer rings until [`stop_seen`].
+/// That thread sits in `waitpid`. A signal that arrives after it has looked at [`STOP`] and before
+/// it sleeps would be lost, and one that the kernel gives to another thread would not wake it; so a
+/// timer rings until [`stop_seen`].
 pub(crate) fn request_stop() {
     STOP.store(true, Relaxed);
     set_timer(10_000);
@@ -143,16 +148,18 @@ pub(crate) fn ignore_everything() {
     }
 }
 
-/// Closes every descriptor but the standard ones: those that this process got from whoever started it, and what is left of ours.
-/// For a process that uses none of them any more, nor drops one. Linux 5.9.
+/// Closes every descriptor but the standard ones: those that this process got from whoever started
+/// it, and what is left of ours. For a process that uses none of them any more, nor drops one.
+/// Linux 5.9.
 pub(crate) fn close_inherited() {
-    // SAFETY: closing a descriptor that something still owned could make that close another one later. What calls this has
-    // dropped the output and the pipe to the front, which are all that this program keeps.
+    // SAFETY: closing a descriptor that something still owned could make that close another one
+    // later. What calls this has dropped the output and the pipe to the front, which are all that
+    // this program keeps.
     unsafe { libc::syscall(libc::SYS_close_range, 3_u32, u32::MAX, 0_u32) };
 }
 
-/// Ends this process by `signal`, so that its parent sees what it would have seen of the traced program, without a core dump
-/// of its own.
+/// Ends this process by `signal`, so that its parent sees what it would have seen of the traced
+/// program, without a core dump of its own.
 pub(crate) fn die_of(signal: i32) -> ! {
     let no_core = rustix::process::Rlimit { current: Some(0), maximum: Some(0) };
     let _ = rustix::process::setrlimit(rustix::process::Resource::Core, no_core);
@@ -162,7 +169,8 @@ pub(crate) fn die_of(signal: i32) -> ! {
     change_mask(libc::SIG_UNBLOCK, &set_of(&[signal]));
     // SAFETY: `raise` takes any number.
     unsafe { libc::raise(signal) };
-    // The signal does not kill: this is the init process of a container, or the signal is harmless by default.
+    // The signal does not kill: this is the init process of a container, or the signal is harmless
+    // by default.
     std::process::exit(128 + signal)
 }
 
@@ -191,20 +199,22 @@ pub(crate) fn wait_for_the_end_of(parent: Pid) -> ! {
     }
 }
 
-/// Calls this process something else in `ps`, so that `pkill` for the program's name does not hit it.
+/// Calls this process something else in `ps`, so that `pkill` for the program's name does not hit
+/// it.
 pub(crate) fn rename(name: &std::ffi::CStr) {
     let _ = rustix::thread::set_name(name);
     let Ok(stat) = std::fs::read_to_string("/proc/self/stat") else { return };
-    // The fields after the name in parentheses; the area of the arguments is numbers 48 and 49 of proc(5).
+    // The fields after the name in parentheses; the area of the arguments is numbers 48 and 49 of
+    // proc(5).
     let fields = stat.rsplit(')').next().unwrap_or_default();
     let mut area = fields.split_whitespace().skip(45).map(|field| field.parse::<usize>().ok());
     let (Some(Some(begin)), Some(Some(end))) = (area.next(), area.next()) else { return };
     let Some(length) = end.checked_sub(begin).filter(|length| begin != 0 && *length > name.count_bytes()) else {
         return;
     };
-    // SAFETY: the slice must be writable memory that nothing else uses. The kernel put the argument strings there, at the top
-    // of the stack, and counts them as this process's to change. The one reader, `std::env::args_os`, was called before
-    // and copies; there is one thread yet.
+    // SAFETY: the slice must be writable memory that nothing else uses. The kernel put the argument
+    // strings there, at the top of the stack, and counts them as this process's to change. The one
+    // reader, `std::env::args_os`, was called before and copies; there is one thread yet.
     let arguments = unsafe { std::slice::from_raw_parts_mut(begin as *mut u8, length) };
     arguments.fill(0);
     arguments[..name.count_bytes()].copy_from_slice(name.to_bytes());
@@ -229,7 +239,8 @@ pub(crate) fn idle_call() {
 extern "C" fn on_alarm(_: i32) {}
 
 extern "C" fn on_forward(signal: i32) {
-    // SAFETY: `kill` takes any numbers. The tracer's is not reused: nobody waits for it while this handler is installed.
+    // SAFETY: `kill` takes any numbers. The tracer's is not reused: nobody waits for it while this
+    // handler is installed.
     keeping_errno(|| unsafe { libc::kill(TRACER.load(Relaxed), signal) });
 }
 
@@ -255,7 +266,8 @@ fn set_of(signals: &[i32]) -> libc::sigset_t {
     // SAFETY: the pointer is to room for a set, which this fills.
     unsafe { libc::sigemptyset(set.as_mut_ptr()) };
     for signal in signals {
-        // SAFETY: the set was initialised by `sigemptyset`; a bad number is an error, not undefined.
+        // SAFETY: the set was initialised by `sigemptyset`; a bad number is an error, not
+        // undefined.
         unsafe { libc::sigaddset(set.as_mut_ptr(), *signal) };
     }
     // SAFETY: `sigemptyset` initialised it.
@@ -281,6 +293,7 @@ fn is_ignored(signal: i32) -> bool {
 /// Without `SA_RESTART`: a handled signal ends a blocking call.
 fn set_handler(signal: i32, handler: usize) {
     let action = libc::sigaction { sa_sigaction: handler, sa_mask: set_of(&[]), sa_flags: 0, sa_restorer: None };
-    // SAFETY: the action is live; its handler is a constant or one of the functions above, which are safe in a handler.
+    // SAFETY: the action is live; its handler is a constant or one of the functions above, which
+    // are safe in a handler.
     unsafe { libc::sigaction(signal, &action, std::ptr::null_mut()) };
 }

@@ -1,8 +1,9 @@
 //! Records as text: aligned columns, one line per system call, in strace's manner.
 //!
-//! A start is held back until its end arrives, and the two become one line. A record of anything else that comes first cuts
-//! it: the start is written with `<unfinished ...>` and the end gets a line of its own later. Ranges of one call that tell of
-//! the same event in the same address space share a line.
+//! A start is held back until its end arrives, and the two become one line. A record of anything
+//! else that comes first cuts it: the start is written with `<unfinished ...>` and the end gets a
+//! line of its own later. Ranges of one call that tell of the same event in the same address space
+//! share a line.
 
 use std::collections::HashMap;
 use std::io::Write as _;
@@ -59,7 +60,8 @@ type Comm = ([u8; 15], u8);
 
 /// Starts of one task, in order, and the ends of some.
 ///
-/// A call can have as many ranges as there are mappings, and they end in reverse order: that takes no search.
+/// A call can have as many ranges as there are mappings, and they end in reverse order: that takes
+/// no search.
 #[derive(Debug, Default)]
 struct Opens {
     list: Vec<Open>,

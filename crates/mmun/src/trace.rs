@@ -110,7 +110,8 @@ const LAG: Duration = Duration::from_millis(200);
 #[derive(Debug, PartialEq)]
 enum Never {}
 
-/// Runs the plan to its end. A keeper comes back if tracees live on that cannot be without a tracer.
+/// Runs the plan to its end. A keeper comes back if tracees live on that cannot be without a
+/// tracer.
 fn trace(mut plan: Plan, front: Option<rustix::process::Pid>) -> (Outcome, Option<Keeper>) {
     if plan.settings.details {
         let mut options = plan.options;
@@ -128,7 +129,8 @@ fn trace(mut plan: Plan, front: Option<rustix::process::Pid>) -> (Outcome, Optio
         let (end, ended) = channel::<Never>();
         let flusher = std::thread::spawn({
             let recorder = Arc::clone(&recorder);
-            // What is read through a pipe or with `tail -f` lags by this much at most, also while the program is idle.
+            // What is read through a pipe or with `tail -f` lags by this much at most, also while
+            // the program is idle.
             move || {
                 while ended.recv_timeout(LAG) == Err(RecvTimeoutError::Timeout) {
                     recorder.flush()
@@ -154,7 +156,8 @@ fn trace(mut plan: Plan, front: Option<rustix::process::Pid>) -> (Outcome, Optio
     sys::stop_seen();
     let outcome = match written {
         Err((_, error)) if error.kind() == io::ErrorKind::BrokenPipe => Outcome::Signal(libc::SIGPIPE),
-        // Nobody reads it, so it would not be read either what went wrong, and saying it might not end.
+        // Nobody reads it, so it would not be read either what went wrong, and saying it might not
+        // end.
         Err((name, error)) if error.kind() == io::ErrorKind::TimedOut && name == Output::STDERR => FAILED,
         Err((name, error)) => {
             complain(&format!("write on {name}: {}; the trace is incomplete", reason(&error)));
@@ -191,7 +194,8 @@ fn start(
     Ok(())
 }
 
-/// Traces until the end, the program's or ours. A panic ends the trace only: the tracees are let go of properly.
+/// Traces until the end, the program's or ours. A panic ends the trace only: the tracees are let go
+/// of properly.
 fn serve(tracer: &mut Tracer<TraceObserver>) -> Outcome {
     match catch_unwind(AssertUnwindSafe(|| tracer.run(&sys::STOP))) {
         Ok(Ok(Done::Stopped)) => sys::asked_by().map_or(FAILED, Outcome::Signal),
@@ -205,7 +209,8 @@ fn serve(tracer: &mut Tracer<TraceObserver>) -> Outcome {
 fn keep(keeper: Keeper) {
     sys::ignore_everything();
     sys::stop_seen();
-    // Nobody waits for the end of a pipe, for a lock or for a mount because of this process; where that fails, nothing is lost.
+    // Nobody waits for the end of a pipe, for a lock or for a mount because of this process; where
+    // that fails, nothing is lost.
     let _ = std::env::set_current_dir("/");
     if let Ok(null) = std::fs::File::options().read(true).write(true).open("/dev/null") {
         let _ = rustix::stdio::dup2_stdin(&null);

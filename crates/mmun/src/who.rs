@@ -9,8 +9,9 @@ use crate::record::Kind;
 
 /// What each task is called, as far as it was looked up.
 ///
-/// A task gives itself its name after it was made, and nothing tells of it. So the name is read when the task appears, and again at
-/// its 8th, 64th, 512th record and so on: at next to no cost a task that makes calls is soon known by its name.
+/// A task gives itself its name after it was made, and nothing tells of it. So the name is read
+/// when the task appears, and again at its 8th, 64th, 512th record and so on: at next to no cost a
+/// task that makes calls is soon known by its name.
 #[derive(Debug, Default)]
 pub(crate) struct Who {
     tasks: HashMap<Pid, Named>,

@@ -1,6 +1,8 @@
-//! Reads ordinary buffers by RDMA while another thread frees them and maps anew, and compares every byte.
+//! Reads ordinary buffers by RDMA while another thread frees them and maps anew, and compares every
+//! byte.
 //!
-//! Two queue pairs of one process: the one reads what the other's process has registered, here the same memory.
+//! Two queue pairs of one process: the one reads what the other's process has registered, here the
+//! same memory.
 //!
 //! ```sh
 //! cargo run --features verbs --example rdma_read
@@ -38,7 +40,8 @@ fn main() -> Result<(), Failure> {
     let mut sink = vec![0_u8; LENGTH];
     let mut wrong = 0;
     for round in 0..ROUNDS {
-        // Large enough for `malloc` to map it, and for `free` to unmap it: the address is used again and again.
+        // Large enough for `malloc` to map it, and for `free` to unmap it: the address is used
+        // again and again.
         let buffer = vec![round as u8; 4 << 20];
         let from = cache.get_for(&buffer[..LENGTH])?;
         let to = cache.get_for(&sink)?;

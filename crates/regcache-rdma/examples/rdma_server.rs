@@ -1,4 +1,5 @@
-//! Lends ordinary buffers to `rdma_client`, which reads them by RDMA; shows how often a registration was found.
+//! Lends ordinary buffers to `rdma_client`, which reads them by RDMA; shows how often a
+//! registration was found.
 //!
 //! ```sh
 //! cargo run --features verbs --example rdma_server &
@@ -23,7 +24,8 @@ fn main() -> Result<(), Failure> {
     let context = open()?;
     let domain = context.alloc_pd()?;
     let mut end = Endpoint::new(&context, &domain)?;
-    // SAFETY: peers may only read. The one client is told a key with each request, and is done with it when it answers.
+    // SAFETY: peers may only read. The one client is told a key with each request, and is done with
+    // it when it answers.
     let rdma = unsafe { Rdma::new(domain, Access::LocalWrite | Access::RemoteRead) }?;
     let _hook = Hook::install()?;
     let device = Device::new(rdma, Options::new());

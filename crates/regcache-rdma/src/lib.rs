@@ -1,12 +1,15 @@
 //! RDMA memory regions in a registration cache that cannot serve a stale one.
 //!
-//! A network card reads and writes registered memory by itself. `ibv_reg_mr` pins the pages, which takes microseconds to
-//! milliseconds, so programs cache memory regions. The pin outlives the mapping: after `munmap` the card still reaches the old
-//! pages, and after a new `mmap` at the same address it still does. `Rdma` is a [`Registrar`](regcache::Registrar): with it, a
-//! [`RegCache`](regcache::RegCache) hands out memory regions and drops them before or as soon as their memory changes.
+//! A network card reads and writes registered memory by itself. `ibv_reg_mr` pins the pages, which
+//! takes microseconds to milliseconds, so programs cache memory regions. The pin outlives the
+//! mapping: after `munmap` the card still reaches the old pages, and after a new `mmap` at the same
+//! address it still does. `Rdma` is a [`Registrar`](regcache::Registrar): with it, a
+//! [`RegCache`](regcache::RegCache) hands out memory regions and drops them before or as soon as
+//! their memory changes.
 //!
-//! The feature `verbs` has to be on. It is off by default because the build of its dependency `sideway` needs cmake and
-//! libclang. `libibverbs` is loaded at run time: a program starts without it and gets an error from the first call.
+//! The feature `verbs` has to be on. It is off by default because the build of its dependency
+//! `sideway` needs cmake and libclang. `libibverbs` is loaded at run time: a program starts without
+//! it and gets an error from the first call.
 //!
 #![cfg_attr(feature = "verbs", doc = "```no_run")]
 #![cfg_attr(not(feature = "verbs"), doc = "```text")]

@@ -1,4 +1,5 @@
-//! On-demand paging: devices that fault pages in, and are told by the kernel's own MMU notifiers when they go.
+//! On-demand paging: devices that fault pages in, and are told by the kernel's own MMU notifiers
+//! when they go.
 //!
 //! # Safety
 //! The device is asked through the context that its protection domain keeps open.
@@ -14,8 +15,9 @@ use std::ptr::null;
 
 /// What a device with on-demand paging can do with memory that is not pinned.
 ///
-/// Such a device needs no cache to stay correct: register with [`Access::OnDemand`](crate::Access::OnDemand), and the kernel takes
-/// translations back from the device itself. What it costs is a page fault of the device for each page that comes anew. The
+/// Such a device needs no cache to stay correct: register with
+/// [`Access::OnDemand`](crate::Access::OnDemand), and the kernel takes translations back from the
+/// device itself. What it costs is a page fault of the device for each page that comes anew. The
 /// software device rxe has it from Linux 6.18 on, mlx5 in hardware.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]

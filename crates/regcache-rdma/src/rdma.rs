@@ -1,8 +1,8 @@
 //! The registrar.
 //!
 //! # Safety
-//! The kernel checks each range that is registered and pins its pages: a region can never lead to memory that was freed. What
-//! the device does to the pages is the duty of [`Rdma::new`]'s caller.
+//! The kernel checks each range that is registered and pins its pages: a region can never lead to
+//! memory that was freed. What the device does to the pages is the duty of [`Rdma::new`]'s caller.
 #![expect(unsafe_code, reason = "memory is registered by address; see the Safety section")]
 
 use crate::OnDemand;
@@ -15,14 +15,15 @@ use std::{fmt, io};
 
 /// What a device may do with registered memory: the flags of `ibv_reg_mr`.
 ///
-/// Part of a cache's identity, because a region is found by its range alone: memory that needs other flags needs another
-/// [`Device`](regcache::Device).
+/// Part of a cache's identity, because a region is found by its range alone: memory that needs
+/// other flags needs another [`Device`](regcache::Device).
 pub use sideway::ibverbs::AccessFlags as Access;
 
 /// Registers memory as RDMA memory regions of one protection domain, all with the same access.
 ///
-/// The handle of a region is sideway's `Arc<MemoryRegion>`, whose `lkey()` and `rkey()` go into work requests. A clone of the `Arc`
-/// keeps the region registered beyond its lease, and beyond its memory: use it within the lease.
+/// The handle of a region is sideway's `Arc<MemoryRegion>`, whose `lkey()` and `rkey()` go into
+/// work requests. A clone of the `Arc` keeps the region registered beyond its lease, and beyond its
+/// memory: use it within the lease.
 #[derive(Debug)]
 pub struct Rdma {
     domain: Arc<ProtectionDomain>,
@@ -33,14 +34,16 @@ impl Rdma {
     /// A registrar for the queue pairs of `domain`.
     ///
     /// # Safety
-    /// The device reads and writes the memory of leased regions behind the compiler's back. Who uses a key of a lease, in this
-    /// process or at a peer that was told the `rkey`, must do so only while the lease lasts, and only on bytes that nothing in this
-    /// process reads or writes at the same time. A transfer into the memory needs bytes that may be written: not those behind a
-    /// shared reference.
+    /// The device reads and writes the memory of leased regions behind the compiler's back. Who
+    /// uses a key of a lease, in this process or at a peer that was told the `rkey`, must do so
+    /// only while the lease lasts, and only on bytes that nothing in this process reads or writes
+    /// at the same time. A transfer into the memory needs bytes that may be written: not those
+    /// behind a shared reference.
     ///
     /// # Errors
-    /// [`Error::Access`] if `access` asks for remote writes or atomics without [`Access::LocalWrite`], which verbs demand.
-    /// [`Error::OnDemand`] if it asks for on-demand paging and the device has none.
+    /// [`Error::Access`] if `access` asks for remote writes or atomics without
+    /// [`Access::LocalWrite`], which verbs demand. [`Error::OnDemand`] if it asks for on-demand
+    /// paging and the device has none.
     ///
     /// # Source
     /// `ibv_reg_mr(3)`.
@@ -75,8 +78,9 @@ impl Registrar for Rdma {
     fn register(&self, range: VaRange) -> Result<Arc<MemoryRegion>, Error> {
         let start = usize::try_from(range.start().get()).expect("addresses have 64 bits");
         let length = usize::try_from(range.pages() * PAGE_SIZE).expect("no mapping is larger than an address space");
-        // SAFETY: memory that is valid for the device: the kernel refuses what is not mapped, or not for writing if the
-        // device is to write, and pins the rest. The accesses are the duty of `new`'s caller.
+        // SAFETY: memory that is valid for the device: the kernel refuses what is not mapped, or
+        // not for writing if the device is to write, and pins the rest. The accesses are the duty
+        // of `new`'s caller.
         let registered = unsafe { self.domain.reg_mr(start, length, self.access) };
         registered.map_err(|error| match error.0 {
             RegisterMemoryRegionErrorKind::Ibverbs(source) => Error::Register { source },

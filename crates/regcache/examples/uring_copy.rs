@@ -1,9 +1,11 @@
-//! Copies a file with fixed-buffer I/O, through buffers that another thread unmaps and maps again all the time.
+//! Copies a file with fixed-buffer I/O, through buffers that another thread unmaps and maps again
+//! all the time.
 //!
 //! `cargo run --release -p regcache --example uring_copy [FROM TO]`
 //!
-//! A buffer is leased for a read and a write, then goes to the other thread, which may put new memory in its place, and comes back.
-//! If the cache served a registration of the old memory, the data would end up there, and the checksums would differ.
+//! A buffer is leased for a read and a write, then goes to the other thread, which may put new
+//! memory in its place, and comes back. If the cache served a registration of the old memory, the
+//! data would end up there, and the checksums would differ.
 
 use io_uring::{IoUring, opcode, squeue, types};
 use mmu_notifier::lockdep::CheckedAlloc;
@@ -35,7 +37,8 @@ unsafe impl Send for Buffer {}
 fn map(place: *mut u8) -> io::Result<*mut u8> {
     let fixed = if place.is_null() { 0 } else { libc::MAP_FIXED };
     let (access, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | fixed);
-    // SAFETY: Either the kernel chooses a place where nothing is, or it is that of a buffer that the caller owns.
+    // SAFETY: Either the kernel chooses a place where nothing is, or it is that of a buffer that
+    // the caller owns.
     let place = unsafe { libc::mmap(place.cast(), LEN, access, kind, -1, 0) };
     if place == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(place.cast()) }
 }
@@ -159,7 +162,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let from = arguments.next().map_or_else(env::current_exe, Ok)?;
     let to = arguments.next().unwrap_or_else(|| env::temp_dir().join(format!("uring_copy.{}", process::id())));
 
-    // One source of changes is enough here: the hooks of libc, or the kernel where they cannot be installed.
+    // One source of changes is enough here: the hooks of libc, or the kernel where they cannot be
+    // installed.
     let hook = Hook::install();
     let mut options = Options::new().max_regions(BUFFERS as u32 * 2);
     if let Err(error) = &hook {

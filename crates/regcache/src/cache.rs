@@ -76,14 +76,15 @@ impl<R: Registrar> Device<R> {
 
     /// Opens the device's cache for an address space, the same one for everybody.
     ///
-    /// When the last handle is dropped, the cache deregisters everything, a moment later and on another thread.
-    /// [`synchronize`](Self::synchronize) waits for it.
+    /// When the last handle is dropped, the cache deregisters everything, a moment later and on
+    /// another thread. [`synchronize`](Self::synchronize) waits for it.
     ///
     /// # Blocking
     /// The first one sleeps until the invalidations that run now have ended.
     /// # Errors
-    /// [`Error::Open`], with the core's reason or the kernel's; also (`InvalidInput`) if the options have a kernel source and this is another
-    /// address space than [`mmu_source::current`]. [`Error::Forked`] in a child of the process that made the device.
+    /// [`Error::Open`], with the core's reason or the kernel's; also (`InvalidInput`) if the
+    /// options have a kernel source and this is another address space than [`mmu_source::current`].
+    /// [`Error::Forked`] in a child of the process that made the device.
     pub fn open(&self, mm: &MmWithUser) -> Result<RegCache<R>, Error<R::Error>> {
         if self.home.is_inherited() {
             return Err(Error::Forked);
@@ -131,16 +132,18 @@ pub struct RegCache<R: Registrar> {
 impl<R: Registrar> RegCache<R> {
     /// Leases a region that covers `range`, and registers one if there is none.
     ///
-    /// The region stays registered until the lease is dropped, whatever happens to the memory. If it is taken away meanwhile,
-    /// the lease says so ([`Lease::is_current`]), and the region is not found any more.
+    /// The region stays registered until the lease is dropped, whatever happens to the memory. If
+    /// it is taken away meanwhile, the lease says so ([`Lease::is_current`]), and the region is not
+    /// found any more.
     ///
     /// # Blocking
-    /// A hit takes no lock. A miss sleeps in the registrar, or while another thread registers the same memory. In an invalidation callback,
-    /// it must not if that thread's registrar could wait for the callback; in one that the kernel source runs, it is refused.
-    /// A signal handler calls [`get_cached`](Self::get_cached) instead, unless the registrar may be called in one.
+    /// A hit takes no lock. A miss sleeps in the registrar, or while another thread registers the
+    /// same memory. In an invalidation callback, it must not if that thread's registrar could wait
+    /// for the callback; in one that the kernel source runs, it is refused. A signal handler calls
+    /// [`get_cached`](Self::get_cached) instead, unless the registrar may be called in one.
     /// # Errors
-    /// Those of [`Error`], [`Error::Open`] apart. [`Error::Source`] with [`mmu_source::Error::InCallback`] in a callback of the kernel source of
-    /// [`Options::kernel`].
+    /// Those of [`Error`], [`Error::Open`] apart. [`Error::Source`] with
+    /// [`mmu_source::Error::InCallback`] in a callback of the kernel source of [`Options::kernel`].
     #[inline(always)]
     pub fn get(&self, range: VaRange) -> Result<Lease<'_, R>, Error<R::Error>> {
         let cache = &*self.subscription;
@@ -151,11 +154,13 @@ impl<R: Registrar> RegCache<R> {
         }
     }
 
-    /// Leases a region that covers `range` if there is one in the look-up. Never registers, never waits, and calls neither
-    /// the registrar nor a callback: for signal handlers, and for callers that would rather go without.
+    /// Leases a region that covers `range` if there is one in the look-up. Never registers, never
+    /// waits, and calls neither the registrar nor a callback: for signal handlers, and for callers
+    /// that would rather go without.
     ///
-    /// `None` also while the kernel source of [`Options::kernel`] has changes that were not told yet, and in the child of
-    /// a fork. A later [`get`](Self::get), or the source's own thread, has them told.
+    /// `None` also while the kernel source of [`Options::kernel`] has changes that were not told
+    /// yet, and in the child of a fork. A later [`get`](Self::get), or the source's own thread, has
+    /// them told.
     ///
     /// # Examples
     /// ```
@@ -193,8 +198,9 @@ impl<R: Registrar> RegCache<R> {
         held.ok().map(|held| Lease::new(cache, held))
     }
 
-    /// The same as [`get`](Self::get), for a lease that keeps the cache itself, such as one that goes along with a request and is
-    /// dropped when it completes. Dearer by the two counts of a handle.
+    /// The same as [`get`](Self::get), for a lease that keeps the cache itself, such as one that
+    /// goes along with a request and is dropped when it completes. Dearer by the two counts of a
+    /// handle.
     ///
     /// # Errors
     /// As `get`; [`Error::Open`] if there are too many handles.
@@ -214,8 +220,8 @@ impl<R: Registrar> RegCache<R> {
         self.get(VaRange::of(buffer).expect("a buffer that is not empty covers a page"))
     }
 
-    /// The same as [`get_for`](Self::get_for), for a lease that keeps the cache itself, as [`get_owned`](Self::get_owned) gives
-    /// it. It does not keep the buffer.
+    /// The same as [`get_for`](Self::get_for), for a lease that keeps the cache itself, as
+    /// [`get_owned`](Self::get_owned) gives it. It does not keep the buffer.
     ///
     /// # Errors
     /// As [`get_owned`](Self::get_owned).
@@ -225,7 +231,8 @@ impl<R: Registrar> RegCache<R> {
         self.get_owned(VaRange::of(buffer).expect("a buffer that is not empty covers a page"))
     }
 
-    /// Takes everything out of the look-up and deregisters what is not leased. Returns how many regions were found until then.
+    /// Takes everything out of the look-up and deregisters what is not leased. Returns how many
+    /// regions were found until then.
     ///
     /// # Blocking
     /// Sleeps in the registrar.
@@ -235,7 +242,8 @@ impl<R: Registrar> RegCache<R> {
 
     /// Deregisters what was taken out of the look-up and could not be deregistered in a callback.
     ///
-    /// Misses and ends of leases do so, too. This is for programs that have neither for a long time.
+    /// Misses and ends of leases do so, too. This is for programs that have neither for a long
+    /// time.
     ///
     /// # Blocking
     /// Sleeps in the registrar.
@@ -261,8 +269,8 @@ impl<R: Registrar> RegCache<R> {
         self.subscription.mm()
     }
 
-    /// Makes another handle of the same cache. Not `Clone`, because the count of handles is 32 bits wide, as the kernel's is,
-    /// and a clone cannot fail; an `Arc` of one handle can be cloned.
+    /// Makes another handle of the same cache. Not `Clone`, because the count of handles is 32 bits
+    /// wide, as the kernel's is, and a clone cannot fail; an `Arc` of one handle can be cloned.
     ///
     /// # Errors
     /// [`Overflow`] after 2^32 - 1 of them.
@@ -314,8 +322,8 @@ impl<R: Registrar> Cache<R> {
         lock(&self.state)
     }
 
-    /// The way of a request that was no quick hit, and may have leased a region that was not what it wanted. Its result fits into two
-    /// registers, so that the quick way needs no memory for it.
+    /// The way of a request that was no quick hit, and may have leased a region that was not what
+    /// it wanted. Its result fits into two registers, so that the quick way needs no memory for it.
     #[cold]
     #[inline(never)]
     fn find_or_register(&self, range: VaRange, wrong: Option<Held<'_>>) -> Result<Held<'_>, Refusal<R::Error>> {
@@ -368,7 +376,8 @@ impl<R: Registrar> Cache<R> {
     /// Deregisters the regions of a chain and frees their places.
     ///
     /// # Panics
-    /// As the registrar does, once all regions have been deregistered: a panic costs the one region that it is about.
+    /// As the registrar does, once all regions have been deregistered: a panic costs the one region
+    /// that it is about.
     pub(crate) fn reap(&self, mut chain: Chain) {
         if chain.is_empty() {
             return;
@@ -403,8 +412,9 @@ impl<R: Registrar> Cache<R> {
     /// Takes the handle of a region that is in the state `Reaping`.
     #[expect(unsafe_code, reason = "the one place where a handle leaves")]
     pub(crate) fn take(&self, region: u32) -> Registered<R> {
-        // SAFETY: The region must be registered, without a lease now and later, and this be done once: it is `Reaping`, which it became
-        // under the lock after a scan found no lease, and which only the caller that has it in its chain ends.
+        // SAFETY: The region must be registered, without a lease now and later, and this be done
+        // once: it is `Reaping`, which it became under the lock after a scan found no lease, and
+        // which only the caller that has it in its chain ends.
         unsafe { self.handles.take(region) }
     }
 
@@ -509,7 +519,8 @@ impl<R: Registrar> Notifier for Cache<R> {
 }
 
 impl<R: Registrar> Drop for Cache<R> {
-    /// Deregisters what is left, except under leases that were forgotten: their owners may still be at it.
+    /// Deregisters what is left, except under leases that were forgotten: their owners may still be
+    /// at it.
     fn drop(&mut self) {
         if self.index.page.is_inherited() {
             return;

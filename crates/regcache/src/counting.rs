@@ -5,7 +5,8 @@ use mmu_notifier::VaRange;
 use std::convert::Infallible;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Registers nothing, counts, and can deregister in callbacks. Its handles are the numbers of the registrations, from 1.
+/// Registers nothing, counts, and can deregister in callbacks. Its handles are the numbers of the
+/// registrations, from 1.
 #[derive(Debug, Default)]
 pub struct Counting {
     registered: AtomicU64,

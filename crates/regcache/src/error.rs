@@ -48,8 +48,8 @@ pub enum Error<E> {
     },
     /// The address space has ended.
     Exited,
-    /// This process is the child of a fork and the cache or the device is its parent's. Make a device here, and open a cache of it for the
-    /// child's own address space.
+    /// This process is the child of a fork and the cache or the device is its parent's. Make a
+    /// device here, and open a cache of it for the child's own address space.
     Forked,
     /// The call would wait for its own thread: it comes from a signal handler that interrupted this
     /// thread's work on the cache, or from the registrar or a callback in the middle of that work.

@@ -1,10 +1,12 @@
 //! Whether what the look-up says can be trusted now.
 //!
-//! A source that calls back before the memory changes needs nothing here. The kernel source counts a change before it happens and
-//! tells the range when asked: a look-up is trusted only if the callbacks for all changes so far have run.
+//! A source that calls back before the memory changes needs nothing here. The kernel source counts
+//! a change before it happens and tells the range when asked: a look-up is trusted only if the
+//! callbacks for all changes so far have run.
 //!
-//! The count is loaded before the table is read. A change that is counted later is as if it came after the look-up; one that
-//! was counted before and handled took its regions out before that was published.
+//! The count is loaded before the table is read. A change that is counted later is as if it came
+//! after the look-up; one that was counted before and handled took its regions out before that was
+//! published.
 
 use crate::Error;
 use mmu_notifier::{Mm, VaRange};
@@ -44,7 +46,8 @@ impl Gate {
         }
     }
 
-    /// Sees to it that all changes so far are known to the cache. Must be called without its lock: callbacks run.
+    /// Sees to it that all changes so far are known to the cache. Must be called without its lock:
+    /// callbacks run.
     #[inline]
     pub(crate) fn settle<E>(&self) -> Result<(), Error<E>> {
         match &self.kernel {
@@ -53,8 +56,9 @@ impl Gate {
         }
     }
 
-    /// Whether the caller may sleep until another thread has registered something: not in a callback that the kernel source runs, which
-    /// that thread may be waiting for. Must be called without the lock of the cache: callbacks run.
+    /// Whether the caller may sleep until another thread has registered something: not in a
+    /// callback that the kernel source runs, which that thread may be waiting for. Must be called
+    /// without the lock of the cache: callbacks run.
     pub(crate) fn may_sleep<E>(&self) -> Result<(), Error<E>> {
         match &self.kernel {
             // What there is to tell is told meanwhile.

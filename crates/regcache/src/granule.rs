@@ -1,8 +1,9 @@
 //! How a region is found by any of its addresses: through the granules that it touches.
 //!
-//! A granule is an aligned piece of the address space, of 4 KiB at level 0 and eight times as much at each further level. A region
-//! belongs to the lowest level at which it touches few of them, and is entered in the table under each. A
-//! look-up tries the granule of its first address at every level that is in use: usually one or two.
+//! A granule is an aligned piece of the address space, of 4 KiB at level 0 and eight times as much
+//! at each further level. A region belongs to the lowest level at which it touches few of them, and
+//! is entered in the table under each. A look-up tries the granule of its first address at every
+//! level that is in use: usually one or two.
 
 use mmu_notifier::{Va, VaRange};
 
@@ -64,8 +65,8 @@ pub(crate) const fn lead(level: u32) -> Lead {
     Lead { mask: u64::MAX << shift(level), factor: 0x9e37_79b9_7f4a_7c15 >> shift(level) | 1 }
 }
 
-/// The hash of the granule that an address is in, at the level of `lead`: the upper half of the product, in which neighbours are spread
-/// evenly (Fibonacci hashing).
+/// The hash of the granule that an address is in, at the level of `lead`: the upper half of the
+/// product, in which neighbours are spread evenly (Fibonacci hashing).
 #[inline(always)]
 pub(crate) fn hash(address: Va, lead: Lead) -> u32 {
     ((address.get() & lead.mask).wrapping_mul(lead.factor) >> 32) as u32

@@ -1,14 +1,18 @@
 //! The look-up: what a hit reads and writes, without a lock.
 //!
-//! 1. The page of the header leads to the table, the table to a region that was entered under the granule of the first address.
-//! 2. The region's number goes into a slot of this thread's own. From now on the region is leased, if it still is one.
-//! 3. If the region is live and covers what is asked for, the lease stands. If not, the slot is emptied again.
+//! 1. The page of the header leads to the table, the table to a region that was entered under the
+//!    granule of the first address.
+//! 2. The region's number goes into a slot of this thread's own. From now on the region is leased,
+//!    if it still is one.
+//! 3. If the region is live and covers what is asked for, the lease stands. If not, the slot is
+//!    emptied again.
 //!
-//! An invalidation or eviction, the *killer* of a region, marks the region dead, executes the heavy fence and then scans all
-//! slots. If the reader writes its slot before the fence, the scan finds the lease, and the region stays registered until the
-//! lease ends. If the fence comes first, step 3 finds the region dead, and the reader empties its slot. The end of a lease is
-//! the reverse: it empties the slot and then looks whether the region is still live; if not, it asks under the lock whether it
-//! was the last lease.
+//! An invalidation or eviction, the *killer* of a region, marks the region dead, executes the heavy
+//! fence and then scans all slots. If the reader writes its slot before the fence, the scan finds
+//! the lease, and the region stays registered until the lease ends. If the fence comes first, step
+//! 3 finds the region dead, and the reader empties its slot. The end of a lease is the reverse: it
+//! empties the slot and then looks whether the region is still live; if not, it asks under the lock
+//! whether it was the last lease.
 
 use crate::granule::{hash, lead};
 use crate::raw::barrier;
@@ -30,7 +34,8 @@ pub(crate) struct Index {
     pub(crate) threads: Threads,
     /// Hits of leases that are in no slot.
     counted_hits: AtomicU64,
-    /// Whether a signal handler has ended a lease of a dead region, and could not ask whether it was the last.
+    /// Whether a signal handler has ended a lease of a dead region, and could not ask whether it
+    /// was the last.
     unasked: AtomicBool,
 }
 
@@ -38,7 +43,8 @@ pub(crate) struct Index {
 #[derive(Debug)]
 pub(crate) enum Look<'a> {
     Hit(Held<'a>),
-    /// This region was found and has died meanwhile. If this attempt looked like its last lease, the caller must ask under the lock.
+    /// This region was found and has died meanwhile. If this attempt looked like its last lease,
+    /// the caller must ask under the lock.
     Dead(u32),
     Miss,
 }
@@ -68,8 +74,9 @@ impl Index {
         self.threads.hits() + self.counted_hits.load(Ordering::Relaxed)
     }
 
-    /// Leases a live region that covers `range`, if it is found at once: in this thread's next slot, at the level that has the most
-    /// regions. Nearly all hits are. If not, there may be a lease of the wrong region, which has to be ended.
+    /// Leases a live region that covers `range`, if it is found at once: in this thread's next
+    /// slot, at the level that has the most regions. Nearly all hits are. If not, there may be a
+    /// lease of the wrong region, which has to be ended.
     #[inline(always)]
     pub(crate) fn quick(&self, range: VaRange) -> Result<Held<'_>, Option<Held<'_>>> {
         let page = self.page.fields();
@@ -83,7 +90,8 @@ impl Index {
         let found = view.probe_names(hash(range.start(), page.lead()), |name| {
             let region = self.regions.get(name as usize)?;
             slot.publish(name);
-            // Now, and not before: the place may have been another region's when the table was read.
+            // Now, and not before: the place may have been another region's when the table was
+            // read.
             Some(region.visit(range))
         });
         taking.end(found == Some(true));
@@ -130,7 +138,8 @@ impl Index {
         look
     }
 
-    /// The same for a thread that has no free slot, and for a signal handler that has interrupted the taking of one.
+    /// The same for a thread that has no free slot, and for a signal handler that has interrupted
+    /// the taking of one.
     #[cold]
     fn look_up_counted(&self, range: VaRange) -> Look<'_> {
         self.search(range, |name| {
@@ -148,7 +157,8 @@ impl Index {
         })
     }
 
-    /// Calls `f` with the names of the regions that the table has for the first page of `range`, until it returns something.
+    /// Calls `f` with the names of the regions that the table has for the first page of `range`,
+    /// until it returns something.
     fn search<'a>(&'a self, range: VaRange, mut f: impl FnMut(u32) -> Option<Look<'a>>) -> Look<'a> {
         // Relaxed: a level that is missed is a miss.
         let mut levels = self.page.levels.load(Ordering::Relaxed);
@@ -168,7 +178,8 @@ impl Index {
         self.end(held).map(Look::Dead)
     }
 
-    /// Leases a region for a caller that holds the lock of the cache, and has seen that the region is live or made it.
+    /// Leases a region for a caller that holds the lock of the cache, and has seen that the region
+    /// is live or made it.
     pub(crate) fn lease_locked(&self, number: u32) -> Held<'_> {
         let region = self.region(number);
         region.visit(region.range());
@@ -195,7 +206,8 @@ impl Index {
         }
     }
 
-    /// Ends a lease. Returns the region's number if that is not live, and the caller has to ask whether this was the last one.
+    /// Ends a lease. Returns the region's number if that is not live, and the caller has to ask
+    /// whether this was the last one.
     #[inline(always)]
     #[must_use]
     pub(crate) fn end(&self, held: &Held<'_>) -> Option<u32> {
@@ -206,16 +218,19 @@ impl Index {
         if region.is_live() { None } else { Some(name - 1) }
     }
 
-    /// Leaves the question whether the lease that has just ended was the last one to the next [`take_unasked`](Self::take_unasked).
+    /// Leaves the question whether the lease that has just ended was the last one to the next
+    /// [`take_unasked`](Self::take_unasked).
     pub(crate) fn leave_unasked(&self) {
-        // ORDER(cache-unasked): Release, for the end of the lease. Partner: the Acquire in `take_unasked`. With a weaker store the
-        // scan could still see the lease, and no later scan would ask.
+        // ORDER(cache-unasked): Release, for the end of the lease. Partner: the Acquire in
+        // `take_unasked`. With a weaker store the scan could still see the lease, and no later scan
+        // would ask.
         self.unasked.store(true, Ordering::Release);
     }
 
     /// Tells whether such a question was left, to a caller that is going to ask it.
     pub(crate) fn take_unasked(&self) -> bool {
-        // ORDER(cache-unasked): Acquire, partner in `leave_unasked`. The load first: a swap for each miss would be a shared write.
+        // ORDER(cache-unasked): Acquire, partner in `leave_unasked`. The load first: a swap for
+        // each miss would be a shared write.
         self.unasked.load(Ordering::Relaxed) && self.unasked.swap(false, Ordering::Acquire)
     }
 

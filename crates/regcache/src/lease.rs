@@ -11,8 +11,8 @@ use std::mem::ManuallyDrop;
 
 /// A region that stays registered until this is dropped. From [`RegCache::get`].
 ///
-/// It can be sent to another thread and dropped there. One that is forgotten ([`std::mem::forget`]) keeps its region registered for
-/// ever.
+/// It can be sent to another thread and dropped there. One that is forgotten ([`std::mem::forget`])
+/// keeps its region registered for ever.
 #[must_use = "the region may be deregistered when the lease is dropped"]
 pub struct Lease<'a, R: Registrar> {
     cache: &'a Cache<R>,
@@ -52,7 +52,8 @@ impl<'a, R: Registrar> Lease<'a, R> {
     #[inline]
     #[expect(unsafe_code, reason = "the one place where a handle is read")]
     pub fn handle(&self) -> &R::Handle {
-        // SAFETY: The region must be leased as long as the reference lives: it is by `self`, which the reference borrows.
+        // SAFETY: The region must be leased as long as the reference lives: it is by `self`, which
+        // the reference borrows.
         &unsafe { self.cache.handles.get(self.cache.index.leased(&self.held)) }.handle
     }
 
@@ -64,17 +65,19 @@ impl<'a, R: Registrar> Lease<'a, R> {
 
     /// Tells whether the region still stands for the memory at its addresses.
     ///
-    /// False from the moment on at which some of it was about to change, and also if the region was merged into another one, evicted or
-    /// flushed. A transfer through a region that is false afterwards may have gone to memory that is not there any more: if the
-    /// program unmaps buffers that are in use, it has to look.
+    /// False from the moment on at which some of it was about to change, and also if the region was
+    /// merged into another one, evicted or flushed. A transfer through a region that is false
+    /// afterwards may have gone to memory that is not there any more: if the program unmaps buffers
+    /// that are in use, it has to look.
     ///
     /// # Blocking
     /// While callbacks run, if the cache asks the kernel source and that has something to tell.
     #[must_use]
     pub fn is_current(&self) -> bool {
         let cache = self.cache;
-        // ORDER(cache-use): What the caller has read through the lease comes before the looks that follow. Partner: `set_dead`. Weaker,
-        // it could be of the memory that came afterwards, and the answer from before.
+        // ORDER(cache-use): What the caller has read through the lease comes before the looks that
+        // follow. Partner: `set_dead`. Weaker, it could be of the memory that came afterwards, and
+        // the answer from before.
         fence(Ordering::Acquire);
         let known = cache.gate.is_current() || cache.gate.settle::<R::Error>().is_ok();
         known && !cache.index.page.is_inherited() && self.region().is_live()
@@ -109,8 +112,9 @@ impl<R: Registrar> OwnedLease<R> {
     #[expect(unsafe_code, reason = "a lease beside what it borrows from")]
     pub(crate) fn new(cache: RegCache<R>, range: VaRange) -> Result<Self, Error<R::Error>> {
         let lease = cache.get(range)?;
-        // SAFETY: The cache must outlive the lease. The handle keeps it, at a fixed place in memory, and `drop` ends the lease
-        // before the handle. The longer lifetime is never given out: `get` shortens it.
+        // SAFETY: The cache must outlive the lease. The handle keeps it, at a fixed place in
+        // memory, and `drop` ends the lease before the handle. The longer lifetime is never given
+        // out: `get` shortens it.
         let lease = unsafe { std::mem::transmute::<Lease<'_, R>, Lease<'static, R>>(lease) };
         Ok(Self { lease: ManuallyDrop::new(lease), cache })
     }

@@ -1,10 +1,11 @@
 //! The way of a request that found nothing.
 //!
-//! The region gets its place, and is on the list of those being registered, before the registrar is called. An invalidation that comes
-//! meanwhile marks it; one that was under way already marked it at once, as the memory may change after the registrar has looked.
-//! Under the lock, after the registrar, a marked region is not put into the look-up: it is deregistered and tried again.
-//! If that happens too often, or the invalidation still runs, the caller gets a lease of a region that is in no
-//! look-up, as if the request had come just before the invalidation.
+//! The region gets its place, and is on the list of those being registered, before the registrar is
+//! called. An invalidation that comes meanwhile marks it; one that was under way already marked it
+//! at once, as the memory may change after the registrar has looked. Under the lock, after the
+//! registrar, a marked region is not put into the look-up: it is deregistered and tried again. If
+//! that happens too often, or the invalidation still runs, the caller gets a lease of a region that
+//! is in no look-up, as if the request had come just before the invalidation.
 
 use crate::cache::{Cache, Registered};
 use crate::error::Refusal;
@@ -33,7 +34,8 @@ struct Past {
     alone: bool,
     /// Whether it was seen that sleeping can do no harm.
     may_sleep: bool,
-    /// Whether this thread is in the middle of other work on the cache: it must not sleep until that is done.
+    /// Whether this thread is in the middle of other work on the cache: it must not sleep until
+    /// that is done.
     is_nested: bool,
 }
 
@@ -105,7 +107,8 @@ impl<R: Registrar> Cache<R> {
                     return None;
                 }
                 if state.reaping != 0 || state.is_registering() {
-                    // Another thread is about to give places back, or to have a region that can be evicted.
+                    // Another thread is about to give places back, or to have a region that can be
+                    // evicted.
                     return self.sleep(state, past);
                 }
                 let (regions, bytes) = (state.regions, reported(state.bytes));
@@ -157,10 +160,12 @@ impl<R: Registrar> Cache<R> {
         replaces: bool,
         past: &mut Past,
     ) -> Option<Outcome<'_, R>> {
-        // SAFETY: The region must be ours and without a lease: its place was taken by this request, and it was never live.
+        // SAFETY: The region must be ours and without a lease: its place was taken by this request,
+        // and it was never live.
         unsafe { self.handles.put(region, registered) };
-        // Callbacks for what has begun to change since the region was armed mark it here. What begins later is counted, and no
-        // look-up will trust the region before its callback has run.
+        // Callbacks for what has begun to change since the region was armed mark it here. What
+        // begins later is counted, and no look-up will trust the region before its callback has
+        // run.
         let settled = self.gate.settle();
         let mut state = self.lock();
         state.counts.registered += 1;
@@ -232,7 +237,8 @@ impl<R: Registrar> Cache<R> {
         })))
     }
 
-    /// Sleeps until a registration that is being made or undone has ended, which is to be tried again then.
+    /// Sleeps until a registration that is being made or undone has ended, which is to be tried
+    /// again then.
     fn sleep<'a>(&'a self, mut state: MutexGuard<'a, State>, past: &mut Past) -> Option<Outcome<'a, R>> {
         if !past.may_sleep {
             drop(state);

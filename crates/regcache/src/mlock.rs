@@ -15,12 +15,13 @@ use std::sync::{Mutex, PoisonError};
 
 /// Locks memory with `mlock`, so that using it never waits for a page to be read.
 ///
-/// The kernel does not count locks. Regions may overlap, so this does: a page is unlocked with its last region. Pages that the
-/// program locks itself would be unlocked, too.
+/// The kernel does not count locks. Regions may overlap, so this does: a page is unlocked with its
+/// last region. Pages that the program locks itself would be unlocked, too.
 ///
 /// # Signal handlers
-/// Not for signal handlers: it takes a lock and allocates, and would wait for the code that the handler interrupted. A handler
-/// calls [`RegCache::get_cached`](crate::RegCache::get_cached) and [`Lease::end_later`](crate::Lease::end_later), which never come here.
+/// Not for signal handlers: it takes a lock and allocates, and would wait for the code that the
+/// handler interrupted. A handler calls [`RegCache::get_cached`](crate::RegCache::get_cached) and
+/// [`Lease::end_later`](crate::Lease::end_later), which never come here.
 ///
 /// # Examples
 /// ```
@@ -86,9 +87,8 @@ impl Registrar for Mlock {
     fn register(&self, range: VaRange) -> io::Result<VaRange> {
         let (start, len) = (place(pages(range).start), bytes(&pages(range)));
         let mut counts = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
-        // `mlock` has the same errno for a limit and for a hole. `msync` has it for a hole only, and does nothing else (since Linux
-        // 2.6.19).
-        // SAFETY: No preconditions: module docs.
+        // `mlock` has the same errno for a limit and for a hole. `msync` has it for a hole only,
+        // and does nothing else (since Linux 2.6.19). SAFETY: No preconditions: module docs.
         if unsafe { msync(start, len, MsyncFlags::ASYNC) } == Err(Errno::NOMEM) {
             return Err(Errno::FAULT.into());
         }

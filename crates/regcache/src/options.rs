@@ -8,8 +8,8 @@ use std::sync::Arc;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Merge {
-    /// Each request on its own. Registrations may overlap, but where 64 lie over each other, which all look-ups there have to go by, the
-    /// next one is registered together with them.
+    /// Each request on its own. Registrations may overlap, but where 64 lie over each other, which
+    /// all look-ups there have to go by, the next one is registered together with them.
     Never,
     /// With the regions that it overlaps, which the new region replaces.
     #[default]
@@ -18,7 +18,8 @@ pub enum Merge {
     Adjacent,
 }
 
-/// The bytes of a range, exactly: the whole of an address space has one more than 64 bits count, and sums have more.
+/// The bytes of a range, exactly: the whole of an address space has one more than 64 bits count,
+/// and sums have more.
 pub(crate) fn size(range: VaRange) -> u128 {
     u128::from(range.last().get() - range.start().get()) + 1
 }
@@ -70,9 +71,11 @@ impl Options {
         self
     }
 
-    /// The most regions that are registered at a time, those that are leased and no longer found included.
+    /// The most regions that are registered at a time, those that are leased and no longer found
+    /// included.
     ///
-    /// Sets aside 80 bytes of address space for each; memory is taken when they are used. At least 1, at most 2^26.
+    /// Sets aside 80 bytes of address space for each; memory is taken when they are used. At least
+    /// 1, at most 2^26.
     pub const fn max_regions(mut self, regions: u32) -> Self {
         self.max_regions = if regions == 0 {
             1
@@ -85,22 +88,26 @@ impl Options {
         self
     }
 
-    /// The most bytes that are registered at a time, counted for each region; `u64::MAX` is no limit.
+    /// The most bytes that are registered at a time, counted for each region; `u64::MAX` is no
+    /// limit.
     pub const fn max_bytes(mut self, bytes: u64) -> Self {
         self.max_bytes = bytes;
         self
     }
 
-    /// The most bytes that merging may make a region of, `u64::MAX` for no limit. A larger request is registered as it is.
+    /// The most bytes that merging may make a region of, `u64::MAX` for no limit. A larger request
+    /// is registered as it is.
     pub const fn max_region_bytes(mut self, bytes: u64) -> Self {
         self.max_region_bytes = bytes;
         self
     }
 
-    /// Asks the kernel source in front of every look-up whether anything has changed that the cache does not know of yet.
+    /// Asks the kernel source in front of every look-up whether anything has changed that the cache
+    /// does not know of yet.
     ///
-    /// Without it, the cache knows what callbacks tell it. With it, no change of a translation goes unnoticed, whichever process or kernel thread makes it.
-    /// Its caches must be opened for [`mmu_source::current`], the address space that the source feeds.
+    /// Without it, the cache knows what callbacks tell it. With it, no change of a translation goes
+    /// unnoticed, whichever process or kernel thread makes it. Its caches must be opened for
+    /// [`mmu_source::current`], the address space that the source feeds.
     pub fn kernel(mut self, kernel: Arc<Kernel>) -> Self {
         self.kernel = Some(kernel);
         self

@@ -33,16 +33,18 @@ pub trait Registrar: Send + Sync + 'static {
 
     /// Registers a range of this process's memory.
     ///
-    /// May be called for ranges that overlap. Called without a lock, by several threads at once; must not use the cache it is
-    /// called by.
+    /// May be called for ranges that overlap. Called without a lock, by several threads at once;
+    /// must not use the cache it is called by.
     ///
     /// # Errors
-    /// Whatever the device says; [`cause`](Self::cause) tells the cache what to make of it. Nothing may be registered then.
+    /// Whatever the device says; [`cause`](Self::cause) tells the cache what to make of it. Nothing
+    /// may be registered then.
     fn register(&self, range: VaRange) -> Result<Self::Handle, Self::Error>;
 
     /// Undoes a registration that has no lease any more.
     ///
-    /// Called without a lock. Cannot fail: if the device refuses, there is nothing the cache could do about it.
+    /// Called without a lock. Cannot fail: if the device refuses, there is nothing the cache could
+    /// do about it.
     fn deregister(&self, handle: Self::Handle);
 
     /// Tells what an error of [`register`](Self::register) means for the cache.
@@ -51,12 +53,13 @@ pub trait Registrar: Send + Sync + 'static {
         Cause::Other
     }
 
-    /// Whether [`deregister`](Self::deregister) may be called inside an invalidation callback, so that a region that is not leased is
-    /// deregistered before the memory goes away.
+    /// Whether [`deregister`](Self::deregister) may be called inside an invalidation callback, so
+    /// that a region that is not leased is deregistered before the memory goes away.
     ///
-    /// Such a callback can run in the middle of `free`, with the allocator's lock held. To say true, `deregister` and the
-    /// drop of the handle must not allocate, free, unmap, or wait for a lock that anybody holds while doing so. If
-    /// false, such a region is out of the look-up before the memory goes away all the same, and is deregistered by the next miss, flush,
+    /// Such a callback can run in the middle of `free`, with the allocator's lock held. To say
+    /// true, `deregister` and the drop of the handle must not allocate, free, unmap, or wait for a
+    /// lock that anybody holds while doing so. If false, such a region is out of the look-up before
+    /// the memory goes away all the same, and is deregistered by the next miss, flush,
     /// [`reap`](crate::RegCache::reap) or end of a lease.
     fn deregisters_in_callbacks(&self) -> bool {
         false
@@ -67,7 +70,8 @@ pub trait Registrar: Send + Sync + 'static {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Cause {
-    /// As much is registered as may be, such as `ENOMEM` for `RLIMIT_MEMLOCK`: the cache evicts something and tries once more.
+    /// As much is registered as may be, such as `ENOMEM` for `RLIMIT_MEMLOCK`: the cache evicts
+    /// something and tries once more.
     Limit,
     /// Not all of the range is mapped, such as `EFAULT`.
     NotMapped,

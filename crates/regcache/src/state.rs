@@ -1,7 +1,9 @@
-//! What the lock of a cache guards: which regions there are, and what they are going through (see [`Status`]).
+//! What the lock of a cache guards: which regions there are, and what they are going through (see
+//! [`Status`]).
 //!
-//! Nothing here allocates, frees, calls the registrar or waits, because the lock is taken in callbacks that may run in the
-//! middle of `free`. Memory is made before the lock is taken; lists are links between the regions' entries.
+//! Nothing here allocates, frees, calls the registrar or waits, because the lock is taken in
+//! callbacks that may run in the middle of `free`. Memory is made before the lock is taken; lists
+//! are links between the regions' entries.
 
 mod evict;
 mod list;
@@ -156,7 +158,8 @@ impl State {
         })
     }
 
-    /// Calls `f` with every granule that regions which overlap `range` are entered under, if those are fewer than all regions.
+    /// Calls `f` with every granule that regions which overlap `range` are entered under, if those
+    /// are fewer than all regions.
     fn walk(&mut self, range: VaRange, f: impl FnMut(&mut Self, Granule)) -> Walked {
         let limit = u64::from(self.high) + 64;
         walk(self, |state| &state.summary, range, limit, f)
@@ -182,7 +185,8 @@ impl State {
         self.status(region) == Status::Live && index.region(region).overlaps(range)
     }
 
-    /// What to make of `request`: a live region that covers it, or what to register together with it.
+    /// What to make of `request`: a live region that covers it, or what to register together with
+    /// it.
     pub(crate) fn target(&mut self, index: &Index, options: &Options, request: VaRange) -> Target {
         let (mut target, mut replaces, mut found) = (request, false, None);
         if options.merge == Merge::Never {
@@ -256,7 +260,8 @@ impl State {
         Some(region)
     }
 
-    /// Takes a region off the list of those that are being registered; tells whether it may be found by others.
+    /// Takes a region off the list of those that are being registered; tells whether it may be
+    /// found by others.
     pub(crate) fn finish(&mut self, region: u32) -> bool {
         self.registering.remove(&mut self.entries, region);
         let may_be_found = !self.closed && (!self.entry(region).hit || mutant("publish_what_was_hit"));
@@ -269,10 +274,11 @@ impl State {
         index.page.tables().newest().is_some_and(|table| table.has_room(MOST as usize))
     }
 
-    /// Makes a region be found that was just registered, and if it replaces others, what it covers not any more.
+    /// Makes a region be found that was just registered, and if it replaces others, what it covers
+    /// not any more.
     ///
-    /// Whether it does was seen before it was registered. Nothing that it covers was published since: who wanted to waited
-    /// for it.
+    /// Whether it does was seen before it was registered. Nothing that it covers was published
+    /// since: who wanted to waited for it.
     pub(crate) fn publish(&mut self, index: &Index, region: u32, replaces: bool) {
         let range = index.region(region).range();
         if replaces {
@@ -321,7 +327,8 @@ impl State {
         self.killed = region + 1;
     }
 
-    /// Takes all live regions that overlap `range` and that `wanted` picks out of the look-up; returns how many.
+    /// Takes all live regions that overlap `range` and that `wanted` picks out of the look-up;
+    /// returns how many.
     fn kill_where(&mut self, index: &Index, range: VaRange, wanted: impl Fn(VaRange) -> bool) -> u64 {
         let Some(table) = index.page.tables().newest() else { return 0 };
         let mut killed = 0;
@@ -358,7 +365,8 @@ impl State {
         })
     }
 
-    /// The start of an invalidation: nothing that overlaps `range` is found any more, or will be before its end.
+    /// The start of an invalidation: nothing that overlaps `range` is found any more, or will be
+    /// before its end.
     pub(crate) fn invalidate_start(&mut self, index: &Index, range: VaRange) {
         self.open.begin(range);
         self.invalidate(index, range);
@@ -398,8 +406,8 @@ impl State {
         if index.take_unasked() {
             self.ask_again();
         }
-        // ORDER(cache-lease, cache-unlease): Between the regions' deaths and the look at the slots: partner of the light
-        // fences in `Slot::publish` and `Slot::clear`.
+        // ORDER(cache-lease, cache-unlease): Between the regions' deaths and the look at the slots:
+        // partner of the light fences in `Slot::publish` and `Slot::clear`.
         if self.killed == 0 || (!mutant("no_fence_in_harvest") && !barrier::heavy()) {
             return chain;
         }
@@ -468,10 +476,12 @@ impl State {
         self.registering.head != 0
     }
 
-    /// The end of a lease of a region that was dead by then. It may have been another region's place meanwhile.
+    /// The end of a lease of a region that was dead by then. It may have been another region's
+    /// place meanwhile.
     pub(crate) fn lease_ended(&mut self, index: &Index, region: u32) -> Chain {
         match self.status(region) {
-            // No fence: no lease of it can begin, and the ends of the others took this lock or are going to.
+            // No fence: no lease of it can begin, and the ends of the others took this lock or are
+            // going to.
             Status::Leased => {
                 let mut chain = Chain(0);
                 self.scan_leases(index);

@@ -4,7 +4,8 @@ use std::fmt;
 
 /// What a cache did so far and what it holds now. From [`RegCache::stats`](crate::RegCache::stats).
 ///
-/// Counters are taken one after the other while others go on: each is right at some moment, their sums need not be.
+/// Counters are taken one after the other while others go on: each is right at some moment, their
+/// sums need not be.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Stats {
@@ -30,7 +31,8 @@ pub struct Stats {
     pub flushed: u64,
     /// Registrations that an invalidation met half-way, and that were not put into the look-up.
     pub collisions: u64,
-    /// Records that a source has lost. For all that were lost since the last time, everything was taken out once.
+    /// Records that a source has lost. For all that were lost since the last time, everything was
+    /// taken out once.
     pub lost: u64,
     /// Regions that are registered, those out of the look-up included.
     pub regions: u64,

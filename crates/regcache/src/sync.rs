@@ -15,8 +15,9 @@ use std::ops::{Deref, DerefMut};
 pub(crate) use std::sync::atomic::fence;
 use std::sync::{PoisonError, TryLockError};
 
-/// A fence at which models may switch threads. `loom`'s own is glued to the operation before it: no thread ever runs between a store and
-/// the fence behind it. A relaxed read-modify-write that all fences share is a place to switch and adds no order.
+/// A fence at which models may switch threads. `loom`'s own is glued to the operation before it: no
+/// thread ever runs between a store and the fence behind it. A relaxed read-modify-write that all
+/// fences share is a place to switch and adds no order.
 #[cfg(mmun_loom)]
 pub(crate) fn fence(order: atomic::Ordering) {
     loom::lazy_static! { static ref POINT: atomic::AtomicUsize = atomic::AtomicUsize::new(0); }
@@ -58,9 +59,11 @@ loom::thread_local! {
     static AT_WORK: AtomicUsize = AtomicUsize::new(0);
 }
 
-/// The mark that this thread is at the lock of a cache: a signal handler that finds it must not wait for that lock.
+/// The mark that this thread is at the lock of a cache: a signal handler that finds it must not
+/// wait for that lock.
 ///
-/// Set before the attempt and taken back after the release, so that there is no instruction in between.
+/// Set before the attempt and taken back after the release, so that there is no instruction in
+/// between.
 #[derive(Debug)]
 struct Locking {
     before: bool,
@@ -83,16 +86,17 @@ impl Drop for Locking {
     }
 }
 
-/// Tells whether waiting for the lock of a cache would wait for this very thread, which a signal handler has interrupted:
-/// nothing else comes here under the lock.
+/// Tells whether waiting for the lock of a cache would wait for this very thread, which a signal
+/// handler has interrupted: nothing else comes here under the lock.
 pub(crate) fn is_locking() -> bool {
     LOCKING.with(|locking| locking.load(Ordering::Relaxed))
 }
 
-/// The mark that this thread is at work on a cache, with its lock or in its registrar: a signal handler that finds it must
-/// not sleep until that work is done.
+/// The mark that this thread is at work on a cache, with its lock or in its registrar: a signal
+/// handler that finds it must not sleep until that work is done.
 ///
-/// Only the innermost cache is marked. A registrar that uses another cache in turn hides the outer one.
+/// Only the innermost cache is marked. A registrar that uses another cache in turn hides the outer
+/// one.
 #[derive(Debug)]
 pub(crate) struct AtWork {
     before: usize,
@@ -127,7 +131,8 @@ fn order_for_handlers() {
     std::sync::atomic::compiler_fence(Ordering::SeqCst);
 }
 
-/// Locks, also after a panic in another holder: nothing that can panic runs under the lock of a cache.
+/// Locks, also after a panic in another holder: nothing that can panic runs under the lock of a
+/// cache.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     let locking = Locking::mark();
     MutexGuard { guard: mutex.lock().unwrap_or_else(PoisonError::into_inner), locking }
@@ -149,7 +154,8 @@ pub(crate) fn wait<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>) -> MutexG
     MutexGuard { guard: condvar.wait(guard).unwrap_or_else(PoisonError::into_inner), locking }
 }
 
-/// Whether this run is to be broken in the way that `name` says. A model that passes all the same proves nothing.
+/// Whether this run is to be broken in the way that `name` says. A model that passes all the same
+/// proves nothing.
 #[cfg(mmun_loom)]
 pub(crate) fn mutant(name: &str) -> bool {
     std::env::var("MMUN_MUTANT").is_ok_and(|mutant| mutant == name)

@@ -1,8 +1,8 @@
 //! io_uring's fixed buffers.
 //!
 //! # Safety
-//! The system calls get pointers to locals that outlive the call, with their right lengths. The kernel checks the user's
-//! addresses itself, and pins pages rather than trusting them to stay.
+//! The system calls get pointers to locals that outlive the call, with their right lengths. The
+//! kernel checks the user's addresses itself, and pins pages rather than trusting them to stay.
 
 use crate::{Cause, Lease, OwnedLease, Registrar};
 use mmu_notifier::VaRange;
@@ -18,20 +18,25 @@ use std::sync::{Mutex, PoisonError};
 
 /// Registers memory as fixed buffers of an io_uring, for `ReadFixed` and `WriteFixed`.
 ///
-/// Works with any ring, among them those of the `io-uring` crate (with its feature `io_safety`, or by `BorrowedFd::borrow_raw`): it keeps a descriptor of its own and leaves submission and
-/// completion alone. The ring's table of buffers becomes the registrar's: no other code may register buffers with the ring.
+/// Works with any ring, among them those of the `io-uring` crate (with its feature `io_safety`, or
+/// by `BorrowedFd::borrow_raw`): it keeps a descriptor of its own and leaves submission and
+/// completion alone. The ring's table of buffers becomes the registrar's: no other code may
+/// register buffers with the ring.
 ///
-/// A lease must last until its requests have completed: its slot of the table is used for another region afterwards. (The
-/// kernel keeps the pages of a request that is under way in any case.) Deregisters in callbacks.
+/// A lease must last until its requests have completed: its slot of the table is used for another
+/// region afterwards. (The kernel keeps the pages of a request that is under way in any case.)
+/// Deregisters in callbacks.
 ///
 /// # Limits
-/// A slot for each region: give the cache at most as many with [`Options::max_regions`](crate::Options::max_regions). A region of
-/// more than 1 GiB is refused, and so is memory that the kernel does not pin for long, such as a shared mapping of a file on
-/// most file systems. Rings with `IORING_SETUP_SINGLE_ISSUER` let one thread only change the table: then regions that other threads
-/// invalidate stay registered. Linux 5.19.
+/// A slot for each region: give the cache at most as many with
+/// [`Options::max_regions`](crate::Options::max_regions). A region of more than 1 GiB is refused,
+/// and so is memory that the kernel does not pin for long, such as a shared mapping of a file on
+/// most file systems. Rings with `IORING_SETUP_SINGLE_ISSUER` let one thread only change the table:
+/// then regions that other threads invalidate stay registered. Linux 5.19.
 ///
-/// A program that closes descriptors which it does not know (`close_range`, `dup2`) takes this one, too. From then on registering is
-/// an error that says so, the number is left to its present owner, and what was registered stays so until the ring ends.
+/// A program that closes descriptors which it does not know (`close_range`, `dup2`) takes this one,
+/// too. From then on registering is an error that says so, the number is left to its present owner,
+/// and what was registered stays so until the ring ends.
 ///
 /// # Examples
 /// ```
@@ -62,8 +67,9 @@ pub struct Uring {
     free: Mutex<Vec<u16>>,
 }
 
-/// A descriptor of the ring in the program's table, where the program can close it or put something else in its place. Not
-/// moved out of reach: a ring may take registrations from one thread only, and callbacks must not wait for another.
+/// A descriptor of the ring in the program's table, where the program can close it or put something
+/// else in its place. Not moved out of reach: a ring may take registrations from one thread only,
+/// and callbacks must not wait for another.
 #[derive(Debug)]
 struct Ring {
     file: ManuallyDrop<File>,
@@ -113,7 +119,8 @@ impl FixedBuffer {
 }
 
 impl Lease<'_, Uring> {
-    /// Returns what `ReadFixed` and `WriteFixed` call `buf_index`. The request's addresses may be any within the region.
+    /// Returns what `ReadFixed` and `WriteFixed` call `buf_index`. The request's addresses may be
+    /// any within the region.
     #[must_use]
     #[inline]
     pub fn buf_index(&self) -> u16 {
@@ -171,12 +178,14 @@ impl Uring {
     /// Gives `ring` an empty table of `slots` buffers.
     ///
     /// # Errors
-    /// What the kernel says: `EBUSY` if the ring has a table already, `EINVAL` for 0 slots or more than 2^14.
+    /// What the kernel says: `EBUSY` if the ring has a table already, `EINVAL` for 0 slots or more
+    /// than 2^14.
     pub fn new(ring: impl AsFd, slots: u16) -> io::Result<Self> {
         let ring = Ring::new(ring)?;
         let table = Register { nr: slots.into(), flags: SPARSE, ..Register::default() };
         let (arg, size) = ((&raw const table).cast::<c_void>(), size_of::<Register>() as u32);
-        // SAFETY: The call reads a `struct io_uring_rsrc_register` of this size, which has no pointers in it.
+        // SAFETY: The call reads a `struct io_uring_rsrc_register` of this size, which has no
+        // pointers in it.
         unsafe { io_uring_register(&*ring.file, IoringRegisterOp::RegisterBuffers2, arg, size) }?;
         Ok(Self { ring, free: Mutex::new((0..slots).rev().collect()) })
     }
@@ -187,12 +196,14 @@ impl Uring {
         let data = (&raw const *buffer).expose_provenance() as u64;
         let update = Update { offset: index.into(), data, nr: 1, ..Update::default() };
         let (arg, size) = ((&raw const update).cast::<c_void>(), size_of::<Update>() as u32);
-        // SAFETY: The call reads a `struct io_uring_rsrc_update2` of this size and one `struct iovec`, which both live until it returns.
+        // SAFETY: The call reads a `struct io_uring_rsrc_update2` of this size and one `struct
+        // iovec`, which both live until it returns.
         unsafe { io_uring_register(ring, IoringRegisterOp::RegisterBuffersUpdate, arg, size) }?;
         Ok(())
     }
 
-    /// Takes a slot off the list, or puts one back. Does nothing else under the lock: `deregister` runs in callbacks.
+    /// Takes a slot off the list, or puts one back. Does nothing else under the lock: `deregister`
+    /// runs in callbacks.
     fn slots<T>(&self, f: impl FnOnce(&mut Vec<u16>) -> T) -> T {
         f(&mut self.free.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -230,7 +241,8 @@ impl Registrar for Uring {
         }
     }
 
-    /// The system call takes no lock of this process, and the list of slots is locked for a few instructions.
+    /// The system call takes no lock of this process, and the list of slots is locked for a few
+    /// instructions.
     fn deregisters_in_callbacks(&self) -> bool {
         true
     }

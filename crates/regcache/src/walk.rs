@@ -1,7 +1,8 @@
 //! Which granules to ask for the regions that overlap a range.
 //!
-//! A short range has few granules at any level. In a long one, blocks of 2 MiB without a region of a small level are
-//! skipped by a summary. When more granules were asked than there are regions, it is cheaper to look at each region.
+//! A short range has few granules at any level. In a long one, blocks of 2 MiB without a region of
+//! a small level are skipped by a summary. When more granules were asked than there are regions, it
+//! is cheaper to look at each region.
 
 use crate::granule::{BLOCK_SHIFT, Granule, LEVELS, SMALL_LEVELS, level_of, shift, span};
 use crate::raw::memory::Array;
@@ -99,7 +100,8 @@ pub(crate) enum Walked {
     TooFar,
 }
 
-/// Calls `ask` with the granules of `range` that may have regions, about `budget` of them before it gives up.
+/// Calls `ask` with the granules of `range` that may have regions, about `budget` of them before it
+/// gives up.
 ///
 /// `ask` may take regions out, but must not add any.
 #[inline]

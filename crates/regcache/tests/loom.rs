@@ -1,4 +1,5 @@
-//! Every interleaving of a lease against whoever takes the region away. `RUSTFLAGS="--cfg mmun_loom" cargo test --release --test loom`.
+//! Every interleaving of a lease against whoever takes the region away. `RUSTFLAGS="--cfg
+//! mmun_loom" cargo test --release --test loom`.
 #![cfg(mmun_loom)]
 
 use loom::cell::UnsafeCell;
@@ -23,11 +24,13 @@ struct Memory {
 struct Registered {
     key: usize,
     contents: usize,
-    /// Read under leases, and written when it is deregistered: models notice if the one is not ordered before the other.
+    /// Read under leases, and written when it is deregistered: models notice if the one is not
+    /// ordered before the other.
     touched: UnsafeCell<()>,
 }
 
-// SAFETY: Leases are ordered before the deregistration; that this is so is what the models are about.
+// SAFETY: Leases are ordered before the deregistration; that this is so is what the models are
+// about.
 unsafe impl Sync for Registered {}
 
 struct Dma(Arc<Memory>);
@@ -165,7 +168,8 @@ fn the_last_lease_deregisters() {
     });
 }
 
-/// A lease ends on another thread, and its slot is used again at once: who takes the first region away must know that end.
+/// A lease ends on another thread, and its slot is used again at once: who takes the first region
+/// away must know that end.
 #[test]
 fn a_slot_that_another_thread_has_freed() {
     model(|| {

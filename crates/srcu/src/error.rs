@@ -5,8 +5,8 @@ use std::fmt;
 
 /// The wait was refused, because what it would wait for is the calling thread itself.
 ///
-/// Nothing was waited for and nothing was changed. Leave the read section first (drop its guard), or, in a callback,
-/// hand the wait to another thread.
+/// Nothing was waited for and nothing was changed. Leave the read section first (drop its guard),
+/// or, in a callback, hand the wait to another thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct WouldDeadlock;
 

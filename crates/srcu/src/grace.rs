@@ -1,18 +1,21 @@
 //! Grace periods: a state machine that anybody moves, and nobody waits in.
 //!
-//! Sections count in one of two banks. A grace period ends when, since it began, each bank has been *found quiet* once:
-//! as many ends as beginnings. At rest one look at both banks is enough. Otherwise new sections are sent to a bank
-//! that was found quiet already, and the other one drains.
+//! Sections count in one of two banks. A grace period ends when, since it began, each bank has been
+//! *found quiet* once: as many ends as beginnings. At rest one look at both banks is enough.
+//! Otherwise new sections are sent to a bank that was found quiet already, and the other one
+//! drains.
 //!
 //! 1. *idle*: `seq` is even.
 //! 2. *scan*: `seq` is odd; `open` says which banks have not been found quiet.
-//! 3. *blocked*: a scan found the stale bank, the one that gets no new sections, still in use. If somebody is interested
-//!    then `waiting` names the bank and who is to be told, and there was another look at the bank after that was written.
+//! 3. *blocked*: a scan found the stale bank, the one that gets no new sections, still in use. If
+//!    somebody is interested then `waiting` names the bank and who is to be told, and there was
+//!    another look at the bank after that was written.
 //! 4. Both quiet: `seq` is advanced, those interested are told, idle again.
 //!
-//! Why both banks, and not just the one in use: a reader may have loaded the index, and slept before it counted. It
-//! counts in a bank that two grace periods may have turned over in the meantime; only a scan of either bank, in every
-//! grace period, is sure to see it. `docs/ordering.md` has the argument in full.
+//! Why both banks, and not just the one in use: a reader may have loaded the index, and slept
+//! before it counted. It counts in a bank that two grace periods may have turned over in the
+//! meantime; only a scan of either bank, in every grace period, is sure to see it.
+//! `docs/ordering.md` has the argument in full.
 
 use crate::raw::barrier;
 use crate::raw::reclaimer;
@@ -56,21 +59,23 @@ enum Step {
 impl State {
     /// The sequence number at which a grace period that begins after this call has ended.
     pub(crate) fn snapshot(&self) -> u64 {
-        // ORDER(srcu-snapshot): Full fence between the caller's unlinking and the look at `seq`. Partner: the heavy fence
-        // of the grace period's first scan, after it made `seq` odd. If we read the number from before, readers behind
-        // that scan see the unlinking. Model: loom `grace_periods_are_shared`.
+        // ORDER(srcu-snapshot): Full fence between the caller's unlinking and the look at `seq`.
+        // Partner: the heavy fence of the grace period's first scan, after it made `seq` odd. If we
+        // read the number from before, readers behind that scan see the unlinking. Model: loom
+        // `grace_periods_are_shared`.
         if !mutant("no_fence_in_snapshot") {
             fence(Ordering::SeqCst);
         }
         let seq = self.updater.seq.load(Ordering::Relaxed);
-        // Even: the next one. Odd: not the one under way, whose scan may have been before the unlinking, but the one after.
+        // Even: the next one. Odd: not the one under way, whose scan may have been before the
+        // unlinking, but the one after.
         let ahead = if mutant("joins_running_grace_period") { 2 } else { 3 };
         (seq + ahead) & !1
     }
 
     pub(crate) fn passed(&self, want: u64) -> bool {
-        // ORDER(srcu-ended): Acquire for what the readers did, which the thread that ended it acquired from them. Partner:
-        // the Release in `end`.
+        // ORDER(srcu-ended): Acquire for what the readers did, which the thread that ended it
+        // acquired from them. Partner: the Release in `end`.
         self.updater.seq.load(Ordering::Acquire) >= want
     }
 
@@ -103,8 +108,8 @@ impl State {
         }
     }
 
-    /// Moves grace periods on, without waiting, until `want` has passed; if it has not, the reclaimer will be told when it
-    /// makes sense to try again.
+    /// Moves grace periods on, without waiting, until `want` has passed; if it has not, the
+    /// reclaimer will be told when it makes sense to try again.
     pub(crate) fn drive(&self, want: u64) -> bool {
         while !self.passed(want) {
             let mut gp = self.updater.gp.lock();
@@ -123,7 +128,8 @@ impl State {
     fn step(&self, gp: &mut Gp, who: u32) -> Step {
         let Announced { bank, interest } = gp.announced;
         if interest != 0 && interest == gp.interest && !self.looks_quiet(bank) {
-            // Whoever ends the last section tells us, so there is no need for another heavy fence to know better.
+            // Whoever ends the last section tells us, so there is no need for another heavy fence
+            // to know better.
             return Step::Blocked(bank);
         }
         let seq = self.updater.seq.load(Ordering::Relaxed);
@@ -144,7 +150,8 @@ impl State {
             let index = self.index.load(Ordering::Relaxed);
             let mut stale = index & 1 ^ 1;
             if !gp.open[stale] {
-                // Relaxed: readers may use either bank at any time; this only lets the other one drain.
+                // Relaxed: readers may use either bank at any time; this only lets the other one
+                // drain.
                 self.index.store(index ^ 1, Ordering::Relaxed);
                 stale ^= 1;
             }
@@ -155,9 +162,10 @@ impl State {
             self.waiting[stale ^ 1].store(0, Ordering::Relaxed);
             self.waiting[stale].store(gp.interest, Ordering::Relaxed);
             gp.announced = announce;
-            // ORDER(srcu-wake): Between the announcement and another look at the ends. Partner: the light fence between the end
-            // of a section and its look at `waiting`. Either the reader sees the announcement, or we see the end. (The
-            // fence in `scan` comes after its look at the ends.) Model: loom `a_wake_up_is_not_lost`.
+            // ORDER(srcu-wake): Between the announcement and another look at the ends. Partner: the
+            // light fence between the end of a section and its look at `waiting`. Either the reader
+            // sees the announcement, or we see the end. (The fence in `scan` comes after its look
+            // at the ends.) Model: loom `a_wake_up_is_not_lost`.
             if !mutant("no_fence_after_announcement") {
                 barrier::heavy();
             }
@@ -171,10 +179,11 @@ impl State {
     fn scan(&self, open: &mut [bool; 2]) {
         let swapped = mutant("locks_before_unlocks");
         let first = if swapped { self.locked() } else { self.unlocked() };
-        // ORDER(srcu-enter): Between the unlinking and the sum of beginnings. Partner: the light fence of a reader between its
-        // count and its first read. Either the sum has the reader, or the reader sees the unlinking.
-        // ORDER(srcu-scan): Between the sums: every end summed has its beginning summed too, so that equal sums mean that
-        // no section counted is open. Partner: the program order of a section. Model: loom `s_86_a_late_reader_is_not_missed`.
+        // ORDER(srcu-enter): Between the unlinking and the sum of beginnings. Partner: the light
+        // fence of a reader between its count and its first read. Either the sum has the reader, or
+        // the reader sees the unlinking. ORDER(srcu-scan): Between the sums: every end summed has
+        // its beginning summed too, so that equal sums mean that no section counted is open.
+        // Partner: the program order of a section. Model: loom `s_86_a_late_reader_is_not_missed`.
         if !mutant("no_heavy_fence") {
             barrier::heavy();
         }
@@ -205,8 +214,8 @@ impl State {
         sums
     }
 
-    /// A look without a fence between the sums. Quiet may be wrong and wants a `scan`. In use may be late: then a section has
-    /// ended whose end has not reached us yet.
+    /// A look without a fence between the sums. Quiet may be wrong and wants a `scan`. In use may
+    /// be late: then a section has ended whose end has not reached us yet.
     fn looks_quiet(&self, bank: usize) -> bool {
         self.unlocked()[bank] == self.locked()[bank]
     }
@@ -247,7 +256,8 @@ impl State {
         self.unlocked() != self.locked()
     }
 
-    /// Begins the grace period under way again, in the child of a fork: its mover may have been in the middle of it.
+    /// Begins the grace period under way again, in the child of a fork: its mover may have been in
+    /// the middle of it.
     #[cfg(not(mmun_loom))]
     pub(crate) fn restart(&self) {
         if self.updater.seq.load(Ordering::Relaxed) & 1 == 1 {

@@ -1,12 +1,15 @@
-//! Everything unsafe, in small modules under one roof; the rest of the crate is `deny(unsafe_code)`.
+//! Everything unsafe, in small modules under one roof; the rest of the crate is
+//! `deny(unsafe_code)`.
 //!
 //! # Safety
 //! Three facts carry nearly every block below.
 //!
-//! 1. A [`state::State`] lives in pages that are never unmapped. It is recycled when its count reaches zero; the count
-//!    covers the `Srcu` handle, the place in the reclaimer's inbox and the batch being worked on.
+//! 1. A [`state::State`] lives in pages that are never unmapped. It is recycled when its count
+//!    reaches zero; the count covers the `Srcu` handle, the place in the reclaimer's inbox and the
+//!    batch being worked on.
 //! 2. Guards borrow the `Srcu`, so nobody is in, or still leaving, a section when the handle goes.
-//! 3. A slot is written by one thread: the one whose robust mutex in [`ids`] the kernel has not yet seen die.
+//! 3. A slot is written by one thread: the one whose robust mutex in [`ids`] the kernel has not yet
+//!    seen die.
 
 pub(crate) mod barrier;
 pub(crate) mod callback;
@@ -26,7 +29,8 @@ pub(crate) mod state;
 pub(crate) mod table;
 pub(crate) mod thread;
 
-/// Ends the process with one line on stderr; allocates nothing, since it may be called inside an allocator.
+/// Ends the process with one line on stderr; allocates nothing, since it may be called inside an
+/// allocator.
 #[cfg(not(mmun_loom))]
 #[cold]
 fn die(why: &'static str) -> ! {

@@ -140,7 +140,8 @@ impl Srcu {
     /// such a wait hangs.
     ///
     /// # Source
-    /// `srcu_down_read` and `srcu_up_read`, include/linux/srcu.h. Differs: the token ends the section when dropped.
+    /// `srcu_down_read` and `srcu_up_read`, include/linux/srcu.h. Differs: the token ends the
+    /// section when dropped.
     ///
     /// # Examples
     /// ```
@@ -156,23 +157,29 @@ impl Srcu {
         SendGuard::enter(self.state())
     }
 
-    /// Waits until all sections that began before the call have ended, and sometimes for a bounded number of later ones.
+    /// Waits until all sections that began before the call have ended, and sometimes for a bounded
+    /// number of later ones.
     ///
-    /// What was unlinked before the call can be freed after it. Callers at the same time share grace periods.
+    /// What was unlinked before the call can be freed after it. Callers at the same time share
+    /// grace periods.
     ///
-    /// If no grace period is under way at the call, sections that begin later are not waited for. If one is (because of
-    /// another `synchronize`, a [`call`](Self::call) or a [`start_poll`](Self::start_poll)), this waits for the one after it:
-    /// the one under way may have looked for readers before the caller's unlinking. The next one begins when that one has
-    /// ended. Until then new sections count in the same bank as older ones, so sections that begin before the next grace
-    /// period does are waited for, too; sections that begin after it are not. A reader preempted in the middle of
-    /// `read_lock` may have chosen its bank earlier, and is waited for as well. No stream of new sections holds a caller up.
+    /// If no grace period is under way at the call, sections that begin later are not waited for.
+    /// If one is (because of another `synchronize`, a [`call`](Self::call) or a
+    /// [`start_poll`](Self::start_poll)), this waits for the one after it: the one under way may
+    /// have looked for readers before the caller's unlinking. The next one begins when that one has
+    /// ended. Until then new sections count in the same bank as older ones, so sections that begin
+    /// before the next grace period does are waited for, too; sections that begin after it are not.
+    /// A reader preempted in the middle of `read_lock` may have chosen its bank earlier, and is
+    /// waited for as well. No stream of new sections holds a caller up.
     ///
     /// # Blocking
     /// Spins for a moment, then sleeps until the last of these sections ends.
     /// # Errors
-    /// [`WouldDeadlock`] inside a section ([`read_lock_held`](Self::read_lock_held)) or callback of this domain.
+    /// [`WouldDeadlock`] inside a section ([`read_lock_held`](Self::read_lock_held)) or callback of
+    /// this domain.
     /// # Source
-    /// `synchronize_srcu`, kernel/rcu/srcutree.c. Differs: the kernel hangs where this returns an error.
+    /// `synchronize_srcu`, kernel/rcu/srcutree.c. Differs: the kernel hangs where this returns an
+    /// error.
     #[doc(alias = "synchronize_srcu")]
     pub fn synchronize(&self) -> Result<(), WouldDeadlock> {
         let state = self.state();
@@ -197,7 +204,8 @@ impl Srcu {
     /// Requests a grace period without waiting for it. [`poll`](Self::poll) tells when it has
     /// ended.
     ///
-    /// May be called inside sections and callbacks. Allocates nothing after [`prepare`](Self::prepare).
+    /// May be called inside sections and callbacks. Allocates nothing after
+    /// [`prepare`](Self::prepare).
     ///
     /// # Panics
     /// If the reclaimer thread has to be started and cannot be.

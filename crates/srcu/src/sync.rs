@@ -1,4 +1,5 @@
-//! The primitives that models replace: from `loom` under `cfg(mmun_loom)`, from `std` otherwise; and the switch for mutants.
+//! The primitives that models replace: from `loom` under `cfg(mmun_loom)`, from `std` otherwise;
+//! and the switch for mutants.
 
 #[cfg(mmun_loom)]
 pub(crate) use loom::{
@@ -11,8 +12,9 @@ pub(crate) use std::{
     sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence},
 };
 
-/// A fence at which models may switch threads. `loom`'s own is glued to the operation before it: no thread ever runs between a
-/// store and the fence behind it. A relaxed read-modify-write that all fences share is a place to switch and adds no order.
+/// A fence at which models may switch threads. `loom`'s own is glued to the operation before it: no
+/// thread ever runs between a store and the fence behind it. A relaxed read-modify-write that all
+/// fences share is a place to switch and adds no order.
 #[cfg(mmun_loom)]
 pub(crate) fn fence(order: Ordering) {
     loom::lazy_static! { static ref POINT: AtomicUsize = AtomicUsize::new(0); }
@@ -20,10 +22,11 @@ pub(crate) fn fence(order: Ordering) {
     loom::sync::atomic::fence(order);
 }
 
-/// Whether this run is to do without the named fence, scan or check, to show that its model would notice.
+/// Whether this run is to do without the named fence, scan or check, to show that its model would
+/// notice.
 ///
-/// Chosen by the environment variable `MMUN_MUTANT`, in models and under `--cfg 'mmun_mutant="env"'` only. Chosen at run time,
-/// so that trying all of them takes one build.
+/// Chosen by the environment variable `MMUN_MUTANT`, in models and under `--cfg
+/// 'mmun_mutant="env"'` only. Chosen at run time, so that trying all of them takes one build.
 #[cfg(not(any(mmun_loom, mmun_mutant = "env")))]
 #[inline(always)]
 pub(crate) const fn mutant(_name: &str) -> bool {

@@ -1,19 +1,19 @@
 //! One word for each thread, reached without a call.
 //!
 //! In a library that is loaded by `dlopen`, the standard library's thread-locals are reached by
-//! `__tls_get_addr`, which allocates at a thread's first use, and again after later loads. A section
-//! may begin inside `malloc`, so it must not allocate.
+//! `__tls_get_addr`, which allocates at a thread's first use, and again after later loads. A
+//! section may begin inside `malloc`, so it must not allocate.
 //!
 //! On x86-64 with glibc the words are therefore in the **initial-exec** model: before `dlopen`
 //! returns, the loader gives them a place beside each thread's own block, in threads that already
-//! run as well. Reading one takes two instructions. Rust has no stable way to ask for that model, so
-//! the words are declared in assembly. All such libraries of a process share 1.6 KiB that glibc
+//! run as well. Reading one takes two instructions. Rust has no stable way to ask for that model,
+//! so the words are declared in assembly. All such libraries of a process share 1.6 KiB that glibc
 //! sets aside, so the words are few.
 //!
 //! Elsewhere, and under loom and Miri, a word is a thread-local of the standard library.
 
-/// Declares words, one for each thread, with the value that each thread starts with. They have `get`,
-/// `set` and `add`.
+/// Declares words, one for each thread, with the value that each thread starts with. They have
+/// `get`, `set` and `add`.
 ///
 /// Not part of the interface of this crate: it is public for `mmu-notifier`, whose brackets begin
 /// where sections do.

@@ -1,7 +1,7 @@
 //! The child of a real `fork`.
 //!
-//! A program of its own, one test at a time: a child runs the callbacks that it inherits, and those of other tests may wait for
-//! threads that it does not have.
+//! A program of its own, one test at a time: a child runs the callbacks that it inherits, and those
+//! of other tests may wait for threads that it does not have.
 #![cfg(not(mmun_loom))]
 
 use srcu::Srcu;
@@ -139,7 +139,8 @@ fn a_callback_that_forks_leaves_a_reclaimer_in_both() {
     first.call(move || {
         let good = in_child(|| {
             in_callback.synchronize().unwrap();
-            // This thread is the reclaimer, so it cannot wait for callbacks; that it may not is the answer wanted.
+            // This thread is the reclaimer, so it cannot wait for callbacks; that it may not is the
+            // answer wanted.
             in_callback.call(|| ());
             in_callback.barrier().is_err()
         });
@@ -170,9 +171,9 @@ fn a_child_with_its_parents_number_is_told_from_it() {
     }));
 }
 
-/// The standard library has a lock that each of its threads takes as it starts and as it ends. A fork
-/// copies that lock as it is: if the reclaimer of a child needed it, the child would wait for a thread
-/// that it does not have.
+/// The standard library has a lock that each of its threads takes as it starts and as it ends. A
+/// fork copies that lock as it is: if the reclaimer of a child needed it, the child would wait for
+/// a thread that it does not have.
 #[test]
 fn a_child_has_its_reclaimer_whatever_threads_were_starting_in_the_parent() {
     let _alone = alone();

@@ -1,10 +1,12 @@
-//! Models: every interleaving and every allowed reordering of small programs, within the bound on preemptions.
+//! Models: every interleaving and every allowed reordering of small programs, within the bound on
+//! preemptions.
 //!
 //! `RUSTFLAGS="--cfg mmun_loom" cargo test -p srcu --release --test loom --target-dir target/loom`
 //!
-//! A model that cannot fail proves nothing, so each has mutants, in which one fence, scan or check is left out
-//! (`MMUN_MUTANT=no_fence_in_lock`); `mutants_are_caught` runs the models with them and wants them to fail. The membarrier
-//! system call is modelled as the full fence whose place it takes; `docs/ordering.md` argues why it may.
+//! A model that cannot fail proves nothing, so each has mutants, in which one fence, scan or check
+//! is left out (`MMUN_MUTANT=no_fence_in_lock`); `mutants_are_caught` runs the models with them and
+//! wants them to fail. The membarrier system call is modelled as the full fence whose place it
+//! takes; `docs/ordering.md` argues why it may.
 #![cfg(mmun_loom)]
 #![allow(missing_docs, reason = "tests")]
 
@@ -22,8 +24,8 @@ fn model(preemptions: usize, f: impl Fn() + Send + Sync + 'static) {
     builder.check(f);
 }
 
-/// An object that a list shows to readers until it is unlinked, and that is freed by writing to it: `loom` reports a read
-/// that is not ordered before the write.
+/// An object that a list shows to readers until it is unlinked, and that is freed by writing to it:
+/// `loom` reports a read that is not ordered before the write.
 struct Object {
     linked: AtomicBool,
     memory: UnsafeCell<bool>,
@@ -51,7 +53,8 @@ impl Object {
     }
 
     fn use_found(&self) {
-        // SAFETY: It was found in this section, so it must not be freed: that is what the model checks.
+        // SAFETY: It was found in this section, so it must not be freed: that is what the model
+        // checks.
         let alive = self.memory.with(|memory| unsafe { *memory });
         assert!(alive, "a reader used a freed object");
     }
@@ -137,8 +140,9 @@ fn s_85_a_section_sees_all_of_before_or_nothing_of_after() {
     }
 }
 
-/// A reader that loaded the bank before a grace period turned the banks over, and counts in it afterwards. The first
-/// grace period turns them over because of the section that `main` has open at its first scan.
+/// A reader that loaded the bank before a grace period turned the banks over, and counts in it
+/// afterwards. The first grace period turns them over because of the section that `main` has open
+/// at its first scan.
 #[test]
 fn s_86_a_late_reader_is_not_missed() {
     model(3, || {
@@ -164,7 +168,8 @@ fn s_86_a_late_reader_is_not_missed() {
     });
 }
 
-/// The end of a section that began after the sum of beginnings must not be taken for the end of one that began before.
+/// The end of a section that began after the sum of beginnings must not be taken for the end of one
+/// that began before.
 #[test]
 fn a_later_section_does_not_stand_for_an_earlier_one() {
     model(4, || {
@@ -242,7 +247,8 @@ fn a_wake_up_is_not_lost() {
 fn a_handed_over_section_is_waited_for() {
     model(3, || {
         let (srcu, object) = (Arc::new(Srcu::new()), Object::new());
-        // SAFETY: The domain must outlive the guard: every thread drops its handle after the guard is gone.
+        // SAFETY: The domain must outlive the guard: every thread drops its handle after the guard
+        // is gone.
         let forever: &'static Srcu = unsafe { &*Arc::as_ptr(&srcu) };
         let section = forever.down_read();
         object.read();
@@ -289,7 +295,8 @@ fn a_barrier_waits_for_the_calls_of_both_threads() {
     });
 }
 
-/// The reader that ends its section must put the domain back into the inbox, or the batch waits for ever.
+/// The reader that ends its section must put the domain back into the inbox, or the batch waits for
+/// ever.
 #[test]
 fn a_callback_waits_for_the_reader_and_is_not_forgotten() {
     model(3, || {
@@ -372,7 +379,8 @@ fn mutants_are_caught() {
         let mut command = std::process::Command::new(&me);
         let run =
             command.args(["--exact", model]).env("MMUN_MUTANT", mutant).env("RUST_BACKTRACE", "0").output().unwrap();
-        // A panic while another one unwinds ends the process, and then what it said is on the other stream.
+        // A panic while another one unwinds ends the process, and then what it said is on the other
+        // stream.
         let says = [run.stdout, run.stderr].map(|stream| String::from_utf8_lossy(&stream).into_owned()).concat();
         assert!(says.contains("running 1 test"), "there is no model {model}");
         assert!(!run.status.success(), "{model} passes although {mutant} breaks it");

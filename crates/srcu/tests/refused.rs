@@ -1,5 +1,5 @@
-//! A kernel, or a sandbox, that refuses `membarrier`: readers fall back to real fences. One test, since the answer is
-//! kept for the process.
+//! A kernel, or a sandbox, that refuses `membarrier`: readers fall back to real fences. One test,
+//! since the answer is kept for the process.
 #![cfg(not(mmun_loom))]
 
 use srcu::Srcu;

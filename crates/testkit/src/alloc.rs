@@ -10,7 +10,8 @@ thread_local!(static CALLS: Cell<usize> = const { Cell::new(0) });
 pub struct Counting;
 
 impl Counting {
-    /// Returns how often `f` called the allocator in this thread, to allocate or to free. Zero if another one is installed.
+    /// Returns how often `f` called the allocator in this thread, to allocate or to free. Zero if
+    /// another one is installed.
     pub fn calls(f: impl FnOnce()) -> usize {
         let before = CALLS.get();
         f();

@@ -37,8 +37,9 @@ pub enum Cap {
 /// If not, it prints `SKIP test: reason`, the test being the one that runs in this thread.
 ///
 /// # Panics
-/// If the machine lacks it and the environment says `MMUN_REQUIRE=all`, unless `MMUN_WITHOUT` lists it, such as `kvm rdma`: no package
-/// brings a processor's virtualisation, a device or another kernel.
+/// If the machine lacks it and the environment says `MMUN_REQUIRE=all`, unless `MMUN_WITHOUT` lists
+/// it, such as `kvm rdma`: no package brings a processor's virtualisation, a device or another
+/// kernel.
 pub fn require(cap: Cap) -> bool {
     let Err(reason) = probe(cap) else { return true };
     let current = thread::current();
@@ -51,18 +52,20 @@ pub fn require(cap: Cap) -> bool {
     false
 }
 
-/// Whether this is the machine of `cargo xtask guest`, which has everything that an operation may ask for.
+/// Whether this is the machine of `cargo xtask guest`, which has everything that an operation may
+/// ask for.
 pub fn is_guest() -> bool {
     fs::read_to_string("/proc/cmdline").is_ok_and(|line| line.split_whitespace().any(|word| word == "mmun.guest"))
 }
 
-/// How many rounds a hunt for a race takes: `full`, or a tenth in the machine of `cargo xtask guest`, where software emulation
-/// makes each some twenty times dearer.
+/// How many rounds a hunt for a race takes: `full`, or a tenth in the machine of `cargo xtask
+/// guest`, where software emulation makes each some twenty times dearer.
 pub fn rounds(full: usize) -> usize {
     if is_guest() { full.div_ceil(10) } else { full }
 }
 
-/// Tells whether a program that a test can do without is in `PATH`. If not, it prints `SKIP test: reason`.
+/// Tells whether a program that a test can do without is in `PATH`. If not, it prints `SKIP test:
+/// reason`.
 pub fn has_optional_program(name: &str) -> bool {
     let is_there = has_program(name);
     if !is_there {
@@ -143,7 +146,8 @@ fn userfaultfd() -> io::Result<()> {
     let mut api = [0xaa_u64, 1 << 15, 0];
     // SAFETY: takes an integer, returns a descriptor.
     let descriptor = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
-    // SAFETY: the call reads and writes a `struct uffdio_api`, which has 24 bytes; a descriptor of -1 is refused.
+    // SAFETY: the call reads and writes a `struct uffdio_api`, which has 24 bytes; a descriptor of
+    // -1 is refused.
     let answer = unsafe { libc::ioctl(descriptor as i32, UFFDIO_API, api.as_mut_ptr()) };
     let error = io::Error::last_os_error();
     close(descriptor)?;
@@ -183,8 +187,8 @@ fn i386_getpid() -> Result<(), String> {
         -1 => Err(format!("fork: {}", io::Error::last_os_error())),
         0 => {
             let pid: i64;
-            // SAFETY: `getpid` by its 32-bit number reads and writes no memory; the 64-bit kernel keeps the registers but r8
-            // to r11, and those are declared lost.
+            // SAFETY: `getpid` by its 32-bit number reads and writes no memory; the 64-bit kernel
+            // keeps the registers but r8 to r11, and those are declared lost.
             unsafe {
                 std::arch::asm!("int 0x80", inlateout("rax") 20_i64 => pid,
                     out("r8") _, out("r9") _, out("r10") _, out("r11") _);

@@ -10,8 +10,8 @@ use std::{fs, process, thread};
 pub struct Cgroup(PathBuf);
 
 impl Cgroup {
-    /// Makes one below the root of the hierarchy. If that cannot be, it prints `SKIP test: reason`, the test being the one that
-    /// runs in this thread.
+    /// Makes one below the root of the hierarchy. If that cannot be, it prints `SKIP test: reason`,
+    /// the test being the one that runs in this thread.
     #[must_use]
     pub fn new_or_skip() -> Option<Cgroup> {
         let new = Cgroup::new();

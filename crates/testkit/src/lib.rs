@@ -1,5 +1,5 @@
-//! What the tests of several crates share: probes for what this machine can do, forked children, a counting allocator, and the reference model of the core.
-//! Not published.
+//! What the tests of several crates share: probes for what this machine can do, forked children, a
+//! counting allocator, and the reference model of the core. Not published.
 //!
 //! A test that needs more than a Rust toolchain begins like this:
 //!

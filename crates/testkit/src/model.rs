@@ -1,10 +1,12 @@
-//! The reference model of the core: plain vectors, one thread, every rule written out. Slow and obviously right.
+//! The reference model of the core: plain vectors, one thread, every rule written out. Slow and
+//! obviously right.
 //!
-//! It says what each operation returns and which callbacks it makes, in order. The real core is run on the same
-//! operations and must agree. Whoever operates is a number: brackets belong to a thread, and what waits for those of its own
-//! thread is refused. What would wait for other threads' is told by [`Model::blockers`]: the operation is begun, then those
-//! brackets are ended, and then it must be over. Frees are asynchronous, so the model says which notifiers have been freed
-//! only where `synchronize` succeeds.
+//! It says what each operation returns and which callbacks it makes, in order. The real core is run
+//! on the same operations and must agree. Whoever operates is a number: brackets belong to a
+//! thread, and what waits for those of its own thread is refused. What would wait for other
+//! threads' is told by [`Model::blockers`]: the operation is begun, then those brackets are ended,
+//! and then it must be over. Frees are asynchronous, so the model says which notifiers have been
+//! freed only where `synchronize` succeeds.
 
 mod intervals;
 mod shadows;
@@ -197,7 +199,8 @@ impl Model {
         self.brackets.iter().flatten().any(|bracket| bracket.thread == thread)
     }
 
-    /// The brackets of other threads that one which waits for those of `mm` waits for, and their threads.
+    /// The brackets of other threads that one which waits for those of `mm` waits for, and their
+    /// threads.
     #[must_use]
     pub fn blockers(&self, thread: usize, mm: usize) -> Vec<(usize, usize)> {
         let open = self.brackets.iter().enumerate().filter_map(|(number, bracket)| Some((number, bracket.as_ref()?)));
@@ -386,7 +389,8 @@ impl Model {
                 continue;
             }
             match self.notifiers[notifier].kind {
-                // Also one that refuses: what it would have refused it was not asked, or there would be no bracket.
+                // Also one that refuses: what it would have refused it was not asked, or there
+                // would be no bracket.
                 Kind::Plain { .. } => self.calls.push(Callback::End(notifier)),
                 Kind::Tlb => {}
                 Kind::Shadow { watched } => self.shadow_end(notifier, watched, pages),
@@ -429,13 +433,15 @@ impl Model {
         self.notifiers.len()
     }
 
-    /// Whether a bracket of an address space would call anybody, as far as it can be known without looking.
+    /// Whether a bracket of an address space would call anybody, as far as it can be known without
+    /// looking.
     #[must_use]
     pub fn has_notifiers(&self, mm: usize) -> bool {
         !self.mms[mm].listed.is_empty() || self.mms[mm].has_intervals
     }
 
-    /// Whether every subscriber that is listed has users, is listed once, and is not freed: what the model itself relies on.
+    /// Whether every subscriber that is listed has users, is listed once, and is not freed: what
+    /// the model itself relies on.
     #[must_use]
     pub fn is_sound(&self) -> bool {
         let listed = || self.mms.iter().flat_map(|mm| &mm.listed);

@@ -15,7 +15,8 @@ fn timer(signal: i32) -> io::Result<libc::timer_t> {
     }
 }
 
-/// Tells whether a timer can be made: each takes one of the signals that the user's processes may have queued.
+/// Tells whether a timer can be made: each takes one of the signals that the user's processes may
+/// have queued.
 ///
 /// If not, it prints `SKIP test: reason`, the test being the one that runs in this thread.
 pub fn has_timers() -> bool {

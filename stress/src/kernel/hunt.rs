@@ -1,8 +1,9 @@
 //! A hunt for stale reads under the kernel source.
 //!
-//! Readers cache what pages hold, each page being stamped with a version. Others take the pages away in every way, and stamp
-//! what comes in their place with the next version: first the change, then a note that it is over, then the stamp. A reader looks at
-//! the notes, asks the source, looks into its cache, and asks the source again. If the source says that nothing changed, an entry
+//! Readers cache what pages hold, each page being stamped with a version. Others take the pages
+//! away in every way, and stamp what comes in their place with the next version: first the change,
+//! then a note that it is over, then the stamp. A reader looks at the notes, asks the source, looks
+//! into its cache, and asks the source again. If the source says that nothing changed, an entry
 //! older than the note is a stale read.
 
 use mmu_notifier::{InvalidateRange, Notifier, Registration, Va, VaRange};
@@ -133,7 +134,8 @@ impl World {
 
     fn map_file(&self, page: usize) {
         let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_FIXED);
-        // SAFETY: over a page of ours, which is only read by system calls, and written by this thread.
+        // SAFETY: over a page of ours, which is only read by system calls, and written by this
+        // thread.
         let at = unsafe { libc::mmap(self.address(page), PAGE, protection, flags, self.files[page].as_raw_fd(), 0) };
         assert_ne!(at, libc::MAP_FAILED);
     }
@@ -145,7 +147,8 @@ impl World {
     }
 
     fn write(&self, page: usize, version: u64) {
-        // SAFETY: the page is mapped, and this thread alone changes it. Readers copy it by a system call.
+        // SAFETY: the page is mapped, and this thread alone changes it. Readers copy it by a system
+        // call.
         unsafe { self.address(page).cast::<u64>().write_volatile(version) }
     }
 
@@ -172,7 +175,8 @@ impl World {
                 self.change_file(page, random)
             }
             versions[page] += 1;
-            // ORDER: Release: the change is over. The reader's load is Acquire: its look at the source comes after.
+            // ORDER: Release: the change is over. The reader's load is Acquire: its look at the
+            // source comes after.
             self.over[page].store(versions[page], Ordering::Release);
             self.write(page, versions[page]);
             self.tally.changes.fetch_add(1, Ordering::Relaxed);

@@ -1,4 +1,5 @@
-//! Everybody at once: some settle, fill, arm and drain while others change armed memory, and nobody may be held up for long.
+//! Everybody at once: some settle, fill, arm and drain while others change armed memory, and nobody
+//! may be held up for long.
 //!
 //! A watch looks at when each thread began what it is doing.
 
@@ -36,7 +37,8 @@ impl Notifier for Listens {
     }
 }
 
-/// Rushes for so long. Ends the process if something takes longer than `patience`: its threads could not be joined.
+/// Rushes for so long. Ends the process if something takes longer than `patience`: its threads
+/// could not be joined.
 pub(crate) fn rush(kernel: &Arc<Kernel>, length: Duration, patience: Duration) -> [Pace; 7] {
     let paces: [Pace; 7] = std::array::from_fn(|_| Pace::default());
     let listens = Registration::new(&mmu_source::current(), Listens(AtomicU64::new(0))).expect("outside of brackets");

@@ -60,7 +60,8 @@ impl Actor {
             80..96 => self.fault(None),
             96..98 => {
                 let number = self.random.below(SPACES);
-                // Nothing that this thread does may wait while it is the last user of something it waits for.
+                // Nothing that this thread does may wait while it is the last user of something it
+                // waits for.
                 drop(space);
                 self.world.replace(number);
             }
@@ -203,7 +204,8 @@ impl Actor {
         drop(frame);
     }
 
-    /// Opens a bracket, changes the frame in it, and does in it what a callback or a source might do.
+    /// Opens a bracket, changes the frame in it, and does in it what a callback or a source might
+    /// do.
     fn invalidate(&mut self, space: &Space, depth: usize) {
         add(&self.world.counts.brackets);
         let first = self.random.below(16) as u64;
@@ -239,7 +241,8 @@ impl Actor {
     fn inside(&mut self, space: &Space, depth: usize) {
         match self.random.below(8) {
             0 => drop(take(&mut self.subscriptions, &mut self.random)),
-            // Only of this address space: another's could wait for a bracket that waits for this one.
+            // Only of this address space: another's could wait for a bracket that waits for this
+            // one.
             1 => {
                 if let Some(at) = self.intervals.iter().position(|(interval, _)| interval.mm() == &*space.mm) {
                     drop(self.intervals.swap_remove(at));
@@ -275,8 +278,9 @@ impl Actor {
         }
     }
 
-    /// Puts the frame into a shadow, if nothing has changed, and looks whether what is there is true.
-    /// Inside a bracket of `here`, intervals of other address spaces are left alone: reading those waits.
+    /// Puts the frame into a shadow, if nothing has changed, and looks whether what is there is
+    /// true. Inside a bracket of `here`, intervals of other address spaces are left alone: reading
+    /// those waits.
     fn fault(&mut self, here: Option<&Mm>) {
         if let Some((shadow, frame)) = pick(&self.shadows, &mut self.random) {
             let snapshot = shadow.snapshot(page());
@@ -304,7 +308,8 @@ impl Actor {
         }
     }
 
-    /// The frame changes only while no shadow has an entry of it, so whoever holds the shadow's lock sees both agree.
+    /// The frame changes only while no shadow has an entry of it, so whoever holds the shadow's
+    /// lock sees both agree.
     fn look(&self, shadow: &Shadow, frame: &AtomicU64) {
         let good = shadow.entry.is_none_or(|entry| entry == frame.load(Ordering::Relaxed));
         self.world.check(good, "a stale entry");

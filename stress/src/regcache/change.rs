@@ -49,7 +49,8 @@ pub(super) fn run(
                 mmu_source::current().with_invalidation(buffer.range(), Event::Unmap, |_| change());
             }
             (Source::Rehearsal, Some(kernel)) if !silent => {
-                // A rehearsal cannot wait for changes under way, so what was registered between event and change is told again.
+                // A rehearsal cannot wait for changes under way, so what was registered between
+                // event and change is told again.
                 tell(kernel, buffer);
                 change();
                 tell(kernel, buffer);
@@ -91,7 +92,8 @@ fn protect(buffer: &Buffer) {
     }
 }
 
-/// Moves the pages elsewhere; there are others in their place at once, so that nobody else is given the addresses.
+/// Moves the pages elsewhere; there are others in their place at once, so that nobody else is given
+/// the addresses.
 fn shift(buffer: &Buffer) {
     let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP;
     // Linux 6.18 refuses it for a part of a mapping, after having split the mapping.

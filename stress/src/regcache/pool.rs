@@ -20,7 +20,8 @@ pub(super) struct Buffer {
     pub(super) changing: Mutex<()>,
 }
 
-// SAFETY: The pointer is an address for system calls; bytes behind it are written under `changing` only.
+// SAFETY: The pointer is an address for system calls; bytes behind it are written under `changing`
+// only.
 unsafe impl Send for Buffer {}
 // SAFETY: As above.
 unsafe impl Sync for Buffer {}
@@ -70,7 +71,8 @@ impl Buffer {
     pub(super) fn fill(&self, version: u64) {
         for word in 0..self.len / 8 {
             let place = self.start.cast::<u64>().wrapping_add(word);
-            // SAFETY: The word lies in the mapping, which is writable; the kernel alone reads it at the same time.
+            // SAFETY: The word lies in the mapping, which is writable; the kernel alone reads it at
+            // the same time.
             unsafe { place.write_volatile(pattern(version, self.start.addr(), word)) };
         }
     }

@@ -45,7 +45,8 @@ impl Worker {
 
     /// Does one request and returns its result.
     fn transfer(&mut self, entry: &squeue::Entry) -> i32 {
-        // SAFETY: The caller keeps the lease until this returns; memory that goes away fails the request, or is pinned.
+        // SAFETY: The caller keeps the lease until this returns; memory that goes away fails the
+        // request, or is pinned.
         unsafe { self.ring.submission().push(entry) }.expect("one request at a time");
         loop {
             match self.ring.submit_and_wait(1) {

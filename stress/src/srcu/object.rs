@@ -29,7 +29,8 @@ unsafe impl Send for Found {}
 
 #[derive(Debug)]
 pub(crate) struct World {
-    /// Movable sections are not opened in the first one, since in the child of a fork they would stay open.
+    /// Movable sections are not opened in the first one, since in the child of a fork they would
+    /// stay open.
     pub(crate) domains: [Srcu; DOMAINS],
     cells: [[AtomicPtr<Object>; CELLS]; DOMAINS],
     /// A ring, and not something with a lock, which a fork could leave locked.
@@ -59,8 +60,8 @@ impl World {
 
     /// Counts an error if the object was freed.
     pub(crate) fn check(&self, found: Found) {
-        // SAFETY: The object must be allocated: the caller is in the section it was found in; and if the crate is broken, freed
-        // objects are kept allocated for long.
+        // SAFETY: The object must be allocated: the caller is in the section it was found in; and
+        // if the crate is broken, freed objects are kept allocated for long.
         let state = unsafe { found.0.as_ref() }.state.load(Ordering::Relaxed);
         if state != ALIVE {
             add(&self.counts.errors);
@@ -76,7 +77,8 @@ impl World {
 
     /// Frees an object whose grace period is over.
     pub(crate) fn free(&self, found: Found) {
-        // SAFETY: Needs a box that nobody else will give up: objects come from `replace`, and whoever unlinked one frees it once.
+        // SAFETY: Needs a box that nobody else will give up: objects come from `replace`, and
+        // whoever unlinked one frees it once.
         let object = unsafe { Box::from_raw(found.0.as_ptr()) };
         let before = object.state.swap(FREED, Ordering::Relaxed);
         if before != ALIVE {
@@ -86,7 +88,8 @@ impl World {
         let place = &self.kept[self.next_kept.fetch_add(1, Ordering::Relaxed) % KEPT];
         let oldest = place.swap(Box::into_raw(object), Ordering::AcqRel);
         if !oldest.is_null() {
-            // SAFETY: Needs a box that nobody else has: from `into_raw` above, and the swap gave it to us alone.
+            // SAFETY: Needs a box that nobody else has: from `into_raw` above, and the swap gave it
+            // to us alone.
             drop(unsafe { Box::from_raw(oldest) });
         }
     }

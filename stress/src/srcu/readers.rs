@@ -10,8 +10,8 @@ use std::time::Duration;
 
 type Moved = (SendGuard<'static>, Option<Found>);
 
-/// Where sections wait for the thread that ends them. Not a channel: the standard library's has fences that ThreadSanitizer
-/// does not know.
+/// Where sections wait for the thread that ends them. Not a channel: the standard library's has
+/// fences that ThreadSanitizer does not know.
 pub(crate) static MAILBOX: [AtomicPtr<Moved>; 16] = [const { AtomicPtr::new(std::ptr::null_mut()) }; 16];
 
 /// Threads that follow one another, so that numbers and slots are recycled.
@@ -84,7 +84,8 @@ fn end_section(world: &World, moved: *mut Moved) {
     if moved.is_null() {
         return;
     }
-    // SAFETY: Needs a box that nobody else has: from `move_section`, and a swap gave it to the caller alone.
+    // SAFETY: Needs a box that nobody else has: from `move_section`, and a swap gave it to the
+    // caller alone.
     let (section, found) = *unsafe { Box::from_raw(moved) };
     if let Some(found) = found {
         world.check(found);

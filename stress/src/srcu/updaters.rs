@@ -1,4 +1,5 @@
-//! Updaters: every way to wait for a grace period, callbacks that misbehave, short-lived domains, forks.
+//! Updaters: every way to wait for a grace period, callbacks that misbehave, short-lived domains,
+//! forks.
 
 use super::add;
 use super::object::{DOMAINS, Found, World};
@@ -35,7 +36,8 @@ pub(crate) fn update(world: &'static World, stop: &AtomicBool, mut random: Rando
             50..52 => odd_callback(world, domain, old, &mut random),
             _ => {
                 let section = random.one_in(4).then(|| srcu.read_lock());
-                // SAFETY: The object is unlinked, its head unused, and `Found::free` frees it once, on any thread.
+                // SAFETY: The object is unlinked, its head unused, and `Found::free` frees it once,
+                // on any thread.
                 unsafe { srcu.call_raw(old.head(), Found::free) };
                 drop(section);
                 add(&world.counts.called);
@@ -64,7 +66,8 @@ fn free_polled(world: &World, polled: &mut Vec<(Cookie, usize, Found)>) {
     });
 }
 
-/// A callback that queues another, waits for another domain, asks for what would deadlock, or panics.
+/// A callback that queues another, waits for another domain, asks for what would deadlock, or
+/// panics.
 fn odd_callback(world: &'static World, domain: usize, old: Found, random: &mut Random) {
     let kind = random.below(4);
     world.domains[domain].call(move || {
@@ -122,11 +125,12 @@ pub(crate) fn make_and_drop_domains(world: &'static World, stop: &AtomicBool, mu
     }
 }
 
-/// Children that use a domain whose readers and callbacks they have inherited in whatever state they were.
+/// Children that use a domain whose readers and callbacks they have inherited in whatever state
+/// they were.
 pub(crate) fn fork_children(world: &'static World, stop: &AtomicBool) {
     while !stop.load(Ordering::Relaxed) {
-        // SAFETY: The child does only what it may after a fork of a program with threads: it uses `malloc`, which glibc
-        // makes usable there, and srcu, which is what is tested.
+        // SAFETY: The child does only what it may after a fork of a program with threads: it uses
+        // `malloc`, which glibc makes usable there, and srcu, which is what is tested.
         match unsafe { libc::fork() } {
             0 => child(&world.domains[0]),
             -1 => add(&world.counts.errors),

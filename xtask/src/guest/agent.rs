@@ -30,7 +30,8 @@ pub(crate) fn run(plan: &Path) -> ExitCode {
         tell(&format!("begin {number}"));
         let end = match record::read(plan, number) {
             Some(mut command) => {
-                // The machine has everything: a test that is skipped for another reason has found a fault.
+                // The machine has everything: a test that is skipped for another reason has found a
+                // fault.
                 command.env("MMUN_REQUIRE", "all").env("MMUN_WITHOUT", &lacks);
                 one(command, Duration::from_secs(limit)).unwrap_or_else(|error| error.to_string())
             }

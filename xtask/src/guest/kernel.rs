@@ -12,7 +12,8 @@ use std::process::Command;
 pub(crate) struct Series {
     pub(crate) name: &'static str,
     suite: &'static str,
-    /// What its tests do without: names of `testkit::Cap` in small letters. A lack of anything else is a failure.
+    /// What its tests do without: names of `testkit::Cap` in small letters. A lack of anything else
+    /// is a failure.
     pub(crate) lacks: &'static str,
 }
 

@@ -185,7 +185,8 @@ impl Machine<'_> {
                 if let Some((number, _)) = running {
                     outcomes[number].read(&line);
                 }
-                // The agent begins its lines with an empty one. The tests that passed are named above.
+                // The agent begins its lines with an empty one. The tests that passed are named
+                // above.
                 is_list = line == "successes:" || is_list && line.starts_with("    ");
                 if running.is_some() && !line.is_empty() && !is_list {
                     self.say(&line);
@@ -237,8 +238,8 @@ impl Machine<'_> {
         }
         command.args(["-nodefaults", "-display", "none", "-no-reboot"]);
         command.arg("-kernel").arg(&self.kernel.image).arg("-initrd").arg(&initial);
-        // The kernel tries the timer's interrupt while it boots, against a clock that runs on when the host is busy: under
-        // load it finds none, and hangs.
+        // The kernel tries the timer's interrupt while it boots, against a clock that runs on when
+        // the host is busy: under load it finds none, and hangs.
         let parameters = "console=ttyS0 panic=-1 quiet no_timer_check mmun.guest hugepages=16 transparent_hugepage=always \
                           numa_balancing=enable";
         command.args(["-append", parameters]);

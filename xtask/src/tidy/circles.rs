@@ -1,8 +1,8 @@
 //! No circles among modules: neighbours in one folder use each other in one direction only.
 //!
-//! A module counts with everything below it: `mm.rs` and `mm/exit.rs` are one room. The rooms of each
-//! folder form a graph of their own. A child may use its parent, and a parent its child. Tests are
-//! left out.
+//! A module counts with everything below it: `mm.rs` and `mm/exit.rs` are one room. The rooms of
+//! each folder form a graph of their own. A child may use its parent, and a parent its child. Tests
+//! are left out.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::{Path, PathBuf};

@@ -6,7 +6,8 @@ use std::sync::{Mutex, PoisonError, mpsc};
 use std::time::Duration;
 use testkit::{Cap, require};
 
-/// The library that Cargo has built for these tests: beside them. The one in the folder above may be older.
+/// The library that Cargo has built for these tests: beside them. The one in the folder above may
+/// be older.
 pub(crate) fn library() -> PathBuf {
     let own = std::env::current_exe().unwrap();
     let library = own.parent().unwrap().join("libmmun_dropin.so");

@@ -1,8 +1,8 @@
 //! The second pass of an interval's invalidation.
 //!
 //! # Safety
-//! A pass that has run is given to `call_raw_dropping` as the pointer of its `Box`. Nothing else has
-//! that pointer, and `free` turns it back into the `Box`.
+//! A pass that has run is given to `call_raw_dropping` as the pointer of its `Box`. Nothing else
+//! has that pointer, and `free` turns it back into the `Box`.
 
 use crate::{Mm, context, lockdep};
 use std::fmt;
@@ -53,8 +53,9 @@ impl Finish {
             return;
         }
         let head: NonNull<srcu::Head> = NonNull::from(pass).cast();
-        // SAFETY: `head` must stay valid and be queued once until `free` runs: the pass was leaked just now, and `free` alone has
-        // it back. `free` may run on any thread: the closure is `Send`.
+        // SAFETY: `head` must stay valid and be queued once until `free` runs: the pass was leaked
+        // just now, and `free` alone has it back. `free` may run on any thread: the closure is
+        // `Send`.
         unsafe { mm.subscriptions().srcu().call_raw_dropping(head, free) };
     }
 }
@@ -70,7 +71,8 @@ unsafe fn free(head: NonNull<srcu::Head>) {
         // Queued before a fork, and this is the child: what the closure keeps is the parent's.
         return;
     }
-    // SAFETY: A `Box` needs the unique pointer that came from one: the pass was leaked, and its head is its first field.
+    // SAFETY: A `Box` needs the unique pointer that came from one: the pass was leaked, and its
+    // head is its first field.
     let Pass { mm, run, .. } = *unsafe { Box::from_raw(pass.as_ptr()) };
     context::freeing(|| {
         if let Some(mm) = mm {

@@ -25,7 +25,8 @@ pub(super) struct Header {
     range: VaRange,
     in_tree: AtomicBool,
     deferred_next: AtomicPtr<Header>,
-    /// The sequence of the last window that met this interval; always odd. Stored under the state's lock.
+    /// The sequence of the last window that met this interval; always odd. Stored under the state's
+    /// lock.
     invalidate_seq: AtomicU64,
     state: NonNull<dyn Callback>,
 }
@@ -79,7 +80,8 @@ impl<L: Callback + 'static> Node<L> {
     /// # Safety
     /// `node` must be valid for writes, aligned, and not in use.
     pub(super) unsafe fn write(node: NonNull<Self>, mm: Mm, range: VaRange, state: L) {
-        // SAFETY: The place must be within a live allocation: the caller's duty. No reference is made.
+        // SAFETY: The place must be within a live allocation: the caller's duty. No reference is
+        // made.
         let place: *mut dyn Callback = unsafe { &raw mut (*node.as_ptr()).state };
         let header = Header {
             range,
@@ -160,7 +162,8 @@ impl Header {
 
     /// Calls the interval's callback. A panic in it is counted, and the call counts as done.
     pub(super) fn invalidate(&self, seq: u64, range: &InvalidateRange<'_>) -> Result<Option<Finish>, WouldBlock> {
-        // SAFETY: The pointee must be alive and not mutably borrowed: it is a part of the same node (invariant), and a lock.
+        // SAFETY: The pointee must be alive and not mutably borrowed: it is a part of the same node
+        // (invariant), and a lock.
         let state = unsafe { self.state.as_ref() };
         catch_unwind(AssertUnwindSafe(|| state.invalidate(self, seq, range))).unwrap_or_else(|panic| {
             range.mm.count_panic(panic);

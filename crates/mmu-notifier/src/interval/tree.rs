@@ -82,11 +82,13 @@ impl<T> Tree<T> {
 
     /// Returns how many spare nodes each of several inserts takes at most, among removals or not.
     ///
-    /// Each splits at most one node of each level there is today; so there are as many additions to the level above these, at
-    /// most. A node above splits when it is full, which takes it seven additions from the half of a split, thirteen from an
-    /// edge; a full one that an edge split has left behind splits once more at no price. Thirteen additions make no more than two
-    /// nodes, and the first of each level is the new root, of two entries: all that is above is less than there were inserts.
-    /// What a removal shortens has been split off for nothing; but a merge gives a node back.
+    /// Each splits at most one node of each level there is today; so there are as many additions to
+    /// the level above these, at most. A node above splits when it is full, which takes it seven
+    /// additions from the half of a split, thirteen from an edge; a full one that an edge split has
+    /// left behind splits once more at no price. Thirteen additions make no more than two nodes,
+    /// and the first of each level is the new root, of two entries: all that is above is less than
+    /// there were inserts. What a removal shortens has been split off for nothing; but a merge
+    /// gives a node back.
     pub(super) fn need_each(&self) -> usize {
         self.height + 1
     }
@@ -367,7 +369,8 @@ impl<T> Node<T> {
         self.first[self.len] = u64::MAX;
     }
 
-    /// Moves the entries from `from` on to the end of a node of the same kind, which has room for them.
+    /// Moves the entries from `from` on to the end of a node of the same kind, which has room for
+    /// them.
     fn move_tail(&mut self, from: usize, to: &mut Self) {
         let (here, there) = (from..self.len, to.len..to.len + self.len - from);
         to.first[there.clone()].swap_with_slice(&mut self.first[here.clone()]);

@@ -1,7 +1,7 @@
 //! The detector: what each thread holds and is inside of, and what each lock has been seen in.
 //!
-//! Nothing here allocates or locks, because a callback may run in the middle of `free`. Tables that are full make it miss
-//! things, and never report a wrong one.
+//! Nothing here allocates or locks, because a callback may run in the middle of `free`. Tables that
+//! are full make it miss things, and never report a wrong one.
 //!
 //! # Safety
 //! The one `unsafe` block turns what was a `&'static Location` back into one.
@@ -15,7 +15,8 @@ use std::{fmt, io, process, ptr, thread};
 
 type Place = &'static Location<'static>;
 
-/// In the place of an address space's number, which counts from 1: all of them, and the deferred frees.
+/// In the place of an address space's number, which counts from 1: all of them, and the deferred
+/// frees.
 const ANY: u64 = u64::MAX;
 
 /// In the same place: the deferred frees.
@@ -37,7 +38,8 @@ impl Seen {
     /// Keeps the first place seen for `mm`.
     fn add(&self, mm: u64, place: Place) {
         for (of, at) in &self.0 {
-            // ORDER: Relaxed is enough here and in `find`: places are constants, and a report may come a moment late.
+            // ORDER: Relaxed is enough here and in `find`: places are constants, and a report may
+            // come a moment late.
             let before = of.compare_exchange(0, mm, Ordering::Relaxed, Ordering::Relaxed).unwrap_or_else(|of| of);
             if before == mm {
                 return;
@@ -52,12 +54,14 @@ impl Seen {
     fn find(&self, mm: u64) -> Option<Place> {
         self.0.iter().find_map(|(of, at)| {
             let of = of.load(Ordering::Relaxed);
-            // SAFETY: A reference needs a live value: what is not null is a `&'static Location` that `add` stored.
+            // SAFETY: A reference needs a live value: what is not null is a `&'static Location`
+            // that `add` stored.
             (of != 0 && meet(of, mm)).then(|| unsafe { at.load(Ordering::Relaxed).as_ref() }).flatten()
         })
     }
 
-    /// Tells whether it was seen for any address space. A deferred free is none: the allocator does not wait for it.
+    /// Tells whether it was seen for any address space. A deferred free is none: the allocator does
+    /// not wait for it.
     fn any(&self) -> bool {
         self.0.iter().any(|(of, _)| ![0, FREES].contains(&of.load(Ordering::Relaxed)))
     }
@@ -70,7 +74,8 @@ impl Seen {
     }
 }
 
-/// What is known of one lock. In a table, so that a forgotten [`Held`] leaves a number behind and no pointer.
+/// What is known of one lock. In a table, so that a forgotten [`Held`] leaves a number behind and
+/// no pointer.
 struct Record {
     used: AtomicUsize,
     taken_inside: Seen,

@@ -35,7 +35,8 @@ impl Mm {
     /// inserted on this address space; after that, it takes the lock of the intervals, but never
     /// across a callback.
     /// # Source
-    /// `mmu_notifier_invalidate_range_start` and `_end`. Differs: the end is the guard's drop, in the same read section.
+    /// `mmu_notifier_invalidate_range_start` and `_end`. Differs: the end is the guard's drop, in
+    /// the same read section.
     /// # Examples
     /// ```
     /// use mmu_notifier::{Event, MmWithUser, Va, VaRange};

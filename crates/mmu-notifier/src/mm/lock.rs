@@ -42,7 +42,8 @@ fn this_thread() -> usize {
 /// brackets are not affected.
 ///
 /// # Source
-/// `mmap_write_lock`, include/linux/mmap_lock.h, Linux 5.15. Differs: brackets do not take it, so that they nest freely.
+/// `mmap_write_lock`, include/linux/mmap_lock.h, Linux 5.15. Differs: brackets do not take it, so
+/// that they nest freely.
 ///
 /// # Examples
 /// ```

@@ -209,7 +209,8 @@ impl<N: Notifier> NodeRef<N> {
     /// `node` must be an unlisted node with one user, not shared yet, and must stay alive as long
     /// as it has users.
     pub(crate) unsafe fn adopt(node: NonNull<Node<N>>) -> Self {
-        // SAFETY: The place must be within a live allocation: it is a field of the node. No reference is made.
+        // SAFETY: The place must be within a live allocation: it is a field of the node. No
+        // reference is made.
         let value = unsafe { &raw mut (*node.as_ptr()).value };
         let notifier: *mut dyn Callbacks = value;
         let notifier = NonNull::new(notifier).expect("the address of a field is not null");
@@ -326,7 +327,8 @@ impl<N: Notifier> Drop for NodeRef<N> {
         // last access through another reference.
         let order = if mutant("put_relaxed") { Ordering::Relaxed } else { Ordering::AcqRel };
         if self.as_header().users.fetch_sub(1, order) == 1 {
-            // SAFETY: The node is alive until it is freed, this was its last user, and `free` is for the `N` that it is.
+            // SAFETY: The node is alive until it is freed, this was its last user, and `free` is
+            // for the `N` that it is.
             unsafe { retire(self.header(), free::<N>) };
         }
     }
@@ -344,7 +346,8 @@ pub(super) unsafe fn lookup<N: Notifier>(
     is_wanted: impl Fn(&N) -> bool,
 ) -> Result<NodeRef<N>, NotCounted> {
     while let Some(pointer) = NonNull::new(header) {
-        // SAFETY: A reference needs a live node: reached in an open read section (the caller's duty), so deferred.
+        // SAFETY: A reference needs a live node: reached in an open read section (the caller's
+        // duty), so deferred.
         let node = unsafe { pointer.as_ref() };
         // ORDER(core-live): partner of the store in `set_live`.
         let ours = node.owner.as_ref().is_some_and(|key| Arc::ptr_eq(key, owner))

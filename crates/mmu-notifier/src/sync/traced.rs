@@ -1,4 +1,5 @@
-//! The standard library's `Mutex`, `Condvar` and `Arc`, as a thread sanitizer can follow them (`--cfg mmun_tsan`).
+//! The standard library's `Mutex`, `Condvar` and `Arc`, as a thread sanitizer can follow them
+//! (`--cfg mmun_tsan`).
 //!
 //! The standard library is not rebuilt for a sanitizer, so the sanitizer does not see what its slow
 //! paths order. Here each lock has a clock, which every lock and every unlock advances. An `Arc`

@@ -110,7 +110,8 @@ impl Memory {
 
     fn mmap(at: *mut libc::c_void, length: usize, flags: libc::c_int) -> usize {
         let protection = libc::PROT_READ | libc::PROT_WRITE;
-        // SAFETY: Anonymous memory at a free place, or over pages that this test alone owns and reaches by system calls only.
+        // SAFETY: Anonymous memory at a free place, or over pages that this test alone owns and
+        // reaches by system calls only.
         let got = unsafe { libc::mmap(at, length, protection, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | flags, -1, 0) };
         assert_ne!(got, libc::MAP_FAILED, "mmap: {}", std::io::Error::last_os_error());
         got as usize
@@ -124,13 +125,15 @@ impl Memory {
         VaRange::covering(Va::new(self.address(page) as u64), PAGE as u64).unwrap()
     }
 
-    /// Copies between a page and `value`; false if the page is not mapped. The kernel copies, so nothing traps.
+    /// Copies between a page and `value`; false if the page is not mapped. The kernel copies, so
+    /// nothing traps.
     fn copy(&self, page: usize, value: &mut u64, write: bool) -> bool {
         let local = libc::iovec { iov_base: std::ptr::from_mut(value).cast(), iov_len: 8 };
         let remote = libc::iovec { iov_base: self.address(page) as *mut libc::c_void, iov_len: 8 };
         let me = std::process::id().cast_signed();
         let call = if write { libc::process_vm_writev } else { libc::process_vm_readv };
-        // SAFETY: `local` is a live `u64`; `remote` is checked by the kernel, and belongs to this test.
+        // SAFETY: `local` is a live `u64`; `remote` is checked by the kernel, and belongs to this
+        // test.
         let copied = unsafe { call(me, &raw const local, 1, &raw const remote, 1, 0) };
         copied == 8
     }
@@ -223,7 +226,8 @@ fn b_47_no_mirror_has_an_entry_of_a_freed_page() {
             change(&mm, &memory, round, owners[0], &held[0]);
             round += 1;
         }
-        // Exit, by this thread or by a mirror that is in the middle of a fault. What is mapped goes away after it.
+        // Exit, by this thread or by a mirror that is in the middle of a fault. What is mapped goes
+        // away after it.
         drop(mm);
         wait_until(|| !handle.has_notifiers());
         (0..PAGES).for_each(|page| memory.unmap(page));
@@ -267,7 +271,8 @@ fn change(mm: &MmWithUser, memory: &Memory, round: usize, owner: Owner, own: &In
         }
         3 if round % 100 == 3 => fork(mm),
         _ => {
-            // The first device moves the page itself: it keeps its entry up to date, the other one lets go.
+            // The first device moves the page itself: it keeps its entry up to date, the other one
+            // lets go.
             let bracket = mm.invalidate(range, Event::Migrate { owner: Some(owner) });
             own.with_shadow(|mirror| {
                 memory.write_stamp(page);
@@ -290,7 +295,8 @@ impl Memory {
 /// A real child, whose address space starts without subscribers.
 fn fork(mm: &MmWithUser) {
     let bracket = mm.invalidate(VaRange::ALL, Event::ProtectionPage);
-    // SAFETY: The child does nothing but end, which is allowed after a fork of a program with threads.
+    // SAFETY: The child does nothing but end, which is allowed after a fork of a program with
+    // threads.
     let child = unsafe { libc::fork() };
     if child == 0 {
         // SAFETY: Ends the process at once.

@@ -285,7 +285,8 @@ impl SecondaryTlb for Tlb {
     }
 }
 
-/// Up to Linux 6.5 end flushed secondary TLBs as well; here, as since 6.6, only who changes the table does.
+/// Up to Linux 6.5 end flushed secondary TLBs as well; here, as since 6.6, only who changes the
+/// table does.
 #[test]
 fn s_105_end_does_not_flush_secondary_tlbs() {
     let (mm, flushes) = (MmWithUser::new(), Counter::default());
@@ -380,7 +381,8 @@ fn b_05_a_put_between_the_passes_leaves_a_start_alone() {
     assert_eq!((log.count("a", At::End), log.count("a", At::Free)), (0, 1));
 }
 
-/// A table with both kinds does not compile (see the doc test of `Secondary`); both kinds side by side work.
+/// A table with both kinds does not compile (see the doc test of `Secondary`); both kinds side by
+/// side work.
 #[test]
 fn b_06_a_table_is_of_one_kind() {
     let (mm, log, flushes) = (MmWithUser::new(), Log::default(), Counter::default());

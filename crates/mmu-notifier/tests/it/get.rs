@@ -61,9 +61,10 @@ fn s_05_an_alloc_error_comes_back_as_it_is() {
     assert_eq!((mm.has_notifiers(), mm.mm_count()), (false, count));
 }
 
-/// The kernel can fail after `alloc`, for want of memory for the list head. Here the head is part of the address space. What
-/// fails does so before `alloc`, or hands an owned notifier back; after `alloc`, only a bracket that `alloc` itself has left
-/// open is refused (`s_14`), and then the notifier is dropped in this thread, too.
+/// The kernel can fail after `alloc`, for want of memory for the list head. Here the head is part
+/// of the address space. What fails does so before `alloc`, or hands an owned notifier back; after
+/// `alloc`, only a bracket that `alloc` itself has left open is refused (`s_14`), and then the
+/// notifier is dropped in this thread, too.
 #[test]
 fn s_06_a_failed_registration_leaves_nothing_behind() {
     let (mm, log) = (MmWithUser::new(), Log::default());
@@ -246,7 +247,8 @@ fn s_15_get_does_not_find_a_registered_object() {
     assert_eq!((registered.name, got.name, got.users()), ("registered", "got", 1));
 }
 
-/// Two listed objects of one subsystem cannot be (S-15); the nearest to it is an old one that is being freed.
+/// Two listed objects of one subsystem cannot be (S-15); the nearest to it is an old one that is
+/// being freed.
 #[test]
 fn s_16_get_returns_the_newest_object_of_its_subsystem() {
     let (mm, log, gate) = (Arc::new(MmWithUser::new()), Log::default(), Gate::new());

@@ -257,8 +257,8 @@ fn b_24_read_begin_may_return_a_sequence_that_is_out_of_date() {
     }
 }
 
-/// The window that it waits for is the one that it found, and not whatever comes next: no reader is held up for ever by a
-/// stream of invalidations.
+/// The window that it waits for is the one that it found, and not whatever comes next: no reader is
+/// held up for ever by a stream of invalidations.
 #[test]
 fn b_24_read_begin_waits_for_one_window_only() {
     let mm = Arc::new(MmWithUser::new());
@@ -407,8 +407,8 @@ fn b_31_a_first_insert_that_cannot_wait_links_nothing() {
     assert_eq!(node.with_state(|state| state.entry), Some(7), "the state came back");
 }
 
-/// For the holder of the write lock, also if it is the first interval of the address space. It waits for the brackets of
-/// other threads, as the first insert does.
+/// For the holder of the write lock, also if it is the first interval of the address space. It
+/// waits for the brackets of other threads, as the first insert does.
 #[test]
 fn b_30_the_first_insert_may_be_under_the_write_lock() {
     let mm = Arc::new(MmWithUser::new());
@@ -446,8 +446,8 @@ fn b_31_a_first_insert_under_the_write_lock_is_refused_in_a_bracket() {
     assert!(IntervalNotifier::insert_locked(&mut locked, page(1), refused.state).is_ok());
 }
 
-/// Many intervals under one lock of the driver's, which each callback takes: under that lock the check without the state's
-/// own lock says for certain whether an entry may be made.
+/// Many intervals under one lock of the driver's, which each callback takes: under that lock the
+/// check without the state's own lock says for certain whether an entry may be made.
 #[test]
 fn b_32_the_check_is_exact_under_a_lock_that_the_callback_takes() {
     use std::sync::Mutex;
@@ -520,7 +520,8 @@ fn dropping_an_interval_in_its_own_bracket_does_not_hang_or_leak() {
     assert_eq!(mm.interval_snapshot(), (4, 0));
 }
 
-/// A drop that would wait for this thread is left to the reclaimer, and so is what its state's drop does.
+/// A drop that would wait for this thread is left to the reclaimer, and so is what its state's drop
+/// does.
 #[test]
 fn a_panic_in_the_drop_of_a_state_on_the_reclaimer_is_counted() {
     struct Panics;

@@ -209,8 +209,8 @@ fn b_44_a_change_of_what_is_watched_waits_for_open_brackets() {
     assert_eq!((entry(&shadow, 200), shadow.in_progress(), mm.callback_panics()), (None, None, 0));
 }
 
-/// Exit delists the shadow while a bracket is open, whose end it never hears: nothing is left to wait for.
-/// The ranges come from an iterator of the caller's, which may leave a bracket open.
+/// Exit delists the shadow while a bracket is open, whose end it never hears: nothing is left to
+/// wait for. The ranges come from an iterator of the caller's, which may leave a bracket open.
 #[test]
 fn b_44_a_change_of_what_is_watched_asks_after_the_ranges_were_made() {
     let mm = MmWithUser::new();

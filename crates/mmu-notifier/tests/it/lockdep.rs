@@ -1,4 +1,5 @@
-//! S-63: waiting for callbacks while holding a lock that a callback takes is found, in whichever order the two happen.
+//! S-63: waiting for callbacks while holding a lock that a callback takes is found, in whichever
+//! order the two happen.
 
 use crate::support::{Gate, page, spawn};
 use mmu_notifier::{
@@ -126,7 +127,8 @@ fn s_63_the_write_lock_and_the_first_insert_are_waits_too() {
     drop(client.unregister());
 }
 
-/// Each other function that may wait, under a lock that a callback of the same address space has taken.
+/// Each other function that may wait, under a lock that a callback of the same address space has
+/// taken.
 #[test]
 fn s_63_every_function_that_may_wait_is_one() {
     let (mm, table, gate) = (Arc::new(MmWithUser::new()), Table::new(), Gate::new());
@@ -176,7 +178,8 @@ fn s_63_a_nested_bracket_hides_no_outer_one() {
     }
 }
 
-/// What was known of a lock goes with its map: another one may get its place in the detector's table.
+/// What was known of a lock goes with its map: another one may get its place in the detector's
+/// table.
 #[test]
 fn s_63_a_new_lock_is_not_taken_for_an_old_one() {
     let mm = MmWithUser::new();

@@ -1,8 +1,8 @@
-//! Random operations of several threads, run on the core and on the reference model, must agree in every answer and every
-//! callback.
+//! Random operations of several threads, run on the core and on the reference model, must agree in
+//! every answer and every callback.
 //!
-//! One thread operates at a time, except where an operation waits for brackets of other threads: those are ended while it
-//! waits, and what is called meanwhile comes in any order.
+//! One thread operates at a time, except where an operation waits for brackets of other threads:
+//! those are ended while it waits, and what is called meanwhile comes in any order.
 
 mod callbacks;
 mod steps;
@@ -13,7 +13,8 @@ use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 use world::World;
 
-/// One step. Numbers choose among what there is, modulo how many there are; the first one of a thread's is the thread.
+/// One step. Numbers choose among what there is, modulo how many there are; the first one of a
+/// thread's is the thread.
 #[derive(Debug, Clone)]
 enum Op {
     MmNew,

@@ -203,8 +203,8 @@ fn s_28_many_putters_free_once() {
     }
 }
 
-/// A surplus put does not compile: `put` consumes its handle (see the doc test of `Subscription`). What can be written,
-/// clones included, is one put for each get.
+/// A surplus put does not compile: `put` consumes its handle (see the doc test of `Subscription`).
+/// What can be written, clones included, is one put for each get.
 #[test]
 fn s_29_each_reference_is_put_exactly_once() {
     let (mm, log) = (MmWithUser::new(), Log::default());
@@ -349,7 +349,8 @@ fn s_35_put_returns_while_a_grace_period_is_stuck() {
     assert_eq!(log.count("a", At::Free), 100);
 }
 
-/// The mutex that its own object holds: each putter unlocks before it puts, and the object outlives every unlock.
+/// The mutex that its own object holds: each putter unlocks before it puts, and the object outlives
+/// every unlock.
 #[test]
 fn s_36_unlock_then_put_touches_nothing_freed() {
     static COMPLETE: AtomicUsize = AtomicUsize::new(0);

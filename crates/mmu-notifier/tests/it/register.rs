@@ -308,8 +308,8 @@ fn s_66_register_waits_for_a_start_in_flight_and_sees_none_of_it() {
     assert_eq!(log.all(), [("a", At::Start), ("a", At::End)]);
 }
 
-/// A second getter finds the listed object while the first still waits: it must wait as well, or it could cache what an
-/// older bracket is about to change.
+/// A second getter finds the listed object while the first still waits: it must wait as well, or it
+/// could cache what an older bracket is about to change.
 #[test]
 fn s_66_a_second_getter_waits_for_the_start_in_flight_too() {
     let (mm, log) = (Arc::new(MmWithUser::new()), Log::default());
@@ -345,8 +345,8 @@ fn s_67_a_nested_start_passes_a_waiting_registrar() {
     assert_eq!(log.all().len(), 2, "and the outer one is older: neither its start nor its end");
 }
 
-/// Where the kernel returns EINTR. Here the one that waits for brackets and the one that waits for its turn both go on
-/// waiting, and both succeed.
+/// Where the kernel returns EINTR. Here the one that waits for brackets and the one that waits for
+/// its turn both go on waiting, and both succeed.
 #[test]
 fn s_68_a_signal_does_not_interrupt_a_waiting_register() {
     let (mm, log) = (Arc::new(MmWithUser::new()), Log::default());

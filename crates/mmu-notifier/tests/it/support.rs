@@ -178,7 +178,8 @@ pub(crate) fn spawn<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static
 }
 
 impl<T> Task<T> {
-    /// Asserts that it is held up: it has come to where it sleeps, and had time to go on and did not.
+    /// Asserts that it is held up: it has come to where it sleeps, and had time to go on and did
+    /// not.
     pub(crate) fn assert_blocked(&self) {
         wait_until(|| self.thread.is_finished() || self.sleeps());
         assert!(matches!(self.result.recv_timeout(Duration::from_millis(20)), Err(RecvTimeoutError::Timeout)));
@@ -195,10 +196,12 @@ impl<T> Task<T> {
     pub(crate) fn interrupt(&self) {
         use std::os::unix::thread::JoinHandleExt;
         extern "C" fn ignore(_signal: libc::c_int) {}
-        // SAFETY: `sigaction` needs a valid struct; an all-zero one without flags, so without SA_RESTART, is valid.
+        // SAFETY: `sigaction` needs a valid struct; an all-zero one without flags, so without
+        // SA_RESTART, is valid.
         let mut action = unsafe { std::mem::zeroed::<libc::sigaction>() };
         action.sa_sigaction = ignore as extern "C" fn(libc::c_int) as usize;
-        // SAFETY: The handler does nothing, which is safe in a signal context; the old action is not asked for.
+        // SAFETY: The handler does nothing, which is safe in a signal context; the old action is
+        // not asked for.
         assert_eq!(unsafe { libc::sigaction(libc::SIGUSR1, &raw const action, std::ptr::null_mut()) }, 0);
         // SAFETY: `pthread_kill` needs a thread that was not joined: `join` consumes the task.
         assert_eq!(unsafe { libc::pthread_kill(self.thread.as_pthread_t(), libc::SIGUSR1) }, 0);

@@ -106,8 +106,8 @@ fn s_87_synchronize_where_it_would_wait_for_itself_is_an_error() {
     assert_eq!(*refused.lock().unwrap(), all);
 }
 
-/// Other work on the same reclaimer, of a domain that is the caller's own, is as bad a place as a free: what would be waited for
-/// comes after it.
+/// Other work on the same reclaimer, of a domain that is the caller's own, is as bad a place as a
+/// free: what would be waited for comes after it.
 #[test]
 fn s_87_synchronize_in_other_work_of_the_reclaimer_is_an_error() {
     let (mm, log, domain) = (MmWithUser::new(), Log::default(), srcu::Srcu::new());
@@ -120,8 +120,8 @@ fn s_87_synchronize_in_other_work_of_the_reclaimer_is_an_error() {
     drop(bracket);
 }
 
-/// The callback of an interval, what it leaves for later, and its drop by the reclaimer are such places too; so is the
-/// callback of a secondary TLB.
+/// The callback of an interval, what it leaves for later, and its drop by the reclaimer are such
+/// places too; so is the callback of a secondary TLB.
 #[test]
 fn s_87_synchronize_in_an_interval_or_a_flush_is_an_error() {
     static REFUSED: Mutex<Vec<&str>> = Mutex::new(Vec::new());
@@ -166,10 +166,11 @@ fn s_87_synchronize_in_an_interval_or_a_flush_is_an_error() {
     assert_eq!(REFUSED.lock().unwrap()[5..], ["interval", "finish", "drop"]);
 }
 
-/// What is promised of `Subsystem::synchronize`: every notifier that was put before the call is freed. The kernel's is a
-/// grace period, so it waits for readers even with nothing pending; that half of the scenario is `Srcu::synchronize`'s, and
-/// tested there. Here nothing pending is nothing to wait for. With something pending, it waits for every bracket of that
-/// address space that was open at the put, on whichever thread, and for no bracket of another address space.
+/// What is promised of `Subsystem::synchronize`: every notifier that was put before the call is
+/// freed. The kernel's is a grace period, so it waits for readers even with nothing pending; that
+/// half of the scenario is `Srcu::synchronize`'s, and tested there. Here nothing pending is nothing
+/// to wait for. With something pending, it waits for every bracket of that address space that was
+/// open at the put, on whichever thread, and for no bracket of another address space.
 #[test]
 fn s_82_synchronize_waits_for_the_brackets_that_hold_up_a_free_and_for_no_others() {
     let (mm, log) = (Arc::new(MmWithUser::new()), Log::default());
@@ -193,7 +194,8 @@ fn s_82_synchronize_waits_for_the_brackets_that_hold_up_a_free_and_for_no_others
     drop(elsewhere);
 }
 
-/// A driver whose notifiers are its own, registered and then put: `mmu_notifier_synchronize` of the kernel's is for these, too.
+/// A driver whose notifiers are its own, registered and then put: `mmu_notifier_synchronize` of the
+/// kernel's is for these, too.
 #[test]
 fn s_80_synchronize_waits_for_registrations_that_were_put() {
     let (mms, log, gate) = ([MmWithUser::new(), MmWithUser::new()], Log::default(), Gate::new());
@@ -268,8 +270,8 @@ fn s_88_one_drain_covers_what_a_free_puts() {
     drop(bracket);
 }
 
-/// The drain looks again after what it waited for: the second free cannot come to its end before the drain has had every
-/// occasion to return.
+/// The drain looks again after what it waited for: the second free cannot come to its end before
+/// the drain has had every occasion to return.
 #[test]
 fn s_88_a_drain_waits_for_the_free_that_the_awaited_one_has_put() {
     let (mms, log, gate) = ([MmWithUser::new(), MmWithUser::new()], Log::default(), Gate::new());

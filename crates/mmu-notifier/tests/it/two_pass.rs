@@ -161,7 +161,8 @@ fn b_22_remove_and_read_begin_inside_a_callback_are_refused() {
     assert_eq!(other.remove().unwrap().events.len(), 2);
 }
 
-/// S-31 for the callbacks of intervals: put is allowed in both, and the free comes after the bracket.
+/// S-31 for the callbacks of intervals: put is allowed in both, and the free comes after the
+/// bracket.
 #[test]
 fn s_31_an_intervals_callbacks_may_put() {
     for in_finish in [false, true] {

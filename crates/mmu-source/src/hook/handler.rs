@@ -1,8 +1,9 @@
 //! What runs in the place of a memory call: start of the bracket, the call, end of the bracket.
 //!
-//! It may run inside `malloc` or `free`, and in a thread that is almost gone: it allocates nothing and takes no lock. While
-//! the call itself runs, little of the stack below the caller is in use: a thread that exits gives up its own stack
-//! but for the 16 KiB (`PTHREAD_STACK_MIN`) next to its stack pointer.
+//! It may run inside `malloc` or `free`, and in a thread that is almost gone: it allocates nothing
+//! and takes no lock. While the call itself runs, little of the stack below the caller is in use: a
+//! thread that exits gives up its own stack but for the 16 KiB (`PTHREAD_STACK_MIN`) next to its
+//! stack pointer.
 
 #![allow(unsafe_code, reason = "makes the calls whose place it takes")]
 
@@ -31,7 +32,8 @@ pub(super) const CALLS: &[(libc::c_long, &str)] = &[
     (libc::SYS_migrate_pages, "migrate_pages"),
 ];
 
-/// Makes the call `number`, inside a bracket if it changes a translation. The result is the kernel's.
+/// Makes the call `number`, inside a bracket if it changes a translation. The result is the
+/// kernel's.
 ///
 /// # Safety
 /// As for the call itself: whoever came to the patched instruction was about to make it.
@@ -40,7 +42,8 @@ pub(super) unsafe extern "C" fn enter(number: u64, args: &[u64; 6]) -> u64 {
     bracketed(number, args, || unsafe { raw::syscall(number, *args) })
 }
 
-/// Calls `next`, which another library has put in the place of a function of libc, inside a bracket.
+/// Calls `next`, which another library has put in the place of a function of libc, inside a
+/// bracket.
 ///
 /// # Safety
 /// As for the function: whoever came to its entry was about to call it.
@@ -50,8 +53,9 @@ pub(super) unsafe extern "C" fn enter_function(number: u64, args: &[u64; 6], nex
     bracketed(number, args, || unsafe { next(a0, a1, a2, a3, a4, a5) })
 }
 
-/// Runs `call` inside the bracket that its arguments ask for. `errno` is as it was before to `call`, and as `call` left it
-/// to the caller, who may be one that promises to leave it alone, as `free` does: callbacks may change it.
+/// Runs `call` inside the bracket that its arguments ask for. `errno` is as it was before to
+/// `call`, and as `call` left it to the caller, who may be one that promises to leave it alone, as
+/// `free` does: callbacks may change it.
 #[inline(always)]
 fn bracketed(number: u64, args: &[u64; 6], call: impl FnOnce() -> u64) -> u64 {
     let mut ranges = Ranges::default();
@@ -59,7 +63,8 @@ fn bracketed(number: u64, args: &[u64; 6], call: impl FnOnce() -> u64) -> u64 {
     let (Some(first), Some(mm)) = (ranges.first, current_if_made()) else { return call() };
     // SAFETY: no preconditions.
     let errno = unsafe { libc::__errno_location() };
-    // SAFETY: it is this thread's own `errno`, for as long as the thread runs; nobody else writes it meanwhile.
+    // SAFETY: it is this thread's own `errno`, for as long as the thread runs; nobody else writes
+    // it meanwhile.
     let errno = unsafe { &*errno.cast::<Cell<c_int>>() };
     let before = errno.get();
     let outer = mm.invalidate(first, event);
@@ -165,7 +170,8 @@ fn plan_rare(number: u64, args: &[u64; 6], ranges: &mut Ranges) -> Event {
             Event::Migrate { owner: None }
         }
         libc::SYS_move_pages => {
-            // Without a list of nodes it is a query. Whole folios move, so the pages named say little.
+            // Without a list of nodes it is a query. Whole folios move, so the pages named say
+            // little.
             if a3 != 0 && look::is_own_task(a0 as i32) {
                 ranges.extend([VaRange::ALL]);
             }

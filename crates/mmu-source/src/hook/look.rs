@@ -9,10 +9,12 @@ use crate::ranges::is_self_pidfd;
 /// Calls `f` for every mapping of this process, in order of address, until it says `false`.
 ///
 /// # Errors
-/// If they cannot be read: too many open files, no `/proc`, a sandbox. Then whatever is mapped may be concerned.
+/// If they cannot be read: too many open files, no `/proc`, a sandbox. Then whatever is mapped may
+/// be concerned.
 pub(super) fn mappings(mut f: impl FnMut(&Mapping) -> bool) -> Result<(), i32> {
     let file = File::open(b"/proc/self/maps\0")?;
-    // A line is its columns, at most about 80 bytes, and a path, of which only the beginning matters.
+    // A line is its columns, at most about 80 bytes, and a path, of which only the beginning
+    // matters.
     lines(file, |line| maps::parse(line).is_none_or(|mapping| f(&mapping)))
 }
 
@@ -47,7 +49,8 @@ pub(super) fn top() -> Result<u64, i32> {
     Ok(top)
 }
 
-/// Tells whether the calls that move pages mean this process by `number`: any of its threads does as well.
+/// Tells whether the calls that move pages mean this process by `number`: any of its threads does
+/// as well.
 pub(super) fn is_own_task(number: i32) -> bool {
     number == 0 || raw::is_thread_of(raw::getpid(), number)
 }
@@ -73,7 +76,8 @@ pub(super) fn is_own_pidfd(fd: i32) -> bool {
     // A descriptor without either line is no pidfd.
     let mut number = None;
     let read = lines(file, |line| {
-        // The second one, which not every kernel has, comes later and ends in the number that the process itself uses.
+        // The second one, which not every kernel has, comes later and ends in the number that the
+        // process itself uses.
         if let Some(numbers) = line.strip_prefix(b"Pid:").or_else(|| line.strip_prefix(b"NSpid:")) {
             let last = std::str::from_utf8(numbers).ok().and_then(|text| text.split_ascii_whitespace().last());
             number = last.and_then(|text| text.parse::<i32>().ok());

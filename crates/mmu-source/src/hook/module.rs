@@ -45,7 +45,8 @@ impl Segment {
 
     /// Returns its code as it is without breakpoints, and the breakpoints.
     ///
-    /// The kernel knows a uprobe's breakpoint by the file that is mapped there, and kills whoever runs into a copy of it.
+    /// The kernel knows a uprobe's breakpoint by the file that is mapped there, and kills whoever
+    /// runs into a copy of it.
     ///
     /// # Errors
     /// Those of `mmap`.
@@ -62,8 +63,9 @@ impl Segment {
     /// Says where the functions of the module begin.
     pub(super) fn starts(&self) -> Starts<'static> {
         let Some(table) = &self.unwind else { return Starts::default() };
-        // SAFETY: the memory must be readable, never change, and stay: the loader says that the table is there, in a segment
-        // that is not writable, of libc or of the loader itself, which are never unloaded.
+        // SAFETY: the memory must be readable, never change, and stay: the loader says that the
+        // table is there, in a segment that is not writable, of libc or of the loader itself, which
+        // are never unloaded.
         let section = unsafe {
             slice::from_raw_parts(
                 ptr::with_exposed_provenance(table.start as usize),
@@ -75,9 +77,9 @@ impl Segment {
 
     /// Returns its code.
     pub(super) fn code(&self) -> Code64<'static> {
-        // SAFETY: the memory must be readable, and stay: code of libc and of the loader is, and those are never unloaded. Its
-        // bytes can change, if another library patches them; then what is read is one or the other, and it is looked at again
-        // before anything is replaced.
+        // SAFETY: the memory must be readable, and stay: code of libc and of the loader is, and
+        // those are never unloaded. Its bytes can change, if another library patches them; then
+        // what is read is one or the other, and it is looked at again before anything is replaced.
         let bytes =
             unsafe { slice::from_raw_parts(ptr::with_exposed_provenance(self.start as usize), self.length as usize) };
         Code64 { bytes, start: self.start }
@@ -103,8 +105,8 @@ impl Deref for Text {
     }
 }
 
-/// A changed copy of a module's code, in a mapping of its own: if the program's allocator lent so large a block and took it
-/// back, it would treat the program's blocks in another way from then on.
+/// A changed copy of a module's code, in a mapping of its own: if the program's allocator lent so
+/// large a block and took it back, it would treat the program's blocks in another way from then on.
 #[derive(Debug)]
 pub(super) struct Scratch {
     at: u64,
@@ -115,7 +117,8 @@ impl Scratch {
     fn new(code: &[u8], changes: &[(usize, u8)]) -> Result<Self, i32> {
         let length = code.len();
         let at = raw::mmap(0, length as u64, libc::PROT_READ | libc::PROT_WRITE, 0)?;
-        // SAFETY: the memory must be valid, and no one else may have it: it was mapped above, with zeroes, as long as this.
+        // SAFETY: the memory must be valid, and no one else may have it: it was mapped above, with
+        // zeroes, as long as this.
         let copy = unsafe { slice::from_raw_parts_mut(ptr::with_exposed_provenance_mut::<u8>(at as usize), length) };
         copy.copy_from_slice(code);
         for (index, byte) in changes {
@@ -125,7 +128,8 @@ impl Scratch {
     }
 
     fn bytes(&self) -> &[u8] {
-        // SAFETY: the memory must be readable and not change: this value has mapped it, and wrote it before it was made.
+        // SAFETY: the memory must be readable and not change: this value has mapped it, and wrote
+        // it before it was made.
         unsafe { slice::from_raw_parts(ptr::with_exposed_provenance(self.at as usize), self.length) }
     }
 }
@@ -137,10 +141,11 @@ impl Drop for Scratch {
     }
 }
 
-/// Finds the bytes that breakpoints hide, with their places. One stands alone: what differs from the file near by as well is
-/// another library's patch, or another file.
+/// Finds the bytes that breakpoints hide, with their places. One stands alone: what differs from
+/// the file near by as well is another library's patch, or another file.
 ///
-/// It reads the file piece by piece: a block as large as libc would change how the program's own allocator behaves.
+/// It reads the file piece by piece: a block as large as libc would change how the program's own
+/// allocator behaves.
 fn hidden(code: &[u8], read: impl Fn(usize, &mut [u8]) -> io::Result<()>) -> io::Result<Vec<(usize, u8)>> {
     const NEAR: usize = 8;
     const PIECE: usize = 16 << 10;
@@ -258,8 +263,8 @@ pub(super) fn pin() {
     };
     // SAFETY: takes any address, and writes the one structure.
     if unsafe { libc::dladdr((pin as fn() as *const ()).cast(), &mut info) } != 0 {
-        // SAFETY: the loader's own name of a module that is loaded; it is not loaded anew. The program itself is not found by it
-        // and needs no pinning.
+        // SAFETY: the loader's own name of a module that is loaded; it is not loaded anew. The
+        // program itself is not found by it and needs no pinning.
         unsafe { libc::dlopen(info.dli_fname, libc::RTLD_NOW | libc::RTLD_NOLOAD | libc::RTLD_NODELETE) };
     }
 }

@@ -41,11 +41,13 @@ type Made = Result<Plan, String>;
 
 static MADE: AtomicPtr<Made> = AtomicPtr::new(ptr::null_mut());
 
-/// Returns the plan of this process. The child of a fork has its parent's, if that was made, as it has the parent's patches.
+/// Returns the plan of this process. The child of a fork has its parent's, if that was made, as it
+/// has the parent's patches.
 ///
 /// The first time nothing is patched yet, so no callback runs while it is made.
 pub(super) fn plan() -> Result<&'static Plan, Error> {
-    // Not a `OnceLock`: forked while another thread was making the plan, a child would wait for that thread for ever.
+    // Not a `OnceLock`: forked while another thread was making the plan, a child would wait for
+    // that thread for ever.
     let made = look().unwrap_or_else(|| {
         marks().hook_plan.with(|| {
             look().unwrap_or_else(|| {
@@ -97,7 +99,8 @@ fn make() -> Made {
             .map(|site| (site.clone(), module::function_at(site.address)))
             .collect();
         let is_patched = |entry| found.iter().any(|(_, function)| function.as_ref().is_some_and(|f| f.entry == entry));
-        // What has no site of its own has somebody else's jump at its entry, or a form that is not known.
+        // What has no site of its own has somebody else's jump at its entry, or a form that is not
+        // known.
         let rest: Vec<&Function> =
             functions.iter().filter(|f| segment.holds(f.entry) && !is_patched(f.entry)).collect();
         let (built, unknown) = build(segment, code, &found, &rest)?;
@@ -131,7 +134,8 @@ fn functions() -> Vec<Function> {
 /// Without these a hook would be a trap: whoever installs it relies on them.
 const NEEDED: &[&str] = &["munmap", "mmap", "mremap", "madvise", "brk", "mprotect", "syscall"];
 
-/// Makes the trampolines of a segment. The second list is the functions of `rest` with nothing to chain to.
+/// Makes the trampolines of a segment. The second list is the functions of `rest` with nothing to
+/// chain to.
 fn build(
     segment: &Segment,
     code: Code64<'_>,

@@ -1,19 +1,22 @@
-//! System calls without libc: what the hook does itself must not come back to it, and must leave `errno` alone.
+//! System calls without libc: what the hook does itself must not come back to it, and must leave
+//! `errno` alone.
 
 #![allow(unsafe_code, reason = "makes raw system calls")]
 
 use crate::ranges;
 use std::arch::asm;
 
-/// Makes a system call and returns what the kernel leaves in `rax`: a value, or a negative error number.
+/// Makes a system call and returns what the kernel leaves in `rax`: a value, or a negative error
+/// number.
 ///
 /// # Safety
 /// As for the call itself, with these arguments, at this place.
 #[inline(always)]
 pub(super) unsafe fn syscall(number: u64, [a0, a1, a2, a3, a4, a5]: [u64; 6]) -> u64 {
     let result;
-    // SAFETY: the instruction needs its number and arguments in these registers and destroys `rcx` and `r11`, as declared. What
-    // the call does to memory is the caller's duty; by default the compiler takes it to touch any.
+    // SAFETY: the instruction needs its number and arguments in these registers and destroys `rcx`
+    // and `r11`, as declared. What the call does to memory is the caller's duty; by default the
+    // compiler takes it to touch any.
     unsafe {
         asm!("syscall", inlateout("rax") number => result, in("rdi") a0, in("rsi") a1, in("rdx") a2, in("r10") a3,
             in("r8") a4, in("r9") a5, lateout("rcx") _, lateout("r11") _, options(nostack));
@@ -90,7 +93,8 @@ pub(super) fn program_break() -> u64 {
 pub(super) fn segment_size(id: i32) -> Option<u64> {
     let mut info = std::mem::MaybeUninit::<libc::shmid_ds>::zeroed();
     let args = [id as u64, libc::IPC_STAT as u64, info.as_mut_ptr().expose_provenance() as u64, 0, 0, 0];
-    // SAFETY: the call writes one `shmid_ds`, whose layout libc shares with the kernel here, to a local one.
+    // SAFETY: the call writes one `shmid_ds`, whose layout libc shares with the kernel here, to a
+    // local one.
     check(unsafe { syscall(libc::SYS_shmctl as u64, args) }).ok()?;
     // SAFETY: it was zeroed, which is a valid value, and then written by the kernel.
     Some(unsafe { info.assume_init() }.shm_segsz as u64)
@@ -101,7 +105,8 @@ pub(super) fn segment_size(id: i32) -> Option<u64> {
 pub(super) fn huge_page_of(fd: u64) -> Option<u64> {
     let mut info = std::mem::MaybeUninit::<libc::statfs>::zeroed();
     let args = [fd, info.as_mut_ptr().expose_provenance() as u64, 0, 0, 0, 0];
-    // SAFETY: the call writes one `statfs`, whose layout libc shares with the kernel here, to a local one.
+    // SAFETY: the call writes one `statfs`, whose layout libc shares with the kernel here, to a
+    // local one.
     check(unsafe { syscall(libc::SYS_fstatfs as u64, args) }).ok()?;
     // SAFETY: it was zeroed, which is a valid value, and then written by the kernel.
     let info = unsafe { info.assume_init() };
@@ -114,7 +119,8 @@ pub(super) fn read_memory(address: u64, into: &mut [u64]) -> Result<usize, i32> 
     let remote = libc::iovec { iov_base: std::ptr::without_provenance_mut(address as usize), iov_len: local.iov_len };
     let vector = |vector: &libc::iovec| std::ptr::from_ref(vector).expose_provenance() as u64;
     let args = [getpid(), vector(&local), 1, vector(&remote), 1, 0];
-    // SAFETY: the call writes to `into`, as long as the vector says; what it reads it copies with all checks.
+    // SAFETY: the call writes to `into`, as long as the vector says; what it reads it copies with
+    // all checks.
     check(unsafe { syscall(libc::SYS_process_vm_readv as u64, args) }).map(|bytes| bytes as usize / 8)
 }
 

@@ -1,9 +1,10 @@
 //! Finds the places in a module's code that make a memory call.
 //!
-//! glibc makes nearly every one as `mov $number, %eax; syscall`. That `mov` is one instruction of exactly five bytes, as
-//! long as a near jump, so no thread can ever stand inside it. A *site* is such an instruction (or another one of at
-//! least five bytes) with what follows up to the `syscall`. A disassembler reads the functions in which the bytes of a site
-//! stand, from their starts; what cannot be shown to be safe to move is left alone.
+//! glibc makes nearly every one as `mov $number, %eax; syscall`. That `mov` is one instruction of
+//! exactly five bytes, as long as a near jump, so no thread can ever stand inside it. A *site* is
+//! such an instruction (or another one of at least five bytes) with what follows up to the
+//! `syscall`. A disassembler reads the functions in which the bytes of a site stand, from their
+//! starts; what cannot be shown to be safe to move is left alone.
 
 use super::handler::CALLS;
 use super::starts::Starts;
@@ -53,10 +54,11 @@ impl<'a> Code64<'a> {
         self.start + self.bytes.len() as u64
     }
 
-    /// Finds all sites. `starts` says where functions begin, and `is_generic` whether an address is in `syscall(2)`.
+    /// Finds all sites. `starts` says where functions begin, and `is_generic` whether an address is
+    /// in `syscall(2)`.
     ///
-    /// Of the code around each `syscall` instruction that can belong to a site, whole functions are decoded, from their
-    /// starts. Without `starts`, everything is.
+    /// Of the code around each `syscall` instruction that can belong to a site, whole functions are
+    /// decoded, from their starts. Without `starts`, everything is.
     pub(super) fn sites(self, starts: Starts<'_>, is_generic: impl Fn(u64) -> bool) -> Vec<Found> {
         let (mut targets, mut found) = (Vec::new(), Vec::new());
         let regions = self.regions(starts, &is_generic);
@@ -78,8 +80,9 @@ impl<'a> Code64<'a> {
         found
     }
 
-    /// Returns the functions to decode: those around the bytes of a `syscall` instruction before which stands what a site
-    /// has to have. Short jumps into a site come from no farther than these.
+    /// Returns the functions to decode: those around the bytes of a `syscall` instruction before
+    /// which stands what a site has to have. Short jumps into a site come from no farther than
+    /// these.
     fn regions(self, starts: Starts<'_>, is_generic: &impl Fn(u64) -> bool) -> Vec<Range<u64>> {
         const SYSCALL: [u8; 2] = *b"\x0f\x05";
         const SHORT_JUMP: u64 = 128;
@@ -143,12 +146,14 @@ impl<'a> Code64<'a> {
         }
     }
 
-    /// Finds the jumps and calls into sites from code that was not decoded, such as the unlikely part of a function,
-    /// which the compiler puts elsewhere. A far jump ends in its distance, four bytes. So any four bytes are taken for a
-    /// distance; where they lead into a site, the function around them is decoded, and shows whether they are one.
+    /// Finds the jumps and calls into sites from code that was not decoded, such as the unlikely
+    /// part of a function, which the compiler puts elsewhere. A far jump ends in its distance, four
+    /// bytes. So any four bytes are taken for a distance; where they lead into a site, the function
+    /// around them is decoded, and shows whether they are one.
     fn far_targets(self, starts: Starts<'_>, regions: &[Range<u64>], found: &[Found]) -> Vec<u64> {
         const DISTANCE: usize = 4;
-        /// Whether a site is among so many bytes: for nearly all distances one look there is enough.
+        /// Whether a site is among so many bytes: for nearly all distances one look there is
+        /// enough.
         const BLOCK: usize = 64;
         let mut blocks = vec![false; self.bytes.len() / BLOCK + 1];
         // For what is outside of the code.
@@ -226,11 +231,12 @@ impl<'a> Code64<'a> {
         Some(Found { address: patched.ip(), syscall: syscall.ip(), number, keep })
     }
 
-    /// Tells whether the code at `start` reads a vector register or a flag that it did not set, before its function returns.
-    /// `None` if it uses the x87 stack, which no stub keeps.
+    /// Tells whether the code at `start` reads a vector register or a flag that it did not set,
+    /// before its function returns. `None` if it uses the x87 stack, which no stub keeps.
     ///
-    /// A function that returns no number of floating point leaves no vector register behind that its caller may read: all
-    /// of them are the callee's to destroy. The functions with sites are such, and whatever is not clear counts as a read.
+    /// A function that returns no number of floating point leaves no vector register behind that
+    /// its caller may read: all of them are the callee's to destroy. The functions with sites are
+    /// such, and whatever is not clear counts as a read.
     fn is_needed_after(self, start: u64) -> Option<bool> {
         let mut factory = InstructionInfoFactory::new();
         let mut seen: Vec<(u64, bool)> = Vec::new();
@@ -266,7 +272,8 @@ impl<'a> Code64<'a> {
                     paths.push((instruction.near_branch64(), flags_are_set));
                     paths.push((instruction.next_ip(), flags_are_set));
                 }
-                // A call takes its arguments from vector registers; where the others go is not known.
+                // A call takes its arguments from vector registers; where the others go is not
+                // known.
                 _ => needed = true,
             }
         }

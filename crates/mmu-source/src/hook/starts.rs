@@ -1,6 +1,7 @@
 //! Where the functions of a module begin.
 
-/// The table of `.eh_frame_hdr`: the unwinder finds the functions of a module by it. Empty if the module has none.
+/// The table of `.eh_frame_hdr`: the unwinder finds the functions of a module by it. Empty if the
+/// module has none.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Starts<'a> {
     /// Where the section stands: the entries count from there.
@@ -12,10 +13,11 @@ pub(super) struct Starts<'a> {
 const ENTRY: usize = 8;
 
 impl<'a> Starts<'a> {
-    /// Reads the section that stands at `base`. A table in a form that linkers do not write counts as
-    /// empty, and so does a table that is not in order.
+    /// Reads the section that stands at `base`. A table in a form that linkers do not write counts
+    /// as empty, and so does a table that is not in order.
     pub(super) fn parse(section: &'a [u8], base: u64) -> Self {
-        /// Version 1; any pointer of four bytes; a count of four bytes; entries of four bytes each, signed, from `base`.
+        /// Version 1; any pointer of four bytes; a count of four bytes; entries of four bytes each,
+        /// signed, from `base`.
         const FORM: [u8; 2] = [0x03, 0x3b];
         let parse = || {
             let (&[version, pointer, ref form @ ..], rest) = section.split_first_chunk::<4>()?;

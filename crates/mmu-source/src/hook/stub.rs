@@ -1,9 +1,11 @@
-//! From patched code into [`enter`](super::handler::enter), with everything kept that a system call keeps.
+//! From patched code into [`enter`](super::handler::enter), with everything kept that a system call
+//! keeps.
 //!
-//! A stub is called by a trampoline with the number in `rax` and the arguments where the kernel wants them. Like the
-//! `syscall` instruction it changes `rax`, `rcx` and `r11` and nothing else that the site may still need. Every general register is
-//! kept; whether vector registers and flags are still needed is found out per site by looking at the code behind it,
-//! because keeping them costs more than all the rest. `xsave` and `fxsave` would be shorter, and cost 150 to 500 ns.
+//! A stub is called by a trampoline with the number in `rax` and the arguments where the kernel
+//! wants them. Like the `syscall` instruction it changes `rax`, `rcx` and `r11` and nothing else
+//! that the site may still need. Every general register is kept; whether vector registers and flags
+//! are still needed is found out per site by looking at the code behind it, because keeping them
+//! costs more than all the rest. `xsave` and `fxsave` would be shorter, and cost 150 to 500 ns.
 
 #![allow(unsafe_code, reason = "assembly")]
 
@@ -19,7 +21,8 @@ pub(super) enum Keep {
     All,
 }
 
-/// Returns the stub that keeps as much, or `None` for a processor whose registers no stub here knows.
+/// Returns the stub that keeps as much, or `None` for a processor whose registers no stub here
+/// knows.
 pub(super) fn stub(keep: Keep) -> Option<unsafe extern "C" fn()> {
     if keep == Keep::Nothing {
         return Some(lean);
@@ -32,7 +35,8 @@ pub(super) fn stub(keep: Keep) -> Option<unsafe extern "C" fn()> {
     }
 }
 
-/// Begins a stub: a frame, and the arguments in memory, in order, with their address in `rsi` and the number in `rdi`.
+/// Begins a stub: a frame, and the arguments in memory, in order, with their address in `rsi` and
+/// the number in `rdi`.
 macro_rules! begin {
     () => {
         "push rbp
@@ -96,8 +100,9 @@ all!(all_avx, "vmovups", "ymm", "32", [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15], [
 all!(all_avx512, "vmovups", "zmm", "64",
     [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31], [0 1 2 3 4 5 6 7]);
 
-/// What a trampoline at the *entry* of a function jumps to: the number in `rax`, what to call in `r11`, the arguments and the
-/// stack as for the function. A function keeps no more than its callees do.
+/// What a trampoline at the *entry* of a function jumps to: the number in `rax`, what to call in
+/// `r11`, the arguments and the stack as for the function. A function keeps no more than its
+/// callees do.
 #[unsafe(naked)]
 pub(super) unsafe extern "C" fn function() {
     naked_asm!(
@@ -126,7 +131,8 @@ mod tests {
 
     type Stub = unsafe extern "C" fn();
 
-    /// What goes in and comes out: vector registers, a general register each for number and arguments, the carry flag.
+    /// What goes in and comes out: vector registers, a general register each for number and
+    /// arguments, the carry flag.
     #[repr(C, align(64))]
     #[derive(Debug, Clone, PartialEq)]
     struct Registers {
@@ -136,7 +142,8 @@ mod tests {
         result: u64,
     }
 
-    /// A function that loads registers from its first argument, calls its third, and stores them to its second.
+    /// A function that loads registers from its first argument, calls its third, and stores them to
+    /// its second.
     macro_rules! through {
         ($name:ident, $mov:literal, $register:literal, [$($n:literal)*]) => {
             #[unsafe(naked)]
@@ -200,7 +207,8 @@ mod tests {
         let from =
             Registers { vectors, arguments: [0x1001, 4096, 3, 4, 5, 6], carry: 1, result: libc::SYS_munmap as u64 };
         let mut to = Registers { vectors: [[0; 8]; 32], arguments: [0; 6], carry: 0, result: 0 };
-        // SAFETY: the structures are as long as the function takes them to be, and the call is refused.
+        // SAFETY: the structures are as long as the function takes them to be, and the call is
+        // refused.
         unsafe { through(&from, &mut to, stub) };
         assert_eq!(to.result as i64, -i64::from(libc::EINVAL), "{name}");
         assert_eq!(to.arguments, from.arguments, "{name}");

@@ -23,7 +23,8 @@ pub(super) fn install() -> Result<(), Error> {
     let plan = plan::plan()?;
     let result = lock().with(|| {
         if COUNT.load(Ordering::Relaxed) == 0 {
-            // SAFETY: a trampoline does what the instruction did whose place the jump takes, and libc stays loaded.
+            // SAFETY: a trampoline does what the instruction did whose place the jump takes, and
+            // libc stays loaded.
             if let Err(error) = unsafe { text::apply(plan.sites.iter().map(Site::patch), &plan.hidden) } {
                 take_out(plan);
                 return Err(error);
@@ -55,7 +56,8 @@ pub(super) fn probe() -> Result<Vec<Patch>, Error> {
 
 fn take_out(plan: &Plan) {
     // A page that the kernel does not let us replace keeps its patch, which goes on working.
-    // SAFETY: the instruction does what its trampoline does, but for the bracket; libc stays loaded.
+    // SAFETY: the instruction does what its trampoline does, but for the bracket; libc stays
+    // loaded.
     let _ = unsafe { text::apply(plan.sites.iter().map(Site::restore), &plan.hidden) };
 }
 
@@ -68,7 +70,8 @@ pub(super) fn prepare() {
 
 /// In the child of a fork: whoever was at work is gone, and the work may be half done.
 extern "C" fn in_child() {
-    // A client may subscribe while a call is under way, so the address space must be there before the call.
+    // A client may subscribe while a call is under way, so the address space must be there before
+    // the call.
     current_ref();
     let Some(plan) = plan::made() else { return };
     let is_installed = COUNT.load(Ordering::Relaxed) != 0;

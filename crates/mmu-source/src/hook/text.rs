@@ -1,12 +1,14 @@
 //! Changes code that other threads are running.
 //!
-//! Code is never written where it runs. The pages are copied, the copy is changed while it is writable and not yet
-//! executable, then made executable and no longer writable, and moved over the old pages with one `mremap`. A thread
-//! that comes by meanwhile faults and waits in the kernel until the new pages are there, so it runs the old instruction or
-//! the new one. Since what is replaced is one whole instruction, no thread stands inside it either.
+//! Code is never written where it runs. The pages are copied, the copy is changed while it is
+//! writable and not yet executable, then made executable and no longer writable, and moved over the
+//! old pages with one `mremap`. A thread that comes by meanwhile faults and waits in the kernel
+//! until the new pages are there, so it runs the old instruction or the new one. Since what is
+//! replaced is one whole instruction, no thread stands inside it either.
 //!
-//! Breakpoints (`int3` first, then the tail, then the first byte), the usual way, were not taken: a thread that blocks
-//! SIGTRAP dies of one, and glibc's own threads give up their stacks by `madvise` with every signal blocked.
+//! Breakpoints (`int3` first, then the tail, then the first byte), the usual way, were not taken: a
+//! thread that blocks SIGTRAP dies of one, and glibc's own threads give up their stacks by
+//! `madvise` with every signal blocked.
 
 #![allow(unsafe_code, reason = "replaces code")]
 
@@ -25,10 +27,12 @@ pub(super) struct Edit {
     pub(super) to: [u8; PATCH],
 }
 
-/// Makes `edits`, which are in order of address, and puts right what is `hidden` in the same pages. Allocates nothing.
+/// Makes `edits`, which are in order of address, and puts right what is `hidden` in the same pages.
+/// Allocates nothing.
 ///
 /// # Safety
-/// Each `to` does what `from` does, for whoever comes to it. The pages are code of a module that stays loaded.
+/// Each `to` does what `from` does, for whoever comes to it. The pages are code of a module that
+/// stays loaded.
 pub(super) unsafe fn apply(
     mut edits: impl Iterator<Item = Edit> + Clone,
     hidden: &[Hidden],
@@ -50,7 +54,8 @@ pub(super) unsafe fn apply(
         result = result.and(swapped);
         edits.nth(count - 1);
     }
-    // Every processor must drop what it has fetched ahead. The move has interrupted them already; this is by the book.
+    // Every processor must drop what it has fetched ahead. The move has interrupted them already;
+    // this is by the book.
     let _ = raw::membarrier(libc::MEMBARRIER_CMD_PRIVATE_EXPEDITED_SYNC_CORE);
     result
 }
@@ -67,7 +72,8 @@ unsafe fn swap(
 ) -> Result<(), (&'static str, i32)> {
     let copy = raw::mmap(0, length, libc::PROT_READ | libc::PROT_WRITE, 0).map_err(|error| ("mmap", error))?;
     let page = ptr::with_exposed_provenance_mut::<u8>(copy as usize);
-    // SAFETY: copies readable code of a loaded module to memory of the same size that was mapped above.
+    // SAFETY: copies readable code of a loaded module to memory of the same size that was mapped
+    // above.
     unsafe { ptr::copy_nonoverlapping(ptr::with_exposed_provenance::<u8>(start as usize), page, length as usize) };
     for hidden in hidden.iter().filter(|hidden| (start..start + length).contains(&hidden.address)) {
         // SAFETY: the offset must stay within the copy: the range was checked in the line above.
@@ -82,7 +88,8 @@ unsafe fn swap(
     for edit in edits {
         // SAFETY: the offset must stay within the copy: the edit lies within the pages.
         let bytes = unsafe { page.add((edit.address - start) as usize) }.cast::<[u8; PATCH]>();
-        // SAFETY: the bytes were written above, nobody else has the copy, and bytes have no alignment.
+        // SAFETY: the bytes were written above, nobody else has the copy, and bytes have no
+        // alignment.
         let bytes = unsafe { &mut *bytes };
         if *bytes == edit.from {
             *bytes = edit.to;
@@ -95,7 +102,8 @@ unsafe fn swap(
         result = unsafe { raw::mprotect(copy, length, libc::PROT_READ | libc::PROT_EXEC) }
             .map_err(|error| ("mprotect", error));
         if result.is_ok() {
-            // SAFETY: nobody else uses the copy, and with it whoever runs the code can do: the caller's duty.
+            // SAFETY: nobody else uses the copy, and with it whoever runs the code can do: the
+            // caller's duty.
             result = unsafe { raw::move_over(copy, length, start) }.map_err(|error| ("mremap", error));
         }
     }
@@ -110,7 +118,8 @@ fn page_of(address: u64) -> u64 {
     address & !(PAGE_SIZE - 1)
 }
 
-/// Reads code. Another thread may be replacing its page at the same time, by the same bytes or others.
+/// Reads code. Another thread may be replacing its page at the same time, by the same bytes or
+/// others.
 ///
 /// # Safety
 /// The address is in the code of a module that stays loaded, and so are the bytes behind it.

@@ -7,7 +7,8 @@ use super::raw;
 use mmu_notifier::PAGE_SIZE;
 use std::ptr;
 
-/// Memory for the trampolines of one module, within the reach of a near jump. Never unmapped: threads may be in it.
+/// Memory for the trampolines of one module, within the reach of a near jump. Never unmapped:
+/// threads may be in it.
 #[derive(Debug)]
 pub(super) struct Arena {
     start: u64,
@@ -39,14 +40,16 @@ impl Arena {
         })
     }
 
-    /// Writes a trampoline and returns where it is. It runs `moved`, then the call by way of `stub`, then goes on at `resume`.
+    /// Writes a trampoline and returns where it is. It runs `moved`, then the call by way of
+    /// `stub`, then goes on at `resume`.
     ///
     /// # Panics
     /// If there is no room, or if the arena is sealed.
     pub(super) fn add(&mut self, moved: &[u8], is_generic: bool, stub: unsafe extern "C" fn(), resume: u64) -> u64 {
         let mut code = Vec::from(moved);
         if is_generic {
-            // cmp $512, %rax; jae plain; mov $table, %r11; cmpb $0, (%r11, %rax); je plain. Here flags and r11 are free.
+            // cmp $512, %rax; jae plain; mov $table, %r11; cmpb $0, (%r11, %rax); je plain. Here
+            // flags and r11 are free.
             let hooked = 5 + 6 + 8 + 6;
             code.extend([0x48, 0x3d]);
             code.extend((TABLE.len() as u32).to_le_bytes());
@@ -70,8 +73,8 @@ impl Arena {
         self.place(code, stub, resume)
     }
 
-    /// Writes a trampoline for the entry of a function that somebody else has put a jump at, and returns where it is. It calls what
-    /// they jump to, by way of `stub`.
+    /// Writes a trampoline for the entry of a function that somebody else has put a jump at, and
+    /// returns where it is. It calls what they jump to, by way of `stub`.
     ///
     /// # Panics
     /// If there is no room.
@@ -110,7 +113,8 @@ impl Arena {
         let at = self.start + self.used;
         self.used += SLOT;
         let to = ptr::with_exposed_provenance_mut::<u8>(at as usize);
-        // SAFETY: the slot lies within the arena, which is writable until it is sealed, and nobody knows of it yet.
+        // SAFETY: the slot lies within the arena, which is writable until it is sealed, and nobody
+        // knows of it yet.
         unsafe { ptr::copy_nonoverlapping(code.as_ptr(), to, code.len()) };
         at
     }
@@ -122,7 +126,8 @@ impl Arena {
     }
 }
 
-/// A jump that somebody else has put at the entry of a function: one instruction, or two of which the first is long enough.
+/// A jump that somebody else has put at the entry of a function: one instruction, or two of which
+/// the first is long enough.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Foreign {
     /// `jmp target`.

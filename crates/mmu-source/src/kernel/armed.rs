@@ -43,9 +43,9 @@ impl ReadSeq {
 }
 
 impl Kernel {
-    /// Begins to fill a cache with translations of ranges that the caller has armed or watches, which
-    /// no type proves here: for other languages. The same as [`Armed::read_begin`], whose wait is for
-    /// changes of any armed range.
+    /// Begins to fill a cache with translations of ranges that the caller has armed or watches,
+    /// which no type proves here: for other languages. The same as [`Armed::read_begin`], whose
+    /// wait is for changes of any armed range.
     ///
     /// # Blocking
     /// As [`Armed::read_begin`].

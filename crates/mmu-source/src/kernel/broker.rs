@@ -16,8 +16,8 @@
 //! # What is whose
 //! The maps and the link are the client's own: what it writes there changes what *it* is told. The
 //! link is in its hands, so that its program goes when it goes, and stays when the broker ends. No
-//! program is: with one in hand a client could attach it again, and the words that only programs see
-//! are kernel addresses.
+//! program is: with one in hand a client could attach it again, and the words that only programs
+//! see are kernel addresses.
 //!
 //! The program tells the client of changes of its own address space only (`kernel/owner.rs`).
 //!

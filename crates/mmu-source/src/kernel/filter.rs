@@ -1,16 +1,21 @@
-//! Which ranges are armed, in a form that the BPF program can test in a time that does not depend on their number.
+//! Which ranges are armed, in a form that the BPF program can test in a time that does not depend
+//! on their number.
 //!
-//! The address space is cut into granules at [`LEVELS`] sizes, 4 KiB, 64 KiB, ... 1 TiB. A range belongs to the finest level
-//! at which it touches at most [`SPAN`] granules. Two tables of small counters, shared with the program, have a part for each
-//! level: `sum` counts the ranges of this level *and of all finer ones* that touch a granule, `own` those of this level alone.
+//! The address space is cut into granules at [`LEVELS`] sizes, 4 KiB, 64 KiB, ... 1 TiB. A range
+//! belongs to the finest level at which it touches at most [`SPAN`] granules. Two tables of small
+//! counters, shared with the program, have a part for each level: `sum` counts the ranges of this
+//! level *and of all finer ones* that touch a granule, `own` those of this level alone.
 //!
-//! An event has a level by the same rule. Ranges of its own level or finer ones are found by its granules in `sum` of its
-//! level (at most 16 counters, two cache lines); ranges of each coarser level by its one or two granules in `own` of that level.
-//! What is wider than 16 TiB is armed by a counter of its own, and an event that wide counts as a hit.
+//! An event has a level by the same rule. Ranges of its own level or finer ones are found by its
+//! granules in `sum` of its level (at most 16 counters, two cache lines); ranges of each coarser
+//! level by its one or two granules in `own` of that level. What is wider than 16 TiB is armed by a
+//! counter of its own, and an event that wide counts as a hit.
 //!
-//! A granule has two counters, found by two hashes; it is armed if both are above zero, and the second is looked at only if the first
-//! is. Counters are shared by granules with the same hash, and stay for ever at their maximum once they have reached it. Both can only make
-//! hits out of misses: a needless invalidation. With 10,000 pages armed, one event of one page in 190 or so is one.
+//! A granule has two counters, found by two hashes; it is armed if both are above zero, and the
+//! second is looked at only if the first is. Counters are shared by granules with the same hash,
+//! and stay for ever at their maximum once they have reached it. Both can only make hits out of
+//! misses: a needless invalidation. With 10,000 pages armed, one event of one page in 190 or so is
+//! one.
 
 use super::sys::Shared;
 use mmu_notifier::VaRange;
@@ -87,7 +92,8 @@ pub(super) fn remove(tables: &Tables, range: VaRange, own: usize) {
 
 fn update(counter: &AtomicU16, change: impl Fn(u16) -> u16) {
     let mut count = counter.load(Ordering::Relaxed);
-    // ORDER: AcqRel for no partner in user space; `arm` has a full fence between these and its look at the events.
+    // ORDER: AcqRel for no partner in user space; `arm` has a full fence between these and its look
+    // at the events.
     while let Err(now) = counter.compare_exchange_weak(count, change(count), Ordering::AcqRel, Ordering::Relaxed) {
         count = now;
     }

@@ -23,7 +23,8 @@ pub(super) mod header {
     pub(in super::super) const WIDE: usize = 168;
     /// How many of them belong to each level: a word for each.
     pub(in super::super) const RANGES: usize = 192;
-    /// How many hits found B's count at zero. For guesses: processors overwrite each other's additions.
+    /// How many hits found B's count at zero. For guesses: processors overwrite each other's
+    /// additions.
     pub(in super::super) const IGNORED: usize = 384;
     /// How many hits found the ring full.
     pub(in super::super) const LOST: usize = 512;

@@ -57,7 +57,8 @@ fn group_name(groups: &str, number: u32) -> Option<String> {
     })
 }
 
-/// The right is that of a group, if one may and it is not that of the superuser; else only the device's mode can give it.
+/// The right is that of a group, if one may and it is not that of the superuser; else only the
+/// device's mode can give it.
 fn may_not_open(error: &io::Error, device: &Device) -> Error {
     let Device { owner, group, mode, group_name } = device;
     let name = group_name.clone().unwrap_or_else(|| group.to_string());

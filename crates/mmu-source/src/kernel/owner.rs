@@ -67,7 +67,8 @@ pub(super) fn check<L: Copy + Eq + Hash + Debug>(
     const TASK_PT_REGS: i32 = 175;
     const PROBE_READ_KERNEL: i32 = 113;
     let words = (PIECE / 8 - 2) as usize;
-    // Labels: behind a word, of a word that may be the first of the three, of the loop, and the end.
+    // Labels: behind a word, of a word that may be the first of the three, of the loop, and the
+    // end.
     let (behind, first) = (|word| word, |word| words + word);
     let [piece, ours] = [2 * words, 2 * words + 1];
     a.load(R9, R10, CONTEXT);

@@ -16,15 +16,17 @@ pub struct Features {
     pub release: String,
     /// How the source hears: `raw_tracepoint kvm_unmap_hva_range`.
     pub through: &'static str,
-    /// Whether this kernel may skip the program, if the processor is in the middle of it (Linux 7.0). What was skipped is counted, and
-    /// everything invalidated, within a second: until then a change of that time is not known.
+    /// Whether this kernel may skip the program, if the processor is in the middle of it (Linux
+    /// 7.0). What was skipped is counted, and everything invalidated, within a second: until then a
+    /// change of that time is not known.
     pub may_skip: bool,
 }
 
 /// Tells whether the source would start here, without starting it.
 ///
 /// # Errors
-/// [`Error::Unavailable`] with the first thing that is missing, and the command that would grant it.
+/// [`Error::Unavailable`] with the first thing that is missing, and the command that would grant
+/// it.
 pub fn probe() -> Result<Features, Error> {
     let through = match super::start::outfit(4096, true)?.1 {
         Keeper::Own(_) => "raw_tracepoint kvm_unmap_hva_range",
@@ -35,8 +37,8 @@ pub fn probe() -> Result<Features, Error> {
     Ok(Features { release: release.trim().to_owned(), through, may_skip })
 }
 
-/// Whether a kernel of this release runs programs at tracepoints preemptibly, and skips one that the
-/// processor is in the middle of.
+/// Whether a kernel of this release runs programs at tracepoints preemptibly, and skips one that
+/// the processor is in the middle of.
 pub(super) fn may_skip(release: &str) -> bool {
     let major = release.split('.').next().and_then(|major| major.parse::<u32>().ok());
     // What is not known is taken for the worse.

@@ -1,7 +1,7 @@
 //! The BPF program, as instructions.
 //!
-//! It runs at the tracepoint `kvm:kvm_unmap_hva_range`, whose arguments are the start and the end of what is about to
-//! change. In C it would read:
+//! It runs at the tracepoint `kvm:kvm_unmap_hva_range`, whose arguments are the start and the end
+//! of what is about to change. In C it would read:
 //!
 //! ```c
 //! if (start == scratch) goto question;
@@ -96,7 +96,8 @@ pub(super) struct Maps<'a> {
 type Code = Assembler<Label>;
 
 impl Code {
-    /// Jumps to `Hit` if both counters of the granule in `granule` are above zero. Uses registers 0 and 4.
+    /// Jumps to `Hit` if both counters of the granule in `granule` are above zero. Uses registers 0
+    /// and 4.
     fn test_granule(&mut self, level: usize, table: BorrowedFd<'_>, granule: Reg) {
         let passed = Label::Passed(self.len());
         for hash in HASHES {
@@ -143,8 +144,8 @@ pub(super) fn build(maps: Maps<'_>, audience: Audience) -> Vec<u64> {
     a.jump_reg(If::Equal, R2, START, Label::Question);
     a.load(R2, HEADER, word(header::ON));
     a.jump(If::Equal, R2, 0, Label::Out);
-    // ORDER(source-wait): the change has raised B's count, by a locked instruction, before this look at A's tracepoint. Partner:
-    // the fence in `Waits::wait`.
+    // ORDER(source-wait): the change has raised B's count, by a locked instruction, before this
+    // look at A's tracepoint. Partner: the fence in `Waits::wait`.
     a.load(R2, HEADER, word(header::DIRTY));
     a.jump(If::Equal, R2, 1, Label::Dirty);
     a.op(Op::Mov, R2, 1);
@@ -219,7 +220,8 @@ pub(super) fn fingerprint(any: BorrowedFd<'_>) -> u64 {
     })
 }
 
-/// Jumps to `unknown` if B's count cannot be read, or falls through with it in register 0. Registers 1 to 5 are lost.
+/// Jumps to `unknown` if B's count cannot be read, or falls through with it in register 0.
+/// Registers 1 to 5 are lost.
 fn load_count(a: &mut Code, maps: Maps<'_>, unknown: Label) {
     a.map_value(R3, maps.private);
     a.load(R3, R3, private::COUNT as isize);
@@ -269,8 +271,8 @@ fn hit(a: &mut Code, maps: Maps<'_>, peek: bool, label: Label) {
     a.store(R0, 8, LAST);
     a.store(R0, 16, R9);
     a.op_reg(Op::Mov, R1, R0);
-    // BPF_RB_NO_WAKEUP is 1. ORDER(source-awake): the generation was counted above, a full barrier. Partner: the fence in
-    // `wants_a_call`.
+    // BPF_RB_NO_WAKEUP is 1. ORDER(source-awake): the generation was counted above, a full barrier.
+    // Partner: the fence in `wants_a_call`.
     a.load(R2, HEADER, header::AWAKE as isize);
     a.call(RINGBUF_SUBMIT);
     a.label(Label::Out);

@@ -1,7 +1,8 @@
 //! The reading side of the BPF ring buffer.
 //!
-//! The kernel's layout: a page with the consumer's position, a page with the producer's, then the data, mapped twice in a
-//! row so that a record never wraps. A record has a header of eight bytes: its length with two flags, and a word for the kernel.
+//! The kernel's layout: a page with the consumer's position, a page with the producer's, then the
+//! data, mapped twice in a row so that a record never wraps. A record has a header of eight bytes:
+//! its length with two flags, and a word for the kernel.
 
 use super::sys::Shared;
 use std::io;
@@ -49,12 +50,14 @@ impl Ring {
     pub(super) fn pop(&mut self) -> Option<Record> {
         loop {
             let at = self.consumer.u64(0).load(Ordering::Relaxed);
-            // ORDER: Acquire, for the record's header. Partner: the kernel's release store in `bpf_ringbuf_reserve`.
+            // ORDER: Acquire, for the record's header. Partner: the kernel's release store in
+            // `bpf_ringbuf_reserve`.
             if at == self.producer.u64(0).load(Ordering::Acquire) {
                 return None;
             }
             let place = PAGE + (at as usize & (self.bytes - 1));
-            // ORDER: Acquire, for the record itself. Partner: the kernel's exchange of the header in `bpf_ringbuf_submit`.
+            // ORDER: Acquire, for the record itself. Partner: the kernel's exchange of the header
+            // in `bpf_ringbuf_submit`.
             let header = self.producer.u32(place).load(Ordering::Acquire);
             if header & BUSY != 0 {
                 return None;

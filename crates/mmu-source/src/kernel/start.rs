@@ -29,18 +29,21 @@ const FIRST: u64 = 1;
 impl Kernel {
     /// Starts the source, or returns the one that runs already.
     ///
-    /// It opens `/dev/kvm`, makes a virtual machine that is never run, loads BPF programs, and starts three threads that
-    /// sleep until there is something to do. Some 9 MiB of kernel memory. None of its descriptors is in the program's table.
+    /// It opens `/dev/kvm`, makes a virtual machine that is never run, loads BPF programs, and
+    /// starts three threads that sleep until there is something to do. Some 9 MiB of kernel memory.
+    /// None of its descriptors is in the program's table.
     ///
     /// # Blocking
     /// For some milliseconds at first.
     /// # Errors
-    /// [`Error::Unavailable`] if the machine, the rights or descriptors are lacking, with what is missing and the command that would grant it.
+    /// [`Error::Unavailable`] if the machine, the rights or descriptors are lacking, with what is
+    /// missing and the command that would grant it.
     pub fn start() -> Result<Arc<Self>, Error> {
         running(&marks().kernel, |mark| Self::make(mark, RING, true))
     }
 
-    /// The source without the kernel's events: [`inject`](Self::inject) is all that happens. For tests and measurements.
+    /// The source without the kernel's events: [`inject`](Self::inject) is all that happens. For
+    /// tests and measurements.
     ///
     /// # Errors
     /// As [`start`](Self::start).

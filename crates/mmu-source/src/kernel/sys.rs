@@ -1,9 +1,9 @@
 //! The system calls of the source: KVM, BPF, and the memory that is shared with the BPF program.
 //!
 //! # Safety
-//! The one module of the source with unsafe code. The calls take integers and pointers to locals of the size the kernel is
-//! told. [`Shared`] owns a mapping until it is dropped; its words are handed out as atomics only, bounds checked, because
-//! the BPF program writes them at any time.
+//! The one module of the source with unsafe code. The calls take integers and pointers to locals of
+//! the size the kernel is told. [`Shared`] owns a mapping until it is dropped; its words are handed
+//! out as atomics only, bounds checked, because the BPF program writes them at any time.
 
 #![allow(unsafe_code, reason = "the one module of this source that makes raw system calls; see its Safety section")]
 
@@ -21,18 +21,21 @@ const KVM_CREATE_VM: c_ulong = 0xae01;
 
 /// Opens `/dev/kvm`.
 pub(super) fn open_kvm() -> io::Result<OwnedFd> {
-    // SAFETY: the path is a string that ends in a null; the call returns a descriptor that is nobody's yet, or -1.
+    // SAFETY: the path is a string that ends in a null; the call returns a descriptor that is
+    // nobody's yet, or -1.
     owned(unsafe { libc::open(c"/dev/kvm".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) })
 }
 
 /// Makes a virtual machine of this process: one more MMU notifier on its address space.
 pub(super) fn create_vm(kvm: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    // SAFETY: the request takes an integer, the type of machine, and returns a new descriptor (close on exec) or -1.
+    // SAFETY: the request takes an integer, the type of machine, and returns a new descriptor
+    // (close on exec) or -1.
     uninterrupted(|| owned(unsafe { libc::ioctl(kvm.as_raw_fd(), KVM_CREATE_VM, 0_usize) }))
 }
 
-/// Makes a call that a signal ends with `EINTR`. If that happens, the thread's signals wait until it has been made: a timer that
-/// rings more often than the call can be made in would keep it from ever being made.
+/// Makes a call that a signal ends with `EINTR`. If that happens, the thread's signals wait until
+/// it has been made: a timer that rings more often than the call can be made in would keep it from
+/// ever being made.
 fn uninterrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     let is_interrupted = |result: &io::Result<T>| {
         result.as_ref().is_err_and(|error: &io::Error| error.kind() == io::ErrorKind::Interrupted)
@@ -57,7 +60,8 @@ fn owned(descriptor: i32) -> io::Result<OwnedFd> {
     if descriptor < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: `from_raw_fd` needs an open descriptor that nobody else owns: the kernel has just made it.
+    // SAFETY: `from_raw_fd` needs an open descriptor that nobody else owns: the kernel has just
+    // made it.
     Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 
@@ -95,8 +99,8 @@ impl Attributes {
     }
 
     fn call(&mut self, command: u32) -> io::Result<i32> {
-        // SAFETY: the attributes are as long as the call is told and live as long as it lasts; what they point to is
-        // borrowed by the callers of this function until it returns.
+        // SAFETY: the attributes are as long as the call is told and live as long as it lasts; what
+        // they point to is borrowed by the callers of this function until it returns.
         let result = unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut self.0, size_of_val(&self.0)) };
         if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result as i32) }
     }
@@ -123,7 +127,8 @@ pub(super) enum Kind {
     Syscall = 31,
 }
 
-/// Has the kernel verify and compile `program`. On a refusal, the end of the verifier's log is part of the error.
+/// Has the kernel verify and compile `program`. On a refusal, the end of the verifier's log is part
+/// of the error.
 pub(super) fn load_program(kind: Kind, program: &[u64]) -> io::Result<OwnedFd> {
     const BPF_F_SLEEPABLE: u32 = 1 << 4;
     let license = c"Dual MIT/GPL";
@@ -135,7 +140,8 @@ pub(super) fn load_program(kind: Kind, program: &[u64]) -> io::Result<OwnedFd> {
             .pointer(8, program.as_ptr())
             .pointer(16, license.as_ptr())
     };
-    // EAGAIN: the verifier lets itself be interrupted, by a signal or by the completion of an io_uring request of this thread.
+    // EAGAIN: the verifier lets itself be interrupted, by a signal or by the completion of an
+    // io_uring request of this thread.
     let is_interrupted = |result: &io::Result<_>| {
         result.as_ref().is_err_and(|error: &io::Error| error.kind() == io::ErrorKind::WouldBlock)
     };
@@ -171,8 +177,8 @@ pub(super) fn attach(program: BorrowedFd<'_>, tracepoint: &CStr) -> io::Result<O
     owned(Attributes::new().pointer(0, tracepoint.as_ptr()).word(8, program.as_raw_fd() as u32).call(17)?)
 }
 
-/// Runs a program once, in this thread: a raw tracepoint's as if that had been passed with these arguments. Returns what
-/// it returns.
+/// Runs a program once, in this thread: a raw tracepoint's as if that had been passed with these
+/// arguments. Returns what it returns.
 pub(super) fn run_program(program: BorrowedFd<'_>, mut arguments: [u64; 2]) -> io::Result<u32> {
     let attributes = Attributes::new().word(0, program.as_raw_fd() as u32);
     let mut attributes = attributes.word(40, size_of_val(&arguments) as u32).pointer(48, arguments.as_mut_ptr());
@@ -215,14 +221,14 @@ pub(super) fn exists(object: Object) -> bool {
     Attributes::new().word(0, number).call(command).and_then(owned).is_ok()
 }
 
-/// Makes a change of `page`, which has no content, so that its event is told. Not through libc, where `hook` would tell
-/// subscribers of it.
+/// Makes a change of `page`, which has no content, so that its event is told. Not through libc,
+/// where `hook` would tell subscribers of it.
 #[cfg(target_arch = "x86_64")]
 pub(super) fn ask(page: &Scratch) {
     let advise = |advice: i32| {
         let mut result = libc::SYS_madvise;
-        // SAFETY: drops the content of a page of ours that nobody reads or writes; the registers that the instruction
-        // destroys are named.
+        // SAFETY: drops the content of a page of ours that nobody reads or writes; the registers
+        // that the instruction destroys are named.
         unsafe {
             std::arch::asm!("syscall", inlateout("rax") result, in("rdi") page.0.as_ptr(), in("rsi") PAGE,
                 in("rdx") advice as usize, out("rcx") _, out("r11") _, options(nostack));
@@ -280,7 +286,8 @@ impl Drop for Scratch {
     }
 }
 
-/// The bytes of a file of the kernel's: mapped where that can be (Linux 6.16), which is far quicker, or else read.
+/// The bytes of a file of the kernel's: mapped where that can be (Linux 6.16), which is far
+/// quicker, or else read.
 #[derive(Debug)]
 pub(super) enum Whole {
     Mapped { base: NonNull<u8>, bytes: usize },
@@ -302,8 +309,8 @@ impl Whole {
 
     pub(super) fn bytes(&self) -> &[u8] {
         match self {
-            // SAFETY: a slice needs readable memory that does not change: the mapping is as long, lives as long as `self`, and
-            // shows what the kernel never changes.
+            // SAFETY: a slice needs readable memory that does not change: the mapping is as long,
+            // lives as long as `self`, and shows what the kernel never changes.
             Self::Mapped { base, bytes } => unsafe { std::slice::from_raw_parts(base.as_ptr(), *bytes) },
             Self::Read(bytes) => bytes,
         }
@@ -357,8 +364,8 @@ impl Shared {
 
     #[inline]
     pub(super) fn u64(&self, offset: usize) -> &AtomicU64 {
-        // SAFETY: the pointer comes from `place`: in the mapping, which lives as long as `self`, and aligned. A mapping that
-        // is not writable is only loaded from, by `ring`.
+        // SAFETY: the pointer comes from `place`: in the mapping, which lives as long as `self`,
+        // and aligned. A mapping that is not writable is only loaded from, by `ring`.
         unsafe { AtomicU64::from_ptr(self.place(offset, 8).cast().as_ptr()) }
     }
 
@@ -390,14 +397,15 @@ impl Drop for Shared {
 }
 
 impl super::Inner {
-    /// Unmaps what is shared with the program, in the child of a fork whose last handle goes: threads that are only the
-    /// parent's keep this value alive for ever.
+    /// Unmaps what is shared with the program, in the child of a fork whose last handle goes:
+    /// threads that are only the parent's keep this value alive for ever.
     pub(super) fn leave_to_parent(&self) {
         let intake = self.intake.try_lock();
         let ring = intake.iter().flat_map(|intake| intake.ring.mappings());
         for mapping in [&self.header, &self.tables.sum, &self.tables.own].into_iter().chain(ring) {
-            // SAFETY: nobody may use the mapping again. The last handle is being dropped, and all of the source's threads are the
-            // parent's; they are also why `self`, and with it the mapping, is never dropped here.
+            // SAFETY: nobody may use the mapping again. The last handle is being dropped, and all
+            // of the source's threads are the parent's; they are also why `self`, and with it the
+            // mapping, is never dropped here.
             unsafe { mapping.unmap() };
         }
     }
@@ -425,18 +433,21 @@ impl Glance {
     /// Whether all events so far have been taken in.
     #[inline]
     pub(super) fn is_current(&self) -> bool {
-        // SAFETY: a dereference needs a live word: `Watching` has the source beside this, whose mapping it is.
+        // SAFETY: a dereference needs a live word: `Watching` has the source beside this, whose
+        // mapping it is.
         let generation = unsafe { self.generation.as_ref() };
         // SAFETY: as above.
         let marked = unsafe { self.marked.as_ref() };
         // ORDER(source-generation): Acquire, as everybody's look.
         let now = generation.load(Ordering::Acquire);
-        // ORDER(source-marked): Acquire, for the word of the watch. Partner: the store in `Intake::publish`.
+        // ORDER(source-marked): Acquire, for the word of the watch. Partner: the store in
+        // `Intake::publish`.
         marked.load(Ordering::Acquire) >= now
     }
 }
 
-/// How far events have been taken in and handed on: zero in the child of a fork, where the generation never is.
+/// How far events have been taken in and handed on: zero in the child of a fork, where the
+/// generation never is.
 #[derive(Debug)]
 #[repr(C)]
 pub(super) struct Progress {
@@ -473,8 +484,8 @@ impl std::ops::Deref for ProgressPage {
 
     #[inline]
     fn deref(&self) -> &Progress {
-        // SAFETY: a dereference needs a live, initialised `Progress`: the page is mapped as long as `self`, is aligned for
-        // anything, and zeroes are a valid `Progress`.
+        // SAFETY: a dereference needs a live, initialised `Progress`: the page is mapped as long as
+        // `self`, is aligned for anything, and zeroes are a valid `Progress`.
         unsafe { self.0.as_ref() }
     }
 }

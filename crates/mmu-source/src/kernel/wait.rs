@@ -83,7 +83,8 @@ pub(super) struct Waits {
     begun: AtomicU64,
     /// Whether there is a machine B whose count the program reads. Written under the lock.
     has_b: AtomicBool,
-    /// Changes that were counted up to this generation, by A's event, are over. Written under the lock.
+    /// Changes that were counted up to this generation, by A's event, are over. Written under the
+    /// lock.
     over: AtomicU64,
     state: Mutex<State>,
 }
@@ -192,8 +193,8 @@ impl Waits {
         self.has_b.load(Ordering::Relaxed)
     }
 
-    /// Says whether there is a machine B. Under the lock, which the vault has in [`change_b`](Self::change_b), and
-    /// otherwise the thread that waits for it.
+    /// Says whether there is a machine B. Under the lock, which the vault has in
+    /// [`change_b`](Self::change_b), and otherwise the thread that waits for it.
     pub(super) fn set_has_b(&self, has_b: bool) {
         self.has_b.store(has_b, Ordering::Relaxed);
     }

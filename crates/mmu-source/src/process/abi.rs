@@ -66,7 +66,8 @@ pub(super) enum Abi {
 }
 
 impl Abi {
-    /// Finds the ABI of a call from its `AUDIT_ARCH_*` value and its number, and the number without any mark of the ABI.
+    /// Finds the ABI of a call from its `AUDIT_ARCH_*` value and its number, and the number without
+    /// any mark of the ABI.
     pub(super) fn of(arch: u32, number: u64) -> Option<(Abi, u64)> {
         match arch {
             ARCH_NATIVE if cfg!(target_arch = "x86_64") && number & X32_BIT != 0 && number < 2 * X32_BIT => {

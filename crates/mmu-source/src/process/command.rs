@@ -9,9 +9,10 @@ use std::path::PathBuf;
 
 /// A program to run under a tracer.
 ///
-/// It is less than [`std::process::Command`] on purpose: everything it needs is laid out before the fork, so that the child
-/// makes system calls and nothing else until its program runs. The child inherits the standard streams that are not given,
-/// the signal mask and ignored signals (`SIGPIPE`, which Rust programs ignore, is put back to its default).
+/// It is less than [`std::process::Command`] on purpose: everything it needs is laid out before the
+/// fork, so that the child makes system calls and nothing else until its program runs. The child
+/// inherits the standard streams that are not given, the signal mask and ignored signals
+/// (`SIGPIPE`, which Rust programs ignore, is put back to its default).
 #[derive(Debug)]
 pub struct Command {
     program: OsString,

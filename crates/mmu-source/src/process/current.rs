@@ -9,21 +9,23 @@ use super::kinds::{Registers, Task};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Current {
-    /// The task that made the call. The address space it acts on may be another's (`process_madvise`).
+    /// The task that made the call. The address space it acts on may be another's
+    /// (`process_madvise`).
     pub task: Task,
-    /// The system call, `"exit"` or `"detach"`. While a bracket opens or closes it is the call that was made: `"clone"` where
-    /// libc's `fork` makes that one. A new task that the source has seen no call for is told as the kernel reports it: `"fork"`,
-    /// `"vfork"` or `"clone"`.
+    /// The system call, `"exit"` or `"detach"`. While a bracket opens or closes it is the call that
+    /// was made: `"clone"` where libc's `fork` makes that one. A new task that the source has seen
+    /// no call for is told as the kernel reports it: `"fork"`, `"vfork"` or `"clone"`.
     pub cause: &'static str,
-    /// The raw return value (`-errno` on failure) while the call's brackets close. `None` otherwise, and if the task died
-    /// in the call or was let go of.
+    /// The raw return value (`-errno` on failure) while the call's brackets close. `None`
+    /// otherwise, and if the task died in the call or was let go of.
     pub result: Option<i64>,
 }
 
 impl Current {
     /// Reads the registers of the task, which is stopped while the source is working on it.
     ///
-    /// `None` if the task has died meanwhile, or has been let go of, and in a thread other than the tracer's.
+    /// `None` if the task has died meanwhile, or has been let go of, and in a thread other than the
+    /// tracer's.
     ///
     /// # Source
     /// ptrace(2), `PTRACE_GETREGS`.
@@ -48,8 +50,9 @@ thread_local! {
 
 /// Returns what the source is working on in this thread.
 ///
-/// It is set while the source runs callbacks (`invalidate_range_start`, `invalidate_range_end`, `release`) and methods of
-/// the observer, and `None` at any other time, in the thread that frees notifiers for one.
+/// It is set while the source runs callbacks (`invalidate_range_start`, `invalidate_range_end`,
+/// `release`) and methods of the observer, and `None` at any other time, in the thread that frees
+/// notifiers for one.
 pub fn current() -> Option<Current> {
     CURRENT.get()
 }

@@ -55,9 +55,11 @@ pub(super) struct Context<'a> {
 }
 
 impl Entry {
-    /// Says what the call is about to invalidate, as far as its arguments and `/proc` tell, or `None` if nothing.
+    /// Says what the call is about to invalidate, as far as its arguments and `/proc` tell, or
+    /// `None` if nothing.
     ///
-    /// It errs on the side of too much: arguments that the kernel will refuse still give a range if one can be formed.
+    /// It errs on the side of too much: arguments that the kernel will refuse still give a range if
+    /// one can be formed.
     pub(super) fn plan(&self, context: Context<'_>, ranges: &mut Vec<VaRange>) -> Option<Plan> {
         let [a0, a1, a2, a3, a4, a5] = self.args;
         let mut cause = self.call.name();
@@ -183,7 +185,8 @@ impl Entry {
         (!needless).then_some(Plan { cause, event, then })
     }
 
-    /// Where they cannot be read, whatever may be mapped is: nothing is told is worse than too much.
+    /// Where they cannot be read, whatever may be mapped is: nothing is told is worse than too
+    /// much.
     fn maps(&self) -> io::Result<Vec<maps::Mapping>> {
         maps::read(self.tid)
     }

@@ -1,19 +1,21 @@
 //! The seccomp filter of a spawned process, assembled by hand.
 //!
-//! It answers `SECCOMP_RET_TRACE` for the memory calls whose arguments say that they may change a translation, and
-//! `SECCOMP_RET_ALLOW` for everything else. Its shape:
+//! It answers `SECCOMP_RET_TRACE` for the memory calls whose arguments say that they may change a
+//! translation, and `SECCOMP_RET_ALLOW` for everything else. Its shape:
 //!
-//! 1. Load the architecture. The native one goes on at 2, i386 at 4; a call of any other architecture is traced, so that the
-//!    tracer can say that it cannot read it.
+//! 1. Load the architecture. The native one goes on at 2, i386 at 4; a call of any other
+//!    architecture is traced, so that the tracer can say that it cannot read it.
 //! 2. Load the number. On x86-64 a number with the x32 bit is traced and sorted out by the tracer.
-//! 3. Search the number in the native table; what is not in it is allowed, what is goes to the test of its arguments.
+//! 3. Search the number in the native table; what is not in it is allowed, what is goes to the test
+//!    of its arguments.
 //! 4. The same with the i386 table.
 //!
-//! The way of a call that is in no table reads nothing but architecture and number. The kernel (5.11 and later) finds such
-//! calls when the filter is installed and never runs it for them.
+//! The way of a call that is in no table reads nothing but architecture and number. The kernel
+//! (5.11 and later) finds such calls when the filter is installed and never runs it for them.
 //!
 //! # Source
-//! The instruction set and the layout of `struct seccomp_data`: Documentation/userspace-api/seccomp_filter.rst, seccomp(2).
+//! The instruction set and the layout of `struct seccomp_data`:
+//! Documentation/userspace-api/seccomp_filter.rst, seccomp(2).
 
 use libc::sock_filter;
 
@@ -247,8 +249,9 @@ const JSET: u32 = libc::BPF_JMP | libc::BPF_JSET | libc::BPF_K;
 const RET: u32 = libc::BPF_RET | libc::BPF_K;
 const RET_ALLOW: u32 = libc::SECCOMP_RET_ALLOW;
 const RET_TRACE: u32 = libc::SECCOMP_RET_TRACE | DATUM as u32;
-/// What the filter hands to the tracer at each stop. A program can have filters of its own that hand things to a tracer; where
-/// both ask for a stop, the kernel reports the one that was installed last, the program's.
+/// What the filter hands to the tracer at each stop. A program can have filters of its own that
+/// hand things to a tracer; where both ask for a stop, the kernel reports the one that was
+/// installed last, the program's.
 pub(super) const DATUM: u16 = 0x6d75;
 
 /// Offsets in `struct seccomp_data`.

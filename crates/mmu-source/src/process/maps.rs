@@ -30,7 +30,8 @@ pub(crate) enum Kind {
     Other,
 }
 
-/// Reads the mappings of a task, in order of address. A task that has died and is not reaped yet has none.
+/// Reads the mappings of a task, in order of address. A task that has died and is not reaped yet
+/// has none.
 ///
 /// # Errors
 /// If they cannot be read: then whatever may be mapped is.
@@ -92,12 +93,12 @@ pub(super) fn writable_private(maps: io::Result<Vec<Mapping>>, into: &mut Vec<Va
     }
 }
 
-/// Collects what `shmdt(address)` detaches: the pieces of the one segment that lie where attaching it at `address` put
-/// them.
+/// Collects what `shmdt(address)` detaches: the pieces of the one segment that lie where attaching
+/// it at `address` put them.
 ///
 /// # Source
-/// `ksys_shmdt`, ipc/shm.c: a piece belongs if it is of the same segment and its offset is its distance from `address`.
-/// The first one found in address order says which segment that is.
+/// `ksys_shmdt`, ipc/shm.c: a piece belongs if it is of the same segment and its offset is its
+/// distance from `address`. The first one found in address order says which segment that is.
 pub(super) fn attached_at(maps: io::Result<Vec<Mapping>>, address: u64, into: &mut Vec<VaRange>) {
     let Ok(maps) = maps else { return into.push(VaRange::ALL) };
     let mut segment = None;
@@ -107,8 +108,8 @@ pub(super) fn attached_at(maps: io::Result<Vec<Mapping>>, address: u64, into: &m
 }
 
 impl Mapping {
-    /// Tells whether `shmdt(address)` detaches this mapping. `segment` is for one pass over all mappings, in order; it starts
-    /// as `None`.
+    /// Tells whether `shmdt(address)` detaches this mapping. `segment` is for one pass over all
+    /// mappings, in order; it starts as `None`.
     pub(crate) fn is_attached(&self, address: u64, segment: &mut Option<((u32, u32), u64)>) -> bool {
         let this = (self.device, self.inode);
         self.kind == Kind::SysV

@@ -1,7 +1,8 @@
 //! What `/proc` tells about a task, the maps apart.
 //!
-//! `/proc` may say nothing: it is not mounted, hides other users' processes (`hidepid`), or the task is not dumpable. Every
-//! function here returns `None` or an error for "not known", which no caller may take for "no".
+//! `/proc` may say nothing: it is not mounted, hides other users' processes (`hidepid`), or the
+//! task is not dumpable. Every function here returns `None` or an error for "not known", which no
+//! caller may take for "no".
 
 use std::path::PathBuf;
 use std::{fs, io};
@@ -60,7 +61,8 @@ pub(super) fn has_tracees(tracer: Pid) -> Option<bool> {
     (found || shows_all(&fs::read_to_string("/proc/self/mountinfo").ok()?)).then_some(found)
 }
 
-/// Tells from a `mountinfo` whether `/proc` lists every process. Of several mounts there, the last is seen.
+/// Tells from a `mountinfo` whether `/proc` lists every process. Of several mounts there, the last
+/// is seen.
 fn shows_all(mounts: &str) -> bool {
     let of_proc = mounts.lines().rfind(|line| line.split(' ').nth(4) == Some("/proc"));
     of_proc.is_some_and(|line| !line.contains("hidepid="))
@@ -137,7 +139,8 @@ pub(super) fn named_by(tid: Pid, number: Pid, candidates: impl Iterator<Item = P
     let Some(own) = pid_namespace(tid) else { return Named::Anyone };
     let mut found = Named::Stranger;
     for candidate in candidates {
-        // A task's NSpid column lists its numbers from this namespace inwards; the last one is that in its own.
+        // A task's NSpid column lists its numbers from this namespace inwards; the last one is that
+        // in its own.
         let innermost = || status_field(candidate, "NSpid")?.split_whitespace().last()?.parse::<Pid>().ok();
         match (innermost(), pid_namespace(candidate)) {
             (Some(inner), Some(namespace)) if inner == number && namespace == own => return Named::Task(candidate),
@@ -151,12 +154,14 @@ pub(super) fn named_by(tid: Pid, number: Pid, candidates: impl Iterator<Item = P
 /// The address below which task `tid` cannot set the program break: `brk` ignores such a call.
 ///
 /// # Source
-/// `brk`, mm/mmap.c: the start of the heap, or the end of the data where the kernel is built for old programs.
+/// `brk`, mm/mmap.c: the start of the heap, or the end of the data where the kernel is built for
+/// old programs.
 pub(super) fn lowest_break(tid: Pid) -> Option<u64> {
     lowest_break_in(&fs::read_to_string(format!("/proc/{tid}/stat")).ok()?)
 }
 
-/// The second column is a name in parentheses. `end_data` and `start_brk` are columns 46 and 47; to who may not know, zero.
+/// The second column is a name in parentheses. `end_data` and `start_brk` are columns 46 and 47; to
+/// who may not know, zero.
 fn lowest_break_in(stat: &str) -> Option<u64> {
     let mut columns = stat.rsplit_once(')')?.1.split_whitespace().skip(46 - 3);
     let mut next = || columns.next()?.parse::<u64>().ok();

@@ -5,7 +5,8 @@ use std::rc::{Rc, Weak};
 
 use mmu_notifier::MmWithUser;
 
-/// An address space and what the tracer keeps about it. Shared by its tasks; the last one's drop is its exit.
+/// An address space and what the tracer keeps about it. Shared by its tasks; the last one's drop is
+/// its exit.
 #[derive(Debug)]
 pub(super) struct Space {
     pub(super) mm: MmWithUser,
@@ -14,7 +15,8 @@ pub(super) struct Space {
     pub(super) tasks: Cell<u32>,
     /// The calls of tasks elsewhere that hold brackets on it open.
     pub(super) from_elsewhere: Cell<u32>,
-    /// Address spaces that may be the same one as this: it could not be known whether its first task shares their memory.
+    /// Address spaces that may be the same one as this: it could not be known whether its first
+    /// task shares their memory.
     perhaps: RefCell<Vec<Weak<Space>>>,
 }
 
@@ -29,7 +31,8 @@ impl Space {
         }
     }
 
-    /// Makes one that may be the same as any of `others`. Whatever is told in one of them is told in it, and the other way.
+    /// Makes one that may be the same as any of `others`. Whatever is told in one of them is told
+    /// in it, and the other way.
     pub(super) fn doubtful<'a>(others: impl IntoIterator<Item = &'a Rc<Space>>) -> Space {
         let space = Space::new(Break::default());
         space.perhaps.borrow_mut().extend(others.into_iter().map(Rc::downgrade));
@@ -57,11 +60,13 @@ impl Space {
 
 /// What is known of the program break.
 ///
-/// A call that grows the heap of a process with one thread is not followed to its exit, so that its success is open until it
-/// matters. Then, and when calls of several threads overlapped, `/proc` is asked.
+/// A call that grows the heap of a process with one thread is not followed to its exit, so that its
+/// success is open until it matters. Then, and when calls of several threads overlapped, `/proc` is
+/// asked.
 ///
 /// # Invariants
-/// If `sure` is known, the break lies between it and `high`. `high` is at least what any call in flight asked for.
+/// If `sure` is known, the break lies between it and `high`. `high` is at least what any call in
+/// flight asked for.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Break {
     sure: Option<u64>,
@@ -87,7 +92,8 @@ impl Break {
         Break { no_heap: true, ..Break::default() }
     }
 
-    /// Takes note of a call. `heap_end` asks `/proc`; `alone` says that no other thread could be in the call.
+    /// Takes note of a call. `heap_end` asks `/proc`; `alone` says that no other thread could be in
+    /// the call.
     pub(super) fn begin(&mut self, new: u64, alone: bool, heap_end: impl FnOnce() -> Option<u64>) -> BreakCall {
         let mut end = match self.sure {
             // Exactly known, or so low that a growth beyond all that was asked for is a growth.

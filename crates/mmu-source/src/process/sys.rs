@@ -1,10 +1,11 @@
 //! The system calls of the tracer: ptrace, wait, fork and exec, and reading a tracee's memory.
 //!
 //! # Safety
-//! This is the one module of the source with unsafe code. ptrace and wait only take integers and pointers to local buffers
-//! of the size the kernel is told, so most calls are safe for whoever makes them; the functions here are safe. The child
-//! between `fork` and `execve` runs [`Child::run`], which makes system calls on memory laid out before the fork and nothing
-//! else: no allocation, no lock, no unwinding.
+//! This is the one module of the source with unsafe code. ptrace and wait only take integers and
+//! pointers to local buffers of the size the kernel is told, so most calls are safe for whoever
+//! makes them; the functions here are safe. The child between `fork` and `execve` runs
+//! [`Child::run`], which makes system calls on memory laid out before the fork and nothing else: no
+//! allocation, no lock, no unwinding.
 
 #![allow(unsafe_code, reason = "the one module of this source that makes raw system calls; see its Safety section")]
 
@@ -129,7 +130,8 @@ pub(super) fn wait() -> io::Result<Wait> {
     wait_for(-1)
 }
 
-/// Takes the next event of any child or tracee of this thread, if there is one; if not, that is an interruption.
+/// Takes the next event of any child or tracee of this thread, if there is one; if not, that is an
+/// interruption.
 pub(super) fn poll() -> io::Result<Wait> {
     wait_with(-1, libc::WNOHANG)
 }
@@ -141,9 +143,10 @@ pub(super) fn wait_for(pid: Pid) -> io::Result<Wait> {
 
 /// Waits for an event of a tracee that no table knows.
 ///
-/// There is one if a task was killed when it had made a child and before its event could name it. Other children of this thread
-/// are not waited for, so that [`Wait::Nobody`] means no tracee. Where `/proc` does not say which children are tracees, all
-/// are waited for: this thread must have no others.
+/// There is one if a task was killed when it had made a child and before its event could name it.
+/// Other children of this thread are not waited for, so that [`Wait::Nobody`] means no tracee.
+/// Where `/proc` does not say which children are tracees, all are waited for: this thread must have
+/// no others.
 pub(super) fn wait_for_unknown() -> io::Result<Wait> {
     match wait_with(-1, libc::WNOHANG)? {
         // Nothing to report and no tracee: the children that there are are not ours to wait for.
@@ -203,7 +206,8 @@ pub(super) fn exit_status(status: c_int) -> Option<ExitStatus> {
     }
 }
 
-/// Turns "no such process" into `None`: a tracee can be killed at any time, and its end is reported by `wait`.
+/// Turns "no such process" into `None`: a tracee can be killed at any time, and its end is reported
+/// by `wait`.
 fn unless_gone<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     match result {
         Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(None),
@@ -212,8 +216,8 @@ fn unless_gone<T>(result: io::Result<T>) -> io::Result<Option<T>> {
 }
 
 fn ptrace(request: Request, tid: Pid, addr: usize, data: usize) -> io::Result<c_long> {
-    // SAFETY: `addr` and `data` are integers, or an address and a size that the callers below take from a live buffer of
-    // theirs; the requests used here write nowhere else in this process.
+    // SAFETY: `addr` and `data` are integers, or an address and a size that the callers below take
+    // from a live buffer of theirs; the requests used here write nowhere else in this process.
     let result = unsafe { libc::ptrace(request, tid, addr as *mut c_void, data as *mut c_void) };
     if result == -1 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
@@ -246,7 +250,8 @@ pub(super) fn resume(tid: Pid, how: Resume, signal: i32) -> io::Result<Option<()
 
 /// The message of `event`, at which a tracee was reported to stop.
 ///
-/// `None` if it is there no more: a tracee that was killed meanwhile stands at its exit, whose message is another.
+/// `None` if it is there no more: a tracee that was killed meanwhile stands at its exit, whose
+/// message is another.
 pub(super) fn event_message(tid: Pid, event: Stop) -> io::Result<Option<u64>> {
     let mut message: libc::c_ulong = 0;
     let asked = ptrace(libc::PTRACE_GETEVENTMSG, tid, 0, (&raw mut message).addr());
@@ -315,11 +320,13 @@ pub(super) fn same_memory(a: Pid, b: Pid) -> Option<bool> {
     (order >= 0).then_some(order == 0)
 }
 
-/// Tells whether `tid` is a thread of process `pid`. It asks the kernel directly and needs no right and no `/proc`.
+/// Tells whether `tid` is a thread of process `pid`. It asks the kernel directly and needs no right
+/// and no `/proc`.
 pub(super) fn is_thread_of(pid: Pid, tid: Pid) -> bool {
     // SAFETY: `tgkill` takes integers only; signal 0 is not sent.
     let result = unsafe { libc::syscall(libc::SYS_tgkill, pid, tid, 0) };
-    // Being forbidden to send one comes after finding the thread. Numbers that are none are invalid.
+    // Being forbidden to send one comes after finding the thread. Numbers that are none are
+    // invalid.
     result == 0 || io::Error::last_os_error().raw_os_error() == Some(libc::EPERM)
 }
 
@@ -329,7 +336,8 @@ pub(super) fn this_thread() -> Pid {
     unsafe { libc::gettid() }
 }
 
-/// Makes a pipe that programs do not inherit: its read end, which does not block if asked so, and its write end.
+/// Makes a pipe that programs do not inherit: its read end, which does not block if asked so, and
+/// its write end.
 pub(super) fn pipe(flags: c_int) -> io::Result<(OwnedFd, OwnedFd)> {
     let mut fds = [0; 2];
     // SAFETY: `pipe2` writes two descriptors to the array.
@@ -346,7 +354,8 @@ pub(super) fn pipe(flags: c_int) -> io::Result<(OwnedFd, OwnedFd)> {
 /// What a new process does between `fork` and its program, laid out before the fork.
 #[derive(Debug)]
 pub(super) struct Child<'a> {
-    /// A pipe, read until the tracer says go. Its write end is the tracer's, and closed in the child.
+    /// A pipe, read until the tracer says go. Its write end is the tracer's, and closed in the
+    /// child.
     pub(super) go: (RawFd, RawFd),
     /// Takes a [`Report`] of what failed. Closed by `execve`.
     pub(super) report: RawFd,
@@ -376,8 +385,8 @@ pub(super) type Report = [u8; 5];
 
 /// Forks, and lets the child do what `child` says.
 pub(super) fn fork(child: &Child<'_>) -> io::Result<Pid> {
-    // SAFETY: the child of a process with threads may only make async-signal-safe calls: `Child::run` keeps to that and
-    // does not return.
+    // SAFETY: the child of a process with threads may only make async-signal-safe calls:
+    // `Child::run` keeps to that and does not return.
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
         0 => child.run(),
@@ -387,8 +396,8 @@ pub(super) fn fork(child: &Child<'_>) -> io::Result<Pid> {
 
 impl Child<'_> {
     fn run(&self) -> ! {
-        // SAFETY: the child's copy of a descriptor that nothing in the child uses. Without this the read could not see
-        // that the tracer is gone.
+        // SAFETY: the child's copy of a descriptor that nothing in the child uses. Without this the
+        // read could not see that the tracer is gone.
         unsafe { libc::close(self.go.1) };
         let mut byte = 0_u8;
         loop {
@@ -402,7 +411,8 @@ impl Child<'_> {
         }
         for (to, from) in (0..).zip(self.stdio) {
             if let Some(from) = from {
-                // SAFETY: `dup2` takes integers. The descriptors were chosen above 2, so no step overwrites a later one.
+                // SAFETY: `dup2` takes integers. The descriptors were chosen above 2, so no step
+                // overwrites a later one.
                 if unsafe { libc::dup2(from, to) } == -1 {
                     self.fail(Step::Stdio);
                 }
@@ -423,12 +433,12 @@ impl Child<'_> {
         }
         let mut refused = libc::ENOENT;
         for candidate in self.candidates {
-            // SAFETY: a string and two null-terminated arrays of strings, all laid out before the fork and alive in the
-            // frames that called `fork`.
+            // SAFETY: a string and two null-terminated arrays of strings, all laid out before the
+            // fork and alive in the frames that called `fork`.
             unsafe { libc::execve(candidate.as_ptr(), self.argv.as_ptr(), self.envp.as_ptr()) };
             match errno() {
-                // As the shell does: look on, but remember that one was found and refused. In a folder that may not be
-                // searched, none was found.
+                // As the shell does: look on, but remember that one was found and refused. In a
+                // folder that may not be searched, none was found.
                 libc::EACCES if self.candidates.len() == 1 || is_there(candidate) => refused = libc::EACCES,
                 libc::EACCES | libc::ENOENT | libc::ENOTDIR => {}
                 other => {
@@ -471,7 +481,8 @@ fn is_there(path: &CStr) -> bool {
     unsafe { libc::stat(path.as_ptr(), status.as_mut_ptr()) == 0 }
 }
 
-/// Installs the filter: as it is where that is allowed, or else with the promise to gain no privileges.
+/// Installs the filter: as it is where that is allowed, or else with the promise to gain no
+/// privileges.
 fn install(filter: &[libc::sock_filter]) -> bool {
     let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_ptr().cast_mut() };
     let set = || {
@@ -497,7 +508,8 @@ pub(super) fn read_report(fd: &OwnedFd) -> Option<(u8, io::Error)> {
     (read == 5).then(|| (step, io::Error::from_raw_os_error(i32::from_le_bytes(errno))))
 }
 
-/// Tells the child to go on. The caller still has the read end open, so that this cannot raise `SIGPIPE`.
+/// Tells the child to go on. The caller still has the read end open, so that this cannot raise
+/// `SIGPIPE`.
 pub(super) fn say_go(fd: &OwnedFd) {
     // SAFETY: writes one byte of a static. If the child has died meanwhile nobody reads it.
     unsafe { libc::write(fd.as_raw_fd(), [1_u8].as_ptr().cast(), 1) };

@@ -9,12 +9,14 @@
 //! | [`Life::In`] | in an address space; the observer holds something for it | `execve`, its exit event, its end, detaching |
 //! | [`Life::Left`] | past its exit event, its status not reported yet | its end |
 //!
-//! In the state `In` a call can be open ([`Tracee::call`]): from the entry stop of a memory call to its exit stop. A task
-//! without an open call and with a filter runs without stopping at system calls.
+//! In the state `In` a call can be open ([`Tracee::call`]): from the entry stop of a memory call to
+//! its exit stop. A task without an open call and with a filter runs without stopping at system
+//! calls.
 //!
-//! A call that a signal interrupts can leave the kernel to be made again, after the signal's handler: at its exit stop it
-//! goes to [`Tracee::again`] with its brackets open, and comes back at its next entry stop. The handler may make calls in between,
-//! and these can be interrupted as well: the list is a stack. While it holds anything, the task stops at every system call.
+//! A call that a signal interrupts can leave the kernel to be made again, after the signal's
+//! handler: at its exit stop it goes to [`Tracee::again`] with its brackets open, and comes back at
+//! its next entry stop. The handler may make calls in between, and these can be interrupted as
+//! well: the list is a stack. While it holds anything, the task stops at every system call.
 
 use std::fmt;
 use std::rc::Rc;
@@ -32,7 +34,8 @@ pub(super) struct Tracee<H> {
     pub(super) task: Task,
     /// Its memory calls stop by a filter. Without one, every call stops.
     pub(super) filtered: bool,
-    /// It reports its end before it ends. One that was attached to, and what it made before its first stop, does not yet.
+    /// It reports its end before it ends. One that was attached to, and what it made before its
+    /// first stop, does not yet.
     pub(super) stops_at_exit: bool,
     pub(super) life: Life<H>,
     pub(super) call: Option<OpenCall>,
@@ -40,7 +43,8 @@ pub(super) struct Tracee<H> {
     pub(super) again: Vec<OpenCall>,
     /// It was attached to, and may be in a call whose entry was not seen.
     pub(super) in_unseen_call: bool,
-    /// Its process numbers processes as the tracer does; `None` if that was not asked yet or cannot be known.
+    /// Its process numbers processes as the tracer does; `None` if that was not asked yet or cannot
+    /// be known.
     pub(super) numbers_agree: Option<bool>,
     /// When it reported last, on the tracer's clock of reports.
     pub(super) reported: u64,
@@ -173,10 +177,11 @@ impl OpenCall {
         self.raw == *next
     }
 
-    /// Tells whether a task that stands at `place` has given up making this call again: its handler did not return.
+    /// Tells whether a task that stands at `place` has given up making this call again: its handler
+    /// did not return.
     ///
-    /// A handler runs on the interrupted stack, further down, or on a stack of its own. A task that stands at or above the
-    /// call on the same stack has left the handler by a jump.
+    /// A handler runs on the interrupted stack, further down, or on a stack of its own. A task that
+    /// stands at or above the call on the same stack has left the handler by a jump.
     pub(super) fn is_given_up_at(&self, place: Place) -> bool {
         const NEAR: u64 = 1 << 20;
         place.stack.checked_sub(self.raw.place.stack).is_some_and(|above| above < NEAR)
@@ -186,7 +191,8 @@ impl OpenCall {
 /// Tells whether the result at an exit stop says that the kernel is going to make the call again.
 ///
 /// # Source
-/// `ERESTARTSYS`, `ERESTARTNOINTR`, `ERESTARTNOHAND`, `ERESTART_RESTARTBLOCK`, include/linux/errno.h. 515 is another thing.
+/// `ERESTARTSYS`, `ERESTARTNOINTR`, `ERESTARTNOHAND`, `ERESTART_RESTARTBLOCK`,
+/// include/linux/errno.h. 515 is another thing.
 pub(super) fn means_again(result: i64) -> bool {
     matches!(-result, 512..=514 | 516)
 }

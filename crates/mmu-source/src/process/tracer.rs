@@ -28,10 +28,12 @@ pub use detach::Keeper;
 #[derive(Debug, Clone, Copy)]
 #[non_exhaustive]
 pub struct Options {
-    /// Traces children and threads as well. Without it no filter can be used: the children would inherit it. A thread that
-    /// is not traced and runs `execve` takes the process with it: that ends its trace.
+    /// Traces children and threads as well. Without it no filter can be used: the children would
+    /// inherit it. A thread that is not traced and runs `execve` takes the process with it: that
+    /// ends its trace.
     pub follow: bool,
-    /// Gives spawned processes a filter, so that only memory calls stop. Without it every system call does.
+    /// Gives spawned processes a filter, so that only memory calls stop. Without it every system
+    /// call does.
     pub seccomp: bool,
     /// Stops at calls that only make a mapping, too, and tells of it by [`TaskEvent::Mapped`].
     pub births: bool,
@@ -54,7 +56,8 @@ impl Options {
 pub enum Done {
     /// No tracee is left.
     AllExited,
-    /// It was asked to stop; the tracees that there are stop at their next call until it runs again or detaches.
+    /// It was asked to stop; the tracees that there are stop at their next call until it runs again
+    /// or detaches.
     Stopped,
 }
 
@@ -139,19 +142,22 @@ impl<O: Observer> Tracer<O> {
 
     /// Serves the tracees until none is left or `stop` is true.
     ///
-    /// A signal handler can set `stop`: the wait it interrupts returns. A signal that arrives in the moment before the wait
-    /// begins takes effect at the next event, so a handler that must not wait for one repeats itself with a timer.
+    /// A signal handler can set `stop`: the wait it interrupts returns. A signal that arrives in
+    /// the moment before the wait begins takes effect at the next event, so a handler that must not
+    /// wait for one repeats itself with a timer.
     ///
     /// # Blocking
     /// Sleeps until a tracee stops; runs the callbacks of subscribers and the observer's methods.
     /// # Errors
-    /// [`Error::Kernel`] if a call of the tracer fails for another reason than the death of a tracee.
+    /// [`Error::Kernel`] if a call of the tracer fails for another reason than the death of a
+    /// tracee.
     pub fn run(&mut self, stop: &AtomicBool) -> Result<Done, Error> {
         for tid in mem::take(&mut self.held) {
             self.resume(tid, 0)?;
         }
         loop {
-            // ORDER: Relaxed is enough: the flag carries no data. A handler in this thread is ordered with it anyway.
+            // ORDER: Relaxed is enough: the flag carries no data. A handler in this thread is
+            // ordered with it anyway.
             if stop.load(Ordering::Relaxed) {
                 return Ok(Done::Stopped);
             }
@@ -164,7 +170,8 @@ impl<O: Observer> Tracer<O> {
                 Wait::Interrupted => continue,
                 Wait::Nobody => {
                     debug_assert!(self.tasks.is_empty() || !self.options.follow, "a tracee vanished: {:?}", self.tasks);
-                    // A thread that is not followed has run `execve` and taken a leader's place, whose end nobody reports.
+                    // A thread that is not followed has run `execve` and taken a leader's place,
+                    // whose end nobody reports.
                     for tid in self.tasks.keys().copied().collect::<Vec<_>>() {
                         let status = self.tasks.get(&tid).and_then(|tracee| tracee.exit);
                         self.forget(tid, "execve", status.unwrap_or(ExitStatus::Code(0)));
@@ -197,7 +204,8 @@ impl<O: Observer> Tracer<O> {
             Stop::Seccomp | Stop::Syscall => {
                 tracee.in_unseen_call = false;
                 match sys::syscall_info(tid).map_err(kernel("PTRACE_GET_SYSCALL_INFO", tid))? {
-                    // A filter of the program's own asks for a tracer that knows it, and there is none.
+                    // A filter of the program's own asks for a tracer that knows it, and there is
+                    // none.
                     Some(SyscallInfo::Entry { datum: Some(datum), .. }) if datum != filter::DATUM => {
                         sys::skip_call(tid).map_err(kernel("PTRACE_POKEUSER", tid))?;
                     }
@@ -270,7 +278,8 @@ impl<O: Observer> Tracer<O> {
         let Some(tracee) = self.tasks.get(&tid) else {
             return self.park(tid, family::Report::Ended(status));
         };
-        // A task that ends by itself is not making another one. What ends it can be a signal, or another thread of its own.
+        // A task that ends by itself is not making another one. What ends it can be a signal, or
+        // another thread of its own.
         let pid = tracee.task.pid;
         let is_alone = !self.tasks.values().any(|other| other.task.pid == pid && other.task.tid != tid);
         self.lost_a_maker |= pid != tid || !is_alone || matches!(status, ExitStatus::Signal(_));
@@ -280,7 +289,8 @@ impl<O: Observer> Tracer<O> {
             *end = Some(status);
         }
         let pid = self.forget(tid, "exit", status);
-        // A leader's end is reported last. A thread that is there still had taken its place by `execve` when it was killed.
+        // A leader's end is reported last. A thread that is there still had taken its place by
+        // `execve` when it was killed.
         let rest: Vec<Pid> =
             self.tasks.values().filter(|t| pid == Some(tid) && t.task.pid == tid).map(|t| t.task.tid).collect();
         for thread in rest {

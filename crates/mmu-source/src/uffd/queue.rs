@@ -1,4 +1,5 @@
-//! From the thread that reads to the thread that runs callbacks: a queue of fixed size, without locks and allocations.
+//! From the thread that reads to the thread that runs callbacks: a queue of fixed size, without
+//! locks and allocations.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -30,7 +31,8 @@ impl Queue {
     /// Puts an entry in, or remembers that it could not.
     pub(super) fn push(&self, entry: [u64; 3]) {
         let at = self.written.load(Ordering::Relaxed);
-        // ORDER(source-queue-free): Acquire: the reader is done with the slot. Partner: the store in `advance`.
+        // ORDER(source-queue-free): Acquire: the reader is done with the slot. Partner: the store
+        // in `advance`.
         if at - self.read.load(Ordering::Acquire) >= SLOTS as u64 {
             // ORDER(source-queue): Release, with the entries before. Partner: the load in `untold`.
             self.lost.fetch_add(1, Ordering::Release);
@@ -55,8 +57,8 @@ impl Queue {
 
     /// Takes the oldest entry out: its callbacks have run.
     pub(super) fn advance(&self) {
-        // ORDER(source-queue-free): Release: the slot has been copied, and the callbacks have run. Partner: the loads in `push` and
-        // `is_empty`.
+        // ORDER(source-queue-free): Release: the slot has been copied, and the callbacks have run.
+        // Partner: the loads in `push` and `is_empty`.
         self.read.store(self.read.load(Ordering::Relaxed) + 1, Ordering::Release);
     }
 
@@ -67,7 +69,8 @@ impl Queue {
         (lost != self.told.load(Ordering::Relaxed)).then_some(lost)
     }
 
-    /// Takes note that everything was invalidated after so many had been lost. More may have been since.
+    /// Takes note that everything was invalidated after so many had been lost. More may have been
+    /// since.
     pub(super) fn tell(&self, lost: u64) {
         // ORDER(source-told): Release: the callbacks have run. Partner: the load in `is_told`.
         self.told.store(lost, Ordering::Release);
@@ -85,7 +88,8 @@ impl Queue {
     }
 
     pub(super) fn read(&self) -> u64 {
-        // ORDER(source-queue-free): Acquire: the callbacks have run. Partner: the store in `advance`.
+        // ORDER(source-queue-free): Acquire: the callbacks have run. Partner: the store in
+        // `advance`.
         self.read.load(Ordering::Acquire)
     }
 

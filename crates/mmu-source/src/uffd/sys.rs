@@ -1,10 +1,12 @@
 //! The system calls of the source.
 //!
-//! The crate `userfaultfd` is not used: it does not know `WP_ASYNC`, drops the errno of a failed call, hides events behind
-//! Cargo features, and allocates a buffer for each read. This is four calls.
+//! The crate `userfaultfd` is not used: it does not know `WP_ASYNC`, drops the errno of a failed
+//! call, hides events behind Cargo features, and allocates a buffer for each read. This is four
+//! calls.
 //!
 //! # Safety
-//! The one module of the source with unsafe code. The calls take integers and pointers to locals of the size the kernel is told.
+//! The one module of the source with unsafe code. The calls take integers and pointers to locals of
+//! the size the kernel is told.
 
 #![allow(unsafe_code, reason = "the one module of this source that makes raw system calls; see its Safety section")]
 
@@ -23,8 +25,8 @@ const UFFDIO_REGISTER: c_ulong = 0xc020_aa00;
 const UFFDIO_UNREGISTER: c_ulong = 0x8010_aa01;
 const UFFDIO_REGISTER_MODE_WP: u64 = 1 << 1;
 
-/// The features that the source needs: events of fork, remap, remove and unmap; write protection of shmem and hugetlbfs, and without
-/// faults.
+/// The features that the source needs: events of fork, remap, remove and unmap; write protection of
+/// shmem and hugetlbfs, and without faults.
 const FEATURES: u64 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6 | 1 << 12 | 1 << 15;
 
 /// What the kernel told.
@@ -50,7 +52,8 @@ pub(super) fn open() -> io::Result<OwnedFd> {
     if descriptor < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: `from_raw_fd` needs an open descriptor that nobody else owns: the kernel has just made it.
+    // SAFETY: `from_raw_fd` needs an open descriptor that nobody else owns: the kernel has just
+    // made it.
     let uffd = unsafe { OwnedFd::from_raw_fd(descriptor as i32) };
     let mut api = [UFFD_API, FEATURES, 0];
     // SAFETY: the request reads and writes `struct uffdio_api`, three words.
@@ -66,7 +69,8 @@ fn words(range: VaRange) -> Option<[u64; 2]> {
     Some([range.start().get(), range.pages().checked_mul(mmu_notifier::PAGE_SIZE)?])
 }
 
-/// Registers a range for write protection, which is then not set on any page: only the events are wanted.
+/// Registers a range for write protection, which is then not set on any page: only the events are
+/// wanted.
 pub(super) fn register(uffd: BorrowedFd<'_>, range: VaRange) -> io::Result<()> {
     let [start, len] = words(range).ok_or(io::ErrorKind::InvalidInput)?;
     let mut request = [start, len, UFFDIO_REGISTER_MODE_WP, 0];
@@ -88,8 +92,8 @@ pub(super) fn is_mapped(range: VaRange) -> io::Result<()> {
     check(unsafe { libc::msync(start, len as usize, libc::MS_ASYNC) })
 }
 
-/// Ends a userfaultfd: all its memory is unregistered, and all who wait for it go on. Its descriptor becomes another name of
-/// `event`.
+/// Ends a userfaultfd: all its memory is unregistered, and all who wait for it go on. Its
+/// descriptor becomes another name of `event`.
 pub(super) fn replace(uffd: BorrowedFd<'_>, event: BorrowedFd<'_>) {
     // SAFETY: both are open. Whoever owns the first owns an open descriptor afterwards as well.
     unsafe { libc::dup3(event.as_raw_fd(), uffd.as_raw_fd(), libc::O_CLOEXEC) };
@@ -106,9 +110,9 @@ pub(super) fn read(uffd: BorrowedFd<'_>) -> Option<Message> {
     let [event, a, b, c] = message;
     Some(match event as u8 {
         0x13 => {
-            // SAFETY: closes the descriptor of the child's userfaultfd, which the kernel has just put there and which nobody knows,
-            // in the table of this thread.
-            // The child's memory is registered no more then.
+            // SAFETY: closes the descriptor of the child's userfaultfd, which the kernel has just
+            // put there and which nobody knows, in the table of this thread. The child's memory is
+            // registered no more then.
             drop(unsafe { OwnedFd::from_raw_fd(a as u32 as i32) });
             Message::Fork
         }

@@ -4,8 +4,8 @@ use crate::child::alone;
 use crate::pages::{block, free};
 use mmu_source::hook::Hook;
 
-/// Larger than the threshold of glibc, 128 KiB, from which on it maps each block by itself. It raises the threshold to
-/// the size of a mapped block that is freed.
+/// Larger than the threshold of glibc, 128 KiB, from which on it maps each block by itself. It
+/// raises the threshold to the size of a mapped block that is freed.
 const SIZE: usize = 200 << 10;
 
 fn mapped_blocks() -> usize {

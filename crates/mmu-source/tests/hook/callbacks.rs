@@ -71,7 +71,8 @@ fn a_callback_puts_subscribes_maps_and_unmaps() {
     let hook = Hook::install().expect("the hook works on this machine");
     let pages = map(1, 0);
     busy.watched.store(pages as u64, Ordering::Relaxed);
-    // SAFETY: closing what was never opened leaves EBADF, which a call that succeeds must not change.
+    // SAFETY: closing what was never opened leaves EBADF, which a call that succeeds must not
+    // change.
     assert_eq!(unsafe { libc::close(-1) }, -1);
     unmap(pages, 1);
     assert_eq!(errno(), libc::EBADF, "the callback's own errors are not seen");

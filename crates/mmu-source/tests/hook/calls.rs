@@ -1,4 +1,5 @@
-//! Every call that the hook claims: told before and after, with the right range, and its result left alone.
+//! Every call that the hook claims: told before and after, with the right range, and its result
+//! left alone.
 
 use crate::child::{alone, in_a_child};
 use crate::log::Watch;
@@ -47,7 +48,8 @@ fn munmap() {
     watch.expect("the rest", Event::Unmap, &[(P, 3 * P)]);
 }
 
-/// The kernel rounds the length up to whole pages of the file. That it may refuse for want of huge pages is no matter.
+/// The kernel rounds the length up to whole pages of the file. That it may refuse for want of huge
+/// pages is no matter.
 #[test]
 fn mmap_of_a_file_of_huge_pages_replaces_whole_ones() {
     const HUGE: usize = 1 << 21;
@@ -106,7 +108,8 @@ fn results_and_errno_are_the_kernels() {
     assert_eq!((moved, errno()), (libc::MAP_FAILED, libc::EINVAL));
     // SAFETY: asks for the process's number.
     assert_eq!(unsafe { libc::syscall(libc::SYS_getpid) }, i64::from(std::process::id()));
-    // SAFETY: a new mapping; the sixth argument of the call is the seventh of the function, on the stack.
+    // SAFETY: a new mapping; the sixth argument of the call is the seventh of the function, on the
+    // stack.
     let by_number = unsafe { libc::syscall(libc::SYS_mmap, 0, PAGE, PROTECTION, FLAGS, -1, 0_i64) };
     assert!(by_number > 0);
     // SAFETY: an offset that is not a page's is refused.
@@ -190,7 +193,8 @@ fn process_madvise_on_this_process() {
     let own = unsafe { libc::syscall(libc::SYS_pidfd_open, std::process::id(), 0) };
     let vectors = [0, 2].map(|page| libc::iovec { iov_base: at(pages + page * PAGE), iov_len: PAGE });
     watch.listen(pages, 4 * PAGE);
-    // SAFETY: the vectors are of this test. Before Linux 6.13 this advice is refused, and told all the same.
+    // SAFETY: the vectors are of this test. Before Linux 6.13 this advice is refused, and told all
+    // the same.
     unsafe { libc::syscall(libc::SYS_process_madvise, own, vectors.as_ptr(), 2, libc::MADV_DONTNEED, 0) };
     watch.expect("both vectors", Event::Clear, &[(0, P), (2 * P, 3 * P)]);
     // SAFETY: the descriptor is of this test.

@@ -8,11 +8,12 @@ use std::{env, fs, mem};
 /// Runs `test` in a forked child.
 #[track_caller]
 pub(crate) fn in_a_child(test: impl FnOnce()) {
-    // SAFETY: the child runs `test` and ends without unwinding or running the parent's exit handlers; glibc makes its
-    // allocator usable in the child.
+    // SAFETY: the child runs `test` and ends without unwinding or running the parent's exit
+    // handlers; glibc makes its allocator usable in the child.
     match unsafe { libc::fork() } {
         0 => {
-            // The usual hook takes locks that a thread of the parent may have held, and writes to the parent's buffer.
+            // The usual hook takes locks that a thread of the parent may have held, and writes to
+            // the parent's buffer.
             std::panic::set_hook(Box::new(|info| {
                 // SAFETY: the descriptor is open and stays open.
                 let stderr: fs::File = unsafe { std::os::fd::FromRawFd::from_raw_fd(2) };
@@ -33,7 +34,8 @@ pub(crate) fn in_a_child(test: impl FnOnce()) {
     }
 }
 
-/// Runs `body` in a fresh process whose allocator has one arena. `test` is the name of the calling test.
+/// Runs `body` in a fresh process whose allocator has one arena. `test` is the name of the calling
+/// test.
 pub(crate) fn alone(test: &str, body: impl FnOnce()) {
     const MARK: &str = "MMUN_TEST_ALONE";
     if env::var_os(MARK).is_some() {

@@ -11,7 +11,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 static CALLS: AtomicUsize = AtomicUsize::new(0);
 
-/// What the other library puts in the place of `munmap`: it counts, and makes the call by an instruction of its own.
+/// What the other library puts in the place of `munmap`: it counts, and makes the call by an
+/// instruction of its own.
 unsafe extern "C" fn their_munmap(address: usize, length: usize) -> i32 {
     CALLS.fetch_add(1, Ordering::Relaxed);
     let result: i64;
@@ -95,7 +96,8 @@ fn a_patch_over_ours_is_reported_and_left_alone() {
     });
 }
 
-/// A uprobe's breakpoint is one to the kernel only where the file is mapped: whoever ran into a copy would be killed.
+/// A uprobe's breakpoint is one to the kernel only where the file is mapped: whoever ran into a
+/// copy would be killed.
 #[test]
 fn a_breakpoint_is_not_copied() {
     const BREAKPOINT: &[u8] = &[0xcc];

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 /// Forks a child that installs a hook and hears its own `munmap`.
 fn fork() -> libc::pid_t {
-    // SAFETY: glibc makes its allocator and its loader usable in the child, and the child ends without running the parent's exit
-    // handlers.
+    // SAFETY: glibc makes its allocator and its loader usable in the child, and the child ends
+    // without running the parent's exit handlers.
     match unsafe { libc::fork() } {
         0 => {
             // SAFETY: no preconditions.
@@ -41,7 +41,8 @@ fn has_heard(child: libc::pid_t) -> bool {
     reaped == child && status == 0
 }
 
-/// Installs in another thread, and forks `delay` later. `None` if the installation was over by then.
+/// Installs in another thread, and forks `delay` later. `None` if the installation was over by
+/// then.
 fn fork_amid(delay: Duration) -> Option<libc::pid_t> {
     let (begun, installed) = (AtomicBool::new(false), AtomicBool::new(false));
     thread::scope(|scope| {
@@ -74,7 +75,8 @@ fn a_child_forked_while_another_thread_installs_can_install() {
         const ATTEMPTS: u32 = 12;
         /// So that the forks are spread over an installation, which takes milliseconds.
         const STEP: Duration = Duration::from_micros(500);
-        // The first installation of a process is the one that takes its time: each attempt has a process of its own.
+        // The first installation of a process is the one that takes its time: each attempt has a
+        // process of its own.
         let attempt = |number: u32| {
             // SAFETY: as in `fork`.
             let middle = unsafe { libc::fork() };

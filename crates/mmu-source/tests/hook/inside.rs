@@ -68,7 +68,8 @@ fn the_stack_of_a_thread_that_has_ended() {
     let spawn = || std::thread::Builder::new().stack_size(STACK).spawn(|| ptr::from_ref(&0_u8.to_be()).addr());
     alone("inside::the_stack_of_a_thread_that_has_ended", || {
         let watch = Watch::new();
-        // Where one thread's stack has been unmapped, the next one's is mapped: here nobody else maps anything.
+        // Where one thread's stack has been unmapped, the next one's is mapped: here nobody else
+        // maps anything.
         let first = spawn().expect("a thread").join().expect("it does not panic") & !(PAGE - 1);
         watch.listen_to_all(first, PAGE);
         let second = spawn().expect("a thread").join().expect("it does not panic") & !(PAGE - 1);
@@ -86,7 +87,8 @@ fn dlclose() {
     // SAFETY: as said.
     let library = unsafe { libc::dlopen(NAME.as_ptr(), libc::RTLD_NOW) };
     assert!(!library.is_null(), "{NAME:?} belongs to glibc");
-    // SAFETY: in glibc a handle is a `struct link_map *`, which begins with the address that the library was loaded at.
+    // SAFETY: in glibc a handle is a `struct link_map *`, which begins with the address that the
+    // library was loaded at.
     let base = unsafe { *library.cast::<usize>() };
     watch.listen_and_look(base, 1);
     // SAFETY: nothing of it is used any more.

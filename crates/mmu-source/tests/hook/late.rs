@@ -1,4 +1,5 @@
-//! A library with the hook that comes by `dlopen`, into a process whose threads are at work already.
+//! A library with the hook that comes by `dlopen`, into a process whose threads are at work
+//! already.
 
 use crate::child::alone;
 use crate::programs::{Scratch, library};
@@ -23,8 +24,8 @@ fn open(path: &Path) -> *mut c_void {
     handle
 }
 
-/// Loads libraries with thread-local storage, which makes the table of every thread out of date: the next
-/// look-up by the loader allocates a longer one.
+/// Loads libraries with thread-local storage, which makes the table of every thread out of date:
+/// the next look-up by the loader allocates a longer one.
 fn load_others(folder: &Path, names: std::ops::Range<usize>) {
     let library = folder.join("others.so");
     for name in names {
@@ -78,7 +79,8 @@ fn a_threads_first_bracket_is_inside_the_allocator() {
                     trim();
                     started.wait();
                     loaded.wait();
-                    // One at a time: another thread's block above this one would keep the heap from being trimmed.
+                    // One at a time: another thread's block above this one would keep the heap from
+                    // being trimmed.
                     let turn = alone.lock();
                     trim();
                     drop(turn);
@@ -108,8 +110,8 @@ fn a_threads_first_bracket_is_inside_the_allocator() {
     });
 }
 
-/// What the loader's function for thread-locals is called by: parts of the standard library that run when a
-/// panic does, and the source `kernel`, which is used outside of brackets.
+/// What the loader's function for thread-locals is called by: parts of the standard library that
+/// run when a panic does, and the source `kernel`, which is used outside of brackets.
 const MAY_LOOK_UP: &[&str] = &[
     "std[",
     "std::",

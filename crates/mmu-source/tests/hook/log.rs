@@ -30,8 +30,8 @@ pub(crate) struct Log {
     from: AtomicU64,
     to: AtomicU64,
     looks: AtomicBool,
-    /// The thread whose calls are written down, or 0: an end callback of another thread can come when its addresses have been
-    /// given to this test already.
+    /// The thread whose calls are written down, or 0: an end callback of another thread can come
+    /// when its addresses have been given to this test already.
     thread: AtomicU64,
     used: AtomicUsize,
     cells: [Cell; ROOM],
@@ -61,7 +61,8 @@ impl Log {
         }
         let Some(cell) = self.cells.get(self.used.fetch_add(1, Ordering::Relaxed)) else { return };
         let content = if is_start && self.looks.load(Ordering::Relaxed) {
-            // SAFETY: the test that asked for it says that the memory is there until the call has been made.
+            // SAFETY: the test that asked for it says that the memory is there until the call has
+            // been made.
             unsafe { std::ptr::read_volatile(std::ptr::with_exposed_provenance::<u8>(from as usize)) }
         } else {
             0
@@ -148,7 +149,8 @@ impl Watch {
         heard.collect()
     }
 
-    /// Checks that each of `ranges` was told before and after, as `event`, and nothing else. Brackets nest.
+    /// Checks that each of `ranges` was told before and after, as `event`, and nothing else.
+    /// Brackets nest.
     #[track_caller]
     pub(crate) fn expect(&self, name: &str, event: Event, ranges: &[(i64, i64)]) {
         let heard = self.heard();

@@ -4,7 +4,8 @@ use std::ptr;
 
 pub(crate) const PAGE: usize = 4096;
 
-/// Maps `pages` fresh pages, each filled with `fill`, and returns their address. The test unmaps them.
+/// Maps `pages` fresh pages, each filled with `fill`, and returns their address. The test unmaps
+/// them.
 pub(crate) fn map(pages: usize, fill: u8) -> usize {
     // SAFETY: a new mapping where the kernel likes.
     let at = unsafe { libc::mmap(ptr::null_mut(), pages * PAGE, PROTECTION, FLAGS, -1, 0) };
@@ -32,7 +33,8 @@ pub(crate) const FLAGS: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
 
 /// Reads a byte of memory that the test has mapped.
 pub(crate) fn byte(address: usize) -> u8 {
-    // SAFETY: the test that asks has mapped it; volatile, since calls change it behind the compiler's back.
+    // SAFETY: the test that asks has mapped it; volatile, since calls change it behind the
+    // compiler's back.
     unsafe { ptr::read_volatile(ptr::with_exposed_provenance(address)) }
 }
 

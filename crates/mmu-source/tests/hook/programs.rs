@@ -1,5 +1,5 @@
-//! Real programs with the hook, and the kernel's notifier if it is to be had, preloaded: the same output and exit status as
-//! without.
+//! Real programs with the hook, and the kernel's notifier if it is to be had, preloaded: the same
+//! output and exit status as without.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -7,7 +7,8 @@ use std::sync::OnceLock;
 use std::{env, fs};
 use testkit::{Cap, has_optional_program, require};
 
-/// The library to preload, built if need be: `cargo test --test hook` alone does not build examples.
+/// The library to preload, built if need be: `cargo test --test hook` alone does not build
+/// examples.
 pub(crate) fn library(is_optimised: bool) -> &'static Path {
     static LIBRARIES: [OnceLock<PathBuf>; 2] = [const { OnceLock::new() }; 2];
     LIBRARIES[usize::from(is_optimised)].get_or_init(|| {
@@ -46,7 +47,8 @@ impl Drop for Scratch {
     }
 }
 
-/// Runs a shell script with and without the library. Each run has an empty folder of its own, and `$DATA` is the other one.
+/// Runs a shell script with and without the library. Each run has an empty folder of its own, and
+/// `$DATA` is the other one.
 #[track_caller]
 fn same_with_and_without(name: &str, script: &str) {
     let scratch = Scratch::new(name);
@@ -89,7 +91,8 @@ fn python_with_a_library_that_is_loaded_late() {
     assert_eq!(String::from_utf8_lossy(&output.stdout), "loaded\n", "{output:?}");
     let report = fs::read_to_string(&report).expect("the library has reported");
     assert!(report.starts_with("brackets ") && !report.starts_with("brackets 0 "), "{report}");
-    // The source's start waits for its threads, while the loader's lock is held: a thread that took this lock would hang.
+    // The source's start waits for its threads, while the loader's lock is held: a thread that took
+    // this lock would hang.
     let has_kernel = mmu_source::kernel::probe().is_ok();
     assert!(report.ends_with(&format!(" kernel {has_kernel}\n")), "{report}");
 }

@@ -1,8 +1,9 @@
-//! A detector of stale reads: a cache of what pages contain, kept right by callbacks alone, while others change the
-//! mappings under it by every call that the hook claims.
+//! A detector of stale reads: a cache of what pages contain, kept right by callbacks alone, while
+//! others change the mappings under it by every call that the hook claims.
 //!
-//! What a page contains says which memory is mapped there, since nobody ever writes to a mapped region: every region shows
-//! some page of one file, of a private copy of one, or of a segment, and each carries its own stamp.
+//! What a page contains says which memory is mapped there, since nobody ever writes to a mapped
+//! region: every region shows some page of one file, of a private copy of one, or of a segment, and
+//! each carries its own stamp.
 
 use crate::child::alone;
 use crate::pages::{FLAGS, PAGE, PROTECTION, at, byte, discard, unmap};
@@ -105,7 +106,8 @@ impl World {
             // SAFETY: attaches it anywhere.
             let place = unsafe { libc::shmat(id, ptr::null(), 0) };
             assert_ne!(place, libc::MAP_FAILED);
-            // SAFETY: it is as large as a page. It stays attached, so that it outlives its removal below.
+            // SAFETY: it is as large as a page. It stays attached, so that it outlives its removal
+            // below.
             unsafe { place.cast::<u64>().write(stamp(FILE_PAGES + number)) };
             id
         });
@@ -136,8 +138,9 @@ impl World {
         assert_eq!(shown, at(address), "{}", std::io::Error::last_os_error());
     }
 
-    /// A private page of the file at a place of its own for every thread, with a content of its own. No thread maps where the
-    /// kernel likes: that could be where another one has just unmapped a region.
+    /// A private page of the file at a place of its own for every thread, with a content of its
+    /// own. No thread maps where the kernel likes: that could be where another one has just
+    /// unmapped a region.
     fn private(&self, number: usize, page: usize) -> usize {
         let (place, offset) = (at(self.base + (REGIONS + number) * PAGE), (page * PAGE) as i64);
         let flags = libc::MAP_PRIVATE | libc::MAP_FIXED;

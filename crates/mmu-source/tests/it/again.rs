@@ -11,8 +11,8 @@ fn forks(part: &Part) -> bool {
     ["fork", "clone", "clone3"].contains(&part.cause)
 }
 
-/// Traces a case, and sends its first process a signal in each of its first `times` forks: when the fork is told, and so before the
-/// kernel looks for signals.
+/// Traces a case, and sends its first process a signal in each of its first `times` forks: when the
+/// fork is told, and so before the kernel looks for signals.
 fn trace_interrupted(times: u32, seccomp: bool, args: &[&str]) -> Trace {
     let (sent, first) = (AtomicU32::new(0), AtomicU64::new(0));
     let recorder = Recorder::with(Box::new(move |part| {
@@ -65,12 +65,14 @@ fn number(word: &str) -> i64 {
     word.parse().expect("a number")
 }
 
-/// Tells whether a bracket is that of the handler's own `munmap`, whatever the loader has unmapped there before.
+/// Tells whether a bracket is that of the handler's own `munmap`, whatever the loader has unmapped
+/// there before.
 fn unmaps_the_page(trace: &Trace, part: &Part) -> bool {
     part.cause == "munmap" && part.start == hex(trace.said("page")[0][0])
 }
 
-/// Where in the records the first fork begins, the handler's `munmap` begins, and the first fork ends.
+/// Where in the records the first fork begins, the handler's `munmap` begins, and the first fork
+/// ends.
 fn order(trace: &Trace) -> (usize, usize, usize) {
     let place = |is: &dyn Fn(&Record) -> bool| trace.records.iter().rposition(is).expect("it was told");
     let unmapped = place(&|record| matches!(record, Record::Start(part) if unmaps_the_page(trace, part)));

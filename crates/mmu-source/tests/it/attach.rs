@@ -48,7 +48,8 @@ fn start() -> (Child, Server<ChildStdin, BufReader<ChildStdout>>) {
     start_case("serve")
 }
 
-/// Starts the tracee in a thread of its own, so that it is not a child of the thread that traces it.
+/// Starts the tracee in a thread of its own, so that it is not a child of the thread that traces
+/// it.
 fn start_case(case: &'static str) -> (Child, Server<ChildStdin, BufReader<ChildStdout>>) {
     let started = thread::spawn(move || {
         let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_tracee"))
@@ -168,7 +169,8 @@ fn processes_with_a_filter_are_kept_alive_after_they_are_let_go() {
             assert_eq!(server.hear(), "ready");
             server.go();
             stop.store(true, Ordering::Relaxed);
-            // The first of these calls make the tracer stop; the rest are the keeper's, children included.
+            // The first of these calls make the tracer stop; the rest are the keeper's, children
+            // included.
             for _ in 0..20 {
                 server.go();
             }

@@ -5,7 +5,8 @@ use testkit::{Cap, require};
 
 use crate::log::{Record, Recorder, Trace, hex, trace, trace_with};
 
-/// What a run of one case saw between its marks, and what the case says it should see, each line as the tracee prints it.
+/// What a run of one case saw between its marks, and what the case says it should see, each line as
+/// the tracee prints it.
 fn seen_and_said(trace: &Trace) -> (Vec<String>, Vec<String>) {
     assert_eq!(trace.status, ExitStatus::Code(0), "{}", trace.stdout);
     let marker = hex(trace.said("#")[0][0]);
@@ -26,8 +27,9 @@ fn seen_and_said(trace: &Trace) -> (Vec<String>, Vec<String>) {
     (seen.into_iter().map(|(_, line)| line).collect(), said)
 }
 
-/// Brackets of one call end in the reverse order of their starts: compared as sets of neighbours would be too weak, so both
-/// sides are sorted only among lines with the same cause and result next to each other.
+/// Brackets of one call end in the reverse order of their starts: compared as sets of neighbours
+/// would be too weak, so both sides are sorted only among lines with the same cause and result next
+/// to each other.
 fn normal(lines: &[String]) -> Vec<String> {
     let key = |line: &String| {
         let words: Vec<&str> = line.split_whitespace().collect();

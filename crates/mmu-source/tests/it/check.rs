@@ -4,8 +4,8 @@ use std::collections::{HashMap, HashSet};
 
 use crate::log::{Part, Record};
 
-/// Checks that every start has its end, every get its put, every address space its release and its one free, and that
-/// nothing happens out of order.
+/// Checks that every start has its end, every get its put, every address space its release and its
+/// one free, and that nothing happens out of order.
 pub(crate) fn pairs(records: &[Record]) {
     let mut open: Vec<&Part> = Vec::new();
     let mut held = HashSet::new();

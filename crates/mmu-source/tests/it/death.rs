@@ -29,7 +29,8 @@ fn a_task_killed_in_its_call_closes_its_bracket_and_leaves() {
     }));
     let trace = trace_with(Options::default(), recorder, &["threads", "4", "100"]);
     assert_eq!(trace.status, ExitStatus::Signal(libc::SIGKILL));
-    // The recorder has checked that every start has its end. Nobody's call was seen to return after the kill.
+    // The recorder has checked that every start has its end. Nobody's call was seen to return after
+    // the kill.
     let died: Vec<_> = trace.ends().filter(|(_, result)| result.is_none()).collect();
     assert!(died.iter().any(|(part, _)| part.cause == "munmap"), "{died:?}");
     let exits = trace.records.iter().filter(|record| matches!(record, Record::Exit { .. }));
@@ -56,7 +57,8 @@ fn a_thread_killed_before_it_was_named_is_not_waited_for() {
     if !require(Cap::Ptrace) {
         return;
     }
-    // The run would not end if such a thread stayed stopped: its leader's end is reported only after its own.
+    // The run would not end if such a thread stayed stopped: its leader's end is reported only
+    // after its own.
     assert_eq!(trace(&["killed-cloning", &rounds(300).to_string()]).status, ExitStatus::Code(0));
 }
 

@@ -8,7 +8,8 @@ use testkit::{Cap, require};
 
 use crate::log::{Record, Recorder, Trace, hex, trace_with};
 
-/// Runs in a thread without the privilege to look into other processes, which what it starts does not have either.
+/// Runs in a thread without the privilege to look into other processes, which what it starts does
+/// not have either.
 fn without_privilege<T: Send + 'static>(run: impl FnOnce() -> T + Send + 'static) -> T {
     let (done, result) = mpsc::channel();
     let thread = thread::spawn(move || {
@@ -25,7 +26,8 @@ fn without_privilege<T: Send + 'static>(run: impl FnOnce() -> T + Send + 'static
 fn give_up_ptrace() {
     const CAP_SYS_PTRACE: u32 = 19;
     const VERSION_3: u32 = 0x2008_0522;
-    // Version and thread (0 is this one), then the sets effective, permitted and inheritable of the low 32 and of the high 32.
+    // Version and thread (0 is this one), then the sets effective, permitted and inheritable of the
+    // low 32 and of the high 32.
     let header = [VERSION_3, 0];
     let mut sets = [[0_u32; 3]; 2];
     // SAFETY: this option takes integers. An ordinary user may not, and need not.
@@ -67,7 +69,8 @@ fn children_of_a_program_that_cannot_be_read_are_in_address_spaces_of_their_own(
             let told =
                 |mm| trace.ends().any(|(part, _)| part.task == *child && part.cause == "munmap" && part.mm == mm);
             assert!(told(*child_mm), "{words:?}");
-            // That it copied the memory is known of these; of the call whose flags lie in memory it may have shared it.
+            // That it copied the memory is known of these; of the call whose flags lie in memory it
+            // may have shared it.
             assert_eq!(told(*mm), words[2] == "clone3", "{words:?}");
         }
     }

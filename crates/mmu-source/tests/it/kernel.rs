@@ -53,7 +53,8 @@ fn every_change_by_this_process_is_told() {
     });
     told(&kernel, "munmap as a bare instruction", private(), |memory| {
         let result: i64;
-        // SAFETY: munmap of our own scratch memory; the registers that the instruction destroys are named.
+        // SAFETY: munmap of our own scratch memory; the registers that the instruction destroys are
+        // named.
         unsafe {
             std::arch::asm!("syscall", inlateout("rax") libc::SYS_munmap => result, in("rdi") memory.page(1), in("rsi") PAGE,
                 out("rcx") _, out("r11") _);
@@ -106,7 +107,8 @@ fn a_change_by_a_ring_is_told() {
     });
 }
 
-/// Another process may page out what this one has, if it is not shared with anybody: so the memory is mapped after the fork.
+/// Another process may page out what this one has, if it is not shared with anybody: so the memory
+/// is mapped after the fork.
 #[test]
 fn advice_by_another_process_is_told() {
     let Some(kernel) = start() else { return };
@@ -365,7 +367,8 @@ fn a_hunt_for_stale_reads_finds_none() {
     let tally = hunt::hunt(&kernel, std::time::Duration::from_secs(5), hunt::Mutant::None, &mut random);
     assert_eq!(tally.stale.into_inner(), 0);
     assert!(tally.hits.into_inner() > 0 && tally.changes.into_inner() > 0);
-    // And it finds what is stale, if readers do not wait for changes under way: soon, though not in every second.
+    // And it finds what is stale, if readers do not wait for changes under way: soon, though not in
+    // every second.
     let finds = |_| {
         let tally = hunt::hunt(&kernel, std::time::Duration::from_secs(1), hunt::Mutant::NoWait, &mut random);
         tally.stale.into_inner() > 0

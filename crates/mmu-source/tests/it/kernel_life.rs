@@ -27,7 +27,8 @@ fn open_here() -> Vec<String> {
     paths.map(|path| path.display().to_string()).filter(|path| path.contains("kvm") || path.contains("bpf")).collect()
 }
 
-/// Has all descriptors closed or replaced by `close`, and the numbers given to files that nobody may touch.
+/// Has all descriptors closed or replaced by `close`, and the numbers given to files that nobody
+/// may touch.
 fn goes_on_after(close: impl FnOnce()) -> bool {
     let kernel = Kernel::start().expect("it starts");
     let memory = Scratch::anonymous(1);
@@ -35,7 +36,8 @@ fn goes_on_after(close: impl FnOnce()) -> bool {
     let armed = kernel.arm(memory.range()).expect("armed");
     close();
     let files: Vec<_> = (0..40).map(|_| std::fs::File::open("/dev/zero").expect("a file")).collect();
-    // The parent of this child changes memory at the same addresses, which are needless hits: once more, then.
+    // The parent of this child changes memory at the same addresses, which are needless hits: once
+    // more, then.
     let goes_on = (0..100).any(|_| {
         watch.renew().expect("it goes on");
         let seq = armed.read_begin().expect("it goes on");

@@ -45,7 +45,8 @@ fn s_17_a_forked_child_has_an_address_space_of_its_own_without_subscribers() {
         let of_child: Vec<_> = trace.ends().filter(|(part, _)| part.task == child && part.cause == "munmap").collect();
         assert_eq!(of_child.len(), 1);
         assert_eq!((of_child[0].0.mm, of_child[0].1), (child_mm, Some(0)));
-        // That it is new and has no subscribers the recorder has checked; the first thing that happens to it is that.
+        // That it is new and has no subscribers the recorder has checked; the first thing that
+        // happens to it is that.
         let first = trace.records.iter().position(|record| *record == Record::New { task: child, mm: child_mm });
         let get = trace.records.iter().position(|record| *record == Record::Get { task: child, mm: child_mm });
         assert!(first.expect("new") < get.expect("a get"));
@@ -151,7 +152,8 @@ fn execve_by_another_thread_ends_the_rest_and_takes_the_leaders_place() {
         let by: Vec<&Record> = trace.records.iter().filter(|record| matches!(record, Record::Exec { .. })).collect();
         assert!(matches!(by[..], [Record::Exec { task: by, .. }] if *by == task), "{by:?}");
         assert_eq!(news(&trace), 2);
-        // The leader of old, the thread in its place, and three more that waited; the execing one has no end of its own.
+        // The leader of old, the thread in its place, and three more that waited; the execing one
+        // has no end of its own.
         let exits = trace.records.iter().filter(|record| matches!(record, Record::Exit { .. })).count();
         assert_eq!(exits, 5);
     }

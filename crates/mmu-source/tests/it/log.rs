@@ -114,7 +114,8 @@ impl Recorder {
         Recorder { log, subsystem: Subsystem::new(alloc) }
     }
 
-    /// Waits for the frees, and returns the log once everything in it has been checked to be paired.
+    /// Waits for the frees, and returns the log once everything in it has been checked to be
+    /// paired.
     pub(crate) fn finish(self) -> Vec<Record> {
         self.subsystem.synchronize().expect("no bracket is open here");
         let records = std::mem::take(&mut *self.log.records.lock().expect("not poisoned"));

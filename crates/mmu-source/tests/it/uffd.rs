@@ -69,7 +69,8 @@ fn changes_of_huge_pages_are_told() {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_NORESERVE;
     let huge = || {
         let bytes = 2 << 20;
-        // SAFETY: a new mapping where the kernel likes. It is not touched: there may be no huge pages.
+        // SAFETY: a new mapping where the kernel likes. It is not touched: there may be no huge
+        // pages.
         let at = unsafe { libc::mmap(std::ptr::null_mut(), bytes, libc::PROT_READ, flags, -1, 0) };
         assert_ne!(at, libc::MAP_FAILED, "{}", std::io::Error::last_os_error());
         Scratch { at: at.cast(), bytes }
@@ -143,8 +144,8 @@ fn a_callback_may_unmap_armed_memory_and_disarm() {
     assert!(unmaps.unregister().is_ok());
 }
 
-/// Memory that was moved while it was armed, by a source that has ended though a child lives that was forked before: can it be
-/// unmapped?
+/// Memory that was moved while it was armed, by a source that has ended though a child lives that
+/// was forked before: can it be unmapped?
 fn outlived_by_a_child() -> bool {
     let uffd = Uffd::start().expect("userfaultfd is there");
     let memory = Scratch::anonymous(4);
@@ -224,14 +225,16 @@ fn a_forked_child_has_no_part_in_its_parents_source() {
     assert!(armed.is_some());
 }
 
-/// Closes every descriptor, or puts a file over each, and gives the numbers to files of the program.
+/// Closes every descriptor, or puts a file over each, and gives the numbers to files of the
+/// program.
 fn closed_and_used_again(over: bool) -> bool {
     let uffd = Uffd::start().expect("userfaultfd is there");
     let memory = Scratch::anonymous(2);
     let armed = uffd.arm(memory.range()).expect("armed");
     let zero = std::fs::File::open("/dev/zero").expect("a file");
     let files: Vec<_> = if over {
-        // SAFETY: integers; what was there is nobody's any more, in this child that needs no other descriptor.
+        // SAFETY: integers; what was there is nobody's any more, in this child that needs no other
+        // descriptor.
         let over = (3..64)
             .filter(|number| *number != zero.as_raw_fd() && unsafe { libc::dup2(zero.as_raw_fd(), *number) } >= 0);
         over.collect()

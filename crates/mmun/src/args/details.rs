@@ -7,7 +7,8 @@ use crate::summary::{Sort, Tables, Wanted};
 /// The tables of a summary.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct SummaryArgs {
-    /// Adds totals at the end: by event, place in the code and what lay there, or these tables: event,where,what,task,cause
+    /// Adds totals at the end: by event, place in the code and what lay there, or these tables:
+    /// event,where,what,task,cause
     #[arg(long, value_name = "TABLES", groups = ["totals", "places"], num_args = 0..=1, require_equals = true, default_missing_value = Tables::DEFAULT)]
     pub(crate) summary: Option<Tables>,
 
@@ -19,7 +20,8 @@ pub(crate) struct SummaryArgs {
     #[arg(long, value_name = "N", default_value_t = 10, requires = "totals")]
     pub(crate) top: usize,
 
-    /// Takes time as the clock shows it, the stops of the tracer included, not the time in the call itself
+    /// Takes time as the clock shows it, the stops of the tracer included, not the time in the call
+    /// itself
     #[arg(long, requires = "totals")]
     pub(crate) wall: bool,
 }
@@ -36,7 +38,8 @@ impl SummaryArgs {
 /// What to find out about each call.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct DetailArgs {
-    /// Adds to each record what lay there, how much of it was in memory, and the time in the call itself
+    /// Adds to each record what lay there, how much of it was in memory, and the time in the call
+    /// itself
     #[arg(long)]
     pub(crate) details: bool,
 
@@ -44,7 +47,8 @@ pub(crate) struct DetailArgs {
     #[arg(short = 'k', long, group = "places")]
     pub(crate) stacks: bool,
 
-    /// Never takes this function for the place of a call, as if it were an allocator; may be repeated
+    /// Never takes this function for the place of a call, as if it were an allocator; may be
+    /// repeated
     #[arg(long = "not-place", value_name = "FUNCTION", requires = "places")]
     pub(crate) not_place: Vec<String>,
 

@@ -15,7 +15,8 @@ use crate::sys;
 /// How many calls are measured.
 const CALLS: usize = 101;
 
-/// Traces a process that makes calls which do nothing, and returns their median in nanoseconds; 0 if that is not to be had.
+/// Traces a process that makes calls which do nothing, and returns their median in nanoseconds; 0
+/// if that is not to be had.
 pub(crate) fn overhead(options: Options) -> u64 {
     let settings = Settings { details: true, samples: true, ..Settings::default() };
     let Ok(nowhere) = Output::open(Some(Path::new("/dev/null"))) else { return 0 };

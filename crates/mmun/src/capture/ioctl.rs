@@ -1,8 +1,9 @@
 //! Two ioctls of `/proc/PID`: `PROCMAP_QUERY` (Linux 6.11) and `PAGEMAP_SCAN` (6.7).
 //!
 //! # Safety
-//! Both take a pointer to a structure whose size stands in its first word, and write to it and to the buffers that it names.
-//! The structures here are those of the kernel (linux/fs.h), and the buffers live across the call.
+//! Both take a pointer to a structure whose size stands in its first word, and write to it and to
+//! the buffers that it names. The structures here are those of the kernel (linux/fs.h), and the
+//! buffers live across the call.
 #![expect(unsafe_code, reason = "ioctls that no crate has")]
 
 use std::fs::File;
@@ -81,7 +82,8 @@ pub(crate) const IS_SWAPPED: u64 = 1 << 4;
 pub(crate) const IS_ZERO: u64 = 1 << 5;
 pub(crate) const IS_HUGE: u64 = 1 << 6;
 
-/// Asks `/proc/PID/pagemap` which pages of a range are present or swapped, and tells each run of them.
+/// Asks `/proc/PID/pagemap` which pages of a range are present or swapped, and tells each run of
+/// them.
 ///
 /// # Errors
 /// `ENOTTY` on a kernel before 6.7, and what else the kernel says.

@@ -9,7 +9,8 @@ use mmu_source::process::Pid;
 use super::ioctl::{self, IS_FILE, IS_HUGE, IS_PRESENT, IS_SWAPPED, IS_ZERO, Vma, Which};
 use crate::change::Pages;
 
-/// Two files of one address space. They stay those of this address space also when its task executes another program.
+/// Two files of one address space. They stay those of this address space also when its task
+/// executes another program.
 #[derive(Debug)]
 pub(crate) struct Place {
     maps: File,
@@ -20,7 +21,8 @@ pub(crate) struct Place {
 }
 
 const PAGE: u64 = 4096;
-/// One past the last address that a program can have with four levels of page tables; more is asked for in vain on most machines.
+/// One past the last address that a program can have with four levels of page tables; more is asked
+/// for in vain on most machines.
 const TOP: u64 = 0x7fff_ffff_f000;
 /// Without `PAGEMAP_SCAN` a larger range is not read: 8 bytes a page.
 const MOST_READ: u64 = 16 << 30;

@@ -1,8 +1,9 @@
 //! The time that a task itself ran in a call.
 //!
-//! The kernel counts it for every task (`/proc/PID/schedstat`, the first number). It is read while the task is stopped, before the
-//! call and after it. In between the task also leaves one stop and enters the next, which takes a microsecond or two: that is
-//! measured with calls that do nothing, and taken off.
+//! The kernel counts it for every task (`/proc/PID/schedstat`, the first number). It is read while
+//! the task is stopped, before the call and after it. In between the task also leaves one stop and
+//! enters the next, which takes a microsecond or two: that is measured with calls that do nothing,
+//! and taken off.
 
 use std::collections::HashMap;
 use std::fs::File;

@@ -67,8 +67,9 @@ pub(crate) fn open(operation: &Operation, watched: usize) -> Result<Page, Unavai
 
 /// The source's counter and the state of the page at one moment.
 ///
-/// The counter is read first and once more afterwards: the kernel may move the page by itself meanwhile, and then a state
-/// that is older than the counter would look like a change that was not counted.
+/// The counter is read first and once more afterwards: the kernel may move the page by itself
+/// meanwhile, and then a state that is older than the counter would look like a change that was not
+/// counted.
 fn at_rest(generation: impl Fn() -> Option<u64>, page: &Page) -> io::Result<(Option<u64>, State)> {
     loop {
         let counted = generation();
@@ -80,11 +81,13 @@ fn at_rest(generation: impl Fn() -> Option<u64>, page: &Page) -> io::Result<(Opt
     }
 }
 
-/// Runs `change`, and says whether the translation was ever seen changed with the source's counter not yet moved.
+/// Runs `change`, and says whether the translation was ever seen changed with the source's counter
+/// not yet moved.
 ///
-/// A thread looks at the page, then at the counter, for as long as the change takes. If the counter moves first, as it must,
-/// a changed page is never seen with the old count. That can refute the order, not prove it: what takes less time
-/// than one look, or holds off readers of `/proc`, can slip through.
+/// A thread looks at the page, then at the counter, for as long as the change takes. If the counter
+/// moves first, as it must, a changed page is never seen with the old count. That can refute the
+/// order, not prove it: what takes less time than one look, or holds off readers of `/proc`, can
+/// slip through.
 fn watch_beside(
     generation: impl Fn() -> Option<u64> + Sync,
     page: &Page,

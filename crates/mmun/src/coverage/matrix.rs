@@ -23,7 +23,8 @@ pub(crate) struct Matrix {
     sources: Vec<Source>,
     /// One for each operation and source.
     reports: Vec<Vec<Option<Report>>>,
-    /// Where the reports of what is run belong, by index: those of sources that cannot be used are there already.
+    /// Where the reports of what is run belong, by index: those of sources that cannot be used are
+    /// there already.
     places: Vec<(usize, usize)>,
     form: Form,
     /// How many rows are written.

@@ -1,6 +1,7 @@
 //! What the kernel says of one page: which frame is behind it, and as what.
 //!
-//! Callbacks ask it too, in the middle of `free` for all they know: reading a state allocates nothing and takes no lock.
+//! Callbacks ask it too, in the middle of `free` for all they know: reading a state allocates
+//! nothing and takes no lock.
 
 use std::fs::File;
 use std::io;
@@ -14,11 +15,11 @@ use super::region;
 pub(crate) enum Judge {
     /// Whether it is there, and the frame: `/proc/PID/pagemap`.
     Frame,
-    /// That, and whether the frame is this address space's alone: it is not once a child shares it, and then a write has to
-    /// fault.
+    /// That, and whether the frame is this address space's alone: it is not once a child shares it,
+    /// and then a write has to fault.
     Exclusive,
-    /// That the kernel may drop the frame without saving it (`MADV_FREE`): `/proc/kpageflags`. The frame itself stays until
-    /// memory is short.
+    /// That the kernel may drop the frame without saving it (`MADV_FREE`): `/proc/kpageflags`. The
+    /// frame itself stays until memory is short.
     Lazy,
     /// Whether a write gets through.
     Writable,
@@ -136,14 +137,15 @@ mod tests {
     #[test]
     fn a_page_given_up_by_advice_is_seen_by_root() {
         let region = Region::anonymous(64).unwrap();
-        // Only root can look: for others the operation is not available, which is tested from outside.
+        // Only root can look: for others the operation is not available, which is tested from
+        // outside.
         let Ok(page) = page(&region, Judge::Lazy) else {
             assert!(!rustix::process::geteuid().is_root());
             return;
         };
         let before = page.state().unwrap();
-        // The kernel passes over pages that wait to be listed on another processor: this thread may have been moved since it
-        // touched them.
+        // The kernel passes over pages that wait to be listed on another processor: this thread may
+        // have been moved since it touched them.
         let is_seen = (0..1000).any(|_| {
             region.advise(libc::MADV_FREE).unwrap();
             page.state().unwrap() != before

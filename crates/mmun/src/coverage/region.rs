@@ -1,9 +1,11 @@
-//! Memory to be changed, and the system calls that change it, each by the way a program would make it.
+//! Memory to be changed, and the system calls that change it, each by the way a program would make
+//! it.
 //!
 //! # Safety
-//! A [`Region`] is mapped here, and no Rust reference to its bytes ever exists: they are read and written by volatile
-//! accesses of this module alone. A change of its translations therefore touches no Rust object, and the functions that
-//! change them are safe. A function that takes memory away takes the `Region` by value, or leaves pages that read as zeros.
+//! A [`Region`] is mapped here, and no Rust reference to its bytes ever exists: they are read and
+//! written by volatile accesses of this module alone. A change of its translations therefore
+//! touches no Rust object, and the functions that change them are safe. A function that takes
+//! memory away takes the `Region` by value, or leaves pages that read as zeros.
 #![expect(unsafe_code, reason = "maps, changes and unmaps raw memory; see the Safety section")]
 
 use std::ffi::{CStr, c_int, c_void};
@@ -122,7 +124,8 @@ impl Region {
     /// Reads a byte of every page.
     pub(crate) fn look(&self) {
         for address in (self.start..self.start + self.len).step_by(PAGE) {
-            // SAFETY: the invariant: mapped and readable, and no other code of this process writes to it.
+            // SAFETY: the invariant: mapped and readable, and no other code of this process writes
+            // to it.
             unsafe { pointer(address).cast::<u8>().read_volatile() };
         }
     }
@@ -160,7 +163,8 @@ impl Region {
     /// `mremap` to wherever there is room, or to `target`, whose pages are given up.
     pub(crate) fn remap(self, len: usize, flags: c_int, target: Option<Region>) -> io::Result<()> {
         let target = target.map_or(0, |target| target.start);
-        // SAFETY: no Rust object lies in the old pages, which are given up with `self`; with MREMAP_FIXED the same holds for the target's.
+        // SAFETY: no Rust object lies in the old pages, which are given up with `self`; with
+        // MREMAP_FIXED the same holds for the target's.
         let moved = unsafe { libc::mremap(pointer(self.start), self.len, len, flags, pointer(target)) };
         check_address(moved).map(drop)
     }
@@ -174,7 +178,8 @@ impl Region {
 
     /// `madvise` of libc.
     pub(crate) fn advise(&self, advice: c_int) -> io::Result<()> {
-        // SAFETY: no Rust object lies in the pages; the advices used here leave them mapped, or `self` is not touched afterwards.
+        // SAFETY: no Rust object lies in the pages; the advices used here leave them mapped, or
+        // `self` is not touched afterwards.
         check(unsafe { libc::madvise(pointer(self.start), self.len, advice) })
     }
 
@@ -237,7 +242,8 @@ impl Region {
     }
 }
 
-/// `process_madvise` of libc, or by number where libc has none, on memory of the process behind `pidfd`.
+/// `process_madvise` of libc, or by number where libc has none, on memory of the process behind
+/// `pidfd`.
 ///
 /// Meant for regions, here or over there: what the pages hold may be lost.
 pub(crate) fn advise_in(pidfd: RawFd, start: usize, len: usize, advice: c_int) -> io::Result<()> {
@@ -279,12 +285,14 @@ pub(crate) fn symbol(name: &CStr) -> Option<*mut c_void> {
     (!found.is_null()).then_some(found)
 }
 
-/// Whether a page of process `pid` takes a write: writes there the byte it holds if it was touched here.
+/// Whether a page of process `pid` takes a write: writes there the byte it holds if it was touched
+/// here.
 pub(crate) fn takes_a_write(pid: i32, address: usize) -> bool {
     let mut mark = MARK;
     let local = libc::iovec { iov_base: (&raw mut mark).cast(), iov_len: 1 };
     let remote = libc::iovec { iov_base: pointer(address), iov_len: 1 };
-    // SAFETY: one byte of a local is read; the one written belongs to a region, and it holds `MARK` already.
+    // SAFETY: one byte of a local is read; the one written belongs to a region, and it holds `MARK`
+    // already.
     unsafe { libc::process_vm_writev(pid, &local, 1, &remote, 1, 0) == 1 }
 }
 
@@ -299,7 +307,8 @@ pub(crate) fn map_if_free(address: usize) -> io::Result<()> {
     }
 }
 
-/// Writes to memory of this process, if that can be written. For the page of an operation that has been run.
+/// Writes to memory of this process, if that can be written. For the page of an operation that has
+/// been run.
 pub(crate) fn put(address: usize, bytes: &[u8]) -> bool {
     let local = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
     let remote = libc::iovec { iov_base: pointer(address), iov_len: bytes.len() };

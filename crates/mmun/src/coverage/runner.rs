@@ -21,14 +21,15 @@ use crate::source::Source;
 
 /// How many children run at a time.
 const ABREAST: usize = 2;
-/// How long one may take. It is done in a tenth of a second; this is for what hangs, however busy the machine is.
+/// How long one may take. It is done in a tenth of a second; this is for what hangs, however busy
+/// the machine is.
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// One cell of the matrix.
 pub(crate) type Place = (&'static Operation, Source);
 
-/// Runs every place in a child of its own, and hands each report, with the index of its place, to `done` as it comes. Ends
-/// early if that breaks.
+/// Runs every place in a child of its own, and hands each report, with the index of its place, to
+/// `done` as it comes. Ends early if that breaks.
 pub(crate) fn run(places: &[Place], done: impl FnMut(usize, Report) -> ControlFlow<()>) {
     let command = |index: usize| {
         let (operation, source) = &places[index];
@@ -71,7 +72,8 @@ pub(crate) fn run_commands(
     });
 }
 
-/// Runs `command`, which has to write a report and end within `limit`. Whatever it started ends with it.
+/// Runs `command`, which has to write a report and end within `limit`. Whatever it started ends
+/// with it.
 fn supervise(mut command: Command, limit: Duration) -> io::Result<Report> {
     // Files, not pipes: what the child leaves running cannot hold us up.
     let mut output = File::from(memfd_create("coverage-output", MemfdFlags::CLOEXEC)?);

@@ -14,7 +14,8 @@ use super::operation::{Operation, Prepared, Unavailable};
 use super::page::{Judge, Page, State};
 use super::report::{Report, Seen};
 
-/// What the tracee writes for its tracer: the page's address and its state, before the change. All zero until then.
+/// What the tracee writes for its tracer: the page's address and its state, before the change. All
+/// zero until then.
 const PLAN: u64 = 0;
 /// Where the tracee leaves its report.
 const REPORT: u64 = 4096;
@@ -87,7 +88,8 @@ impl Observer for Looker {
         }
         let board = self.board.try_clone().ok()?;
         let witness = Witness { board, judge: self.judge, pid: root, seen: Arc::clone(&self.seen) };
-        // The first task of an address space enters it before anything is invalidated there, so this succeeds.
+        // The first task of an address space enters it before anything is invalidated there, so
+        // this succeeds.
         Registration::new(mm, witness).ok()
     }
 

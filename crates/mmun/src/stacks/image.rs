@@ -1,8 +1,10 @@
-//! The files that programs have mapped, kept so that they can be read after the programs, and the files, are gone.
+//! The files that programs have mapped, kept so that they can be read after the programs, and the
+//! files, are gone.
 //!
 //! # Safety
-//! A file is mapped so that it stays; but nothing here ever reads the mapping: another process can cut the file short, and reading
-//! what is beyond its end kills the reader. All reads go through `/proc/self/mem`, for which that is an error.
+//! A file is mapped so that it stays; but nothing here ever reads the mapping: another process can
+//! cut the file short, and reading what is beyond its end kills the reader. All reads go through
+//! `/proc/self/mem`, for which that is an error.
 #![expect(unsafe_code, reason = "a file is mapped so that it stays")]
 
 use std::collections::HashMap;
@@ -67,7 +69,8 @@ pub(super) enum Content {
 const MOST: u64 = 256 << 20;
 
 impl Images {
-    /// The image behind a mapping of the task that stands before a call, and where address 0 of the image lies.
+    /// The image behind a mapping of the task that stands before a call, and where address 0 of the
+    /// image lies.
     pub(super) fn of(&mut self, vma: &Vma, current: &Current) -> Option<(u32, u64)> {
         let key = (vma.device, vma.inode);
         let number = match self.by_file.get(&key).filter(|_| vma.inode != 0) {
@@ -151,7 +154,8 @@ fn from_memory(vma: &Vma, current: &Current) -> Option<Content> {
     Some(Content::Memory(bytes.into()))
 }
 
-/// The file itself, also if it has been deleted; without the right to that, the file of that name, if it is the same.
+/// The file itself, also if it has been deleted; without the right to that, the file of that name,
+/// if it is the same.
 fn from_file(vma: &Vma, pid: Pid) -> Option<Content> {
     let direct = File::open(format!("/proc/{pid}/map_files/{:x}-{:x}", vma.start, vma.end));
     let by_name = || File::open(format!("/proc/{pid}/root{}", vma.name)).ok();

@@ -56,7 +56,8 @@ pub(crate) struct Resolved {
     stacks: HashMap<u32, Stack>,
 }
 
-/// Functions that make memory calls on behalf of others, by their names without leading underscores.
+/// Functions that make memory calls on behalf of others, by their names without leading
+/// underscores.
 const ALLOCATORS: &[&str] = &[
     "munmap",
     "mmap",
@@ -134,7 +135,8 @@ const ALLOCATORS: &[&str] = &[
     "clone3",
 ];
 
-/// Libraries in which no function is the place: the C library, the loader, and allocators of their own.
+/// Libraries in which no function is the place: the C library, the loader, and allocators of their
+/// own.
 const LIBRARIES: &[&str] = &[
     "libc.so",
     "libc-2",

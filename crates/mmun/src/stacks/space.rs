@@ -117,9 +117,11 @@ impl Space {
         None
     }
 
-    /// Finds out what lies at `address`. Afterwards a part holds it, be it one of which nothing is known.
+    /// Finds out what lies at `address`. Afterwards a part holds it, be it one of which nothing is
+    /// known.
     ///
-    /// `false` if nothing is mapped there: the unwinding went astray, and the frames below it are all there is.
+    /// `false` if nothing is mapped there: the unwinding went astray, and the frames below it are
+    /// all there is.
     fn learn(&mut self, images: &mut Images, place: &mut Place, current: &Current, address: u64) -> bool {
         let Some(vma) = place.mapping(address, Which::Holding) else {
             return false;

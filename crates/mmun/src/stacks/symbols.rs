@@ -16,7 +16,8 @@ use super::site::Frame;
 /// A file whose debug sections are larger together is named by its symbols only.
 const MOST_DEBUG: u64 = 512 << 20;
 
-/// The frames of each address, the innermost first: more than one where functions were inlined. `wanted` is sorted.
+/// The frames of each address, the innermost first: more than one where functions were inlined.
+/// `wanted` is sorted.
 pub(super) fn name(images: &Images, wanted: &[Address]) -> HashMap<Address, Vec<Frame>> {
     let mut named = HashMap::with_capacity(wanted.len());
     for group in wanted.chunk_by(|a, b| a.image == b.image) {

@@ -55,7 +55,8 @@ fn client(program: &str, socket: &Path, user: u32) -> Command {
     let mut command = Command::new(program);
     command.env("MMUN_BROKER", socket).env_remove("NO_COLOR").uid(user).gid(user);
     let no_groups = || {
-        // SAFETY: no list is read, and the capabilities go with the user's change, which comes later.
+        // SAFETY: no list is read, and the capabilities go with the user's change, which comes
+        // later.
         unsafe { libc::setgroups(0, std::ptr::null()) };
         // SAFETY: integers.
         unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };

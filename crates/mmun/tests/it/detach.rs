@@ -13,7 +13,8 @@ use testkit::Cgroup;
 
 use crate::support::{Fifo, check, kill, kind, of_kind, parse, scratch, take_records, trace, within};
 
-/// A traced shell that waits at a gate, then starts a program (which maps, protects and unmaps) and reports.
+/// A traced shell that waits at a gate, then starts a program (which maps, protects and unmaps) and
+/// reports.
 struct Gated {
     ready: Fifo,
     gate: Fifo,
@@ -77,7 +78,8 @@ fn the_program_survives_the_death_of_mmun() {
         assert_eq!(gated.ready.read(), "here\n");
         kill(mmun.id(), libc::SIGKILL);
         assert_eq!(mmun.wait().unwrap().signal(), Some(libc::SIGKILL));
-        // The tracer writes the summary when it notices; the pipe stays open as long as the shell has it.
+        // The tracer writes the summary when it notices; the pipe stays open as long as the shell
+        // has it.
         let pipe = mmun.stderr.take().unwrap();
         let lines = within("the summary", move || {
             let mut text = String::new();
@@ -208,7 +210,8 @@ fn a_trace_of_attached_processes_ends_when_they_do() {
 #[test]
 fn a_parent_that_waits_in_vfork_is_let_go_at_the_first_signal() {
     let gate = Fifo::new("gate");
-    // A child of `vfork` opens the pipe before it executes its program, and its parent waits for it without being disturbed.
+    // A child of `vfork` opens the pipe before it executes its program, and its parent waits for it
+    // without being disturbed.
     let script = "import os, sys
 print('ready', flush=True)
 os.posix_spawn('/bin/true', ['true'], {}, file_actions=[(os.POSIX_SPAWN_OPEN, 9, sys.argv[1], os.O_RDONLY, 0)])
@@ -236,7 +239,8 @@ print(os.wait()[1], flush=True)";
     let let_go: Vec<_> = of_kind(&records, "detach").map(|record| record["tid"].as_u64()).collect();
     assert_eq!(let_go, [Some(u64::from(pid))]);
     assert_eq!(of_kind(&records, "mm_release").count(), 0, "the address space lives on");
-    // The child opens its end when this end is opened, and may have ended before anything could be written.
+    // The child opens its end when this end is opened, and may have ended before anything could be
+    // written.
     let path = gate.0.clone();
     drop(within("the child's open", move || fs::File::options().write(true).open(path).unwrap()));
     assert_eq!(lines.next().unwrap().unwrap(), "0");

@@ -1,4 +1,5 @@
-//! What is found out about each call: what lay there, how much of it was in memory, how long, and where in the code.
+//! What is found out about each call: what lay there, how much of it was in memory, how long, and
+//! where in the code.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -8,7 +9,8 @@ use testkit::{Cap, require};
 
 use crate::support::{check, kind, of_kind, scratch, take_records, text, trace, traced, within};
 
-/// Maps 256 anonymous pages, touches ten, and unmaps them in a function of its own; all of that a hundred times.
+/// Maps 256 anonymous pages, touches ten, and unmaps them in a function of its own; all of that a
+/// hundred times.
 const GIVES_BACK: &str = "\
 #define _GNU_SOURCE
 #include <sys/mman.h>

@@ -1,4 +1,5 @@
-//! Programs and machines that do not say everything: `/proc` that hides or is not there, programs that may not be read.
+//! Programs and machines that do not say everything: `/proc` that hides or is not there, programs
+//! that may not be read.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -13,7 +14,8 @@ use crate::support::{check, of_kind, parse, text, within};
 
 const NOBODY: &str = "65534";
 
-/// A folder that everybody can enter, with a copy of `mmun` and a shell that may be executed and not read.
+/// A folder that everybody can enter, with a copy of `mmun` and a shell that may be executed and
+/// not read.
 struct Open(PathBuf);
 
 impl Open {
@@ -84,7 +86,8 @@ fn every_child_runs_and_is_told_whatever_proc_says() {
         assert_eq!((text(&output.stdout), output.status.code()), ("40\n40\n40\n40\n", Some(0)), "{setup}");
         // The shell forks for each child, and for the four.
         assert_eq!(of_kind(&records, "fork").count(), 164, "{setup}");
-        // Each is in an address space of its own: as many as the shells, the children, and the first program.
+        // Each is in an address space of its own: as many as the shells, the children, and the
+        // first program.
         assert_eq!(of_kind(&records, "mm_new").count(), 165, "{setup}");
     }
 }

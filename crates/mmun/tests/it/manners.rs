@@ -64,7 +64,8 @@ fn a_reader_who_reads_nothing_does_not_keep_an_interrupt_waiting() {
     let mut program = String::new();
     BufReader::new(mmun.stdout.take().unwrap()).read_line(&mut program).unwrap();
     within("filling a fifo", move || {
-        // A pipe is full by pages, not by bytes: a write that does not fit into the last page takes a new one.
+        // A pipe is full by pages, not by bytes: a write that does not fit into the last page takes
+        // a new one.
         let mut writable = libc::pollfd { fd: reader.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
         // SAFETY: one live element; it does not wait.
         while unsafe { libc::poll(&mut writable, 1, 0) } != 0 {
@@ -104,7 +105,8 @@ fn the_program_sees_no_descriptor_mask_or_disposition_of_ours() {
     assert_eq!(without(ours(&output.stdout)), without(ours(&bare.stdout)));
 }
 
-/// The lines of signals without 32 and 33: they are glibc's own, and its ways of starting a process treat them differently.
+/// The lines of signals without 32 and 33: they are glibc's own, and its ways of starting a process
+/// treat them differently.
 fn ours(output: &[u8]) -> String {
     let line = |line: &str| match line.split_once(":\t").filter(|(name, _)| name.starts_with("Sig")) {
         Some((name, set)) => format!("{name} {:x}", u64::from_str_radix(set, 16).unwrap() & !(3 << 31)),
@@ -144,8 +146,8 @@ fn a_stopped_program_gives_the_terminal_back_and_goes_on() {
     if !require(Cap::Program("python3")) {
         return;
     }
-    // A terminal with a shell on it, whose part the inner process plays: it starts a job in a group of its own, waits
-    // until the job is stopped, and continues it.
+    // A terminal with a shell on it, whose part the inner process plays: it starts a job in a group
+    // of its own, waits until the job is stopped, and continues it.
     let script = r#"
 import os, pty, signal, sys
 shell, fd = pty.fork()

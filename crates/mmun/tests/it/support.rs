@@ -52,7 +52,8 @@ pub(crate) fn by_default(program: &str) -> Command {
     command
 }
 
-/// Runs `sh -c script` under `mmun trace --json` with `options` and checks what holds of every trace.
+/// Runs `sh -c script` under `mmun trace --json` with `options` and checks what holds of every
+/// trace.
 pub(crate) fn traced(options: &[&str], script: &str) -> (Output, Vec<Value>) {
     let path = scratch("trace.json");
     let mut command = trace();
@@ -187,7 +188,8 @@ impl Fifo {
 
 impl Drop for Fifo {
     fn drop(&mut self) {
-        // If the test failed, whoever waits on the other side waits no more. Opening both ways never blocks.
+        // If the test failed, whoever waits on the other side waits no more. Opening both ways
+        // never blocks.
         if thread::panicking() {
             let both = File::options().read(true).write(true).open(&self.0);
             let _ = both.and_then(|mut file| file.write_all(b"the test failed\n"));

@@ -1,9 +1,10 @@
-//! What the examples and the tests need of verbs: a reliable connection that reads and writes a peer's memory.
+//! What the examples and the tests need of verbs: a reliable connection that reads and writes a
+//! peer's memory.
 //!
 //! # Safety
-//! Work requests name memory by key and address. The device checks both against the regions that are registered, so a wrong
-//! number is an error in the completion. That the bytes are free for the transfer is the duty of [`Endpoint::read`]'s and
-//! [`Endpoint::write`]'s callers.
+//! Work requests name memory by key and address. The device checks both against the regions that
+//! are registered, so a wrong number is an error in the completion. That the bytes are free for the
+//! transfer is the duty of [`Endpoint::read`]'s and [`Endpoint::write`]'s callers.
 #![allow(dead_code, reason = "each user needs a part")]
 
 use sideway::ibverbs::AccessFlags;
@@ -115,7 +116,8 @@ impl Endpoint {
         state
             .setup_state(QueuePairState::ReadyToSend)
             .setup_sq_psn(0)
-            // Seven times a second, then an error. Seven retries would be endless: soft-RoCE takes 7 so, as all do for `rnr_retry`.
+            // Seven times a second, then an error. Seven retries would be endless: soft-RoCE takes
+            // 7 so, as all do for `rnr_retry`.
             .setup_timeout(18)
             .setup_retry_cnt(6)
             .setup_rnr_retry(7)
@@ -138,10 +140,12 @@ impl Endpoint {
         self.wait()
     }
 
-    /// Writes `length` bytes from `from` to the peer's `to`, and waits for the peer's device to have them.
+    /// Writes `length` bytes from `from` to the peer's `to`, and waits for the peer's device to
+    /// have them.
     ///
     /// # Safety
-    /// Nothing in this process may write those bytes of `from` meanwhile, and the peer must expect them at `to`.
+    /// Nothing in this process may write those bytes of `from` meanwhile, and the peer must expect
+    /// them at `to`.
     #[expect(unsafe_code, reason = "the device writes to memory")]
     pub(crate) unsafe fn write(&mut self, from: Place, to: Place, length: u32) -> Result<(), Failure> {
         self.next += 1;

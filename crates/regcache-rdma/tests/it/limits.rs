@@ -24,7 +24,8 @@ fn memory_that_is_not_mapped_is_named_and_the_cache_goes_on() {
     assert_ne!(lab.cache.get(range(there, 2)).unwrap().handle().rkey(), 0);
 }
 
-/// A cache in a process that may lock 64 pages. `None` in the test's own process, once that one has passed.
+/// A cache in a process that may lock 64 pages. `None` in the test's own process, once that one has
+/// passed.
 fn with_little_locked_memory(test: &str) -> Option<Lab> {
     if !require(Cap::Rdma) || !require(Cap::Root) {
         return None;

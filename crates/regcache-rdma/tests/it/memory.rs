@@ -1,8 +1,9 @@
 //! Memory that is changed under a region, and a device to look at it.
 //!
 //! # Safety
-//! Each test maps memory of its own, knows it by address only, and reaches its bytes by volatile accesses while they are
-//! mapped. The device is a reader and writer like any other thread of the test.
+//! Each test maps memory of its own, knows it by address only, and reaches its bytes by volatile
+//! accesses while they are mapped. The device is a reader and writer like any other thread of the
+//! test.
 #![expect(unsafe_code, reason = "maps, changes and unmaps raw memory; see the Safety section")]
 
 use crate::endpoint::{Endpoint, Failure, Place, connected, open};
@@ -80,7 +81,8 @@ impl Lab {
         Self { context, device, cache, reader, _peer: peer, sink, _hook: hook, _alone: alone }
     }
 
-    /// What the device finds in the first byte at `address`, by the remote key of a new lease of `pages` pages there.
+    /// What the device finds in the first byte at `address`, by the remote key of a new lease of
+    /// `pages` pages there.
     pub(crate) fn first_byte(&mut self, address: usize, pages: usize) -> Result<u8, Failure> {
         let lease = self.cache.get_owned(range(address, pages))?;
         let key = lease.get().handle().rkey();
@@ -176,8 +178,8 @@ pub(crate) fn with_child(act: impl FnOnce()) {
     assert_eq!(unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) }, child);
 }
 
-/// This program anew, to run one test in a process of its own. A fork would not do: another test's thread may hold a lock of
-/// libibverbs.
+/// This program anew, to run one test in a process of its own. A fork would not do: another test's
+/// thread may hold a lock of libibverbs.
 pub(crate) fn child(test: &str) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", test, "--nocapture"]).env(CHILD, "");

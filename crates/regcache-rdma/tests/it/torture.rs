@@ -1,4 +1,5 @@
-//! Reads and writes through leases while the memory changes under them. `REGCACHE_RDMA_SECONDS` says for how long.
+//! Reads and writes through leases while the memory changes under them. `REGCACHE_RDMA_SECONDS`
+//! says for how long.
 
 use crate::endpoint::{Endpoint, Place, connected};
 use crate::memory::{Lab, PAGE, Source, advise, map, map_file, map_over, peek, poke, range};
@@ -62,8 +63,8 @@ struct Totals {
     stale: u64,
 }
 
-/// Reads from and writes to random buffers. A result counts if the buffer stayed the same from before the look-up until after it
-/// was looked at.
+/// Reads from and writes to random buffers. A result counts if the buffer stayed the same from
+/// before the look-up until after it was looked at.
 fn transfer(lab: &Lab, end: &mut Endpoint, number: usize, buffers: &[Buffer], over: &AtomicBool) -> Totals {
     let mut totals = Totals::default();
     let local = map(1);
@@ -127,7 +128,8 @@ fn torture(source: Source, time: Duration) -> Option<Totals> {
                         break;
                     }
                     buffers.iter().skip(number).step_by(CHANGERS).for_each(|buffer| buffer.change(round));
-                    // Between rounds the buffers rest, so that some are hit: as long as a few transfers take.
+                    // Between rounds the buffers rest, so that some are hit: as long as a few
+                    // transfers take.
                     thread::park_timeout(Duration::from_millis(5));
                 }
             });

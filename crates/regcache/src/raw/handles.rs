@@ -5,8 +5,8 @@ use std::cell::UnsafeCell;
 use std::mem::MaybeUninit;
 
 /// # Invariants
-/// A place is written by who holds its region in the state of being registered, and read or emptied after that, by the
-/// holders of a lease or, when there are none, by who deregisters it.
+/// A place is written by who holds its region in the state of being registered, and read or emptied
+/// after that, by the holders of a lease or, when there are none, by who deregisters it.
 pub(crate) struct Handles<T>(Array<Place<T>>);
 
 #[repr(transparent)]
@@ -19,8 +19,8 @@ unsafe impl<T> Zero for Place<T> {
     }
 }
 
-// SAFETY: By the type's invariant there is one writer and no reader, or there are readers only: values are sent between threads
-// and shared as their type allows.
+// SAFETY: By the type's invariant there is one writer and no reader, or there are readers only:
+// values are sent between threads and shared as their type allows.
 unsafe impl<T: Send + Sync> Sync for Handles<T> {}
 
 impl<T> Handles<T> {
@@ -43,7 +43,8 @@ impl<T> Handles<T> {
     /// The caller holds a lease of the region for as long as it uses the reference.
     #[inline]
     pub(crate) unsafe fn get(&self, region: u32) -> &T {
-        // SAFETY: No code may write to the place: a leased region was registered, and is deregistered after its last lease.
+        // SAFETY: No code may write to the place: a leased region was registered, and is
+        // deregistered after its last lease.
         let place = unsafe { &*self.0[region as usize].0.get() };
         // SAFETY: It must be written: as above.
         unsafe { place.assume_init_ref() }

@@ -1,5 +1,6 @@
-//! A lease in one word, so that a `Lease` is two, which compilers keep in registers: three would go through memory, and be read back in
-//! other pieces than they were written in, which costs a processor more than the look-up.
+//! A lease in one word, so that a `Lease` is two, which compilers keep in registers: three would go
+//! through memory, and be read back in other pieces than they were written in, which costs a
+//! processor more than the look-up.
 
 use super::region::Region;
 use super::threads::Slot;

@@ -20,11 +20,12 @@ unsafe impl Zero for u32 {
     }
 }
 
-/// An array of zeroes, in huge pages if it is longer than one: look-ups go to random places in it, and a table walk for each
-/// is what they would wait for.
+/// An array of zeroes, in huge pages if it is longer than one: look-ups go to random places in it,
+/// and a table walk for each is what they would wait for.
 ///
 /// # Invariants
-/// `elements` are live, and freed with this. They are a mapping of their own if `mapped` says where, and a box if not.
+/// `elements` are live, and freed with this. They are a mapping of their own if `mapped` says
+/// where, and a box if not.
 #[derive(Debug)]
 pub(crate) struct Array<T> {
     elements: NonNull<[T]>,
@@ -62,7 +63,8 @@ impl<T: Zero> Array<T> {
         let place = unsafe { mmap_anonymous(std::ptr::null_mut(), size, access, kind) }.ok()?;
         let place = NonNull::new(place.cast::<u8>())?;
         let offset = place.as_ptr().addr().next_multiple_of(HUGE) - place.as_ptr().addr();
-        // SAFETY: The result must lie in the allocation, which is larger than the array by the most that the offset can be.
+        // SAFETY: The result must lie in the allocation, which is larger than the array by the most
+        // that the offset can be.
         let first = unsafe { place.add(offset) };
         // A kernel that has no huge pages does without.
         // SAFETY: The memory is ours, and the advice does not change what is in it.
@@ -108,7 +110,8 @@ impl<T> Drop for Array<T> {
         match self.mapped {
             #[cfg(not(mmun_loom))]
             Some((place, size)) => {
-                // SAFETY: The mapping is ours, and its owner is being dropped. A failure leaks it, which is all one can do.
+                // SAFETY: The mapping is ours, and its owner is being dropped. A failure leaks it,
+                // which is all one can do.
                 let _ = unsafe { rustix::mm::munmap(place.as_ptr().cast(), size) };
             }
             _ => {

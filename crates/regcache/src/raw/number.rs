@@ -1,14 +1,15 @@
 //! A small number for every thread that takes leases, given back when the thread ends.
 //!
-//! Claiming and giving back are single atomic operations on a bitmap, so a fork at any moment leaves it whole; the
-//! numbers of threads that a fork left behind stay taken in the child.
+//! Claiming and giving back are single atomic operations on a bitmap, so a fork at any moment
+//! leaves it whole; the numbers of threads that a fork left behind stay taken in the child.
 
 #[cfg(not(mmun_loom))]
 mod imp {
     use std::cell::Cell;
     use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-    /// How many threads can have a number at a time. The others count their leases where all can see it.
+    /// How many threads can have a number at a time. The others count their leases where all can
+    /// see it.
     pub(in crate::raw) const MAX: usize = 4096;
 
     const NONE: u32 = u32::MAX;
@@ -29,7 +30,8 @@ mod imp {
         fn drop(&mut self) {
             let mine = MINE.replace(GONE) as usize;
             if mine < MAX {
-                // ORDER(cache-number): Release for what this thread wrote into its blocks. Partner: the claim by the next owner.
+                // ORDER(cache-number): Release for what this thread wrote into its blocks. Partner:
+                // the claim by the next owner.
                 TAKEN[mine / 64].fetch_and(!(1 << (mine % 64)), Ordering::Release);
             }
         }
@@ -43,7 +45,8 @@ mod imp {
 
     #[inline]
     pub(in crate::raw) fn high() -> usize {
-        // Relaxed: a caller that needs the current number has executed a heavy fence, or holds the lock of a cache.
+        // Relaxed: a caller that needs the current number has executed a heavy fence, or holds the
+        // lock of a cache.
         HIGH.load(Ordering::Relaxed)
     }
 

@@ -1,4 +1,5 @@
-//! The page that a look-up begins with. The child of a fork finds it zeroed: there is no table, nothing is a hit.
+//! The page that a look-up begins with. The child of a fork finds it zeroed: there is no table,
+//! nothing is a hit.
 
 use super::table::{Table, Tables, View};
 use crate::granule::Lead;
@@ -54,10 +55,12 @@ impl Page {
         Ok(Self { fields: Mapped::new()?, tables: Tables::new() })
     }
 
-    /// What look-ups read. To be taken once: the compiler would load the pointer again behind every fence.
+    /// What look-ups read. To be taken once: the compiler would load the pointer again behind every
+    /// fence.
     #[inline(always)]
     pub(crate) fn fields(&self) -> Shown<'_> {
-        // INVARIANT: Only `install` stores something else than null in `table`: what leads to tables that live as long as `self`.
+        // INVARIANT: Only `install` stores something else than null in `table`: what leads to
+        // tables that live as long as `self`.
         Shown(&self.fields)
     }
 
@@ -70,7 +73,8 @@ impl Page {
         &self.tables
     }
 
-    /// Makes look-ups use `table`, which takes over what is in the present one. The caller holds the lock of the cache.
+    /// Makes look-ups use `table`, which takes over what is in the present one. The caller holds
+    /// the lock of the cache.
     pub(crate) fn install(&self, table: Box<Table>) {
         let first = self.tables.install(table).first();
         // ORDER(cache-table): Release for the entries. Partner: the Acquire in `View::load`.
@@ -90,8 +94,8 @@ impl Page {
 }
 
 impl Fields {
-    /// What makes granules of addresses at the level that has the most regions. While it changes it may be half of each, which finds
-    /// nothing.
+    /// What makes granules of addresses at the level that has the most regions. While it changes it
+    /// may be half of each, which finds nothing.
     #[inline(always)]
     pub(crate) fn lead(&self) -> Lead {
         Lead { mask: self.mask.load(Ordering::Relaxed), factor: self.factor.load(Ordering::Relaxed) }
@@ -107,7 +111,8 @@ impl<'a> Shown<'a> {
     /// The table, if there is one.
     #[inline(always)]
     pub(crate) fn view(self) -> Option<View<'a>> {
-        // SAFETY: It must hold what `Table::first` returned, of tables that live as long as the borrow: type invariant.
+        // SAFETY: It must hold what `Table::first` returned, of tables that live as long as the
+        // borrow: type invariant.
         unsafe { View::load(&self.0.table) }
     }
 }
@@ -137,7 +142,8 @@ impl Mapped {
         let flags = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: The kernel chooses a place where nothing is.
         let place = unsafe { mmap_anonymous(std::ptr::null_mut(), SIZE, flags, MapFlags::PRIVATE) }?;
-        // INVARIANT: It was just mapped, zeroed; `Fields` are integers and a pointer that may be null.
+        // INVARIANT: It was just mapped, zeroed; `Fields` are integers and a pointer that may be
+        // null.
         let page = Self(NonNull::new(place.cast()).expect("the kernel maps nothing at null"));
         // SAFETY: The page is ours, and the advice changes nothing in this process.
         unsafe { madvise(place, SIZE, Advice::LinuxWipeOnFork) }?;
@@ -171,7 +177,8 @@ impl Deref for Mapped {
 impl Drop for Mapped {
     #[cfg(not(mmun_loom))]
     fn drop(&mut self) {
-        // SAFETY: The page is ours, and its owner is being dropped. A failure leaks it, which is all one can do.
+        // SAFETY: The page is ours, and its owner is being dropped. A failure leaks it, which is
+        // all one can do.
         let _ = unsafe { rustix::mm::munmap(self.0.as_ptr().cast(), SIZE) };
     }
 

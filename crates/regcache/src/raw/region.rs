@@ -60,13 +60,14 @@ impl Region {
 
     #[inline(always)]
     fn state(&self) -> u32 {
-        // ORDER(cache-live): Acquire for the range and the handle. Partner: the Release in `set_live`. Weaker, a lease could show the
-        // handle of the region that had this place before.
+        // ORDER(cache-live): Acquire for the range and the handle. Partner: the Release in
+        // `set_live`. Weaker, a lease could show the handle of the region that had this place
+        // before.
         self.state.load(Ordering::Acquire)
     }
 
-    /// Whether it is live and covers `range`, and if so, notes a use. Writes only if the hand of the eviction has passed since the last
-    /// one.
+    /// Whether it is live and covers `range`, and if so, notes a use. Writes only if the hand of
+    /// the eviction has passed since the last one.
     #[inline(always)]
     pub(crate) fn visit(&self, range: VaRange) -> bool {
         // In this order: see `state`.
@@ -101,16 +102,18 @@ impl Region {
     }
 
     pub(crate) fn set_dead(&self) {
-        // Relaxed: the heavy fence orders it, ORDER(cache-lease).
-        // ORDER(cache-use): It comes before the change, as the system call that makes the change does not begin before. Partner: the
-        // fence in `Lease::is_current`.
-        // A swap and no store, for loom: it would not know that a `mark` this overwrites comes before it, and go on showing the mark.
+        // Relaxed: the heavy fence orders it, ORDER(cache-lease). ORDER(cache-use): It comes before
+        // the change, as the system call that makes the change does not begin before. Partner: the
+        // fence in `Lease::is_current`. A swap and no store, for loom: it would not know that a
+        // `mark` this overwrites comes before it, and go on showing the mark.
         self.state.swap(0, Ordering::Relaxed);
     }
 
-    /// Counts a lease for which there is no slot, and orders that before what the caller reads next.
+    /// Counts a lease for which there is no slot, and orders that before what the caller reads
+    /// next.
     pub(crate) fn count(&self) {
-        // So many can only be forgotten ones. Should the count wrap, a region would be deregistered under its leases.
+        // So many can only be forgotten ones. Should the count wrap, a region would be deregistered
+        // under its leases.
         if self.counted.fetch_add(1, Ordering::Relaxed) > u32::MAX / 2 {
             std::process::abort();
         }
@@ -149,11 +152,13 @@ pub(crate) enum Status {
     Registering = 1,
     /// 3. Registered, and found by look-ups. On the list of the eviction.
     Live = 2,
-    /// 4. Out of the look-up; the slots have not been scanned for its leases yet. On the list of the killed.
+    /// 4. Out of the look-up; the slots have not been scanned for its leases yet. On the list of
+    ///    the killed.
     Killed = 3,
     /// 5. Out of the look-up, and leased: the end of the last lease moves it on. On no list.
     Leased = 4,
-    /// 6. Without a lease: the owner of the chain that it is in deregisters it, and frees the place.
+    /// 6. Without a lease: the owner of the chain that it is in deregisters it, and frees the
+    ///    place.
     Reaping = 5,
 }
 

@@ -1,12 +1,13 @@
-//! The hash table from granules to regions: open addressing, read without a lock, written under the cache's.
+//! The hash table from granules to regions: open addressing, read without a lock, written under the
+//! cache's.
 //!
-//! An entry is one word: the region's name in the upper half, the granule's hash in the lower. A region's name is its
-//! number plus one, so that zero is none. A look-up that runs while
-//! an entry moves may miss it, or meet it twice. A miss asks again under the lock, and a region that is found is checked, so
-//! the entries need no order among each other.
+//! An entry is one word: the region's name in the upper half, the granule's hash in the lower. A
+//! region's name is its number plus one, so that zero is none. A look-up that runs while an entry
+//! moves may miss it, or meet it twice. A miss asks again under the lock, and a region that is
+//! found is checked, so the entries need no order among each other.
 //!
-//! A table that has become too small stays until the cache is dropped, as look-ups may still be in it. Each is twice
-//! the one before, so all of them together are smaller than the one in use.
+//! A table that has become too small stays until the cache is dropped, as look-ups may still be in
+//! it. Each is twice the one before, so all of them together are smaller than the one in use.
 
 use super::memory::{Array, Zero};
 use crate::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
@@ -51,7 +52,8 @@ pub(crate) struct Tables(AtomicPtr<Table>);
 /// A table as a look-up sees it.
 ///
 /// # Invariants
-/// There are live entries from `first` on, and in front of them the line that [`Table`] says, with their number, a power of two.
+/// There are live entries from `first` on, and in front of them the line that [`Table`] says, with
+/// their number, a power of two.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct View<'a> {
     first: NonNull<AtomicU64>,
@@ -79,7 +81,8 @@ impl<'a> View<'a> {
         unsafe { len.as_ref() }.load(Ordering::Relaxed) as usize
     }
 
-    /// Where a hash is to be found: the upper bits of it, without a shift by a variable, which is slow on some processors.
+    /// Where a hash is to be found: the upper bits of it, without a shift by a variable, which is
+    /// slow on some processors.
     #[inline(always)]
     fn home(self, hash: u32) -> usize {
         ((u64::from(hash) * self.len() as u64) >> 32) as usize
@@ -104,7 +107,8 @@ impl<'a> View<'a> {
         unsafe { self.at_unchecked(at & (self.len() - 1)) }
     }
 
-    /// Calls `f` with the name of each region entered under `hash`, and perhaps of others, until it returns something.
+    /// Calls `f` with the name of each region entered under `hash`, and perhaps of others, until it
+    /// returns something.
     #[inline(always)]
     pub(crate) fn probe_names<T>(self, hash: u32, mut f: impl FnMut(u32) -> Option<T>) -> Option<T> {
         let mut at = self.home(hash);
@@ -234,13 +238,16 @@ impl Tables {
 
     /// The table in use. Certain for who holds the lock of the cache.
     pub(crate) fn newest(&self) -> Option<&Table> {
-        // ORDER: Relaxed is enough: a writer of the table holds the lock, under which the table was installed.
+        // ORDER: Relaxed is enough: a writer of the table holds the lock, under which the table was
+        // installed.
         let newest = NonNull::new(self.0.load(Ordering::Relaxed))?;
-        // SAFETY: A reference needs a live table without a `&mut` to it: type invariant; tables are only ever shared.
+        // SAFETY: A reference needs a live table without a `&mut` to it: type invariant; tables are
+        // only ever shared.
         Some(unsafe { newest.as_ref() })
     }
 
-    /// Puts a table in the place of the one in use, which is kept for the look-ups in it. The caller holds the lock of the cache.
+    /// Puts a table in the place of the one in use, which is kept for the look-ups in it. The
+    /// caller holds the lock of the cache.
     pub(super) fn install(&self, table: Box<Table>) -> &Table {
         if let Some(previous) = self.newest() {
             table.take_over(previous);
@@ -258,7 +265,8 @@ impl Drop for Tables {
     fn drop(&mut self) {
         let mut next = self.0.load(Ordering::Relaxed);
         while let Some(table) = NonNull::new(next) {
-            // SAFETY: A box needs the unique pointer that came from one: `install` leaked it, and its owner is being dropped.
+            // SAFETY: A box needs the unique pointer that came from one: `install` leaked it, and
+            // its owner is being dropped.
             let table = unsafe { Box::from_raw(table.as_ptr()) };
             next = table.previous.load(Ordering::Relaxed);
         }

@@ -1,8 +1,10 @@
-//! Where leases are counted without a shared write: for each thread a block of slots, each of which names one region or none.
+//! Where leases are counted without a shared write: for each thread a block of slots, each of which
+//! names one region or none.
 //!
-//! Only a slot's own thread writes a region into it; the thread that ends the lease, which may be another, empties it. A thread
-//! whose slots are all in use, and one without a number, counts in the region itself. So does a signal handler that has
-//! interrupted its thread between the look at a free slot and the write to it: see [`Block::begin`].
+//! Only a slot's own thread writes a region into it; the thread that ends the lease, which may be
+//! another, empties it. A thread whose slots are all in use, and one without a number, counts in
+//! the region itself. So does a signal handler that has interrupted its thread between the look at
+//! a free slot and the write to it: see [`Block::begin`].
 
 use super::barrier::light;
 use super::memory::{Zero, boxed};
@@ -15,7 +17,8 @@ const SLOTS: usize = if cfg!(mmun_loom) { 2 } else { 124 };
 /// Slots that a hit looks at before it gives up.
 const PROBES: usize = if cfg!(mmun_loom) { 1 } else { 8 };
 
-/// One thread's slots in one cache: eight lines, the first of which does for a thread with few leases.
+/// One thread's slots in one cache: eight lines, the first of which does for a thread with few
+/// leases.
 #[repr(C, align(128))]
 #[derive(Debug)]
 pub(crate) struct Block {
@@ -44,7 +47,8 @@ unsafe impl Zero for Block {
 #[derive(Debug)]
 pub(crate) struct Slot(AtomicU32);
 
-/// The blocks of all threads that have a number: address space, which takes memory when a thread comes.
+/// The blocks of all threads that have a number: address space, which takes memory when a thread
+/// comes.
 #[derive(Debug)]
 pub(crate) struct Threads {
     /// Empty if slots cannot be used.
@@ -56,9 +60,9 @@ impl Slot {
     #[inline(always)]
     pub(crate) fn publish(&self, name: u32) {
         self.publish_locked(name);
-        // ORDER(cache-lease): The name, before the look at the region's state. Partner: the heavy fence in `harvest`, between the state and
-        // the look at the slots. Without it a region is deregistered under a fresh lease. Model: loom
-        // `a_hit_racing_an_invalidation`.
+        // ORDER(cache-lease): The name, before the look at the region's state. Partner: the heavy
+        // fence in `harvest`, between the state and the look at the slots. Without it a region is
+        // deregistered under a fresh lease. Model: loom `a_hit_racing_an_invalidation`.
         if !crate::sync::mutant("no_fence_in_hit") {
             light();
         }
@@ -67,8 +71,9 @@ impl Slot {
     /// Names a region, for a caller that holds the lock of the cache.
     #[inline(always)]
     pub(crate) fn publish_locked(&self, name: u32) {
-        // ORDER(cache-done): Release, and the Acquire in `is_free`: who finds this name has to know that the lease before, whose
-        // end it overwrites, is over. A plain store breaks the release sequence of `clear`.
+        // ORDER(cache-done): Release, and the Acquire in `is_free`: who finds this name has to know
+        // that the lease before, whose end it overwrites, is over. A plain store breaks the release
+        // sequence of `clear`.
         self.0.store(name, unless("publish_relaxed", Ordering::Release));
     }
 
@@ -81,18 +86,20 @@ impl Slot {
 
     #[inline(always)]
     fn is_free(&self) -> bool {
-        // ORDER(cache-done): Acquire, for the lease that another thread may have ended. Partner: `clear`.
+        // ORDER(cache-done): Acquire, for the lease that another thread may have ended. Partner:
+        // `clear`.
         self.0.load(unless("is_free_relaxed", Ordering::Acquire)) == 0
     }
 
     /// Names none, and orders that before what the caller reads next.
     #[inline(always)]
     pub(crate) fn clear(&self) {
-        // ORDER(cache-done): Release for what was done under the lease. Partner: the Acquire in `each`. Weaker, the
-        // deregistration could overtake the last use.
+        // ORDER(cache-done): Release for what was done under the lease. Partner: the Acquire in
+        // `each`. Weaker, the deregistration could overtake the last use.
         self.0.store(0, unless("clear_relaxed", Ordering::Release));
-        // ORDER(cache-unlease): The end, before the look at the region's state. Partner: the heavy fence in `harvest`. Without it both
-        // sides leave the deregistration to each other. Model: loom `the_last_lease_deregisters`.
+        // ORDER(cache-unlease): The end, before the look at the region's state. Partner: the heavy
+        // fence in `harvest`. Without it both sides leave the deregistration to each other. Model:
+        // loom `the_last_lease_deregisters`.
         if !crate::sync::mutant("no_fence_in_drop") {
             light();
         }
@@ -100,8 +107,9 @@ impl Slot {
 }
 
 impl Block {
-    /// The slot to take, if it is free: the first, whose address is known without a look into memory, or the one that was used last. A
-    /// processor that may not read ahead of a store whose place it does not know yet is twice as fast so. The caller is the block's thread.
+    /// The slot to take, if it is free: the first, whose address is known without a look into
+    /// memory, or the one that was used last. A processor that may not read ahead of a store whose
+    /// place it does not know yet is twice as fast so. The caller is the block's thread.
     #[inline(always)]
     pub(crate) fn next_slot(&self) -> Option<&Slot> {
         if self.slots[0].is_free() {
@@ -116,7 +124,8 @@ impl Block {
         self.next_slot().or_else(|| self.search())
     }
 
-    /// Looks further. Not much further: a thread with very many leases finds its way back by and by.
+    /// Looks further. Not much further: a thread with very many leases finds its way back by and
+    /// by.
     #[cold]
     #[inline(never)]
     fn search(&self) -> Option<&Slot> {
@@ -125,7 +134,8 @@ impl Block {
             self.cursor.store(at as u32, Ordering::Relaxed);
             let slot = &self.slots[at];
             if slot.is_free() {
-                // Relaxed: a scan that must find the slot in use comes after the heavy fence, and finds this store, too.
+                // Relaxed: a scan that must find the slot in use comes after the heavy fence, and
+                // finds this store, too.
                 self.last.fetch_max(at as u32, Ordering::Relaxed);
                 return Some(slot);
             }
@@ -133,9 +143,9 @@ impl Block {
         None
     }
 
-    /// Begins to take a slot; none if this thread is at that already, which a signal handler has interrupted. The handler's
-    /// lease goes elsewhere: the interrupted code may have seen any slot free, and would write over it. The caller is the
-    /// block's thread.
+    /// Begins to take a slot; none if this thread is at that already, which a signal handler has
+    /// interrupted. The handler's lease goes elsewhere: the interrupted code may have seen any slot
+    /// free, and would write over it. The caller is the block's thread.
     #[inline(always)]
     pub(crate) fn begin(&self) -> Option<Taking<'_>> {
         let before = self.hits.load(Ordering::Relaxed);
@@ -143,7 +153,8 @@ impl Block {
             return None;
         }
         self.hits.store(before + 1, Ordering::Relaxed);
-        // ORDER: The mark before the look at a slot, for handlers on this thread: the compiler alone could change the order.
+        // ORDER: The mark before the look at a slot, for handlers on this thread: the compiler
+        // alone could change the order.
         compiler_fence();
         Some(Taking { block: self, before })
     }
@@ -191,7 +202,8 @@ impl Threads {
         self.blocks.get(number::mine())
     }
 
-    /// This thread's block, with a number if need be; none if there are too many threads, or this one is ending.
+    /// This thread's block, with a number if need be; none if there are too many threads, or this
+    /// one is ending.
     #[cold]
     pub(crate) fn join(&self) -> Option<&Block> {
         if self.blocks.is_empty() {

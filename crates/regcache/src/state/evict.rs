@@ -6,9 +6,11 @@ use crate::options::{Options, size, within};
 use crate::raw::table::Table;
 
 impl State {
-    /// Takes regions out that have not been used lately, to make room for `size` bytes more and a few regions to come.
+    /// Takes regions out that have not been used lately, to make room for `size` bytes more and a
+    /// few regions to come.
     ///
-    /// SIEVE: the hand goes from the oldest to the newest, spares what was used since it came by, and stays where it found one that was not.
+    /// SIEVE: the hand goes from the oldest to the newest, spares what was used since it came by,
+    /// and stays where it found one that was not.
     pub(crate) fn evict(&mut self, index: &Index, options: &Options, size: u128) -> u64 {
         let Some(table) = index.page.tables().newest() else { return 0 };
         let (more_regions, more_bytes) = (options.max_regions / 64, options.max_bytes / 64);

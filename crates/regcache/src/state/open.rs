@@ -2,7 +2,8 @@
 
 use mmu_notifier::VaRange;
 
-/// How many are known exactly: more run at a time only if more threads than this change memory at the same moment.
+/// How many are known exactly: more run at a time only if more threads than this change memory at
+/// the same moment.
 const EXACT: usize = 16;
 
 /// # Invariants

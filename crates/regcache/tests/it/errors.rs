@@ -100,7 +100,8 @@ fn a_panic_in_deregister_costs_one_region() {
     }
 }
 
-/// The region that replaces another one is leased to the request that hears the panic: nobody would ever end that lease.
+/// The region that replaces another one is leased to the request that hears the panic: nobody would
+/// ever end that lease.
 #[test]
 fn a_panic_in_deregister_leaves_no_lease_behind() {
     let at = Mutex::new(vec![pages(1, 1)]);
@@ -122,7 +123,8 @@ fn a_registrar_that_panics_over_its_own_error_leaves_nothing_behind() {
     assert_eq!((cache.stats().regions, cache.stats().failed), (0, 3));
 }
 
-/// It has one byte more than 64 bits count, so it is over every limit, and nothing is evicted in vain.
+/// It has one byte more than 64 bits count, so it is over every limit, and nothing is evicted in
+/// vain.
 #[test]
 fn the_whole_address_space_is_too_large_for_any_limit() {
     for merge in [Merge::Never, Merge::Overlapping, Merge::Adjacent] {
@@ -155,7 +157,8 @@ fn without_a_limit_there_is_room_for_the_whole_address_space_beside_others() {
     }
 }
 
-/// Two halves have more bytes together than 64 bits count: there is room for one, and the other one goes.
+/// Two halves have more bytes together than 64 bits count: there is room for one, and the other one
+/// goes.
 #[test]
 fn where_sums_do_not_fit_into_64_bits_the_limit_holds() {
     for merge in [Merge::Never, Merge::Overlapping, Merge::Adjacent] {

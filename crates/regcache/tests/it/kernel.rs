@@ -109,7 +109,8 @@ fn a_program_that_closes_every_descriptor_is_served_nothing_stale() {
         let range = VaRange::covering(Va::new(page.addr() as u64), 1).unwrap();
         // SAFETY: takes integers. This child needs no descriptor.
         assert_eq!(unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, 0) }, 0);
-        // The parent of this child changes memory at the same addresses, which are needless misses: once more, then.
+        // The parent of this child changes memory at the same addresses, which are needless misses:
+        // once more, then.
         (0..100).any(|_| {
             let one = *cache.get(range).unwrap().handle();
             let is_hit = *cache.get(range).unwrap().handle() == one;

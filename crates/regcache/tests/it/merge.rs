@@ -247,7 +247,8 @@ fn check(ops: &[Op], merge: Merge, wrong: Wrong) -> Result<(), TestCaseError> {
             Op::End(_) | Op::Finish(_) => {}
         }
         cache.reap();
-        // A lease of a region that is gone and one of the same range that is found are two registrations.
+        // A lease of a region that is gone and one of the same range that is found are two
+        // registrations.
         let mut registered = device.registrar().ranges();
         registered.dedup();
         let mut expected = naive.registered(wrong);

@@ -51,7 +51,8 @@ fn a_range_that_cannot_be_locked_is_refused() {
 
 /// Gives up the right to lock without limit, and sets one.
 fn limit_locked_memory(bytes: u64) {
-    // `struct __user_cap_header_struct` of version 3 and this process, and two `struct __user_cap_data_struct`.
+    // `struct __user_cap_header_struct` of version 3 and this process, and two `struct
+    // __user_cap_data_struct`.
     let header = [0x2008_0522_u32, 0];
     let mut sets = [[0_u32; 3]; 2];
     // SAFETY: The call fills in two structs of three words.

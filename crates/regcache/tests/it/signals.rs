@@ -54,7 +54,8 @@ fn send_signals() {
 }
 
 fn send_signals_to(handler: extern "C" fn(i32)) {
-    // SAFETY: the handler calls what the documents allow in one, and what it shares is atomic or guarded by `STEP`.
+    // SAFETY: the handler calls what the documents allow in one, and what it shares is atomic or
+    // guarded by `STEP`.
     unsafe { libc::signal(libc::SIGUSR1, handler as *const () as usize) };
     signal_every(Duration::from_micros(50), libc::SIGUSR1).expect("a timer");
 }
@@ -85,7 +86,8 @@ fn a_signal_handlers_lease_is_kept_and_its_end_is_seen() {
                     assert!(stale, "the lease does not know what has happened");
                     assert_eq!(registered(), 1, "deregistered under a lease, or registered without one");
                     STEP.store(END, Ordering::Relaxed);
-                    // The handler interrupts the work under the lock, and there the end waits for another's question.
+                    // The handler interrupts the work under the lock, and there the end waits for
+                    // another's question.
                     while STEP.load(Ordering::Relaxed) == END {
                         cache.flush();
                     }
@@ -136,7 +138,8 @@ fn a_handler_that_looks_up_never_enters_the_registrar() {
         send_signals_to(looks_up);
         let mut leased = cache.get(kept).unwrap();
         while SIGNALS.load(Ordering::Relaxed) < 20_000 || HITS.load(Ordering::Relaxed) < 100 {
-            // What the handler asks for is a miss now, and the registrar is at work on something else.
+            // What the handler asks for is a miss now, and the registrar is at work on something
+            // else.
             drop(mm.invalidate(kept, Event::Unmap));
             drop(cache.get(other).unwrap());
             cache.flush();

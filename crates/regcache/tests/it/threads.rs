@@ -114,7 +114,8 @@ fn threads_come_and_go_and_their_slots_are_used_again() {
     assert_eq!((device.registrar().registered(), device.registrar().deregistered()), (7, 7));
 }
 
-/// Leases, merges, evictions and invalidations against each other; every lease finds its range registered.
+/// Leases, merges, evictions and invalidations against each other; every lease finds its range
+/// registered.
 #[test]
 fn a_lease_never_shows_a_range_that_is_not_registered() {
     for merge in [Merge::Never, Merge::Overlapping, Merge::Adjacent] {

@@ -1,9 +1,10 @@
 //! The asymmetric fence: next to nothing for a reader, a system call for the grace period.
 //!
-//! [`light`] and [`heavy`] act on each other as two `fence(SeqCst)` do. `light` stops only the compiler; `heavy` is
-//! `membarrier(PRIVATE_EXPEDITED)`, which makes every running thread of the process execute a full fence, wherever
-//! that thread stands. Where the system call is missing or refused both are real fences. Which of the two it is gets
-//! decided once, before the first reader of the process, and never changes.
+//! [`light`] and [`heavy`] act on each other as two `fence(SeqCst)` do. `light` stops only the
+//! compiler; `heavy` is `membarrier(PRIVATE_EXPEDITED)`, which makes every running thread of the
+//! process execute a full fence, wherever that thread stands. Where the system call is missing or
+//! refused both are real fences. Which of the two it is gets decided once, before the first reader
+//! of the process, and never changes.
 
 use crate::sync::{Ordering, fence};
 
@@ -19,7 +20,8 @@ pub(crate) fn light(word: usize) {
     compiler_barrier();
 }
 
-/// Out of line, so that the quick way is straight: on some processors a jump more costs as much as the section.
+/// Out of line, so that the quick way is straight: on some processors a jump more costs as much as
+/// the section.
 #[cfg_attr(not(mmun_loom), cold, inline(never))]
 fn full() {
     // ORDER(srcu-enter, srcu-wake): The fall-back's side of the pairs named at the callers.
@@ -37,8 +39,8 @@ mod imp {
     const UNKNOWN: usize = usize::MAX;
     static MODE: AtomicUsize = AtomicUsize::new(UNKNOWN);
 
-    /// Rust's `compiler_fence` is only a promise about signal handlers; an empty `asm!` that may touch memory is an
-    /// opaque call to the compiler, which cannot move an access across it.
+    /// Rust's `compiler_fence` is only a promise about signal handlers; an empty `asm!` that may
+    /// touch memory is an opaque call to the compiler, which cannot move an access across it.
     #[inline(always)]
     pub(super) fn compiler_barrier() {
         // SAFETY: No instruction, no register, no stack: nothing that could be violated.
@@ -66,8 +68,9 @@ mod imp {
     }
 
     fn register() -> bool {
-        // SAFETY: `getenv` needs a C string, and that nobody changes the environment at the same time, which is the
-        // duty of whoever calls the unsafe `set_var`. `std::env` would allocate, and this may run inside an allocator.
+        // SAFETY: `getenv` needs a C string, and that nobody changes the environment at the same
+        // time, which is the duty of whoever calls the unsafe `set_var`. `std::env` would allocate,
+        // and this may run inside an allocator.
         let refused = unsafe { !libc::getenv(c"SRCU_NO_MEMBARRIER".as_ptr()).is_null() };
         let supported = libc::c_long::from(libc::MEMBARRIER_CMD_PRIVATE_EXPEDITED);
         let answer = if refused { 0 } else { membarrier(libc::MEMBARRIER_CMD_QUERY) };
@@ -81,8 +84,9 @@ mod imp {
                 if membarrier(libc::MEMBARRIER_CMD_PRIVATE_EXPEDITED) == 0 {
                     return;
                 }
-                // EPERM: a fork copies the registration before it copies memory, so a child forked while another thread registered
-                // can have `MODE` without it. ENOMEM is a passing state: the kernel could not allocate a CPU mask.
+                // EPERM: a fork copies the registration before it copies memory, so a child forked
+                // while another thread registered can have `MODE` without it. ENOMEM is a passing
+                // state: the kernel could not allocate a CPU mask.
                 membarrier(libc::MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED);
                 std::thread::yield_now();
             }

@@ -2,8 +2,9 @@
 //!
 //! # Safety
 //! # Invariants
-//! A head in a queue or batch was given to `call_raw`, whose caller promised that it stays valid and untouched until its
-//! function is called. So the crate alone reads and writes it from the push until the call.
+//! A head in a queue or batch was given to `call_raw`, whose caller promised that it stays valid
+//! and untouched until its function is called. So the crate alone reads and writes it from the push
+//! until the call.
 
 use super::current;
 use super::reclaimer;
@@ -21,8 +22,8 @@ type Function = unsafe fn(NonNull<Head>);
 
 /// The part of an object that lets it wait for its grace period without an allocation.
 ///
-/// Embed one in an object and give its address to [`Srcu::call_raw`]. A head can be queued again once its function has
-/// been called.
+/// Embed one in an object and give its address to [`Srcu::call_raw`]. A head can be queued again
+/// once its function has been called.
 #[doc(alias = "rcu_head")]
 #[doc(alias = "callback_head")]
 #[derive(Default)]
@@ -34,8 +35,8 @@ pub struct Head {
     function: Cell<Option<Function>>,
 }
 
-// SAFETY: A head's cells are reached only through `call_raw`'s promise (module invariant), by one thread at a time. An
-// object with a head in it may be shared and sent as it could be without.
+// SAFETY: A head's cells are reached only through `call_raw`'s promise (module invariant), by one
+// thread at a time. An object with a head in it may be shared and sent as it could be without.
 unsafe impl Sync for Head {}
 // SAFETY: As for `Sync`.
 unsafe impl Send for Head {}
@@ -56,17 +57,19 @@ impl fmt::Debug for Head {
 impl Srcu {
     /// Calls `f(head)` on the reclaimer thread once all sections that are open now have ended.
     ///
-    /// For objects that embed their [`Head`]. After [`Srcu::prepare`] it allocates nothing, takes no lock and never blocks; it
-    /// may be called inside sections and callbacks. Callbacks of one domain run in the order in which they were queued.
-    /// A panic in `f` is caught, as for [`Srcu::call`].
+    /// For objects that embed their [`Head`]. After [`Srcu::prepare`] it allocates nothing, takes
+    /// no lock and never blocks; it may be called inside sections and callbacks. Callbacks of one
+    /// domain run in the order in which they were queued. A panic in `f` is caught, as for
+    /// [`Srcu::call`].
     ///
     /// # Safety
-    /// * `head` stays valid, and nobody else touches it or queues it again, until `f` has been called with it.
+    /// * `head` stays valid, and nobody else touches it or queues it again, until `f` has been
+    ///   called with it.
     /// * Calling `f(head)` on another thread, at any later time, is sound.
     ///
     /// # Source
-    /// `call_srcu`, kernel/rcu/srcutree.c. Differs: callbacks of a domain run in order, in one thread, and may sleep, which
-    /// delays all others.
+    /// `call_srcu`, kernel/rcu/srcutree.c. Differs: callbacks of a domain run in order, in one
+    /// thread, and may sleep, which delays all others.
     ///
     /// # Examples
     /// ```
@@ -103,17 +106,19 @@ impl Srcu {
         }
     }
 
-    /// The same as [`call_raw`](Self::call_raw), where `f` may drop the domain itself, which it can do before this returns.
+    /// The same as [`call_raw`](Self::call_raw), where `f` may drop the domain itself, which it can
+    /// do before this returns.
     ///
-    /// Two atomic read-modify-writes dearer if nothing is queued yet. Never blocks, and never allocates once the domain is
-    /// prepared.
+    /// Two atomic read-modify-writes dearer if nothing is queued yet. Never blocks, and never
+    /// allocates once the domain is prepared.
     ///
     /// # Safety
     /// As [`call_raw`](Self::call_raw). The domain may be gone when this returns.
     pub unsafe fn call_raw_dropping(&self, head: NonNull<Head>, f: unsafe fn(NonNull<Head>)) {
         debug_assert_not_queued(head);
         let state = NonNull::from(self.state());
-        // SAFETY: The domain is borrowed and keeps its state until the push; from `retain` on, our own count does.
+        // SAFETY: The domain is borrowed and keeps its state until the push; from `retain` on, our
+        // own count does.
         let alive = unsafe { state.as_ref() };
         // SAFETY: `push_behind` wants what the caller promised to us.
         if unsafe { push_behind(&alive.pending.queue, head, f) } {
@@ -138,7 +143,8 @@ fn debug_assert_not_queued(head: NonNull<Head>) {
     debug_assert!(idle, "a callback's head was queued again before its function was called");
 }
 
-/// Queues a head; says whether the queue was empty, in which case the caller must `schedule` the domain.
+/// Queues a head; says whether the queue was empty, in which case the caller must `schedule` the
+/// domain.
 ///
 /// # Safety
 /// As for [`Srcu::call_raw`].
@@ -147,7 +153,8 @@ unsafe fn push(state: &State, head: NonNull<Head>, function: Function) -> bool {
     unsafe { push_if(&state.pending.queue, head, function, |_| true) }.is_some_and(|newest| newest.is_null())
 }
 
-/// Queues a head if the queue is not empty; says whether it did. Then the queue, which may be gone, is not used behind the push.
+/// Queues a head if the queue is not empty; says whether it did. Then the queue, which may be gone,
+/// is not used behind the push.
 ///
 /// # Safety
 /// As for [`Srcu::call_raw`], if it returns true.
@@ -170,14 +177,15 @@ unsafe fn push_if(
     let mut newest = queue.load(Ordering::Relaxed);
     while may(newest) {
         {
-            // SAFETY: The head must be valid and not in use: the caller's promise, until the push succeeds. The reference ends
-            // before it.
+            // SAFETY: The head must be valid and not in use: the caller's promise, until the push
+            // succeeds. The reference ends before it.
             let head = unsafe { head.as_ref() };
             head.function.set(Some(function));
             head.next.set(NonNull::new(newest));
         }
-        // ORDER(srcu-queue): Release for the head and for all that happened before the call. Partner: the Acquire in
-        // `Batch::fill`. Model: loom `a_barrier_waits_for_the_calls_of_both_threads`.
+        // ORDER(srcu-queue): Release for the head and for all that happened before the call.
+        // Partner: the Acquire in `Batch::fill`. Model: loom
+        // `a_barrier_waits_for_the_calls_of_both_threads`.
         match queue.compare_exchange_weak(newest, head.as_ptr(), Ordering::Release, Ordering::Relaxed) {
             Ok(_) => return Some(newest),
             Err(newer) => newest = newer,
@@ -197,24 +205,28 @@ pub(crate) fn push_boxed<F: FnOnce() + Send + 'static>(state: &State, f: F) -> b
     /// # Safety
     /// `head` is that of a leaked `Boxed<F>`, which is given up.
     unsafe fn call<F: FnOnce()>(head: NonNull<Head>) {
-        // SAFETY: Needs a box of this type, once: the caller's duty. `Boxed` is `repr(C)` and begins with its head.
+        // SAFETY: Needs a box of this type, once: the caller's duty. `Boxed` is `repr(C)` and
+        // begins with its head.
         let boxed = unsafe { Box::from_raw(head.cast::<Boxed<F>>().as_ptr()) };
         (boxed.f)();
     }
     let boxed = NonNull::from(Box::leak(Box::new(Boxed { head: Head::new(), f })));
-    // SAFETY: The box is leaked until `call`, nobody else knows it, and `F: Send + 'static` may be called anywhere later.
+    // SAFETY: The box is leaked until `call`, nobody else knows it, and `F: Send + 'static` may be
+    // called anywhere later.
     unsafe { push(state, boxed.cast(), call::<F>) }
 }
 
 /// Callbacks taken from the queue together, the oldest first, that wait for one grace period.
 ///
-/// A fork may leave the reclaimer behind between any two of its stores (it stops there for long, as its first write after the
-/// fork has to wait for the copying to end), so the child must find the callbacks whatever the last store was. Hence the
-/// queue's own links stay as they are, and the way back from the oldest has links of its own.
+/// A fork may leave the reclaimer behind between any two of its stores (it stops there for long, as
+/// its first write after the fork has to wait for the copying to end), so the child must find the
+/// callbacks whatever the last store was. Hence the queue's own links stay as they are, and the way
+/// back from the oldest has links of its own.
 ///
 /// # Invariants
 /// * `oldest` is set: its heads, along `newer`, are the batch.
-/// * `oldest` is null, `newest` is set: the heads along `next` are the batch, unless the queue still has them.
+/// * `oldest` is null, `newest` is set: the heads along `next` are the batch, unless the queue
+///   still has them.
 pub(crate) struct Batch {
     newest: AtomicPtr<Head>,
     oldest: AtomicPtr<Head>,
@@ -256,8 +268,9 @@ impl Batch {
             if newest.is_null() {
                 return;
             }
-            // ORDER(srcu-queue): Acquire, partner in `push`. Release, so that whoever reads our null, sees `busy` as set before:
-            // ORDER(srcu-busy). It also keeps the store to `newest` in front, for a child.
+            // ORDER(srcu-queue): Acquire, partner in `push`. Release, so that whoever reads our
+            // null, sees `busy` as set before: ORDER(srcu-busy). It also keeps the store to
+            // `newest` in front, for a child.
             if queue.compare_exchange(newest, ptr::null_mut(), Ordering::AcqRel, Ordering::Relaxed).is_ok() {
                 break;
             }
@@ -307,7 +320,8 @@ impl Batch {
     pub(super) fn run_one(&self, state: &State) {
         let Some(head) = NonNull::new(self.oldest.load(Ordering::Relaxed)) else { return };
         let function = {
-            // SAFETY: The head must be valid and ours: module invariant. The reference ends before the call.
+            // SAFETY: The head must be valid and ours: module invariant. The reference ends before
+            // the call.
             let head = unsafe { head.as_ref() };
             let newer = head.newer.get();
             if newer.is_none() {
@@ -336,10 +350,11 @@ static HOOK: AtomicPtr<()> = AtomicPtr::new(ptr::null_mut());
 
 type PanicHook = fn(&(dyn Any + Send));
 
-/// Sets what is called with the payload of a callback's panic, on the reclaimer thread, in place of what was set before.
+/// Sets what is called with the payload of a callback's panic, on the reclaimer thread, in place of
+/// what was set before.
 ///
-/// The panic has been caught and counted ([`Srcu::callback_panics`]), and the standard panic hook has printed it. Callbacks
-/// go on when the hook returns; a panic of the hook itself is ignored.
+/// The panic has been caught and counted ([`Srcu::callback_panics`]), and the standard panic hook
+/// has printed it. Callbacks go on when the hook returns; a panic of the hook itself is ignored.
 pub fn set_callback_panic_hook(hook: fn(payload: &(dyn Any + Send))) {
     let hook: PanicHook = hook;
     // Relaxed: a function has no state to publish.
@@ -351,7 +366,8 @@ fn report(payload: Box<dyn Any + Send>) {
     let hook = HOOK.load(Ordering::Relaxed);
     let reported = panic::catch_unwind(AssertUnwindSafe(|| {
         if !hook.is_null() {
-            // SAFETY: Needs a value of the type: only `set_callback_panic_hook` stores, and it stores a `PanicHook`.
+            // SAFETY: Needs a value of the type: only `set_callback_panic_hook` stores, and it
+            // stores a `PanicHook`.
             let hook = unsafe { std::mem::transmute::<*mut (), PanicHook>(hook) };
             hook(&*payload);
         }

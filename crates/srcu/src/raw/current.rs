@@ -17,7 +17,8 @@ pub(crate) fn set_reclaimer(is: bool) -> bool {
     before
 }
 
-/// Whether this thread runs the callbacks of all domains, so that waiting here for any of them would never end.
+/// Whether this thread runs the callbacks of all domains, so that waiting here for any of them
+/// would never end.
 pub fn is_reclaimer() -> bool {
     RECLAIMER.get() != 0
 }

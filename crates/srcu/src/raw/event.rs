@@ -1,7 +1,8 @@
 //! A counter that threads can sleep on until it moves.
 //!
-//! The waiter reads the counter, looks whether what it wants has happened, and sleeps only if the counter is still the
-//! same. Whoever makes it happen advances the counter afterwards, and enters the kernel only if someone sleeps.
+//! The waiter reads the counter, looks whether what it wants has happened, and sleeps only if the
+//! counter is still the same. Whoever makes it happen advances the counter afterwards, and enters
+//! the kernel only if someone sleeps.
 
 use crate::sync::{AtomicU32, Ordering, fence, mutant};
 
@@ -24,16 +25,17 @@ impl Event {
     }
 
     pub(crate) fn now(&self) -> u32 {
-        // ORDER(srcu-event): Acquire, so that whoever sees an advance sees what was done before it. Partner: `advance`.
+        // ORDER(srcu-event): Acquire, so that whoever sees an advance sees what was done before it.
+        // Partner: `advance`.
         self.count.load(Ordering::Acquire)
     }
 
     /// Sleeps until the count is no longer `seen`; may also return early.
     pub(crate) fn wait(&self, seen: u32) {
         self.sleepers.fetch_add(1, Ordering::Relaxed);
-        // ORDER(srcu-sleep): We announce ourselves, then compare the count. Partner: the fence in `advance`, between
-        // the count and the look at `sleepers`. Without either both can miss the other, and we sleep for ever.
-        // Model: loom `a_wake_up_is_not_lost`.
+        // ORDER(srcu-sleep): We announce ourselves, then compare the count. Partner: the fence in
+        // `advance`, between the count and the look at `sleepers`. Without either both can miss the
+        // other, and we sleep for ever. Model: loom `a_wake_up_is_not_lost`.
         if !mutant("no_fence_before_sleep") {
             fence(Ordering::SeqCst);
         }
@@ -94,8 +96,8 @@ pub(super) fn futex_wait(word: &AtomicU32, seen: u32) {
 fn futex_wait_until(word: &AtomicU32, seen: u32, limit: Option<&libc::timespec>) {
     let operation = libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG;
     let limit = limit.map_or(std::ptr::null(), std::ptr::from_ref);
-    // SAFETY: `FUTEX_WAIT` needs an aligned word that stays mapped during the call, which the reference is, and a null
-    // or valid timeout.
+    // SAFETY: `FUTEX_WAIT` needs an aligned word that stays mapped during the call, which the
+    // reference is, and a null or valid timeout.
     unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), operation, seen, limit) };
 }
 

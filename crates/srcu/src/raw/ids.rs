@@ -1,14 +1,17 @@
-//! A small number for every thread that ever entered a section, given back by the kernel when the thread dies.
+//! A small number for every thread that ever entered a section, given back by the kernel when the
+//! thread dies.
 //!
-//! A number is owned by holding its *robust mutex*, which is never unlocked. When the thread is gone the kernel marks
-//! the mutex, and the next claim finds it with `EOWNERDEAD`. So there is no exit hook to register, which could allocate
-//! in the middle of somebody's `malloc`, and no moment in a thread's life when its number is already somebody else's:
-//! a guard kept in thread-local storage can still be dropped there. The kernel's hand-over is a full fence, so the new
-//! owner sees the counters as the old one left them.
+//! A number is owned by holding its *robust mutex*, which is never unlocked. When the thread is
+//! gone the kernel marks the mutex, and the next claim finds it with `EOWNERDEAD`. So there is no
+//! exit hook to register, which could allocate in the middle of somebody's `malloc`, and no moment
+//! in a thread's life when its number is already somebody else's: a guard kept in thread-local
+//! storage can still be dropped there. The kernel's hand-over is a full fence, so the new owner
+//! sees the counters as the old one left them.
 //!
 //! # Safety
 //! # Invariants
-//! * The mutex of a number below `HIGH` is initialized, and at an address that is never unmapped or moved.
+//! * The mutex of a number below `HIGH` is initialized, and at an address that is never unmapped or
+//!   moved.
 //! * `PLACE` is `NONE`, or that of a number whose mutex this thread holds.
 
 use super::die;
@@ -32,8 +35,9 @@ static CHUNKS: [AtomicPtr<Mutex>; BUCKETS] = [const { AtomicPtr::new(ptr::null_m
 /// Where to look next for a dead thread's number.
 static CURSOR: Lock<usize> = Lock::new(0);
 
-/// How many numbers a claim looks at before it makes a new one. Bounds both the time of a claim in a program with many
-/// threads and, since a fraction of dead numbers is found with near certainty, the numbers lost to it.
+/// How many numbers a claim looks at before it makes a new one. Bounds both the time of a claim in
+/// a program with many threads and, since a fraction of dead numbers is found with near certainty,
+/// the numbers lost to it.
 const PROBES: usize = 32;
 
 #[inline(always)]
@@ -44,8 +48,8 @@ pub(super) fn place() -> Place {
 
 #[inline]
 pub(super) fn high() -> usize {
-    // Relaxed: whoever needs it current loads it after a heavy fence. A thread's number is in it before the thread's
-    // first count, ORDER(srcu-enter).
+    // Relaxed: whoever needs it current loads it after a heavy fence. A thread's number is in it
+    // before the thread's first count, ORDER(srcu-enter).
     HIGH.load(Ordering::Relaxed)
 }
 
@@ -74,8 +78,8 @@ fn add(high: usize) -> usize {
     let (bucket, _) = table::split(high);
     if bucket < BUCKETS && CHUNKS[bucket].load(Ordering::Relaxed).is_null() {
         let chunk = pages::map(table::slots_in(bucket) * size_of::<Mutex>());
-        // ORDER(srcu-lock): Relaxed will do for everything here but the child of a fork, which has one thread: all
-        // others look under the lock.
+        // ORDER(srcu-lock): Relaxed will do for everything here but the child of a fork, which has
+        // one thread: all others look under the lock.
         CHUNKS[bucket].store(chunk.as_ptr().cast(), Ordering::Relaxed);
     }
     init(mutex(high));
@@ -90,8 +94,8 @@ fn add(high: usize) -> usize {
 fn mutex(id: usize) -> *mut Mutex {
     let (bucket, at) = table::split(id);
     let Some(chunk) = CHUNKS.get(bucket) else { die("more threads than Linux can have") };
-    // SAFETY: The offset must stay within the allocation: `add` maps room for all numbers of a bucket, and every caller
-    // has a number that `add` has been called for.
+    // SAFETY: The offset must stay within the allocation: `add` maps room for all numbers of a
+    // bucket, and every caller has a number that `add` has been called for.
     unsafe { chunk.load(Ordering::Relaxed).add(at) }
 }
 
@@ -101,8 +105,8 @@ fn init(mutex: *mut Mutex) {
     unsafe { libc::pthread_mutexattr_init(robust.as_mut_ptr()) };
     // SAFETY: Needs an initialized attribute object: from the line above.
     let refused = unsafe { libc::pthread_mutexattr_setrobust(robust.as_mut_ptr(), libc::PTHREAD_MUTEX_ROBUST) };
-    // SAFETY: Needs a place for a mutex that nobody uses: its number is not given out, or this is the only thread of a
-    // forked child, in which all other owners are gone.
+    // SAFETY: Needs a place for a mutex that nobody uses: its number is not given out, or this is
+    // the only thread of a forked child, in which all other owners are gone.
     let failed = unsafe { libc::pthread_mutex_init(mutex, robust.as_ptr()) };
     if refused != 0 || failed != 0 {
         die("the C library has no robust mutexes");
@@ -110,7 +114,8 @@ fn init(mutex: *mut Mutex) {
 }
 
 fn try_own(mutex: *mut Mutex) -> bool {
-    // SAFETY: Needs an initialized mutex at an address that stays: invariant of `HIGH`, or `add` has just done so.
+    // SAFETY: Needs an initialized mutex at an address that stays: invariant of `HIGH`, or `add`
+    // has just done so.
     match unsafe { libc::pthread_mutex_trylock(mutex) } {
         0 => true,
         libc::EOWNERDEAD => {

@@ -1,4 +1,5 @@
-//! A mutex for slow paths that never allocates, is made in a constant, and can be reset in the child of a fork.
+//! A mutex for slow paths that never allocates, is made in a constant, and can be reset in the
+//! child of a fork.
 
 use std::ops::{Deref, DerefMut};
 
@@ -24,8 +25,8 @@ mod real {
         value: UnsafeCell<T>,
     }
 
-    // SAFETY: The value is reached only through `LockGuard`, of which there is one at a time, so sharing the lock only
-    // moves access to the value between threads.
+    // SAFETY: The value is reached only through `LockGuard`, of which there is one at a time, so
+    // sharing the lock only moves access to the value between threads.
     unsafe impl<T: Send> Sync for Lock<T> {}
 
     impl<T> Lock<T> {
@@ -34,7 +35,8 @@ mod real {
         }
 
         pub(crate) fn lock(&self) -> LockGuard<'_, T> {
-            // ORDER(srcu-lock): Acquire on every way in, Release on the way out: holders see each other's writes.
+            // ORDER(srcu-lock): Acquire on every way in, Release on the way out: holders see each
+            // other's writes.
             if self.word.compare_exchange(FREE, HELD, Ordering::Acquire, Ordering::Relaxed).is_err() {
                 self.lock_contended();
             }
@@ -49,7 +51,8 @@ mod real {
             }
         }
 
-        /// Frees the lock in the child of a fork, where its holder is gone. The value is as the holder left it.
+        /// Frees the lock in the child of a fork, where its holder is gone. The value is as the
+        /// holder left it.
         pub(crate) fn after_fork(&self) {
             if self.word.load(Ordering::Relaxed) != FREE {
                 self.word.store(FREE, Ordering::Relaxed);
@@ -64,14 +67,16 @@ mod real {
     impl<T> Deref for LockGuard<'_, T> {
         type Target = T;
         fn deref(&self) -> &T {
-            // SAFETY: No `&mut` to the value may exist: only this guard, the only one, hands them out.
+            // SAFETY: No `&mut` to the value may exist: only this guard, the only one, hands them
+            // out.
             unsafe { &*self.lock.value.get() }
         }
     }
 
     impl<T> DerefMut for LockGuard<'_, T> {
         fn deref_mut(&mut self) -> &mut T {
-            // SAFETY: The reference must be unique: this guard is the only one and is borrowed mutably.
+            // SAFETY: The reference must be unique: this guard is the only one and is borrowed
+            // mutably.
             unsafe { &mut *self.lock.value.get() }
         }
     }

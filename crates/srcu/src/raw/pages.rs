@@ -1,12 +1,13 @@
 //! Memory without the allocator: zeroed power-of-two runs of pages, recycled and never unmapped.
 //!
-//! A read section may begin inside `malloc`, so nothing here may call it. Nothing is unmapped either: an unmap is an
-//! event that somebody may be watching through this very crate.
+//! A read section may begin inside `malloc`, so nothing here may call it. Nothing is unmapped
+//! either: an unmap is an event that somebody may be watching through this very crate.
 //!
 //! # Safety
 //! # Invariants
-//! A run on a free list belongs to nobody but the list; its first word is the link. Each list changes by one store, so
-//! that the child of a fork finds it whole whatever another thread was doing.
+//! A run on a free list belongs to nobody but the list; its first word is the link. Each list
+//! changes by one store, so that the child of a fork finds it whole whatever another thread was
+//! doing.
 
 use super::die;
 use super::lock::Lock;
@@ -54,9 +55,11 @@ pub(super) fn free(class: usize, run: NonNull<u8>) {
     let run: NonNull<Run> = run.cast();
     let _held = LOCK.lock();
     let next = FREE[class].load(Ordering::Relaxed);
-    // SAFETY: Writing needs memory that is ours: the caller gives it up, and it has room for a word.
+    // SAFETY: Writing needs memory that is ours: the caller gives it up, and it has room for a
+    // word.
     unsafe { run.write(Run { next }) };
-    // ORDER(srcu-fork): Release for the link, since a forked child may find this store; among threads the lock orders it.
+    // ORDER(srcu-fork): Release for the link, since a forked child may find this store; among
+    // threads the lock orders it.
     FREE[class].store(run.as_ptr(), Ordering::Release);
 }
 
@@ -64,7 +67,8 @@ pub(super) fn free(class: usize, run: NonNull<u8>) {
 fn cut() -> NonNull<u8> {
     let mut next = NEXT.load(Ordering::Relaxed);
     if next.is_multiple_of(PIECE) {
-        // Twice the size holds an aligned piece; what is left over is never touched and so costs no memory.
+        // Twice the size holds an aligned piece; what is left over is never touched and so costs no
+        // memory.
         next = map(2 * PIECE).as_ptr().expose_provenance().next_multiple_of(PIECE);
     }
     NEXT.store(next + PAGE, Ordering::Relaxed);

@@ -1,15 +1,17 @@
 //! The one thread that runs the callbacks of all domains.
 //!
-//! A domain with something to do is put into the inbox, by whoever gave it something to do: the first call into an empty
-//! queue, `start_poll`, or the reader that ends a section which a batch waits for. The reclaimer takes one domain at a
-//! time, moves it as far as it gets without waiting, and forgets it. So a domain that waits for a reader costs the
-//! others nothing, and the thread sleeps whenever no domain can move.
+//! A domain with something to do is put into the inbox, by whoever gave it something to do: the
+//! first call into an empty queue, `start_poll`, or the reader that ends a section which a batch
+//! waits for. The reclaimer takes one domain at a time, moves it as far as it gets without waiting,
+//! and forgets it. So a domain that waits for a reader costs the others nothing, and the thread
+//! sleeps whenever no domain can move.
 //!
 //! 1. *idle*: nothing queued, batch empty, `busy` clear.
 //! 2. *scheduled*: in the inbox, `scheduled` set, counted.
-//! 3. *turn*: taken; `scheduled` is cleared before anything is looked at, so what comes later schedules again.
-//! 4. *blocked*: the batch waits for a grace period; `busy` set, counted. Whoever ends the grace period or the section
-//!    it waits for schedules the domain.
+//! 3. *turn*: taken; `scheduled` is cleared before anything is looked at, so what comes later
+//!    schedules again.
+//! 4. *blocked*: the batch waits for a grace period; `busy` set, counted. Whoever ends the grace
+//!    period or the section it waits for schedules the domain.
 //!
 //! # Safety
 //! # Invariants
@@ -24,14 +26,16 @@ use std::ptr::{self, NonNull};
 /// Callbacks run in one turn before other domains get theirs.
 const TURN: usize = 256;
 
-/// After a batch as large as this, callbacks are coming in faster than grace periods pay for themselves: each costs two
-/// interrupts of whoever queues them. The reclaimer then pauses, unless somebody waits for it, and takes more at once.
+/// After a batch as large as this, callbacks are coming in faster than grace periods pay for
+/// themselves: each costs two interrupts of whoever queues them. The reclaimer then pauses, unless
+/// somebody waits for it, and takes more at once.
 const STORM: usize = 64;
 
 pub(crate) struct Inbox {
     /// The latest first.
     pushed: AtomicPtr<State>,
-    /// The earliest first; only the reclaimer touches it. It is here and not on its stack for the child of a fork.
+    /// The earliest first; only the reclaimer touches it. It is here and not on its stack for the
+    /// child of a fork.
     taken: AtomicPtr<State>,
     event: Event,
     /// Models have no thread: whoever waits for callbacks acts as the reclaimer, one at a time.
@@ -41,8 +45,9 @@ pub(crate) struct Inbox {
 
 /// Has the reclaimer look at a domain.
 pub(crate) fn schedule(state: &State) {
-    // ORDER(srcu-scheduled): AcqRel. If it was set, the reclaimer's clearing reads our store and so sees what we gave the
-    // domain to do. Partner: the swap in `turn`. Model: loom `a_barrier_waits_for_the_calls_of_both_threads`.
+    // ORDER(srcu-scheduled): AcqRel. If it was set, the reclaimer's clearing reads our store and so
+    // sees what we gave the domain to do. Partner: the swap in `turn`. Model: loom
+    // `a_barrier_waits_for_the_calls_of_both_threads`.
     if state.pending.scheduled.swap(true, Ordering::AcqRel) {
         return;
     }
@@ -115,8 +120,9 @@ fn work(state: &State) {
         if batch.taken() >= STORM {
             pause();
         }
-        // ORDER(srcu-busy): Set before the queue is emptied, whose swap releases it: a barrier that finds the queue empty
-        // finds this set. Partner: `is_idle`. Model: loom `a_barrier_waits_for_the_calls_of_both_threads`.
+        // ORDER(srcu-busy): Set before the queue is emptied, whose swap releases it: a barrier that
+        // finds the queue empty finds this set. Partner: `is_idle`. Model: loom
+        // `a_barrier_waits_for_the_calls_of_both_threads`.
         pending.busy.store(true, Ordering::Relaxed);
         batch.fill(state);
         if batch.is_empty() {
@@ -125,7 +131,8 @@ fn work(state: &State) {
             state.retain();
         }
     }
-    // ORDER(srcu-polled): Relaxed: `start_poll` schedules after it has stored, ORDER(srcu-scheduled).
+    // ORDER(srcu-polled): Relaxed: `start_poll` schedules after it has stored,
+    // ORDER(srcu-scheduled).
     if batch.is_empty() {
         state.drive(pending.polled.load(Ordering::Relaxed));
         return;
@@ -136,9 +143,11 @@ fn work(state: &State) {
     for _ in 0..TURN {
         batch.run_one(state);
         if batch.is_empty() {
-            // ORDER(srcu-busy): Release, so that whoever finds it clear sees the callbacks done. Partner: `is_idle`.
+            // ORDER(srcu-busy): Release, so that whoever finds it clear sees the callbacks done.
+            // Partner: `is_idle`.
             pending.busy.store(false, Ordering::Release);
-            // SAFETY: Wants a count that is ours: that of the batch, which is empty now. The inbox's keeps the state alive.
+            // SAFETY: Wants a count that is ours: that of the batch, which is empty now. The
+            // inbox's keeps the state alive.
             unsafe { State::release(state) };
             break;
         }
@@ -152,8 +161,8 @@ fn work(state: &State) {
 
 /// Whether every callback queued before the call has returned.
 pub(crate) fn is_idle(state: &State) -> bool {
-    // ORDER(srcu-busy): Acquire twice, in this order. If the reclaimer emptied the queue, we see `busy` as set before that,
-    // or as cleared after the callbacks. Partners: `fill`, `work`.
+    // ORDER(srcu-busy): Acquire twice, in this order. If the reclaimer emptied the queue, we see
+    // `busy` as set before that, or as cleared after the callbacks. Partners: `fill`, `work`.
     let queued = !state.pending.queue.load(Ordering::Acquire).is_null();
     let busy = state.pending.busy.load(Ordering::Acquire) && !mutant("idle_ignores_busy");
     !queued && !busy
@@ -175,7 +184,8 @@ mod thread {
     static INBOX: Inbox =
         Inbox { pushed: AtomicPtr::new(ptr::null_mut()), taken: AtomicPtr::new(ptr::null_mut()), event: Event::new() };
 
-    /// 1. `NEVER` started; 2. `STARTING`, by a thread that is at it; 3. `RUNNING`; 4. `GONE`: this is the child of a fork.
+    /// 1. `NEVER` started; 2. `STARTING`, by a thread that is at it; 3. `RUNNING`; 4. `GONE`: this
+    ///    is the child of a fork.
     static STATUS: AtomicU8 = AtomicU8::new(NEVER);
     const NEVER: u8 = 0;
     const STARTING: u8 = 1;
@@ -200,7 +210,8 @@ mod thread {
         loop {
             let seen = INBOX.event.now();
             match INBOX.take() {
-                // SAFETY: Wants a state from the inbox and the reclaimer: this is its thread, the only one.
+                // SAFETY: Wants a state from the inbox and the reclaimer: this is its thread, the
+                // only one.
                 Some(state) => unsafe { turn(state) },
                 None => INBOX.event.wait(seen),
             }
@@ -209,15 +220,16 @@ mod thread {
 
     /// Starts the reclaimer if it does not run. Allocates only then.
     pub(crate) fn start() {
-        // Relaxed: the status guards nothing but the start itself; the inbox waits until there is a thread.
+        // Relaxed: the status guards nothing but the start itself; the inbox waits until there is a
+        // thread.
         let status = STATUS.load(Ordering::Relaxed);
         if status == NEVER || status == GONE {
             start_from(status);
         }
     }
 
-    /// As `start`, but leaves it to another call in the child of a fork, which may be inside an allocator now and was
-    /// promised by a `prepare` before the fork that nothing is allocated.
+    /// As `start`, but leaves it to another call in the child of a fork, which may be inside an
+    /// allocator now and was promised by a `prepare` before the fork that nothing is allocated.
     pub(crate) fn start_unless_forked() {
         if STATUS.load(Ordering::Relaxed) == NEVER {
             start_from(NEVER);
@@ -233,7 +245,8 @@ mod thread {
 
     #[cold]
     fn start_from(status: u8) {
-        // A state and not a lock: starting a thread allocates, and what that sets off may come here again.
+        // A state and not a lock: starting a thread allocates, and what that sets off may come here
+        // again.
         if STATUS.compare_exchange(status, STARTING, Ordering::Relaxed, Ordering::Relaxed).is_err() {
             return;
         }
@@ -249,7 +262,8 @@ mod thread {
         }
     }
 
-    /// What `barrier` waits on. Not on its stack, which a fork in another thread would pull away under the child's queue.
+    /// What `barrier` waits on. Not on its stack, which a fork in another thread would pull away
+    /// under the child's queue.
     struct Waiter {
         event: Event,
         done: AtomicBool,
@@ -257,7 +271,8 @@ mod thread {
         last: AtomicBool,
     }
 
-    /// Waits until all callbacks queued before have returned. Says whether none were queued meanwhile.
+    /// Waits until all callbacks queued before have returned. Says whether none were queued
+    /// meanwhile.
     pub(crate) fn barrier(state: &State) -> bool {
         if is_idle(state) {
             return true;
@@ -271,7 +286,8 @@ mod thread {
             let state = domain.get();
             let last = state.updater.batch.is_empty() && state.pending.queue.load(Ordering::Relaxed).is_null();
             callback.last.store(last, Ordering::Relaxed);
-            // ORDER(srcu-barrier): Release for what the callbacks before this one did. Partner: the Acquire below.
+            // ORDER(srcu-barrier): Release for what the callbacks before this one did. Partner: the
+            // Acquire below.
             callback.done.store(true, Ordering::Release);
             callback.event.advance();
         });
@@ -301,7 +317,8 @@ mod thread {
         }
     }
 
-    /// In the child of a fork: says whether this thread is the reclaimer, and if not, forgets the inbox.
+    /// In the child of a fork: says whether this thread is the reclaimer, and if not, forgets the
+    /// inbox.
     pub(crate) fn after_fork() -> bool {
         if current::is_reclaimer() {
             return true;
@@ -327,7 +344,8 @@ mod thread {
         }
         let batch = !state.updater.batch.is_empty();
         if !reclaimer_survived {
-            // The callback that the reclaimer was in the middle of, in the parent, is not run again.
+            // The callback that the reclaimer was in the middle of, in the parent, is not run
+            // again.
             pending.busy.store(batch, Ordering::Relaxed);
             pending.scheduled.store(false, Ordering::Relaxed);
             state.set_refs(usize::from(state.owned.load(Ordering::Relaxed)) + usize::from(batch));
@@ -392,7 +410,8 @@ mod model {
                 break;
             }
             match state.inbox.take() {
-                // SAFETY: Wants a state from the inbox and the reclaimer: whoever holds `acting` is.
+                // SAFETY: Wants a state from the inbox and the reclaimer: whoever holds `acting`
+                // is.
                 Some(state) => unsafe { turn(state) },
                 None => state.inbox.event.wait(seen),
             }

@@ -1,8 +1,9 @@
 //! One thread's counters in one domain.
 //!
 //! # Invariants
-//! Only the thread that a slot belongs to writes it, so its stores need no read-modify-write instruction. Counters only
-//! grow (and wrap); they are never reset while the domain is in use, which is why a thread's exit needs no clean-up.
+//! Only the thread that a slot belongs to writes it, so its stores need no read-modify-write
+//! instruction. Counters only grow (and wrap); they are never reset while the domain is in use,
+//! which is why a thread's exit needs no clean-up.
 
 use crate::sync::{AtomicUsize, Ordering, mutant};
 
@@ -32,9 +33,9 @@ impl Counters {
     #[inline(always)]
     pub(crate) fn leave(&self, bank: usize) {
         let count = &self.unlock[bank & 1];
-        // ORDER(srcu-leave): Release, so that whoever counts this end has every access of the section behind it.
-        // Partner: the Acquire in `unlocked`. Weaker, and a free can overtake a read. Model: loom
-        // `free_waits_for_reader`.
+        // ORDER(srcu-leave): Release, so that whoever counts this end has every access of the
+        // section behind it. Partner: the Acquire in `unlocked`. Weaker, and a free can overtake a
+        // read. Model: loom `free_waits_for_reader`.
         let order = if mutant("unlock_relaxed") { Ordering::Relaxed } else { Ordering::Release };
         count.store(count.load(Ordering::Relaxed).wrapping_add(1), order);
     }
@@ -49,7 +50,8 @@ impl Counters {
         self.unlock[bank & 1].load(Ordering::Acquire)
     }
 
-    /// Sections open, if the caller is the thread that owns the slot and these are the local counters.
+    /// Sections open, if the caller is the thread that owns the slot and these are the local
+    /// counters.
     pub(crate) fn depth(&self) -> usize {
         let open = |bank: usize| {
             self.lock[bank].load(Ordering::Relaxed).wrapping_sub(self.unlock[bank].load(Ordering::Relaxed))

@@ -2,8 +2,9 @@
 //!
 //! # Safety
 //! # Invariants
-//! * A state is counted: one for its `Srcu`, one while it is in the reclaimer's inbox, one while its batch holds
-//!   callbacks. At zero it is recycled; nobody has a reference then (module docs of `raw`, facts 1 and 2).
+//! * A state is counted: one for its `Srcu`, one while it is in the reclaimer's inbox, one while
+//!   its batch holds callbacks. At zero it is recycled; nobody has a reference then (module docs of
+//!   `raw`, facts 1 and 2).
 //! * `batch` is touched only by the thread that acts as the reclaimer.
 
 use super::barrier;
@@ -16,7 +17,8 @@ use crate::sync::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Orde
 use std::fmt;
 use std::ptr;
 
-/// A domain. Lines are in pairs: what readers load, what grace periods write, what producers of callbacks write.
+/// A domain. Lines are in pairs: what readers load, what grace periods write, what producers of
+/// callbacks write.
 #[repr(C, align(128))]
 pub(crate) struct State {
     /// The bank that new sections go to, and [`barrier::FULL_FENCES`].
@@ -43,7 +45,8 @@ pub(crate) struct Updater {
     pub(crate) gp: Lock<Gp>,
     /// Moves when a waiting updater should look again.
     pub(crate) event: Event,
-    /// Here, since the reclaimer writes it for every callback, and producers want their line for themselves.
+    /// Here, since the reclaimer writes it for every callback, and producers want their line for
+    /// themselves.
     pub(super) batch: Batch,
 }
 
@@ -64,8 +67,9 @@ pub(crate) struct Pending {
     pub(super) next: AtomicPtr<State>,
 }
 
-// SAFETY: All fields are atomics, locks and events, but `batch`, which one thread uses at a time by the invariant, and
-// whose callbacks were given with the duty that they may run on any thread (`call` wants `Send`, `call_raw` says so).
+// SAFETY: All fields are atomics, locks and events, but `batch`, which one thread uses at a time by
+// the invariant, and whose callbacks were given with the duty that they may run on any thread
+// (`call` wants `Send`, `call_raw` says so).
 unsafe impl Sync for State {}
 // SAFETY: As for `Sync`; nothing in it belongs to a thread.
 unsafe impl Send for State {}
@@ -135,7 +139,8 @@ impl State {
     pub(super) unsafe fn release(this: *const State) {
         // SAFETY: The state must be alive: the caller's count.
         let refs = unsafe { &(*this).refs };
-        // ORDER(srcu-refs): AcqRel: all uses of the others come before the recycling by the last. Partner: itself.
+        // ORDER(srcu-refs): AcqRel: all uses of the others come before the recycling by the last.
+        // Partner: itself.
         if refs.fetch_sub(1, Ordering::AcqRel) == 1 {
             // SAFETY: Wants the last count gone: it is.
             unsafe { recycle(this.cast_mut()) };
@@ -176,7 +181,8 @@ impl Handle {
     pub(crate) fn peek(&self) -> &State {
         // ORDER(srcu-state): Acquire, partner in `first_use`.
         let state = self.0.load(Ordering::Acquire);
-        // SAFETY: It must be alive for the life of the reference: a static, or kept by the handle, which is borrowed.
+        // SAFETY: It must be alive for the life of the reference: a static, or kept by the handle,
+        // which is borrowed.
         unsafe { &*state }
     }
 
@@ -260,7 +266,8 @@ mod pool {
         free: *mut State,
     }
 
-    /// What a `Srcu` that was never used points to: a table in which nobody has a slot. Only its table is ever looked at.
+    /// What a `Srcu` that was never used points to: a table in which nobody has a slot. Only its
+    /// table is ever looked at.
     pub(super) static EMPTY: State =
         State::with(0, Table::empty(), Links { all: ptr::null_mut(), free: ptr::null_mut() });
 
@@ -276,9 +283,9 @@ mod pool {
         // No ORDER: the lock orders it.
         if ptr::eq(handle.load(Ordering::Relaxed), &EMPTY) {
             let state = create();
-            // ORDER(srcu-state): Release, so that whoever loads the pointer sees the state made. Partner: the Acquire in
-            // `Handle::peek`.
-            // INVARIANT: A new state has one count, the handle's.
+            // ORDER(srcu-state): Release, so that whoever loads the pointer sees the state made.
+            // Partner: the Acquire in `Handle::peek`. INVARIANT: A new state has one count, the
+            // handle's.
             handle.store(state, Ordering::Release);
         }
     }
@@ -296,15 +303,18 @@ mod pool {
         };
         // SAFETY: The offset must stay within the page: states are made at the start of pages.
         let slots: *mut Slot = unsafe { state.byte_add(offset_of!(Page, slots)).cast() };
-        // SAFETY: Writing needs memory that is ours: a new page, or a state that was free. All zeroes are valid slots.
+        // SAFETY: Writing needs memory that is ours: a new page, or a state that was free. All
+        // zeroes are valid slots.
         unsafe { slots.write_bytes(0, table::INLINE) };
-        // SAFETY: Wants zeroed slots for the life of the table: the rest of the page that the table is in.
+        // SAFETY: Wants zeroed slots for the life of the table: the rest of the page that the table
+        // is in.
         let table = unsafe { Table::with_first(slots) };
         let links = Links { all, free: ptr::null_mut() };
         // SAFETY: Writing needs memory that is ours: as above. What was there needs no drop.
         unsafe { state.write(State::with(barrier::mode(), table, links)) };
         if recycled.is_null() {
-            // ORDER(srcu-fork): Release for the state, since a forked child may find this store; among threads the lock orders it.
+            // ORDER(srcu-fork): Release for the state, since a forked child may find this store;
+            // among threads the lock orders it.
             ALL.store(state, Ordering::Release);
         }
         state
@@ -329,7 +339,8 @@ mod pool {
         LOCK.after_fork();
         let mut next = ALL.load(Ordering::Relaxed);
         while !next.is_null() {
-            // SAFETY: It must be an initialized state: all on this list are, and they are never unmapped.
+            // SAFETY: It must be an initialized state: all on this list are, and they are never
+            // unmapped.
             let state = unsafe { &*next };
             f(state);
             next = state.links.all;

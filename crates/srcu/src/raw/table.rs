@@ -1,14 +1,18 @@
-//! Where a thread's slot is: buckets of slots, allocated on first touch, never moved while the domain lives.
+//! Where a thread's slot is: buckets of slots, allocated on first touch, never moved while the
+//! domain lives.
 //!
-//! The first bucket is the rest of the domain's own page, so a program with few threads takes one page a domain. Every
-//! further bucket doubles the room. A thread's number says where to look, the same in every domain; it is worked out
-//! once a thread and kept in thread-local storage.
+//! The first bucket is the rest of the domain's own page, so a program with few threads takes one
+//! page a domain. Every further bucket doubles the room. A thread's number says where to look, the
+//! same in every domain; it is worked out once a thread and kept in thread-local storage.
 //!
 //! # Safety
 //! # Invariants
-//! * A bucket pointer is null, or points to that bucket's full number of zeroed or used slots, for the domain's life.
-//! * The bucket past the end is always null: threads without a number look there and so take the slow way.
-//! * A `Place` comes only from `NONE` or `of`, perhaps by way of a word, so its bucket exists and its offset is that of a slot in it.
+//! * A bucket pointer is null, or points to that bucket's full number of zeroed or used slots, for
+//!   the domain's life.
+//! * The bucket past the end is always null: threads without a number look there and so take the
+//!   slow way.
+//! * A `Place` comes only from `NONE` or `of`, perhaps by way of a word, so its bucket exists and
+//!   its offset is that of a slot in it.
 
 use super::slot::Slot;
 use super::{ids, pages};
@@ -92,14 +96,16 @@ impl Table {
     #[inline(always)]
     pub(crate) fn mine(&self) -> Option<&Slot> {
         let place = ids::place();
-        // SAFETY: The index must be in bounds: a `Place` has a bucket below `BUCKETS`, or is `NONE` with exactly that.
+        // SAFETY: The index must be in bounds: a `Place` has a bucket below `BUCKETS`, or is `NONE`
+        // with exactly that.
         let bucket = unsafe { self.buckets.get_unchecked(place.bucket as usize) };
-        // ORDER(srcu-bucket): Acquire, so that the zeroes of a new bucket are seen. Partner: the Release in `install`.
+        // ORDER(srcu-bucket): Acquire, so that the zeroes of a new bucket are seen. Partner: the
+        // Release in `install`.
         let first = NonNull::new(bucket.load(Ordering::Acquire))?;
         // SAFETY: The offset must stay within the allocation: it is that of a slot of this bucket.
         let slot = unsafe { first.byte_add(place.offset as usize) };
-        // SAFETY: It must point to a live slot that nobody has `&mut` to: buckets live as long as the domain, which
-        // `&self` shows to be alive, and slots are only ever shared.
+        // SAFETY: It must point to a live slot that nobody has `&mut` to: buckets live as long as
+        // the domain, which `&self` shows to be alive, and slots are only ever shared.
         Some(unsafe { slot.as_ref() })
     }
 
@@ -117,8 +123,8 @@ impl Table {
 
     fn install(&self, bucket: usize) {
         let new = pages::alloc(bucket - 1);
-        // INVARIANT: Class `b - 1` is as large as bucket `b`, and comes zeroed.
-        // ORDER(srcu-bucket): Release for the zeroes. A grace period that misses the pointer reads null after its heavy
+        // INVARIANT: Class `b - 1` is as large as bucket `b`, and comes zeroed. ORDER(srcu-bucket):
+        // Release for the zeroes. A grace period that misses the pointer reads null after its heavy
         // fence, so our count is not yet made either, ORDER(srcu-enter).
         let installed = self.buckets[bucket].compare_exchange(
             ptr::null_mut(),
@@ -140,7 +146,8 @@ impl Table {
             let first = first.load(Ordering::Acquire);
             if !first.is_null() {
                 for at in 0..slots {
-                    // SAFETY: The offset must stay within the allocation: the bucket has at least `slots` slots.
+                    // SAFETY: The offset must stay within the allocation: the bucket has at least
+                    // `slots` slots.
                     let slot = unsafe { first.add(at) };
                     // SAFETY: It must be a live shared slot: as in `mine`.
                     f(unsafe { &*slot });

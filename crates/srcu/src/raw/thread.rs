@@ -1,4 +1,5 @@
-//! Threads that the child of a fork can start, whatever the parent's threads were doing at the fork.
+//! Threads that the child of a fork can start, whatever the parent's threads were doing at the
+//! fork.
 //!
 //! A thread of the standard library takes a global lock of that library as it starts and as it
 //! ends. A fork copies a lock that another thread holds, and in the child no thread ever releases
@@ -29,13 +30,15 @@ impl Thread {
     pub fn spawn<F: FnOnce() + Send + 'static>(name: &'static CStr, f: F) -> io::Result<Self> {
         let work = Box::into_raw(Box::new((name, f)));
         let mut thread = MaybeUninit::<libc::pthread_t>::uninit();
-        // SAFETY: Needs a place for the thread's name, default attributes, and a function that takes the argument: `main::<F>`
-        // takes the box made above, and may run in any thread, since `F` is `Send` and borrows nothing.
+        // SAFETY: Needs a place for the thread's name, default attributes, and a function that
+        // takes the argument: `main::<F>` takes the box made above, and may run in any thread,
+        // since `F` is `Send` and borrows nothing.
         let error = without_signals(|| unsafe {
             libc::pthread_create(thread.as_mut_ptr(), ptr::null(), main::<F>, work.cast())
         });
         if error != 0 {
-            // SAFETY: Needs the box that `into_raw` gave away: there is no thread that could have it.
+            // SAFETY: Needs the box that `into_raw` gave away: there is no thread that could have
+            // it.
             drop(unsafe { Box::from_raw(work) });
             return Err(io::Error::from_raw_os_error(error));
         }
@@ -45,7 +48,8 @@ impl Thread {
 
     /// Waits for the end of the thread.
     pub fn join(self) {
-        // SAFETY: Needs a thread that nothing has joined or detached: both consume the handle, and there is one.
+        // SAFETY: Needs a thread that nothing has joined or detached: both consume the handle, and
+        // there is one.
         unsafe { libc::pthread_join(self.0, ptr::null_mut()) };
     }
 
@@ -64,7 +68,8 @@ impl Thread {
 }
 
 extern "C" fn main<F: FnOnce()>(work: *mut libc::c_void) -> *mut libc::c_void {
-    // SAFETY: Needs the box that `into_raw` gave away: `spawn` made it with this type, for this call alone.
+    // SAFETY: Needs the box that `into_raw` gave away: `spawn` made it with this type, for this
+    // call alone.
     let (name, f) = *unsafe { Box::from_raw(work.cast::<(&'static CStr, F)>()) };
     // SAFETY: Needs a string that ends with a zero.
     unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };

@@ -156,7 +156,8 @@ fn embedded_heads_run_and_can_be_queued_again() {
         count: Count,
     }
     unsafe fn run(head: NonNull<Head>) {
-        // SAFETY: The head is the first field of the node below, which the test keeps until after the barrier.
+        // SAFETY: The head is the first field of the node below, which the test keeps until after
+        // the barrier.
         let node = unsafe { head.cast::<Node>().as_ref() };
         node.count.add();
     }

@@ -52,7 +52,8 @@ fn s_82_with_nothing_pending_synchronize_still_waits_for_a_reader() {
         while format!("{srcu:?}").contains("waiting: [0, 0]") {
             thread::yield_now();
         }
-        // A reader that came later, in the other bank, is not waited for, and does not stand for the first one.
+        // A reader that came later, in the other bank, is not waited for, and does not stand for
+        // the first one.
         drop(srcu.read_lock());
         assert!(!waiter.is_finished());
         left.store(true, Ordering::SeqCst);
@@ -149,8 +150,8 @@ fn a_cookie_of_another_domain_is_refused() {
     let _ = b.poll(cookie);
 }
 
-/// With a grace period under way, the caller's is the one after it. A section that begins before the latter may be waited
-/// for; one that begins after it, in the other bank, is not.
+/// With a grace period under way, the caller's is the one after it. A section that begins before
+/// the latter may be waited for; one that begins after it, in the other bank, is not.
 #[test]
 fn s_83_a_grace_period_waits_for_no_section_that_begins_after_it() {
     let srcu = Srcu::new();

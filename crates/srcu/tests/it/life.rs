@@ -58,7 +58,8 @@ fn a_domain_dropped_in_its_own_callback_lives_until_the_last_has_returned() {
         drop(section);
         drop(srcu);
     }
-    // The domains cannot be asked any more; whoever drops the last handle on the reclaimer leaves the rest to it.
+    // The domains cannot be asked any more; whoever drops the last handle on the reclaimer leaves
+    // the rest to it.
     while count.get() < 600 {
         other.call(|| ());
         other.barrier().unwrap();
@@ -120,8 +121,8 @@ fn domains_are_made_used_and_dropped_on_many_threads() {
     assert_eq!(count.get(), 2000);
 }
 
-/// Each node keeps the domain that it is queued in; whichever is freed last takes the domain along, perhaps while others are
-/// still coming back from their call.
+/// Each node keeps the domain that it is queued in; whichever is freed last takes the domain along,
+/// perhaps while others are still coming back from their call.
 #[test]
 fn the_last_callback_may_drop_its_domain() {
     #[repr(C)]
@@ -131,8 +132,8 @@ fn the_last_callback_may_drop_its_domain() {
         freed: Count,
     }
     unsafe fn free(head: NonNull<Head>) {
-        // SAFETY: The head is the first field of a node from `Box::leak` below, which is queued once and not used by anybody else
-        // now.
+        // SAFETY: The head is the first field of a node from `Box::leak` below, which is queued
+        // once and not used by anybody else now.
         let node = unsafe { Box::from_raw(head.cast::<Node>().as_ptr()) };
         node.freed.add();
     }
@@ -146,10 +147,11 @@ fn the_last_callback_may_drop_its_domain() {
             for node in nodes {
                 scope.spawn(|| {
                     let node = NonNull::from(Box::leak(Box::new(node)));
-                    // SAFETY: A reference needs a live node: it is there until `free`, which is not called before the call below.
+                    // SAFETY: A reference needs a live node: it is there until `free`, which is not
+                    // called before the call below.
                     let srcu = &unsafe { node.as_ref() }.srcu;
-                    // SAFETY: The node is there until `free`, which is right for it, and its head is its first field. It keeps the
-                    // domain until the head is queued.
+                    // SAFETY: The node is there until `free`, which is right for it, and its head
+                    // is its first field. It keeps the domain until the head is queued.
                     unsafe { srcu.call_raw_dropping(node.cast(), free) };
                 });
             }

@@ -41,8 +41,8 @@ impl Model {
         self.tell_intervals(mm, &hit, &hit);
     }
 
-    /// Whether it depends on more than the model knows which intervals a non-blockable start asks: one that refuses, and
-    /// another that begins where it does.
+    /// Whether it depends on more than the model knows which intervals a non-blockable start asks:
+    /// one that refuses, and another that begins where it does.
     #[must_use]
     pub fn is_ambiguous(&self, mm: usize, pages: (u64, u64)) -> bool {
         let hit = self.hit(mm, pages);

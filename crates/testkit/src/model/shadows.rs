@@ -5,7 +5,8 @@ use super::{Answer, Callback, Kind, Model, Notifier, meet};
 /// What a shadow with a sequence knows.
 #[derive(Debug, Default)]
 pub(super) struct Shadow {
-    /// Invalidations that met it and have not ended, and the smallest range around all since there were none.
+    /// Invalidations that met it and have not ended, and the smallest range around all since there
+    /// were none.
     in_progress: u32,
     hull: (u64, u64),
     /// How many such have ended, and how often what it watches has changed.

@@ -151,7 +151,8 @@ proptest! {
         }
     }
 
-    /// The promise behind inserts that are put off: what each reserves is enough for all of them, removals among them or not.
+    /// The promise behind inserts that are put off: what each reserves is enough for all of them,
+    /// removals among them or not.
     #[test]
     fn many_inserts_take_no_more_than_each_reserves(
         before in prop::collection::vec(run(), 0..3),
@@ -205,7 +206,8 @@ fn the_last_address_and_the_whole_of_an_address_space_are_found() {
     }
 }
 
-/// Full nodes that are split again and again from behind once took a node for each insert on every new level.
+/// Full nodes that are split again and again from behind once took a node for each insert on every
+/// new level.
 #[test]
 fn inserts_down_to_a_full_tree_take_no_more_than_each_reserves() {
     for up in [15, 224, 3100, 3375] {

@@ -115,7 +115,8 @@ impl World {
         }
     }
 
-    /// The callbacks of the last operation are those of the model; intervals that begin at one page come in any order.
+    /// The callbacks of the last operation are those of the model; intervals that begin at one page
+    /// come in any order.
     pub(super) fn agree(&mut self) {
         let (mut told, mut expected) = (take(&mut *self.shared.calls.lock().unwrap()), take(&mut self.model.calls));
         let mut extra = take(&mut self.extra);
@@ -271,7 +272,8 @@ impl World {
         self.agree();
     }
 
-    /// Lets go of everything, and counts: as many are freed as were made, and no address space is held.
+    /// Lets go of everything, and counts: as many are freed as were made, and no address space is
+    /// held.
     pub(super) fn finish(mut self) {
         while !self.brackets.is_empty() {
             self.run(&Op::End(0));

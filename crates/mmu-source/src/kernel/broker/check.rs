@@ -1,7 +1,8 @@
 //! What a client believes of the descriptors that came.
 //!
-//! The kernel says what a descriptor is, in `/proc`. A map that were a file could be cut short under
-//! the client (`SIGBUS`), and a device that is not KVM would do with `KVM_CREATE_VM` what it likes.
+//! The kernel says what a descriptor is, in `/proc`. A map that were a file could be cut short
+//! under the client (`SIGBUS`), and a device that is not KVM would do with `KVM_CREATE_VM` what it
+//! likes.
 
 use super::super::layout::{RING, header};
 use super::super::programs::SharedMaps;

@@ -23,8 +23,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub(in super::super) struct Session {
     socket: OwnedFd,
-    /// The broker did not answer, or not with sense. It is asked nothing more: its late answer would
-    /// be taken for that of the next request.
+    /// The broker did not answer, or not with sense. It is asked nothing more: its late answer
+    /// would be taken for that of the next request.
     is_silent: AtomicBool,
 }
 

@@ -155,7 +155,8 @@ impl Drop for Session {
     fn drop(&mut self) {
         // Before the machines are closed, which are fields of this.
         if !self.programs.forget_all() {
-            // The programs go on reading: so what they read has to stay, as long as the broker does.
+            // The programs go on reading: so what they read has to stay, as long as the broker
+            // does.
             std::mem::forget((self.b.take(), self.a.try_clone()));
         }
     }

@@ -55,7 +55,8 @@ pub(super) fn group_named(name: &str) -> io::Result<Option<u32>> {
         let mut group = MaybeUninit::<libc::group>::uninit();
         let mut found = ptr::null_mut();
         let (into, room) = (buffer.as_mut_ptr(), buffer.len());
-        // SAFETY: the name ends in a null, the buffer is as long as the call is told, and the rest are places of locals.
+        // SAFETY: the name ends in a null, the buffer is as long as the call is told, and the rest
+        // are places of locals.
         let error = unsafe { libc::getgrnam_r(name.as_ptr(), group.as_mut_ptr(), into, room, &mut found) };
         match error {
             // SAFETY: the call has found the group, and so has written it.
@@ -77,8 +78,8 @@ pub(super) fn take_listener() -> io::Result<Option<OwnedFd>> {
     if unsafe { libc::fcntl(FIRST, libc::F_SETFD, libc::FD_CLOEXEC) } != 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: `from_raw_fd` needs an open descriptor that nobody else owns: the service manager has opened it for whoever has
-    // this pid, and the caller takes it once.
+    // SAFETY: `from_raw_fd` needs an open descriptor that nobody else owns: the service manager has
+    // opened it for whoever has this pid, and the caller takes it once.
     Ok(Some(unsafe { OwnedFd::from_raw_fd(FIRST) }))
 }
 

@@ -239,7 +239,8 @@ fn a_client_is_told_of_its_own_changes_alone() {
         let header = Shared::map(client.given[0].as_fd(), 0, header::BYTES, true).expect("it is a map");
         let words = [header::GENERATION, header::LOST, header::IGNORED, header::ANSWERED];
         let seen = || words.map(|word| header.u64(word).load(Ordering::Relaxed));
-        // Everything is armed, without and with a machine B; then the page is the one of the questions.
+        // Everything is armed, without and with a machine B; then the page is the one of the
+        // questions.
         let b = kernel_sys::create_vm(client.kvm.as_fd()).expect("a machine");
         for (scratch, with_b) in [(0, false), (0, true), (page.address(), true)] {
             let (request, with) = if with_b { (Request::Count, Some(b.as_fd())) } else { (Request::Forget, None) };

@@ -6,7 +6,8 @@ use super::super::{ExitStatus, Pid};
 
 /// Takes the status of a child or tracee of any thread of this process, if it has ended.
 ///
-/// A stop of it is left alone: the kernel reports those of tracees also if they are not asked for, and reporting takes them.
+/// A stop of it is left alone: the kernel reports those of tracees also if they are not asked for,
+/// and reporting takes them.
 pub(in super::super) fn take_status(tid: Pid) -> Option<ExitStatus> {
     status(tid, libc::WNOWAIT)?;
     status(tid, 0)

@@ -10,23 +10,24 @@ use super::reaper::Reaper;
 use super::start::ptrace_options;
 use super::{Error, ExitStatus, Observer, Pid, Task, Tracer};
 
-/// How often a task that cannot be seized and lives is looked at again. Each time waits for an `execve` that is under way, so
-/// that many of them must follow one another without a pause.
+/// How often a task that cannot be seized and lives is looked at again. Each time waits for an
+/// `execve` that is under way, so that many of them must follow one another without a pause.
 const TRIES: u32 = 200;
 
 impl<O: Observer> Tracer<O> {
     /// Traces a process that runs already, with all its threads. Every system call of it stops.
     ///
-    /// The observer is told of its threads at once. Each of them is seen from its first stop on, which [`Tracer::run`] serves: a
-    /// call that it is in until then is not seen.
+    /// The observer is told of its threads at once. Each of them is seen from its first stop on,
+    /// which [`Tracer::run`] serves: a call that it is in until then is not seen.
     ///
     /// # Blocking
     /// Sleeps while the process is in `execve`.
     /// # Errors
-    /// [`Error::Attach`]: `ESRCH` if there is no such process, `EPERM` if tracing it is refused or it is traced already; of the kind
-    /// [`io::ErrorKind::InvalidInput`], without a number, if it is a thread of another process, which the message names;
-    /// [`io::ErrorKind::Deadlock`] if it traces this process, itself or through tracers in between: each would stop
-    /// and wait for the other. Another error if `/proc` does not list its threads.
+    /// [`Error::Attach`]: `ESRCH` if there is no such process, `EPERM` if tracing it is refused or
+    /// it is traced already; of the kind [`io::ErrorKind::InvalidInput`], without a number, if it
+    /// is a thread of another process, which the message names; [`io::ErrorKind::Deadlock`] if it
+    /// traces this process, itself or through tracers in between: each would stop and wait for the
+    /// other. Another error if `/proc` does not list its threads.
     pub fn attach(&mut self, pid: Pid) -> Result<(), Error> {
         let refused = |source| Error::Attach { pid, source };
         if !sys::is_thread_of(pid, pid) {
@@ -53,8 +54,8 @@ impl<O: Observer> Tracer<O> {
         Ok(())
     }
 
-    /// A thread that is not traced yet can make another one, or execute another program, at any time: looks until all that are there
-    /// are traced.
+    /// A thread that is not traced yet can make another one, or execute another program, at any
+    /// time: looks until all that are there are traced.
     fn seize_all(&mut self, pid: Pid, reaper: &mut Option<Reaper>) -> io::Result<()> {
         let mut tries = 0;
         loop {
@@ -80,7 +81,8 @@ impl<O: Observer> Tracer<O> {
                     }
                     // Made by a thread that is traced by now: its maker's event names it.
                     Err(_) if is_ours(tid) => {}
-                    // Gone, or a leader that has ended while its threads go on, which cannot be traced and need not be.
+                    // Gone, or a leader that has ended while its threads go on, which cannot be
+                    // traced and need not be.
                     Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
                     Err(_) if proc::has_ended(tid) == Some(true) => {}
                     Err(error) => refusal = Some((error, proc::tracer_of(tid).is_some_and(|tracer| tracer > 0))),
@@ -109,7 +111,8 @@ impl<O: Observer> Tracer<O> {
         if !self.tasks.contains_key(&tid) {
             return false;
         }
-        // A leader that loses its tracer was replaced by another thread's `execve`. Its end is not reported.
+        // A leader that loses its tracer was replaced by another thread's `execve`. Its end is not
+        // reported.
         let is_replaced = tid == pid && !is_ours(tid);
         if is_replaced {
             self.forget(tid, "execve", ExitStatus::Code(0));
@@ -119,13 +122,15 @@ impl<O: Observer> Tracer<O> {
 
     /// A thread is traced from now on.
     fn seized(&mut self, pid: Pid, tid: Pid) {
-        // While it was waited for, it executed another program, and has the number of its process now.
+        // While it was waited for, it executed another program, and has the number of its process
+        // now.
         let is_replaced = tid != pid && !is_ours(tid);
         let tid = if is_replaced { pid } else { tid };
         if is_replaced && self.tasks.contains_key(&pid) {
             self.forget(pid, "execve", ExitStatus::Code(0));
         }
-        // A thread is in its leader's address space. If the leader has ended, none of its threads is another program's.
+        // A thread is in its leader's address space. If the leader has ended, none of its threads
+        // is another program's.
         let of_leader = self.tasks.get(&pid).and_then(|leader| leader.space().cloned());
         let space = of_leader.or_else(|| self.space_shared_with(tid).ok());
         let space = space.unwrap_or_else(|| Rc::new(Space::new(Break::default())));

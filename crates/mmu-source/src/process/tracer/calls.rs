@@ -20,7 +20,8 @@ impl<O: Observer> Tracer<O> {
         self.interrupted_calls_meet(tid, &raw);
         let Some(tracee) = self.tasks.get(&tid) else { return };
         if tracee.filtered && !picked {
-            // It stops here because an interrupted call is awaited; if the filter picks this one, it stops once more.
+            // It stops here because an interrupted call is awaited; if the filter picks this one,
+            // it stops once more.
             return;
         }
         let (Life::In(space, _), None) = (&tracee.life, &tracee.call) else { return };
@@ -65,8 +66,8 @@ impl<O: Observer> Tracer<O> {
         self.ranges = ranges;
     }
 
-    /// The address spaces that a call by a task in `own` acts on: whether `own` is one, and the other ones. `None` if it acts on
-    /// none that is traced.
+    /// The address spaces that a call by a task in `own` acts on: whether `own` is one, and the
+    /// other ones. `None` if it acts on none that is traced.
     fn targets(&self, own: &Rc<Space>, then: Then) -> Option<(bool, Vec<Rc<Space>>)> {
         let (here, mut others) = match then {
             Then::Elsewhere(Named::Stranger) => return None,
@@ -106,7 +107,8 @@ impl<O: Observer> Tracer<O> {
     pub(super) fn call_returns(&mut self, tid: Pid, result: i64, place: Place) {
         let Some(tracee) = self.tasks.get_mut(&tid) else { return };
         let Some(call) = tracee.call.take() else {
-            // The return from a signal's handler: the kernel makes the interrupted call again, or has it fail.
+            // The return from a signal's handler: the kernel makes the interrupted call again, or
+            // has it fail.
             if tracee.again.last().is_some_and(|call| call.raw.place == place)
                 && let Some(call) = tracee.again.pop()
             {
@@ -122,7 +124,8 @@ impl<O: Observer> Tracer<O> {
         }
     }
 
-    /// Takes up the interrupted call that a task is about to make again, if it is one, and closes those that it has given up.
+    /// Takes up the interrupted call that a task is about to make again, if it is one, and closes
+    /// those that it has given up.
     fn interrupted_calls_meet(&mut self, tid: Pid, next: &RawCall) {
         while let Some(tracee) = self.tasks.get_mut(&tid)
             && tracee.call.is_none()
@@ -166,8 +169,9 @@ impl<O: Observer> Tracer<O> {
         }
     }
 
-    /// Closes the brackets that tasks elsewhere hold on an address space that is about to end: its exit would wait for them,
-    /// and the subscribers that are put before it would never hear their end.
+    /// Closes the brackets that tasks elsewhere hold on an address space that is about to end: its
+    /// exit would wait for them, and the subscribers that are put before it would never hear their
+    /// end.
     pub(super) fn close_from_elsewhere(&mut self, space: &Rc<Space>) {
         for tracee in self.tasks.values_mut() {
             for call in tracee.call.iter_mut().chain(&mut tracee.again) {

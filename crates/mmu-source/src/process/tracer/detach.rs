@@ -9,18 +9,21 @@ use super::super::proc;
 use super::super::sys::{self, Resume, Stop, Wait};
 use super::{Life, Observer, Pid, Scope, TaskEvent, Tracer};
 
-/// How long a tracee that was asked to stop may take, if it does not sleep where nothing can stop it.
+/// How long a tracee that was asked to stop may take, if it does not sleep where nothing can stop
+/// it.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// How long a tracee may take that does.
 const DISK: Duration = Duration::from_millis(50);
 
 impl<O: Observer> Tracer<O> {
-    /// Lets go of everybody: closes every bracket, lets every task leave, and detaches the tracees that have no filter.
+    /// Lets go of everybody: closes every bracket, lets every task leave, and detaches the tracees
+    /// that have no filter.
     ///
-    /// The others are the [`Keeper`]'s: a task with a filter and without a tracer has its memory calls refused (`ENOSYS`). So is
-    /// a task that cannot be stopped at once: a parent that waits in `vfork` for its child, or a task that the freezer of cgroup v1
-    /// holds (that of v2 lets it stop). If its tracer's thread ends, the kernel lets go of it.
-    /// Pending signals and job control stops stay as they are.
+    /// The others are the [`Keeper`]'s: a task with a filter and without a tracer has its memory
+    /// calls refused (`ENOSYS`). So is a task that cannot be stopped at once: a parent that waits
+    /// in `vfork` for its child, or a task that the freezer of cgroup v1 holds (that of v2 lets it
+    /// stop). If its tracer's thread ends, the kernel lets go of it. Pending signals and job
+    /// control stops stay as they are.
     ///
     /// # Blocking
     /// Sleeps until each tracee without a filter has stopped that can, two seconds at most.
@@ -48,7 +51,8 @@ impl<O: Observer> Tracer<O> {
         for tid in self.held.iter().chain(&parked) {
             keeper.pass(*tid, Stop::Trap);
         }
-        // One that has died is not waited for: the end of a first thread is reported only after that of all the others.
+        // One that has died is not waited for: the end of a first thread is reported only after
+        // that of all the others.
         keeper.tasks.retain(|tid, kept| kept.filtered || kept.in_vfork || matches!(sys::interrupt(*tid), Ok(Some(()))));
         keeper.let_go();
         (self.observer, keeper)
@@ -74,7 +78,8 @@ struct Kept {
 }
 
 impl Keeper {
-    /// Detaches the tracees without a filter, which were asked to stop, as they stop. Those that cannot are left.
+    /// Detaches the tracees without a filter, which were asked to stop, as they stop. Those that
+    /// cannot are left.
     fn let_go(&mut self) {
         let begun = Instant::now();
         let mut nap = Duration::from_micros(50);
@@ -104,8 +109,8 @@ impl Keeper {
         !self.tasks.is_empty()
     }
 
-    /// Lets every stop pass, of the tracees and of their children, and records nothing. Returns when the last of them has
-    /// ended; at once if there was none.
+    /// Lets every stop pass, of the tracees and of their children, and records nothing. Returns
+    /// when the last of them has ended; at once if there was none.
     ///
     /// # Blocking
     /// Sleeps as long as they live.
@@ -144,7 +149,8 @@ impl Keeper {
             Stop::Group => Resume::Listen,
             _ => Resume::Cont,
         };
-        // Its child is traced as well, and stops before it runs. One that has stopped already was let go of.
+        // Its child is traced as well, and stops before it runs. One that has stopped already was
+        // let go of.
         if let (Resume::Detach, Stop::NewTask(_)) = (how, stop)
             && let Ok(Some(child)) = sys::event_message(tid, stop)
             && matches!(sys::interrupt(child as Pid), Ok(Some(())))

@@ -17,7 +17,8 @@ pub(super) enum Report {
     Ended(ExitStatus),
 }
 
-/// A task that no other one has named yet. The kernel reports the stop of a child and the event of its parent in either order.
+/// A task that no other one has named yet. The kernel reports the stop of a child and the event of
+/// its parent in either order.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Parked {
     report: Report,
@@ -42,7 +43,8 @@ impl Parked {
 }
 
 impl<O: Observer> Tracer<O> {
-    /// Remembers what an unknown task reported. It stays stopped until its parent's event names it, or no task can any more.
+    /// Remembers what an unknown task reported. It stays stopped until its parent's event names it,
+    /// or no task can any more.
     pub(super) fn park(&mut self, tid: Pid, report: Report) -> Result<(), Error> {
         let before = self.parked.get(&tid).copied();
         let family = before.map_or_else(|| self.family(tid), |parked| parked.family);
@@ -52,8 +54,9 @@ impl<O: Observer> Tracer<O> {
                 let signal = if let Stop::Signal(signal) = stop { signal } else { 0 };
                 return resume(tid, Resume::Detach, signal);
             }
-            // A thread that ends before it was named was killed, and never ran: a kill is for the whole process, and took with
-            // it the event that would have named the thread. It must not wait for the end of its process, which waits for its own.
+            // A thread that ends before it was named was killed, and never ran: a kill is for the
+            // whole process, and took with it the event that would have named the thread. It must
+            // not wait for the end of its process, which waits for its own.
             Report::Stopped(Stop::Exit) if self.is_thread_of_ours(tid, family) => {
                 self.parked.remove(&tid);
                 return resume(tid, Resume::Cont, 0);
@@ -89,9 +92,10 @@ impl<O: Observer> Tracer<O> {
 
     /// Takes in the parked tasks that no other task is going to name.
     ///
-    /// The next report of a task that has just made another one is the event that names the child, unless it was killed. So a
-    /// task that has reported anything since the child did will not name it. Where a killed task may have left the child, the
-    /// tasks that have not reported are looked at: one that sleeps is not making a task, any other one is made to report.
+    /// The next report of a task that has just made another one is the event that names the child,
+    /// unless it was killed. So a task that has reported anything since the child did will not name
+    /// it. Where a killed task may have left the child, the tasks that have not reported are looked
+    /// at: one that sleeps is not making a task, any other one is made to report.
     pub(super) fn adopt_unnamed(&mut self) -> Result<(), Error> {
         let children: Vec<Pid> = self.parked.keys().copied().collect();
         for child in children {
@@ -156,7 +160,8 @@ impl<O: Observer> Tracer<O> {
         Err(unknown)
     }
 
-    /// A new address space for `tid`, which is not known to share that of another task, nor perhaps not to.
+    /// A new address space for `tid`, which is not known to share that of another task, nor perhaps
+    /// not to.
     fn space_of_its_own(&mut self, tid: Pid) -> Rc<Space> {
         let unknown = self.space_shared_with(tid).err().unwrap_or_default();
         self.in_doubt |= !unknown.is_empty();
@@ -174,8 +179,8 @@ impl<O: Observer> Tracer<O> {
         let cause = tracee.call.as_ref().map_or(kind.name(), |call| call.cause);
         let is_thread = || kind == NewTask::Clone && sys::is_thread_of(task.pid, child);
         let asked = || if is_thread() { Some(true) } else { sys::same_memory(parent, child) };
-        // Every call that copies an address space stops at its entry, so that one is open; but the entry of a call in which
-        // the task was attached to has not been seen.
+        // Every call that copies an address space stops at its entry, so that one is open; but the
+        // entry of a call in which the task was attached to has not been seen.
         let shares = match &tracee.call {
             Some(OpenCall { then: Then::Copy, .. }) => Some(false),
             None if !tracee.in_unseen_call => Some(true),
@@ -205,14 +210,15 @@ impl<O: Observer> Tracer<O> {
         self.replay(child)
     }
 
-    /// A task has made a child whose memory is a copy: the copying is over, so its brackets close, and the call needs no
-    /// stop at its exit if its result is known.
+    /// A task has made a child whose memory is a copy: the copying is over, so its brackets close,
+    /// and the call needs no stop at its exit if its result is known.
     fn copy_ends(&mut self, parent: Pid, child: Pid) {
         let Some(tracee) = self.tasks.get_mut(&parent) else { return };
         if !tracee.may_be_forking() || tracee.call.is_none() {
             return;
         }
-        // Only where tasks have other numbers for the parent than for the tracer is the result not the child's number.
+        // Only where tasks have other numbers for the parent than for the tracer is the result not
+        // the child's number.
         if tracee.numbers_agree.is_none() {
             tracee.numbers_agree = proc::shares_pid_namespace(parent);
         }
@@ -259,7 +265,8 @@ impl<O: Observer> Tracer<O> {
         }
     }
 
-    /// A task has run `execve`. Its other threads are gone, and it has the identifier of the process now.
+    /// A task has run `execve`. Its other threads are gone, and it has the identifier of the
+    /// process now.
     pub(super) fn execed(&mut self, pid: Pid) -> Result<(), Error> {
         let message = sys::event_message(pid, Stop::Exec).map_err(kernel("PTRACE_GETEVENTMSG", pid))?;
         let Some(former) = message.map(|tid| tid as Pid) else { return Ok(()) };

@@ -1,9 +1,12 @@
-//! A second thread that takes the statuses of threads that end while their process is being attached to.
+//! A second thread that takes the statuses of threads that end while their process is being
+//! attached to.
 //!
-//! While a thread of a process is in `execve`, no other one can be seized: the call waits. The `execve` waits until the threads that
-//! it has killed are gone, and one that is traced is gone when its tracer has taken its status. A tracer that waits in the call
-//! would wait for itself, so this thread takes the statuses for it. A thread that is killed must not stop at its exit either, which
-//! only the tracer's own thread could end: tasks that were attached to are asked for that stop when they have stopped once.
+//! While a thread of a process is in `execve`, no other one can be seized: the call waits. The
+//! `execve` waits until the threads that it has killed are gone, and one that is traced is gone
+//! when its tracer has taken its status. A tracer that waits in the call would wait for itself, so
+//! this thread takes the statuses for it. A thread that is killed must not stop at its exit either,
+//! which only the tracer's own thread could end: tasks that were attached to are asked for that
+//! stop when they have stopped once.
 
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -51,12 +54,14 @@ impl Reaper {
         Ok(Reaper { shared, thread: Some(thread) })
     }
 
-    /// Looks after a thread, which must be traced by the thread that this is called in and not be the first of its process.
+    /// Looks after a thread, which must be traced by the thread that this is called in and not be
+    /// the first of its process.
     pub(super) fn watch(&self, tid: Pid) {
         self.shared.lock().tids.push(tid);
     }
 
-    /// The threads whose status it has taken since it was asked last. A number that is free again is among them.
+    /// The threads whose status it has taken since it was asked last. A number that is free again
+    /// is among them.
     pub(super) fn ended(&self) -> Vec<(Pid, ExitStatus)> {
         mem::take(&mut self.shared.lock().ended)
     }

@@ -20,13 +20,15 @@ impl<O: Observer> Tracer<O> {
     /// # Blocking
     /// Sleeps until the kernel has loaded the program.
     /// # Errors
-    /// [`Error::Exec`] if the program cannot be executed, [`Error::Spawn`] if the process cannot be made or traced.
+    /// [`Error::Exec`] if the program cannot be executed, [`Error::Spawn`] if the process cannot be
+    /// made or traced.
     pub fn spawn(&mut self, command: Command) -> Result<Pid, Error> {
         let layout = command.layout().map_err(|source| exec_error(&command, source))?;
         let program = (self.options.follow && self.options.seccomp).then(|| filter::program(self.options.traced()));
         let (go_read, go_write) = sys::pipe(0).map_err(spawn_error("pipe2"))?;
         let (report_read, report_write) = sys::pipe(libc::O_NONBLOCK).map_err(spawn_error("pipe2"))?;
-        // Above the standard streams, so that setting one up does not overwrite what the next one is copied from.
+        // Above the standard streams, so that setting one up does not overwrite what the next one
+        // is copied from.
         let mut copies = Vec::new();
         let mut stdio = [None; 3];
         for (slot, fd) in stdio.iter_mut().zip(&command.stdio) {

@@ -20,7 +20,8 @@ fn handle(handler: Handler) {
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
     action.sa_sigaction = handler as libc::sighandler_t;
     action.sa_flags = libc::SA_SIGINFO | libc::SA_NODEFER;
-    // SAFETY: the action is complete; the handlers of this file make system calls and use atomics, nothing else.
+    // SAFETY: the action is complete; the handlers of this file make system calls and use atomics,
+    // nothing else.
     assert_eq!(unsafe { libc::sigaction(libc::SIGUSR2, &action, std::ptr::null_mut()) }, 0);
     PAGE_AT.store(map(PAGE, PROT_READ | PROT_WRITE), Ordering::Relaxed);
     println!("page {:#x}", PAGE_AT.load(Ordering::Relaxed));
@@ -82,7 +83,8 @@ extern "C" fn elsewhere() -> ! {
 
 extern "C" fn jump(_: c_int, _: *mut siginfo_t, context: *mut c_void) {
     let context = context.cast::<ucontext_t>();
-    // SAFETY: the kernel passes a context that lives as long as the handler runs, which alone uses it.
+    // SAFETY: the kernel passes a context that lives as long as the handler runs, which alone uses
+    // it.
     let registers = unsafe { &mut (*context).uc_mcontext.gregs };
     registers[libc::REG_RIP as usize] = elsewhere as *const () as i64;
     // As after a call: the frames that are overwritten are not used any more.

@@ -109,7 +109,8 @@ fn itself(args: &[&str]) -> Command {
     command
 }
 
-/// Pages out memory of a child, and asks for all of its memory to be released, which is refused while it lives.
+/// Pages out memory of a child, and asks for all of its memory to be released, which is refused
+/// while it lives.
 pub(crate) fn calls_on_a_child() {
     let arena = map(4 * PAGE, RW);
     touch(arena, 4 * PAGE);
@@ -167,7 +168,8 @@ extern "C" fn count(signal: i32) {
 
 /// Sends itself a real-time signal many times, and unmaps in between.
 ///
-/// As root it becomes a user of its own first: the kernel counts the queued signals of all processes of a user.
+/// As root it becomes a user of its own first: the kernel counts the queued signals of all
+/// processes of a user.
 pub(crate) fn real_time_signals(times: u64) {
     let signal = libc::SIGRTMIN() + 5;
     let handler: extern "C" fn(i32) = count;
@@ -196,8 +198,8 @@ pub(crate) fn traceme() {
     println!("nobody {seized}");
 }
 
-/// Does what it is told line by line: every thread unmaps a page on `go`; `fork` does it in a child;
-/// `exec` becomes another program from a new thread; `quit` ends it.
+/// Does what it is told line by line: every thread unmaps a page on `go`; `fork` does it in a
+/// child; `exec` becomes another program from a new thread; `quit` ends it.
 pub(crate) fn serve(threads: u64) {
     let (done, results) = mpsc::channel();
     let workers: Vec<mpsc::Sender<()>> = (0..threads)

@@ -1,6 +1,7 @@
 //! The program that the tests trace: `tracee CASE [ARGS..]`.
 //!
-//! Each case makes calls and prints what it did, so that a test can compare that with what the source saw.
+//! Each case makes calls and prints what it did, so that a test can compare that with what the
+//! source saw.
 
 mod again;
 mod calls;

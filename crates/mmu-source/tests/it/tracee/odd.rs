@@ -1,4 +1,5 @@
-//! What makes a program harder to trace: memory that is closed, filters of its own, threads that execute, a wait in `vfork`.
+//! What makes a program harder to trace: memory that is closed, filters of its own, threads that
+//! execute, a wait in `vfork`.
 
 use std::ffi::CString;
 use std::os::unix::process::CommandExt;
@@ -8,7 +9,8 @@ use libc::{BPF_ABS, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W, PROT_READ, 
 
 use crate::sys::{self, PAGE, call, map, touch};
 
-/// Runs `case` with memory that a tracer without privilege may not read, as that of a program that may be executed and not read.
+/// Runs `case` with memory that a tracer without privilege may not read, as that of a program that
+/// may be executed and not read.
 pub(crate) fn hidden(case: impl FnOnce()) {
     assert_eq!(call(libc::SYS_prctl, &[libc::PR_SET_DUMPABLE as u64, 0]), 0);
     case();
@@ -56,7 +58,8 @@ pub(crate) fn own_filter() {
     println!("getppid {parent}");
 }
 
-/// A process with many threads, of which one that is not the first executes the program anew, again and again.
+/// A process with many threads, of which one that is not the first executes the program anew, again
+/// and again.
 pub(crate) fn exec_loop(left: u64) {
     if left == 0 {
         process::exit(4);

@@ -20,7 +20,8 @@ impl Script {
         script
     }
 
-    /// Makes a call that nothing else makes, whatever the loader or the allocator do with the same address.
+    /// Makes a call that nothing else makes, whatever the loader or the allocator do with the same
+    /// address.
     fn mark(&self) {
         const NO_SUCH_ADVICE: u64 = 12_345;
         let refused = sys::call(libc::SYS_madvise, &[self.marker, sys::PAGE, NO_SUCH_ADVICE]);

@@ -9,7 +9,8 @@ pub(crate) fn call(number: libc::c_long, args: &[u64]) -> i64 {
     let mut all = [0; 6];
     all[..args.len()].copy_from_slice(args);
     let [a, b, c, d, e, f] = all;
-    // SAFETY: the program passes addresses of mappings it made for the call, and nothing else of it lives there.
+    // SAFETY: the program passes addresses of mappings it made for the call, and nothing else of it
+    // lives there.
     let result = unsafe { libc::syscall(number, a, b, c, d, e, f) };
     if result == -1 { -i64::from(io::Error::last_os_error().raw_os_error().unwrap_or(0)) } else { result }
 }

@@ -150,8 +150,8 @@ pub(super) fn known(advice: i32, since: &str) -> Result<i32, Unavailable> {
     }
 }
 
-/// What a huge page could be made of: all of it touched, in small pages, which stay so until other advice is given:
-/// `khugepaged` could be faster than the operation.
+/// What a huge page could be made of: all of it touched, in small pages, which stay so until other
+/// advice is given: `khugepaged` could be faster than the operation.
 pub(super) fn small_pages() -> Result<Region, Unavailable> {
     let region = Region::untouched(2 * HUGE / PAGE)?.aligned(HUGE, HUGE / PAGE);
     region.advise(libc::MADV_NOHUGEPAGE)?;
@@ -159,7 +159,8 @@ pub(super) fn small_pages() -> Result<Region, Unavailable> {
     Ok(region)
 }
 
-/// Collapsing fails with `EAGAIN` if another user has a reference to one of the pages at that moment.
+/// Collapsing fails with `EAGAIN` if another user has a reference to one of the pages at that
+/// moment.
 fn patiently(mut call: impl FnMut() -> std::io::Result<()>) -> std::io::Result<()> {
     for _ in 0..20 {
         match call() {

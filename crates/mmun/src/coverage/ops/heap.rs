@@ -1,8 +1,9 @@
 //! The heap: its end moves, or the allocator gives memory back.
 //!
 //! # Safety
-//! Blocks of `malloc` are touched through their pointer alone, within their length, and freed once. The end of the heap is
-//! only moved back over what was gained by moving it forward, and nobody has got anything beyond it meanwhile.
+//! Blocks of `malloc` are touched through their pointer alone, within their length, and freed once.
+//! The end of the heap is only moved back over what was gained by moving it forward, and nobody has
+//! got anything beyond it meanwhile.
 #![expect(unsafe_code, reason = "the allocator of C and brk; see the Safety section")]
 
 use std::ffi::c_void;
@@ -103,8 +104,8 @@ fn settle_the_allocator() {
     blocks.into_iter().for_each(Block::free);
 }
 
-/// Fills the heap, frees it so that nothing is given back yet, and has `malloc_trim` do that: from the end, or from below a
-/// block that stays.
+/// Fills the heap, frees it so that nothing is given back yet, and has `malloc_trim` do that: from
+/// the end, or from below a block that stays.
 fn trimmed(below: bool) -> Result<Prepared, Unavailable> {
     settle_the_allocator();
     let mut blocks = (0..64).map(|_| Block::new(SMALL)).collect::<io::Result<Vec<Block>>>()?;

@@ -1,4 +1,5 @@
-//! What only some machines do: those with swap space and memory cgroups, two nodes of memory, or huge pages reserved.
+//! What only some machines do: those with swap space and memory cgroups, two nodes of memory, or
+//! huge pages reserved.
 
 use std::fs;
 use std::io;

@@ -62,7 +62,8 @@ pub(super) const OPERATIONS: &[Operation] = &[
         judge: Judge::Frame,
         claimed: LIBC_AND_UFFD,
         prepare: || {
-            // The pages that come are not touched, so that those they replace differ from them without frame numbers.
+            // The pages that come are not touched, so that those they replace differ from them
+            // without frame numbers.
             let region = Region::untouched(PAGES)?;
             let target = Region::anonymous(PAGES)?;
             let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;

@@ -9,7 +9,8 @@ use crate::coverage::operation::{Operation, Prepared};
 use crate::coverage::page::{Judge, Page};
 use crate::coverage::region::Region;
 
-/// How long merging may take, well below what an operation may. An emulated machine under load takes seconds.
+/// How long merging may take, well below what an operation may. An emulated machine under load
+/// takes seconds.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 pub(super) const OPERATIONS: &[Operation] = &[
@@ -22,7 +23,8 @@ pub(super) const OPERATIONS: &[Operation] = &[
                 return Err("merging is off; 'echo 1 > /sys/kernel/mm/ksm/run' turns it on".into());
             }
             let region = Region::anonymous(64)?;
-            // Every page holds the same. Of the first two that are compared, the second one's frame is kept for all.
+            // Every page holds the same. Of the first two that are compared, the second one's frame
+            // is kept for all.
             let watched = 32;
             Ok(Prepared::new(&region.clone(), watched, move || {
                 region.advise(libc::MADV_MERGEABLE)?;

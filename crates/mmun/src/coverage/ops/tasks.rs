@@ -34,7 +34,8 @@ pub(super) const OPERATIONS: &[Operation] = &[
             let parent = rustix::process::getpid();
             Ok(Prepared::new(&region, 0, move || match sys::fork()? {
                 (Fork::Parent(_), _held) => Ok(()),
-                // It stays, so that the page is still shared when that is looked at, and ends with its parent.
+                // It stays, so that the page is still shared when that is looked at, and ends with
+                // its parent.
                 (Fork::Child, _held) => sys::wait_for_the_end_of(parent),
             }))
         },
@@ -113,7 +114,8 @@ fn library() -> Result<Prepared, Unavailable> {
     let file = memory_file(bytes.len().div_ceil(PAGE))?;
     rustix::io::pwrite(&file, &bytes, 0)?;
     let name = CString::new(format!("/proc/self/fd/{}", file.as_raw_fd())).expect("no zero byte in a number");
-    // SAFETY: the name is a live string; the library's constructors ran in this process before, in the original.
+    // SAFETY: the name is a live string; the library's constructors ran in this process before, in
+    // the original.
     let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
     if handle.is_null() {
         return Err(Unavailable(format!("a copy of {original} cannot be loaded")));
