@@ -28,13 +28,8 @@
 use srcu::Thread;
 use std::ffi::CStr;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::mpsc::{Receiver, Sender, channel};
-
-/// How many descriptors a vault may open later than its content, at one time. The kernel source has
-/// its second machine, the one that takes that machine's place, and a copy of either.
-const SPARE: usize = 4;
 
 enum Message<T> {
     Run(Box<dyn FnOnce(&mut T) + Send>),
@@ -68,12 +63,7 @@ impl<T: 'static> Vault<T> {
         let (inbox, own) = (Letterbox(sender.clone()), Letterbox(sender));
         let (answer, answered) = channel();
         let run = move || {
-            let made = empty_table().map_err(|error| failed("close_range", error)).and_then(|()| {
-                let spare = spare_places().map_err(|error| failed("eventfd", error))?;
-                let made = make(&own);
-                drop(spare);
-                made
-            });
+            let made = empty_table().map_err(|error| failed("close_range", error)).and_then(|()| make(&own));
             drop(own);
             let (content, answered) = match made {
                 Ok(content) => (Some(content), Ok(())),
@@ -149,17 +139,6 @@ fn empty_table() -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-/// Takes the lowest numbers, which are free again once the content is made. What is opened later
-/// has one below the program's limit, also if the program has lowered that (`RLIMIT_NOFILE`)
-/// meanwhile.
-fn spare_places() -> io::Result<[OwnedFd; SPARE]> {
-    let mut places = [const { None }; SPARE];
-    for place in &mut places {
-        *place = Some(crate::wait::event_fd()?);
-    }
-    Ok(places.map(|place| place.expect("each was filled")))
 }
 
 #[cfg(test)]
