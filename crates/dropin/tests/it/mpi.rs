@@ -3,6 +3,7 @@
 use crate::support::{build, output, preloaded, text};
 use std::path::Path;
 use std::process::Command;
+use testkit::{Cap, require};
 
 /// Seconds of each run; `MMUN_SECONDS` says more.
 fn seconds() -> String {
@@ -53,6 +54,9 @@ fn mpich() {
 
 #[test]
 fn a_program_in_python_that_loads_it_locally() {
+    if !require(Cap::Program("mpirun.openmpi")) {
+        return;
+    }
     let python = "/usr/bin/python3";
     let has = Command::new(python).args(["-c", "import mpi4py, numpy"]).output();
     if !has.is_ok_and(|output| output.status.success()) {

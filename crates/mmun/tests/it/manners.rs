@@ -246,7 +246,9 @@ fn manual_pages_are_written_to_a_folder() {
     names.sort();
     let help = Command::new(mmun).arg("--help").output().unwrap();
     let commands = text(&help.stdout).lines().skip_while(|line| *line != "Commands:").skip(1);
-    let commands = commands.map_while(|line| line.split_whitespace().next());
+    // A long description continues in a line that is indented further.
+    let commands = commands.take_while(|line| !line.is_empty()).filter(|line| !line.starts_with("   "));
+    let commands = commands.filter_map(|line| line.split_whitespace().next());
     let mut pages: Vec<_> = commands.map(|command| format!("mmun-{command}.1")).chain(["mmun.1".to_owned()]).collect();
     pages.sort();
     assert!(names == pages && pages.len() > 5, "{names:?} {pages:?}");

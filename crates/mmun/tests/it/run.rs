@@ -143,9 +143,12 @@ fn the_program_does_not_outlive_it() {
 
 #[test]
 fn the_reports_of_all_ranks_are_one_table() {
+    if !require(Cap::Program("mpirun.openmpi")) {
+        return;
+    }
     let python = "/usr/bin/python3";
     let is_there = Command::new(python).args(["-c", "import mpi4py"]).output();
-    if !require(Cap::Program("mpirun.openmpi")) || !is_there.is_ok_and(|output| output.status.success()) {
+    if !is_there.is_ok_and(|output| output.status.success()) {
         assert!(std::env::var_os("MMUN_REQUIRE").is_none(), "python3-mpi4py is not installed");
         return;
     }
