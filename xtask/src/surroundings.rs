@@ -19,7 +19,10 @@ const VARIABLE_BYTES: usize = 100_000;
 /// own allocator.
 const TESTS: &[(&[&str], &[&str])] = &[
     (&["test", "-p", "mmu-source", "--test", "it"], &[]),
-    (&["test", "-p", "mmu-source", "--test", "hook"], &["--skip", "inside::", "--skip", "allocator::"]),
+    (
+        &["test", "-p", "mmu-source", "--test", "hook"],
+        &["--skip", "inside::", "--skip", "allocator::", "--skip", "a_second_pass_runs_in_the_middle_of_free"],
+    ),
 ];
 
 pub(crate) fn run(root: &Path) -> ExitCode {
