@@ -21,6 +21,16 @@
 
 enum { PAGE = 4096, LENGTH = 16 * PAGE };
 
+/* A look-up without a transfer: the slot, which may be gone by now, or -1. */
+static long cache_get(void *start, size_t length)
+{
+    registration *held;
+    long slot = cache_hold(start, length, &held);
+    if (slot >= 0)
+        cache_put(held);
+    return slot;
+}
+
 static char *map(void)
 {
     char *at = mmap(NULL, LENGTH, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -150,10 +160,15 @@ static int is_stale(char *(*make)(void), void (*change)(char *))
     change(at);
     mmap(page, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
     memset(page, 0, DEVICE_BYTES);
-    slot = cache_get(page, PAGE);
+    /* A transfer holds its registration: one that is late told of the change would otherwise be
+     * deregistered under it. */
+    registration *held;
+    slot = cache_hold(page, PAGE, &held);
     if (slot < 0)
         return 0;
-    if (device_write(slot, page))
+    int error = device_write(slot, page);
+    cache_put(held);
+    if (error)
         return 1;
     memset(bytes, 0x5a, sizeof bytes);
     return memcmp(page, bytes, sizeof bytes) != 0;

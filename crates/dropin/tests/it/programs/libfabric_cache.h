@@ -95,14 +95,13 @@ static void cache_open(void)
     cache_start();
 }
 
-/* The slot of the registration of a range, or -1. */
-static long cache_get(void *start, size_t length)
+typedef struct mr_entry registration;
+
+/* The slot of the registration of a range, which stays until cache_put; or -1. */
+static long cache_hold(void *start, size_t length, registration **held)
 {
     struct mr_info info = { .iov = { start, length } };
-    struct mr_entry *entry;
-    if (ofi_mr_cache_search(&the_cache, &info, &entry))
-        return -1;
-    long slot = entry->slot;
-    ofi_mr_cache_delete(&the_cache, entry);
-    return slot;
+    return ofi_mr_cache_search(&the_cache, &info, held) ? -1 : (*held)->slot;
 }
+
+static void cache_put(registration *held) { ofi_mr_cache_delete(&the_cache, held); }

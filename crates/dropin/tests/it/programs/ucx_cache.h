@@ -54,12 +54,14 @@ static void cache_start(void)
 static void cache_stop(void) { ucs_rcache_destroy(the_cache); }
 static void cache_open(void) { cache_start(); }
 
-static long cache_get(void *start, size_t length)
+typedef ucs_rcache_region_t registration;
+
+/* The slot of the registration of a range, which stays until cache_put; or -1. */
+static long cache_hold(void *start, size_t length, registration **held)
 {
-    ucs_rcache_region_t *region;
-    if (ucs_rcache_get(the_cache, start, length, PROT_READ | PROT_WRITE, NULL, &region) != UCS_OK)
+    if (ucs_rcache_get(the_cache, start, length, PROT_READ | PROT_WRITE, NULL, held) != UCS_OK)
         return -1;
-    long slot = ((struct region *)region)->slot;
-    ucs_rcache_region_put(the_cache, region);
-    return slot;
+    return ((struct region *)*held)->slot;
 }
+
+static void cache_put(registration *held) { ucs_rcache_region_put(the_cache, held); }

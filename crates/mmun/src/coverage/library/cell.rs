@@ -32,8 +32,10 @@ fn try_run(operation: &Operation, wait: Duration) -> Result<Report, Unavailable>
     let cache = Cache::open(ring)?;
     // To pin a page may change its translation (a page of zeros, or of a file): then the first
     // registration is dropped.
-    let look_up =
-        || cache.slot(watched, region::PAGE).ok_or("the page cannot be registered: the kernel does not pin it");
+    let look_up = || {
+        let held = cache.hold(watched, region::PAGE);
+        held.map(|held| held.slot).ok_or("the page cannot be registered: the kernel does not pin it")
+    };
     let mut last = look_up()?;
     if !(0..TRIES).any(|_| look_up().is_ok_and(|slot| std::mem::replace(&mut last, slot) == slot)) {
         return Err("the cache does not find what it has just registered".into());
@@ -50,11 +52,11 @@ fn try_run(operation: &Operation, wait: Duration) -> Result<Report, Unavailable>
     while begin.elapsed() < wait {
         std::hint::spin_loop();
     }
-    let seen = match cache.slot(watched, region::PAGE) {
+    let seen = match cache.hold(watched, region::PAGE) {
         // A new registration was refused: nothing is transferred.
         None => Seen::Before,
-        Some(slot) => {
-            ring.write(slot, target)?;
+        Some(held) => {
+            ring.write(held.slot, target)?;
             let mut bytes = [0; BYTES.len()];
             let is_there = region::get(target, &mut bytes) && bytes == BYTES;
             if is_there { Seen::Before } else { Seen::Missed }

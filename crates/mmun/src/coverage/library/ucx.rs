@@ -216,9 +216,8 @@ impl Cache {
         Ok(Cache { cache, get, put })
     }
 
-    /// Looks a range up, registers it if need be, and returns its slot. `None` if it could not be
-    /// registered.
-    pub(crate) fn slot(&self, address: usize, len: usize) -> Option<u32> {
+    /// Looks a range up, and registers it if need be. `None` if it could not be registered.
+    pub(crate) fn hold(&self, address: usize, len: usize) -> Option<Held<'_>> {
         let mut region = null_mut();
         let at = with_exposed_provenance_mut(address);
         let protection = libc::PROT_READ | libc::PROT_WRITE;
@@ -233,8 +232,20 @@ impl Cache {
         }
         // SAFETY: written by `reg` for every region that a look-up returns.
         let slot = unsafe { (*region.cast::<Region>()).slot };
+        Some(Held { cache: self, region, slot })
+    }
+}
+
+/// A registration that a transfer may use: UCX deregisters it after the drop at the earliest.
+pub(crate) struct Held<'a> {
+    cache: &'a Cache,
+    region: *mut c_void,
+    pub(crate) slot: u32,
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
         // SAFETY: what the look-up returned, given back once. It stays in the cache.
-        unsafe { (self.put)(self.cache, region) };
-        Some(slot)
+        unsafe { (self.cache.put)(self.cache.cache, self.region) };
     }
 }
