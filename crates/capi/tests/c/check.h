@@ -2,6 +2,7 @@
 #ifndef CHECK_H
 #define CHECK_H
 
+#include "checked.h"
 #include <mmun/mmu_notifier.h>
 #include <pthread.h>
 #include <sched.h>
@@ -12,14 +13,6 @@
 #include <string.h>
 #include <sys/wait.h>
 #include <unistd.h>
-
-#define CHECK(condition)                                                                             \
-	do {                                                                                         \
-		if (!(condition)) {                                                                  \
-			fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);              \
-			_exit(1);                                                                    \
-		}                                                                                    \
-	} while (0)
 
 #define PAGE 4096ul
 #define SCENARIO(name) static void name(void)

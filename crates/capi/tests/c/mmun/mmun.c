@@ -2,6 +2,9 @@
 #include <mmun/mmu_notifier.h>
 #include <mmun/mmun.h>
 
+#define WHY mmun_last_error()
+#include "../checked.h"
+
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -11,14 +14,6 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#define CHECK(condition)                                                                             \
-	do {                                                                                         \
-		if (!(condition)) {                                                                  \
-			fprintf(stderr, "%s:%d: %s (%s)\n", __FILE__, __LINE__, #condition,          \
-				mmun_last_error());                                                  \
-			_exit(1);                                                                    \
-		}                                                                                    \
-	} while (0)
 #define RUN(name)                                                                                    \
 	do {                                                                                         \
 		name();                                                                              \

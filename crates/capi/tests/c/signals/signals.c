@@ -8,6 +8,9 @@
 #include <mmun/mmu_notifier.h>
 #include <mmun/mmun.h>
 
+#define WHY mmun_last_error()
+#include "../checked.h"
+
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
@@ -18,14 +21,6 @@
 #include <unistd.h>
 
 #define PAGE ((size_t)4096)
-#define CHECK(condition)                                                                             \
-	do {                                                                                         \
-		if (!(condition)) {                                                                  \
-			fprintf(stderr, "%s:%d: %s (%s)\n", __FILE__, __LINE__, #condition,          \
-				mmun_last_error());                                                  \
-			_exit(1);                                                                    \
-		}                                                                                    \
-	} while (0)
 
 static bool by_kernel;
 static struct mmun *mmun;

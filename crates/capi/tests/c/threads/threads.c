@@ -2,6 +2,9 @@
 #include <mmun/mmu_notifier.h>
 #include <mmun/mmun.h>
 
+#define WHY mmun_last_error()
+#include "../checked.h"
+
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -14,14 +17,6 @@
 #define KEYS 3
 #define ALIVE 0x616c697665ul
 #define PAGE 4096ul
-
-#define CHECK(condition)                                                                             \
-	do {                                                                                         \
-		if (!(condition)) {                                                                  \
-			fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);              \
-			_exit(1);                                                                    \
-		}                                                                                    \
-	} while (0)
 
 struct object {
 	atomic_ulong alive;
