@@ -18,12 +18,12 @@
 
 mod current_mm;
 mod error;
+mod fields;
 mod fork;
 pub mod hook;
 pub mod kernel;
 pub mod process;
 mod ranges;
-mod signals;
 mod sources;
 #[cfg(test)]
 mod testkit;

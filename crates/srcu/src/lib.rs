@@ -132,7 +132,7 @@ pub use raw::current::is_reclaimer;
 #[cfg(not(mmun_loom))]
 pub use raw::fork::forks;
 #[doc(hidden)]
-pub use raw::thread::Thread;
+pub use raw::thread::{Thread, without_signals};
 pub use srcu::{Cookie, Srcu};
 
 #[cfg(doctest)]

@@ -44,7 +44,7 @@ fn uninterrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     if !is_interrupted(&result) {
         return result;
     }
-    crate::signals::without(|| {
+    srcu::without_signals(|| {
         // What the kernel has to do for a thread, as for io_uring, interrupts it too.
         for _ in 0..1000 {
             result = call();

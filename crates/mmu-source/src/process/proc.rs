@@ -8,16 +8,12 @@ use std::path::PathBuf;
 use std::{fs, io};
 
 use super::Pid;
+use crate::fields::field;
 use crate::ranges::is_self_pidfd;
 
 /// Reads one field of `/proc/TID/status`.
 fn status_field(tid: Pid, name: &str) -> Option<String> {
-    field(&fs::read_to_string(format!("/proc/{tid}/status")).ok()?, name)
-}
-
-fn field(text: &str, name: &str) -> Option<String> {
-    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
-    Some(line.trim().to_owned())
+    field(&fs::read_to_string(format!("/proc/{tid}/status")).ok()?, name).map(str::to_owned)
 }
 
 /// The process a task belongs to, and that process's parent.

@@ -8,6 +8,7 @@
 
 use std::ffi::CStr;
 use std::io;
+use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
@@ -78,16 +79,32 @@ extern "C" fn main<F: FnOnce()>(work: *mut libc::c_void) -> *mut libc::c_void {
     ptr::null_mut()
 }
 
-/// Runs `f` with all signals blocked, which a new thread inherits.
-fn without_signals<T>(f: impl FnOnce() -> T) -> T {
-    let mut all = MaybeUninit::<libc::sigset_t>::uninit();
-    let mut before = MaybeUninit::<libc::sigset_t>::uninit();
-    // SAFETY: Needs a place for a set.
-    unsafe { libc::sigfillset(all.as_mut_ptr()) };
-    // SAFETY: Needs an initialized set, from the line above, and a place for the old one.
-    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr()) };
-    let result = f();
-    // SAFETY: Needs an initialized set: the call before filled it in.
-    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, before.as_ptr(), ptr::null_mut()) };
-    result
+/// Runs `f` with all signals blocked. A thread that it starts inherits that: the program's handlers
+/// never run there, and a signal that the program waits for is not taken from it.
+pub fn without_signals<T>(f: impl FnOnce() -> T) -> T {
+    let _held = Held::new();
+    f()
+}
+
+/// The signals of this thread wait while this is alive. It stays on its thread.
+struct Held(libc::sigset_t, PhantomData<*mut ()>);
+
+impl Held {
+    fn new() -> Self {
+        let mut all = MaybeUninit::<libc::sigset_t>::uninit();
+        let mut before = MaybeUninit::<libc::sigset_t>::uninit();
+        // SAFETY: Needs a place for a set.
+        unsafe { libc::sigfillset(all.as_mut_ptr()) };
+        // SAFETY: Needs an initialized set, from the line above, and a place for the old one.
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr()) };
+        // SAFETY: Needs an initialized set: the call before filled it in.
+        Self(unsafe { before.assume_init() }, PhantomData)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        // SAFETY: Needs an initialized set: the one that this thread had.
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &self.0, ptr::null_mut()) };
+    }
 }

@@ -7,6 +7,7 @@
 use super::super::layout::{RING, header};
 use super::super::programs::SharedMaps;
 use super::super::{filter, sys};
+use crate::fields::field;
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -16,8 +17,7 @@ const RING_BUFFER: u64 = 27;
 
 /// The number in a line of the form `name: number` of a descriptor's description.
 fn number(description: &str, name: &str) -> Option<u64> {
-    let line = description.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
-    line.trim().parse().ok()
+    field(description, name)?.parse().ok()
 }
 
 /// What the kernel says of a descriptor that has no file behind it; `None` of any other.

@@ -9,13 +9,12 @@
 //! stop when they have stopped once.
 
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::thread::JoinHandle;
 use std::time::Duration;
-use std::{io, mem, thread};
+use std::{io, mem};
 
 use super::super::sys;
 use super::{ExitStatus, Pid};
-use crate::signals;
+use srcu::Thread;
 
 /// How often it looks.
 const PAUSE: Duration = Duration::from_millis(2);
@@ -24,7 +23,7 @@ const PAUSE: Duration = Duration::from_millis(2);
 #[derive(Debug)]
 pub(super) struct Reaper {
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
+    thread: Option<Thread>,
 }
 
 #[derive(Debug, Default)]
@@ -47,10 +46,8 @@ impl Reaper {
     /// If no thread can be made.
     pub(super) fn start() -> io::Result<Reaper> {
         let shared = Arc::new(Shared::default());
-        let thread = signals::without(|| {
-            let shared = Arc::clone(&shared);
-            thread::Builder::new().name("mmu-attach".into()).spawn(move || shared.run())
-        })?;
+        let own = Arc::clone(&shared);
+        let thread = Thread::spawn(c"mmu-attach", move || own.run())?;
         Ok(Reaper { shared, thread: Some(thread) })
     }
 
@@ -76,8 +73,7 @@ impl Reaper {
         self.shared.lock().is_over = true;
         self.shared.wake.notify_one();
         if let Some(thread) = self.thread.take() {
-            // It cannot panic: it makes system calls and pushes to a list.
-            let _ = thread.join();
+            thread.join();
         }
     }
 }
