@@ -30,7 +30,12 @@ pub enum Cap {
     Root,
     /// A program, found by its name.
     Program(&'static str),
+    /// A module of Debian's own Python, found by its name.
+    PythonModule(&'static str),
 }
+
+/// The interpreter whose modules are packages of the system.
+pub const PYTHON: &str = "/usr/bin/python3";
 
 /// Tells whether the machine has `cap`.
 ///
@@ -97,6 +102,14 @@ fn probe(cap: Cap) -> Result<(), String> {
                 Ok(())
             } else {
                 Err(format!("{name} is not installed"))
+            }
+        }
+        Cap::PythonModule(name) => {
+            let program = format!("import {name}");
+            match Command::new(PYTHON).args(["-c", &program]).stderr(Stdio::null()).status() {
+                Ok(status) if status.success() => Ok(()),
+                Ok(_) => Err(format!("{PYTHON} has no module {name}")),
+                Err(error) => Err(format!("{PYTHON}: {error}")),
             }
         }
         Cap::Bpf => bpf().map_err(|error| format!("BPF maps cannot be made: {error}")),

@@ -19,7 +19,7 @@ pub mod model;
 mod signals;
 
 pub use alloc::Counting;
-pub use cap::{Cap, has_optional_program, is_guest, require, rounds};
+pub use cap::{Cap, PYTHON, has_optional_program, is_guest, require, rounds};
 pub use cgroup::Cgroup;
 pub use child::in_child;
 pub use signals::{has_timers, signal_every};

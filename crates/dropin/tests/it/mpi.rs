@@ -3,7 +3,7 @@
 use crate::support::{build, output, preloaded, text};
 use std::path::Path;
 use std::process::Command;
-use testkit::{Cap, require};
+use testkit::{Cap, PYTHON, require};
 
 /// Seconds of each run; `MMUN_SECONDS` says more.
 fn seconds() -> String {
@@ -54,19 +54,13 @@ fn mpich() {
 
 #[test]
 fn a_program_in_python_that_loads_it_locally() {
-    if !require(Cap::Program("mpirun.openmpi")) {
-        return;
-    }
-    let python = "/usr/bin/python3";
-    let has = Command::new(python).args(["-c", "import mpi4py, numpy"]).output();
-    if !has.is_ok_and(|output| output.status.success()) {
-        assert!(std::env::var_os("MMUN_REQUIRE").is_none(), "python3-mpi4py and python3-numpy are not installed");
-        println!("SKIP: no mpi4py or numpy");
+    let needs = [Cap::Program("mpirun.openmpi"), Cap::PythonModule("mpi4py"), Cap::PythonModule("numpy")];
+    if !needs.into_iter().all(require) {
         return;
     }
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/programs/exchange.py");
     let mut command = preloaded("mpirun.openmpi", "auto");
-    command.args(["--oversubscribe", "--allow-run-as-root", "-n", "2", python]).arg(script).arg(seconds());
+    command.args(["--oversubscribe", "--allow-run-as-root", "-n", "2", PYTHON]).arg(script).arg(seconds());
     let output = output(command);
     let (out, error) = (text(&output.stdout), text(&output.stderr));
     assert!(output.status.success() && out.contains(" 0 bytes wrong"), "{out}{error}");

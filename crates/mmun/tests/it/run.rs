@@ -5,7 +5,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use testkit::{Cap, require};
+use testkit::{Cap, PYTHON, require};
 
 use crate::support::{Fifo, by_default, dropin, kill, scratch, text, within};
 
@@ -143,26 +143,20 @@ fn the_program_does_not_outlive_it() {
 
 #[test]
 fn the_reports_of_all_ranks_are_one_table() {
-    if !require(Cap::Program("mpirun.openmpi")) {
-        return;
-    }
-    let python = "/usr/bin/python3";
-    let is_there = Command::new(python).args(["-c", "import mpi4py"]).output();
-    if !is_there.is_ok_and(|output| output.status.success()) {
-        assert!(std::env::var_os("MMUN_REQUIRE").is_none(), "python3-mpi4py is not installed");
+    if !require(Cap::Program("mpirun.openmpi")) || !require(Cap::PythonModule("mpi4py")) {
         return;
     }
     let mut command = run();
     command.args(["--", "mpirun.openmpi", "--oversubscribe", "--allow-run-as-root", "-n", "2"]);
     // Open MPI over libfabric.
-    command.args(["--mca", "pml", "cm", "--mca", "mtl", "ofi", python, "-c", "from mpi4py import MPI"]);
+    command.args(["--mca", "pml", "cm", "--mca", "mtl", "ofi", PYTHON, "-c", "from mpi4py import MPI"]);
     let output = within("mmun run", move || command.output().unwrap());
     let report = text(&output.stderr);
     assert_eq!(output.status.code(), Some(0), "{report}");
     assert!(report.contains("mmun: 2 processes used UCX or libfabric\n"), "{report}");
     for rank in ["0", "1"] {
         let row = report.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
-        let row = row.filter(|words| words.get(1) == Some(&rank) && words.last() == Some(&python));
+        let row = row.filter(|words| words.get(1) == Some(&rank) && words.last() == Some(&PYTHON));
         assert_eq!(row.map(|words| words[2] == "yes").collect::<Vec<_>>(), [true], "rank {rank}: {report}");
     }
 }
