@@ -42,7 +42,7 @@ pub(crate) static TOLD: Count = Count::new();
 /// Whether a look-up of a UCX cache has asked the kernel source. No number: they are not under one
 /// lock.
 pub(crate) static ASKED: AtomicBool = AtomicBool::new(false);
-/// Caches that started and stopped to watch.
+/// Caches that started to watch.
 pub(crate) static STARTS: Count = Count::new();
 /// Nanoseconds that the first use took.
 pub(crate) static START_NS: Count = Count::new();

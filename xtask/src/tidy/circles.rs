@@ -52,7 +52,7 @@ const ALLOWED: &[Allowed] = &[
     ("srcu", "raw", "srcu", "a callback's domain is named by its public handle"),
     ("srcu", "raw/ids", "raw/table", "an id is a place in the table"),
     ("srcu", "raw/pages", "raw/table", "pages are counted in the table's buckets"),
-    ("srcu", "raw/reclaimer", "raw/callback", "the reclaimer's tests of models push callbacks"),
+    ("srcu", "raw/reclaimer", "raw/callback", "a barrier is a callback that the reclaimer is given"),
     ("srcu", "raw/state", "raw/callback", "the state of a domain owns its queue of callbacks"),
     ("srcu", "raw/state", "raw/fork", "a new domain makes sure that forks are handled"),
     ("srcu", "raw/state", "raw/reclaimer", "the state of a domain owns its inbox at the reclaimer"),
