@@ -27,7 +27,7 @@ fn map(bytes: usize) -> *mut c_void {
 }
 
 fn unmap(at: *mut c_void) {
-    // SAFETY: a page of `map`, which nobody uses any more.
+    // SAFETY: a page of `map` that no code uses any more.
     unsafe { libc::munmap(at, PAGE) };
 }
 
@@ -37,7 +37,7 @@ fn touch(at: *mut c_void) {
 }
 
 fn discard(at: *mut c_void) {
-    // SAFETY: a page of `map`, whose content nobody needs.
+    // SAFETY: a page of `map`; no code reads its content.
     assert_eq!(unsafe { libc::madvise(at, PAGE, libc::MADV_DONTNEED) }, 0);
 }
 

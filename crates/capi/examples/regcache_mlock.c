@@ -1,8 +1,9 @@
 /*
  * A registration cache over mlock(): buffers that a driver uses stay in memory.
  *
- * mlock() stands for ibv_reg_mr() and its like: slow, limited, and about the memory that is there at the
- * time. The cache calls it once for each buffer, and again only when the memory behind has changed.
+ * mlock() stands for ibv_reg_mr() and its like: slow, limited, and about the memory that is there
+ * at the time. The cache calls it once for each buffer, and again only when the memory behind has
+ * changed.
  */
 #include <mmun/mmun.h>
 

@@ -1,9 +1,10 @@
 /*
  * A shadow page table over the memory of this process: what a hypervisor or a software TLB keeps.
  *
- * A walk of the real table (here: which page of a file is mapped, read from the page itself) is slow, so the
- * result is kept. One interval covers the memory; its callback empties the entries before the memory changes.
- * A thread walks all the time while main() maps other pages: it must never see what has been unmapped.
+ * A walk of the real table (here: which page of a file is mapped, read from the page itself) is
+ * slow, so the result is kept. One interval covers the memory; its callback empties the entries
+ * before the memory changes. A thread walks all the time while main() maps other pages: it must
+ * never see what has been unmapped.
  */
 #define _GNU_SOURCE /* memfd_create */
 #include <mmun/mmu_notifier.h>

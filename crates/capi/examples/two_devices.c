@@ -1,9 +1,9 @@
 /*
  * A driver in the kernel's style, with two devices that share one notifier for each address space.
  *
- * Each device that is opened gets the notifier of the address space; mmu_notifier_get() makes it the first
- * time and finds it the second. The last put frees it, later, when no callback can be running in it. Before the
- * driver is unloaded it waits for that with mmu_notifier_synchronize().
+ * Each device that is opened gets the notifier of the address space; mmu_notifier_get() makes it
+ * the first time and finds it the second. The last put frees it, later, when no callback can be
+ * running in it. Before the driver is unloaded it waits for that with mmu_notifier_synchronize().
  */
 #include <mmun/mmu_notifier.h>
 

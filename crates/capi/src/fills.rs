@@ -80,7 +80,7 @@ impl Drop for Fills {
             // SAFETY: It was leaked in `make`, and has been dropped.
             drop(unsafe { Box::from_raw(interval.cast::<MaybeUninit<Interval<Whole>>>().as_ptr()) });
         }
-        // Else this is a callback, or the child of a fork. It stays, and harms nobody.
+        // Else this is a callback, or the child of a fork. It stays, and does no harm.
     }
 }
 

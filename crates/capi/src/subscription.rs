@@ -123,7 +123,7 @@ fn subscribe(mmun: Arc<Mmun>, ops: &Ops, context: *mut c_void) -> Result<Subscri
 fn unsubscribe(subscription: Subscription) -> Result<(), Subscription> {
     let Subscription { registration, armed, mmun } = subscription;
     if mmun.mm.is_inherited() {
-        // The parent's callbacks, which nobody calls here: there is nothing to wait for.
+        // The parent's callbacks, which no thread calls here: there is nothing to wait for.
         drop(registration);
     } else if let Err(UnregisterError { registration, .. }) = registration.unregister() {
         return Err(Subscription { registration, armed, mmun });

@@ -84,7 +84,8 @@ export! {
     /// See mmun/mmun.h.
     fn mmun_unwatch(watch: *mut Watched) {
         if !watch.is_null() {
-            // SAFETY: It came from `Box::into_raw` and nobody uses it any more: so says the header.
+            // SAFETY: It came from `Box::into_raw` and the caller uses it no more: the header's
+            // rule.
             drop(unsafe { Box::from_raw(watch) });
         }
     }

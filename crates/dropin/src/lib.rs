@@ -19,7 +19,7 @@
 //!
 //! | variable | value |
 //! | --- | --- |
-//! | `MMUN` | `auto` (the default: both sources, or `hook` where `kernel` cannot be had), `hook`, `kernel`, `both`, `off` |
+//! | `MMUN` | `auto` (the default: both sources, or `hook` where `kernel` does not work), `hook`, `kernel`, `both`, `off` |
 //! | `MMUN_REPORT` | a file that the report is appended to when the process exits; `-` is standard error; a name that ends in `/` is a directory with one file a process |
 //! | `MMUN_STRICT` | `1`: a process whose sources are not complete exits with 125 at its first use |
 //!

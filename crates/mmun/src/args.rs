@@ -170,7 +170,7 @@ pub(crate) struct TraceArgs {
 #[derive(Args, Debug)]
 #[command(verbatim_doc_comment, override_usage = "mmun run [OPTIONS] [--] PROG [ARGS]...")]
 pub(crate) struct RunArgs {
-    /// Which sources watch: auto takes both, or hook where kernel cannot be had
+    /// Which sources watch: auto takes both, or hook where kernel does not work
     #[arg(long, value_name = "NAME", value_enum, default_value_t = Watch::Auto)]
     pub(crate) source: Watch,
 
@@ -269,7 +269,7 @@ pub(crate) struct DoctorArgs {
 /// client makes changes of memory a little slower for every process with a virtual machine (see
 /// SECURITY.md).
 ///
-/// Clients go on being told when the broker ends; only their waits become slower.
+/// Clients are still told when the broker has ended; only their waits become slower.
 ///
 /// Exits 2 if it cannot serve; otherwise it runs until a signal ends it.
 #[derive(Args, Debug)]
@@ -340,7 +340,7 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, Ins
     let outcome = if matches!(command, Some("coverage" | "doctor" | "broker")) { Outcome::Exit(2) } else { FAILED };
     Cli::try_parse_from(&args).map_err(|error| match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => Instead::Help(Box::new(error)),
-        // Its help, but as a failure: a script that has lost its arguments must not go on.
+        // Its help, but as a failure: a script that has lost its arguments must stop.
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => Instead::Usage(Box::new(error), outcome),
         _ => Instead::Refuse(one_line(&error.render().to_string(), command), outcome),
     })

@@ -31,19 +31,20 @@
  * RULES FOR EVERY FUNCTION
  *
  * Errors     0 or a negative error number. mmun_last_error() has the details as a line of text.
- * Arguments  A null or misaligned pointer, an empty range and a range that wraps are -EINVAL. Results
- *            are NULL after an error. Arguments may overlap: inputs are read before outputs are
- *            written.
+ * Arguments  A null or misaligned pointer, an empty range and a range that wraps are -EINVAL.
+ *            Results are NULL after an error. Arguments may overlap: inputs are read before outputs
+ *            are written.
  * Structs    Begin with their size, which you set: the library knows by it what your header has. If
  *            you are older than the library, fields that you do not have count as zero. If you are
  *            newer, fields that the library does not know must be zero, or the call is -E2BIG.
- * Threads    Any thread may call any function at any time, also several with the same handle, unless
- *            the function says otherwise. As everywhere in C, what is closed must not be used. A call
- *            that ends a handle (close, unsubscribe, unwatch, put) must be the only one with that
- *            handle: two threads that end it at the same time free it twice, as with free().
+ * Threads    Any thread may call any function at any time, also several with the same handle,
+ *            unless the function says otherwise. As everywhere in C, what is closed must not be
+ *            used. A call that ends a handle (close, unsubscribe, unwatch, put) must be the only
+ *            one with that handle: two threads that end it at the same time free it twice, as with
+ *            free().
  * Callbacks  May run in any thread, several at once, and in the middle of malloc() and free(). See
- *            struct mmun_change for what they may do. An exception of C++ that leaves a callback ends
- *            the process with a message.
+ *            struct mmun_change for what they may do. An exception of C++ that leaves a callback
+ *            ends the process with a message.
  * fork       In the child everything made before the fork is the parent's: watches are not valid,
  *            functions with a result return -ESRCH, and what is given back is only freed. Open
  *            again in the child. No function hangs there.
@@ -79,16 +80,16 @@ const char *mmun_last_error(void);
 
 /* ------------------------------------------------------------------------------------------------
  * Sources: who says that memory changes
- * ------------------------------------------------------------------------------------------------ */
+ * ---------------------------------------------------------------------------------------------- */
 
 /* The event sources of this process. One process needs one; several share what they have. */
 struct mmun;
 
 /*
- * MMUN_SOURCE_HOOK    Patches libc: sees munmap, mmap over live memory, mremap, madvise, brk, shmdt,
- *                     mprotect and syscall(2) of this process, before they happen. Misses what is not
- *                     a call through libc: truncation of a file, io_uring, other processes, copy on
- *                     write, reclaim. Needs x86-64 with glibc.
+ * MMUN_SOURCE_HOOK    Patches libc: sees munmap, mmap over live memory, mremap, madvise, brk,
+ *                     shmdt, mprotect and syscall(2) of this process, before they happen. Misses
+ *                     what is not a call through libc: truncation of a file, io_uring, other
+ *                     processes, copy on write, reclaim. Needs x86-64 with glibc.
  * MMUN_SOURCE_KERNEL  The kernel's own MMU notifier. Misses nothing. Needs /dev/kvm, CAP_BPF and
  *                     CAP_PERFMON, Linux 5.12.
  * MMUN_SOURCE_OWN     The invalidations that the program opens itself, on mmun_current_mm() of
@@ -100,16 +101,16 @@ struct mmun;
 
 struct mmun_options {
 	size_t size;       /* sizeof(struct mmun_options) */
-	uint32_t sources;  /* Which to start, as far as they can be had. 0: hook and kernel. */
+	uint32_t sources;  /* Which to start, if they work here. 0: hook and kernel. */
 	uint32_t required; /* Without which of them to fail. */
 };
 
 /*
- * Opens the sources. NULL for the options: hook and kernel, as far as they can be had, and at least
- * one of them. Takes some tens of milliseconds at first. The kernel source starts threads.
+ * Opens the sources. NULL for the options: hook and kernel, those that work here, and at least
+ * one of them. Takes some ten milliseconds at first. The kernel source starts threads.
  *
- * -EOPNOTSUPP: a required source cannot be had, or none of them can; mmun_last_error() says what is
- * missing and how to grant it. -EINVAL, -E2BIG: the options. Else what the kernel said.
+ * -EOPNOTSUPP: a required source does not work here, or none of them does; mmun_last_error() says
+ * what is missing and how to grant it. -EINVAL, -E2BIG: the options. Else what the kernel said.
  */
 int mmun_open(const struct mmun_options *options, struct mmun **mmun);
 
@@ -138,7 +139,7 @@ int mmun_status(const struct mmun *mmun, struct mmun_status *status);
 
 /* ------------------------------------------------------------------------------------------------
  * Watches: one question about one range
- * ------------------------------------------------------------------------------------------------ */
+ * ---------------------------------------------------------------------------------------------- */
 
 /* A range, and whether it has been touched since. */
 struct mmun_watch;
@@ -174,7 +175,7 @@ void mmun_unwatch(struct mmun_watch *watch);
 
 /* ------------------------------------------------------------------------------------------------
  * Subscriptions: a callback for each change
- * ------------------------------------------------------------------------------------------------ */
+ * ---------------------------------------------------------------------------------------------- */
 
 struct mmun_subscription;
 
@@ -242,8 +243,9 @@ int mmun_subscribe(const struct mmun *mmun, const struct mmun_ops *ops, void *co
 		   struct mmun_subscription **subscription);
 
 /* Ends a subscription: when it returns 0, no callback runs, and none will. -EDEADLK in a callback
- * or inside an invalidation, where it would wait for itself; the subscription goes on then. Only one
- * thread may call it for a subscription, also while the call waits: a second call uses freed memory. */
+ * or inside an invalidation, where it would wait for itself; then the subscription stays. Only one
+ * thread may call it for a subscription, also while the call waits: a second call uses freed
+ * memory. */
 int mmun_unsubscribe(struct mmun_subscription *subscription);
 
 /* Sees to it that callbacks have run for all changes that began before the call. Two loads if
@@ -280,7 +282,7 @@ bool mmun_fill_retry(const struct mmun *mmun, uint64_t seq);
 
 /* ------------------------------------------------------------------------------------------------
  * The registration cache
- * ------------------------------------------------------------------------------------------------ */
+ * ---------------------------------------------------------------------------------------------- */
 
 /* A cache of registrations that serves no stale one. It takes care of watching, filling and
  * eviction. */
@@ -301,7 +303,7 @@ struct mmun_registrar {
 	 * negative error number, and then nothing is registered. -ENOMEM, -EAGAIN and -ENOSPC make
 	 * the cache evict something and try once more. */
 	int (*register_region)(void *context, void *address, size_t length, void **handle);
-	/* Undoes it, once for each handle, when nobody uses it any more. Cannot fail. */
+	/* Undoes it, once for each handle, when no lease uses it any more. Cannot fail. */
 	void (*deregister_region)(void *context, void *address, size_t length, void *handle);
 
 	uint64_t flags; /* MMUN_REGISTRAR_* */
@@ -333,7 +335,7 @@ int mmun_regcache_open(const struct mmun *mmun, const struct mmun_registrar *reg
 
 /* Deregisters everything and ends the cache: when it returns 0, the registrar is not called any
  * more. NULL does nothing. No other thread may use the cache meanwhile. -EBUSY if a lease has not
- * been put, -EDEADLK in a callback or inside an invalidation; the cache goes on then. */
+ * been put, -EDEADLK in a callback or inside an invalidation; then the cache stays. */
 int mmun_regcache_close(struct mmun_regcache *cache);
 
 /*
@@ -352,7 +354,8 @@ int mmun_regcache_get(const struct mmun_regcache *cache, void *address, size_t l
 void mmun_regcache_put(struct mmun_lease *lease);
 
 /* Tells whether the region still stands for the memory at its address. After a transfer: false
- * means that the program has unmapped memory that was in use. False for NULL and for what was put. */
+ * means that the program has unmapped memory that was in use. False for NULL and for what was
+ * put. */
 bool mmun_lease_valid(const struct mmun_lease *lease);
 
 /* Returns what is registered, which may be more than what was asked for. */

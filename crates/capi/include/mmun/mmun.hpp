@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //
-// mmun/mmun.h for C++11 and later: handles that give themselves back, errors as exceptions, callbacks
-// as objects. Header only. The rules are those of mmun/mmun.h.
+// mmun/mmun.h for C++11 and later: handles that give themselves back, errors as exceptions,
+// callbacks as objects. Header only. The rules are those of mmun/mmun.h.
 //
 //	mmu::Sources mmun;				// Throws mmu::Error.
 //	mmu::Watch watch(mmun, buffer, length);
@@ -59,7 +59,7 @@ struct Close {
 // The event sources of this process.
 class Sources {
 public:
-	// `sources` are started as far as they can be had, 0 for hook and kernel; `required` must be had.
+	// `sources` are started if they work here, 0 for hook and kernel; `required` must work.
 	explicit Sources(std::uint32_t sources = 0, std::uint32_t required = 0)
 	{
 		const struct mmun_options options = {sizeof(options), sources, required};
@@ -81,8 +81,8 @@ public:
 	// Sees to it that callbacks have run for all that has happened.
 	void settle() const { detail::check(mmun_settle(get())); }
 
-	// Calls `fill` until no change has met it half-way. `fill` registers and enters; `undo` takes back
-	// what it has done. Call both under the lock of the callbacks, or lock in them.
+	// Calls `fill` until no change has met it half-way. `fill` registers and enters; `undo`
+	// takes back what it has done. Call both under the lock of the callbacks, or lock in them.
 	template <class Fill, class Undo> void fill(Fill fill, Undo undo) const
 	{
 		for (;;) {
@@ -121,8 +121,8 @@ private:
 	std::unique_ptr<struct mmun_watch, detail::Close> handle_;
 };
 
-// Calls start(change) and end(change) of an object for every change until it is destroyed, which waits until no
-// call runs. Must not be destroyed in a callback: that ends the process.
+// Calls start(change) and end(change) of an object for every change until it is destroyed, which
+// waits until no call runs. Must not be destroyed in a callback: that ends the process.
 template <class Subscriber> class Subscription {
 public:
 	template <class... Arguments>
@@ -198,8 +198,8 @@ private:
 	bool held_;
 };
 
-// A registration cache over the functions of a registrar. Destroy it after its leases: a lease that is left
-// ends the process.
+// A registration cache over the functions of a registrar. Destroy it after its leases: a lease that
+// is left ends the process.
 class RegCache {
 public:
 	RegCache(const Sources &mmun, const struct mmun_registrar &registrar,

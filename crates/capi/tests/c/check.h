@@ -1,4 +1,5 @@
-/* What the scenario programs share: a driver that writes down what happens to it, gates, threads. */
+/* What the scenario programs share: a driver that writes down what happens to it, gates,
+ * threads. */
 #ifndef CHECK_H
 #define CHECK_H
 

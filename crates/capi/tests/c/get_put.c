@@ -60,7 +60,8 @@ SCENARIO(s_10_a_full_count_is_an_error)
 {
 	struct mm_struct *mm = mmun_mm_new();
 	struct probe *probe = got(mm, &ops, 1);
-	/* Four thousand million gets would take a minute: the count is written, where it lies today. */
+	/* Four thousand million gets would take a minute: the count is written, where it lies
+	 * today. */
 	unsigned int *users = (unsigned int *)(void *)((char *)probe->mn.mmun_private + 44);
 
 	CHECK(*users == 1);
@@ -223,7 +224,8 @@ SCENARIO(s_21_s_22_s_26_s_35_a_put_under_a_walker)
 	sem_wait(&gate.arrived);
 	mmu_notifier_put(&old->mn); /* Returns, though the walker is inside. */
 	CHECK(frees == before && !mm_has_notifiers(mm));
-	/* The next get cannot find it, and makes another; registering waits for the walker, so let it go on first. */
+	/* The next get cannot find it, and makes another; registering waits for the walker, so let
+	 * it go on first. */
 	sem_post(&gate.open);
 	new = got(mm, &ops, 2);
 	CHECK(new != old || frees == before + 1);

@@ -53,7 +53,7 @@ pub(crate) fn start_under_relay(mut command: Command) -> io::Result<Relay> {
     };
     // SAFETY: the closure runs between fork and exec, and makes system calls only.
     unsafe { command.pre_exec(prepare) };
-    // What arrives meanwhile waits until there is somebody to hand it to.
+    // A signal that arrives meanwhile waits until the program runs.
     let held = Held::new();
     let child = command.spawn()?;
     PROGRAM.store(child.id() as i32, Relaxed);
@@ -72,7 +72,7 @@ pub(crate) fn start_under_relay(mut command: Command) -> io::Result<Relay> {
 pub(crate) fn stop_as(program: i32) {
     // SAFETY: it takes any number.
     unsafe { libc::raise(libc::SIGSTOP) };
-    // Whoever continued this process alone meant the program.
+    // A process that continued this one alone meant the program.
     // SAFETY: it takes any numbers; the program is not waited for yet, so its number is its own.
     unsafe { libc::kill(program, libc::SIGCONT) };
 }
@@ -94,8 +94,8 @@ extern "C" fn on_signal(signal: i32, info: *const libc::siginfo_t, _: *const lib
     // SAFETY: the kernel passes a live structure with SA_SIGINFO.
     let is_sent = unsafe { (*info).si_code } <= 0;
     if is_sent {
-        // SAFETY: `kill` takes any numbers. The program's is not reused: whoever waits for it ends
-        // afterwards.
+        // SAFETY: `kill` takes any numbers. While the program is waited for, its number is its own.
+        // While the reports are written afterwards, it is free, and can be another process's.
         keeping_errno(|| unsafe { libc::kill(PROGRAM.load(Relaxed), signal) });
     }
 }

@@ -88,7 +88,8 @@ static bool aborts(void (*f)(void))
 	return WIFSIGNALED(status) && WTERMSIG(status) == SIGABRT;
 }
 
-/* -- sources ------------------------------------------------------------------------------------- */
+/* -- sources
+ * ------------------------------------------------------------------------------------- */
 
 static void status_says_what_runs(void)
 {
@@ -145,7 +146,8 @@ static void arguments_may_overlap(void)
 	mmun_close(both.opened);
 }
 
-/* -- watches ------------------------------------------------------------------------------------- */
+/* -- watches
+ * ------------------------------------------------------------------------------------- */
 
 static void a_watch_is_valid_until_its_memory_changes(void)
 {
@@ -192,7 +194,8 @@ static void handles_keep_what_they_need(void)
 	mmun_unwatch(watch);
 }
 
-/* -- subscriptions ------------------------------------------------------------------------------- */
+/* -- subscriptions
+ * ------------------------------------------------------------------------------- */
 
 struct seen {
 	uintptr_t address;
@@ -301,7 +304,8 @@ static void a_fill_that_collides_is_repeated(void)
 	mmun_unwatch(watch);
 }
 
-/* -- the registration cache ---------------------------------------------------------------------- */
+/* -- the registration cache
+ * ---------------------------------------------------------------------- */
 
 struct device {
 	atomic_long registered, deregistered;
@@ -476,7 +480,8 @@ static void a_lease_that_is_put_twice_ends_the_process(void)
 	unmap(memory, 1);
 }
 
-/* -- after a fork -------------------------------------------------------------------------------- */
+/* -- after a fork
+ * -------------------------------------------------------------------------------- */
 
 static struct {
 	char *memory;
@@ -545,7 +550,8 @@ static void the_child_of_a_fork_is_answered(void)
 	unmap(parent.memory, 1);
 }
 
-/* -- threads ------------------------------------------------------------------------------------- */
+/* -- threads
+ * ------------------------------------------------------------------------------------- */
 
 static struct mmun_regcache *shared;
 

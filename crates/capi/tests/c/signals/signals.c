@@ -72,7 +72,8 @@ static void handler(int number)
 
 static void *interrupt(void *signals)
 {
-	/* The next signal is sent when the last one has been handled: none is merged with another. */
+	/* The next signal is sent when the last one has been handled: none is merged with
+	 * another. */
 	for (long sent = 0; sent < *(long *)signals; sent++) {
 		CHECK(pthread_kill(interrupted, SIGUSR1) == 0);
 		while (atomic_load(&handled) <= sent)

@@ -1,11 +1,13 @@
 /* A real registration cache: what is stale in it, what it costs, and whether it survives.
  *
- * cache stale              each operation changes a registered page; prints "OPERATION right|stale", then "N stale of M"
- * cache speed              prints nanoseconds, one "NAME NS" a line, the least of many bursts
- * cache threads SECONDS    five threads map, register, look up and unmap: "N rounds"
- * cache cycles N           N starts and stops of the cache while five threads map and unmap
- * cache close              close_range over everything but the standard ones, then what `stale` does
- * cache fork               a registration, then a fork: the child has to register anew; both go on */
+ * cache stale            each operation changes a registered page; prints "OPERATION right|stale",
+ *                        then "N stale of M"
+ * cache speed            prints nanoseconds, one "NAME NS" a line, the least of many bursts
+ * cache threads SECONDS  five threads map, register, look up and unmap: "N rounds"
+ * cache cycles N         N starts and stops of the cache while five threads map and unmap
+ * cache close            closes all descriptors but the standard ones, then does what `stale` does
+ * cache fork             a registration, then a fork: the child has to register anew; both continue
+ */
 #define _GNU_SOURCE
 #ifdef WITH_UCX
 #include "ucx_cache.h"
@@ -381,7 +383,8 @@ static int forked(void)
     fflush(stdout);
     pid_t child = fork();
     if (child == 0) {
-        /* Its memory is a copy: what the parent has registered is not where the child's bytes are. */
+        /* Its memory is a copy: what the parent has registered is not where the child's bytes
+         * are. */
         memset(at, 2, LENGTH);
         long slot = cache_get(at, LENGTH);
         printf("child %s\n", slot >= 0 && slot == before ? "stale" : "right");

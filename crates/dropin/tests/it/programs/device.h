@@ -1,4 +1,5 @@
-/* The device of the caches: fixed buffers of an io_uring, whose pages the kernel pins. Thread-safe but for device_write. */
+/* The device of the caches: fixed buffers of an io_uring, whose pages the kernel pins. Thread-safe
+ * but for device_write. */
 #ifndef DEVICE_H
 #define DEVICE_H
 #include <errno.h>

@@ -1,5 +1,5 @@
-/* libfabric's own registration cache, which providers for network cards use, out of the libfabric.a of Debian 12 (1.17). It is
- * not exported: its structures are declared here by their layout. */
+/* libfabric's own registration cache, which providers for network cards use, out of the libfabric.a
+ * of Debian 12 (1.17). It is not exported: its structures are declared here by their layout. */
 #include "device.h"
 #include <dlfcn.h>
 #include <pthread.h>
@@ -85,7 +85,8 @@ static void cache_open(void)
     for (size_t at = 0; at < sizeof domain / sizeof *domain; at++)
         domain[at] = &provider;
     hints->fabric_attr->prov_name = strdup("udp");
-    /* Initialises the library. The program has it inside, so nobody can stand in front of this call. */
+    /* Initialises the library. The program has it inside, so nobody can stand in front of this
+     * call. */
     fi_getinfo(FI_VERSION(1, 17), NULL, NULL, 0, hints, &info);
     int (*attach)(void) = (int (*)(void))dlsym(RTLD_DEFAULT, "mmun_dropin_attach");
     if (attach && attach()) {

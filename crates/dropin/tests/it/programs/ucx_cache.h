@@ -1,4 +1,5 @@
-/* UCX's own registration cache, which its transports for network cards use (libucs, Debian 12: 1.13). */
+/* UCX's own registration cache, which its transports for network cards use (libucs, Debian 12:
+ * 1.13). */
 #include "device.h"
 #include <dlfcn.h>
 #include <limits.h>
