@@ -12,8 +12,8 @@ use mmu_source::kernel::broker::SOCKET;
 use mmu_source::process::Pid;
 
 pub(crate) use self::details::{DetailArgs, SummaryArgs};
-use crate::coverage::Library;
 use crate::events::{Events, EventsParser};
+use crate::library::Library;
 use crate::outcome::{FAILED, Outcome};
 use crate::record;
 use crate::source::Source;

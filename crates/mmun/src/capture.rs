@@ -1,7 +1,6 @@
 //! What is found out about a call while its task stands before it: what lies in its range, how much
 //! of that is in memory, and who calls.
 
-pub(crate) mod calibrate;
 pub(crate) mod ioctl;
 pub(crate) mod place;
 pub(crate) mod runtime;

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use mmu_source::process::{Pid, Task};
 
 use crate::intern::Name;
-use crate::record::{Record, Span};
+use crate::record::{Pages, Record, Span};
 
 /// One range under one call.
 #[derive(Clone, Copy, Debug)]
@@ -33,18 +33,6 @@ pub(crate) struct Seen {
     pub(crate) pages: Option<Pages>,
     /// The stack of the call.
     pub(crate) site: Option<u32>,
-}
-
-/// Bytes of a range, by what they are.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Pages {
-    /// In memory, in total.
-    pub(crate) resident: u64,
-    /// Of these, of a file or shared.
-    pub(crate) file: u64,
-    /// Of these, in huge pages.
-    pub(crate) huge: u64,
-    pub(crate) swapped: u64,
 }
 
 impl Change {

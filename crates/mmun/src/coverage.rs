@@ -37,8 +37,6 @@ const FOUND: Outcome = Outcome::Exit(1);
 /// An operation did not come to its end, or nothing could be measured.
 const FAILED: Outcome = Outcome::Exit(2);
 
-pub(crate) use library::Library;
-
 pub(crate) fn main(args: CoverageArgs) -> Outcome {
     if let Some(library) = args.library {
         return library::main(library, args.wait, args.json);

@@ -6,15 +6,18 @@
 
 mod args;
 mod broker;
+mod calibrate;
 mod capture;
 mod change;
 mod coverage;
 mod digits;
 mod doctor;
+mod dropin;
 mod events;
 mod front;
 mod intern;
 mod json;
+mod library;
 mod lifecycle;
 mod names;
 mod observer;
@@ -49,7 +52,7 @@ fn main() {
             Command::CoverageLibraryCell(args) => coverage::library_cell(&args),
             Command::CoverageTracee(args) => coverage::tracee(&args),
             Command::IdleCalls => {
-                capture::calibrate::idle_calls();
+                calibrate::idle_calls();
                 Outcome::Exit(0)
             }
             Command::Man { folder: None } => print(|out| args::man(out)),

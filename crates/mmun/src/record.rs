@@ -3,7 +3,6 @@
 use mmu_notifier::{Blocking, InvalidateRange, VaRange};
 use mmu_source::process::{ExitStatus, Task};
 
-use crate::change::Pages;
 use crate::events;
 
 /// The records, for `--help` and the man page. `docs/trace-json.md` has every key.
@@ -102,6 +101,18 @@ pub(crate) struct Extra<'a> {
     pub(crate) site: Option<u32>,
     /// The time the task ran in the call, in the last end of the call.
     pub(crate) own: Option<u64>,
+}
+
+/// Bytes of a range, by what they are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Pages {
+    /// In memory, in total.
+    pub(crate) resident: u64,
+    /// Of these, of a file or shared.
+    pub(crate) file: u64,
+    /// Of these, in huge pages.
+    pub(crate) huge: u64,
+    pub(crate) swapped: u64,
 }
 
 /// One range under one system call.

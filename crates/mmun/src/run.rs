@@ -1,6 +1,5 @@
 //! `mmun run`: a program with the drop-in preloaded, and what its processes reported.
 
-mod found;
 mod reports;
 
 use std::ffi::OsString;
@@ -13,7 +12,7 @@ use std::process::Command;
 use clap::ValueEnum;
 use rustix::process::{Pid, WaitOptions, WaitStatus};
 
-pub(crate) use found::library;
+use crate::dropin::library;
 
 use crate::args::{CoverageArgs, RunArgs, Watch};
 use crate::outcome::{FAILED, NOT_EXECUTABLE, NOT_FOUND, Outcome};

@@ -237,7 +237,8 @@ mod tests {
     use mmu_notifier::{Blocking, Va, VaRange};
 
     use super::*;
-    use crate::change::{Pages, Seen};
+    use crate::change::Seen;
+    use crate::record::Pages;
     use crate::record::Span;
 
     fn change(cause: &'static str, pages: u64, resident: u64, own: u64, result: i64) -> Change {

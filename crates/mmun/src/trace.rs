@@ -12,7 +12,7 @@ use mmu_source::Error;
 use mmu_source::process::{Command, Done, Keeper, Options, Pid, Tracer};
 
 use crate::args::TraceArgs;
-use crate::capture::calibrate;
+use crate::calibrate;
 use crate::events::EventSet;
 use crate::front;
 use crate::observer::TraceObserver;

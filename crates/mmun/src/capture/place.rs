@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use mmu_source::process::Pid;
 
 use super::ioctl::{self, IS_FILE, IS_HUGE, IS_PRESENT, IS_SWAPPED, IS_ZERO, Vma, Which};
-use crate::change::Pages;
+use crate::record::Pages;
 
 /// Two files of one address space. They stay those of this address space also when its task
 /// executes another program.

@@ -22,24 +22,11 @@ use super::operation::Operation;
 use super::report::{Report, Seen};
 use super::{FAILED, FOUND, ops, runner};
 use crate::args::LibraryCellArgs;
+use crate::library::Library;
 use crate::outcome::Outcome;
 use crate::source::Source;
 use crate::style::{Mark, Style};
-use crate::{complain, doctor, run as dropin};
-
-/// A library with a registration cache.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub(crate) enum Library {
-    Ucx,
-}
-
-impl Library {
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Library::Ucx => "ucx",
-        }
-    }
-}
+use crate::{complain, doctor, dropin};
 
 /// What stands in a column: the library alone, or with the drop-in and these sources.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

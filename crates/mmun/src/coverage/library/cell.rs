@@ -2,13 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use super::Library;
 use super::ring::{BYTES, Ring};
 use super::ucx::Cache;
 use crate::coverage::cell::open;
 use crate::coverage::operation::{Operation, Prepared, Unavailable};
 use crate::coverage::region;
 use crate::coverage::report::{Report, Seen};
+use crate::library::Library;
 
 /// Where in the page the bytes go: not where an allocator keeps its own.
 const INSIDE: usize = region::PAGE / 2;
