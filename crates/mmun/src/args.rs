@@ -1,6 +1,7 @@
 //! The command line. Help, man page and completions come from this table alone.
 
 mod details;
+mod report;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -12,6 +13,7 @@ use mmu_source::kernel::broker::SOCKET;
 use mmu_source::process::Pid;
 
 pub(crate) use self::details::{DetailArgs, SummaryArgs};
+pub(crate) use self::report::{ReportArgs, ReportFormat};
 use crate::events::{Events, EventsParser};
 use crate::library::Library;
 use crate::outcome::{FAILED, Outcome};
@@ -48,6 +50,7 @@ pub(crate) struct Cli {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     Trace(TraceArgs),
+    Report(ReportArgs),
     Run(RunArgs),
     Coverage(CoverageArgs),
     Doctor(DoctorArgs),
@@ -337,7 +340,8 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, Ins
     let args: Vec<OsString> = args.into_iter().collect();
     let command =
         args.get(1).and_then(|word| word.to_str()).filter(|word| COMMANDS.iter().any(|(name, _)| name == word));
-    let outcome = if matches!(command, Some("coverage" | "doctor" | "broker")) { Outcome::Exit(2) } else { FAILED };
+    let outcome =
+        if matches!(command, Some("report" | "coverage" | "doctor" | "broker")) { Outcome::Exit(2) } else { FAILED };
     Cli::try_parse_from(&args).map_err(|error| match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => Instead::Help(Box::new(error)),
         // Its help, but as a failure: a script that has lost its arguments must stop.
@@ -355,8 +359,9 @@ fn one_line(message: &str, command: Option<&str>) -> String {
 }
 
 /// The commands that are shown, and the names of their manual pages.
-const COMMANDS: [(&str, &str); 7] = [
+const COMMANDS: [(&str, &str); 8] = [
     ("trace", "mmun-trace"),
+    ("report", "mmun-report"),
     ("run", "mmun-run"),
     ("coverage", "mmun-coverage"),
     ("doctor", "mmun-doctor"),

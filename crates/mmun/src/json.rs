@@ -4,7 +4,7 @@ use mmu_notifier::Blocking;
 use mmu_source::process::ExitStatus;
 
 use crate::digits::Put;
-use crate::record::{Extra, Kind, Record, Span};
+use crate::record::{Extra, Kind, Mapping, Record, Span};
 
 /// Appends `record`, made at `t` nanoseconds, to `out`. Allocates nothing if `out` has room.
 pub(crate) fn write(out: &mut Vec<u8>, t: u64, record: &Record, extra: &Extra<'_>) {
@@ -25,6 +25,12 @@ pub(crate) fn write(out: &mut Vec<u8>, t: u64, record: &Record, extra: &Extra<'_
             if let Some(result) = result {
                 number(out, "result", result);
             }
+        }
+        Kind::Map(Mapping { cause, range }) => {
+            put_cause(out, cause);
+            let (start, end) = (range.start().get(), u128::from(range.last().get()) + 1);
+            range_in_hex(out, start, end);
+            range_in_numbers(out, start, end);
         }
         Kind::Fork { child, child_mm } => {
             number(out, "child_pid", child.pid.into());
@@ -61,6 +67,7 @@ pub(crate) fn kind_name(kind: Kind) -> &'static str {
         Kind::Free => "free",
         Kind::Start(_) => "start",
         Kind::End(..) => "end",
+        Kind::Map(_) => "map",
         Kind::Fork { .. } => "fork",
         Kind::Exec { .. } => "exec",
         Kind::Exit(_) => "exit",
@@ -71,15 +78,20 @@ pub(crate) fn kind_name(kind: Kind) -> &'static str {
 fn write_span(out: &mut Vec<u8>, span: &Span) {
     out.put(",\"event\":\"");
     out.put(span.event_name());
-    out.put("\",\"cause\":\"");
-    out.put(span.cause);
     out.put("\"");
+    put_cause(out, span.cause);
     range_in_hex(out, span.start(), span.end());
     out.put(match span.blocking {
         Blocking::Allowed => ",\"blockable\":true",
         Blocking::Forbidden => ",\"blockable\":false",
     });
     range_in_numbers(out, span.start(), span.end());
+}
+
+fn put_cause(out: &mut Vec<u8>, cause: &str) {
+    out.put(",\"cause\":\"");
+    out.put(cause);
+    out.put("\"");
 }
 
 fn range_in_hex(out: &mut Vec<u8>, start: u64, end: u128) {

@@ -25,6 +25,8 @@ mod outcome;
 mod output;
 mod record;
 mod recorder;
+mod recording;
+mod report;
 mod run;
 mod source;
 mod stacks;
@@ -44,6 +46,7 @@ fn main() {
     let outcome = match args::parse(std::env::args_os()) {
         Ok(cli) => match cli.command {
             Command::Trace(args) => trace::main(args),
+            Command::Report(args) => report::main(&args),
             Command::Run(args) => run::main(&args),
             Command::Coverage(args) => coverage::main(args),
             Command::Doctor(args) => doctor::main(args),

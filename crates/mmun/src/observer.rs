@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use mmu_notifier::{GetError, InvalidateRange, Mm, MmWithUser, Notifier, Subscription, Subsystem};
 use mmu_source::process::{Observer, Task, TaskEvent, current};
 
-use crate::record::{Kind, Record, Span};
+use crate::record::{Kind, Mapping, Record, Span};
 use crate::recorder::Recorder;
 
 type Alloc = Box<dyn Fn(&MmWithUser) -> Result<TraceNotifier, Infallible> + Send + Sync>;
@@ -147,6 +147,11 @@ impl Observer for TraceObserver {
             }
             TaskEvent::Exec { task, mm, old_mm } => self.record(task, mm, Kind::Exec { old_mm: old_mm.id() }),
             TaskEvent::Exit { task, mm, status } => self.record(task, mm, Kind::Exit(status)),
+            TaskEvent::Mapped { task, mm, range } => {
+                if let Some(current) = current() {
+                    self.record(task, mm, Kind::Map(Mapping { cause: current.cause, range }));
+                }
+            }
             TaskEvent::Detach { task, mm } => self.record(task, mm, Kind::Detach),
             TaskEvent::UnknownAbi { .. } => self.missed += 1,
             _ => {}

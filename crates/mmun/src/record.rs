@@ -23,6 +23,7 @@ Records (--json writes one object a line; docs/trace-json.md has the schema):
                  result          (end only) what the call returned, -errno if it failed;
                                  absent if the task died in the call
                  what, resident, file, huge, swapped, site (start only) and self (end only): --details, -k
+  map          (with --births) a mapping is made or has grown; cause, start, end; of the heap, all of it
   fork         a task or process is created; child_pid, child_tid, child_mm
   exec         the process enters a new address space; old_mm: the one it left; program
   exit         a task ends; code, or signal if it was killed
@@ -66,6 +67,8 @@ pub(crate) enum Kind {
     Start(Span),
     /// `None`: the task died in the call.
     End(Span, Option<i64>),
+    /// A mapping was made or has grown.
+    Map(Mapping),
     Fork {
         child: Task,
         child_mm: u64,
@@ -113,6 +116,14 @@ pub(crate) struct Pages {
     /// Of these, in huge pages.
     pub(crate) huge: u64,
     pub(crate) swapped: u64,
+}
+
+/// A mapping, and the system call that made it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Mapping {
+    pub(crate) cause: &'static str,
+    /// All of the heap if that has grown.
+    pub(crate) range: VaRange,
 }
 
 /// One range under one system call.

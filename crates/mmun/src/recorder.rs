@@ -4,13 +4,15 @@ use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use mmu_notifier::Va;
+
 use crate::capture::Capture;
 use crate::change::{Change, Pairs, Seen};
 use crate::events::EventSet;
 use crate::json;
 use crate::lifecycle::Lifecycle;
 use crate::output::Output;
-use crate::record::{Extra, Kind, Record};
+use crate::record::{Extra, Kind, Mapping, Record};
 use crate::stacks::Stacks;
 use crate::summary::{Sources, Summary, Wanted};
 use crate::text::{Color, Text};
@@ -182,6 +184,12 @@ impl Inner {
                     seen.site = stacks.take(task, capture);
                 }
                 return Some(seen);
+            }
+            Kind::Map(Mapping { range, .. }) => {
+                let end = range.end().map_or(u64::MAX, Va::get);
+                let what = capture.what(task.tid, mm, range.start().get(), end);
+                let site = self.stacks.as_mut().and_then(|stacks| stacks.take(task, capture));
+                return Some(Seen { what, pages: None, site });
             }
             Kind::End(_, Some(_)) => capture.runtime.end(task),
             Kind::End(_, None) => capture.runtime.forget(task.tid),

@@ -15,7 +15,7 @@ use std::collections::HashMap;
 use mmu_source::process::{Task, current};
 
 use self::image::Images;
-pub(crate) use self::site::{Frame, Resolved};
+pub(crate) use self::site::{Frame, Resolved, Stack};
 use self::space::Space;
 use crate::capture::Capture;
 use crate::record::{Kind, Record};

@@ -74,11 +74,11 @@ impl Row {
         self.pages = self.pages.saturating_add(change.span.range.pages());
         self.bytes = self.bytes.saturating_add(change.bytes());
         self.resident = self.resident.saturating_add(change.resident());
-        self.wall += change.wall();
+        self.wall = self.wall.saturating_add(change.wall());
         if change.is_call {
             self.calls += 1;
             let time = change.own.filter(|_| !wall).unwrap_or_else(|| change.wall());
-            self.time += time;
+            self.time = self.time.saturating_add(time);
             self.longest = self.longest.max(time);
         }
     }
@@ -90,8 +90,8 @@ impl Row {
         self.pages = self.pages.saturating_add(other.pages);
         self.bytes = self.bytes.saturating_add(other.bytes);
         self.resident = self.resident.saturating_add(other.resident);
-        self.wall += other.wall;
-        self.time += other.time;
+        self.wall = self.wall.saturating_add(other.wall);
+        self.time = self.time.saturating_add(other.time);
         self.longest = self.longest.max(other.longest);
     }
 }

@@ -14,7 +14,7 @@ use mmu_source::process::{ExitStatus, Pid, Task};
 use crate::digits::Put;
 use crate::json::kind_name;
 use crate::names;
-use crate::record::{Extra, Kind, Record, Span};
+use crate::record::{Extra, Kind, Mapping, Record, Span};
 
 /// The text form of a trace.
 #[derive(Debug)]
@@ -255,7 +255,7 @@ impl Text {
     fn life(&self, out: &mut Vec<u8>, t: u64, record: &Record, extra: &Extra<'_>) {
         self.prefix(out, t, record.task, &cut(extra.comm), record.mm);
         let style = match record.kind {
-            Kind::MmNew | Kind::Get { .. } => BORN,
+            Kind::MmNew | Kind::Get { .. } | Kind::Map(_) => BORN,
             Kind::MmRelease | Kind::Put { .. } | Kind::Free => GONE,
             Kind::Exit(ExitStatus::Signal(_)) => BAD,
             _ => STEP,
@@ -272,6 +272,11 @@ impl Text {
             Kind::Exec { old_mm } => {
                 let now = extra.program.map(|program| format!(", now {}", program.escape_debug()));
                 write!(out, "from mm{old_mm}{}", now.unwrap_or_default())
+            }
+            Kind::Map(Mapping { cause, range }) => {
+                let what = extra.what.map(|what| format!("  {}", what.escape_debug()));
+                put_size(out, range.pages());
+                write!(out, "  {cause} at {:#x}{}", range.start().get(), what.unwrap_or_default())
             }
             Kind::Exit(ExitStatus::Code(code)) => write!(out, "code {code}"),
             Kind::Exit(ExitStatus::Signal(signal)) => write!(out, "killed by {}", names::signal(signal)),

@@ -73,6 +73,7 @@ impl Plan {
         };
         let summary = args.summary.wanted(args.summary_only);
         let details = args.details;
+        let births = details.births;
         let by_place = summary.is_some_and(|wanted| wanted.tables.has(By::Where));
         let stacks = details.stacks || by_place;
         let form = if args.json { Form::Json } else { Form::Text(color) };
@@ -91,6 +92,7 @@ impl Plan {
         let mut options = Options::default();
         options.follow = !args.no_follow;
         options.seccomp = !args.no_seccomp;
+        options.births = births;
         let target = if args.pids.is_empty() {
             Target::Spawn(args.program)
         } else {

@@ -47,6 +47,16 @@ pub(crate) struct DetailArgs {
     #[arg(short = 'k', long, group = "places")]
     pub(crate) stacks: bool,
 
+    /// Records the mappings that are made as well, not only what removes or changes them
+    ///
+    /// Each mmap, not only one that replaces something, then stops the program: some 10 us a call.
+    #[arg(long, overrides_with = "no_births", verbatim_doc_comment)]
+    pub(crate) births: bool,
+
+    /// Records no mappings that are made; the default
+    #[arg(long, overrides_with = "births")]
+    pub(crate) no_births: bool,
+
     /// Never takes this function for the place of a call, as if it were an allocator; may be
     /// repeated
     #[arg(long = "not-place", value_name = "FUNCTION", requires = "places")]

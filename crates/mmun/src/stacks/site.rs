@@ -157,7 +157,12 @@ impl Resolved {
             let at = at.or_else(|| frames.iter().rposition(|frame| frame.has_name)).unwrap_or(0);
             Stack { frames, place: at }
         };
-        Resolved { stacks: stacks.into_iter().map(|(number, frames)| (number, with_place(frames))).collect() }
+        Resolved::of(stacks.into_iter().map(|(number, frames)| (number, with_place(frames))))
+    }
+
+    /// Stacks whose places are known.
+    pub(crate) fn of(stacks: impl IntoIterator<Item = (u32, Stack)>) -> Resolved {
+        Resolved { stacks: stacks.into_iter().collect() }
     }
 
     pub(crate) fn is_empty(&self) -> bool {

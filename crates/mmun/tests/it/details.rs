@@ -118,7 +118,7 @@ fn a_function_is_never_the_place_if_so_asked() {
 
 #[test]
 fn every_key_is_documented_and_every_documented_key_is_written() {
-    const KINDS: [&str; 13] = [
+    const KINDS: [&str; 14] = [
         "mm_new",
         "get",
         "put",
@@ -126,6 +126,7 @@ fn every_key_is_documented_and_every_documented_key_is_written() {
         "mm_release",
         "start",
         "end",
+        "map",
         "fork",
         "exec",
         "exit",
@@ -145,7 +146,7 @@ fn every_key_is_documented_and_every_documented_key_is_written() {
             }
         }
     }
-    let everything = ["--details", "-k", "--summary=event,where,what,task,cause", "--lifecycle"];
+    let everything = ["--details", "-k", "--births", "--summary=event,where,what,task,cause", "--lifecycle"];
     let (_, records) = traced(&everything, "ls / > /dev/null; sh -c 'kill -9 $$'; echo done");
     let mut written: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
     for record in &records {

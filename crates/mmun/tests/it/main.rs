@@ -9,5 +9,6 @@ mod doctor;
 mod hidden;
 mod manners;
 mod records;
+mod report;
 mod run;
 mod support;

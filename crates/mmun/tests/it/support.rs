@@ -137,7 +137,7 @@ pub(crate) fn check(records: &[Value]) {
                 space.freed += 1;
             }
             "detach" => space.let_go = true,
-            "mm_new" | "fork" | "exec" | "exit" => {}
+            "mm_new" | "map" | "fork" | "exec" | "exit" => {}
             other => panic!("unknown kind {other}"),
         }
     }

@@ -1,0 +1,57 @@
+//! What `mmun report` is asked for.
+
+use std::path::PathBuf;
+
+use clap::{ArgGroup, Args};
+
+use super::SummaryArgs;
+
+const EXAMPLES: &str = "\
+Examples:
+  mmun trace --json -k --births -o app.jsonl ./app      records everything a report can show
+  mmun report app.jsonl                                 the tables of a summary
+  mmun report --summary=where --sort resident app.jsonl
+                                                        the places that give most memory back";
+
+/// Makes a report from a recorded trace.
+///
+/// The trace is one that 'mmun trace --json -o FILE' wrote. What the report can tell depends on
+/// what was recorded: --details says how much memory went, -k where in the code.
+///
+/// Exits 0 if the report was made, 2 if not.
+#[derive(Args, Debug)]
+#[command(
+    verbatim_doc_comment,
+    after_help = EXAMPLES,
+    group(ArgGroup::new("totals").multiple(true)),
+    group(ArgGroup::new("places").multiple(true))
+)]
+pub(crate) struct ReportArgs {
+    /// The recorded trace
+    #[arg(value_name = "FILE", groups = ["totals"])]
+    pub(crate) trace: PathBuf,
+
+    /// Writes to OUT instead of standard output
+    #[arg(short, long, value_name = "OUT")]
+    pub(crate) output: Option<PathBuf>,
+
+    /// What to make
+    #[arg(long, value_name = "FORMAT")]
+    format: Option<ReportFormat>,
+
+    #[command(flatten)]
+    pub(crate) summary: SummaryArgs,
+}
+
+/// The forms of a report.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum ReportFormat {
+    /// Tables of totals, as text
+    Summary,
+}
+
+impl ReportArgs {
+    pub(crate) fn format(&self) -> ReportFormat {
+        self.format.unwrap_or(ReportFormat::Summary)
+    }
+}

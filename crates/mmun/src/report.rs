@@ -1,0 +1,50 @@
+//! `mmun report`: what a recorded trace says.
+
+use std::fs;
+use std::io::{self, Write as _};
+
+use crate::args::{ReportArgs, ReportFormat};
+use crate::outcome::Outcome;
+use crate::recording::Recording;
+use crate::summary::{Sources, Summary, Wanted};
+use crate::{complain, reason, written};
+
+/// It could not be made.
+const FAILED: Outcome = Outcome::Exit(2);
+
+pub(crate) fn main(args: &ReportArgs) -> Outcome {
+    let recording = match Recording::open(&args.trace) {
+        Ok(recording) => recording,
+        Err(error) => {
+            complain(&format!("read on {}: {error}", args.trace.display()));
+            return FAILED;
+        }
+    };
+    if recording.is_cut {
+        complain(&format!("{}: its last line is cut, and left out", args.trace.display()));
+    }
+    let text = match args.format() {
+        ReportFormat::Summary => summary(&recording, args.summary.wanted(true).expect("it is always wanted")),
+    };
+    match &args.output {
+        None => written(io::stdout().write_all(&text)),
+        Some(path) => match fs::write(path, &text) {
+            Ok(()) => Outcome::Exit(0),
+            Err(error) => {
+                complain(&format!("write on {}: {}", path.display(), reason(&error)));
+                FAILED
+            }
+        },
+    }
+}
+
+/// The tables that `mmun trace --summary` writes.
+fn summary(recording: &Recording, wanted: Wanted) -> Vec<u8> {
+    let mut summary = Summary::new(wanted);
+    for changed in &recording.changes {
+        summary.add(&changed.change, recording.names.text(changed.comm));
+    }
+    let mut out = Vec::new();
+    summary.write_text(&mut out, &Sources { names: Some(&recording.names), stacks: &recording.stacks });
+    out
+}
