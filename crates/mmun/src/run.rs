@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use clap::ValueEnum;
-use rustix::process::{Pid, WaitOptions, WaitStatus};
+use rustix::process::{Pid, WaitId, WaitIdOptions, WaitOptions, WaitStatus};
 
 use crate::dropin::library;
 
@@ -78,7 +78,13 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
 fn wait(program: &Relay) -> Outcome {
     let number = program.0.id() as i32;
     let pid = Pid::from_raw(number).expect("a child's pid is positive");
+    let seen = WaitIdOptions::EXITED | WaitIdOptions::STOPPED | WaitIdOptions::NOWAIT;
     loop {
+        // Its number is its own until it is waited for in earnest.
+        let status = rustix::process::waitid(WaitId::Pid(pid), seen);
+        if status.is_ok_and(|status| status.is_some_and(|status| !status.stopped())) {
+            sys::end_relay();
+        }
         match rustix::process::waitpid(Some(pid), WaitOptions::UNTRACED) {
             Ok(Some((_, status))) => match ended(status) {
                 Some(outcome) => return outcome,

@@ -9,7 +9,7 @@
 
 mod relay;
 
-pub(crate) use relay::{Relay, start_under_relay, stop_as};
+pub(crate) use relay::{Relay, end_relay, start_under_relay, stop_as};
 
 use std::io;
 use std::mem::MaybeUninit;

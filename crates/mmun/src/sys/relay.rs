@@ -3,14 +3,14 @@
 //! The program is in the same process group, so the terminal's signals reach it without help: only
 //! those that a process sent to this one alone are handed on.
 
-use super::{Held, change_mask, is_ignored, keeping_errno, set_of};
+use super::{Held, change_mask, is_ignored, keeping_errno, set_handler, set_of};
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command};
 use std::sync::atomic::{AtomicI32, Ordering::Relaxed};
 
-/// Where signals go. 0 before there is a program.
+/// Where signals go. 0 while there is no program.
 static PROGRAM: AtomicI32 = AtomicI32::new(0);
 
 /// What is never handed on: what cannot be caught, what says something about this process, and what
@@ -77,6 +77,17 @@ pub(crate) fn stop_as(program: i32) {
     unsafe { libc::kill(program, libc::SIGCONT) };
 }
 
+/// No signal is handed on any more: the program has ended, and once it is waited for, its number
+/// can be another process's. A signal does to this process what it does to any other.
+pub(crate) fn end_relay() {
+    PROGRAM.store(0, Relaxed);
+    for signal in (1..=libc::SIGRTMAX()).filter(|signal| !OURS.contains(signal)) {
+        if !is_ignored(signal) {
+            set_handler(signal, libc::SIG_DFL);
+        }
+    }
+}
+
 fn relay(signal: i32) {
     let action = libc::sigaction {
         sa_sigaction: on_signal as *const () as usize,
@@ -93,9 +104,10 @@ fn relay(signal: i32) {
 extern "C" fn on_signal(signal: i32, info: *const libc::siginfo_t, _: *const libc::c_void) {
     // SAFETY: the kernel passes a live structure with SA_SIGINFO.
     let is_sent = unsafe { (*info).si_code } <= 0;
-    if is_sent {
-        // SAFETY: `kill` takes any numbers. While the program is waited for, its number is its own.
-        // While the reports are written afterwards, it is free, and can be another process's.
-        keeping_errno(|| unsafe { libc::kill(PROGRAM.load(Relaxed), signal) });
+    let program = PROGRAM.load(Relaxed);
+    if is_sent && program != 0 {
+        // SAFETY: `kill` takes any numbers. The program is not waited for before `end_relay` has
+        // run in this thread, the only one, so the number is its own.
+        keeping_errno(|| unsafe { libc::kill(program, signal) });
     }
 }

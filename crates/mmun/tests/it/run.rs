@@ -95,17 +95,32 @@ fn signals_that_are_sent_to_it_reach_the_program() {
     for (name, signal) in
         [("TERM", libc::SIGTERM), ("USR1", libc::SIGUSR1), ("INT", libc::SIGINT), ("HUP", libc::SIGHUP)]
     {
-        let (ready, held) = (Fifo::new("ready"), Fifo::new("held"));
-        // A shell that waits in `read` heeds its trap when the read is interrupted; nobody writes
-        // to the second pipe.
-        let script =
-            format!("trap 'exit 9' {name}; exec 8<>{}; echo > {}; read x <&8", held.0.display(), ready.0.display());
+        let ready = Fifo::new("ready");
+        // A shell heeds its trap between two commands. One that waits inside a command can have
+        // looked for signals just before, and would then wait for ever.
+        let script = format!("trap 'exit 9' {name}; echo > {}; while :; do :; done", ready.0.display());
         let mut child = sh(&script).stderr(Stdio::null()).spawn().unwrap();
         assert_eq!(ready.read(), "\n");
         kill(child.id(), signal);
         let status = within("mmun run", move || child.wait().unwrap());
         assert_eq!(status.code(), Some(9), "{name}");
     }
+}
+
+#[test]
+fn a_signal_after_the_program_has_ended_is_its_own() {
+    let (ready, report) = (Fifo::new("ready"), Fifo::new("report"));
+    // The report waits until somebody reads it.
+    let script = format!("echo > {}", ready.0.display());
+    let mut child = run().arg("-o").arg(&report.0).args(["--", "sh", "-c", &script]).spawn().unwrap();
+    assert_eq!(ready.read(), "\n");
+    let children = format!("/proc/{0}/task/{0}/children", child.id());
+    while !fs::read_to_string(&children).unwrap().is_empty() {
+        std::thread::yield_now();
+    }
+    kill(child.id(), libc::SIGTERM);
+    let status = within("mmun run", move || child.wait().unwrap());
+    assert_eq!(status.signal(), Some(libc::SIGTERM));
 }
 
 #[test]
@@ -128,9 +143,8 @@ fn it_stops_and_goes_on_with_the_program() {
 fn the_program_does_not_outlive_it() {
     let (ready, gone) = (Fifo::new("ready"), Fifo::new("gone"));
     // The program alone holds the second pipe's end for writing.
-    let script = format!("exec 8>{}; echo > {}; while :; do sleep 100; done", gone.0.display(), ready.0.display());
-    let mut child =
-        sh(&script.replace("while :; do sleep 100; done", "exec sleep 1000")).stderr(Stdio::null()).spawn().unwrap();
+    let script = format!("exec 8>{}; echo > {}; exec sleep 1000", gone.0.display(), ready.0.display());
+    let mut child = sh(&script).stderr(Stdio::null()).spawn().unwrap();
     let reader = {
         let path = gone.0.clone();
         std::thread::spawn(move || fs::read_to_string(path).unwrap())
