@@ -140,8 +140,9 @@ impl Broker {
     /// # Errors
     /// As [`bind`](Self::bind).
     pub fn inherited(options: &Options) -> Result<Option<Self>, Error> {
-        let listener = sys::take_listener().map_err(|error| kernel_error("fcntl on the passed socket", error))?;
-        let Some(listener) = listener else { return Ok(None) };
+        let failed = |error| kernel_error("use of the passed socket (LISTEN_FDS)", error);
+        let Some(listener) = sys::take_passed().map_err(failed)? else { return Ok(None) };
+        socket::check_listener(&listener).map_err(failed)?;
         Self::new(listener, group(options)?, options.max_clients).map(Some)
     }
 
@@ -161,6 +162,9 @@ impl Broker {
     ///
     /// # Blocking
     /// For ever. If the process ends, its clients go on being told; their waits become slower.
+    /// Where the kernel may skip the program ([`may_skip`](super::Features::may_skip)), the clients
+    /// cannot learn of skipped runs any more: each invalidates everything once a second, and counts
+    /// that as a loss.
     pub fn serve(&self, observer: impl Fn(Event) + Send + Sync + 'static) -> ! {
         let observer: Arc<dyn Fn(Event) + Send + Sync> = Arc::new(observer);
         loop {

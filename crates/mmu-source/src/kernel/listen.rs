@@ -72,7 +72,7 @@ pub(super) fn listen(
         // A skipped run is an event that nobody counted.
         let shared = Arc::clone(inner);
         if may_skip {
-            vault.post(move |machines| shared.note_missed(machines.missed_runs()));
+            vault.post(move |machines| machines.look_for_missed_runs(&shared));
         }
     }
 }

@@ -13,6 +13,7 @@ use srcu::Thread;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 /// The virtual machines: see `wait.rs`. Dropping it closes everything.
 pub(super) struct Machines {
@@ -20,7 +21,13 @@ pub(super) struct Machines {
     keeper: Keeper,
     live: Option<Live>,
     later: Letterbox<Self>,
+    /// When a loss was told because the number of skipped runs could not be known.
+    unknown: Option<Instant>,
 }
+
+/// How often a loss is told while the number of skipped runs cannot be known: as often as an idle
+/// source asks for that number.
+const UNKNOWN: Duration = Duration::from_secs(1);
 
 /// Who has the programs.
 #[derive(Debug)]
@@ -72,7 +79,7 @@ impl Keeper {
 
 impl Machines {
     pub(super) fn new(keeper: Keeper, live: Option<Live>, later: Letterbox<Self>) -> Self {
-        Self { listener: None, keeper, live, later }
+        Self { listener: None, keeper, live, later, unknown: None }
     }
 
     /// Starts the thread that listens, in this thread's descriptor table.
@@ -165,11 +172,25 @@ impl Machines {
         self.live.as_ref().is_some_and(|live| live.b.is_some())
     }
 
-    /// How often the program was not run when it should have been.
-    pub(super) fn missed_runs(&self) -> u64 {
+    /// Has a loss told if the program was not run when it should have been, or if that cannot be
+    /// known: then once in [`UNKNOWN`].
+    pub(super) fn look_for_missed_runs(&mut self, inner: &Inner) {
+        match self.missed_runs() {
+            Some(missed) => inner.note_missed(missed),
+            None if self.unknown.is_none_or(|told| told.elapsed() >= UNKNOWN) => {
+                self.unknown = Some(Instant::now());
+                inner.note_loss();
+            }
+            None => {}
+        }
+    }
+
+    /// How often the program was not run when it should have been; `None` if the broker that knows
+    /// it is gone.
+    pub(super) fn missed_runs(&self) -> Option<u64> {
         match &self.keeper {
-            Keeper::Own(programs) => programs.missed_runs(),
-            Keeper::Broker(session) => session.ask(Request::Missed, None).unwrap_or(0),
+            Keeper::Own(programs) => programs.missed_runs().ok(),
+            Keeper::Broker(session) => session.ask(Request::Missed, None),
         }
     }
 

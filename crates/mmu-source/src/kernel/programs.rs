@@ -66,8 +66,8 @@ impl Programs {
     }
 
     /// How often the tracepoint's program was not run when it should have been.
-    pub(super) fn missed_runs(&self) -> u64 {
-        sys::missed_runs(self.tracepoint.as_fd()).unwrap_or(0)
+    pub(super) fn missed_runs(&self) -> io::Result<u64> {
+        sys::missed_runs(self.tracepoint.as_fd())
     }
 
     /// Another descriptor of the words that only programs see, for [`load_resolver`].

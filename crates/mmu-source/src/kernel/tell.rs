@@ -181,12 +181,17 @@ impl Inner {
     /// Takes note of how often the program was skipped so far: each time is a loss.
     pub(super) fn note_missed(&self, missed: u64) {
         if self.missed.swap(missed, Ordering::Relaxed) != missed {
-            self.with_intake(|intake, words| intake.everything(words));
-            // Nothing was counted, so nobody would look.
-            self.header.u64(header::LOST).fetch_add(1, Ordering::Relaxed);
-            self.header.u64(header::GENERATION).fetch_add(1, Ordering::Relaxed);
-            self.wake_teller();
+            self.note_loss();
         }
+    }
+
+    /// Marks all watches and has everything invalidated: changes may have gone by uncounted.
+    pub(super) fn note_loss(&self) {
+        self.with_intake(|intake, words| intake.everything(words));
+        // No generation was counted for the loss, so no thread would look for it.
+        self.header.u64(header::LOST).fetch_add(1, Ordering::Relaxed);
+        self.header.u64(header::GENERATION).fetch_add(1, Ordering::Relaxed);
+        self.wake_teller();
     }
 
     /// Asks the program to wake the listener at the next record; false if there are records

@@ -1,13 +1,17 @@
 //! `mmun broker`: real processes of another user, through a real socket.
 
-use std::fs;
+use std::fs::{self, File};
+use std::net::TcpListener;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
 use testkit::{Cap, require};
 
 use crate::support::{parse, text, within};
@@ -139,6 +143,51 @@ fn what_cannot_be_served_is_said_in_one_line() {
     assert!(refused(&["--group", "no-such-group"]).contains("no-such-group"));
     assert!(refused(&["--max-clients", "0"]).contains("--max-clients"));
     assert!(refused(&["--socket", "/proc/none/x"]).contains("/proc/none/x"));
+}
+
+/// `mmun broker` with this as the one descriptor that a service manager passes.
+fn activated(passed: OwnedFd) -> Command {
+    let mut command = Command::new("sh");
+    let script = "LISTEN_PID=$$ LISTEN_FDS=1 exec \"$0\" broker 3<&0 </dev/null";
+    command.args(["-c", script, env!("CARGO_BIN_EXE_mmun")]).stdin(passed);
+    command
+}
+
+#[test]
+fn a_passed_socket_that_is_none_for_a_broker_is_refused_in_one_line() {
+    let new = |family, kind| socket_with(family, kind, SocketFlags::CLOEXEC, None).unwrap();
+    let passed = [
+        ("a file", File::open("/dev/null").unwrap().into()),
+        ("no listener", new(AddressFamily::UNIX, SocketType::SEQPACKET)),
+        ("a stream", new(AddressFamily::UNIX, SocketType::STREAM)),
+        ("a network's", TcpListener::bind("127.0.0.1:0").unwrap().into()),
+        ("a connection", UnixStream::pair().unwrap().0.into()),
+    ];
+    for (what, passed) in passed {
+        let mut command = activated(passed);
+        let output = within("mmun broker", move || command.output().unwrap());
+        let line = text(&output.stderr).trim_end();
+        assert_eq!(output.status.code(), Some(2), "{what}: {line}");
+        assert!(line.contains("LISTEN_FDS") && !line.contains('\n'), "{what}: {line}");
+    }
+}
+
+#[test]
+fn a_passed_socket_is_served() {
+    if !can_run() {
+        return;
+    }
+    let name = std::env::temp_dir().join(format!("mmun-cli-passed-{}", std::process::id()));
+    let listener = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+    bind(&listener, &SocketAddrUnix::new(&name).unwrap()).unwrap();
+    listen(&listener, 8).unwrap();
+    // Root may use the kernel source as it is: what it is told by a broker takes another user, who
+    // is not served here, and is told so.
+    fs::set_permissions(&name, fs::Permissions::from_mode(0o666)).unwrap();
+    let child = activated(listener).spawn().unwrap();
+    let broker = Broker { child, socket: name };
+    let lack = lack(&broker.socket, NOBODY).expect("it is no member of a group that is served");
+    assert!(lack.contains("does not serve this user"), "{lack}");
 }
 
 #[test]

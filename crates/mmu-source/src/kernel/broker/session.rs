@@ -129,7 +129,7 @@ impl Session {
                     }
                     u64::from(is_forgotten)
                 }
-                (Request::Missed, _) => self.programs.missed_runs(),
+                (Request::Missed, _) => self.programs.missed_runs().map_err(|error| failed(&error))?,
                 _ => return Err(Refusal::Nonsense),
             };
             socket::be_patient(socket, Some(PATIENCE)).map_err(|error| failed(&error))?;

@@ -1,7 +1,7 @@
 //! Packets with descriptors, and who is at the other end.
 
 use super::sys;
-use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::sockopt::{Timeout, set_socket_timeout, socket_acceptconn, socket_domain, socket_type};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, recvmsg, sendmsg, socket_with,
@@ -55,6 +55,15 @@ pub(super) fn bind_at(path: &Path) -> io::Result<OwnedFd> {
 
 pub(super) fn start_listening(socket: &OwnedFd) -> io::Result<()> {
     Ok(listen(socket, 128)?)
+}
+
+/// Tells whether another process's socket is one that a broker can listen at.
+pub(super) fn check_listener(socket: &OwnedFd) -> io::Result<()> {
+    let is_right = socket_domain(socket)? == AddressFamily::UNIX && socket_type(socket)? == SocketType::SEQPACKET;
+    if is_right && socket_acceptconn(socket)? {
+        return Ok(());
+    }
+    Err(io::Error::other("it is no Unix socket that listens for sequenced packets (ListenSequentialPacket=)"))
 }
 
 /// How long the calls that follow may take.

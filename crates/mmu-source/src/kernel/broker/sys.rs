@@ -67,12 +67,18 @@ pub(super) fn group_named(name: &str) -> io::Result<Option<u32>> {
     }
 }
 
-/// Takes the socket that a service manager has opened for this process (`LISTEN_FDS`), if it has.
-pub(super) fn take_listener() -> io::Result<Option<OwnedFd>> {
+/// Takes the descriptor that a service manager has opened for this process (`LISTEN_FDS`), if it
+/// has.
+pub(super) fn take_passed() -> io::Result<Option<OwnedFd>> {
     const FIRST: i32 = 3;
     let value = |name| std::env::var(name).ok().and_then(|value| value.parse::<u32>().ok());
-    if value("LISTEN_PID") != Some(std::process::id()) || value("LISTEN_FDS") != Some(1) {
+    if value("LISTEN_PID") != Some(std::process::id()) {
         return Ok(None);
+    }
+    match value("LISTEN_FDS") {
+        None | Some(0) => return Ok(None),
+        Some(1) => {}
+        Some(count) => return Err(io::Error::other(format!("{count} were passed, and a broker listens at one"))),
     }
     // SAFETY: takes integers.
     if unsafe { libc::fcntl(FIRST, libc::F_SETFD, libc::FD_CLOEXEC) } != 0 {

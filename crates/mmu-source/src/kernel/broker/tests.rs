@@ -265,9 +265,7 @@ fn an_ordinary_user_starts_the_source_through_a_broker() {
     if !can_run() {
         return;
     }
-    let groups = fs::read_to_string("/etc/group").expect("it is there");
-    let group = groups.lines().find(|line| line.contains(&format!(":{NOBODY}:"))).expect("nobody has a group");
-    let group = Some(group.split(':').next().expect("a name").to_owned());
+    let group = nobodys_group();
     let at = At(new_path());
     let broker = Broker::bind(&at.0, &Options { group, max_clients: 8 }).expect("root with KVM and BPF can");
     std::thread::spawn(move || broker.serve(|_| ()));
@@ -314,6 +312,52 @@ fn clients_go_on_being_told_when_the_broker_is_killed() {
     let second = Broker::bind(&at.0, &Options { group: None, max_clients: 4 });
     let Err(Error::Kernel { source, .. }) = second else { panic!("one listens there already: {second:?}") };
     assert_eq!(source.kind(), io::ErrorKind::AddrInUse);
+}
+
+#[test]
+fn without_its_broker_a_client_does_not_claim_that_no_run_was_skipped() {
+    if !can_run() {
+        return;
+    }
+    let at = At(new_path());
+    let group = nobodys_group();
+    let (mut go, mut going) = pipe();
+    // SAFETY: the child makes a broker and is killed.
+    let broker = unsafe { libc::fork() };
+    if broker == 0 {
+        let broker = Broker::bind(&at.0, &Options { group, max_clients: 4 }).expect("root with KVM and BPF can");
+        std::thread::spawn(move || broker.serve(|_| ()));
+        let _ = go.read_exact(&mut [0]);
+        // SAFETY: ends the process at once.
+        unsafe { libc::_exit(0) };
+    }
+    until(|| socket::connect_to(&at.0, SOON).is_ok());
+    let good = in_child(|| {
+        become_nobody();
+        // SAFETY: the child of a fork has one thread.
+        unsafe { std::env::set_var(VARIABLE, &at.0) };
+        let kernel = Kernel::start().expect("the broker helps");
+        let page = Scratch::map().expect("a page");
+        let range = VaRange::covering(mmu_notifier::Va::new(page.address()), 1).expect("a range");
+        let watch = kernel.watch(range).expect("it can be watched");
+        let look = |kernel: &Kernel| {
+            let inner = std::sync::Arc::clone(&kernel.inner);
+            kernel.vault().run(move |machines| machines.look_for_missed_runs(&inner));
+        };
+        look(&kernel);
+        assert!(watch.is_valid() && kernel.lost() == 0, "the broker says that none was skipped");
+        going.write_all(&[0]).expect("the broker lives");
+        let begun = Instant::now();
+        while kernel.vault().run(|machines| machines.missed_runs()).is_some() {
+            assert!(begun.elapsed() < SOON, "a broker that is gone does not answer");
+        }
+        look(&kernel);
+        let lost = kernel.lost();
+        look(&kernel);
+        !watch.is_valid() && lost == 1 && kernel.lost() == 1
+    });
+    end(broker);
+    assert!(good);
 }
 
 #[test]
@@ -381,6 +425,12 @@ fn another_users_socket_is_not_asked() {
     let error = with(connect(&at)).expect_err("it is nobody's");
     end(child);
     assert!(error.contains("65534") && error.contains("neither root"), "{error}");
+}
+
+fn nobodys_group() -> Option<String> {
+    let groups = fs::read_to_string("/etc/group").expect("it is there");
+    let group = groups.lines().find(|line| line.contains(&format!(":{NOBODY}:"))).expect("nobody has a group");
+    group.split(':').next().map(str::to_owned)
 }
 
 fn become_nobody() {

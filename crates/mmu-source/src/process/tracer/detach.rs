@@ -1,6 +1,7 @@
 //! How tracing ends before the tracees do.
 
 use std::collections::HashMap;
+use std::io;
 use std::marker::PhantomData;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -54,7 +55,7 @@ impl<O: Observer> Tracer<O> {
         // One that has died is not waited for: the end of a first thread is reported only after
         // that of all the others.
         keeper.tasks.retain(|tid, kept| kept.filtered || kept.in_vfork || matches!(sys::interrupt(*tid), Ok(Some(()))));
-        keeper.let_go();
+        keeper.let_go(sys::poll);
         (self.observer, keeper)
     }
 }
@@ -80,11 +81,12 @@ struct Kept {
 impl Keeper {
     /// Detaches the tracees without a filter, which were asked to stop, as they stop. Those that
     /// cannot are left.
-    fn let_go(&mut self) {
+    fn let_go(&mut self, mut poll: impl FnMut() -> io::Result<Wait>) {
         let begun = Instant::now();
         let mut nap = Duration::from_micros(50);
-        while self.tasks.values().any(|kept| !kept.filtered && !kept.in_vfork) {
-            match sys::poll() {
+        // Asked at each turn: the tasks with a filter may report without a pause.
+        while begun.elapsed() < PATIENCE && self.tasks.values().any(|kept| !kept.filtered && !kept.in_vfork) {
+            match poll() {
                 // No wait with a limit exists for tracees.
                 Ok(Wait::Interrupted) if self.may_stop_soon(begun.elapsed()) => {
                     thread::sleep(nap);
@@ -101,7 +103,7 @@ impl Keeper {
         let sleeps_deep = |tid| proc::state(tid) == Some(b'D');
         let mut rest = self.tasks.iter().filter(|(_, kept)| !kept.filtered && !kept.in_vfork);
         // Waiting for a disk looks the same, and is over in less.
-        waited < DISK || waited < PATIENCE && rest.any(|(tid, _)| !sleeps_deep(*tid))
+        waited < DISK || rest.any(|(tid, _)| !sleeps_deep(*tid))
     }
 
     /// Tells whether there is anybody to serve.
@@ -162,5 +164,22 @@ impl Keeper {
         if how == Resume::Detach && !gone {
             self.tasks.remove(&tid);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn letting_go_ends_although_other_tasks_report_without_a_pause() {
+        let kept = Kept { filtered: false, in_vfork: false };
+        let mut keeper = Keeper { tasks: [(1, kept)].into(), some_filtered: false, _thread: PhantomData };
+        let begun = Instant::now();
+        keeper.let_go(|| {
+            assert!(begun.elapsed() < Duration::from_secs(60), "no report makes it look at the time");
+            Ok(Wait::Ended(2, super::super::ExitStatus::Code(0)))
+        });
+        assert!(keeper.is_needed(), "the task that has not stopped is left");
     }
 }
