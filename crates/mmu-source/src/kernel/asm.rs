@@ -27,10 +27,12 @@ pub(super) enum Reg {
 pub(super) enum Op {
     Add = 0x07,
     Sub = 0x17,
+    Or = 0x47,
     And = 0x57,
     Shl = 0x67,
     Shr = 0x77,
     Mul = 0x27,
+    Xor = 0xa7,
     Mov = 0xb7,
 }
 
@@ -86,6 +88,11 @@ impl<L: Copy + Eq + Hash + Debug> Assembler<L> {
     /// `dst op= src`.
     pub(super) fn op_reg(&mut self, op: Op, dst: Reg, src: Reg) {
         self.push(op as u8 | BY_REGISTER, dst, src as u8, 0, 0);
+    }
+
+    /// `dst = (u32)dst`.
+    pub(super) fn lower_half(&mut self, dst: Reg) {
+        self.push(0xbc, dst, dst as u8, 0, 0);
     }
 
     /// `dst = *(u64 *)(src + offset)`.

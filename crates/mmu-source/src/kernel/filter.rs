@@ -3,13 +3,14 @@
 //!
 //! The address space is cut into granules at [`LEVELS`] sizes, 4 KiB, 64 KiB, ... 1 TiB. A range
 //! belongs to the finest level at which it touches at most [`SPAN`] granules. Two tables of small
-//! counters, shared with the program, have a part for each level: `sum` counts the ranges of this
-//! level *and of all finer ones* that touch a granule, `own` those of this level alone.
+//! counters, shared with the program, have a piece for each of the finer levels and one for the
+//! others, which have few granules: `sum` counts the ranges of this level *and of all finer ones*
+//! that touch a granule, `own` those of this level alone.
 //!
 //! An event has a level by the same rule. Ranges of its own level or finer ones are found by its
-//! granules in `sum` of its level (at most 16 counters, two cache lines); ranges of each coarser
-//! level by its one or two granules in `own` of that level. What is wider than 16 TiB is armed by a
-//! counter of its own, and an event that wide counts as a hit.
+//! granules in `sum` of its level (at most 16 counters, two cache lines); ranges of coarser levels
+//! by its one or two granules of each in `own`. What is wider than 16 TiB is armed by a counter of
+//! its own, and an event that wide counts as a hit.
 //!
 //! A granule has two counters, found by two hashes; it is armed if both are above zero, and the
 //! second is looked at only if the first is. Counters are shared by granules with the same hash,
@@ -33,8 +34,13 @@ pub(super) const LINE_BITS: u32 = SLOTS - 4;
 pub(super) const FACTORS: [u64; 2] = [0x9e37_79b9_7f4a_7c15, 0xc2b2_ae3d_27d4_eb4f];
 /// The counters of one level, in bytes.
 const LEVEL: usize = 2 << SLOTS;
-/// The size of a part, in bytes. The kernel refuses values of more than 4 MiB.
-pub(super) const PART: usize = LEVEL * LEVELS;
+/// How many levels have counters of their own. The coarser ones, where there are few granules,
+/// share those of the last. A power of two.
+const APART: usize = 4;
+/// The size of a part, in bytes. The kernel takes 0.2 ms to make a MiB of it.
+pub(super) const PART: usize = LEVEL * APART;
+/// All that [`start_of`] can return, as a mask.
+pub(super) const STARTS: usize = LEVEL * (APART - 1);
 
 /// The counters.
 #[derive(Debug)]
@@ -45,7 +51,7 @@ pub(super) struct Tables {
 
 /// Where a level begins in its part.
 pub(super) const fn start_of(level: usize) -> usize {
-    LEVEL * level
+    LEVEL * if level < APART { level } else { APART - 1 }
 }
 
 /// The size of a level's granules, as a power of two.

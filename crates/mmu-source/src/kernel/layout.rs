@@ -21,6 +21,8 @@ pub(super) mod header {
     pub(in super::super) const ARMED: usize = 160;
     /// How many of them are wider than the filter.
     pub(in super::super) const WIDE: usize = 168;
+    /// Nothing: zero.
+    pub(in super::super) const ZERO: usize = 176;
     /// How many of them belong to each level: a word for each.
     pub(in super::super) const RANGES: usize = 192;
     /// How many hits found B's count at zero. For guesses: processors overwrite each other's

@@ -16,7 +16,7 @@
 //! }
 //! for (granule = start >> shift[level]; granule <= last >> shift[level]; granule++)
 //!     if (sum[level][hash(granule)]) goto hit;
-//! while (++level < LEVELS)
+//! for (level = 1; level < LEVELS; level++)            // Of the event's level and finer: once more.
 //!     if (ranges[level] && (own[level][hash(start >> shift[level])] || own[level][hash(last >> shift[level])])) goto hit;
 //! return;
 //! // A granule is armed if both of its counters are above zero: `hash` stands for two.
@@ -33,10 +33,11 @@
 //! if (count && *count == 0) answered = number;
 //! ```
 //!
-//! The loops over levels are unrolled by [`build`].
+//! The loops over levels are unrolled by [`build`]. The loop over granules stands there once, for
+//! all levels.
 
 use super::asm::{Assembler, If, Op, PEEKED, Reg};
-use super::filter::{FACTORS, LEVELS, LINE_BITS, SPAN, shift, start_of};
+use super::filter::{FACTORS, LEVELS, LINE_BITS, SPAN, STARTS, shift, start_of};
 use super::layout::{header, private};
 use super::owner;
 use Reg::{R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, R10};
@@ -48,7 +49,10 @@ const RECORD: i32 = 24;
 const START: Reg = R6;
 const LAST: Reg = R7;
 const HEADER: Reg = R8;
-const HASHES: [Reg; 2] = [R1, R9];
+/// The factor of the first hash; that of the second is wanted less often.
+const FACTOR: Reg = R1;
+/// Where the counters of the event's level begin.
+const BASE: Reg = R9;
 
 /// A place to jump to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -60,8 +64,11 @@ enum Label {
     Count,
     Lost,
     Out,
+    /// The event is too wide for the levels before.
     Level(usize),
-    Granule(usize),
+    /// The first granule of the event.
+    First,
+    Granule,
     /// Behind the test of a granule that is not armed; they are numbered.
     Passed(usize),
     Coarser(usize),
@@ -95,22 +102,38 @@ pub(super) struct Maps<'a> {
 
 type Code = Assembler<Label>;
 
+/// Whose counters are looked at.
+#[derive(Debug, Clone, Copy)]
+enum Base {
+    /// Those of the event's level: register [`BASE`] says where they begin.
+    Event,
+    Of(usize),
+}
+
 impl Code {
     /// Jumps to `Hit` if both counters of the granule in `granule` are above zero. Uses registers 0
     /// and 4.
-    fn test_granule(&mut self, level: usize, table: BorrowedFd<'_>, granule: Reg) {
+    fn test_granule(&mut self, base: Base, table: BorrowedFd<'_>, granule: Reg) {
         let passed = Label::Passed(self.len());
-        for hash in HASHES {
+        for (number, factor) in FACTORS.into_iter().enumerate() {
             self.op_reg(Op::Mov, R4, granule);
             self.op(Op::Shr, R4, 4);
-            self.op_reg(Op::Mul, R4, hash);
+            if number == 0 {
+                self.op_reg(Op::Mul, R4, FACTOR);
+            } else {
+                self.constant(R0, factor);
+                self.op_reg(Op::Mul, R4, R0);
+            }
             self.op(Op::Shr, R4, 64 - LINE_BITS as i32);
             self.op(Op::Shl, R4, 5);
             self.op_reg(Op::Mov, R0, granule);
             self.op(Op::And, R0, 15);
             self.op(Op::Shl, R0, 1);
             self.op_reg(Op::Add, R4, R0);
-            self.op(Op::Add, R4, start_of(level) as i32);
+            match base {
+                Base::Event => self.op_reg(Op::Add, R4, BASE),
+                Base::Of(level) => self.op(Op::Add, R4, start_of(level) as i32),
+            }
             self.map_value(R0, table);
             self.op_reg(Op::Add, R0, R4);
             self.load_u16(R0, R0);
@@ -118,6 +141,10 @@ impl Code {
         }
         self.goto(Label::Hit);
         self.label(passed);
+    }
+
+    fn constant(&mut self, dst: Reg, value: u64) {
+        self.wide(dst, 0, value as u32, (value >> 32) as u32);
     }
 
     /// `first = start >> shift; last = last >> shift` into registers 2 and 3.
@@ -155,36 +182,40 @@ pub(super) fn build(maps: Maps<'_>, audience: Audience) -> Vec<u64> {
     a.jump(If::Equal, R2, 0, Label::Out);
     a.load(R2, HEADER, word(header::WIDE));
     a.jump(If::NotEqual, R2, 0, Label::Hit);
-    for (hash, factor) in HASHES.into_iter().zip(FACTORS) {
-        a.wide(hash, 0, factor as u32, (factor >> 32) as u32);
-    }
+    a.constant(FACTOR, FACTORS[0]);
     for level in 0..LEVELS {
         a.granules(level);
         a.op_reg(Op::Mov, R4, R3);
         a.op_reg(Op::Sub, R4, R2);
-        a.jump(If::Less, R4, SPAN as i32, Label::Level(level));
+        a.jump(If::NotLess, R4, SPAN as i32, Label::Level(level + 1));
+        a.op(Op::Mov, BASE, start_of(level) as i32);
+        a.goto(Label::First);
+        a.label(Label::Level(level + 1));
     }
     a.goto(Label::Hit);
-    for level in 0..LEVELS {
-        a.label(Label::Level(level));
-        // Register 5 bounds the loop where the verifier can see it.
-        a.op(Op::Mov, R5, 0);
-        a.label(Label::Granule(level));
-        a.test_granule(level, maps.sum, R2);
-        a.op(Op::Add, R2, 1);
-        a.jump_reg(If::Greater, R2, R3, Label::Coarser(level + 1));
-        a.op(Op::Add, R5, 1);
-        a.jump(If::Less, R5, SPAN as i32, Label::Granule(level));
-        a.goto(Label::Hit);
-    }
+    a.label(Label::First);
+    // The verifier goes through the loop once for each value of a register that it knows. So it is
+    // kept from knowing this one: the word is always zero.
+    a.load(R4, HEADER, word(header::ZERO));
+    a.op_reg(Op::Add, BASE, R4);
+    a.op(Op::And, BASE, STARTS as i32);
+    // Register 5 bounds the loop where the verifier can see it.
+    a.op(Op::Mov, R5, 0);
+    a.label(Label::Granule);
+    a.test_granule(Base::Event, maps.sum, R2);
+    a.op(Op::Add, R2, 1);
+    a.jump_reg(If::Greater, R2, R3, Label::Coarser(1));
+    a.op(Op::Add, R5, 1);
+    a.jump(If::Less, R5, SPAN as i32, Label::Granule);
+    a.goto(Label::Hit);
     for level in 1..LEVELS {
         a.label(Label::Coarser(level));
         a.load(R0, HEADER, word(header::RANGES + 8 * level));
         a.jump(If::Equal, R0, 0, Label::Coarser(level + 1));
         a.granules(level);
-        a.test_granule(level, maps.own, R2);
+        a.test_granule(Base::Of(level), maps.own, R2);
         a.jump_reg(If::Equal, R2, R3, Label::Coarser(level + 1));
-        a.test_granule(level, maps.own, R3);
+        a.test_granule(Base::Of(level), maps.own, R3);
     }
     a.label(Label::Coarser(LEVELS));
     a.goto(Label::Out);

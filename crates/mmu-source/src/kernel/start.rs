@@ -30,7 +30,7 @@ impl Kernel {
     /// Starts the source, or returns the one that runs already.
     ///
     /// It opens `/dev/kvm`, makes a virtual machine that is never run, loads BPF programs, and
-    /// starts three threads that sleep until there is something to do. Some 9 MiB of kernel memory.
+    /// starts three threads that sleep until there is something to do. Some 5 MiB of kernel memory.
     /// None of its descriptors is in the program's table.
     ///
     /// # Blocking
