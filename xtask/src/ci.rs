@@ -52,6 +52,12 @@ const STEPS: &[Step] = &[
     step("tidy", "cargo xtask tidy"),
     step("clippy", "cargo clippy --workspace --all-targets -- -D warnings"),
     step("packages", "cargo xtask packages"),
+    step(
+        "the oldest compiler",
+        "cargo +1.85 check --workspace --lib --bins --examples --exclude bench --exclude stress --exclude testkit \
+         --exclude xtask --target-dir target/oldest",
+    )
+    .needs("cargo +1.85 --version"),
     step("docs", "cargo doc --workspace --no-deps").env(&[("RUSTDOCFLAGS", "-Dwarnings")]),
     // Only then does rustdoc compare why an example does not compile with what it says.
     step("what must not compile", "cargo test --workspace --doc").env(&[("RUSTC_BOOTSTRAP", "1")]),

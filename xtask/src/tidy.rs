@@ -1,7 +1,8 @@
 //! What the compiler does not check: file sizes, widths of comments, which crate may use which,
-//! circles of modules, the pairs of ordering comments, and that each scenario of the contract has a
-//! test.
+//! circles of modules, syntax that the oldest compiler lacks, the pairs of ordering comments, and
+//! that each scenario of the contract has a test.
 
+mod chains;
 mod circles;
 
 use cargo_metadata::MetadataCommand;
@@ -41,6 +42,7 @@ pub(crate) fn run(root: &Path) -> ExitCode {
     widths(&sources, &mut complaints);
     edges(root, &mut complaints);
     circles::check(&sources, &mut complaints);
+    chains::check(&sources, &mut complaints);
     orders(root, &sources, &mut complaints);
     scenarios(root, &sources, &mut complaints);
     for complaint in &complaints {

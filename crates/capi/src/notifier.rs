@@ -265,7 +265,7 @@ unsafe fn get_locked(function: &str, ops: NonNull<Ops>, mm: *mut MmStruct) -> Re
     let made = guarded!("mmu_notifier_ops.alloc_notifier", call());
     let Some(notifier) = NonNull::new(made) else { return Err(-libc::ENOMEM) };
     if is_error(made) {
-        return Err(c_int::try_from(made.addr().cast_signed()).expect("an error number is small"));
+        return Err(c_int::try_from(made.addr() as isize).expect("an error number is small"));
     }
     // SAFETY: The place must be valid: a notifier that the driver has just made.
     unsafe { (*made).ops = ops.as_ptr() };
@@ -286,7 +286,7 @@ fn pointer(result: Result<NonNull<MmuNotifier>, Refused>) -> *mut MmuNotifier {
 
 /// `IS_ERR`.
 fn is_error(pointer: *mut MmuNotifier) -> bool {
-    pointer.addr() >= (-4095_isize).cast_unsigned()
+    pointer.addr() >= -4095_isize as usize
 }
 
 /// Runs `f` under the write lock.

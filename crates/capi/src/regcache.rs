@@ -276,8 +276,10 @@ export! {
         // SAFETY: Null or open: so says the header.
         let Some(open) = (unsafe { cache.as_ref() }) else { return 0 };
         let is_inherited = open.mmun.mm.is_inherited();
-        if !is_inherited && let Err(code) = open.empty() {
-            return code;
+        if !is_inherited {
+            if let Err(code) = open.empty() {
+                return code;
+            }
         }
         // SAFETY: It came from `Box::into_raw`, and the caller gives it up: so says the header.
         let Regcache { cache, device, mmun } = *unsafe { Box::from_raw(cache) };

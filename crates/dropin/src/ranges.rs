@@ -112,9 +112,8 @@ impl Ranges {
     /// Marks a registration that nothing can watch: it is never valid.
     pub(crate) fn give_up(&self, start: u64, len: u64, change: Change) {
         let mut table = self.lock();
-        if let Some(entry) = table.classes[class(len)].get_mut(&(start, len))
-            && entry.stale.is_none()
-        {
+        let entry = table.classes[class(len)].get_mut(&(start, len));
+        if let Some(entry) = entry.filter(|entry| entry.stale.is_none()) {
             entry.stale = Some(change);
             // ORDER(dropin-dirty): Release. Partner: `is_clean`.
             self.dirty.fetch_add(1, Ordering::Release);

@@ -89,7 +89,7 @@ impl VaRange {
     /// `mmu_notifier_range_init`, include/linux/mmu_notifier.h. Differs: the kernel accepts an
     /// empty range, and one at address zero then hits every interval.
     pub const fn new(start: Va, end: Va) -> Result<Self, InvalidRange> {
-        if start.0 < end.0 && start.0.is_multiple_of(PAGE_SIZE) && end.0.is_multiple_of(PAGE_SIZE) {
+        if start.0 < end.0 && start.0 % PAGE_SIZE == 0 && end.0 % PAGE_SIZE == 0 {
             Ok(Self { first: start.0, last: end.0 - 1 })
         } else {
             Err(InvalidRange { start, last: Va(end.0.wrapping_sub(1)) })

@@ -258,7 +258,7 @@ impl<G> Reading<G> {
 
     /// Calls `f` for each subscriber, newest first, and continues after one that panics.
     pub(crate) fn for_each(&self, mm: &Mm, mut f: impl FnMut(&dyn Notifier)) {
-        self.walk().each(|node| mm.catching(|| f(node.callbacks())));
+        self.walk().each(|node| mm.catching(|| f(node.callbacks().notifier())));
     }
 
     /// Calls the non-blockable start of every subscriber. If any of them refuses, closes the window

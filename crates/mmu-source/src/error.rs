@@ -4,6 +4,7 @@ use mmu_notifier::VaRange;
 use std::ffi::OsString;
 use std::fmt;
 use std::io;
+use std::path::Path;
 
 /// Why a source could not do what it was asked.
 ///
@@ -115,7 +116,7 @@ impl Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Error::Exec { program, .. } => write!(f, "execve on {}", program.display()),
+            Error::Exec { program, .. } => write!(f, "execve on {}", Path::new(program).display()),
             Error::Spawn { call, .. } => write!(f, "{call} on the new process"),
             Error::Attach { pid, .. } => write!(f, "PTRACE_SEIZE on pid {pid}"),
             Error::Kernel { call, tid: Some(tid), .. } => write!(f, "{call} on task {tid}"),

@@ -41,7 +41,7 @@ pub(crate) fn mmap(
     }
     let mut length = length;
     // The smallest huge page; an address that is no multiple of it is refused.
-    if !has(libc::MAP_ANONYMOUS) && address.is_multiple_of(HUGE_PAGE) {
+    if !has(libc::MAP_ANONYMOUS) && address % HUGE_PAGE == 0 {
         length = file_page().and_then(|page| length.checked_next_multiple_of(page)).unwrap_or(length);
     }
     if has(libc::MAP_HUGETLB) {
@@ -94,10 +94,10 @@ pub(crate) fn mremap(
         add(ranges, new, new_length);
     } else if has(libc::MREMAP_DONTUNMAP) || (has(libc::MREMAP_MAYMOVE) && new_length > old_length) {
         add(ranges, old, old_length);
-    } else if new_length < old_length
-        && let Some(tail) = old.checked_add(new_length)
-    {
-        add(ranges, tail, old_length - new_length);
+    } else if new_length < old_length {
+        if let Some(tail) = old.checked_add(new_length) {
+            add(ranges, tail, old_length - new_length);
+        }
     }
 }
 

@@ -55,7 +55,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 use std::thread;
 use sys::Message;
 
@@ -152,13 +152,15 @@ impl Uffd {
         let vault = Vault::open(c"mmu-uffd-vault", kernel_error, move |_| Reader::start(shared))?;
         let mut uffd = Self { inner, vault: Some(vault), teller: None };
         let inner = Arc::clone(&uffd.inner);
+        let (started, start) = mpsc::channel();
         let tell = move || {
             let _ = inner.teller.set(thread::current());
+            let _ = started.send(());
             inner.tell();
         };
         let thread = Thread::spawn(c"mmu-uffd-tell", tell).map_err(|error| kernel_error("start of a thread", error))?;
         uffd.teller = Some(thread);
-        uffd.inner.teller.wait();
+        start.recv().expect("the thread has started");
         // A thread allocates as it starts. A fork at that time would hold the allocator's lock and
         // wait for the reader.
         uffd.ask();

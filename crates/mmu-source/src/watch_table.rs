@@ -241,10 +241,8 @@ pub(crate) fn enter(
 
 impl Node {
     fn touch(&self, range: VaRange, number: u64) {
-        if let Some(watched) = &self.watched
-            && watched.range.overlaps(range)
-            && number > watched.base
-        {
+        let is_told = |watched: &&Watched| watched.range.overlaps(range) && number > watched.base;
+        if let Some(watched) = self.watched.as_ref().filter(is_told) {
             watched.word.touch();
         }
     }

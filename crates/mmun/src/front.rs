@@ -6,7 +6,8 @@
 //! shell gets the terminal back when the program is stopped; the tracer ignores it, because it has
 //! to see the program's own stop through.
 
-use std::io::{self, PipeReader, PipeWriter, Read, Write};
+use std::fs::File;
+use std::io::{Read, Write};
 
 use rustix::process::{Pid, WaitOptions};
 
@@ -17,7 +18,7 @@ use crate::sys::{self, Fork};
 /// The tracer's end of the pipe.
 #[derive(Debug)]
 pub(crate) struct Front {
-    pipe: PipeWriter,
+    pipe: File,
     pid: Option<Pid>,
 }
 
@@ -40,7 +41,7 @@ impl Front {
 /// Runs `tracer` in a process of its own and returns what it told.
 pub(crate) fn run(tracer: impl FnOnce(Front)) -> Outcome {
     let pid = Some(rustix::process::getpid());
-    let forked = io::pipe().and_then(|pipe| Ok((pipe, sys::fork()?)));
+    let forked = sys::pipe().and_then(|pipe| Ok((pipe, sys::fork()?)));
     let ((reader, writer), (side, held)) = match forked {
         Ok(forked) => forked,
         Err(error) => {
@@ -66,7 +67,7 @@ pub(crate) fn run(tracer: impl FnOnce(Front)) -> Outcome {
     }
 }
 
-fn listen(mut pipe: PipeReader, tracer: Pid) -> Outcome {
+fn listen(mut pipe: File, tracer: Pid) -> Outcome {
     let wait = || rustix::process::waitpid(Some(tracer), WaitOptions::empty()).ok().flatten();
     let mut told = [0; 6];
     match pipe.read_exact(&mut told) {

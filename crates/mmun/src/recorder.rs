@@ -218,19 +218,16 @@ impl Inner {
             site: seen.and_then(|seen| seen.site).filter(|_| self.list_stacks),
             own: change.and_then(|change| change.own),
         };
-        if let Some(summary) = &mut self.summary
-            && let Some(change) = &change
-        {
+        if let (Some(summary), Some(change)) = (&mut self.summary, &change) {
             summary.add(change, comm);
         }
         if let Some(lifecycle) = &mut self.lifecycle {
             lifecycle.add(record, comm);
         }
-        if let Some(samples) = &mut self.samples
-            && let Some(change) = change
-            && change.span.cause == "munmap"
-        {
-            samples.extend(change.own);
+        if let (Some(samples), Some(change)) = (&mut self.samples, change) {
+            if change.span.cause == "munmap" {
+                samples.extend(change.own);
+            }
         }
         let out = &mut self.output.buffer;
         match &mut self.writer {
@@ -290,9 +287,7 @@ impl Inner {
                 summary.write_text(out, &sources);
             }
         }
-        if let Some(lifecycle) = self.lifecycle.take()
-            && !self.json
-        {
+        if let Some(lifecycle) = self.lifecycle.take().filter(|_| !self.json) {
             part(out);
             lifecycle.write_text(out);
         }

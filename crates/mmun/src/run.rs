@@ -115,7 +115,7 @@ fn is_stopped(pid: i32) -> bool {
 
 /// Which program could not be run, and why.
 fn refused(program: &OsString, error: &io::Error) -> Outcome {
-    complain(&format!("execve on {}: {}", program.display(), reason(error)));
+    complain(&format!("execve on {}: {}", Path::new(program).display(), reason(error)));
     match error.kind() {
         io::ErrorKind::NotFound => NOT_FOUND,
         _ => NOT_EXECUTABLE,

@@ -128,9 +128,8 @@ impl Summary {
         if tables.has(By::Cause) {
             self.causes.entry(change.span.cause).or_default().add(change, wall);
         }
-        if matches!(change.span.event, events::UNMAP | events::CLEAR)
-            && let Some(pages) = seen.pages
-        {
+        let removes = matches!(change.span.event, events::UNMAP | events::CLEAR);
+        if let Some(pages) = seen.pages.filter(|_| removes) {
             let (all, nothing) = self.removals.get_or_insert_default();
             *all += 1;
             *nothing += u64::from(change.failed() || pages.resident + pages.swapped == 0);

@@ -11,10 +11,12 @@ mod relay;
 
 pub(crate) use relay::{Relay, end_relay, start_under_relay, stop_as};
 
+use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering::Relaxed};
 
+use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Signal};
 
 /// Set when tracing is to end early. Nothing but the flag is handed over, so it needs no ordering.
@@ -28,6 +30,15 @@ static TRACER: AtomicI32 = AtomicI32::new(0);
 const ENDING: [i32; 6] = [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM, libc::SIGUSR1, libc::SIGUSR2];
 /// Tells the tracer that the front is gone. Nobody sends it by hand.
 const ORPHANED: i32 = libc::SIGIO;
+
+/// Makes a pipe that programs do not inherit: the end to read from and the end to write to.
+///
+/// # Errors
+/// `EMFILE` or `ENFILE`.
+pub(crate) fn pipe() -> io::Result<(File, File)> {
+    let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
+    Ok((reader.into(), writer.into()))
+}
 
 /// Which side of a fork this is.
 pub(crate) enum Fork {

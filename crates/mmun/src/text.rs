@@ -154,13 +154,11 @@ impl Text {
                 self.lines(out, &self.held.list, Part::Whole);
                 self.held.clear();
             }
-        } else if let Some(cut) = self.cut.get_mut(&tid)
-            && cut.end(record, span, end)
-            && cut.open == 0
-            && let Some(done) = self.cut.remove(&tid)
-        {
-            self.flush(out);
-            self.lines(out, &done.list, Part::Resumed);
+        } else if self.cut.get_mut(&tid).is_some_and(|cut| cut.end(record, span, end) && cut.open == 0) {
+            if let Some(done) = self.cut.remove(&tid) {
+                self.flush(out);
+                self.lines(out, &done.list, Part::Resumed);
+            }
         }
     }
 
@@ -337,7 +335,7 @@ impl Text {
 /// Cut to so many bytes as the kernel keeps, at a character.
 fn cut(comm: &str) -> Comm {
     let mut name = [0; 15];
-    let length = comm.floor_char_boundary(name.len());
+    let length = (0..=name.len()).rev().find(|length| comm.is_char_boundary(*length)).unwrap_or(0);
     name[..length].copy_from_slice(&comm.as_bytes()[..length]);
     (name, length as u8)
 }

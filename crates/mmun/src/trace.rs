@@ -226,12 +226,15 @@ fn keep(keeper: Keeper) {
 /// Says why, in one line, and how to end.
 fn fail(error: &Error) -> Outcome {
     let mut line = explain(error);
-    if let Error::Exec { program, source } = error
-        && source.kind() == io::ErrorKind::NotFound
-        && program.as_encoded_bytes().contains(&b'/')
-        && Path::new(program).exists()
-    {
-        line.push_str("; the file is there, its interpreter is not");
+    match error {
+        Error::Exec { program, source }
+            if source.kind() == io::ErrorKind::NotFound
+                && program.as_encoded_bytes().contains(&b'/')
+                && Path::new(program).exists() =>
+        {
+            line.push_str("; the file is there, its interpreter is not");
+        }
+        _ => {}
     }
     complain(&line);
     match error {

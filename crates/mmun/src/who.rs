@@ -42,12 +42,11 @@ impl Who {
             named.ended = true;
         }
         named.records = named.records.saturating_add(1);
-        let is_power_of_eight = named.records.is_power_of_two() && named.records.trailing_zeros().is_multiple_of(3);
-        if is_power_of_eight
-            && !is_late
-            && let Some(name) = read(task.tid)
-        {
-            named.name = name;
+        let is_power_of_eight = named.records.is_power_of_two() && named.records.trailing_zeros() % 3 == 0;
+        if is_power_of_eight && !is_late {
+            if let Some(name) = read(task.tid) {
+                named.name = name;
+            }
         }
         &named.name
     }

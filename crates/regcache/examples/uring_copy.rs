@@ -128,7 +128,7 @@ fn copy(
 fn remap(used: &Receiver<Buffer>, free: &Sender<Buffer>) -> io::Result<u64> {
     let mut count = 0;
     for (number, Buffer(place)) in used.iter().enumerate() {
-        if !number.is_multiple_of(3) {
+        if number % 3 != 0 {
             let _ = free.send(Buffer(place));
             continue;
         }

@@ -197,7 +197,7 @@ fn history(seed: u64) {
             0..3 => {
                 // SAFETY: The table is static and the address space has a user.
                 let got = unsafe { mmun::mmun_get(ops(key), mm_c) };
-                let error = got.addr().cast_signed() as i64;
+                let error = got.addr() as i64;
                 let in_c = if (-4095..0).contains(&error) { error } else { 0 };
                 if in_c == 0 {
                     held_c[key].push(got);

@@ -24,7 +24,7 @@ pub(crate) fn build(compiler: &'static str, source: &str, variant: &str, flags: 
     }
     let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/programs").join(source);
-    let name = format!("{}-{compiler}-{variant}-{}", source.file_stem().unwrap().display(), std::process::id());
+    let name = format!("{}-{compiler}-{variant}-{}", source.file_stem().unwrap().to_string_lossy(), std::process::id());
     let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
     if program.exists() {
         return Some(program);

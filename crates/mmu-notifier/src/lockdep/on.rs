@@ -121,9 +121,8 @@ impl Map {
         let Some(index) = self.record() else { return Held::nothing() };
         for mm in inside() {
             TABLE[index].taken_inside.add(mm, place);
-            if let Some(waited) = TABLE[index].held_while_waiting.find(mm)
-                && !thread::panicking()
-            {
+            let waited = TABLE[index].held_while_waiting.find(mm);
+            if let Some(waited) = waited.filter(|_| !thread::panicking()) {
                 panic!(
                     "lock order: `{}` is taken at {place} inside a bracket or callback, and was held at {waited} by a thread \
                      that waited for those to end; let go of it before waiting",
@@ -222,9 +221,7 @@ impl Drop for Callback {
 ///
 /// A panic in a callback may allocate its message: it is found, and reported, without this.
 pub(super) fn might_allocate(call: &str) {
-    if let Some((notifier, method)) = CALLED.get()
-        && !thread::panicking()
-    {
+    if let Some((notifier, method)) = CALLED.get().filter(|_| !thread::panicking()) {
         CALLED.set(None);
         stop(format_args!(
             "`{}` of `{}` {call} memory: a callback may run in the middle of `free`, whose locks it would wait for; \
@@ -238,9 +235,7 @@ pub(super) fn might_allocate(call: &str) {
         Lock::State(_) => Some("the state of an interval"),
     };
     for (lock, held) in HELD.with(|cells| cells.each_ref().map(Cell::get)).into_iter().flatten() {
-        if let Some(name) = taken_in_callback(lock)
-            && !thread::panicking()
-        {
+        if let Some(name) = taken_in_callback(lock).filter(|_| !thread::panicking()) {
             HELD.with(|cells| cells.iter().for_each(|cell| cell.set(None)));
             stop(format_args!(
                 "the holder of `{name}` (locked at {held}, and in a callback) {call} memory: the allocator may make a memory \

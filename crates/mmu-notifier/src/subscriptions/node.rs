@@ -109,6 +109,8 @@ pub(super) trait Callbacks: Notifier {
     /// Does not catch a panic: the caller must know of it, to record that the start may have been
     /// made.
     fn try_start(&self, range: &InvalidateRange<'_>) -> Result<(), WouldBlock>;
+    /// The same subscriber, for its rarer callbacks.
+    fn notifier(&self) -> &dyn Notifier;
 }
 
 impl<N: Notifier> Callbacks for N {
@@ -125,6 +127,10 @@ impl<N: Notifier> Callbacks for N {
     fn try_start(&self, range: &InvalidateRange<'_>) -> Result<(), WouldBlock> {
         let _callback = lockdep::callback::<N>("try_invalidate_range_start");
         self.try_invalidate_range_start(range)
+    }
+
+    fn notifier(&self) -> &dyn Notifier {
+        self
     }
 }
 

@@ -130,7 +130,7 @@ impl Memory {
     fn copy(&self, page: usize, value: &mut u64, write: bool) -> bool {
         let local = libc::iovec { iov_base: std::ptr::from_mut(value).cast(), iov_len: 8 };
         let remote = libc::iovec { iov_base: self.address(page) as *mut libc::c_void, iov_len: 8 };
-        let me = std::process::id().cast_signed();
+        let me = std::process::id() as i32;
         let call = if write { libc::process_vm_writev } else { libc::process_vm_readv };
         // SAFETY: `local` is a live `u64`; `remote` is checked by the kernel, and belongs to this
         // test.

@@ -158,10 +158,10 @@ fn plan_rare(number: u64, args: &[u64; 6], ranges: &mut Ranges) -> Event {
                 false => a0,
             };
             // A length of zero does nothing, and one that runs past the end is refused.
-            if a1 != 0
-                && let Some(length) = a1.checked_add(a0 - start)
-            {
-                add(ranges, start, length);
+            if a1 != 0 {
+                if let Some(length) = a1.checked_add(a0 - start) {
+                    add(ranges, start, length);
+                }
             }
             Event::ProtectionVma
         }

@@ -92,7 +92,7 @@ impl<'a> Code64<'a> {
         for index in self.occurrences(SYSCALL) {
             let at = self.start + index as u64;
             let before = &self.bytes[index.saturating_sub(MAX_MOVED as usize)..index];
-            if !before.array_windows().any(sets_number) && !is_generic(at) {
+            if !before.windows(PATCH).any(sets_number) && !is_generic(at) {
                 continue;
             }
             let start = starts.at_or_before(at.saturating_sub(NEAR)).unwrap_or(0).max(self.start);
@@ -166,8 +166,9 @@ impl<'a> Code64<'a> {
             }
         }
         let mut targets = Vec::new();
-        for (next, distance) in (DISTANCE..).zip(self.bytes.array_windows::<DISTANCE>()) {
-            let target = next.wrapping_add_signed(i32::from_le_bytes(*distance) as isize);
+        for (next, distance) in (DISTANCE..).zip(self.bytes.windows(DISTANCE)) {
+            let distance = i32::from_le_bytes(distance.try_into().expect("a window has its length"));
+            let target = next.wrapping_add_signed(distance as isize);
             if !blocks[(target / BLOCK).min(outside)] {
                 continue;
             }
@@ -290,10 +291,10 @@ const LOOK_AHEAD: usize = 100;
 const STATUS: u32 = Flags::OF | Flags::SF | Flags::ZF | Flags::AF | Flags::CF | Flags::PF;
 
 /// Tells whether five bytes are `mov $number, %eax` with the number of a call that is hooked.
-fn sets_number(code: &[u8; PATCH]) -> bool {
-    let [opcode, number @ ..] = *code;
-    let number = libc::c_long::from(u32::from_le_bytes(number));
-    opcode == 0xb8 && CALLS.iter().any(|call| call.0 == number)
+fn sets_number(code: &[u8]) -> bool {
+    let &[0xb8, ref number @ ..] = code else { return false };
+    let number = number.try_into().map(|number| libc::c_long::from(u32::from_le_bytes(number)));
+    number.is_ok_and(|number| CALLS.iter().any(|call| call.0 == number))
 }
 
 /// Returns where an instruction jumps to or what it calls, if it says so by itself.

@@ -6,8 +6,9 @@
 pub(super) struct Starts<'a> {
     /// Where the section stands: the entries count from there.
     base: u64,
-    /// In order of address. The first half of an entry is the start of a function.
-    entries: &'a [[u8; ENTRY]],
+    /// Of [`ENTRY`] bytes each, in order of address. The first half of an entry is the start of a
+    /// function.
+    entries: &'a [u8],
 }
 
 const ENTRY: usize = 8;
@@ -27,8 +28,9 @@ impl<'a> Starts<'a> {
             }
             let (_, rest) = rest.split_first_chunk::<4>()?;
             let (count, table) = rest.split_first_chunk::<4>()?;
-            let entries = table.as_chunks().0.get(..u32::from_le_bytes(*count) as usize)?;
-            entries.is_sorted_by_key(distance).then_some(Self { base, entries })
+            let size = (u32::from_le_bytes(*count) as usize).checked_mul(ENTRY)?;
+            let entries = table.get(..size)?;
+            entries.chunks_exact(ENTRY).is_sorted_by_key(distance).then_some(Self { base, entries })
         };
         parse().unwrap_or_default()
     }
@@ -36,26 +38,35 @@ impl<'a> Starts<'a> {
     /// Returns the last start that is not above `address`.
     pub(super) fn at_or_before(self, address: u64) -> Option<u64> {
         let index = self.first_after(address).checked_sub(1)?;
-        Some(self.start(&self.entries[index]))
+        self.start(index)
     }
 
     /// Returns the first start above `address`.
     pub(super) fn after(self, address: u64) -> Option<u64> {
-        self.entries.get(self.first_after(address)).map(|entry| self.start(entry))
+        self.start(self.first_after(address))
     }
 
     fn first_after(self, address: u64) -> usize {
-        self.entries.partition_point(|entry| self.start(entry) <= address)
+        let (mut low, mut high) = (0, self.entries.len() / ENTRY);
+        while low < high {
+            let middle = low.midpoint(high);
+            if self.start(middle).is_some_and(|start| start <= address) {
+                low = middle + 1;
+            } else {
+                high = middle;
+            }
+        }
+        low
     }
 
-    fn start(self, entry: &[u8; ENTRY]) -> u64 {
-        self.base.wrapping_add_signed(distance(entry).into())
+    fn start(self, index: usize) -> Option<u64> {
+        let entry = self.entries.get(index * ENTRY..)?;
+        Some(self.base.wrapping_add_signed(distance(entry)?.into()))
     }
 }
 
-fn distance(entry: &[u8; ENTRY]) -> i32 {
-    let [a, b, c, d, ..] = *entry;
-    i32::from_le_bytes([a, b, c, d])
+fn distance(entry: &[u8]) -> Option<i32> {
+    entry.first_chunk().map(|bytes| i32::from_le_bytes(*bytes))
 }
 
 #[cfg(test)]

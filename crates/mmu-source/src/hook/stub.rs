@@ -10,7 +10,7 @@
 #![allow(unsafe_code, reason = "assembly")]
 
 use super::handler::{enter, enter_function};
-use std::arch::naked_asm;
+use std::arch::global_asm;
 
 /// What a stub keeps besides the general registers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,6 +33,31 @@ pub(super) fn stub(keep: Keep) -> Option<unsafe extern "C" fn()> {
         (false, true) => Some(all_avx),
         (false, false) => Some(all_sse),
     }
+}
+
+/// Defines a function that consists of these instructions and has no frame but what they make.
+///
+/// The symbol is hidden from other objects, and names the version, as a program may contain two
+/// versions of this crate.
+macro_rules! naked {
+    ($visibility:vis fn $name:ident($($argument:ident: $type:ty),*), $symbol:expr, [$($code:expr),* $(,)?] $($operands:tt)*) => {
+        unsafe extern "C" {
+            #[link_name = concat!("mmu_source_", env!("CARGO_PKG_VERSION"), "_", $symbol)]
+            $visibility fn $name($($argument: $type),*);
+        }
+
+        global_asm!(
+            ".pushsection .text.mmu_source, \"ax\", @progbits",
+            ".balign 16",
+            concat!(".globl \"mmu_source_", env!("CARGO_PKG_VERSION"), "_", $symbol, "\""),
+            concat!(".hidden \"mmu_source_", env!("CARGO_PKG_VERSION"), "_", $symbol, "\""),
+            concat!(".type \"mmu_source_", env!("CARGO_PKG_VERSION"), "_", $symbol, "\", @function"),
+            concat!("\"mmu_source_", env!("CARGO_PKG_VERSION"), "_", $symbol, "\":"),
+            $($code,)*
+            ".popsection"
+            $($operands)*
+        );
+    };
 }
 
 /// Begins a stub: a frame, and the arguments in memory, in order, with their address in `rsi` and
@@ -66,17 +91,15 @@ macro_rules! end {
     };
 }
 
-#[unsafe(naked)]
-unsafe extern "C" fn lean() {
-    naked_asm!(begin!(), "and rsp, -16", "call {enter}", end!(), "ret", enter = sym enter)
-}
+naked!(fn lean(), "lean", [begin!(), "and rsp, -16", "call {enter}", end!(), "ret"], enter = sym enter);
 
 /// A stub that moves numbered registers to memory and back, one by one.
 macro_rules! all {
     ($name:ident, $mov:literal, $register:literal, $size:literal, [$($n:literal)*], [$($mask:literal)*]) => {
-        #[unsafe(naked)]
-        unsafe extern "C" fn $name() {
-            naked_asm!(
+        naked!(
+            fn $name(),
+            stringify!($name),
+            [
                 "pushfq",
                 begin!(),
                 concat!("sub rsp, ", $size, " * 32 + 64"),
@@ -89,9 +112,9 @@ macro_rules! all {
                 end!(),
                 "popfq",
                 "ret",
-                enter = sym enter,
-            )
-        }
+            ],
+            enter = sym enter
+        );
     };
 }
 
@@ -100,12 +123,13 @@ all!(all_avx, "vmovups", "ymm", "32", [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15], [
 all!(all_avx512, "vmovups", "zmm", "64",
     [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31], [0 1 2 3 4 5 6 7]);
 
-/// What a trampoline at the *entry* of a function jumps to: the number in `rax`, what to call in
-/// `r11`, the arguments and the stack as for the function. A function keeps no more than its
-/// callees do.
-#[unsafe(naked)]
-pub(super) unsafe extern "C" fn function() {
-    naked_asm!(
+// What a trampoline at the *entry* of a function jumps to: the number in `rax`, what to call in
+// `r11`, the arguments and the stack as for the function. A function keeps no more than its callees
+// do.
+naked!(
+    pub(super) fn function(),
+    "function",
+    [
         "push r9",
         "push r8",
         "push rcx",
@@ -119,9 +143,9 @@ pub(super) unsafe extern "C" fn function() {
         "call {enter}",
         "add rsp, 56",
         "ret",
-        enter = sym enter_function,
-    )
-}
+    ],
+    enter = sym enter_function
+);
 
 #[cfg(test)]
 mod tests {
@@ -146,9 +170,10 @@ mod tests {
     /// its second.
     macro_rules! through {
         ($name:ident, $mov:literal, $register:literal, [$($n:literal)*]) => {
-            #[unsafe(naked)]
-            unsafe extern "C" fn $name(from: *const Registers, to: *mut Registers, stub: Stub) {
-                naked_asm!(
+            naked!(
+                fn $name(from: *const Registers, to: *mut Registers, stub: Stub),
+                stringify!($name),
+                [
                     "push rbx", "push r12", "push r13",
                     "mov rbx, rdi", "mov r12, rsi", "mov r13, rdx",
                     $(concat!($mov, " ", $register, $n, ", [rbx + 64 * ", $n, "]"),)*
@@ -161,8 +186,8 @@ mod tests {
                     "mov [r12 + 2072], r10", "mov [r12 + 2080], r8", "mov [r12 + 2088], r9",
                     $(concat!($mov, " [r12 + 64 * ", $n, "], ", $register, $n),)*
                     "pop r13", "pop r12", "pop rbx", "ret",
-                )
-            }
+                ]
+            );
         };
     }
 

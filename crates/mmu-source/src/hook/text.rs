@@ -43,9 +43,7 @@ pub(super) unsafe fn apply(
         let mut end = start;
         let mut run = edits.clone();
         let mut count = 0;
-        while let Some(edit) = run.next()
-            && (count == 0 || page_of(edit.address) < end)
-        {
+        while let Some(edit) = run.next().filter(|edit| count == 0 || page_of(edit.address) < end) {
             end = page_of(edit.address + PATCH as u64 - 1) + PAGE_SIZE;
             count += 1;
         }

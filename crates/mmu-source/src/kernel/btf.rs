@@ -136,7 +136,7 @@ impl<'a> Btf<'a> {
         self.all()
             .filter(is_it)
             .find_map(|found| self.bit_in(&found, member, DEPTH, &mut left))
-            .and_then(|bit| bit.is_multiple_of(8).then_some(bit / 8))
+            .and_then(|bit| (bit % 8 == 0).then_some(bit / 8))
     }
 
     fn bit_in(&self, parent: &Type<'a>, member: &str, depth: u32, left: &mut u32) -> Option<u32> {

@@ -80,9 +80,8 @@ impl Intake {
     /// Without a target it would not end while others change memory faster.
     pub(super) fn run(&mut self, words: Words<'_>, target: u64) {
         self.look_for_losses(words);
-        while self.next <= target
-            && let Some(record) = self.ring.pop()
-        {
+        while self.next <= target {
+            let Some(record) = self.ring.pop() else { break };
             let range = range(record.start, record.end);
             self.watches.touch(range, record.number);
             if !self.mark(record.number) || !self.push(range) {
@@ -103,9 +102,7 @@ impl Intake {
     /// Queues a range; false if there is no room.
     fn push(&mut self, range: VaRange) -> bool {
         let upto = self.next - 1;
-        if let Some(last) = self.queue.back_mut()
-            && last.range.covers(range)
-        {
+        if let Some(last) = self.queue.back_mut().filter(|last| last.range.covers(range)) {
             // Both have been counted, and the callback of neither has run: one does for both.
             last.upto = upto;
             return true;

@@ -99,12 +99,14 @@ impl Kernel {
         })?;
         let inner = told.recv().expect("the vault has made it");
         let teller = Arc::clone(&inner);
+        let (started, start) = mpsc::channel();
         let tell = move || {
             let _ = teller.teller.set(thread::current());
+            let _ = started.send(());
             teller.tell();
         };
         Thread::spawn(c"mmu-kernel", tell).map_err(|error| kernel_error("start of a thread", error))?.detach();
-        inner.teller.wait();
+        start.recv().expect("the thread has started");
         Ok(Self { inner, vault: Some(vault) })
     }
 }

@@ -94,7 +94,7 @@ impl Attributes {
     /// Sets a pointer at a byte offset.
     fn pointer<T: ?Sized>(self, offset: usize, value: *const T) -> Self {
         let address = value.cast::<u8>().addr() as u64;
-        value.cast::<u8>().expose_provenance();
+        let _ = value.cast::<u8>().expose_provenance();
         self.word(offset, address as u32).word(offset + 4, (address >> 32) as u32)
     }
 
@@ -383,7 +383,7 @@ impl Shared {
 
     #[inline]
     fn place(&self, offset: usize, size: usize) -> NonNull<u8> {
-        assert!(offset.is_multiple_of(size) && offset + size <= self.bytes, "inside of the mapping, and aligned");
+        assert!(offset % size == 0 && offset + size <= self.bytes, "inside of the mapping, and aligned");
         // SAFETY: the offset was checked to be inside of the mapping, which is one allocation.
         unsafe { self.base.add(offset) }
     }

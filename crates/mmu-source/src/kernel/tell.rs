@@ -127,9 +127,9 @@ impl Inner {
         let telling = Flag::set(&TELLING)?;
         let handing = try_lock(&self.handing)?;
         let mut turn = Turn::default();
-        while self.handled() < target
-            && let Some(told) = self.with_intake(|intake, words| take(intake, words, target)).flatten()
-        {
+        while self.handled() < target {
+            let told = self.with_intake(|intake, words| take(intake, words, target)).flatten();
+            let Some(told) = told else { break };
             drop(current_ref().invalidate(told.range, Event::Clear));
             if self.is_inherited() {
                 // The callback has forked, and this is the child. What it does from here on would

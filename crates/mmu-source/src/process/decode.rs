@@ -95,9 +95,8 @@ impl Entry {
             Call::Brk if a0 == 0 => Event::Unmap,
             Call::Brk => {
                 let call = context.brk.begin(a0, context.alone, || maps::heap_end(self.maps()));
-                if let Some(end) = call.shrinks_from
-                    && proc::lowest_break(self.tid).is_none_or(|lowest| a0 >= lowest)
-                {
+                let is_allowed = |_: &u64| proc::lowest_break(self.tid).is_none_or(|lowest| a0 >= lowest);
+                if let Some(end) = call.shrinks_from.filter(is_allowed) {
                     ranges.extend(VaRange::new(Va::new(page_up(a0)), Va::new(page_up(end))));
                 }
                 if call.learn {
@@ -221,10 +220,10 @@ impl Entry {
                 self.maps().map_or(0, |maps| maps::holding(&maps, address).map_or(address, |mapping| mapping.start));
         }
         // A length of zero does nothing, and one that runs past the end is refused.
-        if length != 0
-            && let Some(length) = length.checked_add(address - start)
-        {
-            add(ranges, start, length);
+        if length != 0 {
+            if let Some(length) = length.checked_add(address - start) {
+                add(ranges, start, length);
+            }
         }
     }
 

@@ -426,9 +426,7 @@ impl Child<'_> {
         }
         // SAFETY: `SIG_DFL` is a valid disposition.
         unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
-        if let Some(filter) = self.filter
-            && !install(filter)
-        {
+        if self.filter.is_some_and(|filter| !install(filter)) {
             self.report(Step::Filter, errno());
         }
         let mut refused = libc::ENOENT;

@@ -250,12 +250,14 @@ impl<O: Observer> Tracer<O> {
     /// A task leaves its address space. If it was the last, that is its exit.
     fn depart(&mut self, tid: Pid, cause: &'static str) {
         self.calls_are_cut(tid);
-        if let Some(Tracee { life: Life::In(space, _), .. }) = self.tasks.get(&tid)
-            && space.tasks.get() == 1
-            && space.from_elsewhere.get() > 0
-        {
-            let space = Rc::clone(space);
-            self.close_from_elsewhere(&space);
+        match self.tasks.get(&tid) {
+            Some(Tracee { life: Life::In(space, _), .. })
+                if space.tasks.get() == 1 && space.from_elsewhere.get() > 0 =>
+            {
+                let space = Rc::clone(space);
+                self.close_from_elsewhere(&space);
+            }
+            _ => {}
         }
         let Some(tracee) = self.tasks.get_mut(&tid) else { return };
         let task = tracee.task;
@@ -283,9 +285,7 @@ impl<O: Observer> Tracer<O> {
         let pid = tracee.task.pid;
         let is_alone = !self.tasks.values().any(|other| other.task.pid == pid && other.task.tid != tid);
         self.lost_a_maker |= pid != tid || !is_alone || matches!(status, ExitStatus::Signal(_));
-        if let Some((root, end)) = &mut self.root
-            && *root == tid
-        {
+        if let Some((_, end)) = self.root.as_mut().filter(|(root, _)| *root == tid) {
             *end = Some(status);
         }
         let pid = self.forget(tid, "exit", status);

@@ -1,4 +1,5 @@
 //! The sources against the real kernel.
+#![allow(clippy::incompatible_msrv, reason = "tests take the newest compiler")]
 
 mod again;
 mod attach;

@@ -36,9 +36,8 @@ impl Runtime {
 
     /// The task stands behind its call: the time it ran in between.
     pub(crate) fn end(&mut self, task: Task) {
-        if let Some(before) = self.before.remove(&task.tid)
-            && let Some(after) = self.read(task)
-        {
+        let before = self.before.remove(&task.tid);
+        if let Some((before, after)) = before.and_then(|before| Some((before, self.read(task)?))) {
             self.own.insert(task.tid, after.saturating_sub(before).saturating_sub(self.overhead));
         }
     }

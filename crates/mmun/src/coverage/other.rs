@@ -1,21 +1,22 @@
 //! Another process, which acts on this one's memory or files when it is told.
 
-use std::io::{self, PipeReader, PipeWriter, Read, Write};
+use std::fs::File;
+use std::io::{self, Read, Write};
 
 use crate::sys::{self, Fork};
 
 /// A child that waits to be told. It ends when this process does.
 #[derive(Debug)]
 pub(crate) struct Other {
-    order: PipeWriter,
-    answer: PipeReader,
+    order: File,
+    answer: File,
 }
 
 impl Other {
     /// Starts a child that will run `act` once, with two numbers it is sent.
     pub(crate) fn start(act: impl FnOnce(usize, usize) -> io::Result<()>) -> io::Result<Other> {
-        let (mut orders, order) = io::pipe()?;
-        let (answer, mut answers) = io::pipe()?;
+        let (mut orders, order) = sys::pipe()?;
+        let (answer, mut answers) = sys::pipe()?;
         match sys::fork()? {
             (Fork::Parent(_), _held) => Ok(Other { order, answer }),
             (Fork::Child, _held) => {

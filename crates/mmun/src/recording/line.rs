@@ -187,7 +187,7 @@ impl Line<'_> {
             digits.ok_or_else(|| format!("{key} {text:?} is no address in hexadecimal"))
         };
         let (start, end) = (number("start", &self.start)?, number("end", &self.end)?);
-        let whole = |at: u128| at.is_multiple_of(u128::from(mmu_notifier::PAGE_SIZE));
+        let whole = |at: u128| at % u128::from(mmu_notifier::PAGE_SIZE) == 0;
         let bytes = end.checked_sub(start).filter(|bytes| *bytes > 0 && whole(start) && whole(end));
         let range = match (u64::try_from(start), bytes.map(u64::try_from)) {
             (Ok(start), Some(Ok(bytes))) => VaRange::covering(Va::new(start), bytes).ok(),

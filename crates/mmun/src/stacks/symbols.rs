@@ -104,9 +104,8 @@ fn frames(
 ) -> Vec<Frame> {
     let symbol = find(symbols, at);
     let mut list = Vec::new();
-    if let Some(context) = context
-        && let Ok(mut found) = context.find_frames(at).skip_all_loads()
-    {
+    let found = context.and_then(|context| context.find_frames(at).skip_all_loads().ok());
+    if let Some(mut found) = found {
         while let Ok(Some(frame)) = found.next() {
             let name = frame.function.as_ref().and_then(|name| Some(name.demangle().ok()?.into_owned()));
             let line = frame.location.and_then(|place| {
@@ -126,10 +125,8 @@ fn frames(
             }
         }
     }
-    if list.is_empty()
-        && let Some(symbol) = symbol
-    {
-        list.push(named(module, symbol));
+    if list.is_empty() {
+        list.extend(symbol.map(|symbol| named(module, symbol)));
     }
     list
 }

@@ -44,10 +44,10 @@ impl<T: Zero> Array<T> {
     /// An array of `len` zeroes.
     pub(crate) fn zeroes(len: usize) -> Self {
         #[cfg(not(mmun_loom))]
-        if size_of::<T>() * len >= HUGE
-            && let Some(huge) = Self::huge(len)
-        {
-            return huge;
+        if size_of::<T>() * len >= HUGE {
+            if let Some(huge) = Self::huge(len) {
+                return huge;
+            }
         }
         // INVARIANT: It was just leaked.
         Self { elements: NonNull::from(Box::leak(boxed(len))), mapped: None }
@@ -77,9 +77,19 @@ impl<T: Zero> Array<T> {
 /// A box of `len` zeroes.
 #[cfg(not(mmun_loom))]
 pub(super) fn boxed<T: Zero>(len: usize) -> Box<[T]> {
-    let zeroes = Box::new_zeroed_slice(len);
-    // SAFETY: The elements must be valid: their type says that zeroes are.
-    unsafe { zeroes.assume_init() }
+    use std::alloc::{Layout, alloc_zeroed, handle_alloc_error};
+    let layout = Layout::array::<T>(len).expect("an array fits in the address space");
+    if layout.size() == 0 {
+        return Box::new([]);
+    }
+    // SAFETY: The size must not be zero: checked.
+    let zeroes = unsafe { alloc_zeroed(layout) }.cast::<T>();
+    if zeroes.is_null() {
+        handle_alloc_error(layout);
+    }
+    // SAFETY: The box must own an allocation with the layout of `len` valid elements: it was just
+    // made with that layout, and their type says that zeroes are valid.
+    unsafe { Box::from_raw(std::ptr::slice_from_raw_parts_mut(zeroes, len)) }
 }
 
 #[cfg(mmun_loom)]

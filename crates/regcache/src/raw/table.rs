@@ -116,10 +116,10 @@ impl<'a> View<'a> {
         let mut entry = unsafe { self.at_unchecked(at) }.load(Ordering::Relaxed);
         // An entry is empty sooner or later, as half of them are.
         while entry != 0 {
-            if entry as u32 == hash
-                && let Some(found) = f((entry >> 32) as u32)
-            {
-                return Some(found);
+            if entry as u32 == hash {
+                if let Some(found) = f((entry >> 32) as u32) {
+                    return Some(found);
+                }
             }
             at += 1;
             entry = self.at(at).load(Ordering::Relaxed);

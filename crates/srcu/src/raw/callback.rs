@@ -283,7 +283,7 @@ impl Batch {
     fn link(&self) {
         let (mut head, mut newer) = (NonNull::new(self.newest.load(Ordering::Relaxed)), None);
         while let Some(this) = head {
-            self.taken.update(|taken| taken + 1);
+            self.taken.set(self.taken.get() + 1);
             // SAFETY: The head must be valid and ours: module invariant.
             let links = unsafe { this.as_ref() };
             links.newer.set(newer);
@@ -373,9 +373,8 @@ fn report(payload: Box<dyn Any + Send>) {
         }
         drop(payload);
     }));
-    if let Err(payload) = reported
-        && let Err(payload) = panic::catch_unwind(AssertUnwindSafe(|| drop(payload)))
-    {
+    let dropped = reported.or_else(|payload| panic::catch_unwind(AssertUnwindSafe(|| drop(payload))));
+    if let Err(payload) = dropped {
         // Drops that panic with what panics when dropped could go on for ever.
         std::mem::forget(payload);
     }

@@ -66,7 +66,7 @@ pub(super) fn free(class: usize, run: NonNull<u8>) {
 /// One fresh page. The caller holds the lock.
 fn cut() -> NonNull<u8> {
     let mut next = NEXT.load(Ordering::Relaxed);
-    if next.is_multiple_of(PIECE) {
+    if next % PIECE == 0 {
         // Twice the size holds an aligned piece; what is left over is never touched and so costs no
         // memory.
         next = map(2 * PIECE).as_ptr().expose_provenance().next_multiple_of(PIECE);

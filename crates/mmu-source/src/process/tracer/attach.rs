@@ -39,7 +39,7 @@ impl<O: Observer> Tracer<O> {
                 _ => io::Error::from_raw_os_error(libc::ESRCH),
             }));
         }
-        if proc::traces(pid, std::process::id().cast_signed()) {
+        if proc::traces(pid, std::process::id() as Pid) {
             let what = format!("process {pid} traces this one: each would wait for the other");
             return Err(refused(io::Error::new(io::ErrorKind::Deadlock, what)));
         }

@@ -45,9 +45,9 @@ impl<O: Observer> Tracer<O> {
         });
         let birth = Birth::of(call, &args).filter(|_| self.options.births);
         let only_birth = || birth.map(|_| Plan { cause: call.name(), event: Event::Unmap, then: Then::Close });
-        if let Some(plan) = plan.or_else(only_birth)
-            && let Some((here, others)) = self.targets(&space, plan.then)
-        {
+        let plan = plan.or_else(only_birth);
+        let acts = plan.and_then(|plan| Some((self.targets(&space, plan.then)?, plan)));
+        if let Some(((here, others), plan)) = acts {
             let _scope = Scope::new(task, plan.cause, None);
             let open =
                 |space: &Space| ranges.iter().map(|range| space.mm.invalidate_owned(*range, plan.event)).collect();
@@ -109,10 +109,10 @@ impl<O: Observer> Tracer<O> {
         let Some(call) = tracee.call.take() else {
             // The return from a signal's handler: the kernel makes the interrupted call again, or
             // has it fail.
-            if tracee.again.last().is_some_and(|call| call.raw.place == place)
-                && let Some(call) = tracee.again.pop()
-            {
-                self.finish(tid, call, Some(result));
+            if tracee.again.last().is_some_and(|call| call.raw.place == place) {
+                if let Some(call) = tracee.again.pop() {
+                    self.finish(tid, call, Some(result));
+                }
             }
             return;
         };
@@ -127,10 +127,8 @@ impl<O: Observer> Tracer<O> {
     /// Takes up the interrupted call that a task is about to make again, if it is one, and closes
     /// those that it has given up.
     fn interrupted_calls_meet(&mut self, tid: Pid, next: &RawCall) {
-        while let Some(tracee) = self.tasks.get_mut(&tid)
-            && tracee.call.is_none()
-            && let Some(last) = tracee.again.last()
-        {
+        while let Some(tracee) = self.tasks.get_mut(&tid).filter(|tracee| tracee.call.is_none()) {
+            let Some(last) = tracee.again.last() else { return };
             let is_made_again = last.is_made_again(next);
             let is_given_up =
                 last.is_given_up_at(next.place) || tracee.again.iter().any(|call| call.is_made_again(next));
@@ -162,9 +160,8 @@ impl<O: Observer> Tracer<O> {
             let mask = if call.compat { u64::from(u32::MAX) } else { u64::MAX };
             call.space.update_brk(|brk| brk.finish(result.map(|result| result as u64 & mask)));
         }
-        if let (Some(birth), Some(result)) = (call.birth, result)
-            && let Some(range) = birth.range(tid, result as u64)
-        {
+        let born = call.birth.zip(result).and_then(|(birth, result)| birth.range(tid, result as u64));
+        if let Some(range) = born {
             self.observer.event(&TaskEvent::Mapped { task: tracee.task, mm: &call.space.mm, range });
         }
     }

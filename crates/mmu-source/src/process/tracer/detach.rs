@@ -153,11 +153,11 @@ impl Keeper {
         };
         // Its child is traced as well, and stops before it runs. One that has stopped already was
         // let go of.
-        if let (Resume::Detach, Stop::NewTask(_)) = (how, stop)
-            && let Ok(Some(child)) = sys::event_message(tid, stop)
-            && matches!(sys::interrupt(child as Pid), Ok(Some(())))
-        {
-            self.tasks.entry(child as Pid).or_insert(Kept { filtered: false, in_vfork: false });
+        if let (Resume::Detach, Stop::NewTask(_)) = (how, stop) {
+            let child = sys::event_message(tid, stop).ok().flatten().map(|child| child as Pid);
+            if let Some(child) = child.filter(|child| matches!(sys::interrupt(*child), Ok(Some(())))) {
+                self.tasks.entry(child).or_insert(Kept { filtered: false, in_vfork: false });
+            }
         }
         // A task that has died meanwhile reports its end next.
         let gone = !matches!(sys::resume(tid, how, signal), Ok(Some(())));

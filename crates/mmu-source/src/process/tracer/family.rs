@@ -121,7 +121,7 @@ impl<O: Observer> Tracer<O> {
     /// Tells whether a task is known to sleep in the kernel. That counts as a report.
     fn is_asleep(&mut self, tid: Pid) -> bool {
         let is_asleep = matches!(proc::state(tid), Some(b'S' | b'D'));
-        if is_asleep && let Some(tracee) = self.tasks.get_mut(&tid) {
+        if let Some(tracee) = self.tasks.get_mut(&tid).filter(|_| is_asleep) {
             tracee.reported = self.clock;
         }
         is_asleep
@@ -188,9 +188,7 @@ impl<O: Observer> Tracer<O> {
         };
         let pid = if shares == Some(true) && is_thread() { task.pid } else { child };
         if let Some(known) = self.tasks.get(&child) {
-            if shares == Some(false)
-                && let Some(space) = known.space()
-            {
+            if let Some(space) = known.space().filter(|_| shares == Some(false)) {
                 space.is_its_own();
             }
             self.report_fork(task, &space, child, cause);
@@ -222,10 +220,10 @@ impl<O: Observer> Tracer<O> {
         if tracee.numbers_agree.is_none() {
             tracee.numbers_agree = proc::shares_pid_namespace(parent);
         }
-        if tracee.numbers_agree == Some(true)
-            && let Some(call) = tracee.call.take()
-        {
-            self.finish(parent, call, Some(child.into()));
+        if tracee.numbers_agree == Some(true) {
+            if let Some(call) = tracee.call.take() {
+                self.finish(parent, call, Some(child.into()));
+            }
         }
     }
 
