@@ -6,6 +6,12 @@
 //! kept as a place in a file, so that programs that share a library share its stacks.
 
 mod image;
+#[cfg(target_arch = "aarch64")]
+#[path = "stacks/machine/aarch64.rs"]
+mod machine;
+#[cfg(target_arch = "x86_64")]
+#[path = "stacks/machine/x86_64.rs"]
+mod machine;
 mod site;
 mod space;
 mod symbols;

@@ -1,7 +1,24 @@
 //! The system calls that matter, and their numbers under each ABI a task can use.
+//!
+//! Each kind of processor has a file: the architectures of its calls as the kernel names them, the
+//! calls that only it has, and those of its 32-bit programs.
+
+#[cfg(target_arch = "aarch64")]
+#[path = "abi/aarch64.rs"]
+mod machine;
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+#[path = "abi/elsewhere.rs"]
+mod machine;
+#[cfg(target_arch = "x86_64")]
+#[path = "abi/x86_64.rs"]
+mod machine;
+
+pub(super) use machine::{ARCH_COMPAT, ARCH_NATIVE, COMPAT, X32_BIT};
+use machine::{OWN, X32_CALLS, X32_OWN};
 
 /// A system call that changes translations of some address space, or can.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only i386 has `ipc` and the old `mmap`"))]
 pub(super) enum Call {
     Munmap,
     Mremap,
@@ -61,8 +78,9 @@ pub(super) enum Abi {
     Native,
     /// x86-64 instructions with 32-bit pointers in structures; numbers carry [`X32_BIT`].
     X32,
-    /// 32-bit x86: `int 0x80`, `sysenter`, and `syscall` in compatibility mode.
-    I386,
+    /// That of 32-bit programs: i386 (`int 0x80`, `sysenter`, and `syscall` in compatibility mode),
+    /// or ARM.
+    Compat,
 }
 
 impl Abi {
@@ -70,26 +88,21 @@ impl Abi {
     /// any mark of the ABI.
     pub(super) fn of(arch: u32, number: u64) -> Option<(Abi, u64)> {
         match arch {
-            ARCH_NATIVE if cfg!(target_arch = "x86_64") && number & X32_BIT != 0 && number < 2 * X32_BIT => {
-                Some((Abi::X32, number & !X32_BIT))
-            }
+            ARCH_NATIVE if number & X32_BIT != 0 && number < 2 * X32_BIT => Some((Abi::X32, number & !X32_BIT)),
             ARCH_NATIVE => Some((Abi::Native, number)),
-            ARCH_I386 if cfg!(target_arch = "x86_64") => Some((Abi::I386, number)),
+            ARCH_COMPAT => Some((Abi::Compat, number)),
             _ => None,
         }
     }
 
     /// Finds the call that `number` names.
     pub(super) fn call(self, number: u64) -> Option<Call> {
-        let table = match self {
-            Abi::Native => NATIVE,
-            Abi::X32 if number >= X32_OWN => {
-                return X32_CALLS.iter().find(|(nr, _)| u64::from(*nr) == number).map(|c| c.1);
-            }
-            Abi::X32 => NATIVE,
-            Abi::I386 => I386,
-        };
-        table.iter().find(|(nr, _)| u64::from(*nr) == number).map(|(_, call)| *call)
+        let find = |table: &[Row]| table.iter().find(|(nr, _)| u64::from(*nr) == number).map(|(_, call)| *call);
+        match self {
+            Abi::Compat => find(COMPAT),
+            Abi::X32 if number >= X32_OWN => find(X32_CALLS),
+            Abi::Native | Abi::X32 => find(SHARED).or_else(|| find(OWN)),
+        }
     }
 
     /// Tells whether pointers and sizes in structures are 32 bits wide.
@@ -98,24 +111,20 @@ impl Abi {
     }
 }
 
-/// `AUDIT_ARCH_*` of this program.
-pub(super) const ARCH_NATIVE: u32 = if cfg!(target_arch = "x86_64") { 0xc000_003e } else { 0xc000_00b7 };
-/// `AUDIT_ARCH_I386`.
-pub(super) const ARCH_I386: u32 = 0x4000_0003;
-/// `__X32_SYSCALL_BIT`.
-pub(super) const X32_BIT: u64 = 0x4000_0000;
-/// The first number that means another call under x32 than under x86-64.
-const X32_OWN: u64 = 512;
-
 /// A call and its number.
-type Row = (u32, Call);
+pub(super) type Row = (u32, Call);
 
 const fn row(number: libc::c_long, call: Call) -> Row {
     (number as u32, call)
 }
 
-/// The calls of this program's own ABI.
-pub(super) const NATIVE: &[Row] = &[
+/// The calls of this program's own ABI, in no order.
+pub(super) fn native() -> Vec<Row> {
+    [SHARED, OWN].concat()
+}
+
+/// Those that every kind of processor has.
+const SHARED: &[Row] = &[
     row(libc::SYS_munmap, Call::Munmap),
     row(libc::SYS_mremap, Call::Mremap),
     row(libc::SYS_brk, Call::Brk),
@@ -131,37 +140,8 @@ pub(super) const NATIVE: &[Row] = &[
     row(libc::SYS_move_pages, Call::MovePages),
     row(libc::SYS_migrate_pages, Call::MigratePages),
     row(libc::SYS_remap_file_pages, Call::RemapFilePages),
-    #[cfg(target_arch = "x86_64")]
-    row(libc::SYS_fork, Call::Fork),
     row(libc::SYS_clone, Call::Clone),
     row(libc::SYS_clone3, Call::Clone3),
-];
-
-/// The calls of x32 that have numbers of their own.
-const X32_CALLS: &[Row] = &[(533, Call::MovePages)];
-
-/// The calls of i386.
-pub(super) const I386: &[Row] = &[
-    (2, Call::Fork),
-    (45, Call::Brk),
-    (90, Call::OldMmap),
-    (91, Call::Munmap),
-    (117, Call::Ipc),
-    (120, Call::Clone),
-    (125, Call::Mprotect),
-    (163, Call::Mremap),
-    (192, Call::Mmap),
-    (219, Call::Madvise),
-    (257, Call::RemapFilePages),
-    (274, Call::Mbind),
-    (294, Call::MigratePages),
-    (317, Call::MovePages),
-    (380, Call::PkeyMprotect),
-    (397, Call::Shmat),
-    (398, Call::Shmdt),
-    (435, Call::Clone3),
-    (440, Call::ProcessMadvise),
-    (448, Call::ProcessMrelease),
 ];
 
 /// `IPCOP_shmat`, the low half of the first argument of `ipc`.
@@ -181,13 +161,24 @@ mod tests {
         assert_eq!(Abi::of(0x1234, 0), None);
     }
 
+    #[test]
+    fn a_number_that_is_none_is_of_the_native_abi() {
+        assert_eq!(Abi::of(ARCH_NATIVE, u64::MAX), Some((Abi::Native, u64::MAX)));
+    }
+
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+    #[test]
+    fn calls_of_32_bit_programs_have_numbers_of_their_own() {
+        assert_eq!(Abi::of(ARCH_COMPAT, 91), Some((Abi::Compat, 91)));
+        assert_eq!(Abi::Compat.call(91), Some(Call::Munmap));
+        assert_eq!(Abi::Compat.call(libc::SYS_munmap as u64), None);
+    }
+
     #[cfg(target_arch = "x86_64")]
     #[test]
-    fn i386_and_x32_have_numbers_of_their_own() {
+    fn x32_has_numbers_of_its_own() {
         assert_eq!(Abi::of(ARCH_NATIVE, X32_BIT | 533), Some((Abi::X32, 533)));
         assert_eq!(Abi::X32.call(533), Some(Call::MovePages));
-        assert_eq!(Abi::of(ARCH_I386, 91), Some((Abi::I386, 91)));
-        assert_eq!(Abi::I386.call(91), Some(Call::Munmap));
-        assert_eq!(Abi::of(ARCH_NATIVE, u64::MAX), Some((Abi::Native, u64::MAX)));
+        assert_eq!(Abi::Native.call(libc::SYS_fork as u64), Some(Call::Fork));
     }
 }

@@ -3,12 +3,12 @@
 //! It answers `SECCOMP_RET_TRACE` for the memory calls whose arguments say that they may change a
 //! translation, and `SECCOMP_RET_ALLOW` for everything else. Its shape:
 //!
-//! 1. Load the architecture. The native one goes on at 2, i386 at 4; a call of any other
+//! 1. Load the architecture. The native one goes on at 2, the 32-bit one at 4; a call of any other
 //!    architecture is traced, so that the tracer can say that it cannot read it.
 //! 2. Load the number. On x86-64 a number with the x32 bit is traced and sorted out by the tracer.
 //! 3. Search the number in the native table; what is not in it is allowed, what is goes to the test
 //!    of its arguments.
-//! 4. The same with the i386 table.
+//! 4. The same with the table of 32-bit programs.
 //!
 //! The way of a call that is in no table reads nothing but architecture and number. The kernel
 //! (5.11 and later) finds such calls when the filter is installed and never runs it for them.
@@ -19,7 +19,7 @@
 
 use libc::sock_filter;
 
-use super::abi::{ARCH_I386, ARCH_NATIVE, Call, I386, IPC_SHMAT, IPC_SHMDT, NATIVE, X32_BIT};
+use super::abi::{self, ARCH_COMPAT, ARCH_NATIVE, COMPAT, Call, IPC_SHMAT, IPC_SHMDT, X32_BIT};
 use crate::ranges::HARMLESS_ADVICE;
 
 /// What the arguments must look like for a call to be traced.
@@ -94,19 +94,17 @@ pub(super) fn program(traced: Traced) -> Vec<sock_filter> {
     asm.load(OFFSET_ARCH);
     let foreign = asm.jump_later(JEQ, ARCH_NATIVE, Side::Else);
     asm.load(OFFSET_NUMBER);
-    if cfg!(target_arch = "x86_64") {
+    if X32_BIT != 0 {
         let plain = asm.jump_later(JGE, X32_BIT as u32, Side::Else);
         asm.ret(RET_TRACE);
         asm.land(plain);
     }
-    asm.table(NATIVE);
+    asm.table(&abi::native());
     asm.land(foreign);
-    if cfg!(target_arch = "x86_64") {
-        let unknown = asm.jump_later(JEQ, ARCH_I386, Side::Else);
-        asm.load(OFFSET_NUMBER);
-        asm.table(I386);
-        asm.land(unknown);
-    }
+    let unknown = asm.jump_later(JEQ, ARCH_COMPAT, Side::Else);
+    asm.load(OFFSET_NUMBER);
+    asm.table(COMPAT);
+    asm.land(unknown);
     asm.ret(RET_TRACE);
     assert!(asm.fixups.iter().all(|fixup| fixup.landed), "a jump of the filter goes nowhere");
     asm.code
@@ -305,7 +303,7 @@ mod tests {
     fn every_call_of_a_table_is_found_and_no_other_number_is() {
         let args = [1, 0, 4, libc::MAP_FIXED as u64, 0, 0];
         let traced: Vec<u32> = (0..600).filter(|nr| run(ARCH_NATIVE, *nr, args) == RET_TRACE).collect();
-        let mut expected: Vec<u32> = NATIVE.iter().map(|row| row.0).collect();
+        let mut expected: Vec<u32> = abi::native().iter().map(|row| row.0).collect();
         expected.retain(|nr| *nr != libc::SYS_shmat as u32);
         expected.sort_unstable();
         assert_eq!(traced, expected);
@@ -353,13 +351,20 @@ mod tests {
         assert_eq!(run(0x1234, 0, [0; 6]), RET_TRACE);
     }
 
+    #[cfg(target_arch = "aarch64")]
+    #[test]
+    fn calls_of_32_bit_programs_go_by_their_own_numbers() {
+        assert_eq!(run(ARCH_COMPAT, 91, [0; 6]), RET_TRACE);
+        assert_eq!(run(ARCH_COMPAT, libc::SYS_munmap as u32, [0; 6]), RET_ALLOW);
+    }
+
     #[cfg(target_arch = "x86_64")]
     #[test]
     fn i386_calls_go_by_their_own_numbers_and_every_x32_call_is_traced() {
-        assert_eq!(run(ARCH_I386, 91, [0; 6]), RET_TRACE);
-        assert_eq!(run(ARCH_I386, libc::SYS_munmap as u32, [0; 6]), RET_ALLOW);
-        assert_eq!(run(ARCH_I386, 117, [0x1_0015, 0, 0, 0, 0, 0]), RET_TRACE);
-        assert_eq!(run(ARCH_I386, 117, [1, 0, 0, 0, 0, 0]), RET_ALLOW);
+        assert_eq!(run(ARCH_COMPAT, 91, [0; 6]), RET_TRACE);
+        assert_eq!(run(ARCH_COMPAT, libc::SYS_munmap as u32, [0; 6]), RET_ALLOW);
+        assert_eq!(run(ARCH_COMPAT, 117, [0x1_0015, 0, 0, 0, 0, 0]), RET_TRACE);
+        assert_eq!(run(ARCH_COMPAT, 117, [1, 0, 0, 0, 0, 0]), RET_ALLOW);
         assert_eq!(run(ARCH_NATIVE, X32_BIT as u32 | 39, [0; 6]), RET_TRACE);
     }
 }

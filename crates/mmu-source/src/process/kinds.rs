@@ -22,6 +22,12 @@ pub struct Registers {
     pub sp: u64,
     /// The frame pointer, where the program keeps one.
     pub bp: u64,
+    /// The address that the running function returns to, on processors that keep it in a register
+    /// (aarch64) and as long as the function leaves it there.
+    pub link: Option<u64>,
+    /// The bits of an address of code that are the address: what a processor signs return addresses
+    /// with (pointer authentication) lies in the others.
+    pub code_mask: u64,
     /// The task runs 32-bit code.
     pub is_32bit: bool,
 }

@@ -104,9 +104,9 @@ impl<O: Observer> Tracer<O> {
     /// Makes a tracer that traces nobody yet.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] on a machine other than x86-64.
+    /// [`Error::Unsupported`] on a machine other than x86-64 and aarch64.
     pub fn new(options: Options, observer: O) -> Result<Self, Error> {
-        if !cfg!(target_arch = "x86_64") {
+        if !cfg!(any(target_arch = "x86_64", target_arch = "aarch64")) {
             return Err(Error::Unsupported { what: "the process source on this processor" });
         }
         Ok(Tracer {
@@ -207,7 +207,7 @@ impl<O: Observer> Tracer<O> {
                     // A filter of the program's own asks for a tracer that knows it, and there is
                     // none.
                     Some(SyscallInfo::Entry { datum: Some(datum), .. }) if datum != filter::DATUM => {
-                        sys::skip_call(tid).map_err(kernel("PTRACE_POKEUSER", tid))?;
+                        sys::skip_call(tid).map_err(kernel("PTRACE_SETREGSET", tid))?;
                     }
                     Some(SyscallInfo::Entry { call, datum }) => self.call_begins(tid, call, datum.is_some()),
                     Some(SyscallInfo::Exit { result, place }) => self.call_returns(tid, result, place),

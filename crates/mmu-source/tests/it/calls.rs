@@ -100,10 +100,11 @@ fn calls_that_the_kernel_refuses() {
     check("refused");
 }
 
+#[cfg(target_arch = "x86_64")]
 #[test]
 fn thirty_two_bit_calls_of_a_sixty_four_bit_program() {
     if require(Cap::I386Calls) {
-        check("i386");
+        check("compat");
     }
 }
 

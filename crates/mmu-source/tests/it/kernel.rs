@@ -55,9 +55,15 @@ fn every_change_by_this_process_is_told() {
         let result: i64;
         // SAFETY: munmap of our own scratch memory; the registers that the instruction destroys are
         // named.
+        #[cfg(target_arch = "x86_64")]
         unsafe {
             std::arch::asm!("syscall", inlateout("rax") libc::SYS_munmap => result, in("rdi") memory.page(1), in("rsi") PAGE,
                 out("rcx") _, out("r11") _);
+        }
+        // SAFETY: as above.
+        #[cfg(target_arch = "aarch64")]
+        unsafe {
+            std::arch::asm!("svc #0", in("x8") libc::SYS_munmap, inlateout("x0") memory.page(1) => result, in("x1") PAGE);
         }
         assert_eq!(result, 0);
     });

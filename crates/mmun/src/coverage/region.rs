@@ -155,7 +155,19 @@ impl Region {
     }
 
     /// `munmap` by the instruction itself, past libc.
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(target_arch = "aarch64")]
+    pub(crate) fn unmap_by_instruction(self) -> io::Result<()> {
+        let result: i64;
+        // SAFETY: as in `unmap`; the kernel keeps all registers but x0.
+        unsafe {
+            std::arch::asm!("svc #0", in("x8") libc::SYS_munmap, inlateout("x0") self.start => result, in("x1") self.len,
+                options(nostack));
+        }
+        if result < 0 { Err(io::Error::from_raw_os_error(-result as i32)) } else { Ok(()) }
+    }
+
+    /// `munmap` by the instruction itself, past libc.
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     pub(crate) fn unmap_by_instruction(self) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
     }

@@ -4,11 +4,11 @@ use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use framehop::x86_64::{CacheX86_64, UnwindRegsX86_64, UnwinderX86_64};
 use framehop::{ExplicitModuleSectionInfo, FrameAddress, Module, Unwinder};
 use mmu_source::process::{Current, Registers};
 
 use super::image::Images;
+use super::machine::{self, Cache, Machine};
 use super::{Address, Scratch};
 use crate::capture::ioctl::Which;
 use crate::capture::place::Place;
@@ -16,8 +16,8 @@ use crate::capture::place::Place;
 /// The code of one address space.
 #[derive(Default)]
 pub(super) struct Space {
-    unwinder: UnwinderX86_64<Arc<[u8]>>,
-    cache: CacheX86_64,
+    unwinder: Machine<Arc<[u8]>>,
+    cache: Cache,
     /// In order of address, not overlapping.
     parts: Vec<Part>,
     /// The stacks that were met since code last went away.
@@ -97,7 +97,7 @@ impl Space {
             let word = memory[end - 8..end].try_into().expect("eight bytes");
             Ok(u64::from_le_bytes(word))
         };
-        let start = UnwindRegsX86_64::new(registers.ip, registers.sp, registers.bp);
+        let start = machine::start(&registers);
         let mut iter = unwinder.iter_frames(registers.ip, start, cache, &mut read);
         while let Ok(Some(frame)) = iter.next() {
             // A call stands before the address to which it returns.

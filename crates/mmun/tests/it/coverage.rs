@@ -240,6 +240,7 @@ fn the_kernel_misses_nothing() {
 }
 
 /// How many transfers of each column were stale, and how many could be made.
+#[cfg(all(target_arch = "x86_64", target_env = "gnu"))]
 fn stale(rows: &[Value], column: &str) -> (usize, usize) {
     let rows = rows.iter().filter(|row| row["column"] == column);
     let count = |word: &str| rows.clone().filter(|row| row["transfer"] == word).count();

@@ -33,7 +33,7 @@ impl<O: Observer> Tracer<O> {
             return;
         };
         let Some(call) = abi.call(number) else { return };
-        if abi == Abi::I386 {
+        if abi == Abi::Compat {
             args = args.map(|arg| arg & u64::from(u32::MAX));
         }
         let mut ranges = mem::take(&mut self.ranges);

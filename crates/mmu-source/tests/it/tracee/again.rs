@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 
 use libc::{PROT_READ, PROT_WRITE, c_int, c_long, c_void, siginfo_t, ucontext_t};
 
+use crate::machine::{FORK, return_to};
 use crate::sys::{self, PAGE, call, map, munmap};
 
 type Handler = extern "C" fn(c_int, *mut siginfo_t, *mut c_void);
@@ -35,8 +36,8 @@ fn fork_with(number: c_long) -> i64 {
     let args = [0, 0, 0, 0, libc::SIGCHLD as u64, 0, 0, 0];
     let child = match number {
         libc::SYS_clone3 => call(number, &[sys::address(&args), size_of_val(&args) as u64]),
-        libc::SYS_clone => call(number, &[libc::SIGCHLD as u64, 0, 0, 0, 0]),
-        _ => call(number, &[]),
+        // `fork` has none of these.
+        _ => call(number, &[libc::SIGCHLD as u64, 0, 0, 0, 0]),
     };
     if child == 0 {
         call(libc::SYS_exit_group, &[0]);
@@ -59,7 +60,7 @@ pub(crate) fn interrupted(number: u64) {
 extern "C" fn count_and_fork(_: c_int, _: *mut siginfo_t, _: *mut c_void) {
     // The second signal comes in the fork of the first one's handler.
     if RUNS.fetch_add(1, Ordering::Relaxed) == 0 {
-        CHILD.store(fork_with(libc::SYS_fork), Ordering::Relaxed);
+        CHILD.store(fork_with(FORK), Ordering::Relaxed);
     } else {
         unmap_the_page();
     }
@@ -68,7 +69,7 @@ extern "C" fn count_and_fork(_: c_int, _: *mut siginfo_t, _: *mut c_void) {
 /// Forks, and forks in the handler, each of which is interrupted.
 pub(crate) fn interrupted_twice() {
     handle(count_and_fork);
-    let outer = fork_with(libc::SYS_fork);
+    let outer = fork_with(FORK);
     let inner = CHILD.load(Ordering::Relaxed);
     let wait = |child| sys::wait(child as i32, 0);
     println!("children {outer} {inner} {} {}", wait(outer) | wait(inner), RUNS.load(Ordering::Relaxed));
@@ -85,16 +86,13 @@ extern "C" fn jump(_: c_int, _: *mut siginfo_t, context: *mut c_void) {
     let context = context.cast::<ucontext_t>();
     // SAFETY: the kernel passes a context that lives as long as the handler runs, which alone uses
     // it.
-    let registers = unsafe { &mut (*context).uc_mcontext.gregs };
-    registers[libc::REG_RIP as usize] = elsewhere as *const () as i64;
-    // As after a call: the frames that are overwritten are not used any more.
-    registers[libc::REG_RSP as usize] = ((registers[libc::REG_RSP as usize] + 0x800) & !15) - 8;
+    return_to(unsafe { &mut *context }, elsewhere);
 }
 
 /// Forks, and leaves the handler by a jump, as `siglongjmp` does: the fork is not made again.
 pub(crate) fn gives_up() {
     handle(jump);
-    fork_with(libc::SYS_fork);
+    fork_with(FORK);
 }
 
 extern "C" fn die(_: c_int, _: *mut siginfo_t, _: *mut c_void) {
@@ -104,5 +102,5 @@ extern "C" fn die(_: c_int, _: *mut siginfo_t, _: *mut c_void) {
 /// Forks, and ends in the handler.
 pub(crate) fn dies_in_its_handler() {
     handle(die);
-    fork_with(libc::SYS_fork);
+    fork_with(FORK);
 }

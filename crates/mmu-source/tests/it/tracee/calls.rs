@@ -196,28 +196,3 @@ pub(crate) fn refused() {
     call(libc::SYS_clone3, &[0, 0]);
     script.finish();
 }
-
-/// 32-bit calls of a 64-bit program.
-#[cfg(target_arch = "x86_64")]
-pub(crate) fn i386() {
-    const MUNMAP: u32 = 91;
-    const MPROTECT: u32 = 125;
-    const MADVISE: u32 = 219;
-    let low = mmap(0, 8 * PAGE, RW, MAP_PRIVATE | MAP_ANONYMOUS | libc::MAP_32BIT);
-    touch(low, 8 * PAGE);
-    let page = PAGE as u32;
-    let at = u32::try_from(low).expect("MAP_32BIT maps low memory");
-    let mut script = Script::new();
-    let call = |number, args| i64::from(sys::i386(number, args));
-    script.unmap("munmap", low, 2 * PAGE, call(MUNMAP, [at, 2 * page, 0]));
-    script.seen("mprotect", "protection_vma", low + 2 * PAGE, PAGE, call(MPROTECT, [at + 2 * page, page, 1]));
-    script.seen("madvise", "clear", low + 4 * PAGE, PAGE, call(MADVISE, [at + 4 * page, page, 4]));
-    // Under its number of x86-64, munmap is another call.
-    call(libc::SYS_munmap as u32, [at, page, 0]);
-    script.finish();
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-pub(crate) fn i386() {
-    panic!("not an x86-64 machine");
-}

@@ -10,6 +10,7 @@ use std::thread;
 
 use libc::{PROT_READ, PROT_WRITE};
 
+use crate::machine::FORK;
 use crate::sys::{self, PAGE, call, map, munmap, touch};
 
 const RW: i32 = PROT_READ | PROT_WRITE;
@@ -28,6 +29,7 @@ pub(crate) fn fork_once() {
         }
         println!("child {child} {} {name}", sys::wait(child as i32, 0));
     };
+    #[cfg(target_arch = "x86_64")]
     made("fork", call(libc::SYS_fork, &[]) as u64);
     made("clone", call(libc::SYS_clone, &[signal, 0, 0, 0, 0]) as u64);
     // The kernel reports this one as a `vfork`.
@@ -246,7 +248,7 @@ pub(crate) fn forks_and_dies(forks: u64) {
         thread::spawn(|| {
             loop {
                 // The child makes one system call and ends.
-                let pid = call(libc::SYS_fork, &[]);
+                let pid = call(FORK, &[libc::SIGCHLD as u64, 0, 0, 0, 0]);
                 if pid == 0 {
                     call(libc::SYS_exit_group, &[0]);
                 }

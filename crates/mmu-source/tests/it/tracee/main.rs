@@ -6,6 +6,12 @@
 mod again;
 mod calls;
 mod life;
+#[cfg(target_arch = "aarch64")]
+#[path = "machine/aarch64.rs"]
+mod machine;
+#[cfg(target_arch = "x86_64")]
+#[path = "machine/x86_64.rs"]
+mod machine;
 mod odd;
 mod script;
 mod sys;
@@ -24,7 +30,8 @@ fn main() {
         Some("segment") => calls::segment(),
         Some("migrate") => calls::migrate(),
         Some("refused") => calls::refused(),
-        Some("i386") => calls::i386(),
+        #[cfg(target_arch = "x86_64")]
+        Some("compat") => machine::compat_calls(),
         Some("fork") => life::fork_once(),
         Some("storm") => life::storm(number(1)),
         Some("threads") => life::threads(number(1), number(2)),

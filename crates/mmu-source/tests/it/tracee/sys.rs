@@ -48,22 +48,6 @@ pub(crate) fn address<T: ?Sized>(value: &T) -> u64 {
     std::ptr::from_ref(value).cast::<u8>().expose_provenance() as u64
 }
 
-/// Makes a 32-bit system call. `rbx` is kept by hand, since the compiler may use it.
-#[cfg(target_arch = "x86_64")]
-pub(crate) fn i386(number: u32, args: [u32; 3]) -> i32 {
-    let mut result = u64::from(number);
-    // SAFETY: as `call`; the kernel keeps the registers but r8 to r11, which are declared lost.
-    unsafe {
-        std::arch::asm!(
-            "xchg rbx, {b}", "int 0x80", "xchg rbx, {b}",
-            b = inout(reg) u64::from(args[0]) => _,
-            inlateout("rax") result, in("rcx") u64::from(args[1]), in("rdx") u64::from(args[2]),
-            out("r8") _, out("r9") _, out("r10") _, out("r11") _,
-        );
-    }
-    result as i32
-}
-
 /// Forks and runs `child` in the new process, which ends with what it returns.
 pub(crate) fn fork(child: impl FnOnce() -> i32) -> i32 {
     // SAFETY: the callers have one thread, or children that make system calls only.
