@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
 use testkit::{Cap, require};
 
-use crate::support::{parse, text, within};
+use crate::support::{Public, parse, text, within};
 
 /// An ordinary user, and its group.
 const NOBODY: u32 = 65534;
@@ -55,7 +55,7 @@ impl Drop for Broker {
 }
 
 /// A program run by an ordinary user, without any capability.
-fn client(program: &str, socket: &Path, user: u32) -> Command {
+fn client(program: &Path, socket: &Path, user: u32) -> Command {
     let mut command = Command::new(program);
     command.env("MMUN_BROKER", socket).env_remove("NO_COLOR").uid(user).gid(user);
     let no_groups = || {
@@ -72,7 +72,8 @@ fn client(program: &str, socket: &Path, user: u32) -> Command {
 }
 
 fn run(socket: &Path, user: u32, args: &[&str]) -> Output {
-    let mut command = client(env!("CARGO_BIN_EXE_mmun"), socket, user);
+    let copy = Public::new();
+    let mut command = client(&copy.mmun(), socket, user);
     command.args(args);
     within("a client of the broker", move || command.output().unwrap())
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use testkit::{Cap, require};
 
-use crate::support::{parse, text, within};
+use crate::support::{Public, parse, text, within};
 
 /// After this a run hangs. With the machine to itself it takes a few seconds.
 const LIMIT: Duration = Duration::from_secs(240);
@@ -205,8 +205,9 @@ fn an_ordinary_user_gets_a_matrix_too() {
     if !require(Cap::Root) || !require(Cap::Ptrace) {
         return;
     }
-    let mut command = mmun(&["coverage", "--json", "--source", "process"]);
-    command.uid(NOBODY).gid(NOBODY).current_dir("/");
+    let copy = Public::new();
+    let mut command = Command::new(copy.mmun());
+    command.args(["coverage", "--json", "--source", "process"]).uid(NOBODY).gid(NOBODY).current_dir("/");
     let output = within("mmun coverage", move || command.output().unwrap());
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     let rows = parse(text(&output.stdout));

@@ -7,16 +7,13 @@ use std::process::{Command, Output};
 use serde_json::Value;
 use testkit::{Cap, require};
 
-use crate::support::{parse, text, within};
+use crate::support::{Public, parse, text, within};
 
 const NOBODY: u32 = 65534;
 
-fn doctor(args: &'static [&str], user: Option<u32>) -> Output {
+fn doctor(args: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_mmun"));
     command.arg("doctor").args(args);
-    if let Some(user) = user {
-        command.uid(user).gid(user).current_dir("/");
-    }
     within("mmun doctor", move || command.output().unwrap())
 }
 
@@ -44,7 +41,7 @@ fn check(output: &Output) -> Vec<Value> {
 
 #[test]
 fn each_source_has_an_answer_and_the_status_says_whether_all_can_be_used() {
-    let rows = check(&doctor(&["--json"], None));
+    let rows = check(&doctor(&["--json"]));
     if require(Cap::Ptrace) {
         assert_eq!(rows[3]["usable"], true);
     }
@@ -58,7 +55,10 @@ fn an_ordinary_user_learns_what_the_kernel_source_lacks_and_what_to_type() {
     if !require(Cap::Root) {
         return;
     }
-    let rows = check(&doctor(&["--json"], Some(NOBODY)));
+    let copy = Public::new();
+    let mut command = Command::new(copy.mmun());
+    command.args(["doctor", "--json"]).uid(NOBODY).gid(NOBODY).current_dir("/");
+    let rows = check(&within("mmun doctor", move || command.output().unwrap()));
     assert_eq!(rows[0]["usable"], false);
     // Both at once, and what helps with the device is told by whom it belongs to.
     let missing = rows[0]["missing"].as_str().unwrap();
@@ -79,14 +79,14 @@ fn an_ordinary_user_learns_what_the_kernel_source_lacks_and_what_to_type() {
     if !require(Cap::Userfaultfd) {
         return;
     }
-    let own = format!("ep '{}'", env!("CARGO_BIN_EXE_mmun"));
+    let own = format!("ep '{}'", copy.mmun().display());
     assert!(rows[2]["remedy"].as_str().is_some_and(|remedy| remedy.ends_with(&own)), "{}", rows[2]);
 }
 
 #[test]
 fn people_read_the_same() {
-    let output = doctor(&[], None);
-    let (page, rows) = (text(&output.stdout), check(&doctor(&["--json"], None)));
+    let output = doctor(&[]);
+    let (page, rows) = (text(&output.stdout), check(&doctor(&["--json"])));
     for row in rows {
         let verdict = if row["usable"] == true { "usable" } else { "not usable" };
         let begin = format!("{:9}{verdict}", row["source"].as_str().unwrap());

@@ -4,52 +4,39 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use serde_json::Value;
 use testkit::{Cap, require};
 
-use crate::support::{check, of_kind, parse, text, within};
+use crate::support::{Public, check, of_kind, parse, text, within};
 
 const NOBODY: &str = "65534";
 
 /// A folder that everybody can enter, with a copy of `mmun` and a shell that may be executed and
 /// not read.
-struct Open(PathBuf);
+struct Open(Public);
 
 impl Open {
-    fn new(name: &str) -> Open {
-        let folder = std::env::temp_dir().join(format!("mmun-{name}-{}", std::process::id()));
-        fs::create_dir(&folder).unwrap();
-        fs::set_permissions(&folder, fs::Permissions::from_mode(0o777)).unwrap();
-        for (from, to, mode) in
-            [(Path::new(env!("CARGO_BIN_EXE_mmun")), "mmun", 0o755), (Path::new("/bin/sh"), "sh", 0o711)]
-        {
-            fs::copy(from, folder.join(to)).unwrap();
-            fs::set_permissions(folder.join(to), fs::Permissions::from_mode(mode)).unwrap();
-        }
-        Open(folder)
+    fn new() -> Open {
+        let copy = Public::new();
+        let shell = copy.folder().join("sh");
+        fs::copy("/bin/sh", &shell).unwrap();
+        fs::set_permissions(&shell, fs::Permissions::from_mode(0o711)).unwrap();
+        Open(copy)
     }
 
     /// Runs `mmun trace` as nobody where `setup` has changed the mounts, and the shell under it.
     fn trace(&self, setup: &str, script: &str) -> (Output, Vec<Value>) {
-        let path = self.0.join("trace.json");
-        let [mmun, shell] = ["mmun", "sh"].map(|name| self.0.join(name));
+        let [path, shell] = ["trace.json", "sh"].map(|name| self.0.folder().join(name));
         let mut command = Command::new("unshare");
         let nobody = "exec setpriv --reuid=$0 --regid=$0 --clear-groups -- \"$@\"";
-        command.args(["-m", "sh", "-c", &format!("{setup} && {nobody}"), NOBODY]).arg(mmun);
+        command.args(["-m", "sh", "-c", &format!("{setup} && {nobody}"), NOBODY]).arg(self.0.mmun());
         command.args(["trace", "--json", "-o"]).arg(&path).arg("--").arg(shell).args(["-c", script]);
         let output = stopping_all("mmun trace", command);
         let records = parse(&fs::read_to_string(&path).unwrap());
         check(&records);
         (output, records)
-    }
-}
-
-impl Drop for Open {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
     }
 }
 
@@ -79,7 +66,7 @@ fn every_child_runs_and_is_told_whatever_proc_says() {
     {
         return;
     }
-    let open = Open::new("hidden");
+    let open = Open::new();
     let hide = |option: &str| format!("mount -t proc -o hidepid={option} proc /proc");
     for setup in ["umount -l /proc", "mount -t tmpfs none /proc", &hide("1"), &hide("2"), &hide("4"), "true"] {
         let (output, records) = open.trace(setup, FORKS);

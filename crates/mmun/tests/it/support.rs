@@ -5,6 +5,7 @@ use std::ffi::CString;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -50,6 +51,37 @@ pub(crate) fn by_default(program: &str) -> Command {
     // SAFETY: the closure runs between fork and exec and makes system calls only.
     unsafe { command.pre_exec(default_signals) };
     command
+}
+
+/// A copy of `mmun` in a folder that every user can enter: the tests' own may be root's alone.
+pub(crate) struct Public(PathBuf);
+
+impl Public {
+    pub(crate) fn new() -> Public {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("mmun-public-{}-{}", std::process::id(), NEXT.fetch_add(1, Relaxed));
+        let folder = std::env::temp_dir().join(name);
+        fs::create_dir(&folder).unwrap();
+        fs::set_permissions(&folder, fs::Permissions::from_mode(0o777)).unwrap();
+        let copy = Public(folder);
+        fs::copy(env!("CARGO_BIN_EXE_mmun"), copy.mmun()).unwrap();
+        fs::set_permissions(copy.mmun(), fs::Permissions::from_mode(0o755)).unwrap();
+        copy
+    }
+
+    pub(crate) fn folder(&self) -> &Path {
+        &self.0
+    }
+
+    pub(crate) fn mmun(&self) -> PathBuf {
+        self.0.join("mmun")
+    }
+}
+
+impl Drop for Public {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
 }
 
 /// Runs `sh -c script` under `mmun trace --json` with `options` and checks what holds of every
