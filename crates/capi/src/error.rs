@@ -4,26 +4,30 @@ use crate::border::export;
 use libc::{c_char, c_int};
 use mmu_notifier::GetError;
 use mmu_source::Error;
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::ffi::{CStr, CString};
 use std::fmt::Write;
+use std::ptr;
 
 pub(crate) const INVALID: &CStr = c"an argument is null, misaligned, empty or out of bounds";
 pub(crate) const TOO_NEW: &CStr = c"a struct has a field that is newer than this library, and not zero";
 pub(crate) const INHERITED: &CStr = c"it is the parent's of this process: make one here, after the fork";
 pub(crate) const IN_CALLBACK: &CStr = c"called inside an invalidation or a callback: it would wait for itself";
 
+mmu_notifier::thread_word! {
+    /// The address of what `mmun_last_error` returns, a static text or what is in `OWNED`; zero for
+    /// an empty one. Setting it allocates nothing: a call may fail in the middle of `free`.
+    static TEXT: u64 = 0;
+}
+
 thread_local! {
-    /// What `mmun_last_error` returns: static, or what is in `OWNED`. No destructor, because one is
-    /// registered by an allocation, and a call may fail in the middle of `free`.
-    static TEXT: Cell<*const c_char> = const { Cell::new(c"".as_ptr()) };
     static OWNED: RefCell<CString> = RefCell::new(CString::default());
 }
 
 /// Keeps what there is to say of an error of this thread, and returns its number.
 #[cold]
 pub(crate) fn fail(code: c_int, text: &'static CStr) -> c_int {
-    TEXT.set(text.as_ptr());
+    TEXT.set(text.as_ptr().expose_provenance() as u64);
     code
 }
 
@@ -37,7 +41,7 @@ pub(crate) fn fail_with(code: c_int, text: String) -> c_int {
         *owned = text;
         owned.as_ptr()
     });
-    TEXT.set(kept.unwrap_or(c"".as_ptr()));
+    TEXT.set(kept.unwrap_or(ptr::null()).expose_provenance() as u64);
     code
 }
 
@@ -100,7 +104,10 @@ export! {
     /// # Safety
     /// None.
     fn mmun_last_error() -> *const c_char {
-        TEXT.get()
+        match TEXT.get() {
+            0 => c"".as_ptr(),
+            text => ptr::with_exposed_provenance(text as usize),
+        }
     }
 
     /// Returns what an error number means in this library.

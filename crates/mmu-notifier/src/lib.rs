@@ -133,6 +133,12 @@ pub use range::{InvalidRange, PAGE_SIZE, Va, VaRange};
 pub use registration::Registration;
 pub use secondary::{Secondary, SecondaryTlb};
 pub use soft_tlb::SoftTlb;
+// What the crates above keep for each thread is kept as `srcu` does.
+#[doc(hidden)]
+pub use srcu::thread_word;
+#[cfg(not(mmun_loom))]
+#[doc(hidden)]
+pub use srcu::{thread_number, thread_numbers};
 pub use subscription::Subscription;
 pub use subsystem::Subsystem;
 

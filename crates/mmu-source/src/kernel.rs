@@ -97,6 +97,7 @@ mod armed;
 mod asm;
 pub mod broker;
 mod btf;
+mod busy;
 mod filter;
 mod intake;
 mod layout;
@@ -241,7 +242,7 @@ impl Kernel {
         if self.is_inherited() {
             return Err(Error::AfterFork { source: "kernel" });
         }
-        if tell::is_inside() {
+        if busy::is_inside() {
             return Err(Error::InCallback { source: "kernel" });
         }
         self.inner.settle(generation);
@@ -256,7 +257,7 @@ impl Kernel {
     /// While callbacks run, here or in another thread that drains. What changes meanwhile is left
     /// for the next call.
     pub fn drain(&self) -> Drained {
-        if self.is_inherited() || tell::is_inside() {
+        if self.is_inherited() || busy::is_inside() {
             return Drained::REFUSED;
         }
         let target = self.generation();
@@ -309,9 +310,10 @@ impl Kernel {
     /// If there was any event since the last wait of any thread, for the changes under way, as
     /// [`read_begin`](Armed::read_begin) does; for no callback.
     /// # Errors
-    /// [`Error::AfterFork`] in the child of a fork; [`Error::Kernel`] if no virtual machine can be
-    /// made, such as `EMFILE` if the program has lowered its limit of descriptors (`RLIMIT_NOFILE`)
-    /// below 8: the limit holds in the source's own table, too.
+    /// [`Error::AfterFork`] in the child of a fork; [`Error::InCallback`] in a signal handler that
+    /// has interrupted such a wait; [`Error::Kernel`] if no virtual machine can be made, such as
+    /// `EMFILE` if the program has lowered its limit of descriptors (`RLIMIT_NOFILE`) below 8: the
+    /// limit holds in the source's own table, too.
     pub fn arm(self: &Arc<Self>, range: VaRange) -> Result<Armed, Error> {
         let armed = Armed::enter(self, range)?;
         self.wait()?;

@@ -140,7 +140,8 @@ impl<R: Registrar> RegCache<R> {
     /// A hit takes no lock. A miss sleeps in the registrar, or while another thread registers the
     /// same memory. In an invalidation callback, it must not if that thread's registrar could wait
     /// for the callback; in one that the kernel source runs, it is refused. A signal handler calls
-    /// [`get_cached`](Self::get_cached) instead, unless the registrar may be called in one.
+    /// [`get_cached`](Self::get_cached) instead: a hit allocates nothing and takes no lock, but a
+    /// miss allocates and calls the registrar.
     /// # Errors
     /// Those of [`Error`], [`Error::Open`] apart. [`Error::Source`] with
     /// [`mmu_source::Error::InCallback`] in a callback of the kernel source of [`Options::kernel`].
@@ -150,7 +151,7 @@ impl<R: Registrar> RegCache<R> {
         let quick = if cache.gate.is_current() { cache.index.quick(range) } else { Err(None) };
         match quick.or_else(|wrong| cache.find_or_register(range, wrong)) {
             Ok(held) => Ok(Lease::new(cache, held)),
-            Err(refusal) => Err(refusal.into_error()),
+            Err(refusal) => Err(cache.error(refusal, range)),
         }
     }
 
@@ -186,7 +187,7 @@ impl<R: Registrar> RegCache<R> {
             if let Some(wrong) = wrong {
                 cache.end_later(&wrong);
             }
-            match cache.index.look_up_in_handler(range) {
+            match cache.index.look_up(range) {
                 Look::Hit(held) => Ok(held),
                 Look::Dead(_) => {
                     cache.index.leave_unasked();
@@ -340,6 +341,24 @@ impl<R: Registrar> Cache<R> {
             }
         }
         self.miss(range)
+    }
+
+    /// The error of a request for `range`. Out of line, so that a hit does not make ready for it.
+    #[cold]
+    #[inline(never)]
+    fn error(&self, refusal: Refusal<R::Error>, range: VaRange) -> Error<R::Error> {
+        match refusal {
+            Refusal::WouldDeadlock => Error::WouldDeadlock,
+            Refusal::InCallback => Error::Source { source: mmu_source::Error::InCallback { source: "kernel" } },
+            Refusal::Forked => Error::Forked,
+            Refusal::Exited => Error::Exited,
+            Refusal::TooLarge => Error::TooLarge { range, limit: self.options.max_bytes },
+            Refusal::Full => {
+                let state = self.lock();
+                Error::Full { range, regions: state.regions, bytes: reported(state.bytes) }
+            }
+            Refusal::Other(error) => *error,
+        }
     }
 
     /// Ends a lease.

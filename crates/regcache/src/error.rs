@@ -53,7 +53,8 @@ pub enum Error<E> {
     Forked,
     /// The call would wait for its own thread: it comes from a signal handler that interrupted this
     /// thread's work on the cache, or from the registrar or a callback in the middle of that work.
-    /// Try again after that has returned.
+    /// It needs what that work is at, or a larger table, which may be what is being allocated. Try
+    /// again after that has returned.
     WouldDeadlock,
     /// The source of changes cannot say what has changed.
     Source {
@@ -108,26 +109,18 @@ impl<E: std::error::Error + 'static> std::error::Error for Error<E> {
     }
 }
 
-/// An error on its way through the slow path, in two words. The refusals that a signal handler or a
-/// callback may meet have no box: either may have interrupted the allocator.
+/// An error on its way through the slow path: a number and a word, which compilers keep in
+/// registers. Only what the registrar or the kernel has said is in a box: all other refusals may be
+/// met in a signal handler or a callback that has interrupted the allocator.
 #[derive(Debug)]
 pub(crate) enum Refusal<E> {
     WouldDeadlock,
     InCallback,
+    Forked,
+    Exited,
+    TooLarge,
+    Full,
     Other(Box<Error<E>>),
-}
-
-impl<E> Refusal<E> {
-    /// Out of line, so that a hit does not make ready for it.
-    #[cold]
-    #[inline(never)]
-    pub(crate) fn into_error(self) -> Error<E> {
-        match self {
-            Self::WouldDeadlock => Error::WouldDeadlock,
-            Self::InCallback => Error::Source { source: mmu_source::Error::InCallback { source: "kernel" } },
-            Self::Other(error) => *error,
-        }
-    }
 }
 
 impl<E> From<Error<E>> for Refusal<E> {
@@ -135,6 +128,8 @@ impl<E> From<Error<E>> for Refusal<E> {
         match error {
             Error::WouldDeadlock => Self::WouldDeadlock,
             Error::Source { source: mmu_source::Error::InCallback { .. } } => Self::InCallback,
+            Error::Forked => Self::Forked,
+            Error::Exited => Self::Exited,
             error => Self::Other(Box::new(error)),
         }
     }

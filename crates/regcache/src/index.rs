@@ -109,17 +109,9 @@ impl Index {
         one_level && self.threads.mine().and_then(Block::next_slot).is_some()
     }
 
-    /// Looks everywhere, still without a lock. May allocate, for this thread's first slot.
+    /// Looks everywhere, still without a lock or an allocation.
     pub(crate) fn look_up(&self, range: VaRange) -> Look<'_> {
-        self.look_up_in(self.threads.mine().or_else(|| self.threads.join()), range)
-    }
-
-    /// The same for a signal handler, which must not allocate.
-    pub(crate) fn look_up_in_handler(&self, range: VaRange) -> Look<'_> {
-        self.look_up_in(self.threads.mine(), range)
-    }
-
-    fn look_up_in<'a>(&'a self, block: Option<&'a Block>, range: VaRange) -> Look<'a> {
+        let block = self.threads.mine().or_else(|| self.threads.join());
         let Some(taking) = block.and_then(Block::begin) else { return self.look_up_counted(range) };
         let Some(slot) = taking.block().free_slot() else {
             taking.end(false);

@@ -10,7 +10,7 @@
 use crate::cache::{Cache, Registered};
 use crate::error::Refusal;
 use crate::lease::Lease;
-use crate::options::{reported, size, within};
+use crate::options::{size, within};
 use crate::raw::held::Held;
 use crate::raw::table::Table;
 use crate::state::{State, Target};
@@ -65,7 +65,7 @@ impl<R: Registrar> Cache<R> {
                 return Err(Refusal::WouldDeadlock);
             }
             if self.index.page.is_inherited() {
-                return Err(Error::Forked.into());
+                return Err(Refusal::Forked);
             }
             if let Some(result) = self.try_once(range, &mut past) {
                 return result;
@@ -78,7 +78,7 @@ impl<R: Registrar> Cache<R> {
         let (index, options) = (&self.index, &self.options);
         let mut state = self.lock();
         if state.closed {
-            return Some(Err(Error::Exited.into()));
+            return Some(Err(Refusal::Exited));
         }
         let (merged, replaces) = match state.target(index, options, range) {
             Target::Found(region) => {
@@ -91,7 +91,7 @@ impl<R: Registrar> Cache<R> {
             return self.sleep(state, past);
         }
         if !within(size(range), options.max_bytes) {
-            return Some(Err(Error::TooLarge { range, limit: options.max_bytes }.into()));
+            return Some(Err(Refusal::TooLarge));
         }
         let target = if past.alone || !within(size(merged), options.max_bytes) { range } else { merged };
         if !state.has_room(options, size(target)) {
@@ -111,14 +111,17 @@ impl<R: Registrar> Cache<R> {
                     // evicted.
                     return self.sleep(state, past);
                 }
-                let (regions, bytes) = (state.regions, reported(state.bytes));
-                return Some(Err(Error::Full { range, regions, bytes }.into()));
+                return Some(Err(Refusal::Full));
             }
             drop(state);
             self.reap(chain);
             return None;
         }
         if !state.has_table(index) {
+            if past.is_nested {
+                // Perhaps this thread was interrupted while it was allocating such a table.
+                return Some(Err(Refusal::WouldDeadlock));
+            }
             let log2 = index.page.tables().newest().map_or(0, |table| table.log2() + 1);
             drop(state);
             self.grow(log2);

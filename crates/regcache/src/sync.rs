@@ -9,7 +9,6 @@ use std::sync::MutexGuard as Guard;
 #[cfg(not(mmun_loom))]
 pub(crate) use std::sync::{Condvar, Mutex, atomic};
 
-use atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::ops::{Deref, DerefMut};
 #[cfg(not(mmun_loom))]
 pub(crate) use std::sync::atomic::fence;
@@ -46,17 +45,11 @@ impl<T> DerefMut for MutexGuard<'_, T> {
     }
 }
 
-#[cfg(not(mmun_loom))]
-thread_local! {
-    /// Whether this thread holds the lock of a cache, or is about to.
-    static LOCKING: AtomicBool = const { AtomicBool::new(false) };
+mmu_notifier::thread_word! {
+    /// One if this thread holds the lock of a cache, or is about to.
+    static LOCKING: u64 = 0;
     /// The address of the cache that this thread is at work on, zero for none.
-    static AT_WORK: AtomicUsize = const { AtomicUsize::new(0) };
-}
-#[cfg(mmun_loom)]
-loom::thread_local! {
-    static LOCKING: AtomicBool = AtomicBool::new(false);
-    static AT_WORK: AtomicUsize = AtomicUsize::new(0);
+    static AT_WORK: u64 = 0;
 }
 
 /// The mark that this thread is at the lock of a cache: a signal handler that finds it must not
@@ -66,30 +59,28 @@ loom::thread_local! {
 /// between.
 #[derive(Debug)]
 struct Locking {
-    before: bool,
+    before: u64,
 }
 
 impl Locking {
     fn mark() -> Self {
-        let before = LOCKING.with(|locking| locking.load(Ordering::Relaxed));
-        LOCKING.with(|locking| locking.store(true, Ordering::Relaxed));
-        order_for_handlers();
+        let before = LOCKING.get();
+        LOCKING.mark(1);
         Self { before }
     }
 }
 
 impl Drop for Locking {
     fn drop(&mut self) {
-        order_for_handlers();
-        // Not false: a handler may have interrupted a thread that was about to lock.
-        LOCKING.with(|locking| locking.store(self.before, Ordering::Relaxed));
+        // Not zero: a handler may have interrupted a thread that was about to lock.
+        LOCKING.mark(self.before);
     }
 }
 
 /// Tells whether waiting for the lock of a cache would wait for this very thread, which a signal
 /// handler has interrupted: nothing else comes here under the lock.
 pub(crate) fn is_locking() -> bool {
-    LOCKING.with(|locking| locking.load(Ordering::Relaxed))
+    LOCKING.get() != 0
 }
 
 /// The mark that this thread is at work on a cache, with its lock or in its registrar: a signal
@@ -99,16 +90,15 @@ pub(crate) fn is_locking() -> bool {
 /// one.
 #[derive(Debug)]
 pub(crate) struct AtWork {
-    before: usize,
+    before: u64,
     is_nested: bool,
 }
 
 impl AtWork {
     pub(crate) fn mark<T>(cache: &T) -> Self {
-        let cache = std::ptr::from_ref(cache).addr();
-        let before = AT_WORK.with(|at_work| at_work.load(Ordering::Relaxed));
-        AT_WORK.with(|at_work| at_work.store(cache, Ordering::Relaxed));
-        order_for_handlers();
+        let cache = std::ptr::from_ref(cache).addr() as u64;
+        let before = AT_WORK.get();
+        AT_WORK.mark(cache);
         Self { before, is_nested: before == cache }
     }
 
@@ -120,15 +110,8 @@ impl AtWork {
 
 impl Drop for AtWork {
     fn drop(&mut self) {
-        order_for_handlers();
-        AT_WORK.with(|at_work| at_work.store(self.before, Ordering::Relaxed));
+        AT_WORK.mark(self.before);
     }
-}
-
-/// Keeps the compiler from moving a mark past what it marks. Models have no signal handlers.
-fn order_for_handlers() {
-    #[cfg(not(mmun_loom))]
-    std::sync::atomic::compiler_fence(Ordering::SeqCst);
 }
 
 /// Locks, also after a panic in another holder: nothing that can panic runs under the lock of a

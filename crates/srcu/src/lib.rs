@@ -131,6 +131,9 @@ pub use raw::callback::{Head, set_callback_panic_hook};
 pub use raw::current::is_reclaimer;
 #[cfg(not(mmun_loom))]
 pub use raw::fork::forks;
+#[cfg(not(mmun_loom))]
+#[doc(hidden)]
+pub use raw::ids::{thread_number, thread_numbers};
 #[doc(hidden)]
 pub use raw::thread::{Thread, without_signals};
 pub use srcu::{Cookie, Srcu};

@@ -18,7 +18,7 @@ pub(crate) mod event;
 #[cfg(not(mmun_loom))]
 pub(crate) mod fork;
 #[cfg(not(mmun_loom))]
-mod ids;
+pub(crate) mod ids;
 pub(crate) mod lock;
 #[cfg(not(mmun_loom))]
 mod pages;

@@ -13,10 +13,10 @@
 //! Elsewhere, and under loom and Miri, a word is a thread-local of the standard library.
 
 /// Declares words, one for each thread, with the value that each thread starts with. They have
-/// `get`, `set` and `add`.
+/// `get`, `set`, `mark` and `add`.
 ///
-/// Not part of the interface of this crate: it is public for `mmu-notifier`, whose brackets begin
-/// where sections do.
+/// Not part of the interface of this crate: it is public for the crates above, whose brackets and
+/// look-ups begin where sections do.
 #[doc(hidden)]
 #[macro_export]
 macro_rules! thread_word {
@@ -102,6 +102,24 @@ macro_rules! thread_word {
                     }
                 }
 
+                /// Sets it, and keeps the compiler from moving accesses to memory across: for a
+                /// mark that says to signal handlers what they have interrupted.
+                #[allow(dead_code, reason = "most words are no marks")]
+                #[inline(always)]
+                fn mark(self, value: u64) {
+                    // SAFETY: as in `get`. Without `nomem` the compiler takes it for an access to
+                    // any memory.
+                    unsafe {
+                        ::core::arch::asm!(
+                            "mov qword ptr fs:[{offset}], {value}",
+                            value = in(reg) value,
+                            offset = in(reg) Self::offset(),
+                            options(nostack, preserves_flags),
+                        );
+                    }
+                }
+
+                #[allow(dead_code, reason = "some words are only marks")]
                 #[inline(always)]
                 fn set(self, value: u64) {
                     // SAFETY: as in `get`.
@@ -137,6 +155,13 @@ macro_rules! thread_word {
                 #[allow(dead_code, reason = "most words are no counters")]
                 fn add<const AMOUNT: i32>(self) {
                     self.set(self.get().wrapping_add_signed(AMOUNT.into()));
+                }
+
+                #[allow(dead_code, reason = "most words are no marks")]
+                fn mark(self, value: u64) {
+                    ::core::sync::atomic::compiler_fence(::core::sync::atomic::Ordering::SeqCst);
+                    self.set(value);
+                    ::core::sync::atomic::compiler_fence(::core::sync::atomic::Ordering::SeqCst);
                 }
 
                 fn set(self, value: u64) {

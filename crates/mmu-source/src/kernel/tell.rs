@@ -1,51 +1,17 @@
 //! Handing records on to subscribers, in order, and knowing up to where that has been done.
 
+use super::busy::{self, Flag};
 use super::intake::{Intake, Told, Words};
 use super::layout::header;
 use super::{Inner, Kernel};
 use crate::current_mm::current_ref;
 use mmu_notifier::Event;
-use std::cell::Cell;
-use std::sync::atomic::{Ordering, compiler_fence, fence};
+use std::sync::atomic::{Ordering, fence};
 use std::sync::{MutexGuard, TryLockError};
 use std::thread;
 
 /// How often a watch tries to have the records taken in before it answers that it does not know.
 const TRIES: usize = 200;
-
-thread_local! {
-    /// Whether this thread is handing on, so that a callback of it cannot wait for itself.
-    static TELLING: Cell<bool> = const { Cell::new(false) };
-    /// Whether it is taking in, so that a signal handler does not wait for what it has interrupted.
-    static TAKING: Cell<bool> = const { Cell::new(false) };
-}
-
-/// Sets a flag of this thread for as long as it lives. It is set before the lock that it stands for
-/// is tried, and cleared when that is free again: a signal handler that finds it clear finds no
-/// lock held by its own thread.
-struct Flag(&'static thread::LocalKey<Cell<bool>>);
-
-impl Flag {
-    fn set(flag: &'static thread::LocalKey<Cell<bool>>) -> Option<Self> {
-        let was = flag.replace(true);
-        compiler_fence(Ordering::SeqCst);
-        // Not `then_some`: a value that is made and dropped would clear the outer flag.
-        (!was).then(|| Self(flag))
-    }
-}
-
-impl Drop for Flag {
-    fn drop(&mut self) {
-        compiler_fence(Ordering::SeqCst);
-        self.0.set(false);
-    }
-}
-
-/// Whether the caller is a callback that the source runs, or a signal handler that has interrupted
-/// it.
-pub(super) fn is_inside() -> bool {
-    TELLING.get() || TAKING.get()
-}
 
 impl Kernel {
     /// Tells whether this thread is handing on what the kernel has told: whether a callback that
@@ -56,7 +22,7 @@ impl Kernel {
     #[must_use]
     #[inline]
     pub fn is_telling() -> bool {
-        TELLING.get()
+        busy::is_telling()
     }
 }
 
@@ -92,7 +58,7 @@ impl Inner {
     /// Runs `f` on the consumer of the ring; `None` in a signal handler that has interrupted that,
     /// or in the child of a fork.
     pub(super) fn with_intake<R>(&self, f: impl FnOnce(&mut Intake, Words<'_>) -> R) -> Option<R> {
-        let _taking = Flag::set(&TAKING)?;
+        let _taking = Flag::set(Flag::TAKING)?;
         if self.is_inherited() {
             return None;
         }
@@ -104,7 +70,7 @@ impl Inner {
     /// not be done.
     #[cold]
     pub(super) fn catch_up(&self) -> bool {
-        let Some(_taking) = Flag::set(&TAKING) else { return false };
+        let Some(_taking) = Flag::set(Flag::TAKING) else { return false };
         if self.is_inherited() {
             return false;
         }
@@ -124,7 +90,7 @@ impl Inner {
 
     /// Hands on what there is, up to a generation, unless another thread does.
     pub(super) fn hand_on(&self, target: u64) -> Option<Turn> {
-        let telling = Flag::set(&TELLING)?;
+        let telling = Flag::set(Flag::TELLING)?;
         let handing = try_lock(&self.handing)?;
         let mut turn = Turn::default();
         while self.handled() < target {
@@ -149,7 +115,7 @@ impl Inner {
     }
 
     /// Sees to it that all generations up to this one have been handed on. The caller has asked
-    /// [`is_inside`].
+    /// [`busy::is_inside`].
     pub(super) fn settle(&self, generation: u64) {
         // Once more if the program has counted the generation on another processor and is about to
         // write its record. Nobody waits for the lock itself: whoever has it goes on, and may have

@@ -50,6 +50,25 @@ fn the_filter_finds_what_overlaps_and_little_else() {
     assert!(kernel.is_settled() && kernel.lost() == 0);
 }
 
+#[test]
+fn a_wait_that_has_interrupted_one_of_its_own_thread_is_refused() {
+    if !require(Cap::Bpf) {
+        return;
+    }
+    let kernel = Kernel::rehearse(1 << 18).expect("BPF works here");
+    let interrupted = kernel.inner.waits.lock();
+    assert!(interrupted.is_some());
+    let at = range(0x5500_0000_0000, 4096);
+    assert!(matches!(kernel.arm(at), Err(Error::InCallback { .. })));
+    assert!(matches!(kernel.watch(at), Err(Error::InCallback { .. })));
+    thread::scope(|scope| {
+        let other = scope.spawn(|| kernel.arm(at).is_ok());
+        drop(interrupted);
+        assert!(other.join().expect("no panic"), "another thread waits");
+    });
+    assert!(kernel.arm(at).is_ok());
+}
+
 /// Changes armed memory whenever it is told of a change of it: there is always one more.
 struct Feeds {
     kernel: std::sync::Weak<Kernel>,

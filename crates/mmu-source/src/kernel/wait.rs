@@ -56,6 +56,7 @@
 //! # Source
 //! `virt/kvm/kvm_main.c`, `mm/mmu_notifier.c`, Linux 6.12 and 6.18.
 
+use super::busy::Flag;
 use super::layout::header;
 use super::machine::Machines;
 use super::sys::{self, Scratch, Shared};
@@ -86,7 +87,17 @@ pub(super) struct Waits {
     /// Changes that were counted up to this generation, by A's event, are over. Written under the
     /// lock.
     over: AtomicU64,
+    /// Machines that were made because the count was never zero, or for want of a count. Written
+    /// under the lock.
+    machines: AtomicU64,
     state: Mutex<State>,
+}
+
+/// The lock, held.
+pub(super) struct Locked<'a> {
+    state: MutexGuard<'a, State>,
+    // Dropped second: the flag stays until the lock is free.
+    _waiting: Flag,
 }
 
 #[derive(Debug, Default)]
@@ -94,8 +105,6 @@ struct State {
     asked: u64,
     /// The number of the last wait that has ended well.
     ended: u64,
-    /// Machines that were made because the count was never zero, or for want of a count.
-    machines: u64,
 }
 
 impl Waits {
@@ -109,12 +118,15 @@ impl Waits {
             begun: AtomicU64::new(0),
             has_b: AtomicBool::new(false),
             over: AtomicU64::new(0),
+            machines: AtomicU64::new(0),
             state: Mutex::default(),
         })
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    /// `None` in a signal handler that has interrupted the holder of the lock.
+    pub(super) fn lock(&self) -> Option<Locked<'_>> {
+        let waiting = Flag::set(Flag::WAITING)?;
+        Some(Locked { state: self.state.lock().unwrap_or_else(PoisonError::into_inner), _waiting: waiting })
     }
 
     /// Waits until every change is over that was counted up to a generation which the caller has
@@ -137,7 +149,8 @@ impl Waits {
             return Ok(());
         }
         let ticket = self.begun.load(Ordering::Relaxed);
-        let mut state = self.state();
+        let mut locked = self.lock().ok_or(Error::InCallback { source: "kernel" })?;
+        let state = &mut *locked.state;
         if state.ended > ticket {
             return Ok(());
         }
@@ -152,9 +165,9 @@ impl Waits {
         // count; and the fence of `arm` before the ticket, so that whoever relies on this wait has
         // entered its range.
         fence(Ordering::SeqCst);
-        if !self.is_over(&mut state, header) {
+        if !self.is_over(state, header) {
             vault.run(Machines::renew_b).inspect_err(|_| dirty.store(DIRTY, Ordering::Relaxed))?;
-            state.machines += 1;
+            self.machines.fetch_add(1, Ordering::Relaxed);
         }
         state.ended = number;
         // ORDER(source-quiet): Release, behind the wait. Partner: the load in `wait_for`.
@@ -186,7 +199,7 @@ impl Waits {
 
     /// How many waits there were, and how many machines were made for them.
     pub(super) fn counts(&self) -> (u64, u64) {
-        (self.begun.load(Ordering::Relaxed), self.state().machines)
+        (self.begun.load(Ordering::Relaxed), self.machines.load(Ordering::Relaxed))
     }
 
     pub(super) fn has_b(&self) -> bool {

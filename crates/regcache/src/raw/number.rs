@@ -1,81 +1,38 @@
-//! A small number for every thread that takes leases, given back when the thread ends.
-//!
-//! Claiming and giving back are single atomic operations on a bitmap, so a fork at any moment
-//! leaves it whole; the numbers of threads that a fork left behind stay taken in the child.
+//! A small number for every thread that takes leases: its number in `srcu`, which the kernel gives
+//! back when the thread ends. A claim allocates nothing, since it may come from a signal handler or
+//! from within an allocator.
 
 #[cfg(not(mmun_loom))]
 mod imp {
-    use std::cell::Cell;
-    use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-
-    /// How many threads can have a number at a time. The others count their leases where all can
-    /// see it.
+    /// How many threads can have a block. The others count their leases where all can see it.
     pub(in crate::raw) const MAX: usize = 4096;
 
-    const NONE: u32 = u32::MAX;
-    const GONE: u32 = u32::MAX - 1;
-
-    static TAKEN: [AtomicU64; MAX / 64] = [const { AtomicU64::new(0) }; MAX / 64];
-    /// One more than the highest number ever taken.
-    static HIGH: AtomicUsize = AtomicUsize::new(0);
-
-    thread_local! {
-        static MINE: Cell<u32> = const { Cell::new(NONE) };
-        static GIVE_BACK: GiveBack = const { GiveBack };
+    mmu_notifier::thread_word! {
+        /// This thread's number, once it has asked for a block; the largest word before.
+        static MINE: u64 = u64::MAX;
     }
 
-    struct GiveBack;
-
-    impl Drop for GiveBack {
-        fn drop(&mut self) {
-            let mine = MINE.replace(GONE) as usize;
-            if mine < MAX {
-                // ORDER(cache-number): Release for what this thread wrote into its blocks. Partner:
-                // the claim by the next owner.
-                TAKEN[mine / 64].fetch_and(!(1 << (mine % 64)), Ordering::Release);
-            }
-        }
-    }
-
-    /// This thread's number; none or an ended thread's is beyond [`MAX`].
+    /// This thread's number, or one beyond [`MAX`].
     #[inline(always)]
     pub(in crate::raw) fn mine() -> usize {
         MINE.get() as usize
     }
 
+    /// One more than the highest number that a thread has.
     #[inline]
     pub(in crate::raw) fn high() -> usize {
-        // Relaxed: a caller that needs the current number has executed a heavy fence, or holds the
-        // lock of a cache.
-        HIGH.load(Ordering::Relaxed)
+        // A caller that needs the current number has executed a heavy fence, or holds the lock of a
+        // cache.
+        mmu_notifier::thread_numbers()
     }
 
-    /// Gives this thread a number if it has none, unless it is ending or too many have one.
-    pub(in crate::raw) fn claim() -> Option<usize> {
-        match MINE.get() {
-            NONE => {}
-            GONE => return None,
-            mine => return Some(mine as usize),
-        }
-        // Registers the destructor, which may allocate.
-        GIVE_BACK.try_with(|_| ()).ok()?;
-        for (at, word) in TAKEN.iter().enumerate() {
-            let mut taken = word.load(Ordering::Relaxed);
-            while taken != u64::MAX {
-                let bit = (!taken).trailing_zeros();
-                // ORDER(cache-number): Acquire, partner in the drop of the owner before.
-                match word.compare_exchange_weak(taken, taken | 1 << bit, Ordering::Acquire, Ordering::Relaxed) {
-                    Ok(_) => {
-                        let number = at * 64 + bit as usize;
-                        HIGH.fetch_max(number + 1, Ordering::Relaxed);
-                        MINE.set(number as u32);
-                        return Some(number);
-                    }
-                    Err(now) => taken = now,
-                }
-            }
-        }
-        None
+    /// This thread's number, from now on known to [`mine`].
+    pub(in crate::raw) fn claim() -> usize {
+        // ORDER(cache-number): The kernel's hand-over is a full fence, for what the number's owner
+        // before wrote into its blocks. Partner: the end of that thread.
+        let number = mmu_notifier::thread_number();
+        MINE.set(number as u64);
+        number
     }
 }
 
@@ -98,12 +55,12 @@ mod imp {
         MAX
     }
 
-    pub(in crate::raw) fn claim() -> Option<usize> {
+    pub(in crate::raw) fn claim() -> usize {
         MINE.with(|mine| {
             if mine.get() == MAX {
                 mine.set(NEXT.fetch_add(1, Ordering::Relaxed));
             }
-            Some(mine.get())
+            mine.get()
         })
     }
 }

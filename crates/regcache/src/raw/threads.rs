@@ -202,14 +202,13 @@ impl Threads {
         self.blocks.get(number::mine())
     }
 
-    /// This thread's block, with a number if need be; none if there are too many threads, or this
-    /// one is ending.
+    /// This thread's block, with a number if need be; none if there are too many threads.
     #[cold]
     pub(crate) fn join(&self) -> Option<&Block> {
         if self.blocks.is_empty() {
             return None;
         }
-        self.blocks.get(number::claim()?)
+        self.blocks.get(number::claim())
     }
 
     /// Calls `f` with each region that a slot names, as often as one does.

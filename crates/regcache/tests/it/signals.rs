@@ -185,3 +185,25 @@ fn a_request_that_would_wait_for_its_own_thread_is_refused() {
         ANSWERS.load(Ordering::Relaxed) == 2
     }));
 }
+
+#[test]
+fn a_nested_request_that_needs_a_larger_table_is_refused() {
+    let (mm, device) = (MmWithUser::new(), Device::new(Book::default(), Options::new()));
+    let cache = device.open(&mm).unwrap();
+    let same = cache.try_clone().unwrap();
+    static REFUSED: AtomicU64 = AtomicU64::new(0);
+    device.registrar().during_next(move || {
+        // Far apart, so that each is an entry of its own.
+        let refused = (0..10_000).find_map(|at| match same.get(pages(1000 + 10 * at, 1)) {
+            Ok(_) => None,
+            Err(error) => Some((at, error)),
+        });
+        let (at, error) = refused.expect("the first table is not so large");
+        assert!(matches!(error, Error::WouldDeadlock), "{error:?}");
+        REFUSED.store(1000 + 10 * at, Ordering::Relaxed);
+    });
+    drop(cache.get(pages(10, 4)).unwrap());
+    let refused = REFUSED.load(Ordering::Relaxed);
+    assert!(refused > 1000, "some were registered before");
+    assert!(cache.get(pages(refused, 1)).is_ok(), "outside it is not refused");
+}

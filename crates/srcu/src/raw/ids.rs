@@ -8,6 +8,8 @@
 //! storage can still be dropped there. The kernel's hand-over is a full fence, so the new owner
 //! sees the counters as the old one left them.
 //!
+//! A claim blocks all signals: a handler that claims cannot wait for the claim that it interrupted.
+//!
 //! # Safety
 //! # Invariants
 //! * The mutex of a number below `HIGH` is initialized, and at an address that is never unmapped or
@@ -18,6 +20,7 @@ use super::die;
 use super::lock::Lock;
 use super::pages;
 use super::table::{self, BUCKETS, Place};
+use super::thread::Blocked;
 use std::mem::MaybeUninit;
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
@@ -60,7 +63,24 @@ pub(super) fn place_or_claim() -> Place {
     }
 }
 
+/// This thread's number, for another crate that keeps something for each thread. Claiming it
+/// allocates nothing, and may be done in a signal handler.
+#[doc(hidden)]
+pub fn thread_number() -> usize {
+    place_or_claim().id()
+}
+
+/// One more than the highest number in use so far. It includes the number of each thread whose
+/// stores, made after it got that number, are visible to the caller.
+#[doc(hidden)]
+#[inline]
+pub fn thread_numbers() -> usize {
+    high()
+}
+
+#[cold]
 fn claim() -> Place {
+    let _signals_wait = Blocked::new();
     let mut cursor = CURSOR.lock();
     let high = HIGH.load(Ordering::Relaxed);
     let start = if high <= PROBES { 0 } else { *cursor };
@@ -119,6 +139,8 @@ fn try_own(mutex: *mut Mutex) -> bool {
     match unsafe { libc::pthread_mutex_trylock(mutex) } {
         0 => true,
         libc::EOWNERDEAD => {
+            // ORDER(cache-number): the owner's last stores come first, by the kernel's exchange of
+            // the mutex's word. Partner: that thread's end.
             // SAFETY: Needs a robust mutex that this thread has just locked with EOWNERDEAD.
             unsafe { libc::pthread_mutex_consistent(mutex) };
             true

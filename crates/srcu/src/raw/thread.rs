@@ -82,15 +82,15 @@ extern "C" fn main<F: FnOnce()>(work: *mut libc::c_void) -> *mut libc::c_void {
 /// Runs `f` with all signals blocked. A thread that it starts inherits that: the program's handlers
 /// never run there, and a signal that the program waits for is not taken from it.
 pub fn without_signals<T>(f: impl FnOnce() -> T) -> T {
-    let _held = Held::new();
+    let _held = Blocked::new();
     f()
 }
 
 /// The signals of this thread wait while this is alive. It stays on its thread.
-struct Held(libc::sigset_t, PhantomData<*mut ()>);
+pub(super) struct Blocked(libc::sigset_t, PhantomData<*mut ()>);
 
-impl Held {
-    fn new() -> Self {
+impl Blocked {
+    pub(super) fn new() -> Self {
         let mut all = MaybeUninit::<libc::sigset_t>::uninit();
         let mut before = MaybeUninit::<libc::sigset_t>::uninit();
         // SAFETY: Needs a place for a set.
@@ -102,7 +102,7 @@ impl Held {
     }
 }
 
-impl Drop for Held {
+impl Drop for Blocked {
     fn drop(&mut self) {
         // SAFETY: Needs an initialized set: the one that this thread had.
         unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &self.0, ptr::null_mut()) };
