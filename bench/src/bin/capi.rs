@@ -53,7 +53,8 @@ mod measured {
         fn deregister(&self, _: u64) {}
     }
 
-    const CALLS: u32 = 200_000;
+    /// Calls of a burst: short, so that many bursts of a run are not interrupted.
+    const CALLS: u32 = 2_000;
     const OWN: u32 = 4;
     const KERNEL: u32 = 2;
 
@@ -68,12 +69,22 @@ mod measured {
         start.elapsed().as_nanos() as f64 / f64::from(CALLS)
     }
 
-    /// Times both in turn, and prints the medians and the median of the differences within a round.
+    /// Times both in turn, and prints the least of each and their difference: what a call costs
+    /// where nothing else disturbs it. The medians behind it say how far they were disturbed.
     fn compare(name: &str, rounds: usize, bar: &str, mut in_rust: impl FnMut(), mut in_c: impl FnMut()) {
         let times: Vec<[f64; 2]> = (0..rounds).map(|_| [time(&mut in_rust), time(&mut in_c)]).collect();
-        let of = |f: fn(&[f64; 2]) -> f64| median(times.iter().map(f).collect());
-        let (rust, c, more) = (of(|t| t[0]), of(|t| t[1]), of(|t| t[1] - t[0]));
-        println!("{name:<44} {rust:7.2} ns in Rust {c:7.2} in C {more:+6.2}   {bar}");
+        let of = |side: usize, f: fn(Vec<f64>) -> f64| f(times.iter().map(|pair| pair[side]).collect());
+        let (rust, c) = (of(0, least), of(1, least));
+        println!(
+            "{name:<44} {rust:7.2} ns in Rust {c:7.2} in C {:+6.2}   {bar:<10} (medians {:.2}, {:.2})",
+            c - rust,
+            of(0, median),
+            of(1, median)
+        );
+    }
+
+    fn least(values: Vec<f64>) -> f64 {
+        values.into_iter().fold(f64::INFINITY, f64::min)
     }
 
     fn library() -> PathBuf {
@@ -114,8 +125,8 @@ mod measured {
             println!("SKIP: {} is missing: cargo build --release -p mmun-capi", library.display());
             return;
         }
-        let rounds = env::args().nth(1).map_or(31, |rounds| rounds.parse().expect("a number of rounds"));
-        println!("{rounds} rounds, medians");
+        let rounds = env::args().nth(1).map_or(1001, |rounds| rounds.parse().expect("a number of rounds"));
+        println!("{rounds} rounds of {CALLS} calls, the least");
         size_and_loading(&library);
         assert!(load(&library) > 0.0, "the library loads");
 

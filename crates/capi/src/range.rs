@@ -177,9 +177,8 @@ export! {
             return;
         }
         this.state = 0;
-        // SAFETY: There is a bracket, as `state` has just said, and it is taken once.
-        let bracket = unsafe { this.bracket.as_ptr().cast::<Bracket<'static>>().read() };
-        drop(bracket);
+        // SAFETY: There is a bracket, as `state` has just said, and it is dropped once.
+        unsafe { this.bracket.as_mut_ptr().cast::<Bracket<'static>>().drop_in_place() };
     }
 
     /// Tells secondary TLBs to flush.

@@ -7,7 +7,7 @@ use crate::sources::{Mmun, code, share};
 use ::regcache::{Cause, Device, Lease as Held, Merge, RegCache, Registrar};
 use libc::{c_int, c_void};
 use mmu_notifier::{Notifier, Registration, Va, VaRange};
-use std::mem::{self, MaybeUninit};
+use std::mem::MaybeUninit;
 use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -186,9 +186,10 @@ impl Lease {
     const NONE: Self = Self { handle: ptr::null_mut(), held: MaybeUninit::new([0; LEASE_WORDS]) };
 
     fn is_held(&self) -> bool {
+        // One word, which a lease never has as zero. To read both at once would make the processor
+        // wait until they, which were written one by one, have left its store buffer.
         // SAFETY: Two words are there, which C has written or this library.
-        let words = unsafe { self.held.assume_init() };
-        words != [0; LEASE_WORDS]
+        unsafe { self.held.as_ptr().cast::<usize>().read() != 0 }
     }
 
     /// # Safety
@@ -334,9 +335,10 @@ export! {
         let Some(place) = (unsafe { lease.as_mut() }).filter(|lease| lease.is_held()) else {
             die("mmun_regcache_put", "there is no lease: it is null or has been put");
         };
-        let held = mem::replace(&mut place.held, Lease::NONE.held);
         // SAFETY: There was a lease in it, as `is_held` has just said, and it is taken once.
-        drop(unsafe { held.as_ptr().cast::<Held<'static, Driver>>().read() });
+        let held = unsafe { place.held.as_ptr().cast::<Held<'static, Driver>>().read() };
+        place.held = Lease::NONE.held;
+        drop(held);
     }
 
     /// Tells whether the region still stands for the memory.
@@ -412,6 +414,6 @@ crate::layout::layout! {
 #[cfg(test)]
 pub(crate) fn layout_of_stats() -> Vec<String> {
     let names = ::regcache::Stats::default().metrics().map(|(name, _)| name.trim_end_matches("_total"));
-    let at = mem::offset_of!(Stats, values);
+    let at = std::mem::offset_of!(Stats, values);
     names.iter().zip(0..).map(|(name, number)| format!("mmun_regcache_stats.{name} {}", at + 8 * number)).collect()
 }

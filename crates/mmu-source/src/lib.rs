@@ -23,6 +23,7 @@ mod fork;
 pub mod hook;
 pub mod kernel;
 pub mod process;
+mod queue;
 mod ranges;
 mod sources;
 #[cfg(test)]

@@ -25,16 +25,14 @@
 
 #![allow(unsafe_code, reason = "one call without a safe wrapper; see the Safety section")]
 
+use crate::queue::{ClosesQueue, Queue};
 use srcu::Thread;
 use std::ffi::CStr;
-use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::Arc;
+use std::{fmt, io};
 
-enum Message<T> {
-    Run(Box<dyn FnOnce(&mut T) + Send>),
-    Close,
-}
+type Job<T> = Box<dyn FnOnce(&mut T) + Send>;
 
 /// A thread with a descriptor table of its own, and the value `T` that owns what is open there.
 ///
@@ -46,8 +44,7 @@ pub(crate) struct Vault<T> {
 }
 
 /// Posts jobs to a vault, without keeping it open.
-#[derive(Debug)]
-pub(crate) struct Letterbox<T>(Sender<Message<T>>);
+pub(crate) struct Letterbox<T>(Arc<Queue<Job<T>>>);
 
 impl<T: 'static> Vault<T> {
     /// Starts the thread, which makes the content when its own table is in force.
@@ -59,33 +56,35 @@ impl<T: 'static> Vault<T> {
         failed: fn(&'static str, io::Error) -> E,
         make: impl FnOnce(&Letterbox<T>) -> Result<T, E> + Send + 'static,
     ) -> Result<Self, E> {
-        let (sender, messages) = channel();
-        let (inbox, own) = (Letterbox(sender.clone()), Letterbox(sender));
-        let (answer, answered) = channel();
+        let inbox = Letterbox(Queue::new());
+        let own = Serving(inbox.clone());
+        let answered = Queue::new();
+        let answer = ClosesQueue(Arc::clone(&answered));
         let run = move || {
-            let made = empty_table().map_err(|error| failed("close_range", error)).and_then(|()| make(&own));
-            drop(own);
-            let (content, answered) = match made {
+            let made = empty_table().map_err(|error| failed("close_range", error)).and_then(|()| make(&own.0));
+            let (content, made) = match made {
                 Ok(content) => (Some(content), Ok(())),
                 Err(error) => (None, Err(error)),
             };
-            let _ = answer.send(answered);
-            if let Some(content) = content {
-                serve(&messages, content);
+            answer.0.push(made);
+            drop(answer);
+            if let Some(mut content) = content {
+                while let Some(job) = own.0.0.pop() {
+                    job(&mut content);
+                }
             }
         };
         let thread = Thread::spawn(name, run).map_err(|error| failed("start of a thread", error))?;
         let vault = Self { inbox, thread: Some(thread) };
-        answered.recv().expect("the thread answers before it ends").map(|()| vault)
+        answered.pop().expect("the thread answers before it ends").map(|()| vault)
     }
 
     /// Runs `f` in the vault, and waits for its result.
     pub(crate) fn run<R: Send + 'static>(&self, f: impl FnOnce(&mut T) -> R + Send + 'static) -> R {
-        let (answer, answered) = channel();
-        self.inbox.post(move |content| {
-            let _ = answer.send(catch_unwind(AssertUnwindSafe(|| f(content))));
-        });
-        let result = answered.recv().expect("the thread runs every job that comes before its end");
+        let answered = Queue::new();
+        let answer = ClosesQueue(Arc::clone(&answered));
+        self.inbox.post(move |content| answer.0.push(catch_unwind(AssertUnwindSafe(|| f(content)))));
+        let result = answered.pop().expect("the thread runs every job that comes before its end");
         result.unwrap_or_else(|panic| resume_unwind(panic))
     }
 
@@ -97,7 +96,7 @@ impl<T: 'static> Vault<T> {
 
 impl<T> Drop for Vault<T> {
     fn drop(&mut self) {
-        let _ = self.inbox.0.send(Message::Close);
+        self.inbox.0.close();
         if let Some(thread) = self.thread.take() {
             thread.join();
         }
@@ -107,19 +106,30 @@ impl<T> Drop for Vault<T> {
 impl<T> Letterbox<T> {
     /// Has `f` run in the vault some time, unless that is closed before.
     pub(crate) fn post(&self, f: impl FnOnce(&mut T) + Send + 'static) {
-        let _ = self.0.send(Message::Run(Box::new(f)));
+        self.0.push(Box::new(f));
     }
 }
 
 impl<T> Clone for Letterbox<T> {
     fn clone(&self) -> Self {
-        Self(self.0.clone())
+        Self(Arc::clone(&self.0))
     }
 }
 
-fn serve<T>(messages: &Receiver<Message<T>>, mut content: T) {
-    while let Ok(Message::Run(job)) = messages.recv() {
-        job(&mut content);
+/// The vault's own end of its letterbox. After the vault, or after a job that has panicked, nothing
+/// is left that somebody waits for.
+struct Serving<T>(Letterbox<T>);
+
+impl<T> Drop for Serving<T> {
+    fn drop(&mut self) {
+        self.0.0.close();
+        while self.0.0.pop().is_some() {}
+    }
+}
+
+impl<T> fmt::Debug for Letterbox<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Letterbox").finish_non_exhaustive()
     }
 }
 
@@ -169,6 +179,8 @@ mod tests {
         let vault = open();
         assert!(catch_unwind(AssertUnwindSafe(|| vault.run(|_| panic!("as asked")))).is_err());
         assert!(vault.run(|file| file.metadata().is_ok()), "the vault goes on");
+        vault.inbox.post(|_| panic!("as posted"));
+        assert!(catch_unwind(AssertUnwindSafe(|| vault.run(|_| ()))).is_err(), "nobody is kept waiting");
         let failed = Vault::<()>::open(c"vault", |_, error| error, |_| Err(io::ErrorKind::NotFound.into()));
         assert_eq!(failed.err().map(|error| error.kind()), Some(io::ErrorKind::NotFound));
     }

@@ -15,12 +15,13 @@ use super::{Inner, Kernel, kernel_error};
 use crate::Error;
 use crate::current_mm::current_ref;
 use crate::fork::{mark, marks, running};
+use crate::queue::Queue;
 use crate::vault::Vault;
 use srcu::Thread;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, mpsc};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 
 /// The generation before the first event. Not zero: see [`sys::Progress`].
@@ -83,7 +84,8 @@ impl Kernel {
     fn make(id: u64, ring: usize, with_kvm: bool) -> Result<Self, Error> {
         // The callbacks' address space is there before there is anything to tell.
         current_ref();
-        let (tell, told) = mpsc::channel();
+        let made = Arc::new(OnceLock::new());
+        let told = Arc::clone(&made);
         let vault = Vault::open(c"mmu-vault", kernel_error, move |letterbox| {
             let (maps, keeper, live) = outfit(ring, with_kvm)?;
             let is_brokered = matches!(keeper, Keeper::Broker(_));
@@ -94,19 +96,20 @@ impl Kernel {
             }
             let mut machines = Machines::new(keeper, live, letterbox.clone());
             machines.listen(&inner, maps.ring)?;
-            let _ = tell.send(inner);
+            let _ = told.set(inner);
             Ok(machines)
         })?;
-        let inner = told.recv().expect("the vault has made it");
+        let inner = Arc::clone(made.get().expect("the vault has made it"));
         let teller = Arc::clone(&inner);
-        let (started, start) = mpsc::channel();
+        let started = Queue::new();
+        let start = Arc::clone(&started);
         let tell = move || {
             let _ = teller.teller.set(thread::current());
-            let _ = started.send(());
+            started.push(());
             teller.tell();
         };
         Thread::spawn(c"mmu-kernel", tell).map_err(|error| kernel_error("start of a thread", error))?.detach();
-        start.recv().expect("the thread has started");
+        start.pop();
         Ok(Self { inner, vault: Some(vault) })
     }
 }

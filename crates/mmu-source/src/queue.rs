@@ -1,0 +1,101 @@
+//! A queue between threads.
+//!
+//! `std::sync::mpsc` would do, but it made 56 KiB of code of three types of messages: one part in
+//! twenty of a shared library that has this crate in it.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+#[derive(Debug)]
+struct State<T> {
+    messages: VecDeque<T>,
+    is_closed: bool,
+}
+
+/// The end at which messages are put in. The queue takes none any more when it is closed.
+#[derive(Debug)]
+pub(crate) struct Queue<T> {
+    state: Mutex<State<T>>,
+    changed: Condvar,
+}
+
+impl<T> Queue<T> {
+    pub(crate) fn new() -> Arc<Self> {
+        let state = Mutex::new(State { messages: VecDeque::new(), is_closed: false });
+        Arc::new(Self { state, changed: Condvar::new() })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State<T>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts a message in. It is dropped if the queue is closed.
+    pub(crate) fn push(&self, message: T) {
+        let mut state = self.state();
+        if state.is_closed {
+            // A message may do anything when it is dropped.
+            return drop(state);
+        }
+        state.messages.push_back(message);
+        drop(state);
+        self.changed.notify_one();
+    }
+
+    /// Waits for a message; `None` when the queue is closed and empty.
+    pub(crate) fn pop(&self) -> Option<T> {
+        let mut state = self.state();
+        while state.messages.is_empty() && !state.is_closed {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.messages.pop_front()
+    }
+
+    /// Takes no message any more. Those that are in it can still be taken out.
+    pub(crate) fn close(&self) {
+        self.state().is_closed = true;
+        self.changed.notify_all();
+    }
+}
+
+/// Closes the queue when it is dropped, by unwinding too, so that nobody waits for what will never
+/// come.
+#[derive(Debug)]
+pub(crate) struct ClosesQueue<T>(pub(crate) Arc<Queue<T>>);
+
+impl<T> Drop for ClosesQueue<T> {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::thread;
+
+    #[test]
+    fn all_that_is_put_in_before_the_end_comes_out_in_order() {
+        let queue = Queue::new();
+        let sum = thread::scope(|scope| {
+            let taker = scope.spawn(|| std::iter::from_fn(|| queue.pop()).collect::<Vec<_>>());
+            (0..100).for_each(|number| queue.push(number));
+            queue.close();
+            taker.join().expect("it does not panic")
+        });
+        assert_eq!(sum, (0..100).collect::<Vec<_>>());
+        queue.push(7);
+        assert_eq!(queue.pop(), None);
+    }
+
+    #[test]
+    fn a_thread_that_panics_keeps_nobody_waiting() {
+        let queue = Queue::<()>::new();
+        let closes = ClosesQueue(Arc::clone(&queue));
+        let failed = thread::spawn(move || {
+            let _closes = closes;
+            panic!("on purpose");
+        });
+        assert_eq!(queue.pop(), None);
+        assert!(failed.join().is_err());
+    }
+}
