@@ -13,6 +13,12 @@ const STRACE: &[&str] = &["strace", "-f", "--seccomp-bpf", "-e", "trace=%memory"
 const MMUN: &[&str] = &[env!("CARGO_BIN_EXE_mmun"), "trace", "-o", "/dev/null"];
 const MMUN_JSON: &[&str] = &[env!("CARGO_BIN_EXE_mmun"), "trace", "--json", "-o", "/dev/null"];
 
+const STRACE_K: &[&str] = &["strace", "-k", "-f", "--seccomp-bpf", "-e", "trace=%memory", "-o", "/dev/null"];
+const MMUN_K: &[&str] = &[env!("CARGO_BIN_EXE_mmun"), "trace", "-k", "-o", "/dev/null"];
+/// All that is found out about a call, its birth apart.
+const MMUN_ALL: &[&str] =
+    &[env!("CARGO_BIN_EXE_mmun"), "trace", "-k", "--summary=event,where,what,task,cause", "-o", "/dev/null"];
+
 /// 400 forks, and 100 executed shells.
 const SHELL: &[&str] = &["sh", "-c", "i=0; while [ $i -lt 100 ]; do (:); (:); (:); (:); sh -c :; i=$((i+1)); done"];
 
@@ -50,6 +56,7 @@ fn compare(pairs: usize, rounds: &str, word: &str) {
         ("gcc -O2 -c of a line, text / strace", MMUN, STRACE, &small, 0.9),
         ("gcc -O2 -c of a line, bare / strace", &[], STRACE, &small, f64::NAN),
         ("forks and execs of sh, text / strace", MMUN, STRACE, SHELL, 1.0),
+        ("map+touch+unmap, -k / strace -k", MMUN_K, STRACE_K, &rounds, 0.02),
         ("start and end, text / strace", MMUN, STRACE, &["true"], f64::NAN),
         ("no memory calls, text / bare", MMUN, &[], &quiet, 1.02),
         ("no memory calls, strace / bare", STRACE, &[], &quiet, f64::NAN),
@@ -57,6 +64,10 @@ fn compare(pairs: usize, rounds: &str, word: &str) {
         if name.contains(word) {
             row(name, pairs, ours, other, program, bar);
         }
+    }
+    let name = "map+touch+unmap, -k --summary / text, each";
+    if name.contains(word) {
+        added(name, pairs, [MMUN_ALL, MMUN], &rounds, 8.0);
     }
     // It is in a directory for such files.
     let _ = fs::remove_file(source);
@@ -79,6 +90,22 @@ fn row(name: &str, pairs: usize, ours: &[&str], other: &[&str], program: &[&str]
         other.as_secs_f64() * 1e3,
         format!("{low:.3}..{high:.3}"),
     );
+}
+
+/// What an event costs more. Starting and ending, which is measured without events, is taken off.
+fn added(name: &str, pairs: usize, [ours, other]: [&[&str]; 2], program: &[&str; 3], bar: f64) {
+    let none = [program[0], program[1], "0"];
+    let events: f64 = program[2].parse().expect("the number of rounds");
+    let each = |tracer: &[&str]| (run(tracer, program).as_secs_f64() - run(tracer, &none).as_secs_f64()) / events * 1e6;
+    let mut measured: Vec<(f64, f64)> = (0..pairs).map(|_| (each(ours), each(other))).collect();
+    let mut differences: Vec<f64> = measured.iter().map(|(ours, other)| ours - other).collect();
+    differences.sort_by(f64::total_cmp);
+    measured.sort_by(|(a, _), (b, _)| a.total_cmp(b));
+    let ours = measured[pairs / 2].0;
+    measured.sort_by(|(_, a), (_, b)| a.total_cmp(b));
+    let other = measured[pairs / 2].1;
+    let (low, median, high) = (differences[0], differences[pairs / 2], differences[pairs - 1]);
+    println!("{name:<44}{ours:>8.1}us{other:>8.1}us{median:>+8.1}{:>16}{bar:>7}", format!("{low:+.1}..{high:+.1}"));
 }
 
 fn run(tracer: &[&str], program: &[&str]) -> Duration {

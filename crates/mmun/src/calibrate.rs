@@ -18,7 +18,7 @@ const CALLS: usize = 101;
 /// Traces a process that makes calls which do nothing, and returns their median in nanoseconds; 0
 /// if that is not to be had.
 pub(crate) fn overhead(options: Options) -> u64 {
-    let settings = Settings { details: true, samples: true, ..Settings::default() };
+    let settings = Settings { details: true, follow: true, samples: true, ..Settings::default() };
     let Ok(nowhere) = Output::open(Some(Path::new("/dev/null"))) else { return 0 };
     let recorder = Arc::new(Recorder::new(settings, nowhere, || {}));
     let Ok(mut tracer) = Tracer::new(options, TraceObserver::new(Arc::clone(&recorder))) else { return 0 };

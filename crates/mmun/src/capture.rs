@@ -31,14 +31,17 @@ const MOST_OPEN: usize = 128;
 
 impl Capture {
     /// A task has entered an address space.
-    pub(crate) fn entered(&mut self, tid: Pid, mm: u64) {
-        self.mms.insert(tid, mm);
+    pub(crate) fn entered(&mut self, task: Task, mm: u64) {
+        if self.mms.insert(task.tid, mm).is_none() {
+            self.runtime.entered(task);
+        }
     }
 
     /// A task has ended, or its trace has.
-    pub(crate) fn left(&mut self, tid: Pid) {
-        self.runtime.forget(tid);
-        self.mms.remove(&tid);
+    pub(crate) fn left(&mut self, task: Task) {
+        if self.mms.remove(&task.tid).is_some() {
+            self.runtime.left(task);
+        }
     }
 
     /// The address space that a task is in.

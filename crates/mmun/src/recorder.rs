@@ -7,6 +7,7 @@ use std::time::Instant;
 use mmu_notifier::Va;
 
 use crate::capture::Capture;
+use crate::capture::runtime::Runtime;
 use crate::change::{Change, Pairs, Seen};
 use crate::events::EventSet;
 use crate::json;
@@ -32,6 +33,8 @@ pub(crate) struct Settings {
     pub(crate) details: bool,
     /// What a call that does nothing takes.
     pub(crate) overhead: u64,
+    /// Every task of a traced process is traced.
+    pub(crate) follow: bool,
     /// Take stacks; these functions are never the place of a call.
     pub(crate) stacks: Option<Vec<String>>,
     /// Write the stacks, and not only the table of places.
@@ -87,7 +90,7 @@ impl Recorder {
         });
         let mut capture = settings.details.then(Capture::default);
         if let Some(capture) = &mut capture {
-            capture.runtime.overhead = settings.overhead;
+            capture.runtime = Runtime::new(settings.overhead, settings.follow);
         }
         let inner = Inner {
             begin: Instant::now(),
@@ -193,8 +196,8 @@ impl Inner {
             }
             Kind::End(_, Some(_)) => capture.runtime.end(task),
             Kind::End(_, None) => capture.runtime.forget(task.tid),
-            Kind::Exit(_) | Kind::Detach => capture.left(task.tid),
-            Kind::Get { .. } => capture.entered(task.tid, mm),
+            Kind::Exit(_) | Kind::Detach => capture.left(task),
+            Kind::Get { .. } => capture.entered(task, mm),
             Kind::MmRelease => capture.released(mm),
             _ => {}
         }

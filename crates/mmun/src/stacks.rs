@@ -5,6 +5,7 @@
 //! pointers: stacks repeat, so that a copy for later would cost more than the unwinding. A frame is
 //! kept as a place in a file, so that programs that share a library share its stacks.
 
+mod bounded;
 mod image;
 #[cfg(target_arch = "aarch64")]
 #[path = "stacks/machine/aarch64.rs"]
@@ -12,6 +13,8 @@ mod machine;
 #[cfg(target_arch = "x86_64")]
 #[path = "stacks/machine/x86_64.rs"]
 mod machine;
+mod memory;
+mod runtime;
 mod site;
 mod space;
 mod symbols;
@@ -21,6 +24,7 @@ use std::collections::HashMap;
 use mmu_source::process::{Task, current};
 
 use self::image::Images;
+use self::memory::Memory;
 pub(crate) use self::site::{Frame, Resolved, Stack};
 use self::space::Space;
 use crate::capture::Capture;
@@ -49,7 +53,7 @@ pub(crate) struct Stacks {
 /// What every unwinding needs and none keeps.
 #[derive(Debug, Default)]
 struct Scratch {
-    memory: Vec<u8>,
+    memory: Memory,
     frames: Vec<u64>,
 }
 

@@ -85,6 +85,7 @@ impl Plan {
             lifecycle: details.lifecycle,
             details: details.details || stacks || summary.is_some(),
             overhead: 0,
+            follow: !args.no_follow,
             stacks: stacks.then_some(details.not_place),
             list_stacks: details.stacks,
             samples: false,

@@ -1,15 +1,19 @@
 //! The time that a task itself ran in a call.
 //!
-//! The kernel counts it for every task (`/proc/PID/schedstat`, the first number). It is read while
-//! the task is stopped, before the call and after it. In between the task also leaves one stop and
-//! enters the next, which takes a microsecond or two: that is measured with calls that do nothing,
-//! and taken off.
+//! The kernel counts it for every process (its CPU clock) and for every task
+//! (`/proc/PID/schedstat`, the first number). It is read while the task is stopped, before the call
+//! and after it. The clock of a process with one task is that task's, and costs a third of the
+//! file. In between the task also leaves one stop and enters the next, which takes a microsecond or
+//! two: that is measured with calls that do nothing, and taken off.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use mmu_source::process::{Pid, Task};
+
+use crate::sys;
 
 /// How many files are kept open; a task that makes calls opens its own again.
 const MOST_OPEN: usize = 256;
@@ -17,28 +21,69 @@ const MOST_OPEN: usize = 256;
 #[derive(Debug, Default)]
 pub(crate) struct Runtime {
     files: HashMap<Pid, File>,
+    /// How many tasks each process has; not kept if there may be some that are not traced.
+    tasks: Option<HashMap<Pid, u32>>,
     /// What was read before the call that a task is in.
-    before: HashMap<Pid, u64>,
+    before: HashMap<Pid, Reading>,
     /// What was read after it.
     own: HashMap<Pid, u64>,
     /// What a call that does nothing takes, in nanoseconds.
     pub(crate) overhead: u64,
 }
 
+/// Nanoseconds, of one of two counters that must not be compared with each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reading {
+    Process(u64),
+    Task(u64),
+}
+
 impl Runtime {
+    /// `all`: every task of a traced process is traced.
+    pub(crate) fn new(overhead: u64, all: bool) -> Runtime {
+        Runtime { overhead, tasks: all.then(HashMap::new), ..Runtime::default() }
+    }
+
+    /// A task appears.
+    pub(crate) fn entered(&mut self, task: Task) {
+        if let Some(tasks) = &mut self.tasks {
+            *tasks.entry(task.pid).or_default() += 1;
+        }
+    }
+
+    /// A task that appeared is gone.
+    pub(crate) fn left(&mut self, task: Task) {
+        self.forget(task.tid);
+        let Some(tasks) = &mut self.tasks else { return };
+        if let Entry::Occupied(mut count) = tasks.entry(task.pid) {
+            *count.get_mut() -= 1;
+            if *count.get() == 0 {
+                count.remove();
+            }
+        }
+    }
+
     /// The task stands before its call.
     pub(crate) fn begin(&mut self, task: Task) {
-        match self.read(task) {
-            Some(time) => drop(self.before.insert(task.tid, time)),
+        let is_alone = self.tasks.as_ref().is_some_and(|tasks| tasks.get(&task.pid) == Some(&1));
+        let process = if is_alone { sys::process_time(task.pid).map(Reading::Process) } else { None };
+        match process.or_else(|| self.read(task).map(Reading::Task)) {
+            Some(reading) => drop(self.before.insert(task.tid, reading)),
             None => drop(self.before.remove(&task.tid)),
         }
     }
 
     /// The task stands behind its call: the time it ran in between.
     pub(crate) fn end(&mut self, task: Task) {
-        let before = self.before.remove(&task.tid);
-        if let Some((before, after)) = before.and_then(|before| Some((before, self.read(task)?))) {
-            self.own.insert(task.tid, after.saturating_sub(before).saturating_sub(self.overhead));
+        let passed = match self.before.remove(&task.tid) {
+            // Nobody but the task itself could have made another one, and no call that makes one in
+            // its own process changes memory.
+            Some(Reading::Process(before)) => sys::process_time(task.pid).map(|after| after.saturating_sub(before)),
+            Some(Reading::Task(before)) => self.read(task).map(|after| after.saturating_sub(before)),
+            None => None,
+        };
+        if let Some(passed) = passed {
+            self.own.insert(task.tid, passed.saturating_sub(self.overhead));
         }
     }
 
@@ -88,5 +133,26 @@ mod tests {
         runtime.begin(Task { pid: i32::MAX, tid: i32::MAX });
         runtime.end(Task { pid: i32::MAX, tid: i32::MAX });
         assert_eq!(runtime.take(i32::MAX), None);
+    }
+
+    #[test]
+    fn the_clock_of_a_process_is_asked_while_it_has_one_task() {
+        let task = |tid| Task { pid: std::process::id() as Pid, tid };
+        let this = task(rustix::thread::gettid().as_raw_nonzero().get());
+        let reading = |runtime: &mut Runtime| {
+            runtime.begin(this);
+            runtime.before.remove(&this.tid)
+        };
+        let is_process = |reading| matches!(reading, Some(Reading::Process(1..)));
+        let mut runtime = Runtime::new(0, true);
+        runtime.entered(this);
+        assert!(is_process(reading(&mut runtime)));
+        runtime.entered(task(i32::MAX));
+        assert!(matches!(reading(&mut runtime), Some(Reading::Task(_))));
+        runtime.left(task(i32::MAX));
+        assert!(is_process(reading(&mut runtime)));
+        let mut some = Runtime::new(0, false);
+        some.entered(this);
+        assert!(matches!(reading(&mut some), Some(Reading::Task(_))), "there may be tasks that are not traced");
     }
 }

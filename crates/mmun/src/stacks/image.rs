@@ -11,13 +11,15 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
 
 use mmu_source::process::{Current, Pid};
-use object::read::{Object, ObjectSection, ObjectSegment, ReadCache};
+use object::read::{Object, ObjectSection, ObjectSegment};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
+use super::bounded::{Links, Reader, Source, regular};
 use crate::capture::ioctl::Vma;
 
 /// All files met so far.
@@ -105,8 +107,8 @@ impl Images {
 impl Image {
     /// `None` if it is no ELF file.
     fn new(path: String, content: Content) -> Option<Image> {
-        let cache = ReadCache::new(content.reader()?);
-        let elf = object::File::parse(&cache).ok()?;
+        let source = Source::new(content.reader()?);
+        let elf = source.elf()?;
         let is_executable = |segment: &object::Segment<'_, '_, _>| match segment.flags() {
             object::SegmentFlags::Elf { p_flags, .. } => p_flags.0 & object::elf::PF_X.0 != 0,
             _ => false,
@@ -157,11 +159,12 @@ fn from_memory(vma: &Vma, current: &Current) -> Option<Content> {
 /// The file itself, also if it has been deleted; without the right to that, the file of that name,
 /// if it is the same.
 fn from_file(vma: &Vma, pid: Pid) -> Option<Content> {
-    let direct = File::open(format!("/proc/{pid}/map_files/{:x}-{:x}", vma.start, vma.end));
-    let by_name = || File::open(format!("/proc/{pid}/root{}", vma.name)).ok();
-    let file = direct.ok().or_else(by_name)?;
+    let link = format!("/proc/{pid}/map_files/{:x}-{:x}", vma.start, vma.end);
+    let name = format!("/proc/{pid}/root{}", vma.name);
+    let direct = regular(Path::new(&link), Links::Follow);
+    let file = direct.or_else(|| regular(Path::new(&name), Links::Refuse))?;
     let metadata = file.metadata().ok()?;
-    if !metadata.is_file() || metadata.ino() != vma.inode {
+    if metadata.ino() != vma.inode {
         return None;
     }
     Mapped::new(&file, metadata.len()).map(Content::Mapped)
@@ -177,10 +180,6 @@ impl Content {
         }
     }
 }
-
-/// What an ELF file is read from.
-pub(super) trait Reader: Read + Seek {}
-impl<T: Read + Seek> Reader for T {}
 
 /// A file that is mapped here and not read.
 #[derive(Debug)]

@@ -9,6 +9,7 @@ use mmu_source::process::{Current, Registers};
 
 use super::image::Images;
 use super::machine::{self, Cache, Machine};
+use super::memory::Memory;
 use super::{Address, Scratch};
 use crate::capture::ioctl::Which;
 use crate::capture::place::Place;
@@ -35,9 +36,6 @@ struct Part {
     has_module: bool,
 }
 
-/// So much of a stack is read at once, and twice as much each time it does not suffice.
-const FIRST_READ: usize = 16 << 10;
-const MOST_READ: usize = 1 << 20;
 /// A deeper stack is cut.
 const DEEPEST: usize = 256;
 
@@ -52,9 +50,7 @@ impl Space {
         scratch: &mut Scratch,
     ) {
         let memory = &mut scratch.memory;
-        memory.resize(FIRST_READ, 0);
-        let read = current.read_memory(registers.sp, memory);
-        memory.truncate(read);
+        memory.begin(registers.sp, |at, buffer| current.read_memory(at, buffer));
         // Each round ends or learns of a part of the code that was not known.
         for _ in 0..DEEPEST {
             let frames = &mut scratch.frames;
@@ -76,27 +72,11 @@ impl Space {
         &mut self,
         current: &Current,
         registers: Registers,
-        memory: &mut Vec<u8>,
+        memory: &mut Memory,
         frames: &mut Vec<u64>,
     ) -> Option<u64> {
         let Space { unwinder, cache, parts, .. } = self;
-        let sp = registers.sp;
-        let mut read = |address: u64| {
-            let offset = address.checked_sub(sp).ok_or(())?;
-            let end = usize::try_from(offset).ok().and_then(|offset| offset.checked_add(8)).ok_or(())?;
-            while memory.len() < end {
-                let have = memory.len();
-                // A read that ended early met the end of the stack.
-                if have < FIRST_READ || end > MOST_READ || !have.is_power_of_two() {
-                    return Err(());
-                }
-                memory.resize(2 * have, 0);
-                let read = current.read_memory(sp + have as u64, &mut memory[have..]);
-                memory.truncate(have + read);
-            }
-            let word = memory[end - 8..end].try_into().expect("eight bytes");
-            Ok(u64::from_le_bytes(word))
-        };
+        let mut read = |address: u64| memory.word(address, |at, buffer| current.read_memory(at, buffer)).ok_or(());
         let start = machine::start(&registers);
         let mut iter = unwinder.iter_frames(registers.ip, start, cache, &mut read);
         while let Ok(Some(frame)) = iter.next() {

@@ -4,13 +4,16 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 
 use addr2line::gimli::{Dwarf, EndianSlice, LittleEndian, SectionId};
 use addr2line::{Context, demangle_auto};
-use object::read::{Object, ObjectSection, ObjectSymbol, ReadCache, ReadRef, SymbolKind};
+use object::read::{Object, ObjectSection, ObjectSymbol, ReadRef, SymbolKind};
 
 use super::Address;
-use super::image::{Content, Image, Images, Reader};
+use super::bounded::{Links, Source, regular};
+use super::image::{Content, Image, Images};
+use super::runtime::PerfMaps;
 use super::site::Frame;
 
 /// A file whose debug sections are larger together is named by its symbols only.
@@ -20,13 +23,20 @@ const MOST_DEBUG: u64 = 512 << 20;
 /// `wanted` is sorted.
 pub(super) fn name(images: &Images, wanted: &[Address]) -> HashMap<Address, Vec<Frame>> {
     let mut named = HashMap::with_capacity(wanted.len());
+    let mut maps = PerfMaps::default();
     for group in wanted.chunk_by(|a, b| a.image == b.image) {
         let Some(image) = images.list.get(group[0].image as usize) else {
             named.extend(group.iter().map(|address| (*address, vec![unnamed("[unknown]", address.at)])));
             continue;
         };
         let frames = match image.content {
-            Content::Anonymous { pid, begin } => of_run_time(image, pid, begin, group),
+            Content::Anonymous { pid, begin } => {
+                let mut frame = |address: &Address| match maps.of(pid).name(address.at) {
+                    Some(function) => Frame { function, module: "[jit]".into(), line: String::new(), has_name: true },
+                    None => unnamed(short(&image.path), address.at.saturating_sub(begin)),
+                };
+                group.iter().map(|address| vec![frame(address)]).collect()
+            }
             // What a broken file makes the readers do is not worth the trace.
             _ => catch_unwind(AssertUnwindSafe(|| of_file(image, group))).unwrap_or_default(),
         };
@@ -49,42 +59,18 @@ fn short(path: &str) -> &str {
     path.rsplit('/').next().filter(|name| !name.is_empty()).unwrap_or(path)
 }
 
-/// Code that was made at run time, as the program itself tells of it (`/tmp/perf-PID.map`).
-fn of_run_time(image: &Image, pid: i32, begin: u64, group: &[Address]) -> Vec<Vec<Frame>> {
-    let map = std::fs::read(format!("/tmp/perf-{pid}.map")).unwrap_or_default();
-    let mut symbols: Vec<(u64, u64, Cow<'_, str>)> = map.split(|byte| *byte == b'\n').filter_map(perf_line).collect();
-    symbols.sort_by_key(|(at, ..)| *at);
-    let frame = |address: &Address| match find(&symbols, address.at) {
-        Some(name) => Frame { function: name.to_owned(), module: "[jit]".into(), line: String::new(), has_name: true },
-        None => unnamed(short(&image.path), address.at.saturating_sub(begin)),
-    };
-    group.iter().map(|address| vec![frame(address)]).collect()
-}
-
-/// `START SIZE name`, in hexadecimal.
-fn perf_line(line: &[u8]) -> Option<(u64, u64, Cow<'_, str>)> {
-    let mut words = line.splitn(3, |byte| *byte == b' ');
-    let mut hex = || u64::from_str_radix(std::str::from_utf8(words.next()?).ok()?.trim_start_matches("0x"), 16).ok();
-    let (start, size) = (hex()?, hex()?);
-    Some((start, size, String::from_utf8_lossy(words.next()?)))
-}
-
 fn of_file(image: &Image, group: &[Address]) -> Vec<Vec<Frame>> {
     let Some(reader) = image.content.reader() else { return Vec::new() };
-    let cache = ReadCache::new(reader);
-    let Ok(elf) = object::File::parse(&cache) else { return Vec::new() };
+    let source = Source::new(reader);
+    let Some(elf) = source.elf() else { return Vec::new() };
     // A distribution's symbols are in a file of their own, where they are installed.
-    let apart = elf
-        .build_id()
-        .ok()
-        .flatten()
-        .and_then(debug_file)
-        .map(|file| ReadCache::new(Box::new(file) as Box<dyn Reader>));
-    let apart = apart.as_ref().and_then(|cache| object::File::parse(cache).ok());
+    let id = elf.build_id().ok().flatten();
+    let apart = id.and_then(debug_file).map(|file| Source::new(Box::new(file)));
+    let apart = apart.as_ref().and_then(Source::elf);
     let mut symbols = Vec::new();
-    collect(&elf, &mut symbols);
+    collect(&elf, group, &mut symbols);
     if let Some(apart) = &apart {
-        collect(apart, &mut symbols);
+        collect(apart, group, &mut symbols);
     }
     symbols.sort_by_key(|(at, size, name)| (*at, *size, std::cmp::Reverse(name.starts_with('_'))));
     let debug = apart.as_ref().filter(|apart| has_debug(apart)).or(Some(&elf).filter(|elf| has_debug(elf)));
@@ -146,11 +132,16 @@ fn find<'a>(symbols: &'a [(u64, u64, Cow<'_, str>)], at: u64) -> Option<&'a str>
     near.filter(|(start, size, _)| at - start < (*size).max(1)).map(|(.., name)| &**name).next()
 }
 
-fn collect<'a, R: ReadRef<'a>>(elf: &object::File<'a, R>, into: &mut Vec<(u64, u64, Cow<'a, str>)>) {
+/// The symbols that hold one of the addresses: of all symbols of a file, few are ever named.
+fn collect<'a, R: ReadRef<'a>>(elf: &object::File<'a, R>, group: &[Address], into: &mut Vec<(u64, u64, Cow<'a, str>)>) {
     let all = elf.symbols().chain(elf.dynamic_symbols());
     let functions =
         all.filter(|symbol| symbol.kind() == SymbolKind::Text && symbol.is_definition() && symbol.size() > 0);
-    into.extend(functions.filter_map(|symbol| {
+    let wanted = functions.filter(|symbol| {
+        let next = group.partition_point(|address| address.at < symbol.address());
+        group.get(next).is_some_and(|address| address.at - symbol.address() < symbol.size())
+    });
+    into.extend(wanted.filter_map(|symbol| {
         let name = String::from_utf8_lossy(symbol.name_bytes().ok()?);
         Some((symbol.address(), symbol.size(), name))
     }));
@@ -168,7 +159,7 @@ fn has_debug<'a, R: ReadRef<'a>>(elf: &object::File<'a, R>) -> bool {
 fn debug_file(id: &[u8]) -> Option<File> {
     let hex: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
     let (directory, rest) = hex.split_at_checked(2)?;
-    File::open(format!("/usr/lib/debug/.build-id/{directory}/{rest}.debug")).ok()
+    regular(Path::new(&format!("/usr/lib/debug/.build-id/{directory}/{rest}.debug")), Links::Follow)
 }
 
 /// The debug sections of a file.
@@ -213,15 +204,6 @@ mod tests {
             (Some("a"), Some("inner"), Some("a"))
         );
         assert_eq!((find(&symbols, 0x20), find(&symbols, 0x41), find(&symbols, 0)), (None, None, None));
-    }
-
-    #[test]
-    fn a_line_of_a_perf_map_may_have_spaces_in_its_name() {
-        assert_eq!(
-            perf_line(b"7f10 20 LazyCompile:~f /a b.js:1"),
-            Some((0x7f10, 0x20, "LazyCompile:~f /a b.js:1".into()))
-        );
-        assert_eq!((perf_line(b""), perf_line(b"zz 1 a"), perf_line(b"1 2")), (None, None, None));
     }
 
     #[test]

@@ -8,6 +8,7 @@ mod details;
 mod doctor;
 mod hidden;
 mod manners;
+mod odd;
 mod records;
 mod report;
 mod run;

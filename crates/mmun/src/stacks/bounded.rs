@@ -1,0 +1,134 @@
+//! Files that the traced program chose: opened without side effects, read within limits.
+//!
+//! Such a file can be anything: a named pipe whose open waits for ever, a device whose open does
+//! something, a link to somewhere else, a sparse file of a terabyte.
+
+use std::cell::Cell;
+use std::fs::File;
+use std::io::{Read, Seek};
+use std::ops::Range;
+use std::path::Path;
+
+use object::read::{ReadCache, ReadRef};
+use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, open, openat};
+
+/// Whether the last part of a path may be a link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Links {
+    Follow,
+    Refuse,
+}
+
+/// Opens a regular file for reading; `None` for anything else.
+///
+/// What it is, is asked of a descriptor that opens nothing yet. Then that one is opened, and not
+/// the path again.
+///
+/// # Blocking
+/// It waits for no writer of a pipe, and for no owner of a lease; for a file system it may.
+pub(super) fn regular(path: &Path, links: Links) -> Option<File> {
+    let follow = if links == Links::Refuse { OFlags::NOFOLLOW } else { OFlags::empty() };
+    let unopened = open(path, OFlags::PATH | OFlags::CLOEXEC | follow, Mode::empty()).ok()?;
+    if FileType::from_raw_mode(fstat(&unopened).ok()?.st_mode) != FileType::RegularFile {
+        return None;
+    }
+    let again = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&unopened));
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    openat(CWD, again, flags, Mode::empty()).ok().map(File::from)
+}
+
+/// What an ELF file is read from.
+pub(super) trait Reader: Read + Seek {}
+impl<T: Read + Seek> Reader for T {}
+
+/// A file as `object` reads it: each part once, and kept.
+pub(super) struct Source {
+    cache: ReadCache<Box<dyn Reader>>,
+    /// So many bytes may be read still.
+    left: Cell<u64>,
+}
+
+/// So much is read at once, and in all. The largest tables of the largest programs are smaller.
+const MOST_AT_ONCE: u64 = 512 << 20;
+const MOST: u64 = 1 << 30;
+
+impl Source {
+    pub(super) fn new(reader: Box<dyn Reader>) -> Source {
+        Source { cache: ReadCache::new(reader), left: Cell::new(MOST) }
+    }
+
+    /// `None` if it is no ELF file of this byte order and word size, or a broken one.
+    pub(super) fn elf(&self) -> Option<object::File<'_, Bounded<'_>>> {
+        object::File::parse(Bounded(self)).ok()
+    }
+}
+
+/// Refuses to read too much.
+#[derive(Clone, Copy)]
+pub(super) struct Bounded<'a>(&'a Source);
+
+impl<'a> ReadRef<'a> for Bounded<'a> {
+    fn len(self) -> Result<u64, ()> {
+        self.0.cache.len()
+    }
+
+    fn read_bytes_at(self, offset: u64, size: u64) -> Result<&'a [u8], ()> {
+        let left = self.0.left.get().checked_sub(size).ok_or(())?;
+        if size > MOST_AT_ONCE {
+            return Err(());
+        }
+        self.0.left.set(left);
+        self.0.cache.read_bytes_at(offset, size)
+    }
+
+    fn read_bytes_at_until(self, range: Range<u64>, delimiter: u8) -> Result<&'a [u8], ()> {
+        // A string is short: the cache sees to that.
+        self.0.cache.read_bytes_at_until(range, delimiter)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn only_a_regular_file_is_opened() {
+        let folder = std::env::temp_dir().join(format!("mmun-regular-{}", std::process::id()));
+        fs::create_dir(&folder).unwrap();
+        let [file, pipe, link, socket] = ["file", "pipe", "link", "socket"].map(|name| folder.join(name));
+        fs::write(&file, "text").unwrap();
+        rustix::fs::mknodat(CWD, &pipe, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        symlink(&file, &link).unwrap();
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let opens = |path: &Path, links| regular(path, links).is_some();
+        // Were the pipe opened, this would wait for ever.
+        let found = [&file, &link, &pipe, &socket, &folder].map(|path| opens(path, Links::Follow));
+        assert_eq!(found, [true, true, false, false, false]);
+        let found = [&file, &link, &pipe].map(|path| opens(path, Links::Refuse));
+        assert_eq!(found, [true, false, false]);
+        assert!(!opens(Path::new("/dev/zero"), Links::Follow) && !opens(&folder.join("none"), Links::Follow));
+        let mut text = String::new();
+        regular(&file, Links::Refuse).unwrap().read_to_string(&mut text).unwrap();
+        assert_eq!(text, "text");
+        fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn a_sparse_file_fills_no_memory() {
+        let path = std::env::temp_dir().join(format!("mmun-sparse-{}", std::process::id()));
+        let file = File::create_new(&path).unwrap();
+        file.set_len(1 << 40).unwrap();
+        let source = Source::new(Box::new(File::open(&path).unwrap()));
+        fs::remove_file(&path).unwrap();
+        let bounded = Bounded(&source);
+        assert_eq!(bounded.len(), Ok(1 << 40));
+        assert!(bounded.read_bytes_at(0, MOST_AT_ONCE + 1).is_err());
+        assert!(bounded.read_bytes_at(1 << 39, 4096).is_ok_and(|bytes| bytes.len() == 4096));
+        source.left.set(4095);
+        assert!(bounded.read_bytes_at(0, 4096).is_err(), "the sum is bounded, too");
+        assert!(source.elf().is_none());
+    }
+}

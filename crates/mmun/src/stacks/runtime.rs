@@ -1,0 +1,91 @@
+//! Code that was made at run time, as the program itself tells of it (`/tmp/perf-PID.map`).
+
+use std::collections::HashMap;
+use std::io::Read;
+use std::ops::Range;
+use std::path::Path;
+
+use mmu_source::process::Pid;
+
+use super::bounded::{Links, regular};
+
+/// The maps of all processes, each read once.
+#[derive(Debug, Default)]
+pub(super) struct PerfMaps(HashMap<Pid, PerfMap>);
+
+/// The functions of one process.
+#[derive(Debug, Default)]
+pub(super) struct PerfMap {
+    text: Vec<u8>,
+    /// Address, size and name of each, in order of address.
+    symbols: Vec<(u64, u64, Range<usize>)>,
+}
+
+/// More of a map is not read.
+const MOST: u64 = 64 << 20;
+
+impl PerfMaps {
+    pub(super) fn of(&mut self, pid: Pid) -> &PerfMap {
+        let read = || {
+            let mut text = Vec::new();
+            // Anyone may write there: a pipe would wait for ever, a link lead elsewhere.
+            let file = regular(Path::new(&format!("/tmp/perf-{pid}.map")), Links::Refuse);
+            if file.is_some_and(|file| file.take(MOST).read_to_end(&mut text).is_err()) {
+                text.clear();
+            }
+            PerfMap::new(text)
+        };
+        self.0.entry(pid).or_insert_with(read)
+    }
+}
+
+impl PerfMap {
+    fn new(text: Vec<u8>) -> PerfMap {
+        let begin = text.as_ptr().addr();
+        let symbol = |line: &[u8]| {
+            let (start, size, name) = symbol(line)?;
+            let at = name.as_ptr().addr() - begin;
+            Some((start, size, at..at + name.len()))
+        };
+        let mut symbols: Vec<_> = text.split(|byte| *byte == b'\n').filter_map(symbol).collect();
+        // What is written later is what lies there now.
+        symbols.sort_by_key(|(start, ..)| *start);
+        PerfMap { text, symbols }
+    }
+
+    /// The function that holds `address`.
+    pub(super) fn name(&self, address: u64) -> Option<String> {
+        let end = self.symbols.partition_point(|(start, ..)| *start <= address);
+        // Of code that was thrown away and made anew, several lie there.
+        let mut near = self.symbols[..end].iter().rev().take(8);
+        let (.., name) = near.find(|(start, size, _)| address - start < (*size).max(1))?;
+        Some(String::from_utf8_lossy(&self.text[name.clone()]).into_owned())
+    }
+}
+
+/// `START SIZE name`, in hexadecimal.
+fn symbol(line: &[u8]) -> Option<(u64, u64, &[u8])> {
+    let mut words = line.splitn(3, |byte| *byte == b' ');
+    let mut hex = || u64::from_str_radix(std::str::from_utf8(words.next()?).ok()?.trim_start_matches("0x"), 16).ok();
+    let (start, size) = (hex()?, hex()?);
+    Some((start, size, words.next()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_of_a_perf_map_may_have_spaces_in_its_name() {
+        let name = b"LazyCompile:~f /a b.js:1";
+        assert_eq!(symbol(b"7f10 20 LazyCompile:~f /a b.js:1"), Some((0x7f10, 0x20, &name[..])));
+        assert_eq!((symbol(b""), symbol(b"zz 1 a"), symbol(b"1 2")), (None, None, None));
+    }
+
+    #[test]
+    fn what_was_made_last_lies_there() {
+        let map = PerfMap::new(b"10 10 old\nnonsense\n30 8 other\n10 10 new\n".into());
+        let names = [0xf, 0x10, 0x1f, 0x20, 0x37].map(|at| map.name(at).unwrap_or_default());
+        assert_eq!(names, ["", "new", "new", "", "other"]);
+    }
+}

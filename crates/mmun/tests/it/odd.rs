@@ -1,0 +1,418 @@
+//! Programs that are unlike others: the trace of each is whole, and its stacks say what can be
+//! known.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::Value;
+use testkit::{Cap, require};
+
+use crate::support::{check, of_kind, scratch, take_records, text, trace, within};
+
+/// A program of the test, gone with it.
+struct Program(PathBuf);
+
+impl Program {
+    /// `None` if the compiler cannot make it.
+    fn try_new(compiler: &str, source: &str, name: &str, flags: &[&str]) -> Option<Program> {
+        let (file, program) = (scratch(name), Program(scratch("odd")));
+        fs::write(&file, source).unwrap();
+        let output = Command::new(compiler).arg("-o").arg(&program.0).arg(&file).args(flags).output().unwrap();
+        fs::remove_file(file).unwrap();
+        if !output.status.success() {
+            eprintln!("{}", text(&output.stderr));
+            return None;
+        }
+        Some(program)
+    }
+
+    fn new(source: &str, flags: &[&str]) -> Program {
+        Program::try_new("gcc", source, "odd.c", flags).expect("it compiles")
+    }
+
+    fn traced(&self, args: &[&str]) -> Vec<Value> {
+        let mut words = vec![self.0.to_str().unwrap()];
+        words.extend(args);
+        traced(&words)
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+/// The records of a run that ends well.
+fn traced(words: &[&str]) -> Vec<Value> {
+    let path = scratch("odd.json");
+    let mut command = trace();
+    command.args(["-k", "--json", "-o"]).arg(&path).args(words);
+    let output = within("mmun trace", move || command.output().unwrap());
+    assert!(output.status.success(), "{words:?}: {} {}", output.status, text(&output.stderr));
+    let records = take_records(&path);
+    check(&records);
+    records
+}
+
+/// The calls that unmap so many bytes.
+fn unmaps(records: &[Value], bytes: u64) -> Vec<&Value> {
+    of_kind(records, "start").filter(|start| start["cause"] == "munmap" && start["bytes"] == bytes).collect()
+}
+
+/// The functions of the stack of a call, the innermost first.
+fn functions<'a>(records: &'a [Value], start: &Value) -> Vec<&'a str> {
+    let stack = of_kind(records, "stack").find(|stack| stack["site"] == start["site"]);
+    let frames = stack.unwrap_or_else(|| panic!("no stack: {start}"))["frames"].as_array().unwrap();
+    frames.iter().map(|frame| frame["function"].as_str().unwrap()).collect()
+}
+
+/// Unmaps 123 pages in a function of its own.
+const GIVE: &str = "\
+#define _GNU_SOURCE
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#define SIZE (123 << 12)
+static char *make(int prot) {
+    char *at = mmap(0, SIZE, prot, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (at == MAP_FAILED) exit(1);
+    return at;
+}
+static __attribute__((noinline)) int give_back(char *at) {
+    int result = munmap(at, SIZE);
+    __asm__ volatile(\"\");
+    return result;
+}
+";
+const SIZE: u64 = 123 << 12;
+
+fn give(rest: &str) -> String {
+    format!("{GIVE}{rest}")
+}
+
+const MAIN: &str = "int main(void) { return give_back(make(PROT_READ)); }\n";
+
+#[test]
+fn a_stripped_program_has_offsets_and_a_static_one_names() {
+    if !require(Cap::Program("gcc")) {
+        return;
+    }
+    for flags in [&["-s"][..], &["-s", "-static"], &["-static-pie"], &["-static", "-g"], &["-O2", "-flto"]] {
+        let Some(program) = Program::try_new("gcc", &give(MAIN), "odd.c", flags) else {
+            println!("SKIP odd::a_stripped_program: gcc cannot do {flags:?}");
+            continue;
+        };
+        let records = program.traced(&[]);
+        let [start] = unmaps(&records, SIZE)[..] else { panic!("one call") };
+        let found = functions(&records, start);
+        if flags.contains(&"-s") {
+            let module = program.0.file_name().unwrap().to_str().unwrap();
+            assert!(found.iter().any(|name| name.starts_with(&format!("{module}+0x"))), "{flags:?} {found:?}");
+        } else {
+            assert!(found.contains(&"give_back"), "{flags:?} {found:?}");
+        }
+    }
+}
+
+/// Copies a function that unmaps into memory of no file, and calls it there.
+const JIT: &str = "\
+int main(int argc, char **argv) {
+    /* mov eax, 11; syscall; ret */
+    static const unsigned char code[] = { 0xb8, 11, 0, 0, 0, 0x0f, 0x05, 0xc3 };
+    char *jit = make(PROT_READ | PROT_WRITE | PROT_EXEC), name[64];
+    memcpy(jit + 0x100, code, sizeof code);
+    sprintf(name, \"/tmp/perf-%d.map\", getpid());
+    if (!strcmp(argv[1], \"pipe\") && mkfifo(name, 0600)) return 2;
+    if (!strcmp(argv[1], \"link\") && symlink(argv[2], name)) return 2;
+    if (!strcmp(argv[1], \"file\")) {
+        FILE *file = fopen(name, \"w\");
+        fprintf(file, \"%lx 8 made at run time\\n\", (long)jit + 0x100);
+        fclose(file);
+    }
+    int result = ((int (*)(char *, long))(jit + 0x100))(make(PROT_READ), SIZE);
+    return result;
+}
+";
+
+#[test]
+fn code_made_at_run_time_is_named_by_a_file_and_by_nothing_else() {
+    if !require(Cap::Program("gcc")) {
+        return;
+    }
+    let (program, other) = (Program::new(&give(JIT), &[]), scratch("perf.map"));
+    fs::write(&other, "0 ffffffffffffffff a name that was not asked for\n").unwrap();
+    for (kind, name) in [("none", "[anon]+0x106"), ("file", "made at run time"), ("link", "[anon]+0x106")] {
+        let records = program.traced(&[kind, other.to_str().unwrap()]);
+        let [start] = unmaps(&records, SIZE)[..] else { panic!("one call") };
+        let found = functions(&records, start);
+        remove_perf_map(&records);
+        assert_eq!(found[0], name, "{kind}: {found:?}");
+    }
+    // Were the pipe opened, the trace would wait for a writer.
+    let records = program.traced(&["pipe"]);
+    remove_perf_map(&records);
+    let [start] = unmaps(&records, SIZE)[..] else { panic!("one call") };
+    assert_eq!(functions(&records, start)[0], "[anon]+0x106");
+    fs::remove_file(other).unwrap();
+}
+
+fn remove_perf_map(records: &[Value]) {
+    let _ = fs::remove_file(format!("/tmp/perf-{}.map", records[0]["pid"]));
+}
+
+#[test]
+fn a_program_whose_file_is_replaced_or_gone_has_the_names_it_had() {
+    if !require(Cap::Program("gcc")) {
+        return;
+    }
+    let main = "\
+int main(int argc, char **argv) {
+    if (unlink(argv[0])) return 2;
+    if (!strcmp(argv[1], \"pipe\") && mkfifo(argv[0], 0600)) return 3;
+    if (!strcmp(argv[1], \"file\")) {
+        FILE *file = fopen(argv[0], \"w\");
+        fputs(\"no program\", file);
+        fclose(file);
+    }
+    return give_back(make(PROT_READ));
+}
+";
+    for kind in ["gone", "pipe", "file"] {
+        let program = Program::new(&give(main), &["-g"]);
+        let records = program.traced(&[kind]);
+        let [start] = unmaps(&records, SIZE)[..] else { panic!("one call") };
+        let found = functions(&records, start);
+        assert!(found.contains(&"give_back") && found.contains(&"main"), "{kind}: {found:?}");
+    }
+}
+
+#[test]
+fn a_program_of_32_bits_is_traced_without_stacks() {
+    if !require(Cap::Program("gcc")) || !require(Cap::I386Calls) {
+        return;
+    }
+    let source = "\
+static int call(int number, int a, int b) {
+    int result;
+    __asm__ volatile(\"int $0x80\" : \"=a\"(result) : \"a\"(number), \"b\"(a), \"c\"(b) : \"memory\");
+    return result;
+}
+void _start(void) {
+    call(91, 0x40000000, 123 << 12);
+    call(1, 0, 0);
+}
+";
+    let flags = ["-m32", "-static", "-nostdlib", "-ffreestanding", "-fno-pie", "-no-pie", "-O1"];
+    let Some(program) = Program::try_new("gcc", source, "odd.c", &flags) else {
+        println!("SKIP odd::a_program_of_32_bits: gcc cannot do -m32");
+        return;
+    };
+    let records = program.traced(&[]);
+    let [start] = unmaps(&records, SIZE)[..] else { panic!("one call") };
+    assert!(start.get("site").is_none() && start["what"] == "nothing", "{start}");
+}
+
+#[test]
+fn a_stack_pointer_may_point_anywhere() {
+    if !require(Cap::Program("gcc")) {
+        return;
+    }
+    let main = "\
+int main(void) {
+    static const unsigned long values[] = { 0, 1, 8, 4095, 0x7fffffffefffUL, 0x7ffffffff000UL, 1UL << 47, 1UL << 63,
+                                            ~0UL, ~7UL, ~4095UL };
+    for (int i = 0; i < sizeof values / sizeof *values; i++) {
+        register char *at __asm__(\"rdi\") = make(PROT_READ);
+        register long size __asm__(\"rsi\") = SIZE;
+        long result;
+        __asm__ volatile(\"mov %%rsp, %%r12; mov %%rbp, %%r13; mov %4, %%rsp; mov %4, %%rbp; syscall;\"
+                         \"mov %%r12, %%rsp; mov %%r13, %%rbp\"
+                         : \"=a\"(result) : \"a\"(11L), \"r\"(at), \"r\"(size), \"d\"(values[i])
+                         : \"rcx\", \"r11\", \"r12\", \"r13\", \"memory\");
+        if (result) return 1;
+    }
+    return give_back(make(PROT_READ));
+}
+";
+    let records = Program::new(&give(main), &["-O1", "-fomit-frame-pointer"]).traced(&[]);
+    let starts = unmaps(&records, SIZE);
+    assert_eq!(starts.len(), 12);
+    assert!(starts[..11].iter().all(|start| functions(&records, start)[0] == "main"));
+    assert!(functions(&records, starts[11]).contains(&"give_back"));
+}
+
+#[test]
+fn a_program_may_unmap_its_own_text() {
+    if !require(Cap::Program("gcc")) {
+        return;
+    }
+    let main = "\
+extern char __executable_start, etext;
+int main(void) {
+    /* munmap twice, then exit_group(0) */
+    static const unsigned char code[] = {
+        0xb8, 11, 0, 0, 0, 0x0f, 0x05, 0x4c, 0x89, 0xe7, 0x4c, 0x89, 0xee, 0xb8, 11, 0, 0, 0, 0x0f, 0x05,
+        0x31, 0xff, 0xb8, 0xe7, 0, 0, 0, 0x0f, 0x05 };
+    char *jit = make(PROT_READ | PROT_WRITE | PROT_EXEC), *begin = &__executable_start;
+    memcpy(jit, code, sizeof code);
+    register char *other __asm__(\"r12\") = make(PROT_READ);
+    register long size __asm__(\"r13\") = SIZE;
+    __asm__ volatile(\"jmp *%0\" : : \"r\"(jit), \"D\"(begin), \"S\"((&etext - begin + 4095) & ~4095L),
+                     \"r\"(other), \"r\"(size));
+    return 1;
+}
+";
+    let program = Program::new(&give(main), &["-O1"]);
+    let records = program.traced(&[]);
+    let [start] = unmaps(&records, SIZE)[..] else { panic!("one call") };
+    assert_eq!(functions(&records, start)[0], "[anon]+0x13");
+    let path = program.0.to_str().unwrap();
+    assert!(of_kind(&records, "start").any(|start| start["cause"] == "munmap" && start["what"] == path));
+}
+
+#[test]
+fn three_thousand_threads_are_traced_with_their_stacks() {
+    if !require(Cap::Program("gcc")) {
+        return;
+    }
+    let main = "\
+#include <pthread.h>
+static pthread_barrier_t all;
+static void *work(void *unused) {
+    pthread_barrier_wait(&all);
+    return (void *)(long)give_back(make(PROT_READ));
+}
+int main(void) {
+    enum { COUNT = 3000 };
+    static pthread_t threads[COUNT];
+    pthread_attr_t small;
+    pthread_attr_init(&small);
+    pthread_attr_setstacksize(&small, 1 << 16);
+    pthread_barrier_init(&all, 0, COUNT);
+    for (int i = 0; i < COUNT; i++)
+        if (pthread_create(threads + i, &small, work, 0)) return 77;
+    for (int i = 0; i < COUNT; i++) {
+        void *result;
+        pthread_join(threads[i], &result);
+        if (result) return 1;
+    }
+    return 0;
+}
+";
+    let program = Program::new(&give(main), &["-O1", "-pthread"]);
+    let alone = Command::new(&program.0).status().unwrap();
+    if alone.code() == Some(77) {
+        println!("SKIP odd::three_thousand_threads: so many threads may not be made here");
+        return;
+    }
+    let records = program.traced(&[]);
+    let starts = unmaps(&records, SIZE);
+    assert_eq!(starts.len(), 3000);
+    let site = &starts[0]["site"];
+    assert!(site.is_u64() && starts.iter().all(|start| start["site"] == *site), "one place in the code has one stack");
+    assert!(functions(&records, starts[0]).contains(&"work"));
+    let ends: Vec<&Value> = of_kind(&records, "end").filter(|end| end["bytes"] == SIZE).collect();
+    assert!(ends.iter().all(|end| end["self"].is_u64()), "more tasks than files that are kept open");
+}
+
+#[test]
+fn ten_thousand_modules_are_told_apart() {
+    if !require(Cap::Program("gcc")) {
+        return;
+    }
+    let module = "\
+long call_from_module(long (*f)(char *), char *at) { long result = f(at); __asm__ volatile(\"\"); return result; }
+";
+    // Its entry is the function, and all of it lies in one segment.
+    let flags = ["-shared", "-fPIC", "-O1", "-nostdlib", "-Wl,-e,call_from_module,-z,noseparate-code,-z,norelro"];
+    let module = Program::try_new("gcc", module, "module.c", &flags).expect("it compiles");
+    let main = "\
+static long give_from(char *at) { return give_back(at); }
+int main(int argc, char **argv) {
+    static char bytes[1 << 20];
+    FILE *file = fopen(argv[1], \"r\");
+    size_t size = fread(bytes, 1, sizeof bytes, file);
+    for (int i = 0; i < 10000; i++) {
+        int copy = memfd_create(\"module\", 0);
+        if (write(copy, bytes, size) != size) return 1;
+        char *module = mmap(0, size, PROT_READ | PROT_EXEC, MAP_PRIVATE, copy, 0);
+        if (module == MAP_FAILED) return 2;
+        close(copy);
+        long (*call)(long (*)(char *), char *) = (void *)(module + *(long *)(bytes + 24));
+        if (call(give_from, make(PROT_READ))) return 3;
+    }
+    return 0;
+}
+";
+    let program = Program::new(&give(main), &["-O1"]);
+    let records = program.traced(&[module.0.to_str().unwrap()]);
+    let starts = unmaps(&records, SIZE);
+    assert_eq!(starts.len(), 10_000);
+    let mut sites: Vec<u64> = starts.iter().map(|start| start["site"].as_u64().unwrap()).collect();
+    sites.sort_unstable();
+    sites.dedup();
+    assert_eq!(sites.len(), 10_000, "each stack goes through another module");
+    for start in [starts[0], starts[9_999]] {
+        let found = functions(&records, start);
+        assert!(found.contains(&"call_from_module") && found.contains(&"main"), "{found:?}");
+    }
+}
+
+#[test]
+fn a_rust_program_that_aborts_on_panic_has_stacks() {
+    if !require(Cap::Program("rustc")) {
+        return;
+    }
+    let source = "\
+extern \"C\" { fn mmap(a: *mut u8, n: usize, p: i32, f: i32, d: i32, o: i64) -> *mut u8; fn munmap(a: *mut u8, n: usize) -> i32; }
+#[inline(never)]
+fn give_back(at: *mut u8) -> i32 { let result = unsafe { munmap(at, 123 << 12) }; std::hint::black_box(result) }
+fn main() { assert_eq!(give_back(unsafe { mmap(std::ptr::null_mut(), 123 << 12, 1, 0x22, -1, 0) }), 0); }
+";
+    for flags in
+        [&["-Cpanic=abort", "-O"][..], &["-Cpanic=abort", "-Cforce-unwind-tables=no", "-Cforce-frame-pointers"]]
+    {
+        let program = Program::try_new("rustc", source, "odd.rs", flags).expect("it compiles");
+        let records = program.traced(&[]);
+        let [start] = unmaps(&records, SIZE)[..] else { panic!("one call") };
+        let found = functions(&records, start);
+        assert!(found.iter().any(|name| name.ends_with("::give_back")), "{flags:?} {found:?}");
+    }
+}
+
+#[test]
+fn programs_with_run_times_of_their_own_are_traced() {
+    let folder = scratch("run-time");
+    fs::create_dir(&folder).unwrap();
+    let script = "const f = n => n < 2 ? n : f(n - 1) + f(n - 2); f(25); Buffer.alloc(64 << 20); process.exit(0)";
+    if require(Cap::Program("node")) {
+        holds(&traced(&["node", "-e", script]));
+    }
+    if require(Cap::Program("java")) {
+        holds(&traced(&["java", "-Xmx64m", "-version"]));
+    }
+    if require(Cap::Program("go")) {
+        let source = folder.join("odd.go");
+        fs::write(&source, "package main\nfunc main() { _ = make([]byte, 64<<20) }\n").unwrap();
+        let program = folder.join("odd");
+        let build = Command::new("go").arg("build").arg("-o").arg(&program).arg(&source).status().unwrap();
+        assert!(build.success());
+        holds(&traced(&[program.to_str().unwrap()]));
+    }
+    fs::remove_dir_all(&folder).unwrap();
+}
+
+/// Calls have stacks, and most of these go further than the call itself.
+fn holds(records: &[Value]) {
+    let stacks: Vec<&Value> = of_kind(records, "stack").collect();
+    assert!(stacks.len() > 3);
+    let deep = stacks.iter().filter(|stack| stack["frames"].as_array().unwrap().len() > 2).count();
+    assert!(deep * 2 > stacks.len(), "{deep} of {}", stacks.len());
+    assert!(Path::new(records[0]["program"].as_str().unwrap()).is_absolute());
+}
