@@ -127,6 +127,10 @@ mod sync;
 
 pub use error::WouldDeadlock;
 pub use guard::{Guard, Reader, SendGuard};
+/// For `thread_word!` in crates that have no models.
+#[cfg(mmun_loom)]
+#[doc(hidden)]
+pub use loom;
 pub use raw::callback::{Head, set_callback_panic_hook};
 pub use raw::current::is_reclaimer;
 #[cfg(not(mmun_loom))]

@@ -145,7 +145,7 @@ macro_rules! thread_word {
             #[cfg(not(mmun_loom))]
             ::std::thread_local! { static WORD: Cell<u64> = const { Cell::new($first) }; }
             #[cfg(mmun_loom)]
-            ::loom::thread_local! { static WORD: Cell<u64> = Cell::new($first); }
+            $crate::loom::thread_local! { static WORD: Cell<u64> = Cell::new($first); }
 
             impl $name {
                 fn get(self) -> u64 {
