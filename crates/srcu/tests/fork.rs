@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Barrier, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::{Duration, Instant};
 use testkit::in_child;
 
 fn alone() -> MutexGuard<'static, ()> {
@@ -189,7 +190,9 @@ fn a_child_has_its_reclaimer_whatever_threads_were_starting_in_the_parent() {
             });
         }
         let _stopped = Stop(&stop);
-        for _ in 0..4000 {
+        // Each fork is a chance for the fault. A sanitizer makes a fork a hundred times as dear.
+        let begin = Instant::now();
+        for _ in (0..4000).take_while(|_| begin.elapsed() < Duration::from_secs(30)) {
             let good = in_child(|| {
                 // SAFETY: No preconditions. A child that hangs need not take two minutes.
                 unsafe { libc::alarm(20) };
