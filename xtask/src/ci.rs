@@ -105,6 +105,8 @@ const STEPS: &[Step] = &[
     step("the sources in other surroundings", "cargo xtask surroundings").needs("cargo xtask surroundings --probe"),
     step("a rush at the kernel source", "cargo run --release -p stress -- rush --seconds 10").needs("test -e /dev/kvm"),
     step("guests", "cargo xtask guest --kernel 6.1 --kernel 6.12").needs("printenv MMUN_GUESTS"),
+    step("fuzz targets compile", "cargo check --manifest-path fuzz/Cargo.toml --target-dir target/fuzz")
+        .needs("c++ --version"),
     step("miri", "cargo +nightly miri test -p srcu")
         .env(&[("MIRIFLAGS", "-Zmiri-many-seeds=0..8")])
         .needs("cargo +nightly miri --version"),

@@ -61,8 +61,19 @@ fn run_all(root: &Path) -> io::Result<bool> {
 
 /// Tells whether what it takes is here.
 pub(crate) fn probe() -> ExitCode {
-    let can_mount = Command::new("unshare").args(["-m", "true"]).status().is_ok_and(|status| status.success());
-    if can_mount && allocator().is_some() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    let mounted = Command::new("unshare").args(["-m", "true"]).output();
+    let lacks = match mounted {
+        Ok(output) if output.status.success() => None,
+        Ok(output) => Some(String::from_utf8_lossy(&output.stderr).trim().to_owned()),
+        Err(error) => Some(format!("unshare: {error}")),
+    };
+    match lacks.or_else(|| allocator().is_none().then(|| "libjemalloc.so.2 is missing (libjemalloc2)".to_owned())) {
+        None => ExitCode::SUCCESS,
+        Some(reason) => {
+            eprintln!("{reason}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 fn allocator() -> Option<PathBuf> {

@@ -13,7 +13,7 @@ use std::process::Command;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 struct Empty;
 
@@ -61,6 +61,9 @@ fn first(rounds: usize) {
     let mut times: [Vec<f64>; FIRST.len()] = Default::default();
     for _ in 0..rounds {
         for (what, times) in FIRST.into_iter().zip(&mut times) {
+            // A program that is attached soon after another one waits for the tracepoint's grace
+            // period.
+            thread::sleep(Duration::from_millis(150));
             let output = Command::new(&program).args(["first-use", what]).output().expect("it runs again");
             let time = String::from_utf8_lossy(&output.stdout);
             times.push(time.trim().parse().unwrap_or_else(|_| panic!("{what}: {output:?}")));

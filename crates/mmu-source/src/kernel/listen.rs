@@ -6,7 +6,7 @@
 //!
 //! It also closes machine B, which costs each change of this address space something, when nobody
 //! has waited for a while. A process that fills now and then would make a machine each time: so if
-//! one is made again soon after it was closed, it stays twice as long.
+//! one is made again soon after it was closed, it stays four times as long.
 
 use super::Inner;
 use super::layout::header;
@@ -99,7 +99,7 @@ impl Lease {
         let has_b = inner.waits.has_b();
         if has_b && !self.had_b {
             let soon = self.ended.is_some_and(|ended| ended.elapsed() < SOON);
-            self.length = if soon { (2 * self.length).min(LEASE[1]) } else { LEASE[0] };
+            self.length = if soon { (4 * self.length).min(LEASE[1]) } else { LEASE[0] };
         } else if self.at.elapsed() < self.length {
             return;
         }
