@@ -1,6 +1,7 @@
 //! The command line. Help, man page and completions come from this table alone.
 
 mod details;
+mod diff;
 mod report;
 
 use std::ffi::OsString;
@@ -13,6 +14,7 @@ use mmu_source::kernel::broker::SOCKET;
 use mmu_source::process::Pid;
 
 pub(crate) use self::details::{DetailArgs, SummaryArgs};
+pub(crate) use self::diff::DiffArgs;
 pub(crate) use self::report::{ReportArgs, ReportFormat};
 use crate::events::{Events, EventsParser};
 use crate::library::Library;
@@ -51,6 +53,7 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     Trace(TraceArgs),
     Report(ReportArgs),
+    Diff(DiffArgs),
     Run(RunArgs),
     Coverage(CoverageArgs),
     Doctor(DoctorArgs),
@@ -340,8 +343,11 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, Ins
     let args: Vec<OsString> = args.into_iter().collect();
     let command =
         args.get(1).and_then(|word| word.to_str()).filter(|word| COMMANDS.iter().any(|(name, _)| name == word));
-    let outcome =
-        if matches!(command, Some("report" | "coverage" | "doctor" | "broker")) { Outcome::Exit(2) } else { FAILED };
+    let outcome = if matches!(command, Some("report" | "diff" | "coverage" | "doctor" | "broker")) {
+        Outcome::Exit(2)
+    } else {
+        FAILED
+    };
     Cli::try_parse_from(&args).map_err(|error| match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => Instead::Help(Box::new(error)),
         // Its help, but as a failure: a script that has lost its arguments must stop.
@@ -359,9 +365,10 @@ fn one_line(message: &str, command: Option<&str>) -> String {
 }
 
 /// The commands that are shown, and the names of their manual pages.
-const COMMANDS: [(&str, &str); 8] = [
+const COMMANDS: [(&str, &str); 9] = [
     ("trace", "mmun-trace"),
     ("report", "mmun-report"),
+    ("diff", "mmun-diff"),
     ("run", "mmun-run"),
     ("coverage", "mmun-coverage"),
     ("doctor", "mmun-doctor"),

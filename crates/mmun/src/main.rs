@@ -10,10 +10,12 @@ mod calibrate;
 mod capture;
 mod change;
 mod coverage;
+mod diff;
 mod digits;
 mod doctor;
 mod dropin;
 mod events;
+mod formats;
 mod front;
 mod intern;
 mod json;
@@ -47,6 +49,7 @@ fn main() {
         Ok(cli) => match cli.command {
             Command::Trace(args) => trace::main(args),
             Command::Report(args) => report::main(&args),
+            Command::Diff(args) => diff::main(&args),
             Command::Run(args) => run::main(&args),
             Command::Coverage(args) => coverage::main(args),
             Command::Doctor(args) => doctor::main(args),

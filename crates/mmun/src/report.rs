@@ -1,13 +1,13 @@
 //! `mmun report`: what a recorded trace says.
 
 use std::fs;
-use std::io::{self, Write as _};
+use std::io::{self, IsTerminal as _, Write as _};
 
 use crate::args::{ReportArgs, ReportFormat};
 use crate::outcome::Outcome;
 use crate::recording::Recording;
 use crate::summary::{Sources, Summary, Wanted};
-use crate::{complain, reason, written};
+use crate::{complain, formats, reason, written};
 
 /// It could not be made.
 const FAILED: Outcome = Outcome::Exit(2);
@@ -25,6 +25,12 @@ pub(crate) fn main(args: &ReportArgs) -> Outcome {
     }
     let text = match args.format() {
         ReportFormat::Summary => summary(&recording, args.summary.wanted(true).expect("it is always wanted")),
+        ReportFormat::Perfetto if args.output.is_none() && io::stdout().is_terminal() => {
+            complain("report on standard output: a perfetto trace is no text; name a file with -o");
+            return FAILED;
+        }
+        ReportFormat::Perfetto => formats::perfetto(&recording),
+        ReportFormat::Chrome => formats::chrome(&recording),
     };
     match &args.output {
         None => written(io::stdout().write_all(&text)),

@@ -17,7 +17,7 @@ use crate::json;
 use crate::lifecycle::Lifecycle;
 use crate::stacks::Resolved;
 
-pub(crate) use self::table::{By, Sort, Tables};
+pub(crate) use self::table::{By, Sort, Tables, printable, size, time};
 
 /// Which tables, and how.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,7 +68,7 @@ pub(crate) struct Row {
 }
 
 impl Row {
-    fn add(&mut self, change: &Change, wall: bool) {
+    pub(crate) fn add(&mut self, change: &Change, wall: bool) {
         self.ranges += 1;
         self.errors += u64::from(change.failed());
         self.pages = self.pages.saturating_add(change.span.range.pages());
@@ -83,7 +83,7 @@ impl Row {
         }
     }
 
-    fn merge(&mut self, other: &Row) {
+    pub(crate) fn merge(&mut self, other: &Row) {
         self.calls += other.calls;
         self.ranges += other.ranges;
         self.errors += other.errors;

@@ -10,6 +10,8 @@ const EXAMPLES: &str = "\
 Examples:
   mmun trace --json -k --births -o app.jsonl ./app      records everything a report can show
   mmun report app.jsonl                                 the tables of a summary
+  mmun report --format perfetto -o app.pftrace app.jsonl
+                                                        a trace for https://ui.perfetto.dev
   mmun report --summary=where --sort resident app.jsonl
                                                         the places that give most memory back";
 
@@ -48,6 +50,10 @@ pub(crate) struct ReportArgs {
 pub(crate) enum ReportFormat {
     /// Tables of totals, as text
     Summary,
+    /// A trace for <https://ui.perfetto.dev>
+    Perfetto,
+    /// JSON for chrome://tracing and other viewers
+    Chrome,
 }
 
 impl ReportArgs {

@@ -79,7 +79,7 @@ pub(crate) enum Sort {
 }
 
 impl Sort {
-    fn key(self, row: &Row) -> u64 {
+    pub(crate) fn key(self, row: &Row) -> u64 {
         match self {
             Sort::Time => row.time,
             Sort::Resident => row.resident,
@@ -140,7 +140,7 @@ fn shares(out: &mut Vec<u8>, by: By, rows: &[(String, Row)], total: &Row, wanted
 }
 
 /// Without what could move the cursor.
-fn printable(label: &str) -> String {
+pub(crate) fn printable(label: &str) -> String {
     label.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
 }
 

@@ -13,3 +13,4 @@ mod records;
 mod report;
 mod run;
 mod support;
+mod viewers;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde_json::Value;
-use testkit::{Cap, require};
+use testkit::{Cap, has_optional_program, require};
 
 use crate::support::{check, of_kind, scratch, take_records, text, trace, within};
 
@@ -366,7 +366,7 @@ int main(int argc, char **argv) {
 
 #[test]
 fn a_rust_program_that_aborts_on_panic_has_stacks() {
-    if !require(Cap::Program("rustc")) {
+    if !has_optional_program("rustc") {
         return;
     }
     let source = "\
@@ -391,13 +391,13 @@ fn programs_with_run_times_of_their_own_are_traced() {
     let folder = scratch("run-time");
     fs::create_dir(&folder).unwrap();
     let script = "const f = n => n < 2 ? n : f(n - 1) + f(n - 2); f(25); Buffer.alloc(64 << 20); process.exit(0)";
-    if require(Cap::Program("node")) {
+    if has_optional_program("node") {
         holds(&traced(&["node", "-e", script]));
     }
-    if require(Cap::Program("java")) {
+    if has_optional_program("java") {
         holds(&traced(&["java", "-Xmx64m", "-version"]));
     }
-    if require(Cap::Program("go")) {
+    if has_optional_program("go") {
         let source = folder.join("odd.go");
         fs::write(&source, "package main\nfunc main() { _ = make([]byte, 64<<20) }\n").unwrap();
         let program = folder.join("odd");
