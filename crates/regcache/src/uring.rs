@@ -171,22 +171,32 @@ const LOST: &str = "the program has closed the descriptor that `Uring` keeps of 
     make a new `Uring`";
 
 const SPARSE: u32 = 1;
+const MOST_SLOTS: u16 = 1 << 14;
 /// The most bytes of a fixed buffer.
 const LARGEST: u64 = 1 << 30;
+
+/// Why there is no table.
+fn not_made(error: Errno, slots: u16) -> io::Error {
+    if error == Errno::INVAL && (1..=MOST_SLOTS).contains(&slots) {
+        return io::Error::new(io::ErrorKind::Unsupported, "an empty table of buffers needs Linux 5.19");
+    }
+    error.into()
+}
 
 impl Uring {
     /// Gives `ring` an empty table of `slots` buffers.
     ///
     /// # Errors
     /// What the kernel says: `EBUSY` if the ring has a table already, `EINVAL` for 0 slots or more
-    /// than 2^14.
+    /// than 2^14. [`Unsupported`](io::ErrorKind::Unsupported) before Linux 5.19.
     pub fn new(ring: impl AsFd, slots: u16) -> io::Result<Self> {
         let ring = Ring::new(ring)?;
         let table = Register { nr: slots.into(), flags: SPARSE, ..Register::default() };
         let (arg, size) = ((&raw const table).cast::<c_void>(), size_of::<Register>() as u32);
         // SAFETY: The call reads a `struct io_uring_rsrc_register` of this size, which has no
         // pointers in it.
-        unsafe { io_uring_register(&*ring.file, IoringRegisterOp::RegisterBuffers2, arg, size) }?;
+        let made = unsafe { io_uring_register(&*ring.file, IoringRegisterOp::RegisterBuffers2, arg, size) };
+        made.map_err(|error| not_made(error, slots))?;
         Ok(Self { ring, free: Mutex::new((0..slots).rev().collect()) })
     }
 

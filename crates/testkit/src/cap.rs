@@ -20,7 +20,7 @@ pub enum Cap {
     Bpf,
     /// Virtual machines of KVM.
     Kvm,
-    /// Making an io_uring.
+    /// An io_uring whose table of buffers can be made empty.
     IoUring,
     /// userfaultfd with asynchronous write protection.
     Userfaultfd,
@@ -112,7 +112,7 @@ fn probe(cap: Cap) -> Result<(), String> {
                 Err(error) => Err(format!("{PYTHON}: {error}")),
             }
         }
-        Cap::Bpf => bpf().map_err(|error| format!("BPF maps cannot be made: {error}")),
+        Cap::Bpf => bpf().map_err(|error| format!("BPF: {error}")),
         Cap::Kvm => match fs::File::options().read(true).write(true).open("/dev/kvm") {
             Ok(_) => Ok(()),
             Err(error) => Err(format!("/dev/kvm: {error}")),
@@ -137,19 +137,39 @@ fn rdma() -> Result<(), String> {
     if library.is_null() { Err("libibverbs is not installed".to_owned()) } else { Ok(()) }
 }
 
-/// Makes an array of one value.
+/// Makes an array of one value, on a kernel whose BPF is enough for the source `kernel`.
 fn bpf() -> io::Result<()> {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    let mut numbers = release.split('.').map_while(|number| number.parse::<u32>().ok());
+    if let (Some(5), Some(0..12)) = (numbers.next(), numbers.next()) {
+        return Err(io::Error::other(format!("Linux 5.12 is needed, and this is {}", release.trim())));
+    }
     let attributes = [2_u32, 4, 8, 1, 0, 0];
     // SAFETY: the attributes are as long as the call is told.
     let map = unsafe { libc::syscall(libc::SYS_bpf, 0, &raw const attributes, size_of_val(&attributes)) };
     close(map)
 }
 
-/// Makes a ring of one entry.
+/// Makes a ring of one entry with an empty table of one buffer.
 fn io_uring() -> io::Result<()> {
+    const REGISTER_BUFFERS2: libc::c_long = 15;
     let mut params = [0_u64; 15];
     // SAFETY: the call fills in a `struct io_uring_params`, which has 120 bytes.
-    close(unsafe { libc::syscall(libc::SYS_io_uring_setup, 1, params.as_mut_ptr()) })
+    let ring = unsafe { libc::syscall(libc::SYS_io_uring_setup, 1, params.as_mut_ptr()) };
+    // One buffer, of which nothing is known yet.
+    let table = [1_u32, 1, 0, 0, 0, 0, 0, 0];
+    // SAFETY: the call reads a `struct io_uring_rsrc_register`, which has 32 bytes; a descriptor of
+    // -1 is refused.
+    let answer = unsafe {
+        libc::syscall(libc::SYS_io_uring_register, ring, REGISTER_BUFFERS2, &raw const table, size_of_val(&table))
+    };
+    let error = io::Error::last_os_error();
+    close(ring)?;
+    match (answer, error.raw_os_error()) {
+        (0, _) => Ok(()),
+        (_, Some(libc::EINVAL)) => Err(io::Error::other("no empty tables of buffers, which need Linux 5.19")),
+        _ => Err(error),
+    }
 }
 
 /// Asks for asynchronous write protection, which came with Linux 6.7.

@@ -19,7 +19,7 @@ pub(crate) struct Series {
 
 /// From the oldest to the newest.
 pub(crate) const SERIES: &[Series] = &[
-    Series { name: "5.10", suite: "bullseye", lacks: "userfaultfd bpf kvm" },
+    Series { name: "5.10", suite: "bullseye", lacks: "userfaultfd bpf iouring" },
     Series { name: "6.1", suite: "bookworm", lacks: "userfaultfd" },
     Series { name: "6.12", suite: "trixie", lacks: "" },
     Series { name: "6.18", suite: "trixie-backports", lacks: "" },

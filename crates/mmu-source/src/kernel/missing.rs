@@ -76,8 +76,24 @@ fn may_not_open(error: &io::Error, device: &Device) -> Error {
     }
 }
 
+/// The first kernel whose BPF is enough.
+const ENOUGH: (u32, u32) = (5, 12);
+
+/// On a kernel that is too old, no right and no module would help, whatever its answer was: before
+/// 5.11 it charges maps to `RLIMIT_MEMLOCK`, and refuses root for want of it with `EPERM`.
+fn too_old(error: &io::Error, release: &str) -> Option<Error> {
+    let mut numbers = release.split(['.', '-']).map_while(|number| number.parse::<u32>().ok());
+    let version = (numbers.next()?, numbers.next()?);
+    let missing = || format!("BPF as of Linux {}.{}, and this is {}: {error}", ENOUGH.0, ENOUGH.1, release.trim());
+    (version < ENOUGH).then(|| unavailable(missing(), "uname -r"))
+}
+
+fn too_old_here(error: &io::Error) -> Option<Error> {
+    too_old(error, &std::fs::read_to_string("/proc/sys/kernel/osrelease").ok()?)
+}
+
 pub(super) fn bpf_missing(error: &io::Error) -> Error {
-    if let Some(lack) = exhausted(error) {
+    if let Some(lack) = exhausted(error).or_else(|| too_old_here(error)) {
         return lack;
     }
     match error.kind() {
@@ -85,7 +101,7 @@ pub(super) fn bpf_missing(error: &io::Error) -> Error {
             let missing = format!("CAP_BPF and CAP_PERFMON, or a broker ({BROKER}): {error}");
             unavailable(missing, &crate::error::setcap("cap_bpf,cap_perfmon"))
         }
-        _ => unavailable(format!("BPF as of Linux 5.12: {error}"), "uname -r"),
+        _ => unavailable(format!("the programs that listen (BPF): {error}"), "sudo dmesg | tail"),
     }
 }
 
@@ -96,7 +112,7 @@ pub(super) fn description_missing() -> Error {
 }
 
 pub(super) fn tracepoint_missing(error: &io::Error) -> Error {
-    if let Some(lack) = exhausted(error) {
+    if let Some(lack) = exhausted(error).or_else(|| too_old_here(error)) {
         return lack;
     }
     match error.kind() {
@@ -126,6 +142,16 @@ mod tests {
         assert_eq!(remedy(libc::EACCES, &Device { group: 0, group_name: Some("root".into()), ..kvm() }), alone);
         assert_eq!(remedy(libc::EACCES, &Device { group_name: None, ..kvm() }), alone);
         assert!(remedy(libc::EPERM, &kvm()).contains("--device /dev/kvm"));
+    }
+
+    #[test]
+    fn a_kernel_that_is_too_old_is_the_reason() {
+        let refused = io::Error::from_raw_os_error(libc::EPERM);
+        let lack = too_old(&refused, "5.10.0-39-amd64\n").expect("it is too old").to_string();
+        assert!(lack.contains("Linux 5.12, and this is 5.10.0-39-amd64: Operation not permitted"), "{lack}");
+        for enough in ["5.12.0", "6.1.0-50-amd64", "7.3.4+deb13-amd64", "unknown"] {
+            assert!(too_old(&refused, enough).is_none(), "{enough}");
+        }
     }
 
     #[test]
