@@ -137,6 +137,10 @@ pub(crate) struct TraceArgs {
     #[arg(long, groups = ["totals", "places"])]
     pub(crate) summary_only: bool,
 
+    /// Shows no line with the number of events while --summary-only or --report writes nothing else
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+
     /// Follows children and threads; the default
     #[arg(short, long, overrides_with = "no_follow")]
     pub(crate) follow: bool,

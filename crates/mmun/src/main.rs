@@ -32,6 +32,7 @@ mod report;
 mod run;
 mod source;
 mod stacks;
+mod status;
 mod style;
 mod summary;
 mod sys;

@@ -15,6 +15,7 @@ use crate::lifecycle::Lifecycle;
 use crate::output::Output;
 use crate::record::{Extra, Kind, Mapping, Record};
 use crate::stacks::Stacks;
+use crate::status::Progress;
 use crate::summary::{Sources, Summary, Wanted};
 use crate::text::{Color, Text};
 use crate::who::{self, Who};
@@ -73,6 +74,7 @@ struct Inner {
     lifecycle: Option<Lifecycle>,
     samples: Option<Vec<u64>>,
     output: Output,
+    progress: Progress,
 }
 
 #[derive(Debug)]
@@ -106,6 +108,7 @@ impl Recorder {
             lifecycle: settings.lifecycle.then(Lifecycle::default),
             samples: settings.samples.then(Vec::new),
             output,
+            progress: Progress::default(),
         };
         Recorder { inner: Mutex::new(inner), give_up }
     }
@@ -121,6 +124,12 @@ impl Recorder {
         }
         if !wanted {
             return;
+        }
+        match record.kind {
+            Kind::Start(_) | Kind::Map(_) => inner.progress.events += 1,
+            Kind::Get { .. } => inner.progress.tasks += 1,
+            Kind::Put { .. } => inner.progress.tasks = inner.progress.tasks.saturating_sub(1),
+            _ => {}
         }
         // The clock is read under the lock: times do not decrease from line to line.
         let t = inner.now();
@@ -153,6 +162,11 @@ impl Recorder {
         let mut inner = self.lock();
         (inner.writer, inner.summary, inner.lifecycle) = (None, None, None);
         inner.output.discard();
+    }
+
+    /// How far the trace has come.
+    pub(crate) fn progress(&self) -> Progress {
+        self.lock().progress
     }
 
     /// Writes what waits to be written.

@@ -19,6 +19,7 @@ use crate::observer::TraceObserver;
 use crate::outcome::{FAILED, NOT_EXECUTABLE, NOT_FOUND, Outcome};
 use crate::output::Output;
 use crate::recorder::{Form, Recorder, Settings};
+use crate::status::Status;
 use crate::style;
 use crate::summary::By;
 use crate::sys;
@@ -31,6 +32,8 @@ struct Plan {
     options: Options,
     settings: Settings,
     output: Output,
+    /// A status line is wanted.
+    status: bool,
 }
 
 #[derive(Debug)]
@@ -90,6 +93,7 @@ impl Plan {
             list_stacks: details.stacks,
             samples: false,
         };
+        let status = settings.form.is_none() && !args.quiet;
         let mut options = Options::default();
         options.follow = !args.no_follow;
         options.seccomp = !args.no_seccomp;
@@ -102,7 +106,7 @@ impl Plan {
             pids.dedup();
             Target::Attach(pids)
         };
-        Plan { target, options, settings, output }
+        Plan { target, options, settings, output, status }
     }
 }
 
@@ -134,10 +138,13 @@ fn trace(mut plan: Plan, front: Option<rustix::process::Pid>) -> (Outcome, Optio
             let recorder = Arc::clone(&recorder);
             // What is read through a pipe or with `tail -f` lags by this much at most, also while
             // the program is idle.
+            let mut status = Status::new(plan.status);
             move || {
                 while ended.recv_timeout(LAG) == Err(RecvTimeoutError::Timeout) {
-                    recorder.flush()
+                    recorder.flush();
+                    status.tick(|| recorder.progress());
                 }
+                status.erase();
             }
         });
         outcome = Some(serve(&mut tracer));

@@ -205,6 +205,59 @@ fn an_attached_terminal_gets_colour_unless_told_not_to() {
 }
 
 #[test]
+fn a_trace_that_writes_nothing_shows_on_a_terminal_that_it_is_alive() {
+    if !require(Cap::Program("python3")) {
+        return;
+    }
+    // The program waits until the line was seen.
+    let script = r#"
+import os, pty, sys, time
+pid, fd = pty.fork()
+if pid == 0:
+    os.execv(sys.argv[1], [sys.argv[1], "trace", "--summary-only"] + sys.argv[3:] + ["sh", "-c", "echo ready; read x; echo went on"])
+seen = b""
+def until(word):
+    global seen
+    while word not in seen:
+        seen += os.read(fd, 1000)
+until(b"ready")
+if sys.argv[2] == "line":
+    until(b"events, 1 task, 0:0")
+else:
+    time.sleep(1.5) # what must not come would have come by now
+os.write(fd, b"go\n")
+try:
+    while True:
+        more = os.read(fd, 1000)
+        if not more:
+            break
+        seen += more
+except OSError:
+    pass
+_, status = os.waitpid(pid, 0)
+assert status == 0, status
+sys.stdout.buffer.write(seen)
+"#;
+    let run = |kind: &'static str, options: &'static [&'static str], terminal: &'static str| {
+        within("the terminal", move || {
+            let mut command = Command::new("python3");
+            command.args(["-c", script, env!("CARGO_BIN_EXE_mmun"), kind]).args(options).env("TERM", terminal);
+            let output = command.output().unwrap();
+            assert!(output.status.success(), "{}", text(&output.stderr));
+            text(&output.stdout).to_owned()
+        })
+    };
+    let shown = run("line", &[], "xterm");
+    let (_, after) = shown.rsplit_once("\r\x1b[K").expect("it is erased");
+    assert!(!after.contains("events, ") && after.contains("removed nothing."), "{shown:?}");
+    for (options, terminal) in [(&["-q"][..], "xterm"), (&[], "dumb"), (&["-o", "/dev/null", "--json", "-q"], "xterm")]
+    {
+        let plain = run("none", options, terminal);
+        assert!(!plain.contains("events, ") && !plain.contains('\x1b'), "{plain:?}");
+    }
+}
+
+#[test]
 fn help_and_manual_name_every_record_and_option() {
     let run = |args: &[&str]| {
         let output = Command::new(env!("CARGO_BIN_EXE_mmun")).args(args).output().unwrap();
