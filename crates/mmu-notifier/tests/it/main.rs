@@ -11,6 +11,7 @@ mod lockdep;
 mod model;
 mod put;
 mod raw;
+mod refusals;
 mod register;
 mod support;
 mod synchronize;

@@ -1,0 +1,120 @@
+//! What a module uses of its own crate, as its source says.
+
+use super::Module;
+use std::collections::{BTreeMap, BTreeSet};
+use syn::visit::{self, Visit};
+use syn::{Attribute, Item, ItemUse, UseTree};
+
+/// Where the item lies that `path` names: in the deepest module of the path, after re-exports.
+pub(super) fn resolve(
+    path: &[String],
+    modules: &BTreeSet<Module>,
+    exports: &BTreeMap<Module, BTreeMap<String, Module>>,
+) -> Module {
+    let mut path = path.to_vec();
+    // A re-export of a re-export ends after a few steps; a glob of names could lead around.
+    for _ in 0..8 {
+        let depth = (0..=path.len()).rev().find(|depth| modules.contains(&path[..*depth])).unwrap_or(0);
+        let target = path.get(depth).and_then(|name| exports.get(&path[..depth])?.get(name));
+        let Some(target) = target else { return path[..depth].to_vec() };
+        path = [target, &path[depth + 1..]].concat();
+    }
+    path
+}
+
+/// The names that a module brings into itself from elsewhere in the crate, with their paths.
+pub(super) fn exports(module: &Module, file: &syn::File) -> BTreeMap<String, Module> {
+    let mut found = BTreeMap::new();
+    for item in &file.items {
+        if let Item::Use(item) = item {
+            let mut paths = Vec::new();
+            flatten(&item.tree, &mut Vec::new(), &mut paths);
+            for (path, name) in paths {
+                // In this edition a path without `crate` names a module beside it or another crate.
+                let absolute = absolute(module, &path).unwrap_or_else(|| [module.clone(), path.clone()].concat());
+                if absolute != [&module[..], std::slice::from_ref(&name)].concat() {
+                    found.insert(name, absolute);
+                }
+            }
+        }
+    }
+    found
+}
+
+/// The paths of a use tree, each with the name that it gets.
+fn flatten(tree: &UseTree, prefix: &mut Vec<String>, found: &mut Vec<(Vec<String>, String)>) {
+    match tree {
+        UseTree::Path(path) => {
+            prefix.push(path.ident.to_string());
+            flatten(&path.tree, prefix, found);
+            prefix.pop();
+        }
+        UseTree::Name(name) if name.ident == "self" => {
+            found.push((prefix.clone(), prefix.last().cloned().unwrap_or_default()));
+        }
+        UseTree::Name(name) => {
+            let name = name.ident.to_string();
+            found.push(([&prefix[..], std::slice::from_ref(&name)].concat(), name));
+        }
+        UseTree::Rename(rename) => {
+            let path = [&prefix[..], &[rename.ident.to_string()]].concat();
+            found.push((path, rename.rename.to_string()));
+        }
+        UseTree::Glob(_) => found.push((prefix.clone(), "*".into())),
+        UseTree::Group(group) => group.items.iter().for_each(|tree| flatten(tree, prefix, found)),
+    }
+}
+
+/// Turns a path that begins with `crate`, `self` or `super` into one from the crate's root.
+fn absolute(module: &[String], path: &[String]) -> Option<Module> {
+    let mut base = match path.first()?.as_str() {
+        "crate" => Vec::new(),
+        "self" | "super" => module.to_vec(),
+        _ => return None,
+    };
+    let mut rest = path;
+    while let Some((first, after)) = rest.split_first() {
+        match first.as_str() {
+            "crate" | "self" => {}
+            "super" => drop(base.pop()),
+            _ => break,
+        }
+        rest = after;
+    }
+    Some([&base[..], rest].concat())
+}
+
+/// Collects every path of one file that names something in its own crate.
+pub(super) struct Uses<'a> {
+    pub(super) module: &'a Module,
+    pub(super) found: Vec<Module>,
+}
+
+impl Visit<'_> for Uses<'_> {
+    fn visit_item(&mut self, item: &Item) {
+        // An inline module would shift what `super` means; the only ones here are tests.
+        let is_test = matches!(item, Item::Mod(module) if module.attrs.iter().any(is_for_tests));
+        if !is_test {
+            visit::visit_item(self, item);
+        }
+    }
+
+    fn visit_item_use(&mut self, item: &ItemUse) {
+        let mut paths = Vec::new();
+        flatten(&item.tree, &mut Vec::new(), &mut paths);
+        self.found.extend(paths.iter().filter_map(|(path, _)| absolute(self.module, path)));
+    }
+
+    fn visit_path(&mut self, path: &syn::Path) {
+        let segments: Vec<String> = path.segments.iter().map(|segment| segment.ident.to_string()).collect();
+        if segments.len() > 1 {
+            self.found.extend(absolute(self.module, &segments));
+        }
+        visit::visit_path(self, path);
+    }
+}
+
+pub(in super::super) fn is_for_tests(attribute: &Attribute) -> bool {
+    attribute.path().is_ident("cfg")
+        && matches!(&attribute.meta, syn::Meta::List(list) if list.tokens.to_string() == "test")
+}
