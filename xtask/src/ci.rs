@@ -58,6 +58,7 @@ const STEPS: &[Step] = &[
          --exclude xtask --target-dir target/oldest",
     )
     .needs("cargo +1.85 --version"),
+    step("no feature, and each alone", "cargo xtask features"),
     step("docs", "cargo doc --workspace --no-deps").env(&[("RUSTDOCFLAGS", "-Dwarnings")]),
     // Only then does rustdoc compare why an example does not compile with what it says.
     step("what must not compile", "cargo test --workspace --doc").env(&[("RUSTC_BOOTSTRAP", "1")]),

@@ -1,9 +1,11 @@
 //! The project's own chores: `cargo xtask tidy` checks what rustc does not, `cargo xtask ci` is the
-//! whole gate, `cargo xtask packages` tests each crate as it will be published, `cargo xtask guest`
-//! runs tests under other kernels, and `cargo xtask surroundings` runs those of the sources where
-//! loader and allocator behave differently.
+//! whole gate, `cargo xtask features` tests crates with parts of their features, `cargo xtask
+//! packages` each as it will be published, `cargo xtask guest` runs tests under other kernels, and
+//! `cargo xtask surroundings` runs those of the sources where loader and allocator behave
+//! differently.
 
 mod ci;
+mod features;
 mod guest;
 mod packages;
 mod surroundings;
@@ -23,11 +25,12 @@ fn main() -> ExitCode {
         ["ci"] => ci::run(&root()),
         ["surroundings"] => surroundings::run(&root()),
         ["surroundings", "--probe"] => surroundings::probe(),
+        ["features"] => features::run(&root()),
         ["packages"] => packages::run(&root()),
         ["guest", ref arguments @ ..] => guest::run(&root(), arguments),
         ["guest-agent", plan] => guest::agent::run(Path::new(plan)),
         _ => {
-            eprintln!("usage: cargo xtask {{tidy | ci | packages | guest | surroundings}}");
+            eprintln!("usage: cargo xtask {{tidy | ci | features | packages | guest | surroundings}}");
             ExitCode::from(2)
         }
     }

@@ -15,20 +15,37 @@
 //! [`Watch`] answers one question about one range, whatever the source: has it been touched since?
 
 #![deny(unsafe_code)]
+#![cfg_attr(
+    not(all(feature = "hook", feature = "kernel", feature = "process", feature = "uffd")),
+    allow(
+        dead_code,
+        unused_imports,
+        rustdoc::broken_intra_doc_links,
+        reason = "each source uses a part of what lies below all of them"
+    )
+)]
 
 mod current_mm;
 mod error;
+#[cfg(any(feature = "kernel", feature = "process"))]
 mod fields;
 mod fork;
+#[cfg(feature = "hook")]
 pub mod hook;
+#[cfg(feature = "kernel")]
 pub mod kernel;
+#[cfg(any(feature = "hook", feature = "process"))]
+mod maps;
+#[cfg(feature = "process")]
 pub mod process;
 mod queue;
 mod ranges;
 mod sources;
 #[cfg(test)]
 mod testkit;
+#[cfg(feature = "uffd")]
 pub mod uffd;
+#[cfg(any(feature = "kernel", feature = "uffd"))]
 mod vault;
 mod wait;
 mod watch;
@@ -40,6 +57,6 @@ pub use sources::{SOURCES, SourceInfo};
 pub use watch::Watch;
 
 /// The example of the crate's README must run.
-#[cfg(all(doctest, target_arch = "x86_64", target_os = "linux", target_env = "gnu"))]
+#[cfg(all(doctest, feature = "hook", target_arch = "x86_64", target_os = "linux", target_env = "gnu"))]
 #[doc = include_str!("../README.md")]
 struct Readme;

@@ -42,13 +42,14 @@ mod decode;
 mod filter;
 mod huge_page;
 mod kinds;
-pub(crate) mod maps;
 mod observer;
 mod proc;
 mod space;
 mod sys;
 mod task;
 mod tracer;
+
+use crate::maps;
 
 pub use crate::Error;
 pub use command::Command;

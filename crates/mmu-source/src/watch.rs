@@ -24,10 +24,12 @@
 mod bracketed;
 
 use crate::Error;
+#[cfg(feature = "kernel")]
 use crate::kernel::{Kernel, Watching};
 use bracketed::Bracketed;
 use mmu_notifier::VaRange;
 use std::fmt;
+#[cfg(feature = "kernel")]
 use std::sync::Arc;
 
 /// A range of this process, and whether anything has touched it since the watch was made.
@@ -38,6 +40,7 @@ pub struct Watch {
 
 /// Who marks it.
 enum By {
+    #[cfg(feature = "kernel")]
     Kernel(Watching),
     Brackets(Bracketed),
 }
@@ -77,6 +80,7 @@ impl Watch {
     #[inline]
     pub fn is_valid(&self) -> bool {
         match &self.by {
+            #[cfg(feature = "kernel")]
             By::Kernel(watching) => watching.is_valid(),
             By::Brackets(bracketed) => bracketed.is_valid(),
         }
@@ -93,6 +97,7 @@ impl Watch {
     /// As what made the watch; then it is not valid.
     pub fn renew(&mut self) -> Result<(), Error> {
         match &mut self.by {
+            #[cfg(feature = "kernel")]
             By::Kernel(watching) => watching.renew(),
             By::Brackets(bracketed) => bracketed.renew(),
         }
@@ -105,6 +110,7 @@ impl Watch {
     }
 }
 
+#[cfg(feature = "kernel")]
 impl Kernel {
     /// Watches `range` until the returned value is dropped: [`Watch::is_valid`] says whether
     /// anything has touched it since.

@@ -1,7 +1,7 @@
 //! A device, its caches, and what the core tells them.
 
 use crate::error::Refusal;
-use crate::gate::Gate;
+use crate::gate::{Armed, Gate};
 use crate::index::{Index, Look};
 use crate::lease::{Lease, OwnedLease};
 use crate::options::reported;
@@ -15,7 +15,6 @@ use mmu_notifier::{
     GetError, InvalidateRange, Mm, MmWithUser, Notifier, Overflow, Subscription, Subsystem, VaRange, WouldBlock,
     WouldDeadlock,
 };
-use mmu_source::kernel::Armed;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::{fmt, io};
@@ -62,7 +61,7 @@ impl<R: Registrar> Device<R> {
         let registrar = Arc::new(registrar);
         let for_caches = Arc::clone(&registrar);
         let make: Make<R> = Box::new(move |mm| {
-            Gate::check(options.kernel.as_ref(), mm)?;
+            Gate::check(&options.kernel, mm)?;
             Cache::new(Arc::clone(&for_caches), options.clone())
         });
         Self { registrar, home: (*MmWithUser::new()).clone(), subsystem: Subsystem::new(make) }
@@ -349,6 +348,7 @@ impl<R: Registrar> Cache<R> {
     fn error(&self, refusal: Refusal<R::Error>, range: VaRange) -> Error<R::Error> {
         match refusal {
             Refusal::WouldDeadlock => Error::WouldDeadlock,
+            #[cfg(feature = "kernel")]
             Refusal::InCallback => Error::Source { source: mmu_source::Error::InCallback { source: "kernel" } },
             Refusal::Forked => Error::Forked,
             Refusal::Exited => Error::Exited,

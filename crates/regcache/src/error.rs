@@ -57,6 +57,7 @@ pub enum Error<E> {
     /// again after that has returned.
     WouldDeadlock,
     /// The source of changes cannot say what has changed.
+    #[cfg(feature = "kernel")]
     Source {
         /// What the source says.
         source: mmu_source::Error,
@@ -90,6 +91,7 @@ impl<E> fmt::Display for Error<E> {
             Self::WouldDeadlock => f.write_str(
                 "wait for this thread's own work on the cache: try again when the signal handler or registrar has returned",
             ),
+            #[cfg(feature = "kernel")]
             Self::Source { .. } => f.write_str("the source cannot say what has changed"),
             Self::Open { .. } => f.write_str("open a registration cache"),
         }
@@ -102,6 +104,7 @@ impl<E: std::error::Error + 'static> std::error::Error for Error<E> {
             Self::NotMapped { source, .. } | Self::LimitReached { source, .. } | Self::Registrar { source, .. } => {
                 Some(source)
             }
+            #[cfg(feature = "kernel")]
             Self::Source { source } => Some(source),
             Self::Open { source } => Some(source),
             Self::Full { .. } | Self::TooLarge { .. } | Self::Exited | Self::Forked | Self::WouldDeadlock => None,
@@ -115,6 +118,7 @@ impl<E: std::error::Error + 'static> std::error::Error for Error<E> {
 #[derive(Debug)]
 pub(crate) enum Refusal<E> {
     WouldDeadlock,
+    #[cfg(feature = "kernel")]
     InCallback,
     Forked,
     Exited,
@@ -127,6 +131,7 @@ impl<E> From<Error<E>> for Refusal<E> {
     fn from(error: Error<E>) -> Self {
         match error {
             Error::WouldDeadlock => Self::WouldDeadlock,
+            #[cfg(feature = "kernel")]
             Error::Source { source: mmu_source::Error::InCallback { .. } } => Self::InCallback,
             Error::Forked => Self::Forked,
             Error::Exited => Self::Exited,

@@ -10,25 +10,31 @@
 
 use crate::Error;
 use mmu_notifier::{Mm, VaRange};
-use mmu_source::kernel::{Armed, Kernel};
+pub(crate) use mmu_source::kernel::Armed;
+use mmu_source::kernel::Kernel;
 use std::io;
 use std::sync::Arc;
+
+/// The kernel source of a cache, if it has one.
+pub(crate) type Source = Option<Arc<Kernel>>;
+
+pub(crate) const NO_SOURCE: Source = None;
 
 /// The check in front of every look-up.
 #[derive(Debug)]
 pub(crate) struct Gate {
-    kernel: Option<Arc<Kernel>>,
+    kernel: Source,
     lost_before: u64,
 }
 
 impl Gate {
-    pub(crate) fn new(kernel: Option<Arc<Kernel>>) -> Self {
+    pub(crate) fn new(kernel: Source) -> Self {
         let lost_before = kernel.as_ref().map_or(0, |kernel| kernel.lost());
         Self { kernel, lost_before }
     }
 
     /// Refuses an address space that the source does not feed.
-    pub(crate) fn check(kernel: Option<&Arc<Kernel>>, mm: &Mm) -> io::Result<()> {
+    pub(crate) fn check(kernel: &Source, mm: &Mm) -> io::Result<()> {
         if kernel.is_none() || *mm == **mmu_source::current_ref() {
             return Ok(());
         }

@@ -82,6 +82,10 @@
 //! cache; the parent's device opens none there, as its registrar may have been in the middle of
 //! something, and a ring or a table is not copied by a fork.
 //!
+//! # Features
+//! `hook` and `kernel` re-export `mmu_source` with the source of that name, `kernel` adds
+//! `Options::kernel`, `uring` the registrar `Uring`. All are on by default.
+//!
 //! # Environment
 //! `REGCACHE_NO_MEMBARRIER`, if set when the first cache is opened, makes it do without
 //! `membarrier`, as it does where the kernel refuses it: leases are then counted in their regions,
@@ -91,6 +95,7 @@
 mod cache;
 mod counting;
 mod error;
+#[cfg_attr(not(feature = "kernel"), path = "no_gate.rs")]
 mod gate;
 mod granule;
 mod index;
@@ -105,9 +110,14 @@ mod registrar;
 mod state;
 mod stats;
 mod sync;
+#[cfg(feature = "uring")]
 #[expect(unsafe_code, reason = "system calls that take pointers")]
 mod uring;
 mod walk;
+
+/// The crate of the sources, with those that this crate's features name.
+#[cfg(any(feature = "hook", feature = "kernel"))]
+pub use mmu_source;
 
 pub use cache::{Device, RegCache};
 pub use counting::Counting;
@@ -117,9 +127,10 @@ pub use mlock::Mlock;
 pub use options::{Merge, Options};
 pub use registrar::{Cause, Registrar};
 pub use stats::Stats;
+#[cfg(feature = "uring")]
 pub use uring::{FixedBuffer, Uring};
 
 /// The README's examples must run.
-#[cfg(doctest)]
+#[cfg(all(doctest, feature = "hook", feature = "uring"))]
 #[doc = include_str!("../README.md")]
 struct Readme;

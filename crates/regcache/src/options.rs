@@ -1,7 +1,10 @@
 //! How a cache is to behave.
 
+use crate::gate::{NO_SOURCE, Source};
 use mmu_notifier::VaRange;
+#[cfg(feature = "kernel")]
 use mmu_source::kernel::Kernel;
+#[cfg(feature = "kernel")]
 use std::sync::Arc;
 
 /// Whether a request is registered together with what is registered beside it.
@@ -50,7 +53,7 @@ pub struct Options {
     pub(crate) max_regions: u32,
     pub(crate) max_bytes: u64,
     pub(crate) max_region_bytes: u64,
-    pub(crate) kernel: Option<Arc<Kernel>>,
+    pub(crate) kernel: Source,
 }
 
 impl Options {
@@ -61,7 +64,7 @@ impl Options {
             max_regions: 1 << 16,
             max_bytes: u64::MAX,
             max_region_bytes: 1 << 30,
-            kernel: None,
+            kernel: NO_SOURCE,
         }
     }
 
@@ -108,6 +111,7 @@ impl Options {
     /// Without it, the cache knows what callbacks tell it. With it, no change of a translation goes
     /// unnoticed, whichever process or kernel thread makes it. Its caches must be opened for
     /// [`mmu_source::current`], the address space that the source feeds.
+    #[cfg(feature = "kernel")]
     pub fn kernel(mut self, kernel: Arc<Kernel>) -> Self {
         self.kernel = Some(kernel);
         self

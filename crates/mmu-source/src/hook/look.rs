@@ -3,7 +3,7 @@
 #![allow(unsafe_code, reason = "tests make descriptors")]
 
 use super::raw::{self, File};
-use crate::process::maps::{self, Mapping};
+use crate::maps::{self, Mapping};
 use crate::ranges::is_self_pidfd;
 
 /// Calls `f` for every mapping of this process, in order of address, until it says `false`.

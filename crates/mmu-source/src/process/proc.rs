@@ -197,8 +197,8 @@ mod tests {
         assert_eq!(lowest_break_in(&format!("1 (a) b) {}", columns(3..53))), Some(46));
         assert_eq!(lowest_break_in(&format!("1 (a) {}", columns(3..47))), None);
         let own = lowest_break(std::process::id() as Pid).expect("a process knows its own");
-        let maps = crate::process::maps::read(std::process::id() as Pid).expect("it can read them");
-        let heap = maps.iter().find(|mapping| mapping.kind == crate::process::maps::Kind::Heap);
+        let maps = crate::maps::read(std::process::id() as Pid).expect("it can read them");
+        let heap = maps.iter().find(|mapping| mapping.kind == crate::maps::Kind::Heap);
         assert!(own > 0 && heap.is_none_or(|heap| own <= heap.start), "{own:#x} {heap:x?}");
     }
 

@@ -5,6 +5,7 @@ mod errors;
 mod evict;
 mod fork;
 mod invalidate;
+#[cfg(feature = "kernel")]
 mod kernel;
 mod lease;
 mod merge;
@@ -12,6 +13,7 @@ mod mlock;
 mod signals;
 mod support;
 mod threads;
+#[cfg(feature = "uring")]
 mod uring;
 
 /// No callback of these tests may use the heap, nor may who holds a lock that callbacks take.

@@ -5,7 +5,6 @@ use std::io::{self, Read};
 
 use mmu_notifier::{Va, VaRange};
 
-use super::Pid;
 use crate::ranges::page_down;
 
 /// One mapping of a task.
@@ -35,7 +34,7 @@ pub(crate) enum Kind {
 ///
 /// # Errors
 /// If they cannot be read: then whatever may be mapped is.
-pub(crate) fn read(tid: Pid) -> io::Result<Vec<Mapping>> {
+pub(crate) fn read(tid: libc::pid_t) -> io::Result<Vec<Mapping>> {
     // The file tells no size; with room from the start it is read a page at a time.
     let mut text = Vec::with_capacity(1 << 16);
     File::open(format!("/proc/{tid}/maps"))?.read_to_end(&mut text)?;
@@ -75,7 +74,7 @@ pub(crate) fn parse(line: &[u8]) -> Option<Mapping> {
 /// Collects the memory that `fork` write-protects: what is private and writable, neighbours joined.
 ///
 /// Memory that was written and made read-only later is write-protected already.
-pub(super) fn writable_private(maps: io::Result<Vec<Mapping>>, into: &mut Vec<VaRange>) {
+pub(crate) fn writable_private(maps: io::Result<Vec<Mapping>>, into: &mut Vec<VaRange>) {
     let Ok(maps) = maps else { return into.push(VaRange::ALL) };
     let mut open: Option<(u64, u64)> = None;
     for mapping in maps.iter().filter(|mapping| mapping.private && mapping.writable) {
@@ -99,7 +98,7 @@ pub(super) fn writable_private(maps: io::Result<Vec<Mapping>>, into: &mut Vec<Va
 /// # Source
 /// `ksys_shmdt`, ipc/shm.c: a piece belongs if it is of the same segment and its offset is its
 /// distance from `address`. The first one found in address order says which segment that is.
-pub(super) fn attached_at(maps: io::Result<Vec<Mapping>>, address: u64, into: &mut Vec<VaRange>) {
+pub(crate) fn attached_at(maps: io::Result<Vec<Mapping>>, address: u64, into: &mut Vec<VaRange>) {
     let Ok(maps) = maps else { return into.push(VaRange::ALL) };
     let mut segment = None;
     for mapping in maps.iter().filter(|mapping| mapping.is_attached(address, &mut segment)) {
@@ -120,12 +119,12 @@ impl Mapping {
 }
 
 /// Finds the mapping that holds `address`.
-pub(super) fn holding(maps: &[Mapping], address: u64) -> Option<&Mapping> {
+pub(crate) fn holding(maps: &[Mapping], address: u64) -> Option<&Mapping> {
     maps.iter().find(|mapping| mapping.start <= address && address < mapping.end)
 }
 
 /// The end of the heap, as far as the maps tell: a neighbour that was joined to it counts as heap.
-pub(super) fn heap_end(maps: io::Result<Vec<Mapping>>) -> Option<u64> {
+pub(crate) fn heap_end(maps: io::Result<Vec<Mapping>>) -> Option<u64> {
     let Ok(maps) = maps else { return Some(page_down(u64::MAX)) };
     maps.iter().rfind(|mapping| mapping.kind == Kind::Heap).map(|mapping| mapping.end)
 }
