@@ -2,7 +2,8 @@
 
 use std::fmt;
 
-/// Bytes in the smallest page of any supported machine: the granule of every [`VaRange`].
+/// Bytes in the smallest page of any supported machine: the granule of every [`VaRange`]. Where the
+/// kernel's pages are larger (16 and 64 KiB on aarch64), what it changes is a multiple of this.
 pub const PAGE_SIZE: u64 = 4096;
 
 /// A virtual address, in bytes. It may belong to another process, so it is never a pointer.
@@ -23,10 +24,22 @@ impl Va {
         Self(address)
     }
 
-    /// Takes the address of a pointer of this process.
+    /// Takes the address of a pointer of this process. A tag in it is left out, where processors
+    /// have such.
     #[must_use]
     pub fn from_ptr<T: ?Sized>(pointer: *const T) -> Self {
-        Self(pointer.addr() as u64)
+        Self::untagged(pointer.addr() as u64)
+    }
+
+    /// Wraps a byte address without its tag: the byte that an aarch64 processor does not look at,
+    /// and that `malloc` may use (memory tagging). Nothing that the kernel tells has one.
+    ///
+    /// # Source
+    /// `untagged_addr`, arch/arm64/include/asm/uaccess.h.
+    #[must_use]
+    pub const fn untagged(address: u64) -> Self {
+        // An address of the kernel keeps its upper bits: they are copies of bit 55.
+        if cfg!(target_arch = "aarch64") { Self(address & ((address << 8) as i64 >> 8) as u64) } else { Self(address) }
     }
 
     /// Returns the byte address.

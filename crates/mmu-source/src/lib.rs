@@ -36,6 +36,7 @@ pub mod hook;
 pub mod kernel;
 #[cfg(any(feature = "hook", feature = "process"))]
 mod maps;
+mod page;
 #[cfg(feature = "process")]
 pub mod process;
 mod queue;

@@ -5,7 +5,7 @@ use std::io::{self, Read};
 
 use mmu_notifier::{Va, VaRange};
 
-use crate::ranges::page_down;
+use crate::page;
 
 /// One mapping of a task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -125,7 +125,7 @@ pub(crate) fn holding(maps: &[Mapping], address: u64) -> Option<&Mapping> {
 
 /// The end of the heap, as far as the maps tell: a neighbour that was joined to it counts as heap.
 pub(crate) fn heap_end(maps: io::Result<Vec<Mapping>>) -> Option<u64> {
-    let Ok(maps) = maps else { return Some(page_down(u64::MAX)) };
+    let Ok(maps) = maps else { return Some(page::down(u64::MAX)) };
     maps.iter().rfind(|mapping| mapping.kind == Kind::Heap).map(|mapping| mapping.end)
 }
 

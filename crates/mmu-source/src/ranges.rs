@@ -4,6 +4,7 @@
 //! It errs on the side of too much: arguments that the kernel will refuse still give a range if one
 //! can be formed.
 
+use crate::page;
 use mmu_notifier::{Va, VaRange};
 
 /// Advice to `madvise` that changes no translation. Any other, an unknown one included, is taken to
@@ -13,8 +14,6 @@ use mmu_notifier::{Va, VaRange};
 /// DONTDUMP, DODUMP, WIPEONFORK, KEEPONFORK, COLD, POPULATE_READ and GUARD_REMOVE. POPULATE_WRITE
 /// is not among them: it gives each page that was shared for reading a copy of its own.
 pub(crate) const HARMLESS_ADVICE: &[u32] = &[0, 1, 2, 3, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 22, 103];
-/// The smaller huge page, and the largest folio but those of hugetlbfs.
-pub(crate) const HUGE_PAGE: u64 = 1 << 21;
 /// The one flag of `mbind` that moves no pages.
 const MPOL_MF_STRICT: u64 = 1;
 /// `mprotect` goes on to the start of a mapping that grows down.
@@ -41,7 +40,7 @@ pub(crate) fn mmap(
     }
     let mut length = length;
     // The smallest huge page; an address that is no multiple of it is refused.
-    if !has(libc::MAP_ANONYMOUS) && address % HUGE_PAGE == 0 {
+    if !has(libc::MAP_ANONYMOUS) && address % page::SMALLEST_HUGE == 0 {
         length = file_page().and_then(|page| length.checked_next_multiple_of(page)).unwrap_or(length);
     }
     if has(libc::MAP_HUGETLB) {
@@ -72,8 +71,7 @@ fn huge_up(address: u64, length: u64, flags: u64) -> u64 {
 
 /// The largest huge page that can begin at `address`.
 pub(crate) fn largest_page_at(address: u64) -> u64 {
-    const LARGEST: u32 = 30;
-    1 << address.trailing_zeros().min(LARGEST)
+    1 << address.trailing_zeros().min(page::LARGEST_HUGE)
 }
 
 /// # Source
@@ -87,7 +85,7 @@ pub(crate) fn mremap(
     flags: u64,
     new: u64,
 ) {
-    let (old_length, new_length) = (page_up(old_length), page_up(new_length));
+    let (old_length, new_length) = (page::up(old_length), page::up(new_length));
     let has = |flag: i32| flags & flag as u64 != 0;
     if has(libc::MREMAP_FIXED) {
         add(ranges, old, old_length);
@@ -140,26 +138,31 @@ pub(crate) fn mbind(ranges: &mut impl Extend<VaRange>, address: u64, length: u64
 /// one before.
 #[cold]
 pub(crate) fn folios(ranges: &mut impl Extend<VaRange>, address: u64, length: u64) {
-    let start = address & !(HUGE_PAGE - 1);
-    match address.checked_add(length).and_then(|end| end.checked_next_multiple_of(HUGE_PAGE)) {
+    let (address, huge) = (page::untagged(address), page::huge());
+    let start = address & !(huge - 1);
+    match address.checked_add(length).and_then(|end| end.checked_next_multiple_of(huge)) {
         Some(end) if length > 0 => add(ranges, start, end - start),
         _ => add(ranges, address, length),
     }
 }
 
-/// Adds the pages of `length` bytes from `address`, unless no range can be formed.
+/// Adds the kernel's pages of `length` bytes from `address`, unless no range can be formed.
 #[inline]
 pub(crate) fn add(ranges: &mut impl Extend<VaRange>, address: u64, length: u64) {
-    ranges.extend(VaRange::covering(Va::new(address), length));
+    let address = page::untagged(address);
+    ranges.extend(VaRange::covering(Va::new(address), length).map(whole_pages));
 }
 
-pub(crate) fn page_down(address: u64) -> u64 {
-    address & !(mmu_notifier::PAGE_SIZE - 1)
-}
-
-/// Rounds up to a page; what would overflow is left as it is, and refused by the kernel.
-pub(crate) fn page_up(address: u64) -> u64 {
-    address.checked_next_multiple_of(mmu_notifier::PAGE_SIZE).unwrap_or(address)
+/// A range grown to whole pages of the kernel's.
+#[inline]
+pub(crate) fn whole_pages(range: VaRange) -> VaRange {
+    if page::size() == mmu_notifier::PAGE_SIZE {
+        return range;
+    }
+    let start = page::down(range.start().get());
+    let length = (range.last().get() | (page::size() - 1)) - start;
+    // Only the range of all addresses has a length that is none.
+    length.checked_add(1).and_then(|length| VaRange::covering(Va::new(start), length).ok()).unwrap_or(VaRange::ALL)
 }
 
 #[cfg(test)]

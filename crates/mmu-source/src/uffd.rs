@@ -46,6 +46,7 @@ mod sys;
 use crate::Error;
 use crate::current_mm::current_ref;
 use crate::fork::{marks, running};
+use crate::ranges::whole_pages;
 use crate::vault::Vault;
 use crate::wait;
 use mmu_notifier::{Event, Va, VaRange};
@@ -185,6 +186,8 @@ impl Uffd {
         if self.inner.is_inherited() {
             return Err(Error::AfterFork { source: "uffd" });
         }
+        // The kernel watches whole pages of its own.
+        let range = whole_pages(range);
         let failed = |source| Error::Arm { call: "UFFDIO_REGISTER", range, source };
         let mut armed = self.inner.armed();
         sys::is_mapped(range).map_err(failed)?;

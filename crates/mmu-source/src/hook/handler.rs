@@ -9,7 +9,8 @@
 
 use super::{look, raw};
 use crate::current_mm::current_if_made;
-use crate::ranges::{self, add, is_harmful, page_down, page_up};
+use crate::page;
+use crate::ranges::{self, add, is_harmful};
 use mmu_notifier::{Event, Va, VaRange};
 use std::cell::Cell;
 use std::ffi::c_int;
@@ -111,19 +112,19 @@ fn plan_rare(number: u64, args: &[u64; 6], ranges: &mut Ranges) -> Event {
             Event::Unmap
         }
         libc::SYS_remap_file_pages => {
-            add(ranges, page_down(a0), a1);
+            add(ranges, page::down(a0), a1);
             Event::Unmap
         }
         libc::SYS_brk => {
             // A break of zero is a query.
             if a0 != 0 {
-                ranges.extend(VaRange::new(Va::new(page_up(a0)), Va::new(page_up(raw::program_break()))));
+                ranges.extend(VaRange::new(Va::new(page::up(a0)), Va::new(page::up(raw::program_break()))));
             }
             Event::Unmap
         }
         libc::SYS_shmat => {
             if a1 != 0 && a2 & libc::SHM_REMAP as u64 != 0 {
-                let address = page_down(a1);
+                let address = page::down(a1);
                 match raw::segment_size(a0 as i32).map_or_else(look::top, |size| Ok(address.saturating_add(size))) {
                     Ok(end) => add(ranges, address, end.saturating_sub(address)),
                     Err(_) => ranges.extend([VaRange::ALL]),

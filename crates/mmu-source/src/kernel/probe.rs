@@ -6,6 +6,7 @@ use super::program::Audience;
 use super::programs::Programs;
 use super::sys;
 use crate::Error;
+use crate::page;
 use std::os::fd::AsFd;
 
 /// What the source found.
@@ -28,7 +29,7 @@ pub struct Features {
 /// [`Error::Unavailable`] with the first thing that is missing, and the command that would grant
 /// it.
 pub fn probe() -> Result<Features, Error> {
-    let through = match super::start::outfit(4096, true)?.1 {
+    let through = match super::start::outfit(page::size() as usize, true)?.1 {
         Keeper::Own(_) => "raw_tracepoint kvm_unmap_hva_range",
         Keeper::Broker(_) => "raw_tracepoint kvm_unmap_hva_range of a broker",
     };
@@ -57,7 +58,9 @@ pub fn probe_all() -> Result<Features, Vec<Error>> {
     let mut errors = vec![first];
     // The virtual machine is asked for first: without one, the rest was not looked at.
     if sys::open_kvm().and_then(|kvm| sys::create_vm(kvm.as_fd())).is_err() {
-        errors.extend(Programs::make(4096, Audience::Own { peek: true }).err().map(|error| bpf_missing(&error)));
+        errors.extend(
+            Programs::make(page::size() as usize, Audience::Own { peek: true }).err().map(|error| bpf_missing(&error)),
+        );
     }
     Err(errors)
 }

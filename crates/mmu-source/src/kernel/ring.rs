@@ -5,11 +5,11 @@
 //! its length with two flags, and a word for the kernel.
 
 use super::sys::Shared;
+use crate::page;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::Ordering;
 
-const PAGE: usize = mmu_notifier::PAGE_SIZE as usize;
 /// The producer has reserved the record and is still writing it.
 const BUSY: u32 = 1 << 31;
 /// The producer has thrown the record away.
@@ -30,15 +30,18 @@ pub(super) struct Record {
 pub(super) struct Ring {
     consumer: Shared,
     producer: Shared,
+    /// The data begins so far behind the producer's position.
+    page: usize,
     bytes: usize,
 }
 
 impl Ring {
     /// Maps a ring of `bytes`, a power of two and at least a page.
     pub(super) fn new(map: BorrowedFd<'_>, bytes: usize) -> io::Result<Self> {
-        let consumer = Shared::map(map, 0, PAGE, true)?;
-        let producer = Shared::map(map, PAGE, PAGE + 2 * bytes, false)?;
-        Ok(Self { consumer, producer, bytes })
+        let page = page::size() as usize;
+        let consumer = Shared::map(map, 0, page, true)?;
+        let producer = Shared::map(map, page, page + 2 * bytes, false)?;
+        Ok(Self { consumer, producer, page, bytes })
     }
 
     /// What is mapped.
@@ -55,7 +58,7 @@ impl Ring {
             if at == self.producer.u64(0).load(Ordering::Acquire) {
                 return None;
             }
-            let place = PAGE + (at as usize & (self.bytes - 1));
+            let place = self.page + (at as usize & (self.bytes - 1));
             // ORDER: Acquire, for the record itself. Partner: the kernel's exchange of the header
             // in `bpf_ringbuf_submit`.
             let header = self.producer.u32(place).load(Ordering::Acquire);

@@ -7,6 +7,17 @@
 
 #![allow(unsafe_code, reason = "the one module of this source that makes raw system calls; see its Safety section")]
 
+#[cfg(target_arch = "aarch64")]
+#[path = "sys/aarch64.rs"]
+mod machine;
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+#[path = "sys/elsewhere.rs"]
+mod machine;
+#[cfg(target_arch = "x86_64")]
+#[path = "sys/x86_64.rs"]
+mod machine;
+
+use crate::page;
 use std::ffi::{CStr, c_ulong};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -223,37 +234,22 @@ pub(super) fn exists(object: Object) -> bool {
 
 /// Makes a change of `page`, which has no content, so that its event is told. Not through libc,
 /// where `hook` would tell subscribers of it.
-#[cfg(target_arch = "x86_64")]
-pub(super) fn ask(page: &Scratch) {
-    let advise = |advice: i32| {
-        let mut result = libc::SYS_madvise;
-        // SAFETY: drops the content of a page of ours that nobody reads or writes; the registers
-        // that the instruction destroys are named.
-        unsafe {
-            std::arch::asm!("syscall", inlateout("rax") result, in("rdi") page.0.as_ptr(), in("rsi") PAGE,
-                in("rdx") advice as usize, out("rcx") _, out("r11") _, options(nostack));
-        }
-        result == 0
-    };
+pub(super) fn ask(scratch: &Scratch) {
+    // SAFETY: drops the content of a page of ours that nobody reads or writes.
+    let advise = |advice: i32| unsafe { machine::madvise(scratch.0.as_ptr(), page::size() as usize, advice) } == 0;
     // Memory that the program has locked refuses the first.
     if !advise(libc::MADV_DONTNEED) {
         advise(MADV_DONTNEED_LOCKED);
     }
 }
 
-#[cfg(target_arch = "x86_64")]
 const MADV_DONTNEED_LOCKED: i32 = 24;
-
-#[cfg(not(target_arch = "x86_64"))]
-pub(super) fn ask(_: &Scratch) {}
-
-const PAGE: usize = mmu_notifier::PAGE_SIZE as usize;
 
 /// Maps a page of anonymous memory.
 fn new_page(protection: i32) -> io::Result<NonNull<u8>> {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
     // SAFETY: a new mapping where the kernel likes; nothing of ours is touched.
-    let base = unsafe { libc::mmap(ptr::null_mut(), PAGE, protection, flags, -1, 0) };
+    let base = unsafe { libc::mmap(ptr::null_mut(), page::size() as usize, protection, flags, -1, 0) };
     if base == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());
     }
@@ -282,7 +278,7 @@ impl Scratch {
 impl Drop for Scratch {
     fn drop(&mut self) {
         // SAFETY: the page is ours and has no content.
-        unsafe { libc::munmap(self.0.as_ptr().cast(), PAGE) };
+        unsafe { libc::munmap(self.0.as_ptr().cast(), page::size() as usize) };
     }
 }
 
@@ -470,7 +466,7 @@ impl ProgressPage {
     pub(super) fn map(from: u64) -> io::Result<Self> {
         let page = Self(new_page(libc::PROT_READ | libc::PROT_WRITE)?.cast());
         // SAFETY: the advice is on the page just mapped and changes its inheritance only.
-        if unsafe { libc::madvise(page.0.as_ptr().cast(), PAGE, libc::MADV_WIPEONFORK) } != 0 {
+        if unsafe { libc::madvise(page.0.as_ptr().cast(), page::size() as usize, libc::MADV_WIPEONFORK) } != 0 {
             return Err(io::Error::last_os_error());
         }
         page.marked.store(from, Ordering::Relaxed);
@@ -493,7 +489,7 @@ impl std::ops::Deref for ProgressPage {
 impl Drop for ProgressPage {
     fn drop(&mut self) {
         // SAFETY: the page is ours, and no reference into it outlives `self`.
-        unsafe { libc::munmap(self.0.as_ptr().cast(), PAGE) };
+        unsafe { libc::munmap(self.0.as_ptr().cast(), page::size() as usize) };
     }
 }
 

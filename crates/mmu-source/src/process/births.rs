@@ -4,7 +4,7 @@ use mmu_notifier::{Va, VaRange};
 
 use super::abi::Call;
 use super::{Pid, maps};
-use crate::ranges::page_up;
+use crate::{page, ranges};
 
 /// What a call maps if it succeeds. Its address is the call's result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,8 +39,8 @@ impl Birth {
             maps::holding(&maps, address).copied()
         };
         match self {
-            Birth::Bytes(bytes) => VaRange::covering(Va::new(result), bytes).ok(),
-            Birth::Heap => VaRange::new(Va::new(holding(result - 1)?.start), Va::new(page_up(result))).ok(),
+            Birth::Bytes(bytes) => VaRange::covering(Va::new(result), bytes).ok().map(ranges::whole_pages),
+            Birth::Heap => VaRange::new(Va::new(holding(result - 1)?.start), Va::new(page::up(result))).ok(),
             Birth::One => {
                 let mapping = holding(result)?;
                 VaRange::new(Va::new(mapping.start), Va::new(mapping.end)).ok()

@@ -8,9 +8,9 @@ use super::abi::{Abi, Call, IPC_SHMAT, IPC_SHMDT};
 use super::proc::Named;
 use super::space::Break;
 use super::{Pid, huge_page, maps, proc, sys};
+use crate::page;
 use crate::ranges::{
-    HUGE_PAGE, PROT_GROWSDOWN, UIO_MAXIOV, add, folios, is_harmful, largest_page_at, madvise, mbind, mmap, mremap,
-    page_down, page_up,
+    PROT_GROWSDOWN, UIO_MAXIOV, add, folios, is_harmful, largest_page_at, madvise, mbind, mmap, mremap,
 };
 
 /// A call a task is about to make.
@@ -84,7 +84,7 @@ impl Entry {
                 Event::Unmap
             }
             Call::RemapFilePages => {
-                add(ranges, page_down(a0), a1);
+                add(ranges, page::down(a0), a1);
                 Event::Unmap
             }
             Call::Mremap => {
@@ -97,7 +97,7 @@ impl Entry {
                 let call = context.brk.begin(a0, context.alone, || maps::heap_end(self.maps()));
                 let is_allowed = |_: &u64| proc::lowest_break(self.tid).is_none_or(|lowest| a0 >= lowest);
                 if let Some(end) = call.shrinks_from.filter(is_allowed) {
-                    ranges.extend(VaRange::new(Va::new(page_up(a0)), Va::new(page_up(end))));
+                    ranges.extend(VaRange::new(Va::new(page::up(a0)), Va::new(page::up(end))));
                 }
                 if call.learn {
                     then = Then::LearnBreak;
@@ -109,7 +109,7 @@ impl Entry {
                 Event::Unmap
             }
             Call::Shmdt => {
-                maps::attached_at(self.maps(), a0, ranges);
+                maps::attached_at(self.maps(), page::untagged(a0), ranges);
                 Event::Unmap
             }
             Call::Ipc => {
@@ -120,7 +120,7 @@ impl Entry {
                     }
                     IPC_SHMDT => {
                         cause = "shmdt";
-                        maps::attached_at(self.maps(), a4, ranges);
+                        maps::attached_at(self.maps(), page::untagged(a4), ranges);
                     }
                     _ => {}
                 }
@@ -199,14 +199,14 @@ impl Entry {
         if address == 0 || flags & libc::SHM_REMAP as u64 == 0 {
             return;
         }
-        let address = page_down(address);
+        let address = page::down(address);
         match proc::segment_size(self.tid, id as i32) {
             Some(size) => add(ranges, address, size),
             // Of a segment of unknown size, only what is mapped above the address can be replaced.
             None => {
                 let top = match self.maps() {
                     Ok(maps) => maps.last().map_or(0, |mapping| mapping.end),
-                    Err(_) => page_down(u64::MAX),
+                    Err(_) => page::down(u64::MAX),
                 };
                 add(ranges, address, top.saturating_sub(address));
             }
@@ -214,6 +214,7 @@ impl Entry {
     }
 
     fn mprotect(&self, ranges: &mut Vec<VaRange>, address: u64, length: u64, protection: u64) {
+        let address = page::untagged(address);
         let mut start = address;
         if protection & PROT_GROWSDOWN != 0 {
             start =
@@ -245,7 +246,7 @@ impl Entry {
             return ranges.push(VaRange::ALL);
         }
         pages.sort_unstable();
-        for near in pages.chunk_by(|a, b| b - a <= HUGE_PAGE) {
+        for near in pages.chunk_by(|a, b| b - a <= page::huge()) {
             folios(ranges, near[0], near[near.len() - 1] - near[0] + 1);
         }
     }
@@ -357,7 +358,7 @@ mod tests {
         assert_eq!(ranges_of(Call::Shmdt, [0x1000, 0, 0, 0, 0, 0]), all);
         assert_eq!(ranges_of(Call::Fork, [0; 6]), all);
         assert_eq!(ranges_of(Call::MovePages, [0, 1, 0x1000, 0x1000, 0, 0]), all);
-        let from = |start: u64| VaRange::new(Va::new(start), Va::new(page_down(u64::MAX))).expect("a range");
+        let from = |start: u64| VaRange::new(Va::new(start), Va::new(page::down(u64::MAX))).expect("a range");
         assert_eq!(ranges_of(Call::Brk, [0x5000, 0, 0, 0, 0, 0]), [from(0x5000)]);
         assert_eq!(ranges_of(Call::Shmat, [u64::MAX, 0x3000, libc::SHM_REMAP as u64, 0, 0, 0]), [from(0x3000)]);
         assert_eq!(ranges_of(Call::OldMmap, [0x1000, 0, 0, 0, 0, 0]), all);

@@ -5,6 +5,7 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 
 use mmu_source::process::Pid;
+use rustix::param::page_size;
 
 use super::ioctl::{self, IS_FILE, IS_HUGE, IS_PRESENT, IS_SWAPPED, IS_ZERO, Vma, Which};
 use crate::record::Pages;
@@ -20,10 +21,9 @@ pub(crate) struct Place {
     old_pagemap: bool,
 }
 
-const PAGE: u64 = 4096;
 /// One past the last address that a program can have with four levels of page tables; more is asked
 /// for in vain on most machines.
-const TOP: u64 = 0x7fff_ffff_f000;
+const TOP: u64 = if cfg!(target_arch = "aarch64") { 1 << 48 } else { 0x7fff_ffff_f000 };
 /// Without `PAGEMAP_SCAN` a larger range is not read: 8 bytes a page.
 const MOST_READ: u64 = 16 << 30;
 
@@ -83,8 +83,9 @@ impl Place {
     fn read_pagemap(&self, start: u64, end: u64) -> io::Result<Pages> {
         let mut pages = Pages::default();
         let mut words = [0; 1 << 13];
-        let mut at = start / PAGE * 8;
-        let stop = end / PAGE * 8;
+        let page = page_size() as u64;
+        let mut at = start / page * 8;
+        let stop = end / page * 8;
         while at < stop {
             let want = words.len().min((stop - at) as usize);
             let count = self.pagemap.read_at(&mut words[..want], at)?;
@@ -97,7 +98,7 @@ impl Place {
                 for (bit, category) in [(63, IS_PRESENT), (62, IS_SWAPPED), (61, IS_FILE)] {
                     categories |= if word >> bit & 1 != 0 { category } else { 0 };
                 }
-                add(&mut pages, PAGE, categories);
+                add(&mut pages, page, categories);
             }
             at += (count / 8 * 8) as u64;
         }

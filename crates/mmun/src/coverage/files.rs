@@ -5,12 +5,12 @@ use std::io::{self, Write};
 
 use rustix::fs::{MemfdFlags, Mode, OFlags, memfd_create};
 
-use super::region::PAGE;
+use super::region::page_size;
 
 /// A file in memory.
 pub(crate) fn memory_file(pages: usize) -> io::Result<File> {
     let file = File::from(memfd_create("coverage", MemfdFlags::CLOEXEC)?);
-    file.set_len((pages * PAGE) as u64)?;
+    file.set_len((pages * page_size()) as u64)?;
     Ok(file)
 }
 
@@ -29,7 +29,7 @@ pub(crate) fn scratch_file(pages: usize) -> io::Result<File> {
     };
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
     let mut file = File::from(rustix::fs::open(folder, flags, Mode::RUSR | Mode::WUSR)?);
-    file.write_all(&vec![1; pages * PAGE])?;
+    file.write_all(&vec![1; pages * page_size()])?;
     file.sync_all()?;
     Ok(file)
 }

@@ -6,7 +6,7 @@ use std::io;
 use mmu_notifier::{Va, VaRange};
 
 use super::page::Judge;
-use super::region::{PAGE, Region};
+use super::region::{Region, page_size};
 use crate::source::Source;
 
 /// An operation of the table.
@@ -45,8 +45,8 @@ impl Prepared {
 
     /// Arms and watches the page around `address`, which is libc's.
     pub(crate) fn at(address: usize, change: impl FnOnce() -> io::Result<()> + 'static) -> Prepared {
-        let watched = address / PAGE * PAGE;
-        Prepared { watched, armed: covering(watched, PAGE), change: Box::new(change) }
+        let watched = address / page_size() * page_size();
+        Prepared { watched, armed: covering(watched, page_size()), change: Box::new(change) }
     }
 }
 

@@ -70,7 +70,7 @@ impl Page {
     /// # Errors
     /// Those of reading below `/proc`.
     pub(crate) fn state(&self) -> io::Result<State> {
-        let entry = word(&self.pagemap, self.address / region::PAGE)?;
+        let entry = word(&self.pagemap, self.address / region::page_size())?;
         let shown = match self.judge {
             Judge::Exclusive => PRESENT | SWAPPED | FILE | FRAME | EXCLUSIVE,
             _ => PRESENT | SWAPPED | FILE | FRAME,

@@ -17,7 +17,7 @@ use std::ptr::{null_mut, with_exposed_provenance_mut};
 use io_uring::{IoUring, opcode};
 
 /// Bytes of a page.
-pub(crate) const PAGE: usize = 4096;
+pub(crate) use rustix::param::page_size;
 /// What touched pages hold, so that a discarded one can be told from them.
 const MARK: u8 = 0xa5;
 
@@ -71,7 +71,7 @@ impl Region {
     }
 
     fn map(pages: usize, flags: c_int, fd: RawFd) -> io::Result<Region> {
-        let len = pages * PAGE;
+        let len = pages * page_size();
         // SAFETY: without MAP_FIXED the kernel picks a place where nothing is.
         let start = unsafe { libc::mmap(null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, flags, fd, 0) };
         // INVARIANT: just mapped, and only its address is kept.
@@ -84,21 +84,21 @@ impl Region {
         // SAFETY: a null address lets the kernel pick a place where nothing is.
         let start = check_address(unsafe { libc::shmat(id, null_mut(), 0) });
         discard_segment(id);
-        let region = Region { start: start?, len: pages * PAGE };
+        let region = Region { start: start?, len: pages * page_size() };
         region.touch();
         Ok(region)
     }
 
     /// A part: `pages` pages from page `first` on.
     pub(crate) fn part(&self, first: usize, pages: usize) -> Region {
-        assert!((first + pages) * PAGE <= self.len, "a part lies within its whole");
-        Region { start: self.start + first * PAGE, len: pages * PAGE }
+        assert!((first + pages) * page_size() <= self.len, "a part lies within its whole");
+        Region { start: self.start + first * page_size(), len: pages * page_size() }
     }
 
     /// The first part of `pages` pages that begins at a multiple of `align` bytes.
     pub(crate) fn aligned(&self, align: usize, pages: usize) -> Region {
         let skipped = self.start.next_multiple_of(align) - self.start;
-        self.part(skipped / PAGE, pages)
+        self.part(skipped / page_size(), pages)
     }
 
     pub(crate) fn start(&self) -> usize {
@@ -115,7 +115,7 @@ impl Region {
 
     /// Writes a byte to every page.
     pub(crate) fn touch(&self) {
-        for address in (self.start..self.start + self.len).step_by(PAGE) {
+        for address in (self.start..self.start + self.len).step_by(page_size()) {
             // SAFETY: the invariant: mapped and writable, and no Rust object lies there.
             unsafe { pointer(address).cast::<u8>().write_volatile(MARK) };
         }
@@ -123,7 +123,7 @@ impl Region {
 
     /// Reads a byte of every page.
     pub(crate) fn look(&self) {
-        for address in (self.start..self.start + self.len).step_by(PAGE) {
+        for address in (self.start..self.start + self.len).step_by(page_size()) {
             // SAFETY: the invariant: mapped and readable, and no other code of this process writes
             // to it.
             unsafe { pointer(address).cast::<u8>().read_volatile() };
@@ -235,7 +235,7 @@ impl Region {
 
     /// `shmat` with `SHM_REMAP` over the region.
     pub(crate) fn attach_over(self) -> io::Result<()> {
-        let id = new_segment(self.len / PAGE)?;
+        let id = new_segment(self.len / page_size())?;
         // SAFETY: no Rust object lies in the pages that are replaced.
         let attached = unsafe { libc::shmat(id, pointer(self.start), libc::SHM_REMAP) };
         let attached = check_address(attached).map(drop);
@@ -280,7 +280,7 @@ pub(crate) fn advise_in(pidfd: RawFd, start: usize, len: usize, advice: c_int) -
 
 fn new_segment(pages: usize) -> io::Result<i32> {
     // SAFETY: it takes integers.
-    let id = unsafe { libc::shmget(libc::IPC_PRIVATE, pages * PAGE, libc::IPC_CREAT | 0o600) };
+    let id = unsafe { libc::shmget(libc::IPC_PRIVATE, pages * page_size(), libc::IPC_CREAT | 0o600) };
     check(id).map(|()| id)
 }
 
@@ -312,7 +312,7 @@ pub(crate) fn takes_a_write(pid: i32, address: usize) -> bool {
 pub(crate) fn map_if_free(address: usize) -> io::Result<()> {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
     // SAFETY: with MAP_FIXED_NOREPLACE nothing that is mapped is touched.
-    let result = unsafe { libc::mmap(pointer(address), PAGE, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+    let result = unsafe { libc::mmap(pointer(address), page_size(), libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
     match check_address(result) {
         Err(error) if error.raw_os_error() != Some(libc::EEXIST) => Err(error),
         _ => Ok(()),

@@ -28,7 +28,7 @@ fn pagemap() -> String {
     use std::os::unix::fs::FileExt;
     // The page of a local is present.
     let local = 0_u8;
-    let index = (&raw const local).addr() as u64 / 4096;
+    let index = (&raw const local).addr() as u64 / rustix::param::page_size() as u64;
     let mut entry = [0; 8];
     let read = fs::File::open("/proc/self/pagemap").and_then(|file| file.read_exact_at(&mut entry, index * 8));
     match read {

@@ -11,7 +11,9 @@ use crate::coverage::report::{Report, Seen};
 use crate::library::Library;
 
 /// Where in the page the bytes go: not where an allocator keeps its own.
-const INSIDE: usize = region::PAGE / 2;
+fn inside() -> usize {
+    region::page_size() / 2
+}
 
 /// How often a registration is made before it has to be found.
 const TRIES: usize = 8;
@@ -33,7 +35,7 @@ fn try_run(operation: &Operation, wait: Duration) -> Result<Report, Unavailable>
     // To pin a page may change its translation (a page of zeros, or of a file): then the first
     // registration is dropped.
     let look_up = || {
-        let held = cache.hold(watched, region::PAGE);
+        let held = cache.hold(watched, region::page_size());
         held.map(|held| held.slot).ok_or("the page cannot be registered: the kernel does not pin it")
     };
     let mut last = look_up()?;
@@ -45,14 +47,14 @@ fn try_run(operation: &Operation, wait: Duration) -> Result<Report, Unavailable>
     let begin = Instant::now();
     let changed = page.state()? != before;
     region::map_if_free(watched)?;
-    let target = watched + INSIDE;
+    let target = watched + inside();
     // The program writes its own page. One that it may not write stays as it is.
     region::put(target, &[0; BYTES.len()]);
     // Awake: the point is what is told meanwhile by others, and a sleep is never as short as this.
     while begin.elapsed() < wait {
         std::hint::spin_loop();
     }
-    let seen = match cache.hold(watched, region::PAGE) {
+    let seen = match cache.hold(watched, region::page_size()) {
         // A new registration was refused: nothing is transferred.
         None => Seen::Before,
         Some(held) => {

@@ -10,7 +10,7 @@ use crate::coverage::files::{memory_file, scratch_file};
 use crate::coverage::operation::{Operation, Prepared, Unavailable};
 use crate::coverage::other::Other;
 use crate::coverage::page::Judge;
-use crate::coverage::region::{PAGE, Region, advise_in};
+use crate::coverage::region::{Region, advise_in, page_size};
 use crate::source::Source;
 
 const MADV_COLLAPSE: i32 = 25;
@@ -153,7 +153,7 @@ pub(super) fn known(advice: i32, since: &str) -> Result<i32, Unavailable> {
 /// What a huge page could be made of: all of it touched, in small pages, which stay so until other
 /// advice is given: `khugepaged` could be faster than the operation.
 pub(super) fn small_pages() -> Result<Region, Unavailable> {
-    let region = Region::untouched(2 * HUGE / PAGE)?.aligned(HUGE, HUGE / PAGE);
+    let region = Region::untouched(2 * HUGE / page_size())?.aligned(HUGE, HUGE / page_size());
     region.advise(libc::MADV_NOHUGEPAGE)?;
     region.touch();
     Ok(region)

@@ -12,7 +12,7 @@ use crate::coverage::files::{memory_file, scratch_file};
 use crate::coverage::operation::{Operation, Prepared};
 use crate::coverage::other::Other;
 use crate::coverage::page::Judge;
-use crate::coverage::region::{PAGE, Region};
+use crate::coverage::region::{Region, page_size};
 
 pub(super) const OPERATIONS: &[Operation] = &[
     Operation {
@@ -109,5 +109,5 @@ fn truncate(file: impl AsFd) -> std::io::Result<()> {
 
 fn punch(file: impl AsFd) -> std::io::Result<()> {
     let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-    Ok(fallocate(file, how, 0, (PAGES * PAGE) as u64)?)
+    Ok(fallocate(file, how, 0, (PAGES * page_size()) as u64)?)
 }

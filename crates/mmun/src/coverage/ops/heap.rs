@@ -12,14 +12,16 @@ use std::io;
 use super::LIBC_AND_UFFD;
 use crate::coverage::operation::{Operation, Prepared, Unavailable};
 use crate::coverage::page::Judge;
-use crate::coverage::region::{PAGE, Region};
+use crate::coverage::region::{Region, page_size};
 
 /// More than `malloc` ever takes from the heap instead of mapping it.
 const LARGE: usize = 40 << 20;
 /// Less than it maps by itself.
 const SMALL: usize = 64 << 10;
 /// What [`end_moves`] gains, in bytes.
-const GAIN: usize = 64 * PAGE;
+fn gain() -> usize {
+    64 * page_size()
+}
 
 pub(super) const OPERATIONS: &[Operation] = &[
     Operation {
@@ -40,7 +42,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
         prepare: || {
             end_moves(|_| {
                 // SAFETY: gives back what `end_moves` has taken, and no more.
-                unsafe { libc::sbrk(-(GAIN as isize)) != libc::MAP_FAILED }
+                unsafe { libc::sbrk(-(gain() as isize)) != libc::MAP_FAILED }
             })
         },
     },
@@ -74,17 +76,17 @@ pub(super) const OPERATIONS: &[Operation] = &[
 /// Moves the end of the heap forward, touches the new part, and has `back` move it back.
 fn end_moves(back: fn(usize) -> bool) -> Result<Prepared, Unavailable> {
     settle_the_allocator();
-    let (end, gained) = (end_of_heap(), GAIN as isize);
+    let (end, gained) = (end_of_heap(), gain() as isize);
     // SAFETY: more memory at the end takes none away.
     if unsafe { libc::sbrk(gained) } == libc::MAP_FAILED {
         return Err("the heap cannot grow".into());
     }
-    for address in (end.next_multiple_of(PAGE)..end + GAIN).step_by(PAGE) {
+    for address in (end.next_multiple_of(page_size())..end + gain()).step_by(page_size()) {
         // SAFETY: below the new end, above the old one: mapped, and in no block of the allocator.
         unsafe { (address as *mut u8).write_volatile(1) };
     }
-    Ok(Prepared::at(end + GAIN / 2, move || {
-        if end_of_heap() != end + GAIN {
+    Ok(Prepared::at(end + gain() / 2, move || {
+        if end_of_heap() != end + gain() {
             return Err(io::Error::other("the allocator moved the end of the heap meanwhile"));
         }
         if back(end) { Ok(()) } else { Err(io::Error::last_os_error()) }
@@ -139,7 +141,7 @@ impl Block {
         }
         let block = Block { start, len };
         // Of a large one the middle page is enough.
-        for offset in (0..len.min(1 << 20)).step_by(PAGE).chain([len / 2]) {
+        for offset in (0..len.min(1 << 20)).step_by(page_size()).chain([len / 2]) {
             let byte = start.cast::<u8>().wrapping_add(offset);
             // SAFETY: within the block, of which no reference exists.
             unsafe { byte.write_volatile(1) };

@@ -15,7 +15,7 @@ use super::{LIBC, NOBODY};
 use crate::coverage::files::scratch_file;
 use crate::coverage::operation::{Operation, Prepared, Unavailable};
 use crate::coverage::page::{Judge, Page};
-use crate::coverage::region::{PAGE, Region};
+use crate::coverage::region::{Region, page_size};
 
 /// How long the kernel may take to come round to it, well below what an operation may.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -67,7 +67,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
                 return Err("no huge pages are reserved; 'echo 16 > /proc/sys/vm/nr_hugepages' would do".into());
             }
             let file = memfd_create("coverage", MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB)?;
-            ftruncate(&file, (PAGES * PAGE) as u64)?;
+            ftruncate(&file, (PAGES * page_size()) as u64)?;
             let file = fs::File::from(file);
             let region = Region::shared(&file, PAGES)?;
             Ok(Prepared::new(&region, 0, move || Ok(ftruncate(&file, 0)?)))

@@ -3,7 +3,7 @@
 use super::{CALL_AND_UFFD, LIBC, LIBC_AND_UFFD};
 use crate::coverage::operation::{Operation, Prepared};
 use crate::coverage::page::Judge;
-use crate::coverage::region::{PAGE, Region};
+use crate::coverage::region::{Region, page_size};
 
 /// Enough pages for a change of them to take a while.
 pub(super) const PAGES: usize = 512;
@@ -54,7 +54,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
             let region = Region::anonymous(PAGES)?;
             let target = Region::untouched(PAGES)?;
             let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
-            Ok(Prepared::new(&region.clone(), 0, move || region.remap(PAGES * PAGE, flags, Some(target))))
+            Ok(Prepared::new(&region.clone(), 0, move || region.remap(PAGES * page_size(), flags, Some(target))))
         },
     },
     Operation {
@@ -67,7 +67,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
             let region = Region::untouched(PAGES)?;
             let target = Region::anonymous(PAGES)?;
             let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
-            Ok(Prepared::new(&target.clone(), 0, move || region.remap(PAGES * PAGE, flags, Some(target))))
+            Ok(Prepared::new(&target.clone(), 0, move || region.remap(PAGES * page_size(), flags, Some(target))))
         },
     },
     Operation {
@@ -77,7 +77,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
         prepare: || {
             let region = Region::anonymous(PAGES)?;
             let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP;
-            Ok(Prepared::new(&region.clone(), 0, move || region.remap(PAGES * PAGE, flags, None)))
+            Ok(Prepared::new(&region.clone(), 0, move || region.remap(PAGES * page_size(), flags, None)))
         },
     },
     Operation {
@@ -86,7 +86,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
         claimed: LIBC_AND_UFFD,
         prepare: || {
             let region = Region::anonymous(PAGES)?;
-            Ok(Prepared::new(&region.clone(), PAGES / 2, || region.remap(PAGES / 2 * PAGE, 0, None)))
+            Ok(Prepared::new(&region.clone(), PAGES / 2, || region.remap(PAGES / 2 * page_size(), 0, None)))
         },
     },
     Operation {

@@ -16,7 +16,7 @@ use crate::coverage::files::memory_file;
 use crate::coverage::operation::{Operation, Prepared, Unavailable};
 use crate::coverage::other::Other;
 use crate::coverage::page::Judge;
-use crate::coverage::region::{PAGE, Region};
+use crate::coverage::region::{Region, page_size};
 use crate::sys::{self, Fork};
 
 use super::maps::PAGES;
@@ -91,11 +91,12 @@ fn stack_goes(size: usize, below: usize) -> Result<Prepared, Unavailable> {
 /// Recurses until it is `depth` bytes further down, and returns an address there.
 #[inline(never)]
 fn use_stack(depth: usize) -> usize {
-    let frame = black_box([1_u8; PAGE]);
-    if depth < PAGE {
+    const FRAME: usize = 4096;
+    let frame = black_box([1_u8; FRAME]);
+    if depth < FRAME {
         (&raw const frame).addr()
     } else {
-        use_stack(depth - PAGE) + usize::from(black_box(frame)[0] - 1)
+        use_stack(depth - FRAME) + usize::from(black_box(frame)[0] - 1)
     }
 }
 
@@ -111,7 +112,7 @@ fn library() -> Result<Prepared, Unavailable> {
     };
     let original = path("/libgcc_s.so").or_else(|| path("/libm.so")).ok_or("no library to load a copy of")?;
     let bytes = fs::read(&original)?;
-    let file = memory_file(bytes.len().div_ceil(PAGE))?;
+    let file = memory_file(bytes.len().div_ceil(page_size()))?;
     rustix::io::pwrite(&file, &bytes, 0)?;
     let name = CString::new(format!("/proc/self/fd/{}", file.as_raw_fd())).expect("no zero byte in a number");
     // SAFETY: the name is a live string; the library's constructors ran in this process before, in

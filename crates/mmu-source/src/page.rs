@@ -1,0 +1,55 @@
+//! The sizes of pages, which some processors leave to the kernel, and tags in addresses.
+
+#[cfg(target_arch = "aarch64")]
+#[path = "page/aarch64.rs"]
+mod machine;
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+#[path = "page/elsewhere.rs"]
+mod machine;
+#[cfg(target_arch = "x86_64")]
+#[path = "page/x86_64.rs"]
+mod machine;
+
+pub(crate) use machine::{LARGEST_HUGE, SMALLEST_HUGE, size, untagged};
+
+/// The size of a huge page that takes the place of one table, and of the largest folio but those of
+/// hugetlbfs: a table is a page of eight-byte entries, each for a page.
+#[inline]
+pub(crate) fn huge() -> u64 {
+    size() / 8 * size()
+}
+
+/// Rounds down to a page.
+#[inline]
+pub(crate) fn down(address: u64) -> u64 {
+    address & !(size() - 1)
+}
+
+/// Rounds up to a page; what would overflow is left as it is, and refused by the kernel.
+#[inline]
+pub(crate) fn up(address: u64) -> u64 {
+    address.checked_add(size() - 1).map_or(address, down)
+}
+
+#[cfg(test)]
+#[allow(unsafe_code, reason = "a call that takes an integer")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_is_what_the_kernel_says_and_a_multiple_of_the_granule() {
+        // SAFETY: takes an integer.
+        assert_eq!(size(), unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as u64);
+        assert!(size().is_power_of_two() && size() % mmu_notifier::PAGE_SIZE == 0);
+        assert_eq!((down(3 * size() + 1), up(3 * size() + 1)), (3 * size(), 4 * size()));
+        assert_eq!((up(u64::MAX), up(0), up(size())), (u64::MAX, 0, size()));
+    }
+
+    #[test]
+    fn a_tag_goes_and_an_address_stays() {
+        assert_eq!(untagged(0x7fff_1234_5678), 0x7fff_1234_5678);
+        assert_eq!(untagged(u64::MAX - 0xfff), u64::MAX - 0xfff);
+        let tagged = untagged(0x0b00_7fff_1234_5678);
+        assert_eq!(tagged == 0x7fff_1234_5678, cfg!(target_arch = "aarch64"));
+    }
+}
