@@ -34,6 +34,7 @@ Examples:
 const TRACE_EXAMPLES: &str = "\
 Examples:
   mmun trace -e unmap -e clear ls -R .      two kinds of changes only
+  mmun trace --report app.html ./app        a page for a browser: the address space over time, stacks
   mmun trace --summary-only make            totals by event, by place in the code, by what lay there
   mmun trace -k -e unmap ./server           who unmaps: the stack of each call
   mmun trace --summary=where --sort resident --top 3 ./server
@@ -129,6 +130,14 @@ pub(crate) struct TraceArgs {
 
     #[command(flatten)]
     pub(crate) summary: SummaryArgs,
+
+    /// Makes a page with pictures for a browser, from all that can be found out
+    ///
+    /// Records what --details, -k and --births add. --no-births leaves the last out: an mmap that
+    /// replaces nothing is then spared a stop, some 10 us, and mappings have no begin. Records are
+    /// written elsewhere, too, only with -o, --json or -k.
+    #[arg(long, value_name = "FILE.html", group = "places", verbatim_doc_comment)]
+    pub(crate) report: Option<PathBuf>,
 
     #[command(flatten)]
     pub(crate) details: DetailArgs,

@@ -10,9 +10,10 @@ use mmu_notifier::Event;
 pub(crate) const NAMES: [&str; 8] =
     ["unmap", "clear", "protection_vma", "protection_page", "soft_dirty", "release", "migrate", "exclusive"];
 
-/// Positions of two of them.
+/// Positions of some of them.
 pub(crate) const UNMAP: usize = 0;
 pub(crate) const CLEAR: usize = 1;
+pub(crate) const RELEASE: usize = 5;
 
 /// Position of `event` in [`NAMES`]; `None` for one that this version of the program does not know.
 pub(crate) fn number(event: Event) -> Option<usize> {
@@ -22,7 +23,7 @@ pub(crate) fn number(event: Event) -> Option<usize> {
         Event::ProtectionVma => 2,
         Event::ProtectionPage => 3,
         Event::SoftDirty => 4,
-        Event::Release(_) => 5,
+        Event::Release(_) => RELEASE,
         Event::Migrate { .. } => 6,
         Event::Exclusive { .. } => 7,
         _ => return None,

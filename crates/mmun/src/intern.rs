@@ -7,6 +7,12 @@ use std::sync::Arc;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct Name(u32);
 
+impl Name {
+    pub(crate) fn index(self) -> u32 {
+        self.0
+    }
+}
+
 /// Distinct strings, numbered in the order in which they came.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Names {
@@ -24,6 +30,11 @@ impl Names {
         self.numbers.insert(Arc::clone(&text), name);
         self.list.push(text);
         name
+    }
+
+    /// In the order of their numbers.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &str> {
+        self.list.iter().map(|text| &**text)
     }
 
     pub(crate) fn text(&self, name: Name) -> &str {

@@ -75,6 +75,8 @@ struct Inner {
     samples: Option<Vec<u64>>,
     output: Output,
     progress: Progress,
+    /// Gets every record as JSON, whatever is written to the output.
+    spool: Option<Output>,
 }
 
 #[derive(Debug)]
@@ -109,8 +111,14 @@ impl Recorder {
             samples: settings.samples.then(Vec::new),
             output,
             progress: Progress::default(),
+            spool: None,
         };
         Recorder { inner: Mutex::new(inner), give_up }
+    }
+
+    /// Writes every record, and the stacks, to `spool` as well, as JSON.
+    pub(crate) fn spool_to(&self, spool: Output) {
+        self.lock().spool = Some(spool);
     }
 
     /// Records what happened just now.
@@ -146,9 +154,10 @@ impl Recorder {
         let mut inner = self.lock();
         inner.finish();
         inner.writer = None;
-        match inner.output.failure() {
+        let spool = inner.spool.take();
+        match spool.iter().chain([&inner.output]).find_map(|output| Some((output.name(), output.failure()?))) {
             None => Ok(()),
-            Some(error) => Err((inner.output.name(), copy(error))),
+            Some((name, error)) => Err((name, copy(error))),
         }
     }
 
@@ -160,7 +169,7 @@ impl Recorder {
     /// There will be no trace: what waits to be written never is, nor any record from now on.
     pub(crate) fn discard(&self) {
         let mut inner = self.lock();
-        (inner.writer, inner.summary, inner.lifecycle) = (None, None, None);
+        (inner.writer, inner.summary, inner.lifecycle, inner.spool) = (None, None, None, None);
         inner.output.discard();
     }
 
@@ -224,7 +233,9 @@ impl Inner {
         let names = self.capture.as_ref().map(|capture| &capture.names);
         let comm = self.who.name(record.task, &record.kind);
         let program = match record.kind {
-            Kind::MmNew | Kind::Exec { .. } if self.writer.is_some() => who::program(record.task.pid),
+            Kind::MmNew | Kind::Exec { .. } if self.writer.is_some() || self.spool.is_some() => {
+                who::program(record.task.pid)
+            }
             _ => None,
         };
         let extra = Extra {
@@ -232,7 +243,7 @@ impl Inner {
             program: program.as_deref(),
             what: seen.and_then(|seen| seen.what).and_then(|what| Some(names?.text(what))),
             pages: seen.and_then(|seen| seen.pages),
-            site: seen.and_then(|seen| seen.site).filter(|_| self.list_stacks),
+            site: seen.and_then(|seen| seen.site),
             own: change.and_then(|change| change.own),
         };
         if let (Some(summary), Some(change)) = (&mut self.summary, &change) {
@@ -246,13 +257,19 @@ impl Inner {
                 samples.extend(change.own);
             }
         }
+        let mut has_failed = false;
+        if let Some(spool) = &mut self.spool {
+            json::write(&mut spool.buffer, t, record, &extra);
+            has_failed = spool.settle();
+        }
+        let extra = Extra { site: extra.site.filter(|_| self.list_stacks), ..extra };
         let out = &mut self.output.buffer;
         match &mut self.writer {
             Some(Writer::Json) => json::write(out, t, record, &extra),
             Some(Writer::Text(text)) => text.write(out, t, record, &extra),
-            None => return false,
+            None => return has_failed,
         }
-        self.output.settle()
+        self.output.settle() || has_failed
     }
 
     /// Keeps a start until its end, and makes a change of both, for those who want changes.
@@ -283,6 +300,10 @@ impl Inner {
             text.flush(out);
         }
         let stacks = self.stacks.take().map(Stacks::resolve).unwrap_or_default();
+        if let Some(spool) = &mut self.spool {
+            stacks.write_json(&mut spool.buffer, t);
+            spool.flush();
+        }
         match self.writer.as_ref().filter(|_| self.list_stacks) {
             Some(Writer::Json) => stacks.write_json(out, t),
             Some(Writer::Text(_)) => stacks.write_text(out),

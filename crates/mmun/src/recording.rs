@@ -19,7 +19,6 @@ use crate::stacks::{Resolved, Stack};
 use self::line::{Causes, Said};
 
 /// A trace, from its first record to its last.
-#[allow(dead_code, reason = "the pages and the other formats read it")]
 #[derive(Debug, Default)]
 pub(crate) struct Recording {
     /// The time of the last record, in nanoseconds since the trace began.
@@ -41,7 +40,6 @@ pub(crate) struct Recording {
 }
 
 /// An address space.
-#[allow(dead_code, reason = "the pages and the other formats read it")]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Space {
     /// The process that was in it first.
@@ -56,7 +54,6 @@ pub(crate) struct Space {
 }
 
 /// A change, and where it happened.
-#[allow(dead_code, reason = "the pages and the other formats read it")]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Changed {
     pub(crate) change: Change,
@@ -66,7 +63,6 @@ pub(crate) struct Changed {
 }
 
 /// A mapping when it was made.
-#[allow(dead_code, reason = "the pages and the other formats read it")]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Born {
     pub(crate) t: u64,
@@ -78,7 +74,6 @@ pub(crate) struct Born {
 }
 
 /// A record that is neither a change nor a mapping.
-#[allow(dead_code, reason = "the pages and the other formats read it")]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Lived {
     pub(crate) t: u64,
@@ -105,6 +100,9 @@ impl fmt::Display for ReadError {
         }
     }
 }
+
+/// No trace takes 292 years.
+const LAST: u64 = i64::MAX as u64;
 
 /// A longer line is refused: it is no record, and would fill the memory.
 const LONGEST_LINE: u64 = 64 << 20;
@@ -163,6 +161,9 @@ impl Reader {
     fn line(&mut self, bytes: &[u8]) -> Result<(), String> {
         let Reader { recording, pairs, causes, .. } = self;
         let (t, said) = line::read(bytes, &mut recording.names, causes)?;
+        if t > LAST {
+            return Err(format!("its time {t} is later than any"));
+        }
         if t < recording.end {
             return Err(format!("its time {t} is before that of an earlier line"));
         }

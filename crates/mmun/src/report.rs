@@ -1,8 +1,16 @@
 //! `mmun report`: what a recorded trace says.
 
+mod bands;
+mod lane;
+mod lives;
+mod page;
+mod pending;
+mod totals;
+
 use std::fs;
 use std::io::{self, IsTerminal as _, Write as _};
 
+pub(crate) use self::pending::Pending;
 use crate::args::{ReportArgs, ReportFormat};
 use crate::outcome::Outcome;
 use crate::recording::Recording;
@@ -31,6 +39,7 @@ pub(crate) fn main(args: &ReportArgs) -> Outcome {
         }
         ReportFormat::Perfetto => formats::perfetto(&recording),
         ReportFormat::Chrome => formats::chrome(&recording),
+        ReportFormat::Html => page::make(&recording),
     };
     match &args.output {
         None => written(io::stdout().write_all(&text)),

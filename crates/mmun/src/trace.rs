@@ -19,6 +19,7 @@ use crate::observer::TraceObserver;
 use crate::outcome::{FAILED, NOT_EXECUTABLE, NOT_FOUND, Outcome};
 use crate::output::Output;
 use crate::recorder::{Form, Recorder, Settings};
+use crate::report::Pending;
 use crate::status::Status;
 use crate::style;
 use crate::summary::By;
@@ -34,7 +35,11 @@ struct Plan {
     output: Output,
     /// A status line is wanted.
     status: bool,
+    report: Option<Report>,
 }
+
+/// A page that will be made, and where the records for it go.
+type Report = (Pending, Output);
 
 #[derive(Debug)]
 enum Target {
@@ -51,7 +56,14 @@ pub(crate) fn main(args: TraceArgs) -> Outcome {
             return FAILED;
         }
     };
-    let plan = Plan::new(args, output);
+    let report = match args.report.as_deref().map(Pending::open).transpose() {
+        Ok(report) => report,
+        Err(line) => {
+            complain(&line);
+            return FAILED;
+        }
+    };
+    let plan = Plan::new(args, output, report);
     match plan.target {
         Target::Attach(_) => {
             sys::stop_on_ending_signals();
@@ -69,19 +81,20 @@ pub(crate) fn main(args: TraceArgs) -> Outcome {
 }
 
 impl Plan {
-    fn new(args: TraceArgs, output: Output) -> Plan {
+    fn new(args: TraceArgs, output: Output, report: Option<Report>) -> Plan {
         let color = match output.is_terminal() && style::is_wanted() {
             true => Color::Always,
             false => Color::Never,
         };
         let summary = args.summary.wanted(args.summary_only);
         let details = args.details;
-        let births = details.births;
+        let births = details.births || report.is_some() && !details.no_births;
         let by_place = summary.is_some_and(|wanted| wanted.tables.has(By::Where));
-        let stacks = details.stacks || by_place;
+        let stacks = details.stacks || by_place || report.is_some();
+        let only_report = report.is_some() && args.output.is_none() && !args.json && !details.stacks;
         let form = if args.json { Form::Json } else { Form::Text(color) };
         let settings = Settings {
-            form: (!args.summary_only).then_some(form),
+            form: (!args.summary_only && !only_report).then_some(form),
             events: EventSet::of(&args.events),
             summary,
             json: args.json,
@@ -106,7 +119,7 @@ impl Plan {
             pids.dedup();
             Target::Attach(pids)
         };
-        Plan { target, options, settings, output, status }
+        Plan { target, options, settings, output, status, report }
     }
 }
 
@@ -127,9 +140,16 @@ fn trace(mut plan: Plan, front: Option<rustix::process::Pid>) -> (Outcome, Optio
         plan.settings.overhead = calibrate::overhead(options);
     }
     let recorder = Arc::new(Recorder::new(plan.settings, plan.output, sys::request_stop));
+    let mut report = plan.report.map(|(pending, spool)| {
+        recorder.spool_to(spool);
+        pending
+    });
     let mut tracer = match Tracer::new(plan.options, TraceObserver::new(Arc::clone(&recorder))) {
         Ok(tracer) => tracer,
-        Err(error) => return (fail(&error), None),
+        Err(error) => {
+            report.into_iter().for_each(Pending::discard);
+            return (fail(&error), None);
+        }
     };
     let mut outcome = start(&mut tracer, plan.target, front).err();
     if outcome.is_none() {
@@ -153,6 +173,7 @@ fn trace(mut plan: Plan, front: Option<rustix::process::Pid>) -> (Outcome, Optio
         let _ = flusher.join();
     } else {
         recorder.discard();
+        report.take().into_iter().for_each(Pending::discard);
     }
     let (mut observer, keeper) = tracer.detach();
     observer.finish();
@@ -163,6 +184,7 @@ fn trace(mut plan: Plan, front: Option<rustix::process::Pid>) -> (Outcome, Optio
             observer.missed()
         ));
     }
+    let is_reported = report.is_none_or(Pending::finish);
     sys::stop_seen();
     let outcome = match written {
         Err((_, error)) if error.kind() == io::ErrorKind::BrokenPipe => Outcome::Signal(libc::SIGPIPE),
@@ -173,6 +195,7 @@ fn trace(mut plan: Plan, front: Option<rustix::process::Pid>) -> (Outcome, Optio
             complain(&format!("write on {name}: {}; the trace is incomplete", reason(&error)));
             FAILED
         }
+        Ok(()) if !is_reported => FAILED,
         Ok(()) => outcome.unwrap_or(FAILED),
     };
     (outcome, Some(keeper).filter(Keeper::is_needed))

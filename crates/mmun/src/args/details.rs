@@ -53,7 +53,7 @@ pub(crate) struct DetailArgs {
     #[arg(long, overrides_with = "no_births", verbatim_doc_comment)]
     pub(crate) births: bool,
 
-    /// Records no mappings that are made; the default
+    /// Records no mappings that are made; the default without --report
     #[arg(long, overrides_with = "births")]
     pub(crate) no_births: bool,
 

@@ -1,6 +1,6 @@
 //! What `mmun report` is asked for.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{ArgGroup, Args};
 
@@ -9,6 +9,7 @@ use super::SummaryArgs;
 const EXAMPLES: &str = "\
 Examples:
   mmun trace --json -k --births -o app.jsonl ./app      records everything a report can show
+  mmun report -o app.html app.jsonl                     a page with pictures, for a browser
   mmun report app.jsonl                                 the tables of a summary
   mmun report --format perfetto -o app.pftrace app.jsonl
                                                         a trace for https://ui.perfetto.dev
@@ -37,7 +38,7 @@ pub(crate) struct ReportArgs {
     #[arg(short, long, value_name = "OUT")]
     pub(crate) output: Option<PathBuf>,
 
-    /// What to make
+    /// What to make; a page if OUT ends in .html, else a summary
     #[arg(long, value_name = "FORMAT")]
     format: Option<ReportFormat>,
 
@@ -54,10 +55,13 @@ pub(crate) enum ReportFormat {
     Perfetto,
     /// JSON for chrome://tracing and other viewers
     Chrome,
+    /// A page for a browser, which needs nothing else
+    Html,
 }
 
 impl ReportArgs {
     pub(crate) fn format(&self) -> ReportFormat {
-        self.format.unwrap_or(ReportFormat::Summary)
+        let is_page = self.output.as_deref().and_then(Path::extension).is_some_and(|ending| ending == "html");
+        self.format.unwrap_or(if is_page { ReportFormat::Html } else { ReportFormat::Summary })
     }
 }

@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod broker;
+mod browser;
 mod coverage;
 mod detach;
 mod details;
@@ -9,6 +10,7 @@ mod doctor;
 mod hidden;
 mod manners;
 mod odd;
+mod page;
 mod records;
 mod report;
 mod run;
