@@ -6,6 +6,9 @@
 //! kept as a place in a file, so that programs that share a library share its stacks.
 
 mod bounded;
+#[cfg(test)]
+mod corrupt;
+mod guard;
 mod image;
 #[cfg(target_arch = "aarch64")]
 #[path = "stacks/machine/aarch64.rs"]

@@ -106,7 +106,7 @@ impl Images {
 
 impl Image {
     /// `None` if it is no ELF file.
-    fn new(path: String, content: Content) -> Option<Image> {
+    pub(super) fn new(path: String, content: Content) -> Option<Image> {
         let source = Source::new(content.reader()?);
         let elf = source.elf()?;
         let is_executable = |segment: &object::Segment<'_, '_, _>| match segment.flags() {

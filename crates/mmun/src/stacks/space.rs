@@ -1,12 +1,12 @@
 //! One address space, as far as its code is known.
 
 use std::collections::HashMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use framehop::{ExplicitModuleSectionInfo, FrameAddress, Module, Unwinder};
 use mmu_source::process::{Current, Registers};
 
+use super::guard::guarded;
 use super::image::Images;
 use super::machine::{self, Cache, Machine};
 use super::memory::Memory;
@@ -55,9 +55,9 @@ impl Space {
         for _ in 0..DEEPEST {
             let frames = &mut scratch.frames;
             frames.clear();
-            let walk = AssertUnwindSafe(|| self.walk(current, registers, memory, frames));
             // What a broken file says about itself could mislead the unwinder.
-            let Some(unknown) = catch_unwind(walk).unwrap_or(None) else { break };
+            let unknown = guarded(|| self.walk(current, registers, memory, frames)).flatten();
+            let Some(unknown) = unknown else { break };
             if !self.learn(images, place, current, unknown) {
                 break;
             }
@@ -108,7 +108,7 @@ impl Space {
         };
         // Where maps are stale, parts must not overlap all the same.
         self.forget(vma.start, vma.end.into());
-        let found = catch_unwind(AssertUnwindSafe(|| images.of(&vma, current))).unwrap_or(None);
+        let found = guarded(|| images.of(&vma, current)).flatten();
         let Some((image, bias)) = found else {
             let image = images.anonymous(&vma.name, current.task.pid, vma.start);
             self.insert(Part { start: vma.start, end: vma.end, image, bias: 0, has_module: false });

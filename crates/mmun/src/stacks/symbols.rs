@@ -3,7 +3,6 @@
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fs::File;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use addr2line::gimli::{Dwarf, EndianSlice, LittleEndian, SectionId};
@@ -12,6 +11,7 @@ use object::read::{Object, ObjectSection, ObjectSymbol, ReadRef, SymbolKind};
 
 use super::Address;
 use super::bounded::{Links, Source, regular};
+use super::guard::guarded;
 use super::image::{Content, Image, Images};
 use super::runtime::PerfMaps;
 use super::site::Frame;
@@ -38,7 +38,7 @@ pub(super) fn name(images: &Images, wanted: &[Address]) -> HashMap<Address, Vec<
                 group.iter().map(|address| vec![frame(address)]).collect()
             }
             // What a broken file makes the readers do is not worth the trace.
-            _ => catch_unwind(AssertUnwindSafe(|| of_file(image, group))).unwrap_or_default(),
+            _ => guarded(|| of_file(image, group)).unwrap_or_default(),
         };
         for (at, address) in group.iter().enumerate() {
             let found = frames.get(at).filter(|found| !found.is_empty()).cloned();
@@ -59,7 +59,7 @@ fn short(path: &str) -> &str {
     path.rsplit('/').next().filter(|name| !name.is_empty()).unwrap_or(path)
 }
 
-fn of_file(image: &Image, group: &[Address]) -> Vec<Vec<Frame>> {
+pub(super) fn of_file(image: &Image, group: &[Address]) -> Vec<Vec<Frame>> {
     let Some(reader) = image.content.reader() else { return Vec::new() };
     let source = Source::new(reader);
     let Some(elf) = source.elf() else { return Vec::new() };

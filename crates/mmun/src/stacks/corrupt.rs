@@ -1,0 +1,158 @@
+//! Broken files: whatever their bytes are, reading comes to an end, and takes little memory.
+//!
+//! `tiny.elf` has symbols, unwind tables, lines and an inlined function:
+//!
+//! ```text
+//! gcc -g -O1 -shared -fPIC -nostdlib -Wl,-z,noseparate-code,-z,norelro,--build-id=sha1 tiny.c
+//! static inline __attribute__((always_inline)) int inner(int value) { return value * 3 + 1; }
+//! int middle(int value, int (*call)(int)) { int sum = 0; for (...) sum += call(inner(i)); ... }
+//! int outer(int value, int (*call)(int)) { return middle(value, call) + inner(value); }
+//! ```
+
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::Duration;
+
+use framehop::{ExplicitModuleSectionInfo, Module, Unwinder as _};
+
+use super::guard::guarded;
+use super::image::{Content, Image};
+use super::{Address, symbols};
+
+const TINY: &[u8] = include_bytes!("corrupt/tiny.elf");
+
+/// `MMUN_ROUNDS` asks for more.
+const ROUNDS: u64 = 3_000;
+
+/// xorshift64*.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    fn below(&mut self, end: usize) -> usize {
+        (self.next() % end as u64) as usize
+    }
+}
+
+/// A few bytes are others: at random, or words that are too large or too small.
+fn corrupt(random: &mut Random) -> Vec<u8> {
+    let mut bytes = TINY.to_vec();
+    if random.below(8) == 0 {
+        bytes.truncate(random.below(bytes.len()));
+    }
+    for _ in 0..=random.below(6) {
+        let word = match random.below(6) {
+            0 => u64::MAX,
+            1 => 0,
+            2 => 1 << 63,
+            3 => random.next() % bytes.len().max(1) as u64,
+            _ => random.next(),
+        };
+        let size = 1 << random.below(4);
+        // The tables in front and behind are short, and say where all else is.
+        let at = match random.below(4) {
+            0 => random.below(0x270),
+            1 => TINY.len() - 1 - random.below(0x680),
+            _ => random.below(TINY.len()),
+        };
+        for (byte, new) in bytes.iter_mut().skip(at).zip(&word.to_le_bytes()[..size]) {
+            *byte = *new;
+        }
+    }
+    bytes
+}
+
+/// Reads a file as a trace does, and returns the names found.
+fn read(bytes: Vec<u8>, random: &mut Random) -> Vec<String> {
+    let image = guarded(|| Image::new("/bin/tiny".into(), Content::Memory(bytes.into()))).flatten();
+    let Some(image) = image else { return Vec::new() };
+    guarded(|| unwind(&image, random));
+    let addresses: Vec<Address> = (0x260..0x2e0).map(|at| Address { image: 0, at }).collect();
+    let frames = guarded(|| symbols::of_file(&image, &addresses)).unwrap_or_default();
+    frames.into_iter().flatten().map(|frame| frame.text()).collect()
+}
+
+#[cfg(target_arch = "x86_64")]
+fn unwind(image: &Image, random: &mut Random) {
+    use framehop::x86_64::{CacheX86_64, UnwindRegsX86_64, UnwinderX86_64};
+
+    let sections = image.sections.clone();
+    let span = |at: u64, size: usize| at..at.saturating_add(size as u64);
+    let info = ExplicitModuleSectionInfo {
+        text_svma: sections.text.map(|(at, size)| at..at.saturating_add(size)),
+        eh_frame_svma: sections.eh_frame.as_ref().map(|(at, data)| span(*at, data.len())),
+        eh_frame: sections.eh_frame.map(|(_, data)| data),
+        eh_frame_hdr_svma: sections.eh_frame_hdr.as_ref().map(|(at, data)| span(*at, data.len())),
+        eh_frame_hdr: sections.eh_frame_hdr.map(|(_, data)| data),
+        ..ExplicitModuleSectionInfo::default()
+    };
+    let bias = 0x7f00_0000_0000;
+    let mut unwinder = UnwinderX86_64::new();
+    unwinder.add_module(Module::new(String::new(), bias..bias + 0x2000, bias, info));
+    let mut cache = CacheX86_64::new();
+    for ip in [0x270, 0x27a, 0x2a4, 0x2c4] {
+        let stack = random.next();
+        // Half of the words lead back into the code.
+        let mut word = |address: u64| {
+            let offset = address.wrapping_sub(stack);
+            if offset > 1 << 16 {
+                Err(())
+            } else {
+                Ok(if offset & 8 == 0 { bias + 0x270 + offset % 0x55 } else { stack + offset })
+            }
+        };
+        let registers = UnwindRegsX86_64::new(bias + ip, stack, stack.wrapping_add(64));
+        let mut iter = unwinder.iter_frames(bias + ip, registers, &mut cache, &mut word);
+        let mut frames = 0;
+        while let Ok(Some(_)) = iter.next() {
+            frames += 1;
+            if frames == 256 {
+                break;
+            }
+        }
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn unwind(_: &Image, _: &mut Random) {}
+
+#[test]
+fn a_whole_file_is_read() {
+    let names = read(TINY.to_vec(), &mut Random(1));
+    for name in ["middle (tiny tiny.c:2)", "inner (tiny tiny.c:1)", "outer (tiny tiny.c:3)"] {
+        assert!(names.iter().any(|found| found == name), "{names:?}");
+    }
+}
+
+#[test]
+fn a_corrupt_file_is_read_to_an_end() {
+    let rounds = std::env::var("MMUN_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(ROUNDS);
+    let (sender, receiver) = channel();
+    let reader = std::thread::spawn(move || {
+        let mut random = Random(0x9e37_79b9_7f4a_7c15);
+        for round in 0..rounds {
+            // The last that is heard of is the one that did it.
+            if sender.send(round).is_err() {
+                return;
+            }
+            read(corrupt(&mut random), &mut random);
+        }
+    });
+    let mut last = 0;
+    loop {
+        match receiver.recv_timeout(Duration::from_secs(120)) {
+            Ok(round) => last = round,
+            Err(RecvTimeoutError::Disconnected) => break,
+            Err(RecvTimeoutError::Timeout) => panic!("round {last} does not end"),
+        }
+    }
+    assert!(reader.join().is_ok(), "round {last} panicked");
+    let peak = std::fs::read_to_string("/proc/self/status").unwrap();
+    let peak = peak.lines().find_map(|line| line.strip_prefix("VmHWM:")?.split_whitespace().next()?.parse().ok());
+    assert!(peak.is_none_or(|kib: u64| kib < 1 << 20), "{peak:?} KiB");
+}
