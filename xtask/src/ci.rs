@@ -91,6 +91,8 @@ const STEPS: &[Step] = &[
          mmu --seconds 10",
     )
     .env(THREAD_SANITIZER),
+    step("thread sanitizer, 32 threads in C", "sh crates/capi/tests/c/threads/tsan.sh 5000")
+        .needs("sh crates/capi/tests/c/threads/tsan.sh --probe"),
     step("stress srcu", "cargo run --release -p stress -- srcu --seconds 30"),
     step("stress srcu without membarrier", "cargo run --release -p stress -- srcu --seconds 10 --no-membarrier"),
     step("the torture's checker", "cargo run --release -p stress -- srcu --seconds 3 --broken").must_fail(),

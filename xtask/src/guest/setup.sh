@@ -5,6 +5,8 @@ export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/r
 exec 2>/dev/console
 
 mkdir -p /dev/shm /dev/pts /run /tmp /lib/modules
+# MPI wants a name of the machine.
+echo guest >/proc/sys/kernel/hostname
 mount -t tmpfs tmpfs /dev/shm
 mount -t devpts -o ptmxmode=666 devpts /dev/pts
 mount -t tmpfs tmpfs /run

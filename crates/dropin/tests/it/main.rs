@@ -3,4 +3,5 @@
 mod cache;
 mod dormant;
 mod mpi;
+mod rdma;
 mod support;

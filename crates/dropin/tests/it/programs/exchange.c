@@ -1,7 +1,7 @@
 /* Two ranks or more exchange buffers that are freed and mapped anew between calls, and check every
  * byte.
  *
- * exchange SECONDS: prints "N rounds, M bytes wrong" on rank 0; exits 1 if a byte was wrong. */
+ * exchange SECONDS [ROUNDS]: prints "N rounds, M bytes wrong" on rank 0; exits 1 if a byte was wrong. */
 #define _GNU_SOURCE
 #include <mpi.h>
 #include <stdio.h>
@@ -17,38 +17,52 @@ static unsigned char content(unsigned round, int from, size_t at)
     return (unsigned char)(round * 31 + (unsigned)from * 17 + at * 7 + (at >> 12));
 }
 
-/* A buffer, each time by another way, and how it goes. */
-static unsigned char *take(unsigned round, size_t length)
+enum { MALLOC, MUNMAP, BARE_MUNMAP, BARE_DISCARD, WAYS };
+
+/* A buffer for sending or for receiving, each round by another way, and how it goes. */
+static unsigned char *take(unsigned way, unsigned char **kept, size_t length)
 {
-    if (round % 3 == 0)
+    if (way == MALLOC)
         return malloc(length);
-    void *at = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    return at == MAP_FAILED ? NULL : at;
+    if (way == BARE_DISCARD && *kept)
+        return *kept;
+    void *at = mmap(NULL, way == BARE_DISCARD ? LARGEST : length, PROT_READ | PROT_WRITE,
+                    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (at == MAP_FAILED)
+        return NULL;
+    if (way == BARE_DISCARD)
+        *kept = at;
+    return at;
 }
 
-static void give(unsigned round, unsigned char *buffer, size_t length)
+static void give(unsigned way, unsigned char *buffer, size_t length)
 {
-    if (round % 3 == 0)
+    if (way == MALLOC)
         free(buffer);
-    else if (round % 3 == 1)
+    else if (way == MUNMAP)
         munmap(buffer, length);
-    else
+    else if (way == BARE_MUNMAP)
         syscall(11 /* munmap of x86-64 */, buffer, length);
+    else
+        syscall(28 /* madvise */, buffer, LARGEST, MADV_DONTNEED);
 }
 
 int main(int argc, char **argv)
 {
     double limit = argc > 1 ? atof(argv[1]) : 1;
+    unsigned most = argc > 2 ? (unsigned)atoi(argv[2]) : 0;
     int rank, size, going = 1;
     unsigned long wrong = 0, all = 0;
     unsigned round = 0;
+    unsigned char *kept[2] = {NULL, NULL};
     MPI_Init(&argc, &argv);
     MPI_Comm_rank(MPI_COMM_WORLD, &rank);
     MPI_Comm_size(MPI_COMM_WORLD, &size);
     double begin = MPI_Wtime();
     while (going) {
         size_t length = (size_t)1 << (8 + round % 13);
-        unsigned char *out = take(round, length), *in = take(round + 1, length);
+        unsigned way_out = round % WAYS, way_in = (round + 1) % WAYS;
+        unsigned char *out = take(way_out, &kept[0], length), *in = take(way_in, &kept[1], length);
         if (!out || !in)
             MPI_Abort(MPI_COMM_WORLD, 2);
         for (size_t at = 0; at < length; at++)
@@ -64,10 +78,10 @@ int main(int argc, char **argv)
         for (int from = 0; from < size; from++)
             for (size_t at = 0; at < part; at++)
                 wrong += in[(size_t)from * part + at] != content(round, from, (size_t)rank * part + at);
-        give(round, out, length);
-        give(round + 1, in, length);
+        give(way_out, out, length);
+        give(way_in, in, length);
         round++;
-        going = MPI_Wtime() - begin < limit;
+        going = most ? round < most : MPI_Wtime() - begin < limit;
         MPI_Bcast(&going, 1, MPI_INT, 0, MPI_COMM_WORLD);
     }
     MPI_Reduce(&wrong, &all, 1, MPI_UNSIGNED_LONG, MPI_SUM, 0, MPI_COMM_WORLD);

@@ -1,0 +1,46 @@
+//! Two ranks of Open MPI over verbs: what their data are as libfabric is shipped, and with the
+//! library.
+//!
+//! The ranks change their buffers in two ways that libfabric does not see: bare system calls that
+//! unmap or discard. As shipped, the card then reads and writes pages that the program no longer
+//! has.
+
+use crate::support::{build, library, output, text};
+use std::process::Command;
+use testkit::{Cap, require};
+
+/// Rounds of an exchange: the sizes come again after 13 of them, the ways after 4.
+const ROUNDS: &str = "26";
+
+/// Runs the exchange; returns how many bytes were wrong, and what the ranks have reported.
+fn wrong_bytes(options: &[&str], source: Option<&str>) -> Option<(u64, String)> {
+    let program = build("mpicc.openmpi", "exchange.c", "mpi", &[])?;
+    let mut command = Command::new("mpirun.openmpi");
+    command.args(["--oversubscribe", "--allow-run-as-root", "-n", "2"]).args(options);
+    if let Some(source) = source {
+        let (preload, source) = (format!("LD_PRELOAD={}", library().display()), format!("MMUN={source}"));
+        command.args(["-x", &preload, "-x", &source, "-x", "MMUN_REPORT=-"]);
+    }
+    command.arg(program).args(["0", ROUNDS]);
+    let output = output(command);
+    let (out, error) = (text(&output.stdout), text(&output.stderr));
+    println!("{}: {}", source.unwrap_or("as shipped"), out.trim());
+    let words: Vec<&str> = out.split_whitespace().collect();
+    let wrong = words.windows(2).find(|pair| pair[1] == "bytes").and_then(|pair| pair[0].parse().ok());
+    Some((wrong.unwrap_or_else(|| panic!("{}: {out}{error}", output.status)), error))
+}
+
+#[test]
+fn open_mpi_over_libfabric_and_verbs() {
+    if !require(Cap::Rdma) {
+        return;
+    }
+    // Libfabric wants room for 256 peers in a queue, which is more than a card in software has.
+    let options = ["--mca", "pml", "cm", "--mca", "mtl", "ofi", "-x", "FI_UNIVERSE_SIZE=2"];
+    let options = [&options[..], &["--mca", "mtl_ofi_provider_include", "verbs;ofi_rxm"]].concat();
+    let Some((shipped, _)) = wrong_bytes(&options, None) else { return };
+    let (mended, report) = wrong_bytes(&options, Some("both")).expect("it was built");
+    assert_eq!(mended, 0, "{report}");
+    assert_eq!(report.matches("libfabric").count(), 2, "one report for each rank: {report}");
+    assert!(shipped > 0, "as shipped, nothing was wrong: so the above shows nothing");
+}
