@@ -13,7 +13,7 @@ use clap::{ArgGroup, Args, CommandFactory, Parser, Subcommand};
 use mmu_source::kernel::broker::SOCKET;
 use mmu_source::process::Pid;
 
-pub(crate) use self::details::{DetailArgs, SummaryArgs};
+pub(crate) use self::details::{DetailArgs, SummaryArgs, TraceFormat};
 pub(crate) use self::diff::DiffArgs;
 pub(crate) use self::report::{ReportArgs, ReportFormat};
 use crate::events::{Events, EventsParser};
@@ -40,6 +40,8 @@ Examples:
   mmun trace --summary=where --sort resident --top 3 ./server
                                             the three places that give most memory back
   mmun trace --json -o trace.json ./server  one record a line, for other programs
+  mmun trace -k --births --format perfetto -o app.pftrace ./app
+                                            for https://ui.perfetto.dev
   mmun trace -p 4711 -p 4712                two running processes, until they end or ^C";
 
 /// Shows what a program does to its address space.
@@ -114,7 +116,12 @@ pub(crate) enum Command {
 )]
 pub(crate) struct TraceArgs {
     /// Writes to FILE instead of standard error
-    #[arg(short, long, value_name = "FILE")]
+    #[arg(
+        short,
+        long,
+        value_name = "FILE",
+        required_if_eq_any = [("format", "perfetto"), ("format", "chrome")]
+    )]
     pub(crate) output: Option<PathBuf>,
 
     /// Records only these events, or all but these: unmap,clear or '!migrate'; may be repeated
@@ -124,9 +131,13 @@ pub(crate) struct TraceArgs {
     #[arg(short, long, value_name = "EVENTS", value_parser = EventsParser, verbatim_doc_comment)]
     pub(crate) events: Vec<Events>,
 
-    /// Writes one JSON object a line
+    /// Writes one JSON object a line, as --format json does
     #[arg(long)]
     pub(crate) json: bool,
+
+    /// Writes records in this form; text if none is named
+    #[arg(long, value_name = "FORMAT", conflicts_with = "json")]
+    pub(crate) format: Option<TraceFormat>,
 
     #[command(flatten)]
     pub(crate) summary: SummaryArgs,

@@ -10,7 +10,7 @@ mod totals;
 use std::fs;
 use std::io::{self, IsTerminal as _, Write as _};
 
-pub(crate) use self::pending::Pending;
+pub(crate) use self::pending::{Pending, Product};
 use crate::args::{ReportArgs, ReportFormat};
 use crate::outcome::Outcome;
 use crate::recording::Recording;

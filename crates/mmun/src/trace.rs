@@ -11,7 +11,7 @@ use std::time::Duration;
 use mmu_source::Error;
 use mmu_source::process::{Command, Done, Keeper, Options, Pid, Tracer};
 
-use crate::args::TraceArgs;
+use crate::args::{TraceArgs, TraceFormat};
 use crate::calibrate;
 use crate::events::EventSet;
 use crate::front;
@@ -19,7 +19,7 @@ use crate::observer::TraceObserver;
 use crate::outcome::{FAILED, NOT_EXECUTABLE, NOT_FOUND, Outcome};
 use crate::output::Output;
 use crate::recorder::{Form, Recorder, Settings};
-use crate::report::Pending;
+use crate::report::{Pending, Product};
 use crate::status::Status;
 use crate::style;
 use crate::summary::By;
@@ -48,7 +48,13 @@ enum Target {
 }
 
 pub(crate) fn main(args: TraceArgs) -> Outcome {
-    let output = match Output::open(args.output.as_deref()) {
+    let viewer = match args.format {
+        Some(TraceFormat::Perfetto) => Some(Product::Perfetto),
+        Some(TraceFormat::Chrome) => Some(Product::Chrome),
+        _ => None,
+    };
+    // The file of -o is a viewer's then; a summary goes to standard error.
+    let output = match Output::open(args.output.as_deref().filter(|_| viewer.is_none())) {
         Ok(output) => output,
         Err(error) => {
             let name = args.output.as_deref().map_or("standard error".into(), |path| path.display().to_string());
@@ -56,7 +62,17 @@ pub(crate) fn main(args: TraceArgs) -> Outcome {
             return FAILED;
         }
     };
-    let report = match args.report.as_deref().map(Pending::open).transpose() {
+    let product = match (&args.report, viewer, &args.output) {
+        (Some(_), Some(_), _) => {
+            complain(
+                "trace on --format: a file for a viewer and --report cannot be made in one run; 'mmun report' makes both of a --json trace",
+            );
+            return FAILED;
+        }
+        (Some(path), ..) => Some((path, Product::Page)),
+        (None, viewer, path) => path.as_ref().zip(viewer),
+    };
+    let report = match product.map(|(path, product)| Pending::open(path, product)).transpose() {
         Ok(report) => report,
         Err(line) => {
             complain(&line);
@@ -88,16 +104,22 @@ impl Plan {
         };
         let summary = args.summary.wanted(args.summary_only);
         let details = args.details;
-        let births = details.births || report.is_some() && !details.no_births;
+        // A page shows all there is; a viewer what is asked for.
+        let page = args.report.is_some();
+        let births = details.births || page && !details.no_births;
         let by_place = summary.is_some_and(|wanted| wanted.tables.has(By::Where));
-        let stacks = details.stacks || by_place || report.is_some();
-        let only_report = report.is_some() && args.output.is_none() && !args.json && !details.stacks;
-        let form = if args.json { Form::Json } else { Form::Text(color) };
+        let stacks = details.stacks || by_place || page;
+        let json = args.json || args.format == Some(TraceFormat::Json);
+        let only_report = match page {
+            true => args.output.is_none() && !json && !details.stacks,
+            false => report.is_some(),
+        };
+        let form = if json { Form::Json } else { Form::Text(color) };
         let settings = Settings {
             form: (!args.summary_only && !only_report).then_some(form),
             events: EventSet::of(&args.events),
             summary,
-            json: args.json,
+            json,
             lifecycle: details.lifecycle,
             details: details.details || stacks || summary.is_some(),
             overhead: 0,

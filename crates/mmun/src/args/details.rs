@@ -4,6 +4,19 @@ use clap::Args;
 
 use crate::summary::{Sort, Tables, Wanted};
 
+/// How records are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum TraceFormat {
+    /// Lines for people
+    Text,
+    /// One JSON object a line
+    Json,
+    /// At the end, a trace for <https://ui.perfetto.dev>; needs -o
+    Perfetto,
+    /// At the end, JSON for chrome://tracing and other viewers; needs -o
+    Chrome,
+}
+
 /// The tables of a summary.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct SummaryArgs {

@@ -1,4 +1,5 @@
-//! The page of `mmun trace --report`, while the trace is being made.
+//! What `mmun trace` makes of all records at their end, while they are being made: the page of
+//! `--report`, and the files of viewers.
 
 use std::fs::{self, File};
 use std::io::{self, Write as _};
@@ -8,38 +9,72 @@ use std::path::{Path, PathBuf};
 use super::page;
 use crate::output::Output;
 use crate::recording::Recording;
-use crate::{complain, reason};
+use crate::{complain, formats, reason};
 
-/// A page that can be written, and the file that keeps the records until it is.
+/// What is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Product {
+    Page,
+    Perfetto,
+    Chrome,
+}
+
+impl Product {
+    fn make(self, recording: &Recording) -> Vec<u8> {
+        match self {
+            Product::Page => page::make(recording),
+            Product::Perfetto => formats::perfetto(recording),
+            Product::Chrome => formats::chrome(recording),
+        }
+    }
+
+    /// The option that names the file.
+    fn option(self) -> &'static str {
+        if self == Product::Page { "--report" } else { "-o" }
+    }
+
+    /// What makes it of records that were kept.
+    fn command(self) -> &'static str {
+        match self {
+            Product::Page => "mmun report -o FILE.html",
+            Product::Perfetto => "mmun report --format perfetto -o FILE",
+            Product::Chrome => "mmun report --format chrome -o FILE",
+        }
+    }
+}
+
+/// A file that can be written, and the one that keeps the records until it is.
 #[derive(Debug)]
 pub(crate) struct Pending {
+    product: Product,
     path: PathBuf,
-    page: File,
+    file: File,
     /// There was no such file.
     is_new: bool,
     spool: PathBuf,
 }
 
 impl Pending {
-    /// A page, and where the records for it go, as JSON.
+    /// A product, and where the records for it go, as JSON.
     ///
     /// # Errors
-    /// The page or the file of records cannot be made: a line for the user.
-    pub(crate) fn open(path: &Path) -> Result<(Pending, Output), String> {
+    /// Its file or that of the records cannot be made: a line for the user.
+    pub(crate) fn open(path: &Path, product: Product) -> Result<(Pending, Output), String> {
         let fail = |path: &Path, error: &io::Error, hint: &str| {
             format!("open on {}: {}; {hint}", path.display(), reason(error))
         };
         let is_new = !path.exists();
-        let page = File::options().write(true).create(true).truncate(false).open(path);
-        let page = page.map_err(|error| fail(path, &error, "the file of --report must be writable"))?;
+        let file = File::options().write(true).create(true).truncate(false).open(path);
+        let hint = format!("the file of {} must be writable", product.option());
+        let file = file.map_err(|error| fail(path, &error, &hint))?;
         let spool = spool().and_then(|spool| Ok((Output::open(Some(&spool))?, spool)));
         let (output, spool) = spool.map_err(|error| {
             if is_new {
                 let _ = fs::remove_file(path);
             }
-            fail(&std::env::temp_dir(), &error, "records are kept there for the page; TMPDIR names another folder")
+            fail(&std::env::temp_dir(), &error, "records are kept there until the end; TMPDIR names another folder")
         })?;
-        Ok((Pending { path: path.to_owned(), page, is_new, spool }, output))
+        Ok((Pending { product, path: path.to_owned(), file, is_new, spool }, output))
     }
 
     /// There was nothing to trace.
@@ -50,15 +85,15 @@ impl Pending {
         }
     }
 
-    /// Makes the page of the records. If that fails, says why, and where the records are.
+    /// Makes the product of the records. If that fails, says why, and where the records are.
     pub(crate) fn finish(mut self) -> bool {
         let written =
             Recording::open(&self.spool).map_err(|error| format!("read on {}: {error}", self.spool.display()));
         let written = written.and_then(|recording| {
-            let text = page::make(&recording);
+            let text = self.product.make(&recording);
             let emptied =
-                if self.page.metadata().is_ok_and(|about| about.is_file()) { self.page.set_len(0) } else { Ok(()) };
-            let written = emptied.and_then(|()| self.page.write_all(&text));
+                if self.file.metadata().is_ok_and(|about| about.is_file()) { self.file.set_len(0) } else { Ok(()) };
+            let written = emptied.and_then(|()| self.file.write_all(&text));
             written.map_err(|error| format!("write on {}: {}", self.path.display(), reason(&error)))
         });
         match written {
@@ -68,7 +103,8 @@ impl Pending {
             }
             Err(why) => {
                 let spool = self.spool.display();
-                complain(&format!("{why}; the records are kept: 'mmun report -o FILE.html {spool}' makes the page"));
+                let command = self.product.command();
+                complain(&format!("{why}; the records are kept: '{command} {spool}' makes it of them"));
                 false
             }
         }

@@ -106,6 +106,45 @@ fn chrome_has_every_range_and_step() {
 }
 
 #[test]
+fn a_trace_is_written_for_a_viewer_at_its_end() {
+    for format in ["chrome", "perfetto"] {
+        let (out, folder) = (scratch("run.trace"), scratch("spool"));
+        fs::create_dir(&folder).unwrap();
+        fs::write(&out, "what was there before, and is longer than any ".repeat(100_000)).unwrap();
+        let run = |options: &[&str]| {
+            let mut command = trace();
+            command.args(["--format", format]).args(options).args(["--", "sh", "-c", "ls / > /dev/null; exit 3"]);
+            command.env("TMPDIR", &folder);
+            within("mmun trace", move || command.output().unwrap())
+        };
+        let done = run(&["-k", "--summary=event", "-o", out.to_str().unwrap()]);
+        assert_eq!(done.status.code(), Some(3), "{}", text(&done.stderr));
+        assert!(text(&done.stderr).starts_with("event ") && text(&done.stderr).ends_with("removed nothing.\n"));
+        let bytes = fs::read(&out).unwrap();
+        if format == "chrome" {
+            let json: Value = serde_json::from_slice(&bytes).unwrap();
+            let calls = json["traceEvents"].as_array().unwrap().iter().filter(|event| event["ph"] == "X");
+            assert!(calls.filter(|call| call["args"]["where"].is_string()).count() > 10);
+        } else {
+            // A packet, and in it the description of a track.
+            assert!(bytes.starts_with(&[0x0a]) && bytes.windows(6).any(|window| window == b"munmap"));
+        }
+        assert_eq!(fs::read_dir(&folder).unwrap().count(), 0, "no record is left behind");
+        // A full disk loses nothing.
+        let full = run(&["-o", "/dev/full"]);
+        let line = text(&full.stderr);
+        assert!(line.lines().count() == 1 && line.contains("mmun report --format"), "{line}");
+        let spool = fs::read_dir(&folder).unwrap().next().unwrap().unwrap().path();
+        assert!(mmun(&["report"], &[&spool]).status.success());
+        let without = run(&[]);
+        assert_eq!((without.status.code(), text(&without.stderr).lines().count()), (Some(125), 1));
+        assert!(text(&without.stderr).contains("--output"), "{}", text(&without.stderr));
+        fs::remove_dir_all(folder).unwrap();
+        fs::remove_file(out).unwrap();
+    }
+}
+
+#[test]
 fn two_runs_are_compared_by_place() {
     let (once, _) = recorded("ls / > /dev/null; echo");
     let (twice, _) = recorded("ls / > /dev/null; ls / > /dev/null; echo");
