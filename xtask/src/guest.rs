@@ -10,13 +10,17 @@
 //! by the test (`testkit::require`), not here.
 
 pub(crate) mod agent;
+mod arch;
 mod archive;
+mod foreign;
 mod kernel;
 mod machine;
+mod packages;
 pub(crate) mod record;
 mod table;
 
-use kernel::{Kernel, SERIES};
+use arch::{Arch, Folders};
+use kernel::Kernel;
 use machine::{Machine, Outcome};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -27,45 +31,27 @@ use std::{fs, io, process, thread};
 
 /// The name of this program's copy in the folder of a run.
 const AGENT: &str = "agent";
+/// The same for the machine's kind.
+const INSIDE: &str = "agent-inside";
 /// How many machines run at once. Each emulates two processors.
 const ABREAST: usize = 2;
 
-const USAGE: &str = "usage: cargo xtask guest [--kernel 5.10|6.1|6.12|6.18|newest|all]... [--shell] [--limit SECONDS] [--check] [--table] \
+const USAGE: &str = "usage: cargo xtask guest [--arch x86_64|aarch64] [--kernel 5.10|6.1|6.12|6.12-16k|6.18|newest|all]... [--shell] [--limit SECONDS] [--check] [--table] \
     [-- ARGUMENTS OF CARGO TEST]";
 
-/// What runs if nothing else is asked for: a label, which is a column of the table, and the
-/// arguments of Cargo. `docs/kernels.md` says what is left out, and why.
-const STANDARD: &[(&str, &str)] = &[
-    // Each test of the broker loads programs in several processes, and the emulated kernel takes
-    // long to verify them.
-    ("kernel source", "test -p mmu-source --lib --test it -- kernel --skip broker"),
-    ("kernel cache", "test -p regcache --test it -- kernel uring"),
-    ("coverage", "test -p mmun --test it -- coverage::the_kernel_misses_nothing"),
-    ("RDMA", "test -p regcache-rdma --features verbs --test it -- --skip torture --skip a_peer_that_is_killed"),
-    ("stress kernel", "run -p stress -- kernel --seconds 5"),
-    ("trace", "test -p mmu-source --test it -- again:: calls:: death::"),
-];
-
-/// A program, or a file if it has a folder, and the package of Debian that it comes in.
+/// What every kind of machine needs: a program, and the package of Debian that it comes in.
 const NEEDED: &[(&str, &str)] = &[
-    ("qemu-system-x86_64", "qemu-system-x86"),
-    ("busybox", "busybox-static"),
     ("depmod", "kmod"),
     ("xz", "xz-utils"),
-    ("python3", "python3"),
-    ("rdma", "iproute2"),
     ("mkfs.ext4", "e2fsprogs"),
     ("apt-get", "apt"),
     ("dpkg-deb", "dpkg"),
     ("setpriv", "util-linux"),
-    // What the tests of `regcache-rdma` are built with, and run with.
-    ("cmake", "cmake"),
-    ("/usr/lib/llvm-*/lib/libclang.so", "libclang-dev"),
-    ("/etc/libibverbs.d/rxe.driver", "ibverbs-providers"),
 ];
 
 /// What the command line asks for.
 struct Options {
+    arch: &'static Arch,
     kernels: Vec<&'static str>,
     shell: bool,
     limit: Duration,
@@ -88,24 +74,31 @@ pub(crate) fn run(root: &Path, arguments: &[&str]) -> ExitCode {
 
 fn try_run(root: &Path, arguments: &[&str]) -> Result<bool, String> {
     let options = parse(arguments)?;
-    check_host()?;
+    check_host(options.arch)?;
     let store = root.join("target/guest");
     if options.check {
-        return options.kernels.iter().try_for_each(|series| Kernel::get(&store, series).map(drop)).map(|()| true);
+        let kernels = options.kernels.iter();
+        kernels.map(|series| Kernel::get(&store, options.arch, series)).try_for_each(|kernel| kernel.map(drop))?;
+        return folders(&store, options.arch).map(|_| true);
     }
+    let folders = folders(&store, options.arch)?;
     let plan = own_folder(&store).map_err(|error| format!("{}: {error}", store.display()))?;
     let _removed = Removed(plan.clone());
-    let steps = if options.shell { Vec::new() } else { note_all(root, &plan, &options)? };
+    let steps = if options.shell { Vec::new() } else { note_all(root, &plan, folders.as_ref(), &options)? };
     if steps.is_empty() && !options.shell {
         return Err("Cargo had nothing to run".into());
     }
     let mut machines = Vec::new();
     for series in &options.kernels {
-        let kernel = Kernel::get(&store, series)?;
+        let kernel = Kernel::get(&store, options.arch, series)?;
         println!("== Linux {} ({series})", kernel.version);
         let prefix = if options.kernels.len() > 1 { format!("{series}: ") } else { String::new() };
         let (scratch, limit) = (plan.join(series), options.limit);
-        machines.push((series, Machine { prefix, root, store: &store, plan: &plan, scratch, kernel, limit }));
+        let (arch, folders) = (options.arch, folders.as_ref());
+        machines.push((
+            series,
+            Machine { prefix, arch, folders, root, store: &store, plan: &plan, scratch, kernel, limit },
+        ));
     }
     if options.shell {
         return machines.iter().try_for_each(|(_, machine)| machine.shell()).map(|()| true);
@@ -138,7 +131,7 @@ fn try_run(root: &Path, arguments: &[&str]) -> Result<bool, String> {
             }
             passed &= results.iter().all(Outcome::passed);
             if options.table {
-                table::enter(root, series, &machine.kernel.version, &steps, &results)?;
+                table::enter(root, options.arch, series, &machine.kernel.version, &steps, &results)?;
             }
         }
         Ok(passed)
@@ -167,6 +160,7 @@ fn own_folder(store: &Path) -> io::Result<PathBuf> {
 
 fn parse(arguments: &[&str]) -> Result<Options, String> {
     let mut options = Options {
+        arch: arch::ALL[0],
         kernels: Vec::new(),
         shell: false,
         limit: Duration::from_secs(240),
@@ -175,16 +169,15 @@ fn parse(arguments: &[&str]) -> Result<Options, String> {
         tests: Vec::new(),
     };
     let mut words = arguments.iter();
+    let mut kernels = Vec::new();
     while let Some(word) = words.next() {
         match *word {
-            "--kernel" => match words.next().copied() {
-                Some("all") => options.kernels.extend(SERIES.iter().map(|series| series.name)),
-                Some(name) => {
-                    let series = SERIES.iter().find(|series| series.name == name);
-                    options.kernels.push(series.ok_or_else(|| format!("no kernel {name}; {USAGE}"))?.name);
-                }
-                None => return Err(USAGE.into()),
-            },
+            "--arch" => {
+                let named = |arch: &&&Arch| Some(arch.name) == words.clone().next().copied();
+                options.arch = arch::ALL.iter().find(named).ok_or(USAGE)?;
+                words.next();
+            }
+            "--kernel" => kernels.push(*words.next().ok_or(USAGE)?),
             "--shell" => options.shell = true,
             "--check" => options.check = true,
             "--table" => options.table = true,
@@ -196,8 +189,15 @@ fn parse(arguments: &[&str]) -> Result<Options, String> {
             _ => return Err(format!("unknown argument {word}; {USAGE}")),
         }
     }
+    for name in kernels {
+        match options.arch.series(name) {
+            Some(series) => options.kernels.push(series.name),
+            None if name == "all" => options.kernels.extend(options.arch.series.iter().map(|series| series.name)),
+            None => return Err(format!("no kernel {name} for {}; {USAGE}", options.arch.name)),
+        }
+    }
     if options.kernels.is_empty() {
-        options.kernels.push("6.12");
+        options.kernels.push(options.arch.default);
     }
     if options.table && !options.tests.is_empty() {
         return Err("--table is made by the standard tests: leave the others out".into());
@@ -206,9 +206,9 @@ fn parse(arguments: &[&str]) -> Result<Options, String> {
 }
 
 /// Says what is missing, and how to get it, in one line.
-fn check_host() -> Result<(), String> {
+fn check_host(arch: &Arch) -> Result<(), String> {
     if cfg!(not(target_arch = "x86_64")) {
-        return Err("the guests are x86-64 machines, and so must the host be: they use its programs".into());
+        return Err("the host must be x86-64: some guests use its programs, others a compiler for it".into());
     }
     let folders = search_path();
     let is_there = |name: &str| match name.split_once("/llvm-*/") {
@@ -216,8 +216,12 @@ fn check_host() -> Result<(), String> {
         // An absolute path replaces the folder that it is joined to.
         None => folders.split(':').any(|folder| Path::new(folder).join(name).is_file()),
     };
-    let missing: Vec<&str> =
-        NEEDED.iter().filter(|(program, _)| !is_there(program)).map(|(_, package)| *package).collect();
+    let missing: Vec<&str> = NEEDED
+        .iter()
+        .chain(arch.needed)
+        .filter(|(program, _)| !is_there(program))
+        .map(|(_, package)| *package)
+        .collect();
     if missing.is_empty() {
         return Ok(());
     }
@@ -231,41 +235,74 @@ fn is_of_llvm(entry: io::Result<fs::DirEntry>, file: &str) -> bool {
 }
 
 /// Has Cargo build the tests and note what it would run. Returns the label of each command.
-fn note_all(root: &Path, plan: &Path, options: &Options) -> Result<Vec<String>, String> {
+fn note_all(root: &Path, plan: &Path, folders: Option<&Folders>, options: &Options) -> Result<Vec<String>, String> {
     let mut steps = Vec::new();
+    let build = Build { root, plan, arch: options.arch, folders };
+    build.agent()?;
     if options.tests.is_empty() {
-        for (label, words) in STANDARD {
-            note(root, plan, label, &words.split(' ').collect::<Vec<_>>(), &mut steps)?;
+        for (label, words) in options.arch.standard {
+            build.note(label, &words.split(' ').collect::<Vec<_>>(), &mut steps)?;
         }
     } else {
         let words: Vec<&str> = ["test"].into_iter().chain(options.tests.iter().map(String::as_str)).collect();
-        note(root, plan, &options.tests.join(" "), &words, &mut steps)?;
+        build.note(&options.tests.join(" "), &words, &mut steps)?;
     }
     Ok(steps)
 }
 
-fn note(root: &Path, plan: &Path, label: &str, words: &[&str], steps: &mut Vec<String>) -> Result<(), String> {
-    let runner = format!("target.x86_64-unknown-linux-gnu.runner=[{:?}, \"guest-record\"]", plan.join(AGENT));
-    // A test that is skipped passes, and says so where libtest hides it.
-    let shown: &[&str] = match words {
-        ["test", rest @ ..] if rest.contains(&"--") => &["--show-output"],
-        ["test", ..] => &["--", "--show-output"],
-        _ => &[],
-    };
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let status = Command::new(cargo)
-        .args(["--config", &runner])
-        .args(words)
-        .args(shown)
-        .env(record::PLAN, plan)
-        .current_dir(root)
-        .status()
-        .map_err(|error| format!("cargo: {error}"))?;
-    if !status.success() {
-        return Err(format!("cargo {} failed", words.join(" ")));
+/// The folders of what is not of the host's kind.
+fn folders(store: &Path, arch: &Arch) -> Result<Option<Folders>, String> {
+    arch.foreign.map(|foreign| foreign::get(store, arch, foreign)).transpose()
+}
+
+/// How Cargo builds for a machine.
+struct Build<'a> {
+    root: &'a Path,
+    plan: &'a Path,
+    arch: &'static Arch,
+    folders: Option<&'a Folders>,
+}
+
+impl Build<'_> {
+    fn cargo(&self) -> Command {
+        if let Some(folders) = self.folders {
+            return foreign::cargo(self.root, folders, self.arch);
+        }
+        let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        command.current_dir(self.root);
+        command
     }
-    steps.resize(record::count(plan), label.to_owned());
-    Ok(())
+
+    /// Puts this program, built for the machine, where the machine finds it.
+    fn agent(&self) -> Result<(), String> {
+        let mut built = self.plan.join(AGENT);
+        if self.folders.is_some() {
+            foreign::fetch(self.root)?;
+            run_cargo(self.cargo().args(["build", "-p", "xtask"]))?;
+            let folder = self.root.join("target/guest").join(self.arch.name).join("build");
+            built = folder.join(self.arch.triple).join("debug/xtask");
+        }
+        let copied = fs::copy(&built, self.plan.join(INSIDE));
+        copied.map(drop).map_err(|error| format!("{}: {error}", built.display()))
+    }
+
+    fn note(&self, label: &str, words: &[&str], steps: &mut Vec<String>) -> Result<(), String> {
+        let runner = format!("target.{}.runner=[{:?}, \"guest-record\"]", self.arch.triple, self.plan.join(AGENT));
+        // A test that is skipped passes, and says so where libtest hides it.
+        let shown: &[&str] = match words {
+            ["test", rest @ ..] if rest.contains(&"--") => &["--show-output"],
+            ["test", ..] => &["--", "--show-output"],
+            _ => &[],
+        };
+        run_cargo(self.cargo().args(["--config", &runner]).args(words).args(shown).env(record::PLAN, self.plan))?;
+        steps.resize(record::count(self.plan), label.to_owned());
+        Ok(())
+    }
+}
+
+fn run_cargo(command: &mut Command) -> Result<(), String> {
+    let status = command.status().map_err(|error| format!("cargo: {error}"))?;
+    if status.success() { Ok(()) } else { Err("Cargo failed; its errors are above".into()) }
 }
 
 /// The folders of programs, those for administrators included.

@@ -1,6 +1,7 @@
 //! The initial file system: an archive in the format "newc" of cpio, and the modules that mount the
 //! host's root folder.
 
+use super::arch::Folders;
 use super::kernel::Kernel;
 use std::fmt::Write;
 use std::fs;
@@ -8,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// What has to be loaded before modules can be read from the host.
-const MODULES: &[&str] = &["virtio_pci", "9pnet_virtio", "9p", "overlay"];
+const MODULES: &[&str] = &["virtio_pci", "9pnet_virtio", "9p", "overlay", "virtio_console"];
 
 /// An archive of folders and files.
 #[derive(Default)]
@@ -54,12 +55,13 @@ impl Archive {
 }
 
 /// Makes the initial file system of a kernel; `environment` is a shell script that sets variables.
-pub(crate) fn make(kernel: &Kernel, environment: &str) -> Result<Vec<u8>, String> {
+pub(crate) fn make(kernel: &Kernel, folders: Option<&Folders>, environment: &str) -> Result<Vec<u8>, String> {
     let mut archive = Archive::default();
     for folder in ["proc", "sys", "dev", "lower", "upper", "root", "modules"] {
         archive.folder(folder);
     }
-    let busybox = ["/bin/busybox", "/usr/bin/busybox"].iter().find_map(|path| fs::read(path).ok());
+    let root = folders.map_or(Path::new("/"), |folders| &folders.root);
+    let busybox = ["bin/busybox", "usr/bin/busybox"].iter().find_map(|path| fs::read(root.join(path)).ok());
     archive.program("busybox", &busybox.ok_or("busybox cannot be read")?);
     archive.program("init", include_bytes!("init"));
     archive.program("environment", environment.as_bytes());

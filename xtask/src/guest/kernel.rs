@@ -1,9 +1,10 @@
 //! Debian's kernels: which there are, and getting one.
 //!
-//! A kernel is downloaded by `apt-get` and unpacked, not installed. Each suite has lists of its
-//! own, made from the mirror that the host uses, so that the host's own packages are left alone.
-//! What was unpacked once is kept in `target/guest`; to have it renewed, delete it there.
+//! A kernel is downloaded and unpacked, not installed. What was unpacked once is kept in
+//! `target/guest`; to have it renewed, delete it there.
 
+use super::arch::Arch;
+use super::packages::{Apt, output, unpack_all};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -11,20 +12,13 @@ use std::process::Command;
 /// A series of kernels.
 pub(crate) struct Series {
     pub(crate) name: &'static str,
-    suite: &'static str,
+    pub(crate) suite: &'static str,
+    /// What follows the architecture in the names of its packages.
+    pub(crate) flavour: &'static str,
     /// What its tests do without: names of `testkit::Cap` in small letters. A lack of anything else
     /// is a failure.
     pub(crate) lacks: &'static str,
 }
-
-/// From the oldest to the newest.
-pub(crate) const SERIES: &[Series] = &[
-    Series { name: "5.10", suite: "bullseye", lacks: "userfaultfd bpf iouring" },
-    Series { name: "6.1", suite: "bookworm", lacks: "userfaultfd" },
-    Series { name: "6.12", suite: "trixie", lacks: "" },
-    Series { name: "6.18", suite: "trixie-backports", lacks: "" },
-    Series { name: "newest", suite: "trixie-backports", lacks: "" },
-];
 
 /// A kernel that is unpacked.
 pub(crate) struct Kernel {
@@ -37,9 +31,9 @@ pub(crate) struct Kernel {
 
 impl Kernel {
     /// The newest kernel of a series, from the store or, if it is not there, from the mirror.
-    pub(crate) fn get(store: &Path, name: &str) -> Result<Self, String> {
-        let series = SERIES.iter().find(|series| series.name == name).expect("the command line was checked");
-        let folder = store.join("kernels").join(name);
+    pub(crate) fn get(store: &Path, arch: &Arch, name: &str) -> Result<Self, String> {
+        let series = arch.series(name).expect("the command line was checked");
+        let folder = store.join("kernels").join(arch.row(name).replace(", ", "-"));
         let parent = folder.parent().expect("it was just joined");
         let failed = |error| format!("{}: {error}", parent.display());
         fs::create_dir_all(parent).map_err(failed)?;
@@ -47,10 +41,10 @@ impl Kernel {
         let lock = File::create(parent.join("lock")).map_err(failed)?;
         lock.lock().map_err(failed)?;
         if !folder.exists() {
-            let unfinished = folder.with_extension("part");
+            let unfinished = folder.with_file_name(format!("{name}.part"));
             let _ = fs::remove_dir_all(&unfinished);
             fs::create_dir_all(&unfinished).map_err(failed)?;
-            download(store, series, &unfinished)?;
+            download(store, arch, series, &unfinished)?;
             fs::rename(&unfinished, &folder).map_err(failed)?;
         }
         Self::at(series, &folder)
@@ -67,25 +61,17 @@ impl Kernel {
     }
 }
 
-fn download(store: &Path, series: &'static Series, folder: &Path) -> Result<(), String> {
+fn download(store: &Path, arch: &Arch, series: &'static Series, folder: &Path) -> Result<(), String> {
     println!("guest: downloading Debian's kernel {} ({})", series.name, series.suite);
-    let apt = Apt::new(store, series.suite)?;
-    apt.run("apt-get", &["update", "-qq"], store)?;
-    let listed =
-        apt.run("apt-cache", &["search", "--names-only", "^linux-(image|binary|modules|base)-[0-9].*-amd64$"], store)?;
+    let apt = Apt::new(store, &[series.suite], &[arch.debian])?;
+    let pattern = format!("^linux-(image|binary|modules|base)-[0-9].*-{}{}$", arch.debian, series.flavour);
+    let listed = apt.run("apt-cache", &["search", "--names-only", &pattern], store)?;
     let names: Vec<&str> = listed.lines().filter_map(|line| line.split(' ').next()).collect();
     let wanted =
         newest(&names, series.name).ok_or_else(|| format!("{} has no kernel {}", series.suite, series.name))?;
     let packages = packages(&names, wanted);
     apt.run("apt-get", &[&["download", "-qq"], &packages[..]].concat(), folder)?;
-    for name in fs::read_dir(folder).map_err(|error| format!("{}: {error}", folder.display()))? {
-        let path = name.map_err(|error| format!("{}: {error}", folder.display()))?.path();
-        if path.extension().is_some_and(|extension| extension == "deb") {
-            output(Command::new("dpkg-deb").arg("-x").arg(&path).arg(folder))?;
-            // It is unpacked: what stays would be space.
-            let _ = fs::remove_file(&path);
-        }
-    }
+    unpack_all(folder, folder)?;
     let kernel = Kernel::at(series, folder)
         .ok_or_else(|| format!("{} hold no kernel that is known here", packages.join(", ")))?;
     // The program looks below `lib`, whatever the package does.
@@ -108,7 +94,8 @@ fn newest<'a>(names: &[&'a str], series: &str) -> Option<&'a str> {
     let versions = names.iter().filter_map(|name| name.strip_prefix("linux-image-"));
     let versions: Vec<&str> = versions.collect();
     let of_series = |version: &&&str| {
-        let wanted = numbers(series);
+        // Of `6.12-16k`, the flavour is in the names that are searched.
+        let wanted = numbers(series.split('-').next().unwrap_or_default());
         wanted.is_empty() || numbers(version).starts_with(&wanted)
     };
     versions.iter().filter(plain).filter(of_series).max_by_key(|version| numbers(version)).copied()
@@ -121,56 +108,6 @@ fn packages<'a>(names: &[&'a str], version: &str) -> Vec<&'a str> {
     let parts: Vec<&str> = names.iter().filter(of_version).copied().collect();
     let has_modules = parts.iter().any(|name| name.starts_with("linux-modules-"));
     parts.into_iter().filter(|name| has_modules != name.starts_with("linux-image-")).collect()
-}
-
-/// A private set of package lists.
-struct Apt {
-    configuration: PathBuf,
-}
-
-impl Apt {
-    fn new(store: &Path, suite: &str) -> Result<Self, String> {
-        let folder = store.join("apt").join(suite);
-        let failed = |error| format!("{}: {error}", folder.display());
-        for path in ["lists/partial", "cache/archives/partial"] {
-            fs::create_dir_all(folder.join(path)).map_err(failed)?;
-        }
-        let key = "/usr/share/keyrings/debian-archive-keyring.gpg";
-        let source = format!("deb [signed-by={key}] {} {suite} main\n", mirror());
-        fs::write(folder.join("sources.list"), source).map_err(failed)?;
-        let place = folder.display();
-        let settings = format!(
-            "Dir::Etc::sourcelist \"{place}/sources.list\";\nDir::Etc::sourceparts \"/dev/null\";\n\
-             Dir::State::lists \"{place}/lists\";\nDir::Cache \"{place}/cache\";\n\
-             APT::Sandbox::User \"root\";\nAcquire::Languages \"none\";\n"
-        );
-        let configuration = folder.join("apt.conf");
-        fs::write(&configuration, settings).map_err(failed)?;
-        Ok(Self { configuration })
-    }
-
-    fn run(&self, program: &str, arguments: &[&str], folder: &Path) -> Result<String, String> {
-        output(Command::new(program).args(arguments).env("APT_CONFIG", &self.configuration).current_dir(folder))
-    }
-}
-
-/// The mirror of the host's own packages, if it is a Debian.
-fn mirror() -> String {
-    let arguments = ["indextargets", "--format", "$(LABEL) $(REPO_URI)", "Created-By: Packages"];
-    let targets = output(Command::new("apt-get").args(arguments)).unwrap_or_default();
-    let own = targets.lines().find_map(|line| line.strip_prefix("Debian "));
-    own.unwrap_or("http://deb.debian.org/debian/").to_owned()
-}
-
-/// Runs a command for its output.
-fn output(command: &mut Command) -> Result<String, String> {
-    let shown = format!("{command:?}");
-    let output = command.output().map_err(|error| format!("{shown}: {error}"))?;
-    if output.status.success() {
-        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
-    }
-    let errors = String::from_utf8_lossy(&output.stderr);
-    Err(format!("{shown}: {}", errors.lines().next().unwrap_or("it failed without a word")))
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! The emulated machine: its command line, its output, and its end, whichever way that comes.
 
 use super::agent::{self, MARK};
+use super::arch::{Arch, Folders};
 use super::archive;
 use super::kernel::Kernel;
 use std::fmt;
@@ -84,14 +85,17 @@ impl fmt::Display for Outcome {
 
 /// What executes the machine's instructions.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Accelerator {
+pub(crate) enum Accelerator {
     Kvm,
     Emulation,
 }
 
 impl Accelerator {
     /// KVM only where it nests, because the guest needs `/dev/kvm` too.
-    fn of_host() -> Self {
+    fn for_machine(arch: &Arch) -> Self {
+        if arch.foreign.is_some() {
+            return Self::Emulation;
+        }
         let nests = ["kvm_intel", "kvm_amd"].iter().any(|module| {
             let answer = fs::read_to_string(format!("/sys/module/{module}/parameters/nested"));
             answer.is_ok_and(|answer| ["Y", "1"].contains(&answer.trim()))
@@ -99,19 +103,15 @@ impl Accelerator {
         let opens = File::options().read(true).write(true).open("/dev/kvm").is_ok();
         if nests && opens { Self::Kvm } else { Self::Emulation }
     }
-
-    fn arguments(self) -> &'static [&'static str] {
-        match self {
-            Self::Kvm => &["-accel", "kvm", "-cpu", "host"],
-            Self::Emulation => &["-accel", "tcg,thread=multi", "-cpu", "max"],
-        }
-    }
 }
 
 /// A machine to be.
 pub(crate) struct Machine<'a> {
     /// Begins each line that is printed: two machines may run at once.
     pub(crate) prefix: String,
+    pub(crate) arch: &'static Arch,
+    /// What is not of the host's kind.
+    pub(crate) folders: Option<&'a Folders>,
     pub(crate) root: &'a Path,
     pub(crate) store: &'a Path,
     /// Where the notes are.
@@ -126,16 +126,16 @@ impl Machine<'_> {
     /// Gives a shell in the machine.
     pub(crate) fn shell(&self) -> Result<(), String> {
         println!("guest: 'exit' turns the machine off, Ctrl-A X ends it at once");
-        let mut command = self.command(0, true, Accelerator::of_host())?;
-        command.args(["-serial", "mon:stdio"]);
-        let status = command.status().map_err(|error| format!("qemu-system-x86_64: {error}"))?;
+        let mut command = self.command(0, true, Accelerator::for_machine(self.arch))?;
+        self.line(&mut command, ",mux=on,signal=off");
+        let status = command.status().map_err(|error| format!("{}: {error}", self.arch.emulator))?;
         if status.success() { Ok(()) } else { Err(format!("the machine ended with {status}")) }
     }
 
     /// Runs what was noted, and shows its output as it comes.
     pub(crate) fn run(&self, labels: &[String]) -> Result<Vec<Outcome>, String> {
         let mut outcomes = vec![Outcome::default(); labels.len()];
-        let mut accelerator = Accelerator::of_host();
+        let mut accelerator = Accelerator::for_machine(self.arch);
         let mut first = 0;
         let mut retries = 2;
         while let Some(lost) = self.boot(first, accelerator, &mut outcomes)? {
@@ -171,8 +171,9 @@ impl Machine<'_> {
     /// Boots once. Says what is wrong if the machine does not come to the end of the plan.
     fn boot(&self, first: usize, accelerator: Accelerator, outcomes: &mut [Outcome]) -> Result<Option<String>, String> {
         let mut command = self.command(first, false, accelerator)?;
-        command.args(["-serial", "stdio"]).stdin(Stdio::null()).stdout(Stdio::piped());
-        let mut child = command.spawn().map_err(|error| format!("qemu-system-x86_64: {error}"))?;
+        self.line(&mut command, "");
+        command.stdin(Stdio::null()).stdout(Stdio::piped());
+        let mut child = command.spawn().map_err(|error| format!("{}: {error}", self.arch.emulator))?;
         let lines = lines(&mut child);
         let mut running: Option<(usize, Instant)> = None;
         let mut is_list = false;
@@ -227,24 +228,24 @@ impl Machine<'_> {
         let initial = self.scratch.join("initial.cpio");
         let write =
             |path: &Path, bytes: &[u8]| fs::write(path, bytes).map_err(|error| format!("{}: {error}", path.display()));
-        write(&initial, &archive::make(&self.kernel, &self.environment(first, shell))?)?;
+        write(&initial, &archive::make(&self.kernel, self.folders, &self.environment(first, shell))?)?;
         let disks = disks(self.store)?;
         let half = MEGABYTES / 2;
         // It ends with this program, however that ends.
         let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL", "qemu-system-x86_64"]);
-        command.args(["-M", "pc", "-smp", "2", "-m", &MEGABYTES.to_string()]).args(accelerator.arguments());
+        command.args(["--pdeathsig", "KILL", self.arch.emulator]);
+        command.args((self.arch.board)(accelerator)).args(["-smp", "2", "-m", &MEGABYTES.to_string()]);
         for node in 0..2 {
             command.args(["-object", &format!("memory-backend-ram,id=m{node},size={half}M")]);
             command.args(["-numa", &format!("node,memdev=m{node},cpus={node}")]);
         }
         command.args(["-nodefaults", "-display", "none", "-no-reboot"]);
         command.arg("-kernel").arg(&self.kernel.image).arg("-initrd").arg(&initial);
-        // The kernel tries the timer's interrupt while it boots, against a clock that runs on when
-        // the host is busy: under load it finds none, and hangs.
-        let parameters = "console=ttyS0 panic=-1 quiet no_timer_check mmun.guest hugepages=16 transparent_hugepage=always \
-                          numa_balancing=enable";
-        command.args(["-append", parameters]);
+        let parameters = format!(
+            "{} panic=-1 quiet mmun.guest hugepages=16 transparent_hugepage=always numa_balancing=enable",
+            self.arch.parameters
+        );
+        command.args(["-append", &parameters]);
         command.args(["-virtfs", "local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap"]);
         for disk in disks {
             let disk = disk.display().to_string().replace(',', ",,");
@@ -254,6 +255,12 @@ impl Machine<'_> {
         Ok(command)
     }
 
+    /// Adds the line to the host.
+    fn line(&self, command: &mut Command, to: &str) {
+        let (line, _) = self.arch.line;
+        command.args(["-chardev", &format!("stdio,id=line{to}")]).args(line);
+    }
+
     /// What the scripts in the guest have to know.
     fn environment(&self, first: usize, shell: bool) -> String {
         let limit = self.limit.as_secs().to_string();
@@ -261,7 +268,9 @@ impl Machine<'_> {
             ("WORKSPACE", self.root.display().to_string()),
             ("SETUP", self.root.join("xtask/src/guest/setup.sh").display().to_string()),
             ("MODULES", self.kernel.modules.display().to_string()),
-            ("AGENT", self.plan.join(super::AGENT).display().to_string()),
+            ("AGENT", self.plan.join(super::INSIDE).display().to_string()),
+            ("LINE", self.arch.line.1.to_owned()),
+            ("ROOT", self.folders.map(|folders| folders.root.display().to_string()).unwrap_or_default()),
             ("RUN", self.plan.display().to_string()),
             ("SHELL_WANTED", if shell { "yes" } else { "" }.to_owned()),
             (agent::LACKS, self.kernel.series.lacks.to_owned()),

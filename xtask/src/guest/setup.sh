@@ -1,10 +1,10 @@
 #!/bin/sh
-# Inside the guest, with the host's programs: makes a machine that has everything a test may ask for, then runs the agent.
+# Inside the guest, with the host's programs or its own: makes a machine that has everything a test may ask for, then runs the agent.
 # What an old kernel lacks fails here without a word, and is named by the test that misses it.
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8
 exec 2>/dev/console
 
-mkdir -p /dev/shm /dev/pts /run /tmp /lib/modules
+mkdir -p /dev/shm /dev/pts /run /tmp /lib/modules /root
 # MPI wants a name of the machine.
 echo guest >/proc/sys/kernel/hostname
 mount -t tmpfs tmpfs /dev/shm
@@ -52,10 +52,10 @@ ip link add dummy0 type dummy && ip address add 192.0.2.1/24 dev dummy0 && ip li
 rdma link add rxe0 type rxe netdev dummy0
 
 if [ -n "$SHELL_WANTED" ]; then
-    stty -F /dev/ttyS1 sane
-    cd "$WORKSPACE" && setsid -c /bin/bash -i <>/dev/ttyS1 >&0 2>&0
+    stty -F "/dev/$LINE" sane
+    cd "$WORKSPACE" && setsid -c /bin/bash -i <>"/dev/$LINE" >&0 2>&0
 else
-    stty -F /dev/ttyS1 raw -echo
-    "$AGENT" guest-agent "$RUN" <>/dev/ttyS1 >&0
+    stty -F "/dev/$LINE" raw -echo
+    "$AGENT" guest-agent "$RUN" <>"/dev/$LINE" >&0
 fi
 busybox poweroff -f

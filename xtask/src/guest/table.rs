@@ -1,7 +1,6 @@
 //! `docs/kernels.md`: what passes under which kernel, as the rig found it.
 
-use super::STANDARD;
-use super::kernel::SERIES;
+use super::arch::{ALL, Arch};
 use super::machine::Outcome;
 use std::fs;
 use std::path::Path;
@@ -13,6 +12,7 @@ const END: &str = "<!-- end -->\n";
 /// Writes the row of a kernel, and leaves the others.
 pub(crate) fn enter(
     root: &Path,
+    arch: &Arch,
     series: &str,
     version: &str,
     labels: &[String],
@@ -21,13 +21,15 @@ pub(crate) fn enter(
     let path = root.join("docs/kernels.md");
     let failed = |error| format!("{}: {error}", path.display());
     let text = fs::read_to_string(&path).map_err(failed)?;
-    let cells: Vec<String> = STANDARD
+    let cells: Vec<String> = labels_of_all()
         .iter()
-        .map(|(label, _)| {
+        .map(|label| {
             let of_label = labels.iter().zip(results).filter(|(step, _)| step == label);
-            Outcome::cell(&of_label.map(|(_, outcome)| outcome).collect::<Vec<_>>())
+            let outcomes: Vec<_> = of_label.map(|(_, outcome)| outcome).collect();
+            if outcomes.is_empty() { "not run".to_owned() } else { Outcome::cell(&outcomes) }
         })
         .collect();
+    let series = &arch.row(series);
     let row = format!("| {series} | {version} | {} |\n", cells.join(" | "));
     let text = with_row(&text, series, &row).ok_or_else(|| format!("{} has no table of the rig's", path.display()))?;
     fs::write(&path, text).map_err(failed)
@@ -40,10 +42,23 @@ fn with_row(text: &str, series: &str, row: &str) -> Option<String> {
     let mut rows: Vec<String> = table.lines().skip(2).map(|line| format!("{line}\n")).collect();
     rows.retain(|line| key(line) != series);
     rows.push(row.to_owned());
-    rows.sort_by_key(|row| SERIES.iter().position(|series| series.name == key(row)));
-    let labels: Vec<&str> = STANDARD.iter().map(|(label, _)| *label).collect();
+    let known: Vec<String> =
+        ALL.iter().flat_map(|arch| arch.series.iter().map(|series| arch.row(series.name))).collect();
+    rows.sort_by_key(|row| known.iter().position(|name| *name == key(row)));
+    let labels = labels_of_all();
     let head = format!("| kernel | version | {} |\n|{}\n", labels.join(" | "), " --- |".repeat(labels.len() + 2));
     Some(format!("{before}{BEGIN}{head}{}{END}{after}", rows.concat()))
+}
+
+/// The columns: the steps of all kinds of machines, each once.
+fn labels_of_all() -> Vec<&'static str> {
+    let mut labels = Vec::new();
+    for (label, _) in ALL.iter().flat_map(|arch| arch.standard) {
+        if !labels.contains(label) {
+            labels.push(label);
+        }
+    }
+    labels
 }
 
 #[cfg(test)]

@@ -21,6 +21,13 @@ fn line_of(pid: i32, address: u64) -> String {
     maps.lines().find(holds).unwrap_or_else(|| panic!("{address:#x} is not mapped:\n{maps}")).to_owned()
 }
 
+/// `syscall`.
+#[cfg(target_arch = "x86_64")]
+const INSTRUCTION: [u8; 2] = [0x0f, 0x05];
+/// `svc #0`.
+#[cfg(target_arch = "aarch64")]
+const INSTRUCTION: [u8; 4] = [0x01, 0x00, 0x00, 0xd4];
+
 struct Probe;
 static SEEN: AtomicU32 = AtomicU32::new(0);
 
@@ -33,9 +40,10 @@ impl Notifier for Probe {
         assert!(code.contains(" r-xp "), "{code}");
         let stack = line_of(current.task.pid, registers.sp);
         assert!(stack.contains("[stack]"), "{stack}");
-        let (mut call, mut word) = ([0; 2], [0; 8]);
-        assert_eq!(current.read_memory(registers.ip - 2, &mut call), 2);
-        assert_eq!(call, [0x0f, 0x05], "the instruction that it stands behind is `syscall`");
+        let (mut call, mut word) = (INSTRUCTION, [0; 8]);
+        call.fill(0);
+        assert_eq!(current.read_memory(registers.ip - call.len() as u64, &mut call), call.len());
+        assert_eq!(call, INSTRUCTION, "the instruction that it stands behind makes calls");
         assert_eq!(current.read_memory(registers.sp, &mut word), 8);
         assert_eq!(current.read_memory(0, &mut word), 0);
         SEEN.fetch_add(1, Relaxed);

@@ -147,9 +147,9 @@ pub(in super::super) fn syscall_info(tid: Pid) -> io::Result<Option<SyscallInfo>
 
 /// The type that the libraries declare the first argument of `ptrace` with.
 #[cfg(target_env = "musl")]
-type Request = std::ffi::c_int;
+pub(super) type Request = std::ffi::c_int;
 #[cfg(not(target_env = "musl"))]
-type Request = std::ffi::c_uint;
+pub(super) type Request = std::ffi::c_uint;
 
 const PTRACE_GET_SYSCALL_INFO: Request = 0x420e;
 

@@ -185,7 +185,8 @@ pub(crate) fn refused() {
     assert_eq!(munmap(PAGE, 0), EINVAL);
     assert_eq!(munmap(top, 2 * PAGE), EINVAL, "it runs past the last address, so there is no range");
     assert_eq!(munmap(u64::MAX, u64::MAX), EINVAL);
-    let beyond = 1 << 60;
+    // Beyond any address space, and no tag of an address.
+    let beyond = 1 << 54;
     script.unmap("munmap", beyond, PAGE, munmap(beyond, PAGE));
     script.seen("madvise", "clear", beyond, PAGE, call(libc::SYS_madvise, &[beyond, PAGE, 4]));
     script.unmap("mremap", beyond, PAGE, call(libc::SYS_mremap, &[beyond, PAGE, 2 * PAGE, 1]));

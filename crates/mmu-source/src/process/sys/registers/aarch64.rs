@@ -21,7 +21,13 @@ const PSR_MODE32_BIT: u64 = 0x10;
 const NO_CALL: c_int = -1;
 
 /// Has the kernel read or write a set, as far as it and the buffer go, and returns how many bytes.
-fn set_of(request: super::super::Request, tid: Pid, set: c_int, at: usize, length: usize) -> io::Result<usize> {
+fn set_of(
+    request: super::super::requests::Request,
+    tid: Pid,
+    set: c_int,
+    at: usize,
+    length: usize,
+) -> io::Result<usize> {
     let mut vector = libc::iovec { iov_base: std::ptr::without_provenance_mut(at), iov_len: length };
     ptrace(request, tid, set as usize, (&raw mut vector).addr())?;
     Ok(vector.iov_len)

@@ -1,0 +1,95 @@
+//! A word of a thread on aarch64.
+
+/// How code reaches a word that [`thread_word`](crate::thread_word) has declared.
+#[doc(hidden)]
+#[macro_export]
+macro_rules! thread_word_access {
+    ($name:ident) => {
+        #[allow(unsafe_code, reason = "a word in assembly, which nothing else names")]
+        const _: () = {
+            impl $name {
+                /// Where the word is, counted from the thread pointer: the same in all threads.
+                #[inline(always)]
+                fn offset() -> u64 {
+                    let offset;
+                    // SAFETY: it loads the offset, which the loader has stored before any code of
+                    // this library runs and which never changes.
+                    unsafe {
+                        ::core::arch::asm!(
+                            concat!("adrp {offset}, :gottprel:", $crate::thread_word!(@symbol $name)),
+                            concat!(
+                                "ldr {offset}, [{offset}, :gottprel_lo12:",
+                                $crate::thread_word!(@symbol $name),
+                                "]"
+                            ),
+                            offset = out(reg) offset,
+                            options(pure, nomem, nostack, preserves_flags),
+                        );
+                    }
+                    offset
+                }
+
+                #[inline(always)]
+                fn get(self) -> u64 {
+                    let value;
+                    // SAFETY: it reads eight bytes of the calling thread, which live as long as
+                    // the thread does. `nomem`: no Rust code can reach them, only this block and
+                    // that of `set`, which are not `pure` and so stay in order.
+                    unsafe {
+                        ::core::arch::asm!(
+                            "mrs {value}, tpidr_el0",
+                            "ldr {value}, [{value}, {offset}]",
+                            value = out(reg) value,
+                            offset = in(reg) Self::offset(),
+                            options(nomem, nostack, preserves_flags),
+                        );
+                    }
+                    value
+                }
+
+                /// Adds. A signal handler that comes between the instructions leaves the word as
+                /// it found it.
+                #[allow(dead_code, reason = "most words are no counters")]
+                #[inline(always)]
+                fn add<const AMOUNT: i32>(self) {
+                    self.set(self.get().wrapping_add_signed(AMOUNT as i64));
+                }
+
+                /// Sets it, and keeps the compiler from moving accesses to memory across: for a
+                /// mark that says to signal handlers what they have interrupted.
+                #[allow(dead_code, reason = "most words are no marks")]
+                #[inline(always)]
+                fn mark(self, value: u64) {
+                    // SAFETY: as in `get`. Without `nomem` the compiler takes it for an access to
+                    // any memory.
+                    unsafe {
+                        ::core::arch::asm!(
+                            "mrs {thread}, tpidr_el0",
+                            "str {value}, [{thread}, {offset}]",
+                            thread = out(reg) _,
+                            value = in(reg) value,
+                            offset = in(reg) Self::offset(),
+                            options(nostack, preserves_flags),
+                        );
+                    }
+                }
+
+                #[allow(dead_code, reason = "some words are only marks")]
+                #[inline(always)]
+                fn set(self, value: u64) {
+                    // SAFETY: as in `get`.
+                    unsafe {
+                        ::core::arch::asm!(
+                            "mrs {thread}, tpidr_el0",
+                            "str {value}, [{thread}, {offset}]",
+                            thread = out(reg) _,
+                            value = in(reg) value,
+                            offset = in(reg) Self::offset(),
+                            options(nomem, nostack, preserves_flags),
+                        );
+                    }
+                }
+            }
+        };
+    };
+}

@@ -1,0 +1,96 @@
+//! A word of a thread on x86-64.
+
+/// How code reaches a word that [`thread_word`](crate::thread_word) has declared.
+#[doc(hidden)]
+#[macro_export]
+macro_rules! thread_word_access {
+    ($name:ident) => {
+        #[allow(unsafe_code, reason = "a word in assembly, which nothing else names")]
+        const _: () = {
+            impl $name {
+                /// Where the word is, counted from the thread pointer: the same in all threads.
+                #[inline(always)]
+                fn offset() -> u64 {
+                    let offset;
+                    // SAFETY: it loads the offset, which the loader has stored before any code of
+                    // this library runs and which never changes.
+                    unsafe {
+                        ::core::arch::asm!(
+                            concat!(
+                                "mov {offset}, qword ptr [rip + ",
+                                $crate::thread_word!(@symbol $name),
+                                "@GOTTPOFF]"
+                            ),
+                            offset = out(reg) offset,
+                            options(pure, nomem, nostack, preserves_flags),
+                        );
+                    }
+                    offset
+                }
+
+                #[inline(always)]
+                fn get(self) -> u64 {
+                    let value;
+                    // SAFETY: it reads eight bytes of the calling thread, which live as long as
+                    // the thread does. `nomem`: no Rust code can reach them, only this block and
+                    // that of `set`, which are not `pure` and so stay in order.
+                    unsafe {
+                        ::core::arch::asm!(
+                            "mov {value}, qword ptr fs:[{offset}]",
+                            value = out(reg) value,
+                            offset = in(reg) Self::offset(),
+                            options(nomem, nostack, preserves_flags),
+                        );
+                    }
+                    value
+                }
+
+                /// Adds in one instruction, for a counter on a fast path.
+                #[allow(dead_code, reason = "most words are no counters")]
+                #[inline(always)]
+                fn add<const AMOUNT: i32>(self) {
+                    // SAFETY: as in `get`.
+                    unsafe {
+                        ::core::arch::asm!(
+                            "add qword ptr fs:[{offset}], {amount}",
+                            offset = in(reg) Self::offset(),
+                            amount = const AMOUNT,
+                            options(nomem, nostack),
+                        );
+                    }
+                }
+
+                /// Sets it, and keeps the compiler from moving accesses to memory across: for a
+                /// mark that says to signal handlers what they have interrupted.
+                #[allow(dead_code, reason = "most words are no marks")]
+                #[inline(always)]
+                fn mark(self, value: u64) {
+                    // SAFETY: as in `get`. Without `nomem` the compiler takes it for an access to
+                    // any memory.
+                    unsafe {
+                        ::core::arch::asm!(
+                            "mov qword ptr fs:[{offset}], {value}",
+                            value = in(reg) value,
+                            offset = in(reg) Self::offset(),
+                            options(nostack, preserves_flags),
+                        );
+                    }
+                }
+
+                #[allow(dead_code, reason = "some words are only marks")]
+                #[inline(always)]
+                fn set(self, value: u64) {
+                    // SAFETY: as in `get`.
+                    unsafe {
+                        ::core::arch::asm!(
+                            "mov qword ptr fs:[{offset}], {value}",
+                            value = in(reg) value,
+                            offset = in(reg) Self::offset(),
+                            options(nomem, nostack, preserves_flags),
+                        );
+                    }
+                }
+            }
+        };
+    };
+}

@@ -1,0 +1,52 @@
+//! x86-64: the machine has the host's root folder.
+
+use super::super::kernel::Series;
+use super::super::machine::Accelerator;
+use super::Arch;
+
+pub(super) const ARCH: Arch = Arch {
+    name: "x86_64",
+    debian: "amd64",
+    triple: "x86_64-unknown-linux-gnu",
+    emulator: "qemu-system-x86_64",
+    series: &[
+        Series { name: "5.10", suite: "bullseye", flavour: "", lacks: "userfaultfd bpf iouring" },
+        Series { name: "6.1", suite: "bookworm", flavour: "", lacks: "userfaultfd" },
+        Series { name: "6.12", suite: "trixie", flavour: "", lacks: "" },
+        Series { name: "6.18", suite: "trixie-backports", flavour: "", lacks: "" },
+        Series { name: "newest", suite: "trixie-backports", flavour: "", lacks: "" },
+    ],
+    default: "6.12",
+    standard: &[
+        // Each test of the broker loads programs in several processes, and the emulated kernel
+        // takes long to verify them.
+        ("kernel source", "test -p mmu-source --lib --test it -- kernel --skip broker"),
+        ("kernel cache", "test -p regcache --test it -- kernel uring"),
+        ("coverage", "test -p mmun --test it -- coverage::the_kernel_misses_nothing"),
+        ("RDMA", "test -p regcache-rdma --features verbs --test it -- --skip torture --skip a_peer_that_is_killed"),
+        ("stress kernel", "run -p stress -- kernel --seconds 5"),
+        ("trace", "test -p mmu-source --test it -- again:: calls:: death::"),
+    ],
+    needed: &[
+        ("qemu-system-x86_64", "qemu-system-x86"),
+        ("busybox", "busybox-static"),
+        ("python3", "python3"),
+        ("rdma", "iproute2"),
+        // What the tests of `regcache-rdma` are built with, and run with.
+        ("cmake", "cmake"),
+        ("/usr/lib/llvm-*/lib/libclang.so", "libclang-dev"),
+        ("/etc/libibverbs.d/rxe.driver", "ibverbs-providers"),
+    ],
+    board: |accelerator| {
+        let processor = match accelerator {
+            Accelerator::Kvm => ["-accel", "kvm", "-cpu", "host"],
+            Accelerator::Emulation => ["-accel", "tcg,thread=multi", "-cpu", "max"],
+        };
+        ["-M", "pc"].into_iter().chain(processor).map(str::to_owned).collect()
+    },
+    // The kernel tries the timer's interrupt while it boots, against a clock that runs on when the
+    // host is busy: under load it finds none, and hangs.
+    parameters: "console=ttyS0 no_timer_check",
+    line: (&["-serial", "chardev:line"], "ttyS1"),
+    foreign: None,
+};
