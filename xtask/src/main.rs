@@ -1,12 +1,13 @@
 //! The project's own chores: `cargo xtask tidy` checks what rustc does not, `cargo xtask ci` is the
 //! whole gate, `cargo xtask features` tests crates with parts of their features, `cargo xtask
-//! packages` each as it will be published, `cargo xtask guest` runs tests under other kernels, and
+//! packages` each as it will be published, `cargo xtask guest` runs tests under other kernels,
 //! `cargo xtask surroundings` runs those of the sources where loader and allocator behave
-//! differently.
+//! differently, and `cargo xtask mutants` breaks the code and demands that a test fails.
 
 mod ci;
 mod features;
 mod guest;
+mod mutants;
 mod packages;
 mod surroundings;
 mod tidy;
@@ -26,11 +27,12 @@ fn main() -> ExitCode {
         ["surroundings"] => surroundings::run(&root()),
         ["surroundings", "--probe"] => surroundings::probe(),
         ["features"] => features::run(&root()),
+        ["mutants", ref names @ ..] => mutants::run(&root(), names),
         ["packages"] => packages::run(&root()),
         ["guest", ref arguments @ ..] => guest::run(&root(), arguments),
         ["guest-agent", plan] => guest::agent::run(Path::new(plan)),
         _ => {
-            eprintln!("usage: cargo xtask {{tidy | ci | features | packages | guest | surroundings}}");
+            eprintln!("usage: cargo xtask {{tidy | ci | features | packages | guest | surroundings | mutants}}");
             ExitCode::from(2)
         }
     }

@@ -45,6 +45,7 @@ pub(crate) fn run(root: &Path) -> ExitCode {
     chains::check(&sources, &mut complaints);
     orders(root, &sources, &mut complaints);
     scenarios(root, &sources, &mut complaints);
+    crate::mutants::tidy(root, &mut complaints);
     for complaint in &complaints {
         eprintln!("tidy: {complaint}");
     }

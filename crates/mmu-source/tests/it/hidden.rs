@@ -2,9 +2,10 @@
 
 use std::sync::mpsc;
 use std::thread;
+use std::time::Duration;
 
 use mmu_source::process::{ExitStatus, Options};
-use testkit::{Cap, require};
+use testkit::{Cap, require, rounds};
 
 use crate::log::{Record, Recorder, Trace, hex, trace_with};
 
@@ -119,4 +120,33 @@ fn a_filter_of_the_programs_own_that_asks_for_a_tracer_finds_none() {
         assert_eq!(trace.stdout, format!("mprotect {refused}\ngetppid {refused}\n"), "with our filter: {seccomp}");
         assert_eq!(trace.status, ExitStatus::Code(0));
     }
+}
+
+/// Takes `/proc` away from this thread and what it starts.
+fn give_up_proc() {
+    // SAFETY: integers; the thread has a copy of the mounts from here on.
+    assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNS) }, 0);
+    let (none, private) = (std::ptr::null(), libc::MS_REC | libc::MS_PRIVATE);
+    // SAFETY: live strings and nulls, as the call takes them for a change of propagation.
+    assert_eq!(unsafe { libc::mount(none, c"/".as_ptr(), none, private, none.cast()) }, 0);
+    // SAFETY: a live string.
+    assert_eq!(unsafe { libc::umount2(c"/proc".as_ptr(), libc::MNT_DETACH) }, 0);
+}
+
+#[test]
+fn a_parent_killed_while_it_forks_leaves_no_child_behind_without_proc() {
+    if !require(Cap::Ptrace) || !require(Cap::Root) {
+        return;
+    }
+    let (end, ended) = mpsc::channel();
+    thread::spawn(move || {
+        give_up_proc();
+        for _ in 0..rounds(25) {
+            // The run would not end if a child stayed stopped for want of a parent to name it.
+            let trace = trace_with(Options::default(), Recorder::new(), &["forks-and-dies", "20"]);
+            assert_eq!(trace.status, ExitStatus::Signal(libc::SIGKILL));
+        }
+        end.send(()).expect("the test waits");
+    });
+    assert_eq!(ended.recv_timeout(Duration::from_secs(240)), Ok(()), "a child stays stopped");
 }
