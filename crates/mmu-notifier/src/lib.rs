@@ -111,6 +111,7 @@ mod mm;
 mod notifier;
 #[expect(unsafe_code, reason = "a guard beside what it borrows from")]
 mod owned_guard;
+mod pending;
 mod range;
 #[expect(unsafe_code, reason = "its users give the memory")]
 pub mod raw;

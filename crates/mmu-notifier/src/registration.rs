@@ -1,7 +1,7 @@
 //! Registration: for callers that make a notifier and later take it back.
 
+use crate::pending::Pending;
 use crate::subscriptions::NodeRef;
-use crate::subsystem::Pending;
 use crate::sync::{Arc, mutant};
 use crate::{
     Mm, MmWithUser, MmapWriteGuard, Notifier, RegisterError, UnregisterError, WouldDeadlock, context, lockdep,

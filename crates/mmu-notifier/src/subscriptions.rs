@@ -32,7 +32,7 @@ pub(crate) use node::{NodeRef, NotCounted};
 
 use crate::interval::Window;
 use crate::owned_guard::OwnedGuard;
-use crate::subsystem::Pending;
+use crate::pending::Pending;
 use crate::sync::atomic::{AtomicPtr, Ordering};
 use crate::sync::{Arc, Mutex, lock, mutant};
 use crate::{InvalidateRange, Mm, Notifier, WouldBlock, context};

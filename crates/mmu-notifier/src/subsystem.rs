@@ -1,10 +1,10 @@
 //! A subsystem: one instance of the operations table, and the key by which it finds its notifier on
 //! an address space.
 
+use crate::pending::Pending;
 use crate::subscription::Subscription;
 use crate::subscriptions::{NodeRef, NotCounted};
-use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use crate::sync::{Arc, Condvar, Mutex, forks, lock, mutant};
+use crate::sync::{Arc, forks};
 use crate::{
     GetError, MmWithUser, MmapWriteGuard, Notifier, RegisterError, Registration, WouldDeadlock, context, lockdep,
     registration,
@@ -338,110 +338,4 @@ impl<N, E, F> fmt::Debug for Subsystem<N, E, F> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Subsystem").field("pending", &self.pending.get()).finish_non_exhaustive()
     }
-}
-
-/// The frees of one subsystem that are queued and not done, in two banks.
-///
-/// 1. A put counts its free in the current bank.
-/// 2. `synchronize` waits until the other bank is empty, and makes that bank current.
-/// 3. Then it waits until the first bank is empty.
-///
-/// Every free queued before the call is in one of the two banks, so `synchronize` waits for all of
-/// them. New puts cannot delay it for ever, because it never waits for the bank that new puts fill.
-/// A put that read `current` before step 2 may still count in the first bank; there are finitely
-/// many such puts.
-///
-/// A `Pending` belongs to one process. In the child of a fork, threads that exist in the parent
-/// only may hold its locks or owe it counts. So the child leaves it alone and makes a new one. The
-/// new one is made without a lock, for the same reason.
-#[derive(Debug)]
-pub(crate) struct Pending {
-    pub(crate) users_max: u32,
-    /// The value of [`forks`] in the process that made it.
-    forks: usize,
-    /// The `Pending` that a forked child made, in the child.
-    child: OnceBox<Arc<Pending>>,
-    /// Both counts in one word, so that one load sees both.
-    banks: AtomicU64,
-    current: AtomicUsize,
-    /// Held by the one running `synchronize`.
-    turn: Mutex<()>,
-    emptied: (Mutex<()>, Condvar),
-}
-
-impl Pending {
-    fn new(users_max: u32) -> Self {
-        Self {
-            users_max,
-            forks: forks(),
-            child: OnceBox::new(),
-            banks: AtomicU64::new(0),
-            current: AtomicUsize::new(0),
-            turn: Mutex::new(()),
-            emptied: (Mutex::new(()), Condvar::new()),
-        }
-    }
-
-    /// Counts a free that is about to be queued, and returns its bank.
-    pub(crate) fn queued(&self) -> u8 {
-        // ORDER: Relaxed is enough. If the put happened before `synchronize`, that relation makes
-        // the count visible to it, in whichever bank it is. If the put did not, `synchronize` need
-        // not see it.
-        let bank = self.current.load(Ordering::Relaxed);
-        self.banks.fetch_add(one(bank), Ordering::Relaxed);
-        u8::from(bank != 0)
-    }
-
-    /// Counts a free as done.
-    pub(crate) fn freed(&self, bank: u8) {
-        if self.forks != forks() {
-            // The value's drop forked, and this is the child, in which no thread waits.
-            return;
-        }
-        // ORDER(core-freed): orders the free before the count. Partner: the load in `wait_for`.
-        // Weaker, `synchronize` could return before the effects of the free are visible.
-        let order = if mutant("freed_relaxed") { Ordering::Relaxed } else { Ordering::Release };
-        let bank = usize::from(bank);
-        if count(self.banks.fetch_sub(one(bank), order), bank) == 1 {
-            // Under the lock, so that the notification cannot fall between a waiter's check and its
-            // sleep.
-            let _lock = lock(&self.emptied.0);
-            self.emptied.1.notify_all();
-        }
-    }
-
-    fn synchronize(&self) {
-        let _turn = lock(&self.turn);
-        let current = self.current.load(Ordering::Relaxed);
-        if !mutant("one_bank") {
-            self.wait_for(1 - current);
-        }
-        self.current.store(1 - current, Ordering::Relaxed);
-        self.wait_for(current);
-    }
-
-    /// Tells whether no free is queued. A put inside a free is counted before that free is done, so
-    /// no chain is missed.
-    fn is_idle(&self) -> bool {
-        // ORDER(core-freed): partner of the subtraction in `freed`.
-        self.banks.load(Ordering::Acquire) == 0
-    }
-
-    fn wait_for(&self, bank: usize) {
-        let mut emptied = lock(&self.emptied.0);
-        // ORDER(core-freed): partner of the subtraction in `freed`.
-        while count(self.banks.load(Ordering::Acquire), bank) != 0 {
-            emptied = self.emptied.1.wait(emptied).unwrap_or_else(std::sync::PoisonError::into_inner);
-        }
-    }
-}
-
-/// One free in a bank. More than 2^32 cannot be queued, because their nodes would not fit into
-/// memory.
-const fn one(bank: usize) -> u64 {
-    1 << (32 * bank)
-}
-
-const fn count(banks: u64, bank: usize) -> u64 {
-    (banks >> (32 * bank)) & 0xffff_ffff
 }

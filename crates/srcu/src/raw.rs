@@ -22,6 +22,8 @@ pub(crate) mod ids;
 pub(crate) mod lock;
 #[cfg(not(mmun_loom))]
 mod pages;
+#[cfg(not(mmun_loom))]
+mod place;
 pub(crate) mod reclaimer;
 pub(crate) mod slot;
 pub(crate) mod state;

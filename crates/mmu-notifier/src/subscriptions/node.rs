@@ -30,7 +30,7 @@ mod raw;
 pub use raw::{Embedded, SurplusPut};
 
 use crate::context;
-use crate::subsystem::Pending;
+use crate::pending::Pending;
 use crate::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, Ordering};
 use crate::sync::{Arc, mutant};
 use crate::{InvalidateRange, Mm, Notifier, WouldBlock, lockdep};

@@ -19,7 +19,7 @@
 use super::die;
 use super::lock::Lock;
 use super::pages;
-use super::table::{self, BUCKETS, Place};
+use super::place::{self, BUCKETS, Place};
 use super::thread::Blocked;
 use std::mem::MaybeUninit;
 use std::ptr;
@@ -95,9 +95,9 @@ fn claim() -> Place {
 
 /// Makes number `high` and owns it. The caller holds the lock.
 fn add(high: usize) -> usize {
-    let (bucket, _) = table::split(high);
+    let (bucket, _) = place::split(high);
     if bucket < BUCKETS && CHUNKS[bucket].load(Ordering::Relaxed).is_null() {
-        let chunk = pages::map(table::slots_in(bucket) * size_of::<Mutex>());
+        let chunk = pages::map(place::slots_in(bucket) * size_of::<Mutex>());
         // ORDER(srcu-lock): Relaxed will do for everything here but the child of a fork, which has
         // one thread: all others look under the lock.
         CHUNKS[bucket].store(chunk.as_ptr().cast(), Ordering::Relaxed);
@@ -112,7 +112,7 @@ fn add(high: usize) -> usize {
 }
 
 fn mutex(id: usize) -> *mut Mutex {
-    let (bucket, at) = table::split(id);
+    let (bucket, at) = place::split(id);
     let Some(chunk) = CHUNKS.get(bucket) else { die("more threads than Linux can have") };
     // SAFETY: The offset must stay within the allocation: `add` maps room for all numbers of a
     // bucket, and every caller has a number that `add` has been called for.

@@ -11,7 +11,7 @@
 
 use super::die;
 use super::lock::Lock;
-use super::table::BUCKETS;
+use super::place::BUCKETS;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 

@@ -248,13 +248,13 @@ mod pool {
     use super::{AtomicPtr, Ordering, State, Table, barrier, ptr};
     use crate::raw::lock::Lock;
     use crate::raw::slot::Slot;
-    use crate::raw::{fork, pages, table};
+    use crate::raw::{fork, pages, place};
     use std::mem::offset_of;
 
     #[repr(C)]
     struct Page {
         state: State,
-        slots: [Slot; table::INLINE],
+        slots: [Slot; place::INLINE],
     }
 
     const _: () = assert!(size_of::<Page>() == pages::PAGE, "a domain with its first slots is one page");
@@ -305,7 +305,7 @@ mod pool {
         let slots: *mut Slot = unsafe { state.byte_add(offset_of!(Page, slots)).cast() };
         // SAFETY: Writing needs memory that is ours: a new page, or a state that was free. All
         // zeroes are valid slots.
-        unsafe { slots.write_bytes(0, table::INLINE) };
+        unsafe { slots.write_bytes(0, place::INLINE) };
         // SAFETY: Wants zeroed slots for the life of the table: the rest of the page that the table
         // is in.
         let table = unsafe { Table::with_first(slots) };
