@@ -58,6 +58,7 @@ const STEPS: &[Step] = &[
          --exclude xtask --target-dir target/oldest",
     )
     .needs("cargo +1.85 --version"),
+    step("what a distribution packs", "cargo xtask dist").needs("pkg-config --version"),
     step("no feature, and each alone", "cargo xtask features"),
     step("docs", "cargo doc --workspace --no-deps").env(&[("RUSTDOCFLAGS", "-Dwarnings")]),
     // Only then does rustdoc compare why an example does not compile with what it says.

@@ -1,10 +1,12 @@
 //! The project's own chores: `cargo xtask tidy` checks what rustc does not, `cargo xtask ci` is the
-//! whole gate, `cargo xtask features` tests crates with parts of their features, `cargo xtask
-//! packages` each as it will be published, `cargo xtask guest` runs tests under other kernels,
-//! `cargo xtask surroundings` runs those of the sources where loader and allocator behave
-//! differently, and `cargo xtask mutants` breaks the code and demands that a test fails.
+//! whole gate, `cargo xtask dist` makes what a distribution packs, `cargo xtask features` tests
+//! crates with parts of their features, `cargo xtask packages` each as it will be published, `cargo
+//! xtask guest` runs tests under other kernels, `cargo xtask surroundings` runs those of the
+//! sources where loader and allocator behave differently, and `cargo xtask mutants` breaks the code
+//! and demands that a test fails.
 
 mod ci;
+mod dist;
 mod features;
 mod guest;
 mod mutants;
@@ -26,13 +28,14 @@ fn main() -> ExitCode {
         ["ci"] => ci::run(&root()),
         ["surroundings"] => surroundings::run(&root()),
         ["surroundings", "--probe"] => surroundings::probe(),
+        ["dist"] => dist::run(&root()),
         ["features"] => features::run(&root()),
         ["mutants", ref names @ ..] => mutants::run(&root(), names),
         ["packages"] => packages::run(&root()),
         ["guest", ref arguments @ ..] => guest::run(&root(), arguments),
         ["guest-agent", plan] => guest::agent::run(Path::new(plan)),
         _ => {
-            eprintln!("usage: cargo xtask {{tidy | ci | features | packages | guest | surroundings | mutants}}");
+            eprintln!("usage: cargo xtask {{tidy | ci | dist | features | packages | guest | surroundings | mutants}}");
             ExitCode::from(2)
         }
     }

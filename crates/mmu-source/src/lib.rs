@@ -1,18 +1,65 @@
 //! Sources of address-space changes for [`mmu_notifier`].
 //!
-//! A source watches somebody's system calls and opens an invalidation bracket on the right
-//! [`mmu_notifier::Mm`] around each one that changes a translation. What each source sees, when it
-//! tells and what it misses stands in [`SOURCES`], at length in `docs/sources.md`.
+//! A source learns of changes of an address space and opens an invalidation bracket on its
+//! [`mmu_notifier::Mm`] for each of them. [`current`] is the address space of this process.
 //!
-//! [`current`] is this process's own address space.
+//! # Which source do I need?
+//! | what is to be known | source | needs |
+//! | --- | --- | --- |
+//! | every change of memory of this process, whatever makes it: a cache that must never be stale | [`kernel`], and [`hook`] beside it if callbacks are to run before the program's own calls | `/dev/kvm`, CAP_BPF and CAP_PERFMON; or a running `mmun broker` |
+//! | what this process does through libc, before it happens, without any right | [`hook`] | x86-64 with glibc |
+//! | what this process does to a few ranges, soon afterwards | [`uffd`] | CAP_SYS_PTRACE, Linux 6.7 |
+//! | what other processes do | [`process`] | the right to trace them, x86-64 |
+//! | whether one range was touched since, under a lock or inside `free` | [`Watch`] | one of the first two sources |
 //!
-//! * [`hook`]: this process's own memory calls, by patching libc.
-//! * [`kernel`]: everything that changes a translation of this process, through KVM's notifier and
-//!   a BPF program.
-//! * [`process`]: other processes, through ptrace and a seccomp filter.
-//! * [`uffd`]: armed ranges of this process, through userfaultfd.
+//! [`SOURCES`] says for each source what it sees, when subscribers are told, and what it misses.
+//! Each source is a feature of this crate, and all are on by default.
 //!
-//! [`Watch`] answers one question about one range, whatever the source: has it been touched since?
+//! # One example of each
+//! `kernel`: a fill waits until no change is under way, and a use asks whether one has begun since.
+#![cfg_attr(feature = "kernel", doc = "```no_run")]
+#![cfg_attr(not(feature = "kernel"), doc = "```ignore")]
+//! # use mmu_notifier::{Va, VaRange};
+//! let kernel = mmu_source::kernel::Kernel::start()?;
+//! let range = VaRange::covering(Va::new(0x7000_0000), 1 << 20)?;
+//! let watch = kernel.watch(range)?; // First the watch, then the translation.
+//! assert!(watch.is_valid()); // At each use: no callback, no lock, no allocation.
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! `hook`: while it is installed, subscribers of [`current`] are called before and after each call.
+#![cfg_attr(all(feature = "hook", target_arch = "x86_64", target_env = "gnu"), doc = "```")]
+#![cfg_attr(not(all(feature = "hook", target_arch = "x86_64", target_env = "gnu")), doc = "```ignore")]
+//! # use mmu_notifier::{InvalidateRange, Notifier, Registration};
+//! # use std::sync::atomic::{AtomicU64, Ordering};
+//! #[derive(Default)]
+//! struct Changes(AtomicU64);
+//! impl Notifier for Changes {
+//!     fn invalidate_range_start(&self, _: &InvalidateRange<'_>) {
+//!         self.0.fetch_add(1, Ordering::Relaxed); // It may not allocate: this may be inside `free`.
+//!     }
+//! }
+//! let changes = Registration::new(&mmu_source::current(), Changes::default()).map_err(|_| "refused")?;
+//! let hook = mmu_source::hook::Hook::install()?;
+//! drop(vec![0_u8; 64 << 20]); // libc unmaps it.
+//! assert!(changes.0.load(Ordering::Relaxed) > 0);
+//! # drop(hook);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! `uffd`: ranges are armed, and subscribers of [`current`] are called in a thread of the source.
+#![cfg_attr(feature = "uffd", doc = "```no_run")]
+#![cfg_attr(not(feature = "uffd"), doc = "```ignore")]
+//! # use mmu_notifier::{Va, VaRange};
+//! let uffd = mmu_source::uffd::Uffd::start()?;
+//! let armed = uffd.arm(VaRange::covering(Va::new(0x7000_0000), 1 << 20)?)?; // Until it is dropped.
+//! uffd.settle()?; // Subscribers were told of every call that has returned.
+//! # drop(armed);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! `process`: a tracer runs a program and opens a bracket on its address space around each call.
+//! The front page of [`process`] has the example.
 
 #![deny(unsafe_code)]
 #![cfg_attr(
