@@ -13,9 +13,9 @@
 //! The generation is counted before the record is there, and processors overtake each other:
 //! records come out of order, and `marked` moves on when none before is missing.
 
-use super::ring::Ring;
+use super::ring::{Ring, range};
 use crate::watch_table::Table;
-use mmu_notifier::{Va, VaRange};
+use mmu_notifier::VaRange;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -41,6 +41,8 @@ pub(super) struct Words<'a> {
     pub(super) lost: &'a AtomicU64,
     /// All generations up to this one have been taken in.
     pub(super) marked: &'a AtomicU64,
+    /// Where the oldest record in the ring begins.
+    pub(super) position: &'a AtomicU64,
 }
 
 /// The consumer of the ring, under a lock.
@@ -81,7 +83,7 @@ impl Intake {
     pub(super) fn run(&mut self, words: Words<'_>, target: u64) {
         self.look_for_losses(words);
         while self.next <= target {
-            let Some(record) = self.ring.pop() else { break };
+            let Some(record) = self.ring.pop(words.position) else { break };
             let range = range(record.start, record.end);
             self.watches.touch(range, record.number);
             if !self.mark(record.number) || !self.push(range) {
@@ -179,22 +181,5 @@ impl Intake {
         // `Glance::is_current` and `Inner::marked`. Weaker, a watch is taken for valid whose word
         // is about to be marked.
         words.marked.store(self.next - 1, Ordering::Release);
-    }
-}
-
-/// The pages of an event. What cannot be a range of pages is everything.
-fn range(start: u64, end: u64) -> VaRange {
-    VaRange::covering(Va::new(start), end.wrapping_sub(start)).unwrap_or(VaRange::ALL)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_event_that_is_no_range_is_everything() {
-        assert_eq!(range(0, 0), VaRange::ALL);
-        assert_eq!(range(0x2000, 0x1000), VaRange::ALL);
-        assert_eq!(range(0x1000, 0x3000).pages(), 2);
     }
 }

@@ -4,17 +4,22 @@
 //! data, mapped twice in a row so that a record never wraps. A record has a header of eight bytes:
 //! its length with two flags, and a word for the kernel.
 
-use super::sys::Shared;
+use super::sys::{Glance, Progress, Shared};
 use crate::page;
+use mmu_notifier::{Va, VaRange};
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 /// The producer has reserved the record and is still writing it.
 const BUSY: u32 = 1 << 31;
 /// The producer has thrown the record away.
 const DISCARD: u32 = 1 << 30;
 const HEADER: usize = 8;
+/// What a record of the program takes: its three words and the header.
+const RECORD: u64 = 32;
+/// So many events are looked at where they lie; more are taken in.
+const GLIMPSE: u64 = 4;
 
 /// What the program wrote.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,8 +54,14 @@ impl Ring {
         [&self.consumer, &self.producer]
     }
 
-    /// Takes the oldest record out, unless there is none or it is still being written.
-    pub(super) fn pop(&mut self) -> Option<Record> {
+    /// What watches look at; they keep the source.
+    pub(super) fn glance(&self, header: &Shared, progress: &Progress) -> Glance {
+        Glance::new(header, progress, &self.producer, self.bytes)
+    }
+
+    /// Takes the oldest record out, unless there is none or it is still being written. Then
+    /// `position` says where the next one begins.
+    pub(super) fn pop(&mut self, position: &AtomicU64) -> Option<Record> {
         loop {
             let at = self.consumer.u64(0).load(Ordering::Relaxed);
             // ORDER: Acquire, for the record's header. Partner: the kernel's release store in
@@ -68,11 +79,67 @@ impl Ring {
             let word = |index: usize| self.producer.u64(place + HEADER + 8 * index).load(Ordering::Relaxed);
             let record = Record { start: word(0), end: word(1), number: word(2) };
             let length = HEADER + ((header & !DISCARD) as usize).next_multiple_of(8);
-            // ORDER: Release: the record has been copied before the kernel may write over it.
+            position.store(at + length as u64, Ordering::Relaxed);
+            // ORDER(source-glimpse): Release: the record has been copied, and `position` moved,
+            // before the kernel may write over it. Partner: the fence in `glimpse`.
             self.consumer.u64(0).store(at + length as u64, Ordering::Release);
             if header & DISCARD == 0 {
                 return Some(record);
             }
         }
+    }
+}
+
+/// The pages of an event. What cannot be a range of pages is everything.
+pub(super) fn range(start: u64, end: u64) -> VaRange {
+    VaRange::covering(Va::new(start), end.wrapping_sub(start)).unwrap_or(VaRange::ALL)
+}
+
+/// Whether the few events that nobody has taken in are all elsewhere than in `range`, or not after
+/// `base`; `None` if a look at the ring does not tell.
+///
+/// It takes no lock, and touches one page more than the look at the generation. Taking one event in
+/// touches seven.
+pub(super) fn glimpse(glance: &Glance, range: VaRange, base: u64) -> Option<bool> {
+    let progress = glance.progress();
+    // ORDER(source-marked): Acquire, for the word of the watch, which is looked at after this.
+    let taken = progress.marked.load(Ordering::Acquire);
+    let now = glance.generation();
+    let few = now.checked_sub(taken).filter(|few| *few <= GLIMPSE)?;
+    let from = progress.position.load(Ordering::Acquire);
+    let mut is_elsewhere = true;
+    for at in (0..few).map(|index| from + RECORD * index) {
+        let word = |index: u64| glance.record(at + 8 * index);
+        let number = word(3).load(Ordering::Relaxed);
+        // What lay here before has a number that was taken in long ago: since then the ring has
+        // gone round, and no processor keeps its number for so long.
+        if number <= taken || number > now {
+            return None;
+        }
+        fence(Ordering::Acquire);
+        // ORDER: Acquire, for the record. Partner: the kernel's exchange of the header in
+        // `bpf_ringbuf_submit`. The number is there, so it is the header of the same record.
+        if word(0).load(Ordering::Acquire) as u32 & (BUSY | DISCARD) != 0 {
+            return None;
+        }
+        let event = self::range(word(1).load(Ordering::Relaxed), word(2).load(Ordering::Relaxed));
+        is_elsewhere &= number <= base || !event.overlaps(range);
+    }
+    // ORDER(source-glimpse): Acquire fence: the records were read before this look. If nothing has
+    // been taken out, the kernel has written over none of them. Partner: the store in `pop`.
+    // Weaker, half of a newer record could be taken for the one that was there.
+    fence(Ordering::Acquire);
+    (progress.position.load(Ordering::Relaxed) == from).then_some(is_elsewhere)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_that_is_no_range_is_everything() {
+        assert_eq!(range(0, 0), VaRange::ALL);
+        assert_eq!(range(0x2000, 0x1000), VaRange::ALL);
+        assert_eq!(range(0x1000, 0x3000).pages(), 2);
     }
 }

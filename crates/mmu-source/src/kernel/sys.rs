@@ -255,11 +255,14 @@ impl super::Inner {
     }
 }
 
-/// The two words that a watch looks at first.
+/// What a watch looks at.
 #[derive(Debug)]
 pub(super) struct Glance {
     generation: NonNull<AtomicU64>,
-    marked: NonNull<AtomicU64>,
+    progress: NonNull<Progress>,
+    records: NonNull<u8>,
+    /// The size of all records, less one: a power of two less one.
+    mask: usize,
 }
 
 // SAFETY: the words are atomics that any thread may load.
@@ -268,25 +271,48 @@ unsafe impl Send for Glance {}
 unsafe impl Sync for Glance {}
 
 impl Glance {
-    /// The owner must keep the source that both are of.
-    pub(super) fn new(header: &Shared, progress: &Progress) -> Self {
-        let generation = header.u64(super::layout::header::GENERATION);
-        Self { generation: NonNull::from(generation), marked: NonNull::from(&progress.marked) }
+    /// The owner must keep the source that all are of. The records are `bytes` of `ring` from its
+    /// second page on.
+    pub(super) fn new(header: &Shared, progress: &Progress, ring: &Shared, bytes: usize) -> Self {
+        let first = page::size() as usize;
+        assert!(bytes.is_power_of_two() && bytes >= 8 && first + bytes <= ring.bytes, "inside of the mapping");
+        let generation = NonNull::from(header.u64(super::layout::header::GENERATION));
+        Self { generation, progress: NonNull::from(progress), records: ring.place(first, 8), mask: bytes - 1 }
     }
 
     /// Whether all events so far have been taken in.
     #[inline]
     pub(super) fn is_current(&self) -> bool {
-        // SAFETY: a dereference needs a live word: `Watching` has the source beside this, whose
-        // mapping it is.
-        let generation = unsafe { self.generation.as_ref() };
-        // SAFETY: as above.
-        let marked = unsafe { self.marked.as_ref() };
-        // ORDER(source-generation): Acquire, as everybody's look.
-        let now = generation.load(Ordering::Acquire);
+        let now = self.generation();
         // ORDER(source-marked): Acquire, for the word of the watch. Partner: the store in
         // `Intake::publish`.
-        marked.load(Ordering::Acquire) >= now
+        self.progress().marked.load(Ordering::Acquire) >= now
+    }
+
+    #[inline]
+    pub(super) fn generation(&self) -> u64 {
+        // SAFETY: a dereference needs a live word: `Watching` has the source beside this, whose
+        // mapping it is in.
+        let generation = unsafe { self.generation.as_ref() };
+        // ORDER(source-generation): Acquire, as everybody's look.
+        generation.load(Ordering::Acquire)
+    }
+
+    #[inline]
+    pub(super) fn progress(&self) -> &Progress {
+        // SAFETY: as above.
+        unsafe { self.progress.as_ref() }
+    }
+
+    /// The word at a position of the ring.
+    #[inline]
+    pub(super) fn record(&self, at: u64) -> &AtomicU64 {
+        let offset = at as usize & self.mask & !7;
+        // SAFETY: the records are `mask + 1` bytes of a mapping.
+        let word = unsafe { self.records.add(offset) };
+        // SAFETY: as above; the offset is a multiple of eight, and the records begin with a page.
+        // They are only loaded from.
+        unsafe { AtomicU64::from_ptr(word.cast().as_ptr()) }
     }
 }
 
@@ -299,6 +325,8 @@ pub(super) struct Progress {
     pub(super) marked: AtomicU64,
     /// All generations up to this one have been handed on.
     pub(super) handled: AtomicU64,
+    /// Where the oldest record in the ring begins.
+    pub(super) position: AtomicU64,
 }
 
 /// The page of a [`Progress`].

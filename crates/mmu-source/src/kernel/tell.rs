@@ -39,6 +39,7 @@ impl Inner {
             generation: self.header.u64(header::GENERATION),
             lost: self.header.u64(header::LOST),
             marked: &self.progress.marked,
+            position: &self.progress.position,
         }
     }
 

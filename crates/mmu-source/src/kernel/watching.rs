@@ -1,5 +1,6 @@
 //! Watches that the kernel marks.
 
+use super::ring::glimpse;
 use super::sys::Glance;
 use super::{Armed, Kernel};
 use crate::Error;
@@ -13,6 +14,8 @@ use std::sync::atomic::{Ordering, fence};
 pub(crate) struct Watching {
     glance: Glance,
     word: Arc<Word>,
+    /// Events up to this one began before the watch.
+    base: u64,
     id: Id,
     armed: Armed,
 }
@@ -30,9 +33,12 @@ impl Watching {
         let armed = Armed::enter(kernel, range)?;
         let word = Arc::new(Word::default());
         let base = kernel.generation();
-        let id = kernel.enter(range, base, &word).ok_or(Error::InCallback { source: "kernel" })?;
-        let glance = Glance::new(&kernel.inner.header, &kernel.inner.progress);
-        let watching = Watching { glance, word, id, armed };
+        let inside = || Error::InCallback { source: "kernel" };
+        let id = kernel.enter(range, base, &word).ok_or_else(inside)?;
+        let inner = &kernel.inner;
+        let glance = inner.with_intake(|intake, _| intake.ring.glance(&inner.header, &inner.progress));
+        let glance = glance.ok_or_else(inside)?;
+        let watching = Watching { glance, word, base, id, armed };
         // What begins from here on marks the watch; what began before is over after this.
         kernel.wait()?;
         Ok(watching)
@@ -43,7 +49,14 @@ impl Watching {
         // ORDER(source-generation): Acquire: what the caller has read through its entry comes
         // before the look at the generation.
         fence(Ordering::Acquire);
-        (self.glance.is_current() || self.armed.kernel.inner.catch_up()) && !self.word.is_touched()
+        (self.glance.is_current() || self.nothing_else_touched()) && !self.word.is_touched()
+    }
+
+    /// Whether the events that have not been taken in are all elsewhere, or have been taken in now.
+    #[inline(never)]
+    fn nothing_else_touched(&self) -> bool {
+        let seen = glimpse(&self.glance, self.armed.range(), self.base);
+        seen.unwrap_or_else(|| self.armed.kernel.inner.catch_up())
     }
 
     pub(crate) fn renew(&mut self) -> Result<(), Error> {
@@ -54,6 +67,7 @@ impl Watching {
         let base = kernel.generation();
         let renewed = kernel.inner.with_intake(|intake, _| intake.watches.renew(&self.id, base));
         renewed.ok_or(Error::InCallback { source: "kernel" })?;
+        self.base = base;
         // Something may be under way that began before.
         kernel.wait().inspect_err(|_| self.word.touch())
     }
