@@ -374,10 +374,10 @@ fn a_hunt_for_stale_reads_finds_none() {
     assert_eq!(tally.stale.into_inner(), 0);
     assert!(tally.hits.into_inner() > 0 && tally.changes.into_inner() > 0);
     // And it finds what is stale, if readers do not wait for changes under way: soon, though not in
-    // every second.
+    // every second, and where the machine is busy not in every half minute.
     let finds = |_| {
         let tally = hunt::hunt(&kernel, std::time::Duration::from_secs(1), hunt::Mutant::NoWait, &mut random);
         tally.stale.into_inner() > 0
     };
-    assert!((0..30).any(finds), "the hunt finds what is stale");
+    assert!((0..240).any(finds), "the hunt finds what is stale");
 }

@@ -13,6 +13,15 @@ fn refusal(result: Result<u8, crate::endpoint::Failure>) -> WorkCompletionStatus
     error.downcast_ref::<Refused>().unwrap_or_else(|| panic!("{error}")).0
 }
 
+/// The peer's answer to a key that is none any more. Soft-RoCE of Linux 5 drops the request without
+/// an answer, until the retries are used up: that is an error too, and no byte.
+fn assert_refused(result: Result<u8, crate::endpoint::Failure>) {
+    let status = refusal(result);
+    let is_silent = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap().starts_with("5.");
+    let is_dropped = is_silent && status == WorkCompletionStatus::RetryCounterExceededError;
+    assert!(is_dropped || status == WorkCompletionStatus::RemoteAccessError, "{status:?}");
+}
+
 #[test]
 fn a_key_of_memory_that_changed_is_refused_once_the_region_is_reaped() {
     let Some(mut lab) = Lab::new(Source::Hook) else { return };
@@ -23,7 +32,7 @@ fn a_key_of_memory_that_changed_is_refused_once_the_region_is_reaped() {
     map_over(address, 2);
     poke(address, b'n');
     lab.cache.reap();
-    assert_eq!(refusal(lab.byte_by_key(address, key)), WorkCompletionStatus::RemoteAccessError);
+    assert_refused(lab.byte_by_key(address, key));
 }
 
 #[test]
@@ -39,7 +48,7 @@ fn a_lease_that_is_held_keeps_the_old_page_and_says_so() {
     assert_eq!(lab.byte_by_key(address, key).unwrap(), b'o');
     drop(lease);
     lab.cache.reap();
-    assert_eq!(refusal(lab.byte_by_key(address, key)), WorkCompletionStatus::RemoteAccessError);
+    assert_refused(lab.byte_by_key(address, key));
 }
 
 #[test]
