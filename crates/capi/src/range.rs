@@ -141,6 +141,29 @@ unsafe fn start(
     Ok(())
 }
 
+/// Moves a value out of memory word by word, as it was written there a few nanoseconds ago: a tenth
+/// of a bracket's time.
+///
+/// The compiler would read two words at once, and a processor does that only when both writes have
+/// left its store buffer.
+///
+/// # Safety
+/// As for `ptr::read`.
+#[inline(always)]
+unsafe fn take<T>(place: *const T) -> T {
+    type Word = MaybeUninit<usize>;
+    const { assert!(size_of::<T>() % size_of::<Word>() == 0 && align_of::<T>() == align_of::<Word>()) };
+    let mut value = MaybeUninit::<T>::uninit();
+    for word in 0..size_of::<T>() / size_of::<Word>() {
+        // SAFETY: It reads a word of the value, which is there: the caller's duty.
+        let content = unsafe { place.cast::<Word>().wrapping_add(word).read_volatile() };
+        // SAFETY: It writes the same word of `value`.
+        unsafe { value.as_mut_ptr().cast::<Word>().wrapping_add(word).write(content) };
+    }
+    // SAFETY: All its words are a copy of a value, which the caller gives up.
+    unsafe { value.assume_init() }
+}
+
 const _: () = assert!(std::mem::offset_of!(Range, mm) == 0);
 
 export! {
@@ -177,8 +200,8 @@ export! {
             return;
         }
         this.state = 0;
-        // SAFETY: There is a bracket, as `state` has just said, and it is dropped once.
-        unsafe { this.bracket.as_mut_ptr().cast::<Bracket<'static>>().drop_in_place() };
+        // SAFETY: There is a bracket, as `state` has just said, and it is taken once.
+        drop(unsafe { take(this.bracket.as_ptr().cast::<Bracket<'static>>()) });
     }
 
     /// Tells secondary TLBs to flush.

@@ -70,7 +70,7 @@ impl Callbacks {
 }
 
 impl Notifier for Callbacks {
-    #[inline]
+    #[inline(always)]
     fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
         if let Some(start) = self.start {
             // SAFETY: The program's own callback, with its own context: so says the header.
@@ -78,7 +78,7 @@ impl Notifier for Callbacks {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn invalidate_range_end(&self, range: &InvalidateRange<'_>) {
         if let Some(end) = self.end {
             // SAFETY: The program's own callback, with its own context: so says the header.

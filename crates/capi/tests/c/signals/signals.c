@@ -75,6 +75,7 @@ static void *interrupt(void *signals)
 	/* The next signal is sent when the last one has been handled: none is merged with
 	 * another. */
 	for (long sent = 0; sent < *(long *)signals; sent++) {
+		alarm(120); /* For one signal: a busy machine takes minutes for thousands. */
 		CHECK(pthread_kill(interrupted, SIGUSR1) == 0);
 		while (atomic_load(&handled) <= sent)
 			sched_yield();
