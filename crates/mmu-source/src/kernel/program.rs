@@ -25,7 +25,7 @@
 //! number = ++generation;                             // Before the page tables change, and before the record is there.
 //! record = bpf_ringbuf_reserve(ring, 24);
 //! if (!record) { lost++; return; }
-//! *record = { start, end, number | what the task is doing << 48 };
+//! *record = { start, end, number };
 //! bpf_ringbuf_submit(record, awake ? BPF_RB_NO_WAKEUP : 0);
 //! return;
 //! question:                                          // Is anything under way? See `wait.rs`.
