@@ -39,9 +39,9 @@ pub fn current_ref() -> &'static MmWithUser {
     current_if_made().unwrap_or_else(make)
 }
 
-/// Returns the address space of this process if anybody has asked for it yet. Never allocates.
+/// Returns the address space of this process if it has been made. Never allocates.
 ///
-/// If nobody has, there are no subscribers. (A source must still see to it that it is made before
+/// If it has not, there are no subscribers. (A source must still see to it that it is made before
 /// the first change that has to be told: a client may subscribe while the change is under way.)
 #[inline]
 pub fn current_if_made() -> Option<&'static MmWithUser> {

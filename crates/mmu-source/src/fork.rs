@@ -76,8 +76,8 @@ fn map() -> &'static Marks {
     // SAFETY: the advice is on the page just mapped and changes its inheritance only.
     let wiped = unsafe { libc::madvise(page, 4096, libc::MADV_WIPEONFORK) } == 0;
     let page = page.cast::<Marks>();
-    // ORDER(source-marks): Release for the mapping and its advice, Acquire for that of whoever was
-    // first. Partner: itself, and the load in `marks`.
+    // ORDER(source-marks): Release for the mapping and its advice, Acquire for those of the thread
+    // that was first. Partner: itself, and the load in `marks`.
     match PAGE.compare_exchange(ptr::null_mut(), page, Ordering::AcqRel, Ordering::Acquire) {
         Ok(_) => {
             if !wiped {
@@ -89,7 +89,7 @@ fn map() -> &'static Marks {
             unsafe { &*page }
         }
         Err(first) => {
-            // SAFETY: nobody has seen this page.
+            // SAFETY: no other code has seen this page.
             unsafe { libc::munmap(page.cast(), 4096) };
             // SAFETY: as in `marks`.
             unsafe { &*first }
@@ -134,8 +134,8 @@ pub(crate) fn keep<T>(value: T) -> *mut T {
     let kept = Box::into_raw(Box::new(Kept { _value: value.cast(), _next: ptr::null_mut() }));
     // ORDER: Relaxed: the list is never followed.
     let next = FIRST.swap(kept, Ordering::Relaxed);
-    // SAFETY: writing needs a live place that no other thread uses: it was made above, and nobody
-    // follows the list.
+    // SAFETY: writing needs a live place that no other thread uses: it was made above, and no
+    // code follows the list.
     unsafe { (*kept)._next = next };
     value
 }
@@ -180,12 +180,13 @@ pub(crate) fn running<T: Any + Send + Sync>(
     Ok(source)
 }
 
-/// A lock that is free in the child of a fork, whoever held it in the parent. It lies in [`Marks`].
+/// A lock that is free in the child of a fork, also if it was held in the parent. It lies in
+/// [`Marks`].
 #[derive(Debug)]
 pub(crate) struct Lock(AtomicBool);
 
 impl Lock {
-    /// Runs `f` while nobody else of this address space does.
+    /// Runs `f` while no other thread of this address space holds the lock.
     pub(crate) fn with<R>(&'static self, f: impl FnOnce() -> R) -> R {
         // ORDER(fork-lock): Acquire, for what the last holder left. Partner: the Release in `drop`.
         until(|| self.0.compare_exchange_weak(false, true, Ordering::Acquire, Ordering::Relaxed).is_ok());

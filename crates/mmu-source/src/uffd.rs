@@ -1,9 +1,9 @@
 //! Changes of armed ranges of this process, told by userfaultfd.
 //!
 //! The ranges are registered for asynchronous write protection (`UFFD_FEATURE_WP_ASYNC`, Linux
-//! 6.7), and no page is ever protected: there is no fault to serve, and nobody hangs if the program
-//! stops. What is wanted are the events: unmap, remove (madvise and hole punching through this
-//! mapping), remap, fork.
+//! 6.7), and no page is ever protected: there is no fault to serve, and no thread hangs if the
+//! program stops. What is wanted are the events: unmap, remove (madvise and hole punching through
+//! this mapping), remap, fork.
 //!
 //! ```
 //! use mmu_source::uffd::Uffd;
@@ -19,13 +19,13 @@
 //! ```
 //!
 //! # When it tells
-//! The thread that changes the memory waits until its event has been *read*, and then goes on;
+//! The thread that changes the memory waits until its event has been *read*, and then continues;
 //! callbacks run after that, in a thread of the source. Remove events are sent before the pages go,
-//! the others after, but since nobody waits for the callbacks, no event is a bracket.
+//! the others after. No event is a bracket, because the change does not wait for the callbacks.
 //! [`settle`](Uffd::settle) waits until everything is told whose call has returned.
 //!
 //! # Two threads
-//! Whoever calls `munmap` may hold the allocator's lock, and waits for our reader. So the thread
+//! A caller of `munmap` may hold the allocator's lock, and waits for our reader. So the thread
 //! that reads runs no callbacks, takes no lock and allocates nothing: it moves events into a queue
 //! of fixed size. Another one runs the callbacks, which may therefore do what they like: allocate,
 //! map and unmap armed memory, arm and disarm.
@@ -251,8 +251,8 @@ impl Inner {
         self.armed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The thread that reads. No lock, no allocation, no callback: somebody waits for it with the
-    /// allocator's lock held.
+    /// The thread that reads. No lock, no allocation, no callback: the thread that waits for it may
+    /// hold the allocator's lock.
     fn read(&self, Descriptors { uffd, nudge }: &Descriptors) {
         loop {
             // ORDER(source-ask): Acquire: what is read below is read after the question. Partner:
@@ -373,7 +373,7 @@ impl Drop for Reader {
         let Descriptors { uffd, nudge } = &*self.descriptors;
         self.inner.stop.store(true, Ordering::Relaxed);
         // The userfaultfd goes before the reader, which may need the allocator to end: from then on
-        // nobody waits for it.
+        // no thread waits for it.
         sys::replace(uffd.as_fd(), nudge.as_fd());
         wait::wake(nudge.as_fd());
         if let Some(thread) = self.thread.take() {

@@ -15,8 +15,8 @@
 //! A child gets a copy of the table of the thread that forks. So it inherits none of these
 //! descriptors, and nothing of a source lives on in a child.
 //!
-//! The vault's thread runs no callback and takes no lock that a callback can see: whoever waits for
-//! it never waits for a client.
+//! The vault's thread runs no callback and takes no lock that a callback can see: a thread that
+//! waits for it never waits for a client.
 //!
 //! # Safety
 //! The one call without a safe wrapper replaces the calling thread's descriptor table by an empty
@@ -117,7 +117,7 @@ impl<T> Clone for Letterbox<T> {
 }
 
 /// The vault's own end of its letterbox. After the vault, or after a job that has panicked, nothing
-/// is left that somebody waits for.
+/// is left that a thread waits for.
 struct Serving<T>(Letterbox<T>);
 
 impl<T> Drop for Serving<T> {

@@ -1,4 +1,4 @@
-//! Grace periods: a state machine that anybody moves, and nobody waits in.
+//! Grace periods: a state machine that any thread moves, and in which no thread waits.
 //!
 //! Sections count in one of two banks. A grace period ends when, since it began, each bank has been
 //! *found quiet* once: as many ends as beginnings. At rest one look at both banks is enough.
@@ -8,7 +8,7 @@
 //! 1. *idle*: `seq` is even.
 //! 2. *scan*: `seq` is odd; `open` says which banks have not been found quiet.
 //! 3. *blocked*: a scan found the stale bank, the one that gets no new sections, still in use. If
-//!    somebody is interested then `waiting` names the bank and who is to be told, and there was
+//!    a waiter is interested then `waiting` names the bank and who is to be told, and there was
 //!    another look at the bank after that was written.
 //! 4. Both quiet: `seq` is advanced, those interested are told, idle again.
 //!
@@ -128,8 +128,8 @@ impl State {
     fn step(&self, gp: &mut Gp, who: u32) -> Step {
         let Announced { bank, interest } = gp.announced;
         if interest != 0 && interest == gp.interest && !self.looks_quiet(bank) {
-            // Whoever ends the last section tells us, so there is no need for another heavy fence
-            // to know better.
+            // The reader that ends the last section tells us, so another heavy fence would bring
+            // nothing.
             return Step::Blocked(bank);
         }
         let seq = self.updater.seq.load(Ordering::Relaxed);

@@ -7,7 +7,8 @@
 //! 1. A [`state::State`] lives in pages that are never unmapped. It is recycled when its count
 //!    reaches zero; the count covers the `Srcu` handle, the place in the reclaimer's inbox and the
 //!    batch being worked on.
-//! 2. Guards borrow the `Srcu`, so nobody is in, or still leaving, a section when the handle goes.
+//! 2. Guards borrow the `Srcu`, so no thread is in a section, or still leaving one, when the handle
+//!    goes.
 //! 3. A slot is written by one thread: the one whose robust mutex in [`ids`] the kernel has not yet
 //!    seen die.
 

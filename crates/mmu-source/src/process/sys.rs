@@ -2,8 +2,8 @@
 //!
 //! # Safety
 //! This is the one module of the source with unsafe code. ptrace and wait only take integers and
-//! pointers to local buffers of the size the kernel is told, so most calls are safe for whoever
-//! makes them; the functions here are safe. The child between `fork` and `execve` runs
+//! pointers to local buffers of the size the kernel is told, so most calls are safe for any
+//! caller; the functions here are safe. The child between `fork` and `execve` runs
 //! [`Child::run`], which makes system calls on memory laid out before the fork and nothing else: no
 //! allocation, no lock, no unwinding.
 

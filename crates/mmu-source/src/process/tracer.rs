@@ -101,7 +101,7 @@ pub struct Tracer<O: Observer> {
 }
 
 impl<O: Observer> Tracer<O> {
-    /// Makes a tracer that traces nobody yet.
+    /// Makes a tracer that has no tracee yet.
     ///
     /// # Errors
     /// [`Error::Unsupported`] on a machine other than x86-64 and aarch64.
@@ -171,7 +171,7 @@ impl<O: Observer> Tracer<O> {
                 Wait::Nobody => {
                     debug_assert!(self.tasks.is_empty() || !self.options.follow, "a tracee vanished: {:?}", self.tasks);
                     // A thread that is not followed has run `execve` and taken a leader's place,
-                    // whose end nobody reports.
+                    // whose end the kernel does not report.
                     for tid in self.tasks.keys().copied().collect::<Vec<_>>() {
                         let status = self.tasks.get(&tid).and_then(|tracee| tracee.exit);
                         self.forget(tid, "execve", status.unwrap_or(ExitStatus::Code(0)));

@@ -68,8 +68,8 @@ mod imp {
     }
 
     fn register() -> bool {
-        // SAFETY: `getenv` needs a C string, and that nobody changes the environment at the same
-        // time, which is the duty of whoever calls the unsafe `set_var`. `std::env` would allocate,
+        // SAFETY: `getenv` needs a C string, and that no thread changes the environment at the same
+        // time: that is the duty of each caller of the unsafe `set_var`. `std::env` would allocate,
         // and this may run inside an allocator.
         let refused = unsafe { !libc::getenv(c"SRCU_NO_MEMBARRIER".as_ptr()).is_null() };
         let supported = libc::c_long::from(libc::MEMBARRIER_CMD_PRIVATE_EXPEDITED);

@@ -63,7 +63,7 @@ impl Srcu {
     /// [`Srcu::call`].
     ///
     /// # Safety
-    /// * `head` stays valid, and nobody else touches it or queues it again, until `f` has been
+    /// * `head` stays valid, and no other code touches it or queues it again, until `f` has been
     ///   called with it.
     /// * Calling `f(head)` on another thread, at any later time, is sound.
     ///
@@ -122,7 +122,7 @@ impl Srcu {
         let alive = unsafe { state.as_ref() };
         // SAFETY: `push_behind` wants what the caller promised to us.
         if unsafe { push_behind(&alive.pending.queue, head, f) } {
-            // Whoever found the queue empty schedules the domain, which may be gone already.
+            // The push that found the queue empty schedules the domain, which may be gone already.
             return;
         }
         alive.retain();
@@ -211,8 +211,8 @@ pub(crate) fn push_boxed<F: FnOnce() + Send + 'static>(state: &State, f: F) -> b
         (boxed.f)();
     }
     let boxed = NonNull::from(Box::leak(Box::new(Boxed { head: Head::new(), f })));
-    // SAFETY: The box is leaked until `call`, nobody else knows it, and `F: Send + 'static` may be
-    // called anywhere later.
+    // SAFETY: The box is leaked until `call`, no other code knows it, and `F: Send + 'static` may
+    // be called anywhere later.
     unsafe { push(state, boxed.cast(), call::<F>) }
 }
 
@@ -268,9 +268,9 @@ impl Batch {
             if newest.is_null() {
                 return;
             }
-            // ORDER(srcu-queue): Acquire, partner in `push`. Release, so that whoever reads our
-            // null, sees `busy` as set before: ORDER(srcu-busy). It also keeps the store to
-            // `newest` in front, for a child.
+            // ORDER(srcu-queue): Acquire, partner in `push`. Release: a thread that reads our null
+            // also sees `busy` set, ORDER(srcu-busy). It also keeps the store to `newest` in front,
+            // for a child.
             if queue.compare_exchange(newest, ptr::null_mut(), Ordering::AcqRel, Ordering::Relaxed).is_ok() {
                 break;
             }
@@ -335,7 +335,7 @@ impl Batch {
             head.function.take().expect("queued with a function")
         };
         current::with_callback_of(state, || {
-            // SAFETY: Whoever queued the head promised that this call is sound, once.
+            // SAFETY: The caller that queued the head promised that this call is sound, once.
             let call = AssertUnwindSafe(|| unsafe { function(head) });
             if let Err(payload) = panic::catch_unwind(call) {
                 state.pending.panics.fetch_add(1, Ordering::Relaxed);

@@ -1,8 +1,8 @@
 //! A counter that threads can sleep on until it moves.
 //!
 //! The waiter reads the counter, looks whether what it wants has happened, and sleeps only if the
-//! counter is still the same. Whoever makes it happen advances the counter afterwards, and enters
-//! the kernel only if someone sleeps.
+//! counter is still the same. The thread that makes it happen advances the counter afterwards, and
+//! enters the kernel only if a thread sleeps.
 
 use crate::sync::{AtomicU32, Ordering, fence, mutant};
 
@@ -25,7 +25,7 @@ impl Event {
     }
 
     pub(crate) fn now(&self) -> u32 {
-        // ORDER(srcu-event): Acquire, so that whoever sees an advance sees what was done before it.
+        // ORDER(srcu-event): Acquire: a waiter that sees an advance sees what was done before it.
         // Partner: `advance`.
         self.count.load(Ordering::Acquire)
     }

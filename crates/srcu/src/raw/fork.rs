@@ -42,9 +42,10 @@ static BEFORE_MAIN: extern "C" fn() = register;
 /// Sees to it that children of this process are taken care of.
 pub(super) extern "C" fn register() {
     static DONE: AtomicBool = AtomicBool::new(false);
-    // Several threads may register at first. No one must go on before *a* registration is complete,
-    // or a fork at that moment has a child that nobody repairs; and to wait for one's completion
-    // would be to wait for ever in such a child. ORDER(srcu-fork): Acquire, partner below.
+    // Several threads may register at first. None of them may continue before *a* registration is
+    // complete: a fork before that has a child that no handler repairs. None waits for another's
+    // registration either: in such a child it never completes. ORDER(srcu-fork): Acquire, partner
+    // below.
     if !DONE.load(Ordering::Acquire) {
         REGISTERED.fetch_add(1, Ordering::Relaxed);
         // SAFETY: `pthread_atfork` needs functions that stay. glibc has room for 48 without

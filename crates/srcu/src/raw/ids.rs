@@ -3,10 +3,10 @@
 //!
 //! A number is owned by holding its *robust mutex*, which is never unlocked. When the thread is
 //! gone the kernel marks the mutex, and the next claim finds it with `EOWNERDEAD`. So there is no
-//! exit hook to register, which could allocate in the middle of somebody's `malloc`, and no moment
-//! in a thread's life when its number is already somebody else's: a guard kept in thread-local
-//! storage can still be dropped there. The kernel's hand-over is a full fence, so the new owner
-//! sees the counters as the old one left them.
+//! exit hook to register, which could allocate in the middle of the program's `malloc`. A thread
+//! keeps its number to its very end, so a guard kept in thread-local storage can still be dropped
+//! there. The kernel's hand-over is a full fence, so the new owner sees the counters as the old
+//! owner left them.
 //!
 //! A claim blocks all signals: a handler that claims cannot wait for the claim that it interrupted.
 //!
@@ -51,8 +51,8 @@ pub(super) fn place() -> Place {
 
 #[inline]
 pub(super) fn high() -> usize {
-    // Relaxed: whoever needs it current loads it after a heavy fence. A thread's number is in it
-    // before the thread's first count, ORDER(srcu-enter).
+    // Relaxed: a grace period, which needs the current value, loads it after a heavy fence. A
+    // thread's number is in it before the thread's first count, ORDER(srcu-enter).
     HIGH.load(Ordering::Relaxed)
 }
 
@@ -125,7 +125,7 @@ fn init(mutex: *mut Mutex) {
     unsafe { libc::pthread_mutexattr_init(robust.as_mut_ptr()) };
     // SAFETY: Needs an initialized attribute object: from the line above.
     let refused = unsafe { libc::pthread_mutexattr_setrobust(robust.as_mut_ptr(), libc::PTHREAD_MUTEX_ROBUST) };
-    // SAFETY: Needs a place for a mutex that nobody uses: its number is not given out, or this is
+    // SAFETY: Needs a place for a mutex that is not in use: its number is not given out, or this is
     // the only thread of a forked child, in which all other owners are gone.
     let failed = unsafe { libc::pthread_mutex_init(mutex, robust.as_ptr()) };
     if refused != 0 || failed != 0 {

@@ -1,11 +1,11 @@
 //! Memory without the allocator: zeroed power-of-two runs of pages, recycled and never unmapped.
 //!
 //! A read section may begin inside `malloc`, so nothing here may call it. Nothing is unmapped
-//! either: an unmap is an event that somebody may be watching through this very crate.
+//! either: an unmap is an event that a program may be watching through this very crate.
 //!
 //! # Safety
 //! # Invariants
-//! A run on a free list belongs to nobody but the list; its first word is the link. Each list
+//! A run on a free list belongs to the list alone; its first word is the link. Each list
 //! changes by one store, so that the child of a fork finds it whole whatever another thread was
 //! doing.
 

@@ -1,17 +1,17 @@
 //! The one thread that runs the callbacks of all domains.
 //!
-//! A domain with something to do is put into the inbox, by whoever gave it something to do: the
-//! first call into an empty queue, `start_poll`, or the reader that ends a section which a batch
-//! waits for. The reclaimer takes one domain at a time, moves it as far as it gets without waiting,
-//! and forgets it. So a domain that waits for a reader costs the others nothing, and the thread
-//! sleeps whenever no domain can move.
+//! A domain with something to do is put into the inbox by the caller that gave it something to do:
+//! the first call into an empty queue, `start_poll`, or the reader that ends a section which a
+//! batch waits for. The reclaimer takes one domain at a time, moves it as far as it gets without
+//! waiting, and forgets it. So a domain that waits for a reader costs the others nothing, and the
+//! thread sleeps whenever no domain can move.
 //!
 //! 1. *idle*: nothing queued, batch empty, `busy` clear.
 //! 2. *scheduled*: in the inbox, `scheduled` set, counted.
 //! 3. *turn*: taken; `scheduled` is cleared before anything is looked at, so what comes later
 //!    schedules again.
-//! 4. *blocked*: the batch waits for a grace period; `busy` set, counted. Whoever ends the grace
-//!    period or the section it waits for schedules the domain.
+//! 4. *blocked*: the batch waits for a grace period; `busy` set, counted. The thread that ends the
+//!    grace period, or the section it waits for, schedules the domain.
 //!
 //! # Safety
 //! # Invariants
@@ -27,8 +27,8 @@ use std::ptr::{self, NonNull};
 const TURN: usize = 256;
 
 /// After a batch as large as this, callbacks are coming in faster than grace periods pay for
-/// themselves: each costs two interrupts of whoever queues them. The reclaimer then pauses, unless
-/// somebody waits for it, and takes more at once.
+/// themselves: each interrupts the threads that queue them twice. The reclaimer then pauses, unless
+/// a thread waits for it, and takes more at once.
 const STORM: usize = 64;
 
 pub(crate) struct Inbox {
@@ -38,7 +38,7 @@ pub(crate) struct Inbox {
     /// child of a fork.
     taken: AtomicPtr<State>,
     event: Event,
-    /// Models have no thread: whoever waits for callbacks acts as the reclaimer, one at a time.
+    /// Models have no thread: those that wait for callbacks act as the reclaimer, one at a time.
     #[cfg(mmun_loom)]
     acting: super::lock::Lock<()>,
 }
@@ -143,7 +143,7 @@ fn work(state: &State) {
     for _ in 0..TURN {
         batch.run_one(state);
         if batch.is_empty() {
-            // ORDER(srcu-busy): Release, so that whoever finds it clear sees the callbacks done.
+            // ORDER(srcu-busy): Release: a thread that finds it clear sees the callbacks done.
             // Partner: `is_idle`.
             pending.busy.store(false, Ordering::Release);
             // SAFETY: Wants a count that is ours: that of the batch, which is empty now. The
@@ -192,7 +192,7 @@ mod thread {
     const RUNNING: u8 = 2;
     const GONE: u8 = 3;
 
-    /// Moves when somebody waits for a callback.
+    /// Moves when a thread waits for a callback.
     static HURRY: Event = Event::new();
     const PAUSE_NANOSECONDS: i64 = 20_000;
     const ASK_AGAIN_NANOSECONDS: i64 = 100_000_000;
@@ -362,7 +362,7 @@ pub(crate) use model::{barrier, start, start_if_inherited, start_unless_forked, 
 #[cfg(mmun_loom)]
 use model::{inbox, pause};
 
-/// Models have no thread of ours: whoever waits for callbacks takes the turns.
+/// Models have no thread of ours: the threads that wait for callbacks take the turns.
 #[cfg(mmun_loom)]
 mod model {
     use super::{AtomicPtr, Event, Inbox, State, current, is_idle, ptr, turn};
@@ -410,8 +410,8 @@ mod model {
                 break;
             }
             match state.inbox.take() {
-                // SAFETY: Wants a state from the inbox and the reclaimer: whoever holds `acting`
-                // is.
+                // SAFETY: Wants a state from the inbox and the reclaimer: the holder of `acting` is
+                // the reclaimer.
                 Some(state) => unsafe { turn(state) },
                 None => state.inbox.event.wait(seen),
             }

@@ -33,9 +33,9 @@ impl Counters {
     #[inline(always)]
     pub(crate) fn leave(&self, bank: usize) {
         let count = &self.unlock[bank & 1];
-        // ORDER(srcu-leave): Release, so that whoever counts this end has every access of the
-        // section behind it. Partner: the Acquire in `unlocked`. Weaker, and a free can overtake a
-        // read. Model: loom `free_waits_for_reader`.
+        // ORDER(srcu-leave): Release: every access of the section happens before a grace period
+        // that counts this end goes past it. Partner: the Acquire in `unlocked`. If it were weaker,
+        // a free could overtake a read. Model: loom `free_waits_for_reader`.
         let order = if mutant("unlock_relaxed") { Ordering::Relaxed } else { Ordering::Release };
         count.store(count.load(Ordering::Relaxed).wrapping_add(1), order);
     }

@@ -3,7 +3,7 @@
 //! # Safety
 //! # Invariants
 //! * A state is counted: one for its `Srcu`, one while it is in the reclaimer's inbox, one while
-//!   its batch holds callbacks. At zero it is recycled; nobody has a reference then (module docs of
+//!   its batch holds callbacks. At zero it is recycled; no reference is left then (module docs of
 //!   `raw`, facts 1 and 2).
 //! * `batch` is touched only by the thread that acts as the reclaimer.
 
@@ -128,7 +128,7 @@ impl State {
     }
 
     pub(super) fn retain(&self) {
-        // Relaxed: whoever retains holds a count already.
+        // Relaxed: the caller holds a count already.
         self.refs.fetch_add(1, Ordering::Relaxed);
     }
 
@@ -176,7 +176,7 @@ impl Handle {
         Self(AtomicPtr::new(State::create()))
     }
 
-    /// The state, or `EMPTY`, in which nobody has a slot.
+    /// The state, or `EMPTY`, in which no thread has a slot.
     #[inline(always)]
     pub(crate) fn peek(&self) -> &State {
         // ORDER(srcu-state): Acquire, partner in `first_use`.
@@ -233,7 +233,7 @@ impl fmt::Debug for State {
 
 #[cfg(mmun_loom)]
 unsafe fn recycle(state: *mut State) {
-    // SAFETY: Needs a box that nobody else uses: `create` made it, and the last count is gone.
+    // SAFETY: Needs a box that is not in use: `create` made it, and the last count is gone.
     drop(unsafe { Box::from_raw(state) });
 }
 
@@ -266,7 +266,7 @@ mod pool {
         free: *mut State,
     }
 
-    /// What a `Srcu` that was never used points to: a table in which nobody has a slot. Only its
+    /// What a `Srcu` that was never used points to: a table in which no thread has a slot. Only its
     /// table is ever looked at.
     pub(super) static EMPTY: State =
         State::with(0, Table::empty(), Links { all: ptr::null_mut(), free: ptr::null_mut() });
@@ -283,7 +283,7 @@ mod pool {
         // No ORDER: the lock orders it.
         if ptr::eq(handle.load(Ordering::Relaxed), &EMPTY) {
             let state = create();
-            // ORDER(srcu-state): Release, so that whoever loads the pointer sees the state made.
+            // ORDER(srcu-state): Release: a thread that loads the pointer sees the state made.
             // Partner: the Acquire in `Handle::peek`. INVARIANT: A new state has one count, the
             // handle's.
             handle.store(state, Ordering::Release);

@@ -50,7 +50,7 @@ impl Table {
         let first = NonNull::new(bucket.load(Ordering::Acquire))?;
         // SAFETY: The offset must stay within the allocation: it is that of a slot of this bucket.
         let slot = unsafe { first.byte_add(place.offset as usize) };
-        // SAFETY: It must point to a live slot that nobody has `&mut` to: buckets live as long as
+        // SAFETY: It must point to a live slot that has no `&mut`: buckets live as long as
         // the domain, which `&self` shows to be alive, and slots are only ever shared.
         Some(unsafe { slot.as_ref() })
     }

@@ -163,7 +163,7 @@ pub(in super::super) fn read_report(fd: &OwnedFd) -> Option<(u8, io::Error)> {
 /// Tells the child to go on. The caller still has the read end open, so that this cannot raise
 /// `SIGPIPE`.
 pub(in super::super) fn say_go(fd: &OwnedFd) {
-    // SAFETY: writes one byte of a static. If the child has died meanwhile nobody reads it.
+    // SAFETY: writes one byte of a static. If the child has died meanwhile it is never read.
     unsafe { libc::write(fd.as_raw_fd(), [1_u8].as_ptr().cast(), 1) };
 }
 
@@ -174,7 +174,7 @@ pub(in super::super) fn above_stdio(fd: RawFd) -> io::Result<OwnedFd> {
     if copy == -1 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: `fcntl` has just made this descriptor, and nobody else owns it.
+    // SAFETY: `fcntl` has just made this descriptor, and it has no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(copy) })
 }
 
@@ -186,7 +186,7 @@ pub(in super::super) fn pipe(flags: c_int) -> io::Result<(OwnedFd, OwnedFd)> {
     if unsafe { libc::pipe2(fds.as_mut_ptr(), libc::O_CLOEXEC | flags) } == -1 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: `pipe2` has just made this descriptor, and nobody else owns it.
+    // SAFETY: `pipe2` has just made this descriptor, and it has no other owner.
     let read = unsafe { OwnedFd::from_raw_fd(fds[0]) };
     // SAFETY: as above.
     let write = unsafe { OwnedFd::from_raw_fd(fds[1]) };

@@ -106,7 +106,7 @@ impl Keeper {
         waited < DISK || rest.any(|(tid, _)| !sleeps_deep(*tid))
     }
 
-    /// Tells whether there is anybody to serve.
+    /// Tells whether there is a task to serve.
     pub fn is_needed(&self) -> bool {
         !self.tasks.is_empty()
     }

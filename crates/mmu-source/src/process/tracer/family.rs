@@ -49,7 +49,7 @@ impl<O: Observer> Tracer<O> {
         let before = self.parked.get(&tid).copied();
         let family = before.map_or_else(|| self.family(tid), |parked| parked.family);
         match report {
-            // Made with `CLONE_PTRACE`: nobody is going to name it, and nobody asked for it.
+            // Made with `CLONE_PTRACE`: no event will name it, and no task is to be followed.
             Report::Stopped(stop) if !self.options.follow => {
                 let signal = if let Stop::Signal(signal) = stop { signal } else { 0 };
                 return resume(tid, Resume::Detach, signal);
@@ -133,7 +133,7 @@ impl<O: Observer> Tracer<O> {
         let of_process = self.tasks.values().find(|tracee| tracee.task.pid == pid && tracee.space().is_some());
         let known = of_process.and_then(|tracee| tracee.space().cloned());
         let space = known.or_else(|| self.space_shared_with(tid).ok());
-        // Its parent is not in the table any more, and perhaps nobody is.
+        // Its parent is not in the table any more, and the table may be empty.
         let filtered = self.filters && self.tasks.values().all(|tracee| tracee.filtered);
         let is_new = space.is_none();
         let space = space.unwrap_or_else(|| self.space_of_its_own(tid));
