@@ -208,7 +208,7 @@ mod tests {
         assert_eq!(mapped(1 << 40, libc::MAP_HUGETLB | libc::MAP_HUGE_1GB), 1024 * MIB);
         // The default size: at most what the address is a multiple of.
         assert_eq!(mapped((1 << 40) + 2 * MIB, libc::MAP_HUGETLB), 2 * MIB);
-        assert_eq!(mapped(1 << 40, libc::MAP_HUGETLB), 1024 * MIB);
+        assert_eq!(mapped(1 << 40, libc::MAP_HUGETLB), 1 << page::LARGEST_HUGE);
         // A size that no processor has does not overflow.
         assert_eq!(mapped(1 << 40, libc::MAP_HUGETLB | libc::MAP_HUGE_MASK << libc::MAP_HUGE_SHIFT), 1 << 63);
     }
