@@ -119,6 +119,8 @@ pub struct Exit(pub(crate) ());
 ///
 /// # Examples
 /// ```
+/// # #[global_allocator]
+/// # static ALLOC: mmu_notifier::lockdep::CheckedAlloc = mmu_notifier::lockdep::CheckedAlloc::new();
 /// use mmu_notifier::{InvalidateRange, Notifier, Owner};
 ///
 /// struct Device(Owner);

@@ -59,6 +59,8 @@ use std::ptr::NonNull;
 /// A state that starts a slow flush for each range and waits for all of them afterwards:
 ///
 /// ```
+/// # #[global_allocator]
+/// # static ALLOC: mmu_notifier::lockdep::CheckedAlloc = mmu_notifier::lockdep::CheckedAlloc::new();
 /// use mmu_notifier::{Event, Finish, IntervalNotifier, IntervalOps, InvalidateRange, MmWithUser, Va, VaRange};
 /// use std::sync::atomic::{AtomicU64, Ordering};
 ///
@@ -125,6 +127,8 @@ pub trait IntervalOps: Send + 'static {
 ///
 /// # Examples
 /// ```
+/// # #[global_allocator]
+/// # static ALLOC: mmu_notifier::lockdep::CheckedAlloc = mmu_notifier::lockdep::CheckedAlloc::new();
 /// use mmu_notifier::{Event, Finish, InvalidateRange, IntervalNotifier, IntervalOps, MmWithUser, Va, VaRange};
 ///
 /// struct Shadow(Option<u64>);
@@ -203,6 +207,8 @@ impl<S: IntervalOps> IntervalNotifier<S> {
     /// `mmu_interval_notifier_insert_locked`, Linux 5.5.
     /// # Examples
     /// ```
+    /// # #[global_allocator]
+    /// # static ALLOC: mmu_notifier::lockdep::CheckedAlloc = mmu_notifier::lockdep::CheckedAlloc::new();
     /// use mmu_notifier::{Finish, IntervalNotifier, IntervalOps, InvalidateRange, MmWithUser, VaRange};
     ///
     /// struct Grant;
@@ -286,6 +292,8 @@ impl<S: IntervalOps> IntervalNotifier<S> {
     /// `mmu_interval_check_retry` without that lock, `mmu_interval_read_retry` under it.
     /// # Examples
     /// ```
+    /// # #[global_allocator]
+    /// # static ALLOC: mmu_notifier::lockdep::CheckedAlloc = mmu_notifier::lockdep::CheckedAlloc::new();
     /// use mmu_notifier::{Event, Finish, IntervalNotifier, IntervalOps, InvalidateRange, MmWithUser, VaRange};
     /// use std::sync::{Arc, Mutex};
     ///
@@ -369,22 +377,24 @@ impl<S: IntervalOps> IntervalNotifier<S> {
     /// thread is an error.
     /// # Examples
     /// ```
+    /// # #[global_allocator]
+    /// # static ALLOC: mmu_notifier::lockdep::CheckedAlloc = mmu_notifier::lockdep::CheckedAlloc::new();
     /// # use mmu_notifier::*;
-    /// # struct Cache(Vec<u64>);
+    /// # struct Cache(Option<u64>); // Of a fixed size: it is changed under the lock.
     /// # impl IntervalOps for Cache {
-    /// #     fn invalidate(&mut self, _: &InvalidateRange<'_>) -> Option<Finish> { self.0.clear(); None }
+    /// #     fn invalidate(&mut self, _: &InvalidateRange<'_>) -> Option<Finish> { self.0 = None; None }
     /// # }
     /// let mm = MmWithUser::new();
-    /// let node = IntervalNotifier::insert(&mm, VaRange::ALL, Cache(vec![7]))?;
+    /// let node = IntervalNotifier::insert(&mm, VaRange::ALL, Cache(None))?;
     /// let seq = node.read_begin();
     /// assert!(!node.check_retry(seq));
-    /// node.with_state(|cache| cache.0.push(8));
+    /// node.with_state(|cache| cache.0 = Some(8));
     /// let bracket = mm.invalidate(VaRange::ALL, Event::Unmap);
     /// assert!(node.check_retry(seq));
     /// let refused = node.remove().err().expect("it would wait for the bracket of this thread");
     /// drop(bracket);
     /// let cache = refused.interval.remove()?;
-    /// assert!(cache.0.is_empty());
+    /// assert_eq!(cache.0, None);
     /// # Ok::<(), WouldDeadlock>(())
     /// ```
     #[doc(alias = "mmu_interval_notifier_remove")]

@@ -300,6 +300,8 @@ impl<S: ShadowOps> InvalidateSeq<S> {
     /// `kvm_swap_active_memslots`, virt/kvm/kvm_main.c.
     /// # Examples
     /// ```
+    /// # #[global_allocator]
+    /// # static ALLOC: mmu_notifier::lockdep::CheckedAlloc = mmu_notifier::lockdep::CheckedAlloc::new();
     /// # use mmu_notifier::*;
     /// # struct Table(Vec<u64>);
     /// # impl ShadowOps for Table { fn zap(&mut self, _: &InvalidateRange<'_>) { self.0.clear(); } }
@@ -362,6 +364,8 @@ impl<S: ShadowOps> InvalidateSeq<S> {
     /// `kvm_destroy_vm`, which resets the counts in the same case.
     /// # Examples
     /// ```
+    /// # #[global_allocator]
+    /// # static ALLOC: mmu_notifier::lockdep::CheckedAlloc = mmu_notifier::lockdep::CheckedAlloc::new();
     /// # use mmu_notifier::*;
     /// # struct Table; impl ShadowOps for Table { fn zap(&mut self, _: &InvalidateRange<'_>) {} }
     /// let mm = MmWithUser::new();

@@ -20,6 +20,8 @@
 //!
 //! # Examples
 //! ```
+//! # #[global_allocator]
+//! # static ALLOC: mmu_notifier::lockdep::CheckedAlloc = mmu_notifier::lockdep::CheckedAlloc::new();
 //! use mmu_notifier::{InvalidateRange, Notifier, lockdep};
 //! use std::sync::Mutex;
 //!

@@ -46,6 +46,8 @@ use crate::{InvalidateRange, Mm, Va, VaRange, WouldBlock};
 /// A subscriber that may refuse, and is then called again where it may sleep:
 ///
 /// ```
+/// # #[global_allocator]
+/// # static ALLOC: mmu_notifier::lockdep::CheckedAlloc = mmu_notifier::lockdep::CheckedAlloc::new();
 /// use mmu_notifier::{Event, InvalidateRange, MmWithUser, Notifier, Registration, VaRange, WouldBlock};
 /// use std::sync::{Mutex, TryLockError};
 ///

@@ -30,6 +30,8 @@ use std::ptr::NonNull;
 /// An object with a counter of invalidations, found by its number:
 ///
 /// ```
+/// # #[global_allocator]
+/// # static ALLOC: mmu_notifier::lockdep::CheckedAlloc = mmu_notifier::lockdep::CheckedAlloc::new();
 /// use mmu_notifier::raw::{Embedded, Node, Notifiers};
 /// use mmu_notifier::{Event, InvalidateRange, MmWithUser, Notifier, VaRange};
 /// use std::mem::MaybeUninit;

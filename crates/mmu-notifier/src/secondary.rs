@@ -51,6 +51,8 @@ pub trait SecondaryTlb: Send + Sync + 'static {
 ///
 /// # Examples
 /// ```
+/// # #[global_allocator]
+/// # static ALLOC: mmu_notifier::lockdep::CheckedAlloc = mmu_notifier::lockdep::CheckedAlloc::new();
 /// use mmu_notifier::{Mm, MmWithUser, Registration, Secondary, SecondaryTlb, VaRange};
 /// use std::sync::atomic::{AtomicU64, Ordering};
 ///

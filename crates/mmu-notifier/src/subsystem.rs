@@ -29,6 +29,8 @@ use std::marker::PhantomData;
 ///
 /// # Examples
 /// ```
+/// # #[global_allocator]
+/// # static ALLOC: mmu_notifier::lockdep::CheckedAlloc = mmu_notifier::lockdep::CheckedAlloc::new();
 /// use mmu_notifier::{InvalidateRange, MmWithUser, Notifier, Subsystem};
 ///
 /// struct ShadowTable;

@@ -39,6 +39,8 @@
 //!
 //! # Examples
 //! ```
+//! # #[global_allocator]
+//! # static ALLOC: mmu_notifier::lockdep::CheckedAlloc = mmu_notifier::lockdep::CheckedAlloc::new();
 //! use mmu_notifier::{InvalidateRange, Notifier, Registration};
 //! use mmu_source::hook::Hook;
 //! use std::sync::atomic::{AtomicU64, Ordering};

@@ -161,7 +161,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut arguments = env::args_os().skip(1).map(PathBuf::from);
     let from = arguments.next().map_or_else(env::current_exe, Ok)?;
     let to = arguments.next().unwrap_or_else(|| env::temp_dir().join(format!("uring_copy.{}", process::id())));
+    copy_file(&from, &to)
+}
 
+fn copy_file(from: &PathBuf, to: &PathBuf) -> Result<(), Box<dyn Error>> {
     // One source of changes is enough here: the hooks of libc, or the kernel where they cannot be
     // installed.
     let hook = Hook::install();
@@ -180,15 +183,28 @@ fn main() -> Result<(), Box<dyn Error>> {
         to_free.send(Buffer(map(ptr::null_mut())?))?;
     }
     let remapper = thread::spawn(move || remap(&used, &to_free));
-    let (source, target) = (File::open(&from)?, File::create(&to)?);
+    let (source, target) = (File::open(from)?, File::create(to)?);
     let copied = copy(&mut ring, &cache, (&source, &target), (&free, &to_used))?;
     drop(to_used);
     let remapped = remapper.join().map_err(|_| "the other thread panicked")??;
 
     println!("{copied} bytes copied, {remapped} buffers remapped; {}", cache.stats());
-    if checksum(&from)? != checksum(&to)? {
+    if checksum(from)? != checksum(to)? {
         return Err("the copy differs".into());
     }
     println!("the checksums agree");
     Ok(())
+}
+
+#[cfg(test)]
+#[test]
+fn it_copies() {
+    if let Err(error) = IoUring::new(2) {
+        println!("SKIP it_copies: io_uring: {error}");
+        return;
+    }
+    let to = env::temp_dir().join(format!("uring_copy.{}", process::id()));
+    let copied = copy_file(&env::current_exe().expect("this program has a name"), &to);
+    let removed = std::fs::remove_file(to);
+    copied.and(removed.map_err(Into::into)).expect("the example succeeds");
 }
