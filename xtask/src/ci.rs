@@ -52,6 +52,7 @@ const STEPS: &[Step] = &[
     step("tidy", "cargo xtask tidy"),
     step("clippy", "cargo clippy --workspace --all-targets -- -D warnings"),
     step("packages", "cargo xtask packages"),
+    step("publish, a dry run", "cargo publish --dry-run --workspace --no-verify --allow-dirty --quiet"),
     step(
         "the oldest compiler",
         "cargo +1.85 check --workspace --lib --bins --examples --exclude bench --exclude stress --exclude testkit \

@@ -1,5 +1,7 @@
 //! The command line. Help, man page and completions come from this table alone.
 
+mod broker;
+mod coverage;
 mod details;
 mod diff;
 mod report;
@@ -10,17 +12,16 @@ use std::{fs, io};
 
 use clap::error::ErrorKind;
 use clap::{ArgGroup, Args, CommandFactory, Parser, Subcommand};
-use mmu_source::kernel::broker::SOCKET;
 use mmu_source::process::Pid;
 
+pub(crate) use self::broker::BrokerArgs;
+pub(crate) use self::coverage::{CellArgs, CoverageArgs, LibraryCellArgs, TraceeArgs};
 pub(crate) use self::details::{DetailArgs, SummaryArgs, TraceFormat};
 pub(crate) use self::diff::DiffArgs;
 pub(crate) use self::report::{ReportArgs, ReportFormat};
 use crate::events::{Events, EventsParser};
-use crate::library::Library;
 use crate::outcome::{FAILED, Outcome};
 use crate::record;
-use crate::source::Source;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -235,47 +236,6 @@ pub(crate) enum Watch {
     Off,
 }
 
-/// Runs every operation that changes an address translation under every event source, and says
-/// which was told.
-///
-/// Each runs in a process of its own: it makes memory, arms the source, and makes the change.
-/// 'before' says that the subscriber was called with the translation still in place, 'after' that
-/// it was gone by then, 'missed' that nobody called, 'n/a' that the operation or the source is not
-/// to be had here; why stands on standard error. Whether a translation changed is read from
-/// /proc/self/pagemap; what that does not show (mprotect, MADV_FREE) is found by a write and in
-/// /proc/kpageflags. As root it shows more.
-///
-/// Exits 0 if every source told of what it says it sees, 1 if one did not, 2 if that could not be
-/// found out.
-#[derive(Args, Debug)]
-#[command(verbatim_doc_comment)]
-pub(crate) struct CoverageArgs {
-    /// Writes one JSON object a line
-    #[arg(long)]
-    pub(crate) json: bool,
-
-    /// Asks this source only; may be repeated
-    #[arg(long = "source", value_name = "NAME")]
-    pub(crate) sources: Vec<Source>,
-
-    /// Asks a registration cache instead, as shipped and with the drop-in
-    ///
-    /// Each operation changes a page that the library's own cache has registered; then the
-    /// registration is looked up again, and data is sent through it. 'right' says that the data
-    /// arrived in the page, 'stale' that it went elsewhere, 'shipped' is the library alone, 'hook'
-    /// and 'both' are with libmmun_dropin.so and these sources. The device is an io_uring. Exits 1
-    /// if something was stale with both.
-    #[arg(long, value_name = "NAME", conflicts_with = "sources", verbatim_doc_comment)]
-    pub(crate) library: Option<Library>,
-
-    /// Looks the registration up so long after the change
-    ///
-    /// A UCX whose look-up cannot be asked (from 1.14 on) is told by a thread, some microseconds
-    /// later.
-    #[arg(long, value_name = "MICROSECONDS", default_value_t = 0, requires = "library", verbatim_doc_comment)]
-    pub(crate) wait: u64,
-}
-
 /// Says which event sources can be used here, and what the others lack.
 ///
 /// For each: all that is missing, each with a command that helps, and what was found of the kernel.
@@ -288,67 +248,6 @@ pub(crate) struct DoctorArgs {
     /// Writes one JSON object a line
     #[arg(long)]
     pub(crate) json: bool,
-}
-
-/// Lends the kernel source to processes that may not load BPF programs.
-///
-/// Run by root, or with CAP_BPF, CAP_PERFMON and the right to open /dev/kvm. A process of the group
-/// then starts the source without any capability: the library looks for the socket where it lacks
-/// the rights itself. Each client is told of its own address space only. It gets /dev/kvm, so that
-/// members of the group can make virtual machines; serve users who may, and who can bear that each
-/// client makes changes of memory a little slower for every process with a virtual machine (see
-/// SECURITY.md).
-///
-/// Clients are still told when the broker has ended; only their waits become slower.
-///
-/// Exits 2 if it cannot serve; otherwise it runs until a signal ends it.
-#[derive(Args, Debug)]
-#[command(verbatim_doc_comment, after_long_help = BROKER_EXAMPLES)]
-pub(crate) struct BrokerArgs {
-    /// Listens at PATH; clients look elsewhere only if MMUN_BROKER says so
-    ///
-    /// Not needed if a service manager passes a socket on (dist/mmun-broker.socket).
-    #[arg(long, value_name = "PATH", default_value = SOCKET, verbatim_doc_comment)]
-    pub(crate) socket: PathBuf,
-
-    /// Serves members of this group, besides root and the own user
-    #[arg(long, value_name = "NAME")]
-    pub(crate) group: Option<String>,
-
-    /// Serves so many processes at most; one user can have half of what the others leave
-    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..=1024))]
-    pub(crate) max_clients: u16,
-
-    /// Says on standard error who comes, goes and is refused
-    #[arg(short, long)]
-    pub(crate) verbose: bool,
-}
-
-const BROKER_EXAMPLES: &str = "Examples:
-  sudo mmun broker --group \"$(id -gn)\"            Serves your group at /run/mmun/broker.sock.
-  mmun coverage --source kernel                    Finds it there, as an ordinary user.
-
-  sudo mmun broker --socket /run/job7.sock --group hpc --max-clients 128
-  MMUN_BROKER=/run/job7.sock ./program             Finds it there.
-
-  sudo systemctl enable --now mmun-broker.socket   Starts it when the first client comes.";
-
-#[derive(Args, Debug)]
-pub(crate) struct CellArgs {
-    pub(crate) operation: String,
-    pub(crate) source: Source,
-}
-
-#[derive(Args, Debug)]
-pub(crate) struct LibraryCellArgs {
-    pub(crate) library: Library,
-    pub(crate) operation: String,
-    pub(crate) wait: u64,
-}
-
-#[derive(Args, Debug)]
-pub(crate) struct TraceeArgs {
-    pub(crate) operation: String,
 }
 
 /// What to do instead of running: print this and exit so.
