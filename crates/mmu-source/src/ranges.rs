@@ -171,24 +171,26 @@ mod tests {
 
     #[test]
     fn what_moves_is_whole_folios() {
-        const MIB: u64 = 1 << 20;
+        let (page, huge) = (page::size(), page::huge());
+        // Half a folio further on.
+        let inside = huge + huge / 2;
         let told = |f: &dyn Fn(&mut Vec<VaRange>)| {
             let mut ranges = Vec::new();
             f(&mut ranges);
             ranges.iter().map(|range| (range.start().get(), range.end().map_or(0, Va::get))).collect::<Vec<_>>()
         };
         let moves = |address, length, flags| told(&|ranges| mbind(ranges, address, length, flags));
-        assert_eq!(moves(3 * MIB, 4096, 2), [(2 * MIB, 4 * MIB)]);
-        assert_eq!(moves(3 * MIB, 4096, 4 | MPOL_MF_STRICT), [(2 * MIB, 4 * MIB)]);
-        assert_eq!(moves(2 * MIB, 2 * MIB + 1, 2), [(2 * MIB, 6 * MIB)]);
-        assert_eq!(moves(3 * MIB, 4096, MPOL_MF_STRICT), []);
-        assert_eq!(moves(3 * MIB, 0, 2), []);
+        assert_eq!(moves(inside, page, 2), [(huge, 2 * huge)]);
+        assert_eq!(moves(inside, page, 4 | MPOL_MF_STRICT), [(huge, 2 * huge)]);
+        assert_eq!(moves(huge, huge + 1, 2), [(huge, 3 * huge)]);
+        assert_eq!(moves(inside, page, MPOL_MF_STRICT), []);
+        assert_eq!(moves(inside, 0, 2), []);
         // Nothing of the user's lies there, and nothing overflows.
-        assert_eq!(moves(u64::MAX - 4095, 4096, 2), [(u64::MAX - 4095, 0)]);
-        let advised = |advice: i32| told(&|ranges| madvise(ranges, 3 * MIB, 4096, advice as u64));
-        assert_eq!(advised(libc::MADV_SOFT_OFFLINE), [(2 * MIB, 4 * MIB)]);
-        assert_eq!(advised(libc::MADV_HWPOISON), [(2 * MIB, 4 * MIB)]);
-        assert_eq!(advised(libc::MADV_DONTNEED), [(3 * MIB, 3 * MIB + 4096)]);
+        assert_eq!(moves(u64::MAX - (page - 1), page, 2), [(u64::MAX - (page - 1), 0)]);
+        let advised = |advice: i32| told(&|ranges| madvise(ranges, inside, page, advice as u64));
+        assert_eq!(advised(libc::MADV_SOFT_OFFLINE), [(huge, 2 * huge)]);
+        assert_eq!(advised(libc::MADV_HWPOISON), [(huge, 2 * huge)]);
+        assert_eq!(advised(libc::MADV_DONTNEED), [(inside, inside + page)]);
         assert_eq!(advised(libc::MADV_WILLNEED), []);
     }
 
@@ -197,13 +199,13 @@ mod tests {
         const MIB: u64 = 1 << 20;
         let mapped = |address: u64, flags: i32| {
             let mut ranges = Vec::new();
-            mmap(&mut ranges, address, 4096, (flags | libc::MAP_FIXED) as u64, || Some(1 << 21));
+            mmap(&mut ranges, address, page::size(), (flags | libc::MAP_FIXED) as u64, || Some(1 << 21));
             assert_eq!(ranges.len(), 1);
             ranges[0].end().map_or(0, Va::get) - address
         };
-        assert_eq!(mapped(1 << 40, libc::MAP_ANONYMOUS), 4096);
+        assert_eq!(mapped(1 << 40, libc::MAP_ANONYMOUS), page::size());
         assert_eq!(mapped(1 << 40, 0), 2 * MIB, "by the file");
-        assert_eq!(mapped((1 << 40) + 4096, 0), 4096, "refused for a file of huge pages");
+        assert_eq!(mapped((1 << 40) + page::size(), 0), page::size(), "refused for a file of huge pages");
         assert_eq!(mapped(1 << 40, libc::MAP_HUGETLB | libc::MAP_HUGE_2MB), 2 * MIB);
         assert_eq!(mapped(1 << 40, libc::MAP_HUGETLB | libc::MAP_HUGE_1GB), 1024 * MIB);
         // The default size: at most what the address is a multiple of.
