@@ -38,7 +38,9 @@
     const [start, pages] = lane.bands[low];
     return tops[low] + heights[low] * Math.min(1, Math.max(0, (page - start) / pages));
   };
-  const box = () => ({ w: canvas.clientWidth - GUTTER - 8, h: canvas.clientHeight - STRIP - AXIS });
+  // The size is asked for once a picture: that is dear.
+  let area = { w: 1, h: 1 };
+  const box = () => area;
   const X = t => GUTTER + (t - view.t0) / (view.t1 - view.t0) * box().w;
   const Y = v => STRIP + (v - view.v0) / (view.v1 - view.v0) * box().h;
   const inView = m => {
@@ -51,13 +53,15 @@
   };
   const isOut = s => s.y0 + s.h < STRIP || s.y0 > STRIP + box().h;
 
-  let seen = [];
+  let seen = [], seenLives = [];
   const paint = () => {
     const k = devicePixelRatio || 1, W = canvas.clientWidth, H = canvas.clientHeight;
     canvas.width = W * k; canvas.height = H * k;
     const g = canvas.getContext("2d");
     g.scale(k, k);
     seen = [];
+    seenLives = [];
+    area = { w: W - GUTTER - 8, h: H - STRIP - AXIS };
     if (!lane) return;
     const c = Object.fromEntries(["fg", "dim", "line", "band", "anon", "file", "unmap", "clear", "prot", "other", "bg"].map(n => [n, colour(n)]));
     const { w, h } = box();
@@ -95,13 +99,15 @@
     });
     cells(lane.shade, c.anon, .8);
     g.globalAlpha = 1;
-    for (const [page, pages, began, ended, what] of lane.lives) {
+    for (const life of lane.lives) {
+      const [page, pages, began, ended, what] = life;
       const x0 = X(began - lane.began), x1 = X(ended - lane.began);
       if (x1 < GUTTER || x0 > GUTTER + w) continue;
       const y0 = Y(place(page)), y1 = Y(place(page + pages, true));
       if (y1 < STRIP || y0 > STRIP + h) continue;
       g.fillStyle = isFile(what) ? c.file : c.anon;
       g.fillRect(x0, y0, Math.max(1, x1 - x0), Math.max(.7, y1 - y0 - .5));
+      seenLives.push({ life, x0, x1: Math.max(x0 + 1, x1), y0, y1 });
     }
     cells(lane.haze, c.unmap, .6);
     g.globalAlpha = 1;
@@ -200,17 +206,14 @@
   const hit = (x, y) => {
     let best = null, least = 6;
     for (const s of seen) {
+      if (Math.abs(x - s.x) > 8) continue;
       const far = Math.hypot(Math.max(0, Math.abs(x - s.x) - 1), Math.max(s.y0 - y, 0, y - s.y0 - s.h));
       if (far < least || (far === least && best && s.h < best.h)) { least = far; best = s; }
     }
     if (best) return about(best.m);
     if (y < STRIP || x < GUTTER) return "";
-    let found = null;
-    for (const life of lane.lives) {
-      const [page, pages, began, ended] = life;
-      if (X(began - lane.began) <= x && x <= Math.max(X(ended - lane.began), X(began - lane.began) + 1) && Y(place(page)) <= y && y <= Y(place(page + pages, true))) found = life;
-    }
-    return found ? aboutLife(found) : "";
+    const found = seenLives.findLast(s => s.x0 <= x && x <= s.x1 && s.y0 <= y && y <= s.y1);
+    return found ? aboutLife(found.life) : "";
   };
   const zoom = (factor, x, y) => {
     if (!lane) return;
