@@ -53,6 +53,7 @@ impl Options {
 
 /// Why [`Tracer::run`] returned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Done {
     /// No tracee is left.
     AllExited,
