@@ -36,10 +36,11 @@
 //! struct Changes(AtomicU64);
 //! impl Notifier for Changes {
 //!     fn invalidate_range_start(&self, _: &InvalidateRange<'_>) {
-//!         self.0.fetch_add(1, Ordering::Relaxed); // It may not allocate: this may be inside `free`.
+//!         self.0.fetch_add(1, Ordering::Relaxed); // May not allocate: it may be inside `free`.
 //!     }
 //! }
-//! let changes = Registration::new(&mmu_source::current(), Changes::default()).map_err(|_| "refused")?;
+//! let mm = mmu_source::current();
+//! let changes = Registration::new(&mm, Changes::default()).map_err(|_| "refused")?;
 //! let hook = mmu_source::hook::Hook::install()?;
 //! drop(vec![0_u8; 64 << 20]); // libc unmaps it.
 //! assert!(changes.0.load(Ordering::Relaxed) > 0);
@@ -52,7 +53,8 @@
 #![cfg_attr(not(feature = "uffd"), doc = "```ignore")]
 //! # use mmu_notifier::{Va, VaRange};
 //! let uffd = mmu_source::uffd::Uffd::start()?;
-//! let armed = uffd.arm(VaRange::covering(Va::new(0x7000_0000), 1 << 20)?)?; // Until it is dropped.
+//! let range = VaRange::covering(Va::new(0x7000_0000), 1 << 20)?;
+//! let armed = uffd.arm(range)?; // Until it is dropped.
 //! uffd.settle()?; // Subscribers were told of every call that has returned.
 //! # drop(armed);
 //! # Ok::<(), Box<dyn std::error::Error>>(())

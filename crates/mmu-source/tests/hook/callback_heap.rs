@@ -129,8 +129,8 @@ fn a_second_pass_runs_in_the_middle_of_free() {
         give_memory_back_often();
         let _hook = Hook::install().expect("the hook works on this machine");
         until_ten_were_given_back(|| {
-            // What is allocated next lies here and not behind the block, which must be the heap's
-            // end.
+            // What is allocated next lies here and not behind the block, which must be the end
+            // of the heap.
             let room = vec![1_u8; 64 << 10];
             let block = vec![1_u8; 4 << 20];
             drop(room);

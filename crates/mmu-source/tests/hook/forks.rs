@@ -75,8 +75,8 @@ fn a_child_forked_while_another_thread_installs_can_install() {
         const ATTEMPTS: u32 = 12;
         /// So that the forks are spread over an installation, which takes milliseconds.
         const STEP: Duration = Duration::from_micros(500);
-        // The first installation of a process is the one that takes its time: each attempt has a
-        // process of its own.
+        // The first installation of a process is the one that takes its time: each attempt has
+        // a process of its own.
         let attempt = |number: u32| {
             // SAFETY: as in `fork`.
             let middle = unsafe { libc::fork() };

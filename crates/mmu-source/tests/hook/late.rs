@@ -79,8 +79,8 @@ fn a_threads_first_bracket_is_inside_the_allocator() {
                     trim();
                     started.wait();
                     loaded.wait();
-                    // One at a time: another thread's block above this one would keep the heap from
-                    // being trimmed.
+                    // One at a time: another thread's block above this one would keep the heap
+                    // from being trimmed.
                     let turn = alone.lock();
                     trim();
                     drop(turn);

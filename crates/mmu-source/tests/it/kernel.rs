@@ -53,8 +53,8 @@ fn every_change_by_this_process_is_told() {
     });
     told(&kernel, "munmap as a bare instruction", private(), |memory| {
         let result: i64;
-        // SAFETY: munmap of our own scratch memory; the registers that the instruction destroys are
-        // named.
+        // SAFETY: munmap of our own scratch memory; the registers that the instruction destroys
+        // are named.
         #[cfg(target_arch = "x86_64")]
         unsafe {
             std::arch::asm!("syscall", inlateout("rax") libc::SYS_munmap => result, in("rdi") memory.page(1), in("rsi") PAGE,
