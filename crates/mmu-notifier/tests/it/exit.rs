@@ -246,3 +246,17 @@ fn exit_inside_a_callback_releases_and_does_not_wait() {
     drop(bracket);
     assert_eq!(log.count("a", At::End), 0, "delisted by then");
 }
+
+#[test]
+fn an_interval_whose_insert_waits_gets_no_call_at_exit() {
+    let mm = MmWithUser::new();
+    let handle = (*mm).clone();
+    let shadow = || crate::interval::Shadow::with(|_| Ok(None));
+    let in_tree = mmu_notifier::IntervalNotifier::insert(&mm, page(1), shadow()).unwrap();
+    let bracket = handle.invalidate(page(1), Event::Clear);
+    let deferred = mmu_notifier::IntervalNotifier::insert(&mm, page(2), shadow()).unwrap();
+    drop(mm);
+    drop(bracket);
+    assert_eq!(in_tree.remove().unwrap().events.len(), 2, "the bracket, and the end of the address space");
+    assert_eq!(deferred.remove().unwrap().events.len(), 0, "it was not in the tree at the end");
+}
