@@ -146,7 +146,7 @@ pub(crate) struct TraceArgs {
     /// Makes a page with pictures for a browser, from all that can be found out
     ///
     /// Records what --details, -k and --births add. --no-births leaves the last out: an mmap that
-    /// replaces nothing is then spared a stop, some 10 us, and mappings have no begin. Records are
+    /// replaces nothing is then spared a stop, some 20 us, and mappings have no begin. Records are
     /// written elsewhere, too, only with -o, --json or -k.
     #[arg(long, value_name = "FILE.html", group = "places", verbatim_doc_comment)]
     pub(crate) report: Option<PathBuf>,
