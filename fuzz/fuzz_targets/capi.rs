@@ -15,13 +15,23 @@ unsafe extern "C" {
     fn mmun_close(mmun: *mut c_void);
     fn mmun_status(mmun: *const c_void, status: *mut c_void) -> c_int;
     fn mmun_strerror(code: c_int) -> *const i8;
-    fn mmun_watch(mmun: *const c_void, address: *const c_void, length: usize, watch: *mut *mut c_void) -> c_int;
+    fn mmun_watch(
+        mmun: *const c_void,
+        address: *const c_void,
+        length: usize,
+        watch: *mut *mut c_void,
+    ) -> c_int;
     fn mmun_watch_valid(watch: *const c_void) -> bool;
     fn mmun_watch_renew(watch: *mut c_void) -> c_int;
     fn mmun_unwatch(watch: *mut c_void);
     fn mmun_fill_begin(mmun: *const c_void) -> u64;
     fn mmun_fill_retry(mmun: *const c_void, seq: u64) -> bool;
-    fn mmun_subscribe(mmun: *const c_void, ops: *const c_void, ctx: *mut c_void, to: *mut *mut c_void) -> c_int;
+    fn mmun_subscribe(
+        mmun: *const c_void,
+        ops: *const c_void,
+        ctx: *mut c_void,
+        to: *mut *mut c_void,
+    ) -> c_int;
     fn mmun_unsubscribe(subscription: *mut c_void) -> c_int;
     fn mmun_regcache_open(
         mmun: *const c_void,
@@ -30,18 +40,32 @@ unsafe extern "C" {
         cache: *mut *mut c_void,
     ) -> c_int;
     fn mmun_regcache_close(cache: *mut c_void) -> c_int;
-    fn mmun_regcache_get(cache: *const c_void, address: *mut c_void, length: usize, lease: *mut c_void) -> c_int;
+    fn mmun_regcache_get(
+        cache: *const c_void,
+        address: *mut c_void,
+        length: usize,
+        lease: *mut c_void,
+    ) -> c_int;
     fn mmun_regcache_put(lease: *mut c_void);
     fn mmun_regcache_flush(cache: *const c_void) -> u64;
     fn mmun_regcache_stats(cache: *const c_void, stats: *mut c_void) -> c_int;
     fn mmun_lease_valid(lease: *const c_void) -> bool;
-    fn mmun_lease_range(lease: *const c_void, address: *mut *mut c_void, length: *mut usize) -> c_int;
+    fn mmun_lease_range(
+        lease: *const c_void,
+        address: *mut *mut c_void,
+        length: *mut usize,
+    ) -> c_int;
 }
 
 /// Links the library, whose functions are declared by hand as a program in C has them.
 use mmun as _;
 
-extern "C" fn register(answer: *mut c_void, _: *mut c_void, length: usize, handle: *mut *mut c_void) -> c_int {
+extern "C" fn register(
+    answer: *mut c_void,
+    _: *mut c_void,
+    length: usize,
+    handle: *mut *mut c_void,
+) -> c_int {
     assert!(length > 0 && length % 4096 == 0);
     // SAFETY: The library gives a place.
     unsafe { *handle = answer };
@@ -61,14 +85,21 @@ impl Struct {
     fn new(size: u16, words: &[u64]) -> Self {
         let mut fields = [0; LARGEST / 8 + 2];
         fields[0] = u64::from(size);
-        fields[1..].iter_mut().zip(words).for_each(|(field, word)| *field = *word);
+        fields[1..]
+            .iter_mut()
+            .zip(words)
+            .for_each(|(field, word)| *field = *word);
         // Whatever the size says, so many bytes are there.
         fields[(usize::from(size).min(LARGEST)).div_ceil(8).max(1)] = GUARD;
         Self(fields)
     }
 
     fn place(&mut self, misaligned: bool) -> *mut c_void {
-        self.0.as_mut_ptr().cast::<u8>().wrapping_add(usize::from(misaligned)).cast()
+        self.0
+            .as_mut_ptr()
+            .cast::<u8>()
+            .wrapping_add(usize::from(misaligned))
+            .cast()
     }
 
     fn check(&self) {
@@ -110,7 +141,10 @@ fn opened() -> *mut c_void {
             let options = [16_u64, 4];
             let mut mmun = ptr::null_mut();
             // SAFETY: Both are there.
-            assert_eq!(unsafe { mmun_open(options.as_ptr().cast(), &raw mut mmun) }, 0);
+            assert_eq!(
+                unsafe { mmun_open(options.as_ptr().cast(), &raw mut mmun) },
+                0
+            );
             Opened(mmun)
         })
         .0
@@ -143,7 +177,12 @@ fuzz_target!(|steps: Vec<Step>| {
                 Step::Strerror(code) => assert_ne!(*mmun_strerror(code), 0),
                 Step::Watch(address, length) => {
                     mmun_unwatch(watch);
-                    mmun_watch(mmun, ptr::without_provenance(address as usize), length as usize, &raw mut watch);
+                    mmun_watch(
+                        mmun,
+                        ptr::without_provenance(address as usize),
+                        length as usize,
+                        &raw mut watch,
+                    );
                     assert!(watch.is_null() || mmun_watch_valid(watch));
                 }
                 Step::Renew => _ = mmun_watch_renew(watch),
@@ -157,7 +196,12 @@ fuzz_target!(|steps: Vec<Step>| {
                     let callback = if with { changed as *const () as u64 } else { 0 };
                     // Beyond the two functions: the future.
                     let mut ops = Struct::new(size, &[callback, callback, words[0], words[1]]);
-                    mmun_subscribe(mmun, ops.place(false), ptr::null_mut(), &raw mut subscription);
+                    mmun_subscribe(
+                        mmun,
+                        ops.place(false),
+                        ptr::null_mut(),
+                        &raw mut subscription,
+                    );
                     ops.check();
                 }
                 Step::Unsubscribe | Step::Subscribe(..) => {
@@ -166,20 +210,36 @@ fuzz_target!(|steps: Vec<Step>| {
                 Step::Cache(size, flags, options_size, words, answer) if cache.is_null() => {
                     let functions = [register as *const () as u64, deregister as *const () as u64];
                     let context = i64::from(answer.min(3)) as u64;
-                    let mut registrar = Struct::new(size, &[context, functions[0], functions[1], flags]);
+                    let mut registrar =
+                        Struct::new(size, &[context, functions[0], functions[1], flags]);
                     // A table for 2^26 regions for each run would be slow, and proves nothing.
-                    let mut options = Struct::new(options_size, &[words[0] & 0x3ff_0000_0007, words[1], words[2], words[3]]);
-                    mmun_regcache_open(mmun, registrar.place(false), options.place(false), &raw mut cache);
+                    let mut options = Struct::new(
+                        options_size,
+                        &[words[0] & 0x3ff_0000_0007, words[1], words[2], words[3]],
+                    );
+                    mmun_regcache_open(
+                        mmun,
+                        registrar.place(false),
+                        options.place(false),
+                        &raw mut cache,
+                    );
                     registrar.check();
                     options.check();
                 }
                 Step::Get(address, length, misaligned) if lease.is_none() => {
                     let mut place = Box::new([7_u64; 4]);
-                    let at = place.as_mut_ptr().cast::<u8>().wrapping_add(usize::from(misaligned)).cast();
+                    let at = place
+                        .as_mut_ptr()
+                        .cast::<u8>()
+                        .wrapping_add(usize::from(misaligned))
+                        .cast();
                     let address = ptr::without_provenance_mut(address as usize);
                     if mmun_regcache_get(cache, address, length as usize, at) == 0 {
                         let (mut start, mut bytes) = (ptr::null_mut(), 0);
-                        assert!(mmun_lease_valid(at) && mmun_lease_range(at, &raw mut start, &raw mut bytes) == 0);
+                        assert!(
+                            mmun_lease_valid(at)
+                                && mmun_lease_range(at, &raw mut start, &raw mut bytes) == 0
+                        );
                         assert!(start <= address && bytes as u64 >= length);
                         lease = Some(Box::new([place[0], place[1], place[2]]));
                     }
@@ -209,7 +269,9 @@ fuzz_target!(|steps: Vec<Step>| {
     }
     // SAFETY: As above.
     unsafe {
-        lease.into_iter().for_each(|mut held| mmun_regcache_put(held.as_mut_ptr().cast()));
+        lease
+            .into_iter()
+            .for_each(|mut held| mmun_regcache_put(held.as_mut_ptr().cast()));
         assert_eq!(mmun_regcache_close(cache), 0);
         mmun_unwatch(watch);
         mmun_unsubscribe(subscription);

@@ -18,7 +18,12 @@ fuzz_target!(|packet: &[u8]| {
         assert_eq!(reply.bytes(), packet);
         // What a refusal is printed as is one line that a terminal takes for text.
         if let Reply::Refused(refusal) = reply {
-            assert!(refusal.to_string().chars().all(|character| !character.is_control()));
+            assert!(
+                refusal
+                    .to_string()
+                    .chars()
+                    .all(|character| !character.is_control())
+            );
         }
     }
 });
