@@ -12,7 +12,12 @@ fn capi() {
     println!("cargo::rustc-check-cfg=cfg(has_capi)");
     println!("cargo::rerun-if-changed=../crates/capi/include");
     let mut build = cc::Build::new();
-    build.file("c/capi.c").include("../crates/capi/include").opt_level(3).warnings(false).cargo_warnings(false);
+    build
+        .file("c/capi.c")
+        .include("../crates/capi/include")
+        .opt_level(3)
+        .warnings(false)
+        .cargo_warnings(false);
     if build.try_compile("capi_loops").is_ok() {
         println!("cargo::rustc-cfg=has_capi");
     }
@@ -29,7 +34,9 @@ fn urcu() {
         .cargo_warnings(false)
         .try_compile("urcu_peers");
     if built.is_err() {
-        println!("cargo::warning=liburcu-dev or a C compiler is missing: the benches of srcu leave liburcu out");
+        println!(
+            "cargo::warning=liburcu-dev or a C compiler is missing: the benches of srcu leave liburcu out"
+        );
         return;
     }
     println!("cargo::rustc-cfg=has_urcu");
@@ -40,10 +47,16 @@ fn urcu() {
 
 fn ucx() {
     println!("cargo::rustc-check-cfg=cfg(has_ucx)");
-    let built =
-        cc::Build::new().file("c/rcache.c").opt_level(3).warnings(false).cargo_warnings(false).try_compile("ucx_peer");
+    let built = cc::Build::new()
+        .file("c/rcache.c")
+        .opt_level(3)
+        .warnings(false)
+        .cargo_warnings(false)
+        .try_compile("ucx_peer");
     if built.is_err() {
-        println!("cargo::warning=libucx-dev or a C compiler is missing: the bench of regcache leaves UCX out");
+        println!(
+            "cargo::warning=libucx-dev or a C compiler is missing: the bench of regcache leaves UCX out"
+        );
         return;
     }
     println!("cargo::rustc-cfg=has_ucx");

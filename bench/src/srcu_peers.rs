@@ -8,7 +8,10 @@ pub(crate) struct Row {
 
 impl Row {
     pub(crate) fn new(name: &'static str) -> Self {
-        Self { name, rounds: Vec::new() }
+        Self {
+            name,
+            rounds: Vec::new(),
+        }
     }
 
     pub(crate) fn median(&self) -> f64 {
@@ -17,14 +20,25 @@ impl Row {
 
     /// The median of the rounds' ratios: what disturbs a round on a shared machine disturbs both.
     pub(crate) fn ratio(&self, to: &Row) -> f64 {
-        median(self.rounds.iter().zip(&to.rounds).map(|(mine, theirs)| mine / theirs).collect())
+        median(
+            self.rounds
+                .iter()
+                .zip(&to.rounds)
+                .map(|(mine, theirs)| mine / theirs)
+                .collect(),
+        )
     }
 
     /// Half the distance between the quartiles, in percent of the median.
     pub(crate) fn spread(&self) -> f64 {
         let mut sorted = self.rounds.clone();
         sorted.sort_by(f64::total_cmp);
-        let at = |quarter: usize| sorted.get(sorted.len() * quarter / 4).copied().unwrap_or(f64::NAN);
+        let at = |quarter: usize| {
+            sorted
+                .get(sorted.len() * quarter / 4)
+                .copied()
+                .unwrap_or(f64::NAN)
+        };
         (at(3) - at(1)) / 2.0 / self.median() * 100.0
     }
 }
@@ -36,17 +50,25 @@ pub(crate) fn median(mut values: Vec<f64>) -> f64 {
 
 /// The row of that name.
 pub(crate) fn row<'a>(rows: &'a [Row], name: &str) -> &'a Row {
-    rows.iter().find(|row| row.name.starts_with(name)).expect("every name looked for is in the table")
+    rows.iter()
+        .find(|row| row.name.starts_with(name))
+        .expect("every name looked for is in the table")
 }
 
 /// Says whether a ratio is within its bar.
 pub(crate) fn verdict(what: &str, ratio: f64, bar: f64) {
-    println!("{} {what}: {ratio:.2} (bar {bar:.2})", if ratio <= bar { "ok  " } else { "OVER" });
+    println!(
+        "{} {what}: {ratio:.2} (bar {bar:.2})",
+        if ratio <= bar { "ok  " } else { "OVER" }
+    );
 }
 
 /// The first argument as a number of rounds.
 pub(crate) fn rounds(default: usize) -> usize {
-    std::env::args().nth(1).and_then(|argument| argument.parse().ok()).unwrap_or(default)
+    std::env::args()
+        .nth(1)
+        .and_then(|argument| argument.parse().ok())
+        .unwrap_or(default)
 }
 
 #[cfg(has_urcu)]

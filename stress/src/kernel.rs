@@ -19,30 +19,44 @@ use testkit::{Cap, require};
 /// at most. Dies if somebody is for a minute.
 pub(crate) fn rush(options: &Options) -> ExitCode {
     println!("rush: {:?}", options.length);
-    let Some(kernel) = start() else { return skipped() };
+    let Some(kernel) = start() else {
+        return skipped();
+    };
     let paces = rush::rush(&kernel, options.length, Duration::from_secs(60));
     for (deed, pace) in rush::DEEDS.iter().zip(&paces) {
         let [times, most] = [&pace.times, &pace.most].map(|count| count.load(Ordering::Relaxed));
         println!("rush: {deed:<10} {times:>9} times, {most} us at most");
     }
     println!("rush: {kernel:?}");
-    ExitCode::from(u8::from(paces.iter().any(|pace| pace.times.load(Ordering::Relaxed) == 0)))
+    ExitCode::from(u8::from(
+        paces
+            .iter()
+            .any(|pace| pace.times.load(Ordering::Relaxed) == 0),
+    ))
 }
 
 fn start() -> Option<Arc<Kernel>> {
-    Kernel::start().inspect_err(|error| println!("SKIP kernel: {error}")).ok()
+    Kernel::start()
+        .inspect_err(|error| println!("SKIP kernel: {error}"))
+        .ok()
 }
 
 /// Where the machine has all that the source needs, and it did not start, that is a fault.
 fn skipped() -> ExitCode {
-    ExitCode::from(if require(Cap::Bpf) && require(Cap::Kvm) { 2 } else { 0 })
+    ExitCode::from(if require(Cap::Bpf) && require(Cap::Kvm) {
+        2
+    } else {
+        0
+    })
 }
 
 /// Hunts, and tells what was found. `--broken` uses entries without asking the source, `--no-wait`
 /// fills without waiting, `--crowd N` has so many threads change other memory meanwhile.
 pub(crate) fn run(options: &Options) -> ExitCode {
     println!("kernel: seed {}, {:?}", options.seed, options.length);
-    let Some(kernel) = start() else { return skipped() };
+    let Some(kernel) = start() else {
+        return skipped();
+    };
     let mutant = match (options.broken, options.no_wait) {
         (true, _) => Mutant::NoLook,
         (false, true) => Mutant::NoWait,
@@ -61,9 +75,14 @@ pub(crate) fn run(options: &Options) -> ExitCode {
         stop.store(true, Ordering::Relaxed);
         tally
     });
-    let [changes, hits, fills, retries, stale] =
-        [&tally.changes, &tally.hits, &tally.fills, &tally.retries, &tally.stale]
-            .map(|count| count.load(Ordering::Relaxed));
+    let [changes, hits, fills, retries, stale] = [
+        &tally.changes,
+        &tally.hits,
+        &tally.fills,
+        &tally.retries,
+        &tally.stale,
+    ]
+    .map(|count| count.load(Ordering::Relaxed));
     println!(
         "kernel: {changes} changes, {hits} hits, {fills} fills, {retries} fills thrown away, {} lost",
         kernel.lost()

@@ -80,9 +80,15 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<(Program, Option
         Some("kernel") => kernel::run,
         #[cfg(feature = "sources")]
         Some("rush") => kernel::rush,
-        _ => return Err("the first argument names the program: srcu, mmu, regcache, kernel or rush".into()),
+        _ => {
+            return Err(
+                "the first argument names the program: srcu, mmu, regcache, kernel or rush".into(),
+            );
+        }
     };
-    let seed = SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |now| now.as_nanos() as u64);
+    let seed = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(1, |now| now.as_nanos() as u64);
     let mut options = Options::new(seed);
     while let Some(argument) = arguments.next() {
         if argument == "--source" {
@@ -96,8 +102,12 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<(Program, Option
             continue;
         }
         let mut number = || {
-            let value = arguments.next().ok_or(format!("{argument} wants a number"))?;
-            value.parse().map_err(|_| format!("{argument} wants a number, not {value}"))
+            let value = arguments
+                .next()
+                .ok_or(format!("{argument} wants a number"))?;
+            value
+                .parse()
+                .map_err(|_| format!("{argument} wants a number, not {value}"))
         };
         match argument.as_str() {
             "--seconds" => options.length = Duration::from_secs(number()?),

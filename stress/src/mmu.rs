@@ -70,7 +70,10 @@ pub(crate) struct Space {
 
 impl Space {
     fn new() -> Self {
-        Self { mm: MmWithUser::new(), frame: Arc::default() }
+        Self {
+            mm: MmWithUser::new(),
+            frame: Arc::default(),
+        }
     }
 }
 
@@ -121,9 +124,15 @@ impl World {
     /// Checks an address space that nobody uses and nobody else has.
     fn check_idle(&self, mm: &Mm) -> bool {
         let (seq, open) = mm.interval_snapshot();
-        self.check(open == 0 && seq % 2 == 0, "an interval's window is still open");
+        self.check(
+            open == 0 && seq % 2 == 0,
+            "an interval's window is still open",
+        );
         self.check(mm.callback_panics() == 0, "a callback has panicked");
-        self.check(mm.mm_users() == 0, "an address space has ended and has users");
+        self.check(
+            mm.mm_users() == 0,
+            "an address space has ended and has users",
+        );
         true
     }
 
@@ -138,7 +147,10 @@ impl World {
     fn finish(&self) {
         lock(&self.orphans).clear();
         for subsystem in &self.subsystems {
-            self.check(subsystem.drain_until_idle().is_ok(), "a drain outside of brackets was refused");
+            self.check(
+                subsystem.drain_until_idle().is_ok(),
+                "a drain outside of brackets was refused",
+            );
         }
         (0..SPACES).for_each(|number| self.replace(number));
         for mm in &*lock(&self.retired) {
@@ -147,7 +159,9 @@ impl World {
             wait_until(|| mm.mm_count() == 1);
             self.check_idle(mm);
         }
-        wait_until(|| self.counts.frees.load(Ordering::Relaxed) == self.counts.allocs.load(Ordering::Relaxed));
+        wait_until(|| {
+            self.counts.frees.load(Ordering::Relaxed) == self.counts.allocs.load(Ordering::Relaxed)
+        });
     }
 }
 
@@ -163,7 +177,11 @@ fn wait_until(condition: impl Fn() -> bool) {
 }
 
 pub(crate) fn run(options: &Options) -> ExitCode {
-    println!("stress mmu: seed {}, {} s, {options:?}", options.seed, options.length.as_secs());
+    println!(
+        "stress mmu: seed {}, {} s, {options:?}",
+        options.seed,
+        options.length.as_secs()
+    );
     if options.no_membarrier {
         // SAFETY: Nobody may use the environment at the same time: there is one thread yet.
         unsafe { std::env::set_var("SRCU_NO_MEMBARRIER", "1") };
@@ -173,7 +191,11 @@ pub(crate) fn run(options: &Options) -> ExitCode {
     let start = Instant::now();
     let errors = soak(world, options.seed, options.length);
     println!("{:#?}", world.counts);
-    println!("stress mmu: {errors} errors in {:.1} s, seed {}", start.elapsed().as_secs_f64(), options.seed);
+    println!(
+        "stress mmu: {errors} errors in {:.1} s, seed {}",
+        start.elapsed().as_secs_f64(),
+        options.seed
+    );
     ExitCode::from(u8::from(errors != 0))
 }
 
@@ -210,9 +232,21 @@ mod tests {
         let world = World::new(false);
         assert_eq!(soak(world, 48, Duration::from_secs(2)), 0);
         let counts = &world.counts;
-        let all = [&counts.allocs, &counts.registrations, &counts.intervals, &counts.refused, &counts.faults];
-        for done in all.into_iter().chain([&counts.overflows, &counts.flushes, &counts.exits]) {
-            assert!(done.load(Ordering::Relaxed) > 0, "it did not do everything: {counts:?}");
+        let all = [
+            &counts.allocs,
+            &counts.registrations,
+            &counts.intervals,
+            &counts.refused,
+            &counts.faults,
+        ];
+        for done in all
+            .into_iter()
+            .chain([&counts.overflows, &counts.flushes, &counts.exits])
+        {
+            assert!(
+                done.load(Ordering::Relaxed) > 0,
+                "it did not do everything: {counts:?}"
+            );
         }
     }
 }

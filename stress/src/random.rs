@@ -7,7 +7,8 @@ pub(crate) struct Random(u64);
 impl Random {
     /// One of many streams of a seed.
     pub(crate) fn new(seed: u64, stream: u64) -> Self {
-        let mixed = (seed ^ stream.wrapping_mul(0x9e37_79b9_7f4a_7c15)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed =
+            (seed ^ stream.wrapping_mul(0x9e37_79b9_7f4a_7c15)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         Self(mixed | 1)
     }
 

@@ -48,14 +48,22 @@ const WORKERS: u64 = 3;
 const CHANGERS: u64 = 2;
 
 pub(crate) fn run(options: &Options) -> ExitCode {
-    println!("stress regcache: seed {}, {} s, {options:?}", options.seed, options.length.as_secs());
+    println!(
+        "stress regcache: seed {}, {} s, {options:?}",
+        options.seed,
+        options.length.as_secs()
+    );
     let start = Instant::now();
     match torture(options) {
         Ok((counts, stats)) => {
             let bad = counts.stale.load(Ordering::Relaxed) + counts.errors.load(Ordering::Relaxed);
             println!("{counts:#?}");
             stats.iter().for_each(|stats| println!("{stats}"));
-            println!("stress regcache: {bad} errors in {:.1} s, seed {}", start.elapsed().as_secs_f64(), options.seed);
+            println!(
+                "stress regcache: {bad} errors in {:.1} s, seed {}",
+                start.elapsed().as_secs_f64(),
+                options.seed
+            );
             ExitCode::from(u8::from(bad != 0))
         }
         Err(why) => {
@@ -77,11 +85,18 @@ fn torture(options: &Options) -> Result<(Arc<Counts>, Vec<Stats>), Box<dyn std::
         Source::Rehearsal => Some(Kernel::rehearse(1 << 16)?),
         Source::Bracket | Source::Hook => None,
     };
-    let _hook = if options.source == Source::Hook { Some(Hook::install()?) } else { None };
+    let _hook = if options.source == Source::Hook {
+        Some(Hook::install()?)
+    } else {
+        None
+    };
     let pool = Pool::new(options.seed)?;
     let counts = Arc::new(Counts::default());
     let stop = Arc::new(AtomicBool::new(false));
-    watch(options.length + Duration::from_secs(30), Arc::clone(&counts));
+    watch(
+        options.length + Duration::from_secs(30),
+        Arc::clone(&counts),
+    );
     let merges = [Merge::Never, Merge::Overlapping, Merge::Adjacent];
     // The kernel cannot be kept from telling. Caches can be kept from asking.
     let is_asked = !(options.broken && options.source == Source::Kernel);
@@ -89,16 +104,28 @@ fn torture(options: &Options) -> Result<(Arc<Counts>, Vec<Stats>), Box<dyn std::
     let mut workers = (0..WORKERS)
         .map(|stream| Worker::new(merges[stream as usize % 3], asked.cloned()))
         .collect::<Result<Vec<_>, _>>()?;
-    let caches: Vec<RegCache<Uring>> =
-        workers.iter().map(|worker| worker.cache.try_clone()).collect::<Result<_, _>>()?;
+    let caches: Vec<RegCache<Uring>> = workers
+        .iter()
+        .map(|worker| worker.cache.try_clone())
+        .collect::<Result<_, _>>()?;
     let start = Instant::now();
     thread::scope(|scope| {
-        let (pool, counts, stop, caches, kernel) = (&pool, &counts, &stop, &caches, kernel.as_deref());
+        let (pool, counts, stop, caches, kernel) =
+            (&pool, &counts, &stop, &caches, kernel.as_deref());
         for (stream, worker) in (0..).zip(&mut workers) {
             scope.spawn(move || worker.run(pool, counts, stop, Random::new(options.seed, stream)));
         }
         for stream in 100..100 + CHANGERS {
-            scope.spawn(move || change::run(pool, options, kernel, counts, stop, Random::new(options.seed, stream)));
+            scope.spawn(move || {
+                change::run(
+                    pool,
+                    options,
+                    kernel,
+                    counts,
+                    stop,
+                    Random::new(options.seed, stream),
+                )
+            });
         }
         scope.spawn(move || churn(pool, caches, counts, stop, Random::new(options.seed, 200)));
         while start.elapsed() < options.length {
@@ -122,7 +149,13 @@ fn torture(options: &Options) -> Result<(Arc<Counts>, Vec<Stats>), Box<dyn std::
 }
 
 /// Holds leases of all caches for a while, and drops them in another order.
-fn churn(pool: &Pool, caches: &[RegCache<Uring>], counts: &Counts, stop: &AtomicBool, mut random: Random) {
+fn churn(
+    pool: &Pool,
+    caches: &[RegCache<Uring>],
+    counts: &Counts,
+    stop: &AtomicBool,
+    mut random: Random,
+) {
     let mut held = Vec::new();
     while !stop.load(Ordering::Relaxed) {
         let range = pool.some_range(&mut random);
@@ -157,10 +190,18 @@ mod tests {
     use testkit::{Cap, require};
 
     fn torture_for(seconds: u64, source: Source, broken: bool) -> u64 {
-        let options = Options { length: Duration::from_secs(seconds), source, broken, ..Options::new(seconds) };
+        let options = Options {
+            length: Duration::from_secs(seconds),
+            source,
+            broken,
+            ..Options::new(seconds)
+        };
         let (counts, _) = torture(&options).unwrap();
         assert_eq!(counts.errors.load(Ordering::Relaxed), 0);
-        assert!(counts.written.load(Ordering::Relaxed) > 0 && counts.changed.load(Ordering::Relaxed) > 0);
+        assert!(
+            counts.written.load(Ordering::Relaxed) > 0
+                && counts.changed.load(Ordering::Relaxed) > 0
+        );
         counts.stale.load(Ordering::Relaxed)
     }
 
@@ -170,14 +211,26 @@ mod tests {
             return;
         }
         assert_eq!(torture_for(2, Source::Bracket, false), 0);
-        assert_ne!(torture_for(1, Source::Bracket, true), 0, "the checker finds what it is there for");
+        assert_ne!(
+            torture_for(1, Source::Bracket, true),
+            0,
+            "the checker finds what it is there for"
+        );
         if require(Cap::Bpf) {
             assert_eq!(torture_for(2, Source::Rehearsal, false), 0);
-            assert_ne!(torture_for(1, Source::Rehearsal, true), 0, "the checker finds what it is there for");
+            assert_ne!(
+                torture_for(1, Source::Rehearsal, true),
+                0,
+                "the checker finds what it is there for"
+            );
         }
         if require(Cap::Kvm) && require(Cap::Bpf) {
             assert_eq!(torture_for(2, Source::Kernel, false), 0);
-            assert_ne!(torture_for(2, Source::Kernel, true), 0, "the checker finds what it is there for");
+            assert_ne!(
+                torture_for(2, Source::Kernel, true),
+                0,
+                "the checker finds what it is there for"
+            );
         }
     }
 }

@@ -47,7 +47,11 @@ const UPDATERS: usize = 3;
 static RAN: [AtomicUsize; UPDATERS] = [const { AtomicUsize::new(0) }; UPDATERS];
 
 pub(crate) fn run(options: &Options) -> ExitCode {
-    println!("stress srcu: seed {}, {} s, {options:?}", options.seed, options.length.as_secs());
+    println!(
+        "stress srcu: seed {}, {} s, {options:?}",
+        options.seed,
+        options.length.as_secs()
+    );
     if options.no_membarrier {
         // SAFETY: Nobody may use the environment at the same time: there is one thread yet.
         unsafe { std::env::set_var("SRCU_NO_MEMBARRIER", "1") };
@@ -61,14 +65,17 @@ pub(crate) fn run(options: &Options) -> ExitCode {
     let start = Instant::now();
     thread::scope(|scope| {
         let readers: Vec<_> = (0..READERS)
-            .map(|stream| scope.spawn(move || readers::generations(world, stop, options.seed, stream)))
+            .map(|stream| {
+                scope.spawn(move || readers::generations(world, stop, options.seed, stream))
+            })
             .collect();
         scope.spawn(|| readers::end_moved_sections(world, &READERS_DONE));
         for (stream, ran) in (100..).zip(&RAN) {
             let random = Random::new(options.seed, stream);
             scope.spawn(move || updaters::update(world, stop, random, ran));
         }
-        scope.spawn(|| updaters::make_and_drop_domains(world, stop, Random::new(options.seed, 200)));
+        scope
+            .spawn(|| updaters::make_and_drop_domains(world, stop, Random::new(options.seed, 200)));
         if !options.no_fork {
             scope.spawn(|| updaters::fork_children(world, stop));
         }
@@ -84,7 +91,11 @@ pub(crate) fn run(options: &Options) -> ExitCode {
     world.finish();
     let errors = world.counts.errors.load(Ordering::Relaxed);
     println!("{:#?}", world.counts);
-    println!("stress srcu: {errors} errors in {:.1} s, seed {}", start.elapsed().as_secs_f64(), options.seed);
+    println!(
+        "stress srcu: {errors} errors in {:.1} s, seed {}",
+        start.elapsed().as_secs_f64(),
+        options.seed
+    );
     ExitCode::from(u8::from(errors != 0))
 }
 
@@ -92,7 +103,10 @@ pub(crate) fn run(options: &Options) -> ExitCode {
 fn watch(limit: Duration, stop: &'static AtomicBool, world: &'static World) {
     thread::spawn(move || {
         thread::sleep(limit);
-        eprintln!("stress srcu: hangs, stopped: {}\n{world:#?}", stop.load(Ordering::Relaxed));
+        eprintln!(
+            "stress srcu: hangs, stopped: {}\n{world:#?}",
+            stop.load(Ordering::Relaxed)
+        );
         std::process::abort();
     });
 }

@@ -15,7 +15,13 @@ struct Step {
 }
 
 const fn step(name: &'static str, command: &'static str) -> Step {
-    Step { name, needs: None, env: &[], must_fail: false, command }
+    Step {
+        name,
+        needs: None,
+        env: &[],
+        must_fail: false,
+        command,
+    }
 }
 
 impl Step {
@@ -38,11 +44,20 @@ impl Step {
 }
 
 const MODELS: &[(&str, &str)] = &[("RUSTFLAGS", "--cfg mmun_loom")];
-const ADDRESS_SANITIZER: &[(&str, &str)] = &[("RUSTC_BOOTSTRAP", "1"), ("RUSTFLAGS", "-Zsanitizer=address")];
+const ADDRESS_SANITIZER: &[(&str, &str)] = &[
+    ("RUSTC_BOOTSTRAP", "1"),
+    ("RUSTFLAGS", "-Zsanitizer=address"),
+];
 const THREAD_SANITIZER: &[(&str, &str)] = &[
     ("RUSTC_BOOTSTRAP", "1"),
-    ("RUSTFLAGS", "-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer --cfg mmun_tsan"),
-    ("TSAN_OPTIONS", "halt_on_error=1 suppressions=stress/tsan.supp"),
+    (
+        "RUSTFLAGS",
+        "-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer --cfg mmun_tsan",
+    ),
+    (
+        "TSAN_OPTIONS",
+        "halt_on_error=1 suppressions=stress/tsan.supp",
+    ),
 ];
 
 /// Each sanitizer and the models build into a folder of their own. They take `stress` without what
@@ -130,10 +145,16 @@ pub(crate) fn run(root: &Path) -> ExitCode {
         }
         println!("== {}: {}", step.name, step.command);
         let begin = Instant::now();
-        let status = command(step.command).envs(step.env.iter().copied()).current_dir(root).status();
+        let status = command(step.command)
+            .envs(step.env.iter().copied())
+            .current_dir(root)
+            .status();
         let seconds = begin.elapsed().as_secs_f64();
         let wanted = if step.must_fail { 1 } else { 0 };
-        if status.as_ref().is_ok_and(|status| status.code() == Some(wanted)) {
+        if status
+            .as_ref()
+            .is_ok_and(|status| status.code() == Some(wanted))
+        {
             println!("ok {} ({seconds:.1} s)", step.name);
             passed += 1;
         } else {
@@ -142,14 +163,22 @@ pub(crate) fn run(root: &Path) -> ExitCode {
         }
     }
     println!("{passed} passed, {failed} failed, {skipped} skipped");
-    if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    if failed == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
 }
 
 /// Why a probe fails: the last line of its errors.
 fn lack(probe: &str) -> Option<String> {
     let said = match command(probe).output() {
         Ok(output) if output.status.success() => return None,
-        Ok(output) => String::from_utf8_lossy(&output.stderr).lines().next_back().unwrap_or_default().to_owned(),
+        Ok(output) => String::from_utf8_lossy(&output.stderr)
+            .lines()
+            .next_back()
+            .unwrap_or_default()
+            .to_owned(),
         Err(error) => error.to_string(),
     };
     Some(format!("`{probe}` says no: {said}"))

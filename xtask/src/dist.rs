@@ -24,20 +24,38 @@ pub(crate) fn run(root: &Path) -> ExitCode {
 /// Builds and lays out everything, and returns the archive.
 fn make(root: &Path) -> Result<PathBuf, String> {
     let packages = ["-p", "mmun", "-p", "mmun-capi", "-p", "mmun-dropin"];
-    succeed(Command::new("cargo").args(["build", "--release", "--locked"]).args(packages).current_dir(root))?;
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
+    succeed(
+        Command::new("cargo")
+            .args(["build", "--release", "--locked"])
+            .args(packages)
+            .current_dir(root),
+    )?;
+    let target =
+        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
     let (built, place) = (target.join("release"), target.join("dist"));
     let staged = place.join("root");
     if staged.exists() {
         fs::remove_dir_all(&staged).map_err(|error| format!("{}: {error}", staged.display()))?;
     }
     install(&built.join("mmun"), &staged.join("usr/bin/mmun"), "755")?;
-    install(&built.join("libmmun.so"), &staged.join(LIB).join("libmmun.so.0"), "644")?;
-    install(&built.join("libmmun.a"), &staged.join(LIB).join("libmmun.a"), "644")?;
+    install(
+        &built.join("libmmun.so"),
+        &staged.join(LIB).join("libmmun.so.0"),
+        "644",
+    )?;
+    install(
+        &built.join("libmmun.a"),
+        &staged.join(LIB).join("libmmun.a"),
+        "644",
+    )?;
     std::os::unix::fs::symlink("libmmun.so.0", staged.join(LIB).join("libmmun.so"))
         .map_err(|error| format!("libmmun.so: {error}"))?;
     // `mmun run` looks there: no linker is to find it.
-    install(&built.join("libmmun_dropin.so"), &staged.join("usr/lib/mmun/libmmun_dropin.so"), "644")?;
+    install(
+        &built.join("libmmun_dropin.so"),
+        &staged.join("usr/lib/mmun/libmmun_dropin.so"),
+        "644",
+    )?;
     for header in ["mmun.h", "mmun.hpp", "mmu_notifier.h"] {
         install(
             &root.join("crates/capi/include/mmun").join(header),
@@ -46,13 +64,31 @@ fn make(root: &Path) -> Result<PathBuf, String> {
         )?;
     }
     for unit in ["mmun-broker.service", "mmun-broker.socket"] {
-        install(&root.join("dist").join(unit), &staged.join("usr/lib/systemd/system").join(unit), "644")?;
+        install(
+            &root.join("dist").join(unit),
+            &staged.join("usr/lib/systemd/system").join(unit),
+            "644",
+        )?;
     }
-    for text in ["README.md", "CHANGELOG.md", "LICENSE-MIT", "LICENSE-APACHE", "docs/adopt.md", "docs/sources.md"] {
+    for text in [
+        "README.md",
+        "CHANGELOG.md",
+        "LICENSE-MIT",
+        "LICENSE-APACHE",
+        "docs/adopt.md",
+        "docs/sources.md",
+    ] {
         let name = text.rsplit('/').next().unwrap_or(text);
-        install(&root.join(text), &staged.join("usr/share/doc/mmun").join(name), "644")?;
+        install(
+            &root.join(text),
+            &staged.join("usr/share/doc/mmun").join(name),
+            "644",
+        )?;
     }
-    write(&staged.join(LIB).join("pkgconfig/mmun.pc"), pkg_config().as_bytes())?;
+    write(
+        &staged.join(LIB).join("pkgconfig/mmun.pc"),
+        pkg_config().as_bytes(),
+    )?;
     let program = staged.join("usr/bin/mmun");
     let pages = staged.join("usr/share/man/man1");
     fs::create_dir_all(&pages).map_err(|error| format!("{}: {error}", pages.display()))?;
@@ -66,9 +102,16 @@ fn make(root: &Path) -> Result<PathBuf, String> {
         let said = said.map_err(|error| format!("mmun completions: {error}"))?;
         write(&staged.join("usr/share").join(file), &said.stdout)?;
     }
-    let archive = place.join(format!("mmun-{}-x86_64-linux-gnu.tar.gz", env!("CARGO_PKG_VERSION")));
+    let archive = place.join(format!(
+        "mmun-{}-x86_64-linux-gnu.tar.gz",
+        env!("CARGO_PKG_VERSION")
+    ));
     let mut tar = Command::new("tar");
-    tar.args(["--owner=0", "--group=0", "-czf"]).arg(&archive).arg("-C").arg(&staged).arg("usr");
+    tar.args(["--owner=0", "--group=0", "-czf"])
+        .arg(&archive)
+        .arg("-C")
+        .arg(&staged)
+        .arg("usr");
     succeed(&mut tar)?;
     Ok(archive)
 }
@@ -93,14 +136,26 @@ fn attempt(root: &Path, archive: &Path) -> Result<PathBuf, String> {
 }
 
 fn use_it(root: &Path, archive: &Path, empty: &Path) -> Result<(), String> {
-    succeed(Command::new("tar").arg("-xzf").arg(archive).arg("-C").arg(empty))?;
+    succeed(
+        Command::new("tar")
+            .arg("-xzf")
+            .arg(archive)
+            .arg("-C")
+            .arg(empty),
+    )?;
     let program = empty.join("usr/bin/mmun");
     succeed(Command::new(&program).env_clear().arg("--version"))?;
     // The library of `mmun run` is the one of the archive: nothing names another.
-    let mapped = Command::new(&program).env_clear().args(["run", "--", "/bin/cat", "/proc/self/maps"]).output();
+    let mapped = Command::new(&program)
+        .env_clear()
+        .args(["run", "--", "/bin/cat", "/proc/self/maps"])
+        .output();
     let mapped = mapped.map_err(|error| format!("mmun run: {error}"))?;
     let library = fs::canonicalize(empty.join("usr/lib/mmun/libmmun_dropin.so"));
-    let library = library.map_err(|error| format!("libmmun_dropin.so: {error}"))?.display().to_string();
+    let library = library
+        .map_err(|error| format!("libmmun_dropin.so: {error}"))?
+        .display()
+        .to_string();
     if !mapped.status.success() || !String::from_utf8_lossy(&mapped.stdout).contains(&library) {
         let why = String::from_utf8_lossy(&mapped.stderr).into_owned();
         return Err(format!("`mmun run` does not load {library}: {why}"));
@@ -114,12 +169,16 @@ fn use_it(root: &Path, archive: &Path, empty: &Path) -> Result<(), String> {
     let flags = String::from_utf8_lossy(&flags.stdout).into_owned();
     let compiled = empty.join("two_devices");
     let mut cc = Command::new("cc");
-    cc.arg(root.join("crates/capi/examples/two_devices.c")).args(flags.split_whitespace()).arg("-pthread");
+    cc.arg(root.join("crates/capi/examples/two_devices.c"))
+        .args(flags.split_whitespace())
+        .arg("-pthread");
     succeed(cc.arg("-o").arg(&compiled))?;
     succeed(Command::new(&compiled).env("LD_LIBRARY_PATH", empty.join(LIB)))?;
-    for file in
-        ["usr/share/man/man1/mmun.1", "usr/share/man/man1/mmun-broker.1", "usr/share/zsh/vendor-completions/_mmun"]
-    {
+    for file in [
+        "usr/share/man/man1/mmun.1",
+        "usr/share/man/man1/mmun-broker.1",
+        "usr/share/zsh/vendor-completions/_mmun",
+    ] {
         if fs::read(empty.join(file)).map_or(0, |text| text.len()) == 0 {
             return Err(format!("{file} is missing or empty"));
         }
@@ -128,7 +187,12 @@ fn use_it(root: &Path, archive: &Path, empty: &Path) -> Result<(), String> {
 }
 
 fn install(from: &Path, to: &Path, mode: &str) -> Result<(), String> {
-    succeed(Command::new("install").args(["-D", "-m", mode]).arg(from).arg(to))
+    succeed(
+        Command::new("install")
+            .args(["-D", "-m", mode])
+            .arg(from)
+            .arg(to),
+    )
 }
 
 fn write(path: &Path, content: &[u8]) -> Result<(), String> {
@@ -139,6 +203,11 @@ fn write(path: &Path, content: &[u8]) -> Result<(), String> {
 }
 
 fn succeed(command: &mut Command) -> Result<(), String> {
-    let status = command.status().map_err(|error| format!("{command:?}: {error}"))?;
-    status.success().then_some(()).ok_or_else(|| format!("{command:?}: {status}"))
+    let status = command
+        .status()
+        .map_err(|error| format!("{command:?}: {error}"))?;
+    status
+        .success()
+        .then_some(())
+        .ok_or_else(|| format!("{command:?}: {status}"))
 }

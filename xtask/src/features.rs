@@ -6,8 +6,16 @@ use std::process::{Command, ExitCode};
 
 /// The features of a crate, and what it must not pull in without them.
 const CRATES: &[(&str, &[&str], &[&str])] = &[
-    ("mmu-source", &["", "hook", "kernel", "process", "uffd"], &["iced-x86", "rustix"]),
-    ("regcache", &["", "hook", "kernel", "uring"], &["iced-x86", "mmu-source"]),
+    (
+        "mmu-source",
+        &["", "hook", "kernel", "process", "uffd"],
+        &["iced-x86", "rustix"],
+    ),
+    (
+        "regcache",
+        &["", "hook", "kernel", "uring"],
+        &["iced-x86", "mmu-source"],
+    ),
 ];
 
 pub(crate) fn run(root: &Path) -> ExitCode {
@@ -17,21 +25,55 @@ pub(crate) fn run(root: &Path) -> ExitCode {
         cargo
     };
     for (name, features, absent) in CRATES {
-        let tree = ["tree", "--package", name, "--no-default-features", "--edges", "normal", "--prefix", "none"];
+        let tree = [
+            "tree",
+            "--package",
+            name,
+            "--no-default-features",
+            "--edges",
+            "normal",
+            "--prefix",
+            "none",
+        ];
         let tree = cargo(&tree).output().expect("cargo runs");
         let tree = String::from_utf8_lossy(&tree.stdout).into_owned();
-        let is_there = |other: &&&str| tree.lines().any(|line| line.split(' ').next() == Some(other));
+        let is_there = |other: &&&str| {
+            tree.lines()
+                .any(|line| line.split(' ').next() == Some(other))
+        };
         if let Some(other) = absent.iter().find(is_there) {
             eprintln!("features: {name} without features depends on {other}");
             return ExitCode::FAILURE;
         }
         for feature in *features {
-            println!("== {name} with {}", if feature.is_empty() { "no feature" } else { feature });
-            let with = ["--package", name, "--no-default-features", "--features", feature];
+            println!(
+                "== {name} with {}",
+                if feature.is_empty() {
+                    "no feature"
+                } else {
+                    feature
+                }
+            );
+            let with = [
+                "--package",
+                name,
+                "--no-default-features",
+                "--features",
+                feature,
+            ];
             // The tests are no part of the check for warnings: some of what they share is for some.
-            let check = [&["clippy", "--quiet"], &with[..], &["--lib", "--", "-D", "warnings"]].concat();
+            let check = [
+                &["clippy", "--quiet"],
+                &with[..],
+                &["--lib", "--", "-D", "warnings"],
+            ]
+            .concat();
             let test = [&["test", "--quiet"], &with[..]].concat();
-            if ![check, test].iter().all(|arguments| cargo(arguments).status().is_ok_and(|status| status.success())) {
+            if ![check, test].iter().all(|arguments| {
+                cargo(arguments)
+                    .status()
+                    .is_ok_and(|status| status.success())
+            }) {
                 eprintln!("features: {name} fails with {feature:?} alone");
                 return ExitCode::FAILURE;
             }

@@ -78,13 +78,19 @@ fn try_run(root: &Path, arguments: &[&str]) -> Result<bool, String> {
     let store = root.join("target/guest");
     if options.check {
         let kernels = options.kernels.iter();
-        kernels.map(|series| Kernel::get(&store, options.arch, series)).try_for_each(|kernel| kernel.map(drop))?;
+        kernels
+            .map(|series| Kernel::get(&store, options.arch, series))
+            .try_for_each(|kernel| kernel.map(drop))?;
         return folders(&store, options.arch).map(|_| true);
     }
     let folders = folders(&store, options.arch)?;
     let plan = own_folder(&store).map_err(|error| format!("{}: {error}", store.display()))?;
     let _removed = Removed(plan.clone());
-    let steps = if options.shell { Vec::new() } else { note_all(root, &plan, folders.as_ref(), &options)? };
+    let steps = if options.shell {
+        Vec::new()
+    } else {
+        note_all(root, &plan, folders.as_ref(), &options)?
+    };
     if steps.is_empty() && !options.shell {
         return Err("Cargo had nothing to run".into());
     }
@@ -92,16 +98,33 @@ fn try_run(root: &Path, arguments: &[&str]) -> Result<bool, String> {
     for series in &options.kernels {
         let kernel = Kernel::get(&store, options.arch, series)?;
         println!("== Linux {} ({series})", kernel.version);
-        let prefix = if options.kernels.len() > 1 { format!("{series}: ") } else { String::new() };
+        let prefix = if options.kernels.len() > 1 {
+            format!("{series}: ")
+        } else {
+            String::new()
+        };
         let (scratch, limit) = (plan.join(series), options.limit);
         let (arch, folders) = (options.arch, folders.as_ref());
         machines.push((
             series,
-            Machine { prefix, arch, folders, root, store: &store, plan: &plan, scratch, kernel, limit },
+            Machine {
+                prefix,
+                arch,
+                folders,
+                root,
+                store: &store,
+                plan: &plan,
+                scratch,
+                kernel,
+                limit,
+            },
         ));
     }
     if options.shell {
-        return machines.iter().try_for_each(|(_, machine)| machine.shell()).map(|()| true);
+        return machines
+            .iter()
+            .try_for_each(|(_, machine)| machine.shell())
+            .map(|()| true);
     }
     let left = Mutex::new(machines.iter());
     let (sender, ended) = channel();
@@ -111,11 +134,16 @@ fn try_run(root: &Path, arguments: &[&str]) -> Result<bool, String> {
             scope.spawn(move || {
                 loop {
                     let next = left.lock().expect("no thread panics with it held").next();
-                    let Some((series, machine)) = next else { return };
+                    let Some((series, machine)) = next else {
+                        return;
+                    };
                     let begin = Instant::now();
                     let results = machine.run(steps);
                     // After an error of another guest the receiver is gone.
-                    if sender.send((*series, machine, begin.elapsed(), results)).is_err() {
+                    if sender
+                        .send((*series, machine, begin.elapsed(), results))
+                        .is_err()
+                    {
                         return;
                     }
                 }
@@ -125,13 +153,27 @@ fn try_run(root: &Path, arguments: &[&str]) -> Result<bool, String> {
         let mut passed = true;
         for (series, machine, took, results) in ended {
             let results = results?;
-            println!("== Linux {} ({series}), {:.0} s", machine.kernel.version, took.as_secs_f64());
+            println!(
+                "== Linux {} ({series}), {:.0} s",
+                machine.kernel.version,
+                took.as_secs_f64()
+            );
             for (step, outcome) in steps.iter().zip(&results) {
-                println!("{} {step}: {outcome}", if outcome.passed() { "ok" } else { "FAILED" });
+                println!(
+                    "{} {step}: {outcome}",
+                    if outcome.passed() { "ok" } else { "FAILED" }
+                );
             }
             passed &= results.iter().all(Outcome::passed);
             if options.table {
-                table::enter(root, options.arch, series, &machine.kernel.version, &steps, &results)?;
+                table::enter(
+                    root,
+                    options.arch,
+                    series,
+                    &machine.kernel.version,
+                    &steps,
+                    &results,
+                )?;
             }
         }
         Ok(passed)
@@ -192,8 +234,15 @@ fn parse(arguments: &[&str]) -> Result<Options, String> {
     for name in kernels {
         match options.arch.series(name) {
             Some(series) => options.kernels.push(series.name),
-            None if name == "all" => options.kernels.extend(options.arch.series.iter().map(|series| series.name)),
-            None => return Err(format!("no kernel {name} for {}; {USAGE}", options.arch.name)),
+            None if name == "all" => options
+                .kernels
+                .extend(options.arch.series.iter().map(|series| series.name)),
+            None => {
+                return Err(format!(
+                    "no kernel {name} for {}; {USAGE}",
+                    options.arch.name
+                ));
+            }
         }
     }
     if options.kernels.is_empty() {
@@ -208,13 +257,20 @@ fn parse(arguments: &[&str]) -> Result<Options, String> {
 /// Says what is missing, and how to get it, in one line.
 fn check_host(arch: &Arch) -> Result<(), String> {
     if cfg!(not(target_arch = "x86_64")) {
-        return Err("the host must be x86-64: some guests use its programs, others a compiler for it".into());
+        return Err(
+            "the host must be x86-64: some guests use its programs, others a compiler for it"
+                .into(),
+        );
     }
     let folders = search_path();
     let is_there = |name: &str| match name.split_once("/llvm-*/") {
-        Some((folder, rest)) => fs::read_dir(folder).is_ok_and(|mut all| all.any(|entry| is_of_llvm(entry, rest))),
+        Some((folder, rest)) => {
+            fs::read_dir(folder).is_ok_and(|mut all| all.any(|entry| is_of_llvm(entry, rest)))
+        }
         // An absolute path replaces the folder that it is joined to.
-        None => folders.split(':').any(|folder| Path::new(folder).join(name).is_file()),
+        None => folders
+            .split(':')
+            .any(|folder| Path::new(folder).join(name).is_file()),
     };
     let missing: Vec<&str> = NEEDED
         .iter()
@@ -225,26 +281,43 @@ fn check_host(arch: &Arch) -> Result<(), String> {
     if missing.is_empty() {
         return Ok(());
     }
-    Err(format!("packages are missing; try 'apt-get install --no-install-recommends {}'", missing.join(" ")))
+    Err(format!(
+        "packages are missing; try 'apt-get install --no-install-recommends {}'",
+        missing.join(" ")
+    ))
 }
 
 /// Whether a folder is a version of LLVM that has the file.
 fn is_of_llvm(entry: io::Result<fs::DirEntry>, file: &str) -> bool {
-    entry
-        .is_ok_and(|entry| entry.file_name().to_string_lossy().starts_with("llvm-") && entry.path().join(file).exists())
+    entry.is_ok_and(|entry| {
+        entry.file_name().to_string_lossy().starts_with("llvm-") && entry.path().join(file).exists()
+    })
 }
 
 /// Has Cargo build the tests and note what it would run. Returns the label of each command.
-fn note_all(root: &Path, plan: &Path, folders: Option<&Folders>, options: &Options) -> Result<Vec<String>, String> {
+fn note_all(
+    root: &Path,
+    plan: &Path,
+    folders: Option<&Folders>,
+    options: &Options,
+) -> Result<Vec<String>, String> {
     let mut steps = Vec::new();
-    let build = Build { root, plan, arch: options.arch, folders };
+    let build = Build {
+        root,
+        plan,
+        arch: options.arch,
+        folders,
+    };
     build.agent()?;
     if options.tests.is_empty() {
         for (label, words) in options.arch.standard {
             build.note(label, &words.split(' ').collect::<Vec<_>>(), &mut steps)?;
         }
     } else {
-        let words: Vec<&str> = ["test"].into_iter().chain(options.tests.iter().map(String::as_str)).collect();
+        let words: Vec<&str> = ["test"]
+            .into_iter()
+            .chain(options.tests.iter().map(String::as_str))
+            .collect();
         build.note(&options.tests.join(" "), &words, &mut steps)?;
     }
     Ok(steps)
@@ -252,7 +325,9 @@ fn note_all(root: &Path, plan: &Path, folders: Option<&Folders>, options: &Optio
 
 /// The folders of what is not of the host's kind.
 fn folders(store: &Path, arch: &Arch) -> Result<Option<Folders>, String> {
-    arch.foreign.map(|foreign| foreign::get(store, arch, foreign)).transpose()
+    arch.foreign
+        .map(|foreign| foreign::get(store, arch, foreign))
+        .transpose()
 }
 
 /// How Cargo builds for a machine.
@@ -279,35 +354,60 @@ impl Build<'_> {
         if self.folders.is_some() {
             foreign::fetch(self.root)?;
             run_cargo(self.cargo().args(["build", "-p", "xtask"]))?;
-            let folder = self.root.join("target/guest").join(self.arch.name).join("build");
+            let folder = self
+                .root
+                .join("target/guest")
+                .join(self.arch.name)
+                .join("build");
             built = folder.join(self.arch.triple).join("debug/xtask");
         }
         let copied = fs::copy(&built, self.plan.join(INSIDE));
-        copied.map(drop).map_err(|error| format!("{}: {error}", built.display()))
+        copied
+            .map(drop)
+            .map_err(|error| format!("{}: {error}", built.display()))
     }
 
     fn note(&self, label: &str, words: &[&str], steps: &mut Vec<String>) -> Result<(), String> {
-        let runner = format!("target.{}.runner=[{:?}, \"guest-record\"]", self.arch.triple, self.plan.join(AGENT));
+        let runner = format!(
+            "target.{}.runner=[{:?}, \"guest-record\"]",
+            self.arch.triple,
+            self.plan.join(AGENT)
+        );
         // A test that is skipped passes, and says so where libtest hides it.
         let shown: &[&str] = match words {
             ["test", rest @ ..] if rest.contains(&"--") => &["--show-output"],
             ["test", ..] => &["--", "--show-output"],
             _ => &[],
         };
-        run_cargo(self.cargo().args(["--config", &runner]).args(words).args(shown).env(record::PLAN, self.plan))?;
+        run_cargo(
+            self.cargo()
+                .args(["--config", &runner])
+                .args(words)
+                .args(shown)
+                .env(record::PLAN, self.plan),
+        )?;
         steps.resize(record::count(self.plan), label.to_owned());
         Ok(())
     }
 }
 
 fn run_cargo(command: &mut Command) -> Result<(), String> {
-    let status = command.status().map_err(|error| format!("cargo: {error}"))?;
-    if status.success() { Ok(()) } else { Err("Cargo failed; its errors are above".into()) }
+    let status = command
+        .status()
+        .map_err(|error| format!("cargo: {error}"))?;
+    if status.success() {
+        Ok(())
+    } else {
+        Err("Cargo failed; its errors are above".into())
+    }
 }
 
 /// The folders of programs, those for administrators included.
 fn search_path() -> String {
-    format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default())
+    format!(
+        "{}:/usr/sbin:/sbin",
+        std::env::var("PATH").unwrap_or_default()
+    )
 }
 
 /// A folder that goes with this value.

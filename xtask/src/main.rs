@@ -19,7 +19,10 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     // Words that need not be UTF-8.
-    if std::env::args_os().nth(1).is_some_and(|word| word == "guest-record") {
+    if std::env::args_os()
+        .nth(1)
+        .is_some_and(|word| word == "guest-record")
+    {
         return guest::record::run(&std::env::args_os().skip(2).collect::<Vec<_>>());
     }
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -35,7 +38,9 @@ fn main() -> ExitCode {
         ["guest", ref arguments @ ..] => guest::run(&root(), arguments),
         ["guest-agent", plan] => guest::agent::run(Path::new(plan)),
         _ => {
-            eprintln!("usage: cargo xtask {{tidy | ci | dist | features | packages | guest | surroundings | mutants}}");
+            eprintln!(
+                "usage: cargo xtask {{tidy | ci | dist | features | packages | guest | surroundings | mutants}}"
+            );
             ExitCode::from(2)
         }
     }
@@ -43,5 +48,8 @@ fn main() -> ExitCode {
 
 /// The workspace's folder: the parent of this crate's.
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("a crate lies in its workspace").to_path_buf()
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("a crate lies in its workspace")
+        .to_path_buf()
 }

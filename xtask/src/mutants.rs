@@ -30,8 +30,8 @@ const MUTANTS: &[Mutant] = &[
     Mutant {
         name: "exit-stops-while-attaching",
         file: "crates/mmu-source/src/process/tracer/attach.rs",
-        from: " & !libc::PTRACE_O_TRACEEXIT) {",
-        to: ") {",
+        from: " & !libc::PTRACE_O_TRACEEXIT,",
+        to: ",",
         test: "-p mmu-source --test it again_and_again",
     },
     Mutant {
@@ -51,7 +51,7 @@ const MUTANTS: &[Mutant] = &[
     Mutant {
         name: "letting-go-without-a-deadline",
         file: "crates/mmu-source/src/process/tracer/detach.rs",
-        from: "begun.elapsed() < PATIENCE && self",
+        from: "begun.elapsed() < PATIENCE\n            && self",
         to: "self",
         test: "-p mmu-source --lib letting_go_ends",
     },
@@ -86,18 +86,25 @@ const MUTANTS: &[Mutant] = &[
 ];
 
 pub(crate) fn run(root: &Path, names: &[&str]) -> ExitCode {
-    if let Some(unknown) = names.iter().find(|name| MUTANTS.iter().all(|mutant| mutant.name != **name)) {
+    if let Some(unknown) = names
+        .iter()
+        .find(|name| MUTANTS.iter().all(|mutant| mutant.name != **name))
+    {
         eprintln!("there is no mutant {unknown}");
         return ExitCode::from(2);
     }
     let tree = root.join("target/mutants/tree");
     copy(root, &tree);
     let mut survivors = 0;
-    for mutant in MUTANTS.iter().filter(|mutant| names.is_empty() || names.contains(&mutant.name)) {
+    for mutant in MUTANTS
+        .iter()
+        .filter(|mutant| names.is_empty() || names.contains(&mutant.name))
+    {
         let path = tree.join(mutant.file);
         let text = fs::read_to_string(&path).expect("tidy has found it");
         let passes_whole = passes(&tree, mutant.test);
-        fs::write(&path, text.replacen(mutant.from, mutant.to, 1)).expect("the copy can be changed");
+        fs::write(&path, text.replacen(mutant.from, mutant.to, 1))
+            .expect("the copy can be changed");
         let verdict = match (passes_whole, passes(&tree, mutant.test)) {
             (true, false) => "caught",
             (true, true) => "SURVIVES",
@@ -107,23 +114,36 @@ pub(crate) fn run(root: &Path, names: &[&str]) -> ExitCode {
         println!("{}: {verdict}", mutant.name);
         survivors += u32::from(verdict != "caught");
     }
-    if survivors == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    if survivors == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
 }
 
 /// Tells of each mutant that replaces what does not stand there once.
 pub(crate) fn tidy(root: &Path, complaints: &mut Vec<String>) {
-    for Mutant { name, file, from, .. } in MUTANTS {
+    for Mutant {
+        name, file, from, ..
+    } in MUTANTS
+    {
         let text = fs::read_to_string(root.join(file)).unwrap_or_default();
         let count = text.matches(from).count();
         if count != 1 {
-            complaints.push(format!("xtask/src/mutants.rs: what {name} replaces stands {count} times in {file}"));
+            complaints.push(format!(
+                "xtask/src/mutants.rs: what {name} replaces stands {count} times in {file}"
+            ));
         }
     }
 }
 
 /// Copies what git knows. A file that has not changed keeps its time, so Cargo builds little.
 fn copy(root: &Path, tree: &Path) {
-    let listed = Command::new("git").args(["ls-files", "-z"]).current_dir(root).output().expect("git lists files");
+    let listed = Command::new("git")
+        .args(["ls-files", "-z"])
+        .current_dir(root)
+        .output()
+        .expect("git lists files");
     let listed = String::from_utf8(listed.stdout).expect("names are text");
     for name in listed.split_terminator('\0') {
         let (from, to) = (root.join(name), tree.join(name));
@@ -140,8 +160,12 @@ fn copy(root: &Path, tree: &Path) {
 /// Runs a test. One that does not end is killed, as a failure.
 fn passes(tree: &Path, test: &str) -> bool {
     let mut command = Command::new("timeout");
-    command.args(["--kill-after=10", "900", "cargo", "test", "--quiet"]).args(test.split_whitespace());
-    command.current_dir(tree).env("CARGO_TARGET_DIR", tree.with_file_name("build"));
+    command
+        .args(["--kill-after=10", "900", "cargo", "test", "--quiet"])
+        .args(test.split_whitespace());
+    command
+        .current_dir(tree)
+        .env("CARGO_TARGET_DIR", tree.with_file_name("build"));
     let status = command.stdout(Stdio::null()).stderr(Stdio::null()).status();
     status.expect("`timeout` of coreutils runs").success()
 }

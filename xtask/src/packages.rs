@@ -21,7 +21,9 @@ pub(crate) fn run(root: &Path) -> ExitCode {
         .collect();
     // The tests compile every package; compiling them here too would tell nothing new.
     let mut package = Command::new("cargo");
-    package.args(["package", "--quiet", "--no-verify", "--allow-dirty"]).current_dir(root);
+    package
+        .args(["package", "--quiet", "--no-verify", "--allow-dirty"])
+        .current_dir(root);
     for (name, _) in &published {
         package.args(["--package", name]);
     }
@@ -33,11 +35,22 @@ pub(crate) fn run(root: &Path) -> ExitCode {
     fs::create_dir_all(&room).expect("a folder for the unpacked crates");
     let outcome = published.iter().try_for_each(|(name, version)| {
         let archive = packed.join(format!("{name}-{version}.crate"));
-        let unpacked = succeeds(Command::new("tar").arg("-xzf").arg(&archive).arg("-C").arg(&room));
-        unpacked.then_some(()).ok_or_else(|| format!("{archive}: cannot be unpacked"))
+        let unpacked = succeeds(
+            Command::new("tar")
+                .arg("-xzf")
+                .arg(&archive)
+                .arg("-C")
+                .arg(&room),
+        );
+        unpacked
+            .then_some(())
+            .ok_or_else(|| format!("{archive}: cannot be unpacked"))
     });
-    let outcome =
-        outcome.and_then(|()| published.iter().try_for_each(|(name, version)| test(&room, &published, name, version)));
+    let outcome = outcome.and_then(|()| {
+        published
+            .iter()
+            .try_for_each(|(name, version)| test(&room, &published, name, version))
+    });
     fs::remove_dir_all(&room).expect("the folder was made above");
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -49,7 +62,12 @@ pub(crate) fn run(root: &Path) -> ExitCode {
 }
 
 /// Runs what an unpacked crate brings: examples, doc tests and the tests in its sources.
-fn test(room: &Path, published: &[(String, String)], name: &str, version: &str) -> Result<(), String> {
+fn test(
+    room: &Path,
+    published: &[(String, String)],
+    name: &str,
+    version: &str,
+) -> Result<(), String> {
     let folder = room.join(format!("{name}-{version}"));
     for file in ["LICENSE-MIT", "LICENSE-APACHE", "README.md"] {
         if !folder.join(file).is_file() {
@@ -58,13 +76,20 @@ fn test(room: &Path, published: &[(String, String)], name: &str, version: &str) 
     }
     println!("== {name}, unpacked");
     let mut cargo = Command::new("cargo");
-    cargo.args(["test", "--quiet", "--target-dir"]).arg(room.join("target")).current_dir(&folder);
+    cargo
+        .args(["test", "--quiet", "--target-dir"])
+        .arg(room.join("target"))
+        .current_dir(&folder);
     for (other, version) in published.iter().filter(|(other, _)| other != name) {
         // The registry may have an older one, or none.
         let path = room.join(format!("{other}-{version}"));
-        cargo.arg("--config").arg(format!("patch.crates-io.{other}.path={path:?}"));
+        cargo
+            .arg("--config")
+            .arg(format!("patch.crates-io.{other}.path={path:?}"));
     }
-    succeeds(&mut cargo).then_some(()).ok_or_else(|| format!("the unpacked {name} fails its own tests"))
+    succeeds(&mut cargo)
+        .then_some(())
+        .ok_or_else(|| format!("the unpacked {name} fails its own tests"))
 }
 
 fn succeeds(command: &mut Command) -> bool {

@@ -21,7 +21,14 @@ const TESTS: &[(&[&str], &[&str])] = &[
     (&["test", "-p", "mmu-source", "--test", "it"], &[]),
     (
         &["test", "-p", "mmu-source", "--test", "hook"],
-        &["--skip", "inside::", "--skip", "allocator::", "--skip", "a_second_pass_runs_in_the_middle_of_free"],
+        &[
+            "--skip",
+            "inside::",
+            "--skip",
+            "allocator::",
+            "--skip",
+            "a_second_pass_runs_in_the_middle_of_free",
+        ],
     ),
 ];
 
@@ -37,7 +44,8 @@ pub(crate) fn run(root: &Path) -> ExitCode {
 }
 
 fn run_all(root: &Path) -> io::Result<bool> {
-    let allocator = allocator().ok_or_else(|| io::Error::other("libjemalloc.so.2 is not installed (libjemalloc2)"))?;
+    let allocator = allocator()
+        .ok_or_else(|| io::Error::other("libjemalloc.so.2 is not installed (libjemalloc2)"))?;
     let cache = root.join("target/ld.so.cache");
     fs::create_dir_all(root.join("target"))?;
     let mut bytes = fs::read("/etc/ld.so.cache")?;
@@ -45,13 +53,33 @@ fn run_all(root: &Path) -> io::Result<bool> {
     fs::write(&cache, bytes)?;
     for (arguments, options) in TESTS {
         // Built first: the tests alone are to run with another allocator.
-        if !Command::new("cargo").args(*arguments).arg("--no-run").current_dir(root).status()?.success() {
+        if !Command::new("cargo")
+            .args(*arguments)
+            .arg("--no-run")
+            .current_dir(root)
+            .status()?
+            .success()
+        {
             return Ok(false);
         }
         let mut test = Command::new("unshare");
-        test.args(["-m", "sh", "-c", "mount --bind \"$0\" /etc/ld.so.cache && exec \"$@\""]).arg(&cache);
-        test.arg("cargo").args(*arguments).arg("--").args(*options).env("LD_PRELOAD", &allocator).current_dir(root);
-        test.envs((0..VARIABLES).map(|number| (format!("MMUN_FILLER_{number}"), "x".repeat(VARIABLE_BYTES))));
+        test.args([
+            "-m",
+            "sh",
+            "-c",
+            "mount --bind \"$0\" /etc/ld.so.cache && exec \"$@\"",
+        ])
+        .arg(&cache);
+        test.arg("cargo")
+            .args(*arguments)
+            .arg("--")
+            .args(*options)
+            .env("LD_PRELOAD", &allocator)
+            .current_dir(root);
+        test.envs(
+            (0..VARIABLES)
+                .map(|number| (format!("MMUN_FILLER_{number}"), "x".repeat(VARIABLE_BYTES))),
+        );
         if !test.status()?.success() {
             return Ok(false);
         }
@@ -67,7 +95,11 @@ pub(crate) fn probe() -> ExitCode {
         Ok(output) => Some(String::from_utf8_lossy(&output.stderr).trim().to_owned()),
         Err(error) => Some(format!("unshare: {error}")),
     };
-    match lacks.or_else(|| allocator().is_none().then(|| "libjemalloc.so.2 is missing (libjemalloc2)".to_owned())) {
+    match lacks.or_else(|| {
+        allocator()
+            .is_none()
+            .then(|| "libjemalloc.so.2 is missing (libjemalloc2)".to_owned())
+    }) {
         None => ExitCode::SUCCESS,
         Some(reason) => {
             eprintln!("{reason}");
@@ -77,6 +109,14 @@ pub(crate) fn probe() -> ExitCode {
 }
 
 fn allocator() -> Option<PathBuf> {
-    let folders = ["/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/lib", "/usr/local/lib"];
-    folders.iter().map(|folder| Path::new(folder).join("libjemalloc.so.2")).find(|path| path.is_file())
+    let folders = [
+        "/usr/lib/x86_64-linux-gnu",
+        "/usr/lib64",
+        "/usr/lib",
+        "/usr/local/lib",
+    ];
+    folders
+        .iter()
+        .map(|folder| Path::new(folder).join("libjemalloc.so.2"))
+        .find(|path| path.is_file())
 }

@@ -25,15 +25,29 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("regcache-rdma", &["mmu-notifier", "mmu-source", "regcache"]),
     ("mmun-capi", &["mmu-notifier", "mmu-source", "regcache"]),
     ("mmun-dropin", &["srcu", "mmu-notifier", "mmu-source"]),
-    ("mmun", &["srcu", "mmu-notifier", "mmu-source", "regcache", "mmun-dropin"]),
+    (
+        "mmun",
+        &[
+            "srcu",
+            "mmu-notifier",
+            "mmu-source",
+            "regcache",
+            "mmun-dropin",
+        ],
+    ),
 ];
 
 /// Members of the workspace that are not published and may use anything.
 const TOOLS: &[&str] = &["bench", "stress", "testkit", "xtask"];
 
 /// The numbers of the contract's scenarios, first and last of each section.
-const SCENARIOS: &[(char, &[(u32, u32)])] =
-    &[('s', &[(1, 17), (20, 36), (40, 53), (60, 70), (80, 90), (100, 106)]), ('b', &[(1, 34), (40, 48)])];
+const SCENARIOS: &[(char, &[(u32, u32)])] = &[
+    (
+        's',
+        &[(1, 17), (20, 36), (40, 53), (60, 70), (80, 90), (100, 106)],
+    ),
+    ('b', &[(1, 34), (40, 48)]),
+];
 
 pub(crate) fn run(root: &Path) -> ExitCode {
     let sources = sources(root);
@@ -49,21 +63,33 @@ pub(crate) fn run(root: &Path) -> ExitCode {
     for complaint in &complaints {
         eprintln!("tidy: {complaint}");
     }
-    if complaints.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    if complaints.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
 }
 
 /// Every Rust source of the workspace with its text.
 fn sources(root: &Path) -> Vec<(PathBuf, String)> {
-    let mut folders: Vec<PathBuf> = ["crates", "bench", "stress", "xtask"].map(|name| root.join(name)).to_vec();
+    let mut folders: Vec<PathBuf> = ["crates", "bench", "stress", "xtask"]
+        .map(|name| root.join(name))
+        .to_vec();
     let mut found = Vec::new();
     while let Some(folder) = folders.pop() {
-        let entries = fs::read_dir(&folder).unwrap_or_else(|error| panic!("read {}: {error}", folder.display()));
+        let entries = fs::read_dir(&folder)
+            .unwrap_or_else(|error| panic!("read {}: {error}", folder.display()));
         for path in entries.map(|entry| entry.expect("a readable folder entry").path()) {
             if path.is_dir() {
                 folders.push(path);
             } else if path.extension().is_some_and(|extension| extension == "rs") {
                 let text = fs::read_to_string(&path).expect("sources are UTF-8");
-                found.push((path.strip_prefix(root).expect("it lies below the root").to_path_buf(), text));
+                found.push((
+                    path.strip_prefix(root)
+                        .expect("it lies below the root")
+                        .to_path_buf(),
+                    text,
+                ));
             }
         }
     }
@@ -75,7 +101,10 @@ fn sizes(sources: &[(PathBuf, String)], complaints: &mut Vec<String>) {
     for (path, text) in sources {
         let lines = text.lines().count();
         if lines > MAX_LINES {
-            complaints.push(format!("{} has {lines} lines, more than {MAX_LINES}: split it", path.display()));
+            complaints.push(format!(
+                "{} has {lines} lines, more than {MAX_LINES}: split it",
+                path.display()
+            ));
         }
     }
 }
@@ -96,7 +125,9 @@ fn widths(sources: &[(PathBuf, String)], complaints: &mut Vec<String>) {
             }
             if line.chars().count() > MAX_COLUMNS && !is_code && !comment.starts_with('|') {
                 let place = path.display();
-                complaints.push(format!("{place}:{number}: a comment of more than {MAX_COLUMNS} characters: wrap it"));
+                complaints.push(format!(
+                    "{place}:{number}: a comment of more than {MAX_COLUMNS} characters: wrap it"
+                ));
             }
         }
     }
@@ -115,14 +146,24 @@ fn edges(root: &Path, complaints: &mut Vec<String>) {
             continue;
         }
         let Some(allowed) = allowed.get(name.as_str()) else {
-            complaints.push(format!("the crate {name} is neither in the table of parts nor a tool"));
+            complaints.push(format!(
+                "the crate {name} is neither in the table of parts nor a tool"
+            ));
             continue;
         };
-        for dependency in package.dependencies.iter().filter(|dependency| dependency.path.is_some()) {
+        for dependency in package
+            .dependencies
+            .iter()
+            .filter(|dependency| dependency.path.is_some())
+        {
             let for_tests = dependency.kind == cargo_metadata::DependencyKind::Development;
-            let is_allowed = allowed.contains(&dependency.name.as_str()) || (for_tests && dependency.name == "testkit");
+            let is_allowed = allowed.contains(&dependency.name.as_str())
+                || (for_tests && dependency.name == "testkit");
             if !is_allowed {
-                complaints.push(format!("{name} must not use {}: see the table of parts", dependency.name));
+                complaints.push(format!(
+                    "{name} must not use {}: see the table of parts",
+                    dependency.name
+                ));
             }
         }
     }
@@ -130,29 +171,45 @@ fn edges(root: &Path, complaints: &mut Vec<String>) {
 
 /// Each `ORDER(id)` stands at two places or more, and in the table.
 fn orders(root: &Path, sources: &[(PathBuf, String)], complaints: &mut Vec<String>) {
-    let table = fs::read_to_string(root.join("docs/ordering.md")).expect("docs/ordering.md is there");
+    let table =
+        fs::read_to_string(root.join("docs/ordering.md")).expect("docs/ordering.md is there");
     let mut sites: BTreeMap<&str, usize> = BTreeMap::new();
-    for (_, text) in sources.iter().filter(|(path, _)| !path.starts_with("xtask")) {
+    for (_, text) in sources
+        .iter()
+        .filter(|(path, _)| !path.starts_with("xtask"))
+    {
         for rest in text.split("ORDER(").skip(1) {
-            let ids = rest.split(')').next().expect("split yields one part at least");
+            let ids = rest
+                .split(')')
+                .next()
+                .expect("split yields one part at least");
             let comment = rest.split("\n\n").next().unwrap_or(rest);
             // One site that pairs with itself, such as an AcqRel exchange, is a pair.
-            let worth = if comment.contains("Partner: itself") { 2 } else { 1 };
+            let worth = if comment.contains("Partner: itself") {
+                2
+            } else {
+                1
+            };
             for id in ids.split(", ") {
                 *sites.entry(id).or_default() += worth;
             }
         }
     }
     for row in table.lines().filter_map(first_cell) {
-        let is_id =
-            row.contains('-') && row.starts_with(|first: char| first.is_ascii_lowercase()) && !row.contains(' ');
+        let is_id = row.contains('-')
+            && row.starts_with(|first: char| first.is_ascii_lowercase())
+            && !row.contains(' ');
         if is_id && !sites.contains_key(row) {
-            complaints.push(format!("docs/ordering.md has a row {row}, and no ORDER({row}) stands anywhere"));
+            complaints.push(format!(
+                "docs/ordering.md has a row {row}, and no ORDER({row}) stands anywhere"
+            ));
         }
     }
     for (id, count) in sites {
         if count < 2 {
-            complaints.push(format!("ORDER({id}) stands alone: name its partner's place too"));
+            complaints.push(format!(
+                "ORDER({id}) stands alone: name its partner's place too"
+            ));
         }
         if !table.contains(&format!("| {id} |")) {
             complaints.push(format!("ORDER({id}) is missing in docs/ordering.md"));
@@ -168,14 +225,23 @@ fn first_cell(line: &str) -> Option<&str> {
 /// Each scenario has a test whose name begins with its id (or with several, `s_48_s_50_`), or a row
 /// in the table of what cannot be written.
 fn scenarios(root: &Path, sources: &[(PathBuf, String)], complaints: &mut Vec<String>) {
-    let table = fs::read_to_string(root.join("docs/lifecycle.md")).expect("docs/lifecycle.md is there");
+    let table =
+        fs::read_to_string(root.join("docs/lifecycle.md")).expect("docs/lifecycle.md is there");
     let mut covered = BTreeSet::new();
     for cell in table.lines().filter_map(first_cell) {
-        covered.extend(cell.split([' ', ',']).filter_map(|word| scenario(&word.replacen('-', "_", 1).to_lowercase())));
+        covered.extend(
+            cell.split([' ', ','])
+                .filter_map(|word| scenario(&word.replacen('-', "_", 1).to_lowercase())),
+        );
     }
-    for (_, text) in sources.iter().filter(|(path, _)| !path.starts_with("xtask")) {
+    for (_, text) in sources
+        .iter()
+        .filter(|(path, _)| !path.starts_with("xtask"))
+    {
         for after in text.split("#[test]").skip(1) {
-            let Some((_, name)) = after.split_once("fn ") else { continue };
+            let Some((_, name)) = after.split_once("fn ") else {
+                continue;
+            };
             let mut name = name;
             while let Some(id) = scenario(name) {
                 covered.insert(id);
@@ -198,8 +264,13 @@ fn scenarios(root: &Path, sources: &[(PathBuf, String)], complaints: &mut Vec<St
 
 /// Reads the scenario that a name begins with.
 fn scenario(name: &str) -> Option<(char, u32)> {
-    let letter = name.chars().next().filter(|letter| matches!(letter, 's' | 'b'))?;
+    let letter = name
+        .chars()
+        .next()
+        .filter(|letter| matches!(letter, 's' | 'b'))?;
     let digits = name[1..].strip_prefix('_')?;
-    let end = digits.find(|digit: char| !digit.is_ascii_digit()).unwrap_or(digits.len());
+    let end = digits
+        .find(|digit: char| !digit.is_ascii_digit())
+        .unwrap_or(digits.len());
     Some((letter, digits[..end].parse().ok()?))
 }

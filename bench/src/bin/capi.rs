@@ -6,7 +6,9 @@
 
 #[cfg(has_capi)]
 mod measured {
-    use mmu_notifier::{Event, InvalidateRange, MmWithUser, Notifier, Registration, Subsystem, VaRange};
+    use mmu_notifier::{
+        Event, InvalidateRange, MmWithUser, Notifier, Registration, Subsystem, VaRange,
+    };
     use mmu_source::Watch;
     use regcache::{Device, Options, Registrar};
     use std::convert::Infallible;
@@ -71,9 +73,18 @@ mod measured {
 
     /// Times both in turn, and prints the least of each and their difference: what a call costs
     /// where nothing else disturbs it. The medians behind it say how far they were disturbed.
-    fn compare(name: &str, rounds: usize, bar: &str, mut in_rust: impl FnMut(), mut in_c: impl FnMut()) {
-        let times: Vec<[f64; 2]> = (0..rounds).map(|_| [time(&mut in_rust), time(&mut in_c)]).collect();
-        let of = |side: usize, f: fn(Vec<f64>) -> f64| f(times.iter().map(|pair| pair[side]).collect());
+    fn compare(
+        name: &str,
+        rounds: usize,
+        bar: &str,
+        mut in_rust: impl FnMut(),
+        mut in_c: impl FnMut(),
+    ) {
+        let times: Vec<[f64; 2]> = (0..rounds)
+            .map(|_| [time(&mut in_rust), time(&mut in_c)])
+            .collect();
+        let of =
+            |side: usize, f: fn(Vec<f64>) -> f64| f(times.iter().map(|pair| pair[side]).collect());
         let (rust, c) = (of(0, least), of(1, least));
         println!(
             "{name:<44} {rust:7.2} ns in Rust {c:7.2} in C {:+6.2}   {bar:<10} (medians {:.2}, {:.2})",
@@ -89,7 +100,9 @@ mod measured {
 
     fn library() -> PathBuf {
         let own = env::current_exe().expect("this program has a path");
-        own.parent().expect("it lies in a folder").join("libmmun.so")
+        own.parent()
+            .expect("it lies in a folder")
+            .join("libmmun.so")
     }
 
     fn load(path: &Path) -> f64 {
@@ -100,16 +113,30 @@ mod measured {
 
     fn size_and_loading(library: &Path) {
         let stripped = env::temp_dir().join(format!("libmmun-{}.so", std::process::id()));
-        let strip = Command::new("strip").arg("-o").arg(&stripped).arg(library).status();
+        let strip = Command::new("strip")
+            .arg("-o")
+            .arg(&stripped)
+            .arg(library)
+            .status();
         if strip.is_ok_and(|status| status.success()) {
             let bytes = fs::metadata(&stripped).map_or(0, |file| file.len());
-            println!("stripped {:38.0} KiB {:>40}", bytes as f64 / 1024.0, "<= 1024 KiB");
+            println!(
+                "stripped {:38.0} KiB {:>40}",
+                bytes as f64 / 1024.0,
+                "<= 1024 KiB"
+            );
             let _ = fs::remove_file(&stripped);
         }
         let own = env::current_exe().expect("this program has a path");
         let once = || {
-            let output = Command::new(&own).arg("--load").output().expect("this program runs");
-            String::from_utf8_lossy(&output.stdout).trim().parse::<f64>().expect("a number")
+            let output = Command::new(&own)
+                .arg("--load")
+                .output()
+                .expect("this program runs");
+            String::from_utf8_lossy(&output.stdout)
+                .trim()
+                .parse::<f64>()
+                .expect("a number")
         };
         let time = median((0..21).map(|_| once()).collect());
         println!("dlopen {:42.2} us {:>38}", time / 1e3, "<= 1000 us");
@@ -122,18 +149,27 @@ mod measured {
             return;
         }
         if !library.exists() {
-            println!("SKIP: {} is missing: cargo build --release -p mmun-capi", library.display());
+            println!(
+                "SKIP: {} is missing: cargo build --release -p mmun-capi",
+                library.display()
+            );
             return;
         }
-        let rounds = env::args().nth(1).map_or(1001, |rounds| rounds.parse().expect("a number of rounds"));
+        let rounds = env::args()
+            .nth(1)
+            .map_or(1001, |rounds| rounds.parse().expect("a number of rounds"));
         println!("{rounds} rounds of {CALLS} calls, the least");
         size_and_loading(&library);
         assert!(load(&library) > 0.0, "the library loads");
 
         let mut buffer = vec![1_u8; 64 << 10];
         let (place, length) = (buffer.as_mut_ptr().cast::<c_void>(), buffer.len());
-        // SAFETY: The buffer lives; once.
-        assert_eq!(unsafe { capi_prepare(place, length, OWN) }, 0, "the library works");
+        assert_eq!(
+            // SAFETY: The buffer lives; once.
+            unsafe { capi_prepare(place, length, OWN) },
+            0,
+            "the library works"
+        );
         let range = VaRange::of(&buffer).expect("it is not empty");
 
         let mm = MmWithUser::new();
@@ -152,7 +188,10 @@ mod measured {
             "start + end, one struct mmu_notifier",
             rounds,
             "<= +2",
-            || (0..CALLS).for_each(|_| drop(black_box(mm.invalidate(black_box(page), Event::Clear)))),
+            || {
+                (0..CALLS)
+                    .for_each(|_| drop(black_box(mm.invalidate(black_box(page), Event::Clear))))
+            },
             // SAFETY: It was prepared.
             || unsafe { capi_bracket(CALLS) },
         );
@@ -185,22 +224,36 @@ mod measured {
         // Each has the watches' subscriber and the cache. The difference of the two differences is
         // the subscriber's own.
         let current = mmu_source::current();
-        let rust = || (0..CALLS).for_each(|_| drop(black_box(current.invalidate(black_box(page), Event::Clear))));
+        let rust = || {
+            (0..CALLS)
+                .for_each(|_| drop(black_box(current.invalidate(black_box(page), Event::Clear))))
+        };
         // SAFETY: It was prepared.
         let c = || unsafe { capi_current(CALLS) };
         compare("start + end, before mmun_subscribe", rounds, "", rust, c);
-        let registration = Registration::new(&current, Empty).unwrap_or_else(|_| panic!("outside of callbacks"));
+        let registration =
+            Registration::new(&current, Empty).unwrap_or_else(|_| panic!("outside of callbacks"));
         // SAFETY: It was prepared.
         assert_eq!(unsafe { capi_subscribe() }, 0);
-        compare("start + end, one mmun_subscription more", rounds, "<= +2 more", rust, c);
+        compare(
+            "start + end, one mmun_subscription more",
+            rounds,
+            "<= +2 more",
+            rust,
+            c,
+        );
         drop(registration);
         // SAFETY: It was subscribed.
         assert_eq!(unsafe { capi_unsubscribe() }, 0);
 
         if let Ok(kernel) = mmu_source::kernel::Kernel::start() {
             let watch = kernel.watch(range).expect("a watch");
-            // SAFETY: The buffer lives; what was prepared before is leaked.
-            assert_eq!(unsafe { capi_prepare(place, length, KERNEL) }, 0, "the source starts");
+            assert_eq!(
+                // SAFETY: The buffer lives; what was prepared before is leaked.
+                unsafe { capi_prepare(place, length, KERNEL) },
+                0,
+                "the source starts"
+            );
             let mut valid = 0;
             compare(
                 "watch, valid, by the kernel",

@@ -27,12 +27,18 @@ const PAGE: usize = 4096;
 fn main() {
     match env::args().nth(1).as_deref() {
         Some("first") => {
-            return first(env::args().nth(2).map_or(31, |rounds| rounds.parse().expect("a number of rounds")));
+            return first(
+                env::args()
+                    .nth(2)
+                    .map_or(31, |rounds| rounds.parse().expect("a number of rounds")),
+            );
         }
         Some("first-use") => return first_use(&env::args().nth(2).expect("which sources")),
         _ => {}
     }
-    let rounds = env::args().nth(1).map_or(31, |rounds| rounds.parse().expect("a number of rounds"));
+    let rounds = env::args()
+        .nth(1)
+        .map_or(31, |rounds| rounds.parse().expect("a number of rounds"));
     let mm = mmu_source::current();
     println!("{rounds} rounds, medians");
     let sites = mmu_source::hook::probe().expect("the hook works here");
@@ -41,7 +47,10 @@ fn main() {
     let refused = munmap_refused as fn() -> f64;
     let rows = [
         ("munmap, misaligned: refused", refused),
-        ("mremap, misaligned: refused; flags and vectors are kept", mremap_refused),
+        (
+            "mremap, misaligned: refused; flags and vectors are kept",
+            mremap_refused,
+        ),
         ("getpid by syscall(2): not hooked", getpid),
         ("munmap of 4 KiB, touched", munmap),
     ];
@@ -53,7 +62,12 @@ fn main() {
 }
 
 /// What a fresh process starts.
-const FIRST: [&str; 4] = ["hook", "hook beside two threads", "kernel", "hook and kernel"];
+const FIRST: [&str; 4] = [
+    "hook",
+    "hook beside two threads",
+    "kernel",
+    "hook and kernel",
+];
 
 /// Prints how long the first use of a source takes. The processes take turns.
 fn first(rounds: usize) {
@@ -64,14 +78,25 @@ fn first(rounds: usize) {
             // A program that is attached soon after another one waits for the tracepoint's grace
             // period.
             thread::sleep(Duration::from_millis(150));
-            let output = Command::new(&program).args(["first-use", what]).output().expect("it runs again");
+            let output = Command::new(&program)
+                .args(["first-use", what])
+                .output()
+                .expect("it runs again");
             let time = String::from_utf8_lossy(&output.stdout);
-            times.push(time.trim().parse().unwrap_or_else(|_| panic!("{what}: {output:?}")));
+            times.push(
+                time.trim()
+                    .parse()
+                    .unwrap_or_else(|_| panic!("{what}: {output:?}")),
+            );
         }
     }
     for (what, mut times) in FIRST.into_iter().zip(times) {
         times.sort_by(f64::total_cmp);
-        println!("first use, {what:24} {:7.2} ms, at best {:7.2} ms", median(times.clone()), times[0]);
+        println!(
+            "first use, {what:24} {:7.2} ms, at best {:7.2} ms",
+            median(times.clone()),
+            times[0]
+        );
     }
 }
 
@@ -82,8 +107,12 @@ fn first_use(what: &str) {
         thread::spawn(thread::park);
     }
     let start = Instant::now();
-    let hook = what.contains("hook").then(|| Hook::install().expect("the hook works here"));
-    let kernel = what.contains("kernel").then(|| Kernel::start().expect("the kernel source works here"));
+    let hook = what
+        .contains("hook")
+        .then(|| Hook::install().expect("the hook works here"));
+    let kernel = what
+        .contains("kernel")
+        .then(|| Kernel::start().expect("the kernel source works here"));
     println!("{}", start.elapsed().as_secs_f64() * 1e3);
     drop((hook, kernel));
 }
@@ -92,7 +121,9 @@ fn first_use(what: &str) {
 /// and every difference and ratio is the median of those within a round: this machine's speed
 /// drifts.
 fn compare(name: &str, measure: fn() -> f64, mm: &MmWithUser, rounds: usize) {
-    let kinds: Vec<Subsystem<Empty>> = (0..9).map(|_| Subsystem::new((|_| Ok(Empty)) as fn(&_) -> _)).collect();
+    let kinds: Vec<Subsystem<Empty>> = (0..9)
+        .map(|_| Subsystem::new((|_| Ok(Empty)) as fn(&_) -> _))
+        .collect();
     let get = |kind: &Subsystem<Empty>| kind.get(mm).expect("subscribes");
     let mut times: Vec<[f64; 4]> = Vec::new();
     for _ in 0..rounds {
@@ -104,16 +135,31 @@ fn compare(name: &str, measure: fn() -> f64, mm: &MmWithUser, rounds: usize) {
         held.extend(kinds[1..].iter().map(get));
         let nine = measure();
         drop(held);
-        kinds.iter().for_each(|kind| kind.synchronize().expect("outside of callbacks"));
+        kinds
+            .iter()
+            .for_each(|kind| kind.synchronize().expect("outside of callbacks"));
         drop(hook);
         times.push([bare, alone, one, nine]);
     }
     let of = |f: fn(&[f64; 4]) -> f64| median(times.iter().map(f).collect());
     println!("{name}");
     println!("  bare           {:9.1} ns", of(|t| t[0]));
-    println!("  hook alone     {:9.1} ns  {:+6.1} ns  {:.3}", of(|t| t[1]), of(|t| t[1] - t[0]), of(|t| t[1] / t[0]));
-    println!("  1 subscriber   {:9.1} ns  {:+6.1} ns  {:.3}", of(|t| t[2]), of(|t| t[2] - t[0]), of(|t| t[2] / t[0]));
-    println!("  each further              {:+6.1} ns", of(|t| (t[3] - t[2]) / 8.0));
+    println!(
+        "  hook alone     {:9.1} ns  {:+6.1} ns  {:.3}",
+        of(|t| t[1]),
+        of(|t| t[1] - t[0]),
+        of(|t| t[1] / t[0])
+    );
+    println!(
+        "  1 subscriber   {:9.1} ns  {:+6.1} ns  {:.3}",
+        of(|t| t[2]),
+        of(|t| t[2] - t[0]),
+        of(|t| t[2] / t[0])
+    );
+    println!(
+        "  each further              {:+6.1} ns",
+        of(|t| (t[3] - t[2]) / 8.0)
+    );
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
@@ -131,8 +177,13 @@ fn time(calls: u32, mut call: impl FnMut()) -> f64 {
 }
 
 fn munmap_refused() -> f64 {
-    // SAFETY: a misaligned address is refused.
-    time(50_000, || assert_eq!(unsafe { libc::munmap(ptr::without_provenance_mut(0x1001), PAGE) }, -1))
+    time(50_000, || {
+        assert_eq!(
+            // SAFETY: a misaligned address is refused.
+            unsafe { libc::munmap(ptr::without_provenance_mut(0x1001), PAGE) },
+            -1
+        )
+    })
 }
 
 fn mremap_refused() -> f64 {
@@ -142,8 +193,10 @@ fn mremap_refused() -> f64 {
 }
 
 fn getpid() -> f64 {
-    // SAFETY: takes no arguments.
-    time(50_000, || assert!(unsafe { libc::syscall(libc::SYS_getpid) } > 0))
+    time(50_000, || {
+        // SAFETY: takes no arguments.
+        assert!(unsafe { libc::syscall(libc::SYS_getpid) } > 0)
+    })
 }
 
 fn munmap() -> f64 {
@@ -154,7 +207,9 @@ fn munmap() -> f64 {
         let mappings: Vec<*mut libc::c_void> = (0..MAPPINGS).map(|_| touched()).collect();
         let mut next = mappings.iter();
         // SAFETY: unmaps what was mapped for it.
-        total += time(MAPPINGS as u32, || unsafe { assert_eq!(libc::munmap(*next.next().expect("as many"), PAGE), 0) });
+        total += time(MAPPINGS as u32, || unsafe {
+            assert_eq!(libc::munmap(*next.next().expect("as many"), PAGE), 0)
+        });
     }
     total / f64::from(times)
 }
@@ -162,7 +217,16 @@ fn munmap() -> f64 {
 fn touched() -> *mut libc::c_void {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
     // SAFETY: a new mapping.
-    let page = unsafe { libc::mmap(ptr::null_mut(), PAGE, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+    let page = unsafe {
+        libc::mmap(
+            ptr::null_mut(),
+            PAGE,
+            libc::PROT_READ | libc::PROT_WRITE,
+            flags,
+            -1,
+            0,
+        )
+    };
     assert_ne!(page, libc::MAP_FAILED);
     // SAFETY: writes to what was just mapped.
     unsafe { page.cast::<u8>().write_volatile(1) };
@@ -172,9 +236,14 @@ fn touched() -> *mut libc::c_void {
 fn installation(rounds: usize) {
     let mut times = Vec::new();
     for _ in 0..rounds {
-        times.push(time(100, || drop(Hook::install().expect("it worked before"))));
+        times.push(time(100, || {
+            drop(Hook::install().expect("it worked before"))
+        }));
     }
-    println!("install and remove, one thread {:9.1} us", median(times) / 1e3);
+    println!(
+        "install and remove, one thread {:9.1} us",
+        median(times) / 1e3
+    );
 }
 
 /// A fresh subscription and its last put, while other threads map and unmap. Two of them and this
@@ -183,7 +252,9 @@ fn installation(rounds: usize) {
 fn subscribing(mm: &MmWithUser, threads: usize) {
     let hook = Hook::install().expect("it worked before");
     let others: [Subsystem<Empty>; 2] = [const { Subsystem::new(|_| Ok(Empty)) }; 2];
-    let _held = others.each_ref().map(|kind| kind.get(mm).expect("subscribes"));
+    let _held = others
+        .each_ref()
+        .map(|kind| kind.get(mm).expect("subscribes"));
     let kind: Subsystem<Empty> = Subsystem::new(|_| Ok(Empty));
     let stop = AtomicBool::new(false);
     let mut times: Vec<f64> = Vec::new();

@@ -19,7 +19,10 @@ use std::time::{Duration, Instant};
 const PAGE: usize = 4096;
 
 fn map(bytes: usize) -> *mut c_void {
-    let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    let (protection, flags) = (
+        libc::PROT_READ | libc::PROT_WRITE,
+        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+    );
     // SAFETY: a new mapping where the kernel likes.
     let at = unsafe { libc::mmap(ptr::null_mut(), bytes, protection, flags, -1, 0) };
     assert_ne!(at, libc::MAP_FAILED);
@@ -91,10 +94,25 @@ fn fills(rounds: usize) {
         };
         (0..rounds * 2_000).map(once).collect()
     };
-    row("read_begin() after a change of the range", "us", &mut begin(&change_own), "p50 <= 6");
-    row("read_begin() after a change elsewhere", "us", &mut begin(&change), "p50 <= 6");
-    let device = Device::new(Counting::default(), Options::new().kernel(Arc::clone(&kernel)));
-    let cache = device.open(&mmu_source::current()).expect("outside of brackets");
+    row(
+        "read_begin() after a change of the range",
+        "us",
+        &mut begin(&change_own),
+        "p50 <= 6",
+    );
+    row(
+        "read_begin() after a change elsewhere",
+        "us",
+        &mut begin(&change),
+        "p50 <= 6",
+    );
+    let device = Device::new(
+        Counting::default(),
+        Options::new().kernel(Arc::clone(&kernel)),
+    );
+    let cache = device
+        .open(&mmu_source::current())
+        .expect("outside of brackets");
     let mut missed: Vec<f64> = (0..rounds as u64 * 2_000)
         .map(|number| {
             change();
@@ -106,7 +124,12 @@ fn fills(rounds: usize) {
             taken
         })
         .collect();
-    row("regcache: a miss after a foreign munmap", "us", &mut missed, "p50 <= 4, p99 <= 500");
+    row(
+        "regcache: a miss after a foreign munmap",
+        "us",
+        &mut missed,
+        "p50 <= 4, p99 <= 500",
+    );
     let uevents = Uevents::listen();
     let before = kernel.waits();
     for _ in 0..1000 {
@@ -153,9 +176,22 @@ impl Uevents {
         std::thread::sleep(Duration::from_millis(300));
         loop {
             // SAFETY: writes to a local of that length.
-            let got = unsafe { libc::recv(self.0.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), 0) };
-            let Ok(got) = usize::try_from(got) else { return messages };
-            messages += usize::from(buffer[..got].split(|byte| *byte == 0).any(|word| word == own.as_bytes()));
+            let got = unsafe {
+                libc::recv(
+                    self.0.as_raw_fd(),
+                    buffer.as_mut_ptr().cast(),
+                    buffer.len(),
+                    0,
+                )
+            };
+            let Ok(got) = usize::try_from(got) else {
+                return messages;
+            };
+            messages += usize::from(
+                buffer[..got]
+                    .split(|byte| *byte == 0)
+                    .any(|word| word == own.as_bytes()),
+            );
         }
     }
 }
@@ -186,7 +222,8 @@ fn crowd(rounds: usize) {
                 scope.spawn(move || {
                     // One in four changes memory that is armed.
                     let own = map(PAGE);
-                    let _armed = (number % 4 == 0).then(|| kernel.arm(range(own, PAGE)).expect("armed"));
+                    let _armed =
+                        (number % 4 == 0).then(|| kernel.arm(range(own, PAGE)).expect("armed"));
                     while !stop.load(Ordering::Relaxed) {
                         change();
                         touch(own);
@@ -215,10 +252,16 @@ fn watches(rounds: usize) {
     let armed = kernel.arm(range(other, PAGE)).expect("armed");
     const TIMES: u32 = 1_000_000;
     let mut quiet: Vec<f64> = (0..rounds)
-        .map(|_| timed(|| (0..TIMES).for_each(|_| _ = black_box(watch.is_valid()))) / f64::from(TIMES))
+        .map(|_| {
+            timed(|| (0..TIMES).for_each(|_| _ = black_box(watch.is_valid()))) / f64::from(TIMES)
+        })
         .collect();
     row("Watch check, nothing happened", "ns", &mut quiet, "<= 2");
-    let clock = median(&(0..10_000).map(|_| timed(|| _ = black_box(watch.is_valid()))).collect::<Vec<_>>());
+    let clock = median(
+        &(0..10_000)
+            .map(|_| timed(|| _ = black_box(watch.is_valid())))
+            .collect::<Vec<_>>(),
+    );
     for events in [1, 16] {
         let mut after: Vec<f64> = (0..rounds * 500)
             .map(|_| {
@@ -227,7 +270,12 @@ fn watches(rounds: usize) {
                 (timed(|| _ = black_box(watch.is_valid())) - clock) / f64::from(events)
             })
             .collect();
-        row(&format!("Watch check after {events} events elsewhere, each"), "ns", &mut after, "<= 60");
+        row(
+            &format!("Watch check after {events} events elsewhere, each"),
+            "ns",
+            &mut after,
+            "<= 60",
+        );
     }
     assert!(watch.is_valid());
     drop(armed);
@@ -259,7 +307,13 @@ fn watches(rounds: usize) {
 /// In turn: nothing, a bare machine, the source with nothing armed, with 10 ranges armed and idle,
 /// and just after arming.
 fn on(rounds: usize) {
-    const NAMES: [&str; 5] = ["bare", "bare machine", "on, nothing armed", "on, 10 others armed", "on, 10 just armed"];
+    const NAMES: [&str; 5] = [
+        "bare",
+        "bare machine",
+        "on, nothing armed",
+        "on, 10 others armed",
+        "on, 10 just armed",
+    ];
     // The best of several pieces: what others take of the machine is left out.
     let piece = || timed(|| (0..500).for_each(|_| change())) / 500.0;
     let cycle = || (0..12).map(|_| piece()).fold(f64::MAX, f64::min);
@@ -276,14 +330,20 @@ fn on(rounds: usize) {
         let kernel = Kernel::start().expect("KVM and BPF");
         pause();
         columns[2].push(cycle());
-        let armed: Vec<_> = (0..10).map(|number| kernel.arm(page(number)).expect("armed")).collect();
+        let armed: Vec<_> = (0..10)
+            .map(|number| kernel.arm(page(number)).expect("armed"))
+            .collect();
         columns[4].push(piece());
         pause();
         columns[3].push(cycle());
         drop((armed, kernel));
     }
     let ratios = |column: usize| {
-        let ratios: Vec<f64> = columns[column].iter().zip(&columns[1]).map(|(one, bare)| one / bare).collect();
+        let ratios: Vec<f64> = columns[column]
+            .iter()
+            .zip(&columns[1])
+            .map(|(one, bare)| one / bare)
+            .collect();
         let spread = [100, 900].map(|rank| of_1000(&mut ratios.clone(), rank));
         (median(&ratios), spread)
     };
@@ -303,7 +363,11 @@ struct Machine(#[expect(dead_code, reason = "it is only there")] OwnedFd);
 impl Machine {
     fn make() -> Self {
         const KVM_CREATE_VM: u64 = 0xae01;
-        let kvm = std::fs::File::options().read(true).write(true).open("/dev/kvm").expect("/dev/kvm");
+        let kvm = std::fs::File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/kvm")
+            .expect("/dev/kvm");
         // SAFETY: takes an integer, returns a descriptor or -1.
         let machine = unsafe { libc::ioctl(kvm.as_raw_fd(), KVM_CREATE_VM, 0_usize) };
         assert!(machine >= 0);
@@ -316,7 +380,10 @@ impl Machine {
 fn starts(rounds: usize) {
     timed_starts(rounds, "start()");
     let socket = std::env::temp_dir().join(format!("mmun-bench-{}", std::process::id()));
-    let options = broker::Options { group: Some("nogroup".to_owned()), max_clients: 8 };
+    let options = broker::Options {
+        group: Some("nogroup".to_owned()),
+        max_clients: 8,
+    };
     let served = match broker::Broker::bind(&socket, &options) {
         Ok(served) => served,
         Err(error) => return println!("SKIP start() through a broker: {error}"),
@@ -324,7 +391,11 @@ fn starts(rounds: usize) {
     std::thread::spawn(move || served.serve(|_| ()));
     let own = std::env::current_exe().expect("this program");
     let mut client = std::process::Command::new(own);
-    client.args([&rounds.to_string(), "client"]).env(broker::VARIABLE, &socket).uid(65534).gid(65534);
+    client
+        .args([&rounds.to_string(), "client"])
+        .env(broker::VARIABLE, &socket)
+        .uid(65534)
+        .gid(65534);
     if !client.status().is_ok_and(|status| status.success()) {
         println!("SKIP start() through a broker: the client failed");
     }
@@ -348,8 +419,13 @@ fn timed_starts(rounds: usize, label: &str) {
 fn flood(rounds: usize) {
     const REGIONS: u64 = 1000;
     let kernel = Kernel::start().expect("KVM and BPF");
-    let device = Device::new(Counting::default(), Options::new().kernel(Arc::clone(&kernel)));
-    let cache = device.open(&mmu_source::current()).expect("outside of brackets");
+    let device = Device::new(
+        Counting::default(),
+        Options::new().kernel(Arc::clone(&kernel)),
+    );
+    let cache = device
+        .open(&mmu_source::current())
+        .expect("outside of brackets");
     let hits = || {
         let (end, mut hits) = (Instant::now() + Duration::from_millis(700), 0_u64);
         while Instant::now() < end {
@@ -363,20 +439,37 @@ fn flood(rounds: usize) {
     let mut columns: [Vec<f64>; 3] = Default::default();
     hits();
     for _ in 0..rounds {
-        for (column, kind) in columns.iter_mut().zip([None, Some("idle"), Some("machine")]) {
+        for (column, kind) in columns
+            .iter_mut()
+            .zip([None, Some("idle"), Some("machine")])
+        {
             let attacker = kind.map(|kind| {
                 let own = std::env::current_exe().expect("this program");
-                std::process::Command::new(own).args(["0", "attack", kind]).spawn().expect("this program")
+                std::process::Command::new(own)
+                    .args(["0", "attack", kind])
+                    .spawn()
+                    .expect("this program")
             });
             std::thread::sleep(Duration::from_millis(if kind.is_some() { 300 } else { 50 }));
             column.push(hits());
             if let Some(mut attacker) = attacker {
-                attacker.kill().and_then(|()| attacker.wait()).expect("it runs");
+                attacker
+                    .kill()
+                    .and_then(|()| attacker.wait())
+                    .expect("it runs");
             }
         }
     }
     let [alone, idle, flooded] = &columns;
-    let ratio = |of: &Vec<f64>| median(&flooded.iter().zip(of).map(|(one, other)| one / other).collect::<Vec<_>>());
+    let ratio = |of: &Vec<f64>| {
+        median(
+            &flooded
+                .iter()
+                .zip(of)
+                .map(|(one, other)| one / other)
+                .collect::<Vec<_>>(),
+        )
+    };
     println!(
         "hits: {:.1} M/s alone, {:.1} beside the same process without a machine, {:.1} under flood: {:.3} and {:.3}; >= 0.9; {kernel:?}",
         median(alone),
@@ -389,7 +482,11 @@ fn flood(rounds: usize) {
 
 fn attack(with_machine: bool) {
     const LENGTH: usize = 20 << 40;
-    let kvm = std::fs::File::options().read(true).write(true).open("/dev/kvm").expect("/dev/kvm");
+    let kvm = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .expect("/dev/kvm");
     // SAFETY: integers.
     unsafe { libc::setresuid(65534, 65534, 65534) };
     // SAFETY: takes an integer; the descriptor stays open until the end.
@@ -406,7 +503,9 @@ fn attack(with_machine: bool) {
 
 fn main() {
     let mut arguments = std::env::args().skip(1);
-    let rounds = arguments.next().map_or(5, |rounds| rounds.parse().expect("a number of rounds"));
+    let rounds = arguments
+        .next()
+        .map_or(5, |rounds| rounds.parse().expect("a number of rounds"));
     let part = arguments.next();
     if part.as_deref() == Some("attack") {
         return attack(arguments.next().as_deref() == Some("machine"));
@@ -418,8 +517,14 @@ fn main() {
         return println!("SKIP kernel: {error}");
     }
     type Part = (&'static str, fn(usize));
-    let parts: [Part; 6] =
-        [("fill", fills), ("crowd", crowd), ("watch", watches), ("on", on), ("start", starts), ("flood", flood)];
+    let parts: [Part; 6] = [
+        ("fill", fills),
+        ("crowd", crowd),
+        ("watch", watches),
+        ("on", on),
+        ("start", starts),
+        ("flood", flood),
+    ];
     for (name, run) in parts {
         if part.as_ref().is_none_or(|part| part == name) {
             run(rounds);

@@ -5,7 +5,8 @@
 #![allow(missing_docs, missing_debug_implementations, reason = "a bench")]
 
 use mmu_notifier::{
-    Event, Finish, IntervalNotifier, IntervalOps, InvalidateRange, MmWithUser, Notifier, Subsystem, Va, VaRange,
+    Event, Finish, IntervalNotifier, IntervalOps, InvalidateRange, MmWithUser, Notifier, Subsystem,
+    Va, VaRange,
 };
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::collections::HashMap;
@@ -77,8 +78,13 @@ fn on_threads(threads: usize, times: u32, f: impl Fn(usize) + Sync) -> f64 {
             line.wait();
             each(times, || f(number))
         };
-        let handles: Vec<_> = (0..threads).map(|number| scope.spawn(move || run(number))).collect();
-        handles.into_iter().map(|handle| handle.join().expect("a bench thread")).collect()
+        let handles: Vec<_> = (0..threads)
+            .map(|number| scope.spawn(move || run(number)))
+            .collect();
+        handles
+            .into_iter()
+            .map(|handle| handle.join().expect("a bench thread"))
+            .collect()
     });
     taken.iter().sum::<f64>() / threads as f64
 }
@@ -93,8 +99,13 @@ fn section(threads: usize) -> f64 {
 fn bracket(subscribers: usize, threads: usize) -> f64 {
     let mm = MmWithUser::new();
     let subsystems: Vec<_> = (0..subscribers).map(|_| subsystem()).collect();
-    let _held: Vec<_> = subsystems.iter().map(|one| one.get(&mm).expect("outside of brackets")).collect();
-    on_threads(threads, TIMES, |_| drop(mm.invalidate(page(1), Event::Clear)))
+    let _held: Vec<_> = subsystems
+        .iter()
+        .map(|one| one.get(&mm).expect("outside of brackets"))
+        .collect();
+    on_threads(threads, TIMES, |_| {
+        drop(mm.invalidate(page(1), Event::Clear))
+    })
 }
 
 /// The floor of dispatch: as many callbacks through pointers in a list, called twice, and nothing
@@ -119,7 +130,11 @@ impl Bare {
 fn bare(callbacks: usize) -> f64 {
     let mut list = None;
     for _ in 0..callbacks {
-        list = Some(Box::new(Bare { next: list, start: black_box(|_| ()), end: black_box(|_| ()) }));
+        list = Some(Box::new(Bare {
+            next: list,
+            start: black_box(|_| ()),
+            end: black_box(|_| ()),
+        }));
     }
     let range = page(1);
     each(TIMES, || {
@@ -131,17 +146,27 @@ fn bare(callbacks: usize) -> f64 {
 fn get_put(threads: usize, shared: bool) -> f64 {
     let subsystem = subsystem();
     let mms: Vec<_> = (0..threads).map(|_| MmWithUser::new()).collect();
-    let _held: Vec<_> = mms.iter().map(|mm| subsystem.get(mm).expect("outside of brackets")).collect();
+    let _held: Vec<_> = mms
+        .iter()
+        .map(|mm| subsystem.get(mm).expect("outside of brackets"))
+        .collect();
     let mm = |number: usize| &mms[if shared { 0 } else { number }];
     on_threads(threads, TIMES, |number| drop(subsystem.get(mm(number))))
 }
 
 fn map_of_arcs(threads: usize, shared: bool) -> f64 {
-    let map: Mutex<HashMap<(usize, u64), Arc<u64>>> =
-        Mutex::new((0..threads as u64).map(|mm| ((7, mm), Arc::new(mm))).collect());
+    let map: Mutex<HashMap<(usize, u64), Arc<u64>>> = Mutex::new(
+        (0..threads as u64)
+            .map(|mm| ((7, mm), Arc::new(mm)))
+            .collect(),
+    );
     let key = |number: usize| (7, if shared { 0 } else { number as u64 });
     on_threads(threads, TIMES, |number| {
-        let found = map.lock().expect("no panic").get(&key(number)).map(Arc::clone);
+        let found = map
+            .lock()
+            .expect("no panic")
+            .get(&key(number))
+            .map(Arc::clone);
         drop(black_box(found));
     })
 }
@@ -152,7 +177,10 @@ fn last_puts() -> (f64, usize) {
     const BURST: u32 = 1000;
     let mm = MmWithUser::new();
     let subsystems: Vec<_> = (0..BURST).map(|_| subsystem()).collect();
-    let mut held: Vec<_> = subsystems.iter().map(|one| one.get(&mm).expect("outside of brackets")).collect();
+    let mut held: Vec<_> = subsystems
+        .iter()
+        .map(|one| one.get(&mm).expect("outside of brackets"))
+        .collect();
     let bracket = mm.invalidate(page(1), Event::Clear);
     let before = ALLOCATIONS.load(Ordering::Relaxed);
     let taken = each(BURST, || held.pop().expect("one for each").put());
@@ -178,8 +206,9 @@ fn fresh_get() -> f64 {
 
 fn interval_hit(count: u64) -> f64 {
     let mm = MmWithUser::new();
-    let nodes: Vec<_> =
-        (0..count).map(|n| IntervalNotifier::insert(&mm, page(2 * n), Empty).expect("outside of brackets")).collect();
+    let nodes: Vec<_> = (0..count)
+        .map(|n| IntervalNotifier::insert(&mm, page(2 * n), Empty).expect("outside of brackets"))
+        .collect();
     let mut random = 88_172_645_463_325_252_u64;
     let taken = each(200_000, || {
         random ^= random << 13;
@@ -209,7 +238,10 @@ fn row(name: &str, ns: f64, ratio: Option<(f64, &str)>, bar: &str) {
 }
 
 fn main() {
-    let rounds: usize = std::env::args().nth(1).and_then(|n| n.parse().ok()).unwrap_or(7);
+    let rounds: usize = std::env::args()
+        .nth(1)
+        .and_then(|n| n.parse().ok())
+        .unwrap_or(7);
     let run = |f: &dyn Fn() -> f64| median((0..rounds).map(|_| f()).collect());
     // Compared figures are taken in turn, so that drift of the machine meets both.
     let mut columns: Vec<Vec<f64>> = vec![Vec::new(); 16];
@@ -232,28 +264,81 @@ fn main() {
             bare(1),
             bare(9),
         ];
-        columns.iter_mut().zip(values).for_each(|(column, value)| column.push(value));
+        columns
+            .iter_mut()
+            .zip(values)
+            .for_each(|(column, value)| column.push(value));
     }
     let m: Vec<f64> = columns.into_iter().map(median).collect();
     println!("{rounds} rounds, medians\n");
     for (threads, at) in [(1, 0), (2, 4)] {
         println!("{threads} thread(s)");
         row("  SRCU section, empty", m[at], None, "");
-        row("  bracket, nobody subscribed", m[at + 1], Some((m[at + 1] / m[at], "a section")), "<= 5 ns");
-        row("  bracket, one subscriber", m[at + 2], Some((m[at + 2] / m[at], "a section")), "<= 4");
-        row("  each further subscriber", (m[at + 3] - m[at + 2]) / 8.0, None, "<= 3 ns");
+        row(
+            "  bracket, nobody subscribed",
+            m[at + 1],
+            Some((m[at + 1] / m[at], "a section")),
+            "<= 5 ns",
+        );
+        row(
+            "  bracket, one subscriber",
+            m[at + 2],
+            Some((m[at + 2] / m[at], "a section")),
+            "<= 4",
+        );
+        row(
+            "  each further subscriber",
+            (m[at + 3] - m[at + 2]) / 8.0,
+            None,
+            "<= 3 ns",
+        );
     }
-    row("floor: 2 callbacks in a bare list", m[14], Some((m[2] / m[14], "it: a bracket, 1 subscriber")), "");
-    row("floor: each further in a bare list", (m[15] - m[14]) / 8.0, None, "");
-    row("get + put, 1 thread", m[8], Some((m[8] / m[9], "Mutex<HashMap>")), "<= 0.35");
-    row("get + put, 2 threads, one mm", m[10], Some((m[10] / m[11], "Mutex<HashMap>")), "<= 0.5");
-    row("get + put, 2 threads, own mm", m[12], Some((m[12] / m[13], "Mutex<HashMap>")), "<= 0.15");
+    row(
+        "floor: 2 callbacks in a bare list",
+        m[14],
+        Some((m[2] / m[14], "it: a bracket, 1 subscriber")),
+        "",
+    );
+    row(
+        "floor: each further in a bare list",
+        (m[15] - m[14]) / 8.0,
+        None,
+        "",
+    );
+    row(
+        "get + put, 1 thread",
+        m[8],
+        Some((m[8] / m[9], "Mutex<HashMap>")),
+        "<= 0.35",
+    );
+    row(
+        "get + put, 2 threads, one mm",
+        m[10],
+        Some((m[10] / m[11], "Mutex<HashMap>")),
+        "<= 0.5",
+    );
+    row(
+        "get + put, 2 threads, own mm",
+        m[12],
+        Some((m[12] / m[13], "Mutex<HashMap>")),
+        "<= 0.15",
+    );
     let allocated = last_puts().1;
-    row("last put, in a burst of 1,000", run(&|| last_puts().0), None, &format!("<= 60 ns; {allocated} allocations"));
+    row(
+        "last put, in a burst of 1,000",
+        run(&|| last_puts().0),
+        None,
+        &format!("<= 60 ns; {allocated} allocations"),
+    );
     row("fresh get", run(&fresh_get), None, "<= 3 us");
     for count in [10, 1000, 1_000_000] {
         let name = format!("interval invalidate, 1 of {count}");
-        row(&name, median((0..rounds.min(5)).map(|_| interval_hit(count)).collect()), None, "1 of 10^6 < 1 us");
+        row(
+            &name,
+            median((0..rounds.min(5)).map(|_| interval_hit(count)).collect()),
+            None,
+            "1 of 10^6 < 1 us",
+        );
     }
     let mm = MmWithUser::new();
     let one = subsystem();
@@ -261,11 +346,22 @@ fn main() {
     let _warm = warm.get(&mm);
     one.get(&mm).expect("outside of brackets").put();
     let mut held = None;
-    println!("memory: one subscription {} B", bytes(|| held = one.get(&mm).ok()));
+    println!(
+        "memory: one subscription {} B",
+        bytes(|| held = one.get(&mm).ok())
+    );
     let mut nodes = Vec::with_capacity(1000);
-    let intervals = bytes(|| nodes.extend((0..1000).map(|n| IntervalNotifier::insert(&mm, page(2 * n), Empty))));
-    println!("memory: one interval, of 1,000, with its share of the tree {} B", intervals / 1000);
+    let intervals = bytes(|| {
+        nodes.extend((0..1000).map(|n| IntervalNotifier::insert(&mm, page(2 * n), Empty)))
+    });
+    println!(
+        "memory: one interval, of 1,000, with its share of the tree {} B",
+        intervals / 1000
+    );
     let mut empty = None;
-    println!("memory: one empty Mm {} B", bytes(|| empty = Some(MmWithUser::new())));
+    println!(
+        "memory: one empty Mm {} B",
+        bytes(|| empty = Some(MmWithUser::new()))
+    );
     drop((held, nodes, empty));
 }

@@ -221,23 +221,61 @@ fn traces() -> Vec<(&'static str, Vec<u32>)> {
     let scanned = (0..REQUESTS).map(|_| with_scans(&mut popular)).collect();
     let mut moving = zipf(1.0);
     // The favourites change slowly.
-    let drifting = (0..REQUESTS).map(|request| (moving() + (request / 50_000) as u32 * 97) % BUFFERS).collect();
+    let drifting = (0..REQUESTS)
+        .map(|request| (moving() + (request / 50_000) as u32 * 97) % BUFFERS)
+        .collect();
     vec![
-        ("zipf 1.0: some buffers are favourites", (0..REQUESTS).map(|_| popular()).collect()),
-        ("zipf 0.7: hardly any favourites", (0..REQUESTS).map(|_| flat()).collect()),
+        (
+            "zipf 1.0: some buffers are favourites",
+            (0..REQUESTS).map(|_| popular()).collect(),
+        ),
+        (
+            "zipf 0.7: hardly any favourites",
+            (0..REQUESTS).map(|_| flat()).collect(),
+        ),
         ("zipf 1.0 and scans", scanned),
         ("zipf 1.0, the favourites change", drifting),
-        ("a ring of 2,500 buffers, round and round", (0..REQUESTS as u32).map(|request| request % 2500).collect()),
+        (
+            "a ring of 2,500 buffers, round and round",
+            (0..REQUESTS as u32).map(|request| request % 2500).collect(),
+        ),
     ]
 }
 
 fn policies(size: usize) -> Vec<(&'static str, Box<dyn Policy>)> {
     let (queue, used) = (VecDeque::new, HashMap::new);
     vec![
-        ("FIFO", Box::new(Fifo { queue: queue(), there: HashSet::new(), size })),
-        ("LRU", Box::new(Lru(LruCache::new(NonZeroUsize::new(size).expect("not zero"))))),
-        ("CLOCK", Box::new(Clock { queue: queue(), used: used(), size })),
-        ("SIEVE", Box::new(Sieve { queue: Vec::new(), used: used(), hand: 0, size })),
+        (
+            "FIFO",
+            Box::new(Fifo {
+                queue: queue(),
+                there: HashSet::new(),
+                size,
+            }),
+        ),
+        (
+            "LRU",
+            Box::new(Lru(LruCache::new(
+                NonZeroUsize::new(size).expect("not zero"),
+            ))),
+        ),
+        (
+            "CLOCK",
+            Box::new(Clock {
+                queue: queue(),
+                used: used(),
+                size,
+            }),
+        ),
+        (
+            "SIEVE",
+            Box::new(Sieve {
+                queue: Vec::new(),
+                used: used(),
+                hand: 0,
+                size,
+            }),
+        ),
         (
             "S3-FIFO",
             Box::new(S3Fifo {
@@ -256,12 +294,17 @@ fn main() {
     println!("misses per 100 requests, {REQUESTS} requests over {BUFFERS} buffers");
     for size in [200, 2000] {
         print!("\n{:<44}", format!("room for {size}"));
-        policies(size).iter().for_each(|(name, _)| print!("{name:>9}"));
+        policies(size)
+            .iter()
+            .for_each(|(name, _)| print!("{name:>9}"));
         println!();
         for (name, trace) in traces() {
             print!("{name:<44}");
             for (_, mut policy) in policies(size) {
-                let misses = trace.iter().filter(|buffer| !policy.request(**buffer)).count();
+                let misses = trace
+                    .iter()
+                    .filter(|buffer| !policy.request(**buffer))
+                    .count();
                 print!("{:>9.1}", misses as f64 * 100.0 / REQUESTS as f64);
             }
             println!();

@@ -26,7 +26,9 @@ impl Registrar for Ready {
 
     fn register(&self, range: VaRange) -> Result<Arc<Region>, Infallible> {
         let key = (range.start().get() >> 12) as u32;
-        Ok(Arc::new(Region { keys: Box::new((key, !key)) }))
+        Ok(Arc::new(Region {
+            keys: Box::new((key, !key)),
+        }))
     }
 
     fn deregister(&self, _handle: Arc<Region>) {}
@@ -54,24 +56,43 @@ fn hit<R: Registrar>(cache: &RegCache<R>, order: &[u32], using: impl Fn(&R::Hand
 }
 
 fn main() {
-    let rounds = std::env::args().nth(1).and_then(|rounds| rounds.parse().ok()).unwrap_or(2000);
+    let rounds = std::env::args()
+        .nth(1)
+        .and_then(|rounds| rounds.parse().ok())
+        .unwrap_or(2000);
     let mm = MmWithUser::new();
-    println!("| regions | number, ns | RDMA region, ns | difference, ns |\n| --- | --- | --- | --- |");
+    println!(
+        "| regions | number, ns | RDMA region, ns | difference, ns |\n| --- | --- | --- | --- |"
+    );
     for regions in [16_u32, 256, 4096] {
-        let (plain, rdma) = (cache(&mm, Counting::default(), regions), cache(&mm, Ready, regions));
-        let order: Vec<u32> = (0..4096_u32).map(|number| number.wrapping_mul(2_654_435_761) % regions).collect();
+        let (plain, rdma) = (
+            cache(&mm, Counting::default(), regions),
+            cache(&mm, Ready, regions),
+        );
+        let order: Vec<u32> = (0..4096_u32)
+            .map(|number| number.wrapping_mul(2_654_435_761) % regions)
+            .collect();
         // In turn, so that both meet the same disturbances.
         let mut pieces: Vec<(f64, f64)> = (0..rounds)
             .map(|_| {
                 let plain = hit(&plain, &order, |handle| _ = black_box(*handle));
-                (plain, hit(&rdma, &order, |handle| _ = black_box((handle.keys.0, handle.keys.1))))
+                (
+                    plain,
+                    hit(&rdma, &order, |handle| {
+                        _ = black_box((handle.keys.0, handle.keys.1))
+                    }),
+                )
             })
             .collect();
         let mut median = |of: fn(&(f64, f64)) -> f64| {
             pieces.sort_by(|one, other| of(one).total_cmp(&of(other)));
             of(&pieces[pieces.len() / 2])
         };
-        let (one, other, more) = (median(|piece| piece.0), median(|piece| piece.1), median(|piece| piece.1 - piece.0));
+        let (one, other, more) = (
+            median(|piece| piece.0),
+            median(|piece| piece.1),
+            median(|piece| piece.1 - piece.0),
+        );
         println!("| {regions} | {one:.1} | {other:.1} | {more:.1} |");
     }
 }

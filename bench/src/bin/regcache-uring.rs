@@ -20,7 +20,10 @@ const FILE: usize = 64 << 20;
 fn buffers() -> Vec<&'static mut [u8]> {
     let memory = Vec::leak(vec![1_u8; (BUFFERS + 1) * LARGEST]);
     let offset = memory.as_ptr().addr().next_multiple_of(4096) - memory.as_ptr().addr();
-    memory[offset..].chunks_exact_mut(LARGEST).take(BUFFERS).collect()
+    memory[offset..]
+        .chunks_exact_mut(LARGEST)
+        .take(BUFFERS)
+        .collect()
 }
 
 /// In memory: a read is a copy.
@@ -38,7 +41,10 @@ fn cached() -> File {
 fn direct() -> std::io::Result<File> {
     let path = std::env::temp_dir().join(format!("regcache-uring.{}", std::process::id()));
     File::create(&path)?.write_all(&vec![7; FILE])?;
-    let file = File::options().read(true).custom_flags(libc::O_DIRECT).open(&path);
+    let file = File::options()
+        .read(true)
+        .custom_flags(libc::O_DIRECT)
+        .open(&path);
     std::fs::remove_file(&path)?;
     file
 }
@@ -60,14 +66,27 @@ enum Way {
 impl Bench {
     fn read(&mut self, file: &File, way: Way, len: usize, at: usize) {
         let buffer = self.buffers[at % BUFFERS].as_mut_ptr();
-        let (fd, offset) = (types::Fd(file.as_raw_fd()), (at * 7919 % (FILE / LARGEST) * LARGEST) as u64);
+        let (fd, offset) = (
+            types::Fd(file.as_raw_fd()),
+            (at * 7919 % (FILE / LARGEST) * LARGEST) as u64,
+        );
         let lease;
         let entry = if let Way::Unregistered = way {
-            opcode::Read::new(fd, buffer, len as u32).offset(offset).build()
+            opcode::Read::new(fd, buffer, len as u32)
+                .offset(offset)
+                .build()
         } else {
-            let range = mmu_notifier::VaRange::covering(mmu_notifier::Va::new(buffer.addr() as u64), len as u64);
-            lease = self.cache.get(range.expect("not empty")).expect("it can be registered");
-            opcode::ReadFixed::new(fd, buffer, len as u32, lease.buf_index()).offset(offset).build()
+            let range = mmu_notifier::VaRange::covering(
+                mmu_notifier::Va::new(buffer.addr() as u64),
+                len as u64,
+            );
+            lease = self
+                .cache
+                .get(range.expect("not empty"))
+                .expect("it can be registered");
+            opcode::ReadFixed::new(fd, buffer, len as u32, lease.buf_index())
+                .offset(offset)
+                .build()
         };
         submit(&mut self.ring, &entry, len);
         if let Way::EachTime = way {
@@ -90,7 +109,10 @@ fn submit(ring: &mut IoUring, entry: &squeue::Entry, len: usize) {
     // SAFETY: The buffer is leaked, and the caller holds its lease until this returns.
     unsafe { ring.submission().push(entry) }.expect("one request at a time");
     ring.submit_and_wait(1).expect("io_uring works");
-    assert_eq!(ring.completion().next().map(|entry| entry.result()), Some(len as i32));
+    assert_eq!(
+        ring.completion().next().map(|entry| entry.result()),
+        Some(len as i32)
+    );
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
@@ -99,26 +121,47 @@ fn median(mut values: Vec<f64>) -> f64 {
 }
 
 fn main() {
-    let rounds: usize = std::env::args().nth(1).and_then(|n| n.parse().ok()).unwrap_or(5);
+    let rounds: usize = std::env::args()
+        .nth(1)
+        .and_then(|n| n.parse().ok())
+        .unwrap_or(5);
     let ring = IoUring::new(8).expect("io_uring works");
     let slots = BUFFERS as u16;
-    let device = Device::new(Uring::new(&ring, slots).expect("no table yet"), Options::new().max_regions(slots.into()));
-    let cache = device.open(&mmu_source::current()).expect("outside of brackets");
-    let mut bench = Bench { ring, device, cache, buffers: buffers() };
+    let device = Device::new(
+        Uring::new(&ring, slots).expect("no table yet"),
+        Options::new().max_regions(slots.into()),
+    );
+    let cache = device
+        .open(&mmu_source::current())
+        .expect("outside of brackets");
+    let mut bench = Bench {
+        ring,
+        device,
+        cache,
+        buffers: buffers(),
+    };
     let mut files = vec![("page cache", cached(), 4000)];
     match direct() {
         Ok(file) => files.push(("direct", file, 500)),
         Err(error) => println!("no direct I/O here: {error}"),
     }
-    println!("{rounds} rounds, medians of microseconds for one read, one at a time, {BUFFERS} buffers in turn\n");
-    println!("{:<28} {:>13} {:>9} {:>10} {:>22}", "", "unregistered", "cache", "each time", "cache / unregistered");
+    println!(
+        "{rounds} rounds, medians of microseconds for one read, one at a time, {BUFFERS} buffers in turn\n"
+    );
+    println!(
+        "{:<28} {:>13} {:>9} {:>10} {:>22}",
+        "", "unregistered", "cache", "each time", "cache / unregistered"
+    );
     for (name, file, times) in &files {
         for len in [4096, LARGEST] {
             let mut columns: [Vec<f64>; 4] = Default::default();
             for _ in 0..rounds {
                 let ways = [Way::Unregistered, Way::Cache, Way::EachTime];
                 let taken = ways.map(|way| bench.reads(file, way, len, *times));
-                columns.iter_mut().zip(taken).for_each(|(column, taken)| column.push(taken));
+                columns
+                    .iter_mut()
+                    .zip(taken)
+                    .for_each(|(column, taken)| column.push(taken));
                 columns[3].push(taken[1] / taken[0]);
             }
             let [unregistered, cache, each, ratio] = columns.map(median);

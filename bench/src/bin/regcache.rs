@@ -73,7 +73,10 @@ impl Tree {
     fn new(regions: u32) -> Self {
         let entry = |number| {
             let range = region(number);
-            (range.start().get(), (range.last().get(), Arc::new(u64::from(number))))
+            (
+                range.start().get(),
+                (range.last().get(), Arc::new(u64::from(number))),
+            )
         };
         Self(RwLock::new((0..regions).map(entry).collect()))
     }
@@ -82,7 +85,10 @@ impl Tree {
 impl Peer for Tree {
     fn hit(&self, range: VaRange) {
         let tree = self.0.read().expect("no panic");
-        let (_, (last, registration)) = tree.range(..=range.start().get()).next_back().expect("it is there");
+        let (_, (last, registration)) = tree
+            .range(..=range.start().get())
+            .next_back()
+            .expect("it is there");
         assert!(*last >= range.last().get());
         let lease = Arc::clone(registration);
         drop(tree);
@@ -98,7 +104,10 @@ impl Lru {
         let mut lru = LruCache::new(NonZeroUsize::new(room as usize).expect("not zero"));
         for number in 0..regions {
             let range = region(number);
-            lru.put(range.start().get(), (range.last().get(), Arc::new(u64::from(number))));
+            lru.put(
+                range.start().get(),
+                (range.last().get(), Arc::new(u64::from(number))),
+            );
         }
         Self(Mutex::new(lru))
     }
@@ -124,7 +133,8 @@ mod ucx {
     use std::ffi::{c_int, c_void};
     unsafe extern "C" {
         pub(super) fn rcache_new() -> *mut c_void;
-        pub(super) fn rcache_hit(rcache: *mut c_void, address: *mut c_void, length: usize) -> c_int;
+        pub(super) fn rcache_hit(rcache: *mut c_void, address: *mut c_void, length: usize)
+        -> c_int;
         pub(super) fn rcache_free(rcache: *mut c_void);
     }
 }
@@ -147,8 +157,11 @@ impl Ucx {
 impl Peer for Ucx {
     fn hit(&self, range: VaRange) {
         let address = std::ptr::without_provenance_mut(range.start().get() as usize);
-        // SAFETY: The cache lives; its registrations look at no memory.
-        assert_eq!(unsafe { ucx::rcache_hit(self.0.as_ptr(), address, 4096) }, 1);
+        assert_eq!(
+            // SAFETY: The cache lives; its registrations look at no memory.
+            unsafe { ucx::rcache_hit(self.0.as_ptr(), address, 4096) },
+            1
+        );
     }
 }
 
@@ -201,8 +214,14 @@ fn hit<P: Peer>(peer: &P, orders: &[Vec<u32>]) -> f64 {
         start.elapsed().as_nanos() as f64 / order.len() as f64
     };
     std::thread::scope(|scope| {
-        let threads: Vec<_> = orders.iter().map(|order| scope.spawn(|| run(order))).collect();
-        threads.into_iter().map(|thread| thread.join().expect("a bench thread")).fold(0.0, f64::max)
+        let threads: Vec<_> = orders
+            .iter()
+            .map(|order| scope.spawn(|| run(order)))
+            .collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().expect("a bench thread"))
+            .fold(0.0, f64::max)
     })
 }
 
@@ -231,16 +250,29 @@ impl Tree {
         assert!(before.is_none_or(|(_, (last, _))| *last < range.last().get()));
         drop(tree);
         let lease = Arc::clone(&registration);
-        self.0.write().expect("no panic").insert(range.start().get(), (range.last().get(), registration));
+        self.0
+            .write()
+            .expect("no panic")
+            .insert(range.start().get(), (range.last().get(), registration));
         drop(black_box(lease));
     }
 }
 
 impl Lru {
     fn miss(&self, range: VaRange, registration: Arc<u64>) {
-        assert!(self.0.lock().expect("no panic").get(&range.start().get()).is_none());
+        assert!(
+            self.0
+                .lock()
+                .expect("no panic")
+                .get(&range.start().get())
+                .is_none()
+        );
         let lease = Arc::clone(&registration);
-        let evicted = self.0.lock().expect("no panic").push(range.start().get(), (range.last().get(), registration));
+        let evicted = self
+            .0
+            .lock()
+            .expect("no panic")
+            .push(range.start().get(), (range.last().get(), registration));
         drop((evicted, black_box(lease)));
     }
 }
@@ -252,20 +284,44 @@ fn misses(rounds: usize) {
     let registered = AtomicU64::new(0);
     let register = || Arc::new(registered.fetch_add(1, Ordering::Relaxed));
     let ours = |ours: &Ours| miss(|| ours.cache.flush(), |_, range| ours.hit(range));
-    let lru = |room: u32| miss(|| Lru::new(room, 0), |lru, range| lru.miss(range, register()));
+    let lru = |room: u32| {
+        miss(
+            || Lru::new(room, 0),
+            |lru, range| lru.miss(range, register()),
+        )
+    };
     let mut columns: [Vec<f64>; 6] = Default::default();
     for _ in 0..rounds {
         let tree = miss(|| Tree::new(0), |tree, range| tree.miss(range, register()));
-        let ucx = Ucx::new(0)
-            .map_or(f64::NAN, |_| miss(|| Ucx::new(0), |ucx, range| ucx.iter().for_each(|ucx| ucx.hit(range))));
-        let row = [ours(&roomy), tree, lru(2 * MISSES), ucx, ours(&tight), lru(1025)];
-        columns.iter_mut().zip(row).for_each(|(column, ns)| column.push(ns));
+        let ucx = Ucx::new(0).map_or(f64::NAN, |_| {
+            miss(
+                || Ucx::new(0),
+                |ucx, range| ucx.iter().for_each(|ucx| ucx.hit(range)),
+            )
+        });
+        let row = [
+            ours(&roomy),
+            tree,
+            lru(2 * MISSES),
+            ucx,
+            ours(&tight),
+            lru(1025),
+        ];
+        columns
+            .iter_mut()
+            .zip(row)
+            .for_each(|(column, ns)| column.push(ns));
     }
     let [ours, tree, lru, ucx, evicting, lru_evicting] = columns.map(median);
     let (to_tree, to_ucx) = (ours / tree, ours / ucx);
     let name = "miss, counting registrar";
-    println!("\n{name:<44} {ours:>8.1} {tree:>8.1} {lru:>8.1} {ucx:>8.1} {to_tree:>8.2} {to_ucx:>8.2}  250");
-    println!("{:<44} {evicting:>8.1} {:>8} {lru_evicting:>8.1}", "  and another region is evicted", "");
+    println!(
+        "\n{name:<44} {ours:>8.1} {tree:>8.1} {lru:>8.1} {ucx:>8.1} {to_tree:>8.2} {to_ucx:>8.2}  250"
+    );
+    println!(
+        "{:<44} {evicting:>8.1} {:>8} {lru_evicting:>8.1}",
+        "  and another region is evicted", ""
+    );
 }
 
 /// One region goes, and comes back outside of the clock.
@@ -290,15 +346,26 @@ fn hits(rounds: usize) {
         "hit + drop, 1 thread", "regcache", "RwLock", "LRU", "UCX", "/RwLock", "", "/UCX"
     );
     for (regions, bar) in [(1, "12"), (1_000, "18"), (10_000, "25"), (100_000, "100")] {
-        let (ours, tree, lru) = (Ours::new(regions), Tree::new(regions), Lru::new(regions, regions));
+        let (ours, tree, lru) = (
+            Ours::new(regions),
+            Tree::new(regions),
+            Lru::new(regions, regions),
+        );
         let ucx = Ucx::new(regions);
         let order = order(regions, 1);
         let mut columns: [Vec<f64>; 6] = Default::default();
         for _ in 0..rounds {
-            let ns = [hit_alone(&ours, &order), hit_alone(&tree, &order), hit_alone(&lru, &order)];
+            let ns = [
+                hit_alone(&ours, &order),
+                hit_alone(&tree, &order),
+                hit_alone(&lru, &order),
+            ];
             let ucx = ucx.as_ref().map_or(f64::NAN, |ucx| hit_alone(ucx, &order));
             let row = [ns[0], ns[1], ns[2], ucx, ns[0] / ns[1], ns[0] / ucx];
-            columns.iter_mut().zip(row).for_each(|(column, value)| column.push(value));
+            columns
+                .iter_mut()
+                .zip(row)
+                .for_each(|(column, value)| column.push(value));
         }
         let spread = spread(&columns[4]);
         let [ours, tree, lru, ucx, to_tree, to_ucx] = columns.map(median);
@@ -334,34 +401,71 @@ fn threads(rounds: usize) {
         "hit + drop, 2 threads", "regcache", "RwLock", "LRU", "UCX"
     );
     for (regions, bar) in [(1, ">= 1.0"), (10_000, ">= 1.7"), (100_000, "")] {
-        let (ours, other, tree, lru) =
-            (Ours::new(regions), Ours::new(regions), Tree::new(regions), Lru::new(regions, regions));
+        let (ours, other, tree, lru) = (
+            Ours::new(regions),
+            Ours::new(regions),
+            Tree::new(regions),
+            Lru::new(regions, regions),
+        );
         let ucx = Ucx::new(regions);
         let orders = [order(regions, 1), order(regions, 2)];
         let one = |peer: &Ours| hit(peer, &orders[..1]);
         let mut columns: [Vec<f64>; 8] = Default::default();
         for _ in 0..rounds {
-            let peers =
-                [hit(&tree, &orders), hit(&lru, &orders), ucx.as_ref().map_or(f64::NAN, |ucx| hit(ucx, &orders))];
+            let peers = [
+                hit(&tree, &orders),
+                hit(&lru, &orders),
+                ucx.as_ref().map_or(f64::NAN, |ucx| hit(ucx, &orders)),
+            ];
             let (before, spin_before) = (one(&ours), hit(&Spin, &orders[..1]));
             let (both, spin_both) = (hit(&ours, &orders), hit(&Spin, &orders));
             let apart = std::thread::scope(|scope| {
                 let threads = [&ours, &other].map(|cache| scope.spawn(move || one(cache)));
-                threads.map(|thread| thread.join().expect("a bench thread")).into_iter().fold(0.0, f64::max)
+                threads
+                    .map(|thread| thread.join().expect("a bench thread"))
+                    .into_iter()
+                    .fold(0.0, f64::max)
             });
             let (after, spin_after) = (one(&ours), hit(&Spin, &orders[..1]));
             let alone = f64::midpoint(before, after);
-            let (scaling, control) = (2.0 * alone / both, 2.0 * f64::midpoint(spin_before, spin_after) / spin_both);
-            let row = [both, peers[0], peers[1], peers[2], scaling, control, scaling / control, 2.0 * alone / apart];
-            columns.iter_mut().zip(row).for_each(|(column, value)| column.push(value));
+            let (scaling, control) = (
+                2.0 * alone / both,
+                2.0 * f64::midpoint(spin_before, spin_after) / spin_both,
+            );
+            let row = [
+                both,
+                peers[0],
+                peers[1],
+                peers[2],
+                scaling,
+                control,
+                scaling / control,
+                2.0 * alone / apart,
+            ];
+            columns
+                .iter_mut()
+                .zip(row)
+                .for_each(|(column, value)| column.push(value));
         }
         let spreads = [4, 5, 6].map(|column| spread(&columns[column]));
         let [both, tree, lru, ucx, scaling, control, ratio, apart] = columns.map(median);
-        println!("{:<44} {both:>8.1} {tree:>8.1} {lru:>8.1} {ucx:>8.1}", format!("{regions} regions"));
-        println!("  of one thread's throughput                 {scaling:>8.2} {:>14}  {bar}", spreads[0]);
+        println!(
+            "{:<44} {both:>8.1} {tree:>8.1} {lru:>8.1} {ucx:>8.1}",
+            format!("{regions} regions")
+        );
+        println!(
+            "  of one thread's throughput                 {scaling:>8.2} {:>14}  {bar}",
+            spreads[0]
+        );
         println!("  with a cache each                          {apart:>8.2}");
-        println!("  control: two threads that only compute     {control:>8.2} {:>14}", spreads[1]);
-        println!("  of the control                             {ratio:>8.2} {:>14}", spreads[2]);
+        println!(
+            "  control: two threads that only compute     {control:>8.2} {:>14}",
+            spreads[1]
+        );
+        println!(
+            "  of the control                             {ratio:>8.2} {:>14}",
+            spreads[2]
+        );
     }
 }
 
@@ -373,13 +477,23 @@ fn kernel(rounds: usize) {
         Ok(kernel) => kernel,
         Err(error) => return println!("\nthe kernel source is left out: {error}"),
     };
-    let (without, with) =
-        (Ours::new(REGIONS), Ours::with(REGIONS, Options::new().kernel(kernel), mmu_source::current(), 1024));
+    let (without, with) = (
+        Ours::new(REGIONS),
+        Ours::with(
+            REGIONS,
+            Options::new().kernel(kernel),
+            mmu_source::current(),
+            1024,
+        ),
+    );
     let order = order(REGIONS, 1);
     let mut columns: [Vec<f64>; 3] = Default::default();
     for _ in 0..2 * rounds {
         let (without, with) = (hit_alone(&without, &order), hit_alone(&with, &order));
-        columns.iter_mut().zip([without, with, with - without]).for_each(|(column, ns)| column.push(ns));
+        columns
+            .iter_mut()
+            .zip([without, with, with - without])
+            .for_each(|(column, ns)| column.push(ns));
     }
     let [without, with, more] = columns.map(median);
     println!(
@@ -395,12 +509,19 @@ fn median(mut values: Vec<f64>) -> f64 {
 
 /// The least and the most.
 fn spread(values: &[f64]) -> String {
-    let (least, most) = values.iter().fold((f64::MAX, f64::MIN), |(least, most), n| (least.min(*n), most.max(*n)));
+    let (least, most) = values
+        .iter()
+        .fold((f64::MAX, f64::MIN), |(least, most), n| {
+            (least.min(*n), most.max(*n))
+        });
     format!("{least:.2}..{most:.2}")
 }
 
 fn main() {
-    let rounds: usize = std::env::args().nth(1).and_then(|n| n.parse().ok()).unwrap_or(5);
+    let rounds: usize = std::env::args()
+        .nth(1)
+        .and_then(|n| n.parse().ok())
+        .unwrap_or(5);
     let part = std::env::args().nth(2);
     let wanted = |name| part.as_ref().is_none_or(|part| part == name);
     println!(
@@ -422,6 +543,9 @@ fn main() {
         let ours = Ours::new(100_000);
         let order = order(100_000, 3);
         let invalidations = median((0..rounds).map(|_| invalidate(&ours, &order)).collect());
-        println!("\n{:<44} {invalidations:>8.1} {:>28}2000", "invalidation of 1 of 100,000", "");
+        println!(
+            "\n{:<44} {invalidations:>8.1} {:>28}2000",
+            "invalidation of 1 of 100,000", ""
+        );
     }
 }

@@ -45,7 +45,10 @@ fn compare(rounds: usize, title: &str, runs: &mut [(&str, &mut dyn FnMut() -> f6
 }
 
 fn map(bytes: usize) -> *mut c_void {
-    let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    let (protection, flags) = (
+        libc::PROT_READ | libc::PROT_WRITE,
+        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+    );
     // SAFETY: a new mapping where the kernel likes.
     let at = unsafe { libc::mmap(ptr::null_mut(), bytes, protection, flags, -1, 0) };
     assert_ne!(at, libc::MAP_FAILED);
@@ -54,7 +57,10 @@ fn map(bytes: usize) -> *mut c_void {
 
 /// Maps a page where one is, or was a moment ago: this program has one thread that maps.
 fn map_over(at: *mut c_void) {
-    let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    let (protection, flags) = (
+        libc::PROT_READ | libc::PROT_WRITE,
+        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+    );
     // SAFETY: a page of `map`, which nobody else has been given since.
     let again = unsafe { libc::mmap(at, PAGE, protection, flags | libc::MAP_FIXED, -1, 0) };
     assert_eq!(again, at);
@@ -97,8 +103,12 @@ fn cycle() -> f64 {
 }
 
 fn main() {
-    let rounds = std::env::args().nth(1).map_or(9, |rounds| rounds.parse().expect("a number of rounds"));
-    let _listens = Registration::new(&mmu_source::current(), Listens).map_err(|_| ()).expect("outside of brackets");
+    let rounds = std::env::args()
+        .nth(1)
+        .map_or(9, |rounds| rounds.parse().expect("a number of rounds"));
+    let _listens = Registration::new(&mmu_source::current(), Listens)
+        .map_err(|_| ())
+        .expect("outside of brackets");
     match Kernel::rehearse(1 << 18) {
         Ok(kernel) => by_hand(rounds, &kernel),
         Err(error) => println!("SKIP kernel by hand: {error}"),
@@ -123,12 +133,26 @@ fn by_hand(rounds: usize, kernel: &Arc<Kernel>) {
         rounds,
         "questions to the kernel source",
         &mut [
-            ("generation()", &mut || each(10_000_000, || _ = black_box(kernel.generation()))),
-            ("is_current()", &mut || each(10_000_000, || _ = black_box(kernel.is_current(black_box(generation))))),
-            ("settle(), nothing to tell", &mut || each(10_000_000, || drop(black_box(kernel.settle())))),
+            ("generation()", &mut || {
+                each(10_000_000, || _ = black_box(kernel.generation()))
+            }),
+            ("is_current()", &mut || {
+                each(10_000_000, || {
+                    _ = black_box(kernel.is_current(black_box(generation)))
+                })
+            }),
+            ("settle(), nothing to tell", &mut || {
+                each(10_000_000, || drop(black_box(kernel.settle())))
+            }),
         ],
     );
-    let miss = |kernel: &Kernel| each(20_000, || kernel.inject(0x6000_0000_0000, 0x6000_0000_1000).expect("it runs"));
+    let miss = |kernel: &Kernel| {
+        each(20_000, || {
+            kernel
+                .inject(0x6000_0000_0000, 0x6000_0000_1000)
+                .expect("it runs")
+        })
+    };
     // Pages that are not armed, so many that a few share a counter with one that is.
     let mixed = |kernel: &Kernel| {
         let mut number = 0;
@@ -138,7 +162,11 @@ fn by_hand(rounds: usize, kernel: &Arc<Kernel>) {
             kernel.inject(at, at + 0x1000).expect("it runs");
         })
     };
-    let arm = |count: u64| -> Vec<_> { (0..count).map(|number| kernel.arm(page(number)).expect("armed")).collect() };
+    let arm = |count: u64| -> Vec<_> {
+        (0..count)
+            .map(|number| kernel.arm(page(number)).expect("armed"))
+            .collect()
+    };
     compare(
         rounds,
         "the BPF program by hand, the system call included",
@@ -169,7 +197,9 @@ fn by_hand(rounds: usize, kernel: &Arc<Kernel>) {
 fn on_and_off(rounds: usize) {
     let on = |armed: u64| {
         let kernel = Kernel::start().expect("it has started before");
-        let _armed: Vec<_> = (0..armed).map(|number| kernel.arm(page(number)).expect("armed")).collect();
+        let _armed: Vec<_> = (0..armed)
+            .map(|number| kernel.arm(page(number)).expect("armed"))
+            .collect();
         cycle();
         cycle()
     };
@@ -211,8 +241,14 @@ fn real(rounds: usize, kernel: &Arc<Kernel>) {
         &mut [
             ("not armed", &mut || unmapping(false, &mut || {})),
             ("armed", &mut || unmapping(true, &mut || {})),
-            ("armed, and drain()", &mut || unmapping(true, &mut || _ = black_box(kernel.drain()))),
-            ("armed, and settle()", &mut || unmapping(true, &mut || _ = black_box(kernel.settle().expect("no fork")))),
+            ("armed, and drain()", &mut || {
+                unmapping(true, &mut || _ = black_box(kernel.drain()))
+            }),
+            ("armed, and settle()", &mut || {
+                unmapping(true, &mut || {
+                    _ = black_box(kernel.settle().expect("no fork"))
+                })
+            }),
         ],
     );
     let whole = kernel.arm(page(0)).expect("armed");
@@ -243,7 +279,10 @@ fn uffd(rounds: usize, source: &Arc<Uffd>) {
     compare(
         rounds * 5,
         "uffd: first touch of a page",
-        &mut [("bare", &mut || first_touch(false)), ("armed", &mut || first_touch(true))],
+        &mut [
+            ("bare", &mut || first_touch(false)),
+            ("armed", &mut || first_touch(true)),
+        ],
     );
     let armed_cycle = |settle: bool| {
         let mut taken = 0.0;

@@ -1,7 +1,12 @@
 //! What does a read section cost, next to what else protects a reader?
 //!
 //! `cargo run --release -p bench --bin srcu-read [ROUNDS]`
-#![allow(missing_docs, missing_debug_implementations, dead_code, reason = "a bench")]
+#![allow(
+    missing_docs,
+    missing_debug_implementations,
+    dead_code,
+    reason = "a bench"
+)]
 
 #[path = "../srcu_peers.rs"]
 mod peers;
@@ -31,7 +36,10 @@ fn time(mut section: impl FnMut()) -> f64 {
 }
 
 fn best_slice(slice: impl FnMut() -> f64) -> f64 {
-    std::iter::repeat_with(slice).take(SLICES).fold(f64::INFINITY, f64::min) / SECTIONS as f64
+    std::iter::repeat_with(slice)
+        .take(SLICES)
+        .fold(f64::INFINITY, f64::min)
+        / SECTIONS as f64
 }
 
 /// What is inside a section: nothing, which the compiler may not know.
@@ -91,7 +99,8 @@ fn crossbeam_pin() -> f64 {
 }
 
 fn crossbeam_handle() -> f64 {
-    static COLLECTOR: LazyLock<crossbeam_epoch::Collector> = LazyLock::new(crossbeam_epoch::Collector::new);
+    static COLLECTOR: LazyLock<crossbeam_epoch::Collector> =
+        LazyLock::new(crossbeam_epoch::Collector::new);
     let handle = COLLECTOR.register();
     time(|| {
         let guard = handle.pin();
@@ -111,7 +120,8 @@ fn seize_enter() -> f64 {
 }
 
 fn haphazard_protect() -> f64 {
-    static VALUE: LazyLock<haphazard::AtomicPtr<u64>> = LazyLock::new(|| haphazard::AtomicPtr::from(Box::new(1)));
+    static VALUE: LazyLock<haphazard::AtomicPtr<u64>> =
+        LazyLock::new(|| haphazard::AtomicPtr::from(Box::new(1)));
     let value = &*VALUE;
     let mut hazard = haphazard::HazardPointer::new();
     time(|| {
@@ -122,7 +132,8 @@ fn haphazard_protect() -> f64 {
 }
 
 fn arc_swap_load() -> f64 {
-    static VALUE: LazyLock<arc_swap::ArcSwap<u64>> = LazyLock::new(|| arc_swap::ArcSwap::from_pointee(1));
+    static VALUE: LazyLock<arc_swap::ArcSwap<u64>> =
+        LazyLock::new(|| arc_swap::ArcSwap::from_pointee(1));
     let value = &*VALUE;
     time(|| {
         let guard = value.load();
@@ -157,9 +168,13 @@ const CONTENDERS: &[Contender] = &[
     ("srcu read_lock", srcu_read_lock),
     ("srcu down_read", srcu_down_read),
     #[cfg(has_urcu)]
-    ("liburcu memb, inline", || best_slice(|| peers::urcu::memb_read(SECTIONS))),
+    ("liburcu memb, inline", || {
+        best_slice(|| peers::urcu::memb_read(SECTIONS))
+    }),
     #[cfg(has_urcu)]
-    ("liburcu bp, inline", || best_slice(|| peers::urcu::bp_read(SECTIONS))),
+    ("liburcu bp, inline", || {
+        best_slice(|| peers::urcu::bp_read(SECTIONS))
+    }),
     ("crossbeam-epoch pin", crossbeam_pin),
     ("crossbeam-epoch own handle", crossbeam_handle),
     ("seize enter", seize_enter),
@@ -181,15 +196,25 @@ fn measure(contender: fn() -> f64, threads: usize) -> f64 {
                 })
             })
             .collect();
-        running.into_iter().map(|thread| thread.join().expect("contenders do not panic")).sum()
+        running
+            .into_iter()
+            .map(|thread| thread.join().expect("contenders do not panic"))
+            .sum()
     });
     total / threads as f64
 }
 
 fn main() {
     let rounds = peers::rounds(15);
-    let mut tables =
-        [1, 2].map(|threads| (threads, CONTENDERS.iter().map(|(name, _)| Row::new(name)).collect::<Vec<_>>()));
+    let mut tables = [1, 2].map(|threads| {
+        (
+            threads,
+            CONTENDERS
+                .iter()
+                .map(|(name, _)| Row::new(name))
+                .collect::<Vec<_>>(),
+        )
+    });
     for _ in 0..rounds {
         for (threads, rows) in &mut tables {
             for (row, (_, contender)) in rows.iter_mut().zip(CONTENDERS) {
@@ -203,7 +228,9 @@ fn main() {
     println!(
         "ns for a section (enter and leave), median of {rounds} rounds (best of {SLICES} slices), +- half the quartile distance\n"
     );
-    println!("| | 1 thread | 2 threads | 2 to 1 | to crossbeam pin |\n| --- | --- | --- | --- | --- |");
+    println!(
+        "| | 1 thread | 2 threads | 2 to 1 | to crossbeam pin |\n| --- | --- | --- | --- | --- |"
+    );
     for (one, two) in one.iter().zip(two) {
         println!(
             "| {} | {:.2} +-{:.0}% | {:.2} +-{:.0}% | {:.2} | {:.2} |",
@@ -224,8 +251,20 @@ fn main() {
     verdict("read_lock to crossbeam-epoch pin", lock.ratio(pin), 0.55);
     verdict("reader to the floor", reader.ratio(of(one, "floor")), 1.3);
     if cfg!(has_urcu) {
-        verdict("reader to liburcu memb inline", reader.ratio(of(one, "liburcu memb")), 1.0);
+        verdict(
+            "reader to liburcu memb inline",
+            reader.ratio(of(one, "liburcu memb")),
+            1.0,
+        );
     }
-    verdict("read_lock, 2 threads to 1", of(two, "srcu read_lock").ratio(lock), 1.2);
-    verdict("reader, 2 threads to 1", of(two, "srcu reader").ratio(reader), 1.2);
+    verdict(
+        "read_lock, 2 threads to 1",
+        of(two, "srcu read_lock").ratio(lock),
+        1.2,
+    );
+    verdict(
+        "reader, 2 threads to 1",
+        of(two, "srcu reader").ratio(reader),
+        1.2,
+    );
 }

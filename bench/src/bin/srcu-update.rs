@@ -1,7 +1,12 @@
 //! What do `synchronize` and `call` cost, and how soon does a callback run, next to liburcu?
 //!
 //! `cargo run --release -p bench --bin srcu-update [ROUNDS]`
-#![allow(missing_docs, missing_debug_implementations, dead_code, reason = "a bench")]
+#![allow(
+    missing_docs,
+    missing_debug_implementations,
+    dead_code,
+    reason = "a bench"
+)]
 
 #[path = "../srcu_peers.rs"]
 mod peers;
@@ -163,8 +168,12 @@ type Contender = (&'static str, fn() -> f64);
 const CONTENDERS: &[Contender] = &[
     ("srcu synchronize, no reader", synchronize),
     #[cfg(has_urcu)]
-    ("liburcu memb synchronize_rcu, no reader", || peers::urcu::memb_synchronize(WAITS) / WAITS as f64),
-    ("srcu synchronize, another thread runs", || beside_a_running_thread(synchronize)),
+    ("liburcu memb synchronize_rcu, no reader", || {
+        peers::urcu::memb_synchronize(WAITS) / WAITS as f64
+    }),
+    ("srcu synchronize, another thread runs", || {
+        beside_a_running_thread(synchronize)
+    }),
     #[cfg(has_urcu)]
     ("liburcu memb synchronize_rcu, another thread runs", || {
         beside_a_running_thread(|| peers::urcu::memb_synchronize(2000) / 2000.0)
@@ -173,7 +182,9 @@ const CONTENDERS: &[Contender] = &[
     ("srcu call_raw, all held up by a section", call_raw_held_up),
     ("srcu call", call),
     #[cfg(has_urcu)]
-    ("liburcu memb call_rcu", || peers::urcu::memb_call(CALLS) / CALLS as f64),
+    ("liburcu memb call_rcu", || {
+        peers::urcu::memb_call(CALLS) / CALLS as f64
+    }),
     ("srcu call_raw, run to the end", call_and_run),
     ("srcu last reader's exit to callback", latency),
     ("srcu call to callback, at rest", idle_latency),
@@ -197,16 +208,30 @@ fn main() {
     println!("ns for one, median of {rounds} rounds, +- half the quartile distance\n");
     println!("| | ns |\n| --- | --- |");
     for row in &rows {
-        println!("| {} | {:.1} +-{:.0}% |", row.name, row.median(), row.spread());
+        println!(
+            "| {} | {:.1} +-{:.0}% |",
+            row.name,
+            row.median(),
+            row.spread()
+        );
     }
     println!();
     let of = |name: &str| peers::row(&rows, name);
     if cfg!(has_urcu) {
-        let ratio = of("srcu synchronize, no reader").ratio(of("liburcu memb synchronize_rcu, no reader"));
+        let ratio =
+            of("srcu synchronize, no reader").ratio(of("liburcu memb synchronize_rcu, no reader"));
         verdict("synchronize to liburcu memb", ratio, 1.2);
-        verdict("call_raw to liburcu call_rcu", of("srcu call_raw").ratio(of("liburcu memb call_rcu")), 0.3);
+        verdict(
+            "call_raw to liburcu call_rcu",
+            of("srcu call_raw").ratio(of("liburcu memb call_rcu")),
+            0.3,
+        );
     } else {
         println!("liburcu: not built in (liburcu-dev or a C compiler is missing)");
     }
-    verdict("last reader's exit to callback, of 50 us", of("srcu last reader's exit").median() / 50_000.0, 1.0);
+    verdict(
+        "last reader's exit to callback, of 50 us",
+        of("srcu last reader's exit").median() / 50_000.0,
+        1.0,
+    );
 }

@@ -34,9 +34,16 @@ unsafe fn size<T: Growing>(place: *const T) -> Result<usize, c_int> {
     // SAFETY: The place begins with a `usize`: the caller's duty.
     let size = unsafe { place.cast::<usize>().read() };
     if size < T::FIRST {
-        return Err(fail(-libc::EINVAL, c"the field `size` of a struct is not sizeof() of it"));
+        return Err(fail(
+            -libc::EINVAL,
+            c"the field `size` of a struct is not sizeof() of it",
+        ));
     }
-    if size > LARGEST { Err(fail(-libc::E2BIG, TOO_NEW)) } else { Ok(size) }
+    if size > LARGEST {
+        Err(fail(-libc::E2BIG, TOO_NEW))
+    } else {
+        Ok(size)
+    }
 }
 
 /// Reads the caller's struct.
@@ -83,7 +90,12 @@ pub(crate) unsafe fn write<T: Growing>(place: *mut T, value: &T) -> Result<(), c
 /// # Safety
 /// `place` must be null or valid for writes.
 pub(crate) unsafe fn result<'a, T>(place: *mut *mut T) -> Result<&'a mut *mut T, c_int> {
-    let invalid = || fail(-libc::EINVAL, c"the place for the result, the last argument, is null or misaligned");
+    let invalid = || {
+        fail(
+            -libc::EINVAL,
+            c"the place for the result, the last argument, is null or misaligned",
+        )
+    };
     if !place.is_aligned() {
         return Err(invalid());
     }
@@ -119,27 +131,66 @@ mod tests {
 
     #[test]
     fn what_the_past_does_not_have_is_zero() {
-        let old = Versioned { size: 16, first: 1, added: 7 };
+        let old = Versioned {
+            size: 16,
+            first: 1,
+            added: 7,
+        };
         // SAFETY: 16 bytes are there.
         let read = unsafe { read(&raw const old) };
-        assert_eq!(read, Ok(Versioned { size: 16, first: 1, added: 0 }));
+        assert_eq!(
+            read,
+            Ok(Versioned {
+                size: 16,
+                first: 1,
+                added: 0
+            })
+        );
     }
 
     #[test]
     fn what_the_past_does_not_have_is_not_written() {
-        let mut old = Versioned { size: 16, first: 1, added: 7 };
+        let mut old = Versioned {
+            size: 16,
+            first: 1,
+            added: 7,
+        };
         // SAFETY: 16 bytes are there.
-        unsafe { write(&raw mut old, &Versioned { size: 0, first: 2, added: 3 }) }.expect("a good size");
-        assert_eq!(old, Versioned { size: 16, first: 2, added: 7 });
+        unsafe {
+            write(
+                &raw mut old,
+                &Versioned {
+                    size: 0,
+                    first: 2,
+                    added: 3,
+                },
+            )
+        }
+        .expect("a good size");
+        assert_eq!(
+            old,
+            Versioned {
+                size: 16,
+                first: 2,
+                added: 7
+            }
+        );
     }
 
     #[test]
     fn what_the_future_adds_must_be_zero() {
-        let known = Versioned { size: 32, first: 1, added: 2 };
+        let known = Versioned {
+            size: 32,
+            first: 1,
+            added: 2,
+        };
         for (unknown, expected) in [(0, Ok(known)), (1 << 63, Err(-libc::E2BIG))] {
             let future = Future { known, unknown };
-            // SAFETY: 32 bytes are there.
-            assert_eq!(unsafe { read((&raw const future).cast::<Versioned>()) }, expected);
+            assert_eq!(
+                // SAFETY: 32 bytes are there.
+                unsafe { read((&raw const future).cast::<Versioned>()) },
+                expected
+            );
         }
         let mut future = Future { known, unknown: 9 };
         // SAFETY: 32 bytes are there.
@@ -149,9 +200,17 @@ mod tests {
 
     #[test]
     fn sizes_that_cannot_be_are_refused() {
-        for (size, code) in [(0, -libc::EINVAL), (15, -libc::EINVAL), (4097, -libc::E2BIG), (usize::MAX, -libc::E2BIG)]
-        {
-            let value = Versioned { size, first: 0, added: 0 };
+        for (size, code) in [
+            (0, -libc::EINVAL),
+            (15, -libc::EINVAL),
+            (4097, -libc::E2BIG),
+            (usize::MAX, -libc::E2BIG),
+        ] {
+            let value = Versioned {
+                size,
+                first: 0,
+                added: 0,
+            };
             // SAFETY: A size that is refused is not followed.
             assert_eq!(unsafe { read(&raw const value) }, Err(code), "{size}");
         }

@@ -42,7 +42,10 @@ pub(crate) use on_unwind;
 /// Runs a callback of the program; an exception that leaves the callback ends the process.
 macro_rules! guarded {
     ($name:literal, $callback:expr) => {{
-        let guard = $crate::border::on_unwind!($crate::border::die($name, "an exception has left the callback"));
+        let guard = $crate::border::on_unwind!($crate::border::die(
+            $name,
+            "an exception has left the callback"
+        ));
         let result = $callback;
         std::mem::forget(guard);
         result
@@ -54,7 +57,11 @@ pub(crate) use guarded;
 /// Says that an exported function has panicked.
 #[cold]
 pub(crate) fn say_bug(function: &str) {
-    say(&["libmmun: bug: ", function, " panicked; please report what is said above"]);
+    say(&[
+        "libmmun: bug: ",
+        function,
+        " panicked; please report what is said above",
+    ]);
 }
 
 /// Says a line on the standard error, without the allocator, which may be what this thread is in
@@ -85,7 +92,10 @@ pub(crate) fn die(function: &str, reason: &str) -> ! {
 pub(crate) fn warn(said: &AtomicBool, words: &[&str]) {
     if !said.swap(true, Ordering::Relaxed) {
         let mut line = ["libmmun: warning: ", "", "", "", ""];
-        line[1..].iter_mut().zip(words).for_each(|(place, word)| *place = word);
+        line[1..]
+            .iter_mut()
+            .zip(words)
+            .for_each(|(place, word)| *place = word);
         say(&line);
     }
 }
@@ -106,7 +116,10 @@ pub(crate) const SELF_WAIT: &str =
     "called inside an invalidation or callback, or in free_notifier: it would wait for itself";
 
 #[cfg(test)]
-#[allow(unreachable_pub, reason = "a function that is exported as those of the library are")]
+#[allow(
+    unreachable_pub,
+    reason = "a function that is exported as those of the library are"
+)]
 mod tests {
     use std::env;
     use std::os::unix::process::ExitStatusExt;
@@ -129,10 +142,16 @@ mod tests {
         }
         let own = env::current_exe().expect("this program has a path");
         let name = "border::tests::a_panic_ends_the_process_with_the_name_of_the_function";
-        let child = Command::new(own).args(["--exact", name, "--nocapture"]).env(CHILD, "1").output();
+        let child = Command::new(own)
+            .args(["--exact", name, "--nocapture"])
+            .env(CHILD, "1")
+            .output();
         let child = child.expect("this program runs");
         let stderr = String::from_utf8_lossy(&child.stderr);
         assert_eq!(child.status.signal(), Some(libc::SIGABRT), "{stderr}");
-        assert!(stderr.contains("libmmun: bug: mmun_test_that_panics panicked"), "{stderr}");
+        assert!(
+            stderr.contains("libmmun: bug: mmun_test_that_panics panicked"),
+            "{stderr}"
+        );
     }
 }

@@ -10,9 +10,12 @@ use std::fmt::Write;
 use std::ptr;
 
 pub(crate) const INVALID: &CStr = c"an argument is null, misaligned, empty or out of bounds";
-pub(crate) const TOO_NEW: &CStr = c"a struct has a field that is newer than this library, and not zero";
-pub(crate) const INHERITED: &CStr = c"it is the parent's of this process: make one here, after the fork";
-pub(crate) const IN_CALLBACK: &CStr = c"called inside an invalidation or a callback: it would wait for itself";
+pub(crate) const TOO_NEW: &CStr =
+    c"a struct has a field that is newer than this library, and not zero";
+pub(crate) const INHERITED: &CStr =
+    c"it is the parent's of this process: make one here, after the fork";
+pub(crate) const IN_CALLBACK: &CStr =
+    c"called inside an invalidation or a callback: it would wait for itself";
 
 mmu_notifier::thread_word! {
     /// The address of what `mmun_last_error` returns, a static text or what is in `OWNED`; zero for
@@ -63,8 +66,12 @@ pub(crate) fn of_source(error: &Error) -> c_int {
     match error {
         Error::AfterFork { .. } => fail(-libc::ESRCH, INHERITED),
         Error::InCallback { .. } => fail(-libc::EDEADLK, IN_CALLBACK),
-        Error::Unavailable { .. } | Error::Unsupported { .. } => fail_with(-libc::EOPNOTSUPP, line(error)),
-        Error::Kernel { source, .. } | Error::Arm { source, .. } => fail_with(errno(source), line(error)),
+        Error::Unavailable { .. } | Error::Unsupported { .. } => {
+            fail_with(-libc::EOPNOTSUPP, line(error))
+        }
+        Error::Kernel { source, .. } | Error::Arm { source, .. } => {
+            fail_with(errno(source), line(error))
+        }
         _ => fail_with(-libc::EIO, line(error)),
     }
 }
@@ -76,12 +83,15 @@ pub(crate) fn of_cache(error: &::regcache::Error<Refused>) -> c_int {
     match error {
         E::Exited | E::Forked => fail(-libc::ESRCH, INHERITED),
         E::Source { source } => of_source(source),
-        E::NotMapped { source, .. } | E::LimitReached { source, .. } | E::Registrar { source, .. } => {
-            fail_with(source.0, line(error))
-        }
+        E::NotMapped { source, .. }
+        | E::LimitReached { source, .. }
+        | E::Registrar { source, .. } => fail_with(source.0, line(error)),
         E::Full { .. } => fail_with(-libc::ENOSPC, line(error)),
         E::TooLarge { .. } => fail_with(-libc::EFBIG, line(error)),
-        E::Open { source: GetError::WouldDeadlock } | E::WouldDeadlock => fail(-libc::EDEADLK, IN_CALLBACK),
+        E::Open {
+            source: GetError::WouldDeadlock,
+        }
+        | E::WouldDeadlock => fail(-libc::EDEADLK, IN_CALLBACK),
         _ => fail_with(-libc::ENOMEM, line(error)),
     }
 }

@@ -47,8 +47,11 @@ impl Fills {
         if let Some(made) = self.interval() {
             return Some(made);
         }
-        let place: NonNull<Interval<Whole>> =
-            NonNull::from(Box::leak(Box::new(MaybeUninit::<Interval<Whole>>::uninit()))).cast();
+        let place: NonNull<Interval<Whole>> = NonNull::from(Box::leak(Box::new(MaybeUninit::<
+            Interval<Whole>,
+        >::uninit(
+        ))))
+        .cast();
         // SAFETY: The place is leaked until the drop, or this fails.
         if unsafe { Interval::insert(place, mm, VaRange::ALL, Whole(place)) }.is_err() {
             // SAFETY: It was leaked above, and nothing was written.
@@ -68,17 +71,22 @@ impl Fills {
     }
 
     pub(crate) fn retry(&self, seq: u64) -> bool {
-        self.interval().is_none_or(|interval| interval.read_retry(seq))
+        self.interval()
+            .is_none_or(|interval| interval.read_retry(seq))
     }
 }
 
 impl Drop for Fills {
     fn drop(&mut self) {
-        let Some(interval) = NonNull::new(*self.interval.get_mut()) else { return };
+        let Some(interval) = NonNull::new(*self.interval.get_mut()) else {
+            return;
+        };
         // SAFETY: It is inserted, and only reached through this.
         if unsafe { Interval::remove(interval) }.is_ok() {
             // SAFETY: It was leaked in `make`, and has been dropped.
-            drop(unsafe { Box::from_raw(interval.cast::<MaybeUninit<Interval<Whole>>>().as_ptr()) });
+            drop(unsafe {
+                Box::from_raw(interval.cast::<MaybeUninit<Interval<Whole>>>().as_ptr())
+            });
         }
         // Else this is a callback, or the child of a fork. It stays, and does no harm.
     }

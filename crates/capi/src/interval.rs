@@ -28,7 +28,8 @@ const _: () = assert!(align_of::<Interval<Driver>>() <= align_of::<usize>());
 #[repr(C)]
 #[derive(Debug)]
 pub struct IntervalOps {
-    invalidate: Option<unsafe extern "C-unwind" fn(*mut IntervalNotifier, *const Range, c_ulong) -> bool>,
+    invalidate:
+        Option<unsafe extern "C-unwind" fn(*mut IntervalNotifier, *const Range, c_ulong) -> bool>,
 }
 
 /// A driver's interval, as the core calls it.
@@ -52,7 +53,9 @@ impl RawIntervalOps for Driver {
             _ if done => Ok(()),
             Blocking::Forbidden => Err(WouldBlock),
             Blocking::Allowed => {
-                warn_once!("invalidate of an interval returned false for a blockable range: it was ignored");
+                warn_once!(
+                    "invalidate of an interval returned false for a blockable range: it was ignored"
+                );
                 Ok(())
             }
         }
@@ -72,7 +75,9 @@ unsafe fn node(interval: NonNull<IntervalNotifier>) -> NonNull<Interval<Driver>>
 /// # Safety
 /// `interval` must be null or inserted, and stay so.
 unsafe fn inserted<'a>(function: &str, interval: *const IntervalNotifier) -> &'a Interval<Driver> {
-    let Some(interval) = NonNull::new(interval.cast_mut()) else { die(function, "the interval is null") };
+    let Some(interval) = NonNull::new(interval.cast_mut()) else {
+        die(function, "the interval is null")
+    };
     // SAFETY: A place for an interval: the caller's duty.
     let node = unsafe { node(interval) };
     // SAFETY: A reference needs a live node: inserted, which is the caller's duty.
@@ -91,14 +96,22 @@ unsafe fn insert(
     ops: *const IntervalOps,
     insert: impl FnOnce(&MmWithUser, NonNull<Interval<Driver>>, VaRange, Driver) -> Result<(), c_int>,
 ) -> c_int {
-    let Some(me) = NonNull::new(interval).filter(|_| !mm.is_null()) else { return -libc::EINVAL };
+    let Some(me) = NonNull::new(interval).filter(|_| !mm.is_null()) else {
+        return -libc::EINVAL;
+    };
     // SAFETY: Null or a table: the caller's duty.
-    let Some(invalidate) = unsafe { ops.as_ref() }.and_then(|ops| ops.invalidate) else { return -libc::EINVAL };
+    let Some(invalidate) = unsafe { ops.as_ref() }.and_then(|ops| ops.invalidate) else {
+        return -libc::EINVAL;
+    };
     // Whole pages: brackets are of whole pages, too, so no other one meets the interval.
-    let Ok(range) = VaRange::covering(Va::new(start), length) else { return -libc::EOVERFLOW };
+    let Ok(range) = VaRange::covering(Va::new(start), length) else {
+        return -libc::EOVERFLOW;
+    };
     // SAFETY: The bits of a handle: the caller's duty.
     let user = unsafe { mm::borrow_user(&raw const mm) };
-    let Some(user) = user.filter(|mm| !mm.is_inherited()) else { return -libc::EINVAL };
+    let Some(user) = user.filter(|mm| !mm.is_inherited()) else {
+        return -libc::EINVAL;
+    };
     // SAFETY: The place must be valid: the caller's duty.
     let place = unsafe { &mut *interval };
     (place.start, place.last, place.ops, place.mm) = (start, start + (length - 1), ops, mm);

@@ -29,7 +29,9 @@ mod tests {
 
     #[test]
     fn the_structs_are_those_of_the_list() {
-        let list = include_str!("../abi/layout.txt").lines().filter(|line| !line.is_empty() && !line.starts_with('#'));
+        let list = include_str!("../abi/layout.txt")
+            .lines()
+            .filter(|line| !line.is_empty() && !line.starts_with('#'));
         let layouts = [
             interval::layout(),
             notifier::layout(),

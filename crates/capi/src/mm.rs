@@ -18,7 +18,9 @@ pub struct MmStruct {
     opaque: [u8; 0],
 }
 
-const _: () = assert!(size_of::<Mm>() == size_of::<*mut MmStruct>() && size_of::<MmWithUser>() == size_of::<Mm>());
+const _: () = assert!(
+    size_of::<Mm>() == size_of::<*mut MmStruct>() && size_of::<MmWithUser>() == size_of::<Mm>()
+);
 
 /// Returns the bits of a handle, which count for nothing.
 #[inline(always)]
@@ -187,7 +189,10 @@ thread_local! {
 pub(crate) unsafe fn lock(mm: *mut MmStruct) -> Result<(), WouldDeadlock> {
     HELD.with(|held| {
         let Some(free) = held.iter().find(|held| held.mm.get().is_null()) else {
-            die("mmap_write_lock", "this thread holds the locks of eight address spaces already");
+            die(
+                "mmap_write_lock",
+                "this thread holds the locks of eight address spaces already",
+            );
         };
         free.mm.set(mm);
         // SAFETY: The place holds the bits of a counted handle, and keeps them until the guard is
@@ -214,13 +219,21 @@ pub(crate) fn unlock(mm: *mut MmStruct) -> bool {
     // SAFETY: There is a guard, and nobody else in this thread is using it: callbacks run between
     // uses only.
     unsafe { guard.drop_in_place() };
-    HELD.with(|held| held.iter().filter(|held| held.mm.get() == mm).for_each(|held| held.mm.set(ptr::null_mut())));
+    HELD.with(|held| {
+        held.iter()
+            .filter(|held| held.mm.get() == mm)
+            .for_each(|held| held.mm.set(ptr::null_mut()))
+    });
     true
 }
 
 /// Returns the guard of this thread, if it has locked `mm`; it stays where it is until `unlock`.
 pub(crate) fn held(mm: *mut MmStruct) -> Option<*mut MmapWriteGuard<'static>> {
-    HELD.with(|held| held.iter().find(|held| !mm.is_null() && held.mm.get() == mm).map(|held| held.guard.get().cast()))
+    HELD.with(|held| {
+        held.iter()
+            .find(|held| !mm.is_null() && held.mm.get() == mm)
+            .map(|held| held.guard.get().cast())
+    })
 }
 
 /// What must not wait and cannot return an error.

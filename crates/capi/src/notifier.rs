@@ -6,7 +6,8 @@ use crate::range::{self, Range};
 use libc::{c_int, c_ulong};
 use mmu_notifier::raw::{Embedded, Node, Notifiers, Sealed, SurplusPut, would_deadlock};
 use mmu_notifier::{
-    InvalidateRange, Mm, MmWithUser, Notifier, Overflow, SecondaryTlb, Va, VaRange, WouldBlock, WouldDeadlock,
+    InvalidateRange, Mm, MmWithUser, Notifier, Overflow, SecondaryTlb, Va, VaRange, WouldBlock,
+    WouldDeadlock,
 };
 use std::mem::{self, MaybeUninit};
 use std::ptr::{self, NonNull};
@@ -42,7 +43,8 @@ pub struct Ops {
 }
 
 type Start = unsafe extern "C-unwind" fn(*mut MmuNotifier, *const Range) -> c_int;
-type Young = unsafe extern "C-unwind" fn(*mut MmuNotifier, *mut MmStruct, c_ulong, c_ulong) -> c_int;
+type Young =
+    unsafe extern "C-unwind" fn(*mut MmuNotifier, *mut MmStruct, c_ulong, c_ulong) -> c_int;
 type TestYoung = unsafe extern "C-unwind" fn(*mut MmuNotifier, *mut MmStruct, c_ulong) -> c_int;
 
 /// A driver's notifier, as the core calls it.
@@ -74,9 +76,9 @@ impl Driver {
         // SAFETY: The driver's own callback, with its own notifier, which is registered: so says
         // the header.
         let call = |start: Start| unsafe { start(self.me.as_ptr(), &Range::of(range)) };
-        self.ops()
-            .invalidate_range_start
-            .map_or(0, |start| guarded!("mmu_notifier_ops.invalidate_range_start", call(start)))
+        self.ops().invalidate_range_start.map_or(0, |start| {
+            guarded!("mmu_notifier_ops.invalidate_range_start", call(start))
+        })
     }
 }
 
@@ -84,21 +86,27 @@ impl Notifier for Driver {
     fn release(&self, mm: &Mm) {
         if let Some(release) = self.ops().release {
             // SAFETY: As for `start`.
-            guarded!("mmu_notifier_ops.release", unsafe { release(self.me.as_ptr(), mm::bits(mm)) });
+            guarded!("mmu_notifier_ops.release", unsafe {
+                release(self.me.as_ptr(), mm::bits(mm))
+            });
         }
     }
 
     #[inline]
     fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
         if self.start(range) != 0 {
-            warn_once!("invalidate_range_start returned an error for a blockable range: it was ignored");
+            warn_once!(
+                "invalidate_range_start returned an error for a blockable range: it was ignored"
+            );
         }
     }
 
     fn try_invalidate_range_start(&self, range: &InvalidateRange<'_>) -> Result<(), WouldBlock> {
         let result = self.start(range);
         if result != 0 && result != -libc::EAGAIN {
-            warn_once!("invalidate_range_start returned another error than -EAGAIN: it was taken for that");
+            warn_once!(
+                "invalidate_range_start returned another error than -EAGAIN: it was taken for that"
+            );
         }
         if result == 0 { Ok(()) } else { Err(WouldBlock) }
     }
@@ -107,7 +115,9 @@ impl Notifier for Driver {
     fn invalidate_range_end(&self, range: &InvalidateRange<'_>) {
         if let Some(end) = self.ops().invalidate_range_end {
             // SAFETY: As for `start`.
-            guarded!("mmu_notifier_ops.invalidate_range_end", unsafe { end(self.me.as_ptr(), &Range::of(range)) });
+            guarded!("mmu_notifier_ops.invalidate_range_end", unsafe {
+                end(self.me.as_ptr(), &Range::of(range))
+            });
         }
     }
 
@@ -115,24 +125,33 @@ impl Notifier for Driver {
         let (start, end) = range::bounds(range);
         // SAFETY: As for `start`.
         let call = |f: Young| unsafe { f(self.me.as_ptr(), mm::bits(mm), start, end) } != 0;
-        self.ops().clear_flush_young.is_some_and(|f| guarded!("mmu_notifier_ops.clear_flush_young", call(f)))
+        self.ops()
+            .clear_flush_young
+            .is_some_and(|f| guarded!("mmu_notifier_ops.clear_flush_young", call(f)))
     }
 
     fn clear_young(&self, mm: &Mm, range: VaRange) -> bool {
         let (start, end) = range::bounds(range);
         // SAFETY: As for `start`.
         let call = |f: Young| unsafe { f(self.me.as_ptr(), mm::bits(mm), start, end) } != 0;
-        self.ops().clear_young.is_some_and(|f| guarded!("mmu_notifier_ops.clear_young", call(f)))
+        self.ops()
+            .clear_young
+            .is_some_and(|f| guarded!("mmu_notifier_ops.clear_young", call(f)))
     }
 
     fn test_young(&self, mm: &Mm, address: Va) -> bool {
         // SAFETY: As for `start`.
         let call = |f: TestYoung| unsafe { f(self.me.as_ptr(), mm::bits(mm), address.get()) } != 0;
-        self.ops().test_young.is_some_and(|f| guarded!("mmu_notifier_ops.test_young", call(f)))
+        self.ops()
+            .test_young
+            .is_some_and(|f| guarded!("mmu_notifier_ops.test_young", call(f)))
     }
 
     fn secondary_tlb(&self, _: Sealed) -> Option<&dyn SecondaryTlb> {
-        self.ops().arch_invalidate_secondary_tlbs.is_some().then_some(self)
+        self.ops()
+            .arch_invalidate_secondary_tlbs
+            .is_some()
+            .then_some(self)
     }
 }
 
@@ -156,7 +175,9 @@ unsafe impl Embedded for Driver {
         if let Some(free) = unsafe { ops.as_ref() }.free_notifier {
             // SAFETY: It is the driver's own function, called once, with its own notifier, which
             // nobody uses any more.
-            guarded!("mmu_notifier_ops.free_notifier", unsafe { free(me.as_ptr()) });
+            guarded!("mmu_notifier_ops.free_notifier", unsafe {
+                free(me.as_ptr())
+            });
         }
     }
 }
@@ -188,7 +209,9 @@ unsafe fn alive<'a>(place: *const *mut MmStruct) -> Result<&'a MmWithUser, Refus
         return Err(-libc::EINVAL);
     }
     // SAFETY: The caller's duty is passed on.
-    unsafe { mm::borrow_user(place) }.filter(|mm| !mm.is_inherited()).ok_or(-libc::ESRCH)
+    unsafe { mm::borrow_user(place) }
+        .filter(|mm| !mm.is_inherited())
+        .ok_or(-libc::ESRCH)
 }
 
 /// Finds the newest notifier of `ops` and counts it.
@@ -206,19 +229,31 @@ fn find(mm: &MmWithUser, ops: NonNull<Ops>) -> Result<Option<NonNull<MmuNotifier
 ///
 /// # Safety
 /// `notifier` must be a notifier of C that is not registered, and `mm` the bits of a user.
-unsafe fn register(function: &str, notifier: NonNull<MmuNotifier>, mm: *mut MmStruct) -> Result<(), Refused> {
+unsafe fn register(
+    function: &str,
+    notifier: NonNull<MmuNotifier>,
+    mm: *mut MmStruct,
+) -> Result<(), Refused> {
     // SAFETY: The place must be valid: the caller's duty.
-    let Some(ops) = NonNull::new(unsafe { (*notifier.as_ptr()).ops }.cast_mut()) else { return Err(-libc::EINVAL) };
+    let Some(ops) = NonNull::new(unsafe { (*notifier.as_ptr()).ops }.cast_mut()) else {
+        return Err(-libc::EINVAL);
+    };
     // SAFETY: The table must live: the caller's duty.
     let table = unsafe { ops.as_ref() };
     if table.arch_invalidate_secondary_tlbs.is_some()
         && (table.invalidate_range_start.is_some() || table.invalidate_range_end.is_some())
     {
-        warn_once!(function, ": ops with arch_invalidate_secondary_tlbs have no start and no end: refused");
+        warn_once!(
+            function,
+            ": ops with arch_invalidate_secondary_tlbs have no start and no end: refused"
+        );
         return Err(-libc::EINVAL);
     }
     let Some(guard) = mm::held(mm) else {
-        warn_once!(function, ": this thread does not hold the write lock of the address space: refused");
+        warn_once!(
+            function,
+            ": this thread does not hold the write lock of the address space: refused"
+        );
         return Err(-libc::EINVAL);
     };
     // SAFETY: The guard is there, this thread's, and nobody else uses it until `register` has
@@ -230,9 +265,11 @@ unsafe fn register(function: &str, notifier: NonNull<MmuNotifier>, mm: *mut MmSt
     let before = mem::replace(place_of_mm, mm);
     // SAFETY: A place for a notifier: the caller's duty.
     let place = unsafe { node(notifier) };
-    // INVARIANT: The value of the node in `notifier`, with its table. SAFETY: The place is valid,
-    // large enough (asserted above), and the driver's until it is freed.
-    if let Err(WouldDeadlock) = unsafe { DRIVERS.register(place, Driver { me: notifier, ops }, guard) } {
+    if let Err(WouldDeadlock) =
+        // INVARIANT: The value of the node in `notifier`, with its table. SAFETY: The place is
+        // valid, large enough (asserted above), and the driver's until it is freed.
+        unsafe { DRIVERS.register(place, Driver { me: notifier, ops }, guard) }
+    {
         // SAFETY: As above.
         unsafe { (*notifier.as_ptr()).mm = before };
         return Err(DEADLOCK);
@@ -244,14 +281,21 @@ unsafe fn register(function: &str, notifier: NonNull<MmuNotifier>, mm: *mut MmSt
 ///
 /// # Safety
 /// `mm` must be the bits of a user, and `ops` a table.
-unsafe fn get_locked(function: &str, ops: NonNull<Ops>, mm: *mut MmStruct) -> Result<NonNull<MmuNotifier>, Refused> {
+unsafe fn get_locked(
+    function: &str,
+    ops: NonNull<Ops>,
+    mm: *mut MmStruct,
+) -> Result<NonNull<MmuNotifier>, Refused> {
     // SAFETY: The caller has a user.
     let user = unsafe { alive(&raw const mm) }?;
     if let Some(found) = find(user, ops)? {
         return Ok(found);
     }
     if mm::held(mm).is_none() {
-        warn_once!(function, ": this thread does not hold the write lock of the address space: refused");
+        warn_once!(
+            function,
+            ": this thread does not hold the write lock of the address space: refused"
+        );
         return Err(-libc::EINVAL);
     }
     // Asked again by `register`; here it is before `alloc_notifier`.
@@ -259,29 +303,38 @@ unsafe fn get_locked(function: &str, ops: NonNull<Ops>, mm: *mut MmStruct) -> Re
         return Err(DEADLOCK);
     }
     // SAFETY: The table must live: the caller's duty.
-    let Some(alloc) = unsafe { ops.as_ref() }.alloc_notifier else { return Err(-libc::EINVAL) };
+    let Some(alloc) = unsafe { ops.as_ref() }.alloc_notifier else {
+        return Err(-libc::EINVAL);
+    };
     // SAFETY: The driver's own function, under the lock, as the header says.
     let call = || unsafe { alloc(mm) };
     let made = guarded!("mmu_notifier_ops.alloc_notifier", call());
-    let Some(notifier) = NonNull::new(made) else { return Err(-libc::ENOMEM) };
+    let Some(notifier) = NonNull::new(made) else {
+        return Err(-libc::ENOMEM);
+    };
     if is_error(made) {
         return Err(c_int::try_from(made.addr() as isize).expect("an error number is small"));
     }
     // SAFETY: The place must be valid: a notifier that the driver has just made.
     unsafe { (*made).ops = ops.as_ptr() };
     // SAFETY: It is not registered, and the caller has a user.
-    unsafe { register(function, notifier, mm) }.map(|()| notifier).inspect_err(|_| {
-        // SAFETY: The table must live: the caller's duty.
-        if let Some(free) = unsafe { ops.as_ref() }.free_notifier {
-            // SAFETY: The driver's own function, for what it has just made and nobody has seen.
-            unsafe { free(made) };
-        }
-    })
+    unsafe { register(function, notifier, mm) }
+        .map(|()| notifier)
+        .inspect_err(|_| {
+            // SAFETY: The table must live: the caller's duty.
+            if let Some(free) = unsafe { ops.as_ref() }.free_notifier {
+                // SAFETY: The driver's own function, for what it has just made and nobody has seen.
+                unsafe { free(made) };
+            }
+        })
 }
 
 /// `ERR_PTR`, for pointers that a driver reads with `IS_ERR`.
 fn pointer(result: Result<NonNull<MmuNotifier>, Refused>) -> *mut MmuNotifier {
-    result.map_or_else(|error| ptr::without_provenance_mut(error as isize as usize), NonNull::as_ptr)
+    result.map_or_else(
+        |error| ptr::without_provenance_mut(error as isize as usize),
+        NonNull::as_ptr,
+    )
 }
 
 /// `IS_ERR`.
@@ -293,7 +346,10 @@ fn is_error(pointer: *mut MmuNotifier) -> bool {
 ///
 /// # Safety
 /// `mm` must be the bits of a handle.
-unsafe fn locking<R>(mm: *mut MmStruct, f: impl FnOnce() -> Result<R, Refused>) -> Result<R, Refused> {
+unsafe fn locking<R>(
+    mm: *mut MmStruct,
+    f: impl FnOnce() -> Result<R, Refused>,
+) -> Result<R, Refused> {
     // SAFETY: The caller's duty is passed on.
     unsafe { mm::lock(mm) }.map_err(|WouldDeadlock| DEADLOCK)?;
     let result = f();
@@ -304,7 +360,10 @@ unsafe fn locking<R>(mm: *mut MmStruct, f: impl FnOnce() -> Result<R, Refused>) 
 /// # Safety
 /// As for `get_locked`.
 #[cold]
-unsafe fn get_slowly(ops: NonNull<Ops>, mm: *mut MmStruct) -> Result<NonNull<MmuNotifier>, Refused> {
+unsafe fn get_slowly(
+    ops: NonNull<Ops>,
+    mm: *mut MmStruct,
+) -> Result<NonNull<MmuNotifier>, Refused> {
     // SAFETY: The caller's duty is passed on.
     let get = || unsafe { get_locked("mmu_notifier_get", ops, mm) };
     // SAFETY: The caller's duty is passed on.

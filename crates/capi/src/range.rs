@@ -66,7 +66,9 @@ fn event(code: c_uint, owner: *mut c_void) -> Event {
         MIGRATE => Event::Migrate { owner: owner() },
         EXCLUSIVE => Event::Exclusive { owner: owner() },
         _ => {
-            warn_once!("mmu_notifier_invalidate_range_start: no event for sources; MMU_NOTIFY_UNMAP is told");
+            warn_once!(
+                "mmu_notifier_invalidate_range_start: no event for sources; MMU_NOTIFY_UNMAP is told"
+            );
             Event::Unmap
         }
     }
@@ -90,13 +92,18 @@ impl Range {
     #[inline(always)]
     pub(crate) fn of(range: &InvalidateRange<'_>) -> Self {
         let (start, end) = bounds(range.range());
-        let owner =
-            range.event().owner().map_or(ptr::null_mut(), |owner| ptr::without_provenance_mut(owner.get() as usize));
+        let owner = range.event().owner().map_or(ptr::null_mut(), |owner| {
+            ptr::without_provenance_mut(owner.get() as usize)
+        });
         Self {
             mm: mm::bits(range.mm()),
             start,
             end,
-            flags: if range.blocking() == Blocking::Allowed { BLOCKABLE } else { 0 },
+            flags: if range.blocking() == Blocking::Allowed {
+                BLOCKABLE
+            } else {
+                0
+            },
             event: code(range.event()),
             owner,
             state: 0,
@@ -117,15 +124,22 @@ unsafe fn start(
     open: impl FnOnce(&'static Mm, VaRange, Event) -> Result<Bracket<'static>, WouldBlock>,
 ) -> Result<(), WouldBlock> {
     // SAFETY: The place must be valid: the caller's duty.
-    let Some(this) = (unsafe { range.as_mut() }) else { die(function, "the range is null") };
+    let Some(this) = (unsafe { range.as_mut() }) else {
+        die(function, "the range is null")
+    };
     if this.mm.is_null() {
-        die(function, "the range has no address space: use mmu_notifier_range_init");
+        die(
+            function,
+            "the range has no address space: use mmu_notifier_range_init",
+        );
     }
     if this.state == OPEN {
         die(function, "the range has been started and not ended");
     }
     this.state = 0;
-    let Some(pages) = pages(this.start, this.end) else { return Ok(()) };
+    let Some(pages) = pages(this.start, this.end) else {
+        return Ok(());
+    };
     let event = event(this.event, this.owner);
     // Not through `this`, which ends before the bracket does.
     let place_of_mm = range.cast::<*mut MmStruct>();
@@ -136,7 +150,12 @@ unsafe fn start(
     // SAFETY: The place must be valid: the caller's duty.
     let this = unsafe { &mut *range };
     // SAFETY: The place must be large enough: asserted above.
-    unsafe { this.bracket.as_mut_ptr().cast::<Bracket<'static>>().write(bracket) };
+    unsafe {
+        this.bracket
+            .as_mut_ptr()
+            .cast::<Bracket<'static>>()
+            .write(bracket)
+    };
     this.state = OPEN;
     Ok(())
 }
@@ -158,7 +177,13 @@ unsafe fn take<T>(place: *const T) -> T {
         // SAFETY: It reads a word of the value, which is there: the caller's duty.
         let content = unsafe { place.cast::<Word>().wrapping_add(word).read_volatile() };
         // SAFETY: It writes the same word of `value`.
-        unsafe { value.as_mut_ptr().cast::<Word>().wrapping_add(word).write(content) };
+        unsafe {
+            value
+                .as_mut_ptr()
+                .cast::<Word>()
+                .wrapping_add(word)
+                .write(content)
+        };
     }
     // SAFETY: All its words are a copy of a value, which the caller gives up.
     unsafe { value.assume_init() }

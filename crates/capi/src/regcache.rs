@@ -12,7 +12,8 @@ use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-type Register = unsafe extern "C-unwind" fn(*mut c_void, *mut c_void, usize, *mut *mut c_void) -> c_int;
+type Register =
+    unsafe extern "C-unwind" fn(*mut c_void, *mut c_void, usize, *mut *mut c_void) -> c_int;
 type Deregister = unsafe extern "C-unwind" fn(*mut c_void, *mut c_void, usize, *mut c_void);
 
 /// `struct mmun_registrar`.
@@ -55,7 +56,12 @@ impl Options {
             0 => Merge::Overlapping,
             1 => Merge::Never,
             2 => Merge::Adjacent,
-            _ => return Err(fail(-libc::EINVAL, c"mmun_regcache_open: there is no such way to merge")),
+            _ => {
+                return Err(fail(
+                    -libc::EINVAL,
+                    c"mmun_regcache_open: there is no such way to merge",
+                ));
+            }
         };
         let mut options = ::regcache::Options::new().merge(merge);
         if self.max_regions != 0 {
@@ -131,7 +137,9 @@ impl Registrar for Driver {
         let mut value = ptr::null_mut();
         let mut register = || {
             // SAFETY: The program's own function, with its own context: so says the header.
-            unsafe { (self.register_region)(self.context, start(range), length(range), &raw mut value) }
+            unsafe {
+                (self.register_region)(self.context, start(range), length(range), &raw mut value)
+            }
         };
         match guarded!("mmun_registrar.register_region", register()) {
             0 => Ok(Handle { value, range }),
@@ -183,7 +191,10 @@ const _: () = assert!(size_of::<Held<'static, Driver>>() == LEASE_WORDS * size_o
 const _: () = assert!(align_of::<Held<'static, Driver>>() <= align_of::<usize>());
 
 impl Lease {
-    const NONE: Self = Self { handle: ptr::null_mut(), held: MaybeUninit::new([0; LEASE_WORDS]) };
+    const NONE: Self = Self {
+        handle: ptr::null_mut(),
+        held: MaybeUninit::new([0; LEASE_WORDS]),
+    };
 
     fn is_held(&self) -> bool {
         // One word, which a lease never has as zero. To read both at once would make the processor
@@ -203,20 +214,36 @@ impl Lease {
 }
 
 fn open(mmun: Arc<Mmun>, functions: &Functions, options: Options) -> Result<Regcache, c_int> {
-    let (Some(register_region), Some(deregister_region)) = (functions.register_region, functions.deregister_region)
+    let (Some(register_region), Some(deregister_region)) =
+        (functions.register_region, functions.deregister_region)
     else {
-        return Err(fail(-libc::EINVAL, c"mmun_regcache_open: a function of the registrar is null"));
+        return Err(fail(
+            -libc::EINVAL,
+            c"mmun_regcache_open: a function of the registrar is null",
+        ));
     };
     if functions.flags & !IN_CALLBACKS != 0 {
-        return Err(fail(-libc::EINVAL, c"mmun_regcache_open: the registrar has an unknown flag"));
+        return Err(fail(
+            -libc::EINVAL,
+            c"mmun_regcache_open: the registrar has an unknown flag",
+        ));
     }
     mmun.may_wait()?;
     let in_callbacks = functions.flags & IN_CALLBACKS != 0;
-    let driver = Driver { context: functions.context, register_region, deregister_region, in_callbacks };
+    let driver = Driver {
+        context: functions.context,
+        register_region,
+        deregister_region,
+        in_callbacks,
+    };
     let device = Device::new(driver, options.options(&mmun)?);
     let cache = device.open(mmun.mm).map_err(|error| of_cache(&error))?;
     mmun.caches.fetch_add(1, Ordering::Relaxed);
-    Ok(Regcache { cache, device, mmun })
+    Ok(Regcache {
+        cache,
+        device,
+        mmun,
+    })
 }
 
 struct Nobody;
@@ -236,7 +263,10 @@ impl Regcache {
         if self.cache.stats().regions == 0 {
             return Ok(());
         }
-        Err(fail(-libc::EBUSY, c"mmun_regcache_close: a lease has not been put"))
+        Err(fail(
+            -libc::EBUSY,
+            c"mmun_regcache_close: a lease has not been put",
+        ))
     }
 }
 
@@ -413,7 +443,13 @@ crate::layout::layout! {
 /// The fields that are an array here.
 #[cfg(test)]
 pub(crate) fn layout_of_stats() -> Vec<String> {
-    let names = ::regcache::Stats::default().metrics().map(|(name, _)| name.trim_end_matches("_total"));
+    let names = ::regcache::Stats::default()
+        .metrics()
+        .map(|(name, _)| name.trim_end_matches("_total"));
     let at = std::mem::offset_of!(Stats, values);
-    names.iter().zip(0..).map(|(name, number)| format!("mmun_regcache_stats.{name} {}", at + 8 * number)).collect()
+    names
+        .iter()
+        .zip(0..)
+        .map(|(name, number)| format!("mmun_regcache_stats.{name} {}", at + 8 * number))
+        .collect()
 }

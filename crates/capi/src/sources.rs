@@ -74,10 +74,18 @@ impl Mmun {
         if (sources | required) & !(HOOK | KERNEL | OWN) != 0 {
             return Err(fail(-libc::EINVAL, c"mmun_open: there is no such source"));
         }
-        let wanted = if sources == 0 { HOOK | KERNEL | required } else { sources | required };
+        let wanted = if sources == 0 {
+            HOOK | KERNEL | required
+        } else {
+            sources | required
+        };
         let refused = |which: u32, error: &Error| -> Result<String, c_int> {
             let is_fault = !matches!(error, Error::Unavailable { .. } | Error::Unsupported { .. });
-            if required & which != 0 || is_fault { Err(of_source(error)) } else { Ok(line(error)) }
+            if required & which != 0 || is_fault {
+                Err(of_source(error))
+            } else {
+                Ok(line(error))
+            }
         };
         let mm = mmu_source::current_ref();
         let (mut kernel, mut no_kernel) = (None, String::new());
@@ -94,7 +102,10 @@ impl Mmun {
         let own = wanted & OWN != 0;
         if let (None, Ok(None) | Err(_), false) = (&kernel, &hook, own) {
             let both = [hook.err().unwrap_or_default(), no_kernel].join("; ");
-            return Err(fail_with(-libc::EOPNOTSUPP, both.trim_matches([';', ' ']).to_owned()));
+            return Err(fail_with(
+                -libc::EOPNOTSUPP,
+                both.trim_matches([';', ' ']).to_owned(),
+            ));
         }
         Ok(Self {
             mm,
@@ -111,13 +122,21 @@ impl Mmun {
 
     /// Fails in the child of a fork.
     pub(crate) fn check(&self) -> Result<(), c_int> {
-        if self.mm.is_inherited() { Err(fail(-libc::ESRCH, INHERITED)) } else { Ok(()) }
+        if self.mm.is_inherited() {
+            Err(fail(-libc::ESRCH, INHERITED))
+        } else {
+            Ok(())
+        }
     }
 
     /// Fails where this thread must not wait for callbacks.
     pub(crate) fn may_wait(&self) -> Result<(), c_int> {
         self.check()?;
-        if mmu_notifier::raw::would_deadlock(self.mm) { Err(fail(-libc::EDEADLK, IN_CALLBACK)) } else { Ok(()) }
+        if mmu_notifier::raw::would_deadlock(self.mm) {
+            Err(fail(-libc::EDEADLK, IN_CALLBACK))
+        } else {
+            Ok(())
+        }
     }
 
     fn sources(&self) -> u32 {
@@ -149,8 +168,14 @@ impl Mmun {
     fn fill_begin(&self) -> Result<u64, c_int> {
         self.check()?;
         match &self.kernel {
-            Some(kernel) => kernel.read_begin().map(ReadSeq::to_bits).map_err(|error| of_source(&error)),
-            None => self.fills.begin(self.mm).ok_or_else(|| fail(-libc::EDEADLK, IN_CALLBACK)),
+            Some(kernel) => kernel
+                .read_begin()
+                .map(ReadSeq::to_bits)
+                .map_err(|error| of_source(&error)),
+            None => self
+                .fills
+                .begin(self.mm)
+                .ok_or_else(|| fail(-libc::EDEADLK, IN_CALLBACK)),
         }
     }
 
@@ -169,7 +194,10 @@ impl Mmun {
 fn text(text: &str) -> [c_char; WHY] {
     let mut field = [0; WHY];
     let bytes = text.bytes().map(|byte| byte as c_char);
-    field.iter_mut().zip(bytes.take(WHY - 1)).for_each(|(place, byte)| *place = byte);
+    field
+        .iter_mut()
+        .zip(bytes.take(WHY - 1))
+        .for_each(|(place, byte)| *place = byte);
     field
 }
 
@@ -179,7 +207,10 @@ fn text(text: &str) -> [c_char; WHY] {
 /// `mmun` must be null or open.
 pub(crate) unsafe fn share(mmun: *const Mmun) -> Result<Arc<Mmun>, c_int> {
     if mmun.is_null() {
-        return Err(fail(-libc::EINVAL, c"the first argument, from mmun_open(), is null"));
+        return Err(fail(
+            -libc::EINVAL,
+            c"the first argument, from mmun_open(), is null",
+        ));
     }
     // SAFETY: It came from `Arc::into_raw` in `mmun_open` and is open: the caller's duty.
     unsafe { Arc::increment_strong_count(mmun) };
@@ -273,7 +304,8 @@ export! {
     }
 }
 
-const _: () = assert!(size_of::<Status>() == Status::FIRST && size_of::<Options>() == Options::FIRST);
+const _: () =
+    assert!(size_of::<Status>() == Status::FIRST && size_of::<Options>() == Options::FIRST);
 
 crate::layout::layout! {
     "mmun_options" = Options { size, sources, required }

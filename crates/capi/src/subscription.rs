@@ -64,7 +64,11 @@ impl Callbacks {
             start: start as usize,
             end: end as usize,
             event: event(range.event()),
-            cause: if self.by_kernel && Kernel::is_telling() { TOLD } else { BRACKET },
+            cause: if self.by_kernel && Kernel::is_telling() {
+                TOLD
+            } else {
+                BRACKET
+            },
         }
     }
 }
@@ -74,7 +78,9 @@ impl Notifier for Callbacks {
     fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
         if let Some(start) = self.start {
             // SAFETY: The program's own callback, with its own context: so says the header.
-            guarded!("mmun_ops.start", unsafe { start(self.context, &self.change(range)) });
+            guarded!("mmun_ops.start", unsafe {
+                start(self.context, &self.change(range))
+            });
         }
     }
 
@@ -82,7 +88,9 @@ impl Notifier for Callbacks {
     fn invalidate_range_end(&self, range: &InvalidateRange<'_>) {
         if let Some(end) = self.end {
             // SAFETY: The program's own callback, with its own context: so says the header.
-            guarded!("mmun_ops.end", unsafe { end(self.context, &self.change(range)) });
+            guarded!("mmun_ops.end", unsafe {
+                end(self.context, &self.change(range))
+            });
         }
     }
 }
@@ -96,20 +104,35 @@ pub struct Subscription {
 
 impl std::fmt::Debug for Subscription {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Subscription").field("armed", &self.armed).finish_non_exhaustive()
+        f.debug_struct("Subscription")
+            .field("armed", &self.armed)
+            .finish_non_exhaustive()
     }
 }
 
 fn subscribe(mmun: Arc<Mmun>, ops: &Ops, context: *mut c_void) -> Result<Subscription, c_int> {
     mmun.may_wait()?;
-    let callbacks = Callbacks { context, start: ops.start, end: ops.end, by_kernel: mmun.kernel.is_some() };
+    let callbacks = Callbacks {
+        context,
+        start: ops.start,
+        end: ops.end,
+        by_kernel: mmun.kernel.is_some(),
+    };
     let refused = |_| fail(-libc::EDEADLK, IN_CALLBACK);
     let registration = Registration::new(mmun.mm, callbacks).map_err(refused)?;
-    let armed = mmun.kernel.as_ref().map(|kernel| kernel.arm(VaRange::ALL)).transpose();
+    let armed = mmun
+        .kernel
+        .as_ref()
+        .map(|kernel| kernel.arm(VaRange::ALL))
+        .transpose();
     match armed {
         Ok(armed) => {
             mmun.subscriptions.fetch_add(1, Ordering::Relaxed);
-            Ok(Subscription { registration, armed, mmun })
+            Ok(Subscription {
+                registration,
+                armed,
+                mmun,
+            })
         }
         Err(error) => {
             // Not refused: nothing has been opened on this thread since.
@@ -121,12 +144,20 @@ fn subscribe(mmun: Arc<Mmun>, ops: &Ops, context: *mut c_void) -> Result<Subscri
 
 /// Gives the subscription back if this thread must not wait.
 fn unsubscribe(subscription: Subscription) -> Result<(), Subscription> {
-    let Subscription { registration, armed, mmun } = subscription;
+    let Subscription {
+        registration,
+        armed,
+        mmun,
+    } = subscription;
     if mmun.mm.is_inherited() {
         // The parent's callbacks, which no thread calls here: there is nothing to wait for.
         drop(registration);
     } else if let Err(UnregisterError { registration, .. }) = registration.unregister() {
-        return Err(Subscription { registration, armed, mmun });
+        return Err(Subscription {
+            registration,
+            armed,
+            mmun,
+        });
     }
     mmun.subscriptions.fetch_sub(1, Ordering::Relaxed);
     drop(armed);

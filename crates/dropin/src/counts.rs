@@ -76,17 +76,26 @@ static REFUSALS: Mutex<Vec<Refusal>> = Mutex::new(Vec::new());
 pub(crate) fn refused(start: u64, len: u64, change: Change) {
     REFUSED.add(1);
     let mut refusals = REFUSALS.lock().unwrap_or_else(PoisonError::into_inner);
-    let same =
-        |refusal: &&mut Refusal| (refusal.start, refusal.len, refusal.change.event) == (start, len, change.event);
+    let same = |refusal: &&mut Refusal| {
+        (refusal.start, refusal.len, refusal.change.event) == (start, len, change.event)
+    };
     if let Some(refusal) = refusals.iter_mut().find(same) {
         refusal.times += 1;
     } else if refusals.len() < KEPT {
-        refusals.push(Refusal { start, len, change, times: 1 });
+        refusals.push(Refusal {
+            start,
+            len,
+            change,
+            times: 1,
+        });
     }
 }
 
 /// The first refusals that differ.
 pub(crate) fn refusals() -> Vec<Refusal> {
     // Not waited for: a thread may have been stopped anywhere when the process exits.
-    REFUSALS.try_lock().map(|refusals| refusals.clone()).unwrap_or_default()
+    REFUSALS
+        .try_lock()
+        .map(|refusals| refusals.clone())
+        .unwrap_or_default()
 }

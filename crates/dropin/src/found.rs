@@ -24,7 +24,9 @@ pub(crate) fn function(library: &CStr, symbol: &CStr) -> Option<NonNull<c_void>>
     // SAFETY: the name is a live string; `RTLD_NEXT` looks behind the object of this caller, so it
     // cannot be our own.
     let next = unsafe { libc::dlsym(libc::RTLD_NEXT, symbol.as_ptr()) };
-    let found = NonNull::new(next).or_else(|| in_loaded(library, symbol)).or_else(|| in_program(symbol))?;
+    let found = NonNull::new(next)
+        .or_else(|| in_loaded(library, symbol))
+        .or_else(|| in_program(symbol))?;
     pin(found);
     Some(found)
 }
@@ -57,7 +59,11 @@ fn loaded(library: &CStr) -> Vec<CString> {
         prefix: &'a [u8],
         found: Vec<CString>,
     }
-    unsafe extern "C" fn each(info: *mut libc::dl_phdr_info, _size: usize, data: *mut c_void) -> c_int {
+    unsafe extern "C" fn each(
+        info: *mut libc::dl_phdr_info,
+        _size: usize,
+        data: *mut c_void,
+    ) -> c_int {
         // SAFETY: `data` is the `Search` below, which nobody else uses meanwhile.
         let search = unsafe { &mut *data.cast::<Search<'_>>() };
         // SAFETY: the loader hands out a live structure.
@@ -66,7 +72,11 @@ fn loaded(library: &CStr) -> Vec<CString> {
             // SAFETY: the name of a loaded object is a live string while the loader's lock is held,
             // as it is here.
             let name = unsafe { CStr::from_ptr(name) };
-            let file = name.to_bytes().rsplit(|byte| *byte == b'/').next().unwrap_or_default();
+            let file = name
+                .to_bytes()
+                .rsplit(|byte| *byte == b'/')
+                .next()
+                .unwrap_or_default();
             // libfabric.so.1, and what Python's wheels call it: libfabric-0a1b2c3d.so.1.
             let rest = file.strip_prefix(search.prefix);
             if rest.is_some_and(|rest| rest.starts_with(b".so") || rest.starts_with(b"-")) {
@@ -75,7 +85,10 @@ fn loaded(library: &CStr) -> Vec<CString> {
         }
         0
     }
-    let mut search = Search { prefix: library.to_bytes(), found: Vec::new() };
+    let mut search = Search {
+        prefix: library.to_bytes(),
+        found: Vec::new(),
+    };
     // SAFETY: the function has the type that is asked for, and `data` lives for the call.
     unsafe { libc::dl_iterate_phdr(Some(each), (&raw mut search).cast()) };
     search.found
@@ -85,7 +98,10 @@ fn loaded(library: &CStr) -> Vec<CString> {
 fn pin(address: NonNull<c_void>) {
     if let Some(name) = object(address) {
         // The handle is leaked, and `RTLD_NODELETE` outlasts even its closing.
-        open(&name, libc::RTLD_LAZY | libc::RTLD_NOLOAD | libc::RTLD_NODELETE);
+        open(
+            &name,
+            libc::RTLD_LAZY | libc::RTLD_NOLOAD | libc::RTLD_NODELETE,
+        );
     }
 }
 
@@ -119,10 +135,20 @@ mod tests {
     #[test]
     fn a_function_of_a_loaded_library_is_found_by_the_beginning_of_its_name() {
         let found = in_loaded(c"libc", c"getpid").expect("libc is loaded");
-        assert_eq!(found.as_ptr().addr(), (libc::getpid as *const ()).addr(), "the one that we link with");
+        assert_eq!(
+            found.as_ptr().addr(),
+            (libc::getpid as *const ()).addr(),
+            "the one that we link with"
+        );
         assert!(object(found).is_some_and(|name| name.to_string_lossy().contains("libc.so")));
         assert!(in_loaded(c"libc", c"mmun_there_is_none").is_none());
-        assert!(in_loaded(c"lib", c"getpid").is_none(), "a part of a name is none");
-        assert!(in_program(c"main").is_none(), "this object's own are not found");
+        assert!(
+            in_loaded(c"lib", c"getpid").is_none(),
+            "a part of a name is none"
+        );
+        assert!(
+            in_program(c"main").is_none(),
+            "this object's own are not found"
+        );
     }
 }

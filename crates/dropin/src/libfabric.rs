@@ -5,7 +5,10 @@
 //! imported after the first `fi_getinfo`, and before `fi_fabric` for programs that have found the
 //! former by another way.
 
-#![allow(unsafe_code, reason = "calls libfabric; see the crate's Safety section")]
+#![allow(
+    unsafe_code,
+    reason = "calls libfabric; see the crate's Safety section"
+)]
 
 pub(crate) mod abi;
 mod monitor;
@@ -26,7 +29,9 @@ static IMPORTED: OnceLock<Result<(), String>> = OnceLock::new();
 
 /// What the report says of it. `None` if the program did not use libfabric.
 pub(crate) fn imported() -> Option<Result<(), &'static str>> {
-    IMPORTED.get().map(|result| result.as_ref().copied().map_err(String::as_str))
+    IMPORTED
+        .get()
+        .map(|result| result.as_ref().copied().map_err(String::as_str))
 }
 
 /// Imports the monitor, unless that was tried before.
@@ -46,9 +51,22 @@ fn try_import() -> Result<(), String> {
     let open = unsafe { std::mem::transmute::<ptr::NonNull<c_void>, FiOpen>(open) };
     let mut cache: *mut Fid = ptr::null_mut();
     // SAFETY: a live name, no attribute, and room for the answer.
-    let opened = unsafe { open(VERSION, c"mr_cache".as_ptr(), ptr::null_mut(), 0, 0, &raw mut cache, ptr::null_mut()) };
+    let opened = unsafe {
+        open(
+            VERSION,
+            c"mr_cache".as_ptr(),
+            ptr::null_mut(),
+            0,
+            0,
+            &raw mut cache,
+            ptr::null_mut(),
+        )
+    };
     if opened != 0 || cache.is_null() {
-        return Err(format!("fi_open of \"mr_cache\" answered {}: older than 1.13", name(opened)));
+        return Err(format!(
+            "fi_open of \"mr_cache\" answered {}: older than 1.13",
+            name(opened)
+        ));
     }
     // SAFETY: libfabric has just made it, and its first three words are a `fid`.
     let ops = unsafe { (*cache).ops }.cast::<Ops>();
@@ -96,8 +114,17 @@ pub(crate) unsafe extern "C" fn fi_getinfo(
     hints: *const c_void,
     info: *mut *mut c_void,
 ) -> c_int {
-    type Real = unsafe extern "C" fn(u32, *const c_char, *const c_char, u64, *const c_void, *mut *mut c_void) -> c_int;
-    let Some(real) = real(c"fi_getinfo") else { return -libc::ENOSYS };
+    type Real = unsafe extern "C" fn(
+        u32,
+        *const c_char,
+        *const c_char,
+        u64,
+        *const c_void,
+        *mut *mut c_void,
+    ) -> c_int;
+    let Some(real) = real(c"fi_getinfo") else {
+        return -libc::ENOSYS;
+    };
     // SAFETY: the type of `fi_getinfo` in fi_getinfo(3).
     let real = unsafe { std::mem::transmute::<ptr::NonNull<c_void>, Real>(real) };
     // SAFETY: the caller's duty.
@@ -111,9 +138,15 @@ pub(crate) unsafe extern "C" fn fi_getinfo(
 /// # Safety
 /// That of `fi_fabric`, to which all arguments go.
 #[unsafe(no_mangle)]
-pub(crate) unsafe extern "C" fn fi_fabric(attr: *mut c_void, fabric: *mut *mut c_void, context: *mut c_void) -> c_int {
+pub(crate) unsafe extern "C" fn fi_fabric(
+    attr: *mut c_void,
+    fabric: *mut *mut c_void,
+    context: *mut c_void,
+) -> c_int {
     type Real = unsafe extern "C" fn(*mut c_void, *mut *mut c_void, *mut c_void) -> c_int;
-    let Some(real) = real(c"fi_fabric") else { return -libc::ENOSYS };
+    let Some(real) = real(c"fi_fabric") else {
+        return -libc::ENOSYS;
+    };
     import();
     // SAFETY: the type of `fi_fabric` in fi_fabric(3).
     let real = unsafe { std::mem::transmute::<ptr::NonNull<c_void>, Real>(real) };
@@ -124,7 +157,10 @@ pub(crate) unsafe extern "C" fn fi_fabric(attr: *mut c_void, fabric: *mut *mut c
 fn real(symbol: &CStr) -> Option<ptr::NonNull<c_void>> {
     let real = found::function(FABRIC, symbol);
     if real.is_none() {
-        report::complain(&format!("{}: no libfabric is loaded", symbol.to_string_lossy()));
+        report::complain(&format!(
+            "{}: no libfabric is loaded",
+            symbol.to_string_lossy()
+        ));
     }
     real
 }

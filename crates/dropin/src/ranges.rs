@@ -89,8 +89,15 @@ pub(crate) enum Verdict {
 
 impl Ranges {
     pub(crate) const fn new() -> Ranges {
-        let table = Table { classes: [const { BTreeMap::new() }; 64], used: 0 };
-        Ranges { table: Mutex::new(table), dirty: AtomicUsize::new(0), pending: AtomicU64::new(0) }
+        let table = Table {
+            classes: [const { BTreeMap::new() }; 64],
+            used: 0,
+        };
+        Ranges {
+            table: Mutex::new(table),
+            dirty: AtomicUsize::new(0),
+            pending: AtomicU64::new(0),
+        }
     }
 
     /// Enters a registration of `start..start + len`. A range that is entered already keeps its
@@ -101,7 +108,11 @@ impl Ranges {
         table.used |= 1 << class;
         let mut watch = watch;
         let entry = table.classes[class].entry((start, len));
-        let entry = entry.or_insert_with(|| Entry { count: 0, stale: None, watch: watch.take() });
+        let entry = entry.or_insert_with(|| Entry {
+            count: 0,
+            stale: None,
+            watch: watch.take(),
+        });
         entry.count += 1;
         // One that is not needed is dropped outside of the lock: that takes one of the kernel
         // source's.
@@ -124,7 +135,9 @@ impl Ranges {
     pub(crate) fn unsubscribe(&self, start: u64, len: u64) {
         let mut table = self.lock();
         let class = class(len);
-        let Some(entry) = table.classes[class].get_mut(&(start, len)) else { return };
+        let Some(entry) = table.classes[class].get_mut(&(start, len)) else {
+            return;
+        };
         entry.count -= 1;
         if entry.count == 0 {
             let was_stale = entry.stale.is_some();
@@ -173,7 +186,8 @@ impl Ranges {
         }
         // ORDER(dropin-dirty): Release, as the change itself comes after it. Partner: `is_clean`,
         // `lock`.
-        self.pending.fetch_or(granules(change.range), Ordering::AcqRel);
+        self.pending
+            .fetch_or(granules(change.range), Ordering::AcqRel);
         true
     }
 
@@ -181,7 +195,9 @@ impl Ranges {
     pub(crate) fn stale(&self) -> Vec<Key> {
         let table = self.lock();
         let all = table.classes.iter().flatten();
-        all.filter(|(_, entry)| entry.stale.is_some()).map(|(key, _)| *key).collect()
+        all.filter(|(_, entry)| entry.stale.is_some())
+            .map(|(key, _)| *key)
+            .collect()
     }
 
     /// How many ranges are watched. Nothing if a thread was stopped in the middle of a change.
@@ -207,9 +223,14 @@ impl Ranges {
         let bits = self.pending.load(Ordering::Acquire);
         let mut marked = 0;
         for ((start, len), entry) in table.classes.iter_mut().flatten() {
-            let Some(range) = covering(*start, *len) else { continue };
+            let Some(range) = covering(*start, *len) else {
+                continue;
+            };
             if granules(range) & bits != 0 && entry.is_met() {
-                entry.stale = Some(Change { event: "a change nearby", range });
+                entry.stale = Some(Change {
+                    event: "a change nearby",
+                    range,
+                });
                 marked += 1;
             }
         }

@@ -1,6 +1,9 @@
 //! What is written at exit, and the few lines that cannot wait.
 
-#![allow(unsafe_code, reason = "atfork, exit and the exit's function table; see the crate's Safety section")]
+#![allow(
+    unsafe_code,
+    reason = "atfork, exit and the exit's function table; see the crate's Safety section"
+)]
 
 use crate::space::{self, Space};
 use crate::{counts, libfabric, settings, ucx};
@@ -31,7 +34,9 @@ pub(crate) fn explain(error: &mmu_source::Error) -> String {
 /// `MMUN_STRICT=1` and no source is complete.
 pub(crate) fn refuse(space: &Space) -> ! {
     let reason = space.kernel().map_or_else(str::to_owned, |_| String::new());
-    complain(&format!("MMUN_STRICT=1 and the sources miss changes: kernel: {reason}"));
+    complain(&format!(
+        "MMUN_STRICT=1 and the sources miss changes: kernel: {reason}"
+    ));
     // SAFETY: it takes an integer. Handlers of the program do not run: it has not begun to
     // communicate.
     unsafe { libc::_exit(125) }
@@ -47,7 +52,10 @@ pub(crate) fn begin() {
         if let Some(folder) = folder() {
             let _ = std::fs::write(
                 path_in(&folder),
-                format!("{}  no report: it did not return from main or call exit\n", head()),
+                format!(
+                    "{}  no report: it did not return from main or call exit\n",
+                    head()
+                ),
             );
         }
     });
@@ -67,15 +75,19 @@ extern "C" fn at_exit() {
     if !ucx::is_used() {
         return;
     }
-    let Some(to) = &settings::settings().report else { return };
+    let Some(to) = &settings::settings().report else {
+        return;
+    };
     let text = text();
     let written = match (to.as_str(), folder()) {
         ("-", _) => std::io::stderr().write_all(text.as_bytes()),
         (_, Some(folder)) => std::fs::write(path_in(&folder), text),
         // One call: reports of several processes do not mix.
-        (file, None) => {
-            File::options().append(true).create(true).open(file).and_then(|mut file| file.write_all(text.as_bytes()))
-        }
+        (file, None) => File::options()
+            .append(true)
+            .create(true)
+            .open(file)
+            .and_then(|mut file| file.write_all(text.as_bytes())),
     };
     if let Err(error) = written {
         complain(&format!("MMUN_REPORT={to}: {error}"));
@@ -84,7 +96,10 @@ extern "C" fn at_exit() {
 
 /// Where `MMUN_REPORT` names a directory.
 fn folder() -> Option<String> {
-    settings::settings().report.clone().filter(|name| name.ends_with('/'))
+    settings::settings()
+        .report
+        .clone()
+        .filter(|name| name.ends_with('/'))
 }
 
 fn path_in(folder: &str) -> String {
@@ -94,9 +109,22 @@ fn path_in(folder: &str) -> String {
 /// The first line: which process.
 fn head() -> String {
     let program = std::env::args_os().next().unwrap_or_default();
-    let rank = ["OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID"].iter().find_map(std::env::var_os);
-    let rank = rank.map_or(String::new(), |rank| format!(" rank {}", rank.to_string_lossy()));
-    format!("mmun: process {}{rank}: {}\n", std::process::id(), program.to_string_lossy())
+    let rank = [
+        "OMPI_COMM_WORLD_RANK",
+        "PMIX_RANK",
+        "PMI_RANK",
+        "SLURM_PROCID",
+    ]
+    .iter()
+    .find_map(std::env::var_os);
+    let rank = rank.map_or(String::new(), |rank| {
+        format!(" rank {}", rank.to_string_lossy())
+    });
+    format!(
+        "mmun: process {}{rank}: {}\n",
+        std::process::id(),
+        program.to_string_lossy()
+    )
 }
 
 fn text() -> String {
@@ -111,7 +139,14 @@ fn text() -> String {
     if let Some(result) = libfabric::imported() {
         line(
             "libfabric",
-            words(result, if libfabric::is_started() { "watched" } else { "watched; no provider used a cache" }),
+            words(
+                result,
+                if libfabric::is_started() {
+                    "watched"
+                } else {
+                    "watched; no provider used a cache"
+                },
+            ),
         );
     }
     if let Some(result) = ucx::served() {
@@ -130,27 +165,52 @@ fn text() -> String {
     match space.hook() {
         Ok(hook) => {
             let places = hook.status();
-            let lost: Vec<&str> =
-                places.iter().filter(|place| place.state == State::Overwritten).map(|place| place.name).collect();
+            let lost: Vec<&str> = places
+                .iter()
+                .filter(|place| place.state == State::Overwritten)
+                .map(|place| place.name)
+                .collect();
             let lost = if lost.is_empty() {
                 String::new()
             } else {
                 format!("; overwritten by another library: {}", lost.join(", "))
             };
-            line("hook", format!("in use, {} places in libc{lost}", places.len()));
+            line(
+                "hook",
+                format!("in use, {} places in libc{lost}", places.len()),
+            );
         }
         Err(reason) => line("hook", format!("not in use: {reason}")),
     }
     match space.kernel() {
-        Ok(kernel) => line("kernel", format!("in use, {} changes seen, {} losses", kernel.generation(), kernel.lost())),
+        Ok(kernel) => line(
+            "kernel",
+            format!(
+                "in use, {} changes seen, {} losses",
+                kernel.generation(),
+                kernel.lost()
+            ),
+        ),
         Err(reason) => line("kernel", format!("not in use: {reason}")),
     }
     if !space.is_complete() {
-        line("", "without it, changes that do not pass through libc are missed".to_owned());
+        line(
+            "",
+            "without it, changes that do not pass through libc are missed".to_owned(),
+        );
     }
     if libfabric::is_started() {
-        let now = space.ranges.count().map_or("?".to_owned(), |count| count.to_string());
-        line("watched", format!("{} registrations, {now} of them still", counts::WATCHED.get()));
+        let now = space
+            .ranges
+            .count()
+            .map_or("?".to_owned(), |count| count.to_string());
+        line(
+            "watched",
+            format!(
+                "{} registrations, {now} of them still",
+                counts::WATCHED.get()
+            ),
+        );
         line(
             "hits",
             format!(
@@ -162,10 +222,20 @@ fn text() -> String {
         );
     }
     if ucx::served().is_some() {
-        let asked = if counts::ASKED.load(Ordering::Relaxed) { "asked" } else { "not asked" };
-        line("told", format!("{} changes; {asked} at look-ups", counts::TOLD.get()));
+        let asked = if counts::ASKED.load(Ordering::Relaxed) {
+            "asked"
+        } else {
+            "not asked"
+        };
+        line(
+            "told",
+            format!("{} changes; {asked} at look-ups", counts::TOLD.get()),
+        );
     }
-    line("start", format!("{:.1} ms", counts::START_NS.get() as f64 / 1e6));
+    line(
+        "start",
+        format!("{:.1} ms", counts::START_NS.get() as f64 / 1e6),
+    );
     for refusal in counts::refusals() {
         let (start, end) = (refusal.start, refusal.start.saturating_add(refusal.len));
         line(

@@ -24,11 +24,17 @@ impl Choice {
     ];
 
     fn named(name: &str) -> Option<Choice> {
-        Self::NAMES.iter().find(|(known, _)| *known == name).map(|(_, choice)| *choice)
+        Self::NAMES
+            .iter()
+            .find(|(known, _)| *known == name)
+            .map(|(_, choice)| *choice)
     }
 
     pub(crate) fn name(self) -> &'static str {
-        Self::NAMES.iter().find(|(_, choice)| *choice == self).map_or("auto", |(name, _)| name)
+        Self::NAMES
+            .iter()
+            .find(|(_, choice)| *choice == self)
+            .map_or("auto", |(name, _)| name)
     }
 
     pub(crate) fn wants_hook(self) -> bool {
@@ -54,7 +60,9 @@ impl Settings {
         let choice = match get("MMUN").filter(|value| !value.is_empty()) {
             None => Choice::Auto,
             Some(value) => Choice::named(&value).unwrap_or_else(|| {
-                complain(&format!("MMUN={value}: not auto, hook, kernel, both or off; using auto"));
+                complain(&format!(
+                    "MMUN={value}: not auto, hook, kernel, both or off; using auto"
+                ));
                 Choice::Auto
             }),
         };
@@ -67,7 +75,11 @@ impl Settings {
                 true
             }
         };
-        Settings { choice, strict, report: get("MMUN_REPORT").filter(|value| !value.is_empty()) }
+        Settings {
+            choice,
+            strict,
+            report: get("MMUN_REPORT").filter(|value| !value.is_empty()),
+        }
     }
 }
 
@@ -75,7 +87,8 @@ impl Settings {
 pub(crate) fn settings() -> &'static Settings {
     static SETTINGS: OnceLock<Settings> = OnceLock::new();
     SETTINGS.get_or_init(|| {
-        let get = |name: &str| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
+        let get =
+            |name: &str| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
         Settings::read(get, crate::report::complain)
     })
 }
@@ -86,15 +99,26 @@ mod tests {
 
     fn read(values: &[(&str, &str)]) -> (Settings, Vec<String>) {
         let mut complaints = Vec::new();
-        let get = |name: &str| values.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned());
-        (Settings::read(get, |line| complaints.push(line.to_owned())), complaints)
+        let get = |name: &str| {
+            values
+                .iter()
+                .find(|(key, _)| *key == name)
+                .map(|(_, value)| (*value).to_owned())
+        };
+        (
+            Settings::read(get, |line| complaints.push(line.to_owned())),
+            complaints,
+        )
     }
 
     #[test]
     fn every_choice_has_its_name() {
         for (name, choice) in Choice::NAMES {
             let (settings, complaints) = read(&[("MMUN", name)]);
-            assert_eq!((settings.choice, settings.choice.name(), complaints.len()), (choice, name, 0));
+            assert_eq!(
+                (settings.choice, settings.choice.name(), complaints.len()),
+                (choice, name, 0)
+            );
         }
         assert_eq!(read(&[]).0.choice, Choice::Auto);
         assert_eq!(read(&[("MMUN", "")]).0.choice, Choice::Auto);
@@ -105,6 +129,9 @@ mod tests {
         let (settings, complaints) = read(&[("MMUN", "kernle"), ("MMUN_STRICT", "yes")]);
         assert_eq!((settings.choice, settings.strict), (Choice::Auto, true));
         assert_eq!(complaints.len(), 2);
-        assert!(complaints.iter().all(|line| !line.contains('\n')), "{complaints:?}");
+        assert!(
+            complaints.iter().all(|line| !line.contains('\n')),
+            "{complaints:?}"
+        );
     }
 }

@@ -6,7 +6,10 @@
 //! another number and makes its own; its parent's is leaked, because a thread that the child does
 //! not have may have held its locks.
 
-#![allow(unsafe_code, reason = "one pointer that is published once and never freed")]
+#![allow(
+    unsafe_code,
+    reason = "one pointer that is published once and never freed"
+)]
 
 use crate::counts::{self, Change};
 use crate::libfabric::Reaper;
@@ -139,7 +142,9 @@ impl Space {
     /// Whether every change that the kernel has counted was told.
     #[inline]
     pub(crate) fn is_settled(&self) -> bool {
-        self.kernel.as_ref().map_or(true, |kernel| kernel.is_settled())
+        self.kernel
+            .as_ref()
+            .map_or(true, |kernel| kernel.is_settled())
     }
 
     /// Has the kernel watch a registration. `None` where that source is not in use.
@@ -147,7 +152,9 @@ impl Space {
     /// # Errors
     /// The kernel source is in use, and cannot.
     pub(crate) fn watch(&self, start: u64, len: u64) -> Result<Option<Watch>, ()> {
-        let Ok(kernel) = &self.kernel else { return Ok(None) };
+        let Ok(kernel) = &self.kernel else {
+            return Ok(None);
+        };
         let range = VaRange::covering(Va::new(start), len).map_err(drop)?;
         kernel.watch(range).map(Some).map_err(drop)
     }
@@ -155,8 +162,13 @@ impl Space {
     /// Has changes of all the address space told, where the kernel source is in use. False if it
     /// cannot.
     pub(crate) fn arm_everything(&self) -> bool {
-        let Ok(kernel) = &self.kernel else { return true };
-        let mut everything = self.everything.lock().unwrap_or_else(PoisonError::into_inner);
+        let Ok(kernel) = &self.kernel else {
+            return true;
+        };
+        let mut everything = self
+            .everything
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         if everything.is_none() {
             *everything = kernel.arm(VaRange::ALL).ok();
         }
@@ -180,7 +192,10 @@ struct Marks(&'static Space);
 impl Notifier for Marks {
     fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
         let no_unwinding = Aborts;
-        let change = Change { event: range.event().name(), range: range.range() };
+        let change = Change {
+            event: range.event().name(),
+            range: range.range(),
+        };
         if self.0.ranges.changed(change) {
             self.0.reaper.wake();
         }

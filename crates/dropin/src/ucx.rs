@@ -42,7 +42,9 @@ pub(crate) struct Served {
 
 /// What the report says of it. `None` if the program did not use UCX.
 pub(crate) fn served() -> Option<Result<(), &'static str>> {
-    SERVED.get().map(|result| result.as_ref().map(|_| ()).map_err(String::as_str))
+    SERVED
+        .get()
+        .map(|result| result.as_ref().map(|_| ()).map_err(String::as_str))
 }
 
 /// Tells UCX of what is about to change.
@@ -55,7 +57,10 @@ impl Notifier for Feed {
         counts::TOLD.add(1);
         let start = range.range().start().get() as usize;
         // What reaches the end of the address space: UCX counts in bytes from the start.
-        let end = range.range().end().map_or(usize::MAX, |end| end.get() as usize);
+        let end = range
+            .range()
+            .end()
+            .map_or(usize::MAX, |end| end.get() as usize);
         // SAFETY: the type of `ucm_vm_munmap` in `ucm/api/ucm.h`. It may be called anywhere, inside
         // `free` too: it takes a lock for readers that may be taken again, and calls handlers that
         // try their locks only.
@@ -80,11 +85,17 @@ fn serve() {
 
 fn try_serve() -> Result<Served, String> {
     let function = |name: &CStr| {
-        found::function(UCM, name).ok_or_else(|| format!("it is older than 1.4 (no {})", name.to_string_lossy()))
+        found::function(UCM, name)
+            .ok_or_else(|| format!("it is older than 1.4 (no {})", name.to_string_lossy()))
     };
-    let (announce, vm_munmap) = (function(c"ucm_set_external_event")?, function(c"ucm_vm_munmap")?);
-    // SAFETY: the type of `ucm_vm_munmap` in `ucm/api/ucm.h`.
-    let served = Served { vm_munmap: unsafe { std::mem::transmute::<NonNull<c_void>, VmMunmap>(vm_munmap) } };
+    let (announce, vm_munmap) = (
+        function(c"ucm_set_external_event")?,
+        function(c"ucm_vm_munmap")?,
+    );
+    let served = Served {
+        // SAFETY: the type of `ucm_vm_munmap` in `ucm/api/ucm.h`.
+        vm_munmap: unsafe { std::mem::transmute::<NonNull<c_void>, VmMunmap>(vm_munmap) },
+    };
     let space = space::current_or_made();
     if !space.is_watched() {
         return Err("no source can be had: UCX watches by itself".to_owned());
@@ -93,7 +104,8 @@ fn try_serve() -> Result<Served, String> {
         return Err("the address space cannot be subscribed to: UCX watches by itself".to_owned());
     }
     // SAFETY: the type of `ucm_set_external_event` in `ucm/api/ucm.h`.
-    let announce = unsafe { std::mem::transmute::<NonNull<c_void>, unsafe extern "C" fn(c_int)>(announce) };
+    let announce =
+        unsafe { std::mem::transmute::<NonNull<c_void>, unsafe extern "C" fn(c_int)>(announce) };
     // SAFETY: it takes a set of events. From here on they are told.
     unsafe { announce(VM_UNMAPPED) };
     Ok(served)

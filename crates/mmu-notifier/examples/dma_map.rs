@@ -7,7 +7,8 @@
 
 use mmu_notifier::lockdep::CheckedAlloc;
 use mmu_notifier::{
-    Event, InstallError, InvalidateRange, InvalidateSeq, MmWithUser, ShadowOps, Subscription, Subsystem, Va, VaRange,
+    Event, InstallError, InvalidateRange, InvalidateSeq, MmWithUser, ShadowOps, Subscription,
+    Subsystem, Va, VaRange,
 };
 use std::io::Error;
 use std::ptr;
@@ -38,8 +39,16 @@ struct Pinned {
 impl Pinned {
     fn new(range: VaRange) -> Result<Self, Error> {
         // SAFETY: `mlock` has no memory-safety duty: it fails for unmapped addresses.
-        match unsafe { libc::mlock(range.start().get() as *const libc::c_void, (range.pages() * PAGE) as usize) } {
-            0 => Ok(Self { range, bus_addresses: [None; DEVICES] }),
+        match unsafe {
+            libc::mlock(
+                range.start().get() as *const libc::c_void,
+                (range.pages() * PAGE) as usize,
+            )
+        } {
+            0 => Ok(Self {
+                range,
+                bus_addresses: [None; DEVICES],
+            }),
             _ => Err(Error::last_os_error()),
         }
     }
@@ -48,7 +57,12 @@ impl Pinned {
 impl Drop for Pinned {
     fn drop(&mut self) {
         // SAFETY: As for `mlock`.
-        unsafe { libc::munlock(self.range.start().get() as *const libc::c_void, (self.range.pages() * PAGE) as usize) };
+        unsafe {
+            libc::munlock(
+                self.range.start().get() as *const libc::c_void,
+                (self.range.pages() * PAGE) as usize,
+            )
+        };
     }
 }
 
@@ -66,7 +80,10 @@ impl ShadowOps for Map {
         // does.
         for place in &mut self.buffers {
             if let Some(buffer) = place.take_if(|buffer| buffer.range.overlaps(range.range())) {
-                self.flushes.fetch_add(buffer.bus_addresses.iter().flatten().count(), Ordering::Relaxed);
+                self.flushes.fetch_add(
+                    buffer.bus_addresses.iter().flatten().count(),
+                    Ordering::Relaxed,
+                );
             }
         }
     }
@@ -74,7 +91,10 @@ impl ShadowOps for Map {
 
 impl Map {
     fn find(&mut self, range: VaRange) -> Option<&mut Pinned> {
-        self.buffers.iter_mut().flatten().find(|buffer| buffer.range == range)
+        self.buffers
+            .iter_mut()
+            .flatten()
+            .find(|buffer| buffer.range == range)
     }
 }
 
@@ -130,16 +150,24 @@ fn detach(shared: SharedMap, device: Device) {
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let flushes = Arc::new(AtomicUsize::new(0));
     let maps_made = AtomicUsize::new(0);
-    let dma = Subsystem::<InvalidateSeq<Map>, std::convert::Infallible, _>::new(|_: &MmWithUser| {
-        maps_made.fetch_add(1, Ordering::Relaxed);
-        let map =
-            Map { buffers: [const { None }; BUFFERS], next_bus_address: 0x1000_0000, flushes: Arc::clone(&flushes) };
-        Ok(InvalidateSeq::new([VaRange::ALL], map))
-    });
+    let dma =
+        Subsystem::<InvalidateSeq<Map>, std::convert::Infallible, _>::new(|_: &MmWithUser| {
+            maps_made.fetch_add(1, Ordering::Relaxed);
+            let map = Map {
+                buffers: [const { None }; BUFFERS],
+                next_bus_address: 0x1000_0000,
+                flushes: Arc::clone(&flushes),
+            };
+            Ok(InvalidateSeq::new([VaRange::ALL], map))
+        });
 
     let mm = MmWithUser::new();
     let devices = [dma.get(&mm)?, dma.get(&mm)?, dma.get(&mm)?];
-    assert_eq!((maps_made.load(Ordering::Relaxed), devices[0].users()), (1, 3), "one map for all");
+    assert_eq!(
+        (maps_made.load(Ordering::Relaxed), devices[0].users()),
+        (1, 3),
+        "one map for all"
+    );
 
     // Two buffers. All devices use the first.
     let memory = anonymous(8 * PAGE)?;
@@ -150,16 +178,27 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     let bus_address = map(&devices[1], 1, second)?;
     assert_eq!(map(&devices[1], 1, second)?, bus_address, "mapped once");
-    let buffers = |shared: &SharedMap| shared.with_shadow(|map| map.buffers.iter().flatten().count());
+    let buffers =
+        |shared: &SharedMap| shared.with_shadow(|map| map.buffers.iter().flatten().count());
     assert_eq!(buffers(&devices[2]), 2);
 
     // The process unmaps the first buffer while devices use it. All of them drop it before that.
     mm.with_invalidation(first, Event::Unmap, |_| {
-        assert_eq!((buffers(&devices[0]), flushes.load(Ordering::Relaxed)), (1, 3));
-        // SAFETY: No code uses that memory: no device has it any more, and this program never did.
-        assert_eq!(unsafe { libc::munmap(memory as *mut libc::c_void, 2 * PAGE as usize) }, 0);
+        assert_eq!(
+            (buffers(&devices[0]), flushes.load(Ordering::Relaxed)),
+            (1, 3)
+        );
+        assert_eq!(
+            // SAFETY: No code uses that memory: no device has it any more, and this program never
+            // did.
+            unsafe { libc::munmap(memory as *mut libc::c_void, 2 * PAGE as usize) },
+            0
+        );
     });
-    assert!(map(&devices[0], 0, first).is_err(), "there is nothing to pin");
+    assert!(
+        map(&devices[0], 0, first).is_err(),
+        "there is nothing to pin"
+    );
 
     // Devices detach one by one. The last one frees the map.
     for (number, device) in devices.into_iter().enumerate() {
@@ -167,17 +206,30 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     dma.synchronize()?;
     assert_eq!(mm.mm_count(), 1, "nothing is left of it");
-    // SAFETY: No code uses that memory.
-    assert_eq!(unsafe { libc::munmap((memory + 2 * PAGE) as *mut libc::c_void, 6 * PAGE as usize) }, 0);
-    println!("{} devices' entries were flushed before their memory went away", flushes.load(Ordering::Relaxed));
+    assert_eq!(
+        // SAFETY: No code uses that memory.
+        unsafe { libc::munmap((memory + 2 * PAGE) as *mut libc::c_void, 6 * PAGE as usize) },
+        0
+    );
+    println!(
+        "{} devices' entries were flushed before their memory went away",
+        flushes.load(Ordering::Relaxed)
+    );
     Ok(())
 }
 
 fn anonymous(length: u64) -> Result<u64, Error> {
-    let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    let (protection, flags) = (
+        libc::PROT_READ | libc::PROT_WRITE,
+        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+    );
     // SAFETY: The call takes free addresses only, because no address is given.
     let start = unsafe { libc::mmap(ptr::null_mut(), length as usize, protection, flags, -1, 0) };
-    if start == libc::MAP_FAILED { Err(Error::last_os_error()) } else { Ok(start as u64) }
+    if start == libc::MAP_FAILED {
+        Err(Error::last_os_error())
+    } else {
+        Ok(start as u64)
+    }
 }
 
 #[cfg(test)]

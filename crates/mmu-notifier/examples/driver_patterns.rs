@@ -12,8 +12,8 @@
 
 use mmu_notifier::lockdep::CheckedAlloc;
 use mmu_notifier::{
-    Event, Finish, IntervalNotifier, IntervalOps, InvalidateRange, Mm, MmWithUser, Notifier, Registration, Subsystem,
-    Va, VaRange, WouldDeadlock,
+    Event, Finish, IntervalNotifier, IntervalOps, InvalidateRange, Mm, MmWithUser, Notifier,
+    Registration, Subsystem, Va, VaRange, WouldDeadlock,
 };
 use std::convert::Infallible;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -27,7 +27,8 @@ static ALLOC: CheckedAlloc = CheckedAlloc::new();
 const PAGE: u64 = 4096;
 
 fn pages(first: u64, count: u64) -> VaRange {
-    VaRange::covering(Va::new(0x4000_0000 + first * PAGE), count * PAGE).expect("a range of whole pages")
+    VaRange::covering(Va::new(0x4000_0000 + first * PAGE), count * PAGE)
+        .expect("a range of whole pages")
 }
 
 /// An enclave maps pages of a device. From the first mapping on it must know when the address
@@ -68,15 +69,24 @@ impl IntervalOps for Svm {
 /// Splits a range at `at`; what lies above becomes read-only. The write lock keeps other changes of
 /// attributes out from the moment that the old interval is removed to the moment that both new ones
 /// are there. The device maps neither until it has asked again.
-fn split(mm: &MmWithUser, whole: IntervalNotifier<Svm>, at: Va) -> Result<[IntervalNotifier<Svm>; 2], WouldDeadlock> {
+fn split(
+    mm: &MmWithUser,
+    whole: IntervalNotifier<Svm>,
+    at: Va,
+) -> Result<[IntervalNotifier<Svm>; 2], WouldDeadlock> {
     let mut locked = mm.mmap_write_lock()?;
     let range = whole.range();
-    let end = range.end().expect("it ends below the top of the address space");
+    let end = range
+        .end()
+        .expect("it ends below the top of the address space");
     let parts = [(range.start(), at, false), (at, end, true)];
     let state = whole.remove()?;
     let insert = |(start, end, is_read_only)| {
         let part = VaRange::new(start, end).expect("the cut is inside of the range");
-        let state = Svm { is_read_only: state.is_read_only || is_read_only, is_mapped: false };
+        let state = Svm {
+            is_read_only: state.is_read_only || is_read_only,
+            is_mapped: false,
+        };
         Ok::<_, WouldDeadlock>(IntervalNotifier::insert_locked(&mut locked, part, state)?)
     };
     let [low, high] = parts.map(insert);
@@ -110,7 +120,10 @@ fn bind_and_unload(spaces: &[MmWithUser]) -> Result<(u64, u64), WouldDeadlock> {
     let (unit, mut flushes) = (Arc::new(AtomicU64::new(0)), 0);
     for mm in spaces {
         unit.fetch_add(1, Ordering::Relaxed);
-        let domain = Domain { flushes: AtomicU64::new(0), unit: Arc::clone(&unit) };
+        let domain = Domain {
+            flushes: AtomicU64::new(0),
+            unit: Arc::clone(&unit),
+        };
         let domain = DOMAINS.register(mm, domain)?;
         drop(mm.invalidate(pages(0, 1), Event::Clear));
         flushes += domain.flushes.load(Ordering::Relaxed);
@@ -161,39 +174,71 @@ fn main() -> Result<(), WouldDeadlock> {
     let mm = MmWithUser::new();
     let enclave = map_enclave(&mm)?;
     drop(mm);
-    assert!(enclave.is_lost.load(Ordering::Acquire), "the enclave was told before the memory went");
+    assert!(
+        enclave.is_lost.load(Ordering::Acquire),
+        "the enclave was told before the memory went"
+    );
     enclave.put();
 
     // Split an interval under the write lock, the first ones of the address space.
     let mm = MmWithUser::new();
     let whole = {
         let mut locked = mm.mmap_write_lock()?;
-        IntervalNotifier::insert_locked(&mut locked, pages(0, 16), Svm { is_read_only: false, is_mapped: true })?
+        IntervalNotifier::insert_locked(
+            &mut locked,
+            pages(0, 16),
+            Svm {
+                is_read_only: false,
+                is_mapped: true,
+            },
+        )?
     };
     let parts = split(&mm, whole, pages(4, 1).start())?;
-    assert_eq!(parts.each_ref().map(IntervalNotifier::range), [pages(0, 4), pages(4, 12)]);
+    assert_eq!(
+        parts.each_ref().map(IntervalNotifier::range),
+        [pages(0, 4), pages(4, 12)]
+    );
     for part in &parts {
         let seq = part.read_begin();
-        part.try_install(seq, |svm| svm.is_mapped = true).expect("nothing changes here");
+        part.try_install(seq, |svm| svm.is_mapped = true)
+            .expect("nothing changes here");
     }
     drop(mm.invalidate(pages(3, 1), Event::Unmap));
     let states = parts.map(|part| part.remove());
     let [low, high] = states;
-    assert_eq!((low?.is_mapped, high?), (false, Svm { is_read_only: true, is_mapped: true }));
+    assert_eq!(
+        (low?.is_mapped, high?),
+        (
+            false,
+            Svm {
+                is_read_only: true,
+                is_mapped: true
+            }
+        )
+    );
 
     // Register, put, unload.
     let spaces = [MmWithUser::new(), MmWithUser::new(), MmWithUser::new()];
-    assert_eq!(bind_and_unload(&spaces)?, (3, 0), "each was told, and all are freed");
+    assert_eq!(
+        bind_and_unload(&spaces)?,
+        (3, 0),
+        "each was told, and all are freed"
+    );
 
     // Many buffers under one lock, while another thread changes memory under them.
     let usable = Usable::default();
     let insert = |number| {
-        let buffer = UserBuffer { number, usable: Arc::clone(&usable) };
+        let buffer = UserBuffer {
+            number,
+            usable: Arc::clone(&usable),
+        };
         IntervalNotifier::insert(&mm, pages(number as u64, 1), buffer)
     };
     let buffers = (0..8).map(insert).collect::<Result<Vec<_>, _>>()?;
     thread::scope(|scope| {
-        let changer = scope.spawn(|| (0..1_000).for_each(|at| drop(mm.invalidate(pages(at % 8, 1), Event::Unmap))));
+        let changer = scope.spawn(|| {
+            (0..1_000).for_each(|at| drop(mm.invalidate(pages(at % 8, 1), Event::Unmap)))
+        });
         while !changer.is_finished() {
             submit(&buffers, &usable);
         }
@@ -201,8 +246,13 @@ fn main() -> Result<(), WouldDeadlock> {
     submit(&buffers, &usable);
     assert_eq!(*usable.lock().expect("no holder panics"), [true; 8]);
     drop(mm.invalidate(pages(5, 1), Event::Unmap));
-    assert!(!usable.lock().expect("no holder panics")[5], "what has changed is not used");
-    buffers.into_iter().try_for_each(|buffer| buffer.remove().map(drop))?;
+    assert!(
+        !usable.lock().expect("no holder panics")[5],
+        "what has changed is not used"
+    );
+    buffers
+        .into_iter()
+        .try_for_each(|buffer| buffer.remove().map(drop))?;
     println!("four patterns");
     Ok(())
 }

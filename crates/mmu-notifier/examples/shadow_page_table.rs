@@ -40,11 +40,14 @@ struct Guest {
 impl Guest {
     fn map() -> Self {
         let start = mmap(ptr::null_mut(), PAGES * PAGE, 0);
-        Self { range: VaRange::covering(Va::new(start), PAGES * PAGE).expect("a mapping is not empty") }
+        Self {
+            range: VaRange::covering(Va::new(start), PAGES * PAGE).expect("a mapping is not empty"),
+        }
     }
 
     fn page(&self, number: u64) -> VaRange {
-        VaRange::covering(Va::new(self.range.start().get() + number * PAGE), PAGE).expect("a page is not empty")
+        VaRange::covering(Va::new(self.range.start().get() + number * PAGE), PAGE)
+            .expect("a page is not empty")
     }
 
     fn unmap(&self, mm: &MmWithUser, number: u64) {
@@ -58,7 +61,11 @@ impl Guest {
 
     /// Maps a missing page again. No translation of it existed, so no bracket is needed.
     fn map_again(&self, number: u64) {
-        mmap(self.page(number).start().get() as *mut libc::c_void, PAGE, libc::MAP_FIXED_NOREPLACE);
+        mmap(
+            self.page(number).start().get() as *mut libc::c_void,
+            PAGE,
+            libc::MAP_FIXED_NOREPLACE,
+        );
     }
 
     /// Walks the primary page table: returns the page's address if it is mapped.
@@ -68,12 +75,17 @@ impl Guest {
         // SAFETY: `mincore` only reads the page table, and fails with ENOMEM for an unmapped page.
         // It writes one byte for one page.
         let mapped = unsafe { libc::mincore(start, PAGE as usize, &raw mut resident) } == 0;
-        NonNull::new(start.cast::<u8>()).filter(|_| mapped).map(Host)
+        NonNull::new(start.cast::<u8>())
+            .filter(|_| mapped)
+            .map(Host)
     }
 }
 
 fn mmap(at: *mut libc::c_void, length: u64, flags: libc::c_int) -> u64 {
-    let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | flags);
+    let (protection, flags) = (
+        libc::PROT_READ | libc::PROT_WRITE,
+        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | flags,
+    );
     // SAFETY: The call takes free addresses only: no address is given, or MAP_FIXED_NOREPLACE is.
     let start = unsafe { libc::mmap(at, length as usize, protection, flags, -1, 0) };
     assert_ne!(start, libc::MAP_FAILED, "mmap: {}", Error::last_os_error());
@@ -103,7 +115,9 @@ fn increment(shadow: &Shadow, guest: &Guest, number: u64) -> (Option<u8>, bool) 
         }
         faulted = true;
         let snapshot = shadow.snapshot(page);
-        let Some(host) = guest.walk(page) else { return (None, faulted) };
+        let Some(host) = guest.walk(page) else {
+            return (None, faulted);
+        };
         // A refusal means that the page was or is being invalidated: the next turn looks it up
         // again.
         let _ = shadow.try_install(snapshot, |table| table.insert(address, host));
@@ -119,12 +133,24 @@ fn main() {
     });
     let shadow = shadows.get(&mm).expect("no bracket is open here");
 
-    assert_eq!(increment(&shadow, &guest, 0), (Some(0), true), "the first use faults");
-    assert_eq!(increment(&shadow, &guest, 0), (Some(1), false), "the second does not");
+    assert_eq!(
+        increment(&shadow, &guest, 0),
+        (Some(0), true),
+        "the first use faults"
+    );
+    assert_eq!(
+        increment(&shadow, &guest, 0),
+        (Some(1), false),
+        "the second does not"
+    );
     guest.unmap(&mm, 0);
     assert_eq!(increment(&shadow, &guest, 0), (None, true));
     guest.map_again(0);
-    assert_eq!(increment(&shadow, &guest, 0), (Some(0), true), "a new page, which is empty");
+    assert_eq!(
+        increment(&shadow, &guest, 0),
+        (Some(0), true),
+        "a new page, which is empty"
+    );
 
     // The same while other threads run the guest.
     let stop = AtomicBool::new(false);
@@ -160,7 +186,11 @@ fn main() {
     // The address space ends: the table is empty, and nothing can be installed any more.
     drop(mm);
     assert!(shadow.with_shadow(|table| table.is_empty()));
-    assert!(shadow.try_install(shadow.snapshot(guest.page(1)), |_| ()).is_err());
+    assert!(
+        shadow
+            .try_install(shadow.snapshot(guest.page(1)), |_| ())
+            .is_err()
+    );
     shadow.put();
     shadows.synchronize().expect("no bracket is open here");
     println!("2000 pages unmapped under {hits:?} hits and {faults:?} faults of two processors");

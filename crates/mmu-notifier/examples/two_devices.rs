@@ -9,7 +9,9 @@
 //! 3. [`Subsystem::synchronize`] returns for each device, so every notifier has been freed.
 
 use mmu_notifier::lockdep::CheckedAlloc;
-use mmu_notifier::{Event, InvalidateRange, Mm, MmWithUser, Notifier, SoftTlb, Subscription, Subsystem, Va, VaRange};
+use mmu_notifier::{
+    Event, InvalidateRange, Mm, MmWithUser, Notifier, SoftTlb, Subscription, Subsystem, Va, VaRange,
+};
 use std::convert::Infallible;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -57,23 +59,38 @@ impl Notifier for Context {
 /// The kernel's `free_notifier`. Runs on the background thread, after the last callback.
 impl Drop for Context {
     fn drop(&mut self) {
-        assert!(self.pages.get_mut().expect("no holder panics").is_empty(), "put before the pages were dropped");
+        assert!(
+            self.pages.get_mut().expect("no holder panics").is_empty(),
+            "put before the pages were dropped"
+        );
         self.module.freed.fetch_add(1, Ordering::Relaxed);
     }
 }
 
-type Device = Subsystem<Context, Infallible, Box<dyn Fn(&MmWithUser) -> Result<Context, Infallible> + Send + Sync>>;
+type Device = Subsystem<
+    Context,
+    Infallible,
+    Box<dyn Fn(&MmWithUser) -> Result<Context, Infallible> + Send + Sync>,
+>;
 
 /// An open file: one reference to the context of its process.
 struct File(Subscription<Context>);
 
 impl File {
     fn open(device: &Device, process: &MmWithUser) -> Self {
-        Self(device.get(process).expect("files are opened outside of brackets"))
+        Self(
+            device
+                .get(process)
+                .expect("files are opened outside of brackets"),
+        )
     }
 
     fn use_page(&self, page: u64) {
-        self.0.pages.lock().expect("no holder panics").insert(Va::new(page), ());
+        self.0
+            .pages
+            .lock()
+            .expect("no holder panics")
+            .insert(Va::new(page), ());
     }
 
     /// Drops every page if this is the last file, because put calls no `release`.
@@ -88,8 +105,12 @@ impl File {
 fn load(module: &Arc<Module>) -> [Device; 2] {
     [(); 2].map(|()| {
         let module = Arc::clone(module);
-        let alloc =
-            move |_: &MmWithUser| Ok(Context { module: Arc::clone(&module), pages: Mutex::new(SoftTlb::new(64)) });
+        let alloc = move |_: &MmWithUser| {
+            Ok(Context {
+                module: Arc::clone(&module),
+                pages: Mutex::new(SoftTlb::new(64)),
+            })
+        };
         Subsystem::new(Box::new(alloc) as Box<_>)
     })
 }
@@ -109,7 +130,11 @@ fn main() {
             files.push(File::open(device, process));
         }
     }
-    assert_eq!(files[0].0.users(), 2, "two files of one process share a context");
+    assert_eq!(
+        files[0].0.users(),
+        2,
+        "two files of one process share a context"
+    );
 
     let stop = AtomicBool::new(false);
     let [first, second] = processes;
@@ -123,25 +148,46 @@ fn main() {
         });
         // The first process exits with its files open. They are closed later, which is allowed.
         drop(first);
-        assert_eq!(module.released.load(Ordering::Relaxed), 2, "both devices have let go of it");
+        assert_eq!(
+            module.released.load(Ordering::Relaxed),
+            2,
+            "both devices have let go of it"
+        );
 
         // Unload.
         files.drain(..).for_each(File::close);
         for device in &devices {
-            device.synchronize().expect("no bracket is open in this thread");
+            device
+                .synchronize()
+                .expect("no bracket is open in this thread");
         }
-        assert_eq!(module.freed.load(Ordering::Relaxed), 4, "every context of every process");
+        assert_eq!(
+            module.freed.load(Ordering::Relaxed),
+            4,
+            "every context of every process"
+        );
         let before = module.invalidations.load(Ordering::Relaxed);
         drop(devices);
         // The module's memory can be freed now: no context holds it any more, although the second
         // process still changes its memory.
         assert_eq!(Arc::strong_count(&module), 1);
         drop(second.invalidate(range, Event::Unmap));
-        assert_eq!(module.invalidations.load(Ordering::Relaxed), before, "nobody is called");
+        assert_eq!(
+            module.invalidations.load(Ordering::Relaxed),
+            before,
+            "nobody is called"
+        );
         stop.store(true, Ordering::Relaxed);
     });
-    assert_eq!(handle.mm_count(), 1, "and nothing of the first process is left either");
-    println!("unloaded after {} invalidations", module.invalidations.load(Ordering::Relaxed));
+    assert_eq!(
+        handle.mm_count(),
+        1,
+        "and nothing of the first process is left either"
+    );
+    println!(
+        "unloaded after {} invalidations",
+        module.invalidations.load(Ordering::Relaxed)
+    );
 }
 
 #[cfg(test)]

@@ -120,7 +120,9 @@ macro_rules! carries_a_value {
     ($name:ident<$value:ident: $bound:path>) => {
         impl<$value: $bound> std::fmt::Debug for $name<$value> {
             fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                f.debug_struct(stringify!($name)).field("error", &self.error).finish_non_exhaustive()
+                f.debug_struct(stringify!($name))
+                    .field("error", &self.error)
+                    .finish_non_exhaustive()
             }
         }
 

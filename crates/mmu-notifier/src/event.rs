@@ -144,7 +144,10 @@ impl Owner {
     /// # Panics
     /// After 2^63 marks.
     #[must_use]
-    #[expect(clippy::new_without_default, reason = "two defaults that differ would surprise")]
+    #[expect(
+        clippy::new_without_default,
+        reason = "two defaults that differ would surprise"
+    )]
     pub fn new() -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(Owner::FIRST);
         let next = NEXT.fetch_add(1, Ordering::Relaxed);

@@ -37,7 +37,10 @@ pub use finish::Finish;
 pub(crate) use window::{Intervals, Window};
 
 use crate::sync::{Mutex, lock};
-use crate::{InvalidateRange, Mm, MmWithUser, MmapWriteGuard, VaRange, WouldBlock, WouldDeadlock, context, lockdep};
+use crate::{
+    InvalidateRange, Mm, MmWithUser, MmapWriteGuard, VaRange, WouldBlock, WouldDeadlock, context,
+    lockdep,
+};
 use node::Node;
 use std::fmt;
 use std::marker::PhantomData;
@@ -106,7 +109,10 @@ pub trait IntervalOps: Send + 'static {
     /// # Errors
     /// [`WouldBlock`] if it would have to sleep. Then the intervals after this one are not asked,
     /// and no bracket opens.
-    fn try_invalidate(&mut self, range: &InvalidateRange<'_>) -> Result<Option<Finish>, WouldBlock> {
+    fn try_invalidate(
+        &mut self,
+        range: &InvalidateRange<'_>,
+    ) -> Result<Option<Finish>, WouldBlock> {
         Ok(self.invalidate(range))
     }
 }
@@ -225,7 +231,11 @@ impl<S: IntervalOps> IntervalNotifier<S> {
     /// ```
     #[doc(alias = "mmu_interval_notifier_insert_locked")]
     #[cfg_attr(debug_assertions, track_caller)]
-    pub fn insert_locked(locked: &mut MmapWriteGuard<'_>, range: VaRange, state: S) -> Result<Self, InsertError<S>> {
+    pub fn insert_locked(
+        locked: &mut MmapWriteGuard<'_>,
+        range: VaRange,
+        state: S,
+    ) -> Result<Self, InsertError<S>> {
         match locked.intervals().enable_locked(locked) {
             Ok(()) => Ok(Self::insert_enabled(locked.mm(), range, state)),
             Err(error) => Err(InsertError { error, state }),
@@ -235,7 +245,10 @@ impl<S: IntervalOps> IntervalNotifier<S> {
     /// The caller has enabled the intervals of `mm`.
     fn insert_enabled(mm: &MmWithUser, range: VaRange, state: S) -> Self {
         let node = Node::new((**mm).clone(), range, Mutex::new(state));
-        let interval = Self { node, owns: PhantomData };
+        let interval = Self {
+            node,
+            owns: PhantomData,
+        };
         // SAFETY: The node is new, and `interval` keeps it until `detach` has succeeded.
         unsafe { mm.intervals().insert(&interval.node().header) };
         interval
@@ -343,13 +356,21 @@ impl<S: IntervalOps> IntervalNotifier<S> {
     /// `mmu_interval_read_retry`. Differs: the lock and the comparison are one.
     #[doc(alias = "mmu_interval_read_retry")]
     #[cfg_attr(debug_assertions, track_caller)]
-    pub fn try_install<R>(&self, seq: ReadSeq, install: impl FnOnce(&mut S) -> R) -> Result<R, Retry> {
+    pub fn try_install<R>(
+        &self,
+        seq: ReadSeq,
+        install: impl FnOnce(&mut S) -> R,
+    ) -> Result<R, Retry> {
         if self.check_retry(seq) {
             return Err(Retry);
         }
         let _held = lockdep::holds_state(self.mm());
         let mut state = lock(&self.node().state);
-        if self.node().header.seq() == seq.0 { Ok(install(&mut state)) } else { Err(Retry) }
+        if self.node().header.seq() == seq.0 {
+            Ok(install(&mut state))
+        } else {
+            Err(Retry)
+        }
     }
 
     /// Runs `f` on the locked state, whatever its sequence is: to use what is cached, or to drop
@@ -401,7 +422,10 @@ impl<S: IntervalOps> IntervalNotifier<S> {
     #[cfg_attr(debug_assertions, track_caller)]
     pub fn remove(self) -> Result<S, RemoveError<S>> {
         if !self.detach() {
-            return Err(RemoveError { error: WouldDeadlock, interval: self });
+            return Err(RemoveError {
+                error: WouldDeadlock,
+                interval: self,
+            });
         }
         // SAFETY: A `Box` needs the unique pointer that came from one: `new` leaked it to this
         // handle, which is not dropped, and after `detach` the node is in no tree, no list and no
@@ -424,7 +448,10 @@ impl<S: IntervalOps> Drop for IntervalNotifier<S> {
             // SAFETY: As in `remove`.
             drop(unsafe { Box::from_raw(self.node.as_ptr()) });
         } else if !self.mm().is_inherited() {
-            let again = Self { node: self.node, owns: PhantomData };
+            let again = Self {
+                node: self.node,
+                owns: PhantomData,
+            };
             let mm = again.mm().clone();
             // The reclaimer must not sleep until a window closes either. If one is open, the drop
             // below comes back to this place and waits for another grace period.
@@ -441,6 +468,8 @@ impl<S: IntervalOps> Drop for IntervalNotifier<S> {
 
 impl<S: IntervalOps> fmt::Debug for IntervalNotifier<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("IntervalNotifier").field("mm", self.mm()).finish_non_exhaustive()
+        f.debug_struct("IntervalNotifier")
+            .field("mm", self.mm())
+            .finish_non_exhaustive()
     }
 }

@@ -31,7 +31,8 @@ mod watched;
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Condvar, Mutex, into_inner, lock, mutant};
 use crate::{
-    Blocking, Event, Exit, InvalidateRange, Mm, Notifier, Va, VaRange, WouldBlock, WouldDeadlock, context, lockdep,
+    Blocking, Event, Exit, InvalidateRange, Mm, Notifier, Va, VaRange, WouldBlock, WouldDeadlock,
+    context, lockdep,
 };
 use std::fmt;
 use std::mem::replace;
@@ -179,8 +180,12 @@ pub enum InstallError {
 impl fmt::Display for InstallError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Retry => "the range was invalidated meanwhile: take a new snapshot and look up again",
-            Self::NotWatched => "the range is not within what the shadow watches: add it with `watch`",
+            Self::Retry => {
+                "the range was invalidated meanwhile: take a new snapshot and look up again"
+            }
+            Self::NotWatched => {
+                "the range is not within what the shadow watches: add it with `watch`"
+            }
         })
     }
 }
@@ -195,7 +200,12 @@ impl<S: ShadowOps> InvalidateSeq<S> {
     pub fn new(watched: impl IntoIterator<Item = VaRange>, shadow: S) -> Self {
         let watched = Watched::new(watched);
         Self {
-            window: Mutex::new(Window { active: 0, released: false, waiters: 0, watched: watched.clone() }),
+            window: Mutex::new(Window {
+                active: 0,
+                released: false,
+                waiters: 0,
+                watched: watched.clone(),
+            }),
             idle: Condvar::new(),
             in_progress: AtomicU64::new(0),
             seq: AtomicU64::new(0),
@@ -217,8 +227,15 @@ impl<S: ShadowOps> InvalidateSeq<S> {
         // ORDER(core-seq): orders the change that an end reports before the caller's look-up.
         // Partner: the store in `advance`. Weaker, a fault could look up the old page after it read
         // the new sequence. Model: loom `b_40`.
-        let order = if mutant("snapshot_relaxed") { Ordering::Relaxed } else { Ordering::Acquire };
-        Snapshot { range, seq: self.seq.load(order) }
+        let order = if mutant("snapshot_relaxed") {
+            Ordering::Relaxed
+        } else {
+            Ordering::Acquire
+        };
+        Snapshot {
+            range,
+            seq: self.seq.load(order),
+        }
     }
 
     /// Tells, without the lock, whether [`try_install`](Self::try_install) would probably refuse.
@@ -236,7 +253,11 @@ impl<S: ShadowOps> InvalidateSeq<S> {
         if self.in_progress.load(Ordering::Acquire) != 0 {
             // ORDER(core-seq-end): partner of the stores in `enter`. A fault that reads the range
             // of a later window also sees the sequence that earlier windows have advanced.
-            let order = if mutant("range_relaxed") { Ordering::Relaxed } else { Ordering::Acquire };
+            let order = if mutant("range_relaxed") {
+                Ordering::Relaxed
+            } else {
+                Ordering::Acquire
+            };
             let (first, last) = (self.first.load(order), self.last.load(order));
             if first <= snapshot.range.last().get() && snapshot.range.start().get() <= last {
                 return true;
@@ -260,7 +281,11 @@ impl<S: ShadowOps> InvalidateSeq<S> {
     /// `mmu_invalidate_retry_gfn` under `mmu_lock`. Differs: the lock and the comparison are one.
     #[doc(alias = "mmu_invalidate_retry_gfn")]
     #[cfg_attr(debug_assertions, track_caller)]
-    pub fn try_install<R>(&self, snapshot: Snapshot, install: impl FnOnce(&mut S) -> R) -> Result<R, InstallError> {
+    pub fn try_install<R>(
+        &self,
+        snapshot: Snapshot,
+        install: impl FnOnce(&mut S) -> R,
+    ) -> Result<R, InstallError> {
         let _order = self.order.acquire();
         let mut state = lock(&self.state);
         if self.is_stale(&snapshot) {
@@ -333,13 +358,19 @@ impl<S: ShadowOps> InvalidateSeq<S> {
         let mut window = lock(&self.window);
         window.waiters += 1;
         while window.active != 0 && !window.released {
-            window = self.idle.wait(window).unwrap_or_else(PoisonError::into_inner);
+            window = self
+                .idle
+                .wait(window)
+                .unwrap_or_else(PoisonError::into_inner);
         }
         window.waiters -= 1;
         let _order = self.order.acquire();
         let mut state = lock(&self.state);
         self.advance();
-        let old = (replace(&mut window.watched, watched.clone()), replace(&mut state.watched, watched));
+        let old = (
+            replace(&mut window.watched, watched.clone()),
+            replace(&mut state.watched, watched),
+        );
         let result = zap(&mut state.shadow);
         drop(state);
         drop(window);
@@ -398,7 +429,10 @@ impl<S: ShadowOps> InvalidateSeq<S> {
     fn advance(&self) {
         // ORDER(core-seq): orders the change that the end reports before the new sequence. Partner:
         // the load in `snapshot`.
-        self.seq.store(self.seq.load(Ordering::Relaxed).wrapping_add(1), Ordering::Release);
+        self.seq.store(
+            self.seq.load(Ordering::Relaxed).wrapping_add(1),
+            Ordering::Release,
+        );
     }
 
     /// Counts a start that meets a watched range. The caller holds `window`.
@@ -427,7 +461,14 @@ impl<S: ShadowOps> InvalidateSeq<S> {
         self.advance();
         // ORDER(core-seq-end): orders the new sequence before the count that lets faults through.
         // Partner: the load in `is_stale`.
-        self.in_progress.store(left, if mutant("end_relaxed") { Ordering::Relaxed } else { Ordering::Release });
+        self.in_progress.store(
+            left,
+            if mutant("end_relaxed") {
+                Ordering::Relaxed
+            } else {
+                Ordering::Release
+            },
+        );
     }
 
     /// Counts a bracket that opens, and tells whether it meets a watched range. The caller holds
@@ -447,8 +488,12 @@ impl<S: ShadowOps> InvalidateSeq<S> {
     #[must_use]
     pub fn in_progress(&self) -> Option<(Va, Va)> {
         let _window = lock(&self.window);
-        (self.in_progress.load(Ordering::Relaxed) != 0)
-            .then(|| (Va::new(self.first.load(Ordering::Relaxed)), Va::new(self.last.load(Ordering::Relaxed))))
+        (self.in_progress.load(Ordering::Relaxed) != 0).then(|| {
+            (
+                Va::new(self.first.load(Ordering::Relaxed)),
+                Va::new(self.last.load(Ordering::Relaxed)),
+            )
+        })
     }
 }
 
@@ -463,7 +508,12 @@ impl<S: ShadowOps> Notifier for InvalidateSeq<S> {
         }
         self.idle.notify_all();
         let event = Event::Release(Exit(()));
-        let range = InvalidateRange { mm, range: VaRange::ALL, event, blocking: Blocking::Allowed };
+        let range = InvalidateRange {
+            mm,
+            range: VaRange::ALL,
+            event,
+            blocking: Blocking::Allowed,
+        };
         let _order = self.order.acquire();
         lock(&self.state).shadow.zap(&range);
     }
@@ -490,7 +540,10 @@ impl<S: ShadowOps> Notifier for InvalidateSeq<S> {
     /// If no start came before.
     fn invalidate_range_end(&self, range: &InvalidateRange<'_>) {
         let mut window = lock(&self.window);
-        window.active = window.active.checked_sub(1).expect("an end comes after its start");
+        window.active = window
+            .active
+            .checked_sub(1)
+            .expect("an end comes after its start");
         if !window.released && window.watched.meets(range.range) && !mutant("zap_uncounted") {
             self.leave();
         }

@@ -103,7 +103,10 @@
 mod context;
 mod error;
 mod event;
-#[expect(unsafe_code, reason = "nodes that their users own, in a tree that is walked without a lock")]
+#[expect(
+    unsafe_code,
+    reason = "nodes that their users own, in a tree that is walked without a lock"
+)]
 mod interval;
 mod invalidate_seq;
 pub mod lockdep;
@@ -126,7 +129,9 @@ mod sync;
 
 pub use error::{GetError, Overflow, RegisterError, UnregisterError, WouldDeadlock};
 pub use event::{Blocking, Event, Exit, InvalidateRange, Owner, WouldBlock};
-pub use interval::{Finish, InsertError, IntervalNotifier, IntervalOps, ReadSeq, RemoveError, Retry};
+pub use interval::{
+    Finish, InsertError, IntervalNotifier, IntervalOps, ReadSeq, RemoveError, Retry,
+};
 pub use invalidate_seq::{InstallError, InvalidateSeq, ShadowOps, Snapshot};
 pub use mm::{Bracket, Mm, MmWithUser, MmapWriteGuard, OwnedBracket};
 pub use notifier::Notifier;

@@ -107,7 +107,10 @@ impl Map {
     #[inline]
     #[doc(alias = "lock_map_acquire")]
     pub fn acquire(&self) -> Held<'_> {
-        Held { _held: self.0.acquire(), _stays: PhantomData }
+        Held {
+            _held: self.0.acquire(),
+            _stays: PhantomData,
+        }
     }
 }
 

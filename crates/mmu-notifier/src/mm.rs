@@ -108,11 +108,20 @@ impl Mm {
     /// `mmget_not_zero`, include/linux/sched/mm.h.
     #[must_use]
     pub fn mmget_not_zero(&self) -> Option<MmWithUser> {
-        let mut users = if self.is_inherited() { 0 } else { self.0.users.load(Ordering::Relaxed) };
+        let mut users = if self.is_inherited() {
+            0
+        } else {
+            self.0.users.load(Ordering::Relaxed)
+        };
         while users != 0 {
             // ORDER: Relaxed is enough. The handle `self` already orders the content, and which
             // thread runs exit depends on the count alone.
-            match self.0.users.compare_exchange_weak(users, users + 1, Ordering::Relaxed, Ordering::Relaxed) {
+            match self.0.users.compare_exchange_weak(
+                users,
+                users + 1,
+                Ordering::Relaxed,
+                Ordering::Relaxed,
+            ) {
                 Ok(_) => return Some(MmWithUser(self.clone())),
                 Err(now) => users = now,
             }
@@ -250,7 +259,11 @@ impl Mm {
     #[cfg(mmun_loom)]
     #[doc(hidden)]
     pub fn run_deferred(&self) {
-        self.0.subscriptions.srcu().barrier().expect("called outside of sections");
+        self.0
+            .subscriptions
+            .srcu()
+            .barrier()
+            .expect("called outside of sections");
     }
 
     #[inline]
@@ -308,7 +321,10 @@ impl Eq for Mm {}
 
 impl fmt::Debug for Mm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Mm").field("id", &self.id()).field("mm_users", &self.mm_users()).finish_non_exhaustive()
+        f.debug_struct("Mm")
+            .field("id", &self.id())
+            .field("mm_users", &self.mm_users())
+            .finish_non_exhaustive()
     }
 }
 
@@ -347,7 +363,10 @@ impl MmWithUser {
     /// # Source
     /// `mm_init`, `mmu_notifier_subscriptions_init`: a forked child starts without subscribers.
     #[must_use]
-    #[expect(clippy::new_without_default, reason = "a new address space is an event, not a default value")]
+    #[expect(
+        clippy::new_without_default,
+        reason = "a new address space is an event, not a default value"
+    )]
     pub fn new() -> Self {
         Self::with_interval_seq(2)
     }
@@ -385,7 +404,11 @@ impl Drop for MmWithUser {
         // ORDER(core-exit): AcqRel orders everything that earlier users did before the exit by the
         // last one. Partner: itself. Weaker, exit could delist without seeing a registration that
         // an earlier user made.
-        let order = if mutant("exit_relaxed") { Ordering::Relaxed } else { Ordering::AcqRel };
+        let order = if mutant("exit_relaxed") {
+            Ordering::Relaxed
+        } else {
+            Ordering::AcqRel
+        };
         if self.0.0.users.fetch_sub(1, order) == 1 {
             exit::release(&self.0);
         }

@@ -23,7 +23,10 @@ impl OwnedGuard {
         // alive, at a fixed address, and `drop` below ends the guard before `mm`. The longer
         // lifetime never leaves this type: no method returns the guard.
         let guard = unsafe { std::mem::transmute::<Guard<'_>, Guard<'static>>(guard) };
-        Self { guard: ManuallyDrop::new(guard), mm }
+        Self {
+            guard: ManuallyDrop::new(guard),
+            mm,
+        }
     }
 
     pub(crate) fn mm(&self) -> &Mm {

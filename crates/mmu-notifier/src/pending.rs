@@ -64,7 +64,11 @@ impl Pending {
         }
         // ORDER(core-freed): orders the free before the count. Partner: the load in `wait_for`.
         // Weaker, `synchronize` could return before the effects of the free are visible.
-        let order = if mutant("freed_relaxed") { Ordering::Relaxed } else { Ordering::Release };
+        let order = if mutant("freed_relaxed") {
+            Ordering::Relaxed
+        } else {
+            Ordering::Release
+        };
         let bank = usize::from(bank);
         if count(self.banks.fetch_sub(one(bank), order), bank) == 1 {
             // Under the lock, so that the notification cannot fall between a waiter's check and its
@@ -95,7 +99,11 @@ impl Pending {
         let mut emptied = lock(&self.emptied.0);
         // ORDER(core-freed): partner of the subtraction in `freed`.
         while count(self.banks.load(Ordering::Acquire), bank) != 0 {
-            emptied = self.emptied.1.wait(emptied).unwrap_or_else(std::sync::PoisonError::into_inner);
+            emptied = self
+                .emptied
+                .1
+                .wait(emptied)
+                .unwrap_or_else(std::sync::PoisonError::into_inner);
         }
     }
 }

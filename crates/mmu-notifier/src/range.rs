@@ -39,7 +39,11 @@ impl Va {
     #[must_use]
     pub const fn untagged(address: u64) -> Self {
         // An address of the kernel keeps its upper bits: they are copies of bit 55.
-        if cfg!(target_arch = "aarch64") { Self(address & ((address << 8) as i64 >> 8) as u64) } else { Self(address) }
+        if cfg!(target_arch = "aarch64") {
+            Self(address & ((address << 8) as i64 >> 8) as u64)
+        } else {
+            Self(address)
+        }
     }
 
     /// Returns the byte address.
@@ -90,7 +94,10 @@ pub struct VaRange {
 
 impl VaRange {
     /// The whole of an address space, its last address included.
-    pub const ALL: Self = Self { first: 0, last: u64::MAX };
+    pub const ALL: Self = Self {
+        first: 0,
+        last: u64::MAX,
+    };
 
     /// Makes the range of bytes from `start` up to and without `end`.
     ///
@@ -103,9 +110,15 @@ impl VaRange {
     /// empty range, and one at address zero then hits every interval.
     pub const fn new(start: Va, end: Va) -> Result<Self, InvalidRange> {
         if start.0 < end.0 && start.0 % PAGE_SIZE == 0 && end.0 % PAGE_SIZE == 0 {
-            Ok(Self { first: start.0, last: end.0 - 1 })
+            Ok(Self {
+                first: start.0,
+                last: end.0 - 1,
+            })
         } else {
-            Err(InvalidRange { start, last: Va(end.0.wrapping_sub(1)) })
+            Err(InvalidRange {
+                start,
+                last: Va(end.0.wrapping_sub(1)),
+            })
         }
     }
 
@@ -124,11 +137,20 @@ impl VaRange {
     /// ```
     pub const fn covering(start: Va, len: u64) -> Result<Self, InvalidRange> {
         if len == 0 {
-            return Err(InvalidRange { start, last: Va(start.0.wrapping_sub(1)) });
+            return Err(InvalidRange {
+                start,
+                last: Va(start.0.wrapping_sub(1)),
+            });
         }
         match start.0.checked_add(len - 1) {
-            Some(last) => Ok(Self { first: start.0 & !(PAGE_SIZE - 1), last: last | (PAGE_SIZE - 1) }),
-            None => Err(InvalidRange { start, last: Va(u64::MAX) }),
+            Some(last) => Ok(Self {
+                first: start.0 & !(PAGE_SIZE - 1),
+                last: last | (PAGE_SIZE - 1),
+            }),
+            None => Err(InvalidRange {
+                start,
+                last: Va(u64::MAX),
+            }),
         }
     }
 
@@ -206,13 +228,19 @@ impl VaRange {
     /// Returns the pages that are in both ranges, if there are any.
     #[must_use]
     pub fn intersection(self, other: Self) -> Option<Self> {
-        self.overlaps(other).then(|| Self { first: self.first.max(other.first), last: self.last.min(other.last) })
+        self.overlaps(other).then(|| Self {
+            first: self.first.max(other.first),
+            last: self.last.min(other.last),
+        })
     }
 
     /// Returns the smallest range that holds both.
     #[must_use]
     pub fn hull(self, other: Self) -> Self {
-        Self { first: self.first.min(other.first), last: self.last.max(other.last) }
+        Self {
+            first: self.first.min(other.first),
+            last: self.last.max(other.last),
+        }
     }
 }
 
@@ -258,7 +286,10 @@ mod tests {
     #[test]
     fn a_range_may_reach_the_last_address() {
         let top = VaRange::covering(Va::new(u64::MAX), 1).unwrap();
-        assert_eq!((top.pages(), top.end(), top.last()), (1, None, Va::new(u64::MAX)));
+        assert_eq!(
+            (top.pages(), top.end(), top.last()),
+            (1, None, Va::new(u64::MAX))
+        );
         assert_eq!(VaRange::ALL.pages(), 1 << 52);
         assert_eq!(top.to_string(), "0xfffffffffffff000-0x10000000000000000");
     }
@@ -268,13 +299,20 @@ mod tests {
         let words = [0_u64; 4];
         let first = words.as_ptr().addr() as u64;
         assert_eq!(Va::from_ptr(&words[3]), Va::new(first + 24));
-        assert_eq!(Va::from_ptr(&words[1..]), Va::new(first + 8), "a slice's, without its length");
+        assert_eq!(
+            Va::from_ptr(&words[1..]),
+            Va::new(first + 8),
+            "a slice's, without its length"
+        );
     }
 
     #[test]
     fn covering_rounds_outwards_and_refuses_overflow() {
         let range = VaRange::covering(Va::new(0x1fff), 2).unwrap();
-        assert_eq!(range, VaRange::new(Va::new(0x1000), Va::new(0x3000)).unwrap());
+        assert_eq!(
+            range,
+            VaRange::new(Va::new(0x1000), Va::new(0x3000)).unwrap()
+        );
         assert!(VaRange::covering(Va::new(u64::MAX), 2).is_err());
         assert!(VaRange::covering(Va::new(0), 0).is_err());
     }
@@ -287,7 +325,10 @@ mod tests {
         assert_eq!(VaRange::ALL.intersection(high), Some(high));
         assert_eq!(low.hull(high).bytes(), 2 * PAGE_SIZE);
         assert!(low.hull(high).covers(high) && !high.covers(low) && high.covers(high));
-        assert_eq!((VaRange::ALL.bytes(), VaRange::ALL.hull(low)), (u64::MAX, VaRange::ALL));
+        assert_eq!(
+            (VaRange::ALL.bytes(), VaRange::ALL.hull(low)),
+            (u64::MAX, VaRange::ALL)
+        );
         assert!(high.contains(Va::new(PAGE_SIZE)) && !low.contains(Va::new(PAGE_SIZE)));
     }
 }

@@ -19,7 +19,9 @@ pub use crate::secondary::Sealed;
 pub use crate::subscriptions::{Embedded, Node, SurplusPut};
 
 use crate::subscriptions::{NodeRef, NotCounted};
-use crate::{Mm, MmWithUser, MmapWriteGuard, Overflow, Subsystem, WouldDeadlock, lockdep, registration};
+use crate::{
+    Mm, MmWithUser, MmapWriteGuard, Overflow, Subsystem, WouldDeadlock, lockdep, registration,
+};
 use std::convert::Infallible;
 use std::ptr::NonNull;
 
@@ -84,7 +86,9 @@ impl<N: Embedded> Notifiers<N> {
     #[must_use]
     #[expect(clippy::new_without_default, reason = "it is a static")]
     pub const fn new() -> Self {
-        Self { subsystem: Subsystem::without_alloc() }
+        Self {
+            subsystem: Subsystem::without_alloc(),
+        }
     }
 
     /// Returns the newest notifier of `mm` that `is_wanted` accepts and that still has users, with
@@ -97,7 +101,11 @@ impl<N: Embedded> Notifiers<N> {
     /// # Source
     /// `find_get_mmu_notifier`, mm/mmu_notifier.c, Linux 5.15.
     #[inline]
-    pub fn find(&self, mm: &MmWithUser, is_wanted: impl Fn(&N) -> bool) -> Result<Option<NonNull<Node<N>>>, Overflow> {
+    pub fn find(
+        &self,
+        mm: &MmWithUser,
+        is_wanted: impl Fn(&N) -> bool,
+    ) -> Result<Option<NonNull<Node<N>>>, Overflow> {
         match self.subsystem.lookup(mm, is_wanted) {
             Ok(node) => Ok(Some(node.into_node())),
             Err(NotCounted::Gone) => Ok(None),
@@ -130,7 +138,11 @@ impl<N: Embedded> Notifiers<N> {
             return Err(WouldDeadlock);
         }
         lockdep::might_wait(Some(locked.mm()));
-        let node = Node::unlisted((**locked.mm()).clone(), Some(self.subsystem.pending().clone()), notifier);
+        let node = Node::unlisted(
+            (**locked.mm()).clone(),
+            Some(self.subsystem.pending().clone()),
+            notifier,
+        );
         // SAFETY: The place must be valid for writes: the caller's duty.
         unsafe { place.write(node) };
         // SAFETY: The node must be new and stay alive: it was written above, and the caller keeps

@@ -4,7 +4,8 @@ use crate::pending::Pending;
 use crate::subscriptions::NodeRef;
 use crate::sync::{Arc, mutant};
 use crate::{
-    Mm, MmWithUser, MmapWriteGuard, Notifier, RegisterError, UnregisterError, WouldDeadlock, context, lockdep,
+    Mm, MmWithUser, MmapWriteGuard, Notifier, RegisterError, UnregisterError, WouldDeadlock,
+    context, lockdep,
 };
 use std::fmt;
 use std::ops::Deref;
@@ -20,7 +21,11 @@ pub(crate) fn publish<N: Notifier>(node: &NodeRef<N>, locked: &MmapWriteGuard<'_
     list.insert(node);
     // Every caller has asked `would_deadlock` since it took the lock and ran its last callback, so
     // this wait is not refused.
-    let waited = if mutant("register_waits_not") { Ok(()) } else { list.srcu().synchronize() };
+    let waited = if mutant("register_waits_not") {
+        Ok(())
+    } else {
+        list.srcu().synchronize()
+    };
     debug_assert!(waited.is_ok(), "a registrar was refused its grace period");
 }
 
@@ -32,7 +37,10 @@ pub(crate) fn register<N: Notifier>(
     notifier: N,
 ) -> Result<Registration<N>, RegisterError<N>> {
     if locked.would_deadlock() {
-        return Err(RegisterError { error: WouldDeadlock, notifier });
+        return Err(RegisterError {
+            error: WouldDeadlock,
+            notifier,
+        });
     }
     lockdep::might_wait(Some(locked));
     let node = NodeRef::new((**locked.mm()).clone(), owner.cloned(), notifier);
@@ -148,7 +156,10 @@ impl<N: Notifier> Registration<N> {
     /// ```
     #[doc(alias = "__mmu_notifier_register")]
     #[cfg_attr(debug_assertions, track_caller)]
-    pub fn new_locked(locked: &mut MmapWriteGuard<'_>, notifier: N) -> Result<Self, RegisterError<N>> {
+    pub fn new_locked(
+        locked: &mut MmapWriteGuard<'_>,
+        notifier: N,
+    ) -> Result<Self, RegisterError<N>> {
         register(locked, None, notifier)
     }
 
@@ -186,7 +197,10 @@ impl<N: Notifier> Registration<N> {
     #[cfg_attr(debug_assertions, track_caller)]
     pub fn unregister(self) -> Result<N, UnregisterError<N>> {
         if let Err(error) = release(&self.node) {
-            return Err(UnregisterError { error, registration: self });
+            return Err(UnregisterError {
+                error,
+                registration: self,
+            });
         }
         let mm = self.mm().clone();
         Ok(mm.subscriptions().reclaim(self.node))
@@ -259,6 +273,8 @@ impl<N: Notifier> Deref for Registration<N> {
 
 impl<N: Notifier + fmt::Debug> fmt::Debug for Registration<N> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Registration").field("notifier", &**self).finish_non_exhaustive()
+        f.debug_struct("Registration")
+            .field("notifier", &**self)
+            .finish_non_exhaustive()
     }
 }

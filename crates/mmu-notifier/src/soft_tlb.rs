@@ -45,7 +45,9 @@ impl<V: Copy> SoftTlb<V> {
     /// If there is not enough memory.
     #[must_use]
     pub fn new(capacity: usize) -> Self {
-        Self { places: vec![None; capacity.max(1).next_power_of_two()].into() }
+        Self {
+            places: vec![None; capacity.max(1).next_power_of_two()].into(),
+        }
     }
 
     /// Returns how many pages the table has room for.
@@ -60,7 +62,9 @@ impl<V: Copy> SoftTlb<V> {
     #[must_use]
     pub fn get(&self, address: Va) -> Option<V> {
         let page = page(address);
-        self.places[self.place(page)].filter(|(of, _)| *of == page).map(|(_, value)| value)
+        self.places[self.place(page)]
+            .filter(|(of, _)| *of == page)
+            .map(|(_, value)| value)
     }
 
     /// Inserts the page with this address, and evicts the page that had its place.
@@ -119,7 +123,9 @@ mod tests {
     }
 
     fn held(tlb: &SoftTlb<u64>) -> Vec<u64> {
-        (0..64).filter(|page| tlb.get(Va::new(page * PAGE_SIZE)) == Some(*page)).collect()
+        (0..64)
+            .filter(|page| tlb.get(Va::new(page * PAGE_SIZE)) == Some(*page))
+            .collect()
     }
 
     #[test]
@@ -146,7 +152,10 @@ mod tests {
         tlb.insert(Va::new(PAGE_SIZE), 1);
         assert_eq!(tlb.get(Va::new(9 * PAGE_SIZE)), None);
         tlb.insert(Va::new(9 * PAGE_SIZE), 9);
-        assert_eq!((tlb.get(Va::new(PAGE_SIZE)), tlb.get(Va::new(9 * PAGE_SIZE))), (None, Some(9)));
+        assert_eq!(
+            (tlb.get(Va::new(PAGE_SIZE)), tlb.get(Va::new(9 * PAGE_SIZE))),
+            (None, Some(9))
+        );
         // Zapping the page that was evicted leaves the other one alone.
         tlb.zap(pages(1, 1));
         assert_eq!(held(&tlb), [9]);

@@ -103,6 +103,9 @@ impl<N: Notifier> Deref for Subscription<N> {
 
 impl<N: Notifier + fmt::Debug> fmt::Debug for Subscription<N> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Subscription").field("notifier", &**self).field("users", &self.users()).finish()
+        f.debug_struct("Subscription")
+            .field("notifier", &**self)
+            .field("users", &self.users())
+            .finish()
     }
 }

@@ -54,7 +54,11 @@ pub(crate) struct Subscriptions {
 
 impl Subscriptions {
     pub(crate) fn new() -> Self {
-        Self { head: AtomicPtr::new(ptr::null_mut()), srcu: Srcu::new(), lock: Mutex::new(()) }
+        Self {
+            head: AtomicPtr::new(ptr::null_mut()),
+            srcu: Srcu::new(),
+            lock: Mutex::new(()),
+        }
     }
 
     #[inline]
@@ -66,7 +70,10 @@ impl Subscriptions {
     #[inline(always)]
     pub(crate) fn read(&self) -> Reading<Guard<'_>> {
         let guard = self.srcu.read_lock();
-        Reading { first: self.first(), guard }
+        Reading {
+            first: self.first(),
+            guard,
+        }
     }
 
     /// Returns the first node. The caller must have opened a read section, which keeps the node
@@ -75,7 +82,11 @@ impl Subscriptions {
     fn first(&self) -> *mut Header {
         // ORDER(core-publish): partner of the stores in `insert` and `unlink`. Weaker, a walk could
         // enter a node whose fields it does not see yet. Model: loom `s_66_s_69`.
-        self.head.load(if mutant("first_relaxed") { Ordering::Relaxed } else { Ordering::Acquire })
+        self.head.load(if mutant("first_relaxed") {
+            Ordering::Relaxed
+        } else {
+            Ordering::Acquire
+        })
     }
 
     /// Links a new node at the front. Brackets that begin from now on call it. After a grace
@@ -87,11 +98,14 @@ impl Subscriptions {
         let node = unsafe { header.as_ref() };
         let first = self.head.load(Ordering::Relaxed);
         node.next.store(first, Ordering::Relaxed);
-        node.pprev.store((&raw const self.head).cast_mut(), Ordering::Relaxed);
+        node.pprev
+            .store((&raw const self.head).cast_mut(), Ordering::Relaxed);
         // SAFETY: A reference needs a live node: `first` is listed, and no thread delists it while
         // this one holds the lock.
         if let Some(first) = unsafe { first.as_ref() } {
-            first.pprev.store((&raw const node.next).cast_mut(), Ordering::Relaxed);
+            first
+                .pprev
+                .store((&raw const node.next).cast_mut(), Ordering::Relaxed);
         }
         // ORDER(core-publish): orders the node's content before the pointer to it. Partner: the
         // load in `first`. Weaker, a walker could call through a half-made node.
@@ -155,7 +169,9 @@ impl Subscriptions {
     /// after the last callback that it runs.
     pub(crate) fn reclaim<N: Notifier>(&self, node: NodeRef<N>) -> N {
         self.delist_ref(&node);
-        self.srcu.synchronize().expect("unregister asked whether it may wait");
+        self.srcu
+            .synchronize()
+            .expect("unregister asked whether it may wait");
         // SAFETY: The node must be delisted, a grace period must have passed since, and `node` must
         // be its only user. The two lines above do the first two. A `Registration`, from which
         // `node` comes, has no key by which a second user could find it.
@@ -164,7 +180,11 @@ impl Subscriptions {
 
     /// Delists a node whose `NodeRef` was never cloned, and passes the value to `free` after a
     /// grace period.
-    pub(crate) fn reclaim_later<N: Notifier>(&self, node: NodeRef<N>, free: impl FnOnce(N) + Send + 'static) {
+    pub(crate) fn reclaim_later<N: Notifier>(
+        &self,
+        node: NodeRef<N>,
+        free: impl FnOnce(N) + Send + 'static,
+    ) {
         let counted = node.count_free();
         self.delist_ref(&node);
         self.srcu.call(move || {
@@ -203,7 +223,11 @@ impl Subscriptions {
         // before the last node was unlinked, above all its `release`. Partner: the store in
         // `unlink`. Weaker, exit could return before the effects of a `release` that `unregister`
         // ran. Model: loom `s_48_s_50`.
-        let order = if mutant("exit_peeks_relaxed") { Ordering::Relaxed } else { Ordering::Acquire };
+        let order = if mutant("exit_peeks_relaxed") {
+            Ordering::Relaxed
+        } else {
+            Ordering::Acquire
+        };
         self.head.load(order).is_null()
     }
 
@@ -241,7 +265,10 @@ impl Reading<OwnedGuard> {
     /// Opens a section and keeps its address space alive.
     pub(crate) fn of(mm: Mm) -> Self {
         let guard = OwnedGuard::new(mm);
-        Self { first: guard.mm().subscriptions().first(), guard }
+        Self {
+            first: guard.mm().subscriptions().first(),
+            guard,
+        }
     }
 
     pub(crate) fn mm(&self) -> &Mm {
@@ -258,19 +285,31 @@ impl<G> Reading<G> {
 
     /// Calls `f` for each subscriber, newest first, and continues after one that panics.
     pub(crate) fn for_each(&self, mm: &Mm, mut f: impl FnMut(&dyn Notifier)) {
-        self.walk().each(|node| mm.catching(|| f(node.callbacks().notifier())));
+        self.walk()
+            .each(|node| mm.catching(|| f(node.callbacks().notifier())));
     }
 
     /// Calls the non-blockable start of every subscriber. If any of them refuses, closes the window
     /// of the intervals and calls the end of those that accepted.
-    pub(crate) fn try_start(&self, range: &InvalidateRange<'_>, window: Option<Window>) -> Result<(), WouldBlock> {
-        if try_start_from(None, &mut self.walk(), range, window, false) { Err(WouldBlock) } else { Ok(()) }
+    pub(crate) fn try_start(
+        &self,
+        range: &InvalidateRange<'_>,
+        window: Option<Window>,
+    ) -> Result<(), WouldBlock> {
+        if try_start_from(None, &mut self.walk(), range, window, false) {
+            Err(WouldBlock)
+        } else {
+            Ok(())
+        }
     }
 
     /// Returns a cursor that stands on the newest subscriber.
     #[inline(always)]
     pub(crate) fn walk(&self) -> Walk<'_> {
-        Walk { at: self.first, section: PhantomData }
+        Walk {
+            at: self.first,
+            section: PhantomData,
+        }
     }
 }
 
@@ -358,13 +397,18 @@ fn try_start_from<'a>(
     window: Option<Window>,
     mut refused: bool,
 ) -> bool {
-    let mut accepted = Accepted { nodes: [None; AT_ONCE], newer };
+    let mut accepted = Accepted {
+        nodes: [None; AT_ONCE],
+        newer,
+    };
     for slot in &mut accepted.nodes {
         let Some(node) = walk.here() else {
             if refused {
                 // The same order as in every end: first the window of the intervals, then the
                 // subscribers.
-                window.into_iter().for_each(|window| range.mm.intervals().end(window));
+                window
+                    .into_iter()
+                    .for_each(|window| range.mm.intervals().end(window));
                 accepted.end(range);
             }
             return refused;

@@ -6,8 +6,8 @@ use crate::subscription::Subscription;
 use crate::subscriptions::{NodeRef, NotCounted};
 use crate::sync::{Arc, forks};
 use crate::{
-    GetError, MmWithUser, MmapWriteGuard, Notifier, RegisterError, Registration, WouldDeadlock, context, lockdep,
-    registration,
+    GetError, MmWithUser, MmapWriteGuard, Notifier, RegisterError, Registration, WouldDeadlock,
+    context, lockdep, registration,
 };
 use once_cell::race::OnceBox;
 use std::convert::Infallible;
@@ -74,7 +74,12 @@ where
     #[doc(hidden)]
     #[must_use]
     pub const fn with_users_max(alloc: F, users_max: u32) -> Self {
-        Self { alloc, users_max, pending: OnceBox::new(), makes: PhantomData }
+        Self {
+            alloc,
+            users_max,
+            pending: OnceBox::new(),
+            makes: PhantomData,
+        }
     }
 
     /// Returns a reference to this subsystem's notifier on `mm`. Makes the notifier if there is
@@ -110,7 +115,9 @@ where
     #[cold]
     #[cfg_attr(debug_assertions, track_caller)]
     fn get_slowly(&self, mm: &MmWithUser) -> Result<Subscription<N>, GetError<E>> {
-        let mut locked = mm.mmap_write_lock().map_err(|WouldDeadlock| GetError::WouldDeadlock)?;
+        let mut locked = mm
+            .mmap_write_lock()
+            .map_err(|WouldDeadlock| GetError::WouldDeadlock)?;
         self.get_locked(&mut locked)
     }
 
@@ -139,7 +146,10 @@ where
     /// ```
     #[doc(alias = "mmu_notifier_get_locked")]
     #[cfg_attr(debug_assertions, track_caller)]
-    pub fn get_locked(&self, locked: &mut MmapWriteGuard<'_>) -> Result<Subscription<N>, GetError<E>> {
+    pub fn get_locked(
+        &self,
+        locked: &mut MmapWriteGuard<'_>,
+    ) -> Result<Subscription<N>, GetError<E>> {
         if let Some(found) = self.find(locked.mm()) {
             return found;
         }
@@ -153,7 +163,11 @@ where
             // end.
             return Err(GetError::WouldDeadlock);
         }
-        let node = NodeRef::new((**locked.mm()).clone(), Some(Arc::clone(self.pending())), notifier);
+        let node = NodeRef::new(
+            (**locked.mm()).clone(),
+            Some(Arc::clone(self.pending())),
+            notifier,
+        );
         registration::publish(&node, locked);
         node.set_live();
         Ok(Subscription::new(node))
@@ -177,14 +191,23 @@ impl<N: Notifier> Subsystem<N, Infallible, ()> {
     /// `struct mmu_notifier_ops` without `alloc_notifier`.
     #[must_use]
     pub const fn without_alloc() -> Self {
-        Self { alloc: (), users_max: u32::MAX, pending: OnceBox::new(), makes: PhantomData }
+        Self {
+            alloc: (),
+            users_max: u32::MAX,
+            pending: OnceBox::new(),
+            makes: PhantomData,
+        }
     }
 }
 
 impl<N: Notifier, E, F> Subsystem<N, E, F> {
     /// Finds the newest notifier that is wanted and live, and takes a reference to it.
     #[inline(always)]
-    pub(crate) fn lookup(&self, mm: &MmWithUser, is_wanted: impl Fn(&N) -> bool) -> Result<NodeRef<N>, NotCounted> {
+    pub(crate) fn lookup(
+        &self,
+        mm: &MmWithUser,
+        is_wanted: impl Fn(&N) -> bool,
+    ) -> Result<NodeRef<N>, NotCounted> {
         if mm.is_inherited() {
             return Err(NotCounted::Gone);
         }
@@ -225,7 +248,11 @@ impl<N: Notifier, E, F> Subsystem<N, E, F> {
     /// ```
     #[doc(alias = "mmu_notifier_register")]
     #[cfg_attr(debug_assertions, track_caller)]
-    pub fn register(&self, mm: &MmWithUser, notifier: N) -> Result<Registration<N>, RegisterError<N>> {
+    pub fn register(
+        &self,
+        mm: &MmWithUser,
+        notifier: N,
+    ) -> Result<Registration<N>, RegisterError<N>> {
         match mm.mmap_write_lock() {
             Ok(locked) => registration::register(&locked, Some(self.pending()), notifier),
             Err(error) => Err(RegisterError { error, notifier }),
@@ -320,7 +347,10 @@ impl<N: Notifier, E, F> Subsystem<N, E, F> {
     /// instead of the parent's.
     #[inline]
     pub(crate) fn pending(&self) -> &Arc<Pending> {
-        self.pending.get().filter(|pending| pending.forks == forks()).unwrap_or_else(|| self.pending_slowly())
+        self.pending
+            .get()
+            .filter(|pending| pending.forks == forks())
+            .unwrap_or_else(|| self.pending_slowly())
     }
 
     #[cold]
@@ -338,6 +368,8 @@ impl<N: Notifier, E, F> Subsystem<N, E, F> {
 
 impl<N, E, F> fmt::Debug for Subsystem<N, E, F> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Subsystem").field("pending", &self.pending.get()).finish_non_exhaustive()
+        f.debug_struct("Subsystem")
+            .field("pending", &self.pending.get())
+            .finish_non_exhaustive()
     }
 }

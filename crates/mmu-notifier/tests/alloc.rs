@@ -2,8 +2,8 @@
 #![cfg(not(mmun_loom))]
 
 use mmu_notifier::{
-    Event, Finish, IntervalNotifier, IntervalOps, InvalidateRange, InvalidateSeq, MmWithUser, Notifier, Registration,
-    ShadowOps, Subsystem, Va, VaRange, WouldBlock,
+    Event, Finish, IntervalNotifier, IntervalOps, InvalidateRange, InvalidateSeq, MmWithUser,
+    Notifier, Registration, ShadowOps, Subsystem, Va, VaRange, WouldBlock,
 };
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -37,20 +37,38 @@ fn dispatch(mm: &MmWithUser) {
     drop(mm.invalidate_owned(page(1), Event::Clear));
     mm.with_invalidation(page(1), Event::Clear, |_| ());
     mm.invalidate_secondary_tlbs(page(1));
-    let _ = (mm.clear_flush_young(page(1)), mm.clear_young(page(1)), mm.test_young(Va::new(0x1000)));
+    let _ = (
+        mm.clear_flush_young(page(1)),
+        mm.clear_young(page(1)),
+        mm.test_young(Va::new(0x1000)),
+    );
 }
 
 #[test]
 fn dispatch_allocates_and_frees_nothing() {
     for subscribers in [0, 1, 10, 100] {
         let mm = MmWithUser::new();
-        let held: Vec<_> = (0..subscribers).map(|_| Registration::new(&mm, Silent).unwrap()).collect();
-        assert_eq!(Counting::calls(|| dispatch(&mm)), 0, "with {subscribers} subscribers");
-        let nodes: Vec<_> = (0..subscribers).map(|n| IntervalNotifier::insert(&mm, page(n), Silent).unwrap()).collect();
+        let held: Vec<_> = (0..subscribers)
+            .map(|_| Registration::new(&mm, Silent).unwrap())
+            .collect();
+        assert_eq!(
+            Counting::calls(|| dispatch(&mm)),
+            0,
+            "with {subscribers} subscribers"
+        );
+        let nodes: Vec<_> = (0..subscribers)
+            .map(|n| IntervalNotifier::insert(&mm, page(n), Silent).unwrap())
+            .collect();
         let shadow = Registration::new(&mm, InvalidateSeq::new([page(1)], Silent)).unwrap();
-        assert_eq!(Counting::calls(|| dispatch(&mm)), 0, "with {subscribers} subscribers and as many intervals");
+        assert_eq!(
+            Counting::calls(|| dispatch(&mm)),
+            0,
+            "with {subscribers} subscribers and as many intervals"
+        );
         let found = Counting::calls(|| {
-            shadow.try_install(shadow.snapshot(page(1)), |_| ()).unwrap();
+            shadow
+                .try_install(shadow.snapshot(page(1)), |_| ())
+                .unwrap();
             for node in &nodes {
                 node.try_install(node.read_begin(), |_| ()).unwrap();
             }
@@ -71,9 +89,14 @@ fn a_refused_start_allocates_and_frees_nothing() {
     }
     let mm = MmWithUser::new();
     let refuses = Registration::new(&mm, Refuses).unwrap();
-    let held: Vec<_> = (0..100).map(|_| Registration::new(&mm, Silent).unwrap()).collect();
+    let held: Vec<_> = (0..100)
+        .map(|_| Registration::new(&mm, Silent).unwrap())
+        .collect();
     let node = IntervalNotifier::insert(&mm, page(1), Silent).unwrap();
-    assert_eq!(Counting::calls(|| assert!(mm.try_invalidate(page(1), Event::Clear).is_err())), 0);
+    assert_eq!(
+        Counting::calls(|| assert!(mm.try_invalidate(page(1), Event::Clear).is_err())),
+        0
+    );
     drop((refuses, held, node));
 }
 
@@ -86,7 +109,11 @@ fn second_passes_that_were_made_beforehand_allocate_and_free_nothing() {
             self.0.take()
         }
     }
-    let (mm, kept, ran) = (MmWithUser::new(), Arc::new(()), Arc::new(AtomicUsize::new(0)));
+    let (mm, kept, ran) = (
+        MmWithUser::new(),
+        Arc::new(()),
+        Arc::new(AtomicUsize::new(0)),
+    );
     let make = |number| {
         let (kept, ran) = (Arc::clone(&kept), Arc::clone(&ran));
         let finish = Finish::new(move || {
@@ -98,7 +125,11 @@ fn second_passes_that_were_made_beforehand_allocate_and_free_nothing() {
     let nodes = [1, 2, 3].map(make);
     let calls = Counting::calls(|| {
         let bracket = mm.invalidate(VaRange::ALL, Event::Clear);
-        assert_eq!(Arc::strong_count(&kept), 4, "as long as the bracket is open");
+        assert_eq!(
+            Arc::strong_count(&kept),
+            4,
+            "as long as the bracket is open"
+        );
         drop(bracket);
     });
     assert_eq!((calls, ran.load(Ordering::Relaxed)), (0, 3));
@@ -139,10 +170,15 @@ fn get_of_what_exists_and_put_allocate_and_free_nothing() {
 #[test]
 fn a_put_in_the_middle_of_a_walk_allocates_and_frees_nothing() {
     let mm = MmWithUser::new();
-    let held: Vec<_> = (0..100).map(|_| Registration::new(&mm, Silent).unwrap()).collect();
+    let held: Vec<_> = (0..100)
+        .map(|_| Registration::new(&mm, Silent).unwrap())
+        .collect();
     let mut held = held.into_iter();
     let bracket = mm.invalidate(page(1), Event::Clear);
-    assert_eq!(Counting::calls(|| held.by_ref().for_each(Registration::put)), 0);
+    assert_eq!(
+        Counting::calls(|| held.by_ref().for_each(Registration::put)),
+        0
+    );
     drop(bracket);
 }
 
@@ -150,7 +186,10 @@ fn a_put_in_the_middle_of_a_walk_allocates_and_frees_nothing() {
 fn an_end_that_makes_deferred_inserts_allocates_and_frees_nothing() {
     let up = |late| (0..late).map(|number| 2 * number + 1).collect();
     // Made last in, first out: upwards to full nodes, and then downwards behind them.
-    let down_behind = (0..3100).map(|number| 100_000 + number).chain((1000..1300).rev()).collect();
+    let down_behind = (0..3100)
+        .map(|number| 100_000 + number)
+        .chain((1000..1300).rev())
+        .collect();
     for late in [up(1), up(2), up(1000), down_behind] {
         let (mm, count): (_, usize) = (MmWithUser::new(), Vec::len(&late));
         let insert = |number| IntervalNotifier::insert(&mm, page(number), Silent).unwrap();
@@ -163,6 +202,9 @@ fn an_end_that_makes_deferred_inserts_allocates_and_frees_nothing() {
         // What was kept for the worst case goes with the first interval that is removed.
         drop(nodes.pop());
         let second = Counting::calls(|| drop(nodes.pop()));
-        assert!(second <= 4, "{second} calls: more than the interval and a node of each level");
+        assert!(
+            second <= 4,
+            "{second} calls: more than the interval and a node of each level"
+        );
     }
 }

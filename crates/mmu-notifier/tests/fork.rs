@@ -5,8 +5,8 @@
 #![cfg(not(mmun_loom))]
 
 use mmu_notifier::{
-    Event, Finish, GetError, IntervalNotifier, IntervalOps, InvalidateRange, Mm, MmWithUser, Notifier, Registration,
-    Secondary, SecondaryTlb, Subsystem, Va, VaRange,
+    Event, Finish, GetError, IntervalNotifier, IntervalOps, InvalidateRange, Mm, MmWithUser,
+    Notifier, Registration, Secondary, SecondaryTlb, Subsystem, Va, VaRange,
 };
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
@@ -103,10 +103,15 @@ fn s_17_brackets_of_an_inherited_address_space_call_nobody() {
     let _alone = alone();
     let mm = MmWithUser::new();
     let _subscribed = SUBSYSTEM.get(&mm).unwrap();
-    let _tlb = Registration::new(&mm, Secondary(Counts)).map_err(|refused| refused.error).unwrap();
+    let _tlb = Registration::new(&mm, Secondary(Counts))
+        .map_err(|refused| refused.error)
+        .unwrap();
     let _interval = IntervalNotifier::insert(&mm, VaRange::ALL, Counts).unwrap();
     assert!(!mm.is_inherited());
-    let open = (mm.invalidate(VaRange::ALL, Event::Unmap), mm.invalidate_owned(VaRange::ALL, Event::Unmap));
+    let open = (
+        mm.invalidate(VaRange::ALL, Event::Unmap),
+        mm.invalidate_owned(VaRange::ALL, Event::Unmap),
+    );
     let before = CALLS.load(Ordering::SeqCst);
     let mut open = Some(open);
     assert!(in_child(|| {
@@ -123,7 +128,11 @@ fn s_17_brackets_of_an_inherited_address_space_call_nobody() {
             && CALLS.load(Ordering::SeqCst) == before
     }));
     drop(open);
-    assert_eq!(CALLS.load(Ordering::SeqCst), before + 2, "in the parent both ends come");
+    assert_eq!(
+        CALLS.load(Ordering::SeqCst),
+        before + 2,
+        "in the parent both ends come"
+    );
     assert!(mm.clear_young(VaRange::ALL) && CALLS.load(Ordering::SeqCst) == before + 3);
 }
 
@@ -134,7 +143,9 @@ fn s_17_nothing_waits_or_installs_on_an_inherited_address_space() {
     let _alone = alone();
     let mm = MmWithUser::new();
     let interval = IntervalNotifier::insert(&mm, VaRange::ALL, Silent).unwrap();
-    let registered = Registration::new(&mm, Silent).map_err(|refused| refused.error).unwrap();
+    let registered = Registration::new(&mm, Silent)
+        .map_err(|refused| refused.error)
+        .unwrap();
     let seq = interval.read_begin();
     let (opened, open) = channel();
     let (finish, finished) = channel::<()>();
@@ -173,7 +184,9 @@ fn s_17_nobody_subscribes_to_an_inherited_address_space() {
     let _interval = IntervalNotifier::insert(&mm, VaRange::ALL, Counts).unwrap();
     assert!(in_child(|| {
         let own = MmWithUser::new();
-        SUBSYSTEM.get(&mm).is_err_and(|error| error == GetError::WouldDeadlock)
+        SUBSYSTEM
+            .get(&mm)
+            .is_err_and(|error| error == GetError::WouldDeadlock)
             && Registration::new(&mm, Counts).is_err()
             && IntervalNotifier::insert(&mm, VaRange::ALL, Counts).is_err()
             && mm.mmget_not_zero().is_none()
@@ -189,7 +202,9 @@ fn s_17_what_the_child_drops_stays_the_parents() {
     let mm = MmWithUser::new();
     let subscribed = SUBSYSTEM.get(&mm).unwrap();
     let interval = IntervalNotifier::insert(&mm, VaRange::ALL, Counts).unwrap();
-    let registered = Registration::new(&mm, Counts).map_err(|refused| refused.error).unwrap();
+    let registered = Registration::new(&mm, Counts)
+        .map_err(|refused| refused.error)
+        .unwrap();
     let mut all = Some((subscribed, interval, registered, mm));
     assert!(in_child(|| {
         drop(all.take());
@@ -198,7 +213,10 @@ fn s_17_what_the_child_drops_stays_the_parents() {
     }));
     drop(all);
     SUBSYSTEM.synchronize().unwrap();
-    assert!(CALLS.load(Ordering::SeqCst) > 0, "in the parent they were released and freed");
+    assert!(
+        CALLS.load(Ordering::SeqCst) > 0,
+        "in the parent they were released and freed"
+    );
 }
 
 /// The locks of the parent's address space are held by a thread that the child does not have.
@@ -291,11 +309,19 @@ fn s_17_a_subsystem_works_in_a_child_that_was_forked_during_a_free() {
         let stat = format!("/proc/self/task/{}/stat", waiter.recv().unwrap());
         // The state comes after the name, which is in parentheses. Asleep, it holds what is locked
         // in `synchronize`.
-        while !std::fs::read_to_string(&stat).unwrap().rsplit_once(") ").unwrap().1.starts_with('S') {
+        while !std::fs::read_to_string(&stat)
+            .unwrap()
+            .rsplit_once(") ")
+            .unwrap()
+            .1
+            .starts_with('S')
+        {
             std::thread::yield_now();
         }
         // The child of the child begins anew as well.
-        assert!(in_child(|| works(subsystem) && in_child(|| works(subsystem))));
+        assert!(in_child(
+            || works(subsystem) && in_child(|| works(subsystem))
+        ));
     });
     assert!(works(&subsystem));
 }
@@ -304,8 +330,12 @@ fn s_17_a_subsystem_works_in_a_child_that_was_forked_during_a_free() {
 fn s_17_frees_that_were_queued_run_in_the_parent_alone() {
     let _alone = alone();
     let mm = MmWithUser::new();
-    let (subscribed, registered) =
-        (SUBSYSTEM.get(&mm).unwrap(), Registration::new(&mm, Counts).map_err(|refused| refused.error).unwrap());
+    let (subscribed, registered) = (
+        SUBSYSTEM.get(&mm).unwrap(),
+        Registration::new(&mm, Counts)
+            .map_err(|refused| refused.error)
+            .unwrap(),
+    );
     let mut open = Some(mm.invalidate(VaRange::ALL, Event::Clear));
     subscribed.put();
     registered.unregister_no_release(drop);
@@ -348,8 +378,11 @@ fn s_17_a_subsystem_that_is_used_first_during_a_fork_works_in_the_child() {
         });
         let _finally = Finally(|| stop.store(true, Ordering::SeqCst));
         for round in 0..100 {
-            // SAFETY: It was leaked.
-            assert!(in_child(|| works(unsafe { &*LATEST.load(Ordering::SeqCst) })), "round {round}");
+            assert!(
+                // SAFETY: It was leaked.
+                in_child(|| works(unsafe { &*LATEST.load(Ordering::SeqCst) })),
+                "round {round}"
+            );
         }
     });
 }

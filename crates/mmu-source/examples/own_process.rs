@@ -35,7 +35,8 @@ unsafe impl Send for Host {}
 
 type Shadow = InvalidateSeq<SoftTlb<Host>>;
 
-static SHADOW: Subsystem<Shadow> = Subsystem::new(|_mm| Ok(InvalidateSeq::new([VaRange::ALL], SoftTlb::new(1024))));
+static SHADOW: Subsystem<Shadow> =
+    Subsystem::new(|_mm| Ok(InvalidateSeq::new([VaRange::ALL], SoftTlb::new(1024))));
 
 /// Where the latest block begins, and how many there were. Reading it is free of any order: the
 /// block may be gone already.
@@ -50,7 +51,8 @@ fn read(shadow: &Shadow, page: VaRange) -> Option<u8> {
         let hit = shadow.with_shadow(|tlb| {
             // SAFETY: a page that is in the shadow is mapped and readable: the callback for its
             // removal waits for the lock.
-            tlb.get(page.start()).map(|Host(host)| unsafe { host.as_ptr().read_volatile() })
+            tlb.get(page.start())
+                .map(|Host(host)| unsafe { host.as_ptr().read_volatile() })
         });
         if hit.is_some() {
             return hit;
@@ -66,10 +68,17 @@ fn read(shadow: &Shadow, page: VaRange) -> Option<u8> {
 fn walk(page: Va) -> Option<Host> {
     let start: *mut u8 = ptr::with_exposed_provenance_mut(page.get() as usize);
     let mut byte = 0_u8;
-    let local = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
-    let remote = libc::iovec { iov_base: start.cast(), iov_len: 1 };
+    let local = libc::iovec {
+        iov_base: (&raw mut byte).cast(),
+        iov_len: 1,
+    };
+    let remote = libc::iovec {
+        iov_base: start.cast(),
+        iov_len: 1,
+    };
     // SAFETY: writes one byte to a local, and fails where the page cannot be read.
-    let copied = unsafe { libc::process_vm_readv(std::process::id() as i32, &local, 1, &remote, 1, 0) };
+    let copied =
+        unsafe { libc::process_vm_readv(std::process::id() as i32, &local, 1, &remote, 1, 0) };
     NonNull::new(start).filter(|_| copied == 1).map(Host)
 }
 
@@ -86,7 +95,11 @@ fn main() -> Result<(), Box<dyn Error>> {
                 let block = BLOCK.load(Ordering::Relaxed);
                 for number in 0..BLOCK_SIZE as u64 / PAGE_SIZE {
                     let page = VaRange::covering(Va::new(block + number * PAGE_SIZE), 1);
-                    match page.ok().filter(|_| block != 0).and_then(|page| read(&shadow, page)) {
+                    match page
+                        .ok()
+                        .filter(|_| block != 0)
+                        .and_then(|page| read(&shadow, page))
+                    {
                         Some(_) => reads += 1,
                         None => missing += 1,
                     }
@@ -96,7 +109,10 @@ fn main() -> Result<(), Box<dyn Error>> {
         });
         for round in 0..2000_usize {
             let block = vec![round as u8; BLOCK_SIZE + ((round % 7) << 16)];
-            BLOCK.store((block.as_ptr().expose_provenance() as u64).next_multiple_of(PAGE_SIZE), Ordering::Relaxed);
+            BLOCK.store(
+                (block.as_ptr().expose_provenance() as u64).next_multiple_of(PAGE_SIZE),
+                Ordering::Relaxed,
+            );
             thread::yield_now();
             // Freed here: by `munmap`, by `brk`, or by leaving it in the heap, as the allocator
             // sees fit.

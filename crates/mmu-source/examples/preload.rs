@@ -35,7 +35,9 @@ impl Notifier for Count {
 static START: extern "C" fn() = start;
 
 extern "C" fn start() {
-    let Ok(watch) = Registration::new(&mmu_source::current(), Count) else { return };
+    let Ok(watch) = Registration::new(&mmu_source::current(), Count) else {
+        return;
+    };
     let hook = match Hook::install() {
         Ok(hook) => hook,
         Err(error) => return write_report(&format!("refused: {error}")),
@@ -48,11 +50,18 @@ extern "C" fn start() {
 
 extern "C" fn report() {
     let kernel = HELD.get().is_some_and(|held| held.1.is_some());
-    write_report(&format!("brackets {} kernel {kernel}", SEEN.load(Ordering::Relaxed)));
+    write_report(&format!(
+        "brackets {} kernel {kernel}",
+        SEEN.load(Ordering::Relaxed)
+    ));
 }
 
 fn write_report(line: &str) {
-    let Some(path) = std::env::var_os("MMUN_PRELOAD_REPORT") else { return };
-    let Ok(mut file) = OpenOptions::new().append(true).create(true).open(path) else { return };
+    let Some(path) = std::env::var_os("MMUN_PRELOAD_REPORT") else {
+        return;
+    };
+    let Ok(mut file) = OpenOptions::new().append(true).create(true).open(path) else {
+        return;
+    };
     let _ = writeln!(file, "{line}");
 }

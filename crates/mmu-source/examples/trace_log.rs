@@ -24,11 +24,17 @@ struct Lines;
 
 impl Lines {
     fn line(&self, kind: &str, range: &InvalidateRange<'_>) {
-        let (Some(log), Some(current)) = (LOG.get(), current()) else { return };
+        let (Some(log), Some(current)) = (LOG.get(), current()) else {
+            return;
+        };
         let mut log = log.lock().expect("nobody panics with the log locked");
         let (task, event, range) = (current.task, range.event().name(), range.range());
         // A full disk ends the log, not the program.
-        let _ = writeln!(log, "{} {kind} {event} {} {range} {:?}", task.tid, current.cause, current.result);
+        let _ = writeln!(
+            log,
+            "{} {kind} {event} {} {range} {:?}",
+            task.tid, current.cause, current.result
+        );
     }
 }
 
@@ -50,7 +56,9 @@ impl Observer for GetAndPut {
     type Held = Subscription<Lines>;
 
     fn enter(&mut self, _: Task, mm: &MmWithUser) -> Subscription<Lines> {
-        LINES.get(mm).expect("the first task of an address space enters while no bracket is open on it")
+        LINES
+            .get(mm)
+            .expect("the first task of an address space enters while no bracket is open on it")
     }
 
     fn leave(&mut self, _: Task, held: Subscription<Lines>) {
@@ -62,11 +70,17 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
     let mut args = env::args_os().skip(1);
     let file = args.next().ok_or("usage: trace_log FILE PROG [ARGS..]")?;
     let program = args.next().ok_or("usage: trace_log FILE PROG [ARGS..]")?;
-    let log = LOG.get_or_init(|| Mutex::new(BufWriter::new(File::create(file).expect("the log can be written"))));
+    let log = LOG.get_or_init(|| {
+        Mutex::new(BufWriter::new(
+            File::create(file).expect("the log can be written"),
+        ))
+    });
     let mut tracer = Tracer::new(Options::default(), GetAndPut)?;
     tracer.spawn(Command::new(program).args(args))?;
     tracer.run(&AtomicBool::new(false))?;
-    log.lock().expect("nobody panics with the log locked").flush()?;
+    log.lock()
+        .expect("nobody panics with the log locked")
+        .flush()?;
     Ok(match tracer.exit_status() {
         Some(ExitStatus::Code(code)) => ExitCode::from(code as u8),
         _ => ExitCode::FAILURE,

@@ -71,7 +71,10 @@ mod tests {
     fn all_threads_get_the_same_one() {
         let ids: Vec<u64> = std::thread::scope(|scope| {
             let threads: Vec<_> = (0..4).map(|_| scope.spawn(|| current().id())).collect();
-            threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
+            threads
+                .into_iter()
+                .map(|thread| thread.join().expect("no panic"))
+                .collect()
         });
         assert!(ids.iter().all(|id| *id == current_ref().id()), "{ids:?}");
     }

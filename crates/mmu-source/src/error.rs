@@ -93,21 +93,25 @@ impl Error {
                 Some(libc::ESRCH) => Some("it may have ended: `ps -e` lists what runs"),
                 _ => None,
             },
-            Error::Spawn { source, .. } if source.raw_os_error() == Some(libc::EPERM) => Some(if is_traced() {
-                "this process is itself traced, and a task can have one tracer only: start it without the outer one"
-            } else {
-                "ptrace may be forbidden here, as in some containers"
-            }),
-            Error::Unsupported { .. } => Some("Linux 5.3 or later on x86-64 is needed"),
-            Error::Spawn { source, .. } | Error::Kernel { source, .. } | Error::Arm { source, .. } => {
-                match source.raw_os_error() {
-                    Some(libc::EMFILE) => {
-                        Some("the limit of open files is reached (ulimit -n), also for a source's own")
-                    }
-                    Some(libc::ENFILE) => Some("the system's limit of open files is reached (sysctl fs.file-max)"),
-                    _ => None,
-                }
+            Error::Spawn { source, .. } if source.raw_os_error() == Some(libc::EPERM) => {
+                Some(if is_traced() {
+                    "this process is itself traced, and a task can have one tracer only: start it without the outer one"
+                } else {
+                    "ptrace may be forbidden here, as in some containers"
+                })
             }
+            Error::Unsupported { .. } => Some("Linux 5.3 or later on x86-64 is needed"),
+            Error::Spawn { source, .. }
+            | Error::Kernel { source, .. }
+            | Error::Arm { source, .. } => match source.raw_os_error() {
+                Some(libc::EMFILE) => {
+                    Some("the limit of open files is reached (ulimit -n), also for a source's own")
+                }
+                Some(libc::ENFILE) => {
+                    Some("the system's limit of open files is reached (sysctl fs.file-max)")
+                }
+                _ => None,
+            },
             _ => None,
         }
     }
@@ -119,17 +123,33 @@ impl fmt::Display for Error {
             Error::Exec { program, .. } => write!(f, "execve on {}", Path::new(program).display()),
             Error::Spawn { call, .. } => write!(f, "{call} on the new process"),
             Error::Attach { pid, .. } => write!(f, "PTRACE_SEIZE on pid {pid}"),
-            Error::Kernel { call, tid: Some(tid), .. } => write!(f, "{call} on task {tid}"),
-            Error::Kernel { call, tid: None, .. } => f.write_str(call),
-            Error::Unavailable { source, missing, remedy } => {
+            Error::Kernel {
+                call,
+                tid: Some(tid),
+                ..
+            } => write!(f, "{call} on task {tid}"),
+            Error::Kernel {
+                call, tid: None, ..
+            } => f.write_str(call),
+            Error::Unavailable {
+                source,
+                missing,
+                remedy,
+            } => {
                 write!(f, "source {source} lacks {missing} (try: {remedy})")
             }
             Error::Arm { call, range, .. } => write!(f, "{call} on {range}"),
             Error::AfterFork { source } => {
-                write!(f, "source {source} was started before a fork: start it again in the child")
+                write!(
+                    f,
+                    "source {source} was started before a fork: start it again in the child"
+                )
             }
             Error::InCallback { source } => {
-                write!(f, "source {source} was asked to wait inside one of its own callbacks")
+                write!(
+                    f,
+                    "source {source} was asked to wait inside one of its own callbacks"
+                )
             }
             Error::Unsupported { what } => write!(f, "{what} is not available"),
         }
@@ -152,15 +172,24 @@ impl std::error::Error for Error {
 /// Tells whether this thread is known to be traced.
 fn is_traced() -> bool {
     let status = std::fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
-    status.lines().any(|line| line.strip_prefix("TracerPid:").is_some_and(|pid| pid.trim() != "0"))
+    status.lines().any(|line| {
+        line.strip_prefix("TracerPid:")
+            .is_some_and(|pid| pid.trim() != "0")
+    })
 }
 
 /// What a call lacked that failed for want of descriptors or memory, which says nothing about the
 /// kernel's version or this process's rights: what is missing, and the command that helps.
 pub(crate) fn exhausted(error: &io::Error) -> Option<(String, String)> {
     let (missing, remedy) = match error.raw_os_error()? {
-        libc::EMFILE => ("descriptors, of which it needs some twenty", "ulimit -n \"$(ulimit -Hn)\""),
-        libc::ENFILE => ("descriptors of the whole system", "sysctl fs.file-nr fs.file-max"),
+        libc::EMFILE => (
+            "descriptors, of which it needs some twenty",
+            "ulimit -n \"$(ulimit -Hn)\"",
+        ),
+        libc::ENFILE => (
+            "descriptors of the whole system",
+            "sysctl fs.file-nr fs.file-max",
+        ),
         libc::ENOMEM => ("memory of the kernel, or of this control group", "free -h"),
         _ => return None,
     };
@@ -181,25 +210,48 @@ mod tests {
     #[test]
     fn a_remedy_names_this_program() {
         let own = std::env::current_exe().expect("this program has a name");
-        assert_eq!(setcap("cap_bpf"), format!("sudo setcap cap_bpf+ep '{}'", own.display()));
+        assert_eq!(
+            setcap("cap_bpf"),
+            format!("sudo setcap cap_bpf+ep '{}'", own.display())
+        );
     }
 
     #[test]
     fn want_of_descriptors_or_memory_is_told_from_an_old_kernel() {
         let exhausted = |errno| exhausted(&io::Error::from_raw_os_error(errno));
         let (missing, remedy) = exhausted(libc::EMFILE).expect("it is known");
-        assert!(missing.starts_with("descriptors") && remedy.starts_with("ulimit -n"), "{missing} {remedy}");
+        assert!(
+            missing.starts_with("descriptors") && remedy.starts_with("ulimit -n"),
+            "{missing} {remedy}"
+        );
         assert!(exhausted(libc::ENFILE).is_some_and(|(_, remedy)| remedy.contains("fs.file-max")));
         assert!(exhausted(libc::ENOMEM).is_some_and(|(_, remedy)| remedy == "free -h"));
-        assert!([libc::EPERM, libc::EINVAL, libc::ENOSYS].map(exhausted).iter().all(Option::is_none));
-        let error = Error::Kernel { call: "eventfd", tid: None, source: io::Error::from_raw_os_error(libc::EMFILE) };
+        assert!(
+            [libc::EPERM, libc::EINVAL, libc::ENOSYS]
+                .map(exhausted)
+                .iter()
+                .all(Option::is_none)
+        );
+        let error = Error::Kernel {
+            call: "eventfd",
+            tid: None,
+            source: io::Error::from_raw_os_error(libc::EMFILE),
+        };
         assert!(error.hint().is_some_and(|hint| hint.contains("ulimit -n")));
     }
 
     #[test]
     fn an_error_names_the_call_and_the_object_and_does_not_repeat_its_source() {
-        let error = Error::Attach { pid: 7, source: io::Error::from_raw_os_error(libc::EPERM) };
+        let error = Error::Attach {
+            pid: 7,
+            source: io::Error::from_raw_os_error(libc::EPERM),
+        };
         assert_eq!(error.to_string(), "PTRACE_SEIZE on pid 7");
-        assert!(error.hint().expect("EPERM has a hint").contains("ptrace_scope"));
+        assert!(
+            error
+                .hint()
+                .expect("EPERM has a hint")
+                .contains("ptrace_scope")
+        );
     }
 }

@@ -69,7 +69,10 @@ pub(crate) fn marks() -> &'static Marks {
 
 #[cold]
 fn map() -> &'static Marks {
-    let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    let (protection, flags) = (
+        libc::PROT_READ | libc::PROT_WRITE,
+        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+    );
     // SAFETY: a new mapping where the kernel likes; nothing of ours is touched.
     let page = unsafe { libc::mmap(ptr::null_mut(), 4096, protection, flags, -1, 0) };
     assert_ne!(page, libc::MAP_FAILED, "one page can be mapped");
@@ -101,7 +104,10 @@ fn map() -> &'static Marks {
 pub(crate) fn mark() -> u64 {
     static NEXT: AtomicU64 = AtomicU64::new(1);
     let id = NEXT.fetch_add(1, Ordering::Relaxed);
-    match marks().alive.compare_exchange(0, id, Ordering::Relaxed, Ordering::Relaxed) {
+    match marks()
+        .alive
+        .compare_exchange(0, id, Ordering::Relaxed, Ordering::Relaxed)
+    {
         Ok(_) => id,
         Err(before) => before,
     }
@@ -131,7 +137,10 @@ pub(crate) fn keep<T>(value: T) -> *mut T {
     }
     static FIRST: AtomicPtr<Kept> = AtomicPtr::new(ptr::null_mut());
     let value = Box::into_raw(Box::new(value));
-    let kept = Box::into_raw(Box::new(Kept { _value: value.cast(), _next: ptr::null_mut() }));
+    let kept = Box::into_raw(Box::new(Kept {
+        _value: value.cast(),
+        _next: ptr::null_mut(),
+    }));
     // ORDER: Relaxed: the list is never followed.
     let next = FIRST.swap(kept, Ordering::Relaxed);
     // SAFETY: writing needs a live place that no other thread uses: it was made above, and no
@@ -173,7 +182,9 @@ pub(crate) fn running<T: Any + Send + Sync>(
     let mark = mark();
     let mut running = own(slot).lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(source) = running.upgrade() {
-        return Ok(source.downcast().unwrap_or_else(|_| unreachable!("each slot has one source")));
+        return Ok(source
+            .downcast()
+            .unwrap_or_else(|_| unreachable!("each slot has one source")));
     }
     let source = Arc::new(make(mark)?);
     *running = Arc::downgrade(&(source.clone() as Arc<dyn Any + Send + Sync>));
@@ -189,7 +200,11 @@ impl Lock {
     /// Runs `f` while no other thread of this address space holds the lock.
     pub(crate) fn with<R>(&'static self, f: impl FnOnce() -> R) -> R {
         // ORDER(fork-lock): Acquire, for what the last holder left. Partner: the Release in `drop`.
-        until(|| self.0.compare_exchange_weak(false, true, Ordering::Acquire, Ordering::Relaxed).is_ok());
+        until(|| {
+            self.0
+                .compare_exchange_weak(false, true, Ordering::Acquire, Ordering::Relaxed)
+                .is_ok()
+        });
         let _held = Held(self);
         f()
     }
@@ -205,7 +220,9 @@ impl Drop for Held {
 }
 
 /// Turns what `marks().space` holds into a reference.
-pub(crate) fn space(pointer: *mut mmu_notifier::MmWithUser) -> Option<&'static mmu_notifier::MmWithUser> {
+pub(crate) fn space(
+    pointer: *mut mmu_notifier::MmWithUser,
+) -> Option<&'static mmu_notifier::MmWithUser> {
     // SAFETY: the word is null or comes from `keep` in `current_mm`, published with Release, and is
     // never freed.
     unsafe { pointer.as_ref() }

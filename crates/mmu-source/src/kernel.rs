@@ -187,7 +187,11 @@ pub struct Drained {
 }
 
 impl Drained {
-    const REFUSED: Self = Self { ranges: 0, lost: false, refused: true };
+    const REFUSED: Self = Self {
+        ranges: 0,
+        lost: false,
+        refused: true,
+    };
 }
 
 impl Kernel {
@@ -247,7 +251,11 @@ impl Kernel {
         }
         self.inner.settle(generation);
         // A callback that runs here may fork, and this be the child.
-        if self.is_inherited() { Err(Error::AfterFork { source: "kernel" }) } else { Ok(Settled(generation)) }
+        if self.is_inherited() {
+            Err(Error::AfterFork { source: "kernel" })
+        } else {
+            Ok(Settled(generation))
+        }
     }
 
     /// Hands the ranges that are waiting to [`Mm::invalidate`](mmu_notifier::Mm::invalidate) of
@@ -261,7 +269,11 @@ impl Kernel {
             return Drained::REFUSED;
         }
         let target = self.generation();
-        let mut drained = Drained { ranges: 0, lost: false, refused: false };
+        let mut drained = Drained {
+            ranges: 0,
+            lost: false,
+            refused: false,
+        };
         crate::wait::until(|| {
             if let Some(turn) = self.inner.hand_on(target) {
                 drained.ranges += turn.ranges;
@@ -280,7 +292,10 @@ impl Kernel {
     /// were lost since the last time.
     #[must_use]
     pub fn lost(&self) -> u64 {
-        let overflows = self.inner.with_intake(|intake, _| intake.overflows).unwrap_or(0);
+        let overflows = self
+            .inner
+            .with_intake(|intake, _| intake.overflows)
+            .unwrap_or(0);
         self.inner.header.u64(header::LOST).load(Ordering::Relaxed)
             + self.inner.missed.load(Ordering::Relaxed)
             + overflows
@@ -327,7 +342,9 @@ impl Kernel {
 
     /// The same for ranges that were armed before `settled` was made.
     fn wait_for(&self, settled: Settled) -> Result<(), Error> {
-        self.inner.waits.wait_for(settled.0, &self.inner.header, self.vault())
+        self.inner
+            .waits
+            .wait_for(settled.0, &self.inner.header, self.vault())
     }
 
     fn vault(&self) -> &Vault<Machines> {
@@ -356,7 +373,11 @@ impl Inner {
 }
 
 fn kernel_error(call: &'static str, source: io::Error) -> Error {
-    Error::Kernel { call, tid: None, source }
+    Error::Kernel {
+        call,
+        tid: None,
+        source,
+    }
 }
 
 impl Drop for Kernel {
@@ -382,7 +403,11 @@ impl Drop for Kernel {
 
 impl fmt::Debug for Kernel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (waits, machines) = if self.is_inherited() { (0, 0) } else { self.waits() };
+        let (waits, machines) = if self.is_inherited() {
+            (0, 0)
+        } else {
+            self.waits()
+        };
         f.debug_struct("Kernel")
             .field("generation", &self.generation())
             .field("handled", &self.inner.handled())

@@ -28,8 +28,14 @@
 //! ```
 //!
 //! `hook`: while it is installed, subscribers of [`current`] are called before and after each call.
-#![cfg_attr(all(feature = "hook", target_arch = "x86_64", target_env = "gnu"), doc = "```")]
-#![cfg_attr(not(all(feature = "hook", target_arch = "x86_64", target_env = "gnu")), doc = "```ignore")]
+#![cfg_attr(
+    all(feature = "hook", target_arch = "x86_64", target_env = "gnu"),
+    doc = "```"
+)]
+#![cfg_attr(
+    not(all(feature = "hook", target_arch = "x86_64", target_env = "gnu")),
+    doc = "```ignore"
+)]
 //! # use mmu_notifier::{InvalidateRange, Notifier, Registration};
 //! # use std::sync::atomic::{AtomicU64, Ordering};
 //! #[derive(Default)]
@@ -65,7 +71,12 @@
 
 #![deny(unsafe_code)]
 #![cfg_attr(
-    not(all(feature = "hook", feature = "kernel", feature = "process", feature = "uffd")),
+    not(all(
+        feature = "hook",
+        feature = "kernel",
+        feature = "process",
+        feature = "uffd"
+    )),
     allow(
         dead_code,
         unused_imports,
@@ -107,6 +118,12 @@ pub use sources::{SOURCES, SourceInfo};
 pub use watch::Watch;
 
 /// The example of the crate's README must run.
-#[cfg(all(doctest, feature = "hook", target_arch = "x86_64", target_os = "linux", target_env = "gnu"))]
+#[cfg(all(
+    doctest,
+    feature = "hook",
+    target_arch = "x86_64",
+    target_os = "linux",
+    target_env = "gnu"
+))]
 #[doc = include_str!("../README.md")]
 struct Readme;

@@ -38,13 +38,18 @@ pub(crate) fn read(tid: libc::pid_t) -> io::Result<Vec<Mapping>> {
     // The file tells no size; with room from the start it is read a page at a time.
     let mut text = Vec::with_capacity(1 << 16);
     File::open(format!("/proc/{tid}/maps"))?.read_to_end(&mut text)?;
-    Ok(text.split(|byte| *byte == b'\n').filter_map(parse).collect())
+    Ok(text
+        .split(|byte| *byte == b'\n')
+        .filter_map(parse)
+        .collect())
 }
 
 /// Parses a line, such as `7f00-8f00 rw-p 00000000 00:01 12 /SYSV00000000 (deleted)`.
 pub(crate) fn parse(line: &[u8]) -> Option<Mapping> {
     // A path may hold any byte but a newline; only the columns before it must be text.
-    let mut columns = line.splitn(6, |byte| *byte == b' ').map(|column| std::str::from_utf8(column));
+    let mut columns = line
+        .splitn(6, |byte| *byte == b' ')
+        .map(|column| std::str::from_utf8(column));
     let mut next = || columns.next()?.ok();
     let hex = |text: &str| u64::from_str_radix(text, 16).ok();
     let (start, end) = next()?.split_once('-')?;
@@ -52,7 +57,11 @@ pub(crate) fn parse(line: &[u8]) -> Option<Mapping> {
     let offset = hex(next()?)?;
     let (major, minor) = next()?.split_once(':')?;
     let inode = next()?.parse().ok()?;
-    let path = line.splitn(6, |byte| *byte == b' ').nth(5).unwrap_or_default().trim_ascii_start();
+    let path = line
+        .splitn(6, |byte| *byte == b' ')
+        .nth(5)
+        .unwrap_or_default()
+        .trim_ascii_start();
     let kind = match path {
         b"[heap]" => Kind::Heap,
         path if path.starts_with(b"/SYSV") => Kind::SysV,
@@ -65,7 +74,10 @@ pub(crate) fn parse(line: &[u8]) -> Option<Mapping> {
         writable: flags.get(1) == Some(&b'w'),
         private: flags.get(3) == Some(&b'p'),
         offset,
-        device: (u32::from_str_radix(major, 16).ok()?, u32::from_str_radix(minor, 16).ok()?),
+        device: (
+            u32::from_str_radix(major, 16).ok()?,
+            u32::from_str_radix(minor, 16).ok()?,
+        ),
         inode,
         kind,
     })
@@ -75,9 +87,14 @@ pub(crate) fn parse(line: &[u8]) -> Option<Mapping> {
 ///
 /// Memory that was written and made read-only later is write-protected already.
 pub(crate) fn writable_private(maps: io::Result<Vec<Mapping>>, into: &mut Vec<VaRange>) {
-    let Ok(maps) = maps else { return into.push(VaRange::ALL) };
+    let Ok(maps) = maps else {
+        return into.push(VaRange::ALL);
+    };
     let mut open: Option<(u64, u64)> = None;
-    for mapping in maps.iter().filter(|mapping| mapping.private && mapping.writable) {
+    for mapping in maps
+        .iter()
+        .filter(|mapping| mapping.private && mapping.writable)
+    {
         open = match open {
             Some((start, end)) if end == mapping.start => Some((start, mapping.end)),
             Some((start, end)) => {
@@ -99,9 +116,14 @@ pub(crate) fn writable_private(maps: io::Result<Vec<Mapping>>, into: &mut Vec<Va
 /// `ksys_shmdt`, ipc/shm.c: a piece belongs if it is of the same segment and its offset is its
 /// distance from `address`. The first one found in address order says which segment that is.
 pub(crate) fn attached_at(maps: io::Result<Vec<Mapping>>, address: u64, into: &mut Vec<VaRange>) {
-    let Ok(maps) = maps else { return into.push(VaRange::ALL) };
+    let Ok(maps) = maps else {
+        return into.push(VaRange::ALL);
+    };
     let mut segment = None;
-    for mapping in maps.iter().filter(|mapping| mapping.is_attached(address, &mut segment)) {
+    for mapping in maps
+        .iter()
+        .filter(|mapping| mapping.is_attached(address, &mut segment))
+    {
         push(into, mapping.start, mapping.end);
     }
 }
@@ -109,7 +131,11 @@ pub(crate) fn attached_at(maps: io::Result<Vec<Mapping>>, address: u64, into: &m
 impl Mapping {
     /// Tells whether `shmdt(address)` detaches this mapping. `segment` is for one pass over all
     /// mappings, in order; it starts as `None`.
-    pub(crate) fn is_attached(&self, address: u64, segment: &mut Option<((u32, u32), u64)>) -> bool {
+    pub(crate) fn is_attached(
+        &self,
+        address: u64,
+        segment: &mut Option<((u32, u32), u64)>,
+    ) -> bool {
         let this = (self.device, self.inode);
         self.kind == Kind::SysV
             && self.start >= address
@@ -120,13 +146,18 @@ impl Mapping {
 
 /// Finds the mapping that holds `address`.
 pub(crate) fn holding(maps: &[Mapping], address: u64) -> Option<&Mapping> {
-    maps.iter().find(|mapping| mapping.start <= address && address < mapping.end)
+    maps.iter()
+        .find(|mapping| mapping.start <= address && address < mapping.end)
 }
 
 /// The end of the heap, as far as the maps tell: a neighbour that was joined to it counts as heap.
 pub(crate) fn heap_end(maps: io::Result<Vec<Mapping>>) -> Option<u64> {
-    let Ok(maps) = maps else { return Some(page::down(u64::MAX)) };
-    maps.iter().rfind(|mapping| mapping.kind == Kind::Heap).map(|mapping| mapping.end)
+    let Ok(maps) = maps else {
+        return Some(page::down(u64::MAX));
+    };
+    maps.iter()
+        .rfind(|mapping| mapping.kind == Kind::Heap)
+        .map(|mapping| mapping.end)
 }
 
 fn push(into: &mut Vec<VaRange>, start: u64, end: u64) {
@@ -138,7 +169,9 @@ mod tests {
     use super::*;
 
     fn maps(text: &str) -> Vec<Mapping> {
-        text.lines().filter_map(|line| parse(line.as_bytes())).collect()
+        text.lines()
+            .filter_map(|line| parse(line.as_bytes()))
+            .collect()
     }
 
     fn range(start: u64, end: u64) -> VaRange {

@@ -41,7 +41,10 @@ mod tests {
         // SAFETY: takes an integer.
         assert_eq!(size(), unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as u64);
         assert!(size().is_power_of_two() && size() % mmu_notifier::PAGE_SIZE == 0);
-        assert_eq!((down(3 * size() + 1), up(3 * size() + 1)), (3 * size(), 4 * size()));
+        assert_eq!(
+            (down(3 * size() + 1), up(3 * size() + 1)),
+            (3 * size(), 4 * size())
+        );
         assert_eq!((up(u64::MAX), up(0), up(size())), (u64::MAX, 0, size()));
     }
 

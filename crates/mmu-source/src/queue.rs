@@ -21,8 +21,14 @@ pub(crate) struct Queue<T> {
 
 impl<T> Queue<T> {
     pub(crate) fn new() -> Arc<Self> {
-        let state = Mutex::new(State { messages: VecDeque::new(), is_closed: false });
-        Arc::new(Self { state, changed: Condvar::new() })
+        let state = Mutex::new(State {
+            messages: VecDeque::new(),
+            is_closed: false,
+        });
+        Arc::new(Self {
+            state,
+            changed: Condvar::new(),
+        })
     }
 
     fn state(&self) -> MutexGuard<'_, State<T>> {
@@ -45,7 +51,10 @@ impl<T> Queue<T> {
     pub(crate) fn pop(&self) -> Option<T> {
         let mut state = self.state();
         while state.messages.is_empty() && !state.is_closed {
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
         }
         state.messages.pop_front()
     }

@@ -13,7 +13,8 @@ use mmu_notifier::{Va, VaRange};
 /// NORMAL, RANDOM, SEQUENTIAL, WILLNEED, DONTFORK, DOFORK, MERGEABLE, HUGEPAGE, NOHUGEPAGE,
 /// DONTDUMP, DODUMP, WIPEONFORK, KEEPONFORK, COLD, POPULATE_READ and GUARD_REMOVE. POPULATE_WRITE
 /// is not among them: it gives each page that was shared for reading a copy of its own.
-pub(crate) const HARMLESS_ADVICE: &[u32] = &[0, 1, 2, 3, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 22, 103];
+pub(crate) const HARMLESS_ADVICE: &[u32] =
+    &[0, 1, 2, 3, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 22, 103];
 /// The one flag of `mbind` that moves no pages.
 const MPOL_MF_STRICT: u64 = 1;
 /// `mprotect` goes on to the start of a mapping that grows down.
@@ -41,7 +42,9 @@ pub(crate) fn mmap(
     let mut length = length;
     // The smallest huge page; an address that is no multiple of it is refused.
     if !has(libc::MAP_ANONYMOUS) && address % page::SMALLEST_HUGE == 0 {
-        length = file_page().and_then(|page| length.checked_next_multiple_of(page)).unwrap_or(length);
+        length = file_page()
+            .and_then(|page| length.checked_next_multiple_of(page))
+            .unwrap_or(length);
     }
     if has(libc::MAP_HUGETLB) {
         length = huge_up(address, length, flags);
@@ -90,7 +93,8 @@ pub(crate) fn mremap(
     if has(libc::MREMAP_FIXED) {
         add(ranges, old, old_length);
         add(ranges, new, new_length);
-    } else if has(libc::MREMAP_DONTUNMAP) || (has(libc::MREMAP_MAYMOVE) && new_length > old_length) {
+    } else if has(libc::MREMAP_DONTUNMAP) || (has(libc::MREMAP_MAYMOVE) && new_length > old_length)
+    {
         add(ranges, old, old_length);
     } else if new_length < old_length {
         if let Some(tail) = old.checked_add(new_length) {
@@ -140,7 +144,10 @@ pub(crate) fn mbind(ranges: &mut impl Extend<VaRange>, address: u64, length: u64
 pub(crate) fn folios(ranges: &mut impl Extend<VaRange>, address: u64, length: u64) {
     let (address, huge) = (page::untagged(address), page::huge());
     let start = address & !(huge - 1);
-    match address.checked_add(length).and_then(|end| end.checked_next_multiple_of(huge)) {
+    match address
+        .checked_add(length)
+        .and_then(|end| end.checked_next_multiple_of(huge))
+    {
         Some(end) if length > 0 => add(ranges, start, end - start),
         _ => add(ranges, address, length),
     }
@@ -162,7 +169,10 @@ pub(crate) fn whole_pages(range: VaRange) -> VaRange {
     let start = page::down(range.start().get());
     let length = (range.last().get() | (page::size() - 1)) - start;
     // Only the range of all addresses has a length that is none.
-    length.checked_add(1).and_then(|length| VaRange::covering(Va::new(start), length).ok()).unwrap_or(VaRange::ALL)
+    length
+        .checked_add(1)
+        .and_then(|length| VaRange::covering(Va::new(start), length).ok())
+        .unwrap_or(VaRange::ALL)
 }
 
 #[cfg(test)]
@@ -177,7 +187,10 @@ mod tests {
         let told = |f: &dyn Fn(&mut Vec<VaRange>)| {
             let mut ranges = Vec::new();
             f(&mut ranges);
-            ranges.iter().map(|range| (range.start().get(), range.end().map_or(0, Va::get))).collect::<Vec<_>>()
+            ranges
+                .iter()
+                .map(|range| (range.start().get(), range.end().map_or(0, Va::get)))
+                .collect::<Vec<_>>()
         };
         let moves = |address, length, flags| told(&|ranges| mbind(ranges, address, length, flags));
         assert_eq!(moves(inside, page, 2), [(huge, 2 * huge)]);
@@ -186,7 +199,10 @@ mod tests {
         assert_eq!(moves(inside, page, MPOL_MF_STRICT), []);
         assert_eq!(moves(inside, 0, 2), []);
         // Nothing of the user's lies there, and nothing overflows.
-        assert_eq!(moves(u64::MAX - (page - 1), page, 2), [(u64::MAX - (page - 1), 0)]);
+        assert_eq!(
+            moves(u64::MAX - (page - 1), page, 2),
+            [(u64::MAX - (page - 1), 0)]
+        );
         let advised = |advice: i32| told(&|ranges| madvise(ranges, inside, page, advice as u64));
         assert_eq!(advised(libc::MADV_SOFT_OFFLINE), [(huge, 2 * huge)]);
         assert_eq!(advised(libc::MADV_HWPOISON), [(huge, 2 * huge)]);
@@ -199,19 +215,41 @@ mod tests {
         const MIB: u64 = 1 << 20;
         let mapped = |address: u64, flags: i32| {
             let mut ranges = Vec::new();
-            mmap(&mut ranges, address, page::size(), (flags | libc::MAP_FIXED) as u64, || Some(1 << 21));
+            mmap(
+                &mut ranges,
+                address,
+                page::size(),
+                (flags | libc::MAP_FIXED) as u64,
+                || Some(1 << 21),
+            );
             assert_eq!(ranges.len(), 1);
             ranges[0].end().map_or(0, Va::get) - address
         };
         assert_eq!(mapped(1 << 40, libc::MAP_ANONYMOUS), page::size());
         assert_eq!(mapped(1 << 40, 0), 2 * MIB, "by the file");
-        assert_eq!(mapped((1 << 40) + page::size(), 0), page::size(), "refused for a file of huge pages");
-        assert_eq!(mapped(1 << 40, libc::MAP_HUGETLB | libc::MAP_HUGE_2MB), 2 * MIB);
-        assert_eq!(mapped(1 << 40, libc::MAP_HUGETLB | libc::MAP_HUGE_1GB), 1024 * MIB);
+        assert_eq!(
+            mapped((1 << 40) + page::size(), 0),
+            page::size(),
+            "refused for a file of huge pages"
+        );
+        assert_eq!(
+            mapped(1 << 40, libc::MAP_HUGETLB | libc::MAP_HUGE_2MB),
+            2 * MIB
+        );
+        assert_eq!(
+            mapped(1 << 40, libc::MAP_HUGETLB | libc::MAP_HUGE_1GB),
+            1024 * MIB
+        );
         // The default size: at most what the address is a multiple of.
         assert_eq!(mapped((1 << 40) + 2 * MIB, libc::MAP_HUGETLB), 2 * MIB);
         assert_eq!(mapped(1 << 40, libc::MAP_HUGETLB), 1 << page::LARGEST_HUGE);
         // A size that no processor has does not overflow.
-        assert_eq!(mapped(1 << 40, libc::MAP_HUGETLB | libc::MAP_HUGE_MASK << libc::MAP_HUGE_SHIFT), 1 << 63);
+        assert_eq!(
+            mapped(
+                1 << 40,
+                libc::MAP_HUGETLB | libc::MAP_HUGE_MASK << libc::MAP_HUGE_SHIFT
+            ),
+            1 << 63
+        );
     }
 }

@@ -70,7 +70,15 @@ impl SourceInfo {
     /// Returns the source's row of the table, in Markdown.
     #[must_use]
     pub fn row(&self) -> String {
-        let Self { name, sees, tells, misses, callback, cost, needs } = self;
+        let Self {
+            name,
+            sees,
+            tells,
+            misses,
+            callback,
+            cost,
+            needs,
+        } = self;
         format!("| `{name}` | {sees} | {tells} | {misses} | {callback} | {cost} | {needs} |")
     }
 }
@@ -84,7 +92,11 @@ mod tests {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/sources.md");
         let document = std::fs::read_to_string(path).expect("docs/sources.md is there");
         for source in SOURCES {
-            assert!(document.contains(&source.row()), "docs/sources.md lacks:\n{}", source.row());
+            assert!(
+                document.contains(&source.row()),
+                "docs/sources.md lacks:\n{}",
+                source.row()
+            );
         }
     }
 }

@@ -111,20 +111,33 @@ pub struct Features {
 pub fn probe() -> Result<Features, Error> {
     sys::open().map_err(|error| missing(&error))?;
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    Ok(Features { release: release.trim().to_owned() })
+    Ok(Features {
+        release: release.trim().to_owned(),
+    })
 }
 
 fn missing(error: &io::Error) -> Error {
     if let Some((missing, remedy)) = crate::error::exhausted(error) {
-        return Error::Unavailable { source: "uffd", missing, remedy };
+        return Error::Unavailable {
+            source: "uffd",
+            missing,
+            remedy,
+        };
     }
     let release = || "uname -r".to_owned();
     let (missing, remedy) = match error.raw_os_error() {
-        Some(libc::EPERM) => ("CAP_SYS_PTRACE, for the events of fork", crate::error::setcap("cap_sys_ptrace")),
+        Some(libc::EPERM) => (
+            "CAP_SYS_PTRACE, for the events of fork",
+            crate::error::setcap("cap_sys_ptrace"),
+        ),
         Some(libc::ENOSYS) => ("userfaultfd (CONFIG_USERFAULTFD)", release()),
         _ => ("UFFD_FEATURE_WP_ASYNC, as of Linux 6.7", release()),
     };
-    Error::Unavailable { source: "uffd", missing: format!("{missing}: {error}"), remedy }
+    Error::Unavailable {
+        source: "uffd",
+        missing: format!("{missing}: {error}"),
+        remedy,
+    }
 }
 
 impl Uffd {
@@ -150,8 +163,14 @@ impl Uffd {
             armed: Mutex::new(Vec::new()),
         });
         let shared = Arc::clone(&inner);
-        let vault = Vault::open(c"mmu-uffd-vault", kernel_error, move |_| Reader::start(shared))?;
-        let mut uffd = Self { inner, vault: Some(vault), teller: None };
+        let vault = Vault::open(c"mmu-uffd-vault", kernel_error, move |_| {
+            Reader::start(shared)
+        })?;
+        let mut uffd = Self {
+            inner,
+            vault: Some(vault),
+            teller: None,
+        };
         let inner = Arc::clone(&uffd.inner);
         let (started, start) = mpsc::channel();
         let tell = move || {
@@ -159,7 +178,8 @@ impl Uffd {
             let _ = started.send(());
             inner.tell();
         };
-        let thread = Thread::spawn(c"mmu-uffd-tell", tell).map_err(|error| kernel_error("start of a thread", error))?;
+        let thread = Thread::spawn(c"mmu-uffd-tell", tell)
+            .map_err(|error| kernel_error("start of a thread", error))?;
         uffd.teller = Some(thread);
         start.recv().expect("the thread has started");
         // A thread allocates as it starts. A fork at that time would hold the allocator's lock and
@@ -188,13 +208,22 @@ impl Uffd {
         }
         // The kernel watches whole pages of its own.
         let range = whole_pages(range);
-        let failed = |source| Error::Arm { call: "UFFDIO_REGISTER", range, source };
+        let failed = |source| Error::Arm {
+            call: "UFFDIO_REGISTER",
+            range,
+            source,
+        };
         let mut armed = self.inner.armed();
         sys::is_mapped(range).map_err(failed)?;
-        self.vault().run(move |reader| sys::register(reader.descriptors.uffd.as_fd(), range)).map_err(failed)?;
+        self.vault()
+            .run(move |reader| sys::register(reader.descriptors.uffd.as_fd(), range))
+            .map_err(failed)?;
         armed.push(range);
         drop(armed);
-        Ok(Armed { uffd: Arc::clone(self), range })
+        Ok(Armed {
+            uffd: Arc::clone(self),
+            range,
+        })
     }
 
     /// Waits until everything has been told whose call returned before.
@@ -229,7 +258,8 @@ impl Uffd {
         // ORDER(source-ask): AcqRel: the question comes after the call that it is about. Partner:
         // the load in `Inner::read`.
         let question = inner.asked.fetch_add(1, Ordering::AcqRel) + 1;
-        self.vault().run(|reader| wait::wake(reader.descriptors.nudge.as_fd()));
+        self.vault()
+            .run(|reader| wait::wake(reader.descriptors.nudge.as_fd()));
         // ORDER(source-answer): Acquire: what was read is in the queue. Partner: the store in
         // `Inner::read`.
         wait::until(|| inner.answered.load(Ordering::Acquire) >= question);
@@ -262,11 +292,17 @@ impl Inner {
             while let Some(message) = sys::read(uffd.as_fd()) {
                 any = true;
                 match message {
-                    Message::Remove { start, end } => self.queue.push([Kind::Clear as u64, start, end]),
-                    Message::Unmap { start, end } => self.queue.push([Kind::Unmap as u64, start, end]),
+                    Message::Remove { start, end } => {
+                        self.queue.push([Kind::Clear as u64, start, end])
+                    }
+                    Message::Unmap { start, end } => {
+                        self.queue.push([Kind::Unmap as u64, start, end])
+                    }
                     Message::Remap { from, to, len } => {
-                        self.queue.push([Kind::Unmap as u64, from, from.wrapping_add(len)]);
-                        self.queue.push([Kind::Unmap as u64, to, to.wrapping_add(len)]);
+                        self.queue
+                            .push([Kind::Unmap as u64, from, from.wrapping_add(len)]);
+                        self.queue
+                            .push([Kind::Unmap as u64, to, to.wrapping_add(len)]);
                     }
                     Message::Fork => self.queue.push([Kind::Protection as u64, 0, 0]),
                     Message::Other => self.queue.push([Kind::Clear as u64, 0, 0]),
@@ -303,8 +339,11 @@ impl Inner {
                     drop(mm.invalidate(VaRange::ALL, Event::Clear));
                     self.queue.tell(lost);
                 }
-                let Some([kind, start, end]) = self.queue.peek() else { break };
-                let range = VaRange::covering(Va::new(start), end.wrapping_sub(start)).unwrap_or(VaRange::ALL);
+                let Some([kind, start, end]) = self.queue.peek() else {
+                    break;
+                };
+                let range = VaRange::covering(Va::new(start), end.wrapping_sub(start))
+                    .unwrap_or(VaRange::ALL);
                 let event = match kind {
                     kind if kind == Kind::Unmap as u64 => Event::Unmap,
                     kind if kind == Kind::Protection as u64 => Event::ProtectionPage,
@@ -333,11 +372,17 @@ impl Uffd {
             let rest = VaRange::new(from, range.end().unwrap_or(Va::new(u64::MAX))).ok();
             let Some(rest) = rest else { return };
             // The first armed range that covers something of the rest.
-            let next = armed.iter().filter_map(|other| other.intersection(rest)).min();
+            let next = armed
+                .iter()
+                .filter_map(|other| other.intersection(rest))
+                .min();
             let until = next.map_or(rest.end(), |next| Some(next.start()));
             if let Some(free) = until.and_then(|until| VaRange::new(from, until).ok()) {
                 // It may be unmapped meanwhile, and then it is not registered either.
-                drop(self.vault().run(move |reader| sys::unregister(reader.descriptors.uffd.as_fd(), free)));
+                drop(
+                    self.vault()
+                        .run(move |reader| sys::unregister(reader.descriptors.uffd.as_fd(), free)),
+                );
             }
             match next.and_then(VaRange::end) {
                 Some(end) => from = end,
@@ -363,8 +408,13 @@ impl Reader {
         let descriptors = Arc::new(Descriptors { uffd, nudge });
         let (shared, own) = (Arc::clone(&inner), Arc::clone(&descriptors));
         let read = move || shared.read(&own);
-        let thread = Thread::spawn(c"mmu-uffd-read", read).map_err(|error| kernel_error("start of a thread", error))?;
-        Ok(Self { inner, descriptors, thread: Some(thread) })
+        let thread = Thread::spawn(c"mmu-uffd-read", read)
+            .map_err(|error| kernel_error("start of a thread", error))?;
+        Ok(Self {
+            inner,
+            descriptors,
+            thread: Some(thread),
+        })
     }
 }
 
@@ -383,7 +433,11 @@ impl Drop for Reader {
 }
 
 fn kernel_error(call: &'static str, source: io::Error) -> Error {
-    Error::Kernel { call, tid: None, source }
+    Error::Kernel {
+        call,
+        tid: None,
+        source,
+    }
 }
 
 impl Drop for Uffd {
@@ -411,7 +465,9 @@ impl Drop for Uffd {
 
 impl fmt::Debug for Uffd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Uffd").field("lost", &self.lost()).finish_non_exhaustive()
+        f.debug_struct("Uffd")
+            .field("lost", &self.lost())
+            .finish_non_exhaustive()
     }
 }
 

@@ -23,7 +23,10 @@
 //! one. The thread is the vault's own, it has opened nothing yet, and the program's table is not
 //! touched.
 
-#![allow(unsafe_code, reason = "one call without a safe wrapper; see the Safety section")]
+#![allow(
+    unsafe_code,
+    reason = "one call without a safe wrapper; see the Safety section"
+)]
 
 use crate::queue::{ClosesQueue, Queue};
 use srcu::Thread;
@@ -61,7 +64,9 @@ impl<T: 'static> Vault<T> {
         let answered = Queue::new();
         let answer = ClosesQueue(Arc::clone(&answered));
         let run = move || {
-            let made = empty_table().map_err(|error| failed("close_range", error)).and_then(|()| make(&own.0));
+            let made = empty_table()
+                .map_err(|error| failed("close_range", error))
+                .and_then(|()| make(&own.0));
             let (content, made) = match made {
                 Ok(content) => (Some(content), Ok(())),
                 Err(error) => (None, Err(error)),
@@ -74,17 +79,27 @@ impl<T: 'static> Vault<T> {
                 }
             }
         };
-        let thread = Thread::spawn(name, run).map_err(|error| failed("start of a thread", error))?;
-        let vault = Self { inbox, thread: Some(thread) };
-        answered.pop().expect("the thread answers before it ends").map(|()| vault)
+        let thread =
+            Thread::spawn(name, run).map_err(|error| failed("start of a thread", error))?;
+        let vault = Self {
+            inbox,
+            thread: Some(thread),
+        };
+        answered
+            .pop()
+            .expect("the thread answers before it ends")
+            .map(|()| vault)
     }
 
     /// Runs `f` in the vault, and waits for its result.
     pub(crate) fn run<R: Send + 'static>(&self, f: impl FnOnce(&mut T) -> R + Send + 'static) -> R {
         let answered = Queue::new();
         let answer = ClosesQueue(Arc::clone(&answered));
-        self.inbox.post(move |content| answer.0.push(catch_unwind(AssertUnwindSafe(|| f(content)))));
-        let result = answered.pop().expect("the thread runs every job that comes before its end");
+        self.inbox
+            .post(move |content| answer.0.push(catch_unwind(AssertUnwindSafe(|| f(content)))));
+        let result = answered
+            .pop()
+            .expect("the thread runs every job that comes before its end");
         result.unwrap_or_else(|panic| resume_unwind(panic))
     }
 
@@ -158,30 +173,56 @@ mod tests {
     use std::os::fd::AsRawFd;
 
     fn open() -> Vault<File> {
-        Vault::open(c"vault", |_, error| error, |_| File::open("/proc/self/status")).expect("a vault")
+        Vault::open(
+            c"vault",
+            |_, error| error,
+            |_| File::open("/proc/self/status"),
+        )
+        .expect("a vault")
     }
 
     #[test]
     fn what_is_open_in_a_vault_has_no_number_in_the_program() {
         let vault = open();
-        let inside = vault.run(|file| std::fs::read_link(format!("/proc/thread-self/fd/{}", file.as_raw_fd())));
+        let inside = vault
+            .run(|file| std::fs::read_link(format!("/proc/thread-self/fd/{}", file.as_raw_fd())));
         assert!(inside.expect("it is open there").ends_with("status"));
         let outside = std::fs::read_dir("/proc/self/fd")
             .expect("proc")
             .filter_map(|entry| std::fs::read_link(entry.expect("an entry").path()).ok());
         assert!(!outside.into_iter().any(|path| path.ends_with("status")));
-        let own = vault.run(|_| std::fs::read_dir("/proc/thread-self/fd").expect("proc").count());
-        assert_eq!(own, 5, "three that stand for nothing, the content, and the folder itself");
+        let own = vault.run(|_| {
+            std::fs::read_dir("/proc/thread-self/fd")
+                .expect("proc")
+                .count()
+        });
+        assert_eq!(
+            own, 5,
+            "three that stand for nothing, the content, and the folder itself"
+        );
     }
 
     #[test]
     fn a_panic_is_the_callers_and_an_error_of_the_maker_is_handed_on() {
         let vault = open();
         assert!(catch_unwind(AssertUnwindSafe(|| vault.run(|_| panic!("as asked")))).is_err());
-        assert!(vault.run(|file| file.metadata().is_ok()), "the vault goes on");
+        assert!(
+            vault.run(|file| file.metadata().is_ok()),
+            "the vault goes on"
+        );
         vault.inbox.post(|_| panic!("as posted"));
-        assert!(catch_unwind(AssertUnwindSafe(|| vault.run(|_| ()))).is_err(), "nobody is kept waiting");
-        let failed = Vault::<()>::open(c"vault", |_, error| error, |_| Err(io::ErrorKind::NotFound.into()));
-        assert_eq!(failed.err().map(|error| error.kind()), Some(io::ErrorKind::NotFound));
+        assert!(
+            catch_unwind(AssertUnwindSafe(|| vault.run(|_| ()))).is_err(),
+            "nobody is kept waiting"
+        );
+        let failed = Vault::<()>::open(
+            c"vault",
+            |_, error| error,
+            |_| Err(io::ErrorKind::NotFound.into()),
+        );
+        assert_eq!(
+            failed.err().map(|error| error.kind()),
+            Some(io::ErrorKind::NotFound)
+        );
     }
 }

@@ -29,8 +29,14 @@ pub(crate) fn wake(event: BorrowedFd<'_>) {
 
 /// Sleeps until `ring` has a record or the time is over (true), or until `stop` is set (false).
 pub(crate) fn readable(ring: BorrowedFd<'_>, stop: BorrowedFd<'_>, time: Option<Duration>) -> bool {
-    let milliseconds = time.map_or(-1, |time| i32::try_from(time.as_millis()).unwrap_or(i32::MAX));
-    let entry = |fd: BorrowedFd<'_>| libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    let milliseconds = time.map_or(-1, |time| {
+        i32::try_from(time.as_millis()).unwrap_or(i32::MAX)
+    });
+    let entry = |fd: BorrowedFd<'_>| libc::pollfd {
+        fd: fd.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
     let mut entries = [entry(ring), entry(stop)];
     // SAFETY: two entries, which live through the call.
     unsafe { libc::poll(entries.as_mut_ptr(), 2, milliseconds) };
@@ -51,7 +57,11 @@ pub(crate) fn until(mut is_so: impl FnMut() -> bool) {
         if is_so() {
             return;
         }
-        if round < 100 { std::hint::spin_loop() } else { pause() }
+        if round < 100 {
+            std::hint::spin_loop()
+        } else {
+            pause()
+        }
     }
 }
 

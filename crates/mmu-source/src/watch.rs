@@ -59,7 +59,10 @@ impl Watch {
     /// [`Error::InCallback`] for the first one of a process, inside of a bracket of the same
     /// thread.
     pub fn new(range: VaRange) -> Result<Self, Error> {
-        Ok(Self { range, by: By::Brackets(Bracketed::new(range)?) })
+        Ok(Self {
+            range,
+            by: By::Brackets(Bracketed::new(range)?),
+        })
     }
 
     /// Tells whether nothing has touched the range: neither before this call nor while the caller
@@ -125,12 +128,18 @@ impl Kernel {
     /// As [`arm`](Kernel::arm); [`Error::InCallback`] in a signal handler that has interrupted the
     /// source.
     pub fn watch(self: &Arc<Self>, range: VaRange) -> Result<Watch, Error> {
-        Ok(Watch { range, by: By::Kernel(Watching::new(self, range)?) })
+        Ok(Watch {
+            range,
+            by: By::Kernel(Watching::new(self, range)?),
+        })
     }
 }
 
 impl fmt::Debug for Watch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Watch").field("range", &self.range).field("is_valid", &self.is_valid()).finish_non_exhaustive()
+        f.debug_struct("Watch")
+            .field("range", &self.range)
+            .field("is_valid", &self.is_valid())
+            .finish_non_exhaustive()
     }
 }

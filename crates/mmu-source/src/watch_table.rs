@@ -71,7 +71,10 @@ fn granule(address: u64, level: usize) -> u64 {
 }
 
 fn granules(range: VaRange, level: usize) -> (u64, u64) {
-    (granule(range.start().get(), level), granule(range.last().get(), level))
+    (
+        granule(range.start().get(), level),
+        granule(range.last().get(), level),
+    )
 }
 
 fn level(range: VaRange) -> usize {
@@ -79,20 +82,27 @@ fn level(range: VaRange) -> usize {
         let (first, last) = granules(range, *level);
         last - first < 2
     };
-    (0..LEVELS).find(touches_two).expect("the last level has one granule")
+    (0..LEVELS)
+        .find(touches_two)
+        .expect("the last level has one granule")
 }
 
 impl Table {
     /// Makes a table with room for `watches`, a power of two.
     pub(crate) fn with_room(watches: usize) -> Self {
-        let empty = || Node { watched: None, next: [NONE; 2] };
+        let empty = || Node {
+            watched: None,
+            next: [NONE; 2],
+        };
         let mut table = Self {
             nodes: (0..watches).map(|_| empty()).collect(),
             heads: vec![NONE; (2 * watches).next_power_of_two()],
             free: NONE,
             counts: [0; LEVELS],
         };
-        (0..watches as u32).rev().for_each(|number| table.free_node(number));
+        (0..watches as u32)
+            .rev()
+            .for_each(|number| table.free_node(number));
         table
     }
 
@@ -118,7 +128,15 @@ impl Table {
     pub(crate) fn insert(&mut self, range: VaRange, base: u64, word: Arc<Word>) -> Id {
         let number = self.free;
         self.free = self.nodes[number as usize].next[0];
-        self.link(number, Watched { range, level: level(range), base, word });
+        self.link(
+            number,
+            Watched {
+                range,
+                level: level(range),
+                base,
+                word,
+            },
+        );
         Id(number)
     }
 
@@ -140,7 +158,10 @@ impl Table {
         self.counts[watched.level] -= 1;
         let (first, last) = granules(watched.range, watched.level);
         for (which, granule) in (first..=last).enumerate() {
-            let (entry, after) = (2 * number + which as u32, self.nodes[number as usize].next[which]);
+            let (entry, after) = (
+                2 * number + which as u32,
+                self.nodes[number as usize].next[which],
+            );
             let chain = self.chain(watched.level, granule);
             if self.heads[chain] == entry {
                 self.heads[chain] = after;
@@ -202,7 +223,11 @@ impl Table {
     pub(crate) fn take_over(&mut self, smaller: &mut Self) {
         self.free = NONE;
         for number in (0..self.nodes.len()).rev() {
-            match smaller.nodes.get_mut(number).and_then(|node| node.watched.take()) {
+            match smaller
+                .nodes
+                .get_mut(number)
+                .and_then(|node| node.watched.take())
+            {
                 Some(watched) => self.link(number as u32, watched),
                 None => self.free_node(number as u32),
             }
@@ -259,13 +284,21 @@ mod tests {
 
     #[test]
     fn a_watch_is_touched_by_what_overlaps_it_and_nothing_else() {
-        let sizes: Vec<u64> = (0..36).map(|power| 4096 << power).chain([5 << 12, 33 << 12]).collect();
+        let sizes: Vec<u64> = (0..36)
+            .map(|power| 4096 << power)
+            .chain([5 << 12, 33 << 12])
+            .collect();
         const AT: u64 = 0x7f12_3456_7000;
         for size in &sizes {
             for event in &sizes {
-                for start in
-                    [AT - 4096, AT, AT + size - 4096, AT + size, AT.saturating_sub(*event) + 4096, AT & !0xffff_ffff]
-                {
+                for start in [
+                    AT - 4096,
+                    AT,
+                    AT + size - 4096,
+                    AT + size,
+                    AT.saturating_sub(*event) + 4096,
+                    AT & !0xffff_ffff,
+                ] {
                     let mut table = Table::with_room(4);
                     let word = Arc::new(Word::default());
                     let other = Arc::new(Word::default());
@@ -275,7 +308,11 @@ mod tests {
                     table.touch(event, 5);
                     assert!(!word.is_touched(), "it began before the watch");
                     table.touch(event, 6);
-                    assert_eq!(word.is_touched(), range(AT, *size).overlaps(event), "{event} on {size:#x}");
+                    assert_eq!(
+                        word.is_touched(),
+                        range(AT, *size).overlaps(event),
+                        "{event} on {size:#x}"
+                    );
                     assert_eq!(other.is_touched(), range(0x1000, 4096).overlaps(event));
                 }
             }
@@ -302,12 +339,20 @@ mod tests {
                 }
                 let watched = range((seed >> 20) % 4096 * 4096, 1 << ((seed >> 40) % 20));
                 let word = Arc::new(Word::default());
-                live.push((table.insert(watched, round, Arc::clone(&word)), watched, word));
+                live.push((
+                    table.insert(watched, round, Arc::clone(&word)),
+                    watched,
+                    word,
+                ));
             }
             let event = range((seed >> 8) % 4096 * 4096, 1 << ((seed >> 50) % 14));
             table.touch(event, round + 1);
             for (id, watched, word) in &live {
-                assert_eq!(word.is_touched(), watched.overlaps(event), "{event} on {watched}");
+                assert_eq!(
+                    word.is_touched(),
+                    watched.overlaps(event),
+                    "{event} on {watched}"
+                );
                 table.renew(id, round);
             }
         }

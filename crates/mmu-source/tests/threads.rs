@@ -37,7 +37,10 @@ thread_local! {
 fn pass() {
     let is_free = |now| TURNSTILE.load(Ordering::SeqCst) == now;
     while !RUNS.get() && !is_free(OPEN) && !is_free(OVER) {
-        if TURNSTILE.compare_exchange(CLOSED, STOPPED, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
+        if TURNSTILE
+            .compare_exchange(CLOSED, STOPPED, Ordering::SeqCst, Ordering::SeqCst)
+            .is_ok()
+        {
             while is_free(STOPPED) {
                 thread::yield_now();
             }
@@ -101,13 +104,19 @@ fn a_child_starts_every_source_whatever_threads_were_starting_in_the_parent() {
                         TURNSTILE.store(OPEN, Ordering::SeqCst);
                         starts_everything()
                     };
-                    let served = catch_unwind(AssertUnwindSafe(|| in_child(child))).unwrap_or(false);
+                    let served =
+                        catch_unwind(AssertUnwindSafe(|| in_child(child))).unwrap_or(false);
                     if !served {
                         TURNSTILE.store(OPEN, Ordering::SeqCst);
                         break false;
                     }
                     // Unless the threads have ended meanwhile.
-                    let _ = TURNSTILE.compare_exchange(STOPPED, CLOSED, Ordering::SeqCst, Ordering::SeqCst);
+                    let _ = TURNSTILE.compare_exchange(
+                        STOPPED,
+                        CLOSED,
+                        Ordering::SeqCst,
+                        Ordering::SeqCst,
+                    );
                 }
                 _ => thread::yield_now(),
             }

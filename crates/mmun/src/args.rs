@@ -185,7 +185,12 @@ pub(crate) struct TraceArgs {
     pub(crate) pids: Vec<Pid>,
 
     /// The program to run, and its arguments
-    #[arg(value_name = "PROG", trailing_var_arg = true, required_unless_present = "pids", conflicts_with = "pids")]
+    #[arg(
+        value_name = "PROG",
+        trailing_var_arg = true,
+        required_unless_present = "pids",
+        conflicts_with = "pids"
+    )]
     pub(crate) program: Vec<OsString>,
 }
 
@@ -199,7 +204,10 @@ pub(crate) struct TraceArgs {
 /// Exits as the program did; 125 if mmun itself failed, 126 if the program cannot be run, 127 if
 /// there is none.
 #[derive(Args, Debug)]
-#[command(verbatim_doc_comment, override_usage = "mmun run [OPTIONS] [--] PROG [ARGS]...")]
+#[command(
+    verbatim_doc_comment,
+    override_usage = "mmun run [OPTIONS] [--] PROG [ARGS]..."
+)]
 pub(crate) struct RunArgs {
     /// Which sources watch: auto takes both, or hook where kernel does not work
     #[arg(long, value_name = "NAME", value_enum, default_value_t = Watch::Auto)]
@@ -264,9 +272,14 @@ pub(crate) enum Instead {
 /// Help was asked for, or the arguments are wrong.
 pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, Instead> {
     let args: Vec<OsString> = args.into_iter().collect();
-    let command =
-        args.get(1).and_then(|word| word.to_str()).filter(|word| COMMANDS.iter().any(|(name, _)| name == word));
-    let outcome = if matches!(command, Some("report" | "diff" | "coverage" | "doctor" | "broker")) {
+    let command = args
+        .get(1)
+        .and_then(|word| word.to_str())
+        .filter(|word| COMMANDS.iter().any(|(name, _)| name == word));
+    let outcome = if matches!(
+        command,
+        Some("report" | "diff" | "coverage" | "doctor" | "broker")
+    ) {
         Outcome::Exit(2)
     } else {
         FAILED
@@ -274,14 +287,21 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, Ins
     Cli::try_parse_from(&args).map_err(|error| match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => Instead::Help(Box::new(error)),
         // Its help, but as a failure: a script that has lost its arguments must stop.
-        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => Instead::Usage(Box::new(error), outcome),
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            Instead::Usage(Box::new(error), outcome)
+        }
         _ => Instead::Refuse(one_line(&error.render().to_string(), command), outcome),
     })
 }
 
 /// The first paragraph of clap's message, without its label.
 fn one_line(message: &str, command: Option<&str>) -> String {
-    let paragraph = message.strip_prefix("error: ").unwrap_or(message).split("\n\n").next().unwrap_or_default();
+    let paragraph = message
+        .strip_prefix("error: ")
+        .unwrap_or(message)
+        .split("\n\n")
+        .next()
+        .unwrap_or_default();
     let words: Vec<&str> = paragraph.split_whitespace().collect();
     let command = command.map_or(String::new(), |name| format!(" {name}"));
     format!("{}; try 'mmun{command} --help'", words.join(" "))
@@ -306,7 +326,10 @@ fn pages() -> impl Iterator<Item = (String, clap_mangen::Man)> {
     let mut cli = Cli::command();
     cli.build();
     let of_command = |(name, page): (&str, &'static str)| {
-        cli.find_subcommand(name).expect("the test compares the names with the table").clone().name(page)
+        cli.find_subcommand(name)
+            .expect("the test compares the names with the table")
+            .clone()
+            .name(page)
     };
     let commands: Vec<clap::Command> = COMMANDS.map(of_command).into();
     std::iter::once(cli).chain(commands).map(|command| {
@@ -332,7 +355,9 @@ pub(crate) fn man_into(folder: &Path) -> Result<(), (PathBuf, io::Error)> {
     for (name, page) in pages() {
         let path = folder.join(name);
         let mut text = Vec::new();
-        page.render(&mut text).and_then(|()| fs::write(&path, &text)).map_err(|error| (path, error))?;
+        page.render(&mut text)
+            .and_then(|()| fs::write(&path, &text))
+            .map_err(|error| (path, error))?;
     }
     Ok(())
 }
@@ -340,7 +365,9 @@ pub(crate) fn man_into(folder: &Path) -> Result<(), (PathBuf, io::Error)> {
 pub(crate) fn completions(shell: clap_complete::Shell, out: &mut dyn std::io::Write) {
     // What is hidden in the help would be completed.
     let cli = Cli::command();
-    let shown = cli.get_subcommands().filter(|command| !command.is_hide_set());
+    let shown = cli
+        .get_subcommands()
+        .filter(|command| !command.is_hide_set());
     let mut shown = clap::Command::new("mmun")
         .version(env!("CARGO_PKG_VERSION"))
         .disable_help_subcommand(true)
@@ -356,7 +383,9 @@ mod tests {
     fn trace(args: &[&str]) -> Result<TraceArgs, String> {
         let all = ["mmun", "trace"].iter().chain(args).map(OsString::from);
         match parse(all) {
-            Ok(Cli { command: Command::Trace(args) }) => Ok(args),
+            Ok(Cli {
+                command: Command::Trace(args),
+            }) => Ok(args),
             Ok(_) => Err("another command".into()),
             Err(Instead::Help(text) | Instead::Usage(text, _)) => Err(text.to_string()),
             Err(Instead::Refuse(text, _)) => Err(text),
@@ -371,13 +400,22 @@ mod tests {
     #[test]
     fn every_command_that_is_shown_has_a_manual_page() {
         let cli = Cli::command();
-        let shown = cli.get_subcommands().filter(|command| !command.is_hide_set());
-        assert_eq!(shown.map(|command| command.get_name()).collect::<Vec<_>>(), COMMANDS.map(|(name, _)| name));
+        let shown = cli
+            .get_subcommands()
+            .filter(|command| !command.is_hide_set());
+        assert_eq!(
+            shown.map(|command| command.get_name()).collect::<Vec<_>>(),
+            COMMANDS.map(|(name, _)| name)
+        );
     }
 
     #[test]
     fn completions_and_manual_have_what_is_shown_and_nothing_else() {
-        let shells = [clap_complete::Shell::Bash, clap_complete::Shell::Zsh, clap_complete::Shell::Fish];
+        let shells = [
+            clap_complete::Shell::Bash,
+            clap_complete::Shell::Zsh,
+            clap_complete::Shell::Fish,
+        ];
         let mut texts = shells.map(|shell| {
             let mut text = Vec::new();
             completions(shell, &mut text);
@@ -391,9 +429,16 @@ mod tests {
             for (name, _) in COMMANDS {
                 assert!(text.contains(name), "{name}");
             }
-            let events = crate::events::NAMES.iter().all(|event| text.contains(event));
+            let events = crate::events::NAMES
+                .iter()
+                .all(|event| text.contains(event));
             assert!(events, "the values of --events");
-            for hidden in ["coverage-cell", "coverage-tracee", "coverage__cell", "coverage\\-cell"] {
+            for hidden in [
+                "coverage-cell",
+                "coverage-tracee",
+                "coverage__cell",
+                "coverage\\-cell",
+            ] {
                 assert!(!text.contains(hidden), "{hidden}");
             }
         }
@@ -401,11 +446,15 @@ mod tests {
 
     #[test]
     fn a_wrong_shell_is_refused_with_the_help_of_its_command() {
-        let Err(Instead::Refuse(text, _)) = parse(["mmun", "completions", "tcsh"].map(OsString::from)) else {
+        let Err(Instead::Refuse(text, _)) =
+            parse(["mmun", "completions", "tcsh"].map(OsString::from))
+        else {
             panic!("it is no shell that is known");
         };
         assert!(
-            text.contains("tcsh") && text.contains("bash") && text.ends_with("try 'mmun completions --help'"),
+            text.contains("tcsh")
+                && text.contains("bash")
+                && text.ends_with("try 'mmun completions --help'"),
             "{text}"
         );
     }
@@ -415,7 +464,10 @@ mod tests {
         let args = trace(&["--json", "ls", "--json", "-p", "1"]).unwrap();
         assert_eq!(args.program, ["ls", "--json", "-p", "1"]);
         assert!(args.json && args.pids.is_empty());
-        assert_eq!(trace(&["--", "-weird", "x"]).unwrap().program, ["-weird", "x"]);
+        assert_eq!(
+            trace(&["--", "-weird", "x"]).unwrap().program,
+            ["-weird", "x"]
+        );
     }
 
     #[test]
@@ -436,7 +488,10 @@ mod tests {
             &["-o"],
         ] {
             let text = trace(args).unwrap_err();
-            assert!(!text.contains('\n') && text.ends_with("try 'mmun trace --help'"), "{args:?}: {text:?}");
+            assert!(
+                !text.contains('\n') && text.ends_with("try 'mmun trace --help'"),
+                "{args:?}: {text:?}"
+            );
         }
     }
 }

@@ -13,7 +13,10 @@ use crate::outcome::Outcome;
 const FAILED: Outcome = Outcome::Exit(2);
 
 pub(crate) fn main(args: BrokerArgs) -> Outcome {
-    let options = Options { group: args.group, max_clients: args.max_clients.into() };
+    let options = Options {
+        group: args.group,
+        max_clients: args.max_clients.into(),
+    };
     let made = match Broker::inherited(&options) {
         Ok(Some(broker)) => Ok(broker),
         Ok(None) => {
@@ -26,7 +29,11 @@ pub(crate) fn main(args: BrokerArgs) -> Outcome {
         Ok(broker) if args.verbose => broker.serve(|event| complain(&line(event))),
         Ok(broker) => broker.serve(|_| ()),
         Err(error) => {
-            complain(&format!("broker at {}: {}", args.socket.display(), crate::explain(&error)));
+            complain(&format!(
+                "broker at {}: {}",
+                args.socket.display(),
+                crate::explain(&error)
+            ));
             FAILED
         }
     }
@@ -45,7 +52,9 @@ fn line(event: Event) -> String {
     match event {
         Event::Came { user, pid } => format!("process {pid} of user {user} came"),
         Event::Went { user, pid } => format!("process {pid} of user {user} went"),
-        Event::Refused { user, pid, why } => format!("process {pid} of user {user} was refused: {why}"),
+        Event::Refused { user, pid, why } => {
+            format!("process {pid} of user {user} was refused: {why}")
+        }
         _ => "something else happened".to_owned(),
     }
 }

@@ -18,11 +18,27 @@ const CALLS: usize = 101;
 /// Traces a process that makes calls which do nothing, and returns their median in nanoseconds; 0
 /// if that is not to be had.
 pub(crate) fn overhead(options: Options) -> u64 {
-    let settings = Settings { details: true, follow: true, samples: true, ..Settings::default() };
-    let Ok(nowhere) = Output::open(Some(Path::new("/dev/null"))) else { return 0 };
+    let settings = Settings {
+        details: true,
+        follow: true,
+        samples: true,
+        ..Settings::default()
+    };
+    let Ok(nowhere) = Output::open(Some(Path::new("/dev/null"))) else {
+        return 0;
+    };
     let recorder = Arc::new(Recorder::new(settings, nowhere, || {}));
-    let Ok(mut tracer) = Tracer::new(options, TraceObserver::new(Arc::clone(&recorder))) else { return 0 };
-    let Ok(null) = File::options().read(true).write(true).open("/dev/null").map(OwnedFd::from) else { return 0 };
+    let Ok(mut tracer) = Tracer::new(options, TraceObserver::new(Arc::clone(&recorder))) else {
+        return 0;
+    };
+    let Ok(null) = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/null")
+        .map(OwnedFd::from)
+    else {
+        return 0;
+    };
     let mut command = Command::new("/proc/self/exe").arg("idle-calls");
     if let (Ok(input), Ok(output)) = (null.try_clone(), null.try_clone()) {
         command = command.stdin(input).stdout(output).stderr(null);

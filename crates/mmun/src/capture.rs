@@ -58,8 +58,14 @@ impl Capture {
     pub(crate) fn look(&mut self, task: Task, mm: u64, span: &Span) -> Seen {
         let (start, end) = (span.start(), u64::try_from(span.end()).unwrap_or(u64::MAX));
         let what = self.what(task.tid, mm, start, end);
-        let pages = self.place(task.tid, mm).and_then(|place| place.pages(start, end));
-        Seen { what, pages, site: None }
+        let pages = self
+            .place(task.tid, mm)
+            .and_then(|place| place.pages(start, end));
+        Seen {
+            what,
+            pages,
+            site: None,
+        }
     }
 
     /// The name of the first mapping of a range.
@@ -80,7 +86,11 @@ impl Capture {
             // A call can act on another process (`process_madvise`): then a task of that process is
             // asked.
             let is_there = |tid: Pid| self.mms.get(&tid) == Some(&mm);
-            let tid = if is_there(tid) { tid } else { *self.mms.keys().find(|tid| is_there(**tid))? };
+            let tid = if is_there(tid) {
+                tid
+            } else {
+                *self.mms.keys().find(|tid| is_there(**tid))?
+            };
             self.places.insert(mm, Place::of(tid)?);
         }
         self.places.get_mut(&mm)

@@ -37,7 +37,8 @@ pub(crate) struct Seen {
 
 impl Change {
     pub(crate) fn failed(&self) -> bool {
-        self.result.is_none_or(|result| (-4095..0).contains(&result))
+        self.result
+            .is_none_or(|result| (-4095..0).contains(&result))
     }
 
     pub(crate) fn bytes(&self) -> u64 {
@@ -46,7 +47,10 @@ impl Change {
 
     /// What the call removed from memory or changed there; 0 if it failed.
     pub(crate) fn resident(&self) -> u64 {
-        self.seen.pages.filter(|_| !self.failed()).map_or(0, |pages| pages.resident)
+        self.seen
+            .pages
+            .filter(|_| !self.failed())
+            .map_or(0, |pages| pages.resident)
     }
 
     pub(crate) fn wall(&self) -> u64 {
@@ -70,15 +74,28 @@ struct Open {
 
 impl Pairs {
     pub(crate) fn begin(&mut self, t: u64, record: &Record, span: Span, seen: Seen) {
-        let open = Open { mm: record.mm, span, began: t, seen };
+        let open = Open {
+            mm: record.mm,
+            span,
+            began: t,
+            seen,
+        };
         self.open.entry(record.task.tid).or_default().push(open);
     }
 
     /// `None` if the trace does not have its start.
-    pub(crate) fn end(&mut self, t: u64, record: &Record, span: Span, result: Option<i64>) -> Option<Change> {
+    pub(crate) fn end(
+        &mut self,
+        t: u64,
+        record: &Record,
+        span: Span,
+        result: Option<i64>,
+    ) -> Option<Change> {
         let opens = self.open.get_mut(&record.task.tid)?;
         // They end in reverse order.
-        let at = opens.iter().rposition(|open| open.mm == record.mm && open.span == span)?;
+        let at = opens
+            .iter()
+            .rposition(|open| open.mm == record.mm && open.span == span)?;
         let open = opens.remove(at);
         let is_call = opens.is_empty();
         if is_call {
@@ -117,16 +134,28 @@ mod tests {
             range: VaRange::covering(Va::new(page << 12), 4096).expect("a page"),
             blocking: Blocking::Allowed,
         };
-        let record = |kind| Record { task: Task { pid: 1, tid: 1 }, mm: 1, kind };
+        let record = |kind| Record {
+            task: Task { pid: 1, tid: 1 },
+            mm: 1,
+            kind,
+        };
         let mut pairs = Pairs::default();
         for page in [1, 2, 1] {
-            pairs.begin(page, &record(Kind::Start(span(page))), span(page), Seen::default());
+            pairs.begin(
+                page,
+                &record(Kind::Start(span(page))),
+                span(page),
+                Seen::default(),
+            );
         }
         let mut end = |page| {
             let change = pairs.end(9, &record(Kind::MmNew), span(page), Some(0));
             change.map(|change| (change.began, change.is_call))
         };
-        assert_eq!((end(3), end(1), end(2), end(1)), (None, Some((1, false)), Some((2, false)), Some((1, true))));
+        assert_eq!(
+            (end(3), end(1), end(2), end(1)),
+            (None, Some((1, false)), Some((2, false)), Some((1, true)))
+        );
         assert_eq!(pairs.open(1), 0);
     }
 }

@@ -41,17 +41,27 @@ pub(crate) fn main(args: CoverageArgs) -> Outcome {
     if let Some(library) = args.library {
         return library::main(library, args.wait, args.json);
     }
-    let sources: Vec<Source> =
-        Source::ALL.into_iter().filter(|source| args.sources.is_empty() || args.sources.contains(source)).collect();
+    let sources: Vec<Source> = Source::ALL
+        .into_iter()
+        .filter(|source| args.sources.is_empty() || args.sources.contains(source))
+        .collect();
     let mut usable = Vec::new();
     for source in &sources {
         match doctor::usable(*source) {
             Ok(()) => usable.push(*source),
-            Err(lack) => complain(&format!("{} cannot be used here: {}", source.name(), lack.to_line())),
+            Err(lack) => complain(&format!(
+                "{} cannot be used here: {}",
+                source.name(),
+                lack.to_line()
+            )),
         }
     }
     let operations: Vec<&'static Operation> = ops::all().collect();
-    let form = if args.json { matrix::Form::Json } else { matrix::Form::Text(Style::of_stdout()) };
+    let form = if args.json {
+        matrix::Form::Json
+    } else {
+        matrix::Form::Text(Style::of_stdout())
+    };
     let mut matrix = Matrix::new(operations, sources, &usable, form);
     let mut written = matrix.begin(&mut io::stdout());
     runner::run(&matrix.places(), |index, report| {
@@ -59,20 +69,32 @@ pub(crate) fn main(args: CoverageArgs) -> Outcome {
         if written.is_ok() {
             written = matrix.write(&mut io::stdout());
         }
-        if written.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        if written.is_ok() {
+            ControlFlow::Continue(())
+        } else {
+            ControlFlow::Break(())
+        }
     });
     if written.is_ok() {
-        written = matrix.end(&mut io::stdout()).and_then(|()| io::stdout().flush());
+        written = matrix
+            .end(&mut io::stdout())
+            .and_then(|()| io::stdout().flush());
     }
     if let Err(error) = written {
         if error.kind() == io::ErrorKind::BrokenPipe {
             return Outcome::Exit(0);
         }
-        complain(&format!("write on standard output: {}", crate::reason(&error)));
+        complain(&format!(
+            "write on standard output: {}",
+            crate::reason(&error)
+        ));
         return FAILED;
     }
     matrix.reasons().iter().for_each(|line| complain(line));
-    match (usable.is_empty() || matrix.is_broken(), matrix.faults().is_empty()) {
+    match (
+        usable.is_empty() || matrix.is_broken(),
+        matrix.faults().is_empty(),
+    ) {
         (true, _) => FAILED,
         (false, true) => Outcome::Exit(0),
         (false, false) => {

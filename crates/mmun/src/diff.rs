@@ -15,11 +15,20 @@ use crate::{complain, json, written};
 const FAILED: Outcome = Outcome::Exit(2);
 
 pub(crate) fn main(args: &DiffArgs) -> Outcome {
-    let [Some(before), Some(after)] = [&args.before, &args.after].map(|path| open(path)) else { return FAILED };
-    let has_own = |recording: &Recording| recording.changes.iter().any(|changed| changed.change.own.is_some());
+    let [Some(before), Some(after)] = [&args.before, &args.after].map(|path| open(path)) else {
+        return FAILED;
+    };
+    let has_own = |recording: &Recording| {
+        recording
+            .changes
+            .iter()
+            .any(|changed| changed.change.own.is_some())
+    };
     let wall = args.wall || has_own(&before) != has_own(&after);
     if wall && !args.wall {
-        complain("only one of the two was recorded with --details: times are those on the clock, as with --wall");
+        complain(
+            "only one of the two was recorded with --details: times are those on the clock, as with --wall",
+        );
     }
     let rows = compare(&before, &after, wall, args.sort);
     let mut out = Vec::new();
@@ -36,7 +45,10 @@ fn open(path: &Path) -> Option<Recording> {
     match Recording::open(path) {
         Ok(recording) => {
             if recording.is_cut {
-                complain(&format!("{}: its last line is cut, and left out", path.display()));
+                complain(&format!(
+                    "{}: its last line is cut, and left out",
+                    path.display()
+                ));
             }
             Some(recording)
         }
@@ -65,22 +77,38 @@ impl Pair {
 /// All places, those that changed most first.
 fn compare(before: &Recording, after: &Recording, wall: bool, sort: Sort) -> Vec<Pair> {
     let mut pairs: BTreeMap<Place, Pair> = BTreeMap::new();
-    let both = [before, after].iter().all(|recording| !recording.stacks.is_empty());
+    let both = [before, after]
+        .iter()
+        .all(|recording| !recording.stacks.is_empty());
     for (recording, is_after) in [(before, false), (after, true)] {
         let places = Places::new(recording, both);
         for changed in &recording.changes {
             let (place, name) = places.of(changed);
-            let pair = pairs.entry(place).or_insert_with(|| Pair { name: String::new(), before: None, after: None });
+            let pair = pairs.entry(place).or_insert_with(|| Pair {
+                name: String::new(),
+                before: None,
+                after: None,
+            });
             if pair.name.is_empty() || is_after {
                 pair.name = name;
             }
-            let row = if is_after { &mut pair.after } else { &mut pair.before };
-            row.get_or_insert_with(Row::default).add(&changed.change, wall);
+            let row = if is_after {
+                &mut pair.after
+            } else {
+                &mut pair.before
+            };
+            row.get_or_insert_with(Row::default)
+                .add(&changed.change, wall);
         }
     }
     let mut pairs: Vec<Pair> = pairs.into_values().collect();
     pairs.sort_by(|a, b| {
-        let key = |pair: &Pair| (pair.change(sort).unsigned_abs(), pair.change(Sort::Calls).unsigned_abs());
+        let key = |pair: &Pair| {
+            (
+                pair.change(sort).unsigned_abs(),
+                pair.change(Sort::Calls).unsigned_abs(),
+            )
+        };
         key(b).cmp(&key(a)).then_with(|| a.name.cmp(&b.name))
     });
     pairs
@@ -100,9 +128,18 @@ struct Places<'a> {
 
 impl<'a> Places<'a> {
     fn new(recording: &'a Recording, by_stack: bool) -> Places<'a> {
-        let programs = recording.spaces.values().map(|space| recording.names.text(space.program));
-        let programs = programs.filter_map(|path| path.rsplit('/').next()).collect();
-        Places { recording, programs, by_stack }
+        let programs = recording
+            .spaces
+            .values()
+            .map(|space| recording.names.text(space.program));
+        let programs = programs
+            .filter_map(|path| path.rsplit('/').next())
+            .collect();
+        Places {
+            recording,
+            programs,
+            by_stack,
+        }
     }
 
     /// The place of a change, and what it is shown as. Without stacks it is the system call.
@@ -118,9 +155,24 @@ impl<'a> Places<'a> {
         let (function, module) = (frame.function.as_str(), frame.module.as_str());
         let is_program = self.programs.contains(module);
         // Of a function without a name the address is what is left.
-        let bare = if is_program && !frame.has_name { function.trim_start_matches(module) } else { function };
-        let place = (bare.to_owned(), if is_program { String::new() } else { module.to_owned() });
-        let name = if frame.has_name { format!("{function} ({module})") } else { function.to_owned() };
+        let bare = if is_program && !frame.has_name {
+            function.trim_start_matches(module)
+        } else {
+            function
+        };
+        let place = (
+            bare.to_owned(),
+            if is_program {
+                String::new()
+            } else {
+                module.to_owned()
+            },
+        );
+        let name = if frame.has_name {
+            format!("{function} ({module})")
+        } else {
+            function.to_owned()
+        };
         (place, name)
     }
 }
@@ -141,7 +193,10 @@ fn write_text(out: &mut Vec<u8>, pairs: &[Pair], args: &DiffArgs) -> io::Result<
         write!(out, "{title:>width$}{:>width$}", "change")?;
     }
     writeln!(out, "  where")?;
-    let changed: Vec<&Pair> = pairs.iter().filter(|pair| pair.before != pair.after).collect();
+    let changed: Vec<&Pair> = pairs
+        .iter()
+        .filter(|pair| pair.before != pair.after)
+        .collect();
     for pair in changed.iter().take(args.top).copied().chain([&total]) {
         line(out, pair)?;
     }
@@ -149,7 +204,10 @@ fn write_text(out: &mut Vec<u8>, pairs: &[Pair], args: &DiffArgs) -> io::Result<
         writeln!(out, "{more} more places changed")?;
     }
     let count = |is: fn(&Pair) -> bool| pairs.iter().filter(|pair| is(pair)).count();
-    let (new, gone) = (count(|pair| pair.before.is_none()), count(|pair| pair.after.is_none()));
+    let (new, gone) = (
+        count(|pair| pair.before.is_none()),
+        count(|pair| pair.after.is_none()),
+    );
     writeln!(out, "{} places: {new} new, {gone} gone.", pairs.len())
 }
 
@@ -161,7 +219,10 @@ const WIDTHS: [usize; 4] = [10, 8, 11, 11];
 
 /// What is there now, and how it changed.
 fn line(out: &mut Vec<u8>, pair: &Pair) -> io::Result<()> {
-    let (before, after) = (pair.before.unwrap_or_default(), pair.after.unwrap_or_default());
+    let (before, after) = (
+        pair.before.unwrap_or_default(),
+        pair.after.unwrap_or_default(),
+    );
     let columns: [Column; 4] = [
         (|row| row.time, time),
         (|row| row.calls, |calls| calls.to_string()),
@@ -195,7 +256,14 @@ fn write_json(out: &mut Vec<u8>, pairs: &[Pair], top: usize) {
             match row {
                 None => out.put("null"),
                 Some(row) => {
-                    let Row { calls, bytes, resident, time, longest, .. } = row;
+                    let Row {
+                        calls,
+                        bytes,
+                        resident,
+                        time,
+                        longest,
+                        ..
+                    } = row;
                     // Writing to memory cannot fail.
                     let _ = write!(
                         out,
@@ -230,7 +298,10 @@ mod tests {
                 "{{\"v\":1,\"t\":{t},\"kind\":\"start\",{same},\"what\":\"anonymous\",\"resident\":{bytes},\"file\":0,\
                  \"huge\":0,\"swapped\":0,\"site\":{site}}}\n"
             );
-            text += &format!("{{\"v\":1,\"t\":{},\"kind\":\"end\",{same},\"result\":0,\"self\":{own}}}\n", t + 1);
+            text += &format!(
+                "{{\"v\":1,\"t\":{},\"kind\":\"end\",{same},\"result\":0,\"self\":{own}}}\n",
+                t + 1
+            );
         }
         for (site, (function, ..)) in functions.iter().enumerate() {
             let named = !function.contains('+');
@@ -251,15 +322,35 @@ mod tests {
 
     #[test]
     fn places_are_the_same_in_another_version_of_the_program() {
-        let before = run("old", &[("same", 2, 10), ("worse", 1, 10), ("left", 9, 5), ("old+0x10", 1, 1)]);
+        let before = run(
+            "old",
+            &[
+                ("same", 2, 10),
+                ("worse", 1, 10),
+                ("left", 9, 5),
+                ("old+0x10", 1, 1),
+            ],
+        );
         let after = run(
             "newer",
-            &[("worse", 4, 900), ("worse", 4, 100), ("same", 2, 10), ("newer+0x10", 1, 1), ("fresh", 1, 7)],
+            &[
+                ("worse", 4, 900),
+                ("worse", 4, 100),
+                ("same", 2, 10),
+                ("newer+0x10", 1, 1),
+                ("fresh", 1, 7),
+            ],
         );
         let pairs = compare(&before, &after, false, Sort::Time);
         let found: Vec<(&str, i128, i128)> = pairs
             .iter()
-            .map(|pair| (pair.name.as_str(), pair.change(Sort::Time), pair.change(Sort::Resident) / 4096))
+            .map(|pair| {
+                (
+                    pair.name.as_str(),
+                    pair.change(Sort::Time),
+                    pair.change(Sort::Resident) / 4096,
+                )
+            })
             .collect();
         let expected = [
             ("worse (newer)", 990, 7),
@@ -269,7 +360,10 @@ mod tests {
             ("same (newer)", 0, 0),
         ];
         assert_eq!(found, expected);
-        assert_eq!(compare(&before, &after, false, Sort::Resident)[0].name, "left (old)");
+        assert_eq!(
+            compare(&before, &after, false, Sort::Resident)[0].name,
+            "left (old)"
+        );
         let gone = &pairs[2];
         assert!(gone.after.is_none() && gone.before.is_some_and(|row| row.calls == 1));
     }

@@ -73,6 +73,9 @@ mod tests {
             assert_eq!(text(|out| out.put_int(n)), n.to_string());
         }
         assert_eq!(text(|out| out.put_hex(1 << 64)), "0x10000000000000000");
-        assert_eq!(text(|out| out.put_hex(u128::MAX)), format!("{:#x}", u128::MAX));
+        assert_eq!(
+            text(|out| out.put_hex(u128::MAX)),
+            format!("{:#x}", u128::MAX)
+        );
     }
 }

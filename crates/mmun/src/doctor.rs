@@ -51,16 +51,28 @@ pub(crate) fn main(args: DoctorArgs) -> Outcome {
             // Each line stands alone.
             features.extend(machine.iter().cloned());
         }
-        Diagnosis { source, lacks, features }
+        Diagnosis {
+            source,
+            lacks,
+            features,
+        }
     });
     let text = if args.json {
         as_json(&diagnoses)
     } else {
-        as_text(&diagnoses, &machine, &libraries::lines(), Style::of_stdout())
+        as_text(
+            &diagnoses,
+            &machine,
+            &libraries::lines(),
+            Style::of_stdout(),
+        )
     };
     match io::stdout().write_all(text.as_bytes()) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-            complain(&format!("write on standard output: {}", crate::reason(&error)));
+            complain(&format!(
+                "write on standard output: {}",
+                crate::reason(&error)
+            ));
             FAILED
         }
         _ if diagnoses.iter().all(|diagnosis| diagnosis.lacks.is_empty()) => Outcome::Exit(0),
@@ -73,12 +85,26 @@ pub(crate) fn main(args: DoctorArgs) -> Outcome {
 /// # Errors
 /// What it lacks.
 pub(crate) fn usable(source: Source) -> Result<(), Lack> {
-    probe::probe(source).0.into_iter().next().map_or(Ok(()), Err)
+    probe::probe(source)
+        .0
+        .into_iter()
+        .next()
+        .map_or(Ok(()), Err)
 }
 
-fn as_text(diagnoses: &[Diagnosis], machine: &[String], libraries: &[String], style: Style) -> String {
+fn as_text(
+    diagnoses: &[Diagnosis],
+    machine: &[String],
+    libraries: &[String],
+    style: Style,
+) -> String {
     let mut text = String::new();
-    for Diagnosis { source, lacks, features } in diagnoses {
+    for Diagnosis {
+        source,
+        lacks,
+        features,
+    } in diagnoses
+    {
         let name = style.paint(Mark::Bold, format!("{:9}", source.name()));
         if lacks.is_empty() {
             text.push_str(&format!("{name}{}\n", style.paint(Mark::Good, "usable")));
@@ -103,7 +129,9 @@ fn as_text(diagnoses: &[Diagnosis], machine: &[String], libraries: &[String], st
     text.push_str(&wrapped("found:", machine));
     text.push_str(&style.paint(Mark::Bold, "drop-in"));
     text.push('\n');
-    libraries.iter().for_each(|line| text.push_str(&format!("         {line}\n")));
+    libraries
+        .iter()
+        .for_each(|line| text.push_str(&format!("         {line}\n")));
     text
 }
 
@@ -124,10 +152,17 @@ fn wrapped(label: &str, words: &[String]) -> String {
 }
 
 fn as_json(diagnoses: &[Diagnosis]) -> String {
-    let object = |Diagnosis { source, lacks, features }: &Diagnosis| {
+    let object = |Diagnosis {
+                      source,
+                      lacks,
+                      features,
+                  }: &Diagnosis| {
         let missing = quoted_or_null(lacks.iter().map(|lack| lack.missing.as_str()), "; ");
         // One line to be typed.
-        let remedy = quoted_or_null(lacks.iter().filter_map(|lack| lack.remedy.as_deref()), " && ");
+        let remedy = quoted_or_null(
+            lacks.iter().filter_map(|lack| lack.remedy.as_deref()),
+            " && ",
+        );
         let features: Vec<String> = features.iter().map(|feature| quoted(feature)).collect();
         format!(
             "{{\"v\":1,\"source\":{},\"usable\":{},\"missing\":{missing},\"remedy\":{remedy},\"features\":[{}]}}\n",
@@ -141,7 +176,11 @@ fn as_json(diagnoses: &[Diagnosis]) -> String {
 
 fn quoted_or_null<'a>(texts: impl Iterator<Item = &'a str>, between: &str) -> String {
     let texts: Vec<&str> = texts.collect();
-    if texts.is_empty() { "null".to_owned() } else { quoted(&texts.join(between)) }
+    if texts.is_empty() {
+        "null".to_owned()
+    } else {
+        quoted(&texts.join(between))
+    }
 }
 
 fn quoted(text: &str) -> String {

@@ -13,12 +13,23 @@ pub(crate) fn library() -> Result<PathBuf, String> {
         let named = PathBuf::from(named);
         return usable(&named).ok_or(format!("MMUN_DROPIN={}: no such file", named.display()))?;
     }
-    let program = std::env::current_exe().map_err(|error| format!("/proc/self/exe: {}", crate::reason(&error)))?;
+    let program = std::env::current_exe()
+        .map_err(|error| format!("/proc/self/exe: {}", crate::reason(&error)))?;
     let beside = program.parent().unwrap_or(Path::new("/"));
-    let places = [beside.join(NAME), beside.join("../lib").join(NAME), beside.join("../lib/mmun").join(NAME)];
-    places.iter().find_map(|place| usable(place)).unwrap_or_else(|| {
-        Err(format!("{NAME} is neither in {} nor in ../lib of it; MMUN_DROPIN=FILE names it", beside.display()))
-    })
+    let places = [
+        beside.join(NAME),
+        beside.join("../lib").join(NAME),
+        beside.join("../lib/mmun").join(NAME),
+    ];
+    places
+        .iter()
+        .find_map(|place| usable(place))
+        .unwrap_or_else(|| {
+            Err(format!(
+                "{NAME} is neither in {} nor in ../lib of it; MMUN_DROPIN=FILE names it",
+                beside.display()
+            ))
+        })
 }
 
 /// The whole name of a file that is there, if the loader can be told of it.
@@ -27,7 +38,9 @@ fn usable(place: &Path) -> Option<Result<PathBuf, String>> {
     let name = place.to_string_lossy();
     // Both separate names in LD_PRELOAD, and cannot be quoted.
     if name.contains([' ', ':', '\t', '\n']) {
-        return Some(Err(format!("{name}: LD_PRELOAD cannot name a file with a space or a colon; move it")));
+        return Some(Err(format!(
+            "{name}: LD_PRELOAD cannot name a file with a space or a colon; move it"
+        )));
     }
     Some(Ok(place))
 }

@@ -7,8 +7,16 @@ use clap::builder::{PossibleValue, TypedValueParser};
 use mmu_notifier::Event;
 
 /// The names of all events, in the order of their numbers here.
-pub(crate) const NAMES: [&str; 8] =
-    ["unmap", "clear", "protection_vma", "protection_page", "soft_dirty", "release", "migrate", "exclusive"];
+pub(crate) const NAMES: [&str; 8] = [
+    "unmap",
+    "clear",
+    "protection_vma",
+    "protection_page",
+    "soft_dirty",
+    "release",
+    "migrate",
+    "exclusive",
+];
 
 /// Positions of some of them.
 pub(crate) const UNMAP: usize = 0;
@@ -80,10 +88,17 @@ impl FromStr for Events {
         };
         let mut set = 0;
         for name in names.split(',') {
-            let number = NAMES.iter().position(|known| *known == name).ok_or_else(|| unknown(name))?;
+            let number = NAMES
+                .iter()
+                .position(|known| *known == name)
+                .ok_or_else(|| unknown(name))?;
             set |= 1 << number;
         }
-        Ok(if excluded { Events::AllBut(set) } else { Events::Only(set) })
+        Ok(if excluded {
+            Events::AllBut(set)
+        } else {
+            Events::Only(set)
+        })
     }
 }
 
@@ -92,7 +107,10 @@ fn unknown(name: &str) -> String {
         Some(known) => format!("did you mean {known}? "),
         None => String::new(),
     };
-    format!("unknown event {name:?}; {hint}The events are {}", NAMES.join(", "))
+    format!(
+        "unknown event {name:?}; {hint}The events are {}",
+        NAMES.join(", ")
+    )
 }
 
 /// The event that somebody may mean by a word: the system call that makes it, or a part of its
@@ -100,14 +118,17 @@ fn unknown(name: &str) -> String {
 fn meant(word: &str) -> Option<&'static str> {
     let word = word.to_lowercase();
     let of_call = match word.as_str() {
-        "mmap" | "mremap" | "brk" | "shmat" | "shmdt" | "remap_file_pages" | "process_mrelease" => Some("unmap"),
+        "mmap" | "mremap" | "brk" | "shmat" | "shmdt" | "remap_file_pages" | "process_mrelease" => {
+            Some("unmap")
+        }
         "madvise" | "process_madvise" => Some("clear"),
         "mprotect" | "pkey_mprotect" => Some("protection_vma"),
         "fork" | "vfork" | "clone" | "clone3" => Some("protection_page"),
         "mbind" | "move_pages" => Some("migrate"),
         _ => None,
     };
-    let is_part = |known: &&&str| word.len() > 2 && (known.contains(word.as_str()) || word.contains(**known));
+    let is_part =
+        |known: &&&str| word.len() > 2 && (known.contains(word.as_str()) || word.contains(**known));
     of_call.or_else(|| NAMES.iter().find(is_part).copied())
 }
 
@@ -138,9 +159,17 @@ mod tests {
     use super::*;
 
     fn set(options: &[&str]) -> Vec<&'static str> {
-        let options: Vec<Events> = options.iter().map(|option| option.parse().unwrap()).collect();
+        let options: Vec<Events> = options
+            .iter()
+            .map(|option| option.parse().unwrap())
+            .collect();
         let set = EventSet::of(&options);
-        NAMES.iter().enumerate().filter(|(number, _)| set.contains(*number)).map(|(_, name)| *name).collect()
+        NAMES
+            .iter()
+            .enumerate()
+            .filter(|(number, _)| set.contains(*number))
+            .map(|(_, name)| *name)
+            .collect()
     }
 
     #[test]
@@ -186,10 +215,22 @@ mod tests {
 
     #[test]
     fn numbers_and_names_agree_with_the_core() {
-        for event in [Event::Unmap, Event::Clear, Event::ProtectionVma, Event::ProtectionPage, Event::SoftDirty] {
+        for event in [
+            Event::Unmap,
+            Event::Clear,
+            Event::ProtectionVma,
+            Event::ProtectionPage,
+            Event::SoftDirty,
+        ] {
             assert_eq!(NAMES[number(event).unwrap()], event.name());
         }
-        assert_eq!(NAMES[number(Event::Migrate { owner: None }).unwrap()], "migrate");
-        assert_eq!(NAMES[number(Event::Exclusive { owner: None }).unwrap()], "exclusive");
+        assert_eq!(
+            NAMES[number(Event::Migrate { owner: None }).unwrap()],
+            "migrate"
+        );
+        assert_eq!(
+            NAMES[number(Event::Exclusive { owner: None }).unwrap()],
+            "exclusive"
+        );
     }
 }

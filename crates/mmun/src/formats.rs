@@ -37,8 +37,17 @@ fn change(recording: &Recording, changed: &Changed) -> (&'static str, Vec<Detail
         ("bytes", number(change.bytes())),
         ("mm", number(*mm)),
     ];
-    details.extend(change.result.map(|result| ("result", Value::Number(result))));
-    details.extend(change.seen.what.map(|what| ("what", Value::Text(recording.names.text(what).into()))));
+    details.extend(
+        change
+            .result
+            .map(|result| ("result", Value::Number(result))),
+    );
+    details.extend(
+        change
+            .seen
+            .what
+            .map(|what| ("what", Value::Text(recording.names.text(what).into()))),
+    );
     if let Some(pages) = change.seen.pages {
         details.push(("resident", number(pages.resident)));
         details.extend((pages.swapped > 0).then(|| ("swapped", number(pages.swapped))));
@@ -50,9 +59,19 @@ fn change(recording: &Recording, changed: &Changed) -> (&'static str, Vec<Detail
 
 /// The place of a call, and its stack.
 fn site(recording: &Recording, site: Option<u32>) -> Vec<Detail> {
-    let Some(stack) = recording.stacks.get(site) else { return Vec::new() };
-    let frames: Vec<String> = stack.frames.iter().take(DEEPEST).map(|frame| frame.text()).collect();
-    vec![("where", Value::Text(stack.place())), ("stack", Value::Text(frames.join("\n")))]
+    let Some(stack) = recording.stacks.get(site) else {
+        return Vec::new();
+    };
+    let frames: Vec<String> = stack
+        .frames
+        .iter()
+        .take(DEEPEST)
+        .map(|frame| frame.text())
+        .collect();
+    vec![
+        ("where", Value::Text(stack.place())),
+        ("stack", Value::Text(frames.join("\n"))),
+    ]
 }
 
 /// What is said about a step in the life of a task or an address space.
@@ -88,7 +107,12 @@ fn tasks(recording: &Recording) -> BTreeMap<(i32, i32), &str> {
             *name = comm;
         }
     };
-    for Lived { record: crate::record::Record { task, .. }, comm, .. } in &recording.life {
+    for Lived {
+        record: crate::record::Record { task, .. },
+        comm,
+        ..
+    } in &recording.life
+    {
         add(task.pid, task.tid, *comm);
     }
     for Changed { change, comm, .. } in &recording.changes {
@@ -115,15 +139,23 @@ fn given_back(recording: &Recording) -> Vec<(u64, u64, u64)> {
 
 /// What an address space is called: that of the program that it was made for.
 fn space_name(recording: &Recording, mm: u64) -> String {
-    let Some(space) = recording.spaces.get(&mm) else { return format!("mm{mm}") };
+    let Some(space) = recording.spaces.get(&mm) else {
+        return format!("mm{mm}");
+    };
     let program = recording.names.text(space.program);
     let name = program.rsplit('/').next().filter(|name| !name.is_empty());
-    format!("mm{mm} {}", name.unwrap_or_else(|| recording.names.text(space.comm)))
+    format!(
+        "mm{mm} {}",
+        name.unwrap_or_else(|| recording.names.text(space.comm))
+    )
 }
 
 /// The task of a birth.
 fn born_by(recording: &Recording, mm: u64, tid: i32) -> Task {
-    Task { pid: recording.spaces.get(&mm).map_or(tid, |space| space.pid), tid }
+    Task {
+        pid: recording.spaces.get(&mm).map_or(tid, |space| space.pid),
+        tid,
+    }
 }
 
 #[cfg(test)]
@@ -159,14 +191,28 @@ mod tests {
         let recording = recording();
         let (name, details) = change(&recording, &recording.changes[0]);
         assert_eq!(name, "munmap");
-        let said = |key| details.iter().find(|(name, _)| *name == key).map(|(_, value)| value.clone());
+        let said = |key| {
+            details
+                .iter()
+                .find(|(name, _)| *name == key)
+                .map(|(_, value)| value.clone())
+        };
         assert_eq!(said("range"), Some(Value::Text("0x1000-0x3000".into())));
-        assert_eq!((said("resident"), said("self_ns")), (Some(Value::Number(4096)), Some(Value::Number(300))));
+        assert_eq!(
+            (said("resident"), said("self_ns")),
+            (Some(Value::Number(4096)), Some(Value::Number(300)))
+        );
         assert_eq!(said("where"), Some(Value::Text("main (prog a.c:3)".into())));
-        assert_eq!(said("stack"), Some(Value::Text("munmap (libc.so.6)\nmain (prog a.c:3)".into())));
+        assert_eq!(
+            said("stack"),
+            Some(Value::Text("munmap (libc.so.6)\nmain (prog a.c:3)".into()))
+        );
         assert_eq!(said("swapped"), None);
         assert_eq!(given_back(&recording), [(2750, 1, 4096)]);
         assert_eq!(space_name(&recording, 1), "mm1 prog");
-        assert_eq!(tasks(&recording).into_iter().collect::<Vec<_>>(), [((7, 7), "prog"), ((7, 8), "a\"b")]);
+        assert_eq!(
+            tasks(&recording).into_iter().collect::<Vec<_>>(),
+            [((7, 7), "prog"), ((7, 8), "a\"b")]
+        );
     }
 }

@@ -68,7 +68,11 @@ pub(crate) fn run(tracer: impl FnOnce(Front)) -> Outcome {
 }
 
 fn listen(mut pipe: File, tracer: Pid) -> Outcome {
-    let wait = || rustix::process::waitpid(Some(tracer), WaitOptions::empty()).ok().flatten();
+    let wait = || {
+        rustix::process::waitpid(Some(tracer), WaitOptions::empty())
+            .ok()
+            .flatten()
+    };
     let mut told = [0; 6];
     match pipe.read_exact(&mut told) {
         Ok(()) => {

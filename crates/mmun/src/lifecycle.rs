@@ -37,22 +37,43 @@ impl Lifecycle {
 
     /// The latest process with this number.
     fn process(&mut self, pid: Pid, comm: &str) -> &mut Process {
-        let at = self.processes.iter().rposition(|process| process.pid == pid).unwrap_or_else(|| {
-            self.begin(pid, comm);
-            self.processes.len() - 1
-        });
+        let at = self
+            .processes
+            .iter()
+            .rposition(|process| process.pid == pid)
+            .unwrap_or_else(|| {
+                self.begin(pid, comm);
+                self.processes.len() - 1
+            });
         &mut self.processes[at]
     }
 
     /// A new process, whoever had its number before. A child is called as its parent.
     fn begin(&mut self, pid: Pid, comm: &str) {
-        self.processes.push(Process { pid, name: comm.to_owned(), get: 0, put: 0, free: 0 });
+        self.processes.push(Process {
+            pid,
+            name: comm.to_owned(),
+            get: 0,
+            put: 0,
+            free: 0,
+        });
     }
 
     pub(crate) fn write_text(&self, out: &mut Vec<u8>) {
         // Writing to memory cannot fail.
-        let _ = writeln!(out, "{:>8}  {:<15}{:>10}{:>10}{:>10}", "process", "name", "get", "put", "free");
-        for Process { pid, name, get, put, free } in &self.processes {
+        let _ = writeln!(
+            out,
+            "{:>8}  {:<15}{:>10}{:>10}{:>10}",
+            "process", "name", "get", "put", "free"
+        );
+        for Process {
+            pid,
+            name,
+            get,
+            put,
+            free,
+        } in &self.processes
+        {
             let _ = writeln!(out, "{pid:>8}  {name:<15}{get:>10}{put:>10}{free:>10}");
         }
     }
@@ -64,13 +85,30 @@ mod tests {
 
     use super::*;
 
-    const TASK: Task = Task { pid: 1 << 23, tid: 1 << 23 };
+    const TASK: Task = Task {
+        pid: 1 << 23,
+        tid: 1 << 23,
+    };
 
     #[test]
     fn gets_puts_and_frees_are_counted_by_process() {
         let mut lifecycle = Lifecycle::default();
-        let kinds = [Kind::Get { users: 1 }, Kind::Get { users: 2 }, Kind::Put { users: 1 }, Kind::Free];
-        kinds.into_iter().for_each(|kind| lifecycle.add(&Record { task: TASK, mm: 3, kind }, "prog"));
+        let kinds = [
+            Kind::Get { users: 1 },
+            Kind::Get { users: 2 },
+            Kind::Put { users: 1 },
+            Kind::Free,
+        ];
+        kinds.into_iter().for_each(|kind| {
+            lifecycle.add(
+                &Record {
+                    task: TASK,
+                    mm: 3,
+                    kind,
+                },
+                "prog",
+            )
+        });
         let mut out = Vec::new();
         lifecycle.write_text(&mut out);
         let text = String::from_utf8(out).unwrap();
@@ -80,7 +118,10 @@ mod tests {
 
     #[test]
     fn a_number_that_is_used_again_is_another_process() {
-        let child = Task { pid: TASK.pid + 1, tid: TASK.pid + 1 };
+        let child = Task {
+            pid: TASK.pid + 1,
+            tid: TASK.pid + 1,
+        };
         let mut lifecycle = Lifecycle::default();
         let mut add = |task, kind| lifecycle.add(&Record { task, mm: 3, kind }, "");
         for _ in 0..2 {
@@ -89,8 +130,21 @@ mod tests {
             add(child, Kind::Put { users: 0 });
         }
         // A thread is no process.
-        add(TASK, Kind::Fork { child: Task { pid: TASK.pid, tid: 7 }, child_mm: 3 });
-        let processes: Vec<_> = lifecycle.processes.iter().map(|process| (process.pid, process.get)).collect();
+        add(
+            TASK,
+            Kind::Fork {
+                child: Task {
+                    pid: TASK.pid,
+                    tid: 7,
+                },
+                child_mm: 3,
+            },
+        );
+        let processes: Vec<_> = lifecycle
+            .processes
+            .iter()
+            .map(|process| (process.pid, process.get))
+            .collect();
         assert_eq!(processes, [(child.pid, 1), (child.pid, 1)]);
     }
 }

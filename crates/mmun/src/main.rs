@@ -63,7 +63,9 @@ fn main() {
                 Outcome::Exit(0)
             }
             Command::Man { folder: None } => print(|out| args::man(out)),
-            Command::Man { folder: Some(folder) } => match args::man_into(&folder) {
+            Command::Man {
+                folder: Some(folder),
+            } => match args::man_into(&folder) {
                 Ok(()) => Outcome::Exit(0),
                 Err((path, error)) => {
                     complain(&format!("write on {}: {}", path.display(), reason(&error)));
@@ -112,7 +114,10 @@ fn reason(error: &dyn std::error::Error) -> String {
 
 fn without_number(text: &str) -> String {
     match text.split_once(" (os error ") {
-        Some((before, after)) => format!("{before}{}", after.split_once(')').map_or("", |(_, after)| after)),
+        Some((before, after)) => format!(
+            "{before}{}",
+            after.split_once(')').map_or("", |(_, after)| after)
+        ),
         None => text.to_owned(),
     }
 }

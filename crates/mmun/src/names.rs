@@ -32,17 +32,23 @@ pub(crate) fn errno(number: i64) -> Option<&'static str> {
         (513, "ERESTARTNOINTR"),
         (514, "ERESTARTNOHAND"),
     ];
-    NAMES.iter().find(|(known, _)| *known == number).map(|(_, name)| *name)
+    NAMES
+        .iter()
+        .find(|(known, _)| *known == number)
+        .map(|(_, name)| *name)
 }
 
 /// `SIGSEGV`, or `signal 34` for one without a name.
 pub(crate) fn signal(number: i32) -> String {
     const NAMES: [&str; 31] = [
-        "HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "KILL", "USR1", "SEGV", "USR2", "PIPE", "ALRM",
-        "TERM", "STKFLT", "CHLD", "CONT", "STOP", "TSTP", "TTIN", "TTOU", "URG", "XCPU", "XFSZ", "VTALRM", "PROF",
-        "WINCH", "IO", "PWR", "SYS",
+        "HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "KILL", "USR1", "SEGV", "USR2",
+        "PIPE", "ALRM", "TERM", "STKFLT", "CHLD", "CONT", "STOP", "TSTP", "TTIN", "TTOU", "URG",
+        "XCPU", "XFSZ", "VTALRM", "PROF", "WINCH", "IO", "PWR", "SYS",
     ];
-    match usize::try_from(number - 1).ok().and_then(|at| NAMES.get(at)) {
+    match usize::try_from(number - 1)
+        .ok()
+        .and_then(|at| NAMES.get(at))
+    {
         Some(name) => format!("SIG{name}"),
         None => format!("signal {number}"),
     }

@@ -26,7 +26,11 @@ pub(crate) struct TraceNotifier {
 impl TraceNotifier {
     fn record(&self, mm: &Mm, kind: Kind) {
         if let Some(current) = current() {
-            self.recorder.record(&Record { task: current.task, mm: mm.id(), kind });
+            self.recorder.record(&Record {
+                task: current.task,
+                mm: mm.id(),
+                kind,
+            });
         }
     }
 }
@@ -57,7 +61,11 @@ impl Notifier for TraceNotifier {
 impl Drop for TraceNotifier {
     fn drop(&mut self) {
         let task = unpack(*self.put_by.get_mut());
-        self.recorder.record(&Record { task, mm: self.mm, kind: Kind::Free });
+        self.recorder.record(&Record {
+            task,
+            mm: self.mm,
+            kind: Kind::Free,
+        });
     }
 }
 
@@ -77,16 +85,27 @@ impl TraceObserver {
     pub(crate) fn new(recorder: Arc<Recorder>) -> TraceObserver {
         let shared = Arc::clone(&recorder);
         let alloc = move |mm: &MmWithUser| {
-            Ok(TraceNotifier { recorder: Arc::clone(&shared), mm: mm.id(), put_by: AtomicU64::new(0) })
+            Ok(TraceNotifier {
+                recorder: Arc::clone(&shared),
+                mm: mm.id(),
+                put_by: AtomicU64::new(0),
+            })
         };
-        TraceObserver { recorder, subsystem: Subsystem::new(Box::new(alloc)), leaving: Vec::new(), missed: 0 }
+        TraceObserver {
+            recorder,
+            subsystem: Subsystem::new(Box::new(alloc)),
+            leaving: Vec::new(),
+            missed: 0,
+        }
     }
 
     /// Puts what is left, and waits until every notifier is freed and its `free` is written.
     pub(crate) fn finish(&mut self) {
         self.put_left();
         if let Err(error) = self.subsystem.synchronize() {
-            unreachable!("no section is open in the tracing thread once everything was put: {error}");
+            unreachable!(
+                "no section is open in the tracing thread once everything was put: {error}"
+            );
         }
     }
 
@@ -100,13 +119,21 @@ impl TraceObserver {
             subscription.put_by.store(pack(task), Relaxed);
             // Only this thread gets and puts, so the count is exact.
             let users = subscription.users() - 1;
-            self.recorder.record(&Record { task, mm: subscription.mm().id(), kind: Kind::Put { users } });
+            self.recorder.record(&Record {
+                task,
+                mm: subscription.mm().id(),
+                kind: Kind::Put { users },
+            });
             subscription.put();
         }
     }
 
     fn record(&self, task: Task, mm: &Mm, kind: Kind) {
-        self.recorder.record(&Record { task, mm: mm.id(), kind });
+        self.recorder.record(&Record {
+            task,
+            mm: mm.id(),
+            kind,
+        });
     }
 }
 
@@ -129,27 +156,59 @@ impl Observer for TraceObserver {
                 "the first task of an address space enters it before anything is invalidated there: {error}"
             ),
         };
-        self.record(task, mm, Kind::Get { users: subscription.users() });
+        self.record(
+            task,
+            mm,
+            Kind::Get {
+                users: subscription.users(),
+            },
+        );
         Some(subscription)
     }
 
     fn leave(&mut self, task: Task, held: Self::Held) {
         self.put_left();
-        self.leaving.extend(held.map(|subscription| (task, subscription)));
+        self.leaving
+            .extend(held.map(|subscription| (task, subscription)));
     }
 
     fn event(&mut self, event: &TaskEvent<'_>) {
         self.put_left();
         match *event {
             TaskEvent::MmNew { task, mm } => self.record(task, mm, Kind::MmNew),
-            TaskEvent::Fork { task, child, mm, child_mm } => {
-                self.record(task, mm, Kind::Fork { child, child_mm: child_mm.id() });
+            TaskEvent::Fork {
+                task,
+                child,
+                mm,
+                child_mm,
+            } => {
+                self.record(
+                    task,
+                    mm,
+                    Kind::Fork {
+                        child,
+                        child_mm: child_mm.id(),
+                    },
+                );
             }
-            TaskEvent::Exec { task, mm, old_mm } => self.record(task, mm, Kind::Exec { old_mm: old_mm.id() }),
+            TaskEvent::Exec { task, mm, old_mm } => self.record(
+                task,
+                mm,
+                Kind::Exec {
+                    old_mm: old_mm.id(),
+                },
+            ),
             TaskEvent::Exit { task, mm, status } => self.record(task, mm, Kind::Exit(status)),
             TaskEvent::Mapped { task, mm, range } => {
                 if let Some(current) = current() {
-                    self.record(task, mm, Kind::Map(Mapping { cause: current.cause, range }));
+                    self.record(
+                        task,
+                        mm,
+                        Kind::Map(Mapping {
+                            cause: current.cause,
+                            range,
+                        }),
+                    );
                 }
             }
             TaskEvent::Detach { task, mm } => self.record(task, mm, Kind::Detach),
@@ -164,7 +223,10 @@ fn pack(task: Task) -> u64 {
 }
 
 fn unpack(packed: u64) -> Task {
-    Task { pid: (packed >> 32) as i32, tid: packed as i32 }
+    Task {
+        pid: (packed >> 32) as i32,
+        tid: packed as i32,
+    }
 }
 
 #[cfg(test)]
@@ -173,7 +235,10 @@ mod tests {
 
     #[test]
     fn a_task_survives_packing() {
-        let task = Task { pid: 4_194_304, tid: i32::MAX };
+        let task = Task {
+            pid: 4_194_304,
+            tid: i32::MAX,
+        };
         let back = unpack(pack(task));
         assert_eq!((back.pid, back.tid), (task.pid, task.tid));
     }

@@ -39,7 +39,11 @@ impl Outcome {
 
     pub(crate) fn from_bytes([kind, a, b, c, d]: [u8; 5]) -> Outcome {
         let value = i32::from_le_bytes([a, b, c, d]);
-        if kind == 0 { Outcome::Exit(value) } else { Outcome::Signal(value) }
+        if kind == 0 {
+            Outcome::Exit(value)
+        } else {
+            Outcome::Signal(value)
+        }
     }
 }
 
@@ -58,7 +62,12 @@ mod tests {
 
     #[test]
     fn an_outcome_survives_the_pipe() {
-        for outcome in [Outcome::Exit(0), Outcome::Exit(255), Outcome::Signal(9), Outcome::Signal(64)] {
+        for outcome in [
+            Outcome::Exit(0),
+            Outcome::Exit(255),
+            Outcome::Signal(9),
+            Outcome::Signal(64),
+        ] {
             assert_eq!(Outcome::from_bytes(outcome.to_bytes()), outcome);
         }
     }

@@ -40,7 +40,11 @@ impl Output {
     /// The file cannot be created, or there is no standard error stream.
     pub(crate) fn open(path: Option<&Path>) -> io::Result<Output> {
         let file = match path {
-            Some(path) => File::options().write(true).create(true).truncate(false).open(path)?,
+            Some(path) => File::options()
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .open(path)?,
             None => File::from(io::stderr().as_fd().try_clone_to_owned()?),
         };
         Ok(Output {
@@ -59,7 +63,9 @@ impl Output {
 
     /// The file's name, for messages.
     pub(crate) fn name(&self) -> String {
-        self.path.as_deref().map_or(Self::STDERR.into(), |path| path.display().to_string())
+        self.path
+            .as_deref()
+            .map_or(Self::STDERR.into(), |path| path.display().to_string())
     }
 
     /// Writes the buffer if it is full, or at once to a terminal. `true` if that failed just now.
@@ -71,8 +77,14 @@ impl Output {
     pub(crate) fn flush(&mut self) -> bool {
         let mut failed_now = false;
         if self.failed.is_none() && (self.stale || !self.buffer.is_empty()) {
-            let emptied = if self.stale { self.file.set_len(0) } else { Ok(()) };
-            self.failed = emptied.and_then(|()| write_all(&mut self.file, &self.buffer, &STOP, PATIENCE)).err();
+            let emptied = if self.stale {
+                self.file.set_len(0)
+            } else {
+                Ok(())
+            };
+            self.failed = emptied
+                .and_then(|()| write_all(&mut self.file, &self.buffer, &STOP, PATIENCE))
+                .err();
             self.stale = false;
             failed_now = self.failed.is_some();
         }
@@ -94,7 +106,12 @@ impl Output {
 
 /// As `write_all`, also to a stream that someone else made non-blocking, and not for ever: once
 /// `stop` is set, a reader who takes nothing for as long as `patience` is given up.
-fn write_all(file: &mut File, mut bytes: &[u8], stop: &AtomicBool, patience: Duration) -> io::Result<()> {
+fn write_all(
+    file: &mut File,
+    mut bytes: &[u8],
+    stop: &AtomicBool,
+    patience: Duration,
+) -> io::Result<()> {
     // What is said to be writable takes so much without waiting.
     const AT_ONCE: usize = libc::PIPE_BUF;
     let waits = !file.metadata()?.is_file();
@@ -107,7 +124,11 @@ fn write_all(file: &mut File, mut bytes: &[u8], stop: &AtomicBool, patience: Dur
         match file.write(part) {
             Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
             Ok(count) => bytes = &bytes[count..],
-            Err(error) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock
+                ) => {}
             Err(error) => return Err(error),
         }
     }
@@ -116,11 +137,15 @@ fn write_all(file: &mut File, mut bytes: &[u8], stop: &AtomicBool, patience: Dur
 
 fn wait_for_room(file: &File, stop: &AtomicBool, patience: Duration) -> io::Result<()> {
     // The flag can be set while this thread sleeps and another one takes the signal.
-    const LOOK: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
+    const LOOK: Timespec = Timespec {
+        tv_sec: 0,
+        tv_nsec: 50_000_000,
+    };
     let mut stopped = None;
     loop {
         // What went wrong, if anything, the write tells.
-        if poll(&mut [PollFd::new(file, PollFlags::OUT)], Some(&LOOK)).is_ok_and(|ready| ready > 0) {
+        if poll(&mut [PollFd::new(file, PollFlags::OUT)], Some(&LOOK)).is_ok_and(|ready| ready > 0)
+        {
             return Ok(());
         }
         // Relaxed: the flag hands nothing over.
@@ -147,7 +172,8 @@ mod tests {
         let (_reader, mut file) = pipe();
         let (stop, bytes) = (AtomicBool::new(false), vec![1; 1 << 20]);
         thread::scope(|scope| {
-            let writer = scope.spawn(|| write_all(&mut file, &bytes, &stop, Duration::from_millis(1)));
+            let writer =
+                scope.spawn(|| write_all(&mut file, &bytes, &stop, Duration::from_millis(1)));
             stop.store(true, Relaxed);
             let error = writer.join().unwrap().unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::TimedOut);
@@ -159,7 +185,9 @@ mod tests {
         let (mut reader, mut file) = pipe();
         let stop = AtomicBool::new(true);
         thread::scope(|scope| {
-            let writer = scope.spawn(move || write_all(&mut file, &[7; 1 << 20], &stop, Duration::from_secs(600)));
+            let writer = scope.spawn(move || {
+                write_all(&mut file, &[7; 1 << 20], &stop, Duration::from_secs(600))
+            });
             let mut bytes = Vec::new();
             reader.read_to_end(&mut bytes).unwrap();
             assert_eq!(bytes.len(), 1 << 20);

@@ -139,7 +139,12 @@ pub(crate) struct Span {
 impl Span {
     /// `None` for an event this version of the program has no name for.
     pub(crate) fn new(range: &InvalidateRange<'_>, cause: &'static str) -> Option<Span> {
-        Some(Span { event: events::number(range.event())?, cause, range: range.range(), blocking: range.blocking() })
+        Some(Span {
+            event: events::number(range.event())?,
+            cause,
+            range: range.range(),
+            blocking: range.blocking(),
+        })
     }
 
     pub(crate) fn event_name(&self) -> &'static str {

@@ -113,7 +113,10 @@ impl Recorder {
             progress: Progress::default(),
             spool: None,
         };
-        Recorder { inner: Mutex::new(inner), give_up }
+        Recorder {
+            inner: Mutex::new(inner),
+            give_up,
+        }
     }
 
     /// Writes every record, and the stacks, to `spool` as well, as JSON.
@@ -155,7 +158,11 @@ impl Recorder {
         inner.finish();
         inner.writer = None;
         let spool = inner.spool.take();
-        match spool.iter().chain([&inner.output]).find_map(|output| Some((output.name(), output.failure()?))) {
+        match spool
+            .iter()
+            .chain([&inner.output])
+            .find_map(|output| Some((output.name(), output.failure()?)))
+        {
             None => Ok(()),
             Some((name, error)) => Err((name, copy(error))),
         }
@@ -214,8 +221,15 @@ impl Inner {
             Kind::Map(Mapping { range, .. }) => {
                 let end = range.end().map_or(u64::MAX, Va::get);
                 let what = capture.what(task.tid, mm, range.start().get(), end);
-                let site = self.stacks.as_mut().and_then(|stacks| stacks.take(task, capture));
-                return Some(Seen { what, pages: None, site });
+                let site = self
+                    .stacks
+                    .as_mut()
+                    .and_then(|stacks| stacks.take(task, capture));
+                return Some(Seen {
+                    what,
+                    pages: None,
+                    site,
+                });
             }
             Kind::End(_, Some(_)) => capture.runtime.end(task),
             Kind::End(_, None) => capture.runtime.forget(task.tid),
@@ -241,7 +255,9 @@ impl Inner {
         let extra = Extra {
             comm,
             program: program.as_deref(),
-            what: seen.and_then(|seen| seen.what).and_then(|what| Some(names?.text(what))),
+            what: seen
+                .and_then(|seen| seen.what)
+                .and_then(|what| Some(names?.text(what))),
             pages: seen.and_then(|seen| seen.pages),
             site: seen.and_then(|seen| seen.site),
             own: change.and_then(|change| change.own),
@@ -262,7 +278,10 @@ impl Inner {
             json::write(&mut spool.buffer, t, record, &extra);
             has_failed = spool.settle();
         }
-        let extra = Extra { site: extra.site.filter(|_| self.list_stacks), ..extra };
+        let extra = Extra {
+            site: extra.site.filter(|_| self.list_stacks),
+            ..extra
+        };
         let out = &mut self.output.buffer;
         match &mut self.writer {
             Some(Writer::Json) => json::write(out, t, record, &extra),
@@ -285,7 +304,10 @@ impl Inner {
             Kind::End(span, result) => {
                 let mut change = self.pairs.end(t, record, span, result)?;
                 if change.is_call {
-                    change.own = self.capture.as_mut().and_then(|capture| capture.runtime.take(record.task.tid));
+                    change.own = self
+                        .capture
+                        .as_mut()
+                        .and_then(|capture| capture.runtime.take(record.task.tid));
                 }
                 Some(change)
             }
@@ -317,7 +339,10 @@ impl Inner {
             }
         };
         if let Some(summary) = self.summary.take() {
-            let sources = Sources { names, stacks: &stacks };
+            let sources = Sources {
+                names,
+                stacks: &stacks,
+            };
             if self.json {
                 summary.write_json(out, t, &sources, self.lifecycle.as_ref());
             } else {
@@ -335,7 +360,9 @@ impl Inner {
 
 /// Errors cannot be cloned; those of writing have a number.
 fn copy(error: &io::Error) -> io::Error {
-    error.raw_os_error().map_or_else(|| error.kind().into(), io::Error::from_raw_os_error)
+    error
+        .raw_os_error()
+        .map_or_else(|| error.kind().into(), io::Error::from_raw_os_error)
 }
 
 #[cfg(test)]
@@ -347,9 +374,18 @@ mod tests {
     #[test]
     fn times_never_decrease_in_a_file_two_threads_write() {
         let path = std::env::temp_dir().join(format!("mmun-recorder-{}", std::process::id()));
-        let settings = Settings { form: Some(Form::Json), ..Settings::default() };
-        let recorder = Recorder::new(settings, Output::open(Some(&path)).unwrap(), || panic!("the output failed"));
-        let record = Record { task: Task { pid: 1, tid: 1 }, mm: 1, kind: Kind::Free };
+        let settings = Settings {
+            form: Some(Form::Json),
+            ..Settings::default()
+        };
+        let recorder = Recorder::new(settings, Output::open(Some(&path)).unwrap(), || {
+            panic!("the output failed")
+        });
+        let record = Record {
+            task: Task { pid: 1, tid: 1 },
+            mm: 1,
+            kind: Kind::Free,
+        };
         std::thread::scope(|scope| {
             for _ in 0..2 {
                 scope.spawn(|| (0..2000).for_each(|_| recorder.record(&record)));
@@ -358,7 +394,10 @@ mod tests {
         recorder.finish().unwrap();
         let text = std::fs::read_to_string(&path).unwrap();
         std::fs::remove_file(&path).unwrap();
-        let times: Vec<u64> = text.lines().map(|line| line[11..].split(',').next().unwrap().parse().unwrap()).collect();
+        let times: Vec<u64> = text
+            .lines()
+            .map(|line| line[11..].split(',').next().unwrap().parse().unwrap())
+            .collect();
         assert_eq!(times.len(), 4000);
         assert!(times.is_sorted());
     }

@@ -125,13 +125,20 @@ impl Recording {
         let mut bytes = Vec::new();
         for number in 1.. {
             bytes.clear();
-            let count = input.by_ref().take(LONGEST_LINE).read_until(b'\n', &mut bytes).map_err(ReadError::Io)?;
+            let count = input
+                .by_ref()
+                .take(LONGEST_LINE)
+                .read_until(b'\n', &mut bytes)
+                .map_err(ReadError::Io)?;
             if count == 0 {
                 break;
             }
             let is_whole = bytes.ends_with(b"\n");
             if !is_whole && count as u64 == LONGEST_LINE {
-                return Err(ReadError::Line(number, format!("longer than {} MiB", LONGEST_LINE >> 20)));
+                return Err(ReadError::Line(
+                    number,
+                    format!("longer than {} MiB", LONGEST_LINE >> 20),
+                ));
             }
             if bytes.trim_ascii().is_empty() {
                 continue;
@@ -159,7 +166,12 @@ struct Reader {
 
 impl Reader {
     fn line(&mut self, bytes: &[u8]) -> Result<(), String> {
-        let Reader { recording, pairs, causes, .. } = self;
+        let Reader {
+            recording,
+            pairs,
+            causes,
+            ..
+        } = self;
         let (t, said) = line::read(bytes, &mut recording.names, causes)?;
         if t > LAST {
             return Err(format!("its time {t} is later than any"));
@@ -175,7 +187,13 @@ impl Reader {
                 self.stacks.push((site, stack));
                 return Ok(());
             }
-            Said::Record { record, comm, program, seen, own } => (record, comm, program, seen, own),
+            Said::Record {
+                record,
+                comm,
+                program,
+                seen,
+                own,
+            } => (record, comm, program, seen, own),
         };
         recording.see(t, &record, comm, program);
         match record.kind {
@@ -186,12 +204,23 @@ impl Reader {
             Kind::End(span, result) => {
                 if let Some(change) = pairs.end(t, &record, span, result) {
                     self.open -= 1;
-                    recording.changes.push(Changed { change: Change { own, ..change }, mm: record.mm, comm });
+                    recording.changes.push(Changed {
+                        change: Change { own, ..change },
+                        mm: record.mm,
+                        comm,
+                    });
                 }
             }
             Kind::Map(mapping) => {
                 let Seen { what, site, .. } = seen;
-                recording.births.push(Born { t, tid: record.task.tid, mm: record.mm, mapping, what, site });
+                recording.births.push(Born {
+                    t,
+                    tid: record.task.tid,
+                    mm: record.mm,
+                    mapping,
+                    what,
+                    site,
+                });
             }
             _ => recording.life.push(Lived { t, record, comm }),
         }
@@ -199,14 +228,23 @@ impl Reader {
     }
 
     fn finish(self) -> Result<Recording, ReadError> {
-        let Reader { mut recording, stacks, open, has_record, .. } = self;
+        let Reader {
+            mut recording,
+            stacks,
+            open,
+            has_record,
+            ..
+        } = self;
         if !has_record {
             return Err(ReadError::Empty);
         }
         recording.stacks = Resolved::of(stacks);
         recording.unfinished = open;
         let end = recording.end;
-        recording.spaces.values_mut().for_each(|space| space.ended = space.ended.min(end));
+        recording
+            .spaces
+            .values_mut()
+            .for_each(|space| space.ended = space.ended.min(end));
         Ok(recording)
     }
 }
@@ -251,15 +289,41 @@ mod tests {
     #[test]
     fn a_change_is_read_with_all_that_was_found() {
         let recording = read(&[NEW, START, END, STACK, ""].join("\n")).unwrap();
-        let [changed] = recording.changes[..] else { panic!("one change") };
-        let Change { began, ended, result, own, seen, is_call, .. } = changed.change;
-        assert_eq!((began, ended, result, own, is_call), (9, 11, Some(0), Some(1), true));
+        let [changed] = recording.changes[..] else {
+            panic!("one change")
+        };
+        let Change {
+            began,
+            ended,
+            result,
+            own,
+            seen,
+            is_call,
+            ..
+        } = changed.change;
+        assert_eq!(
+            (began, ended, result, own, is_call),
+            (9, 11, Some(0), Some(1), true)
+        );
         assert_eq!(recording.names.text(seen.what.unwrap()), "a\"b");
-        assert_eq!((seen.pages.unwrap().resident, changed.change.bytes()), (4096, 8192));
+        assert_eq!(
+            (seen.pages.unwrap().resident, changed.change.bytes()),
+            (4096, 8192)
+        );
         assert_eq!(recording.stacks.place(seen.site), "main (prog a.c:3)");
         let space = recording.spaces[&1];
-        assert_eq!((recording.names.text(space.program), space.began, space.ended), ("/bin/prog", 5, 12));
-        assert_eq!((recording.end, recording.life.len(), recording.unfinished), (12, 1, 0));
+        assert_eq!(
+            (
+                recording.names.text(space.program),
+                space.began,
+                space.ended
+            ),
+            ("/bin/prog", 5, 12)
+        );
+        assert_eq!(
+            (recording.end, recording.life.len(), recording.unfinished),
+            (12, 1, 0)
+        );
     }
 
     #[test]
@@ -278,20 +342,45 @@ mod tests {
     fn a_cut_last_line_is_noted_and_a_broken_one_before_is_refused() {
         let recording = read(&format!("{NEW}\n{START}\n{}", &END[..70])).unwrap();
         assert!(recording.is_cut && recording.unfinished == 1);
-        let error = read(&format!("{NEW}\n{}\n{END}\n", &START[..70])).unwrap_err().to_string();
-        assert!(error.starts_with("line 2: ") && !error.contains('\n'), "{error}");
+        let error = read(&format!("{NEW}\n{}\n{END}\n", &START[..70]))
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.starts_with("line 2: ") && !error.contains('\n'),
+            "{error}"
+        );
     }
 
     #[test]
     fn what_is_no_trace_is_refused_in_one_line() {
-        for text in ["", "\n \n", "{}", "hello", "[]", "{\"v\":1}", "{\"v\":2,\"t\":0,\"kind\":\"get\"}\n", "\u{0}\n"] {
+        for text in [
+            "",
+            "\n \n",
+            "{}",
+            "hello",
+            "[]",
+            "{\"v\":1}",
+            "{\"v\":2,\"t\":0,\"kind\":\"get\"}\n",
+            "\u{0}\n",
+        ] {
             let error = read(text).unwrap_err().to_string();
-            assert!(!error.contains('\n') && error.contains("mmun trace --json"), "{text:?}: {error}");
+            assert!(
+                !error.contains('\n') && error.contains("mmun trace --json"),
+                "{text:?}: {error}"
+            );
         }
         let back = format!("{START}\n{NEW}\n");
-        assert!(read(&back).unwrap_err().to_string().contains("line 2: its time"));
-        for bad in [START.replace("0x1000", "0x1001"), START.replace("0x3000", "0x1000"), START.replace("0x3000", "3")]
-        {
+        assert!(
+            read(&back)
+                .unwrap_err()
+                .to_string()
+                .contains("line 2: its time")
+        );
+        for bad in [
+            START.replace("0x1000", "0x1001"),
+            START.replace("0x3000", "0x1000"),
+            START.replace("0x3000", "3"),
+        ] {
             assert!(read(&format!("{bad}\n")).is_err(), "{bad}");
         }
     }

@@ -29,10 +29,16 @@ pub(crate) fn main(args: &ReportArgs) -> Outcome {
         }
     };
     if recording.is_cut {
-        complain(&format!("{}: its last line is cut, and left out", args.trace.display()));
+        complain(&format!(
+            "{}: its last line is cut, and left out",
+            args.trace.display()
+        ));
     }
     let text = match args.format() {
-        ReportFormat::Summary => summary(&recording, args.summary.wanted(true).expect("it is always wanted")),
+        ReportFormat::Summary => summary(
+            &recording,
+            args.summary.wanted(true).expect("it is always wanted"),
+        ),
         ReportFormat::Perfetto if args.output.is_none() && io::stdout().is_terminal() => {
             complain("report on standard output: a perfetto trace is no text; name a file with -o");
             return FAILED;
@@ -60,6 +66,12 @@ fn summary(recording: &Recording, wanted: Wanted) -> Vec<u8> {
         summary.add(&changed.change, recording.names.text(changed.comm));
     }
     let mut out = Vec::new();
-    summary.write_text(&mut out, &Sources { names: Some(&recording.names), stacks: &recording.stacks });
+    summary.write_text(
+        &mut out,
+        &Sources {
+            names: Some(&recording.names),
+            stacks: &recording.stacks,
+        },
+    );
     out
 }

@@ -46,7 +46,11 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
     let folder = match folder() {
         Ok(folder) => folder,
         Err(error) => {
-            complain(&format!("mkdir in {}: {}", std::env::temp_dir().display(), reason(&error)));
+            complain(&format!(
+                "mkdir in {}: {}",
+                std::env::temp_dir().display(),
+                reason(&error)
+            ));
             return FAILED;
         }
     };
@@ -95,7 +99,10 @@ fn wait(program: &Relay) -> Outcome {
             },
             Ok(None) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => {
-                complain(&format!("wait on the program: {}", reason(&io::Error::from(error))));
+                complain(&format!(
+                    "wait on the program: {}",
+                    reason(&io::Error::from(error))
+                ));
                 return FAILED;
             }
         }
@@ -110,12 +117,18 @@ fn ended(status: WaitStatus) -> Option<Outcome> {
 /// Whether the process is stopped, by `/proc`.
 fn is_stopped(pid: i32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with(['T', 't']))
+    stat.rsplit(") ")
+        .next()
+        .is_some_and(|rest| rest.starts_with(['T', 't']))
 }
 
 /// Which program could not be run, and why.
 fn refused(program: &OsString, error: &io::Error) -> Outcome {
-    complain(&format!("execve on {}: {}", Path::new(program).display(), reason(error)));
+    complain(&format!(
+        "execve on {}: {}",
+        Path::new(program).display(),
+        reason(error)
+    ));
     match error.kind() {
         io::ErrorKind::NotFound => NOT_FOUND,
         _ => NOT_EXECUTABLE,
@@ -159,5 +172,10 @@ fn check(watch: Watch) {
         Watch::Hook => vec![Source::Hook],
         Watch::Off => return,
     };
-    coverage::main(CoverageArgs { json: false, sources, library: None, wait: 0 });
+    coverage::main(CoverageArgs {
+        json: false,
+        sources,
+        library: None,
+        wait: 0,
+    });
 }

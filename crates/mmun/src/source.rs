@@ -13,7 +13,8 @@ pub(crate) enum Source {
 }
 
 impl Source {
-    pub(crate) const ALL: [Source; 4] = [Source::Kernel, Source::Hook, Source::Uffd, Source::Process];
+    pub(crate) const ALL: [Source; 4] =
+        [Source::Kernel, Source::Hook, Source::Uffd, Source::Process];
 
     /// What the library says of it.
     pub(crate) fn info(self) -> &'static SourceInfo {
@@ -34,7 +35,13 @@ mod tests {
         let names: Vec<&str> = SOURCES.iter().map(|info| info.name).collect();
         assert_eq!(Source::ALL.map(Source::name), *names);
         for source in Source::ALL {
-            assert_eq!(source.to_possible_value().expect("it is not hidden").get_name(), source.name());
+            assert_eq!(
+                source
+                    .to_possible_value()
+                    .expect("it is not hidden")
+                    .get_name(),
+                source.name()
+            );
         }
     }
 }

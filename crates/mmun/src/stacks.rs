@@ -96,7 +96,13 @@ impl Stacks {
         }
         let space = self.spaces.entry(mm).or_default();
         let place = capture.place(task.tid, mm)?;
-        space.unwind(&mut self.images, place, &current, registers, &mut self.scratch);
+        space.unwind(
+            &mut self.images,
+            place,
+            &current,
+            registers,
+            &mut self.scratch,
+        );
         let frames = &self.scratch.frames;
         if let Some(number) = space.known.get(&frames[..]) {
             return Some(*number);
@@ -110,16 +116,29 @@ impl Stacks {
 
     /// Names every frame.
     pub(crate) fn resolve(self) -> Resolved {
-        let mut wanted: Vec<Address> = self.stacks.keys().flat_map(|stack| stack.iter().copied()).collect();
+        let mut wanted: Vec<Address> = self
+            .stacks
+            .keys()
+            .flat_map(|stack| stack.iter().copied())
+            .collect();
         wanted.sort_unstable();
         wanted.dedup();
         let named = symbols::name(&self.images, &wanted);
-        let mut list: Vec<(u32, Box<[Address]>)> =
-            self.stacks.into_iter().map(|(stack, number)| (number, stack)).collect();
+        let mut list: Vec<(u32, Box<[Address]>)> = self
+            .stacks
+            .into_iter()
+            .map(|(stack, number)| (number, stack))
+            .collect();
         list.sort_unstable_by_key(|(number, _)| *number);
         let frames = |stack: &[Address]| -> Vec<Frame> {
-            stack.iter().flat_map(|address| named.get(address).into_iter().flatten().cloned()).collect()
+            stack
+                .iter()
+                .flat_map(|address| named.get(address).into_iter().flatten().cloned())
+                .collect()
         };
-        Resolved::new(list.iter().map(|(number, stack)| (*number, frames(stack))), &self.skip)
+        Resolved::new(
+            list.iter().map(|(number, stack)| (*number, frames(stack))),
+            &self.skip,
+        )
     }
 }

@@ -32,7 +32,11 @@ impl Status {
         let is_dumb = std::env::var_os("TERM").is_none_or(|terminal| terminal == "dumb");
         let begin = Instant::now();
         let shows = wanted && !is_dumb && io::stderr().is_terminal();
-        Status { begin, next: shows.then(|| begin + EVERY), is_shown: false }
+        Status {
+            begin,
+            next: shows.then(|| begin + EVERY),
+            is_shown: false,
+        }
     }
 
     /// Writes the line, if it is time.
@@ -55,20 +59,32 @@ impl Status {
 fn line(Progress { events, tasks }: Progress, time: Duration) -> String {
     let seconds = time.as_secs();
     let s = if tasks == 1 { "" } else { "s" };
-    format!("mmun: {} events, {tasks} task{s}, {}:{:02}", thousands(events), seconds / 60, seconds % 60)
+    format!(
+        "mmun: {} events, {tasks} task{s}, {}:{:02}",
+        thousands(events),
+        seconds / 60,
+        seconds % 60
+    )
 }
 
 fn thousands(number: u64) -> String {
     let digits = number.to_string();
-    let groups: Vec<&str> =
-        digits.as_bytes().rchunks(3).rev().filter_map(|group| std::str::from_utf8(group).ok()).collect();
+    let groups: Vec<&str> = digits
+        .as_bytes()
+        .rchunks(3)
+        .rev()
+        .filter_map(|group| std::str::from_utf8(group).ok())
+        .collect();
     groups.join(",")
 }
 
 /// A terminal that takes nothing now, stopped by ^S, gets no line.
 fn write(text: &str) -> bool {
     let mut error = io::stderr();
-    let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+    let at_once = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
     poll(&mut [PollFd::new(&error, PollFlags::OUT)], Some(&at_once)).is_ok_and(|ready| ready > 0)
         && error.write_all(text.as_bytes()).is_ok()
 }
@@ -79,10 +95,17 @@ mod tests {
 
     #[test]
     fn the_line_counts_in_thousands_and_minutes() {
-        let text = |events, tasks, seconds| line(Progress { events, tasks }, Duration::from_secs(seconds));
-        assert_eq!(text(1_234_567, 3, 67), "mmun: 1,234,567 events, 3 tasks, 1:07");
+        let text =
+            |events, tasks, seconds| line(Progress { events, tasks }, Duration::from_secs(seconds));
+        assert_eq!(
+            text(1_234_567, 3, 67),
+            "mmun: 1,234,567 events, 3 tasks, 1:07"
+        );
         assert_eq!(text(0, 1, 0), "mmun: 0 events, 1 task, 0:00");
-        assert_eq!((thousands(999), thousands(1000)), ("999".into(), "1,000".into()));
+        assert_eq!(
+            (thousands(999), thousands(1000)),
+            ("999".into(), "1,000".into())
+        );
     }
 
     #[test]

@@ -22,7 +22,11 @@ pub(crate) enum Mark {
 
 impl Style {
     pub(crate) fn of_stdout() -> Style {
-        if io::stdout().is_terminal() && is_wanted() { Style::Colored } else { Style::Plain }
+        if io::stdout().is_terminal() && is_wanted() {
+            Style::Colored
+        } else {
+            Style::Plain
+        }
     }
 
     pub(crate) fn paint(self, mark: Mark, text: impl Display) -> String {

@@ -77,7 +77,10 @@ impl Row {
         self.wall = self.wall.saturating_add(change.wall());
         if change.is_call {
             self.calls += 1;
-            let time = change.own.filter(|_| !wall).unwrap_or_else(|| change.wall());
+            let time = change
+                .own
+                .filter(|_| !wall)
+                .unwrap_or_else(|| change.wall());
             self.time = self.time.saturating_add(time);
             self.longest = self.longest.max(time);
         }
@@ -123,10 +126,16 @@ impl Summary {
             self.whats.entry(seen.what).or_default().add(change, wall);
         }
         if tables.has(By::Task) {
-            self.tasks.entry((change.task, comm.to_owned())).or_default().add(change, wall);
+            self.tasks
+                .entry((change.task, comm.to_owned()))
+                .or_default()
+                .add(change, wall);
         }
         if tables.has(By::Cause) {
-            self.causes.entry(change.span.cause).or_default().add(change, wall);
+            self.causes
+                .entry(change.span.cause)
+                .or_default()
+                .add(change, wall);
         }
         let removes = matches!(change.span.event, events::UNMAP | events::CLEAR);
         if let Some(pages) = seen.pages.filter(|_| removes) {
@@ -148,8 +157,13 @@ impl Summary {
         };
         let rows = match by {
             By::Event => {
-                let named = events::NAMES.iter().zip(&self.events).filter(|(_, row)| row.ranges > 0);
-                return named.map(|(name, row)| ((*name).to_owned(), *row)).collect();
+                let named = events::NAMES
+                    .iter()
+                    .zip(&self.events)
+                    .filter(|(_, row)| row.ranges > 0);
+                return named
+                    .map(|(name, row)| ((*name).to_owned(), *row))
+                    .collect();
             }
             By::Where => labelled(&self.sites, |site| sources.stacks.place(*site)),
             By::What => labelled(&self.whats, what),
@@ -173,7 +187,13 @@ impl Summary {
     }
 
     /// One object with the keys every line has but no task: it is about all of them.
-    pub(crate) fn write_json(&self, out: &mut Vec<u8>, t: u64, sources: &Sources<'_>, lifecycle: Option<&Lifecycle>) {
+    pub(crate) fn write_json(
+        &self,
+        out: &mut Vec<u8>,
+        t: u64,
+        sources: &Sources<'_>,
+        lifecycle: Option<&Lifecycle>,
+    ) {
         json::head(out, t, "summary");
         out.put(",\"events\":{");
         for (at, (name, row)) in self.rows(By::Event, sources).iter().enumerate() {
@@ -189,7 +209,12 @@ impl Summary {
         out.put("}");
         for by in self.wanted.tables.list().filter(|by| *by != By::Event) {
             let _ = write!(out, ",\"{}\":[", by.name());
-            for (at, (label, row)) in self.rows(by, sources).iter().take(self.wanted.top).enumerate() {
+            for (at, (label, row)) in self
+                .rows(by, sources)
+                .iter()
+                .take(self.wanted.top)
+                .enumerate()
+            {
                 out.put(if at == 0 { "{\"name\":" } else { ",{\"name\":" });
                 json::put_str(out, label);
                 out.put(",");
@@ -205,8 +230,17 @@ impl Summary {
             out.put(",\"processes\":[");
             for (at, process) in lifecycle.processes.iter().enumerate() {
                 let comma = if at == 0 { "" } else { "," };
-                let crate::lifecycle::Process { pid, get, put, free, .. } = process;
-                let _ = write!(out, "{comma}{{\"pid\":{pid},\"get\":{get},\"put\":{put},\"free\":{free}}}");
+                let crate::lifecycle::Process {
+                    pid,
+                    get,
+                    put,
+                    free,
+                    ..
+                } = process;
+                let _ = write!(
+                    out,
+                    "{comma}{{\"pid\":{pid},\"get\":{get},\"put\":{put},\"free\":{free}}}"
+                );
             }
             out.put("]");
         }
@@ -215,7 +249,14 @@ impl Summary {
 }
 
 fn write_row(out: &mut Vec<u8>, row: &Row) {
-    let Row { calls, bytes, resident, time, longest, .. } = row;
+    let Row {
+        calls,
+        bytes,
+        resident,
+        time,
+        longest,
+        ..
+    } = row;
     let _ = write!(
         out,
         "\"calls\":{calls},\"bytes\":{bytes},\"resident\":{resident},\"self\":{time},\"longest\":{longest}"
@@ -223,7 +264,10 @@ fn write_row(out: &mut Vec<u8>, row: &Row) {
 }
 
 /// Rows under their labels; equal labels share a row.
-fn labelled<K: Eq + Hash>(rows: &HashMap<K, Row>, label: impl Fn(&K) -> String) -> Vec<(String, Row)> {
+fn labelled<K: Eq + Hash>(
+    rows: &HashMap<K, Row>,
+    label: impl Fn(&K) -> String,
+) -> Vec<(String, Row)> {
     let mut merged: HashMap<String, Row> = HashMap::new();
     for (key, row) in rows {
         merged.entry(label(key)).or_default().merge(row);
@@ -242,45 +286,85 @@ mod tests {
 
     fn change(cause: &'static str, pages: u64, resident: u64, own: u64, result: i64) -> Change {
         let range = VaRange::covering(Va::new(4096), pages * 4096).unwrap();
-        let pages = Some(Pages { resident, ..Pages::default() });
+        let pages = Some(Pages {
+            resident,
+            ..Pages::default()
+        });
         Change {
             task: Task { pid: 1, tid: 2 },
-            span: Span { event: 1, cause, range, blocking: Blocking::Allowed },
+            span: Span {
+                event: 1,
+                cause,
+                range,
+                blocking: Blocking::Allowed,
+            },
             began: 100,
             ended: 200,
             result: Some(result),
-            seen: Seen { what: None, pages, site: None },
+            seen: Seen {
+                what: None,
+                pages,
+                site: None,
+            },
             own: Some(own),
             is_call: true,
         }
     }
 
     fn summary(tables: &str, sort: Sort, top: usize) -> String {
-        let wanted = Wanted { tables: tables.parse().unwrap(), sort, top, wall: false };
+        let wanted = Wanted {
+            tables: tables.parse().unwrap(),
+            sort,
+            top,
+            wall: false,
+        };
         let mut summary = Summary::new(wanted);
-        for change in
-            [change("madvise", 2, 8192, 10, 0), change("munmap", 1, 0, 50, 0), change("munmap", 1, 4096, 5, -22)]
-        {
+        for change in [
+            change("madvise", 2, 8192, 10, 0),
+            change("munmap", 1, 0, 50, 0),
+            change("munmap", 1, 4096, 5, -22),
+        ] {
             summary.add(&change, "prog");
         }
         let (mut out, stacks) = (Vec::new(), Resolved::default());
-        summary.write_text(&mut out, &Sources { names: None, stacks: &stacks });
+        summary.write_text(
+            &mut out,
+            &Sources {
+                names: None,
+                stacks: &stacks,
+            },
+        );
         String::from_utf8(out).unwrap()
     }
 
     #[test]
     fn what_failed_removed_nothing_and_what_was_not_resident_neither() {
         let text = summary("event", Sort::Time, 10);
-        assert!(text.ends_with("\n2 of 3 unmaps and clears removed nothing.\n"), "{text}");
+        assert!(
+            text.ends_with("\n2 of 3 unmaps and clears removed nothing.\n"),
+            "{text}"
+        );
         let row: Vec<&str> = text.lines().nth(1).unwrap().split_whitespace().collect();
-        assert_eq!(row, ["clear", "3", "16", "KiB", "8", "KiB", "65", "ns", "50", "ns", "1", "failed"]);
+        assert_eq!(
+            row,
+            [
+                "clear", "3", "16", "KiB", "8", "KiB", "65", "ns", "50", "ns", "1", "failed"
+            ]
+        );
     }
 
     #[test]
     fn rows_are_sorted_by_what_is_asked_for_and_cut() {
         let first = |sort, top| {
             let text = summary("cause", sort, top);
-            let row = text.lines().nth(1).unwrap().split_whitespace().last().unwrap().to_owned();
+            let row = text
+                .lines()
+                .nth(1)
+                .unwrap()
+                .split_whitespace()
+                .last()
+                .unwrap()
+                .to_owned();
             (row, text)
         };
         assert_eq!(first(Sort::Time, 10).0, "munmap");
@@ -293,6 +377,9 @@ mod tests {
     #[test]
     fn tasks_are_named() {
         assert!(summary("task", Sort::Time, 10).contains("prog 1/2"));
-        assert!(!summary("where", Sort::Time, 10).contains("where"), "no stacks were taken");
+        assert!(
+            !summary("where", Sort::Time, 10).contains("where"),
+            "no stacks were taken"
+        );
     }
 }

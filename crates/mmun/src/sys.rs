@@ -27,7 +27,14 @@ static ASKED_BY: AtomicI32 = AtomicI32::new(0);
 static TRACER: AtomicI32 = AtomicI32::new(0);
 
 /// What asks a program to end, by hand or by default.
-const ENDING: [i32; 6] = [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM, libc::SIGUSR1, libc::SIGUSR2];
+const ENDING: [i32; 6] = [
+    libc::SIGHUP,
+    libc::SIGINT,
+    libc::SIGQUIT,
+    libc::SIGTERM,
+    libc::SIGUSR1,
+    libc::SIGUSR2,
+];
 /// Tells the tracer that the front is gone. Nobody sends it by hand.
 const ORPHANED: i32 = libc::SIGIO;
 
@@ -57,7 +64,10 @@ pub(crate) fn fork() -> io::Result<(Fork, Held)> {
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
         0 => Ok((Fork::Child, held)),
-        pid => Ok((Fork::Parent(Pid::from_raw(pid).expect("a child's pid is positive")), held)),
+        pid => Ok((
+            Fork::Parent(Pid::from_raw(pid).expect("a child's pid is positive")),
+            held,
+        )),
     }
 }
 
@@ -152,8 +162,17 @@ pub(crate) fn forward_to(tracer: Pid) {
 /// Ignores all that can be ignored: for a process that has to outlive everything its tracees do.
 pub(crate) fn ignore_everything() {
     for signal in 1..32 {
-        let fault = [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGABRT, libc::SIGTRAP];
-        if ![libc::SIGKILL, libc::SIGSTOP, libc::SIGCHLD].contains(&signal) && !fault.contains(&signal) {
+        let fault = [
+            libc::SIGSEGV,
+            libc::SIGBUS,
+            libc::SIGILL,
+            libc::SIGFPE,
+            libc::SIGABRT,
+            libc::SIGTRAP,
+        ];
+        if ![libc::SIGKILL, libc::SIGSTOP, libc::SIGCHLD].contains(&signal)
+            && !fault.contains(&signal)
+        {
             set_handler(signal, libc::SIG_IGN);
         }
     }
@@ -172,7 +191,10 @@ pub(crate) fn close_inherited() {
 /// Ends this process by `signal`, so that its parent sees what it would have seen of the traced
 /// program, without a core dump of its own.
 pub(crate) fn die_of(signal: i32) -> ! {
-    let no_core = rustix::process::Rlimit { current: Some(0), maximum: Some(0) };
+    let no_core = rustix::process::Rlimit {
+        current: Some(0),
+        maximum: Some(0),
+    };
     let _ = rustix::process::setrlimit(rustix::process::Resource::Core, no_core);
     // A core pattern that is a pipe looks at this instead.
     let _ = rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable);
@@ -213,12 +235,18 @@ pub(crate) fn process_time(pid: i32) -> Option<u64> {
         return None;
     }
     let clock = !pid << 3 | SCHED;
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
     // SAFETY: it writes one `timespec` to a local; a clock that is none is refused.
     if unsafe { libc::clock_gettime(clock, &raw mut time) } != 0 {
         return None;
     }
-    u64::try_from(time.tv_sec).ok()?.checked_mul(1_000_000_000)?.checked_add(u64::try_from(time.tv_nsec).ok()?)
+    u64::try_from(time.tv_sec)
+        .ok()?
+        .checked_mul(1_000_000_000)?
+        .checked_add(u64::try_from(time.tv_nsec).ok()?)
 }
 
 /// Does nothing until `parent` ends, then ends too.
@@ -234,13 +262,23 @@ pub(crate) fn wait_for_the_end_of(parent: Pid) -> ! {
 /// it.
 pub(crate) fn rename(name: &std::ffi::CStr) {
     let _ = rustix::thread::set_name(name);
-    let Ok(stat) = std::fs::read_to_string("/proc/self/stat") else { return };
+    let Ok(stat) = std::fs::read_to_string("/proc/self/stat") else {
+        return;
+    };
     // The fields after the name in parentheses; the area of the arguments is numbers 48 and 49 of
     // proc(5).
     let fields = stat.rsplit(')').next().unwrap_or_default();
-    let mut area = fields.split_whitespace().skip(45).map(|field| field.parse::<usize>().ok());
-    let (Some(Some(begin)), Some(Some(end))) = (area.next(), area.next()) else { return };
-    let Some(length) = end.checked_sub(begin).filter(|length| begin != 0 && *length > name.count_bytes()) else {
+    let mut area = fields
+        .split_whitespace()
+        .skip(45)
+        .map(|field| field.parse::<usize>().ok());
+    let (Some(Some(begin)), Some(Some(end))) = (area.next(), area.next()) else {
+        return;
+    };
+    let Some(length) = end
+        .checked_sub(begin)
+        .filter(|length| begin != 0 && *length > name.count_bytes())
+    else {
         return;
     };
     // SAFETY: the slice must be writable memory that nothing else uses. The kernel put the argument
@@ -276,8 +314,14 @@ extern "C" fn on_forward(signal: i32) {
 }
 
 fn set_timer(every_us: i64) {
-    let every = libc::timeval { tv_sec: 0, tv_usec: every_us };
-    let timer = libc::itimerval { it_interval: every, it_value: every };
+    let every = libc::timeval {
+        tv_sec: 0,
+        tv_usec: every_us,
+    };
+    let timer = libc::itimerval {
+        it_interval: every,
+        it_value: every,
+    };
     // SAFETY: the first pointer is to a live value, a null second one is allowed.
     keeping_errno(|| unsafe { libc::setitimer(libc::ITIMER_REAL, &timer, std::ptr::null_mut()) });
 }
@@ -323,7 +367,12 @@ fn is_ignored(signal: i32) -> bool {
 
 /// Without `SA_RESTART`: a handled signal ends a blocking call.
 fn set_handler(signal: i32, handler: usize) {
-    let action = libc::sigaction { sa_sigaction: handler, sa_mask: set_of(&[]), sa_flags: 0, sa_restorer: None };
+    let action = libc::sigaction {
+        sa_sigaction: handler,
+        sa_mask: set_of(&[]),
+        sa_flags: 0,
+        sa_restorer: None,
+    };
     // SAFETY: the action is live; its handler is a constant or one of the functions above, which
     // are safe in a handler.
     unsafe { libc::sigaction(signal, &action, std::ptr::null_mut()) };

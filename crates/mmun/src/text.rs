@@ -87,9 +87,14 @@ impl Opens {
     fn end(&mut self, record: &Record, span: &Span, end: End) -> bool {
         let count = self.list.len() - self.ended;
         let is_ours = |open: &Open| {
-            open.end.is_none() && open.task.tid == record.task.tid && open.mm == record.mm && open.span == *span
+            open.end.is_none()
+                && open.task.tid == record.task.tid
+                && open.mm == record.mm
+                && open.span == *span
         };
-        let Some(at) = self.list[..count].iter().rposition(is_ours) else { return false };
+        let Some(at) = self.list[..count].iter().rposition(is_ours) else {
+            return false;
+        };
         self.list[at].end = Some(end);
         self.open -= 1;
         if at + 1 == count {
@@ -120,22 +125,43 @@ enum Part {
 
 impl Text {
     pub(crate) fn new(color: Color) -> Text {
-        Text { color, held: Opens::default(), cut: HashMap::new() }
+        Text {
+            color,
+            held: Opens::default(),
+            cut: HashMap::new(),
+        }
     }
 
     /// Appends what `record`, made at `t` nanoseconds, makes ready to be written.
     pub(crate) fn write(&mut self, out: &mut Vec<u8>, t: u64, record: &Record, extra: &Extra<'_>) {
         match record.kind {
             Kind::Start(span) => {
-                if self.held.list.first().is_some_and(|open| open.task.tid != record.task.tid) {
+                if self
+                    .held
+                    .list
+                    .first()
+                    .is_some_and(|open| open.task.tid != record.task.tid)
+                {
                     self.flush(out);
                 }
                 let found = extra.what.map(|what| {
                     let resident = extra.pages.map(|pages| pages.resident);
-                    Box::new(Found { what: what.to_owned(), resident, site: extra.site })
+                    Box::new(Found {
+                        what: what.to_owned(),
+                        resident,
+                        site: extra.site,
+                    })
                 });
                 let comm = cut(extra.comm);
-                self.held.push(Open { t, task: record.task, mm: record.mm, span, comm, found, end: None });
+                self.held.push(Open {
+                    t,
+                    task: record.task,
+                    mm: record.mm,
+                    span,
+                    comm,
+                    found,
+                    end: None,
+                });
             }
             Kind::End(span, result) => self.end(out, record, &span, (t, result, extra.own)),
             _ => {
@@ -147,9 +173,14 @@ impl Text {
 
     /// Writes what is held back as unfinished.
     pub(crate) fn flush(&mut self, out: &mut Vec<u8>) {
-        let Some(first) = self.held.list.first() else { return };
+        let Some(first) = self.held.list.first() else {
+            return;
+        };
         self.lines(out, &self.held.list, Part::Unfinished);
-        self.cut.entry(first.task.tid).or_default().append(&mut self.held);
+        self.cut
+            .entry(first.task.tid)
+            .or_default()
+            .append(&mut self.held);
     }
 
     fn end(&mut self, out: &mut Vec<u8>, record: &Record, span: &Span, end: End) {
@@ -159,7 +190,11 @@ impl Text {
                 self.lines(out, &self.held.list, Part::Whole);
                 self.held.clear();
             }
-        } else if self.cut.get_mut(&tid).is_some_and(|cut| cut.end(record, span, end) && cut.open == 0) {
+        } else if self
+            .cut
+            .get_mut(&tid)
+            .is_some_and(|cut| cut.end(record, span, end) && cut.open == 0)
+        {
             if let Some(done) = self.cut.remove(&tid) {
                 self.flush(out);
                 self.lines(out, &done.list, Part::Resumed);
@@ -195,7 +230,9 @@ impl Text {
                     out.put(" ranges");
                 }
             });
-            let pages = group.iter().fold(0u64, |sum, open| sum.saturating_add(open.span.range.pages()));
+            let pages = group.iter().fold(0u64, |sum, open| {
+                sum.saturating_add(open.span.range.pages())
+            });
             put_size(out, pages);
             out.put("  ");
         }
@@ -220,7 +257,9 @@ impl Text {
             });
         }
         if let (Part::Whole | Part::Unfinished, Some(found)) = (part, &first.found) {
-            let resident = group.iter().filter_map(|open| open.found.as_ref()?.resident);
+            let resident = group
+                .iter()
+                .filter_map(|open| open.found.as_ref()?.resident);
             self.found(out, found, resident.reduce(u64::saturating_add));
         }
         out.put("\n");
@@ -249,7 +288,9 @@ impl Text {
                 }
                 None => out.put_int(error),
             }),
-            Some(value) if matches!(cause, "mmap" | "mremap" | "brk" | "shmat") => out.put_hex(value as u64 as u128),
+            Some(value) if matches!(cause, "mmap" | "mremap" | "brk" | "shmat") => {
+                out.put_hex(value as u64 as u128)
+            }
             Some(value) => out.put_int(value),
         }
     }
@@ -273,16 +314,25 @@ impl Text {
             Kind::Fork { child, child_mm } => write!(out, "process {} in mm{child_mm}", child.pid),
             Kind::MmNew => write!(out, "{}", extra.program.unwrap_or_default().escape_debug()),
             Kind::Exec { old_mm } => {
-                let now = extra.program.map(|program| format!(", now {}", program.escape_debug()));
+                let now = extra
+                    .program
+                    .map(|program| format!(", now {}", program.escape_debug()));
                 write!(out, "from mm{old_mm}{}", now.unwrap_or_default())
             }
             Kind::Map(Mapping { cause, range }) => {
                 let what = extra.what.map(|what| format!("  {}", what.escape_debug()));
                 put_size(out, range.pages());
-                write!(out, "  {cause} at {:#x}{}", range.start().get(), what.unwrap_or_default())
+                write!(
+                    out,
+                    "  {cause} at {:#x}{}",
+                    range.start().get(),
+                    what.unwrap_or_default()
+                )
             }
             Kind::Exit(ExitStatus::Code(code)) => write!(out, "code {code}"),
-            Kind::Exit(ExitStatus::Signal(signal)) => write!(out, "killed by {}", names::signal(signal)),
+            Kind::Exit(ExitStatus::Signal(signal)) => {
+                write!(out, "killed by {}", names::signal(signal))
+            }
             _ => Ok(()),
         };
         while out.last() == Some(&b' ') {
@@ -307,7 +357,9 @@ impl Text {
         right_align(out, begin, 8);
         out.put(" ");
         let (name, length) = comm;
-        self.column(out, PLAIN, 16, |out| out.extend_from_slice(&name[..usize::from(*length)]));
+        self.column(out, PLAIN, 16, |out| {
+            out.extend_from_slice(&name[..usize::from(*length)])
+        });
         let style = MMS[(mm % MMS.len() as u64) as usize];
         self.column(out, style, 6, |out| {
             out.put("mm");
@@ -326,7 +378,13 @@ impl Text {
     }
 
     /// Writes a painted cell and fills it up to `width` with spaces, one at least.
-    fn column(&self, out: &mut Vec<u8>, style: &str, width: usize, write: impl FnOnce(&mut Vec<u8>)) {
+    fn column(
+        &self,
+        out: &mut Vec<u8>,
+        style: &str,
+        width: usize,
+        write: impl FnOnce(&mut Vec<u8>),
+    ) {
         let mut length = 0;
         self.paint(out, style, |out| {
             let begin = out.len();
@@ -340,7 +398,10 @@ impl Text {
 /// Cut to so many bytes as the kernel keeps, at a character.
 fn cut(comm: &str) -> Comm {
     let mut name = [0; 15];
-    let length = (0..=name.len()).rev().find(|length| comm.is_char_boundary(*length)).unwrap_or(0);
+    let length = (0..=name.len())
+        .rev()
+        .find(|length| comm.is_char_boundary(*length))
+        .unwrap_or(0);
     name[..length].copy_from_slice(&comm.as_bytes()[..length]);
     (name, length as u8)
 }
@@ -354,7 +415,9 @@ const GONE: &str = "\x1b[33m";
 const STEP: &str = "\x1b[35m";
 const BAD: &str = "\x1b[31m";
 /// One colour per address space, in turn, so that the eye can follow each.
-const MMS: [&str; 6] = ["\x1b[96m", "\x1b[94m", "\x1b[95m", "\x1b[92m", "\x1b[93m", "\x1b[91m"];
+const MMS: [&str; 6] = [
+    "\x1b[96m", "\x1b[94m", "\x1b[95m", "\x1b[92m", "\x1b[93m", "\x1b[91m",
+];
 
 #[cfg(test)]
 mod tests {
@@ -362,12 +425,23 @@ mod tests {
 
     use super::*;
 
-    const A: Task = Task { pid: 4711, tid: 4711 };
-    const B: Task = Task { pid: 4711, tid: 4712 };
+    const A: Task = Task {
+        pid: 4711,
+        tid: 4711,
+    };
+    const B: Task = Task {
+        pid: 4711,
+        tid: 4712,
+    };
 
     fn span(page: u64, pages: u64) -> Span {
         let range = VaRange::covering(Va::new(page << 12), pages << 12).unwrap();
-        Span { event: 0, cause: "munmap", range, blocking: Blocking::Allowed }
+        Span {
+            event: 0,
+            cause: "munmap",
+            range,
+            blocking: Blocking::Allowed,
+        }
     }
 
     fn written(records: &[(u64, Task, Kind)]) -> Vec<String> {
@@ -376,18 +450,31 @@ mod tests {
             text.write(
                 &mut out,
                 *t,
-                &Record { task: *task, mm: 1, kind: *kind },
-                &Extra { comm: "prog", ..Extra::default() },
+                &Record {
+                    task: *task,
+                    mm: 1,
+                    kind: *kind,
+                },
+                &Extra {
+                    comm: "prog",
+                    ..Extra::default()
+                },
             );
         }
         text.flush(&mut out);
-        String::from_utf8(out).unwrap().lines().map(str::to_owned).collect()
+        String::from_utf8(out)
+            .unwrap()
+            .lines()
+            .map(str::to_owned)
+            .collect()
     }
 
     #[test]
     fn a_call_is_one_line() {
-        let lines =
-            written(&[(1000, A, Kind::Start(span(0x1000, 11))), (4100, A, Kind::End(span(0x1000, 11), Some(0)))]);
+        let lines = written(&[
+            (1000, A, Kind::Start(span(0x1000, 11))),
+            (4100, A, Kind::End(span(0x1000, 11), Some(0))),
+        ]);
         assert_eq!(
             lines,
             [
@@ -406,7 +493,10 @@ mod tests {
             (4, A, Kind::End(one, Some(-22))),
         ]);
         assert_eq!(lines.len(), 1, "{lines:?}");
-        assert!(lines[0].contains("2 ranges ") && lines[0].contains("  12 KiB  munmap = -1 EINVAL"), "{lines:?}");
+        assert!(
+            lines[0].contains("2 ranges ") && lines[0].contains("  12 KiB  munmap = -1 EINVAL"),
+            "{lines:?}"
+        );
     }
 
     #[test]
@@ -419,8 +509,14 @@ mod tests {
         assert_eq!(lines.len(), 3, "{lines:?}");
         assert!(lines[0].ends_with("munmap <unfinished ...>"));
         assert!(lines[1].ends_with("get              users 2"));
-        assert!(lines[2].ends_with("  <... munmap resumed> = ?  <2 ns>"), "{lines:?}");
-        assert_eq!(lines[0].find("munmap"), lines[2].find("munmap").map(|at| at - "<... ".len()));
+        assert!(
+            lines[2].ends_with("  <... munmap resumed> = ?  <2 ns>"),
+            "{lines:?}"
+        );
+        assert_eq!(
+            lines[0].find("munmap"),
+            lines[2].find("munmap").map(|at| at - "<... ".len())
+        );
     }
 
     #[test]
@@ -431,8 +527,19 @@ mod tests {
             (3, A, Kind::End(span(1, 1), Some(0))),
             (4, B, Kind::End(span(1, 1), Some(0))),
         ]);
-        let ends: Vec<_> = lines.iter().map(|line| (&line[16..20], line.contains("unfinished"))).collect();
-        assert_eq!(ends, [("4711", true), ("4712", true), ("4711", false), ("4712", false)]);
+        let ends: Vec<_> = lines
+            .iter()
+            .map(|line| (&line[16..20], line.contains("unfinished")))
+            .collect();
+        assert_eq!(
+            ends,
+            [
+                ("4711", true),
+                ("4712", true),
+                ("4711", false),
+                ("4712", false)
+            ]
+        );
     }
 
     #[test]
@@ -442,7 +549,9 @@ mod tests {
         for cut in [false, true] {
             let starts = (0..RANGES).map(|at| (at, A, Kind::Start(span(2 * at + 1, 1))));
             let between = cut.then_some((RANGES, B, Kind::Get { users: 2 }));
-            let ends = (0..RANGES).rev().map(|at| (2 * RANGES - at, A, Kind::End(span(2 * at + 1, 1), Some(0))));
+            let ends = (0..RANGES)
+                .rev()
+                .map(|at| (2 * RANGES - at, A, Kind::End(span(2 * at + 1, 1), Some(0))));
             let lines = written(&starts.chain(between).chain(ends).collect::<Vec<_>>());
             assert_eq!(lines.len(), if cut { 3 } else { 1 });
             assert!(lines[0].contains("200000 ranges "), "{}", lines[0]);

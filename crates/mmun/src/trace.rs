@@ -57,8 +57,14 @@ pub(crate) fn main(args: TraceArgs) -> Outcome {
     let output = match Output::open(args.output.as_deref().filter(|_| viewer.is_none())) {
         Ok(output) => output,
         Err(error) => {
-            let name = args.output.as_deref().map_or("standard error".into(), |path| path.display().to_string());
-            complain(&format!("open on {name}: {}; the -o file must be writable", reason(&error)));
+            let name = args
+                .output
+                .as_deref()
+                .map_or("standard error".into(), |path| path.display().to_string());
+            complain(&format!(
+                "open on {name}: {}; the -o file must be writable",
+                reason(&error)
+            ));
             return FAILED;
         }
     };
@@ -72,7 +78,10 @@ pub(crate) fn main(args: TraceArgs) -> Outcome {
         (Some(path), ..) => Some((path, Product::Page)),
         (None, viewer, path) => path.as_ref().zip(viewer),
     };
-    let report = match product.map(|(path, product)| Pending::open(path, product)).transpose() {
+    let report = match product
+        .map(|(path, product)| Pending::open(path, product))
+        .transpose()
+    {
         Ok(report) => report,
         Err(line) => {
             complain(&line);
@@ -141,7 +150,14 @@ impl Plan {
             pids.dedup();
             Target::Attach(pids)
         };
-        Plan { target, options, settings, output, status, report }
+        Plan {
+            target,
+            options,
+            settings,
+            output,
+            status,
+            report,
+        }
     }
 }
 
@@ -209,12 +225,19 @@ fn trace(mut plan: Plan, front: Option<rustix::process::Pid>) -> (Outcome, Optio
     let is_reported = report.is_none_or(Pending::finish);
     sys::stop_seen();
     let outcome = match written {
-        Err((_, error)) if error.kind() == io::ErrorKind::BrokenPipe => Outcome::Signal(libc::SIGPIPE),
+        Err((_, error)) if error.kind() == io::ErrorKind::BrokenPipe => {
+            Outcome::Signal(libc::SIGPIPE)
+        }
         // Nobody reads it, so it would not be read either what went wrong, and saying it might not
         // end.
-        Err((name, error)) if error.kind() == io::ErrorKind::TimedOut && name == Output::STDERR => FAILED,
+        Err((name, error)) if error.kind() == io::ErrorKind::TimedOut && name == Output::STDERR => {
+            FAILED
+        }
         Err((name, error)) => {
-            complain(&format!("write on {name}: {}; the trace is incomplete", reason(&error)));
+            complain(&format!(
+                "write on {name}: {}; the trace is incomplete",
+                reason(&error)
+            ));
             FAILED
         }
         Ok(()) if !is_reported => FAILED,
@@ -232,8 +255,12 @@ fn start(
 ) -> Result<(), Outcome> {
     match target {
         Target::Spawn(words) => {
-            let (program, args) = words.split_first().expect("the table of options requires a program");
-            tracer.spawn(Command::new(program).args(args)).map_err(|error| fail(&error))?;
+            let (program, args) = words
+                .split_first()
+                .expect("the table of options requires a program");
+            tracer
+                .spawn(Command::new(program).args(args))
+                .map_err(|error| fail(&error))?;
             sys::shield();
             sys::stop_with(front);
         }
@@ -267,7 +294,11 @@ fn keep(keeper: Keeper) {
     // Nobody waits for the end of a pipe, for a lock or for a mount because of this process; where
     // that fails, nothing is lost.
     let _ = std::env::set_current_dir("/");
-    if let Ok(null) = std::fs::File::options().read(true).write(true).open("/dev/null") {
+    if let Ok(null) = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/null")
+    {
         let _ = rustix::stdio::dup2_stdin(&null);
         let _ = rustix::stdio::dup2_stdout(&null);
         let _ = rustix::stdio::dup2_stderr(&null);

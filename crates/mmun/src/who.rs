@@ -29,7 +29,12 @@ impl Who {
     /// The name of `task`, of which `kind` is recorded; empty if it is not known.
     pub(crate) fn name(&mut self, task: Task, kind: &Kind) -> &str {
         let is_late = matches!(kind, Kind::Put { .. } | Kind::Free | Kind::MmRelease);
-        let new = || Named { pid: task.pid, name: String::new(), records: 0, ended: false };
+        let new = || Named {
+            pid: task.pid,
+            name: String::new(),
+            records: 0,
+            ended: false,
+        };
         let named = self.tasks.entry(task.tid).or_insert_with(new);
         if named.ended && !is_late {
             // The number is another task's now.
@@ -42,7 +47,8 @@ impl Who {
             named.ended = true;
         }
         named.records = named.records.saturating_add(1);
-        let is_power_of_eight = named.records.is_power_of_two() && named.records.trailing_zeros() % 3 == 0;
+        let is_power_of_eight =
+            named.records.is_power_of_two() && named.records.trailing_zeros() % 3 == 0;
         if is_power_of_eight && !is_late {
             if let Some(name) = read(task.tid) {
                 named.name = name;
@@ -62,12 +68,21 @@ impl Who {
 fn read(tid: Pid) -> Option<String> {
     let name = fs::read(format!("/proc/{tid}/comm")).ok()?;
     let name = String::from_utf8_lossy(name.strip_suffix(b"\n").unwrap_or(&name));
-    Some(if name.chars().any(char::is_control) { name.escape_debug().to_string() } else { name.into_owned() })
+    Some(if name.chars().any(char::is_control) {
+        name.escape_debug().to_string()
+    } else {
+        name.into_owned()
+    })
 }
 
 /// The file that a process runs; `None` if it is gone or may not be asked.
 pub(crate) fn program(pid: Pid) -> Option<String> {
-    Some(fs::read_link(format!("/proc/{pid}/exe")).ok()?.to_string_lossy().into_owned())
+    Some(
+        fs::read_link(format!("/proc/{pid}/exe"))
+            .ok()?
+            .to_string_lossy()
+            .into_owned(),
+    )
 }
 
 #[cfg(test)]
@@ -85,7 +100,11 @@ mod tests {
                 who.name(task, &kind);
                 rustix::thread::set_name(c"another").unwrap();
                 for _ in 2..8 {
-                    assert_ne!(who.name(task, &kind), "another", "only the eighth is looked up");
+                    assert_ne!(
+                        who.name(task, &kind),
+                        "another",
+                        "only the eighth is looked up"
+                    );
                 }
                 assert_eq!(who.name(task, &kind), "another");
                 assert_eq!(who.known(tid), "another");

@@ -1,5 +1,8 @@
 //! Reads the buffers of `rdma_server` by RDMA into buffers of its own, and compares every byte.
-#![expect(unsafe_code, reason = "the device writes memory; each block says why it may")]
+#![expect(
+    unsafe_code,
+    reason = "the device writes memory; each block says why it may"
+)]
 
 mod endpoint;
 
@@ -13,7 +16,9 @@ use std::net::TcpStream;
 const REQUESTS: u32 = 200;
 
 fn main() -> Result<(), Failure> {
-    let address = std::env::args().nth(1).unwrap_or_else(|| "127.0.0.1:18515".into());
+    let address = std::env::args()
+        .nth(1)
+        .unwrap_or_else(|| "127.0.0.1:18515".into());
     let context = open()?;
     let domain = context.alloc_pd()?;
     let mut end = Endpoint::new(&context, &domain)?;
@@ -27,7 +32,10 @@ fn main() -> Result<(), Failure> {
     let (mine, mut theirs) = (end.address(), [0; 20]);
     stream.write_all(&[&mine.number.to_ne_bytes()[..], &mine.gid].concat())?;
     stream.read_exact(&mut theirs)?;
-    end.connect(Address { number: u32::from_ne_bytes(theirs[..4].try_into()?), gid: theirs[4..].try_into()? })?;
+    end.connect(Address {
+        number: u32::from_ne_bytes(theirs[..4].try_into()?),
+        gid: theirs[4..].try_into()?,
+    })?;
     stream.read_exact(&mut [0])?;
 
     let mut wrong = 0;
@@ -47,7 +55,10 @@ fn main() -> Result<(), Failure> {
             buffer = vec![0; length as usize];
         }
         let lease = cache.get_for(&buffer)?;
-        let to = Place { address: buffer.as_mut_ptr().expose_provenance() as u64, key: lease.handle().lkey() };
+        let to = Place {
+            address: buffer.as_mut_ptr().expose_provenance() as u64,
+            key: lease.handle().lkey(),
+        };
         // SAFETY: this thread owns the buffer, and waits here.
         unsafe { end.read(to, from, length) }?;
         drop(lease);
@@ -57,6 +68,13 @@ fn main() -> Result<(), Failure> {
     let stats = cache.stats();
     println!("client: {REQUESTS} requests, {wrong} bytes wrong");
     println!("| hits | misses | invalidated |\n| --- | --- | --- |");
-    println!("| {} | {} | {} |", stats.hits, stats.misses, stats.invalidated);
-    if wrong == 0 { Ok(()) } else { Err("stale bytes were read".into()) }
+    println!(
+        "| {} | {} | {} |",
+        stats.hits, stats.misses, stats.invalidated
+    );
+    if wrong == 0 {
+        Ok(())
+    } else {
+        Err("stale bytes were read".into())
+    }
 }

@@ -7,7 +7,10 @@
 //! ```sh
 //! cargo run --features verbs --example rdma_read
 //! ```
-#![expect(unsafe_code, reason = "the device reads and writes memory; each block says why it may")]
+#![expect(
+    unsafe_code,
+    reason = "the device reads and writes memory; each block says why it may"
+)]
 
 mod endpoint;
 
@@ -46,15 +49,30 @@ fn main() -> Result<(), Failure> {
         let from = cache.get_for(&buffer[..LENGTH])?;
         let to = cache.get_for(&sink)?;
         let (from_place, to_place) = (
-            Place { address: buffer.as_ptr().expose_provenance() as u64, key: from.handle().rkey() },
-            Place { address: sink.as_mut_ptr().expose_provenance() as u64, key: to.handle().lkey() },
+            Place {
+                address: buffer.as_ptr().expose_provenance() as u64,
+                key: from.handle().rkey(),
+            },
+            Place {
+                address: sink.as_mut_ptr().expose_provenance() as u64,
+                key: to.handle().lkey(),
+            },
         );
         // SAFETY: this thread owns both buffers, and waits here.
         unsafe { reader.read(to_place, from_place, LENGTH as u32) }?;
         drop((from, to));
         wrong += sink.iter().filter(|byte| **byte != round as u8).count();
-        thread::spawn(move || drop(buffer)).join().map_err(|_| "the other thread panicked")?;
+        thread::spawn(move || drop(buffer))
+            .join()
+            .map_err(|_| "the other thread panicked")?;
     }
-    println!("{ROUNDS} buffers read, {wrong} bytes wrong; {}", cache.stats());
-    if wrong == 0 { Ok(()) } else { Err("stale bytes were read".into()) }
+    println!(
+        "{ROUNDS} buffers read, {wrong} bytes wrong; {}",
+        cache.stats()
+    );
+    if wrong == 0 {
+        Ok(())
+    } else {
+        Err("stale bytes were read".into())
+    }
 }

@@ -5,7 +5,10 @@
 //! cargo run --features verbs --example rdma_server &
 //! cargo run --features verbs --example rdma_client
 //! ```
-#![expect(unsafe_code, reason = "the device reads memory; each block says why it may")]
+#![expect(
+    unsafe_code,
+    reason = "the device reads memory; each block says why it may"
+)]
 
 mod endpoint;
 
@@ -20,7 +23,9 @@ const BUFFERS: usize = 8;
 const LENGTH: usize = 256 << 10;
 
 fn main() -> Result<(), Failure> {
-    let address = std::env::args().nth(1).unwrap_or_else(|| "127.0.0.1:18515".into());
+    let address = std::env::args()
+        .nth(1)
+        .unwrap_or_else(|| "127.0.0.1:18515".into());
     let context = open()?;
     let domain = context.alloc_pd()?;
     let mut end = Endpoint::new(&context, &domain)?;
@@ -35,10 +40,15 @@ fn main() -> Result<(), Failure> {
     let (mine, mut theirs) = (end.address(), [0; 20]);
     stream.write_all(&[&mine.number.to_ne_bytes()[..], &mine.gid].concat())?;
     stream.read_exact(&mut theirs)?;
-    end.connect(Address { number: u32::from_ne_bytes(theirs[..4].try_into()?), gid: theirs[4..].try_into()? })?;
+    end.connect(Address {
+        number: u32::from_ne_bytes(theirs[..4].try_into()?),
+        gid: theirs[4..].try_into()?,
+    })?;
     stream.write_all(b"!")?;
 
-    let mut buffers: Vec<Vec<u8>> = (0..BUFFERS).map(|number| vec![number as u8; LENGTH]).collect();
+    let mut buffers: Vec<Vec<u8>> = (0..BUFFERS)
+        .map(|number| vec![number as u8; LENGTH])
+        .collect();
     let mut request = [0; 4];
     let mut served = 0_usize;
     while stream.read_exact(&mut request).is_ok() {
@@ -52,7 +62,12 @@ fn main() -> Result<(), Failure> {
         // The lease lasts until the client has answered.
         let lease = cache.get_for(buffer)?;
         let place = (buffer.as_ptr().expose_provenance() as u64).to_ne_bytes();
-        let parts = [&place[..], &lease.handle().rkey().to_ne_bytes(), &(LENGTH as u32).to_ne_bytes(), &[buffer[0]]];
+        let parts = [
+            &place[..],
+            &lease.handle().rkey().to_ne_bytes(),
+            &(LENGTH as u32).to_ne_bytes(),
+            &[buffer[0]],
+        ];
         stream.write_all(&parts.concat())?;
         stream.read_exact(&mut [0])?;
         served += 1;
@@ -60,6 +75,9 @@ fn main() -> Result<(), Failure> {
     let stats = cache.stats();
     println!("server: {served} requests");
     println!("| hits | misses | invalidated |\n| --- | --- | --- |");
-    println!("| {} | {} | {} |", stats.hits, stats.misses, stats.invalidated);
+    println!(
+        "| {} | {} | {} |",
+        stats.hits, stats.misses, stats.invalidated
+    );
     Ok(())
 }

@@ -3,7 +3,10 @@
 //!
 //! # Safety
 //! The device is asked through the context that its protection domain keeps open.
-#![expect(unsafe_code, reason = "sideway does not say what paging a device has; see the Safety section")]
+#![expect(
+    unsafe_code,
+    reason = "sideway does not say what paging a device has; see the Safety section"
+)]
 
 use crate::Error;
 use rdma_mummy_sys::{ibv_device_attr_ex, ibv_query_device_ex};
@@ -67,7 +70,9 @@ unsafe fn query(context: *mut rdma_mummy_sys::ibv_context) -> Result<Option<OnDe
     // SAFETY: an open context, no input, and room for the answer.
     let failed = unsafe { ibv_query_device_ex(context, null(), attributes.as_mut_ptr()) };
     if failed != 0 {
-        return Err(Error::Query { source: io::Error::from_raw_os_error(failed) });
+        return Err(Error::Query {
+            source: io::Error::from_raw_os_error(failed),
+        });
     }
     // SAFETY: zeros are a value of it, and the call has filled it in.
     let paging = unsafe { attributes.assume_init() }.odp_caps;

@@ -3,7 +3,10 @@
 //! # Safety
 //! The kernel checks each range that is registered and pins its pages: a region can never lead to
 //! memory that was freed. What the device does to the pages is the duty of [`Rdma::new`]'s caller.
-#![expect(unsafe_code, reason = "memory is registered by address; see the Safety section")]
+#![expect(
+    unsafe_code,
+    reason = "memory is registered by address; see the Safety section"
+)]
 
 use crate::OnDemand;
 use mmu_notifier::{PAGE_SIZE, VaRange};
@@ -77,14 +80,17 @@ impl Registrar for Rdma {
 
     fn register(&self, range: VaRange) -> Result<Arc<MemoryRegion>, Error> {
         let start = usize::try_from(range.start().get()).expect("addresses have 64 bits");
-        let length = usize::try_from(range.pages() * PAGE_SIZE).expect("no mapping is larger than an address space");
+        let length = usize::try_from(range.pages() * PAGE_SIZE)
+            .expect("no mapping is larger than an address space");
         // SAFETY: memory that is valid for the device: the kernel refuses what is not mapped, or
         // not for writing if the device is to write, and pins the rest. The accesses are the duty
         // of `new`'s caller.
         let registered = unsafe { self.domain.reg_mr(start, length, self.access) };
         registered.map_err(|error| match error.0 {
             RegisterMemoryRegionErrorKind::Ibverbs(source) => Error::Register { source },
-            other => Error::Register { source: io::Error::other(other) },
+            other => Error::Register {
+                source: io::Error::other(other),
+            },
         })
     }
 
@@ -93,7 +99,9 @@ impl Registrar for Rdma {
     }
 
     fn cause(&self, error: &Error) -> Cause {
-        let Error::Register { source } = error else { return Cause::Other };
+        let Error::Register { source } = error else {
+            return Cause::Other;
+        };
         match source.raw_os_error() {
             // ENOMEM, EAGAIN: locked memory, or regions of the device.
             Some(12 | 11) => Cause::Limit,

@@ -36,11 +36,18 @@ unsafe impl Send for Buffer {}
 /// Maps fresh memory, at `place` if that is given.
 fn map(place: *mut u8) -> io::Result<*mut u8> {
     let fixed = if place.is_null() { 0 } else { libc::MAP_FIXED };
-    let (access, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | fixed);
+    let (access, kind) = (
+        libc::PROT_READ | libc::PROT_WRITE,
+        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | fixed,
+    );
     // SAFETY: Either the kernel chooses a place where nothing is, or it is that of a buffer that
     // the caller owns.
     let place = unsafe { libc::mmap(place.cast(), LEN, access, kind, -1, 0) };
-    if place == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(place.cast()) }
+    if place == libc::MAP_FAILED {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(place.cast())
+    }
 }
 
 /// What a buffer in use is being used for.
@@ -63,12 +70,16 @@ impl Request {
     fn entry(&self, from: &File, to: &File) -> squeue::Entry {
         let slot = self.lease.buf_index();
         match self.step {
-            Step::Read => opcode::ReadFixed::new(types::Fd(from.as_raw_fd()), self.buffer.0, LEN as u32, slot)
-                .offset(self.offset)
-                .build(),
-            Step::Write => opcode::WriteFixed::new(types::Fd(to.as_raw_fd()), self.buffer.0, self.len, slot)
-                .offset(self.offset)
-                .build(),
+            Step::Read => {
+                opcode::ReadFixed::new(types::Fd(from.as_raw_fd()), self.buffer.0, LEN as u32, slot)
+                    .offset(self.offset)
+                    .build()
+            }
+            Step::Write => {
+                opcode::WriteFixed::new(types::Fd(to.as_raw_fd()), self.buffer.0, self.len, slot)
+                    .offset(self.offset)
+                    .build()
+            }
         }
     }
 }
@@ -91,9 +102,17 @@ fn copy(
             let buffer = free.recv()?;
             // SAFETY: The memory is the buffer's, mapped, and nobody else uses it.
             let memory = unsafe { std::slice::from_raw_parts(buffer.0, LEN) };
-            let range =
-                mmu_notifier::VaRange::covering(mmu_notifier::Va::new(memory.as_ptr().addr() as u64), LEN as u64)?;
-            let request = Request { buffer, lease: cache.get_owned(range)?, offset: next, len: 0, step: Step::Read };
+            let range = mmu_notifier::VaRange::covering(
+                mmu_notifier::Va::new(memory.as_ptr().addr() as u64),
+                LEN as u64,
+            )?;
+            let request = Request {
+                buffer,
+                lease: cache.get_owned(range)?,
+                offset: next,
+                len: 0,
+                step: Step::Read,
+            };
             next += LEN as u64;
             let entry = request.entry(from, to).user_data(number as u64);
             // SAFETY: The buffer and its lease stay in `requests` until the completion below.
@@ -101,7 +120,10 @@ fn copy(
             *place = Some(request);
         }
         ring.submit_and_wait(1)?;
-        let completions: Vec<_> = ring.completion().map(|entry| (entry.user_data() as usize, entry.result())).collect();
+        let completions: Vec<_> = ring
+            .completion()
+            .map(|entry| (entry.user_data() as usize, entry.result()))
+            .collect();
         for (number, result) in completions {
             let mut request = requests[number].take().ok_or("a completion for nothing")?;
             if result <= 0 {
@@ -154,13 +176,17 @@ fn remap(used: &Receiver<Buffer>, free: &Sender<Buffer>) -> io::Result<u64> {
 fn checksum(path: &PathBuf) -> io::Result<u64> {
     let mut bytes = Vec::new();
     File::open(path)?.read_to_end(&mut bytes)?;
-    Ok(bytes.iter().fold(0xcbf2_9ce4_8422_2325, |sum, byte| (sum ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)))
+    Ok(bytes.iter().fold(0xcbf2_9ce4_8422_2325, |sum, byte| {
+        (sum ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+    }))
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut arguments = env::args_os().skip(1).map(PathBuf::from);
     let from = arguments.next().map_or_else(env::current_exe, Ok)?;
-    let to = arguments.next().unwrap_or_else(|| env::temp_dir().join(format!("uring_copy.{}", process::id())));
+    let to = arguments
+        .next()
+        .unwrap_or_else(|| env::temp_dir().join(format!("uring_copy.{}", process::id())));
     copy_file(&from, &to)
 }
 
@@ -188,7 +214,10 @@ fn copy_file(from: &PathBuf, to: &PathBuf) -> Result<(), Box<dyn Error>> {
     drop(to_used);
     let remapped = remapper.join().map_err(|_| "the other thread panicked")??;
 
-    println!("{copied} bytes copied, {remapped} buffers remapped; {}", cache.stats());
+    println!(
+        "{copied} bytes copied, {remapped} buffers remapped; {}",
+        cache.stats()
+    );
     if checksum(from)? != checksum(to)? {
         return Err("the copy differs".into());
     }
@@ -206,5 +235,7 @@ fn it_copies() {
     let to = env::temp_dir().join(format!("uring_copy.{}", process::id()));
     let copied = copy_file(&env::current_exe().expect("this program has a name"), &to);
     let removed = std::fs::remove_file(to);
-    copied.and(removed.map_err(Into::into)).expect("the example succeeds");
+    copied
+        .and(removed.map_err(Into::into))
+        .expect("the example succeeds");
 }

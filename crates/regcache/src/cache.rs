@@ -12,8 +12,8 @@ use crate::state::{Chain, State};
 use crate::sync::{AtWork, Condvar, Mutex, MutexGuard, is_locking, lock, try_lock};
 use crate::{Error, Options, Registrar, Stats};
 use mmu_notifier::{
-    GetError, InvalidateRange, Mm, MmWithUser, Notifier, Overflow, Subscription, Subsystem, VaRange, WouldBlock,
-    WouldDeadlock,
+    GetError, InvalidateRange, Mm, MmWithUser, Notifier, Overflow, Subscription, Subsystem,
+    VaRange, WouldBlock, WouldDeadlock,
 };
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
@@ -64,7 +64,11 @@ impl<R: Registrar> Device<R> {
             Gate::check(&options.kernel, mm)?;
             Cache::new(Arc::clone(&for_caches), options.clone())
         });
-        Self { registrar, home: (*MmWithUser::new()).clone(), subsystem: Subsystem::new(make) }
+        Self {
+            registrar,
+            home: (*MmWithUser::new()).clone(),
+            subsystem: Subsystem::new(make),
+        }
     }
 
     /// Returns the registrar.
@@ -88,7 +92,10 @@ impl<R: Registrar> Device<R> {
         if self.home.is_inherited() {
             return Err(Error::Forked);
         }
-        let subscription = self.subsystem.get(mm).map_err(|source| Error::Open { source })?;
+        let subscription = self
+            .subsystem
+            .get(mm)
+            .map_err(|source| Error::Open { source })?;
         Ok(RegCache { subscription })
     }
 
@@ -105,7 +112,9 @@ impl<R: Registrar> Device<R> {
 
 impl<R: Registrar + fmt::Debug> fmt::Debug for Device<R> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Device").field("registrar", &self.registrar).finish_non_exhaustive()
+        f.debug_struct("Device")
+            .field("registrar", &self.registrar)
+            .finish_non_exhaustive()
     }
 }
 
@@ -147,7 +156,11 @@ impl<R: Registrar> RegCache<R> {
     #[inline(always)]
     pub fn get(&self, range: VaRange) -> Result<Lease<'_, R>, Error<R::Error>> {
         let cache = &*self.subscription;
-        let quick = if cache.gate.is_current() { cache.index.quick(range) } else { Err(None) };
+        let quick = if cache.gate.is_current() {
+            cache.index.quick(range)
+        } else {
+            Err(None)
+        };
         match quick.or_else(|wrong| cache.find_or_register(range, wrong)) {
             Ok(held) => Ok(Lease::new(cache, held)),
             Err(refusal) => Err(cache.error(refusal, range)),
@@ -205,7 +218,9 @@ impl<R: Registrar> RegCache<R> {
     /// # Errors
     /// As `get`; [`Error::Open`] if there are too many handles.
     pub fn get_owned(&self, range: VaRange) -> Result<OwnedLease<R>, Error<R::Error>> {
-        let cache = self.try_clone().map_err(|Overflow| Error::Open { source: GetError::Overflow })?;
+        let cache = self.try_clone().map_err(|Overflow| Error::Open {
+            source: GetError::Overflow,
+        })?;
         OwnedLease::new(cache, range)
     }
 
@@ -275,13 +290,18 @@ impl<R: Registrar> RegCache<R> {
     /// # Errors
     /// [`Overflow`] after 2^32 - 1 of them.
     pub fn try_clone(&self) -> Result<Self, Overflow> {
-        Ok(Self { subscription: self.subscription.try_clone()? })
+        Ok(Self {
+            subscription: self.subscription.try_clone()?,
+        })
     }
 }
 
 impl<R: Registrar> fmt::Debug for RegCache<R> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("RegCache").field("mm", self.mm()).field("stats", &self.stats()).finish_non_exhaustive()
+        f.debug_struct("RegCache")
+            .field("mm", self.mm())
+            .field("stats", &self.stats())
+            .finish_non_exhaustive()
     }
 }
 
@@ -326,7 +346,11 @@ impl<R: Registrar> Cache<R> {
     /// it wanted. Its result fits into two registers, so that the quick way needs no memory for it.
     #[cold]
     #[inline(never)]
-    fn find_or_register(&self, range: VaRange, wrong: Option<Held<'_>>) -> Result<Held<'_>, Refusal<R::Error>> {
+    fn find_or_register(
+        &self,
+        range: VaRange,
+        wrong: Option<Held<'_>>,
+    ) -> Result<Held<'_>, Refusal<R::Error>> {
         if let Some(held) = &wrong {
             self.end(held);
         }
@@ -349,13 +373,22 @@ impl<R: Registrar> Cache<R> {
         match refusal {
             Refusal::WouldDeadlock => Error::WouldDeadlock,
             #[cfg(feature = "kernel")]
-            Refusal::InCallback => Error::Source { source: mmu_source::Error::InCallback { source: "kernel" } },
+            Refusal::InCallback => Error::Source {
+                source: mmu_source::Error::InCallback { source: "kernel" },
+            },
             Refusal::Forked => Error::Forked,
             Refusal::Exited => Error::Exited,
-            Refusal::TooLarge => Error::TooLarge { range, limit: self.options.max_bytes },
+            Refusal::TooLarge => Error::TooLarge {
+                range,
+                limit: self.options.max_bytes,
+            },
             Refusal::Full => {
                 let state = self.lock();
-                Error::Full { range, regions: state.regions, bytes: reported(state.bytes) }
+                Error::Full {
+                    range,
+                    regions: state.regions,
+                    bytes: reported(state.bytes),
+                }
             }
             Refusal::Other(error) => *error,
         }
@@ -493,7 +526,11 @@ impl<R: Registrar> Cache<R> {
         let _at_work = AtWork::mark(self);
         let mut state = self.lock();
         state.invalidate_start(&self.index, range);
-        let chain = if self.in_callbacks { state.harvest(&self.index) } else { Chain::default() };
+        let chain = if self.in_callbacks {
+            state.harvest(&self.index)
+        } else {
+            Chain::default()
+        };
         drop(state);
         self.reap(chain);
     }
@@ -545,7 +582,11 @@ impl<R: Registrar> Drop for Cache<R> {
             return;
         }
         self.flush();
-        let left = self.lock().used().filter(|(_, status)| *status == Status::Leased).count();
+        let left = self
+            .lock()
+            .used()
+            .filter(|(_, status)| *status == Status::Leased)
+            .count();
         // Those keep their handles, which are leaked with them.
         debug_assert!(left == 0 || !cfg!(mmun_loom), "no model forgets a lease");
     }

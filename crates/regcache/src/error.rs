@@ -101,13 +101,17 @@ impl<E> fmt::Display for Error<E> {
 impl<E: std::error::Error + 'static> std::error::Error for Error<E> {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
-            Self::NotMapped { source, .. } | Self::LimitReached { source, .. } | Self::Registrar { source, .. } => {
-                Some(source)
-            }
+            Self::NotMapped { source, .. }
+            | Self::LimitReached { source, .. }
+            | Self::Registrar { source, .. } => Some(source),
             #[cfg(feature = "kernel")]
             Self::Source { source } => Some(source),
             Self::Open { source } => Some(source),
-            Self::Full { .. } | Self::TooLarge { .. } | Self::Exited | Self::Forked | Self::WouldDeadlock => None,
+            Self::Full { .. }
+            | Self::TooLarge { .. }
+            | Self::Exited
+            | Self::Forked
+            | Self::WouldDeadlock => None,
         }
     }
 }
@@ -132,7 +136,9 @@ impl<E> From<Error<E>> for Refusal<E> {
         match error {
             Error::WouldDeadlock => Self::WouldDeadlock,
             #[cfg(feature = "kernel")]
-            Error::Source { source: mmu_source::Error::InCallback { .. } } => Self::InCallback,
+            Error::Source {
+                source: mmu_source::Error::InCallback { .. },
+            } => Self::InCallback,
             Error::Forked => Self::Forked,
             Error::Exited => Self::Exited,
             error => Self::Other(Box::new(error)),

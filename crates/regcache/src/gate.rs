@@ -30,7 +30,10 @@ pub(crate) struct Gate {
 impl Gate {
     pub(crate) fn new(kernel: Source) -> Self {
         let lost_before = kernel.as_ref().map_or(0, |kernel| kernel.lost());
-        Self { kernel, lost_before }
+        Self {
+            kernel,
+            lost_before,
+        }
     }
 
     /// Refuses an address space that the source does not feed.
@@ -38,8 +41,7 @@ impl Gate {
         if kernel.is_none() || *mm == **mmu_source::current_ref() {
             return Ok(());
         }
-        let why =
-            "the kernel source tells of changes of `mmu_source::current()`, and the cache is for another address space";
+        let why = "the kernel source tells of changes of `mmu_source::current()`, and the cache is for another address space";
         Err(io::Error::new(io::ErrorKind::InvalidInput, why))
     }
 
@@ -68,19 +70,27 @@ impl Gate {
     pub(crate) fn may_sleep<E>(&self) -> Result<(), Error<E>> {
         match &self.kernel {
             // What there is to tell is told meanwhile.
-            Some(kernel) if kernel.drain().refused => Err(failed(mmu_source::Error::InCallback { source: "kernel" })),
+            Some(kernel) if kernel.drain().refused => {
+                Err(failed(mmu_source::Error::InCallback { source: "kernel" }))
+            }
             _ => Ok(()),
         }
     }
 
     /// Has changes of `range` counted. When it returns, none that began before is still under way.
     pub(crate) fn arm<E>(&self, range: VaRange) -> Result<Option<Armed>, Error<E>> {
-        self.kernel.as_ref().map(|kernel| kernel.arm(range)).transpose().map_err(failed)
+        self.kernel
+            .as_ref()
+            .map(|kernel| kernel.arm(range))
+            .transpose()
+            .map_err(failed)
     }
 
     /// How many records the source has lost since the cache was opened.
     pub(crate) fn lost(&self) -> u64 {
-        self.kernel.as_ref().map_or(0, |kernel| kernel.lost().saturating_sub(self.lost_before))
+        self.kernel
+            .as_ref()
+            .map_or(0, |kernel| kernel.lost().saturating_sub(self.lost_before))
     }
 }
 

@@ -62,7 +62,10 @@ pub(crate) struct Lead {
 }
 
 pub(crate) const fn lead(level: u32) -> Lead {
-    Lead { mask: u64::MAX << shift(level), factor: 0x9e37_79b9_7f4a_7c15 >> shift(level) | 1 }
+    Lead {
+        mask: u64::MAX << shift(level),
+        factor: 0x9e37_79b9_7f4a_7c15 >> shift(level) | 1,
+    }
 }
 
 /// The hash of the granule that an address is in, at the level of `lead`: the upper half of the
@@ -88,10 +91,16 @@ mod tests {
 
     #[test]
     fn no_region_touches_more_granules_than_the_most() {
-        for pages in (0..40).map(|power| (1_u64 << power) - 1).filter(|pages| *pages != 0) {
+        for pages in (0..40)
+            .map(|power| (1_u64 << power) - 1)
+            .filter(|pages| *pages != 0)
+        {
             for first in [0, 1, 7, 511, 12_345] {
                 let count = granules(range(first, pages)).count();
-                assert!((1..=MOST as usize).contains(&count), "{pages} pages from {first}: {count}");
+                assert!(
+                    (1..=MOST as usize).contains(&count),
+                    "{pages} pages from {first}: {count}"
+                );
             }
         }
         assert_eq!(granules(VaRange::ALL).count(), 2);

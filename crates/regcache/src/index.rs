@@ -112,7 +112,9 @@ impl Index {
     /// Looks everywhere, still without a lock or an allocation.
     pub(crate) fn look_up(&self, range: VaRange) -> Look<'_> {
         let block = self.threads.mine().or_else(|| self.threads.join());
-        let Some(taking) = block.and_then(Block::begin) else { return self.look_up_counted(range) };
+        let Some(taking) = block.and_then(Block::begin) else {
+            return self.look_up_counted(range);
+        };
         let Some(slot) = taking.block().free_slot() else {
             taking.end(false);
             return self.look_up_counted(range);
@@ -151,10 +153,16 @@ impl Index {
 
     /// Calls `f` with the names of the regions that the table has for the first page of `range`,
     /// until it returns something.
-    fn search<'a>(&'a self, range: VaRange, mut f: impl FnMut(u32) -> Option<Look<'a>>) -> Look<'a> {
+    fn search<'a>(
+        &'a self,
+        range: VaRange,
+        mut f: impl FnMut(u32) -> Option<Look<'a>>,
+    ) -> Look<'a> {
         // Relaxed: a level that is missed is a miss.
         let mut levels = self.page.levels.load(Ordering::Relaxed);
-        let Some(view) = self.page.view() else { return Look::Miss };
+        let Some(view) = self.page.view() else {
+            return Look::Miss;
+        };
         while levels != 0 {
             let hash = hash(range.start(), lead(levels.trailing_zeros()));
             levels &= levels - 1;
@@ -203,11 +211,17 @@ impl Index {
     #[inline(always)]
     #[must_use]
     pub(crate) fn end(&self, held: &Held<'_>) -> Option<u32> {
-        let Place::Slot(slot) = held.place() else { return self.end_counted(held) };
+        let Place::Slot(slot) = held.place() else {
+            return self.end_counted(held);
+        };
         let name = slot.name();
         let region = &self.regions[name as usize];
         slot.clear();
-        if region.is_live() { None } else { Some(name - 1) }
+        if region.is_live() {
+            None
+        } else {
+            Some(name - 1)
+        }
     }
 
     /// Leaves the question whether the lease that has just ended was the last one to the next

@@ -116,7 +116,10 @@ impl<R: Registrar> OwnedLease<R> {
         // memory, and `drop` ends the lease before the handle. The longer lifetime is never given
         // out: `get` shortens it.
         let lease = unsafe { std::mem::transmute::<Lease<'_, R>, Lease<'static, R>>(lease) };
-        Ok(Self { lease: ManuallyDrop::new(lease), cache })
+        Ok(Self {
+            lease: ManuallyDrop::new(lease),
+            cache,
+        })
     }
 
     /// Returns the lease.

@@ -59,7 +59,10 @@ impl<R: Registrar> Cache<R> {
     #[cold]
     pub(crate) fn miss(&self, range: VaRange) -> Outcome<'_, R> {
         let at_work = AtWork::mark(self);
-        let mut past = Past { is_nested: at_work.is_nested(), ..Past::default() };
+        let mut past = Past {
+            is_nested: at_work.is_nested(),
+            ..Past::default()
+        };
         loop {
             if is_locking() {
                 return Err(Refusal::WouldDeadlock);
@@ -93,7 +96,11 @@ impl<R: Registrar> Cache<R> {
         if !within(size(range), options.max_bytes) {
             return Some(Err(Refusal::TooLarge));
         }
-        let target = if past.alone || !within(size(merged), options.max_bytes) { range } else { merged };
+        let target = if past.alone || !within(size(merged), options.max_bytes) {
+            range
+        } else {
+            merged
+        };
         if !state.has_room(options, size(target)) {
             let mut chain = state.harvest(index);
             let mut evicted = 0;
@@ -122,7 +129,11 @@ impl<R: Registrar> Cache<R> {
                 // Perhaps this thread was interrupted while it was allocating such a table.
                 return Some(Err(Refusal::WouldDeadlock));
             }
-            let log2 = index.page.tables().newest().map_or(0, |table| table.log2() + 1);
+            let log2 = index
+                .page
+                .tables()
+                .newest()
+                .map_or(0, |table| table.log2() + 1);
             drop(state);
             self.grow(log2);
             return None;
@@ -130,13 +141,19 @@ impl<R: Registrar> Cache<R> {
         let region = state.begin(index, target)?;
         state.counts.misses += u64::from(past.collisions == 0);
         drop(state);
-        let open = Open { cache: self, region };
+        let open = Open {
+            cache: self,
+            region,
+        };
         // The region is on the list: what begins to change from now on will mark it.
         let armed = match self.gate.arm(target) {
             Ok(armed) => armed,
             Err(error) => return Some(Err(error.into())),
         };
-        let result = self.registrar.register(target).map_err(|error| (self.registrar.cause(&error), error));
+        let result = self
+            .registrar
+            .register(target)
+            .map_err(|error| (self.registrar.cause(&error), error));
         // The registrar has not panicked.
         std::mem::forget(open);
         match result {
@@ -225,7 +242,12 @@ impl<R: Registrar> Cache<R> {
             if helps {
                 return None;
             }
-            return Some(Err(Error::LimitReached { range, evicted, source: error }.into()));
+            return Some(Err(Error::LimitReached {
+                range,
+                evicted,
+                source: error,
+            }
+            .into()));
         }
         self.wake(state);
         // Whatever is wrong may be wrong with what was merged alone.
@@ -234,15 +256,29 @@ impl<R: Registrar> Cache<R> {
             return None;
         }
         Some(Err(Refusal::from(match cause {
-            Cause::Limit => Error::LimitReached { range, evicted: past.evicted.unwrap_or(0), source: error },
-            Cause::NotMapped => Error::NotMapped { range, source: error },
-            Cause::Other => Error::Registrar { range: target, source: error },
+            Cause::Limit => Error::LimitReached {
+                range,
+                evicted: past.evicted.unwrap_or(0),
+                source: error,
+            },
+            Cause::NotMapped => Error::NotMapped {
+                range,
+                source: error,
+            },
+            Cause::Other => Error::Registrar {
+                range: target,
+                source: error,
+            },
         })))
     }
 
     /// Sleeps until a registration that is being made or undone has ended, which is to be tried
     /// again then.
-    fn sleep<'a>(&'a self, mut state: MutexGuard<'a, State>, past: &mut Past) -> Option<Outcome<'a, R>> {
+    fn sleep<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        past: &mut Past,
+    ) -> Option<Outcome<'a, R>> {
         if !past.may_sleep {
             drop(state);
             past.may_sleep = true;

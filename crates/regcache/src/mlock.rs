@@ -53,14 +53,21 @@ impl Mlock {
     /// Returns how many pages are locked: the kernel's, which have 16 or 64 KiB on some machines.
     #[must_use]
     pub fn locked_pages(&self) -> usize {
-        self.pages.lock().unwrap_or_else(PoisonError::into_inner).len()
+        self.pages
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .len()
     }
 }
 
 /// Unlocks those of the pages that are in no region, as many at once as lie together.
 fn unlock_others(pages: Range<u64>, counts: &BTreeMap<u64, u32>) {
     let mut from = pages.start;
-    for page in counts.range(pages.clone()).map(|(page, _)| *page).chain([pages.end]) {
+    for page in counts
+        .range(pages.clone())
+        .map(|(page, _)| *page)
+        .chain([pages.end])
+    {
         if from < page {
             // SAFETY: As in `register`.
             let _ = unsafe { munlock(place(from), bytes(&(from..page))) };
@@ -110,7 +117,9 @@ impl Registrar for Mlock {
     fn deregister(&self, range: VaRange) {
         let mut counts = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
         for page in pages(range) {
-            let Some(count) = counts.get_mut(&page) else { continue };
+            let Some(count) = counts.get_mut(&page) else {
+                continue;
+            };
             *count -= 1;
             if *count == 0 {
                 counts.remove(&page);

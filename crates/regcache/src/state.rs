@@ -136,7 +136,8 @@ impl State {
             let hash = hash(range.start(), lead(levels.trailing_zeros()));
             levels &= levels - 1;
             let found = view.probe(hash, |region| {
-                (self.status(region) == Status::Live && index.region(region).covers(range)).then_some(region)
+                (self.status(region) == Status::Live && index.region(region).covers(range))
+                    .then_some(region)
             });
             if found.is_some() {
                 return found;
@@ -147,7 +148,9 @@ impl State {
 
     /// Whether so many regions are entered where this one would be that each look-up there is slow.
     fn is_crowded(&self, index: &Index, range: VaRange) -> bool {
-        let Some(view) = index.page.view() else { return false };
+        let Some(view) = index.page.view() else {
+            return false;
+        };
         granules(range).any(|granule| {
             let mut passed = 0;
             view.probe(granule.hash(), |_| {
@@ -167,7 +170,9 @@ impl State {
 
     /// Calls `f` with every live region that overlaps `range`, with some more than once.
     fn each_overlapping(&mut self, index: &Index, range: VaRange, mut f: impl FnMut(u32)) {
-        let Some(view) = index.page.view() else { return };
+        let Some(view) = index.page.view() else {
+            return;
+        };
         let walked = self.walk(range, |state, granule| {
             let _: Option<()> = view.probe(granule.hash(), |region| {
                 if state.is_live_in(index, region, range) {
@@ -177,7 +182,9 @@ impl State {
             });
         });
         if walked == Walked::TooFar {
-            (0..self.high).filter(|region| self.is_live_in(index, *region, range)).for_each(&mut f);
+            (0..self.high)
+                .filter(|region| self.is_live_in(index, *region, range))
+                .for_each(&mut f);
         }
     }
 
@@ -194,7 +201,10 @@ impl State {
                 return Target::Found(region);
             }
             if !self.is_crowded(index, request) {
-                return Target::New { range: request, replaces };
+                return Target::New {
+                    range: request,
+                    replaces,
+                };
             }
         }
         loop {
@@ -216,7 +226,12 @@ impl State {
             });
             match found {
                 Some(region) => return Target::Found(region),
-                None if grown == target => return Target::New { range: target, replaces },
+                None if grown == target => {
+                    return Target::New {
+                        range: target,
+                        replaces,
+                    };
+                }
                 None => target = grown,
             }
         }
@@ -229,7 +244,9 @@ impl State {
             let other = index.region(region);
             let entry = &self.entries[region as usize];
             // One that was hit will not be found afterwards: nothing to wait for.
-            if !entry.hit && (other.covers(range) || (merge != Merge::Never && other.overlaps(range))) {
+            if !entry.hit
+                && (other.covers(range) || (merge != Merge::Never && other.overlaps(range)))
+            {
                 return true;
             }
             next = entry.next;
@@ -255,7 +272,13 @@ impl State {
         index.region(region).set_range(range);
         // An invalidation that has begun may change the pages after they were registered.
         let hit = self.is_invalidating(range) && !mutant("forget_open_brackets");
-        *self.entry(region) = Entry { next: 0, prev: 0, scan: 0, status: Status::Registering, hit };
+        *self.entry(region) = Entry {
+            next: 0,
+            prev: 0,
+            scan: 0,
+            status: Status::Registering,
+            hit,
+        };
         self.registering.push(&mut self.entries, region);
         Some(region)
     }
@@ -264,14 +287,19 @@ impl State {
     /// found by others.
     pub(crate) fn finish(&mut self, region: u32) -> bool {
         self.registering.remove(&mut self.entries, region);
-        let may_be_found = !self.closed && (!self.entry(region).hit || mutant("publish_what_was_hit"));
+        let may_be_found =
+            !self.closed && (!self.entry(region).hit || mutant("publish_what_was_hit"));
         self.entry(region).status = Status::Reaping;
         may_be_found
     }
 
     /// Whether there is room in the table for one more region.
     pub(crate) fn has_table(&self, index: &Index) -> bool {
-        index.page.tables().newest().is_some_and(|table| table.has_room(MOST as usize))
+        index
+            .page
+            .tables()
+            .newest()
+            .is_some_and(|table| table.has_room(MOST as usize))
     }
 
     /// Makes a region be found that was just registered, and if it replaces others, what it covers
@@ -284,7 +312,9 @@ impl State {
         if replaces {
             self.counts.replaced += self.kill_where(index, range, |other| range.covers(other));
         }
-        let Some(table) = index.page.tables().newest() else { return };
+        let Some(table) = index.page.tables().newest() else {
+            return;
+        };
         granules(range).for_each(|granule| table.insert(granule.hash(), region));
         let levels = self.summary.add(range);
         self.live_regions += 1;
@@ -300,7 +330,10 @@ impl State {
     /// Tells look-ups which levels there are.
     fn tell_levels(&mut self, index: &Index) {
         index.page.set_lead(lead(self.summary.find_largest()));
-        index.page.levels.store(self.summary.levels(), Ordering::Relaxed);
+        index
+            .page
+            .levels
+            .store(self.summary.levels(), Ordering::Relaxed);
     }
 
     /// Makes a region that was registered belong to the caller's lease alone.
@@ -329,8 +362,15 @@ impl State {
 
     /// Takes all live regions that overlap `range` and that `wanted` picks out of the look-up;
     /// returns how many.
-    fn kill_where(&mut self, index: &Index, range: VaRange, wanted: impl Fn(VaRange) -> bool) -> u64 {
-        let Some(table) = index.page.tables().newest() else { return 0 };
+    fn kill_where(
+        &mut self,
+        index: &Index,
+        range: VaRange,
+        wanted: impl Fn(VaRange) -> bool,
+    ) -> u64 {
+        let Some(table) = index.page.tables().newest() else {
+            return 0;
+        };
         let mut killed = 0;
         let walked = self.walk(range, |state, granule| {
             while let Some(region) = state.first_in(index, table, granule, range, &wanted) {
@@ -361,7 +401,8 @@ impl State {
         wanted: impl Fn(VaRange) -> bool,
     ) -> Option<u32> {
         table.view().probe(granule.hash(), |region| {
-            (self.is_live_in(index, region, range) && wanted(index.region(region).range())).then_some(region)
+            (self.is_live_in(index, region, range) && wanted(index.region(region).range()))
+                .then_some(region)
         })
     }
 
@@ -512,7 +553,13 @@ impl State {
         self.regions -= 1;
         self.bytes -= size(index.region(region).range());
         let free = std::mem::replace(&mut self.free, region + 1);
-        *self.entry(region) = Entry { next: free, prev: 0, scan: 0, status: Status::Free, hit: false };
+        *self.entry(region) = Entry {
+            next: free,
+            prev: 0,
+            scan: 0,
+            status: Status::Free,
+            hit: false,
+        };
     }
 
     /// Whether a region of `size` bytes is within the limits.

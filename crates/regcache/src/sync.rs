@@ -99,7 +99,10 @@ impl AtWork {
         let cache = std::ptr::from_ref(cache).addr() as u64;
         let before = AT_WORK.get();
         AT_WORK.mark(cache);
-        Self { before, is_nested: before == cache }
+        Self {
+            before,
+            is_nested: before == cache,
+        }
     }
 
     /// Tells whether this thread was at work on the same cache already.
@@ -118,7 +121,10 @@ impl Drop for AtWork {
 /// cache.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     let locking = Locking::mark();
-    MutexGuard { guard: mutex.lock().unwrap_or_else(PoisonError::into_inner), locking }
+    MutexGuard {
+        guard: mutex.lock().unwrap_or_else(PoisonError::into_inner),
+        locking,
+    }
 }
 
 /// Locks at once or not at all, also after a panic.
@@ -126,7 +132,10 @@ pub(crate) fn try_lock<T>(mutex: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
     let locking = Locking::mark();
     match mutex.try_lock() {
         Ok(guard) => Some(MutexGuard { guard, locking }),
-        Err(TryLockError::Poisoned(poisoned)) => Some(MutexGuard { guard: poisoned.into_inner(), locking }),
+        Err(TryLockError::Poisoned(poisoned)) => Some(MutexGuard {
+            guard: poisoned.into_inner(),
+            locking,
+        }),
         Err(TryLockError::WouldBlock) => None,
     }
 }
@@ -134,7 +143,10 @@ pub(crate) fn try_lock<T>(mutex: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
 /// Sleeps until notified. May wake for nothing.
 pub(crate) fn wait<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
     let MutexGuard { guard, locking } = guard;
-    MutexGuard { guard: condvar.wait(guard).unwrap_or_else(PoisonError::into_inner), locking }
+    MutexGuard {
+        guard: condvar.wait(guard).unwrap_or_else(PoisonError::into_inner),
+        locking,
+    }
 }
 
 /// Whether this run is to be broken in the way that `name` says. A model that passes all the same
@@ -153,5 +165,9 @@ pub(crate) const fn mutant(_name: &str) -> bool {
 /// The order, or in a run that is broken in the way that `name` says, none.
 #[inline(always)]
 pub(crate) fn unless(name: &str, order: atomic::Ordering) -> atomic::Ordering {
-    if mutant(name) { atomic::Ordering::Relaxed } else { order }
+    if mutant(name) {
+        atomic::Ordering::Relaxed
+    } else {
+        order
+    }
 }

@@ -81,11 +81,15 @@ impl Ring {
     fn new(ring: impl AsFd) -> io::Result<Self> {
         let file = File::from(fcntl_dupfd_cloexec(ring, 0)?);
         let identity = Self::identity(&file)?;
-        Ok(Self { file: ManuallyDrop::new(file), identity })
+        Ok(Self {
+            file: ManuallyDrop::new(file),
+            identity,
+        })
     }
 
     fn identity(file: &File) -> io::Result<[u64; 2]> {
-        file.metadata().map(|metadata| [metadata.dev(), metadata.ino()])
+        file.metadata()
+            .map(|metadata| [metadata.dev(), metadata.ino()])
     }
 
     /// Returns the descriptor if it is still the ring's.
@@ -178,7 +182,10 @@ const LARGEST: u64 = 1 << 30;
 /// Why there is no table.
 fn not_made(error: Errno, slots: u16) -> io::Error {
     if error == Errno::INVAL && (1..=MOST_SLOTS).contains(&slots) {
-        return io::Error::new(io::ErrorKind::Unsupported, "an empty table of buffers needs Linux 5.19");
+        return io::Error::new(
+            io::ErrorKind::Unsupported,
+            "an empty table of buffers needs Linux 5.19",
+        );
     }
     error.into()
 }
@@ -191,21 +198,41 @@ impl Uring {
     /// than 2^14. [`Unsupported`](io::ErrorKind::Unsupported) before Linux 5.19.
     pub fn new(ring: impl AsFd, slots: u16) -> io::Result<Self> {
         let ring = Ring::new(ring)?;
-        let table = Register { nr: slots.into(), flags: SPARSE, ..Register::default() };
-        let (arg, size) = ((&raw const table).cast::<c_void>(), size_of::<Register>() as u32);
+        let table = Register {
+            nr: slots.into(),
+            flags: SPARSE,
+            ..Register::default()
+        };
+        let (arg, size) = (
+            (&raw const table).cast::<c_void>(),
+            size_of::<Register>() as u32,
+        );
         // SAFETY: The call reads a `struct io_uring_rsrc_register` of this size, which has no
         // pointers in it.
-        let made = unsafe { io_uring_register(&*ring.file, IoringRegisterOp::RegisterBuffers2, arg, size) };
+        let made = unsafe {
+            io_uring_register(&*ring.file, IoringRegisterOp::RegisterBuffers2, arg, size)
+        };
         made.map_err(|error| not_made(error, slots))?;
-        Ok(Self { ring, free: Mutex::new((0..slots).rev().collect()) })
+        Ok(Self {
+            ring,
+            free: Mutex::new((0..slots).rev().collect()),
+        })
     }
 
     /// Puts a buffer into a slot, or nothing if it is empty. Allocates nothing.
     fn update(&self, index: u16, buffer: &Iovec) -> io::Result<()> {
         let ring = self.ring.get().ok_or(Errno::BADF)?;
         let data = (&raw const *buffer).expose_provenance() as u64;
-        let update = Update { offset: index.into(), data, nr: 1, ..Update::default() };
-        let (arg, size) = ((&raw const update).cast::<c_void>(), size_of::<Update>() as u32);
+        let update = Update {
+            offset: index.into(),
+            data,
+            nr: 1,
+            ..Update::default()
+        };
+        let (arg, size) = (
+            (&raw const update).cast::<c_void>(),
+            size_of::<Update>() as u32,
+        );
         // SAFETY: The call reads a `struct io_uring_rsrc_update2` of this size and one `struct
         // iovec`, which both live until it returns.
         unsafe { io_uring_register(ring, IoringRegisterOp::RegisterBuffersUpdate, arg, size) }?;
@@ -229,16 +256,29 @@ impl Registrar for Uring {
             return Err(Errno::TOOBIG.into());
         }
         let index = self.slots(Vec::pop).ok_or(Errno::NOBUFS)?;
-        if let Err(error) = self.update(index, &Iovec { base: range.start().get(), len }) {
+        if let Err(error) = self.update(
+            index,
+            &Iovec {
+                base: range.start().get(),
+                len,
+            },
+        ) {
             self.slots(|free| free.push(index));
-            return Err(if self.ring.get().is_none() { io::Error::other(LOST) } else { error });
+            return Err(if self.ring.get().is_none() {
+                io::Error::other(LOST)
+            } else {
+                error
+            });
         }
         Ok(FixedBuffer { index })
     }
 
     fn deregister(&self, buffer: FixedBuffer) {
         // A slot that cannot be emptied is not used again; its pages go with the ring.
-        if self.update(buffer.index, &Iovec { base: 0, len: 0 }).is_ok() {
+        if self
+            .update(buffer.index, &Iovec { base: 0, len: 0 })
+            .is_ok()
+        {
             self.slots(|free| free.push(buffer.index));
         }
     }

@@ -25,7 +25,12 @@ pub(crate) struct Summary {
 
 impl Summary {
     pub(crate) fn new() -> Self {
-        Self { levels: [0; LEVELS as usize], in_use: 0, largest: 0, blocks: Array::zeroes(COUNTERS) }
+        Self {
+            levels: [0; LEVELS as usize],
+            in_use: 0,
+            largest: 0,
+            blocks: Array::zeroes(COUNTERS),
+        }
     }
 
     /// Adds a region; tells what look-ups have to know.
@@ -33,7 +38,11 @@ impl Summary {
         let before = self.in_use;
         let level = self.change(range, 1);
         let largest = self.levels[level as usize] <= self.levels[self.largest as usize];
-        if self.in_use == before && largest { Levels::Same } else { Levels::Others }
+        if self.in_use == before && largest {
+            Levels::Same
+        } else {
+            Levels::Others
+        }
     }
 
     pub(crate) fn remove(&mut self, range: VaRange) {
@@ -116,7 +125,11 @@ pub(crate) fn walk<T>(
     let (first, last) = span(range, BLOCK_SHIFT);
     if first == last {
         // One block, which most ranges lie in.
-        let few = if summary(subject).block(first) == 0 { levels & !SMALL } else { levels };
+        let few = if summary(subject).block(first) == 0 {
+            levels & !SMALL
+        } else {
+            levels
+        };
         return ask_all(subject, few, range, &mut budget, &mut ask);
     }
     walk_blocks(subject, summary, range, budget, &mut ask)
@@ -171,7 +184,10 @@ fn walk_blocks<T>(
             continue;
         }
         let whole = VaRange::covering(Va::new(block << BLOCK_SHIFT), 1 << BLOCK_SHIFT);
-        let within = whole.ok().and_then(|whole| whole.intersection(range)).unwrap_or(range);
+        let within = whole
+            .ok()
+            .and_then(|whole| whole.intersection(range))
+            .unwrap_or(range);
         if ask_all(subject, levels & SMALL, within, &mut budget, ask) == Walked::TooFar {
             return Walked::TooFar;
         }
@@ -190,26 +206,56 @@ mod tests {
 
     #[test]
     fn a_walk_asks_for_a_granule_of_each_region_that_overlaps() {
-        let regions = [range(0, 1), range(511, 3), range(5000, 70), range(1 << 20, 1 << 16), range(0, 100_000)];
+        let regions = [
+            range(0, 1),
+            range(511, 3),
+            range(5000, 70),
+            range(1 << 20, 1 << 16),
+            range(0, 100_000),
+        ];
         let mut summary = Summary::new();
         regions.iter().for_each(|region| _ = summary.add(*region));
-        for walked in [range(0, 1), range(512, 1), range(600, 5000), range(1 << 20, 1), range(0, 1 << 21)] {
+        for walked in [
+            range(0, 1),
+            range(512, 1),
+            range(600, 5000),
+            range(1 << 20, 1),
+            range(0, 1 << 21),
+        ] {
             let mut asked = Vec::new();
-            let walked_all = walk(&mut summary, |summary| summary, walked, u64::MAX, |_, granule| asked.push(granule));
+            let walked_all = walk(
+                &mut summary,
+                |summary| summary,
+                walked,
+                u64::MAX,
+                |_, granule| asked.push(granule),
+            );
             assert_eq!(walked_all, Walked::Done);
             for region in regions.iter().filter(|region| region.overlaps(walked)) {
-                assert!(granules(*region).any(|granule| asked.contains(&granule)), "{region} in {walked}");
+                assert!(
+                    granules(*region).any(|granule| asked.contains(&granule)),
+                    "{region} in {walked}"
+                );
             }
         }
         regions.iter().for_each(|region| summary.remove(*region));
-        assert_eq!((summary.levels(), summary.blocks.iter().sum::<u32>()), (0, 0));
+        assert_eq!(
+            (summary.levels(), summary.blocks.iter().sum::<u32>()),
+            (0, 0)
+        );
     }
 
     #[test]
     fn a_walk_over_everything_gives_up() {
         let mut summary = Summary::new();
         let _: Levels = summary.add(range(0, 1));
-        let walked_all = walk(&mut summary, |summary| summary, VaRange::ALL, 1000, |_, _| ());
+        let walked_all = walk(
+            &mut summary,
+            |summary| summary,
+            VaRange::ALL,
+            1000,
+            |_, _| (),
+        );
         assert_eq!(walked_all, Walked::TooFar);
     }
 }

@@ -55,14 +55,19 @@ fn pages(first: u64, count: u64) -> VaRange {
 
 fn open(options: Options) -> (MmWithUser, RegCache<Counting>) {
     let mm = MmWithUser::new();
-    let cache = Device::new(Counting::default(), options).open(&mm).expect("it is alive");
+    let cache = Device::new(Counting::default(), options)
+        .open(&mm)
+        .expect("it is alive");
     (mm, cache)
 }
 
 #[test]
 fn what_allocates_is_counted() {
     assert_eq!(allocations(|| drop(std::hint::black_box(Box::new(1)))).0, 1);
-    assert_eq!(allocations(|| drop(std::hint::black_box(vec![0_u8; 100]))).0, 1);
+    assert_eq!(
+        allocations(|| drop(std::hint::black_box(vec![0_u8; 100]))).0,
+        1
+    );
 }
 
 #[test]
@@ -88,7 +93,10 @@ fn a_refusal_allocates_nothing() {
     );
     assert_eq!(calls, 0);
     let (calls, result) = allocations(|| cache.get(pages(20, 3)).map(drop));
-    assert!(matches!(result, Err(Error::TooLarge { range, limit: 8192 }) if range == pages(20, 3)), "{result:?}");
+    assert!(
+        matches!(result, Err(Error::TooLarge { range, limit: 8192 }) if range == pages(20, 3)),
+        "{result:?}"
+    );
     assert_eq!(calls, 0);
     assert!(in_child(|| {
         let (calls, result) = allocations(|| cache.get(pages(10, 1)).map(drop));

@@ -41,12 +41,20 @@ impl Registrar for Dma {
 
     fn register(&self, _range: VaRange) -> Result<Registered, Infallible> {
         let key = self.0.registered.fetch_add(1, Ordering::Relaxed);
-        Ok(Registered { key, contents: self.0.contents.load(Ordering::Relaxed), touched: UnsafeCell::new(()) })
+        Ok(Registered {
+            key,
+            contents: self.0.contents.load(Ordering::Relaxed),
+            touched: UnsafeCell::new(()),
+        })
     }
 
     fn deregister(&self, handle: Registered) {
         handle.touched.with_mut(|_| ());
-        assert_eq!(self.0.undone[handle.key].fetch_add(1, Ordering::Relaxed), 0, "deregistered twice");
+        assert_eq!(
+            self.0.undone[handle.key].fetch_add(1, Ordering::Relaxed),
+            0,
+            "deregistered twice"
+        );
     }
 
     fn deregisters_in_callbacks(&self) -> bool {
@@ -61,7 +69,10 @@ impl Memory {
     }
 
     fn undone(&self) -> usize {
-        self.undone.iter().map(|undone| undone.load(Ordering::Relaxed)).sum()
+        self.undone
+            .iter()
+            .map(|undone| undone.load(Ordering::Relaxed))
+            .sum()
     }
 }
 
@@ -73,8 +84,13 @@ struct World {
 
 impl World {
     fn new(in_callbacks: bool, regions: u32) -> Arc<Self> {
-        let memory = Arc::new(Memory { in_callbacks, ..Memory::default() });
-        let options = Options::new().max_regions(regions).merge(Merge::Overlapping);
+        let memory = Arc::new(Memory {
+            in_callbacks,
+            ..Memory::default()
+        });
+        let options = Options::new()
+            .max_regions(regions)
+            .merge(Merge::Overlapping);
         let device = Device::new(Dma(Arc::clone(&memory)), options);
         let mm = MmWithUser::new();
         let cache = device.open(&mm).unwrap();
@@ -91,19 +107,31 @@ impl World {
     /// Uses a lease, which began after the memory was as `known` says.
     fn transfer(&self, known: usize) {
         let lease = self.cache.get(page(1)).unwrap();
-        assert!(self.memory.is_registered(lease.handle()), "leased, and not registered");
+        assert!(
+            self.memory.is_registered(lease.handle()),
+            "leased, and not registered"
+        );
         assert!(lease.handle().contents >= known, "stale");
         thread::yield_now();
-        assert!(self.memory.is_registered(lease.handle()), "deregistered under a lease");
+        assert!(
+            self.memory.is_registered(lease.handle()),
+            "deregistered under a lease"
+        );
     }
 }
 
 /// Frees the cache: models have no reclaimer thread.
 fn end(world: Arc<World>) {
-    let Ok(World { mm, memory, cache }) = Arc::try_unwrap(world) else { panic!("the other thread was joined") };
+    let Ok(World { mm, memory, cache }) = Arc::try_unwrap(world) else {
+        panic!("the other thread was joined")
+    };
     drop(cache);
     mm.run_deferred();
-    assert_eq!(memory.undone(), memory.registered.load(Ordering::Relaxed), "all is deregistered at the end");
+    assert_eq!(
+        memory.undone(),
+        memory.registered.load(Ordering::Relaxed),
+        "all is deregistered at the end"
+    );
     assert_eq!(mm.callback_panics(), 0);
 }
 
@@ -252,10 +280,19 @@ const MUTANTS: &[(&str, &str)] = &[
     ("no_fence_in_hit", "a_hit_racing_an_invalidation"),
     ("no_fence_in_harvest", "a_hit_racing_an_invalidation"),
     ("invalidate_nothing", "a_hit_racing_an_invalidation"),
-    ("no_fence_when_counted", "a_counted_hit_racing_an_invalidation"),
+    (
+        "no_fence_when_counted",
+        "a_counted_hit_racing_an_invalidation",
+    ),
     ("no_fence_in_drop", "the_last_lease_deregisters"),
-    ("publish_what_was_hit", "a_registration_racing_an_invalidation"),
-    ("forget_open_brackets", "a_registration_racing_an_invalidation"),
+    (
+        "publish_what_was_hit",
+        "a_registration_racing_an_invalidation",
+    ),
+    (
+        "forget_open_brackets",
+        "a_registration_racing_an_invalidation",
+    ),
     ("no_second_look", "a_hit_racing_the_reuse_of_its_place"),
     ("range_before_state", "a_hit_racing_the_reuse_of_its_place"),
     ("clear_relaxed", "a_hit_racing_an_invalidation"),
@@ -271,10 +308,16 @@ const MUTANTS: &[(&str, &str)] = &[
 fn every_mutant_is_caught() {
     let this = std::env::current_exe().unwrap();
     for (mutant, model) in MUTANTS {
-        let run =
-            std::process::Command::new(&this).env("MMUN_MUTANT", mutant).args(["--exact", model]).output().unwrap();
+        let run = std::process::Command::new(&this)
+            .env("MMUN_MUTANT", mutant)
+            .args(["--exact", model])
+            .output()
+            .unwrap();
         let says = String::from_utf8_lossy(&run.stdout);
-        assert!(!run.status.success(), "{model} passes although {mutant} breaks it");
+        assert!(
+            !run.status.success(),
+            "{model} passes although {mutant} breaks it"
+        );
         assert!(!says.contains("0 tests"), "{model} is no model");
     }
 }

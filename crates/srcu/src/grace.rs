@@ -47,7 +47,14 @@ struct Announced {
 }
 
 impl Gp {
-    pub(crate) const IDLE: Gp = Gp { open: [false; 2], interest: 0, announced: Announced { bank: 0, interest: 0 } };
+    pub(crate) const IDLE: Gp = Gp {
+        open: [false; 2],
+        interest: 0,
+        announced: Announced {
+            bank: 0,
+            interest: 0,
+        },
+    };
 }
 
 enum Step {
@@ -69,7 +76,11 @@ impl State {
         let seq = self.updater.seq.load(Ordering::Relaxed);
         // Even: the next one. Odd: not the one under way, whose scan may have been before the
         // unlinking, but the one after.
-        let ahead = if mutant("joins_running_grace_period") { 2 } else { 3 };
+        let ahead = if mutant("joins_running_grace_period") {
+            2
+        } else {
+            3
+        };
         (seq + ahead) & !1
     }
 
@@ -103,7 +114,9 @@ impl State {
                 self.updater.event.wait(seen);
             } else {
                 spun = true;
-                (0..SPINS).take_while(|_| !self.looks_quiet(bank)).for_each(|_| spin_loop());
+                (0..SPINS)
+                    .take_while(|_| !self.looks_quiet(bank))
+                    .for_each(|_| spin_loop());
             }
         }
     }
@@ -155,7 +168,10 @@ impl State {
                 self.index.store(index ^ 1, Ordering::Relaxed);
                 stale ^= 1;
             }
-            let announce = Announced { bank: stale, interest: gp.interest };
+            let announce = Announced {
+                bank: stale,
+                interest: gp.interest,
+            };
             if gp.interest == 0 || gp.announced == announce {
                 return Step::Blocked(stale);
             }
@@ -178,7 +194,11 @@ impl State {
     /// Clears `open` for the banks found quiet.
     fn scan(&self, open: &mut [bool; 2]) {
         let swapped = mutant("locks_before_unlocks");
-        let first = if swapped { self.locked() } else { self.unlocked() };
+        let first = if swapped {
+            self.locked()
+        } else {
+            self.unlocked()
+        };
         // ORDER(srcu-enter): Between the unlinking and the sum of beginnings. Partner: the light
         // fence of a reader between its count and its first read. Either the sum has the reader, or
         // the reader sees the unlinking. ORDER(srcu-scan): Between the sums: every end summed has
@@ -187,7 +207,11 @@ impl State {
         if !mutant("no_heavy_fence") {
             barrier::heavy();
         }
-        let second = if swapped { self.unlocked() } else { self.locked() };
+        let second = if swapped {
+            self.unlocked()
+        } else {
+            self.locked()
+        };
         for bank in 0..2 {
             open[bank] &= first[bank] != second[bank];
         }
@@ -261,7 +285,10 @@ impl State {
     #[cfg(not(mmun_loom))]
     pub(crate) fn restart(&self) {
         if self.updater.seq.load(Ordering::Relaxed) & 1 == 1 {
-            *self.updater.gp.lock() = Gp { open: [true; 2], ..Gp::IDLE };
+            *self.updater.gp.lock() = Gp {
+                open: [true; 2],
+                ..Gp::IDLE
+            };
             self.forget_interest();
         }
     }

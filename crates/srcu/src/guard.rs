@@ -73,7 +73,11 @@ impl<'a> Guard<'a> {
         let word = state.index.load(Ordering::Relaxed);
         slot.local.enter(word);
         begun(word);
-        Self { section: Section { state, word }, slot, not_send: PhantomData }
+        Self {
+            section: Section { state, word },
+            slot,
+            not_send: PhantomData,
+        }
     }
 
     /// Ends the section, as dropping the guard does.
@@ -95,7 +99,9 @@ impl<'a> SendGuard<'a> {
         let word = state.index.load(Ordering::Relaxed);
         slot(state).moved.enter(word);
         begun(word);
-        Self { section: Section { state, word } }
+        Self {
+            section: Section { state, word },
+        }
     }
 
     /// Ends the section on the calling thread, as dropping the guard does.
@@ -115,7 +121,11 @@ impl Drop for SendGuard<'_> {
 
 impl<'a> Reader<'a> {
     pub(crate) fn new(state: &'a State) -> Self {
-        Self { state, slot: slot(state), not_send: PhantomData }
+        Self {
+            state,
+            slot: slot(state),
+            not_send: PhantomData,
+        }
     }
 
     /// Begins a read section, as [`Srcu::read_lock`](crate::Srcu::read_lock) does.
@@ -128,7 +138,10 @@ impl<'a> Reader<'a> {
 
 /// Returns this thread's slot, and claims one if the thread has none.
 pub(crate) fn slot(state: &State) -> &Slot {
-    state.table.mine().unwrap_or_else(|| state.table.claim_mine())
+    state
+        .table
+        .mine()
+        .unwrap_or_else(|| state.table.claim_mine())
 }
 
 #[inline(always)]
@@ -160,13 +173,17 @@ impl Section<'_> {
 
 impl fmt::Debug for Guard<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Guard").field("bank", &(self.section.word & 1)).finish_non_exhaustive()
+        f.debug_struct("Guard")
+            .field("bank", &(self.section.word & 1))
+            .finish_non_exhaustive()
     }
 }
 
 impl fmt::Debug for SendGuard<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SendGuard").field("bank", &(self.section.word & 1)).finish_non_exhaustive()
+        f.debug_struct("SendGuard")
+            .field("bank", &(self.section.word & 1))
+            .finish_non_exhaustive()
     }
 }
 

@@ -57,13 +57,17 @@ impl Srcu {
     /// Makes an unused domain. Makes no system call and allocates nothing.
     #[cfg(not(mmun_loom))]
     pub const fn new() -> Self {
-        Self { handle: Handle::new() }
+        Self {
+            handle: Handle::new(),
+        }
     }
 
     /// Makes an unused domain.
     #[cfg(mmun_loom)]
     pub fn new() -> Self {
-        Self { handle: Handle::new() }
+        Self {
+            handle: Handle::new(),
+        }
     }
 
     /// Does now the work that [`call_raw`](Self::call_raw) and [`read_lock`](Self::read_lock) would
@@ -115,7 +119,11 @@ impl Srcu {
     /// Whether this thread is inside a section of this domain that it began with `read_lock`.
     #[doc(alias = "srcu_read_lock_held")]
     pub fn read_lock_held(&self) -> bool {
-        self.handle.peek().table.mine().is_some_and(|slot| slot.local.depth() != 0)
+        self.handle
+            .peek()
+            .table
+            .mine()
+            .is_some_and(|slot| slot.local.depth() != 0)
     }
 
     /// Returns a per-thread handle that skips the slot look-up. A section through it costs half as
@@ -230,7 +238,10 @@ impl Srcu {
         state.pending.polled.fetch_max(want, Ordering::Relaxed);
         reclaimer::schedule(state);
         reclaimer::start();
-        Cookie { want, domain: address(state) }
+        Cookie {
+            want,
+            domain: address(state),
+        }
     }
 
     /// Tells whether all sections that began before the cookie was made have ended.
@@ -242,7 +253,11 @@ impl Srcu {
     #[doc(alias = "poll_state_synchronize_srcu")]
     pub fn poll(&self, cookie: Cookie) -> bool {
         let state = self.state();
-        assert_eq!(address(state), cookie.domain, "the cookie was made by another domain; poll that one");
+        assert_eq!(
+            address(state),
+            cookie.domain,
+            "the cookie was made by another domain; poll that one"
+        );
         state.passed(cookie.want)
     }
 
@@ -359,7 +374,9 @@ impl fmt::Debug for Srcu {
 impl Drop for Srcu {
     #[doc(alias = "cleanup_srcu_struct")]
     fn drop(&mut self) {
-        let Some(state) = self.handle.used() else { return };
+        let Some(state) = self.handle.used() else {
+            return;
+        };
         // No thread borrows the domain, so the sums are exact, and an open section is a leaked one.
         if !current::is_reclaimer() && !state.any_open() {
             reclaimer::barrier(state);

@@ -37,5 +37,8 @@ pub(crate) const fn mutant(_name: &str) -> bool {
 pub(crate) fn mutant(name: &str) -> bool {
     use std::sync::OnceLock;
     static CHOSEN: OnceLock<Option<String>> = OnceLock::new();
-    CHOSEN.get_or_init(|| std::env::var("MMUN_MUTANT").ok()).as_deref() == Some(name)
+    CHOSEN
+        .get_or_init(|| std::env::var("MMUN_MUTANT").ok())
+        .as_deref()
+        == Some(name)
 }

@@ -14,10 +14,20 @@
 //!
 //! Elsewhere, and under loom and Miri, a word is a thread-local of the standard library.
 
-#[cfg(all(target_arch = "aarch64", target_os = "linux", target_env = "gnu", not(any(mmun_loom, miri))))]
+#[cfg(all(
+    target_arch = "aarch64",
+    target_os = "linux",
+    target_env = "gnu",
+    not(any(mmun_loom, miri))
+))]
 #[path = "word/aarch64.rs"]
 mod machine;
-#[cfg(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu", not(any(mmun_loom, miri))))]
+#[cfg(all(
+    target_arch = "x86_64",
+    target_os = "linux",
+    target_env = "gnu",
+    not(any(mmun_loom, miri))
+))]
 #[path = "word/x86_64.rs"]
 mod machine;
 

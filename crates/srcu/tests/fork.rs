@@ -53,7 +53,10 @@ fn a_child_uses_inherited_domains_and_runs_inherited_callbacks() {
         inside && inherited == 10 && count.get() == 11
     });
     assert!(good);
-    assert!(section.is_some() && srcu.barrier().is_err(), "the parent is still inside");
+    assert!(
+        section.is_some() && srcu.barrier().is_err(),
+        "the parent is still inside"
+    );
     assert_eq!(count.get(), 0);
     drop(section);
     srcu.barrier().unwrap();
@@ -95,7 +98,8 @@ fn a_child_of_a_busy_process_is_not_stuck() {
     let stop = Arc::new(AtomicBool::new(false));
     let workers: Vec<_> = (0..3)
         .map(|_| {
-            let (domains, start, stop) = (Arc::clone(&domains), Arc::clone(&start), Arc::clone(&stop));
+            let (domains, start, stop) =
+                (Arc::clone(&domains), Arc::clone(&start), Arc::clone(&stop));
             thread::spawn(move || {
                 start.wait();
                 while !stop.load(Ordering::Relaxed) {
@@ -128,7 +132,9 @@ fn a_child_of_a_busy_process_is_not_stuck() {
         assert!(good, "round {round}");
     }
     stop.store(true, Ordering::Relaxed);
-    workers.into_iter().for_each(|worker| worker.join().unwrap());
+    workers
+        .into_iter()
+        .for_each(|worker| worker.join().unwrap());
 }
 
 #[test]

@@ -19,7 +19,12 @@ use srcu::Srcu;
 fn model(preemptions: usize, f: impl Fn() + Send + Sync + 'static) {
     let mut builder = loom::model::Builder::new();
     // The environment may ask for more.
-    builder.preemption_bound = Some(builder.preemption_bound.unwrap_or(preemptions).max(preemptions));
+    builder.preemption_bound = Some(
+        builder
+            .preemption_bound
+            .unwrap_or(preemptions)
+            .max(preemptions),
+    );
     builder.max_branches = 20_000;
     builder.check(f);
 }
@@ -38,7 +43,10 @@ unsafe impl Send for Object {}
 
 impl Object {
     fn new() -> Arc<Self> {
-        Arc::new(Self { linked: AtomicBool::new(true), memory: UnsafeCell::new(true) })
+        Arc::new(Self {
+            linked: AtomicBool::new(true),
+            memory: UnsafeCell::new(true),
+        })
     }
 
     /// What a reader does in its section.
@@ -283,12 +291,18 @@ fn a_barrier_waits_for_the_calls_of_both_threads() {
             move || {
                 call(&srcu, &count);
                 srcu.barrier().unwrap();
-                assert!(count.load(Ordering::Relaxed) >= 1, "the barrier missed its own thread's callback");
+                assert!(
+                    count.load(Ordering::Relaxed) >= 1,
+                    "the barrier missed its own thread's callback"
+                );
             }
         });
         call(&srcu, &count);
         srcu.barrier().unwrap();
-        assert!(count.load(Ordering::Relaxed) >= 1, "the barrier missed its own thread's callback");
+        assert!(
+            count.load(Ordering::Relaxed) >= 1,
+            "the barrier missed its own thread's callback"
+        );
         other.join().unwrap();
         srcu.barrier().unwrap();
         assert_eq!(count.load(Ordering::Relaxed), 2);
@@ -348,28 +362,116 @@ fn a_polled_grace_period_waits_for_the_reader() {
 
 /// What is left out, a model that must fail then, and what that must say.
 const MUTANTS: &[(&str, &str, &str)] = &[
-    ("no_fence_in_lock", "free_waits_for_reader", "Causality violation"),
-    ("no_heavy_fence", "a_polled_grace_period_waits_for_the_reader", "Causality violation"),
-    ("unlock_relaxed", "free_waits_for_reader", "Causality violation"),
-    ("unlock_relaxed", "a_handed_over_section_is_waited_for", "Causality violation"),
-    ("no_fence_in_lock", "a_callback_waits_for_the_reader_and_is_not_forgotten", "Causality violation"),
-    ("no_fence_in_unlock", "free_waits_for_both_nested_sections", "deadlock; threads"),
-    ("no_fence_in_lock", "s_85_a_section_sees_all_of_before_or_nothing_of_after", "after without before"),
-    ("no_heavy_fence", "grace_periods_are_shared", "Causality violation"),
-    ("one_bank", "s_86_a_late_reader_is_not_missed", "Causality violation"),
-    ("locks_before_unlocks", "a_later_section_does_not_stand_for_an_earlier_one", "Causality violation"),
-    ("joins_running_grace_period", "grace_periods_are_shared", "Causality violation"),
-    ("no_fence_in_snapshot", "grace_periods_are_shared", "Causality violation"),
-    ("no_fence_in_unlock", "a_wake_up_is_not_lost", "deadlock; threads"),
-    ("no_fence_before_sleep", "a_wake_up_is_not_lost", "deadlock; threads"),
-    ("no_fence_before_wake", "a_wake_up_is_not_lost", "deadlock; threads"),
-    ("no_fence_after_announcement", "a_wake_up_is_not_lost", "deadlock; threads"),
-    ("no_look_after_announcement", "a_wake_up_is_not_lost", "deadlock; threads"),
-    ("moved_not_counted", "a_handed_over_section_is_waited_for", "Causality violation"),
-    ("idle_ignores_busy", "a_barrier_waits_for_the_calls_of_both_threads", "the barrier missed"),
-    ("scheduled_cleared_late", "a_barrier_waits_for_the_calls_of_both_threads", "deadlock; threads"),
-    ("no_fence_in_unlock", "a_callback_waits_for_the_reader_and_is_not_forgotten", "deadlock; threads"),
-    ("joins_running_grace_period", "a_polled_grace_period_waits_for_the_reader", "Causality violation"),
+    (
+        "no_fence_in_lock",
+        "free_waits_for_reader",
+        "Causality violation",
+    ),
+    (
+        "no_heavy_fence",
+        "a_polled_grace_period_waits_for_the_reader",
+        "Causality violation",
+    ),
+    (
+        "unlock_relaxed",
+        "free_waits_for_reader",
+        "Causality violation",
+    ),
+    (
+        "unlock_relaxed",
+        "a_handed_over_section_is_waited_for",
+        "Causality violation",
+    ),
+    (
+        "no_fence_in_lock",
+        "a_callback_waits_for_the_reader_and_is_not_forgotten",
+        "Causality violation",
+    ),
+    (
+        "no_fence_in_unlock",
+        "free_waits_for_both_nested_sections",
+        "deadlock; threads",
+    ),
+    (
+        "no_fence_in_lock",
+        "s_85_a_section_sees_all_of_before_or_nothing_of_after",
+        "after without before",
+    ),
+    (
+        "no_heavy_fence",
+        "grace_periods_are_shared",
+        "Causality violation",
+    ),
+    (
+        "one_bank",
+        "s_86_a_late_reader_is_not_missed",
+        "Causality violation",
+    ),
+    (
+        "locks_before_unlocks",
+        "a_later_section_does_not_stand_for_an_earlier_one",
+        "Causality violation",
+    ),
+    (
+        "joins_running_grace_period",
+        "grace_periods_are_shared",
+        "Causality violation",
+    ),
+    (
+        "no_fence_in_snapshot",
+        "grace_periods_are_shared",
+        "Causality violation",
+    ),
+    (
+        "no_fence_in_unlock",
+        "a_wake_up_is_not_lost",
+        "deadlock; threads",
+    ),
+    (
+        "no_fence_before_sleep",
+        "a_wake_up_is_not_lost",
+        "deadlock; threads",
+    ),
+    (
+        "no_fence_before_wake",
+        "a_wake_up_is_not_lost",
+        "deadlock; threads",
+    ),
+    (
+        "no_fence_after_announcement",
+        "a_wake_up_is_not_lost",
+        "deadlock; threads",
+    ),
+    (
+        "no_look_after_announcement",
+        "a_wake_up_is_not_lost",
+        "deadlock; threads",
+    ),
+    (
+        "moved_not_counted",
+        "a_handed_over_section_is_waited_for",
+        "Causality violation",
+    ),
+    (
+        "idle_ignores_busy",
+        "a_barrier_waits_for_the_calls_of_both_threads",
+        "the barrier missed",
+    ),
+    (
+        "scheduled_cleared_late",
+        "a_barrier_waits_for_the_calls_of_both_threads",
+        "deadlock; threads",
+    ),
+    (
+        "no_fence_in_unlock",
+        "a_callback_waits_for_the_reader_and_is_not_forgotten",
+        "deadlock; threads",
+    ),
+    (
+        "joins_running_grace_period",
+        "a_polled_grace_period_waits_for_the_reader",
+        "Causality violation",
+    ),
 ];
 
 #[test]
@@ -377,13 +479,25 @@ fn mutants_are_caught() {
     let me = std::env::current_exe().unwrap();
     for (mutant, model, complaint) in MUTANTS {
         let mut command = std::process::Command::new(&me);
-        let run =
-            command.args(["--exact", model]).env("MMUN_MUTANT", mutant).env("RUST_BACKTRACE", "0").output().unwrap();
+        let run = command
+            .args(["--exact", model])
+            .env("MMUN_MUTANT", mutant)
+            .env("RUST_BACKTRACE", "0")
+            .output()
+            .unwrap();
         // A panic while another one unwinds ends the process, and then what it said is on the other
         // stream.
-        let says = [run.stdout, run.stderr].map(|stream| String::from_utf8_lossy(&stream).into_owned()).concat();
+        let says = [run.stdout, run.stderr]
+            .map(|stream| String::from_utf8_lossy(&stream).into_owned())
+            .concat();
         assert!(says.contains("running 1 test"), "there is no model {model}");
-        assert!(!run.status.success(), "{model} passes although {mutant} breaks it");
-        assert!(says.contains(complaint), "{model} fails for {mutant}, but not because \"{complaint}\": {says}");
+        assert!(
+            !run.status.success(),
+            "{model} passes although {mutant} breaks it"
+        );
+        assert!(
+            says.contains(complaint),
+            "{model} fails for {mutant}, but not because \"{complaint}\": {says}"
+        );
     }
 }

@@ -51,7 +51,9 @@ pub fn require(cap: Cap) -> bool {
     let name = current.name().unwrap_or("a test");
     let is_required = env::var_os("MMUN_REQUIRE").is_some_and(|value| value == "all");
     let without = env::var("MMUN_WITHOUT").unwrap_or_default();
-    let is_excused = without.split(' ').any(|word| word == format!("{cap:?}").to_lowercase());
+    let is_excused = without
+        .split(' ')
+        .any(|word| word == format!("{cap:?}").to_lowercase());
     assert!(!is_required || is_excused, "{name} needs {cap:?}: {reason}");
     println!("SKIP {name}: {reason}");
     false
@@ -60,7 +62,8 @@ pub fn require(cap: Cap) -> bool {
 /// Whether this is the machine of `cargo xtask guest`, which has everything that an operation may
 /// ask for.
 pub fn is_guest() -> bool {
-    fs::read_to_string("/proc/cmdline").is_ok_and(|line| line.split_whitespace().any(|word| word == "mmun.guest"))
+    fs::read_to_string("/proc/cmdline")
+        .is_ok_and(|line| line.split_whitespace().any(|word| word == "mmun.guest"))
 }
 
 /// How many rounds a hunt for a race takes: `full`, or a tenth in the machine of `cargo xtask
@@ -74,13 +77,17 @@ pub fn rounds(full: usize) -> usize {
 pub fn has_optional_program(name: &str) -> bool {
     let is_there = has_program(name);
     if !is_there {
-        println!("SKIP {}: {name} is not installed", thread::current().name().unwrap_or("a test"));
+        println!(
+            "SKIP {}: {name} is not installed",
+            thread::current().name().unwrap_or("a test")
+        );
     }
     is_there
 }
 
 fn has_program(name: &str) -> bool {
-    env::var_os("PATH").is_some_and(|path| env::split_paths(&path).any(|folder| folder.join(name).is_file()))
+    env::var_os("PATH")
+        .is_some_and(|path| env::split_paths(&path).any(|folder| folder.join(name).is_file()))
 }
 
 fn probe(cap: Cap) -> Result<(), String> {
@@ -93,7 +100,10 @@ fn probe(cap: Cap) -> Result<(), String> {
         Cap::Ptrace => ptrace().map_err(|error| format!("ptrace is refused: {error}")),
         Cap::SeccompTrace => match fs::read_to_string("/proc/sys/kernel/seccomp/actions_avail") {
             Ok(actions) if actions.split_whitespace().any(|action| action == "trace") => Ok(()),
-            Ok(actions) => Err(format!("seccomp has no action trace, only {}", actions.trim())),
+            Ok(actions) => Err(format!(
+                "seccomp has no action trace, only {}",
+                actions.trim()
+            )),
             Err(error) => Err(format!("no seccomp: {error}")),
         },
         Cap::I386Calls => i386_getpid(),
@@ -106,7 +116,11 @@ fn probe(cap: Cap) -> Result<(), String> {
         }
         Cap::PythonModule(name) => {
             let program = format!("import {name}");
-            match Command::new(PYTHON).args(["-c", &program]).stderr(Stdio::null()).status() {
+            match Command::new(PYTHON)
+                .args(["-c", &program])
+                .stderr(Stdio::null())
+                .status()
+            {
                 Ok(status) if status.success() => Ok(()),
                 Ok(_) => Err(format!("{PYTHON} has no module {name}")),
                 Err(error) => Err(format!("{PYTHON}: {error}")),
@@ -128,25 +142,45 @@ fn probe(cap: Cap) -> Result<(), String> {
 }
 
 fn rdma() -> Result<(), String> {
-    let devices = fs::read_dir("/sys/class/infiniband").map_err(|error| format!("/sys/class/infiniband: {error}"))?;
+    let devices = fs::read_dir("/sys/class/infiniband")
+        .map_err(|error| format!("/sys/class/infiniband: {error}"))?;
     if devices.count() == 0 {
-        return Err("no RDMA device; 'rdma link add rxe0 type rxe netdev NAME' makes one in software".to_owned());
+        return Err(
+            "no RDMA device; 'rdma link add rxe0 type rxe netdev NAME' makes one in software"
+                .to_owned(),
+        );
     }
     // SAFETY: the name is a C string, and the library's constructors do nothing but set up itself.
     let library = unsafe { libc::dlopen(c"libibverbs.so.1".as_ptr(), libc::RTLD_NOW) };
-    if library.is_null() { Err("libibverbs is not installed".to_owned()) } else { Ok(()) }
+    if library.is_null() {
+        Err("libibverbs is not installed".to_owned())
+    } else {
+        Ok(())
+    }
 }
 
 /// Makes an array of one value, on a kernel whose BPF is enough for the source `kernel`.
 fn bpf() -> io::Result<()> {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
-    let mut numbers = release.split('.').map_while(|number| number.parse::<u32>().ok());
+    let mut numbers = release
+        .split('.')
+        .map_while(|number| number.parse::<u32>().ok());
     if let (Some(5), Some(0..12)) = (numbers.next(), numbers.next()) {
-        return Err(io::Error::other(format!("Linux 5.12 is needed, and this is {}", release.trim())));
+        return Err(io::Error::other(format!(
+            "Linux 5.12 is needed, and this is {}",
+            release.trim()
+        )));
     }
     let attributes = [2_u32, 4, 8, 1, 0, 0];
     // SAFETY: the attributes are as long as the call is told.
-    let map = unsafe { libc::syscall(libc::SYS_bpf, 0, &raw const attributes, size_of_val(&attributes)) };
+    let map = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            0,
+            &raw const attributes,
+            size_of_val(&attributes),
+        )
+    };
     close(map)
 }
 
@@ -161,13 +195,21 @@ fn io_uring() -> io::Result<()> {
     // SAFETY: the call reads a `struct io_uring_rsrc_register`, which has 32 bytes; a descriptor of
     // -1 is refused.
     let answer = unsafe {
-        libc::syscall(libc::SYS_io_uring_register, ring, REGISTER_BUFFERS2, &raw const table, size_of_val(&table))
+        libc::syscall(
+            libc::SYS_io_uring_register,
+            ring,
+            REGISTER_BUFFERS2,
+            &raw const table,
+            size_of_val(&table),
+        )
     };
     let error = io::Error::last_os_error();
     close(ring)?;
     match (answer, error.raw_os_error()) {
         (0, _) => Ok(()),
-        (_, Some(libc::EINVAL)) => Err(io::Error::other("no empty tables of buffers, which need Linux 5.19")),
+        (_, Some(libc::EINVAL)) => Err(io::Error::other(
+            "no empty tables of buffers, which need Linux 5.19",
+        )),
         _ => Err(error),
     }
 }
@@ -186,7 +228,9 @@ fn userfaultfd() -> io::Result<()> {
     close(descriptor)?;
     match (answer, error.raw_os_error()) {
         (0, _) => Ok(()),
-        (_, Some(libc::EINVAL)) => Err(io::Error::other("no asynchronous write protection, which needs Linux 6.7")),
+        (_, Some(libc::EINVAL)) => Err(io::Error::other(
+            "no asynchronous write protection, which needs Linux 6.7",
+        )),
         _ => Err(error),
     }
 }
@@ -202,11 +246,18 @@ fn close(descriptor: libc::c_long) -> io::Result<()> {
 
 /// Seizes a child and lets it go.
 fn ptrace() -> io::Result<()> {
-    let mut child = Command::new("cat").stdin(Stdio::piped()).stdout(Stdio::null()).spawn()?;
+    let mut child = Command::new("cat")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()?;
     let pid = child.id() as libc::pid_t;
     // SAFETY: the request takes integers.
     let seized = unsafe { libc::ptrace(libc::PTRACE_SEIZE, pid, 0_usize, 0_usize) };
-    let result = if seized == -1 { Err(io::Error::last_os_error()) } else { Ok(()) };
+    let result = if seized == -1 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    };
     child.kill()?;
     child.wait()?;
     result
@@ -233,7 +284,11 @@ fn i386_getpid() -> Result<(), String> {
             let mut status = 0;
             // SAFETY: writes one int to a local.
             let reaped = unsafe { libc::waitpid(pid, &mut status, 0) };
-            if reaped == pid && status == 0 { Ok(()) } else { Err("no 32-bit system calls".to_owned()) }
+            if reaped == pid && status == 0 {
+                Ok(())
+            } else {
+                Err("no 32-bit system calls".to_owned())
+            }
         }
     }
 }

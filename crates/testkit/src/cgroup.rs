@@ -16,7 +16,10 @@ impl Cgroup {
     pub fn new_or_skip() -> Option<Cgroup> {
         let new = Cgroup::new();
         if let Err(error) = &new {
-            println!("SKIP {}: no cgroup can be made: {error}", thread::current().name().unwrap_or("a test"));
+            println!(
+                "SKIP {}: no cgroup can be made: {error}",
+                thread::current().name().unwrap_or("a test")
+            );
         }
         new.ok()
     }
@@ -30,7 +33,11 @@ impl Cgroup {
             (line.next()? == "cgroup2").then(|| PathBuf::from(place))
         });
         let root = root.ok_or_else(|| io::Error::other("no cgroup2 is mounted"))?;
-        let group = root.join(format!("mmun-test-{}-{}", process::id(), NEXT.fetch_add(1, Ordering::Relaxed)));
+        let group = root.join(format!(
+            "mmun-test-{}-{}",
+            process::id(),
+            NEXT.fetch_add(1, Ordering::Relaxed)
+        ));
         fs::create_dir(&group)?;
         let group = Cgroup(group);
         // Not of the hierarchy's root, and since Linux 5.2.
@@ -65,7 +72,8 @@ impl Cgroup {
     /// Tells whether all of its processes are frozen.
     #[must_use]
     pub fn is_frozen(&self) -> bool {
-        fs::read_to_string(self.0.join("cgroup.events")).is_ok_and(|events| events.contains("frozen 1"))
+        fs::read_to_string(self.0.join("cgroup.events"))
+            .is_ok_and(|events| events.contains("frozen 1"))
     }
 }
 

@@ -21,7 +21,11 @@ pub fn in_child(f: impl FnOnce() -> bool) -> bool {
             let mut status = 0;
             // SAFETY: Needs a place for the status.
             assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
-            assert!(libc::WIFEXITED(status), "the child died by signal {}", libc::WTERMSIG(status));
+            assert!(
+                libc::WIFEXITED(status),
+                "the child died by signal {}",
+                libc::WTERMSIG(status)
+            );
             status == 0
         }
     }

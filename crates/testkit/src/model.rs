@@ -192,18 +192,28 @@ impl Model {
     /// Whether a thread is inside a bracket of an address space.
     #[must_use]
     pub fn is_inside(&self, thread: usize, mm: usize) -> bool {
-        self.brackets.iter().flatten().any(|bracket| bracket.thread == thread && bracket.mm == mm)
+        self.brackets
+            .iter()
+            .flatten()
+            .any(|bracket| bracket.thread == thread && bracket.mm == mm)
     }
 
     fn is_inside_any(&self, thread: usize) -> bool {
-        self.brackets.iter().flatten().any(|bracket| bracket.thread == thread)
+        self.brackets
+            .iter()
+            .flatten()
+            .any(|bracket| bracket.thread == thread)
     }
 
     /// The brackets of other threads that one which waits for those of `mm` waits for, and their
     /// threads.
     #[must_use]
     pub fn blockers(&self, thread: usize, mm: usize) -> Vec<(usize, usize)> {
-        let open = self.brackets.iter().enumerate().filter_map(|(number, bracket)| Some((number, bracket.as_ref()?)));
+        let open = self
+            .brackets
+            .iter()
+            .enumerate()
+            .filter_map(|(number, bracket)| Some((number, bracket.as_ref()?)));
         open.filter(|(_, bracket)| bracket.mm == mm && bracket.thread != thread)
             .map(|(number, bracket)| (number, bracket.thread))
             .collect()
@@ -212,8 +222,12 @@ impl Model {
     /// The address spaces on which a notifier of a subsystem has been put and may not be freed.
     #[must_use]
     pub fn retired(&self, key: usize) -> Vec<usize> {
-        let mut mms: Vec<_> =
-            self.notifiers.iter().filter(|one| one.key == Some(key) && one.users == 0).map(|one| one.mm).collect();
+        let mut mms: Vec<_> = self
+            .notifiers
+            .iter()
+            .filter(|one| one.key == Some(key) && one.users == 0)
+            .map(|one| one.mm)
+            .collect();
         mms.sort_unstable();
         mms.dedup();
         mms
@@ -226,7 +240,11 @@ impl Model {
     }
 
     fn find(&self, key: usize, mm: usize) -> Option<usize> {
-        self.mms[mm].listed.iter().copied().find(|n| self.notifiers[*n].key == Some(key))
+        self.mms[mm]
+            .listed
+            .iter()
+            .copied()
+            .find(|n| self.notifiers[*n].key == Some(key))
     }
 
     /// `Subsystem::get`.
@@ -237,13 +255,19 @@ impl Model {
         match alloc {
             Alloc::Fails if !self.is_inside(thread, mm) => Answer::Alloc,
             Alloc::Fails => Answer::WouldDeadlock,
-            Alloc::Makes { refuses } => self.register(thread, Some(key), mm, Kind::Plain { refuses }),
+            Alloc::Makes { refuses } => {
+                self.register(thread, Some(key), mm, Kind::Plain { refuses })
+            }
         }
     }
 
     /// `MmWithUser::mmap_write_lock`, and `Subsystem::get_locked` under it.
     pub fn get_locked(&mut self, thread: usize, key: usize, mm: usize, alloc: Alloc) -> Answer {
-        if self.is_inside(thread, mm) { Answer::WouldDeadlock } else { self.get(thread, key, mm, alloc) }
+        if self.is_inside(thread, mm) {
+            Answer::WouldDeadlock
+        } else {
+            self.get(thread, key, mm, alloc)
+        }
     }
 
     /// `Registration::new` if there is no key.
@@ -251,7 +275,13 @@ impl Model {
         if self.is_inside(thread, mm) {
             return Answer::WouldDeadlock;
         }
-        self.notifiers.push(Notifier { mm, key, users: 1, kind, shadow: Shadow::default() });
+        self.notifiers.push(Notifier {
+            mm,
+            key,
+            users: 1,
+            kind,
+            shadow: Shadow::default(),
+        });
         let notifier = self.notifiers.len() - 1;
         self.mms[mm].listed.insert(0, notifier);
         Answer::Got(notifier, 1)
@@ -313,7 +343,8 @@ impl Model {
         if self.is_inside_any(thread) {
             return Err(Answer::WouldDeadlock);
         }
-        let freed = |n: &usize| self.notifiers[*n].key == Some(key) && self.notifiers[*n].users == 0;
+        let freed =
+            |n: &usize| self.notifiers[*n].key == Some(key) && self.notifiers[*n].users == 0;
         Ok((0..self.notifiers.len()).filter(freed).collect())
     }
 
@@ -337,7 +368,12 @@ impl Model {
     ///
     /// # Errors
     /// `WouldBlock` if an interval or a subscriber refuses.
-    pub fn try_invalidate(&mut self, thread: usize, mm: usize, pages: (u64, u64)) -> Result<usize, Answer> {
+    pub fn try_invalidate(
+        &mut self,
+        thread: usize,
+        mm: usize,
+        pages: (u64, u64),
+    ) -> Result<usize, Answer> {
         let window = self.mms[mm].has_intervals;
         if window && !self.window_try_start(mm, pages) {
             return Err(Answer::WouldBlock);
@@ -350,7 +386,10 @@ impl Model {
                 Kind::Shadow { watched } => self.shadow_start(*notifier, watched, pages),
             }
         }
-        if callees.iter().any(|n| self.notifiers[*n].kind == Kind::Plain { refuses: true }) {
+        if callees
+            .iter()
+            .any(|n| self.notifiers[*n].kind == Kind::Plain { refuses: true })
+        {
             callees.iter().for_each(|n| self.tell_end(*n, pages));
             if window {
                 self.window_end(mm);
@@ -371,7 +410,13 @@ impl Model {
 
     fn open(&mut self, thread: usize, mm: usize, pages: (u64, u64), window: bool) -> usize {
         let callees = self.mms[mm].listed.clone();
-        self.brackets.push(Some(Bracket { thread, mm, pages, callees, window }));
+        self.brackets.push(Some(Bracket {
+            thread,
+            mm,
+            pages,
+            callees,
+            window,
+        }));
         self.brackets.len() - 1
     }
 
@@ -380,7 +425,13 @@ impl Model {
     /// # Panics
     /// If it was dropped before.
     pub fn end(&mut self, bracket: usize) {
-        let Bracket { mm, pages, callees, window, .. } = self.brackets[bracket].take().expect("a bracket ends once");
+        let Bracket {
+            mm,
+            pages,
+            callees,
+            window,
+            ..
+        } = self.brackets[bracket].take().expect("a bracket ends once");
         if window {
             self.window_end(mm);
         }
@@ -423,7 +474,10 @@ impl Model {
 
     /// `Mm::invalidate_secondary_tlbs`.
     pub fn flush(&mut self, mm: usize) {
-        let tlbs = self.mms[mm].listed.iter().filter(|n| self.notifiers[**n].kind == Kind::Tlb);
+        let tlbs = self.mms[mm]
+            .listed
+            .iter()
+            .filter(|n| self.notifiers[**n].kind == Kind::Tlb);
         self.calls.extend(tlbs.map(|n| Callback::Flush(*n)));
     }
 
@@ -445,6 +499,7 @@ impl Model {
     #[must_use]
     pub fn is_sound(&self) -> bool {
         let listed = || self.mms.iter().flat_map(|mm| &mm.listed);
-        listed().all(|n| self.notifiers[*n].users > 0 && listed().filter(|one| *one == n).count() == 1)
+        listed()
+            .all(|n| self.notifiers[*n].users > 0 && listed().filter(|one| *one == n).count() == 1)
     }
 }

@@ -42,8 +42,14 @@ pub fn has_timers() -> bool {
 /// If no timer can be made.
 pub fn signal_every(time: Duration, signal: i32) -> io::Result<()> {
     let timer = timer(signal)?;
-    let time = libc::timespec { tv_sec: time.as_secs() as i64, tv_nsec: i64::from(time.subsec_nanos()) };
-    let often = libc::itimerspec { it_interval: time, it_value: time };
+    let time = libc::timespec {
+        tv_sec: time.as_secs() as i64,
+        tv_nsec: i64::from(time.subsec_nanos()),
+    };
+    let often = libc::itimerspec {
+        it_interval: time,
+        it_value: time,
+    };
     // SAFETY: the timer was made above; reads a local.
     match unsafe { libc::timer_settime(timer, 0, &often, ptr::null_mut()) } {
         0 => Ok(()),

@@ -51,7 +51,10 @@ impl Notifier for Cache {
     fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
         let mut entries = self.entries.lock().expect("no panic");
         for (number, entry) in entries.iter_mut().enumerate() {
-            if range.range().contains(Va::new(self.base + (number * PAGE) as u64)) {
+            if range
+                .range()
+                .contains(Va::new(self.base + (number * PAGE) as u64))
+            {
                 *entry = None;
             }
         }
@@ -75,7 +78,10 @@ pub(crate) fn hunt<R: FnMut(usize) -> usize + Send>(
     mut random: impl FnMut() -> R,
 ) -> Tally {
     let world = World::new();
-    let cache = Cache { base: world.base as u64, entries: Mutex::new([None; PAGES]) };
+    let cache = Cache {
+        base: world.base as u64,
+        entries: Mutex::new([None; PAGES]),
+    };
     let cache = Registration::new(&mmu_source::current(), cache).expect("outside of brackets");
     thread::scope(|scope| {
         for half in 0..THREADS {
@@ -100,7 +106,10 @@ pub(crate) fn hunt<R: FnMut(usize) -> usize + Send>(
 impl World {
     /// Even pages are private memory, odd ones are files of their own.
     fn new() -> Self {
-        let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        let (protection, flags) = (
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+        );
         // SAFETY: a new mapping where the kernel likes.
         let base = unsafe { libc::mmap(ptr::null_mut(), PAGES * PAGE, protection, flags, -1, 0) };
         assert_ne!(base, libc::MAP_FAILED);
@@ -133,10 +142,22 @@ impl World {
     }
 
     fn map_file(&self, page: usize) {
-        let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_FIXED);
+        let (protection, flags) = (
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_SHARED | libc::MAP_FIXED,
+        );
         // SAFETY: over a page of ours, which is only read by system calls, and written by this
         // thread.
-        let at = unsafe { libc::mmap(self.address(page), PAGE, protection, flags, self.files[page].as_raw_fd(), 0) };
+        let at = unsafe {
+            libc::mmap(
+                self.address(page),
+                PAGE,
+                protection,
+                flags,
+                self.files[page].as_raw_fd(),
+                0,
+            )
+        };
         assert_ne!(at, libc::MAP_FAILED);
     }
 
@@ -155,10 +176,17 @@ impl World {
     /// Reads a page as the page tables are: `None` if nothing is there, or no stamp yet.
     fn translate(&self, page: usize) -> Option<u64> {
         let mut version = 0_u64;
-        let local = libc::iovec { iov_base: ptr::from_mut(&mut version).cast(), iov_len: 8 };
-        let remote = libc::iovec { iov_base: self.address(page), iov_len: 8 };
+        let local = libc::iovec {
+            iov_base: ptr::from_mut(&mut version).cast(),
+            iov_len: 8,
+        };
+        let remote = libc::iovec {
+            iov_base: self.address(page),
+            iov_len: 8,
+        };
         // SAFETY: writes eight bytes of a local; the other side is checked by the kernel.
-        let got = unsafe { libc::process_vm_readv(std::process::id() as i32, &local, 1, &remote, 1, 0) };
+        let got =
+            unsafe { libc::process_vm_readv(std::process::id() as i32, &local, 1, &remote, 1, 0) };
         (got == 8 && version != 0).then_some(version)
     }
 
@@ -192,20 +220,33 @@ impl World {
     }
 
     fn change_private(&self, page: usize, random: &mut impl FnMut(usize) -> usize) {
-        let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        let (protection, flags) = (
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+        );
         let result = match random(3) {
             // SAFETY: a page of ours.
             0 => unsafe { libc::madvise(self.address(page), PAGE, libc::MADV_DONTNEED) as isize },
             // SAFETY: over a page of ours.
             1 => unsafe {
-                libc::mmap(self.address(page), PAGE, protection, flags | libc::MAP_FIXED, -1, 0).addr() as isize
+                libc::mmap(
+                    self.address(page),
+                    PAGE,
+                    protection,
+                    flags | libc::MAP_FIXED,
+                    -1,
+                    0,
+                )
+                .addr() as isize
             },
             _ => {
                 // SAFETY: a new mapping where the kernel likes.
                 let other = unsafe { libc::mmap(ptr::null_mut(), PAGE, protection, flags, -1, 0) };
                 let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
                 // SAFETY: moves the new page over a page of ours.
-                unsafe { libc::mremap(other, PAGE, PAGE, flags, self.address(page)).addr() as isize }
+                unsafe {
+                    libc::mremap(other, PAGE, PAGE, flags, self.address(page)).addr() as isize
+                }
             }
         };
         assert_ne!(result, -1);
@@ -221,7 +262,9 @@ impl World {
             1 => {
                 let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
                 // SAFETY: integers.
-                let result = unsafe { libc::fallocate(self.files[page].as_raw_fd(), mode, 0, PAGE as libc::off_t) };
+                let result = unsafe {
+                    libc::fallocate(self.files[page].as_raw_fd(), mode, 0, PAGE as libc::off_t)
+                };
                 assert_eq!(result, 0);
             }
             2 => {
@@ -236,9 +279,17 @@ impl World {
         }
     }
 
-    fn read(&self, kernel: &Arc<Kernel>, cache: &Cache, mutant: Mutant, random: &mut impl FnMut(usize) -> usize) {
-        let page_range =
-            |page: usize| VaRange::covering(Va::new((self.base + page * PAGE) as u64), PAGE as u64).expect("a page");
+    fn read(
+        &self,
+        kernel: &Arc<Kernel>,
+        cache: &Cache,
+        mutant: Mutant,
+        random: &mut impl FnMut(usize) -> usize,
+    ) {
+        let page_range = |page: usize| {
+            VaRange::covering(Va::new((self.base + page * PAGE) as u64), PAGE as u64)
+                .expect("a page")
+        };
         let mut armed: Vec<Option<Armed>> = (0..PAGES).map(|_| None).collect();
         while !self.stop.load(Ordering::Relaxed) {
             let page = random(PAGES);
@@ -258,7 +309,13 @@ impl World {
                         }
                     }
                     Some(_) => {}
-                    None => self.fill(kernel, armed[page].as_ref().expect("armed"), cache, mutant, page),
+                    None => self.fill(
+                        kernel,
+                        armed[page].as_ref().expect("armed"),
+                        cache,
+                        mutant,
+                        page,
+                    ),
                 }
             }
         }
@@ -267,8 +324,11 @@ impl World {
     fn fill(&self, kernel: &Kernel, armed: &Armed, cache: &Cache, mutant: Mutant, page: usize) {
         // The mutant without the wait asks only for the generation.
         let generation = kernel.settle().expect("no fork");
-        let seq = (mutant != Mutant::NoWait).then(|| armed.read_begin().expect("a virtual machine"));
-        let Some(version) = self.translate(page) else { return };
+        let seq =
+            (mutant != Mutant::NoWait).then(|| armed.read_begin().expect("a virtual machine"));
+        let Some(version) = self.translate(page) else {
+            return;
+        };
         let mut entries = cache.entries.lock().expect("no panic");
         entries[page] = Some(version);
         // Whoever invalidates from here on waits for the lock.

@@ -17,7 +17,15 @@ const PAGE: usize = 4096;
 const PAGES: usize = 8;
 
 /// What the threads do.
-pub(crate) const DEEDS: [&str; 7] = ["settle", "settle", "read_begin", "arm", "drain", "change", "change"];
+pub(crate) const DEEDS: [&str; 7] = [
+    "settle",
+    "settle",
+    "read_begin",
+    "arm",
+    "drain",
+    "change",
+    "change",
+];
 
 /// How often each was done, and how long it took at most, in microseconds.
 #[derive(Debug, Default)]
@@ -41,7 +49,8 @@ impl Notifier for Listens {
 /// could not be joined.
 pub(crate) fn rush(kernel: &Arc<Kernel>, length: Duration, patience: Duration) -> [Pace; 7] {
     let paces: [Pace; 7] = std::array::from_fn(|_| Pace::default());
-    let listens = Registration::new(&mmu_source::current(), Listens(AtomicU64::new(0))).expect("outside of brackets");
+    let listens = Registration::new(&mmu_source::current(), Listens(AtomicU64::new(0)))
+        .expect("outside of brackets");
     let (start, stop) = (Instant::now(), AtomicBool::new(false));
     let now = || start.elapsed().as_micros() as u64 + 1;
     let memory = [map(), map()];
@@ -62,12 +71,21 @@ pub(crate) fn rush(kernel: &Arc<Kernel>, length: Duration, patience: Duration) -
         };
         for deed in [0, 1] {
             let kernel = Arc::clone(kernel);
-            repeat(deed, Box::new(move || _ = kernel.settle().expect("no fork")));
+            repeat(
+                deed,
+                Box::new(move || _ = kernel.settle().expect("no fork")),
+            );
         }
         let own = kernel.arm(range(memory[1])).expect("armed");
-        repeat(2, Box::new(move || _ = own.read_begin().expect("a virtual machine")));
+        repeat(
+            2,
+            Box::new(move || _ = own.read_begin().expect("a virtual machine")),
+        );
         let (own, at) = (Arc::clone(kernel), memory[0]);
-        repeat(3, Box::new(move || drop(own.arm(range(at)).expect("armed"))));
+        repeat(
+            3,
+            Box::new(move || drop(own.arm(range(at)).expect("armed"))),
+        );
         let own = Arc::clone(kernel);
         repeat(4, Box::new(move || assert!(!own.drain().refused)));
         repeat(5, Box::new(move || change(memory[0])));
@@ -79,7 +97,10 @@ pub(crate) fn rush(kernel: &Arc<Kernel>, length: Duration, patience: Duration) -
                 since != 0 && now().saturating_sub(since) > patience.as_micros() as u64
             });
             if let Some(deed) = late {
-                println!("{} has been held up for more than {patience:?}: {paces:?}, {kernel:?}", DEEDS[deed]);
+                println!(
+                    "{} has been held up for more than {patience:?}: {paces:?}, {kernel:?}",
+                    DEEDS[deed]
+                );
                 std::process::abort();
             }
         }
@@ -99,7 +120,10 @@ fn at(address: usize) -> *mut c_void {
 }
 
 pub(super) fn map() -> usize {
-    let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    let (protection, flags) = (
+        libc::PROT_READ | libc::PROT_WRITE,
+        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+    );
     // SAFETY: a new mapping where the kernel likes.
     let base = unsafe { libc::mmap(ptr::null_mut(), PAGES * PAGE, protection, flags, -1, 0) };
     assert_ne!(base, libc::MAP_FAILED);
@@ -113,9 +137,21 @@ pub(super) fn unmap(base: usize) {
 
 /// Maps pages anew over those that are there, and touches each.
 pub(super) fn change(base: usize) {
-    let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    let (protection, flags) = (
+        libc::PROT_READ | libc::PROT_WRITE,
+        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+    );
     // SAFETY: over a mapping of `map`, whose pages nobody else touches.
-    let again = unsafe { libc::mmap(at(base), PAGES * PAGE, protection, flags | libc::MAP_FIXED, -1, 0) };
+    let again = unsafe {
+        libc::mmap(
+            at(base),
+            PAGES * PAGE,
+            protection,
+            flags | libc::MAP_FIXED,
+            -1,
+            0,
+        )
+    };
     assert_eq!(again, at(base));
     for page in 0..PAGES {
         let page = at(base + page * PAGE);

@@ -4,8 +4,8 @@ use super::subscriber::{self, Probe, Shadow, page};
 use super::{SPACES, SUBSYSTEMS, Space, World, add, lock};
 use crate::random::Random;
 use mmu_notifier::{
-    Event, GetError, InstallError, IntervalNotifier, InvalidateSeq, Mm, Registration, Secondary, Subscription, Va,
-    VaRange,
+    Event, GetError, InstallError, IntervalNotifier, InvalidateSeq, Mm, Registration, Secondary,
+    Subscription, Va, VaRange,
 };
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -67,7 +67,10 @@ impl Actor {
             }
             _ => {
                 let subsystem = &self.world.subsystems[self.random.below(SUBSYSTEMS)];
-                self.world.check(subsystem.synchronize().is_ok(), "a synchronize outside of brackets was refused");
+                self.world.check(
+                    subsystem.synchronize().is_ok(),
+                    "a synchronize outside of brackets was refused",
+                );
                 add(&self.world.counts.synchronized);
             }
         }
@@ -82,7 +85,10 @@ impl Actor {
             },
             1 => {
                 let failed = subscriber::FAILING.get(&space.mm).err();
-                return self.world.check(failed == Some(GetError::Alloc(())), "a failing alloc was not passed on");
+                return self.world.check(
+                    failed == Some(GetError::Alloc(())),
+                    "a failing alloc was not passed on",
+                );
             }
             _ => subsystem.get(&space.mm),
         };
@@ -97,7 +103,9 @@ impl Actor {
                 }
             }
             Err(GetError::Overflow) => add(&self.world.counts.overflows),
-            Err(_) => self.world.check(false, "a get outside of brackets was refused"),
+            Err(_) => self
+                .world
+                .check(false, "a get outside of brackets was refused"),
         }
         if self.subscriptions.len() > HELD {
             self.put();
@@ -105,7 +113,9 @@ impl Actor {
     }
 
     fn put(&mut self) {
-        let Some(held) = take(&mut self.subscriptions, &mut self.random) else { return };
+        let Some(held) = take(&mut self.subscriptions, &mut self.random) else {
+            return;
+        };
         if self.random.one_in(4) {
             let again = held.try_clone();
             held.put();
@@ -124,7 +134,9 @@ impl Actor {
         }
         match Registration::new(&space.mm, Probe::new(self.world)) {
             Ok(registration) => self.registrations.push(registration),
-            Err(_) => self.world.check(false, "a registration outside of brackets was refused"),
+            Err(_) => self
+                .world
+                .check(false, "a registration outside of brackets was refused"),
         }
         add(&self.world.counts.registrations);
         if self.registrations.len() > HELD {
@@ -135,7 +147,9 @@ impl Actor {
     fn register_tlb(&mut self, space: &Space) {
         match Registration::new(&space.mm, Secondary(Probe::new(self.world))) {
             Ok(tlb) => self.tlbs.push(tlb),
-            Err(_) => self.world.check(false, "a registration outside of brackets was refused"),
+            Err(_) => self
+                .world
+                .check(false, "a registration outside of brackets was refused"),
         }
         if self.tlbs.len() > 1
             && let Some(tlb) = take(&mut self.tlbs, &mut self.random)
@@ -143,19 +157,26 @@ impl Actor {
             match self.random.below(3) {
                 0 => tlb.put(),
                 1 => tlb.unregister_no_release(|tlb| tlb.alive()),
-                _ => self.world.check(tlb.unregister().is_ok(), "an unregister outside of brackets was refused"),
+                _ => self.world.check(
+                    tlb.unregister().is_ok(),
+                    "an unregister outside of brackets was refused",
+                ),
             }
         }
     }
 
     fn unregister(&mut self) {
-        let Some(registration) = take(&mut self.registrations, &mut self.random) else { return };
+        let Some(registration) = take(&mut self.registrations, &mut self.random) else {
+            return;
+        };
         match self.random.below(3) {
             0 => registration.put(),
             1 => registration.unregister_no_release(|probe| probe.alive()),
             _ => match registration.unregister() {
                 Ok(probe) => probe.alive(),
-                Err(_) => self.world.check(false, "an unregister outside of brackets was refused"),
+                Err(_) => self
+                    .world
+                    .check(false, "an unregister outside of brackets was refused"),
             },
         }
     }
@@ -163,7 +184,9 @@ impl Actor {
     fn insert(&mut self, space: &Space) {
         match IntervalNotifier::insert(&space.mm, page(), Shadow::new(self.world)) {
             Ok(interval) => self.intervals.push((interval, Arc::clone(&space.frame))),
-            Err(_) => self.world.check(false, "an insert outside of brackets was refused"),
+            Err(_) => self
+                .world
+                .check(false, "an insert outside of brackets was refused"),
         }
         add(&self.world.counts.intervals);
         if self.intervals.len() > HELD {
@@ -172,11 +195,16 @@ impl Actor {
     }
 
     fn remove(&mut self) {
-        let Some((interval, frame)) = take(&mut self.intervals, &mut self.random) else { return };
+        let Some((interval, frame)) = take(&mut self.intervals, &mut self.random) else {
+            return;
+        };
         // What was handed back may be out of date: nobody tells it any more.
         drop(frame);
         if self.random.one_in(2) {
-            self.world.check(interval.remove().is_ok(), "a remove outside of brackets was refused");
+            self.world.check(
+                interval.remove().is_ok(),
+                "a remove outside of brackets was refused",
+            );
         } else {
             drop(interval);
         }
@@ -188,18 +216,26 @@ impl Actor {
             let shadow = InvalidateSeq::new([page()], Shadow::new(self.world));
             match Registration::new(&space.mm, shadow) {
                 Ok(shadow) => self.shadows.push((shadow, Arc::clone(&space.frame))),
-                Err(_) => self.world.check(false, "a registration outside of brackets was refused"),
+                Err(_) => self
+                    .world
+                    .check(false, "a registration outside of brackets was refused"),
             }
             return;
         }
-        let Some((shadow, frame)) = take(&mut self.shadows, &mut self.random) else { return };
+        let Some((shadow, frame)) = take(&mut self.shadows, &mut self.random) else {
+            return;
+        };
         let again = shadow.watch([page(), VaRange::ALL], |shadow| shadow.entry = None);
-        self.world.check(again.is_ok(), "a watch outside of brackets was refused");
+        self.world
+            .check(again.is_ok(), "a watch outside of brackets was refused");
         if self.random.one_in(2) {
             shadow.put();
         } else if let Ok(mut shadow) = shadow.unregister() {
             shadow.reset();
-            self.world.check(shadow.in_progress().is_none(), "a reset shadow is in the middle of something");
+            self.world.check(
+                shadow.in_progress().is_none(),
+                "a reset shadow is in the middle of something",
+            );
         }
         drop(frame);
     }
@@ -211,10 +247,16 @@ impl Actor {
         let first = self.random.below(16) as u64;
         let pages = 1 + self.random.below(4) as u64;
         let range = VaRange::covering(Va::new(first << 12), pages << 12).expect("it is not empty");
-        let event = if self.random.one_in(4) { Event::Unmap } else { Event::Clear };
+        let event = if self.random.one_in(4) {
+            Event::Unmap
+        } else {
+            Event::Clear
+        };
         match self.random.below(6) {
             0 => {
-                let Ok(bracket) = space.mm.try_invalidate(range, event) else { return };
+                let Ok(bracket) = space.mm.try_invalidate(range, event) else {
+                    return;
+                };
                 change(space, range);
                 space.mm.invalidate_secondary_tlbs(range);
                 self.inside(space, depth);
@@ -227,7 +269,10 @@ impl Actor {
                 drop(bracket);
             }
             2 => {
-                let _ = (space.mm.test_young(range.start()), space.mm.clear_young(range));
+                let _ = (
+                    space.mm.test_young(range.start()),
+                    space.mm.clear_young(range),
+                );
             }
             _ => {
                 let bracket = space.mm.invalidate(range, event);
@@ -244,7 +289,11 @@ impl Actor {
             // Only of this address space: another's could wait for a bracket that waits for this
             // one.
             1 => {
-                if let Some(at) = self.intervals.iter().position(|(interval, _)| interval.mm() == &*space.mm) {
+                if let Some(at) = self
+                    .intervals
+                    .iter()
+                    .position(|(interval, _)| interval.mm() == &*space.mm)
+                {
                     drop(self.intervals.swap_remove(at));
                 }
             }
@@ -256,7 +305,9 @@ impl Actor {
             3 => match self.world.subsystems[0].get(&space.mm) {
                 Ok(held) => held.put(),
                 Err(GetError::WouldDeadlock | GetError::Overflow) => {}
-                Err(_) => self.world.check(false, "a get in a bracket failed otherwise"),
+                Err(_) => self
+                    .world
+                    .check(false, "a get in a bracket failed otherwise"),
             },
             4 => self.fault(Some(&space.mm)),
             5 => std::thread::yield_now(),
@@ -273,7 +324,9 @@ impl Actor {
             return self.registrations.push(registration);
         }
         match registration.unregister() {
-            Ok(_) => self.world.check(false, "an unregister in a bracket was not refused"),
+            Ok(_) => self
+                .world
+                .check(false, "an unregister in a bracket was not refused"),
             Err(refused) => self.registrations.push(refused.registration),
         }
     }
@@ -298,10 +351,15 @@ impl Actor {
             shadow.with_shadow(|shadow| self.look(shadow, frame));
         }
         let picked = pick(&self.intervals, &mut self.random);
-        if let Some((interval, frame)) = picked.filter(|(interval, _)| here.is_none_or(|mm| mm == interval.mm())) {
+        if let Some((interval, frame)) =
+            picked.filter(|(interval, _)| here.is_none_or(|mm| mm == interval.mm()))
+        {
             let seq = interval.read_begin();
             let found = frame.load(Ordering::Relaxed);
-            if interval.try_install(seq, |shadow| shadow.entry = Some(found)).is_err() {
+            if interval
+                .try_install(seq, |shadow| shadow.entry = Some(found))
+                .is_err()
+            {
                 add(&self.world.counts.retries);
             }
             interval.with_state(|shadow| self.look(shadow, frame));
@@ -311,7 +369,9 @@ impl Actor {
     /// The frame changes only while no shadow has an entry of it, so whoever holds the shadow's
     /// lock sees both agree.
     fn look(&self, shadow: &Shadow, frame: &AtomicU64) {
-        let good = shadow.entry.is_none_or(|entry| entry == frame.load(Ordering::Relaxed));
+        let good = shadow
+            .entry
+            .is_none_or(|entry| entry == frame.load(Ordering::Relaxed));
         self.world.check(good, "a stale entry");
     }
 }

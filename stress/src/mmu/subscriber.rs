@@ -2,8 +2,8 @@
 
 use super::{World, add, lock};
 use mmu_notifier::{
-    Finish, IntervalOps, InvalidateRange, Mm, MmWithUser, Notifier, SecondaryTlb, ShadowOps, Subsystem, Va, VaRange,
-    WouldBlock,
+    Finish, IntervalOps, InvalidateRange, Mm, MmWithUser, Notifier, SecondaryTlb, ShadowOps,
+    Subsystem, Va, VaRange, WouldBlock,
 };
 use std::convert::Infallible;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,8 +11,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 const ALIVE: u64 = 0x600d_600d_600d_600d;
 const FREED: u64 = 0xdead_dead_dead_dead;
 
-pub(crate) type Probes =
-    Subsystem<Probe, Infallible, Box<dyn Fn(&MmWithUser) -> Result<Probe, Infallible> + Send + Sync>>;
+pub(crate) type Probes = Subsystem<
+    Probe,
+    Infallible,
+    Box<dyn Fn(&MmWithUser) -> Result<Probe, Infallible> + Send + Sync>,
+>;
 
 /// Where a world is found from a subsystem that is a part of it; there is one world for each.
 pub(crate) static WORLD: std::sync::OnceLock<&'static World> = std::sync::OnceLock::new();
@@ -39,11 +42,19 @@ pub(crate) struct Probe {
 impl Probe {
     pub(crate) fn new(world: &'static World) -> Self {
         add(&world.counts.allocs);
-        Self { state: AtomicU64::new(ALIVE), starts: AtomicU64::new(0), ends: AtomicU64::new(0), world }
+        Self {
+            state: AtomicU64::new(ALIVE),
+            starts: AtomicU64::new(0),
+            ends: AtomicU64::new(0),
+            world,
+        }
     }
 
     pub(crate) fn alive(&self) {
-        self.world.check(self.state.load(Ordering::Relaxed) == ALIVE, "a freed notifier was used");
+        self.world.check(
+            self.state.load(Ordering::Relaxed) == ALIVE,
+            "a freed notifier was used",
+        );
     }
 
     /// What a callback may do besides: put what somebody else got, and try what must be refused.
@@ -55,7 +66,8 @@ impl Probe {
             }
             1 => {
                 let refused = self.world.subsystems[0].synchronize().is_err();
-                self.world.check(refused, "a synchronize in a callback was not refused");
+                self.world
+                    .check(refused, "a synchronize in a callback was not refused");
             }
             2 => std::thread::yield_now(),
             _ => {}
@@ -83,7 +95,10 @@ impl Notifier for Probe {
     fn invalidate_range_end(&self, range: &InvalidateRange<'_>) {
         self.alive();
         let ends = self.ends.fetch_add(1, Ordering::AcqRel) + 1;
-        self.world.check(ends <= self.starts.load(Ordering::Relaxed), "an end without its start");
+        self.world.check(
+            ends <= self.starts.load(Ordering::Relaxed),
+            "an end without its start",
+        );
         self.misbehave(range);
     }
 

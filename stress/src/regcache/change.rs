@@ -69,13 +69,20 @@ pub(super) fn run(
 /// What the kernel does before it changes its page tables.
 fn tell(kernel: &Kernel, buffer: &Buffer) {
     let start = buffer.range().start().get();
-    kernel.inject(start, start + buffer.len as u64).expect("the program runs");
+    kernel
+        .inject(start, start + buffer.len as u64)
+        .expect("the program runs");
 }
 
 fn map(buffer: &Buffer, access: i32, kind: i32) {
     // SAFETY: The range is the pool's, whose bytes nobody but the holder of `changing` relies on.
     let place = unsafe { libc::mmap(buffer.start.cast(), buffer.len, access, kind, -1, 0) };
-    assert_eq!(place.cast(), buffer.start, "mmap: {}", std::io::Error::last_os_error());
+    assert_eq!(
+        place.cast(),
+        buffer.start,
+        "mmap: {}",
+        std::io::Error::last_os_error()
+    );
 }
 
 fn advise(buffer: &Buffer, advice: i32) {
@@ -115,8 +122,22 @@ fn truncated(buffer: &Buffer, pool: &Pool) {
     truncate(&pool.file, buffer.len);
     let kind = libc::MAP_SHARED | libc::MAP_FIXED;
     // SAFETY: As in `map`.
-    let place = unsafe { libc::mmap(buffer.start.cast(), buffer.len, ACCESS, kind, pool.file.as_raw_fd(), 0) };
-    assert_eq!(place.cast(), buffer.start, "mmap: {}", std::io::Error::last_os_error());
+    let place = unsafe {
+        libc::mmap(
+            buffer.start.cast(),
+            buffer.len,
+            ACCESS,
+            kind,
+            pool.file.as_raw_fd(),
+            0,
+        )
+    };
+    assert_eq!(
+        place.cast(),
+        buffer.start,
+        "mmap: {}",
+        std::io::Error::last_os_error()
+    );
     buffer.fill(1);
     truncate(&pool.file, 0);
     truncate(&pool.file, buffer.len);

@@ -43,7 +43,8 @@ impl Buffer {
     }
 
     pub(super) fn part(&self, from: usize, len: usize) -> VaRange {
-        VaRange::covering(Va::new((self.start.addr() + from) as u64), len as u64).expect("not empty")
+        VaRange::covering(Va::new((self.start.addr() + from) as u64), len as u64)
+            .expect("not empty")
     }
 
     pub(super) fn version(&self) -> u64 {
@@ -81,22 +82,44 @@ impl Buffer {
 impl Pool {
     pub(super) fn new(seed: u64) -> io::Result<Self> {
         let mut random = Random::new(seed, 1000);
-        let sizes: Vec<usize> = (0..BUFFERS).map(|_| PAGE * (1 + random.below(16))).collect();
-        let (access, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        let sizes: Vec<usize> = (0..BUFFERS)
+            .map(|_| PAGE * (1 + random.below(16)))
+            .collect();
+        let (access, kind) = (
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+        );
         // SAFETY: The kernel chooses a place where nothing is.
-        let start = unsafe { libc::mmap(std::ptr::null_mut(), sizes.iter().sum(), access, kind, -1, 0) };
+        let start = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                sizes.iter().sum(),
+                access,
+                kind,
+                -1,
+                0,
+            )
+        };
         if start == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
         let mut start: *mut u8 = start.cast();
         let mut buffers = Vec::new();
         for len in sizes {
-            let buffer = Buffer { start, len, version: AtomicU64::new(2), changing: Mutex::new(()) };
+            let buffer = Buffer {
+                start,
+                len,
+                version: AtomicU64::new(2),
+                changing: Mutex::new(()),
+            };
             buffer.fill(2);
             buffers.push(buffer);
             start = start.wrapping_add(len);
         }
-        Ok(Self { buffers, file: memory_file()? })
+        Ok(Self {
+            buffers,
+            file: memory_file()?,
+        })
     }
 
     pub(super) fn some<'a>(&'a self, random: &mut Random) -> &'a Buffer {

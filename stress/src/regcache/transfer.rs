@@ -21,7 +21,10 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    pub(super) fn new(merge: Merge, kernel: Option<Arc<Kernel>>) -> Result<Self, Box<dyn std::error::Error>> {
+    pub(super) fn new(
+        merge: Merge,
+        kernel: Option<Arc<Kernel>>,
+    ) -> Result<Self, Box<dyn std::error::Error>> {
         let ring = IoUring::new(4)?;
         // Few slots, so that regions are evicted, too.
         let mut options = Options::new().merge(merge).max_regions(24);
@@ -30,10 +33,21 @@ impl Worker {
         }
         let device = Device::new(Uring::new(&ring, 24)?, options);
         let cache = device.open(&mmu_source::current())?;
-        Ok(Self { ring, _device: device, cache, file: memory_file()?.into() })
+        Ok(Self {
+            ring,
+            _device: device,
+            cache,
+            file: memory_file()?.into(),
+        })
     }
 
-    pub(super) fn run(&mut self, pool: &Pool, counts: &Counts, stop: &AtomicBool, mut random: Random) {
+    pub(super) fn run(
+        &mut self,
+        pool: &Pool,
+        counts: &Counts,
+        stop: &AtomicBool,
+        mut random: Random,
+    ) {
         while !stop.load(Ordering::Relaxed) {
             if random.one_in(4) {
                 self.read(pool.some(&mut random), counts);
@@ -55,7 +69,11 @@ impl Worker {
                 Err(error) => panic!("io_uring_enter: {error}"),
             }
         }
-        self.ring.completion().next().expect("it has completed").result()
+        self.ring
+            .completion()
+            .next()
+            .expect("it has completed")
+            .result()
     }
 
     /// Writes a part of a buffer to the file, without keeping anybody from changing it.
@@ -65,9 +83,13 @@ impl Worker {
         let version = buffer.version();
         let result = {
             let cache = self.cache.try_clone().expect("few handles");
-            let Ok(lease) = cache.get(buffer.part(from, len)) else { return add(&counts.refused) };
+            let Ok(lease) = cache.get(buffer.part(from, len)) else {
+                return add(&counts.refused);
+            };
             let (fd, slot) = (types::Fd(self.file.as_raw_fd()), lease.buf_index());
-            let write = opcode::WriteFixed::new(fd, buffer.start.wrapping_add(from), len as u32, slot).offset(0);
+            let write =
+                opcode::WriteFixed::new(fd, buffer.start.wrapping_add(from), len as u32, slot)
+                    .offset(0);
             self.transfer(&write.build())
         };
         if buffer.version() != version || version % 2 == 1 {
@@ -76,12 +98,20 @@ impl Worker {
         let (mut found, mut expected) = (vec![0; len], vec![0; len]);
         buffer.contents(version, from, &mut expected);
         if result != len as i32 {
-            println!("write of {len} bytes at {:?}: {result}", buffer.part(from, len));
+            println!(
+                "write of {len} bytes at {:?}: {result}",
+                buffer.part(from, len)
+            );
             return add(&counts.errors);
         }
-        self.file.read_exact_at(&mut found, 0).expect("it was written");
+        self.file
+            .read_exact_at(&mut found, 0)
+            .expect("it was written");
         if found != expected {
-            println!("stale: wrote something else than version {version} at {}", buffer.part(from, len));
+            println!(
+                "stale: wrote something else than version {version} at {}",
+                buffer.part(from, len)
+            );
             add(&counts.stale);
         }
         add(&counts.written);
@@ -93,20 +123,29 @@ impl Worker {
         let mut expected = vec![0; buffer.len];
         let version = buffer.begin();
         buffer.contents(version, 0, &mut expected);
-        self.file.write_all_at(&expected, 0).expect("room for a buffer");
+        self.file
+            .write_all_at(&expected, 0)
+            .expect("room for a buffer");
         let cache = self.cache.try_clone().expect("few handles");
         if let Ok(lease) = cache.get(buffer.range()) {
             let (fd, slot) = (types::Fd(self.file.as_raw_fd()), lease.buf_index());
             let read = opcode::ReadFixed::new(fd, buffer.start, buffer.len as u32, slot).offset(0);
             let result = self.transfer(&read.build());
             if result != buffer.len as i32 {
-                println!("read of {} bytes at {}: {result}", buffer.len, buffer.range());
+                println!(
+                    "read of {} bytes at {}: {result}",
+                    buffer.len,
+                    buffer.range()
+                );
                 add(&counts.errors);
             }
             // SAFETY: The buffer is mapped, and nobody else changes it: the lock is held.
             let found = unsafe { std::slice::from_raw_parts(buffer.start, buffer.len) };
             if found != expected {
-                println!("stale: version {version} did not arrive at {}", buffer.range());
+                println!(
+                    "stale: version {version} did not arrive at {}",
+                    buffer.range()
+                );
                 add(&counts.stale);
                 buffer.fill(version);
             }

@@ -45,7 +45,9 @@ impl World {
         Self {
             domains: [const { Srcu::new() }; DOMAINS],
             cells: [const { [const { AtomicPtr::new(std::ptr::null_mut()) }; CELLS] }; DOMAINS],
-            kept: std::iter::repeat_with(AtomicPtr::default).take(KEPT).collect(),
+            kept: std::iter::repeat_with(AtomicPtr::default)
+                .take(KEPT)
+                .collect(),
             next_kept: AtomicUsize::new(0),
             counts: Counts::default(),
             broken,
@@ -54,7 +56,8 @@ impl World {
 
     /// What a reader of `domain` finds in a cell, checked.
     pub(crate) fn find(&self, domain: usize, cell: usize) -> Option<Found> {
-        let found = NonNull::new(self.cells[domain][cell % CELLS].load(Ordering::Acquire)).map(Found);
+        let found =
+            NonNull::new(self.cells[domain][cell % CELLS].load(Ordering::Acquire)).map(Found);
         found.inspect(|found| self.check(*found))
     }
 
@@ -70,7 +73,11 @@ impl World {
 
     /// Puts a new object into a cell and returns the old one.
     pub(crate) fn replace(&'static self, domain: usize, cell: usize) -> Option<Found> {
-        let object = Object { head: Head::new(), state: AtomicU64::new(ALIVE), world: self };
+        let object = Object {
+            head: Head::new(),
+            state: AtomicU64::new(ALIVE),
+            world: self,
+        };
         let new = Box::into_raw(Box::new(object));
         NonNull::new(self.cells[domain][cell % CELLS].swap(new, Ordering::AcqRel)).map(Found)
     }

@@ -12,7 +12,8 @@ type Moved = (SendGuard<'static>, Option<Found>);
 
 /// Where sections wait for the thread that ends them. Not a channel: the standard library's has
 /// fences that ThreadSanitizer does not know.
-pub(crate) static MAILBOX: [AtomicPtr<Moved>; 16] = [const { AtomicPtr::new(std::ptr::null_mut()) }; 16];
+pub(crate) static MAILBOX: [AtomicPtr<Moved>; 16] =
+    [const { AtomicPtr::new(std::ptr::null_mut()) }; 16];
 
 /// Threads that follow one another, so that numbers and slots are recycled.
 pub(crate) fn generations(world: &'static World, stop: &AtomicBool, seed: u64, stream: u64) {
@@ -40,7 +41,11 @@ fn life(world: &'static World, mut random: Random) {
 fn section(world: &'static World, domain: usize, random: &mut Random) {
     let srcu = &world.domains[domain];
     let reader = random.one_in(2).then(|| srcu.reader());
-    let enter = || reader.as_ref().map_or_else(|| srcu.read_lock(), srcu::Reader::read_lock);
+    let enter = || {
+        reader
+            .as_ref()
+            .map_or_else(|| srcu.read_lock(), srcu::Reader::read_lock)
+    };
     let mut held: Vec<(Guard<'_>, Option<Found>)> = Vec::new();
     for _ in 0..=random.below(3) {
         let guard = enter();
@@ -77,7 +82,10 @@ fn move_section(world: &'static World, domain: usize, random: &mut Random) {
     pass_time(world, random);
     let new = Box::into_raw(Box::new((section, found)));
     // What was in the place ends here, and so on another thread too.
-    end_section(world, MAILBOX[random.below(MAILBOX.len())].swap(new, Ordering::AcqRel));
+    end_section(
+        world,
+        MAILBOX[random.below(MAILBOX.len())].swap(new, Ordering::AcqRel),
+    );
 }
 
 fn end_section(world: &World, moved: *mut Moved) {

@@ -10,20 +10,31 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
-pub(crate) fn update(world: &'static World, stop: &AtomicBool, mut random: Random, ran: &'static AtomicUsize) {
+pub(crate) fn update(
+    world: &'static World,
+    stop: &AtomicBool,
+    mut random: Random,
+    ran: &'static AtomicUsize,
+) {
     let mut polled: Vec<(Cookie, usize, Found)> = Vec::new();
     while !stop.load(Ordering::Relaxed) {
         let domain = random.below(DOMAINS);
         let srcu = &world.domains[domain];
         free_polled(world, &mut polled);
-        let Some(old) = world.replace(domain, random.below(64)) else { continue };
+        let Some(old) = world.replace(domain, random.below(64)) else {
+            continue;
+        };
         if world.broken && random.one_in(1000) {
             world.free(old);
             continue;
         }
         match random.below(100) {
             0..5 => {
-                let waited = if random.one_in(2) { srcu.synchronize() } else { srcu.synchronize_expedited() };
+                let waited = if random.one_in(2) {
+                    srcu.synchronize()
+                } else {
+                    srcu.synchronize_expedited()
+                };
                 waited.expect("outside of sections");
                 world.free(old);
                 add(&world.counts.synchronized);
@@ -75,7 +86,9 @@ fn odd_callback(world: &'static World, domain: usize, old: Found, random: &mut R
         let srcu = &world.domains[domain];
         match kind {
             0 => srcu.call(|| ()),
-            1 if domain != 0 => world.domains[0].synchronize().expect("no callback of that domain"),
+            1 if domain != 0 => world.domains[0]
+                .synchronize()
+                .expect("no callback of that domain"),
             2 if srcu.synchronize().is_ok() || srcu.barrier().is_ok() => add(&world.counts.errors),
             3 => panic!("on purpose"),
             _ => drop(srcu.read_lock()),
@@ -106,7 +119,10 @@ pub(crate) fn make_and_drop_domains(world: &'static World, stop: &AtomicBool, mu
         let srcu = Arc::new(Srcu::new());
         let section = srcu.read_lock();
         for _ in 0..random.below(5) {
-            let (mine, ran) = (random.one_in(2).then(|| Arc::clone(&srcu)), Arc::clone(&ran));
+            let (mine, ran) = (
+                random.one_in(2).then(|| Arc::clone(&srcu)),
+                Arc::clone(&ran),
+            );
             expected.fetch_add(1, Ordering::Relaxed);
             srcu.call(move || {
                 drop(mine);

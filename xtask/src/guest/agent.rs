@@ -32,7 +32,9 @@ pub(crate) fn run(plan: &Path) -> ExitCode {
             Some(mut command) => {
                 // The machine has everything: a test that is skipped for another reason has found a
                 // fault.
-                command.env("MMUN_REQUIRE", "all").env("MMUN_WITHOUT", &lacks);
+                command
+                    .env("MMUN_REQUIRE", "all")
+                    .env("MMUN_WITHOUT", &lacks);
                 one(command, Duration::from_secs(limit)).unwrap_or_else(|error| error.to_string())
             }
             None => "its note cannot be read".to_owned(),
@@ -51,7 +53,11 @@ fn tell(what: &str) {
 /// Runs a command in a process group of its own; says how it ended.
 fn one(mut command: Command, limit: Duration) -> io::Result<String> {
     let (mut output, writer) = io::pipe()?;
-    command.stdin(Stdio::null()).stdout(writer.try_clone()?).stderr(writer).process_group(0);
+    command
+        .stdin(Stdio::null())
+        .stdout(writer.try_clone()?)
+        .stderr(writer)
+        .process_group(0);
     let child = command.spawn();
     // It has the ends of the pipe for writing.
     drop(command);
@@ -76,7 +82,9 @@ fn one(mut command: Command, limit: Duration) -> io::Result<String> {
             let _ = waiter.join();
             return Ok(format!("it did not end within {limit:?}"));
         }
-        Err(RecvTimeoutError::Disconnected) => return Err(io::Error::other("nobody waited for it")),
+        Err(RecvTimeoutError::Disconnected) => {
+            return Err(io::Error::other("nobody waited for it"));
+        }
         Ok(status) => status?,
     };
     kill(group);
@@ -86,7 +94,10 @@ fn one(mut command: Command, limit: Duration) -> io::Result<String> {
 /// Ends what is left of a group.
 fn kill(group: u32) {
     // That it is gone is no error.
-    let _ = Command::new("kill").args(["-KILL", "--", &format!("-{group}")]).stderr(Stdio::null()).status();
+    let _ = Command::new("kill")
+        .args(["-KILL", "--", &format!("-{group}")])
+        .stderr(Stdio::null())
+        .status();
 }
 
 fn name(status: ExitStatus) -> String {

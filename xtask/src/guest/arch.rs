@@ -50,7 +50,11 @@ impl Arch {
 
     /// What stands in the first column of the table.
     pub(crate) fn row(&self, series: &str) -> String {
-        if self.foreign.is_some() { format!("{}, {series}", self.name) } else { series.to_owned() }
+        if self.foreign.is_some() {
+            format!("{}, {series}", self.name)
+        } else {
+            series.to_owned()
+        }
     }
 }
 

@@ -9,7 +9,13 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// What has to be loaded before modules can be read from the host.
-const MODULES: &[&str] = &["virtio_pci", "9pnet_virtio", "9p", "overlay", "virtio_console"];
+const MODULES: &[&str] = &[
+    "virtio_pci",
+    "9pnet_virtio",
+    "9p",
+    "overlay",
+    "virtio_console",
+];
 
 /// An archive of folders and files.
 #[derive(Default)]
@@ -27,7 +33,9 @@ impl Archive {
         let named = u32::try_from(name.len() + 1).expect("names are short");
         let fields = [self.entries, mode, 0, 0, 1, 0, length, 0, 0, 0, 0, named, 0];
         let mut head = "070701".to_owned();
-        fields.iter().for_each(|field| write!(head, "{field:08x}").expect("a string takes everything"));
+        fields
+            .iter()
+            .for_each(|field| write!(head, "{field:08x}").expect("a string takes everything"));
         self.bytes.extend_from_slice(head.as_bytes());
         self.bytes.extend_from_slice(name.as_bytes());
         self.bytes.push(0);
@@ -55,19 +63,30 @@ impl Archive {
 }
 
 /// Makes the initial file system of a kernel; `environment` is a shell script that sets variables.
-pub(crate) fn make(kernel: &Kernel, folders: Option<&Folders>, environment: &str) -> Result<Vec<u8>, String> {
+pub(crate) fn make(
+    kernel: &Kernel,
+    folders: Option<&Folders>,
+    environment: &str,
+) -> Result<Vec<u8>, String> {
     let mut archive = Archive::default();
     for folder in ["proc", "sys", "dev", "lower", "upper", "root", "modules"] {
         archive.folder(folder);
     }
     let root = folders.map_or(Path::new("/"), |folders| &folders.root);
-    let busybox = ["bin/busybox", "usr/bin/busybox"].iter().find_map(|path| fs::read(root.join(path)).ok());
+    let busybox = ["bin/busybox", "usr/bin/busybox"]
+        .iter()
+        .find_map(|path| fs::read(root.join(path)).ok());
     archive.program("busybox", &busybox.ok_or("busybox cannot be read")?);
     archive.program("init", include_bytes!("init"));
     archive.program("environment", environment.as_bytes());
     let mut order = String::new();
     for path in modules(kernel)? {
-        let name = path.file_name().expect("a module has a name").to_string_lossy().trim_end_matches(".xz").to_owned();
+        let name = path
+            .file_name()
+            .expect("a module has a name")
+            .to_string_lossy()
+            .trim_end_matches(".xz")
+            .to_owned();
         archive.program(&format!("modules/{name}"), &unpacked(&path)?);
         order += &format!("{name}\n");
     }
@@ -80,15 +99,26 @@ pub(crate) fn make(kernel: &Kernel, folders: Option<&Folders>, environment: &str
 fn modules(kernel: &Kernel) -> Result<Vec<PathBuf>, String> {
     let folder = kernel.modules.join(&kernel.version);
     let path = folder.join("modules.dep");
-    let table = fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+    let table =
+        fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))?;
     let mut files = Vec::new();
     for wanted in MODULES {
         let lines = || table.lines().filter_map(|line| line.split_once(':'));
         let stem = |file: &str| {
-            Path::new(file).file_name().and_then(|name| Some(name.to_str()?.split('.').next()?.replace('-', "_")))
+            Path::new(file)
+                .file_name()
+                .and_then(|name| Some(name.to_str()?.split('.').next()?.replace('-', "_")))
         };
-        let Some((file, needs)) = lines().find(|(file, _)| stem(file).as_deref() == Some(wanted)) else { continue };
-        for file in needs.split_whitespace().rev().chain([file]).map(|file| folder.join(file)) {
+        let Some((file, needs)) = lines().find(|(file, _)| stem(file).as_deref() == Some(wanted))
+        else {
+            continue;
+        };
+        for file in needs
+            .split_whitespace()
+            .rev()
+            .chain([file])
+            .map(|file| folder.join(file))
+        {
             if !files.contains(&file) {
                 files.push(file);
             }
@@ -101,8 +131,16 @@ fn unpacked(path: &Path) -> Result<Vec<u8>, String> {
     if path.extension().is_none_or(|extension| extension != "xz") {
         return fs::read(path).map_err(|error| format!("{}: {error}", path.display()));
     }
-    let output = Command::new("xz").arg("-dc").arg(path).output().map_err(|error| format!("xz: {error}"))?;
-    if output.status.success() { Ok(output.stdout) } else { Err(format!("xz cannot unpack {}", path.display())) }
+    let output = Command::new("xz")
+        .arg("-dc")
+        .arg(path)
+        .output()
+        .map_err(|error| format!("xz: {error}"))?;
+    if output.status.success() {
+        Ok(output.stdout)
+    } else {
+        Err(format!("xz cannot unpack {}", path.display()))
+    }
 }
 
 #[cfg(test)]

@@ -27,11 +27,19 @@ pub(crate) fn get(store: &Path, arch: &Arch, foreign: &Foreign) -> Result<Folder
     let made = |name: &str, suites: &[&str], architectures: &[&str], packages: &[&str]| {
         let (path, unfinished) = (folder.join(name), folder.join(format!("{name}.part")));
         if !path.exists() {
-            println!("guest: unpacking {} packages of Debian's and what they need ({name})", packages.len());
+            println!(
+                "guest: unpacking {} packages of Debian's and what they need ({name})",
+                packages.len()
+            );
             let _ = fs::remove_dir_all(&unfinished);
             fs::create_dir_all(&unfinished).map_err(failed)?;
-            let newest: &[&str] = if suites.len() > 1 { &["-t", suites[1]] } else { &[] };
-            Apt::new(store, suites, architectures)?.unpack(&[newest, packages].concat(), &unfinished)?;
+            let newest: &[&str] = if suites.len() > 1 {
+                &["-t", suites[1]]
+            } else {
+                &[]
+            };
+            Apt::new(store, suites, architectures)?
+                .unpack(&[newest, packages].concat(), &unfinished)?;
             fs::rename(&unfinished, &path).map_err(failed)?;
         }
         Ok::<PathBuf, String>(path)
@@ -39,7 +47,12 @@ pub(crate) fn get(store: &Path, arch: &Arch, foreign: &Foreign) -> Result<Folder
     let own = output(Command::new("dpkg").arg("--print-architecture"))?;
     // The compiler of the suite itself has no standard library of another kind that fits this
     // workspace's age.
-    let tools = made("tools", &["trixie", "trixie-backports"], &[own.trim(), arch.debian], foreign.tools)?;
+    let tools = made(
+        "tools",
+        &["trixie", "trixie-backports"],
+        &[own.trim(), arch.debian],
+        foreign.tools,
+    )?;
     let root = made("root", &["trixie"], &[arch.debian], foreign.root)?;
     Ok(Folders { tools, root })
 }
@@ -47,25 +60,56 @@ pub(crate) fn get(store: &Path, arch: &Arch, foreign: &Foreign) -> Result<Folder
 /// A command line of Cargo that builds for the kind.
 pub(crate) fn cargo(root: &Path, folders: &Folders, arch: &Arch) -> Command {
     let home = std::env::var_os("HOME").unwrap_or_else(|| "/root".into());
-    let cargo_home = std::env::var_os("CARGO_HOME").map_or_else(|| Path::new(&home).join(".cargo"), PathBuf::from);
+    let cargo_home = std::env::var_os("CARGO_HOME")
+        .map_or_else(|| Path::new(&home).join(".cargo"), PathBuf::from);
     let upper = arch.triple.to_uppercase().replace('-', "_");
     let compiler = |kind: &str| format!("{}-linux-gnu-{kind}", arch.name);
     let mut command = Command::new("unshare");
-    command.args(["--map-root-user", "--mount", "sh", "-c", ENTER, "sh", "cargo"]);
-    command.env_clear().current_dir(root).env("PATH", "/usr/bin:/usr/sbin:/bin").env("HOME", home);
-    command.env("WORKSPACE", root).env("TOOLS", &folders.tools).env("CARGO_HOME", cargo_home);
-    command.env("CARGO_NET_OFFLINE", "true").env("CARGO_BUILD_TARGET", arch.triple);
-    command.env("CARGO_TARGET_DIR", root.join("target/guest").join(arch.name).join("build"));
+    command.args([
+        "--map-root-user",
+        "--mount",
+        "sh",
+        "-c",
+        ENTER,
+        "sh",
+        "cargo",
+    ]);
+    command
+        .env_clear()
+        .current_dir(root)
+        .env("PATH", "/usr/bin:/usr/sbin:/bin")
+        .env("HOME", home);
+    command
+        .env("WORKSPACE", root)
+        .env("TOOLS", &folders.tools)
+        .env("CARGO_HOME", cargo_home);
+    command
+        .env("CARGO_NET_OFFLINE", "true")
+        .env("CARGO_BUILD_TARGET", arch.triple);
+    command.env(
+        "CARGO_TARGET_DIR",
+        root.join("target/guest").join(arch.name).join("build"),
+    );
     command.env(format!("CARGO_TARGET_{upper}_LINKER"), compiler("gcc"));
     // What unpacked packages lack is the name `cc`, which an installation chooses.
-    command.env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_LINKER", "gcc").env("CC", "gcc").env("CXX", "g++");
+    command
+        .env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_LINKER", "gcc")
+        .env("CC", "gcc")
+        .env("CXX", "g++");
     let suffix = arch.triple.replace('-', "_");
-    command.env(format!("CC_{suffix}"), compiler("gcc")).env(format!("CXX_{suffix}"), compiler("g++"));
+    command
+        .env(format!("CC_{suffix}"), compiler("gcc"))
+        .env(format!("CXX_{suffix}"), compiler("g++"));
     command
 }
 
 /// Downloads the sources of all packages, which the build has no network for.
 pub(crate) fn fetch(root: &Path) -> Result<(), String> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    output(Command::new(cargo).args(["fetch", "--locked", "-q"]).current_dir(root)).map(drop)
+    output(
+        Command::new(cargo)
+            .args(["fetch", "--locked", "-q"])
+            .current_dir(root),
+    )
+    .map(drop)
 }

@@ -33,7 +33,9 @@ impl Kernel {
     /// The newest kernel of a series, from the store or, if it is not there, from the mirror.
     pub(crate) fn get(store: &Path, arch: &Arch, name: &str) -> Result<Self, String> {
         let series = arch.series(name).expect("the command line was checked");
-        let folder = store.join("kernels").join(arch.row(name).replace(", ", "-"));
+        let folder = store
+            .join("kernels")
+            .join(arch.row(name).replace(", ", "-"));
         let parent = folder.parent().expect("it was just joined");
         let failed = |error| format!("{}: {error}", parent.display());
         fs::create_dir_all(parent).map_err(failed)?;
@@ -47,67 +49,128 @@ impl Kernel {
             download(store, arch, series, &unfinished)?;
             fs::rename(&unfinished, &folder).map_err(failed)?;
         }
-        Self::at(series, &folder)
-            .ok_or_else(|| format!("{} holds no kernel: delete it, and try again", folder.display()))
+        Self::at(series, &folder).ok_or_else(|| {
+            format!(
+                "{} holds no kernel: delete it, and try again",
+                folder.display()
+            )
+        })
     }
 
     fn at(series: &'static Series, folder: &Path) -> Option<Self> {
-        let modules =
-            ["lib/modules", "usr/lib/modules"].iter().map(|path| folder.join(path)).find(|path| path.exists())?;
-        let version = fs::read_dir(&modules).ok()?.next()?.ok()?.file_name().into_string().ok()?;
-        let images = [folder.join(format!("boot/vmlinuz-{version}")), modules.join(&version).join("vmlinuz")];
+        let modules = ["lib/modules", "usr/lib/modules"]
+            .iter()
+            .map(|path| folder.join(path))
+            .find(|path| path.exists())?;
+        let version = fs::read_dir(&modules)
+            .ok()?
+            .next()?
+            .ok()?
+            .file_name()
+            .into_string()
+            .ok()?;
+        let images = [
+            folder.join(format!("boot/vmlinuz-{version}")),
+            modules.join(&version).join("vmlinuz"),
+        ];
         let image = images.into_iter().find(|path| path.exists())?;
-        Some(Self { series, version, image, modules })
+        Some(Self {
+            series,
+            version,
+            image,
+            modules,
+        })
     }
 }
 
-fn download(store: &Path, arch: &Arch, series: &'static Series, folder: &Path) -> Result<(), String> {
-    println!("guest: downloading Debian's kernel {} ({})", series.name, series.suite);
+fn download(
+    store: &Path,
+    arch: &Arch,
+    series: &'static Series,
+    folder: &Path,
+) -> Result<(), String> {
+    println!(
+        "guest: downloading Debian's kernel {} ({})",
+        series.name, series.suite
+    );
     let apt = Apt::new(store, &[series.suite], &[arch.debian])?;
-    let pattern = format!("^linux-(image|binary|modules|base)-[0-9].*-{}{}$", arch.debian, series.flavour);
+    let pattern = format!(
+        "^linux-(image|binary|modules|base)-[0-9].*-{}{}$",
+        arch.debian, series.flavour
+    );
     let listed = apt.run("apt-cache", &["search", "--names-only", &pattern], store)?;
-    let names: Vec<&str> = listed.lines().filter_map(|line| line.split(' ').next()).collect();
-    let wanted =
-        newest(&names, series.name).ok_or_else(|| format!("{} has no kernel {}", series.suite, series.name))?;
+    let names: Vec<&str> = listed
+        .lines()
+        .filter_map(|line| line.split(' ').next())
+        .collect();
+    let wanted = newest(&names, series.name)
+        .ok_or_else(|| format!("{} has no kernel {}", series.suite, series.name))?;
     let packages = packages(&names, wanted);
-    apt.run("apt-get", &[&["download", "-qq"], &packages[..]].concat(), folder)?;
+    apt.run(
+        "apt-get",
+        &[&["download", "-qq"], &packages[..]].concat(),
+        folder,
+    )?;
     unpack_all(folder, folder)?;
     let kernel = Kernel::at(series, folder)
         .ok_or_else(|| format!("{} hold no kernel that is known here", packages.join(", ")))?;
     // The program looks below `lib`, whatever the package does.
     if !folder.join("lib").exists() {
-        std::os::unix::fs::symlink("usr/lib", folder.join("lib")).map_err(|error| format!("lib: {error}"))?;
+        std::os::unix::fs::symlink("usr/lib", folder.join("lib"))
+            .map_err(|error| format!("lib: {error}"))?;
     }
-    output(Command::new("depmod").env("PATH", super::search_path()).arg("-b").arg(folder).arg(&kernel.version))
-        .map(drop)
+    output(
+        Command::new("depmod")
+            .env("PATH", super::search_path())
+            .arg("-b")
+            .arg(folder)
+            .arg(&kernel.version),
+    )
+    .map(drop)
 }
 
 /// The version of a kernel package without `linux-image-` and the like: its numbers, to be
 /// compared.
 fn numbers(version: &str) -> Vec<u32> {
-    version.split(|letter: char| !letter.is_ascii_digit()).filter_map(|digits| digits.parse().ok()).collect()
+    version
+        .split(|letter: char| !letter.is_ascii_digit())
+        .filter_map(|digits| digits.parse().ok())
+        .collect()
 }
 
 /// The newest version of a series among the names of packages.
 fn newest<'a>(names: &[&'a str], series: &str) -> Option<&'a str> {
     let plain = |version: &&&str| !version.contains("rt-") && !version.contains("cloud-");
-    let versions = names.iter().filter_map(|name| name.strip_prefix("linux-image-"));
+    let versions = names
+        .iter()
+        .filter_map(|name| name.strip_prefix("linux-image-"));
     let versions: Vec<&str> = versions.collect();
     let of_series = |version: &&&str| {
         // Of `6.12-16k`, the flavour is in the names that are searched.
         let wanted = numbers(series.split('-').next().unwrap_or_default());
         wanted.is_empty() || numbers(version).starts_with(&wanted)
     };
-    versions.iter().filter(plain).filter(of_series).max_by_key(|version| numbers(version)).copied()
+    versions
+        .iter()
+        .filter(plain)
+        .filter(of_series)
+        .max_by_key(|version| numbers(version))
+        .copied()
 }
 
 /// What has to be downloaded for a version. From 7.1 on the image is an empty package, and its
 /// parts are packages of their own.
 fn packages<'a>(names: &[&'a str], version: &str) -> Vec<&'a str> {
-    let of_version = |name: &&&'a str| name.strip_suffix(version).is_some_and(|kind| kind.matches('-').count() == 2);
+    let of_version = |name: &&&'a str| {
+        name.strip_suffix(version)
+            .is_some_and(|kind| kind.matches('-').count() == 2)
+    };
     let parts: Vec<&str> = names.iter().filter(of_version).copied().collect();
     let has_modules = parts.iter().any(|name| name.starts_with("linux-modules-"));
-    parts.into_iter().filter(|name| has_modules != name.starts_with("linux-image-")).collect()
+    parts
+        .into_iter()
+        .filter(|name| has_modules != name.starts_with("linux-image-"))
+        .collect()
 }
 
 #[cfg(test)]
@@ -135,8 +198,12 @@ mod tests {
 
     #[test]
     fn a_kernel_in_parts_is_downloaded_in_parts() {
-        assert_eq!(packages(NAMES, "6.18.15+deb13-amd64"), ["linux-image-6.18.15+deb13-amd64"]);
-        let parts = ["linux-binary-", "linux-modules-", "linux-base-"].map(|kind| format!("{kind}7.3.4+deb13-amd64"));
+        assert_eq!(
+            packages(NAMES, "6.18.15+deb13-amd64"),
+            ["linux-image-6.18.15+deb13-amd64"]
+        );
+        let parts = ["linux-binary-", "linux-modules-", "linux-base-"]
+            .map(|kind| format!("{kind}7.3.4+deb13-amd64"));
         assert_eq!(packages(NAMES, "7.3.4+deb13-amd64"), parts);
     }
 }

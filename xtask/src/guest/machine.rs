@@ -38,7 +38,8 @@ impl Outcome {
 
     /// What stands in the table: counts of tests, or how the command ended.
     pub(crate) fn cell(outcomes: &[&Self]) -> String {
-        let sum = |count: fn(&Self) -> u32| outcomes.iter().map(|outcome| count(outcome)).sum::<u32>();
+        let sum =
+            |count: fn(&Self) -> u32| outcomes.iter().map(|outcome| count(outcome)).sum::<u32>();
         let (failed, skipped) = (sum(|o| o.failed), sum(|o| o.skipped));
         // libtest counts what skips itself as passed; other commands skip without counts.
         let passed = sum(|o| o.passed).saturating_sub(skipped);
@@ -52,7 +53,9 @@ impl Outcome {
         if skipped != 0 {
             words.push(format!("{skipped} skipped"));
         }
-        let lost = outcomes.iter().find(|outcome| !outcome.passed() && outcome.failed == 0);
+        let lost = outcomes
+            .iter()
+            .find(|outcome| !outcome.passed() && outcome.failed == 0);
         match lost {
             Some(outcome) if outcome.end.is_empty() => words.push("kernel died".into()),
             Some(outcome) => words.push(outcome.end.clone()),
@@ -68,8 +71,15 @@ impl Outcome {
             self.skipped += 1;
         } else if let Some(counts) = line.strip_prefix("test result: ") {
             let count = |name: &str| -> u32 {
-                let words: Vec<&str> = counts.split([' ', ';', '.']).filter(|word| !word.is_empty()).collect();
-                words.windows(2).find(|pair| pair[1] == name).and_then(|pair| pair[0].parse().ok()).unwrap_or(0)
+                let words: Vec<&str> = counts
+                    .split([' ', ';', '.'])
+                    .filter(|word| !word.is_empty())
+                    .collect();
+                words
+                    .windows(2)
+                    .find(|pair| pair[1] == name)
+                    .and_then(|pair| pair[0].parse().ok())
+                    .unwrap_or(0)
             };
             self.passed += count("passed");
             self.failed += count("failed");
@@ -100,8 +110,16 @@ impl Accelerator {
             let answer = fs::read_to_string(format!("/sys/module/{module}/parameters/nested"));
             answer.is_ok_and(|answer| ["Y", "1"].contains(&answer.trim()))
         });
-        let opens = File::options().read(true).write(true).open("/dev/kvm").is_ok();
-        if nests && opens { Self::Kvm } else { Self::Emulation }
+        let opens = File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/kvm")
+            .is_ok();
+        if nests && opens {
+            Self::Kvm
+        } else {
+            Self::Emulation
+        }
     }
 }
 
@@ -128,8 +146,14 @@ impl Machine<'_> {
         println!("guest: 'exit' turns the machine off, Ctrl-A X ends it at once");
         let mut command = self.command(0, true, Accelerator::for_machine(self.arch))?;
         self.line(&mut command, ",mux=on,signal=off");
-        let status = command.status().map_err(|error| format!("{}: {error}", self.arch.emulator))?;
-        if status.success() { Ok(()) } else { Err(format!("the machine ended with {status}")) }
+        let status = command
+            .status()
+            .map_err(|error| format!("{}: {error}", self.arch.emulator))?;
+        if status.success() {
+            Ok(())
+        } else {
+            Err(format!("the machine ended with {status}"))
+        }
     }
 
     /// Runs what was noted, and shows its output as it comes.
@@ -143,13 +167,20 @@ impl Machine<'_> {
             let console = fs::read(self.console()).unwrap_or_default();
             let console = String::from_utf8_lossy(&console);
             let lines: Vec<&str> = console.lines().collect();
-            lines[lines.len().saturating_sub(LAST_LINES)..].iter().for_each(|line| self.say(&format!("  {line}")));
-            first = outcomes.iter().position(|outcome| outcome.end.is_empty()).unwrap_or(0);
+            lines[lines.len().saturating_sub(LAST_LINES)..]
+                .iter()
+                .for_each(|line| self.say(&format!("  {line}")));
+            first = outcomes
+                .iter()
+                .position(|outcome| outcome.end.is_empty())
+                .unwrap_or(0);
             // With several threads, QEMU can run a breakpoint that the kernel has already taken out
             // of its code.
             let is_emulators = console.contains("Oops: int3") || console.contains("int3: 0000");
             let why = match accelerator {
-                Accelerator::Kvm if first == 0 => "this host's KVM may be unable to run it: once more, emulated",
+                Accelerator::Kvm if first == 0 => {
+                    "this host's KVM may be unable to run it: once more, emulated"
+                }
                 Accelerator::Emulation if is_emulators && retries > 0 => {
                     "that is a fault of the emulator's (int3 of patched code): once more"
                 }
@@ -169,17 +200,25 @@ impl Machine<'_> {
     }
 
     /// Boots once. Says what is wrong if the machine does not come to the end of the plan.
-    fn boot(&self, first: usize, accelerator: Accelerator, outcomes: &mut [Outcome]) -> Result<Option<String>, String> {
+    fn boot(
+        &self,
+        first: usize,
+        accelerator: Accelerator,
+        outcomes: &mut [Outcome],
+    ) -> Result<Option<String>, String> {
         let mut command = self.command(first, false, accelerator)?;
         self.line(&mut command, "");
         command.stdin(Stdio::null()).stdout(Stdio::piped());
-        let mut child = command.spawn().map_err(|error| format!("{}: {error}", self.arch.emulator))?;
+        let mut child = command
+            .spawn()
+            .map_err(|error| format!("{}: {error}", self.arch.emulator))?;
         let lines = lines(&mut child);
         let mut running: Option<(usize, Instant)> = None;
         let mut is_list = false;
         let mut deadline = Instant::now() + PATIENCE;
         let lost = loop {
-            let line = match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            let line = match lines.recv_timeout(deadline.saturating_duration_since(Instant::now()))
+            {
                 Ok(line) => line,
                 Err(RecvTimeoutError::Timeout) => break Some("the guest hangs"),
                 Err(RecvTimeoutError::Disconnected) => break Some("the guest's kernel died"),
@@ -197,7 +236,10 @@ impl Machine<'_> {
                 continue;
             };
             let mut words = message.splitn(3, ' ');
-            let (word, number) = (words.next(), words.next().and_then(|number| number.parse::<usize>().ok()));
+            let (word, number) = (
+                words.next(),
+                words.next().and_then(|number| number.parse::<usize>().ok()),
+            );
             match (word, number.filter(|number| *number < outcomes.len())) {
                 (Some("begin"), Some(number)) => {
                     running = Some((number, Instant::now()));
@@ -205,7 +247,8 @@ impl Machine<'_> {
                 }
                 (Some("end"), Some(number)) => {
                     outcomes[number].end = words.next().unwrap_or_default().to_owned();
-                    outcomes[number].seconds = running.map_or(0.0, |(_, begin)| begin.elapsed().as_secs_f64());
+                    outcomes[number].seconds =
+                        running.map_or(0.0, |(_, begin)| begin.elapsed().as_secs_f64());
                     running = None;
                 }
                 (Some("over"), _) => break None,
@@ -223,33 +266,61 @@ impl Machine<'_> {
     }
 
     /// The machine, but for the line to the host.
-    fn command(&self, first: usize, shell: bool, accelerator: Accelerator) -> Result<Command, String> {
-        fs::create_dir_all(&self.scratch).map_err(|error| format!("{}: {error}", self.scratch.display()))?;
+    fn command(
+        &self,
+        first: usize,
+        shell: bool,
+        accelerator: Accelerator,
+    ) -> Result<Command, String> {
+        fs::create_dir_all(&self.scratch)
+            .map_err(|error| format!("{}: {error}", self.scratch.display()))?;
         let initial = self.scratch.join("initial.cpio");
-        let write =
-            |path: &Path, bytes: &[u8]| fs::write(path, bytes).map_err(|error| format!("{}: {error}", path.display()));
-        write(&initial, &archive::make(&self.kernel, self.folders, &self.environment(first, shell))?)?;
+        let write = |path: &Path, bytes: &[u8]| {
+            fs::write(path, bytes).map_err(|error| format!("{}: {error}", path.display()))
+        };
+        write(
+            &initial,
+            &archive::make(&self.kernel, self.folders, &self.environment(first, shell))?,
+        )?;
         let disks = disks(self.store)?;
         let half = MEGABYTES / 2;
         // It ends with this program, however that ends.
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL", self.arch.emulator]);
-        command.args((self.arch.board)(accelerator)).args(["-smp", "2", "-m", &MEGABYTES.to_string()]);
+        command.args((self.arch.board)(accelerator)).args([
+            "-smp",
+            "2",
+            "-m",
+            &MEGABYTES.to_string(),
+        ]);
         for node in 0..2 {
-            command.args(["-object", &format!("memory-backend-ram,id=m{node},size={half}M")]);
+            command.args([
+                "-object",
+                &format!("memory-backend-ram,id=m{node},size={half}M"),
+            ]);
             command.args(["-numa", &format!("node,memdev=m{node},cpus={node}")]);
         }
         command.args(["-nodefaults", "-display", "none", "-no-reboot"]);
-        command.arg("-kernel").arg(&self.kernel.image).arg("-initrd").arg(&initial);
+        command
+            .arg("-kernel")
+            .arg(&self.kernel.image)
+            .arg("-initrd")
+            .arg(&initial);
         let parameters = format!(
             "{} panic=-1 quiet mmun.guest hugepages=16 transparent_hugepage=always numa_balancing=enable",
             self.arch.parameters
         );
         command.args(["-append", &parameters]);
-        command.args(["-virtfs", "local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap"]);
+        command.args([
+            "-virtfs",
+            "local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap",
+        ]);
         for disk in disks {
             let disk = disk.display().to_string().replace(',', ",,");
-            command.args(["-drive", &format!("if=virtio,format=raw,snapshot=on,cache=unsafe,file={disk}")]);
+            command.args([
+                "-drive",
+                &format!("if=virtio,format=raw,snapshot=on,cache=unsafe,file={disk}"),
+            ]);
         }
         command.args(["-serial", &format!("file:{}", self.console().display())]);
         Ok(command)
@@ -258,7 +329,9 @@ impl Machine<'_> {
     /// Adds the line to the host.
     fn line(&self, command: &mut Command, to: &str) {
         let (line, _) = self.arch.line;
-        command.args(["-chardev", &format!("stdio,id=line{to}")]).args(line);
+        command
+            .args(["-chardev", &format!("stdio,id=line{to}")])
+            .args(line);
     }
 
     /// What the scripts in the guest have to know.
@@ -266,11 +339,22 @@ impl Machine<'_> {
         let limit = self.limit.as_secs().to_string();
         let variables = [
             ("WORKSPACE", self.root.display().to_string()),
-            ("SETUP", self.root.join("xtask/src/guest/setup.sh").display().to_string()),
+            (
+                "SETUP",
+                self.root
+                    .join("xtask/src/guest/setup.sh")
+                    .display()
+                    .to_string(),
+            ),
             ("MODULES", self.kernel.modules.display().to_string()),
             ("AGENT", self.plan.join(super::INSIDE).display().to_string()),
             ("LINE", self.arch.line.1.to_owned()),
-            ("ROOT", self.folders.map(|folders| folders.root.display().to_string()).unwrap_or_default()),
+            (
+                "ROOT",
+                self.folders
+                    .map(|folders| folders.root.display().to_string())
+                    .unwrap_or_default(),
+            ),
             ("RUN", self.plan.display().to_string()),
             ("SHELL_WANTED", if shell { "yes" } else { "" }.to_owned()),
             (agent::LACKS, self.kernel.series.lacks.to_owned()),
@@ -278,7 +362,10 @@ impl Machine<'_> {
             (agent::LIMIT, limit),
         ];
         let quoted = |text: &str| format!("'{}'", text.replace('\'', "'\\''"));
-        variables.iter().map(|(name, value)| format!("export {name}={}\n", quoted(value))).collect()
+        variables
+            .iter()
+            .map(|(name, value)| format!("export {name}={}\n", quoted(value)))
+            .collect()
     }
 }
 
@@ -288,7 +375,9 @@ fn lines(child: &mut Child) -> Receiver<String> {
     let (sender, lines) = channel();
     thread::spawn(move || {
         for line in output.split(b'\n').map_while(Result::ok) {
-            let line = String::from_utf8_lossy(&line).trim_end_matches('\r').to_owned();
+            let line = String::from_utf8_lossy(&line)
+                .trim_end_matches('\r')
+                .to_owned();
             if sender.send(line).is_err() {
                 return;
             }
@@ -305,18 +394,29 @@ fn disks(store: &Path) -> Result<[PathBuf; 2], String> {
     let make = |name: &str, megabytes: u64, program: &str, arguments: &[&str]| {
         let (path, unfinished) = (store.join(name), store.join(format!("{name}.part")));
         if !path.exists() {
-            File::create(&unfinished).and_then(|file| file.set_len(megabytes << 20)).map_err(failed)?;
-            let output =
-                Command::new(program).env("PATH", super::search_path()).args(arguments).arg(&unfinished).output();
+            File::create(&unfinished)
+                .and_then(|file| file.set_len(megabytes << 20))
+                .map_err(failed)?;
+            let output = Command::new(program)
+                .env("PATH", super::search_path())
+                .args(arguments)
+                .arg(&unfinished)
+                .output();
             let output = output.map_err(|error| format!("{program}: {error}"))?;
             if !output.status.success() {
-                return Err(format!("{program}: {}", String::from_utf8_lossy(&output.stderr).trim()));
+                return Err(format!(
+                    "{program}: {}",
+                    String::from_utf8_lossy(&output.stderr).trim()
+                ));
             }
             fs::rename(&unfinished, &path).map_err(failed)?;
         }
         Ok(path)
     };
-    Ok([make("disk.img", 1024, "mkfs.ext4", &["-q", "-F"])?, make("swap.img", 512, "mkswap", &[])?])
+    Ok([
+        make("disk.img", 1024, "mkfs.ext4", &["-q", "-F"])?,
+        make("swap.img", 512, "mkswap", &[])?,
+    ])
 }
 
 #[cfg(test)]
@@ -325,10 +425,15 @@ mod tests {
 
     #[test]
     fn a_result_of_libtest_is_counted_and_skips_are_not_passes() {
-        let mut outcome = Outcome { end: "passed".into(), ..Outcome::default() };
-        for line in
-            ["SKIP a: no", "test result: ok. 12 passed; 0 failed; 0 ignored", "test result: ok. 3 passed; 0 failed;"]
-        {
+        let mut outcome = Outcome {
+            end: "passed".into(),
+            ..Outcome::default()
+        };
+        for line in [
+            "SKIP a: no",
+            "test result: ok. 12 passed; 0 failed; 0 ignored",
+            "test result: ok. 3 passed; 0 failed;",
+        ] {
             outcome.read(line);
         }
         assert_eq!(Outcome::cell(&[&outcome]), "14 passed, 1 skipped");
@@ -336,7 +441,10 @@ mod tests {
         outcome.read("test result: FAILED. 1 passed; 2 failed; 0 ignored");
         assert_eq!(Outcome::cell(&[&outcome]), "15 passed, 2 failed, 1 skipped");
         assert_eq!(Outcome::cell(&[&Outcome::default()]), "kernel died");
-        let mut program = Outcome { end: "passed".into(), ..Outcome::default() };
+        let mut program = Outcome {
+            end: "passed".into(),
+            ..Outcome::default()
+        };
         program.read("SKIP main: no");
         assert_eq!(Outcome::cell(&[&program]), "1 skipped", "it is no test");
     }

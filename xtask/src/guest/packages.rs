@@ -13,21 +13,32 @@ pub(crate) struct Apt {
 
 impl Apt {
     /// Makes one of these suites, for the first of these architectures, and updates it.
-    pub(crate) fn new(store: &Path, suites: &[&str], architectures: &[&str]) -> Result<Self, String> {
-        let folder = store.join("apt").join([suites, architectures].concat().join("-"));
+    pub(crate) fn new(
+        store: &Path,
+        suites: &[&str],
+        architectures: &[&str],
+    ) -> Result<Self, String> {
+        let folder = store
+            .join("apt")
+            .join([suites, architectures].concat().join("-"));
         let failed = |error| format!("{}: {error}", folder.display());
         for path in ["lists/partial", "cache/archives/partial"] {
             fs::create_dir_all(folder.join(path)).map_err(failed)?;
         }
         let key = "/usr/share/keyrings/debian-archive-keyring.gpg";
         let mirror = mirror();
-        let sources: String =
-            suites.iter().map(|suite| format!("deb [signed-by={key}] {mirror} {suite} main\n")).collect();
+        let sources: String = suites
+            .iter()
+            .map(|suite| format!("deb [signed-by={key}] {mirror} {suite} main\n"))
+            .collect();
         fs::write(folder.join("sources.list"), sources).map_err(failed)?;
         // Nothing is installed there.
         fs::write(folder.join("status"), "").map_err(failed)?;
         let place = folder.display();
-        let listed: String = architectures.iter().map(|name| format!("\"{name}\"; ")).collect();
+        let listed: String = architectures
+            .iter()
+            .map(|name| format!("\"{name}\"; "))
+            .collect();
         let settings = format!(
             "Dir::Etc::sourcelist \"{place}/sources.list\";\nDir::Etc::sourceparts \"/dev/null\";\n\
              Dir::State::lists \"{place}/lists\";\nDir::State::status \"{place}/status\";\n\
@@ -38,20 +49,42 @@ impl Apt {
         );
         let configuration = folder.join("apt.conf");
         fs::write(&configuration, settings).map_err(failed)?;
-        let apt = Self { configuration, cache: folder.join("cache/archives") };
+        let apt = Self {
+            configuration,
+            cache: folder.join("cache/archives"),
+        };
         apt.run("apt-get", &["update", "-qq"], store)?;
         Ok(apt)
     }
 
-    pub(crate) fn run(&self, program: &str, arguments: &[&str], folder: &Path) -> Result<String, String> {
-        output(Command::new(program).args(arguments).env("APT_CONFIG", &self.configuration).current_dir(folder))
+    pub(crate) fn run(
+        &self,
+        program: &str,
+        arguments: &[&str],
+        folder: &Path,
+    ) -> Result<String, String> {
+        output(
+            Command::new(program)
+                .args(arguments)
+                .env("APT_CONFIG", &self.configuration)
+                .current_dir(folder),
+        )
     }
 
     /// Unpacks packages, and what they need, into a folder.
     pub(crate) fn unpack(&self, packages: &[&str], folder: &Path) -> Result<(), String> {
-        self.run("apt-get", &[&["install", "-qq", "-y", "--download-only"], packages].concat(), folder)?;
+        self.run(
+            "apt-get",
+            &[&["install", "-qq", "-y", "--download-only"], packages].concat(),
+            folder,
+        )?;
         // Where the packages expect what was folders once.
-        for (name, target) in [("bin", "usr/bin"), ("sbin", "usr/sbin"), ("lib", "usr/lib"), ("lib64", "usr/lib64")] {
+        for (name, target) in [
+            ("bin", "usr/bin"),
+            ("sbin", "usr/sbin"),
+            ("lib", "usr/lib"),
+            ("lib64", "usr/lib64"),
+        ] {
             let failed = |error| format!("{}: {error}", folder.join(name).display());
             fs::create_dir_all(folder.join(target)).map_err(failed)?;
             std::os::unix::fs::symlink(target, folder.join(name)).map_err(failed)?;
@@ -63,11 +96,19 @@ impl Apt {
 /// Unpacks the packages that lie in a folder, and removes them: what stays would be space.
 pub(crate) fn unpack_all(from: &Path, into: &Path) -> Result<(), String> {
     for entry in fs::read_dir(from).map_err(|error| format!("{}: {error}", from.display()))? {
-        let path = entry.map_err(|error| format!("{}: {error}", from.display()))?.path();
+        let path = entry
+            .map_err(|error| format!("{}: {error}", from.display()))?
+            .path();
         if path.extension().is_some_and(|extension| extension == "deb") {
             // Through `tar`, which leaves the links of the root folder as they are.
-            let script = r#"dpkg-deb --fsys-tarfile "$1" | tar -x --keep-directory-symlink -C "$2""#;
-            output(Command::new("sh").args(["-c", script, "sh"]).arg(&path).arg(into))?;
+            let script =
+                r#"dpkg-deb --fsys-tarfile "$1" | tar -x --keep-directory-symlink -C "$2""#;
+            output(
+                Command::new("sh")
+                    .args(["-c", script, "sh"])
+                    .arg(&path)
+                    .arg(into),
+            )?;
             let _ = fs::remove_file(&path);
         }
     }
@@ -76,19 +117,31 @@ pub(crate) fn unpack_all(from: &Path, into: &Path) -> Result<(), String> {
 
 /// The mirror of the host's own packages, if it is a Debian.
 fn mirror() -> String {
-    let arguments = ["indextargets", "--format", "$(LABEL) $(REPO_URI)", "Created-By: Packages"];
+    let arguments = [
+        "indextargets",
+        "--format",
+        "$(LABEL) $(REPO_URI)",
+        "Created-By: Packages",
+    ];
     let targets = output(Command::new("apt-get").args(arguments)).unwrap_or_default();
-    let own = targets.lines().find_map(|line| line.strip_prefix("Debian "));
+    let own = targets
+        .lines()
+        .find_map(|line| line.strip_prefix("Debian "));
     own.unwrap_or("http://deb.debian.org/debian/").to_owned()
 }
 
 /// Runs a command for its output.
 pub(crate) fn output(command: &mut Command) -> Result<String, String> {
     let shown = format!("{command:?}");
-    let output = command.output().map_err(|error| format!("{shown}: {error}"))?;
+    let output = command
+        .output()
+        .map_err(|error| format!("{shown}: {error}"))?;
     if output.status.success() {
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
     let errors = String::from_utf8_lossy(&output.stderr);
-    Err(format!("{shown}: {}", errors.lines().next().unwrap_or("it failed without a word")))
+    Err(format!(
+        "{shown}: {}",
+        errors.lines().next().unwrap_or("it failed without a word")
+    ))
 }

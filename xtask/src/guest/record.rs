@@ -15,15 +15,20 @@ pub(crate) const PLAN: &str = "MMUN_GUEST_PLAN";
 
 /// Notes a command line.
 pub(crate) fn run(command: &[OsString]) -> ExitCode {
-    match std::env::var_os(PLAN).ok_or_else(|| io::Error::other("no folder for notes")).and_then(|plan| {
-        let plan = PathBuf::from(plan);
-        if command.first().is_some_and(|program| program.to_string_lossy().contains("rustdoctest")) {
-            // It is gone before the guest starts.
-            println!("an example of the documentation does not run in the guest");
-            return Ok(());
-        }
-        fs::write(plan.join(count(&plan).to_string()), note(command)?)
-    }) {
+    match std::env::var_os(PLAN)
+        .ok_or_else(|| io::Error::other("no folder for notes"))
+        .and_then(|plan| {
+            let plan = PathBuf::from(plan);
+            if command
+                .first()
+                .is_some_and(|program| program.to_string_lossy().contains("rustdoctest"))
+            {
+                // It is gone before the guest starts.
+                println!("an example of the documentation does not run in the guest");
+                return Ok(());
+            }
+            fs::write(plan.join(count(&plan).to_string()), note(command)?)
+        }) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("guest-record: {error}");
@@ -33,7 +38,9 @@ pub(crate) fn run(command: &[OsString]) -> ExitCode {
 }
 
 fn note(command: &[OsString]) -> io::Result<Vec<u8>> {
-    let variables: Vec<(OsString, OsString)> = std::env::vars_os().filter(|(name, _)| name != PLAN).collect();
+    let variables: Vec<(OsString, OsString)> = std::env::vars_os()
+        .filter(|(name, _)| name != PLAN)
+        .collect();
     let mut note = Vec::new();
     let mut field = |bytes: &[u8]| {
         note.extend_from_slice(bytes);
@@ -50,13 +57,17 @@ fn note(command: &[OsString]) -> io::Result<Vec<u8>> {
 
 /// How many notes there are.
 pub(crate) fn count(plan: &Path) -> usize {
-    (0..).find(|number| !plan.join(number.to_string()).exists()).expect("a folder is finite")
+    (0..)
+        .find(|number| !plan.join(number.to_string()).exists())
+        .expect("a folder is finite")
 }
 
 /// Reads a note.
 pub(crate) fn read(plan: &Path, number: usize) -> Option<Command> {
     let note = fs::read(plan.join(number.to_string())).ok()?;
-    let mut fields = note.split(|byte| *byte == 0).map(|field| OsString::from_vec(field.to_vec()));
+    let mut fields = note
+        .split(|byte| *byte == 0)
+        .map(|field| OsString::from_vec(field.to_vec()));
     let folder = fields.next()?;
     let variables: usize = fields.next()?.to_str()?.parse().ok()?;
     let variables: Vec<OsString> = fields.by_ref().take(variables).collect();
@@ -69,7 +80,10 @@ pub(crate) fn read(plan: &Path, number: usize) -> Option<Command> {
     for variable in variables {
         let bytes = variable.as_bytes();
         let split = bytes.iter().position(|byte| *byte == b'=')?;
-        command.env(OsString::from_vec(bytes[..split].to_vec()), OsString::from_vec(bytes[split + 1..].to_vec()));
+        command.env(
+            OsString::from_vec(bytes[..split].to_vec()),
+            OsString::from_vec(bytes[split + 1..].to_vec()),
+        );
     }
     Some(command)
 }

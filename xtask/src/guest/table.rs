@@ -26,28 +26,51 @@ pub(crate) fn enter(
         .map(|label| {
             let of_label = labels.iter().zip(results).filter(|(step, _)| step == label);
             let outcomes: Vec<_> = of_label.map(|(_, outcome)| outcome).collect();
-            if outcomes.is_empty() { "not run".to_owned() } else { Outcome::cell(&outcomes) }
+            if outcomes.is_empty() {
+                "not run".to_owned()
+            } else {
+                Outcome::cell(&outcomes)
+            }
         })
         .collect();
     let series = &arch.row(series);
     let row = format!("| {series} | {version} | {} |\n", cells.join(" | "));
-    let text = with_row(&text, series, &row).ok_or_else(|| format!("{} has no table of the rig's", path.display()))?;
+    let text = with_row(&text, series, &row)
+        .ok_or_else(|| format!("{} has no table of the rig's", path.display()))?;
     fs::write(&path, text).map_err(failed)
 }
 
 fn with_row(text: &str, series: &str, row: &str) -> Option<String> {
     let (before, rest) = text.split_once(BEGIN)?;
     let (table, after) = rest.split_once(END)?;
-    let key = |row: &str| row.strip_prefix("| ").and_then(|row| row.split(" |").next()).unwrap_or_default().to_owned();
-    let mut rows: Vec<String> = table.lines().skip(2).map(|line| format!("{line}\n")).collect();
+    let key = |row: &str| {
+        row.strip_prefix("| ")
+            .and_then(|row| row.split(" |").next())
+            .unwrap_or_default()
+            .to_owned()
+    };
+    let mut rows: Vec<String> = table
+        .lines()
+        .skip(2)
+        .map(|line| format!("{line}\n"))
+        .collect();
     rows.retain(|line| key(line) != series);
     rows.push(row.to_owned());
-    let known: Vec<String> =
-        ALL.iter().flat_map(|arch| arch.series.iter().map(|series| arch.row(series.name))).collect();
+    let known: Vec<String> = ALL
+        .iter()
+        .flat_map(|arch| arch.series.iter().map(|series| arch.row(series.name)))
+        .collect();
     rows.sort_by_key(|row| known.iter().position(|name| *name == key(row)));
     let labels = labels_of_all();
-    let head = format!("| kernel | version | {} |\n|{}\n", labels.join(" | "), " --- |".repeat(labels.len() + 2));
-    Some(format!("{before}{BEGIN}{head}{}{END}{after}", rows.concat()))
+    let head = format!(
+        "| kernel | version | {} |\n|{}\n",
+        labels.join(" | "),
+        " --- |".repeat(labels.len() + 2)
+    );
+    Some(format!(
+        "{before}{BEGIN}{head}{}{END}{after}",
+        rows.concat()
+    ))
 }
 
 /// The columns: the steps of all kinds of machines, each once.
@@ -71,7 +94,10 @@ mod tests {
         let text = with_row(&empty, "6.12", "| 6.12 | a |\n").unwrap();
         let text = with_row(&text, "6.1", "| 6.1 | b |\n").unwrap();
         let text = with_row(&text, "6.12", "| 6.12 | c |\n").unwrap();
-        let rows: Vec<&str> = text.lines().filter(|line| line.starts_with("| 6")).collect();
+        let rows: Vec<&str> = text
+            .lines()
+            .filter(|line| line.starts_with("| 6"))
+            .collect();
         assert_eq!(rows, ["| 6.1 | b |", "| 6.12 | c |"]);
         assert!(text.starts_with("above\n") && text.ends_with("below\n"));
     }

@@ -8,10 +8,16 @@ use syn::{BinOp, Expr, ExprBinary, Item, spanned::Spanned};
 
 pub(super) fn check(sources: &[(PathBuf, String)], complaints: &mut Vec<String>) {
     for (path, text) in sources.iter().filter(|(path, _)| is_promised(path)) {
-        let file = syn::parse_file(text).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        let file =
+            syn::parse_file(text).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         let mut chains = Chains(Vec::new());
         chains.visit_file(&file);
-        let complain = |line| format!("{}:{line}: a chain of `let` conditions needs Rust 1.88", path.display());
+        let complain = |line| {
+            format!(
+                "{}:{line}: a chain of `let` conditions needs Rust 1.88",
+                path.display()
+            )
+        };
         complaints.extend(chains.0.into_iter().map(complain));
     }
 }
@@ -56,15 +62,30 @@ mod tests {
     #[test]
     fn a_chain_is_told_with_its_line() {
         let told = ["crates/made/src/a.rs:2: a chain of `let` conditions needs Rust 1.88"];
-        assert_eq!(complaints("crates/made/src/a.rs", "let Some(a) = b && a"), told);
-        assert_eq!(complaints("crates/made/src/a.rs", "a && let Some(a) = b"), told);
+        assert_eq!(
+            complaints("crates/made/src/a.rs", "let Some(a) = b && a"),
+            told
+        );
+        assert_eq!(
+            complaints("crates/made/src/a.rs", "a && let Some(a) = b"),
+            told
+        );
     }
 
     #[test]
     fn other_conditions_and_tests_are_free() {
         assert_eq!(complaints("crates/made/src/a.rs", "a && b"), [""; 0]);
-        assert_eq!(complaints("crates/made/src/a.rs", "let Some(a) = (b && c)"), [""; 0]);
-        assert_eq!(complaints("crates/made/tests/it/a.rs", "a && let Some(a) = b"), [""; 0]);
-        assert_eq!(complaints("crates/made/src/a/tests.rs", "a && let Some(a) = b"), [""; 0]);
+        assert_eq!(
+            complaints("crates/made/src/a.rs", "let Some(a) = (b && c)"),
+            [""; 0]
+        );
+        assert_eq!(
+            complaints("crates/made/tests/it/a.rs", "a && let Some(a) = b"),
+            [""; 0]
+        );
+        assert_eq!(
+            complaints("crates/made/src/a/tests.rs", "a && let Some(a) = b"),
+            [""; 0]
+        );
     }
 }

@@ -17,40 +17,180 @@ use uses::{Uses, exports, resolve};
 type Allowed = (&'static str, &'static str, &'static str, &'static str);
 
 const ALLOWED: &[Allowed] = &[
-    ("dropin", "report", "libfabric", "the report at exit collects what each interposer did"),
-    ("dropin", "report", "settings", "settings complain through the report, whose place is a setting"),
-    ("dropin", "report", "space", "the report at exit collects what the watched space counted"),
-    ("dropin", "report", "ucx", "the report at exit collects what each interposer did"),
-    ("dropin", "space", "libfabric", "the space owns the registrations of its interposers"),
-    ("dropin", "space", "ucx", "the space owns the registrations of its interposers"),
-    ("mmu-notifier", "context", "mm", "a context names the space whose callback runs"),
-    ("mmu-notifier", "error", "registration", "a refused release gives the registration back"),
-    ("mmu-notifier", "event", "mm", "an event names the space that it happens in"),
-    ("mmu-notifier", "interval", "mm", "a node owns a handle of its space, which owns the tree"),
+    (
+        "dropin",
+        "report",
+        "libfabric",
+        "the report at exit collects what each interposer did",
+    ),
+    (
+        "dropin",
+        "report",
+        "settings",
+        "settings complain through the report, whose place is a setting",
+    ),
+    (
+        "dropin",
+        "report",
+        "space",
+        "the report at exit collects what the watched space counted",
+    ),
+    (
+        "dropin",
+        "report",
+        "ucx",
+        "the report at exit collects what each interposer did",
+    ),
+    (
+        "dropin",
+        "space",
+        "libfabric",
+        "the space owns the registrations of its interposers",
+    ),
+    (
+        "dropin",
+        "space",
+        "ucx",
+        "the space owns the registrations of its interposers",
+    ),
+    (
+        "mmu-notifier",
+        "context",
+        "mm",
+        "a context names the space whose callback runs",
+    ),
+    (
+        "mmu-notifier",
+        "error",
+        "registration",
+        "a refused release gives the registration back",
+    ),
+    (
+        "mmu-notifier",
+        "event",
+        "mm",
+        "an event names the space that it happens in",
+    ),
+    (
+        "mmu-notifier",
+        "interval",
+        "mm",
+        "a node owns a handle of its space, which owns the tree",
+    ),
     (
         "mmu-notifier",
         "interval/window",
         "interval/node",
         "the tree links the headers of nodes, which remove themselves",
     ),
-    ("mmu-notifier", "lockdep", "mm", "lockdep asks a space for its number"),
-    ("mmu-notifier", "notifier", "mm", "callbacks receive the space, which owns their list"),
-    ("mmu-notifier", "notifier", "secondary", "each trait refuses types that implement the other"),
-    ("mmu-notifier", "owned_guard", "mm", "a guard that outlives a borrow owns a handle of its space"),
-    ("mmu-notifier", "secondary", "mm", "callbacks receive the space, which owns their list"),
-    ("mmu-notifier", "subscriptions", "mm", "a node owns a handle of its space, which owns the list"),
-    ("mmu-notifier", "subscriptions", "registration", "the raw node releases as a registration does"),
-    ("mmu-source", "hook/plan", "hook/switch", "a plan reads the text through the switch that will patch it"),
-    ("mmu-source", "kernel/machine", "kernel/broker", "a machine of a broker's client asks the broker for its twin"),
-    ("mmu-source", "kernel/machine", "kernel/listen", "a machine starts the thread that listens to it"),
-    ("regcache", "lease", "cache", "a lease gives itself back to its cache"),
-    ("regcache-rdma", "odp", "rdma", "both fail with the crate's one error type"),
-    ("srcu", "raw", "grace", "the state of a domain holds that of its grace period"),
-    ("srcu", "raw", "srcu", "a callback's domain is named by its public handle"),
-    ("srcu", "raw/reclaimer", "raw/callback", "a barrier is a callback that the reclaimer is given"),
-    ("srcu", "raw/state", "raw/callback", "the state of a domain owns its queue of callbacks"),
-    ("srcu", "raw/state", "raw/fork", "a new domain makes sure that forks are handled"),
-    ("srcu", "raw/state", "raw/reclaimer", "the state of a domain owns its inbox at the reclaimer"),
+    (
+        "mmu-notifier",
+        "lockdep",
+        "mm",
+        "lockdep asks a space for its number",
+    ),
+    (
+        "mmu-notifier",
+        "notifier",
+        "mm",
+        "callbacks receive the space, which owns their list",
+    ),
+    (
+        "mmu-notifier",
+        "notifier",
+        "secondary",
+        "each trait refuses types that implement the other",
+    ),
+    (
+        "mmu-notifier",
+        "owned_guard",
+        "mm",
+        "a guard that outlives a borrow owns a handle of its space",
+    ),
+    (
+        "mmu-notifier",
+        "secondary",
+        "mm",
+        "callbacks receive the space, which owns their list",
+    ),
+    (
+        "mmu-notifier",
+        "subscriptions",
+        "mm",
+        "a node owns a handle of its space, which owns the list",
+    ),
+    (
+        "mmu-notifier",
+        "subscriptions",
+        "registration",
+        "the raw node releases as a registration does",
+    ),
+    (
+        "mmu-source",
+        "hook/plan",
+        "hook/switch",
+        "a plan reads the text through the switch that will patch it",
+    ),
+    (
+        "mmu-source",
+        "kernel/machine",
+        "kernel/broker",
+        "a machine of a broker's client asks the broker for its twin",
+    ),
+    (
+        "mmu-source",
+        "kernel/machine",
+        "kernel/listen",
+        "a machine starts the thread that listens to it",
+    ),
+    (
+        "regcache",
+        "lease",
+        "cache",
+        "a lease gives itself back to its cache",
+    ),
+    (
+        "regcache-rdma",
+        "odp",
+        "rdma",
+        "both fail with the crate's one error type",
+    ),
+    (
+        "srcu",
+        "raw",
+        "grace",
+        "the state of a domain holds that of its grace period",
+    ),
+    (
+        "srcu",
+        "raw",
+        "srcu",
+        "a callback's domain is named by its public handle",
+    ),
+    (
+        "srcu",
+        "raw/reclaimer",
+        "raw/callback",
+        "a barrier is a callback that the reclaimer is given",
+    ),
+    (
+        "srcu",
+        "raw/state",
+        "raw/callback",
+        "the state of a domain owns its queue of callbacks",
+    ),
+    (
+        "srcu",
+        "raw/state",
+        "raw/fork",
+        "a new domain makes sure that forks are handled",
+    ),
+    (
+        "srcu",
+        "raw/state",
+        "raw/reclaimer",
+        "the state of a domain owns its inbox at the reclaimer",
+    ),
 ];
 
 /// The path of a module in its crate: the root is empty.
@@ -63,8 +203,11 @@ pub(super) fn check(sources: &[(PathBuf, String)], complaints: &mut Vec<String>)
 fn look(sources: &[(PathBuf, String)], allowed: &[Allowed], complaints: &mut Vec<String>) {
     let mut crates: BTreeMap<String, Vec<(Module, syn::File)>> = BTreeMap::new();
     for (path, text) in sources {
-        let Some((name, module)) = place(path) else { continue };
-        let file = syn::parse_file(text).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        let Some((name, module)) = place(path) else {
+            continue;
+        };
+        let file =
+            syn::parse_file(text).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         crates.entry(name).or_default().push((module, file));
     }
     for (name, files) in &crates {
@@ -73,29 +216,50 @@ fn look(sources: &[(PathBuf, String)], allowed: &[Allowed], complaints: &mut Vec
         for (_, from, to, _) in allowed.iter().filter(|(owner, ..)| owner == name) {
             let folder: Module = from.split('/').map(str::to_owned).collect();
             let folder = &folder[..folder.len() - 1];
-            let [from_room, to_room] = [from, to].map(|room| room.rsplit('/').next().unwrap_or(room));
+            let [from_room, to_room] =
+                [from, to].map(|room| room.rsplit('/').next().unwrap_or(room));
             let is_needed = all.get(folder).is_some_and(|graph| {
-                graph.get(from_room).is_some_and(|used| used.contains_key(to_room))
+                graph
+                    .get(from_room)
+                    .is_some_and(|used| used.contains_key(to_room))
                     && way(graph, to_room, from_room).is_some()
             });
             if !is_needed {
-                complaints.push(format!("{name}: {from} -> {to} closes no circle any more: take it off the list"));
-            } else if let Some(used) = graphs.get_mut(folder).and_then(|graph| graph.get_mut(from_room)) {
+                complaints.push(format!(
+                    "{name}: {from} -> {to} closes no circle any more: take it off the list"
+                ));
+            } else if let Some(used) = graphs
+                .get_mut(folder)
+                .and_then(|graph| graph.get_mut(from_room))
+            {
                 used.remove(to_room);
             }
         }
-        for circle in graphs.iter().flat_map(|(folder, graph)| circles_of(folder, graph)) {
+        for circle in graphs
+            .iter()
+            .flat_map(|(folder, graph)| circles_of(folder, graph))
+        {
             let steps: Vec<String> = circle.iter().map(Step::to_string).collect();
-            complaints.push(format!("{name} has a circle of modules: {}", steps.join(", ")));
+            complaints.push(format!(
+                "{name} has a circle of modules: {}",
+                steps.join(", ")
+            ));
         }
     }
 }
 
 /// The crate and the module that a source file of a library or program belongs to.
 fn place(path: &Path) -> Option<(String, Module)> {
-    let mut parts: Vec<String> =
-        path.with_extension("").iter().map(|part| part.to_string_lossy().into_owned()).collect();
-    if parts.len() < 4 || parts[0] != "crates" || parts[2] != "src" || parts.contains(&"tests".into()) {
+    let mut parts: Vec<String> = path
+        .with_extension("")
+        .iter()
+        .map(|part| part.to_string_lossy().into_owned())
+        .collect();
+    if parts.len() < 4
+        || parts[0] != "crates"
+        || parts[2] != "src"
+        || parts.contains(&"tests".into())
+    {
         return None;
     }
     let mut module = parts.split_off(3);
@@ -124,19 +288,32 @@ type Graph = BTreeMap<String, BTreeMap<String, String>>;
 /// The folders of one crate.
 fn graphs(files: &[(Module, syn::File)]) -> BTreeMap<Module, Graph> {
     let modules: BTreeSet<Module> = files.iter().map(|(module, _)| module.clone()).collect();
-    let exports: BTreeMap<Module, BTreeMap<String, Module>> =
-        files.iter().map(|(module, file)| (module.clone(), exports(module, file))).collect();
+    let exports: BTreeMap<Module, BTreeMap<String, Module>> = files
+        .iter()
+        .map(|(module, file)| (module.clone(), exports(module, file)))
+        .collect();
     let mut graphs: BTreeMap<Module, Graph> = BTreeMap::new();
     for (module, file) in files {
-        let mut uses = Uses { module, found: Vec::new() };
+        let mut uses = Uses {
+            module,
+            found: Vec::new(),
+        };
         uses.visit_file(file);
         for path in uses.found {
             let target = resolve(&path, &modules, &exports);
-            let shared = module.iter().zip(&target).take_while(|(mine, theirs)| mine == theirs).count();
+            let shared = module
+                .iter()
+                .zip(&target)
+                .take_while(|(mine, theirs)| mine == theirs)
+                .count();
             if shared < module.len() && shared < target.len() {
                 let graph = graphs.entry(module[..shared].to_vec()).or_default();
                 let item = path.join("::");
-                graph.entry(module[shared].clone()).or_default().entry(target[shared].clone()).or_insert(item);
+                graph
+                    .entry(module[shared].clone())
+                    .or_default()
+                    .entry(target[shared].clone())
+                    .or_insert(item);
             }
         }
     }
@@ -157,11 +334,16 @@ fn circles_of(folder: &[String], graph: &Graph) -> Vec<Vec<Step>> {
         if seen.contains(start.as_str()) {
             continue;
         }
-        let Some(rooms) = way(graph, start, start) else { continue };
+        let Some(rooms) = way(graph, start, start) else {
+            continue;
+        };
         seen.extend(&rooms);
         let full = |room: &str| prefix(folder) + room;
-        let step =
-            |pair: &[&str]| Step { from: full(pair[0]), to: full(pair[1]), item: graph[pair[0]][pair[1]].clone() };
+        let step = |pair: &[&str]| Step {
+            from: full(pair[0]),
+            to: full(pair[1]),
+            item: graph[pair[0]][pair[1]].clone(),
+        };
         found.push(rooms.windows(2).map(step).collect());
     }
     found
@@ -196,15 +378,24 @@ mod tests {
 
     const CIRCLE: [(&str, &str); 5] = [
         ("lib", "mod a; mod b; mod c; pub use c::Third;"),
-        ("a", "use crate::b::Second; #[cfg(test)] mod tests { use crate::c::Third; }"),
+        (
+            "a",
+            "use crate::b::Second; #[cfg(test)] mod tests { use crate::c::Third; }",
+        ),
         ("b", "mod deep; pub(crate) struct Second;"),
-        ("b/deep", "fn f() -> super::super::c::Third { crate::Third }"),
+        (
+            "b/deep",
+            "fn f() -> super::super::c::Third { crate::Third }",
+        ),
         ("c", "use crate::a::First;"),
     ];
 
     fn complaints(files: &[(&str, &str)], allowed: &[Allowed]) -> Vec<String> {
         let path = |file: &str| PathBuf::from(format!("crates/made/src/{file}.rs"));
-        let sources: Vec<_> = files.iter().map(|(file, text)| (path(file), (*text).to_owned())).collect();
+        let sources: Vec<_> = files
+            .iter()
+            .map(|(file, text)| (path(file), (*text).to_owned()))
+            .collect();
         let mut complaints = Vec::new();
         look(&sources, allowed, &mut complaints);
         complaints
@@ -222,13 +413,22 @@ mod tests {
         for left_out in [1, 3, 4] {
             let mut files = CIRCLE;
             files[left_out].1 = "";
-            assert_eq!(complaints(&files, &[]), [""; 0], "without {}", files[left_out].0);
+            assert_eq!(
+                complaints(&files, &[]),
+                [""; 0],
+                "without {}",
+                files[left_out].0
+            );
         }
     }
 
     #[test]
     fn a_use_through_a_re_export_counts_for_the_module_that_has_the_item() {
-        let files = [("lib", "mod a; mod c; pub use c::Third;"), ("a", "use crate::Third;"), ("c", "use crate::a;")];
+        let files = [
+            ("lib", "mod a; mod c; pub use c::Third;"),
+            ("a", "use crate::Third;"),
+            ("c", "use crate::a;"),
+        ];
         assert_eq!(complaints(&files, &[]).len(), 1);
     }
 
@@ -240,7 +440,10 @@ mod tests {
     #[test]
     fn an_allowance_that_allows_nothing_is_complained_of() {
         let stale = "made: a -> c closes no circle any more: take it off the list";
-        assert_eq!(complaints(&CIRCLE, &[("made", "b", "c", ""), ("made", "a", "c", "")]), [stale]);
+        assert_eq!(
+            complaints(&CIRCLE, &[("made", "b", "c", ""), ("made", "a", "c", "")]),
+            [stale]
+        );
         let open = [("lib", "mod a; mod c;"), ("a", "use crate::c;"), ("c", "")];
         assert_eq!(complaints(&open, &[("made", "a", "c", "")]), [stale]);
     }

@@ -8,7 +8,10 @@ use testkit::{Cap, require};
 
 fn list(name: &str) -> BTreeSet<String> {
     let text = fs::read_to_string(root().join("abi").join(name)).expect("the list is there");
-    text.lines().filter(|line| !line.is_empty() && !line.starts_with('#')).map(str::to_owned).collect()
+    text.lines()
+        .filter(|line| !line.is_empty() && !line.starts_with('#'))
+        .map(str::to_owned)
+        .collect()
 }
 
 #[test]
@@ -17,10 +20,24 @@ fn the_symbols_are_those_of_the_list() {
         return;
     }
     let library = libraries().join("libmmun.so");
-    let output = succeed(Command::new("nm").args(["-D", "--defined-only"]).arg(&library));
-    let found: BTreeSet<String> = output.lines().filter_map(|line| line.split(' ').nth(2).map(str::to_owned)).collect();
-    let found: BTreeSet<String> = found.into_iter().filter(|symbol| symbol != "MMUN_0").collect();
-    assert_eq!(found, list("symbols.txt"), "abi/symbols.txt is what programs were linked with: only add to it");
+    let output = succeed(
+        Command::new("nm")
+            .args(["-D", "--defined-only"])
+            .arg(&library),
+    );
+    let found: BTreeSet<String> = output
+        .lines()
+        .filter_map(|line| line.split(' ').nth(2).map(str::to_owned))
+        .collect();
+    let found: BTreeSet<String> = found
+        .into_iter()
+        .filter(|symbol| symbol != "MMUN_0")
+        .collect();
+    assert_eq!(
+        found,
+        list("symbols.txt"),
+        "abi/symbols.txt is what programs were linked with: only add to it"
+    );
     let dynamic = succeed(Command::new("readelf").arg("-d").arg(&library));
     assert!(dynamic.contains("[libmmun.so.0]"), "{dynamic}");
 }
@@ -29,15 +46,20 @@ fn the_symbols_are_those_of_the_list() {
 #[test]
 fn sizes_and_offsets_are_those_of_the_list() {
     let list = list("layout.txt");
-    let mut program =
-        String::from("#include <mmun/mmu_notifier.h>\n#include <mmun/mmun.h>\n#include <stdio.h>\nint main(void) {\n");
+    let mut program = String::from(
+        "#include <mmun/mmu_notifier.h>\n#include <mmun/mmun.h>\n#include <stdio.h>\nint main(void) {\n",
+    );
     for line in &list {
         let words: Vec<&str> = line.split(' ').collect();
         match words[..] {
-            ["size", name, _] => program += &format!("printf(\"size {name} %zu\\n\", sizeof(struct {name}));\n"),
+            ["size", name, _] => {
+                program += &format!("printf(\"size {name} %zu\\n\", sizeof(struct {name}));\n")
+            }
             [field, _] => {
                 let (name, field) = field.split_once('.').expect("STRUCT.FIELD");
-                program += &format!("printf(\"{name}.{field} %zu\\n\", offsetof(struct {name}, {field}));\n");
+                program += &format!(
+                    "printf(\"{name}.{field} %zu\\n\", offsetof(struct {name}, {field}));\n"
+                );
             }
             _ => panic!("abi/layout.txt: {line}"),
         }
@@ -46,7 +68,10 @@ fn sizes_and_offsets_are_those_of_the_list() {
     let source = scratch("programs").join("layout.c");
     fs::write(&source, program).expect("a file below target");
     if let Some(program) = compile("layout", "gcc", &["-std=c11"], &[source]) {
-        let found: BTreeSet<String> = succeed(&mut Command::new(program)).lines().map(str::to_owned).collect();
+        let found: BTreeSet<String> = succeed(&mut Command::new(program))
+            .lines()
+            .map(str::to_owned)
+            .collect();
         assert_eq!(found, list, "the header is not what abi/layout.txt says");
     }
 }

@@ -8,21 +8,36 @@ use testkit::{Cap, require};
 /// Runs an example; it may say that the machine lacks a source, which the tests of the sources say,
 /// too.
 fn run(command: &mut Command) {
-    let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
-    let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let output = command
+        .output()
+        .unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    let (stdout, stderr) = (
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+    );
     if output.status.code() == Some(77) && stderr.contains("SKIP ") {
-        let name = std::thread::current().name().unwrap_or("an example").to_owned();
+        let name = std::thread::current()
+            .name()
+            .unwrap_or("an example")
+            .to_owned();
         println!("SKIP {name}: {}", stderr.trim().trim_start_matches("SKIP "));
         return;
     }
-    assert!(output.status.success(), "{command:?}: {}\n{stdout}\n{stderr}", output.status);
+    assert!(
+        output.status.success(),
+        "{command:?}: {}\n{stdout}\n{stderr}",
+        output.status
+    );
 }
 
 fn example(name: &str, compiler: &'static str, standard: &str) {
     let sources: Vec<PathBuf> = vec![root().join("examples").join(name)];
-    if let Some(program) =
-        compile(&format!("example-{name}"), compiler, &[&[standard, "-O2"], STRICT].concat(), &sources)
-    {
+    if let Some(program) = compile(
+        &format!("example-{name}"),
+        compiler,
+        &[&[standard, "-O2"], STRICT].concat(),
+        &sources,
+    ) {
         run(&mut Command::new(program));
     }
 }
@@ -50,7 +65,9 @@ fn handles_of_cpp() {
 #[test]
 fn a_stale_hit_in_python() {
     if require(Cap::Program("python3")) {
-        run(Command::new("python3").arg(root().join("examples/stale.py")).arg(libraries().join("libmmun.so")));
+        run(Command::new("python3")
+            .arg(root().join("examples/stale.py"))
+            .arg(libraries().join("libmmun.so")));
     }
 }
 
@@ -58,12 +75,19 @@ fn a_stale_hit_in_python() {
 #[test]
 fn the_first_program() {
     let readme = std::fs::read_to_string(root().join("README.md")).expect("it is there");
-    let program = readme.split("```c\n").nth(1).and_then(|rest| rest.split("```").next()).expect("a program in C");
+    let program = readme
+        .split("```c\n")
+        .nth(1)
+        .and_then(|rest| rest.split("```").next())
+        .expect("a program in C");
     let source = scratch("programs").join("first.c");
     std::fs::write(&source, program).expect("a file below target");
     if let Some(program) = compile("first", "gcc", &[&["-std=c99"], STRICT].concat(), &[source]) {
         let output = Command::new(program).output().expect("it runs");
         let stderr = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success() || stderr.contains(" lacks "), "{stderr}");
+        assert!(
+            output.status.success() || stderr.contains(" lacks "),
+            "{stderr}"
+        );
     }
 }

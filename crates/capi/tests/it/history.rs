@@ -4,7 +4,8 @@
 //! written down on both sides. `HISTORY_SEED` repeats a run that failed.
 
 use mmu_notifier::{
-    Event, GetError, InvalidateRange, Mm, MmWithUser, Notifier, Subscription, Subsystem, Va, VaRange, WouldBlock,
+    Event, GetError, InvalidateRange, Mm, MmWithUser, Notifier, Subscription, Subsystem, Va,
+    VaRange, WouldBlock,
 };
 use std::cell::RefCell;
 use std::convert::Infallible;
@@ -69,7 +70,10 @@ fn in_c(call: Call) {
 
 unsafe extern "C" fn alloc<const KEY: usize>(_: *mut mmun::MmStruct) -> Notice {
     in_c(Call::Alloc(KEY));
-    Box::into_raw(Box::new(Object::<KEY> { notifier: MaybeUninit::zeroed() })).cast()
+    Box::into_raw(Box::new(Object::<KEY> {
+        notifier: MaybeUninit::zeroed(),
+    }))
+    .cast()
 }
 
 unsafe extern "C" fn free<const KEY: usize>(notifier: Notice) {
@@ -82,8 +86,18 @@ unsafe extern "C" fn start<const KEY: usize>(_: Notice, range: *const Range) -> 
     // SAFETY: The library gives a range.
     let range = unsafe { &*range };
     let blocks = range.flags & 1 != 0;
-    in_c(Call::Start(KEY, range.start, range.end, range.event, blocks));
-    if !blocks && REFUSES[KEY].load(Ordering::Relaxed) { -libc::EAGAIN } else { 0 }
+    in_c(Call::Start(
+        KEY,
+        range.start,
+        range.end,
+        range.event,
+        blocks,
+    ));
+    if !blocks && REFUSES[KEY].load(Ordering::Relaxed) {
+        -libc::EAGAIN
+    } else {
+        0
+    }
 }
 
 unsafe extern "C" fn end<const KEY: usize>(_: Notice, range: *const Range) {
@@ -137,17 +151,37 @@ impl Notifier for Probe {
 
     fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
         let (start, last) = (range.range().start().get(), range.range().last().get());
-        in_rust(Call::Start(self.0, start, last + 1, code(range.event()), true));
+        in_rust(Call::Start(
+            self.0,
+            start,
+            last + 1,
+            code(range.event()),
+            true,
+        ));
     }
 
     fn try_invalidate_range_start(&self, range: &InvalidateRange<'_>) -> Result<(), WouldBlock> {
         let (start, last) = (range.range().start().get(), range.range().last().get());
-        in_rust(Call::Start(self.0, start, last + 1, code(range.event()), false));
-        if REFUSES[self.0].load(Ordering::Relaxed) { Err(WouldBlock) } else { Ok(()) }
+        in_rust(Call::Start(
+            self.0,
+            start,
+            last + 1,
+            code(range.event()),
+            false,
+        ));
+        if REFUSES[self.0].load(Ordering::Relaxed) {
+            Err(WouldBlock)
+        } else {
+            Ok(())
+        }
     }
 
     fn invalidate_range_end(&self, range: &InvalidateRange<'_>) {
-        in_rust(Call::End(self.0, range.range().start().get(), range.range().last().get() + 1));
+        in_rust(Call::End(
+            self.0,
+            range.range().start().get(),
+            range.range().last().get() + 1,
+        ));
     }
 }
 
@@ -198,7 +232,11 @@ fn history(seed: u64) {
                 // SAFETY: The table is static and the address space has a user.
                 let got = unsafe { mmun::mmun_get(ops(key), mm_c) };
                 let error = got.addr() as i64;
-                let in_c = if (-4095..0).contains(&error) { error } else { 0 };
+                let in_c = if (-4095..0).contains(&error) {
+                    error
+                } else {
+                    0
+                };
                 if in_c == 0 {
                     held_c[key].push(got);
                 }
@@ -232,7 +270,15 @@ fn history(seed: u64) {
                 let blocks = random.below(2) == 0;
                 let (mm, flags, event_c) = (mm_c, blocks.into(), number);
                 let owner = ptr::null_mut();
-                let mut range = Box::new(Range { mm, start, end, flags, event: event_c, owner, private: [0; 18] });
+                let mut range = Box::new(Range {
+                    mm,
+                    start,
+                    end,
+                    flags,
+                    event: event_c,
+                    owner,
+                    private: [0; 18],
+                });
                 let place = ptr::from_mut(&mut *range).cast();
                 let pages = VaRange::new(Va::new(start), Va::new(end)).expect("whole pages");
                 if blocks {
@@ -245,7 +291,14 @@ fn history(seed: u64) {
                     // SAFETY: As above.
                     let in_c = unsafe { mmun::mmun_invalidate_range_start_nonblock(place) };
                     let in_rust = mm_rust.try_invalidate(pages, event);
-                    let result = (in_c.into(), if in_rust.is_ok() { 0 } else { i64::from(-libc::EAGAIN) });
+                    let result = (
+                        in_c.into(),
+                        if in_rust.is_ok() {
+                            0
+                        } else {
+                            i64::from(-libc::EAGAIN)
+                        },
+                    );
                     if in_c == 0 {
                         open_c.push(range);
                     }
@@ -264,8 +317,11 @@ fn history(seed: u64) {
             _ if open_c.is_empty() => {
                 // SAFETY: None.
                 unsafe { mmun::mmun_synchronize() };
-                subsystems.iter().for_each(|subsystem| subsystem.synchronize().expect("outside of callbacks"));
-                let freed = |side: usize| (FREED[side].load(Ordering::Relaxed) - freed_before[side]) as i64;
+                subsystems
+                    .iter()
+                    .for_each(|subsystem| subsystem.synchronize().expect("outside of callbacks"));
+                let freed =
+                    |side: usize| (FREED[side].load(Ordering::Relaxed) - freed_before[side]) as i64;
                 (freed(0), freed(1))
             }
             _ => {
@@ -273,9 +329,18 @@ fn history(seed: u64) {
                 (0, 0)
             }
         };
-        assert_eq!(result.0, result.1, "seed {seed}, step {step}, operation {what} on {key}");
-        let calls = (IN_C.with_borrow_mut(std::mem::take), IN_RUST.with_borrow_mut(std::mem::take));
-        assert_eq!(calls.0, calls.1, "seed {seed}, step {step}, operation {what} on {key}");
+        assert_eq!(
+            result.0, result.1,
+            "seed {seed}, step {step}, operation {what} on {key}"
+        );
+        let calls = (
+            IN_C.with_borrow_mut(std::mem::take),
+            IN_RUST.with_borrow_mut(std::mem::take),
+        );
+        assert_eq!(
+            calls.0, calls.1,
+            "seed {seed}, step {step}, operation {what} on {key}"
+        );
     }
     while let Some(mut range) = open_c.pop() {
         // SAFETY: It was started.
@@ -290,7 +355,11 @@ fn history(seed: u64) {
     unsafe { mmun::mmun_mmput(mm_c) };
     let kept: Mm = (*mm_rust).clone();
     drop(mm_rust);
-    assert_eq!(IN_C.with_borrow_mut(std::mem::take), IN_RUST.with_borrow_mut(std::mem::take), "seed {seed}, exit");
+    assert_eq!(
+        IN_C.with_borrow_mut(std::mem::take),
+        IN_RUST.with_borrow_mut(std::mem::take),
+        "seed {seed}, exit"
+    );
     for held in held_c.iter_mut().flat_map(|held| held.drain(..)) {
         // SAFETY: It was got and not put.
         unsafe { mmun::mmun_put(held) };
@@ -298,7 +367,9 @@ fn history(seed: u64) {
     held_rust.iter_mut().for_each(Vec::clear);
     // SAFETY: None.
     unsafe { mmun::mmun_synchronize() };
-    subsystems.iter().for_each(|subsystem| subsystem.synchronize().expect("outside of callbacks"));
+    subsystems
+        .iter()
+        .for_each(|subsystem| subsystem.synchronize().expect("outside of callbacks"));
     let freed = [0, 1].map(|side: usize| FREED[side].load(Ordering::Relaxed) - freed_before[side]);
     assert_eq!(freed[0], freed[1], "seed {seed}, frees");
     // SAFETY: It was grabbed above.
@@ -308,7 +379,10 @@ fn history(seed: u64) {
 
 #[test]
 fn c_and_rust_do_the_same() {
-    if let Some(seed) = std::env::var("HISTORY_SEED").ok().and_then(|seed| seed.parse().ok()) {
+    if let Some(seed) = std::env::var("HISTORY_SEED")
+        .ok()
+        .and_then(|seed| seed.parse().ok())
+    {
         return history(seed);
     }
     (1..400).for_each(|number: u64| history(number.wrapping_mul(0x9e37_79b9_7f4a_7c15)));

@@ -7,7 +7,14 @@ use testkit::{Cap, has_optional_program, require};
 const FLAGS: &[&str] = &["-std=gnu11", "-g", "-Wall", "-Wextra", "-Werror"];
 
 fn run(name: &str, flags: &[&str], source: &str, wrapper: &[&str]) {
-    let Some(program) = compile(name, "gcc", &[FLAGS, flags].concat(), &sources("tests/c/mmun")) else { return };
+    let Some(program) = compile(
+        name,
+        "gcc",
+        &[FLAGS, flags].concat(),
+        &sources("tests/c/mmun"),
+    ) else {
+        return;
+    };
     let mut command = match wrapper {
         [] => Command::new(program),
         [first, rest @ ..] => {
@@ -17,7 +24,10 @@ fn run(name: &str, flags: &[&str], source: &str, wrapper: &[&str]) {
         }
     };
     let output = succeed(command.arg(source));
-    let passed = output.lines().filter(|line| line.starts_with("ok ")).count();
+    let passed = output
+        .lines()
+        .filter(|line| line.starts_with("ok "))
+        .count();
     assert_eq!(passed, 18, "{output}");
 }
 
@@ -41,13 +51,28 @@ fn over_the_kernel() {
 
 #[test]
 fn under_the_address_sanitizer() {
-    run("mmun-asan", &["-fsanitize=address,undefined", "-fno-sanitize-recover", "-fno-sanitize=alignment"], "own", &[]);
+    run(
+        "mmun-asan",
+        &[
+            "-fsanitize=address,undefined",
+            "-fno-sanitize-recover",
+            "-fno-sanitize=alignment",
+        ],
+        "own",
+        &[],
+    );
 }
 
 #[test]
 fn under_valgrind() {
     if has_optional_program("valgrind") {
-        let valgrind = ["valgrind", "-q", "--fair-sched=yes", "--error-exitcode=9", "--leak-check=no"];
+        let valgrind = [
+            "valgrind",
+            "-q",
+            "--fair-sched=yes",
+            "--error-exitcode=9",
+            "--leak-check=no",
+        ];
         run("mmun-valgrind", &[], "own", &valgrind);
     }
 }
@@ -55,7 +80,9 @@ fn under_valgrind() {
 /// What the headers allow in a signal handler: `mmun_watch_valid`.
 #[test]
 fn a_signal_handler_may_ask_a_watch() {
-    let Some(program) = compile("signals", "gcc", FLAGS, &sources("tests/c/signals")) else { return };
+    let Some(program) = compile("signals", "gcc", FLAGS, &sources("tests/c/signals")) else {
+        return;
+    };
     let asked = |source: &str| {
         let output = succeed(Command::new(&program).args([source, "100"]));
         assert_eq!(output, "ok 100 signals\n", "{source}");
@@ -71,6 +98,8 @@ fn a_signal_handler_may_ask_a_watch() {
 /// For a second; a minute under the thread sanitizer is run by hand.
 #[test]
 fn thirty_two_threads() {
-    let Some(program) = compile("threads", "gcc", FLAGS, &sources("tests/c/threads")) else { return };
+    let Some(program) = compile("threads", "gcc", FLAGS, &sources("tests/c/threads")) else {
+        return;
+    };
     assert!(succeed(Command::new(program).arg("1000")).ends_with("ok\n"));
 }

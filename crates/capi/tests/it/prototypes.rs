@@ -46,20 +46,30 @@ fn in_c(file: &str, rust: &str) -> String {
 
 /// The functions of a file, as name and prototype.
 fn prototypes(file: &str, text: &str) -> Vec<(String, String)> {
-    let text = text.split("#[cfg(test)]").next().expect("a text has a first part");
+    let text = text
+        .split("#[cfg(test)]")
+        .next()
+        .expect("a text has a first part");
     let mut found = Vec::new();
     for at in text.match_indices("    fn mmun_").map(|(at, _)| at) {
         let signature = &text[at + "    fn ".len()..];
         let (name, rest) = signature.split_once('(').expect("arguments");
         let (arguments, rest) = rest.split_once(')').expect("the end of the arguments");
         let (result, _) = rest.split_once('{').expect("a body");
-        let result = result.trim().strip_prefix("-> ").map_or("void".to_owned(), |result| in_c(file, result.trim()));
+        let result = result
+            .trim()
+            .strip_prefix("-> ")
+            .map_or("void".to_owned(), |result| in_c(file, result.trim()));
         let arguments: Vec<String> = arguments
             .split(',')
             .filter_map(|argument| argument.split_once(": "))
             .map(|(_, rust)| in_c(file, rust.trim()))
             .collect();
-        let arguments = if arguments.is_empty() { "void".to_owned() } else { arguments.join(", ") };
+        let arguments = if arguments.is_empty() {
+            "void".to_owned()
+        } else {
+            arguments.join(", ")
+        };
         found.push((name.to_owned(), format!("{result} {name}({arguments});\n")));
     }
     found
@@ -71,20 +81,39 @@ fn the_headers_declare_what_the_library_defines() {
     for entry in fs::read_dir(root().join("src")).expect("the sources are there") {
         let entry = entry.expect("a readable entry");
         let file = entry.file_name().into_string().expect("ASCII");
-        functions.extend(prototypes(&file, &fs::read_to_string(entry.path()).expect("UTF-8")));
+        functions.extend(prototypes(
+            &file,
+            &fs::read_to_string(entry.path()).expect("UTF-8"),
+        ));
     }
     let symbols = fs::read_to_string(root().join("abi/symbols.txt")).expect("the list is there");
-    let symbols: BTreeSet<&str> = symbols.lines().filter_map(|line| line.strip_suffix("@@MMUN_0")).collect();
-    assert_eq!(functions.iter().map(|(name, _)| name.as_str()).collect::<BTreeSet<_>>(), symbols);
+    let symbols: BTreeSet<&str> = symbols
+        .lines()
+        .filter_map(|line| line.strip_suffix("@@MMUN_0"))
+        .collect();
+    assert_eq!(
+        functions
+            .iter()
+            .map(|(name, _)| name.as_str())
+            .collect::<BTreeSet<_>>(),
+        symbols
+    );
 
     let mut program = String::from("#include <mmun/mmu_notifier.h>\n#include <mmun/mmun.h>\n");
     // A header that lacks one does not declare it here.
     for (number, (name, _)) in functions.iter().enumerate() {
         program += &format!("__typeof__({name}) *use_{number};\n");
     }
-    functions.iter().for_each(|(_, prototype)| program += prototype);
+    functions
+        .iter()
+        .for_each(|(_, prototype)| program += prototype);
     program += "int main(void) { return 0; }\n";
     let source = scratch("programs").join("prototypes.c");
     fs::write(&source, program).expect("a file below target");
-    compile("prototypes", "gcc", &[&["-std=c11"], STRICT].concat(), &[source]);
+    compile(
+        "prototypes",
+        "gcc",
+        &[&["-std=c11"], STRICT].concat(),
+        &[source],
+    );
 }

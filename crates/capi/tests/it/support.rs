@@ -13,7 +13,10 @@ pub(crate) fn root() -> &'static Path {
 /// The folder with the library under the two names by which it is linked and loaded.
 pub(crate) fn libraries() -> PathBuf {
     let test = env::current_exe().expect("this program has a path");
-    let library = test.parent().expect("it lies in a folder").join("libmmun.so");
+    let library = test
+        .parent()
+        .expect("it lies in a folder")
+        .join("libmmun.so");
     let folder = scratch("lib");
     for name in ["libmmun.so", "libmmun.so.0"] {
         // Of its own name each time, then moved: several tests may do this at once.
@@ -36,7 +39,12 @@ pub(crate) fn scratch(name: &str) -> PathBuf {
 pub(crate) const STRICT: &[&str] = &["-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Werror"];
 
 /// Compiles and links a program, or says why that cannot be done here.
-pub(crate) fn compile(name: &str, compiler: &'static str, flags: &[&str], sources: &[PathBuf]) -> Option<PathBuf> {
+pub(crate) fn compile(
+    name: &str,
+    compiler: &'static str,
+    flags: &[&str],
+    sources: &[PathBuf],
+) -> Option<PathBuf> {
     if !require(Cap::Program(compiler)) {
         return None;
     }
@@ -54,16 +62,32 @@ pub(crate) fn compile(name: &str, compiler: &'static str, flags: &[&str], source
         .args(["-lmmun", "-lpthread"])
         .output()
         .expect("the compiler runs");
-    assert!(output.status.success(), "{name} does not compile:\n{}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{name} does not compile:\n{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     Some(program)
 }
 
 /// Runs a command that must succeed, and returns what it printed.
 pub(crate) fn succeed(command: &mut Command) -> String {
-    let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
-    let Output { status, stdout, stderr } = output;
-    let (stdout, stderr) = (String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr));
-    assert!(status.success(), "{command:?}: {status}\n{stdout}\n{stderr}");
+    let output = command
+        .output()
+        .unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    let Output {
+        status,
+        stdout,
+        stderr,
+    } = output;
+    let (stdout, stderr) = (
+        String::from_utf8_lossy(&stdout),
+        String::from_utf8_lossy(&stderr),
+    );
+    assert!(
+        status.success(),
+        "{command:?}: {status}\n{stdout}\n{stderr}"
+    );
     stdout.into_owned()
 }
 
@@ -71,5 +95,7 @@ pub(crate) fn succeed(command: &mut Command) -> String {
 pub(crate) fn sources(folder: &str) -> Vec<PathBuf> {
     let entries = fs::read_dir(root().join(folder)).expect("the folder is there");
     let paths = entries.map(|entry| entry.expect("a readable entry").path());
-    paths.filter(|path| path.extension().is_some_and(|extension| extension == "c")).collect()
+    paths
+        .filter(|path| path.extension().is_some_and(|extension| extension == "c"))
+        .collect()
 }

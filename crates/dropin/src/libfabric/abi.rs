@@ -33,8 +33,15 @@ pub(crate) type Close = unsafe extern "C" fn(*mut Fid) -> c_int;
 pub(crate) type Bind = unsafe extern "C" fn(*mut Fid, *mut Fid, u64) -> c_int;
 
 /// `fi_open`.
-pub(crate) type FiOpen =
-    unsafe extern "C" fn(u32, *const c_char, *mut c_void, usize, u64, *mut *mut Fid, *mut c_void) -> c_int;
+pub(crate) type FiOpen = unsafe extern "C" fn(
+    u32,
+    *const c_char,
+    *mut c_void,
+    usize,
+    u64,
+    *mut *mut Fid,
+    *mut c_void,
+) -> c_int;
 
 /// `struct fid_mem_monitor`.
 #[derive(Debug)]

@@ -10,7 +10,10 @@
 //! ([`Ranges`](crate::ranges::Ranges)), and `notify`, which takes the caches' lock, is called by a
 //! thread of our own that holds nothing ([`Reaper`](super::Reaper)).
 
-#![allow(unsafe_code, reason = "a structure that libfabric fills in; see the crate's Safety section")]
+#![allow(
+    unsafe_code,
+    reason = "a structure that libfabric fills in; see the crate's Safety section"
+)]
 
 use super::abi::{CLASS_MEM_MONITOR, Fid, MemMonitor, MonitorOps};
 use crate::counts::{self, Change};
@@ -21,7 +24,14 @@ use std::cell::UnsafeCell;
 use std::ffi::{c_int, c_void};
 use std::ptr;
 
-static OPS: MonitorOps = MonitorOps { size: size_of::<MonitorOps>(), start, stop, subscribe, unsubscribe, valid };
+static OPS: MonitorOps = MonitorOps {
+    size: size_of::<MonitorOps>(),
+    start,
+    stop,
+    subscribe,
+    unsubscribe,
+    valid,
+};
 
 /// What is shared. libfabric writes its own fields once, at the import.
 struct Shared(UnsafeCell<MemMonitor>);
@@ -31,7 +41,11 @@ struct Shared(UnsafeCell<MemMonitor>);
 unsafe impl Sync for Shared {}
 
 static MONITOR: Shared = Shared(UnsafeCell::new(MemMonitor {
-    fid: Fid { class: CLASS_MEM_MONITOR, context: ptr::null_mut(), ops: ptr::null_mut() },
+    fid: Fid {
+        class: CLASS_MEM_MONITOR,
+        context: ptr::null_mut(),
+        ops: ptr::null_mut(),
+    },
     export_ops: &raw const OPS,
     import_ops: ptr::null(),
 }));
@@ -50,16 +64,28 @@ pub(super) fn notify(start: u64, len: u64) {
     // starts.
     let import = unsafe { (*monitor()).import_ops };
     // SAFETY: libfabric sets it to a static table of its own, and is pinned.
-    let Some(import) = (unsafe { import.as_ref() }) else { return };
+    let Some(import) = (unsafe { import.as_ref() }) else {
+        return;
+    };
     // SAFETY: the type of `notify` in `rdma/fi_ext.h`; no lock of libfabric's is held by this
     // thread.
-    unsafe { (import.notify)(monitor(), ptr::without_provenance(start as usize), len as usize) };
+    unsafe {
+        (import.notify)(
+            monitor(),
+            ptr::without_provenance(start as usize),
+            len as usize,
+        )
+    };
 }
 
 /// The first cache of a kind. An error leaves it without one: slower, never stale.
 extern "C" fn start(_: *mut MemMonitor) -> c_int {
     counts::STARTS.add(1);
-    if is_ready(space::current_or_made()) { 0 } else { -libc::ENOSYS }
+    if is_ready(space::current_or_made()) {
+        0
+    } else {
+        -libc::ENOSYS
+    }
 }
 
 /// Whether ranges of `space` are watched from now on.
@@ -89,7 +115,14 @@ extern "C" fn subscribe(_: *mut MemMonitor, address: *const c_void, len: usize) 
     // is none.
     space.ranges.subscribe(start, len, watch.unwrap_or(None));
     if refused {
-        space.ranges.give_up(start, len, Change { event: "no watch could be had", range: VaRange::ALL });
+        space.ranges.give_up(
+            start,
+            len,
+            Change {
+                event: "no watch could be had",
+                range: VaRange::ALL,
+            },
+        );
         space.reaper.wake();
     }
     0
@@ -105,7 +138,10 @@ extern "C" fn unsubscribe(_: *mut MemMonitor, address: *const c_void, len: usize
 extern "C" fn valid(_: *mut MemMonitor, address: *const c_void, len: usize) -> bool {
     counts::HITS.add_one_under_lock();
     let (start, len) = (address.addr() as u64, len as u64);
-    let unknown = Change { event: "fork", range: VaRange::ALL };
+    let unknown = Change {
+        event: "fork",
+        range: VaRange::ALL,
+    };
     let verdict = match space::current() {
         // Nothing has changed in any range, and nothing is left to be told: five loads.
         Some(space) if space.is_settled() && space.ranges.is_clean() => Verdict::Valid,

@@ -33,7 +33,10 @@ static EXITING: AtomicBool = AtomicBool::new(false);
 
 impl Reaper {
     pub(crate) const fn new() -> Reaper {
-        Reaper { word: AtomicU32::new(IDLE), is_started: AtomicBool::new(false) }
+        Reaper {
+            word: AtomicU32::new(IDLE),
+            is_started: AtomicBool::new(false),
+        }
     }
 
     /// Starts the thread, once. False if there can be none.
@@ -55,7 +58,12 @@ impl Reaper {
         if self.word.swap(ASKED, Ordering::AcqRel) == ASLEEP {
             // SAFETY: a futex call on a live word; `FUTEX_WAKE` reads no more of it.
             unsafe {
-                libc::syscall(libc::SYS_futex, &raw const self.word, libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG, 1)
+                libc::syscall(
+                    libc::SYS_futex,
+                    &raw const self.word,
+                    libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG,
+                    1,
+                )
             };
         }
     }
@@ -80,7 +88,11 @@ impl Reaper {
     /// Sleeps until it is asked.
     fn sleep(&self) {
         // Relaxed: the swap in `serve` takes what was marked.
-        if self.word.compare_exchange(IDLE, ASLEEP, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
+        if self
+            .word
+            .compare_exchange(IDLE, ASLEEP, Ordering::Relaxed, Ordering::Relaxed)
+            .is_ok()
+        {
             let none = ptr::null::<libc::timespec>();
             // SAFETY: a futex call on a live word, without a timeout. It returns at once if the
             // word has changed.

@@ -4,7 +4,10 @@ use super::*;
 use mmu_notifier::Va;
 
 fn change(start: u64, len: u64) -> Change {
-    Change { event: "unmap", range: covering(start, len).expect("a range") }
+    Change {
+        event: "unmap",
+        range: covering(start, len).expect("a range"),
+    }
 }
 
 fn is_stale(ranges: &Ranges, start: u64, len: u64) -> bool {
@@ -14,19 +17,31 @@ fn is_stale(ranges: &Ranges, start: u64, len: u64) -> bool {
 #[test]
 fn a_change_makes_stale_what_it_meets_and_nothing_else() {
     let ranges = Ranges::new();
-    let keys = [(0x1000, 0x1000), (0x1000, 0x10_0000), (0x2000, 1), (0x5fff, 2), (0x8000, 0x1000)];
+    let keys = [
+        (0x1000, 0x1000),
+        (0x1000, 0x10_0000),
+        (0x2000, 1),
+        (0x5fff, 2),
+        (0x8000, 0x1000),
+    ];
     for (start, len) in keys {
         ranges.subscribe(start, len, None);
     }
     assert!(ranges.is_clean());
     assert!(ranges.changed(change(0x6000, 0x1000)));
-    let stale: Vec<bool> = keys.iter().map(|(start, len)| is_stale(&ranges, *start, *len)).collect();
+    let stale: Vec<bool> = keys
+        .iter()
+        .map(|(start, len)| is_stale(&ranges, *start, *len))
+        .collect();
     assert_eq!(stale, [false, true, false, true, false]);
     assert!(!ranges.is_clean());
     ranges.unsubscribe(0x1000, 0x10_0000);
     ranges.unsubscribe(0x5fff, 2);
     assert!(ranges.is_clean(), "nothing stale is left");
-    assert!(!ranges.changed(change(0x6000, 0x1000)), "nothing is watched there");
+    assert!(
+        !ranges.changed(change(0x6000, 0x1000)),
+        "nothing is watched there"
+    );
 }
 
 #[test]
@@ -38,7 +53,10 @@ fn equal_ranges_are_counted() {
     ranges.changed(change(0x1000, 1));
     assert!(is_stale(&ranges, 0x1000, 8));
     ranges.unsubscribe(0x1000, 8);
-    assert_eq!((ranges.look(0x1000, 8), ranges.is_clean()), (Verdict::Unknown, true));
+    assert_eq!(
+        (ranges.look(0x1000, 8), ranges.is_clean()),
+        (Verdict::Unknown, true)
+    );
     // What this process never subscribed.
     ranges.unsubscribe(0x1000, 8);
 }
@@ -56,7 +74,11 @@ fn a_callback_that_finds_the_table_locked_leaves_a_note() {
     assert!(!ranges.is_clean());
     assert!(is_stale(&ranges, far + (5 << 21), 8));
     assert!(!is_stale(&ranges, 0x1000, 8), "another granule");
-    assert_eq!(ranges.pending.load(Ordering::Relaxed), 0, "the note was entered");
+    assert_eq!(
+        ranges.pending.load(Ordering::Relaxed),
+        0,
+        "the note was entered"
+    );
     assert_eq!(ranges.dirty.load(Ordering::Relaxed), 1);
 }
 
@@ -64,7 +86,11 @@ fn a_callback_that_finds_the_table_locked_leaves_a_note() {
 fn a_note_of_everything_is_everything() {
     assert_eq!(granules(VaRange::ALL), u64::MAX);
     assert_eq!(granules(covering(0, 1).unwrap()), 1);
-    assert_eq!(granules(covering((63 << 21) + 4096, 1 << 21).unwrap()), 1 << 63 | 1, "it goes round");
+    assert_eq!(
+        granules(covering((63 << 21) + 4096, 1 << 21).unwrap()),
+        1 << 63 | 1,
+        "it goes round"
+    );
     assert_eq!(granules(covering(0, 63 << 21).unwrap()), u64::MAX >> 1);
 }
 
@@ -73,17 +99,28 @@ fn a_note_of_everything_is_everything() {
 fn the_table_agrees_with_a_plain_list() {
     let spots: Vec<(u64, u64)> = [0x1000, 0x1800, 0x2000, 0x3000, 0xf000, 0x1_0000]
         .iter()
-        .flat_map(|start| [1, 0x800, 0x1000, 0x1001, 0x4000, 0xf000, 0x8000_0000].map(|len| (*start, len)))
+        .flat_map(|start| {
+            [1, 0x800, 0x1000, 0x1001, 0x4000, 0xf000, 0x8000_0000].map(|len| (*start, len))
+        })
         .collect();
     for (start, len) in &spots {
         let ranges = Ranges::new();
-        spots.iter().for_each(|(start, len)| ranges.subscribe(*start, *len, None));
+        spots
+            .iter()
+            .for_each(|(start, len)| ranges.subscribe(*start, *len, None));
         let change = change(*start, *len);
         ranges.changed(change);
         for (at, long) in &spots {
-            let (from, to) = (change.range.start(), change.range.end().expect("below the end"));
+            let (from, to) = (
+                change.range.start(),
+                change.range.end().expect("below the end"),
+            );
             let meets = Va::new(*at) < to && Va::new(at + long) > from;
-            assert_eq!(is_stale(&ranges, *at, *long), meets, "{at:#x}+{long:#x} after {change:?}");
+            assert_eq!(
+                is_stale(&ranges, *at, *long),
+                meets,
+                "{at:#x}+{long:#x} after {change:?}"
+            );
         }
     }
 }
@@ -101,7 +138,10 @@ fn no_change_is_lost_between_threads() {
                     let start = (thread << 21) + ((round % 300) << 12);
                     ranges.subscribe(start, 4096, None);
                     ranges.changed(change(start, 4096));
-                    assert!(matches!(ranges.look(start, 4096), Verdict::Stale(_)), "round {round}");
+                    assert!(
+                        matches!(ranges.look(start, 4096), Verdict::Stale(_)),
+                        "round {round}"
+                    );
                     ranges.unsubscribe(start, 4096);
                 }
             });

@@ -35,9 +35,20 @@ fn program(cache: Cache) -> Option<PathBuf> {
         Cache::Ucx => build("gcc", "cache.c", "ucx", &["-DWITH_UCX", "-lucs", "-lucm"]),
         Cache::Libfabric => {
             let archive = "/usr/lib/x86_64-linux-gnu/libfabric.a";
-            let needs = ["-l:libpsm_infinipath.so.1", "-l:libpsm2.so.2", "-lrdmacm", "-libverbs", "-lefa", "-latomic"];
+            let needs = [
+                "-l:libpsm_infinipath.so.1",
+                "-l:libpsm2.so.2",
+                "-lrdmacm",
+                "-libverbs",
+                "-lefa",
+                "-latomic",
+            ];
             // Its own functions are found by the library as those of a shared one would be.
-            let flags: Vec<&str> = ["-rdynamic", archive].into_iter().chain(needs).chain(["-ldl"]).collect();
+            let flags: Vec<&str> = ["-rdynamic", archive]
+                .into_iter()
+                .chain(needs)
+                .chain(["-ldl"])
+                .collect();
             assert!(Path::new(archive).exists(), "fi_info without libfabric-dev");
             build("gcc", "cache.c", "libfabric", &flags)
         }
@@ -53,13 +64,21 @@ fn run(program: &Path, words: &[&str], source: Option<&str>) -> String {
     }
     let output = output(command);
     let out = text(&output.stdout);
-    assert!(output.status.success(), "{words:?} {source:?}: {:?} {out}{}", output.status, text(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{words:?} {source:?}: {:?} {out}{}",
+        output.status,
+        text(&output.stderr)
+    );
     out
 }
 
 /// The number before "stale of".
 fn stale(out: &str) -> usize {
-    let line = out.lines().find(|line| line.contains(" stale of ")).expect("the last line");
+    let line = out
+        .lines()
+        .find(|line| line.contains(" stale of "))
+        .expect("the last line");
     line.split(' ').next().unwrap().parse().unwrap()
 }
 
@@ -70,12 +89,17 @@ fn has_kernel() -> bool {
 #[test]
 fn nothing_is_stale_with_both_and_much_without() {
     for cache in ALL {
-        let Some(program) = program(cache) else { continue };
+        let Some(program) = program(cache) else {
+            continue;
+        };
         let shipped = stale(&run(&program, &["stale"], None));
         // The control: else the transfer does not show what is stale.
         assert!(shipped >= 7, "{cache:?}: {shipped}");
         let hook = stale(&run(&program, &["stale"], Some("hook")));
-        assert!(hook < shipped, "{cache:?}: {hook} with hook, {shipped} without");
+        assert!(
+            hook < shipped,
+            "{cache:?}: {hook} with hook, {shipped} without"
+        );
         if has_kernel() {
             let out = run(&program, &["stale"], Some("both"));
             assert_eq!(stale(&out), 0, "{cache:?}: {out}");
@@ -86,9 +110,15 @@ fn nothing_is_stale_with_both_and_much_without() {
 #[test]
 fn a_program_that_closes_all_descriptors_is_served_on() {
     for cache in ALL {
-        let Some(program) = program(cache) else { continue };
+        let Some(program) = program(cache) else {
+            continue;
+        };
         if has_kernel() {
-            assert_eq!(stale(&run(&program, &["close"], Some("both"))), 0, "{cache:?}");
+            assert_eq!(
+                stale(&run(&program, &["close"], Some("both"))),
+                0,
+                "{cache:?}"
+            );
         }
     }
 }
@@ -96,10 +126,16 @@ fn a_program_that_closes_all_descriptors_is_served_on() {
 #[test]
 fn a_child_registers_anew_and_its_parent_goes_on() {
     for cache in ALL {
-        let Some(program) = program(cache) else { continue };
+        let Some(program) = program(cache) else {
+            continue;
+        };
         for source in ["hook", "auto"] {
             let out = run(&program, &["fork"], Some(source));
-            assert_eq!(out.matches(" right").count(), 2, "{cache:?} {source}: {out}");
+            assert_eq!(
+                out.matches(" right").count(),
+                2,
+                "{cache:?} {source}: {out}"
+            );
         }
     }
 }
@@ -107,7 +143,9 @@ fn a_child_registers_anew_and_its_parent_goes_on() {
 #[test]
 fn caches_start_and_stop_while_others_map_and_unmap() {
     for cache in ALL {
-        let Some(program) = program(cache) else { continue };
+        let Some(program) = program(cache) else {
+            continue;
+        };
         for source in ["hook", "auto"] {
             for _ in 0..runs() {
                 run(&program, &["cycles", "20"], Some(source));
@@ -118,25 +156,42 @@ fn caches_start_and_stop_while_others_map_and_unmap() {
 
 /// How often what may crash by chance is run; `MMUN_RUNS` says more.
 fn runs() -> u32 {
-    std::env::var("MMUN_RUNS").ok().and_then(|runs| runs.parse().ok()).unwrap_or(3)
+    std::env::var("MMUN_RUNS")
+        .ok()
+        .and_then(|runs| runs.parse().ok())
+        .unwrap_or(3)
 }
 
 #[test]
 fn allocators_that_are_not_libcs_are_watched_too() {
-    for name in ["libjemalloc.so.2", "libtcmalloc_minimal.so.4", "libmimalloc.so.2.0"] {
+    for name in [
+        "libjemalloc.so.2",
+        "libtcmalloc_minimal.so.4",
+        "libmimalloc.so.2.0",
+    ] {
         let file = Path::new("/usr/lib/x86_64-linux-gnu").join(name);
         if !file.exists() {
             println!("SKIP {name}: it is not installed");
             continue;
         }
         for cache in ALL {
-            let Some(program) = program(cache) else { continue };
+            let Some(program) = program(cache) else {
+                continue;
+            };
             let mut command = Command::new(&program);
             command.arg("stale").env("MMUN", "auto");
-            command.env("LD_PRELOAD", format!("{}:{}", library().display(), file.display()));
+            command.env(
+                "LD_PRELOAD",
+                format!("{}:{}", library().display(), file.display()),
+            );
             let output = output(command);
             let out = text(&output.stdout);
-            assert!(output.status.success(), "{cache:?} {name}: {:?} {out}{}", output.status, text(&output.stderr));
+            assert!(
+                output.status.success(),
+                "{cache:?} {name}: {:?} {out}{}",
+                output.status,
+                text(&output.stderr)
+            );
             if has_kernel() {
                 assert_eq!(stale(&out), 0, "{cache:?} {name}: {out}");
             }
@@ -147,30 +202,58 @@ fn allocators_that_are_not_libcs_are_watched_too() {
 #[test]
 fn a_process_that_would_miss_changes_is_refused_when_that_is_asked_for() {
     for cache in ALL {
-        let Some(program) = program(cache) else { continue };
+        let Some(program) = program(cache) else {
+            continue;
+        };
         let mut command = Command::new(&program);
-        command.arg("fork").env("LD_PRELOAD", library()).env("MMUN", "hook").env("MMUN_STRICT", "1");
+        command
+            .arg("fork")
+            .env("LD_PRELOAD", library())
+            .env("MMUN", "hook")
+            .env("MMUN_STRICT", "1");
         let output = output(command);
         let error = text(&output.stderr);
         assert_eq!(output.status.code(), Some(125), "{cache:?}: {error}");
         assert_eq!(error.lines().count(), 1, "{error}");
-        assert!(error.starts_with("mmun: MMUN_STRICT=1 and the sources miss changes: kernel: "), "{error}");
+        assert!(
+            error.starts_with("mmun: MMUN_STRICT=1 and the sources miss changes: kernel: "),
+            "{error}"
+        );
     }
 }
 
 #[test]
 fn the_report_names_the_registration_that_was_refused() {
-    let Some(program) = program(Cache::Libfabric) else { return };
+    let Some(program) = program(Cache::Libfabric) else {
+        return;
+    };
     if !has_kernel() {
         return;
     }
     let mut command = Command::new(&program);
-    command.arg("fork").env("LD_PRELOAD", library()).env("MMUN", "both").env("MMUN_REPORT", "-");
+    command
+        .arg("fork")
+        .env("LD_PRELOAD", library())
+        .env("MMUN", "both")
+        .env("MMUN_REPORT", "-");
     let report = text(&output(command).stderr);
-    for line in
-        ["libfabric watched", "hook      in use", "kernel    in use", "watched   3 registrations", "refused   0x"]
-    {
-        assert!(report.lines().any(|known| known.trim_start().starts_with(line)), "{line}: {report}");
+    for line in [
+        "libfabric watched",
+        "hook      in use",
+        "kernel    in use",
+        "watched   3 registrations",
+        "refused   0x",
+    ] {
+        assert!(
+            report
+                .lines()
+                .any(|known| known.trim_start().starts_with(line)),
+            "{line}: {report}"
+        );
     }
-    assert_eq!(report.matches("mmun: process ").count(), 1, "the child ended without exit: {report}");
+    assert_eq!(
+        report.matches("mmun: process ").count(),
+        1,
+        "the child ended without exit: {report}"
+    );
 }

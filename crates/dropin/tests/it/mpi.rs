@@ -17,14 +17,22 @@ fn exchange(mut command: Command, program: &Path, uses: &[&str]) {
     assert!(output.status.success(), "{out}{error}");
     assert!(out.contains(" 0 bytes wrong"), "{out}{error}");
     for word in uses {
-        assert_eq!(error.matches(word).count(), 2, "one report for each rank: {word}: {error}");
+        assert_eq!(
+            error.matches(word).count(),
+            2,
+            "one report for each rank: {word}: {error}"
+        );
     }
 }
 
 fn open_mpi(options: &[&str], source: &str, uses: &[&str]) {
-    let Some(program) = build("mpicc.openmpi", "exchange.c", "mpi", &[]) else { return };
+    let Some(program) = build("mpicc.openmpi", "exchange.c", "mpi", &[]) else {
+        return;
+    };
     let mut command = preloaded("mpirun.openmpi", source);
-    command.args(["--oversubscribe", "--allow-run-as-root"]).args(options);
+    command
+        .args(["--oversubscribe", "--allow-run-as-root"])
+        .args(options);
     exchange(command, &program, uses);
 }
 
@@ -35,33 +43,63 @@ fn open_mpi_over_its_own_transport() {
 
 #[test]
 fn open_mpi_over_ucx() {
-    let options = ["--mca", "pml", "ucx", "--mca", "pml_ucx_tls", "any", "--mca", "pml_ucx_devices", "any"];
+    let options = [
+        "--mca",
+        "pml",
+        "ucx",
+        "--mca",
+        "pml_ucx_tls",
+        "any",
+        "--mca",
+        "pml_ucx_devices",
+        "any",
+    ];
     open_mpi(&options, "hook", &[]);
 }
 
 #[test]
 fn open_mpi_over_libfabric() {
-    open_mpi(&["--mca", "pml", "cm", "--mca", "mtl", "ofi"], "hook", &["libfabric"]);
+    open_mpi(
+        &["--mca", "pml", "cm", "--mca", "mtl", "ofi"],
+        "hook",
+        &["libfabric"],
+    );
 }
 
 #[test]
 fn mpich() {
     for source in ["hook", "auto"] {
-        let Some(program) = build("mpicc.mpich", "exchange.c", "mpi", &[]) else { return };
-        exchange(preloaded("mpirun.mpich", source), &program, &["told of changes"]);
+        let Some(program) = build("mpicc.mpich", "exchange.c", "mpi", &[]) else {
+            return;
+        };
+        exchange(
+            preloaded("mpirun.mpich", source),
+            &program,
+            &["told of changes"],
+        );
     }
 }
 
 #[test]
 fn a_program_in_python_that_loads_it_locally() {
-    let needs = [Cap::Program("mpirun.openmpi"), Cap::PythonModule("mpi4py"), Cap::PythonModule("numpy")];
+    let needs = [
+        Cap::Program("mpirun.openmpi"),
+        Cap::PythonModule("mpi4py"),
+        Cap::PythonModule("numpy"),
+    ];
     if !needs.into_iter().all(require) {
         return;
     }
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/programs/exchange.py");
     let mut command = preloaded("mpirun.openmpi", "auto");
-    command.args(["--oversubscribe", "--allow-run-as-root", "-n", "2", PYTHON]).arg(script).arg(seconds());
+    command
+        .args(["--oversubscribe", "--allow-run-as-root", "-n", "2", PYTHON])
+        .arg(script)
+        .arg(seconds());
     let output = output(command);
     let (out, error) = (text(&output.stdout), text(&output.stderr));
-    assert!(output.status.success() && out.contains(" 0 bytes wrong"), "{out}{error}");
+    assert!(
+        output.status.success() && out.contains(" 0 bytes wrong"),
+        "{out}{error}"
+    );
 }

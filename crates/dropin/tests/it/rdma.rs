@@ -16,9 +16,14 @@ const ROUNDS: &str = "26";
 fn wrong_bytes(options: &[&str], source: Option<&str>) -> Option<(u64, String)> {
     let program = build("mpicc.openmpi", "exchange.c", "mpi", &[])?;
     let mut command = Command::new("mpirun.openmpi");
-    command.args(["--oversubscribe", "--allow-run-as-root", "-n", "2"]).args(options);
+    command
+        .args(["--oversubscribe", "--allow-run-as-root", "-n", "2"])
+        .args(options);
     if let Some(source) = source {
-        let (preload, source) = (format!("LD_PRELOAD={}", library().display()), format!("MMUN={source}"));
+        let (preload, source) = (
+            format!("LD_PRELOAD={}", library().display()),
+            format!("MMUN={source}"),
+        );
         command.args(["-x", &preload, "-x", &source, "-x", "MMUN_REPORT=-"]);
     }
     command.arg(program).args(["0", ROUNDS]);
@@ -26,8 +31,14 @@ fn wrong_bytes(options: &[&str], source: Option<&str>) -> Option<(u64, String)> 
     let (out, error) = (text(&output.stdout), text(&output.stderr));
     println!("{}: {}", source.unwrap_or("as shipped"), out.trim());
     let words: Vec<&str> = out.split_whitespace().collect();
-    let wrong = words.windows(2).find(|pair| pair[1] == "bytes").and_then(|pair| pair[0].parse().ok());
-    Some((wrong.unwrap_or_else(|| panic!("{}: {out}{error}", output.status)), error))
+    let wrong = words
+        .windows(2)
+        .find(|pair| pair[1] == "bytes")
+        .and_then(|pair| pair[0].parse().ok());
+    Some((
+        wrong.unwrap_or_else(|| panic!("{}: {out}{error}", output.status)),
+        error,
+    ))
 }
 
 #[test]
@@ -36,11 +47,33 @@ fn open_mpi_over_libfabric_and_verbs() {
         return;
     }
     // Libfabric wants room for 256 peers in a queue, which is more than a card in software has.
-    let options = ["--mca", "pml", "cm", "--mca", "mtl", "ofi", "-x", "FI_UNIVERSE_SIZE=2"];
-    let options = [&options[..], &["--mca", "mtl_ofi_provider_include", "verbs;ofi_rxm"]].concat();
-    let Some((shipped, _)) = wrong_bytes(&options, None) else { return };
+    let options = [
+        "--mca",
+        "pml",
+        "cm",
+        "--mca",
+        "mtl",
+        "ofi",
+        "-x",
+        "FI_UNIVERSE_SIZE=2",
+    ];
+    let options = [
+        &options[..],
+        &["--mca", "mtl_ofi_provider_include", "verbs;ofi_rxm"],
+    ]
+    .concat();
+    let Some((shipped, _)) = wrong_bytes(&options, None) else {
+        return;
+    };
     let (mended, report) = wrong_bytes(&options, Some("both")).expect("it was built");
     assert_eq!(mended, 0, "{report}");
-    assert_eq!(report.matches("libfabric").count(), 2, "one report for each rank: {report}");
-    assert!(shipped > 0, "as shipped, nothing was wrong: so the above shows nothing");
+    assert_eq!(
+        report.matches("libfabric").count(),
+        2,
+        "one report for each rank: {report}"
+    );
+    assert!(
+        shipped > 0,
+        "as shipped, nothing was wrong: so the above shows nothing"
+    );
 }

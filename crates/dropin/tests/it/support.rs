@@ -11,39 +11,69 @@ use testkit::{Cap, require};
 pub(crate) fn library() -> PathBuf {
     let own = std::env::current_exe().unwrap();
     let library = own.parent().unwrap().join("libmmun_dropin.so");
-    assert!(library.exists(), "{} was built with the tests", library.display());
+    assert!(
+        library.exists(),
+        "{} was built with the tests",
+        library.display()
+    );
     library
 }
 
 /// A program of `tests/it/programs`, built by `compiler` with `flags`. `None`, with the reason
 /// printed, if that is not installed.
-pub(crate) fn build(compiler: &'static str, source: &str, variant: &str, flags: &[&str]) -> Option<PathBuf> {
+pub(crate) fn build(
+    compiler: &'static str,
+    source: &str,
+    variant: &str,
+    flags: &[&str],
+) -> Option<PathBuf> {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     if !require(Cap::Program(compiler)) {
         return None;
     }
     let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/programs").join(source);
-    let name = format!("{}-{compiler}-{variant}-{}", source.file_stem().unwrap().to_string_lossy(), std::process::id());
+    let source = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/it/programs")
+        .join(source);
+    let name = format!(
+        "{}-{compiler}-{variant}-{}",
+        source.file_stem().unwrap().to_string_lossy(),
+        std::process::id()
+    );
     let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
     if program.exists() {
         return Some(program);
     }
     let mut command = Command::new(compiler);
     command
-        .args(["-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function", "-pthread", "-o"])
+        .args([
+            "-O1",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-Wno-unused-function",
+            "-pthread",
+            "-o",
+        ])
         .arg(&program)
         .arg(&source)
         .args(flags);
     let output = command.output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     Some(program)
 }
 
 /// `program` with the library in it.
 pub(crate) fn preloaded(program: impl AsRef<std::ffi::OsStr>, source: &str) -> Command {
     let mut command = Command::new(program);
-    command.env("LD_PRELOAD", library()).env("MMUN", source).env("MMUN_REPORT", "-");
+    command
+        .env("LD_PRELOAD", library())
+        .env("MMUN", source)
+        .env("MMUN_REPORT", "-");
     command
 }
 
@@ -51,7 +81,10 @@ pub(crate) fn preloaded(program: impl AsRef<std::ffi::OsStr>, source: &str) -> C
 pub(crate) fn output(mut command: Command) -> Output {
     let (sender, receiver) = mpsc::channel();
     std::thread::spawn(move || sender.send(command.output()));
-    receiver.recv_timeout(Duration::from_secs(120)).expect("it hangs").unwrap()
+    receiver
+        .recv_timeout(Duration::from_secs(120))
+        .expect("it hangs")
+        .unwrap()
 }
 
 pub(crate) fn text(bytes: &[u8]) -> String {

@@ -39,7 +39,12 @@ impl Finish {
     ///
     /// It is [`FnMut`], since calling an `FnOnce` frees what it owns at the end of the call.
     pub fn new(run: impl FnMut() + Send + 'static) -> Self {
-        Self(Box::new(Pass { head: srcu::Head::new(), next: None, mm: None, run: Box::new(run) }))
+        Self(Box::new(Pass {
+            head: srcu::Head::new(),
+            next: None,
+            mm: None,
+            run: Box::new(run),
+        }))
     }
 
     /// Runs it, and queues its free.
@@ -67,7 +72,11 @@ impl Finish {
 unsafe fn free(head: NonNull<srcu::Head>) {
     let pass: NonNull<Pass> = head.cast();
     // SAFETY: A reference needs a live pass: this is what frees it.
-    if unsafe { pass.as_ref() }.mm.as_ref().is_some_and(Mm::is_inherited) {
+    if unsafe { pass.as_ref() }
+        .mm
+        .as_ref()
+        .is_some_and(Mm::is_inherited)
+    {
         // Queued before a fork, and this is the child: what the closure keeps is the parent's.
         return;
     }

@@ -40,11 +40,21 @@ pub(super) struct Node<L> {
 
 /// The state's lock and callback, without the state's type.
 pub(super) trait Callback {
-    fn invalidate(&self, node: &Header, seq: u64, range: &InvalidateRange<'_>) -> Result<Option<Finish>, WouldBlock>;
+    fn invalidate(
+        &self,
+        node: &Header,
+        seq: u64,
+        range: &InvalidateRange<'_>,
+    ) -> Result<Option<Finish>, WouldBlock>;
 }
 
 impl<S: IntervalOps> Callback for Mutex<S> {
-    fn invalidate(&self, node: &Header, seq: u64, range: &InvalidateRange<'_>) -> Result<Option<Finish>, WouldBlock> {
+    fn invalidate(
+        &self,
+        node: &Header,
+        seq: u64,
+        range: &InvalidateRange<'_>,
+    ) -> Result<Option<Finish>, WouldBlock> {
         let mut state = match range.blocking {
             Blocking::Allowed => crate::sync::lock(self),
             Blocking::Forbidden => match self.try_lock() {
@@ -137,7 +147,10 @@ impl<L: Callback + 'static> Node<L> {
                 intervals.wait_past(seq);
                 // Fails if the sequence changed before the deferred changes were made. The check is
                 // cheap, and without it that failure would be a use after free.
-                assert!(!self.header.is_in_tree(), "the window closed and the interval is still in the tree");
+                assert!(
+                    !self.header.is_in_tree(),
+                    "the window closed and the interval is still in the tree"
+                );
                 true
             }
         }
@@ -161,14 +174,20 @@ impl Header {
     }
 
     /// Calls the interval's callback. A panic in it is counted, and the call counts as done.
-    pub(super) fn invalidate(&self, seq: u64, range: &InvalidateRange<'_>) -> Result<Option<Finish>, WouldBlock> {
+    pub(super) fn invalidate(
+        &self,
+        seq: u64,
+        range: &InvalidateRange<'_>,
+    ) -> Result<Option<Finish>, WouldBlock> {
         // SAFETY: The pointee must be alive and not mutably borrowed: it is a part of the same node
         // (invariant), and a lock.
         let state = unsafe { self.state.as_ref() };
-        catch_unwind(AssertUnwindSafe(|| state.invalidate(self, seq, range))).unwrap_or_else(|panic| {
-            range.mm.count_panic(panic);
-            Ok(None)
-        })
+        catch_unwind(AssertUnwindSafe(|| state.invalidate(self, seq, range))).unwrap_or_else(
+            |panic| {
+                range.mm.count_panic(panic);
+                Ok(None)
+            },
+        )
     }
 
     /// Tells whether the node is in the tree. The caller holds the lock.
@@ -218,7 +237,8 @@ impl Header {
         while let Some(node) = unsafe { at.as_ref() } {
             at = node.deferred_next.load(Ordering::Relaxed);
             if ptr::eq(at, self) {
-                node.deferred_next.store(self.take_deferred(), Ordering::Relaxed);
+                node.deferred_next
+                    .store(self.take_deferred(), Ordering::Relaxed);
             }
         }
         front

@@ -28,7 +28,12 @@ pub trait RawIntervalOps: Send + Sync + 'static {
 struct State<T>(T);
 
 impl<T: RawIntervalOps> Callback for State<T> {
-    fn invalidate(&self, _: &Header, seq: u64, range: &InvalidateRange<'_>) -> Result<Option<Finish>, WouldBlock> {
+    fn invalidate(
+        &self,
+        _: &Header,
+        seq: u64,
+        range: &InvalidateRange<'_>,
+    ) -> Result<Option<Finish>, WouldBlock> {
         self.0.invalidate(range, seq).map(|()| None)
     }
 }
@@ -55,7 +60,12 @@ impl<T: RawIntervalOps> Interval<T> {
     /// # Source
     /// `mmu_interval_notifier_insert`, Linux 5.5.
     #[cfg_attr(debug_assertions, track_caller)]
-    pub unsafe fn insert(place: NonNull<Self>, mm: &MmWithUser, range: VaRange, ops: T) -> Result<(), WouldDeadlock> {
+    pub unsafe fn insert(
+        place: NonNull<Self>,
+        mm: &MmWithUser,
+        range: VaRange,
+        ops: T,
+    ) -> Result<(), WouldDeadlock> {
         mm.intervals().enable(mm)?;
         // SAFETY: The caller's duty is passed on.
         unsafe { Self::insert_enabled(place, mm, range, ops) };
@@ -166,6 +176,8 @@ impl<T: RawIntervalOps> Interval<T> {
 
 impl<T> fmt::Debug for Interval<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Interval").field("mm", &self.0.mm).finish_non_exhaustive()
+        f.debug_struct("Interval")
+            .field("mm", &self.0.mm)
+            .finish_non_exhaustive()
     }
 }

@@ -65,7 +65,11 @@ const ENTRY: &str = "there is an entry below the length";
 
 impl<T> Tree<T> {
     pub(super) const fn new() -> Self {
-        Self { root: None, height: 0, spares: Spares::new() }
+        Self {
+            root: None,
+            height: 0,
+            spares: Spares::new(),
+        }
     }
 
     /// Returns the root, for a walk during which no thread changes the tree.
@@ -75,7 +79,9 @@ impl<T> Tree<T> {
 
     /// Returns how many spare nodes the insert of this interval needs.
     pub(super) fn need(&self, range: VaRange, interval: NonNull<T>) -> usize {
-        let full = self.root().map_or(0, |root| root.full_towards((range.start().get(), interval)));
+        let full = self
+            .root()
+            .map_or(0, |root| root.full_towards((range.start().get(), interval)));
         // If the root splits, it gets a parent. The first interval gets a leaf.
         if full == self.height { full + 1 } else { full }
     }
@@ -129,14 +135,20 @@ impl<T> Tree<T> {
     /// # Panics
     /// If it is not in the tree.
     pub(super) fn remove(&mut self, range: VaRange, interval: NonNull<T>) {
-        let root = self.root.as_mut().expect("an empty tree has nothing to remove");
+        let root = self
+            .root
+            .as_mut()
+            .expect("an empty tree has nothing to remove");
         root.remove((range.start().get(), interval), &mut self.spares);
         if root.len == 0 {
             self.spares.give(self.root.take().expect("it has a root"));
             self.height = 0;
         }
         while let Some(only) = self.root.as_mut().and_then(|root| root.take_only_child()) {
-            self.spares.give(mem::replace(self.root.as_mut().expect("it has a root"), only));
+            self.spares.give(mem::replace(
+                self.root.as_mut().expect("it has a root"),
+                only,
+            ));
             self.height -= 1;
         }
     }
@@ -156,7 +168,9 @@ impl<T> Node<T> {
 
     /// Tells whether any interval below meets `range`.
     pub(super) fn meets(&self, range: VaRange) -> bool {
-        let Some(nearest) = self.begin_by(range.last().get()).checked_sub(1) else { return false };
+        let Some(nearest) = self.begin_by(range.last().get()).checked_sub(1) else {
+            return false;
+        };
         let reaches = |last: &u64| *last >= range.start().get();
         if reaches(&self.last[nearest]) {
             match &self.entries {
@@ -188,10 +202,14 @@ impl<T> Node<T> {
             Entries::Intervals(intervals) => {
                 // Prefetch the lines of all of them now. Otherwise each callback would wait for its
                 // own.
-                meeting.clone().for_each(|at| fetch(intervals[at].expect(ENTRY).as_ptr(), 128));
+                meeting
+                    .clone()
+                    .for_each(|at| fetch(intervals[at].expect(ENTRY).as_ptr(), 128));
                 meeting.all(|at| visit(intervals[at].expect(ENTRY)))
             }
-            Entries::Children(children) => meeting.all(|at| children[at].as_ref().expect(ENTRY).visit(range, visit)),
+            Entries::Children(children) => {
+                meeting.all(|at| children[at].as_ref().expect(ENTRY).visit(range, visit))
+            }
         }
     }
 
@@ -223,14 +241,19 @@ impl<T> Node<T> {
         let (mut node, mut full) = (self, 0);
         loop {
             full = if node.len == FANOUT { full + 1 } else { 0 };
-            let Entries::Children(children) = &node.entries else { return full };
+            let Entries::Children(children) = &node.entries else {
+                return full;
+            };
             node = children[node.towards(key)].as_ref().expect(ENTRY);
         }
     }
 
     /// Returns the least first and the greatest last address.
     fn hull(&self) -> (u64, u64) {
-        (self.first[0], self.last[..self.len].iter().copied().fold(0, u64::max))
+        (
+            self.first[0],
+            self.last[..self.len].iter().copied().fold(0, u64::max),
+        )
     }
 
     /// Returns where the last interval begins.
@@ -244,13 +267,22 @@ impl<T> Node<T> {
 
     /// Adds an interval. Splits at an edge if the interval begins before or after all others. If
     /// the node was split, returns its new successor.
-    fn insert(&mut self, key: Key<T>, last: u64, edge: bool, spares: &mut Spares<T>) -> Option<Box<Self>> {
+    fn insert(
+        &mut self,
+        key: Key<T>,
+        last: u64,
+        edge: bool,
+        spares: &mut Spares<T>,
+    ) -> Option<Box<Self>> {
         let rank = self.rank(key);
         let Entries::Children(children) = &mut self.entries else {
             return self.put(rank, (key.0, last), Entry::Interval(key.1), edge, spares);
         };
         let at = rank.saturating_sub(1);
-        let right = children[at].as_mut().expect(ENTRY).insert(key, last, edge, spares);
+        let right = children[at]
+            .as_mut()
+            .expect(ENTRY)
+            .insert(key, last, edge, spares);
         self.sum_up(at);
         right.and_then(|right| self.put(at + 1, right.hull(), Entry::Child(right), edge, spares))
     }
@@ -259,7 +291,11 @@ impl<T> Node<T> {
     fn remove(&mut self, key: Key<T>, spares: &mut Spares<T>) {
         let at = self.towards(key);
         let Entries::Children(children) = &mut self.entries else {
-            assert_eq!(self.head(at), key.1, "an interval that is removed is in the tree");
+            assert_eq!(
+                self.head(at),
+                key.1,
+                "an interval that is removed is in the tree"
+            );
             return self.close_interval(at);
         };
         let child = children[at].as_mut().expect(ENTRY);
@@ -276,8 +312,12 @@ impl<T> Node<T> {
 
     /// Merges two neighbours if the result has room; tells whether it did.
     fn merge(&mut self, at: usize, spares: &mut Spares<T>) -> bool {
-        let Entries::Children(children) = &mut self.entries else { return false };
-        let Some([Some(left), Some(right)]) = children.get_mut(at..at + 2) else { return false };
+        let Entries::Children(children) = &mut self.entries else {
+            return false;
+        };
+        let Some([Some(left), Some(right)]) = children.get_mut(at..at + 2) else {
+            return false;
+        };
         if left.len + right.len > MERGED {
             return false;
         }
@@ -357,7 +397,9 @@ impl<T> Node<T> {
     /// Removes a child from an inner node.
     fn close_child(&mut self, at: usize) -> Box<Self> {
         self.close(at);
-        let Entries::Children(children) = &mut self.entries else { unreachable!("a leaf has no children") };
+        let Entries::Children(children) = &mut self.entries else {
+            unreachable!("a leaf has no children")
+        };
         children[at..=self.len].rotate_left(1);
         children[self.len].take().expect(ENTRY)
     }
@@ -376,8 +418,12 @@ impl<T> Node<T> {
         to.first[there.clone()].swap_with_slice(&mut self.first[here.clone()]);
         to.last[there.clone()].swap_with_slice(&mut self.last[here.clone()]);
         match (&mut self.entries, &mut to.entries) {
-            (Entries::Intervals(from), Entries::Intervals(to)) => to[there.clone()].swap_with_slice(&mut from[here]),
-            (Entries::Children(from), Entries::Children(to)) => to[there.clone()].swap_with_slice(&mut from[here]),
+            (Entries::Intervals(from), Entries::Intervals(to)) => {
+                to[there.clone()].swap_with_slice(&mut from[here])
+            }
+            (Entries::Children(from), Entries::Children(to)) => {
+                to[there.clone()].swap_with_slice(&mut from[here])
+            }
             _ => unreachable!("neighbours are of one kind"),
         }
         (self.len, to.len) = (from, there.end);
@@ -402,7 +448,10 @@ pub(super) struct Spares<T> {
 
 impl<T> Spares<T> {
     pub(super) const fn new() -> Self {
-        Self { front: None, len: 0 }
+        Self {
+            front: None,
+            len: 0,
+        }
     }
 
     /// Allocates this many nodes.
@@ -410,7 +459,12 @@ impl<T> Spares<T> {
         let mut spares = Self::new();
         for _ in 0..count {
             let entries = Entries::Intervals([None; FANOUT]);
-            spares.give(Box::new(Node { len: 0, first: [u64::MAX; FANOUT], last: [0; FANOUT], entries }));
+            spares.give(Box::new(Node {
+                len: 0,
+                first: [u64::MAX; FANOUT],
+                last: [0; FANOUT],
+                entries,
+            }));
         }
         spares
     }
@@ -435,8 +489,13 @@ impl<T> Spares<T> {
     /// # Panics
     /// If there is none.
     fn take(&mut self) -> Box<Node<T>> {
-        let mut node = self.front.take().expect("the spare nodes were counted before");
-        let Entries::Children(children) = &mut node.entries else { unreachable!("a spare node may have children") };
+        let mut node = self
+            .front
+            .take()
+            .expect("the spare nodes were counted before");
+        let Entries::Children(children) = &mut node.entries else {
+            unreachable!("a spare node may have children")
+        };
         self.front = children[0].take();
         self.len -= 1;
         node

@@ -97,14 +97,22 @@ impl State {
     /// Returns how many more spare nodes an insert of `node` needs, or one more deferred insert.
     fn lack(&self, node: &Header) -> usize {
         let each = self.itree.need_each();
-        let need = if self.is_full() { (self.deferred_inserts + 1) * each } else { node.need(&self.itree) };
+        let need = if self.is_full() {
+            (self.deferred_inserts + 1) * each
+        } else {
+            node.need(&self.itree)
+        };
         need.saturating_sub(self.itree.spares.len())
     }
 
     /// Takes the spare nodes that no pending insert needs. The caller frees them without the lock.
     fn surplus(&mut self) -> Spares<Header> {
         // Deferred inserts exist only while the tree is frozen, and they need the spare nodes.
-        if self.deferred_inserts == 0 { self.itree.spares.take_all() } else { Spares::new() }
+        if self.deferred_inserts == 0 {
+            self.itree.spares.take_all()
+        } else {
+            Spares::new()
+        }
     }
 }
 
@@ -195,7 +203,12 @@ impl Intervals {
         let (seq, root) = {
             let mut state = self.lock();
             state.active_invalidate_ranges += 1;
-            let Some(root) = state.itree.root().filter(|root| root.meets(range.range)).map(NonNull::from) else {
+            let Some(root) = state
+                .itree
+                .root()
+                .filter(|root| root.meets(range.range))
+                .map(NonNull::from)
+            else {
                 return Ok(Window(()));
             };
             state.invalidate_seq |= 1;
@@ -343,7 +356,10 @@ impl Intervals {
         let mut state = self.lock();
         state.waiters += 1;
         while state.invalidate_seq == seq {
-            state = self.thawed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self
+                .thawed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
         }
         state.waiters -= 1;
     }
@@ -369,7 +385,12 @@ mod tests {
     }
 
     fn insert(mm: &MmWithUser, page: u64) -> IntervalNotifier<Quiet> {
-        IntervalNotifier::insert(mm, VaRange::covering(Va::new(page << 12), 1).unwrap(), Quiet).unwrap()
+        IntervalNotifier::insert(
+            mm,
+            VaRange::covering(Va::new(page << 12), 1).unwrap(),
+            Quiet,
+        )
+        .unwrap()
     }
 
     #[test]
@@ -379,8 +400,15 @@ mod tests {
         let bracket = mm.invalidate(VaRange::ALL, Event::Clear);
         let deferred = [insert(&mm, 2), insert(&mm, 3)];
         let spares = || mm.intervals().lock().itree.spares.len();
-        assert!(spares() != 0, "what they will need was made when they were inserted");
-        assert!(deferred.into_iter().all(|interval| interval.remove().is_ok()));
+        assert!(
+            spares() != 0,
+            "what they will need was made when they were inserted"
+        );
+        assert!(
+            deferred
+                .into_iter()
+                .all(|interval| interval.remove().is_ok())
+        );
         assert_eq!((spares(), mm.intervals().lock().deferred_inserts), (0, 0));
         drop(bracket);
     }

@@ -14,7 +14,9 @@ impl Watched {
         let mut merged: Vec<VaRange> = Vec::with_capacity(sorted.len());
         for range in sorted {
             match merged.last_mut() {
-                Some(last) if last.end().is_none_or(|end| range.start() <= end) => *last = last.hull(range),
+                Some(last) if last.end().is_none_or(|end| range.start() <= end) => {
+                    *last = last.hull(range)
+                }
                 _ => merged.push(range),
             }
         }
@@ -23,18 +25,22 @@ impl Watched {
 
     /// Returns the first range that does not end before `range` begins.
     fn candidate(&self, range: VaRange) -> Option<VaRange> {
-        let at = self.0.partition_point(|watched| watched.last() < range.start());
+        let at = self
+            .0
+            .partition_point(|watched| watched.last() < range.start());
         self.0.get(at).copied()
     }
 
     /// Tells whether any page of `range` is watched.
     pub(super) fn meets(&self, range: VaRange) -> bool {
-        self.candidate(range).is_some_and(|watched| watched.overlaps(range))
+        self.candidate(range)
+            .is_some_and(|watched| watched.overlaps(range))
     }
 
     /// Tells whether every page of `range` is watched.
     pub(super) fn holds(&self, range: VaRange) -> bool {
-        self.candidate(range).is_some_and(|watched| watched.intersection(range) == Some(range))
+        self.candidate(range)
+            .is_some_and(|watched| watched.intersection(range) == Some(range))
     }
 }
 
@@ -51,8 +57,14 @@ mod tests {
     fn touching_ranges_are_one() {
         let watched = Watched::new([pages(4, 2), pages(1, 2), pages(3, 1), pages(9, 1)]);
         assert_eq!(*watched.0, [pages(1, 5), pages(9, 1)]);
-        assert!(watched.holds(pages(2, 4)) && !watched.holds(pages(5, 2)) && !watched.holds(pages(7, 1)));
-        assert!(watched.meets(pages(5, 2)) && !watched.meets(pages(6, 3)) && watched.meets(pages(6, 4)));
+        assert!(
+            watched.holds(pages(2, 4))
+                && !watched.holds(pages(5, 2))
+                && !watched.holds(pages(7, 1))
+        );
+        assert!(
+            watched.meets(pages(5, 2)) && !watched.meets(pages(6, 3)) && watched.meets(pages(6, 4))
+        );
     }
 
     #[test]

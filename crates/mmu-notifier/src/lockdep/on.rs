@@ -40,7 +40,9 @@ impl Seen {
         for (of, at) in &self.0 {
             // ORDER: Relaxed is enough here and in `find`: places are constants, and a report may
             // come a moment late.
-            let before = of.compare_exchange(0, mm, Ordering::Relaxed, Ordering::Relaxed).unwrap_or_else(|of| of);
+            let before = of
+                .compare_exchange(0, mm, Ordering::Relaxed, Ordering::Relaxed)
+                .unwrap_or_else(|of| of);
             if before == mm {
                 return;
             }
@@ -56,14 +58,18 @@ impl Seen {
             let of = of.load(Ordering::Relaxed);
             // SAFETY: A reference needs a live value: what is not null is a `&'static Location`
             // that `add` stored.
-            (of != 0 && meet(of, mm)).then(|| unsafe { at.load(Ordering::Relaxed).as_ref() }).flatten()
+            (of != 0 && meet(of, mm))
+                .then(|| unsafe { at.load(Ordering::Relaxed).as_ref() })
+                .flatten()
         })
     }
 
     /// Tells whether it was seen for any address space. A deferred free is none: the allocator does
     /// not wait for it.
     fn any(&self) -> bool {
-        self.0.iter().any(|(of, _)| ![0, FREES].contains(&of.load(Ordering::Relaxed)))
+        self.0
+            .iter()
+            .any(|(of, _)| ![0, FREES].contains(&of.load(Ordering::Relaxed)))
     }
 
     fn clear(&self) {
@@ -84,9 +90,13 @@ struct Record {
 
 const RECORDS: usize = 256;
 
-static TABLE: [Record; RECORDS] =
-    [const { Record { used: AtomicUsize::new(0), taken_inside: Seen::new(), held_while_waiting: Seen::new() } };
-        RECORDS];
+static TABLE: [Record; RECORDS] = [const {
+    Record {
+        used: AtomicUsize::new(0),
+        taken_inside: Seen::new(),
+        held_while_waiting: Seen::new(),
+    }
+}; RECORDS];
 
 pub(super) struct Map {
     name: &'static str,
@@ -96,7 +106,10 @@ pub(super) struct Map {
 
 impl Map {
     pub(super) const fn new(name: &'static str) -> Self {
-        Self { name, record: AtomicUsize::new(0) }
+        Self {
+            name,
+            record: AtomicUsize::new(0),
+        }
     }
 
     fn record(&self) -> Option<usize> {
@@ -104,9 +117,17 @@ impl Map {
         if known != 0 {
             return Some(known - 1);
         }
-        let free = |record: &Record| record.used.compare_exchange(0, 1, Ordering::Relaxed, Ordering::Relaxed).is_ok();
+        let free = |record: &Record| {
+            record
+                .used
+                .compare_exchange(0, 1, Ordering::Relaxed, Ordering::Relaxed)
+                .is_ok()
+        };
         let index = TABLE.iter().position(free)?;
-        match self.record.compare_exchange(0, index + 1, Ordering::Relaxed, Ordering::Relaxed) {
+        match self
+            .record
+            .compare_exchange(0, index + 1, Ordering::Relaxed, Ordering::Relaxed)
+        {
             Ok(_) => Some(index),
             Err(first) => {
                 TABLE[index].used.store(0, Ordering::Relaxed);
@@ -118,7 +139,9 @@ impl Map {
     #[track_caller]
     pub(super) fn acquire(&self) -> Held<'_> {
         let place = Location::caller();
-        let Some(index) = self.record() else { return Held::nothing() };
+        let Some(index) = self.record() else {
+            return Held::nothing();
+        };
         for mm in inside() {
             TABLE[index].taken_inside.add(mm, place);
             let waited = TABLE[index].held_while_waiting.find(mm);
@@ -172,7 +195,10 @@ thread_local! {
 
 /// The address spaces in whose brackets or callbacks this thread is.
 fn inside() -> impl Iterator<Item = u64> {
-    INSIDE.with(|cells| cells.each_ref().map(Cell::get)).into_iter().filter(|mm| *mm != 0)
+    INSIDE
+        .with(|cells| cells.each_ref().map(Cell::get))
+        .into_iter()
+        .filter(|mm| *mm != 0)
 }
 
 /// A bracket or callback section of one address space, or a deferred free.
@@ -234,7 +260,11 @@ pub(super) fn might_allocate(call: &str) {
         Lock::Map(index, name) => TABLE[index].taken_inside.any().then_some(name),
         Lock::State(_) => Some("the state of an interval"),
     };
-    for (lock, held) in HELD.with(|cells| cells.each_ref().map(Cell::get)).into_iter().flatten() {
+    for (lock, held) in HELD
+        .with(|cells| cells.each_ref().map(Cell::get))
+        .into_iter()
+        .flatten()
+    {
         if let Some(name) = taken_in_callback(lock).filter(|_| !thread::panicking()) {
             HELD.with(|cells| cells.iter().for_each(|cell| cell.set(None)));
             stop(format_args!(
@@ -260,7 +290,10 @@ pub(crate) struct Held<'a> {
 
 impl Held<'_> {
     fn nothing() -> Self {
-        Self { lock: None, map: PhantomData }
+        Self {
+            lock: None,
+            map: PhantomData,
+        }
     }
 
     fn of(lock: Lock, place: Place) -> Self {
@@ -268,7 +301,10 @@ impl Held<'_> {
             let free = cells.iter().find(|cell| cell.get().is_none());
             free.map_or(Self::nothing(), |free| {
                 free.set(Some((lock, place)));
-                Self { lock: Some(lock), map: PhantomData }
+                Self {
+                    lock: Some(lock),
+                    map: PhantomData,
+                }
             })
         })
     }
@@ -277,8 +313,9 @@ impl Held<'_> {
 impl Drop for Held<'_> {
     fn drop(&mut self) {
         HELD.with(|cells| {
-            let mine =
-                |cell: &&Cell<Option<(Lock, Place)>>| cell.get().is_some_and(|(lock, _)| Some(lock) == self.lock);
+            let mine = |cell: &&Cell<Option<(Lock, Place)>>| {
+                cell.get().is_some_and(|(lock, _)| Some(lock) == self.lock)
+            };
             if let Some(mine) = cells.iter().rev().find(mine) {
                 mine.set(None);
             }
@@ -294,7 +331,11 @@ pub(super) fn holds_state(mm: u64) -> Held<'static> {
 #[track_caller]
 pub(super) fn might_wait(mm: Option<u64>) {
     let (mm, place) = (mm.unwrap_or(ANY), Location::caller());
-    for (lock, held) in HELD.with(|cells| cells.each_ref().map(Cell::get)).into_iter().flatten() {
+    for (lock, held) in HELD
+        .with(|cells| cells.each_ref().map(Cell::get))
+        .into_iter()
+        .flatten()
+    {
         if thread::panicking() {
             return;
         }

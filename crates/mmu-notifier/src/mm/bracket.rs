@@ -54,8 +54,16 @@ impl Mm {
         let inside = Inside::enter(self);
         let reading = self.subscriptions().read();
         let blocking = Blocking::Allowed;
-        let mut bracket =
-            Bracket { _stays: STAYS, mm: self, range, event, blocking, window: None, reading, _inside: inside };
+        let mut bracket = Bracket {
+            _stays: STAYS,
+            mm: self,
+            range,
+            event,
+            blocking,
+            window: None,
+            reading,
+            _inside: inside,
+        };
         if (!bracket.reading.is_empty() || self.intervals().is_enabled()) && !self.is_inherited() {
             bracket.window = start_each(&bracket.range_for_all(), &bracket.reading);
         }
@@ -83,7 +91,14 @@ impl Mm {
     pub fn invalidate_owned(&self, range: VaRange, event: Event) -> OwnedBracket {
         let inside = Inside::enter(self);
         let reading = Reading::of(self.clone());
-        let mut bracket = OwnedBracket { _stays: STAYS, range, event, window: None, reading, _inside: inside };
+        let mut bracket = OwnedBracket {
+            _stays: STAYS,
+            range,
+            event,
+            window: None,
+            reading,
+            _inside: inside,
+        };
         if !self.is_inherited() {
             bracket.window = start_each(&bracket.range(), &bracket.reading);
         }
@@ -118,7 +133,12 @@ impl Mm {
         let inside = Inside::enter(self);
         let reading = self.subscriptions().read();
         let blocking = Blocking::Forbidden;
-        let each = InvalidateRange { mm: self, range, event, blocking };
+        let each = InvalidateRange {
+            mm: self,
+            range,
+            event,
+            blocking,
+        };
         if self.is_inherited() {
             return Ok(Bracket {
                 _stays: STAYS,
@@ -131,9 +151,22 @@ impl Mm {
                 _inside: inside,
             });
         }
-        let window = if self.intervals().is_enabled() { Some(self.intervals().start(&each)?) } else { None };
+        let window = if self.intervals().is_enabled() {
+            Some(self.intervals().start(&each)?)
+        } else {
+            None
+        };
         reading.try_start(&each, window)?;
-        Ok(Bracket { _stays: STAYS, mm: self, range, event, blocking, window, reading, _inside: inside })
+        Ok(Bracket {
+            _stays: STAYS,
+            mm: self,
+            range,
+            event,
+            blocking,
+            window,
+            reading,
+            _inside: inside,
+        })
     }
 
     /// Runs `change` inside a bracket. Subscribers get the start before it and the end after it,
@@ -151,7 +184,12 @@ impl Mm {
     /// let pages = mm.with_invalidation(VaRange::ALL, Event::Clear, |bracket| bracket.range().pages());
     /// assert_eq!(pages, 1 << 52);
     /// ```
-    pub fn with_invalidation<R>(&self, range: VaRange, event: Event, change: impl FnOnce(&Bracket<'_>) -> R) -> R {
+    pub fn with_invalidation<R>(
+        &self,
+        range: VaRange,
+        event: Event,
+        change: impl FnOnce(&Bracket<'_>) -> R,
+    ) -> R {
         let bracket = self.invalidate(range, event);
         change(&bracket)
     }
@@ -173,12 +211,19 @@ fn start_each<G>(range: &InvalidateRange<'_>, reading: &Reading<G>) -> Option<Wi
 /// and the bracket would then be kept in memory. Generic, so that it is compiled into the crate
 /// that drops the bracket: a call from that crate into this one would go through a pointer.
 #[inline(never)]
-#[expect(clippy::extra_unused_type_parameters, reason = "it is there to be generic")]
+#[expect(
+    clippy::extra_unused_type_parameters,
+    reason = "it is there to be generic"
+)]
 #[expect(
     improper_ctypes_definitions,
     reason = "the C ABI is wanted for one thing only: it tells the optimiser that nothing unwinds"
 )]
-extern "C" fn end_each<G>(range: &InvalidateRange<'_>, subscribers: Walk<'_>, window: Option<Window>) {
+extern "C" fn end_each<G>(
+    range: &InvalidateRange<'_>,
+    subscribers: Walk<'_>,
+    window: Option<Window>,
+) {
     if range.mm.is_inherited() {
         return;
     }
@@ -197,7 +242,10 @@ extern "C" fn close(mm: &Mm, window: Window) {
 /// Out of line, because everything that is inlined into the callers of `invalidate` must be small.
 #[cold]
 #[expect(improper_ctypes_definitions, reason = "as for `end_each`")]
-extern "C" fn start_with_intervals(range: &InvalidateRange<'_>, subscribers: Walk<'_>) -> Option<Window> {
+extern "C" fn start_with_intervals(
+    range: &InvalidateRange<'_>,
+    subscribers: Walk<'_>,
+) -> Option<Window> {
     // `start` fails only if a callback refuses, and none may refuse where sleeping is allowed.
     let window = range.mm.intervals().start(range).ok();
     subscribers.start(range);
@@ -250,7 +298,12 @@ impl<'a> Bracket<'a> {
     /// stay in registers on the fast path.
     #[inline]
     fn range_for_all(&self) -> InvalidateRange<'a> {
-        InvalidateRange { mm: self.mm, range: self.range, event: self.event, blocking: self.blocking }
+        InvalidateRange {
+            mm: self.mm,
+            range: self.range,
+            event: self.event,
+            blocking: self.blocking,
+        }
     }
 
     /// Returns the pages that change.
@@ -301,7 +354,12 @@ impl OwnedBracket {
     /// Returns what the subscribers see.
     #[must_use]
     pub fn range(&self) -> InvalidateRange<'_> {
-        InvalidateRange { mm: self.reading.mm(), range: self.range, event: self.event, blocking: Blocking::Allowed }
+        InvalidateRange {
+            mm: self.reading.mm(),
+            range: self.range,
+            event: self.event,
+            blocking: Blocking::Allowed,
+        }
     }
 }
 

@@ -27,8 +27,12 @@ pub(super) fn release(mm: &Mm) {
     if mm.intervals().is_enabled() {
         let _inside = context::Inside::enter(mm);
         let _guard = list.srcu().read_lock();
-        let range =
-            InvalidateRange { mm, range: VaRange::ALL, event: Event::Release(Exit(())), blocking: Blocking::Allowed };
+        let range = InvalidateRange {
+            mm,
+            range: VaRange::ALL,
+            event: Event::Release(Exit(())),
+            blocking: Blocking::Allowed,
+        };
         if let Ok(window) = mm.intervals().start(&range) {
             mm.intervals().end(window);
         }

@@ -17,7 +17,10 @@ pub(super) struct MmapLock {
 
 impl MmapLock {
     pub(super) fn new() -> Self {
-        Self { lock: Mutex::new(()), holder: AtomicUsize::new(0) }
+        Self {
+            lock: Mutex::new(()),
+            holder: AtomicUsize::new(0),
+        }
     }
 }
 
@@ -89,7 +92,10 @@ impl MmWithUser {
         lockdep::might_wait(Some(self));
         let guard = lock(&mmap_lock.lock);
         mmap_lock.holder.store(this_thread(), Ordering::Relaxed);
-        Ok(MmapWriteGuard { mm: self, _lock: guard })
+        Ok(MmapWriteGuard {
+            mm: self,
+            _lock: guard,
+        })
     }
 }
 

@@ -79,13 +79,17 @@ impl Header {
     }
 
     fn users_max(&self) -> u32 {
-        self.owner.as_ref().map_or(u32::MAX, |owner| owner.users_max)
+        self.owner
+            .as_ref()
+            .map_or(u32::MAX, |owner| owner.users_max)
     }
 
     /// Runs `dispose`, drops the node's reference to the address space, and only then reports the
     /// free to the subsystem: when `synchronize` returns, both must be gone.
     fn freed(self, dispose: impl FnOnce()) {
-        let Self { mm, owner, bank, .. } = self;
+        let Self {
+            mm, owner, bank, ..
+        } = self;
         context::freeing(|| {
             mm.catching(dispose);
             drop(mm);
@@ -223,7 +227,10 @@ impl<N: Notifier> NodeRef<N> {
         // SAFETY: Writing needs a live place that no other thread uses: `node` is not shared yet.
         unsafe { (*node.as_ptr()).header.notifier = notifier };
         // INVARIANT: `notifier` points to the value of its own node from here on.
-        Self { node, owns: PhantomData }
+        Self {
+            node,
+            owns: PhantomData,
+        }
     }
 
     /// Returns the node without giving up its count, which passes to the caller.
@@ -236,7 +243,10 @@ impl<N: Notifier> NodeRef<N> {
     /// # Safety
     /// `node` must be alive and counted, and the caller must own that count.
     pub(crate) unsafe fn from_node(node: NonNull<Node<N>>) -> Self {
-        Self { node, owns: PhantomData }
+        Self {
+            node,
+            owns: PhantomData,
+        }
     }
 
     pub(super) fn header(&self) -> NonNull<Header> {
@@ -273,7 +283,10 @@ impl<N: Notifier> NodeRef<N> {
     /// Counts a free that the caller is about to queue, at the node's subsystem if it has one.
     pub(crate) fn count_free(&self) -> Option<CountedFree> {
         let owner = Arc::clone(self.as_header().owner.as_ref()?);
-        Some(CountedFree { bank: owner.queued(), owner })
+        Some(CountedFree {
+            bank: owner.queued(),
+            owner,
+        })
     }
 
     pub(crate) fn try_clone(&self) -> Result<Self, NotCounted> {
@@ -301,9 +314,17 @@ impl<N: Notifier> NodeRef<N> {
             // ORDER: Relaxed is enough. The caller holds a reference or found the node in the list,
             // so it already sees the content. Which thread frees the node depends on the count
             // alone. Model: loom `s_27`.
-            match header.users.compare_exchange_weak(users, users + 1, Ordering::Relaxed, Ordering::Relaxed) {
+            match header.users.compare_exchange_weak(
+                users,
+                users + 1,
+                Ordering::Relaxed,
+                Ordering::Relaxed,
+            ) {
                 Ok(_) => {
-                    return Ok(Self { node: node.cast(), owns: PhantomData });
+                    return Ok(Self {
+                        node: node.cast(),
+                        owns: PhantomData,
+                    });
                 }
                 Err(now) => users = now,
             }
@@ -331,7 +352,11 @@ impl<N: Notifier> Drop for NodeRef<N> {
         // ORDER(core-put): AcqRel orders each earlier put, and every use of the node before it,
         // before the free by the last put. Partner: itself. Weaker, the free could overtake the
         // last access through another reference.
-        let order = if mutant("put_relaxed") { Ordering::Relaxed } else { Ordering::AcqRel };
+        let order = if mutant("put_relaxed") {
+            Ordering::Relaxed
+        } else {
+            Ordering::AcqRel
+        };
         if self.as_header().users.fetch_sub(1, order) == 1 {
             // SAFETY: The node is alive until it is freed, this was its last user, and `free` is
             // for the `N` that it is.
@@ -356,7 +381,10 @@ pub(super) unsafe fn lookup<N: Notifier>(
         // duty), so deferred.
         let node = unsafe { pointer.as_ref() };
         // ORDER(core-live): partner of the store in `set_live`.
-        let ours = node.owner.as_ref().is_some_and(|key| Arc::ptr_eq(key, owner))
+        let ours = node
+            .owner
+            .as_ref()
+            .is_some_and(|key| Arc::ptr_eq(key, owner))
             && (node.live.load(Ordering::Acquire) || mutant("get_trusts_the_unready"));
         // SAFETY: It must be a live `Node<N>`: it was reached in an open read section, and only
         // `Subsystem<N>` makes nodes with its own `owner`.
@@ -389,7 +417,10 @@ unsafe fn retire(node: NonNull<Header>, free: unsafe fn(NonNull<srcu::Head>)) {
     }
     // Queueing a head twice corrupts the queue, which may then never end. A mutant that retires a
     // node twice is stopped here instead.
-    assert!(!mutant("get_revives") || header.live.swap(false, Ordering::Relaxed), "retired twice");
+    assert!(
+        !mutant("get_revives") || header.live.swap(false, Ordering::Relaxed),
+        "retired twice"
+    );
     if let Some(owner) = &header.owner {
         header.bank.store(owner.queued(), Ordering::Relaxed);
     }

@@ -26,18 +26,26 @@ pub(crate) struct MutexGuard<'a, T> {
 
 impl<T> Mutex<T> {
     pub(crate) const fn new(value: T) -> Self {
-        Self { clock: AtomicU64::new(0), inner: sync::Mutex::new(value) }
+        Self {
+            clock: AtomicU64::new(0),
+            inner: sync::Mutex::new(value),
+        }
     }
 
     pub(crate) fn lock(&self) -> LockResult<MutexGuard<'_, T>> {
-        Ok(MutexGuard::new(&self.clock, self.inner.lock().unwrap_or_else(PoisonError::into_inner)))
+        Ok(MutexGuard::new(
+            &self.clock,
+            self.inner.lock().unwrap_or_else(PoisonError::into_inner),
+        ))
     }
 
     #[allow(dead_code, reason = "who includes this file need not use all of it")]
     pub(crate) fn try_lock(&self) -> TryLockResult<MutexGuard<'_, T>> {
         match self.inner.try_lock() {
             Ok(inner) => Ok(MutexGuard::new(&self.clock, inner)),
-            Err(TryLockError::Poisoned(poisoned)) => Ok(MutexGuard::new(&self.clock, poisoned.into_inner())),
+            Err(TryLockError::Poisoned(poisoned)) => {
+                Ok(MutexGuard::new(&self.clock, poisoned.into_inner()))
+            }
             Err(TryLockError::WouldBlock) => Err(TryLockError::WouldBlock),
         }
     }
@@ -53,7 +61,10 @@ impl<T> Mutex<T> {
 impl<'a, T> MutexGuard<'a, T> {
     fn new(clock: &'a AtomicU64, inner: sync::MutexGuard<'a, T>) -> Self {
         clock.fetch_add(1, Ordering::AcqRel);
-        Self { clock, inner: Some(inner) }
+        Self {
+            clock,
+            inner: Some(inner),
+        }
     }
 }
 
@@ -88,11 +99,20 @@ impl Condvar {
         Self(sync::Condvar::new())
     }
 
-    pub(crate) fn wait<'a, T>(&self, mut guard: MutexGuard<'a, T>) -> LockResult<MutexGuard<'a, T>> {
-        let (clock, inner) = (guard.clock, guard.inner.take().expect("only `wait` takes it out"));
+    pub(crate) fn wait<'a, T>(
+        &self,
+        mut guard: MutexGuard<'a, T>,
+    ) -> LockResult<MutexGuard<'a, T>> {
+        let (clock, inner) = (
+            guard.clock,
+            guard.inner.take().expect("only `wait` takes it out"),
+        );
         // Advances the clock; there is nothing left to unlock.
         drop(guard);
-        Ok(MutexGuard::new(clock, self.0.wait(inner).unwrap_or_else(PoisonError::into_inner)))
+        Ok(MutexGuard::new(
+            clock,
+            self.0.wait(inner).unwrap_or_else(PoisonError::into_inner),
+        ))
     }
 
     pub(crate) fn notify_all(&self) {
@@ -113,7 +133,10 @@ struct Shared<T> {
 #[allow(dead_code, reason = "as above")]
 impl<T> Arc<T> {
     pub(crate) fn new(value: T) -> Self {
-        Self(sync::Arc::new(Shared { clock: AtomicU64::new(0), value }))
+        Self(sync::Arc::new(Shared {
+            clock: AtomicU64::new(0),
+            value,
+        }))
     }
 
     pub(crate) fn ptr_eq(this: &Self, other: &Self) -> bool {

@@ -2,7 +2,8 @@
 
 use crate::support::{Counter, page, wait_until};
 use mmu_notifier::{
-    Event, InvalidateRange, InvalidateSeq, Mm, MmWithUser, Notifier, Owner, ShadowOps, Subsystem, Va, VaRange,
+    Event, InvalidateRange, InvalidateSeq, Mm, MmWithUser, Notifier, Owner, ShadowOps, Subsystem,
+    Va, VaRange,
 };
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -55,7 +56,9 @@ impl Drop for Op {
 fn b_46_after_the_last_puts_and_synchronize_no_operation_runs() {
     for _ in 0..20 {
         let module = Arc::new(Module::default());
-        let subsystem = Subsystem::<Op, std::convert::Infallible, _>::new(|_: &MmWithUser| Ok(Op(Arc::clone(&module))));
+        let subsystem = Subsystem::<Op, std::convert::Infallible, _>::new(|_: &MmWithUser| {
+            Ok(Op(Arc::clone(&module)))
+        });
         let mms: Vec<_> = (0..3).map(|_| MmWithUser::new()).collect();
         let stop = AtomicBool::new(false);
         thread::scope(|scope| {
@@ -86,7 +89,11 @@ fn b_46_after_the_last_puts_and_synchronize_no_operation_runs() {
             stop.store(true, Ordering::Relaxed);
         });
         drop(mms);
-        assert_eq!(module.too_late.load(Ordering::Relaxed), 0, "an operation ran after the module was unloaded");
+        assert_eq!(
+            module.too_late.load(Ordering::Relaxed),
+            0,
+            "an operation ran after the module was unloaded"
+        );
         assert!(module.calls.load(Ordering::Relaxed) > 0);
     }
 }
@@ -103,7 +110,10 @@ struct Memory {
 impl Memory {
     fn map() -> Self {
         let base = Self::mmap(std::ptr::null_mut(), PAGES * PAGE, 0);
-        let memory = Self { base, stamp: AtomicU64::new(1) };
+        let memory = Self {
+            base,
+            stamp: AtomicU64::new(1),
+        };
         (0..PAGES).for_each(|page| memory.write_stamp(page));
         memory
     }
@@ -112,8 +122,22 @@ impl Memory {
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: Anonymous memory at a free place, or over pages that this test alone owns and
         // reaches by system calls only.
-        let got = unsafe { libc::mmap(at, length, protection, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | flags, -1, 0) };
-        assert_ne!(got, libc::MAP_FAILED, "mmap: {}", std::io::Error::last_os_error());
+        let got = unsafe {
+            libc::mmap(
+                at,
+                length,
+                protection,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | flags,
+                -1,
+                0,
+            )
+        };
+        assert_ne!(
+            got,
+            libc::MAP_FAILED,
+            "mmap: {}",
+            std::io::Error::last_os_error()
+        );
         got as usize
     }
 
@@ -128,10 +152,20 @@ impl Memory {
     /// Copies between a page and `value`; false if the page is not mapped. The kernel copies, so
     /// nothing traps.
     fn copy(&self, page: usize, value: &mut u64, write: bool) -> bool {
-        let local = libc::iovec { iov_base: std::ptr::from_mut(value).cast(), iov_len: 8 };
-        let remote = libc::iovec { iov_base: self.address(page) as *mut libc::c_void, iov_len: 8 };
+        let local = libc::iovec {
+            iov_base: std::ptr::from_mut(value).cast(),
+            iov_len: 8,
+        };
+        let remote = libc::iovec {
+            iov_base: self.address(page) as *mut libc::c_void,
+            iov_len: 8,
+        };
         let me = std::process::id() as i32;
-        let call = if write { libc::process_vm_writev } else { libc::process_vm_readv };
+        let call = if write {
+            libc::process_vm_writev
+        } else {
+            libc::process_vm_readv
+        };
         // SAFETY: `local` is a live `u64`; `remote` is checked by the kernel, and belongs to this
         // test.
         let copied = unsafe { call(me, &raw const local, 1, &raw const remote, 1, 0) };
@@ -149,8 +183,11 @@ impl Memory {
     }
 
     fn unmap(&self, page: usize) {
-        // SAFETY: The page belongs to this test, which reaches it by system calls only.
-        assert_eq!(unsafe { libc::munmap(self.address(page) as *mut libc::c_void, PAGE) }, 0);
+        assert_eq!(
+            // SAFETY: The page belongs to this test, which reaches it by system calls only.
+            unsafe { libc::munmap(self.address(page) as *mut libc::c_void, PAGE) },
+            0
+        );
     }
 
     /// Takes the content away and leaves the mapping.
@@ -161,7 +198,11 @@ impl Memory {
     }
 
     fn map_again(&self, page: usize) {
-        Self::mmap(self.address(page) as *mut libc::c_void, PAGE, libc::MAP_FIXED);
+        Self::mmap(
+            self.address(page) as *mut libc::c_void,
+            PAGE,
+            libc::MAP_FIXED,
+        );
     }
 }
 
@@ -175,7 +216,8 @@ struct Mirror {
 impl ShadowOps for Mirror {
     fn zap(&mut self, range: &InvalidateRange<'_>) {
         if range.event().owner() != Some(self.owner) {
-            self.entries.retain(|page, _| !range.range().contains(Va::new(*page)));
+            self.entries
+                .retain(|page, _| !range.range().contains(Va::new(*page)));
         }
     }
 }
@@ -183,11 +225,15 @@ impl ShadowOps for Mirror {
 /// One mirror thread: it faults pages in and looks for entries of pages that are gone.
 fn mirror(shadow: &InvalidateSeq<Mirror>, memory: &Memory, alive: &Mm, found: &Counter) {
     for page in (0..PAGES).cycle() {
-        let Some(_user) = alive.mmget_not_zero() else { return };
+        let Some(_user) = alive.mmget_not_zero() else {
+            return;
+        };
         let range = memory.range(page);
         let snapshot = shadow.snapshot(range);
         if let Some(frame) = memory.read(page) {
-            let installed = shadow.try_install(snapshot, |mirror| mirror.entries.insert(range.start().get(), frame));
+            let installed = shadow.try_install(snapshot, |mirror| {
+                mirror.entries.insert(range.start().get(), frame)
+            });
             if installed.is_ok() {
                 found.add();
             }
@@ -195,7 +241,11 @@ fn mirror(shadow: &InvalidateSeq<Mirror>, memory: &Memory, alive: &Mm, found: &C
         let page = (page * 7) % PAGES;
         shadow.with_shadow(|mirror| {
             if let Some(entry) = mirror.entries.get(&memory.range(page).start().get()) {
-                assert_eq!(memory.read(page), Some(*entry), "an entry of a page that is gone");
+                assert_eq!(
+                    memory.read(page),
+                    Some(*entry),
+                    "an entry of a page that is gone"
+                );
             }
         });
     }
@@ -205,12 +255,24 @@ fn mirror(shadow: &InvalidateSeq<Mirror>, memory: &Memory, alive: &Mm, found: &C
 #[test]
 fn b_47_no_mirror_has_an_entry_of_a_freed_page() {
     let memory = Memory::map();
-    let all = VaRange::new(memory.range(0).start(), memory.range(PAGES - 1).end().unwrap()).unwrap();
+    let all = VaRange::new(
+        memory.range(0).start(),
+        memory.range(PAGES - 1).end().unwrap(),
+    )
+    .unwrap();
     let owners = [Owner::new(), Owner::new()];
     let devices = owners.map(|owner| {
-        Subsystem::<InvalidateSeq<Mirror>, std::convert::Infallible, _>::new(move |_: &MmWithUser| {
-            Ok(InvalidateSeq::new([all], Mirror { entries: BTreeMap::new(), owner }))
-        })
+        Subsystem::<InvalidateSeq<Mirror>, std::convert::Infallible, _>::new(
+            move |_: &MmWithUser| {
+                Ok(InvalidateSeq::new(
+                    [all],
+                    Mirror {
+                        entries: BTreeMap::new(),
+                        owner,
+                    },
+                ))
+            },
+        )
     });
     let mm = MmWithUser::new();
     let handle = (*mm).clone();
@@ -232,7 +294,11 @@ fn b_47_no_mirror_has_an_entry_of_a_freed_page() {
         wait_until(|| !handle.has_notifiers());
         (0..PAGES).for_each(|page| memory.unmap(page));
         for shadow in &held {
-            assert_eq!(shadow.with_shadow(|mirror| mirror.entries.len()), 0, "an entry outlived its address space");
+            assert_eq!(
+                shadow.with_shadow(|mirror| mirror.entries.len()),
+                0,
+                "an entry outlived its address space"
+            );
             let snapshot = shadow.snapshot(memory.range(0));
             assert!(shadow.try_install(snapshot, |_| ()).is_err());
         }
@@ -245,7 +311,13 @@ fn b_47_no_mirror_has_an_entry_of_a_freed_page() {
 }
 
 /// One change of the address space, in its bracket.
-fn change(mm: &MmWithUser, memory: &Memory, round: usize, owner: Owner, own: &InvalidateSeq<Mirror>) {
+fn change(
+    mm: &MmWithUser,
+    memory: &Memory,
+    round: usize,
+    owner: Owner,
+    own: &InvalidateSeq<Mirror>,
+) {
     let page = (round * 5) % PAGES;
     let range = memory.range(page);
     match round % 5 {
@@ -288,7 +360,9 @@ fn change(mm: &MmWithUser, memory: &Memory, round: usize, owner: Owner, own: &In
 impl Memory {
     /// Changes the content of a page, as another mapping of it would: with a bracket.
     fn write_new(&self, mm: &Mm, page: usize) {
-        mm.with_invalidation(self.range(page), Event::ProtectionPage, |_| self.write_stamp(page));
+        mm.with_invalidation(self.range(page), Event::ProtectionPage, |_| {
+            self.write_stamp(page)
+        });
     }
 }
 

@@ -2,8 +2,8 @@
 
 use crate::support::{At, Counter, Log, Probe, Probes, Slot, nothing, page, probes};
 use mmu_notifier::{
-    Blocking, Event, Finish, IntervalNotifier, IntervalOps, InvalidateRange, Mm, MmWithUser, Notifier, Owner,
-    Registration, Secondary, SecondaryTlb, Va, VaRange, WouldBlock,
+    Blocking, Event, Finish, IntervalNotifier, IntervalOps, InvalidateRange, Mm, MmWithUser,
+    Notifier, Owner, Registration, Secondary, SecondaryTlb, Va, VaRange, WouldBlock,
 };
 use std::sync::{Arc, Mutex};
 
@@ -15,7 +15,9 @@ fn three(log: &Log) -> [Probes; 3] {
 fn s_100_start_and_end_call_everybody_newest_first() {
     let (mm, log) = (MmWithUser::new(), Log::default());
     let subsystems = three(&log);
-    let _held = subsystems.each_ref().map(|subsystem| subsystem.get(&mm).unwrap());
+    let _held = subsystems
+        .each_ref()
+        .map(|subsystem| subsystem.get(&mm).unwrap());
     let bracket = mm.invalidate(page(1), Event::Unmap);
     assert_eq!(log.names(At::Start), ["c", "b", "a"]);
     drop(bracket);
@@ -31,7 +33,10 @@ fn s_101_with_nobody_subscribed_nothing_happens() {
         drop(mm.try_invalidate(page(1), Event::Unmap).unwrap());
         mm.invalidate_secondary_tlbs(page(1));
     }
-    assert_eq!((mm.mm_count(), mm.has_notifiers(), mm.clear_young(page(1))), (count, false, false));
+    assert_eq!(
+        (mm.mm_count(), mm.has_notifiers(), mm.clear_young(page(1))),
+        (count, false, false)
+    );
 }
 
 /// A blockable start cannot return an error; the nearest to it is one that panics.
@@ -44,7 +49,11 @@ fn s_102_a_start_that_panics_is_counted_and_the_others_are_called() {
     let last = Registration::new(&mm, Probe::new("last", &log, nothing())).unwrap();
     drop(mm.invalidate(page(1), Event::Unmap));
     assert_eq!(log.names(At::Start), ["last", "bad", "first"]);
-    assert_eq!(log.names(At::End), ["last", "bad", "first"], "starts and ends stay paired");
+    assert_eq!(
+        log.names(At::End),
+        ["last", "bad", "first"],
+        "starts and ends stay paired"
+    );
     assert_eq!(mm.callback_panics(), 1);
     for registration in [first, panics, last] {
         drop(registration.unregister().unwrap());
@@ -58,7 +67,13 @@ struct Listens(Told);
 
 impl Listens {
     fn hear(&self, what: &'static str, range: &InvalidateRange<'_>) {
-        let all = (what, range.range(), range.event(), range.blocking(), range.mm().id());
+        let all = (
+            what,
+            range.range(),
+            range.event(),
+            range.blocking(),
+            range.mm().id(),
+        );
         self.0.lock().unwrap().push(all);
     }
 }
@@ -80,20 +95,36 @@ impl Notifier for Listens {
 fn s_100_start_and_end_of_one_bracket_hear_the_same() {
     let (mm, told) = (MmWithUser::new(), Told::default());
     let _held = Registration::new(&mm, Listens(Arc::clone(&told))).unwrap();
-    let migrate = Event::Migrate { owner: Some(Owner::new()) };
+    let migrate = Event::Migrate {
+        owner: Some(Owner::new()),
+    };
     let heard = || std::mem::take(&mut *told.lock().unwrap());
-    let both = |start, event, blocking| ["end", start].map(|what| (what, page(7), event, blocking, mm.id()));
-    let expected = |start, event, blocking| both(start, event, blocking).into_iter().rev().collect::<Vec<_>>();
+    let both = |start, event, blocking| {
+        ["end", start].map(|what| (what, page(7), event, blocking, mm.id()))
+    };
+    let expected = |start, event, blocking| {
+        both(start, event, blocking)
+            .into_iter()
+            .rev()
+            .collect::<Vec<_>>()
+    };
     drop(mm.invalidate(page(7), migrate));
     assert_eq!(heard(), expected("start", migrate, Blocking::Allowed));
     drop(mm.invalidate_owned(page(7), Event::SoftDirty));
-    assert_eq!(heard(), expected("start", Event::SoftDirty, Blocking::Allowed));
+    assert_eq!(
+        heard(),
+        expected("start", Event::SoftDirty, Blocking::Allowed)
+    );
     drop(mm.try_invalidate(page(7), migrate).unwrap());
     assert_eq!(heard(), expected("try", migrate, Blocking::Forbidden));
     let (log, no) = (Log::default(), Arc::new(|at| at != At::TryStart));
     let _refuses = Registration::new(&mm, Probe::new("no", &log, no)).unwrap();
     assert!(mm.try_invalidate(page(7), Event::Unmap).is_err());
-    assert_eq!(heard(), expected("try", Event::Unmap, Blocking::Forbidden), "the end of one that was refused as well");
+    assert_eq!(
+        heard(),
+        expected("try", Event::Unmap, Blocking::Forbidden),
+        "the end of one that was refused as well"
+    );
 }
 
 #[test]
@@ -112,7 +143,9 @@ fn with_invalidation_ends_also_when_the_change_panics() {
     let (mm, log) = (MmWithUser::new(), Log::default());
     let _a = Registration::new(&mm, Probe::new("a", &log, nothing())).unwrap();
     let change = std::panic::AssertUnwindSafe(|| {
-        mm.with_invalidation(page(1), Event::Clear, |_| panic!("the change panics, as this test wants"));
+        mm.with_invalidation(page(1), Event::Clear, |_| {
+            panic!("the change panics, as this test wants")
+        });
     });
     assert!(std::panic::catch_unwind(change).is_err());
     assert_eq!(log.all(), [("a", At::Start), ("a", At::End)]);
@@ -125,7 +158,10 @@ fn an_owned_bracket_keeps_its_address_space() {
     let handle = (*mm).clone();
     let bracket = handle.invalidate_owned(page(1), Event::Clear);
     drop(handle);
-    assert_eq!((bracket.range().range(), bracket.range().event()), (page(1), Event::Clear));
+    assert_eq!(
+        (bracket.range().range(), bracket.range().event()),
+        (page(1), Event::Clear)
+    );
     drop(bracket);
     assert_eq!(log.all(), [("a", At::Start), ("a", At::End)]);
 }
@@ -148,14 +184,23 @@ fn s_104_young_asks_everybody_and_test_young_stops_at_the_first() {
         }
     }
     let (mm, calls) = (MmWithUser::new(), Counter::default());
-    let _held = [false, true, false].map(|young| Registration::new(&mm, Young(young, calls.clone())).unwrap());
+    let _held = [false, true, false]
+        .map(|young| Registration::new(&mm, Young(young, calls.clone())).unwrap());
     let (nobody, none) = (MmWithUser::new(), Counter::default());
-    let _no = [false; 2].map(|young| Registration::new(&nobody, Young(young, none.clone())).unwrap());
-    assert!(!nobody.clear_flush_young(page(1)) && !nobody.clear_young(page(1)) && !nobody.test_young(Va::new(0)));
+    let _no =
+        [false; 2].map(|young| Registration::new(&nobody, Young(young, none.clone())).unwrap());
+    assert!(
+        !nobody.clear_flush_young(page(1))
+            && !nobody.clear_young(page(1))
+            && !nobody.test_young(Va::new(0))
+    );
     assert_eq!(none.get(), 6, "all were asked, and all said no");
     assert!(mm.clear_flush_young(page(1)) && calls.get() == 3);
     assert!(mm.clear_young(page(1)) && calls.get() == 6);
-    assert!(mm.test_young(Va::new(0x1000)) && calls.get() == 8, "the newest said no, the next one yes");
+    assert!(
+        mm.test_young(Va::new(0x1000)) && calls.get() == 8,
+        "the newest said no, the next one yes"
+    );
 }
 
 /// What a subscriber leaves out.
@@ -177,7 +222,11 @@ fn s_104_by_default_nothing_is_young_and_a_start_that_must_not_sleep_is_the_othe
     let _plain = Registration::new(&mm, Plain(starts.clone())).unwrap();
     let _tlb = Registration::new(&mm, Secondary(Tlb(Counter::default()))).unwrap();
     let _interval = IntervalNotifier::insert(&mm, page(1), Plain(hits.clone())).unwrap();
-    assert!(!mm.clear_flush_young(page(1)) && !mm.clear_young(page(1)) && !mm.test_young(Va::new(0x1000)));
+    assert!(
+        !mm.clear_flush_young(page(1))
+            && !mm.clear_young(page(1))
+            && !mm.test_young(Va::new(0x1000))
+    );
     drop(mm.try_invalidate(page(1), Event::Clear).unwrap());
     assert_eq!((starts.get(), hits.get()), (1, 1));
 }
@@ -234,7 +283,11 @@ fn b_06_a_table_is_of_one_kind() {
     mm.invalidate_secondary_tlbs(page(1));
     assert_eq!((log.all().len(), flushes.get()), (2, 1));
     drop(mm.try_invalidate(page(1), Event::Clear).unwrap());
-    assert_eq!((log.all().len(), flushes.get()), (4, 1), "a start that must not sleep is no flush either");
+    assert_eq!(
+        (log.all().len(), flushes.get()),
+        (4, 1),
+        "a start that must not sleep is no flush either"
+    );
 }
 
 #[test]
@@ -260,9 +313,20 @@ fn b_06_release_and_young_reach_a_secondary_tlb() {
     let _tlb = Registration::new(&mm, Secondary(Marked(log.clone()))).unwrap();
     let young = |number: u64| {
         let (range, address) = (page(number), page(number).start());
-        [mm.clear_flush_young(range), mm.clear_young(range), mm.test_young(address)]
+        [
+            mm.clear_flush_young(range),
+            mm.clear_young(range),
+            mm.test_young(address),
+        ]
     };
-    assert_eq!([1, 2, 3].map(young), [[true, false, false], [false, true, false], [false, false, true]]);
+    assert_eq!(
+        [1, 2, 3].map(young),
+        [
+            [true, false, false],
+            [false, true, false],
+            [false, false, true]
+        ]
+    );
     drop(mm);
     assert_eq!(log.all(), [("tlb", At::Release)]);
 }
@@ -284,8 +348,20 @@ fn b_08_only_migration_and_exclusive_access_carry_an_owner() {
     assert_ne!(mine, other);
     assert_eq!(Event::Migrate { owner: Some(mine) }.owner(), Some(mine));
     assert_eq!(Event::Exclusive { owner: Some(mine) }.owner(), Some(mine));
-    assert_eq!((Event::Exclusive { owner: None }.owner(), Event::Migrate { owner: None }.owner()), (None, None));
-    let others = [Event::Unmap, Event::Clear, Event::ProtectionVma, Event::ProtectionPage, Event::SoftDirty];
+    assert_eq!(
+        (
+            Event::Exclusive { owner: None }.owner(),
+            Event::Migrate { owner: None }.owner()
+        ),
+        (None, None)
+    );
+    let others = [
+        Event::Unmap,
+        Event::Clear,
+        Event::ProtectionVma,
+        Event::ProtectionPage,
+        Event::SoftDirty,
+    ];
     assert!(others.iter().all(|event| event.owner().is_none()));
     struct SkipsOwn(Owner, Counter);
     impl Notifier for SkipsOwn {

@@ -1,6 +1,8 @@
 //! 7.3: exit and release.
 
-use crate::support::{At, Counter, Gate, Hook, Log, Probe, Slot, nothing, page, probes, put_at, spawn, stop};
+use crate::support::{
+    At, Counter, Gate, Hook, Log, Probe, Slot, nothing, page, probes, put_at, spawn, stop,
+};
 use mmu_notifier::{Event, MmWithUser, Notifier, Registration, Subsystem};
 use std::sync::{Arc, Barrier};
 
@@ -8,7 +10,9 @@ use std::sync::{Arc, Barrier};
 fn s_40_exit_releases_newest_first_and_then_delists() {
     let (mm, log) = (MmWithUser::new(), Log::default());
     let subsystems = [probes("a", &log, nothing()), probes("b", &log, nothing())];
-    let _held = subsystems.each_ref().map(|subsystem| subsystem.get(&mm).unwrap());
+    let _held = subsystems
+        .each_ref()
+        .map(|subsystem| subsystem.get(&mm).unwrap());
     let handle = (*mm).clone();
     drop(mm);
     assert_eq!(log.names(At::Release), ["b", "a"]);
@@ -58,7 +62,11 @@ fn s_44_an_invalidation_may_run_in_parallel_with_release() {
     let exit = spawn(move || drop(mm));
     gate.wait_for(1);
     drop(held.mm().invalidate(page(1), Event::Clear));
-    assert_eq!(log.names(At::Start), ["a"], "it is still listed while its release runs");
+    assert_eq!(
+        log.names(At::Start),
+        ["a"],
+        "it is still listed while its release runs"
+    );
     gate.open();
     exit.join();
 }
@@ -70,7 +78,10 @@ fn s_45_a_put_long_after_exit_frees_once() {
     let held = subsystem.get(&mm).unwrap();
     let handle = (*mm).clone();
     drop(mm);
-    assert_eq!((held.users(), held.mm().id(), handle.mm_count()), (1, handle.id(), 2));
+    assert_eq!(
+        (held.users(), held.mm().id(), handle.mm_count()),
+        (1, handle.id(), 2)
+    );
     held.put();
     subsystem.synchronize().unwrap();
     assert_eq!((log.count("a", At::Free), handle.mm_count()), (1, 1));
@@ -84,7 +95,10 @@ fn s_46_release_may_put_its_own_object() {
     *slot.lock().unwrap() = Some(subsystem.get(&mm).unwrap());
     drop(mm);
     subsystem.synchronize().unwrap();
-    assert_eq!(log.all()[1..], [("a", At::Release), ("a", At::Released), ("a", At::Free)]);
+    assert_eq!(
+        log.all()[1..],
+        [("a", At::Release), ("a", At::Released), ("a", At::Free)]
+    );
 }
 
 #[test]
@@ -105,14 +119,19 @@ fn s_47_a_put_racing_exit_frees_once_and_not_before_release_returned() {
         assert!(log.count("a", At::Release) <= 1);
         assert_eq!(log.count("a", At::Release), log.count("a", At::Released));
         assert_eq!(log.count("a", At::Free), 1);
-        assert_eq!(log.all().last(), Some(&("a", At::Free)), "nothing comes after the free");
+        assert_eq!(
+            log.all().last(),
+            Some(&("a", At::Free)),
+            "nothing comes after the free"
+        );
     }
 }
 
 #[test]
 fn s_48_exit_and_unregister_may_both_release_and_exit_waits_for_both() {
     let (mm, log, gate) = (MmWithUser::new(), Log::default(), Gate::new());
-    let registration = Registration::new(&mm, Probe::new("a", &log, stop(At::Release, &gate))).unwrap();
+    let registration =
+        Registration::new(&mm, Probe::new("a", &log, stop(At::Release, &gate))).unwrap();
     let unregister = spawn(move || registration.unregister().unwrap().name);
     gate.wait_for(1);
     let exit = spawn(move || drop(mm));
@@ -121,7 +140,11 @@ fn s_48_exit_and_unregister_may_both_release_and_exit_waits_for_both() {
     unregister.assert_blocked();
     gate.open();
     exit.join();
-    assert_eq!(log.count("a", At::Released), 2, "two at once, and both are over");
+    assert_eq!(
+        log.count("a", At::Released),
+        2,
+        "two at once, and both are over"
+    );
     assert_eq!(unregister.join(), "a");
 }
 
@@ -178,7 +201,8 @@ fn s_49_unregister_waits_for_a_release_that_exit_runs() {
 fn s_50_an_object_is_listed_until_its_release_has_returned() {
     // In exit this is S-44; here in unregister.
     let (mm, log, gate) = (MmWithUser::new(), Log::default(), Gate::new());
-    let registration = Registration::new(&mm, Probe::new("a", &log, stop(At::Release, &gate))).unwrap();
+    let registration =
+        Registration::new(&mm, Probe::new("a", &log, stop(At::Release, &gate))).unwrap();
     let unregister = spawn(move || drop(registration.unregister().unwrap()));
     gate.wait_for(1);
     assert!(mm.has_notifiers());
@@ -206,7 +230,14 @@ fn s_51_after_exit_unregister_waits_but_does_not_release_again() {
     unregister.assert_blocked();
     drop(bracket);
     let probe = unregister.join();
-    assert_eq!((log.count("a", At::Release), log.count("a", At::Free), handle.mm_count()), (1, 0, 1));
+    assert_eq!(
+        (
+            log.count("a", At::Release),
+            log.count("a", At::Free),
+            handle.mm_count()
+        ),
+        (1, 0, 1)
+    );
     drop(probe);
 }
 
@@ -216,21 +247,31 @@ fn s_52_a_listed_subscriber_keeps_the_address_spaces_memory() {
     let subsystem = probes("a", &log, nothing());
     let held = subsystem.get(&mm).unwrap();
     drop(mm);
-    assert_eq!(held.mm().mm_count(), 1, "its own handle is the last, and it is still good");
+    assert_eq!(
+        held.mm().mm_count(),
+        1,
+        "its own handle is the last, and it is still good"
+    );
     assert_eq!(held.mm().mm_users(), 0);
 }
 
 #[test]
 fn s_53_exit_touches_no_other_address_space_and_waits_for_none() {
     let (one, two, log) = (MmWithUser::new(), MmWithUser::new(), Log::default());
-    let subsystems = [probes("one", &log, nothing()), probes("two", &log, nothing())];
+    let subsystems = [
+        probes("one", &log, nothing()),
+        probes("two", &log, nothing()),
+    ];
     let _one = subsystems[0].get(&one).unwrap();
     let held = subsystems[1].get(&two).unwrap();
     let bracket = two.invalidate(page(1), Event::Clear);
     drop(one);
     assert_eq!((log.names(At::Release), held.users()), (vec!["one"], 1));
     drop(bracket);
-    assert_eq!((log.names(At::Start), log.names(At::End)), (vec!["two"], vec!["two"]));
+    assert_eq!(
+        (log.names(At::Start), log.names(At::End)),
+        (vec!["two"], vec!["two"])
+    );
 }
 
 /// The last user leaves inside a callback, where waiting for brackets would be waiting for itself.
@@ -257,6 +298,14 @@ fn an_interval_whose_insert_waits_gets_no_call_at_exit() {
     let deferred = mmu_notifier::IntervalNotifier::insert(&mm, page(2), shadow()).unwrap();
     drop(mm);
     drop(bracket);
-    assert_eq!(in_tree.remove().unwrap().events.len(), 2, "the bracket, and the end of the address space");
-    assert_eq!(deferred.remove().unwrap().events.len(), 0, "it was not in the tree at the end");
+    assert_eq!(
+        in_tree.remove().unwrap().events.len(),
+        2,
+        "the bracket, and the end of the address space"
+    );
+    assert_eq!(
+        deferred.remove().unwrap().events.len(),
+        0,
+        "it was not in the tree at the end"
+    );
 }

@@ -1,6 +1,8 @@
 //! 7.1: get and look-up.
 
-use crate::support::{At, Counter, Gate, Log, Probe, nothing, page, probes, spawn, stop, wait_until};
+use crate::support::{
+    At, Counter, Gate, Log, Probe, nothing, page, probes, spawn, stop, wait_until,
+};
 use mmu_notifier::{Event, GetError, MmWithUser, Notifier, Registration, Subsystem};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Barrier};
@@ -15,7 +17,10 @@ fn s_01_the_first_get_makes_the_notifier() {
     });
     let before = mm.mm_count();
     let subscription = subsystem.get(&mm).unwrap();
-    assert_eq!((log.all(), made_for.load(Ordering::SeqCst)), (vec![("a", At::Alloc)], mm.id()));
+    assert_eq!(
+        (log.all(), made_for.load(Ordering::SeqCst)),
+        (vec![("a", At::Alloc)], mm.id())
+    );
     assert!(mm.has_notifiers());
     assert_eq!((subscription.users(), mm.mm_count()), (1, before + 1));
     assert_eq!(*subscription.mm(), *mm);
@@ -29,7 +34,10 @@ fn s_02_the_second_get_shares_it() {
     let count = mm.mm_count();
     let second = subsystem.get(&mm).unwrap();
     assert!(std::ptr::eq(&*first, &*second));
-    assert_eq!((first.users(), mm.mm_count(), log.count("a", At::Alloc)), (2, count, 1));
+    assert_eq!(
+        (first.users(), mm.mm_count(), log.count("a", At::Alloc)),
+        (2, count, 1)
+    );
 }
 
 #[test]
@@ -40,7 +48,11 @@ fn s_03_two_subsystems_of_one_type_are_two_keys() {
     static TWO: Subsystem<Empty> = Subsystem::new(|_| Ok(Empty));
     let mm = MmWithUser::new();
     let (one, two) = (ONE.get(&mm).unwrap(), TWO.get(&mm).unwrap());
-    assert_eq!((one.users(), two.users()), (1, 1), "equal contents, and still not the same");
+    assert_eq!(
+        (one.users(), two.users()),
+        (1, 1),
+        "equal contents, and still not the same"
+    );
 }
 
 #[test]
@@ -56,8 +68,13 @@ fn s_04_each_address_space_has_its_own() {
 fn s_05_an_alloc_error_comes_back_as_it_is() {
     let mm = MmWithUser::new();
     let count = mm.mm_count();
-    let subsystem = Subsystem::<Probe, String, _>::new(|_: &MmWithUser| Err("no memory on the device".to_owned()));
-    assert_eq!(subsystem.get(&mm).err().unwrap(), GetError::Alloc("no memory on the device".to_owned()));
+    let subsystem = Subsystem::<Probe, String, _>::new(|_: &MmWithUser| {
+        Err("no memory on the device".to_owned())
+    });
+    assert_eq!(
+        subsystem.get(&mm).err().unwrap(),
+        GetError::Alloc("no memory on the device".to_owned())
+    );
     assert_eq!((mm.has_notifiers(), mm.mm_count()), (false, count));
 }
 
@@ -72,12 +89,22 @@ fn s_06_a_failed_registration_leaves_nothing_behind() {
     let count = mm.mm_count();
     let bracket = mm.invalidate(page(1), Event::Unmap);
     assert_eq!(subsystem.get(&mm).err().unwrap(), GetError::WouldDeadlock);
-    assert_eq!(log.all(), [], "alloc was not called, so nothing is to be freed");
-    let failed = Registration::new(&mm, Probe::new("b", &log, nothing())).err().unwrap();
+    assert_eq!(
+        log.all(),
+        [],
+        "alloc was not called, so nothing is to be freed"
+    );
+    let failed = Registration::new(&mm, Probe::new("b", &log, nothing()))
+        .err()
+        .unwrap();
     drop(bracket);
     assert_eq!((mm.has_notifiers(), mm.mm_count()), (false, count));
     drop(failed.notifier);
-    assert_eq!(log.all(), [("b", At::Free)], "dropped once, in this thread, and never called");
+    assert_eq!(
+        log.all(),
+        [("b", At::Free)],
+        "dropped once, in this thread, and never called"
+    );
 }
 
 /// Where the kernel returns EINTR, registration here cannot be interrupted half-way.
@@ -98,7 +125,11 @@ fn s_07_a_signal_does_not_interrupt_get() {
     drop(bracket);
     assert_eq!(task.join().unwrap(), 1);
     subsystem.synchronize().unwrap();
-    assert_eq!(log.all(), [("a", At::Alloc), ("a", At::Free)], "and the bracket never called it");
+    assert_eq!(
+        log.all(),
+        [("a", At::Alloc), ("a", At::Free)],
+        "and the bracket never called it"
+    );
 }
 
 #[test]
@@ -124,13 +155,23 @@ fn s_09_a_failed_get_leaves_other_subscribers_untouched() {
     assert!(failing.get(&mm).is_err());
     drop(mm.invalidate(page(1), Event::Clear));
     assert_eq!((held.users(), mm.mm_count()), (1, count));
-    assert_eq!(log.all(), [("other", At::Alloc), ("other", At::Start), ("other", At::End)]);
+    assert_eq!(
+        log.all(),
+        [
+            ("other", At::Alloc),
+            ("other", At::Start),
+            ("other", At::End)
+        ]
+    );
 }
 
 #[test]
 fn s_10_a_full_count_is_an_error_until_one_is_put() {
     let (mm, log) = (MmWithUser::new(), Log::default());
-    let subsystem = Subsystem::<Probe, (), _>::with_users_max(|_: &MmWithUser| Ok(Probe::new("a", &log, nothing())), 3);
+    let subsystem = Subsystem::<Probe, (), _>::with_users_max(
+        |_: &MmWithUser| Ok(Probe::new("a", &log, nothing())),
+        3,
+    );
     let first = subsystem.get(&mm).unwrap();
     let rest = [subsystem.get(&mm).unwrap(), first.try_clone().unwrap()];
     assert_eq!(subsystem.get(&mm).err().unwrap(), GetError::Overflow);
@@ -139,14 +180,21 @@ fn s_10_a_full_count_is_an_error_until_one_is_put() {
     let [one, _other] = rest;
     one.put();
     let again = subsystem.get(&mm).expect("one was put");
-    assert_eq!((again.users(), subsystem.get(&mm).err().unwrap()), (3, GetError::Overflow));
+    assert_eq!(
+        (again.users(), subsystem.get(&mm).err().unwrap()),
+        (3, GetError::Overflow)
+    );
 }
 
 #[test]
 fn s_11_many_threads_get_one_object() {
     const THREADS: u32 = 8;
     for _ in 0..50 {
-        let (mm, log, line) = (MmWithUser::new(), Log::default(), Barrier::new(THREADS as usize));
+        let (mm, log, line) = (
+            MmWithUser::new(),
+            Log::default(),
+            Barrier::new(THREADS as usize),
+        );
         let subsystem = probes("a", &log, nothing());
         let got = std::thread::scope(|scope| {
             let get = || {
@@ -154,7 +202,10 @@ fn s_11_many_threads_get_one_object() {
                 subsystem.get(&mm).unwrap()
             };
             let threads: Vec<_> = (0..THREADS).map(|_| scope.spawn(get)).collect();
-            threads.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
+            threads
+                .into_iter()
+                .map(|thread| thread.join().unwrap())
+                .collect::<Vec<_>>()
         });
         assert!(got.iter().all(|one| std::ptr::eq(&**one, &*got[0])));
         assert_eq!((got[0].users(), log.count("a", At::Alloc)), (THREADS, 1));
@@ -177,7 +228,11 @@ fn s_12_a_callback_may_run_before_get_has_returned() {
     });
     newer.join();
     task.assert_blocked();
-    assert_eq!(log.all(), [("a", At::Alloc), ("a", At::Start), ("a", At::End)], "complete, and already at work");
+    assert_eq!(
+        log.all(),
+        [("a", At::Alloc), ("a", At::Start), ("a", At::End)],
+        "complete, and already at work"
+    );
     drop(old);
     task.join().put();
 }
@@ -197,8 +252,15 @@ fn s_13_a_dead_address_space_cannot_be_passed() {
     };
     let _registered = Registration::new(&mm, Probe::new("a", &log, Arc::new(in_release))).unwrap();
     drop(mm);
-    assert!(handle.mmget_not_zero().is_none(), "get takes a living one, and there is no way to have it");
-    assert_eq!(log.all(), [("a", At::Release), ("a", At::Released)], "nor while it ends");
+    assert!(
+        handle.mmget_not_zero().is_none(),
+        "get takes a living one, and there is no way to have it"
+    );
+    assert_eq!(
+        log.all(),
+        [("a", At::Release), ("a", At::Released)],
+        "nor while it ends"
+    );
 }
 
 #[test]
@@ -223,7 +285,10 @@ fn s_14_get_locked_inside_a_bracket_is_refused_and_a_bracket_left_by_alloc_too()
     let subsystem = probes("a", &log, nothing());
     let mut locked = mm.mmap_write_lock().unwrap();
     let bracket = mm.invalidate(page(1), Event::Clear);
-    assert_eq!(subsystem.get_locked(&mut locked).err().unwrap(), GetError::WouldDeadlock);
+    assert_eq!(
+        subsystem.get_locked(&mut locked).err().unwrap(),
+        GetError::WouldDeadlock
+    );
     assert_eq!(log.all(), [], "alloc was not called");
     drop(bracket);
     let leaves = Subsystem::<Probe, (), _>::new(|mm: &MmWithUser| {
@@ -233,7 +298,10 @@ fn s_14_get_locked_inside_a_bracket_is_refused_and_a_bracket_left_by_alloc_too()
     // On an address space of its own, because the open bracket blocks every later registrar of it.
     let other = MmWithUser::new();
     assert_eq!(leaves.get(&other).err().unwrap(), GetError::WouldDeadlock);
-    assert_eq!((log.all(), other.has_notifiers(), other.mm_count()), (vec![("b", At::Free)], false, 1));
+    assert_eq!(
+        (log.all(), other.has_notifiers(), other.mm_count()),
+        (vec![("b", At::Free)], false, 1)
+    );
     assert_eq!(subsystem.get_locked(&mut locked).unwrap().users(), 1);
 }
 
@@ -244,7 +312,10 @@ fn s_15_get_does_not_find_a_registered_object() {
     let (mm, log) = (MmWithUser::new(), Log::default());
     let registered = Registration::new(&mm, Probe::new("registered", &log, nothing())).unwrap();
     let got = probes("got", &log, nothing()).get(&mm).unwrap();
-    assert_eq!((registered.name, got.name, got.users()), ("registered", "got", 1));
+    assert_eq!(
+        (registered.name, got.name, got.users()),
+        ("registered", "got", 1)
+    );
 }
 
 /// Two listed objects of one subsystem cannot be (S-15); the nearest to it is an old one that is

@@ -4,11 +4,13 @@ mod life;
 
 use crate::support::{At, Log, Probe, nothing, page, spawn};
 use mmu_notifier::{
-    Event, Finish, IntervalNotifier, IntervalOps, InvalidateRange, MmWithUser, Registration, Retry, VaRange, WouldBlock,
+    Event, Finish, IntervalNotifier, IntervalOps, InvalidateRange, MmWithUser, Registration, Retry,
+    VaRange, WouldBlock,
 };
 use std::sync::Arc;
 
-pub(crate) type Hook = Box<dyn FnMut(&InvalidateRange<'_>) -> Result<Option<Finish>, WouldBlock> + Send>;
+pub(crate) type Hook =
+    Box<dyn FnMut(&InvalidateRange<'_>) -> Result<Option<Finish>, WouldBlock> + Send>;
 
 /// A state that keeps the events it was told, and what a reader installed.
 #[derive(Default)]
@@ -22,7 +24,10 @@ impl Shadow {
     pub(crate) fn with(
         hook: impl FnMut(&InvalidateRange<'_>) -> Result<Option<Finish>, WouldBlock> + Send + 'static,
     ) -> Self {
-        Self { hook: Some(Box::new(hook)), ..Self::default() }
+        Self {
+            hook: Some(Box::new(hook)),
+            ..Self::default()
+        }
     }
 }
 
@@ -31,7 +36,10 @@ impl IntervalOps for Shadow {
         self.try_invalidate(range).ok().flatten()
     }
 
-    fn try_invalidate(&mut self, range: &InvalidateRange<'_>) -> Result<Option<Finish>, WouldBlock> {
+    fn try_invalidate(
+        &mut self,
+        range: &InvalidateRange<'_>,
+    ) -> Result<Option<Finish>, WouldBlock> {
         self.events.push(range.event());
         self.entry = None;
         self.hook.as_mut().map_or(Ok(None), |hook| hook(range))
@@ -62,12 +70,18 @@ fn b_14_only_an_event_that_hits_makes_a_reader_retry() {
     let node = insert(&mm, page(1));
     let seq = node.read_begin();
     drop(mm.invalidate(page(2), Event::Unmap));
-    assert_eq!((mm.interval_snapshot(), node.check_retry(seq)), ((2, 0), false));
+    assert_eq!(
+        (mm.interval_snapshot(), node.check_retry(seq)),
+        ((2, 0), false)
+    );
     let bracket = mm.invalidate(page(1), Event::Unmap);
     assert_eq!(mm.interval_snapshot(), (3, 1));
     assert!(node.check_retry(seq));
     drop(bracket);
-    assert_eq!((mm.interval_snapshot(), node.try_install(seq, |_| ())), ((4, 0), Err(Retry)));
+    assert_eq!(
+        (mm.interval_snapshot(), node.try_install(seq, |_| ())),
+        ((4, 0), Err(Retry))
+    );
 }
 
 /// The kernel leaves the window open here for ever.
@@ -93,7 +107,10 @@ fn b_19_a_refusing_interval_keeps_subscribers_out() {
     let (mm, log) = (MmWithUser::new(), Log::default());
     let _subscriber = Registration::new(&mm, Probe::new("a", &log, nothing())).unwrap();
     let node = IntervalNotifier::insert(&mm, page(1), Shadow::with(|_| Err(WouldBlock))).unwrap();
-    assert_eq!(mm.try_invalidate(page(1), Event::Unmap).err(), Some(WouldBlock));
+    assert_eq!(
+        mm.try_invalidate(page(1), Event::Unmap).err(),
+        Some(WouldBlock)
+    );
     assert_eq!((log.all(), mm.interval_snapshot()), (vec![], (4, 0)));
     drop(node);
 }
@@ -125,7 +142,11 @@ fn b_20_only_the_last_end_thaws() {
     let node = reader.join();
     assert_eq!(mm.interval_snapshot(), (4, 0));
     drop(mm.invalidate(page(1), Event::Unmap));
-    assert_eq!(told(&node), 1, "the deferred insert was made before the reader woke");
+    assert_eq!(
+        told(&node),
+        1,
+        "the deferred insert was made before the reader woke"
+    );
 }
 
 #[test]
@@ -135,7 +156,11 @@ fn b_24_read_begin_may_return_a_sequence_that_is_out_of_date() {
     for _ in 0..3 {
         let seq = node.read_begin();
         drop(mm.invalidate(page(1), Event::Clear));
-        assert_eq!(node.try_install(seq, |_| ()), Err(Retry), "and nothing loops inside");
+        assert_eq!(
+            node.try_install(seq, |_| ()),
+            Err(Retry),
+            "and nothing loops inside"
+        );
     }
 }
 
@@ -155,7 +180,11 @@ fn b_24_read_begin_waits_for_one_window_only() {
     let second = mm.invalidate(page(1), Event::Clear);
     let seq = reader.join();
     assert!(node.check_retry(seq));
-    assert_eq!(node.try_install(seq, |_| ()), Err(Retry), "and says so, as the second one is running");
+    assert_eq!(
+        node.try_install(seq, |_| ()),
+        Err(Retry),
+        "and says so, as the second one is running"
+    );
     drop(second);
 }
 
@@ -191,7 +220,12 @@ fn b_25_no_stale_entry_survives_an_invalidation() {
             let _ = node.try_install(seq, |state| state.entry = Some(found));
             node.with_state(|state| {
                 // The frame moves on only after a start has taken this lock and cleared the entry.
-                assert!(state.entry.is_none_or(|entry| entry == frame.load(Ordering::SeqCst)), "a stale entry");
+                assert!(
+                    state
+                        .entry
+                        .is_none_or(|entry| entry == frame.load(Ordering::SeqCst)),
+                    "a stale entry"
+                );
             });
         }
     });
@@ -247,7 +281,11 @@ fn b_32_the_check_is_exact_under_a_lock_that_the_callback_takes() {
             None
         }
     }
-    let (mm, frame, entry) = (MmWithUser::new(), AtomicU64::new(0), Arc::<Mutex<Option<u64>>>::default());
+    let (mm, frame, entry) = (
+        MmWithUser::new(),
+        AtomicU64::new(0),
+        Arc::<Mutex<Option<u64>>>::default(),
+    );
     let node = IntervalNotifier::insert(&mm, page(1), Buffer(Arc::clone(&entry))).unwrap();
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -265,7 +303,10 @@ fn b_32_the_check_is_exact_under_a_lock_that_the_callback_takes() {
                 *entry = Some(found);
             }
             // The frame moves on only after a start has taken this lock and cleared the entry.
-            assert!(entry.is_none_or(|entry| entry == frame.load(Ordering::SeqCst)), "a stale entry");
+            assert!(
+                entry.is_none_or(|entry| entry == frame.load(Ordering::SeqCst)),
+                "a stale entry"
+            );
         }
     });
     let last = frame.load(Ordering::SeqCst);

@@ -2,8 +2,8 @@
 
 use crate::support::{Gate, Log, Probe, nothing, page, spawn};
 use mmu_notifier::{
-    Event, InstallError, InvalidateRange, InvalidateSeq, MmWithUser, Notifier, Registration, ShadowOps, Va, VaRange,
-    WouldBlock, WouldDeadlock,
+    Event, InstallError, InvalidateRange, InvalidateSeq, MmWithUser, Notifier, Registration,
+    ShadowOps, Va, VaRange, WouldBlock, WouldDeadlock,
 };
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -15,7 +15,8 @@ struct Table(BTreeMap<u64, usize>);
 
 impl ShadowOps for Table {
     fn zap(&mut self, range: &InvalidateRange<'_>) {
-        self.0.retain(|page, _| !range.range().contains(Va::new(page << 12)));
+        self.0
+            .retain(|page, _| !range.range().contains(Va::new(page << 12)));
     }
 }
 
@@ -33,7 +34,9 @@ fn shadow(mm: &MmWithUser) -> Shadow {
 /// A fault on a page, with a look-up in between that takes no time.
 fn fault(shadow: &InvalidateSeq<Table>, number: u64, frame: usize) -> Result<(), InstallError> {
     let snapshot = shadow.snapshot(page(number));
-    shadow.try_install(snapshot, |table| table.0.insert(number, frame)).map(|_| ())
+    shadow
+        .try_install(snapshot, |table| table.0.insert(number, frame))
+        .map(|_| ())
 }
 
 fn entry(shadow: &Shadow, number: u64) -> Option<usize> {
@@ -51,9 +54,16 @@ fn b_40_a_fault_that_an_invalidation_overtook_is_refused() {
     assert_eq!(entry(&shadow, 7), None);
     let within = shadow.snapshot(page(7));
     assert_eq!(shadow.try_install(before, |_| ()), Err(InstallError::Retry));
-    assert_eq!(fault(&shadow, 7, 1), Err(InstallError::Retry), "the change is not over");
+    assert_eq!(
+        fault(&shadow, 7, 1),
+        Err(InstallError::Retry),
+        "the change is not over"
+    );
     drop(bracket);
-    assert_eq!(shadow.try_install(also_before, |_| ()), Err(InstallError::Retry));
+    assert_eq!(
+        shadow.try_install(also_before, |_| ()),
+        Err(InstallError::Retry)
+    );
     assert_eq!(shadow.try_install(within, |_| ()), Err(InstallError::Retry));
     fault(&shadow, 7, 2).unwrap();
     assert_eq!(entry(&shadow, 7), Some(2));
@@ -65,7 +75,10 @@ fn b_40_a_fault_that_an_invalidation_overtook_is_refused() {
 fn b_40_no_stale_entry_under_load() {
     let mm = Arc::new(MmWithUser::new());
     let shadow = Arc::new(shadow(&mm));
-    let (frame, stop) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
+    let (frame, stop) = (
+        Arc::new(AtomicUsize::new(0)),
+        Arc::new(AtomicBool::new(false)),
+    );
     let faulters = [(); 2].map(|()| {
         let (shadow, frame, stop) = (Arc::clone(&shadow), Arc::clone(&frame), Arc::clone(&stop));
         spawn(move || {
@@ -73,10 +86,17 @@ fn b_40_no_stale_entry_under_load() {
             while !stop.load(Ordering::Relaxed) || installed == 0 {
                 let snapshot = shadow.snapshot(page(7));
                 let found = frame.load(Ordering::Relaxed);
-                installed += usize::from(shadow.try_install(snapshot, |table| table.0.insert(7, found)).is_ok());
+                installed += usize::from(
+                    shadow
+                        .try_install(snapshot, |table| table.0.insert(7, found))
+                        .is_ok(),
+                );
                 shadow.with_shadow(|table| {
                     let now = frame.load(Ordering::Relaxed);
-                    assert!(table.0.get(&7).is_none_or(|found| *found == now), "a stale entry");
+                    assert!(
+                        table.0.get(&7).is_none_or(|found| *found == now),
+                        "a stale entry"
+                    );
                 });
             }
             installed
@@ -100,16 +120,31 @@ fn b_41_only_faults_within_the_union_of_open_ranges_retry() {
     fault(&shadow, 20, 1).unwrap();
     assert_eq!(fault(&shadow, 10, 1), Err(InstallError::Retry));
     let high = mm.invalidate(page(30), Event::Clear);
-    assert_eq!(shadow.in_progress(), Some((page(10).start(), page(30).last())));
-    assert_eq!(fault(&shadow, 20, 1), Err(InstallError::Retry), "between the two");
+    assert_eq!(
+        shadow.in_progress(),
+        Some((page(10).start(), page(30).last()))
+    );
+    assert_eq!(
+        fault(&shadow, 20, 1),
+        Err(InstallError::Retry),
+        "between the two"
+    );
     fault(&shadow, 31, 1).unwrap();
     drop(low);
-    assert_eq!(fault(&shadow, 10, 1), Err(InstallError::Retry), "the range only grows until the last one ends");
+    assert_eq!(
+        fault(&shadow, 10, 1),
+        Err(InstallError::Retry),
+        "the range only grows until the last one ends"
+    );
     drop(high);
     assert_eq!(shadow.in_progress(), None);
     fault(&shadow, 10, 1).unwrap();
     let next = mm.invalidate(page(40), Event::Clear);
-    assert_eq!(shadow.in_progress(), Some((page(40).start(), page(40).last())), "a new window begins with its own");
+    assert_eq!(
+        shadow.in_progress(),
+        Some((page(40).start(), page(40).last())),
+        "a new window begins with its own"
+    );
     drop(next);
 }
 
@@ -121,10 +156,19 @@ fn b_41_what_is_not_watched_disturbs_no_fault() {
     let elsewhere = mm.invalidate(pages(100, 200), Event::Unmap);
     assert_eq!(shadow.in_progress(), None);
     drop(elsewhere);
-    shadow.try_install(snapshot, |table| table.0.insert(7, 1)).unwrap();
-    assert_eq!(fault(&shadow, 100, 1), Err(InstallError::NotWatched), "nobody would zap it");
+    shadow
+        .try_install(snapshot, |table| table.0.insert(7, 1))
+        .unwrap();
+    assert_eq!(
+        fault(&shadow, 100, 1),
+        Err(InstallError::NotWatched),
+        "nobody would zap it"
+    );
     let snapshot = shadow.snapshot(pages(99, 100));
-    assert_eq!(shadow.try_install(snapshot, |_| ()), Err(InstallError::NotWatched));
+    assert_eq!(
+        shadow.try_install(snapshot, |_| ()),
+        Err(InstallError::NotWatched)
+    );
 }
 
 #[test]
@@ -138,7 +182,11 @@ fn b_42_an_unregister_between_start_and_end_needs_a_reset() {
     shadow.unregister_no_release(move |shadow| hand_back.send(shadow).unwrap());
     drop(bracket);
     let mut shadow = back.recv().unwrap();
-    assert_eq!(shadow.in_progress(), Some((page(7).start(), page(7).last())), "a start without an end");
+    assert_eq!(
+        shadow.in_progress(),
+        Some((page(7).start(), page(7).last())),
+        "a start without an end"
+    );
     shadow.reset();
     assert_eq!(
         shadow.try_install(before, |_| ()),
@@ -148,10 +196,23 @@ fn b_42_an_unregister_between_start_and_end_needs_a_reset() {
     let shadow = Registration::new(&mm, shadow).unwrap();
     fault(&shadow, 7, 1).unwrap();
     drop(mm.invalidate(page(7), Event::Clear));
-    shadow.watch([pages(1, 99)], |_| ()).expect("no bracket is open, and none counts as open");
-    assert_eq!((entry(&shadow, 7), shadow.in_progress(), mm.callback_panics()), (None, None, 0));
+    shadow
+        .watch([pages(1, 99)], |_| ())
+        .expect("no bracket is open, and none counts as open");
+    assert_eq!(
+        (
+            entry(&shadow, 7),
+            shadow.in_progress(),
+            mm.callback_panics()
+        ),
+        (None, None, 0)
+    );
     let mut shadow = shadow.unregister().unwrap();
-    assert_eq!(fault(&shadow, 7, 1), Err(InstallError::Retry), "it was released");
+    assert_eq!(
+        fault(&shadow, 7, 1),
+        Err(InstallError::Retry),
+        "it was released"
+    );
     shadow.reset();
     let shadow = Registration::new(&mm, shadow).unwrap();
     drop(mm.invalidate(page(7), Event::Clear));
@@ -177,7 +238,10 @@ fn b_43_a_wrong_pre_check_does_no_harm() {
     let bracket = mm.invalidate(page(7), Event::Clear);
     assert!(shadow.is_stale(&snapshot) && !shadow.is_stale(&other));
     drop(bracket);
-    assert!(shadow.is_stale(&other), "out of date although its own page was never touched: one more turn");
+    assert!(
+        shadow.is_stale(&other),
+        "out of date although its own page was never touched: one more turn"
+    );
     fault(&shadow, 8, 1).unwrap();
 }
 
@@ -198,15 +262,31 @@ fn b_44_a_change_of_what_is_watched_waits_for_open_brackets() {
         }
     });
     update.assert_blocked();
-    assert!(shadow.watch([], |_| ()).is_err(), "this thread would wait for itself");
+    assert!(
+        shadow.watch([], |_| ()).is_err(),
+        "this thread would wait for itself"
+    );
     fault(&shadow, 7, 2).unwrap();
     let begun_before = shadow.snapshot(page(200));
     drop(bracket);
     assert_eq!(update.join().unwrap(), 1);
-    assert_eq!(shadow.try_install(begun_before, |_| ()), Err(InstallError::Retry));
-    assert_eq!((fault(&shadow, 7, 1), fault(&shadow, 200, 1)), (Err(InstallError::NotWatched), Ok(())));
+    assert_eq!(
+        shadow.try_install(begun_before, |_| ()),
+        Err(InstallError::Retry)
+    );
+    assert_eq!(
+        (fault(&shadow, 7, 1), fault(&shadow, 200, 1)),
+        (Err(InstallError::NotWatched), Ok(()))
+    );
     drop(mm.invalidate(page(200), Event::Clear));
-    assert_eq!((entry(&shadow, 200), shadow.in_progress(), mm.callback_panics()), (None, None, 0));
+    assert_eq!(
+        (
+            entry(&shadow, 200),
+            shadow.in_progress(),
+            mm.callback_panics()
+        ),
+        (None, None, 0)
+    );
 }
 
 /// Exit delists the shadow while a bracket is open, whose end it never hears: nothing is left to
@@ -262,7 +342,11 @@ fn b_44_an_end_after_release_takes_nothing_back() {
         scope.spawn(|| shadow.watch([page(200)], |_| ()).unwrap());
     });
     shadow.invalidate_range_end(&bracket.range());
-    assert_eq!(fault(&shadow, 200, 1), Err(InstallError::Retry), "it can never be told of a change again");
+    assert_eq!(
+        fault(&shadow, 200, 1),
+        Err(InstallError::Retry),
+        "it can never be told of a change again"
+    );
 }
 
 #[test]
@@ -273,7 +357,10 @@ fn nothing_is_installed_after_exit() {
     let snapshot = shadow.snapshot(page(7));
     drop(mm);
     assert_eq!(entry(&shadow, 7), None);
-    assert_eq!(shadow.try_install(snapshot, |_| ()), Err(InstallError::Retry));
+    assert_eq!(
+        shadow.try_install(snapshot, |_| ()),
+        Err(InstallError::Retry)
+    );
     assert_eq!(fault(&shadow, 8, 1), Err(InstallError::Retry));
 }
 
@@ -287,7 +374,10 @@ fn where_sleeping_is_forbidden_a_held_lock_is_a_refusal_without_a_trace() {
         move || shadow.with_shadow(|_| gate.pass())
     });
     gate.wait_for(1);
-    assert_eq!(mm.try_invalidate(page(7), Event::Clear).map(drop), Err(WouldBlock));
+    assert_eq!(
+        mm.try_invalidate(page(7), Event::Clear).map(drop),
+        Err(WouldBlock)
+    );
     gate.open();
     holder.join();
     assert_eq!(shadow.in_progress(), None);

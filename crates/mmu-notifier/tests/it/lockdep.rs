@@ -3,8 +3,8 @@
 
 use crate::support::{Gate, page, spawn};
 use mmu_notifier::{
-    Event, Finish, IntervalNotifier, IntervalOps, InvalidateRange, InvalidateSeq, MmWithUser, Notifier, Registration,
-    ShadowOps, Subsystem, lockdep,
+    Event, Finish, IntervalNotifier, IntervalOps, InvalidateRange, InvalidateSeq, MmWithUser,
+    Notifier, Registration, ShadowOps, Subsystem, lockdep,
 };
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
@@ -16,7 +16,10 @@ struct Table {
 
 impl Table {
     fn new() -> Arc<Self> {
-        Arc::new(Self { lock: Mutex::new(0), order: lockdep::Map::new("Table::lock") })
+        Arc::new(Self {
+            lock: Mutex::new(0),
+            order: lockdep::Map::new("Table::lock"),
+        })
     }
 
     fn with<R>(&self, f: impl FnOnce(&mut u32) -> R) -> R {
@@ -55,7 +58,11 @@ impl ShadowOps for Empty {
 /// What the detector said, if it stopped `f`.
 fn report(f: impl FnOnce()) -> Option<String> {
     let panic = catch_unwind(AssertUnwindSafe(f)).err()?;
-    Some(panic.downcast::<String>().map_or_else(|_| "no text".into(), |text| *text))
+    Some(
+        panic
+            .downcast::<String>()
+            .map_or_else(|_| "no text".into(), |text| *text),
+    )
 }
 
 fn places(text: &str) -> usize {
@@ -73,7 +80,10 @@ fn s_63_a_wait_under_a_lock_that_a_callback_took_is_reported() {
         drop(other.unregister());
     })
     .expect("the kernel would hang here one day");
-    assert!(text.contains("Table::lock") && places(&text) == 3, "it names the wait, the lock and the callback: {text}");
+    assert!(
+        text.contains("Table::lock") && places(&text) == 3,
+        "it names the wait, the lock and the callback: {text}"
+    );
     drop(client.unregister());
 }
 
@@ -83,7 +93,11 @@ fn s_63_a_callback_that_takes_a_lock_held_in_a_wait_is_reported() {
     let _client = Registration::new(&mm, Client(Arc::clone(&table))).unwrap();
     table.with(|_| drop(Registration::new(&mm, Empty).unwrap().unregister()));
     drop(mm.invalidate(page(1), Event::Unmap));
-    assert_eq!(mm.callback_panics(), 1, "the callback was stopped before it could hang");
+    assert_eq!(
+        mm.callback_panics(),
+        1,
+        "the callback was stopped before it could hang"
+    );
     assert_eq!(table.with(|count| *count), 0);
 }
 
@@ -114,8 +128,10 @@ fn s_63_the_write_lock_and_the_first_insert_are_waits_too() {
     let (mm, table) = (MmWithUser::new(), Table::new());
     let client = Registration::new(&mm, Client(Arc::clone(&table))).unwrap();
     drop(mm.invalidate(page(1), Event::Unmap));
-    let waits: [fn(&MmWithUser); 2] =
-        [|mm| drop(mm.mmap_write_lock()), |mm| drop(IntervalNotifier::insert(mm, page(1), Empty))];
+    let waits: [fn(&MmWithUser); 2] = [
+        |mm| drop(mm.mmap_write_lock()),
+        |mm| drop(IntervalNotifier::insert(mm, page(1), Empty)),
+    ];
     for wait in waits {
         let text = report(|| {
             let _order = table.order.acquire();
@@ -135,7 +151,8 @@ fn s_63_every_function_that_may_wait_is_one() {
     let _client = Registration::new(&mm, Client(Arc::clone(&table))).unwrap();
     let subsystem: Subsystem<Empty> = Subsystem::new(|_| Ok(Empty));
     let shadow = InvalidateSeq::new([page(1)], Empty);
-    let intervals = [1, 1].map(|number| IntervalNotifier::insert(&mm, page(number), Empty).unwrap());
+    let intervals =
+        [1, 1].map(|number| IntervalNotifier::insert(&mm, page(number), Empty).unwrap());
     let [read, removed] = intervals;
     let mut locked = mm.mmap_write_lock().unwrap();
     drop(mm.invalidate(page(1), Event::Unmap));
@@ -145,10 +162,19 @@ fn s_63_every_function_that_may_wait_is_one() {
             wait();
         });
         let text = text.unwrap_or_else(|| panic!("{name} is not known to wait"));
-        assert!(text.contains("Table::lock") && places(&text) == 3, "{name}: {text}");
+        assert!(
+            text.contains("Table::lock") && places(&text) == 3,
+            "{name}: {text}"
+        );
     };
-    stopped("get_locked", Box::new(|| drop(subsystem.get_locked(&mut locked))));
-    stopped("drain_until_idle", Box::new(|| subsystem.drain_until_idle().unwrap()));
+    stopped(
+        "get_locked",
+        Box::new(|| drop(subsystem.get_locked(&mut locked))),
+    );
+    stopped(
+        "drain_until_idle",
+        Box::new(|| subsystem.drain_until_idle().unwrap()),
+    );
     stopped("watch", Box::new(|| shadow.watch([], |_| ()).unwrap()));
     stopped("remove", Box::new(|| drop(removed.remove())));
     // A window that is another thread's, so that a reader waits.
@@ -157,7 +183,10 @@ fn s_63_every_function_that_may_wait_is_one() {
         move || mm.with_invalidation(page(1), Event::Unmap, |_| gate.pass())
     });
     gate.wait_for(1);
-    stopped("read_begin", Box::new(|| assert!(read.check_retry(read.read_begin()))));
+    stopped(
+        "read_begin",
+        Box::new(|| assert!(read.check_retry(read.read_begin()))),
+    );
     gate.open();
     source.join();
 }
@@ -166,7 +195,9 @@ fn s_63_every_function_that_may_wait_is_one() {
 #[test]
 fn s_63_a_nested_bracket_hides_no_outer_one() {
     let (mms, table) = ([MmWithUser::new(), MmWithUser::new()], Table::new());
-    let [outer, inner] = mms.each_ref().map(|mm| mm.invalidate(page(1), Event::Unmap));
+    let [outer, inner] = mms
+        .each_ref()
+        .map(|mm| mm.invalidate(page(1), Event::Unmap));
     table.with(|_| ());
     drop((outer, inner));
     for mm in &mms {

@@ -106,8 +106,17 @@ fn random_operations_agree_with_the_model() {
         RngSeed::Random => rand_seed(),
     };
     println!("PROPTEST_RNG_SEED={seed}");
-    let cases = if std::env::var_os("PROPTEST_CASES").is_some() { chosen.cases } else { 400 };
-    let config = ProptestConfig { cases, rng_seed: RngSeed::Fixed(seed), failure_persistence: None, ..chosen };
+    let cases = if std::env::var_os("PROPTEST_CASES").is_some() {
+        chosen.cases
+    } else {
+        400
+    };
+    let config = ProptestConfig {
+        cases,
+        rng_seed: RngSeed::Fixed(seed),
+        failure_persistence: None,
+        ..chosen
+    };
     proptest!(config, |(ops in proptest::collection::vec(op(), 1..120))| {
         let mut world = World::new();
         world.run(&Op::MmNew);

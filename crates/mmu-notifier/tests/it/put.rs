@@ -1,6 +1,8 @@
 //! 7.2: put and the deferred free.
 
-use crate::support::{At, Counter, Gate, Hook, Log, Probe, Slot, nothing, page, probes, put_at, spawn, stop};
+use crate::support::{
+    At, Counter, Gate, Hook, Log, Probe, Slot, nothing, page, probes, put_at, spawn, stop,
+};
 use mmu_notifier::{Event, MmWithUser, Notifier, Registration, Subsystem, Va};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -14,7 +16,10 @@ fn s_20_a_put_that_is_not_the_last_changes_nothing() {
     subsystem.synchronize().unwrap();
     drop(mm.invalidate(page(1), Event::Unmap));
     assert_eq!(first.users(), 1);
-    assert_eq!(log.all(), [("a", At::Alloc), ("a", At::Start), ("a", At::End)]);
+    assert_eq!(
+        log.all(),
+        [("a", At::Alloc), ("a", At::Start), ("a", At::End)]
+    );
 }
 
 #[test]
@@ -99,7 +104,11 @@ fn s_24_the_free_is_done_before_the_address_space_is_let_go() {
     subscription.put();
     drop(bracket);
     subsystem.synchronize().unwrap();
-    assert_eq!(seen.load(Ordering::SeqCst), 3, "this handle, the hook's, and the notifier's own, still there");
+    assert_eq!(
+        seen.load(Ordering::SeqCst),
+        3,
+        "this handle, the hook's, and the notifier's own, still there"
+    );
     assert_eq!(keep.mm_count(), 1);
 }
 
@@ -110,7 +119,10 @@ fn s_25_a_free_that_panics_still_lets_the_address_space_go() {
         "a",
         &log,
         Arc::new(|at| {
-            assert!(at != At::Free, "a notifier's drop panics, as this test wants");
+            assert!(
+                at != At::Free,
+                "a notifier's drop panics, as this test wants"
+            );
             true
         }),
     );
@@ -139,11 +151,22 @@ fn s_26_get_after_last_put_makes_a_new_object() {
     subsystem.get(&mm).unwrap().put();
     gate.wait_for(1);
     let new = subsystem.get(&mm).unwrap();
-    assert_eq!((log.count("a", At::Alloc), mm.mm_count()), (2, count + 2), "both are there");
+    assert_eq!(
+        (log.count("a", At::Alloc), mm.mm_count()),
+        (2, count + 2),
+        "both are there"
+    );
     gate.open();
     subsystem.synchronize().unwrap();
     drop(mm.invalidate(page(1), Event::Unmap));
-    assert_eq!((log.count("a", At::Free), log.count("a", At::Start), new.users()), (1, 1, 1));
+    assert_eq!(
+        (
+            log.count("a", At::Free),
+            log.count("a", At::Start),
+            new.users()
+        ),
+        (1, 1, 1)
+    );
 }
 
 /// A notifier that is poisoned when it is freed.
@@ -158,7 +181,11 @@ impl Notifier for Canary<'static> {}
 
 impl Drop for Canary<'_> {
     fn drop(&mut self) {
-        assert_eq!(self.state.swap(0xdead, Ordering::Relaxed), ALIVE, "freed twice");
+        assert_eq!(
+            self.state.swap(0xdead, Ordering::Relaxed),
+            ALIVE,
+            "freed twice"
+        );
         self.frees.fetch_add(1, Ordering::Relaxed);
     }
 }
@@ -169,7 +196,10 @@ fn s_27_get_racing_the_last_put_never_returns_a_dying_object() {
     static FREES: AtomicUsize = AtomicUsize::new(0);
     static CANARIES: Subsystem<Canary<'static>> = Subsystem::new(|_| {
         ALLOCS.fetch_add(1, Ordering::Relaxed);
-        Ok(Canary { state: AtomicU64::new(ALIVE), frees: &FREES })
+        Ok(Canary {
+            state: AtomicU64::new(ALIVE),
+            frees: &FREES,
+        })
     });
     let mm = MmWithUser::new();
     std::thread::scope(|scope| {
@@ -183,8 +213,14 @@ fn s_27_get_racing_the_last_put_never_returns_a_dying_object() {
         }
     });
     CANARIES.synchronize().unwrap();
-    let (allocs, frees) = (ALLOCS.load(Ordering::Relaxed), FREES.load(Ordering::Relaxed));
-    assert!(allocs == frees && allocs > 0, "{allocs} made, {frees} freed");
+    let (allocs, frees) = (
+        ALLOCS.load(Ordering::Relaxed),
+        FREES.load(Ordering::Relaxed),
+    );
+    assert!(
+        allocs == frees && allocs > 0,
+        "{allocs} made, {frees} freed"
+    );
 }
 
 #[test]
@@ -221,9 +257,14 @@ fn s_29_each_reference_is_put_exactly_once() {
 #[test]
 fn s_30_a_walker_on_a_put_object_still_reaches_the_rest() {
     let (mm, log, gate) = (Arc::new(MmWithUser::new()), Log::default(), Gate::new());
-    let subsystems =
-        [probes("b", &log, nothing()), probes("x", &log, stop(At::Start, &gate)), probes("a", &log, nothing())];
-    let [_b, x, _a] = subsystems.each_ref().map(|subsystem| subsystem.get(&mm).unwrap());
+    let subsystems = [
+        probes("b", &log, nothing()),
+        probes("x", &log, stop(At::Start, &gate)),
+        probes("a", &log, nothing()),
+    ];
+    let [_b, x, _a] = subsystems
+        .each_ref()
+        .map(|subsystem| subsystem.get(&mm).unwrap());
     let walker = spawn({
         let mm = Arc::clone(&mm);
         move || drop(mm.invalidate(page(1), Event::Clear))
@@ -245,7 +286,11 @@ fn s_31_a_callback_may_put_its_own_object() {
         let _after = after.get(&mm).unwrap();
         let subsystem = probes("x", &log, put_at(at, &slot));
         *slot.lock().unwrap() = Some(subsystem.get(&mm).unwrap());
-        let start = if at == At::TryStart { At::TryStart } else { At::Start };
+        let start = if at == At::TryStart {
+            At::TryStart
+        } else {
+            At::Start
+        };
         let bracket = match start {
             At::TryStart => mm.try_invalidate(page(1), Event::Clear).unwrap(),
             _ => mm.invalidate(page(1), Event::Clear),
@@ -254,11 +299,22 @@ fn s_31_a_callback_may_put_its_own_object() {
         drop(bracket);
         assert!(!mm.test_young(Va::new(0x1000)));
         subsystem.synchronize().unwrap();
-        assert_eq!((log.count("x", At::Free), log.count("x", at)), (1, 1), "at {at:?}");
-        let all = (log.count("after", start), log.count("after", At::End), log.count("after", At::Young));
+        assert_eq!(
+            (log.count("x", At::Free), log.count("x", at)),
+            (1, 1),
+            "at {at:?}"
+        );
+        let all = (
+            log.count("after", start),
+            log.count("after", At::End),
+            log.count("after", At::Young),
+        );
         assert_eq!(all, (1, 1, 1), "the walk went on");
         let place = |entry| log.all().iter().position(|one| *one == entry).unwrap();
-        assert!(place(("x", At::Free)) > place(("after", at)), "freed after the walk that it was put in");
+        assert!(
+            place(("x", At::Free)) > place(("after", at)),
+            "freed after the walk that it was put in"
+        );
     }
 }
 
@@ -266,7 +322,10 @@ fn s_31_a_callback_may_put_its_own_object() {
 /// rest of the same walk must not call the victim.
 #[test]
 fn s_31_what_a_callback_puts_is_not_called_by_the_same_walk() {
-    for (at, between) in [At::Start, At::TryStart, At::End, At::Release].map(|at| [(at, false), (at, true)]).concat() {
+    for (at, between) in [At::Start, At::TryStart, At::End, At::Release]
+        .map(|at| [(at, false), (at, true)])
+        .concat()
+    {
         let (mm, log) = (MmWithUser::new(), Log::default());
         let slot: Slot<Probe> = Slot::default();
         let victim = probes("victim", &log, nothing());
@@ -281,8 +340,15 @@ fn s_31_what_a_callback_puts_is_not_called_by_the_same_walk() {
             _ => drop(mm.invalidate(page(1), Event::Clear)),
         }
         victim.synchronize().unwrap();
-        assert_eq!((log.count("putter", at), log.count("victim", at)), (1, 0), "at {at:?}, one between: {between}");
-        assert_eq!((log.count("victim", At::Free), log.count("between", at)), (1, usize::from(between)));
+        assert_eq!(
+            (log.count("putter", at), log.count("victim", at)),
+            (1, 0),
+            "at {at:?}, one between: {between}"
+        );
+        assert_eq!(
+            (log.count("victim", At::Free), log.count("between", at)),
+            (1, usize::from(between))
+        );
     }
 }
 
@@ -301,7 +367,10 @@ fn s_32_a_put_between_start_and_end_leaves_a_start_alone() {
     drop(bracket);
     let _new = new.join();
     old.synchronize().unwrap();
-    assert_eq!((log.names(At::Start), log.names(At::End)), (vec!["old"], vec![]));
+    assert_eq!(
+        (log.names(At::Start), log.names(At::End)),
+        (vec!["old"], vec![])
+    );
 }
 
 #[test]
@@ -320,7 +389,9 @@ fn s_34_a_registered_object_may_be_put() {
     let count = mm.mm_count();
     let (freed, wait) = std::sync::mpsc::channel();
     let hook: Hook = Arc::new(move |at| at != At::Free || freed.send(()).is_ok());
-    Registration::new(&mm, Probe::new("a", &log, hook)).unwrap().put();
+    Registration::new(&mm, Probe::new("a", &log, hook))
+        .unwrap()
+        .put();
     wait.recv().unwrap();
     crate::support::wait_until(|| mm.mm_count() == count);
     assert_eq!(log.all(), [("a", At::Free)]);
@@ -339,8 +410,14 @@ fn s_35_put_returns_while_a_grace_period_is_stuck() {
     });
     gate.wait_for(1);
     drop(held);
-    assert!(log.count("a", At::Free) == 0, "every put returned, no free has run");
-    assert!(mm.mmap_write_lock().is_ok() && stuck.get(&mm).is_ok(), "and none has kept a lock");
+    assert!(
+        log.count("a", At::Free) == 0,
+        "every put returned, no free has run"
+    );
+    assert!(
+        mm.mmap_write_lock().is_ok() && stuck.get(&mm).is_ok(),
+        "and none has kept a lock"
+    );
     gate.open();
     walker.join();
     for one in &others {
@@ -359,7 +436,10 @@ fn s_36_unlock_then_put_touches_nothing_freed() {
     impl Notifier for Locked {}
     impl Drop for Locked {
         fn drop(&mut self) {
-            COMPLETE.fetch_add(usize::from(*self.0.get_mut().unwrap() == 4), Ordering::Relaxed);
+            COMPLETE.fetch_add(
+                usize::from(*self.0.get_mut().unwrap() == 4),
+                Ordering::Relaxed,
+            );
         }
     }
     static LOCKED: Subsystem<Locked> = Subsystem::new(|_| Ok(Locked::default()));
@@ -376,5 +456,9 @@ fn s_36_unlock_then_put_touches_nothing_freed() {
         });
     }
     LOCKED.synchronize().unwrap();
-    assert_eq!(COMPLETE.load(Ordering::Relaxed), 200, "each free came after every putter's unlock");
+    assert_eq!(
+        COMPLETE.load(Ordering::Relaxed),
+        200,
+        "each free came after every putter's unlock"
+    );
 }

@@ -2,7 +2,9 @@
 #![expect(unsafe_code, reason = "that memory")]
 
 use mmu_notifier::raw::{Embedded, Interval, Node, Notifiers, RawIntervalOps, SurplusPut};
-use mmu_notifier::{Event, InvalidateRange, MmWithUser, Notifier, Va, VaRange, WouldBlock, WouldDeadlock};
+use mmu_notifier::{
+    Event, InvalidateRange, MmWithUser, Notifier, Va, VaRange, WouldBlock, WouldDeadlock,
+};
 use std::mem::MaybeUninit;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -44,7 +46,12 @@ fn place<T>() -> NonNull<T> {
     NonNull::from(Box::leak(Box::new(MaybeUninit::<T>::uninit()))).cast()
 }
 
-fn register(all: &Notifiers<Counter>, mm: &MmWithUser, number: u32, calls: &Arc<Calls>) -> NonNull<Node<Counter>> {
+fn register(
+    all: &Notifiers<Counter>,
+    mm: &MmWithUser,
+    number: u32,
+    calls: &Arc<Calls>,
+) -> NonNull<Node<Counter>> {
     let node = place();
     let mut locked = mm.mmap_write_lock().unwrap();
     // SAFETY: The place is leaked until `dispose` or `unregister`.
@@ -61,7 +68,11 @@ fn s_15_a_registered_node_is_found_and_s_16_the_newest_first() {
     assert_eq!(all.find(&mm, |counter| counter.0 == 1), Ok(Some(newer)));
     assert_eq!(all.find(&mm, |counter| counter.0 == 2), Ok(Some(other)));
     assert_eq!(all.find(&mm, |counter| counter.0 == 3), Ok(None));
-    assert_eq!(all.find(&MmWithUser::new(), |_| true), Ok(None), "it is another address space");
+    assert_eq!(
+        all.find(&MmWithUser::new(), |_| true),
+        Ok(None),
+        "it is another address space"
+    );
     drop(mm.invalidate(VaRange::ALL, Event::Clear));
     assert_eq!(calls.starts.load(Ordering::Relaxed), 3);
     for (node, users) in [(one, 1), (newer, 2), (other, 2)] {
@@ -73,7 +84,10 @@ fn s_15_a_registered_node_is_found_and_s_16_the_newest_first() {
         }
     }
     all.synchronize().unwrap();
-    assert_eq!((calls.disposed.load(Ordering::Relaxed), mm.mm_count()), (3, 1));
+    assert_eq!(
+        (calls.disposed.load(Ordering::Relaxed), mm.mm_count()),
+        (3, 1)
+    );
 }
 
 #[test]
@@ -101,7 +115,13 @@ fn s_60_unregister_gives_the_memory_back_whoever_has_users() {
     drop(bracket);
     // SAFETY: It is registered, and no thread uses it any more.
     assert_eq!(unsafe { Node::unregister(node) }, Ok(()));
-    assert_eq!((calls.releases.load(Ordering::Relaxed), calls.disposed.load(Ordering::Relaxed)), (1, 0));
+    assert_eq!(
+        (
+            calls.releases.load(Ordering::Relaxed),
+            calls.disposed.load(Ordering::Relaxed)
+        ),
+        (1, 0)
+    );
     assert_eq!(mm.mm_count(), 1);
     // SAFETY: `place` leaked it, and it is ours again; only the value in it is left to be dropped.
     unsafe { Counter::dispose(node) };
@@ -125,7 +145,8 @@ impl RawIntervalOps for Range {
         // SAFETY: It is inserted: this is its callback.
         unsafe { self.me.as_ref() }.set_seq(seq);
         drop(held);
-        self.seen.store(range.range().start().get(), Ordering::Relaxed);
+        self.seen
+            .store(range.range().start().get(), Ordering::Relaxed);
         Ok(())
     }
 }
@@ -135,7 +156,11 @@ fn b_14_b_22_b_29_a_raw_interval_keeps_its_own_lock_and_sequence() {
     let (mm, locked, seen) = (MmWithUser::new(), Arc::default(), Arc::default());
     let page = |number: u64| VaRange::covering(Va::new(number << 12), 1).unwrap();
     let me = place();
-    let ops = Range { me, locked: Arc::clone(&locked), seen: Arc::clone(&seen) };
+    let ops = Range {
+        me,
+        locked: Arc::clone(&locked),
+        seen: Arc::clone(&seen),
+    };
     // SAFETY: The place is leaked until it is removed.
     unsafe { Interval::insert(me, &mm, page(7), ops) }.unwrap();
     // SAFETY: It is inserted.
@@ -161,7 +186,11 @@ fn b_14_b_22_b_29_a_raw_interval_keeps_its_own_lock_and_sequence() {
     drop(unsafe { Box::from_raw(me.as_ptr().cast::<MaybeUninit<Interval<Range>>>()) });
     let mut locked = mm.mmap_write_lock().unwrap();
     let me = place();
-    let ops = Range { me, locked: Arc::default(), seen: Arc::default() };
+    let ops = Range {
+        me,
+        locked: Arc::default(),
+        seen: Arc::default(),
+    };
     // SAFETY: The place is leaked until it is removed.
     unsafe { Interval::insert_locked(me, &mut locked, page(7), ops) }.unwrap();
     drop(locked);

@@ -1,9 +1,11 @@
 //! 7.4: register and unregister.
 
-use crate::support::{At, Counter, Gate, Hook, Log, Probe, nothing, page, probes, spawn, stop, wait_until};
+use crate::support::{
+    At, Counter, Gate, Hook, Log, Probe, nothing, page, probes, spawn, stop, wait_until,
+};
 use mmu_notifier::{
-    Event, Finish, GetError, IntervalNotifier, IntervalOps, InvalidateRange, Mm, MmWithUser, Notifier, OwnedBracket,
-    Registration, Va, WouldDeadlock,
+    Event, Finish, GetError, IntervalNotifier, IntervalOps, InvalidateRange, Mm, MmWithUser,
+    Notifier, OwnedBracket, Registration, Va, WouldDeadlock,
 };
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,7 +17,11 @@ fn s_60_unregister_releases_once_and_hands_the_object_back() {
     let count = mm.mm_count();
     let registration = Registration::new(&mm, Probe::new("a", &log, nothing())).unwrap();
     let probe = registration.unregister().unwrap();
-    assert_eq!(log.all(), [("a", At::Release), ("a", At::Released)], "and it was not freed");
+    assert_eq!(
+        log.all(),
+        [("a", At::Release), ("a", At::Released)],
+        "and it was not freed"
+    );
     assert_eq!(mm.mm_count(), count);
     drop(probe);
 }
@@ -23,7 +29,8 @@ fn s_60_unregister_releases_once_and_hands_the_object_back() {
 #[test]
 fn s_61_unregister_waits_for_a_running_callback() {
     let (mm, log, gate) = (Arc::new(MmWithUser::new()), Log::default(), Gate::new());
-    let registration = Registration::new(&mm, Probe::new("a", &log, stop(At::Start, &gate))).unwrap();
+    let registration =
+        Registration::new(&mm, Probe::new("a", &log, stop(At::Start, &gate))).unwrap();
     let walker = spawn({
         let mm = Arc::clone(&mm);
         move || drop(mm.invalidate(page(1), Event::Clear))
@@ -52,7 +59,11 @@ fn s_61_after_unregister_the_count_of_callbacks_stands_still() {
             self.0.add();
         }
     }
-    let (mm, stop, events) = (MmWithUser::new(), AtomicBool::new(false), Counter::default());
+    let (mm, stop, events) = (
+        MmWithUser::new(),
+        AtomicBool::new(false),
+        Counter::default(),
+    );
     std::thread::scope(|scope| {
         for _ in 0..2 {
             scope.spawn(|| {
@@ -84,7 +95,10 @@ fn s_62_unregister_from_a_callback_is_an_error() {
         Arc::new(move |at| {
             let registration = slot.lock().unwrap().take();
             if let Some(registration) = registration {
-                let refused = registration.unregister().err().expect("it would wait for itself");
+                let refused = registration
+                    .unregister()
+                    .err()
+                    .expect("it would wait for itself");
                 assert!(!refused.to_string().is_empty());
                 log.add("refused", at);
                 *slot.lock().unwrap() = Some(refused.registration);
@@ -96,14 +110,42 @@ fn s_62_unregister_from_a_callback_is_an_error() {
     drop(mm.invalidate(page(1), Event::Clear));
     drop(mm.try_invalidate(page(1), Event::Clear).unwrap());
     assert!(!mm.test_young(Va::new(0x1000)));
-    assert_eq!((log.count("a", At::End), mm.callback_panics()), (2, 0), "still registered, and unharmed");
+    assert_eq!(
+        (log.count("a", At::End), mm.callback_panics()),
+        (2, 0),
+        "still registered, and unharmed"
+    );
     let handle = (*mm).clone();
     drop(mm);
-    assert_eq!(log.names(At::Release), ["a", "refused"], "in the release of exit too");
-    let all = [At::Start, At::End, At::TryStart, At::End, At::Young, At::Release].map(|at| ("refused", at));
-    assert_eq!(log.all().into_iter().filter(|entry| entry.0 == "refused").collect::<Vec<_>>(), all);
+    assert_eq!(
+        log.names(At::Release),
+        ["a", "refused"],
+        "in the release of exit too"
+    );
+    let all = [
+        At::Start,
+        At::End,
+        At::TryStart,
+        At::End,
+        At::Young,
+        At::Release,
+    ]
+    .map(|at| ("refused", at));
+    assert_eq!(
+        log.all()
+            .into_iter()
+            .filter(|entry| entry.0 == "refused")
+            .collect::<Vec<_>>(),
+        all
+    );
     let registration = slot.lock().unwrap().take().unwrap();
-    assert_eq!((registration.unregister().unwrap().name, handle.callback_panics()), ("a", 0));
+    assert_eq!(
+        (
+            registration.unregister().unwrap().name,
+            handle.callback_panics()
+        ),
+        ("a", 0)
+    );
 }
 
 #[test]
@@ -114,7 +156,9 @@ fn s_14_a_notifier_of_ones_own_is_registered_under_the_write_lock() {
         let (mm, log) = (Arc::clone(&mm), log.clone());
         move || {
             let mut locked = mm.mmap_write_lock().unwrap();
-            let refused = Registration::new(&mm, Probe::new("a", &log, nothing())).err().unwrap();
+            let refused = Registration::new(&mm, Probe::new("a", &log, nothing()))
+                .err()
+                .unwrap();
             Registration::new_locked(&mut locked, refused.notifier).unwrap()
         }
     });
@@ -122,11 +166,21 @@ fn s_14_a_notifier_of_ones_own_is_registered_under_the_write_lock() {
     drop(bracket);
     let registration = registrar.join();
     drop(mm.invalidate(page(1), Event::Clear));
-    assert_eq!(log.all(), [("a", At::Start), ("a", At::End)], "nothing of the bracket that was open");
+    assert_eq!(
+        log.all(),
+        [("a", At::Start), ("a", At::End)],
+        "nothing of the bracket that was open"
+    );
     let mut locked = mm.mmap_write_lock().unwrap();
     let bracket = mm.invalidate(page(1), Event::Clear);
-    let refused = Registration::new_locked(&mut locked, Probe::new("b", &log, nothing())).err().unwrap();
-    assert_eq!((refused.notifier.name, refused.error), ("b", WouldDeadlock), "it would wait for the bracket");
+    let refused = Registration::new_locked(&mut locked, Probe::new("b", &log, nothing()))
+        .err()
+        .unwrap();
+    assert_eq!(
+        (refused.notifier.name, refused.error),
+        ("b", WouldDeadlock),
+        "it would wait for the bracket"
+    );
     drop((bracket, locked));
     registration.unregister().unwrap();
     assert!(!mm.has_notifiers());
@@ -153,7 +207,11 @@ fn errors_that_hand_a_value_back_convert_to_the_reason() {
     let bracket = mm.invalidate(page(1), Event::Clear);
     assert_eq!(all(&mm, &log), Err(WouldDeadlock));
     drop(bracket);
-    assert_eq!((log.count("a", At::Free), mm.has_notifiers()), (2, true), "true: there has been an interval");
+    assert_eq!(
+        (log.count("a", At::Free), mm.has_notifiers()),
+        (2, true),
+        "true: there has been an interval"
+    );
 }
 
 thread_local! {
@@ -176,12 +234,24 @@ impl Notifier for LeavesOpen {
 fn s_62_unregister_does_not_wait_for_a_bracket_that_release_left_open() {
     let (mm, releases, log) = (MmWithUser::new(), Counter::default(), Log::default());
     let registration = Registration::new(&mm, LeavesOpen(releases.clone())).unwrap();
-    let refused = registration.unregister().err().expect("it would wait for the bracket of this thread");
+    let refused = registration
+        .unregister()
+        .err()
+        .expect("it would wait for the bracket of this thread");
     assert!(mm.has_notifiers(), "the registration is still good");
-    assert_eq!(Registration::new(&mm, Probe::new("a", &log, nothing())).err().unwrap().error, WouldDeadlock);
+    assert_eq!(
+        Registration::new(&mm, Probe::new("a", &log, nothing()))
+            .err()
+            .unwrap()
+            .error,
+        WouldDeadlock
+    );
     KEPT.set(None);
     refused.registration.unregister().unwrap();
-    assert_eq!((releases.get(), mm.has_notifiers(), mm.callback_panics()), (2, false, 0));
+    assert_eq!(
+        (releases.get(), mm.has_notifiers(), mm.callback_panics()),
+        (2, false, 0)
+    );
 }
 
 /// Exit makes the same check. It cannot return an error, so it skips the wait.
@@ -201,14 +271,21 @@ fn s_62_exit_does_not_wait_for_a_bracket_that_release_left_open() {
 #[test]
 fn a_release_that_panics_is_counted_and_holds_nothing_up() {
     let (mm, log) = (MmWithUser::new(), Log::default());
-    let bad: Hook = Arc::new(|at| at != At::Release || panic!("a release panics, as this test wants"));
+    let bad: Hook =
+        Arc::new(|at| at != At::Release || panic!("a release panics, as this test wants"));
     let first = Registration::new(&mm, Probe::new("first", &log, Arc::clone(&bad))).unwrap();
     let second = Registration::new(&mm, Probe::new("second", &log, bad)).unwrap();
     let _last = Registration::new(&mm, Probe::new("last", &log, nothing())).unwrap();
-    assert_eq!((second.unregister().unwrap().name, mm.callback_panics()), ("second", 1));
+    assert_eq!(
+        (second.unregister().unwrap().name, mm.callback_panics()),
+        ("second", 1)
+    );
     let handle = (*mm).clone();
     drop(mm);
-    assert_eq!((log.names(At::Release), handle.callback_panics()), (vec!["second", "last", "first"], 2));
+    assert_eq!(
+        (log.names(At::Release), handle.callback_panics()),
+        (vec!["second", "last", "first"], 2)
+    );
     assert!(!handle.has_notifiers() && first.unregister().is_ok());
 }
 
@@ -229,25 +306,37 @@ fn s_65_what_registers_or_unregisters_in_a_deferred_free_is_refused() {
         let (other, log, refused) = (Arc::clone(&other), log.clone(), refused.clone());
         move || {
             let subsystem = probes("never", &log, nothing());
-            refused.add_if(subsystem.get(&other).is_err_and(|error| error == GetError::WouldDeadlock));
+            refused.add_if(
+                subsystem
+                    .get(&other)
+                    .is_err_and(|error| error == GetError::WouldDeadlock),
+            );
             refused.add_if(Registration::new(&other, Probe::new("b", &log, nothing())).is_err());
             refused.add_if(other.mmap_write_lock().is_err());
-            refused.add_if(subsystem.drain_until_idle().is_err() && subsystem.synchronize().is_err());
+            refused
+                .add_if(subsystem.drain_until_idle().is_err() && subsystem.synchronize().is_err());
             refused.add_if(held.take().unwrap().unregister().is_err());
         }
     };
-    Registration::new(&mm, Frees(Box::new(on_free))).unwrap().put();
+    Registration::new(&mm, Frees(Box::new(on_free)))
+        .unwrap()
+        .put();
     wait_until(|| mm.mm_count() == 1);
     assert_eq!((refused.get(), mm.callback_panics()), (5, 0));
     let (freed, wait) = std::sync::mpsc::channel();
     let again = Arc::clone(&other);
-    Registration::new(&mm, Probe::new("c", &log, nothing())).unwrap().unregister_no_release(move |_| {
-        freed.send(again.mmap_write_lock().is_err()).unwrap();
-        panic!("a deferred free panics, as this test wants");
-    });
+    Registration::new(&mm, Probe::new("c", &log, nothing()))
+        .unwrap()
+        .unregister_no_release(move |_| {
+            freed.send(again.mmap_write_lock().is_err()).unwrap();
+            panic!("a deferred free panics, as this test wants");
+        });
     assert!(wait.recv().unwrap(), "in this kind of free as well");
     wait_until(|| mm.mm_count() == 1);
-    assert_eq!((mm.callback_panics(), log.count("never", At::Alloc)), (1, 0));
+    assert_eq!(
+        (mm.callback_panics(), log.count("never", At::Alloc)),
+        (1, 0)
+    );
 }
 
 /// The reclaimer also drops the state of an interval that was let go of inside its own bracket.
@@ -264,7 +353,12 @@ fn s_65_what_registers_in_the_deferred_drop_of_an_interval_is_refused() {
             (self.0)();
         }
     }
-    let (mm, other, log, refused) = (MmWithUser::new(), MmWithUser::new(), Log::default(), Counter::default());
+    let (mm, other, log, refused) = (
+        MmWithUser::new(),
+        MmWithUser::new(),
+        Log::default(),
+        Counter::default(),
+    );
     let on_drop = {
         let (log, refused) = (log.clone(), refused.clone());
         move || {
@@ -285,7 +379,9 @@ fn s_65_what_registers_in_the_deferred_drop_of_an_interval_is_refused() {
 fn s_65_a_failed_register_hands_the_object_back_for_another_try() {
     let (mm, log) = (MmWithUser::new(), Log::default());
     let bracket = mm.invalidate(page(1), Event::Clear);
-    let failed = Registration::new(&mm, Probe::new("a", &log, nothing())).err().unwrap();
+    let failed = Registration::new(&mm, Probe::new("a", &log, nothing()))
+        .err()
+        .unwrap();
     drop(bracket);
     let registration = Registration::new(&mm, failed.notifier).unwrap();
     assert_eq!(registration.unregister().unwrap().name, "a");
@@ -339,10 +435,18 @@ fn s_67_a_nested_start_passes_a_waiting_registrar() {
     let inner = mm.invalidate(page(2), Event::Unmap);
     register.assert_blocked();
     drop(inner);
-    assert_eq!(log.all(), [("a", At::Start), ("a", At::End)], "the inner one is younger than the registration");
+    assert_eq!(
+        log.all(),
+        [("a", At::Start), ("a", At::End)],
+        "the inner one is younger than the registration"
+    );
     drop(outer);
     let _registered = register.join();
-    assert_eq!(log.all().len(), 2, "and the outer one is older: neither its start nor its end");
+    assert_eq!(
+        log.all().len(),
+        2,
+        "and the outer one is older: neither its start nor its end"
+    );
 }
 
 /// Where the kernel returns EINTR. Here the one that waits for brackets and the one that waits for
@@ -399,7 +503,8 @@ fn s_70_an_object_can_be_registered_again_after_unregister() {
 #[test]
 fn s_64_unregister_no_release_does_not_wait_and_frees_after_the_walker() {
     let (mm, log, gate) = (Arc::new(MmWithUser::new()), Log::default(), Gate::new());
-    let registration = Registration::new(&mm, Probe::new("a", &log, stop(At::Start, &gate))).unwrap();
+    let registration =
+        Registration::new(&mm, Probe::new("a", &log, stop(At::Start, &gate))).unwrap();
     let count = mm.mm_count();
     let walker = spawn({
         let mm = Arc::clone(&mm);
@@ -408,7 +513,10 @@ fn s_64_unregister_no_release_does_not_wait_and_frees_after_the_walker() {
     gate.wait_for(1);
     let (hand_back, back) = std::sync::mpsc::channel();
     registration.unregister_no_release(move |probe| hand_back.send(probe).unwrap());
-    assert!(!mm.has_notifiers(), "it has returned, and the walker is still inside");
+    assert!(
+        !mm.has_notifiers(),
+        "it has returned, and the walker is still inside"
+    );
     let waiter = spawn(move || back.recv().unwrap());
     waiter.assert_blocked();
     gate.open();

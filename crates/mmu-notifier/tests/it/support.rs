@@ -1,6 +1,8 @@
 //! A subscriber that writes down what happens to it, and the means to hold it up in the middle.
 
-use mmu_notifier::{InvalidateRange, Mm, MmWithUser, Notifier, Subscription, Subsystem, Va, VaRange, WouldBlock};
+use mmu_notifier::{
+    InvalidateRange, Mm, MmWithUser, Notifier, Subscription, Subsystem, Va, VaRange, WouldBlock,
+};
 use std::convert::Infallible;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -39,12 +41,19 @@ impl Log {
     }
 
     pub(crate) fn count(&self, name: &str, at: At) -> usize {
-        self.all().iter().filter(|entry| **entry == (name, at)).count()
+        self.all()
+            .iter()
+            .filter(|entry| **entry == (name, at))
+            .count()
     }
 
     /// Who came to `at`, in order.
     pub(crate) fn names(&self, at: At) -> Vec<&'static str> {
-        self.all().into_iter().filter(|entry| entry.1 == at).map(|entry| entry.0).collect()
+        self.all()
+            .into_iter()
+            .filter(|entry| entry.1 == at)
+            .map(|entry| entry.0)
+            .collect()
     }
 }
 
@@ -76,7 +85,11 @@ pub(crate) struct Probe {
 
 impl Probe {
     pub(crate) fn new(name: &'static str, log: &Log, hook: Hook) -> Self {
-        Self { name, log: log.clone(), hook }
+        Self {
+            name,
+            log: log.clone(),
+            hook,
+        }
     }
 
     fn at(&self, at: At) -> bool {
@@ -96,7 +109,11 @@ impl Notifier for Probe {
     }
 
     fn try_invalidate_range_start(&self, _range: &InvalidateRange<'_>) -> Result<(), WouldBlock> {
-        if self.at(At::TryStart) { Ok(()) } else { Err(WouldBlock) }
+        if self.at(At::TryStart) {
+            Ok(())
+        } else {
+            Err(WouldBlock)
+        }
     }
 
     fn invalidate_range_end(&self, _range: &InvalidateRange<'_>) {
@@ -116,8 +133,11 @@ impl Drop for Probe {
 }
 
 /// A subsystem of probes, made by a closure that logs each `alloc`.
-pub(crate) type Probes =
-    Subsystem<Probe, Infallible, Box<dyn Fn(&MmWithUser) -> Result<Probe, Infallible> + Send + Sync>>;
+pub(crate) type Probes = Subsystem<
+    Probe,
+    Infallible,
+    Box<dyn Fn(&MmWithUser) -> Result<Probe, Infallible> + Send + Sync>,
+>;
 
 pub(crate) fn probes(name: &'static str, log: &Log, hook: Hook) -> Probes {
     let log = log.clone();
@@ -150,7 +170,10 @@ impl Gate {
 
     /// Waits until `n` have come.
     pub(crate) fn wait_for(&self, n: usize) {
-        let _state = self.changed.wait_while(self.state.lock().unwrap(), |state| state.0 < n).unwrap();
+        let _state = self
+            .changed
+            .wait_while(self.state.lock().unwrap(), |state| state.0 < n)
+            .unwrap();
     }
 
     pub(crate) fn open(&self) {
@@ -174,7 +197,11 @@ pub(crate) fn spawn<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static
         tell.send(unsafe { libc::gettid() }).unwrap();
         drop(sender.send(work()));
     });
-    Task { tid: tid.recv().unwrap(), result, thread }
+    Task {
+        tid: tid.recv().unwrap(),
+        result,
+        thread,
+    }
 }
 
 impl<T> Task<T> {
@@ -182,14 +209,19 @@ impl<T> Task<T> {
     /// not.
     pub(crate) fn assert_blocked(&self) {
         wait_until(|| self.thread.is_finished() || self.sleeps());
-        assert!(matches!(self.result.recv_timeout(Duration::from_millis(20)), Err(RecvTimeoutError::Timeout)));
+        assert!(matches!(
+            self.result.recv_timeout(Duration::from_millis(20)),
+            Err(RecvTimeoutError::Timeout)
+        ));
     }
 
     /// Tells whether the kernel has put the thread to sleep.
     fn sleeps(&self) -> bool {
-        let stat = std::fs::read_to_string(format!("/proc/self/task/{}/stat", self.tid)).unwrap_or_default();
+        let stat = std::fs::read_to_string(format!("/proc/self/task/{}/stat", self.tid))
+            .unwrap_or_default();
         // The state comes after the name, which is in parentheses.
-        stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('S'))
+        stat.rsplit_once(") ")
+            .is_some_and(|(_, rest)| rest.starts_with('S'))
     }
 
     /// Interrupts the thread with a signal that does nothing.
@@ -200,16 +232,25 @@ impl<T> Task<T> {
         // SA_RESTART, is valid.
         let mut action = unsafe { std::mem::zeroed::<libc::sigaction>() };
         action.sa_sigaction = ignore as extern "C" fn(libc::c_int) as usize;
-        // SAFETY: The handler does nothing, which is safe in a signal context; the old action is
-        // not asked for.
-        assert_eq!(unsafe { libc::sigaction(libc::SIGUSR1, &raw const action, std::ptr::null_mut()) }, 0);
-        // SAFETY: `pthread_kill` needs a thread that was not joined: `join` consumes the task.
-        assert_eq!(unsafe { libc::pthread_kill(self.thread.as_pthread_t(), libc::SIGUSR1) }, 0);
+        assert_eq!(
+            // SAFETY: The handler does nothing, which is safe in a signal context; the old action
+            // is not asked for.
+            unsafe { libc::sigaction(libc::SIGUSR1, &raw const action, std::ptr::null_mut()) },
+            0
+        );
+        assert_eq!(
+            // SAFETY: `pthread_kill` needs a thread that was not joined: `join` consumes the task.
+            unsafe { libc::pthread_kill(self.thread.as_pthread_t(), libc::SIGUSR1) },
+            0
+        );
     }
 
     /// Waits for it; a test that hangs here has found something.
     pub(crate) fn join(self) -> T {
-        let result = self.result.recv_timeout(Duration::from_secs(300)).expect("the other thread hangs or panicked");
+        let result = self
+            .result
+            .recv_timeout(Duration::from_secs(300))
+            .expect("the other thread hangs or panicked");
         self.thread.join().unwrap();
         result
     }

@@ -1,11 +1,12 @@
 //! 7.5: synchronize.
 
 use crate::support::{
-    At, Counter, Gate, Hook, Log, Probe, Probes, Slot, nothing, page, probes, put_at, spawn, stop, wait_until,
+    At, Counter, Gate, Hook, Log, Probe, Probes, Slot, nothing, page, probes, put_at, spawn, stop,
+    wait_until,
 };
 use mmu_notifier::{
-    Event, Finish, IntervalNotifier, IntervalOps, InvalidateRange, Mm, MmWithUser, Notifier, Registration, Secondary,
-    SecondaryTlb, Subsystem, Va, VaRange,
+    Event, Finish, IntervalNotifier, IntervalOps, InvalidateRange, Mm, MmWithUser, Notifier,
+    Registration, Secondary, SecondaryTlb, Subsystem, Va, VaRange,
 };
 use std::sync::{Arc, Mutex};
 
@@ -23,7 +24,10 @@ fn s_80_synchronize_waits_for_the_puts_of_all_threads() {
         });
         subsystem.synchronize().unwrap();
         assert_eq!(log.count("a", At::Free), 8);
-        assert!(mms.iter().all(|mm| mm.mm_count() == 1), "and every handle was dropped");
+        assert!(
+            mms.iter().all(|mm| mm.mm_count() == 1),
+            "and every handle was dropped"
+        );
     }
 }
 
@@ -91,7 +95,11 @@ fn s_87_synchronize_where_it_would_wait_for_itself_is_an_error() {
     };
     let registration = Registration::new(&mm, Probe::new("b", &log, Arc::clone(&hook))).unwrap();
     drop(registration.unregister().unwrap());
-    assert_eq!(std::mem::take(&mut *refused.lock().unwrap()), [At::Release], "and the drop was this thread's");
+    assert_eq!(
+        std::mem::take(&mut *refused.lock().unwrap()),
+        [At::Release],
+        "and the drop was this thread's"
+    );
     let subsystem = probes("a", &log, hook);
     let held = subsystem.get(&mm).unwrap();
     let bracket = mm.invalidate(page(1), Event::Clear);
@@ -102,7 +110,15 @@ fn s_87_synchronize_where_it_would_wait_for_itself_is_an_error() {
     drop(mm);
     held.put();
     subsystem.synchronize().unwrap();
-    let all = [At::Start, At::End, At::TryStart, At::End, At::Young, At::Release, At::Free];
+    let all = [
+        At::Start,
+        At::End,
+        At::TryStart,
+        At::End,
+        At::Young,
+        At::Release,
+        At::Free,
+    ];
     assert_eq!(*refused.lock().unwrap(), all);
 }
 
@@ -115,7 +131,13 @@ fn s_87_synchronize_in_other_work_of_the_reclaimer_is_an_error() {
     let bracket = mm.invalidate(page(1), Event::Clear);
     let (tell, told) = std::sync::mpsc::channel();
     let inner = Arc::clone(&subsystem);
-    domain.call(move || tell.send((inner.synchronize().is_err(), inner.drain_until_idle().is_err())).unwrap());
+    domain.call(move || {
+        tell.send((
+            inner.synchronize().is_err(),
+            inner.drain_until_idle().is_err(),
+        ))
+        .unwrap()
+    });
     assert_eq!(told.recv().unwrap(), (true, true));
     drop(bracket);
 }
@@ -157,7 +179,11 @@ fn s_87_synchronize_in_an_interval_or_a_flush_is_an_error() {
     mm.invalidate_secondary_tlbs(page(1));
     drop(bracket);
     drop(mm);
-    assert_eq!(*REFUSED.lock().unwrap(), ["interval", "finish", "flush", "interval", "finish"], "twice: once for exit");
+    assert_eq!(
+        *REFUSED.lock().unwrap(),
+        ["interval", "finish", "flush", "interval", "finish"],
+        "twice: once for exit"
+    );
     let bracket = handle.invalidate(page(1), Event::Clear);
     drop(interval);
     drop(bracket);
@@ -198,19 +224,37 @@ fn s_82_synchronize_waits_for_the_brackets_that_hold_up_a_free_and_for_no_others
 /// kernel's is for these, too.
 #[test]
 fn s_80_synchronize_waits_for_registrations_that_were_put() {
-    let (mms, log, gate) = ([MmWithUser::new(), MmWithUser::new()], Log::default(), Gate::new());
+    let (mms, log, gate) = (
+        [MmWithUser::new(), MmWithUser::new()],
+        Log::default(),
+        Gate::new(),
+    );
     static OWNED: Subsystem<Probe, std::convert::Infallible, ()> = Subsystem::without_alloc();
-    let [put, dropped] = mms.each_ref().map(|mm| OWNED.register(mm, Probe::new("put", &log, nothing())).unwrap());
+    let [put, dropped] = mms.each_ref().map(|mm| {
+        OWNED
+            .register(mm, Probe::new("put", &log, nothing()))
+            .unwrap()
+    });
     let mut locked = mms[0].mmap_write_lock().unwrap();
     let stopped = Probe::new("handed over", &log, stop(At::Free, &gate));
     let handed_over = OWNED.register_locked(&mut locked, stopped).unwrap();
     drop(locked);
     drop(mms[0].invalidate(page(1), Event::Clear));
-    assert_eq!(log.names(At::Start), ["handed over", "put"], "they are called as all others are");
+    assert_eq!(
+        log.names(At::Start),
+        ["handed over", "put"],
+        "they are called as all others are"
+    );
     put.put();
     drop(dropped);
     OWNED.synchronize().unwrap();
-    assert_eq!((log.count("put", At::Free), mms.each_ref().map(|mm| mm.mm_count())), (2, [2, 1]));
+    assert_eq!(
+        (
+            log.count("put", At::Free),
+            mms.each_ref().map(|mm| mm.mm_count())
+        ),
+        (2, [2, 1])
+    );
     let freed = log.clone();
     handed_over.unregister_no_release(move |probe| {
         drop(probe);
@@ -221,8 +265,13 @@ fn s_80_synchronize_waits_for_registrations_that_were_put() {
     waiter.assert_blocked();
     gate.open();
     waiter.join();
-    assert_eq!((log.count("by the caller", At::Free), mms[0].mm_count()), (1, 1));
-    let kept = OWNED.register(&mms[0], Probe::new("taken back", &log, nothing())).unwrap();
+    assert_eq!(
+        (log.count("by the caller", At::Free), mms[0].mm_count()),
+        (1, 1)
+    );
+    let kept = OWNED
+        .register(&mms[0], Probe::new("taken back", &log, nothing()))
+        .unwrap();
     assert_eq!(kept.unregister().unwrap().name, "taken back");
     OWNED.synchronize().unwrap();
 }
@@ -232,11 +281,24 @@ fn s_80_synchronize_waits_for_registrations_that_were_put() {
 fn s_15_get_does_not_find_what_its_subsystem_has_registered() {
     let (mm, log) = (MmWithUser::new(), Log::default());
     let subsystem = probes("got", &log, nothing());
-    let registered = subsystem.register(&mm, Probe::new("registered", &log, nothing())).unwrap();
+    let registered = subsystem
+        .register(&mm, Probe::new("registered", &log, nothing()))
+        .unwrap();
     let got = subsystem.get(&mm).unwrap();
-    assert_eq!((got.name, got.users(), registered.name), ("got", 1, "registered"));
+    assert_eq!(
+        (got.name, got.users(), registered.name),
+        ("got", 1, "registered")
+    );
     let bracket = mm.invalidate(page(1), Event::Clear);
-    assert_eq!(subsystem.register(&mm, Probe::new("no", &log, nothing())).err().unwrap().notifier.name, "no");
+    assert_eq!(
+        subsystem
+            .register(&mm, Probe::new("no", &log, nothing()))
+            .err()
+            .unwrap()
+            .notifier
+            .name,
+        "no"
+    );
     drop(bracket);
     assert_eq!(registered.unregister().unwrap().name, "registered");
     assert!(mm.has_notifiers());
@@ -266,7 +328,10 @@ fn s_88_one_drain_covers_what_a_free_puts() {
     assert_eq!(log.count("a", At::Free), CHAIN);
     assert!(mms.iter().all(|mm| mm.mm_count() == 1));
     let bracket = mms[0].invalidate(page(1), Event::Clear);
-    assert!(subsystem.drain_until_idle().is_err(), "it could wait for this bracket");
+    assert!(
+        subsystem.drain_until_idle().is_err(),
+        "it could wait for this bracket"
+    );
     drop(bracket);
 }
 
@@ -274,7 +339,11 @@ fn s_88_one_drain_covers_what_a_free_puts() {
 /// the drain has had every occasion to return.
 #[test]
 fn s_88_a_drain_waits_for_the_free_that_the_awaited_one_has_put() {
-    let (mms, log, gate) = ([MmWithUser::new(), MmWithUser::new()], Log::default(), Gate::new());
+    let (mms, log, gate) = (
+        [MmWithUser::new(), MmWithUser::new()],
+        Log::default(),
+        Gate::new(),
+    );
     let (second, made) = (Slot::default(), Counter::default());
     let subsystem: Arc<Probes> = Arc::new(Subsystem::new({
         let (log, gate, second) = (log.clone(), Arc::clone(&gate), Arc::clone(&second));
@@ -294,7 +363,11 @@ fn s_88_a_drain_waits_for_the_free_that_the_awaited_one_has_put() {
     drain.assert_blocked();
     drop(bracket);
     gate.wait_for(1);
-    assert_eq!(log.count("first", At::Free), 1, "what it waited for at first is done");
+    assert_eq!(
+        log.count("first", At::Free),
+        1,
+        "what it waited for at first is done"
+    );
     drain.assert_blocked();
     gate.open();
     drain.join();
@@ -313,7 +386,9 @@ fn s_90_a_hundred_thousand_puts_wait_for_a_stuck_reader() {
         }
     }
     let (mm, frees) = (MmWithUser::new(), Counter::default());
-    let registered: Vec<_> = (0..PUTS).map(|_| Registration::new(&mm, Counted(frees.clone())).unwrap()).collect();
+    let registered: Vec<_> = (0..PUTS)
+        .map(|_| Registration::new(&mm, Counted(frees.clone())).unwrap())
+        .collect();
     let bracket = mm.invalidate(page(1), Event::Clear);
     drop(registered);
     assert_eq!((frees.get(), mm.mm_count()), (0, PUTS + 1));
@@ -332,7 +407,12 @@ impl IntervalOps for Quiet {
 
 #[test]
 fn b_45_a_stuck_callback_delays_nobody_elsewhere() {
-    let (stuck_mm, mm, log, gate) = (Arc::new(MmWithUser::new()), MmWithUser::new(), Log::default(), Gate::new());
+    let (stuck_mm, mm, log, gate) = (
+        Arc::new(MmWithUser::new()),
+        MmWithUser::new(),
+        Log::default(),
+        Gate::new(),
+    );
     let stuck = probes("stuck", &log, stop(At::Start, &gate));
     let _stuck = stuck.get(&stuck_mm).unwrap();
     let late_ones = probes("late", &log, nothing());
@@ -351,9 +431,18 @@ fn b_45_a_stuck_callback_delays_nobody_elsewhere() {
     drop(registration.unregister().unwrap());
     let interval = IntervalNotifier::insert(&mm, page(1), Quiet).unwrap();
     drop(mm.try_invalidate(page(1), Event::Clear).unwrap());
-    assert!(interval.try_install(interval.read_begin(), |_| ()).is_ok() && interval.remove().is_ok());
+    assert!(
+        interval.try_install(interval.read_begin(), |_| ()).is_ok() && interval.remove().is_ok()
+    );
     drop(mm);
-    assert_eq!((log.count("free", At::Free), log.count("r", At::Released), log.count("late", At::Free)), (1, 1, 0));
+    assert_eq!(
+        (
+            log.count("free", At::Free),
+            log.count("r", At::Released),
+            log.count("late", At::Free)
+        ),
+        (1, 1, 0)
+    );
     gate.open();
     walker.join();
     late_ones.synchronize().unwrap();

@@ -13,21 +13,36 @@ fn two_pass(order: &Order, number: u32) -> Shadow {
     Shadow::with(move |_| {
         order.lock().unwrap().push(("start", number));
         let order = Arc::clone(&order);
-        Ok(Some(Finish::new(move || order.lock().unwrap().push(("finish", number)))))
+        Ok(Some(Finish::new(move || {
+            order.lock().unwrap().push(("finish", number))
+        })))
     })
 }
 
 #[test]
 fn b_33_all_starts_come_before_all_finishes() {
     let (mm, order) = (MmWithUser::new(), Order::default());
-    let nodes = [1, 2, 3].map(|n| IntervalNotifier::insert(&mm, page(u64::from(n)), two_pass(&order, n)).unwrap());
+    let nodes = [1, 2, 3]
+        .map(|n| IntervalNotifier::insert(&mm, page(u64::from(n)), two_pass(&order, n)).unwrap());
     drop(mm.invalidate(VaRange::ALL, Event::Clear));
-    let expected: Vec<_> =
-        [("start", 1), ("start", 2), ("start", 3), ("finish", 1), ("finish", 2), ("finish", 3)].into();
+    let expected: Vec<_> = [
+        ("start", 1),
+        ("start", 2),
+        ("start", 3),
+        ("finish", 1),
+        ("finish", 2),
+        ("finish", 3),
+    ]
+    .into();
     assert_eq!(std::mem::take(&mut *order.lock().unwrap()), expected);
-    let _refuses = IntervalNotifier::insert(&mm, page(4), Shadow::with(|_| Err(WouldBlock))).unwrap();
+    let _refuses =
+        IntervalNotifier::insert(&mm, page(4), Shadow::with(|_| Err(WouldBlock))).unwrap();
     assert!(mm.try_invalidate(VaRange::ALL, Event::Clear).is_err());
-    assert_eq!(*order.lock().unwrap(), expected, "on a refusal the earlier finishes still run");
+    assert_eq!(
+        *order.lock().unwrap(),
+        expected,
+        "on a refusal the earlier finishes still run"
+    );
     drop(nodes);
 }
 
@@ -57,11 +72,16 @@ fn b_34_remove_waits_for_a_pending_finish() {
 #[test]
 fn a_panicking_interval_is_counted_and_the_window_closes() {
     let mm = MmWithUser::new();
-    let node = IntervalNotifier::insert(&mm, page(1), Shadow::with(|_| panic!("as this test wants"))).unwrap();
+    let node =
+        IntervalNotifier::insert(&mm, page(1), Shadow::with(|_| panic!("as this test wants")))
+            .unwrap();
     let seq = node.read_begin();
     drop(mm.invalidate(page(1), Event::Clear));
     assert_eq!((mm.callback_panics(), mm.interval_snapshot()), (1, (4, 0)));
-    assert!(node.check_retry(seq), "the sequence was there before the callback");
+    assert!(
+        node.check_retry(seq),
+        "the sequence was there before the callback"
+    );
     assert_eq!(node.remove().unwrap().events.len(), 1);
 }
 
@@ -73,21 +93,32 @@ fn b_33_finishes_run_before_the_window_closes() {
         let (handle, seen) = ((*mm).clone(), Arc::clone(&seen));
         Shadow::with(move |_| {
             let (handle, seen) = (handle.clone(), Arc::clone(&seen));
-            Ok(Some(Finish::new(move || seen.lock().unwrap().push(handle.interval_snapshot()))))
+            Ok(Some(Finish::new(move || {
+                seen.lock().unwrap().push(handle.interval_snapshot())
+            })))
         })
     };
     let nodes = [(); 2].map(|()| IntervalNotifier::insert(&mm, page(1), shadow()).unwrap());
     drop(mm.invalidate(page(1), Event::Clear));
-    let refuses = IntervalNotifier::insert(&mm, page(2), Shadow::with(|_| Err(WouldBlock))).unwrap();
+    let refuses =
+        IntervalNotifier::insert(&mm, page(2), Shadow::with(|_| Err(WouldBlock))).unwrap();
     assert!(mm.try_invalidate(VaRange::ALL, Event::Clear).is_err());
-    assert_eq!(*seen.lock().unwrap(), [(3, 1), (3, 1), (5, 1), (5, 1)], "of a refusal as well");
+    assert_eq!(
+        *seen.lock().unwrap(),
+        [(3, 1), (3, 1), (5, 1), (5, 1)],
+        "of a refusal as well"
+    );
     drop((nodes, refuses));
 }
 
 /// Two invalidations at once of one interval: each has a second pass of its own.
 #[test]
 fn b_33_parallel_invalidations_have_a_finish_each() {
-    let (mm, gate, made) = (Arc::new(MmWithUser::new()), Gate::new(), Arc::new(Mutex::new(0)));
+    let (mm, gate, made) = (
+        Arc::new(MmWithUser::new()),
+        Gate::new(),
+        Arc::new(Mutex::new(0)),
+    );
     let (log, shadow) = (Order::default(), {
         let (gate, made) = (Arc::clone(&gate), Arc::clone(&made));
         move |log: &Order| {
@@ -110,7 +141,11 @@ fn b_33_parallel_invalidations_have_a_finish_each() {
         spawn(move || drop(mm.invalidate(page(1), Event::Clear)))
     });
     gate.wait_for(2);
-    assert_eq!(mm.interval_snapshot(), (3, 2), "both are in their second pass, in one window");
+    assert_eq!(
+        mm.interval_snapshot(),
+        (3, 2),
+        "both are in their second pass, in one window"
+    );
     gate.open();
     walkers.into_iter().for_each(|walker| walker.join());
     let mut finished = log.lock().unwrap().clone();
@@ -122,7 +157,11 @@ fn b_33_parallel_invalidations_have_a_finish_each() {
 #[test]
 fn b_33_a_finish_that_panics_is_counted_and_the_others_run() {
     let (mm, order) = (MmWithUser::new(), Order::default());
-    let bad = Shadow::with(|_| Ok(Some(Finish::new(|| panic!("a second pass panics, as this test wants")))));
+    let bad = Shadow::with(|_| {
+        Ok(Some(Finish::new(|| {
+            panic!("a second pass panics, as this test wants")
+        })))
+    });
     let _bad = IntervalNotifier::insert(&mm, page(1), bad).unwrap();
     let _good = IntervalNotifier::insert(&mm, page(2), two_pass(&order, 2)).unwrap();
     drop(mm.invalidate(VaRange::ALL, Event::Clear));
@@ -138,10 +177,18 @@ fn b_22_remove_and_read_begin_inside_a_callback_are_refused() {
     let shadow = Shadow::with({
         let (slot, refused) = (Arc::clone(&slot), Arc::clone(&refused));
         move |range| {
-            let other = slot.lock().unwrap().take().expect("it is put back each time");
+            let other = slot
+                .lock()
+                .unwrap()
+                .take()
+                .expect("it is put back each time");
             let seq = other.read_begin();
             let stale = other.try_install(seq, |_| ()).is_err();
-            let other = other.remove().err().expect("it would wait for this callback").interval;
+            let other = other
+                .remove()
+                .err()
+                .expect("it would wait for this callback")
+                .interval;
             refused.lock().unwrap().push((range.event().name(), stale));
             *slot.lock().unwrap() = Some(other);
             Ok(None)
@@ -154,8 +201,14 @@ fn b_22_remove_and_read_begin_inside_a_callback_are_refused() {
     drop(mm.invalidate(VaRange::ALL, Event::Clear));
     let handle = (*mm).clone();
     drop(mm);
-    assert_eq!(*refused.lock().unwrap(), [("clear", true), ("release", true)]);
-    assert_eq!((handle.callback_panics(), handle.interval_snapshot()), (0, (6, 0)));
+    assert_eq!(
+        *refused.lock().unwrap(),
+        [("clear", true), ("release", true)]
+    );
+    assert_eq!(
+        (handle.callback_panics(), handle.interval_snapshot()),
+        (0, (6, 0))
+    );
     drop(caller);
     let other = slot.lock().unwrap().take().unwrap();
     assert_eq!(other.remove().unwrap().events.len(), 2);
@@ -181,7 +234,11 @@ fn s_31_an_intervals_callbacks_may_put() {
         });
         let _node = IntervalNotifier::insert(&mm, page(1), shadow).unwrap();
         let bracket = mm.invalidate(page(1), Event::Clear);
-        assert_eq!(log.all(), [("a", At::Alloc)], "delisted before its turn came, and not freed yet");
+        assert_eq!(
+            log.all(),
+            [("a", At::Alloc)],
+            "delisted before its turn came, and not freed yet"
+        );
         drop(bracket);
         subsystem.synchronize().unwrap();
         assert_eq!(log.all(), [("a", At::Alloc), ("a", At::Free)]);

@@ -4,7 +4,9 @@ use crate::{model, model_with};
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use loom::thread;
-use mmu_notifier::{Event, Finish, IntervalNotifier, IntervalOps, InvalidateRange, MmWithUser, VaRange};
+use mmu_notifier::{
+    Event, Finish, IntervalNotifier, IntervalOps, InvalidateRange, MmWithUser, VaRange,
+};
 
 /// A shadow entry, and whether it was removed.
 #[derive(Default)]
@@ -12,7 +14,10 @@ struct Entry(Option<usize>, Arc<AtomicBool>);
 
 impl IntervalOps for Entry {
     fn invalidate(&mut self, _range: &InvalidateRange<'_>) -> Option<Finish> {
-        assert!(!self.1.load(Ordering::Relaxed), "called after it was removed");
+        assert!(
+            !self.1.load(Ordering::Relaxed),
+            "called after it was removed"
+        );
         self.0 = None;
         None
     }
@@ -36,7 +41,11 @@ fn b_25_an_interval_fault_racing_an_invalidation() {
         let found = frame.load(Ordering::Relaxed);
         let _ = node.try_install(seq, |entry| entry.0 = Some(found));
         source.join().unwrap();
-        assert_ne!(node.with_state(|entry| entry.0), Some(0), "an old frame is still mapped");
+        assert_ne!(
+            node.with_state(|entry| entry.0),
+            Some(0),
+            "an old frame is still mapped"
+        );
     });
 }
 

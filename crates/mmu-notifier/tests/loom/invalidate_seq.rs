@@ -4,7 +4,9 @@ use crate::model;
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicUsize, Ordering};
 use loom::thread;
-use mmu_notifier::{Event, InvalidateRange, InvalidateSeq, MmWithUser, Registration, ShadowOps, Va, VaRange};
+use mmu_notifier::{
+    Event, InvalidateRange, InvalidateSeq, MmWithUser, Registration, ShadowOps, Va, VaRange,
+};
 
 /// A shadow of one page.
 #[derive(Default)]
@@ -33,7 +35,9 @@ enum First {
 fn fault_racing_invalidations(first: First, then: Option<VaRange>) {
     let mm = Arc::new(MmWithUser::new());
     let shadow = InvalidateSeq::new([VaRange::ALL], OnePage::default());
-    let Ok(shadow) = Registration::new(&mm, shadow) else { panic!("it was made outside") };
+    let Ok(shadow) = Registration::new(&mm, shadow) else {
+        panic!("it was made outside")
+    };
     let shadow = Arc::new(shadow);
     let frame = Arc::new(AtomicUsize::new(0));
     let source: Box<dyn FnOnce() + Send> = {
@@ -67,7 +71,11 @@ fn fault_racing_invalidations(first: First, then: Option<VaRange>) {
             fault.join().unwrap();
         }
     }
-    assert_ne!(shadow.with_shadow(|page| page.0), Some(0), "an old frame is still mapped");
+    assert_ne!(
+        shadow.with_shadow(|page| page.0),
+        Some(0),
+        "an old frame is still mapped"
+    );
     assert_eq!((shadow.in_progress(), mm.callback_panics()), (None, 0));
     drop(shadow);
     mm.run_deferred();

@@ -15,7 +15,10 @@ unsafe impl Sync for Touched {}
 impl Touched {
     fn touch(&self) {
         // SAFETY: No thread may write while a user is left: the model checks exactly that.
-        assert!(self.0.with(|alive| unsafe { *alive }), "used after it was freed");
+        assert!(
+            self.0.with(|alive| unsafe { *alive }),
+            "used after it was freed"
+        );
     }
 }
 
@@ -36,7 +39,8 @@ impl Drop for Touched {
 fn s_28_the_free_comes_after_every_putters_last_use() {
     model(|| {
         let mm = MmWithUser::new();
-        let subsystem = Subsystem::<Touched>::new(|_| Ok(Touched(loom::cell::UnsafeCell::new(true))));
+        let subsystem =
+            Subsystem::<Touched>::new(|_| Ok(Touched(loom::cell::UnsafeCell::new(true))));
         let held = subsystem.get(&mm).unwrap();
         let other = held.try_clone().unwrap();
         let putter = thread::spawn(move || {
@@ -57,7 +61,8 @@ fn s_40_release_sees_what_every_user_did() {
     model(|| {
         let mm = MmWithUser::new();
         let handle = (*mm).clone();
-        let subsystem = Subsystem::<Touched>::new(|_| Ok(Touched(loom::cell::UnsafeCell::new(true))));
+        let subsystem =
+            Subsystem::<Touched>::new(|_| Ok(Touched(loom::cell::UnsafeCell::new(true))));
         let held = Arc::new(subsystem.get(&mm).unwrap());
         let user = thread::spawn({
             let (mm, held) = (mm.clone(), Arc::clone(&held));

@@ -22,26 +22,66 @@ fn model_with(preemptions: usize, f: impl Fn() + Sync + Send + 'static) {
 
 /// Each way to break the core, the model that must fail for it, and what that must say.
 const MUTANTS: &[(&str, &str, &str)] = &[
-    ("free_at_once", "subscribers::s_22_a_put_racing_a_walker", "used after it was freed"),
-    ("free_at_once", "subscribers::s_47_a_put_racing_exit", "used after it was freed"),
-    ("one_bank", "subscribers::s_80_a_put_racing_a_synchronize_of_somebody_else", "returned before the free"),
-    ("freed_relaxed", "subscribers::s_80_a_put_racing_a_synchronize_of_somebody_else", "returned before the free"),
-    ("get_revives", "subscribers::s_27_a_get_racing_the_last_put", "retired twice"),
-    ("exit_peeks_relaxed", "subscribers::s_48_s_50_unregister_racing_exit", "delisted, and nobody has released it"),
-    ("delist_before_release", "subscribers::s_48_s_50_unregister_racing_exit", "delisted, and nobody has released it"),
+    (
+        "free_at_once",
+        "subscribers::s_22_a_put_racing_a_walker",
+        "used after it was freed",
+    ),
+    (
+        "free_at_once",
+        "subscribers::s_47_a_put_racing_exit",
+        "used after it was freed",
+    ),
+    (
+        "one_bank",
+        "subscribers::s_80_a_put_racing_a_synchronize_of_somebody_else",
+        "returned before the free",
+    ),
+    (
+        "freed_relaxed",
+        "subscribers::s_80_a_put_racing_a_synchronize_of_somebody_else",
+        "returned before the free",
+    ),
+    (
+        "get_revives",
+        "subscribers::s_27_a_get_racing_the_last_put",
+        "retired twice",
+    ),
+    (
+        "exit_peeks_relaxed",
+        "subscribers::s_48_s_50_unregister_racing_exit",
+        "delisted, and nobody has released it",
+    ),
+    (
+        "delist_before_release",
+        "subscribers::s_48_s_50_unregister_racing_exit",
+        "delisted, and nobody has released it",
+    ),
     (
         "register_waits_not",
         "subscribers::s_66_s_69_a_registrar_racing_a_bracket",
         "a stale entry that nobody will invalidate",
     ),
-    ("first_relaxed", "subscribers::s_66_s_69_a_registrar_racing_a_bracket", "Causality violation"),
-    ("ends_whom_it_finds", "subscribers::s_66_s_69_a_registrar_racing_a_bracket", "ends without starts"),
+    (
+        "first_relaxed",
+        "subscribers::s_66_s_69_a_registrar_racing_a_bracket",
+        "Causality violation",
+    ),
+    (
+        "ends_whom_it_finds",
+        "subscribers::s_66_s_69_a_registrar_racing_a_bracket",
+        "ends without starts",
+    ),
     (
         "get_trusts_the_unready",
         "subscribers::s_66_a_second_getter_racing_a_bracket",
         "got while a bracket is open that does not know it",
     ),
-    ("callback_without_seq", "interval::b_25_an_interval_fault_racing_an_invalidation", "an old frame is still mapped"),
+    (
+        "callback_without_seq",
+        "interval::b_25_an_interval_fault_racing_an_invalidation",
+        "an old frame is still mapped",
+    ),
     (
         "remove_waits_not",
         "interval::b_21_a_remove_racing_the_last_end",
@@ -52,12 +92,36 @@ const MUTANTS: &[(&str, &str, &str)] = &[
         "interval::b_21_a_remove_racing_the_last_end",
         "the window closed and the interval is still in the tree",
     ),
-    ("put_relaxed", "last_use::s_28_the_free_comes_after_every_putters_last_use", "Causality violation"),
-    ("exit_relaxed", "last_use::s_40_release_sees_what_every_user_did", "Causality violation"),
-    ("count_before_seq", "invalidate_seq::b_40_a_fault_racing_an_invalidation", "an old frame is still mapped"),
-    ("zap_uncounted", "invalidate_seq::b_40_a_fault_racing_an_invalidation", "an old frame is still mapped"),
-    ("snapshot_relaxed", "invalidate_seq::b_40_a_fault_racing_an_invalidation", "an old frame is still mapped"),
-    ("end_relaxed", "invalidate_seq::b_40_a_fault_racing_an_invalidation", "an old frame is still mapped"),
+    (
+        "put_relaxed",
+        "last_use::s_28_the_free_comes_after_every_putters_last_use",
+        "Causality violation",
+    ),
+    (
+        "exit_relaxed",
+        "last_use::s_40_release_sees_what_every_user_did",
+        "Causality violation",
+    ),
+    (
+        "count_before_seq",
+        "invalidate_seq::b_40_a_fault_racing_an_invalidation",
+        "an old frame is still mapped",
+    ),
+    (
+        "zap_uncounted",
+        "invalidate_seq::b_40_a_fault_racing_an_invalidation",
+        "an old frame is still mapped",
+    ),
+    (
+        "snapshot_relaxed",
+        "invalidate_seq::b_40_a_fault_racing_an_invalidation",
+        "an old frame is still mapped",
+    ),
+    (
+        "end_relaxed",
+        "invalidate_seq::b_40_a_fault_racing_an_invalidation",
+        "an old frame is still mapped",
+    ),
     (
         "range_relaxed",
         "invalidate_seq::b_41_a_fault_racing_an_invalidation_and_one_elsewhere",
@@ -69,13 +133,24 @@ const MUTANTS: &[(&str, &str, &str)] = &[
 fn every_mutant_is_caught() {
     let this = std::env::current_exe().unwrap();
     for (mutant, model, complaint) in MUTANTS {
-        let run =
-            std::process::Command::new(&this).env("MMUN_MUTANT", mutant).args(["--exact", model]).output().unwrap();
+        let run = std::process::Command::new(&this)
+            .env("MMUN_MUTANT", mutant)
+            .args(["--exact", model])
+            .output()
+            .unwrap();
         // A panic while another one unwinds ends the process, and then what it said is on the other
         // stream.
-        let says = [run.stdout, run.stderr].map(|stream| String::from_utf8_lossy(&stream).into_owned()).concat();
+        let says = [run.stdout, run.stderr]
+            .map(|stream| String::from_utf8_lossy(&stream).into_owned())
+            .concat();
         assert!(says.contains("running 1 test"), "{model} is no model");
-        assert!(!run.status.success(), "{model} passes although {mutant} breaks it");
-        assert!(says.contains(complaint), "{model} fails for {mutant}, but not because \"{complaint}\": {says}");
+        assert!(
+            !run.status.success(),
+            "{model} passes although {mutant} breaks it"
+        );
+        assert!(
+            says.contains(complaint),
+            "{model} fails for {mutant}, but not because \"{complaint}\": {says}"
+        );
     }
 }

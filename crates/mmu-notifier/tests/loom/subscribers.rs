@@ -4,7 +4,9 @@ use crate::model;
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use loom::thread;
-use mmu_notifier::{Event, InvalidateRange, Mm, MmWithUser, Notifier, Registration, Subsystem, VaRange};
+use mmu_notifier::{
+    Event, InvalidateRange, Mm, MmWithUser, Notifier, Registration, Subsystem, VaRange,
+};
 
 /// What a model's notifiers have seen. What a callback asserts comes out as a counted panic, which
 /// each model checks.
@@ -25,11 +27,17 @@ struct Canary {
 impl Canary {
     fn new(seen: &Arc<Seen>) -> Self {
         seen.allocs.fetch_add(1, Ordering::Relaxed);
-        Self { freed: AtomicBool::new(false), seen: Arc::clone(seen) }
+        Self {
+            freed: AtomicBool::new(false),
+            seen: Arc::clone(seen),
+        }
     }
 
     fn alive(&self) {
-        assert!(!self.freed.load(Ordering::Relaxed), "used after it was freed");
+        assert!(
+            !self.freed.load(Ordering::Relaxed),
+            "used after it was freed"
+        );
     }
 }
 
@@ -96,7 +104,11 @@ fn s_22_a_put_racing_a_walker() {
 #[test]
 fn s_30_a_put_racing_a_walker_that_must_reach_the_rest() {
     model(|| {
-        let (mm, seen, behind) = (Arc::new(MmWithUser::new()), Arc::new(Seen::default()), Arc::new(Seen::default()));
+        let (mm, seen, behind) = (
+            Arc::new(MmWithUser::new()),
+            Arc::new(Seen::default()),
+            Arc::new(Seen::default()),
+        );
         let (rest, subsystem) = (canaries(&behind), canaries(&seen));
         let stays = rest.get(&mm).unwrap();
         let held = subsystem.get(&mm).unwrap();
@@ -106,10 +118,21 @@ fn s_30_a_put_racing_a_walker_that_must_reach_the_rest() {
         });
         held.put();
         walker.join().unwrap();
-        assert_eq!((count(&behind.starts), count(&behind.ends)), (1, 1), "the walk lost its way");
+        assert_eq!(
+            (count(&behind.starts), count(&behind.ends)),
+            (1, 1),
+            "the walk lost its way"
+        );
         stays.put();
         mm.run_deferred();
-        assert_eq!((count(&seen.frees), count(&behind.frees), mm.callback_panics()), (1, 1, 0));
+        assert_eq!(
+            (
+                count(&seen.frees),
+                count(&behind.frees),
+                mm.callback_panics()
+            ),
+            (1, 1, 0)
+        );
     });
 }
 
@@ -131,7 +154,11 @@ fn s_80_a_put_racing_a_synchronize_of_somebody_else() {
             move || mm.run_deferred()
         });
         subsystem.synchronize().unwrap();
-        assert_eq!(count(&seen.frees), 1, "returned before the free of what was put before");
+        assert_eq!(
+            count(&seen.frees),
+            1,
+            "returned before the free of what was put before"
+        );
         reclaimer.join().unwrap();
         other.join().unwrap();
     });
@@ -180,20 +207,30 @@ fn s_48_s_50_unregister_racing_exit() {
     model(|| {
         let (mm, seen) = (MmWithUser::new(), Arc::new(Seen::default()));
         let handle = (*mm).clone();
-        let Ok(registration) = Registration::new(&mm, Canary::new(&seen)) else { panic!("it was made outside") };
+        let Ok(registration) = Registration::new(&mm, Canary::new(&seen)) else {
+            panic!("it was made outside")
+        };
         let exit = thread::spawn({
             let seen = Arc::clone(&seen);
             move || {
                 drop(mm);
-                assert!(count(&seen.releases) >= 1, "delisted, and nobody has released it");
+                assert!(
+                    count(&seen.releases) >= 1,
+                    "delisted, and nobody has released it"
+                );
             }
         });
-        let Ok(canary) = registration.unregister() else { panic!("it was unregistered outside") };
+        let Ok(canary) = registration.unregister() else {
+            panic!("it was unregistered outside")
+        };
         assert!((1..=2).contains(&count(&seen.releases)));
         canary.alive();
         drop(canary);
         exit.join().unwrap();
-        assert_eq!((handle.has_notifiers(), handle.callback_panics()), (false, 0));
+        assert_eq!(
+            (handle.has_notifiers(), handle.callback_panics()),
+            (false, 0)
+        );
     });
 }
 
@@ -216,8 +253,15 @@ fn registrar_racing(bracket: fn(&Mm, &AtomicUsize)) {
         let looked_up = moved.load(Ordering::Relaxed);
         source.join().unwrap();
         let (starts, ends) = (count(&seen.starts), count(&seen.ends));
-        assert!(looked_up == 1 || starts == 1, "a stale entry that nobody will invalidate");
-        assert_eq!((starts, mm.callback_panics()), (ends, 0), "ends without starts");
+        assert!(
+            looked_up == 1 || starts == 1,
+            "a stale entry that nobody will invalidate"
+        );
+        assert_eq!(
+            (starts, mm.callback_panics()),
+            (ends, 0),
+            "ends without starts"
+        );
         held.put();
         other.put();
         mm.run_deferred();
@@ -236,7 +280,9 @@ fn s_66_s_69_a_registrar_racing_a_bracket() {
 #[test]
 fn s_66_s_69_a_registrar_racing_a_bracket_that_must_not_sleep() {
     registrar_racing(|mm, moved| {
-        let Ok(bracket) = mm.try_invalidate(VaRange::ALL, Event::Unmap) else { panic!("nobody refuses") };
+        let Ok(bracket) = mm.try_invalidate(VaRange::ALL, Event::Unmap) else {
+            panic!("nobody refuses")
+        };
         moved.store(1, Ordering::Relaxed);
         drop(bracket);
     });
@@ -252,10 +298,15 @@ fn s_66_a_second_getter_racing_a_bracket() {
         subsystem.synchronize().unwrap();
         let bracket = mm.invalidate(VaRange::ALL, Event::Unmap);
         let getters = [(); 2].map(|()| {
-            let (mm, subsystem, moved) = (Arc::clone(&mm), Arc::clone(&subsystem), Arc::clone(&moved));
+            let (mm, subsystem, moved) =
+                (Arc::clone(&mm), Arc::clone(&subsystem), Arc::clone(&moved));
             thread::spawn(move || {
                 let held = subsystem.get(&mm).unwrap();
-                assert_eq!(moved.load(Ordering::Relaxed), 1, "got while a bracket is open that does not know it");
+                assert_eq!(
+                    moved.load(Ordering::Relaxed),
+                    1,
+                    "got while a bracket is open that does not know it"
+                );
                 held.put();
             })
         });

@@ -61,7 +61,9 @@ pub(super) unsafe extern "C" fn enter_function(number: u64, args: &[u64; 6], nex
 fn bracketed(number: u64, args: &[u64; 6], call: impl FnOnce() -> u64) -> u64 {
     let mut ranges = Ranges::default();
     let event = plan(number, args, &mut ranges);
-    let (Some(first), Some(mm)) = (ranges.first, current_if_made()) else { return call() };
+    let (Some(first), Some(mm)) = (ranges.first, current_if_made()) else {
+        return call();
+    };
     // SAFETY: no preconditions.
     let errno = unsafe { libc::__errno_location() };
     // SAFETY: it is this thread's own `errno`, for as long as the thread runs; nobody else writes
@@ -118,14 +120,19 @@ fn plan_rare(number: u64, args: &[u64; 6], ranges: &mut Ranges) -> Event {
         libc::SYS_brk => {
             // A break of zero is a query.
             if a0 != 0 {
-                ranges.extend(VaRange::new(Va::new(page::up(a0)), Va::new(page::up(raw::program_break()))));
+                ranges.extend(VaRange::new(
+                    Va::new(page::up(a0)),
+                    Va::new(page::up(raw::program_break())),
+                ));
             }
             Event::Unmap
         }
         libc::SYS_shmat => {
             if a1 != 0 && a2 & libc::SHM_REMAP as u64 != 0 {
                 let address = page::down(a1);
-                match raw::segment_size(a0 as i32).map_or_else(look::top, |size| Ok(address.saturating_add(size))) {
+                match raw::segment_size(a0 as i32)
+                    .map_or_else(look::top, |size| Ok(address.saturating_add(size)))
+                {
                     Ok(end) => add(ranges, address, end.saturating_sub(address)),
                     Err(_) => ranges.extend([VaRange::ALL]),
                 }
@@ -195,7 +202,10 @@ fn vectors(ranges: &mut Ranges, address: u64, count: u64, advice: u64) {
     let mut words = [0; 2 * AT_ONCE as usize];
     for done in (0..count).step_by(AT_ONCE as usize) {
         let now = (count - done).min(AT_ONCE);
-        match raw::read_memory(address.wrapping_add(done * 16), &mut words[..2 * now as usize]) {
+        match raw::read_memory(
+            address.wrapping_add(done * 16),
+            &mut words[..2 * now as usize],
+        ) {
             Ok(read) => {
                 for vector in words[..read].chunks_exact(2) {
                     ranges::madvise(ranges, vector[0], vector[1], advice);
@@ -236,14 +246,28 @@ mod tests {
         let mut ranges = Ranges::default();
         let event = plan(number as u64, &args, &mut ranges);
         let pair = |range: VaRange| (range.start().get(), range.end().map_or(0, Va::get));
-        (event, ranges.first.into_iter().chain(ranges.second).map(pair).collect())
+        (
+            event,
+            ranges
+                .first
+                .into_iter()
+                .chain(ranges.second)
+                .map(pair)
+                .collect(),
+        )
     }
 
     #[test]
     fn the_calls_are_read_as_the_other_source_reads_them() {
-        assert_eq!(planned(libc::SYS_munmap, [0x1000, 1, 0, 0, 0, 0]), (Event::Unmap, vec![(0x1000, 0x2000)]));
+        assert_eq!(
+            planned(libc::SYS_munmap, [0x1000, 1, 0, 0, 0, 0]),
+            (Event::Unmap, vec![(0x1000, 0x2000)])
+        );
         assert_eq!(planned(libc::SYS_madvise, [0x1000, 1, 3, 0, 0, 0]).1, []);
-        assert_eq!(planned(libc::SYS_madvise, [0x1000, 1, 4, 0, 0, 0]), (Event::Clear, vec![(0x1000, 0x2000)]));
+        assert_eq!(
+            planned(libc::SYS_madvise, [0x1000, 1, 4, 0, 0, 0]),
+            (Event::Clear, vec![(0x1000, 0x2000)])
+        );
         let fixed = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
         let moved = planned(libc::SYS_mremap, [0x1000, 0x1000, 0x1000, fixed, 0x8000, 0]).1;
         assert_eq!(moved, [(0x1000, 0x2000), (0x8000, 0x9000)]);
@@ -257,8 +281,14 @@ mod tests {
         let vectors: Vec<u64> = (1..=200_u64).flat_map(|page| [page << 12, 4096]).collect();
         let own = -10001_i64 as u64;
         let args = |address, count| [own, address, count, libc::MADV_DONTNEED as u64, 0, 0];
-        let many = planned(libc::SYS_process_madvise, args(vectors.as_ptr() as u64, 200));
-        assert_eq!(many, (Event::Clear, vec![(0x1000, 0x2000), (0x2000, 201 << 12)]));
+        let many = planned(
+            libc::SYS_process_madvise,
+            args(vectors.as_ptr() as u64, 200),
+        );
+        assert_eq!(
+            many,
+            (Event::Clear, vec![(0x1000, 0x2000), (0x2000, 201 << 12)])
+        );
         assert_eq!(planned(libc::SYS_process_madvise, args(16, 2)).1, []);
     }
 }

@@ -15,7 +15,9 @@ pub(super) fn mappings(mut f: impl FnMut(&Mapping) -> bool) -> Result<(), i32> {
     let file = File::open(b"/proc/self/maps\0")?;
     // A line is its columns, at most about 80 bytes, and a path, of which only the beginning
     // matters.
-    lines(file, |line| maps::parse(line).is_none_or(|mapping| f(&mapping)))
+    lines(file, |line| {
+        maps::parse(line).is_none_or(|mapping| f(&mapping))
+    })
 }
 
 /// The start of the mapping that holds `address`.
@@ -72,14 +74,21 @@ pub(super) fn is_own_pidfd(fd: i32) -> bool {
         *digit = b'0' + (rest % 10) as u8;
         rest /= 10;
     }
-    let Ok(file) = File::open(&path[..=FOLDER.len() + digits]) else { return true };
+    let Ok(file) = File::open(&path[..=FOLDER.len() + digits]) else {
+        return true;
+    };
     // A descriptor without either line is no pidfd.
     let mut number = None;
     let read = lines(file, |line| {
         // The second one, which not every kernel has, comes later and ends in the number that the
         // process itself uses.
-        if let Some(numbers) = line.strip_prefix(b"Pid:").or_else(|| line.strip_prefix(b"NSpid:")) {
-            let last = std::str::from_utf8(numbers).ok().and_then(|text| text.split_ascii_whitespace().last());
+        if let Some(numbers) = line
+            .strip_prefix(b"Pid:")
+            .or_else(|| line.strip_prefix(b"NSpid:"))
+        {
+            let last = std::str::from_utf8(numbers)
+                .ok()
+                .and_then(|text| text.split_ascii_whitespace().last());
             number = last.and_then(|text| text.parse::<i32>().ok());
         }
         true
@@ -124,7 +133,12 @@ mod tests {
         let own = own.expect("this function is mapped");
         let all = maps::read(std::process::id() as i32).expect("/proc is there");
         assert!(all.iter().any(|mapping| mapping.start == own));
-        assert_eq!(top().ok(), all.iter().rfind(|mapping| mapping.end < 1 << 63).map(|mapping| mapping.end));
+        assert_eq!(
+            top().ok(),
+            all.iter()
+                .rfind(|mapping| mapping.end < 1 << 63)
+                .map(|mapping| mapping.end)
+        );
         assert_eq!(mapping_start(0), Ok(None));
     }
 
@@ -150,11 +164,21 @@ mod tests {
     fn every_number_that_the_kernel_takes_for_this_process_is_known() {
         let page = Box::new([0_u8; 2 * 4096]);
         let start = page.as_ptr().addr().next_multiple_of(4096);
-        let vector = libc::iovec { iov_base: std::ptr::without_provenance_mut(start), iov_len: 4096 };
+        let vector = libc::iovec {
+            iov_base: std::ptr::without_provenance_mut(start),
+            iov_len: 4096,
+        };
         for fd in (-10_100..-9_900).chain([-20_000]) {
             // SAFETY: the vector is live, and the advice changes nothing of what is there.
             let advised = unsafe {
-                libc::syscall(libc::SYS_process_madvise, fd, &raw const vector, 1_usize, libc::MADV_WILLNEED, 0)
+                libc::syscall(
+                    libc::SYS_process_madvise,
+                    fd,
+                    &raw const vector,
+                    1_usize,
+                    libc::MADV_WILLNEED,
+                    0,
+                )
             };
             assert!(advised == -1 || is_own_pidfd(fd), "{fd} is this process");
         }
@@ -167,7 +191,11 @@ mod tests {
         let own = unsafe { libc::syscall(libc::SYS_pidfd_open, std::process::id(), 0) } as i32;
         // SAFETY: makes a descriptor.
         let other = unsafe { libc::syscall(libc::SYS_pidfd_open, 1, 0) } as i32;
-        assert!(own >= 0 && other >= 0, "{}", std::io::Error::last_os_error());
+        assert!(
+            own >= 0 && other >= 0,
+            "{}",
+            std::io::Error::last_os_error()
+        );
         assert!(is_own_pidfd(own));
         assert!(!is_own_pidfd(other) && !is_own_pidfd(-1) && !is_own_pidfd(0));
         for fd in [own, other] {

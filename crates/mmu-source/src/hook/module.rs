@@ -52,17 +52,30 @@ impl Segment {
     /// Those of `mmap`.
     pub(super) fn without_breakpoints(&self) -> Result<(Text, Vec<Hidden>), i32> {
         let code = self.code().bytes;
-        let read = |open: File| hidden(code, |at, into| open.read_exact_at(into, self.offset + at as u64));
+        let read = |open: File| {
+            hidden(code, |at, into| {
+                open.read_exact_at(into, self.offset + at as u64)
+            })
+        };
         // Where the file is not to be had, nothing is known of breakpoints.
         let hidden = File::open(&self.path).and_then(read).unwrap_or_default();
-        let text = if hidden.is_empty() { Text::InPlace(code) } else { Text::Copy(Scratch::new(code, &hidden)?) };
-        let at = |(index, byte)| Hidden { address: self.start + index as u64, byte };
+        let text = if hidden.is_empty() {
+            Text::InPlace(code)
+        } else {
+            Text::Copy(Scratch::new(code, &hidden)?)
+        };
+        let at = |(index, byte)| Hidden {
+            address: self.start + index as u64,
+            byte,
+        };
         Ok((text, hidden.into_iter().map(at).collect()))
     }
 
     /// Says where the functions of the module begin.
     pub(super) fn starts(&self) -> Starts<'static> {
-        let Some(table) = &self.unwind else { return Starts::default() };
+        let Some(table) = &self.unwind else {
+            return Starts::default();
+        };
         // SAFETY: the memory must be readable, never change, and stay: the loader says that the
         // table is there, in a segment that is not writable, of libc or of the loader itself, which
         // are never unloaded.
@@ -80,9 +93,16 @@ impl Segment {
         // SAFETY: the memory must be readable, and stay: code of libc and of the loader is, and
         // those are never unloaded. Its bytes can change, if another library patches them; then
         // what is read is one or the other, and it is looked at again before anything is replaced.
-        let bytes =
-            unsafe { slice::from_raw_parts(ptr::with_exposed_provenance(self.start as usize), self.length as usize) };
-        Code64 { bytes, start: self.start }
+        let bytes = unsafe {
+            slice::from_raw_parts(
+                ptr::with_exposed_provenance(self.start as usize),
+                self.length as usize,
+            )
+        };
+        Code64 {
+            bytes,
+            start: self.start,
+        }
     }
 }
 
@@ -119,7 +139,9 @@ impl Scratch {
         let at = raw::mmap(0, length as u64, libc::PROT_READ | libc::PROT_WRITE, 0)?;
         // SAFETY: the memory must be valid, and no one else may have it: it was mapped above, with
         // zeroes, as long as this.
-        let copy = unsafe { slice::from_raw_parts_mut(ptr::with_exposed_provenance_mut::<u8>(at as usize), length) };
+        let copy = unsafe {
+            slice::from_raw_parts_mut(ptr::with_exposed_provenance_mut::<u8>(at as usize), length)
+        };
         copy.copy_from_slice(code);
         for (index, byte) in changes {
             copy[*index] = *byte;
@@ -130,7 +152,9 @@ impl Scratch {
     fn bytes(&self) -> &[u8] {
         // SAFETY: the memory must be readable and not change: this value has mapped it, and wrote
         // it before it was made.
-        unsafe { slice::from_raw_parts(ptr::with_exposed_provenance(self.at as usize), self.length) }
+        unsafe {
+            slice::from_raw_parts(ptr::with_exposed_provenance(self.at as usize), self.length)
+        }
     }
 }
 
@@ -146,7 +170,10 @@ impl Drop for Scratch {
 ///
 /// It reads the file piece by piece: a block as large as libc would change how the program's own
 /// allocator behaves.
-fn hidden(code: &[u8], read: impl Fn(usize, &mut [u8]) -> io::Result<()>) -> io::Result<Vec<(usize, u8)>> {
+fn hidden(
+    code: &[u8],
+    read: impl Fn(usize, &mut [u8]) -> io::Result<()>,
+) -> io::Result<Vec<(usize, u8)>> {
     const NEAR: usize = 8;
     const PIECE: usize = 16 << 10;
     let mut piece = vec![0; PIECE];
@@ -159,7 +186,11 @@ fn hidden(code: &[u8], read: impl Fn(usize, &mut [u8]) -> io::Result<()>) -> io:
             continue;
         }
         let differs = |index: &usize| code[*index] == BREAKPOINT && file[*index] != BREAKPOINT;
-        found.extend((0..code.len()).filter(differs).map(|index| (start + index, file[index])));
+        found.extend(
+            (0..code.len())
+                .filter(differs)
+                .map(|index| (start + index, file[index])),
+        );
     }
     let mut alone = Vec::new();
     for (index, byte) in found {
@@ -180,9 +211,17 @@ pub(super) fn segments() -> Vec<Segment> {
     let mut all: Vec<Segment> = Vec::new();
     // SAFETY: the callback has the right signature, and the pointer is to the list it expects.
     unsafe { libc::dl_iterate_phdr(Some(collect), ptr::from_mut(&mut all).cast()) };
-    let is_libc = |segment: &&Segment| segment.module.starts_with("libc.so.") || segment.module.starts_with("ld-linux");
+    let is_libc = |segment: &&Segment| {
+        segment.module.starts_with("libc.so.") || segment.module.starts_with("ld-linux")
+    };
     let found: Vec<Segment> = all.iter().filter(is_libc).cloned().collect();
-    if found.is_empty() { all.into_iter().filter(|segment| segment.module.is_empty()).collect() } else { found }
+    if found.is_empty() {
+        all.into_iter()
+            .filter(|segment| segment.module.is_empty())
+            .collect()
+    } else {
+        found
+    }
 }
 
 unsafe extern "C" fn collect(info: *mut libc::dl_phdr_info, _: usize, list: *mut c_void) -> c_int {
@@ -193,20 +232,33 @@ unsafe extern "C" fn collect(info: *mut libc::dl_phdr_info, _: usize, list: *mut
     // SAFETY: the loader's name of a module is a C string, if there is one.
     let name = (!info.dlpi_name.is_null()).then(|| unsafe { CStr::from_ptr(info.dlpi_name) });
     let path = name.map(CStr::to_string_lossy);
-    let module = path.as_deref().unwrap_or_default().rsplit('/').next().unwrap_or_default();
+    let module = path
+        .as_deref()
+        .unwrap_or_default()
+        .rsplit('/')
+        .next()
+        .unwrap_or_default();
     // SAFETY: the loader says where the headers are and how many.
     let headers = unsafe { slice::from_raw_parts(info.dlpi_phdr, usize::from(info.dlpi_phnum)) };
     let range = |header: &libc::Elf64_Phdr| {
         let start = info.dlpi_addr + header.p_vaddr;
         start..start + header.p_memsz
     };
-    let unwind = headers.iter().find(|header| header.p_type == libc::PT_GNU_EH_FRAME).map(range);
-    for header in headers.iter().filter(|header| header.p_type == libc::PT_LOAD && header.p_flags & libc::PF_X != 0) {
+    let unwind = headers
+        .iter()
+        .find(|header| header.p_type == libc::PT_GNU_EH_FRAME)
+        .map(range);
+    for header in headers
+        .iter()
+        .filter(|header| header.p_type == libc::PT_LOAD && header.p_flags & libc::PF_X != 0)
+    {
         list.push(Segment {
             module: module.to_owned(),
             start: range(header).start,
             length: header.p_memsz,
-            path: name.map_or_else(PathBuf::new, |name| OsStr::from_bytes(name.to_bytes()).into()),
+            path: name.map_or_else(PathBuf::new, |name| {
+                OsStr::from_bytes(name.to_bytes()).into()
+            }),
             offset: header.p_offset,
             unwind: unwind.clone(),
         });
@@ -236,7 +288,10 @@ pub(super) fn function_at(address: u64) -> Option<Function> {
     }
     // SAFETY: the loader's name of a symbol is a C string, and the module stays.
     let name = unsafe { CStr::from_ptr(info.dli_sname) }.to_str().ok()?;
-    Some(Function { name: name.to_owned(), entry: info.dli_saddr.addr() as u64 })
+    Some(Function {
+        name: name.to_owned(),
+        entry: info.dli_saddr.addr() as u64,
+    })
 }
 
 /// Finds where libc has a function, whoever else shows one of that name.
@@ -265,7 +320,12 @@ pub(super) fn pin() {
     if unsafe { libc::dladdr((pin as fn() as *const ()).cast(), &mut info) } != 0 {
         // SAFETY: the loader's own name of a module that is loaded; it is not loaded anew. The
         // program itself is not found by it and needs no pinning.
-        unsafe { libc::dlopen(info.dli_fname, libc::RTLD_NOW | libc::RTLD_NOLOAD | libc::RTLD_NODELETE) };
+        unsafe {
+            libc::dlopen(
+                info.dli_fname,
+                libc::RTLD_NOW | libc::RTLD_NOLOAD | libc::RTLD_NODELETE,
+            )
+        };
     }
 }
 
@@ -285,22 +345,36 @@ mod tests {
             into.copy_from_slice(&file[at..][..into.len()]);
             Ok(())
         };
-        assert_eq!(hidden(&code, read).expect("it can be read"), [(20, 0x90), (63, 0x90)]);
+        assert_eq!(
+            hidden(&code, read).expect("it can be read"),
+            [(20, 0x90), (63, 0x90)]
+        );
     }
 
     #[test]
     fn a_changed_copy_of_code() {
         let copy = Scratch::new(&[0x90; 5000], &[(4999, 0xc3)]).expect("memory");
         let text = Text::Copy(copy);
-        assert!(text[..4999].iter().all(|byte| *byte == 0x90) && text[4999] == 0xc3 && text.len() == 5000);
+        assert!(
+            text[..4999].iter().all(|byte| *byte == 0x90)
+                && text[4999] == 0xc3
+                && text.len() == 5000
+        );
     }
 
     #[test]
     fn what_is_found_in_some_functions_is_what_is_found_in_all_code() {
         for segment in segments() {
             let starts = segment.starts();
-            assert!(starts.after(segment.start).is_some_and(|at| segment.holds(at)), "{} has a table", segment.module);
-            let is_generic = |at| function_at(at).is_some_and(|function| function.name == "syscall");
+            assert!(
+                starts
+                    .after(segment.start)
+                    .is_some_and(|at| segment.holds(at)),
+                "{} has a table",
+                segment.module
+            );
+            let is_generic =
+                |at| function_at(at).is_some_and(|function| function.name == "syscall");
             let some = segment.code().sites(starts, is_generic);
             assert!(some.len() > 2, "{some:?}");
             assert_eq!(some, segment.code().sites(Starts::default(), is_generic));
@@ -310,13 +384,23 @@ mod tests {
     #[test]
     fn libc_is_found_with_its_functions() {
         let segments = segments();
-        let libc = segments.iter().find(|segment| segment.module.starts_with("libc.so")).expect("linked with libc");
-        let all =
-            segments.iter().flat_map(|segment| segment.code().sites(segment.starts(), |_| false)).collect::<Vec<_>>();
-        let munmap = all.iter().filter(|site| site.number == Some(libc::SYS_munmap as u32));
+        let libc = segments
+            .iter()
+            .find(|segment| segment.module.starts_with("libc.so"))
+            .expect("linked with libc");
+        let all = segments
+            .iter()
+            .flat_map(|segment| segment.code().sites(segment.starts(), |_| false))
+            .collect::<Vec<_>>();
+        let munmap = all
+            .iter()
+            .filter(|site| site.number == Some(libc::SYS_munmap as u32));
         assert!(munmap.clone().count() >= 2, "libc and the loader: {all:?}");
-        let own = munmap.clone().find(|site| (libc.start..libc.start + libc.length).contains(&site.address));
-        let function = function_at(own.expect("libc has one").address).expect("it is in a function");
+        let own = munmap
+            .clone()
+            .find(|site| (libc.start..libc.start + libc.length).contains(&site.address));
+        let function =
+            function_at(own.expect("libc has one").address).expect("it is in a function");
         assert!(function.name.contains("munmap"), "{function:?}");
     }
 }

@@ -61,7 +61,8 @@ pub(super) fn plan() -> Result<&'static Plan, Error> {
     made.as_ref().map_err(|missing| Error::Unavailable {
         source: "hook",
         missing: missing.clone(),
-        remedy: "ldd --version; the hook knows glibc on x86-64, the kernel source needs no libc".to_owned(),
+        remedy: "ldd --version; the hook knows glibc on x86-64, the kernel source needs no libc"
+            .to_owned(),
     })
 }
 
@@ -90,33 +91,59 @@ fn make() -> Made {
     };
     let functions = functions();
     for segment in &segments {
-        let (bytes, breakpoints) = segment.without_breakpoints().map_err(|error| no_memory("mmap", error))?;
-        let code = Code64 { bytes: &bytes, start: segment.start };
+        let (bytes, breakpoints) = segment
+            .without_breakpoints()
+            .map_err(|error| no_memory("mmap", error))?;
+        let code = Code64 {
+            bytes: &bytes,
+            start: segment.start,
+        };
         hidden.extend(breakpoints);
         let found: Vec<(Found, Option<Function>)> = code
             .sites(segment.starts(), is_generic)
             .into_iter()
             .map(|site| (site.clone(), module::function_at(site.address)))
             .collect();
-        let is_patched = |entry| found.iter().any(|(_, function)| function.as_ref().is_some_and(|f| f.entry == entry));
+        let is_patched = |entry| {
+            found
+                .iter()
+                .any(|(_, function)| function.as_ref().is_some_and(|f| f.entry == entry))
+        };
         // What has no site of its own has somebody else's jump at its entry, or a form that is not
         // known.
-        let rest: Vec<&Function> =
-            functions.iter().filter(|f| segment.holds(f.entry) && !is_patched(f.entry)).collect();
+        let rest: Vec<&Function> = functions
+            .iter()
+            .filter(|f| segment.holds(f.entry) && !is_patched(f.entry))
+            .collect();
         let (built, unknown) = build(segment, code, &found, &rest)?;
         sites.extend(built);
-        missing.extend(unknown.iter().filter_map(|name| NEEDED.iter().find(|needed| *needed == name)));
+        missing.extend(
+            unknown
+                .iter()
+                .filter_map(|name| NEEDED.iter().find(|needed| *needed == name)),
+        );
     }
     let is_there = |name: &&str| sites.iter().any(|site: &Site| site.name == *name);
     missing.extend(NEEDED.iter().copied().filter(|name| !is_there(name)));
     if !missing.is_empty() {
-        let modules: Vec<&str> = segments.iter().map(|segment| segment.module.as_str()).collect();
+        let modules: Vec<&str> = segments
+            .iter()
+            .map(|segment| segment.module.as_str())
+            .collect();
         let found: Vec<&str> = sites.iter().map(|site| site.name).collect();
         return Err(format!(
             "a known form of {} in libc (looked at {}; found {})",
             missing.join(", "),
-            if modules.is_empty() { "nothing".to_owned() } else { modules.join(", ") },
-            if found.is_empty() { "nothing".to_owned() } else { found.join(", ") },
+            if modules.is_empty() {
+                "nothing".to_owned()
+            } else {
+                modules.join(", ")
+            },
+            if found.is_empty() {
+                "nothing".to_owned()
+            } else {
+                found.join(", ")
+            },
         ));
     }
     module::pin();
@@ -128,11 +155,20 @@ fn make() -> Made {
 fn functions() -> Vec<Function> {
     let entry = |name: &str| module::libc_function(&CString::new(name).expect("no zero byte"));
     let names = CALLS.iter().map(|call| call.1);
-    names.filter_map(|name| Some(Function { name: name.to_owned(), entry: entry(name)? })).collect()
+    names
+        .filter_map(|name| {
+            Some(Function {
+                name: name.to_owned(),
+                entry: entry(name)?,
+            })
+        })
+        .collect()
 }
 
 /// Without these a hook would be a trap: whoever installs it relies on them.
-const NEEDED: &[&str] = &["munmap", "mmap", "mremap", "madvise", "brk", "mprotect", "syscall"];
+const NEEDED: &[&str] = &[
+    "munmap", "mmap", "mremap", "madvise", "brk", "mprotect", "syscall",
+];
 
 /// Makes the trampolines of a segment. The second list is the functions of `rest` with nothing to
 /// chain to.
@@ -166,19 +202,38 @@ fn build(
         Ok::<(), String>(())
     };
     for (found, function) in found {
-        let Some(stub) = stub::stub(found.keep) else { continue };
+        let Some(stub) = stub::stub(found.keep) else {
+            continue;
+        };
         let moved = bytes(found.address, (found.syscall - found.address) as usize);
         const SYSCALL: u64 = 2;
         let trampoline = arena.add(moved, found.number.is_none(), stub, found.syscall + SYSCALL);
-        add(name(found.number), function.clone(), found.address, trampoline, false)?;
+        add(
+            name(found.number),
+            function.clone(),
+            found.address,
+            trampoline,
+            false,
+        )?;
     }
     for function in rest {
-        let entry = bytes(function.entry, 10).try_into().expect("as long as asked for");
-        let call = CALLS.iter().find(|call| call.1 == function.name).expect("made from that list");
+        let entry = bytes(function.entry, 10)
+            .try_into()
+            .expect("as long as asked for");
+        let call = CALLS
+            .iter()
+            .find(|call| call.1 == function.name)
+            .expect("made from that list");
         match Foreign::at(function.entry, entry) {
             Some(foreign) => {
                 let trampoline = arena.add_chain(call.0 as u32, foreign, stub::function);
-                add(call.1, module::function_at(function.entry), function.entry, trampoline, true)?;
+                add(
+                    call.1,
+                    module::function_at(function.entry),
+                    function.entry,
+                    trampoline,
+                    true,
+                )?;
             }
             None => unknown.push(function.name.clone()),
         }
@@ -188,30 +243,50 @@ fn build(
 }
 
 fn no_memory(call: &str, error: i32) -> String {
-    format!("memory for code ({call}: {})", io::Error::from_raw_os_error(error))
+    format!(
+        "memory for code ({call}: {})",
+        io::Error::from_raw_os_error(error)
+    )
 }
 
 fn name(number: Option<u32>) -> &'static str {
-    let Some(number) = number else { return "syscall" };
-    CALLS.iter().find(|call| call.0 == libc::c_long::from(number)).map_or("unknown", |call| call.1)
+    let Some(number) = number else {
+        return "syscall";
+    };
+    CALLS
+        .iter()
+        .find(|call| call.0 == libc::c_long::from(number))
+        .map_or("unknown", |call| call.1)
 }
 
 impl Site {
     /// The edit that patches it.
     pub(super) fn patch(&self) -> Edit {
-        Edit { address: self.address, from: self.original, to: self.jump }
+        Edit {
+            address: self.address,
+            from: self.original,
+            to: self.jump,
+        }
     }
 
     /// The edit that takes the patch out.
     pub(super) fn restore(&self) -> Edit {
-        Edit { address: self.address, from: self.jump, to: self.original }
+        Edit {
+            address: self.address,
+            from: self.jump,
+            to: self.original,
+        }
     }
 
     /// Tells whether there is nothing to do: it is as it should be, or somebody else's.
     pub(super) fn is_settled(&self, is_installed: bool) -> bool {
         // SAFETY: as in `describe`.
         let now: [u8; PATCH] = unsafe { text::read(self.address) };
-        now != if is_installed { self.original } else { self.jump }
+        now != if is_installed {
+            self.original
+        } else {
+            self.jump
+        }
     }
 
     /// Says what it looks like now; `is_installed` is what it should be.
@@ -219,7 +294,11 @@ impl Site {
         // SAFETY: the site is in the code of libc or of the loader, which stay.
         let now: [u8; PATCH] = unsafe { text::read(self.address) };
         let state = if now == self.jump {
-            if self.is_chain || self.has_foreign_entry() { State::Chained } else { State::Ours }
+            if self.is_chain || self.has_foreign_entry() {
+                State::Chained
+            } else {
+                State::Ours
+            }
         } else if now == self.original && !is_installed {
             State::Free
         } else {
@@ -236,7 +315,11 @@ impl Site {
 
     /// Tells whether somebody else's jump stands at the beginning of the function.
     fn has_foreign_entry(&self) -> bool {
-        let Some(function) = self.function.as_ref().filter(|function| function.entry != self.address) else {
+        let Some(function) = self
+            .function
+            .as_ref()
+            .filter(|function| function.entry != self.address)
+        else {
             return false;
         };
         // SAFETY: a function of libc or of the loader, which stay.

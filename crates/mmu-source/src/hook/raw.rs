@@ -36,7 +36,11 @@ pub(super) fn check(result: u64) -> Result<u64, i32> {
 /// Maps memory near `hint`, if there is room.
 pub(super) fn mmap(hint: u64, length: u64, protection: i32, flags: i32) -> Result<u64, i32> {
     let flags = flags | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-    assert_eq!(flags & libc::MAP_FIXED, 0, "it would replace what is mapped there");
+    assert_eq!(
+        flags & libc::MAP_FIXED,
+        0,
+        "it would replace what is mapped there"
+    );
     let args = [hint, length, protection as u64, flags as u64, u64::MAX, 0];
     // SAFETY: a new mapping, which replaces nothing.
     check(unsafe { syscall(libc::SYS_mmap as u64, args) })
@@ -53,7 +57,13 @@ pub(super) unsafe fn munmap(address: u64, length: u64) -> Result<(), i32> {
 /// Nobody uses the range in a way that `protection` does not allow.
 pub(super) unsafe fn mprotect(address: u64, length: u64, protection: i32) -> Result<(), i32> {
     // SAFETY: the caller's duty.
-    check(unsafe { syscall(libc::SYS_mprotect as u64, [address, length, protection as u64, 0, 0, 0]) }).map(drop)
+    check(unsafe {
+        syscall(
+            libc::SYS_mprotect as u64,
+            [address, length, protection as u64, 0, 0, 0],
+        )
+    })
+    .map(drop)
 }
 
 /// Moves a mapping over another one.
@@ -63,7 +73,13 @@ pub(super) unsafe fn mprotect(address: u64, length: u64, protection: i32) -> Res
 pub(super) unsafe fn move_over(from: u64, length: u64, to: u64) -> Result<(), i32> {
     let flags = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
     // SAFETY: the caller's duty.
-    check(unsafe { syscall(libc::SYS_mremap as u64, [from, length, length, flags, to, 0]) }).map(drop)
+    check(unsafe {
+        syscall(
+            libc::SYS_mremap as u64,
+            [from, length, length, flags, to, 0],
+        )
+    })
+    .map(drop)
 }
 
 pub(super) fn membarrier(command: i32) -> Result<u64, i32> {
@@ -80,7 +96,13 @@ pub(super) fn getpid() -> u64 {
 pub(super) fn is_thread_of(process: u64, thread: i32) -> bool {
     const PROBE: u64 = 0;
     // SAFETY: takes integers; the signal zero is checked and never sent.
-    check(unsafe { syscall(libc::SYS_tgkill as u64, [process, thread as u64, PROBE, 0, 0, 0]) }).is_ok()
+    check(unsafe {
+        syscall(
+            libc::SYS_tgkill as u64,
+            [process, thread as u64, PROBE, 0, 0, 0],
+        )
+    })
+    .is_ok()
 }
 
 /// The program break: asking for an impossible one changes nothing.
@@ -92,7 +114,14 @@ pub(super) fn program_break() -> u64 {
 /// The size of a SysV shared memory segment, if there is such a segment and this process may ask.
 pub(super) fn segment_size(id: i32) -> Option<u64> {
     let mut info = std::mem::MaybeUninit::<libc::shmid_ds>::zeroed();
-    let args = [id as u64, libc::IPC_STAT as u64, info.as_mut_ptr().expose_provenance() as u64, 0, 0, 0];
+    let args = [
+        id as u64,
+        libc::IPC_STAT as u64,
+        info.as_mut_ptr().expose_provenance() as u64,
+        0,
+        0,
+        0,
+    ];
     // SAFETY: the call writes one `shmid_ds`, whose layout libc shares with the kernel here, to a
     // local one.
     check(unsafe { syscall(libc::SYS_shmctl as u64, args) }).ok()?;
@@ -115,13 +144,20 @@ pub(super) fn huge_page_of(fd: u64) -> Option<u64> {
 
 /// Reads memory of this process that may not be there; returns how many words there were.
 pub(super) fn read_memory(address: u64, into: &mut [u64]) -> Result<usize, i32> {
-    let local = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: size_of_val(into) };
-    let remote = libc::iovec { iov_base: std::ptr::without_provenance_mut(address as usize), iov_len: local.iov_len };
+    let local = libc::iovec {
+        iov_base: into.as_mut_ptr().cast(),
+        iov_len: size_of_val(into),
+    };
+    let remote = libc::iovec {
+        iov_base: std::ptr::without_provenance_mut(address as usize),
+        iov_len: local.iov_len,
+    };
     let vector = |vector: &libc::iovec| std::ptr::from_ref(vector).expose_provenance() as u64;
     let args = [getpid(), vector(&local), 1, vector(&remote), 1, 0];
     // SAFETY: the call writes to `into`, as long as the vector says; what it reads it copies with
     // all checks.
-    check(unsafe { syscall(libc::SYS_process_vm_readv as u64, args) }).map(|bytes| bytes as usize / 8)
+    check(unsafe { syscall(libc::SYS_process_vm_readv as u64, args) })
+        .map(|bytes| bytes as usize / 8)
 }
 
 /// A file of `/proc`, read without the allocator.
@@ -133,13 +169,27 @@ impl File {
     pub(super) fn open(path: &[u8]) -> Result<Self, i32> {
         debug_assert_eq!(path.last(), Some(&0), "the path of a C call");
         let flags = (libc::O_RDONLY | libc::O_CLOEXEC) as u64;
-        let args = [libc::AT_FDCWD as u64, path.as_ptr().expose_provenance() as u64, flags, 0, 0, 0];
+        let args = [
+            libc::AT_FDCWD as u64,
+            path.as_ptr().expose_provenance() as u64,
+            flags,
+            0,
+            0,
+            0,
+        ];
         // SAFETY: the call reads the path, which is terminated.
         check(unsafe { syscall(libc::SYS_openat as u64, args) }).map(File)
     }
 
     pub(super) fn read(&mut self, into: &mut [u8]) -> Result<usize, i32> {
-        let args = [self.0, into.as_mut_ptr().expose_provenance() as u64, into.len() as u64, 0, 0, 0];
+        let args = [
+            self.0,
+            into.as_mut_ptr().expose_provenance() as u64,
+            into.len() as u64,
+            0,
+            0,
+            0,
+        ];
         // SAFETY: the call writes to `into`, no more than its length.
         check(unsafe { syscall(libc::SYS_read as u64, args) }).map(|bytes| bytes as usize)
     }

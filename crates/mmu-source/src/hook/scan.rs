@@ -11,7 +11,8 @@ use super::starts::Starts;
 use super::stub::Keep;
 use iced_x86::RflagsBits as Flags;
 use iced_x86::{
-    Code, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, OpAccess, OpKind, Register,
+    Code, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, OpAccess,
+    OpKind, Register,
 };
 use std::ops::Range;
 
@@ -42,12 +43,22 @@ impl<'a> Code64<'a> {
     /// Reads the instructions of a part of the code, one after the other.
     fn instructions(self, part: Range<u64>) -> impl Iterator<Item = Instruction> {
         let offset = |address: u64| usize::try_from(address.checked_sub(self.start)?).ok();
-        let bytes = offset(part.start).zip(offset(part.end)).and_then(|(start, end)| self.bytes.get(start..end));
-        Decoder::with_ip(64, bytes.unwrap_or_default(), part.start, DecoderOptions::NONE).into_iter()
+        let bytes = offset(part.start)
+            .zip(offset(part.end))
+            .and_then(|(start, end)| self.bytes.get(start..end));
+        Decoder::with_ip(
+            64,
+            bytes.unwrap_or_default(),
+            part.start,
+            DecoderOptions::NONE,
+        )
+        .into_iter()
     }
 
     pub(super) fn instruction_at(self, at: u64) -> Option<Instruction> {
-        self.instructions(at..self.end()).next().filter(|instruction| !instruction.is_invalid())
+        self.instructions(at..self.end())
+            .next()
+            .filter(|instruction| !instruction.is_invalid())
     }
 
     fn end(self) -> u64 {
@@ -65,7 +76,9 @@ impl<'a> Code64<'a> {
         for region in &regions {
             let mut at = region.start;
             while at < region.end {
-                let end = starts.after(at).map_or(region.end, |next| next.min(region.end));
+                let end = starts
+                    .after(at)
+                    .map_or(region.end, |next| next.min(region.end));
                 self.decode(at..end, &is_generic, &mut targets, &mut found);
                 at = end;
             }
@@ -75,7 +88,9 @@ impl<'a> Code64<'a> {
         // Who jumps between the patch and the `syscall` would pass the patch by, or land in it.
         found.retain(|site| {
             let next = targets.partition_point(|target| *target <= site.address);
-            targets.get(next).is_none_or(|target| *target > site.syscall)
+            targets
+                .get(next)
+                .is_none_or(|target| *target > site.syscall)
         });
         found
     }
@@ -95,7 +110,10 @@ impl<'a> Code64<'a> {
             if !before.windows(PATCH).any(sets_number) && !is_generic(at) {
                 continue;
             }
-            let start = starts.at_or_before(at.saturating_sub(NEAR)).unwrap_or(0).max(self.start);
+            let start = starts
+                .at_or_before(at.saturating_sub(NEAR))
+                .unwrap_or(0)
+                .max(self.start);
             let end = starts.after(at + NEAR).unwrap_or(u64::MAX).min(self.end());
             match regions.last_mut() {
                 Some(last) if start <= last.end => last.end = end,
@@ -115,7 +133,11 @@ impl<'a> Code64<'a> {
             let pairs = move || chunk.iter().zip(&chunk[1..]);
             let has_any = pairs().fold(false, |any, pair| any | is_here(pair));
             let found = move || pairs().enumerate().filter(move |(_, pair)| is_here(*pair));
-            has_any.then(found).into_iter().flatten().map(move |(index, _)| start + index)
+            has_any
+                .then(found)
+                .into_iter()
+                .flatten()
+                .map(move |(index, _)| start + index)
         })
     }
 
@@ -167,13 +189,16 @@ impl<'a> Code64<'a> {
         }
         let mut targets = Vec::new();
         for (next, distance) in (DISTANCE..).zip(self.bytes.windows(DISTANCE)) {
-            let distance = i32::from_le_bytes(distance.try_into().expect("a window has its length"));
+            let distance =
+                i32::from_le_bytes(distance.try_into().expect("a window has its length"));
             let target = next.wrapping_add_signed(distance as isize);
             if !blocks[(target / BLOCK).min(outside)] {
                 continue;
             }
             let (next, target) = (self.start + next as u64, self.start + target as u64);
-            let may_be = found.iter().any(|site| site.address < target && target <= site.syscall)
+            let may_be = found
+                .iter()
+                .any(|site| site.address < target && target <= site.syscall)
                 && !regions.iter().any(|region| region.contains(&(next - 1)));
             if may_be && self.jumps(starts, next, target) {
                 targets.push(target);
@@ -185,11 +210,17 @@ impl<'a> Code64<'a> {
     /// Tells whether the instruction before `next` jumps to `target`.
     fn jumps(self, starts: Starts<'_>, next: u64, target: u64) -> bool {
         let function = starts.at_or_before(next - 1).unwrap_or(0).max(self.start)..next;
-        self.instructions(function)
-            .any(|instruction| instruction.next_ip() == next && branches_to(&instruction) == Some(target))
+        self.instructions(function).any(|instruction| {
+            instruction.next_ip() == next && branches_to(&instruction) == Some(target)
+        })
     }
 
-    fn site(self, before: &[Instruction], syscall: Instruction, is_generic: &impl Fn(u64) -> bool) -> Option<Found> {
+    fn site(
+        self,
+        before: &[Instruction],
+        syscall: Instruction,
+        is_generic: &impl Fn(u64) -> bool,
+    ) -> Option<Found> {
         let mut factory = InstructionInfoFactory::new();
         let mut number = None;
         let mut patched = None;
@@ -197,7 +228,9 @@ impl<'a> Code64<'a> {
             if !can_move(instruction) {
                 break;
             }
-            if instruction.code() == Code::Mov_r32_imm32 && instruction.op0_register() == Register::EAX {
+            if instruction.code() == Code::Mov_r32_imm32
+                && instruction.op0_register() == Register::EAX
+            {
                 number = Some(instruction.immediate32());
                 patched = Some(instruction);
                 break;
@@ -205,17 +238,26 @@ impl<'a> Code64<'a> {
             if patched.is_none() && instruction.len() >= PATCH {
                 patched = Some(instruction);
             }
-            let writes_number = factory.info(instruction).used_registers().iter().any(|used| {
-                used.register().full_register() == Register::RAX
-                    && !matches!(used.access(), OpAccess::Read | OpAccess::CondRead)
-            });
+            let writes_number = factory
+                .info(instruction)
+                .used_registers()
+                .iter()
+                .any(|used| {
+                    used.register().full_register() == Register::RAX
+                        && !matches!(used.access(), OpAccess::Read | OpAccess::CondRead)
+                });
             if writes_number {
                 break;
             }
         }
         let patched = patched.filter(|patched| syscall.ip() - patched.ip() <= MAX_MOVED)?;
         let is_ours = match number {
-            Some(number) => patched.len() == PATCH && CALLS.iter().any(|call| call.0 == libc::c_long::from(number)),
+            Some(number) => {
+                patched.len() == PATCH
+                    && CALLS
+                        .iter()
+                        .any(|call| call.0 == libc::c_long::from(number))
+            }
             None => is_generic(syscall.ip()),
         };
         if !is_ours {
@@ -229,7 +271,12 @@ impl<'a> Code64<'a> {
         if number.is_none() && keep != Keep::Nothing {
             return None;
         }
-        Some(Found { address: patched.ip(), syscall: syscall.ip(), number, keep })
+        Some(Found {
+            address: patched.ip(),
+            syscall: syscall.ip(),
+            number,
+            keep,
+        })
     }
 
     /// Tells whether the code at `start` reads a vector register or a flag that it did not set,
@@ -257,7 +304,8 @@ impl<'a> Code64<'a> {
                 if register.is_st() || register.is_mm() {
                     return None;
                 }
-                needed |= (register.is_vector_register() || register.is_k()) && used.access() != OpAccess::Write;
+                needed |= (register.is_vector_register() || register.is_k())
+                    && used.access() != OpAccess::Write;
             }
             needed |= !flags_are_set && instruction.rflags_read() & STATUS != 0;
             flags_are_set |= instruction.rflags_modified() & STATUS == STATUS;
@@ -268,7 +316,9 @@ impl<'a> Code64<'a> {
                 FlowControl::Call if instruction.code() == Code::Syscall => {
                     paths.push((instruction.next_ip(), flags_are_set))
                 }
-                FlowControl::UnconditionalBranch => paths.push((instruction.near_branch64(), flags_are_set)),
+                FlowControl::UnconditionalBranch => {
+                    paths.push((instruction.near_branch64(), flags_are_set))
+                }
                 FlowControl::ConditionalBranch => {
                     paths.push((instruction.near_branch64(), flags_are_set));
                     paths.push((instruction.next_ip(), flags_are_set));
@@ -292,8 +342,12 @@ const STATUS: u32 = Flags::OF | Flags::SF | Flags::ZF | Flags::AF | Flags::CF | 
 
 /// Tells whether five bytes are `mov $number, %eax` with the number of a call that is hooked.
 fn sets_number(code: &[u8]) -> bool {
-    let &[0xb8, ref number @ ..] = code else { return false };
-    let number = number.try_into().map(|number| libc::c_long::from(u32::from_le_bytes(number)));
+    let &[0xb8, ref number @ ..] = code else {
+        return false;
+    };
+    let number = number
+        .try_into()
+        .map(|number| libc::c_long::from(u32::from_le_bytes(number)));
     number.is_ok_and(|number| CALLS.iter().any(|call| call.0 == number))
 }
 
@@ -322,7 +376,12 @@ mod tests {
     fn the_shape_of_glibc_is_found_and_needs_nothing_kept() {
         // mov $11, %eax; syscall; cmp $-4095, %rax; jae 1f; ret; 1: neg %eax; ret
         let code = b"\xb8\x0b\0\0\0\x0f\x05\x48\x3d\x01\xf0\xff\xff\x73\x01\xc3\xf7\xd8\xc3";
-        let expected = Found { address: AT, syscall: AT + 5, number: Some(11), keep: Keep::Nothing };
+        let expected = Found {
+            address: AT,
+            syscall: AT + 5,
+            number: Some(11),
+            keep: Keep::Nothing,
+        };
         assert_eq!(sites(code), [expected]);
     }
 
@@ -366,15 +425,32 @@ mod tests {
             let mut code = behind(FAR as usize, site);
             code[..first.len()].copy_from_slice(first);
             let table = starts::tests::section(starts::tests::USUAL, &[0, 0x800]);
-            Code64 { bytes: &code, start: AT }.sites(Starts::parse(&table, AT), |_| false).len()
+            Code64 {
+                bytes: &code,
+                start: AT,
+            }
+            .sites(Starts::parse(&table, AT), |_| false)
+            .len()
         };
         let jump = |opcode: u8, distance: i32| [&[opcode][..], &to(distance)].concat();
         assert_eq!(with(&[]), 1);
-        assert_eq!(with(&jump(0xe9, FAR)), 1, "to the instruction that is replaced");
+        assert_eq!(
+            with(&jump(0xe9, FAR)),
+            1,
+            "to the instruction that is replaced"
+        );
         assert_eq!(with(&jump(0xe9, FAR + 5)), 0, "to the `syscall`");
         assert_eq!(with(&jump(0xe8, FAR + 1)), 0, "into the instruction");
-        assert_eq!(with(&[&[0x0f, 0x84][..], &(FAR + 5 - 6).to_le_bytes()].concat()), 0, "on a condition");
-        assert_eq!(with(&jump(0xb8, FAR + 5)), 1, "a number that looks like a distance");
+        assert_eq!(
+            with(&[&[0x0f, 0x84][..], &(FAR + 5 - 6).to_le_bytes()].concat()),
+            0,
+            "on a condition"
+        );
+        assert_eq!(
+            with(&jump(0xb8, FAR + 5)),
+            1,
+            "a number that looks like a distance"
+        );
     }
 
     #[test]
@@ -394,8 +470,20 @@ mod tests {
     fn a_call_whose_number_only_the_caller_knows() {
         // mov %rdi, %rax; mov 8(%rsp), %r9; syscall; cmp $-4095, %rax; ret
         let code = b"\x48\x89\xf8\x4c\x8b\x4c\x24\x08\x0f\x05\x48\x3d\x01\xf0\xff\xff\xc3";
-        let found = Code64 { bytes: code, start: AT }.sites(Starts::default(), |at| at == AT + 8);
-        assert_eq!(found, [Found { address: AT + 3, syscall: AT + 8, number: None, keep: Keep::Nothing }]);
+        let found = Code64 {
+            bytes: code,
+            start: AT,
+        }
+        .sites(Starts::default(), |at| at == AT + 8);
+        assert_eq!(
+            found,
+            [Found {
+                address: AT + 3,
+                syscall: AT + 8,
+                number: None,
+                keep: Keep::Nothing
+            }]
+        );
         assert_eq!(sites(code), []);
     }
 }

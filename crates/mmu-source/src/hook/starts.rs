@@ -30,7 +30,10 @@ impl<'a> Starts<'a> {
             let (count, table) = rest.split_first_chunk::<4>()?;
             let size = (u32::from_le_bytes(*count) as usize).checked_mul(ENTRY)?;
             let entries = table.get(..size)?;
-            entries.chunks_exact(ENTRY).is_sorted_by_key(distance).then_some(Self { base, entries })
+            entries
+                .chunks_exact(ENTRY)
+                .is_sorted_by_key(distance)
+                .then_some(Self { base, entries })
         };
         parse().unwrap_or_default()
     }
@@ -77,7 +80,9 @@ pub(super) mod tests {
         let mut section = Vec::from(form);
         section.extend([0; 4]);
         section.extend((starts.len() as u32).to_le_bytes());
-        starts.iter().for_each(|start| section.extend([start.to_le_bytes(), [0; 4]].concat()));
+        starts
+            .iter()
+            .for_each(|start| section.extend([start.to_le_bytes(), [0; 4]].concat()));
         section
     }
 
@@ -87,9 +92,18 @@ pub(super) mod tests {
     fn the_function_around_an_address_is_found() {
         let section = section(USUAL, &[-0x300, -0x200, -0x100]);
         let starts = Starts::parse(&section, 0x1000);
-        assert_eq!((starts.at_or_before(0xcff), starts.after(0xcff)), (None, Some(0xd00)));
-        assert_eq!((starts.at_or_before(0xd00), starts.after(0xd00)), (Some(0xd00), Some(0xe00)));
-        assert_eq!((starts.at_or_before(0xfff), starts.after(0xfff)), (Some(0xf00), None));
+        assert_eq!(
+            (starts.at_or_before(0xcff), starts.after(0xcff)),
+            (None, Some(0xd00))
+        );
+        assert_eq!(
+            (starts.at_or_before(0xd00), starts.after(0xd00)),
+            (Some(0xd00), Some(0xe00))
+        );
+        assert_eq!(
+            (starts.at_or_before(0xfff), starts.after(0xfff)),
+            (Some(0xf00), None)
+        );
     }
 
     #[test]
@@ -97,8 +111,14 @@ pub(super) mod tests {
         let is_empty = |section: &[u8]| Starts::parse(section, 0x1000).entries.is_empty();
         assert!(!is_empty(&section(USUAL, &[0, 1])));
         assert!(is_empty(&section(USUAL, &[1, 0])), "not in order");
-        assert!(is_empty(&section([1, 0x1b, 0x03, 0x3c], &[0, 1])), "eight bytes each");
-        assert!(is_empty(&section([1, 0xff, 0x03, 0x3b], &[0, 1])), "no pointer");
+        assert!(
+            is_empty(&section([1, 0x1b, 0x03, 0x3c], &[0, 1])),
+            "eight bytes each"
+        );
+        assert!(
+            is_empty(&section([1, 0xff, 0x03, 0x3b], &[0, 1])),
+            "no pointer"
+        );
         assert!(is_empty(&section(USUAL, &[0, 1])[..20]), "cut off");
         assert!(is_empty(&[]));
     }

@@ -29,7 +29,9 @@ pub(super) fn stub(keep: Keep) -> Option<unsafe extern "C" fn()> {
     }
     let has_mask_registers = is_x86_feature_detected!("avx512f");
     match (has_mask_registers, is_x86_feature_detected!("avx")) {
-        (true, _) => is_x86_feature_detected!("avx512bw").then_some(all_avx512 as unsafe extern "C" fn()),
+        (true, _) => {
+            is_x86_feature_detected!("avx512bw").then_some(all_avx512 as unsafe extern "C" fn())
+        }
         (false, true) => Some(all_avx),
         (false, false) => Some(all_sse),
     }
@@ -229,9 +231,18 @@ mod tests {
                 *value = 0x0101_0101_0101_0101 * (n as u64 + 1) + lane as u64;
             }
         }
-        let from =
-            Registers { vectors, arguments: [0x1001, 4096, 3, 4, 5, 6], carry: 1, result: libc::SYS_munmap as u64 };
-        let mut to = Registers { vectors: [[0; 8]; 32], arguments: [0; 6], carry: 0, result: 0 };
+        let from = Registers {
+            vectors,
+            arguments: [0x1001, 4096, 3, 4, 5, 6],
+            carry: 1,
+            result: libc::SYS_munmap as u64,
+        };
+        let mut to = Registers {
+            vectors: [[0; 8]; 32],
+            arguments: [0; 6],
+            carry: 0,
+            result: 0,
+        };
         // SAFETY: the structures are as long as the function takes them to be, and the call is
         // refused.
         unsafe { through(&from, &mut to, stub) };
@@ -246,7 +257,9 @@ mod tests {
 
     #[test]
     fn a_stub_keeps_what_it_says() {
-        let watch = Registration::new(current_ref(), Destroyer).map_err(|_| "refused").expect("registers");
+        let watch = Registration::new(current_ref(), Destroyer)
+            .map_err(|_| "refused")
+            .expect("registers");
         check("lean", through_sse, lean, Keep::Nothing, 2);
         check("sse", through_sse, all_sse, Keep::All, 2);
         if is_x86_feature_detected!("avx") {

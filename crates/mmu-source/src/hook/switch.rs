@@ -23,9 +23,11 @@ pub(super) fn install() -> Result<(), Error> {
     let plan = plan::plan()?;
     let result = lock().with(|| {
         if COUNT.load(Ordering::Relaxed) == 0 {
-            // SAFETY: a trampoline does what the instruction did whose place the jump takes, and
-            // libc stays loaded.
-            if let Err(error) = unsafe { text::apply(plan.sites.iter().map(Site::patch), &plan.hidden) } {
+            if let Err(error) =
+                // SAFETY: a trampoline does what the instruction did whose place the jump takes,
+                // and libc stays loaded.
+                unsafe { text::apply(plan.sites.iter().map(Site::patch), &plan.hidden) }
+            {
                 take_out(plan);
                 return Err(error);
             }
@@ -33,7 +35,11 @@ pub(super) fn install() -> Result<(), Error> {
         COUNT.fetch_add(1, Ordering::Relaxed);
         Ok(())
     });
-    result.map_err(|(call, error)| Error::Kernel { call, tid: None, source: io::Error::from_raw_os_error(error) })
+    result.map_err(|(call, error)| Error::Kernel {
+        call,
+        tid: None,
+        source: io::Error::from_raw_os_error(error),
+    })
 }
 
 pub(super) fn remove() {
@@ -51,7 +57,11 @@ pub(super) fn status() -> Vec<Patch> {
 
 pub(super) fn probe() -> Result<Vec<Patch>, Error> {
     let is_installed = COUNT.load(Ordering::Relaxed) != 0;
-    Ok(plan::plan()?.sites.iter().map(|site| site.describe(is_installed)).collect())
+    Ok(plan::plan()?
+        .sites
+        .iter()
+        .map(|site| site.describe(is_installed))
+        .collect())
 }
 
 fn take_out(plan: &Plan) {

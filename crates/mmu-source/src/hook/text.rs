@@ -43,7 +43,10 @@ pub(super) unsafe fn apply(
         let mut end = start;
         let mut run = edits.clone();
         let mut count = 0;
-        while let Some(edit) = run.next().filter(|edit| count == 0 || page_of(edit.address) < end) {
+        while let Some(edit) = run
+            .next()
+            .filter(|edit| count == 0 || page_of(edit.address) < end)
+        {
             end = page_of(edit.address + PATCH as u64 - 1) + PAGE_SIZE;
             count += 1;
         }
@@ -68,12 +71,22 @@ unsafe fn swap(
     edits: impl Iterator<Item = Edit>,
     hidden: &[Hidden],
 ) -> Result<(), (&'static str, i32)> {
-    let copy = raw::mmap(0, length, libc::PROT_READ | libc::PROT_WRITE, 0).map_err(|error| ("mmap", error))?;
+    let copy = raw::mmap(0, length, libc::PROT_READ | libc::PROT_WRITE, 0)
+        .map_err(|error| ("mmap", error))?;
     let page = ptr::with_exposed_provenance_mut::<u8>(copy as usize);
     // SAFETY: copies readable code of a loaded module to memory of the same size that was mapped
     // above.
-    unsafe { ptr::copy_nonoverlapping(ptr::with_exposed_provenance::<u8>(start as usize), page, length as usize) };
-    for hidden in hidden.iter().filter(|hidden| (start..start + length).contains(&hidden.address)) {
+    unsafe {
+        ptr::copy_nonoverlapping(
+            ptr::with_exposed_provenance::<u8>(start as usize),
+            page,
+            length as usize,
+        )
+    };
+    for hidden in hidden
+        .iter()
+        .filter(|hidden| (start..start + length).contains(&hidden.address))
+    {
         // SAFETY: the offset must stay within the copy: the range was checked in the line above.
         let byte = unsafe { page.add((hidden.address - start) as usize) };
         // SAFETY: the byte was written above, and nobody else has the copy.
@@ -102,7 +115,8 @@ unsafe fn swap(
         if result.is_ok() {
             // SAFETY: nobody else uses the copy, and with it whoever runs the code can do: the
             // caller's duty.
-            result = unsafe { raw::move_over(copy, length, start) }.map_err(|error| ("mremap", error));
+            result =
+                unsafe { raw::move_over(copy, length, start) }.map_err(|error| ("mremap", error));
         }
     }
     if !is_changed || result.is_err() {

@@ -23,13 +23,27 @@ impl Arena {
         const REACH: u64 = (1 << 31) - (1 << 20);
         const STEP: u64 = 1 << 20;
         let length = (count as u64 * SLOT).next_multiple_of(PAGE_SIZE);
-        let below =
-            (1..).map(|step| start.checked_sub(length + step * STEP)).map_while(|at| at.filter(|at| end - at < REACH));
-        let above = (1..).map(|step| end + step * STEP).take_while(|at| at + length - start < REACH);
+        let below = (1..)
+            .map(|step| start.checked_sub(length + step * STEP))
+            .map_while(|at| at.filter(|at| end - at < REACH));
+        let above = (1..)
+            .map(|step| end + step * STEP)
+            .take_while(|at| at + length - start < REACH);
         let mut places = below.chain(above).map(|at| at & !(PAGE_SIZE - 1));
-        let map = |at| raw::mmap(at, length, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_FIXED_NOREPLACE);
+        let map = |at| {
+            raw::mmap(
+                at,
+                length,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_FIXED_NOREPLACE,
+            )
+        };
         places.find_map(|at| match map(at) {
-            Ok(start) if start == at => Some(Self { start, length, used: 0 }),
+            Ok(start) if start == at => Some(Self {
+                start,
+                length,
+                used: 0,
+            }),
             Ok(elsewhere) => {
                 // A kernel that does not know the flag takes the address as a hint.
                 // SAFETY: mapped just now, and nobody uses it.
@@ -45,7 +59,13 @@ impl Arena {
     ///
     /// # Panics
     /// If there is no room, or if the arena is sealed.
-    pub(super) fn add(&mut self, moved: &[u8], is_generic: bool, stub: unsafe extern "C" fn(), resume: u64) -> u64 {
+    pub(super) fn add(
+        &mut self,
+        moved: &[u8],
+        is_generic: bool,
+        stub: unsafe extern "C" fn(),
+        resume: u64,
+    ) -> u64 {
         let mut code = Vec::from(moved);
         if is_generic {
             // cmp $512, %rax; jae plain; mov $table, %r11; cmpb $0, (%r11, %rax); je plain. Here
@@ -78,7 +98,12 @@ impl Arena {
     ///
     /// # Panics
     /// If there is no room.
-    pub(super) fn add_chain(&mut self, number: u32, foreign: Foreign, stub: unsafe extern "C" fn()) -> u64 {
+    pub(super) fn add_chain(
+        &mut self,
+        number: u32,
+        foreign: Foreign,
+        stub: unsafe extern "C" fn(),
+    ) -> u64 {
         // mov $number, %eax; lea foreign(%rip), %r11; jmp *stub; foreign:
         let mut code = vec![0xb8];
         code.extend(number.to_le_bytes());
@@ -109,7 +134,10 @@ impl Arena {
         code.resize(STUB as usize, 0xcc);
         code.extend((stub as usize).to_le_bytes());
         code.extend(resume.to_le_bytes());
-        assert!(self.used + SLOT <= self.length, "the arena was made for so many");
+        assert!(
+            self.used + SLOT <= self.length,
+            "the arena was made for so many"
+        );
         let at = self.start + self.used;
         self.used += SLOT;
         let to = ptr::with_exposed_provenance_mut::<u8>(at as usize);
@@ -141,13 +169,21 @@ pub(super) enum Foreign {
 impl Foreign {
     /// Reads the jump at `entry`, if there is one.
     pub(super) fn at(entry: u64, code: [u8; 10]) -> Option<Self> {
-        let displacement =
-            |from: usize| i32::from_le_bytes(code[from..from + 4].try_into().expect("four bytes")) as i64 as u64;
+        let displacement = |from: usize| {
+            i32::from_le_bytes(code[from..from + 4].try_into().expect("four bytes")) as i64 as u64
+        };
         match code {
-            [0xe9, ..] => Some(Foreign::Direct(entry.wrapping_add(5).wrapping_add(displacement(1)))),
-            [0xff, 0x25, ..] => Some(Foreign::ByPointer(entry.wrapping_add(6).wrapping_add(displacement(2)))),
+            [0xe9, ..] => Some(Foreign::Direct(
+                entry.wrapping_add(5).wrapping_add(displacement(1)),
+            )),
+            [0xff, 0x25, ..] => Some(Foreign::ByPointer(
+                entry.wrapping_add(6).wrapping_add(displacement(2)),
+            )),
             // To rax, r10 or r11, which a function may destroy.
-            [0x48, 0xb8, ..] | [0x49, 0xba | 0xbb, ..] => Some(Foreign::ByRegister { load: code, resume: entry + 10 }),
+            [0x48, 0xb8, ..] | [0x49, 0xba | 0xbb, ..] => Some(Foreign::ByRegister {
+                load: code,
+                resume: entry + 10,
+            }),
             _ => None,
         }
     }
@@ -196,8 +232,12 @@ mod tests {
         let mut arena = Arena::near(here, here + 4096, 1).expect("there is room");
         let at = arena.add(&[0x90], true, stub, here);
         // SAFETY: the slot was written above and is never unmapped.
-        let bytes =
-            unsafe { std::slice::from_raw_parts(ptr::with_exposed_provenance::<u8>(at as usize), SLOT as usize) };
+        let bytes = unsafe {
+            std::slice::from_raw_parts(
+                ptr::with_exposed_provenance::<u8>(at as usize),
+                SLOT as usize,
+            )
+        };
         let code = Code64 { bytes, start: at };
         let (mut ip, mut codes, mut jumps) = (at, Vec::new(), Vec::new());
         while let Some(instruction) = code.instruction_at(ip).filter(|i| i.code() != Code::Int3) {
@@ -206,7 +246,14 @@ mod tests {
             }
             if instruction.is_ip_rel_memory_operand() {
                 let of = (instruction.ip_rel_memory_address() - at) as u32;
-                assert!(of == if instruction.code() == Code::Call_rm64 { STUB } else { RESUME }, "{of}");
+                assert!(
+                    of == if instruction.code() == Code::Call_rm64 {
+                        STUB
+                    } else {
+                        RESUME
+                    },
+                    "{of}"
+                );
             }
             if instruction.code() == Code::Syscall {
                 assert_eq!(jumps, [ip, ip]);

@@ -74,12 +74,18 @@ impl Armed {
         if inner.is_inherited() {
             return Err(Error::AfterFork { source: "kernel" });
         }
-        let armed = Self { kernel: Arc::clone(kernel), range, level: filter::level(range) };
+        let armed = Self {
+            kernel: Arc::clone(kernel),
+            range,
+            level: filter::level(range),
+        };
         let words = &inner.header;
         match armed.level {
             Some(level) => {
                 filter::add(&inner.tables, range, level);
-                words.u64(header::RANGES + 8 * level).fetch_add(1, Ordering::Relaxed);
+                words
+                    .u64(header::RANGES + 8 * level)
+                    .fetch_add(1, Ordering::Relaxed);
             }
             None => drop(words.u64(header::WIDE).fetch_add(1, Ordering::Relaxed)),
         }
@@ -133,13 +139,24 @@ impl Drop for Armed {
             // The filter is the parent's, and the parent is still armed.
             return;
         }
-        inner.header.u64(header::ARMED).fetch_sub(1, Ordering::Relaxed);
+        inner
+            .header
+            .u64(header::ARMED)
+            .fetch_sub(1, Ordering::Relaxed);
         match self.level {
             Some(level) => {
-                inner.header.u64(header::RANGES + 8 * level).fetch_sub(1, Ordering::Relaxed);
+                inner
+                    .header
+                    .u64(header::RANGES + 8 * level)
+                    .fetch_sub(1, Ordering::Relaxed);
                 filter::remove(&inner.tables, self.range, level);
             }
-            None => drop(inner.header.u64(header::WIDE).fetch_sub(1, Ordering::Relaxed)),
+            None => drop(
+                inner
+                    .header
+                    .u64(header::WIDE)
+                    .fetch_sub(1, Ordering::Relaxed),
+            ),
         }
     }
 }

@@ -72,12 +72,17 @@ pub(super) const PEEKED: isize = -8;
 
 impl<L: Copy + Eq + Hash + Debug> Assembler<L> {
     pub(super) fn new() -> Self {
-        Self { code: Vec::new(), labels: HashMap::new(), jumps: Vec::new() }
+        Self {
+            code: Vec::new(),
+            labels: HashMap::new(),
+            jumps: Vec::new(),
+        }
     }
 
     fn push(&mut self, code: u8, dst: Reg, src: u8, offset: isize, immediate: i32) {
         let offset = i16::try_from(offset).expect("offsets of these programs are small");
-        self.code.push(instruction(code, dst, src, offset, immediate));
+        self.code
+            .push(instruction(code, dst, src, offset, immediate));
     }
 
     /// `dst op= immediate`.

@@ -128,9 +128,13 @@ impl Broker {
         let listener = socket::bind_at(path).map_err(failed("bind"))?;
         std::os::unix::fs::chown(path, None, group).map_err(failed("chown of the socket"))?;
         let mode = if group.is_some() { 0o660 } else { 0o600 };
-        fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(failed("chmod of the socket"))?;
-        let made = Self::new(listener, group, options.max_clients)
-            .and_then(|made| socket::start_listening(&made.listener).map_err(failed("listen")).map(|()| made));
+        fs::set_permissions(path, fs::Permissions::from_mode(mode))
+            .map_err(failed("chmod of the socket"))?;
+        let made = Self::new(listener, group, options.max_clients).and_then(|made| {
+            socket::start_listening(&made.listener)
+                .map_err(failed("listen"))
+                .map(|()| made)
+        });
         made.inspect_err(|_| drop(fs::remove_file(path)))
     }
 
@@ -141,7 +145,9 @@ impl Broker {
     /// As [`bind`](Self::bind).
     pub fn inherited(options: &Options) -> Result<Option<Self>, Error> {
         let failed = |error| kernel_error("use of the passed socket (LISTEN_FDS)", error);
-        let Some(listener) = sys::take_passed().map_err(failed)? else { return Ok(None) };
+        let Some(listener) = sys::take_passed().map_err(failed)? else {
+            return Ok(None);
+        };
         socket::check_listener(&listener).map_err(failed)?;
         Self::new(listener, group(options)?, options.max_clients).map(Some)
     }
@@ -149,13 +155,23 @@ impl Broker {
     fn new(listener: OwnedFd, group: Option<u32>, max_clients: usize) -> Result<Self, Error> {
         sys::raise_descriptor_limit();
         let kvm = super::sys::open_kvm().map_err(|error| super::missing::kvm_missing(&error))?;
-        let machine = super::sys::create_vm(kvm.as_fd()).map_err(|error| super::missing::kvm_missing(&error))?;
+        let machine = super::sys::create_vm(kvm.as_fd())
+            .map_err(|error| super::missing::kvm_missing(&error))?;
         let lacking = || super::missing::description_missing();
-        let offsets = offsets().filter(|_| owner::can_be_told()).ok_or_else(lacking)?;
+        let offsets = offsets()
+            .filter(|_| owner::can_be_told())
+            .ok_or_else(lacking)?;
         let means = Arc::new(Means { machine, offsets });
         session::rehearse(&means)?;
         let version = program::fingerprint(kvm.as_fd());
-        Ok(Self { listener, group, places: Places::new(max_clients), kvm, means, version })
+        Ok(Self {
+            listener,
+            group,
+            places: Places::new(max_clients),
+            kvm,
+            means,
+            version,
+        })
     }
 
     /// Serves clients, each in a thread of its own, and tells `observer` of them.
@@ -168,7 +184,8 @@ impl Broker {
     pub fn serve(&self, observer: impl Fn(Event) + Send + Sync + 'static) -> ! {
         let observer: Arc<dyn Fn(Event) + Send + Sync> = Arc::new(observer);
         loop {
-            let accepted = rustix::net::accept_with(&self.listener, rustix::net::SocketFlags::CLOEXEC);
+            let accepted =
+                rustix::net::accept_with(&self.listener, rustix::net::SocketFlags::CLOEXEC);
             match accepted {
                 Ok(client) => self.admit(client, &observer),
                 Err(rustix::io::Errno::INTR | rustix::io::Errno::CONNABORTED) => {}
@@ -180,8 +197,14 @@ impl Broker {
 
     /// Greets a client and starts to serve it, or refuses. Waits for nothing that the client does.
     fn admit(&self, client: OwnedFd, observer: &Arc<dyn Fn(Event) + Send + Sync>) {
-        let Ok(peer) = socket::peer(&client) else { return };
-        let place = if self.serves(&client, peer) { self.places.take(peer.user) } else { Err(Refusal::Stranger) };
+        let Ok(peer) = socket::peer(&client) else {
+            return;
+        };
+        let place = if self.serves(&client, peer) {
+            self.places.take(peer.user)
+        } else {
+            Err(Refusal::Stranger)
+        };
         let socket::Peer { user, pid, .. } = peer;
         let mut ticket = match place {
             Ok(ticket) => ticket,
@@ -192,7 +215,13 @@ impl Broker {
                 return;
             }
         };
-        if socket::send(&client, &Reply::Done(self.version).bytes(), &[self.kvm.as_fd()]).is_err() {
+        if socket::send(
+            &client,
+            &Reply::Done(self.version).bytes(),
+            &[self.kvm.as_fd()],
+        )
+        .is_err()
+        {
             return;
         }
         let (means, shared) = (Arc::clone(&self.means), Arc::clone(observer));
@@ -205,22 +234,32 @@ impl Broker {
             shared(Event::Went { user, pid });
         };
         // If there can be no thread, the client is dropped with the closure, and its place with it.
-        let _ = std::thread::Builder::new().name("mmu-client".to_owned()).stack_size(256 << 10).spawn(run);
+        let _ = std::thread::Builder::new()
+            .name("mmu-client".to_owned())
+            .stack_size(256 << 10)
+            .spawn(run);
     }
 
     /// Whether a client is one of those who are served.
     fn serves(&self, client: &OwnedFd, peer: socket::Peer) -> bool {
-        let is_member =
-            |group| peer.group == group || sys::peer_groups(client).is_ok_and(|groups| groups.contains(&group));
+        let is_member = |group| {
+            peer.group == group
+                || sys::peer_groups(client).is_ok_and(|groups| groups.contains(&group))
+        };
         peer.user == 0 || peer.user == sys::effective_user() || self.group.is_some_and(is_member)
     }
 }
 
 fn group(options: &Options) -> Result<Option<u32>, Error> {
-    let Some(name) = &options.group else { return Ok(None) };
+    let Some(name) = &options.group else {
+        return Ok(None);
+    };
     match sys::group_named(name) {
         Ok(Some(group)) => Ok(Some(group)),
-        Ok(None) => Err(kernel_error("look-up of the group", io::Error::other(format!("there is no group {name}")))),
+        Ok(None) => Err(kernel_error(
+            "look-up of the group",
+            io::Error::other(format!("there is no group {name}")),
+        )),
         Err(error) => Err(kernel_error("look-up of the group", error)),
     }
 }

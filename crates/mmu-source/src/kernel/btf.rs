@@ -58,7 +58,10 @@ impl<'a> Part<'a> {
             let start = header.checked_add(word(file, at)? as usize)?;
             file.get(start..start.checked_add(word(file, at + 4)? as usize)?)
         };
-        Some(Self { types: section(8)?, names: section(16)? })
+        Some(Self {
+            types: section(8)?,
+            names: section(16)?,
+        })
     }
 
     fn types(self) -> Types<'a> {
@@ -68,7 +71,8 @@ impl<'a> Part<'a> {
     /// The name that begins at `offset`.
     fn is_named(self, offset: u32, name: &str) -> bool {
         let end = offset as usize + name.len();
-        self.names.get(offset as usize..end) == Some(name.as_bytes()) && self.names.get(end) == Some(&0)
+        self.names.get(offset as usize..end) == Some(name.as_bytes())
+            && self.names.get(end) == Some(&0)
     }
 }
 
@@ -84,16 +88,21 @@ impl<'a> Iterator for Types<'a> {
         let (name, info) = (word(self.rest, 0)?, word(self.rest, 4)?);
         let (kind, count) = (info >> 24 & 31, (info & 0xffff) as usize);
         let more = match kind {
-            1 | 14 | 17 => 4,                       // Integers, variables, tags of declarations.
+            1 | 14 | 17 => 4,          // Integers, variables, tags of declarations.
             2 | 7..=12 | 16 | 18 => 0, // Pointers, forwards, other names, qualifiers, functions, floats, tags.
             3 => 12,                   // Arrays.
             STRUCT | UNION | 15 | 19 => 12 * count, // The same size for sections and enumerations of 64 bits.
-            6 | 13 => 8 * count,       // Enumerations, prototypes.
+            6 | 13 => 8 * count,                    // Enumerations, prototypes.
             _ => return None,
         };
         let members = self.rest.get(12..12 + more)?;
         self.rest = &self.rest[12 + more..];
-        Some(Type { name, kind, has_sizes: info >> 31 != 0, members })
+        Some(Type {
+            name,
+            kind,
+            has_sizes: info >> 31 != 0,
+            members,
+        })
     }
 }
 
@@ -104,14 +113,21 @@ impl<'a> Btf<'a> {
         let base = Part::parse(vmlinux)?;
         let module = match module {
             // Number 0 is `void`, which has no entry.
-            Some(file) => Some((Part::parse(file)?, u32::try_from(base.types().count()).ok()? + 1)),
+            Some(file) => Some((
+                Part::parse(file)?,
+                u32::try_from(base.types().count()).ok()? + 1,
+            )),
             None => None,
         };
         Some(Self { base, module })
     }
 
     fn all(&self) -> impl Iterator<Item = Type<'a>> + use<'a> {
-        let module = self.module.map(|(part, _)| part.types()).into_iter().flatten();
+        let module = self
+            .module
+            .map(|(part, _)| part.types())
+            .into_iter()
+            .flatten();
         self.base.types().chain(module)
     }
 
@@ -142,7 +158,11 @@ impl<'a> Btf<'a> {
     fn bit_in(&self, parent: &Type<'a>, member: &str, depth: u32, left: &mut u32) -> Option<u32> {
         parent.members.chunks_exact(12).find_map(|entry| {
             let [name, number, place] = [word(entry, 0)?, word(entry, 4)?, word(entry, 8)?];
-            let bit = if parent.has_sizes { place & 0xff_ffff } else { place };
+            let bit = if parent.has_sizes {
+                place & 0xff_ffff
+            } else {
+                place
+            };
             if self.is_named(name, member) {
                 return Some(bit);
             }
@@ -152,7 +172,10 @@ impl<'a> Btf<'a> {
             *left = left.checked_sub(1)?;
             let inner = self.all().nth((number as usize).checked_sub(1)?)?;
             let is_nested = inner.kind == STRUCT || inner.kind == UNION;
-            is_nested.then(|| self.bit_in(&inner, member, depth - 1, left)).flatten()?.checked_add(bit)
+            is_nested
+                .then(|| self.bit_in(&inner, member, depth - 1, left))
+                .flatten()?
+                .checked_add(bit)
         })
     }
 }
@@ -179,9 +202,14 @@ mod tests {
 
         fn add(&mut self, kind: u32, name: &str, members: &[(&str, u32, u32)]) {
             let name = if name.is_empty() { 0 } else { self.name(name) };
-            self.types.extend([name, kind << 24 | members.len() as u32, 0]);
+            self.types
+                .extend([name, kind << 24 | members.len() as u32, 0]);
             for (member, number, bit) in members {
-                let member = if member.is_empty() { 0 } else { self.name(member) };
+                let member = if member.is_empty() {
+                    0
+                } else {
+                    self.name(member)
+                };
                 self.types.extend([member, *number, *bit]);
             }
         }
@@ -189,7 +217,10 @@ mod tests {
         fn file(&self) -> Vec<u8> {
             let types = 4 * self.types.len() as u32;
             let header = [0x1_eb9f, 24, 0, types, types, self.names.len() as u32];
-            let words = header.iter().chain(&self.types).flat_map(|word| word.to_le_bytes());
+            let words = header
+                .iter()
+                .chain(&self.types)
+                .flat_map(|word| word.to_le_bytes());
             words.chain(self.names.iter().copied()).collect()
         }
     }
@@ -202,19 +233,35 @@ mod tests {
         vmlinux.add(UNION, "", &[("data", 9, 0), ("", 3, 64)]);
         vmlinux.add(STRUCT, "", &[("private_data", 9, 32)]);
         let base = vmlinux.file();
-        let mut module = Writer { first: vmlinux.names.len() as u32, ..Writer::default() };
+        let mut module = Writer {
+            first: vmlinux.names.len() as u32,
+            ..Writer::default()
+        };
         module.add(STRUCT, "kvm", &[("count", 9, 800), ("", 3, 160)]);
         let over = module.file();
         let btf = Btf::parse(&base, Some(&over)).expect("it is well formed");
         assert_eq!(btf.offset("file", "f_op"), Some(8));
         assert_eq!(btf.offset("file", "private_data"), Some(28));
         assert_eq!(btf.offset("kvm", "count"), Some(100));
-        assert_eq!(btf.offset("kvm", "private_data"), Some(24), "a module's struct with a part of the kernel's");
         assert_eq!(
-            (btf.offset("kvm", "f_op"), btf.offset("fil", "f_op"), btf.offset("files", "f_op")),
+            btf.offset("kvm", "private_data"),
+            Some(24),
+            "a module's struct with a part of the kernel's"
+        );
+        assert_eq!(
+            (
+                btf.offset("kvm", "f_op"),
+                btf.offset("fil", "f_op"),
+                btf.offset("files", "f_op")
+            ),
             (None, None, None)
         );
-        assert_eq!(Btf::parse(&base, None).expect("well formed").offset("kvm", "count"), None);
+        assert_eq!(
+            Btf::parse(&base, None)
+                .expect("well formed")
+                .offset("kvm", "count"),
+            None
+        );
     }
 
     #[test]
@@ -222,7 +269,12 @@ mod tests {
         let mut whole = Writer::default();
         whole.name("");
         whole.add(STRUCT, "a", &[("", 1, 0); 300]);
-        assert_eq!(Btf::parse(&whole.file(), None).expect("well formed").offset("a", "c"), None);
+        assert_eq!(
+            Btf::parse(&whole.file(), None)
+                .expect("well formed")
+                .offset("a", "c"),
+            None
+        );
     }
 
     #[test]
@@ -231,11 +283,26 @@ mod tests {
         whole.name("");
         whole.add(STRUCT, "a", &[("", 1, 0), ("b", 1, 8)]);
         let whole = whole.file();
-        assert_eq!(Btf::parse(&whole, None).expect("well formed").offset("a", "b"), Some(1));
-        assert_eq!(Btf::parse(&whole, None).expect("well formed").offset("a", "c"), None, "it is a part of itself");
+        assert_eq!(
+            Btf::parse(&whole, None)
+                .expect("well formed")
+                .offset("a", "b"),
+            Some(1)
+        );
+        assert_eq!(
+            Btf::parse(&whole, None)
+                .expect("well formed")
+                .offset("a", "c"),
+            None,
+            "it is a part of itself"
+        );
         for length in 0..whole.len() {
             let cut = Btf::parse(&whole[..length], None);
-            assert_eq!(cut.and_then(|btf| btf.offset("a", "b")), None, "cut to {length}");
+            assert_eq!(
+                cut.and_then(|btf| btf.offset("a", "b")),
+                None,
+                "cut to {length}"
+            );
         }
         for at in 0..whole.len() {
             let mut bent = whole.clone();

@@ -78,7 +78,9 @@ pub(super) fn level(range: VaRange) -> Option<usize> {
 /// Calls `f` for every counter that `range` has a part in.
 fn for_each(tables: &Tables, range: VaRange, own: usize, f: impl Fn(&AtomicU16)) {
     let both = |table: &Shared, level, granule| {
-        FACTORS.iter().for_each(|factor| f(table.u16(slot(level, granule, *factor))));
+        FACTORS
+            .iter()
+            .for_each(|factor| f(table.u16(slot(level, granule, *factor))));
     };
     granules(range, own).for_each(|granule| both(&tables.own, own, granule));
     for level in own..LEVELS {
@@ -88,19 +90,28 @@ fn for_each(tables: &Tables, range: VaRange, own: usize, f: impl Fn(&AtomicU16))
 
 /// Counts a range in.
 pub(super) fn add(tables: &Tables, range: VaRange, own: usize) {
-    for_each(tables, range, own, |counter| update(counter, |count| count.saturating_add(1)));
+    for_each(tables, range, own, |counter| {
+        update(counter, |count| count.saturating_add(1))
+    });
 }
 
 /// Counts a range out.
 pub(super) fn remove(tables: &Tables, range: VaRange, own: usize) {
-    for_each(tables, range, own, |counter| update(counter, |count| if count == u16::MAX { count } else { count - 1 }));
+    for_each(tables, range, own, |counter| {
+        update(
+            counter,
+            |count| if count == u16::MAX { count } else { count - 1 },
+        )
+    });
 }
 
 fn update(counter: &AtomicU16, change: impl Fn(u16) -> u16) {
     let mut count = counter.load(Ordering::Relaxed);
     // ORDER: AcqRel for no partner in user space; `arm` has a full fence between these and its look
     // at the events.
-    while let Err(now) = counter.compare_exchange_weak(count, change(count), Ordering::AcqRel, Ordering::Relaxed) {
+    while let Err(now) =
+        counter.compare_exchange_weak(count, change(count), Ordering::AcqRel, Ordering::Relaxed)
+    {
         count = now;
     }
 }
@@ -119,7 +130,11 @@ mod tests {
         assert_eq!(level(range(0x1000, 1)), Some(0));
         assert_eq!(level(range(0, 16 << 12)), Some(0));
         assert_eq!(level(range(0, 17 << 12)), Some(1));
-        assert_eq!(level(range(0x7f00_0000_1000, 1 << 30)), Some(4), "five granules of 256 MiB");
+        assert_eq!(
+            level(range(0x7f00_0000_1000, 1 << 30)),
+            Some(4),
+            "five granules of 256 MiB"
+        );
         assert_eq!(level(VaRange::ALL), None);
     }
 
@@ -129,7 +144,10 @@ mod tests {
             for granule in (0..1 << 20).step_by(97) {
                 for factor in FACTORS {
                     let offset = slot(level, granule, factor);
-                    assert!((start_of(level)..start_of(level) + LEVEL).contains(&offset), "{offset}");
+                    assert!(
+                        (start_of(level)..start_of(level) + LEVEL).contains(&offset),
+                        "{offset}"
+                    );
                 }
             }
         }

@@ -83,7 +83,9 @@ impl Intake {
     pub(super) fn run(&mut self, words: Words<'_>, target: u64) {
         self.look_for_losses(words);
         while self.next <= target {
-            let Some(record) = self.ring.pop(words.position) else { break };
+            let Some(record) = self.ring.pop(words.position) else {
+                break;
+            };
             let range = range(record.start, record.end);
             self.watches.touch(range, record.number);
             if !self.mark(record.number) || !self.push(range) {
@@ -104,7 +106,11 @@ impl Intake {
     /// Queues a range; false if there is no room.
     fn push(&mut self, range: VaRange) -> bool {
         let upto = self.next - 1;
-        if let Some(last) = self.queue.back_mut().filter(|last| last.range.covers(range)) {
+        if let Some(last) = self
+            .queue
+            .back_mut()
+            .filter(|last| last.range.covers(range))
+        {
             // Both have been counted, and the callback of neither has run: one does for both.
             last.upto = upto;
             return true;
@@ -113,7 +119,11 @@ impl Intake {
             self.overflows += 1;
             return false;
         }
-        self.queue.push_back(Told { range, upto, is_loss: false });
+        self.queue.push_back(Told {
+            range,
+            upto,
+            is_loss: false,
+        });
         true
     }
 
@@ -146,7 +156,11 @@ impl Intake {
         self.skip_done();
         // What waits is a part of everything.
         self.queue.clear();
-        self.queue.push_back(Told { range: VaRange::ALL, upto: self.next - 1, is_loss: true });
+        self.queue.push_back(Told {
+            range: VaRange::ALL,
+            upto: self.next - 1,
+            is_loss: true,
+        });
         self.publish(words);
     }
 

@@ -44,12 +44,18 @@ pub(super) fn listen(
     drop(private);
     let mut lease = Lease::new();
     let mut nap = 1;
-    let may_skip = super::probe::may_skip(&std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default());
+    let may_skip = super::probe::may_skip(
+        &std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default(),
+    );
     loop {
         if inner.wants_a_call() {
             // Only with B is there something to do when nothing happens.
             let patience = inner.waits.has_b().then_some(lease.length);
-            crate::wait::readable(ring.as_fd(), nudge.as_fd(), patience.or(may_skip.then_some(SECOND)));
+            crate::wait::readable(
+                ring.as_fd(),
+                nudge.as_fd(),
+                patience.or(may_skip.then_some(SECOND)),
+            );
             crate::wait::clear(nudge.as_fd());
         }
         inner.header.u64(header::AWAKE).store(1, Ordering::Relaxed);
@@ -63,7 +69,11 @@ pub(super) fn listen(
             inner.wake_teller();
         }
         // A callback may take its time.
-        nap = if inner.handled() != handled || inner.is_caught_up() { 1 } else { (2 * nap).min(64) };
+        nap = if inner.handled() != handled || inner.is_caught_up() {
+            1
+        } else {
+            (2 * nap).min(64)
+        };
         if inner.generation() - generation > FLOOD && !inner.waits.has_b() {
             let shared = Arc::clone(inner);
             vault.post(move |machines| machines.make_b(&shared));
@@ -91,7 +101,14 @@ struct Lease {
 
 impl Lease {
     fn new() -> Self {
-        Self { length: LEASE[0], at: Instant::now(), begun: 0, ignored: 0, had_b: false, ended: None }
+        Self {
+            length: LEASE[0],
+            at: Instant::now(),
+            begun: 0,
+            ignored: 0,
+            had_b: false,
+            ended: None,
+        }
     }
 
     /// Has B closed if it was of no use for a while.
@@ -99,7 +116,11 @@ impl Lease {
         let has_b = inner.waits.has_b();
         if has_b && !self.had_b {
             let soon = self.ended.is_some_and(|ended| ended.elapsed() < SOON);
-            self.length = if soon { (4 * self.length).min(LEASE[1]) } else { LEASE[0] };
+            self.length = if soon {
+                (4 * self.length).min(LEASE[1])
+            } else {
+                LEASE[0]
+            };
         } else if self.at.elapsed() < self.length {
             return;
         }

@@ -54,7 +54,12 @@ struct Listener {
 
 impl Live {
     pub(super) fn new(kvm: OwnedFd, a: OwnedFd, attached: OwnedFd) -> Self {
-        Self { kvm, b: None, a, _attached: attached }
+        Self {
+            kvm,
+            b: None,
+            a,
+            _attached: attached,
+        }
     }
 }
 
@@ -65,7 +70,9 @@ impl Keeper {
             Self::Own(programs) => Some(programs.show(machine, Role::B)),
             // It was not even asked.
             Self::Broker(session) if session.is_silent() => Some(false),
-            Self::Broker(session) => session.ask(Request::Count, Some(machine)).map(|found| found == 1),
+            Self::Broker(session) => session
+                .ask(Request::Count, Some(machine))
+                .map(|found| found == 1),
         }
     }
 
@@ -79,13 +86,21 @@ impl Keeper {
 
 impl Machines {
     pub(super) fn new(keeper: Keeper, live: Option<Live>, later: Letterbox<Self>) -> Self {
-        Self { listener: None, keeper, live, later, unknown: None }
+        Self {
+            listener: None,
+            keeper,
+            live,
+            later,
+            unknown: None,
+        }
     }
 
     /// Starts the thread that listens, in this thread's descriptor table.
     pub(super) fn listen(&mut self, inner: &Arc<Inner>, ring: OwnedFd) -> Result<(), Error> {
         let nudge = crate::wait::event_fd().map_err(|error| kernel_error("eventfd", error))?;
-        let nudged = nudge.try_clone().map_err(|error| kernel_error("dup", error))?;
+        let nudged = nudge
+            .try_clone()
+            .map_err(|error| kernel_error("dup", error))?;
         let (shared, vault) = (Arc::clone(inner), self.later.clone());
         let private = match (&self.keeper, &self.live) {
             (Keeper::Own(programs), Some(_)) => Some(programs.private()).transpose(),
@@ -93,8 +108,13 @@ impl Machines {
         };
         let private = private.map_err(|error| kernel_error("dup", error))?;
         let listen = move || super::listen::listen(&shared, &ring, &nudged, private, &vault);
-        let thread = Thread::spawn(c"mmu-listen", listen).map_err(|error| kernel_error("start of a thread", error))?;
-        self.listener = Some(Listener { inner: Arc::clone(inner), nudge, thread });
+        let thread = Thread::spawn(c"mmu-listen", listen)
+            .map_err(|error| kernel_error("start of a thread", error))?;
+        self.listener = Some(Listener {
+            inner: Arc::clone(inner),
+            nudge,
+            thread,
+        });
         Ok(())
     }
 
@@ -108,7 +128,9 @@ impl Machines {
     /// Makes a machine, which proves that no change is under way, and has it take B's place if its
     /// count can be found.
     pub(super) fn renew_b(&mut self) -> Result<(), Error> {
-        let Some(live) = &mut self.live else { return Ok(()) };
+        let Some(live) = &mut self.live else {
+            return Ok(());
+        };
         let made = create_vm(&live.kvm)?;
         match self.keeper.show_b(made.as_fd()) {
             Some(true) => {
@@ -130,7 +152,9 @@ impl Machines {
 
     /// Tells those who wait, and the listener, whether there is a machine B.
     fn tell_b(&self) {
-        let Some(Listener { inner, nudge, .. }) = &self.listener else { return };
+        let Some(Listener { inner, nudge, .. }) = &self.listener else {
+            return;
+        };
         let had_b = inner.waits.has_b();
         inner.waits.set_has_b(self.has_b());
         if !had_b {
@@ -205,7 +229,12 @@ impl Machines {
 
 impl Drop for Machines {
     fn drop(&mut self) {
-        if let Some(Listener { inner, nudge, thread }) = self.listener.take() {
+        if let Some(Listener {
+            inner,
+            nudge,
+            thread,
+        }) = self.listener.take()
+        {
             // ORDER(source-stop): Release, as in the drop of `Kernel`, which has done it already
             // unless that could not be made.
             inner.stop.store(true, Ordering::Release);

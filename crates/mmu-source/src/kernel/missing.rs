@@ -8,7 +8,11 @@ use std::os::unix::fs::MetadataExt;
 pub(super) const BROKER: &str = "sudo mmun broker --group \"$(id -gn)\"";
 
 pub(super) fn unavailable(missing: String, remedy: &str) -> Error {
-    Error::Unavailable { source: "kernel", missing, remedy: remedy.to_owned() }
+    Error::Unavailable {
+        source: "kernel",
+        missing,
+        remedy: remedy.to_owned(),
+    }
 }
 
 fn exhausted(error: &io::Error) -> Option<Error> {
@@ -22,13 +26,26 @@ pub(super) fn kvm_missing(error: &io::Error) -> Error {
     match error.raw_os_error() {
         Some(libc::EACCES | libc::EPERM) => match std::fs::metadata("/dev/kvm") {
             Ok(device) => may_not_open(error, &Device::of(&device)),
-            Err(_) => may_not_open(error, &Device { owner: 0, group: 0, mode: 0, group_name: None }),
+            Err(_) => may_not_open(
+                error,
+                &Device {
+                    owner: 0,
+                    group: 0,
+                    mode: 0,
+                    group_name: None,
+                },
+            ),
         },
         Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => unavailable(
-            format!("/dev/kvm: {error}; hardware virtualisation must be on, in a virtual machine nested"),
+            format!(
+                "/dev/kvm: {error}; hardware virtualisation must be on, in a virtual machine nested"
+            ),
             "sudo modprobe -a kvm_intel kvm_amd",
         ),
-        _ => unavailable(format!("a virtual machine of KVM: {error}"), "sudo dmesg | grep -i kvm"),
+        _ => unavailable(
+            format!("a virtual machine of KVM: {error}"),
+            "sudo dmesg | grep -i kvm",
+        ),
     }
 }
 
@@ -44,7 +61,12 @@ impl Device {
     fn of(device: &std::fs::Metadata) -> Device {
         let groups = std::fs::read_to_string("/etc/group").unwrap_or_default();
         let (owner, group) = (device.uid(), device.gid());
-        Device { owner, group, mode: device.mode() & 0o777, group_name: group_name(&groups, group) }
+        Device {
+            owner,
+            group,
+            mode: device.mode() & 0o777,
+            group_name: group_name(&groups, group),
+        }
     }
 }
 
@@ -60,14 +82,22 @@ fn group_name(groups: &str, number: u32) -> Option<String> {
 /// The right is that of a group, if one may and it is not that of the superuser; else only the
 /// device's mode can give it.
 fn may_not_open(error: &io::Error, device: &Device) -> Error {
-    let Device { owner, group, mode, group_name } = device;
+    let Device {
+        owner,
+        group,
+        mode,
+        group_name,
+    } = device;
     let name = group_name.clone().unwrap_or_else(|| group.to_string());
-    let what = format!("the right to open /dev/kvm, owner {owner}, group {name}, mode {mode:04o}: {error}");
+    let what = format!(
+        "the right to open /dev/kvm, owner {owner}, group {name}, mode {mode:04o}: {error}"
+    );
     match group_name {
         // The kernel's answer where the file's mode was not asked: the devices of a container.
-        _ if error.raw_os_error() == Some(libc::EPERM) => {
-            unavailable(what, "docker run --device /dev/kvm, or what that is where this container is started")
-        }
+        _ if error.raw_os_error() == Some(libc::EPERM) => unavailable(
+            what,
+            "docker run --device /dev/kvm, or what that is where this container is started",
+        ),
         Some(name) if mode & 0o060 == 0o060 && *group != 0 => unavailable(
             format!("{what}; a new group counts from the next login on"),
             &format!("sudo usermod -aG {name} $(id -un)"),
@@ -82,14 +112,26 @@ const ENOUGH: (u32, u32) = (5, 12);
 /// On a kernel that is too old, no right and no module would help, whatever its answer was: before
 /// 5.11 it charges maps to `RLIMIT_MEMLOCK`, and refuses root for want of it with `EPERM`.
 fn too_old(error: &io::Error, release: &str) -> Option<Error> {
-    let mut numbers = release.split(['.', '-']).map_while(|number| number.parse::<u32>().ok());
+    let mut numbers = release
+        .split(['.', '-'])
+        .map_while(|number| number.parse::<u32>().ok());
     let version = (numbers.next()?, numbers.next()?);
-    let missing = || format!("BPF as of Linux {}.{}, and this is {}: {error}", ENOUGH.0, ENOUGH.1, release.trim());
+    let missing = || {
+        format!(
+            "BPF as of Linux {}.{}, and this is {}: {error}",
+            ENOUGH.0,
+            ENOUGH.1,
+            release.trim()
+        )
+    };
     (version < ENOUGH).then(|| unavailable(missing(), "uname -r"))
 }
 
 fn too_old_here(error: &io::Error) -> Option<Error> {
-    too_old(error, &std::fs::read_to_string("/proc/sys/kernel/osrelease").ok()?)
+    too_old(
+        error,
+        &std::fs::read_to_string("/proc/sys/kernel/osrelease").ok()?,
+    )
 }
 
 pub(super) fn bpf_missing(error: &io::Error) -> Error {
@@ -101,7 +143,10 @@ pub(super) fn bpf_missing(error: &io::Error) -> Error {
             let missing = format!("CAP_BPF and CAP_PERFMON, or a broker ({BROKER}): {error}");
             unavailable(missing, &crate::error::setcap("cap_bpf,cap_perfmon"))
         }
-        _ => unavailable(format!("the programs that listen (BPF): {error}"), "sudo dmesg | tail"),
+        _ => unavailable(
+            format!("the programs that listen (BPF): {error}"),
+            "sudo dmesg | tail",
+        ),
     }
 }
 
@@ -117,7 +162,10 @@ pub(super) fn tracepoint_missing(error: &io::Error) -> Error {
     }
     match error.kind() {
         io::ErrorKind::PermissionDenied => bpf_missing(error),
-        _ => unavailable(format!("the tracepoint kvm:kvm_unmap_hva_range: {error}"), "sudo modprobe kvm"),
+        _ => unavailable(
+            format!("the tracepoint kvm:kvm_unmap_hva_range: {error}"),
+            "sudo modprobe kvm",
+        ),
     }
 }
 
@@ -134,21 +182,62 @@ mod tests {
 
     #[test]
     fn what_helps_follows_from_whom_the_device_belongs_to() {
-        let kvm = || Device { owner: 0, group: 104, mode: 0o660, group_name: Some("kvm".into()) };
-        assert_eq!(remedy(libc::EACCES, &kvm()), "sudo usermod -aG kvm $(id -un)");
+        let kvm = || Device {
+            owner: 0,
+            group: 104,
+            mode: 0o660,
+            group_name: Some("kvm".into()),
+        };
+        assert_eq!(
+            remedy(libc::EACCES, &kvm()),
+            "sudo usermod -aG kvm $(id -un)"
+        );
         // A group that may not, or that is the superuser's.
         let alone = "sudo setfacl -m u:$(id -un):rw /dev/kvm";
-        assert_eq!(remedy(libc::EACCES, &Device { mode: 0o600, ..kvm() }), alone);
-        assert_eq!(remedy(libc::EACCES, &Device { group: 0, group_name: Some("root".into()), ..kvm() }), alone);
-        assert_eq!(remedy(libc::EACCES, &Device { group_name: None, ..kvm() }), alone);
+        assert_eq!(
+            remedy(
+                libc::EACCES,
+                &Device {
+                    mode: 0o600,
+                    ..kvm()
+                }
+            ),
+            alone
+        );
+        assert_eq!(
+            remedy(
+                libc::EACCES,
+                &Device {
+                    group: 0,
+                    group_name: Some("root".into()),
+                    ..kvm()
+                }
+            ),
+            alone
+        );
+        assert_eq!(
+            remedy(
+                libc::EACCES,
+                &Device {
+                    group_name: None,
+                    ..kvm()
+                }
+            ),
+            alone
+        );
         assert!(remedy(libc::EPERM, &kvm()).contains("--device /dev/kvm"));
     }
 
     #[test]
     fn a_kernel_that_is_too_old_is_the_reason() {
         let refused = io::Error::from_raw_os_error(libc::EPERM);
-        let lack = too_old(&refused, "5.10.0-39-amd64\n").expect("it is too old").to_string();
-        assert!(lack.contains("Linux 5.12, and this is 5.10.0-39-amd64: Operation not permitted"), "{lack}");
+        let lack = too_old(&refused, "5.10.0-39-amd64\n")
+            .expect("it is too old")
+            .to_string();
+        assert!(
+            lack.contains("Linux 5.12, and this is 5.10.0-39-amd64: Operation not permitted"),
+            "{lack}"
+        );
         for enough in ["5.12.0", "6.1.0-50-amd64", "7.3.4+deb13-amd64", "unknown"] {
             assert!(too_old(&refused, enough).is_none(), "{enough}");
         }

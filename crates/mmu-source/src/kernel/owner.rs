@@ -48,9 +48,14 @@ const REGISTERS: isize = 168;
 
 /// Whether the kernel's description says that the three words are in a row.
 pub(super) fn can_be_told() -> bool {
-    let Ok(vmlinux) = sys::Whole::of("/sys/kernel/btf/vmlinux") else { return false };
-    let Some(btf) = Btf::parse(vmlinux.bytes(), None) else { return false };
-    let [mm, start, end] = ["mm", "start", "end"].map(|member| btf.offset("mmu_notifier_range", member));
+    let Ok(vmlinux) = sys::Whole::of("/sys/kernel/btf/vmlinux") else {
+        return false;
+    };
+    let Some(btf) = Btf::parse(vmlinux.bytes(), None) else {
+        return false;
+    };
+    let [mm, start, end] =
+        ["mm", "start", "end"].map(|member| btf.offset("mmu_notifier_range", member));
     mm.is_some_and(|mm| start == Some(mm + 8) && end == Some(mm + 16))
 }
 

@@ -35,13 +35,20 @@ pub fn probe() -> Result<Features, Error> {
     };
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let may_skip = may_skip(&release);
-    Ok(Features { release: release.trim().to_owned(), through, may_skip })
+    Ok(Features {
+        release: release.trim().to_owned(),
+        through,
+        may_skip,
+    })
 }
 
 /// Whether a kernel of this release runs programs at tracepoints preemptibly, and skips one that
 /// the processor is in the middle of.
 pub(super) fn may_skip(release: &str) -> bool {
-    let major = release.split('.').next().and_then(|major| major.parse::<u32>().ok());
+    let major = release
+        .split('.')
+        .next()
+        .and_then(|major| major.parse::<u32>().ok());
     // What is not known is taken for the worse.
     major.is_none_or(|major| major >= 7)
 }
@@ -57,9 +64,14 @@ pub fn probe_all() -> Result<Features, Vec<Error>> {
     };
     let mut errors = vec![first];
     // The virtual machine is asked for first: without one, the rest was not looked at.
-    if sys::open_kvm().and_then(|kvm| sys::create_vm(kvm.as_fd())).is_err() {
+    if sys::open_kvm()
+        .and_then(|kvm| sys::create_vm(kvm.as_fd()))
+        .is_err()
+    {
         errors.extend(
-            Programs::make(page::size() as usize, Audience::Own { peek: true }).err().map(|error| bpf_missing(&error)),
+            Programs::make(page::size() as usize, Audience::Own { peek: true })
+                .err()
+                .map(|error| bpf_missing(&error)),
         );
     }
     Err(errors)
@@ -71,6 +83,9 @@ mod tests {
 
     #[test]
     fn kernels_that_may_skip_the_program_are_known_by_their_release() {
-        assert_eq!(["6.18.2-amd64", "7.0.0-rc1", "12.1", "", "x"].map(may_skip), [false, true, true, true, true]);
+        assert_eq!(
+            ["6.18.2-amd64", "7.0.0-rc1", "12.1", "", "x"].map(may_skip),
+            [false, true, true, true, true]
+        );
     }
 }

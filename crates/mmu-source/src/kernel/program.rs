@@ -227,7 +227,13 @@ pub(super) fn build(maps: Maps<'_>, audience: Audience) -> Vec<u64> {
         Audience::Client => {
             a.label(Label::Question);
             a.label(Label::Hit);
-            owner::check(&mut a, maps.private, (START, LAST), Label::Owner, Label::Out);
+            owner::check(
+                &mut a,
+                maps.private,
+                (START, LAST),
+                Label::Owner,
+                Label::Out,
+            );
             a.map_value(HEADER, maps.header);
             a.load(R2, HEADER, word(header::SCRATCH));
             a.jump_reg(If::NotEqual, R2, START, Label::Record);
@@ -235,20 +241,43 @@ pub(super) fn build(maps: Maps<'_>, audience: Audience) -> Vec<u64> {
             true
         }
     };
-    hit(&mut a, maps, peek, if audience == Audience::Client { Label::Record } else { Label::Hit });
+    hit(
+        &mut a,
+        maps,
+        peek,
+        if audience == Audience::Client {
+            Label::Record
+        } else {
+            Label::Hit
+        },
+    );
     a.finish()
 }
 
 /// A number that tells one version of the program for clients, and so of its words, from another.
 pub(super) fn fingerprint(any: BorrowedFd<'_>) -> u64 {
     const WIDE: u64 = 0x18;
-    let maps = Maps { header: any, private: any, sum: any, own: any, ring: any };
-    build(maps, Audience::Client).into_iter().fold(0xcbf2_9ce4_8422_2325, |sum, instruction| {
-        // Which map it is differs each time.
-        let is_map = instruction & 0xff == WIDE && instruction >> 12 & 15 != 0;
-        let same = if is_map { instruction & 0xffff_ffff } else { instruction };
-        (sum ^ same).wrapping_mul(0x0000_0100_0000_01b3).rotate_left(23)
-    })
+    let maps = Maps {
+        header: any,
+        private: any,
+        sum: any,
+        own: any,
+        ring: any,
+    };
+    build(maps, Audience::Client)
+        .into_iter()
+        .fold(0xcbf2_9ce4_8422_2325, |sum, instruction| {
+            // Which map it is differs each time.
+            let is_map = instruction & 0xff == WIDE && instruction >> 12 & 15 != 0;
+            let same = if is_map {
+                instruction & 0xffff_ffff
+            } else {
+                instruction
+            };
+            (sum ^ same)
+                .wrapping_mul(0x0000_0100_0000_01b3)
+                .rotate_left(23)
+        })
 }
 
 /// Jumps to `unknown` if B's count cannot be read, or falls through with it in register 0.

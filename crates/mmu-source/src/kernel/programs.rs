@@ -28,7 +28,11 @@ pub(super) struct Programs {
 
 impl SharedMaps {
     fn make(ring: usize) -> io::Result<Self> {
-        let value = |bytes: usize| sys::create_map(Map::Value { bytes: bytes as u32 });
+        let value = |bytes: usize| {
+            sys::create_map(Map::Value {
+                bytes: bytes as u32,
+            })
+        };
         Ok(Self {
             header: value(header::BYTES)?,
             sum: value(filter::PART)?,
@@ -42,7 +46,9 @@ impl Programs {
     /// Makes the maps, with a ring of so many bytes, and loads the tracepoint's program over them.
     pub(super) fn make(ring: usize, audience: Audience) -> io::Result<(SharedMaps, Self)> {
         let shared = SharedMaps::make(ring)?;
-        let private = sys::create_map(Map::Private { bytes: private::BYTES as u32 })?;
+        let private = sys::create_map(Map::Private {
+            bytes: private::BYTES as u32,
+        })?;
         let maps = Maps {
             header: shared.header.as_fd(),
             private: private.as_fd(),
@@ -51,7 +57,14 @@ impl Programs {
             ring: shared.ring.as_fd(),
         };
         let tracepoint = load(maps, audience)?;
-        Ok((shared, Self { private, tracepoint, resolver: None }))
+        Ok((
+            shared,
+            Self {
+                private,
+                tracepoint,
+                resolver: None,
+            },
+        ))
     }
 
     /// Has the kernel run the program at the tracepoint, for as long as the returned descriptor is
@@ -126,5 +139,9 @@ pub(super) fn load_resolver(private: &OwnedFd, offsets: Offsets) -> io::Result<O
 pub(super) fn offsets() -> Option<Offsets> {
     // Elsewhere it is not shown that the count goes down after the stores to the page tables are
     // seen.
-    if cfg!(target_arch = "x86_64") { Offsets::of_this_kernel() } else { None }
+    if cfg!(target_arch = "x86_64") {
+        Offsets::of_this_kernel()
+    } else {
+        None
+    }
 }

@@ -46,7 +46,12 @@ impl Ring {
         let page = page::size() as usize;
         let consumer = Shared::map(map, 0, page, true)?;
         let producer = Shared::map(map, page, page + 2 * bytes, false)?;
-        Ok(Self { consumer, producer, page, bytes })
+        Ok(Self {
+            consumer,
+            producer,
+            page,
+            bytes,
+        })
     }
 
     /// What is mapped.
@@ -76,13 +81,23 @@ impl Ring {
             if header & BUSY != 0 {
                 return None;
             }
-            let word = |index: usize| self.producer.u64(place + HEADER + 8 * index).load(Ordering::Relaxed);
-            let record = Record { start: word(0), end: word(1), number: word(2) };
+            let word = |index: usize| {
+                self.producer
+                    .u64(place + HEADER + 8 * index)
+                    .load(Ordering::Relaxed)
+            };
+            let record = Record {
+                start: word(0),
+                end: word(1),
+                number: word(2),
+            };
             let length = HEADER + ((header & !DISCARD) as usize).next_multiple_of(8);
             position.store(at + length as u64, Ordering::Relaxed);
             // ORDER(source-glimpse): Release: the record has been copied, and `position` moved,
             // before the kernel may write over it. Partner: the fence in `glimpse`.
-            self.consumer.u64(0).store(at + length as u64, Ordering::Release);
+            self.consumer
+                .u64(0)
+                .store(at + length as u64, Ordering::Release);
             if header & DISCARD == 0 {
                 return Some(record);
             }
@@ -122,7 +137,10 @@ pub(super) fn glimpse(glance: &Glance, range: VaRange, base: u64) -> Option<bool
         if word(0).load(Ordering::Acquire) as u32 & (BUSY | DISCARD) != 0 {
             return None;
         }
-        let event = self::range(word(1).load(Ordering::Relaxed), word(2).load(Ordering::Relaxed));
+        let event = self::range(
+            word(1).load(Ordering::Relaxed),
+            word(2).load(Ordering::Relaxed),
+        );
         is_elsewhere &= number <= base || !event.overlaps(range);
     }
     // ORDER(source-glimpse): Acquire fence: the records were read before this look. If nothing has

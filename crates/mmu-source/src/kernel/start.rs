@@ -75,7 +75,9 @@ impl Kernel {
             f(&|start, end| {
                 // Of a broker's client, none is in reach.
                 let programs = machines.programs().ok_or(io::ErrorKind::PermissionDenied);
-                let injected = programs.map_err(io::Error::from).and_then(|programs| programs.inject(start, end));
+                let injected = programs
+                    .map_err(io::Error::from)
+                    .and_then(|programs| programs.inject(start, end));
                 injected.map_err(|error| kernel_error("BPF_PROG_TEST_RUN", error))
             })
         })
@@ -91,7 +93,10 @@ impl Kernel {
             let is_brokered = matches!(keeper, Keeper::Broker(_));
             let inner = Arc::new(Inner::map(id, &maps, ring)?);
             if is_brokered && !inner.hears()? {
-                let lack = missing::unavailable("the right to load BPF programs".to_owned(), missing::BROKER);
+                let lack = missing::unavailable(
+                    "the right to load BPF programs".to_owned(),
+                    missing::BROKER,
+                );
                 return Err(broker_refuses(lack, "its program does not tell of changes"));
             }
             let mut machines = Machines::new(keeper, live, letterbox.clone());
@@ -108,9 +113,14 @@ impl Kernel {
             started.push(());
             teller.tell();
         };
-        Thread::spawn(c"mmu-kernel", tell).map_err(|error| kernel_error("start of a thread", error))?.detach();
+        Thread::spawn(c"mmu-kernel", tell)
+            .map_err(|error| kernel_error("start of a thread", error))?
+            .detach();
         start.pop();
-        Ok(Self { inner, vault: Some(vault) })
+        Ok(Self {
+            inner,
+            vault: Some(vault),
+        })
     }
 }
 
@@ -130,9 +140,15 @@ pub(super) fn outfit(ring: usize, with_kvm: bool) -> Result<Outfit, Error> {
 fn broker_refuses(lack: Error, why: &str) -> Error {
     let path = broker::path();
     match lack {
-        Error::Unavailable { missing, remedy, .. } => {
-            missing::unavailable(format!("{missing}; the broker at {} cannot help: {why}", path.display()), &remedy)
-        }
+        Error::Unavailable {
+            missing, remedy, ..
+        } => missing::unavailable(
+            format!(
+                "{missing}; the broker at {} cannot help: {why}",
+                path.display()
+            ),
+            &remedy,
+        ),
         other => other,
     }
 }
@@ -141,9 +157,12 @@ fn own_outfit(ring: usize, with_kvm: bool) -> Result<Outfit, Error> {
     let open_kvm = || sys::open_kvm().map_err(|error| missing::kvm_missing(&error));
     let kvm: Option<OwnedFd> = with_kvm.then(open_kvm).transpose()?;
     let audience = Audience::Own { peek: true };
-    let (maps, programs) = Programs::make(ring, audience).map_err(|error| missing::bpf_missing(&error))?;
+    let (maps, programs) =
+        Programs::make(ring, audience).map_err(|error| missing::bpf_missing(&error))?;
     let make_live = |kvm: OwnedFd| {
-        let attached = programs.attach().map_err(|error| missing::tracepoint_missing(&error))?;
+        let attached = programs
+            .attach()
+            .map_err(|error| missing::tracepoint_missing(&error))?;
         let a = sys::create_vm(kvm.as_fd()).map_err(|error| missing::kvm_missing(&error))?;
         Ok::<_, Error>(Live::new(kvm, a, attached))
     };
@@ -157,19 +176,28 @@ impl Inner {
         let page = Scratch::map().map_err(|error| kernel_error("mmap", error))?;
         let before = self.generation();
         let words = [header::ARMED, header::WIDE].map(|word| self.header.u64(word));
-        words.iter().for_each(|word| word.store(1, Ordering::Relaxed));
+        words
+            .iter()
+            .for_each(|word| word.store(1, Ordering::Relaxed));
         self.header.u64(header::ON).store(1, Ordering::Relaxed);
         sys::ask(&page);
-        words.iter().for_each(|word| word.store(0, Ordering::Relaxed));
+        words
+            .iter()
+            .for_each(|word| word.store(0, Ordering::Relaxed));
         Ok(self.generation() != before)
     }
 
     fn map(id: u64, maps: &SharedMaps, ring: usize) -> Result<Self, Error> {
         let mapped = |error| kernel_error("mmap", error);
         let header = Shared::map(maps.header.as_fd(), 0, header::BYTES, true).map_err(mapped)?;
-        header.u64(header::GENERATION).store(FIRST, Ordering::Relaxed);
+        header
+            .u64(header::GENERATION)
+            .store(FIRST, Ordering::Relaxed);
         let part = |map: &OwnedFd| Shared::map(map.as_fd(), 0, PART, true).map_err(mapped);
-        let tables = Tables { sum: part(&maps.sum)?, own: part(&maps.own)? };
+        let tables = Tables {
+            sum: part(&maps.sum)?,
+            own: part(&maps.own)?,
+        };
         let ring = Ring::new(maps.ring.as_fd(), ring).map_err(mapped)?;
         let waits = Waits::new(&header).map_err(mapped)?;
         Ok(Self {

@@ -5,7 +5,10 @@
 //! the size the kernel is told. [`Shared`] owns a mapping until it is dropped; its words are handed
 //! out as atomics only, bounds checked, because the BPF program writes them at any time.
 
-#![allow(unsafe_code, reason = "the one module of this source that makes raw system calls; see its Safety section")]
+#![allow(
+    unsafe_code,
+    reason = "the one module of this source that makes raw system calls; see its Safety section"
+)]
 
 #[cfg(target_arch = "aarch64")]
 #[path = "sys/aarch64.rs"]
@@ -26,7 +29,9 @@ use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 mod bpf;
 
-pub(super) use bpf::{Kind, Map, Object, attach, create_map, exists, load_program, missed_runs, number, run_program};
+pub(super) use bpf::{
+    Kind, Map, Object, attach, create_map, exists, load_program, missed_runs, number, run_program,
+};
 
 /// Where a change of page tables that KVM mirrors is told of.
 pub(super) const TRACEPOINT: &CStr = c"kvm_unmap_hva_range";
@@ -53,7 +58,9 @@ pub(super) fn create_vm(kvm: BorrowedFd<'_>) -> io::Result<OwnedFd> {
 /// ever being made.
 fn uninterrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     let is_interrupted = |result: &io::Result<T>| {
-        result.as_ref().is_err_and(|error: &io::Error| error.kind() == io::ErrorKind::Interrupted)
+        result
+            .as_ref()
+            .is_err_and(|error: &io::Error| error.kind() == io::ErrorKind::Interrupted)
     };
     let mut result = call();
     if !is_interrupted(&result) {
@@ -97,7 +104,16 @@ const MADV_DONTNEED_LOCKED: i32 = 24;
 fn new_page(protection: i32) -> io::Result<NonNull<u8>> {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
     // SAFETY: a new mapping where the kernel likes; nothing of ours is touched.
-    let base = unsafe { libc::mmap(ptr::null_mut(), page::size() as usize, protection, flags, -1, 0) };
+    let base = unsafe {
+        libc::mmap(
+            ptr::null_mut(),
+            page::size() as usize,
+            protection,
+            flags,
+            -1,
+            0,
+        )
+    };
     if base == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());
     }
@@ -143,10 +159,20 @@ impl Whole {
         let file = std::fs::File::open(path)?;
         let bytes = file.metadata()?.len() as usize;
         // SAFETY: a new mapping where the kernel likes; nothing of ours is touched.
-        let base =
-            unsafe { libc::mmap(ptr::null_mut(), bytes, libc::PROT_READ, libc::MAP_PRIVATE, file.as_raw_fd(), 0) };
+        let base = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                bytes,
+                libc::PROT_READ,
+                libc::MAP_PRIVATE,
+                file.as_raw_fd(),
+                0,
+            )
+        };
         match NonNull::new(base.cast::<u8>()) {
-            Some(base) if base.as_ptr().cast() != libc::MAP_FAILED => Ok(Self::Mapped { base, bytes }),
+            Some(base) if base.as_ptr().cast() != libc::MAP_FAILED => {
+                Ok(Self::Mapped { base, bytes })
+            }
             _ => std::fs::read(path).map(Self::Read),
         }
     }
@@ -155,7 +181,9 @@ impl Whole {
         match self {
             // SAFETY: a slice needs readable memory that does not change: the mapping is as long,
             // lives as long as `self`, and shows what the kernel never changes.
-            Self::Mapped { base, bytes } => unsafe { std::slice::from_raw_parts(base.as_ptr(), *bytes) },
+            Self::Mapped { base, bytes } => unsafe {
+                std::slice::from_raw_parts(base.as_ptr(), *bytes)
+            },
             Self::Read(bytes) => bytes,
         }
     }
@@ -184,17 +212,32 @@ unsafe impl Sync for Shared {}
 
 impl Shared {
     /// Maps `bytes` of a map from `offset` on.
-    pub(super) fn map(map: BorrowedFd<'_>, offset: usize, bytes: usize, writable: bool) -> io::Result<Self> {
+    pub(super) fn map(
+        map: BorrowedFd<'_>,
+        offset: usize,
+        bytes: usize,
+        writable: bool,
+    ) -> io::Result<Self> {
         let protection = libc::PROT_READ | if writable { libc::PROT_WRITE } else { 0 };
         let descriptor = map.as_raw_fd();
         // SAFETY: a new mapping where the kernel likes; nothing of ours is touched.
         let base = unsafe {
-            libc::mmap(ptr::null_mut(), bytes, protection, libc::MAP_SHARED, descriptor, offset as libc::off_t)
+            libc::mmap(
+                ptr::null_mut(),
+                bytes,
+                protection,
+                libc::MAP_SHARED,
+                descriptor,
+                offset as libc::off_t,
+            )
         };
         if base == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        Ok(Self { base: NonNull::new(base.cast()).expect("mmap does not return null"), bytes })
+        Ok(Self {
+            base: NonNull::new(base.cast()).expect("mmap does not return null"),
+            bytes,
+        })
     }
 
     /// Unmaps it before its owner goes, who may be leaked.
@@ -227,7 +270,10 @@ impl Shared {
 
     #[inline]
     fn place(&self, offset: usize, size: usize) -> NonNull<u8> {
-        assert!(offset % size == 0 && offset + size <= self.bytes, "inside of the mapping, and aligned");
+        assert!(
+            offset % size == 0 && offset + size <= self.bytes,
+            "inside of the mapping, and aligned"
+        );
         // SAFETY: the offset was checked to be inside of the mapping, which is one allocation.
         unsafe { self.base.add(offset) }
     }
@@ -246,7 +292,10 @@ impl super::Inner {
     pub(super) fn leave_to_parent(&self) {
         let intake = self.intake.try_lock();
         let ring = intake.iter().flat_map(|intake| intake.ring.mappings());
-        for mapping in [&self.header, &self.tables.sum, &self.tables.own].into_iter().chain(ring) {
+        for mapping in [&self.header, &self.tables.sum, &self.tables.own]
+            .into_iter()
+            .chain(ring)
+        {
             // SAFETY: nobody may use the mapping again. The last handle is being dropped, and all
             // of the source's threads are the parent's; they are also why `self`, and with it the
             // mapping, is never dropped here.
@@ -275,9 +324,17 @@ impl Glance {
     /// second page on.
     pub(super) fn new(header: &Shared, progress: &Progress, ring: &Shared, bytes: usize) -> Self {
         let first = page::size() as usize;
-        assert!(bytes.is_power_of_two() && bytes >= 8 && first + bytes <= ring.bytes, "inside of the mapping");
+        assert!(
+            bytes.is_power_of_two() && bytes >= 8 && first + bytes <= ring.bytes,
+            "inside of the mapping"
+        );
         let generation = NonNull::from(header.u64(super::layout::header::GENERATION));
-        Self { generation, progress: NonNull::from(progress), records: ring.place(first, 8), mask: bytes - 1 }
+        Self {
+            generation,
+            progress: NonNull::from(progress),
+            records: ring.place(first, 8),
+            mask: bytes - 1,
+        }
     }
 
     /// Whether all events so far have been taken in.
@@ -342,7 +399,14 @@ impl ProgressPage {
     pub(super) fn map(from: u64) -> io::Result<Self> {
         let page = Self(new_page(libc::PROT_READ | libc::PROT_WRITE)?.cast());
         // SAFETY: the advice is on the page just mapped and changes its inheritance only.
-        if unsafe { libc::madvise(page.0.as_ptr().cast(), page::size() as usize, libc::MADV_WIPEONFORK) } != 0 {
+        if unsafe {
+            libc::madvise(
+                page.0.as_ptr().cast(),
+                page::size() as usize,
+                libc::MADV_WIPEONFORK,
+            )
+        } != 0
+        {
             return Err(io::Error::last_os_error());
         }
         page.marked.store(from, Ordering::Relaxed);
@@ -388,7 +452,11 @@ mod tests {
         let mut seen = Vec::new();
         let result = uninterrupted(|| {
             seen.push(is_usr1_held());
-            if seen.len() < 3 { Err(interrupted()) } else { Ok(seen.len()) }
+            if seen.len() < 3 {
+                Err(interrupted())
+            } else {
+                Ok(seen.len())
+            }
         });
         assert_eq!((result.ok(), seen), (Some(3), vec![false, true, true]));
         assert!(!is_usr1_held(), "the mask is put back");

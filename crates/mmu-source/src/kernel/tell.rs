@@ -63,7 +63,10 @@ impl Inner {
         if self.is_inherited() {
             return None;
         }
-        let mut intake = self.intake.lock().unwrap_or_else(|error| error.into_inner());
+        let mut intake = self
+            .intake
+            .lock()
+            .unwrap_or_else(|error| error.into_inner());
         Some(f(&mut intake, self.words()))
     }
 
@@ -71,7 +74,9 @@ impl Inner {
     /// not be done.
     #[cold]
     pub(super) fn catch_up(&self) -> bool {
-        let Some(_taking) = Flag::set(Flag::TAKING) else { return false };
+        let Some(_taking) = Flag::set(Flag::TAKING) else {
+            return false;
+        };
         if self.is_inherited() {
             return false;
         }
@@ -95,7 +100,9 @@ impl Inner {
         let handing = try_lock(&self.handing)?;
         let mut turn = Turn::default();
         while self.handled() < target {
-            let told = self.with_intake(|intake, words| take(intake, words, target)).flatten();
+            let told = self
+                .with_intake(|intake, words| take(intake, words, target))
+                .flatten();
             let Some(told) = told else { break };
             drop(current_ref().invalidate(told.range, Event::Clear));
             if self.is_inherited() {
@@ -156,8 +163,12 @@ impl Inner {
     pub(super) fn note_loss(&self) {
         self.with_intake(|intake, words| intake.everything(words));
         // No generation was counted for the loss, so no thread would look for it.
-        self.header.u64(header::LOST).fetch_add(1, Ordering::Relaxed);
-        self.header.u64(header::GENERATION).fetch_add(1, Ordering::Relaxed);
+        self.header
+            .u64(header::LOST)
+            .fetch_add(1, Ordering::Relaxed);
+        self.header
+            .u64(header::GENERATION)
+            .fetch_add(1, Ordering::Relaxed);
         self.wake_teller();
     }
 

@@ -14,7 +14,9 @@ fn range(start: u64, len: u64) -> VaRange {
 /// Whether an event counts as a hit.
 fn hits(kernel: &Kernel, range: VaRange) -> bool {
     let before = kernel.generation();
-    kernel.inject(range.start().get(), range.end().map_or(0, Va::get)).expect("the program runs");
+    kernel
+        .inject(range.start().get(), range.end().map_or(0, Va::get))
+        .expect("the program runs");
     kernel.generation() != before
 }
 
@@ -26,7 +28,9 @@ fn the_filter_finds_what_overlaps_and_little_else() {
     let kernel = Kernel::rehearse(1 << 18).expect("BPF works here");
     const AT: u64 = 0x7f12_3456_7000;
     assert!(!hits(&kernel, range(AT, 4096)), "nothing is armed");
-    let sizes = (0..32).map(|power| 4096 << power).chain([5 << 12, 17 << 12, (1 << 30) + 4096]);
+    let sizes = (0..32)
+        .map(|power| 4096 << power)
+        .chain([5 << 12, 17 << 12, (1 << 30) + 4096]);
     for size in sizes {
         let armed = kernel.arm(range(AT, size)).expect("it can be armed");
         for event in (0..36).map(|power| 4096_u64 << power) {
@@ -38,8 +42,14 @@ fn the_filter_finds_what_overlaps_and_little_else() {
             }
         }
         assert!(hits(&kernel, VaRange::ALL));
-        assert!(!hits(&kernel, range(AT + size + (1 << 44), 4096)), "far away from {size:#x}");
-        assert!(size > 16 << 12 || !hits(&kernel, range(AT - 4096, 4096)), "the page before {size:#x}");
+        assert!(
+            !hits(&kernel, range(AT + size + (1 << 44), 4096)),
+            "far away from {size:#x}"
+        );
+        assert!(
+            size > 16 << 12 || !hits(&kernel, range(AT - 4096, 4096)),
+            "the page before {size:#x}"
+        );
         drop(armed);
         assert!(!hits(&kernel, range(AT, size)), "disarmed");
     }
@@ -79,10 +89,17 @@ struct Feeds {
 impl Notifier for Feeds {
     fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
         if range.range().start().get() == self.at
-            && self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok()
+            && self
+                .left
+                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
+                    left.checked_sub(1)
+                })
+                .is_ok()
             && let Some(kernel) = self.kernel.upgrade()
         {
-            kernel.inject(self.at, self.at + 4096).expect("the program runs");
+            kernel
+                .inject(self.at, self.at + 4096)
+                .expect("the program runs");
         }
     }
 }
@@ -95,14 +112,21 @@ fn changes_that_never_end_hold_nobody_up() {
     const AT: u64 = 0x5600_0000_0000;
     const MANY: u64 = 100_000;
     let kernel = Kernel::rehearse(1 << 18).expect("BPF works here");
-    let feeds = Feeds { kernel: Arc::downgrade(&kernel), at: AT, left: AtomicU64::new(MANY) };
+    let feeds = Feeds {
+        kernel: Arc::downgrade(&kernel),
+        at: AT,
+        left: AtomicU64::new(MANY),
+    };
     let feeds = Registration::new(&crate::current(), feeds).expect("outside of brackets");
     let armed = kernel.arm(range(AT, 4096)).expect("it can be armed");
     kernel.inject(AT, AT + 4096).expect("the program runs");
     let Settled(generation) = kernel.settle().expect("no fork");
     assert!(kernel.inner.handled() >= generation);
     assert!(!kernel.drain().refused);
-    assert!(feeds.left.swap(0, Ordering::Relaxed) > 0, "it has not waited for the last one");
+    assert!(
+        feeds.left.swap(0, Ordering::Relaxed) > 0,
+        "it has not waited for the last one"
+    );
     drop((armed, kernel));
     assert!(feeds.unregister().is_ok());
 }
@@ -128,12 +152,17 @@ fn nobody_waits_for_callbacks_that_came_later() {
     }
     const AT: u64 = 0x5700_0000_0000;
     let kernel = Kernel::rehearse(1 << 18).expect("BPF works here");
-    let slow = Slow { at: AT + 4096, gate: Mutex::new(()) };
+    let slow = Slow {
+        at: AT + 4096,
+        gate: Mutex::new(()),
+    };
     let slow = Registration::new(&crate::current(), slow).expect("outside of brackets");
     let _armed = kernel.arm(range(AT, 8192)).expect("it can be armed");
     let gate = slow.gate.lock().expect("no panic");
     kernel.inject(AT, AT + 4096).expect("the program runs");
-    kernel.inject(AT + 4096, AT + 8192).expect("the program runs");
+    kernel
+        .inject(AT + 4096, AT + 8192)
+        .expect("the program runs");
     thread::scope(|scope| {
         scope.spawn(|| kernel.settle().expect("no fork"));
         crate::wait::until(|| kernel.inner.handled() >= 2);

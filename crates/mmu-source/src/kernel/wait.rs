@@ -112,7 +112,9 @@ impl Waits {
         let scratch = Scratch::map()?;
         // Events before the first wait were not counted.
         header.u64(header::DIRTY).store(DIRTY, Ordering::Relaxed);
-        header.u64(header::SCRATCH).store(scratch.address(), Ordering::Relaxed);
+        header
+            .u64(header::SCRATCH)
+            .store(scratch.address(), Ordering::Relaxed);
         Ok(Self {
             scratch,
             begun: AtomicU64::new(0),
@@ -126,12 +128,20 @@ impl Waits {
     /// `None` in a signal handler that has interrupted the holder of the lock.
     pub(super) fn lock(&self) -> Option<Locked<'_>> {
         let waiting = Flag::set(Flag::WAITING)?;
-        Some(Locked { state: self.state.lock().unwrap_or_else(PoisonError::into_inner), _waiting: waiting })
+        Some(Locked {
+            state: self.state.lock().unwrap_or_else(PoisonError::into_inner),
+            _waiting: waiting,
+        })
     }
 
     /// Waits until every change is over that was counted up to a generation which the caller has
     /// seen; enough for a range that was armed before.
-    pub(super) fn wait_for(&self, generation: u64, header: &Shared, vault: &Vault<Machines>) -> Result<(), Error> {
+    pub(super) fn wait_for(
+        &self,
+        generation: u64,
+        header: &Shared,
+        vault: &Vault<Machines>,
+    ) -> Result<(), Error> {
         // ORDER(source-quiet): Acquire: those changes are over for this thread too. Partner: the
         // store in `wait`.
         if self.over.load(Ordering::Acquire) >= generation {
@@ -166,7 +176,9 @@ impl Waits {
         // entered its range.
         fence(Ordering::SeqCst);
         if !self.is_over(state, header) {
-            vault.run(Machines::renew_b).inspect_err(|_| dirty.store(DIRTY, Ordering::Relaxed))?;
+            vault
+                .run(Machines::renew_b)
+                .inspect_err(|_| dirty.store(DIRTY, Ordering::Relaxed))?;
             self.machines.fetch_add(1, Ordering::Relaxed);
         }
         state.ended = number;
@@ -189,7 +201,9 @@ impl Waits {
                 crate::wait::pause();
             }
             state.asked += 1;
-            header.u64(header::ASKED).store(state.asked, Ordering::Relaxed);
+            header
+                .u64(header::ASKED)
+                .store(state.asked, Ordering::Relaxed);
             sys::ask(&self.scratch);
             // ORDER(source-quiet): Acquire: what was under way is over for this thread. Partner:
             // the program's look at the count, before its store.
@@ -199,7 +213,10 @@ impl Waits {
 
     /// How many waits there were, and how many machines were made for them.
     pub(super) fn counts(&self) -> (u64, u64) {
-        (self.begun.load(Ordering::Relaxed), self.machines.load(Ordering::Relaxed))
+        (
+            self.begun.load(Ordering::Relaxed),
+            self.machines.load(Ordering::Relaxed),
+        )
     }
 
     pub(super) fn has_b(&self) -> bool {

@@ -23,7 +23,12 @@ pub(crate) struct Watching {
 impl Kernel {
     fn enter(&self, range: VaRange, base: u64, word: &Arc<Word>) -> Option<Id> {
         // A signal handler that has interrupted the source, and a child, get no table.
-        enter(|f| self.inner.with_intake(|intake, _| f(&mut intake.watches)), range, base, word)
+        enter(
+            |f| self.inner.with_intake(|intake, _| f(&mut intake.watches)),
+            range,
+            base,
+            word,
+        )
     }
 }
 
@@ -36,9 +41,16 @@ impl Watching {
         let inside = || Error::InCallback { source: "kernel" };
         let id = kernel.enter(range, base, &word).ok_or_else(inside)?;
         let inner = &kernel.inner;
-        let glance = inner.with_intake(|intake, _| intake.ring.glance(&inner.header, &inner.progress));
+        let glance =
+            inner.with_intake(|intake, _| intake.ring.glance(&inner.header, &inner.progress));
         let glance = glance.ok_or_else(inside)?;
-        let watching = Watching { glance, word, base, id, armed };
+        let watching = Watching {
+            glance,
+            word,
+            base,
+            id,
+            armed,
+        };
         // What begins from here on marks the watch; what began before is over after this.
         kernel.wait()?;
         Ok(watching)
@@ -65,7 +77,9 @@ impl Watching {
             return Err(Error::AfterFork { source: "kernel" });
         }
         let base = kernel.generation();
-        let renewed = kernel.inner.with_intake(|intake, _| intake.watches.renew(&self.id, base));
+        let renewed = kernel
+            .inner
+            .with_intake(|intake, _| intake.watches.renew(&self.id, base));
         renewed.ok_or(Error::InCallback { source: "kernel" })?;
         self.base = base;
         // Something may be under way that began before.
@@ -77,7 +91,11 @@ impl Drop for Watching {
     fn drop(&mut self) {
         // The word is freed outside of the lock. In the child of a fork the table is the parent's,
         // and stays as it is.
-        let word = self.armed.kernel.inner.with_intake(|intake, _| intake.watches.remove(&self.id));
+        let word = self
+            .armed
+            .kernel
+            .inner
+            .with_intake(|intake, _| intake.watches.remove(&self.id));
         drop(word);
     }
 }

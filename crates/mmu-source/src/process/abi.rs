@@ -18,7 +18,10 @@ use machine::{OWN, X32_CALLS, X32_OWN};
 
 /// A system call that changes translations of some address space, or can.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only i386 has `ipc` and the old `mmap`"))]
+#[cfg_attr(
+    not(target_arch = "x86_64"),
+    allow(dead_code, reason = "only i386 has `ipc` and the old `mmap`")
+)]
 pub(super) enum Call {
     Munmap,
     Mremap,
@@ -88,7 +91,9 @@ impl Abi {
     /// any mark of the ABI.
     pub(super) fn of(arch: u32, number: u64) -> Option<(Abi, u64)> {
         match arch {
-            ARCH_NATIVE if number & X32_BIT != 0 && number < 2 * X32_BIT => Some((Abi::X32, number & !X32_BIT)),
+            ARCH_NATIVE if number & X32_BIT != 0 && number < 2 * X32_BIT => {
+                Some((Abi::X32, number & !X32_BIT))
+            }
             ARCH_NATIVE => Some((Abi::Native, number)),
             ARCH_COMPAT => Some((Abi::Compat, number)),
             _ => None,
@@ -97,7 +102,12 @@ impl Abi {
 
     /// Finds the call that `number` names.
     pub(super) fn call(self, number: u64) -> Option<Call> {
-        let find = |table: &[Row]| table.iter().find(|(nr, _)| u64::from(*nr) == number).map(|(_, call)| *call);
+        let find = |table: &[Row]| {
+            table
+                .iter()
+                .find(|(nr, _)| u64::from(*nr) == number)
+                .map(|(_, call)| *call)
+        };
         match self {
             Abi::Compat => find(COMPAT),
             Abi::X32 if number >= X32_OWN => find(X32_CALLS),
@@ -155,15 +165,24 @@ mod tests {
 
     #[test]
     fn every_abi_finds_its_calls_and_the_x32_bit_is_taken_off() {
-        assert_eq!(Abi::of(ARCH_NATIVE, libc::SYS_munmap as u64), Some((Abi::Native, libc::SYS_munmap as u64)));
-        assert_eq!(Abi::Native.call(libc::SYS_munmap as u64), Some(Call::Munmap));
+        assert_eq!(
+            Abi::of(ARCH_NATIVE, libc::SYS_munmap as u64),
+            Some((Abi::Native, libc::SYS_munmap as u64))
+        );
+        assert_eq!(
+            Abi::Native.call(libc::SYS_munmap as u64),
+            Some(Call::Munmap)
+        );
         assert_eq!(Abi::Native.call(533), None);
         assert_eq!(Abi::of(0x1234, 0), None);
     }
 
     #[test]
     fn a_number_that_is_none_is_of_the_native_abi() {
-        assert_eq!(Abi::of(ARCH_NATIVE, u64::MAX), Some((Abi::Native, u64::MAX)));
+        assert_eq!(
+            Abi::of(ARCH_NATIVE, u64::MAX),
+            Some((Abi::Native, u64::MAX))
+        );
     }
 
     #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]

@@ -39,8 +39,14 @@ impl Birth {
             maps::holding(&maps, address).copied()
         };
         match self {
-            Birth::Bytes(bytes) => VaRange::covering(Va::new(result), bytes).ok().map(ranges::whole_pages),
-            Birth::Heap => VaRange::new(Va::new(holding(result - 1)?.start), Va::new(page::up(result))).ok(),
+            Birth::Bytes(bytes) => VaRange::covering(Va::new(result), bytes)
+                .ok()
+                .map(ranges::whole_pages),
+            Birth::Heap => VaRange::new(
+                Va::new(holding(result - 1)?.start),
+                Va::new(page::up(result)),
+            )
+            .ok(),
             Birth::One => {
                 let mapping = holding(result)?;
                 VaRange::new(Va::new(mapping.start), Va::new(mapping.end)).ok()
@@ -56,6 +62,9 @@ mod tests {
     #[test]
     fn a_failed_call_maps_nothing() {
         assert_eq!(Birth::Bytes(4096).range(1, -12_i64 as u64), None);
-        assert_eq!(Birth::Bytes(4096).range(1, 0x1000), VaRange::covering(Va::new(0x1000), 4096).ok());
+        assert_eq!(
+            Birth::Bytes(4096).range(1, 0x1000),
+            VaRange::covering(Va::new(0x1000), 4096).ok()
+        );
     }
 }

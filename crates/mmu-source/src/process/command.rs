@@ -42,7 +42,8 @@ impl Command {
 
     /// Adds arguments.
     pub fn args<S: AsRef<OsStr>>(mut self, args: impl IntoIterator<Item = S>) -> Command {
-        self.args.extend(args.into_iter().map(|arg| arg.as_ref().to_owned()));
+        self.args
+            .extend(args.into_iter().map(|arg| arg.as_ref().to_owned()));
         self
     }
 
@@ -91,7 +92,11 @@ impl Command {
             Some(env) => env.clone(),
             None => env::vars_os().collect(),
         };
-        let path = vars.iter().rev().find(|(name, _)| name == "PATH").map(|(_, value)| value.as_os_str());
+        let path = vars
+            .iter()
+            .rev()
+            .find(|(name, _)| name == "PATH")
+            .map(|(_, value)| value.as_os_str());
         let mut candidates = Vec::new();
         for candidate in candidates_in(&self.program, path) {
             candidates.push(c_string(&candidate)?);
@@ -103,8 +108,17 @@ impl Command {
             var.push(value);
             envp.push(c_string(&var)?);
         }
-        let dir = self.dir.as_deref().map(|dir| c_string(dir.as_os_str())).transpose()?;
-        Ok(Layout { candidates, argv, envp, dir })
+        let dir = self
+            .dir
+            .as_deref()
+            .map(|dir| c_string(dir.as_os_str()))
+            .transpose()?;
+        Ok(Layout {
+            candidates,
+            argv,
+            envp,
+            dir,
+        })
     }
 }
 
@@ -125,7 +139,13 @@ fn candidates_in(program: &OsStr, path: Option<&OsStr>) -> Vec<OsString> {
     }
     let path = path.unwrap_or(OsStr::new("/bin:/usr/bin"));
     env::split_paths(path)
-        .map(|dir| if dir.as_os_str().is_empty() { PathBuf::from(".") } else { dir })
+        .map(|dir| {
+            if dir.as_os_str().is_empty() {
+                PathBuf::from(".")
+            } else {
+                dir
+            }
+        })
         .map(|dir| dir.join(program).into_os_string())
         .collect()
 }
@@ -146,6 +166,9 @@ mod tests {
 
     #[test]
     fn a_name_with_a_slash_is_taken_as_it_is() {
-        assert_eq!(candidates_in(OsStr::new("./ls"), Some(OsStr::new("/bin"))), ["./ls"]);
+        assert_eq!(
+            candidates_in(OsStr::new("./ls"), Some(OsStr::new("/bin"))),
+            ["./ls"]
+        );
     }
 }

@@ -65,7 +65,13 @@ pub(super) struct Scope {
 
 impl Scope {
     pub(super) fn new(task: Task, cause: &'static str, result: Option<i64>) -> Scope {
-        Scope { before: CURRENT.replace(Some(Current { task, cause, result })) }
+        Scope {
+            before: CURRENT.replace(Some(Current {
+                task,
+                cause,
+                result,
+            })),
+        }
     }
 }
 
@@ -84,7 +90,14 @@ mod tests {
         let task = Task { pid: 1, tid: 2 };
         let outer = Scope::new(task, "exit", None);
         drop(Scope::new(task, "munmap", Some(0)));
-        assert_eq!(current(), Some(Current { task, cause: "exit", result: None }));
+        assert_eq!(
+            current(),
+            Some(Current {
+                task,
+                cause: "exit",
+                result: None
+            })
+        );
         drop(outer);
         assert_eq!(current(), None);
     }

@@ -10,7 +10,8 @@ use super::space::Break;
 use super::{Pid, huge_page, maps, proc, sys};
 use crate::page;
 use crate::ranges::{
-    PROT_GROWSDOWN, UIO_MAXIOV, add, folios, is_harmful, largest_page_at, madvise, mbind, mmap, mremap,
+    PROT_GROWSDOWN, UIO_MAXIOV, add, folios, is_harmful, largest_page_at, madvise, mbind, mmap,
+    mremap,
 };
 
 /// A call a task is about to make.
@@ -76,7 +77,9 @@ impl Entry {
             Call::OldMmap => {
                 match self.word_list(a0, 5).as_deref() {
                     Ok([address, length, _, flags, file]) => {
-                        mmap(ranges, *address, *length, *flags, || self.huge_page(*address, *file));
+                        mmap(ranges, *address, *length, *flags, || {
+                            self.huge_page(*address, *file)
+                        });
                     }
                     Ok(_) => {}
                     Err(_) => ranges.push(VaRange::ALL),
@@ -94,8 +97,11 @@ impl Entry {
             // A query.
             Call::Brk if a0 == 0 => Event::Unmap,
             Call::Brk => {
-                let call = context.brk.begin(a0, context.alone, || maps::heap_end(self.maps()));
-                let is_allowed = |_: &u64| proc::lowest_break(self.tid).is_none_or(|lowest| a0 >= lowest);
+                let call = context
+                    .brk
+                    .begin(a0, context.alone, || maps::heap_end(self.maps()));
+                let is_allowed =
+                    |_: &u64| proc::lowest_break(self.tid).is_none_or(|lowest| a0 >= lowest);
                 if let Some(end) = call.shrinks_from.filter(is_allowed) {
                     ranges.extend(VaRange::new(Va::new(page::up(a0)), Va::new(page::up(end))));
                 }
@@ -180,7 +186,8 @@ impl Entry {
                 Event::ProtectionPage
             }
         };
-        let needless = ranges.is_empty() && !matches!(then, Then::LearnBreak | Then::Copy | Then::MayCopy);
+        let needless =
+            ranges.is_empty() && !matches!(then, Then::LearnBreak | Then::Copy | Then::MayCopy);
         (!needless).then_some(Plan { cause, event, then })
     }
 
@@ -217,8 +224,9 @@ impl Entry {
         let address = page::untagged(address);
         let mut start = address;
         if protection & PROT_GROWSDOWN != 0 {
-            start =
-                self.maps().map_or(0, |maps| maps::holding(&maps, address).map_or(address, |mapping| mapping.start));
+            start = self.maps().map_or(0, |maps| {
+                maps::holding(&maps, address).map_or(address, |mapping| mapping.start)
+            });
         }
         // A length of zero does nothing, and one that runs past the end is refused.
         if length != 0 {
@@ -232,7 +240,9 @@ impl Entry {
     fn vectors(&self, ranges: &mut Vec<VaRange>, address: u64, count: u64, advice: u64) {
         // More are refused.
         let count = 2 * count.min(UIO_MAXIOV);
-        let Ok(words) = self.word_list(address, count) else { return ranges.push(VaRange::ALL) };
+        let Ok(words) = self.word_list(address, count) else {
+            return ranges.push(VaRange::ALL);
+        };
         for vector in words.chunks_exact(2) {
             madvise(ranges, vector[0], vector[1], advice);
         }
@@ -241,7 +251,11 @@ impl Entry {
     /// The pages of `move_pages`, each with the folio it may be in.
     fn pages(&self, ranges: &mut Vec<VaRange>, count: u64, address: u64) {
         const MANY: u64 = 1 << 16;
-        let mut pages = if count <= MANY { self.word_list(address, count).unwrap_or_default() } else { Vec::new() };
+        let mut pages = if count <= MANY {
+            self.word_list(address, count).unwrap_or_default()
+        } else {
+            Vec::new()
+        };
         if (pages.len() as u64) < count {
             return ranges.push(VaRange::ALL);
         }
@@ -257,7 +271,11 @@ impl Entry {
         if number == 0 {
             return Then::Close;
         }
-        Then::Elsewhere(proc::named_by(self.tid, number, (context.tasks)().into_iter()))
+        Then::Elsewhere(proc::named_by(
+            self.tid,
+            number,
+            (context.tasks)().into_iter(),
+        ))
     }
 
     /// Reads words as wide as the ABI has them, up to where memory ends.
@@ -279,7 +297,8 @@ impl Entry {
     /// Reads 64 bits, whatever the ABI. `None` if there is no memory.
     fn read_u64(&self, address: u64) -> io::Result<Option<u64>> {
         let mut bytes = [0; 8];
-        Ok((sys::read_memory(self.tid, address, &mut bytes)? == 8).then(|| u64::from_le_bytes(bytes)))
+        Ok((sys::read_memory(self.tid, address, &mut bytes)? == 8)
+            .then(|| u64::from_le_bytes(bytes)))
     }
 }
 
@@ -288,118 +307,270 @@ mod tests {
     use super::*;
 
     fn ranges_of(call: Call, args: [u64; 6]) -> (Option<Plan>, Vec<(u64, u64)>) {
-        let entry = Entry { tid: std::process::id() as Pid, abi: Abi::Native, call, args };
+        let entry = Entry {
+            tid: std::process::id() as Pid,
+            abi: Abi::Native,
+            call,
+            args,
+        };
         let (mut ranges, mut brk) = (Vec::new(), Break::default());
-        let plan = entry.plan(Context { brk: &mut brk, alone: true, tasks: &Vec::new }, &mut ranges);
-        (plan, ranges.iter().map(|range| (range.start().get(), range.end().map_or(0, Va::get))).collect())
+        let plan = entry.plan(
+            Context {
+                brk: &mut brk,
+                alone: true,
+                tasks: &Vec::new,
+            },
+            &mut ranges,
+        );
+        (
+            plan,
+            ranges
+                .iter()
+                .map(|range| (range.start().get(), range.end().map_or(0, Va::get)))
+                .collect(),
+        )
     }
 
     fn mremap(old_length: u64, new_length: u64, flags: i32) -> Vec<(u64, u64)> {
-        ranges_of(Call::Mremap, [0x10000, old_length, new_length, flags as u64, 0x80000, 0]).1
+        ranges_of(
+            Call::Mremap,
+            [0x10000, old_length, new_length, flags as u64, 0x80000, 0],
+        )
+        .1
     }
 
     #[test]
     fn a_munmap_of_part_of_a_page_is_of_the_whole_page() {
-        assert_eq!(ranges_of(Call::Munmap, [0x1000, 1, 0, 0, 0, 0]).1, [(0x1000, 0x2000)]);
+        assert_eq!(
+            ranges_of(Call::Munmap, [0x1000, 1, 0, 0, 0, 0]).1,
+            [(0x1000, 0x2000)]
+        );
         assert_eq!(
             ranges_of(Call::Munmap, [0x1001, 0x1000, 0, 0, 0, 0]).1,
             [(0x1000, 0x3000)],
             "refused by the kernel"
         );
-        assert_eq!(ranges_of(Call::Munmap, [0x1000, 0, 0, 0, 0, 0]), (None, vec![]));
-        assert_eq!(ranges_of(Call::Munmap, [u64::MAX, u64::MAX, 0, 0, 0, 0]), (None, vec![]));
+        assert_eq!(
+            ranges_of(Call::Munmap, [0x1000, 0, 0, 0, 0, 0]),
+            (None, vec![])
+        );
+        assert_eq!(
+            ranges_of(Call::Munmap, [u64::MAX, u64::MAX, 0, 0, 0, 0]),
+            (None, vec![])
+        );
     }
 
     #[test]
     fn mremap_gives_up_the_tail_or_all_or_nothing() {
         assert_eq!(mremap(0x3000, 0x1000, 0), [(0x11000, 0x13000)]);
-        assert_eq!(mremap(0x3000, 0x1000, libc::MREMAP_MAYMOVE), [(0x11000, 0x13000)]);
+        assert_eq!(
+            mremap(0x3000, 0x1000, libc::MREMAP_MAYMOVE),
+            [(0x11000, 0x13000)]
+        );
         assert_eq!(mremap(0x1000, 0x3000, 0), [], "it grows in place or fails");
-        assert_eq!(mremap(0x1000, 0x3000, libc::MREMAP_MAYMOVE), [(0x10000, 0x11000)]);
+        assert_eq!(
+            mremap(0x1000, 0x3000, libc::MREMAP_MAYMOVE),
+            [(0x10000, 0x11000)]
+        );
         assert_eq!(mremap(0x1000, 0x1000, libc::MREMAP_MAYMOVE), []);
-        assert_eq!(mremap(0xfff, 0x1000, libc::MREMAP_MAYMOVE), [], "the same number of pages");
-        assert_eq!(mremap(0x1000, 0x1000, libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP), [(0x10000, 0x11000)]);
+        assert_eq!(
+            mremap(0xfff, 0x1000, libc::MREMAP_MAYMOVE),
+            [],
+            "the same number of pages"
+        );
+        assert_eq!(
+            mremap(
+                0x1000,
+                0x1000,
+                libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP
+            ),
+            [(0x10000, 0x11000)]
+        );
     }
 
     #[test]
     fn mremap_to_a_fixed_place_gives_up_that_place_as_well() {
         let fixed = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
-        assert_eq!(mremap(0x1000, 0x2000, fixed), [(0x10000, 0x11000), (0x80000, 0x82000)]);
-        assert_eq!(mremap(0, 0x2000, fixed), [(0x80000, 0x82000)], "an old length of zero leaves the old range");
-        assert_eq!(mremap(u64::MAX, u64::MAX, fixed), [], "nothing can be formed, nothing panics");
+        assert_eq!(
+            mremap(0x1000, 0x2000, fixed),
+            [(0x10000, 0x11000), (0x80000, 0x82000)]
+        );
+        assert_eq!(
+            mremap(0, 0x2000, fixed),
+            [(0x80000, 0x82000)],
+            "an old length of zero leaves the old range"
+        );
+        assert_eq!(
+            mremap(u64::MAX, u64::MAX, fixed),
+            [],
+            "nothing can be formed, nothing panics"
+        );
     }
 
     #[test]
     fn queries_and_policies_invalidate_nothing() {
         assert_eq!(ranges_of(Call::MovePages, [0, 1, 0x1000, 0, 0, 0]).0, None);
         assert_eq!(ranges_of(Call::Mbind, [0x1000, 0x1000, 0, 0, 0, 1]).0, None);
-        assert_eq!(ranges_of(Call::Madvise, [0x1000, 0x1000, 3, 0, 0, 0]).0, None);
-        assert_eq!(ranges_of(Call::Clone, [libc::CLONE_VM as u64, 0, 0, 0, 0, 0]).0, None);
+        assert_eq!(
+            ranges_of(Call::Madvise, [0x1000, 0x1000, 3, 0, 0, 0]).0,
+            None
+        );
+        assert_eq!(
+            ranges_of(Call::Clone, [libc::CLONE_VM as u64, 0, 0, 0, 0, 0]).0,
+            None
+        );
     }
 
     #[test]
     fn pages_that_move_are_told_with_their_folios_and_joined() {
         const MIB: u64 = 1 << 20;
         let pages: [u64; 5] = [9 * MIB, 3 * MIB, 3 * MIB + 4096, 5 * MIB, 30 * MIB];
-        let (plan, ranges) = ranges_of(Call::MovePages, [0, 5, pages.as_ptr().addr() as u64, 0x1000, 0, 0]);
-        assert_eq!(plan.map(|plan| plan.event), Some(Event::Migrate { owner: None }));
-        assert_eq!(ranges, [(2 * MIB, 6 * MIB), (8 * MIB, 10 * MIB), (30 * MIB, 32 * MIB)]);
+        let (plan, ranges) = ranges_of(
+            Call::MovePages,
+            [0, 5, pages.as_ptr().addr() as u64, 0x1000, 0, 0],
+        );
+        assert_eq!(
+            plan.map(|plan| plan.event),
+            Some(Event::Migrate { owner: None })
+        );
+        assert_eq!(
+            ranges,
+            [
+                (2 * MIB, 6 * MIB),
+                (8 * MIB, 10 * MIB),
+                (30 * MIB, 32 * MIB)
+            ]
+        );
     }
 
     #[test]
     fn where_the_mappings_cannot_be_read_everything_is_told() {
         let ranges_of = |call, args| {
-            let entry = Entry { tid: Pid::MAX, abi: Abi::Native, call, args };
+            let entry = Entry {
+                tid: Pid::MAX,
+                abi: Abi::Native,
+                call,
+                args,
+            };
             let (mut ranges, mut brk) = (Vec::new(), Break::default());
-            entry.plan(Context { brk: &mut brk, alone: true, tasks: &Vec::new }, &mut ranges);
+            entry.plan(
+                Context {
+                    brk: &mut brk,
+                    alone: true,
+                    tasks: &Vec::new,
+                },
+                &mut ranges,
+            );
             ranges
         };
         let all = vec![VaRange::ALL];
         assert_eq!(ranges_of(Call::Shmdt, [0x1000, 0, 0, 0, 0, 0]), all);
         assert_eq!(ranges_of(Call::Fork, [0; 6]), all);
-        assert_eq!(ranges_of(Call::MovePages, [0, 1, 0x1000, 0x1000, 0, 0]), all);
-        let from = |start: u64| VaRange::new(Va::new(start), Va::new(page::down(u64::MAX))).expect("a range");
-        assert_eq!(ranges_of(Call::Brk, [0x5000, 0, 0, 0, 0, 0]), [from(0x5000)]);
-        assert_eq!(ranges_of(Call::Shmat, [u64::MAX, 0x3000, libc::SHM_REMAP as u64, 0, 0, 0]), [from(0x3000)]);
+        assert_eq!(
+            ranges_of(Call::MovePages, [0, 1, 0x1000, 0x1000, 0, 0]),
+            all
+        );
+        let from = |start: u64| {
+            VaRange::new(Va::new(start), Va::new(page::down(u64::MAX))).expect("a range")
+        };
+        assert_eq!(
+            ranges_of(Call::Brk, [0x5000, 0, 0, 0, 0, 0]),
+            [from(0x5000)]
+        );
+        assert_eq!(
+            ranges_of(
+                Call::Shmat,
+                [u64::MAX, 0x3000, libc::SHM_REMAP as u64, 0, 0, 0]
+            ),
+            [from(0x3000)]
+        );
         assert_eq!(ranges_of(Call::OldMmap, [0x1000, 0, 0, 0, 0, 0]), all);
-        assert_eq!(ranges_of(Call::ProcessMadvise, [3, 0x1000, 1, 21, 0, 0]), all);
-        let file = ranges_of(Call::Mmap, [0x4020_0000, 0x1000, 0, libc::MAP_FIXED as u64, 3, 0]);
-        assert_eq!(file, [VaRange::new(Va::new(0x4020_0000), Va::new(0x4040_0000)).expect("a range")]);
+        assert_eq!(
+            ranges_of(Call::ProcessMadvise, [3, 0x1000, 1, 21, 0, 0]),
+            all
+        );
+        let file = ranges_of(
+            Call::Mmap,
+            [0x4020_0000, 0x1000, 0, libc::MAP_FIXED as u64, 3, 0],
+        );
+        assert_eq!(
+            file,
+            [VaRange::new(Va::new(0x4020_0000), Va::new(0x4040_0000)).expect("a range")]
+        );
         let down = ranges_of(Call::Mprotect, [0x7000, 0x1000, PROT_GROWSDOWN, 0, 0, 0]);
-        assert_eq!(down, [VaRange::new(Va::new(0), Va::new(0x8000)).expect("a range")]);
+        assert_eq!(
+            down,
+            [VaRange::new(Va::new(0), Va::new(0x8000)).expect("a range")]
+        );
     }
 
     #[test]
     fn whom_and_what_a_call_means_that_cannot_be_read_is_not_known() {
         let then_of = |call, args| {
-            let entry = Entry { tid: Pid::MAX, abi: Abi::Native, call, args };
-            let plan =
-                entry.plan(Context { brk: &mut Break::default(), alone: true, tasks: &Vec::new }, &mut Vec::new());
+            let entry = Entry {
+                tid: Pid::MAX,
+                abi: Abi::Native,
+                call,
+                args,
+            };
+            let plan = entry.plan(
+                Context {
+                    brk: &mut Break::default(),
+                    alone: true,
+                    tasks: &Vec::new,
+                },
+                &mut Vec::new(),
+            );
             plan.map(|plan| plan.then)
         };
         let anyone = Some(Then::Elsewhere(Named::Anyone));
-        assert_eq!(then_of(Call::ProcessMadvise, [3, 0x1000, 1, 21, 0, 0]), anyone);
+        assert_eq!(
+            then_of(Call::ProcessMadvise, [3, 0x1000, 1, 21, 0, 0]),
+            anyone
+        );
         assert_eq!(then_of(Call::ProcessMrelease, [3, 0, 0, 0, 0, 0]), anyone);
-        assert_eq!(then_of(Call::MovePages, [7, 1, 0x1000, 0x1000, 0, 0]), anyone);
-        assert_eq!(then_of(Call::MigratePages, [7, 1, 0x1000, 0x1000, 0, 0]), anyone);
-        assert_eq!(then_of(Call::Clone3, [0x1000, 88, 0, 0, 0, 0]), Some(Then::MayCopy));
+        assert_eq!(
+            then_of(Call::MovePages, [7, 1, 0x1000, 0x1000, 0, 0]),
+            anyone
+        );
+        assert_eq!(
+            then_of(Call::MigratePages, [7, 1, 0x1000, 0x1000, 0, 0]),
+            anyone
+        );
+        assert_eq!(
+            then_of(Call::Clone3, [0x1000, 88, 0, 0, 0, 0]),
+            Some(Then::MayCopy)
+        );
     }
 
     #[test]
     fn memory_that_is_released_is_all_of_the_other_process() {
         let (plan, ranges) = ranges_of(Call::ProcessMrelease, [-10001_i64 as u64, 0, 0, 0, 0, 0]);
         let then = Then::Elsewhere(Named::Task(std::process::id() as Pid));
-        assert_eq!(plan, Some(Plan { cause: "process_mrelease", event: Event::Unmap, then }));
+        assert_eq!(
+            plan,
+            Some(Plan {
+                cause: "process_mrelease",
+                event: Event::Unmap,
+                then
+            })
+        );
         assert_eq!(ranges, [(0, 0)]);
         let refused = ranges_of(Call::ProcessMrelease, [u64::MAX, 0, 0, 0, 0, 0]).0;
-        assert_eq!(refused.map(|plan| plan.then), Some(Then::Elsewhere(Named::Stranger)));
+        assert_eq!(
+            refused.map(|plan| plan.then),
+            Some(Then::Elsewhere(Named::Stranger))
+        );
     }
 
     #[test]
     fn a_copying_clone_protects_what_is_writable() {
         let (plan, ranges) = ranges_of(Call::Clone, [libc::SIGCHLD as u64, 0, 0, 0, 0, 0]);
         let plan = plan.expect("a fork is planned");
-        assert_eq!((plan.cause, plan.event, plan.then), ("clone", Event::ProtectionPage, Then::Copy));
+        assert_eq!(
+            (plan.cause, plan.event, plan.then),
+            ("clone", Event::ProtectionPage, Then::Copy)
+        );
         assert!(!ranges.is_empty());
     }
 }

@@ -64,12 +64,29 @@ pub(super) enum Traced {
 fn when(call: Call, traced: Traced) -> When {
     match call {
         Call::Mmap | Call::Shmat if traced == Traced::ChangesAndBirths => When::Always,
-        Call::Mmap => When::Bits { arg: 3, set: libc::MAP_FIXED as u32, clear: libc::MAP_FIXED_NOREPLACE as u32 },
-        Call::Clone => When::NoBits { arg: 0, clear: libc::CLONE_VM as u32 },
-        Call::Shmat => When::Bits { arg: 2, set: libc::SHM_REMAP as u32, clear: 0 },
+        Call::Mmap => When::Bits {
+            arg: 3,
+            set: libc::MAP_FIXED as u32,
+            clear: libc::MAP_FIXED_NOREPLACE as u32,
+        },
+        Call::Clone => When::NoBits {
+            arg: 0,
+            clear: libc::CLONE_VM as u32,
+        },
+        Call::Shmat => When::Bits {
+            arg: 2,
+            set: libc::SHM_REMAP as u32,
+            clear: 0,
+        },
         Call::Brk => When::NonZero { arg: 0 },
-        Call::Madvise => When::NoneOf { arg: 2, values: HARMLESS_ADVICE },
-        Call::Ipc => When::LowHalfOf { arg: 0, values: [IPC_SHMAT as u32, IPC_SHMDT as u32] },
+        Call::Madvise => When::NoneOf {
+            arg: 2,
+            values: HARMLESS_ADVICE,
+        },
+        Call::Ipc => When::LowHalfOf {
+            arg: 0,
+            values: [IPC_SHMAT as u32, IPC_SHMDT as u32],
+        },
         // Their flags lie in memory, or there is nothing to tell them apart by.
         Call::OldMmap
         | Call::Clone3
@@ -90,7 +107,11 @@ fn when(call: Call, traced: Traced) -> When {
 
 /// Assembles the filter.
 pub(super) fn program(traced: Traced) -> Vec<sock_filter> {
-    let mut asm = Asm { code: Vec::new(), fixups: Vec::new(), traced };
+    let mut asm = Asm {
+        code: Vec::new(),
+        fixups: Vec::new(),
+        traced,
+    };
     asm.load(OFFSET_ARCH);
     let foreign = asm.jump_later(JEQ, ARCH_NATIVE, Side::Else);
     asm.load(OFFSET_NUMBER);
@@ -106,7 +127,10 @@ pub(super) fn program(traced: Traced) -> Vec<sock_filter> {
     asm.table(COMPAT);
     asm.land(unknown);
     asm.ret(RET_TRACE);
-    assert!(asm.fixups.iter().all(|fixup| fixup.landed), "a jump of the filter goes nowhere");
+    assert!(
+        asm.fixups.iter().all(|fixup| fixup.landed),
+        "a jump of the filter goes nowhere"
+    );
     asm.code
 }
 
@@ -192,7 +216,10 @@ impl Asm {
             }
             When::NoneOf { arg, values } => {
                 self.load(low_of(arg));
-                let allow: Vec<Jump> = values.iter().map(|value| self.jump_later(JEQ, *value, Side::Then)).collect();
+                let allow: Vec<Jump> = values
+                    .iter()
+                    .map(|value| self.jump_later(JEQ, *value, Side::Then))
+                    .collect();
                 self.ret(RET_TRACE);
                 allow.into_iter().for_each(|jump| self.land(jump));
                 self.ret(RET_ALLOW);
@@ -209,7 +236,12 @@ impl Asm {
     }
 
     fn emit(&mut self, code: u32, k: u32, jt: u8, jf: u8) {
-        self.code.push(sock_filter { code: code as u16, jt, jf, k });
+        self.code.push(sock_filter {
+            code: code as u16,
+            jt,
+            jf,
+            k,
+        });
     }
 
     fn load(&mut self, offset: u32) {
@@ -222,7 +254,11 @@ impl Asm {
 
     fn jump_later(&mut self, test: u32, k: u32, side: Side) -> Jump {
         self.emit(test, k, 0, 0);
-        self.fixups.push(Fixup { at: self.code.len() - 1, side, landed: false });
+        self.fixups.push(Fixup {
+            at: self.code.len() - 1,
+            side,
+            landed: false,
+        });
         Jump(self.fixups.len() - 1)
     }
 
@@ -230,7 +266,8 @@ impl Asm {
     fn land(&mut self, jump: Jump) {
         let fixup = &mut self.fixups[jump.0];
         let distance = self.code.len() - fixup.at - 1;
-        let distance = u8::try_from(distance).expect("a jump of the filter is at most 255 instructions");
+        let distance =
+            u8::try_from(distance).expect("a jump of the filter is at most 255 instructions");
         match fixup.side {
             Side::Then => self.code[fixup.at].jt = distance,
             Side::Else => self.code[fixup.at].jf = distance,
@@ -302,7 +339,9 @@ mod tests {
     #[test]
     fn every_call_of_a_table_is_found_and_no_other_number_is() {
         let args = [1, 0, 4, libc::MAP_FIXED as u64, 0, 0];
-        let traced: Vec<u32> = (0..600).filter(|nr| run(ARCH_NATIVE, *nr, args) == RET_TRACE).collect();
+        let traced: Vec<u32> = (0..600)
+            .filter(|nr| run(ARCH_NATIVE, *nr, args) == RET_TRACE)
+            .collect();
         let mut expected: Vec<u32> = abi::native().iter().map(|row| row.0).collect();
         expected.retain(|nr| *nr != libc::SYS_shmat as u32);
         expected.sort_unstable();
@@ -314,27 +353,42 @@ mod tests {
         let mmap = |flags: i32| native(libc::SYS_mmap, [0, 0, 0, flags as u64, 0, 0]);
         assert!(mmap(libc::MAP_FIXED | libc::MAP_PRIVATE));
         assert!(!mmap(libc::MAP_PRIVATE) && !mmap(libc::MAP_FIXED_NOREPLACE));
-        assert!(!mmap(libc::MAP_FIXED | libc::MAP_FIXED_NOREPLACE), "the kernel lets NOREPLACE win");
+        assert!(
+            !mmap(libc::MAP_FIXED | libc::MAP_FIXED_NOREPLACE),
+            "the kernel lets NOREPLACE win"
+        );
     }
 
     #[test]
     fn every_mmap_is_traced_if_births_are_asked_for() {
         for number in [libc::SYS_mmap, libc::SYS_shmat] {
-            assert_eq!(run_with(Traced::ChangesAndBirths, ARCH_NATIVE, number as u32, [0; 6]), RET_TRACE);
+            assert_eq!(
+                run_with(Traced::ChangesAndBirths, ARCH_NATIVE, number as u32, [0; 6]),
+                RET_TRACE
+            );
             assert!(!native(number, [0; 6]));
         }
     }
 
     #[test]
     fn a_clone_that_shares_memory_is_not_traced_and_fork_is() {
-        assert!(native(libc::SYS_clone, [libc::SIGCHLD as u64, 0, 0, 0, 0, 0]));
-        assert!(!native(libc::SYS_clone, [(libc::CLONE_VM | libc::CLONE_VFORK) as u64, 0, 0, 0, 0, 0]));
+        assert!(native(
+            libc::SYS_clone,
+            [libc::SIGCHLD as u64, 0, 0, 0, 0, 0]
+        ));
+        assert!(!native(
+            libc::SYS_clone,
+            [(libc::CLONE_VM | libc::CLONE_VFORK) as u64, 0, 0, 0, 0, 0]
+        ));
     }
 
     #[test]
     fn a_query_of_the_break_is_not_traced_and_any_address_is() {
         assert!(!native(libc::SYS_brk, [0; 6]));
-        assert!(native(libc::SYS_brk, [1 << 32, 0, 0, 0, 0, 0]) && native(libc::SYS_brk, [1, 0, 0, 0, 0, 0]));
+        assert!(
+            native(libc::SYS_brk, [1 << 32, 0, 0, 0, 0, 0])
+                && native(libc::SYS_brk, [1, 0, 0, 0, 0, 0])
+        );
     }
 
     #[test]
@@ -343,7 +397,11 @@ mod tests {
         for advice in [4, 8, 9, 13, 21, 23, 24, 25, 100, 101, 102, 5000] {
             assert!(madvise(advice), "{advice}");
         }
-        assert!(!HARMLESS_ADVICE.iter().any(|advice| madvise(u64::from(*advice))));
+        assert!(
+            !HARMLESS_ADVICE
+                .iter()
+                .any(|advice| madvise(u64::from(*advice)))
+        );
     }
 
     #[test]

@@ -13,13 +13,20 @@ use crate::ranges::is_self_pidfd;
 
 /// Reads one field of `/proc/TID/status`.
 fn status_field(tid: Pid, name: &str) -> Option<String> {
-    field(&fs::read_to_string(format!("/proc/{tid}/status")).ok()?, name).map(str::to_owned)
+    field(
+        &fs::read_to_string(format!("/proc/{tid}/status")).ok()?,
+        name,
+    )
+    .map(str::to_owned)
 }
 
 /// The process a task belongs to, and that process's parent.
 pub(super) fn family(tid: Pid) -> Option<(Pid, Pid)> {
     let text = fs::read_to_string(format!("/proc/{tid}/status")).ok()?;
-    Some((field(&text, "Tgid")?.parse().ok()?, field(&text, "PPid")?.parse().ok()?))
+    Some((
+        field(&text, "Tgid")?.parse().ok()?,
+        field(&text, "PPid")?.parse().ok()?,
+    ))
 }
 
 /// The process a task belongs to.
@@ -38,7 +45,11 @@ pub(super) fn traces(tracer: Pid, pid: Pid) -> bool {
     let (mut seen, mut next) = (vec![pid], 0);
     while let Some(&tracee) = seen.get(next) {
         next += 1;
-        for thread in threads(tracee).unwrap_or_default().into_iter().filter_map(tracer_of) {
+        for thread in threads(tracee)
+            .unwrap_or_default()
+            .into_iter()
+            .filter_map(tracer_of)
+        {
             match thread_group(thread) {
                 Some(group) if group == tracer => return true,
                 Some(group) if !seen.contains(&group) => seen.push(group),
@@ -53,14 +64,18 @@ pub(super) fn traces(tracer: Pid, pid: Pid) -> bool {
 pub(super) fn has_tracees(tracer: Pid) -> Option<bool> {
     let entries = fs::read_dir("/proc").ok()?;
     let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
-    let found = pids.flat_map(|pid| threads(pid).unwrap_or_default()).any(|tid| tracer_of(tid) == Some(tracer));
+    let found = pids
+        .flat_map(|pid| threads(pid).unwrap_or_default())
+        .any(|tid| tracer_of(tid) == Some(tracer));
     (found || shows_all(&fs::read_to_string("/proc/self/mountinfo").ok()?)).then_some(found)
 }
 
 /// Tells from a `mountinfo` whether `/proc` lists every process. Of several mounts there, the last
 /// is seen.
 fn shows_all(mounts: &str) -> bool {
-    let of_proc = mounts.lines().rfind(|line| line.split(' ').nth(4) == Some("/proc"));
+    let of_proc = mounts
+        .lines()
+        .rfind(|line| line.split(' ').nth(4) == Some("/proc"));
     of_proc.is_some_and(|line| !line.contains("hidepid="))
 }
 
@@ -77,7 +92,9 @@ pub(super) fn has_ended(tid: Pid) -> Option<bool> {
 /// The threads of a process.
 pub(super) fn threads(pid: Pid) -> io::Result<Vec<Pid>> {
     let entries = fs::read_dir(format!("/proc/{pid}/task"))?;
-    Ok(entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect())
+    Ok(entries
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .collect())
 }
 
 /// Tells whether a task numbers processes as this thread does.
@@ -132,14 +149,24 @@ pub(super) fn named_by(tid: Pid, number: Pid, candidates: impl Iterator<Item = P
         Some(true) => return Named::Task(number),
         Some(false) => {}
     }
-    let Some(own) = pid_namespace(tid) else { return Named::Anyone };
+    let Some(own) = pid_namespace(tid) else {
+        return Named::Anyone;
+    };
     let mut found = Named::Stranger;
     for candidate in candidates {
         // A task's NSpid column lists its numbers from this namespace inwards; the last one is that
         // in its own.
-        let innermost = || status_field(candidate, "NSpid")?.split_whitespace().last()?.parse::<Pid>().ok();
+        let innermost = || {
+            status_field(candidate, "NSpid")?
+                .split_whitespace()
+                .last()?
+                .parse::<Pid>()
+                .ok()
+        };
         match (innermost(), pid_namespace(candidate)) {
-            (Some(inner), Some(namespace)) if inner == number && namespace == own => return Named::Task(candidate),
+            (Some(inner), Some(namespace)) if inner == number && namespace == own => {
+                return Named::Task(candidate);
+            }
             (Some(_), Some(_)) => {}
             _ => found = Named::Anyone,
         }
@@ -166,7 +193,9 @@ fn lowest_break_in(stat: &str) -> Option<u64> {
 
 /// The size of a SysV shared memory segment, if task `tid` shares this process's IPC namespace.
 pub(super) fn segment_size(tid: Pid, id: i32) -> Option<u64> {
-    if fs::read_link(format!("/proc/{tid}/ns/ipc")).ok()? != fs::read_link("/proc/self/ns/ipc").ok()? {
+    if fs::read_link(format!("/proc/{tid}/ns/ipc")).ok()?
+        != fs::read_link("/proc/self/ns/ipc").ok()?
+    {
         return None;
     }
     size_in(&fs::read_to_string("/proc/sysvipc/shm").ok()?, id)
@@ -188,18 +217,33 @@ mod tests {
     fn a_segment_is_found_by_its_identifier() {
         let table = "       key      shmid perms                  size  cpid\n\
                      0          7  1600                 8192   1\n        -5   8   600   4097   1\n";
-        assert_eq!((size_in(table, 7), size_in(table, 8), size_in(table, 9)), (Some(8192), Some(4097), None));
+        assert_eq!(
+            (size_in(table, 7), size_in(table, 8), size_in(table, 9)),
+            (Some(8192), Some(4097), None)
+        );
     }
 
     #[test]
     fn the_heap_starts_where_the_kernel_says() {
-        let columns = |list: std::ops::Range<u64>| list.map(|column| column.to_string()).collect::<Vec<_>>().join(" ");
-        assert_eq!(lowest_break_in(&format!("1 (a) b) {}", columns(3..53))), Some(46));
+        let columns = |list: std::ops::Range<u64>| {
+            list.map(|column| column.to_string())
+                .collect::<Vec<_>>()
+                .join(" ")
+        };
+        assert_eq!(
+            lowest_break_in(&format!("1 (a) b) {}", columns(3..53))),
+            Some(46)
+        );
         assert_eq!(lowest_break_in(&format!("1 (a) {}", columns(3..47))), None);
         let own = lowest_break(std::process::id() as Pid).expect("a process knows its own");
         let maps = crate::maps::read(std::process::id() as Pid).expect("it can read them");
-        let heap = maps.iter().find(|mapping| mapping.kind == crate::maps::Kind::Heap);
-        assert!(own > 0 && heap.is_none_or(|heap| own <= heap.start), "{own:#x} {heap:x?}");
+        let heap = maps
+            .iter()
+            .find(|mapping| mapping.kind == crate::maps::Kind::Heap);
+        assert!(
+            own > 0 && heap.is_none_or(|heap| own <= heap.start),
+            "{own:#x} {heap:x?}"
+        );
     }
 
     #[test]
@@ -213,8 +257,17 @@ mod tests {
     #[test]
     fn what_cannot_be_read_is_not_known() {
         let nobody = Pid::MAX;
-        assert_eq!((family(nobody), tracer_of(nobody), has_ended(nobody)), (None, None, None));
-        assert_eq!((pidfd_target(nobody, 3), named_by(nobody, 7, std::iter::empty())), (Named::Anyone, Named::Anyone));
+        assert_eq!(
+            (family(nobody), tracer_of(nobody), has_ended(nobody)),
+            (None, None, None)
+        );
+        assert_eq!(
+            (
+                pidfd_target(nobody, 3),
+                named_by(nobody, 7, std::iter::empty())
+            ),
+            (Named::Anyone, Named::Anyone)
+        );
         assert!(threads(nobody).is_err());
     }
 
@@ -226,10 +279,11 @@ mod tests {
 
     #[test]
     fn a_proc_that_hides_processes_does_not_show_all() {
-        let shown =
-            "22 28 0:21 / /proc rw,relatime shared:14 - proc proc rw\n30 28 0:9 / /tmp rw - tmpfs hidepid=2 rw\n";
+        let shown = "22 28 0:21 / /proc rw,relatime shared:14 - proc proc rw\n30 28 0:9 / /tmp rw - tmpfs hidepid=2 rw\n";
         assert!(shows_all(shown));
-        assert!(!shows_all(&format!("{shown}40 22 0:50 / /proc rw - proc proc rw,hidepid=invisible\n")));
+        assert!(!shows_all(&format!(
+            "{shown}40 22 0:50 / /proc rw - proc proc rw,hidepid=invisible\n"
+        )));
         assert!(!shows_all("30 28 0:9 / /tmp rw - tmpfs tmpfs rw\n"));
     }
 }

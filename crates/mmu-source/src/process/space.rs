@@ -35,7 +35,10 @@ impl Space {
     /// in it, and the other way.
     pub(super) fn doubtful<'a>(others: impl IntoIterator<Item = &'a Rc<Space>>) -> Space {
         let space = Space::new(Break::default());
-        space.perhaps.borrow_mut().extend(others.into_iter().map(Rc::downgrade));
+        space
+            .perhaps
+            .borrow_mut()
+            .extend(others.into_iter().map(Rc::downgrade));
         space
     }
 
@@ -46,7 +49,12 @@ impl Space {
 
     /// Tells whether the two may be the same one.
     pub(super) fn may_be(&self, other: &Space) -> bool {
-        let names = |a: &Space, b: &Space| a.perhaps.borrow().iter().any(|weak| std::ptr::eq(weak.as_ptr(), b));
+        let names = |a: &Space, b: &Space| {
+            a.perhaps
+                .borrow()
+                .iter()
+                .any(|weak| std::ptr::eq(weak.as_ptr(), b))
+        };
         names(self, other) || names(other, self)
     }
 
@@ -89,12 +97,20 @@ pub(super) struct BreakCall {
 impl Break {
     /// What is known of a program that `execve` has just loaded.
     pub(super) fn of_new_program() -> Break {
-        Break { no_heap: true, ..Break::default() }
+        Break {
+            no_heap: true,
+            ..Break::default()
+        }
     }
 
     /// Takes note of a call. `heap_end` asks `/proc`; `alone` says that no other thread could be in
     /// the call.
-    pub(super) fn begin(&mut self, new: u64, alone: bool, heap_end: impl FnOnce() -> Option<u64>) -> BreakCall {
+    pub(super) fn begin(
+        &mut self,
+        new: u64,
+        alone: bool,
+        heap_end: impl FnOnce() -> Option<u64>,
+    ) -> BreakCall {
         let mut end = match self.sure {
             // Exactly known, or so low that a growth beyond all that was asked for is a growth.
             Some(sure) if sure == self.high || new >= self.high => self.high,
@@ -113,7 +129,10 @@ impl Break {
         if learn {
             self.in_flight += 1;
         }
-        BreakCall { shrinks_from: shrinks.then_some(end), learn }
+        BreakCall {
+            shrinks_from: shrinks.then_some(end),
+            learn,
+        }
     }
 
     /// Takes note of the result of a call in flight, or that its task died in it.
@@ -130,7 +149,11 @@ impl Break {
 
     /// What a forked child knows.
     pub(super) fn inherited(self) -> Break {
-        if self.in_flight == 0 { self } else { Break::default() }
+        if self.in_flight == 0 {
+            self
+        } else {
+            Break::default()
+        }
     }
 }
 
@@ -139,25 +162,54 @@ mod tests {
     use super::*;
 
     fn settled(at: u64) -> Break {
-        Break { sure: Some(at), high: at, ..Break::default() }
+        Break {
+            sure: Some(at),
+            high: at,
+            ..Break::default()
+        }
     }
 
     #[test]
     fn the_first_call_learns_the_break_and_a_later_growth_needs_no_exit() {
         let mut brk = Break::default();
-        assert_eq!(brk.begin(0x9000, true, || None), BreakCall { shrinks_from: None, learn: true });
+        assert_eq!(
+            brk.begin(0x9000, true, || None),
+            BreakCall {
+                shrinks_from: None,
+                learn: true
+            }
+        );
         brk.finish(Some(0x9000));
         let grow = brk.begin(0xa000, true, || panic!("known"));
-        assert_eq!(grow, BreakCall { shrinks_from: None, learn: false });
-        assert_eq!(brk.begin(0xb000, true, || panic!("known well enough")), grow);
+        assert_eq!(
+            grow,
+            BreakCall {
+                shrinks_from: None,
+                learn: false
+            }
+        );
+        assert_eq!(
+            brk.begin(0xb000, true, || panic!("known well enough")),
+            grow
+        );
     }
 
     #[test]
     fn a_program_just_loaded_has_no_heap_to_look_for() {
         let mut brk = Break::of_new_program();
         let first = brk.begin(0x9000, true, || panic!("there is none"));
-        assert_eq!(first, BreakCall { shrinks_from: None, learn: true });
-        assert_eq!(brk.begin(0x8000, false, || Some(0x9000)).shrinks_from, Some(0x9000), "the first is in flight");
+        assert_eq!(
+            first,
+            BreakCall {
+                shrinks_from: None,
+                learn: true
+            }
+        );
+        assert_eq!(
+            brk.begin(0x8000, false, || Some(0x9000)).shrinks_from,
+            Some(0x9000),
+            "the first is in flight"
+        );
     }
 
     #[test]
@@ -167,18 +219,28 @@ mod tests {
         let failed = Break::begin(&mut { brk }, 0x8000, true, || Some(0x9000));
         assert_eq!(failed.shrinks_from, Some(0x9000));
         let joined = brk.begin(0x8000, true, || Some(0xf000));
-        assert_eq!(joined.shrinks_from, Some(0xa000), "a neighbour of the heap is not the heap");
+        assert_eq!(
+            joined.shrinks_from,
+            Some(0xa000),
+            "a neighbour of the heap is not the heap"
+        );
     }
 
     #[test]
     fn calls_that_overlap_leave_the_break_unknown() {
         let mut brk = settled(0x9000);
         brk.begin(0xb000, false, || None);
-        assert_eq!(brk.begin(0x8000, false, || Some(0x9000)).shrinks_from, Some(0xb000));
+        assert_eq!(
+            brk.begin(0x8000, false, || Some(0x9000)).shrinks_from,
+            Some(0xb000)
+        );
         brk.finish(Some(0xb000));
         brk.finish(Some(0x8000));
         assert_eq!(brk.sure, None);
-        assert_eq!(brk.begin(0x7000, false, || Some(0xb000)).shrinks_from, Some(0xb000));
+        assert_eq!(
+            brk.begin(0x7000, false, || Some(0xb000)).shrinks_from,
+            Some(0xb000)
+        );
     }
 
     #[test]

@@ -7,7 +7,10 @@
 //! [`Child::run`], which makes system calls on memory laid out before the fork and nothing else: no
 //! allocation, no lock, no unwinding.
 
-#![allow(unsafe_code, reason = "the one module of this source that makes raw system calls; see its Safety section")]
+#![allow(
+    unsafe_code,
+    reason = "the one module of this source that makes raw system calls; see its Safety section"
+)]
 
 use std::ffi::{CStr, c_int};
 use std::io;
@@ -28,7 +31,8 @@ pub(super) use child::{Child, Step, above_stdio, fork, pipe, read_report, say_go
 pub(super) use memory::read_memory;
 pub(super) use registers::{registers, skip_call};
 pub(super) use requests::{
-    Place, RawCall, Resume, SyscallInfo, event_message, interrupt, resume, seize, set_options, syscall_info,
+    Place, RawCall, Resume, SyscallInfo, event_message, interrupt, resume, seize, set_options,
+    syscall_info,
 };
 pub(super) use status::take_status;
 pub(super) use wait::{NewTask, Stop, Wait, exit_status, poll, wait, wait_for, wait_for_unknown};

@@ -80,7 +80,11 @@ impl<H> Tracee<H> {
 
     /// Tells whether it may be making a task that is not a thread of its own process.
     pub(super) fn may_be_forking(&self) -> bool {
-        self.in_unseen_call || self.call.as_ref().is_some_and(|call| matches!(call.then, Then::Copy | Then::MayCopy))
+        self.in_unseen_call
+            || self
+                .call
+                .as_ref()
+                .is_some_and(|call| matches!(call.then, Then::Copy | Then::MayCopy))
     }
 
     /// Its address space, while it has one.
@@ -102,7 +106,11 @@ impl<H> Tracee<H> {
     /// How it goes on from a stop.
     pub(super) fn resume(&self) -> Resume {
         let every_call = self.call.is_some() || !self.again.is_empty() || !self.filtered;
-        if every_call { Resume::Syscall } else { Resume::Cont }
+        if every_call {
+            Resume::Syscall
+        } else {
+            Resume::Cont
+        }
     }
 }
 
@@ -156,7 +164,9 @@ impl Elsewhere {
 impl Drop for Elsewhere {
     fn drop(&mut self) {
         while self.brackets.pop().is_some() {}
-        self.space.from_elsewhere.set(self.space.from_elsewhere.get() - 1);
+        self.space
+            .from_elsewhere
+            .set(self.space.from_elsewhere.get() - 1);
     }
 }
 
@@ -169,7 +179,8 @@ impl OpenCall {
 
     /// Closes the brackets on an address space that is not the caller's.
     pub(super) fn close_on(&mut self, space: &Rc<Space>) {
-        self.elsewhere.retain(|elsewhere| !Rc::ptr_eq(&elsewhere.space, space));
+        self.elsewhere
+            .retain(|elsewhere| !Rc::ptr_eq(&elsewhere.space, space));
     }
 
     /// Tells whether `next`, which the task is about to make, is this call made again.
@@ -184,7 +195,10 @@ impl OpenCall {
     /// stands at or above the call on the same stack has left the handler by a jump.
     pub(super) fn is_given_up_at(&self, place: Place) -> bool {
         const NEAR: u64 = 1 << 20;
-        place.stack.checked_sub(self.raw.place.stack).is_some_and(|above| above < NEAR)
+        place
+            .stack
+            .checked_sub(self.raw.place.stack)
+            .is_some_and(|above| above < NEAR)
     }
 }
 
@@ -204,8 +218,16 @@ mod tests {
 
     #[test]
     fn a_call_is_made_again_from_where_it_was_made_or_given_up() {
-        let place = |stack| Place { instruction: 0x1002, stack };
-        let raw = RawCall { arch: 1, number: 57, args: [0; 6], place: place(0x7000_0000) };
+        let place = |stack| Place {
+            instruction: 0x1002,
+            stack,
+        };
+        let raw = RawCall {
+            arch: 1,
+            number: 57,
+            args: [0; 6],
+            place: place(0x7000_0000),
+        };
         let call = OpenCall {
             raw,
             cause: "fork",
@@ -218,10 +240,22 @@ mod tests {
         };
         assert!(call.is_made_again(&raw));
         assert!(!call.is_made_again(&RawCall { number: 11, ..raw }));
-        assert!(!call.is_given_up_at(place(0x7000_0000 - 0x500)), "a handler on the same stack");
-        assert!(!call.is_given_up_at(place(0x1000_0000)), "a handler on a stack of its own");
-        assert!(call.is_given_up_at(place(0x7000_0000)), "another call of the same function");
-        assert!(call.is_given_up_at(place(0x7000_0100)), "a jump out of the handler");
+        assert!(
+            !call.is_given_up_at(place(0x7000_0000 - 0x500)),
+            "a handler on the same stack"
+        );
+        assert!(
+            !call.is_given_up_at(place(0x1000_0000)),
+            "a handler on a stack of its own"
+        );
+        assert!(
+            call.is_given_up_at(place(0x7000_0000)),
+            "another call of the same function"
+        );
+        assert!(
+            call.is_given_up_at(place(0x7000_0100)),
+            "a jump out of the handler"
+        );
     }
 
     #[test]

@@ -41,13 +41,21 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Options {
-        Options { follow: true, seccomp: true, births: false }
+        Options {
+            follow: true,
+            seccomp: true,
+            births: false,
+        }
     }
 }
 
 impl Options {
     fn traced(self) -> Traced {
-        if self.births { Traced::ChangesAndBirths } else { Traced::Changes }
+        if self.births {
+            Traced::ChangesAndBirths
+        } else {
+            Traced::Changes
+        }
     }
 }
 
@@ -108,7 +116,9 @@ impl<O: Observer> Tracer<O> {
     /// [`Error::Unsupported`] on a machine other than x86-64 and aarch64.
     pub fn new(options: Options, observer: O) -> Result<Self, Error> {
         if !cfg!(any(target_arch = "x86_64", target_arch = "aarch64")) {
-            return Err(Error::Unsupported { what: "the process source on this processor" });
+            return Err(Error::Unsupported {
+                what: "the process source on this processor",
+            });
         }
         Ok(Tracer {
             observer,
@@ -163,14 +173,26 @@ impl<O: Observer> Tracer<O> {
                 return Ok(Done::Stopped);
             }
             let known = !self.tasks.is_empty() || !self.parked.is_empty();
-            let event = if known { sys::wait() } else { sys::wait_for_unknown() };
+            let event = if known {
+                sys::wait()
+            } else {
+                sys::wait_for_unknown()
+            };
             self.clock += 1;
-            match event.map_err(|source| Error::Kernel { call: "waitpid", tid: None, source })? {
+            match event.map_err(|source| Error::Kernel {
+                call: "waitpid",
+                tid: None,
+                source,
+            })? {
                 Wait::Stopped(tid, stop) => self.stopped(tid, stop)?,
                 Wait::Ended(tid, status) => self.ended(tid, status)?,
                 Wait::Interrupted => continue,
                 Wait::Nobody => {
-                    debug_assert!(self.tasks.is_empty() || !self.options.follow, "a tracee vanished: {:?}", self.tasks);
+                    debug_assert!(
+                        self.tasks.is_empty() || !self.options.follow,
+                        "a tracee vanished: {:?}",
+                        self.tasks
+                    );
                     // A thread that is not followed has run `execve` and taken a leader's place,
                     // whose end the kernel does not report.
                     for tid in self.tasks.keys().copied().collect::<Vec<_>>() {
@@ -207,17 +229,24 @@ impl<O: Observer> Tracer<O> {
                 match sys::syscall_info(tid).map_err(kernel("PTRACE_GET_SYSCALL_INFO", tid))? {
                     // A filter of the program's own asks for a tracer that knows it, and there is
                     // none.
-                    Some(SyscallInfo::Entry { datum: Some(datum), .. }) if datum != filter::DATUM => {
+                    Some(SyscallInfo::Entry {
+                        datum: Some(datum), ..
+                    }) if datum != filter::DATUM => {
                         sys::skip_call(tid).map_err(kernel("PTRACE_SETREGSET", tid))?;
                     }
-                    Some(SyscallInfo::Entry { call, datum }) => self.call_begins(tid, call, datum.is_some()),
-                    Some(SyscallInfo::Exit { result, place }) => self.call_returns(tid, result, place),
+                    Some(SyscallInfo::Entry { call, datum }) => {
+                        self.call_begins(tid, call, datum.is_some())
+                    }
+                    Some(SyscallInfo::Exit { result, place }) => {
+                        self.call_returns(tid, result, place)
+                    }
                     Some(SyscallInfo::None) | None => {}
                 }
             }
             Stop::NewTask(kind) => self.cloned(tid, kind)?,
             Stop::Exit => {
-                let message = sys::event_message(tid, stop).map_err(kernel("PTRACE_GETEVENTMSG", tid))?;
+                let message =
+                    sys::event_message(tid, stop).map_err(kernel("PTRACE_GETEVENTMSG", tid))?;
                 if let (Some(tracee), Some(status)) = (self.tasks.get_mut(&tid), message) {
                     tracee.exit = sys::exit_status(status as i32);
                 }
@@ -239,8 +268,12 @@ impl<O: Observer> Tracer<O> {
 
     /// A task is seen for the first time.
     fn appear(&mut self, tid: Pid) {
-        let Some(tracee) = self.tasks.get_mut(&tid) else { return };
-        let Life::Fresh(space) = &tracee.life else { return };
+        let Some(tracee) = self.tasks.get_mut(&tid) else {
+            return;
+        };
+        let Life::Fresh(space) = &tracee.life else {
+            return;
+        };
         let space = Rc::clone(space);
         let _scope = Scope::new(tracee.task, "enter", None);
         space.tasks.set(space.tasks.get() + 1);
@@ -252,15 +285,18 @@ impl<O: Observer> Tracer<O> {
     fn depart(&mut self, tid: Pid, cause: &'static str) {
         self.calls_are_cut(tid);
         match self.tasks.get(&tid) {
-            Some(Tracee { life: Life::In(space, _), .. })
-                if space.tasks.get() == 1 && space.from_elsewhere.get() > 0 =>
-            {
+            Some(Tracee {
+                life: Life::In(space, _),
+                ..
+            }) if space.tasks.get() == 1 && space.from_elsewhere.get() > 0 => {
                 let space = Rc::clone(space);
                 self.close_from_elsewhere(&space);
             }
             _ => {}
         }
-        let Some(tracee) = self.tasks.get_mut(&tid) else { return };
+        let Some(tracee) = self.tasks.get_mut(&tid) else {
+            return;
+        };
         let task = tracee.task;
         let _scope = Scope::new(task, cause, None);
         let left = Life::Left(tracee.mm().clone());
@@ -284,7 +320,10 @@ impl<O: Observer> Tracer<O> {
         // A task that ends by itself is not making another one. What ends it can be a signal, or
         // another thread of its own.
         let pid = tracee.task.pid;
-        let is_alone = !self.tasks.values().any(|other| other.task.pid == pid && other.task.tid != tid);
+        let is_alone = !self
+            .tasks
+            .values()
+            .any(|other| other.task.pid == pid && other.task.tid != tid);
         self.lost_a_maker |= pid != tid || !is_alone || matches!(status, ExitStatus::Signal(_));
         if let Some((_, end)) = self.root.as_mut().filter(|(root, _)| *root == tid) {
             *end = Some(status);
@@ -292,8 +331,12 @@ impl<O: Observer> Tracer<O> {
         let pid = self.forget(tid, "exit", status);
         // A leader's end is reported last. A thread that is there still had taken its place by
         // `execve` when it was killed.
-        let rest: Vec<Pid> =
-            self.tasks.values().filter(|t| pid == Some(tid) && t.task.pid == tid).map(|t| t.task.tid).collect();
+        let rest: Vec<Pid> = self
+            .tasks
+            .values()
+            .filter(|t| pid == Some(tid) && t.task.pid == tid)
+            .map(|t| t.task.tid)
+            .collect();
         for thread in rest {
             self.forget(thread, "exit", status);
         }
@@ -306,23 +349,36 @@ impl<O: Observer> Tracer<O> {
         let tracee = self.tasks.remove(&tid)?;
         let task = tracee.task;
         let _scope = Scope::new(task, cause, None);
-        self.observer.event(&TaskEvent::Exit { task, mm: tracee.mm(), status });
+        self.observer.event(&TaskEvent::Exit {
+            task,
+            mm: tracee.mm(),
+            status,
+        });
         Some(task.pid)
     }
 }
 
 impl<O: Observer + fmt::Debug> fmt::Debug for Tracer<O> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Tracer").field("observer", &self.observer).field("tasks", &self.tasks).finish_non_exhaustive()
+        f.debug_struct("Tracer")
+            .field("observer", &self.observer)
+            .field("tasks", &self.tasks)
+            .finish_non_exhaustive()
     }
 }
 
 /// Lets a task go on. That it has died meanwhile is no error.
 fn resume(tid: Pid, how: Resume, signal: i32) -> Result<(), Error> {
-    sys::resume(tid, how, signal).map(drop).map_err(kernel("PTRACE_CONT", tid))
+    sys::resume(tid, how, signal)
+        .map(drop)
+        .map_err(kernel("PTRACE_CONT", tid))
 }
 
 /// Names the call and the task of an error.
 fn kernel(call: &'static str, tid: Pid) -> impl FnOnce(io::Error) -> Error {
-    move |source| Error::Kernel { call, tid: Some(tid), source }
+    move |source| Error::Kernel {
+        call,
+        tid: Some(tid),
+        source,
+    }
 }

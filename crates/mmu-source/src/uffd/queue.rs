@@ -18,7 +18,9 @@ pub(super) struct Queue {
 
 impl Queue {
     pub(super) fn new() -> Self {
-        let slots = (0..SLOTS).map(|_| [const { AtomicU64::new(0) }; 3]).collect();
+        let slots = (0..SLOTS)
+            .map(|_| [const { AtomicU64::new(0) }; 3])
+            .collect();
         Self {
             slots,
             written: AtomicU64::new(0),
@@ -39,7 +41,9 @@ impl Queue {
             return;
         }
         let slot = &self.slots[at as usize % SLOTS];
-        slot.iter().zip(entry).for_each(|(word, value)| word.store(value, Ordering::Relaxed));
+        slot.iter()
+            .zip(entry)
+            .for_each(|(word, value)| word.store(value, Ordering::Relaxed));
         // ORDER(source-queue): Release, for the slot. Partner: the load in `peek`.
         self.written.store(at + 1, Ordering::Release);
     }
@@ -59,7 +63,8 @@ impl Queue {
     pub(super) fn advance(&self) {
         // ORDER(source-queue-free): Release: the slot has been copied, and the callbacks have run.
         // Partner: the loads in `push` and `is_empty`.
-        self.read.store(self.read.load(Ordering::Relaxed) + 1, Ordering::Release);
+        self.read
+            .store(self.read.load(Ordering::Relaxed) + 1, Ordering::Release);
     }
 
     /// Returns how many entries have been lost if not all of them have been told.

@@ -8,7 +8,10 @@
 //! The one module of the source with unsafe code. The calls take integers and pointers to locals of
 //! the size the kernel is told.
 
-#![allow(unsafe_code, reason = "the one module of this source that makes raw system calls; see its Safety section")]
+#![allow(
+    unsafe_code,
+    reason = "the one module of this source that makes raw system calls; see its Safety section"
+)]
 
 use mmu_notifier::VaRange;
 use std::ffi::{c_ulong, c_void};
@@ -62,11 +65,18 @@ pub(super) fn open() -> io::Result<OwnedFd> {
 }
 
 fn check(result: i32) -> io::Result<()> {
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }
 
 fn words(range: VaRange) -> Option<[u64; 2]> {
-    Some([range.start().get(), range.pages().checked_mul(mmu_notifier::PAGE_SIZE)?])
+    Some([
+        range.start().get(),
+        range.pages().checked_mul(mmu_notifier::PAGE_SIZE)?,
+    ])
 }
 
 /// Registers a range for write protection, which is then not set on any page: only the events are
@@ -103,7 +113,13 @@ pub(super) fn replace(uffd: BorrowedFd<'_>, event: BorrowedFd<'_>) {
 pub(super) fn read(uffd: BorrowedFd<'_>) -> Option<Message> {
     let mut message = [0_u64; 4];
     // SAFETY: reads at most the 32 bytes of the local, `struct uffd_msg`.
-    let got = unsafe { libc::read(uffd.as_raw_fd(), message.as_mut_ptr().cast(), size_of_val(&message)) };
+    let got = unsafe {
+        libc::read(
+            uffd.as_raw_fd(),
+            message.as_mut_ptr().cast(),
+            size_of_val(&message),
+        )
+    };
     if got != size_of_val(&message) as isize {
         return None;
     }
@@ -116,7 +132,11 @@ pub(super) fn read(uffd: BorrowedFd<'_>) -> Option<Message> {
             drop(unsafe { OwnedFd::from_raw_fd(a as u32 as i32) });
             Message::Fork
         }
-        0x14 => Message::Remap { from: a, to: b, len: c },
+        0x14 => Message::Remap {
+            from: a,
+            to: b,
+            len: c,
+        },
         0x15 => Message::Remove { start: a, end: b },
         0x16 => Message::Unmap { start: a, end: b },
         _ => Message::Other,

@@ -53,9 +53,13 @@ impl Brackets {
     fn running() -> Result<Arc<Self>, Error> {
         running(&marks().brackets, |id| {
             let marks = Marks(Mutex::new(Table::with_room(64)));
-            let registration =
-                Registration::new(current_ref(), marks).map_err(|_| Error::InCallback { source: "watch" })?;
-            Ok(Self { id, registration, stays: AtomicBool::new(false) })
+            let registration = Registration::new(current_ref(), marks)
+                .map_err(|_| Error::InCallback { source: "watch" })?;
+            Ok(Self {
+                id,
+                registration,
+                stays: AtomicBool::new(false),
+            })
         })
         .inspect(|brackets| {
             if !brackets.stays.swap(true, Ordering::Relaxed) {

@@ -4,8 +4,8 @@
 use crate::child::alone;
 use crate::pages::{map, unmap};
 use mmu_notifier::{
-    Finish, IntervalNotifier, IntervalOps, InvalidateRange, InvalidateSeq, MmWithUser, Notifier, Registration, SoftTlb,
-    Subsystem, Va, VaRange,
+    Finish, IntervalNotifier, IntervalOps, InvalidateRange, InvalidateSeq, MmWithUser, Notifier,
+    Registration, SoftTlb, Subsystem, Va, VaRange,
 };
 use mmu_source::hook::Hook;
 use std::hint::black_box;
@@ -24,7 +24,9 @@ fn must_stop(test: &str, says: &str, body: impl FnOnce()) {
         return body();
     }
     let mut command = Command::new(env::current_exe().expect("this program has a name"));
-    command.args([test, "--exact", "--nocapture", "--test-threads=1"]).env(MARK, "1");
+    command
+        .args([test, "--exact", "--nocapture", "--test-threads=1"])
+        .env(MARK, "1");
     let output = command.output().expect("it runs again");
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.signal(), Some(libc::SIGABRT), "{stderr}");
@@ -42,23 +44,35 @@ impl Notifier for Allocates {
 #[test]
 fn a_callback_that_allocates_is_named() {
     let says = "`invalidate_range_start` of `hook::callback_heap::Allocates` allocates memory";
-    must_stop("callback_heap::a_callback_that_allocates_is_named", says, || {
-        let _watch = Registration::new(&mmu_source::current(), Allocates).map_err(|_| "refused").expect("registers");
-        let _hook = Hook::install().expect("the hook works on this machine");
-        unmap(map(1, 0), 1);
-    });
+    must_stop(
+        "callback_heap::a_callback_that_allocates_is_named",
+        says,
+        || {
+            let _watch = Registration::new(&mmu_source::current(), Allocates)
+                .map_err(|_| "refused")
+                .expect("registers");
+            let _hook = Hook::install().expect("the hook works on this machine");
+            unmap(map(1, 0), 1);
+        },
+    );
 }
 
 #[test]
 fn who_allocates_under_a_lock_that_a_callback_takes_is_told() {
     let says = "the holder of `the shadow of an InvalidateSeq`";
-    must_stop("callback_heap::who_allocates_under_a_lock_that_a_callback_takes_is_told", says, || {
-        let shadow = InvalidateSeq::new([VaRange::ALL], SoftTlb::<u64>::new(1));
-        let shadow = Registration::new(&mmu_source::current(), shadow).map_err(|_| "refused").expect("registers");
-        let _hook = Hook::install().expect("the hook works on this machine");
-        unmap(map(1, 0), 1);
-        shadow.with_shadow(|_| drop(black_box(Box::new(1))));
-    });
+    must_stop(
+        "callback_heap::who_allocates_under_a_lock_that_a_callback_takes_is_told",
+        says,
+        || {
+            let shadow = InvalidateSeq::new([VaRange::ALL], SoftTlb::<u64>::new(1));
+            let shadow = Registration::new(&mmu_source::current(), shadow)
+                .map_err(|_| "refused")
+                .expect("registers");
+            let _hook = Hook::install().expect("the hook works on this machine");
+            unmap(map(1, 0), 1);
+            shadow.with_shadow(|_| drop(black_box(Box::new(1))));
+        },
+    );
 }
 
 type Shadow = InvalidateSeq<SoftTlb<u64>>;
@@ -67,7 +81,10 @@ static SHADOW: Subsystem<Shadow> =
     Subsystem::new(|_: &MmWithUser| Ok(InvalidateSeq::new([VaRange::ALL], SoftTlb::new(1024))));
 
 fn give_memory_back_often() {
-    for (option, value) in [(libc::M_MMAP_THRESHOLD, 1 << 30), (libc::M_TRIM_THRESHOLD, 64 << 10)] {
+    for (option, value) in [
+        (libc::M_MMAP_THRESHOLD, 1 << 30),
+        (libc::M_TRIM_THRESHOLD, 64 << 10),
+    ] {
         // SAFETY: changes when the allocator gives memory back.
         assert_eq!(unsafe { libc::mallopt(option, value) }, 1);
     }
@@ -93,25 +110,35 @@ fn until_ten_were_given_back(mut round: impl FnMut() -> bool) {
 /// is known of it is let go.
 #[test]
 fn a_shadow_is_emptied_in_the_middle_of_free() {
-    alone("callback_heap::a_shadow_is_emptied_in_the_middle_of_free", || {
-        give_memory_back_often();
-        let shadow = SHADOW.get(&mmu_source::current()).expect("subscribes");
-        let _hook = Hook::install().expect("the hook works on this machine");
-        until_ten_were_given_back(|| {
-            let block = vec![1_u8; 4 << 20];
-            let range =
-                VaRange::covering(Va::new(block.as_ptr().addr() as u64), block.len() as u64).expect("it is not empty");
-            for number in 0..1024 {
-                let page = VaRange::covering(Va::new(range.start().get() + number * 4096), 1).expect("a page");
-                let installed = shadow.try_install(shadow.snapshot(page), |tlb| tlb.insert(page.start(), number));
-                assert_eq!(installed, Ok(()));
-            }
-            assert_eq!(shadow.with_shadow(|tlb| tlb.get(Va::new(range.start().get() + 4096 * 7))), Some(7));
-            let given_back = gives_back(block);
-            assert!(!given_back || shadow.with_shadow(|tlb| tlb.get(range.last())).is_none());
-            given_back
-        });
-    });
+    alone(
+        "callback_heap::a_shadow_is_emptied_in_the_middle_of_free",
+        || {
+            give_memory_back_often();
+            let shadow = SHADOW.get(&mmu_source::current()).expect("subscribes");
+            let _hook = Hook::install().expect("the hook works on this machine");
+            until_ten_were_given_back(|| {
+                let block = vec![1_u8; 4 << 20];
+                let range =
+                    VaRange::covering(Va::new(block.as_ptr().addr() as u64), block.len() as u64)
+                        .expect("it is not empty");
+                for number in 0..1024 {
+                    let page = VaRange::covering(Va::new(range.start().get() + number * 4096), 1)
+                        .expect("a page");
+                    let installed = shadow.try_install(shadow.snapshot(page), |tlb| {
+                        tlb.insert(page.start(), number)
+                    });
+                    assert_eq!(installed, Ok(()));
+                }
+                assert_eq!(
+                    shadow.with_shadow(|tlb| tlb.get(Va::new(range.start().get() + 4096 * 7))),
+                    Some(7)
+                );
+                let given_back = gives_back(block);
+                assert!(!given_back || shadow.with_shadow(|tlb| tlb.get(range.last())).is_none());
+                given_back
+            });
+        },
+    );
 }
 
 /// A device whose second pass was made beforehand.
@@ -125,47 +152,55 @@ impl IntervalOps for Device {
 
 #[test]
 fn a_second_pass_runs_in_the_middle_of_free() {
-    alone("callback_heap::a_second_pass_runs_in_the_middle_of_free", || {
-        give_memory_back_often();
-        let _hook = Hook::install().expect("the hook works on this machine");
-        until_ten_were_given_back(|| {
-            // What is allocated next lies here and not behind the block, which must be the end
-            // of the heap.
-            let room = vec![1_u8; 64 << 10];
-            let block = vec![1_u8; 4 << 20];
-            drop(room);
-            let range =
-                VaRange::covering(Va::new(block.as_ptr().addr() as u64), block.len() as u64).expect("it is not empty");
-            let waits = Arc::new(AtomicUsize::new(0));
-            let waited = Arc::clone(&waits);
-            // What it keeps is on the heap.
-            let table = vec![1_usize; 1000];
-            let finish = Finish::new(move || {
-                waited.fetch_add(table.iter().sum(), Ordering::Relaxed);
+    alone(
+        "callback_heap::a_second_pass_runs_in_the_middle_of_free",
+        || {
+            give_memory_back_often();
+            let _hook = Hook::install().expect("the hook works on this machine");
+            until_ten_were_given_back(|| {
+                // What is allocated next lies here and not behind the block, which must be the end
+                // of the heap.
+                let room = vec![1_u8; 64 << 10];
+                let block = vec![1_u8; 4 << 20];
+                drop(room);
+                let range =
+                    VaRange::covering(Va::new(block.as_ptr().addr() as u64), block.len() as u64)
+                        .expect("it is not empty");
+                let waits = Arc::new(AtomicUsize::new(0));
+                let waited = Arc::clone(&waits);
+                // What it keeps is on the heap.
+                let table = vec![1_usize; 1000];
+                let finish = Finish::new(move || {
+                    waited.fetch_add(table.iter().sum(), Ordering::Relaxed);
+                });
+                let device = Device(Some(finish));
+                let device = IntervalNotifier::insert(&mmu_source::current(), range, device)
+                    .map_err(|_| "refused");
+                let device = device.expect("outside of brackets");
+                let given_back = gives_back(block);
+                assert!(!given_back || waits.load(Ordering::Relaxed) == 1000);
+                assert!(device.remove().is_ok());
+                given_back
             });
-            let device = Device(Some(finish));
-            let device = IntervalNotifier::insert(&mmu_source::current(), range, device).map_err(|_| "refused");
-            let device = device.expect("outside of brackets");
-            let given_back = gives_back(block);
-            assert!(!given_back || waits.load(Ordering::Relaxed) == 1000);
-            assert!(device.remove().is_ok());
-            given_back
-        });
-    });
+        },
+    );
 }
 
 #[test]
 fn threads_that_ask_first_make_one_address_space() {
-    alone("callback_heap::threads_that_ask_first_make_one_address_space", || {
-        let together = Barrier::new(8);
-        thread::scope(|scope| {
-            for _ in 0..8 {
-                scope.spawn(|| {
-                    together.wait();
-                    assert_eq!(mmu_source::current().id(), 1);
-                });
-            }
-        });
-        assert_eq!(MmWithUser::new().id(), 2, "none was made in vain");
-    });
+    alone(
+        "callback_heap::threads_that_ask_first_make_one_address_space",
+        || {
+            let together = Barrier::new(8);
+            thread::scope(|scope| {
+                for _ in 0..8 {
+                    scope.spawn(|| {
+                        together.wait();
+                        assert_eq!(mmu_source::current().id(), 1);
+                    });
+                }
+            });
+            assert_eq!(MmWithUser::new().id(), 2, "none was made in vain");
+        },
+    );
 }

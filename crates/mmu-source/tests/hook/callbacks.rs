@@ -66,7 +66,9 @@ fn a_callback_puts_subscribes_maps_and_unmaps() {
     let mm = mmu_source::current();
     let first = QUIET.get(&mm).expect("subscribes");
     let second = first.try_clone().expect("far from full");
-    let busy = Registration::new(&mm, Busy::default()).map_err(|_| "refused").expect("registers");
+    let busy = Registration::new(&mm, Busy::default())
+        .map_err(|_| "refused")
+        .expect("registers");
     *busy.held.lock().expect("no panic") = Some(second);
     let hook = Hook::install().expect("the hook works on this machine");
     let pages = map(1, 0);
@@ -75,11 +77,18 @@ fn a_callback_puts_subscribes_maps_and_unmaps() {
     // change.
     assert_eq!(unsafe { libc::close(-1) }, -1);
     unmap(pages, 1);
-    assert_eq!(errno(), libc::EBADF, "the callback's own errors are not seen");
+    assert_eq!(
+        errno(),
+        libc::EBADF,
+        "the callback's own errors are not seen"
+    );
     busy.watched.store(0, Ordering::Relaxed);
     let count = |count: &AtomicUsize| count.load(Ordering::Relaxed);
     assert_eq!((count(&busy.starts), count(&busy.ends)), (1, 1));
-    assert!(count(&busy.inner_starts) >= 2, "the calls of the callback have brackets of their own");
+    assert!(
+        count(&busy.inner_starts) >= 2,
+        "the calls of the callback have brackets of their own"
+    );
     assert_eq!(first.users(), 1, "what was put in the callback is put");
     drop(hook);
 }
@@ -107,7 +116,10 @@ fn a_callback_may_unsubscribe_itself() {
     let dropped = Arc::new(AtomicUsize::new(0));
     let tell = dropped.clone();
     let kind = Subsystem::<Once, std::convert::Infallible, _>::new(move |_: &_| {
-        Ok(Once { own: Mutex::default(), dropped: Some(tell.clone()) })
+        Ok(Once {
+            own: Mutex::default(),
+            dropped: Some(tell.clone()),
+        })
     });
     let hook = Hook::install().expect("the hook works on this machine");
     let subscription = kind.get(&mmu_source::current()).expect("subscribes");

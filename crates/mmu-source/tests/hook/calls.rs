@@ -14,7 +14,10 @@ const P: i64 = PAGE as i64;
 fn every_site_is_ours_while_installed() {
     let watch = Watch::new();
     let status = watch.hook.status();
-    assert!(status.iter().all(|patch| patch.state == State::Ours), "{status:#?}");
+    assert!(
+        status.iter().all(|patch| patch.state == State::Ours),
+        "{status:#?}"
+    );
     for name in [
         "munmap",
         "mmap",
@@ -29,10 +32,20 @@ fn every_site_is_ours_while_installed() {
         "remap_file_pages",
         "syscall",
     ] {
-        assert!(status.iter().any(|patch| patch.name == name), "{name}: {status:#?}");
+        assert!(
+            status.iter().any(|patch| patch.name == name),
+            "{name}: {status:#?}"
+        );
     }
-    let in_loader = |name| status.iter().any(|patch| patch.name == name && patch.module.starts_with("ld-linux"));
-    assert!(in_loader("munmap") && in_loader("mmap") && in_loader("mprotect"), "{status:#?}");
+    let in_loader = |name| {
+        status
+            .iter()
+            .any(|patch| patch.name == name && patch.module.starts_with("ld-linux"))
+    };
+    assert!(
+        in_loader("munmap") && in_loader("mmap") && in_loader("mprotect"),
+        "{status:#?}"
+    );
 }
 
 #[test]
@@ -42,7 +55,10 @@ fn munmap() {
     watch.listen_and_look(pages, 3 * PAGE);
     unmap(pages, 1);
     let heard = watch.heard();
-    assert_eq!(heard[0].content, 7, "the page is there in the start callback");
+    assert_eq!(
+        heard[0].content, 7,
+        "the page is there in the start callback"
+    );
     watch.listen(pages, 3 * PAGE);
     unmap(pages + PAGE, 2);
     watch.expect("the rest", Event::Unmap, &[(P, 3 * P)]);
@@ -91,23 +107,47 @@ fn populating_for_writing_gives_pages_of_their_own() {
 fn results_and_errno_are_the_kernels() {
     let watch = Watch::new();
     let pages = map(1, 0);
-    // SAFETY: a misaligned address is refused.
-    assert_eq!((unsafe { libc::munmap(at(pages + 1), PAGE) }, errno()), (-1, libc::EINVAL));
-    // SAFETY: as above, by number.
-    assert_eq!((unsafe { libc::syscall(libc::SYS_munmap, pages + 1, PAGE) }, errno()), (-1, libc::EINVAL));
-    // SAFETY: an unknown advice is refused.
-    assert_eq!((unsafe { libc::madvise(at(pages), PAGE, 9999) }, errno()), (-1, libc::EINVAL));
-    // SAFETY: an unknown advice is refused; this call returns the error.
-    assert_eq!(unsafe { libc::posix_madvise(at(pages), PAGE, 9999) }, libc::EINVAL);
-    // SAFETY: a hint that changes nothing.
-    assert_eq!(unsafe { libc::posix_madvise(at(pages), PAGE, libc::POSIX_MADV_WILLNEED) }, 0);
-    // SAFETY: no such segment.
-    assert_eq!((unsafe { libc::shmdt(at(pages)) }, errno()), (-1, libc::EINVAL));
+    assert_eq!(
+        // SAFETY: a misaligned address is refused.
+        (unsafe { libc::munmap(at(pages + 1), PAGE) }, errno()),
+        (-1, libc::EINVAL)
+    );
+    assert_eq!(
+        (
+            // SAFETY: as above, by number.
+            unsafe { libc::syscall(libc::SYS_munmap, pages + 1, PAGE) },
+            errno()
+        ),
+        (-1, libc::EINVAL)
+    );
+    assert_eq!(
+        // SAFETY: an unknown advice is refused.
+        (unsafe { libc::madvise(at(pages), PAGE, 9999) }, errno()),
+        (-1, libc::EINVAL)
+    );
+    assert_eq!(
+        // SAFETY: an unknown advice is refused; this call returns the error.
+        unsafe { libc::posix_madvise(at(pages), PAGE, 9999) },
+        libc::EINVAL
+    );
+    assert_eq!(
+        // SAFETY: a hint that changes nothing.
+        unsafe { libc::posix_madvise(at(pages), PAGE, libc::POSIX_MADV_WILLNEED) },
+        0
+    );
+    assert_eq!(
+        // SAFETY: no such segment.
+        (unsafe { libc::shmdt(at(pages)) }, errno()),
+        (-1, libc::EINVAL)
+    );
     // SAFETY: nothing there, and no flag to move it anywhere.
     let moved = unsafe { libc::mremap(at(16), PAGE, PAGE, 0) };
     assert_eq!((moved, errno()), (libc::MAP_FAILED, libc::EINVAL));
-    // SAFETY: asks for the process's number.
-    assert_eq!(unsafe { libc::syscall(libc::SYS_getpid) }, i64::from(std::process::id()));
+    assert_eq!(
+        // SAFETY: asks for the process's number.
+        unsafe { libc::syscall(libc::SYS_getpid) },
+        i64::from(std::process::id())
+    );
     // SAFETY: a new mapping; the sixth argument of the call is the seventh of the function, on the
     // stack.
     let by_number = unsafe { libc::syscall(libc::SYS_mmap, 0, PAGE, PROTECTION, FLAGS, -1, 0_i64) };
@@ -128,15 +168,37 @@ fn mmap_over_live_memory() {
     // SAFETY: replaces pages of this test.
     let new = unsafe { libc::mmap(at(pages), PAGE, PROTECTION, FLAGS | libc::MAP_FIXED, -1, 0) };
     assert_eq!(new, at(pages));
-    assert_eq!(watch.heard()[0].content, 5, "the old page is there in the start callback");
+    assert_eq!(
+        watch.heard()[0].content,
+        5,
+        "the old page is there in the start callback"
+    );
     watch.listen(pages, 3 * PAGE);
     // SAFETY: is refused, since there is something.
-    let new = unsafe { libc::mmap(at(pages), PAGE, PROTECTION, FLAGS | libc::MAP_FIXED_NOREPLACE, -1, 0) };
+    let new = unsafe {
+        libc::mmap(
+            at(pages),
+            PAGE,
+            PROTECTION,
+            FLAGS | libc::MAP_FIXED_NOREPLACE,
+            -1,
+            0,
+        )
+    };
     assert_eq!((new, errno()), (libc::MAP_FAILED, libc::EEXIST));
     watch.expect("nothing replaced", Event::Unmap, &[]);
     watch.listen(pages, 3 * PAGE);
     // SAFETY: replaces pages of this test.
-    unsafe { libc::mmap(at(pages + PAGE), 2 * PAGE, PROTECTION, FLAGS | libc::MAP_FIXED, -1, 0) };
+    unsafe {
+        libc::mmap(
+            at(pages + PAGE),
+            2 * PAGE,
+            PROTECTION,
+            FLAGS | libc::MAP_FIXED,
+            -1,
+            0,
+        )
+    };
     watch.expect("two pages", Event::Unmap, &[(P, 3 * P)]);
     unmap(pages, 3);
 }
@@ -158,7 +220,13 @@ fn mremap_tells_both_places() {
     watch.listen(pages, 8 * PAGE);
     // SAFETY: moves the pages elsewhere, and leaves the old ones empty.
     let elsewhere = unsafe {
-        libc::mremap(at(pages + 4 * PAGE), 2 * PAGE, 2 * PAGE, libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP, 0)
+        libc::mremap(
+            at(pages + 4 * PAGE),
+            2 * PAGE,
+            2 * PAGE,
+            libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP,
+            0,
+        )
     };
     assert_ne!(elsewhere, libc::MAP_FAILED);
     watch.expect("leaving the mapping", Event::Unmap, &[(4 * P, 6 * P)]);
@@ -171,16 +239,29 @@ fn advice_that_discards() {
     let watch = Watch::new();
     let pages = map(4, 9);
     watch.listen_and_look(pages, 4 * PAGE);
-    // SAFETY: discards a page of this test.
-    assert_eq!(unsafe { libc::madvise(at(pages), PAGE, libc::MADV_DONTNEED) }, 0);
-    assert_eq!(watch.heard()[0].content, 9, "the content is there in the start callback");
+    assert_eq!(
+        // SAFETY: discards a page of this test.
+        unsafe { libc::madvise(at(pages), PAGE, libc::MADV_DONTNEED) },
+        0
+    );
+    assert_eq!(
+        watch.heard()[0].content,
+        9,
+        "the content is there in the start callback"
+    );
     watch.listen(pages, 4 * PAGE);
-    // SAFETY: discards pages of this test.
-    assert_eq!(unsafe { libc::madvise(at(pages + PAGE), 2 * PAGE, libc::MADV_FREE) }, 0);
+    assert_eq!(
+        // SAFETY: discards pages of this test.
+        unsafe { libc::madvise(at(pages + PAGE), 2 * PAGE, libc::MADV_FREE) },
+        0
+    );
     watch.expect("MADV_FREE", Event::Clear, &[(P, 3 * P)]);
     watch.listen(pages, 4 * PAGE);
-    // SAFETY: a hint.
-    assert_eq!(unsafe { libc::madvise(at(pages), PAGE, libc::MADV_WILLNEED) }, 0);
+    assert_eq!(
+        // SAFETY: a hint.
+        unsafe { libc::madvise(at(pages), PAGE, libc::MADV_WILLNEED) },
+        0
+    );
     watch.expect("MADV_WILLNEED", Event::Clear, &[]);
     unmap(pages, 4);
 }
@@ -191,11 +272,23 @@ fn process_madvise_on_this_process() {
     let pages = map(4, 9);
     // SAFETY: makes a descriptor.
     let own = unsafe { libc::syscall(libc::SYS_pidfd_open, std::process::id(), 0) };
-    let vectors = [0, 2].map(|page| libc::iovec { iov_base: at(pages + page * PAGE), iov_len: PAGE });
+    let vectors = [0, 2].map(|page| libc::iovec {
+        iov_base: at(pages + page * PAGE),
+        iov_len: PAGE,
+    });
     watch.listen(pages, 4 * PAGE);
     // SAFETY: the vectors are of this test. Before Linux 6.13 this advice is refused, and told all
     // the same.
-    unsafe { libc::syscall(libc::SYS_process_madvise, own, vectors.as_ptr(), 2, libc::MADV_DONTNEED, 0) };
+    unsafe {
+        libc::syscall(
+            libc::SYS_process_madvise,
+            own,
+            vectors.as_ptr(),
+            2,
+            libc::MADV_DONTNEED,
+            0,
+        )
+    };
     watch.expect("both vectors", Event::Clear, &[(0, P), (2 * P, 3 * P)]);
     // SAFETY: the descriptor is of this test.
     unsafe { libc::close(own as i32) };
@@ -207,8 +300,11 @@ fn mprotect_and_its_sibling_with_a_key() {
     let watch = Watch::new();
     let pages = map(2, 0);
     watch.listen(pages, 2 * PAGE);
-    // SAFETY: pages of this test that nobody touches meanwhile.
-    assert_eq!(unsafe { libc::mprotect(at(pages), PAGE, libc::PROT_READ) }, 0);
+    assert_eq!(
+        // SAFETY: pages of this test that nobody touches meanwhile.
+        unsafe { libc::mprotect(at(pages), PAGE, libc::PROT_READ) },
+        0
+    );
     watch.expect("mprotect", Event::ProtectionVma, &[(0, P)]);
     for key in [0, -1] {
         watch.listen(pages, 2 * PAGE);
@@ -221,7 +317,13 @@ fn mprotect_and_its_sibling_with_a_key() {
 
 unsafe extern "C" {
     fn pkey_mprotect(address: *mut libc::c_void, length: usize, protection: i32, key: i32) -> i32;
-    fn remap_file_pages(address: *mut libc::c_void, size: usize, protection: i32, offset: usize, flags: i32) -> i32;
+    fn remap_file_pages(
+        address: *mut libc::c_void,
+        size: usize,
+        protection: i32,
+        offset: usize,
+        flags: i32,
+    ) -> i32;
 }
 
 #[test]
@@ -238,7 +340,10 @@ fn segments_of_shared_memory() {
     unsafe { libc::shmctl(id, libc::IPC_RMID, ptr::null_mut()) };
     assert_eq!(attached, at(pages));
     let heard = watch.heard();
-    assert_eq!((heard[0].from, heard[0].to, heard[0].content, heard.len()), (0, 2 * P, 3, 2));
+    assert_eq!(
+        (heard[0].from, heard[0].to, heard[0].content, heard.len()),
+        (0, 2 * P, 3, 2)
+    );
     watch.listen(pages, 4 * PAGE);
     // SAFETY: detaches what this test attached.
     assert_eq!(unsafe { libc::shmdt(attached) }, 0);
@@ -259,14 +364,21 @@ fn what_cannot_be_looked_up_is_everything() {
         unsafe { libc::shmctl(id, libc::IPC_RMID, ptr::null_mut()) };
         assert_ne!(attached, libc::MAP_FAILED);
         watch.listen(attached.addr(), PAGE);
-        let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        let none = libc::rlimit {
+            rlim_cur: 0,
+            rlim_max: 0,
+        };
         // SAFETY: reads the limit. This process has nothing else to open.
         assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &none) }, 0);
         // SAFETY: detaches what this test attached.
         assert_eq!(unsafe { libc::shmdt(attached) }, 0);
         let heard = watch.heard();
         assert_eq!(heard.len(), 2, "before and after: {heard:?}");
-        assert_eq!(heard[0].from, -(attached.addr() as i64), "from the first address on: {heard:?}");
+        assert_eq!(
+            heard[0].from,
+            -(attached.addr() as i64),
+            "from the first address on: {heard:?}"
+        );
     });
 }
 
@@ -300,14 +412,32 @@ fn the_same_by_number() {
         // SAFETY: every call below is on pages of this test.
         unsafe { libc::syscall(number, args[0], args[1], args[2], args[3], args[4], args[5]) }
     };
-    assert_eq!(number(libc::SYS_munmap, [pages + 7 * PAGE, PAGE, 0, 0, 0, 0]), 0);
+    assert_eq!(
+        number(libc::SYS_munmap, [pages + 7 * PAGE, PAGE, 0, 0, 0, 0]),
+        0
+    );
     watch.expect("munmap", Event::Unmap, &[(7 * P, 8 * P)]);
-    assert_eq!(number(libc::SYS_madvise, [pages, PAGE, libc::MADV_DONTNEED as usize, 0, 0, 0]), 0);
+    assert_eq!(
+        number(
+            libc::SYS_madvise,
+            [pages, PAGE, libc::MADV_DONTNEED as usize, 0, 0, 0]
+        ),
+        0
+    );
     watch.expect("madvise", Event::Clear, &[(0, P)]);
-    assert_eq!(number(libc::SYS_mprotect, [pages, PAGE, libc::PROT_NONE as usize, 0, 0, 0]), 0);
+    assert_eq!(
+        number(
+            libc::SYS_mprotect,
+            [pages, PAGE, libc::PROT_NONE as usize, 0, 0, 0]
+        ),
+        0
+    );
     watch.expect("mprotect", Event::ProtectionVma, &[(0, P)]);
     let flags = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as usize;
-    number(libc::SYS_mremap, [pages + PAGE, PAGE, PAGE, flags, pages + 2 * PAGE, 0]);
+    number(
+        libc::SYS_mremap,
+        [pages + PAGE, PAGE, PAGE, flags, pages + 2 * PAGE, 0],
+    );
     watch.expect("mremap", Event::Unmap, &[(P, 2 * P), (2 * P, 3 * P)]);
     number(libc::SYS_mbind, [pages, PAGE, 0, 0, 0, 0]);
     watch.expect("mbind without a flag to move", Event::Unmap, &[]);
@@ -330,19 +460,30 @@ fn without_a_hook_nothing_is_told() {
     alone("calls::without_a_hook_nothing_is_told", || {
         let Watch { log, hook } = Watch::new();
         let second = Hook::install().expect("it worked before");
-        let all = |state| probe().expect("there are sites").iter().all(|patch| patch.state == state);
+        let all = |state| {
+            probe()
+                .expect("there are sites")
+                .iter()
+                .all(|patch| patch.state == state)
+        };
         drop(hook);
         assert!(all(State::Ours), "one hook is left");
         drop(second);
         assert!(all(State::Free));
-        let watch = Watch { log, hook: Hook::install().expect("it worked before") };
+        let watch = Watch {
+            log,
+            hook: Hook::install().expect("it worked before"),
+        };
         assert!(all(State::Ours));
         let pages = map(1, 0);
         watch.listen(pages, PAGE);
         let Watch { log, hook } = watch;
         drop(hook);
         unmap(pages, 1);
-        let watch = Watch { log, hook: Hook::install().expect("it worked before") };
+        let watch = Watch {
+            log,
+            hook: Hook::install().expect("it worked before"),
+        };
         watch.expect("nothing", Event::Unmap, &[]);
     });
 }
@@ -355,12 +496,21 @@ fn a_forked_child_has_a_hook_of_its_own() {
         watch.listen_to_all(pages, PAGE);
         in_a_child(|| {
             let own = Watch::new();
-            assert!(own.hook.status().iter().all(|patch| patch.state == State::Ours));
+            assert!(
+                own.hook
+                    .status()
+                    .iter()
+                    .all(|patch| patch.state == State::Ours)
+            );
             assert!(watch.hook.is_inherited() && !own.hook.is_inherited());
             own.listen(pages, PAGE);
             unmap(pages, 1);
             own.expect("the child's", Event::Unmap, &[(0, P)]);
-            assert_eq!(watch.heard(), [], "the parent's subscriber hears nothing of the child");
+            assert_eq!(
+                watch.heard(),
+                [],
+                "the parent's subscriber hears nothing of the child"
+            );
         });
         assert_eq!(watch.heard(), [], "nor in the parent");
         assert!(!watch.hook.is_inherited());

@@ -29,7 +29,11 @@ pub(crate) fn in_a_child(test: impl FnOnce()) {
             let mut status = 0;
             // SAFETY: writes one int to a local.
             let reaped = unsafe { libc::waitpid(child, &mut status, 0) };
-            assert_eq!((reaped, status), (child, 0), "the child fails; its message is above");
+            assert_eq!(
+                (reaped, status),
+                (child, 0),
+                "the child fails; its message is above"
+            );
         }
     }
 }
@@ -46,9 +50,15 @@ pub(crate) fn alone(test: &str, body: impl FnOnce()) {
     }
     let mut command = Command::new(env::current_exe().expect("this program has a name"));
     command.args([test, "--exact", "--nocapture", "--test-threads=1"]);
-    let output =
-        command.env(MARK, "1").env("GLIBC_TUNABLES", "glibc.malloc.arena_max=1").output().expect("it runs again");
+    let output = command
+        .env(MARK, "1")
+        .env("GLIBC_TUNABLES", "glibc.malloc.arena_max=1")
+        .output()
+        .expect("it runs again");
     let stdout = String::from_utf8_lossy(&output.stdout);
     let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success() && stdout.contains("1 passed"), "{stdout}{stderr}");
+    assert!(
+        output.status.success() && stdout.contains("1 passed"),
+        "{stdout}{stderr}"
+    );
 }

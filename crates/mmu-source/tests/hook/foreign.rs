@@ -40,8 +40,13 @@ fn patch(function: usize, target: usize) {
 }
 
 fn write(address: usize, code: &[u8]) {
-    let memory = File::options().write(true).open("/proc/self/mem").expect("one's own memory");
-    memory.write_all_at(code, address as u64).expect("it can be written past its protection");
+    let memory = File::options()
+        .write(true)
+        .open("/proc/self/mem")
+        .expect("one's own memory");
+    memory
+        .write_all_at(code, address as u64)
+        .expect("it can be written past its protection");
 }
 
 fn unmap_one(watch: &Watch) {
@@ -53,47 +58,74 @@ fn unmap_one(watch: &Watch) {
 
 #[test]
 fn a_patch_that_was_there_before_is_chained_to() {
-    alone("foreign::a_patch_that_was_there_before_is_chained_to", || {
-        patch(libc::munmap as *const () as usize, their_munmap as *const () as usize);
-        let watch = Watch::new();
-        let before = CALLS.load(Ordering::Relaxed);
-        unmap_one(&watch);
-        let heard = watch.heard();
-        assert_eq!(CALLS.load(Ordering::Relaxed), before + 1, "theirs runs");
-        assert_eq!(heard.len(), 2, "and ours: {heard:?}");
-        assert!(heard[0].is_start && heard[0].event == Event::Unmap && heard[0].content == 7);
-        // SAFETY: a misaligned address is refused.
-        assert_eq!((unsafe { libc::munmap(at(1), PAGE) }, errno()), (-1, libc::EINVAL));
-        let status = watch.hook.status();
-        let of_libc = status.iter().find(|patch| patch.name == "munmap" && patch.module.starts_with("libc"));
-        assert_eq!(of_libc.expect("it is listed").state, State::Chained);
-        drop(watch.hook);
-        let before = CALLS.load(Ordering::Relaxed);
-        // SAFETY: a misaligned address is refused.
-        assert_eq!(unsafe { libc::munmap(at(1), PAGE) }, -1);
-        assert_eq!(CALLS.load(Ordering::Relaxed), before + 1, "theirs is back in its place");
-    });
+    alone(
+        "foreign::a_patch_that_was_there_before_is_chained_to",
+        || {
+            patch(
+                libc::munmap as *const () as usize,
+                their_munmap as *const () as usize,
+            );
+            let watch = Watch::new();
+            let before = CALLS.load(Ordering::Relaxed);
+            unmap_one(&watch);
+            let heard = watch.heard();
+            assert_eq!(CALLS.load(Ordering::Relaxed), before + 1, "theirs runs");
+            assert_eq!(heard.len(), 2, "and ours: {heard:?}");
+            assert!(heard[0].is_start && heard[0].event == Event::Unmap && heard[0].content == 7);
+            assert_eq!(
+                // SAFETY: a misaligned address is refused.
+                (unsafe { libc::munmap(at(1), PAGE) }, errno()),
+                (-1, libc::EINVAL)
+            );
+            let status = watch.hook.status();
+            let of_libc = status
+                .iter()
+                .find(|patch| patch.name == "munmap" && patch.module.starts_with("libc"));
+            assert_eq!(of_libc.expect("it is listed").state, State::Chained);
+            drop(watch.hook);
+            let before = CALLS.load(Ordering::Relaxed);
+            // SAFETY: a misaligned address is refused.
+            assert_eq!(unsafe { libc::munmap(at(1), PAGE) }, -1);
+            assert_eq!(
+                CALLS.load(Ordering::Relaxed),
+                before + 1,
+                "theirs is back in its place"
+            );
+        },
+    );
 }
 
 #[test]
 fn a_patch_over_ours_is_reported_and_left_alone() {
-    alone("foreign::a_patch_over_ours_is_reported_and_left_alone", || {
-        let watch = Watch::new();
-        patch(libc::munmap as *const () as usize, their_munmap as *const () as usize);
-        let state = |watch: &Watch| {
-            let status = watch.hook.status();
-            let of_libc = status.iter().find(|patch| patch.name == "munmap" && patch.module.starts_with("libc"));
-            of_libc.expect("it is listed").state
-        };
-        assert_eq!(state(&watch), State::Overwritten);
-        unmap_one(&watch);
-        assert_eq!(watch.heard(), [], "theirs makes the call, and ours is gone");
-        drop(watch.hook);
-        let before = CALLS.load(Ordering::Relaxed);
-        // SAFETY: a misaligned address is refused.
-        assert_eq!(unsafe { libc::munmap(at(1), PAGE) }, -1);
-        assert_eq!(CALLS.load(Ordering::Relaxed), before + 1, "theirs was not taken out with ours");
-    });
+    alone(
+        "foreign::a_patch_over_ours_is_reported_and_left_alone",
+        || {
+            let watch = Watch::new();
+            patch(
+                libc::munmap as *const () as usize,
+                their_munmap as *const () as usize,
+            );
+            let state = |watch: &Watch| {
+                let status = watch.hook.status();
+                let of_libc = status
+                    .iter()
+                    .find(|patch| patch.name == "munmap" && patch.module.starts_with("libc"));
+                of_libc.expect("it is listed").state
+            };
+            assert_eq!(state(&watch), State::Overwritten);
+            unmap_one(&watch);
+            assert_eq!(watch.heard(), [], "theirs makes the call, and ours is gone");
+            drop(watch.hook);
+            let before = CALLS.load(Ordering::Relaxed);
+            // SAFETY: a misaligned address is refused.
+            assert_eq!(unsafe { libc::munmap(at(1), PAGE) }, -1);
+            assert_eq!(
+                CALLS.load(Ordering::Relaxed),
+                before + 1,
+                "theirs was not taken out with ours"
+            );
+        },
+    );
 }
 
 /// A uprobe's breakpoint is one to the kernel only where the file is mapped: whoever ran into a
@@ -112,8 +144,11 @@ fn a_breakpoint_is_not_copied() {
         // SAFETY: changes no byte. With no room for it it is refused, which is no harm.
         let _ = unsafe { libc::mlock(at(pages), 0) };
         watch.listen(pages, PAGE);
-        // SAFETY: the page is of this test.
-        assert_eq!(unsafe { libc::madvise(at(pages), PAGE, libc::MADV_DONTNEED) }, 0);
+        assert_eq!(
+            // SAFETY: the page is of this test.
+            unsafe { libc::madvise(at(pages), PAGE, libc::MADV_DONTNEED) },
+            0
+        );
         watch.expect("madvise", Event::Clear, &[(0, PAGE as i64)]);
     });
 }

@@ -70,28 +70,38 @@ fn fork_amid(delay: Duration) -> Option<libc::pid_t> {
 
 #[test]
 fn a_child_forked_while_another_thread_installs_can_install() {
-    alone("forks::a_child_forked_while_another_thread_installs_can_install", || {
-        const TOO_LATE: i32 = 2;
-        const ATTEMPTS: u32 = 12;
-        /// So that the forks are spread over an installation, which takes milliseconds.
-        const STEP: Duration = Duration::from_micros(500);
-        // The first installation of a process is the one that takes its time: each attempt has
-        // a process of its own.
-        let attempt = |number: u32| {
-            // SAFETY: as in `fork`.
-            let middle = unsafe { libc::fork() };
-            if middle == 0 {
-                let is_good = fork_amid(STEP * number).map(|child| has_heard(child) && has_heard(fork()));
-                // SAFETY: ends the child.
-                unsafe { libc::_exit(is_good.map_or(TOO_LATE, |is_good| i32::from(!is_good))) }
-            }
-            let mut status = 0;
-            // SAFETY: writes one int to a local.
-            assert_eq!(unsafe { libc::waitpid(middle, &mut status, 0) }, middle);
-            assert!(libc::WIFEXITED(status), "{status}");
-            libc::WEXITSTATUS(status)
-        };
-        let outcomes: Vec<i32> = (0..ATTEMPTS).map(attempt).filter(|outcome| *outcome != TOO_LATE).collect();
-        assert!(!outcomes.is_empty() && outcomes.iter().all(|outcome| *outcome == 0), "{outcomes:?}");
-    });
+    alone(
+        "forks::a_child_forked_while_another_thread_installs_can_install",
+        || {
+            const TOO_LATE: i32 = 2;
+            const ATTEMPTS: u32 = 12;
+            /// So that the forks are spread over an installation, which takes milliseconds.
+            const STEP: Duration = Duration::from_micros(500);
+            // The first installation of a process is the one that takes its time: each attempt has
+            // a process of its own.
+            let attempt = |number: u32| {
+                // SAFETY: as in `fork`.
+                let middle = unsafe { libc::fork() };
+                if middle == 0 {
+                    let is_good =
+                        fork_amid(STEP * number).map(|child| has_heard(child) && has_heard(fork()));
+                    // SAFETY: ends the child.
+                    unsafe { libc::_exit(is_good.map_or(TOO_LATE, |is_good| i32::from(!is_good))) }
+                }
+                let mut status = 0;
+                // SAFETY: writes one int to a local.
+                assert_eq!(unsafe { libc::waitpid(middle, &mut status, 0) }, middle);
+                assert!(libc::WIFEXITED(status), "{status}");
+                libc::WEXITSTATUS(status)
+            };
+            let outcomes: Vec<i32> = (0..ATTEMPTS)
+                .map(attempt)
+                .filter(|outcome| *outcome != TOO_LATE)
+                .collect();
+            assert!(
+                !outcomes.is_empty() && outcomes.iter().all(|outcome| *outcome == 0),
+                "{outcomes:?}"
+            );
+        },
+    );
 }

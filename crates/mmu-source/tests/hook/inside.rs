@@ -20,8 +20,14 @@ fn free_of_a_large_block() {
     free(block);
     let heard = watch.heard();
     assert_eq!(heard.len(), 2, "{heard:?}");
-    assert!(heard[0].is_start && heard[0].event == Event::Unmap && heard[0].content == 0x5a, "{heard:?}");
-    assert!(heard[0].from <= 0 && heard[0].to >= LARGE as i64, "all of it: {heard:?}");
+    assert!(
+        heard[0].is_start && heard[0].event == Event::Unmap && heard[0].content == 0x5a,
+        "{heard:?}"
+    );
+    assert!(
+        heard[0].from <= 0 && heard[0].to >= LARGE as i64,
+        "all of it: {heard:?}"
+    );
 }
 
 #[test]
@@ -32,7 +38,12 @@ fn realloc_that_moves_the_pages() {
     // SAFETY: makes the block of this test larger; it may move.
     let larger = unsafe { libc::realloc(at(block), 2 * LARGE) };
     let heard = watch.heard();
-    assert!(heard.iter().any(|heard| heard.is_start && heard.event == Event::Unmap), "{heard:?}");
+    assert!(
+        heard
+            .iter()
+            .any(|heard| heard.is_start && heard.event == Event::Unmap),
+        "{heard:?}"
+    );
     free(larger.expose_provenance());
 }
 
@@ -41,7 +52,10 @@ fn malloc_trim_of_the_top_and_of_a_hole() {
     alone("inside::malloc_trim_of_the_top_and_of_a_hole", || {
         let watch = Watch::new();
         // The blocks are too small to be mapped by themselves and too large for any cache.
-        for (option, value) in [(libc::M_MMAP_THRESHOLD, 1 << 30), (libc::M_TRIM_THRESHOLD, 1 << 30)] {
+        for (option, value) in [
+            (libc::M_MMAP_THRESHOLD, 1 << 30),
+            (libc::M_TRIM_THRESHOLD, 1 << 30),
+        ] {
             // SAFETY: sets an option.
             assert_eq!(unsafe { libc::mallopt(option, value) }, 1);
         }
@@ -50,13 +64,23 @@ fn malloc_trim_of_the_top_and_of_a_hole() {
         watch.listen(hole, 1 << 20);
         trim();
         let heard = watch.heard();
-        assert!(heard.iter().any(|heard| heard.is_start && heard.event == Event::Clear), "hole: {heard:?}");
+        assert!(
+            heard
+                .iter()
+                .any(|heard| heard.is_start && heard.event == Event::Clear),
+            "hole: {heard:?}"
+        );
         let top = block(4 << 20);
         free(top);
         watch.listen(top, 4 << 20);
         trim();
         let heard = watch.heard();
-        assert!(heard.iter().any(|heard| heard.is_start && heard.event == Event::Unmap), "top: {heard:?}");
+        assert!(
+            heard
+                .iter()
+                .any(|heard| heard.is_start && heard.event == Event::Unmap),
+            "top: {heard:?}"
+        );
         free(fence);
     });
 }
@@ -65,17 +89,34 @@ fn malloc_trim_of_the_top_and_of_a_hole() {
 fn the_stack_of_a_thread_that_has_ended() {
     // More than glibc keeps in its cache of stacks.
     const STACK: usize = 64 << 20;
-    let spawn = || std::thread::Builder::new().stack_size(STACK).spawn(|| ptr::from_ref(&0_u8.to_be()).addr());
+    let spawn = || {
+        std::thread::Builder::new()
+            .stack_size(STACK)
+            .spawn(|| ptr::from_ref(&0_u8.to_be()).addr())
+    };
     alone("inside::the_stack_of_a_thread_that_has_ended", || {
         let watch = Watch::new();
         // Where one thread's stack has been unmapped, the next one's is mapped: here nobody else
         // maps anything.
-        let first = spawn().expect("a thread").join().expect("it does not panic") & !(PAGE - 1);
+        let first = spawn()
+            .expect("a thread")
+            .join()
+            .expect("it does not panic")
+            & !(PAGE - 1);
         watch.listen_to_all(first, PAGE);
-        let second = spawn().expect("a thread").join().expect("it does not panic") & !(PAGE - 1);
+        let second = spawn()
+            .expect("a thread")
+            .join()
+            .expect("it does not panic")
+            & !(PAGE - 1);
         let heard = watch.heard();
         assert_eq!(first, second);
-        assert!(heard.iter().any(|heard| heard.is_start && heard.event == Event::Unmap), "{heard:?}");
+        assert!(
+            heard
+                .iter()
+                .any(|heard| heard.is_start && heard.event == Event::Unmap),
+            "{heard:?}"
+        );
     });
 }
 
@@ -94,6 +135,12 @@ fn dlclose() {
     // SAFETY: nothing of it is used any more.
     assert_eq!(unsafe { libc::dlclose(library) }, 0);
     let heard = watch.heard();
-    assert!(heard.len() >= 2 && heard[0].is_start && heard[0].event == Event::Unmap, "{heard:?}");
-    assert_eq!(heard[0].content, 0x7f, "its first byte is still there: an ELF file");
+    assert!(
+        heard.len() >= 2 && heard[0].is_start && heard[0].event == Event::Unmap,
+        "{heard:?}"
+    );
+    assert_eq!(
+        heard[0].content, 0x7f,
+        "its first byte is still there: an ELF file"
+    );
 }

@@ -37,9 +37,16 @@ fn load_others(folder: &Path, names: std::ops::Range<usize>) {
 
 fn compile_other(folder: &Path) {
     let source = folder.join("others.c");
-    fs::write(&source, "__thread char block[64]; char *find(void) { return block; }\n").expect("a file");
+    fs::write(
+        &source,
+        "__thread char block[64]; char *find(void) { return block; }\n",
+    )
+    .expect("a file");
     let mut compiler = Command::new("cc");
-    compiler.args(["-shared", "-fPIC", "-o"]).arg(folder.join("others.so")).arg(source);
+    compiler
+        .args(["-shared", "-fPIC", "-o"])
+        .arg(folder.join("others.so"))
+        .arg(source);
     assert!(compiler.status().expect("cc runs").success());
 }
 
@@ -57,57 +64,70 @@ fn a_threads_first_bracket_is_inside_the_allocator() {
     if !require(Cap::Program("cc")) {
         return;
     }
-    alone("late::a_threads_first_bracket_is_inside_the_allocator", || {
-        let scratch = Scratch::new("late");
-        compile_other(&scratch.0);
-        // Optimised, for `lockdep` uses thread-locals of the standard library.
-        let library = library(true);
-        let report = scratch.0.join("report");
-        // SAFETY: no other thread reads or changes the environment.
-        unsafe { std::env::set_var("MMUN_PRELOAD_REPORT", &report) };
-        for (option, value) in [(libc::M_MMAP_THRESHOLD, 1 << 30), (libc::M_TRIM_THRESHOLD, 0)] {
-            // SAFETY: sets an option.
-            assert_eq!(unsafe { libc::mallopt(option, value) }, 1);
-        }
-        // SAFETY: a time limit, because a failure is a hang.
-        unsafe { libc::alarm(120) };
-        let (started, loaded) = (Barrier::new(THREADS + 1), Barrier::new(THREADS + 1));
-        let (alone, settled) = (Mutex::new(()), Barrier::new(THREADS));
-        thread::scope(|scope| {
-            for _ in 0..THREADS {
-                scope.spawn(|| {
-                    trim();
-                    started.wait();
-                    loaded.wait();
-                    // One at a time: another thread's block above this one would keep the heap
-                    // from being trimmed.
-                    let turn = alone.lock();
-                    trim();
-                    drop(turn);
-                    settled.wait();
-                    (0..100).for_each(|_| trim());
-                });
+    alone(
+        "late::a_threads_first_bracket_is_inside_the_allocator",
+        || {
+            let scratch = Scratch::new("late");
+            compile_other(&scratch.0);
+            // Optimised, for `lockdep` uses thread-locals of the standard library.
+            let library = library(true);
+            let report = scratch.0.join("report");
+            // SAFETY: no other thread reads or changes the environment.
+            unsafe { std::env::set_var("MMUN_PRELOAD_REPORT", &report) };
+            for (option, value) in [
+                (libc::M_MMAP_THRESHOLD, 1 << 30),
+                (libc::M_TRIM_THRESHOLD, 0),
+            ] {
+                // SAFETY: sets an option.
+                assert_eq!(unsafe { libc::mallopt(option, value) }, 1);
             }
-            started.wait();
-            load_others(&scratch.0, 0..MODULES);
-            let handle = open(library);
-            load_others(&scratch.0, MODULES..2 * MODULES);
-            // SAFETY: nothing of the library is called by name.
-            assert_eq!(unsafe { libc::dlclose(handle) }, 0, "and it stays");
-            loaded.wait();
-        });
-        // SAFETY: runs the exit handlers of this process, in which no other thread is left.
-        let status = unsafe { libc::fork() };
-        if status == 0 {
-            // SAFETY: ends the child by way of its exit handlers, one of which reports.
-            unsafe { libc::exit(0) };
-        }
-        // SAFETY: waits for the child from above.
-        unsafe { libc::waitpid(status, std::ptr::null_mut(), 0) };
-        let report = fs::read_to_string(&report).expect("the library has reported");
-        let brackets: usize = report.split(' ').nth(1).and_then(|count| count.parse().ok()).expect("a count");
-        assert!(report.starts_with("brackets ") && brackets >= THREADS, "{report}");
-    });
+            // SAFETY: a time limit, because a failure is a hang.
+            unsafe { libc::alarm(120) };
+            let (started, loaded) = (Barrier::new(THREADS + 1), Barrier::new(THREADS + 1));
+            let (alone, settled) = (Mutex::new(()), Barrier::new(THREADS));
+            thread::scope(|scope| {
+                for _ in 0..THREADS {
+                    scope.spawn(|| {
+                        trim();
+                        started.wait();
+                        loaded.wait();
+                        // One at a time: another thread's block above this one would keep the heap
+                        // from being trimmed.
+                        let turn = alone.lock();
+                        trim();
+                        drop(turn);
+                        settled.wait();
+                        (0..100).for_each(|_| trim());
+                    });
+                }
+                started.wait();
+                load_others(&scratch.0, 0..MODULES);
+                let handle = open(library);
+                load_others(&scratch.0, MODULES..2 * MODULES);
+                // SAFETY: nothing of the library is called by name.
+                assert_eq!(unsafe { libc::dlclose(handle) }, 0, "and it stays");
+                loaded.wait();
+            });
+            // SAFETY: runs the exit handlers of this process, in which no other thread is left.
+            let status = unsafe { libc::fork() };
+            if status == 0 {
+                // SAFETY: ends the child by way of its exit handlers, one of which reports.
+                unsafe { libc::exit(0) };
+            }
+            // SAFETY: waits for the child from above.
+            unsafe { libc::waitpid(status, std::ptr::null_mut(), 0) };
+            let report = fs::read_to_string(&report).expect("the library has reported");
+            let brackets: usize = report
+                .split(' ')
+                .nth(1)
+                .and_then(|count| count.parse().ok())
+                .expect("a count");
+            assert!(
+                report.starts_with("brackets ") && brackets >= THREADS,
+                "{report}"
+            );
+        },
+    );
 }
 
 /// What the loader's function for thread-locals is called by: parts of the standard library that
@@ -129,20 +149,29 @@ fn nothing_on_the_way_of_a_bracket_is_looked_up_by_the_loader() {
         return;
     }
     let mut objdump = Command::new("objdump");
-    objdump.args(["-d", "--demangle", "--no-show-raw-insn"]).arg(library(true));
+    objdump
+        .args(["-d", "--demangle", "--no-show-raw-insn"])
+        .arg(library(true));
     let output = objdump.output().expect("objdump runs");
     let code = String::from_utf8_lossy(&output.stdout);
     let (mut function, mut callers) = ("", Vec::new());
     for line in code.lines() {
-        if let Some(name) = line.strip_suffix(">:").and_then(|line| line.split_once(" <")) {
+        if let Some(name) = line
+            .strip_suffix(">:")
+            .and_then(|line| line.split_once(" <"))
+        {
             function = name.1;
         } else if line.contains("__tls_get_addr") {
             callers.push(function);
         }
     }
-    assert!(code.contains("fs:(") || code.contains("%fs:"), "it was disassembled");
-    let is_allowed =
-        |name: &&str| name.contains("tls_get_addr") || MAY_LOOK_UP.iter().any(|start| name.starts_with(start));
+    assert!(
+        code.contains("fs:(") || code.contains("%fs:"),
+        "it was disassembled"
+    );
+    let is_allowed = |name: &&str| {
+        name.contains("tls_get_addr") || MAY_LOOK_UP.iter().any(|start| name.starts_with(start))
+    };
     callers.retain(|name| !is_allowed(name));
     assert_eq!(callers, [""; 0]);
 }

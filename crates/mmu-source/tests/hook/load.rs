@@ -22,7 +22,11 @@ fn installed_and_removed_under_load() {
             });
         }
         // Everyone is at work before the first patch, and still is when the last one has gone.
-        let at_work = |at_least: u64| rounds.iter().all(|rounds| rounds.load(Ordering::Relaxed) >= at_least);
+        let at_work = |at_least: u64| {
+            rounds
+                .iter()
+                .all(|rounds| rounds.load(Ordering::Relaxed) >= at_least)
+        };
         while !at_work(1) {
             thread::yield_now();
         }
@@ -30,12 +34,22 @@ fn installed_and_removed_under_load() {
             let hook = Hook::install().expect("it worked the first time");
             if time % 100 == 0 {
                 let status = hook.status();
-                assert!(status.iter().all(|patch| patch.state == State::Ours), "{status:?}");
+                assert!(
+                    status.iter().all(|patch| patch.state == State::Ours),
+                    "{status:?}"
+                );
             }
             drop(hook);
         }
-        let now = rounds.iter().map(|rounds| rounds.load(Ordering::Relaxed)).max().unwrap_or(0);
-        assert!(now > u64::from(TIMES) / 10, "the threads ran meanwhile: {rounds:?}");
+        let now = rounds
+            .iter()
+            .map(|rounds| rounds.load(Ordering::Relaxed))
+            .max()
+            .unwrap_or(0);
+        assert!(
+            now > u64::from(TIMES) / 10,
+            "the threads ran meanwhile: {rounds:?}"
+        );
         stop.store(true, Ordering::Relaxed);
     });
 }
@@ -45,22 +59,34 @@ fn map_and_unmap(round: u64) {
     let pages = map(2, fill);
     discard(pages, 1);
     assert_eq!((byte(pages), byte(pages + PAGE)), (0, fill));
-    // SAFETY: the pages are this function's.
-    assert_eq!(unsafe { libc::mprotect(at(pages), PAGE, libc::PROT_READ) }, 0);
+    assert_eq!(
+        // SAFETY: the pages are this function's.
+        unsafe { libc::mprotect(at(pages), PAGE, libc::PROT_READ) },
+        0
+    );
     // SAFETY: as above.
     assert_eq!(unsafe { libc::syscall(libc::SYS_munmap, pages, PAGE) }, 0);
     unmap(pages + PAGE, 1);
 }
 
 fn allocate(round: u64) {
-    let blocks: Vec<Vec<u8>> = (0..8).map(|size| vec![round as u8; 1 << (12 + size)]).collect();
-    assert!(blocks.iter().all(|block| block[block.len() - 1] == round as u8));
+    let blocks: Vec<Vec<u8>> = (0..8)
+        .map(|size| vec![round as u8; 1 << (12 + size)])
+        .collect();
+    assert!(
+        blocks
+            .iter()
+            .all(|block| block[block.len() - 1] == round as u8)
+    );
     drop(blocks);
     trim();
 }
 
 /// Threads block every signal while they end, and give up their stacks.
 fn spawn(round: u64) {
-    let thread = thread::Builder::new().stack_size(256 << 10).spawn(move || round + 1).expect("a thread");
+    let thread = thread::Builder::new()
+        .stack_size(256 << 10)
+        .spawn(move || round + 1)
+        .expect("a thread");
     assert_eq!(thread.join().ok(), Some(round + 1));
 }

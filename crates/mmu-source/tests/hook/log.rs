@@ -45,7 +45,13 @@ impl Log {
             looks: AtomicBool::new(false),
             thread: AtomicU64::new(0),
             used: AtomicUsize::new(0),
-            cells: [const { Cell { start: AtomicU64::new(0), end: AtomicU64::new(0), what: AtomicU64::new(0) } }; ROOM],
+            cells: [const {
+                Cell {
+                    start: AtomicU64::new(0),
+                    end: AtomicU64::new(0),
+                    what: AtomicU64::new(0),
+                }
+            }; ROOM],
         }
     }
 
@@ -59,23 +65,35 @@ impl Log {
         if thread != 0 && thread != this_thread() {
             return;
         }
-        let Some(cell) = self.cells.get(self.used.fetch_add(1, Ordering::Relaxed)) else { return };
+        let Some(cell) = self.cells.get(self.used.fetch_add(1, Ordering::Relaxed)) else {
+            return;
+        };
         let content = if is_start && self.looks.load(Ordering::Relaxed) {
             // SAFETY: the test that asked for it says that the memory is there until the call has
             // been made.
-            unsafe { std::ptr::read_volatile(std::ptr::with_exposed_provenance::<u8>(from as usize)) }
+            unsafe {
+                std::ptr::read_volatile(std::ptr::with_exposed_provenance::<u8>(from as usize))
+            }
         } else {
             0
         };
         cell.start.store(start, Ordering::Relaxed);
         cell.end.store(end, Ordering::Relaxed);
-        let event = EVENTS.iter().position(|event| *event == range.event()).expect("the hook tells no other event");
+        let event = EVENTS
+            .iter()
+            .position(|event| *event == range.event())
+            .expect("the hook tells no other event");
         let what = event as u64 | u64::from(is_start) << 8 | u64::from(content) << 16;
         cell.what.store(what, Ordering::Release);
     }
 }
 
-const EVENTS: [Event; 4] = [Event::Unmap, Event::Clear, Event::ProtectionVma, Event::Migrate { owner: None }];
+const EVENTS: [Event; 4] = [
+    Event::Unmap,
+    Event::Clear,
+    Event::ProtectionVma,
+    Event::Migrate { owner: None },
+];
 
 fn this_thread() -> u64 {
     // SAFETY: no preconditions.
@@ -83,7 +101,10 @@ fn this_thread() -> u64 {
 }
 
 fn ends(range: VaRange) -> (u64, u64) {
-    (range.start().get(), range.end().map_or(u64::MAX, |end| end.get()))
+    (
+        range.start().get(),
+        range.end().map_or(u64::MAX, |end| end.get()),
+    )
 }
 
 impl Notifier for Log {
@@ -104,8 +125,13 @@ pub(crate) struct Watch {
 
 impl Watch {
     pub(crate) fn new() -> Self {
-        let log = Registration::new(&mmu_source::current(), Log::new()).map_err(|_| "refused").expect("registers");
-        Self { log, hook: Hook::install().expect("the hook works on this machine") }
+        let log = Registration::new(&mmu_source::current(), Log::new())
+            .map_err(|_| "refused")
+            .expect("registers");
+        Self {
+            log,
+            hook: Hook::install().expect("the hook works on this machine"),
+        }
     }
 
     /// Forgets what was heard and listens to what this thread does to `length` bytes from `from`.
@@ -154,7 +180,10 @@ impl Watch {
     #[track_caller]
     pub(crate) fn expect(&self, name: &str, event: Event, ranges: &[(i64, i64)]) {
         let heard = self.heard();
-        let told: Vec<_> = heard.iter().map(|heard| (heard.is_start, heard.event, (heard.from, heard.to))).collect();
+        let told: Vec<_> = heard
+            .iter()
+            .map(|heard| (heard.is_start, heard.event, (heard.from, heard.to)))
+            .collect();
         let starts = ranges.iter().map(|range| (true, event, *range));
         let ends = ranges.iter().rev().map(|range| (false, event, *range));
         assert_eq!(told, starts.chain(ends).collect::<Vec<_>>(), "{name}");

@@ -25,7 +25,9 @@ pub(crate) fn unmap(address: usize, pages: usize) {
 }
 
 pub(crate) fn errno() -> i32 {
-    std::io::Error::last_os_error().raw_os_error().expect("it is an error of the system")
+    std::io::Error::last_os_error()
+        .raw_os_error()
+        .expect("it is an error of the system")
 }
 
 pub(crate) const PROTECTION: i32 = libc::PROT_READ | libc::PROT_WRITE;
@@ -39,8 +41,11 @@ pub(crate) fn byte(address: usize) -> u8 {
 }
 
 pub(crate) fn discard(address: usize, pages: usize) {
-    // SAFETY: the test that asks is the only one who has the pages.
-    assert_eq!(unsafe { libc::madvise(at(address), pages * PAGE, libc::MADV_DONTNEED) }, 0);
+    assert_eq!(
+        // SAFETY: the test that asks is the only one who has the pages.
+        unsafe { libc::madvise(at(address), pages * PAGE, libc::MADV_DONTNEED) },
+        0
+    );
 }
 
 /// Allocates a block with `malloc`.

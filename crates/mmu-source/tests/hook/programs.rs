@@ -13,16 +13,30 @@ pub(crate) fn library(is_optimised: bool) -> &'static Path {
     static LIBRARIES: [OnceLock<PathBuf>; 2] = [const { OnceLock::new() }; 2];
     LIBRARIES[usize::from(is_optimised)].get_or_init(|| {
         let program = env::current_exe().expect("this program has a name");
-        let mut folder = program.ancestors().nth(2).expect("it lies in target/PROFILE/deps").to_owned();
+        let mut folder = program
+            .ancestors()
+            .nth(2)
+            .expect("it lies in target/PROFILE/deps")
+            .to_owned();
         if is_optimised {
             folder.set_file_name("release");
         }
         let mut build = Command::new(env!("CARGO"));
-        build.args(["build", "--quiet", "--package", "mmu-source", "--example", "preload"]);
+        build.args([
+            "build",
+            "--quiet",
+            "--package",
+            "mmu-source",
+            "--example",
+            "preload",
+        ]);
         if folder.ends_with("release") {
             build.arg("--release");
         }
-        build.current_dir(env!("CARGO_MANIFEST_DIR")).arg("--target-dir").arg(folder.parent().expect("target"));
+        build
+            .current_dir(env!("CARGO_MANIFEST_DIR"))
+            .arg("--target-dir")
+            .arg(folder.parent().expect("target"));
         assert!(build.status().expect("cargo runs").success());
         let library = folder.join("examples/libpreload.so");
         assert!(library.exists(), "{}", library.display());
@@ -58,21 +72,49 @@ fn same_with_and_without(name: &str, script: &str) {
         fs::create_dir_all(&folder).expect("a folder for the run");
         let mut command = Command::new("timeout");
         // A hang, however slow the machine is.
-        command.args(["-k", "5", "600", "sh", "-c", script]).current_dir(&folder);
-        command.env("DATA", &scratch.0).env("LC_ALL", "C").env("GIT_CONFIG_GLOBAL", "/dev/null");
+        command
+            .args(["-k", "5", "600", "sh", "-c", script])
+            .current_dir(&folder);
+        command
+            .env("DATA", &scratch.0)
+            .env("LC_ALL", "C")
+            .env("GIT_CONFIG_GLOBAL", "/dev/null");
         if preload {
-            command.env("LD_PRELOAD", library(false)).env("MMUN_PRELOAD_REPORT", &report);
+            command
+                .env("LD_PRELOAD", library(false))
+                .env("MMUN_PRELOAD_REPORT", &report);
         }
         command.output().expect("timeout and sh run")
     };
     let without = run("without", false);
     let with = run("with", true);
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).chars().take(2000).collect::<String>();
-    assert_eq!((with.status, text(&with.stderr)), (without.status, text(&without.stderr)), "{name}");
-    assert!(without.status.success(), "{name}: {}", text(&without.stderr));
-    assert!(with.stdout == without.stdout, "{name}: {}\n{}", text(&with.stdout), text(&without.stdout));
+    let text = |bytes: &[u8]| {
+        String::from_utf8_lossy(bytes)
+            .chars()
+            .take(2000)
+            .collect::<String>()
+    };
+    assert_eq!(
+        (with.status, text(&with.stderr)),
+        (without.status, text(&without.stderr)),
+        "{name}"
+    );
+    assert!(
+        without.status.success(),
+        "{name}: {}",
+        text(&without.stderr)
+    );
+    assert!(
+        with.stdout == without.stdout,
+        "{name}: {}\n{}",
+        text(&with.stdout),
+        text(&without.stdout)
+    );
     let report = fs::read_to_string(&report).expect("the processes have reported");
-    let heard = report.lines().filter(|line| line.starts_with("brackets ") && !line.starts_with("brackets 0 ")).count();
+    let heard = report
+        .lines()
+        .filter(|line| line.starts_with("brackets ") && !line.starts_with("brackets 0 "))
+        .count();
     assert!(heard > 0, "{name}: no bracket in any process:\n{report}");
 }
 
@@ -85,16 +127,28 @@ fn python_with_a_library_that_is_loaded_late() {
     let report = scratch.0.join("report");
     let load = "import ctypes, sys; ctypes.CDLL(sys.argv[1]); data = bytearray(64 << 20); del data; print('loaded')";
     let mut command = Command::new("timeout");
-    command.args(["600", "python3", "-c", load]).arg(library(true));
+    command
+        .args(["600", "python3", "-c", load])
+        .arg(library(true));
     command.env("MMUN_PRELOAD_REPORT", &report);
     let output = command.output().expect("timeout and python3 run");
-    assert_eq!(String::from_utf8_lossy(&output.stdout), "loaded\n", "{output:?}");
+    assert_eq!(
+        String::from_utf8_lossy(&output.stdout),
+        "loaded\n",
+        "{output:?}"
+    );
     let report = fs::read_to_string(&report).expect("the library has reported");
-    assert!(report.starts_with("brackets ") && !report.starts_with("brackets 0 "), "{report}");
+    assert!(
+        report.starts_with("brackets ") && !report.starts_with("brackets 0 "),
+        "{report}"
+    );
     // The source's start waits for its threads, while the loader's lock is held: a thread that took
     // this lock would hang.
     let has_kernel = mmu_source::kernel::probe().is_ok();
-    assert!(report.ends_with(&format!(" kernel {has_kernel}\n")), "{report}");
+    assert!(
+        report.ends_with(&format!(" kernel {has_kernel}\n")),
+        "{report}"
+    );
 }
 
 #[test]

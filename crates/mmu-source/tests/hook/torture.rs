@@ -44,7 +44,10 @@ unsafe impl Send for Cache {}
 impl Cache {
     fn with<R>(&self, region: usize, f: impl FnOnce(&mut Entry) -> R) -> R {
         let (lock, entry) = &self.entries[region];
-        while lock.compare_exchange_weak(false, true, Ordering::Acquire, Ordering::Relaxed).is_err() {
+        while lock
+            .compare_exchange_weak(false, true, Ordering::Acquire, Ordering::Relaxed)
+            .is_err()
+        {
             hint::spin_loop();
             thread::yield_now();
         }
@@ -97,7 +100,8 @@ impl World {
         for page in 0..FILE_PAGES {
             let content = [stamp(page); PAGE / 8];
             // SAFETY: writes the page's content from a local array.
-            let written = unsafe { libc::pwrite(file, content.as_ptr().cast(), PAGE, (page * PAGE) as i64) };
+            let written =
+                unsafe { libc::pwrite(file, content.as_ptr().cast(), PAGE, (page * PAGE) as i64) };
             assert_eq!(written, PAGE as isize);
         }
         let segments = [1, 2].map(|number| {
@@ -112,7 +116,16 @@ impl World {
             id
         });
         // SAFETY: a new mapping.
-        let base = unsafe { libc::mmap(ptr::null_mut(), (REGIONS + THREADS) * PAGE, libc::PROT_READ, FLAGS, -1, 0) };
+        let base = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                (REGIONS + THREADS) * PAGE,
+                libc::PROT_READ,
+                FLAGS,
+                -1,
+                0,
+            )
+        };
         assert_ne!(base, libc::MAP_FAILED);
         let regions = [const { Mutex::new(()) }; REGIONS];
         let base = base.expose_provenance();
@@ -133,8 +146,16 @@ impl World {
     fn show(&self, address: usize, page: usize, flags: i32) {
         let offset = (page * PAGE) as i64;
         // SAFETY: a region of this test, whose lock is held, or a place that is free.
-        let shown =
-            unsafe { libc::mmap(at(address), PAGE, libc::PROT_READ, libc::MAP_SHARED | flags, self.file, offset) };
+        let shown = unsafe {
+            libc::mmap(
+                at(address),
+                PAGE,
+                libc::PROT_READ,
+                libc::MAP_SHARED | flags,
+                self.file,
+                offset,
+            )
+        };
         assert_eq!(shown, at(address), "{}", std::io::Error::last_os_error());
     }
 
@@ -142,7 +163,10 @@ impl World {
     /// own. No thread maps where the kernel likes: that could be where another one has just
     /// unmapped a region.
     fn private(&self, number: usize, page: usize) -> usize {
-        let (place, offset) = (at(self.base + (REGIONS + number) * PAGE), (page * PAGE) as i64);
+        let (place, offset) = (
+            at(self.base + (REGIONS + number) * PAGE),
+            (page * PAGE) as i64,
+        );
         let flags = libc::MAP_PRIVATE | libc::MAP_FIXED;
         // SAFETY: the place is this thread's.
         let copy = unsafe { libc::mmap(place, PAGE, PROTECTION, flags, self.file, offset) };
@@ -154,7 +178,9 @@ impl World {
 
     /// Changes a region in one of the ways that the hook claims to see.
     fn change(&self, number: usize, region: usize, random: &mut Random) {
-        let _own = self.regions[region].lock().unwrap_or_else(PoisonError::into_inner);
+        let _own = self.regions[region]
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let address = self.base + region * PAGE;
         let page = random.below(FILE_PAGES);
         match random.below(8) {
@@ -203,12 +229,23 @@ impl World {
 
     /// Fills the cache without any lock on the region, as a client does.
     fn fill(&self, cache: &Cache, region: usize) {
-        let Some(sequence) = cache.with(region, |entry| (entry.open == 0).then_some(entry.sequence)) else { return };
+        let Some(sequence) =
+            cache.with(region, |entry| (entry.open == 0).then_some(entry.sequence))
+        else {
+            return;
+        };
         let mut content = 0_u64;
-        let local = libc::iovec { iov_base: ptr::from_mut(&mut content).cast(), iov_len: 8 };
-        let remote = libc::iovec { iov_base: at(self.base + region * PAGE), iov_len: 8 };
+        let local = libc::iovec {
+            iov_base: ptr::from_mut(&mut content).cast(),
+            iov_len: 8,
+        };
+        let remote = libc::iovec {
+            iov_base: at(self.base + region * PAGE),
+            iov_len: 8,
+        };
         // SAFETY: copies eight bytes to a local, or fails if there is nothing.
-        let read = unsafe { libc::process_vm_readv(std::process::id() as i32, &local, 1, &remote, 1, 0) };
+        let read =
+            unsafe { libc::process_vm_readv(std::process::id() as i32, &local, 1, &remote, 1, 0) };
         if read == 8 {
             cache.with(region, |entry| {
                 if entry.open == 0 && entry.sequence == sequence {
@@ -220,10 +257,15 @@ impl World {
 
     /// Compares what is cached with what is there.
     fn compare(&self, cache: &Cache, region: usize) {
-        let _own = self.regions[region].lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(cached) = cache.with(region, |entry| entry.valid.then_some(entry.content)) else { return };
+        let _own = self.regions[region]
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let Some(cached) = cache.with(region, |entry| entry.valid.then_some(entry.content)) else {
+            return;
+        };
         // SAFETY: a region is always mapped while its lock is free.
-        let now: u64 = unsafe { ptr::read_volatile(ptr::with_exposed_provenance(self.base + region * PAGE)) };
+        let now: u64 =
+            unsafe { ptr::read_volatile(ptr::with_exposed_provenance(self.base + region * PAGE)) };
         self.hits.fetch_add(1, Ordering::Relaxed);
         if now != cached {
             self.stale.fetch_add(1, Ordering::Relaxed);
@@ -288,22 +330,38 @@ impl Random {
 
 fn cache(world: &World) -> Registration<Cache> {
     let entries = [const { (AtomicBool::new(false), std::cell::UnsafeCell::new(EMPTY)) }; REGIONS];
-    let cache = Cache { base: world.base, entries };
-    Registration::new(&mmu_source::current(), cache).map_err(|_| "refused").expect("registers")
+    let cache = Cache {
+        base: world.base,
+        entries,
+    };
+    Registration::new(&mmu_source::current(), cache)
+        .map_err(|_| "refused")
+        .expect("registers")
 }
 
-const EMPTY: Entry = Entry { valid: false, content: 0, open: 0, sequence: 0 };
+const EMPTY: Entry = Entry {
+    valid: false,
+    content: 0,
+    open: 0,
+    sequence: 0,
+};
 
 /// The environment variable says for how many seconds, and with which seed.
 fn setting(name: &str) -> Option<u64> {
-    env::var(name).ok().map(|value| value.parse().unwrap_or_else(|_| panic!("{name}={value} is a number")))
+    env::var(name).ok().map(|value| {
+        value
+            .parse()
+            .unwrap_or_else(|_| panic!("{name}={value} is a number"))
+    })
 }
 
 #[test]
 fn no_stale_hit() {
     alone("torture::no_stale_hit", || {
         let seconds = setting("MMUN_TORTURE_SECONDS").unwrap_or(5);
-        let clock = SystemTime::now().duration_since(UNIX_EPOCH).expect("it is later than 1970");
+        let clock = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .expect("it is later than 1970");
         let seed = setting("MMUN_TORTURE_SEED").unwrap_or(clock.as_nanos() as u64 | 1);
         println!("MMUN_TORTURE_SEED={seed}");
         let world = World::new();
@@ -311,9 +369,15 @@ fn no_stale_hit() {
         let hook = Hook::install().expect("the hook works on this machine");
         world.run(&cache, seed, Duration::from_secs(seconds));
         drop(hook);
-        let (hits, stale) = (world.hits.load(Ordering::Relaxed), world.stale.load(Ordering::Relaxed));
+        let (hits, stale) = (
+            world.hits.load(Ordering::Relaxed),
+            world.stale.load(Ordering::Relaxed),
+        );
         println!("{hits} hits, {stale} stale");
-        assert!(stale == 0 && hits > 1000, "{stale} of {hits} hits were stale with MMUN_TORTURE_SEED={seed}");
+        assert!(
+            stale == 0 && hits > 1000,
+            "{stale} of {hits} hits were stale with MMUN_TORTURE_SEED={seed}"
+        );
     });
 }
 

@@ -21,9 +21,18 @@ fn trace_interrupted(times: u32, seccomp: bool, args: &[&str]) -> Trace {
         }
         // Each fork begins with the same range.
         let _ = first.compare_exchange(0, part.start, Ordering::Relaxed, Ordering::Relaxed);
-        if part.start == first.load(Ordering::Relaxed) && sent.fetch_add(1, Ordering::Relaxed) < times {
+        if part.start == first.load(Ordering::Relaxed)
+            && sent.fetch_add(1, Ordering::Relaxed) < times
+        {
             // SAFETY: takes integers.
-            let result = unsafe { libc::syscall(libc::SYS_tgkill, part.task.pid, part.task.tid, libc::SIGUSR2) };
+            let result = unsafe {
+                libc::syscall(
+                    libc::SYS_tgkill,
+                    part.task.pid,
+                    part.task.tid,
+                    libc::SIGUSR2,
+                )
+            };
             assert_eq!(result, 0, "the task stands before its call");
         }
     }));
@@ -55,7 +64,11 @@ fn fork_starts(trace: &Trace) -> Vec<u64> {
 
 /// The results with which the brackets of the forks ended, each once.
 fn fork_results(trace: &Trace) -> Vec<Option<i64>> {
-    let mut results: Vec<_> = trace.ends().filter(|(part, _)| forks(part)).map(|(_, result)| result).collect();
+    let mut results: Vec<_> = trace
+        .ends()
+        .filter(|(part, _)| forks(part))
+        .map(|(_, result)| result)
+        .collect();
     results.sort_unstable();
     results.dedup();
     results
@@ -74,11 +87,18 @@ fn unmaps_the_page(trace: &Trace, part: &Part) -> bool {
 /// Where in the records the first fork begins, the handler's `munmap` begins, and the first fork
 /// ends.
 fn order(trace: &Trace) -> (usize, usize, usize) {
-    let place = |is: &dyn Fn(&Record) -> bool| trace.records.iter().rposition(is).expect("it was told");
-    let unmapped = place(&|record| matches!(record, Record::Start(part) if unmaps_the_page(trace, part)));
-    let first = |is: &dyn Fn(&Record) -> bool| trace.records.iter().position(is).expect("it was told");
+    let place =
+        |is: &dyn Fn(&Record) -> bool| trace.records.iter().rposition(is).expect("it was told");
+    let unmapped =
+        place(&|record| matches!(record, Record::Start(part) if unmaps_the_page(trace, part)));
+    let first =
+        |is: &dyn Fn(&Record) -> bool| trace.records.iter().position(is).expect("it was told");
     let begun = first(&|record| matches!(record, Record::Start(part) if forks(part)));
-    (begun, unmapped, first(&|record| matches!(record, Record::End(part, _) if forks(part))))
+    (
+        begun,
+        unmapped,
+        first(&|record| matches!(record, Record::End(part, _) if forks(part))),
+    )
 }
 
 #[test]
@@ -92,15 +112,26 @@ fn a_fork_that_a_signal_interrupts_keeps_its_brackets_until_it_is_made_again() {
             let trace = trace_interrupted(1, seccomp, &["interrupted", &call.to_string()]);
             assert_eq!(trace.status, ExitStatus::Code(0), "{}", trace.stdout);
             let child = &trace.said("child")[0];
-            assert_eq!(child[1..], ["0", "1"], "the child ends well, and the handler ran once");
+            assert_eq!(
+                child[1..],
+                ["0", "1"],
+                "the child ends well, and the handler ran once"
+            );
             let mut starts = fork_starts(&trace);
             let told = starts.len();
             starts.sort_unstable();
             starts.dedup();
-            assert_eq!(starts.len(), told, "each range is told once, though the call is made twice");
+            assert_eq!(
+                starts.len(),
+                told,
+                "each range is told once, though the call is made twice"
+            );
             assert_eq!(fork_results(&trace), [Some(number(child[0]))]);
             let (begun, unmapped, ended) = order(&trace);
-            assert!(begun < unmapped && unmapped < ended, "the handler runs within the fork");
+            assert!(
+                begun < unmapped && unmapped < ended,
+                "the handler runs within the fork"
+            );
         }
     });
 }
@@ -113,12 +144,20 @@ fn forks_that_interrupt_each_other_each_keep_their_brackets() {
         let words = &trace.said("children")[0];
         assert_eq!(words[2..], ["0", "2"]);
         let starts = fork_starts(&trace);
-        assert_eq!(starts.iter().filter(|start| **start == starts[0]).count(), 2, "two forks, each told once");
+        assert_eq!(
+            starts.iter().filter(|start| **start == starts[0]).count(),
+            2,
+            "two forks, each told once"
+        );
         let mut children = [Some(number(words[0])), Some(number(words[1]))];
         children.sort_unstable();
         assert_eq!(fork_results(&trace), children);
         // The handler's fork ends first, though it began last.
-        let first_end = trace.ends().find(|(part, _)| forks(part)).expect("they end").1;
+        let first_end = trace
+            .ends()
+            .find(|(part, _)| forks(part))
+            .expect("they end")
+            .1;
         assert_eq!(first_end, Some(number(words[1])));
     });
 }
@@ -130,7 +169,10 @@ fn a_fork_that_is_given_up_by_a_jump_out_of_the_handler_ends_without_a_result() 
         assert_eq!(trace.status, ExitStatus::Code(5), "{}", trace.stdout);
         assert_eq!(fork_results(&trace), [None]);
         let (_, unmapped, ended) = order(&trace);
-        assert!(ended < unmapped, "it is over when the program does something else");
+        assert!(
+            ended < unmapped,
+            "it is over when the program does something else"
+        );
     });
 }
 

@@ -24,7 +24,9 @@ fn within<T: Send + 'static>(what: &str, f: impl FnOnce() -> T + Send + 'static)
         let result = f();
         end.send(result).expect("the test waits");
     });
-    let result = ended.recv_timeout(Duration::from_secs(120)).unwrap_or_else(|_| panic!("{what} does not end"));
+    let result = ended
+        .recv_timeout(Duration::from_secs(120))
+        .unwrap_or_else(|_| panic!("{what} does not end"));
     // What it traced is traced until then.
     thread.join().expect("no panic");
     result
@@ -119,7 +121,13 @@ fn a_process_with_threads_is_attached_to_and_lives_on_after_it_is_let_go() {
             let at = told.iter().position(|start| start == address);
             told.remove(at.unwrap_or_else(|| panic!("{address:#x} was not told")));
         }
-        assert_eq!(records.iter().filter(|record| matches!(record, Record::New { .. })).count(), 2);
+        assert_eq!(
+            records
+                .iter()
+                .filter(|record| matches!(record, Record::New { .. }))
+                .count(),
+            2
+        );
         (seen, done)
     });
     assert_eq!((seen.len(), done), (3 * THREADS, Done::Stopped));
@@ -136,12 +144,19 @@ fn traced_children(pid: u32) -> Vec<String> {
     let this_thread = unsafe { libc::gettid() };
     let tracer = format!("TracerPid:\t{this_thread}\n");
     let threads = fs::read_dir(format!("/proc/{pid}/task")).expect("it lives");
-    let children = threads.map(|thread| fs::read_to_string(thread.expect("an entry").path().join("children")));
-    let children = children.map(|list| list.expect("the kernel lists children")).collect::<String>();
+    let children =
+        threads.map(|thread| fs::read_to_string(thread.expect("an entry").path().join("children")));
+    let children = children
+        .map(|list| list.expect("the kernel lists children"))
+        .collect::<String>();
     // One that is not there any more is let go of too.
     let status = |child| fs::read_to_string(format!("/proc/{child}/status")).unwrap_or_default();
     let is_traced = |status: &String| status.contains(&tracer) && !status.contains("State:\tZ");
-    children.split_whitespace().map(status).filter(is_traced).collect()
+    children
+        .split_whitespace()
+        .map(status)
+        .filter(is_traced)
+        .collect()
 }
 
 #[test]
@@ -155,7 +170,9 @@ fn a_child_that_is_made_while_its_parent_is_let_go_of_is_let_go_of() {
         let on_fork = Arc::clone(&stop);
         let recorder = Recorder::with(Box::new(move |_| on_fork.store(true, Ordering::Relaxed)));
         let mut tracer = Tracer::new(Options::default(), recorder).expect("a tracer");
-        tracer.attach(child.id() as i32).expect("it can be attached to");
+        tracer
+            .attach(child.id() as i32)
+            .expect("it can be attached to");
         assert_eq!(tracer.run(&stop).expect("it runs"), Done::Stopped);
         let (recorder, keeper) = tracer.detach();
         assert!(!keeper.is_needed(), "nobody has a filter");
@@ -174,9 +191,14 @@ fn processes_with_a_filter_are_kept_alive_after_they_are_let_go() {
     let (stdin, to) = pipe().expect("a pipe");
     let (from, stdout) = pipe().expect("a pipe");
     let mut tracer = Tracer::new(Options::default(), Recorder::new()).expect("a tracer");
-    let command = tracee(&["serve", &THREADS.to_string()]).stdin(stdin).stdout(stdout);
+    let command = tracee(&["serve", &THREADS.to_string()])
+        .stdin(stdin)
+        .stdout(stdout);
     tracer.spawn(command).expect("it starts");
-    let mut server: Server<_, BufReader<PipeReader>> = Server { to, from: BufReader::new(from) };
+    let mut server: Server<_, BufReader<PipeReader>> = Server {
+        to,
+        from: BufReader::new(from),
+    };
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
         let driver = scope.spawn(|| {
@@ -210,12 +232,27 @@ fn a_program_that_was_spawned_and_never_run_is_let_go_too() {
     options.seccomp = false;
     let mut tracer = Tracer::new(options, Recorder::new()).expect("a tracer");
     let (from, stdout) = pipe().expect("a pipe");
-    tracer.spawn(tracee(&["signals", "3"]).stdout(stdout)).expect("it starts");
+    tracer
+        .spawn(tracee(&["signals", "3"]).stdout(stdout))
+        .expect("it starts");
     let (recorder, keeper) = tracer.detach();
     assert!(!keeper.is_needed());
     keeper.serve();
-    assert_eq!(BufReader::new(from).lines().next().expect("output").expect("text"), "3");
-    assert!(recorder.finish().iter().any(|record| matches!(record, Record::Put { cause: "detach", .. })));
+    assert_eq!(
+        BufReader::new(from)
+            .lines()
+            .next()
+            .expect("output")
+            .expect("text"),
+        "3"
+    );
+    assert!(recorder.finish().iter().any(|record| matches!(
+        record,
+        Record::Put {
+            cause: "detach",
+            ..
+        }
+    )));
 }
 
 #[test]
@@ -227,11 +264,18 @@ fn a_process_that_another_thread_takes_over_by_execve_is_traced_no_more() {
     let mut options = Options::default();
     options.follow = false;
     let mut tracer = Tracer::new(options, Recorder::new()).expect("a tracer");
-    tracer.attach(child.id() as i32).expect("it can be attached to");
+    tracer
+        .attach(child.id() as i32)
+        .expect("it can be attached to");
     server.say("exec");
-    assert_eq!(tracer.run(&AtomicBool::new(false)).expect("it runs"), Done::AllExited);
+    assert_eq!(
+        tracer.run(&AtomicBool::new(false)).expect("it runs"),
+        Done::AllExited
+    );
     let records = tracer.detach().0.finish();
-    let exits = records.iter().filter(|record| matches!(record, Record::Exit { .. }));
+    let exits = records
+        .iter()
+        .filter(|record| matches!(record, Record::Exit { .. }));
     assert_eq!(exits.count(), THREADS + 1, "none is left in the table");
     assert_eq!(child.wait().expect("a status").code(), Some(8));
 }
@@ -243,12 +287,25 @@ fn a_process_that_ends_while_it_is_attached_to_is_all_exited() {
     }
     let (mut child, mut server) = start();
     let mut tracer = Tracer::new(Options::default(), Recorder::new()).expect("a tracer");
-    tracer.attach(child.id() as i32).expect("it can be attached to");
+    tracer
+        .attach(child.id() as i32)
+        .expect("it can be attached to");
     server.say("quit");
-    assert_eq!(tracer.run(&AtomicBool::new(false)).expect("it runs"), Done::AllExited);
+    assert_eq!(
+        tracer.run(&AtomicBool::new(false)).expect("it runs"),
+        Done::AllExited
+    );
     assert_eq!(tracer.exit_status(), None, "it was not spawned");
     let records = tracer.detach().0.finish();
-    let ends = records.iter().filter(|record| matches!(record, Record::Exit { status: ExitStatus::Code(0), .. }));
+    let ends = records.iter().filter(|record| {
+        matches!(
+            record,
+            Record::Exit {
+                status: ExitStatus::Code(0),
+                ..
+            }
+        )
+    });
     assert_eq!(ends.count(), THREADS + 1);
     // The tracer may have taken its status already.
     drop(child.wait());
@@ -263,7 +320,9 @@ fn a_process_that_is_not_there_or_refused_is_an_error_with_a_hint() {
     let mut refused = |pid: i32| match tracer.attach(pid) {
         Err(error @ Error::Attach { .. }) => {
             assert!(error.hint().is_some(), "{error}");
-            let Error::Attach { source, .. } = error else { unreachable!() };
+            let Error::Attach { source, .. } = error else {
+                unreachable!()
+            };
             source.raw_os_error()
         }
         other => panic!("{pid}: {other:?}"),
@@ -271,15 +330,31 @@ fn a_process_that_is_not_there_or_refused_is_an_error_with_a_hint() {
     assert_eq!(refused(1 << 30), Some(libc::ESRCH));
     assert_eq!(refused(0), Some(libc::ESRCH));
     assert_eq!(refused(-1), Some(libc::ESRCH));
-    assert_eq!(refused(std::process::id() as i32), Some(libc::EPERM), "a process cannot trace itself");
+    assert_eq!(
+        refused(std::process::id() as i32),
+        Some(libc::EPERM),
+        "a process cannot trace itself"
+    );
     let (mut child, mut server) = start();
     let pid = child.id() as i32;
     let threads = fs::read_dir(format!("/proc/{pid}/task")).expect("it lives");
-    let tids = threads.map(|entry| entry.expect("an entry").file_name().to_str().and_then(|name| name.parse().ok()));
-    let tid: i32 = tids.flatten().find(|tid| *tid != pid).expect("it has threads");
+    let tids = threads.map(|entry| {
+        entry
+            .expect("an entry")
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse().ok())
+    });
+    let tid: i32 = tids
+        .flatten()
+        .find(|tid| *tid != pid)
+        .expect("it has threads");
     match tracer.attach(tid) {
         Err(Error::Attach { source, .. }) => {
-            assert_eq!(source.to_string(), format!("{tid} is a thread of process {pid}"));
+            assert_eq!(
+                source.to_string(),
+                format!("{tid} is a thread of process {pid}")
+            );
         }
         other => panic!("{other:?}"),
     }
@@ -307,7 +382,10 @@ fn a_parent_that_waits_in_vfork_is_let_go_of_without_waiting_for_its_child() {
     let argument = path.clone();
     let started = thread::spawn(move || {
         let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_tracee"));
-        command.arg("waits-in-vfork").arg(argument).stdout(Stdio::piped());
+        command
+            .arg("waits-in-vfork")
+            .arg(argument)
+            .stdout(Stdio::piped());
         let mut child = command.spawn().expect("it starts");
         let from = BufReader::new(child.stdout.take().expect("piped"));
         (child, from)
@@ -317,7 +395,10 @@ fn a_parent_that_waits_in_vfork_is_let_go_of_without_waiting_for_its_child() {
     from.read_line(&mut line).expect("it says so");
     let pid = child.id();
     // Its wait for the child cannot be interrupted.
-    while !fs::read_to_string(format!("/proc/{pid}/status")).expect("it lives").contains("State:\tD") {
+    while !fs::read_to_string(format!("/proc/{pid}/status"))
+        .expect("it lives")
+        .contains("State:\tD")
+    {
         thread::yield_now();
     }
     // The patience with a task that cannot stop is two seconds, and none for one that waits where
@@ -331,16 +412,30 @@ fn a_parent_that_waits_in_vfork_is_let_go_of_without_waiting_for_its_child() {
             let (recorder, _keeper) = tracer.detach();
             (recorder.finish(), begun.elapsed())
         });
-        assert!(records.iter().any(|record| matches!(record, Record::Detach { .. })));
+        assert!(
+            records
+                .iter()
+                .any(|record| matches!(record, Record::Detach { .. }))
+        );
         took < Duration::from_secs(1)
     });
     if !is_at_once {
         // Its child, which waits for the pipe, has this end of its output.
-        drop(File::options().write(true).open(&path).expect("the child reads"));
+        drop(
+            File::options()
+                .write(true)
+                .open(&path)
+                .expect("the child reads"),
+        );
         panic!("it waits for the child");
     }
     // The thread that traced it has ended, and with it the tracing.
-    drop(File::options().write(true).open(&path).expect("the child reads"));
+    drop(
+        File::options()
+            .write(true)
+            .open(&path)
+            .expect("the child reads"),
+    );
     line.clear();
     from.read_line(&mut line).expect("it goes on");
     assert_eq!(line, "waited 0\n");
@@ -355,7 +450,11 @@ fn a_process_that_executes_itself_again_and_again_is_attached_to_or_has_ended() 
     }
     let started = thread::spawn(|| {
         let itself = env!("CARGO_BIN_EXE_tracee");
-        std::process::Command::new(itself).args(["exec-loop", "60"]).stdout(Stdio::null()).spawn().expect("it starts")
+        std::process::Command::new(itself)
+            .args(["exec-loop", "60"])
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("it starts")
     });
     let mut child = started.join().expect("no panic");
     let pid = child.id() as i32;
@@ -391,7 +490,9 @@ impl Observer for States {
 
     fn leave(&mut self, task: Task, (): ()) {
         let status = fs::read_to_string(format!("/proc/{}/status", task.tid)).unwrap_or_default();
-        let state = status.lines().find_map(|line| line.strip_prefix("State:\t"));
+        let state = status
+            .lines()
+            .find_map(|line| line.strip_prefix("State:\t"));
         if task.tid == task.pid {
             self.0.push(state.unwrap_or("gone").to_owned());
         }
@@ -405,7 +506,9 @@ fn a_task_that_was_attached_to_leaves_its_memory_before_it_ends() {
     }
     let (mut child, mut server) = start();
     let mut tracer = Tracer::new(Options::default(), States(Vec::new())).expect("a tracer");
-    tracer.attach(child.id() as i32).expect("it can be attached to");
+    tracer
+        .attach(child.id() as i32)
+        .expect("it can be attached to");
     let driver = thread::spawn(move || {
         // Its first thread writes the answer, and so has been seen before it ends the process.
         server.go();

@@ -10,17 +10,27 @@ use crate::log::{Record, Recorder, Trace, hex, trace, trace_with};
 fn seen_and_said(trace: &Trace) -> (Vec<String>, Vec<String>) {
     assert_eq!(trace.status, ExitStatus::Code(0), "{}", trace.stdout);
     let marker = hex(trace.said("#")[0][0]);
-    let said: Vec<String> = trace.stdout.lines().filter(|line| !line.starts_with('#')).map(str::to_owned).collect();
+    let said: Vec<String> = trace
+        .stdout
+        .lines()
+        .filter(|line| !line.starts_with('#'))
+        .map(str::to_owned)
+        .collect();
     let mut seen: Vec<(u64, String)> = Vec::new();
     let mut inside = false;
     for (part, result) in trace.ends() {
         // The loader may have unmapped something at the same address.
-        let is_mark = part.cause == "madvise" && part.start == marker && result == Some(-i64::from(libc::EINVAL));
+        let is_mark = part.cause == "madvise"
+            && part.start == marker
+            && result == Some(-i64::from(libc::EINVAL));
         if is_mark {
             inside = !inside;
         } else if inside {
             let result = result.expect("nobody died in a call");
-            let line = format!("{} {} {:#x} {:#x} {result}", part.cause, part.event, part.start, part.end);
+            let line = format!(
+                "{} {} {:#x} {:#x} {result}",
+                part.cause, part.event, part.start, part.end
+            );
             seen.push((part.start, line));
         }
     }
@@ -38,7 +48,9 @@ fn normal(lines: &[String]) -> Vec<String> {
     let mut groups: Vec<Vec<String>> = Vec::new();
     for line in lines {
         match groups.last_mut() {
-            Some(group) if key(&group[0]) == key(line) && group[0] != *line => group.push(line.clone()),
+            Some(group) if key(&group[0]) == key(line) && group[0] != *line => {
+                group.push(line.clone())
+            }
             _ => groups.push(vec![line.clone()]),
         }
     }
@@ -59,7 +71,11 @@ fn check(case: &str) {
         let trace = trace_with(options, Recorder::new(), &[case]);
         let (seen, said) = seen_and_said(&trace);
         assert!(!said.is_empty(), "the case says nothing");
-        assert_eq!(normal(&seen), normal(&said), "{case}, with a filter: {seccomp}");
+        assert_eq!(
+            normal(&seen),
+            normal(&said),
+            "{case}, with a filter: {seccomp}"
+        );
     }
 }
 
@@ -119,7 +135,11 @@ fn a_start_is_told_before_the_call_and_its_end_after() {
         match record {
             Record::Start(part) => last_start = Some(part),
             Record::End(part, result) => {
-                assert_eq!(Some(part), last_start, "a program of one thread and one range a call");
+                assert_eq!(
+                    Some(part),
+                    last_start,
+                    "a program of one thread and one range a call"
+                );
                 assert!(result.is_some());
             }
             _ => {}

@@ -14,12 +14,21 @@ pub(crate) fn pairs(records: &[Record]) {
     for record in records {
         match record {
             Record::New { mm, .. } => {
-                let before = mms.insert(*mm, Life { released: false, freed: false });
+                let before = mms.insert(
+                    *mm,
+                    Life {
+                        released: false,
+                        freed: false,
+                    },
+                );
                 assert!(before.is_none(), "address space {mm} appeared twice");
             }
             Record::Start(part) => {
                 assert!(!mms[&part.mm].released, "{part:?} after release");
-                assert!(held.iter().any(|(_, mm)| *mm == part.mm), "{part:?} in an address space of nobody");
+                assert!(
+                    held.iter().any(|(_, mm)| *mm == part.mm),
+                    "{part:?} in an address space of nobody"
+                );
                 open.push(part);
             }
             Record::End(part, _) => {
@@ -31,15 +40,26 @@ pub(crate) fn pairs(records: &[Record]) {
                 assert!(held.insert((*task, *mm)), "{task:?} enters {mm} twice");
             }
             Record::Put { task, mm, .. } => {
-                assert!(held.remove(&(*task, *mm)), "{task:?} leaves {mm} without having entered");
+                assert!(
+                    held.remove(&(*task, *mm)),
+                    "{task:?} leaves {mm} without having entered"
+                );
                 let left_open = open.iter().find(|part| part.task == *task);
-                assert!(left_open.is_none(), "{task:?} leaves in a call: {left_open:?}");
+                assert!(
+                    left_open.is_none(),
+                    "{task:?} leaves in a call: {left_open:?}"
+                );
             }
-            Record::Release { mm, .. } => panic!("release of {mm}, though all its users had put theirs"),
+            Record::Release { mm, .. } => {
+                panic!("release of {mm}, though all its users had put theirs")
+            }
             Record::Free { mm } => {
                 let life = mms.get_mut(mm).expect("known");
                 assert!(!life.freed, "{mm} is freed twice");
-                assert!(!held.iter().any(|(_, used)| used == mm), "{mm} is freed while it is used");
+                assert!(
+                    !held.iter().any(|(_, used)| used == mm),
+                    "{mm} is freed while it is used"
+                );
                 life.freed = true;
                 life.released = true;
             }
@@ -48,14 +68,21 @@ pub(crate) fn pairs(records: &[Record]) {
             }
             Record::Exec { mm, old_mm, .. } => assert!(mms.contains_key(mm) && mm != old_mm),
             Record::Detach { task, .. } | Record::Exit { task, .. } => {
-                assert!(!held.iter().any(|(holder, _)| holder == task), "{task:?} exits before it leaves");
+                assert!(
+                    !held.iter().any(|(holder, _)| holder == task),
+                    "{task:?} exits before it leaves"
+                );
                 ended.insert(*task);
             }
         }
     }
     assert!(open.is_empty(), "starts without an end: {open:?}");
     assert!(held.is_empty(), "gets without a put: {held:?}");
-    let kept: Vec<&u64> = mms.iter().filter(|(_, life)| !life.freed).map(|(mm, _)| mm).collect();
+    let kept: Vec<&u64> = mms
+        .iter()
+        .filter(|(_, life)| !life.freed)
+        .map(|(mm, _)| mm)
+        .collect();
     assert!(kept.is_empty(), "never freed: {kept:?}");
 }
 

@@ -33,12 +33,30 @@ fn a_task_killed_in_its_call_closes_its_bracket_and_leaves() {
     assert_eq!(trace.status, ExitStatus::Signal(libc::SIGKILL));
     // The recorder has checked that every start has its end. Nobody's call was seen to return after
     // the kill.
-    let died: Vec<_> = trace.ends().filter(|(_, result)| result.is_none()).collect();
-    assert!(died.iter().any(|(part, _)| part.cause == "munmap"), "{died:?}");
-    let exits = trace.records.iter().filter(|record| matches!(record, Record::Exit { .. }));
+    let died: Vec<_> = trace
+        .ends()
+        .filter(|(_, result)| result.is_none())
+        .collect();
+    assert!(
+        died.iter().any(|(part, _)| part.cause == "munmap"),
+        "{died:?}"
+    );
+    let exits = trace
+        .records
+        .iter()
+        .filter(|record| matches!(record, Record::Exit { .. }));
     assert!(exits.clone().count() > 1);
     for exit in exits {
-        assert!(matches!(exit, Record::Exit { status: ExitStatus::Signal(libc::SIGKILL), .. }), "{exit:?}");
+        assert!(
+            matches!(
+                exit,
+                Record::Exit {
+                    status: ExitStatus::Signal(libc::SIGKILL),
+                    ..
+                }
+            ),
+            "{exit:?}"
+        );
     }
 }
 
@@ -61,7 +79,10 @@ fn a_thread_killed_before_it_was_named_is_not_waited_for() {
     }
     // The run would not end if such a thread stayed stopped: its leader's end is reported only
     // after its own.
-    assert_eq!(trace(&["killed-cloning", &rounds(300).to_string()]).status, ExitStatus::Code(0));
+    assert_eq!(
+        trace(&["killed-cloning", &rounds(300).to_string()]).status,
+        ExitStatus::Code(0)
+    );
 }
 
 #[test]
@@ -77,7 +98,8 @@ fn a_target_that_dies_in_somebody_elses_call_does_not_wait_for_it() {
         }
         if part.cause == "process_madvise" {
             // The caller is the parent of the only other process there is.
-            let children = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", part.task.pid));
+            let children =
+                std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", part.task.pid));
             let children = children.expect("the kernel lists children");
             kill(children.trim().parse().expect("one child"));
         }
@@ -86,7 +108,11 @@ fn a_target_that_dies_in_somebody_elses_call_does_not_wait_for_it() {
     assert_ne!(*child.lock().expect("not poisoned"), 0);
     // It asserts that its child exits, which was killed instead.
     assert_eq!(trace.status, ExitStatus::Code(101));
-    assert!(trace.ends().any(|(part, _)| part.cause == "process_madvise"));
+    assert!(
+        trace
+            .ends()
+            .any(|(part, _)| part.cause == "process_madvise")
+    );
 }
 
 /// Counts what happens to one address space.
@@ -147,20 +173,30 @@ impl Observer for Keeps {
     fn event(&mut self, event: &TaskEvent<'_>) {
         if let TaskEvent::Exec { old_mm, .. } = event {
             let (_, counts) = &self.registered[&old_mm.id()];
-            assert_eq!(counts.released.load(Ordering::Relaxed), 1, "execve is the end of the old address space");
+            assert_eq!(
+                counts.released.load(Ordering::Relaxed),
+                1,
+                "execve is the end of the old address space"
+            );
         }
     }
 }
 
 fn keep(args: &[&str], causes: &[&'static str]) -> Vec<Arc<Counts>> {
-    let observer = Keeps { causes: causes.to_vec(), ..Keeps::default() };
+    let observer = Keeps {
+        causes: causes.to_vec(),
+        ..Keeps::default()
+    };
     let mut tracer = Tracer::new(Options::default(), observer).expect("a tracer");
     let (_stdout, command) = with_stdout(tracee(args));
     tracer.spawn(command).expect("it starts");
     tracer.run(&AtomicBool::new(false)).expect("it runs");
     let observer = tracer.detach().0;
     assert_eq!(observer.tasks, 0);
-    assert!(observer.causes.is_empty(), "fewer address spaces than expected");
+    assert!(
+        observer.causes.is_empty(),
+        "fewer address spaces than expected"
+    );
     observer
         .registered
         .into_values()
@@ -176,12 +212,17 @@ fn the_end_of_an_address_space_releases_each_subscriber_once() {
     if !require(Cap::Ptrace) {
         return;
     }
-    let all = [keep(&["exec"], &["execve", "exit"]), keep(&["threads", "8", "5"], &["exit"])].concat();
+    let all = [
+        keep(&["exec"], &["execve", "exit"]),
+        keep(&["threads", "8", "5"], &["exit"]),
+    ]
+    .concat();
     assert_eq!(all.len(), 3);
     for counts in all {
         // `unregister` calls it as well for who was not released, so once means that exit did it.
         assert_eq!(counts.released.load(Ordering::Relaxed), 1);
-        let [starts, ends] = [&counts.starts, &counts.ends].map(|count| count.load(Ordering::Relaxed));
+        let [starts, ends] =
+            [&counts.starts, &counts.ends].map(|count| count.load(Ordering::Relaxed));
         assert!(starts == ends && starts > 0);
     }
 }

@@ -32,14 +32,28 @@ fn give_up_ptrace() {
     let header = [VERSION_3, 0];
     let mut sets = [[0_u32; 3]; 2];
     // SAFETY: this option takes integers. An ordinary user may not, and need not.
-    unsafe { libc::prctl(libc::PR_CAPBSET_DROP, CAP_SYS_PTRACE as libc::c_ulong, 0, 0, 0) };
-    // SAFETY: reads the header and fills both sets, which have the layout of version 3.
-    assert_eq!(unsafe { libc::syscall(libc::SYS_capget, header.as_ptr(), sets.as_mut_ptr()) }, 0);
+    unsafe {
+        libc::prctl(
+            libc::PR_CAPBSET_DROP,
+            CAP_SYS_PTRACE as libc::c_ulong,
+            0,
+            0,
+            0,
+        )
+    };
+    assert_eq!(
+        // SAFETY: reads the header and fills both sets, which have the layout of version 3.
+        unsafe { libc::syscall(libc::SYS_capget, header.as_ptr(), sets.as_mut_ptr()) },
+        0
+    );
     for set in &mut sets[0] {
         *set &= !(1 << CAP_SYS_PTRACE);
     }
-    // SAFETY: as above; it reads both.
-    assert_eq!(unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()) }, 0);
+    assert_eq!(
+        // SAFETY: as above; it reads both.
+        unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()) },
+        0
+    );
 }
 
 fn trace_hidden(seccomp: bool, args: &'static [&'static str]) -> Trace {
@@ -59,7 +73,12 @@ fn children_of_a_program_that_cannot_be_read_are_in_address_spaces_of_their_own(
         let trace = trace_hidden(seccomp, &["hidden-fork"]);
         assert_eq!(trace.status, ExitStatus::Code(0), "{}", trace.stdout);
         let forks = trace.records.iter().filter_map(|record| match record {
-            Record::Fork { task, child, mm, child_mm } => Some((task, child, mm, child_mm)),
+            Record::Fork {
+                task,
+                child,
+                mm,
+                child_mm,
+            } => Some((task, child, mm, child_mm)),
             _ => None,
         });
         let forks: Vec<_> = forks.collect();
@@ -67,8 +86,11 @@ fn children_of_a_program_that_cannot_be_read_are_in_address_spaces_of_their_own(
         for (words, (_, child, mm, child_mm)) in trace.said("child").into_iter().zip(forks) {
             assert_eq!((words[0], words[1]), (child.tid.to_string().as_str(), "0"));
             assert_ne!(mm, child_mm, "{words:?}: nothing says that it shares");
-            let told =
-                |mm| trace.ends().any(|(part, _)| part.task == *child && part.cause == "munmap" && part.mm == mm);
+            let told = |mm| {
+                trace
+                    .ends()
+                    .any(|(part, _)| part.task == *child && part.cause == "munmap" && part.mm == mm)
+            };
             assert!(told(*child_mm), "{words:?}");
             // That it copied the memory is known of these; of the call whose flags lie in memory it
             // may have shared it.
@@ -103,7 +125,10 @@ fn many_children_of_a_program_that_cannot_be_read_all_run() {
     }
     for seccomp in [true, false] {
         let trace = trace_hidden(seccomp, &["hidden-storm", "100"]);
-        assert_eq!((trace.stdout.as_str(), trace.status), ("failed 0\n", ExitStatus::Code(0)));
+        assert_eq!(
+            (trace.stdout.as_str(), trace.status),
+            ("failed 0\n", ExitStatus::Code(0))
+        );
     }
 }
 
@@ -117,7 +142,11 @@ fn a_filter_of_the_programs_own_that_asks_for_a_tracer_finds_none() {
         options.seccomp = seccomp;
         let trace = trace_with(options, Recorder::new(), &["own-filter"]);
         let refused = -libc::ENOSYS;
-        assert_eq!(trace.stdout, format!("mprotect {refused}\ngetppid {refused}\n"), "with our filter: {seccomp}");
+        assert_eq!(
+            trace.stdout,
+            format!("mprotect {refused}\ngetppid {refused}\n"),
+            "with our filter: {seccomp}"
+        );
         assert_eq!(trace.status, ExitStatus::Code(0));
     }
 }
@@ -127,10 +156,16 @@ fn give_up_proc() {
     // SAFETY: integers; the thread has a copy of the mounts from here on.
     assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNS) }, 0);
     let (none, private) = (std::ptr::null(), libc::MS_REC | libc::MS_PRIVATE);
-    // SAFETY: live strings and nulls, as the call takes them for a change of propagation.
-    assert_eq!(unsafe { libc::mount(none, c"/".as_ptr(), none, private, none.cast()) }, 0);
-    // SAFETY: a live string.
-    assert_eq!(unsafe { libc::umount2(c"/proc".as_ptr(), libc::MNT_DETACH) }, 0);
+    assert_eq!(
+        // SAFETY: live strings and nulls, as the call takes them for a change of propagation.
+        unsafe { libc::mount(none, c"/".as_ptr(), none, private, none.cast()) },
+        0
+    );
+    assert_eq!(
+        // SAFETY: a live string.
+        unsafe { libc::umount2(c"/proc".as_ptr(), libc::MNT_DETACH) },
+        0
+    );
 }
 
 #[test]
@@ -143,10 +178,18 @@ fn a_parent_killed_while_it_forks_leaves_no_child_behind_without_proc() {
         give_up_proc();
         for _ in 0..rounds(25) {
             // The run would not end if a child stayed stopped for want of a parent to name it.
-            let trace = trace_with(Options::default(), Recorder::new(), &["forks-and-dies", "20"]);
+            let trace = trace_with(
+                Options::default(),
+                Recorder::new(),
+                &["forks-and-dies", "20"],
+            );
             assert_eq!(trace.status, ExitStatus::Signal(libc::SIGKILL));
         }
         end.send(()).expect("the test waits");
     });
-    assert_eq!(ended.recv_timeout(Duration::from_secs(240)), Ok(()), "a child stays stopped");
+    assert_eq!(
+        ended.recv_timeout(Duration::from_secs(240)),
+        Ok(()),
+        "a child stays stopped"
+    );
 }

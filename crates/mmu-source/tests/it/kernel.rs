@@ -14,7 +14,8 @@ use testkit::{Cap, in_child, require};
 mod hunt;
 
 fn start() -> Option<Arc<Kernel>> {
-    (require(Cap::Bpf) && require(Cap::Kvm)).then(|| Kernel::start().expect("KVM and BPF are there"))
+    (require(Cap::Bpf) && require(Cap::Kvm))
+        .then(|| Kernel::start().expect("KVM and BPF are there"))
 }
 
 fn rehearse(ring: usize) -> Option<Arc<Kernel>> {
@@ -28,7 +29,10 @@ fn told(kernel: &Arc<Kernel>, name: &str, memory: Scratch, change: impl FnOnce(&
     let seq = armed.read_begin().expect("no fork");
     log.take();
     change(&memory);
-    assert!(armed.read_retry(seq), "{name}: the generation has not moved");
+    assert!(
+        armed.read_retry(seq),
+        "{name}: the generation has not moved"
+    );
     _ = kernel.settle().expect("no fork");
     assert!(!log.take().is_empty(), "{name}: nobody was told");
     drop(armed);
@@ -40,7 +44,12 @@ fn told(kernel: &Arc<Kernel>, name: &str, memory: Scratch, change: impl FnOnce(&
 fn advise(memory: &Scratch, advice: i32) {
     // SAFETY: our own scratch memory.
     let result = unsafe { libc::madvise(memory.page(0), memory.bytes, advice) };
-    assert_eq!(result, 0, "madvise {advice}: {}", std::io::Error::last_os_error());
+    assert_eq!(
+        result,
+        0,
+        "madvise {advice}: {}",
+        std::io::Error::last_os_error()
+    );
 }
 
 #[test]
@@ -51,22 +60,27 @@ fn every_change_by_this_process_is_told() {
         // SAFETY: our own scratch memory.
         unsafe { libc::munmap(memory.page(1), PAGE) };
     });
-    told(&kernel, "munmap as a bare instruction", private(), |memory| {
-        let result: i64;
-        // SAFETY: munmap of our own scratch memory; the registers that the instruction destroys
-        // are named.
-        #[cfg(target_arch = "x86_64")]
-        unsafe {
-            std::arch::asm!("syscall", inlateout("rax") libc::SYS_munmap => result, in("rdi") memory.page(1), in("rsi") PAGE,
+    told(
+        &kernel,
+        "munmap as a bare instruction",
+        private(),
+        |memory| {
+            let result: i64;
+            // SAFETY: munmap of our own scratch memory; the registers that the instruction destroys
+            // are named.
+            #[cfg(target_arch = "x86_64")]
+            unsafe {
+                std::arch::asm!("syscall", inlateout("rax") libc::SYS_munmap => result, in("rdi") memory.page(1), in("rsi") PAGE,
                 out("rcx") _, out("r11") _);
-        }
-        // SAFETY: as above.
-        #[cfg(target_arch = "aarch64")]
-        unsafe {
-            std::arch::asm!("svc #0", in("x8") libc::SYS_munmap, inlateout("x0") memory.page(1) => result, in("x1") PAGE);
-        }
-        assert_eq!(result, 0);
-    });
+            }
+            // SAFETY: as above.
+            #[cfg(target_arch = "aarch64")]
+            unsafe {
+                std::arch::asm!("svc #0", in("x8") libc::SYS_munmap, inlateout("x0") memory.page(1) => result, in("x1") PAGE);
+            }
+            assert_eq!(result, 0);
+        },
+    );
     told(&kernel, "mmap over it", private(), |memory| {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
         // SAFETY: over our own scratch memory.
@@ -86,11 +100,17 @@ fn every_change_by_this_process_is_told() {
         // SAFETY: our own scratch memory, which nobody writes any more.
         unsafe { libc::mprotect(memory.page(0), PAGE, libc::PROT_READ) };
     });
-    told(&kernel, "MADV_DONTNEED", private(), |memory| advise(memory, libc::MADV_DONTNEED));
-    told(&kernel, "MADV_FREE", private(), |memory| advise(memory, libc::MADV_FREE));
+    told(&kernel, "MADV_DONTNEED", private(), |memory| {
+        advise(memory, libc::MADV_DONTNEED)
+    });
+    told(&kernel, "MADV_FREE", private(), |memory| {
+        advise(memory, libc::MADV_FREE)
+    });
     let file = memory_file(4);
     let shared = || Scratch::map(4, libc::MAP_SHARED, file.as_raw_fd()).expect("mmap");
-    told(&kernel, "MADV_REMOVE", shared(), |memory| advise(memory, libc::MADV_REMOVE));
+    told(&kernel, "MADV_REMOVE", shared(), |memory| {
+        advise(memory, libc::MADV_REMOVE)
+    });
     told(&kernel, "ftruncate", shared(), |_| {
         // SAFETY: integers; nobody reads the mapping any more.
         unsafe { libc::ftruncate(file.as_raw_fd(), 0) };
@@ -104,13 +124,25 @@ fn a_change_by_a_ring_is_told() {
         return;
     }
     let mut ring = io_uring::IoUring::new(2).expect("a ring");
-    told(&kernel, "MADV_DONTNEED by io_uring", Scratch::anonymous(4), |memory| {
-        let advice = io_uring::opcode::Madvise::new(memory.page(0), memory.bytes as libc::off_t, libc::MADV_DONTNEED);
-        // SAFETY: the memory is this test's, which needs nothing that is in it.
-        unsafe { ring.submission().push(&advice.build()) }.expect("there is room");
-        ring.submit_and_wait(1).expect("it is submitted");
-        assert_eq!(ring.completion().next().expect("it has completed").result(), 0);
-    });
+    told(
+        &kernel,
+        "MADV_DONTNEED by io_uring",
+        Scratch::anonymous(4),
+        |memory| {
+            let advice = io_uring::opcode::Madvise::new(
+                memory.page(0),
+                memory.bytes as libc::off_t,
+                libc::MADV_DONTNEED,
+            );
+            // SAFETY: the memory is this test's, which needs nothing that is in it.
+            unsafe { ring.submission().push(&advice.build()) }.expect("there is room");
+            ring.submit_and_wait(1).expect("it is submitted");
+            assert_eq!(
+                ring.completion().next().expect("it has completed").result(),
+                0
+            );
+        },
+    );
 }
 
 /// Another process may page out what this one has, if it is not shared with anybody: so the memory
@@ -129,29 +161,54 @@ fn advice_by_another_process_is_told() {
         drop(order);
         let mut words = [0; 16];
         let told = orders.read_exact(&mut words).is_ok();
-        let word = |at: usize| usize::from_ne_bytes(words[at..at + 8].try_into().expect("eight bytes"));
-        let part = libc::iovec { iov_base: ptr::without_provenance_mut(word(0)), iov_len: word(8) };
+        let word =
+            |at: usize| usize::from_ne_bytes(words[at..at + 8].try_into().expect("eight bytes"));
+        let part = libc::iovec {
+            iov_base: ptr::without_provenance_mut(word(0)),
+            iov_len: word(8),
+        };
         // SAFETY: one live vector; the pages are the parent's, who waits for their end.
-        let done = unsafe { libc::syscall(libc::SYS_process_madvise, own, &part, 1, libc::MADV_PAGEOUT, 0) };
+        let done = unsafe {
+            libc::syscall(
+                libc::SYS_process_madvise,
+                own,
+                &part,
+                1,
+                libc::MADV_PAGEOUT,
+                0,
+            )
+        };
         // SAFETY: ends the child.
         unsafe { libc::_exit(i32::from(!told || done != part.iov_len as i64)) }
     }
     drop(orders);
     // Pages of a file can go without swap space.
     let path = std::env::temp_dir().join(format!("mmu-source-pageout-{child}"));
-    let file = std::fs::File::options().read(true).write(true).create_new(true).open(&path).expect("a file");
+    let file = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(&path)
+        .expect("a file");
     std::fs::remove_file(&path).expect("it was made above");
     (&file).write_all(&[1; 4 * PAGE]).expect("it is written");
     file.sync_all().expect("it is written");
     let memory = Scratch::read_only(4, file.as_raw_fd()).expect("mmap");
-    told(&kernel, "MADV_PAGEOUT by another process", memory, |memory| {
-        let words = [memory.page(0).addr(), memory.bytes].map(usize::to_ne_bytes);
-        order.write_all(words.as_flattened()).expect("the child reads");
-        let mut status = 0;
-        // SAFETY: writes one int to a local.
-        let reaped = unsafe { libc::waitpid(child, &mut status, 0) };
-        assert_eq!((reaped, status), (child, 0));
-    });
+    told(
+        &kernel,
+        "MADV_PAGEOUT by another process",
+        memory,
+        |memory| {
+            let words = [memory.page(0).addr(), memory.bytes].map(usize::to_ne_bytes);
+            order
+                .write_all(words.as_flattened())
+                .expect("the child reads");
+            let mut status = 0;
+            // SAFETY: writes one int to a local.
+            let reaped = unsafe { libc::waitpid(child, &mut status, 0) };
+            assert_eq!((reaped, status), (child, 0));
+        },
+    );
 }
 
 #[test]
@@ -159,20 +216,33 @@ fn changes_by_others_and_by_the_kernel_are_told() {
     let Some(kernel) = start() else { return };
     let file = memory_file(4);
     let shared = || Scratch::map(4, libc::MAP_SHARED, file.as_raw_fd()).expect("mmap");
-    told(&kernel, "a hole punched by another process", shared(), |_| {
-        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-        // SAFETY: integers.
-        assert!(in_child(|| unsafe { libc::fallocate(file.as_raw_fd(), mode, 0, PAGE as libc::off_t) } == 0));
-    });
+    told(
+        &kernel,
+        "a hole punched by another process",
+        shared(),
+        |_| {
+            let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+            // SAFETY: integers.
+            assert!(in_child(|| unsafe {
+                libc::fallocate(file.as_raw_fd(), mode, 0, PAGE as libc::off_t)
+            } == 0));
+        },
+    );
     told(&kernel, "a truncation by another process", shared(), |_| {
-        // SAFETY: integers.
-        assert!(in_child(|| unsafe { libc::ftruncate(file.as_raw_fd(), 0) } == 0));
+        assert!(in_child(
+            // SAFETY: integers.
+            || unsafe { libc::ftruncate(file.as_raw_fd(), 0) } == 0
+        ));
     });
-    told(&kernel, "fork", Scratch::anonymous(4), |_| assert!(in_child(|| true)));
+    told(&kernel, "fork", Scratch::anonymous(4), |_| {
+        assert!(in_child(|| true))
+    });
     // Copy on write: the child keeps the old page, the parent gets another.
     let memory = Scratch::anonymous(1);
     let child = keeps_its_pages();
-    told(&kernel, "copy on write", memory, |memory| memory.write(0, 2));
+    told(&kernel, "copy on write", memory, |memory| {
+        memory.write(0, 2)
+    });
     // SAFETY: our own child, not reaped yet.
     unsafe { libc::kill(child, libc::SIGKILL) };
     // SAFETY: writes nothing.
@@ -195,25 +265,49 @@ fn keeps_its_pages() -> libc::pid_t {
 
 #[test]
 fn ten_thousand_ranges_can_be_armed_and_each_is_told() {
-    let Some(kernel) = rehearse(1 << 18) else { return };
-    let page = |number: u64| VaRange::covering(Va::new(0x5000_0000_0000 + number * 0x13_000), 1).expect("a page");
-    let armed: Vec<_> = (0..10_000).map(|number| kernel.arm(page(number)).expect("armed")).collect();
+    let Some(kernel) = rehearse(1 << 18) else {
+        return;
+    };
+    let page = |number: u64| {
+        VaRange::covering(Va::new(0x5000_0000_0000 + number * 0x13_000), 1).expect("a page")
+    };
+    let armed: Vec<_> = (0..10_000)
+        .map(|number| kernel.arm(page(number)).expect("armed"))
+        .collect();
     for number in 0..10_000 {
         let before = kernel.generation();
-        kernel.inject(page(number).start().get(), page(number).end().expect("low").get()).expect("it runs");
+        kernel
+            .inject(
+                page(number).start().get(),
+                page(number).end().expect("low").get(),
+            )
+            .expect("it runs");
         assert_ne!(kernel.generation(), before, "page {number}");
     }
     let misses = (0..10_000_u64).filter(|number| {
         let before = kernel.generation();
-        kernel.inject(0x6000_0000_0000 + number * 0x1000, 0x6000_0000_1000 + number * 0x1000).expect("it runs");
+        kernel
+            .inject(
+                0x6000_0000_0000 + number * 0x1000,
+                0x6000_0000_1000 + number * 0x1000,
+            )
+            .expect("it runs");
         kernel.generation() == before
     });
     let misses = misses.count();
-    assert!(misses > 9_800, "only {misses} of 10,000 foreign pages passed the filter");
+    assert!(
+        misses > 9_800,
+        "only {misses} of 10,000 foreign pages passed the filter"
+    );
     drop(armed);
     let before = kernel.generation();
     (0..10_000).for_each(|number| {
-        kernel.inject(page(number).start().get(), page(number).start().get() + 4096).expect("it runs")
+        kernel
+            .inject(
+                page(number).start().get(),
+                page(number).start().get() + 4096,
+            )
+            .expect("it runs")
     });
     assert_eq!(kernel.generation(), before, "all are disarmed");
     assert_eq!(kernel.lost(), 0);
@@ -221,20 +315,28 @@ fn ten_thousand_ranges_can_be_armed_and_each_is_told() {
 
 #[test]
 fn ranges_are_handed_on_in_order_by_whoever_looks() {
-    let Some(kernel) = rehearse(1 << 18) else { return };
+    let Some(kernel) = rehearse(1 << 18) else {
+        return;
+    };
     const AT: u64 = 0x5100_0000_0000;
     let whole = VaRange::covering(Va::new(AT), 1 << 20).expect("a range");
     let log = Log::about(&current(), whole);
     let _armed = kernel.arm(whole).expect("armed");
-    let pages: Vec<u64> = (0..256).map(|number| AT + (number * 7 % 256) * 4096).collect();
+    let pages: Vec<u64> = (0..256)
+        .map(|number| AT + (number * 7 % 256) * 4096)
+        .collect();
     for page in &pages {
         kernel.inject(*page, page + 4096).expect("it runs");
     }
     let first = kernel.generation();
     assert!(kernel.settle().is_ok() && kernel.is_settled());
     assert_eq!(first, 257, "it begins at 1");
-    let told: Vec<u64> =
-        log.take().iter().filter(|range| range.pages() == 1).map(|range| range.start().get()).collect();
+    let told: Vec<u64> = log
+        .take()
+        .iter()
+        .filter(|range| range.pages() == 1)
+        .map(|range| range.start().get())
+        .collect();
     assert_eq!(told, pages);
 }
 
@@ -257,11 +359,13 @@ fn a_full_ring_is_a_loss_and_a_loss_is_everything() {
     let _armed = kernel.arm(whole).expect("armed");
     let log = Log::about(&current(), whole);
     // A subscriber holds up whoever drains, the source's own thread included.
-    let slow =
-        mmu_notifier::Registration::new(&current(), Slow(std::sync::Mutex::new(()))).expect("outside of brackets");
+    let slow = mmu_notifier::Registration::new(&current(), Slow(std::sync::Mutex::new(())))
+        .expect("outside of brackets");
     let held = slow.0.lock().expect("no panic");
     for number in 0..1_000_u64 {
-        kernel.inject(AT + number % 256 * 4096, AT + number % 256 * 4096 + 4096).expect("it runs");
+        kernel
+            .inject(AT + number % 256 * 4096, AT + number % 256 * 4096 + 4096)
+            .expect("it runs");
     }
     assert!(kernel.lost() >= 1_000 - 2 * 128, "{} lost", kernel.lost());
     drop(held);
@@ -273,7 +377,9 @@ fn a_full_ring_is_a_loss_and_a_loss_is_everything() {
 
 #[test]
 fn a_forked_child_does_not_trust_its_parents_source() {
-    let Some(kernel) = rehearse(1 << 18) else { return };
+    let Some(kernel) = rehearse(1 << 18) else {
+        return;
+    };
     const AT: u64 = 0x5300_0000_0000;
     let range = VaRange::covering(Va::new(AT), 4096).expect("a page");
     let armed = kernel.arm(range).expect("armed");
@@ -292,16 +398,25 @@ fn a_forked_child_does_not_trust_its_parents_source() {
         let own = Kernel::rehearse(4096).expect("BPF is there");
         let _armed = own.arm(range).expect("armed");
         own.inject(AT, AT + 4096).expect("it runs");
-        blind && own.settle().is_ok_and(|settled| own.is_current(settled) && own.generation() == 2)
+        blind
+            && own
+                .settle()
+                .is_ok_and(|settled| own.is_current(settled) && own.generation() == 2)
     });
     assert!(passed);
 }
 
 #[test]
 fn the_parent_stays_armed_when_a_child_lets_go() {
-    let Some(kernel) = rehearse(1 << 18) else { return };
+    let Some(kernel) = rehearse(1 << 18) else {
+        return;
+    };
     const AT: u64 = 0x5400_0000_0000;
-    let mut armed = Some(kernel.arm(VaRange::covering(Va::new(AT), 4096).expect("a page")).expect("armed"));
+    let mut armed = Some(
+        kernel
+            .arm(VaRange::covering(Va::new(AT), 4096).expect("a page"))
+            .expect("armed"),
+    );
     assert!(in_child(|| armed.take().is_some()));
     let generation = kernel.generation();
     kernel.inject(AT, AT + 4096).expect("it runs");
@@ -321,7 +436,8 @@ fn a_callback_may_not_wait_for_itself() {
             if range.range().start().get() == AT
                 && let Some(kernel) = self.0.upgrade()
             {
-                let refused = kernel.drain().refused && matches!(kernel.settle(), Err(Error::InCallback { .. }));
+                let refused = kernel.drain().refused
+                    && matches!(kernel.settle(), Err(Error::InCallback { .. }));
                 self.1.lock().expect("no panic").push(refused);
             }
         }
@@ -329,7 +445,9 @@ fn a_callback_may_not_wait_for_itself() {
     let kernel = Kernel::rehearse(4096).expect("BPF is there");
     let asks = Asks(Arc::downgrade(&kernel), std::sync::Mutex::default());
     let asks = mmu_notifier::Registration::new(&current(), asks).expect("outside of brackets");
-    let _armed = kernel.arm(VaRange::covering(Va::new(AT), 4096).expect("a page")).expect("armed");
+    let _armed = kernel
+        .arm(VaRange::covering(Va::new(AT), 4096).expect("a page"))
+        .expect("armed");
     kernel.inject(AT, AT + 4096).expect("it runs");
     _ = kernel.settle().expect("outside of callbacks");
     assert_eq!(*asks.1.lock().expect("no panic"), [true]);
@@ -341,9 +459,16 @@ fn a_callback_may_not_wait_for_itself() {
 fn what_is_missing_is_named_with_a_remedy() {
     match mmu_source::kernel::probe() {
         Ok(features) => assert!(!features.release.is_empty()),
-        Err(Error::Unavailable { source, missing, remedy }) => {
+        Err(Error::Unavailable {
+            source,
+            missing,
+            remedy,
+        }) => {
             assert_eq!(source, "kernel");
-            assert!(!missing.is_empty() && !remedy.is_empty(), "{missing}: {remedy}");
+            assert!(
+                !missing.is_empty() && !remedy.is_empty(),
+                "{missing}: {remedy}"
+            );
         }
         Err(other) => panic!("{other}"),
     }
@@ -358,7 +483,9 @@ fn all_starts_give_the_same_source() {
 #[test]
 fn a_hunt_for_stale_reads_finds_none() {
     let Some(kernel) = start() else { return };
-    let mut seed = std::time::UNIX_EPOCH.elapsed().map_or(1, |now| now.as_nanos() as u64);
+    let mut seed = std::time::UNIX_EPOCH
+        .elapsed()
+        .map_or(1, |now| now.as_nanos() as u64);
     println!("seed {seed}");
     let mut random = || {
         seed = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -370,13 +497,23 @@ fn a_hunt_for_stale_reads_finds_none() {
             (state >> 33) as usize % limit
         }
     };
-    let tally = hunt::hunt(&kernel, std::time::Duration::from_secs(5), hunt::Mutant::None, &mut random);
+    let tally = hunt::hunt(
+        &kernel,
+        std::time::Duration::from_secs(5),
+        hunt::Mutant::None,
+        &mut random,
+    );
     assert_eq!(tally.stale.into_inner(), 0);
     assert!(tally.hits.into_inner() > 0 && tally.changes.into_inner() > 0);
     // And it finds what is stale, if readers do not wait for changes under way: soon, though not in
     // every second, and where the machine is busy not in every half minute.
     let finds = |_| {
-        let tally = hunt::hunt(&kernel, std::time::Duration::from_secs(1), hunt::Mutant::NoWait, &mut random);
+        let tally = hunt::hunt(
+            &kernel,
+            std::time::Duration::from_secs(1),
+            hunt::Mutant::NoWait,
+            &mut random,
+        );
         tally.stale.into_inner() > 0
     };
     assert!((0..240).any(finds), "the hunt finds what is stale");

@@ -16,15 +16,21 @@ fn can_start() -> bool {
 }
 
 fn discard(memory: &Scratch) {
-    // SAFETY: our own scratch memory.
-    assert_eq!(unsafe { libc::madvise(memory.page(0), PAGE, libc::MADV_DONTNEED) }, 0);
+    assert_eq!(
+        // SAFETY: our own scratch memory.
+        unsafe { libc::madvise(memory.page(0), PAGE, libc::MADV_DONTNEED) },
+        0
+    );
 }
 
 /// What of KVM and BPF this process has open, in the table of its first thread.
 fn open_here() -> Vec<String> {
     let entries = std::fs::read_dir("/proc/self/fd").expect("proc");
     let paths = entries.filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok());
-    paths.map(|path| path.display().to_string()).filter(|path| path.contains("kvm") || path.contains("bpf")).collect()
+    paths
+        .map(|path| path.display().to_string())
+        .filter(|path| path.contains("kvm") || path.contains("bpf"))
+        .collect()
 }
 
 /// Has all descriptors closed or replaced by `close`, and the numbers given to files that nobody
@@ -35,7 +41,9 @@ fn goes_on_after(close: impl FnOnce()) -> bool {
     let mut watch = kernel.watch(memory.range()).expect("a watch");
     let armed = kernel.arm(memory.range()).expect("armed");
     close();
-    let files: Vec<_> = (0..40).map(|_| std::fs::File::open("/dev/zero").expect("a file")).collect();
+    let files: Vec<_> = (0..40)
+        .map(|_| std::fs::File::open("/dev/zero").expect("a file"))
+        .collect();
     // The parent of this child changes memory at the same addresses, which are needless hits: once
     // more, then.
     let goes_on = (0..100).any(|_| {
@@ -47,10 +55,16 @@ fn goes_on_after(close: impl FnOnce()) -> bool {
         assert!(!watch.is_valid() && !kernel.is_current(settled) && armed.read_retry(seq));
         was
     });
-    let watches = (0..100).any(|_| kernel.watch(memory.range()).is_ok_and(|watch| watch.is_valid()));
+    let watches = (0..100).any(|_| {
+        kernel
+            .watch(memory.range())
+            .is_ok_and(|watch| watch.is_valid())
+    });
     drop((watch, armed, kernel));
     // SAFETY: integers.
-    let open = files.iter().all(|file| unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFD) } >= 0);
+    let open = files
+        .iter()
+        .all(|file| unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFD) } >= 0);
     goes_on && watches && open
 }
 
@@ -60,8 +74,11 @@ fn closing_every_descriptor_does_not_blind_the_source() {
         return;
     }
     assert!(in_child(|| goes_on_after(|| {
-        // SAFETY: integers. This child needs no descriptor any more.
-        assert_eq!(unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, 0) }, 0);
+        assert_eq!(
+            // SAFETY: integers. This child needs no descriptor any more.
+            unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, 0) },
+            0
+        );
     })));
     unsafe extern "C" {
         fn closefrom(first: libc::c_int);
@@ -79,7 +96,10 @@ fn closing_every_descriptor_does_not_blind_the_source() {
 
 /// Lets this process have descriptors below `most` alone.
 fn limit_descriptors(most: u64) {
-    let limit = libc::rlimit { rlim_cur: most, rlim_max: most };
+    let limit = libc::rlimit {
+        rlim_cur: most,
+        rlim_max: most,
+    };
     // SAFETY: reads a local.
     assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) }, 0);
 }
@@ -93,7 +113,9 @@ fn a_limit_of_descriptors_that_is_lowered_after_the_start_does_no_harm() {
         let kernel = Kernel::start().expect("it starts");
         let memory = Scratch::anonymous(1);
         limit_descriptors(8);
-        let armed = kernel.arm(memory.range()).expect("there is a place for a machine");
+        let armed = kernel
+            .arm(memory.range())
+            .expect("there is a place for a machine");
         discard(&memory);
         armed.read_begin().is_ok() && kernel.waits().1 > 0
     }));
@@ -108,7 +130,9 @@ fn a_start_without_descriptors_says_so() {
         assert!(
             in_child(move || {
                 limit_descriptors(most);
-                let Err(error) = Kernel::start() else { return most > 8 };
+                let Err(error) = Kernel::start() else {
+                    return most > 8;
+                };
                 let is_told = match &error {
                     Error::Unavailable { remedy, .. } => remedy.starts_with("ulimit -n"),
                     error => error.hint().is_some_and(|hint| hint.contains("ulimit -n")),
@@ -137,7 +161,10 @@ fn a_child_inherits_nothing_and_says_so() {
         let fresh = own.watch(memory.range()).expect("a watch");
         blind && refused && !own.is_inherited() && fresh.is_valid() && open_here().is_empty()
     }));
-    assert!(watch.is_valid() || watch.renew().is_ok(), "the fork was a change");
+    assert!(
+        watch.is_valid() || watch.renew().is_ok(),
+        "the fork was a change"
+    );
 }
 
 #[test]
@@ -150,7 +177,9 @@ fn a_watch_is_touched_by_changes_of_its_range_alone() {
     let mut watches = [&one, &other].map(|memory| kernel.watch(memory.range()).expect("a watch"));
     // Other tests fork meanwhile, which changes everything: once more, then.
     let is_so = (0..100).any(|_| {
-        watches.iter_mut().for_each(|watch| watch.renew().expect("no fork of this thread"));
+        watches
+            .iter_mut()
+            .for_each(|watch| watch.renew().expect("no fork of this thread"));
         discard(&one);
         assert!(!watches[0].is_valid());
         watches[1].is_valid()
@@ -172,7 +201,11 @@ struct Locks {
 impl Notifier for Locks {
     fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
         if range.range().overlaps(self.about) {
-            let _ = self.entered.lock().unwrap_or_else(PoisonError::into_inner).send(());
+            let _ = self
+                .entered
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .send(());
             drop(self.lock.lock().unwrap_or_else(PoisonError::into_inner));
         }
     }
@@ -187,13 +220,21 @@ fn the_last_handle_can_be_dropped_under_a_lock_that_callbacks_take() {
     let memory = Scratch::anonymous(1);
     let (sender, entered) = mpsc::channel();
     let lock = Arc::new(Mutex::new(()));
-    let locks = Locks { about: memory.range(), lock: Arc::clone(&lock), entered: Mutex::new(sender) };
-    let locks = Registration::new(&current(), locks).map_err(|error| error.error).expect("outside of brackets");
+    let locks = Locks {
+        about: memory.range(),
+        lock: Arc::clone(&lock),
+        entered: Mutex::new(sender),
+    };
+    let locks = Registration::new(&current(), locks)
+        .map_err(|error| error.error)
+        .expect("outside of brackets");
     let armed = kernel.arm(memory.range()).expect("armed");
     let held = lock.lock().expect("no panic");
     let at = memory.range().start().get();
     kernel.inject(at, at + PAGE as u64).expect("it runs");
-    entered.recv().expect("the source's own thread is in the callback");
+    entered
+        .recv()
+        .expect("the source's own thread is in the callback");
     drop(kernel);
     drop(armed);
     drop(held);

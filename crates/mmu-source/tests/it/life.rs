@@ -17,14 +17,23 @@ fn mm_of(trace: &Trace, task: Task) -> u64 {
 
 fn forks(trace: &Trace) -> Vec<(Task, Task, u64, u64)> {
     let fork = |record: &Record| match record {
-        Record::Fork { task, child, mm, child_mm } => Some((*task, *child, *mm, *child_mm)),
+        Record::Fork {
+            task,
+            child,
+            mm,
+            child_mm,
+        } => Some((*task, *child, *mm, *child_mm)),
         _ => None,
     };
     trace.records.iter().filter_map(fork).collect()
 }
 
 fn news(trace: &Trace) -> usize {
-    trace.records.iter().filter(|record| matches!(record, Record::New { .. })).count()
+    trace
+        .records
+        .iter()
+        .filter(|record| matches!(record, Record::New { .. }))
+        .count()
 }
 
 #[test]
@@ -43,13 +52,28 @@ fn s_17_a_forked_child_has_an_address_space_of_its_own_without_subscribers() {
         assert_eq!((parent.tid, child.pid), (trace.pid, child.tid));
         assert_ne!(mm, child_mm);
         // The child's munmap is told in the child's address space: there and nowhere else.
-        let of_child: Vec<_> = trace.ends().filter(|(part, _)| part.task == child && part.cause == "munmap").collect();
+        let of_child: Vec<_> = trace
+            .ends()
+            .filter(|(part, _)| part.task == child && part.cause == "munmap")
+            .collect();
         assert_eq!(of_child.len(), 1);
         assert_eq!((of_child[0].0.mm, of_child[0].1), (child_mm, Some(0)));
         // That it is new and has no subscribers the recorder has checked; the first thing that
         // happens to it is that.
-        let first = trace.records.iter().position(|record| *record == Record::New { task: child, mm: child_mm });
-        let get = trace.records.iter().position(|record| *record == Record::Get { task: child, mm: child_mm });
+        let first = trace.records.iter().position(|record| {
+            *record
+                == Record::New {
+                    task: child,
+                    mm: child_mm,
+                }
+        });
+        let get = trace.records.iter().position(|record| {
+            *record
+                == Record::Get {
+                    task: child,
+                    mm: child_mm,
+                }
+        });
         assert!(first.expect("new") < get.expect("a get"));
     }
 }
@@ -61,23 +85,43 @@ fn fork_protects_what_is_writable_and_private_while_the_child_is_made() {
     }
     let trace = trace(&["fork"]);
     let (arena, fixed) = (&trace.said("arena")[0], &trace.said("read-only")[0]);
-    let (arena, fixed) = ((hex(arena[0]), hex(arena[1])), (hex(fixed[0]), hex(fixed[1])));
+    let (arena, fixed) = (
+        (hex(arena[0]), hex(arena[1])),
+        (hex(fixed[0]), hex(fixed[1])),
+    );
     let children = trace.said("child");
     assert!(children.len() >= 3);
     for words in children {
         let child: i64 = words[0].parse().expect("a pid");
-        let protects: Vec<_> = trace.ends().filter(|(_, result)| *result == Some(child)).collect();
+        let protects: Vec<_> = trace
+            .ends()
+            .filter(|(_, result)| *result == Some(child))
+            .collect();
         assert!(!protects.is_empty());
         // The cause is the call that was made, whatever kind of child it asked for.
         assert!(
-            protects.iter().all(|(part, _)| (part.cause, part.event) == (words[2], "protection_page")),
+            protects
+                .iter()
+                .all(|(part, _)| (part.cause, part.event) == (words[2], "protection_page")),
             "{words:?}"
         );
-        let covers = |(start, end)| protects.iter().any(|(part, _)| part.start <= start && end <= part.end);
-        let touches = |(start, end)| protects.iter().any(|(part, _)| part.start < end && start < part.end);
+        let covers = |(start, end)| {
+            protects
+                .iter()
+                .any(|(part, _)| part.start <= start && end <= part.end)
+        };
+        let touches = |(start, end)| {
+            protects
+                .iter()
+                .any(|(part, _)| part.start < end && start < part.end)
+        };
         assert!(covers(arena) && !touches(fixed), "{protects:?}");
-        let at = |wanted: &dyn Fn(&Record) -> bool| trace.records.iter().position(wanted).expect("recorded");
-        let fork = at(&|record| matches!(record, Record::Fork { child: made, .. } if i64::from(made.tid) == child));
+        let at = |wanted: &dyn Fn(&Record) -> bool| {
+            trace.records.iter().position(wanted).expect("recorded")
+        };
+        let fork = at(
+            &|record| matches!(record, Record::Fork { child: made, .. } if i64::from(made.tid) == child),
+        );
         let end = at(&|record| matches!(record, Record::End(_, result) if *result == Some(child)));
         assert!(fork < end, "the bracket is open when the child appears");
     }
@@ -97,9 +141,14 @@ fn threads_share_one_address_space_and_no_call_of_theirs_is_lost() {
     assert_eq!(forks.len(), THREADS);
     for (_, child, mm, child_mm) in &forks {
         assert_eq!((child.pid, mm), (trace.pid, child_mm));
-        let unmaps =
-            |part: &&crate::log::Part| part.task == *child && part.cause == "munmap" && part.end - part.start == 8192;
-        assert_eq!(trace.ends().map(|(part, _)| part).filter(unmaps).count(), rounds, "{child:?}");
+        let unmaps = |part: &&crate::log::Part| {
+            part.task == *child && part.cause == "munmap" && part.end - part.start == 8192
+        };
+        assert_eq!(
+            trace.ends().map(|(part, _)| part).filter(unmaps).count(),
+            rounds,
+            "{child:?}"
+        );
     }
 }
 
@@ -113,11 +162,20 @@ fn a_hundred_processes_that_fork_at_once_are_all_seen() {
     assert_eq!(trace.said("failed"), [["0"]]);
     assert_eq!(forks(&trace).len(), 2 * PROCESSES);
     assert_eq!(news(&trace), 2 * PROCESSES + 1);
-    let unmapping: HashSet<(Task, u64)> =
-        trace.ends().filter(|(part, _)| part.cause == "munmap").map(|(part, _)| (part.task, part.mm)).collect();
-    let children = forks(&trace).into_iter().map(|(_, child, _, mm)| (child, mm));
+    let unmapping: HashSet<(Task, u64)> = trace
+        .ends()
+        .filter(|(part, _)| part.cause == "munmap")
+        .map(|(part, _)| (part.task, part.mm))
+        .collect();
+    let children = forks(&trace)
+        .into_iter()
+        .map(|(_, child, _, mm)| (child, mm));
     assert!(children.into_iter().all(|child| unmapping.contains(&child)));
-    let exits = trace.records.iter().filter(|record| matches!(record, Record::Exit { .. })).count();
+    let exits = trace
+        .records
+        .iter()
+        .filter(|record| matches!(record, Record::Exit { .. }))
+        .count();
     assert_eq!(exits, 2 * PROCESSES + 1);
 }
 
@@ -128,17 +186,37 @@ fn execve_leaves_the_old_address_space_for_a_new_one() {
     }
     let trace = trace(&["exec"]);
     assert_eq!(trace.status, ExitStatus::Code(7), "{}", trace.stdout);
-    let task = Task { pid: trace.pid, tid: trace.pid };
+    let task = Task {
+        pid: trace.pid,
+        tid: trace.pid,
+    };
     let old_mm = mm_of(&trace, task);
     let exec = trace.records.iter().find_map(|record| match record {
-        Record::Exec { task: by, mm, old_mm: left } if *by == task => Some((*mm, *left)),
+        Record::Exec {
+            task: by,
+            mm,
+            old_mm: left,
+        } if *by == task => Some((*mm, *left)),
         _ => None,
     });
     let (mm, left) = exec.expect("an exec");
     assert_eq!(left, old_mm);
-    let at = |wanted: Record| trace.records.iter().position(|record| *record == wanted).expect("recorded");
-    let put = at(Record::Put { task, mm: old_mm, cause: "execve" });
-    assert!(put < at(Record::New { task, mm }) && at(Record::New { task, mm }) < at(Record::Get { task, mm }));
+    let at = |wanted: Record| {
+        trace
+            .records
+            .iter()
+            .position(|record| *record == wanted)
+            .expect("recorded")
+    };
+    let put = at(Record::Put {
+        task,
+        mm: old_mm,
+        cause: "execve",
+    });
+    assert!(
+        put < at(Record::New { task, mm })
+            && at(Record::New { task, mm }) < at(Record::Get { task, mm })
+    );
 }
 
 #[test]
@@ -149,13 +227,27 @@ fn execve_by_another_thread_ends_the_rest_and_takes_the_leaders_place() {
     for _ in 0..rounds(20) {
         let trace = trace(&["thread-exec"]);
         assert_eq!(trace.status, ExitStatus::Code(8), "{}", trace.stdout);
-        let task = Task { pid: trace.pid, tid: trace.pid };
-        let by: Vec<&Record> = trace.records.iter().filter(|record| matches!(record, Record::Exec { .. })).collect();
-        assert!(matches!(by[..], [Record::Exec { task: by, .. }] if *by == task), "{by:?}");
+        let task = Task {
+            pid: trace.pid,
+            tid: trace.pid,
+        };
+        let by: Vec<&Record> = trace
+            .records
+            .iter()
+            .filter(|record| matches!(record, Record::Exec { .. }))
+            .collect();
+        assert!(
+            matches!(by[..], [Record::Exec { task: by, .. }] if *by == task),
+            "{by:?}"
+        );
         assert_eq!(news(&trace), 2);
         // The leader of old, the thread in its place, and three more that waited; the execing one
         // has no end of its own.
-        let exits = trace.records.iter().filter(|record| matches!(record, Record::Exit { .. })).count();
+        let exits = trace
+            .records
+            .iter()
+            .filter(|record| matches!(record, Record::Exit { .. }))
+            .count();
         assert_eq!(exits, 5);
     }
 }
@@ -169,12 +261,25 @@ fn a_vfork_child_shares_its_parents_memory_until_it_execs() {
     assert_eq!(trace.status, ExitStatus::Code(0));
     assert!(trace.stdout.contains("exit status: 9"), "{}", trace.stdout);
     let forks = forks(&trace);
-    let [(parent, child, mm, child_mm)] = forks[..] else { panic!("{forks:?}") };
-    assert_eq!((parent.tid, child.pid, mm), (trace.pid, child.tid, child_mm));
-    let left = Record::Put { task: child, mm, cause: "execve" };
+    let [(parent, child, mm, child_mm)] = forks[..] else {
+        panic!("{forks:?}")
+    };
+    assert_eq!(
+        (parent.tid, child.pid, mm),
+        (trace.pid, child.tid, child_mm)
+    );
+    let left = Record::Put {
+        task: child,
+        mm,
+        cause: "execve",
+    };
     assert!(trace.records.contains(&left));
     // The parent goes on in the old address space and is the one to end it.
-    let ended = Record::Put { task: parent, mm, cause: "exit" };
+    let ended = Record::Put {
+        task: parent,
+        mm,
+        cause: "exit",
+    };
     assert!(trace.records.contains(&ended));
 }
 
@@ -187,12 +292,27 @@ fn a_call_on_another_process_is_told_in_that_ones_address_space() {
     assert_eq!(trace.status, ExitStatus::Code(0), "{}", trace.stdout);
     let child = trace.said("child")[0][0].parse().expect("a pid");
     let said = &trace.said("range")[0];
-    let (part, result) = trace.ends().find(|(part, _)| part.cause == "process_madvise").expect("seen");
+    let (part, result) = trace
+        .ends()
+        .find(|(part, _)| part.cause == "process_madvise")
+        .expect("seen");
     assert_eq!(part.task.tid, trace.pid, "current is who calls");
-    assert_eq!(part.mm, mm_of(&trace, Task { pid: child, tid: child }));
+    assert_eq!(
+        part.mm,
+        mm_of(
+            &trace,
+            Task {
+                pid: child,
+                tid: child
+            }
+        )
+    );
     assert_eq!((part.start, part.end), (hex(said[0]), hex(said[1])));
     assert_eq!(result, said[2].parse().ok());
-    let (all, result) = trace.ends().find(|(part, _)| part.cause == "process_mrelease").expect("seen");
+    let (all, result) = trace
+        .ends()
+        .find(|(part, _)| part.cause == "process_mrelease")
+        .expect("seen");
     assert_eq!((all.task.tid, all.mm), (trace.pid, part.mm));
     assert_eq!((all.event, all.start, all.end), ("unmap", 0, 0));
     assert_eq!(result, trace.said("released")[0][0].parse().ok());
@@ -204,7 +324,13 @@ fn job_control_works_as_without_a_tracer() {
         return;
     }
     let trace = trace(&["stop"]);
-    assert_eq!(trace.stdout, format!("stopped true by {}\ncontinued true\nexited 5\n", libc::SIGSTOP));
+    assert_eq!(
+        trace.stdout,
+        format!(
+            "stopped true by {}\ncontinued true\nexited 5\n",
+            libc::SIGSTOP
+        )
+    );
 }
 
 #[test]
@@ -214,10 +340,16 @@ fn real_time_signals_are_delivered_each_once() {
     }
     let trace = trace(&["signals", "200"]);
     if trace.stdout.starts_with("no more signals") {
-        println!("SKIP real_time_signals_are_delivered_each_once: {} (RLIMIT_SIGPENDING)", trace.stdout.trim());
+        println!(
+            "SKIP real_time_signals_are_delivered_each_once: {} (RLIMIT_SIGPENDING)",
+            trace.stdout.trim()
+        );
         return;
     }
-    assert_eq!((trace.stdout.as_str(), trace.status), ("200\n", ExitStatus::Code(0)));
+    assert_eq!(
+        (trace.stdout.as_str(), trace.status),
+        ("200\n", ExitStatus::Code(0))
+    );
 }
 
 #[test]
@@ -227,7 +359,10 @@ fn a_tracee_that_asks_to_be_traced_is_refused() {
     }
     let trace = trace(&["traceme"]);
     let (eperm, esrch) = (libc::EPERM, libc::ESRCH);
-    assert_eq!(trace.stdout, format!("self -{eperm}\nchild {}\nnobody -{esrch}\n", -eperm & 0x7f));
+    assert_eq!(
+        trace.stdout,
+        format!("self -{eperm}\nchild {}\nnobody -{esrch}\n", -eperm & 0x7f)
+    );
 }
 
 #[test]
@@ -239,8 +374,16 @@ fn a_thread_that_is_not_followed_ends_the_trace_of_its_process_by_execve() {
     options.follow = false;
     let trace = trace_with(options, Recorder::new(), &["thread-exec"]);
     // The status is that of the process, whatever runs in it by then.
-    assert_eq!((trace.status, news(&trace)), (ExitStatus::Code(8), 1), "{}", trace.stdout);
-    let exits = trace.records.iter().filter(|record| matches!(record, Record::Exit { .. }));
+    assert_eq!(
+        (trace.status, news(&trace)),
+        (ExitStatus::Code(8), 1),
+        "{}",
+        trace.stdout
+    );
+    let exits = trace
+        .records
+        .iter()
+        .filter(|record| matches!(record, Record::Exit { .. }));
     assert_eq!(exits.count(), 1);
 }
 
@@ -253,7 +396,14 @@ fn children_that_are_not_followed_run_untraced() {
     options.follow = false;
     let trace = trace_with(options, Recorder::new(), &["fork"]);
     assert_eq!(trace.status, ExitStatus::Code(0));
-    assert!(trace.said("child").iter().all(|words| words[1] == "0"), "their munmap works: {}", trace.stdout);
+    assert!(
+        trace.said("child").iter().all(|words| words[1] == "0"),
+        "their munmap works: {}",
+        trace.stdout
+    );
     assert_eq!((forks(&trace).len(), news(&trace)), (0, 1));
-    assert!(trace.ends().any(|(part, _)| part.cause == "clone"), "the parent's own side of it is seen");
+    assert!(
+        trace.ends().any(|(part, _)| part.cause == "clone"),
+        "the parent's own side of it is seen"
+    );
 }

@@ -7,22 +7,55 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 use mmu_notifier::{InvalidateRange, Mm, MmWithUser, Notifier, Subscription, Subsystem, Va};
-use mmu_source::process::{Command, Done, ExitStatus, Observer, Options, Pid, Task, TaskEvent, Tracer, current};
+use mmu_source::process::{
+    Command, Done, ExitStatus, Observer, Options, Pid, Task, TaskEvent, Tracer, current,
+};
 
 /// One thing that was told.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Record {
     Start(Part),
     End(Part, Option<i64>),
-    Get { task: Task, mm: u64 },
-    Put { task: Task, mm: u64, cause: &'static str },
-    Release { task: Task, mm: u64 },
-    Free { mm: u64 },
-    New { task: Task, mm: u64 },
-    Fork { task: Task, child: Task, mm: u64, child_mm: u64 },
-    Exec { task: Task, mm: u64, old_mm: u64 },
-    Exit { task: Task, mm: u64, status: ExitStatus },
-    Detach { task: Task, mm: u64 },
+    Get {
+        task: Task,
+        mm: u64,
+    },
+    Put {
+        task: Task,
+        mm: u64,
+        cause: &'static str,
+    },
+    Release {
+        task: Task,
+        mm: u64,
+    },
+    Free {
+        mm: u64,
+    },
+    New {
+        task: Task,
+        mm: u64,
+    },
+    Fork {
+        task: Task,
+        child: Task,
+        mm: u64,
+        child_mm: u64,
+    },
+    Exec {
+        task: Task,
+        mm: u64,
+        old_mm: u64,
+    },
+    Exit {
+        task: Task,
+        mm: u64,
+        status: ExitStatus,
+    },
+    Detach {
+        task: Task,
+        mm: u64,
+    },
 }
 
 /// One bracket.
@@ -47,7 +80,10 @@ pub(crate) struct Log {
 
 impl Log {
     fn push(&self, record: Record) {
-        self.records.lock().expect("nobody panics with the log locked").push(record);
+        self.records
+            .lock()
+            .expect("nobody panics with the log locked")
+            .push(record);
     }
 }
 
@@ -83,7 +119,8 @@ impl Notifier for Probe {
     }
 
     fn invalidate_range_end(&self, range: &InvalidateRange<'_>) {
-        self.log.push(Record::End(part(range), current().expect("set").result));
+        self.log
+            .push(Record::End(part(range), current().expect("set").result));
     }
 }
 
@@ -108,16 +145,29 @@ impl Recorder {
     }
 
     pub(crate) fn with(on_start: OnStart) -> Recorder {
-        let log = Arc::new(Log { records: Mutex::default(), on_start });
+        let log = Arc::new(Log {
+            records: Mutex::default(),
+            on_start,
+        });
         let of_probes = Arc::clone(&log);
-        let alloc: Alloc = Box::new(move |mm| Ok(Probe { log: Arc::clone(&of_probes), mm: mm.id() }));
-        Recorder { log, subsystem: Subsystem::new(alloc) }
+        let alloc: Alloc = Box::new(move |mm| {
+            Ok(Probe {
+                log: Arc::clone(&of_probes),
+                mm: mm.id(),
+            })
+        });
+        Recorder {
+            log,
+            subsystem: Subsystem::new(alloc),
+        }
     }
 
     /// Waits for the frees, and returns the log once everything in it has been checked to be
     /// paired.
     pub(crate) fn finish(self) -> Vec<Record> {
-        self.subsystem.synchronize().expect("no bracket is open here");
+        self.subsystem
+            .synchronize()
+            .expect("no bracket is open here");
         let records = std::mem::take(&mut *self.log.records.lock().expect("not poisoned"));
         crate::check::pairs(&records);
         records
@@ -129,14 +179,21 @@ impl Observer for Recorder {
 
     fn enter(&mut self, task: Task, mm: &MmWithUser) -> Self::Held {
         assert_eq!(current().expect("set").task, task);
-        let held = self.subsystem.get(mm).expect("an address space is entered with no bracket open on it");
+        let held = self
+            .subsystem
+            .get(mm)
+            .expect("an address space is entered with no bracket open on it");
         self.log.push(Record::Get { task, mm: mm.id() });
         held
     }
 
     fn leave(&mut self, task: Task, held: Self::Held) {
         let cause = current().expect("set").cause;
-        self.log.push(Record::Put { task, mm: held.mm().id(), cause });
+        self.log.push(Record::Put {
+            task,
+            mm: held.mm().id(),
+            cause,
+        });
         held.put();
     }
 
@@ -146,11 +203,27 @@ impl Observer for Recorder {
                 assert!(!mm.has_notifiers(), "a new address space has subscribers");
                 Record::New { task, mm: mm.id() }
             }
-            TaskEvent::Fork { task, child, mm, child_mm } => {
-                Record::Fork { task, child, mm: mm.id(), child_mm: child_mm.id() }
-            }
-            TaskEvent::Exec { task, mm, old_mm } => Record::Exec { task, mm: mm.id(), old_mm: old_mm.id() },
-            TaskEvent::Exit { task, mm, status } => Record::Exit { task, mm: mm.id(), status },
+            TaskEvent::Fork {
+                task,
+                child,
+                mm,
+                child_mm,
+            } => Record::Fork {
+                task,
+                child,
+                mm: mm.id(),
+                child_mm: child_mm.id(),
+            },
+            TaskEvent::Exec { task, mm, old_mm } => Record::Exec {
+                task,
+                mm: mm.id(),
+                old_mm: old_mm.id(),
+            },
+            TaskEvent::Exit { task, mm, status } => Record::Exit {
+                task,
+                mm: mm.id(),
+                status,
+            },
             TaskEvent::Detach { task, mm } => Record::Detach { task, mm: mm.id() },
             ref other => panic!("unexpected: {other:?}"),
         });
@@ -178,17 +251,30 @@ pub(crate) fn trace_with(options: Options, recorder: Recorder, args: &[&str]) ->
     let (stdout, command) = with_stdout(tracee(args));
     let mut tracer = Tracer::new(options, recorder).expect("a tracer");
     let pid = tracer.spawn(command).expect("the tracee starts");
-    assert_eq!(tracer.run(&AtomicBool::new(false)).expect("the tracer runs"), Done::AllExited);
+    assert_eq!(
+        tracer
+            .run(&AtomicBool::new(false))
+            .expect("the tracer runs"),
+        Done::AllExited
+    );
     let status = tracer.exit_status().expect("the tracee has ended");
     let (recorder, keeper) = tracer.detach();
     assert!(!keeper.is_needed());
-    Trace { pid, records: recorder.finish(), stdout: read(stdout), status }
+    Trace {
+        pid,
+        records: recorder.finish(),
+        stdout: read(stdout),
+        status,
+    }
 }
 
 /// Gives a command a pipe for its output, which must fit in it.
 pub(crate) fn with_stdout(command: Command) -> (PipeReader, Command) {
     let (read, write) = pipe().expect("a pipe");
-    let stderr = File::options().write(true).open("/dev/null").expect("/dev/null");
+    let stderr = File::options()
+        .write(true)
+        .open("/dev/null")
+        .expect("/dev/null");
     (read, command.stdout(write).stderr(stderr))
 }
 
@@ -209,8 +295,14 @@ impl Trace {
 
     /// The words of the lines of output that begin with `key`.
     pub(crate) fn said(&self, key: &str) -> Vec<Vec<&str>> {
-        let words = self.stdout.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
-        words.filter(|words| words.first() == Some(&key)).map(|words| words[1..].to_vec()).collect()
+        let words = self
+            .stdout
+            .lines()
+            .map(|line| line.split_whitespace().collect::<Vec<_>>());
+        words
+            .filter(|words| words.first() == Some(&key))
+            .map(|words| words[1..].to_vec())
+            .collect()
     }
 }
 

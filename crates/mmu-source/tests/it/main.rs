@@ -22,7 +22,10 @@ mod life;
 #[cfg(feature = "process")]
 mod log;
 #[cfg(any(feature = "kernel", feature = "uffd"))]
-#[cfg_attr(not(feature = "kernel"), allow(dead_code, reason = "each source uses its part"))]
+#[cfg_attr(
+    not(feature = "kernel"),
+    allow(dead_code, reason = "each source uses its part")
+)]
 mod memory;
 #[cfg(feature = "process")]
 mod space;

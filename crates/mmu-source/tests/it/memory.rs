@@ -31,11 +31,23 @@ impl Scratch {
     pub(crate) fn map(pages: usize, flags: i32, file: i32) -> io::Result<Self> {
         let bytes = pages * PAGE;
         // SAFETY: a new mapping where the kernel likes.
-        let at = unsafe { libc::mmap(ptr::null_mut(), bytes, libc::PROT_READ | libc::PROT_WRITE, flags, file, 0) };
+        let at = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                bytes,
+                libc::PROT_READ | libc::PROT_WRITE,
+                flags,
+                file,
+                0,
+            )
+        };
         if at == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        let scratch = Self { at: at.cast(), bytes };
+        let scratch = Self {
+            at: at.cast(),
+            bytes,
+        };
         (0..pages).for_each(|page| scratch.write(page, 1));
         Ok(scratch)
     }
@@ -44,11 +56,23 @@ impl Scratch {
     pub(crate) fn read_only(pages: usize, file: i32) -> io::Result<Self> {
         let bytes = pages * PAGE;
         // SAFETY: a new mapping where the kernel likes.
-        let at = unsafe { libc::mmap(ptr::null_mut(), bytes, libc::PROT_READ, libc::MAP_PRIVATE, file, 0) };
+        let at = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                bytes,
+                libc::PROT_READ,
+                libc::MAP_PRIVATE,
+                file,
+                0,
+            )
+        };
         if at == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        let scratch = Self { at: at.cast(), bytes };
+        let scratch = Self {
+            at: at.cast(),
+            bytes,
+        };
         for page in 0..pages {
             // SAFETY: inside of the mapping.
             unsafe { scratch.page(page).cast::<u8>().read_volatile() };
@@ -110,7 +134,14 @@ impl Notifier for Log {
 
 impl Log {
     pub(crate) fn about(mm: &MmWithUser, about: VaRange) -> Registration<Self> {
-        Registration::new(mm, Self { about, ranges: Mutex::new(Vec::new()) }).expect("outside of brackets")
+        Registration::new(
+            mm,
+            Self {
+                about,
+                ranges: Mutex::new(Vec::new()),
+            },
+        )
+        .expect("outside of brackets")
     }
 
     /// Returns what was told since the last call.

@@ -17,7 +17,10 @@ fn a_forked_child_has_a_fresh_one() {
     };
     assert!(in_child(fresh));
     assert_eq!(current().id(), id, "the parent keeps its own");
-    assert!(in_child(|| in_child(|| current_if_made().is_none())), "a grandchild as well");
+    assert!(
+        in_child(|| in_child(|| current_if_made().is_none())),
+        "a grandchild as well"
+    );
 }
 
 /// A second one could never be dropped, and a leak checker would report it.

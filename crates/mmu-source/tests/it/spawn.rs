@@ -30,7 +30,10 @@ fn a_program_that_is_not_there_or_not_executable_is_an_error() {
         return;
     }
     let refused = |program: &str| match tracer().spawn(Command::new(program)) {
-        Err(Error::Exec { program: named, source }) => {
+        Err(Error::Exec {
+            program: named,
+            source,
+        }) => {
             assert_eq!(named, program);
             source.kind()
         }
@@ -90,7 +93,10 @@ fn a_working_directory_that_is_not_there_is_an_error() {
         return;
     }
     match tracer().spawn(Command::new("true").current_dir("/no/such/place")) {
-        Err(Error::Spawn { call: "chdir", source }) => assert_eq!(source.kind(), ErrorKind::NotFound),
+        Err(Error::Spawn {
+            call: "chdir",
+            source,
+        }) => assert_eq!(source.kind(), ErrorKind::NotFound),
         other => panic!("{other:?}"),
     }
 }
@@ -98,7 +104,10 @@ fn a_working_directory_that_is_not_there_is_an_error() {
 #[test]
 fn a_tracer_with_nobody_to_trace_is_done_at_once() {
     let mut tracer = tracer();
-    assert_eq!(tracer.run(&AtomicBool::new(false)).expect("nothing to do"), Done::AllExited);
+    assert_eq!(
+        tracer.run(&AtomicBool::new(false)).expect("nothing to do"),
+        Done::AllExited
+    );
     assert_eq!(tracer.exit_status(), None);
 }
 
@@ -108,7 +117,10 @@ fn the_exit_status_is_the_programs() {
         return;
     }
     assert_eq!(trace(&["exit", "42"]).status, ExitStatus::Code(42));
-    assert_eq!(trace(&["segfault"]).status, ExitStatus::Signal(libc::SIGSEGV));
+    assert_eq!(
+        trace(&["segfault"]).status,
+        ExitStatus::Signal(libc::SIGSEGV)
+    );
 }
 
 #[test]
@@ -129,7 +141,11 @@ fn streams_directory_and_environment_are_the_programs() {
         .stdout(stdout)
         .current_dir("/")
         .environment([("PATH".into(), path), ("WORD".into(), "word".into())]);
-    assert_eq!(run(command), ExitStatus::Signal(libc::SIGPIPE), "SIGPIPE is not ignored in the child");
+    assert_eq!(
+        run(command),
+        ExitStatus::Signal(libc::SIGPIPE),
+        "SIGPIPE is not ignored in the child"
+    );
     let mut text = String::new();
     from.read_to_string(&mut text).expect("text");
     assert_eq!(text, "in / word\ngone\n");
@@ -144,6 +160,10 @@ fn one_tracer_serves_several_programs() {
     tracer.spawn(Command::new("true")).expect("it starts");
     tracer.spawn(Command::new("false")).expect("it starts");
     tracer.run(&AtomicBool::new(false)).expect("both run");
-    assert_eq!(tracer.exit_status(), Some(ExitStatus::Code(1)), "of the last one");
+    assert_eq!(
+        tracer.exit_status(),
+        Some(ExitStatus::Code(1)),
+        "of the last one"
+    );
     assert!(!tracer.detach().0.finish().is_empty());
 }

@@ -5,7 +5,9 @@ use std::fs::{self, File};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 
 use mmu_notifier::{InvalidateRange, MmWithUser, Notifier, Subscription, Subsystem};
-use mmu_source::process::{Command, ExitStatus, Observer, Options, Task, TaskEvent, Tracer, current};
+use mmu_source::process::{
+    Command, ExitStatus, Observer, Options, Task, TaskEvent, Tracer, current,
+};
 use testkit::{Cap, require};
 
 use crate::log::tracee;
@@ -14,11 +16,18 @@ use crate::log::tracee;
 fn line_of(pid: i32, address: u64) -> String {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps")).expect("the task lives");
     let holds = |line: &&str| {
-        let (start, end) = line.split(' ').next().and_then(|range| range.split_once('-')).expect("a range");
+        let (start, end) = line
+            .split(' ')
+            .next()
+            .and_then(|range| range.split_once('-'))
+            .expect("a range");
         let hex = |text| u64::from_str_radix(text, 16).expect("a number");
         hex(start) <= address && address < hex(end)
     };
-    maps.lines().find(holds).unwrap_or_else(|| panic!("{address:#x} is not mapped:\n{maps}")).to_owned()
+    maps.lines()
+        .find(holds)
+        .unwrap_or_else(|| panic!("{address:#x} is not mapped:\n{maps}"))
+        .to_owned()
 }
 
 /// `syscall`.
@@ -42,8 +51,14 @@ impl Notifier for Probe {
         assert!(stack.contains("[stack]"), "{stack}");
         let (mut call, mut word) = (INSTRUCTION, [0; 8]);
         call.fill(0);
-        assert_eq!(current.read_memory(registers.ip - call.len() as u64, &mut call), call.len());
-        assert_eq!(call, INSTRUCTION, "the instruction that it stands behind makes calls");
+        assert_eq!(
+            current.read_memory(registers.ip - call.len() as u64, &mut call),
+            call.len()
+        );
+        assert_eq!(
+            call, INSTRUCTION,
+            "the instruction that it stands behind makes calls"
+        );
         assert_eq!(current.read_memory(registers.sp, &mut word), 8);
         assert_eq!(current.read_memory(0, &mut word), 0);
         SEEN.fetch_add(1, Relaxed);
@@ -68,7 +83,8 @@ impl Observer for Watcher {
         if let TaskEvent::Mapped { task, range, .. } = event {
             let cause = current().expect("it is told on behalf of a task").cause;
             line_of(task.pid, range.start().get());
-            self.mapped.push((cause, line_of(task.pid, range.last().get())));
+            self.mapped
+                .push((cause, line_of(task.pid, range.last().get())));
         }
     }
 }
@@ -76,10 +92,20 @@ impl Observer for Watcher {
 fn watch(births: bool, command: Command) -> Watcher {
     let mut options = Options::default();
     options.births = births;
-    let watcher = Watcher { probes: Subsystem::new(|_| Ok(Probe)), mapped: Vec::new() };
+    let watcher = Watcher {
+        probes: Subsystem::new(|_| Ok(Probe)),
+        mapped: Vec::new(),
+    };
     let mut tracer = Tracer::new(options, watcher).expect("this machine can");
     tracer
-        .spawn(command.stdout(File::options().write(true).open("/dev/null").expect("/dev/null")))
+        .spawn(
+            command.stdout(
+                File::options()
+                    .write(true)
+                    .open("/dev/null")
+                    .expect("/dev/null"),
+            ),
+        )
         .expect("it can be run");
     tracer.run(&AtomicBool::new(false)).expect("it is traced");
     assert_eq!(tracer.exit_status(), Some(ExitStatus::Code(0)));
@@ -102,7 +128,11 @@ fn births_are_told_when_they_are_mapped() {
     }
     // Its heap is its own doing: not every allocator uses one.
     let mapped = watch(true, tracee(&["break"])).mapped;
-    let has = |cause: &str, what: &str| mapped.iter().any(|(by, line)| *by == cause && line.contains(what));
+    let has = |cause: &str, what: &str| {
+        mapped
+            .iter()
+            .any(|(by, line)| *by == cause && line.contains(what))
+    };
     assert!(has("mmap", "libc.so"), "{mapped:?}");
     assert!(has("brk", "[heap]"), "{mapped:?}");
 }

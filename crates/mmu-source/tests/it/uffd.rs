@@ -14,7 +14,9 @@ fn start() -> Option<Arc<Uffd>> {
 
 fn told(uffd: &Arc<Uffd>, name: &str, memory: Scratch, change: impl FnOnce(&Scratch)) {
     let log = Log::about(&current(), memory.range());
-    let armed = uffd.arm(memory.range()).unwrap_or_else(|error| panic!("{name}: {error}"));
+    let armed = uffd
+        .arm(memory.range())
+        .unwrap_or_else(|error| panic!("{name}: {error}"));
     uffd.settle().expect("no fork");
     log.take();
     change(&memory);
@@ -34,14 +36,21 @@ fn munmap(memory: &Scratch) {
 fn advise(memory: &Scratch, advice: i32) {
     // SAFETY: our own scratch memory.
     let result = unsafe { libc::madvise(memory.page(0), memory.bytes, advice) };
-    assert_eq!(result, 0, "madvise {advice}: {}", std::io::Error::last_os_error());
+    assert_eq!(
+        result,
+        0,
+        "madvise {advice}: {}",
+        std::io::Error::last_os_error()
+    );
 }
 
 #[test]
 fn changes_of_anonymous_memory_are_told() {
     let Some(uffd) = start() else { return };
     told(&uffd, "munmap", Scratch::anonymous(4), munmap);
-    told(&uffd, "MADV_DONTNEED", Scratch::anonymous(4), |memory| advise(memory, libc::MADV_DONTNEED));
+    told(&uffd, "MADV_DONTNEED", Scratch::anonymous(4), |memory| {
+        advise(memory, libc::MADV_DONTNEED)
+    });
     told(&uffd, "mremap", Scratch::anonymous(4), |memory| {
         // SAFETY: moves our own scratch memory, where the kernel likes.
         unsafe { libc::mremap(memory.page(0), 4 * PAGE, 4096 * PAGE, libc::MREMAP_MAYMOVE) };
@@ -51,7 +60,9 @@ fn changes_of_anonymous_memory_are_told() {
         // SAFETY: over our own scratch memory.
         unsafe { libc::mmap(memory.page(2), PAGE, libc::PROT_READ, flags, -1, 0) };
     });
-    told(&uffd, "fork", Scratch::anonymous(4), |_| assert!(in_child(|| true)));
+    told(&uffd, "fork", Scratch::anonymous(4), |_| {
+        assert!(in_child(|| true))
+    });
 }
 
 #[test]
@@ -60,7 +71,9 @@ fn changes_of_shared_memory_are_told() {
     let file = memory_file(4);
     let shared = || Scratch::map(4, libc::MAP_SHARED, file.as_raw_fd()).expect("mmap");
     told(&uffd, "munmap", shared(), munmap);
-    told(&uffd, "MADV_REMOVE", shared(), |memory| advise(memory, libc::MADV_REMOVE));
+    told(&uffd, "MADV_REMOVE", shared(), |memory| {
+        advise(memory, libc::MADV_REMOVE)
+    });
 }
 
 #[test]
@@ -73,10 +86,15 @@ fn changes_of_huge_pages_are_told() {
         // pages.
         let at = unsafe { libc::mmap(std::ptr::null_mut(), bytes, libc::PROT_READ, flags, -1, 0) };
         assert_ne!(at, libc::MAP_FAILED, "{}", std::io::Error::last_os_error());
-        Scratch { at: at.cast(), bytes }
+        Scratch {
+            at: at.cast(),
+            bytes,
+        }
     };
     told(&uffd, "munmap", huge(), munmap);
-    told(&uffd, "MADV_DONTNEED", huge(), |memory| advise(memory, libc::MADV_DONTNEED));
+    told(&uffd, "MADV_DONTNEED", huge(), |memory| {
+        advise(memory, libc::MADV_DONTNEED)
+    });
 }
 
 #[test]
@@ -100,12 +118,18 @@ fn a_range_that_is_armed_twice_is_told_until_both_are_dropped() {
     let log = Log::about(&current(), memory.range());
     let is_told = |page: usize| {
         log.take();
-        // SAFETY: our own scratch memory.
-        assert_eq!(unsafe { libc::madvise(memory.page(page), PAGE, libc::MADV_DONTNEED) }, 0);
+        assert_eq!(
+            // SAFETY: our own scratch memory.
+            unsafe { libc::madvise(memory.page(page), PAGE, libc::MADV_DONTNEED) },
+            0
+        );
         uffd.settle().expect("no fork");
-        log.take().iter().any(|range| range.contains(Va::new(memory.page(page).addr() as u64)) && range.pages() == 1)
+        log.take().iter().any(|range| {
+            range.contains(Va::new(memory.page(page).addr() as u64)) && range.pages() == 1
+        })
     };
-    let part = VaRange::covering(Va::new(memory.page(2).addr() as u64), 2 * PAGE as u64).expect("two pages");
+    let part = VaRange::covering(Va::new(memory.page(2).addr() as u64), 2 * PAGE as u64)
+        .expect("two pages");
     let whole = uffd.arm(memory.range()).expect("armed");
     let inside = uffd.arm(part).expect("armed");
     drop(whole);
@@ -118,7 +142,10 @@ fn a_range_that_is_armed_twice_is_told_until_both_are_dropped() {
 #[test]
 fn a_callback_may_unmap_armed_memory_and_disarm() {
     let Some(uffd) = start() else { return };
-    struct Unmaps(VaRange, std::sync::Mutex<Option<(mmu_source::uffd::Armed, Scratch)>>);
+    struct Unmaps(
+        VaRange,
+        std::sync::Mutex<Option<(mmu_source::uffd::Armed, Scratch)>>,
+    );
     impl mmu_notifier::Notifier for Unmaps {
         fn invalidate_range_start(&self, range: &mmu_notifier::InvalidateRange<'_>) {
             if range.range().overlaps(self.0)
@@ -139,7 +166,10 @@ fn a_callback_may_unmap_armed_memory_and_disarm() {
     advise(&first, libc::MADV_DONTNEED);
     uffd.settle().expect("no fork");
     uffd.settle().expect("no fork");
-    assert!(unmaps.1.lock().expect("no panic").is_none(), "the callback ran");
+    assert!(
+        unmaps.1.lock().expect("no panic").is_none(),
+        "the callback ran"
+    );
     assert!(!log.take().is_empty(), "and what it unmapped was told");
     assert!(unmaps.unregister().is_ok());
 }
@@ -151,9 +181,20 @@ fn outlived_by_a_child() -> bool {
     let memory = Scratch::anonymous(4);
     let armed = uffd.arm(memory.range()).expect("armed");
     // Moved, it stays registered where nobody disarms it.
-    let (flags, place) = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, Scratch::anonymous(4));
+    let (flags, place) = (
+        libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED,
+        Scratch::anonymous(4),
+    );
     // SAFETY: both are our own scratch memory.
-    let moved = unsafe { libc::mremap(memory.page(0), memory.bytes, memory.bytes, flags, place.page(0)) };
+    let moved = unsafe {
+        libc::mremap(
+            memory.page(0),
+            memory.bytes,
+            memory.bytes,
+            flags,
+            place.page(0),
+        )
+    };
     assert_eq!(moved, place.page(0));
     // The one is gone, the other is unmapped below.
     let bytes = memory.bytes;
@@ -192,14 +233,20 @@ fn the_threads_take_none_of_the_programs_signals() {
     // Other tests' threads come and go, and a list that is read meanwhile can lack some.
     let ours = loop {
         let tasks = std::fs::read_dir("/proc/self/task").expect("procfs");
-        let threads = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("status")).ok());
-        let ours: Vec<_> = threads.filter(|status| status.starts_with("Name:\tmmu-uffd-")).collect();
+        let threads =
+            tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("status")).ok());
+        let ours: Vec<_> = threads
+            .filter(|status| status.starts_with("Name:\tmmu-uffd-"))
+            .collect();
         if ours.len() >= 2 {
             break ours;
         }
     };
     for status in ours {
-        let blocked = status.lines().find_map(|line| line.strip_prefix("SigBlk:\t")).expect("a mask");
+        let blocked = status
+            .lines()
+            .find_map(|line| line.strip_prefix("SigBlk:\t"))
+            .expect("a mask");
         let blocked = u64::from_str_radix(blocked, 16).expect("hexadecimal");
         for signal in [libc::SIGTERM, libc::SIGUSR1, libc::SIGCHLD] {
             assert_ne!(blocked & 1 << (signal - 1), 0, "{signal}: {status}");
@@ -213,10 +260,13 @@ fn a_forked_child_has_no_part_in_its_parents_source() {
     let memory = Scratch::anonymous(2);
     let mut armed = Some(uffd.arm(memory.range()).expect("armed"));
     assert!(in_child(|| {
-        let refused = matches!(uffd.settle(), Err(Error::AfterFork { .. })) && armed.take().is_some();
+        let refused =
+            matches!(uffd.settle(), Err(Error::AfterFork { .. })) && armed.take().is_some();
         // Its memory is not registered: this would wait for a reader that is not there.
         advise(&memory, libc::MADV_DONTNEED);
-        refused && Uffd::start().is_ok_and(|own| own.arm(memory.range()).is_ok() && own.settle().is_ok())
+        refused
+            && Uffd::start()
+                .is_ok_and(|own| own.arm(memory.range()).is_ok() && own.settle().is_ok())
     }));
     let log = Log::about(&current(), memory.range());
     advise(&memory, libc::MADV_DONTNEED);
@@ -233,17 +283,25 @@ fn closed_and_used_again(over: bool) -> bool {
     let armed = uffd.arm(memory.range()).expect("armed");
     let zero = std::fs::File::open("/dev/zero").expect("a file");
     let files: Vec<_> = if over {
-        // SAFETY: integers; what was there is nobody's any more, in this child that needs no other
-        // descriptor.
-        let over = (3..64)
-            .filter(|number| *number != zero.as_raw_fd() && unsafe { libc::dup2(zero.as_raw_fd(), *number) } >= 0);
+        let over = (3..64).filter(|number| {
+            // SAFETY: integers; what was there is nobody's any more, in this child that needs no
+            // other descriptor.
+            *number != zero.as_raw_fd() && unsafe { libc::dup2(zero.as_raw_fd(), *number) } >= 0
+        });
         over.collect()
     } else {
         std::mem::forget(zero);
-        // SAFETY: integers, as above.
-        assert_eq!(unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, 0) }, 0);
+        assert_eq!(
+            // SAFETY: integers, as above.
+            unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, 0) },
+            0
+        );
         (0..40)
-            .map(|_| std::os::fd::IntoRawFd::into_raw_fd(std::fs::File::open("/dev/zero").expect("a file")))
+            .map(|_| {
+                std::os::fd::IntoRawFd::into_raw_fd(
+                    std::fs::File::open("/dev/zero").expect("a file"),
+                )
+            })
             .collect()
     };
     let log = Log::about(&current(), memory.range());
@@ -254,7 +312,9 @@ fn closed_and_used_again(over: bool) -> bool {
     drop(uffd.arm(other.range()).expect("it goes on"));
     drop((armed, uffd));
     // SAFETY: integers.
-    told && files.iter().all(|file| unsafe { libc::fcntl(*file, libc::F_GETFD) } >= 0)
+    told && files
+        .iter()
+        .all(|file| unsafe { libc::fcntl(*file, libc::F_GETFD) } >= 0)
 }
 
 #[test]

@@ -35,14 +35,25 @@ pub(crate) struct CoverageArgs {
     /// arrived in the page, 'stale' that it went elsewhere, 'shipped' is the library alone, 'hook'
     /// and 'both' are with libmmun_dropin.so and these sources. The device is an io_uring. Exits 1
     /// if something was stale with both.
-    #[arg(long, value_name = "NAME", conflicts_with = "sources", verbatim_doc_comment)]
+    #[arg(
+        long,
+        value_name = "NAME",
+        conflicts_with = "sources",
+        verbatim_doc_comment
+    )]
     pub(crate) library: Option<Library>,
 
     /// Looks the registration up so long after the change
     ///
     /// A UCX whose look-up cannot be asked (from 1.14 on) is told by a thread, some microseconds
     /// later.
-    #[arg(long, value_name = "MICROSECONDS", default_value_t = 0, requires = "library", verbatim_doc_comment)]
+    #[arg(
+        long,
+        value_name = "MICROSECONDS",
+        default_value_t = 0,
+        requires = "library",
+        verbatim_doc_comment
+    )]
     pub(crate) wait: u64,
 }
 

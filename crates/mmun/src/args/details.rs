@@ -42,9 +42,20 @@ pub(crate) struct SummaryArgs {
 impl SummaryArgs {
     /// The tables that are asked for; `always` takes the usual ones if none is.
     pub(crate) fn wanted(&self, always: bool) -> Option<Wanted> {
-        let usual = || always.then(|| Tables::DEFAULT.parse().expect("the usual tables are tables"));
+        let usual = || {
+            always.then(|| {
+                Tables::DEFAULT
+                    .parse()
+                    .expect("the usual tables are tables")
+            })
+        };
         let tables = self.summary.or_else(usual)?;
-        Some(Wanted { tables, sort: self.sort, top: self.top, wall: self.wall })
+        Some(Wanted {
+            tables,
+            sort: self.sort,
+            top: self.top,
+            wall: self.wall,
+        })
     }
 }
 

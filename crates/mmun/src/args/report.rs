@@ -61,7 +61,15 @@ pub(crate) enum ReportFormat {
 
 impl ReportArgs {
     pub(crate) fn format(&self) -> ReportFormat {
-        let is_page = self.output.as_deref().and_then(Path::extension).is_some_and(|ending| ending == "html");
-        self.format.unwrap_or(if is_page { ReportFormat::Html } else { ReportFormat::Summary })
+        let is_page = self
+            .output
+            .as_deref()
+            .and_then(Path::extension)
+            .is_some_and(|ending| ending == "html");
+        self.format.unwrap_or(if is_page {
+            ReportFormat::Html
+        } else {
+            ReportFormat::Summary
+        })
     }
 }

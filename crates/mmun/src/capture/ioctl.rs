@@ -37,7 +37,11 @@ pub(crate) fn query(maps: &File, address: u64, which: Which) -> io::Result<Optio
     let mut name = [0_u8; 512];
     let mut query = ProcmapQuery {
         size: size_of::<ProcmapQuery>() as u64,
-        query_flags: if which == Which::HoldingOrNext { COVERING_OR_NEXT } else { 0 },
+        query_flags: if which == Which::HoldingOrNext {
+            COVERING_OR_NEXT
+        } else {
+            0
+        },
         query_addr: address,
         vma_name_size: name.len() as u32,
         vma_name_addr: name.as_mut_ptr() as u64,
@@ -54,7 +58,11 @@ pub(crate) fn query(maps: &File, address: u64, which: Which) -> io::Result<Optio
     }
     if answer < 0 {
         let error = io::Error::last_os_error();
-        return if error.kind() == io::ErrorKind::NotFound { Ok(None) } else { Err(error) };
+        return if error.kind() == io::ErrorKind::NotFound {
+            Ok(None)
+        } else {
+            Err(error)
+        };
     }
     let name = &name[..(query.vma_name_size as usize).saturating_sub(1)];
     Ok(Some(Vma {
@@ -87,7 +95,12 @@ pub(crate) const IS_HUGE: u64 = 1 << 6;
 ///
 /// # Errors
 /// `ENOTTY` on a kernel before 6.7, and what else the kernel says.
-pub(crate) fn scan(pagemap: &File, start: u64, end: u64, mut tell: impl FnMut(&Region)) -> io::Result<()> {
+pub(crate) fn scan(
+    pagemap: &File,
+    start: u64,
+    end: u64,
+    mut tell: impl FnMut(&Region),
+) -> io::Result<()> {
     let mut regions = [Region::default(); 64];
     let mut at = start;
     while at < end {

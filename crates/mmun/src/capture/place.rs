@@ -23,7 +23,11 @@ pub(crate) struct Place {
 
 /// One past the last address that a program can have with four levels of page tables; more is asked
 /// for in vain on most machines.
-const TOP: u64 = if cfg!(target_arch = "aarch64") { 1 << 48 } else { 0x7fff_ffff_f000 };
+const TOP: u64 = if cfg!(target_arch = "aarch64") {
+    1 << 48
+} else {
+    0x7fff_ffff_f000
+};
 /// Without `PAGEMAP_SCAN` a larger range is not read: 8 bytes a page.
 const MOST_READ: u64 = 16 << 30;
 
@@ -54,11 +58,16 @@ impl Place {
     /// All mappings, in order.
     pub(crate) fn all(&mut self) -> Vec<Vma> {
         let mut text = Vec::with_capacity(1 << 16);
-        let read = self.maps.seek(SeekFrom::Start(0)).and_then(|_| self.maps.read_to_end(&mut text));
+        let read = self
+            .maps
+            .seek(SeekFrom::Start(0))
+            .and_then(|_| self.maps.read_to_end(&mut text));
         if read.is_err() {
             return Vec::new();
         }
-        text.split(|byte| *byte == b'\n').filter_map(parse).collect()
+        text.split(|byte| *byte == b'\n')
+            .filter_map(parse)
+            .collect()
     }
 
     /// How much of a range is in memory; `None` if the kernel does not say.
@@ -66,7 +75,9 @@ impl Place {
         let (start, end) = (start.min(TOP), end.min(TOP));
         let mut pages = Pages::default();
         if !self.old_pagemap {
-            let mut tell = |region: &ioctl::Region| add(&mut pages, region.end - region.start, region.categories);
+            let mut tell = |region: &ioctl::Region| {
+                add(&mut pages, region.end - region.start, region.categories)
+            };
             match ioctl::scan(&self.pagemap, start, end, &mut tell) {
                 Ok(()) => return Some(pages),
                 Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => self.old_pagemap = true,
@@ -126,8 +137,18 @@ fn parse(line: &[u8]) -> Option<Vma> {
     let (major, minor) = columns.next()?.split_once(':')?;
     let inode = columns.next()?.parse().ok()?;
     let name = columns.next().unwrap_or_default().trim_start().to_owned();
-    let device = (u32::from_str_radix(major, 16).ok()?, u32::from_str_radix(minor, 16).ok()?);
-    Some(Vma { start: hex(start)?, end: hex(end)?, offset, device, inode, name })
+    let device = (
+        u32::from_str_radix(major, 16).ok()?,
+        u32::from_str_radix(minor, 16).ok()?,
+    );
+    Some(Vma {
+        start: hex(start)?,
+        end: hex(end)?,
+        offset,
+        device,
+        inode,
+        name,
+    })
 }
 
 #[cfg(test)]
@@ -140,7 +161,10 @@ mod tests {
         [false, true].map(|old| {
             let mut place = Place::of(std::process::id() as Pid).unwrap();
             (place.old_maps, place.old_pagemap) = (old, old);
-            (place.mapping(start, Which::Holding), place.pages(start, start + memory.len() as u64))
+            (
+                place.mapping(start, Which::Holding),
+                place.pages(start, start + memory.len() as u64),
+            )
         })
     }
 
@@ -155,7 +179,10 @@ mod tests {
             let [(vma, pages), (old_vma, old_pages)] = both(memory);
             let (vma, old_vma) = (vma.unwrap(), old_vma.unwrap());
             // The allocator may grow the mapping in between.
-            assert_eq!((vma.start, vma.inode, &vma.name), (old_vma.start, old_vma.inode, &old_vma.name));
+            assert_eq!(
+                (vma.start, vma.inode, &vma.name),
+                (old_vma.start, old_vma.inode, &old_vma.name)
+            );
             assert_eq!(pages.unwrap().resident, old_pages.unwrap().resident);
             pages.unwrap().resident
         };
@@ -178,9 +205,16 @@ mod tests {
 
     #[test]
     fn a_line_that_is_no_text_does_no_harm() {
-        let vma = parse(b"1000-2000 rw-p 00001000 08:01 5                          /a b\xff").unwrap();
-        assert_eq!((vma.start, vma.offset, vma.device, vma.inode), (0x1000, 0x1000, (8, 1), 5));
+        let vma =
+            parse(b"1000-2000 rw-p 00001000 08:01 5                          /a b\xff").unwrap();
+        assert_eq!(
+            (vma.start, vma.offset, vma.device, vma.inode),
+            (0x1000, 0x1000, (8, 1), 5)
+        );
         assert!(vma.name.starts_with("/a b"));
-        assert_eq!((parse(b""), parse(b"1000-"), parse(b"1-2 r 0 0:0 x")), (None, None, None));
+        assert_eq!(
+            (parse(b""), parse(b"1000-"), parse(b"1-2 r 0 0:0 x")),
+            (None, None, None)
+        );
     }
 }

@@ -41,7 +41,11 @@ enum Reading {
 impl Runtime {
     /// `all`: every task of a traced process is traced.
     pub(crate) fn new(overhead: u64, all: bool) -> Runtime {
-        Runtime { overhead, tasks: all.then(HashMap::new), ..Runtime::default() }
+        Runtime {
+            overhead,
+            tasks: all.then(HashMap::new),
+            ..Runtime::default()
+        }
     }
 
     /// A task appears.
@@ -65,8 +69,15 @@ impl Runtime {
 
     /// The task stands before its call.
     pub(crate) fn begin(&mut self, task: Task) {
-        let is_alone = self.tasks.as_ref().is_some_and(|tasks| tasks.get(&task.pid) == Some(&1));
-        let process = if is_alone { sys::process_time(task.pid).map(Reading::Process) } else { None };
+        let is_alone = self
+            .tasks
+            .as_ref()
+            .is_some_and(|tasks| tasks.get(&task.pid) == Some(&1));
+        let process = if is_alone {
+            sys::process_time(task.pid).map(Reading::Process)
+        } else {
+            None
+        };
         match process.or_else(|| self.read(task).map(Reading::Task)) {
             Some(reading) => drop(self.before.insert(task.tid, reading)),
             None => drop(self.before.remove(&task.tid)),
@@ -78,12 +89,17 @@ impl Runtime {
         let passed = match self.before.remove(&task.tid) {
             // Nobody but the task itself could have made another one, and no call that makes one in
             // its own process changes memory.
-            Some(Reading::Process(before)) => sys::process_time(task.pid).map(|after| after.saturating_sub(before)),
-            Some(Reading::Task(before)) => self.read(task).map(|after| after.saturating_sub(before)),
+            Some(Reading::Process(before)) => {
+                sys::process_time(task.pid).map(|after| after.saturating_sub(before))
+            }
+            Some(Reading::Task(before)) => {
+                self.read(task).map(|after| after.saturating_sub(before))
+            }
             None => None,
         };
         if let Some(passed) = passed {
-            self.own.insert(task.tid, passed.saturating_sub(self.overhead));
+            self.own
+                .insert(task.tid, passed.saturating_sub(self.overhead));
         }
     }
 
@@ -103,7 +119,8 @@ impl Runtime {
             if self.files.len() >= MOST_OPEN {
                 self.files.clear();
             }
-            let file = File::open(format!("/proc/{}/task/{}/schedstat", task.pid, task.tid)).ok()?;
+            let file =
+                File::open(format!("/proc/{}/task/{}/schedstat", task.pid, task.tid)).ok()?;
             self.files.insert(task.tid, file);
         }
         let mut text = [0; 64];
@@ -120,8 +137,14 @@ mod tests {
     #[test]
     fn time_that_this_task_runs_is_counted_less_the_overhead() {
         let pid = std::process::id() as Pid;
-        let task = Task { pid, tid: rustix::thread::gettid().as_raw_nonzero().get() };
-        let mut runtime = Runtime { overhead: 1000, ..Runtime::default() };
+        let task = Task {
+            pid,
+            tid: rustix::thread::gettid().as_raw_nonzero().get(),
+        };
+        let mut runtime = Runtime {
+            overhead: 1000,
+            ..Runtime::default()
+        };
         runtime.begin(task);
         let begun = std::time::Instant::now();
         while begun.elapsed().as_millis() < 20 {}
@@ -130,14 +153,23 @@ mod tests {
         runtime.end(task);
         assert!(runtime.take(task.tid).is_some_and(|own| own > 1_000_000));
         assert_eq!(runtime.take(task.tid), None);
-        runtime.begin(Task { pid: i32::MAX, tid: i32::MAX });
-        runtime.end(Task { pid: i32::MAX, tid: i32::MAX });
+        runtime.begin(Task {
+            pid: i32::MAX,
+            tid: i32::MAX,
+        });
+        runtime.end(Task {
+            pid: i32::MAX,
+            tid: i32::MAX,
+        });
         assert_eq!(runtime.take(i32::MAX), None);
     }
 
     #[test]
     fn the_clock_of_a_process_is_asked_while_it_has_one_task() {
-        let task = |tid| Task { pid: std::process::id() as Pid, tid };
+        let task = |tid| Task {
+            pid: std::process::id() as Pid,
+            tid,
+        };
         let this = task(rustix::thread::gettid().as_raw_nonzero().get());
         let reading = |runtime: &mut Runtime| {
             runtime.begin(this);
@@ -153,6 +185,9 @@ mod tests {
         assert!(is_process(reading(&mut runtime)));
         let mut some = Runtime::new(0, false);
         some.entered(this);
-        assert!(matches!(reading(&mut some), Some(Reading::Task(_))), "there may be tasks that are not traced");
+        assert!(
+            matches!(reading(&mut some), Some(Reading::Task(_))),
+            "there may be tasks that are not traced"
+        );
     }
 }

@@ -13,9 +13,15 @@ use crate::source::Source;
 /// A source at work. What it tells arrives at the subscribers of [`Armed::mm`].
 #[derive(Debug)]
 pub(crate) enum Armed {
-    Kernel(Arc<Kernel>, #[expect(dead_code, reason = "its drop disarms")] kernel::Armed),
+    Kernel(
+        Arc<Kernel>,
+        #[expect(dead_code, reason = "its drop disarms")] kernel::Armed,
+    ),
     Hook(#[expect(dead_code, reason = "it only has to live")] Hook),
-    Uffd(Arc<Uffd>, #[expect(dead_code, reason = "its drop disarms")] uffd::Armed),
+    Uffd(
+        Arc<Uffd>,
+        #[expect(dead_code, reason = "its drop disarms")] uffd::Armed,
+    ),
 }
 
 impl Armed {

@@ -20,7 +20,11 @@ pub(crate) fn run(operation: &Operation, source: Source) -> Report {
 }
 
 fn try_run(operation: &Operation, source: Source) -> Result<Report, Unavailable> {
-    let Prepared { watched, armed, change } = (operation.prepare)()?;
+    let Prepared {
+        watched,
+        armed,
+        change,
+    } = (operation.prepare)()?;
     let page = open(operation, watched)?;
     let shows_frames = page.shows_frames();
     let armed = Armed::new(source, armed)?;
@@ -140,18 +144,23 @@ mod tests {
             Some(counter.load(Relaxed))
         };
         let discard = || region.advise(libc::MADV_DONTNEED).unwrap();
-        watch_beside(generation, &page, at_rest(|| Some(7), &page).unwrap(), || {
-            if moves_first {
+        watch_beside(
+            generation,
+            &page,
+            at_rest(|| Some(7), &page).unwrap(),
+            || {
+                if moves_first {
+                    counter.fetch_add(1, Relaxed);
+                    return discard();
+                }
+                discard();
+                // The counter is looked at only if the page was seen to have changed.
+                while looks.load(Relaxed) == 0 {
+                    thread::yield_now();
+                }
                 counter.fetch_add(1, Relaxed);
-                return discard();
-            }
-            discard();
-            // The counter is looked at only if the page was seen to have changed.
-            while looks.load(Relaxed) == 0 {
-                thread::yield_now();
-            }
-            counter.fetch_add(1, Relaxed);
-        })
+            },
+        )
     }
 
     #[test]

@@ -55,10 +55,9 @@ impl Column {
             Column::Both => &[Source::Hook, Source::Kernel],
         };
         let lack = |source: &Source| doctor::usable(*source).err().map(|lack| (*source, lack));
-        sources
-            .iter()
-            .find_map(lack)
-            .map(|(source, lack)| format!("{} cannot be used here: {}", source.name(), lack.to_line()))
+        sources.iter().find_map(lack).map(|(source, lack)| {
+            format!("{} cannot be used here: {}", source.name(), lack.to_line())
+        })
     }
 
     fn prepare(self, command: &mut Command, library: &Path) {
@@ -83,16 +82,32 @@ pub(crate) fn main(library: Library, wait: u64, json: bool) -> Outcome {
     let operations: Vec<&'static Operation> = ops::all().collect();
     let lacks = Column::ALL.map(Column::lack);
     lacks.iter().flatten().for_each(|line| complain(line));
-    let columns: Vec<usize> = (0..Column::ALL.len()).filter(|column| lacks[*column].is_none()).collect();
-    let places: Vec<(usize, usize)> =
-        (0..operations.len()).flat_map(|row| columns.iter().map(move |column| (row, *column))).collect();
+    let columns: Vec<usize> = (0..Column::ALL.len())
+        .filter(|column| lacks[*column].is_none())
+        .collect();
+    let places: Vec<(usize, usize)> = (0..operations.len())
+        .flat_map(|row| columns.iter().map(move |column| (row, *column)))
+        .collect();
     let blank = || Some(Report::unavailable(""));
-    let row = lacks.each_ref().map(|lack| lack.as_ref().and_then(|_| blank()));
-    let mut table = Table { library, operations: &operations, reports: vec![row; operations.len()], written: 0, json };
+    let row = lacks
+        .each_ref()
+        .map(|lack| lack.as_ref().and_then(|_| blank()));
+    let mut table = Table {
+        library,
+        operations: &operations,
+        reports: vec![row; operations.len()],
+        written: 0,
+        json,
+    };
     let command = |index: usize| {
         let (row, column) = places[index];
         let mut command = Command::new(std::env::current_exe()?);
-        command.args(["coverage-library-cell", library.name(), operations[row].name, &wait.to_string()]);
+        command.args([
+            "coverage-library-cell",
+            library.name(),
+            operations[row].name,
+            &wait.to_string(),
+        ]);
         Column::ALL[column].prepare(&mut command, &dropin);
         Ok(command)
     };
@@ -103,14 +118,21 @@ pub(crate) fn main(library: Library, wait: u64, json: bool) -> Outcome {
         if written.is_ok() {
             written = table.write(&mut io::stdout());
         }
-        if written.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        if written.is_ok() {
+            ControlFlow::Continue(())
+        } else {
+            ControlFlow::Break(())
+        }
     });
     written = written.and_then(|()| table.end(&mut io::stdout()));
     if let Err(error) = written {
         if error.kind() == io::ErrorKind::BrokenPipe {
             return Outcome::Exit(0);
         }
-        complain(&format!("write on standard output: {}", crate::reason(&error)));
+        complain(&format!(
+            "write on standard output: {}",
+            crate::reason(&error)
+        ));
         return FAILED;
     }
     table.complaints().iter().for_each(|line| complain(line));
@@ -155,14 +177,26 @@ impl Table<'_> {
             return Ok(());
         }
         let mut line = format!("{:NAME$}{:COLUMN$}", "operation", "changed");
-        Column::ALL.iter().for_each(|column| line.push_str(&format!("{:COLUMN$}", column.name())));
-        writeln!(out, "{}", Style::of_stdout().paint(Mark::Bold, line.trim_end()))
+        Column::ALL
+            .iter()
+            .for_each(|column| line.push_str(&format!("{:COLUMN$}", column.name())));
+        writeln!(
+            out,
+            "{}",
+            Style::of_stdout().paint(Mark::Bold, line.trim_end())
+        )
     }
 
     /// Writes the rows that are complete and not yet written.
     fn write(&mut self, out: &mut impl Write) -> io::Result<()> {
         while let Some(row) = self.reports.get(self.written) {
-            let Some(row) = row.iter().map(Option::as_ref).collect::<Option<Vec<&Report>>>() else { break };
+            let Some(row) = row
+                .iter()
+                .map(Option::as_ref)
+                .collect::<Option<Vec<&Report>>>()
+            else {
+                break;
+            };
             let name = self.operations[self.written].name;
             self.written += 1;
             if self.json {
@@ -179,7 +213,11 @@ impl Table<'_> {
                 continue;
             }
             let style = Style::of_stdout();
-            let changed = if row.iter().any(|report| report.changed) { "yes" } else { "no" };
+            let changed = if row.iter().any(|report| report.changed) {
+                "yes"
+            } else {
+                "no"
+            };
             write!(out, "{name:NAME$}{changed:COLUMN$}")?;
             let words: Vec<String> = row
                 .iter()
@@ -200,7 +238,11 @@ impl Table<'_> {
         }
         writeln!(out)?;
         for (index, column) in Column::ALL.iter().enumerate() {
-            let reports: Vec<&Report> = self.reports.iter().filter_map(|row| row[index].as_ref()).collect();
+            let reports: Vec<&Report> = self
+                .reports
+                .iter()
+                .filter_map(|row| row[index].as_ref())
+                .collect();
             let count = |f: fn(&&&Report) -> bool| reports.iter().filter(f).count();
             let name = Style::of_stdout().paint(Mark::Bold, format!("{:COLUMN$}", column.name()));
             writeln!(
@@ -218,7 +260,11 @@ impl Table<'_> {
     fn complaints(&self) -> Vec<String> {
         let mut lines: Vec<String> = Vec::new();
         for (row, operation) in self.reports.iter().zip(self.operations) {
-            for report in row.iter().flatten().filter(|report| !report.reason.is_empty()) {
+            for report in row
+                .iter()
+                .flatten()
+                .filter(|report| !report.reason.is_empty())
+            {
                 let line = format!("{}: {}", operation.name, report.reason);
                 if lines.last() != Some(&line) {
                     lines.push(line);
@@ -230,12 +276,20 @@ impl Table<'_> {
 
     fn is_broken(&self) -> bool {
         let mut all = self.reports.iter().flatten().flatten();
-        let nothing = self.reports.iter().flatten().flatten().all(|report| report.seen == Seen::NotAvailable);
+        let nothing = self
+            .reports
+            .iter()
+            .flatten()
+            .flatten()
+            .all(|report| report.seen == Seen::NotAvailable);
         nothing || all.any(|report| report.broken)
     }
 
     /// With all sources, something was stale.
     fn is_stale_with_dropin(&self) -> bool {
-        self.reports.iter().filter_map(|row| row[2].as_ref()).any(|report| report.seen == Seen::Missed)
+        self.reports
+            .iter()
+            .filter_map(|row| row[2].as_ref())
+            .any(|report| report.seen == Seen::Missed)
     }
 }

@@ -45,13 +45,25 @@ impl Matrix {
         let row: Vec<Option<Report>> = sources.iter().map(blank).collect();
         let reports = vec![row.clone(); operations.len()];
         let columns = (0..sources.len()).filter(|column| row[*column].is_none());
-        let places = (0..operations.len()).flat_map(|row| columns.clone().map(move |column| (row, column))).collect();
-        Matrix { operations, sources, reports, places, form, written: 0 }
+        let places = (0..operations.len())
+            .flat_map(|row| columns.clone().map(move |column| (row, column)))
+            .collect();
+        Matrix {
+            operations,
+            sources,
+            reports,
+            places,
+            form,
+            written: 0,
+        }
     }
 
     /// What is to be run.
     pub(crate) fn places(&self) -> Vec<Place> {
-        self.places.iter().map(|(row, column)| (self.operations[*row], self.sources[*column])).collect()
+        self.places
+            .iter()
+            .map(|(row, column)| (self.operations[*row], self.sources[*column]))
+            .collect()
     }
 
     /// Enters the report of the place with this index.
@@ -62,16 +74,26 @@ impl Matrix {
 
     /// Writes the headings.
     pub(crate) fn begin(&self, out: &mut impl Write) -> io::Result<()> {
-        let Form::Text(style) = self.form else { return Ok(()) };
+        let Form::Text(style) = self.form else {
+            return Ok(());
+        };
         let mut line = format!("{:NAME$}{:COLUMN$}", "operation", "changed");
-        self.sources.iter().for_each(|source| line.push_str(&format!("{:COLUMN$}", source.name())));
+        self.sources
+            .iter()
+            .for_each(|source| line.push_str(&format!("{:COLUMN$}", source.name())));
         writeln!(out, "{}", style.paint(Mark::Bold, line.trim_end()))
     }
 
     /// Writes the rows that are complete and not yet written.
     pub(crate) fn write(&mut self, out: &mut impl Write) -> io::Result<()> {
         while let Some(row) = self.reports.get(self.written) {
-            let Some(row) = row.iter().map(Option::as_ref).collect::<Option<Vec<&Report>>>() else { break };
+            let Some(row) = row
+                .iter()
+                .map(Option::as_ref)
+                .collect::<Option<Vec<&Report>>>()
+            else {
+                break;
+            };
             let text = match self.form {
                 Form::Text(style) => as_text(self.operations[self.written], &row, style),
                 Form::Json => as_json(self.operations[self.written], &row, &self.sources),
@@ -85,15 +107,22 @@ impl Matrix {
     /// Writes what is left and the totals: of the operations that changed a translation.
     pub(crate) fn end(&mut self, out: &mut impl Write) -> io::Result<()> {
         self.write(out)?;
-        let Form::Text(style) = self.form else { return Ok(()) };
+        let Form::Text(style) = self.form else {
+            return Ok(());
+        };
         writeln!(out)?;
         for (column, source) in self.sources.iter().enumerate() {
             let reports = self.reports.iter().filter_map(|row| row[column].as_ref());
             let count = |seen| {
-                let counts = |report: &&Report| report.seen == seen && (report.changed || seen == Seen::NotAvailable);
+                let counts = |report: &&Report| {
+                    report.seen == seen && (report.changed || seen == Seen::NotAvailable)
+                };
                 reports.clone().filter(counts).count()
             };
-            let told: Vec<String> = Seen::ALL.iter().map(|seen| format!("{} {}", count(*seen), seen.name())).collect();
+            let told: Vec<String> = Seen::ALL
+                .iter()
+                .map(|seen| format!("{} {}", count(*seen), seen.name()))
+                .collect();
             let changed = reports.clone().filter(|report| report.changed).count();
             let name = style.paint(Mark::Bold, format!("{:COLUMN$}", source.name()));
             writeln!(out, "{name}{changed} changed: {}", told.join(", "))?;
@@ -105,7 +134,9 @@ impl Matrix {
     pub(crate) fn faults(&self) -> Vec<String> {
         let fault = |(operation, source, report): (&Operation, Source, &Report)| {
             let late = report.seen == Seen::After && source != Source::Uffd;
-            let is_fault = report.changed && operation.is_claimed_by(source) && (late || report.seen == Seen::Missed);
+            let is_fault = report.changed
+                && operation.is_claimed_by(source)
+                && (late || report.seen == Seen::Missed);
             is_fault.then(|| match late {
                 true => format!("{} told of {} after it", source.name(), operation.name),
                 false => format!("{} missed {}", source.name(), operation.name),
@@ -117,13 +148,25 @@ impl Matrix {
     /// Why what is not available is not, one line for each operation and reason.
     pub(crate) fn reasons(&self) -> Vec<String> {
         let mut lines: Vec<String> = Vec::new();
-        for (operation, source, report) in self.cells().filter(|(_, _, report)| !report.reason.is_empty()) {
-            let everywhere = self.cells().filter(|cell| cell.0.name == operation.name).filter(|cell| {
-                cell.2.reason == report.reason || cell.2.reason.is_empty() && cell.2.seen == Seen::NotAvailable
-            });
+        for (operation, source, report) in self
+            .cells()
+            .filter(|(_, _, report)| !report.reason.is_empty())
+        {
+            let everywhere = self
+                .cells()
+                .filter(|cell| cell.0.name == operation.name)
+                .filter(|cell| {
+                    cell.2.reason == report.reason
+                        || cell.2.reason.is_empty() && cell.2.seen == Seen::NotAvailable
+                });
             let line = match everywhere.count() == self.sources.len() {
                 true => format!("{}: {}", operation.name, report.reason),
-                false => format!("{} under {}: {}", operation.name, source.name(), report.reason),
+                false => format!(
+                    "{} under {}: {}",
+                    operation.name,
+                    source.name(),
+                    report.reason
+                ),
             };
             if lines.last() != Some(&line) {
                 lines.push(line);
@@ -164,7 +207,11 @@ fn as_text(operation: &Operation, row: &[&Report], style: Style) -> String {
             Seen::Missed if report.changed => Mark::Bad,
             Seen::Missed | Seen::NotAvailable => Mark::Dim,
         };
-        let gap = if index + 1 < row.len() { COLUMN - report.seen.name().len() } else { 0 };
+        let gap = if index + 1 < row.len() {
+            COLUMN - report.seen.name().len()
+        } else {
+            0
+        };
         line.push_str(&style.paint(mark, report.seen.name()));
         line.extend(std::iter::repeat_n(' ', gap));
     }

@@ -38,26 +38,45 @@ pub(crate) struct Prepared {
 
 impl Prepared {
     /// Arms all of `region` and watches its page `page`.
-    pub(crate) fn new(region: &Region, page: usize, change: impl FnOnce() -> io::Result<()> + 'static) -> Prepared {
+    pub(crate) fn new(
+        region: &Region,
+        page: usize,
+        change: impl FnOnce() -> io::Result<()> + 'static,
+    ) -> Prepared {
         let armed = covering(region.start(), region.len());
-        Prepared { watched: region.page(page), armed, change: Box::new(change) }
+        Prepared {
+            watched: region.page(page),
+            armed,
+            change: Box::new(change),
+        }
     }
 
     /// Arms and watches the page around `address`, which is libc's.
-    pub(crate) fn at(address: usize, change: impl FnOnce() -> io::Result<()> + 'static) -> Prepared {
+    pub(crate) fn at(
+        address: usize,
+        change: impl FnOnce() -> io::Result<()> + 'static,
+    ) -> Prepared {
         let watched = address / page_size() * page_size();
-        Prepared { watched, armed: covering(watched, page_size()), change: Box::new(change) }
+        Prepared {
+            watched,
+            armed: covering(watched, page_size()),
+            change: Box::new(change),
+        }
     }
 }
 
 impl fmt::Debug for Prepared {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Prepared").field("watched", &self.watched).field("armed", &self.armed).finish_non_exhaustive()
+        f.debug_struct("Prepared")
+            .field("watched", &self.watched)
+            .field("armed", &self.armed)
+            .finish_non_exhaustive()
     }
 }
 
 pub(crate) fn covering(start: usize, len: usize) -> VaRange {
-    VaRange::covering(Va::new(start as u64), len as u64).expect("memory that is mapped has a start and a length")
+    VaRange::covering(Va::new(start as u64), len as u64)
+        .expect("memory that is mapped has a start and a length")
 }
 
 /// Why an operation cannot be had here, in one line.

@@ -49,7 +49,11 @@ mod tests {
         let names: Vec<&str> = all().map(|operation| operation.name).collect();
         for (index, name) in names.iter().enumerate() {
             assert!(!names[..index].contains(name), "{name} stands twice");
-            assert!(name.bytes().all(|byte| (b' '..=b'~').contains(&byte) && byte != b'"' && byte != b'\\'), "{name}");
+            assert!(
+                name.bytes()
+                    .all(|byte| (b' '..=b'~').contains(&byte) && byte != b'"' && byte != b'\\'),
+                "{name}"
+            );
         }
     }
 }

@@ -25,7 +25,9 @@ impl Other {
                 let mut numbers = [0; 16];
                 if orders.read_exact(&mut numbers).is_ok() {
                     let (a, b) = numbers.split_at(8);
-                    let number = |bytes: &[u8]| usize::from_ne_bytes(bytes.try_into().expect("half of sixteen"));
+                    let number = |bytes: &[u8]| {
+                        usize::from_ne_bytes(bytes.try_into().expect("half of sixteen"))
+                    };
                     let errno = match act(number(a), number(b)) {
                         Ok(()) => 0,
                         Err(error) => error.raw_os_error().unwrap_or(libc::EIO),

@@ -54,11 +54,22 @@ impl Page {
     /// `/proc` does not let us see what `judge` needs: one line that says so.
     pub(crate) fn open(pid: Pid, address: usize, judge: Judge) -> Result<Page, String> {
         let open = |name: String| {
-            File::open(&name).map_err(|error| format!("{name} cannot be read: {}", crate::reason(&error)))
+            File::open(&name)
+                .map_err(|error| format!("{name} cannot be read: {}", crate::reason(&error)))
         };
         let pagemap = open(format!("/proc/{pid}/pagemap"))?;
-        let flags = if judge == Judge::Lazy { Some(open("/proc/kpageflags".to_owned())?) } else { None };
-        Ok(Page { pid, address, judge, pagemap, flags })
+        let flags = if judge == Judge::Lazy {
+            Some(open("/proc/kpageflags".to_owned())?)
+        } else {
+            None
+        };
+        Ok(Page {
+            pid,
+            address,
+            judge,
+            pagemap,
+            flags,
+        })
     }
 
     pub(crate) fn address(&self) -> usize {
@@ -88,7 +99,8 @@ impl Page {
 
     /// Whether frame numbers are shown to us; others see zeros.
     pub(crate) fn shows_frames(&self) -> bool {
-        self.state().is_ok_and(|State([entry, _])| entry & PRESENT == 0 || entry & FRAME != 0)
+        self.state()
+            .is_ok_and(|State([entry, _])| entry & PRESENT == 0 || entry & FRAME != 0)
     }
 }
 
@@ -107,7 +119,11 @@ mod tests {
     use super::*;
 
     fn page(region: &Region, judge: Judge) -> Result<Page, String> {
-        Page::open(rustix::process::getpid().as_raw_nonzero().get(), region.page(0), judge)
+        Page::open(
+            rustix::process::getpid().as_raw_nonzero().get(),
+            region.page(0),
+            judge,
+        )
     }
 
     #[test]
@@ -126,7 +142,10 @@ mod tests {
     #[test]
     fn protection_is_seen_and_looking_leaves_no_trace() {
         let region = Region::anonymous(1).unwrap();
-        let (page, frame) = (page(&region, Judge::Writable).unwrap(), page(&region, Judge::Frame).unwrap());
+        let (page, frame) = (
+            page(&region, Judge::Writable).unwrap(),
+            page(&region, Judge::Frame).unwrap(),
+        );
         let (writable, there) = (page.state().unwrap(), frame.state().unwrap());
         assert_eq!(page.state().unwrap(), writable);
         region.protect().unwrap();

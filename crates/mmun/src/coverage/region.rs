@@ -6,7 +6,10 @@
 //! written by volatile accesses of this module alone. A change of its translations therefore
 //! touches no Rust object, and the functions that change them are safe. A function that takes
 //! memory away takes the `Region` by value, or leaves pages that read as zeros.
-#![expect(unsafe_code, reason = "maps, changes and unmaps raw memory; see the Safety section")]
+#![expect(
+    unsafe_code,
+    reason = "maps, changes and unmaps raw memory; see the Safety section"
+)]
 
 use std::ffi::{CStr, c_int, c_void};
 use std::fs::File;
@@ -36,11 +39,19 @@ fn pointer(address: usize) -> *mut c_void {
 }
 
 fn check(result: c_int) -> io::Result<()> {
-    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if result == -1 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }
 
 fn check_address(result: *mut c_void) -> io::Result<usize> {
-    if result == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(result.expose_provenance()) }
+    if result == libc::MAP_FAILED {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result.expose_provenance())
+    }
 }
 
 impl Region {
@@ -73,9 +84,21 @@ impl Region {
     fn map(pages: usize, flags: c_int, fd: RawFd) -> io::Result<Region> {
         let len = pages * page_size();
         // SAFETY: without MAP_FIXED the kernel picks a place where nothing is.
-        let start = unsafe { libc::mmap(null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, flags, fd, 0) };
+        let start = unsafe {
+            libc::mmap(
+                null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                flags,
+                fd,
+                0,
+            )
+        };
         // INVARIANT: just mapped, and only its address is kept.
-        Ok(Region { start: check_address(start)?, len })
+        Ok(Region {
+            start: check_address(start)?,
+            len,
+        })
     }
 
     /// A segment of System V shared memory, touched. It is marked for removal at the last detach.
@@ -84,15 +107,24 @@ impl Region {
         // SAFETY: a null address lets the kernel pick a place where nothing is.
         let start = check_address(unsafe { libc::shmat(id, null_mut(), 0) });
         discard_segment(id);
-        let region = Region { start: start?, len: pages * page_size() };
+        let region = Region {
+            start: start?,
+            len: pages * page_size(),
+        };
         region.touch();
         Ok(region)
     }
 
     /// A part: `pages` pages from page `first` on.
     pub(crate) fn part(&self, first: usize, pages: usize) -> Region {
-        assert!((first + pages) * page_size() <= self.len, "a part lies within its whole");
-        Region { start: self.start + first * page_size(), len: pages * page_size() }
+        assert!(
+            (first + pages) * page_size() <= self.len,
+            "a part lies within its whole"
+        );
+        Region {
+            start: self.start + first * page_size(),
+            len: pages * page_size(),
+        }
     }
 
     /// The first part of `pages` pages that begins at a multiple of `align` bytes.
@@ -151,7 +183,11 @@ impl Region {
             std::arch::asm!("syscall", inlateout("rax") libc::SYS_munmap => result, in("rdi") self.start, in("rsi") self.len,
                 out("rcx") _, out("r11") _, options(nostack));
         }
-        if result < 0 { Err(io::Error::from_raw_os_error(-result as i32)) } else { Ok(()) }
+        if result < 0 {
+            Err(io::Error::from_raw_os_error(-result as i32))
+        } else {
+            Ok(())
+        }
     }
 
     /// `munmap` by the instruction itself, past libc.
@@ -163,7 +199,11 @@ impl Region {
             std::arch::asm!("svc #0", in("x8") libc::SYS_munmap, inlateout("x0") self.start => result, in("x1") self.len,
                 options(nostack));
         }
-        if result < 0 { Err(io::Error::from_raw_os_error(-result as i32)) } else { Ok(()) }
+        if result < 0 {
+            Err(io::Error::from_raw_os_error(-result as i32))
+        } else {
+            Ok(())
+        }
     }
 
     /// `munmap` by the instruction itself, past libc.
@@ -177,7 +217,8 @@ impl Region {
         let target = target.map_or(0, |target| target.start);
         // SAFETY: no Rust object lies in the old pages, which are given up with `self`; with
         // MREMAP_FIXED the same holds for the target's.
-        let moved = unsafe { libc::mremap(pointer(self.start), self.len, len, flags, pointer(target)) };
+        let moved =
+            unsafe { libc::mremap(pointer(self.start), self.len, len, flags, pointer(target)) };
         check_address(moved).map(drop)
     }
 
@@ -185,7 +226,10 @@ impl Region {
     pub(crate) fn map_over(self) -> io::Result<()> {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
         // SAFETY: no Rust object lies in the pages that are replaced.
-        check_address(unsafe { libc::mmap(pointer(self.start), self.len, libc::PROT_READ, flags, -1, 0) }).map(drop)
+        check_address(unsafe {
+            libc::mmap(pointer(self.start), self.len, libc::PROT_READ, flags, -1, 0)
+        })
+        .map(drop)
     }
 
     /// `madvise` of libc.
@@ -197,12 +241,20 @@ impl Region {
 
     /// `IORING_OP_MADVISE`.
     pub(crate) fn advise_by_ring(&self, ring: &mut IoUring, advice: c_int) -> io::Result<()> {
-        let entry = opcode::Madvise::new(pointer(self.start).cast_const(), self.len as i64, advice).build();
+        let entry =
+            opcode::Madvise::new(pointer(self.start).cast_const(), self.len as i64, advice).build();
         // SAFETY: the entry points to no buffer; no Rust object lies in the pages.
         unsafe { ring.submission().push(&entry) }.map_err(io::Error::other)?;
         ring.submit_and_wait(1)?;
-        let result = ring.completion().next().map_or(-libc::EIO, |entry| entry.result());
-        if result < 0 { Err(io::Error::from_raw_os_error(-result)) } else { Ok(()) }
+        let result = ring
+            .completion()
+            .next()
+            .map_or(-libc::EIO, |entry| entry.result());
+        if result < 0 {
+            Err(io::Error::from_raw_os_error(-result))
+        } else {
+            Ok(())
+        }
     }
 
     /// `mprotect` of libc to read only; no code writes there afterwards.
@@ -214,7 +266,8 @@ impl Region {
     /// `pkey_mprotect` of libc to read only, with the default key.
     pub(crate) fn protect_with_key(&self) -> io::Result<()> {
         type PkeyMprotect = unsafe extern "C" fn(*mut c_void, usize, c_int, c_int) -> c_int;
-        let function = symbol(c"pkey_mprotect").ok_or_else(|| io::Error::other("libc has no pkey_mprotect"))?;
+        let function = symbol(c"pkey_mprotect")
+            .ok_or_else(|| io::Error::other("libc has no pkey_mprotect"))?;
         // SAFETY: this is the type that pkey_mprotect(2) documents for that name.
         let function = unsafe { std::mem::transmute::<*mut c_void, PkeyMprotect>(function) };
         // SAFETY: no Rust object lies in the pages.
@@ -248,9 +301,23 @@ impl Region {
         const MPOL_MF_MOVE: c_int = 2;
         let (page, mut status) = (pointer(self.start), 0);
         // SAFETY: the arrays have one live element each; moving changes no byte.
-        let result = unsafe { libc::syscall(libc::SYS_move_pages, 0, 1, &page, &node, &mut status, MPOL_MF_MOVE) };
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_move_pages,
+                0,
+                1,
+                &page,
+                &node,
+                &mut status,
+                MPOL_MF_MOVE,
+            )
+        };
         check(result as c_int)?;
-        if status < 0 { Err(io::Error::from_raw_os_error(-status)) } else { Ok(()) }
+        if status < 0 {
+            Err(io::Error::from_raw_os_error(-status))
+        } else {
+            Ok(())
+        }
     }
 }
 
@@ -259,8 +326,12 @@ impl Region {
 ///
 /// Meant for regions, here or over there: what the pages hold may be lost.
 pub(crate) fn advise_in(pidfd: RawFd, start: usize, len: usize, advice: c_int) -> io::Result<()> {
-    type ProcessMadvise = unsafe extern "C" fn(c_int, *const libc::iovec, usize, c_int, u32) -> isize;
-    let part = libc::iovec { iov_base: pointer(start), iov_len: len };
+    type ProcessMadvise =
+        unsafe extern "C" fn(c_int, *const libc::iovec, usize, c_int, u32) -> isize;
+    let part = libc::iovec {
+        iov_base: pointer(start),
+        iov_len: len,
+    };
     let result = match symbol(c"process_madvise") {
         Some(function) => {
             // SAFETY: this is the type that process_madvise(2) documents for that name.
@@ -269,7 +340,9 @@ pub(crate) fn advise_in(pidfd: RawFd, start: usize, len: usize, advice: c_int) -
             unsafe { function(pidfd, &part, 1, advice, 0) }
         }
         // SAFETY: as above.
-        None => unsafe { libc::syscall(libc::SYS_process_madvise, pidfd, &part, 1, advice, 0) as isize },
+        None => unsafe {
+            libc::syscall(libc::SYS_process_madvise, pidfd, &part, 1, advice, 0) as isize
+        },
     };
     match result {
         -1 => Err(io::Error::last_os_error()),
@@ -280,7 +353,13 @@ pub(crate) fn advise_in(pidfd: RawFd, start: usize, len: usize, advice: c_int) -
 
 fn new_segment(pages: usize) -> io::Result<i32> {
     // SAFETY: it takes integers.
-    let id = unsafe { libc::shmget(libc::IPC_PRIVATE, pages * page_size(), libc::IPC_CREAT | 0o600) };
+    let id = unsafe {
+        libc::shmget(
+            libc::IPC_PRIVATE,
+            pages * page_size(),
+            libc::IPC_CREAT | 0o600,
+        )
+    };
     check(id).map(|()| id)
 }
 
@@ -301,8 +380,14 @@ pub(crate) fn symbol(name: &CStr) -> Option<*mut c_void> {
 /// here.
 pub(crate) fn takes_a_write(pid: i32, address: usize) -> bool {
     let mut mark = MARK;
-    let local = libc::iovec { iov_base: (&raw mut mark).cast(), iov_len: 1 };
-    let remote = libc::iovec { iov_base: pointer(address), iov_len: 1 };
+    let local = libc::iovec {
+        iov_base: (&raw mut mark).cast(),
+        iov_len: 1,
+    };
+    let remote = libc::iovec {
+        iov_base: pointer(address),
+        iov_len: 1,
+    };
     // SAFETY: one byte of a local is read; the one written belongs to a region, and it holds `MARK`
     // already.
     unsafe { libc::process_vm_writev(pid, &local, 1, &remote, 1, 0) == 1 }
@@ -312,7 +397,16 @@ pub(crate) fn takes_a_write(pid: i32, address: usize) -> bool {
 pub(crate) fn map_if_free(address: usize) -> io::Result<()> {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
     // SAFETY: with MAP_FIXED_NOREPLACE nothing that is mapped is touched.
-    let result = unsafe { libc::mmap(pointer(address), page_size(), libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+    let result = unsafe {
+        libc::mmap(
+            pointer(address),
+            page_size(),
+            libc::PROT_READ | libc::PROT_WRITE,
+            flags,
+            -1,
+            0,
+        )
+    };
     match check_address(result) {
         Err(error) if error.raw_os_error() != Some(libc::EEXIST) => Err(error),
         _ => Ok(()),
@@ -322,8 +416,14 @@ pub(crate) fn map_if_free(address: usize) -> io::Result<()> {
 /// Writes to memory of this process, if that can be written. For the page of an operation that has
 /// been run.
 pub(crate) fn put(address: usize, bytes: &[u8]) -> bool {
-    let local = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
-    let remote = libc::iovec { iov_base: pointer(address), iov_len: bytes.len() };
+    let local = libc::iovec {
+        iov_base: bytes.as_ptr().cast_mut().cast(),
+        iov_len: bytes.len(),
+    };
+    let remote = libc::iovec {
+        iov_base: pointer(address),
+        iov_len: bytes.len(),
+    };
     let pid = rustix::process::getpid().as_raw_nonzero().get();
     // SAFETY: the bytes are only read; no Rust object lies in the page.
     unsafe { libc::process_vm_writev(pid, &local, 1, &remote, 1, 0) == bytes.len() as isize }
@@ -331,8 +431,14 @@ pub(crate) fn put(address: usize, bytes: &[u8]) -> bool {
 
 /// Reads memory of this process, if that can be read.
 pub(crate) fn get(address: usize, bytes: &mut [u8]) -> bool {
-    let local = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
-    let remote = libc::iovec { iov_base: pointer(address), iov_len: bytes.len() };
+    let local = libc::iovec {
+        iov_base: bytes.as_mut_ptr().cast(),
+        iov_len: bytes.len(),
+    };
+    let remote = libc::iovec {
+        iov_base: pointer(address),
+        iov_len: bytes.len(),
+    };
     let pid = rustix::process::getpid().as_raw_nonzero().get();
     // SAFETY: the local bytes are written, and no others.
     unsafe { libc::process_vm_readv(pid, &local, 1, &remote, 1, 0) == bytes.len() as isize }

@@ -37,20 +37,39 @@ pub(crate) struct Report {
 
 impl Report {
     pub(crate) fn unavailable(reason: impl Into<String>) -> Report {
-        Report { seen: Seen::NotAvailable, changed: false, reason: reason.into(), broken: false }
+        Report {
+            seen: Seen::NotAvailable,
+            changed: false,
+            reason: reason.into(),
+            broken: false,
+        }
     }
 
     pub(crate) fn broken(reason: impl Into<String>) -> Report {
-        Report { broken: true, ..Report::unavailable(reason) }
+        Report {
+            broken: true,
+            ..Report::unavailable(reason)
+        }
     }
 
     pub(crate) fn told(seen: Seen, changed: bool) -> Report {
-        Report { seen, changed, reason: String::new(), broken: false }
+        Report {
+            seen,
+            changed,
+            reason: String::new(),
+            broken: false,
+        }
     }
 
     /// One line: what was seen, whether it changed, and the reason.
     pub(crate) fn to_line(&self) -> String {
-        format!("{} {} {} {}\n", self.seen.name(), self.changed, self.broken, self.reason.replace('\n', " "))
+        format!(
+            "{} {} {} {}\n",
+            self.seen.name(),
+            self.changed,
+            self.broken,
+            self.reason.replace('\n', " ")
+        )
     }
 
     /// `None` if it is not such a line.
@@ -60,7 +79,12 @@ impl Report {
         let seen = Seen::ALL.into_iter().find(|known| known.name() == seen)?;
         let changed = words.next()?.parse().ok()?;
         let broken = words.next()?.parse().ok()?;
-        Some(Report { seen, changed, broken, reason: words.next()?.to_owned() })
+        Some(Report {
+            seen,
+            changed,
+            broken,
+            reason: words.next()?.to_owned(),
+        })
     }
 }
 

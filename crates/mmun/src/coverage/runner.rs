@@ -56,7 +56,8 @@ pub(crate) fn run_commands(
                     let next = left.lock().unwrap_or_else(PoisonError::into_inner).next();
                     let Some(index) = next else { return };
                     let report = command(index).and_then(|command| supervise(command, LIMIT));
-                    let report = report.unwrap_or_else(|error| Report::broken(crate::reason(&error)));
+                    let report =
+                        report.unwrap_or_else(|error| Report::broken(crate::reason(&error)));
                     // If `done` is closed, the receiver has ended.
                     let _ = sender.send((index, report));
                 }
@@ -78,7 +79,11 @@ fn supervise(mut command: Command, limit: Duration) -> io::Result<Report> {
     // Files, not pipes: what the child leaves running cannot hold us up.
     let mut output = File::from(memfd_create("coverage-output", MemfdFlags::CLOEXEC)?);
     let mut errors = File::from(memfd_create("coverage-errors", MemfdFlags::CLOEXEC)?);
-    command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(errors.try_clone()?).process_group(0);
+    command
+        .stdin(Stdio::null())
+        .stdout(output.try_clone()?)
+        .stderr(errors.try_clone()?)
+        .process_group(0);
     let mut child = command.spawn()?;
     let in_time = wait(&child, limit);
     // Its number is that of its group until it is reaped. That the group is gone is no error.
@@ -111,7 +116,10 @@ fn wait(child: &Child, limit: Duration) -> io::Result<bool> {
 fn end_of(status: ExitStatus, complaint: &str) -> String {
     let end = match status.signal() {
         Some(signal) => format!("it was killed by {}", crate::names::signal(signal)),
-        None => format!("it exited with status {}", status.code().unwrap_or_default()),
+        None => format!(
+            "it exited with status {}",
+            status.code().unwrap_or_default()
+        ),
     };
     match complaint.lines().find(|line| !line.trim().is_empty()) {
         Some(first) => format!("{end}: {first}"),
@@ -139,13 +147,19 @@ mod tests {
     #[test]
     fn a_child_that_hangs_is_killed() {
         let report = shell("while :; do sleep 1000; done", Duration::from_millis(50));
-        assert!(report.broken && report.reason.contains("did not end within 50ms"), "{report:?}");
+        assert!(
+            report.broken && report.reason.contains("did not end within 50ms"),
+            "{report:?}"
+        );
     }
 
     #[test]
     fn a_child_without_a_report_says_how_it_ended() {
         let report = shell("kill -SEGV $$", LIMIT);
-        assert!(report.broken && report.reason.contains("SIGSEGV"), "{report:?}");
+        assert!(
+            report.broken && report.reason.contains("SIGSEGV"),
+            "{report:?}"
+        );
         let report = shell("echo complaint >&2; exit 3", LIMIT);
         assert_eq!(report.reason, "it exited with status 3: complaint");
     }

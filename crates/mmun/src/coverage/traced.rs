@@ -29,17 +29,27 @@ fn try_run(operation: &'static Operation) -> Result<Report, Unavailable> {
     let board = memfd_create("coverage-board", MemfdFlags::CLOEXEC)?;
     let explained = |error: mmu_source::Error| Unavailable(crate::explain(&error));
     let seen = Arc::new(OnceLock::new());
-    let looker = Looker { board: board.try_clone()?, judge: operation.judge, root: None, seen: Arc::clone(&seen) };
+    let looker = Looker {
+        board: board.try_clone()?,
+        judge: operation.judge,
+        root: None,
+        seen: Arc::clone(&seen),
+    };
     let mut tracer = Tracer::new(Options::default(), looker).map_err(explained)?;
     let program = std::env::current_exe()?;
-    let command = Command::new(program).args(["coverage-tracee", operation.name]).stdin(board.try_clone()?);
+    let command = Command::new(program)
+        .args(["coverage-tracee", operation.name])
+        .stdin(board.try_clone()?);
     tracer.spawn(command).map_err(explained)?;
     tracer.run(&AtomicBool::new(false)).map_err(explained)?;
     let mut line = [0; 1024];
     let length = pread(&board, &mut line, REPORT)?;
     let line = String::from_utf8_lossy(&line[..length]);
     let Some(mut report) = Report::from_line(&line) else {
-        return Ok(Report::broken(format!("the traced program ended early: {:?}", tracer.exit_status())));
+        return Ok(Report::broken(format!(
+            "the traced program ended early: {:?}",
+            tracer.exit_status()
+        )));
     };
     if report.seen != Seen::NotAvailable {
         report.seen = seen.get().copied().unwrap_or(Seen::Missed);
@@ -49,18 +59,24 @@ fn try_run(operation: &'static Operation) -> Result<Report, Unavailable> {
 
 /// The traced side: changes, and leaves on standard input what its tracer has to know.
 pub(crate) fn tracee(operation: &Operation) {
-    let report = try_tracee(operation).unwrap_or_else(|Unavailable(reason)| Report::unavailable(reason));
+    let report =
+        try_tracee(operation).unwrap_or_else(|Unavailable(reason)| Report::unavailable(reason));
     // A tracer that finds no report says so.
     let _ = pwrite(std::io::stdin(), report.to_line().as_bytes(), REPORT);
 }
 
 fn try_tracee(operation: &Operation) -> Result<Report, Unavailable> {
-    let Prepared { watched, change, .. } = (operation.prepare)()?;
+    let Prepared {
+        watched, change, ..
+    } = (operation.prepare)()?;
     let page = cell::open(operation, watched)?;
     let shows_frames = page.shows_frames();
     let before = page.state()?;
     let State([a, b]) = before;
-    let plan: Vec<u8> = [watched as u64, a, b].into_iter().flat_map(u64::to_ne_bytes).collect();
+    let plan: Vec<u8> = [watched as u64, a, b]
+        .into_iter()
+        .flat_map(u64::to_ne_bytes)
+        .collect();
     pwrite(std::io::stdin(), &plan, PLAN)?;
     change()?;
     let changed = page.state()? != before;
@@ -87,7 +103,12 @@ impl Observer for Looker {
             return None;
         }
         let board = self.board.try_clone().ok()?;
-        let witness = Witness { board, judge: self.judge, pid: root, seen: Arc::clone(&self.seen) };
+        let witness = Witness {
+            board,
+            judge: self.judge,
+            pid: root,
+            seen: Arc::clone(&self.seen),
+        };
         // The first task of an address space enters it before anything is invalidated there, so
         // this succeeds.
         Registration::new(mm, witness).ok()
@@ -119,7 +140,9 @@ impl Notifier for Witness {
             let now = Page::open(self.pid, address as usize, self.judge).map(|page| page.state());
             let unchanged = matches!(now, Ok(Ok(now)) if now == State([a, b]));
             // The first time counts: what is told once is let go of.
-            let _ = self.seen.set(if unchanged { Seen::Before } else { Seen::After });
+            let _ = self
+                .seen
+                .set(if unchanged { Seen::Before } else { Seen::After });
         }
     }
 }

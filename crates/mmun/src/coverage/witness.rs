@@ -18,7 +18,11 @@ pub(crate) struct Witness {
 
 impl Witness {
     pub(crate) fn new(page: Page) -> Witness {
-        Witness { page, before: OnceLock::new(), seen: OnceLock::new() }
+        Witness {
+            page,
+            before: OnceLock::new(),
+            seen: OnceLock::new(),
+        }
     }
 
     pub(crate) fn page(&self) -> &Page {
@@ -47,7 +51,11 @@ impl Notifier for Witness {
         if range.range().contains(Va::new(self.page.address() as u64)) {
             // That of a page of this process can always be read: the file is open.
             let now = self.page.state();
-            let seen = if now.is_ok_and(|now| now == before) { Seen::Before } else { Seen::After };
+            let seen = if now.is_ok_and(|now| now == before) {
+                Seen::Before
+            } else {
+                Seen::After
+            };
             // The first time counts: what is told once is let go of.
             let _ = self.seen.set(seen);
         }

@@ -25,22 +25,38 @@ pub(super) fn lines() -> Vec<String> {
 
 fn version(words: &[&str]) -> Option<Vec<u32>> {
     let mut command = Command::new(words[0]);
-    let output = command.args(&words[1..]).stdin(Stdio::null()).stderr(Stdio::null()).output().ok()?;
+    let output = command
+        .args(&words[1..])
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .output()
+        .ok()?;
     first_version(&String::from_utf8_lossy(&output.stdout))
 }
 
 /// The first numbers with dots between them.
 fn first_version(text: &str) -> Option<Vec<u32>> {
-    text.split(|c: char| c.is_whitespace() || c == ',').find_map(|word| {
-        let word = word.trim_start_matches('v');
-        let word: String = word.chars().take_while(|c| c.is_ascii_digit() || *c == '.').collect();
-        let numbers: Vec<u32> = word.split('.').map_while(|number| number.parse().ok()).collect();
-        (numbers.len() >= 2).then_some(numbers)
-    })
+    text.split(|c: char| c.is_whitespace() || c == ',')
+        .find_map(|word| {
+            let word = word.trim_start_matches('v');
+            let word: String = word
+                .chars()
+                .take_while(|c| c.is_ascii_digit() || *c == '.')
+                .collect();
+            let numbers: Vec<u32> = word
+                .split('.')
+                .map_while(|number| number.parse().ok())
+                .collect();
+            (numbers.len() >= 2).then_some(numbers)
+        })
 }
 
 fn dotted(version: &[u32]) -> String {
-    version.iter().map(u32::to_string).collect::<Vec<_>>().join(".")
+    version
+        .iter()
+        .map(u32::to_string)
+        .collect::<Vec<_>>()
+        .join(".")
 }
 
 fn verdict(name: &str, version: &[u32]) -> &'static str {

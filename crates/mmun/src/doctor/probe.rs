@@ -29,7 +29,10 @@ fn kernel() -> (Vec<Lack>, Vec<String>) {
     }
     let tracing = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"];
     let event = "events/kvm/kvm_unmap_hva_range/id";
-    match tracing.iter().find(|folder| fs::exists(format!("{folder}/{event}")).unwrap_or(false)) {
+    match tracing
+        .iter()
+        .find(|folder| fs::exists(format!("{folder}/{event}")).unwrap_or(false))
+    {
         Some(folder) => features.push(format!("tracefs={folder}")),
         None => features.push("no-tracefs".to_owned()),
     }
@@ -42,7 +45,14 @@ fn kernel() -> (Vec<Lack>, Vec<String>) {
     match mmu_source::kernel::probe_all() {
         Ok(found) => {
             features.push(format!("bpf={}", found.through));
-            features.push(format!("skipped-runs={}", if found.may_skip { "told-within-a-second" } else { "none" }));
+            features.push(format!(
+                "skipped-runs={}",
+                if found.may_skip {
+                    "told-within-a-second"
+                } else {
+                    "none"
+                }
+            ));
             (Vec::new(), features)
         }
         Err(errors) => (errors.iter().map(lack).collect(), features),
@@ -57,8 +67,12 @@ fn hook() -> (Vec<Lack>, Vec<String>) {
             names.dedup();
             let mut features = vec![format!("places={}", places.len())];
             features.extend(names.iter().map(|name| (*name).to_owned()));
-            let overwritten = places.iter().filter(|place| place.state == mmu_source::hook::State::Overwritten);
-            features.extend(overwritten.map(|place| format!("overwritten={} in {}", place.name, place.module)));
+            let overwritten = places
+                .iter()
+                .filter(|place| place.state == mmu_source::hook::State::Overwritten);
+            features.extend(
+                overwritten.map(|place| format!("overwritten={} in {}", place.name, place.module)),
+            );
             (Vec::new(), features)
         }
         Err(error) => (vec![lack(&error)], Vec::new()),
@@ -70,17 +84,25 @@ fn uffd() -> (Vec<Lack>, Vec<String>) {
     if let Ok(allowed) = fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd") {
         features.push(format!("unprivileged_userfaultfd={}", allowed.trim()));
     }
-    (mmu_source::uffd::probe().err().iter().map(lack).collect(), features)
+    (
+        mmu_source::uffd::probe().err().iter().map(lack).collect(),
+        features,
+    )
 }
 
 /// What an error of a source says is missing.
 fn lack(error: &Error) -> Lack {
     match error {
-        Error::Unavailable { missing, remedy, .. } => Lack {
+        Error::Unavailable {
+            missing, remedy, ..
+        } => Lack {
             missing: crate::without_number(missing),
             remedy: Some(remedy.clone()).filter(|remedy| !remedy.is_empty()),
         },
-        error => Lack { missing: crate::explain(error), remedy: None },
+        error => Lack {
+            missing: crate::explain(error),
+            remedy: None,
+        },
     }
 }
 

@@ -47,14 +47,23 @@ pub(crate) fn make(recording: &Recording) -> Vec<u8> {
     }
     for (t, mm, bytes) in given_back(recording) {
         let pid = recording.spaces.get(&mm).map_or(0, |space| space.pid);
-        event("C", &format!("given back, {}", space_name(recording, mm)), pid, pid, &|out| {
-            time(out, ",\"ts\":", t);
-            args(out, &[("bytes", number(bytes))]);
-        });
+        event(
+            "C",
+            &format!("given back, {}", space_name(recording, mm)),
+            pid,
+            pid,
+            &|out| {
+                time(out, ",\"ts\":", t);
+                args(out, &[("bytes", number(bytes))]);
+            },
+        );
     }
     for born in &recording.births {
         let task = born_by(recording, born.mm, born.tid);
-        let mut details = vec![("bytes", number(born.mapping.range.pages().saturating_mul(4096)))];
+        let mut details = vec![(
+            "bytes",
+            number(born.mapping.range.pages().saturating_mul(4096)),
+        )];
         details.extend(site(recording, born.site));
         event("i", born.mapping.cause, task.pid, task.tid, &|out| {
             time(out, ",\"s\":\"t\",\"ts\":", born.t);
@@ -64,11 +73,17 @@ pub(crate) fn make(recording: &Recording) -> Vec<u8> {
     }
     for lived in &recording.life {
         let task = lived.record.task;
-        event("i", json::kind_name(lived.record.kind), task.pid, task.tid, &|out| {
-            time(out, ",\"s\":\"t\",\"ts\":", lived.t);
-            category(out, "life");
-            args(out, &life(lived));
-        });
+        event(
+            "i",
+            json::kind_name(lived.record.kind),
+            task.pid,
+            task.tid,
+            &|out| {
+                time(out, ",\"s\":\"t\",\"ts\":", lived.t);
+                category(out, "life");
+                args(out, &life(lived));
+            },
+        );
     }
     out.put("\n]}\n");
     out
@@ -113,15 +128,27 @@ mod tests {
     fn every_event_is_there_with_its_times() {
         let json: Value = serde_json::from_slice(&super::make(&recording())).unwrap();
         let events = json["traceEvents"].as_array().unwrap();
-        let of = |kind: &str| events.iter().filter(|event| event["ph"] == kind).collect::<Vec<_>>();
-        let [call] = of("X")[..] else { panic!("{json}") };
-        assert_eq!((&call["name"], &call["cat"], &call["tid"]), (&"munmap".into(), &"unmap".into(), &8.into()));
+        let of = |kind: &str| {
+            events
+                .iter()
+                .filter(|event| event["ph"] == kind)
+                .collect::<Vec<_>>()
+        };
+        let [call] = of("X")[..] else {
+            panic!("{json}")
+        };
+        assert_eq!(
+            (&call["name"], &call["cat"], &call["tid"]),
+            (&"munmap".into(), &"unmap".into(), &8.into())
+        );
         assert_eq!((&call["ts"], &call["dur"]), (&1.5.into(), &1.25.into()));
         assert_eq!(call["args"]["where"], "main (prog a.c:3)");
         assert_eq!(of("C")[0]["args"]["bytes"], 4096);
         let names: Vec<&Value> = of("i").into_iter().map(|event| &event["name"]).collect();
         assert_eq!(names, ["mmap", "mm_new", "get", "exit", "mm_release"]);
-        let named = of("M").into_iter().any(|event| event["args"]["name"] == "a\"b" && event["tid"] == 8);
+        let named = of("M")
+            .into_iter()
+            .any(|event| event["args"]["name"] == "a\"b" && event["tid"] == 8);
         assert!(named, "{json}");
     }
 }

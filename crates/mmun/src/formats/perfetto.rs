@@ -101,8 +101,12 @@ impl Message {
         details.iter().fold(self, |message, (name, value)| {
             let annotation = Message::default().bytes(field::annotation::NAME, name.as_bytes());
             let annotation = match value {
-                Value::Text(text) => annotation.bytes(field::annotation::STRING_VALUE, text.as_bytes()),
-                Value::Number(number) => annotation.number(field::annotation::INT_VALUE, *number as u64),
+                Value::Text(text) => {
+                    annotation.bytes(field::annotation::STRING_VALUE, text.as_bytes())
+                }
+                Value::Number(number) => {
+                    annotation.number(field::annotation::INT_VALUE, *number as u64)
+                }
             };
             message.message(field::event::DEBUG_ANNOTATIONS, &annotation)
         })
@@ -128,7 +132,12 @@ impl Writer {
         self.trace = std::mem::take(&mut self.trace).message(field::trace::PACKET, packet);
     }
 
-    fn track(&mut self, track: Track, parent: Option<Track>, write: impl FnOnce(Message) -> Message) {
+    fn track(
+        &mut self,
+        track: Track,
+        parent: Option<Track>,
+        write: impl FnOnce(Message) -> Message,
+    ) {
         let uuid = self.tracks.len() as u64 + 1;
         self.tracks.insert(track, uuid);
         let mut descriptor = Message::default().number(field::track::UUID, uuid);
@@ -140,8 +149,12 @@ impl Writer {
     }
 
     fn event(&mut self, t: u64, of: Track, kind: Type, write: impl FnOnce(Message) -> Message) {
-        let Some(uuid) = self.tracks.get(&of) else { return };
-        let event = Message::default().number(field::event::TYPE, kind as u64).number(field::event::TRACK_UUID, *uuid);
+        let Some(uuid) = self.tracks.get(&of) else {
+            return;
+        };
+        let event = Message::default()
+            .number(field::event::TYPE, kind as u64)
+            .number(field::event::TRACK_UUID, *uuid);
         let packet = Message::default()
             .number(field::packet::TIMESTAMP, t)
             .number(field::packet::TRUSTED_PACKET_SEQUENCE_ID, 1)
@@ -152,7 +165,10 @@ impl Writer {
 
 /// One track a task, and two an address space: its life, and what it has given back.
 pub(crate) fn make(recording: &Recording) -> Vec<u8> {
-    let mut writer = Writer { trace: Message::default(), tracks: BTreeMap::new() };
+    let mut writer = Writer {
+        trace: Message::default(),
+        tracks: BTreeMap::new(),
+    };
     describe(&mut writer, recording);
     for changed in &recording.changes {
         let (name, details) = change(recording, changed);
@@ -164,59 +180,89 @@ pub(crate) fn make(recording: &Recording) -> Vec<u8> {
         writer.event(changed.change.ended, track, Type::End, |event| event);
     }
     for (t, mm, bytes) in given_back(recording) {
-        writer.event(t, Track::GivenBack(mm), Type::Counter, |event| event.number(field::event::COUNTER_VALUE, bytes));
+        writer.event(t, Track::GivenBack(mm), Type::Counter, |event| {
+            event.number(field::event::COUNTER_VALUE, bytes)
+        });
     }
     for born in &recording.births {
         let task = born_by(recording, born.mm, born.tid);
-        let mut details = vec![("bytes", number(born.mapping.range.pages().saturating_mul(4096)))];
+        let mut details = vec![(
+            "bytes",
+            number(born.mapping.range.pages().saturating_mul(4096)),
+        )];
         details.extend(site(recording, born.site));
-        writer.event(born.t, Track::Thread(task.pid, task.tid), Type::Instant, |event| {
-            titled(event, born.mapping.cause, "map").details(&details)
-        });
+        writer.event(
+            born.t,
+            Track::Thread(task.pid, task.tid),
+            Type::Instant,
+            |event| titled(event, born.mapping.cause, "map").details(&details),
+        );
     }
     for lived in &recording.life {
         let task = lived.record.task;
-        writer.event(lived.t, Track::Thread(task.pid, task.tid), Type::Instant, |event| {
-            titled(event, json::kind_name(lived.record.kind), "life").details(&life(lived))
-        });
+        writer.event(
+            lived.t,
+            Track::Thread(task.pid, task.tid),
+            Type::Instant,
+            |event| titled(event, json::kind_name(lived.record.kind), "life").details(&life(lived)),
+        );
     }
     for (mm, space) in &recording.spaces {
         let name = space_name(recording, *mm);
-        writer.event(space.began, Track::Space(*mm), Type::Begin, |event| titled(event, &name, "life"));
+        writer.event(space.began, Track::Space(*mm), Type::Begin, |event| {
+            titled(event, &name, "life")
+        });
         writer.event(space.ended, Track::Space(*mm), Type::End, |event| event);
     }
     writer.trace.0
 }
 
 fn titled(event: Message, name: &str, category: &str) -> Message {
-    event.bytes(field::event::CATEGORIES, category.as_bytes()).bytes(field::event::NAME, name.as_bytes())
+    event
+        .bytes(field::event::CATEGORIES, category.as_bytes())
+        .bytes(field::event::NAME, name.as_bytes())
 }
 
 fn describe(writer: &mut Writer, recording: &Recording) {
     let tasks = tasks(recording);
-    let processes: BTreeSet<i32> =
-        tasks.keys().map(|(pid, _)| *pid).chain(recording.spaces.values().map(|space| space.pid)).collect();
+    let processes: BTreeSet<i32> = tasks
+        .keys()
+        .map(|(pid, _)| *pid)
+        .chain(recording.spaces.values().map(|space| space.pid))
+        .collect();
     for pid in processes {
         let name = tasks.get(&(pid, pid)).copied().unwrap_or_default();
-        let process =
-            Message::default().number(field::process::PID, pid as u64).bytes(field::process::NAME, name.as_bytes());
-        writer.track(Track::Process(pid), None, |track| track.message(field::track::PROCESS, &process));
+        let process = Message::default()
+            .number(field::process::PID, pid as u64)
+            .bytes(field::process::NAME, name.as_bytes());
+        writer.track(Track::Process(pid), None, |track| {
+            track.message(field::track::PROCESS, &process)
+        });
     }
     for ((pid, tid), name) in &tasks {
         let thread = Message::default()
             .number(field::thread::PID, *pid as u64)
             .number(field::thread::TID, *tid as u64)
             .bytes(field::thread::NAME, name.as_bytes());
-        writer.track(Track::Thread(*pid, *tid), Some(Track::Process(*pid)), |track| {
-            track.message(field::track::THREAD, &thread)
-        });
+        writer.track(
+            Track::Thread(*pid, *tid),
+            Some(Track::Process(*pid)),
+            |track| track.message(field::track::THREAD, &thread),
+        );
     }
     for (mm, space) in &recording.spaces {
         let (name, parent) = (space_name(recording, *mm), Some(Track::Process(space.pid)));
-        writer.track(Track::Space(*mm), parent, |track| track.bytes(field::track::NAME, name.as_bytes()));
-        let (name, unit) = (format!("given back, {name}"), Message::default().number(field::counter::UNIT, BYTES));
+        writer.track(Track::Space(*mm), parent, |track| {
+            track.bytes(field::track::NAME, name.as_bytes())
+        });
+        let (name, unit) = (
+            format!("given back, {name}"),
+            Message::default().number(field::counter::UNIT, BYTES),
+        );
         writer.track(Track::GivenBack(*mm), parent, |track| {
-            track.bytes(field::track::NAME, name.as_bytes()).message(field::track::COUNTER, &unit)
+            track
+                .bytes(field::track::NAME, name.as_bytes())
+                .message(field::track::COUNTER, &unit)
         });
     }
 }
@@ -228,7 +274,12 @@ mod tests {
 
     #[test]
     fn numbers_are_written_in_sevens() {
-        for (value, bytes) in [(0, &[0][..]), (127, &[127]), (128, &[0x80, 1]), (300, &[0xac, 2])] {
+        for (value, bytes) in [
+            (0, &[0][..]),
+            (127, &[127]),
+            (128, &[0x80, 1]),
+            (300, &[0xac, 2]),
+        ] {
             let mut message = Message::default();
             message.varint(value);
             assert_eq!(message.0, bytes);
@@ -241,10 +292,16 @@ mod tests {
     /// The fields of a message: number, and a varint or bytes.
     fn fields(mut bytes: &[u8]) -> Vec<(u32, u64, &[u8])> {
         fn varint(bytes: &mut &[u8]) -> u64 {
-            let count = bytes.iter().position(|byte| byte & 0x80 == 0).expect("it ends") + 1;
+            let count = bytes
+                .iter()
+                .position(|byte| byte & 0x80 == 0)
+                .expect("it ends")
+                + 1;
             let (now, rest) = bytes.split_at(count);
             *bytes = rest;
-            now.iter().rev().fold(0, |value, byte| value << 7 | u64::from(byte & 0x7f))
+            now.iter()
+                .rev()
+                .fold(0, |value, byte| value << 7 | u64::from(byte & 0x7f))
         }
         let mut all = Vec::new();
         while !bytes.is_empty() {
@@ -264,13 +321,22 @@ mod tests {
         let mut tracks = BTreeSet::new();
         for (number, _, packet) in fields(&trace) {
             assert_eq!(number, field::trace::PACKET);
-            let of = |wanted| fields(packet).into_iter().find(|(number, ..)| *number == wanted);
+            let of = |wanted| {
+                fields(packet)
+                    .into_iter()
+                    .find(|(number, ..)| *number == wanted)
+            };
             if let Some((.., descriptor)) = of(field::packet::TRACK_DESCRIPTOR) {
-                assert!(tracks.insert(fields(descriptor)[0].1), "two tracks of one number");
+                assert!(
+                    tracks.insert(fields(descriptor)[0].1),
+                    "two tracks of one number"
+                );
                 continue;
             }
             let (.., event) = of(field::packet::TRACK_EVENT).expect("it is an event");
-            let [(_, kind, _), (_, track, _), ..] = fields(event)[..] else { panic!("no type") };
+            let [(_, kind, _), (_, track, _), ..] = fields(event)[..] else {
+                panic!("no type")
+            };
             assert!(tracks.contains(&track) && of(field::packet::TIMESTAMP).is_some());
             *kinds.entry(kind).or_insert(0) += 1;
             *open.entry(track).or_insert(0) += match kind {

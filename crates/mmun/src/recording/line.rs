@@ -101,12 +101,20 @@ struct Frame {
 ///
 /// # Errors
 /// What is wrong with it, in one line.
-pub(super) fn read(bytes: &[u8], names: &mut Names, causes: &mut Causes) -> Result<(u64, Said), String> {
+pub(super) fn read(
+    bytes: &[u8],
+    names: &mut Names,
+    causes: &mut Causes,
+) -> Result<(u64, Said), String> {
     let line = match serde_json::from_slice::<Line<'_>>(bytes) {
         Ok(line) => line,
         Err(error) => match serde_json::from_slice::<Head<'_>>(bytes) {
             // A kind of its own may give the keys another meaning.
-            Ok(Head { v: VERSION, t, kind }) if !KINDS.contains(&&*kind) => return Ok((t, Said::Other)),
+            Ok(Head {
+                v: VERSION,
+                t,
+                kind,
+            }) if !KINDS.contains(&&*kind) => return Ok((t, Said::Other)),
             Ok(Head { v, .. }) if v != VERSION => return Err(other_version(v)),
             _ => return Err(error.to_string()),
         },
@@ -120,8 +128,21 @@ pub(super) fn read(bytes: &[u8], names: &mut Names, causes: &mut Causes) -> Resu
 /// The version of the format that is read.
 const VERSION: u64 = 1;
 
-const KINDS: &[&str] =
-    &["mm_new", "get", "put", "free", "mm_release", "start", "end", "map", "fork", "exec", "exit", "detach", "stack"];
+const KINDS: &[&str] = &[
+    "mm_new",
+    "get",
+    "put",
+    "free",
+    "mm_release",
+    "start",
+    "end",
+    "map",
+    "fork",
+    "exec",
+    "exit",
+    "detach",
+    "stack",
+];
 
 fn other_version(v: u64) -> String {
     format!("version {v} of the format; this mmun reads version {VERSION}")
@@ -133,8 +154,13 @@ impl Line<'_> {
         if self.kind == "stack" {
             return self.stack().map(Some);
         }
-        let Some(kind) = self.record_kind(causes)? else { return Ok(None) };
-        let task = Task { pid: want(self.pid, "pid")?, tid: want(self.tid, "tid")? };
+        let Some(kind) = self.record_kind(causes)? else {
+            return Ok(None);
+        };
+        let task = Task {
+            pid: want(self.pid, "pid")?,
+            tid: want(self.tid, "tid")?,
+        };
         let mut name = |text: &str| (!text.is_empty()).then(|| names.number(text));
         let seen = Seen {
             what: name(&self.what),
@@ -147,30 +173,67 @@ impl Line<'_> {
             site: self.site,
         };
         let program = name(&self.program);
-        let record = Record { task, mm: want(self.mm, "mm")?, kind };
-        Ok(Some(Said::Record { record, comm: names.number(&self.comm), program, seen, own: self.own }))
+        let record = Record {
+            task,
+            mm: want(self.mm, "mm")?,
+            kind,
+        };
+        Ok(Some(Said::Record {
+            record,
+            comm: names.number(&self.comm),
+            program,
+            seen,
+            own: self.own,
+        }))
     }
 
     fn record_kind(&self, causes: &mut Causes) -> Result<Option<Kind>, String> {
         Ok(Some(match &*self.kind {
             "mm_new" => Kind::MmNew,
             "mm_release" => Kind::MmRelease,
-            "get" => Kind::Get { users: want(self.users, "users")? },
-            "put" => Kind::Put { users: want(self.users, "users")? },
+            "get" => Kind::Get {
+                users: want(self.users, "users")?,
+            },
+            "put" => Kind::Put {
+                users: want(self.users, "users")?,
+            },
             "free" => Kind::Free,
             "start" | "end" => {
-                let Some(event) = events::NAMES.iter().position(|name| *name == self.event) else { return Ok(None) };
+                let Some(event) = events::NAMES.iter().position(|name| *name == self.event) else {
+                    return Ok(None);
+                };
                 let is_blockable = want(self.blockable, "blockable")?;
-                let blocking = if is_blockable { Blocking::Allowed } else { Blocking::Forbidden };
-                let span = Span { event, cause: causes.get(&self.cause)?, range: self.range()?, blocking };
-                if self.kind == "start" { Kind::Start(span) } else { Kind::End(span, self.result) }
+                let blocking = if is_blockable {
+                    Blocking::Allowed
+                } else {
+                    Blocking::Forbidden
+                };
+                let span = Span {
+                    event,
+                    cause: causes.get(&self.cause)?,
+                    range: self.range()?,
+                    blocking,
+                };
+                if self.kind == "start" {
+                    Kind::Start(span)
+                } else {
+                    Kind::End(span, self.result)
+                }
             }
-            "map" => Kind::Map(Mapping { cause: causes.get(&self.cause)?, range: self.range()? }),
+            "map" => Kind::Map(Mapping {
+                cause: causes.get(&self.cause)?,
+                range: self.range()?,
+            }),
             "fork" => Kind::Fork {
-                child: Task { pid: want(self.child_pid, "child_pid")?, tid: want(self.child_tid, "child_tid")? },
+                child: Task {
+                    pid: want(self.child_pid, "child_pid")?,
+                    tid: want(self.child_tid, "child_tid")?,
+                },
                 child_mm: want(self.child_mm, "child_mm")?,
             },
-            "exec" => Kind::Exec { old_mm: want(self.old_mm, "old_mm")? },
+            "exec" => Kind::Exec {
+                old_mm: want(self.old_mm, "old_mm")?,
+            },
             "exit" => Kind::Exit(match self.signal {
                 Some(signal) => ExitStatus::Signal(signal),
                 None => ExitStatus::Code(want(self.code, "code")?),
@@ -183,12 +246,16 @@ impl Line<'_> {
     /// The strings are exact also where another program has rounded the numbers.
     fn range(&self) -> Result<VaRange, String> {
         let number = |key: &str, text: &str| {
-            let digits = text.strip_prefix("0x").and_then(|digits| u128::from_str_radix(digits, 16).ok());
+            let digits = text
+                .strip_prefix("0x")
+                .and_then(|digits| u128::from_str_radix(digits, 16).ok());
             digits.ok_or_else(|| format!("{key} {text:?} is no address in hexadecimal"))
         };
         let (start, end) = (number("start", &self.start)?, number("end", &self.end)?);
         let whole = |at: u128| at % u128::from(mmu_notifier::PAGE_SIZE) == 0;
-        let bytes = end.checked_sub(start).filter(|bytes| *bytes > 0 && whole(start) && whole(end));
+        let bytes = end
+            .checked_sub(start)
+            .filter(|bytes| *bytes > 0 && whole(start) && whole(end));
         let range = match (u64::try_from(start), bytes.map(u64::try_from)) {
             (Ok(start), Some(Ok(bytes))) => VaRange::covering(Va::new(start), bytes).ok(),
             (Ok(0), Some(Err(_))) if end == 1 << 64 => Some(VaRange::ALL),
@@ -205,7 +272,13 @@ impl Line<'_> {
             has_name: frame.named,
         };
         let frames = self.frames.into_iter().map(frame).collect();
-        Ok(Said::Stack(want(self.site, "site")?, stacks::Stack { frames, place: self.place.unwrap_or(0) }))
+        Ok(Said::Stack(
+            want(self.site, "site")?,
+            stacks::Stack {
+                frames,
+                place: self.place.unwrap_or(0),
+            },
+        ))
     }
 }
 
@@ -230,7 +303,10 @@ impl Causes {
             return Ok(known);
         }
         if name.len() > LONGEST_CAUSE || self.0.len() == MOST_CAUSES {
-            return Err(format!("cause {:?} is no system call", name.get(..LONGEST_CAUSE).unwrap_or(name)));
+            return Err(format!(
+                "cause {:?} is no system call",
+                name.get(..LONGEST_CAUSE).unwrap_or(name)
+            ));
         }
         let name: &'static str = Box::leak(name.into());
         self.0.push(name);

@@ -21,7 +21,10 @@ const MOST: usize = 240;
 /// Bands that hold every life and every range, in order of address.
 pub(super) fn of(lives: &[Life], ranges: impl Iterator<Item = (u64, u64)>) -> Vec<Band> {
     let mut edges: Vec<(u64, i64)> = Vec::with_capacity(2 * lives.len());
-    let all = lives.iter().map(|life| (life.start, life.end)).chain(ranges);
+    let all = lives
+        .iter()
+        .map(|life| (life.start, life.end))
+        .chain(ranges);
     edges.extend(all.flat_map(|(start, end)| [(start, 1), (end, -1)]));
     edges.sort_unstable();
     let mut runs: Vec<(u64, u64)> = Vec::new();
@@ -57,13 +60,21 @@ fn name(runs: &[(u64, u64)], lives: &[Life]) -> Vec<Band> {
     let mut weights: Vec<HashMap<Option<Name>, f64>> = vec![HashMap::new(); runs.len()];
     for life in lives {
         let first = runs.partition_point(|run| run.1 <= life.start);
-        for (run, weights) in runs.iter().zip(&mut weights).skip(first).take_while(|(run, _)| run.0 < life.end) {
+        for (run, weights) in runs
+            .iter()
+            .zip(&mut weights)
+            .skip(first)
+            .take_while(|(run, _)| run.0 < life.end)
+        {
             let bytes = run.1.min(life.end).saturating_sub(run.0.max(life.start));
-            *weights.entry(life.what).or_default() += bytes as f64 * (1 + life.ended - life.began) as f64;
+            *weights.entry(life.what).or_default() +=
+                bytes as f64 * (1 + life.ended - life.began) as f64;
         }
     }
     let heaviest = |weights: &HashMap<Option<Name>, f64>| {
-        let best = weights.iter().max_by(|a, b| a.1.total_cmp(b.1).then_with(|| b.0.cmp(a.0)));
+        let best = weights
+            .iter()
+            .max_by(|a, b| a.1.total_cmp(b.1).then_with(|| b.0.cmp(a.0)));
         best.and_then(|(what, _)| *what)
     };
     let band = |(run, weights): (&(u64, u64), &HashMap<Option<Name>, f64>)| Band {
@@ -81,7 +92,16 @@ mod tests {
 
     fn life(start: u64, end: u64) -> Life {
         let (what, site) = (None, None);
-        Life { start, end, began: 0, ended: 9, what, site, birth: Birth::Mapped, fate: Fate::Kept }
+        Life {
+            start,
+            end,
+            began: 0,
+            ended: 9,
+            what,
+            site,
+            birth: Birth::Mapped,
+            fate: Fate::Kept,
+        }
     }
 
     fn spans(bands: &[Band]) -> Vec<(u64, u64)> {
@@ -90,18 +110,34 @@ mod tests {
 
     #[test]
     fn gaps_are_left_out_and_each_edge_begins_a_band() {
-        let bands = of(&[life(0x1000, 0x3000), life(0x9000, 0xa000)], [(0x2000, 0x4000)].into_iter());
-        let wanted = [(0x1000, 0x2000), (0x2000, 0x3000), (0x3000, 0x4000), (0x9000, 0xa000)];
+        let bands = of(
+            &[life(0x1000, 0x3000), life(0x9000, 0xa000)],
+            [(0x2000, 0x4000)].into_iter(),
+        );
+        let wanted = [
+            (0x1000, 0x2000),
+            (0x2000, 0x3000),
+            (0x3000, 0x4000),
+            (0x9000, 0xa000),
+        ];
         assert_eq!(spans(&bands), wanted);
     }
 
     #[test]
     fn many_mappings_share_bands_that_hold_all_of_them() {
-        let lives: Vec<Life> = (0..10_000).map(|at| life(at << 20, (at << 20) + 0x2000)).collect();
+        let lives: Vec<Life> = (0..10_000)
+            .map(|at| life(at << 20, (at << 20) + 0x2000))
+            .collect();
         let bands = of(&lives, std::iter::empty());
-        assert!((MOST / 4..=MOST).contains(&bands.len()) && bands.is_sorted_by_key(|band| band.start));
+        assert!(
+            (MOST / 4..=MOST).contains(&bands.len()) && bands.is_sorted_by_key(|band| band.start)
+        );
         for life in &lives {
-            assert!(bands.iter().any(|band| band.start <= life.start && life.end <= band.end));
+            assert!(
+                bands
+                    .iter()
+                    .any(|band| band.start <= life.start && life.end <= band.end)
+            );
         }
     }
 }

@@ -39,7 +39,20 @@ type LifeRow = (u64, u64, u64, u64, u32, i64, u8, u8);
 
 /// Began, time on the clock, time in the call, task, its name, call, event, first page and pages,
 /// bytes resident, what lay there, stack, result.
-type Mark = (u64, u64, u64, i32, u32, u32, usize, (u64, u64), Option<u64>, u32, i64, Option<i64>);
+type Mark = (
+    u64,
+    u64,
+    u64,
+    i32,
+    u32,
+    u32,
+    usize,
+    (u64, u64),
+    Option<u64>,
+    u32,
+    i64,
+    Option<i64>,
+);
 
 /// A picture has room for so many parts of the time.
 const PARTS: usize = 200;
@@ -65,24 +78,47 @@ impl Material<'_> {
     /// Only the `most_lives` heaviest lives are shown one by one.
     pub(super) fn lane(mut self, most_lives: usize, text: &mut impl Text) -> Lane {
         let (began, ended) = (self.space.began, self.space.ended.max(self.space.began + 1));
-        let ranges = self.changes.iter().map(|changed| pages_of(changed)).map(|(at, n)| (at * PAGE, (at + n) * PAGE));
+        let ranges = self
+            .changes
+            .iter()
+            .map(|changed| pages_of(changed))
+            .map(|(at, n)| (at * PAGE, (at + n) * PAGE));
         let bands = bands::of(&self.lives, ranges);
-        let parts = Parts { began, length: (ended - began).max(1) };
+        let parts = Parts {
+            began,
+            length: (ended - began).max(1),
+        };
         self.lives.sort_by_key(|life| {
-            let weight = u128::from(life.end - life.start) * u128::from(life.ended - life.began + 1);
+            let weight =
+                u128::from(life.end - life.start) * u128::from(life.ended - life.began + 1);
             (std::cmp::Reverse(weight), life.start, life.began)
         });
         let shown_lives = self.lives.len().min(most_lives);
         let (kept, faint) = self.lives.split_at(shown_lives);
-        let hidden = self.changes.iter().zip(&self.shown).filter(|(_, shown)| !**shown).map(|(changed, _)| *changed);
+        let hidden = self
+            .changes
+            .iter()
+            .zip(&self.shown)
+            .filter(|(_, shown)| !**shown)
+            .map(|(changed, _)| *changed);
         let hidden: Vec<&Changed> = hidden.collect();
-        let shown = self.changes.iter().zip(&self.shown).filter(|(_, shown)| **shown);
+        let shown = self
+            .changes
+            .iter()
+            .zip(&self.shown)
+            .filter(|(_, shown)| **shown);
         let mut strip: BTreeMap<(usize, usize), (u64, u64, u64)> = BTreeMap::new();
         for changed in &self.changes {
-            let row = strip.entry((parts.of(changed.change.began), changed.change.span.event)).or_default();
+            let row = strip
+                .entry((parts.of(changed.change.began), changed.change.span.event))
+                .or_default();
             row.0 += u64::from(changed.change.is_call);
             row.1 = row.1.saturating_add(totals::time(changed));
-            row.2 = row.2.saturating_add(if totals::is_removal(changed) { changed.change.resident() } else { 0 });
+            row.2 = row.2.saturating_add(if totals::is_removal(changed) {
+                changed.change.resident()
+            } else {
+                0
+            });
         }
         Lane {
             mm: self.mm,
@@ -95,10 +131,16 @@ impl Material<'_> {
             left_out: (hidden.len(), faint.len()),
             marks: shown.map(|(changed, _)| mark(changed, text)).collect(),
             lives: kept.iter().map(|life| life_row(life, text)).collect(),
-            strip: strip.into_iter().map(|((part, event), (n, time, bytes))| (part, event, n, time, bytes)).collect(),
+            strip: strip
+                .into_iter()
+                .map(|((part, event), (n, time, bytes))| (part, event, n, time, bytes))
+                .collect(),
             shade: parts.shade(&bands, faint),
             haze: parts.haze(&bands, &hidden),
-            bands: bands.iter().map(|b| (b.start / PAGE, (b.end - b.start) / PAGE, text.name(b.what))).collect(),
+            bands: bands
+                .iter()
+                .map(|b| (b.start / PAGE, (b.end - b.start) / PAGE, text.name(b.what)))
+                .collect(),
         }
     }
 }
@@ -106,13 +148,19 @@ impl Material<'_> {
 impl Lane {
     /// The stacks of what is shown.
     pub(super) fn sites(&self) -> impl Iterator<Item = i64> {
-        self.marks.iter().map(|mark| mark.10).chain(self.lives.iter().map(|life| life.5))
+        self.marks
+            .iter()
+            .map(|mark| mark.10)
+            .chain(self.lives.iter().map(|life| life.5))
     }
 }
 
 /// First page and pages of a range.
 fn pages_of(changed: &Changed) -> (u64, u64) {
-    (changed.change.span.start() / PAGE, changed.change.span.range.pages())
+    (
+        changed.change.span.start() / PAGE,
+        changed.change.span.range.pages(),
+    )
 }
 
 fn mark(changed: &Changed, text: &mut impl Text) -> Mark {
@@ -124,7 +172,20 @@ fn mark(changed: &Changed, text: &mut impl Text) -> Mark {
     let (time, event) = (totals::time(changed), change.span.event);
     let site = change.seen.site.map_or(-1, i64::from);
     let (wall, tid) = (change.wall(), change.task.tid);
-    (change.began, wall, time, tid, comm, cause, event, pages, resident, what, site, change.result)
+    (
+        change.began,
+        wall,
+        time,
+        tid,
+        comm,
+        cause,
+        event,
+        pages,
+        resident,
+        what,
+        site,
+        change.result,
+    )
 }
 
 fn life_row(life: &Life, text: &mut impl Text) -> LifeRow {
@@ -136,7 +197,16 @@ fn life_row(life: &Life, text: &mut impl Text) -> LifeRow {
     };
     let fate = u8::from(life.fate == Fate::Unmapped);
     let (page, pages) = (life.start / PAGE, (life.end - life.start) / PAGE);
-    (page, pages, life.began, life.ended, text.name(life.what), site, birth, fate)
+    (
+        page,
+        pages,
+        life.began,
+        life.ended,
+        text.name(life.what),
+        site,
+        birth,
+        fate,
+    )
 }
 
 /// The time of an address space in equal parts.
@@ -163,16 +233,26 @@ impl Parts {
             let (first, last) = (self.of(life.began), self.of(life.ended));
             for at in holding(bands, life.start, life.end) {
                 let band = bands[at];
-                let bytes = band.end.min(life.end).saturating_sub(band.start.max(life.start));
+                let bytes = band
+                    .end
+                    .min(life.end)
+                    .saturating_sub(band.start.max(life.start));
                 let filled = bytes as f64 / (band.end - band.start) as f64;
                 for (at, cell) in grid[at].iter_mut().enumerate().take(last + 1).skip(first) {
                     let begin = self.began as f64 + at as f64 * part;
-                    let overlap = (life.ended as f64).min(begin + part) - (life.began as f64).max(begin);
+                    let overlap =
+                        (life.ended as f64).min(begin + part) - (life.began as f64).max(begin);
                     *cell += (filled * overlap.max(0.0) / part) as f32;
                 }
             }
         }
-        let digit = |cell: &f32| if *cell > 0.0 { (cell * 9.0).ceil().min(9.0) as u8 } else { 0 };
+        let digit = |cell: &f32| {
+            if *cell > 0.0 {
+                (cell * 9.0).ceil().min(9.0) as u8
+            } else {
+                0
+            }
+        };
         digits(&grid, digit)
     }
 
@@ -188,7 +268,9 @@ impl Parts {
                 grid[at][self.of(changed.change.began)] += 1;
             }
         }
-        digits(&grid, |count| (u32::BITS - count.leading_zeros()).div_ceil(2).min(9) as u8)
+        digits(&grid, |count| {
+            (u32::BITS - count.leading_zeros()).div_ceil(2).min(9) as u8
+        })
     }
 }
 
@@ -199,7 +281,10 @@ fn holding(bands: &[Band], start: u64, end: u64) -> std::ops::Range<usize> {
 
 fn digits<T>(grid: &[[T; PARTS]], digit: impl Fn(&T) -> u8) -> Vec<String> {
     let line = |row: &[T; PARTS]| -> String {
-        let text: String = row.iter().map(|cell| char::from(b'0' + digit(cell))).collect();
+        let text: String = row
+            .iter()
+            .map(|cell| char::from(b'0' + digit(cell)))
+            .collect();
         text.trim_end_matches('0').to_owned()
     };
     grid.iter().map(line).collect()
@@ -211,13 +296,23 @@ mod tests {
 
     #[test]
     fn a_time_has_its_part_and_the_last_one_ends_with_the_trace() {
-        let parts = Parts { began: 1000, length: 2000 };
-        assert_eq!([0, 1000, 1009, 1010, 2999, 3000, 9999].map(|t| parts.of(t)), [0, 0, 0, 1, 199, 199, 199]);
+        let parts = Parts {
+            began: 1000,
+            length: 2000,
+        };
+        assert_eq!(
+            [0, 1000, 1009, 1010, 2999, 3000, 9999].map(|t| parts.of(t)),
+            [0, 0, 0, 1, 199, 199, 199]
+        );
     }
 
     #[test]
     fn a_band_is_as_full_as_what_lies_in_it() {
-        let band = |start, end| Band { start, end, what: None };
+        let band = |start, end| Band {
+            start,
+            end,
+            what: None,
+        };
         let bands = [band(0x1000, 0x3000), band(0x5000, 0x6000)];
         let life = Life {
             start: 0x1000,
@@ -229,7 +324,11 @@ mod tests {
             birth: Birth::Mapped,
             fate: Fate::Kept,
         };
-        let shade = Parts { began: 0, length: 200 }.shade(&bands, &[life]);
+        let shade = Parts {
+            began: 0,
+            length: 200,
+        }
+        .shade(&bands, &[life]);
         assert_eq!(shade, ["5".repeat(100), String::new()]);
     }
 }

@@ -52,7 +52,9 @@ pub(super) fn of(recording: &Recording) -> HashMap<u64, Vec<Life>> {
     let mut life = recording.life.iter().peekable();
     let began = |mm: u64| recording.spaces.get(&mm).map_or(0, |space| space.began);
     loop {
-        let changed = changes.peek().map_or(u64::MAX, |changed| changed.change.ended);
+        let changed = changes
+            .peek()
+            .map_or(u64::MAX, |changed| changed.change.ended);
         let born = births.peek().map_or(u64::MAX, |born| born.t);
         let lived = life.peek().map_or(u64::MAX, |lived| lived.t);
         let next = changed.min(born).min(lived);
@@ -62,30 +64,55 @@ pub(super) fn of(recording: &Recording) -> HashMap<u64, Vec<Life>> {
         // A call unmaps before it maps.
         if changed == next {
             if let Some(changed) = changes.next() {
-                let world = worlds.entry(changed.mm).or_insert_with(|| World::new(began(changed.mm)));
+                let world = worlds
+                    .entry(changed.mm)
+                    .or_insert_with(|| World::new(began(changed.mm)));
                 world.changed(changed);
             }
         } else if born == next {
             if let Some(born) = births.next() {
-                let world = worlds.entry(born.mm).or_insert_with(|| World::new(began(born.mm)));
+                let world = worlds
+                    .entry(born.mm)
+                    .or_insert_with(|| World::new(began(born.mm)));
                 world.born(born);
             }
         } else if let Some(lived) = life.next() {
             follow(&mut worlds, lived);
         }
     }
-    let end = |mm: &u64| recording.spaces.get(mm).map_or(recording.end, |space| space.ended);
-    worlds.into_iter().map(|(mm, world)| (mm, world.finish(end(&mm)))).collect()
+    let end = |mm: &u64| {
+        recording
+            .spaces
+            .get(mm)
+            .map_or(recording.end, |space| space.ended)
+    };
+    worlds
+        .into_iter()
+        .map(|(mm, world)| (mm, world.finish(end(&mm))))
+        .collect()
 }
 
 fn follow(worlds: &mut HashMap<u64, World>, lived: &Lived) {
     match lived.record.kind {
         Kind::Fork { child_mm, .. } if child_mm != lived.record.mm => {
-            let Some(parent) = worlds.get(&lived.record.mm) else { return };
-            let copied =
-                |(start, live): (&u64, &Live)| (*start, Live { began: lived.t, birth: Birth::Copied, ..*live });
+            let Some(parent) = worlds.get(&lived.record.mm) else {
+                return;
+            };
+            let copied = |(start, live): (&u64, &Live)| {
+                (
+                    *start,
+                    Live {
+                        began: lived.t,
+                        birth: Birth::Copied,
+                        ..*live
+                    },
+                )
+            };
             let live = parent.live.iter().map(copied).collect();
-            let world = World { live, ..World::new(lived.t) };
+            let world = World {
+                live,
+                ..World::new(lived.t)
+            };
             // A vfork's child is in the address space of its parent, and is met above.
             worlds.entry(child_mm).or_insert(world);
         }
@@ -115,12 +142,20 @@ struct Live {
 
 impl World {
     fn new(began: u64) -> World {
-        World { began, live: BTreeMap::new(), lives: Vec::new(), has_births: false }
+        World {
+            began,
+            live: BTreeMap::new(),
+            lives: Vec::new(),
+            has_births: false,
+        }
     }
 
     fn changed(&mut self, changed: &Changed) {
         let change = &changed.change;
-        let (start, end) = (change.span.start(), u64::try_from(change.span.end()).unwrap_or(u64::MAX));
+        let (start, end) = (
+            change.span.start(),
+            u64::try_from(change.span.end()).unwrap_or(u64::MAX),
+        );
         if end > TOP || change.failed() {
             return;
         }
@@ -133,15 +168,26 @@ impl World {
     /// What a call changes was there before.
     fn meet(&mut self, start: u64, end: u64, changed: &Changed) {
         let change = &changed.change;
-        let is_empty = change.seen.pages.is_some_and(|pages| pages.resident + pages.swapped == 0);
+        let is_empty = change
+            .seen
+            .pages
+            .is_some_and(|pages| pages.resident + pages.swapped == 0);
         // An unmap may name what is mapped nowhere, a protection may not.
         if change.span.event == events::UNMAP && is_empty && self.has_births {
             return;
         }
-        let live = Live { end, began: self.began, what: change.seen.what, site: None, birth: Birth::Unseen };
+        let live = Live {
+            end,
+            began: self.began,
+            what: change.seen.what,
+            site: None,
+            birth: Birth::Unseen,
+        };
         let gaps = self.gaps(start, end);
         // What was found is known of the first only.
-        let known = gaps.iter().filter(|(from, _)| !self.has_births || *from == start);
+        let known = gaps
+            .iter()
+            .filter(|(from, _)| !self.has_births || *from == start);
         for (from, to) in known.copied().collect::<Vec<_>>() {
             self.live.insert(from, Live { end: to, ..live });
         }
@@ -150,13 +196,22 @@ impl World {
     fn born(&mut self, born: &Born) {
         self.has_births = true;
         let range = born.mapping.range;
-        let (start, end) = (range.start().get(), range.end().map_or(u64::MAX, |end| end.get()));
+        let (start, end) = (
+            range.start().get(),
+            range.end().map_or(u64::MAX, |end| end.get()),
+        );
         if end > TOP {
             return;
         }
         // Where something lies already, it has grown: a replaced one was unmapped before.
         for (from, to) in self.gaps(start, end) {
-            let live = Live { end: to, began: born.t, what: born.what, site: born.site, birth: Birth::Mapped };
+            let live = Live {
+                end: to,
+                began: born.t,
+                what: born.what,
+                site: born.site,
+                birth: Birth::Mapped,
+            };
             self.live.insert(from, live);
         }
     }
@@ -180,31 +235,63 @@ impl World {
 
     /// Ends what lives in a range; what hangs over lives on.
     fn unmap(&mut self, start: u64, end: u64, t: u64) {
-        let before = self.live.range(..start).next_back().filter(|(_, live)| live.end > start);
+        let before = self
+            .live
+            .range(..start)
+            .next_back()
+            .filter(|(_, live)| live.end > start);
         let first = before.map_or(start, |(from, _)| *from);
         let hit: Vec<u64> = self.live.range(first..end).map(|(from, _)| *from).collect();
         for from in hit {
-            let Some(live) = self.live.remove(&from) else { continue };
+            let Some(live) = self.live.remove(&from) else {
+                continue;
+            };
             if from < start {
                 self.live.insert(from, Live { end: start, ..live });
             }
             if live.end > end {
                 self.live.insert(end, live);
             }
-            self.lives.push(life(from.max(start), live.end.min(end), &live, t, Fate::Unmapped));
+            self.lives.push(life(
+                from.max(start),
+                live.end.min(end),
+                &live,
+                t,
+                Fate::Unmapped,
+            ));
         }
     }
 
     fn finish(self, t: u64) -> Vec<Life> {
-        let World { live, mut lives, .. } = self;
-        lives.extend(live.iter().map(|(from, live)| life(*from, live.end, live, t, Fate::Kept)));
+        let World {
+            live, mut lives, ..
+        } = self;
+        lives.extend(
+            live.iter()
+                .map(|(from, live)| life(*from, live.end, live, t, Fate::Kept)),
+        );
         lives
     }
 }
 
 fn life(start: u64, end: u64, live: &Live, t: u64, fate: Fate) -> Life {
-    let Live { began, what, site, birth, .. } = *live;
-    Life { start, end, began, ended: t.max(began), what, site, birth, fate }
+    let Live {
+        began,
+        what,
+        site,
+        birth,
+        ..
+    } = *live;
+    Life {
+        start,
+        end,
+        began,
+        ended: t.max(began),
+        what,
+        site,
+        birth,
+        fate,
+    }
 }
 
 #[cfg(test)]
@@ -216,7 +303,11 @@ mod tests {
         let mut text = String::from(r#"{"v":1,"t":1,"kind":"mm_new","pid":1,"tid":1,"mm":1}"#);
         for (at, (kind, page, pages)) in steps.iter().enumerate() {
             let (t, start, end) = (at + 2, page << 12, (page + pages) << 12);
-            let kinds = if *kind == "map" { &["map"][..] } else { &["start", "end"] };
+            let kinds = if *kind == "map" {
+                &["map"][..]
+            } else {
+                &["start", "end"]
+            };
             for name in kinds {
                 text += &format!(
                     "\n{{\"v\":1,\"t\":{t},\"kind\":\"{name}\",\"pid\":1,\"tid\":1,\"mm\":1,\"event\":\"{kind}\",\"cause\":\"x\",\
@@ -227,7 +318,16 @@ mod tests {
         let recording = Recording::read(text.as_bytes()).unwrap();
         let mut lives = of(&recording).remove(&1).unwrap_or_default();
         lives.sort_by_key(|life| (life.start, life.began));
-        let row = |life: &Life| (life.start >> 12, life.end >> 12, life.began, life.ended, life.birth, life.fate);
+        let row = |life: &Life| {
+            (
+                life.start >> 12,
+                life.end >> 12,
+                life.began,
+                life.ended,
+                life.birth,
+                life.fate,
+            )
+        };
         lives.iter().map(row).collect()
     }
 
@@ -246,14 +346,26 @@ mod tests {
 
     #[test]
     fn a_mapping_that_was_not_seen_to_be_made_was_there_from_the_begin() {
-        assert_eq!(lives(&[("clear", 5, 1)]), [(5, 6, 1, 2, Birth::Unseen, Fate::Kept)]);
-        assert_eq!(lives(&[("unmap", 5, 1), ("unmap", 5, 1)])[0], (5, 6, 1, 2, Birth::Unseen, Fate::Unmapped));
+        assert_eq!(
+            lives(&[("clear", 5, 1)]),
+            [(5, 6, 1, 2, Birth::Unseen, Fate::Kept)]
+        );
+        assert_eq!(
+            lives(&[("unmap", 5, 1), ("unmap", 5, 1)])[0],
+            (5, 6, 1, 2, Birth::Unseen, Fate::Unmapped)
+        );
     }
 
     #[test]
     fn a_heap_that_grows_lives_on_and_its_new_part_is_young() {
         let found = lives(&[("map", 1, 2), ("map", 1, 5)]);
-        assert_eq!(found, [(1, 3, 2, 3, Birth::Mapped, Fate::Kept), (3, 6, 3, 3, Birth::Mapped, Fate::Kept)]);
+        assert_eq!(
+            found,
+            [
+                (1, 3, 2, 3, Birth::Mapped, Fate::Kept),
+                (3, 6, 3, 3, Birth::Mapped, Fate::Kept)
+            ]
+        );
     }
 
     #[test]

@@ -99,7 +99,10 @@ impl Text for Strings<'_> {
 pub(super) fn make(recording: &Recording) -> Vec<u8> {
     let mut all = Names::default();
     all.number("");
-    let mut strings = Strings { all, recorded: &recording.names };
+    let mut strings = Strings {
+        all,
+        recorded: &recording.names,
+    };
     let totals = totals::of(recording);
     let mut left_out = LeftOut::default();
     let lanes = lanes(recording, &totals.all, &mut strings, &mut left_out);
@@ -110,19 +113,32 @@ pub(super) fn make(recording: &Recording) -> Vec<u8> {
     places.truncate(MOST_PLACES);
     let places = places.into_iter().map(|(place, of)| {
         let causes = of.causes.iter().map(|cause| strings.text(cause)).collect();
-        (strings.text(place), of.sum, causes, of.sites.iter().copied().collect())
+        (
+            strings.text(place),
+            of.sum,
+            causes,
+            of.sites.iter().copied().collect(),
+        )
     });
     let places: Vec<(u32, Sum, Vec<u32>, Vec<u32>)> = places.collect();
 
     let mut leaves: Vec<(&Leaf, &Sum)> = totals.leaves.iter().collect();
     leaves.sort_by(|(a, a_sum), (b, b_sum)| {
-        b_sum.share(&totals.all).total_cmp(&a_sum.share(&totals.all)).then_with(|| a.cmp(b))
+        b_sum
+            .share(&totals.all)
+            .total_cmp(&a_sum.share(&totals.all))
+            .then_with(|| a.cmp(b))
     });
     left_out.leaves = leaves.len().saturating_sub(MOST_LEAVES);
     leaves.truncate(MOST_LEAVES);
     let leaves = leaves.into_iter().map(|(leaf, sum)| {
         let site = leaf.site.map_or(-1, i64::from);
-        (site, strings.text(leaf.cause), strings.name(leaf.what), *sum)
+        (
+            site,
+            strings.text(leaf.cause),
+            strings.name(leaf.what),
+            *sum,
+        )
     });
     let leaves: Vec<(i64, u32, u32, Sum)> = leaves.collect();
 
@@ -136,13 +152,21 @@ pub(super) fn make(recording: &Recording) -> Vec<u8> {
         }
         let mut frame = |frame: &crate::stacks::Frame| {
             let module = strings.text(&frame.module);
-            let frame = (strings.text(&frame.function), module, strings.text(&frame.line), frame.has_name);
+            let frame = (
+                strings.text(&frame.function),
+                module,
+                strings.text(&frame.line),
+                frame.has_name,
+            );
             *numbers.entry(frame).or_insert_with(|| {
                 frames.push(frame);
                 frames.len() as u32 - 1
             })
         };
-        stacks.insert(number, (stack.place, stack.frames.iter().map(&mut frame).collect()));
+        stacks.insert(
+            number,
+            (stack.place, stack.frames.iter().map(&mut frame).collect()),
+        );
     }
     let data = Data {
         title: title(recording, &lanes),
@@ -160,8 +184,16 @@ pub(super) fn make(recording: &Recording) -> Vec<u8> {
         lanes,
         places,
         leaves,
-        times: totals.times.iter().map(|((power, event), calls)| (*power, *event, *calls)).collect(),
-        sizes: totals.sizes.iter().map(|((event, range, bytes), sum)| (*event, *range, *bytes, *sum)).collect(),
+        times: totals
+            .times
+            .iter()
+            .map(|((power, event), calls)| (*power, *event, *calls))
+            .collect(),
+        sizes: totals
+            .sizes
+            .iter()
+            .map(|((event, range, bytes), sum)| (*event, *range, *bytes, *sum))
+            .collect(),
         frames,
         stacks,
         strings: strings.all.iter().collect(),
@@ -170,31 +202,60 @@ pub(super) fn make(recording: &Recording) -> Vec<u8> {
 }
 
 /// The address spaces with most changes first.
-fn lanes(recording: &Recording, all: &Sum, strings: &mut Strings<'_>, left_out: &mut LeftOut) -> Vec<Lane> {
+fn lanes(
+    recording: &Recording,
+    all: &Sum,
+    strings: &mut Strings<'_>,
+    left_out: &mut LeftOut,
+) -> Vec<Lane> {
     let mut lives = lives::of(recording);
     let mut changes: HashMap<u64, Vec<(&Changed, f64)>> = HashMap::new();
     for changed in recording.changes.iter().filter(|changed| is_drawn(changed)) {
         let share = Sum::of(changed).share(all);
-        changes.entry(changed.mm).or_default().push((changed, share));
+        changes
+            .entry(changed.mm)
+            .or_default()
+            .push((changed, share));
     }
-    let mut spaces: Vec<_> = recording.spaces.iter().filter(|(mm, _)| changes.contains_key(mm)).collect();
+    let mut spaces: Vec<_> = recording
+        .spaces
+        .iter()
+        .filter(|(mm, _)| changes.contains_key(mm))
+        .collect();
     spaces.sort_by_key(|(mm, _)| (Reverse(changes[mm].len()), **mm));
     left_out.lanes = spaces.len().saturating_sub(MOST_LANES);
     spaces.truncate(MOST_LANES);
-    let mut shares: Vec<f64> = spaces.iter().flat_map(|(mm, _)| changes[mm].iter().map(|(_, share)| *share)).collect();
+    let mut shares: Vec<f64> = spaces
+        .iter()
+        .flat_map(|(mm, _)| changes[mm].iter().map(|(_, share)| *share))
+        .collect();
     shares.sort_by(|a, b| b.total_cmp(a));
     let least = shares.get(MOST_CHANGES).copied().unwrap_or(-1.0);
-    let drawn_lives: usize = spaces.iter().map(|(mm, _)| lives.get(mm).map_or(0, Vec::len)).sum();
+    let drawn_lives: usize = spaces
+        .iter()
+        .map(|(mm, _)| lives.get(mm).map_or(0, Vec::len))
+        .sum();
     let lane = |(mm, space): (&u64, &crate::recording::Space)| {
         let changes = changes.remove(mm).unwrap_or_default();
         let lives = lives.remove(mm).unwrap_or_default();
         // Each address space has its part of the room.
-        let most = if drawn_lives > MOST_LIVES { lives.len() * MOST_LIVES / drawn_lives } else { lives.len() };
+        let most = if drawn_lives > MOST_LIVES {
+            lives.len() * MOST_LIVES / drawn_lives
+        } else {
+            lives.len()
+        };
         left_out.lives += lives.len() - most;
         let shown: Vec<bool> = changes.iter().map(|(_, share)| *share > least).collect();
         left_out.changes += shown.iter().filter(|shown| !**shown).count();
         let changes = changes.into_iter().map(|(changed, _)| changed).collect();
-        Material { mm: *mm, space: *space, lives, changes, shown }.lane(most, strings)
+        Material {
+            mm: *mm,
+            space: *space,
+            lives,
+            changes,
+            shown,
+        }
+        .lane(most, strings)
     };
     spaces.into_iter().map(lane).collect()
 }
@@ -211,9 +272,23 @@ fn wanted_stacks(lanes: &[Lane], leaves: &[(i64, u32, u32, Sum)]) -> HashSet<i64
 
 /// What was traced: the program with most changes.
 fn title(recording: &Recording, lanes: &[Lane]) -> String {
-    let Some(space) = lanes.first().and_then(|lane| recording.spaces.get(&lane.mm)) else { return "a trace".into() };
-    let program = recording.names.text(space.program).rsplit('/').next().unwrap_or_default();
-    if program.is_empty() { recording.names.text(space.comm).to_owned() } else { program.to_owned() }
+    let Some(space) = lanes
+        .first()
+        .and_then(|lane| recording.spaces.get(&lane.mm))
+    else {
+        return "a trace".into();
+    };
+    let program = recording
+        .names
+        .text(space.program)
+        .rsplit('/')
+        .next()
+        .unwrap_or_default();
+    if program.is_empty() {
+        recording.names.text(space.comm).to_owned()
+    } else {
+        program.to_owned()
+    }
 }
 
 fn assemble(data: &Data<'_>) -> Vec<u8> {
@@ -223,9 +298,19 @@ fn assemble(data: &Data<'_>) -> Vec<u8> {
     let title = data.title.replace('&', "&amp;").replace('<', "&lt;");
     let mut page = Vec::with_capacity(json.len() + PAGE.len() + STYLE.len() + SCRIPT.len());
     let mut rest = PAGE;
-    let parts = [("{style-hash}", STYLE_HASH), ("{script-hash}", SCRIPT_HASH), ("{title}", &title), ("{style}", STYLE)];
-    for (mark, text) in parts.into_iter().chain([("{data}", json.as_str()), ("{script}", SCRIPT)]) {
-        let (before, after) = rest.split_once(mark).expect("the template has every mark, in this order");
+    let parts = [
+        ("{style-hash}", STYLE_HASH),
+        ("{script-hash}", SCRIPT_HASH),
+        ("{title}", &title),
+        ("{style}", STYLE),
+    ];
+    for (mark, text) in parts
+        .into_iter()
+        .chain([("{data}", json.as_str()), ("{script}", SCRIPT)])
+    {
+        let (before, after) = rest
+            .split_once(mark)
+            .expect("the template has every mark, in this order");
         page.extend_from_slice(before.as_bytes());
         page.extend_from_slice(text.as_bytes());
         rest = after;
@@ -244,14 +329,26 @@ mod tests {
     /// By coreutils: what a browser will calculate.
     fn hash(text: &str) -> String {
         let sum = "sha256sum | cut -d' ' -f1 | tr a-f A-F | basenc --base16 -d | base64 -w0";
-        let mut child =
-            Command::new("sh").args(["-c", sum]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-        child.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
+        let mut child = Command::new("sh")
+            .args(["-c", sum])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        child
+            .stdin
+            .take()
+            .unwrap()
+            .write_all(text.as_bytes())
+            .unwrap();
         String::from_utf8(child.wait_with_output().unwrap().stdout).unwrap()
     }
 
     #[test]
     fn the_hashes_are_those_of_script_and_style() {
-        assert_eq!((STYLE_HASH, SCRIPT_HASH), (hash(STYLE).as_str(), hash(SCRIPT).as_str()));
+        assert_eq!(
+            (STYLE_HASH, SCRIPT_HASH),
+            (hash(STYLE).as_str(), hash(SCRIPT).as_str())
+        );
     }
 }

@@ -30,7 +30,11 @@ impl Product {
 
     /// The option that names the file.
     fn option(self) -> &'static str {
-        if self == Product::Page { "--report" } else { "-o" }
+        if self == Product::Page {
+            "--report"
+        } else {
+            "-o"
+        }
     }
 
     /// What makes it of records that were kept.
@@ -64,7 +68,11 @@ impl Pending {
             format!("open on {}: {}; {hint}", path.display(), reason(error))
         };
         let is_new = !path.exists();
-        let file = File::options().write(true).create(true).truncate(false).open(path);
+        let file = File::options()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path);
         let hint = format!("the file of {} must be writable", product.option());
         let file = file.map_err(|error| fail(path, &error, &hint))?;
         let spool = spool().and_then(|spool| Ok((Output::open(Some(&spool))?, spool)));
@@ -72,9 +80,22 @@ impl Pending {
             if is_new {
                 let _ = fs::remove_file(path);
             }
-            fail(&std::env::temp_dir(), &error, "records are kept there until the end; TMPDIR names another folder")
+            fail(
+                &std::env::temp_dir(),
+                &error,
+                "records are kept there until the end; TMPDIR names another folder",
+            )
         })?;
-        Ok((Pending { product, path: path.to_owned(), file, is_new, spool }, output))
+        Ok((
+            Pending {
+                product,
+                path: path.to_owned(),
+                file,
+                is_new,
+                spool,
+            },
+            output,
+        ))
     }
 
     /// There was nothing to trace.
@@ -87,12 +108,15 @@ impl Pending {
 
     /// Makes the product of the records. If that fails, says why, and where the records are.
     pub(crate) fn finish(mut self) -> bool {
-        let written =
-            Recording::open(&self.spool).map_err(|error| format!("read on {}: {error}", self.spool.display()));
+        let written = Recording::open(&self.spool)
+            .map_err(|error| format!("read on {}: {error}", self.spool.display()));
         let written = written.and_then(|recording| {
             let text = self.product.make(&recording);
-            let emptied =
-                if self.file.metadata().is_ok_and(|about| about.is_file()) { self.file.set_len(0) } else { Ok(()) };
+            let emptied = if self.file.metadata().is_ok_and(|about| about.is_file()) {
+                self.file.set_len(0)
+            } else {
+                Ok(())
+            };
             let written = emptied.and_then(|()| self.file.write_all(&text));
             written.map_err(|error| format!("write on {}: {}", self.path.display(), reason(&error)))
         });
@@ -104,7 +128,9 @@ impl Pending {
             Err(why) => {
                 let spool = self.spool.display();
                 let command = self.product.command();
-                complain(&format!("{why}; the records are kept: '{command} {spool}' makes it of them"));
+                complain(&format!(
+                    "{why}; the records are kept: '{command} {spool}' makes it of them"
+                ));
                 false
             }
         }
@@ -116,7 +142,12 @@ fn spool() -> io::Result<PathBuf> {
     let folder = std::env::temp_dir();
     for attempt in 0..100_u32 {
         let path = folder.join(format!("mmun-trace-{}-{attempt}.jsonl", std::process::id()));
-        match File::options().write(true).create_new(true).mode(0o600).open(&path) {
+        match File::options()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&path)
+        {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             other => return other.map(|_| path),
         }

@@ -18,8 +18,12 @@ impl Sum {
         let change = &changed.change;
         let is_removal = is_removal(changed);
         self.0 += u64::from(change.is_call);
-        self.1 = self.1.saturating_add(if is_removal { change.bytes() } else { 0 });
-        self.2 = self.2.saturating_add(if is_removal { change.resident() } else { 0 });
+        self.1 = self
+            .1
+            .saturating_add(if is_removal { change.bytes() } else { 0 });
+        self.2 = self
+            .2
+            .saturating_add(if is_removal { change.resident() } else { 0 });
         let time = time(changed);
         self.3 = self.3.saturating_add(time);
         self.4 = self.4.max(time);
@@ -37,8 +41,19 @@ impl Sum {
 
     /// The largest share that this has of `whole` in anything.
     pub(super) fn share(&self, whole: &Sum) -> f64 {
-        let share = |part: u64, whole: u64| if whole == 0 { 0.0 } else { part as f64 / whole as f64 };
-        let shares = [share(self.0, whole.0), share(self.1, whole.1), share(self.2, whole.2), share(self.3, whole.3)];
+        let share = |part: u64, whole: u64| {
+            if whole == 0 {
+                0.0
+            } else {
+                part as f64 / whole as f64
+            }
+        };
+        let shares = [
+            share(self.0, whole.0),
+            share(self.1, whole.1),
+            share(self.2, whole.2),
+            share(self.3, whole.3),
+        ];
         shares.into_iter().fold(0.0, f64::max)
     }
 }
@@ -51,7 +66,11 @@ pub(super) fn is_removal(changed: &Changed) -> bool {
 /// The time in the call itself, else that on the clock; a call with several ranges has it once.
 pub(super) fn time(changed: &Changed) -> u64 {
     let change = &changed.change;
-    if change.is_call { change.own.unwrap_or_else(|| change.wall()) } else { 0 }
+    if change.is_call {
+        change.own.unwrap_or_else(|| change.wall())
+    } else {
+        0
+    }
 }
 
 /// By place in the code, by stack, by time, by size.
@@ -92,13 +111,19 @@ pub(super) fn of(recording: &Recording) -> Totals {
     let mut places: HashMap<Option<u32>, String> = HashMap::new();
     let mut tasks = BTreeSet::new();
     // That an address space ends is no call of the program.
-    for changed in recording.changes.iter().filter(|changed| changed.change.span.event != events::RELEASE) {
+    for changed in recording
+        .changes
+        .iter()
+        .filter(|changed| changed.change.span.event != events::RELEASE)
+    {
         let change = &changed.change;
         let seen = change.seen;
         totals.all.add(changed);
         totals.is_own |= change.own.is_some();
         tasks.insert(change.task.tid);
-        let place = places.entry(seen.site).or_insert_with(|| recording.stacks.place(seen.site));
+        let place = places
+            .entry(seen.site)
+            .or_insert_with(|| recording.stacks.place(seen.site));
         if !totals.places.contains_key(place) {
             totals.places.insert(place.clone(), Place::default());
         }
@@ -107,18 +132,32 @@ pub(super) fn of(recording: &Recording) -> Totals {
             place.causes.insert(change.span.cause);
             place.sites.extend(seen.site);
         }
-        let leaf = Leaf { site: seen.site, cause: change.span.cause, what: seen.what };
+        let leaf = Leaf {
+            site: seen.site,
+            cause: change.span.cause,
+            what: seen.what,
+        };
         totals.leaves.entry(leaf).or_default().add(changed);
         if change.is_call {
-            *totals.times.entry((power(time(changed)), change.span.event)).or_default() += 1;
+            *totals
+                .times
+                .entry((power(time(changed)), change.span.event))
+                .or_default() += 1;
         }
-        let Some(pages) = seen.pages.filter(|_| matches!(change.span.event, events::UNMAP | events::CLEAR)) else {
+        let Some(pages) = seen
+            .pages
+            .filter(|_| matches!(change.span.event, events::UNMAP | events::CLEAR))
+        else {
             continue;
         };
         totals.removals.0 += 1;
         totals.removals.1 += u64::from(change.failed() || pages.resident + pages.swapped == 0);
         if !change.failed() {
-            let cell = (change.span.event, half_power(change.bytes()), half_power(change.resident()));
+            let cell = (
+                change.span.event,
+                half_power(change.bytes()),
+                half_power(change.resident()),
+            );
             totals.sizes.entry(cell).or_default().add(changed);
         }
     }
@@ -147,6 +186,9 @@ mod tests {
     #[test]
     fn numbers_fall_into_powers_and_halves_of_them() {
         assert_eq!([0, 1, 2, 3, 4, u64::MAX].map(power), [0, 1, 2, 2, 3, 64]);
-        assert_eq!([0, 1, 2, 3, 4, 5, 6, 7, 8].map(half_power), [0, 2, 4, 5, 6, 6, 7, 7, 8]);
+        assert_eq!(
+            [0, 1, 2, 3, 4, 5, 6, 7, 8].map(half_power),
+            [0, 2, 4, 5, 6, 6, 7, 7, 8]
+        );
     }
 }

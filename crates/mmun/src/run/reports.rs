@@ -24,8 +24,10 @@ struct Report {
 /// One text of what the processes in `folder` have reported.
 pub(super) fn merged(folder: &Path) -> String {
     let files = fs::read_dir(folder).into_iter().flatten().flatten();
-    let mut reports: Vec<Report> =
-        files.filter_map(|file| fs::read_to_string(file.path()).ok()).map(|text| Report::read(&text)).collect();
+    let mut reports: Vec<Report> = files
+        .filter_map(|file| fs::read_to_string(file.path()).ok())
+        .map(|text| Report::read(&text))
+        .collect();
     let number = |word: &str| word.parse::<u64>().unwrap_or(u64::MAX);
     reports.sort_by_key(|report| (number(&report.rank), number(&report.process)));
     match reports.as_slice() {
@@ -37,12 +39,16 @@ pub(super) fn merged(folder: &Path) -> String {
 
 impl Report {
     fn read(text: &str) -> Report {
-        let mut report = Report { text: text.to_owned(), ..Report::default() };
+        let mut report = Report {
+            text: text.to_owned(),
+            ..Report::default()
+        };
         let (head, lines) = text.split_once('\n').unwrap_or((text, ""));
         let head = head.strip_prefix("mmun: process ").unwrap_or(head);
         let (who, program) = head.split_once(": ").unwrap_or((head, ""));
         let (process, rank) = who.split_once(" rank ").unwrap_or((who, "-"));
-        (report.process, report.rank, report.program) = (process.to_owned(), rank.to_owned(), program.to_owned());
+        (report.process, report.rank, report.program) =
+            (process.to_owned(), rank.to_owned(), program.to_owned());
         for line in lines.lines().filter_map(|line| line.strip_prefix("  ")) {
             let (name, value) = line.split_at_checked(NAME).unwrap_or((line, ""));
             let name = match (name.trim(), report.lines.last()) {
@@ -55,7 +61,10 @@ impl Report {
     }
 
     fn value(&self, name: &str) -> Option<&str> {
-        self.lines.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
+        self.lines
+            .iter()
+            .find(|(known, _)| known == name)
+            .map(|(_, value)| value.as_str())
     }
 
     /// `yes`, `no`, or `-` for what was not used.
@@ -69,20 +78,42 @@ impl Report {
 
     /// The number before `word`, or the first one.
     fn count(&self, name: &str, word: Option<&str>) -> String {
-        let Some(value) = self.value(name) else { return "-".to_owned() };
-        let words: Vec<&str> = value.split([' ', ',']).filter(|word| !word.is_empty()).collect();
+        let Some(value) = self.value(name) else {
+            return "-".to_owned();
+        };
+        let words: Vec<&str> = value
+            .split([' ', ','])
+            .filter(|word| !word.is_empty())
+            .collect();
         let at = match word {
             None => 0,
-            Some(word) => words.iter().position(|known| *known == word).and_then(|at| at.checked_sub(1)).unwrap_or(0),
+            Some(word) => words
+                .iter()
+                .position(|known| *known == word)
+                .and_then(|at| at.checked_sub(1))
+                .unwrap_or(0),
         };
-        words.get(at).map_or("-".to_owned(), |word| (*word).to_owned())
+        words
+            .get(at)
+            .map_or("-".to_owned(), |word| (*word).to_owned())
     }
 }
 
 fn table(reports: &[Report]) -> String {
     let mut text = format!("mmun: {} processes used UCX or libfabric\n", reports.len());
-    let names =
-        ["process", "rank", "libfabric", "UCX", "hook", "kernel", "watched", "hits", "refused", "told", "program"];
+    let names = [
+        "process",
+        "rank",
+        "libfabric",
+        "UCX",
+        "hook",
+        "kernel",
+        "watched",
+        "hits",
+        "refused",
+        "told",
+        "program",
+    ];
     let mut rows: Vec<Vec<String>> = vec![names.iter().map(|name| (*name).to_owned()).collect()];
     for report in reports {
         rows.push(vec![
@@ -99,16 +130,28 @@ fn table(reports: &[Report]) -> String {
             report.program.clone(),
         ]);
     }
-    let widths: Vec<usize> =
-        (0..names.len()).map(|column| rows.iter().map(|row| row[column].len()).max().unwrap_or(0)).collect();
+    let widths: Vec<usize> = (0..names.len())
+        .map(|column| rows.iter().map(|row| row[column].len()).max().unwrap_or(0))
+        .collect();
     for row in &rows {
-        let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}"));
-        let _ = writeln!(text, "  {}", cells.collect::<Vec<_>>().join("  ").trim_end());
+        let cells = row
+            .iter()
+            .zip(&widths)
+            .map(|(cell, width)| format!("{cell:width$}"));
+        let _ = writeln!(
+            text,
+            "  {}",
+            cells.collect::<Vec<_>>().join("  ").trim_end()
+        );
     }
     // What the table does not say, each once, with who said it.
     let mut said: Vec<(String, Vec<&str>)> = Vec::new();
     for report in reports {
-        for (name, value) in report.lines.iter().filter(|(name, value)| is_worth_a_line(name, value)) {
+        for (name, value) in report
+            .lines
+            .iter()
+            .filter(|(name, value)| is_worth_a_line(name, value))
+        {
             let line = format!("{name}: {value}");
             match said.iter_mut().find(|(known, _)| *known == line) {
                 Some((_, who)) => who.push(&report.process),
@@ -117,7 +160,11 @@ fn table(reports: &[Report]) -> String {
         }
     }
     for (line, who) in said {
-        let who = if who.len() == reports.len() { "all".to_owned() } else { who.join(", ") };
+        let who = if who.len() == reports.len() {
+            "all".to_owned()
+        } else {
+            who.join(", ")
+        };
         let _ = writeln!(text, "  {who}: {line}");
     }
     text
@@ -143,16 +190,39 @@ mod tests {
     #[test]
     fn a_report_is_read() {
         let report = Report::read(ONE);
-        assert_eq!((report.process.as_str(), report.rank.as_str(), report.program.as_str()), ("7", "1", "./a: b"));
-        assert_eq!((report.whether("hook"), report.whether("kernel"), report.whether("UCX")), ("yes", "no", "-"));
-        assert_eq!((report.count("hits", None), report.count("hits", Some("refused"))), ("100".into(), "4".into()));
+        assert_eq!(
+            (
+                report.process.as_str(),
+                report.rank.as_str(),
+                report.program.as_str()
+            ),
+            ("7", "1", "./a: b")
+        );
+        assert_eq!(
+            (
+                report.whether("hook"),
+                report.whether("kernel"),
+                report.whether("UCX")
+            ),
+            ("yes", "no", "-")
+        );
+        assert_eq!(
+            (
+                report.count("hits", None),
+                report.count("hits", Some("refused"))
+            ),
+            ("100".into(), "4".into())
+        );
         assert_eq!(report.count("watched", None), "12");
         assert_eq!(report.lines[3].0, "kernel", "a line without a name goes on");
     }
 
     #[test]
     fn a_table_says_what_is_common_once() {
-        let two = [Report::read(ONE), Report::read(&ONE.replace("process 7 rank 1", "process 9 rank 2"))];
+        let two = [
+            Report::read(ONE),
+            Report::read(&ONE.replace("process 7 rank 1", "process 9 rank 2")),
+        ];
         let text = table(&two);
         assert_eq!(text.matches("/dev/kvm is not there").count(), 1, "{text}");
         assert!(text.contains("all: kernel: not in use"), "{text}");
@@ -162,7 +232,13 @@ mod tests {
 
     #[test]
     fn nonsense_is_no_panic() {
-        for text in ["", "\n\n", "mmun: process", "x\n  \n  é\n", "mmun: process 1 rank : \n  hits      \n"] {
+        for text in [
+            "",
+            "\n\n",
+            "mmun: process",
+            "x\n  \n  é\n",
+            "mmun: process 1 rank : \n  hits      \n",
+        ] {
             let _ = table(&[Report::read(text), Report::read(text)]);
         }
     }

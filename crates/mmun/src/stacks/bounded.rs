@@ -27,14 +27,23 @@ pub(super) enum Links {
 /// # Blocking
 /// It waits for no writer of a pipe, and for no owner of a lease; for a file system it may.
 pub(super) fn regular(path: &Path, links: Links) -> Option<File> {
-    let follow = if links == Links::Refuse { OFlags::NOFOLLOW } else { OFlags::empty() };
+    let follow = if links == Links::Refuse {
+        OFlags::NOFOLLOW
+    } else {
+        OFlags::empty()
+    };
     let unopened = open(path, OFlags::PATH | OFlags::CLOEXEC | follow, Mode::empty()).ok()?;
     if FileType::from_raw_mode(fstat(&unopened).ok()?.st_mode) != FileType::RegularFile {
         return None;
     }
-    let again = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&unopened));
+    let again = format!(
+        "/proc/self/fd/{}",
+        std::os::fd::AsRawFd::as_raw_fd(&unopened)
+    );
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-    openat(CWD, again, flags, Mode::empty()).ok().map(File::from)
+    openat(CWD, again, flags, Mode::empty())
+        .ok()
+        .map(File::from)
 }
 
 /// What an ELF file is read from.
@@ -54,7 +63,10 @@ const MOST: u64 = 1 << 30;
 
 impl Source {
     pub(super) fn new(reader: Box<dyn Reader>) -> Source {
-        Source { cache: ReadCache::new(reader), left: Cell::new(MOST) }
+        Source {
+            cache: ReadCache::new(reader),
+            left: Cell::new(MOST),
+        }
     }
 
     /// `None` if it is no ELF file of this byte order and word size, or a broken one.
@@ -98,7 +110,8 @@ mod tests {
     fn only_a_regular_file_is_opened() {
         let folder = std::env::temp_dir().join(format!("mmun-regular-{}", std::process::id()));
         fs::create_dir(&folder).unwrap();
-        let [file, pipe, link, socket] = ["file", "pipe", "link", "socket"].map(|name| folder.join(name));
+        let [file, pipe, link, socket] =
+            ["file", "pipe", "link", "socket"].map(|name| folder.join(name));
         fs::write(&file, "text").unwrap();
         rustix::fs::mknodat(CWD, &pipe, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
         symlink(&file, &link).unwrap();
@@ -109,9 +122,15 @@ mod tests {
         assert_eq!(found, [true, true, false, false, false]);
         let found = [&file, &link, &pipe].map(|path| opens(path, Links::Refuse));
         assert_eq!(found, [true, false, false]);
-        assert!(!opens(Path::new("/dev/zero"), Links::Follow) && !opens(&folder.join("none"), Links::Follow));
+        assert!(
+            !opens(Path::new("/dev/zero"), Links::Follow)
+                && !opens(&folder.join("none"), Links::Follow)
+        );
         let mut text = String::new();
-        regular(&file, Links::Refuse).unwrap().read_to_string(&mut text).unwrap();
+        regular(&file, Links::Refuse)
+            .unwrap()
+            .read_to_string(&mut text)
+            .unwrap();
         assert_eq!(text, "text");
         fs::remove_dir_all(&folder).unwrap();
     }
@@ -126,9 +145,16 @@ mod tests {
         let bounded = Bounded(&source);
         assert_eq!(bounded.len(), Ok(1 << 40));
         assert!(bounded.read_bytes_at(0, MOST_AT_ONCE + 1).is_err());
-        assert!(bounded.read_bytes_at(1 << 39, 4096).is_ok_and(|bytes| bytes.len() == 4096));
+        assert!(
+            bounded
+                .read_bytes_at(1 << 39, 4096)
+                .is_ok_and(|bytes| bytes.len() == 4096)
+        );
         source.left.set(4095);
-        assert!(bounded.read_bytes_at(0, 4096).is_err(), "the sum is bounded, too");
+        assert!(
+            bounded.read_bytes_at(0, 4096).is_err(),
+            "the sum is bounded, too"
+        );
         assert!(source.elf().is_none());
     }
 }

@@ -70,11 +70,17 @@ fn corrupt(random: &mut Random) -> Vec<u8> {
 /// Reads a file as a trace does, and returns the names found.
 fn read(bytes: Vec<u8>, random: &mut Random) -> Vec<String> {
     let image = guarded(|| Image::new("/bin/tiny".into(), Content::Memory(bytes.into()))).flatten();
-    let Some(image) = image else { return Vec::new() };
+    let Some(image) = image else {
+        return Vec::new();
+    };
     guarded(|| unwind(&image, random));
     let addresses: Vec<Address> = (0x260..0x2e0).map(|at| Address { image: 0, at }).collect();
     let frames = guarded(|| symbols::of_file(&image, &addresses)).unwrap_or_default();
-    frames.into_iter().flatten().map(|frame| frame.text()).collect()
+    frames
+        .into_iter()
+        .flatten()
+        .map(|frame| frame.text())
+        .collect()
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -85,9 +91,15 @@ fn unwind(image: &Image, random: &mut Random) {
     let span = |at: u64, size: usize| at..at.saturating_add(size as u64);
     let info = ExplicitModuleSectionInfo {
         text_svma: sections.text.map(|(at, size)| at..at.saturating_add(size)),
-        eh_frame_svma: sections.eh_frame.as_ref().map(|(at, data)| span(*at, data.len())),
+        eh_frame_svma: sections
+            .eh_frame
+            .as_ref()
+            .map(|(at, data)| span(*at, data.len())),
         eh_frame: sections.eh_frame.map(|(_, data)| data),
-        eh_frame_hdr_svma: sections.eh_frame_hdr.as_ref().map(|(at, data)| span(*at, data.len())),
+        eh_frame_hdr_svma: sections
+            .eh_frame_hdr
+            .as_ref()
+            .map(|(at, data)| span(*at, data.len())),
         eh_frame_hdr: sections.eh_frame_hdr.map(|(_, data)| data),
         ..ExplicitModuleSectionInfo::default()
     };
@@ -103,7 +115,11 @@ fn unwind(image: &Image, random: &mut Random) {
             if offset > 1 << 16 {
                 Err(())
             } else {
-                Ok(if offset & 8 == 0 { bias + 0x270 + offset % 0x55 } else { stack + offset })
+                Ok(if offset & 8 == 0 {
+                    bias + 0x270 + offset % 0x55
+                } else {
+                    stack + offset
+                })
             }
         };
         let registers = UnwindRegsX86_64::new(bias + ip, stack, stack.wrapping_add(64));
@@ -124,14 +140,21 @@ fn unwind(_: &Image, _: &mut Random) {}
 #[test]
 fn a_whole_file_is_read() {
     let names = read(TINY.to_vec(), &mut Random(1));
-    for name in ["middle (tiny tiny.c:2)", "inner (tiny tiny.c:1)", "outer (tiny tiny.c:3)"] {
+    for name in [
+        "middle (tiny tiny.c:2)",
+        "inner (tiny tiny.c:1)",
+        "outer (tiny tiny.c:3)",
+    ] {
         assert!(names.iter().any(|found| found == name), "{names:?}");
     }
 }
 
 #[test]
 fn a_corrupt_file_is_read_to_an_end() {
-    let rounds = std::env::var("MMUN_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(ROUNDS);
+    let rounds = std::env::var("MMUN_ROUNDS")
+        .ok()
+        .and_then(|rounds| rounds.parse().ok())
+        .unwrap_or(ROUNDS);
     let (sender, receiver) = channel();
     let reader = std::thread::spawn(move || {
         let mut random = Random(0x9e37_79b9_7f4a_7c15);
@@ -153,6 +176,12 @@ fn a_corrupt_file_is_read_to_an_end() {
     }
     assert!(reader.join().is_ok(), "round {last} panicked");
     let peak = std::fs::read_to_string("/proc/self/status").unwrap();
-    let peak = peak.lines().find_map(|line| line.strip_prefix("VmHWM:")?.split_whitespace().next()?.parse().ok());
+    let peak = peak.lines().find_map(|line| {
+        line.strip_prefix("VmHWM:")?
+            .split_whitespace()
+            .next()?
+            .parse()
+            .ok()
+    });
     assert!(peak.is_none_or(|kib: u64| kib < 1 << 20), "{peak:?} KiB");
 }

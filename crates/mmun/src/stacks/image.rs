@@ -78,8 +78,11 @@ impl Images {
         let number = match self.by_file.get(&key).filter(|_| vma.inode != 0) {
             Some(number) => *number,
             None => {
-                let content =
-                    if vma.inode == 0 { from_memory(vma, current)? } else { from_file(vma, current.task.pid)? };
+                let content = if vma.inode == 0 {
+                    from_memory(vma, current)?
+                } else {
+                    from_file(vma, current.task.pid)?
+                };
                 let image = Image::new(vma.name.clone(), content)?;
                 let number = self.push(image);
                 if vma.inode != 0 {
@@ -93,9 +96,18 @@ impl Images {
 
     /// Stands for memory that is of no file.
     pub(super) fn anonymous(&mut self, name: &str, pid: Pid, begin: u64) -> u32 {
-        let path = if name.is_empty() { "[anon]".to_owned() } else { name.to_owned() };
+        let path = if name.is_empty() {
+            "[anon]".to_owned()
+        } else {
+            name.to_owned()
+        };
         let (segments, sections) = (Vec::new(), Sections::default());
-        self.push(Image { path, content: Content::Anonymous { pid, begin }, segments, sections })
+        self.push(Image {
+            path,
+            content: Content::Anonymous { pid, begin },
+            segments,
+            sections,
+        })
     }
 
     fn push(&mut self, image: Image) -> u32 {
@@ -115,18 +127,37 @@ impl Image {
         };
         let segments = elf.segments().filter(is_executable).map(|segment| {
             let (offset, size) = segment.file_range();
-            Segment { offset, size, address: segment.address() }
+            Segment {
+                offset,
+                size,
+                address: segment.address(),
+            }
         });
         let segments = segments.collect();
         let section = |name: &str| {
             let section = elf.section_by_name(name)?;
-            let data = if section.size() <= MOST { section.data().ok()? } else { return None };
+            let data = if section.size() <= MOST {
+                section.data().ok()?
+            } else {
+                return None;
+            };
             Some((section.address(), Arc::from(data)))
         };
-        let text = elf.section_by_name(".text").map(|section| (section.address(), section.size()));
-        let sections = Sections { text, eh_frame: section(".eh_frame"), eh_frame_hdr: section(".eh_frame_hdr") };
+        let text = elf
+            .section_by_name(".text")
+            .map(|section| (section.address(), section.size()));
+        let sections = Sections {
+            text,
+            eh_frame: section(".eh_frame"),
+            eh_frame_hdr: section(".eh_frame_hdr"),
+        };
         drop(elf);
-        Some(Image { path, content, segments, sections })
+        Some(Image {
+            path,
+            content,
+            segments,
+            sections,
+        })
     }
 
     /// Where the image's address 0 lies, if this mapping is of an executable segment.
@@ -136,12 +167,17 @@ impl Image {
             return Some(vma.start);
         }
         let holds = |segment: &&Segment| {
-            let end = segment.offset.saturating_add(segment.size).saturating_add(4095) & MASK;
+            let end = segment
+                .offset
+                .saturating_add(segment.size)
+                .saturating_add(4095)
+                & MASK;
             (segment.offset & MASK..end).contains(&vma.offset)
         };
         let segment = self.segments.iter().find(holds)?;
         let inside = vma.offset - (segment.offset & MASK);
-        vma.start.checked_sub((segment.address & MASK).checked_add(inside)?)
+        vma.start
+            .checked_sub((segment.address & MASK).checked_add(inside)?)
     }
 }
 
@@ -150,7 +186,12 @@ fn from_memory(vma: &Vma, current: &Current) -> Option<Content> {
     if vma.name != "[vdso]" {
         return None;
     }
-    let mut bytes = vec![0; usize::try_from(vma.end - vma.start).ok().filter(|size| *size <= 1 << 20)?];
+    let mut bytes = vec![
+        0;
+        usize::try_from(vma.end - vma.start)
+            .ok()
+            .filter(|size| *size <= 1 << 20)?
+    ];
     let read = current.read_memory(vma.start, &mut bytes);
     bytes.truncate(read);
     Some(Content::Memory(bytes.into()))
@@ -195,8 +236,20 @@ impl Mapped {
     fn new(file: &File, length: u64) -> Option<Mapped> {
         let size = usize::try_from(length).ok().filter(|size| *size > 0)?;
         // SAFETY: a fresh mapping at an address of the kernel's choice touches nothing that exists.
-        let begin = unsafe { mmap(ptr::null_mut(), size, ProtFlags::READ, MapFlags::PRIVATE, file, 0) };
-        Some(Mapped { begin: NonNull::new(begin.ok()?)?, length })
+        let begin = unsafe {
+            mmap(
+                ptr::null_mut(),
+                size,
+                ProtFlags::READ,
+                MapFlags::PRIVATE,
+                file,
+                0,
+            )
+        };
+        Some(Mapped {
+            begin: NonNull::new(begin.ok()?)?,
+            length,
+        })
     }
 
     fn reader(&self) -> io::Result<MappedReader> {
@@ -226,8 +279,12 @@ struct MappedReader {
 impl Read for MappedReader {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let left = self.length.saturating_sub(self.at);
-        let size = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
-        let count = self.memory.read_at(&mut buffer[..size], self.begin + self.at)?;
+        let size = buffer
+            .len()
+            .min(usize::try_from(left).unwrap_or(usize::MAX));
+        let count = self
+            .memory
+            .read_at(&mut buffer[..size], self.begin + self.at)?;
         self.at += count as u64;
         Ok(count)
     }
@@ -258,7 +315,13 @@ mod tests {
         let mapped = Mapped::new(&file, 3 * 4096).unwrap();
         let mut reader = mapped.reader().unwrap();
         let mut bytes = [0; 16];
-        assert_eq!((reader.seek(SeekFrom::Start(8192)).unwrap(), reader.read(&mut bytes).unwrap()), (8192, 16));
+        assert_eq!(
+            (
+                reader.seek(SeekFrom::Start(8192)).unwrap(),
+                reader.read(&mut bytes).unwrap()
+            ),
+            (8192, 16)
+        );
         assert_eq!(bytes, [7; 16]);
         file.set_len(4096).unwrap();
         reader.seek(SeekFrom::Start(8192)).unwrap();
@@ -267,13 +330,37 @@ mod tests {
 
     #[test]
     fn the_bias_is_that_of_the_executable_segment() {
-        let segments = vec![Segment { offset: 0x1234, size: 0x5000, address: 0x41234 }];
+        let segments = vec![Segment {
+            offset: 0x1234,
+            size: 0x5000,
+            address: 0x41234,
+        }];
         let (path, sections) = (String::new(), Sections::default());
-        let image = Image { path, content: Content::Anonymous { pid: 1, begin: 0 }, segments, sections };
-        let vma = |start, offset| Vma { start, end: start + 0x1000, offset, ..Vma::default() };
-        assert_eq!(image.bias(&vma(0x7f00_0004_1000, 0x1000)), Some(0x7f00_0000_0000));
-        assert_eq!(image.bias(&vma(0x7f00_0004_3000, 0x3000)), Some(0x7f00_0000_0000));
+        let image = Image {
+            path,
+            content: Content::Anonymous { pid: 1, begin: 0 },
+            segments,
+            sections,
+        };
+        let vma = |start, offset| Vma {
+            start,
+            end: start + 0x1000,
+            offset,
+            ..Vma::default()
+        };
+        assert_eq!(
+            image.bias(&vma(0x7f00_0004_1000, 0x1000)),
+            Some(0x7f00_0000_0000)
+        );
+        assert_eq!(
+            image.bias(&vma(0x7f00_0004_3000, 0x3000)),
+            Some(0x7f00_0000_0000)
+        );
         assert_eq!(image.bias(&vma(0x7f00_0004_3000, 0)), None);
-        assert_eq!(image.bias(&vma(0x1000, 0x1000)), None, "no address lies below zero");
+        assert_eq!(
+            image.bias(&vma(0x1000, 0x1000)),
+            None,
+            "no address lies below zero"
+        );
     }
 }

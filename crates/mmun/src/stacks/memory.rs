@@ -24,7 +24,13 @@ const MOST: usize = 1 << 20;
 
 impl Default for Memory {
     fn default() -> Memory {
-        Memory { buffer: Vec::new(), begin: 0, have: 0, ended: true, needed: FIRST }
+        Memory {
+            buffer: Vec::new(),
+            begin: 0,
+            have: 0,
+            ended: true,
+            needed: FIRST,
+        }
     }
 }
 
@@ -38,7 +44,11 @@ impl Memory {
     }
 
     /// The word at `address`; `None` if it does not lie on the stack, or too far up.
-    pub(super) fn word(&mut self, address: u64, read: impl FnOnce(u64, &mut [u8]) -> usize) -> Option<u64> {
+    pub(super) fn word(
+        &mut self,
+        address: u64,
+        read: impl FnOnce(u64, &mut [u8]) -> usize,
+    ) -> Option<u64> {
         let offset = usize::try_from(address.checked_sub(self.begin)?).ok()?;
         let end = offset.checked_add(8).filter(|end| *end <= MOST)?;
         self.needed = self.needed.max(end);
@@ -88,8 +98,15 @@ mod tests {
             assert_eq!(memory.word(at, read(end)), Some(at));
         }
         assert_eq!(memory.word(end, read(end)), None);
-        assert_eq!(memory.word(0xff8, read(end)), None, "below the stack pointer");
-        assert_eq!(memory.word(0x1000 + MOST as u64, |_, _| panic!("too far")), None);
+        assert_eq!(
+            memory.word(0xff8, read(end)),
+            None,
+            "below the stack pointer"
+        );
+        assert_eq!(
+            memory.word(0x1000 + MOST as u64, |_, _| panic!("too far")),
+            None
+        );
     }
 
     #[test]
@@ -102,7 +119,10 @@ mod tests {
                 read(1 << 40)(at, buffer)
             });
             sizes.push(first);
-            assert_eq!(memory.word(0x1000 + needed, read(1 << 40)), Some(0x1000 + needed));
+            assert_eq!(
+                memory.word(0x1000 + needed, read(1 << 40)),
+                Some(0x1000 + needed)
+            );
         }
         assert_eq!(sizes, [FIRST + STEP, STEP, STEP, 0x8000 + STEP, STEP]);
     }

@@ -47,7 +47,10 @@ impl PerfMap {
             let at = name.as_ptr().addr() - begin;
             Some((start, size, at..at + name.len()))
         };
-        let mut symbols: Vec<_> = text.split(|byte| *byte == b'\n').filter_map(symbol).collect();
+        let mut symbols: Vec<_> = text
+            .split(|byte| *byte == b'\n')
+            .filter_map(symbol)
+            .collect();
         // What is written later is what lies there now.
         symbols.sort_by_key(|(start, ..)| *start);
         PerfMap { text, symbols }
@@ -55,7 +58,9 @@ impl PerfMap {
 
     /// The function that holds `address`.
     pub(super) fn name(&self, address: u64) -> Option<String> {
-        let end = self.symbols.partition_point(|(start, ..)| *start <= address);
+        let end = self
+            .symbols
+            .partition_point(|(start, ..)| *start <= address);
         // Of code that was thrown away and made anew, several lie there.
         let mut near = self.symbols[..end].iter().rev().take(8);
         let (.., name) = near.find(|(start, size, _)| address - start < (*size).max(1))?;
@@ -66,7 +71,15 @@ impl PerfMap {
 /// `START SIZE name`, in hexadecimal.
 fn symbol(line: &[u8]) -> Option<(u64, u64, &[u8])> {
     let mut words = line.splitn(3, |byte| *byte == b' ');
-    let mut hex = || u64::from_str_radix(std::str::from_utf8(words.next()?).ok()?.trim_start_matches("0x"), 16).ok();
+    let mut hex = || {
+        u64::from_str_radix(
+            std::str::from_utf8(words.next()?)
+                .ok()?
+                .trim_start_matches("0x"),
+            16,
+        )
+        .ok()
+    };
     let (start, size) = (hex()?, hex()?);
     Some((start, size, words.next()?))
 }
@@ -78,8 +91,14 @@ mod tests {
     #[test]
     fn a_line_of_a_perf_map_may_have_spaces_in_its_name() {
         let name = b"LazyCompile:~f /a b.js:1";
-        assert_eq!(symbol(b"7f10 20 LazyCompile:~f /a b.js:1"), Some((0x7f10, 0x20, &name[..])));
-        assert_eq!((symbol(b""), symbol(b"zz 1 a"), symbol(b"1 2")), (None, None, None));
+        assert_eq!(
+            symbol(b"7f10 20 LazyCompile:~f /a b.js:1"),
+            Some((0x7f10, 0x20, &name[..]))
+        );
+        assert_eq!(
+            (symbol(b""), symbol(b"zz 1 a"), symbol(b"1 2")),
+            (None, None, None)
+        );
     }
 
     #[test]

@@ -20,7 +20,12 @@ pub(crate) struct Frame {
 impl Frame {
     /// `f (module file.c:12)`
     pub(crate) fn text(&self) -> String {
-        let Frame { function, module, line, has_name } = self;
+        let Frame {
+            function,
+            module,
+            line,
+            has_name,
+        } = self;
         match (has_name, line.as_str()) {
             (true, "") => format!("{function} ({module})"),
             (true, line) => format!("{function} ({module} {line})"),
@@ -150,19 +155,30 @@ const LIBRARIES: &[&str] = &[
 ];
 
 impl Resolved {
-    pub(crate) fn new(stacks: impl IntoIterator<Item = (u32, Vec<Frame>)>, skip: &[String]) -> Resolved {
+    pub(crate) fn new(
+        stacks: impl IntoIterator<Item = (u32, Vec<Frame>)>,
+        skip: &[String],
+    ) -> Resolved {
         let with_place = |frames: Vec<Frame>| {
             let at = frames.iter().position(|frame| !is_allocator(frame, skip));
             // All of it is the loader's or libc's: the outermost that has a name says most.
-            let at = at.or_else(|| frames.iter().rposition(|frame| frame.has_name)).unwrap_or(0);
+            let at = at
+                .or_else(|| frames.iter().rposition(|frame| frame.has_name))
+                .unwrap_or(0);
             Stack { frames, place: at }
         };
-        Resolved::of(stacks.into_iter().map(|(number, frames)| (number, with_place(frames))))
+        Resolved::of(
+            stacks
+                .into_iter()
+                .map(|(number, frames)| (number, with_place(frames))),
+        )
     }
 
     /// Stacks whose places are known.
     pub(crate) fn of(stacks: impl IntoIterator<Item = (u32, Stack)>) -> Resolved {
-        Resolved { stacks: stacks.into_iter().collect() }
+        Resolved {
+            stacks: stacks.into_iter().collect(),
+        }
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -174,12 +190,17 @@ impl Resolved {
     }
 
     pub(crate) fn place(&self, site: Option<u32>) -> String {
-        self.get(site).map_or_else(|| UNKNOWN.to_owned(), Stack::place)
+        self.get(site)
+            .map_or_else(|| UNKNOWN.to_owned(), Stack::place)
     }
 
     /// All stacks with their numbers, in order.
     pub(crate) fn all(&self) -> Vec<(u32, &Stack)> {
-        let mut all: Vec<_> = self.stacks.iter().map(|(number, stack)| (*number, stack)).collect();
+        let mut all: Vec<_> = self
+            .stacks
+            .iter()
+            .map(|(number, stack)| (*number, stack))
+            .collect();
         all.sort_unstable_by_key(|(number, _)| *number);
         all
     }
@@ -201,7 +222,11 @@ impl Resolved {
                 json::put_str(out, &frame.module);
                 out.put(",\"line\":");
                 json::put_str(out, &frame.line);
-                out.put(if frame.has_name { ",\"named\":true}" } else { ",\"named\":false}" });
+                out.put(if frame.has_name {
+                    ",\"named\":true}"
+                } else {
+                    ",\"named\":false}"
+                });
                 comma = ",{\"function\":";
             }
             out.put("]}\n");
@@ -225,9 +250,15 @@ impl Resolved {
 
 fn is_allocator(frame: &Frame, skip: &[String]) -> bool {
     let bare = frame.function.trim_start_matches('_');
-    let bare = bare.split("::").last().filter(|_| bare.starts_with("alloc::alloc")).unwrap_or(bare);
+    let bare = bare
+        .split("::")
+        .last()
+        .filter(|_| bare.starts_with("alloc::alloc"))
+        .unwrap_or(bare);
     ALLOCATORS.contains(&bare)
-        || skip.iter().any(|name| *name == frame.function || *name == bare)
+        || skip
+            .iter()
+            .any(|name| *name == frame.function || *name == bare)
         || LIBRARIES.iter().any(|name| frame.module.starts_with(name))
 }
 
@@ -237,7 +268,12 @@ mod tests {
 
     fn frame(function: &str, module: &str) -> Frame {
         let has_name = !function.contains('+');
-        Frame { function: function.into(), module: module.into(), line: String::new(), has_name }
+        Frame {
+            function: function.into(),
+            module: module.into(),
+            line: String::new(),
+            has_name,
+        }
     }
 
     fn place(frames: &[Frame], skip: &[&str]) -> String {
@@ -264,7 +300,10 @@ mod tests {
     #[test]
     fn a_frame_without_a_name_says_where_it_is() {
         assert_eq!(frame("app+0x10", "app").text(), "app+0x10");
-        let with_line = Frame { line: "a.c:3".into(), ..frame("f", "app") };
+        let with_line = Frame {
+            line: "a.c:3".into(),
+            ..frame("f", "app")
+        };
         assert_eq!(with_line.text(), "f (app a.c:3)");
     }
 }

@@ -75,8 +75,17 @@ impl Space {
         memory: &mut Memory,
         frames: &mut Vec<u64>,
     ) -> Option<u64> {
-        let Space { unwinder, cache, parts, .. } = self;
-        let mut read = |address: u64| memory.word(address, |at, buffer| current.read_memory(at, buffer)).ok_or(());
+        let Space {
+            unwinder,
+            cache,
+            parts,
+            ..
+        } = self;
+        let mut read = |address: u64| {
+            memory
+                .word(address, |at, buffer| current.read_memory(at, buffer))
+                .ok_or(())
+        };
         let start = machine::start(&registers);
         let mut iter = unwinder.iter_frames(registers.ip, start, cache, &mut read);
         while let Ok(Some(frame)) = iter.next() {
@@ -102,7 +111,13 @@ impl Space {
     ///
     /// `false` if nothing is mapped there: the unwinding went astray, and the frames below it are
     /// all there is.
-    fn learn(&mut self, images: &mut Images, place: &mut Place, current: &Current, address: u64) -> bool {
+    fn learn(
+        &mut self,
+        images: &mut Images,
+        place: &mut Place,
+        current: &Current,
+        address: u64,
+    ) -> bool {
         let Some(vma) = place.mapping(address, Which::Holding) else {
             return false;
         };
@@ -111,12 +126,20 @@ impl Space {
         let found = guarded(|| images.of(&vma, current)).flatten();
         let Some((image, bias)) = found else {
             let image = images.anonymous(&vma.name, current.task.pid, vma.start);
-            self.insert(Part { start: vma.start, end: vma.end, image, bias: 0, has_module: false });
+            self.insert(Part {
+                start: vma.start,
+                end: vma.end,
+                image,
+                bias: 0,
+                has_module: false,
+            });
             return true;
         };
         let sections = images.list[image as usize].sections.clone();
         let span = |section: &Option<(u64, Arc<[u8]>)>| {
-            section.as_ref().map(|(at, data)| *at..at.saturating_add(data.len() as u64))
+            section
+                .as_ref()
+                .map(|(at, data)| *at..at.saturating_add(data.len() as u64))
         };
         let info = ExplicitModuleSectionInfo {
             base_svma: 0,
@@ -127,8 +150,15 @@ impl Space {
             eh_frame_hdr: sections.eh_frame_hdr.map(|(_, data)| data),
             ..ExplicitModuleSectionInfo::default()
         };
-        self.unwinder.add_module(Module::new(String::new(), vma.start..vma.end, bias, info));
-        self.insert(Part { start: vma.start, end: vma.end, image, bias, has_module: true });
+        self.unwinder
+            .add_module(Module::new(String::new(), vma.start..vma.end, bias, info));
+        self.insert(Part {
+            start: vma.start,
+            end: vma.end,
+            image,
+            bias,
+            has_module: true,
+        });
         true
     }
 
@@ -140,7 +170,9 @@ impl Space {
     /// Nothing is known any more about a range.
     pub(super) fn forget(&mut self, start: u64, end: u128) {
         let first = self.parts.partition_point(|part| part.end <= start);
-        let last = self.parts.partition_point(|part| u128::from(part.start) < end);
+        let last = self
+            .parts
+            .partition_point(|part| u128::from(part.start) < end);
         if first >= last {
             return;
         }
@@ -153,8 +185,14 @@ impl Space {
     /// The place of an address of a frame.
     pub(super) fn address(&self, at: u64) -> Address {
         match part_of(&self.parts, at) {
-            Some(part) => Address { image: part.image, at: at - part.bias },
-            None => Address { image: u32::MAX, at },
+            Some(part) => Address {
+                image: part.image,
+                at: at - part.bias,
+            },
+            None => Address {
+                image: u32::MAX,
+                at,
+            },
         }
     }
 }
@@ -166,7 +204,9 @@ fn part_of(parts: &[Part], address: u64) -> Option<&Part> {
 
 impl std::fmt::Debug for Space {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Space").field("parts", &self.parts).finish_non_exhaustive()
+        f.debug_struct("Space")
+            .field("parts", &self.parts)
+            .finish_non_exhaustive()
     }
 }
 
@@ -178,9 +218,21 @@ mod tests {
     fn parts_are_found_and_forgotten_by_address() {
         let mut space = Space::default();
         for start in [0x3000, 0x1000] {
-            space.insert(Part { start, end: start + 0x1000, image: start as u32, bias: 0x1000, has_module: false });
+            space.insert(Part {
+                start,
+                end: start + 0x1000,
+                image: start as u32,
+                bias: 0x1000,
+                has_module: false,
+            });
         }
-        assert_eq!(space.address(0x3010), Address { image: 0x3000, at: 0x2010 });
+        assert_eq!(
+            space.address(0x3010),
+            Address {
+                image: 0x3000,
+                at: 0x2010
+            }
+        );
         assert_eq!(space.address(0x2fff).image, u32::MAX);
         space.known.insert([1].into(), 1);
         space.forget(0x2000, 0x3000);

@@ -26,13 +26,22 @@ pub(super) fn name(images: &Images, wanted: &[Address]) -> HashMap<Address, Vec<
     let mut maps = PerfMaps::default();
     for group in wanted.chunk_by(|a, b| a.image == b.image) {
         let Some(image) = images.list.get(group[0].image as usize) else {
-            named.extend(group.iter().map(|address| (*address, vec![unnamed("[unknown]", address.at)])));
+            named.extend(
+                group
+                    .iter()
+                    .map(|address| (*address, vec![unnamed("[unknown]", address.at)])),
+            );
             continue;
         };
         let frames = match image.content {
             Content::Anonymous { pid, begin } => {
                 let mut frame = |address: &Address| match maps.of(pid).name(address.at) {
-                    Some(function) => Frame { function, module: "[jit]".into(), line: String::new(), has_name: true },
+                    Some(function) => Frame {
+                        function,
+                        module: "[jit]".into(),
+                        line: String::new(),
+                        has_name: true,
+                    },
                     None => unnamed(short(&image.path), address.at.saturating_sub(begin)),
                 };
                 group.iter().map(|address| vec![frame(address)]).collect()
@@ -42,7 +51,10 @@ pub(super) fn name(images: &Images, wanted: &[Address]) -> HashMap<Address, Vec<
         };
         for (at, address) in group.iter().enumerate() {
             let found = frames.get(at).filter(|found| !found.is_empty()).cloned();
-            named.insert(*address, found.unwrap_or_else(|| vec![unnamed(short(&image.path), address.at)]));
+            named.insert(
+                *address,
+                found.unwrap_or_else(|| vec![unnamed(short(&image.path), address.at)]),
+            );
         }
     }
     named
@@ -50,22 +62,36 @@ pub(super) fn name(images: &Images, wanted: &[Address]) -> HashMap<Address, Vec<
 
 /// Code of no function that is known.
 fn unnamed(module: &str, at: u64) -> Frame {
-    Frame { function: format!("{module}+{at:#x}"), module: module.into(), line: String::new(), has_name: false }
+    Frame {
+        function: format!("{module}+{at:#x}"),
+        module: module.into(),
+        line: String::new(),
+        has_name: false,
+    }
 }
 
 /// The last part of a path, without what the kernel adds to the name of a file that is gone.
 fn short(path: &str) -> &str {
     let path = path.strip_suffix(" (deleted)").unwrap_or(path);
-    path.rsplit('/').next().filter(|name| !name.is_empty()).unwrap_or(path)
+    path.rsplit('/')
+        .next()
+        .filter(|name| !name.is_empty())
+        .unwrap_or(path)
 }
 
 pub(super) fn of_file(image: &Image, group: &[Address]) -> Vec<Vec<Frame>> {
-    let Some(reader) = image.content.reader() else { return Vec::new() };
+    let Some(reader) = image.content.reader() else {
+        return Vec::new();
+    };
     let source = Source::new(reader);
-    let Some(elf) = source.elf() else { return Vec::new() };
+    let Some(elf) = source.elf() else {
+        return Vec::new();
+    };
     // A distribution's symbols are in a file of their own, where they are installed.
     let id = elf.build_id().ok().flatten();
-    let apart = id.and_then(debug_file).map(|file| Source::new(Box::new(file)));
+    let apart = id
+        .and_then(debug_file)
+        .map(|file| Source::new(Box::new(file)));
     let apart = apart.as_ref().and_then(Source::elf);
     let mut symbols = Vec::new();
     collect(&elf, group, &mut symbols);
@@ -73,11 +99,17 @@ pub(super) fn of_file(image: &Image, group: &[Address]) -> Vec<Vec<Frame>> {
         collect(apart, group, &mut symbols);
     }
     symbols.sort_by_key(|(at, size, name)| (*at, *size, std::cmp::Reverse(name.starts_with('_'))));
-    let debug = apart.as_ref().filter(|apart| has_debug(apart)).or(Some(&elf).filter(|elf| has_debug(elf)));
+    let debug = apart
+        .as_ref()
+        .filter(|apart| has_debug(apart))
+        .or(Some(&elf).filter(|elf| has_debug(elf)));
     let sections = debug.map(Sections::read);
     let context = sections.as_ref().and_then(Sections::context);
     let module = short(&image.path);
-    group.iter().map(|address| frames(module, &symbols, context.as_ref(), address.at)).collect()
+    group
+        .iter()
+        .map(|address| frames(module, &symbols, context.as_ref(), address.at))
+        .collect()
 }
 
 type Slice<'a> = EndianSlice<'a, LittleEndian>;
@@ -93,18 +125,36 @@ fn frames(
     let found = context.and_then(|context| context.find_frames(at).skip_all_loads().ok());
     if let Some(mut found) = found {
         while let Ok(Some(frame)) = found.next() {
-            let name = frame.function.as_ref().and_then(|name| Some(name.demangle().ok()?.into_owned()));
+            let name = frame
+                .function
+                .as_ref()
+                .and_then(|name| Some(name.demangle().ok()?.into_owned()));
             let line = frame.location.and_then(|place| {
                 let file = place.file?.rsplit('/').next()?;
-                Some(place.line.map_or_else(|| file.to_owned(), |line| format!("{file}:{line}")))
+                Some(
+                    place
+                        .line
+                        .map_or_else(|| file.to_owned(), |line| format!("{file}:{line}")),
+                )
             });
             let line = line.unwrap_or_default();
             match name {
-                Some(function) => list.push(Frame { function, module: module.into(), line, has_name: true }),
+                Some(function) => list.push(Frame {
+                    function,
+                    module: module.into(),
+                    line,
+                    has_name: true,
+                }),
                 None if symbol.is_none() => {
-                    list.push(Frame { line, ..unnamed(module, at) });
+                    list.push(Frame {
+                        line,
+                        ..unnamed(module, at)
+                    });
                 }
-                None => list.push(Frame { line, ..named(module, symbol.unwrap_or_default()) }),
+                None => list.push(Frame {
+                    line,
+                    ..named(module, symbol.unwrap_or_default())
+                }),
             }
             if list.len() == 64 {
                 break;
@@ -121,7 +171,12 @@ fn named(module: &str, symbol: &str) -> Frame {
     // The version of a symbol is of no interest here: `malloc@@GLIBC_2.2.5`.
     let symbol = symbol.split_once('@').map_or(symbol, |(name, _)| name);
     let function = demangle_auto(symbol.into(), None).into_owned();
-    Frame { function, module: module.into(), line: String::new(), has_name: true }
+    Frame {
+        function,
+        module: module.into(),
+        line: String::new(),
+        has_name: true,
+    }
 }
 
 /// The symbol that holds `at`, never one that ends before it.
@@ -129,17 +184,26 @@ fn find<'a>(symbols: &'a [(u64, u64, Cow<'_, str>)], at: u64) -> Option<&'a str>
     let end = symbols.partition_point(|(start, ..)| *start <= at);
     // Aliases and nested symbols stand close together.
     let near = symbols[..end].iter().rev().take(8);
-    near.filter(|(start, size, _)| at - start < (*size).max(1)).map(|(.., name)| &**name).next()
+    near.filter(|(start, size, _)| at - start < (*size).max(1))
+        .map(|(.., name)| &**name)
+        .next()
 }
 
 /// The symbols that hold one of the addresses: of all symbols of a file, few are ever named.
-fn collect<'a, R: ReadRef<'a>>(elf: &object::File<'a, R>, group: &[Address], into: &mut Vec<(u64, u64, Cow<'a, str>)>) {
+fn collect<'a, R: ReadRef<'a>>(
+    elf: &object::File<'a, R>,
+    group: &[Address],
+    into: &mut Vec<(u64, u64, Cow<'a, str>)>,
+) {
     let all = elf.symbols().chain(elf.dynamic_symbols());
-    let functions =
-        all.filter(|symbol| symbol.kind() == SymbolKind::Text && symbol.is_definition() && symbol.size() > 0);
+    let functions = all.filter(|symbol| {
+        symbol.kind() == SymbolKind::Text && symbol.is_definition() && symbol.size() > 0
+    });
     let wanted = functions.filter(|symbol| {
         let next = group.partition_point(|address| address.at < symbol.address());
-        group.get(next).is_some_and(|address| address.at - symbol.address() < symbol.size())
+        group
+            .get(next)
+            .is_some_and(|address| address.at - symbol.address() < symbol.size())
     });
     into.extend(wanted.filter_map(|symbol| {
         let name = String::from_utf8_lossy(symbol.name_bytes().ok()?);
@@ -148,18 +212,33 @@ fn collect<'a, R: ReadRef<'a>>(elf: &object::File<'a, R>, group: &[Address], int
 }
 
 fn has_debug<'a, R: ReadRef<'a>>(elf: &object::File<'a, R>) -> bool {
-    let size = |name| elf.section_by_name(name).map_or(0, |section| section.size());
-    let total: u64 = [".debug_info", ".debug_line", ".debug_str", ".debug_abbrev", ".debug_ranges", ".debug_rnglists"]
-        .into_iter()
-        .map(size)
-        .sum();
+    let size = |name| {
+        elf.section_by_name(name)
+            .map_or(0, |section| section.size())
+    };
+    let total: u64 = [
+        ".debug_info",
+        ".debug_line",
+        ".debug_str",
+        ".debug_abbrev",
+        ".debug_ranges",
+        ".debug_rnglists",
+    ]
+    .into_iter()
+    .map(size)
+    .sum();
     elf.section_by_name(".debug_line").is_some() && total <= MOST_DEBUG
 }
 
 fn debug_file(id: &[u8]) -> Option<File> {
     let hex: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
     let (directory, rest) = hex.split_at_checked(2)?;
-    regular(Path::new(&format!("/usr/lib/debug/.build-id/{directory}/{rest}.debug")), Links::Follow)
+    regular(
+        Path::new(&format!(
+            "/usr/lib/debug/.build-id/{directory}/{rest}.debug"
+        )),
+        Links::Follow,
+    )
 }
 
 /// The debug sections of a file.
@@ -180,13 +259,21 @@ impl<'a> Sections<'a> {
             DebugStr,
             DebugStrOffsets,
         ];
-        let read = |id: SectionId| Some((id, elf.section_by_name(id.name())?.uncompressed_data().ok()?));
+        let read = |id: SectionId| {
+            Some((
+                id,
+                elf.section_by_name(id.name())?.uncompressed_data().ok()?,
+            ))
+        };
         Sections(ids.into_iter().filter_map(read).collect())
     }
 
     fn context(&self) -> Option<Context<Slice<'_>>> {
         let load = |id: SectionId| -> Result<Slice<'_>, addr2line::gimli::Error> {
-            Ok(EndianSlice::new(self.0.get(&id).map_or(&[], |data| data), LittleEndian))
+            Ok(EndianSlice::new(
+                self.0.get(&id).map_or(&[], |data| data),
+                LittleEndian,
+            ))
         };
         Context::from_dwarf(Dwarf::load(load).ok()?).ok()
     }
@@ -198,18 +285,37 @@ mod tests {
 
     #[test]
     fn a_symbol_names_nothing_beyond_its_size() {
-        let symbols = [(0x10, 0x10, Cow::from("a")), (0x14, 4, Cow::from("inner")), (0x40, 1, Cow::from("b"))];
+        let symbols = [
+            (0x10, 0x10, Cow::from("a")),
+            (0x14, 4, Cow::from("inner")),
+            (0x40, 1, Cow::from("b")),
+        ];
         assert_eq!(
-            (find(&symbols, 0x13), find(&symbols, 0x17), find(&symbols, 0x18)),
+            (
+                find(&symbols, 0x13),
+                find(&symbols, 0x17),
+                find(&symbols, 0x18)
+            ),
             (Some("a"), Some("inner"), Some("a"))
         );
-        assert_eq!((find(&symbols, 0x20), find(&symbols, 0x41), find(&symbols, 0)), (None, None, None));
+        assert_eq!(
+            (
+                find(&symbols, 0x20),
+                find(&symbols, 0x41),
+                find(&symbols, 0)
+            ),
+            (None, None, None)
+        );
     }
 
     #[test]
     fn names_are_short_and_demangled() {
         assert_eq!(
-            (short("/usr/lib/a.so (deleted)"), short("[vdso]"), short("/memfd:x (deleted)")),
+            (
+                short("/usr/lib/a.so (deleted)"),
+                short("[vdso]"),
+                short("/memfd:x (deleted)")
+            ),
             ("a.so", "[vdso]", "memfd:x")
         );
         assert_eq!(named("m", "_ZN3foo3barEv").function, "foo::bar()");

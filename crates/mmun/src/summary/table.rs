@@ -31,7 +31,11 @@ impl By {
     }
 
     fn title(self) -> &'static str {
-        if self == By::What { "what lay there" } else { self.name() }
+        if self == By::What {
+            "what lay there"
+        } else {
+            self.name()
+        }
     }
 }
 
@@ -59,7 +63,9 @@ impl FromStr for Tables {
         for name in text.split(',') {
             let by = ALL.into_iter().find(|by| by.name() == name);
             let names = ALL.map(By::name).join(", ");
-            set |= 1 << by.ok_or_else(|| format!("unknown table {name:?}; the tables are {names}"))? as u8;
+            set |= 1
+                << by.ok_or_else(|| format!("unknown table {name:?}; the tables are {names}"))?
+                    as u8;
         }
         Ok(Tables(set))
     }
@@ -91,7 +97,13 @@ impl Sort {
     /// The largest first; what is equal by its label.
     pub(crate) fn apply(self, mut rows: Vec<(String, Row)>) -> Vec<(String, Row)> {
         rows.sort_by(|(a, a_row), (b, b_row)| {
-            let key = |row: &Row| (Reverse(self.key(row)), Reverse(row.time), Reverse(row.calls));
+            let key = |row: &Row| {
+                (
+                    Reverse(self.key(row)),
+                    Reverse(row.time),
+                    Reverse(row.calls),
+                )
+            };
             key(a_row).cmp(&key(b_row)).then_with(|| a.cmp(b))
         });
         rows
@@ -99,7 +111,13 @@ impl Sort {
 }
 
 /// Writes one table.
-pub(super) fn write(out: &mut Vec<u8>, by: By, rows: &[(String, Row)], total: &Row, wanted: &Wanted) {
+pub(super) fn write(
+    out: &mut Vec<u8>,
+    by: By,
+    rows: &[(String, Row)],
+    total: &Row,
+    wanted: &Wanted,
+) {
     // Writing to memory cannot fail.
     let _ = match by {
         By::Event => events(out, rows, total),
@@ -108,12 +126,31 @@ pub(super) fn write(out: &mut Vec<u8>, by: By, rows: &[(String, Row)], total: &R
 }
 
 fn events(out: &mut Vec<u8>, rows: &[(String, Row)], total: &Row) -> std::io::Result<()> {
-    writeln!(out, "{:<15}{:>8}{:>11}{:>11}{:>10}{:>10}", "event", "calls", "range", "resident", "time", "longest")?;
+    writeln!(
+        out,
+        "{:<15}{:>8}{:>11}{:>11}{:>10}{:>10}",
+        "event", "calls", "range", "resident", "time", "longest"
+    )?;
     let total = (rows.len() != 1).then(|| ("total".to_owned(), *total));
     for (name, row) in rows.iter().chain(&total) {
-        let Row { calls, bytes, resident, time: ns, longest, errors, .. } = row;
+        let Row {
+            calls,
+            bytes,
+            resident,
+            time: ns,
+            longest,
+            errors,
+            ..
+        } = row;
         let columns = [size(*bytes), size(*resident)];
-        write!(out, "{name:<15}{calls:>8}{:>11}{:>11}{:>10}{:>10}", columns[0], columns[1], time(*ns), time(*longest))?;
+        write!(
+            out,
+            "{name:<15}{calls:>8}{:>11}{:>11}{:>10}{:>10}",
+            columns[0],
+            columns[1],
+            time(*ns),
+            time(*longest)
+        )?;
         match errors {
             0 => writeln!(out)?,
             _ => writeln!(out, "  {errors} failed")?,
@@ -122,16 +159,43 @@ fn events(out: &mut Vec<u8>, rows: &[(String, Row)], total: &Row) -> std::io::Re
     Ok(())
 }
 
-fn shares(out: &mut Vec<u8>, by: By, rows: &[(String, Row)], total: &Row, wanted: &Wanted) -> std::io::Result<()> {
+fn shares(
+    out: &mut Vec<u8>,
+    by: By,
+    rows: &[(String, Row)],
+    total: &Row,
+    wanted: &Wanted,
+) -> std::io::Result<()> {
     let Wanted { sort, top, .. } = *wanted;
-    let bytes = if sort == Sort::Range { "range" } else { "resident" };
-    writeln!(out, "{:>10}{:>5}{:>8}{bytes:>11}  {}", "time", "%", "calls", by.title())?;
+    let bytes = if sort == Sort::Range {
+        "range"
+    } else {
+        "resident"
+    };
+    writeln!(
+        out,
+        "{:>10}{:>5}{:>8}{bytes:>11}  {}",
+        "time",
+        "%",
+        "calls",
+        by.title()
+    )?;
     let whole = sort.key(total).max(1);
     for (label, row) in rows.iter().take(top) {
         let percent = (u128::from(sort.key(row)) * 100 + u128::from(whole) / 2) / u128::from(whole);
-        let bytes = if sort == Sort::Range { row.bytes } else { row.resident };
+        let bytes = if sort == Sort::Range {
+            row.bytes
+        } else {
+            row.resident
+        };
         let label = printable(label);
-        writeln!(out, "{:>10}{percent:>5}{:>8}{:>11}  {label}", time(row.time), row.calls, size(bytes))?;
+        writeln!(
+            out,
+            "{:>10}{percent:>5}{:>8}{:>11}  {label}",
+            time(row.time),
+            row.calls,
+            size(bytes)
+        )?;
     }
     if let Some(more @ 1..) = rows.len().checked_sub(top) {
         writeln!(out, "{:>34}  {more} more", "")?;
@@ -141,7 +205,10 @@ fn shares(out: &mut Vec<u8>, by: By, rows: &[(String, Row)], total: &Row, wanted
 
 /// Without what could move the cursor.
 pub(crate) fn printable(label: &str) -> String {
-    label.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
+    label
+        .chars()
+        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
+        .collect()
 }
 
 pub(crate) fn time(ns: u64) -> String {
@@ -166,7 +233,12 @@ mod tests {
     fn tables_are_named_or_refused() {
         let tables: Tables = "task,event".parse().unwrap();
         assert_eq!(tables.list().collect::<Vec<_>>(), [By::Event, By::Task]);
-        assert!("where,bogus".parse::<Tables>().unwrap_err().contains("cause"));
+        assert!(
+            "where,bogus"
+                .parse::<Tables>()
+                .unwrap_err()
+                .contains("cause")
+        );
         assert!("".parse::<Tables>().is_err());
         assert!(Tables::DEFAULT.parse::<Tables>().is_ok());
     }

@@ -66,16 +66,27 @@ mod tests {
 
     #[test]
     fn sizes_and_times_keep_to_their_columns() {
-        for (pages, text) in
-            [(1, "   4 KiB"), (255, "1020 KiB"), (256, " 1.0 MiB"), (25600, " 100 MiB"), (1 << 52, "  16 EiB")]
-        {
+        for (pages, text) in [
+            (1, "   4 KiB"),
+            (255, "1020 KiB"),
+            (256, " 1.0 MiB"),
+            (25600, " 100 MiB"),
+            (1 << 52, "  16 EiB"),
+        ] {
             let mut out = Vec::new();
             put_size(&mut out, pages);
-            assert_eq!(String::from_utf8(out).unwrap().replace("16.0", "  16"), text);
+            assert_eq!(
+                String::from_utf8(out).unwrap().replace("16.0", "  16"),
+                text
+            );
         }
-        for (ns, text) in
-            [(0, "0 ns"), (999, "999 ns"), (1000, "1.0 us"), (123_456, "123 us"), (7_000_000_000, "7.0 s")]
-        {
+        for (ns, text) in [
+            (0, "0 ns"),
+            (999, "999 ns"),
+            (1000, "1.0 us"),
+            (123_456, "123 us"),
+            (7_000_000_000, "7.0 s"),
+        ] {
             let mut out = Vec::new();
             put_time(&mut out, ns);
             assert_eq!(String::from_utf8(out).unwrap(), text);

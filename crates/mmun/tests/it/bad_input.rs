@@ -13,19 +13,28 @@ fn refused(args: &[&str]) -> (Option<i32>, String) {
     command.args(args);
     let output = within("mmun trace", move || command.output().unwrap());
     let line = text(&output.stderr);
-    assert!(line.starts_with("mmun: ") && line.ends_with('\n') && line.lines().count() == 1, "{args:?}: {line:?}");
+    assert!(
+        line.starts_with("mmun: ") && line.ends_with('\n') && line.lines().count() == 1,
+        "{args:?}: {line:?}"
+    );
     assert!(output.stdout.is_empty());
     (output.status.code(), line.to_owned())
 }
 
 #[test]
 fn a_program_that_does_not_exist_is_127() {
-    for args in
-        [&["no-such-program-anywhere"][..], &["/no/such/file"], &["./missing"], &["--no-seccomp", "/no/such/file"]]
-    {
+    for args in [
+        &["no-such-program-anywhere"][..],
+        &["/no/such/file"],
+        &["./missing"],
+        &["--no-seccomp", "/no/such/file"],
+    ] {
         let (code, line) = refused(&[&["-o", "/dev/null"], args].concat());
         assert_eq!(code, Some(127), "{line}");
-        assert!(line.contains(args.last().unwrap()) && line.contains("No such file"), "{line}");
+        assert!(
+            line.contains(args.last().unwrap()) && line.contains("No such file"),
+            "{line}"
+        );
     }
 }
 
@@ -34,15 +43,33 @@ fn a_process_that_traces_mmun_itself_is_refused() {
     let mut command = trace();
     let script = "\"$0\" trace -o /dev/null -p $PPID; echo $?";
     command.args(["-o", "/dev/null", "--", "sh", "-c", script, command_path()]);
-    let output = within("two tracers of each other", move || command.output().unwrap());
+    let output = within("two tracers of each other", move || {
+        command.output().unwrap()
+    });
     let line = text(&output.stderr);
-    assert!(line.contains(" traces this one: each would wait for the other\n"), "{line}");
-    assert_eq!((text(&output.stdout), output.status.code()), ("125\n", Some(0)));
+    assert!(
+        line.contains(" traces this one: each would wait for the other\n"),
+        "{line}"
+    );
+    assert_eq!(
+        (text(&output.stdout), output.status.code()),
+        ("125\n", Some(0))
+    );
 }
 
 #[test]
 fn a_tracer_in_a_trace_says_that_it_is_traced_itself() {
-    let (code, line) = refused(&["-o", "/dev/null", "--", command_path(), "trace", "-o", "/dev/null", "--", "true"]);
+    let (code, line) = refused(&[
+        "-o",
+        "/dev/null",
+        "--",
+        command_path(),
+        "trace",
+        "-o",
+        "/dev/null",
+        "--",
+        "true",
+    ]);
     assert_eq!(code, Some(125));
     assert!(line.contains("; this process is itself traced"), "{line}");
 }
@@ -58,7 +85,10 @@ fn a_script_without_its_interpreter_is_127_as_in_bash_and_said_to_be() {
     fs::set_permissions(&file, fs::Permissions::from_mode(0o755)).unwrap();
     let (code, line) = refused(&["-o", "/dev/null", file.to_str().unwrap()]);
     assert_eq!(code, Some(127));
-    assert!(line.ends_with("; the file is there, its interpreter is not\n"), "{line}");
+    assert!(
+        line.ends_with("; the file is there, its interpreter is not\n"),
+        "{line}"
+    );
     fs::remove_file(&file).unwrap();
 }
 
@@ -75,7 +105,13 @@ fn a_thread_is_refused_with_its_process() {
         let (code, line) = refused(&["-o", "/dev/null", "-p", &thread.to_string()]);
         drop(done.0);
         assert_eq!(code, Some(125));
-        assert!(line.contains(&format!("{thread} is a thread of process {}", std::process::id())), "{line}");
+        assert!(
+            line.contains(&format!(
+                "{thread} is a thread of process {}",
+                std::process::id()
+            )),
+            "{line}"
+        );
     });
 }
 
@@ -84,10 +120,22 @@ fn a_program_that_cannot_be_run_is_126() {
     let file = scratch("not-a-program");
     fs::write(&file, "neither script nor binary\n").unwrap();
     let name = file.to_str().unwrap();
-    assert_eq!(refused(&["-o", "/dev/null", name]).0, Some(126), "not executable");
+    assert_eq!(
+        refused(&["-o", "/dev/null", name]).0,
+        Some(126),
+        "not executable"
+    );
     fs::set_permissions(&file, fs::Permissions::from_mode(0o755)).unwrap();
-    assert_eq!(refused(&["-o", "/dev/null", name]).0, Some(126), "not a format");
-    assert_eq!(refused(&["-o", "/dev/null", "/"]).0, Some(126), "a directory");
+    assert_eq!(
+        refused(&["-o", "/dev/null", name]).0,
+        Some(126),
+        "not a format"
+    );
+    assert_eq!(
+        refused(&["-o", "/dev/null", "/"]).0,
+        Some(126),
+        "a directory"
+    );
     fs::remove_file(&file).unwrap();
 }
 
@@ -95,7 +143,10 @@ fn a_program_that_cannot_be_run_is_126() {
 fn no_such_process_is_125() {
     let (code, line) = refused(&["-o", "/dev/null", "-p", "4194303"]);
     assert_eq!(code, Some(125));
-    assert!(line.contains("4194303") && line.to_lowercase().matches("no such process").count() == 1, "{line}");
+    assert!(
+        line.contains("4194303") && line.to_lowercase().matches("no such process").count() == 1,
+        "{line}"
+    );
     assert!(line.contains("ps -e"), "a hint: {line}");
 }
 
@@ -104,7 +155,11 @@ fn a_process_that_may_not_be_traced_is_125() {
     // Its first tracer has it.
     let gate = Fifo::new("gate");
     let ready = Fifo::new("ready");
-    let script = format!("echo $$ > {}; read x < {}", ready.0.display(), gate.0.display());
+    let script = format!(
+        "echo $$ > {}; read x < {}",
+        ready.0.display(),
+        gate.0.display()
+    );
     let mut first = trace();
     first.args(["-o", "/dev/null", "--", "sh", "-c", &script]);
     let mut first = first.spawn().unwrap();
@@ -113,7 +168,10 @@ fn a_process_that_may_not_be_traced_is_125() {
     gate.write("go\n");
     within("the first mmun", move || first.wait().unwrap());
     assert_eq!(code, Some(125), "{line}");
-    assert!(line.contains(pid.trim()) && line.contains("not permitted"), "{line}");
+    assert!(
+        line.contains(pid.trim()) && line.contains("not permitted"),
+        "{line}"
+    );
 }
 
 #[test]
@@ -121,15 +179,32 @@ fn a_trace_that_does_not_begin_leaves_the_output_as_it_was() {
     let file = scratch("earlier");
     fs::write(&file, "an earlier trace\n").unwrap();
     let name = file.to_str().unwrap();
-    let mut idle = std::process::Command::new("cat").stdin(std::process::Stdio::piped()).spawn().unwrap();
-    for args in [&["--summary", "-p", &idle.id().to_string(), "-p", "4194303"][..], &["/no/such/file"]] {
+    let mut idle = std::process::Command::new("cat")
+        .stdin(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    for args in [
+        &["--summary", "-p", &idle.id().to_string(), "-p", "4194303"][..],
+        &["/no/such/file"],
+    ] {
         refused(&[&["-o", name], args].concat());
-        assert_eq!(fs::read_to_string(&file).unwrap(), "an earlier trace\n", "{args:?}");
+        assert_eq!(
+            fs::read_to_string(&file).unwrap(),
+            "an earlier trace\n",
+            "{args:?}"
+        );
     }
     drop(idle.stdin.take());
     assert!(idle.wait().unwrap().success());
     // One that does begin replaces it.
-    assert!(trace().args(["-o", name, "true"]).output().unwrap().status.success());
+    assert!(
+        trace()
+            .args(["-o", name, "true"])
+            .output()
+            .unwrap()
+            .status
+            .success()
+    );
     assert!(!fs::read_to_string(&file).unwrap().contains("earlier"));
     fs::remove_file(&file).unwrap();
 }
@@ -137,7 +212,13 @@ fn a_trace_that_does_not_begin_leaves_the_output_as_it_was() {
 #[test]
 fn an_unwritable_output_is_refused_before_anything_starts() {
     let started = scratch("started");
-    let (code, line) = refused(&["-o", "/no/such/dir/file", "--", "touch", started.to_str().unwrap()]);
+    let (code, line) = refused(&[
+        "-o",
+        "/no/such/dir/file",
+        "--",
+        "touch",
+        started.to_str().unwrap(),
+    ]);
     assert_eq!(code, Some(125));
     assert!(line.contains("/no/such/dir/file"), "{line}");
     assert!(!started.exists());
@@ -164,9 +245,15 @@ fn an_unknown_event_or_option_is_refused_before_anything_starts() {
 #[test]
 fn a_full_disk_is_said_once_and_the_program_lives_on() {
     let done = Fifo::new("done");
-    let script = format!("for i in $(seq {}); do ls / > /dev/null; done; echo fine > {}", rounds(60), done.0.display());
+    let script = format!(
+        "for i in $(seq {}); do ls / > /dev/null; done; echo fine > {}",
+        rounds(60),
+        done.0.display()
+    );
     let mut command = trace();
-    command.args(["--json", "-o", "/dev/full", "sh", "-c", &script]).stderr(std::process::Stdio::piped());
+    command
+        .args(["--json", "-o", "/dev/full", "sh", "-c", &script])
+        .stderr(std::process::Stdio::piped());
     let mut mmun = command.spawn().unwrap();
     assert_eq!(done.read(), "fine\n");
     let output = within("mmun trace", move || {
@@ -175,5 +262,8 @@ fn a_full_disk_is_said_once_and_the_program_lives_on() {
         (mmun.wait().unwrap(), line)
     });
     assert_eq!(output.0.code(), Some(125));
-    assert_eq!(output.1, "mmun: write on /dev/full: No space left on device; the trace is incomplete\n");
+    assert_eq!(
+        output.1,
+        "mmun: write on /dev/full: No space left on device; the trace is incomplete\n"
+    );
 }

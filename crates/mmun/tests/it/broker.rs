@@ -11,7 +11,9 @@ use std::process::{Child, Command, Output};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with,
+};
 use testkit::{Cap, require};
 
 use crate::support::{Public, parse, text, within};
@@ -32,13 +34,25 @@ struct Broker {
 impl Broker {
     fn start(options: &[&str]) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
-        let name = format!("mmun-cli-broker-{}-{}", std::process::id(), NEXT.fetch_add(1, Relaxed));
+        let name = format!(
+            "mmun-cli-broker-{}-{}",
+            std::process::id(),
+            NEXT.fetch_add(1, Relaxed)
+        );
         let socket = std::env::temp_dir().join(name);
         let groups = fs::read_to_string("/etc/group").unwrap();
-        let group = groups.lines().find(|line| line.split(':').nth(2) == Some("65534")).expect("nobody has a group");
+        let group = groups
+            .lines()
+            .find(|line| line.split(':').nth(2) == Some("65534"))
+            .expect("nobody has a group");
         let group = group.split(':').next().unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_mmun"));
-        command.arg("broker").arg("--socket").arg(&socket).args(["--group", group]).args(options);
+        command
+            .arg("broker")
+            .arg("--socket")
+            .arg(&socket)
+            .args(["--group", group])
+            .args(options);
         let child = command.spawn().unwrap();
         let broker = Self { child, socket };
         wait_for_a_place(&broker.socket);
@@ -57,7 +71,11 @@ impl Drop for Broker {
 /// A program run by an ordinary user, without any capability.
 fn client(program: &Path, socket: &Path, user: u32) -> Command {
     let mut command = Command::new(program);
-    command.env("MMUN_BROKER", socket).env_remove("NO_COLOR").uid(user).gid(user);
+    command
+        .env("MMUN_BROKER", socket)
+        .env_remove("NO_COLOR")
+        .uid(user)
+        .gid(user);
     let no_groups = || {
         // SAFETY: no list is read, and the capabilities go with the user's change, which comes
         // later.
@@ -82,7 +100,10 @@ fn run(socket: &Path, user: u32, args: &[&str]) -> Output {
 fn lack(socket: &Path, user: u32) -> Option<String> {
     let output = run(socket, user, &["doctor", "--json"]);
     let rows = parse(text(&output.stdout));
-    let row = rows.iter().find(|row| row["source"] == "kernel").expect("it is a source");
+    let row = rows
+        .iter()
+        .find(|row| row["source"] == "kernel")
+        .expect("it is a source");
     assert_eq!(row["usable"] == true, row["missing"].is_null(), "{row}");
     row["missing"].as_str().map(str::to_owned)
 }
@@ -101,7 +122,11 @@ fn coverage_through_a_broker_misses_nothing_as_nobody() {
         return;
     }
     let broker = Broker::start(&[]);
-    let output = run(&broker.socket, NOBODY, &["coverage", "--json", "--source", "kernel"]);
+    let output = run(
+        &broker.socket,
+        NOBODY,
+        &["coverage", "--json", "--source", "kernel"],
+    );
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     let rows = parse(text(&output.stdout));
     let changed: Vec<_> = rows.iter().filter(|row| row["changed"] == true).collect();
@@ -119,11 +144,17 @@ fn who_is_not_of_the_group_is_refused() {
     let broker = Broker::start(&[]);
     const STRANGER: u32 = 61_234;
     let lack_of_right = lack(&broker.socket, STRANGER).expect("the socket is not its own");
-    assert!(lack_of_right.contains("Permission denied"), "{lack_of_right}");
+    assert!(
+        lack_of_right.contains("Permission denied"),
+        "{lack_of_right}"
+    );
     // Even if the socket lets everybody in.
     fs::set_permissions(&broker.socket, fs::Permissions::from_mode(0o666)).unwrap();
     let refusal = lack(&broker.socket, STRANGER).expect("it is no member");
-    assert!(refusal.contains("does not serve this user") && refusal.contains("--group"), "{refusal}");
+    assert!(
+        refusal.contains("does not serve this user") && refusal.contains("--group"),
+        "{refusal}"
+    );
     assert_eq!(lack(&broker.socket, NOBODY), None);
 }
 
@@ -150,7 +181,9 @@ fn what_cannot_be_served_is_said_in_one_line() {
 fn activated(passed: OwnedFd) -> Command {
     let mut command = Command::new("sh");
     let script = "LISTEN_PID=$$ LISTEN_FDS=1 exec \"$0\" broker 3<&0 </dev/null";
-    command.args(["-c", script, env!("CARGO_BIN_EXE_mmun")]).stdin(passed);
+    command
+        .args(["-c", script, env!("CARGO_BIN_EXE_mmun")])
+        .stdin(passed);
     command
 }
 
@@ -159,9 +192,15 @@ fn a_passed_socket_that_is_none_for_a_broker_is_refused_in_one_line() {
     let new = |family, kind| socket_with(family, kind, SocketFlags::CLOEXEC, None).unwrap();
     let passed = [
         ("a file", File::open("/dev/null").unwrap().into()),
-        ("no listener", new(AddressFamily::UNIX, SocketType::SEQPACKET)),
+        (
+            "no listener",
+            new(AddressFamily::UNIX, SocketType::SEQPACKET),
+        ),
         ("a stream", new(AddressFamily::UNIX, SocketType::STREAM)),
-        ("a network's", TcpListener::bind("127.0.0.1:0").unwrap().into()),
+        (
+            "a network's",
+            TcpListener::bind("127.0.0.1:0").unwrap().into(),
+        ),
         ("a connection", UnixStream::pair().unwrap().0.into()),
     ];
     for (what, passed) in passed {
@@ -169,7 +208,10 @@ fn a_passed_socket_that_is_none_for_a_broker_is_refused_in_one_line() {
         let output = within("mmun broker", move || command.output().unwrap());
         let line = text(&output.stderr).trim_end();
         assert_eq!(output.status.code(), Some(2), "{what}: {line}");
-        assert!(line.contains("LISTEN_FDS") && !line.contains('\n'), "{what}: {line}");
+        assert!(
+            line.contains("LISTEN_FDS") && !line.contains('\n'),
+            "{what}: {line}"
+        );
     }
 }
 
@@ -179,14 +221,23 @@ fn a_passed_socket_is_served() {
         return;
     }
     let name = std::env::temp_dir().join(format!("mmun-cli-passed-{}", std::process::id()));
-    let listener = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+    let listener = socket_with(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .unwrap();
     bind(&listener, &SocketAddrUnix::new(&name).unwrap()).unwrap();
     listen(&listener, 8).unwrap();
     // Root may use the kernel source as it is: what it is told by a broker takes another user, who
     // is not served here, and is told so.
     fs::set_permissions(&name, fs::Permissions::from_mode(0o666)).unwrap();
     let child = activated(listener).spawn().unwrap();
-    let broker = Broker { child, socket: name };
+    let broker = Broker {
+        child,
+        socket: name,
+    };
     let lack = lack(&broker.socket, NOBODY).expect("it is no member of a group that is served");
     assert!(lack.contains("does not serve this user"), "{lack}");
 }
@@ -196,9 +247,19 @@ fn without_a_broker_doctor_says_how_to_start_one() {
     if !require(Cap::Root) || !require(Cap::Bpf) {
         return;
     }
-    let output = run(Path::new("/nonexistent/socket"), NOBODY, &["doctor", "--json"]);
+    let output = run(
+        Path::new("/nonexistent/socket"),
+        NOBODY,
+        &["doctor", "--json"],
+    );
     let rows = parse(text(&output.stdout));
-    let row = rows.iter().find(|row| row["source"] == "kernel").expect("it is a source");
+    let row = rows
+        .iter()
+        .find(|row| row["source"] == "kernel")
+        .expect("it is a source");
     let missing = row["missing"].as_str().expect("it has no right");
-    assert!(missing.contains("CAP_BPF and CAP_PERFMON") && missing.contains("sudo mmun broker --group"), "{row}");
+    assert!(
+        missing.contains("CAP_BPF and CAP_PERFMON") && missing.contains("sudo mmun broker --group"),
+        "{row}"
+    );
 }

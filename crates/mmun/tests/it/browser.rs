@@ -32,10 +32,19 @@ impl Browser {
         let (from, its_output) = pipe_with(PipeFlags::CLOEXEC).unwrap();
         let (input, output) = (its_input.as_raw_fd(), its_output.as_raw_fd());
         let mut command = Command::new("chromium");
-        command.args(["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]);
+        command.args([
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--no-first-run",
+        ]);
         command.arg(format!("--user-data-dir={}", profile.display()));
         command.args(["--remote-debugging-pipe", "about:blank"]);
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
         let place = move || {
             // SAFETY: the call takes numbers.
             let copy = |file| unsafe { libc::fcntl(file, libc::F_DUPFD, 10) };
@@ -44,23 +53,46 @@ impl Browser {
             // The copies are above 4: neither is overwritten before it is placed.
             let (input, output) = (copy(input), copy(output));
             let placed = put(input, 3) && put(output, 4);
-            if placed { Ok(()) } else { Err(io::Error::last_os_error()) }
+            if placed {
+                Ok(())
+            } else {
+                Err(io::Error::last_os_error())
+            }
         };
         // SAFETY: the closure makes system calls only.
         unsafe { command.pre_exec(place) };
         let child = command.spawn().unwrap();
         let (to, from) = (File::from(to), BufReader::new(File::from(from)));
-        let mut browser = Browser { child, profile, to, from, session: String::new(), next: 0, events: Vec::new() };
+        let mut browser = Browser {
+            child,
+            profile,
+            to,
+            from,
+            session: String::new(),
+            next: 0,
+            events: Vec::new(),
+        };
         let target = browser.call("Target.createTarget", json!({"url": "about:blank"}));
-        let attached = browser.call("Target.attachToTarget", json!({"targetId": target["targetId"], "flatten": true}));
+        let attached = browser.call(
+            "Target.attachToTarget",
+            json!({"targetId": target["targetId"], "flatten": true}),
+        );
         browser.session = attached["sessionId"].as_str().unwrap().to_owned();
         for domain in ["Page", "Runtime", "Log", "Accessibility"] {
             browser.call(&format!("{domain}.enable"), json!({}));
         }
-        let screen = json!({"width": 1400, "height": 1000, "deviceScaleFactor": 1, "mobile": false});
+        let screen =
+            json!({"width": 1400, "height": 1000, "deviceScaleFactor": 1, "mobile": false});
         browser.call("Emulation.setDeviceMetricsOverride", screen);
-        browser.call("Page.navigate", json!({"url": format!("file://{}", page.display())}));
-        while !browser.events.iter().any(|event| event["method"] == "Page.loadEventFired") {
+        browser.call(
+            "Page.navigate",
+            json!({"url": format!("file://{}", page.display())}),
+        );
+        while !browser
+            .events
+            .iter()
+            .any(|event| event["method"] == "Page.loadEventFired")
+        {
             let message = browser.message();
             browser.events.push(message);
         }
@@ -81,7 +113,9 @@ impl Browser {
         if !self.session.is_empty() {
             request["sessionId"] = self.session.clone().into();
         }
-        self.to.write_all(format!("{request}\0").as_bytes()).unwrap();
+        self.to
+            .write_all(format!("{request}\0").as_bytes())
+            .unwrap();
         loop {
             let message = self.message();
             if message["id"] == self.next {
@@ -94,14 +128,23 @@ impl Browser {
 
     /// The value of an expression.
     pub(crate) fn eval(&mut self, script: &str) -> Value {
-        let result = self.call("Runtime.evaluate", json!({"expression": script, "returnByValue": true}));
-        assert!(result.get("exceptionDetails").is_none(), "{script}: {result}");
+        let result = self.call(
+            "Runtime.evaluate",
+            json!({"expression": script, "returnByValue": true}),
+        );
+        assert!(
+            result.get("exceptionDetails").is_none(),
+            "{script}: {result}"
+        );
         result["result"]["value"].clone()
     }
 
     /// What an expression says.
     pub(crate) fn text(&mut self, script: &str) -> String {
-        self.eval(&format!("String({script})")).as_str().unwrap().to_owned()
+        self.eval(&format!("String({script})"))
+            .as_str()
+            .unwrap()
+            .to_owned()
     }
 
     pub(crate) fn mouse(&mut self, kind: &str, x: f64, y: f64) {
@@ -110,7 +153,11 @@ impl Browser {
             "dragged" => ("left", 1, 0),
             _ => ("left", 1, 1),
         };
-        let kind = if kind == "dragged" { "mouseMoved" } else { kind };
+        let kind = if kind == "dragged" {
+            "mouseMoved"
+        } else {
+            kind
+        };
         let event = json!({"type": kind, "x": x, "y": y, "button": button, "buttons": buttons, "clickCount": count});
         self.call("Input.dispatchMouseEvent", event);
     }
@@ -134,14 +181,27 @@ impl Browser {
 
     pub(crate) fn key(&mut self, key: &str) {
         let text = if key.len() == 1 { key } else { "" };
-        self.call("Input.dispatchKeyEvent", json!({"type": "keyDown", "key": key, "text": text}));
-        self.call("Input.dispatchKeyEvent", json!({"type": "keyUp", "key": key}));
+        self.call(
+            "Input.dispatchKeyEvent",
+            json!({"type": "keyDown", "key": key, "text": text}),
+        );
+        self.call(
+            "Input.dispatchKeyEvent",
+            json!({"type": "keyUp", "key": key}),
+        );
     }
 
     /// What the page complained of.
     pub(crate) fn complaints(&self) -> Vec<&Value> {
-        const METHODS: [&str; 3] = ["Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded"];
-        self.events.iter().filter(|event| METHODS.iter().any(|method| event["method"] == *method)).collect()
+        const METHODS: [&str; 3] = [
+            "Runtime.exceptionThrown",
+            "Runtime.consoleAPICalled",
+            "Log.entryAdded",
+        ];
+        self.events
+            .iter()
+            .filter(|event| METHODS.iter().any(|method| event["method"] == *method))
+            .collect()
     }
 }
 

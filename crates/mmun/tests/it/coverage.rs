@@ -34,8 +34,14 @@ fn rows(source: &str) -> (Output, Vec<Value>) {
     for row in &rows {
         let keys: Vec<&String> = row.as_object().unwrap().keys().collect();
         assert_eq!(keys, ["v", "operation", "source", "changed", "seen"]);
-        assert_eq!((&row["v"], &row["source"]), (&Value::from(1), &Value::from(source)));
-        assert!(["before", "after", "missed", "n/a"].contains(&row["seen"].as_str().unwrap()), "{row}");
+        assert_eq!(
+            (&row["v"], &row["source"]),
+            (&Value::from(1), &Value::from(source))
+        );
+        assert!(
+            ["before", "after", "missed", "n/a"].contains(&row["seen"].as_str().unwrap()),
+            "{row}"
+        );
         assert!(row["changed"].is_boolean(), "{row}");
         assert!(row["seen"] != "n/a" || row["changed"] == false, "{row}");
     }
@@ -43,14 +49,20 @@ fn rows(source: &str) -> (Output, Vec<Value>) {
 }
 
 fn seen<'a>(rows: &'a [Value], operation: &str) -> &'a str {
-    let row = rows.iter().find(|row| row["operation"] == operation).unwrap_or_else(|| panic!("no {operation}"));
+    let row = rows
+        .iter()
+        .find(|row| row["operation"] == operation)
+        .unwrap_or_else(|| panic!("no {operation}"));
     row["seen"].as_str().unwrap()
 }
 
 /// Those that changed a translation and were told so.
 fn told<'a>(rows: &'a [Value], when: &str) -> Vec<&'a str> {
     let is_told = |row: &&Value| row["changed"] == true && row["seen"] == when;
-    rows.iter().filter(is_told).map(|row| row["operation"].as_str().unwrap()).collect()
+    rows.iter()
+        .filter(is_told)
+        .map(|row| row["operation"].as_str().unwrap())
+        .collect()
 }
 
 #[test]
@@ -90,7 +102,11 @@ fn process_tells_of_every_memory_call_before_it_and_of_no_other_change() {
     ] {
         assert_eq!(seen(&rows, operation), "before", "{operation}");
     }
-    for operation in ["ftruncate (own)", "fallocate (PUNCH_HOLE, another process)", "write to a private file mapping"] {
+    for operation in [
+        "ftruncate (own)",
+        "fallocate (PUNCH_HOLE, another process)",
+        "write to a private file mapping",
+    ] {
         assert_eq!(seen(&rows, operation), "missed", "{operation}");
     }
 }
@@ -104,12 +120,21 @@ fn hook_tells_of_what_goes_through_libc_before_it_happens() {
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     assert!(told(&rows, "before").len() >= 22, "{rows:?}");
     assert_eq!(told(&rows, "after"), [""; 0]);
-    for operation in ["brk (shrink)", "sbrk (shrink)", "mremap (over a live mapping)", "munmap (syscall(2))", "dlclose"]
-    {
+    for operation in [
+        "brk (shrink)",
+        "sbrk (shrink)",
+        "mremap (over a live mapping)",
+        "munmap (syscall(2))",
+        "dlclose",
+    ] {
         assert_eq!(seen(&rows, operation), "before", "{operation}");
     }
     // What does not go through libc is not told: a matrix that said so would be wrong.
-    for operation in ["munmap (raw instruction)", "ftruncate (own)", "write to a private file mapping"] {
+    for operation in [
+        "munmap (raw instruction)",
+        "ftruncate (own)",
+        "write to a private file mapping",
+    ] {
         assert_eq!(seen(&rows, operation), "missed", "{operation}");
     }
 }
@@ -121,11 +146,23 @@ fn uffd_tells_what_the_kernel_tells_it_and_not_before_unless_by_chance() {
     }
     let (output, rows) = rows("uffd");
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
-    for operation in ["munmap (raw instruction)", "mremap (move)", "madvise (DONTNEED)", "io_uring (MADVISE, DONTNEED)"]
-    {
-        assert!(["before", "after"].contains(&seen(&rows, operation)), "{operation}");
+    for operation in [
+        "munmap (raw instruction)",
+        "mremap (move)",
+        "madvise (DONTNEED)",
+        "io_uring (MADVISE, DONTNEED)",
+    ] {
+        assert!(
+            ["before", "after"].contains(&seen(&rows, operation)),
+            "{operation}"
+        );
     }
-    for operation in ["shmdt", "mprotect", "write after fork", "ftruncate (another process)"] {
+    for operation in [
+        "shmdt",
+        "mprotect",
+        "write after fork",
+        "ftruncate (another process)",
+    ] {
         assert_eq!(seen(&rows, operation), "missed", "{operation}");
     }
 }
@@ -140,7 +177,10 @@ fn what_is_not_available_has_its_reason_on_standard_error() {
     for row in rows.iter().filter(|row| row["seen"] == "n/a") {
         let begin = format!("mmun: {}", row["operation"].as_str().unwrap());
         let line = complaints.lines().find(|line| line.starts_with(&begin));
-        assert!(line.is_some_and(|line| line.len() > begin.len() + 5), "{begin}: {complaints}");
+        assert!(
+            line.is_some_and(|line| line.len() > begin.len() + 5),
+            "{begin}: {complaints}"
+        );
     }
 }
 
@@ -152,10 +192,19 @@ fn the_matrix_has_a_row_for_each_operation_and_totals_and_no_colour() {
     let output = run(&["coverage", "--source", "process"]);
     let matrix = text(&output.stdout);
     let (rows, totals) = matrix.split_once("\n\n").unwrap();
-    assert!(rows.starts_with("operation") && rows.lines().next().unwrap().ends_with("process"), "{rows}");
-    assert!(rows.contains("\nmunmap (libc)                               yes      before\n"), "{rows}");
+    assert!(
+        rows.starts_with("operation") && rows.lines().next().unwrap().ends_with("process"),
+        "{rows}"
+    );
+    assert!(
+        rows.contains("\nmunmap (libc)                               yes      before\n"),
+        "{rows}"
+    );
     let changed = rows.lines().filter(|row| row.contains(" yes ")).count();
-    assert!(totals.starts_with(&format!("process  {changed} changed: ")), "{totals}");
+    assert!(
+        totals.starts_with(&format!("process  {changed} changed: ")),
+        "{totals}"
+    );
     assert!(!matrix.contains('\x1b') && !rows.lines().any(|row| row.ends_with(' ')));
 }
 
@@ -168,7 +217,10 @@ fn a_terminal_gets_colour_unless_told_not_to() {
     let run = |no_color: &'static str| {
         within("the terminal", move || {
             let mut command = Command::new("python3");
-            command.args(["-c", script, env!("CARGO_BIN_EXE_mmun")]).stdin(Stdio::null()).env("TERM", "xterm");
+            command
+                .args(["-c", script, env!("CARGO_BIN_EXE_mmun")])
+                .stdin(Stdio::null())
+                .env("TERM", "xterm");
             text(&command.env("NO_COLOR", no_color).output().unwrap().stdout).to_owned()
         })
     };
@@ -179,25 +231,45 @@ fn a_terminal_gets_colour_unless_told_not_to() {
 
 #[test]
 fn an_unknown_source_is_refused_in_one_line_that_lists_them() {
-    for args in [&["--source", "bogus"][..], &["--source", ""], &["--source", "process", "--source", "Hook"]] {
+    for args in [
+        &["--source", "bogus"][..],
+        &["--source", ""],
+        &["--source", "process", "--source", "Hook"],
+    ] {
         let output = run(&[&["coverage"], args].concat());
         let line = text(&output.stderr);
         assert_eq!(output.status.code(), Some(2), "{line}");
-        assert!(line.starts_with("mmun: ") && line.ends_with('\n') && line.lines().count() == 1, "{line:?}");
-        assert!(line.contains("kernel, hook, uffd, process") && line.contains("mmun coverage --help"), "{line}");
+        assert!(
+            line.starts_with("mmun: ") && line.ends_with('\n') && line.lines().count() == 1,
+            "{line:?}"
+        );
+        assert!(
+            line.contains("kernel, hook, uffd, process") && line.contains("mmun coverage --help"),
+            "{line}"
+        );
         assert!(output.stdout.is_empty());
     }
 }
 
 #[test]
 fn a_closed_pipe_ends_quietly() {
-    let mut child = mmun(&["coverage", "--json"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child = mmun(&["coverage", "--json"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
     let mut first = String::new();
-    BufReader::with_capacity(64, child.stdout.take().unwrap()).read_line(&mut first).unwrap();
+    BufReader::with_capacity(64, child.stdout.take().unwrap())
+        .read_line(&mut first)
+        .unwrap();
     assert!(first.contains("munmap (libc)"), "{first}");
     let output = within("mmun coverage", move || child.wait_with_output().unwrap());
     assert_eq!(output.status.code(), Some(0));
-    assert!(!text(&output.stderr).contains("standard output"), "{}", text(&output.stderr));
+    assert!(
+        !text(&output.stderr).contains("standard output"),
+        "{}",
+        text(&output.stderr)
+    );
 }
 
 #[test]
@@ -207,12 +279,22 @@ fn an_ordinary_user_gets_a_matrix_too() {
     }
     let copy = Public::new();
     let mut command = Command::new(copy.mmun());
-    command.args(["coverage", "--json", "--source", "process"]).uid(NOBODY).gid(NOBODY).current_dir("/");
+    command
+        .args(["coverage", "--json", "--source", "process"])
+        .uid(NOBODY)
+        .gid(NOBODY)
+        .current_dir("/");
     let output = within("mmun coverage", move || command.output().unwrap());
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     let rows = parse(text(&output.stdout));
     assert_eq!(seen(&rows, "munmap (libc)"), "before");
-    assert_eq!((seen(&rows, "madvise (FREE)"), seen(&rows, "madvise (COLLAPSE)")), ("n/a", "n/a"));
+    assert_eq!(
+        (
+            seen(&rows, "madvise (FREE)"),
+            seen(&rows, "madvise (COLLAPSE)")
+        ),
+        ("n/a", "n/a")
+    );
     assert!(told(&rows, "before").len() >= 22, "{rows:?}");
 }
 
@@ -222,7 +304,12 @@ fn the_kernel_misses_nothing() {
         return;
     }
     let (output, rows) = rows("kernel");
-    assert_eq!((told(&rows, "missed"), told(&rows, "after")), (vec![], vec![]), "{}", text(&output.stderr));
+    assert_eq!(
+        (told(&rows, "missed"), told(&rows, "after")),
+        (vec![], vec![]),
+        "{}",
+        text(&output.stderr)
+    );
     assert!(told(&rows, "before").len() >= 33);
     if testkit::is_guest() {
         // What hosts seldom have is there.
@@ -234,7 +321,12 @@ fn the_kernel_misses_nothing() {
             "madvise (HWPOISON)",
             "ftruncate (hugetlbfs)",
         ] {
-            assert_eq!(seen(&rows, operation), "before", "{operation}: {}", text(&output.stderr));
+            assert_eq!(
+                seen(&rows, operation),
+                "before",
+                "{operation}: {}",
+                text(&output.stderr)
+            );
         }
     }
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
@@ -268,7 +360,10 @@ fn ucx_sends_stale_data_as_shipped_and_none_with_the_drop_in() {
     // The control: if this fails, the transfer does not show what is stale.
     assert!(shipped >= 8, "{shipped} of {all}: {errors}");
     let (hook, all) = stale(&rows, "hook");
-    assert!(hook <= 13 && hook < shipped && all >= 36, "{hook} of {all}: {errors}");
+    assert!(
+        hook <= 13 && hook < shipped && all >= 36,
+        "{hook} of {all}: {errors}"
+    );
     let (both, all) = stale(&rows, "both");
     if require(Cap::Kvm) && require(Cap::Bpf) {
         assert!(all >= 36, "{all} operations: {errors}");

@@ -11,7 +11,9 @@ use std::thread;
 use serde_json::Value;
 use testkit::Cgroup;
 
-use crate::support::{Fifo, check, kill, kind, of_kind, parse, scratch, take_records, trace, within};
+use crate::support::{
+    Fifo, check, kill, kind, of_kind, parse, scratch, take_records, trace, within,
+};
 
 /// A traced shell that waits at a gate, then starts a program (which maps, protects and unmaps) and
 /// reports.
@@ -23,12 +25,19 @@ struct Gated {
 
 impl Gated {
     fn new() -> Gated {
-        Gated { ready: Fifo::new("ready"), gate: Fifo::new("gate"), done: Fifo::new("done") }
+        Gated {
+            ready: Fifo::new("ready"),
+            gate: Fifo::new("gate"),
+            done: Fifo::new("done"),
+        }
     }
 
     fn script(&self) -> String {
-        let [ready, gate, done] = [&self.ready, &self.gate, &self.done].map(|fifo| fifo.0.display());
-        format!("ls / > /dev/null; echo here > {ready}; read x < {gate}; ls / > /dev/null && echo alive > {done}")
+        let [ready, gate, done] =
+            [&self.ready, &self.gate, &self.done].map(|fifo| fifo.0.display());
+        format!(
+            "ls / > /dev/null; echo here > {ready}; read x < {gate}; ls / > /dev/null && echo alive > {done}"
+        )
     }
 
     /// The shell is let through the gate and must find all memory calls working.
@@ -40,7 +49,10 @@ impl Gated {
 
 fn gated_trace(gated: &Gated, options: &[&str]) -> Child {
     let mut command = trace();
-    command.args(["--json", "--summary"]).args(options).args(["sh", "-c", &gated.script()]);
+    command
+        .args(["--json", "--summary"])
+        .args(options)
+        .args(["sh", "-c", &gated.script()]);
     command.stderr(Stdio::piped()).spawn().unwrap()
 }
 
@@ -85,7 +97,11 @@ fn the_program_survives_the_death_of_mmun() {
             let mut text = String::new();
             let mut reader = BufReader::new(pipe);
             while !text.contains("\"kind\":\"summary\"") {
-                assert_ne!(reader.read_line(&mut text).unwrap(), 0, "the trace ends without a summary: {text}");
+                assert_ne!(
+                    reader.read_line(&mut text).unwrap(),
+                    0,
+                    "the trace ends without a summary: {text}"
+                );
             }
             text
         });
@@ -98,14 +114,25 @@ fn the_program_survives_the_death_of_mmun() {
 fn who_stays_behind_keeps_no_descriptor_of_others() {
     let (ready, gate) = (Fifo::new("ready"), Fifo::new("gate"));
     // The program has closed its own.
-    let script = format!("exec 9>&-; echo here > {}; read x < {}", ready.0.display(), gate.0.display());
+    let script = format!(
+        "exec 9>&-; echo here > {}; read x < {}",
+        ready.0.display(),
+        gate.0.display()
+    );
     let (mut reader, writer) = io::pipe().unwrap();
     let fd = writer.as_raw_fd();
     let mut command = trace();
-    command.args(["-o", "/dev/null", "sh", "-c", &script]).stdout(Stdio::null()).stderr(Stdio::null());
+    command
+        .args(["-o", "/dev/null", "sh", "-c", &script])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
     let inherit = move || {
         // SAFETY: `dup2` takes integers; the program has no descriptor 9 yet.
-        if unsafe { libc::dup2(fd, 9) } == 9 { Ok(()) } else { Err(io::Error::last_os_error()) }
+        if unsafe { libc::dup2(fd, 9) } == 9 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
     };
     // SAFETY: the closure runs between fork and exec and makes one system call.
     unsafe { command.pre_exec(inherit) };
@@ -113,7 +140,10 @@ fn who_stays_behind_keeps_no_descriptor_of_others() {
     drop(writer);
     assert_eq!(ready.read(), "here\n");
     kill(mmun.id(), libc::SIGINT);
-    assert_eq!(within("mmun trace", move || mmun.wait().unwrap()).signal(), Some(libc::SIGINT));
+    assert_eq!(
+        within("mmun trace", move || mmun.wait().unwrap()).signal(),
+        Some(libc::SIGINT)
+    );
     // The shell waits still, and with it the one that serves its calls.
     let rest = within("the end of the pipe", move || {
         let mut text = String::new();
@@ -127,13 +157,22 @@ fn who_stays_behind_keeps_no_descriptor_of_others() {
 fn bystander() -> Child {
     let script = "echo ready; while read x; do ls / > /dev/null && echo $x; done";
     let mut command = Command::new("sh");
-    command.args(["-c", script]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    command
+        .args(["-c", script])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped());
     command.spawn().unwrap()
 }
 
 fn tracer_of(pid: u32) -> u32 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    status.lines().find_map(|line| line.strip_prefix("TracerPid:")).unwrap().trim().parse().unwrap()
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix("TracerPid:"))
+        .unwrap()
+        .trim()
+        .parse()
+        .unwrap()
 }
 
 fn until(what: &str, condition: impl Fn() -> bool + Send + 'static) {
@@ -149,8 +188,12 @@ fn a_running_process_is_attached_to_and_let_go() {
     for signal in [libc::SIGINT, libc::SIGKILL] {
         let mut shells = [bystander(), bystander()];
         let pids = shells.each_ref().map(|shell| shell.id());
-        let mut streams =
-            shells.each_mut().map(|shell| (shell.stdin.take().unwrap(), BufReader::new(shell.stdout.take().unwrap())));
+        let mut streams = shells.each_mut().map(|shell| {
+            (
+                shell.stdin.take().unwrap(),
+                BufReader::new(shell.stdout.take().unwrap()),
+            )
+        });
         let mut line = String::new();
         for (_, stdout) in &mut streams {
             stdout.read_line(&mut line).unwrap();
@@ -158,9 +201,18 @@ fn a_running_process_is_attached_to_and_let_go() {
         let path = scratch("trace.json");
         let mut command = trace();
         command.args(["--json", "--summary", "-o"]).arg(&path);
-        command.args(["-p", &pids[0].to_string(), "-p", &pids[1].to_string(), "-p", &pids[0].to_string()]);
+        command.args([
+            "-p",
+            &pids[0].to_string(),
+            "-p",
+            &pids[1].to_string(),
+            "-p",
+            &pids[0].to_string(),
+        ]);
         let mut mmun = command.spawn().unwrap();
-        until("attaching", move || pids.iter().all(|pid| tracer_of(*pid) != 0));
+        until("attaching", move || {
+            pids.iter().all(|pid| tracer_of(*pid) != 0)
+        });
         let mut ask = |word: &str| {
             for (stdin, stdout) in &mut streams {
                 writeln!(stdin, "{word}").unwrap();
@@ -174,8 +226,13 @@ fn a_running_process_is_attached_to_and_let_go() {
         kill(mmun.id(), libc::SIGALRM);
         ask("still traced");
         kill(mmun.id(), signal);
-        assert_eq!(within("mmun trace", move || mmun.wait().unwrap()).signal(), Some(signal));
-        until("detaching", move || pids.iter().all(|pid| tracer_of(*pid) == 0));
+        assert_eq!(
+            within("mmun trace", move || mmun.wait().unwrap()).signal(),
+            Some(signal)
+        );
+        until("detaching", move || {
+            pids.iter().all(|pid| tracer_of(*pid) == 0)
+        });
         ask("free");
         drop(streams);
         for shell in &mut shells {
@@ -184,7 +241,11 @@ fn a_running_process_is_attached_to_and_let_go() {
         if signal == libc::SIGINT {
             let records = take_records(&path);
             must_have_ended_early(&records);
-            assert_eq!(of_kind(&records, "fork").count(), 4, "each shell ran two programs while it was traced");
+            assert_eq!(
+                of_kind(&records, "fork").count(),
+                4,
+                "each shell ran two programs while it was traced"
+            );
         } else {
             fs::remove_file(&path).unwrap();
         }
@@ -196,8 +257,14 @@ fn a_trace_of_attached_processes_ends_when_they_do() {
     let mut shell = bystander();
     let (pid, path) = (shell.id(), scratch("trace.json"));
     let mut line = String::new();
-    BufReader::new(shell.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
-    let mut mmun = trace().args(["--json", "-p", &pid.to_string(), "-o"]).arg(&path).spawn().unwrap();
+    BufReader::new(shell.stdout.as_mut().unwrap())
+        .read_line(&mut line)
+        .unwrap();
+    let mut mmun = trace()
+        .args(["--json", "-p", &pid.to_string(), "-o"])
+        .arg(&path)
+        .spawn()
+        .unwrap();
     until("attaching", move || tracer_of(pid) != 0);
     drop(shell.stdin.take());
     assert!(shell.wait().unwrap().success());
@@ -217,7 +284,10 @@ print('ready', flush=True)
 os.posix_spawn('/bin/true', ['true'], {}, file_actions=[(os.POSIX_SPAWN_OPEN, 9, sys.argv[1], os.O_RDONLY, 0)])
 print(os.wait()[1], flush=True)";
     let mut command = Command::new("python3");
-    command.args(["-c", script]).arg(&gate.0).stdout(Stdio::piped());
+    command
+        .args(["-c", script])
+        .arg(&gate.0)
+        .stdout(Stdio::piped());
     let mut parent = command.spawn().unwrap();
     let mut lines = BufReader::new(parent.stdout.take().unwrap()).lines();
     assert_eq!(lines.next().unwrap().unwrap(), "ready");
@@ -226,23 +296,44 @@ print(os.wait()[1], flush=True)";
     until("the parent to wait", move || status().contains("State:\tD"));
     let path = scratch("trace.json");
     let mut command = trace();
-    command.args(["--json", "-o", path.to_str().unwrap(), "-p", &pid.to_string()]);
+    command.args([
+        "--json",
+        "-o",
+        path.to_str().unwrap(),
+        "-p",
+        &pid.to_string(),
+    ]);
     let mut mmun = command.spawn().unwrap();
     until("the tracer", move || tracer_of(pid) != 0);
     let written = path.clone();
-    until("the record of the task", move || fs::read_to_string(&written).unwrap().contains("\"kind\":\"get\""));
+    until("the record of the task", move || {
+        fs::read_to_string(&written)
+            .unwrap()
+            .contains("\"kind\":\"get\"")
+    });
     kill(mmun.id(), libc::SIGTERM);
     // The child waits still, for this test.
-    assert_eq!(within("mmun trace", move || mmun.wait().unwrap()).signal(), Some(libc::SIGTERM));
+    assert_eq!(
+        within("mmun trace", move || mmun.wait().unwrap()).signal(),
+        Some(libc::SIGTERM)
+    );
     let records = take_records(&path);
     check(&records);
-    let let_go: Vec<_> = of_kind(&records, "detach").map(|record| record["tid"].as_u64()).collect();
+    let let_go: Vec<_> = of_kind(&records, "detach")
+        .map(|record| record["tid"].as_u64())
+        .collect();
     assert_eq!(let_go, [Some(u64::from(pid))]);
-    assert_eq!(of_kind(&records, "mm_release").count(), 0, "the address space lives on");
+    assert_eq!(
+        of_kind(&records, "mm_release").count(),
+        0,
+        "the address space lives on"
+    );
     // The child opens its end when this end is opened, and may have ended before anything could be
     // written.
     let path = gate.0.clone();
-    drop(within("the child's open", move || fs::File::options().write(true).open(path).unwrap()));
+    drop(within("the child's open", move || {
+        fs::File::options().write(true).open(path).unwrap()
+    }));
     assert_eq!(lines.next().unwrap().unwrap(), "0");
     assert!(parent.wait().unwrap().success());
 }
@@ -251,10 +342,14 @@ print(os.wait()[1], flush=True)";
 #[test]
 fn a_frozen_process_is_let_go_at_the_first_signal() {
     for frozen_first in [true, false] {
-        let Some(group) = Cgroup::new_or_skip() else { return };
+        let Some(group) = Cgroup::new_or_skip() else {
+            return;
+        };
         let mut shell = bystander();
-        let (mut stdin, mut lines) =
-            (shell.stdin.take().unwrap(), BufReader::new(shell.stdout.take().unwrap()).lines());
+        let (mut stdin, mut lines) = (
+            shell.stdin.take().unwrap(),
+            BufReader::new(shell.stdout.take().unwrap()).lines(),
+        );
         assert_eq!(lines.next().unwrap().unwrap(), "ready");
         let (pid, group) = (shell.id(), Arc::new(group));
         group.add(pid).unwrap();
@@ -268,7 +363,13 @@ fn a_frozen_process_is_let_go_at_the_first_signal() {
         }
         let path = scratch("trace.json");
         let mut command = trace();
-        command.args(["--json", "-o", path.to_str().unwrap(), "-p", &pid.to_string()]);
+        command.args([
+            "--json",
+            "-o",
+            path.to_str().unwrap(),
+            "-p",
+            &pid.to_string(),
+        ]);
         let mut mmun = command.spawn().unwrap();
         let written = path.clone();
         until("the record of the task", move || {
@@ -279,13 +380,18 @@ fn a_frozen_process_is_let_go_at_the_first_signal() {
         }
         kill(mmun.id(), libc::SIGTERM);
         // It is frozen still.
-        assert_eq!(within("mmun trace", move || mmun.wait().unwrap()).signal(), Some(libc::SIGTERM));
+        assert_eq!(
+            within("mmun trace", move || mmun.wait().unwrap()).signal(),
+            Some(libc::SIGTERM)
+        );
         until("detaching", move || tracer_of(pid) == 0);
         let refrozen = Arc::clone(&group);
         until("the freeze", move || refrozen.is_frozen());
         let records = take_records(&path);
         check(&records);
-        let let_go: Vec<_> = of_kind(&records, "detach").map(|record| record["tid"].as_u64()).collect();
+        let let_go: Vec<_> = of_kind(&records, "detach")
+            .map(|record| record["tid"].as_u64())
+            .collect();
         assert_eq!(let_go, [Some(u64::from(pid))]);
         group.thaw().unwrap();
         writeln!(stdin, "free").unwrap();
@@ -298,7 +404,9 @@ fn a_frozen_process_is_let_go_at_the_first_signal() {
 /// A program that `mmun` has started keeps its tracer, for its filter; `mmun` itself ends at once.
 #[test]
 fn an_ending_signal_does_not_wait_for_a_frozen_program() {
-    let Some(group) = Cgroup::new_or_skip() else { return };
+    let Some(group) = Cgroup::new_or_skip() else {
+        return;
+    };
     let (gated, path) = (Gated::new(), scratch("trace.json"));
     let mut command = trace();
     command.args(["--json", "--summary", "-o"]).arg(&path);
@@ -311,10 +419,15 @@ fn an_ending_signal_does_not_wait_for_a_frozen_program() {
     let frozen = Arc::clone(&group);
     until("the freeze", move || frozen.is_frozen());
     kill(mmun.id(), libc::SIGTERM);
-    assert_eq!(within("mmun trace", move || mmun.wait().unwrap()).signal(), Some(libc::SIGTERM));
+    assert_eq!(
+        within("mmun trace", move || mmun.wait().unwrap()).signal(),
+        Some(libc::SIGTERM)
+    );
     must_have_ended_early(&take_records(&path));
     group.thaw().unwrap();
     gated.must_be_alive();
     let gone = format!("/proc/{shell}");
-    until("the end of the program", move || !fs::exists(&gone).unwrap());
+    until("the end of the program", move || {
+        !fs::exists(&gone).unwrap()
+    });
 }

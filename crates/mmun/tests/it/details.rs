@@ -35,10 +35,20 @@ int main(void) {
 fn gives_back(options: &[&str], flags: &[&str]) -> (Vec<Value>, String) {
     let (source, program, path) = (scratch("give.c"), scratch("give"), scratch("give.json"));
     fs::write(&source, GIVES_BACK).unwrap();
-    let done = std::process::Command::new("gcc").args(flags).arg("-o").arg(&program).arg(&source).status().unwrap();
+    let done = std::process::Command::new("gcc")
+        .args(flags)
+        .arg("-o")
+        .arg(&program)
+        .arg(&source)
+        .status()
+        .unwrap();
     assert!(done.success());
     let mut command = trace();
-    command.args(["--json", "-o"]).arg(&path).args(options).arg(&program);
+    command
+        .args(["--json", "-o"])
+        .arg(&path)
+        .args(options)
+        .arg(&program);
     let output = within("mmun trace", move || command.output().unwrap());
     assert!(output.status.success(), "{}", text(&output.stderr));
     let records = take_records(&path);
@@ -52,7 +62,8 @@ fn gives_back(options: &[&str], flags: &[&str]) -> (Vec<Value>, String) {
 }
 
 fn large<'a>(records: &'a [Value], name: &'a str) -> impl Iterator<Item = &'a Value> {
-    of_kind(records, name).filter(|record| record["cause"] == "munmap" && record["bytes"] == 1 << 20)
+    of_kind(records, name)
+        .filter(|record| record["cause"] == "munmap" && record["bytes"] == 1 << 20)
 }
 
 #[test]
@@ -69,14 +80,31 @@ fn details_say_what_lay_there_how_much_and_how_long() {
         assert!(start.get("self").is_none() && start.get("site").is_none());
     }
     for end in large(&records, "end") {
-        assert!(end["self"].as_u64().is_some() && end.get("what").is_none(), "{end}");
+        assert!(
+            end["self"].as_u64().is_some() && end.get("what").is_none(),
+            "{end}"
+        );
     }
-    assert_eq!(large(&records, "start").last().unwrap()["comm"], "giver", "it renamed itself long ago");
-    let line = lines.lines().find(|line| line.contains("1.0 MiB  munmap = 0"));
-    assert!(line.is_some_and(|line| line.ends_with("resident 40 KiB  anonymous")), "{lines}");
+    assert_eq!(
+        large(&records, "start").last().unwrap()["comm"],
+        "giver",
+        "it renamed itself long ago"
+    );
+    let line = lines
+        .lines()
+        .find(|line| line.contains("1.0 MiB  munmap = 0"));
+    assert!(
+        line.is_some_and(|line| line.ends_with("resident 40 KiB  anonymous")),
+        "{lines}"
+    );
     // The loader replaces what it has just mapped and nobody has touched.
-    let untouched = of_kind(&records, "start").find(|record| record["cause"] == "mmap").unwrap();
-    assert!(untouched["what"].as_str().unwrap().contains(".so") && untouched["resident"] == 0, "{untouched}");
+    let untouched = of_kind(&records, "start")
+        .find(|record| record["cause"] == "mmap")
+        .unwrap();
+    assert!(
+        untouched["what"].as_str().unwrap().contains(".so") && untouched["resident"] == 0,
+        "{untouched}"
+    );
 }
 
 #[test]
@@ -84,21 +112,40 @@ fn a_stack_names_the_function_that_gives_memory_back() {
     if !require(Cap::Program("gcc")) {
         return;
     }
-    for flags in [&["-g", "-O1"][..], &["-O1", "-fomit-frame-pointer"], &["-g", "-O1", "-static"]] {
+    for flags in [
+        &["-g", "-O1"][..],
+        &["-O1", "-fomit-frame-pointer"],
+        &["-g", "-O1", "-static"],
+    ] {
         let (records, lines) = gives_back(&["-k", "--summary=where"], flags);
-        let sites: BTreeSet<u64> = large(&records, "start").map(|start| start["site"].as_u64().unwrap()).collect();
+        let sites: BTreeSet<u64> = large(&records, "start")
+            .map(|start| start["site"].as_u64().unwrap())
+            .collect();
         assert_eq!(sites.len(), 1, "calls from one line have one stack");
-        let stack = of_kind(&records, "stack").find(|stack| sites.contains(&stack["site"].as_u64().unwrap())).unwrap();
+        let stack = of_kind(&records, "stack")
+            .find(|stack| sites.contains(&stack["site"].as_u64().unwrap()))
+            .unwrap();
         let frames = stack["frames"].as_array().unwrap();
         let place = &frames[stack["place"].as_u64().unwrap() as usize];
         assert_eq!(place["function"], "give_back", "{flags:?}: {stack}");
-        assert!(frames.iter().any(|frame| frame["function"] == "main"), "{flags:?}: {stack}");
+        assert!(
+            frames.iter().any(|frame| frame["function"] == "main"),
+            "{flags:?}: {stack}"
+        );
         if flags.contains(&"-g") {
-            assert!(place["line"].as_str().unwrap().ends_with("give.c:5"), "{stack}");
+            assert!(
+                place["line"].as_str().unwrap().ends_with("give.c:5"),
+                "{stack}"
+            );
         }
         let mut rows = records.last().unwrap()["where"].as_array().unwrap().iter();
-        let row = rows.find(|row| row["name"].as_str().unwrap().starts_with("give_back (")).unwrap();
-        assert_eq!((&row["calls"], &row["resident"]), (&100.into(), &(100 * 40960).into()));
+        let row = rows
+            .find(|row| row["name"].as_str().unwrap().starts_with("give_back ("))
+            .unwrap();
+        assert_eq!(
+            (&row["calls"], &row["resident"]),
+            (&100.into(), &(100 * 40960).into())
+        );
         assert!(lines.contains("\n * give_back ("), "{lines}");
     }
 }
@@ -109,11 +156,24 @@ fn a_function_is_never_the_place_if_so_asked() {
         return;
     }
     let (records, _) = gives_back(&["--summary=where", "--not-place", "give_back"], &["-O1"]);
-    assert_eq!(of_kind(&records, "stack").count(), 0, "stacks are listed with -k");
+    assert_eq!(
+        of_kind(&records, "stack").count(),
+        0,
+        "stacks are listed with -k"
+    );
     let rows = records.last().unwrap()["where"].as_array().unwrap();
-    let names: Vec<&str> = rows.iter().map(|row| row["name"].as_str().unwrap()).collect();
-    assert!(names.iter().any(|name| name.starts_with("main (")), "{names:?}");
-    assert!(names.iter().all(|name| !name.starts_with("give_back")), "{names:?}");
+    let names: Vec<&str> = rows
+        .iter()
+        .map(|row| row["name"].as_str().unwrap())
+        .collect();
+    assert!(
+        names.iter().any(|name| name.starts_with("main (")),
+        "{names:?}"
+    );
+    assert!(
+        names.iter().all(|name| !name.starts_with("give_back")),
+        "{names:?}"
+    );
 }
 
 #[test]
@@ -134,7 +194,11 @@ fn every_key_is_documented_and_every_documented_key_is_written() {
         "stack",
         "summary",
     ];
-    let page = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/trace-json.md")).unwrap();
+    let page = fs::read_to_string(concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../../docs/trace-json.md"
+    ))
+    .unwrap();
     let mut documented: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
     for line in page.lines().filter(|line| line.starts_with("| `")) {
         let columns: Vec<&str> = line.split(" | ").collect();
@@ -146,13 +210,30 @@ fn every_key_is_documented_and_every_documented_key_is_written() {
             }
         }
     }
-    let everything = ["--details", "-k", "--births", "--summary=event,where,what,task,cause", "--lifecycle"];
-    let (_, records) = traced(&everything, "ls / > /dev/null; sh -c 'kill -9 $$'; echo done");
+    let everything = [
+        "--details",
+        "-k",
+        "--births",
+        "--summary=event,where,what,task,cause",
+        "--lifecycle",
+    ];
+    let (_, records) = traced(
+        &everything,
+        "ls / > /dev/null; sh -c 'kill -9 $$'; echo done",
+    );
     let mut written: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
     for record in &records {
-        written.entry(kind(record)).or_default().extend(record.as_object().unwrap().keys().map(String::as_str));
+        written
+            .entry(kind(record))
+            .or_default()
+            .extend(record.as_object().unwrap().keys().map(String::as_str));
     }
     // The trace of no task ended before the task did.
-    assert_eq!(documented.remove("detach"), Some(BTreeSet::from(["v", "t", "kind", "pid", "tid", "mm", "comm"])));
+    assert_eq!(
+        documented.remove("detach"),
+        Some(BTreeSet::from([
+            "v", "t", "kind", "pid", "tid", "mm", "comm"
+        ]))
+    );
     assert_eq!(written, documented);
 }

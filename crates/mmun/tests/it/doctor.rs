@@ -23,18 +23,40 @@ fn check(output: &Output) -> Vec<Value> {
     assert_eq!(names, ["kernel", "hook", "uffd", "process"]);
     for row in &rows {
         let keys: Vec<&String> = row.as_object().unwrap().keys().collect();
-        assert_eq!(keys, ["v", "source", "usable", "missing", "remedy", "features"]);
+        assert_eq!(
+            keys,
+            ["v", "source", "usable", "missing", "remedy", "features"]
+        );
         assert_eq!(row["v"], 1);
-        assert_eq!(row["usable"].as_bool().unwrap(), row["missing"].is_null(), "{row}");
-        assert!(row["remedy"].is_null() || !row["missing"].is_null(), "{row}");
-        let features: Vec<&str> =
-            row["features"].as_array().unwrap().iter().map(|word| word.as_str().unwrap()).collect();
+        assert_eq!(
+            row["usable"].as_bool().unwrap(),
+            row["missing"].is_null(),
+            "{row}"
+        );
+        assert!(
+            row["remedy"].is_null() || !row["missing"].is_null(),
+            "{row}"
+        );
+        let features: Vec<&str> = row["features"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|word| word.as_str().unwrap())
+            .collect();
         for word in ["linux=", "io_uring", "pagemap"] {
-            assert!(features.iter().any(|feature| feature.contains(word)), "{word} in {row}");
+            assert!(
+                features.iter().any(|feature| feature.contains(word)),
+                "{word} in {row}"
+            );
         }
     }
     let all = rows.iter().all(|row| row["usable"] == true);
-    assert_eq!(output.status.code(), Some(i32::from(!all)), "{}", text(&output.stderr));
+    assert_eq!(
+        output.status.code(),
+        Some(i32::from(!all)),
+        "{}",
+        text(&output.stderr)
+    );
     assert_eq!(text(&output.stderr), "");
     rows
 }
@@ -57,30 +79,54 @@ fn an_ordinary_user_learns_what_the_kernel_source_lacks_and_what_to_type() {
     }
     let copy = Public::new();
     let mut command = Command::new(copy.mmun());
-    command.args(["doctor", "--json"]).uid(NOBODY).gid(NOBODY).current_dir("/");
+    command
+        .args(["doctor", "--json"])
+        .uid(NOBODY)
+        .gid(NOBODY)
+        .current_dir("/");
     let rows = check(&within("mmun doctor", move || command.output().unwrap()));
     assert_eq!(rows[0]["usable"], false);
     // Both at once, and what helps with the device is told by whom it belongs to.
     let missing = rows[0]["missing"].as_str().unwrap();
     assert!(missing.contains("CAP_BPF"), "{missing}");
     let remedy = rows[0]["remedy"].as_str().unwrap();
-    assert!(remedy.contains("sudo setcap cap_bpf,cap_perfmon+ep"), "{remedy}");
+    assert!(
+        remedy.contains("sudo setcap cap_bpf,cap_perfmon+ep"),
+        "{remedy}"
+    );
     if let Ok(device) = std::fs::metadata("/dev/kvm")
         && device.mode() & 0o006 != 0o006
     {
-        assert!(missing.contains(&format!("mode {:04o}", device.mode() & 0o777)), "{missing}");
+        assert!(
+            missing.contains(&format!("mode {:04o}", device.mode() & 0o777)),
+            "{missing}"
+        );
         let is_of_a_group = device.gid() != 0 && device.mode() & 0o060 == 0o060;
         assert_eq!(remedy.contains("usermod"), is_of_a_group, "{remedy}");
         assert!(remedy.contains(" && "), "{remedy}");
     }
     let features = rows[0]["features"].to_string();
-    assert!(!rows.iter().any(|row| row["remedy"].to_string().contains("PROGRAM")), "{rows:?}");
-    assert!(features.contains("not-root") && features.contains("pagemap=without-frames"), "{features}");
+    assert!(
+        !rows
+            .iter()
+            .any(|row| row["remedy"].to_string().contains("PROGRAM")),
+        "{rows:?}"
+    );
+    assert!(
+        features.contains("not-root") && features.contains("pagemap=without-frames"),
+        "{features}"
+    );
     if !require(Cap::Userfaultfd) {
         return;
     }
     let own = format!("ep '{}'", copy.mmun().display());
-    assert!(rows[2]["remedy"].as_str().is_some_and(|remedy| remedy.ends_with(&own)), "{}", rows[2]);
+    assert!(
+        rows[2]["remedy"]
+            .as_str()
+            .is_some_and(|remedy| remedy.ends_with(&own)),
+        "{}",
+        rows[2]
+    );
 }
 
 #[test]
@@ -88,16 +134,44 @@ fn people_read_the_same() {
     let output = doctor(&[]);
     let (page, rows) = (text(&output.stdout), check(&doctor(&["--json"])));
     for row in rows {
-        let verdict = if row["usable"] == true { "usable" } else { "not usable" };
+        let verdict = if row["usable"] == true {
+            "usable"
+        } else {
+            "not usable"
+        };
         let begin = format!("{:9}{verdict}", row["source"].as_str().unwrap());
-        assert!(page.lines().any(|line| line.starts_with(&begin)), "{begin}: {page}");
-        let info = mmu_source::SOURCES.iter().find(|info| row["source"] == info.name).expect("it is a source");
-        assert!(page.contains(info.sees) && page.contains(info.misses), "{info:?}: {page}");
-        assert_eq!(page.contains(&format!("needs: {}\n", info.needs)), row["usable"] == false, "{page}");
-        for remedy in row["remedy"].as_str().into_iter().flat_map(|line| line.split(" && ")) {
-            assert!(page.contains(&format!("try: {remedy}\n")), "{remedy}: {page}");
+        assert!(
+            page.lines().any(|line| line.starts_with(&begin)),
+            "{begin}: {page}"
+        );
+        let info = mmu_source::SOURCES
+            .iter()
+            .find(|info| row["source"] == info.name)
+            .expect("it is a source");
+        assert!(
+            page.contains(info.sees) && page.contains(info.misses),
+            "{info:?}: {page}"
+        );
+        assert_eq!(
+            page.contains(&format!("needs: {}\n", info.needs)),
+            row["usable"] == false,
+            "{page}"
+        );
+        for remedy in row["remedy"]
+            .as_str()
+            .into_iter()
+            .flat_map(|line| line.split(" && "))
+        {
+            assert!(
+                page.contains(&format!("try: {remedy}\n")),
+                "{remedy}: {page}"
+            );
         }
-        for missing in row["missing"].as_str().into_iter().flat_map(|line| line.split("; ")) {
+        for missing in row["missing"]
+            .as_str()
+            .into_iter()
+            .flat_map(|line| line.split("; "))
+        {
             assert!(page.contains(missing), "{missing}: {page}");
         }
     }

@@ -31,8 +31,15 @@ impl Open {
         let [path, shell] = ["trace.json", "sh"].map(|name| self.0.folder().join(name));
         let mut command = Command::new("unshare");
         let nobody = "exec setpriv --reuid=$0 --regid=$0 --clear-groups -- \"$@\"";
-        command.args(["-m", "sh", "-c", &format!("{setup} && {nobody}"), NOBODY]).arg(self.0.mmun());
-        command.args(["trace", "--json", "-o"]).arg(&path).arg("--").arg(shell).args(["-c", script]);
+        command
+            .args(["-m", "sh", "-c", &format!("{setup} && {nobody}"), NOBODY])
+            .arg(self.0.mmun());
+        command
+            .args(["trace", "--json", "-o"])
+            .arg(&path)
+            .arg("--")
+            .arg(shell)
+            .args(["-c", script]);
         let output = stopping_all("mmun trace", command);
         let records = parse(&fs::read_to_string(&path).unwrap());
         check(&records);
@@ -42,9 +49,14 @@ impl Open {
 
 /// Runs a command in a process group of its own, which is killed if it does not end.
 fn stopping_all(what: &str, mut command: Command) -> Output {
-    let child = command.process_group(0).stdout(std::process::Stdio::piped()).spawn().unwrap();
+    let child = command
+        .process_group(0)
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
     let group = child.id();
-    let ended = std::panic::catch_unwind(|| within(what, move || child.wait_with_output().unwrap()));
+    let ended =
+        std::panic::catch_unwind(|| within(what, move || child.wait_with_output().unwrap()));
     ended.unwrap_or_else(|panic| {
         // SAFETY: takes integers; the group is this test's own.
         unsafe { libc::kill(-(group as i32), libc::SIGKILL) };
@@ -68,9 +80,20 @@ fn every_child_runs_and_is_told_whatever_proc_says() {
     }
     let open = Open::new();
     let hide = |option: &str| format!("mount -t proc -o hidepid={option} proc /proc");
-    for setup in ["umount -l /proc", "mount -t tmpfs none /proc", &hide("1"), &hide("2"), &hide("4"), "true"] {
+    for setup in [
+        "umount -l /proc",
+        "mount -t tmpfs none /proc",
+        &hide("1"),
+        &hide("2"),
+        &hide("4"),
+        "true",
+    ] {
         let (output, records) = open.trace(setup, FORKS);
-        assert_eq!((text(&output.stdout), output.status.code()), ("40\n40\n40\n40\n", Some(0)), "{setup}");
+        assert_eq!(
+            (text(&output.stdout), output.status.code()),
+            ("40\n40\n40\n40\n", Some(0)),
+            "{setup}"
+        );
         // The shell forks for each child, and for the four.
         assert_eq!(of_kind(&records, "fork").count(), 164, "{setup}");
         // Each is in an address space of its own: as many as the shells, the children, and the

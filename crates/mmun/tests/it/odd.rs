@@ -18,7 +18,13 @@ impl Program {
     fn try_new(compiler: &str, source: &str, name: &str, flags: &[&str]) -> Option<Program> {
         let (file, program) = (scratch(name), Program(scratch("odd")));
         fs::write(&file, source).unwrap();
-        let output = Command::new(compiler).arg("-o").arg(&program.0).arg(&file).args(flags).output().unwrap();
+        let output = Command::new(compiler)
+            .arg("-o")
+            .arg(&program.0)
+            .arg(&file)
+            .args(flags)
+            .output()
+            .unwrap();
         fs::remove_file(file).unwrap();
         if !output.status.success() {
             eprintln!("{}", text(&output.stderr));
@@ -50,7 +56,12 @@ fn traced(words: &[&str]) -> Vec<Value> {
     let mut command = trace();
     command.args(["-k", "--json", "-o"]).arg(&path).args(words);
     let output = within("mmun trace", move || command.output().unwrap());
-    assert!(output.status.success(), "{words:?}: {} {}", output.status, text(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{words:?}: {} {}",
+        output.status,
+        text(&output.stderr)
+    );
     let records = take_records(&path);
     check(&records);
     records
@@ -58,14 +69,21 @@ fn traced(words: &[&str]) -> Vec<Value> {
 
 /// The calls that unmap so many bytes.
 fn unmaps(records: &[Value], bytes: u64) -> Vec<&Value> {
-    of_kind(records, "start").filter(|start| start["cause"] == "munmap" && start["bytes"] == bytes).collect()
+    of_kind(records, "start")
+        .filter(|start| start["cause"] == "munmap" && start["bytes"] == bytes)
+        .collect()
 }
 
 /// The functions of the stack of a call, the innermost first.
 fn functions<'a>(records: &'a [Value], start: &Value) -> Vec<&'a str> {
     let stack = of_kind(records, "stack").find(|stack| stack["site"] == start["site"]);
-    let frames = stack.unwrap_or_else(|| panic!("no stack: {start}"))["frames"].as_array().unwrap();
-    frames.iter().map(|frame| frame["function"].as_str().unwrap()).collect()
+    let frames = stack.unwrap_or_else(|| panic!("no stack: {start}"))["frames"]
+        .as_array()
+        .unwrap();
+    frames
+        .iter()
+        .map(|frame| frame["function"].as_str().unwrap())
+        .collect()
 }
 
 /// Unmaps 123 pages in a function of its own.
@@ -103,17 +121,30 @@ fn a_stripped_program_has_offsets_and_a_static_one_names() {
     if !require(Cap::Program("gcc")) {
         return;
     }
-    for flags in [&["-s"][..], &["-s", "-static"], &["-static-pie"], &["-static", "-g"], &["-O2", "-flto"]] {
+    for flags in [
+        &["-s"][..],
+        &["-s", "-static"],
+        &["-static-pie"],
+        &["-static", "-g"],
+        &["-O2", "-flto"],
+    ] {
         let Some(program) = Program::try_new("gcc", &give(MAIN), "odd.c", flags) else {
             println!("SKIP odd::a_stripped_program: gcc cannot do {flags:?}");
             continue;
         };
         let records = program.traced(&[]);
-        let [start] = unmaps(&records, SIZE)[..] else { panic!("one call") };
+        let [start] = unmaps(&records, SIZE)[..] else {
+            panic!("one call")
+        };
         let found = functions(&records, start);
         if flags.contains(&"-s") {
             let module = program.0.file_name().unwrap().to_str().unwrap();
-            assert!(found.iter().any(|name| name.starts_with(&format!("{module}+0x"))), "{flags:?} {found:?}");
+            assert!(
+                found
+                    .iter()
+                    .any(|name| name.starts_with(&format!("{module}+0x"))),
+                "{flags:?} {found:?}"
+            );
         } else {
             assert!(found.contains(&"give_back"), "{flags:?} {found:?}");
         }
@@ -147,9 +178,15 @@ fn code_made_at_run_time_is_named_by_a_file_and_by_nothing_else() {
     }
     let (program, other) = (Program::new(&give(JIT), &[]), scratch("perf.map"));
     fs::write(&other, "0 ffffffffffffffff a name that was not asked for\n").unwrap();
-    for (kind, name) in [("none", "[anon]+0x106"), ("file", "made at run time"), ("link", "[anon]+0x106")] {
+    for (kind, name) in [
+        ("none", "[anon]+0x106"),
+        ("file", "made at run time"),
+        ("link", "[anon]+0x106"),
+    ] {
         let records = program.traced(&[kind, other.to_str().unwrap()]);
-        let [start] = unmaps(&records, SIZE)[..] else { panic!("one call") };
+        let [start] = unmaps(&records, SIZE)[..] else {
+            panic!("one call")
+        };
         let found = functions(&records, start);
         remove_perf_map(&records);
         assert_eq!(found[0], name, "{kind}: {found:?}");
@@ -157,7 +194,9 @@ fn code_made_at_run_time_is_named_by_a_file_and_by_nothing_else() {
     // Were the pipe opened, the trace would wait for a writer.
     let records = program.traced(&["pipe"]);
     remove_perf_map(&records);
-    let [start] = unmaps(&records, SIZE)[..] else { panic!("one call") };
+    let [start] = unmaps(&records, SIZE)[..] else {
+        panic!("one call")
+    };
     assert_eq!(functions(&records, start)[0], "[anon]+0x106");
     fs::remove_file(other).unwrap();
 }
@@ -186,9 +225,14 @@ int main(int argc, char **argv) {
     for kind in ["gone", "pipe", "file"] {
         let program = Program::new(&give(main), &["-g"]);
         let records = program.traced(&[kind]);
-        let [start] = unmaps(&records, SIZE)[..] else { panic!("one call") };
+        let [start] = unmaps(&records, SIZE)[..] else {
+            panic!("one call")
+        };
         let found = functions(&records, start);
-        assert!(found.contains(&"give_back") && found.contains(&"main"), "{kind}: {found:?}");
+        assert!(
+            found.contains(&"give_back") && found.contains(&"main"),
+            "{kind}: {found:?}"
+        );
     }
 }
 
@@ -208,14 +252,27 @@ void _start(void) {
     call(1, 0, 0);
 }
 ";
-    let flags = ["-m32", "-static", "-nostdlib", "-ffreestanding", "-fno-pie", "-no-pie", "-O1"];
+    let flags = [
+        "-m32",
+        "-static",
+        "-nostdlib",
+        "-ffreestanding",
+        "-fno-pie",
+        "-no-pie",
+        "-O1",
+    ];
     let Some(program) = Program::try_new("gcc", source, "odd.c", &flags) else {
         println!("SKIP odd::a_program_of_32_bits: gcc cannot do -m32");
         return;
     };
     let records = program.traced(&[]);
-    let [start] = unmaps(&records, SIZE)[..] else { panic!("one call") };
-    assert!(start.get("site").is_none() && start["what"] == "nothing", "{start}");
+    let [start] = unmaps(&records, SIZE)[..] else {
+        panic!("one call")
+    };
+    assert!(
+        start.get("site").is_none() && start["what"] == "nothing",
+        "{start}"
+    );
 }
 
 #[test]
@@ -243,7 +300,11 @@ int main(void) {
     let records = Program::new(&give(main), &["-O1", "-fomit-frame-pointer"]).traced(&[]);
     let starts = unmaps(&records, SIZE);
     assert_eq!(starts.len(), 12);
-    assert!(starts[..11].iter().all(|start| functions(&records, start)[0] == "main"));
+    assert!(
+        starts[..11]
+            .iter()
+            .all(|start| functions(&records, start)[0] == "main")
+    );
     assert!(functions(&records, starts[11]).contains(&"give_back"));
 }
 
@@ -270,10 +331,14 @@ int main(void) {
 ";
     let program = Program::new(&give(main), &["-O1"]);
     let records = program.traced(&[]);
-    let [start] = unmaps(&records, SIZE)[..] else { panic!("one call") };
+    let [start] = unmaps(&records, SIZE)[..] else {
+        panic!("one call")
+    };
     assert_eq!(functions(&records, start)[0], "[anon]+0x13");
     let path = program.0.to_str().unwrap();
-    assert!(of_kind(&records, "start").any(|start| start["cause"] == "munmap" && start["what"] == path));
+    assert!(
+        of_kind(&records, "start").any(|start| start["cause"] == "munmap" && start["what"] == path)
+    );
 }
 
 #[test]
@@ -315,10 +380,18 @@ int main(void) {
     let starts = unmaps(&records, SIZE);
     assert_eq!(starts.len(), 3000);
     let site = &starts[0]["site"];
-    assert!(site.is_u64() && starts.iter().all(|start| start["site"] == *site), "one place in the code has one stack");
+    assert!(
+        site.is_u64() && starts.iter().all(|start| start["site"] == *site),
+        "one place in the code has one stack"
+    );
     assert!(functions(&records, starts[0]).contains(&"work"));
-    let ends: Vec<&Value> = of_kind(&records, "end").filter(|end| end["bytes"] == SIZE).collect();
-    assert!(ends.iter().all(|end| end["self"].is_u64()), "more tasks than files that are kept open");
+    let ends: Vec<&Value> = of_kind(&records, "end")
+        .filter(|end| end["bytes"] == SIZE)
+        .collect();
+    assert!(
+        ends.iter().all(|end| end["self"].is_u64()),
+        "more tasks than files that are kept open"
+    );
 }
 
 #[test]
@@ -330,7 +403,13 @@ fn ten_thousand_modules_are_told_apart() {
 long call_from_module(long (*f)(char *), char *at) { long result = f(at); __asm__ volatile(\"\"); return result; }
 ";
     // Its entry is the function, and all of it lies in one segment.
-    let flags = ["-shared", "-fPIC", "-O1", "-nostdlib", "-Wl,-e,call_from_module,-z,noseparate-code,-z,norelro"];
+    let flags = [
+        "-shared",
+        "-fPIC",
+        "-O1",
+        "-nostdlib",
+        "-Wl,-e,call_from_module,-z,noseparate-code,-z,norelro",
+    ];
     let module = Program::try_new("gcc", module, "module.c", &flags).expect("it compiles");
     let main = "\
 static long give_from(char *at) { return give_back(at); }
@@ -354,13 +433,23 @@ int main(int argc, char **argv) {
     let records = program.traced(&[module.0.to_str().unwrap()]);
     let starts = unmaps(&records, SIZE);
     assert_eq!(starts.len(), 10_000);
-    let mut sites: Vec<u64> = starts.iter().map(|start| start["site"].as_u64().unwrap()).collect();
+    let mut sites: Vec<u64> = starts
+        .iter()
+        .map(|start| start["site"].as_u64().unwrap())
+        .collect();
     sites.sort_unstable();
     sites.dedup();
-    assert_eq!(sites.len(), 10_000, "each stack goes through another module");
+    assert_eq!(
+        sites.len(),
+        10_000,
+        "each stack goes through another module"
+    );
     for start in [starts[0], starts[9_999]] {
         let found = functions(&records, start);
-        assert!(found.contains(&"call_from_module") && found.contains(&"main"), "{found:?}");
+        assert!(
+            found.contains(&"call_from_module") && found.contains(&"main"),
+            "{found:?}"
+        );
     }
 }
 
@@ -375,14 +464,24 @@ extern \"C\" { fn mmap(a: *mut u8, n: usize, p: i32, f: i32, d: i32, o: i64) -> 
 fn give_back(at: *mut u8) -> i32 { let result = unsafe { munmap(at, 123 << 12) }; std::hint::black_box(result) }
 fn main() { assert_eq!(give_back(unsafe { mmap(std::ptr::null_mut(), 123 << 12, 1, 0x22, -1, 0) }), 0); }
 ";
-    for flags in
-        [&["-Cpanic=abort", "-O"][..], &["-Cpanic=abort", "-Cforce-unwind-tables=no", "-Cforce-frame-pointers"]]
-    {
+    for flags in [
+        &["-Cpanic=abort", "-O"][..],
+        &[
+            "-Cpanic=abort",
+            "-Cforce-unwind-tables=no",
+            "-Cforce-frame-pointers",
+        ],
+    ] {
         let program = Program::try_new("rustc", source, "odd.rs", flags).expect("it compiles");
         let records = program.traced(&[]);
-        let [start] = unmaps(&records, SIZE)[..] else { panic!("one call") };
+        let [start] = unmaps(&records, SIZE)[..] else {
+            panic!("one call")
+        };
         let found = functions(&records, start);
-        assert!(found.iter().any(|name| name.ends_with("::give_back")), "{flags:?} {found:?}");
+        assert!(
+            found.iter().any(|name| name.ends_with("::give_back")),
+            "{flags:?} {found:?}"
+        );
     }
 }
 
@@ -399,9 +498,19 @@ fn programs_with_run_times_of_their_own_are_traced() {
     }
     if has_optional_program("go") {
         let source = folder.join("odd.go");
-        fs::write(&source, "package main\nfunc main() { _ = make([]byte, 64<<20) }\n").unwrap();
+        fs::write(
+            &source,
+            "package main\nfunc main() { _ = make([]byte, 64<<20) }\n",
+        )
+        .unwrap();
         let program = folder.join("odd");
-        let build = Command::new("go").arg("build").arg("-o").arg(&program).arg(&source).status().unwrap();
+        let build = Command::new("go")
+            .arg("build")
+            .arg("-o")
+            .arg(&program)
+            .arg(&source)
+            .status()
+            .unwrap();
         assert!(build.success());
         holds(&traced(&[program.to_str().unwrap()]));
     }
@@ -412,7 +521,10 @@ fn programs_with_run_times_of_their_own_are_traced() {
 fn holds(records: &[Value]) {
     let stacks: Vec<&Value> = of_kind(records, "stack").collect();
     assert!(stacks.len() > 3);
-    let deep = stacks.iter().filter(|stack| stack["frames"].as_array().unwrap().len() > 2).count();
+    let deep = stacks
+        .iter()
+        .filter(|stack| stack["frames"].as_array().unwrap().len() > 2)
+        .count();
     assert!(deep * 2 > stacks.len(), "{deep} of {}", stacks.len());
     assert!(Path::new(records[0]["program"].as_str().unwrap()).is_absolute());
 }

@@ -18,8 +18,10 @@ fn recorded(count: u64) -> String {
     let mut out = String::new();
     let mut put = |line: serde_json::Value| writeln!(out, "{line}").unwrap();
     for mm in [1, 2] {
-        put(json!({"v": 1, "t": mm, "kind": "mm_new", "pid": 40 + mm, "tid": 40 + mm, "mm": mm, "comm": NAME,
-            "program": format!("/bin/{NAME}{mm}")}));
+        put(
+            json!({"v": 1, "t": mm, "kind": "mm_new", "pid": 40 + mm, "tid": 40 + mm, "mm": mm, "comm": NAME,
+            "program": format!("/bin/{NAME}{mm}")}),
+        );
     }
     let mut change = |t: u64, mm: u64, event: &str, cause: &str, at: u64, pages: u64, site: u64| {
         let (start, end) = (at << 12, (at + pages) << 12);
@@ -29,8 +31,18 @@ fn recorded(count: u64) -> String {
                 "comm": NAME})
         };
         let (mut begin, mut done) = (span("start", t), span("end", t + 400));
-        begin["what"] = if mm == 1 { json!("anonymous") } else { json!("/tmp/<b>\"&'.so") };
-        for (key, bytes) in [("resident", 8192), ("file", 0), ("huge", 0), ("swapped", 0), ("site", site)] {
+        begin["what"] = if mm == 1 {
+            json!("anonymous")
+        } else {
+            json!("/tmp/<b>\"&'.so")
+        };
+        for (key, bytes) in [
+            ("resident", 8192),
+            ("file", 0),
+            ("huge", 0),
+            ("swapped", 0),
+            ("site", site),
+        ] {
             begin[key] = bytes.into();
         }
         done["result"] = 0.into();
@@ -39,13 +51,26 @@ fn recorded(count: u64) -> String {
         put(done);
     };
     for at in 0..count {
-        change(1000 * (at + 1), 1, "unmap", "munmap", 0x1000 + 256 * (at % 16), 256, at % 3 / 2);
+        change(
+            1000 * (at + 1),
+            1,
+            "unmap",
+            "munmap",
+            0x1000 + 256 * (at % 16),
+            256,
+            at % 3 / 2,
+        );
     }
     change(1000 * (count + 1), 2, "clear", "madvise", 0x50, 1, 2);
     let frame = |function: &str| json!({"function": function, "module": "app", "line": "a.c:7", "named": true});
-    for (site, function) in ["often", "seldom", "<img src=x onerror=pwned=1>"].iter().enumerate() {
-        put(json!({"v": 1, "t": 1000 * (count + 9), "kind": "stack", "site": site, "place": 1,
-            "frames": [frame("munmap"), frame(function), frame("main")]}));
+    for (site, function) in ["often", "seldom", "<img src=x onerror=pwned=1>"]
+        .iter()
+        .enumerate()
+    {
+        put(
+            json!({"v": 1, "t": 1000 * (count + 9), "kind": "stack", "site": site, "place": 1,
+            "frames": [frame("munmap"), frame(function), frame("main")]}),
+        );
     }
     out
 }
@@ -57,7 +82,11 @@ fn page(trace: &str) -> PathBuf {
     let mut command = by_default(env!("CARGO_BIN_EXE_mmun"));
     command.args(["report", "-o"]).arg(&page).arg(&path);
     let output = within("mmun report", move || command.output().unwrap());
-    assert!(output.status.success() && output.stderr.is_empty(), "{}", text(&output.stderr));
+    assert!(
+        output.status.success() && output.stderr.is_empty(),
+        "{}",
+        text(&output.stderr)
+    );
     fs::remove_file(path).unwrap();
     page
 }
@@ -78,7 +107,11 @@ fn a_page_is_hovered_sorted_zoomed_and_searched() {
             stacks_are_searched(&mut browser);
             everything_has_a_name(&mut browser);
             dark_and_paper(&mut browser);
-            assert!(browser.complaints().is_empty(), "{:?}", browser.complaints());
+            assert!(
+                browser.complaints().is_empty(),
+                "{:?}",
+                browser.complaints()
+            );
         }
     });
     fs::remove_file(page).unwrap();
@@ -86,10 +119,25 @@ fn a_page_is_hovered_sorted_zoomed_and_searched() {
 
 fn hostile_names_are_text(browser: &mut Browser) {
     assert_eq!(browser.text("typeof pwned"), "undefined");
-    assert_eq!(browser.text("document.scripts.length + ' ' + document.querySelectorAll('img, b').length"), "2 0");
-    assert_eq!(browser.text("document.title"), "mmun: script>1", "the last part of the path");
-    assert!(browser.text("document.querySelector('#sites').textContent").contains("<img src=x onerror=pwned=1>"));
-    assert!(browser.text("document.querySelector('#tiles').textContent").contains("translations10"));
+    assert_eq!(
+        browser.text("document.scripts.length + ' ' + document.querySelectorAll('img, b').length"),
+        "2 0"
+    );
+    assert_eq!(
+        browser.text("document.title"),
+        "mmun: script>1",
+        "the last part of the path"
+    );
+    assert!(
+        browser
+            .text("document.querySelector('#sites').textContent")
+            .contains("<img src=x onerror=pwned=1>")
+    );
+    assert!(
+        browser
+            .text("document.querySelector('#tiles').textContent")
+            .contains("translations10")
+    );
 }
 
 /// Where the first change of the picture is. Its left part has the labels, 176 wide.
@@ -102,14 +150,22 @@ fn changes_are_shown(browser: &mut Browser) {
     let span = 18_000.0 - 1.0;
     let middle = y + 54.0 + (height - 74.0) * (4.5 / 9.0);
     browser.mouse("mouseMoved", at(4999.0 / span), middle);
-    let tip = browser.text("document.querySelector('#tip').hidden ? '' : document.querySelector('#tip').textContent");
-    for part in
-        ["munmap = 0   unmap", "range 1.0 MiB, resident 8.0 KiB", "time 100 ns in the call", "* often (app a.c:7)"]
-    {
+    let tip = browser.text(
+        "document.querySelector('#tip').hidden ? '' : document.querySelector('#tip').textContent",
+    );
+    for part in [
+        "munmap = 0   unmap",
+        "range 1.0 MiB, resident 8.0 KiB",
+        "time 100 ns in the call",
+        "* often (app a.c:7)",
+    ] {
         assert!(tip.contains(part), "{part} in {tip:?}");
     }
     browser.mouse("mouseMoved", x + 300.0, y + 30.0);
-    assert_eq!(browser.text("document.querySelector('#tip').hidden"), "true");
+    assert_eq!(
+        browser.text("document.querySelector('#tip').hidden"),
+        "true"
+    );
     // Drag over two changes, then all again, then by the keyboard.
     browser.mouse("mousePressed", at(2500.0 / span), middle);
     browser.mouse("dragged", at(3500.0 / span), middle + 3.0);
@@ -123,7 +179,11 @@ fn changes_are_shown(browser: &mut Browser) {
     assert_ne!(browser.text(NOTE), "9 changes in view.");
     browser.key("0");
     browser.key("n");
-    assert!(browser.text("document.querySelector('#say').textContent").starts_with("munmap = 0"));
+    assert!(
+        browser
+            .text("document.querySelector('#say').textContent")
+            .starts_with("munmap = 0")
+    );
     let choose = "(() => { const lane = document.querySelector('#lane'); lane.value = 1; \
                   lane.dispatchEvent(new Event('change')); return lane.selectedOptions[0].textContent; })()";
     assert!(browser.text(choose).contains("process 42"));
@@ -134,54 +194,101 @@ fn changes_are_shown(browser: &mut Browser) {
 }
 
 fn places_are_sorted(browser: &mut Browser) {
-    const FIRST: &str = "document.querySelector('#sites tbody tr td:last-child button').textContent";
-    const SORTED: &str =
-        "[...document.querySelectorAll('#sites th[aria-sort]')].map(th => th.textContent + th.ariaSort).join()";
-    assert_eq!((browser.text(SORTED).as_str(), browser.text(FIRST).as_str()), ("timedescending", "often (app a.c:7)"));
+    const FIRST: &str =
+        "document.querySelector('#sites tbody tr td:last-child button').textContent";
+    const SORTED: &str = "[...document.querySelectorAll('#sites th[aria-sort]')].map(th => th.textContent + th.ariaSort).join()";
+    assert_eq!(
+        (browser.text(SORTED).as_str(), browser.text(FIRST).as_str()),
+        ("timedescending", "often (app a.c:7)")
+    );
     browser.click("#sites th:last-child button");
     assert_eq!(browser.text(SORTED), "whereascending");
     assert!(browser.text(FIRST).starts_with("<img"));
     browser.click("#sites th:first-child button");
-    assert_eq!((browser.text(SORTED).as_str(), browser.text(FIRST).as_str()), ("callsdescending", "often (app a.c:7)"));
+    assert_eq!(
+        (browser.text(SORTED).as_str(), browser.text(FIRST).as_str()),
+        ("callsdescending", "often (app a.c:7)")
+    );
     browser.click("#sites th:first-child button");
     assert_eq!(browser.text(SORTED), "callsascending");
     browser.click("#sites-find");
     browser.call("Input.insertText", json!({"text": "SELD"}));
-    assert_eq!(browser.text("document.querySelectorAll('#sites tbody tr').length"), "1");
+    assert_eq!(
+        browser.text("document.querySelectorAll('#sites tbody tr').length"),
+        "1"
+    );
     browser.click("#sites tbody button");
-    assert_eq!(browser.text("document.querySelector('#map-note').textContent"), "3 changes in view.");
+    assert_eq!(
+        browser.text("document.querySelector('#map-note').textContent"),
+        "3 changes in view."
+    );
     browser.click("#mark-filter button");
-    assert_eq!(browser.text("document.querySelector('#map-note').textContent"), "9 changes in view.");
+    assert_eq!(
+        browser.text("document.querySelector('#map-note').textContent"),
+        "9 changes in view."
+    );
 }
 
 fn stacks_are_searched(browser: &mut Browser) {
-    const FRAMES: &str = "[...document.querySelectorAll('#flame text')].map(text => text.textContent).join()";
+    const FRAMES: &str =
+        "[...document.querySelectorAll('#flame text')].map(text => text.textContent).join()";
     for (kind, share) in [("resident", "30 %"), ("calls", "30 %"), ("time", "30 %")] {
         browser.click(&format!("#flame-by input[value={kind}]"));
         browser.eval("document.querySelector('#flame-find').value = ''");
         browser.click("#flame-find");
         browser.call("Input.insertText", json!({"text": "seldom"}));
         let found = browser.text("document.querySelector('#flame-found').textContent");
-        assert!(found.starts_with(&format!("found in {share}")), "{kind}: {found}");
-        assert_eq!(browser.text("document.querySelectorAll('#flame .found').length"), "1");
+        assert!(
+            found.starts_with(&format!("found in {share}")),
+            "{kind}: {found}"
+        );
+        assert_eq!(
+            browser.text("document.querySelectorAll('#flame .found').length"),
+            "1"
+        );
     }
     assert!(browser.text(FRAMES).contains("often (app)"));
     browser.click("#flame .found rect");
-    assert!(!browser.text(FRAMES).contains("often (app)"), "only what is below");
+    assert!(
+        !browser.text(FRAMES).contains("often (app)"),
+        "only what is below"
+    );
     browser.click("#flame-all");
     browser.eval("document.querySelector('#flame').focus()");
     browser.key("ArrowDown");
-    assert!(browser.text("document.querySelector('#say').textContent").starts_with("main (app)"));
+    assert!(
+        browser
+            .text("document.querySelector('#say').textContent")
+            .starts_with("main (app)")
+    );
 }
 
 fn everything_has_a_name(browser: &mut Browser) {
-    const ROLES: [&str; 9] =
-        ["button", "radio", "searchbox", "textbox", "combobox", "application", "image", "link", "group"];
+    const ROLES: [&str; 9] = [
+        "button",
+        "radio",
+        "searchbox",
+        "textbox",
+        "combobox",
+        "application",
+        "image",
+        "link",
+        "group",
+    ];
     let tree = browser.call("Accessibility.getFullAXTree", json!({}));
-    let nodes = tree["nodes"].as_array().unwrap().iter().filter(|node| node["ignored"] == false);
+    let nodes = tree["nodes"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|node| node["ignored"] == false);
     let mut count = 0;
     for node in nodes.filter(|node| ROLES.iter().any(|role| node["role"]["value"] == *role)) {
-        assert!(node["name"]["value"].as_str().is_some_and(|name| !name.is_empty()), "without a name: {node}");
+        assert!(
+            node["name"]["value"]
+                .as_str()
+                .is_some_and(|name| !name.is_empty()),
+            "without a name: {node}"
+        );
         count += 1;
     }
     assert!(count > 15, "{count} things to use");
@@ -209,11 +316,25 @@ fn a_large_trace_makes_a_page_that_is_small_and_says_what_it_left_out() {
         move || {
             let mut browser = Browser::open(&page);
             let note = browser.text("document.querySelector('#map-note').textContent");
-            assert!(note.contains("as density") && note.contains("lighter ones are the haze"), "{note}");
-            assert!(browser.text("document.querySelector('#tiles').textContent").contains("40,001"));
+            assert!(
+                note.contains("as density") && note.contains("lighter ones are the haze"),
+                "{note}"
+            );
+            assert!(
+                browser
+                    .text("document.querySelector('#tiles').textContent")
+                    .contains("40,001")
+            );
             let notes = browser.text("document.querySelector('#notes').textContent");
-            assert!(notes.contains("lighter changes are not shown one by one"), "{notes}");
-            assert!(browser.complaints().is_empty(), "{:?}", browser.complaints());
+            assert!(
+                notes.contains("lighter changes are not shown one by one"),
+                "{notes}"
+            );
+            assert!(
+                browser.complaints().is_empty(),
+                "{:?}",
+                browser.complaints()
+            );
         }
     });
     fs::remove_file(page).unwrap();
@@ -222,7 +343,10 @@ fn a_large_trace_makes_a_page_that_is_small_and_says_what_it_left_out() {
 /// `mmun trace` of `ls` with these arguments before it.
 fn traced(args: &[&str], environment: &[(&str, &str)]) -> Output {
     let mut command = trace();
-    command.args(args).args(["--", "ls", "/"]).envs(environment.iter().copied());
+    command
+        .args(args)
+        .args(["--", "ls", "/"])
+        .envs(environment.iter().copied());
     within("mmun trace", move || command.output().unwrap())
 }
 
@@ -230,7 +354,11 @@ fn traced(args: &[&str], environment: &[(&str, &str)]) -> Output {
 fn a_trace_makes_its_page_at_the_end() {
     let page = scratch("ls.html");
     let output = traced(&["--report", page.to_str().unwrap()], &[]);
-    assert!(output.status.success() && output.stderr.is_empty(), "{}", text(&output.stderr));
+    assert!(
+        output.status.success() && output.stderr.is_empty(),
+        "{}",
+        text(&output.stderr)
+    );
     let text = fs::read_to_string(&page).unwrap();
     fs::remove_file(page).unwrap();
     let (_, data) = text.split_once("id=\"data\">").unwrap();
@@ -244,11 +372,25 @@ fn a_trace_makes_its_page_at_the_end() {
 fn a_page_that_cannot_be_written_loses_no_record() {
     let folder = scratch("spool");
     fs::create_dir(&folder).unwrap();
-    let output = traced(&["--report", "/dev/full"], &[("TMPDIR", folder.to_str().unwrap())]);
+    let output = traced(
+        &["--report", "/dev/full"],
+        &[("TMPDIR", folder.to_str().unwrap())],
+    );
     let line = text(&output.stderr);
-    assert_eq!((output.status.code(), line.lines().count()), (Some(125), 1), "{line}");
-    assert!(line.contains("write on /dev/full: No space left on device"), "{line}");
-    let spool = line.split(' ').find(|word| word.starts_with(folder.to_str().unwrap())).unwrap().trim_matches('\'');
+    assert_eq!(
+        (output.status.code(), line.lines().count()),
+        (Some(125), 1),
+        "{line}"
+    );
+    assert!(
+        line.contains("write on /dev/full: No space left on device"),
+        "{line}"
+    );
+    let spool = line
+        .split(' ')
+        .find(|word| word.starts_with(folder.to_str().unwrap()))
+        .unwrap()
+        .trim_matches('\'');
     let mut command = by_default(env!("CARGO_BIN_EXE_mmun"));
     let page = scratch("after.html");
     command.args(["report", "-o"]).arg(&page).arg(spool);
@@ -264,10 +406,16 @@ fn a_page_that_cannot_be_made_is_said_before_the_program_starts() {
     let page = scratch("never.html");
     for (args, environment) in [
         (["--report", "/nowhere/page.html"], None),
-        (["--report", page.to_str().unwrap()], Some(("TMPDIR", nowhere.to_str().unwrap()))),
+        (
+            ["--report", page.to_str().unwrap()],
+            Some(("TMPDIR", nowhere.to_str().unwrap())),
+        ),
     ] {
         let output = traced(&args, environment.as_slice());
-        assert_eq!((output.status.code(), text(&output.stderr).lines().count()), (Some(125), 1));
+        assert_eq!(
+            (output.status.code(), text(&output.stderr).lines().count()),
+            (Some(125), 1)
+        );
         assert!(output.stdout.is_empty(), "the program has not run");
     }
     let output = {

@@ -17,28 +17,53 @@ fn mmun(args: &[&str], file: &Path) -> Output {
 fn a_recorded_trace_has_the_summary_of_the_run() {
     let path = scratch("run.jsonl");
     let mut command = trace();
-    command.args(["--json", "-k", "--births", "--summary=event,where,what,task,cause", "-o"]).arg(&path);
+    command
+        .args([
+            "--json",
+            "-k",
+            "--births",
+            "--summary=event,where,what,task,cause",
+            "-o",
+        ])
+        .arg(&path);
     command.args(["--", "sh", "-c", "ls / > /dev/null; echo"]);
     let output = within("mmun trace", move || command.output().unwrap());
     assert!(output.status.success(), "{}", text(&output.stderr));
     let records = parse(&fs::read_to_string(&path).unwrap());
     let summary = records.last().unwrap();
-    let report = mmun(&["report", "--summary=event,cause,where", "--top", "1000"], &path);
+    let report = mmun(
+        &["report", "--summary=event,cause,where", "--top", "1000"],
+        &path,
+    );
     assert!(report.status.success(), "{}", text(&report.stderr));
     let table = text(&report.stdout);
     for (name, row) in summary["events"].as_object().unwrap() {
-        let line = table.lines().find(|line| line.starts_with(&format!("{name} "))).unwrap();
-        assert_eq!(line.split_whitespace().nth(1), Some(row["calls"].to_string().as_str()), "{line}");
+        let line = table
+            .lines()
+            .find(|line| line.starts_with(&format!("{name} ")))
+            .unwrap();
+        assert_eq!(
+            line.split_whitespace().nth(1),
+            Some(row["calls"].to_string().as_str()),
+            "{line}"
+        );
     }
     for key in ["where", "cause"] {
         for row in summary[key].as_array().unwrap() {
-            assert!(table.contains(&format!("  {}\n", row["name"].as_str().unwrap())), "{row} in {table}");
+            assert!(
+                table.contains(&format!("  {}\n", row["name"].as_str().unwrap())),
+                "{row} in {table}"
+            );
         }
     }
     for map in of_kind(&records, "map") {
-        assert!(map["what"].is_string() && map["site"].is_u64() && map["bytes"].as_u64() > Some(0), "{map}");
+        assert!(
+            map["what"].is_string() && map["site"].is_u64() && map["bytes"].as_u64() > Some(0),
+            "{map}"
+        );
     }
-    let libc = of_kind(&records, "map").filter(|map| map["what"].as_str().unwrap().contains("libc"));
+    let libc =
+        of_kind(&records, "map").filter(|map| map["what"].as_str().unwrap().contains("libc"));
     assert!(libc.count() >= 2, "each of two programs maps its C library");
     fs::remove_file(path).unwrap();
 }
@@ -46,12 +71,24 @@ fn a_recorded_trace_has_the_summary_of_the_run() {
 #[test]
 fn what_is_no_trace_is_refused_in_one_line() {
     let path = scratch("bad.jsonl");
-    for bytes in [&b"\x7fELF\0\0\n"[..], b"", b"{\"v\":1,\"t\":0,\"kind\":\"get\"}\n", &[0xff; 100]] {
+    for bytes in [
+        &b"\x7fELF\0\0\n"[..],
+        b"",
+        b"{\"v\":1,\"t\":0,\"kind\":\"get\"}\n",
+        &[0xff; 100],
+    ] {
         fs::write(&path, bytes).unwrap();
         let output = mmun(&["report"], &path);
         let line = text(&output.stderr);
-        assert_eq!((output.status.code(), line.lines().count()), (Some(2), 1), "{line}");
-        assert!(line.starts_with("mmun: read on ") && line.contains("mmun trace --json"), "{line}");
+        assert_eq!(
+            (output.status.code(), line.lines().count()),
+            (Some(2), 1),
+            "{line}"
+        );
+        assert!(
+            line.starts_with("mmun: read on ") && line.contains("mmun trace --json"),
+            "{line}"
+        );
         assert!(output.stdout.is_empty());
     }
     fs::remove_file(&path).unwrap();

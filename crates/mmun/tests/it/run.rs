@@ -39,66 +39,124 @@ fn a_program_that_cannot_be_run_is_said_in_one_line() {
             assert_eq!(output.status.code(), Some(code), "{program}");
             let error = text(&output.stderr);
             assert!(
-                error.starts_with(&format!("mmun: execve on {program}: ")) && error.lines().count() == 1,
+                error.starts_with(&format!("mmun: execve on {program}: "))
+                    && error.lines().count() == 1,
                 "{error}"
             );
         }
     }
-    let output = run().env("MMUN_DROPIN", "/nonexistent").args(["--", "true"]).output().unwrap();
+    let output = run()
+        .env("MMUN_DROPIN", "/nonexistent")
+        .args(["--", "true"])
+        .output()
+        .unwrap();
     assert_eq!(output.status.code(), Some(125));
-    assert_eq!(text(&output.stderr), "mmun: MMUN_DROPIN=/nonexistent: no such file\n");
+    assert_eq!(
+        text(&output.stderr),
+        "mmun: MMUN_DROPIN=/nonexistent: no such file\n"
+    );
     let output = run().output().unwrap();
-    assert_eq!((output.status.code(), text(&output.stderr).lines().count()), (Some(125), 1));
+    assert_eq!(
+        (output.status.code(), text(&output.stderr).lines().count()),
+        (Some(125), 1)
+    );
 }
 
 #[test]
 fn input_output_and_arguments_pass_through() {
     let mut command = run();
-    command.args(["--", "sh", "-c", "cat; echo $# \"$2\" >&2", "sh", "--json", "a  b"]);
-    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    command.args([
+        "--",
+        "sh",
+        "-c",
+        "cat; echo $# \"$2\" >&2",
+        "sh",
+        "--json",
+        "a  b",
+    ]);
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
     use std::io::Write;
     child.stdin.take().unwrap().write_all(b"through").unwrap();
     let output = child.wait_with_output().unwrap();
     assert_eq!(text(&output.stdout), "through");
-    assert_eq!(text(&output.stderr), "2 a  b\nmmun: no process used UCX or libfabric\n");
+    assert_eq!(
+        text(&output.stderr),
+        "2 a  b\nmmun: no process used UCX or libfabric\n"
+    );
 }
 
 #[test]
 fn the_program_has_the_library_and_its_settings() {
-    let script =
-        "echo $LD_PRELOAD; echo $MMUN; echo $MMUN_STRICT; echo $MMUN_REPORT; grep -c mmun_dropin /proc/self/maps";
-    let output =
-        run().env("LD_PRELOAD", "").args(["--source=hook", "--strict", "--", "sh", "-c", script]).output().unwrap();
+    let script = "echo $LD_PRELOAD; echo $MMUN; echo $MMUN_STRICT; echo $MMUN_REPORT; grep -c mmun_dropin /proc/self/maps";
+    let output = run()
+        .env("LD_PRELOAD", "")
+        .args(["--source=hook", "--strict", "--", "sh", "-c", script])
+        .output()
+        .unwrap();
     let lines: Vec<&str> = text(&output.stdout).lines().collect();
     assert_eq!(Path::new(lines[0]), dropin().canonicalize().unwrap());
     assert_eq!((lines[1], lines[2]), ("hook", "1"));
-    assert!(lines[3].ends_with('/') && !fs::exists(lines[3]).unwrap(), "the directory is gone: {}", lines[3]);
-    assert!(lines[4].parse::<u32>().unwrap() > 2, "grep itself has it too: {}", lines[4]);
-    let output =
-        run().args(["--no-report", "--", "sh", "-c", "echo $$ $MMUN_REPORT"]).stdout(Stdio::piped()).spawn().unwrap();
+    assert!(
+        lines[3].ends_with('/') && !fs::exists(lines[3]).unwrap(),
+        "the directory is gone: {}",
+        lines[3]
+    );
+    assert!(
+        lines[4].parse::<u32>().unwrap() > 2,
+        "grep itself has it too: {}",
+        lines[4]
+    );
+    let output = run()
+        .args(["--no-report", "--", "sh", "-c", "echo $$ $MMUN_REPORT"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
     let pid = output.id();
     let output = output.wait_with_output().unwrap();
-    assert_eq!(text(&output.stdout), format!("{pid}\n"), "without a report it is the program");
+    assert_eq!(
+        text(&output.stdout),
+        format!("{pid}\n"),
+        "without a report it is the program"
+    );
 }
 
 #[test]
 fn a_report_goes_where_it_is_asked_to() {
     let file = scratch("report");
-    let output = run().arg("-o").arg(&file).args(["--", "true"]).output().unwrap();
+    let output = run()
+        .arg("-o")
+        .arg(&file)
+        .args(["--", "true"])
+        .output()
+        .unwrap();
     assert_eq!((output.status.code(), text(&output.stderr)), (Some(0), ""));
-    assert_eq!(fs::read_to_string(&file).unwrap(), "mmun: no process used UCX or libfabric\n");
+    assert_eq!(
+        fs::read_to_string(&file).unwrap(),
+        "mmun: no process used UCX or libfabric\n"
+    );
     fs::remove_file(file).unwrap();
 }
 
 #[test]
 fn signals_that_are_sent_to_it_reach_the_program() {
-    for (name, signal) in
-        [("TERM", libc::SIGTERM), ("USR1", libc::SIGUSR1), ("INT", libc::SIGINT), ("HUP", libc::SIGHUP)]
-    {
+    for (name, signal) in [
+        ("TERM", libc::SIGTERM),
+        ("USR1", libc::SIGUSR1),
+        ("INT", libc::SIGINT),
+        ("HUP", libc::SIGHUP),
+    ] {
         let ready = Fifo::new("ready");
         // A shell heeds its trap between two commands. One that waits inside a command can have
         // looked for signals just before, and would then wait for ever.
-        let script = format!("trap 'exit 9' {name}; echo > {}; while :; do :; done", ready.0.display());
+        let script = format!(
+            "trap 'exit 9' {name}; echo > {}; while :; do :; done",
+            ready.0.display()
+        );
         let mut child = sh(&script).stderr(Stdio::null()).spawn().unwrap();
         assert_eq!(ready.read(), "\n");
         kill(child.id(), signal);
@@ -112,7 +170,12 @@ fn a_signal_after_the_program_has_ended_is_its_own() {
     let (ready, report) = (Fifo::new("ready"), Fifo::new("report"));
     // The report waits until somebody reads it.
     let script = format!("echo > {}", ready.0.display());
-    let mut child = run().arg("-o").arg(&report.0).args(["--", "sh", "-c", &script]).spawn().unwrap();
+    let mut child = run()
+        .arg("-o")
+        .arg(&report.0)
+        .args(["--", "sh", "-c", &script])
+        .spawn()
+        .unwrap();
     assert_eq!(ready.read(), "\n");
     let children = format!("/proc/{0}/task/{0}/children", child.id());
     while !fs::read_to_string(&children).unwrap().is_empty() {
@@ -125,12 +188,18 @@ fn a_signal_after_the_program_has_ended_is_its_own() {
 
 #[test]
 fn it_stops_and_goes_on_with_the_program() {
-    let mut child = sh("kill -STOP $$; exit 6").stderr(Stdio::null()).spawn().unwrap();
+    let mut child = sh("kill -STOP $$; exit 6")
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
     let pid = child.id() as i32;
     let stopped = within("the stop", move || {
         let mut status = 0;
-        // SAFETY: writes an int to a local.
-        assert_eq!(unsafe { libc::waitpid(pid, &raw mut status, libc::WUNTRACED) }, pid);
+        assert_eq!(
+            // SAFETY: writes an int to a local.
+            unsafe { libc::waitpid(pid, &raw mut status, libc::WUNTRACED) },
+            pid
+        );
         status
     });
     assert!(libc::WIFSTOPPED(stopped), "{stopped:#x}");
@@ -143,7 +212,11 @@ fn it_stops_and_goes_on_with_the_program() {
 fn the_program_does_not_outlive_it() {
     let (ready, gone) = (Fifo::new("ready"), Fifo::new("gone"));
     // The program alone holds the second pipe's end for writing.
-    let script = format!("exec 8>{}; echo > {}; exec sleep 1000", gone.0.display(), ready.0.display());
+    let script = format!(
+        "exec 8>{}; echo > {}; exec sleep 1000",
+        gone.0.display(),
+        ready.0.display()
+    );
     let mut child = sh(&script).stderr(Stdio::null()).spawn().unwrap();
     let reader = {
         let path = gone.0.clone();
@@ -152,7 +225,10 @@ fn the_program_does_not_outlive_it() {
     assert_eq!(ready.read(), "\n");
     kill(child.id(), libc::SIGKILL);
     child.wait().unwrap();
-    assert_eq!(within("the end of the program", move || reader.join().unwrap()), "");
+    assert_eq!(
+        within("the end of the program", move || reader.join().unwrap()),
+        ""
+    );
 }
 
 #[test]
@@ -161,16 +237,42 @@ fn the_reports_of_all_ranks_are_one_table() {
         return;
     }
     let mut command = run();
-    command.args(["--", "mpirun.openmpi", "--oversubscribe", "--allow-run-as-root", "-n", "2"]);
+    command.args([
+        "--",
+        "mpirun.openmpi",
+        "--oversubscribe",
+        "--allow-run-as-root",
+        "-n",
+        "2",
+    ]);
     // Open MPI over libfabric.
-    command.args(["--mca", "pml", "cm", "--mca", "mtl", "ofi", PYTHON, "-c", "from mpi4py import MPI"]);
+    command.args([
+        "--mca",
+        "pml",
+        "cm",
+        "--mca",
+        "mtl",
+        "ofi",
+        PYTHON,
+        "-c",
+        "from mpi4py import MPI",
+    ]);
     let output = within("mmun run", move || command.output().unwrap());
     let report = text(&output.stderr);
     assert_eq!(output.status.code(), Some(0), "{report}");
-    assert!(report.contains("mmun: 2 processes used UCX or libfabric\n"), "{report}");
+    assert!(
+        report.contains("mmun: 2 processes used UCX or libfabric\n"),
+        "{report}"
+    );
     for rank in ["0", "1"] {
-        let row = report.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        let row = report
+            .lines()
+            .map(|line| line.split_whitespace().collect::<Vec<_>>());
         let row = row.filter(|words| words.get(1) == Some(&rank) && words.last() == Some(&PYTHON));
-        assert_eq!(row.map(|words| words[2] == "yes").collect::<Vec<_>>(), [true], "rank {rank}: {report}");
+        assert_eq!(
+            row.map(|words| words[2] == "yes").collect::<Vec<_>>(),
+            [true],
+            "rank {rank}: {report}"
+        );
     }
 }

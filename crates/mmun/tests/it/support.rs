@@ -27,7 +27,11 @@ pub(crate) fn scratch(name: &str) -> PathBuf {
 pub(crate) fn dropin() -> PathBuf {
     let own = std::env::current_exe().unwrap();
     let library = own.parent().unwrap().join("libmmun_dropin.so");
-    assert!(library.exists(), "{} was built with the tests", library.display());
+    assert!(
+        library.exists(),
+        "{} was built with the tests",
+        library.display()
+    );
     library
 }
 
@@ -59,7 +63,11 @@ pub(crate) struct Public(PathBuf);
 impl Public {
     pub(crate) fn new() -> Public {
         static NEXT: AtomicU32 = AtomicU32::new(0);
-        let name = format!("mmun-public-{}-{}", std::process::id(), NEXT.fetch_add(1, Relaxed));
+        let name = format!(
+            "mmun-public-{}-{}",
+            std::process::id(),
+            NEXT.fetch_add(1, Relaxed)
+        );
         let folder = std::env::temp_dir().join(name);
         fs::create_dir(&folder).unwrap();
         fs::set_permissions(&folder, fs::Permissions::from_mode(0o777)).unwrap();
@@ -89,7 +97,12 @@ impl Drop for Public {
 pub(crate) fn traced(options: &[&str], script: &str) -> (Output, Vec<Value>) {
     let path = scratch("trace.json");
     let mut command = trace();
-    command.arg("--json").arg("-o").arg(&path).args(options).args(["--", "sh", "-c", script]);
+    command
+        .arg("--json")
+        .arg("-o")
+        .arg(&path)
+        .args(options)
+        .args(["--", "sh", "-c", script]);
     let output = within("mmun trace", move || command.output().unwrap());
     let records = take_records(&path);
     check(&records);
@@ -104,7 +117,9 @@ pub(crate) fn take_records(path: &Path) -> Vec<Value> {
 }
 
 pub(crate) fn parse(text: &str) -> Vec<Value> {
-    text.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"))).collect()
+    text.lines()
+        .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}")))
+        .collect()
 }
 
 pub(crate) fn kind(record: &Value) -> &str {
@@ -136,12 +151,23 @@ pub(crate) fn check(records: &[Value]) {
         if matches!(kind(record), "stack" | "summary") {
             continue;
         }
-        let (mm, tid) = (record["mm"].as_u64().unwrap(), record["tid"].as_u64().unwrap());
+        let (mm, tid) = (
+            record["mm"].as_u64().unwrap(),
+            record["tid"].as_u64().unwrap(),
+        );
         if kind(record) == "mm_new" {
-            assert!(spaces.insert(mm, Space::default()).is_none(), "born twice: {record}");
+            assert!(
+                spaces.insert(mm, Space::default()).is_none(),
+                "born twice: {record}"
+            );
         }
-        let space = spaces.get_mut(&mm).unwrap_or_else(|| panic!("not born: {record}"));
-        assert!(space.freed == 0 || matches!(kind(record), "exit" | "detach"), "after free: {record}");
+        let space = spaces
+            .get_mut(&mm)
+            .unwrap_or_else(|| panic!("not born: {record}"));
+        assert!(
+            space.freed == 0 || matches!(kind(record), "exit" | "detach"),
+            "after free: {record}"
+        );
         let change = i64::from(kind(record) == "get") - i64::from(kind(record) == "put");
         match kind(record) {
             "get" | "put" => {
@@ -154,7 +180,9 @@ pub(crate) fn check(records: &[Value]) {
             "start" | "end" => {
                 let mut key = record.clone();
                 // What is found before the call stands in the start, and what after it in the end.
-                let only_one = ["result", "comm", "what", "resident", "file", "huge", "swapped", "site", "self"];
+                let only_one = [
+                    "result", "comm", "what", "resident", "file", "huge", "swapped", "site", "self",
+                ];
                 for name in ["t", "kind"].iter().chain(&only_one) {
                     key.as_object_mut().unwrap().shift_remove(*name);
                 }
@@ -165,7 +193,11 @@ pub(crate) fn check(records: &[Value]) {
             }
             "mm_release" => space.released += 1,
             "free" => {
-                assert_eq!((space.users, &record["users"]), (0, &Value::from(0)), "{record}");
+                assert_eq!(
+                    (space.users, &record["users"]),
+                    (0, &Value::from(0)),
+                    "{record}"
+                );
                 space.freed += 1;
             }
             "detach" => space.let_go = true,
@@ -173,10 +205,20 @@ pub(crate) fn check(records: &[Value]) {
             other => panic!("unknown kind {other}"),
         }
     }
-    assert!(held.values().all(|count| *count == 0), "a get without its put");
-    assert!(open.values().all(|count| *count == 0), "a start without its end: {open:?}");
+    assert!(
+        held.values().all(|count| *count == 0),
+        "a get without its put"
+    );
+    assert!(
+        open.values().all(|count| *count == 0),
+        "a start without its end: {open:?}"
+    );
     for (mm, space) in &spaces {
-        assert_eq!((space.freed, space.released), (1, u32::from(!space.let_go)), "mm {mm}");
+        assert_eq!(
+            (space.freed, space.released),
+            (1, u32::from(!space.let_go)),
+            "mm {mm}"
+        );
     }
 }
 
@@ -187,7 +229,9 @@ pub(crate) fn within<T: Send + 'static>(what: &str, f: impl FnOnce() -> T + Send
     match receiver.recv_timeout(Duration::from_secs(300)) {
         Ok(value) => value,
         Err(mpsc::RecvTimeoutError::Timeout) => panic!("{what} took more than five minutes"),
-        Err(mpsc::RecvTimeoutError::Disconnected) => std::panic::resume_unwind(thread.join().unwrap_err()),
+        Err(mpsc::RecvTimeoutError::Disconnected) => {
+            std::panic::resume_unwind(thread.join().unwrap_err())
+        }
     }
 }
 

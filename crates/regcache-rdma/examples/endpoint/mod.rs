@@ -16,8 +16,8 @@ use sideway::ibverbs::device::{DeviceInfo, DeviceList};
 use sideway::ibverbs::device_context::{DeviceContext, Mtu};
 use sideway::ibverbs::protection_domain::ProtectionDomain;
 use sideway::ibverbs::queue_pair::{
-    BasicQueuePair, PostSendGuard, QueuePair, QueuePairAttribute, QueuePairState, SetScatterGatherEntry,
-    WorkRequestFlags,
+    BasicQueuePair, PostSendGuard, QueuePair, QueuePairAttribute, QueuePairState,
+    SetScatterGatherEntry, WorkRequestFlags,
 };
 use std::error::Error;
 use std::sync::Arc;
@@ -36,14 +36,18 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) fn open() -> Result<Arc<DeviceContext>, Failure> {
     let devices = DeviceList::new()?;
     let device = devices.iter().min_by_key(DeviceInfo::name);
-    Ok(device.ok_or("no RDMA device; 'rdma link add rxe0 type rxe netdev NAME' makes one")?.open()?)
+    Ok(device
+        .ok_or("no RDMA device; 'rdma link add rxe0 type rxe netdev NAME' makes one")?
+        .open()?)
 }
 
 /// Opens a device by its name.
 pub(crate) fn open_named(name: &str) -> Result<Arc<DeviceContext>, Failure> {
     let devices = DeviceList::new()?;
     let device = devices.iter().find(|device| device.name() == name);
-    Ok(device.ok_or_else(|| format!("no RDMA device {name}"))?.open()?)
+    Ok(device
+        .ok_or_else(|| format!("no RDMA device {name}"))?
+        .open()?)
 }
 
 /// Memory by the key of a region that it lies in.
@@ -70,7 +74,10 @@ pub(crate) struct Endpoint {
 }
 
 impl Endpoint {
-    pub(crate) fn new(context: &Arc<DeviceContext>, domain: &Arc<ProtectionDomain>) -> Result<Self, Failure> {
+    pub(crate) fn new(
+        context: &Arc<DeviceContext>,
+        domain: &Arc<ProtectionDomain>,
+    ) -> Result<Self, Failure> {
         let completions = context.create_cq_builder().setup_cqe(16).build()?;
         let queue = GenericCompletionQueue::from(Arc::clone(&completions));
         let mut pair = domain
@@ -85,14 +92,24 @@ impl Endpoint {
             .setup_state(QueuePairState::Init)
             .setup_pkey_index(0)
             .setup_port(PORT)
-            .setup_access_flags(AccessFlags::LocalWrite | AccessFlags::RemoteWrite | AccessFlags::RemoteRead);
+            .setup_access_flags(
+                AccessFlags::LocalWrite | AccessFlags::RemoteWrite | AccessFlags::RemoteRead,
+            );
         pair.modify(&state)?;
         let gid = context.query_gid(PORT, GID_INDEX.into())?;
-        Ok(Self { pair, completions, gid, next: 0 })
+        Ok(Self {
+            pair,
+            completions,
+            gid,
+            next: 0,
+        })
     }
 
     pub(crate) fn address(&self) -> Address {
-        Address { number: self.pair.qp_number(), gid: self.gid.raw }
+        Address {
+            number: self.pair.qp_number(),
+            gid: self.gid.raw,
+        }
     }
 
     pub(crate) fn connect(&mut self, peer: Address) -> Result<(), Failure> {
@@ -130,10 +147,17 @@ impl Endpoint {
     /// # Safety
     /// Nothing in this process may read or write those bytes of `to` meanwhile.
     #[expect(unsafe_code, reason = "the device writes to memory")]
-    pub(crate) unsafe fn read(&mut self, to: Place, from: Place, length: u32) -> Result<(), Failure> {
+    pub(crate) unsafe fn read(
+        &mut self,
+        to: Place,
+        from: Place,
+        length: u32,
+    ) -> Result<(), Failure> {
         self.next += 1;
         let mut post = self.pair.start_post_send();
-        let request = post.construct_wr(self.next, WorkRequestFlags::Signaled).setup_read(from.key, from.address);
+        let request = post
+            .construct_wr(self.next, WorkRequestFlags::Signaled)
+            .setup_read(from.key, from.address);
         // SAFETY: the caller's duty.
         unsafe { request.setup_sge(to.key, to.address, length) };
         post.post()?;
@@ -147,10 +171,17 @@ impl Endpoint {
     /// Nothing in this process may write those bytes of `from` meanwhile, and the peer must expect
     /// them at `to`.
     #[expect(unsafe_code, reason = "the device writes to memory")]
-    pub(crate) unsafe fn write(&mut self, from: Place, to: Place, length: u32) -> Result<(), Failure> {
+    pub(crate) unsafe fn write(
+        &mut self,
+        from: Place,
+        to: Place,
+        length: u32,
+    ) -> Result<(), Failure> {
         self.next += 1;
         let mut post = self.pair.start_post_send();
-        let request = post.construct_wr(self.next, WorkRequestFlags::Signaled).setup_write(to.key, to.address);
+        let request = post
+            .construct_wr(self.next, WorkRequestFlags::Signaled)
+            .setup_write(to.key, to.address);
         // SAFETY: the caller's duty.
         unsafe { request.setup_sge(from.key, from.address, length) };
         post.post()?;
@@ -169,7 +200,9 @@ impl Endpoint {
                 }
                 Err(error) => return Err(error.into()),
                 Ok(mut completions) => {
-                    let Some(completion) = completions.next() else { continue };
+                    let Some(completion) = completions.next() else {
+                        continue;
+                    };
                     return match WorkCompletionStatus::from(completion.status()) {
                         WorkCompletionStatus::Success => Ok(()),
                         status => Err(Refused(status).into()),
@@ -197,7 +230,10 @@ pub(crate) fn connected(
     context: &Arc<DeviceContext>,
     domain: &Arc<ProtectionDomain>,
 ) -> Result<(Endpoint, Endpoint), Failure> {
-    let (mut one, mut two) = (Endpoint::new(context, domain)?, Endpoint::new(context, domain)?);
+    let (mut one, mut two) = (
+        Endpoint::new(context, domain)?,
+        Endpoint::new(context, domain)?,
+    );
     one.connect(two.address())?;
     two.connect(one.address())?;
     Ok((one, two))

@@ -13,13 +13,18 @@ const ACCESS: Access = Access::LocalWrite.or(Access::RemoteRead);
 
 #[test]
 fn memory_that_is_not_mapped_is_named_and_the_cache_goes_on() {
-    let Some(lab) = Lab::new(Source::Nothing) else { return };
+    let Some(lab) = Lab::new(Source::Nothing) else {
+        return;
+    };
     let gone = map(2);
     unmap(gone, 2);
     let error = lab.cache.get(range(gone, 2)).unwrap_err();
     assert!(matches!(error, Error::NotMapped { .. }), "{error:?}");
     let cause = error.source().unwrap().to_string();
-    assert_eq!(cause, "ibv_reg_mr: not all of the range is mapped, or not for writing");
+    assert_eq!(
+        cause,
+        "ibv_reg_mr: not all of the range is mapped, or not for writing"
+    );
     let there = map(2);
     assert_ne!(lab.cache.get(range(there, 2)).unwrap().handle().rkey(), 0);
 }
@@ -36,8 +41,13 @@ fn with_little_locked_memory(test: &str) -> Option<Lab> {
     }
     let most = 64 * PAGE as u64;
     // Before Linux 5.16 less may be allowed from the start.
-    let maximum = getrlimit(Resource::Memlock).maximum.map(|maximum| maximum.max(most));
-    let limit = Rlimit { current: Some(most), maximum };
+    let maximum = getrlimit(Resource::Memlock)
+        .maximum
+        .map(|maximum| maximum.max(most));
+    let limit = Rlimit {
+        current: Some(most),
+        maximum,
+    };
     setrlimit(Resource::Memlock, limit).unwrap();
     let lab = Lab::with(Source::Nothing, ACCESS, Options::new());
     // Root may lock as much as it wants.
@@ -49,7 +59,9 @@ fn with_little_locked_memory(test: &str) -> Option<Lab> {
 #[test]
 fn at_the_limit_of_locked_memory_the_cache_evicts_and_goes_on() {
     let test = "limits::at_the_limit_of_locked_memory_the_cache_evicts_and_goes_on";
-    let Some(lab) = with_little_locked_memory(test) else { return };
+    let Some(lab) = with_little_locked_memory(test) else {
+        return;
+    };
     for _ in 0..32 {
         drop(lab.cache.get(range(map(16), 16)).unwrap());
     }
@@ -58,8 +70,11 @@ fn at_the_limit_of_locked_memory_the_cache_evicts_and_goes_on() {
 
 #[test]
 fn at_the_limit_of_locked_memory_what_is_leased_stays_and_the_error_says_how_to_look() {
-    let test = "limits::at_the_limit_of_locked_memory_what_is_leased_stays_and_the_error_says_how_to_look";
-    let Some(lab) = with_little_locked_memory(test) else { return };
+    let test =
+        "limits::at_the_limit_of_locked_memory_what_is_leased_stays_and_the_error_says_how_to_look";
+    let Some(lab) = with_little_locked_memory(test) else {
+        return;
+    };
     let mut leases = Vec::new();
     let error = loop {
         match lab.cache.get_owned(range(map(16), 16)) {
@@ -80,7 +95,10 @@ fn remote_writes_need_local_ones() {
     let domain = open().unwrap().alloc_pd().unwrap();
     // SAFETY: nothing is registered.
     let error = unsafe { Rdma::new(domain, Access::RemoteWrite) }.unwrap_err();
-    assert_eq!(error.to_string(), "remote writes and atomics need Access::LocalWrite too");
+    assert_eq!(
+        error.to_string(),
+        "remote writes and atomics need Access::LocalWrite too"
+    );
 }
 
 #[test]
@@ -110,10 +128,15 @@ fn on_demand_the_card_reads_new_pages_without_a_source() {
         return;
     }
     if OnDemand::of(&open().unwrap()).unwrap().is_none() {
-        println!("SKIP on_demand: the device has no on-demand paging (rxe has it from Linux 6.18 on)");
+        println!(
+            "SKIP on_demand: the device has no on-demand paging (rxe has it from Linux 6.18 on)"
+        );
         return;
     }
-    let Some(mut lab) = Lab::with(Source::Nothing, ACCESS | Access::OnDemand, Options::new()) else { return };
+    let Some(mut lab) = Lab::with(Source::Nothing, ACCESS | Access::OnDemand, Options::new())
+    else {
+        return;
+    };
     let address = map(2);
     crate::memory::poke(address, b'o');
     assert_eq!(lab.first_byte(address, 2).unwrap(), b'o');

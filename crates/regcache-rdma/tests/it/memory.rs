@@ -4,7 +4,10 @@
 //! Each test maps memory of its own, knows it by address only, and reaches its bytes by volatile
 //! accesses while they are mapped. The device is a reader and writer like any other thread of the
 //! test.
-#![expect(unsafe_code, reason = "maps, changes and unmaps raw memory; see the Safety section")]
+#![expect(
+    unsafe_code,
+    reason = "maps, changes and unmaps raw memory; see the Safety section"
+)]
 
 use crate::endpoint::{Endpoint, Failure, Place, connected, open};
 use mmu_notifier::{Va, VaRange};
@@ -49,11 +52,17 @@ static ALONE: Mutex<()> = Mutex::new(());
 impl Lab {
     /// `None`, with the reason printed, on a machine without a device.
     pub(crate) fn new(source: Source) -> Option<Self> {
-        Self::with(source, Access::LocalWrite | Access::RemoteRead | Access::RemoteWrite, Options::new())
+        Self::with(
+            source,
+            Access::LocalWrite | Access::RemoteRead | Access::RemoteWrite,
+            Options::new(),
+        )
     }
 
     pub(crate) fn with(source: Source, access: Access, options: Options) -> Option<Self> {
-        if !require(Cap::Rdma) || (source == Source::Kernel && (!require(Cap::Kvm) || !require(Cap::Bpf))) {
+        if !require(Cap::Rdma)
+            || (source == Source::Kernel && (!require(Cap::Kvm) || !require(Cap::Bpf)))
+        {
             return None;
         }
         Some(Self::made(open().unwrap(), source, access, options))
@@ -61,7 +70,12 @@ impl Lab {
 
     /// The same over a device that is there.
     pub(crate) fn over(context: Arc<DeviceContext>, source: Source) -> Self {
-        Self::made(context, source, Access::LocalWrite | Access::RemoteRead, Options::new())
+        Self::made(
+            context,
+            source,
+            Access::LocalWrite | Access::RemoteRead,
+            Options::new(),
+        )
     }
 
     fn made(context: Arc<DeviceContext>, source: Source, access: Access, options: Options) -> Self {
@@ -78,7 +92,16 @@ impl Lab {
         let device = Device::new(rdma, options);
         let cache = device.open(&mmu_source::current()).unwrap();
         let sink = map(1);
-        Self { context, device, cache, reader, _peer: peer, sink, _hook: hook, _alone: alone }
+        Self {
+            context,
+            device,
+            cache,
+            reader,
+            _peer: peer,
+            sink,
+            _hook: hook,
+            _alone: alone,
+        }
     }
 
     /// What the device finds in the first byte at `address`, by the remote key of a new lease of
@@ -93,9 +116,21 @@ impl Lab {
     pub(crate) fn byte_by_key(&mut self, address: usize, key: u32) -> Result<u8, Failure> {
         let sink = self.cache.get(range(self.sink, 1))?;
         poke(self.sink, 0);
-        let to = Place { address: self.sink as u64, key: sink.handle().lkey() };
+        let to = Place {
+            address: self.sink as u64,
+            key: sink.handle().lkey(),
+        };
         // SAFETY: the sink is this test's, which waits.
-        unsafe { self.reader.read(to, Place { address: address as u64, key }, 1) }?;
+        unsafe {
+            self.reader.read(
+                to,
+                Place {
+                    address: address as u64,
+                    key,
+                },
+                1,
+            )
+        }?;
         Ok(peek(self.sink))
     }
 }
@@ -111,7 +146,12 @@ pub(crate) fn map(pages: usize) -> usize {
 
 /// New pages over those at `address`.
 pub(crate) fn map_over(address: usize, pages: usize) {
-    new_map(address, pages, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED, -1);
+    new_map(
+        address,
+        pages,
+        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED,
+        -1,
+    );
 }
 
 /// The first pages of a file, shared.
@@ -121,33 +161,64 @@ pub(crate) fn map_file(file: &File, pages: usize) -> usize {
 
 /// Through libc, as a program would: `hook` sees no other way.
 fn new_map(address: usize, pages: usize, flags: i32, file: i32) -> usize {
-    let (access, flags) = (libc::PROT_READ | libc::PROT_WRITE, flags | libc::MAP_POPULATE);
+    let (access, flags) = (
+        libc::PROT_READ | libc::PROT_WRITE,
+        flags | libc::MAP_POPULATE,
+    );
     // SAFETY: what is replaced, if anything, is the test's.
-    let start = unsafe { libc::mmap(without_provenance_mut(address), pages * PAGE, access, flags, file, 0) };
-    assert_ne!(start, libc::MAP_FAILED, "{}", std::io::Error::last_os_error());
+    let start = unsafe {
+        libc::mmap(
+            without_provenance_mut(address),
+            pages * PAGE,
+            access,
+            flags,
+            file,
+            0,
+        )
+    };
+    assert_ne!(
+        start,
+        libc::MAP_FAILED,
+        "{}",
+        std::io::Error::last_os_error()
+    );
     start.expose_provenance()
 }
 
 pub(crate) fn unmap(address: usize, pages: usize) {
     // SAFETY: the pages are the test's.
-    let result = unsafe { libc::munmap(std::ptr::with_exposed_provenance_mut(address), pages * PAGE) };
+    let result =
+        unsafe { libc::munmap(std::ptr::with_exposed_provenance_mut(address), pages * PAGE) };
     assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
 }
 
 pub(crate) fn advise(address: usize, pages: usize, advice: i32) {
     // SAFETY: the pages are the test's, and reached by volatile accesses only.
-    let result = unsafe { libc::madvise(std::ptr::with_exposed_provenance_mut(address), pages * PAGE, advice) };
+    let result = unsafe {
+        libc::madvise(
+            std::ptr::with_exposed_provenance_mut(address),
+            pages * PAGE,
+            advice,
+        )
+    };
     assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
 }
 
 /// Moves the pages at `from` over those at `to`.
 pub(crate) fn move_over(from: usize, to: usize, pages: usize) {
     let (flags, len) = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, pages * PAGE);
-    let (from, to) =
-        (std::ptr::with_exposed_provenance_mut::<libc::c_void>(from), without_provenance_mut::<libc::c_void>(to));
+    let (from, to) = (
+        std::ptr::with_exposed_provenance_mut::<libc::c_void>(from),
+        without_provenance_mut::<libc::c_void>(to),
+    );
     // SAFETY: both are the test's.
     let moved = unsafe { libc::mremap(from, len, len, flags, to) };
-    assert_ne!(moved, libc::MAP_FAILED, "{}", std::io::Error::last_os_error());
+    assert_ne!(
+        moved,
+        libc::MAP_FAILED,
+        "{}",
+        std::io::Error::last_os_error()
+    );
 }
 
 pub(crate) fn poke(address: usize, value: u8) {
@@ -175,14 +246,19 @@ pub(crate) fn with_child(act: impl FnOnce()) {
     // SAFETY: the child is not reaped yet.
     assert_eq!(unsafe { libc::kill(child, libc::SIGKILL) }, 0);
     // SAFETY: no status is asked for.
-    assert_eq!(unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) }, child);
+    assert_eq!(
+        unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) },
+        child
+    );
 }
 
 /// This program anew, to run one test in a process of its own. A fork would not do: another test's
 /// thread may hold a lock of libibverbs.
 pub(crate) fn child(test: &str) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--exact", test, "--nocapture"]).env(CHILD, "");
+    command
+        .args(["--exact", test, "--nocapture"])
+        .env(CHILD, "");
     command
 }
 

@@ -10,21 +10,31 @@ use testkit::in_child;
 
 fn refusal(result: Result<u8, crate::endpoint::Failure>) -> WorkCompletionStatus {
     let error = result.unwrap_err();
-    error.downcast_ref::<Refused>().unwrap_or_else(|| panic!("{error}")).0
+    error
+        .downcast_ref::<Refused>()
+        .unwrap_or_else(|| panic!("{error}"))
+        .0
 }
 
 /// The peer's answer to a key that is none any more. Soft-RoCE of Linux 5 drops the request without
 /// an answer, until the retries are used up: that is an error too, and no byte.
 fn assert_refused(result: Result<u8, crate::endpoint::Failure>) {
     let status = refusal(result);
-    let is_silent = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap().starts_with("5.");
+    let is_silent = std::fs::read_to_string("/proc/sys/kernel/osrelease")
+        .unwrap()
+        .starts_with("5.");
     let is_dropped = is_silent && status == WorkCompletionStatus::RetryCounterExceededError;
-    assert!(is_dropped || status == WorkCompletionStatus::RemoteAccessError, "{status:?}");
+    assert!(
+        is_dropped || status == WorkCompletionStatus::RemoteAccessError,
+        "{status:?}"
+    );
 }
 
 #[test]
 fn a_key_of_memory_that_changed_is_refused_once_the_region_is_reaped() {
-    let Some(mut lab) = Lab::new(Source::Hook) else { return };
+    let Some(mut lab) = Lab::new(Source::Hook) else {
+        return;
+    };
     let address = map(2);
     poke(address, b'o');
     let key = lab.cache.get(range(address, 2)).unwrap().handle().rkey();
@@ -37,7 +47,9 @@ fn a_key_of_memory_that_changed_is_refused_once_the_region_is_reaped() {
 
 #[test]
 fn a_lease_that_is_held_keeps_the_old_page_and_says_so() {
-    let Some(mut lab) = Lab::new(Source::Hook) else { return };
+    let Some(mut lab) = Lab::new(Source::Hook) else {
+        return;
+    };
     let address = map(2);
     poke(address, b'o');
     let lease = lab.cache.get_owned(range(address, 2)).unwrap();
@@ -53,12 +65,17 @@ fn a_lease_that_is_held_keeps_the_old_page_and_says_so() {
 
 #[test]
 fn a_child_has_no_part_in_the_cache_and_its_parent_goes_on() {
-    let Some(mut lab) = Lab::new(Source::Hook) else { return };
+    let Some(mut lab) = Lab::new(Source::Hook) else {
+        return;
+    };
     let address = map(2);
     poke(address, b'o');
     assert_eq!(lab.first_byte(address, 2).unwrap(), b'o');
     let misses = lab.cache.stats().misses;
-    assert!(in_child(|| matches!(lab.cache.get(range(address, 2)), Err(Error::Forked))));
+    assert!(in_child(|| matches!(
+        lab.cache.get(range(address, 2)),
+        Err(Error::Forked)
+    )));
     // What the parent writes after the fork is what its card sees.
     poke(address, b'p');
     assert_eq!(lab.first_byte(address, 2).unwrap(), b'p');
@@ -67,8 +84,12 @@ fn a_child_has_no_part_in_the_cache_and_its_parent_goes_on() {
 
 /// Sends and receives an endpoint's address and a place.
 fn send(stream: &mut TcpStream, address: Address, place: Place) {
-    let parts =
-        [&address.number.to_ne_bytes()[..], &address.gid, &place.address.to_ne_bytes(), &place.key.to_ne_bytes()];
+    let parts = [
+        &address.number.to_ne_bytes()[..],
+        &address.gid,
+        &place.address.to_ne_bytes(),
+        &place.key.to_ne_bytes(),
+    ];
     stream.write_all(&parts.concat()).unwrap();
 }
 
@@ -78,7 +99,16 @@ fn receive(stream: &mut TcpStream) -> (Address, Place) {
     let word = |at: usize| u32::from_ne_bytes(bytes[at..at + 4].try_into().unwrap());
     let gid = bytes[4..20].try_into().unwrap();
     let address = u64::from_ne_bytes(bytes[20..28].try_into().unwrap());
-    (Address { number: word(0), gid }, Place { address, key: word(28) })
+    (
+        Address {
+            number: word(0),
+            gid,
+        },
+        Place {
+            address,
+            key: word(28),
+        },
+    )
 }
 
 /// The peer whose memory is read, until it is killed.
@@ -89,7 +119,14 @@ fn peer(address: &str) -> ! {
     let lease = lab.cache.get(range(memory, 2)).unwrap();
     let mut end = Endpoint::new(&lab.context, lab.device.registrar().domain()).unwrap();
     let mut stream = TcpStream::connect(address).unwrap();
-    send(&mut stream, end.address(), Place { address: memory as u64, key: lease.handle().rkey() });
+    send(
+        &mut stream,
+        end.address(),
+        Place {
+            address: memory as u64,
+            key: lease.handle().rkey(),
+        },
+    );
     end.connect(receive(&mut stream).0).unwrap();
     stream.write_all(b"!").unwrap();
     loop {
@@ -103,10 +140,15 @@ fn a_peer_that_is_killed_leaves_an_error_and_no_stale_bytes() {
     if let Ok(address) = std::env::var("REGCACHE_RDMA_PEER") {
         peer(&address);
     }
-    let Some(lab) = Lab::new(Source::Hook) else { return };
+    let Some(lab) = Lab::new(Source::Hook) else {
+        return;
+    };
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let mut other = child("peers::a_peer_that_is_killed_leaves_an_error_and_no_stale_bytes");
-    other.env("REGCACHE_RDMA_PEER", listener.local_addr().unwrap().to_string());
+    other.env(
+        "REGCACHE_RDMA_PEER",
+        listener.local_addr().unwrap().to_string(),
+    );
     let mut other = other.spawn().unwrap();
     let mut end = Endpoint::new(&lab.context, lab.device.registrar().domain()).unwrap();
     let (mut stream, _) = listener.accept().unwrap();
@@ -116,7 +158,10 @@ fn a_peer_that_is_killed_leaves_an_error_and_no_stale_bytes() {
     stream.read_exact(&mut [0]).unwrap();
     let sink = map(1);
     let lease = lab.cache.get(range(sink, 1)).unwrap();
-    let to = Place { address: sink as u64, key: lease.handle().lkey() };
+    let to = Place {
+        address: sink as u64,
+        key: lease.handle().lkey(),
+    };
     // SAFETY: the sink is this test's, which waits.
     unsafe { end.read(to, theirs, 1) }.unwrap();
     assert_eq!(peek(sink), b'c');
@@ -125,8 +170,14 @@ fn a_peer_that_is_killed_leaves_an_error_and_no_stale_bytes() {
     poke(sink, b'-');
     // SAFETY: as above.
     let error = unsafe { end.read(to, theirs, 1) }.unwrap_err();
-    let status = error.downcast_ref::<Refused>().unwrap_or_else(|| panic!("{error}")).0;
-    let expected = [WorkCompletionStatus::RetryCounterExceededError, WorkCompletionStatus::RemoteAccessError];
+    let status = error
+        .downcast_ref::<Refused>()
+        .unwrap_or_else(|| panic!("{error}"))
+        .0;
+    let expected = [
+        WorkCompletionStatus::RetryCounterExceededError,
+        WorkCompletionStatus::RemoteAccessError,
+    ];
     assert!(expected.contains(&status), "{status:?}");
     assert_eq!(peek(sink), b'-');
     assert!(lease.is_current());

@@ -6,7 +6,10 @@ use std::process::Command;
 use testkit::{Cap, require};
 
 fn run(program: &str, words: &str) {
-    let status = Command::new(program).args(words.split(' ')).status().unwrap();
+    let status = Command::new(program)
+        .args(words.split(' '))
+        .status()
+        .unwrap();
     assert!(status.success(), "{program} {words}: {status}");
 }
 
@@ -22,7 +25,10 @@ fn a_device_that_is_removed_under_load_serves_no_stale_byte_and_goes_with_its_la
     run("rdma", "link add rxe9 type rxe netdev dummy9");
     let mut lab = Lab::over(open_named("rxe9").unwrap(), Source::Hook);
     let address = map(1);
-    let mut removal = Command::new("rdma").args(["link", "delete", "rxe9"]).spawn().unwrap();
+    let mut removal = Command::new("rdma")
+        .args(["link", "delete", "rxe9"])
+        .spawn()
+        .unwrap();
     // A driver that takes its users' contexts away ends this by an error; soft-RoCE waits for them.
     let (mut value, mut after) = (0_u8, 0);
     while after < 100 {

@@ -1,6 +1,8 @@
 //! What the device reads after a change: the stale page without a source, the new one with.
 
-use crate::memory::{Lab, PAGE, Source, advise, map, map_file, map_over, move_over, peek, poke, unmap, with_child};
+use crate::memory::{
+    Lab, PAGE, Source, advise, map, map_file, map_over, move_over, peek, poke, unmap, with_child,
+};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use std::fs::File;
 use std::path::Path;
@@ -117,7 +119,8 @@ const CHANGES: &[Change] = &[
             (
                 address,
                 Box::new(move || {
-                    let how = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+                    let how = rustix::fs::FallocateFlags::PUNCH_HOLE
+                        | rustix::fs::FallocateFlags::KEEP_SIZE;
                     rustix::fs::fallocate(&file, how, 0, (PAGES * PAGE) as u64).unwrap();
                     poke(address, NEW);
                 }),
@@ -152,7 +155,12 @@ fn shared() -> (File, usize) {
 fn outcome(source: Source, change: &Change) -> Option<&'static str> {
     let mut lab = Lab::new(source)?;
     let (address, act) = (change.make)();
-    assert_eq!(lab.first_byte(address, PAGES).unwrap(), OLD, "{}", change.name);
+    assert_eq!(
+        lab.first_byte(address, PAGES).unwrap(),
+        OLD,
+        "{}",
+        change.name
+    );
     act();
     assert_eq!(peek(address), NEW, "{}", change.name);
     Some(match lab.first_byte(address, PAGES).unwrap() {
@@ -164,18 +172,31 @@ fn outcome(source: Source, change: &Change) -> Option<&'static str> {
 
 #[test]
 fn without_a_source_the_card_reads_stale_pages_and_with_the_kernel_source_never() {
-    let mut table = "| change | no source | `hook` | `kernel` |\n| --- | --- | --- | --- |\n".to_owned();
+    let mut table =
+        "| change | no source | `hook` | `kernel` |\n| --- | --- | --- | --- |\n".to_owned();
     for change in CHANGES {
-        let Some(none) = outcome(Source::Nothing, change) else { return };
-        let (Some(hook), Some(kernel)) = (outcome(Source::Hook, change), outcome(Source::Kernel, change)) else {
+        let Some(none) = outcome(Source::Nothing, change) else {
+            return;
+        };
+        let (Some(hook), Some(kernel)) = (
+            outcome(Source::Hook, change),
+            outcome(Source::Kernel, change),
+        ) else {
             return;
         };
         table += &format!("| {} | {none} | {hook} | {kernel} |\n", change.name);
         assert_eq!(kernel, "new", "{table}");
         assert!(hook == "new" || !change.by_libc, "{table}");
         // Copy on write after a fork leaves the pinned page with its owner, from Linux 5.12 on.
-        assert!(none == "**stale**" || change.name.contains("fork"), "{table}");
+        assert!(
+            none == "**stale**" || change.name.contains("fork"),
+            "{table}"
+        );
     }
-    let readme = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap();
-    assert!(readme.contains(&table), "the README's table is not this one:\n{table}");
+    let readme =
+        std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap();
+    assert!(
+        readme.contains(&table),
+        "the README's table is not this one:\n{table}"
+    );
 }

@@ -29,7 +29,8 @@ fn byte(stamp: u64) -> u8 {
 
 impl Buffer {
     fn new(number: usize) -> Self {
-        let file = (number % 2 == 1).then(|| File::from(memfd_create("torture", MemfdFlags::CLOEXEC).unwrap()));
+        let file = (number % 2 == 1)
+            .then(|| File::from(memfd_create("torture", MemfdFlags::CLOEXEC).unwrap()));
         let address = match &file {
             Some(file) => {
                 ftruncate(file, (PAGES * PAGE) as u64).unwrap();
@@ -37,7 +38,11 @@ impl Buffer {
             }
             None => map(PAGES),
         };
-        Self { address, file, stamp: AtomicU64::new(0) }
+        Self {
+            address,
+            file,
+            stamp: AtomicU64::new(0),
+        }
     }
 
     /// One thread changes a buffer.
@@ -65,21 +70,37 @@ struct Totals {
 
 /// Reads from and writes to random buffers. A result counts if the buffer stayed the same from
 /// before the look-up until after it was looked at.
-fn transfer(lab: &Lab, end: &mut Endpoint, number: usize, buffers: &[Buffer], over: &AtomicBool) -> Totals {
+fn transfer(
+    lab: &Lab,
+    end: &mut Endpoint,
+    number: usize,
+    buffers: &[Buffer],
+    over: &AtomicBool,
+) -> Totals {
     let mut totals = Totals::default();
     let local = map(1);
     let own = lab.cache.get(range(local, 1)).unwrap();
-    let place = Place { address: local as u64, key: own.handle().lkey() };
+    let place = Place {
+        address: local as u64,
+        key: own.handle().lkey(),
+    };
     let mut random = 0x9e37_79b9_u64 + number as u64;
     while !over.load(SeqCst) {
-        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        random = random
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
         let buffer = &buffers[(random >> 33) as usize % buffers.len()];
         let before = buffer.stamp.load(SeqCst);
-        let Ok(lease) = lab.cache.get(range(buffer.address, PAGES)) else { continue };
+        let Ok(lease) = lab.cache.get(range(buffer.address, PAGES)) else {
+            continue;
+        };
         let key = lease.handle().rkey();
         let is_read = random >> 62 & 1 == 0;
         let (found, wanted) = if is_read {
-            let from = Place { address: buffer.address as u64, key };
+            let from = Place {
+                address: buffer.address as u64,
+                key,
+            };
             // SAFETY: the local page is this thread's.
             #[expect(unsafe_code, reason = "the device writes to memory")]
             unsafe { end.read(place, from, 1) }.unwrap();
@@ -90,7 +111,17 @@ fn transfer(lab: &Lab, end: &mut Endpoint, number: usize, buffers: &[Buffer], ov
             poke(local, value);
             // SAFETY: this page of the buffer is this thread's.
             #[expect(unsafe_code, reason = "the device writes to memory")]
-            unsafe { end.write(place, Place { address: mine as u64, key }, 1) }.unwrap();
+            unsafe {
+                end.write(
+                    place,
+                    Place {
+                        address: mine as u64,
+                        key,
+                    },
+                    1,
+                )
+            }
+            .unwrap();
             (peek(mine), value)
         };
         let is_current = lease.is_current();
@@ -109,7 +140,8 @@ fn torture(source: Source, time: Duration) -> Option<Totals> {
     let totals = thread::scope(|scope| {
         let transfers: Vec<_> = (0..TRANSFERS)
             .map(|number| {
-                let (mut end, peer) = connected(&lab.context, lab.device.registrar().domain()).unwrap();
+                let (mut end, peer) =
+                    connected(&lab.context, lab.device.registrar().domain()).unwrap();
                 let (lab, buffers, over) = (&lab, &buffers, &over);
                 scope.spawn(move || {
                     let totals = transfer(lab, &mut end, number, buffers, over);
@@ -127,17 +159,24 @@ fn torture(source: Source, time: Duration) -> Option<Totals> {
                         over.store(true, SeqCst);
                         break;
                     }
-                    buffers.iter().skip(number).step_by(CHANGERS).for_each(|buffer| buffer.change(round));
+                    buffers
+                        .iter()
+                        .skip(number)
+                        .step_by(CHANGERS)
+                        .for_each(|buffer| buffer.change(round));
                     // Between rounds the buffers rest, so that some are hit: as long as a few
                     // transfers take.
                     thread::park_timeout(Duration::from_millis(5));
                 }
             });
         }
-        transfers.into_iter().map(|thread| thread.join().unwrap()).fold(Totals::default(), |sum, one| Totals {
-            compared: sum.compared + one.compared,
-            stale: sum.stale + one.stale,
-        })
+        transfers
+            .into_iter()
+            .map(|thread| thread.join().unwrap())
+            .fold(Totals::default(), |sum, one| Totals {
+                compared: sum.compared + one.compared,
+                stale: sum.stale + one.stale,
+            })
     });
     println!("{source:?}: {totals:?}; {}", lab.cache.stats());
     Some(totals)
@@ -145,9 +184,16 @@ fn torture(source: Source, time: Duration) -> Option<Totals> {
 
 #[test]
 fn under_torture_no_byte_is_stale_and_without_a_source_some_are() {
-    let seconds = std::env::var("REGCACHE_RDMA_SECONDS").ok().and_then(|seconds| seconds.parse().ok()).unwrap_or(3);
-    let Some(control) = torture(Source::Nothing, Duration::from_secs(2)) else { return };
+    let seconds = std::env::var("REGCACHE_RDMA_SECONDS")
+        .ok()
+        .and_then(|seconds| seconds.parse().ok())
+        .unwrap_or(3);
+    let Some(control) = torture(Source::Nothing, Duration::from_secs(2)) else {
+        return;
+    };
     assert!(control.stale > 0, "{control:?}");
-    let Some(totals) = torture(Source::Kernel, Duration::from_secs(seconds)) else { return };
+    let Some(totals) = torture(Source::Kernel, Duration::from_secs(seconds)) else {
+        return;
+    };
     assert!(totals.stale == 0 && totals.compared > 0, "{totals:?}");
 }

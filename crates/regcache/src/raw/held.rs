@@ -52,7 +52,12 @@ impl<'a> Held<'a> {
 
     pub(crate) fn in_region(region: &'a Region) -> Self {
         // INVARIANT: It is one, for as long, and the bit says so.
-        Self(NonNull::from(region).cast().map_addr(|address| address | IN_REGION), PhantomData)
+        Self(
+            NonNull::from(region)
+                .cast()
+                .map_addr(|address| address | IN_REGION),
+            PhantomData,
+        )
     }
 
     #[inline(always)]
@@ -61,7 +66,11 @@ impl<'a> Held<'a> {
             // SAFETY: A reference needs a live slot: type invariant.
             return Place::Slot(unsafe { self.0.cast().as_ref() });
         }
-        let region = self.0.as_ptr().map_addr(|address| address & !IN_REGION).cast::<Region>();
+        let region = self
+            .0
+            .as_ptr()
+            .map_addr(|address| address & !IN_REGION)
+            .cast::<Region>();
         // SAFETY: A reference needs a live region: type invariant.
         Place::Region(unsafe { &*region })
     }

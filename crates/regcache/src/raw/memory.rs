@@ -50,7 +50,10 @@ impl<T: Zero> Array<T> {
             }
         }
         // INVARIANT: It was just leaked.
-        Self { elements: NonNull::from(Box::leak(boxed(len))), mapped: None }
+        Self {
+            elements: NonNull::from(Box::leak(boxed(len))),
+            mapped: None,
+        }
     }
 
     /// A mapping that begins where a huge page does.
@@ -58,7 +61,10 @@ impl<T: Zero> Array<T> {
     fn huge(len: usize) -> Option<Self> {
         use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous};
         let size = size_of::<T>() * len + HUGE;
-        let (access, kind) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::NORESERVE);
+        let (access, kind) = (
+            ProtFlags::READ | ProtFlags::WRITE,
+            MapFlags::PRIVATE | MapFlags::NORESERVE,
+        );
         // SAFETY: The kernel chooses a place where nothing is.
         let place = unsafe { mmap_anonymous(std::ptr::null_mut(), size, access, kind) }.ok()?;
         let place = NonNull::new(place.cast::<u8>())?;
@@ -70,7 +76,10 @@ impl<T: Zero> Array<T> {
         // SAFETY: The memory is ours, and the advice does not change what is in it.
         let _ = unsafe { madvise(first.as_ptr().cast(), size - HUGE, Advice::LinuxHugepage) };
         // INVARIANT: It was just mapped, zeroed.
-        Some(Self { elements: NonNull::slice_from_raw_parts(first.cast(), len), mapped: Some((place, size)) })
+        Some(Self {
+            elements: NonNull::slice_from_raw_parts(first.cast(), len),
+            mapped: Some((place, size)),
+        })
     }
 }
 
@@ -140,7 +149,10 @@ mod tests {
     fn arrays_are_zero_whether_large_or_small() {
         for len in [0, 1, 1000, HUGE / 4, HUGE] {
             let mut array = Array::<u32>::zeroes(len);
-            assert_eq!((array.len(), array.mapped.is_some()), (len, len * 4 >= HUGE));
+            assert_eq!(
+                (array.len(), array.mapped.is_some()),
+                (len, len * 4 >= HUGE)
+            );
             assert!(array.iter().all(|element| *element == 0));
             if let Some(last) = array.last_mut() {
                 *last = 7;

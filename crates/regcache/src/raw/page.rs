@@ -52,7 +52,10 @@ const SIZE: usize = 4096;
 
 impl Page {
     pub(crate) fn new() -> io::Result<Self> {
-        Ok(Self { fields: Mapped::new()?, tables: Tables::new() })
+        Ok(Self {
+            fields: Mapped::new()?,
+            tables: Tables::new(),
+        })
     }
 
     /// What look-ups read. To be taken once: the compiler would load the pointer again behind every
@@ -78,12 +81,17 @@ impl Page {
     pub(crate) fn install(&self, table: Box<Table>) {
         let first = self.tables.install(table).first();
         // ORDER(cache-table): Release for the entries. Partner: the Acquire in `View::load`.
-        self.fields.table.store(first, crate::sync::unless("install_relaxed", Ordering::Release));
+        self.fields.table.store(
+            first,
+            crate::sync::unless("install_relaxed", Ordering::Release),
+        );
     }
 
     /// Makes every look-up a miss from now on.
     pub(crate) fn close(&self) {
-        self.fields.table.store(std::ptr::null_mut(), Ordering::Relaxed);
+        self.fields
+            .table
+            .store(std::ptr::null_mut(), Ordering::Relaxed);
     }
 
     /// Whether this process is the child of a fork of the one that made the page.
@@ -98,7 +106,10 @@ impl Fields {
     /// may be half of each, which finds nothing.
     #[inline(always)]
     pub(crate) fn lead(&self) -> Lead {
-        Lead { mask: self.mask.load(Ordering::Relaxed), factor: self.factor.load(Ordering::Relaxed) }
+        Lead {
+            mask: self.mask.load(Ordering::Relaxed),
+            factor: self.factor.load(Ordering::Relaxed),
+        }
     }
 
     pub(crate) fn set_lead(&self, lead: Lead) {
@@ -141,7 +152,8 @@ impl Mapped {
         use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous};
         let flags = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: The kernel chooses a place where nothing is.
-        let place = unsafe { mmap_anonymous(std::ptr::null_mut(), SIZE, flags, MapFlags::PRIVATE) }?;
+        let place =
+            unsafe { mmap_anonymous(std::ptr::null_mut(), SIZE, flags, MapFlags::PRIVATE) }?;
         // INVARIANT: It was just mapped, zeroed; `Fields` are integers and a pointer that may be
         // null.
         let page = Self(NonNull::new(place.cast()).expect("the kernel maps nothing at null"));

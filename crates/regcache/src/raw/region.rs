@@ -25,7 +25,12 @@ const LIVE: u32 = 2;
 // SAFETY: Integers.
 unsafe impl Zero for Region {
     fn zero() -> Self {
-        Self { first: AtomicU64::new(0), last: AtomicU64::new(0), state: AtomicU32::new(0), counted: AtomicU32::new(0) }
+        Self {
+            first: AtomicU64::new(0),
+            last: AtomicU64::new(0),
+            state: AtomicU32::new(0),
+            counted: AtomicU32::new(0),
+        }
     }
 }
 
@@ -33,7 +38,10 @@ impl Region {
     /// The range. Certain only for who holds the lock, or has a lease.
     #[inline(always)]
     pub(crate) fn range(&self) -> VaRange {
-        range(self.first.load(Ordering::Relaxed), self.last.load(Ordering::Relaxed))
+        range(
+            self.first.load(Ordering::Relaxed),
+            self.last.load(Ordering::Relaxed),
+        )
     }
 
     #[inline(always)]
@@ -123,14 +131,17 @@ impl Region {
 
     pub(crate) fn uncount(&self) {
         // ORDER(cache-done): As in `Slot::clear`.
-        self.counted.fetch_sub(1, unless("uncount_relaxed", Ordering::Release));
+        self.counted
+            .fetch_sub(1, unless("uncount_relaxed", Ordering::Release));
         // ORDER(cache-unlease): As in `Slot::clear`.
         full();
     }
 
     pub(crate) fn is_counted(&self) -> bool {
         // ORDER(cache-done): Acquire, partner in `uncount`.
-        self.counted.load(unless("count_read_relaxed", Ordering::Acquire)) != 0
+        self.counted
+            .load(unless("count_read_relaxed", Ordering::Acquire))
+            != 0
     }
 }
 
@@ -179,6 +190,12 @@ pub(crate) struct Entry {
 // SAFETY: Zeroes are integers, the status `Free` and `false`.
 unsafe impl Zero for Entry {
     fn zero() -> Self {
-        Self { next: 0, prev: 0, scan: 0, status: Status::Free, hit: false }
+        Self {
+            next: 0,
+            prev: 0,
+            scan: 0,
+            status: Status::Free,
+            hit: false,
+        }
     }
 }

@@ -70,7 +70,10 @@ impl<'a> View<'a> {
         // ORDER(cache-table): Acquire for the entries. Partner: the Release in `Page::install`.
         let first = NonNull::new(first.load(Ordering::Acquire))?;
         // INVARIANT: `Table::new` wrote its size there.
-        Some(Self { first, table: PhantomData })
+        Some(Self {
+            first,
+            table: PhantomData,
+        })
     }
 
     #[inline(always)]
@@ -110,7 +113,11 @@ impl<'a> View<'a> {
     /// Calls `f` with the name of each region entered under `hash`, and perhaps of others, until it
     /// returns something.
     #[inline(always)]
-    pub(crate) fn probe_names<T>(self, hash: u32, mut f: impl FnMut(u32) -> Option<T>) -> Option<T> {
+    pub(crate) fn probe_names<T>(
+        self,
+        hash: u32,
+        mut f: impl FnMut(u32) -> Option<T>,
+    ) -> Option<T> {
         let mut at = self.home(hash);
         // SAFETY: It must be less than `len`: it is less than a 2^32th of 2^32 of it.
         let mut entry = unsafe { self.at_unchecked(at) }.load(Ordering::Relaxed);
@@ -144,7 +151,11 @@ impl Table {
         let log2 = log2.clamp(SMALLEST, LARGEST);
         let lines = Array::<Line>::zeroes(1 + (1 << log2) / PER_LINE);
         lines[0].0[PER_LINE - 1].store(1 << log2, Ordering::Relaxed);
-        Box::new(Self { lines, used: AtomicUsize::new(0), previous: AtomicPtr::new(ptr::null_mut()) })
+        Box::new(Self {
+            lines,
+            used: AtomicUsize::new(0),
+            previous: AtomicPtr::new(ptr::null_mut()),
+        })
     }
 
     fn len(&self) -> usize {
@@ -163,7 +174,10 @@ impl Table {
     pub(crate) fn view(&self) -> View<'_> {
         let first = NonNull::new(self.first()).expect("an entry is not at null");
         // INVARIANT: A line is an array of entries, without padding.
-        View { first, table: PhantomData }
+        View {
+            first,
+            table: PhantomData,
+        }
     }
 
     /// The first entry, as look-ups want it.
@@ -199,7 +213,10 @@ impl Table {
             if found == wanted {
                 break;
             }
-            assert!(found != 0, "a region is in the table under each of its granules");
+            assert!(
+                found != 0,
+                "a region is in the table under each of its granules"
+            );
             hole += 1;
         }
         let mut at = hole;
@@ -252,7 +269,9 @@ impl Tables {
         if let Some(previous) = self.newest() {
             table.take_over(previous);
         }
-        table.previous.store(self.0.load(Ordering::Relaxed), Ordering::Relaxed);
+        table
+            .previous
+            .store(self.0.load(Ordering::Relaxed), Ordering::Relaxed);
         let table = Box::into_raw(table);
         // INVARIANT: It is the newest now, and leads to the others.
         self.0.store(table, Ordering::Relaxed);
@@ -290,7 +309,9 @@ mod tests {
     fn what_was_entered_is_found_until_it_is_removed() {
         let table = Table::new(SMALLEST);
         // All of them want the same place or its neighbours, around the end of the table.
-        let hashes: Vec<u32> = (0..100).map(|n: u32| u32::MAX << 24 | (n % 7) << 22 | n).collect();
+        let hashes: Vec<u32> = (0..100)
+            .map(|n: u32| u32::MAX << 24 | (n % 7) << 22 | n)
+            .collect();
         for (region, hash) in (0..).zip(&hashes) {
             table.insert(*hash, region);
         }

@@ -74,7 +74,8 @@ impl Slot {
         // ORDER(cache-done): Release, and the Acquire in `is_free`: who finds this name has to know
         // that the lease before, whose end it overwrites, is over. A plain store breaks the release
         // sequence of `clear`.
-        self.0.store(name, unless("publish_relaxed", Ordering::Release));
+        self.0
+            .store(name, unless("publish_relaxed", Ordering::Release));
     }
 
     /// The name of the region, for who holds the lease.
@@ -115,7 +116,9 @@ impl Block {
         if self.slots[0].is_free() {
             return Some(&self.slots[0]);
         }
-        let slot = self.slots.get(self.cursor.load(Ordering::Relaxed) as usize)?;
+        let slot = self
+            .slots
+            .get(self.cursor.load(Ordering::Relaxed) as usize)?;
         slot.is_free().then_some(slot)
     }
 
@@ -156,7 +159,10 @@ impl Block {
         // ORDER: The mark before the look at a slot, for handlers on this thread: the compiler
         // alone could change the order.
         compiler_fence();
-        Some(Taking { block: self, before })
+        Some(Taking {
+            block: self,
+            before,
+        })
     }
 }
 
@@ -179,7 +185,9 @@ impl<'a> Taking<'a> {
     pub(crate) fn end(self, hit: bool) {
         // ORDER: The write to the slot before the mark goes, as in `begin`.
         compiler_fence();
-        self.block.hits.store(self.before + 2 * u64::from(hit), Ordering::Relaxed);
+        self.block
+            .hits
+            .store(self.before + 2 * u64::from(hit), Ordering::Relaxed);
     }
 }
 
@@ -193,7 +201,9 @@ fn compiler_fence() {
 impl Threads {
     /// Without slots there are no blocks, and every lease is counted in its region.
     pub(crate) fn new(slots: bool) -> Self {
-        Self { blocks: boxed(if slots { number::MAX } else { 0 }) }
+        Self {
+            blocks: boxed(if slots { number::MAX } else { 0 }),
+        }
     }
 
     /// This thread's block, if it has a number already.
@@ -216,7 +226,11 @@ impl Threads {
         for block in self.blocks.iter().take(number::high()) {
             for slot in &block.slots[..=block.last.load(Ordering::Relaxed) as usize] {
                 // ORDER(cache-done): Acquire, partner in `clear`.
-                if let Some(region) = slot.0.load(unless("each_relaxed", Ordering::Acquire)).checked_sub(1) {
+                if let Some(region) = slot
+                    .0
+                    .load(unless("each_relaxed", Ordering::Acquire))
+                    .checked_sub(1)
+                {
                     f(region);
                 }
             }
@@ -225,6 +239,10 @@ impl Threads {
 
     /// The hits of all threads so far.
     pub(crate) fn hits(&self) -> u64 {
-        self.blocks.iter().take(number::high()).map(|block| block.hits.load(Ordering::Relaxed) / 2).sum()
+        self.blocks
+            .iter()
+            .take(number::high())
+            .map(|block| block.hits.load(Ordering::Relaxed) / 2)
+            .sum()
     }
 }

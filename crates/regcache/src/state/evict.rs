@@ -12,23 +12,45 @@ impl State {
     /// SIEVE: the hand goes from the oldest to the newest, spares what was used since it came by,
     /// and stays where it found one that was not.
     pub(crate) fn evict(&mut self, index: &Index, options: &Options, size: u128) -> u64 {
-        let Some(table) = index.page.tables().newest() else { return 0 };
+        let Some(table) = index.page.tables().newest() else {
+            return 0;
+        };
         let (more_regions, more_bytes) = (options.max_regions / 64, options.max_bytes / 64);
         let wanted_regions = (self.regions + 1).saturating_sub(options.max_regions);
         let too_many = (self.bytes + size).saturating_sub(options.max_bytes.into());
-        let wanted_bytes = if within(self.bytes + size, options.max_bytes) { 0 } else { too_many };
-        let wanted_regions = if wanted_regions == 0 { 0 } else { wanted_regions.max(more_regions) };
-        let wanted_bytes = if wanted_bytes == 0 { 0 } else { wanted_bytes.max(more_bytes.into()) };
+        let wanted_bytes = if within(self.bytes + size, options.max_bytes) {
+            0
+        } else {
+            too_many
+        };
+        let wanted_regions = if wanted_regions == 0 {
+            0
+        } else {
+            wanted_regions.max(more_regions)
+        };
+        let wanted_bytes = if wanted_bytes == 0 {
+            0
+        } else {
+            wanted_bytes.max(more_bytes.into())
+        };
         self.evict_some(index, table, wanted_regions.into(), wanted_bytes)
     }
 
     /// Takes out as many regions as have `wanted` bytes together, at least one.
     pub(crate) fn evict_bytes(&mut self, index: &Index, wanted: u128) -> u64 {
-        let Some(table) = index.page.tables().newest() else { return 0 };
+        let Some(table) = index.page.tables().newest() else {
+            return 0;
+        };
         self.evict_some(index, table, 1, wanted)
     }
 
-    fn evict_some(&mut self, index: &Index, table: &Table, wanted_regions: u64, wanted_bytes: u128) -> u64 {
+    fn evict_some(
+        &mut self,
+        index: &Index,
+        table: &Table,
+        wanted_regions: u64,
+        wanted_bytes: u128,
+    ) -> u64 {
         // A hint only: what is leased would be out of the look-up and yet not give anything back.
         self.scan_leases(index);
         let (mut regions, mut freed) = (0, 0);
@@ -37,8 +59,14 @@ impl State {
             if regions >= wanted_regions && freed >= wanted_bytes {
                 break;
             }
-            let at = if self.hand != 0 { self.hand } else { self.live.tail };
-            let Some(region) = at.checked_sub(1) else { break };
+            let at = if self.hand != 0 {
+                self.hand
+            } else {
+                self.live.tail
+            };
+            let Some(region) = at.checked_sub(1) else {
+                break;
+            };
             if self.is_leased(index, region) || index.region(region).forget_visits() {
                 self.hand = self.entry(region).prev;
                 continue;

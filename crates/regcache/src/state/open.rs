@@ -18,7 +18,12 @@ pub(super) struct Open {
 
 impl Open {
     pub(super) fn new() -> Self {
-        Self { exact: [VaRange::ALL; EXACT], len: 0, others: 0, around: VaRange::ALL }
+        Self {
+            exact: [VaRange::ALL; EXACT],
+            len: 0,
+            others: 0,
+            around: VaRange::ALL,
+        }
     }
 
     pub(super) fn begin(&mut self, range: VaRange) {
@@ -26,14 +31,21 @@ impl Open {
             *place = range;
             self.len += 1;
         } else {
-            self.around = if self.others == 0 { range } else { self.around.hull(range) };
+            self.around = if self.others == 0 {
+                range
+            } else {
+                self.around.hull(range)
+            };
             self.others += 1;
         }
     }
 
     /// The end of one that began with the same range.
     pub(super) fn end(&mut self, range: VaRange) {
-        match self.exact[..self.len].iter().position(|open| *open == range) {
+        match self.exact[..self.len]
+            .iter()
+            .position(|open| *open == range)
+        {
             Some(at) => {
                 self.len -= 1;
                 self.exact[at] = self.exact[self.len];
@@ -44,7 +56,9 @@ impl Open {
 
     /// Whether one runs that is about `range`, or perhaps is.
     pub(super) fn overlaps(&self, range: VaRange) -> bool {
-        self.exact[..self.len].iter().any(|open| open.overlaps(range))
+        self.exact[..self.len]
+            .iter()
+            .any(|open| open.overlaps(range))
             || self.others != 0 && self.around.overlaps(range)
     }
 }

@@ -30,8 +30,17 @@ fn a_range_that_is_not_mapped_is_refused() {
     let (_mm, device, cache) = book(Options::new());
     device.registrar().unmap(pages(10, 1));
     let refused = cache.get(pages(8, 4)).unwrap_err();
-    assert!(matches!(refused, Error::NotMapped { source: Refusal::Unmapped, .. }));
-    assert_eq!(refused.to_string(), "register 0x8000-0xc000: not all of it is mapped");
+    assert!(matches!(
+        refused,
+        Error::NotMapped {
+            source: Refusal::Unmapped,
+            ..
+        }
+    ));
+    assert_eq!(
+        refused.to_string(),
+        "register 0x8000-0xc000: not all of it is mapped"
+    );
     assert_eq!(refused.source().unwrap().to_string(), "Unmapped");
     assert_eq!((cache.stats().regions, cache.stats().failed), (0, 1));
 }
@@ -39,7 +48,13 @@ fn a_range_that_is_not_mapped_is_refused() {
 #[test]
 fn a_registrar_that_fails_leaves_nothing_behind() {
     let (_mm, _device, cache) = book(Options::new());
-    assert!(matches!(cache.get(pages(666_666, 1)), Err(Error::Registrar { source: Refusal::Broken, .. })));
+    assert!(matches!(
+        cache.get(pages(666_666, 1)),
+        Err(Error::Registrar {
+            source: Refusal::Broken,
+            ..
+        })
+    ));
     assert_eq!((cache.stats().regions, cache.stats().bytes), (0, 0));
 }
 
@@ -65,7 +80,11 @@ impl Registrar for Panics {
     type Error = Refusal;
 
     fn register(&self, range: VaRange) -> Result<VaRange, Refusal> {
-        if self.in_cause { Err(Refusal::Broken) } else { Ok(range) }
+        if self.in_cause {
+            Err(Refusal::Broken)
+        } else {
+            Ok(range)
+        }
     }
 
     fn deregister(&self, range: VaRange) {
@@ -89,14 +108,32 @@ fn panics(registrar: Panics, options: Options) -> (MmWithUser, Device<Panics>, R
 fn a_panic_in_deregister_costs_one_region() {
     for all in [vec![0], vec![0, 1, 30, 63], (0..64).collect()] {
         let at = Mutex::new(all.iter().map(|n| pages(20 * n, 1)).collect());
-        let (_mm, device, cache) = panics(Panics { at, ..Panics::default() }, Options::new().max_regions(64));
-        let fill = |from: u64| (0..64).for_each(|n| drop(cache.get(pages(from + 20 * n, 1)).unwrap()));
+        let (_mm, device, cache) = panics(
+            Panics {
+                at,
+                ..Panics::default()
+            },
+            Options::new().max_regions(64),
+        );
+        let fill =
+            |from: u64| (0..64).for_each(|n| drop(cache.get(pages(from + 20 * n, 1)).unwrap()));
         fill(0);
-        assert!(catch_unwind(AssertUnwindSafe(|| cache.flush())).is_err(), "the caller hears of it");
-        assert_eq!(device.registrar().asked.lock().unwrap().len(), 64, "all were deregistered, or tried once");
+        assert!(
+            catch_unwind(AssertUnwindSafe(|| cache.flush())).is_err(),
+            "the caller hears of it"
+        );
+        assert_eq!(
+            device.registrar().asked.lock().unwrap().len(),
+            64,
+            "all were deregistered, or tried once"
+        );
         assert_eq!((cache.stats().regions, cache.stats().bytes), (0, 0));
         fill(100_000);
-        assert_eq!((cache.stats().live_regions, cache.stats().evicted), (64, 0), "every place is there again");
+        assert_eq!(
+            (cache.stats().live_regions, cache.stats().evicted),
+            (64, 0),
+            "every place is there again"
+        );
     }
 }
 
@@ -105,17 +142,32 @@ fn a_panic_in_deregister_costs_one_region() {
 #[test]
 fn a_panic_in_deregister_leaves_no_lease_behind() {
     let at = Mutex::new(vec![pages(1, 1)]);
-    let (_mm, device, cache) = panics(Panics { at, ..Panics::default() }, Options::new());
+    let (_mm, device, cache) = panics(
+        Panics {
+            at,
+            ..Panics::default()
+        },
+        Options::new(),
+    );
     drop(cache.get(pages(1, 1)).unwrap());
     assert!(catch_unwind(AssertUnwindSafe(|| drop(cache.get(pages(1, 2))))).is_err());
     cache.flush();
-    assert_eq!(*device.registrar().asked.lock().unwrap(), [pages(1, 1), pages(1, 2)]);
+    assert_eq!(
+        *device.registrar().asked.lock().unwrap(),
+        [pages(1, 1), pages(1, 2)]
+    );
     assert_eq!(cache.stats().regions, 0);
 }
 
 #[test]
 fn a_registrar_that_panics_over_its_own_error_leaves_nothing_behind() {
-    let (_mm, _device, cache) = panics(Panics { in_cause: true, ..Panics::default() }, Options::new());
+    let (_mm, _device, cache) = panics(
+        Panics {
+            in_cause: true,
+            ..Panics::default()
+        },
+        Options::new(),
+    );
     for _ in 0..3 {
         // The second one would wait for the first for ever.
         assert!(catch_unwind(AssertUnwindSafe(|| cache.get(pages(1, 1)).map(drop))).is_err());
@@ -129,14 +181,36 @@ fn a_registrar_that_panics_over_its_own_error_leaves_nothing_behind() {
 fn the_whole_address_space_is_too_large_for_any_limit() {
     for merge in [Merge::Never, Merge::Overlapping, Merge::Adjacent] {
         for max_bytes in [u64::MAX - 1, 1 << 40] {
-            let options = Options::new().merge(merge).max_bytes(max_bytes).max_region_bytes(u64::MAX);
+            let options = Options::new()
+                .merge(merge)
+                .max_bytes(max_bytes)
+                .max_region_bytes(u64::MAX);
             let (_mm, _device, cache) = counting(options);
             drop(cache.get(pages(1, 1)).unwrap());
             let refused = cache.get(VaRange::ALL).unwrap_err();
-            assert!(matches!(refused, Error::TooLarge { range: VaRange::ALL, .. }), "{refused:?}");
+            assert!(
+                matches!(
+                    refused,
+                    Error::TooLarge {
+                        range: VaRange::ALL,
+                        ..
+                    }
+                ),
+                "{refused:?}"
+            );
             let limit = format!("larger than the cache's limit of {max_bytes} bytes");
-            assert_eq!(refused.to_string(), format!("register 0x0-0x10000000000000000: {limit}"));
-            assert_eq!((cache.stats().live_regions, cache.stats().evicted, cache.stats().bytes), (1, 0, 4096));
+            assert_eq!(
+                refused.to_string(),
+                format!("register 0x0-0x10000000000000000: {limit}")
+            );
+            assert_eq!(
+                (
+                    cache.stats().live_regions,
+                    cache.stats().evicted,
+                    cache.stats().bytes
+                ),
+                (1, 0, 4096)
+            );
         }
     }
 }
@@ -147,13 +221,30 @@ fn without_a_limit_there_is_room_for_the_whole_address_space_beside_others() {
         let (mm, device, cache) = counting(Options::new().merge(merge));
         let [low, high] = [0, 1 << 51].map(|first| pages(first, 1 << 51));
         let leases = [low, high, VaRange::ALL].map(|range| cache.get(range).unwrap());
-        assert_eq!(leases.each_ref().map(|lease| lease.range()), [low, high, VaRange::ALL]);
-        assert_eq!(cache.stats().bytes, u64::MAX, "twice as much, and that is what can be said of it");
+        assert_eq!(
+            leases.each_ref().map(|lease| lease.range()),
+            [low, high, VaRange::ALL]
+        );
+        assert_eq!(
+            cache.stats().bytes,
+            u64::MAX,
+            "twice as much, and that is what can be said of it"
+        );
         drop(leases);
         drop(mm.invalidate(pages(1, 1), Event::Unmap));
         cache.flush();
-        assert_eq!((cache.stats().regions, cache.stats().bytes, cache.stats().live_bytes), (0, 0, 0));
-        assert_eq!((device.registrar().deregistered(), cache.stats().evicted), (3, 0));
+        assert_eq!(
+            (
+                cache.stats().regions,
+                cache.stats().bytes,
+                cache.stats().live_bytes
+            ),
+            (0, 0, 0)
+        );
+        assert_eq!(
+            (device.registrar().deregistered(), cache.stats().evicted),
+            (3, 0)
+        );
     }
 }
 
@@ -169,7 +260,10 @@ fn where_sums_do_not_fit_into_64_bits_the_limit_holds() {
             assert_eq!((cache.stats().regions, cache.stats().bytes), (1, 1 << 63));
         }
         let leased = cache.get(low).unwrap();
-        assert!(matches!(cache.get(high), Err(Error::Full { regions: 1, .. })), "it is leased");
+        assert!(
+            matches!(cache.get(high), Err(Error::Full { regions: 1, .. })),
+            "it is leased"
+        );
         drop(leased);
         assert_eq!(device.registrar().deregistered(), 2);
     }
@@ -180,5 +274,7 @@ fn stats_have_names() {
     let (_mm, _device, cache) = book(Options::new());
     drop(cache.get(pages(1, 1)).unwrap());
     let stats = cache.stats();
-    assert!(stats.metrics().contains(&("misses_total", 1)) && stats.to_string().contains("regions 1"));
+    assert!(
+        stats.metrics().contains(&("misses_total", 1)) && stats.to_string().contains("regions 1")
+    );
 }

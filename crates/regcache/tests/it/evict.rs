@@ -19,7 +19,10 @@ fn what_is_used_stays() {
     let stats = cache.stats();
     assert_eq!(stats.misses, 108, "none of the eight was evicted");
     assert!(stats.regions <= 10 && stats.evicted >= 98);
-    assert_eq!(device.registrar().registered() - device.registrar().deregistered(), stats.regions);
+    assert_eq!(
+        device.registrar().registered() - device.registrar().deregistered(),
+        stats.regions
+    );
 }
 
 #[test]
@@ -27,10 +30,17 @@ fn the_limit_of_bytes_is_kept() {
     let (_mm, device, cache) = book(Options::new().max_bytes(64 << 12));
     for region in 0..50 {
         drop(cache.get(pages(100 * region, 1 + region % 20)).unwrap());
-        let registered: u64 = device.registrar().ranges().iter().map(|range| range.pages()).sum();
+        let registered: u64 = device
+            .registrar()
+            .ranges()
+            .iter()
+            .map(|range| range.pages())
+            .sum();
         assert!(registered <= 64 && cache.stats().bytes == registered << 12);
     }
-    assert!(matches!(cache.get(pages(0, 65)), Err(Error::TooLarge { limit, .. }) if limit == 64 << 12));
+    assert!(
+        matches!(cache.get(pages(0, 65)), Err(Error::TooLarge { limit, .. }) if limit == 64 << 12)
+    );
 }
 
 #[test]
@@ -43,10 +53,23 @@ fn what_is_leased_is_not_evicted() {
     assert!(leases.iter().all(|lease| lease.is_current()));
     let third = cache.get(pages(7, 1)).unwrap();
     let refused = cache.get(pages(9, 1));
-    assert!(matches!(refused, Err(Error::Full { regions: 3, bytes: 12288, .. })), "{refused:?}");
+    assert!(
+        matches!(
+            refused,
+            Err(Error::Full {
+                regions: 3,
+                bytes: 12288,
+                ..
+            })
+        ),
+        "{refused:?}"
+    );
     drop(third);
     drop(cache.get(pages(9, 1)).unwrap());
-    assert_eq!(device.registrar().ranges(), [pages(1, 1), pages(5, 1), pages(9, 1)]);
+    assert_eq!(
+        device.registrar().ranges(),
+        [pages(1, 1), pages(5, 1), pages(9, 1)]
+    );
 }
 
 #[test]

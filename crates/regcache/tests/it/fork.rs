@@ -20,13 +20,26 @@ fn a_child_gets_an_error_and_deregisters_nothing() {
         // It takes no lock either, which a thread of the parent's may have held.
         let knows_nothing = cache.stats() == Stats::default();
         drop(cache);
-        knows_nothing && refused && !is_current && flushed == 0 && device.registrar().deregistered() == 0
+        knows_nothing
+            && refused
+            && !is_current
+            && flushed == 0
+            && device.registrar().deregistered() == 0
     };
-    let (clone, owned) = (cache.try_clone().unwrap(), cache.get_owned(pages(1, 1)).unwrap());
+    let (clone, owned) = (
+        cache.try_clone().unwrap(),
+        cache.get_owned(pages(1, 1)).unwrap(),
+    );
     assert!(in_child(|| child(clone, owned)));
     assert!(lease.is_current());
     drop(cache.get(pages(5, 1)).unwrap());
-    assert_eq!((device.registrar().registered(), device.registrar().deregistered()), (2, 0));
+    assert_eq!(
+        (
+            device.registrar().registered(),
+            device.registrar().deregistered()
+        ),
+        (2, 0)
+    );
 }
 
 #[test]

@@ -11,10 +11,17 @@ fn an_unleased_region_is_deregistered_before_the_memory_goes_away() {
     drop(cache.get(pages(10, 4)).unwrap());
     drop(cache.get(pages(20, 4)).unwrap());
     let bracket = mm.invalidate(pages(13, 1), Event::Unmap);
-    assert_eq!((device.registrar().deregistered(), cache.stats().invalidated), (1, 1));
+    assert_eq!(
+        (device.registrar().deregistered(), cache.stats().invalidated),
+        (1, 1)
+    );
     drop(bracket);
     drop(cache.get(pages(20, 4)).unwrap());
-    assert_eq!(device.registrar().registered(), 2, "the other one is still there");
+    assert_eq!(
+        device.registrar().registered(),
+        2,
+        "the other one is still there"
+    );
     drop(cache.get(pages(10, 4)).unwrap());
     assert_eq!(device.registrar().registered(), 3);
 }
@@ -24,7 +31,13 @@ fn a_registrar_that_must_not_run_in_callbacks_is_called_by_the_next_miss() {
     let (mm, device, cache) = book(Options::new());
     drop(cache.get(pages(10, 4)).unwrap());
     drop(mm.invalidate(pages(10, 1), Event::Unmap));
-    assert_eq!((device.registrar().ranges().len(), cache.stats().live_regions), (1, 0));
+    assert_eq!(
+        (
+            device.registrar().ranges().len(),
+            cache.stats().live_regions
+        ),
+        (1, 0)
+    );
     drop(cache.get(pages(50, 4)).unwrap());
     assert_eq!(device.registrar().ranges(), [pages(50, 4)]);
 }
@@ -32,7 +45,10 @@ fn a_registrar_that_must_not_run_in_callbacks_is_called_by_the_next_miss() {
 #[test]
 fn a_leased_region_leaves_the_look_up_at_once_and_is_deregistered_at_the_end() {
     let (mm, device, cache) = counting(Options::new());
-    let (one, two) = (cache.get(pages(10, 4)).unwrap(), cache.get(pages(11, 1)).unwrap());
+    let (one, two) = (
+        cache.get(pages(10, 4)).unwrap(),
+        cache.get(pages(11, 1)).unwrap(),
+    );
     assert!(one.is_current() && two.is_current());
     let bracket = mm.invalidate(pages(10, 1), Event::Unmap);
     assert!(!one.is_current() && !two.is_current());
@@ -56,7 +72,10 @@ fn what_is_asked_for_while_it_changes_is_not_put_into_the_look_up() {
     drop(bracket);
     assert_ne!(cache.get(pages(10, 4)).unwrap().handle(), inside.handle());
     drop(inside);
-    assert_eq!((device.registrar().deregistered(), cache.stats().collisions), (1, 1));
+    assert_eq!(
+        (device.registrar().deregistered(), cache.stats().collisions),
+        (1, 1)
+    );
 }
 
 #[test]
@@ -64,9 +83,15 @@ fn what_lies_between_two_changes_is_put_into_the_look_up() {
     let (mm, _device, cache) = counting(Options::new());
     let brackets = [10, 30].map(|page| mm.invalidate(pages(page, 1), Event::Clear));
     assert!(cache.get(pages(20, 1)).unwrap().is_current());
-    assert!(!cache.get(pages(10, 1)).unwrap().is_current() && !cache.get(pages(30, 1)).unwrap().is_current());
+    assert!(
+        !cache.get(pages(10, 1)).unwrap().is_current()
+            && !cache.get(pages(30, 1)).unwrap().is_current()
+    );
     drop(brackets);
-    assert!(cache.get(pages(10, 1)).unwrap().is_current() && cache.get(pages(30, 1)).unwrap().is_current());
+    assert!(
+        cache.get(pages(10, 1)).unwrap().is_current()
+            && cache.get(pages(30, 1)).unwrap().is_current()
+    );
 }
 
 #[test]
@@ -75,27 +100,48 @@ fn a_registration_that_an_invalidation_meets_is_tried_again() {
     let device = Device::new(Book::default(), Options::new());
     let cache = device.open(&mm).unwrap();
     let in_registrar = mm.clone();
-    device.registrar().during_next(move || drop(in_registrar.invalidate(pages(12, 1), Event::Unmap)));
+    device
+        .registrar()
+        .during_next(move || drop(in_registrar.invalidate(pages(12, 1), Event::Unmap)));
     let lease = cache.get(pages(10, 4)).unwrap();
     assert!(lease.is_current());
-    assert_eq!(*lease.handle(), 2, "the first registration may be of the old memory");
+    assert_eq!(
+        *lease.handle(),
+        2,
+        "the first registration may be of the old memory"
+    );
     let stats = cache.stats();
-    assert_eq!((stats.collisions, stats.registered, stats.deregistered, stats.misses), (1, 2, 1, 1));
+    assert_eq!(
+        (
+            stats.collisions,
+            stats.registered,
+            stats.deregistered,
+            stats.misses
+        ),
+        (1, 2, 1, 1)
+    );
 }
 
 #[test]
 fn an_invalidation_beside_a_registration_does_not_matter() {
     let (mm, device, cache) = book(Options::new());
     let in_registrar = mm.clone();
-    device.registrar().during_next(move || drop(in_registrar.invalidate(pages(14, 1), Event::Unmap)));
+    device
+        .registrar()
+        .during_next(move || drop(in_registrar.invalidate(pages(14, 1), Event::Unmap)));
     assert_eq!(*cache.get(pages(10, 4)).unwrap().handle(), 1);
 }
 
 #[test]
 fn every_kind_of_event_counts() {
     let (mm, _device, cache) = counting(Options::new());
-    let events =
-        [Event::Unmap, Event::Clear, Event::ProtectionVma, Event::ProtectionPage, Event::Migrate { owner: None }];
+    let events = [
+        Event::Unmap,
+        Event::Clear,
+        Event::ProtectionVma,
+        Event::ProtectionPage,
+        Event::Migrate { owner: None },
+    ];
     for event in events {
         let lease = cache.get(pages(10, 1)).unwrap();
         drop(mm.invalidate(pages(10, 1), event));
@@ -113,9 +159,16 @@ fn a_long_range_with_many_regions_is_cleared() {
         drop(cache.get(pages(region * 3, 1 + region % 2)).unwrap());
     }
     drop(mm.invalidate(pages(1, 2999), Event::Unmap));
-    assert_eq!(cache.stats().live_regions, 1001, "all from page 3000 on, and the one at page 0");
+    assert_eq!(
+        cache.stats().live_regions,
+        1001,
+        "all from page 3000 on, and the one at page 0"
+    );
     drop(mm.invalidate(VaRange::ALL, Event::Unmap));
-    assert_eq!((device.registrar().deregistered(), cache.stats().regions), (2000, 0));
+    assert_eq!(
+        (device.registrar().deregistered(), cache.stats().regions),
+        (2000, 0)
+    );
 }
 
 #[test]

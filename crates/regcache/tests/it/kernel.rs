@@ -17,7 +17,9 @@ fn opened(ring: usize) -> (Arc<Kernel>, Device<Book>, RegCache<Book>) {
 }
 
 fn change(kernel: &Kernel, range: VaRange) {
-    kernel.inject(range.start().get(), range.last().get() + 1).unwrap();
+    kernel
+        .inject(range.start().get(), range.last().get() + 1)
+        .unwrap();
 }
 
 #[test]
@@ -26,7 +28,10 @@ fn a_hit_is_not_served_after_the_kernel_has_begun_to_change_the_memory() {
         return;
     }
     let (kernel, _device, cache) = opened(1 << 16);
-    let (one, two) = (*cache.get(pages(10, 4)).unwrap().handle(), *cache.get(pages(1000, 4)).unwrap().handle());
+    let (one, two) = (
+        *cache.get(pages(10, 4)).unwrap().handle(),
+        *cache.get(pages(1000, 4)).unwrap().handle(),
+    );
     assert_eq!(*cache.get(pages(10, 4)).unwrap().handle(), one);
     change(&kernel, pages(11, 1));
     assert_ne!(*cache.get(pages(10, 4)).unwrap().handle(), one);
@@ -40,7 +45,9 @@ fn a_change_during_the_registration_is_noticed() {
         return;
     }
     let (kernel, device, cache) = opened(1 << 16);
-    device.registrar().during_next(move || change(&kernel, pages(11, 1)));
+    device
+        .registrar()
+        .during_next(move || change(&kernel, pages(11, 1)));
     let lease = cache.get(pages(10, 4)).unwrap();
     assert!(lease.is_current());
     assert_eq!((*lease.handle(), cache.stats().collisions), (2, 1));
@@ -76,7 +83,10 @@ fn lost_events_drop_everything_and_are_counted() {
     drop(held);
     drop(cache.get(pages(5000, 1)).unwrap());
     let stats = cache.stats();
-    assert!(!lease.is_current() && stats.lost == kernel.lost() && stats.live_regions == 1, "{stats}");
+    assert!(
+        !lease.is_current() && stats.lost == kernel.lost() && stats.live_regions == 1,
+        "{stats}"
+    );
     drop(lease);
     assert_eq!(device.registrar().ranges(), [pages(5000, 1)]);
     assert!(slow.unregister().is_ok());
@@ -89,7 +99,10 @@ fn a_cache_of_a_parent_is_refused_in_its_child() {
     }
     let (_kernel, _device, cache) = opened(1 << 16);
     drop(cache.get(pages(10, 4)).unwrap());
-    assert!(testkit::in_child(|| matches!(cache.get(pages(10, 4)), Err(Error::Forked))));
+    assert!(testkit::in_child(|| matches!(
+        cache.get(pages(10, 4)),
+        Err(Error::Forked)
+    )));
 }
 
 /// As daemons do.
@@ -99,16 +112,24 @@ fn a_program_that_closes_every_descriptor_is_served_nothing_stale() {
         return;
     }
     assert!(testkit::in_child(|| {
-        let device = Device::new(Book::default(), Options::new().kernel(Kernel::start().unwrap()));
+        let device = Device::new(
+            Book::default(),
+            Options::new().kernel(Kernel::start().unwrap()),
+        );
         let cache = device.open(&mmu_source::current()).unwrap();
-        let (read_write, private) =
-            (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_POPULATE);
+        let (read_write, private) = (
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_POPULATE,
+        );
         // SAFETY: takes a new place for a page.
         let page = unsafe { libc::mmap(ptr::null_mut(), 4096, read_write, private, -1, 0) };
         assert_ne!(page, libc::MAP_FAILED);
         let range = VaRange::covering(Va::new(page.addr() as u64), 1).unwrap();
-        // SAFETY: takes integers. This child needs no descriptor.
-        assert_eq!(unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, 0) }, 0);
+        assert_eq!(
+            // SAFETY: takes integers. This child needs no descriptor.
+            unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, 0) },
+            0
+        );
         // The parent of this child changes memory at the same addresses, which are needless misses:
         // once more, then.
         (0..100).any(|_| {
@@ -116,7 +137,11 @@ fn a_program_that_closes_every_descriptor_is_served_nothing_stale() {
             let is_hit = *cache.get(range).unwrap().handle() == one;
             // SAFETY: nothing refers to the page made above.
             assert_eq!(unsafe { libc::madvise(page, 4096, libc::MADV_DONTNEED) }, 0);
-            assert_ne!(*cache.get(range).unwrap().handle(), one, "the page is another one");
+            assert_ne!(
+                *cache.get(range).unwrap().handle(),
+                one,
+                "the page is another one"
+            );
             is_hit
         })
     }));
@@ -132,8 +157,14 @@ impl Notifier for Asks {
     fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
         if range.range() == pages(7777, 1) {
             let asked = self.cache.get(pages(10, 4));
-            let refused = matches!(asked, Err(Error::Source { source: mmu_source::Error::InCallback { .. } }));
-            self.refused.fetch_add(u64::from(refused), Ordering::Relaxed);
+            let refused = matches!(
+                asked,
+                Err(Error::Source {
+                    source: mmu_source::Error::InCallback { .. }
+                })
+            );
+            self.refused
+                .fetch_add(u64::from(refused), Ordering::Relaxed);
         }
     }
 }
@@ -144,7 +175,10 @@ fn a_miss_in_a_callback_of_the_source_is_refused_instead_of_waiting_for_itself()
         return;
     }
     let (kernel, device, cache) = opened(1 << 16);
-    let asks = Asks { cache: cache.try_clone().unwrap(), refused: AtomicU64::new(0) };
+    let asks = Asks {
+        cache: cache.try_clone().unwrap(),
+        refused: AtomicU64::new(0),
+    };
     let asks = Registration::new(&mmu_source::current(), asks).unwrap();
     let armed = kernel.arm(pages(7777, 1)).unwrap();
     let in_registrar = Arc::clone(&kernel);
@@ -165,5 +199,10 @@ fn a_cache_for_another_address_space_is_refused() {
     }
     let (_kernel, device, _cache) = opened(1 << 16);
     let refused = device.open(&mmu_notifier::MmWithUser::new());
-    assert!(matches!(refused, Err(Error::Open { source: mmu_notifier::GetError::Alloc(_) })));
+    assert!(matches!(
+        refused,
+        Err(Error::Open {
+            source: mmu_notifier::GetError::Alloc(_)
+        })
+    ));
 }

@@ -10,17 +10,41 @@ fn a_hit_is_any_region_that_covers_the_range() {
     let whole = cache.get(pages(100, 600)).unwrap();
     for (first, count) in [(100, 1), (100, 600), (699, 1), (350, 17)] {
         let lease = cache.get(pages(first, count)).unwrap();
-        assert_eq!((lease.range(), lease.handle()), (pages(100, 600), whole.handle()));
+        assert_eq!(
+            (lease.range(), lease.handle()),
+            (pages(100, 600), whole.handle())
+        );
     }
     assert_eq!(device.registrar().registered(), 1);
     let stats = cache.stats();
-    assert_eq!((stats.hits, stats.misses, stats.live_regions, stats.live_bytes), (4, 1, 1, 600 << 12));
+    assert_eq!(
+        (
+            stats.hits,
+            stats.misses,
+            stats.live_regions,
+            stats.live_bytes
+        ),
+        (4, 1, 1, 600 << 12)
+    );
 }
 
 #[test]
 fn regions_of_all_sizes_are_found_side_by_side() {
     let (_mm, device, cache) = counting(Options::new());
-    let sizes = [1, 3, 8, 9, 64, 100, 511, 512, 5000, 1 << 18, 1 << 30, 1 << 40];
+    let sizes = [
+        1,
+        3,
+        8,
+        9,
+        64,
+        100,
+        511,
+        512,
+        5000,
+        1 << 18,
+        1 << 30,
+        1 << 40,
+    ];
     let mut first = 1;
     let regions = sizes.map(|size| {
         first += 2 * size;
@@ -30,8 +54,18 @@ fn regions_of_all_sizes_are_found_side_by_side() {
         drop(cache.get(region).unwrap());
     }
     for region in regions {
-        for at in [region.start(), Va::new(region.start().get() / 2 + region.last().get() / 2), region.last()] {
-            assert_eq!(cache.get(VaRange::covering(at, 1).unwrap()).unwrap().range(), region);
+        for at in [
+            region.start(),
+            Va::new(region.start().get() / 2 + region.last().get() / 2),
+            region.last(),
+        ] {
+            assert_eq!(
+                cache
+                    .get(VaRange::covering(at, 1).unwrap())
+                    .unwrap()
+                    .range(),
+                region
+            );
         }
     }
     assert_eq!(device.registrar().registered(), regions.len() as u64);
@@ -42,10 +76,23 @@ fn the_whole_address_space_can_be_a_region() {
     let (mm, device, cache) = counting(Options::new());
     let all = cache.get(VaRange::ALL).unwrap();
     assert_eq!(cache.get(pages(5, 1)).unwrap().range(), VaRange::ALL);
-    assert_eq!(cache.get(VaRange::covering(Va::new(u64::MAX), 1).unwrap()).unwrap().range(), VaRange::ALL);
+    assert_eq!(
+        cache
+            .get(VaRange::covering(Va::new(u64::MAX), 1).unwrap())
+            .unwrap()
+            .range(),
+        VaRange::ALL
+    );
     drop(all);
     drop(mm.invalidate(pages(77, 1), Event::Clear));
-    assert_eq!((device.registrar().deregistered(), cache.stats().regions, cache.stats().bytes), (1, 0, 0));
+    assert_eq!(
+        (
+            device.registrar().deregistered(),
+            cache.stats().regions,
+            cache.stats().bytes
+        ),
+        (1, 0, 0)
+    );
 }
 
 #[test]
@@ -78,7 +125,10 @@ fn an_owned_lease_keeps_the_cache() {
     let lease = cache.get_owned(pages(1, 1)).unwrap();
     drop(cache);
     device.synchronize().unwrap();
-    assert_eq!((device.registrar().ranges().len(), lease.get().range()), (1, pages(1, 1)));
+    assert_eq!(
+        (device.registrar().ranges().len(), lease.get().range()),
+        (1, pages(1, 1))
+    );
     std::thread::spawn(move || drop(lease)).join().unwrap();
     device.synchronize().unwrap();
     assert!(device.registrar().ranges().is_empty());
@@ -87,13 +137,24 @@ fn an_owned_lease_keeps_the_cache() {
 #[test]
 fn more_leases_than_a_thread_has_slots_keep_their_regions() {
     let (mm, device, cache) = counting(Options::new());
-    let leases: Vec<_> = (0..1000).map(|n| cache.get(pages(10 * (n % 500), 1)).unwrap()).collect();
+    let leases: Vec<_> = (0..1000)
+        .map(|n| cache.get(pages(10 * (n % 500), 1)).unwrap())
+        .collect();
     drop(mm.invalidate(VaRange::ALL, Event::Unmap));
-    assert_eq!((device.registrar().deregistered(), cache.stats().live_regions), (0, 0));
+    assert_eq!(
+        (
+            device.registrar().deregistered(),
+            cache.stats().live_regions
+        ),
+        (0, 0)
+    );
     // In an order that mixes those in slots with the others.
     for (at, lease) in leases.into_iter().enumerate().rev() {
         drop(lease);
-        assert_eq!(device.registrar().deregistered(), 500_u64.saturating_sub(at as u64));
+        assert_eq!(
+            device.registrar().deregistered(),
+            500_u64.saturating_sub(at as u64)
+        );
     }
 }
 
@@ -135,8 +196,16 @@ fn get_for_leases_the_pages_of_a_buffer() {
     let (_mm, _device, cache) = counting(Options::new());
     let buffer = vec![0_u32; 5000];
     let lease = cache.get_for(&buffer).unwrap();
-    assert!(lease.range().contains(Va::new(buffer.as_ptr().addr() as u64)));
-    assert!(lease.range().contains(Va::new(buffer.as_ptr().addr() as u64 + 19_999)));
+    assert!(
+        lease
+            .range()
+            .contains(Va::new(buffer.as_ptr().addr() as u64))
+    );
+    assert!(
+        lease
+            .range()
+            .contains(Va::new(buffer.as_ptr().addr() as u64 + 19_999))
+    );
 }
 
 #[test]
@@ -147,7 +216,11 @@ fn get_owned_for_leases_the_pages_of_a_buffer_and_keeps_the_cache() {
     assert_eq!(lease.get().range(), VaRange::of(&buffer).unwrap());
     drop(cache);
     device.synchronize().unwrap();
-    assert_eq!(device.registrar().deregistered(), 0, "the lease keeps the cache");
+    assert_eq!(
+        device.registrar().deregistered(),
+        0,
+        "the lease keeps the cache"
+    );
     drop(lease);
     device.synchronize().unwrap();
     assert_eq!(device.registrar().deregistered(), 1);

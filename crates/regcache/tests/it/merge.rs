@@ -19,7 +19,10 @@ fn overlapping_requests_become_one_region() {
 
 #[test]
 fn neighbours_are_merged_if_asked_for() {
-    for (merge, expected) in [(Merge::Overlapping, pages(20, 10)), (Merge::Adjacent, pages(10, 30))] {
+    for (merge, expected) in [
+        (Merge::Overlapping, pages(20, 10)),
+        (Merge::Adjacent, pages(10, 30)),
+    ] {
         let (_mm, _device, cache) = book(Options::new().merge(merge));
         drop(cache.get(pages(10, 10)).unwrap());
         drop(cache.get(pages(30, 10)).unwrap());
@@ -65,8 +68,16 @@ fn a_region_that_is_leased_stays_until_its_lease_ends_when_it_is_replaced() {
 fn merging_stops_at_the_limit() {
     let (_mm, _device, cache) = book(Options::new().max_region_bytes(16 << 12));
     drop(cache.get(pages(10, 10)).unwrap());
-    assert_eq!(cache.get(pages(15, 12)).unwrap().range(), pages(15, 12), "17 pages would be too many");
-    assert_eq!(cache.get(pages(14, 3)).unwrap().range(), pages(10, 10), "covered");
+    assert_eq!(
+        cache.get(pages(15, 12)).unwrap().range(),
+        pages(15, 12),
+        "17 pages would be too many"
+    );
+    assert_eq!(
+        cache.get(pages(14, 3)).unwrap().range(),
+        pages(10, 10),
+        "covered"
+    );
 }
 
 #[test]
@@ -84,7 +95,10 @@ fn what_cannot_be_registered_with_its_neighbour_is_registered_alone() {
     drop(cache.get(pages(10, 10)).unwrap());
     device.registrar().break_over(11);
     assert_eq!(cache.get(pages(18, 4)).unwrap().range(), pages(18, 4));
-    assert!(cache.get(pages(18, 13)).is_err(), "what is too large alone is too large");
+    assert!(
+        cache.get(pages(18, 13)).is_err(),
+        "what is too large alone is too large"
+    );
 }
 
 /// What the fuzz does. Numbers of leases and brackets are taken modulo how many there are.
@@ -162,7 +176,11 @@ impl Naive {
         if let Some(found) = self.live.iter().find(|region| covers(**region, request)) {
             return *found;
         }
-        let merge = if wrong == Wrong::MergesNeighbours { Merge::Adjacent } else { merge };
+        let merge = if wrong == Wrong::MergesNeighbours {
+            Merge::Adjacent
+        } else {
+            merge
+        };
         let (mut region, mut rest) = (request, self.live.clone());
         while merge != Merge::Never
             && let Some(at) = rest.iter().position(|other| touches(*other, region, merge))
@@ -172,7 +190,9 @@ impl Naive {
                 break;
             }
         }
-        if wrong == Wrong::FindsWhatIsChanging || !self.open.iter().any(|open| open.overlaps(region)) {
+        if wrong == Wrong::FindsWhatIsChanging
+            || !self.open.iter().any(|open| open.overlaps(region))
+        {
             if wrong != Wrong::KeepsWhatIsReplaced {
                 self.live = rest;
             }
@@ -183,7 +203,11 @@ impl Naive {
 
     /// What is registered, in order.
     fn registered(&self, wrong: Wrong) -> Vec<VaRange> {
-        let mut leased = if wrong == Wrong::ForgetsLeases { Vec::new() } else { self.leased.clone() };
+        let mut leased = if wrong == Wrong::ForgetsLeases {
+            Vec::new()
+        } else {
+            self.leased.clone()
+        };
         leased.sort();
         leased.dedup();
         // Those that are found are in the other list.
@@ -227,13 +251,17 @@ fn check(ops: &[Op], merge: Merge, wrong: Wrong) -> Result<(), TestCaseError> {
             Op::Invalidate(first, count) => {
                 drop(mm.invalidate(pages(first, count), Event::Unmap));
                 if wrong != Wrong::KeepsWhatIsInvalidated {
-                    naive.live.retain(|region| !region.overlaps(pages(first, count)));
+                    naive
+                        .live
+                        .retain(|region| !region.overlaps(pages(first, count)));
                 }
             }
             Op::Begin(first, count) => {
                 brackets.push(mm.invalidate(pages(first, count), Event::Unmap));
                 naive.open.push(pages(first, count));
-                naive.live.retain(|region| !region.overlaps(pages(first, count)));
+                naive
+                    .live
+                    .retain(|region| !region.overlaps(pages(first, count)));
             }
             Op::Finish(number) if !brackets.is_empty() => {
                 let number = number % brackets.len();
@@ -256,7 +284,10 @@ fn check(ops: &[Op], merge: Merge, wrong: Wrong) -> Result<(), TestCaseError> {
         prop_assert_eq!(registered, expected);
         let stats = cache.stats();
         let bytes: u64 = naive.live.iter().map(|region| region.pages() << 12).sum();
-        prop_assert_eq!((stats.live_regions, stats.live_bytes), (naive.live.len() as u64, bytes));
+        prop_assert_eq!(
+            (stats.live_regions, stats.live_bytes),
+            (naive.live.len() as u64, bytes)
+        );
         for (lease, (_, range)) in leases.iter().zip(&naive.leased) {
             prop_assert_eq!(lease.range(), *range, "what is leased stays");
         }
@@ -281,11 +312,18 @@ fn the_fuzz_finds_out_who_is_wrong() {
         Wrong::ForgetsLeases,
     ];
     for wrong in wrongs {
-        let config =
-            ProptestConfig { cases: 100, max_shrink_iters: 0, failure_persistence: None, ..Default::default() };
+        let config = ProptestConfig {
+            cases: 100,
+            max_shrink_iters: 0,
+            failure_persistence: None,
+            ..Default::default()
+        };
         let mut runner = TestRunner::new(config);
         let result = runner.run(&ops(), |ops| check(&ops, Merge::Overlapping, wrong));
-        assert!(matches!(result, Err(TestError::Fail(..))), "{wrong:?} goes unnoticed");
+        assert!(
+            matches!(result, Err(TestError::Fail(..))),
+            "{wrong:?} goes unnoticed"
+        );
     }
 }
 

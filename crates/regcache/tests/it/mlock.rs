@@ -7,7 +7,10 @@ use regcache::{Device, Error, Merge, Mlock, Options};
 /// Which of the pages of a buffer are locked, by the kernel's account: kilobytes of its mapping.
 fn locked_kb() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmLck:")).unwrap();
+    let line = status
+        .lines()
+        .find(|line| line.starts_with("VmLck:"))
+        .unwrap();
     line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
@@ -21,7 +24,10 @@ fn a_page_stays_locked_until_its_last_region_goes() {
     let device = Device::new(Mlock::new(), Options::new().merge(Merge::Never));
     let cache = device.open(&mmu_source::current()).unwrap();
     let buffer = vec![1_u8; 40 * 4096];
-    let (one, two) = (cache.get(range(&buffer, 0, 10)).unwrap(), cache.get(range(&buffer, 5, 10)).unwrap());
+    let (one, two) = (
+        cache.get(range(&buffer, 0, 10)).unwrap(),
+        cache.get(range(&buffer, 5, 10)).unwrap(),
+    );
     assert_eq!((device.registrar().locked_pages(), locked_kb()), (15, 60));
     drop(one);
     cache.flush();
@@ -36,7 +42,10 @@ fn a_range_that_is_a_hole_is_refused_at_once() {
     let mm = MmWithUser::new();
     let cache = device.open(&mm).unwrap();
     let refused = cache.get(VaRange::ALL).map(drop);
-    assert!(matches!(refused, Err(Error::NotMapped { .. })), "{refused:?}");
+    assert!(
+        matches!(refused, Err(Error::NotMapped { .. })),
+        "{refused:?}"
+    );
     assert_eq!(device.registrar().locked_pages(), 0);
 }
 
@@ -45,7 +54,10 @@ fn a_range_that_cannot_be_locked_is_refused() {
     let device = Device::new(Mlock::new(), Options::new());
     let cache = device.open(&mmu_source::current()).unwrap();
     let refused = cache.get(pages(1, 1));
-    assert!(matches!(refused, Err(Error::NotMapped { .. })), "{refused:?}");
+    assert!(
+        matches!(refused, Err(Error::NotMapped { .. })),
+        "{refused:?}"
+    );
     assert_eq!(device.registrar().locked_pages(), 0);
 }
 
@@ -55,12 +67,21 @@ fn limit_locked_memory(bytes: u64) {
     // __user_cap_data_struct`.
     let header = [0x2008_0522_u32, 0];
     let mut sets = [[0_u32; 3]; 2];
-    // SAFETY: The call fills in two structs of three words.
-    assert_eq!(unsafe { libc::syscall(libc::SYS_capget, header.as_ptr(), sets.as_mut_ptr()) }, 0);
+    assert_eq!(
+        // SAFETY: The call fills in two structs of three words.
+        unsafe { libc::syscall(libc::SYS_capget, header.as_ptr(), sets.as_mut_ptr()) },
+        0
+    );
     sets[0].iter_mut().for_each(|set| *set &= !(1 << 14));
-    // SAFETY: The call reads them.
-    assert_eq!(unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()) }, 0);
-    let limit = libc::rlimit { rlim_cur: bytes, rlim_max: bytes };
+    assert_eq!(
+        // SAFETY: The call reads them.
+        unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()) },
+        0
+    );
+    let limit = libc::rlimit {
+        rlim_cur: bytes,
+        rlim_max: bytes,
+    };
     // SAFETY: The call reads a struct.
     assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &limit) }, 0);
 }
@@ -79,7 +100,11 @@ fn at_the_limit_of_locked_memory_something_is_evicted_or_the_error_says_so() {
         let stats = cache.stats();
         let refused = cache.get(range(&buffer, 60, 8));
         leased.is_current()
-            && (stats.evicted, stats.failed, device.registrar().locked_pages()) == (1, 1, 11)
+            && (
+                stats.evicted,
+                stats.failed,
+                device.registrar().locked_pages(),
+            ) == (1, 1, 11)
             && matches!(refused, Err(Error::LimitReached { .. }))
             && fits.is_current()
     }));

@@ -66,7 +66,10 @@ fn a_signal_handlers_lease_is_kept_and_its_end_is_seen() {
         return;
     }
     assert!(in_child(|| {
-        let (mm, device) = (MmWithUser::new(), Device::new(Counting::default(), Options::new()));
+        let (mm, device) = (
+            MmWithUser::new(),
+            Device::new(Counting::default(), Options::new()),
+        );
         assert!(CACHE.set(device.open(&mm).unwrap()).is_ok());
         let (cache, counts) = (CACHE.get().unwrap(), device.registrar());
         let registered = || counts.registered() - counts.deregistered();
@@ -82,9 +85,14 @@ fn a_signal_handlers_lease_is_kept_and_its_end_is_seen() {
                     drop(mm.invalidate(pages(20, 1), Event::Unmap));
                     cache.flush();
                     // SAFETY: the step says that it is not the handler's.
-                    let stale = unsafe { (*KEPT.0.get()).as_ref() }.is_some_and(|lease| !lease.is_current());
+                    let stale = unsafe { (*KEPT.0.get()).as_ref() }
+                        .is_some_and(|lease| !lease.is_current());
                     assert!(stale, "the lease does not know what has happened");
-                    assert_eq!(registered(), 1, "deregistered under a lease, or registered without one");
+                    assert_eq!(
+                        registered(),
+                        1,
+                        "deregistered under a lease, or registered without one"
+                    );
                     STEP.store(END, Ordering::Relaxed);
                     // The handler interrupts the work under the lock, and there the end waits for
                     // another's question.
@@ -158,11 +166,17 @@ fn a_lease_that_is_ended_later_is_deregistered_by_the_next_scan() {
     let (mm, device, cache) = counting(Options::new());
     assert!(cache.get_cached(pages(10, 1)).is_none() && device.registrar().registered() == 0);
     drop(cache.get(pages(10, 1)).unwrap());
-    let lease = cache.get_cached(pages(10, 1)).expect("it is in the look-up");
+    let lease = cache
+        .get_cached(pages(10, 1))
+        .expect("it is in the look-up");
     drop(mm.invalidate(pages(10, 1), Event::Unmap));
     assert!(!lease.is_current() && cache.get_cached(pages(10, 1)).is_none());
     lease.end_later();
-    assert_eq!(device.registrar().deregistered(), 0, "the registrar was called");
+    assert_eq!(
+        device.registrar().deregistered(),
+        0,
+        "the registrar was called"
+    );
     cache.reap();
     assert_eq!(device.registrar().deregistered(), 1);
 }
@@ -172,7 +186,10 @@ fn a_request_that_would_wait_for_its_own_thread_is_refused() {
     assert!(in_child(|| {
         // SAFETY: no preconditions. A hang need not take two minutes.
         unsafe { libc::alarm(20) };
-        let (mm, device) = (MmWithUser::new(), Device::new(Book::default(), Options::new()));
+        let (mm, device) = (
+            MmWithUser::new(),
+            Device::new(Book::default(), Options::new()),
+        );
         let cache = device.open(&mm).unwrap();
         let (same, other) = (cache.try_clone().unwrap(), cache.try_clone().unwrap());
         static ANSWERS: AtomicU64 = AtomicU64::new(0);
@@ -188,7 +205,10 @@ fn a_request_that_would_wait_for_its_own_thread_is_refused() {
 
 #[test]
 fn a_nested_request_that_needs_a_larger_table_is_refused() {
-    let (mm, device) = (MmWithUser::new(), Device::new(Book::default(), Options::new()));
+    let (mm, device) = (
+        MmWithUser::new(),
+        Device::new(Book::default(), Options::new()),
+    );
     let cache = device.open(&mm).unwrap();
     let same = cache.try_clone().unwrap();
     static REFUSED: AtomicU64 = AtomicU64::new(0);
@@ -205,5 +225,8 @@ fn a_nested_request_that_needs_a_larger_table_is_refused() {
     drop(cache.get(pages(10, 4)).unwrap());
     let refused = REFUSED.load(Ordering::Relaxed);
     assert!(refused > 1000, "some were registered before");
-    assert!(cache.get(pages(refused, 1)).is_ok(), "outside it is not refused");
+    assert!(
+        cache.get(pages(refused, 1)).is_ok(),
+        "outside it is not refused"
+    );
 }

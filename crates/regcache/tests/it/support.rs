@@ -53,7 +53,14 @@ impl std::error::Error for Refusal {}
 impl Book {
     /// The ranges that are registered, in order.
     pub(crate) fn ranges(&self) -> Vec<VaRange> {
-        let mut ranges: Vec<_> = self.pages.lock().unwrap().registered.values().copied().collect();
+        let mut ranges: Vec<_> = self
+            .pages
+            .lock()
+            .unwrap()
+            .registered
+            .values()
+            .copied()
+            .collect();
         ranges.sort();
         ranges
     }
@@ -94,13 +101,22 @@ impl Registrar for Book {
             during();
         }
         let mut pages = self.pages.lock().unwrap();
-        if range == super::support::pages(666_666, 1) || pages.most.is_some_and(|most| range.pages() > most) {
+        if range == super::support::pages(666_666, 1)
+            || pages.most.is_some_and(|most| range.pages() > most)
+        {
             return Err(Refusal::Broken);
         }
-        if pages.unmapped.iter().any(|unmapped| unmapped.overlaps(range)) {
+        if pages
+            .unmapped
+            .iter()
+            .any(|unmapped| unmapped.overlaps(range))
+        {
             return Err(Refusal::Unmapped);
         }
-        if pages.limit.is_some_and(|limit| pages.registered.len() >= limit) {
+        if pages
+            .limit
+            .is_some_and(|limit| pages.registered.len() >= limit)
+        {
             return Err(Refusal::Limit);
         }
         pages.next += 1;

@@ -77,9 +77,16 @@ fn a_registrar_that_panics_while_a_registration_is_undone_leaves_its_place_to_ot
     let (mm, device, cache) = book(Options::new().max_regions(1));
     let here = mm.clone();
     // The memory changes while it is being registered, and what was registered cannot be undone.
-    device.registrar().during_next(move || drop(here.invalidate(pages(1, 1), Event::Unmap)));
+    device
+        .registrar()
+        .during_next(move || drop(here.invalidate(pages(1, 1), Event::Unmap)));
     device.registrar().at_next_end(|| panic!("as tests do"));
-    assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| cache.get(pages(1, 1)).map(drop))).is_err());
+    assert!(
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| cache
+            .get(pages(1, 1))
+            .map(drop)))
+        .is_err()
+    );
     assert_eq!(cache.get(pages(5, 1)).unwrap().range(), pages(5, 1));
 }
 
@@ -97,7 +104,10 @@ fn a_request_waits_for_a_place_in_which_another_thread_is_registering() {
         }
         go_on.send(()).unwrap();
         // The other's lease may not have ended by the time this looks again.
-        assert!(matches!(other.join().unwrap(), Ok(_) | Err(Error::Full { .. })));
+        assert!(matches!(
+            other.join().unwrap(),
+            Ok(_) | Err(Error::Full { .. })
+        ));
         assert_ne!(cache.stats().waits, 0, "it did not wait");
     });
 }
@@ -111,7 +121,13 @@ fn threads_come_and_go_and_their_slots_are_used_again() {
         });
     }
     drop(mm.invalidate(VaRange::ALL, Event::Unmap));
-    assert_eq!((device.registrar().registered(), device.registrar().deregistered()), (7, 7));
+    assert_eq!(
+        (
+            device.registrar().registered(),
+            device.registrar().deregistered()
+        ),
+        (7, 7)
+    );
 }
 
 /// Leases, merges, evictions and invalidations against each other; every lease finds its range
@@ -119,7 +135,12 @@ fn threads_come_and_go_and_their_slots_are_used_again() {
 #[test]
 fn a_lease_never_shows_a_range_that_is_not_registered() {
     for merge in [Merge::Never, Merge::Overlapping, Merge::Adjacent] {
-        let (mm, device, cache) = book(Options::new().merge(merge).max_regions(40).max_region_bytes(32 << 12));
+        let (mm, device, cache) = book(
+            Options::new()
+                .merge(merge)
+                .max_regions(40)
+                .max_region_bytes(32 << 12),
+        );
         let (stop, gets) = (AtomicBool::new(false), AtomicU64::new(0));
         let line = Barrier::new(3);
         thread::scope(|scope| {
@@ -135,9 +156,15 @@ fn a_lease_never_shows_a_range_that_is_not_registered() {
                         let range = pages(random % 100 * 2, 1 + (random >> 32) % 5);
                         let lease = cache.get(range).unwrap();
                         let registered = lease.range();
-                        assert!(registered.start() <= range.start() && range.last() <= registered.last());
+                        assert!(
+                            registered.start() <= range.start()
+                                && range.last() <= registered.last()
+                        );
                         if random.is_multiple_of(16) {
-                            assert!(device.registrar().ranges().contains(&registered), "{registered} is leased");
+                            assert!(
+                                device.registrar().ranges().contains(&registered),
+                                "{registered} is leased"
+                            );
                         }
                         gets.fetch_add(1, Ordering::Relaxed);
                     }
@@ -155,6 +182,9 @@ fn a_lease_never_shows_a_range_that_is_not_registered() {
         cache.flush();
         assert!(device.registrar().ranges().is_empty(), "nothing is leaked");
         let stats = cache.stats();
-        assert_eq!((stats.regions, stats.bytes, stats.registered), (0, 0, stats.deregistered));
+        assert_eq!(
+            (stats.regions, stats.bytes, stats.registered),
+            (0, 0, stats.deregistered)
+        );
     }
 }

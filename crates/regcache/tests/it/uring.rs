@@ -15,7 +15,10 @@ struct Pages(*mut u8, usize);
 
 impl Pages {
     fn new(pages: usize) -> Self {
-        let (access, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        let (access, kind) = (
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+        );
         // SAFETY: The kernel chooses a place where nothing is.
         let place = unsafe { libc::mmap(std::ptr::null_mut(), pages * PAGE, access, kind, -1, 0) };
         assert_ne!(place, libc::MAP_FAILED);
@@ -35,8 +38,16 @@ impl Pages {
     fn replace(&self) {
         let kind = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
         // SAFETY: The range is ours, and nobody has a reference to it.
-        let place =
-            unsafe { libc::mmap(self.0.cast(), self.1 * PAGE, libc::PROT_READ | libc::PROT_WRITE, kind, -1, 0) };
+        let place = unsafe {
+            libc::mmap(
+                self.0.cast(),
+                self.1 * PAGE,
+                libc::PROT_READ | libc::PROT_WRITE,
+                kind,
+                -1,
+                0,
+            )
+        };
         assert_eq!(place.cast(), self.0);
     }
 }
@@ -70,7 +81,13 @@ fn file(pages: usize, byte: u8) -> File {
 fn read(ring: &mut IoUring, cache: &RegCache<Uring>, file: &File, buffer: &Pages) -> i32 {
     let lease = cache.get(buffer.range()).unwrap();
     let len = (buffer.1 * PAGE) as u32;
-    let read = opcode::ReadFixed::new(types::Fd(file.as_raw_fd()), buffer.0, len, lease.buf_index()).offset(0);
+    let read = opcode::ReadFixed::new(
+        types::Fd(file.as_raw_fd()),
+        buffer.0,
+        len,
+        lease.buf_index(),
+    )
+    .offset(0);
     // SAFETY: The buffer and the lease live until the request has completed, below.
     unsafe { ring.submission().push(&read.build()).unwrap() };
     ring.submit_and_wait(1).unwrap();
@@ -86,7 +103,10 @@ fn transfers_go_through_the_slot_of_the_lease() {
     let buffers = [Pages::new(1), Pages::new(3), Pages::new(32)];
     for round in 1..4 {
         for buffer in &buffers {
-            assert_eq!(read(&mut ring, &cache, &file(32, round), buffer), (buffer.1 * PAGE) as i32);
+            assert_eq!(
+                read(&mut ring, &cache, &file(32, round), buffer),
+                (buffer.1 * PAGE) as i32
+            );
             assert!(buffer.bytes().iter().all(|byte| *byte == round));
         }
     }
@@ -104,12 +124,19 @@ fn what_was_remapped_is_registered_afresh() {
     let buffer = Pages::new(4);
     read(&mut ring, &cache, &file(4, 7), &buffer);
     mmu_source::current().with_invalidation(buffer.range(), Event::Unmap, |_| {
-        assert_eq!(cache.stats().regions, 0, "deregistered before the memory goes away");
+        assert_eq!(
+            cache.stats().regions,
+            0,
+            "deregistered before the memory goes away"
+        );
         buffer.replace();
     });
     assert_eq!(buffer.bytes()[0], 0);
     read(&mut ring, &cache, &file(4, 8), &buffer);
-    assert!(buffer.bytes().iter().all(|byte| *byte == 8), "the data went to the new pages");
+    assert!(
+        buffer.bytes().iter().all(|byte| *byte == 8),
+        "the data went to the new pages"
+    );
 }
 
 #[test]
@@ -119,15 +146,27 @@ fn a_slot_is_not_used_again_while_its_lease_lasts() {
     }
     let (_ring, _device, cache) = ring();
     let buffers: Vec<_> = (0..9).map(|_| Pages::new(1)).collect();
-    let leases: Vec<_> = buffers[..8].iter().map(|buffer| cache.get(buffer.range()).unwrap()).collect();
+    let leases: Vec<_> = buffers[..8]
+        .iter()
+        .map(|buffer| cache.get(buffer.range()).unwrap())
+        .collect();
     cache.flush();
     let mut slots: Vec<_> = leases.iter().map(|lease| lease.buf_index()).collect();
     slots.sort_unstable();
     assert_eq!(slots, [0, 1, 2, 3, 4, 5, 6, 7]);
-    assert!(matches!(cache.get(buffers[8].range()), Err(Error::Full { regions: 8, .. })));
+    assert!(matches!(
+        cache.get(buffers[8].range()),
+        Err(Error::Full { regions: 8, .. })
+    ));
     let mut leases = leases.into_iter();
     let freed = leases.next().map(|lease| lease.buf_index());
-    assert_eq!(cache.get_owned(buffers[8].range()).ok().map(|lease| lease.buf_index()), freed);
+    assert_eq!(
+        cache
+            .get_owned(buffers[8].range())
+            .ok()
+            .map(|lease| lease.buf_index()),
+        freed
+    );
 }
 
 #[test]
@@ -151,14 +190,20 @@ fn rings() -> Vec<i32> {
     let is_ring = |entry: &std::fs::DirEntry| {
         std::fs::read_link(entry.path()).is_ok_and(|to| to.ends_with("anon_inode:[io_uring]"))
     };
-    entries.filter(is_ring).filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
+    entries
+        .filter(is_ring)
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .collect()
 }
 
 /// Puts `other` over the registrar's descriptor: does it know, and leave `other` alone?
 fn leaves_alone(other: i32) -> bool {
     let before = rings();
     let (_ring, device, cache) = ring();
-    let kept: Vec<i32> = rings().into_iter().filter(|number| !before.contains(number)).collect();
+    let kept: Vec<i32> = rings()
+        .into_iter()
+        .filter(|number| !before.contains(number))
+        .collect();
     let ours = kept.into_iter().max().unwrap();
     let (old, new) = (Pages::new(1), Pages::new(1));
     let lease = cache.get(old.range()).unwrap();
@@ -169,8 +214,12 @@ fn leaves_alone(other: i32) -> bool {
         // SAFETY: as above.
         assert_eq!(unsafe { libc::dup2(other, ours) }, ours);
     }
-    let refused = cache.get(new.range()).expect_err("it is not the ring's any more");
-    let refused = std::error::Error::source(&refused).map(ToString::to_string).unwrap_or_default();
+    let refused = cache
+        .get(new.range())
+        .expect_err("it is not the ring's any more");
+    let refused = std::error::Error::source(&refused)
+        .map(ToString::to_string)
+        .unwrap_or_default();
     // What the memory was is not served, though the ring keeps it.
     drop(mmu_source::current().invalidate(old.range(), Event::Unmap));
     let is_stale = lease.is_current() || cache.get(old.range()).is_ok();
@@ -190,7 +239,9 @@ fn a_descriptor_that_is_not_the_rings_any_more_is_left_alone() {
     }
     // In children: other tests' rings come and go.
     assert!(testkit::in_child(|| leaves_alone(-1)));
-    assert!(testkit::in_child(|| leaves_alone(file(1, b'x').as_raw_fd())));
+    assert!(testkit::in_child(|| leaves_alone(
+        file(1, b'x').as_raw_fd()
+    )));
     assert!(testkit::in_child(|| {
         let other = IoUring::new(8).unwrap();
         // Nothing was registered with it, or this would be refused.

@@ -28,7 +28,15 @@ fn full() {
     fence(Ordering::SeqCst);
 }
 
-#[cfg(all(not(mmun_loom), not(miri), any(target_arch = "x86_64", target_arch = "aarch64", target_arch = "riscv64")))]
+#[cfg(all(
+    not(mmun_loom),
+    not(miri),
+    any(
+        target_arch = "x86_64",
+        target_arch = "aarch64",
+        target_arch = "riscv64"
+    )
+))]
 mod imp {
     use super::{FULL_FENCES, Ordering, fence};
     use crate::raw::die;
@@ -73,8 +81,14 @@ mod imp {
         // and this may run inside an allocator.
         let refused = unsafe { !libc::getenv(c"SRCU_NO_MEMBARRIER".as_ptr()).is_null() };
         let supported = libc::c_long::from(libc::MEMBARRIER_CMD_PRIVATE_EXPEDITED);
-        let answer = if refused { 0 } else { membarrier(libc::MEMBARRIER_CMD_QUERY) };
-        answer > 0 && answer & supported != 0 && membarrier(libc::MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED) == 0
+        let answer = if refused {
+            0
+        } else {
+            membarrier(libc::MEMBARRIER_CMD_QUERY)
+        };
+        answer > 0
+            && answer & supported != 0
+            && membarrier(libc::MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED) == 0
     }
 
     /// The grace period's half.
@@ -91,8 +105,10 @@ mod imp {
                 std::thread::yield_now();
             }
             // Readers already rely on it, so there is no way back to real fences.
-            die("membarrier was granted at first and is refused now (a seccomp filter installed late?); \
-                 set SRCU_NO_MEMBARRIER=1");
+            die(
+                "membarrier was granted at first and is refused now (a seccomp filter installed late?); \
+                 set SRCU_NO_MEMBARRIER=1",
+            );
         }
         // ORDER(srcu-enter, srcu-wake): The fall-back's side of the pairs named at the callers.
         fence(Ordering::SeqCst);
@@ -102,7 +118,11 @@ mod imp {
 #[cfg(not(all(
     not(mmun_loom),
     not(miri),
-    any(target_arch = "x86_64", target_arch = "aarch64", target_arch = "riscv64")
+    any(
+        target_arch = "x86_64",
+        target_arch = "aarch64",
+        target_arch = "riscv64"
+    )
 )))]
 mod imp {
     use super::{FULL_FENCES, Ordering, fence};

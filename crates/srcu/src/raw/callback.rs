@@ -44,7 +44,11 @@ unsafe impl Send for Head {}
 impl Head {
     /// A head that is not queued.
     pub const fn new() -> Self {
-        Self { next: Cell::new(None), newer: Cell::new(None), function: Cell::new(None) }
+        Self {
+            next: Cell::new(None),
+            newer: Cell::new(None),
+            function: Cell::new(None),
+        }
     }
 }
 
@@ -140,7 +144,10 @@ impl Srcu {
 fn debug_assert_not_queued(head: NonNull<Head>) {
     // SAFETY: The head must be valid: their promise.
     let idle = unsafe { head.as_ref() }.function.get().is_none();
-    debug_assert!(idle, "a callback's head was queued again before its function was called");
+    debug_assert!(
+        idle,
+        "a callback's head was queued again before its function was called"
+    );
 }
 
 /// Queues a head; says whether the queue was empty, in which case the caller must `schedule` the
@@ -150,7 +157,8 @@ fn debug_assert_not_queued(head: NonNull<Head>) {
 /// As for [`Srcu::call_raw`].
 unsafe fn push(state: &State, head: NonNull<Head>, function: Function) -> bool {
     // SAFETY: The caller's promise is passed on.
-    unsafe { push_if(&state.pending.queue, head, function, |_| true) }.is_some_and(|newest| newest.is_null())
+    unsafe { push_if(&state.pending.queue, head, function, |_| true) }
+        .is_some_and(|newest| newest.is_null())
 }
 
 /// Queues a head if the queue is not empty; says whether it did. Then the queue, which may be gone,
@@ -158,7 +166,11 @@ unsafe fn push(state: &State, head: NonNull<Head>, function: Function) -> bool {
 ///
 /// # Safety
 /// As for [`Srcu::call_raw`], if it returns true.
-unsafe fn push_behind(queue: &sync::AtomicPtr<Head>, head: NonNull<Head>, function: Function) -> bool {
+unsafe fn push_behind(
+    queue: &sync::AtomicPtr<Head>,
+    head: NonNull<Head>,
+    function: Function,
+) -> bool {
     // SAFETY: The caller's promise is passed on.
     unsafe { push_if(queue, head, function, |newest| !newest.is_null()) }.is_some()
 }
@@ -186,7 +198,12 @@ unsafe fn push_if(
         // ORDER(srcu-queue): Release for the head and for all that happened before the call.
         // Partner: the Acquire in `Batch::fill`. Model: loom
         // `a_barrier_waits_for_the_calls_of_both_threads`.
-        match queue.compare_exchange_weak(newest, head.as_ptr(), Ordering::Release, Ordering::Relaxed) {
+        match queue.compare_exchange_weak(
+            newest,
+            head.as_ptr(),
+            Ordering::Release,
+            Ordering::Relaxed,
+        ) {
             Ok(_) => return Some(newest),
             Err(newer) => newest = newer,
         }
@@ -210,7 +227,10 @@ pub(crate) fn push_boxed<F: FnOnce() + Send + 'static>(state: &State, f: F) -> b
         let boxed = unsafe { Box::from_raw(head.cast::<Boxed<F>>().as_ptr()) };
         (boxed.f)();
     }
-    let boxed = NonNull::from(Box::leak(Box::new(Boxed { head: Head::new(), f })));
+    let boxed = NonNull::from(Box::leak(Box::new(Boxed {
+        head: Head::new(),
+        f,
+    })));
     // SAFETY: The box is leaked until `call`, no other code knows it, and `F: Send + 'static` may
     // be called anywhere later.
     unsafe { push(state, boxed.cast(), call::<F>) }
@@ -237,7 +257,10 @@ pub(crate) struct Batch {
 }
 
 impl Batch {
-    #[expect(clippy::declare_interior_mutable_const, reason = "the seed of each batch")]
+    #[expect(
+        clippy::declare_interior_mutable_const,
+        reason = "the seed of each batch"
+    )]
     pub(super) const EMPTY: Batch = Batch {
         newest: AtomicPtr::new(ptr::null_mut()),
         oldest: AtomicPtr::new(ptr::null_mut()),
@@ -271,7 +294,10 @@ impl Batch {
             // ORDER(srcu-queue): Acquire, partner in `push`. Release: a thread that reads our null
             // also sees `busy` set, ORDER(srcu-busy). It also keeps the store to `newest` in front,
             // for a child.
-            if queue.compare_exchange(newest, ptr::null_mut(), Ordering::AcqRel, Ordering::Relaxed).is_ok() {
+            if queue
+                .compare_exchange(newest, ptr::null_mut(), Ordering::AcqRel, Ordering::Relaxed)
+                .is_ok()
+            {
                 break;
             }
         }
@@ -292,7 +318,10 @@ impl Batch {
         }
         // ORDER(srcu-fork): Release: a child that finds this finds the links.
         // INVARIANT: All of them are linked.
-        self.oldest.store(newer.map_or(ptr::null_mut(), NonNull::as_ptr), Ordering::Release);
+        self.oldest.store(
+            newer.map_or(ptr::null_mut(), NonNull::as_ptr),
+            Ordering::Release,
+        );
     }
 
     /// In the child of a fork: takes up a `fill` that was under way.
@@ -310,7 +339,10 @@ impl Batch {
                 return;
             };
             // SAFETY: The head must be valid and ours: module invariant.
-            queued = unsafe { head.as_ref() }.next.get().map_or(ptr::null_mut(), NonNull::as_ptr);
+            queued = unsafe { head.as_ref() }
+                .next
+                .get()
+                .map_or(ptr::null_mut(), NonNull::as_ptr);
         }
         // Still in the queue: nothing was taken.
         self.newest.store(ptr::null_mut(), Ordering::Relaxed);
@@ -318,7 +350,9 @@ impl Batch {
 
     /// Calls the oldest. Its grace period has passed.
     pub(super) fn run_one(&self, state: &State) {
-        let Some(head) = NonNull::new(self.oldest.load(Ordering::Relaxed)) else { return };
+        let Some(head) = NonNull::new(self.oldest.load(Ordering::Relaxed)) else {
+            return;
+        };
         let function = {
             // SAFETY: The head must be valid and ours: module invariant. The reference ends before
             // the call.
@@ -330,7 +364,10 @@ impl Batch {
             // INVARIANT: `newest` went before the last of `oldest`.
             // ORDER(srcu-fork): Release and the fence keep it so for a child, which must
             // find a head either here with its function, or not at all.
-            self.oldest.store(newer.map_or(ptr::null_mut(), NonNull::as_ptr), Ordering::Release);
+            self.oldest.store(
+                newer.map_or(ptr::null_mut(), NonNull::as_ptr),
+                Ordering::Release,
+            );
             compiler_fence(Ordering::SeqCst);
             head.function.take().expect("queued with a function")
         };
@@ -373,7 +410,8 @@ fn report(payload: Box<dyn Any + Send>) {
         }
         drop(payload);
     }));
-    let dropped = reported.or_else(|payload| panic::catch_unwind(AssertUnwindSafe(|| drop(payload))));
+    let dropped =
+        reported.or_else(|payload| panic::catch_unwind(AssertUnwindSafe(|| drop(payload))));
     if let Err(payload) = dropped {
         // Drops that panic with what panics when dropped could go on for ever.
         std::mem::forget(payload);

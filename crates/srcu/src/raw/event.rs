@@ -16,12 +16,19 @@ pub(crate) struct Event {
 impl Event {
     #[cfg(not(mmun_loom))]
     pub(crate) const fn new() -> Self {
-        Self { count: AtomicU32::new(0), sleepers: AtomicU32::new(0) }
+        Self {
+            count: AtomicU32::new(0),
+            sleepers: AtomicU32::new(0),
+        }
     }
 
     #[cfg(mmun_loom)]
     pub(crate) fn new() -> Self {
-        Self { count: AtomicU32::new(0), sleepers: AtomicU32::new(0), kernel: model::Kernel::default() }
+        Self {
+            count: AtomicU32::new(0),
+            sleepers: AtomicU32::new(0),
+            kernel: model::Kernel::default(),
+        }
     }
 
     pub(crate) fn now(&self) -> u32 {
@@ -71,7 +78,10 @@ impl Event {
         self.sleepers.fetch_add(1, Ordering::Relaxed);
         // ORDER(srcu-sleep): As in `wait`.
         fence(Ordering::SeqCst);
-        let limit = libc::timespec { tv_sec: 0, tv_nsec: nanoseconds };
+        let limit = libc::timespec {
+            tv_sec: 0,
+            tv_nsec: nanoseconds,
+        };
         futex_wait_until(&self.count, seen, Some(&limit));
         self.sleepers.fetch_sub(1, Ordering::Relaxed);
     }
@@ -124,7 +134,12 @@ mod model {
         pub(super) fn sleep(&self, seen: u32) {
             let bucket = self.kernel.bucket.lock().expect("models do not poison");
             if self.count.load(Ordering::Relaxed) == seen {
-                drop(self.kernel.queue.wait(bucket).expect("models do not poison"));
+                drop(
+                    self.kernel
+                        .queue
+                        .wait(bucket)
+                        .expect("models do not poison"),
+                );
             }
         }
 

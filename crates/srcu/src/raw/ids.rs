@@ -84,10 +84,18 @@ fn claim() -> Place {
     let mut cursor = CURSOR.lock();
     let high = HIGH.load(Ordering::Relaxed);
     let start = if high <= PROBES { 0 } else { *cursor };
-    let dead = (0..high.min(PROBES)).map(|probe| (start + probe) % high).find(|id| try_own(mutex(*id)));
+    let dead = (0..high.min(PROBES))
+        .map(|probe| (start + probe) % high)
+        .find(|id| try_own(mutex(*id)));
     let id = dead.unwrap_or_else(|| add(high));
-    *cursor = if high <= PROBES { 0 } else { (start + PROBES) % high };
-    let Some(place) = Place::of(id) else { die("more threads than Linux can have") };
+    *cursor = if high <= PROBES {
+        0
+    } else {
+        (start + PROBES) % high
+    };
+    let Some(place) = Place::of(id) else {
+        die("more threads than Linux can have")
+    };
     // INVARIANT: `try_own` locked the mutex of `id` for this thread.
     PLACE.set(place.to_word());
     place
@@ -113,7 +121,9 @@ fn add(high: usize) -> usize {
 
 fn mutex(id: usize) -> *mut Mutex {
     let (bucket, at) = place::split(id);
-    let Some(chunk) = CHUNKS.get(bucket) else { die("more threads than Linux can have") };
+    let Some(chunk) = CHUNKS.get(bucket) else {
+        die("more threads than Linux can have")
+    };
     // SAFETY: The offset must stay within the allocation: `add` maps room for all numbers of a
     // bucket, and every caller has a number that `add` has been called for.
     unsafe { chunk.load(Ordering::Relaxed).add(at) }
@@ -124,7 +134,9 @@ fn init(mutex: *mut Mutex) {
     // SAFETY: Needs a place for an attribute object.
     unsafe { libc::pthread_mutexattr_init(robust.as_mut_ptr()) };
     // SAFETY: Needs an initialized attribute object: from the line above.
-    let refused = unsafe { libc::pthread_mutexattr_setrobust(robust.as_mut_ptr(), libc::PTHREAD_MUTEX_ROBUST) };
+    let refused = unsafe {
+        libc::pthread_mutexattr_setrobust(robust.as_mut_ptr(), libc::PTHREAD_MUTEX_ROBUST)
+    };
     // SAFETY: Needs a place for a mutex that is not in use: its number is not given out, or this is
     // the only thread of a forked child, in which all other owners are gone.
     let failed = unsafe { libc::pthread_mutex_init(mutex, robust.as_ptr()) };

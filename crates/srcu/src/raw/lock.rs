@@ -31,13 +31,20 @@ mod real {
 
     impl<T> Lock<T> {
         pub(crate) const fn new(value: T) -> Self {
-            Self { word: AtomicU32::new(FREE), value: UnsafeCell::new(value) }
+            Self {
+                word: AtomicU32::new(FREE),
+                value: UnsafeCell::new(value),
+            }
         }
 
         pub(crate) fn lock(&self) -> LockGuard<'_, T> {
             // ORDER(srcu-lock): Acquire on every way in, Release on the way out: holders see each
             // other's writes.
-            if self.word.compare_exchange(FREE, HELD, Ordering::Acquire, Ordering::Relaxed).is_err() {
+            if self
+                .word
+                .compare_exchange(FREE, HELD, Ordering::Acquire, Ordering::Relaxed)
+                .is_err()
+            {
                 self.lock_contended();
             }
             LockGuard { lock: self }

@@ -69,7 +69,10 @@ fn cut() -> NonNull<u8> {
     if next % PIECE == 0 {
         // Twice the size holds an aligned piece; what is left over is never touched and so costs no
         // memory.
-        next = map(2 * PIECE).as_ptr().expose_provenance().next_multiple_of(PIECE);
+        next = map(2 * PIECE)
+            .as_ptr()
+            .expose_provenance()
+            .next_multiple_of(PIECE);
     }
     NEXT.store(next + PAGE, Ordering::Relaxed);
     NonNull::new(ptr::with_exposed_provenance_mut(next)).expect("mapped memory is not at zero")
@@ -77,9 +80,21 @@ fn cut() -> NonNull<u8> {
 
 /// Fresh zeroed memory.
 pub(super) fn map(bytes: usize) -> NonNull<u8> {
-    let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    let (protection, flags) = (
+        libc::PROT_READ | libc::PROT_WRITE,
+        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+    );
     // SAFETY: A new anonymous mapping at an address of the kernel's choice disturbs nothing.
-    let at = unsafe { libc::mmap(ptr::null_mut(), bytes, protection, flags | libc::MAP_NORESERVE, -1, 0) };
+    let at = unsafe {
+        libc::mmap(
+            ptr::null_mut(),
+            bytes,
+            protection,
+            flags | libc::MAP_NORESERVE,
+            -1,
+            0,
+        )
+    };
     match NonNull::new(at.cast()) {
         Some(at) if at.as_ptr() != libc::MAP_FAILED.cast() => at,
         _ => die("out of memory for the counters of a thread"),

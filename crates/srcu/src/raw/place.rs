@@ -21,17 +21,24 @@ pub(crate) struct Place {
 }
 
 impl Place {
-    pub(crate) const NONE: Place = Place { bucket: BUCKETS as u32, offset: 0 };
+    pub(crate) const NONE: Place = Place {
+        bucket: BUCKETS as u32,
+        offset: 0,
+    };
 
     pub(crate) fn of(id: usize) -> Option<Place> {
         let (bucket, at) = split(id);
         let offset = u32::try_from(at * size_of::<Slot>()).ok()?;
-        (bucket < BUCKETS).then_some(Place { bucket: bucket as u32, offset })
+        (bucket < BUCKETS).then_some(Place {
+            bucket: bucket as u32,
+            offset,
+        })
     }
 
     /// The number that [`of`](Self::of) was given.
     pub(crate) fn id(self) -> usize {
-        (0..self.bucket as usize).map(slots_in).sum::<usize>() + self.offset as usize / size_of::<Slot>()
+        (0..self.bucket as usize).map(slots_in).sum::<usize>()
+            + self.offset as usize / size_of::<Slot>()
     }
 
     pub(crate) const fn to_word(self) -> u64 {
@@ -41,7 +48,10 @@ impl Place {
     /// The place whose [`to_word`](Self::to_word) it is.
     #[inline(always)]
     pub(crate) const fn from_word(word: u64) -> Self {
-        Self { bucket: word as u32, offset: (word >> 32) as u32 }
+        Self {
+            bucket: word as u32,
+            offset: (word >> 32) as u32,
+        }
     }
 }
 
@@ -52,11 +62,18 @@ pub(crate) fn split(id: usize) -> (usize, usize) {
     }
     let shifted = id - INLINE + SECOND;
     let power = shifted.ilog2();
-    ((power - SECOND.ilog2() + 1) as usize, shifted - (1 << power))
+    (
+        (power - SECOND.ilog2() + 1) as usize,
+        shifted - (1 << power),
+    )
 }
 
 pub(crate) fn slots_in(bucket: usize) -> usize {
-    if bucket == 0 { INLINE } else { SECOND << (bucket - 1) }
+    if bucket == 0 {
+        INLINE
+    } else {
+        SECOND << (bucket - 1)
+    }
 }
 
 #[cfg(test)]

@@ -59,7 +59,10 @@ pub(crate) fn schedule(state: &State) {
         state.pending.next.store(latest, Ordering::Relaxed);
         let this = ptr::from_ref(state).cast_mut();
         // ORDER(srcu-inbox): Release for the link. Partner: the Acquire in `take`.
-        match inbox.pushed.compare_exchange_weak(latest, this, Ordering::Release, Ordering::Relaxed) {
+        match inbox
+            .pushed
+            .compare_exchange_weak(latest, this, Ordering::Release, Ordering::Relaxed)
+        {
             Ok(_) => break,
             Err(later) => latest = later,
         }
@@ -85,7 +88,10 @@ impl Inbox {
         }
         let first = NonNull::new(self.taken.load(Ordering::Relaxed))?;
         // SAFETY: As above.
-        let next = unsafe { first.as_ref() }.pending.next.load(Ordering::Relaxed);
+        let next = unsafe { first.as_ref() }
+            .pending
+            .next
+            .load(Ordering::Relaxed);
         self.taken.store(next, Ordering::Relaxed);
         Some(first)
     }
@@ -169,20 +175,27 @@ pub(crate) fn is_idle(state: &State) -> bool {
 }
 
 #[cfg(not(mmun_loom))]
-pub(crate) use thread::{adopt, after_fork, barrier, start, start_if_inherited, start_unless_forked};
+pub(crate) use thread::{
+    adopt, after_fork, barrier, start, start_if_inherited, start_unless_forked,
+};
 #[cfg(not(mmun_loom))]
 use thread::{inbox, pause};
 
 #[cfg(not(mmun_loom))]
 mod thread {
-    use super::{AtomicPtr, Event, Inbox, NonNull, Ordering, State, current, is_idle, ptr, schedule, turn};
+    use super::{
+        AtomicPtr, Event, Inbox, NonNull, Ordering, State, current, is_idle, ptr, schedule, turn,
+    };
     use crate::raw::callback::push_boxed;
     use crate::raw::thread::Thread;
     use std::sync::Arc;
     use std::sync::atomic::{AtomicBool, AtomicU8};
 
-    static INBOX: Inbox =
-        Inbox { pushed: AtomicPtr::new(ptr::null_mut()), taken: AtomicPtr::new(ptr::null_mut()), event: Event::new() };
+    static INBOX: Inbox = Inbox {
+        pushed: AtomicPtr::new(ptr::null_mut()),
+        taken: AtomicPtr::new(ptr::null_mut()),
+        event: Event::new(),
+    };
 
     /// 1. `NEVER` started; 2. `STARTING`, by a thread that is at it; 3. `RUNNING`; 4. `GONE`: this
     ///    is the child of a fork.
@@ -238,7 +251,8 @@ mod thread {
 
     /// Starts the reclaimer in the child of a fork that inherited something to do.
     pub(crate) fn start_if_inherited() {
-        if STATUS.load(Ordering::Relaxed) == GONE && !INBOX.pushed.load(Ordering::Relaxed).is_null() {
+        if STATUS.load(Ordering::Relaxed) == GONE && !INBOX.pushed.load(Ordering::Relaxed).is_null()
+        {
             start();
         }
     }
@@ -247,7 +261,10 @@ mod thread {
     fn start_from(status: u8) {
         // A state and not a lock: starting a thread allocates, and what that sets off may come here
         // again.
-        if STATUS.compare_exchange(status, STARTING, Ordering::Relaxed, Ordering::Relaxed).is_err() {
+        if STATUS
+            .compare_exchange(status, STARTING, Ordering::Relaxed, Ordering::Relaxed)
+            .is_err()
+        {
             return;
         }
         match Thread::spawn(c"srcu-reclaimer", || run()) {
@@ -278,13 +295,17 @@ mod thread {
             return true;
         }
         start();
-        let waiter =
-            Arc::new(Waiter { event: Event::new(), done: AtomicBool::new(false), last: AtomicBool::new(false) });
+        let waiter = Arc::new(Waiter {
+            event: Event::new(),
+            done: AtomicBool::new(false),
+            last: AtomicBool::new(false),
+        });
         let (callback, domain) = (Arc::clone(&waiter), Domain(NonNull::from(state)));
         let first = push_boxed(state, move || {
             // A callback runs in the reclaimer, so it may look at the batch.
             let state = domain.get();
-            let last = state.updater.batch.is_empty() && state.pending.queue.load(Ordering::Relaxed).is_null();
+            let last = state.updater.batch.is_empty()
+                && state.pending.queue.load(Ordering::Relaxed).is_null();
             callback.last.store(last, Ordering::Relaxed);
             // ORDER(srcu-barrier): Release for what the callbacks before this one did. Partner: the
             // Acquire below.
@@ -371,7 +392,12 @@ mod model {
     impl Inbox {
         pub(crate) fn new() -> Self {
             let null = || AtomicPtr::new(ptr::null_mut());
-            Self { pushed: null(), taken: null(), event: Event::new(), acting: Lock::new(()) }
+            Self {
+                pushed: null(),
+                taken: null(),
+                event: Event::new(),
+                acting: Lock::new(()),
+            }
         }
     }
 

@@ -27,7 +27,10 @@ impl Counters {
     pub(crate) fn enter(&self, bank: usize) {
         let count = &self.lock[bank & 1];
         // Relaxed: what follows is ordered by the caller's fence, ORDER(srcu-enter).
-        count.store(count.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
+        count.store(
+            count.load(Ordering::Relaxed).wrapping_add(1),
+            Ordering::Relaxed,
+        );
     }
 
     #[inline(always)]
@@ -36,7 +39,11 @@ impl Counters {
         // ORDER(srcu-leave): Release: every access of the section happens before a grace period
         // that counts this end goes past it. Partner: the Acquire in `unlocked`. If it were weaker,
         // a free could overtake a read. Model: loom `free_waits_for_reader`.
-        let order = if mutant("unlock_relaxed") { Ordering::Relaxed } else { Ordering::Release };
+        let order = if mutant("unlock_relaxed") {
+            Ordering::Relaxed
+        } else {
+            Ordering::Release
+        };
         count.store(count.load(Ordering::Relaxed).wrapping_add(1), order);
     }
 
@@ -54,7 +61,9 @@ impl Counters {
     /// counters.
     pub(crate) fn depth(&self) -> usize {
         let open = |bank: usize| {
-            self.lock[bank].load(Ordering::Relaxed).wrapping_sub(self.unlock[bank].load(Ordering::Relaxed))
+            self.lock[bank]
+                .load(Ordering::Relaxed)
+                .wrapping_sub(self.unlock[bank].load(Ordering::Relaxed))
         };
         open(0).wrapping_add(open(1))
     }
@@ -73,6 +82,9 @@ impl Counters {
     #[cfg(mmun_loom)]
     pub(crate) fn new() -> Self {
         let zeros = || [AtomicUsize::new(0), AtomicUsize::new(0)];
-        Self { lock: zeros(), unlock: zeros() }
+        Self {
+            lock: zeros(),
+            unlock: zeros(),
+        }
     }
 }

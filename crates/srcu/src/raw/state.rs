@@ -257,7 +257,10 @@ mod pool {
         slots: [Slot; place::INLINE],
     }
 
-    const _: () = assert!(size_of::<Page>() == pages::PAGE, "a domain with its first slots is one page");
+    const _: () = assert!(
+        size_of::<Page>() == pages::PAGE,
+        "a domain with its first slots is one page"
+    );
 
     pub(super) struct Links {
         /// The next of all states ever made.
@@ -268,8 +271,14 @@ mod pool {
 
     /// What a `Srcu` that was never used points to: a table in which no thread has a slot. Only its
     /// table is ever looked at.
-    pub(super) static EMPTY: State =
-        State::with(0, Table::empty(), Links { all: ptr::null_mut(), free: ptr::null_mut() });
+    pub(super) static EMPTY: State = State::with(
+        0,
+        Table::empty(),
+        Links {
+            all: ptr::null_mut(),
+            free: ptr::null_mut(),
+        },
+    );
 
     static LOCK: Lock<()> = Lock::new(());
     // Both lists change by one store, so that the child of a fork finds them whole.
@@ -309,7 +318,10 @@ mod pool {
         // SAFETY: Wants zeroed slots for the life of the table: the rest of the page that the table
         // is in.
         let table = unsafe { Table::with_first(slots) };
-        let links = Links { all, free: ptr::null_mut() };
+        let links = Links {
+            all,
+            free: ptr::null_mut(),
+        };
         // SAFETY: Writing needs memory that is ours: as above. What was there needs no drop.
         unsafe { state.write(State::with(barrier::mode(), table, links)) };
         if recycled.is_null() {

@@ -24,7 +24,9 @@ pub(crate) struct Table {
 
 impl Table {
     pub(crate) const fn empty() -> Self {
-        Self { buckets: [const { AtomicPtr::new(ptr::null_mut()) }; BUCKETS + 1] }
+        Self {
+            buckets: [const { AtomicPtr::new(ptr::null_mut()) }; BUCKETS + 1],
+        }
     }
 
     /// A table whose first bucket is `first`.
@@ -64,7 +66,8 @@ impl Table {
         if self.buckets[bucket].load(Ordering::Acquire).is_null() {
             self.install(bucket);
         }
-        self.mine().expect("the thread has a number and the bucket exists")
+        self.mine()
+            .expect("the thread has a number and the bucket exists")
     }
 
     fn install(&self, bucket: usize) {

@@ -14,18 +14,30 @@ pub(crate) struct Table {
 
 impl Table {
     pub(crate) fn empty() -> Self {
-        let slot = |_| Slot { local: Counters::new(), moved: Counters::new() };
-        Self { slots: std::array::from_fn(slot), owners: Mutex::default() }
+        let slot = |_| Slot {
+            local: Counters::new(),
+            moved: Counters::new(),
+        };
+        Self {
+            slots: std::array::from_fn(slot),
+            owners: Mutex::default(),
+        }
     }
 
     pub(crate) fn mine(&self) -> Option<&Slot> {
         let me = thread::current().id();
         let owners = self.owners.lock().expect("no panic while held");
-        owners.iter().position(|owner| *owner == me).map(|at| &self.slots[at])
+        owners
+            .iter()
+            .position(|owner| *owner == me)
+            .map(|at| &self.slots[at])
     }
 
     pub(crate) fn claim_mine(&self) -> &Slot {
-        self.owners.lock().expect("no panic while held").push(thread::current().id());
+        self.owners
+            .lock()
+            .expect("no panic while held")
+            .push(thread::current().id());
         self.mine().expect("just entered")
     }
 

@@ -16,7 +16,11 @@ fn a_callback_waits_for_the_reader_and_a_barrier_for_the_callback() {
     let other = Srcu::new();
     other.call(|| ());
     other.barrier().unwrap();
-    assert_eq!(count.get(), 0, "the reclaimer has had a turn, and the section is open");
+    assert_eq!(
+        count.get(),
+        0,
+        "the reclaimer has had a turn, and the section is open"
+    );
     drop(section);
     srcu.barrier().unwrap();
     assert_eq!(count.get(), 1);
@@ -163,7 +167,10 @@ fn embedded_heads_run_and_can_be_queued_again() {
     }
     let srcu = Srcu::new();
     srcu.prepare();
-    let node = Box::leak(Box::new(Node { head: Head::new(), count: Count::default() }));
+    let node = Box::leak(Box::new(Node {
+        head: Head::new(),
+        count: Count::default(),
+    }));
     let count = node.count.clone();
     let node = NonNull::from(node);
     for round in 1..=3 {

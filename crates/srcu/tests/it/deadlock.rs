@@ -31,7 +31,11 @@ fn waiting_in_a_callback_is_refused() {
     });
     let (own, others, allowed) = answers.recv().unwrap();
     assert_eq!(own, [Err(WouldDeadlock); 3]);
-    assert_eq!(others, [Err(WouldDeadlock); 2], "one thread runs the callbacks of all domains");
+    assert_eq!(
+        others,
+        [Err(WouldDeadlock); 2],
+        "one thread runs the callbacks of all domains"
+    );
     assert_eq!(allowed, Ok(()), "nothing of the other domain runs here");
     drop(other);
 }
@@ -55,6 +59,9 @@ fn a_callback_may_read_call_and_ask_for_a_grace_period() {
 #[test]
 fn the_message_says_what_to_do() {
     let message = WouldDeadlock.to_string();
-    assert!(message.contains("end the section or use another thread"), "{message}");
+    assert!(
+        message.contains("end the section or use another thread"),
+        "{message}"
+    );
     assert!(!message.contains('\n'));
 }

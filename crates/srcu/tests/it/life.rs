@@ -141,7 +141,11 @@ fn the_last_callback_may_drop_its_domain() {
     for _ in 0..1000 {
         let srcu = Arc::new(Srcu::new());
         srcu.prepare();
-        let nodes = [(); 4].map(|()| Node { head: Head::new(), srcu: Arc::clone(&srcu), freed: freed.clone() });
+        let nodes = [(); 4].map(|()| Node {
+            head: Head::new(),
+            srcu: Arc::clone(&srcu),
+            freed: freed.clone(),
+        });
         drop(srcu);
         thread::scope(|scope| {
             for node in nodes {

@@ -34,7 +34,10 @@ struct Gate {
 impl Gate {
     fn new() -> Self {
         let (open, wait) = channel();
-        Self { open, wait: Arc::new(Mutex::new(wait)) }
+        Self {
+            open,
+            wait: Arc::new(Mutex::new(wait)),
+        }
     }
 
     fn waiter(&self) -> impl FnOnce() + Send + 'static {

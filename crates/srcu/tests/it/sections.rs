@@ -11,7 +11,10 @@ fn a_section_is_seen_by_the_thread_that_is_in_it() {
     let inner = srcu.read_lock();
     assert!(srcu.read_lock_held());
     thread::scope(|scope| {
-        assert!(!scope.spawn(|| srcu.read_lock_held()).join().unwrap(), "another thread is not in it");
+        assert!(
+            !scope.spawn(|| srcu.read_lock_held()).join().unwrap(),
+            "another thread is not in it"
+        );
     });
     drop(outer);
     assert!(srcu.read_lock_held());
@@ -118,7 +121,9 @@ fn a_section_can_begin_and_end_in_a_thread_local_destructor() {
     thread_local!(static AT_EXIT: std::cell::RefCell<Option<AtExit>> = const { std::cell::RefCell::new(None) });
     let srcu = Arc::new(Srcu::new());
     let for_thread = Arc::clone(&srcu);
-    thread::spawn(move || AT_EXIT.set(Some(AtExit(for_thread)))).join().unwrap();
+    thread::spawn(move || AT_EXIT.set(Some(AtExit(for_thread))))
+        .join()
+        .unwrap();
     assert_eq!(Arc::strong_count(&srcu), 1, "the destructor has run");
     srcu.synchronize().unwrap();
 }

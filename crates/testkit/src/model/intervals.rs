@@ -17,8 +17,12 @@ const NEVER: u64 = 0;
 
 impl Model {
     fn hit(&self, mm: usize, pages: (u64, u64)) -> Vec<usize> {
-        let mut hit: Vec<_> =
-            self.mms[mm].intervals.iter().copied().filter(|i| meet(self.intervals[*i].pages, pages)).collect();
+        let mut hit: Vec<_> = self.mms[mm]
+            .intervals
+            .iter()
+            .copied()
+            .filter(|i| meet(self.intervals[*i].pages, pages))
+            .collect();
         hit.sort_by_key(|i| self.intervals[*i].pages.0);
         hit
     }
@@ -29,7 +33,12 @@ impl Model {
             self.intervals[*interval].seq = self.mms[mm].seq;
             self.calls.push(Callback::Interval(*interval));
         }
-        self.calls.extend(finishing.iter().filter(|i| **i % 2 == 1).map(|i| Callback::Finish(*i)));
+        self.calls.extend(
+            finishing
+                .iter()
+                .filter(|i| **i % 2 == 1)
+                .map(|i| Callback::Finish(*i)),
+        );
     }
 
     pub(super) fn window_start(&mut self, mm: usize, pages: (u64, u64)) {
@@ -46,8 +55,16 @@ impl Model {
     #[must_use]
     pub fn is_ambiguous(&self, mm: usize, pages: (u64, u64)) -> bool {
         let hit = self.hit(mm, pages);
-        let first = hit.iter().find(|i| self.intervals[**i].refuses).map(|i| self.intervals[*i].pages.0);
-        first.is_some_and(|first| hit.iter().filter(|i| self.intervals[**i].pages.0 == first).count() > 1)
+        let first = hit
+            .iter()
+            .find(|i| self.intervals[**i].refuses)
+            .map(|i| self.intervals[*i].pages.0);
+        first.is_some_and(|first| {
+            hit.iter()
+                .filter(|i| self.intervals[**i].pages.0 == first)
+                .count()
+                > 1
+        })
     }
 
     /// The same where intervals may refuse; the first that does is the last that is asked.
@@ -96,8 +113,18 @@ impl Model {
         if !idle {
             self.mms[mm].seq |= 1;
         }
-        let seq = if idle { self.mms[mm].seq - 1 } else { self.mms[mm].seq };
-        self.intervals.push(Interval { mm, pages, in_tree: !full, seq, refuses });
+        let seq = if idle {
+            self.mms[mm].seq - 1
+        } else {
+            self.mms[mm].seq
+        };
+        self.intervals.push(Interval {
+            mm,
+            pages,
+            in_tree: !full,
+            seq,
+            refuses,
+        });
         if full {
             self.mms[mm].deferred.push(interval)
         } else {
@@ -135,13 +162,21 @@ impl Model {
     #[must_use]
     pub fn read_begin(&self, thread: usize, interval: usize) -> u64 {
         let Interval { mm, seq, .. } = self.intervals[interval];
-        if self.is_invalidating(interval) && self.is_inside(thread, mm) { NEVER } else { seq }
+        if self.is_invalidating(interval) && self.is_inside(thread, mm) {
+            NEVER
+        } else {
+            seq
+        }
     }
 
     /// `IntervalNotifier::try_install`.
     #[must_use]
     pub fn try_install(&self, interval: usize, seq: u64) -> Answer {
-        if self.intervals[interval].seq == seq { Answer::Done } else { Answer::Retry }
+        if self.intervals[interval].seq == seq {
+            Answer::Done
+        } else {
+            Answer::Retry
+        }
     }
 
     /// The address space of an interval.

@@ -45,7 +45,12 @@ impl Model {
     /// If the notifier is not a shadow.
     #[must_use]
     pub fn install_shadow(&self, notifier: usize, seq: u64, pages: (u64, u64)) -> Answer {
-        let Notifier { shadow, kind: Kind::Shadow { watched }, .. } = &self.notifiers[notifier] else {
+        let Notifier {
+            shadow,
+            kind: Kind::Shadow { watched },
+            ..
+        } = &self.notifiers[notifier]
+        else {
             panic!("it is not a shadow")
         };
         let invalidating = shadow.in_progress > 0 && meet(shadow.hull, pages);

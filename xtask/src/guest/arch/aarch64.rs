@@ -15,27 +15,77 @@ pub(super) const ARCH: Arch = Arch {
     triple: "aarch64-unknown-linux-gnu",
     emulator: "qemu-system-aarch64",
     series: &[
-        Series { name: "6.12", suite: "trixie", flavour: "", lacks: LACKS },
-        Series { name: "6.12-16k", suite: "trixie", flavour: "-16k", lacks: LACKS },
-        Series { name: "newest", suite: "trixie-backports", flavour: "", lacks: LACKS },
-        Series { name: "newest-16k", suite: "trixie-backports", flavour: "-16k", lacks: LACKS },
+        Series {
+            name: "6.12",
+            suite: "trixie",
+            flavour: "",
+            lacks: LACKS,
+        },
+        Series {
+            name: "6.12-16k",
+            suite: "trixie",
+            flavour: "-16k",
+            lacks: LACKS,
+        },
+        Series {
+            name: "newest",
+            suite: "trixie-backports",
+            flavour: "",
+            lacks: LACKS,
+        },
+        Series {
+            name: "newest-16k",
+            suite: "trixie-backports",
+            flavour: "-16k",
+            lacks: LACKS,
+        },
     ],
     default: "6.12",
     standard: &[
         ("core", "test -p srcu -p mmu-notifier --test it"),
-        ("kernel source", "test -p mmu-source --lib --test it -- kernel --skip broker"),
+        (
+            "kernel source",
+            "test -p mmu-source --lib --test it -- kernel --skip broker",
+        ),
         ("kernel cache", "test -p regcache --test it"),
-        ("coverage", "test -p mmun --test it -- coverage::the_kernel_misses_nothing"),
-        ("trace", "test -p mmu-source --test it -- again:: calls:: death:: life:: attach:: stop::"),
+        (
+            "coverage",
+            "test -p mmun --test it -- coverage::the_kernel_misses_nothing",
+        ),
+        (
+            "trace",
+            "test -p mmu-source --test it -- again:: calls:: death:: life:: attach:: stop::",
+        ),
     ],
-    needed: &[("qemu-system-aarch64", "qemu-system-arm"), ("unshare", "util-linux"), ("chroot", "coreutils")],
+    needed: &[
+        ("qemu-system-aarch64", "qemu-system-arm"),
+        ("unshare", "util-linux"),
+        ("chroot", "coreutils"),
+    ],
     board: |_| {
         // At EL2, so that it has KVM.
-        let board = ["-M", "virt,virtualization=on,gic-version=3", "-accel", "tcg,thread=multi"];
-        board.into_iter().chain(["-cpu", "max,pauth-impdef=on"]).map(str::to_owned).collect()
+        let board = [
+            "-M",
+            "virt,virtualization=on,gic-version=3",
+            "-accel",
+            "tcg,thread=multi",
+        ];
+        board
+            .into_iter()
+            .chain(["-cpu", "max,pauth-impdef=on"])
+            .map(str::to_owned)
+            .collect()
     },
     parameters: "console=ttyAMA0",
-    line: (&["-device", "virtio-serial-pci", "-device", "virtconsole,chardev=line"], "hvc0"),
+    line: (
+        &[
+            "-device",
+            "virtio-serial-pci",
+            "-device",
+            "virtconsole,chardev=line",
+        ],
+        "hvc0",
+    ),
     foreign: Some(&Foreign {
         tools: &[
             "rustc",

@@ -10,22 +10,59 @@ pub(super) const ARCH: Arch = Arch {
     triple: "x86_64-unknown-linux-gnu",
     emulator: "qemu-system-x86_64",
     series: &[
-        Series { name: "5.10", suite: "bullseye", flavour: "", lacks: "userfaultfd bpf iouring" },
-        Series { name: "6.1", suite: "bookworm", flavour: "", lacks: "userfaultfd" },
-        Series { name: "6.12", suite: "trixie", flavour: "", lacks: "" },
-        Series { name: "6.18", suite: "trixie-backports", flavour: "", lacks: "" },
-        Series { name: "newest", suite: "trixie-backports", flavour: "", lacks: "" },
+        Series {
+            name: "5.10",
+            suite: "bullseye",
+            flavour: "",
+            lacks: "userfaultfd bpf iouring",
+        },
+        Series {
+            name: "6.1",
+            suite: "bookworm",
+            flavour: "",
+            lacks: "userfaultfd",
+        },
+        Series {
+            name: "6.12",
+            suite: "trixie",
+            flavour: "",
+            lacks: "",
+        },
+        Series {
+            name: "6.18",
+            suite: "trixie-backports",
+            flavour: "",
+            lacks: "",
+        },
+        Series {
+            name: "newest",
+            suite: "trixie-backports",
+            flavour: "",
+            lacks: "",
+        },
     ],
     default: "6.12",
     standard: &[
         // Each test of the broker loads programs in several processes, and the emulated kernel
         // takes long to verify them.
-        ("kernel source", "test -p mmu-source --lib --test it -- kernel --skip broker"),
+        (
+            "kernel source",
+            "test -p mmu-source --lib --test it -- kernel --skip broker",
+        ),
         ("kernel cache", "test -p regcache --test it -- kernel uring"),
-        ("coverage", "test -p mmun --test it -- coverage::the_kernel_misses_nothing"),
-        ("RDMA", "test -p regcache-rdma --features verbs --test it -- --skip torture --skip a_peer_that_is_killed"),
+        (
+            "coverage",
+            "test -p mmun --test it -- coverage::the_kernel_misses_nothing",
+        ),
+        (
+            "RDMA",
+            "test -p regcache-rdma --features verbs --test it -- --skip torture --skip a_peer_that_is_killed",
+        ),
         ("stress kernel", "run -p stress -- kernel --seconds 5"),
-        ("trace", "test -p mmu-source --test it -- again:: calls:: death::"),
+        (
+            "trace",
+            "test -p mmu-source --test it -- again:: calls:: death::",
+        ),
     ],
     needed: &[
         ("qemu-system-x86_64", "qemu-system-x86"),
@@ -42,7 +79,11 @@ pub(super) const ARCH: Arch = Arch {
             Accelerator::Kvm => ["-accel", "kvm", "-cpu", "host"],
             Accelerator::Emulation => ["-accel", "tcg,thread=multi", "-cpu", "max"],
         };
-        ["-M", "pc"].into_iter().chain(processor).map(str::to_owned).collect()
+        ["-M", "pc"]
+            .into_iter()
+            .chain(processor)
+            .map(str::to_owned)
+            .collect()
     },
     // The kernel tries the timer's interrupt while it boots, against a clock that runs on when the
     // host is busy: under load it finds none, and hangs.

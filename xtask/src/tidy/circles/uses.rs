@@ -14,9 +14,16 @@ pub(super) fn resolve(
     let mut path = path.to_vec();
     // A re-export of a re-export ends after a few steps; a glob of names could lead around.
     for _ in 0..8 {
-        let depth = (0..=path.len()).rev().find(|depth| modules.contains(&path[..*depth])).unwrap_or(0);
-        let target = path.get(depth).and_then(|name| exports.get(&path[..depth])?.get(name));
-        let Some(target) = target else { return path[..depth].to_vec() };
+        let depth = (0..=path.len())
+            .rev()
+            .find(|depth| modules.contains(&path[..*depth]))
+            .unwrap_or(0);
+        let target = path
+            .get(depth)
+            .and_then(|name| exports.get(&path[..depth])?.get(name));
+        let Some(target) = target else {
+            return path[..depth].to_vec();
+        };
         path = [target, &path[depth + 1..]].concat();
     }
     path
@@ -31,7 +38,8 @@ pub(super) fn exports(module: &Module, file: &syn::File) -> BTreeMap<String, Mod
             flatten(&item.tree, &mut Vec::new(), &mut paths);
             for (path, name) in paths {
                 // In this edition a path without `crate` names a module beside it or another crate.
-                let absolute = absolute(module, &path).unwrap_or_else(|| [module.clone(), path.clone()].concat());
+                let absolute = absolute(module, &path)
+                    .unwrap_or_else(|| [module.clone(), path.clone()].concat());
                 if absolute != [&module[..], std::slice::from_ref(&name)].concat() {
                     found.insert(name, absolute);
                 }
@@ -61,7 +69,10 @@ fn flatten(tree: &UseTree, prefix: &mut Vec<String>, found: &mut Vec<(Vec<String
             found.push((path, rename.rename.to_string()));
         }
         UseTree::Glob(_) => found.push((prefix.clone(), "*".into())),
-        UseTree::Group(group) => group.items.iter().for_each(|tree| flatten(tree, prefix, found)),
+        UseTree::Group(group) => group
+            .items
+            .iter()
+            .for_each(|tree| flatten(tree, prefix, found)),
     }
 }
 
@@ -102,11 +113,19 @@ impl Visit<'_> for Uses<'_> {
     fn visit_item_use(&mut self, item: &ItemUse) {
         let mut paths = Vec::new();
         flatten(&item.tree, &mut Vec::new(), &mut paths);
-        self.found.extend(paths.iter().filter_map(|(path, _)| absolute(self.module, path)));
+        self.found.extend(
+            paths
+                .iter()
+                .filter_map(|(path, _)| absolute(self.module, path)),
+        );
     }
 
     fn visit_path(&mut self, path: &syn::Path) {
-        let segments: Vec<String> = path.segments.iter().map(|segment| segment.ident.to_string()).collect();
+        let segments: Vec<String> = path
+            .segments
+            .iter()
+            .map(|segment| segment.ident.to_string())
+            .collect();
         if segments.len() > 1 {
             self.found.extend(absolute(self.module, &segments));
         }

@@ -26,12 +26,19 @@ struct Pair {
 
 impl Pair {
     fn new() -> Self {
-        Self { tree: Tree::new(), list: BTreeMap::new(), removed: 0, reserved: false }
+        Self {
+            tree: Tree::new(),
+            list: BTreeMap::new(),
+            removed: 0,
+            reserved: false,
+        }
     }
 
     fn reserve(&mut self, inserts: usize) {
         self.reserved = true;
-        self.tree.spares.add(Spares::allocate(inserts * self.tree.need_each()));
+        self.tree
+            .spares
+            .add(Spares::allocate(inserts * self.tree.need_each()));
     }
 
     /// Gives the tree exactly what it says it needs.
@@ -43,7 +50,11 @@ impl Pair {
         }
         let before = self.tree.spares.len();
         self.tree.insert(range, interval);
-        assert_eq!(self.tree.spares.len(), before - need, "it takes what it asked for");
+        assert_eq!(
+            self.tree.spares.len(),
+            before - need,
+            "it takes what it asked for"
+        );
         assert!(self.list.insert(interval, range).is_none());
     }
 
@@ -52,7 +63,11 @@ impl Pair {
         self.removed += 1;
         let all = nodes(&self.tree) + self.tree.spares.len();
         self.tree.remove(range, interval);
-        assert_eq!(self.tree.spares.len() + nodes(&self.tree), all, "no node is lost");
+        assert_eq!(
+            self.tree.spares.len() + nodes(&self.tree),
+            all,
+            "no node is lost"
+        );
         if !self.reserved {
             drop(self.tree.spares.take_all());
         }
@@ -73,10 +88,22 @@ impl Pair {
             }
         }
         expected.sort();
-        assert_eq!(found, expected.iter().map(|(_, interval)| *interval).collect::<Vec<_>>());
-        assert_eq!(self.tree.root().is_some_and(|root| root.meets(query)), !found.is_empty());
+        assert_eq!(
+            found,
+            expected
+                .iter()
+                .map(|(_, interval)| *interval)
+                .collect::<Vec<_>>()
+        );
+        assert_eq!(
+            self.tree.root().is_some_and(|root| root.meets(query)),
+            !found.is_empty()
+        );
         if let Some(root) = self.tree.root().filter(|_| !found.is_empty()) {
-            assert!(!root.visit(query, &mut |one| one != found[found.len() / 2]), "it stops when told to");
+            assert!(
+                !root.visit(query, &mut |one| one != found[found.len() / 2]),
+                "it stops when told to"
+            );
         }
     }
 
@@ -84,7 +111,11 @@ impl Pair {
     fn check(&self) {
         fn below(node: &Node<u64>, level: usize, keys: &mut Vec<Key<u64>>) {
             assert!((1..=FANOUT).contains(&node.len));
-            assert!(node.first[node.len..].iter().all(|first| *first == u64::MAX));
+            assert!(
+                node.first[node.len..]
+                    .iter()
+                    .all(|first| *first == u64::MAX)
+            );
             match &node.entries {
                 Entries::Intervals(intervals) => {
                     assert_eq!(level, 1, "all leaves lie on one level");
@@ -117,7 +148,13 @@ fn nodes(tree: &Tree<u64>) -> usize {
     fn below(node: &Node<u64>) -> usize {
         match &node.entries {
             Entries::Intervals(_) => 1,
-            Entries::Children(children) => 1 + children.iter().flatten().map(|child| below(child)).sum::<usize>(),
+            Entries::Children(children) => {
+                1 + children
+                    .iter()
+                    .flatten()
+                    .map(|child| below(child))
+                    .sum::<usize>()
+            }
         }
     }
     tree.root().map_or(0, below)
@@ -197,11 +234,21 @@ fn the_last_address_and_the_whole_of_an_address_space_are_found() {
     let mut pair = Pair::new();
     pair.insert(pages((1 << 52) - 1, 1), interval(1));
     pair.insert(VaRange::ALL, interval(2));
-    for query in [VaRange::ALL, pages(0, 1), pages((1 << 52) - 1, 1), pages(7, 1)] {
+    for query in [
+        VaRange::ALL,
+        pages(0, 1),
+        pages((1 << 52) - 1, 1),
+        pages(7, 1),
+    ] {
         pair.agree(query);
     }
     pair.remove(interval(2));
-    for query in [VaRange::ALL, pages(0, 1), pages((1 << 52) - 1, 1), pages(7, 1)] {
+    for query in [
+        VaRange::ALL,
+        pages(0, 1),
+        pages((1 << 52) - 1, 1),
+        pages(7, 1),
+    ] {
         pair.agree(query);
     }
 }
@@ -222,7 +269,11 @@ fn inserts_down_to_a_full_tree_take_no_more_than_each_reserves() {
         }
         pair.check();
         let count = pair.list.len();
-        assert!(nodes(&pair.tree) <= count / FANOUT * 3, "{} nodes for {count} intervals", nodes(&pair.tree));
+        assert!(
+            nodes(&pair.tree) <= count / FANOUT * 3,
+            "{} nodes for {count} intervals",
+            nodes(&pair.tree)
+        );
     }
 }
 
@@ -232,16 +283,27 @@ fn nodes_are_full_after_inserts_in_order_and_go_with_what_they_held() {
     for down in [false, true] {
         let mut pair = Pair::new();
         for number in 0..COUNT {
-            pair.insert(pages(if down { COUNT - number } else { number } as u64, 1), interval(number));
+            pair.insert(
+                pages(if down { COUNT - number } else { number } as u64, 1),
+                interval(number),
+            );
         }
         pair.check();
-        assert!(nodes(&pair.tree) <= COUNT / FANOUT * 11 / 10, "{} nodes", nodes(&pair.tree));
+        assert!(
+            nodes(&pair.tree) <= COUNT / FANOUT * 11 / 10,
+            "{} nodes",
+            nodes(&pair.tree)
+        );
         // Nine out of ten, all over the place.
         for number in (0..COUNT).filter(|number| number % 10 != 0) {
             pair.remove(interval(number));
         }
         pair.check();
         let left = COUNT / 10;
-        assert!(nodes(&pair.tree) <= left / FANOUT * 3, "{} nodes for {left} intervals", nodes(&pair.tree));
+        assert!(
+            nodes(&pair.tree) <= left / FANOUT * 3,
+            "{} nodes for {left} intervals",
+            nodes(&pair.tree)
+        );
     }
 }

@@ -68,7 +68,12 @@ impl<N: Embedded> Node<N> {
         let mut users = header.users.load(Ordering::Relaxed);
         while users != 0 {
             // ORDER(core-put): AcqRel, as in the drop of `NodeRef`. Partner: itself.
-            match header.users.compare_exchange_weak(users, users - 1, Ordering::AcqRel, Ordering::Relaxed) {
+            match header.users.compare_exchange_weak(
+                users,
+                users - 1,
+                Ordering::AcqRel,
+                Ordering::Relaxed,
+            ) {
                 Ok(1) => {
                     // SAFETY: The node is alive until it is disposed of, this was its last user,
                     // and it is a `Node<N>`.
@@ -135,7 +140,9 @@ impl<N: Embedded> Node<N> {
 
 impl<N: Notifier> fmt::Debug for Node<N> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Node").field("users", &self.header.users).finish_non_exhaustive()
+        f.debug_struct("Node")
+            .field("users", &self.header.users)
+            .finish_non_exhaustive()
     }
 }
 

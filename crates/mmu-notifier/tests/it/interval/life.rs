@@ -2,14 +2,19 @@
 
 use super::{Shadow, insert, told};
 use crate::support::{Counter, Gate, page, spawn};
-use mmu_notifier::{Event, Finish, IntervalNotifier, IntervalOps, InvalidateRange, MmWithUser, Va, VaRange};
+use mmu_notifier::{
+    Event, Finish, IntervalNotifier, IntervalOps, InvalidateRange, MmWithUser, Va, VaRange,
+};
 use std::sync::Arc;
 
 #[test]
 fn b_11_the_last_address_is_fine_and_overflow_is_not() {
     assert!(VaRange::covering(Va::new(0x1000), 0).is_err());
     assert!(VaRange::covering(Va::new(u64::MAX - 1), 3).is_err());
-    let (mm, top) = (MmWithUser::new(), VaRange::covering(Va::new(u64::MAX), 1).unwrap());
+    let (mm, top) = (
+        MmWithUser::new(),
+        VaRange::covering(Va::new(u64::MAX), 1).unwrap(),
+    );
     let node = insert(&mm, top);
     drop(mm.invalidate(top, Event::Unmap));
     assert_eq!(told(&node), 1);
@@ -40,7 +45,11 @@ fn b_15_an_insert_while_something_runs_makes_its_reader_wait() {
     });
     reader.assert_blocked();
     drop(bracket);
-    assert_eq!(reader.join(), (Ok(()), 0), "it waited, and was not called for what it is too young for");
+    assert_eq!(
+        reader.join(),
+        (Ok(()), 0),
+        "it waited, and was not called for what it is too young for"
+    );
 }
 
 #[test]
@@ -111,7 +120,11 @@ fn b_22_remove_waits_for_a_running_callback() {
     let handle = (**mm).clone();
     drop(mm);
     assert_eq!((shadow.events.len(), handle.mm_users()), (1, 0));
-    assert_eq!(calls.get(), 1, "no callback afterwards, not even that of exit");
+    assert_eq!(
+        calls.get(),
+        1,
+        "no callback afterwards, not even that of exit"
+    );
 }
 
 #[test]
@@ -120,7 +133,10 @@ fn b_23_remove_outside_a_full_window_is_immediate() {
     let (node, other) = (insert(&mm, page(1)), insert(&mm, page(2)));
     assert!(node.remove().is_ok());
     let bracket = mm.invalidate(page(5), Event::Unmap);
-    assert!(other.remove().is_ok(), "in a partial one, in this very thread");
+    assert!(
+        other.remove().is_ok(),
+        "in a partial one, in this very thread"
+    );
     drop(bracket);
 }
 
@@ -132,11 +148,18 @@ fn b_28_exit_tells_every_interval_and_leaves_it_in_place() {
     drop(mm);
     for node in &nodes {
         assert_eq!(
-            node.with_state(|state| state.events.iter().map(|event| event.name()).collect::<Vec<_>>()),
+            node.with_state(|state| state
+                .events
+                .iter()
+                .map(|event| event.name())
+                .collect::<Vec<_>>()),
             ["release"]
         );
         let seq = node.read_begin();
-        assert!(node.try_install(seq, |_| ()).is_ok(), "the protocol is idle again; what fails is mmget_not_zero");
+        assert!(
+            node.try_install(seq, |_| ()).is_ok(),
+            "the protocol is idle again; what fails is mmget_not_zero"
+        );
         assert!(node.mm().mmget_not_zero().is_none());
     }
     drop(nodes[0].mm().invalidate(page(1), Event::Unmap));
@@ -149,7 +172,10 @@ fn b_29_a_node_keeps_the_address_spaces_memory() {
     let node = insert(&mm, page(1));
     drop(mm);
     assert_eq!((node.mm().mm_count(), node.mm().mm_users()), (1, 0));
-    assert!(matches!(node.remove().unwrap().events[..], [Event::Release(_)]));
+    assert!(matches!(
+        node.remove().unwrap().events[..],
+        [Event::Release(_)]
+    ));
 }
 
 #[test]
@@ -163,7 +189,11 @@ fn b_30_the_first_insert_waits_for_brackets_that_do_not_count() {
     first.assert_blocked();
     drop(bracket);
     let node = first.join();
-    assert_eq!(mm.interval_snapshot(), (2, 0), "its end did not count below zero");
+    assert_eq!(
+        mm.interval_snapshot(),
+        (2, 0),
+        "its end did not count below zero"
+    );
     assert_eq!(told(&node), 0);
 }
 
@@ -171,12 +201,19 @@ fn b_30_the_first_insert_waits_for_brackets_that_do_not_count() {
 fn b_31_a_first_insert_that_cannot_wait_links_nothing() {
     let mm = MmWithUser::new();
     let bracket = mm.invalidate(page(1), Event::Unmap);
-    let state = Shadow { entry: Some(7), ..Shadow::default() };
+    let state = Shadow {
+        entry: Some(7),
+        ..Shadow::default()
+    };
     let refused = IntervalNotifier::insert(&mm, page(1), state).err().unwrap();
     drop(bracket);
     assert_eq!((mm.interval_snapshot(), mm.mm_count()), ((2, 0), 1));
     let node = IntervalNotifier::insert(&mm, page(1), refused.state).unwrap();
-    assert_eq!(node.with_state(|state| state.entry), Some(7), "the state came back");
+    assert_eq!(
+        node.with_state(|state| state.entry),
+        Some(7),
+        "the state came back"
+    );
 }
 
 /// For the holder of the write lock, also if it is the first interval of the address space. It
@@ -189,7 +226,10 @@ fn b_30_the_first_insert_may_be_under_the_write_lock() {
         let mm = Arc::clone(&mm);
         move || {
             let mut locked = mm.mmap_write_lock().unwrap();
-            assert!(IntervalNotifier::insert(&mm, page(1), Shadow::default()).is_err(), "it would wait for the lock");
+            assert!(
+                IntervalNotifier::insert(&mm, page(1), Shadow::default()).is_err(),
+                "it would wait for the lock"
+            );
             IntervalNotifier::insert_locked(&mut locked, page(1), Shadow::default()).unwrap()
         }
     });
@@ -211,10 +251,18 @@ fn b_31_a_first_insert_under_the_write_lock_is_refused_in_a_bracket() {
     let mm = MmWithUser::new();
     let mut locked = mm.mmap_write_lock().unwrap();
     let bracket = mm.invalidate(page(1), Event::Unmap);
-    let state = Shadow { entry: Some(7), ..Shadow::default() };
-    let refused = IntervalNotifier::insert_locked(&mut locked, page(1), state).err().unwrap();
+    let state = Shadow {
+        entry: Some(7),
+        ..Shadow::default()
+    };
+    let refused = IntervalNotifier::insert_locked(&mut locked, page(1), state)
+        .err()
+        .unwrap();
     drop(bracket);
-    assert_eq!((refused.state.entry, mm.has_notifiers(), mm.mm_count()), (Some(7), false, 1));
+    assert_eq!(
+        (refused.state.entry, mm.has_notifiers(), mm.mm_count()),
+        (Some(7), false, 1)
+    );
     assert!(IntervalNotifier::insert_locked(&mut locked, page(1), refused.state).is_ok());
 }
 
@@ -263,7 +311,11 @@ fn a_panic_in_the_drop_of_a_state_on_the_reclaimer_is_counted() {
     let interval = IntervalNotifier::insert(&mm, page(1), Panics).unwrap();
     let bracket = mm.invalidate(page(1), Event::Unmap);
     drop(interval);
-    assert_eq!(mm.callback_panics(), 0, "it is in the tree until the bracket ends");
+    assert_eq!(
+        mm.callback_panics(),
+        0,
+        "it is in the tree until the bracket ends"
+    );
     drop(bracket);
     crate::support::wait_until(|| mm.mm_count() == 1);
     assert_eq!(mm.callback_panics(), 1);

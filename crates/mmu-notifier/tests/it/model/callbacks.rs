@@ -1,7 +1,8 @@
 //! What is called on the core's side, and writes that down.
 
 use mmu_notifier::{
-    Finish, IntervalOps, InvalidateRange, Mm, Notifier, Secondary, SecondaryTlb, ShadowOps, Va, VaRange, WouldBlock,
+    Finish, IntervalOps, InvalidateRange, Mm, Notifier, Secondary, SecondaryTlb, ShadowOps, Va,
+    VaRange, WouldBlock,
 };
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -35,7 +36,10 @@ impl Shared {
     }
 
     pub(super) fn mark(&self, number: usize) -> Mark {
-        Mark { number, shared: self.clone() }
+        Mark {
+            number,
+            shared: self.clone(),
+        }
     }
 }
 
@@ -51,7 +55,10 @@ impl Drop for Mark {
             // The lock may be held by a thread of the parent.
             return self.shared.freed_elsewhere.store(true, Ordering::SeqCst);
         }
-        assert!(self.shared.freed.lock().unwrap().insert(self.number), "freed twice");
+        assert!(
+            self.shared.freed.lock().unwrap().insert(self.number),
+            "freed twice"
+        );
     }
 }
 
@@ -80,7 +87,11 @@ impl Notifier for Probe {
     }
     fn try_invalidate_range_start(&self, _range: &InvalidateRange<'_>) -> Result<(), WouldBlock> {
         self.call(Callback::TryStart);
-        if self.refuses { Err(WouldBlock) } else { Ok(()) }
+        if self.refuses {
+            Err(WouldBlock)
+        } else {
+            Ok(())
+        }
     }
     fn invalidate_range_end(&self, _range: &InvalidateRange<'_>) {
         self.call(Callback::End);
@@ -139,7 +150,10 @@ impl IntervalOps for Entry {
         (number % 2 == 1).then(|| Finish::new(move || shared.call(Callback::Finish(number))))
     }
 
-    fn try_invalidate(&mut self, range: &InvalidateRange<'_>) -> Result<Option<Finish>, WouldBlock> {
+    fn try_invalidate(
+        &mut self,
+        range: &InvalidateRange<'_>,
+    ) -> Result<Option<Finish>, WouldBlock> {
         if self.refuses {
             self.shared.call(Callback::Interval(self.number));
             return Err(WouldBlock);

@@ -20,7 +20,10 @@ pub(super) struct Tried {
 
 impl Tried {
     pub(super) fn new(mm: Mm, range: VaRange, event: Event) -> Result<Self, WouldBlock> {
-        let mut tried = Self { bracket: None, mm: Box::into_raw(Box::new(mm)) };
+        let mut tried = Self {
+            bracket: None,
+            mm: Box::into_raw(Box::new(mm)),
+        };
         // SAFETY: The box lives until the drop of `tried`, which drops the bracket first.
         let mm: &'static Mm = unsafe { &*tried.mm };
         tried.bracket = Some(mm.try_invalidate(range, event)?);
@@ -55,7 +58,10 @@ impl Worker {
                 job(&mut brackets);
             }
         });
-        Self { jobs: Some(jobs), thread: Some(thread) }
+        Self {
+            jobs: Some(jobs),
+            thread: Some(thread),
+        }
     }
 
     /// Begins `work` on this thread.
@@ -65,19 +71,27 @@ impl Worker {
     ) -> Receiver<R> {
         let (done, result) = channel();
         let job: Job = Box::new(move |brackets| drop(done.send(work(brackets))));
-        self.jobs.as_ref().and_then(|jobs| jobs.send(job).ok()).expect("the thread has panicked");
+        self.jobs
+            .as_ref()
+            .and_then(|jobs| jobs.send(job).ok())
+            .expect("the thread has panicked");
         result
     }
 
     /// Runs `work` on this thread.
-    pub(super) fn run<R: Send + 'static>(&self, work: impl FnOnce(&mut Brackets) -> R + Send + 'static) -> R {
+    pub(super) fn run<R: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Brackets) -> R + Send + 'static,
+    ) -> R {
         wait(&self.begin(work))
     }
 }
 
 /// Waits for what a thread has begun.
 pub(super) fn wait<R>(result: &Receiver<R>) -> R {
-    result.recv_timeout(Duration::from_secs(120)).expect("the thread hangs or has panicked")
+    result
+        .recv_timeout(Duration::from_secs(120))
+        .expect("the thread hangs or has panicked")
 }
 
 impl Drop for Worker {

@@ -5,8 +5,8 @@ use super::callbacks::{Entry, Probe, SecondaryProbe, Shadow, Shared, Tlb};
 use super::threads::Worker;
 use crate::support::wait_until;
 use mmu_notifier::{
-    IntervalNotifier, InvalidateSeq, Mm, MmWithUser, Notifier, ReadSeq, Registration, Secondary, Snapshot,
-    Subscription, Subsystem, Va, VaRange,
+    IntervalNotifier, InvalidateSeq, Mm, MmWithUser, Notifier, ReadSeq, Registration, Secondary,
+    Snapshot, Subscription, Subsystem, Va, VaRange,
 };
 use std::collections::BTreeMap;
 use std::mem::take;
@@ -38,8 +38,13 @@ macro_rules! each_kind {
 
 impl Registered {
     pub(super) fn unregister(self) -> Result<(), Self> {
-        fn of<N: Notifier>(one: Registration<N>, back: fn(Registration<N>) -> Registered) -> Result<(), Registered> {
-            one.unregister().map(drop).map_err(|refused| back(refused.registration))
+        fn of<N: Notifier>(
+            one: Registration<N>,
+            back: fn(Registration<N>) -> Registered,
+        ) -> Result<(), Registered> {
+            one.unregister()
+                .map(drop)
+                .map_err(|refused| back(refused.registration))
         }
         match self {
             Self::Plain(one) => of(one, Self::Plain),
@@ -81,7 +86,10 @@ pub(super) fn pick(number: usize, len: usize) -> Option<usize> {
 }
 
 pub(super) fn pages(first: u64, more: u64) -> (VaRange, (u64, u64)) {
-    (VaRange::covering(Va::new(first << 12), (more + 1) << 12).unwrap(), (first, first + more))
+    (
+        VaRange::covering(Va::new(first << 12), (more + 1) << 12).unwrap(),
+        (first, first + more),
+    )
 }
 
 pub(super) fn answer<E>(result: Result<(), E>, error: Answer) -> Answer {
@@ -95,7 +103,10 @@ impl World {
             let shared = shared.clone();
             let make: Make = Box::new(move |_| match *shared.next.lock().unwrap() {
                 (_, Alloc::Fails) => Err(()),
-                (number, Alloc::Makes { refuses }) => Ok(Probe { mark: shared.mark(number), refuses }),
+                (number, Alloc::Makes { refuses }) => Ok(Probe {
+                    mark: shared.mark(number),
+                    refuses,
+                }),
             });
             Arc::new(Subsystem::with_users_max(make, USERS_MAX))
         };
@@ -118,7 +129,10 @@ impl World {
     /// The callbacks of the last operation are those of the model; intervals that begin at one page
     /// come in any order.
     pub(super) fn agree(&mut self) {
-        let (mut told, mut expected) = (take(&mut *self.shared.calls.lock().unwrap()), take(&mut self.model.calls));
+        let (mut told, mut expected) = (
+            take(&mut *self.shared.calls.lock().unwrap()),
+            take(&mut self.model.calls),
+        );
         let mut extra = take(&mut self.extra);
         if take(&mut self.parallel) {
             told.sort();
@@ -129,16 +143,28 @@ impl World {
             }
             for callback in told {
                 let left = extra.entry(callback).or_default();
-                *left = left.checked_sub(1).unwrap_or_else(|| panic!("{callback:?} came and should not have"));
+                *left = left
+                    .checked_sub(1)
+                    .unwrap_or_else(|| panic!("{callback:?} came and should not have"));
             }
         } else {
-            let last_start = told.iter().rposition(|call| matches!(call, Callback::Interval(_)));
-            let first_finish = told.iter().position(|call| matches!(call, Callback::Finish(_)));
-            assert!(last_start.is_none_or(|last| first_finish.is_none_or(|first| last < first)), "{told:?}");
+            let last_start = told
+                .iter()
+                .rposition(|call| matches!(call, Callback::Interval(_)));
+            let first_finish = told
+                .iter()
+                .position(|call| matches!(call, Callback::Finish(_)));
+            assert!(
+                last_start.is_none_or(|last| first_finish.is_none_or(|first| last < first)),
+                "{told:?}"
+            );
             let split = |calls: Vec<Callback>| -> (Vec<Callback>, Vec<Callback>) {
-                calls.iter().partition(|call| matches!(call, Callback::Interval(_) | Callback::Finish(_)))
+                calls
+                    .iter()
+                    .partition(|call| matches!(call, Callback::Interval(_) | Callback::Finish(_)))
             };
-            let ((mut told, others), (mut expected, others_expected)) = (split(told), split(expected));
+            let ((mut told, others), (mut expected, others_expected)) =
+                (split(told), split(expected));
             told.sort();
             expected.sort();
             assert_eq!((told, others), (expected, others_expected));
@@ -147,7 +173,10 @@ impl World {
         for (number, (mm, space)) in self.mms.iter().enumerate() {
             assert_eq!(mm.interval_snapshot(), self.model.snapshot(number));
             assert_eq!(mm.has_notifiers(), self.model.has_notifiers(number));
-            assert_eq!((mm.callback_panics(), mm.mm_users()), (0, space.users.len()));
+            assert_eq!(
+                (mm.callback_panics(), mm.mm_users()),
+                (0, space.users.len())
+            );
         }
     }
 
@@ -174,10 +203,13 @@ impl World {
             Op::MmNew => {
                 let user = MmWithUser::new();
                 assert_eq!(self.model.mm_new(), self.mms.len());
-                self.mms.push(((*user).clone(), Space { users: vec![user] }));
+                self.mms
+                    .push(((*user).clone(), Space { users: vec![user] }));
             }
             Op::MmGet(mm) => {
-                let Some(mm) = pick(mm, self.mms.len()) else { return };
+                let Some(mm) = pick(mm, self.mms.len()) else {
+                    return;
+                };
                 let got = self.mms[mm].0.mmget_not_zero();
                 assert_eq!(self.model.mm_get(mm) == Answer::Done, got.is_some());
                 self.mms[mm].1.users.extend(got);
@@ -186,22 +218,43 @@ impl World {
             Op::Get(thread, key, mm, alloc) => self.get(thread, key, mm, alloc, false),
             Op::GetLocked(thread, key, mm, alloc) => self.get(thread, key, mm, alloc, true),
             Op::Clone(thread, one) => {
-                let Some(one) = pick(one, self.subscriptions.len()) else { return };
+                let Some(one) = pick(one, self.subscriptions.len()) else {
+                    return;
+                };
                 let (number, held) = self.subscriptions.swap_remove(one);
                 let expected = self.model.clone(number);
                 let (cloned, held) = self.workers[thread].run(move |_| (held.try_clone(), held));
-                assert_eq!(cloned.as_ref().map_or(Answer::Overflow, |one| Answer::Got(number, one.users())), expected);
-                self.subscriptions.extend(cloned.ok().into_iter().chain([held]).map(|one| (number, one)));
+                assert_eq!(
+                    cloned
+                        .as_ref()
+                        .map_or(Answer::Overflow, |one| Answer::Got(number, one.users())),
+                    expected
+                );
+                self.subscriptions.extend(
+                    cloned
+                        .ok()
+                        .into_iter()
+                        .chain([held])
+                        .map(|one| (number, one)),
+                );
             }
             Op::Put(thread, one) => {
-                let Some(one) = pick(one, self.subscriptions.len()) else { return };
+                let Some(one) = pick(one, self.subscriptions.len()) else {
+                    return;
+                };
                 let (number, held) = self.subscriptions.swap_remove(one);
                 self.model.put(number);
                 self.workers[thread].run(move |_| held.put());
             }
             Op::Register(thread, mm, refuses) => {
                 let probe = self.probe(refuses);
-                self.register(thread, mm, Kind::Plain { refuses }, probe, Registered::Plain);
+                self.register(
+                    thread,
+                    mm,
+                    Kind::Plain { refuses },
+                    probe,
+                    Registered::Plain,
+                );
             }
             Op::RegisterTlb(thread, mm) => {
                 let probe = Secondary(Tlb(self.probe(false)));
@@ -210,10 +263,18 @@ impl World {
             Op::RegisterShadow(thread, mm, first, more) => {
                 let (range, watched) = pages(first, more);
                 let shadow = InvalidateSeq::new([range], Shadow(self.probe(false).mark));
-                self.register(thread, mm, Kind::Shadow { watched }, shadow, Registered::Shadow);
+                self.register(
+                    thread,
+                    mm,
+                    Kind::Shadow { watched },
+                    shadow,
+                    Registered::Shadow,
+                );
             }
             Op::Forget(thread, one) | Op::UnregisterNoRelease(thread, one) => {
-                let Some(one) = pick(one, self.registrations.len()) else { return };
+                let Some(one) = pick(one, self.registrations.len()) else {
+                    return;
+                };
                 let (number, registered) = self.registrations.swap_remove(one);
                 self.faults.retain(|fault| fault.0 != number);
                 self.model.put(number);
@@ -224,46 +285,73 @@ impl World {
             }
             Op::Unregister(thread, one) => self.unregister(thread, one),
             Op::Invalidate(thread, mm, first, more) => self.invalidate(thread, mm, first, more),
-            Op::TryInvalidate(thread, mm, first, more) => self.try_invalidate(thread, mm, first, more),
+            Op::TryInvalidate(thread, mm, first, more) => {
+                self.try_invalidate(thread, mm, first, more)
+            }
             Op::End(one) => {
-                let Some(one) = pick(one, self.brackets.len()) else { return };
+                let Some(one) = pick(one, self.brackets.len()) else {
+                    return;
+                };
                 let (bracket, thread) = self.brackets[one];
                 self.end(bracket, thread);
             }
             Op::Young(thread, mm, page) => {
-                let Some(mm) = pick(mm, self.mms.len()) else { return };
+                let Some(mm) = pick(mm, self.mms.len()) else {
+                    return;
+                };
                 let (handle, range) = (self.mms[mm].0.clone(), pages(page, 0).0);
-                let expected = (self.model.clear_young(mm), self.model.clear_young(mm), self.model.test_young(mm));
+                let expected = (
+                    self.model.clear_young(mm),
+                    self.model.clear_young(mm),
+                    self.model.test_young(mm),
+                );
                 let got = self.workers[thread].run(move |_| {
-                    (handle.clear_flush_young(range), handle.clear_young(range), handle.test_young(range.start()))
+                    (
+                        handle.clear_flush_young(range),
+                        handle.clear_young(range),
+                        handle.test_young(range.start()),
+                    )
                 });
                 assert_eq!(got, expected);
             }
             Op::Flush(thread, mm, page) => {
-                let Some(mm) = pick(mm, self.mms.len()) else { return };
+                let Some(mm) = pick(mm, self.mms.len()) else {
+                    return;
+                };
                 let handle = self.mms[mm].0.clone();
                 self.model.flush(mm);
-                self.workers[thread].run(move |_| handle.invalidate_secondary_tlbs(pages(page, 0).0));
+                self.workers[thread]
+                    .run(move |_| handle.invalidate_secondary_tlbs(pages(page, 0).0));
             }
             Op::Synchronize(thread, key) => self.synchronize(thread, key, false),
             Op::Drain(thread, key) => self.synchronize(thread, key, true),
-            Op::Insert(thread, mm, first, more, refuses) => self.insert(thread, mm, first, more, refuses),
+            Op::Insert(thread, mm, first, more, refuses) => {
+                self.insert(thread, mm, first, more, refuses)
+            }
             Op::Remove(thread, one) => self.remove(thread, one),
             Op::ReadBegin(thread, one) => self.read_begin(thread, one),
             Op::TryInstall(thread, one) => {
-                let Some(one) = pick(one, self.intervals.len()) else { return };
+                let Some(one) = pick(one, self.intervals.len()) else {
+                    return;
+                };
                 let (number, interval, read) = self.intervals.swap_remove(one);
-                let Some((expected, seq)) = read else { return self.intervals.push((number, interval, None)) };
+                let Some((expected, seq)) = read else {
+                    return self.intervals.push((number, interval, None));
+                };
                 let expected = self.model.try_install(number, expected);
-                let (got, interval) = self.workers[thread].run(move |_| (interval.try_install(seq, |_| ()), interval));
+                let (got, interval) = self.workers[thread]
+                    .run(move |_| (interval.try_install(seq, |_| ()), interval));
                 assert_eq!(answer(got, Answer::Retry), expected);
                 self.intervals.push((number, interval, read));
             }
             Op::Snapshot(one, page) => {
                 let (range, pages) = pages(page, 1);
-                let Some((number, shadow)) = self.shadow(one) else { return };
+                let Some((number, shadow)) = self.shadow(one) else {
+                    return;
+                };
                 let snapshot = shadow.snapshot(range);
-                self.faults.push((number, pages, self.model.snapshot_shadow(number), snapshot));
+                self.faults
+                    .push((number, pages, self.model.snapshot_shadow(number), snapshot));
             }
             Op::Install(_thread, one) => self.install(one),
             Op::Watch(thread, one, first, more) => self.watch(thread, one, first, more),
@@ -278,13 +366,20 @@ impl World {
         while !self.brackets.is_empty() {
             self.run(&Op::End(0));
         }
-        drop((take(&mut self.subscriptions), take(&mut self.registrations), take(&mut self.intervals)));
+        drop((
+            take(&mut self.subscriptions),
+            take(&mut self.registrations),
+            take(&mut self.intervals),
+        ));
         for subsystem in &self.subsystems {
             subsystem.drain_until_idle().unwrap();
         }
         let handles: Vec<_> = take(&mut self.mms).into_iter().map(|(mm, _)| mm).collect();
         wait_until(|| handles.iter().all(|mm| mm.mm_count() == 1));
         let freed = self.shared.freed.lock().unwrap();
-        assert!(freed.iter().copied().eq(0..self.model.notifiers_made()), "made and not freed, or the other way round");
+        assert!(
+            freed.iter().copied().eq(0..self.model.notifiers_made()),
+            "made and not freed, or the other way round"
+        );
     }
 }

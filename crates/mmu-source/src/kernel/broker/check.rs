@@ -25,18 +25,41 @@ fn description(descriptor: &OwnedFd) -> io::Result<Option<(String, String)>> {
     let number = descriptor.as_raw_fd();
     let name = fs::read_link(format!("/proc/thread-self/fd/{number}"))?;
     // The path of a file begins with a slash.
-    let Some(kind) = name.to_str().and_then(|name| name.strip_prefix("anon_inode:")) else { return Ok(None) };
-    Ok(Some((kind.to_owned(), fs::read_to_string(format!("/proc/thread-self/fdinfo/{number}"))?)))
+    let Some(kind) = name
+        .to_str()
+        .and_then(|name| name.strip_prefix("anon_inode:"))
+    else {
+        return Ok(None);
+    };
+    Ok(Some((
+        kind.to_owned(),
+        fs::read_to_string(format!("/proc/thread-self/fdinfo/{number}"))?,
+    )))
 }
 
 /// Whether these are the maps that a broker hands out.
 pub(super) fn are_maps(maps: &SharedMaps) -> io::Result<bool> {
     let is_map = |map: &OwnedFd, wanted: [(&str, u64); 3]| {
-        let Some((kind, text)) = description(map)? else { return Ok::<_, io::Error>(false) };
-        Ok(kind == "bpf-map" && wanted.iter().all(|(name, value)| number(&text, name) == Some(*value)))
+        let Some((kind, text)) = description(map)? else {
+            return Ok::<_, io::Error>(false);
+        };
+        Ok(kind == "bpf-map"
+            && wanted
+                .iter()
+                .all(|(name, value)| number(&text, name) == Some(*value)))
     };
-    let value = |bytes: usize| [("map_type", ARRAY), ("value_size", bytes as u64), ("max_entries", 1)];
-    let ring = [("map_type", RING_BUFFER), ("value_size", 0), ("max_entries", RING as u64)];
+    let value = |bytes: usize| {
+        [
+            ("map_type", ARRAY),
+            ("value_size", bytes as u64),
+            ("max_entries", 1),
+        ]
+    };
+    let ring = [
+        ("map_type", RING_BUFFER),
+        ("value_size", 0),
+        ("max_entries", RING as u64),
+    ];
     Ok(is_map(&maps.header, value(header::BYTES))?
         && is_map(&maps.sum, value(filter::PART))?
         && is_map(&maps.own, value(filter::PART))?
@@ -47,7 +70,8 @@ pub(super) fn are_maps(maps: &SharedMaps) -> io::Result<bool> {
 pub(super) fn is_link(link: &OwnedFd) -> io::Result<bool> {
     let tracepoint = sys::TRACEPOINT.to_str().expect("it is ASCII");
     let names_it = |line: &str| line.split_whitespace().nth(1) == Some(tracepoint);
-    Ok(description(link)?.is_some_and(|(kind, text)| kind.starts_with("bpf") && text.lines().any(names_it)))
+    Ok(description(link)?
+        .is_some_and(|(kind, text)| kind.starts_with("bpf") && text.lines().any(names_it)))
 }
 
 /// Whether this is the device of KVM.
@@ -72,6 +96,14 @@ mod tests {
         assert!(!is_kvm(&file).expect("proc"));
         assert!(!is_link(&file).expect("proc"));
         let [header, sum, own, ring] = [(); 4].map(|()| file.try_clone().expect("a descriptor"));
-        assert!(!are_maps(&SharedMaps { header, sum, own, ring }).expect("proc"));
+        assert!(
+            !are_maps(&SharedMaps {
+                header,
+                sum,
+                own,
+                ring
+            })
+            .expect("proc")
+        );
     }
 }

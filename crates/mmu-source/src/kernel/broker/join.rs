@@ -42,7 +42,10 @@ pub(in super::super) fn path() -> PathBuf {
 }
 
 fn path_of(variable: Option<OsString>) -> PathBuf {
-    variable.filter(|path| !path.is_empty()).unwrap_or_else(|| SOCKET.into()).into()
+    variable
+        .filter(|path| !path.is_empty())
+        .unwrap_or_else(|| SOCKET.into())
+        .into()
 }
 
 /// Has the broker tell this process, or says why it does not. `None` if there is no broker.
@@ -51,7 +54,10 @@ pub(in super::super) fn join() -> Option<Result<Joined, String>> {
     let socket = match socket::connect_to(&path, PATIENCE) {
         Ok(socket) => socket,
         Err(error) => {
-            let is_none = matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused);
+            let is_none = matches!(
+                error.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+            );
             return (!is_none).then(|| Err(error.to_string()));
         }
     };
@@ -66,12 +72,17 @@ pub(super) fn with(socket: OwnedFd) -> Result<Joined, String> {
     // It decides what this process knows of its memory: so it must be the system's, or our own.
     let server = socket::peer(&socket).map_err(in_words)?;
     if server.user != 0 && server.user != super::sys::effective_user() {
-        return Err(format!("user {} listens there, who is neither root nor this user", server.user));
+        return Err(format!(
+            "user {} listens there, who is neither root nor this user",
+            server.user
+        ));
     }
     let kind = "what came is not what a broker sends";
     let (version, greeting) = receive(&socket).map_err(in_words)??;
     if version != program::fingerprint(socket.as_fd()) {
-        return Err("it is of another version than this program: start one of the same version".to_owned());
+        return Err(
+            "it is of another version than this program: start one of the same version".to_owned(),
+        );
     }
     let [kvm] = greeting.take().ok_or(kind)?;
     if !check::is_kvm(&kvm).map_err(in_words)? {
@@ -81,17 +92,31 @@ pub(super) fn with(socket: OwnedFd) -> Result<Joined, String> {
     socket::send(&socket, &Request::Join.bytes(), &[a.as_fd()]).map_err(in_words)?;
     let (_, given) = receive(&socket).map_err(in_words)??;
     let [header, sum, own, ring, link] = given.take().ok_or(kind)?;
-    let maps = SharedMaps { header, sum, own, ring };
+    let maps = SharedMaps {
+        header,
+        sum,
+        own,
+        ring,
+    };
     if !check::are_maps(&maps).map_err(in_words)? || !check::is_link(&link).map_err(in_words)? {
         return Err(kind.to_owned());
     }
-    let session = Session { socket, is_silent: AtomicBool::new(false) };
-    Ok(Joined { maps, keeper: Keeper::Broker(session), live: Live::new(kvm, a, link) })
+    let session = Session {
+        socket,
+        is_silent: AtomicBool::new(false),
+    };
+    Ok(Joined {
+        maps,
+        keeper: Keeper::Broker(session),
+        live: Live::new(kvm, a, link),
+    })
 }
 
 /// The broker's next answer, or its refusal in words.
 fn receive(socket: &OwnedFd) -> io::Result<Result<(u64, Packet), String>> {
-    let Some(packet) = socket::receive(socket)? else { return Err(io::ErrorKind::ConnectionReset.into()) };
+    let Some(packet) = socket::receive(socket)? else {
+        return Err(io::ErrorKind::ConnectionReset.into());
+    };
     Ok(match Reply::parse(packet.bytes()) {
         Some(Reply::Done(value)) => Ok((value, packet)),
         Some(Reply::Refused(refusal)) => Err(refusal.to_string()),
@@ -106,12 +131,20 @@ impl Session {
     }
 
     /// Asks for something; `None` if there is no answer, now or ever.
-    pub(in super::super) fn ask(&self, request: Request, with: Option<BorrowedFd<'_>>) -> Option<u64> {
+    pub(in super::super) fn ask(
+        &self,
+        request: Request,
+        with: Option<BorrowedFd<'_>>,
+    ) -> Option<u64> {
         if self.is_silent() {
             return None;
         }
         let sent = socket::send(&self.socket, &request.bytes(), with.as_slice());
-        let value = sent.and_then(|()| receive(&self.socket)).ok().and_then(Result::ok).map(|(value, _)| value);
+        let value = sent
+            .and_then(|()| receive(&self.socket))
+            .ok()
+            .and_then(Result::ok)
+            .map(|(value, _)| value);
         if value.is_none() {
             self.is_silent.store(true, Ordering::Relaxed);
         }

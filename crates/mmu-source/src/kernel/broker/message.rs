@@ -62,7 +62,9 @@ impl Request {
         let packet: &[u8; Self::BYTES] = packet.try_into().ok()?;
         let (magic, kind) = packet.split_at(4);
         (magic == MAGIC).then_some(())?;
-        Self::ALL.into_iter().find(|request| kind == request.kind().to_le_bytes())
+        Self::ALL
+            .into_iter()
+            .find(|request| kind == request.kind().to_le_bytes())
     }
 
     /// The packet.
@@ -131,11 +133,15 @@ impl Reply {
 impl std::fmt::Display for Refusal {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Stranger => f.write_str("it does not serve this user: its --group is another one"),
+            Self::Stranger => {
+                f.write_str("it does not serve this user: its --group is another one")
+            }
             Self::Full => f.write_str("all its places are taken (--max-clients)"),
             Self::Share => f.write_str("this user has its share of the places (--max-clients)"),
             Self::Failed(error) => write!(f, "{}", std::io::Error::from_raw_os_error(*error)),
-            Self::Nonsense => f.write_str("it does not understand this program: another version of mmun"),
+            Self::Nonsense => {
+                f.write_str("it does not understand this program: another version of mmun")
+            }
         }
     }
 }
@@ -149,8 +155,18 @@ mod tests {
         for request in Request::ALL {
             assert_eq!(Request::parse(&request.bytes()), Some(request));
         }
-        let refusals = [Refusal::Stranger, Refusal::Full, Refusal::Share, Refusal::Failed(i32::MAX), Refusal::Nonsense];
-        for reply in refusals.map(Reply::Refused).into_iter().chain([Reply::Done(0), Reply::Done(u64::MAX)]) {
+        let refusals = [
+            Refusal::Stranger,
+            Refusal::Full,
+            Refusal::Share,
+            Refusal::Failed(i32::MAX),
+            Refusal::Nonsense,
+        ];
+        for reply in refusals
+            .map(Reply::Refused)
+            .into_iter()
+            .chain([Reply::Done(0), Reply::Done(u64::MAX)])
+        {
             let bytes = reply.bytes();
             assert_eq!(Reply::parse(&bytes), Some(reply));
             for length in 0..bytes.len() {

@@ -43,7 +43,10 @@ pub(super) struct Ticket {
 
 impl Places {
     pub(super) fn new(most: usize) -> Arc<Self> {
-        Arc::new(Self { most, taken: Mutex::default() })
+        Arc::new(Self {
+            most,
+            taken: Mutex::default(),
+        })
     }
 
     fn taken(&self) -> MutexGuard<'_, Taken> {
@@ -53,7 +56,12 @@ impl Places {
     /// Takes a place for a user.
     pub(super) fn take(self: &Arc<Self>, user: u32) -> Result<Ticket, Refusal> {
         let mut taken = self.taken();
-        taken.list.retain(|place| place.left.as_ref().is_none_or(|left| left.iter().copied().any(sys::exists)));
+        taken.list.retain(|place| {
+            place
+                .left
+                .as_ref()
+                .is_none_or(|left| left.iter().copied().any(sys::exists))
+        });
         if taken.list.len() >= self.most {
             return Err(Refusal::Full);
         }
@@ -64,15 +72,27 @@ impl Places {
         }
         let number = taken.next;
         taken.next += 1;
-        taken.list.push(Place { number, user, left: None });
-        Ok(Ticket { places: Arc::clone(self), number, given: Vec::new() })
+        taken.list.push(Place {
+            number,
+            user,
+            left: None,
+        });
+        Ok(Ticket {
+            places: Arc::clone(self),
+            number,
+            given: Vec::new(),
+        })
     }
 }
 
 impl Drop for Ticket {
     fn drop(&mut self) {
         let mut taken = self.places.taken();
-        if let Some(place) = taken.list.iter_mut().find(|place| place.number == self.number) {
+        if let Some(place) = taken
+            .list
+            .iter_mut()
+            .find(|place| place.number == self.number)
+        {
             place.left = Some(std::mem::take(&mut self.given));
         }
     }

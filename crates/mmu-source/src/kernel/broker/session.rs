@@ -47,9 +47,15 @@ pub(super) fn serve(socket: &OwnedFd, means: &Means, ticket: &mut Ticket) {
 /// Tells whether clients could be served.
 pub(super) fn rehearse(means: &Means) -> Result<(), Error> {
     let (_, programs) = make(means).map_err(|error| missing::bpf_missing(&error))?;
-    programs.attach().map_err(|error| missing::tracepoint_missing(&error))?;
+    programs
+        .attach()
+        .map_err(|error| missing::tracepoint_missing(&error))?;
     let is_known = programs.show(means.machine.as_fd(), Role::Space);
-    if is_known { Ok(()) } else { Err(missing::description_missing()) }
+    if is_known {
+        Ok(())
+    } else {
+        Err(missing::description_missing())
+    }
 }
 
 struct Session {
@@ -65,9 +71,12 @@ fn failed(error: &io::Error) -> Refusal {
 
 /// Waits for the client's first request and makes what it is given; `None` if it has gone.
 fn join(socket: &OwnedFd, means: &Means, ticket: &mut Ticket) -> Result<Option<Session>, Refusal> {
-    let be_patient = |patience| socket::be_patient(socket, patience).map_err(|error| failed(&error));
+    let be_patient =
+        |patience| socket::be_patient(socket, patience).map_err(|error| failed(&error));
     be_patient(Some(PATIENCE))?;
-    let Some((request, packet)) = receive(socket)? else { return Ok(None) };
+    let Some((request, packet)) = receive(socket)? else {
+        return Ok(None);
+    };
     let a = match (request, packet.take()) {
         (Request::Join, Some([a])) => a,
         _ => return Err(Refusal::Nonsense),
@@ -80,10 +89,15 @@ fn join(socket: &OwnedFd, means: &Means, ticket: &mut Ticket) -> Result<Option<S
     if !programs.show(a.as_fd(), Role::Space) {
         return Err(Refusal::Nonsense);
     }
-    let session = Session { programs, a, b: None };
+    let session = Session {
+        programs,
+        a,
+        b: None,
+    };
     ticket.given = session.objects(&maps).map_err(|error| failed(&error))?;
     let link = session.programs.attach().map_err(|error| failed(&error))?;
-    let given = [&maps.header, &maps.sum, &maps.own, &maps.ring, &link].map(|descriptor| descriptor.as_fd());
+    let given = [&maps.header, &maps.sum, &maps.own, &maps.ring, &link]
+        .map(|descriptor| descriptor.as_fd());
     if socket::send(socket, &Reply::Done(0).bytes(), &given).is_err() {
         return Ok(None);
     }
@@ -101,9 +115,13 @@ fn make(means: &Means) -> io::Result<(SharedMaps, Programs)> {
 
 /// The next request; `None` if there is none any more.
 fn receive(socket: &OwnedFd) -> Result<Option<(Request, Packet)>, Refusal> {
-    let Ok(Some(packet)) = socket::receive(socket) else { return Ok(None) };
+    let Ok(Some(packet)) = socket::receive(socket) else {
+        return Ok(None);
+    };
     match Request::parse(packet.bytes()) {
-        Some(request) if request.descriptors() == packet.descriptors.len() => Ok(Some((request, packet))),
+        Some(request) if request.descriptors() == packet.descriptors.len() => {
+            Ok(Some((request, packet)))
+        }
         _ => Err(Refusal::Nonsense),
     }
 }
@@ -129,7 +147,10 @@ impl Session {
                     }
                     u64::from(is_forgotten)
                 }
-                (Request::Missed, _) => self.programs.missed_runs().map_err(|error| failed(&error))?,
+                (Request::Missed, _) => self
+                    .programs
+                    .missed_runs()
+                    .map_err(|error| failed(&error))?,
                 _ => return Err(Refusal::Nonsense),
             };
             socket::be_patient(socket, Some(PATIENCE)).map_err(|error| failed(&error))?;

@@ -1,10 +1,13 @@
 //! Packets with descriptors, and who is at the other end.
 
 use super::sys;
-use rustix::net::sockopt::{Timeout, set_socket_timeout, socket_acceptconn, socket_domain, socket_type};
+use rustix::net::sockopt::{
+    Timeout, set_socket_timeout, socket_acceptconn, socket_domain, socket_type,
+};
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, recvmsg, sendmsg, socket_with,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, bind, connect,
+    listen, recvmsg, sendmsg, socket_with,
 };
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -35,7 +38,12 @@ impl Packet {
 }
 
 fn new() -> io::Result<OwnedFd> {
-    Ok(socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?)
+    Ok(socket_with(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )?)
 }
 
 /// Connects, within `patience`.
@@ -59,11 +67,14 @@ pub(super) fn start_listening(socket: &OwnedFd) -> io::Result<()> {
 
 /// Tells whether another process's socket is one that a broker can listen at.
 pub(super) fn check_listener(socket: &OwnedFd) -> io::Result<()> {
-    let is_right = socket_domain(socket)? == AddressFamily::UNIX && socket_type(socket)? == SocketType::SEQPACKET;
+    let is_right = socket_domain(socket)? == AddressFamily::UNIX
+        && socket_type(socket)? == SocketType::SEQPACKET;
     if is_right && socket_acceptconn(socket)? {
         return Ok(());
     }
-    Err(io::Error::other("it is no Unix socket that listens for sequenced packets (ListenSequentialPacket=)"))
+    Err(io::Error::other(
+        "it is no Unix socket that listens for sequenced packets (ListenSequentialPacket=)",
+    ))
 }
 
 /// How long the calls that follow may take.
@@ -85,18 +96,34 @@ pub(super) struct Peer {
 
 pub(super) fn peer(socket: &OwnedFd) -> io::Result<Peer> {
     let creds = sys::peer_credentials(socket)?;
-    Ok(Peer { user: creds.uid, group: creds.gid, pid: creds.pid })
+    Ok(Peer {
+        user: creds.uid,
+        group: creds.gid,
+        pid: creds.pid,
+    })
 }
 
 /// Sends a packet.
-pub(super) fn send(socket: &OwnedFd, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+pub(super) fn send(
+    socket: &OwnedFd,
+    bytes: &[u8],
+    descriptors: &[BorrowedFd<'_>],
+) -> io::Result<()> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     if !descriptors.is_empty() {
-        assert!(control.push(SendAncillaryMessage::ScmRights(descriptors)), "messages have few descriptors");
+        assert!(
+            control.push(SendAncillaryMessage::ScmRights(descriptors)),
+            "messages have few descriptors"
+        );
     }
     loop {
-        match sendmsg(socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL) {
+        match sendmsg(
+            socket,
+            &[IoSlice::new(bytes)],
+            &mut control,
+            SendFlags::NOSIGNAL,
+        ) {
             Err(rustix::io::Errno::INTR) => {}
             result => return Ok(result.map(drop)?),
         }
@@ -105,7 +132,11 @@ pub(super) fn send(socket: &OwnedFd, bytes: &[u8], descriptors: &[BorrowedFd<'_>
 
 /// Receives a packet; `None` if the other end has closed.
 pub(super) fn receive(socket: &OwnedFd) -> io::Result<Option<Packet>> {
-    let mut packet = Packet { bytes: [0; 32], length: 0, descriptors: Vec::new() };
+    let mut packet = Packet {
+        bytes: [0; 32],
+        length: 0,
+        descriptors: Vec::new(),
+    };
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let received = loop {

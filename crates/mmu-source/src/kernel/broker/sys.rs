@@ -3,7 +3,10 @@
 //! # Safety
 //! The calls are given pointers to locals, and their sizes.
 
-#![allow(unsafe_code, reason = "calls without a safe wrapper; see the Safety section")]
+#![allow(
+    unsafe_code,
+    reason = "calls without a safe wrapper; see the Safety section"
+)]
 
 use std::ffi::CString;
 use std::io;
@@ -16,12 +19,28 @@ use std::ptr;
 /// The pid is zero for a process outside of this one's pid namespace, which a type for process
 /// numbers that excludes zero cannot hold.
 pub(super) fn peer_credentials(socket: &OwnedFd) -> io::Result<libc::ucred> {
-    let mut creds = libc::ucred { pid: 0, uid: 0, gid: 0 };
+    let mut creds = libc::ucred {
+        pid: 0,
+        uid: 0,
+        gid: 0,
+    };
     let mut bytes = size_of_val(&creds) as libc::socklen_t;
     let (socket, into) = (socket.as_raw_fd(), (&raw mut creds).cast());
     // SAFETY: the local has as many bytes as the call is told, and any bytes are a valid `ucred`.
-    let result = unsafe { libc::getsockopt(socket, libc::SOL_SOCKET, libc::SO_PEERCRED, into, &mut bytes) };
-    if result == 0 { Ok(creds) } else { Err(io::Error::last_os_error()) }
+    let result = unsafe {
+        libc::getsockopt(
+            socket,
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            into,
+            &mut bytes,
+        )
+    };
+    if result == 0 {
+        Ok(creds)
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 /// The groups of the process at the other end, as of its `connect`, without its effective one.
@@ -32,7 +51,8 @@ pub(super) fn peer_groups(socket: &OwnedFd) -> io::Result<Vec<u32>> {
         let mut bytes = size_of_val(groups.as_slice()) as libc::socklen_t;
         let (socket, into) = (socket.as_raw_fd(), groups.as_mut_ptr().cast());
         // SAFETY: the buffer has as many bytes as the call is told.
-        let result = unsafe { libc::getsockopt(socket, libc::SOL_SOCKET, SO_PEERGROUPS, into, &mut bytes) };
+        let result =
+            unsafe { libc::getsockopt(socket, libc::SOL_SOCKET, SO_PEERGROUPS, into, &mut bytes) };
         let count = bytes as usize / size_of::<u32>();
         if result == 0 {
             groups.truncate(count);
@@ -57,7 +77,8 @@ pub(super) fn group_named(name: &str) -> io::Result<Option<u32>> {
         let (into, room) = (buffer.as_mut_ptr(), buffer.len());
         // SAFETY: the name ends in a null, the buffer is as long as the call is told, and the rest
         // are places of locals.
-        let error = unsafe { libc::getgrnam_r(name.as_ptr(), group.as_mut_ptr(), into, room, &mut found) };
+        let error =
+            unsafe { libc::getgrnam_r(name.as_ptr(), group.as_mut_ptr(), into, room, &mut found) };
         match error {
             // SAFETY: the call has found the group, and so has written it.
             0 => return Ok((!found.is_null()).then(|| unsafe { group.assume_init() }.gr_gid)),
@@ -71,14 +92,22 @@ pub(super) fn group_named(name: &str) -> io::Result<Option<u32>> {
 /// has.
 pub(super) fn take_passed() -> io::Result<Option<OwnedFd>> {
     const FIRST: i32 = 3;
-    let value = |name| std::env::var(name).ok().and_then(|value| value.parse::<u32>().ok());
+    let value = |name| {
+        std::env::var(name)
+            .ok()
+            .and_then(|value| value.parse::<u32>().ok())
+    };
     if value("LISTEN_PID") != Some(std::process::id()) {
         return Ok(None);
     }
     match value("LISTEN_FDS") {
         None | Some(0) => return Ok(None),
         Some(1) => {}
-        Some(count) => return Err(io::Error::other(format!("{count} were passed, and a broker listens at one"))),
+        Some(count) => {
+            return Err(io::Error::other(format!(
+                "{count} were passed, and a broker listens at one"
+            )));
+        }
     }
     // SAFETY: takes integers.
     if unsafe { libc::fcntl(FIRST, libc::F_SETFD, libc::FD_CLOEXEC) } != 0 {
@@ -91,7 +120,10 @@ pub(super) fn take_passed() -> io::Result<Option<OwnedFd>> {
 
 /// Lets this process have as many descriptors as it may.
 pub(super) fn raise_descriptor_limit() {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
     // SAFETY: fills in a local.
     if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } == 0 {
         limit.rlim_cur = limit.rlim_max;

@@ -1,7 +1,10 @@
 //! Clients and brokers that speak by hand, over real sockets; a second address space and another
 //! user where it takes one.
 
-#![allow(unsafe_code, reason = "becomes another user in a child, and ends processes")]
+#![allow(
+    unsafe_code,
+    reason = "becomes another user in a child, and ends processes"
+)]
 
 use super::super::layout::header;
 use super::super::sys::{self as kernel_sys, Scratch, Shared};
@@ -46,7 +49,14 @@ impl Drop for At {
 /// Starts a broker for the tests' own user, in a thread that ends with the process.
 fn start(max_clients: usize) -> At {
     let path = new_path();
-    let broker = Broker::bind(&path, &Options { group: None, max_clients }).expect("root with KVM and BPF can");
+    let broker = Broker::bind(
+        &path,
+        &Options {
+            group: None,
+            max_clients,
+        },
+    )
+    .expect("root with KVM and BPF can");
     std::thread::spawn(move || broker.serve(|_| ()));
     At(path)
 }
@@ -57,7 +67,10 @@ fn connect(at: &At) -> OwnedFd {
 
 fn reply(socket: &OwnedFd) -> Option<(Reply, Vec<OwnedFd>)> {
     let packet = socket::receive(socket).ok().flatten()?;
-    Some((Reply::parse(packet.bytes()).expect("a reply"), packet.descriptors))
+    Some((
+        Reply::parse(packet.bytes()).expect("a reply"),
+        packet.descriptors,
+    ))
 }
 
 fn ask(socket: &OwnedFd, bytes: &[u8], with: &[BorrowedFd<'_>]) -> Option<Reply> {
@@ -83,7 +96,12 @@ fn join(at: &At) -> Result<Client, Refusal> {
     let a = kernel_sys::create_vm(kvm.as_fd()).expect("it is KVM");
     socket::send(&socket, &Request::Join.bytes(), &[a.as_fd()]).expect("the broker is there");
     match reply(&socket).expect("an answer") {
-        (Reply::Done(_), given) => Ok(Client { socket, kvm, a, given }),
+        (Reply::Done(_), given) => Ok(Client {
+            socket,
+            kvm,
+            a,
+            given,
+        }),
         (Reply::Refused(refusal), _) => Err(refusal),
     }
 }
@@ -102,7 +120,8 @@ fn join_soon(at: &At) -> Client {
 impl Client {
     /// Whether a change of this process is counted.
     fn is_told(&self) -> bool {
-        let header = Shared::map(self.given[0].as_fd(), 0, header::BYTES, true).expect("it is a map");
+        let header =
+            Shared::map(self.given[0].as_fd(), 0, header::BYTES, true).expect("it is a map");
         for word in [header::ON, header::ARMED, header::WIDE] {
             header.u64(word).store(1, Ordering::Relaxed);
         }
@@ -124,10 +143,18 @@ fn who_keeps_what_it_was_given_keeps_its_place() {
     // The broker sees the end of the connection some time; the place is never free meanwhile.
     let begun = Instant::now();
     while begun.elapsed() < Duration::from_millis(200) {
-        assert_eq!(join(&at).err(), Some(Refusal::Full), "the link is still there");
+        assert_eq!(
+            join(&at).err(),
+            Some(Refusal::Full),
+            "the link is still there"
+        );
     }
     for kept in given {
-        assert_eq!(join(&at).err(), Some(Refusal::Full), "something is still there");
+        assert_eq!(
+            join(&at).err(),
+            Some(Refusal::Full),
+            "something is still there"
+        );
         drop(kept);
     }
     assert!(join_soon(&at).is_told());
@@ -193,13 +220,33 @@ fn nonsense_and_silence_are_the_clients_own_loss() {
         assert!(reply(&socket).is_none(), "the broker closes");
     }
     let client = join(&at).expect("a place");
-    assert_eq!(ask(&client.socket, &Request::Count.bytes(), &[null.as_fd()]), Some(Reply::Done(0)));
-    assert_eq!(ask(&client.socket, &Request::Count.bytes(), &[client.kvm.as_fd()]), Some(Reply::Done(0)));
+    assert_eq!(
+        ask(&client.socket, &Request::Count.bytes(), &[null.as_fd()]),
+        Some(Reply::Done(0))
+    );
+    assert_eq!(
+        ask(
+            &client.socket,
+            &Request::Count.bytes(),
+            &[client.kvm.as_fd()]
+        ),
+        Some(Reply::Done(0))
+    );
     let b = kernel_sys::create_vm(client.kvm.as_fd()).expect("a machine");
-    assert_eq!(ask(&client.socket, &Request::Count.bytes(), &[b.as_fd()]), Some(Reply::Done(1)));
-    assert_eq!(ask(&client.socket, &Request::Forget.bytes(), &[]), Some(Reply::Done(1)));
+    assert_eq!(
+        ask(&client.socket, &Request::Count.bytes(), &[b.as_fd()]),
+        Some(Reply::Done(1))
+    );
+    assert_eq!(
+        ask(&client.socket, &Request::Forget.bytes(), &[]),
+        Some(Reply::Done(1))
+    );
     assert!(client.is_told());
-    assert_eq!(ask(&client.socket, &Request::Join.bytes(), &[client.a.as_fd()]), refused, "twice");
+    assert_eq!(
+        ask(&client.socket, &Request::Join.bytes(), &[client.a.as_fd()]),
+        refused,
+        "twice"
+    );
     assert!(begun.elapsed() < SOON && join(&at).is_ok_and(|client| client.is_told()));
     drop(silent);
 }
@@ -212,7 +259,10 @@ fn a_machine_of_another_address_space_is_none() {
     let at = start(4);
     let client = join(&at).expect("a place");
     let foreign = foreign_machine();
-    assert_eq!(ask(&client.socket, &Request::Count.bytes(), &[foreign.as_fd()]), Some(Reply::Done(0)));
+    assert_eq!(
+        ask(&client.socket, &Request::Count.bytes(), &[foreign.as_fd()]),
+        Some(Reply::Done(0))
+    );
     assert!(client.is_told());
 }
 
@@ -238,21 +288,40 @@ fn a_client_is_told_of_its_own_changes_alone() {
     let good = in_child(|| {
         let client = join(&at).expect("a place");
         assert!(client.is_told());
-        let header = Shared::map(client.given[0].as_fd(), 0, header::BYTES, true).expect("it is a map");
-        let words = [header::GENERATION, header::LOST, header::IGNORED, header::ANSWERED];
+        let header =
+            Shared::map(client.given[0].as_fd(), 0, header::BYTES, true).expect("it is a map");
+        let words = [
+            header::GENERATION,
+            header::LOST,
+            header::IGNORED,
+            header::ANSWERED,
+        ];
         let seen = || words.map(|word| header.u64(word).load(Ordering::Relaxed));
         // Everything is armed, without and with a machine B; then the page is the one of the
         // questions.
         let b = kernel_sys::create_vm(client.kvm.as_fd()).expect("a machine");
         for (scratch, with_b) in [(0, false), (0, true), (page.address(), true)] {
-            let (request, with) = if with_b { (Request::Count, Some(b.as_fd())) } else { (Request::Forget, None) };
-            assert_eq!(ask(&client.socket, &request.bytes(), with.as_slice()), Some(Reply::Done(1)));
-            header.u64(header::SCRATCH).store(scratch, Ordering::Relaxed);
+            let (request, with) = if with_b {
+                (Request::Count, Some(b.as_fd()))
+            } else {
+                (Request::Forget, None)
+            };
+            assert_eq!(
+                ask(&client.socket, &request.bytes(), with.as_slice()),
+                Some(Reply::Done(1))
+            );
+            header
+                .u64(header::SCRATCH)
+                .store(scratch, Ordering::Relaxed);
             header.u64(header::ASKED).store(77, Ordering::Relaxed);
             let before = seen();
             going.write_all(&[0]).expect("the victim lives");
             done.read_exact(&mut [0]).expect("the victim lives");
-            assert_eq!(seen(), before, "a change of the victim left a trace ({scratch:#x}, {with_b})");
+            assert_eq!(
+                seen(),
+                before,
+                "a change of the victim left a trace ({scratch:#x}, {with_b})"
+            );
             kernel_sys::ask(&page);
             assert_ne!(seen(), before, "a change of its own left none");
         }
@@ -264,7 +333,10 @@ fn a_client_is_told_of_its_own_changes_alone() {
 
 fn nobodys_group() -> Option<String> {
     let groups = fs::read_to_string("/etc/group").expect("it is there");
-    let group = groups.lines().find(|line| line.contains(&format!(":{NOBODY}:"))).expect("nobody has a group");
+    let group = groups
+        .lines()
+        .find(|line| line.contains(&format!(":{NOBODY}:")))
+        .expect("nobody has a group");
     group.split(':').next().map(str::to_owned)
 }
 
@@ -285,7 +357,13 @@ fn pipe() -> (File, File) {
 /// Two sockets that are connected.
 fn pair() -> (OwnedFd, OwnedFd) {
     use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-    socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).expect("two sockets")
+    socketpair(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .expect("two sockets")
 }
 
 fn send_many(socket: &OwnedFd, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) {
@@ -293,7 +371,13 @@ fn send_many(socket: &OwnedFd, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) {
     let mut space = vec![std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     assert!(control.push(SendAncillaryMessage::ScmRights(descriptors)));
-    sendmsg(socket, &[io::IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL).expect("it is sent");
+    sendmsg(
+        socket,
+        &[io::IoSlice::new(bytes)],
+        &mut control,
+        SendFlags::NOSIGNAL,
+    )
+    .expect("it is sent");
 }
 
 /// A virtual machine that a child has made, who has ended.
@@ -304,8 +388,13 @@ fn foreign_machine() -> OwnedFd {
         let machine = kernel_sys::create_vm(kvm.as_fd()).expect("a machine");
         socket::send(&theirs, b"x", &[machine.as_fd()]).is_ok()
     }));
-    let packet = socket::receive(&ours).expect("it was sent").expect("it was sent");
-    packet.take::<1>().map(|[machine]| machine).expect("one descriptor")
+    let packet = socket::receive(&ours)
+        .expect("it was sent")
+        .expect("it was sent");
+    packet
+        .take::<1>()
+        .map(|[machine]| machine)
+        .expect("one descriptor")
 }
 
 fn end(child: libc::pid_t) {

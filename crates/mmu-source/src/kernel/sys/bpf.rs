@@ -35,24 +35,43 @@ impl Attributes {
     fn pointer<T: ?Sized>(self, offset: usize, value: *const T) -> Self {
         let address = value.cast::<u8>().addr() as u64;
         let _ = value.cast::<u8>().expose_provenance();
-        self.word(offset, address as u32).word(offset + 4, (address >> 32) as u32)
+        self.word(offset, address as u32)
+            .word(offset + 4, (address >> 32) as u32)
     }
 
     fn call(&mut self, command: u32) -> io::Result<i32> {
         // SAFETY: the attributes are as long as the call is told and live as long as it lasts; what
         // they point to is borrowed by the callers of this function until it returns.
-        let result = unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut self.0, size_of_val(&self.0)) };
-        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result as i32) }
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_bpf,
+                command,
+                &raw mut self.0,
+                size_of_val(&self.0),
+            )
+        };
+        if result < 0 {
+            Err(io::Error::last_os_error())
+        } else {
+            Ok(result as i32)
+        }
     }
 }
 
 pub(in super::super) fn create_map(map: Map) -> io::Result<OwnedFd> {
     const BPF_F_MMAPABLE: u32 = 1 << 10;
     let attributes = match map {
-        Map::Value { bytes } => {
-            Attributes::new().word(0, 2).word(4, 4).word(8, bytes).word(12, 1).word(16, BPF_F_MMAPABLE)
-        }
-        Map::Private { bytes } => Attributes::new().word(0, 2).word(4, 4).word(8, bytes).word(12, 1),
+        Map::Value { bytes } => Attributes::new()
+            .word(0, 2)
+            .word(4, 4)
+            .word(8, bytes)
+            .word(12, 1)
+            .word(16, BPF_F_MMAPABLE),
+        Map::Private { bytes } => Attributes::new()
+            .word(0, 2)
+            .word(4, 4)
+            .word(8, bytes)
+            .word(12, 1),
         Map::Ring { bytes } => Attributes::new().word(0, 27).word(12, bytes),
     };
     let mut attributes = attributes;
@@ -75,7 +94,14 @@ pub(in super::super) fn load_program(kind: Kind, program: &[u64]) -> io::Result<
     let build = || {
         Attributes::new()
             .word(0, kind as u32)
-            .word(44, if kind == Kind::Syscall { BPF_F_SLEEPABLE } else { 0 })
+            .word(
+                44,
+                if kind == Kind::Syscall {
+                    BPF_F_SLEEPABLE
+                } else {
+                    0
+                },
+            )
             .word(4, program.len() as u32)
             .pointer(8, program.as_ptr())
             .pointer(16, license.as_ptr())
@@ -83,7 +109,9 @@ pub(in super::super) fn load_program(kind: Kind, program: &[u64]) -> io::Result<
     // EAGAIN: the verifier lets itself be interrupted, by a signal or by the completion of an
     // io_uring request of this thread.
     let is_interrupted = |result: &io::Result<_>| {
-        result.as_ref().is_err_and(|error: &io::Error| error.kind() == io::ErrorKind::WouldBlock)
+        result
+            .as_ref()
+            .is_err_and(|error: &io::Error| error.kind() == io::ErrorKind::WouldBlock)
     };
     let mut loaded = build().call(5);
     for _ in 0..20 {
@@ -101,12 +129,23 @@ pub(in super::super) fn load_program(kind: Kind, program: &[u64]) -> io::Result<
         return Err(error);
     }
     let mut log = vec![0_u8; 1 << 20];
-    if build().word(24, 1).word(28, log.len() as u32).pointer(32, log.as_mut_ptr()).call(5).is_err() {
-        let text = CStr::from_bytes_until_nul(&log).map(CStr::to_string_lossy).unwrap_or_default();
+    if build()
+        .word(24, 1)
+        .word(28, log.len() as u32)
+        .pointer(32, log.as_mut_ptr())
+        .call(5)
+        .is_err()
+    {
+        let text = CStr::from_bytes_until_nul(&log)
+            .map(CStr::to_string_lossy)
+            .unwrap_or_default();
         let lines: Vec<&str> = text.lines().rev().take(4).collect();
         if !lines.is_empty() {
             let lines: Vec<&str> = lines.into_iter().rev().collect();
-            return Err(io::Error::new(error.kind(), format!("{error}: {}", lines.join("; "))));
+            return Err(io::Error::new(
+                error.kind(),
+                format!("{error}: {}", lines.join("; ")),
+            ));
         }
     }
     Err(error)
@@ -114,14 +153,24 @@ pub(in super::super) fn load_program(kind: Kind, program: &[u64]) -> io::Result<
 
 /// Attaches a program to a tracepoint, for as long as the returned descriptor is open.
 pub(in super::super) fn attach(program: BorrowedFd<'_>, tracepoint: &CStr) -> io::Result<OwnedFd> {
-    owned(Attributes::new().pointer(0, tracepoint.as_ptr()).word(8, program.as_raw_fd() as u32).call(17)?)
+    owned(
+        Attributes::new()
+            .pointer(0, tracepoint.as_ptr())
+            .word(8, program.as_raw_fd() as u32)
+            .call(17)?,
+    )
 }
 
 /// Runs a program once, in this thread: a raw tracepoint's as if that had been passed with these
 /// arguments. Returns what it returns.
-pub(in super::super) fn run_program(program: BorrowedFd<'_>, mut arguments: [u64; 2]) -> io::Result<u32> {
+pub(in super::super) fn run_program(
+    program: BorrowedFd<'_>,
+    mut arguments: [u64; 2],
+) -> io::Result<u32> {
     let attributes = Attributes::new().word(0, program.as_raw_fd() as u32);
-    let mut attributes = attributes.word(40, size_of_val(&arguments) as u32).pointer(48, arguments.as_mut_ptr());
+    let mut attributes = attributes
+        .word(40, size_of_val(&arguments) as u32)
+        .pointer(48, arguments.as_mut_ptr());
     attributes.call(10)?;
     Ok(attributes.0[1])
 }
@@ -132,7 +181,10 @@ pub(in super::super) fn missed_runs(program: BorrowedFd<'_>) -> io::Result<u64> 
     const RECURSION_MISSES: usize = 208;
     let mut info = [0_u64; 32];
     let attributes = Attributes::new().word(0, program.as_raw_fd() as u32);
-    attributes.word(4, size_of_val(&info) as u32).pointer(8, info.as_mut_ptr()).call(15)?;
+    attributes
+        .word(4, size_of_val(&info) as u32)
+        .pointer(8, info.as_mut_ptr())
+        .call(15)?;
     Ok(info[RECURSION_MISSES / 8])
 }
 
@@ -148,7 +200,10 @@ pub(in super::super) fn number(object: BorrowedFd<'_>) -> io::Result<u32> {
     // Both kinds of information begin with the type and the number.
     let mut info = [0_u32; 2];
     let attributes = Attributes::new().word(0, object.as_raw_fd() as u32);
-    attributes.word(4, size_of_val(&info) as u32).pointer(8, info.as_mut_ptr()).call(15)?;
+    attributes
+        .word(4, size_of_val(&info) as u32)
+        .pointer(8, info.as_mut_ptr())
+        .call(15)?;
     Ok(info[1])
 }
 
@@ -158,5 +213,9 @@ pub(in super::super) fn exists(object: Object) -> bool {
         Object::Program(number) => (13, number),
         Object::Map(number) => (14, number),
     };
-    Attributes::new().word(0, number).call(command).and_then(owned).is_ok()
+    Attributes::new()
+        .word(0, number)
+        .call(command)
+        .and_then(owned)
+        .is_ok()
 }

@@ -91,7 +91,9 @@ impl Child<'_> {
             match errno() {
                 // As the shell does: look on, but remember that one was found and refused. In a
                 // folder that may not be searched, none was found.
-                libc::EACCES if self.candidates.len() == 1 || is_there(candidate) => refused = libc::EACCES,
+                libc::EACCES if self.candidates.len() == 1 || is_there(candidate) => {
+                    refused = libc::EACCES
+                }
                 libc::EACCES | libc::ENOENT | libc::ENOTDIR => {}
                 other => {
                     refused = other;
@@ -136,18 +138,29 @@ fn is_there(path: &CStr) -> bool {
 /// Installs the filter: as it is where that is allowed, or else with the promise to gain no
 /// privileges.
 fn install(filter: &[libc::sock_filter]) -> bool {
-    let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_ptr().cast_mut() };
+    let program = libc::sock_fprog {
+        len: filter.len() as u16,
+        filter: filter.as_ptr().cast_mut(),
+    };
     let set = || {
         // A filter that only watches need not cost the tracee its speculation.
         let flags = libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW;
         // SAFETY: the kernel reads `len` instructions, which `filter` holds, and writes nothing.
-        unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const program) == 0 }
+        unsafe {
+            libc::syscall(
+                libc::SYS_seccomp,
+                libc::SECCOMP_SET_MODE_FILTER,
+                flags,
+                &raw const program,
+            ) == 0
+        }
     };
     if set() {
         return true;
     }
     // SAFETY: this option takes integers.
-    let promised = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1_u64, 0_u64, 0_u64, 0_u64) } == 0;
+    let promised =
+        unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1_u64, 0_u64, 0_u64, 0_u64) } == 0;
     promised && set()
 }
 
@@ -157,7 +170,12 @@ pub(in super::super) fn read_report(fd: &OwnedFd) -> Option<(u8, io::Error)> {
     // SAFETY: reads at most the length of the local array into it.
     let read = unsafe { libc::read(fd.as_raw_fd(), report.as_mut_ptr().cast(), report.len()) };
     let [step, errno @ ..] = report;
-    (read == 5).then(|| (step, io::Error::from_raw_os_error(i32::from_le_bytes(errno))))
+    (read == 5).then(|| {
+        (
+            step,
+            io::Error::from_raw_os_error(i32::from_le_bytes(errno)),
+        )
+    })
 }
 
 /// Tells the child to go on. The caller still has the read end open, so that this cannot raise

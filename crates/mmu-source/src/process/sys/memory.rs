@@ -11,10 +11,22 @@ use super::super::Pid;
 /// # Errors
 /// If the memory may not be read: a tracee that is not dumpable is closed to a tracer without
 /// `CAP_SYS_PTRACE`.
-pub(in super::super) fn read_memory(tid: Pid, address: u64, buffer: &mut [u8]) -> io::Result<usize> {
-    let Ok(base) = usize::try_from(address) else { return Ok(0) };
-    let local = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
-    let remote = libc::iovec { iov_base: ptr::without_provenance_mut(base), iov_len: buffer.len() };
+pub(in super::super) fn read_memory(
+    tid: Pid,
+    address: u64,
+    buffer: &mut [u8],
+) -> io::Result<usize> {
+    let Ok(base) = usize::try_from(address) else {
+        return Ok(0);
+    };
+    let local = libc::iovec {
+        iov_base: buffer.as_mut_ptr().cast(),
+        iov_len: buffer.len(),
+    };
+    let remote = libc::iovec {
+        iov_base: ptr::without_provenance_mut(base),
+        iov_len: buffer.len(),
+    };
     // SAFETY: the kernel writes at most `iov_len` bytes to `local`, which is `buffer`, borrowed
     // exclusively. The remote address is checked by the kernel.
     let read = unsafe { libc::process_vm_readv(tid, &local, 1, &remote, 1, 0) };
@@ -35,12 +47,16 @@ pub(in super::super) fn read_memory(tid: Pid, address: u64, buffer: &mut [u8]) -
 /// The same word by word.
 fn peek(tid: Pid, address: u64, buffer: &mut [u8]) -> usize {
     let mut read = 0;
-    for (chunk, address) in buffer.chunks_mut(size_of::<c_long>()).zip((address..).step_by(size_of::<c_long>())) {
+    for (chunk, address) in buffer
+        .chunks_mut(size_of::<c_long>())
+        .zip((address..).step_by(size_of::<c_long>()))
+    {
         let mut word: c_long = 0;
         let out = (&raw mut word).addr();
         // SAFETY: the raw call, unlike the wrapper of libc, writes one word to the address given,
         // which is `word`.
-        let result = unsafe { libc::syscall(libc::SYS_ptrace, libc::PTRACE_PEEKDATA, tid, address, out) };
+        let result =
+            unsafe { libc::syscall(libc::SYS_ptrace, libc::PTRACE_PEEKDATA, tid, address, out) };
         if result == -1 {
             break;
         }

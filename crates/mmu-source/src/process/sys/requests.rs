@@ -64,7 +64,11 @@ pub(super) fn ptrace(request: Request, tid: Pid, addr: usize, data: usize) -> io
     // SAFETY: `addr` and `data` are integers, or an address and a size that the callers below take
     // from a live buffer of theirs; the requests used here write nowhere else in this process.
     let result = unsafe { libc::ptrace(request, tid, addr as *mut c_void, data as *mut c_void) };
-    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(result) }
+    if result == -1 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
 }
 
 /// Makes `tid` a tracee of this thread without stopping it.
@@ -130,17 +134,36 @@ struct RawInfo {
 /// What the system call stop of a tracee is about. Linux 5.3.
 pub(in super::super) fn syscall_info(tid: Pid) -> io::Result<Option<SyscallInfo>> {
     let mut raw = RawInfo::default();
-    let asked = ptrace(PTRACE_GET_SYSCALL_INFO, tid, size_of::<RawInfo>(), (&raw mut raw).addr());
+    let asked = ptrace(
+        PTRACE_GET_SYSCALL_INFO,
+        tid,
+        size_of::<RawInfo>(),
+        (&raw mut raw).addr(),
+    );
     if unless_gone(asked)?.is_none() {
         return Ok(None);
     }
     let [number, a, b, c, d, e, f, datum] = raw.words;
-    let place = Place { instruction: raw.instruction_pointer, stack: raw.stack_pointer };
-    let call = RawCall { arch: raw.arch, number, args: [a, b, c, d, e, f], place };
+    let place = Place {
+        instruction: raw.instruction_pointer,
+        stack: raw.stack_pointer,
+    };
+    let call = RawCall {
+        arch: raw.arch,
+        number,
+        args: [a, b, c, d, e, f],
+        place,
+    };
     Ok(Some(match raw.op {
         1 => SyscallInfo::Entry { call, datum: None },
-        2 => SyscallInfo::Exit { result: number as i64, place },
-        3 => SyscallInfo::Entry { call, datum: Some(datum as u16) },
+        2 => SyscallInfo::Exit {
+            result: number as i64,
+            place,
+        },
+        3 => SyscallInfo::Entry {
+            call,
+            datum: Some(datum as u16),
+        },
         _ => SyscallInfo::None,
     }))
 }
@@ -175,12 +198,22 @@ mod tests {
         seize(child, libc::PTRACE_O_TRACEEXIT).expect("it can be traced");
         // SAFETY: takes integers; the process is this test's own.
         unsafe { libc::kill(child, libc::SIGKILL) };
-        assert_eq!(wait_for(child).expect("it stops"), Wait::Stopped(child, Stop::Exit));
+        assert_eq!(
+            wait_for(child).expect("it stops"),
+            Wait::Stopped(child, Stop::Exit)
+        );
         let message = |event| event_message(child, event).expect("it can be asked");
         assert_eq!(message(Stop::Exit), Some(libc::SIGKILL as u64));
-        assert_eq!(message(Stop::NewTask(NewTask::Clone)), None, "the number of a signal is no task");
+        assert_eq!(
+            message(Stop::NewTask(NewTask::Clone)),
+            None,
+            "the number of a signal is no task"
+        );
         resume(child, Resume::Cont, 0).expect("it goes on");
-        assert_eq!(wait_for(child).expect("it ends"), Wait::Ended(child, ExitStatus::Signal(libc::SIGKILL)));
+        assert_eq!(
+            wait_for(child).expect("it ends"),
+            Wait::Ended(child, ExitStatus::Signal(libc::SIGKILL))
+        );
         assert_eq!(message(Stop::Exit), None);
     }
 }

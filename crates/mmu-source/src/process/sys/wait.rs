@@ -149,7 +149,10 @@ mod tests {
 
     #[test]
     fn the_status_of_a_real_time_signal_is_decoded() {
-        assert_eq!(decode(1, 64 << 8 | 0x7f), Wait::Stopped(1, Stop::Signal(64)));
+        assert_eq!(
+            decode(1, 64 << 8 | 0x7f),
+            Wait::Stopped(1, Stop::Signal(64))
+        );
         assert_eq!(decode(1, 40), Wait::Ended(1, ExitStatus::Signal(40)));
         assert_eq!(decode(1, 3 << 8), Wait::Ended(1, ExitStatus::Code(3)));
     }
@@ -159,6 +162,9 @@ mod tests {
         let stop = |signal: c_int| decode(1, PTRACE_EVENT_STOP << 16 | signal << 8 | 0x7f);
         assert_eq!(stop(libc::SIGTSTP), Wait::Stopped(1, Stop::Group));
         assert_eq!(stop(libc::SIGTRAP), Wait::Stopped(1, Stop::Trap));
-        assert_eq!(decode(1, (libc::SIGTRAP | 0x80) << 8 | 0x7f), Wait::Stopped(1, Stop::Syscall));
+        assert_eq!(
+            decode(1, (libc::SIGTRAP | 0x80) << 8 | 0x7f),
+            Wait::Stopped(1, Stop::Syscall)
+        );
     }
 }

@@ -67,7 +67,10 @@ impl<O: Observer> Tracer<O> {
                 if self.is_traced(pid, tid) {
                     continue;
                 }
-                match sys::seize(tid, ptrace_options(self.options, false) & !libc::PTRACE_O_TRACEEXIT) {
+                match sys::seize(
+                    tid,
+                    ptrace_options(self.options, false) & !libc::PTRACE_O_TRACEEXIT,
+                ) {
                     Ok(()) => {
                         is_new = true;
                         self.seized(pid, tid);
@@ -85,7 +88,10 @@ impl<O: Observer> Tracer<O> {
                     // traced and need not be.
                     Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
                     Err(_) if proc::has_ended(tid) == Some(true) => {}
-                    Err(error) => refusal = Some((error, proc::tracer_of(tid).is_some_and(|tracer| tracer > 0))),
+                    Err(error) => {
+                        refusal =
+                            Some((error, proc::tracer_of(tid).is_some_and(|tracer| tracer > 0)))
+                    }
                 }
             }
             match refusal {
@@ -131,7 +137,10 @@ impl<O: Observer> Tracer<O> {
         }
         // A thread is in its leader's address space. If the leader has ended, none of its threads
         // is another program's.
-        let of_leader = self.tasks.get(&pid).and_then(|leader| leader.space().cloned());
+        let of_leader = self
+            .tasks
+            .get(&pid)
+            .and_then(|leader| leader.space().cloned());
         let space = of_leader.or_else(|| self.space_shared_with(tid).ok());
         let space = space.unwrap_or_else(|| Rc::new(Space::new(Break::default())));
         self.begin(Task { pid, tid }, space, false, "attach");
@@ -148,7 +157,10 @@ impl<O: Observer> Tracer<O> {
         if !sys::is_thread_of(pid, pid) {
             return io::Error::from_raw_os_error(libc::ESRCH);
         }
-        io::Error::new(error.kind(), format!("its threads are not listed in /proc/{pid}/task ({error})"))
+        io::Error::new(
+            error.kind(),
+            format!("its threads are not listed in /proc/{pid}/task ({error})"),
+        )
     }
 }
 

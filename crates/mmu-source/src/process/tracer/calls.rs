@@ -18,18 +18,28 @@ impl<O: Observer> Tracer<O> {
     /// A task stands before a system call, which the filter has picked or not.
     pub(super) fn call_begins(&mut self, tid: Pid, raw: RawCall, picked: bool) {
         self.interrupted_calls_meet(tid, &raw);
-        let Some(tracee) = self.tasks.get(&tid) else { return };
+        let Some(tracee) = self.tasks.get(&tid) else {
+            return;
+        };
         if tracee.filtered && !picked {
             // It stops here because an interrupted call is awaited; if the filter picks this one,
             // it stops once more.
             return;
         }
-        let (Life::In(space, _), None) = (&tracee.life, &tracee.call) else { return };
+        let (Life::In(space, _), None) = (&tracee.life, &tracee.call) else {
+            return;
+        };
         let (task, space) = (tracee.task, Rc::clone(space));
-        let RawCall { arch, number, mut args, .. } = raw;
+        let RawCall {
+            arch,
+            number,
+            mut args,
+            ..
+        } = raw;
         let Some((abi, number)) = Abi::of(arch, number) else {
             let _scope = Scope::new(task, "unknown", None);
-            self.observer.event(&TaskEvent::UnknownAbi { task, arch, number });
+            self.observer
+                .event(&TaskEvent::UnknownAbi { task, arch, number });
             return;
         };
         let Some(call) = abi.call(number) else { return };
@@ -41,16 +51,39 @@ impl<O: Observer> Tracer<O> {
         let plan = space.update_brk(|brk| {
             let alone = space.tasks.get() == 1 && !self.in_doubt;
             let tasks = || self.tasks.keys().copied().collect();
-            Entry { tid, abi, call, args }.plan(Context { brk, alone, tasks: &tasks }, &mut ranges)
+            Entry {
+                tid,
+                abi,
+                call,
+                args,
+            }
+            .plan(
+                Context {
+                    brk,
+                    alone,
+                    tasks: &tasks,
+                },
+                &mut ranges,
+            )
         });
         let birth = Birth::of(call, &args).filter(|_| self.options.births);
-        let only_birth = || birth.map(|_| Plan { cause: call.name(), event: Event::Unmap, then: Then::Close });
+        let only_birth = || {
+            birth.map(|_| Plan {
+                cause: call.name(),
+                event: Event::Unmap,
+                then: Then::Close,
+            })
+        };
         let plan = plan.or_else(only_birth);
         let acts = plan.and_then(|plan| Some((self.targets(&space, plan.then)?, plan)));
         if let Some(((here, others), plan)) = acts {
             let _scope = Scope::new(task, plan.cause, None);
-            let open =
-                |space: &Space| ranges.iter().map(|range| space.mm.invalidate_owned(*range, plan.event)).collect();
+            let open = |space: &Space| {
+                ranges
+                    .iter()
+                    .map(|range| space.mm.invalidate_owned(*range, plan.event))
+                    .collect()
+            };
             let brackets = if here { open(&space) } else { Vec::new() };
             let elsewhere = others.into_iter().map(|other| {
                 let brackets = open(&other);
@@ -58,7 +91,16 @@ impl<O: Observer> Tracer<O> {
             });
             let elsewhere = elsewhere.collect();
             let compat = abi.is_compat();
-            let call = OpenCall { raw, cause: plan.cause, space, brackets, elsewhere, then: plan.then, birth, compat };
+            let call = OpenCall {
+                raw,
+                cause: plan.cause,
+                space,
+                brackets,
+                elsewhere,
+                then: plan.then,
+                birth,
+                compat,
+            };
             if let Some(tracee) = self.tasks.get_mut(&tid) {
                 tracee.call = Some(call);
             }
@@ -74,20 +116,32 @@ impl<O: Observer> Tracer<O> {
             Then::Elsewhere(Named::Task(pid)) => {
                 // A leader that has ended stands for its process all the same.
                 let leader = self.tasks.get(&pid).and_then(|tracee| tracee.space());
-                let any =
-                    || self.tasks.values().filter(|tracee| tracee.task.pid == pid).find_map(|tracee| tracee.space());
+                let any = || {
+                    self.tasks
+                        .values()
+                        .filter(|tracee| tracee.task.pid == pid)
+                        .find_map(|tracee| tracee.space())
+                };
                 let target = leader.or_else(any)?;
-                if Rc::ptr_eq(target, own) { (true, Vec::new()) } else { (false, vec![Rc::clone(target)]) }
+                if Rc::ptr_eq(target, own) {
+                    (true, Vec::new())
+                } else {
+                    (false, vec![Rc::clone(target)])
+                }
             }
-            Then::Elsewhere(Named::Anyone) => (true, self.spaces_where(|space| !Rc::ptr_eq(space, own))),
+            Then::Elsewhere(Named::Anyone) => {
+                (true, self.spaces_where(|space| !Rc::ptr_eq(space, own)))
+            }
             _ => (true, Vec::new()),
         };
         if self.in_doubt {
             let known = |space: &Rc<Space>| {
-                here && Rc::ptr_eq(space, own) || others.iter().any(|other| Rc::ptr_eq(space, other))
+                here && Rc::ptr_eq(space, own)
+                    || others.iter().any(|other| Rc::ptr_eq(space, other))
             };
-            let may_be =
-                |space: &Rc<Space>| here && space.may_be(own) || others.iter().any(|other| space.may_be(other));
+            let may_be = |space: &Rc<Space>| {
+                here && space.may_be(own) || others.iter().any(|other| space.may_be(other))
+            };
             let doubtful = self.spaces_where(|space| !known(space) && may_be(space));
             others.extend(doubtful);
         }
@@ -96,8 +150,13 @@ impl<O: Observer> Tracer<O> {
 
     /// The address spaces that fulfil a condition, each once.
     pub(super) fn spaces_where(&self, condition: impl Fn(&Rc<Space>) -> bool) -> Vec<Rc<Space>> {
-        let mut found: Vec<Rc<Space>> =
-            self.tasks.values().filter_map(|tracee| tracee.space()).filter(|space| condition(space)).cloned().collect();
+        let mut found: Vec<Rc<Space>> = self
+            .tasks
+            .values()
+            .filter_map(|tracee| tracee.space())
+            .filter(|space| condition(space))
+            .cloned()
+            .collect();
         found.sort_unstable_by_key(|space| space.mm.id());
         found.dedup_by_key(|space| space.mm.id());
         found
@@ -105,18 +164,28 @@ impl<O: Observer> Tracer<O> {
 
     /// A task stands behind a system call.
     pub(super) fn call_returns(&mut self, tid: Pid, result: i64, place: Place) {
-        let Some(tracee) = self.tasks.get_mut(&tid) else { return };
+        let Some(tracee) = self.tasks.get_mut(&tid) else {
+            return;
+        };
         let Some(call) = tracee.call.take() else {
             // The return from a signal's handler: the kernel makes the interrupted call again, or
             // has it fail.
-            if tracee.again.last().is_some_and(|call| call.raw.place == place) {
+            if tracee
+                .again
+                .last()
+                .is_some_and(|call| call.raw.place == place)
+            {
                 if let Some(call) = tracee.again.pop() {
                     self.finish(tid, call, Some(result));
                 }
             }
             return;
         };
-        let narrow = if call.compat { i64::from(result as i32) } else { result };
+        let narrow = if call.compat {
+            i64::from(result as i32)
+        } else {
+            result
+        };
         if means_again(narrow) {
             tracee.again.push(call);
         } else {
@@ -127,11 +196,17 @@ impl<O: Observer> Tracer<O> {
     /// Takes up the interrupted call that a task is about to make again, if it is one, and closes
     /// those that it has given up.
     fn interrupted_calls_meet(&mut self, tid: Pid, next: &RawCall) {
-        while let Some(tracee) = self.tasks.get_mut(&tid).filter(|tracee| tracee.call.is_none()) {
-            let Some(last) = tracee.again.last() else { return };
+        while let Some(tracee) = self
+            .tasks
+            .get_mut(&tid)
+            .filter(|tracee| tracee.call.is_none())
+        {
+            let Some(last) = tracee.again.last() else {
+                return;
+            };
             let is_made_again = last.is_made_again(next);
-            let is_given_up =
-                last.is_given_up_at(next.place) || tracee.again.iter().any(|call| call.is_made_again(next));
+            let is_given_up = last.is_given_up_at(next.place)
+                || tracee.again.iter().any(|call| call.is_made_again(next));
             match tracee.again.pop() {
                 Some(call) if is_made_again => tracee.call = Some(call),
                 Some(call) if is_given_up => self.finish(tid, call, None),
@@ -143,9 +218,16 @@ impl<O: Observer> Tracer<O> {
 
     /// A task ends, or its address space, or the tracing: none of its calls returns any more.
     pub(super) fn calls_are_cut(&mut self, tid: Pid) {
-        let Some(tracee) = self.tasks.get_mut(&tid) else { return };
+        let Some(tracee) = self.tasks.get_mut(&tid) else {
+            return;
+        };
         let again = mem::take(&mut tracee.again);
-        let calls: Vec<OpenCall> = tracee.call.take().into_iter().chain(again.into_iter().rev()).collect();
+        let calls: Vec<OpenCall> = tracee
+            .call
+            .take()
+            .into_iter()
+            .chain(again.into_iter().rev())
+            .collect();
         for call in calls {
             self.finish(tid, call, None);
         }
@@ -153,16 +235,30 @@ impl<O: Observer> Tracer<O> {
 
     /// Closes the brackets of a call.
     pub(super) fn finish(&mut self, tid: Pid, mut call: OpenCall, result: Option<i64>) {
-        let Some(tracee) = self.tasks.get(&tid) else { return };
+        let Some(tracee) = self.tasks.get(&tid) else {
+            return;
+        };
         let _scope = Scope::new(tracee.task, call.cause, result);
         call.close();
         if call.then == Then::LearnBreak {
-            let mask = if call.compat { u64::from(u32::MAX) } else { u64::MAX };
-            call.space.update_brk(|brk| brk.finish(result.map(|result| result as u64 & mask)));
+            let mask = if call.compat {
+                u64::from(u32::MAX)
+            } else {
+                u64::MAX
+            };
+            call.space
+                .update_brk(|brk| brk.finish(result.map(|result| result as u64 & mask)));
         }
-        let born = call.birth.zip(result).and_then(|(birth, result)| birth.range(tid, result as u64));
+        let born = call
+            .birth
+            .zip(result)
+            .and_then(|(birth, result)| birth.range(tid, result as u64));
         if let Some(range) = born {
-            self.observer.event(&TaskEvent::Mapped { task: tracee.task, mm: &call.space.mm, range });
+            self.observer.event(&TaskEvent::Mapped {
+                task: tracee.task,
+                mm: &call.space.mm,
+                range,
+            });
         }
     }
 

@@ -32,7 +32,10 @@ impl<O: Observer> Tracer<O> {
         let mut tids: Vec<Pid> = self.tasks.keys().copied().collect();
         tids.sort_unstable();
         for tid in &tids {
-            let lives = self.tasks.get(tid).filter(|tracee| matches!(tracee.life, Life::In(..)));
+            let lives = self
+                .tasks
+                .get(tid)
+                .filter(|tracee| matches!(tracee.life, Life::In(..)));
             let lives = lives.map(|tracee| (tracee.task, tracee.mm().clone()));
             self.depart(*tid, "detach");
             if let Some((task, mm)) = lives {
@@ -41,20 +44,33 @@ impl<O: Observer> Tracer<O> {
             }
         }
         let kept = |filtered, in_vfork| Kept { filtered, in_vfork };
-        let mut tasks: HashMap<Pid, Kept> =
-            self.tasks.iter().map(|(tid, tracee)| (*tid, kept(tracee.filtered, tracee.in_vfork))).collect();
+        let mut tasks: HashMap<Pid, Kept> = self
+            .tasks
+            .iter()
+            .map(|(tid, tracee)| (*tid, kept(tracee.filtered, tracee.in_vfork)))
+            .collect();
         let some_filtered = tasks.values().any(|kept| kept.filtered);
-        let parked: Vec<Pid> =
-            self.parked.iter().filter(|(_, parked)| parked.is_stopped()).map(|(tid, _)| *tid).collect();
+        let parked: Vec<Pid> = self
+            .parked
+            .iter()
+            .filter(|(_, parked)| parked.is_stopped())
+            .map(|(tid, _)| *tid)
+            .collect();
         tasks.extend(parked.iter().map(|tid| (*tid, kept(some_filtered, false))));
-        let mut keeper = Keeper { tasks, some_filtered, _thread: PhantomData };
+        let mut keeper = Keeper {
+            tasks,
+            some_filtered,
+            _thread: PhantomData,
+        };
         // These are stopped.
         for tid in self.held.iter().chain(&parked) {
             keeper.pass(*tid, Stop::Trap);
         }
         // One that has died is not waited for: the end of a first thread is reported only after
         // that of all the others.
-        keeper.tasks.retain(|tid, kept| kept.filtered || kept.in_vfork || matches!(sys::interrupt(*tid), Ok(Some(()))));
+        keeper.tasks.retain(|tid, kept| {
+            kept.filtered || kept.in_vfork || matches!(sys::interrupt(*tid), Ok(Some(())))
+        });
         keeper.let_go(sys::poll);
         (self.observer, keeper)
     }
@@ -85,7 +101,12 @@ impl Keeper {
         let begun = Instant::now();
         let mut nap = Duration::from_micros(50);
         // Asked at each turn: the tasks with a filter may report without a pause.
-        while begun.elapsed() < PATIENCE && self.tasks.values().any(|kept| !kept.filtered && !kept.in_vfork) {
+        while begun.elapsed() < PATIENCE
+            && self
+                .tasks
+                .values()
+                .any(|kept| !kept.filtered && !kept.in_vfork)
+        {
             match poll() {
                 // No wait with a limit exists for tracees.
                 Ok(Wait::Interrupted) if self.may_stop_soon(begun.elapsed()) => {
@@ -101,7 +122,10 @@ impl Keeper {
     /// Tells whether one of the tracees without a filter may yet stop, after this time.
     fn may_stop_soon(&self, waited: Duration) -> bool {
         let sleeps_deep = |tid| proc::state(tid) == Some(b'D');
-        let mut rest = self.tasks.iter().filter(|(_, kept)| !kept.filtered && !kept.in_vfork);
+        let mut rest = self
+            .tasks
+            .iter()
+            .filter(|(_, kept)| !kept.filtered && !kept.in_vfork);
         // Waiting for a disk looks the same, and is over in less.
         waited < DISK || rest.any(|(tid, _)| !sleeps_deep(*tid))
     }
@@ -125,7 +149,11 @@ impl Keeper {
 
     /// Serves one event, and says whether there can be another one.
     fn step(&mut self) -> bool {
-        let event = if self.tasks.is_empty() { sys::wait_for_unknown() } else { sys::wait() };
+        let event = if self.tasks.is_empty() {
+            sys::wait_for_unknown()
+        } else {
+            sys::wait()
+        };
         match event {
             Ok(Wait::Nobody) | Err(_) => return false,
             Ok(event) => self.serve_one(event),
@@ -143,9 +171,16 @@ impl Keeper {
 
     /// Lets a task go on from a stop: for good if it has no filter.
     fn pass(&mut self, tid: Pid, stop: Stop) {
-        let unknown = Kept { filtered: self.some_filtered, in_vfork: false };
+        let unknown = Kept {
+            filtered: self.some_filtered,
+            in_vfork: false,
+        };
         let kept = *self.tasks.entry(tid).or_insert(unknown);
-        let signal = if let Stop::Signal(signal) = stop { signal } else { 0 };
+        let signal = if let Stop::Signal(signal) = stop {
+            signal
+        } else {
+            0
+        };
         let how = match stop {
             _ if !kept.filtered => Resume::Detach,
             Stop::Group => Resume::Listen,
@@ -154,9 +189,17 @@ impl Keeper {
         // Its child is traced as well, and stops before it runs. One that has stopped already was
         // let go of.
         if let (Resume::Detach, Stop::NewTask(_)) = (how, stop) {
-            let child = sys::event_message(tid, stop).ok().flatten().map(|child| child as Pid);
-            if let Some(child) = child.filter(|child| matches!(sys::interrupt(*child), Ok(Some(())))) {
-                self.tasks.entry(child).or_insert(Kept { filtered: false, in_vfork: false });
+            let child = sys::event_message(tid, stop)
+                .ok()
+                .flatten()
+                .map(|child| child as Pid);
+            if let Some(child) =
+                child.filter(|child| matches!(sys::interrupt(*child), Ok(Some(()))))
+            {
+                self.tasks.entry(child).or_insert(Kept {
+                    filtered: false,
+                    in_vfork: false,
+                });
             }
         }
         // A task that has died meanwhile reports its end next.
@@ -173,11 +216,21 @@ mod tests {
 
     #[test]
     fn letting_go_ends_although_other_tasks_report_without_a_pause() {
-        let kept = Kept { filtered: false, in_vfork: false };
-        let mut keeper = Keeper { tasks: [(1, kept)].into(), some_filtered: false, _thread: PhantomData };
+        let kept = Kept {
+            filtered: false,
+            in_vfork: false,
+        };
+        let mut keeper = Keeper {
+            tasks: [(1, kept)].into(),
+            some_filtered: false,
+            _thread: PhantomData,
+        };
         let begun = Instant::now();
         keeper.let_go(|| {
-            assert!(begun.elapsed() < Duration::from_secs(60), "no report makes it look at the time");
+            assert!(
+                begun.elapsed() < Duration::from_secs(60),
+                "no report makes it look at the time"
+            );
             Ok(Wait::Ended(2, super::super::ExitStatus::Code(0)))
         });
         assert!(keeper.is_needed(), "the task that has not stopped is left");

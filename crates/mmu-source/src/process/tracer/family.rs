@@ -51,7 +51,11 @@ impl<O: Observer> Tracer<O> {
         match report {
             // Made with `CLONE_PTRACE`: no event will name it, and no task is to be followed.
             Report::Stopped(stop) if !self.options.follow => {
-                let signal = if let Stop::Signal(signal) = stop { signal } else { 0 };
+                let signal = if let Stop::Signal(signal) = stop {
+                    signal
+                } else {
+                    0
+                };
                 return resume(tid, Resume::Detach, signal);
             }
             // A thread that ends before it was named was killed, and never ran: a kill is for the
@@ -68,7 +72,12 @@ impl<O: Observer> Tracer<O> {
             }
             _ => {}
         }
-        let parked = Parked { report, family, since: self.clock, asked: false };
+        let parked = Parked {
+            report,
+            family,
+            since: self.clock,
+            asked: false,
+        };
         let parked = before.map_or(parked, |before| Parked { report, ..before });
         self.parked.insert(tid, parked);
         Ok(())
@@ -77,12 +86,18 @@ impl<O: Observer> Tracer<O> {
     /// Asks `/proc`, or if that does not say, the kernel about the processes that are known.
     fn family(&self, tid: Pid) -> Family {
         if let Some((process, parent)) = proc::family(tid) {
-            return Family { process: Some(process), parent: Some(parent) };
+            return Family {
+                process: Some(process),
+                parent: Some(parent),
+            };
         }
         let mut pids: Vec<Pid> = self.tasks.values().map(|tracee| tracee.task.pid).collect();
         pids.sort_unstable();
         pids.dedup();
-        Family { process: pids.into_iter().find(|pid| sys::is_thread_of(*pid, tid)), parent: None }
+        Family {
+            process: pids.into_iter().find(|pid| sys::is_thread_of(*pid, tid)),
+            parent: None,
+        }
     }
 
     fn is_thread_of_ours(&self, tid: Pid, family: Family) -> bool {
@@ -99,9 +114,15 @@ impl<O: Observer> Tracer<O> {
     pub(super) fn adopt_unnamed(&mut self) -> Result<(), Error> {
         let children: Vec<Pid> = self.parked.keys().copied().collect();
         for child in children {
-            let Some(parked) = self.parked.get(&child).copied() else { continue };
-            let mut makers: Vec<Pid> =
-                self.tasks.values().filter(|tracee| can_name(tracee, child, &parked)).map(|t| t.task.tid).collect();
+            let Some(parked) = self.parked.get(&child).copied() else {
+                continue;
+            };
+            let mut makers: Vec<Pid> = self
+                .tasks
+                .values()
+                .filter(|tracee| can_name(tracee, child, &parked))
+                .map(|t| t.task.tid)
+                .collect();
             if self.lost_a_maker && !parked.asked && !self.is_thread_of_ours(child, parked.family) {
                 makers.retain(|maker| !self.is_asleep(*maker));
                 for maker in &makers {
@@ -130,7 +151,10 @@ impl<O: Observer> Tracer<O> {
     /// Takes in a task whose parent's event never came, by what the kernel tells about it.
     fn adopt(&mut self, tid: Pid, family: Family) -> Result<(), Error> {
         let pid = family.process.unwrap_or(tid);
-        let of_process = self.tasks.values().find(|tracee| tracee.task.pid == pid && tracee.space().is_some());
+        let of_process = self
+            .tasks
+            .values()
+            .find(|tracee| tracee.task.pid == pid && tracee.space().is_some());
         let known = of_process.and_then(|tracee| tracee.space().cloned());
         let space = known.or_else(|| self.space_shared_with(tid).ok());
         // Its parent is not in the table any more, and the table may be empty.
@@ -148,7 +172,9 @@ impl<O: Observer> Tracer<O> {
     pub(super) fn space_shared_with(&self, tid: Pid) -> Result<Rc<Space>, Vec<Rc<Space>>> {
         let mut unknown = Vec::new();
         for tracee in self.tasks.values() {
-            let Some(space) = tracee.space() else { continue };
+            let Some(space) = tracee.space() else {
+                continue;
+            };
             match sys::same_memory(tid, tracee.task.tid) {
                 Some(true) => return Ok(Rc::clone(space)),
                 Some(false) => {}
@@ -170,23 +196,40 @@ impl<O: Observer> Tracer<O> {
 
     /// A task has made another one.
     pub(super) fn cloned(&mut self, parent: Pid, kind: NewTask) -> Result<(), Error> {
-        let message = sys::event_message(parent, Stop::NewTask(kind)).map_err(kernel("PTRACE_GETEVENTMSG", parent))?;
-        let (Some(child), Some(tracee)) = (message, self.tasks.get_mut(&parent)) else { return Ok(()) };
+        let message = sys::event_message(parent, Stop::NewTask(kind))
+            .map_err(kernel("PTRACE_GETEVENTMSG", parent))?;
+        let (Some(child), Some(tracee)) = (message, self.tasks.get_mut(&parent)) else {
+            return Ok(());
+        };
         let child = child as Pid;
         tracee.in_vfork = kind == NewTask::Vfork;
-        let Some(space) = tracee.space().cloned() else { return Ok(()) };
+        let Some(space) = tracee.space().cloned() else {
+            return Ok(());
+        };
         let (task, filtered) = (tracee.task, tracee.filtered);
         let cause = tracee.call.as_ref().map_or(kind.name(), |call| call.cause);
         let is_thread = || kind == NewTask::Clone && sys::is_thread_of(task.pid, child);
-        let asked = || if is_thread() { Some(true) } else { sys::same_memory(parent, child) };
+        let asked = || {
+            if is_thread() {
+                Some(true)
+            } else {
+                sys::same_memory(parent, child)
+            }
+        };
         // Every call that copies an address space stops at its entry, so that one is open; but the
         // entry of a call in which the task was attached to has not been seen.
         let shares = match &tracee.call {
-            Some(OpenCall { then: Then::Copy, .. }) => Some(false),
+            Some(OpenCall {
+                then: Then::Copy, ..
+            }) => Some(false),
             None if !tracee.in_unseen_call => Some(true),
             _ => asked(),
         };
-        let pid = if shares == Some(true) && is_thread() { task.pid } else { child };
+        let pid = if shares == Some(true) && is_thread() {
+            task.pid
+        } else {
+            child
+        };
         if let Some(known) = self.tasks.get(&child) {
             if let Some(space) = known.space().filter(|_| shares == Some(false)) {
                 space.is_its_own();
@@ -202,7 +245,14 @@ impl<O: Observer> Tracer<O> {
                 }
             };
             let child_task = Task { pid, tid: child };
-            self.welcome(child_task, child_space, filtered, shares != Some(true), Some((task, &space)), cause);
+            self.welcome(
+                child_task,
+                child_space,
+                filtered,
+                shares != Some(true),
+                Some((task, &space)),
+                cause,
+            );
         }
         self.copy_ends(parent, child);
         self.replay(child)
@@ -211,7 +261,9 @@ impl<O: Observer> Tracer<O> {
     /// A task has made a child whose memory is a copy: the copying is over, so its brackets close,
     /// and the call needs no stop at its exit if its result is known.
     fn copy_ends(&mut self, parent: Pid, child: Pid) {
-        let Some(tracee) = self.tasks.get_mut(&parent) else { return };
+        let Some(tracee) = self.tasks.get_mut(&parent) else {
+            return;
+        };
         if !tracee.may_be_forking() || tracee.call.is_none() {
             return;
         }
@@ -237,10 +289,14 @@ impl<O: Observer> Tracer<O> {
         parent: Option<(Task, &Space)>,
         cause: &'static str,
     ) {
-        self.tasks.insert(task.tid, Tracee::fresh(task, Rc::clone(&space), filtered));
+        self.tasks
+            .insert(task.tid, Tracee::fresh(task, Rc::clone(&space), filtered));
         if is_new {
             let _scope = Scope::new(task, cause, None);
-            self.observer.event(&TaskEvent::MmNew { task, mm: &space.mm });
+            self.observer.event(&TaskEvent::MmNew {
+                task,
+                mm: &space.mm,
+            });
         }
         if let Some((parent, parent_space)) = parent {
             self.report_fork(parent, parent_space, task.tid, cause);
@@ -249,9 +305,16 @@ impl<O: Observer> Tracer<O> {
     }
 
     fn report_fork(&mut self, task: Task, space: &Space, child: Pid, cause: &'static str) {
-        let Some(child) = self.tasks.get(&child) else { return };
+        let Some(child) = self.tasks.get(&child) else {
+            return;
+        };
         let _scope = Scope::new(task, cause, None);
-        self.observer.event(&TaskEvent::Fork { task, child: child.task, mm: &space.mm, child_mm: child.mm() });
+        self.observer.event(&TaskEvent::Fork {
+            task,
+            child: child.task,
+            mm: &space.mm,
+            child_mm: child.mm(),
+        });
     }
 
     /// Serves what a task reported before it was known.
@@ -266,11 +329,18 @@ impl<O: Observer> Tracer<O> {
     /// A task has run `execve`. Its other threads are gone, and it has the identifier of the
     /// process now.
     pub(super) fn execed(&mut self, pid: Pid) -> Result<(), Error> {
-        let message = sys::event_message(pid, Stop::Exec).map_err(kernel("PTRACE_GETEVENTMSG", pid))?;
-        let Some(former) = message.map(|tid| tid as Pid) else { return Ok(()) };
+        let message =
+            sys::event_message(pid, Stop::Exec).map_err(kernel("PTRACE_GETEVENTMSG", pid))?;
+        let Some(former) = message.map(|tid| tid as Pid) else {
+            return Ok(());
+        };
         if former != pid && self.tasks.contains_key(&former) {
             // The old leader's end is not reported: this task has taken its place.
-            let status = self.tasks.get(&pid).and_then(|leader| leader.exit).unwrap_or(ExitStatus::Code(0));
+            let status = self
+                .tasks
+                .get(&pid)
+                .and_then(|leader| leader.exit)
+                .unwrap_or(ExitStatus::Code(0));
             self.forget(pid, "execve", status);
             // Threads that were killed for it may have been making tasks.
             self.lost_a_maker = true;
@@ -289,9 +359,16 @@ impl<O: Observer> Tracer<O> {
         let old = mem::replace(&mut tracee.life, Life::Fresh(Rc::clone(&space)));
         self.tasks.insert(pid, tracee);
         let scope = Scope::new(task, "execve", None);
-        self.observer.event(&TaskEvent::MmNew { task, mm: &space.mm });
+        self.observer.event(&TaskEvent::MmNew {
+            task,
+            mm: &space.mm,
+        });
         if let Life::Left(old_mm) = &old {
-            self.observer.event(&TaskEvent::Exec { task, mm: &space.mm, old_mm });
+            self.observer.event(&TaskEvent::Exec {
+                task,
+                mm: &space.mm,
+                old_mm,
+            });
         }
         drop(scope);
         self.appear(pid);
@@ -305,8 +382,14 @@ fn can_name<H>(tracee: &Tracee<H>, child: Pid, parked: &Parked) -> bool {
     let pid = tracee.task.pid;
     match parked.family {
         _ if !is_making => false,
-        Family { process: Some(process), .. } if process == pid => true,
-        Family { parent: Some(parent), .. } if parent != pid => false,
+        Family {
+            process: Some(process),
+            ..
+        } if process == pid => true,
+        Family {
+            parent: Some(parent),
+            ..
+        } if parent != pid => false,
         _ => tracee.may_be_forking() || sys::same_memory(child, tracee.task.tid) != Some(false),
     }
 }

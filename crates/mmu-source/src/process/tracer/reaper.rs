@@ -48,7 +48,10 @@ impl Reaper {
         let shared = Arc::new(Shared::default());
         let own = Arc::clone(&shared);
         let thread = Thread::spawn(c"mmu-attach", move || own.run())?;
-        Ok(Reaper { shared, thread: Some(thread) })
+        Ok(Reaper {
+            shared,
+            thread: Some(thread),
+        })
     }
 
     /// Looks after a thread, which must be traced by the thread that this is called in and not be
@@ -101,7 +104,11 @@ impl Shared {
                 }
                 None => true,
             });
-            work = self.wake.wait_timeout(work, PAUSE).unwrap_or_else(PoisonError::into_inner).0;
+            work = self
+                .wake
+                .wait_timeout(work, PAUSE)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
         }
     }
 }

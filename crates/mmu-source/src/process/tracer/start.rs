@@ -23,10 +23,14 @@ impl<O: Observer> Tracer<O> {
     /// [`Error::Exec`] if the program cannot be executed, [`Error::Spawn`] if the process cannot be
     /// made or traced.
     pub fn spawn(&mut self, command: Command) -> Result<Pid, Error> {
-        let layout = command.layout().map_err(|source| exec_error(&command, source))?;
-        let program = (self.options.follow && self.options.seccomp).then(|| filter::program(self.options.traced()));
+        let layout = command
+            .layout()
+            .map_err(|source| exec_error(&command, source))?;
+        let program = (self.options.follow && self.options.seccomp)
+            .then(|| filter::program(self.options.traced()));
         let (go_read, go_write) = sys::pipe(0).map_err(spawn_error("pipe2"))?;
-        let (report_read, report_write) = sys::pipe(libc::O_NONBLOCK).map_err(spawn_error("pipe2"))?;
+        let (report_read, report_write) =
+            sys::pipe(libc::O_NONBLOCK).map_err(spawn_error("pipe2"))?;
         // Above the standard streams, so that setting one up does not overwrite what the next one
         // is copied from.
         let mut copies = Vec::new();
@@ -39,7 +43,8 @@ impl<O: Observer> Tracer<O> {
             }
         }
         let go_in_child = sys::above_stdio(go_read.as_raw_fd()).map_err(spawn_error("fcntl"))?;
-        let report_in_child = sys::above_stdio(report_write.as_raw_fd()).map_err(spawn_error("fcntl"))?;
+        let report_in_child =
+            sys::above_stdio(report_write.as_raw_fd()).map_err(spawn_error("fcntl"))?;
         let child = Child {
             go: (go_in_child.as_raw_fd(), go_write.as_raw_fd()),
             report: report_in_child.as_raw_fd(),
@@ -56,8 +61,14 @@ impl<O: Observer> Tracer<O> {
         if let Err(source) = sys::seize(pid, ptrace_options(self.options, program.is_some())) {
             // It reads the end of the pipe and ends.
             drop(go_write);
-            while !matches!(sys::wait_for(pid), Ok(Wait::Ended(..) | Wait::Nobody) | Err(_)) {}
-            return Err(Error::Spawn { call: "PTRACE_SEIZE", source });
+            while !matches!(
+                sys::wait_for(pid),
+                Ok(Wait::Ended(..) | Wait::Nobody) | Err(_)
+            ) {}
+            return Err(Error::Spawn {
+                call: "PTRACE_SEIZE",
+                source,
+            });
         }
         sys::say_go(&go_write);
         let execed = until_exec(pid)?;
@@ -65,31 +76,59 @@ impl<O: Observer> Tracer<O> {
         while let Some((step, source)) = sys::read_report(&report_read) {
             match step {
                 step if step == Step::Filter as u8 => filtered = false,
-                step if step == Step::Stdio as u8 => return Err(Error::Spawn { call: "dup2", source }),
-                step if step == Step::Dir as u8 => return Err(Error::Spawn { call: "chdir", source }),
+                step if step == Step::Stdio as u8 => {
+                    return Err(Error::Spawn {
+                        call: "dup2",
+                        source,
+                    });
+                }
+                step if step == Step::Dir as u8 => {
+                    return Err(Error::Spawn {
+                        call: "chdir",
+                        source,
+                    });
+                }
                 _ => return Err(exec_error(&command, source)),
             }
         }
         if !execed {
             let source = io::Error::from(io::ErrorKind::Interrupted);
-            return Err(Error::Spawn { call: "execve", source });
+            return Err(Error::Spawn {
+                call: "execve",
+                source,
+            });
         }
         let task = Task { pid, tid: pid };
         self.root = Some((pid, None));
         self.filters = filtered;
-        self.begin(task, Rc::new(Space::new(Break::of_new_program())), filtered, "execve");
+        self.begin(
+            task,
+            Rc::new(Space::new(Break::of_new_program())),
+            filtered,
+            "execve",
+        );
         self.appear(pid);
         self.held.push(pid);
         Ok(pid)
     }
 
     /// Puts a task in the table that has no parent there.
-    pub(super) fn begin(&mut self, task: Task, space: Rc<Space>, filtered: bool, cause: &'static str) {
+    pub(super) fn begin(
+        &mut self,
+        task: Task,
+        space: Rc<Space>,
+        filtered: bool,
+        cause: &'static str,
+    ) {
         let is_new = !self.tasks.values().any(|tracee| tracee.mm() == &*space.mm);
-        self.tasks.insert(task.tid, Tracee::fresh(task, Rc::clone(&space), filtered));
+        self.tasks
+            .insert(task.tid, Tracee::fresh(task, Rc::clone(&space), filtered));
         if is_new {
             let _scope = Scope::new(task, cause, None);
-            self.observer.event(&TaskEvent::MmNew { task, mm: &space.mm });
+            self.observer.event(&TaskEvent::MmNew {
+                task,
+                mm: &space.mm,
+            });
         }
     }
 }
@@ -109,7 +148,8 @@ fn until_exec(pid: Pid) -> Result<bool, Error> {
 }
 
 pub(super) fn ptrace_options(options: Options, filter: bool) -> i32 {
-    let mut bits = libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_TRACEEXEC | libc::PTRACE_O_TRACEEXIT;
+    let mut bits =
+        libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_TRACEEXEC | libc::PTRACE_O_TRACEEXIT;
     if options.follow {
         bits |= libc::PTRACE_O_TRACEFORK | libc::PTRACE_O_TRACEVFORK | libc::PTRACE_O_TRACECLONE;
     }
@@ -120,12 +160,22 @@ pub(super) fn ptrace_options(options: Options, filter: bool) -> i32 {
 }
 
 /// Null-terminated pointers to strings of `layout`, which must outlive them.
-fn pointers(layout: &Layout, strings: fn(&Layout) -> &Vec<std::ffi::CString>) -> Vec<*const libc::c_char> {
-    strings(layout).iter().map(|string| string.as_ptr()).chain(iter::once(ptr::null())).collect()
+fn pointers(
+    layout: &Layout,
+    strings: fn(&Layout) -> &Vec<std::ffi::CString>,
+) -> Vec<*const libc::c_char> {
+    strings(layout)
+        .iter()
+        .map(|string| string.as_ptr())
+        .chain(iter::once(ptr::null()))
+        .collect()
 }
 
 fn exec_error(command: &Command, source: io::Error) -> Error {
-    Error::Exec { program: command.program().to_owned(), source }
+    Error::Exec {
+        program: command.program().to_owned(),
+        source,
+    }
 }
 
 fn spawn_error(call: &'static str) -> impl FnOnce(io::Error) -> Error {

@@ -21,9 +21,12 @@ fn handle(handler: Handler) {
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
     action.sa_sigaction = handler as libc::sighandler_t;
     action.sa_flags = libc::SA_SIGINFO | libc::SA_NODEFER;
-    // SAFETY: the action is complete; the handlers of this file make system calls and use atomics,
-    // nothing else.
-    assert_eq!(unsafe { libc::sigaction(libc::SIGUSR2, &action, std::ptr::null_mut()) }, 0);
+    assert_eq!(
+        // SAFETY: the action is complete; the handlers of this file make system calls and use
+        // atomics, nothing else.
+        unsafe { libc::sigaction(libc::SIGUSR2, &action, std::ptr::null_mut()) },
+        0
+    );
     PAGE_AT.store(map(PAGE, PROT_READ | PROT_WRITE), Ordering::Relaxed);
     println!("page {:#x}", PAGE_AT.load(Ordering::Relaxed));
 }
@@ -54,7 +57,11 @@ extern "C" fn count_and_unmap(_: c_int, _: *mut siginfo_t, _: *mut c_void) {
 pub(crate) fn interrupted(number: u64) {
     handle(count_and_unmap);
     let child = fork_with(number as c_long);
-    println!("child {child} {} {}", sys::wait(child as i32, 0), RUNS.load(Ordering::Relaxed));
+    println!(
+        "child {child} {} {}",
+        sys::wait(child as i32, 0),
+        RUNS.load(Ordering::Relaxed)
+    );
 }
 
 extern "C" fn count_and_fork(_: c_int, _: *mut siginfo_t, _: *mut c_void) {
@@ -72,7 +79,11 @@ pub(crate) fn interrupted_twice() {
     let outer = fork_with(FORK);
     let inner = CHILD.load(Ordering::Relaxed);
     let wait = |child| sys::wait(child as i32, 0);
-    println!("children {outer} {inner} {} {}", wait(outer) | wait(inner), RUNS.load(Ordering::Relaxed));
+    println!(
+        "children {outer} {inner} {} {}",
+        wait(outer) | wait(inner),
+        RUNS.load(Ordering::Relaxed)
+    );
 }
 
 /// Stands further up on the stack than the call that was interrupted, and never returns.

@@ -1,6 +1,9 @@
 //! The memory calls, one by one.
 
-use libc::{MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, MAP_SHARED, MREMAP_FIXED, MREMAP_MAYMOVE, PROT_READ, PROT_WRITE};
+use libc::{
+    MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, MAP_SHARED, MREMAP_FIXED, MREMAP_MAYMOVE, PROT_READ,
+    PROT_WRITE,
+};
 
 use crate::script::Script;
 use crate::sys::{self, PAGE, call, map, mmap, munmap, touch};
@@ -14,19 +17,62 @@ pub(crate) fn mappings() {
     touch(arena, 16 * PAGE);
     let mut script = Script::new();
     script.unmap("munmap", arena, 2 * PAGE, munmap(arena, 2 * PAGE));
-    script.unmap("munmap", arena + 2 * PAGE, PAGE, munmap(arena + 2 * PAGE, 1));
+    script.unmap(
+        "munmap",
+        arena + 2 * PAGE,
+        PAGE,
+        munmap(arena + 2 * PAGE, 1),
+    );
 
-    let fixed = |flags| mmap(arena + 4 * PAGE, 2 * PAGE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | flags) as i64;
+    let fixed = |flags| {
+        mmap(
+            arena + 4 * PAGE,
+            2 * PAGE,
+            PROT_READ,
+            MAP_PRIVATE | MAP_ANONYMOUS | flags,
+        ) as i64
+    };
     script.unmap("mmap", arena + 4 * PAGE, 2 * PAGE, fixed(MAP_FIXED));
     // Into the hole that the first call left: replaces nothing.
-    mmap(arena, PAGE, RW, MAP_PRIVATE | MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE);
+    mmap(
+        arena,
+        PAGE,
+        RW,
+        MAP_PRIVATE | MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE,
+    );
     map(PAGE, RW);
 
-    let protect = |page, prot: i32| call(libc::SYS_mprotect, &[arena + page * PAGE, 2 * PAGE, prot as u64]);
-    script.seen("mprotect", "protection_vma", arena + 6 * PAGE, 2 * PAGE, protect(6, PROT_READ));
-    script.seen("mprotect", "protection_vma", arena + 6 * PAGE, 2 * PAGE, protect(6, RW));
-    let pkey = call(libc::SYS_pkey_mprotect, &[arena + 8 * PAGE, PAGE + 1, PROT_READ as u64, u64::MAX]);
-    script.seen("pkey_mprotect", "protection_vma", arena + 8 * PAGE, 2 * PAGE, pkey);
+    let protect = |page, prot: i32| {
+        call(
+            libc::SYS_mprotect,
+            &[arena + page * PAGE, 2 * PAGE, prot as u64],
+        )
+    };
+    script.seen(
+        "mprotect",
+        "protection_vma",
+        arena + 6 * PAGE,
+        2 * PAGE,
+        protect(6, PROT_READ),
+    );
+    script.seen(
+        "mprotect",
+        "protection_vma",
+        arena + 6 * PAGE,
+        2 * PAGE,
+        protect(6, RW),
+    );
+    let pkey = call(
+        libc::SYS_pkey_mprotect,
+        &[arena + 8 * PAGE, PAGE + 1, PROT_READ as u64, u64::MAX],
+    );
+    script.seen(
+        "pkey_mprotect",
+        "protection_vma",
+        arena + 8 * PAGE,
+        2 * PAGE,
+        pkey,
+    );
 
     let shared = mmap(0, 4 * PAGE, RW, MAP_SHARED | MAP_ANONYMOUS);
     let remapped = call(libc::SYS_remap_file_pages, &[shared, PAGE, 0, 2, 0]);
@@ -58,21 +104,41 @@ pub(crate) fn advice() {
     ] {
         script.seen("madvise", "clear", at, 2 * PAGE, advise(at, advice));
     }
-    for advice in [libc::MADV_NORMAL, libc::MADV_WILLNEED, libc::MADV_DONTFORK, libc::MADV_POPULATE_READ, GUARD_REMOVE]
-    {
+    for advice in [
+        libc::MADV_NORMAL,
+        libc::MADV_WILLNEED,
+        libc::MADV_DONTFORK,
+        libc::MADV_POPULATE_READ,
+        GUARD_REMOVE,
+    ] {
         advise(arena + 4 * PAGE, advice);
     }
-    assert_eq!(call(libc::SYS_madvise, &[arena, 0, libc::MADV_DONTNEED as u64]), 0);
+    assert_eq!(
+        call(libc::SYS_madvise, &[arena, 0, libc::MADV_DONTNEED as u64]),
+        0
+    );
 
     let own = call(libc::SYS_pidfd_open, &[u64::from(std::process::id()), 0]) as u64;
     let vectors = [arena, PAGE, arena + 4 * PAGE, 2 * PAGE];
-    let result = call(libc::SYS_process_madvise, &[own, sys::address(&vectors), 2, libc::MADV_PAGEOUT as u64, 0]);
+    let result = call(
+        libc::SYS_process_madvise,
+        &[own, sys::address(&vectors), 2, libc::MADV_PAGEOUT as u64, 0],
+    );
     script.seen("process_madvise", "clear", arena, PAGE, result);
-    script.seen("process_madvise", "clear", arena + 4 * PAGE, 2 * PAGE, result);
+    script.seen(
+        "process_madvise",
+        "clear",
+        arena + 4 * PAGE,
+        2 * PAGE,
+        result,
+    );
     // The caller by the numbers that stand for it; which of them the kernel knows, it says itself.
     for own in [-10_000_i64, -10_001, -20_000] {
         let advice = libc::MADV_DONTNEED as u64;
-        let result = call(libc::SYS_process_madvise, &[own as u64, sys::address(&vectors), 1, advice, 0]);
+        let result = call(
+            libc::SYS_process_madvise,
+            &[own as u64, sys::address(&vectors), 1, advice, 0],
+        );
         script.seen("process_madvise", "clear", arena, PAGE, result);
     }
     script.finish();
@@ -83,10 +149,18 @@ pub(crate) fn moves() {
     let arena = map(64 * PAGE, RW);
     touch(arena, 64 * PAGE);
     let remap = |old: u64, old_pages: u64, new_pages: u64, flags: i32, new: u64| {
-        call(libc::SYS_mremap, &[old, old_pages * PAGE, new_pages * PAGE, flags as u64, new])
+        call(
+            libc::SYS_mremap,
+            &[old, old_pages * PAGE, new_pages * PAGE, flags as u64, new],
+        )
     };
     let mut script = Script::new();
-    script.unmap("mremap", arena + 2 * PAGE, 2 * PAGE, remap(arena, 4, 2, 0, 0));
+    script.unmap(
+        "mremap",
+        arena + 2 * PAGE,
+        2 * PAGE,
+        remap(arena, 4, 2, 0, 0),
+    );
     // It grows into the hole in place, or may move: the old range either way.
     let moved = remap(arena, 2, 8, MREMAP_MAYMOVE, 0);
     script.unmap("mremap", arena, 2 * PAGE, moved);
@@ -95,7 +169,13 @@ pub(crate) fn moves() {
     let fixed = remap(from, 2, 4, MREMAP_MAYMOVE | MREMAP_FIXED, to);
     script.unmap("mremap", from, 2 * PAGE, fixed);
     script.unmap("mremap", to, 4 * PAGE, fixed);
-    let emptied = remap(arena + 40 * PAGE, 2, 2, MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP, 0);
+    let emptied = remap(
+        arena + 40 * PAGE,
+        2,
+        2,
+        MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP,
+        0,
+    );
     script.unmap("mremap", arena + 40 * PAGE, 2 * PAGE, emptied);
     // In place where there is no room: fails, and touches nothing.
     let failed = remap(arena + 48 * PAGE, 1, 2, 0, 0);
@@ -103,7 +183,12 @@ pub(crate) fn moves() {
     // A shared mapping duplicated stays where it is.
     let shared = mmap(0, 2 * PAGE, RW, MAP_SHARED | MAP_ANONYMOUS);
     let to = arena + 50 * PAGE;
-    script.unmap("mremap", to, 2 * PAGE, remap(shared, 0, 2, MREMAP_MAYMOVE | MREMAP_FIXED, to));
+    script.unmap(
+        "mremap",
+        to,
+        2 * PAGE,
+        remap(shared, 0, 2, MREMAP_MAYMOVE | MREMAP_FIXED, to),
+    );
     script.finish();
 }
 
@@ -119,7 +204,11 @@ pub(crate) fn program_break() {
     assert_eq!(brk(base + 12 * PAGE - 1) as u64, base + 12 * PAGE - 1);
     // Below the heap there is nothing to give up, whatever is mapped there.
     assert_eq!(brk(PAGE) as u64, base + 12 * PAGE - 1, "it is ignored");
-    assert_eq!(brk(0x7fff_0000_0000) as u64, base + 12 * PAGE - 1, "there is no room for that");
+    assert_eq!(
+        brk(0x7fff_0000_0000) as u64,
+        base + 12 * PAGE - 1,
+        "there is no room for that"
+    );
     script.unmap("brk", base + 4 * PAGE, 8 * PAGE, brk(base + 4 * PAGE));
     script.unmap("brk", base, 4 * PAGE, brk(base));
     script.finish();
@@ -141,9 +230,17 @@ pub(crate) fn segment() {
     script.unmap("shmdt", at, PAGE, detached);
     script.unmap("shmdt", at + 2 * PAGE, 2 * PAGE, detached);
     // Over memory that is in use.
-    let over = call(libc::SYS_shmat, &[id, arena + 2 * PAGE, libc::SHM_REMAP as u64]);
+    let over = call(
+        libc::SYS_shmat,
+        &[id, arena + 2 * PAGE, libc::SHM_REMAP as u64],
+    );
     script.unmap("shmat", arena + 2 * PAGE, size, over);
-    script.unmap("shmdt", arena + 2 * PAGE, size, call(libc::SYS_shmdt, &[arena + 2 * PAGE]));
+    script.unmap(
+        "shmdt",
+        arena + 2 * PAGE,
+        size,
+        call(libc::SYS_shmdt, &[arena + 2 * PAGE]),
+    );
     // Nothing is attached there any more.
     assert_eq!(call(libc::SYS_shmdt, &[arena + 2 * PAGE]), EINVAL);
     call(libc::SYS_shmctl, &[id, libc::IPC_RMID as u64, 0]);
@@ -158,21 +255,40 @@ pub(crate) fn migrate() {
     assert_eq!(call(libc::SYS_mprotect, &[arena, 4 * PAGE, RW as u64]), 0);
     touch(arena, 4 * PAGE);
     let mut script = Script::new();
-    let bound = call(libc::SYS_mbind, &[arena, 2 * PAGE, libc::MPOL_DEFAULT as u64, 0, 0, MPOL_MF_MOVE]);
+    let bound = call(
+        libc::SYS_mbind,
+        &[
+            arena,
+            2 * PAGE,
+            libc::MPOL_DEFAULT as u64,
+            0,
+            0,
+            MPOL_MF_MOVE,
+        ],
+    );
     // The whole folios, which may be as large as a huge page.
     script.seen("mbind", "migrate", arena, HUGE_PAGE, bound);
-    call(libc::SYS_mbind, &[arena, 2 * PAGE, libc::MPOL_DEFAULT as u64, 0, 0, 0]);
+    call(
+        libc::SYS_mbind,
+        &[arena, 2 * PAGE, libc::MPOL_DEFAULT as u64, 0, 0, 0],
+    );
 
     let (pages, nodes, mut status) = ([arena + PAGE], [0_i32], [0_i32; 1]);
     let [pages, nodes] = [sys::address(&pages), sys::address(&nodes)];
     let status = sys::address_mut(&mut status);
-    let moved = call(libc::SYS_move_pages, &[0, 1, pages, nodes, status, MPOL_MF_MOVE]);
+    let moved = call(
+        libc::SYS_move_pages,
+        &[0, 1, pages, nodes, status, MPOL_MF_MOVE],
+    );
     script.seen("move_pages", "migrate", arena, HUGE_PAGE, moved);
     call(libc::SYS_move_pages, &[0, 1, pages, 0, status, 0]);
 
     let mask = [1_u64];
     let mask = sys::address(&mask);
-    let migrated = call(libc::SYS_migrate_pages, &[u64::from(std::process::id()), 8, mask, mask]);
+    let migrated = call(
+        libc::SYS_migrate_pages,
+        &[u64::from(std::process::id()), 8, mask, mask],
+    );
     script.seen("migrate_pages", "migrate", 0, 0, migrated);
     script.finish();
 }
@@ -183,13 +299,28 @@ pub(crate) fn refused() {
     let top = u64::MAX - PAGE + 1;
     script.unmap("munmap", PAGE, 2 * PAGE, munmap(PAGE + 1, PAGE));
     assert_eq!(munmap(PAGE, 0), EINVAL);
-    assert_eq!(munmap(top, 2 * PAGE), EINVAL, "it runs past the last address, so there is no range");
+    assert_eq!(
+        munmap(top, 2 * PAGE),
+        EINVAL,
+        "it runs past the last address, so there is no range"
+    );
     assert_eq!(munmap(u64::MAX, u64::MAX), EINVAL);
     // Beyond any address space, and no tag of an address.
     let beyond = 1 << 54;
     script.unmap("munmap", beyond, PAGE, munmap(beyond, PAGE));
-    script.seen("madvise", "clear", beyond, PAGE, call(libc::SYS_madvise, &[beyond, PAGE, 4]));
-    script.unmap("mremap", beyond, PAGE, call(libc::SYS_mremap, &[beyond, PAGE, 2 * PAGE, 1]));
+    script.seen(
+        "madvise",
+        "clear",
+        beyond,
+        PAGE,
+        call(libc::SYS_madvise, &[beyond, PAGE, 4]),
+    );
+    script.unmap(
+        "mremap",
+        beyond,
+        PAGE,
+        call(libc::SYS_mremap, &[beyond, PAGE, 2 * PAGE, 1]),
+    );
     call(libc::SYS_process_madvise, &[u64::MAX, 0, 1, 4, 0]);
     call(libc::SYS_move_pages, &[1 << 30, 1, 0, 1, 0, 0]);
     call(libc::SYS_shmdt, &[12345]);

@@ -33,10 +33,22 @@ pub(crate) fn fork_once() {
     made("fork", call(libc::SYS_fork, &[]) as u64);
     made("clone", call(libc::SYS_clone, &[signal, 0, 0, 0, 0]) as u64);
     // The kernel reports this one as a `vfork`.
-    made("clone", call(libc::SYS_clone, &[signal | libc::CLONE_VFORK as u64, 0, 0, 0, 0]) as u64);
+    made(
+        "clone",
+        call(
+            libc::SYS_clone,
+            &[signal | libc::CLONE_VFORK as u64, 0, 0, 0, 0],
+        ) as u64,
+    );
     // Flags, three addresses, the signal, and three words for a stack and thread-local storage.
     let args = [0, 0, 0, 0, signal, 0, 0, 0];
-    made("clone3", call(libc::SYS_clone3, &[sys::address(&args), size_of_val(&args) as u64]) as u64);
+    made(
+        "clone3",
+        call(
+            libc::SYS_clone3,
+            &[sys::address(&args), size_of_val(&args) as u64],
+        ) as u64,
+    );
 }
 
 /// Many processes that all fork at once; every grandchild unmaps.
@@ -54,7 +66,10 @@ pub(crate) fn storm(processes: u64) {
     };
     let children: Vec<i32> = (0..processes).map(|_| sys::fork(in_child)).collect();
     call(libc::SYS_close, &[write]);
-    let failed = children.into_iter().filter(|child| sys::wait(*child, 0) != 0).count();
+    let failed = children
+        .into_iter()
+        .filter(|child| sys::wait(*child, 0) != 0)
+        .count();
     println!("failed {failed}");
 }
 
@@ -124,7 +139,16 @@ pub(crate) fn calls_on_a_child() {
     });
     let pidfd = call(libc::SYS_pidfd_open, &[child as u64, 0]) as u64;
     let vector = [arena, 2 * PAGE];
-    let result = call(libc::SYS_process_madvise, &[pidfd, sys::address(&vector), 1, libc::MADV_PAGEOUT as u64, 0]);
+    let result = call(
+        libc::SYS_process_madvise,
+        &[
+            pidfd,
+            sys::address(&vector),
+            1,
+            libc::MADV_PAGEOUT as u64,
+            0,
+        ],
+    );
     println!("child {child}");
     println!("range {arena:#x} {:#x} {result}", arena + 2 * PAGE);
     println!("released {}", call(libc::SYS_process_mrelease, &[pidfd, 0]));
@@ -146,7 +170,11 @@ pub(crate) fn job_control() {
         munmap(at, PAGE) as i32 + 5
     });
     let status = sys::wait(child, libc::WUNTRACED);
-    println!("stopped {} by {}", libc::WIFSTOPPED(status), libc::WSTOPSIG(status));
+    println!(
+        "stopped {} by {}",
+        libc::WIFSTOPPED(status),
+        libc::WSTOPSIG(status)
+    );
     call(libc::SYS_kill, &[child as u64, libc::SIGCONT as u64]);
     let status = sys::wait(child, libc::WCONTINUED);
     println!("continued {}", libc::WIFCONTINUED(status));
@@ -193,10 +221,25 @@ pub(crate) fn real_time_signals(times: u64) {
 
 /// Asks to be traced, which it is, and lets a child ask as well.
 pub(crate) fn traceme() {
-    println!("self {}", call(libc::SYS_ptrace, &[u64::from(libc::PTRACE_TRACEME), 0, 0, 0]));
-    let child = sys::fork(|| call(libc::SYS_ptrace, &[u64::from(libc::PTRACE_TRACEME), 0, 0, 0]) as i32 & 0x7f);
+    println!(
+        "self {}",
+        call(
+            libc::SYS_ptrace,
+            &[u64::from(libc::PTRACE_TRACEME), 0, 0, 0]
+        )
+    );
+    let child = sys::fork(|| {
+        call(
+            libc::SYS_ptrace,
+            &[u64::from(libc::PTRACE_TRACEME), 0, 0, 0],
+        ) as i32
+            & 0x7f
+    });
     println!("child {}", libc::WEXITSTATUS(sys::wait(child, 0)));
-    let seized = call(libc::SYS_ptrace, &[u64::from(libc::PTRACE_SEIZE), 1 << 30, 0, 0]);
+    let seized = call(
+        libc::SYS_ptrace,
+        &[u64::from(libc::PTRACE_SEIZE), 1 << 30, 0, 0],
+    );
     println!("nobody {seized}");
 }
 
@@ -225,7 +268,10 @@ pub(crate) fn serve(threads: u64) {
                 for worker in &workers {
                     worker.send(()).expect("the worker waits");
                 }
-                let ranges: Vec<(u64, i64)> = workers.iter().map(|_| results.recv().expect("a result")).collect();
+                let ranges: Vec<(u64, i64)> = workers
+                    .iter()
+                    .map(|_| results.recv().expect("a result"))
+                    .collect();
                 let failed = ranges.iter().filter(|(_, result)| *result != 0).count();
                 let list: Vec<String> = ranges.iter().map(|(at, _)| format!("{at:#x}")).collect();
                 println!("did {failed} {}", list.join(" "));
@@ -259,7 +305,10 @@ pub(crate) fn forks_and_dies(forks: u64) {
     while (FORKED.load(Ordering::Relaxed) as u64) < forks {
         thread::yield_now();
     }
-    call(libc::SYS_kill, &[u64::from(std::process::id()), libc::SIGKILL as u64]);
+    call(
+        libc::SYS_kill,
+        &[u64::from(std::process::id()), libc::SIGKILL as u64],
+    );
 }
 
 /// Children that make threads as fast as they can, each killed while its leader does.
@@ -271,7 +320,9 @@ pub(crate) fn killed_cloning(children: u64) {
         made.store(0, Ordering::Relaxed);
         let child = sys::fork(|| {
             loop {
-                let _ = thread::Builder::new().stack_size(1 << 16).spawn(thread::park);
+                let _ = thread::Builder::new()
+                    .stack_size(1 << 16)
+                    .spawn(thread::park);
                 made.fetch_add(1, Ordering::Relaxed);
             }
         });

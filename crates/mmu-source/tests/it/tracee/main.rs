@@ -20,8 +20,11 @@ use std::env;
 
 fn main() {
     let args: Vec<String> = env::args().skip(1).collect();
-    let number =
-        |index: usize| args.get(index).and_then(|arg| arg.parse::<u64>().ok()).expect("the case takes a number");
+    let number = |index: usize| {
+        args.get(index)
+            .and_then(|arg| arg.parse::<u64>().ok())
+            .expect("the case takes a number")
+    };
     match args.first().map(String::as_str) {
         Some("mappings") => calls::mappings(),
         Some("advice") => calls::advice(),

@@ -5,7 +5,10 @@ use std::ffi::CString;
 use std::os::unix::process::CommandExt;
 use std::{env, process, ptr, thread};
 
-use libc::{BPF_ABS, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W, PROT_READ, PROT_WRITE, c_long, sock_filter};
+use libc::{
+    BPF_ABS, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W, PROT_READ, PROT_WRITE, c_long,
+    sock_filter,
+};
 
 use crate::sys::{self, PAGE, call, map, touch};
 
@@ -23,23 +26,40 @@ pub(crate) fn advice_on_itself() {
     let own = call(libc::SYS_pidfd_open, &[u64::from(process::id()), 0]) as u64;
     let vector = [arena, 2 * PAGE];
     let advice = libc::MADV_PAGEOUT as u64;
-    let result = call(libc::SYS_process_madvise, &[own, sys::address(&vector), 1, advice, 0]);
-    println!("process_madvise {arena:#x} {:#x} {result}", arena + 2 * PAGE);
+    let result = call(
+        libc::SYS_process_madvise,
+        &[own, sys::address(&vector), 1, advice, 0],
+    );
+    println!(
+        "process_madvise {arena:#x} {:#x} {result}",
+        arena + 2 * PAGE
+    );
     let (pages, nodes, mut status) = ([arena], [0_i32], [0_i32]);
     let pid = u64::from(process::id());
     let (pages, nodes) = (sys::address(&pages), sys::address(&nodes));
-    let result = call(libc::SYS_move_pages, &[pid, 1, pages, nodes, sys::address_mut(&mut status), 2]);
+    let result = call(
+        libc::SYS_move_pages,
+        &[pid, 1, pages, nodes, sys::address_mut(&mut status), 2],
+    );
     println!("move_pages {arena:#x} {:#x} {result}", arena + PAGE);
 }
 
 /// Installs a filter that asks for a tracer at a memory call and at another one, and makes both.
 pub(crate) fn own_filter() {
     const fn statement(code: u32, k: u32) -> sock_filter {
-        sock_filter { code: code as u16, jt: 0, jf: 0, k }
+        sock_filter {
+            code: code as u16,
+            jt: 0,
+            jf: 0,
+            k,
+        }
     }
     let found = |number: c_long, distance| {
         let test = statement(BPF_JMP | BPF_JEQ | BPF_K, number as u32);
-        sock_filter { jt: distance, ..test }
+        sock_filter {
+            jt: distance,
+            ..test
+        }
     };
     let filter = [
         statement(BPF_LD | BPF_W | BPF_ABS, 0),
@@ -49,9 +69,28 @@ pub(crate) fn own_filter() {
         statement(BPF_RET | BPF_K, libc::SECCOMP_RET_TRACE | 77),
     ];
     let at = map(PAGE, PROT_READ | PROT_WRITE);
-    assert_eq!(call(libc::SYS_prctl, &[libc::PR_SET_NO_NEW_PRIVS as u64, 1, 0, 0, 0]), 0);
-    let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_ptr().cast_mut() };
-    assert_eq!(call(libc::SYS_seccomp, &[libc::SECCOMP_SET_MODE_FILTER as u64, 0, sys::address(&program)]), 0);
+    assert_eq!(
+        call(
+            libc::SYS_prctl,
+            &[libc::PR_SET_NO_NEW_PRIVS as u64, 1, 0, 0, 0]
+        ),
+        0
+    );
+    let program = libc::sock_fprog {
+        len: filter.len() as u16,
+        filter: filter.as_ptr().cast_mut(),
+    };
+    assert_eq!(
+        call(
+            libc::SYS_seccomp,
+            &[
+                libc::SECCOMP_SET_MODE_FILTER as u64,
+                0,
+                sys::address(&program)
+            ]
+        ),
+        0
+    );
     let protected = call(libc::SYS_mprotect, &[at, PAGE, PROT_READ as u64]);
     let parent = call(libc::SYS_getppid, &[]);
     println!("mprotect {protected}");
@@ -70,7 +109,9 @@ pub(crate) fn exec_loop(left: u64) {
     }
     let executing = thread::spawn(move || {
         let itself = env::current_exe().expect("the program has a path");
-        process::Command::new(itself).args(["exec-loop", &(left - 1).to_string()]).exec()
+        process::Command::new(itself)
+            .args(["exec-loop", &(left - 1).to_string()])
+            .exec()
     });
     println!("{:?}", executing.join());
 }
@@ -82,17 +123,34 @@ pub(crate) fn waits_in_vfork(path: &str) {
     let argv = [program.as_ptr().cast_mut(), ptr::null_mut()];
     let mut actions = std::mem::MaybeUninit::uninit();
     println!("ready");
-    // SAFETY: initialises what is passed.
-    assert_eq!(unsafe { libc::posix_spawn_file_actions_init(actions.as_mut_ptr()) }, 0);
+    assert_eq!(
+        // SAFETY: initialises what is passed.
+        unsafe { libc::posix_spawn_file_actions_init(actions.as_mut_ptr()) },
+        0
+    );
     // SAFETY: initialised above; the path is a live string.
-    let added =
-        unsafe { libc::posix_spawn_file_actions_addopen(actions.as_mut_ptr(), 9, path.as_ptr(), libc::O_RDONLY, 0) };
+    let added = unsafe {
+        libc::posix_spawn_file_actions_addopen(
+            actions.as_mut_ptr(),
+            9,
+            path.as_ptr(),
+            libc::O_RDONLY,
+            0,
+        )
+    };
     assert_eq!(added, 0);
     let mut child = 0;
     let (actions, environment) = (actions.as_ptr(), [ptr::null_mut()]);
     // SAFETY: initialised above; strings and lists of strings that live across the call.
     let spawned = unsafe {
-        libc::posix_spawn(&mut child, program.as_ptr(), actions, ptr::null(), argv.as_ptr(), environment.as_ptr())
+        libc::posix_spawn(
+            &mut child,
+            program.as_ptr(),
+            actions,
+            ptr::null(),
+            argv.as_ptr(),
+            environment.as_ptr(),
+        )
     };
     assert_eq!(spawned, 0);
     println!("waited {}", sys::wait(child, 0));

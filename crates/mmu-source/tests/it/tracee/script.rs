@@ -12,8 +12,10 @@ pub(crate) struct Script {
 impl Script {
     /// Allocates all it will need, so that nothing of the allocator's mixes with the calls.
     pub(crate) fn new() -> Script {
-        let script =
-            Script { marker: sys::map(sys::PAGE, libc::PROT_READ | libc::PROT_WRITE), lines: Vec::with_capacity(128) };
+        let script = Script {
+            marker: sys::map(sys::PAGE, libc::PROT_READ | libc::PROT_WRITE),
+            lines: Vec::with_capacity(128),
+        };
         // What Rust allocates for the first line printed.
         println!("# {:#x}", script.marker);
         script.mark();
@@ -29,8 +31,16 @@ impl Script {
     }
 
     /// Says that the call which returned `result` is seen as this.
-    pub(crate) fn seen(&mut self, cause: &'static str, event: &'static str, start: u64, length: u64, result: i64) {
-        self.lines.push((cause, event, start, start + length, result));
+    pub(crate) fn seen(
+        &mut self,
+        cause: &'static str,
+        event: &'static str,
+        start: u64,
+        length: u64,
+        result: i64,
+    ) {
+        self.lines
+            .push((cause, event, start, start + length, result));
     }
 
     pub(crate) fn unmap(&mut self, cause: &'static str, start: u64, length: u64, result: i64) {

@@ -12,16 +12,35 @@ pub(crate) fn call(number: libc::c_long, args: &[u64]) -> i64 {
     // SAFETY: the program passes addresses of mappings it made for the call, and nothing else of it
     // lives there.
     let result = unsafe { libc::syscall(number, a, b, c, d, e, f) };
-    if result == -1 { -i64::from(io::Error::last_os_error().raw_os_error().unwrap_or(0)) } else { result }
+    if result == -1 {
+        -i64::from(io::Error::last_os_error().raw_os_error().unwrap_or(0))
+    } else {
+        result
+    }
 }
 
 /// Maps private memory anywhere.
 pub(crate) fn map(length: u64, protection: i32) -> u64 {
-    mmap(0, length, protection, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS)
+    mmap(
+        0,
+        length,
+        protection,
+        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+    )
 }
 
 pub(crate) fn mmap(address: u64, length: u64, protection: i32, flags: i32) -> u64 {
-    let result = call(libc::SYS_mmap, &[address, length, protection as u64, flags as u64, u64::MAX, 0]);
+    let result = call(
+        libc::SYS_mmap,
+        &[
+            address,
+            length,
+            protection as u64,
+            flags as u64,
+            u64::MAX,
+            0,
+        ],
+    );
     assert!(result > 0, "mmap: {result}");
     result as u64
 }
@@ -74,6 +93,10 @@ pub(crate) fn wait(pid: i32, options: i32) -> i32 {
             return status;
         }
         let error = io::Error::last_os_error();
-        assert_eq!(error.raw_os_error(), Some(libc::EINTR), "waitpid on {pid}: {error}");
+        assert_eq!(
+            error.raw_os_error(),
+            Some(libc::EINTR),
+            "waitpid on {pid}: {error}"
+        );
     }
 }

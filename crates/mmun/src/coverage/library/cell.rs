@@ -27,7 +27,11 @@ pub(crate) fn run(operation: &Operation, library: Library, wait: Duration) -> Re
 }
 
 fn try_run(operation: &Operation, wait: Duration) -> Result<Report, Unavailable> {
-    let Prepared { watched, armed: _, change } = (operation.prepare)()?;
+    let Prepared {
+        watched,
+        armed: _,
+        change,
+    } = (operation.prepare)()?;
     let page = open(operation, watched)?;
     // The ring and the cache stay: this process ends by `_exit`.
     let ring: &'static Ring = Box::leak(Box::new(Ring::new()?));
@@ -36,7 +40,8 @@ fn try_run(operation: &Operation, wait: Duration) -> Result<Report, Unavailable>
     // registration is dropped.
     let look_up = || {
         let held = cache.hold(watched, region::page_size());
-        held.map(|held| held.slot).ok_or("the page cannot be registered: the kernel does not pin it")
+        held.map(|held| held.slot)
+            .ok_or("the page cannot be registered: the kernel does not pin it")
     };
     let mut last = look_up()?;
     if !(0..TRIES).any(|_| look_up().is_ok_and(|slot| std::mem::replace(&mut last, slot) == slot)) {

@@ -5,7 +5,10 @@
 //! Ranges that are registered are pinned by the kernel or refused by it; what is written through a
 //! slot goes to the pinned pages. They belong to a region of `coverage` of which no Rust reference
 //! exists.
-#![expect(unsafe_code, reason = "fixed buffers take raw addresses; see the Safety section")]
+#![expect(
+    unsafe_code,
+    reason = "fixed buffers take raw addresses; see the Safety section"
+)]
 
 use std::fs::File;
 use std::io;
@@ -20,7 +23,8 @@ use rustix::fs::{MemfdFlags, memfd_create};
 /// others.
 const SLOTS: u32 = 256;
 /// What is transferred.
-pub(crate) const BYTES: [u8; 64] = *b"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,";
+pub(crate) const BYTES: [u8; 64] =
+    *b"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,";
 
 /// See the module.
 pub(crate) struct Ring {
@@ -35,7 +39,11 @@ impl Ring {
         ring.submitter().register_buffers_sparse(SLOTS)?;
         let source = File::from(memfd_create("coverage-bytes", MemfdFlags::CLOEXEC)?);
         rustix::io::pwrite(&source, &BYTES, 0)?;
-        Ok(Ring { ring, next: AtomicU32::new(0), source })
+        Ok(Ring {
+            ring,
+            next: AtomicU32::new(0),
+            source,
+        })
     }
 
     /// Pins a range and returns its slot. May be called in any thread.
@@ -54,16 +62,29 @@ impl Ring {
         if slot >= SLOTS {
             return Err(io::ErrorKind::OutOfMemory.into());
         }
-        let buffer = libc::iovec { iov_base: with_exposed_provenance_mut(start), iov_len: len };
+        let buffer = libc::iovec {
+            iov_base: with_exposed_provenance_mut(start),
+            iov_len: len,
+        };
         // SAFETY: see the module; the caller keeps the slot until it is set anew.
-        unsafe { self.ring.submitter().register_buffers_update(slot, &[buffer], None) }
+        unsafe {
+            self.ring
+                .submitter()
+                .register_buffers_update(slot, &[buffer], None)
+        }
     }
 
     /// Has the kernel write [`BYTES`] to `address` by the pages of `slot`. For one thread.
     pub(crate) fn write(&self, slot: u32, address: usize) -> io::Result<()> {
         let target = with_exposed_provenance_mut(address);
         let slot = u16::try_from(slot).map_err(io::Error::other)?;
-        let read = opcode::ReadFixed::new(types::Fd(self.source.as_raw_fd()), target, BYTES.len() as u32, slot).build();
+        let read = opcode::ReadFixed::new(
+            types::Fd(self.source.as_raw_fd()),
+            target,
+            BYTES.len() as u32,
+            slot,
+        )
+        .build();
         // SAFETY: no other queue handle exists: one thread transfers, and each handle ends with its
         // statement.
         let mut queue = unsafe { self.ring.submission_shared() };
@@ -72,7 +93,9 @@ impl Ring {
         drop(queue);
         self.ring.submit_and_wait(1)?;
         // SAFETY: as for the other queue.
-        let result = unsafe { self.ring.completion_shared() }.next().map_or(0, |entry| entry.result());
+        let result = unsafe { self.ring.completion_shared() }
+            .next()
+            .map_or(0, |entry| entry.result());
         if result < 0 {
             return Err(io::Error::from_raw_os_error(-result));
         }

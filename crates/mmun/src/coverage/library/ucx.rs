@@ -79,11 +79,31 @@ struct Params22 {
 }
 
 static OPS13: Ops13 = Ops13 { reg, dereg, dump };
-static OPS22: Ops22 = Ops22 { reg, dereg, merge, dump };
+static OPS22: Ops22 = Ops22 {
+    reg,
+    dereg,
+    merge,
+    dump,
+};
 
 type Create = unsafe extern "C" fn(*const c_void, *const u8, *mut c_void, *mut *mut c_void) -> i8;
-type Get13 = unsafe extern "C" fn(*mut c_void, *mut c_void, usize, c_int, *mut c_void, *mut *mut c_void) -> i8;
-type Get22 = unsafe extern "C" fn(*mut c_void, *mut c_void, usize, usize, c_int, *mut c_void, *mut *mut c_void) -> i8;
+type Get13 = unsafe extern "C" fn(
+    *mut c_void,
+    *mut c_void,
+    usize,
+    c_int,
+    *mut c_void,
+    *mut *mut c_void,
+) -> i8;
+type Get22 = unsafe extern "C" fn(
+    *mut c_void,
+    *mut c_void,
+    usize,
+    usize,
+    c_int,
+    *mut c_void,
+    *mut *mut c_void,
+) -> i8;
 type Put = unsafe extern "C" fn(*mut c_void, *mut c_void);
 
 #[derive(Clone, Copy)]
@@ -99,7 +119,13 @@ pub(crate) struct Cache {
     put: Put,
 }
 
-extern "C" fn reg(ring: *mut Ring, _: *mut c_void, _: *mut c_void, region: *mut Region, _: u16) -> i8 {
+extern "C" fn reg(
+    ring: *mut Ring,
+    _: *mut c_void,
+    _: *mut c_void,
+    region: *mut Region,
+    _: u16,
+) -> i8 {
     // SAFETY: a region begins with its start and its end, in every version.
     let start = unsafe { (*region).start };
     // SAFETY: as before.
@@ -135,7 +161,10 @@ fn load(file: &CStr) -> Result<*mut c_void, Unavailable> {
     // SAFETY: a live string. UCX's constructors may run in any program.
     let handle = unsafe { libc::dlopen(file.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
     if handle.is_null() {
-        Err(Unavailable(format!("{}: cannot be loaded", file.to_string_lossy())))
+        Err(Unavailable(format!(
+            "{}: cannot be loaded",
+            file.to_string_lossy()
+        )))
     } else {
         Ok(handle)
     }
@@ -144,14 +173,23 @@ fn load(file: &CStr) -> Result<*mut c_void, Unavailable> {
 fn symbol(handle: *mut c_void, name: &CStr) -> Result<*mut c_void, Unavailable> {
     // SAFETY: an open handle or `RTLD_DEFAULT`, and a live string.
     let found = unsafe { libc::dlsym(handle, name.as_ptr()) };
-    if found.is_null() { Err(Unavailable(format!("UCX has no {}", name.to_string_lossy()))) } else { Ok(found) }
+    if found.is_null() {
+        Err(Unavailable(format!(
+            "UCX has no {}",
+            name.to_string_lossy()
+        )))
+    } else {
+        Ok(found)
+    }
 }
 
 /// The version of the UCX that the loader finds.
 pub(crate) fn version() -> Result<(u32, u32), Unavailable> {
     let get = symbol(load(c"libucp.so.0")?, c"ucp_get_version")?;
     // SAFETY: its type in `ucp/api/ucp.h`.
-    let get = unsafe { std::mem::transmute::<*mut c_void, unsafe extern "C" fn(*mut u32, *mut u32, *mut u32)>(get) };
+    let get = unsafe {
+        std::mem::transmute::<*mut c_void, unsafe extern "C" fn(*mut u32, *mut u32, *mut u32)>(get)
+    };
     let [mut major, mut minor, mut release] = [0; 3];
     // SAFETY: room for three numbers.
     unsafe { get(&raw mut major, &raw mut minor, &raw mut release) };
@@ -164,9 +202,13 @@ impl Cache {
         let (major, minor) = version()?;
         let ucs = load(c"libucs.so.0")?;
         // SAFETY: the types of the versions that are let pass below.
-        let create = unsafe { std::mem::transmute::<*mut c_void, Create>(symbol(ucs, c"ucs_rcache_create")?) };
+        let create = unsafe {
+            std::mem::transmute::<*mut c_void, Create>(symbol(ucs, c"ucs_rcache_create")?)
+        };
         // SAFETY: as before.
-        let put = unsafe { std::mem::transmute::<*mut c_void, Put>(symbol(ucs, c"ucs_rcache_region_put")?) };
+        let put = unsafe {
+            std::mem::transmute::<*mut c_void, Put>(symbol(ucs, c"ucs_rcache_region_put")?)
+        };
         let rest = |ops: *const c_void| Rest {
             events: VM_UNMAPPED,
             priority: 1000,
@@ -187,10 +229,21 @@ impl Cache {
                 // SAFETY: the type of these versions.
                 let get = Get::Of13(unsafe { std::mem::transmute::<*mut c_void, Get13>(get) });
                 let rest = rest((&raw const OPS13).cast());
-                let params = Params13 { region: size_of::<Region>(), alignment: 16, max_alignment: 4096, rest };
+                let params = Params13 {
+                    region: size_of::<Region>(),
+                    alignment: 16,
+                    max_alignment: 4096,
+                    rest,
+                };
                 // SAFETY: the layout of these versions, and room for the answer.
-                let status =
-                    unsafe { create((&raw const params).cast(), c"mmun".as_ptr().cast(), null_mut(), &raw mut cache) };
+                let status = unsafe {
+                    create(
+                        (&raw const params).cast(),
+                        c"mmun".as_ptr().cast(),
+                        null_mut(),
+                        &raw mut cache,
+                    )
+                };
                 (get, status)
             }
             (1, 22..) => {
@@ -198,10 +251,19 @@ impl Cache {
                 let get = symbol(ucs, c"ucs_rcache_get")?;
                 // SAFETY: the type of these versions.
                 let get = Get::Of22(unsafe { std::mem::transmute::<*mut c_void, Get22>(get) });
-                let params = Params22 { region: size_of::<Region>(), rest: rest((&raw const OPS22).cast()) };
+                let params = Params22 {
+                    region: size_of::<Region>(),
+                    rest: rest((&raw const OPS22).cast()),
+                };
                 // SAFETY: the layout of these versions, and room for the answer.
-                let status =
-                    unsafe { create((&raw const params).cast(), c"mmun".as_ptr().cast(), null_mut(), &raw mut cache) };
+                let status = unsafe {
+                    create(
+                        (&raw const params).cast(),
+                        c"mmun".as_ptr().cast(),
+                        null_mut(),
+                        &raw mut cache,
+                    )
+                };
                 (get, status)
             }
             _ => {
@@ -223,16 +285,32 @@ impl Cache {
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         let status = match self.get {
             // SAFETY: the cache lives, and there is room for the answer.
-            Get::Of13(get) => unsafe { get(self.cache, at, len, protection, null_mut(), &raw mut region) },
+            Get::Of13(get) => unsafe {
+                get(self.cache, at, len, protection, null_mut(), &raw mut region)
+            },
             // SAFETY: as before.
-            Get::Of22(get) => unsafe { get(self.cache, at, len, 16, protection, null_mut(), &raw mut region) },
+            Get::Of22(get) => unsafe {
+                get(
+                    self.cache,
+                    at,
+                    len,
+                    16,
+                    protection,
+                    null_mut(),
+                    &raw mut region,
+                )
+            },
         };
         if status != OK || region.is_null() {
             return None;
         }
         // SAFETY: written by `reg` for every region that a look-up returns.
         let slot = unsafe { (*region.cast::<Region>()).slot };
-        Some(Held { cache: self, region, slot })
+        Some(Held {
+            cache: self,
+            region,
+            slot,
+        })
     }
 }
 

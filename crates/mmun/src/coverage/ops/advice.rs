@@ -34,7 +34,9 @@ pub(super) const OPERATIONS: &[Operation] = &[
             // Little enough for the limit of those without privilege.
             let region = Region::anonymous(16)?;
             region.lock()?;
-            Ok(Prepared::new(&region.clone(), 0, move || region.advise(libc::MADV_DONTNEED_LOCKED)))
+            Ok(Prepared::new(&region.clone(), 0, move || {
+                region.advise(libc::MADV_DONTNEED_LOCKED)
+            }))
         },
     },
     Operation {
@@ -49,7 +51,9 @@ pub(super) const OPERATIONS: &[Operation] = &[
         claimed: LIBC_AND_UFFD,
         prepare: || {
             let region = Region::shared(&memory_file(PAGES)?, PAGES)?;
-            Ok(Prepared::new(&region.clone(), 0, move || region.advise(libc::MADV_REMOVE)))
+            Ok(Prepared::new(&region.clone(), 0, move || {
+                region.advise(libc::MADV_REMOVE)
+            }))
         },
     },
     Operation {
@@ -77,7 +81,9 @@ pub(super) const OPERATIONS: &[Operation] = &[
         claimed: LIBC,
         prepare: || {
             let region = Region::private(&scratch_file(PAGES)?, PAGES)?;
-            Ok(Prepared::new(&region.clone(), 0, move || region.advise(libc::MADV_PAGEOUT)))
+            Ok(Prepared::new(&region.clone(), 0, move || {
+                region.advise(libc::MADV_PAGEOUT)
+            }))
         },
     },
     Operation {
@@ -100,7 +106,9 @@ pub(super) const OPERATIONS: &[Operation] = &[
         prepare: || {
             let region = Region::anonymous(PAGES)?;
             let mut ring = io_uring::IoUring::new(2)?;
-            Ok(Prepared::new(&region.clone(), 0, move || region.advise_by_ring(&mut ring, libc::MADV_DONTNEED)))
+            Ok(Prepared::new(&region.clone(), 0, move || {
+                region.advise_by_ring(&mut ring, libc::MADV_DONTNEED)
+            }))
         },
     },
     Operation {
@@ -111,7 +119,12 @@ pub(super) const OPERATIONS: &[Operation] = &[
             let region = Region::private(&scratch_file(PAGES)?, PAGES)?;
             let own = pidfd_open(getpid(), PidfdFlags::empty())?;
             Ok(Prepared::new(&region.clone(), 0, move || {
-                advise_in(own.as_raw_fd(), region.start(), region.len(), libc::MADV_PAGEOUT)
+                advise_in(
+                    own.as_raw_fd(),
+                    region.start(),
+                    region.len(),
+                    libc::MADV_PAGEOUT,
+                )
             }))
         },
     },
@@ -123,8 +136,9 @@ pub(super) const OPERATIONS: &[Operation] = &[
             known(MADV_COLLAPSE, "6.1")?;
             let own = pidfd_open(getpid(), PidfdFlags::empty())?;
             // The other process is made before the memory, which it would share otherwise.
-            let other =
-                Other::start(move |start, len| patiently(|| advise_in(own.as_raw_fd(), start, len, MADV_COLLAPSE)))?;
+            let other = Other::start(move |start, len| {
+                patiently(|| advise_in(own.as_raw_fd(), start, len, MADV_COLLAPSE))
+            })?;
             let region = small_pages()?;
             Ok(Prepared::new(&region.clone(), 1, move || {
                 region.advise(libc::MADV_HUGEPAGE)?;
@@ -136,7 +150,9 @@ pub(super) const OPERATIONS: &[Operation] = &[
 
 fn advised(advice: i32) -> Result<Prepared, Unavailable> {
     let region = Region::anonymous(PAGES)?;
-    Ok(Prepared::new(&region.clone(), 0, move || region.advise(advice)))
+    Ok(Prepared::new(&region.clone(), 0, move || {
+        region.advise(advice)
+    }))
 }
 
 /// The advice, if this kernel knows it.
@@ -164,7 +180,9 @@ pub(super) fn small_pages() -> Result<Region, Unavailable> {
 fn patiently(mut call: impl FnMut() -> std::io::Result<()>) -> std::io::Result<()> {
     for _ in 0..20 {
         match call() {
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => std::thread::yield_now(),
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                std::thread::yield_now()
+            }
             done => return done,
         }
     }

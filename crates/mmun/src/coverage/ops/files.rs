@@ -98,7 +98,9 @@ pub(super) const OPERATIONS: &[Operation] = &[
                 Ok(())
             })?;
             let region = Region::private(&scratch_file(PAGES)?, PAGES)?;
-            Ok(Prepared::new(&region.clone(), 0, move || other.act(region.start(), region.len())))
+            Ok(Prepared::new(&region.clone(), 0, move || {
+                other.act(region.start(), region.len())
+            }))
         },
     },
 ];

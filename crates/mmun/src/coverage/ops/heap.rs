@@ -4,7 +4,10 @@
 //! Blocks of `malloc` are touched through their pointer alone, within their length, and freed once.
 //! The end of the heap is only moved back over what was gained by moving it forward, and nobody has
 //! got anything beyond it meanwhile.
-#![expect(unsafe_code, reason = "the allocator of C and brk; see the Safety section")]
+#![expect(
+    unsafe_code,
+    reason = "the allocator of C and brk; see the Safety section"
+)]
 
 use std::ffi::c_void;
 use std::io;
@@ -46,8 +49,18 @@ pub(super) const OPERATIONS: &[Operation] = &[
             })
         },
     },
-    Operation { name: "malloc_trim (top)", judge: Judge::Frame, claimed: LIBC_AND_UFFD, prepare: || trimmed(false) },
-    Operation { name: "malloc_trim (hole)", judge: Judge::Frame, claimed: LIBC_AND_UFFD, prepare: || trimmed(true) },
+    Operation {
+        name: "malloc_trim (top)",
+        judge: Judge::Frame,
+        claimed: LIBC_AND_UFFD,
+        prepare: || trimmed(false),
+    },
+    Operation {
+        name: "malloc_trim (hole)",
+        judge: Judge::Frame,
+        claimed: LIBC_AND_UFFD,
+        prepare: || trimmed(true),
+    },
     Operation {
         name: "free (large block)",
         judge: Judge::Frame,
@@ -87,9 +100,15 @@ fn end_moves(back: fn(usize) -> bool) -> Result<Prepared, Unavailable> {
     }
     Ok(Prepared::at(end + gain() / 2, move || {
         if end_of_heap() != end + gain() {
-            return Err(io::Error::other("the allocator moved the end of the heap meanwhile"));
+            return Err(io::Error::other(
+                "the allocator moved the end of the heap meanwhile",
+            ));
         }
-        if back(end) { Ok(()) } else { Err(io::Error::last_os_error()) }
+        if back(end) {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
     }))
 }
 
@@ -110,7 +129,9 @@ fn settle_the_allocator() {
 /// the end, or from below a block that stays.
 fn trimmed(below: bool) -> Result<Prepared, Unavailable> {
     settle_the_allocator();
-    let mut blocks = (0..64).map(|_| Block::new(SMALL)).collect::<io::Result<Vec<Block>>>()?;
+    let mut blocks = (0..64)
+        .map(|_| Block::new(SMALL))
+        .collect::<io::Result<Vec<Block>>>()?;
     let stays = below.then(|| blocks.split_off(48));
     let watched = blocks[blocks.len() - 8].middle();
     if watched >= end_of_heap() {
@@ -121,7 +142,11 @@ fn trimmed(below: bool) -> Result<Prepared, Unavailable> {
         // SAFETY: gives back only what is free.
         let trimmed = unsafe { libc::malloc_trim(0) };
         drop(stays);
-        if trimmed == 1 { Ok(()) } else { Err(io::Error::other("malloc_trim found nothing to give back")) }
+        if trimmed == 1 {
+            Ok(())
+        } else {
+            Err(io::Error::other("malloc_trim found nothing to give back"))
+        }
     }))
 }
 

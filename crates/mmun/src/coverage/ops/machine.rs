@@ -22,14 +22,25 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const MADV_HWPOISON: i32 = 100;
 
 pub(super) const OPERATIONS: &[Operation] = &[
-    Operation { name: "reclaim to swap (memory cgroup)", judge: Judge::Frame, claimed: NOBODY, prepare: reclaimed },
-    Operation { name: "automatic NUMA balancing", judge: Judge::Frame, claimed: NOBODY, prepare: balanced },
+    Operation {
+        name: "reclaim to swap (memory cgroup)",
+        judge: Judge::Frame,
+        claimed: NOBODY,
+        prepare: reclaimed,
+    },
+    Operation {
+        name: "automatic NUMA balancing",
+        judge: Judge::Frame,
+        claimed: NOBODY,
+        prepare: balanced,
+    },
     Operation {
         name: "khugepaged",
         judge: Judge::Frame,
         claimed: NOBODY,
         prepare: || {
-            let between = number("/sys/kernel/mm/transparent_hugepage/khugepaged/scan_sleep_millisecs")?;
+            let between =
+                number("/sys/kernel/mm/transparent_hugepage/khugepaged/scan_sleep_millisecs")?;
             if between > 1000 {
                 return Err(Unavailable(format!(
                     "khugepaged scans every {between} ms; 'echo 50 > \
@@ -55,7 +66,9 @@ pub(super) const OPERATIONS: &[Operation] = &[
             known(MADV_HWPOISON, "2.6.32")?;
             // Discarding a clean page need not be told: its file still has the bytes.
             let region = Region::private(&scratch_file(PAGES)?, PAGES)?;
-            Ok(Prepared::new(&region.clone(), 0, move || region.part(0, 1).advise(MADV_HWPOISON)))
+            Ok(Prepared::new(&region.clone(), 0, move || {
+                region.part(0, 1).advise(MADV_HWPOISON)
+            }))
         },
     },
     Operation {
@@ -64,9 +77,15 @@ pub(super) const OPERATIONS: &[Operation] = &[
         claimed: NOBODY,
         prepare: || {
             if number("/proc/sys/vm/nr_hugepages")? == 0 {
-                return Err("no huge pages are reserved; 'echo 16 > /proc/sys/vm/nr_hugepages' would do".into());
+                return Err(
+                    "no huge pages are reserved; 'echo 16 > /proc/sys/vm/nr_hugepages' would do"
+                        .into(),
+                );
             }
-            let file = memfd_create("coverage", MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB)?;
+            let file = memfd_create(
+                "coverage",
+                MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB,
+            )?;
             ftruncate(&file, (PAGES * page_size()) as u64)?;
             let file = fs::File::from(file);
             let region = Region::shared(&file, PAGES)?;
@@ -105,9 +124,16 @@ impl Group {
     fn join() -> Result<Group, Unavailable> {
         let root = Path::new("/sys/fs/cgroup");
         let own = fs::read_to_string("/proc/self/cgroup")?;
-        let own = own.lines().find_map(|line| line.strip_prefix("0::/")).ok_or("there is no cgroup v2")?;
-        let group = Group { path: root.join(format!("mmun-coverage-{}", std::process::id())), before: root.join(own) };
-        fs::create_dir(&group.path).map_err(|error| Unavailable(format!("a cgroup: {}", crate::reason(&error))))?;
+        let own = own
+            .lines()
+            .find_map(|line| line.strip_prefix("0::/"))
+            .ok_or("there is no cgroup v2")?;
+        let group = Group {
+            path: root.join(format!("mmun-coverage-{}", std::process::id())),
+            before: root.join(own),
+        };
+        fs::create_dir(&group.path)
+            .map_err(|error| Unavailable(format!("a cgroup: {}", crate::reason(&error))))?;
         fs::write(group.path.join("cgroup.procs"), "0")?;
         Ok(group)
     }
@@ -127,11 +153,14 @@ fn balanced() -> Result<Prepared, Unavailable> {
         return Err("it is off, or there is one node; 'echo 1 > /proc/sys/kernel/numa_balancing' turns it on".into());
     }
     let processor = |node: &i32| {
-        let list = fs::read_to_string(format!("/sys/devices/system/node/node{node}/cpulist")).ok()?;
+        let list =
+            fs::read_to_string(format!("/sys/devices/system/node/node{node}/cpulist")).ok()?;
         list.trim().split(['-', ',']).next()?.parse::<usize>().ok()
     };
     let processors: Vec<usize> = (0..64).filter_map(|node| processor(&node)).collect();
-    let [first, second, ..] = processors[..] else { return Err("there is one node with a processor".into()) };
+    let [first, second, ..] = processors[..] else {
+        return Err("there is one node with a processor".into());
+    };
     run_on(first)?;
     let region = Region::untouched(PAGES)?;
     region.advise(libc::MADV_NOHUGEPAGE)?;
@@ -152,7 +181,11 @@ fn run_on(processor: usize) -> io::Result<()> {
 }
 
 /// Does `step` until the page's frame is another.
-fn until_changed(region: &Region, page: usize, mut step: impl FnMut() -> io::Result<()>) -> io::Result<()> {
+fn until_changed(
+    region: &Region,
+    page: usize,
+    mut step: impl FnMut() -> io::Result<()>,
+) -> io::Result<()> {
     let pid = rustix::process::getpid().as_raw_nonzero().get();
     let page = Page::open(pid, region.page(page), Judge::Frame).map_err(io::Error::other)?;
     let (before, begin) = (page.state()?, Instant::now());
@@ -168,5 +201,7 @@ fn until_changed(region: &Region, page: usize, mut step: impl FnMut() -> io::Res
 
 fn number(path: &str) -> Result<u64, Unavailable> {
     let text = fs::read_to_string(path)?;
-    text.trim().parse().map_err(|_| Unavailable(format!("{path} holds no number")))
+    text.trim()
+        .parse()
+        .map_err(|_| Unavailable(format!("{path} holds no number")))
 }

@@ -34,7 +34,9 @@ pub(super) const OPERATIONS: &[Operation] = &[
         claimed: CALL_AND_UFFD,
         prepare: || {
             let region = Region::anonymous(PAGES)?;
-            Ok(Prepared::new(&region.clone(), 0, || region.unmap_by_instruction()))
+            Ok(Prepared::new(&region.clone(), 0, || {
+                region.unmap_by_instruction()
+            }))
         },
     },
     Operation {
@@ -43,7 +45,9 @@ pub(super) const OPERATIONS: &[Operation] = &[
         claimed: LIBC_AND_UFFD,
         prepare: || {
             let region = Region::anonymous(PAGES)?;
-            Ok(Prepared::new(&region.clone(), 0, || region.unmap_by_number()))
+            Ok(Prepared::new(&region.clone(), 0, || {
+                region.unmap_by_number()
+            }))
         },
     },
     Operation {
@@ -54,7 +58,9 @@ pub(super) const OPERATIONS: &[Operation] = &[
             let region = Region::anonymous(PAGES)?;
             let target = Region::untouched(PAGES)?;
             let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
-            Ok(Prepared::new(&region.clone(), 0, move || region.remap(PAGES * page_size(), flags, Some(target))))
+            Ok(Prepared::new(&region.clone(), 0, move || {
+                region.remap(PAGES * page_size(), flags, Some(target))
+            }))
         },
     },
     Operation {
@@ -67,7 +73,9 @@ pub(super) const OPERATIONS: &[Operation] = &[
             let region = Region::untouched(PAGES)?;
             let target = Region::anonymous(PAGES)?;
             let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
-            Ok(Prepared::new(&target.clone(), 0, move || region.remap(PAGES * page_size(), flags, Some(target))))
+            Ok(Prepared::new(&target.clone(), 0, move || {
+                region.remap(PAGES * page_size(), flags, Some(target))
+            }))
         },
     },
     Operation {
@@ -77,7 +85,9 @@ pub(super) const OPERATIONS: &[Operation] = &[
         prepare: || {
             let region = Region::anonymous(PAGES)?;
             let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP;
-            Ok(Prepared::new(&region.clone(), 0, move || region.remap(PAGES * page_size(), flags, None)))
+            Ok(Prepared::new(&region.clone(), 0, move || {
+                region.remap(PAGES * page_size(), flags, None)
+            }))
         },
     },
     Operation {
@@ -86,7 +96,9 @@ pub(super) const OPERATIONS: &[Operation] = &[
         claimed: LIBC_AND_UFFD,
         prepare: || {
             let region = Region::anonymous(PAGES)?;
-            Ok(Prepared::new(&region.clone(), PAGES / 2, || region.remap(PAGES / 2 * page_size(), 0, None)))
+            Ok(Prepared::new(&region.clone(), PAGES / 2, || {
+                region.remap(PAGES / 2 * page_size(), 0, None)
+            }))
         },
     },
     Operation {
@@ -133,7 +145,9 @@ pub(super) const OPERATIONS: &[Operation] = &[
         claimed: LIBC,
         prepare: || {
             let region = Region::anonymous(PAGES)?;
-            Ok(Prepared::new(&region.clone(), 0, move || region.protect_with_key()))
+            Ok(Prepared::new(&region.clone(), 0, move || {
+                region.protect_with_key()
+            }))
         },
     },
 ];

@@ -19,7 +19,11 @@ pub(super) const OPERATIONS: &[Operation] = &[
         judge: Judge::Frame,
         claimed: NOBODY,
         prepare: || {
-            if fs::read_to_string("/sys/kernel/mm/ksm/run").unwrap_or_default().trim() != "1" {
+            if fs::read_to_string("/sys/kernel/mm/ksm/run")
+                .unwrap_or_default()
+                .trim()
+                != "1"
+            {
                 return Err("merging is off; 'echo 1 > /sys/kernel/mm/ksm/run' turns it on".into());
             }
             let region = Region::anonymous(64)?;
@@ -29,7 +33,8 @@ pub(super) const OPERATIONS: &[Operation] = &[
             Ok(Prepared::new(&region.clone(), watched, move || {
                 region.advise(libc::MADV_MERGEABLE)?;
                 let pid = rustix::process::getpid().as_raw_nonzero().get();
-                let page = Page::open(pid, region.page(watched), Judge::Frame).map_err(io::Error::other)?;
+                let page = Page::open(pid, region.page(watched), Judge::Frame)
+                    .map_err(io::Error::other)?;
                 let (before, begin) = (page.state()?, Instant::now());
                 while page.state()? == before {
                     if begin.elapsed() > PATIENCE {
@@ -46,7 +51,9 @@ pub(super) const OPERATIONS: &[Operation] = &[
         judge: Judge::Frame,
         claimed: CALL,
         prepare: || {
-            let node = |number: &i32| fs::exists(format!("/sys/devices/system/node/node{number}")).unwrap_or(false);
+            let node = |number: &i32| {
+                fs::exists(format!("/sys/devices/system/node/node{number}")).unwrap_or(false)
+            };
             let nodes: Vec<i32> = (0..64).filter(node).collect();
             if nodes.len() < 2 {
                 return Err("there is one node of memory".into());

@@ -66,25 +66,38 @@ pub(super) const OPERATIONS: &[Operation] = &[
         claimed: LIBC_AND_UFFD,
         prepare: || stack_goes(STACK, 0),
     },
-    Operation { name: "dlclose", judge: Judge::Frame, claimed: LIBC, prepare: library },
+    Operation {
+        name: "dlclose",
+        judge: Judge::Frame,
+        claimed: LIBC,
+        prepare: library,
+    },
 ];
 
 /// A thread that has used its stack at least `below` bytes down ends. The page there is watched.
 fn stack_goes(size: usize, below: usize) -> Result<Prepared, Unavailable> {
     let (used, uses) = channel();
     let (end, ends) = channel::<()>();
-    let thread = std::thread::Builder::new().stack_size(size).spawn(move || {
-        let here = 0_u8;
-        let deep = if below == 0 { (&raw const here).addr() } else { use_stack(below) };
-        // The other side waits for both.
-        let _ = used.send(deep);
-        let _ = ends.recv();
-        black_box(&here);
-    })?;
+    let thread = std::thread::Builder::new()
+        .stack_size(size)
+        .spawn(move || {
+            let here = 0_u8;
+            let deep = if below == 0 {
+                (&raw const here).addr()
+            } else {
+                use_stack(below)
+            };
+            // The other side waits for both.
+            let _ = used.send(deep);
+            let _ = ends.recv();
+            black_box(&here);
+        })?;
     let watched = uses.recv().map_err(|_| "the thread ended at once")?;
     Ok(Prepared::at(watched, move || {
         drop(end);
-        thread.join().map_err(|_| io::Error::other("the thread panicked"))
+        thread
+            .join()
+            .map_err(|_| io::Error::other("the thread panicked"))
     }))
 }
 
@@ -110,21 +123,32 @@ fn library() -> Result<Prepared, Unavailable> {
             .find(|path| path.contains(name))
             .map(str::to_owned)
     };
-    let original = path("/libgcc_s.so").or_else(|| path("/libm.so")).ok_or("no library to load a copy of")?;
+    let original = path("/libgcc_s.so")
+        .or_else(|| path("/libm.so"))
+        .ok_or("no library to load a copy of")?;
     let bytes = fs::read(&original)?;
     let file = memory_file(bytes.len().div_ceil(page_size()))?;
     rustix::io::pwrite(&file, &bytes, 0)?;
-    let name = CString::new(format!("/proc/self/fd/{}", file.as_raw_fd())).expect("no zero byte in a number");
+    let name = CString::new(format!("/proc/self/fd/{}", file.as_raw_fd()))
+        .expect("no zero byte in a number");
     // SAFETY: the name is a live string; the library's constructors ran in this process before, in
     // the original.
     let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
     if handle.is_null() {
-        return Err(Unavailable(format!("a copy of {original} cannot be loaded")));
+        return Err(Unavailable(format!(
+            "a copy of {original} cannot be loaded"
+        )));
     }
     let maps = fs::read_to_string("/proc/self/maps")?;
     let writable = |line: &&str| line.contains("/memfd:coverage") && line.contains(" rw-p ");
-    let data = maps.lines().find(writable).ok_or("the library has no data")?;
-    let start = data.split('-').next().and_then(|start| usize::from_str_radix(start, 16).ok());
+    let data = maps
+        .lines()
+        .find(writable)
+        .ok_or("the library has no data")?;
+    let start = data
+        .split('-')
+        .next()
+        .and_then(|start| usize::from_str_radix(start, 16).ok());
     let start = start.ok_or("the library has no data")?;
     let handle = handle.expose_provenance();
     Ok(Prepared::at(start, move || {

@@ -9,14 +9,24 @@ fn an_ordinary_user_starts_the_source_through_a_broker() {
     }
     let group = nobodys_group();
     let at = At(new_path());
-    let broker = Broker::bind(&at.0, &Options { group, max_clients: 8 }).expect("root with KVM and BPF can");
+    let broker = Broker::bind(
+        &at.0,
+        &Options {
+            group,
+            max_clients: 8,
+        },
+    )
+    .expect("root with KVM and BPF can");
     std::thread::spawn(move || broker.serve(|_| ()));
     assert!(in_child(|| {
         become_nobody();
         // SAFETY: the child of a fork has one thread.
         unsafe { std::env::set_var(VARIABLE, &at.0) };
         let no_map = kernel_sys::create_map(kernel_sys::Map::Ring { bytes: 4096 });
-        assert!(kernel_sys::open_kvm().is_err() && no_map.is_err(), "it has no right");
+        assert!(
+            kernel_sys::open_kvm().is_err() && no_map.is_err(),
+            "it has no right"
+        );
         let kernel = Kernel::start().expect("the broker helps");
         let page = Scratch::map().expect("a page");
         let range = VaRange::covering(mmu_notifier::Va::new(page.address()), 1).expect("a range");
@@ -39,7 +49,15 @@ fn clients_go_on_being_told_when_the_broker_is_killed() {
     // SAFETY: the child makes a broker and is killed.
     let child = unsafe { libc::fork() };
     if child == 0 {
-        broker::Broker::bind(&at.0, &Options { group: None, max_clients: 4 }).expect("it can be made").serve(|_| ());
+        broker::Broker::bind(
+            &at.0,
+            &Options {
+                group: None,
+                max_clients: 4,
+            },
+        )
+        .expect("it can be made")
+        .serve(|_| ());
     }
     until(|| socket::connect_to(&at.0, SOON).is_ok());
     let client = join(&at).expect("a place");
@@ -48,11 +66,26 @@ fn clients_go_on_being_told_when_the_broker_is_killed() {
     assert!(reply(&client.socket).is_none(), "the broker is gone");
     assert!(client.is_told());
     // Another takes the place of the socket that nobody listens at.
-    let broker = Broker::bind(&at.0, &Options { group: None, max_clients: 4 }).expect("the socket is stale");
+    let broker = Broker::bind(
+        &at.0,
+        &Options {
+            group: None,
+            max_clients: 4,
+        },
+    )
+    .expect("the socket is stale");
     std::thread::spawn(move || broker.serve(|_| ()));
     assert!(join(&at).expect("a place").is_told());
-    let second = Broker::bind(&at.0, &Options { group: None, max_clients: 4 });
-    let Err(Error::Kernel { source, .. }) = second else { panic!("one listens there already: {second:?}") };
+    let second = Broker::bind(
+        &at.0,
+        &Options {
+            group: None,
+            max_clients: 4,
+        },
+    );
+    let Err(Error::Kernel { source, .. }) = second else {
+        panic!("one listens there already: {second:?}")
+    };
     assert_eq!(source.kind(), io::ErrorKind::AddrInUse);
 }
 
@@ -67,7 +100,14 @@ fn without_its_broker_a_client_does_not_claim_that_no_run_was_skipped() {
     // SAFETY: the child makes a broker and is killed.
     let broker = unsafe { libc::fork() };
     if broker == 0 {
-        let broker = Broker::bind(&at.0, &Options { group, max_clients: 4 }).expect("root with KVM and BPF can");
+        let broker = Broker::bind(
+            &at.0,
+            &Options {
+                group,
+                max_clients: 4,
+            },
+        )
+        .expect("root with KVM and BPF can");
         std::thread::spawn(move || broker.serve(|_| ()));
         let _ = go.read_exact(&mut [0]);
         // SAFETY: ends the process at once.
@@ -84,14 +124,26 @@ fn without_its_broker_a_client_does_not_claim_that_no_run_was_skipped() {
         let watch = kernel.watch(range).expect("it can be watched");
         let look = |kernel: &Kernel| {
             let inner = std::sync::Arc::clone(&kernel.inner);
-            kernel.vault().run(move |machines| machines.look_for_missed_runs(&inner));
+            kernel
+                .vault()
+                .run(move |machines| machines.look_for_missed_runs(&inner));
         };
         look(&kernel);
-        assert!(watch.is_valid() && kernel.lost() == 0, "the broker says that none was skipped");
+        assert!(
+            watch.is_valid() && kernel.lost() == 0,
+            "the broker says that none was skipped"
+        );
         going.write_all(&[0]).expect("the broker lives");
         let begun = Instant::now();
-        while kernel.vault().run(|machines| machines.missed_runs()).is_some() {
-            assert!(begun.elapsed() < SOON, "a broker that is gone does not answer");
+        while kernel
+            .vault()
+            .run(|machines| machines.missed_runs())
+            .is_some()
+        {
+            assert!(
+                begun.elapsed() < SOON,
+                "a broker that is gone does not answer"
+            );
         }
         look(&kernel);
         let lost = kernel.lost();
@@ -129,12 +181,18 @@ fn a_hostile_socket_is_refused_and_not_believed() {
     let greeting = Reply::Done(version).bytes();
     let kind = "what came is not what a broker sends";
     assert!(said(b"SSH-2.0", vec![], vec![]).contains("does not speak"));
-    assert!(said(&Reply::Done(version + 1).bytes(), vec![kvm()], vec![]).contains("another version"));
+    assert!(
+        said(&Reply::Done(version + 1).bytes(), vec![kvm()], vec![]).contains("another version")
+    );
     assert!(said(&Reply::Refused(Refusal::Full).bytes(), vec![], vec![]).contains("--max-clients"));
     assert_eq!(said(&greeting, vec![], vec![]), kind);
     assert_eq!(said(&greeting, vec![null()], vec![]), kind, "no KVM");
     assert_eq!(said(&greeting, vec![kvm(), kvm()], vec![]), kind);
-    assert_eq!(said(&greeting, vec![kvm()], (0..5).map(|_| null()).collect()), kind, "no maps");
+    assert_eq!(
+        said(&greeting, vec![kvm()], (0..5).map(|_| null()).collect()),
+        kind,
+        "no maps"
+    );
     // Maps, but without a link: what would count the changes?
     let at = start(4);
     let real = || join(&at).expect("a place").given;
@@ -166,5 +224,8 @@ fn another_users_socket_is_not_asked() {
     until(|| socket::connect_to(&at.0, SOON).is_ok());
     let error = with(connect(&at)).expect_err("it is nobody's");
     end(child);
-    assert!(error.contains("65534") && error.contains("neither root"), "{error}");
+    assert!(
+        error.contains("65534") && error.contains("neither root"),
+        "{error}"
+    );
 }

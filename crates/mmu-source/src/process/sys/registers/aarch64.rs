@@ -28,7 +28,10 @@ fn set_of(
     at: usize,
     length: usize,
 ) -> io::Result<usize> {
-    let mut vector = libc::iovec { iov_base: std::ptr::without_provenance_mut(at), iov_len: length };
+    let mut vector = libc::iovec {
+        iov_base: std::ptr::without_provenance_mut(at),
+        iov_len: length,
+    };
     ptrace(request, tid, set as usize, (&raw mut vector).addr())?;
     Ok(vector.iov_len)
 }
@@ -37,26 +40,53 @@ fn set_of(
 pub(in super::super::super) fn registers(tid: Pid) -> Option<Registers> {
     let mut raw = MaybeUninit::<libc::user_regs_struct>::zeroed();
     let room = size_of::<libc::user_regs_struct>();
-    let read =
-        set_of(libc::PTRACE_GETREGSET, tid, libc::NT_PRSTATUS, raw.as_mut_ptr().expose_provenance(), room).ok()?;
+    let read = set_of(
+        libc::PTRACE_GETREGSET,
+        tid,
+        libc::NT_PRSTATUS,
+        raw.as_mut_ptr().expose_provenance(),
+        room,
+    )
+    .ok()?;
     // SAFETY: it was zeroed, which is a valid value, and then written by the kernel.
     let raw = unsafe { raw.assume_init() };
     if read < room || raw.pstate & PSR_MODE32_BIT != 0 {
         // Of 32 bits each, two in a word here: r11 is the frame pointer, r13 the stack pointer, r15
         // the program counter.
-        let narrow = |number: usize| raw.regs[number / 2] >> (32 * (number % 2)) & u64::from(u32::MAX);
+        let narrow =
+            |number: usize| raw.regs[number / 2] >> (32 * (number % 2)) & u64::from(u32::MAX);
         let (ip, sp, bp) = (narrow(15), narrow(13), narrow(11));
-        return Some(Registers { ip, sp, bp, link: Some(narrow(14)), code_mask: u64::MAX, is_32bit: true });
+        return Some(Registers {
+            ip,
+            sp,
+            bp,
+            link: Some(narrow(14)),
+            code_mask: u64::MAX,
+            is_32bit: true,
+        });
     }
     let code_mask = code_mask(tid);
-    Some(Registers { ip: raw.pc, sp: raw.sp, bp: raw.regs[29], link: Some(raw.regs[30]), code_mask, is_32bit: false })
+    Some(Registers {
+        ip: raw.pc,
+        sp: raw.sp,
+        bp: raw.regs[29],
+        link: Some(raw.regs[30]),
+        code_mask,
+        is_32bit: false,
+    })
 }
 
 /// What is left of an address of code without its signature. Without such, all.
 fn code_mask(tid: Pid) -> u64 {
     let mut masks = [0_u64; 2];
     let at = (&raw mut masks).expose_provenance();
-    match set_of(libc::PTRACE_GETREGSET, tid, NT_ARM_PAC_MASK, at, size_of_val(&masks)) {
+    match set_of(
+        libc::PTRACE_GETREGSET,
+        tid,
+        NT_ARM_PAC_MASK,
+        at,
+        size_of_val(&masks),
+    ) {
         Ok(_) => !masks[1],
         Err(_) => u64::MAX,
     }
@@ -69,7 +99,13 @@ fn code_mask(tid: Pid) -> u64 {
 pub(in super::super::super) fn skip_call(tid: Pid) -> io::Result<Option<()>> {
     let number = NO_CALL;
     let at = (&raw const number).expose_provenance();
-    let skipped = set_of(libc::PTRACE_SETREGSET, tid, NT_ARM_SYSTEM_CALL, at, size_of_val(&number));
+    let skipped = set_of(
+        libc::PTRACE_SETREGSET,
+        tid,
+        NT_ARM_SYSTEM_CALL,
+        at,
+        size_of_val(&number),
+    );
     if unless_gone(skipped)?.is_none() {
         return Ok(None);
     }

@@ -15,7 +15,14 @@ pub(in super::super::super) fn registers(tid: Pid) -> Option<Registers> {
     // SAFETY: it was zeroed, which is a valid value, and then written by the kernel.
     let raw = unsafe { raw.assume_init() };
     let is_32bit = raw.cs != USER_CS;
-    Some(Registers { ip: raw.rip, sp: raw.rsp, bp: raw.rbp, link: None, code_mask: u64::MAX, is_32bit })
+    Some(Registers {
+        ip: raw.rip,
+        sp: raw.rsp,
+        bp: raw.rbp,
+        link: None,
+        code_mask: u64::MAX,
+        is_32bit,
+    })
 }
 
 /// Makes the kernel skip the call that a tracee stands before: it fails with `ENOSYS`.

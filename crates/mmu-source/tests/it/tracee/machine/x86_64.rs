@@ -36,15 +36,32 @@ pub(crate) fn compat_calls() {
     const MUNMAP: u32 = 91;
     const MPROTECT: u32 = 125;
     const MADVISE: u32 = 219;
-    let low = mmap(0, 8 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | libc::MAP_32BIT);
+    let low = mmap(
+        0,
+        8 * PAGE,
+        PROT_READ | PROT_WRITE,
+        MAP_PRIVATE | MAP_ANONYMOUS | libc::MAP_32BIT,
+    );
     touch(low, 8 * PAGE);
     let page = PAGE as u32;
     let at = u32::try_from(low).expect("MAP_32BIT maps low memory");
     let mut script = Script::new();
     let call = |number, args| i64::from(i386(number, args));
     script.unmap("munmap", low, 2 * PAGE, call(MUNMAP, [at, 2 * page, 0]));
-    script.seen("mprotect", "protection_vma", low + 2 * PAGE, PAGE, call(MPROTECT, [at + 2 * page, page, 1]));
-    script.seen("madvise", "clear", low + 4 * PAGE, PAGE, call(MADVISE, [at + 4 * page, page, 4]));
+    script.seen(
+        "mprotect",
+        "protection_vma",
+        low + 2 * PAGE,
+        PAGE,
+        call(MPROTECT, [at + 2 * page, page, 1]),
+    );
+    script.seen(
+        "madvise",
+        "clear",
+        low + 4 * PAGE,
+        PAGE,
+        call(MADVISE, [at + 4 * page, page, 4]),
+    );
     // Under its number of x86-64, munmap is another call.
     call(libc::SYS_munmap as u32, [at, page, 0]);
     script.finish();
