@@ -1,5 +1,5 @@
-//! What the tests of several crates share: probes for what this machine can do, forked children, a
-//! counting allocator, and the reference model of the core. Not published.
+//! What the tests of several crates share: probes for what this machine can do, forked children,
+//! programs to execute, a counting allocator, and the reference model of the core. Not published.
 //!
 //! A test that needs more than a Rust toolchain begins like this:
 //!
@@ -16,12 +16,14 @@ mod cap;
 mod cgroup;
 mod child;
 pub mod model;
+mod program;
 mod signals;
 
 pub use alloc::Counting;
 pub use cap::{Cap, PYTHON, has_optional_program, is_guest, require, rounds};
 pub use cgroup::Cgroup;
 pub use child::in_child;
+pub use program::{copy_program, write_program};
 pub use signals::{has_timers, signal_every};
 
 /// The examples of the front page must run. Here, because no published crate brings the front page.

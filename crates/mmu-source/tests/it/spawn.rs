@@ -77,8 +77,7 @@ fn a_program_that_is_no_program_is_an_error() {
         return;
     }
     let path = std::env::temp_dir().join(format!("no-program-{}", std::process::id()));
-    fs::write(&path, "text\n").expect("a file");
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("executable");
+    testkit::write_program("text\n", &path);
     let refused = tracer().spawn(Command::new(&path));
     fs::remove_file(&path).expect("removed");
     match refused {

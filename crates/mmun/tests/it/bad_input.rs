@@ -1,7 +1,6 @@
 //! What cannot be done is said in one line, and told apart by the exit status.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 
 use testkit::rounds;
 
@@ -81,8 +80,7 @@ fn command_path() -> &'static str {
 #[test]
 fn a_script_without_its_interpreter_is_127_as_in_bash_and_said_to_be() {
     let file = scratch("script");
-    fs::write(&file, "#!/no/such/interpreter\n").unwrap();
-    fs::set_permissions(&file, fs::Permissions::from_mode(0o755)).unwrap();
+    testkit::write_program("#!/no/such/interpreter\n", &file);
     let (code, line) = refused(&["-o", "/dev/null", file.to_str().unwrap()]);
     assert_eq!(code, Some(127));
     assert!(
@@ -125,7 +123,8 @@ fn a_program_that_cannot_be_run_is_126() {
         Some(126),
         "not executable"
     );
-    fs::set_permissions(&file, fs::Permissions::from_mode(0o755)).unwrap();
+    fs::remove_file(&file).unwrap();
+    testkit::write_program("neither script nor binary\n", &file);
     assert_eq!(
         refused(&["-o", "/dev/null", name]).0,
         Some(126),

@@ -2,8 +2,8 @@
 //! that may not be read.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, Output};
 
 use serde_json::Value;
@@ -21,8 +21,7 @@ impl Open {
     fn new() -> Open {
         let copy = Public::new();
         let shell = copy.folder().join("sh");
-        fs::copy("/bin/sh", &shell).unwrap();
-        fs::set_permissions(&shell, fs::Permissions::from_mode(0o711)).unwrap();
+        testkit::copy_program(Path::new("/bin/sh"), &shell, 0o711);
         Open(copy)
     }
 

@@ -72,8 +72,7 @@ impl Public {
         fs::create_dir(&folder).unwrap();
         fs::set_permissions(&folder, fs::Permissions::from_mode(0o777)).unwrap();
         let copy = Public(folder);
-        fs::copy(env!("CARGO_BIN_EXE_mmun"), copy.mmun()).unwrap();
-        fs::set_permissions(copy.mmun(), fs::Permissions::from_mode(0o755)).unwrap();
+        testkit::copy_program(Path::new(env!("CARGO_BIN_EXE_mmun")), &copy.mmun(), 0o755);
         copy
     }
 
