@@ -28,6 +28,8 @@ pub enum Cap {
     Rdma,
     /// Being root, to become somebody else.
     Root,
+    /// Mounts of one's own: CAP_SYS_ADMIN, which containers withhold also from root.
+    MountNamespace,
     /// A program, found by its name.
     Program(&'static str),
     /// A module of Debian's own Python, found by its name.
@@ -97,6 +99,9 @@ fn probe(cap: Cap) -> Result<(), String> {
             0 => Ok(()),
             user => Err(format!("user {user} is not root")),
         },
+        Cap::MountNamespace => {
+            mount_namespace().map_err(|error| format!("no mount namespace can be made: {error}"))
+        }
         Cap::Ptrace => ptrace().map_err(|error| format!("ptrace is refused: {error}")),
         Cap::SeccompTrace => match fs::read_to_string("/proc/sys/kernel/seccomp/actions_avail") {
             Ok(actions) if actions.split_whitespace().any(|action| action == "trace") => Ok(()),
@@ -139,6 +144,24 @@ fn probe(cap: Cap) -> Result<(), String> {
             Err(error) => Err(format!("no NUMA support: {error}")),
         },
     }
+}
+
+/// Gives a thread that ends a namespace with mounts that it may change.
+fn mount_namespace() -> io::Result<()> {
+    let thread = thread::spawn(|| {
+        let (none, private) = (std::ptr::null(), libc::MS_REC | libc::MS_PRIVATE);
+        // SAFETY: an integer; it is about this thread alone.
+        let parted = unsafe { libc::unshare(libc::CLONE_NEWNS) } == 0;
+        let changed = parted
+            // SAFETY: a live string and nulls, as the call takes them for a change of propagation.
+            && unsafe { libc::mount(none, c"/".as_ptr(), none, private, none.cast()) } == 0;
+        if changed {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
+    });
+    thread.join().expect("it makes two calls")
 }
 
 fn rdma() -> Result<(), String> {

@@ -170,7 +170,7 @@ fn give_up_proc() {
 
 #[test]
 fn a_parent_killed_while_it_forks_leaves_no_child_behind_without_proc() {
-    if !require(Cap::Ptrace) || !require(Cap::Root) {
+    if !require(Cap::Ptrace) || !require(Cap::MountNamespace) {
         return;
     }
     let (end, ended) = mpsc::channel();

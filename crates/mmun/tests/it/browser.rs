@@ -62,6 +62,8 @@ impl Browser {
         // SAFETY: the closure makes system calls only.
         unsafe { command.pre_exec(place) };
         let child = command.spawn().unwrap();
+        // With the browser's own, the pipes end.
+        drop((its_input, its_output));
         let (to, from) = (File::from(to), BufReader::new(File::from(from)));
         let mut browser = Browser {
             child,
@@ -191,17 +193,17 @@ impl Browser {
         );
     }
 
-    /// What the page complained of.
+    /// What the page complained of, and what its policy refused. What else a browser says of a page
+    /// differs from one version to the next.
     pub(crate) fn complaints(&self) -> Vec<&Value> {
-        const METHODS: [&str; 3] = [
-            "Runtime.exceptionThrown",
-            "Runtime.consoleAPICalled",
-            "Log.entryAdded",
-        ];
-        self.events
-            .iter()
-            .filter(|event| METHODS.iter().any(|method| event["method"] == *method))
-            .collect()
+        let is_complaint = |event: &&Value| match event["method"].as_str() {
+            Some("Runtime.exceptionThrown" | "Runtime.consoleAPICalled") => true,
+            Some("Log.entryAdded") => event["params"]["entry"]["text"]
+                .as_str()
+                .is_some_and(|text| text.contains("Content Security Policy")),
+            _ => false,
+        };
+        self.events.iter().filter(is_complaint).collect()
     }
 }
 

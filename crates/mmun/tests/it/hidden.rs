@@ -71,6 +71,7 @@ w & w & w & w & wait";
 #[test]
 fn every_child_runs_and_is_told_whatever_proc_says() {
     if !require(Cap::Root)
+        || !require(Cap::MountNamespace)
         || !require(Cap::Ptrace)
         || !require(Cap::Program("unshare"))
         || !require(Cap::Program("setpriv"))
