@@ -36,6 +36,11 @@ pub(crate) fn run(root: &Path) -> ExitCode {
             "none",
         ];
         let tree = cargo(&tree).output().expect("cargo runs");
+        if !tree.status.success() {
+            let why = String::from_utf8_lossy(&tree.stderr);
+            eprintln!("features: cargo tree of {name} fails: {}", why.trim());
+            return ExitCode::FAILURE;
+        }
         let tree = String::from_utf8_lossy(&tree.stdout).into_owned();
         let is_there = |other: &&&str| {
             tree.lines()

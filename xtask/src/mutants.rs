@@ -4,8 +4,9 @@
 //! It works in a copy below `target`, so the tree stays as it is. `cargo xtask tidy` checks that
 //! what each mutant replaces is still there.
 
+use std::collections::HashSet;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 
 /// One way to break the code.
@@ -102,17 +103,20 @@ pub(crate) fn run(root: &Path, names: &[&str]) -> ExitCode {
     {
         let path = tree.join(mutant.file);
         let text = fs::read_to_string(&path).expect("tidy has found it");
-        let passes_whole = passes(&tree, mutant.test);
+        let whole = run_test(&tree, mutant.test);
         fs::write(&path, text.replacen(mutant.from, mutant.to, 1))
             .expect("the copy can be changed");
-        let verdict = match (passes_whole, passes(&tree, mutant.test)) {
-            (true, false) => "caught",
-            (true, true) => "SURVIVES",
-            (false, _) => "ITS TEST FAILS WITHOUT IT",
-        };
+        let broken = run_test(&tree, mutant.test);
         fs::write(&path, text).expect("the copy can be changed");
+        let (is_caught, verdict) = match (whole, broken) {
+            (Outcome::Passes, Outcome::Fails) => (true, "caught"),
+            (Outcome::Passes, Outcome::DoesNotEnd) => (true, "caught, by a test that does not end"),
+            (Outcome::Passes, Outcome::Passes) => (false, "SURVIVES"),
+            (Outcome::Passes, Outcome::DoesNotCompile) => (false, "DOES NOT COMPILE"),
+            _ => (false, "ITS TEST FAILS WITHOUT IT"),
+        };
         println!("{}: {verdict}", mutant.name);
-        survivors += u32::from(verdict != "caught");
+        survivors += u32::from(!is_caught);
     }
     if survivors == 0 {
         ExitCode::SUCCESS
@@ -137,35 +141,106 @@ pub(crate) fn tidy(root: &Path, complaints: &mut Vec<String>) {
     }
 }
 
-/// Copies what git knows. A file that has not changed keeps its time, so Cargo builds little.
+/// Copies what git knows or would add, and removes what is there besides. A file that has not
+/// changed keeps its time, so Cargo builds little.
 fn copy(root: &Path, tree: &Path) {
     let listed = Command::new("git")
-        .args(["ls-files", "-z"])
+        .args(["ls-files", "-z", "--cached", "--others"])
+        .arg("--exclude-standard")
         .current_dir(root)
         .output()
         .expect("git lists files");
+    assert!(listed.status.success(), "git lists no files");
     let listed = String::from_utf8(listed.stdout).expect("names are text");
+    let mut copied = HashSet::new();
     for name in listed.split_terminator('\0') {
         let (from, to) = (root.join(name), tree.join(name));
         // A link, or a file that was removed and is still known.
         let Ok(new) = fs::read(&from) else { continue };
+        copied.insert(to.clone());
         if fs::read(&to).is_ok_and(|old| old == new) {
             continue;
         }
         fs::create_dir_all(to.parent().expect("it is in a folder")).expect("a folder for the copy");
         fs::write(&to, new).expect("a copy");
     }
+    remove_others(tree, &copied);
 }
 
-/// Runs a test. One that does not end is killed, as a failure.
-fn passes(tree: &Path, test: &str) -> bool {
-    let mut command = Command::new("timeout");
-    command
-        .args(["--kill-after=10", "900", "cargo", "test", "--quiet"])
-        .args(test.split_whitespace());
-    command
-        .current_dir(tree)
-        .env("CARGO_TARGET_DIR", tree.with_file_name("build"));
-    let status = command.stdout(Stdio::null()).stderr(Stdio::null()).status();
-    status.expect("`timeout` of coreutils runs").success()
+/// Removes the files below a folder that are not to be kept, and folders that are empty then.
+fn remove_others(folder: &Path, kept: &HashSet<PathBuf>) {
+    for entry in fs::read_dir(folder).expect("the copy can be read") {
+        let entry = entry.expect("the copy can be read");
+        let path = entry.path();
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_others(&path, kept);
+            // One that is not empty stays.
+            let _ = fs::remove_dir(&path);
+        } else if !kept.contains(&path) {
+            fs::remove_file(&path).expect("the copy can be changed");
+        }
+    }
+}
+
+/// What became of a test.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Outcome {
+    Passes,
+    Fails,
+    DoesNotCompile,
+    /// It was killed after 15 minutes.
+    DoesNotEnd,
+}
+
+fn run_test(tree: &Path, test: &str) -> Outcome {
+    let run = |program: &str, arguments: &[&str]| {
+        let mut command = Command::new(program);
+        command.args(arguments).args(test.split_whitespace());
+        command
+            .current_dir(tree)
+            .env("CARGO_TARGET_DIR", tree.with_file_name("build"));
+        let status = command.stdout(Stdio::null()).stderr(Stdio::null()).status();
+        status.expect("cargo, and `timeout` of coreutils, run")
+    };
+    if !run("cargo", &["test", "--quiet", "--no-run"]).success() {
+        return Outcome::DoesNotCompile;
+    }
+    let in_time = ["--kill-after=10", "900", "cargo", "test", "--quiet"];
+    match run("timeout", &in_time).code() {
+        Some(0) => Outcome::Passes,
+        // It says 124, or dies of its own SIGKILL.
+        Some(124 | 137) | None => Outcome::DoesNotEnd,
+        Some(_) => Outcome::Fails,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_copy_has_new_files_and_none_that_are_gone() {
+        if Command::new("git").arg("--version").output().is_err() {
+            println!("SKIP the_copy_has_new_files_and_none_that_are_gone: git is not installed");
+            return;
+        }
+        let room = std::env::temp_dir().join(format!("mutants-{}", std::process::id()));
+        let (root, tree) = (room.join("root"), room.join("tree"));
+        fs::create_dir_all(root.join("a")).unwrap();
+        let init = Command::new("git")
+            .args(["init", "--quiet"])
+            .arg(&root)
+            .status();
+        assert!(init.unwrap().success());
+        for (name, text) in [(".gitignore", "built\n"), ("a/new", "1"), ("built", "2")] {
+            fs::write(root.join(name), text).unwrap();
+        }
+        copy(&root, &tree);
+        assert_eq!(fs::read_to_string(tree.join("a/new")).unwrap(), "1");
+        assert!(!tree.join("built").exists());
+        fs::remove_dir_all(root.join("a")).unwrap();
+        copy(&root, &tree);
+        assert!(!tree.join("a").exists() && tree.join(".gitignore").exists());
+        fs::remove_dir_all(room).unwrap();
+    }
 }
