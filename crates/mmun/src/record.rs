@@ -118,6 +118,13 @@ pub(crate) struct Pages {
     pub(crate) swapped: u64,
 }
 
+impl Pages {
+    /// Nothing was there, neither in memory nor swapped.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.resident == 0 && self.swapped == 0
+    }
+}
+
 /// A mapping, and the system call that made it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Mapping {

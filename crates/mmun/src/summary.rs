@@ -141,7 +141,7 @@ impl Summary {
         if let Some(pages) = seen.pages.filter(|_| removes) {
             let (all, nothing) = self.removals.get_or_insert_default();
             *all += 1;
-            *nothing += u64::from(change.failed() || pages.resident + pages.swapped == 0);
+            *nothing += u64::from(change.failed() || pages.is_empty());
         }
     }
 
@@ -335,6 +335,21 @@ mod tests {
             },
         );
         String::from_utf8(out).unwrap()
+    }
+
+    #[test]
+    fn a_recording_may_claim_any_number_of_bytes() {
+        let mut change = change("munmap", 1, u64::MAX, 1, 0);
+        change.seen.pages.as_mut().unwrap().swapped = u64::MAX;
+        let mut summary = Summary::new(Wanted {
+            tables: "event".parse().unwrap(),
+            sort: Sort::Time,
+            top: 1,
+            wall: false,
+        });
+        summary.add(&change, "prog");
+        summary.add(&change, "prog");
+        assert_eq!(summary.removals, Some((2, 0)));
     }
 
     #[test]

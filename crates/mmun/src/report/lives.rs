@@ -168,10 +168,7 @@ impl World {
     /// What a call changes was there before.
     fn meet(&mut self, start: u64, end: u64, changed: &Changed) {
         let change = &changed.change;
-        let is_empty = change
-            .seen
-            .pages
-            .is_some_and(|pages| pages.resident + pages.swapped == 0);
+        let is_empty = change.seen.pages.is_some_and(|pages| pages.is_empty());
         // An unmap may name what is mapped nowhere, a protection may not.
         if change.span.event == events::UNMAP && is_empty && self.has_births {
             return;

@@ -151,7 +151,7 @@ pub(super) fn of(recording: &Recording) -> Totals {
             continue;
         };
         totals.removals.0 += 1;
-        totals.removals.1 += u64::from(change.failed() || pages.resident + pages.swapped == 0);
+        totals.removals.1 += u64::from(change.failed() || pages.is_empty());
         if !change.failed() {
             let cell = (
                 change.span.event,
@@ -181,7 +181,24 @@ fn half_power(number: u64) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::lives;
     use super::*;
+
+    #[test]
+    fn a_recording_may_claim_any_number_of_bytes() {
+        let most = u64::MAX;
+        let line = |kind: &str| {
+            format!(
+                "{{\"v\":1,\"t\":2,\"kind\":\"{kind}\",\"pid\":1,\"tid\":1,\"mm\":1,\"event\":\"unmap\",\"cause\":\"munmap\",\
+                 \"start\":\"0x1000\",\"end\":\"0x2000\",\"blockable\":true,\"what\":\"heap\",\"result\":0,\
+                 \"resident\":{most},\"file\":{most},\"huge\":{most},\"swapped\":{most}}}\n"
+            )
+        };
+        let text = line("start") + &line("end");
+        let recording = Recording::read(text.as_bytes()).expect("it is a trace");
+        assert_eq!(of(&recording).removals, (1, 0));
+        assert_eq!(lives::of(&recording)[&1].len(), 1);
+    }
 
     #[test]
     fn numbers_fall_into_powers_and_halves_of_them() {
