@@ -5,12 +5,12 @@ mod perfetto;
 
 use std::collections::BTreeMap;
 
-use mmu_source::process::{ExitStatus, Task};
+use mmu_source::process::ExitStatus;
 
 use crate::events;
 use crate::intern::Name;
 use crate::record::Kind;
-use crate::recording::{Changed, Lived, Recording};
+use crate::recording::{Born, Changed, Lived, Recording};
 
 pub(crate) use self::chrome::make as chrome;
 pub(crate) use self::perfetto::make as perfetto;
@@ -118,6 +118,9 @@ fn tasks(recording: &Recording) -> BTreeMap<(i32, i32), &str> {
     for Changed { change, comm, .. } in &recording.changes {
         add(change.task.pid, change.task.tid, *comm);
     }
+    for Born { task, comm, .. } in &recording.births {
+        add(task.pid, task.tid, *comm);
+    }
     tasks
 }
 
@@ -150,14 +153,6 @@ fn space_name(recording: &Recording, mm: u64) -> String {
     )
 }
 
-/// The task of a birth.
-fn born_by(recording: &Recording, mm: u64, tid: i32) -> Task {
-    Task {
-        pid: recording.spaces.get(&mm).map_or(tid, |space| space.pid),
-        tid,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -184,6 +179,13 @@ mod tests {
 
     pub(super) fn recording() -> Recording {
         Recording::read(TRACE.as_bytes()).expect("it is a trace")
+    }
+
+    /// The same, but a `vfork` child made the mapping.
+    pub(super) fn by_another() -> Recording {
+        let map = r#""t":3000,"kind":"map","pid":7,"tid":7,"#;
+        let text = TRACE.replace(map, r#""t":3000,"kind":"map","pid":9,"tid":9,"#);
+        Recording::read(text.as_bytes()).expect("it is a trace")
     }
 
     #[test]

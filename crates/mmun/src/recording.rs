@@ -11,6 +11,8 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::Path;
 
+use mmu_source::process::Task;
+
 use crate::change::{Change, Pairs, Seen};
 use crate::intern::{Name, Names};
 use crate::record::{Kind, Mapping, Record};
@@ -66,7 +68,9 @@ pub(crate) struct Changed {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Born {
     pub(crate) t: u64,
-    pub(crate) tid: i32,
+    pub(crate) task: Task,
+    /// The name of the task.
+    pub(crate) comm: Name,
     pub(crate) mm: u64,
     pub(crate) mapping: Mapping,
     pub(crate) what: Option<Name>,
@@ -215,7 +219,8 @@ impl Reader {
                 let Seen { what, site, .. } = seen;
                 recording.births.push(Born {
                     t,
-                    tid: record.task.tid,
+                    task: record.task,
+                    comm,
                     mm: record.mm,
                     mapping,
                     what,

@@ -4,7 +4,7 @@
 
 use std::io::Write as _;
 
-use super::{Detail, Value, born_by, change, given_back, life, number, site, space_name, tasks};
+use super::{Detail, Value, change, given_back, life, number, site, space_name, tasks};
 use crate::digits::Put;
 use crate::json;
 use crate::recording::Recording;
@@ -59,7 +59,7 @@ pub(crate) fn make(recording: &Recording) -> Vec<u8> {
         );
     }
     for born in &recording.births {
-        let task = born_by(recording, born.mm, born.tid);
+        let task = born.task;
         let mut details = vec![(
             "bytes",
             number(born.mapping.range.pages().saturating_mul(4096)),
@@ -122,7 +122,15 @@ fn args(out: &mut Vec<u8>, details: &[Detail]) {
 mod tests {
     use serde_json::Value;
 
-    use super::super::tests::recording;
+    use super::super::tests::{by_another, recording};
+
+    #[test]
+    fn a_mapping_is_shown_at_the_task_that_made_it() {
+        let json: Value = serde_json::from_slice(&super::make(&by_another())).unwrap();
+        let events = json["traceEvents"].as_array().unwrap();
+        let born = events.iter().find(|event| event["cat"] == "map").unwrap();
+        assert_eq!((&born["pid"], &born["tid"]), (&9.into(), &9.into()));
+    }
 
     #[test]
     fn every_event_is_there_with_its_times() {

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Detail, Value, born_by, change, given_back, life, number, site, space_name, tasks};
+use super::{Detail, Value, change, given_back, life, number, site, space_name, tasks};
 use crate::json;
 use crate::recording::Recording;
 
@@ -185,7 +185,7 @@ pub(crate) fn make(recording: &Recording) -> Vec<u8> {
         });
     }
     for born in &recording.births {
-        let task = born_by(recording, born.mm, born.tid);
+        let task = born.task;
         let mut details = vec![(
             "bytes",
             number(born.mapping.range.pages().saturating_mul(4096)),
@@ -269,7 +269,7 @@ fn describe(writer: &mut Writer, recording: &Recording) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::recording;
+    use super::super::tests::{by_another, recording};
     use super::*;
 
     #[test]
@@ -316,7 +316,16 @@ mod tests {
 
     #[test]
     fn every_slice_that_begins_ends_on_its_track() {
-        let trace = make(&recording());
+        slices_end(&recording());
+    }
+
+    #[test]
+    fn a_mapping_is_shown_though_its_task_did_nothing_else() {
+        slices_end(&by_another());
+    }
+
+    fn slices_end(recording: &Recording) {
+        let trace = make(recording);
         let (mut open, mut kinds) = (BTreeMap::new(), BTreeMap::new());
         let mut tracks = BTreeSet::new();
         for (number, _, packet) in fields(&trace) {
