@@ -5,6 +5,7 @@
 //! pointers: stacks repeat, so that a copy for later would cost more than the unwinding. A frame is
 //! kept as a place in a file, so that programs that share a library share its stacks.
 
+mod aside;
 mod bounded;
 #[cfg(test)]
 mod corrupt;

@@ -59,8 +59,10 @@ pub(crate) enum Fork {
 /// `EAGAIN` or `ENOMEM`.
 pub(crate) fn fork() -> io::Result<(Fork, Held)> {
     let held = Held::new();
-    // SAFETY: `fork` needs that the child does nothing another thread could have left half-done. No
-    // thread was started yet.
+    // SAFETY: `fork` needs that the child does nothing another thread could have left half-done.
+    // The front forks before there is a thread. The child that names is forked after the trace: the
+    // locks it takes are those of memory, which the C library's `fork` hands over in order, and of
+    // the hook of panics, which nothing changes any more.
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
         0 => Ok((Fork::Child, held)),
@@ -247,6 +249,44 @@ pub(crate) fn process_time(pid: i32) -> Option<u64> {
         .ok()?
         .checked_mul(1_000_000_000)?
         .checked_add(u64::try_from(time.tv_nsec).ok()?)
+}
+
+/// A child that nobody misses: what goes wrong in it ends it, in silence. Beyond what it has, it
+/// gets so many bytes of `memory`.
+pub(crate) fn be_expendable(parent: Option<Pid>, memory: u64) {
+    die_with(parent);
+    // Of `std`'s own handlers one speaks, the other calls itself an overflow.
+    for signal in [libc::SIGSEGV, libc::SIGBUS, libc::SIGALRM, libc::SIGPIPE] {
+        set_handler(signal, libc::SIG_DFL);
+    }
+    change_mask(libc::SIG_UNBLOCK, &set_of(&[libc::SIGALRM, libc::SIGPIPE]));
+    if let Ok(null) = File::options().write(true).open("/dev/null") {
+        let _ = rustix::stdio::dup2_stderr(&null);
+    }
+    let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
+    let pages = statm
+        .split(' ')
+        .next()
+        .and_then(|pages| pages.parse::<u64>().ok());
+    let most = pages.map(|pages| {
+        let bytes = pages.saturating_mul(rustix::param::page_size() as u64);
+        bytes.saturating_add(memory)
+    });
+    for (resource, most) in [
+        (rustix::process::Resource::As, most),
+        (rustix::process::Resource::Core, Some(0)),
+    ] {
+        let mut limit = rustix::process::getrlimit(resource);
+        limit.current = [limit.maximum, most].into_iter().flatten().min();
+        // A limit that is lowered is not refused.
+        let _ = rustix::process::setrlimit(resource, limit);
+    }
+}
+
+/// Ends this process in so many seconds, unless it is called again; see [`be_expendable`].
+pub(crate) fn end_in(seconds: u32) {
+    // SAFETY: it takes an integer.
+    unsafe { libc::alarm(seconds) };
 }
 
 /// Does nothing until `parent` ends, then ends too.

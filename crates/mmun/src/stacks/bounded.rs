@@ -94,8 +94,11 @@ impl<'a> ReadRef<'a> for Bounded<'a> {
     }
 
     fn read_bytes_at_until(self, range: Range<u64>, delimiter: u8) -> Result<&'a [u8], ()> {
-        // A string is short: the cache sees to that.
-        self.0.cache.read_bytes_at_until(range, delimiter)
+        // A string is short: the cache sees to that. There can be many.
+        let text = self.0.cache.read_bytes_at_until(range, delimiter)?;
+        let left = self.0.left.get().checked_sub(text.len() as u64 + 1);
+        self.0.left.set(left.ok_or(())?);
+        Ok(text)
     }
 }
 
@@ -105,6 +108,15 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     use super::*;
+
+    #[test]
+    fn strings_are_charged_as_well() {
+        let source = Source::new(Box::new(std::io::Cursor::new(b"abc\0abc\0abc\0".to_vec())));
+        source.left.set(9);
+        let text = |at| Bounded(&source).read_bytes_at_until(at..12, 0);
+        assert_eq!((text(0), text(4)), (Ok(&b"abc"[..]), Ok(&b"abc"[..])));
+        assert_eq!(text(8), Err(()));
+    }
 
     #[test]
     fn only_a_regular_file_is_opened() {

@@ -15,7 +15,7 @@ use std::time::Duration;
 use framehop::{ExplicitModuleSectionInfo, Module, Unwinder as _};
 
 use super::guard::guarded;
-use super::image::{Content, Image};
+use super::image::{Content, Image, Images};
 use super::{Address, symbols};
 
 const TINY: &[u8] = include_bytes!("corrupt/tiny.elf");
@@ -136,6 +136,75 @@ fn unwind(image: &Image, random: &mut Random) {
 
 #[cfg(not(target_arch = "x86_64"))]
 fn unwind(_: &Image, _: &mut Random) {}
+
+/// An ELF file whose function at 0x1000 has so many inlined ones, each in the one before.
+fn nested(depth: usize) -> Vec<u8> {
+    const ABBREV: &[u8] = &[
+        // A unit and a function, of an address and a size; an inlined function, of nothing.
+        1, 0x11, 1, 0x11, 1, 0x12, 7, 0, 0, 2, 0x2e, 1, 0x11, 1, 0x12, 7, 0, 0, 3, 0x1d, 1, 0, 0, 0,
+    ];
+    let mut info = vec![4, 0, 0, 0, 0, 0, 8];
+    for code in [1, 2] {
+        info.push(code);
+        info.extend(0x1000_u64.to_le_bytes());
+        info.extend(0x100_u64.to_le_bytes());
+    }
+    info.extend(std::iter::repeat_n(3, depth));
+    info.extend(std::iter::repeat_n(0, depth + 2));
+    info.splice(0..0, (info.len() as u32).to_le_bytes());
+    let names = b"\0.shstrtab\0.debug_abbrev\0.debug_info\0.debug_line\0";
+    let parts = [
+        (1, 3, &names[..]),
+        (11, 1, ABBREV),
+        (25, 1, &info),
+        (37, 1, &[]),
+    ];
+    let mut file = b"\x7fELF\x02\x01\x01".to_vec();
+    file.resize(16, 0);
+    file.extend([3, 0, 62, 0, 1, 0, 0, 0]);
+    file.resize(64, 0);
+    let mut headers = vec![0; 64];
+    for (name, kind, data) in parts {
+        let mut words = [0_u64; 8];
+        words[0] = name | kind << 32;
+        words[3] = file.len() as u64;
+        words[4] = data.len() as u64;
+        words[6] = 1;
+        headers.extend(words.iter().flat_map(|word| word.to_le_bytes()));
+        file.extend_from_slice(data);
+    }
+    let at = file.len() as u64;
+    file[40..48].copy_from_slice(&at.to_le_bytes());
+    for (at, half) in [(52, 64_u16), (54, 56), (58, 64), (60, 5), (62, 1)] {
+        file[at..at + 2].copy_from_slice(&half.to_le_bytes());
+    }
+    file.extend(headers);
+    file
+}
+
+#[test]
+fn a_file_that_overflows_the_stack_of_its_readers_costs_its_own_names_only() {
+    let image = |path: &str, bytes: Vec<u8>| {
+        Image::new(path.into(), Content::Memory(bytes.into())).expect("an ELF file")
+    };
+    let mut images = Images::default();
+    images.list = vec![
+        image("/bin/first", TINY.to_vec()),
+        image("/bin/nested", nested(1 << 20)),
+        image("/bin/last", TINY.to_vec()),
+    ];
+    let wanted = [(0, 0x270), (1, 0x1010), (2, 0x270)].map(|(image, at)| Address { image, at });
+    let named = symbols::name(&images, &wanted);
+    let names = wanted.map(|address| named[&address].last().expect("a frame").text());
+    assert_eq!(
+        names,
+        [
+            "middle (first tiny.c:2)",
+            "nested+0x1010",
+            "middle (last tiny.c:2)"
+        ]
+    );
+}
 
 #[test]
 fn a_whole_file_is_read() {

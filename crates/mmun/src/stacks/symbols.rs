@@ -10,8 +10,8 @@ use addr2line::{Context, demangle_auto};
 use object::read::{Object, ObjectSection, ObjectSymbol, ReadRef, SymbolKind};
 
 use super::Address;
+use super::aside;
 use super::bounded::{Links, Source, regular};
-use super::guard::guarded;
 use super::image::{Content, Image, Images};
 use super::runtime::PerfMaps;
 use super::site::Frame;
@@ -24,37 +24,38 @@ const MOST_DEBUG: u64 = 512 << 20;
 pub(super) fn name(images: &Images, wanted: &[Address]) -> HashMap<Address, Vec<Frame>> {
     let mut named = HashMap::with_capacity(wanted.len());
     let mut maps = PerfMaps::default();
+    let mut files = Vec::new();
     for group in wanted.chunk_by(|a, b| a.image == b.image) {
         let Some(image) = images.list.get(group[0].image as usize) else {
-            named.extend(
-                group
-                    .iter()
-                    .map(|address| (*address, vec![unnamed("[unknown]", address.at)])),
-            );
+            let unknown = |address: &Address| (*address, vec![unnamed("[unknown]", address.at)]);
+            named.extend(group.iter().map(unknown));
             continue;
         };
-        let frames = match image.content {
-            Content::Anonymous { pid, begin } => {
-                let mut frame = |address: &Address| match maps.of(pid).name(address.at) {
-                    Some(function) => Frame {
-                        function,
-                        module: "[jit]".into(),
-                        line: String::new(),
-                        has_name: true,
-                    },
-                    None => unnamed(short(&image.path), address.at.saturating_sub(begin)),
-                };
-                group.iter().map(|address| vec![frame(address)]).collect()
-            }
-            // What a broken file makes the readers do is not worth the trace.
-            _ => guarded(|| of_file(image, group)).unwrap_or_default(),
+        let Content::Anonymous { pid, begin } = image.content else {
+            files.push((image, group));
+            continue;
         };
-        for (at, address) in group.iter().enumerate() {
-            let found = frames.get(at).filter(|found| !found.is_empty()).cloned();
-            named.insert(
-                *address,
-                found.unwrap_or_else(|| vec![unnamed(short(&image.path), address.at)]),
-            );
+        for address in group {
+            let frame = match maps.of(pid).name(address.at) {
+                Some(function) => Frame {
+                    function,
+                    module: "[jit]".into(),
+                    line: String::new(),
+                    has_name: true,
+                },
+                None => unnamed(short(&image.path), address.at.saturating_sub(begin)),
+            };
+            named.insert(*address, vec![frame]);
+        }
+    }
+    let found = aside::each(&files, |(image, group)| of_file(image, group));
+    for ((image, group), mut found) in files.into_iter().zip(found) {
+        found.resize(group.len(), Vec::new());
+        for (address, mut frames) in group.iter().zip(found) {
+            if frames.is_empty() {
+                frames.push(unnamed(short(&image.path), address.at));
+            }
+            named.insert(*address, frames);
         }
     }
     named

@@ -1,0 +1,202 @@
+//! Naming in a child process: a file that the traced program chose can make the readers of DWARF
+//! recurse until their stack is full, take all memory or never end. That costs its own names then,
+//! and not the trace.
+
+use std::fs::File;
+use std::io::{self, BufReader, BufWriter, Read, Write};
+
+use rustix::io::retry_on_intr;
+use rustix::process::{WaitOptions, getpid, waitpid};
+
+use super::guard::guarded;
+use super::site::Frame;
+use crate::sys::{self, Fork};
+
+/// The frames of each address of a file.
+pub(super) type Named = Vec<Vec<Frame>>;
+
+/// Where so many children have died, the files that are left get no names.
+const MOST_CHILDREN: usize = 8;
+/// So long may one file take.
+const SECONDS: u32 = 60;
+/// More memory than this is not for names.
+const MEMORY: u64 = 4 << 30;
+/// What a child says of one file is shorter.
+const MOST: u32 = 256 << 20;
+
+/// Runs `name` for each of `files`, in a child; nothing comes of a file that kills it. The files
+/// behind that one are given to another child.
+pub(super) fn each<T>(files: &[T], name: impl Fn(&T) -> Named) -> Vec<Named> {
+    // A child of ours is to find the hook of panics installed, and not half so by another thread.
+    guarded(|| ());
+    let mut all = Vec::with_capacity(files.len());
+    for _ in 0..MOST_CHILDREN {
+        let left = &files[all.len()..];
+        if left.is_empty() || run(left, &name, &mut all).is_err() {
+            break;
+        }
+        if all.len() < files.len() {
+            all.push(Named::new());
+        }
+    }
+    all.resize(files.len(), Named::new());
+    all
+}
+
+/// One child; `all` gets what it finds, in order, until its end.
+///
+/// # Errors
+/// `EAGAIN`, `ENOMEM`, `EMFILE`: there is no child.
+fn run<T>(files: &[T], name: impl Fn(&T) -> Named, all: &mut Vec<Named>) -> io::Result<()> {
+    let (reader, writer) = sys::pipe()?;
+    let parent = Some(getpid());
+    let (side, held) = sys::fork()?;
+    match side {
+        Fork::Child => {
+            // Signals that ask to end stay held: they are the parent's to answer.
+            guarded(|| {
+                drop(reader);
+                sys::be_expendable(parent, MEMORY);
+                let mut writer = BufWriter::new(writer);
+                let mut tell = |file| {
+                    sys::end_in(SECONDS);
+                    tell(&mut writer, &guarded(|| name(file)).unwrap_or_default())
+                };
+                files.iter().try_for_each(&mut tell)
+            });
+            sys::exit_now(0)
+        }
+        Fork::Parent(child) => {
+            drop((held, writer));
+            let mut reader = BufReader::new(reader);
+            let heard = std::iter::from_fn(|| hear(&mut reader));
+            all.extend(heard.take(files.len()));
+            drop(reader);
+            // Whoever waits for all children may have been first.
+            let _ = retry_on_intr(|| waitpid(Some(child), WaitOptions::empty()));
+            Ok(())
+        }
+    }
+}
+
+/// The length of what follows, then the number of addresses; of each the number of its frames, and
+/// the frames.
+fn tell(writer: &mut BufWriter<File>, named: &Named) -> io::Result<()> {
+    let mut out = Vec::new();
+    put_number(&mut out, named.len());
+    for frames in named {
+        put_number(&mut out, frames.len());
+        for frame in frames {
+            out.push(frame.has_name.into());
+            for text in [&frame.function, &frame.module, &frame.line] {
+                put_number(&mut out, text.len());
+                out.extend_from_slice(text.as_bytes());
+            }
+        }
+    }
+    let mut length = Vec::new();
+    put_number(&mut length, out.len());
+    writer.write_all(&length)?;
+    writer.write_all(&out)?;
+    writer.flush()
+}
+
+fn put_number(out: &mut Vec<u8>, number: usize) {
+    out.extend_from_slice(&u32::try_from(number).unwrap_or(u32::MAX).to_le_bytes());
+}
+
+/// `None` if the child is gone, or its mind is.
+fn hear(reader: &mut impl Read) -> Option<Named> {
+    let mut length = [0; 4];
+    reader.read_exact(&mut length).ok()?;
+    let length = Some(u32::from_le_bytes(length)).filter(|length| *length <= MOST)?;
+    let mut bytes = Vec::new();
+    let read = reader.take(length.into()).read_to_end(&mut bytes).ok()?;
+    let mut said = Said(bytes.get(..length as usize).filter(|_| read > 0)?);
+    let named = said.list(|said| {
+        said.list(|said| {
+            Some(Frame {
+                has_name: *said.take(1)?.first()? != 0,
+                function: said.text()?,
+                module: said.text()?,
+                line: said.text()?,
+            })
+        })
+    });
+    named.filter(|_| said.0.is_empty())
+}
+
+/// What is left of a message.
+struct Said<'a>(&'a [u8]);
+
+impl<'a> Said<'a> {
+    fn take(&mut self, size: usize) -> Option<&'a [u8]> {
+        let (taken, rest) = self.0.split_at_checked(size)?;
+        self.0 = rest;
+        Some(taken)
+    }
+
+    fn number(&mut self) -> Option<usize> {
+        Some(u32::from_le_bytes(self.take(4)?.try_into().ok()?) as usize)
+    }
+
+    fn text(&mut self) -> Option<String> {
+        let size = self.number()?;
+        String::from_utf8(self.take(size)?.to_vec()).ok()
+    }
+
+    fn list<T>(&mut self, mut one: impl FnMut(&mut Self) -> Option<T>) -> Option<Vec<T>> {
+        (0..self.number()?).map(|_| one(self)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(text: &str) -> Named {
+        let frame = Frame {
+            function: text.into(),
+            line: "a.c:1".into(),
+            ..Frame::default()
+        };
+        vec![vec![frame.clone(), frame], Vec::new()]
+    }
+
+    #[test]
+    fn what_kills_its_child_has_no_names_and_the_rest_has() {
+        let named = each(&["a", "dies", "b", "panics", "c"], |file| match *file {
+            "dies" => std::process::abort(),
+            "panics" => panic!("nobody reads this"),
+            file => of(file),
+        });
+        assert_eq!(named, [of("a"), vec![], of("b"), vec![], of("c")]);
+    }
+
+    #[test]
+    fn memory_without_an_end_is_refused() {
+        let named = each(&[0_u8, 1], |file| {
+            if *file == 0 {
+                std::hint::black_box(vec![1_u8; 5 << 30]);
+            }
+            of("a")
+        });
+        assert_eq!(named, [vec![], of("a")]);
+    }
+
+    #[test]
+    fn many_deaths_are_not_waited_for() {
+        let named = each(&[(); 1000], |()| std::process::abort());
+        assert!(named.len() == 1000 && named.iter().all(Vec::is_empty));
+    }
+
+    #[test]
+    fn a_message_that_is_cut_short_says_nothing() {
+        let mut out = vec![9, 0, 0, 0, 1, 0, 0, 0];
+        out.extend([1, 0, 0, 0, 7]);
+        assert_eq!(hear(&mut &out[..]), None);
+        assert_eq!(hear(&mut &[][..]), None);
+        assert_eq!(hear(&mut &[4, 0, 0, 0, 0, 0, 0, 0][..]), Some(vec![]));
+        assert_eq!(hear(&mut &[4, 0, 0, 0, 255, 255, 255, 255][..]), None);
+    }
+}
