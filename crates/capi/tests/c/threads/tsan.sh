@@ -15,11 +15,11 @@ gcc --version >/dev/null
 [ "$1" != --probe ] || exit 0
 
 cd "$(dirname "$0")/../../../../.."
-folder=target-tsan/std
+folder="target-tsan/std"
 RUSTFLAGS='-Zsanitizer=thread --cfg mmun_tsan' \
     cargo +nightly build --locked -Zbuild-std --release --target-dir $folder --target "$target" -p mmun-capi
 gcc -std=gnu11 -g -O1 -fsanitize=thread -I crates/capi/include -c crates/capi/tests/c/threads/threads.c -o $folder/threads.o
 gcc -o $folder/threads $folder/threads.o "$folder/$target/release/libmmun.a" \
-    -Wl,--whole-archive "$runtime" -Wl,--no-whole-archive -lpthread -ldl -lm -lrt -lstdc++
+    -Wl,--whole-archive "$runtime" -Wl,--no-whole-archive -lpthread -ldl -lm -lrt
 # Its shadow wants the addresses where they are without randomisation.
 TSAN_OPTIONS='halt_on_error=1 suppressions=stress/tsan.supp' setarch -R $folder/threads "$1"
