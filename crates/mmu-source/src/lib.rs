@@ -9,7 +9,7 @@
 //! | every change of memory of this process, whatever makes it: a cache that must never be stale | [`kernel`], and [`hook`] beside it if callbacks are to run before the program's own calls | `/dev/kvm`, CAP_BPF and CAP_PERFMON; or a running `mmun broker` |
 //! | what this process does through libc, before it happens, without any right | [`hook`] | x86-64 with glibc |
 //! | what this process does to a few ranges, soon afterwards | [`uffd`] | CAP_SYS_PTRACE, Linux 6.7 |
-//! | what other processes do | [`process`] | the right to trace them, x86-64 |
+//! | what other processes do | [`process`] | the right to trace them, x86-64 or aarch64 |
 //! | whether one range was touched since, under a lock or inside `free` | [`Watch`] | one of the first two sources |
 //!
 //! [`SOURCES`] says for each source what it sees, when subscribers are told, and what it misses.

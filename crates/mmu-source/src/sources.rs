@@ -63,7 +63,7 @@ sources! {
         "what is no system call of a traced task",
         "allocate, lock and block; not wait for a stopped task",
         "two stops for each memory call",
-        "ptrace, Linux 5.3, x86-64";
+        "ptrace, Linux 5.3, x86-64 or aarch64";
 }
 
 impl SourceInfo {

@@ -82,21 +82,26 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
 fn wait(program: &Relay) -> Outcome {
     let number = program.0.id() as i32;
     let pid = Pid::from_raw(number).expect("a child's pid is positive");
-    let seen = WaitIdOptions::EXITED | WaitIdOptions::STOPPED | WaitIdOptions::NOWAIT;
+    let stopped_or_ended = WaitIdOptions::EXITED | WaitIdOptions::STOPPED | WaitIdOptions::NOWAIT;
     loop {
-        // Its number is its own until it is waited for in earnest.
-        let status = rustix::process::waitid(WaitId::Pid(pid), seen);
-        if status.is_ok_and(|status| status.is_some_and(|status| !status.stopped())) {
-            sys::end_relay();
-        }
-        match rustix::process::waitpid(Some(pid), WaitOptions::UNTRACED) {
-            Ok(Some((_, status))) => match ended(status) {
-                Some(outcome) => return outcome,
-                // It may go on already: then whoever continued it continued its group, this process
+        match rustix::process::waitid(WaitId::Pid(pid), stopped_or_ended) {
+            Ok(Some(status)) if status.stopped() => {
+                // Takes the stop and no end: what has ended meanwhile keeps its number until the
+                // next turn.
+                let stop = WaitIdOptions::STOPPED | WaitIdOptions::NOHANG;
+                let _ = rustix::process::waitid(WaitId::Pid(pid), stop);
+                // It may run again already: what continued it continued its group, this process
                 // too.
-                None if is_stopped(number) => sys::stop_as(number),
-                None => {}
-            },
+                if is_stopped(number) {
+                    sys::stop_as(number);
+                }
+            }
+            Ok(Some(_)) => {
+                sys::end_relay();
+                let status = rustix::process::waitpid(Some(pid), WaitOptions::empty());
+                let outcome = status.ok().flatten().and_then(|(_, status)| ended(status));
+                return outcome.unwrap_or(FAILED);
+            }
             Ok(None) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => {
                 complain(&format!(

@@ -167,9 +167,13 @@ impl<R: Registrar> RegCache<R> {
         }
     }
 
-    /// Leases a region that covers `range` if there is one in the look-up. Never registers, never
-    /// waits, and calls neither the registrar nor a callback: for signal handlers, and for callers
-    /// that would rather go without.
+    /// Leases a region that covers `range` if there is one in the look-up. Never registers,
+    /// allocates nothing, and calls neither the registrar nor a callback: for signal handlers, and
+    /// for callers that would rather go without.
+    ///
+    /// # Blocking
+    /// Waits for nothing, except once in a thread: its first look-up takes a number for the thread,
+    /// under a lock that other threads hold for some hundred nanoseconds while they take theirs.
     ///
     /// `None` also while the kernel source of [`Options::kernel`] has changes that were not told
     /// yet, and in the child of a fork. A later [`get`](Self::get), or the source's own thread, has

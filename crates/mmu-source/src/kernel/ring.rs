@@ -116,11 +116,19 @@ pub(super) fn range(start: u64, end: u64) -> VaRange {
 /// It takes no lock, and touches one page more than the look at the generation. Taking one event in
 /// touches seven.
 pub(super) fn glimpse(glance: &Glance, range: VaRange, base: u64) -> Option<bool> {
+    // The kernel publishes a record's header by the producer's position, which this does not look
+    // at: it relies on the stores of x86-64, which become visible in their order. Elsewhere the
+    // number could be seen before the header, and the header of a record that lay there before be
+    // taken for this one's.
+    if cfg!(not(target_arch = "x86_64")) {
+        return None;
+    }
     let progress = glance.progress();
     // ORDER(source-marked): Acquire, for the word of the watch, which is looked at after this.
     let taken = progress.marked.load(Ordering::Acquire);
     let now = glance.generation();
     let few = now.checked_sub(taken).filter(|few| *few <= GLIMPSE)?;
+    // Acquire: before the records. The fence below makes sure that it is still so.
     let from = progress.position.load(Ordering::Acquire);
     let mut is_elsewhere = true;
     for at in (0..few).map(|index| from + RECORD * index) {
@@ -133,7 +141,8 @@ pub(super) fn glimpse(glance: &Glance, range: VaRange, base: u64) -> Option<bool
         }
         fence(Ordering::Acquire);
         // ORDER: Acquire, for the record. Partner: the kernel's exchange of the header in
-        // `bpf_ringbuf_submit`. The number is there, so it is the header of the same record.
+        // `bpf_ringbuf_submit`. The number is there, so it is the header of the same record: it was
+        // stored before.
         if word(0).load(Ordering::Acquire) as u32 & (BUSY | DISCARD) != 0 {
             return None;
         }

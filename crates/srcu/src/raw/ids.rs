@@ -81,6 +81,11 @@ pub fn thread_numbers() -> usize {
 #[cold]
 fn claim() -> Place {
     let _signals_wait = Blocked::new();
+    // A handler may have claimed after this thread's look.
+    let place = place();
+    if place != Place::NONE {
+        return place;
+    }
     let mut cursor = CURSOR.lock();
     let high = HIGH.load(Ordering::Relaxed);
     let start = if high <= PROBES { 0 } else { *cursor };
