@@ -138,6 +138,11 @@ pub(crate) fn stop_with(front: Option<Pid>) {
 /// timer rings until [`stop_seen`].
 pub(crate) fn request_stop() {
     STOP.store(true, Relaxed);
+    ring();
+}
+
+/// From now on `waitpid` of the tracing thread is interrupted again and again.
+pub(crate) fn ring() {
     set_timer(10_000);
 }
 

@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::io::{self, IsTerminal};
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
@@ -213,16 +213,18 @@ fn trace(mut plan: Plan, front: Option<rustix::process::Pid>) -> (Outcome, Optio
         recorder.discard();
         report.take().into_iter().for_each(Pending::discard);
     }
-    let (mut observer, keeper) = tracer.detach();
+    let (mut observer, mut keeper) = tracer.detach();
     observer.finish();
-    let written = recorder.finish();
-    if observer.missed() > 0 {
-        complain(&format!(
-            "{} system calls of an unknown ABI: what they changed is not in the trace",
-            observer.missed()
-        ));
-    }
-    let is_reported = report.is_none_or(Pending::finish);
+    let missed = observer.missed();
+    let (written, is_reported) = while_kept(&mut keeper, || {
+        let written = recorder.finish();
+        if missed > 0 {
+            complain(&format!(
+                "{missed} system calls of an unknown ABI: what they changed is not in the trace"
+            ));
+        }
+        (written, report.is_none_or(Pending::finish))
+    });
     sys::stop_seen();
     let outcome = match written {
         Err((_, error)) if error.kind() == io::ErrorKind::BrokenPipe => {
@@ -244,6 +246,20 @@ fn trace(mut plan: Plan, front: Option<rustix::process::Pid>) -> (Outcome, Optio
         Ok(()) => outcome.unwrap_or(FAILED),
     };
     (outcome, Some(keeper).filter(Keeper::is_needed))
+}
+
+/// Runs `finish`, which can take a while; tracees that cannot be without a tracer do not stand
+/// still meanwhile.
+fn while_kept<T: Send>(keeper: &mut Keeper, finish: impl FnOnce() -> T + Send) -> T {
+    if !keeper.is_needed() {
+        return finish();
+    }
+    sys::ring();
+    std::thread::scope(|scope| {
+        let finish = scope.spawn(finish);
+        keeper.serve_until(|| finish.is_finished());
+        finish.join().unwrap_or_else(|panic| resume_unwind(panic))
+    })
 }
 
 /// # Errors

@@ -83,6 +83,27 @@ fn an_ending_signal_ends_the_trace_and_not_the_program() {
 }
 
 #[test]
+fn what_lives_on_does_not_wait_for_the_page() {
+    let (gated, page) = (Gated::new(), Fifo::new("page"));
+    let mut command = trace();
+    command.arg("--report").arg(&page.0);
+    command.args(["sh", "-c", &gated.script()]);
+    let mut mmun = command.stderr(Stdio::piped()).spawn().unwrap();
+    let mut page = fs::File::open(&page.0).unwrap();
+    let holds = rustix::pipe::fcntl_setpipe_size(&page, 4096).unwrap();
+    assert_eq!(gated.ready.read(), "here\n");
+    kill(mmun.id(), libc::SIGINT);
+    // The page is longer than what the pipe holds, so from here on it is being written.
+    page.read_exact(&mut [0]).unwrap();
+    within("the program", move || gated.must_be_alive());
+    let mut rest = String::new();
+    page.read_to_string(&mut rest).unwrap();
+    assert!(rest.len() > 2 * holds && rest.trim_end().ends_with("</html>"));
+    let status = within("mmun trace", move || mmun.wait().unwrap());
+    assert_eq!(status.signal(), Some(libc::SIGINT));
+}
+
+#[test]
 fn the_program_survives_the_death_of_mmun() {
     for options in [&[][..], &["--no-seccomp"]] {
         let gated = Gated::new();

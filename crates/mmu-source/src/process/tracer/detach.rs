@@ -147,6 +147,20 @@ impl Keeper {
         while self.step() {}
     }
 
+    /// As [`Keeper::serve`], but comes back once `is_done`: for what is to be done in other threads
+    /// meanwhile. It is asked before each event, and whenever a signal handler interrupts the wait,
+    /// so a timer has to ring.
+    ///
+    /// # Blocking
+    /// Sleeps until an event or a signal, as long as there are tracees; also if it is done while a
+    /// child of one is still to be found.
+    pub fn serve_until(&mut self, mut is_done: impl FnMut() -> bool) {
+        if !self.is_needed() {
+            return;
+        }
+        while (self.tasks.is_empty() || !is_done()) && self.step() {}
+    }
+
     /// Serves one event, and says whether there can be another one.
     fn step(&mut self) -> bool {
         let event = if self.tasks.is_empty() {
