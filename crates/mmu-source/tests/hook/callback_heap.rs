@@ -2,7 +2,7 @@
 //! `mmu-notifier`, which does not.
 
 use crate::child::alone;
-use crate::pages::{map, unmap};
+use crate::pages::{PAGE, at, map, unmap};
 use mmu_notifier::{
     Finish, IntervalNotifier, IntervalOps, InvalidateRange, InvalidateSeq, MmWithUser, Notifier,
     Registration, SoftTlb, Subsystem, Va, VaRange,
@@ -78,7 +78,7 @@ fn who_allocates_under_a_lock_that_a_callback_takes_is_told() {
 type Shadow = InvalidateSeq<SoftTlb<u64>>;
 
 static SHADOW: Subsystem<Shadow> =
-    Subsystem::new(|_: &MmWithUser| Ok(InvalidateSeq::new([VaRange::ALL], SoftTlb::new(1024))));
+    Subsystem::new(|_: &MmWithUser| Ok(InvalidateSeq::new([VaRange::ALL], SoftTlb::new(1 << 15))));
 
 fn give_memory_back_often() {
     for (option, value) in [
@@ -90,20 +90,28 @@ fn give_memory_back_often() {
     }
 }
 
-/// Drops a block. Whether the allocator gave its end back: it does not where another thread has
-/// allocated behind it.
+/// Drops a block that was written to. Whether the allocator gave its end back: it does not where
+/// another thread has allocated behind it.
 fn gives_back(block: Vec<u8>) -> bool {
-    // SAFETY: reads where the heap ends.
-    let end = || unsafe { libc::sbrk(0) };
-    let before = end();
+    let last = block[block.len() - 1..].as_ptr().addr() & !(PAGE - 1);
     drop(block);
-    end() < before
+    let mut residence = 0_u8;
+    // SAFETY: writes one byte for one page to a local; what is not mapped is refused.
+    let answer = unsafe { libc::mincore(at(last).cast(), PAGE, &raw mut residence) };
+    answer != 0 || residence & 1 == 0
 }
 
-/// Runs `round` until ten of its blocks were given back.
-fn until_ten_were_given_back(mut round: impl FnMut() -> bool) {
-    let rounds = (0..1000).filter(|_| round()).take(10).count();
-    assert_eq!(rounds, 10, "blocks at the heap's end are given back");
+/// Runs `round` with the size of a block, until ten blocks were given back. After one that was not,
+/// the next is too large for the hole that it left.
+fn until_ten_were_given_back(mut round: impl FnMut(usize) -> bool) {
+    let (mut bytes, mut given_back) = (4 << 20, 0);
+    while given_back < 10 {
+        match round(bytes) {
+            true => given_back += 1,
+            false => bytes += 1 << 20,
+        }
+        assert!(bytes <= 64 << 20, "blocks at the heap's end are given back");
+    }
 }
 
 /// The heap's top is given back in the middle of `free`, with the allocator's lock held, and what
@@ -116,12 +124,12 @@ fn a_shadow_is_emptied_in_the_middle_of_free() {
             give_memory_back_often();
             let shadow = SHADOW.get(&mmu_source::current()).expect("subscribes");
             let _hook = Hook::install().expect("the hook works on this machine");
-            until_ten_were_given_back(|| {
-                let block = vec![1_u8; 4 << 20];
+            until_ten_were_given_back(|bytes| {
+                let block = vec![1_u8; bytes];
                 let range =
                     VaRange::covering(Va::new(block.as_ptr().addr() as u64), block.len() as u64)
                         .expect("it is not empty");
-                for number in 0..1024 {
+                for number in 0..range.pages() {
                     let page = VaRange::covering(Va::new(range.start().get() + number * 4096), 1)
                         .expect("a page");
                     let installed = shadow.try_install(shadow.snapshot(page), |tlb| {
@@ -129,12 +137,10 @@ fn a_shadow_is_emptied_in_the_middle_of_free() {
                     });
                     assert_eq!(installed, Ok(()));
                 }
-                assert_eq!(
-                    shadow.with_shadow(|tlb| tlb.get(Va::new(range.start().get() + 4096 * 7))),
-                    Some(7)
-                );
+                let last = || shadow.with_shadow(|tlb| tlb.get(range.last()));
+                assert_eq!(last(), Some(range.pages() - 1));
                 let given_back = gives_back(block);
-                assert!(!given_back || shadow.with_shadow(|tlb| tlb.get(range.last())).is_none());
+                assert!(!given_back || last().is_none());
                 given_back
             });
         },
@@ -157,11 +163,11 @@ fn a_second_pass_runs_in_the_middle_of_free() {
         || {
             give_memory_back_often();
             let _hook = Hook::install().expect("the hook works on this machine");
-            until_ten_were_given_back(|| {
+            until_ten_were_given_back(|bytes| {
                 // What is allocated next lies here and not behind the block, which must be the end
                 // of the heap.
                 let room = vec![1_u8; 64 << 10];
-                let block = vec![1_u8; 4 << 20];
+                let block = vec![1_u8; bytes];
                 drop(room);
                 let range =
                     VaRange::covering(Va::new(block.as_ptr().addr() as u64), block.len() as u64)
