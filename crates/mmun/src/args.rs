@@ -99,7 +99,8 @@ pub(crate) enum Command {
 ///
 /// Exits as the program did; 125 if mmun itself failed, 126 if the program cannot be run, 127 if
 /// there is none. SIGINT or SIGTERM ends the trace, not the program; mmun then dies of that signal,
-/// which a shell shows as 130 or 143.
+/// which a shell shows as 130 or 143. What was ignored when mmun started stays ignored: SIGINT is,
+/// where a script starts mmun with "&".
 ///
 /// A fork is recorded with the ranges that it protects, which stand in /proc; without /proc as one
 /// range of everything.

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use crate::args::DiffArgs;
 use crate::digits::Put;
-use crate::outcome::Outcome;
+use crate::outcome::{self, Outcome};
 use crate::recording::{Changed, Recording};
 use crate::summary::{Row, Sort, printable, size, time};
 use crate::{complain, json, written};
@@ -38,7 +38,10 @@ pub(crate) fn main(args: &DiffArgs) -> Outcome {
         // Writing to memory cannot fail.
         let _ = write_text(&mut out, &rows, args);
     }
-    written(io::stdout().write_all(&out))
+    match written(io::stdout().write_all(&out)) {
+        outcome::FAILED => FAILED,
+        outcome => outcome,
+    }
 }
 
 fn open(path: &Path) -> Option<Recording> {

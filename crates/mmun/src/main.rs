@@ -101,7 +101,7 @@ fn written(result: io::Result<()>) -> Outcome {
         Ok(()) => Outcome::Exit(0),
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Outcome::Exit(0),
         Err(error) => {
-            complain(&format!("write on standard output: {error}"));
+            complain(&format!("write on standard output: {}", reason(&error)));
             FAILED
         }
     }

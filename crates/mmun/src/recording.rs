@@ -99,7 +99,9 @@ impl fmt::Display for ReadError {
         const HINT: &str = "a trace is written by 'mmun trace --json -o FILE PROG'";
         match self {
             ReadError::Io(error) => f.write_str(&crate::reason(error)),
-            ReadError::Line(number, what) => write!(f, "line {number}: {what}; {HINT}"),
+            ReadError::Line(number, what) => {
+                write!(f, "line {number} is no record of a trace ({what}); {HINT}")
+            }
             ReadError::Empty => write!(f, "there is no record in it; {HINT}"),
         }
     }
@@ -351,7 +353,7 @@ mod tests {
             .unwrap_err()
             .to_string();
         assert!(
-            error.starts_with("line 2: ") && !error.contains('\n'),
+            error.starts_with("line 2 is no record of a trace (") && !error.contains('\n'),
             "{error}"
         );
     }
@@ -379,7 +381,7 @@ mod tests {
             read(&back)
                 .unwrap_err()
                 .to_string()
-                .contains("line 2: its time")
+                .contains("line 2 is no record of a trace (its time")
         );
         for bad in [
             START.replace("0x1000", "0x1001"),

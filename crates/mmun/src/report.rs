@@ -12,7 +12,7 @@ use std::io::{self, IsTerminal as _, Write as _};
 
 pub(crate) use self::pending::{Pending, Product};
 use crate::args::{ReportArgs, ReportFormat};
-use crate::outcome::Outcome;
+use crate::outcome::{self, Outcome};
 use crate::recording::Recording;
 use crate::summary::{Sources, Summary, Wanted};
 use crate::{complain, formats, reason, written};
@@ -48,7 +48,10 @@ pub(crate) fn main(args: &ReportArgs) -> Outcome {
         ReportFormat::Html => page::make(&recording),
     };
     match &args.output {
-        None => written(io::stdout().write_all(&text)),
+        None => match written(io::stdout().write_all(&text)) {
+            outcome::FAILED => FAILED,
+            outcome => outcome,
+        },
         Some(path) => match fs::write(path, &text) {
             Ok(()) => Outcome::Exit(0),
             Err(error) => {
