@@ -1,16 +1,21 @@
 //! The sizes of pages, which some processors leave to the kernel, and tags in addresses.
 
-#[cfg(target_arch = "aarch64")]
-#[path = "page/aarch64.rs"]
-mod machine;
-#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-#[path = "page/elsewhere.rs"]
+#[cfg(not(target_arch = "x86_64"))]
+#[path = "page/asked.rs"]
 mod machine;
 #[cfg(target_arch = "x86_64")]
 #[path = "page/x86_64.rs"]
 mod machine;
 
-pub(crate) use machine::{LARGEST_HUGE, SMALLEST_HUGE, size, untagged};
+pub(crate) use machine::{LARGEST_HUGE, SMALLEST_HUGE, size};
+
+/// An address without its tag, the byte that an aarch64 processor does not look at (top-byte
+/// ignore, memory tagging). Calls that name memory take either. On x86-64 linear address masking
+/// (Linux 6.4) is off unless a program asks for it.
+#[inline]
+pub(crate) const fn untagged(address: u64) -> u64 {
+    mmu_notifier::Va::untagged(address).get()
+}
 
 /// The size of a huge page that takes the place of one table, and of the largest folio but those of
 /// hugetlbfs: a table is a page of eight-byte entries, each for a page.

@@ -9,10 +9,3 @@ pub(crate) const LARGEST_HUGE: u32 = 30;
 pub(crate) const fn size() -> u64 {
     4096
 }
-
-/// An address without what the processor does not look at: there is no such here. Linear address
-/// masking (Linux 6.4) is off unless a program asks for it.
-#[inline]
-pub(crate) const fn untagged(address: u64) -> u64 {
-    address
-}
