@@ -8,7 +8,7 @@ use crate::args::DiffArgs;
 use crate::digits::Put;
 use crate::outcome::{self, Outcome};
 use crate::recording::{Changed, Recording};
-use crate::summary::{Row, Sort, printable, size, time};
+use crate::summary::{Row, Sort, printable, size, time, write_row};
 use crate::{complain, json, written};
 
 /// It could not be made.
@@ -259,20 +259,9 @@ fn write_json(out: &mut Vec<u8>, pairs: &[Pair], top: usize) {
             match row {
                 None => out.put("null"),
                 Some(row) => {
-                    let Row {
-                        calls,
-                        bytes,
-                        resident,
-                        time,
-                        longest,
-                        ..
-                    } = row;
-                    // Writing to memory cannot fail.
-                    let _ = write!(
-                        out,
-                        "{{\"calls\":{calls},\"bytes\":{bytes},\"resident\":{resident},\"self\":{time},\
-                         \"longest\":{longest}}}"
-                    );
+                    out.put("{");
+                    write_row(out, row);
+                    out.put("}");
                 }
             }
         }

@@ -248,7 +248,8 @@ impl Summary {
     }
 }
 
-fn write_row(out: &mut Vec<u8>, row: &Row) {
+/// The numbers of a row, as members of a JSON object.
+pub(crate) fn write_row(out: &mut Vec<u8>, row: &Row) {
     let Row {
         calls,
         bytes,

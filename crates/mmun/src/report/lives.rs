@@ -41,8 +41,8 @@ pub(super) enum Fate {
     Kept,
 }
 
-/// What a program can map lies below.
-const TOP: u64 = 1 << 57;
+/// What a program can map lies below. A range beyond is all of an address space, and in no picture.
+pub(super) const TOP: u64 = 1 << 57;
 
 /// Every life of every address space.
 pub(super) fn of(recording: &Recording) -> HashMap<u64, Vec<Life>> {

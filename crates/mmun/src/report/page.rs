@@ -36,8 +36,6 @@ const MOST_LIVES: usize = 20_000;
 const MOST_LANES: usize = 48;
 const MOST_PLACES: usize = 1_000;
 const MOST_LEAVES: usize = 6_000;
-/// What a program can map lies below. A range beyond is all of an address space, and in no picture.
-const TOP: u64 = 1 << 57;
 
 #[derive(Serialize)]
 struct Data<'a> {
@@ -261,7 +259,7 @@ fn lanes(
 }
 
 fn is_drawn(changed: &Changed) -> bool {
-    changed.change.span.range.last().get() < TOP
+    changed.change.span.range.last().get() < lives::TOP
 }
 
 /// The stacks that something shown has.
