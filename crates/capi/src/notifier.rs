@@ -323,7 +323,8 @@ unsafe fn get_locked(
         .inspect_err(|_| {
             // SAFETY: The table must live: the caller's duty.
             if let Some(free) = unsafe { ops.as_ref() }.free_notifier {
-                // SAFETY: The driver's own function, for what it has just made and nobody has seen.
+                // SAFETY: The driver's own function, for what it has just made and no other code
+                // has seen.
                 unsafe { free(made) };
             }
         })

@@ -144,7 +144,7 @@ enum mmu_notifier_event {
  *
  * As a source gives it: made by mmu_notifier_range_init(), started and ended once. Bounds that are
  * no multiples of 4096 are rounded outwards, and callbacks see them rounded (the kernel's sources
- * give whole pages). A range without bytes calls nobody (in the kernel it calls subscribers, and
+ * give whole pages). A range without bytes calls no callback (in the kernel it calls them, and
  * with [0, 0) every interval). A range up to ULONG_MAX is one that reaches the last address.
  */
 struct mmu_notifier_range {

@@ -1,7 +1,8 @@
 /* Two ranks or more exchange buffers that are freed and mapped anew between calls, and check every
  * byte.
  *
- * exchange SECONDS [ROUNDS]: prints "N rounds, M bytes wrong" on rank 0; exits 1 if a byte was wrong. */
+ * exchange SECONDS [ROUNDS]: prints "N rounds, M bytes wrong" on rank 0; exits 1 if a byte was
+ * wrong. */
 #define _GNU_SOURCE
 #include <mpi.h>
 #include <stdio.h>

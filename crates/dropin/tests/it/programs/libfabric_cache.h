@@ -85,7 +85,7 @@ static void cache_open(void)
     for (size_t at = 0; at < sizeof domain / sizeof *domain; at++)
         domain[at] = &provider;
     hints->fabric_attr->prov_name = strdup("udp");
-    /* Initialises the library. The program has it inside, so nobody can stand in front of this
+    /* Initialises the library. The program has it inside, so no library can stand in front of this
      * call. */
     fi_getinfo(FI_VERSION(1, 17), NULL, NULL, 0, hints, &info);
     int (*attach)(void) = (int (*)(void))dlsym(RTLD_DEFAULT, "mmun_dropin_attach");
