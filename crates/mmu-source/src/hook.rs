@@ -10,10 +10,28 @@
 //! of this process. `docs/sources.md` has the table.
 //!
 //! # How
-//! glibc makes a system call by `mov $number, %eax; syscall`, and that `mov` is one instruction as
-//! long as a near jump. It is replaced by a jump to a trampoline, which makes the call. No thread
-//! can stand inside one instruction, and the page it is on is replaced as a whole (`mremap` of a
-//! changed copy over it), so installing and removing is safe while other threads run the code.
+//! ```text
+//!  munmap in libc           trampoline            handler
+//!  mov $11, %eax   ──1──>   mov $11, %eax
+//!  syscall                  call  ───────2──────> 3  which range does the call change?
+//!                                                 4  start callbacks
+//!                                                 5  the system call
+//!                                                 6  end callbacks
+//!  cmp $-4095, %rax <──7──  jmp   <────────────── result
+//! ```
+//! 1. glibc makes a system call by `mov $number, %eax; syscall`. That `mov` is one instruction as
+//!    long as a near jump, so a jump to a trampoline takes its place. No thread can stand inside
+//!    one instruction. The page of the instruction is replaced as a whole (`mremap` of a changed
+//!    copy over it), so patching is safe while other threads run the code.
+//! 2. The trampoline runs the replaced instruction and calls the handler. All registers that a
+//!    system call keeps are kept.
+//! 3. The handler reads the arguments of the call. If the call changes no translation, steps 4 and
+//!    6 are left out.
+//! 4. The start callbacks run, in the calling thread.
+//! 5. The handler makes the system call itself.
+//! 6. The end callbacks run, and `errno` is put back.
+//! 7. The code behind the `syscall` instruction sees the kernel's result.
+//!
 //! Another library that has patched a *function's entry* stays in place and runs first.
 //!
 //! # What a callback may do
@@ -66,32 +84,11 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
-#[cfg(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu"))]
-mod handler;
-#[cfg(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu"))]
-mod look;
-#[cfg(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu"))]
-mod module;
-#[cfg(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu"))]
-mod plan;
-#[cfg(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu"))]
-mod raw;
-#[cfg(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu"))]
-mod scan;
-#[cfg(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu"))]
-mod starts;
-#[cfg(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu"))]
-mod stub;
-#[cfg(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu"))]
-mod switch;
-#[cfg(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu"))]
-mod text;
-#[cfg(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu"))]
-mod trampoline;
-
-#[cfg(not(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu")))]
-#[path = "hook/elsewhere.rs"]
-mod switch;
+#[cfg_attr(
+    not(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu")),
+    path = "hook/unsupported.rs"
+)]
+mod glibc;
 
 use crate::Error;
 use crate::fork::{mark, marks};
@@ -121,7 +118,7 @@ impl Hook {
     /// of code (`EACCES` or `EPERM` under a security module or where code is sealed); then nothing
     /// is patched.
     pub fn install() -> Result<Self, Error> {
-        switch::install().map(|()| Self { id: mark() })
+        glibc::install().map(|()| Self { id: mark() })
     }
 
     /// Returns what every patched place looks like now.
@@ -130,7 +127,7 @@ impl Hook {
     /// No. It allocates.
     #[must_use]
     pub fn status(&self) -> Vec<Patch> {
-        switch::status()
+        glibc::status()
     }
 
     /// Tells whether this is the child of a fork and the hook its parent's. Such a hook works all
@@ -144,7 +141,7 @@ impl Hook {
 
 impl Drop for Hook {
     fn drop(&mut self) {
-        switch::remove();
+        glibc::remove();
     }
 }
 
@@ -186,5 +183,5 @@ pub enum State {
 /// # Errors
 /// [`Error::Unavailable`], as [`Hook::install`].
 pub fn probe() -> Result<Vec<Patch>, Error> {
-    switch::probe()
+    glibc::probe()
 }

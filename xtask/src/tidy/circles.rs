@@ -127,12 +127,6 @@ const ALLOWED: &[Allowed] = &[
     ),
     (
         "mmu-source",
-        "hook/plan",
-        "hook/switch",
-        "a plan reads the text through the switch that will patch it",
-    ),
-    (
-        "mmu-source",
         "kernel/machine",
         "kernel/broker",
         "a machine of a broker's client asks the broker for its twin",

@@ -12,9 +12,9 @@
 
 #![allow(unsafe_code, reason = "replaces code")]
 
+use super::machine::PATCH;
 use super::module::{BREAKPOINT, Hidden};
 use super::raw;
-use super::scan::PATCH;
 use mmu_notifier::PAGE_SIZE;
 use std::ptr;
 

@@ -3,8 +3,9 @@
 #![allow(unsafe_code, reason = "replaces code")]
 
 use super::plan::{self, Plan, Site};
-use super::{Patch, raw, text};
+use super::{code_pages, raw};
 use crate::fork::{Lock, marks};
+use crate::hook::Patch;
 use crate::{Error, current_ref};
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -17,16 +18,18 @@ fn lock() -> &'static Lock {
     &marks().hook_patch
 }
 
-pub(super) fn install() -> Result<(), Error> {
+pub(in crate::hook) fn install() -> Result<(), Error> {
     // The address space is made before the first bracket, which must not allocate.
     current_ref();
-    let plan = plan::plan()?;
+    let plan = plan::plan(prepare)?;
     let result = lock().with(|| {
         if COUNT.load(Ordering::Relaxed) == 0 {
             if let Err(error) =
                 // SAFETY: a trampoline does what the instruction did whose place the jump takes,
                 // and libc stays loaded.
-                unsafe { text::apply(plan.sites.iter().map(Site::patch), &plan.hidden) }
+                unsafe {
+                    code_pages::apply(plan.sites.iter().map(Site::patch), &plan.hidden)
+                }
             {
                 take_out(plan);
                 return Err(error);
@@ -42,7 +45,7 @@ pub(super) fn install() -> Result<(), Error> {
     })
 }
 
-pub(super) fn remove() {
+pub(in crate::hook) fn remove() {
     let Some(plan) = plan::made() else { return };
     lock().with(|| {
         if COUNT.fetch_sub(1, Ordering::Relaxed) == 1 {
@@ -51,13 +54,13 @@ pub(super) fn remove() {
     });
 }
 
-pub(super) fn status() -> Vec<Patch> {
+pub(in crate::hook) fn status() -> Vec<Patch> {
     probe().unwrap_or_default()
 }
 
-pub(super) fn probe() -> Result<Vec<Patch>, Error> {
+pub(in crate::hook) fn probe() -> Result<Vec<Patch>, Error> {
     let is_installed = COUNT.load(Ordering::Relaxed) != 0;
-    Ok(plan::plan()?
+    Ok(plan::plan(prepare)?
         .sites
         .iter()
         .map(|site| site.describe(is_installed))
@@ -68,11 +71,11 @@ fn take_out(plan: &Plan) {
     // A page that the kernel does not let us replace keeps its patch, which goes on working.
     // SAFETY: the instruction does what its trampoline does, but for the bracket; libc stays
     // loaded.
-    let _ = unsafe { text::apply(plan.sites.iter().map(Site::restore), &plan.hidden) };
+    let _ = unsafe { code_pages::apply(plan.sites.iter().map(Site::restore), &plan.hidden) };
 }
 
 /// What has to happen before the first patch. Twice does no harm.
-pub(super) fn prepare() {
+fn prepare() {
     let _ = raw::membarrier(libc::MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED_SYNC_CORE);
     // SAFETY: the handler is a function, and stays: this module is never unloaded.
     unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
@@ -90,7 +93,7 @@ extern "C" fn in_child() {
     }
     if is_installed {
         // SAFETY: as in `install`.
-        let _ = unsafe { text::apply(plan.sites.iter().map(Site::patch), &plan.hidden) };
+        let _ = unsafe { code_pages::apply(plan.sites.iter().map(Site::patch), &plan.hidden) };
     } else {
         take_out(plan);
     }

@@ -2,14 +2,13 @@
 
 #![allow(unsafe_code, reason = "reads code")]
 
+use super::code_pages::{self, Edit};
 use super::handler::CALLS;
+use super::machine::{self, Arena, Code64, Foreign, Found, PATCH};
 use super::module::{self, Function, Hidden, Segment};
-use super::scan::{Code64, Found, PATCH};
-use super::text::{self, Edit};
-use super::trampoline::{Arena, Foreign};
-use super::{Patch, State, stub, switch};
 use crate::Error;
 use crate::fork::marks;
+use crate::hook::{Patch, State};
 use std::ffi::CString;
 use std::sync::atomic::{AtomicPtr, Ordering};
 use std::{io, ptr};
@@ -44,14 +43,15 @@ static MADE: AtomicPtr<Made> = AtomicPtr::new(ptr::null_mut());
 /// Returns the plan of this process. The child of a fork has its parent's, if that was made, as it
 /// has the parent's patches.
 ///
-/// The first time nothing is patched yet, so no callback runs while it is made.
-pub(super) fn plan() -> Result<&'static Plan, Error> {
+/// `prepare` is called when the plan is made. Nothing is patched then, so no callback runs
+/// meanwhile.
+pub(super) fn plan(prepare: fn()) -> Result<&'static Plan, Error> {
     // Not a `OnceLock`: forked while another thread was making the plan, a child would wait for
     // that thread for ever.
     let made = look().unwrap_or_else(|| {
         marks().hook_plan.with(|| {
             look().unwrap_or_else(|| {
-                let made = make().inspect(|_| switch::prepare());
+                let made = make().inspect(|_| prepare());
                 // ORDER(hook-plan): Release, for the content. Partner: the load in `look`.
                 MADE.store(Box::into_raw(Box::new(made)), Ordering::Release);
                 look().expect("it was stored above")
@@ -202,7 +202,7 @@ fn build(
         Ok::<(), String>(())
     };
     for (found, function) in found {
-        let Some(stub) = stub::stub(found.keep) else {
+        let Some(stub) = machine::stub(found.keep) else {
             continue;
         };
         let moved = bytes(found.address, (found.syscall - found.address) as usize);
@@ -226,7 +226,7 @@ fn build(
             .expect("made from that list");
         match Foreign::at(function.entry, entry) {
             Some(foreign) => {
-                let trampoline = arena.add_chain(call.0 as u32, foreign, stub::function);
+                let trampoline = arena.add_chain(call.0 as u32, foreign, machine::function);
                 add(
                     call.1,
                     module::function_at(function.entry),
@@ -281,7 +281,7 @@ impl Site {
     /// Tells whether there is nothing to do: it is as it should be, or somebody else's.
     pub(super) fn is_settled(&self, is_installed: bool) -> bool {
         // SAFETY: as in `describe`.
-        let now: [u8; PATCH] = unsafe { text::read(self.address) };
+        let now: [u8; PATCH] = unsafe { code_pages::read(self.address) };
         now != if is_installed {
             self.original
         } else {
@@ -292,7 +292,7 @@ impl Site {
     /// Says what it looks like now; `is_installed` is what it should be.
     pub(super) fn describe(&self, is_installed: bool) -> Patch {
         // SAFETY: the site is in the code of libc or of the loader, which stay.
-        let now: [u8; PATCH] = unsafe { text::read(self.address) };
+        let now: [u8; PATCH] = unsafe { code_pages::read(self.address) };
         let state = if now == self.jump {
             if self.is_chain || self.has_foreign_entry() {
                 State::Chained
@@ -323,7 +323,7 @@ impl Site {
             return false;
         };
         // SAFETY: a function of libc or of the loader, which stay.
-        let now = unsafe { text::read(function.entry) };
+        let now = unsafe { code_pages::read(function.entry) };
         Foreign::at(function.entry, now).is_some()
     }
 }

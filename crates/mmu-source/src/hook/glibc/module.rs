@@ -2,8 +2,8 @@
 
 #![allow(unsafe_code, reason = "asks the dynamic loader, and reads code")]
 
+use super::machine::Code64;
 use super::raw;
-use super::scan::Code64;
 use super::starts::Starts;
 use std::ffi::{CStr, OsStr, c_int, c_void};
 use std::fs::File;

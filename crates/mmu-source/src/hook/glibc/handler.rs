@@ -7,7 +7,7 @@
 
 #![allow(unsafe_code, reason = "makes the calls whose place it takes")]
 
-use super::{look, raw};
+use super::{own_process, raw};
 use crate::current_mm::current_if_made;
 use crate::page;
 use crate::ranges::{self, add, is_harmful};
@@ -131,7 +131,7 @@ fn plan_rare(number: u64, args: &[u64; 6], ranges: &mut Ranges) -> Event {
             if a1 != 0 && a2 & libc::SHM_REMAP as u64 != 0 {
                 let address = page::down(a1);
                 match raw::segment_size(a0 as i32)
-                    .map_or_else(look::top, |size| Ok(address.saturating_add(size)))
+                    .map_or_else(own_process::top, |size| Ok(address.saturating_add(size)))
                 {
                     Ok(end) => add(ranges, address, end.saturating_sub(address)),
                     Err(_) => ranges.extend([VaRange::ALL]),
@@ -141,7 +141,7 @@ fn plan_rare(number: u64, args: &[u64; 6], ranges: &mut Ranges) -> Event {
         }
         libc::SYS_shmdt => {
             let mut segment = None;
-            let read = look::mappings(|mapping| {
+            let read = own_process::mappings(|mapping| {
                 if mapping.is_attached(a0, &mut segment) {
                     ranges.extend(VaRange::new(Va::new(mapping.start), Va::new(mapping.end)));
                 }
@@ -153,7 +153,7 @@ fn plan_rare(number: u64, args: &[u64; 6], ranges: &mut Ranges) -> Event {
             Event::Unmap
         }
         libc::SYS_process_madvise => {
-            if is_harmful(a3) && look::is_own_pidfd(a0 as i32) {
+            if is_harmful(a3) && own_process::is_own_pidfd(a0 as i32) {
                 vectors(ranges, a1, a2, a3);
             }
             Event::Clear
@@ -162,7 +162,7 @@ fn plan_rare(number: u64, args: &[u64; 6], ranges: &mut Ranges) -> Event {
             let grows_down = a2 & ranges::PROT_GROWSDOWN != 0;
             let start = match grows_down {
                 // Where the mappings cannot be read, it could go down to the first address.
-                true => look::mapping_start(a0).map_or(0, |start| start.unwrap_or(a0)),
+                true => own_process::mapping_start(a0).map_or(0, |start| start.unwrap_or(a0)),
                 false => a0,
             };
             // A length of zero does nothing, and one that runs past the end is refused.
@@ -180,13 +180,13 @@ fn plan_rare(number: u64, args: &[u64; 6], ranges: &mut Ranges) -> Event {
         libc::SYS_move_pages => {
             // Without a list of nodes it is a query. Whole folios move, so the pages named say
             // little.
-            if a3 != 0 && look::is_own_task(a0 as i32) {
+            if a3 != 0 && own_process::is_own_task(a0 as i32) {
                 ranges.extend([VaRange::ALL]);
             }
             Event::Migrate { owner: None }
         }
         libc::SYS_migrate_pages => {
-            if look::is_own_task(a0 as i32) {
+            if own_process::is_own_task(a0 as i32) {
                 ranges.extend([VaRange::ALL]);
             }
             Event::Migrate { owner: None }

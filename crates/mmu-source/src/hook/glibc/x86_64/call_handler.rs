@@ -1,5 +1,5 @@
-//! From patched code into [`enter`](super::handler::enter), with everything kept that a system call
-//! keeps.
+//! From patched code into [`enter`](super::super::handler::enter), with everything kept that a
+//! system call keeps.
 //!
 //! A stub is called by a trampoline with the number in `rax` and the arguments where the kernel
 //! wants them. Like the `syscall` instruction it changes `rax`, `rcx` and `r11` and nothing else
@@ -9,12 +9,12 @@
 
 #![allow(unsafe_code, reason = "assembly")]
 
-use super::handler::{enter, enter_function};
+use super::super::handler::{enter, enter_function};
 use std::arch::global_asm;
 
 /// What a stub keeps besides the general registers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Keep {
+pub(in crate::hook::glibc) enum Keep {
     /// Nothing: no flag and no vector register is read behind the site before its function returns.
     Nothing,
     /// Flags and all vector registers that this processor has.
@@ -23,7 +23,7 @@ pub(super) enum Keep {
 
 /// Returns the stub that keeps as much, or `None` for a processor whose registers no stub here
 /// knows.
-pub(super) fn stub(keep: Keep) -> Option<unsafe extern "C" fn()> {
+pub(in crate::hook::glibc) fn stub(keep: Keep) -> Option<unsafe extern "C" fn()> {
     if keep == Keep::Nothing {
         return Some(lean);
     }
@@ -129,7 +129,7 @@ all!(all_avx512, "vmovups", "zmm", "64",
 // `r11`, the arguments and the stack as for the function. A function keeps no more than its callees
 // do.
 naked!(
-    pub(super) fn function(),
+    pub(in crate::hook::glibc) fn function(),
     "function",
     [
         "push r9",

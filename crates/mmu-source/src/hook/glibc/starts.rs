@@ -76,7 +76,7 @@ fn distance(entry: &[u8]) -> Option<i32> {
 pub(super) mod tests {
     use super::*;
 
-    pub(in super::super) fn section(form: [u8; 4], starts: &[i32]) -> Vec<u8> {
+    pub(in crate::hook::glibc) fn section(form: [u8; 4], starts: &[i32]) -> Vec<u8> {
         let mut section = Vec::from(form);
         section.extend([0; 4]);
         section.extend((starts.len() as u32).to_le_bytes());
@@ -86,7 +86,7 @@ pub(super) mod tests {
         section
     }
 
-    pub(in super::super) const USUAL: [u8; 4] = [1, 0x1b, 0x03, 0x3b];
+    pub(in crate::hook::glibc) const USUAL: [u8; 4] = [1, 0x1b, 0x03, 0x3b];
 
     #[test]
     fn the_function_around_an_address_is_found() {

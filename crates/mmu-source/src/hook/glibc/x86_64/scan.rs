@@ -6,9 +6,9 @@
 //! `syscall`. A disassembler reads the functions in which the bytes of a site stand, from their
 //! starts; what cannot be shown to be safe to move is left alone.
 
-use super::handler::CALLS;
-use super::starts::Starts;
-use super::stub::Keep;
+use super::super::handler::CALLS;
+use super::super::starts::Starts;
+use super::call_handler::Keep;
 use iced_x86::RflagsBits as Flags;
 use iced_x86::{
     Code, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, OpAccess,
@@ -17,26 +17,26 @@ use iced_x86::{
 use std::ops::Range;
 
 /// As many bytes are replaced, by a jump.
-pub(super) const PATCH: usize = 5;
+pub(in crate::hook::glibc) const PATCH: usize = 5;
 
 /// A place that can be patched.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Found {
+pub(in crate::hook::glibc) struct Found {
     /// Where the instruction stands that is replaced.
-    pub(super) address: u64,
+    pub(in crate::hook::glibc) address: u64,
     /// Where the `syscall` instruction stands. What lies between runs in the trampoline.
-    pub(super) syscall: u64,
+    pub(in crate::hook::glibc) syscall: u64,
     /// Which call it is, or `None` if only the caller knows: `syscall(2)`.
-    pub(super) number: Option<u32>,
+    pub(in crate::hook::glibc) number: Option<u32>,
     /// What is still needed when the call has returned.
-    pub(super) keep: Keep,
+    pub(in crate::hook::glibc) keep: Keep,
 }
 
 /// One executable segment as it is in memory.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Code64<'a> {
-    pub(super) bytes: &'a [u8],
-    pub(super) start: u64,
+pub(in crate::hook::glibc) struct Code64<'a> {
+    pub(in crate::hook::glibc) bytes: &'a [u8],
+    pub(in crate::hook::glibc) start: u64,
 }
 
 impl<'a> Code64<'a> {
@@ -55,7 +55,7 @@ impl<'a> Code64<'a> {
         .into_iter()
     }
 
-    pub(super) fn instruction_at(self, at: u64) -> Option<Instruction> {
+    pub(in crate::hook::glibc) fn instruction_at(self, at: u64) -> Option<Instruction> {
         self.instructions(at..self.end())
             .next()
             .filter(|instruction| !instruction.is_invalid())
@@ -70,7 +70,11 @@ impl<'a> Code64<'a> {
     ///
     /// Of the code around each `syscall` instruction that can belong to a site, whole functions are
     /// decoded, from their starts. Without `starts`, everything is.
-    pub(super) fn sites(self, starts: Starts<'_>, is_generic: impl Fn(u64) -> bool) -> Vec<Found> {
+    pub(in crate::hook::glibc) fn sites(
+        self,
+        starts: Starts<'_>,
+        is_generic: impl Fn(u64) -> bool,
+    ) -> Vec<Found> {
         let (mut targets, mut found) = (Vec::new(), Vec::new());
         let regions = self.regions(starts, &is_generic);
         for region in &regions {
@@ -364,7 +368,7 @@ fn can_move(instruction: &Instruction) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::hook::starts;
+    use crate::hook::glibc::starts;
 
     const AT: u64 = 0x1000;
 

@@ -2,15 +2,15 @@
 
 #![allow(unsafe_code, reason = "writes code")]
 
-use super::handler::CALLS;
-use super::raw;
+use super::super::handler::CALLS;
+use super::super::raw;
 use mmu_notifier::PAGE_SIZE;
 use std::ptr;
 
 /// Memory for the trampolines of one module, within the reach of a near jump. Never unmapped:
 /// threads may be in it.
 #[derive(Debug)]
-pub(super) struct Arena {
+pub(in crate::hook::glibc) struct Arena {
     start: u64,
     length: u64,
     used: u64,
@@ -18,7 +18,7 @@ pub(super) struct Arena {
 
 impl Arena {
     /// Maps room for `count` trampolines near `start..end`.
-    pub(super) fn near(start: u64, end: u64, count: usize) -> Option<Self> {
+    pub(in crate::hook::glibc) fn near(start: u64, end: u64, count: usize) -> Option<Self> {
         /// A near jump goes 2 GiB either way; a little is left for the code itself.
         const REACH: u64 = (1 << 31) - (1 << 20);
         const STEP: u64 = 1 << 20;
@@ -59,7 +59,7 @@ impl Arena {
     ///
     /// # Panics
     /// If there is no room, or if the arena is sealed.
-    pub(super) fn add(
+    pub(in crate::hook::glibc) fn add(
         &mut self,
         moved: &[u8],
         is_generic: bool,
@@ -98,7 +98,7 @@ impl Arena {
     ///
     /// # Panics
     /// If there is no room.
-    pub(super) fn add_chain(
+    pub(in crate::hook::glibc) fn add_chain(
         &mut self,
         number: u32,
         foreign: Foreign,
@@ -148,7 +148,7 @@ impl Arena {
     }
 
     /// Makes the trampolines executable, and no longer writable.
-    pub(super) fn seal(self) -> Result<(), i32> {
+    pub(in crate::hook::glibc) fn seal(self) -> Result<(), i32> {
         // SAFETY: nobody writes it any more: `add` needs the arena.
         unsafe { raw::mprotect(self.start, self.length, libc::PROT_READ | libc::PROT_EXEC) }
     }
@@ -157,7 +157,7 @@ impl Arena {
 /// A jump that somebody else has put at the entry of a function: one instruction, or two of which
 /// the first is long enough.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Foreign {
+pub(in crate::hook::glibc) enum Foreign {
     /// `jmp target`.
     Direct(u64),
     /// `jmp *pointer(%rip)`: where the pointer is.
@@ -168,7 +168,7 @@ pub(super) enum Foreign {
 
 impl Foreign {
     /// Reads the jump at `entry`, if there is one.
-    pub(super) fn at(entry: u64, code: [u8; 10]) -> Option<Self> {
+    pub(in crate::hook::glibc) fn at(entry: u64, code: [u8; 10]) -> Option<Self> {
         let displacement = |from: usize| {
             i32::from_le_bytes(code[from..from + 4].try_into().expect("four bytes")) as i64 as u64
         };
@@ -209,8 +209,8 @@ static TABLE: [bool; 512] = {
 
 #[cfg(test)]
 mod tests {
+    use super::super::scan::Code64;
     use super::*;
-    use crate::hook::scan::Code64;
     use iced_x86::{Code, FlowControl};
 
     unsafe extern "C" fn stub() {}
