@@ -1,6 +1,7 @@
 //! The border to C: how functions are exported, how misuse is told, how it ends where nothing can
 //! be returned.
 
+use libc::c_int;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Defines exported functions. A panic in one is a bug of ours: it ends the process, with the
@@ -44,7 +45,7 @@ macro_rules! guarded {
     ($name:literal, $callback:expr) => {{
         let guard = $crate::border::on_unwind!($crate::border::die(
             $name,
-            "an exception has left the callback"
+            "an exception or a cancelled thread has left the callback"
         ));
         let result = $callback;
         std::mem::forget(guard);
@@ -53,6 +54,35 @@ macro_rules! guarded {
 }
 
 pub(crate) use guarded;
+
+/// Defers `pthread_cancel` until this is dropped. A thread that is cancelled unwinds, which neither
+/// our functions nor callbacks through Rust can bear; the calls that wait for threads or close
+/// descriptors are where that happens.
+#[must_use]
+pub(crate) struct Uncancelled(c_int);
+
+impl Uncancelled {
+    pub(crate) fn enter() -> Self {
+        /// `PTHREAD_CANCEL_DISABLE` of glibc and musl.
+        const DISABLE: c_int = 1;
+        let mut before = 0;
+        // SAFETY: It writes to the place, which is ours.
+        unsafe { pthread_setcancelstate(DISABLE, &raw mut before) };
+        Self(before)
+    }
+}
+
+impl Drop for Uncancelled {
+    fn drop(&mut self) {
+        // SAFETY: Any thread may set what it had; the second argument may be null on Linux.
+        unsafe { pthread_setcancelstate(self.0, std::ptr::null_mut()) };
+    }
+}
+
+unsafe extern "C" {
+    // Not in `libc` for Linux.
+    fn pthread_setcancelstate(state: c_int, before: *mut c_int) -> c_int;
+}
 
 /// Says that an exported function has panicked.
 #[cold]

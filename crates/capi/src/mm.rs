@@ -174,7 +174,7 @@ struct Held {
 }
 
 /// How many address spaces a thread can have locked at once.
-const AT_ONCE: usize = 8;
+const AT_ONCE: usize = 4;
 
 thread_local! {
     static HELD: [Held; AT_ONCE] = const {
@@ -191,7 +191,7 @@ pub(crate) unsafe fn lock(mm: *mut MmStruct) -> Result<(), WouldDeadlock> {
         let Some(free) = held.iter().find(|held| held.mm.get().is_null()) else {
             die(
                 "mmap_write_lock",
-                "this thread holds the locks of eight address spaces already",
+                "this thread holds the locks of four address spaces already",
             );
         };
         free.mm.set(mm);

@@ -1,7 +1,7 @@
 //! `struct mmun_regcache`: a registration cache whose registrar is a struct of functions.
 
 use crate::args::{self, Growing};
-use crate::border::{die, export, guarded};
+use crate::border::{Uncancelled, die, export, guarded};
 use crate::error::{INVALID, Refused, fail, of_cache};
 use crate::sources::{Mmun, code, share};
 use ::regcache::{Cause, Device, Lease as Held, Merge, RegCache, Registrar};
@@ -134,6 +134,7 @@ impl Registrar for Driver {
     type Error = Refused;
 
     fn register(&self, range: VaRange) -> Result<Handle, Refused> {
+        let _whole = Uncancelled::enter();
         let mut value = ptr::null_mut();
         let mut register = || {
             // SAFETY: The program's own function, with its own context: so says the header.
@@ -149,6 +150,7 @@ impl Registrar for Driver {
     }
 
     fn deregister(&self, Handle { value, range }: Handle) {
+        let _whole = Uncancelled::enter();
         let deregister = || {
             // SAFETY: As in `register`, and once for each handle.
             unsafe { (self.deregister_region)(self.context, start(range), length(range), value) }
@@ -281,6 +283,7 @@ export! {
         options: *const Options,
         cache: *mut *mut Regcache,
     ) -> c_int {
+        let _whole = Uncancelled::enter();
         code((|| {
             // SAFETY: Valid: so says the header.
             let functions = unsafe { args::read(registrar) }?;
@@ -304,6 +307,7 @@ export! {
     /// # Safety
     /// See mmun/mmun.h.
     fn mmun_regcache_close(cache: *mut Regcache) -> c_int {
+        let _whole = Uncancelled::enter();
         // SAFETY: Null or open: so says the header.
         let Some(open) = (unsafe { cache.as_ref() }) else { return 0 };
         let is_inherited = open.mmun.mm.is_inherited();

@@ -1,7 +1,7 @@
 //! `struct mmun`: the event sources of this process, as one handle.
 
 use crate::args::{self, Growing};
-use crate::border::export;
+use crate::border::{Uncancelled, export};
 use crate::error::{IN_CALLBACK, INHERITED, INVALID, fail, fail_with, line, of_source};
 use crate::fills::Fills;
 use libc::{c_char, c_int};
@@ -228,6 +228,7 @@ export! {
     /// # Safety
     /// See mmun/mmun.h.
     fn mmun_open(options: *const Options, opened: *mut *mut Mmun) -> c_int {
+        let _whole = Uncancelled::enter();
         code((|| {
             let (sources, required) = if options.is_null() { (0, 0) } else {
                 // SAFETY: Valid: so says the header.
@@ -246,6 +247,7 @@ export! {
     /// # Safety
     /// See mmun/mmun.h.
     fn mmun_close(mmun: *mut Mmun) {
+        let _whole = Uncancelled::enter();
         if !mmun.is_null() {
             // SAFETY: It came from `Arc::into_raw`, and the caller gives it up: so says the header.
             drop(unsafe { Arc::from_raw(mmun) });

@@ -1,7 +1,7 @@
 //! `struct mmun_subscription`: callbacks of a cache on this process's address space.
 
 use crate::args::{self, Growing};
-use crate::border::{export, guarded};
+use crate::border::{Uncancelled, export, guarded};
 use crate::error::{IN_CALLBACK, INVALID, fail, of_source};
 use crate::range::{bounds, code as event};
 use crate::sources::{Mmun, code, share};
@@ -175,6 +175,7 @@ export! {
         context: *mut c_void,
         subscription: *mut *mut Subscription,
     ) -> c_int {
+        let _whole = Uncancelled::enter();
         code((|| {
             // SAFETY: Valid: so says the header.
             let ops = unsafe { args::read(ops) }?;
@@ -192,6 +193,7 @@ export! {
     /// # Safety
     /// See mmun/mmun.h.
     fn mmun_unsubscribe(subscription: *mut Subscription) -> c_int {
+        let _whole = Uncancelled::enter();
         if subscription.is_null() {
             return fail(-libc::EINVAL, INVALID);
         }

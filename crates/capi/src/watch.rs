@@ -1,7 +1,7 @@
 //! `struct mmun_watch`.
 
 use crate::args;
-use crate::border::export;
+use crate::border::{Uncancelled, export};
 use crate::error::{fail, of_source};
 use crate::sources::{Mmun, code, share};
 use libc::{c_int, c_void};
@@ -29,6 +29,7 @@ export! {
     /// # Safety
     /// See mmun/mmun.h.
     fn mmun_watch(mmun: *const Mmun, address: *const c_void, length: usize, watch: *mut *mut Watched) -> c_int {
+        let _whole = Uncancelled::enter();
         code((|| {
             // SAFETY: Null or valid: so says the header.
             let place = unsafe { args::result(watch) }?;
@@ -71,6 +72,7 @@ export! {
     /// # Safety
     /// See mmun/mmun.h.
     fn mmun_watch_renew(watch: *mut Watched) -> c_int {
+        let _whole = Uncancelled::enter();
         // SAFETY: Null or a watch that no other thread uses: so says the header.
         let Some(watched) = (unsafe { watch.as_mut() }) else {
             return fail(-libc::EINVAL, c"mmun_watch_renew(): watch is null");
@@ -83,6 +85,7 @@ export! {
     /// # Safety
     /// See mmun/mmun.h.
     fn mmun_unwatch(watch: *mut Watched) {
+        let _whole = Uncancelled::enter();
         if !watch.is_null() {
             // SAFETY: It came from `Box::into_raw` and the caller uses it no more: the header's
             // rule.

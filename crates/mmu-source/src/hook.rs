@@ -48,7 +48,7 @@
 //!
 //! The library with this code may be loaded by `dlopen`, and stays loaded then: `dlclose` does not
 //! unload it. Its thread-local words come from the space that glibc sets aside for such libraries
-//! (1,664 bytes for all of a process, of which `libmmun.so` takes 384 and `libmmun_dropin.so` 184);
+//! (1,664 bytes for all of a process, of which `libmmun.so` takes 352 and `libmmun_dropin.so` 184);
 //! if that is used up, `dlopen` fails with "cannot allocate memory in static TLS block", and
 //! `LD_PRELOAD`, linking, or `GLIBC_TUNABLES=glibc.rtld.optional_static_tls=4096` helps. A
 //! *callback* of such a library must not use the standard library's thread-locals, because the

@@ -23,7 +23,8 @@
  * Errors     Negative error numbers, or ERR_PTR of them. A null pointer is -EINVAL where there is a
  *            result, and else ends the process with a message. Mistakes that the kernel answers
  *            with WARN are said on stderr, once for each place.
- * C++        An exception that leaves a callback ends the process.
+ * C++        An exception that leaves a callback ends the process; so does pthread_cancel() of a
+ *            thread in a callback, or that waits in a function of this header.
  *
  * Differences from the kernel are said at each function. For all of them: nothing is interrupted by
  * signals (no -EINTR), there is no -ENOMEM but from alloc_notifier, and one address space never
@@ -113,7 +114,7 @@ void mmput(struct mm_struct *mm);
 bool mmget_not_zero(struct mm_struct *mm);
 
 /* Takes and gives back the write lock of an address space, which registrars hold; in one and the
- * same thread, which can hold those of eight at once. Event sources do not take it (the kernel's
+ * same thread, which can hold those of four at once. Event sources do not take it (the kernel's
  * do). Ends the process inside an invalidation of the same address space, in free_notifier, and if
  * the thread holds it already. */
 #define mmap_write_lock mmun_mmap_write_lock

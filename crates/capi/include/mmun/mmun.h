@@ -50,6 +50,17 @@
  *            again in the child. No function hangs there.
  * Handles    Keep what they need: a struct mmun may be closed before what was made from it.
  * Signals    In a signal handler only mmun_watch_valid() may be called.
+ * Cancelling pthread_cancel() takes effect after a function that opens, closes, subscribes or
+ *            watches, and after the functions of a registrar. A thread that is cancelled in a
+ *            callback of struct mmun_ops ends the process with a message. Asynchronous
+ *            cancellation must be off.
+ * Stacks     64 KiB are enough for every function, beside what callbacks of yours take.
+ * Loading    The library may be linked, or loaded by dlopen() at any time; dlclose() leaves it
+ *            loaded. Its thread-local words (352 bytes) lie in the space that glibc keeps for all
+ *            libraries that come late, 1,664 bytes. If others have used that up, dlopen() fails with
+ *            "cannot allocate memory in static TLS block": link or preload the library, load it
+ *            earlier, or run with GLIBC_TUNABLES=glibc.rtld.optional_static_tls=4096. A debug build
+ *            takes 1,144 bytes.
  */
 #ifndef MMUN_MMUN_H
 #define MMUN_MMUN_H
@@ -256,23 +267,26 @@ int mmun_settle(const struct mmun *mmun);
 /*
  * Around filling a cache that has a subscription: the pattern of mmu_interval_read_begin().
  *
- *	do {
- *		seq = mmun_fill_begin(mmun);
+ *	for (;;) {
+ *		seq = mmun_fill_begin(mmun);	// Without the lock: it waits for callbacks.
  *		if (!seq)
  *			return -1;		// mmun_last_error() says why: a callback, a fork
  *		key = register_memory(buffer, length);
  *		lock();				// The lock that `start` takes as well.
- *		insert(buffer, length, key);
  *		retry = mmun_fill_retry(mmun, seq);
- *		if (retry)
- *			remove_and_deregister(key);
+ *		if (!retry)
+ *			insert(buffer, length, key);	// Must not allocate, as `start` takes the lock.
  *		unlock();
- *	} while (retry);
+ *		if (!retry)
+ *			break;
+ *		deregister_memory(key);
+ *	}
  *
  * _begin waits until no change is under way and returns a number for that moment. _retry tells
  * whether any change of memory that is watched or subscribed to has begun since: then the
- * registration may be of the old memory. Between the two, nothing else needs to be excluded. A
- * cache that watches its entries needs neither.
+ * registration may be of the old memory, and must not be found by another thread. A change that
+ * begins after _retry was false finds the entry: its `start` waits for the lock. A cache that
+ * watches its entries needs neither.
  *
  * _begin returns 0 in a callback or inside an invalidation, and in the child of a fork; _retry of 0
  * is true.
@@ -353,9 +367,19 @@ int mmun_regcache_get(const struct mmun_regcache *cache, void *address, size_t l
 /* Ends a lease. Ends the process with a message if there is none: put twice, or never got. */
 void mmun_regcache_put(struct mmun_lease *lease);
 
-/* Tells whether the region still stands for the memory at its address. After a transfer: false
- * means that the program has unmapped memory that was in use. False for NULL and for what was
- * put. */
+/*
+ * Tells whether the region still stands for the memory at its address. Ask after a transfer: true
+ * means that the transfer went to the memory that the program has there.
+ *
+ * False means that this is not known, and a transfer that counts is to be made again with a new
+ * lease. The memory has been unmapped or changed since the lease was got, perhaps by a program that
+ * frees what is in use. Or no memory of the program was lost: the region was flushed or gave way to
+ * a larger one, or a change of the same addresses was still under way in another thread when the
+ * lease was got, as when that thread's munmap() had not returned and the kernel had already given
+ * the addresses to this one.
+ *
+ * False for NULL and for what was put.
+ */
 bool mmun_lease_valid(const struct mmun_lease *lease);
 
 /* Returns what is registered, which may be more than what was asked for. */

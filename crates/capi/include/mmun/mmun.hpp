@@ -17,6 +17,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <mutex>
+#include <stdexcept>
 #include <system_error>
 #include <utility>
 
@@ -25,7 +27,11 @@ namespace mmu {
 // What a function of the library said. code().value() is an errno; what() is mmun_last_error().
 class Error : public std::system_error {
 public:
-	explicit Error(int error) : std::system_error(-error, std::generic_category(), mmun_last_error()) {}
+	explicit Error(int error) : std::system_error(-error, std::generic_category()), text_(mmun_last_error()) {}
+	const char *what() const noexcept override { return text_.what(); }
+
+private:
+	std::runtime_error text_; // A string whose copies cannot throw.
 };
 
 namespace detail {
@@ -81,19 +87,27 @@ public:
 	// Sees to it that callbacks have run for all that has happened.
 	void settle() const { detail::check(mmun_settle(get())); }
 
-	// Calls `fill` until no change has met it half-way. `fill` registers and enters; `undo`
-	// takes back what it has done. Call both under the lock of the callbacks, or lock in them.
-	template <class Fill, class Undo> void fill(Fill fill, Undo undo) const
+	// Fills a cache that has a subscription. `make` registers, without the lock, and returns an
+	// object whose destructor undoes that. `enter` gets the object by move, under `mutex`, and puts
+	// it where other threads find it. If a change has met the registration half-way, the object is
+	// destroyed without the lock and `make` is called again.
+	//
+	// `start` of the subscription takes `mutex` too. It may stand in the middle of free(), so no
+	// thread may allocate while it holds `mutex`: `enter` fills a place that is there already.
+	template <class Mutex, class Make, class Enter> void fill(Mutex &mutex, Make make, Enter enter) const
 	{
 		for (;;) {
 			const std::uint64_t seq = mmun_fill_begin(get());
 
 			if (seq == 0)
-				throw Error(-EDEADLK);
-			fill();
-			if (!mmun_fill_retry(get(), seq))
+				throw Error(status().inherited ? -ESRCH : -EDEADLK);
+			auto made = make();
+			const std::lock_guard<Mutex> guard(mutex);
+
+			if (!mmun_fill_retry(get(), seq)) {
+				enter(std::move(made));
 				return;
-			undo();
+			}
 		}
 	}
 
@@ -188,6 +202,7 @@ public:
 	}
 
 	void *handle() const noexcept { return lease_.handle; }
+	// See mmun_lease_valid(): false does not mean that the program is wrong.
 	bool valid() const noexcept { return held_ && mmun_lease_valid(&lease_); }
 
 private:

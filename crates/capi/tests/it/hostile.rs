@@ -1,8 +1,42 @@
-//! What programs do that they should not: exceptions that leave callbacks.
+//! What programs do that they should not.
 
-use crate::support::{STRICT, compile, root};
+use crate::support::{STRICT, compile, root, sources, succeed};
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
+use testkit::{Cap, require};
+
+/// Closed descriptors, signals, small stacks, forks, cancelled threads, an empty root folder, ends
+/// in the middle of things: each in a process of its own.
+fn hostile(source: &str) {
+    let flags = ["-std=gnu11", "-g", "-Wall", "-Wextra", "-Werror"];
+    let name = format!("hostile-{source}");
+    let Some(program) = compile(&name, "gcc", &flags, &sources("tests/c/hostile")) else {
+        return;
+    };
+    let output = succeed(Command::new(program).arg(source));
+    for line in output.lines().filter(|line| line.starts_with("skipped ")) {
+        println!("SKIP {line}: only root may change the root folder");
+    }
+    assert_eq!(output.lines().count(), 19, "{output}");
+}
+
+#[test]
+fn hostile_programs_over_their_own_invalidations() {
+    hostile("own");
+}
+
+#[test]
+#[cfg(all(target_arch = "x86_64", target_env = "gnu"))]
+fn hostile_programs_over_the_hook() {
+    hostile("hook");
+}
+
+#[test]
+fn hostile_programs_over_the_kernel() {
+    if require(Cap::Kvm) && require(Cap::Bpf) {
+        hostile("kernel");
+    }
+}
 
 #[test]
 fn an_exception_that_leaves_a_callback_ends_the_process() {

@@ -1,6 +1,6 @@
 //! What `mmun.h` promises, from C, over each source.
 
-use crate::support::{compile, sources, succeed};
+use crate::support::{STRICT, compile, root, sources, succeed};
 use std::process::Command;
 use testkit::{Cap, has_optional_program, require};
 
@@ -74,6 +74,20 @@ fn under_valgrind() {
             "--leak-check=no",
         ];
         run("mmun-valgrind", &[], "own", &valgrind);
+    }
+}
+
+/// What `mmun.hpp` adds.
+#[test]
+fn handles_of_cpp_under_the_address_sanitizer() {
+    let flags = [
+        &["-std=c++11", "-g", "-fsanitize=address,undefined"],
+        STRICT,
+    ]
+    .concat();
+    let sources = [root().join("tests/cpp/handles.cpp")];
+    if let Some(program) = compile("handles", "g++", &flags, &sources) {
+        succeed(&mut Command::new(program));
     }
 }
 

@@ -1,0 +1,123 @@
+/* Signals, and what a process may lack. */
+#include "hostile.h"
+
+static atomic_ulong handled;
+
+static void on_signal(int number)
+{
+	(void)number;
+	atomic_fetch_add(&handled, 1);
+}
+
+static pthread_t interrupted;
+static atomic_bool done;
+
+static void *interrupt(void *unused)
+{
+	while (!atomic_load(&done)) {
+		CHECK(pthread_kill(interrupted, SIGUSR1) == 0);
+		sched_yield();
+	}
+	return unused;
+}
+
+/* Without SA_RESTART every call of the system may end early. */
+static void signals_come_all_the_time(void)
+{
+	struct sigaction action;
+	pthread_t thread;
+	int i;
+
+	memset(&action, 0, sizeof(action));
+	action.sa_handler = on_signal;
+	CHECK(sigaction(SIGUSR1, &action, NULL) == 0);
+	interrupted = pthread_self();
+	thread = spawn(interrupt, NULL);
+	while (atomic_load(&handled) == 0)
+		sched_yield();
+	for (i = 0; i < 20; i++)
+		everything();
+	atomic_store(&done, true);
+	CHECK(pthread_join(thread, NULL) == 0);
+}
+
+/* A thread of the library must not take a signal that is the program's. */
+static void signals_are_for_the_threads_of_the_program(void)
+{
+	sigset_t all, old;
+	struct mmun *mmun;
+	const struct timespec none = {0, 0};
+
+	mmun = opened();
+	everything();
+	CHECK(sigfillset(&all) == 0 && pthread_sigmask(SIG_SETMASK, &all, &old) == 0);
+	signal(SIGUSR2, on_signal);
+	CHECK(kill(getpid(), SIGUSR2) == 0);
+	everything();
+	/* Still pending: no thread with an empty mask has taken it. */
+	CHECK(atomic_load(&handled) == 0 && sigtimedwait(&all, NULL, &none) == SIGUSR2);
+	mmun_close(mmun);
+}
+
+static void all_signals_are_blocked(void)
+{
+	sigset_t all;
+
+	CHECK(sigfillset(&all) == 0 && pthread_sigmask(SIG_SETMASK, &all, NULL) == 0);
+	everything();
+}
+
+static void without_environment(void)
+{
+	CHECK(clearenv() == 0);
+	everything();
+}
+
+/* An empty root folder: no /proc, no /dev. A source that needs them says so. */
+static void without_files(void)
+{
+	char folder[] = "/tmp/mmun-empty-XXXXXX";
+	struct mmun *mmun;
+	const struct mmun_options any = {sizeof(any), 0, 0};
+	const struct mmun_options own = {sizeof(own), MMUN_SOURCE_OWN, MMUN_SOURCE_OWN};
+	int code;
+
+	if (geteuid() != 0)
+		SKIP;
+	CHECK(mkdtemp(folder));
+	if (chdir(folder) != 0 || rmdir(folder) != 0 || chroot(".") != 0)
+		SKIP;
+	code = mmun_open(&any, &mmun);
+	if (code == 0) {
+		struct mmun_status status = {.size = sizeof(status)};
+
+		CHECK(mmun_status(mmun, &status) == 0 && status.sources && status.no_kernel[0]);
+		mmun_close(mmun);
+	} else {
+		CHECK(code == -EOPNOTSUPP && mmun_last_error()[0]);
+	}
+	CHECK(mmun_open(&own, &mmun) == 0);
+	mmun_close(mmun);
+	if (by(MMUN_SOURCE_OWN))
+		everything();
+}
+
+/* Files can be neither made nor made larger. */
+static void without_room_for_files(void)
+{
+	const struct rlimit none = {0, 0};
+
+	signal(SIGXFSZ, SIG_IGN);
+	CHECK(setrlimit(RLIMIT_FSIZE, &none) == 0);
+	everything();
+}
+
+void surroundings(void)
+{
+	RUN(signals_come_all_the_time);
+	RUN(signals_are_for_the_threads_of_the_program);
+	RUN(all_signals_are_blocked);
+	RUN(without_environment);
+	RUN(without_files);
+	RUN(without_room_for_files);
+}
