@@ -126,18 +126,6 @@ const ALLOWED: &[Allowed] = &[
         "the raw node releases as a registration does",
     ),
     (
-        "mmu-source",
-        "kernel/machine",
-        "kernel/broker",
-        "a machine of a broker's client asks the broker for its twin",
-    ),
-    (
-        "mmu-source",
-        "kernel/machine",
-        "kernel/listen",
-        "a machine starts the thread that listens to it",
-    ),
-    (
         "regcache",
         "lease",
         "cache",

@@ -19,6 +19,9 @@
 //! program is: with one in hand a client could attach it again, and the words that only programs
 //! see are kernel addresses.
 //!
+//! One set of maps and programs is ready before a client comes (`ready.rs`): the verifier takes
+//! longer than all the rest. Each set has one client.
+//!
 //! The program tells the client of changes of its own address space only (`kernel/owner.rs`).
 //!
 //! # What is not protected
@@ -28,13 +31,14 @@ mod check;
 mod join;
 pub(super) mod message;
 mod places;
+mod ready;
 mod session;
 mod socket;
 mod sys;
 #[cfg(test)]
 mod tests;
 
-pub(super) use join::{Joined, Session, join, path};
+pub(super) use join::{Session, join, path};
 pub use message::Refusal;
 
 use super::program;
@@ -43,6 +47,7 @@ use super::{kernel_error, owner};
 use crate::Error;
 use message::Reply;
 use places::Places;
+use ready::Ready;
 use session::Means;
 use std::fs;
 use std::io;
@@ -161,7 +166,11 @@ impl Broker {
         let offsets = offsets()
             .filter(|_| owner::can_be_told())
             .ok_or_else(lacking)?;
-        let means = Arc::new(Means { machine, offsets });
+        let means = Arc::new(Means {
+            machine,
+            offsets,
+            ready: Ready::new(),
+        });
         session::rehearse(&means)?;
         let version = program::fingerprint(kvm.as_fd());
         Ok(Self {
@@ -183,6 +192,11 @@ impl Broker {
     /// that as a loss.
     pub fn serve(&self, observer: impl Fn(Event) + Send + Sync + 'static) -> ! {
         let observer: Arc<dyn Fn(Event) + Send + Sync> = Arc::new(observer);
+        let means = Arc::clone(&self.means);
+        // If there can be no thread, each client waits for the verifier.
+        let _ = start_thread("mmu-ready", move || {
+            means.ready.refill(|| session::make(&means).ok())
+        });
         loop {
             let accepted =
                 rustix::net::accept_with(&self.listener, rustix::net::SocketFlags::CLOEXEC);
@@ -234,10 +248,7 @@ impl Broker {
             shared(Event::Went { user, pid });
         };
         // If there can be no thread, the client is dropped with the closure, and its place with it.
-        let _ = std::thread::Builder::new()
-            .name("mmu-client".to_owned())
-            .stack_size(256 << 10)
-            .spawn(run);
+        let _ = start_thread("mmu-client", run);
     }
 
     /// Whether a client is one of those who are served.
@@ -248,6 +259,13 @@ impl Broker {
         };
         peer.user == 0 || peer.user == sys::effective_user() || self.group.is_some_and(is_member)
     }
+}
+
+fn start_thread(name: &str, run: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    let thread = std::thread::Builder::new()
+        .name(name.to_owned())
+        .stack_size(256 << 10);
+    thread.spawn(run).map(drop)
 }
 
 fn group(options: &Options) -> Result<Option<u32>, Error> {

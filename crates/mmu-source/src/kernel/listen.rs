@@ -8,11 +8,13 @@
 //! has waited for a while. A process that fills now and then would make a machine each time: so if
 //! one is made again soon after it was closed, it stays four times as long.
 
-use super::Inner;
 use super::layout::header;
 use super::machine::Machines;
-use super::programs::{load_resolver, offsets};
+use super::programs::{load_resolver, may_skip, offsets};
+use super::{Inner, kernel_error};
+use crate::Error;
 use crate::vault::Letterbox;
+use srcu::Thread;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -29,7 +31,24 @@ const FLOOD: u64 = 64;
 /// So many ignored events in a millisecond keep B.
 const NOISE: u64 = 1;
 
-pub(super) fn listen(
+/// Starts the thread, in the descriptor table of the vault, whose thread this is.
+pub(super) fn start(
+    machines: &mut Machines,
+    inner: &Arc<Inner>,
+    ring: OwnedFd,
+) -> Result<(), Error> {
+    let failed = |call| move |error| kernel_error(call, error);
+    let nudge = crate::wait::event_fd().map_err(failed("eventfd"))?;
+    let nudged = nudge.try_clone().map_err(failed("dup"))?;
+    let private = machines.private().map_err(failed("dup"))?;
+    let (shared, vault) = (Arc::clone(inner), machines.letterbox());
+    let run = move || listen(&shared, &ring, &nudged, private, &vault);
+    let thread = Thread::spawn(c"mmu-listen", run).map_err(failed("start of a thread"))?;
+    machines.set_listener(Arc::clone(inner), nudge, thread);
+    Ok(())
+}
+
+fn listen(
     inner: &Arc<Inner>,
     ring: &OwnedFd,
     nudge: &OwnedFd,
@@ -44,9 +63,8 @@ pub(super) fn listen(
     drop(private);
     let mut lease = Lease::new();
     let mut nap = 1;
-    let may_skip = super::probe::may_skip(
-        &std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default(),
-    );
+    let may_skip =
+        may_skip(&std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default());
     loop {
         if inner.wants_a_call() {
             // Only with B is there something to do when nothing happens.

@@ -10,6 +10,7 @@ use super::{Inner, kernel_error};
 use crate::Error;
 use crate::vault::Letterbox;
 use srcu::Thread;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -95,27 +96,26 @@ impl Machines {
         }
     }
 
-    /// Starts the thread that listens, in this thread's descriptor table.
-    pub(super) fn listen(&mut self, inner: &Arc<Inner>, ring: OwnedFd) -> Result<(), Error> {
-        let nudge = crate::wait::event_fd().map_err(|error| kernel_error("eventfd", error))?;
-        let nudged = nudge
-            .try_clone()
-            .map_err(|error| kernel_error("dup", error))?;
-        let (shared, vault) = (Arc::clone(inner), self.later.clone());
-        let private = match (&self.keeper, &self.live) {
-            (Keeper::Own(programs), Some(_)) => Some(programs.private()).transpose(),
-            _ => Ok(None),
-        };
-        let private = private.map_err(|error| kernel_error("dup", error))?;
-        let listen = move || super::listen::listen(&shared, &ring, &nudged, private, &vault);
-        let thread = Thread::spawn(c"mmu-listen", listen)
-            .map_err(|error| kernel_error("start of a thread", error))?;
+    /// Takes charge of the thread that listens: it is told of machine B, and ends before the
+    /// machines do.
+    pub(super) fn set_listener(&mut self, inner: Arc<Inner>, nudge: OwnedFd, thread: Thread) {
         self.listener = Some(Listener {
-            inner: Arc::clone(inner),
+            inner,
             nudge,
             thread,
         });
-        Ok(())
+    }
+
+    /// The words that only programs see, of a source that has the programs itself and is live.
+    pub(super) fn private(&self) -> io::Result<Option<OwnedFd>> {
+        match (&self.keeper, &self.live) {
+            (Keeper::Own(programs), Some(_)) => programs.private().map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    pub(super) fn letterbox(&self) -> Letterbox<Self> {
+        self.later.clone()
     }
 
     pub(super) fn set_resolver(&mut self, resolver: OwnedFd) {

@@ -145,3 +145,27 @@ pub(super) fn offsets() -> Option<Offsets> {
         None
     }
 }
+
+/// Whether a kernel of this release runs programs at tracepoints preemptibly, and skips one that
+/// the processor is in the middle of.
+pub(super) fn may_skip(release: &str) -> bool {
+    let major = release
+        .split('.')
+        .next()
+        .and_then(|major| major.parse::<u32>().ok());
+    // What is not known is taken for the worse.
+    major.is_none_or(|major| major >= 7)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_that_may_skip_the_program_are_known_by_their_release() {
+        assert_eq!(
+            ["6.18.2-amd64", "7.0.0-rc1", "12.1", "", "x"].map(may_skip),
+            [false, true, true, true, true]
+        );
+    }
+}

@@ -1,9 +1,10 @@
 //! Starting the source, once for each address space.
 
-use super::broker::{self, Joined};
+use super::broker;
 use super::filter::{PART, Tables};
 use super::intake::Intake;
 use super::layout::{RING, header};
+use super::listen;
 use super::machine::{Keeper, Live, Machines};
 use super::missing;
 use super::program::Audience;
@@ -100,7 +101,7 @@ impl Kernel {
                 return Err(broker_refuses(lack, "its program does not tell of changes"));
             }
             let mut machines = Machines::new(keeper, live, letterbox.clone());
-            machines.listen(&inner, maps.ring)?;
+            listen::start(&mut machines, &inner, maps.ring)?;
             let _ = told.set(inner);
             Ok(machines)
         })?;
@@ -130,7 +131,10 @@ type Outfit = (SharedMaps, Keeper, Option<Live>);
 /// Makes it, or has a broker do so if this process cannot.
 pub(super) fn outfit(ring: usize, with_kvm: bool) -> Result<Outfit, Error> {
     own_outfit(ring, with_kvm).or_else(|lack| match with_kvm.then(broker::join).flatten() {
-        Some(Ok(Joined { maps, keeper, live })) => Ok((maps, keeper, Some(live))),
+        Some(Ok(joined)) => {
+            let live = Live::new(joined.kvm, joined.a, joined.link);
+            Ok((joined.maps, Keeper::Broker(joined.session), Some(live)))
+        }
         Some(Err(why)) => Err(broker_refuses(lack, &why)),
         None => Err(lack),
     })

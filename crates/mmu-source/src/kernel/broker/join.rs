@@ -1,6 +1,5 @@
 //! The client's side: how a process that lacks the rights gets the source from a broker.
 
-use super::super::machine::{Keeper, Live};
 use super::super::program;
 use super::super::programs::SharedMaps;
 use super::super::sys;
@@ -32,8 +31,12 @@ pub(in super::super) struct Session {
 #[derive(Debug)]
 pub(in super::super) struct Joined {
     pub(in super::super) maps: SharedMaps,
-    pub(in super::super) keeper: Keeper,
-    pub(in super::super) live: Live,
+    pub(in super::super) session: Session,
+    pub(in super::super) kvm: OwnedFd,
+    /// The machine that it was shown.
+    pub(in super::super) a: OwnedFd,
+    /// What keeps its program at the tracepoint.
+    pub(in super::super) link: OwnedFd,
 }
 
 /// Where brokers are sought.
@@ -107,8 +110,10 @@ pub(super) fn with(socket: OwnedFd) -> Result<Joined, String> {
     };
     Ok(Joined {
         maps,
-        keeper: Keeper::Broker(session),
-        live: Live::new(kvm, a, link),
+        session,
+        kvm,
+        a,
+        link,
     })
 }
 

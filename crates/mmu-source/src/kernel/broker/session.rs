@@ -15,6 +15,7 @@ use super::super::resolver::{Offsets, Role};
 use super::super::sys::{self, Object};
 use super::message::{Refusal, Reply, Request};
 use super::places::Ticket;
+use super::ready::Ready;
 use super::socket::{self, Packet};
 use crate::Error;
 use std::io;
@@ -30,7 +31,12 @@ pub(super) struct Means {
     /// A machine of the broker's, to know others by.
     pub(super) machine: OwnedFd,
     pub(super) offsets: Offsets,
+    /// What the next client is given.
+    pub(super) ready: Ready<Outfit>,
 }
+
+/// The maps and the programs of one client.
+pub(super) type Outfit = (SharedMaps, Programs);
 
 /// Serves a client until it goes.
 pub(super) fn serve(socket: &OwnedFd, means: &Means, ticket: &mut Ticket) {
@@ -44,18 +50,20 @@ pub(super) fn serve(socket: &OwnedFd, means: &Means, ticket: &mut Ticket) {
     }
 }
 
-/// Tells whether clients could be served.
+/// Tells whether clients could be served. What that takes is kept for the first client.
 pub(super) fn rehearse(means: &Means) -> Result<(), Error> {
-    let (_, programs) = make(means).map_err(|error| missing::bpf_missing(&error))?;
+    let (maps, programs) = make(means).map_err(|error| missing::bpf_missing(&error))?;
+    // Detached at once, before the program knows an address space: it leaves no trace of others.
     programs
         .attach()
         .map_err(|error| missing::tracepoint_missing(&error))?;
-    let is_known = programs.show(means.machine.as_fd(), Role::Space);
-    if is_known {
-        Ok(())
-    } else {
-        Err(missing::description_missing())
+    if !programs.show(means.machine.as_fd(), Role::Space) {
+        return Err(missing::description_missing());
     }
+    if programs.forget_all() {
+        means.ready.put((maps, programs));
+    }
+    Ok(())
 }
 
 struct Session {
@@ -81,7 +89,8 @@ fn join(socket: &OwnedFd, means: &Means, ticket: &mut Ticket) -> Result<Option<S
         (Request::Join, Some([a])) => a,
         _ => return Err(Refusal::Nonsense),
     };
-    let (maps, programs) = make(means).map_err(|error| failed(&error))?;
+    let made = means.ready.take().map_or_else(|| make(means), Ok);
+    let (maps, programs) = made.map_err(|error| failed(&error))?;
     // Only what has the operations of our own machine is one.
     if !programs.show(means.machine.as_fd(), Role::Space) {
         return Err(Refusal::Failed(libc::ENOSYS));
@@ -106,7 +115,7 @@ fn join(socket: &OwnedFd, means: &Means, ticket: &mut Ticket) -> Result<Option<S
     Ok(Some(session))
 }
 
-fn make(means: &Means) -> io::Result<(SharedMaps, Programs)> {
+pub(super) fn make(means: &Means) -> io::Result<Outfit> {
     let (maps, mut programs) = Programs::make(RING, Audience::Client)?;
     let resolver = load_resolver(&programs.private()?, means.offsets)?;
     programs.set_resolver(resolver);

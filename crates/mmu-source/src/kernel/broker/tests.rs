@@ -161,6 +161,34 @@ fn who_keeps_what_it_was_given_keeps_its_place() {
 }
 
 #[test]
+fn what_is_ready_goes_to_one_client_and_is_replaced() {
+    if !can_run() {
+        return;
+    }
+    let path = At(new_path());
+    let options = Options {
+        group: None,
+        max_clients: 8,
+    };
+    let broker = Broker::bind(&path.0, &options).expect("root with KVM and BPF can");
+    let means = Arc::clone(&broker.means);
+    let number = |map: &OwnedFd| kernel_sys::number(map.as_fd()).expect("a map has one");
+    let ready = || means.ready.look(|(maps, _)| number(&maps.header));
+    let first = ready().expect("the rehearsal leaves it for the first client");
+    std::thread::spawn(move || broker.serve(|_| ()));
+    let mut seen = vec![first];
+    for _ in 0..3 {
+        let client = join(&path).expect("a place");
+        assert_eq!(number(&client.given[0]), seen[seen.len() - 1]);
+        assert!(client.is_told());
+        until(|| ready().is_some());
+        let next = ready().expect("no other client comes");
+        assert!(!seen.contains(&next), "one set, one client");
+        seen.push(next);
+    }
+}
+
+#[test]
 fn a_client_that_is_killed_leaves_nothing() {
     if !can_run() {
         return;
