@@ -3,11 +3,13 @@
 
 mod hunt;
 mod rush;
+mod slow;
 
 use crate::Options;
 use crate::random::Random;
 use hunt::Mutant;
 use mmu_source::kernel::Kernel;
+use slow::Slow;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -51,7 +53,8 @@ fn skipped() -> ExitCode {
 }
 
 /// Hunts, and tells what was found. `--broken` uses entries without asking the source, `--no-wait`
-/// fills without waiting, `--crowd N` has so many threads change other memory meanwhile.
+/// fills without waiting, `--crowd N` has so many threads change other memory meanwhile. `--slow`
+/// holds up every change at the tracepoint, `--slow-one` those of one of the changing threads.
 pub(crate) fn run(options: &Options) -> ExitCode {
     println!("kernel: seed {}, {:?}", options.seed, options.length);
     let Some(kernel) = start() else {
@@ -62,16 +65,27 @@ pub(crate) fn run(options: &Options) -> ExitCode {
         (false, true) => Mutant::NoWait,
         (false, false) => Mutant::None,
     };
+    let _slow = match options.slow.then(Slow::everybody).transpose() {
+        Ok(slow) => slow,
+        Err(error) => {
+            eprintln!("stress: --slow: {error}");
+            return ExitCode::from(2);
+        }
+    };
     let mut stream = 0;
     let random = || {
         stream += 1;
         let mut random = Random::new(options.seed, stream);
         move |limit| random.below(limit)
     };
+    let enter = |half| {
+        let slow = (options.slow_one && half == 0).then(Slow::this_thread);
+        slow.map(|slow| slow.expect("the right to load BPF programs"))
+    };
     let stop = AtomicBool::new(false);
     let tally = thread::scope(|scope| {
         (0..options.crowd).for_each(|_| _ = scope.spawn(|| crowd(&stop)));
-        let tally = hunt::hunt(&kernel, options.length, mutant, random);
+        let tally = hunt::hunt(&kernel, options.length, mutant, random, enter);
         stop.store(true, Ordering::Relaxed);
         tally
     });

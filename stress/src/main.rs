@@ -3,7 +3,11 @@
 //! `cargo run --release -p stress -- {srcu | mmu | regcache} --seconds 30 [--seed N]
 //! [--no-membarrier] [--broken] [--no-fork] [--source {bracket | kernel | rehearsal | hook}]`
 //! `cargo run --release -p stress -- kernel --seconds 60 [--seed N] [--broken] [--no-wait] [--crowd
-//! N]` `cargo run --release -p stress -- rush --seconds 60`
+//! N] [--slow] [--slow-one]` `cargo run --release -p stress -- rush --seconds 60`
+//!
+//! `kernel`, `rush` and `regcache --source kernel` go through a broker where the right to do
+//! without is lacking: `mmun broker --socket S --group nogroup`, and then `MMUN_BROKER=S setpriv
+//! --reuid=65534 --regid=65534 --clear-groups stress kernel`.
 //!
 //! Exits with 0 if nothing was found, 1 if something was, 2 on a wrong command line.
 
@@ -31,6 +35,10 @@ pub(crate) struct Options {
     pub(crate) no_wait: bool,
     /// So many threads change memory that nobody looks at: for `kernel`.
     pub(crate) crowd: u64,
+    /// A second program at the tracepoint holds up each change: for `kernel`.
+    pub(crate) slow: bool,
+    /// The same, for one thread that changes memory, and longer.
+    pub(crate) slow_one: bool,
     /// Fork no children: ThreadSanitizer cannot follow them. `mmu` never does.
     pub(crate) no_fork: bool,
     /// Who tells the registration cache.
@@ -58,6 +66,8 @@ impl Options {
             broken: false,
             no_wait: false,
             crowd: 0,
+            slow: false,
+            slow_one: false,
             no_fork: false,
             source: Source::Bracket,
         }
@@ -65,7 +75,7 @@ impl Options {
 }
 
 const USAGE: &str = "usage: stress {srcu | mmu | regcache | kernel | rush} [--seconds N] [--seed N] [--no-membarrier] [--broken] \
-    [--no-wait] [--crowd N] [--no-fork] [--source {bracket | kernel | rehearsal | hook}]";
+    [--no-wait] [--crowd N] [--slow] [--slow-one] [--no-fork] [--source {bracket | kernel | rehearsal | hook}]";
 
 /// What is tortured.
 type Program = fn(&Options) -> ExitCode;
@@ -116,6 +126,8 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<(Program, Option
             "--no-membarrier" => options.no_membarrier = true,
             "--no-fork" => options.no_fork = true,
             "--no-wait" => options.no_wait = true,
+            "--slow" => options.slow = true,
+            "--slow-one" => options.slow_one = true,
             "--broken" => options.broken = true,
             _ => return Err(format!("unknown argument {argument}")),
         }

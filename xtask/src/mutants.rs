@@ -16,9 +16,12 @@ struct Mutant {
     /// What it replaces, which stands there once.
     from: &'static str,
     to: &'static str,
-    /// The arguments of `cargo test` that must fail then, in words.
+    /// The arguments of `cargo test` that must fail then, in words, or those of a hunt that must
+    /// find something: it begins with [`HUNT`].
     test: &'static str,
 }
+
+const HUNT: &str = "stress ";
 
 const MUTANTS: &[Mutant] = &[
     Mutant {
@@ -48,6 +51,13 @@ const MUTANTS: &[Mutant] = &[
         from: "waited < DISK || rest.any(|(tid, _)| !sleeps_deep(*tid))",
         to: "waited < DISK || rest.any(|(tid, _)| sleeps_deep(*tid) || true)",
         test: "-p mmu-source --test it a_parent_that_waits_in_vfork",
+    },
+    Mutant {
+        name: "letting-go-waits-for-the-frozen",
+        file: "crates/mmu-source/src/process/tracer/detach.rs",
+        from: "let sleeps_deep = |tid| proc::state(tid) == Some(b'D');",
+        to: "let sleeps_deep = |tid| proc::state(tid) == Some(b'X');",
+        test: "-p mmu-source --test it a_process_that_is_frozen",
     },
     Mutant {
         name: "letting-go-without-a-deadline",
@@ -83,6 +93,77 @@ const MUTANTS: &[Mutant] = &[
         from: "let mut locked = self.lock().ok_or(Error::InCallback { source: \"kernel\" })?;",
         to: "let mut locked = self.lock().unwrap();",
         test: "-p mmu-source --lib a_wait_that_has_interrupted",
+    },
+    Mutant {
+        name: "the-window-closes-after-the-ends",
+        file: "crates/mmu-notifier/src/mm/bracket.rs",
+        from: "        close(range.mm, window);\n    }\n    subscribers.end(range);",
+        to: "        subscribers.end(range);\n        return close(range.mm, window);\n    }\n    subscribers.end(range);",
+        test: "-p mmu-notifier --test it",
+    },
+    Mutant {
+        name: "a-removed-insert-stays-counted",
+        file: "crates/mmu-notifier/src/interval/window.rs",
+        from: "            state.deferred_inserts -= 1;\n        }\n        let surplus",
+        to: "        }\n        let surplus",
+        test: "-p mmu-notifier --lib interval",
+    },
+    Mutant {
+        name: "a-drain-looks-once",
+        file: "crates/mmu-notifier/src/subsystem.rs",
+        from: "while !self.pending().is_idle() {",
+        to: "if !self.pending().is_idle() {",
+        test: "-p mmu-notifier --test it s_88",
+    },
+    Mutant {
+        name: "one-wake-up-is-enough",
+        file: "crates/mmu-notifier/src/interval/window.rs",
+        from: "while state.invalidate_seq == seq {",
+        to: "if state.invalidate_seq == seq {",
+        test: "-p mmu-notifier --lib interval",
+    },
+    Mutant {
+        name: "a-watch-overlooks-what-lies-in-the-ring",
+        file: "crates/mmu-source/src/kernel/ring.rs",
+        from: "is_elsewhere &= number <= base || !event.overlaps(range);",
+        to: "let _ = (event, base, range, &mut is_elsewhere);",
+        test: "stress kernel --seconds 50",
+    },
+    Mutant {
+        name: "a-watch-takes-what-it-has-seen-for-elsewhere",
+        file: "crates/mmu-source/src/kernel/ring.rs",
+        from: "    if is_elsewhere {\n        checked",
+        to: "    if true {\n        checked",
+        test: "-p mmu-source --test it a_watch_is_touched",
+    },
+    // What the wait of the kernel source stands on (`kernel/wait.rs`), one by one.
+    Mutant {
+        name: "the-count-of-the-older-machine",
+        file: "crates/mmu-source/src/kernel/machine.rs",
+        from: "match self.keeper.show_b(made.as_fd()) {",
+        to: "match self.keeper.show_b(live.a.as_fd()) {",
+        test: "stress kernel --seconds 50 --slow",
+    },
+    Mutant {
+        name: "one-machine",
+        file: "crates/mmu-source/src/kernel/machine.rs",
+        from: "let made = create_vm(&live.kvm)?;",
+        to: "let made = live.a.try_clone().map_err(|error| kernel_error(\"dup\", error))?;",
+        test: "stress kernel --seconds 50 --slow",
+    },
+    Mutant {
+        name: "the-count-before-the-generation",
+        file: "crates/mmu-source/src/kernel/armed.rs",
+        from: "        self.wait_for(settled)?;\n        Ok(ReadSeq(settled))",
+        to: "        self.wait_for(settled)?;\n        Ok(ReadSeq(self.settle()?))",
+        test: "stress kernel --seconds 50 --slow",
+    },
+    Mutant {
+        name: "looks-without-the-machine-that-follows",
+        file: "crates/mmu-source/src/kernel/wait.rs",
+        from: "if !self.is_over(state, header) {",
+        to: "if !self.is_over(state, header) && !self.has_b() {",
+        test: "stress kernel --seconds 50 --slow-one",
     },
 ];
 
@@ -193,20 +274,30 @@ enum Outcome {
 }
 
 fn run_test(tree: &Path, test: &str) -> Outcome {
-    let run = |program: &str, arguments: &[&str]| {
-        let mut command = Command::new(program);
-        command.args(arguments).args(test.split_whitespace());
+    let run = |words: String| {
+        let mut words = words.split_whitespace();
+        let mut command = Command::new(words.next().expect("a program"));
+        // A test that would be skipped catches nothing.
         command
+            .args(words)
             .current_dir(tree)
+            .env("MMUN_REQUIRE", "all")
             .env("CARGO_TARGET_DIR", tree.with_file_name("build"));
         let status = command.stdout(Stdio::null()).stderr(Stdio::null()).status();
         status.expect("cargo, and `timeout` of coreutils, run")
     };
-    if !run("cargo", &["test", "--quiet", "--no-run"]).success() {
+    let (build, test) = if test.starts_with(HUNT) {
+        let build = "cargo build --quiet --release -p stress".to_owned();
+        let program = tree.with_file_name("build/release");
+        (build, format!("{}/{test}", program.display()))
+    } else {
+        let build = format!("cargo test --quiet --no-run {test}");
+        (build, format!("cargo test --quiet {test}"))
+    };
+    if !run(build).success() {
         return Outcome::DoesNotCompile;
     }
-    let in_time = ["--kill-after=10", "900", "cargo", "test", "--quiet"];
-    match run("timeout", &in_time).code() {
+    match run(format!("timeout --kill-after=10 900 {test}")).code() {
         Some(0) => Outcome::Passes,
         // It says 124, or dies of its own SIGKILL.
         Some(124 | 137) | None => Outcome::DoesNotEnd,

@@ -5,16 +5,41 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::{fs, process, thread};
 
-/// A new cgroup (v2). It is removed with the value; its processes must have ended by then.
+/// A new cgroup (v2, or v1 with the freezer). It is removed with the value; its processes must have
+/// ended by then.
 #[derive(Debug)]
-pub struct Cgroup(PathBuf);
+pub struct Cgroup {
+    folder: PathBuf,
+    /// The file that freezes it, what freezes it there, and what lets it run.
+    freeze: (&'static str, &'static str, &'static str),
+    /// The file that says whether it is frozen, and what it says then.
+    frozen: (&'static str, &'static str),
+}
 
 impl Cgroup {
     /// Makes one below the root of the hierarchy. If that cannot be, it prints `SKIP test: reason`,
     /// the test being the one that runs in this thread.
     #[must_use]
     pub fn new_or_skip() -> Option<Cgroup> {
-        let new = Cgroup::new();
+        Self::or_skip(Cgroup::new(
+            |kind, _| kind == "cgroup2",
+            ("cgroup.freeze", "1", "0"),
+            ("cgroup.events", "frozen 1"),
+        ))
+    }
+
+    /// The same of the older hierarchy, whose freezer lets nothing stop the processes that it
+    /// holds.
+    #[must_use]
+    pub fn new_v1_or_skip() -> Option<Cgroup> {
+        Self::or_skip(Cgroup::new(
+            |kind, options| kind == "cgroup" && options.split(',').any(|one| one == "freezer"),
+            ("freezer.state", "FROZEN", "THAWED"),
+            ("freezer.state", "FROZEN"),
+        ))
+    }
+
+    fn or_skip(new: io::Result<Cgroup>) -> Option<Cgroup> {
         if let Err(error) = &new {
             println!(
                 "SKIP {}: no cgroup can be made: {error}",
@@ -24,24 +49,32 @@ impl Cgroup {
         new.ok()
     }
 
-    fn new() -> io::Result<Cgroup> {
+    fn new(
+        is_right: impl Fn(&str, &str) -> bool,
+        freeze: (&'static str, &'static str, &'static str),
+        frozen: (&'static str, &'static str),
+    ) -> io::Result<Cgroup> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let mounts = fs::read_to_string("/proc/self/mounts")?;
-        let mut fields = mounts.lines().map(|line| line.split(' '));
-        let root = fields.find_map(|mut line| {
-            let place = line.nth(1)?;
-            (line.next()? == "cgroup2").then(|| PathBuf::from(place))
+        let root = mounts.lines().find_map(|line| {
+            let mut fields = line.split(' ').skip(1);
+            let (place, kind, options) = (fields.next()?, fields.next()?, fields.next()?);
+            is_right(kind, options).then(|| PathBuf::from(place))
         });
-        let root = root.ok_or_else(|| io::Error::other("no cgroup2 is mounted"))?;
-        let group = root.join(format!(
+        let root = root.ok_or_else(|| io::Error::other("no such hierarchy is mounted"))?;
+        let folder = root.join(format!(
             "mmun-test-{}-{}",
             process::id(),
             NEXT.fetch_add(1, Ordering::Relaxed)
         ));
-        fs::create_dir(&group)?;
-        let group = Cgroup(group);
-        // Not of the hierarchy's root, and since Linux 5.2.
-        fs::metadata(group.0.join("cgroup.freeze"))?;
+        fs::create_dir(&folder)?;
+        let group = Cgroup {
+            folder,
+            freeze,
+            frozen,
+        };
+        // Not of the hierarchy's root, and since Linux 5.2 of v2.
+        fs::metadata(group.folder.join(freeze.0))?;
         Ok(group)
     }
 
@@ -50,7 +83,7 @@ impl Cgroup {
     /// # Errors
     /// Of the system.
     pub fn add(&self, pid: u32) -> io::Result<()> {
-        fs::write(self.0.join("cgroup.procs"), pid.to_string())
+        fs::write(self.folder.join("cgroup.procs"), pid.to_string())
     }
 
     /// Asks for its processes to be frozen; [`is_frozen`](Self::is_frozen) tells when they are.
@@ -58,7 +91,7 @@ impl Cgroup {
     /// # Errors
     /// Of the system.
     pub fn freeze(&self) -> io::Result<()> {
-        fs::write(self.0.join("cgroup.freeze"), "1")
+        fs::write(self.folder.join(self.freeze.0), self.freeze.1)
     }
 
     /// Lets its processes run again.
@@ -66,20 +99,20 @@ impl Cgroup {
     /// # Errors
     /// Of the system.
     pub fn thaw(&self) -> io::Result<()> {
-        fs::write(self.0.join("cgroup.freeze"), "0")
+        fs::write(self.folder.join(self.freeze.0), self.freeze.2)
     }
 
     /// Tells whether all of its processes are frozen.
     #[must_use]
     pub fn is_frozen(&self) -> bool {
-        fs::read_to_string(self.0.join("cgroup.events"))
-            .is_ok_and(|events| events.contains("frozen 1"))
+        fs::read_to_string(self.folder.join(self.frozen.0))
+            .is_ok_and(|text| text.contains(self.frozen.1))
     }
 }
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
         let _ = self.thaw();
-        let _ = fs::remove_dir(&self.0);
+        let _ = fs::remove_dir(&self.folder);
     }
 }

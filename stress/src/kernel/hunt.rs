@@ -4,9 +4,10 @@
 //! away in every way, and stamp what comes in their place with the next version: first the change,
 //! then a note that it is over, then the stamp. A reader looks at the notes, asks the source, looks
 //! into its cache, and asks the source again. If the source says that nothing changed, an entry
-//! older than the note is a stale read.
+//! older than the note is a stale read. One reader has a watch for each page instead.
 
 use mmu_notifier::{InvalidateRange, Notifier, Registration, Va, VaRange};
+use mmu_source::Watch;
 use mmu_source::kernel::{Armed, Kernel};
 use std::ffi::c_void;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -70,12 +71,14 @@ struct World {
     tally: Tally,
 }
 
-/// Hunts for so long, with numbers from `random`, a generator for each thread.
-pub(crate) fn hunt<R: FnMut(usize) -> usize + Send>(
+/// Hunts for so long, with numbers from `random`, a generator for each thread. Each thread that
+/// changes memory calls `enter` with its number first, and keeps the result until it ends.
+pub(crate) fn hunt<R: FnMut(usize) -> usize + Send, G>(
     kernel: &Arc<Kernel>,
     length: Duration,
     mutant: Mutant,
     mut random: impl FnMut() -> R,
+    enter: impl Fn(usize) -> G + Sync,
 ) -> Tally {
     let world = World::new();
     let cache = Cache {
@@ -85,13 +88,18 @@ pub(crate) fn hunt<R: FnMut(usize) -> usize + Send>(
     let cache = Registration::new(&mmu_source::current(), cache).expect("outside of brackets");
     thread::scope(|scope| {
         for half in 0..THREADS {
-            let (world, mut random) = (&world, random());
-            scope.spawn(move || world.change(half, &mut random));
+            let (world, enter, mut random) = (&world, &enter, random());
+            scope.spawn(move || {
+                let _guard = enter(half);
+                world.change(half, &mut random);
+            });
         }
         for _ in 0..THREADS {
             let (world, cache, mut random) = (&world, &*cache, random());
             scope.spawn(move || world.read(kernel, cache, mutant, &mut random));
         }
+        let (world, mut random) = (&world, random());
+        scope.spawn(move || world.watch(kernel, mutant, &mut random));
         let end = Instant::now() + length;
         while Instant::now() < end {
             thread::sleep(Duration::from_millis(20));
@@ -139,6 +147,10 @@ impl World {
 
     fn address(&self, page: usize) -> *mut c_void {
         ptr::with_exposed_provenance_mut(self.base + page * PAGE)
+    }
+
+    fn range(&self, page: usize) -> VaRange {
+        VaRange::covering(Va::new((self.base + page * PAGE) as u64), PAGE as u64).expect("a page")
     }
 
     fn map_file(&self, page: usize) {
@@ -286,15 +298,11 @@ impl World {
         mutant: Mutant,
         random: &mut impl FnMut(usize) -> usize,
     ) {
-        let page_range = |page: usize| {
-            VaRange::covering(Va::new((self.base + page * PAGE) as u64), PAGE as u64)
-                .expect("a page")
-        };
         let mut armed: Vec<Option<Armed>> = (0..PAGES).map(|_| None).collect();
         while !self.stop.load(Ordering::Relaxed) {
             let page = random(PAGES);
             if armed[page].is_none() {
-                armed[page] = Some(kernel.arm(page_range(page)).expect("armed"));
+                armed[page] = Some(kernel.arm(self.range(page)).expect("armed"));
             }
             for _ in 0..random(20) {
                 // ORDER: Acquire: this change is over, and everything below comes after it.
@@ -337,6 +345,35 @@ impl World {
             self.tally.retries.fetch_add(1, Ordering::Relaxed);
         } else {
             self.tally.fills.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Reads as above, each page with a watch.
+    fn watch(&self, kernel: &Arc<Kernel>, mutant: Mutant, random: &mut impl FnMut(usize) -> usize) {
+        let mut entries: [Option<(Watch, Option<u64>)>; PAGES] = [const { None }; PAGES];
+        while !self.stop.load(Ordering::Relaxed) {
+            let page = random(PAGES);
+            let (watch, entry) = entries[page].get_or_insert_with(|| {
+                let watch = kernel.watch(self.range(page));
+                (watch.expect("a virtual machine"), None)
+            });
+            for _ in 0..random(20) {
+                // ORDER: Acquire, as in `read`.
+                let over = self.over[page].load(Ordering::Acquire);
+                match *entry {
+                    Some(version) if mutant == Mutant::NoLook || watch.is_valid() => {
+                        self.tally.hits.fetch_add(1, Ordering::Relaxed);
+                        if version < over {
+                            self.tally.stale.fetch_add(1, Ordering::Relaxed);
+                        }
+                    }
+                    _ => {
+                        watch.renew().expect("a virtual machine");
+                        *entry = self.translate(page);
+                        self.tally.fills.fetch_add(1, Ordering::Relaxed);
+                    }
+                }
+            }
         }
     }
 

@@ -114,8 +114,14 @@ pub(super) fn range(start: u64, end: u64) -> VaRange {
 /// `base`; `None` if a look at the ring does not tell.
 ///
 /// It takes no lock, and touches one page more than the look at the generation. Taking one event in
-/// touches seven.
-pub(super) fn glimpse(glance: &Glance, range: VaRange, base: u64) -> Option<bool> {
+/// touches seven. `checked` is the position up to which earlier calls for this range have found
+/// every event elsewhere: each is looked at once.
+pub(super) fn glimpse(
+    glance: &Glance,
+    range: VaRange,
+    base: u64,
+    checked: &AtomicU64,
+) -> Option<bool> {
     // The kernel publishes a record's header by the producer's position, which this does not look
     // at: it relies on the stores of x86-64, which become visible in their order. Elsewhere the
     // number could be seen before the header, and the header of a record that lay there before be
@@ -130,8 +136,11 @@ pub(super) fn glimpse(glance: &Glance, range: VaRange, base: u64) -> Option<bool
     let few = now.checked_sub(taken).filter(|few| *few <= GLIMPSE)?;
     // Acquire: before the records. The fence below makes sure that it is still so.
     let from = progress.position.load(Ordering::Acquire);
+    let end = from + RECORD * few;
+    // Relaxed: what was found is so for good, for a position names one record. Positions only grow.
+    let mut at = checked.load(Ordering::Relaxed).max(from);
     let mut is_elsewhere = true;
-    for at in (0..few).map(|index| from + RECORD * index) {
+    while at < end {
         let word = |index: u64| glance.record(at + 8 * index);
         let number = word(3).load(Ordering::Relaxed);
         // What lay here before has a number that was taken in long ago: since then the ring has
@@ -151,12 +160,19 @@ pub(super) fn glimpse(glance: &Glance, range: VaRange, base: u64) -> Option<bool
             word(2).load(Ordering::Relaxed),
         );
         is_elsewhere &= number <= base || !event.overlaps(range);
+        at += RECORD;
     }
     // ORDER(source-glimpse): Acquire fence: the records were read before this look. If nothing has
     // been taken out, the kernel has written over none of them. Partner: the store in `pop`.
     // Weaker, half of a newer record could be taken for the one that was there.
     fence(Ordering::Acquire);
-    (progress.position.load(Ordering::Relaxed) == from).then_some(is_elsewhere)
+    if progress.position.load(Ordering::Relaxed) != from {
+        return None;
+    }
+    if is_elsewhere {
+        checked.store(at, Ordering::Relaxed);
+    }
+    Some(is_elsewhere)
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use mmu_notifier::MmWithUser;
 use mmu_source::process::{Done, Error, ExitStatus, Observer, Options, Task, Tracer};
-use testkit::{Cap, require};
+use testkit::{Cap, Cgroup, require};
 
 use crate::log::{Record, Recorder, hex, tracee};
 
@@ -441,6 +441,41 @@ fn a_parent_that_waits_in_vfork_is_let_go_of_without_waiting_for_its_child() {
     assert_eq!(line, "waited 0\n");
     assert_eq!(child.wait().expect("a status").code(), Some(0));
     fs::remove_file(path).expect("removed");
+}
+
+/// What the freezer of cgroup v1 holds cannot be stopped, and is not waited for.
+#[test]
+fn a_process_that_is_frozen_is_let_go_of_at_once() {
+    if !require(Cap::Ptrace) {
+        return;
+    }
+    let Some(group) = Cgroup::new_v1_or_skip() else {
+        return;
+    };
+    let (mut child, mut server) = start();
+    let pid = child.id();
+    group.add(pid).expect("it is moved");
+    group.freeze().expect("it is asked for");
+    while !group.is_frozen() {
+        thread::yield_now();
+    }
+    // As above.
+    let is_at_once = (0..20).any(|_| {
+        let took = within("letting go", move || {
+            let mut tracer = Tracer::new(Options::default(), Recorder::new()).expect("a tracer");
+            tracer.attach(pid as i32).expect("it can be attached to");
+            let begun = Instant::now();
+            let (_recorder, _keeper) = tracer.detach();
+            begun.elapsed()
+        });
+        took < Duration::from_secs(1)
+    });
+    // It goes on, untraced.
+    group.thaw().expect("it is let run");
+    server.go();
+    server.say("end");
+    assert!(child.wait().expect("a status").success());
+    assert!(is_at_once, "it waits for what is frozen");
 }
 
 #[test]

@@ -502,6 +502,7 @@ fn a_hunt_for_stale_reads_finds_none() {
         std::time::Duration::from_secs(5),
         hunt::Mutant::None,
         &mut random,
+        drop,
     );
     assert_eq!(tally.stale.into_inner(), 0);
     assert!(tally.hits.into_inner() > 0 && tally.changes.into_inner() > 0);
@@ -513,6 +514,7 @@ fn a_hunt_for_stale_reads_finds_none() {
             std::time::Duration::from_secs(1),
             hunt::Mutant::NoWait,
             &mut random,
+            drop,
         );
         tally.stale.into_inner() > 0
     };
