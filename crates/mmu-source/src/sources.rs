@@ -60,10 +60,10 @@ sources! {
     "process":
         "memory calls, fork, exec and exit of other processes",
         "before and after, the task stopped",
-        "what is no system call of a traced task",
+        "what is no system call of a traced task; of a huge page that a call splits, the rest",
         "allocate, lock and block; not wait for a stopped task",
         "two stops for each memory call",
-        "ptrace, Linux 5.3, x86-64 or aarch64";
+        "ptrace of programs that nothing else traces, themselves included (AddressSanitizer: LSAN_OPTIONS=detect_leaks=0), Linux 5.3, x86-64 or aarch64";
 }
 
 impl SourceInfo {

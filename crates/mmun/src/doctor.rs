@@ -116,8 +116,8 @@ fn as_text(
                     text.push_str(&format!("           try: {remedy}\n"));
                 }
             }
-            text.push_str(&format!("         needs: {}\n", source.info().needs));
         }
+        text.push_str(&format!("         needs: {}\n", source.info().needs));
         text.push_str(&format!("         sees: {}\n", source.info().sees));
         text.push_str(&format!("         misses: {}\n", source.info().misses));
         if !features.is_empty() {

@@ -25,6 +25,25 @@ fn can_run() -> bool {
     require(Cap::Root) && require(Cap::Kvm) && require(Cap::Bpf)
 }
 
+fn new_socket() -> PathBuf {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let name = format!(
+        "mmun-cli-broker-{}-{}",
+        std::process::id(),
+        NEXT.fetch_add(1, Relaxed)
+    );
+    std::env::temp_dir().join(name)
+}
+
+fn nobodys_group() -> String {
+    let groups = fs::read_to_string("/etc/group").unwrap();
+    let group = groups
+        .lines()
+        .find(|line| line.split(':').nth(2) == Some("65534"))
+        .expect("nobody has a group");
+    group.split(':').next().unwrap().to_owned()
+}
+
 /// A broker that serves the group of `nobody`, until it is dropped.
 struct Broker {
     child: Child,
@@ -33,25 +52,13 @@ struct Broker {
 
 impl Broker {
     fn start(options: &[&str]) -> Self {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let name = format!(
-            "mmun-cli-broker-{}-{}",
-            std::process::id(),
-            NEXT.fetch_add(1, Relaxed)
-        );
-        let socket = std::env::temp_dir().join(name);
-        let groups = fs::read_to_string("/etc/group").unwrap();
-        let group = groups
-            .lines()
-            .find(|line| line.split(':').nth(2) == Some("65534"))
-            .expect("nobody has a group");
-        let group = group.split(':').next().unwrap();
+        let socket = new_socket();
         let mut command = Command::new(env!("CARGO_BIN_EXE_mmun"));
         command
             .arg("broker")
             .arg("--socket")
             .arg(&socket)
-            .args(["--group", group])
+            .args(["--group", &nobodys_group()])
             .args(options);
         let child = command.spawn().unwrap();
         let broker = Self { child, socket };
@@ -240,6 +247,82 @@ fn a_passed_socket_is_served() {
     };
     let lack = lack(&broker.socket, NOBODY).expect("it is no member of a group that is served");
     assert!(lack.contains("does not serve this user"), "{lack}");
+}
+
+fn shipped(unit: &str) -> PathBuf {
+    let dist = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../dist");
+    dist.join(unit)
+}
+
+/// The units as they are shipped, but for the place of the program.
+#[test]
+fn systemd_finds_no_fault_with_the_units() {
+    if !require(Cap::Program("systemd-analyze")) {
+        return;
+    }
+    let folder = std::env::temp_dir().join(format!("mmun-cli-units-{}", std::process::id()));
+    fs::create_dir(&folder).unwrap();
+    let units = ["mmun-broker.socket", "mmun-broker.service"].map(|name| {
+        let text = fs::read_to_string(shipped(name)).unwrap();
+        let own = text.replace("/usr/bin/mmun", env!("CARGO_BIN_EXE_mmun"));
+        let unit = folder.join(name);
+        fs::write(&unit, own).unwrap();
+        unit
+    });
+    let control = folder.join("control.service");
+    fs::write(&control, "[Service]\nExecStart=/bin/sh\n").unwrap();
+    let [control, verified] = [vec![control], units.into()].map(|units| {
+        let mut command = Command::new("systemd-analyze");
+        command.arg("verify").args(&units);
+        within("systemd-analyze", move || command.output().unwrap())
+    });
+    fs::remove_dir_all(folder).unwrap();
+    if !control.status.success() {
+        let why = text(&control.stderr);
+        return println!("SKIP systemd_finds_no_fault_with_the_units: {why}");
+    }
+    let said = text(&verified.stderr);
+    let ours: Vec<&str> = said.lines().filter(|line| line.contains("mmun")).collect();
+    assert_eq!(ours, [""; 0]);
+    assert!(verified.status.success(), "{said}");
+}
+
+/// As `mmun-broker.socket` and `mmun-broker.service` start it: by the first client, with the
+/// socket that systemd has opened, for the members of a group, with the capabilities of the unit.
+#[test]
+fn the_first_client_starts_the_broker_at_the_socket_of_systemd() {
+    if !can_run() || !require(Cap::Program("systemd-socket-activate")) {
+        return;
+    }
+    let unit = fs::read_to_string(shipped("mmun-broker.service")).unwrap();
+    let kept = unit
+        .lines()
+        .find_map(|line| line.strip_prefix("CapabilityBoundingSet="))
+        .expect("the unit keeps few capabilities");
+    let kept = kept.to_lowercase().replace("cap_", "+").replace(' ', ",");
+    let socket = new_socket();
+    let mut command = Command::new("systemd-socket-activate");
+    command.args(["--seqpacket", "--listen"]).arg(&socket);
+    command.args(["setpriv", "--no-new-privs", "--bounding-set"]);
+    command.arg(format!("-all,{kept}"));
+    command.arg(env!("CARGO_BIN_EXE_mmun"));
+    command.args(["broker", "--group", &nobodys_group()]);
+    let child = command.spawn().unwrap();
+    let broker = Broker { child, socket };
+    let begun = Instant::now();
+    while !broker.socket.exists() {
+        assert!(begun.elapsed() < Duration::from_secs(60), "no socket");
+    }
+    // What `SocketGroup=` and `SocketMode=` say.
+    std::os::unix::fs::chown(&broker.socket, None, Some(NOBODY)).unwrap();
+    fs::set_permissions(&broker.socket, fs::Permissions::from_mode(0o660)).unwrap();
+    let running = format!("/proc/{}/comm", broker.child.id());
+    assert_eq!(fs::read_to_string(&running).unwrap(), "systemd-socket-\n");
+    wait_for_a_place(&broker.socket);
+    assert_eq!(fs::read_to_string(&running).unwrap(), "mmun\n");
+    const STRANGER: u32 = 61_234;
+    let lack = lack(&broker.socket, STRANGER).expect("the socket is not its own");
+    assert!(lack.contains("Permission denied"), "{lack}");
 }
 
 #[test]

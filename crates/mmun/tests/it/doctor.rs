@@ -152,11 +152,7 @@ fn people_read_the_same() {
             page.contains(info.sees) && page.contains(info.misses),
             "{info:?}: {page}"
         );
-        assert_eq!(
-            page.contains(&format!("needs: {}\n", info.needs)),
-            row["usable"] == false,
-            "{page}"
-        );
+        assert!(page.contains(&format!("needs: {}\n", info.needs)), "{page}");
         for remedy in row["remedy"]
             .as_str()
             .into_iter()

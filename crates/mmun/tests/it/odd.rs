@@ -528,3 +528,62 @@ fn holds(records: &[Value]) {
     assert!(deep * 2 > stacks.len(), "{deep} of {}", stacks.len());
     assert!(Path::new(records[0]["program"].as_str().unwrap()).is_absolute());
 }
+
+/// Looking for leaks, such a program traces itself, and there can be one tracer. What the help
+/// says is the way out.
+#[test]
+fn a_program_that_looks_for_leaks_fails_under_a_trace_unless_told_not_to() {
+    if !require(Cap::Program("gcc")) {
+        return;
+    }
+    let source = "int main() { return 7; }";
+    let Some(program) = Program::try_new("gcc", source, "odd.c", &["-fsanitize=address"]) else {
+        println!("SKIP odd::a_program_that_looks_for_leaks: gcc has no AddressSanitizer");
+        return;
+    };
+    let ends = |mut command: Command, options: &str| {
+        command.env("LSAN_OPTIONS", options).arg(&program.0);
+        within("the program", move || command.output().unwrap())
+    };
+    let traced = |options| {
+        let mut command = trace();
+        command.args(["-o", "/dev/null"]);
+        ends(command, options)
+    };
+    if ends(Command::new("env"), "").status.code() != Some(7) {
+        // In a container that forbids ptrace, or under a tracer.
+        println!("SKIP odd::a_program_that_looks_for_leaks: it fails untraced");
+        return;
+    }
+    let output = traced("");
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("LeakSanitizer"), "{said}");
+    let output = traced("detect_leaks=0");
+    assert_eq!(output.status.code(), Some(7), "{}", text(&output.stderr));
+}
+
+/// Where each limit stands.
+#[test]
+fn limits_stand_in_the_help_in_doctor_and_in_the_documents() {
+    let run = |args: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_mmun")).args(args).output();
+        text(&output.unwrap().stdout).to_owned()
+    };
+    let documents = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/sources.md");
+    let documents = fs::read_to_string(documents).unwrap();
+    let (help, man) = (run(&["trace", "--help"]), run(&["man"]));
+    for limit in ["detect_leaks=0", "CLONE_PTRACE"] {
+        assert!(help.contains(limit) && documents.contains(limit), "{limit}");
+        assert!(man.contains(limit), "{limit}");
+    }
+    let doctor = run(&["doctor"]);
+    for limit in ["detect_leaks=0", "huge page that a call splits"] {
+        assert!(
+            doctor.contains(limit) && documents.contains(limit),
+            "{limit}"
+        );
+    }
+    // Of a program's own filter that asks for a tracer (`SECCOMP_RET_TRACE`).
+    assert!(documents.contains("SECCOMP_RET_TRACE"));
+}
