@@ -13,7 +13,7 @@ const CRATES: &[(&str, &[&str], &[&str])] = &[
     ),
     (
         "regcache",
-        &["", "hook", "kernel", "uring"],
+        &["", "hook", "kernel", "uring", "vfio"],
         &["iced-x86", "mmu-source"],
     ),
 ];

@@ -50,7 +50,7 @@ fn main() -> Result<(), Failure> {
         };
         let length = u32::from_ne_bytes(answer[12..16].try_into()?);
         // Every tenth answer gets a new buffer, often where the last one was.
-        if number.is_multiple_of(10) {
+        if number % 10 == 0 {
             drop(std::mem::take(&mut buffer));
             buffer = vec![0; length as usize];
         }

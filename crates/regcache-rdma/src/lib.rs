@@ -68,14 +68,18 @@
 #![deny(unsafe_code)]
 
 #[cfg(feature = "verbs")]
+mod error;
+#[cfg(feature = "verbs")]
 mod odp;
 #[cfg(feature = "verbs")]
 mod rdma;
 
 #[cfg(feature = "verbs")]
+pub use error::Error;
+#[cfg(feature = "verbs")]
 pub use odp::OnDemand;
 #[cfg(feature = "verbs")]
-pub use rdma::{Access, Error, Rdma};
+pub use rdma::{Access, Rdma};
 
 /// The README's examples must run.
 #[cfg(all(doctest, feature = "verbs"))]

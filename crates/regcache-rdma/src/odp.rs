@@ -8,7 +8,7 @@
     reason = "sideway does not say what paging a device has; see the Safety section"
 )]
 
-use crate::Error;
+use crate::error::Error;
 use rdma_mummy_sys::{ibv_device_attr_ex, ibv_query_device_ex};
 use sideway::ibverbs::device_context::DeviceContext;
 use sideway::ibverbs::protection_domain::ProtectionDomain;

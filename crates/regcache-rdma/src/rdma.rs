@@ -8,13 +8,14 @@
     reason = "memory is registered by address; see the Safety section"
 )]
 
-use crate::OnDemand;
+use crate::error::Error;
+use crate::odp::OnDemand;
 use mmu_notifier::{PAGE_SIZE, VaRange};
 use regcache::{Cause, Registrar};
 use sideway::ibverbs::memory_region::{MemoryRegion, RegisterMemoryRegionErrorKind};
 use sideway::ibverbs::protection_domain::ProtectionDomain;
+use std::io;
 use std::sync::Arc;
-use std::{fmt, io};
 
 /// What a device may do with registered memory: the flags of `ibv_reg_mr`.
 ///
@@ -108,50 +109,6 @@ impl Registrar for Rdma {
             // EFAULT.
             Some(14) => Cause::NotMapped,
             _ => Cause::Other,
-        }
-    }
-}
-
-/// Why memory could not be registered.
-#[derive(Debug)]
-#[non_exhaustive]
-pub enum Error {
-    /// `ibv_reg_mr` failed.
-    Register {
-        /// What it said.
-        source: io::Error,
-    },
-    /// The device could not be asked.
-    Query {
-        /// What `ibv_query_device_ex` said.
-        source: io::Error,
-    },
-    /// Remote writes and atomics need local writes.
-    Access,
-    /// The device has no on-demand paging.
-    OnDemand,
-}
-
-impl fmt::Display for Error {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Register { source } => match source.raw_os_error() {
-                Some(12) => "ibv_reg_mr: no memory; the limit of locked memory may be reached ('ulimit -l' shows it)",
-                Some(14) => "ibv_reg_mr: not all of the range is mapped, or not for writing",
-                _ => "ibv_reg_mr failed",
-            },
-            Self::Query { .. } => "ibv_query_device_ex failed",
-            Self::Access => "remote writes and atomics need Access::LocalWrite too",
-            Self::OnDemand => "the device has no on-demand paging; 'ibv_devinfo -v' shows what it has",
-        })
-    }
-}
-
-impl std::error::Error for Error {
-    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        match self {
-            Self::Register { source } | Self::Query { source } => Some(source),
-            Self::Access | Self::OnDemand => None,
         }
     }
 }

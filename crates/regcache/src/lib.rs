@@ -84,7 +84,8 @@
 //!
 //! # Features
 //! `hook` and `kernel` re-export `mmu_source` with the source of that name, `kernel` adds
-//! `Options::kernel`, `uring` the registrar `Uring`. All are on by default.
+//! `Options::kernel`, `uring` the registrar `Uring`. These are on by default. `vfio`, which is not,
+//! adds the registrar `Vfio`, for devices that the program drives itself.
 //!
 //! # Environment
 //! `REGCACHE_NO_MEMBARRIER`, if set when the first cache is opened, makes it do without
@@ -113,6 +114,9 @@ mod sync;
 #[cfg(feature = "uring")]
 #[expect(unsafe_code, reason = "system calls that take pointers")]
 mod uring;
+#[cfg(feature = "vfio")]
+#[expect(unsafe_code, reason = "system calls that take pointers")]
+mod vfio;
 mod walk;
 
 /// The crate of the sources, with those that this crate's features name.
@@ -129,6 +133,8 @@ pub use registrar::{Cause, Registrar};
 pub use stats::Stats;
 #[cfg(feature = "uring")]
 pub use uring::{FixedBuffer, Uring};
+#[cfg(feature = "vfio")]
+pub use vfio::{DmaAccess, DmaMapping, Vfio};
 
 /// The README's examples must run.
 #[cfg(all(doctest, feature = "hook", feature = "uring"))]

@@ -1,6 +1,7 @@
 //! Capability probes.
 
 use std::io;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::{env, fs, thread};
 
@@ -26,6 +27,8 @@ pub enum Cap {
     Userfaultfd,
     /// A device that does RDMA, and the library that reaches it.
     Rdma,
+    /// The emulator's teaching device behind an IOMMU, bound to `vfio-pci`.
+    Vfio,
     /// Being root, to become somebody else.
     Root,
     /// Mounts of one's own: CAP_SYS_ADMIN, which containers withhold also from root.
@@ -139,6 +142,7 @@ fn probe(cap: Cap) -> Result<(), String> {
         Cap::IoUring => io_uring().map_err(|error| format!("io_uring: {error}")),
         Cap::Userfaultfd => userfaultfd().map_err(|error| format!("userfaultfd: {error}")),
         Cap::Rdma => rdma(),
+        Cap::Vfio => edu().map(drop),
         Cap::Numa => match fs::metadata("/sys/devices/system/node/node0") {
             Ok(_) => Ok(()),
             Err(error) => Err(format!("no NUMA support: {error}")),
@@ -180,6 +184,29 @@ fn rdma() -> Result<(), String> {
     } else {
         Ok(())
     }
+}
+
+/// Finds QEMU's device `edu` among those that are bound to `vfio-pci`; returns its folder in sysfs.
+///
+/// # Errors
+/// Why it cannot be used, in words for a person.
+pub fn edu() -> Result<PathBuf, String> {
+    fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/vfio/vfio")
+        .map_err(|error| format!("/dev/vfio/vfio: {error}"))?;
+    let bound = "/sys/bus/pci/drivers/vfio-pci";
+    let devices = fs::read_dir(bound).map_err(|error| format!("{bound}: {error}"))?;
+    let is = |folder: &Path, name, value| {
+        fs::read_to_string(folder.join(name)).is_ok_and(|text| text.trim() == value)
+    };
+    let mut folders = devices.filter_map(|entry| Some(entry.ok()?.path()));
+    folders
+        .find(|folder| is(folder, "vendor", "0x1234") && is(folder, "device", "0x11e8"))
+        .ok_or_else(|| {
+            "QEMU's device edu is not bound to vfio-pci: 'cargo xtask guest' has it".to_owned()
+        })
 }
 
 /// Makes an array of one value, on a kernel whose BPF is enough for the source `kernel`.

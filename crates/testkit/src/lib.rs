@@ -20,7 +20,7 @@ mod program;
 mod signals;
 
 pub use alloc::Counting;
-pub use cap::{Cap, PYTHON, has_optional_program, is_guest, require, rounds};
+pub use cap::{Cap, PYTHON, edu, has_optional_program, is_guest, require, rounds};
 pub use cgroup::Cgroup;
 pub use child::in_child;
 pub use program::{copy_program, write_program};

@@ -13,9 +13,11 @@ mount -t tmpfs tmpfs /run
 mount -t tracefs tracefs /sys/kernel/tracing
 mount --bind "$MODULES" /lib/modules
 grep -qw vmx /proc/cpuinfo && kvm=kvm-intel || kvm=kvm-amd
-for module in virtio_blk ext4 $kvm rdma_rxe ib_uverbs rdma_ucm dummy vfio-pci; do
+for module in virtio_blk ext4 $kvm rdma_rxe ib_uverbs rdma_ucm dummy vfio_iommu_type1 vfio-pci; do
     modprobe -q "$module"
 done
+# The emulator's teaching device, for a test to drive through VFIO.
+echo 1234 11e8 >/sys/bus/pci/drivers/vfio-pci/new_id
 
 # A virtual machine that stays. The first one and the last one patch the scheduler's code (a static key), and with two threads
 # the emulator can run into the breakpoint that the kernel puts there meanwhile, and has already taken out.

@@ -132,12 +132,6 @@ const ALLOWED: &[Allowed] = &[
         "a lease gives itself back to its cache",
     ),
     (
-        "regcache-rdma",
-        "odp",
-        "rdma",
-        "both fail with the crate's one error type",
-    ),
-    (
         "srcu",
         "raw",
         "grace",

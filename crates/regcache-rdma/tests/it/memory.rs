@@ -246,10 +246,8 @@ pub(crate) fn with_child(act: impl FnOnce()) {
     // SAFETY: the child is not reaped yet.
     assert_eq!(unsafe { libc::kill(child, libc::SIGKILL) }, 0);
     // SAFETY: no status is asked for.
-    assert_eq!(
-        unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) },
-        child
-    );
+    let reaped = unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
+    assert_eq!(reaped, child);
 }
 
 /// This program anew, to run one test in a process of its own. A fork would not do: another test's

@@ -1,5 +1,6 @@
 //! Reads and writes through leases while the memory changes under them. `REGCACHE_RDMA_SECONDS`
-//! says for how long.
+//! says for how long at least: a run also goes on until it has compared enough, however little of
+//! a processor it gets.
 
 use crate::endpoint::{Endpoint, Place, connected};
 use crate::memory::{Lab, PAGE, Source, advise, map, map_file, map_over, peek, poke, range};
@@ -9,6 +10,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::thread;
 use std::time::{Duration, Instant};
 
+/// A run that takes longer is one that hangs.
+const PATIENCE: Duration = Duration::from_secs(200);
+/// How many transfers a run must have compared before it may end.
+const ENOUGH: u64 = 50;
 /// How many threads transfer, and how many change memory.
 const TRANSFERS: usize = 2;
 const CHANGERS: usize = 2;
@@ -53,7 +58,7 @@ impl Buffer {
                 let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
                 fallocate(file, how, 0, (PAGES * PAGE) as u64).unwrap();
             }
-            None if round.is_multiple_of(2) => map_over(self.address, PAGES),
+            None if round % 2 == 0 => map_over(self.address, PAGES),
             None => advise(self.address, PAGES, libc::MADV_DONTNEED),
         }
         poke(self.address, byte(stamp));
@@ -61,23 +66,43 @@ impl Buffer {
     }
 }
 
-/// What the threads saw.
+/// What the threads saw, and when they shall stop.
 #[derive(Debug, Default)]
 struct Totals {
-    compared: u64,
-    stale: u64,
+    /// Transfers that were tried.
+    tried: AtomicU64,
+    /// Those whose buffer stayed the same meanwhile.
+    compared: AtomicU64,
+    /// Those that had another byte than the buffer.
+    stale: AtomicU64,
+    over: AtomicBool,
+}
+
+impl Totals {
+    /// Waits until each transferring thread has had time for some whole transfers. Not for a time:
+    /// where a transfer takes longer than it, none would ever meet a buffer at rest.
+    fn rest(&self) {
+        let until = self.tried.load(SeqCst) + 4 * TRANSFERS as u64;
+        while self.tried.load(SeqCst) < until && !self.over.load(SeqCst) {
+            // Nothing wakes it: who transfers has better things to do.
+            thread::park_timeout(Duration::from_millis(1));
+        }
+    }
+}
+
+/// Ends the run also if a thread panics.
+struct EndsAll<'a>(&'a AtomicBool);
+
+impl Drop for EndsAll<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, SeqCst);
+    }
 }
 
 /// Reads from and writes to random buffers. A result counts if the buffer stayed the same from
 /// before the look-up until after it was looked at.
-fn transfer(
-    lab: &Lab,
-    end: &mut Endpoint,
-    number: usize,
-    buffers: &[Buffer],
-    over: &AtomicBool,
-) -> Totals {
-    let mut totals = Totals::default();
+fn transfer(lab: &Lab, end: &mut Endpoint, number: usize, buffers: &[Buffer], totals: &Totals) {
+    let _end = EndsAll(&totals.over);
     let local = map(1);
     let own = lab.cache.get(range(local, 1)).unwrap();
     let place = Place {
@@ -85,7 +110,8 @@ fn transfer(
         key: own.handle().lkey(),
     };
     let mut random = 0x9e37_79b9_u64 + number as u64;
-    while !over.load(SeqCst) {
+    while !totals.over.load(SeqCst) {
+        totals.tried.fetch_add(1, SeqCst);
         random = random
             .wrapping_mul(6_364_136_223_846_793_005)
             .wrapping_add(1);
@@ -125,38 +151,39 @@ fn transfer(
             (peek(mine), value)
         };
         let is_current = lease.is_current();
-        if before.is_multiple_of(2) && buffer.stamp.load(SeqCst) == before && is_current {
-            totals.compared += 1;
-            totals.stale += u64::from(found != wanted);
+        if before % 2 == 0 && buffer.stamp.load(SeqCst) == before && is_current {
+            totals.compared.fetch_add(1, SeqCst);
+            totals.stale.fetch_add(u64::from(found != wanted), SeqCst);
         }
     }
-    totals
 }
 
-fn torture(source: Source, time: Duration) -> Option<Totals> {
+/// Tortures for at least that time, and until `is_enough`.
+fn torture(
+    source: Source,
+    time: Duration,
+    is_enough: impl Fn(&Totals) -> bool + Sync,
+) -> Option<Totals> {
     let lab = Lab::new(source)?;
     let buffers: Vec<Buffer> = (0..BUFFERS).map(Buffer::new).collect();
-    let over = AtomicBool::new(false);
-    let totals = thread::scope(|scope| {
-        let transfers: Vec<_> = (0..TRANSFERS)
-            .map(|number| {
-                let (mut end, peer) =
-                    connected(&lab.context, lab.device.registrar().domain()).unwrap();
-                let (lab, buffers, over) = (&lab, &buffers, &over);
-                scope.spawn(move || {
-                    let totals = transfer(lab, &mut end, number, buffers, over);
-                    drop(peer);
-                    totals
-                })
-            })
-            .collect();
-        for number in 0..CHANGERS {
-            let (buffers, over) = (&buffers, &over);
+    let totals = Totals::default();
+    let begin = Instant::now();
+    thread::scope(|scope| {
+        let (lab, buffers, totals, is_enough) = (&lab, &buffers, &totals, &is_enough);
+        for number in 0..TRANSFERS {
+            let (mut end, peer) = connected(&lab.context, lab.device.registrar().domain()).unwrap();
             scope.spawn(move || {
-                let begin = Instant::now();
+                transfer(lab, &mut end, number, buffers, totals);
+                drop(peer);
+            });
+        }
+        for number in 0..CHANGERS {
+            scope.spawn(move || {
+                let _end = EndsAll(&totals.over);
                 for round in 0.. {
-                    if begin.elapsed() > time {
-                        over.store(true, SeqCst);
+                    let took = begin.elapsed();
+                    let is_over = took > time && is_enough(totals) || took > PATIENCE;
+                    if is_over || totals.over.load(SeqCst) {
                         break;
                     }
                     buffers
@@ -164,21 +191,16 @@ fn torture(source: Source, time: Duration) -> Option<Totals> {
                         .skip(number)
                         .step_by(CHANGERS)
                         .for_each(|buffer| buffer.change(round));
-                    // Between rounds the buffers rest, so that some are hit: as long as a few
-                    // transfers take.
-                    thread::park_timeout(Duration::from_millis(5));
+                    totals.rest();
                 }
             });
         }
-        transfers
-            .into_iter()
-            .map(|thread| thread.join().unwrap())
-            .fold(Totals::default(), |sum, one| Totals {
-                compared: sum.compared + one.compared,
-                stale: sum.stale + one.stale,
-            })
     });
-    println!("{source:?}: {totals:?}; {}", lab.cache.stats());
+    println!(
+        "{source:?}: {totals:?} in {:?}; {}",
+        begin.elapsed(),
+        lab.cache.stats()
+    );
     Some(totals)
 }
 
@@ -188,12 +210,15 @@ fn under_torture_no_byte_is_stale_and_without_a_source_some_are() {
         .ok()
         .and_then(|seconds| seconds.parse().ok())
         .unwrap_or(3);
-    let Some(control) = torture(Source::Nothing, Duration::from_secs(2)) else {
+    let found = |totals: &Totals| totals.stale.load(SeqCst) > 0;
+    let Some(control) = torture(Source::Nothing, Duration::ZERO, found) else {
         return;
     };
-    assert!(control.stale > 0, "{control:?}");
-    let Some(totals) = torture(Source::Kernel, Duration::from_secs(seconds)) else {
+    assert!(found(&control), "{control:?}");
+    let time = Duration::from_secs(seconds);
+    let enough = |totals: &Totals| totals.compared.load(SeqCst) >= ENOUGH;
+    let Some(totals) = torture(Source::Kernel, time, enough) else {
         return;
     };
-    assert!(totals.stale == 0 && totals.compared > 0, "{totals:?}");
+    assert!(!found(&totals) && enough(&totals), "{totals:?}");
 }

@@ -75,19 +75,23 @@ pub(super) const ARCH: Arch = Arch {
         ("/etc/libibverbs.d/rxe.driver", "ibverbs-providers"),
     ],
     board: |accelerator| {
+        // An IOMMU that guards interrupts needs the interrupt controller in the emulator, even if
+        // the rest of the machine is the host's KVM.
         let processor = match accelerator {
-            Accelerator::Kvm => ["-accel", "kvm", "-cpu", "host"],
+            Accelerator::Kvm => ["-accel", "kvm,kernel-irqchip=split", "-cpu", "host"],
             Accelerator::Emulation => ["-accel", "tcg,thread=multi", "-cpu", "max"],
         };
-        ["-M", "pc"]
+        ["-M", "q35"]
             .into_iter()
             .chain(processor)
+            // And a device that copies memory, for VFIO.
+            .chain(["-device", "intel-iommu", "-device", "edu"])
             .map(str::to_owned)
             .collect()
     },
     // The kernel tries the timer's interrupt while it boots, against a clock that runs on when the
     // host is busy: under load it finds none, and hangs.
-    parameters: "console=ttyS0 no_timer_check",
+    parameters: "console=ttyS0 no_timer_check intel_iommu=on",
     line: (&["-serial", "chardev:line"], "ttyS1"),
     foreign: None,
 };
