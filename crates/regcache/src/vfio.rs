@@ -119,6 +119,21 @@ const INFO_CAPS: u32 = 2;
 /// first address and the last.
 const CAP_IOVA_RANGES: u32 = 1;
 
+/// Makes a control call.
+///
+/// # Safety
+/// `CALL` must take a pointer to a `T`, with the length in its `argsz`, of which any bytes that the
+/// kernel writes are a value. What it does to memory must be allowed.
+unsafe fn control<const CALL: Opcode, T>(
+    container: &OwnedFd,
+    argument: &mut T,
+) -> Result<(), Errno> {
+    // SAFETY: the caller's duty.
+    let call = unsafe { Updater::<CALL, T>::new(argument) };
+    // SAFETY: the caller's duty.
+    unsafe { ioctl(container, call) }
+}
+
 impl Vfio {
     /// A registrar for the devices of `container`, which uses I/O virtual addresses out of
     /// `addresses`, except those that the IOMMU cannot translate.
@@ -162,7 +177,7 @@ impl Vfio {
         };
         // SAFETY: the call fills in as much of a `struct vfio_iommu_type1_info` as `argsz` says,
         // and any bytes are a value of it.
-        unsafe { ioctl(&container, Updater::<GET_INFO, Info>::new(&mut info)) }?;
+        unsafe { control::<GET_INFO, _>(&container, &mut info) }?;
         let free: BTreeMap<u64, u64> = info
             .translated()
             .into_iter()
@@ -216,7 +231,7 @@ impl Vfio {
 impl Info {
     /// The addresses that the IOMMU translates: all, if the kernel does not say.
     fn translated(&self) -> Vec<Range<u64>> {
-        let everything = vec![0..u64::MAX];
+        let everything = vec![0..u64::MAX; 1];
         if self.flags & INFO_CAPS == 0 {
             return everything;
         }
@@ -272,10 +287,10 @@ impl Registrar for Vfio {
             iova,
             size: mapping.size(),
         };
-        // SAFETY: the call reads a `struct vfio_iommu_type1_dma_map`; the kernel refuses memory that
-        // is not mapped, or not for writing if the devices are to write, and pins the rest. What
-        // the devices do with it is the duty of `new`'s caller.
-        match unsafe { ioctl(&self.container, Updater::<MAP_DMA, Map>::new(&mut map)) } {
+        // SAFETY: the call reads a `struct vfio_iommu_type1_dma_map`; the kernel refuses memory
+        // that is not mapped, or not for writing if the devices are to write, and pins the rest.
+        // What the devices do with it is the duty of `new`'s caller.
+        match unsafe { control::<MAP_DMA, _>(&self.container, &mut map) } {
             Ok(()) => Ok(mapping),
             Err(error) => {
                 self.give(iova, mapping.size());
@@ -293,12 +308,7 @@ impl Registrar for Vfio {
             size,
         };
         // SAFETY: the call reads and writes a `struct vfio_iommu_type1_dma_unmap`.
-        let unmapped = unsafe {
-            ioctl(
-                &self.container,
-                Updater::<UNMAP_DMA, Unmap>::new(&mut unmap),
-            )
-        };
+        let unmapped = unsafe { control::<UNMAP_DMA, _>(&self.container, &mut unmap) };
         // When it returns, no device can use the addresses any more: they may be given out anew.
         // Where it fails they are not used again, and the mapping goes with the container.
         if unmapped.is_ok() && unmap.size == size {
@@ -372,6 +382,7 @@ mod tests {
         let expected = [0..0xfee0_0000, 0xfef0_0000..0x80_0000_0000];
         assert_eq!(info.translated(), expected);
         info.flags = 0;
-        assert_eq!(info.translated(), [0..u64::MAX]);
+        let all = 0..u64::MAX;
+        assert_eq!(info.translated(), vec![all; 1]);
     }
 }

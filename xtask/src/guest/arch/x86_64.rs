@@ -49,15 +49,16 @@ pub(super) const ARCH: Arch = Arch {
             "kernel source",
             "test -p mmu-source --lib --test it -- kernel --skip broker",
         ),
-        ("kernel cache", "test -p regcache --test it -- kernel uring"),
+        (
+            "kernel cache",
+            "test -p regcache --features vfio --test it -- kernel uring",
+        ),
+        ("VFIO", "test -p regcache --features vfio --test vfio"),
         (
             "coverage",
             "test -p mmun --test it -- coverage::the_kernel_misses_nothing",
         ),
-        (
-            "RDMA",
-            "test -p regcache-rdma --features verbs --test it -- --skip torture --skip a_peer_that_is_killed",
-        ),
+        ("RDMA", "test -p regcache-rdma --features verbs --test it"),
         ("stress kernel", "run -p stress -- kernel --seconds 5"),
         (
             "trace",
