@@ -2,7 +2,7 @@
 //! fuzzer's bytes.
 #![no_main]
 
-#[path = "../../crates/mmu-notifier/src/interval/tree.rs"]
+#[path = "../../crates/mmu-notifier/src/mm/intervals/tree.rs"]
 mod tree;
 
 use libfuzzer_sys::fuzz_target;

@@ -68,7 +68,7 @@ const MUTANTS: &[Mutant] = &[
     },
     Mutant {
         name: "a-second-pass-is-freed-in-its-bracket",
-        file: "crates/mmu-notifier/src/interval/finish.rs",
+        file: "crates/mmu-notifier/src/mm/intervals/finish.rs",
         from: "        unsafe { mm.subscriptions().srcu().call_raw_dropping(head, free) };",
         to: "        unsafe { free(head) };",
         test: "-p mmu-source --test hook a_second_pass_runs_in_the_middle_of_free",
@@ -103,7 +103,7 @@ const MUTANTS: &[Mutant] = &[
     },
     Mutant {
         name: "a-removed-insert-stays-counted",
-        file: "crates/mmu-notifier/src/interval/window.rs",
+        file: "crates/mmu-notifier/src/mm/intervals.rs",
         from: "            state.deferred_inserts -= 1;\n        }\n        let surplus",
         to: "        }\n        let surplus",
         test: "-p mmu-notifier --lib interval",
@@ -117,7 +117,7 @@ const MUTANTS: &[Mutant] = &[
     },
     Mutant {
         name: "one-wake-up-is-enough",
-        file: "crates/mmu-notifier/src/interval/window.rs",
+        file: "crates/mmu-notifier/src/mm/intervals.rs",
         from: "while state.invalidate_seq == seq {",
         to: "if state.invalidate_seq == seq {",
         test: "-p mmu-notifier --lib interval",

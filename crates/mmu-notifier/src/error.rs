@@ -1,10 +1,8 @@
-//! The errors of this crate.
+//! The errors of `get`, and what errors that hand a value back have in common.
 
-use crate::{Notifier, Registration};
+use crate::WouldDeadlock;
 use std::error::Error;
 use std::fmt;
-
-pub use srcu::WouldDeadlock;
 
 /// A notifier has the maximum number of users, 2^32 - 1. Put one and try again.
 ///
@@ -70,50 +68,6 @@ impl<E: Error + 'static> Error for GetError<E> {
     }
 }
 
-/// A notifier that could not be registered, and the reason. It comes back unchanged, and no
-/// callback has run in it. `?` turns the error into [`WouldDeadlock`] and drops the notifier.
-///
-/// # Source
-/// The errors of `mmu_notifier_register`, Linux 5.15. Differs: the notifier is not left half set
-/// up; no EINTR and no ENOMEM.
-///
-/// # Examples
-/// ```
-/// use mmu_notifier::{Event, MmWithUser, Notifier, Registration, VaRange};
-///
-/// struct Table(u64);
-/// impl Notifier for Table {}
-///
-/// let mm = MmWithUser::new();
-/// let bracket = mm.invalidate(VaRange::ALL, Event::Clear);
-/// let refused = Registration::new(&mm, Table(7)).err().expect("it would wait for the bracket of this thread");
-/// drop(bracket);
-/// let table = Registration::new(&mm, refused.notifier)?;
-/// assert_eq!(table.0, 7);
-/// # Ok::<(), mmu_notifier::WouldDeadlock>(())
-/// ```
-#[non_exhaustive]
-pub struct RegisterError<N> {
-    /// The reason.
-    pub error: WouldDeadlock,
-    /// The notifier, for another try.
-    pub notifier: N,
-}
-
-/// A registration that could not be taken back here, and the reason. See
-/// [`Registration::unregister`] for an example. `?` turns the error into [`WouldDeadlock`] and
-/// drops the registration, which is a put.
-///
-/// # Source
-/// None: the kernel's `mmu_notifier_unregister` hangs in this case.
-#[non_exhaustive]
-pub struct UnregisterError<N: Notifier> {
-    /// The reason.
-    pub error: WouldDeadlock,
-    /// The registration, which is still good.
-    pub registration: Registration<N>,
-}
-
 /// For errors that hand a value back. In a function that returns [`WouldDeadlock`], `?` keeps the
 /// reason and drops the value.
 macro_rules! carries_a_value {
@@ -143,6 +97,3 @@ macro_rules! carries_a_value {
 }
 
 pub(crate) use carries_a_value;
-
-carries_a_value!(RegisterError<N: Notifier>);
-carries_a_value!(UnregisterError<N: Notifier>);

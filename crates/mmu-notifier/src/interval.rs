@@ -23,23 +23,19 @@
 //! * If the bracket takes the lock first, the reader finds another sequence and retries. Its next
 //!   `read_begin` waits until the last window has closed, so the new look-up follows the change.
 //!
-//! `window` holds the shared sequence, `tree` the intervals by range.
+//! `mm/intervals.rs` holds the shared sequence and the tree of the intervals by range.
 
 mod error;
-mod finish;
 mod node;
 pub(crate) mod raw;
-mod tree;
-mod window;
 
+pub use crate::mm::intervals::Finish;
 pub use error::{InsertError, RemoveError, Retry};
-pub use finish::Finish;
-pub(crate) use window::{Intervals, Window};
 
+use crate::mm::context;
 use crate::sync::{Mutex, lock};
 use crate::{
-    InvalidateRange, Mm, MmWithUser, MmapWriteGuard, VaRange, WouldBlock, WouldDeadlock, context,
-    lockdep,
+    InvalidateRange, Mm, MmWithUser, MmapWriteGuard, VaRange, WouldBlock, WouldDeadlock, lockdep,
 };
 use node::Node;
 use std::fmt;
@@ -364,7 +360,7 @@ impl<S: IntervalOps> IntervalNotifier<S> {
         if self.check_retry(seq) {
             return Err(Retry);
         }
-        let _held = lockdep::holds_state(self.mm());
+        let _held = lockdep::holds_state(self.mm().id());
         let mut state = lock(&self.node().state);
         if self.node().header.seq() == seq.0 {
             Ok(install(&mut state))
@@ -382,7 +378,7 @@ impl<S: IntervalOps> IntervalNotifier<S> {
     /// Sleeps while a callback of this interval or an `install` holds the lock.
     #[cfg_attr(debug_assertions, track_caller)]
     pub fn with_state<R>(&self, f: impl FnOnce(&mut S) -> R) -> R {
-        let _held = lockdep::holds_state(self.mm());
+        let _held = lockdep::holds_state(self.mm().id());
         f(&mut lock(&self.node().state))
     }
 

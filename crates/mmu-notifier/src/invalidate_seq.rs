@@ -28,11 +28,12 @@
 
 mod watched;
 
+use crate::mm::context;
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Condvar, Mutex, into_inner, lock, mutant};
 use crate::{
     Blocking, Event, Exit, InvalidateRange, Mm, Notifier, Va, VaRange, WouldBlock, WouldDeadlock,
-    context, lockdep,
+    lockdep,
 };
 use std::fmt;
 use std::mem::replace;

@@ -100,46 +100,36 @@
 
 #![deny(unsafe_code)]
 
-mod context;
 mod error;
-mod event;
-#[expect(
-    unsafe_code,
-    reason = "nodes that their users own, in a tree that is walked without a lock"
-)]
+#[expect(unsafe_code, reason = "nodes in memory that their users own")]
 mod interval;
 mod invalidate_seq;
 pub mod lockdep;
 mod mm;
-mod notifier;
-#[expect(unsafe_code, reason = "a guard beside what it borrows from")]
-mod owned_guard;
 mod pending;
 mod range;
 #[expect(unsafe_code, reason = "its users give the memory")]
 pub mod raw;
 mod registration;
-mod secondary;
 mod soft_tlb;
 mod subscription;
-#[expect(unsafe_code, reason = "the one list that is read under SRCU")]
-mod subscriptions;
 mod subsystem;
 mod sync;
 
-pub use error::{GetError, Overflow, RegisterError, UnregisterError, WouldDeadlock};
-pub use event::{Blocking, Event, Exit, InvalidateRange, Owner, WouldBlock};
+pub use error::{GetError, Overflow};
 pub use interval::{
     Finish, InsertError, IntervalNotifier, IntervalOps, ReadSeq, RemoveError, Retry,
 };
 pub use invalidate_seq::{InstallError, InvalidateSeq, ShadowOps, Snapshot};
-pub use mm::{Bracket, Mm, MmWithUser, MmapWriteGuard, OwnedBracket};
-pub use notifier::Notifier;
+pub use mm::{
+    Blocking, Bracket, Event, Exit, InvalidateRange, Mm, MmWithUser, MmapWriteGuard, Notifier,
+    OwnedBracket, Owner, Secondary, SecondaryTlb, WouldBlock,
+};
 pub use range::{InvalidRange, PAGE_SIZE, Va, VaRange};
-pub use registration::Registration;
-pub use secondary::{Secondary, SecondaryTlb};
+pub use registration::{RegisterError, Registration, UnregisterError};
 pub use soft_tlb::SoftTlb;
 // What the crates above keep for each thread is kept as `srcu` does.
+pub use srcu::WouldDeadlock;
 #[doc(hidden)]
 pub use srcu::thread_word;
 #[cfg(not(mmun_loom))]

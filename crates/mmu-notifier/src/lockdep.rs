@@ -52,7 +52,6 @@ mod alloc;
 
 pub use alloc::CheckedAlloc;
 
-use crate::Mm;
 use std::marker::PhantomData;
 
 /// Stands beside one lock of any kind, and records where it was taken.
@@ -114,23 +113,23 @@ impl Map {
     }
 }
 
-/// Records that this thread is about to wait until brackets and callbacks of `mm`, or of any
-/// address space, have ended.
+/// Records that this thread is about to wait until brackets and callbacks of the address
+/// space with the number `mm`, or of any address space, have ended.
 ///
 /// # Panics
 /// If it holds a lock that one of them takes.
 #[cfg_attr(debug_assertions, track_caller)]
 #[inline]
-pub(crate) fn might_wait(mm: Option<&Mm>) {
-    imp::might_wait(mm.map(Mm::id));
+pub(crate) fn might_wait(mm: Option<u64>) {
+    imp::might_wait(mm);
 }
 
-/// Records that this thread holds the state of an interval of `mm`, which the interval's callback
-/// takes, until dropped.
+/// Records that this thread holds the state of an interval of the address space with the
+/// number `mm`, until dropped. The interval's callback takes that state too.
 #[cfg_attr(debug_assertions, track_caller)]
 #[inline]
-pub(crate) fn holds_state(mm: &Mm) -> imp::Held<'static> {
-    imp::holds_state(mm.id())
+pub(crate) fn holds_state(mm: u64) -> imp::Held<'static> {
+    imp::holds_state(mm)
 }
 
 /// Records that this thread runs the callback `method` of `N`, until dropped.

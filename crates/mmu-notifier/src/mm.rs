@@ -1,24 +1,38 @@
 //! The address space: its object in memory (`Mm`) and its life (`MmWithUser`).
 
 mod bracket;
+pub(crate) mod context;
+mod event;
 mod exit;
+#[expect(
+    unsafe_code,
+    reason = "intervals that their users own, in a tree that is walked without a lock"
+)]
+pub(crate) mod intervals;
 mod lock;
+pub(crate) mod notifier;
+#[expect(unsafe_code, reason = "a guard beside what it borrows from")]
+mod owned_guard;
+#[expect(unsafe_code, reason = "the one list that is read under SRCU")]
+pub(crate) mod subscriptions;
 
 pub use bracket::{Bracket, OwnedBracket};
+pub use event::{Blocking, Event, Exit, InvalidateRange, Owner, WouldBlock};
 pub use lock::MmapWriteGuard;
+pub use notifier::{Notifier, Secondary, SecondaryTlb};
 
-use crate::interval::Intervals;
-use crate::secondary::Sealed;
-use crate::subscriptions::Subscriptions;
 use crate::sync::atomic::{AtomicUsize, Ordering};
 use crate::sync::forks;
 use crate::sync::{Arc, mutant};
-use crate::{Va, VaRange, context};
+use crate::{Va, VaRange};
+use intervals::Intervals;
 use lock::MmapLock;
+use notifier::Sealed;
 use std::any::Any;
 use std::fmt;
 use std::ops::Deref;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use subscriptions::Subscriptions;
 
 /// A counted handle of an address space (`mm_count`). The object exists as long as the handle does,
 /// but the address space may have ended.

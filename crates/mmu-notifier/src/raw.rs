@@ -12,16 +12,14 @@
 //! A node is alive from `register` until it is disposed of or unregistered. `find` returns a
 //! counted node, which is not disposed of before the caller puts it. Each function states the
 //! duties that remain for its caller.
-//! caller.
 
 pub use crate::interval::raw::{Interval, RawIntervalOps};
-pub use crate::secondary::Sealed;
-pub use crate::subscriptions::{Embedded, Node, SurplusPut};
+pub use crate::mm::notifier::Sealed;
+pub use crate::mm::subscriptions::{Embedded, Node, SurplusPut};
 
-use crate::subscriptions::{NodeRef, NotCounted};
-use crate::{
-    Mm, MmWithUser, MmapWriteGuard, Overflow, Subsystem, WouldDeadlock, lockdep, registration,
-};
+use crate::mm::subscriptions::registrar;
+use crate::mm::subscriptions::{NodeRef, NotCounted};
+use crate::{Mm, MmWithUser, MmapWriteGuard, Overflow, Subsystem, WouldDeadlock, lockdep};
 use std::convert::Infallible;
 use std::ptr::NonNull;
 
@@ -137,7 +135,7 @@ impl<N: Embedded> Notifiers<N> {
         if locked.would_deadlock() {
             return Err(WouldDeadlock);
         }
-        lockdep::might_wait(Some(locked.mm()));
+        lockdep::might_wait(Some(locked.mm().id()));
         let node = Node::unlisted(
             (**locked.mm()).clone(),
             Some(self.subsystem.pending().clone()),
@@ -148,7 +146,7 @@ impl<N: Embedded> Notifiers<N> {
         // SAFETY: The node must be new and stay alive: it was written above, and the caller keeps
         // it.
         let node = unsafe { NodeRef::adopt(place) };
-        registration::publish(&node, locked);
+        registrar::publish(&node, locked);
         node.set_live();
         node.into_node();
         Ok(())

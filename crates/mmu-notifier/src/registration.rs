@@ -1,33 +1,15 @@
 //! Registration: for callers that make a notifier and later take it back.
 
+mod error;
+
+pub use error::{RegisterError, UnregisterError};
+
+use crate::mm::subscriptions::{NodeRef, registrar};
 use crate::pending::Pending;
-use crate::subscriptions::NodeRef;
-use crate::sync::{Arc, mutant};
-use crate::{
-    Mm, MmWithUser, MmapWriteGuard, Notifier, RegisterError, UnregisterError, WouldDeadlock,
-    context, lockdep,
-};
+use crate::sync::Arc;
+use crate::{Mm, MmWithUser, MmapWriteGuard, Notifier, WouldDeadlock, lockdep};
 use std::fmt;
 use std::ops::Deref;
-
-/// Lists a new node and waits until every bracket that does not call it has ended.
-///
-/// # Source
-/// `__mmu_notifier_register`, Linux 5.15. Differs: a grace period of brackets replaces
-/// `mm_take_all_locks`.
-pub(crate) fn publish<N: Notifier>(node: &NodeRef<N>, locked: &MmapWriteGuard<'_>) {
-    let list = locked.subscriptions();
-    list.srcu().prepare();
-    list.insert(node);
-    // Every caller has asked `would_deadlock` since it took the lock and ran its last callback, so
-    // this wait is not refused.
-    let waited = if mutant("register_waits_not") {
-        Ok(())
-    } else {
-        list.srcu().synchronize()
-    };
-    debug_assert!(waited.is_ok(), "a registrar was refused its grace period");
-}
 
 /// Registers a notifier, of a subsystem or of none, for a caller that holds the write lock.
 #[cfg_attr(debug_assertions, track_caller)]
@@ -42,40 +24,10 @@ pub(crate) fn register<N: Notifier>(
             notifier,
         });
     }
-    lockdep::might_wait(Some(locked));
+    lockdep::might_wait(Some(locked.id()));
     let node = NodeRef::new((**locked.mm()).clone(), owner.cloned(), notifier);
-    publish(&node, locked);
+    registrar::publish(&node, locked);
     Ok(Registration { node })
-}
-
-/// Calls `release` of a notifier that is to be unregistered, unless exit has done so.
-///
-/// # Errors
-/// If this thread must not wait for the notifier's callbacks afterwards.
-#[cfg_attr(debug_assertions, track_caller)]
-pub(crate) fn release<N: Notifier>(node: &NodeRef<N>) -> Result<(), WouldDeadlock> {
-    let mm = node.mm();
-    if mm.would_deadlock() {
-        return Err(WouldDeadlock);
-    }
-    lockdep::might_wait(Some(mm));
-    let list = mm.subscriptions();
-    if mutant("delist_before_release") {
-        list.delist_ref(node);
-        mm.catching(|| node.value().release(mm));
-    } else if list.is_listed(node) {
-        {
-            let _inside = context::Inside::enter(mm);
-            let _guard = list.srcu().read_lock();
-            mm.catching(|| node.value().release(mm));
-        }
-        if mm.would_deadlock() {
-            // `release` has left a bracket open on this thread, and the grace period would wait for
-            // it.
-            return Err(WouldDeadlock);
-        }
-    }
-    Ok(())
 }
 
 /// A notifier that one owner has registered and will take back.
@@ -196,7 +148,7 @@ impl<N: Notifier> Registration<N> {
     #[doc(alias = "mmu_notifier_unregister")]
     #[cfg_attr(debug_assertions, track_caller)]
     pub fn unregister(self) -> Result<N, UnregisterError<N>> {
-        if let Err(error) = release(&self.node) {
+        if let Err(error) = registrar::release(&self.node) {
             return Err(UnregisterError {
                 error,
                 registration: self,

@@ -1,6 +1,6 @@
 //! The counted handle of a subsystem's notifier.
 
-use crate::subscriptions::{NodeRef, NotCounted};
+use crate::mm::subscriptions::{NodeRef, NotCounted};
 use crate::{Mm, Notifier, Overflow};
 use std::fmt;
 use std::ops::Deref;

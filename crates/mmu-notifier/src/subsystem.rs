@@ -1,13 +1,16 @@
 //! A subsystem: one instance of the operations table, and the key by which it finds its notifier on
 //! an address space.
 
+use crate::mm::context;
+use crate::mm::subscriptions::registrar;
+use crate::mm::subscriptions::{NodeRef, NotCounted};
 use crate::pending::Pending;
+use crate::registration;
 use crate::subscription::Subscription;
-use crate::subscriptions::{NodeRef, NotCounted};
 use crate::sync::{Arc, forks};
 use crate::{
     GetError, MmWithUser, MmapWriteGuard, Notifier, RegisterError, Registration, WouldDeadlock,
-    context, lockdep, registration,
+    lockdep,
 };
 use once_cell::race::OnceBox;
 use std::convert::Infallible;
@@ -156,7 +159,7 @@ where
         if locked.would_deadlock() {
             return Err(GetError::WouldDeadlock);
         }
-        lockdep::might_wait(Some(locked.mm()));
+        lockdep::might_wait(Some(locked.mm().id()));
         let notifier = (self.alloc)(locked.mm()).map_err(GetError::Alloc)?;
         if locked.would_deadlock() {
             // `alloc` has left a bracket open on this thread, and the registrar would wait for its
@@ -168,7 +171,7 @@ where
             Some(Arc::clone(self.pending())),
             notifier,
         );
-        registration::publish(&node, locked);
+        registrar::publish(&node, locked);
         node.set_live();
         Ok(Subscription::new(node))
     }

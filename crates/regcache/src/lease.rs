@@ -1,15 +1,16 @@
 //! Leases: what keeps a region registered.
 
+use crate::Registrar;
 use crate::cache::Cache;
 use crate::raw::held::{Held, Place};
 use crate::raw::region::Region;
 use crate::sync::atomic::{Ordering, fence};
-use crate::{Error, RegCache, Registrar};
 use mmu_notifier::VaRange;
 use std::fmt;
 use std::mem::ManuallyDrop;
 
-/// A region that stays registered until this is dropped. From [`RegCache::get`].
+/// A region that stays registered until this is dropped. From
+/// [`RegCache::get`](crate::RegCache::get).
 ///
 /// It can be sent to another thread and dropped there. One that is forgotten ([`std::mem::forget`])
 /// keeps its region registered for ever.
@@ -37,7 +38,7 @@ impl<'a, R: Registrar> Lease<'a, R> {
     /// Ends the lease without a lock and without the registrar, as a signal handler must.
     ///
     /// If it was the last lease of a stale region, the next miss, invalidation,
-    /// [`reap`](RegCache::reap) or [`flush`](RegCache::flush) deregisters that.
+    /// [`reap`](crate::RegCache::reap) or [`flush`](crate::RegCache::flush) deregisters that.
     pub fn end_later(self) {
         let cache = self.cache;
         cache.end_later(&self.into_held());
@@ -97,53 +98,5 @@ impl<R: Registrar> fmt::Debug for Lease<'_, R> {
             .field("range", &self.range())
             .field("is_current", &self.is_current())
             .finish_non_exhaustive()
-    }
-}
-
-/// A lease that keeps its cache. From [`RegCache::get_owned`].
-#[must_use = "the region may be deregistered when the lease is dropped"]
-pub struct OwnedLease<R: Registrar> {
-    /// Borrows from the cache behind the handle. Dropped first.
-    lease: ManuallyDrop<Lease<'static, R>>,
-    cache: RegCache<R>,
-}
-
-impl<R: Registrar> OwnedLease<R> {
-    #[expect(unsafe_code, reason = "a lease beside what it borrows from")]
-    pub(crate) fn new(cache: RegCache<R>, range: VaRange) -> Result<Self, Error<R::Error>> {
-        let lease = cache.get(range)?;
-        // SAFETY: The cache must outlive the lease. The handle keeps it, at a fixed place in
-        // memory, and `drop` ends the lease before the handle. The longer lifetime is never given
-        // out: `get` shortens it.
-        let lease = unsafe { std::mem::transmute::<Lease<'_, R>, Lease<'static, R>>(lease) };
-        Ok(Self {
-            lease: ManuallyDrop::new(lease),
-            cache,
-        })
-    }
-
-    /// Returns the lease.
-    pub fn get<'a>(&'a self) -> &'a Lease<'a, R> {
-        &self.lease
-    }
-
-    /// Returns the cache.
-    #[must_use]
-    pub fn cache(&self) -> &RegCache<R> {
-        &self.cache
-    }
-}
-
-impl<R: Registrar> Drop for OwnedLease<R> {
-    #[expect(unsafe_code, reason = "the lease ends before the handle")]
-    fn drop(&mut self) {
-        // SAFETY: It must not be dropped or used again: this is its owner's drop.
-        unsafe { ManuallyDrop::drop(&mut self.lease) };
-    }
-}
-
-impl<R: Registrar> fmt::Debug for OwnedLease<R> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("OwnedLease").field(self.get()).finish()
     }
 }

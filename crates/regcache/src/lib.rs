@@ -95,6 +95,7 @@
 
 mod cache;
 mod counting;
+mod device;
 mod error;
 #[cfg_attr(not(feature = "kernel"), path = "no_gate.rs")]
 mod gate;
@@ -123,10 +124,10 @@ mod walk;
 #[cfg(any(feature = "hook", feature = "kernel"))]
 pub use mmu_source;
 
-pub use cache::{Device, RegCache};
 pub use counting::Counting;
+pub use device::{Device, OwnedLease, RegCache};
 pub use error::Error;
-pub use lease::{Lease, OwnedLease};
+pub use lease::Lease;
 pub use mlock::Mlock;
 pub use options::{Merge, Options};
 pub use registrar::{Cause, Registrar};

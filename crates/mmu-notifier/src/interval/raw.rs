@@ -2,7 +2,8 @@
 //! sequence.
 
 use super::Finish;
-use super::node::{Callback, Header, Node};
+use super::node::Node;
+use crate::mm::intervals::{Callback, Header};
 use crate::{InvalidateRange, Mm, MmWithUser, MmapWriteGuard, VaRange, WouldBlock, WouldDeadlock};
 use std::fmt;
 use std::ptr::{self, NonNull};

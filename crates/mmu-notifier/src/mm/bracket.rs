@@ -12,10 +12,10 @@
 //! notifier was listed, and the bracket calls the notifier.
 
 use super::Mm;
-use crate::context::Inside;
-use crate::interval::Window;
-use crate::owned_guard::OwnedGuard;
-use crate::subscriptions::{Reading, Walk};
+use crate::mm::context::Inside;
+use crate::mm::intervals::Window;
+use crate::mm::owned_guard::OwnedGuard;
+use crate::mm::subscriptions::{Reading, Walk};
 use crate::sync::mutant;
 use crate::{Blocking, Event, InvalidateRange, VaRange, WouldBlock};
 use srcu::Guard;

@@ -1,7 +1,8 @@
 //! The end of an address space.
 
 use super::Mm;
-use crate::{Blocking, Event, Exit, InvalidateRange, VaRange, context, lockdep};
+use crate::mm::context;
+use crate::{Blocking, Event, Exit, InvalidateRange, VaRange, lockdep};
 
 /// Ends an address space for its intervals and subscribers.
 ///
@@ -47,7 +48,7 @@ pub(super) fn release(mm: &Mm) {
         list.delist_all();
     }
     if !mm.would_deadlock() {
-        lockdep::might_wait(Some(mm));
+        lockdep::might_wait(Some(mm.id()));
         // The check above excludes a read section and a deferred free, so the wait cannot be
         // refused.
         let waited = list.srcu().synchronize();

@@ -89,7 +89,7 @@ impl MmWithUser {
         if self.would_deadlock() || mmap_lock.holder.load(Ordering::Relaxed) == this_thread() {
             return Err(WouldDeadlock);
         }
-        lockdep::might_wait(Some(self));
+        lockdep::might_wait(Some(self.id()));
         let guard = lock(&mmap_lock.lock);
         mmap_lock.holder.store(this_thread(), Ordering::Relaxed);
         Ok(MmapWriteGuard {

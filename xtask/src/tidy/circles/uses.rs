@@ -135,5 +135,10 @@ impl Visit<'_> for Uses<'_> {
 
 pub(in super::super) fn is_for_tests(attribute: &Attribute) -> bool {
     attribute.path().is_ident("cfg")
-        && matches!(&attribute.meta, syn::Meta::List(list) if list.tokens.to_string() == "test")
+        && matches!(&attribute.meta, syn::Meta::List(list) if is_test(&list.tokens.to_string()))
+}
+
+/// Tells whether the condition of a `cfg` needs `test`.
+fn is_test(condition: &str) -> bool {
+    condition == "test" || condition.starts_with("all (test ,")
 }

@@ -1,6 +1,9 @@
 //! The table of operations that a subscriber implements.
 
-use crate::secondary::{Sealed, SecondaryTlb};
+mod secondary;
+
+pub use secondary::{Sealed, Secondary, SecondaryTlb};
+
 use crate::{InvalidateRange, Mm, Va, VaRange, WouldBlock};
 
 /// What a subscriber does when an address space changes. Every method has a default that does

@@ -1,8 +1,7 @@
 //! Nodes in memory that a C caller provides: it embeds the node in an object of its own and frees
 //! that object itself.
 
-use super::{Header, Node, NodeRef, retire};
-use crate::registration;
+use super::{Header, Node, NodeRef, registrar, retire};
 use crate::sync::atomic::Ordering;
 use crate::{Mm, Notifier, WouldDeadlock};
 use std::error::Error;
@@ -107,10 +106,10 @@ impl<N: Embedded> Node<N> {
     pub unsafe fn unregister(node: NonNull<Self>) -> Result<(), WouldDeadlock> {
         // SAFETY: The node must be alive and counted: the caller's duty. The count is not given up.
         let counted = ManuallyDrop::new(unsafe { NodeRef::from_node(node) });
-        registration::release(&counted)?;
+        registrar::release(&counted)?;
         let list = counted.mm().subscriptions();
         list.delist_ref(&counted);
-        // `registration::release` has just asked whether this wait would be refused.
+        // `registrar::release` has just asked whether this wait would be refused.
         list.srcu().synchronize()?;
         // SAFETY: Moving out needs a place that no thread uses any more. The node was delisted
         // before a grace period that has ended, and the caller promises that no thread uses it

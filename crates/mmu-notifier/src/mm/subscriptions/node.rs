@@ -26,10 +26,11 @@
 //!   through the list stays alive until the end of the read section in which it was reached.
 
 mod raw;
+pub(crate) mod registrar;
 
 pub use raw::{Embedded, SurplusPut};
 
-use crate::context;
+use crate::mm::context;
 use crate::pending::Pending;
 use crate::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, Ordering};
 use crate::sync::{Arc, mutant};

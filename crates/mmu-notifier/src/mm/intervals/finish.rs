@@ -4,14 +4,15 @@
 //! A pass that has run is given to `call_raw_dropping` as the pointer of its `Box`. Nothing else
 //! has that pointer, and `free` turns it back into the `Box`.
 
-use crate::{Mm, context, lockdep};
+use crate::mm::context;
+use crate::{Mm, lockdep};
 use std::fmt;
 use std::ptr::NonNull;
 
 /// The part of an interval's invalidation that runs after all other intervals have been called.
 ///
 /// Making one allocates, so a callback must not make one: it takes one that was made beforehand, as
-/// in the example of [`IntervalOps`](super::IntervalOps). The values that the closure owns are
+/// in the example of [`IntervalOps`](crate::IntervalOps). The values that the closure owns are
 /// dropped after a grace period, on the reclaimer thread, because the bracket may have been opened
 /// in the middle of `free`. That drop must not block.
 ///

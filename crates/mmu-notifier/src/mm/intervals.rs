@@ -40,14 +40,20 @@
 //! # Source
 //! `mn_itree_inv_start_range`, `mn_itree_inv_end` and their callers, mm/mmu_notifier.c, Linux 5.15.
 
-use super::finish::Finishes;
-use super::node::Header;
-use super::tree::{Spares, Tree};
+mod finish;
+mod header;
+mod tree;
+
+pub use finish::Finish;
+pub(crate) use header::{Callback, Header};
+
 use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Condvar, Mutex, MutexGuard, lock, mutant};
 use crate::{InvalidateRange, MmWithUser, MmapWriteGuard, WouldBlock, WouldDeadlock, lockdep};
+use finish::Finishes;
 use std::ptr::{self, NonNull};
 use std::sync::PoisonError;
+use tree::{Spares, Tree};
 
 /// The intervals of one address space.
 pub(crate) struct Intervals {
@@ -81,7 +87,7 @@ pub(crate) struct Window(());
 
 /// What happened to a node that is to be removed.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Removal {
+pub(crate) enum Removal {
     Done,
     /// The node leaves the tree when the window with this sequence closes.
     Deferred(u64),
@@ -152,7 +158,7 @@ impl Intervals {
 
     /// Makes brackets open windows. Returns when every bracket that does not has ended.
     #[cfg_attr(debug_assertions, track_caller)]
-    pub(super) fn enable(&self, mm: &MmWithUser) -> Result<(), WouldDeadlock> {
+    pub(crate) fn enable(&self, mm: &MmWithUser) -> Result<(), WouldDeadlock> {
         if mm.is_inherited() {
             // A thread of the parent, which does not exist here, may hold the lock or have changed
             // half of the tree.
@@ -168,7 +174,7 @@ impl Intervals {
 
     /// Does the same for a caller that holds the write lock.
     #[cfg_attr(debug_assertions, track_caller)]
-    pub(super) fn enable_locked(&self, locked: &MmapWriteGuard<'_>) -> Result<(), WouldDeadlock> {
+    pub(crate) fn enable_locked(&self, locked: &MmapWriteGuard<'_>) -> Result<(), WouldDeadlock> {
         if locked.is_inherited() {
             return Err(WouldDeadlock);
         }
@@ -179,7 +185,7 @@ impl Intervals {
         if locked.would_deadlock() {
             return Err(WouldDeadlock);
         }
-        lockdep::might_wait(Some(locked));
+        lockdep::might_wait(Some(locked.id()));
         // A second pass that has run is queued inside of a bracket, where nothing may be allocated.
         locked.subscriptions().srcu().prepare();
         self.enabled.store(true, Ordering::Relaxed);
@@ -269,7 +275,7 @@ impl Intervals {
     /// # Safety
     /// The node must be new, and stay alive until `remove` has returned [`Removal::Done`], or until
     /// `remove` has returned `Deferred` and `wait_past` has returned as well.
-    pub(super) unsafe fn insert(&self, node: &Header) {
+    pub(crate) unsafe fn insert(&self, node: &Header) {
         let mut state = self.lock_with_spares_for(node);
         if state.is_full() {
             state.deferred_list = node.defer(state.deferred_list);
@@ -313,7 +319,7 @@ impl Intervals {
     ///
     /// # Safety
     /// The node must have been inserted, and not removed before.
-    pub(super) unsafe fn remove(&self, node: &Header, may_wait: bool) -> Removal {
+    pub(crate) unsafe fn remove(&self, node: &Header, may_wait: bool) -> Removal {
         let mut state = self.lock();
         let in_tree = node.is_in_tree();
         if state.is_full() && in_tree {
@@ -339,7 +345,7 @@ impl Intervals {
     }
 
     /// Returns a node's sequence, and whether the window of that sequence is still open.
-    pub(super) fn read(&self, node: &Header) -> (u64, bool) {
+    pub(crate) fn read(&self, node: &Header) -> (u64, bool) {
         let state = self.lock();
         let seq = node.seq();
         (seq, seq == state.invalidate_seq)
@@ -347,7 +353,7 @@ impl Intervals {
 
     /// Waits until the window with the odd sequence `seq` has closed and its deferred changes are
     /// made.
-    pub(super) fn wait_past(&self, seq: u64) {
+    pub(crate) fn wait_past(&self, seq: u64) {
         if mutant("remove_waits_not") {
             return;
         }

@@ -28,14 +28,15 @@
 mod node;
 
 pub use node::{Embedded, Node, SurplusPut};
-pub(crate) use node::{NodeRef, NotCounted};
+pub(crate) use node::{NodeRef, NotCounted, registrar};
 
-use crate::interval::Window;
-use crate::owned_guard::OwnedGuard;
+use crate::mm::context;
+use crate::mm::intervals::Window;
+use crate::mm::owned_guard::OwnedGuard;
 use crate::pending::Pending;
 use crate::sync::atomic::{AtomicPtr, Ordering};
 use crate::sync::{Arc, Mutex, lock, mutant};
-use crate::{InvalidateRange, Mm, Notifier, WouldBlock, context};
+use crate::{InvalidateRange, Mm, Notifier, WouldBlock};
 use node::Header;
 use srcu::{Guard, Srcu};
 use std::marker::PhantomData;
