@@ -33,8 +33,10 @@ pub(crate) struct CoverageArgs {
     /// Each operation changes a page that the library's own cache has registered; then the
     /// registration is looked up again, and data is sent through it. 'right' says that the data
     /// arrived in the page, 'stale' that it went elsewhere, 'shipped' is the library alone, 'hook'
-    /// and 'both' are with libmmun_dropin.so and these sources. The device is an io_uring. Exits 1
-    /// if something was stale with both.
+    /// and 'both' are with libmmun_dropin.so and these sources. The device is an io_uring. UCX's
+    /// cache is the one that libucs exports. libfabric's is the one of its verbs provider (1.13 or
+    /// later), over a verbs device that this program plays: no network card is needed. Exits 1 if
+    /// something was stale with both.
     #[arg(
         long,
         value_name = "NAME",

@@ -1,4 +1,5 @@
-//! `mmun coverage --library`: which changes leave a registration cache of UCX stale, as shipped and
+//! `mmun coverage --library`: which changes leave a registration cache of UCX or
+//! libfabric stale, as shipped and
 //! with the drop-in.
 //!
 //! Each operation runs once in each column, in a process of its own. It registers the page through
@@ -6,9 +7,13 @@
 //! looks the registration up again and has the kernel write through it. If the bytes do not arrive
 //! in the page, the registration was stale: a device would have corrupted data without an error.
 
+mod cache;
 mod cell;
+mod libfabric;
+mod loader;
 mod ring;
 mod ucx;
+mod verbs;
 
 use std::io::{self, Write};
 use std::ops::ControlFlow;

@@ -2,8 +2,9 @@
 
 use std::time::{Duration, Instant};
 
+use super::cache::{Cache, Held};
 use super::ring::{BYTES, Ring};
-use super::ucx::Cache;
+use super::{libfabric, ucx};
 use crate::coverage::cell::open;
 use crate::coverage::operation::{Operation, Prepared, Unavailable};
 use crate::coverage::region;
@@ -20,13 +21,19 @@ const TRIES: usize = 8;
 
 /// Registers, changes, looks up again, transfers, and says where the bytes arrived.
 pub(crate) fn run(operation: &Operation, library: Library, wait: Duration) -> Report {
-    match library {
-        Library::Ucx => try_run(operation, wait),
-    }
-    .unwrap_or_else(|Unavailable(reason)| Report::unavailable(reason))
+    try_run(operation, library, wait)
+        .unwrap_or_else(|Unavailable(reason)| Report::unavailable(reason))
 }
 
-fn try_run(operation: &Operation, wait: Duration) -> Result<Report, Unavailable> {
+/// A new cache of the library.
+fn cache(library: Library, ring: &'static Ring) -> Result<Box<dyn Cache>, Unavailable> {
+    Ok(match library {
+        Library::Ucx => Box::new(ucx::Cache::open(ring)?),
+        Library::Libfabric => Box::new(libfabric::Cache::open(ring)?),
+    })
+}
+
+fn try_run(operation: &Operation, library: Library, wait: Duration) -> Result<Report, Unavailable> {
     let Prepared {
         watched,
         armed: _,
@@ -35,11 +42,11 @@ fn try_run(operation: &Operation, wait: Duration) -> Result<Report, Unavailable>
     let page = open(operation, watched)?;
     // The ring and the cache stay: this process ends by `_exit`.
     let ring: &'static Ring = Box::leak(Box::new(Ring::new()?));
-    let cache = Cache::open(ring)?;
+    let cache = cache(library, ring)?;
     // To pin a page may change its translation (a page of zeros, or of a file): then the first
     // registration is dropped.
     let look_up = || {
-        let held = cache.hold(watched, region::page_size());
+        let held = Held::look_up(&*cache, watched, region::page_size());
         held.map(|held| held.slot)
             .ok_or("the page cannot be registered: the kernel does not pin it")
     };
@@ -59,7 +66,7 @@ fn try_run(operation: &Operation, wait: Duration) -> Result<Report, Unavailable>
     while begin.elapsed() < wait {
         std::hint::spin_loop();
     }
-    let seen = match cache.hold(watched, region::page_size()) {
+    let seen = match Held::look_up(&*cache, watched, region::page_size()) {
         // A new registration was refused: nothing is transferred.
         None => Seen::Before,
         Some(held) => {

@@ -9,9 +9,11 @@
 //! neither is taken down.
 #![expect(unsafe_code, reason = "calls libucs; see the Safety section")]
 
-use std::ffi::{CStr, c_int, c_void};
+use std::ffi::{c_int, c_void};
 use std::ptr::{null_mut, with_exposed_provenance_mut};
 
+use super::cache;
+use super::loader::{load, symbol};
 use super::ring::Ring;
 use crate::coverage::operation::Unavailable;
 
@@ -157,32 +159,6 @@ extern "C" fn dump(_: *mut Ring, _: *mut c_void, _: *mut Region, buffer: *mut u8
     }
 }
 
-fn load(file: &CStr) -> Result<*mut c_void, Unavailable> {
-    // SAFETY: a live string. UCX's constructors may run in any program.
-    let handle = unsafe { libc::dlopen(file.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
-    if handle.is_null() {
-        Err(Unavailable(format!(
-            "{}: cannot be loaded",
-            file.to_string_lossy()
-        )))
-    } else {
-        Ok(handle)
-    }
-}
-
-fn symbol(handle: *mut c_void, name: &CStr) -> Result<*mut c_void, Unavailable> {
-    // SAFETY: an open handle or `RTLD_DEFAULT`, and a live string.
-    let found = unsafe { libc::dlsym(handle, name.as_ptr()) };
-    if found.is_null() {
-        Err(Unavailable(format!(
-            "UCX has no {}",
-            name.to_string_lossy()
-        )))
-    } else {
-        Ok(found)
-    }
-}
-
 /// The version of the UCX that the loader finds.
 pub(crate) fn version() -> Result<(u32, u32), Unavailable> {
     let get = symbol(load(c"libucp.so.0")?, c"ucp_get_version")?;
@@ -277,9 +253,10 @@ impl Cache {
         }
         Ok(Cache { cache, get, put })
     }
+}
 
-    /// Looks a range up, and registers it if need be. `None` if it could not be registered.
-    pub(crate) fn hold(&self, address: usize, len: usize) -> Option<Held<'_>> {
+impl cache::Cache for Cache {
+    fn get(&self, address: usize, len: usize) -> Option<(u32, *mut c_void)> {
         let mut region = null_mut();
         let at = with_exposed_provenance_mut(address);
         let protection = libc::PROT_READ | libc::PROT_WRITE;
@@ -306,24 +283,11 @@ impl Cache {
         }
         // SAFETY: written by `reg` for every region that a look-up returns.
         let slot = unsafe { (*region.cast::<Region>()).slot };
-        Some(Held {
-            cache: self,
-            region,
-            slot,
-        })
+        Some((slot, region))
     }
-}
 
-/// A registration that a transfer may use: UCX deregisters it after the drop at the earliest.
-pub(crate) struct Held<'a> {
-    cache: &'a Cache,
-    region: *mut c_void,
-    pub(crate) slot: u32,
-}
-
-impl Drop for Held<'_> {
-    fn drop(&mut self) {
-        // SAFETY: what the look-up returned, given back once. It stays in the cache.
-        unsafe { (self.cache.put)(self.cache.cache, self.region) };
+    fn put(&self, registration: *mut c_void) {
+        // SAFETY: what the look-up returned, given back once.
+        unsafe { (self.put)(self.cache, registration) };
     }
 }

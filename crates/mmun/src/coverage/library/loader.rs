@@ -1,0 +1,31 @@
+//! Libraries are loaded when they are asked for, and never unloaded.
+#![expect(unsafe_code, reason = "dlopen and dlsym with live strings")]
+
+use std::ffi::{CStr, c_void};
+
+use crate::coverage::operation::Unavailable;
+
+/// Loads a library, so that others find its functions.
+pub(super) fn load(file: &CStr) -> Result<*mut c_void, Unavailable> {
+    // SAFETY: a live string. The constructors of these libraries may run in any program.
+    let handle = unsafe { libc::dlopen(file.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
+    if handle.is_null() {
+        Err(Unavailable(format!(
+            "{}: cannot be loaded",
+            file.to_string_lossy()
+        )))
+    } else {
+        Ok(handle)
+    }
+}
+
+/// A function of an open library, or of any (`RTLD_DEFAULT`).
+pub(super) fn symbol(handle: *mut c_void, name: &CStr) -> Result<*mut c_void, Unavailable> {
+    // SAFETY: an open handle or `RTLD_DEFAULT`, and a live string.
+    let found = unsafe { libc::dlsym(handle, name.as_ptr()) };
+    if found.is_null() {
+        Err(Unavailable(format!("it has no {}", name.to_string_lossy())))
+    } else {
+        Ok(found)
+    }
+}

@@ -1,0 +1,358 @@
+//! A verbs device that only registers memory, for libfabric's verbs provider.
+//!
+//! libfabric does not export its registration cache; its providers for network cards use it. The
+//! verbs provider is one of them, and calls `libibverbs` and `librdmacm` by name. These functions
+//! stand in front of those: they show one device, in which a registration is a slot of the
+//! [`Ring`]. What the provider asks before it opens a domain is answered; connections there are
+//! none.
+//!
+//! The layouts are those of `infiniband/verbs.h`, which have not changed since they are public.
+//!
+//! # Safety
+//! libfabric passes what these functions have returned, or room for the answer that the
+//! header names. What they return is never freed, but for regions.
+#![allow(
+    unsafe_code,
+    reason = "functions of libibverbs for libfabric; see the Safety section"
+)]
+
+use std::ffi::{c_char, c_int, c_uint, c_void};
+use std::ptr::null_mut;
+use std::sync::OnceLock;
+
+use super::ring::Ring;
+
+/// The ring behind the device. There is no device without one.
+static RING: OnceLock<&'static Ring> = OnceLock::new();
+
+/// Shows the device from now on.
+pub(super) fn show(ring: &'static Ring) {
+    let _ = RING.set(ring);
+}
+
+/// The name of the device.
+const NAME: &[u8] = b"mmun0";
+
+#[repr(C)]
+struct Device {
+    ops: [usize; 2],
+    /// A channel adapter.
+    node: c_int,
+    /// InfiniBand.
+    transport: c_int,
+    name: [u8; 64],
+    dev_name: [u8; 64],
+    paths: [[u8; 256]; 2],
+}
+
+/// A context, and everything that begins with one: the rest is not looked at.
+#[repr(C)]
+struct Object {
+    first: *const c_void,
+    rest: [usize; 127],
+}
+
+/// A pointer that is only read.
+struct Constant<T>(T);
+
+// SAFETY: it is never written.
+unsafe impl<T> Sync for Constant<T> {}
+
+static DEVICE: Device = Device {
+    ops: [0; 2],
+    node: 1,
+    transport: 0,
+    name: name(),
+    dev_name: name(),
+    paths: [[0; 256]; 2],
+};
+static DEVICES: Constant<[*const Device; 2]> = Constant([&raw const DEVICE, std::ptr::null()]);
+static CONTEXT: Constant<Object> = Constant(Object {
+    first: (&raw const DEVICE).cast(),
+    rest: [0; 127],
+});
+static CONTEXTS: Constant<[*const Object; 2]> = Constant([&raw const CONTEXT.0, std::ptr::null()]);
+/// A protection domain, a completion queue, a queue pair.
+static OBJECT: Constant<Object> = Constant(Object {
+    first: (&raw const CONTEXT.0).cast(),
+    rest: [0; 127],
+});
+
+const fn name() -> [u8; 64] {
+    let mut name = [0; 64];
+    let mut at = 0;
+    while at < NAME.len() {
+        name[at] = NAME[at];
+        at += 1;
+    }
+    name
+}
+
+/// `struct ibv_device_attr`.
+#[repr(C)]
+struct DeviceAttr {
+    firmware: [u8; 64],
+    guids: [u64; 2],
+    max_mr_size: u64,
+    page_size_cap: u64,
+    vendor: [u32; 3],
+    /// From `max_qp` to `max_srq_sge`.
+    limits: [c_int; 29],
+    max_pkeys: u16,
+    ack_delay: u8,
+    ports: u8,
+}
+
+/// The beginning of `struct ibv_port_attr`, which is what `ibv_query_port` fills in.
+#[repr(C)]
+struct PortAttr {
+    state: c_int,
+    mtus: [c_int; 2],
+    gids: c_int,
+    capabilities: u32,
+    max_message: u32,
+    counters: [u32; 2],
+    pkeys: u16,
+    lids: [u16; 2],
+    lmc: u8,
+    lanes: u8,
+    service: u8,
+    timeout: u8,
+    init: u8,
+    width: u8,
+    speed: u8,
+    physical: u8,
+    link: u8,
+}
+
+/// `struct ibv_mr`.
+#[repr(C)]
+struct Mr {
+    context: *const Object,
+    pd: *mut c_void,
+    address: *mut c_void,
+    len: usize,
+    handle: u32,
+    lkey: u32,
+    rkey: u32,
+}
+
+/// How much a queue pair takes with the request itself.
+const INLINE: u32 = 64;
+
+/// Sets this thread's `errno`.
+fn fail(number: c_int) {
+    // SAFETY: it takes nothing.
+    let place = unsafe { libc::__errno_location() };
+    // SAFETY: this thread's own word.
+    unsafe { place.write(number) };
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn ibv_get_device_list(count: *mut c_int) -> *const *const Device {
+    if RING.get().is_none() {
+        fail(libc::ENOSYS);
+        return std::ptr::null();
+    }
+    if !count.is_null() {
+        // SAFETY: room for the answer.
+        unsafe { count.write(1) };
+    }
+    DEVICES.0.as_ptr()
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn ibv_free_device_list(_: *const *const Device) {}
+
+#[unsafe(no_mangle)]
+extern "C" fn ibv_get_device_name(_: *const Device) -> *const c_char {
+    DEVICE.name.as_ptr().cast()
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn ibv_open_device(_: *const Device) -> *const Object {
+    &raw const CONTEXT.0
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn ibv_close_device(_: *const Object) -> c_int {
+    0
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn rdma_get_devices(count: *mut c_int) -> *const *const Object {
+    if ibv_get_device_list(count).is_null() {
+        return std::ptr::null();
+    }
+    CONTEXTS.0.as_ptr()
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn rdma_free_devices(_: *const *const Object) {}
+
+/// There are no addresses, and no connections.
+#[unsafe(no_mangle)]
+extern "C" fn rdma_create_id(_: *mut c_void, _: *mut c_void, _: *mut c_void, _: c_int) -> c_int {
+    fail(libc::ENODEV);
+    -1
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn ibv_query_device(_: *const Object, attr: *mut DeviceAttr) -> c_int {
+    const CAPABILITIES: usize = 2;
+    const MAX_SGE: usize = 3;
+    const MAX_SRQ_SGE: usize = 28;
+    let mut limits = [256; 29];
+    limits[CAPABILITIES] = 0;
+    (limits[MAX_SGE], limits[MAX_SRQ_SGE]) = (4, 4);
+    let answer = DeviceAttr {
+        firmware: [0; 64],
+        guids: [1; 2],
+        max_mr_size: 1 << 40,
+        page_size_cap: 4096,
+        vendor: [0; 3],
+        limits,
+        max_pkeys: 1,
+        ack_delay: 0,
+        ports: 1,
+    };
+    // SAFETY: room for the answer.
+    unsafe { attr.write(answer) };
+    0
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn ibv_query_port(_: *const Object, _: u8, attr: *mut PortAttr) -> c_int {
+    let answer = PortAttr {
+        state: 4,     // Active.
+        mtus: [5, 5], // 4,096 bytes.
+        gids: 0,
+        capabilities: 0,
+        max_message: 1 << 30,
+        counters: [0; 2],
+        pkeys: 1,
+        lids: [1; 2],
+        lmc: 0,
+        lanes: 1,
+        service: 0,
+        timeout: 0,
+        init: 0,
+        width: 2,
+        speed: 4,
+        physical: 5,
+        link: 1, // InfiniBand.
+    };
+    // SAFETY: room for the answer.
+    unsafe { attr.write(answer) };
+    0
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn ibv_query_gid(_: *const Object, _: u8, _: c_int, gid: *mut [u8; 16]) -> c_int {
+    let mut answer = [0; 16];
+    (answer[0], answer[1], answer[15]) = (0xfe, 0x80, 1);
+    // SAFETY: room for the answer.
+    unsafe { gid.write(answer) };
+    0
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn ibv_query_pkey(_: *const Object, _: u8, _: c_int, pkey: *mut u16) -> c_int {
+    // SAFETY: room for the answer.
+    unsafe { pkey.write(0xffff) };
+    0
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn ibv_alloc_pd(_: *const Object) -> *const Object {
+    &raw const OBJECT.0
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn ibv_dealloc_pd(_: *const Object) -> c_int {
+    0
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn ibv_create_cq(
+    _: *const Object,
+    _: c_int,
+    _: *mut c_void,
+    _: *mut c_void,
+    _: c_int,
+) -> *const Object {
+    &raw const OBJECT.0
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn ibv_destroy_cq(_: *const Object) -> c_int {
+    0
+}
+
+/// The attributes are seen as words of 32 bits; the last of these is `max_inline_data`.
+#[unsafe(no_mangle)]
+extern "C" fn ibv_create_qp(_: *const Object, attr: *const [u32; 13]) -> *const Object {
+    // SAFETY: the attributes are longer than that.
+    let inline = unsafe { (*attr)[12] };
+    if inline > INLINE {
+        return std::ptr::null();
+    }
+    &raw const OBJECT.0
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn ibv_destroy_qp(_: *const Object) -> c_int {
+    0
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn ibv_reg_mr(pd: *mut c_void, address: *mut c_void, len: usize, _: c_int) -> *mut Mr {
+    let registered = match RING.get() {
+        Some(ring) => ring.register(address.addr(), len),
+        None => Err(std::io::Error::from_raw_os_error(libc::ENODEV)),
+    };
+    match registered {
+        Ok(slot) => Box::into_raw(Box::new(Mr {
+            context: &raw const CONTEXT.0,
+            pd,
+            address,
+            len,
+            handle: slot,
+            lkey: slot,
+            rkey: slot,
+        })),
+        Err(error) => {
+            let number = error.raw_os_error().unwrap_or(libc::ENOMEM);
+            fail(number);
+            null_mut()
+        }
+    }
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn ibv_reg_mr_iova2(
+    pd: *mut c_void,
+    address: *mut c_void,
+    len: usize,
+    _: u64,
+    access: c_uint,
+) -> *mut Mr {
+    ibv_reg_mr(pd, address, len, access as c_int)
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn ibv_dereg_mr(mr: *mut Mr) -> c_int {
+    // SAFETY: what `ibv_reg_mr` has made, once.
+    let mr = unsafe { Box::from_raw(mr) };
+    if let Some(ring) = RING.get() {
+        // The kernel lets go in any case when the ring is closed.
+        let _ = ring.deregister(mr.handle);
+    }
+    0
+}
+
+/// The device is none of Amazon's.
+#[unsafe(no_mangle)]
+extern "C" fn efadv_query_device(_: *const Object, _: *mut c_void, _: u32) -> c_int {
+    libc::EOPNOTSUPP
+}
