@@ -4,9 +4,13 @@
 //! `watch`, `on`, `start` or `flood`. Wants root: the flood comes from another user.
 #![allow(missing_docs, reason = "a bench")]
 
+#[path = "../../../stress/src/kernel/slow.rs"]
+mod slow;
+
 use mmu_notifier::{Va, VaRange};
 use mmu_source::kernel::{Kernel, broker};
 use regcache::{Counting, Device, Options};
+use slow::Slow;
 use std::ffi::c_void;
 use std::hint::black_box;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -304,12 +308,13 @@ fn watches(rounds: usize) {
     );
 }
 
-/// In turn: nothing, a bare machine, the source with nothing armed, with 10 ranges armed and idle,
-/// and just after arming.
+/// In turn: nothing, a bare machine, one beside a program that does nothing, the source with
+/// nothing armed, with 10 ranges armed and idle, and just after arming.
 fn on(rounds: usize) {
-    const NAMES: [&str; 5] = [
+    const NAMES: [&str; 6] = [
         "bare",
         "bare machine",
+        "and an empty program",
         "on, nothing armed",
         "on, 10 others armed",
         "on, 10 just armed",
@@ -318,40 +323,44 @@ fn on(rounds: usize) {
     let piece = || timed(|| (0..500).for_each(|_| change())) / 500.0;
     let cycle = || (0..12).map(|_| piece()).fold(f64::MAX, f64::min);
     let pause = || std::thread::sleep(Duration::from_millis(100));
-    let mut columns: [Vec<f64>; 5] = Default::default();
+    let mut columns: [Vec<f64>; 6] = Default::default();
     for _ in 0..3 * rounds {
         pause();
         columns[0].push(cycle());
         let machine = Machine::make();
         pause();
         columns[1].push(cycle());
-        drop(machine);
+        let program = Slow::not_at_all().expect("the right to load BPF programs");
+        pause();
+        columns[2].push(cycle());
+        drop((program, machine));
         pause();
         let kernel = Kernel::start().expect("KVM and BPF");
         pause();
-        columns[2].push(cycle());
+        columns[3].push(cycle());
         let armed: Vec<_> = (0..10)
             .map(|number| kernel.arm(page(number)).expect("armed"))
             .collect();
-        columns[4].push(piece());
+        columns[5].push(piece());
         pause();
-        columns[3].push(cycle());
+        columns[4].push(cycle());
         drop((armed, kernel));
     }
-    let ratios = |column: usize| {
+    let ratios = |column: usize, of: usize| {
         let ratios: Vec<f64> = columns[column]
             .iter()
-            .zip(&columns[1])
+            .zip(&columns[of])
             .map(|(one, bare)| one / bare)
             .collect();
         let spread = [100, 900].map(|rank| of_1000(&mut ratios.clone(), rank));
         (median(&ratios), spread)
     };
     for (number, name) in NAMES.iter().enumerate() {
-        let (ratio, [low, high]) = ratios(number);
+        let (ratio, [low, high]) = ratios(number, 1);
         println!(
-            "mmap, touch, munmap, {name:<24} {:>8.1} ns  {ratio:.3} of the bare machine, {low:.3}..{high:.3}",
-            median(&columns[number])
+            "mmap, touch, munmap, {name:<24} {:>8.1} ns  {ratio:.3} of the bare machine, {low:.3}..{high:.3}, {:.3} of the empty program",
+            median(&columns[number]),
+            ratios(number, 2).0
         );
     }
     println!("  bars: 1.02 and 1.03 of the bare machine");

@@ -136,6 +136,7 @@ pub(super) fn glimpse(
     let few = now.checked_sub(taken).filter(|few| *few <= GLIMPSE)?;
     // Acquire: before the records. The fence below makes sure that it is still so.
     let from = progress.position.load(Ordering::Acquire);
+    // In the child of a fork both are zero, and one record more is looked at than there are.
     let end = from + RECORD * few;
     // Relaxed: what was found is so for good, for a position names one record. Positions only grow.
     let mut at = checked.load(Ordering::Relaxed).max(from);
