@@ -15,36 +15,30 @@ use crate::sys;
 /// How many calls are measured.
 const CALLS: usize = 101;
 
-/// Traces a process that makes calls which do nothing, and returns their median in nanoseconds; 0
-/// if that is not to be had.
-pub(crate) fn overhead(options: Options) -> u64 {
+/// Traces a process that makes calls which do nothing, and returns their median in nanoseconds;
+/// `None` if that is not to be had.
+pub(crate) fn overhead(options: Options) -> Option<u64> {
     let settings = Settings {
         details: true,
         follow: true,
         samples: true,
         ..Settings::default()
     };
-    let Ok(nowhere) = Output::open(Some(Path::new("/dev/null"))) else {
-        return 0;
-    };
+    let nowhere = Output::open(Some(Path::new("/dev/null"))).ok()?;
     let recorder = Arc::new(Recorder::new(settings, nowhere, || {}));
-    let Ok(mut tracer) = Tracer::new(options, TraceObserver::new(Arc::clone(&recorder))) else {
-        return 0;
-    };
-    let Ok(null) = File::options()
+    let mut tracer = Tracer::new(options, TraceObserver::new(Arc::clone(&recorder))).ok()?;
+    let null = File::options()
         .read(true)
         .write(true)
         .open("/dev/null")
         .map(OwnedFd::from)
-    else {
-        return 0;
-    };
+        .ok()?;
     let mut command = Command::new("/proc/self/exe").arg("idle-calls");
     if let (Ok(input), Ok(output)) = (null.try_clone(), null.try_clone()) {
         command = command.stdin(input).stdout(output).stderr(null);
     }
     if tracer.spawn(command).is_err() || tracer.run(&sys::STOP).is_err() {
-        return 0;
+        return None;
     }
     let (mut observer, _keeper) = tracer.detach();
     observer.finish();
@@ -52,7 +46,7 @@ pub(crate) fn overhead(options: Options) -> u64 {
     // Those of the loader are few.
     let mut times = recorder.take_samples();
     times.sort_unstable();
-    times.get(times.len() / 2).copied().unwrap_or(0)
+    times.get(times.len() / 2).copied()
 }
 
 /// What the process does that is traced.

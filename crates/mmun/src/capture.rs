@@ -22,6 +22,8 @@ pub(crate) struct Capture {
     places: HashMap<u64, Place>,
     /// The address space that each task is in.
     mms: HashMap<Pid, u64>,
+    /// Ranges whose address space could not be looked at.
+    pub(crate) unseen: u64,
     pub(crate) names: Names,
     pub(crate) runtime: Runtime,
 }
@@ -58,6 +60,7 @@ impl Capture {
     pub(crate) fn look(&mut self, task: Task, mm: u64, span: &Span) -> Seen {
         let (start, end) = (span.start(), u64::try_from(span.end()).unwrap_or(u64::MAX));
         let what = self.what(task.tid, mm, start, end);
+        self.unseen += u64::from(!self.places.contains_key(&mm));
         let pages = self
             .place(task.tid, mm)
             .and_then(|place| place.pages(start, end));

@@ -36,20 +36,32 @@ pub(crate) struct Seen {
 }
 
 impl Change {
+    /// The kernel refused the call.
     pub(crate) fn failed(&self) -> bool {
         self.result
-            .is_none_or(|result| (-4095..0).contains(&result))
+            .is_some_and(|result| (-4095..0).contains(&result))
+    }
+
+    /// The task died in the call: whether the call did anything is not known.
+    pub(crate) fn is_cut(&self) -> bool {
+        self.result.is_none()
+    }
+
+    /// The call came to its end and was not refused.
+    pub(crate) fn is_done(&self) -> bool {
+        !self.failed() && !self.is_cut()
     }
 
     pub(crate) fn bytes(&self) -> u64 {
         u64::try_from(self.span.end() - u128::from(self.span.start())).unwrap_or(u64::MAX)
     }
 
-    /// What the call removed from memory or changed there; 0 if it failed.
+    /// What the call removed from memory or changed there; 0 if it did not succeed or that is not
+    /// known.
     pub(crate) fn resident(&self) -> u64 {
         self.seen
             .pages
-            .filter(|_| !self.failed())
+            .filter(|_| self.is_done())
             .map_or(0, |pages| pages.resident)
     }
 

@@ -155,6 +155,10 @@ impl<'a> Places<'a> {
         let Some(frame) = stack.and_then(|stack| stack.frames.get(stack.place)) else {
             return ((String::new(), String::new()), "(not known)".to_owned());
         };
+        if frame.is_loader() {
+            let name = frame.loader_text();
+            return ((name.clone(), String::new()), name);
+        }
         let (function, module) = (frame.function.as_str(), frame.module.as_str());
         let is_program = self.programs.contains(module);
         // Of a function without a name the address is what is left.
@@ -215,7 +219,7 @@ fn write_text(out: &mut Vec<u8>, pairs: &[Pair], args: &DiffArgs) -> io::Result<
 }
 
 /// The number that a column shows, and how.
-type Column = (fn(&Row) -> u64, fn(u64) -> String);
+type Column = (fn(&Row) -> Option<u64>, fn(u64) -> String);
 
 /// Of a column and its change.
 const WIDTHS: [usize; 4] = [10, 8, 11, 11];
@@ -227,13 +231,16 @@ fn line(out: &mut Vec<u8>, pair: &Pair) -> io::Result<()> {
         pair.after.unwrap_or_default(),
     );
     let columns: [Column; 4] = [
-        (|row| row.time, time),
-        (|row| row.calls, |calls| calls.to_string()),
-        (|row| row.resident, size),
-        (|row| row.bytes, size),
+        (|row| Some(row.time), time),
+        (|row| Some(row.calls), |calls| calls.to_string()),
+        (|row| row.known_resident(), size),
+        (|row| Some(row.bytes), size),
     ];
     for ((value, show), width) in columns.into_iter().zip(WIDTHS) {
-        let (before, after) = (value(&before), value(&after));
+        let (Some(before), Some(after)) = (value(&before), value(&after)) else {
+            write!(out, "{:>width$}{:>width$}", "?", "?")?;
+            continue;
+        };
         let change = match after.cmp(&before) {
             std::cmp::Ordering::Less => format!("-{}", show(before - after)),
             std::cmp::Ordering::Equal => "=".to_owned(),

@@ -3,11 +3,14 @@
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
 
 use crate::sys::STOP;
 
@@ -104,6 +107,34 @@ impl Output {
     }
 }
 
+/// Puts `text` in the place of what a file holds. Where a disk has no room for it, or its owner may
+/// not write so much, what the file held is in it still. A pipe or a device is written to.
+///
+/// # Errors
+/// What the kernel says.
+pub(crate) fn replace(file: &mut File, text: &[u8]) -> io::Result<()> {
+    let about = file.metadata()?;
+    if about.is_file() {
+        match rustix::fs::fallocate(&*file, FallocateFlags::empty(), 0, text.len().max(1) as u64) {
+            // A file system that cannot reserve room may fail at the write.
+            Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => {}
+            Err(error) => {
+                // It may have grown by a part.
+                let _ = file.set_len(about.len());
+                return Err(error.into());
+            }
+        }
+        file.set_len(text.len() as u64)?;
+    }
+    file.write_all(text)
+}
+
+/// `true` if both names are those of one file that exists.
+pub(crate) fn is_same(a: &Path, b: &Path) -> bool {
+    let key = |path: &Path| std::fs::metadata(path).map(|about| (about.dev(), about.ino()));
+    matches!((key(a), key(b)), (Ok(a), Ok(b)) if a == b)
+}
+
 /// As `write_all`, also to a stream that someone else made non-blocking, and not for ever: once
 /// `stop` is set, a reader who takes nothing for as long as `patience` is given up.
 fn write_all(
@@ -165,6 +196,18 @@ mod tests {
     fn pipe() -> (io::PipeReader, File) {
         let (reader, writer) = io::pipe().unwrap();
         (reader, File::from(OwnedFd::from(writer)))
+    }
+
+    #[test]
+    fn a_file_is_replaced_whether_it_was_longer_or_shorter() {
+        let path = std::env::temp_dir().join(format!("mmun-replace-{}", std::process::id()));
+        for (before, text) in [("", "new"), ("longer", "new"), ("a", "longer"), ("a", "")] {
+            std::fs::write(&path, before).unwrap();
+            let mut file = File::options().write(true).open(&path).unwrap();
+            replace(&mut file, text.as_bytes()).unwrap();
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), text);
+        }
+        std::fs::remove_file(&path).unwrap();
     }
 
     #[test]

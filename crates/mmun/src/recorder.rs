@@ -180,6 +180,14 @@ impl Recorder {
         inner.output.discard();
     }
 
+    /// How many ranges could not be looked at.
+    pub(crate) fn unseen(&self) -> u64 {
+        self.lock()
+            .capture
+            .as_ref()
+            .map_or(0, |capture| capture.unseen)
+    }
+
     /// How far the trace has come.
     pub(crate) fn progress(&self) -> Progress {
         self.lock().progress
@@ -321,6 +329,7 @@ impl Inner {
         if let Some(Writer::Text(text)) = &mut self.writer {
             text.flush(out);
         }
+        let has_places = self.stacks.is_some();
         let stacks = self.stacks.take().map(Stacks::resolve).unwrap_or_default();
         if let Some(spool) = &mut self.spool {
             stacks.write_json(&mut spool.buffer, t);
@@ -342,6 +351,7 @@ impl Inner {
             let sources = Sources {
                 names,
                 stacks: &stacks,
+                has_places,
             };
             if self.json {
                 summary.write_json(out, t, &sources, self.lifecycle.as_ref());

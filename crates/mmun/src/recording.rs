@@ -92,6 +92,8 @@ pub(crate) enum ReadError {
     /// The line, counted from 1, and what is wrong with it.
     Line(usize, String),
     Empty,
+    /// Lines of a trace, but no record of an event: `--summary-only` writes such a file.
+    NoRecords,
 }
 
 impl fmt::Display for ReadError {
@@ -103,6 +105,10 @@ impl fmt::Display for ReadError {
                 write!(f, "line {number} is no record of a trace ({what}); {HINT}")
             }
             ReadError::Empty => write!(f, "there is no record in it; {HINT}"),
+            ReadError::NoRecords => write!(
+                f,
+                "no records: it has totals only, as --summary-only writes them; {HINT}"
+            ),
         }
     }
 }
@@ -167,6 +173,7 @@ struct Reader {
     open: usize,
     causes: Causes,
     stacks: Vec<(u32, Stack)>,
+    has_line: bool,
     has_record: bool,
 }
 
@@ -186,7 +193,7 @@ impl Reader {
             return Err(format!("its time {t} is before that of an earlier line"));
         }
         recording.end = t;
-        self.has_record = true;
+        self.has_line = true;
         let (record, comm, program, seen, own) = match said {
             Said::Other => return Ok(()),
             Said::Stack(site, stack) => {
@@ -201,6 +208,7 @@ impl Reader {
                 own,
             } => (record, comm, program, seen, own),
         };
+        self.has_record = true;
         recording.see(t, &record, comm, program);
         match record.kind {
             Kind::Start(span) => {
@@ -239,11 +247,16 @@ impl Reader {
             mut recording,
             stacks,
             open,
+            has_line,
             has_record,
             ..
         } = self;
         if !has_record {
-            return Err(ReadError::Empty);
+            return Err(if has_line {
+                ReadError::NoRecords
+            } else {
+                ReadError::Empty
+            });
         }
         recording.stacks = Resolved::of(stacks);
         recording.unfinished = open;
@@ -354,6 +367,16 @@ mod tests {
             .to_string();
         assert!(
             error.starts_with("line 2 is no record of a trace (") && !error.contains('\n'),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn totals_alone_are_no_records() {
+        let text = r#"{"v":1,"t":9,"kind":"summary","events":{},"where":[]}"#;
+        let error = read(&format!("{text}\n")).unwrap_err().to_string();
+        assert!(
+            error.starts_with("no records: it has totals only"),
             "{error}"
         );
     }

@@ -7,12 +7,14 @@ mod page;
 mod pending;
 mod totals;
 
-use std::fs;
+use std::fs::File;
 use std::io::{self, IsTerminal as _, Write as _};
+use std::path::Path;
 
 pub(crate) use self::pending::{Pending, Product};
 use crate::args::{ReportArgs, ReportFormat};
 use crate::outcome::{self, Outcome};
+use crate::output::{is_same, replace};
 use crate::recording::Recording;
 use crate::summary::{Sources, Summary, Wanted};
 use crate::{complain, formats, reason, written};
@@ -21,6 +23,17 @@ use crate::{complain, formats, reason, written};
 const FAILED: Outcome = Outcome::Exit(2);
 
 pub(crate) fn main(args: &ReportArgs) -> Outcome {
+    if let Some(path) = args
+        .output
+        .as_deref()
+        .filter(|path| is_same(path, &args.trace))
+    {
+        complain(&format!(
+            "report on {}: it is the trace; -o must name another file",
+            path.display()
+        ));
+        return FAILED;
+    }
     let recording = match Recording::open(&args.trace) {
         Ok(recording) => recording,
         Err(error) => {
@@ -52,7 +65,7 @@ pub(crate) fn main(args: &ReportArgs) -> Outcome {
             outcome::FAILED => FAILED,
             outcome => outcome,
         },
-        Some(path) => match fs::write(path, &text) {
+        Some(path) => match write(path, &text) {
             Ok(()) => Outcome::Exit(0),
             Err(error) => {
                 complain(&format!("write on {}: {}", path.display(), reason(&error)));
@@ -60,6 +73,16 @@ pub(crate) fn main(args: &ReportArgs) -> Outcome {
             }
         },
     }
+}
+
+/// Writes to a file that may exist.
+fn write(path: &Path, text: &[u8]) -> io::Result<()> {
+    let file = File::options()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path);
+    replace(&mut file?, text)
 }
 
 /// The tables that `mmun trace --summary` writes.
@@ -74,6 +97,7 @@ fn summary(recording: &Recording, wanted: Wanted) -> Vec<u8> {
         &Sources {
             names: Some(&recording.names),
             stacks: &recording.stacks,
+            has_places: !recording.stacks.is_empty(),
         },
     );
     out

@@ -35,6 +35,8 @@ pub(crate) struct Wanted {
 pub(crate) struct Sources<'a> {
     pub(crate) names: Option<&'a Names>,
     pub(crate) stacks: &'a Resolved,
+    /// Stacks were asked for, be it that none could be taken.
+    pub(crate) has_places: bool,
 }
 
 /// Counts as changes pass by.
@@ -58,6 +60,10 @@ pub(crate) struct Row {
     /// Of which a call can have several.
     pub(crate) ranges: u64,
     pub(crate) errors: u64,
+    /// Ranges of calls in which their task died.
+    pub(crate) cut: u64,
+    /// Ranges whose resident size is known.
+    pub(crate) sized: u64,
     pub(crate) pages: u64,
     pub(crate) bytes: u64,
     pub(crate) resident: u64,
@@ -71,6 +77,8 @@ impl Row {
     pub(crate) fn add(&mut self, change: &Change, wall: bool) {
         self.ranges += 1;
         self.errors += u64::from(change.failed());
+        self.cut += u64::from(change.is_cut());
+        self.sized += u64::from(change.seen.pages.is_some());
         self.pages = self.pages.saturating_add(change.span.range.pages());
         self.bytes = self.bytes.saturating_add(change.bytes());
         self.resident = self.resident.saturating_add(change.resident());
@@ -90,12 +98,19 @@ impl Row {
         self.calls += other.calls;
         self.ranges += other.ranges;
         self.errors += other.errors;
+        self.cut += other.cut;
+        self.sized += other.sized;
         self.pages = self.pages.saturating_add(other.pages);
         self.bytes = self.bytes.saturating_add(other.bytes);
         self.resident = self.resident.saturating_add(other.resident);
         self.wall = self.wall.saturating_add(other.wall);
         self.time = self.time.saturating_add(other.time);
         self.longest = self.longest.max(other.longest);
+    }
+
+    /// `None` if it is not known of any range.
+    pub(crate) fn known_resident(&self) -> Option<u64> {
+        (self.sized > 0 || self.ranges == 0).then_some(self.resident)
     }
 }
 
@@ -138,7 +153,7 @@ impl Summary {
                 .add(change, wall);
         }
         let removes = matches!(change.span.event, events::UNMAP | events::CLEAR);
-        if let Some(pages) = seen.pages.filter(|_| removes) {
+        if let Some(pages) = seen.pages.filter(|_| removes && !change.is_cut()) {
             let (all, nothing) = self.removals.get_or_insert_default();
             *all += 1;
             *nothing += u64::from(change.failed() || pages.is_empty());
@@ -176,9 +191,18 @@ impl Summary {
     /// Short tables.
     pub(crate) fn write_text(&self, out: &mut Vec<u8>, sources: &Sources<'_>) {
         for by in self.wanted.tables.list() {
-            if by != By::Where || !sources.stacks.is_empty() {
+            if by != By::Where || sources.has_places {
                 table::write(out, by, &self.rows(by, sources), &self.total, &self.wanted);
             }
+        }
+        let Row { ranges, sized, .. } = self.total;
+        if sized < ranges {
+            // Writing to memory cannot fail.
+            let _ = writeln!(
+                out,
+                "How much was resident is not known of {} of {ranges} ranges.",
+                ranges - sized
+            );
         }
         if let Some((all, nothing)) = self.removals {
             // Writing to memory cannot fail.
@@ -200,8 +224,8 @@ impl Summary {
             let comma = if at == 0 { "" } else { "," };
             let _ = write!(
                 out,
-                "{comma}\"{name}\":{{\"count\":{},\"errors\":{},\"pages\":{},\"ns\":{},",
-                row.ranges, row.errors, row.pages, row.wall
+                "{comma}\"{name}\":{{\"count\":{},\"errors\":{},\"cut\":{},\"pages\":{},\"ns\":{},",
+                row.ranges, row.errors, row.cut, row.pages, row.wall
             );
             write_row(out, row);
             out.put("}");
@@ -253,15 +277,16 @@ pub(crate) fn write_row(out: &mut Vec<u8>, row: &Row) {
     let Row {
         calls,
         bytes,
-        resident,
         time,
         longest,
         ..
     } = row;
-    let _ = write!(
-        out,
-        "\"calls\":{calls},\"bytes\":{bytes},\"resident\":{resident},\"self\":{time},\"longest\":{longest}"
-    );
+    // Writing to memory cannot fail.
+    let _ = write!(out, "\"calls\":{calls},\"bytes\":{bytes},");
+    if let Some(resident) = row.known_resident() {
+        let _ = write!(out, "\"resident\":{resident},");
+    }
+    let _ = write!(out, "\"self\":{time},\"longest\":{longest}");
 }
 
 /// Rows under their labels; equal labels share a row.
@@ -333,6 +358,7 @@ mod tests {
             &Sources {
                 names: None,
                 stacks: &stacks,
+                has_places: false,
             },
         );
         String::from_utf8(out).unwrap()

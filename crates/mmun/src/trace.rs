@@ -17,7 +17,7 @@ use crate::events::EventSet;
 use crate::front;
 use crate::observer::TraceObserver;
 use crate::outcome::{FAILED, NOT_EXECUTABLE, NOT_FOUND, Outcome};
-use crate::output::Output;
+use crate::output::{Output, is_same};
 use crate::recorder::{Form, Recorder, Settings};
 use crate::report::{Pending, Product};
 use crate::status::Status;
@@ -88,6 +88,18 @@ pub(crate) fn main(args: TraceArgs) -> Outcome {
             return FAILED;
         }
     };
+    if let (Some(page), Some(path)) = (&args.report, &args.output) {
+        if is_same(page, path) {
+            complain(&format!(
+                "trace on {}: -o and --report must name different files",
+                path.display()
+            ));
+            report
+                .into_iter()
+                .for_each(|(pending, _)| pending.discard());
+            return FAILED;
+        }
+    }
     let plan = Plan::new(args, output, report);
     match plan.target {
         Target::Attach(_) => {
@@ -175,7 +187,13 @@ fn trace(mut plan: Plan, front: Option<rustix::process::Pid>) -> (Outcome, Optio
         let mut options = plan.options;
         // What is attached to has no filter.
         options.seccomp &= matches!(plan.target, Target::Spawn(_));
-        plan.settings.overhead = calibrate::overhead(options);
+        let overhead = calibrate::overhead(options);
+        if overhead.is_none() {
+            complain(
+                "what a call that does nothing takes could not be measured: times in the calls are some microseconds too long",
+            );
+        }
+        plan.settings.overhead = overhead.unwrap_or(0);
     }
     let recorder = Arc::new(Recorder::new(plan.settings, plan.output, sys::request_stop));
     let mut report = plan.report.map(|(pending, spool)| {
@@ -221,6 +239,12 @@ fn trace(mut plan: Plan, front: Option<rustix::process::Pid>) -> (Outcome, Optio
         if missed > 0 {
             complain(&format!(
                 "{missed} system calls of an unknown ABI: what they changed is not in the trace"
+            ));
+        }
+        let unseen = recorder.unseen();
+        if unseen > 0 {
+            complain(&format!(
+                "/proc did not show {unseen} of the changed ranges: what lay there, how much was resident and, with -k, where it was changed are not known of them"
             ));
         }
         (written, report.is_none_or(Pending::finish))

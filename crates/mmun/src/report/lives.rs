@@ -156,7 +156,7 @@ impl World {
             change.span.start(),
             u64::try_from(change.span.end()).unwrap_or(u64::MAX),
         );
-        if end > TOP || change.failed() {
+        if end > TOP || !change.is_done() {
             return;
         }
         self.meet(start, end, changed);

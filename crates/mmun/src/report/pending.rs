@@ -2,12 +2,12 @@
 //! `--report`, and the files of viewers.
 
 use std::fs::{self, File};
-use std::io::{self, Write as _};
+use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use super::page;
-use crate::output::Output;
+use crate::output::{Output, replace};
 use crate::recording::Recording;
 use crate::{complain, formats, reason};
 
@@ -112,13 +112,8 @@ impl Pending {
             .map_err(|error| format!("read on {}: {error}", self.spool.display()));
         let written = written.and_then(|recording| {
             let text = self.product.make(&recording);
-            let emptied = if self.file.metadata().is_ok_and(|about| about.is_file()) {
-                self.file.set_len(0)
-            } else {
-                Ok(())
-            };
-            let written = emptied.and_then(|()| self.file.write_all(&text));
-            written.map_err(|error| format!("write on {}: {}", self.path.display(), reason(&error)))
+            replace(&mut self.file, &text)
+                .map_err(|error| format!("write on {}: {}", self.path.display(), reason(&error)))
         });
         match written {
             Ok(()) => {

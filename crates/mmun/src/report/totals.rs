@@ -58,9 +58,9 @@ impl Sum {
     }
 }
 
-/// Takes memory away, and is not the end of everything.
+/// Took memory away, and is not the end of everything.
 pub(super) fn is_removal(changed: &Changed) -> bool {
-    matches!(changed.change.span.event, events::UNMAP | events::CLEAR) && !changed.change.failed()
+    matches!(changed.change.span.event, events::UNMAP | events::CLEAR) && changed.change.is_done()
 }
 
 /// The time in the call itself, else that on the clock; a call with several ranges has it once.
@@ -147,12 +147,13 @@ pub(super) fn of(recording: &Recording) -> Totals {
         let Some(pages) = seen
             .pages
             .filter(|_| matches!(change.span.event, events::UNMAP | events::CLEAR))
+            .filter(|_| !change.is_cut())
         else {
             continue;
         };
         totals.removals.0 += 1;
         totals.removals.1 += u64::from(change.failed() || pages.is_empty());
-        if !change.failed() {
+        if change.is_done() {
             let cell = (
                 change.span.event,
                 half_power(change.bytes()),

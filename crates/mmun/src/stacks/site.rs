@@ -17,7 +17,21 @@ pub(crate) struct Frame {
     pub(crate) has_name: bool,
 }
 
+/// How the file name of a dynamic loader begins.
+const LOADERS: [&str; 2] = ["ld-linux", "ld-musl"];
+
 impl Frame {
+    /// It is the dynamic loader's, no function of which is a place. Only a stack that is all the
+    /// loader's, before the program begins, has such a frame for its place.
+    pub(crate) fn is_loader(&self) -> bool {
+        LOADERS.iter().any(|name| self.module.starts_with(name))
+    }
+
+    /// What stands for all of the loader's functions.
+    pub(crate) fn loader_text(&self) -> String {
+        format!("the loader, before the program begins ({})", self.module)
+    }
+
     /// `f (module file.c:12)`
     pub(crate) fn text(&self) -> String {
         let Frame {
@@ -47,6 +61,7 @@ impl Stack {
     /// The place of the call, for tables.
     pub(crate) fn place(&self) -> String {
         match self.frames.get(self.place) {
+            Some(frame) if frame.is_loader() => frame.loader_text(),
             Some(frame) => frame.text(),
             None => UNKNOWN.to_owned(),
         }
@@ -140,15 +155,13 @@ const ALLOCATORS: &[&str] = &[
     "clone3",
 ];
 
-/// Libraries in which no function is the place: the C library, the loader, and allocators of their
-/// own.
+/// Libraries in which no function is the place, beside the loader: the C library, and allocators of
+/// their own.
 const LIBRARIES: &[&str] = &[
     "libc.so",
     "libc-2",
     "libpthread",
     "libc.musl",
-    "ld-linux",
-    "ld-musl",
     "libjemalloc",
     "libmimalloc",
     "libtcmalloc",
@@ -259,6 +272,7 @@ fn is_allocator(frame: &Frame, skip: &[String]) -> bool {
         || skip
             .iter()
             .any(|name| *name == frame.function || *name == bare)
+        || frame.is_loader()
         || LIBRARIES.iter().any(|name| frame.module.starts_with(name))
 }
 
@@ -295,6 +309,22 @@ mod tests {
         assert_eq!(place(&stack[..3], &[]), "free (libc.so.6)");
         assert_eq!(place(&[], &[]), "(not known)");
         assert_eq!(Resolved::default().place(None), "(not known)");
+    }
+
+    #[test]
+    fn no_function_of_the_loader_is_a_place() {
+        let loader = "ld-linux-x86-64.so.2";
+        let start = [frame("mprotect", loader), frame("_dl_start", loader)];
+        let opened = [
+            frame("munmap", loader),
+            frame("dlopen", "libc.so.6"),
+            frame("plugin", "app"),
+        ];
+        assert_eq!(
+            place(&start, &[]),
+            "the loader, before the program begins (ld-linux-x86-64.so.2)"
+        );
+        assert_eq!(place(&opened, &[]), "plugin (app)");
     }
 
     #[test]

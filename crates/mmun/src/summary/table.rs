@@ -136,13 +136,13 @@ fn events(out: &mut Vec<u8>, rows: &[(String, Row)], total: &Row) -> std::io::Re
         let Row {
             calls,
             bytes,
-            resident,
             time: ns,
             longest,
             errors,
+            cut,
             ..
         } = row;
-        let columns = [size(*bytes), size(*resident)];
+        let columns = [size(*bytes), known_size(row.known_resident())];
         write!(
             out,
             "{name:<15}{calls:>8}{:>11}{:>11}{:>10}{:>10}",
@@ -151,10 +151,12 @@ fn events(out: &mut Vec<u8>, rows: &[(String, Row)], total: &Row) -> std::io::Re
             time(*ns),
             time(*longest)
         )?;
-        match errors {
-            0 => writeln!(out)?,
-            _ => writeln!(out, "  {errors} failed")?,
+        for (count, what) in [(errors, "failed"), (cut, "cut by the end of the task")] {
+            if *count > 0 {
+                write!(out, "  {count} {what}")?;
+            }
         }
+        writeln!(out)?;
     }
     Ok(())
 }
@@ -184,9 +186,9 @@ fn shares(
     for (label, row) in rows.iter().take(top) {
         let percent = (u128::from(sort.key(row)) * 100 + u128::from(whole) / 2) / u128::from(whole);
         let bytes = if sort == Sort::Range {
-            row.bytes
+            Some(row.bytes)
         } else {
-            row.resident
+            row.known_resident()
         };
         let label = printable(label);
         writeln!(
@@ -194,7 +196,7 @@ fn shares(
             "{:>10}{percent:>5}{:>8}{:>11}  {label}",
             time(row.time),
             row.calls,
-            size(bytes)
+            known_size(bytes)
         )?;
     }
     if let Some(more @ 1..) = rows.len().checked_sub(top) {
@@ -217,6 +219,11 @@ pub(crate) fn time(ns: u64) -> String {
 
 pub(crate) fn size(bytes: u64) -> String {
     text(|out| put_bytes(out, bytes))
+}
+
+/// A size, or `?`.
+pub(crate) fn known_size(bytes: Option<u64>) -> String {
+    bytes.map_or_else(|| "?".to_owned(), size)
 }
 
 fn text(write: impl FnOnce(&mut Vec<u8>)) -> String {

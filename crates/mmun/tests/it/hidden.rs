@@ -101,3 +101,38 @@ fn every_child_runs_and_is_told_whatever_proc_says() {
         assert_eq!(of_kind(&records, "mm_new").count(), 165, "{setup}");
     }
 }
+
+#[test]
+fn without_proc_nothing_is_said_to_be_zero() {
+    if !require(Cap::Root)
+        || !require(Cap::MountNamespace)
+        || !require(Cap::Ptrace)
+        || !require(Cap::Program("unshare"))
+    {
+        return;
+    }
+    let copy = Public::new();
+    let mut command = Command::new("unshare");
+    command
+        .args(["-m", "sh", "-c", "umount -l /proc && exec \"$0\" \"$@\""])
+        .arg(copy.mmun())
+        .args(["trace", "--summary-only", "--", "sh", "-c", ":"])
+        .stderr(std::process::Stdio::piped());
+    let output = stopping_all("mmun trace", command);
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    let unmaps: Vec<&str> = said
+        .lines()
+        .find(|line| line.starts_with("unmap "))
+        .unwrap()
+        .split_whitespace()
+        .collect();
+    assert_eq!(unmaps[4], "?", "resident: {said}");
+    assert!(!said.contains("removed nothing"), "{said}");
+    let place = said
+        .lines()
+        .any(|line| line.trim_end().ends_with("?  (not known)"));
+    assert!(place && said.contains("  where\n"), "{said}");
+    assert!(said.contains("mmun: /proc did not show "), "{said}");
+    assert!(said.contains("could not be measured"), "{said}");
+}

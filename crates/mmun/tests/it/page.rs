@@ -106,6 +106,7 @@ fn a_page_is_hovered_sorted_zoomed_and_searched() {
             places_are_sorted(&mut browser);
             stacks_are_searched(&mut browser);
             everything_has_a_name(&mut browser);
+            a_narrow_window_holds_everything(&mut browser);
             dark_and_paper(&mut browser);
             assert!(
                 browser.complaints().is_empty(),
@@ -294,6 +295,20 @@ fn everything_has_a_name(browser: &mut Browser) {
     assert!(count > 15, "{count} things to use");
 }
 
+fn a_narrow_window_holds_everything(browser: &mut Browser) {
+    let screen =
+        |width| json!({"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": false});
+    browser.call("Emulation.setDeviceMetricsOverride", screen(400));
+    assert_eq!(
+        browser.text("document.documentElement.scrollWidth <= 400"),
+        "true"
+    );
+    let height = "document.querySelector('#sites tbody tr').getBoundingClientRect().height";
+    let height: f64 = browser.text(height).parse().unwrap();
+    assert!(height < 120.0, "a row of the table is {height} high");
+    browser.call("Emulation.setDeviceMetricsOverride", screen(1400));
+}
+
 fn dark_and_paper(browser: &mut Browser) {
     const BACK: &str = "getComputedStyle(document.body).backgroundColor";
     let light = browser.text(BACK);
@@ -320,6 +335,8 @@ fn a_large_trace_makes_a_page_that_is_small_and_says_what_it_left_out() {
                 note.contains("as density") && note.contains("lighter ones are the haze"),
                 "{note}"
             );
+            let key = browser.text("document.querySelector('#map-key').textContent");
+            assert!(key.contains("haze: lighter changes"), "{key}");
             assert!(
                 browser
                     .text("document.querySelector('#tiles').textContent")
@@ -425,4 +442,35 @@ fn a_page_that_cannot_be_made_is_said_before_the_program_starts() {
     };
     assert_eq!(output.status.code(), Some(127));
     assert!(!page.exists(), "there was nothing to tell");
+}
+
+#[test]
+fn a_spool_that_gets_full_ends_the_trace_and_not_the_program() {
+    let (page, folder) = (scratch("cut.html"), scratch("cut-spool"));
+    fs::create_dir(&folder).unwrap();
+    // Each `exec` of the shell's child makes some forty records; more than 200 KiB may not be
+    // written to one file. The page is smaller.
+    let script = "trap '' XFSZ; ulimit -f 400; exec \"$0\" trace --report \"$1\" -- sh -c '\
+         i=0; while [ $i -lt 150 ]; do /bin/true; i=$((i+1)); done; echo alive'";
+    let mut command = by_default("sh");
+    command
+        .args(["-c", script, env!("CARGO_BIN_EXE_mmun")])
+        .arg(&page)
+        .env("TMPDIR", &folder);
+    let output = within("mmun trace", move || command.output().unwrap());
+    let line = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(125), "{line}");
+    assert_eq!(line.lines().count(), 1, "{line}");
+    assert!(
+        line.contains("cut-spool") && line.ends_with(": File too large; the trace is incomplete\n"),
+        "{line}"
+    );
+    // What was recorded until then is in the page, and so the file of the records is gone.
+    let html = fs::read_to_string(&page).unwrap();
+    assert!(html.starts_with("<!doctype html>") && html.trim_end().ends_with("</html>"));
+    assert_eq!(fs::read_dir(&folder).unwrap().count(), 0);
+    // Its standard output ended with the program.
+    assert_eq!(text(&output.stdout), "alive\n");
+    fs::remove_file(page).unwrap();
+    fs::remove_dir(folder).unwrap();
 }

@@ -94,3 +94,52 @@ fn what_is_no_trace_is_refused_in_one_line() {
     fs::remove_file(&path).unwrap();
     assert!(text(&mmun(&["report"], &path).stderr).contains("No such file"));
 }
+
+/// A trace of one process that did nothing.
+const SMALL: &str =
+    r#"{"v":1,"t":5,"kind":"mm_new","pid":7,"tid":7,"mm":1,"comm":"prog","program":"/bin/prog"}"#;
+
+#[test]
+fn a_report_that_cannot_be_written_leaves_its_file_as_it_was() {
+    let (path, page) = (scratch("small.jsonl"), scratch("old.html"));
+    fs::write(&path, SMALL).unwrap();
+    fs::write(&page, "what it held").unwrap();
+    let limited = "trap '' XFSZ; ulimit -f 16; exec \"$0\" report --format html -o \"$1\" \"$2\"";
+    let mut command = by_default("sh");
+    command
+        .args(["-c", limited, env!("CARGO_BIN_EXE_mmun")])
+        .args([&page, &path]);
+    let output = within("mmun report", move || command.output().unwrap());
+    let line = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{line}");
+    assert!(
+        line.starts_with("mmun: write on ") && line.contains("File too large"),
+        "{line}"
+    );
+    assert_eq!(fs::read_to_string(&page).unwrap(), "what it held");
+    // The trace itself is not written over.
+    let output = mmun(&["report", "-o", path.to_str().unwrap()], &path);
+    let line = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{line}");
+    assert!(line.contains("it is the trace"), "{line}");
+    assert_eq!(fs::read_to_string(&path).unwrap(), SMALL);
+    fs::remove_file(path).unwrap();
+    fs::remove_file(page).unwrap();
+}
+
+#[test]
+fn totals_alone_cannot_be_compared() {
+    let path = scratch("totals.jsonl");
+    let mut command = trace();
+    command.args(["--json", "--summary-only", "-o"]).arg(&path);
+    command.args(["--", "true"]);
+    let output = within("mmun trace", move || command.output().unwrap());
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    for args in [&["diff", path.to_str().unwrap()][..], &["report"]] {
+        let output = mmun(args, &path);
+        let line = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{line}");
+        assert!(line.contains(": no records: "), "{line}");
+    }
+    fs::remove_file(path).unwrap();
+}

@@ -21,6 +21,8 @@ const count = n => n.toLocaleString("en");
 const percent = (part, whole) => whole ? (100 * part / whole).toFixed(part / whole < .1 ? 1 : 0) + " %" : "0 %";
 const many = (n, one, more) => count(n) + " " + (n === 1 ? one : more || one + "s");
 const hex = page => "0x" + (BigInt(page) * 4096n).toString(16);
+// How much was in memory is known of at least one removal, or there was none.
+const isSized = D.removals[0] > 0 || !D.all[RANGE];
 const short = path => path.replace(/ \(deleted\)$/, "").split("/").pop() || path;
 
 // A kind of event, for colours.
@@ -90,15 +92,17 @@ $("title").textContent = "mmun trace: " + D.title;
 $("about").textContent = [time(D.end) + " traced", many(D.tasks, "task") + " changed " + many(D.spaces, "address space")].join(" · ");
 const tile = (value, label) => $("tiles").append(make("div", {}, make("dt", {}, label), make("dd", {}, value)));
 tile(count(D.all[CALLS]), "calls that change translations");
-tile(size(D.all[RANGE]), "address range given up");
-tile(size(D.all[RESIDENT]), "of it in memory: " + percent(D.all[RESIDENT], D.all[RANGE]));
+tile(size(D.all[RANGE]), "address range given up, by unmaps and clears");
+if (isSized) tile(size(D.all[RESIDENT]), "of it in memory: " + percent(D.all[RESIDENT], D.all[RANGE]));
+else tile("not known", "how much of it was in memory");
 tile(time(D.all[TIME]), (D.is_own ? "in the calls themselves" : "between start and end, stops of the tracer included") + ": " + percent(D.all[TIME], D.end) + " of the run");
 tile(time(D.all[LONGEST]), "the longest call");
 if (D.removals[0]) tile(percent(D.removals[1], D.removals[0]), `of ${count(D.removals[0])} unmaps and clears removed nothing`);
 
 const notes = [
   D.is_own ? "Time is what the kernel counted for the task in the call, less what a call that does nothing takes: wrong by up to 0.5 µs for a small call, by 1 to 4 % for a large one." : "Time is that on the clock, the stops of the tracer included. Recorded with --details, it is that of the call itself.",
-  "Resident is what was in memory before the call; pages of zeros that were only read do not count. Range and resident are those of unmaps and clears.",
+  isSized ? "Resident is what was in memory before the call; pages of zeros that were only read do not count." : "How much was in memory is not known: recorded without --details, or /proc did not say.",
+  "Range and resident count unmaps and clears only, in every total, table and diagram; calls, time and the picture count every change.",
 ];
 const left = D.left_out;
 if (left.changes) notes.push(`${count(left.changes)} lighter changes are not shown one by one: they are a haze in the picture, and are in every total, table and diagram.`);

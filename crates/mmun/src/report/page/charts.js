@@ -34,7 +34,7 @@
     document.querySelector("#sites tbody").replaceChildren(...found.slice(0, shown).map(row => {
       const tr = make("tr", { "aria-selected": chosen === row.i });
       for (const [, key, text] of columns) {
-        const td = make("td", {}, text(row.sum[key]));
+        const td = make("td", {}, key === RESIDENT && !isSized ? "?" : text(row.sum[key]));
         if (key === TIME) td.append(make("meter", { min: 0, max: most, value: row.sum[TIME], "aria-hidden": true }));
         tr.append(td);
       }
@@ -46,7 +46,7 @@
     const more = $("sites-more");
     more.hidden = found.length <= shown;
     more.textContent = `Show ${count(found.length - shown)} more`;
-    $("sites-note").textContent = word ? `${many(found.length, "place")} found` : D.has_stacks ? "A click on a place shows only its changes in the picture above." : "";
+    $("sites-note").textContent = word ? `${many(found.length, "place")} found` : D.has_stacks ? "Range and resident count unmaps and clears only. A click on a place shows only its changes in the picture above." : "";
   };
   var choose = i => {
     chosen = i;

@@ -13,6 +13,7 @@
 
   const open = i => {
     lane = D.lanes[i];
+    if (lane) $("lane").title = name(lane);
     tops = []; heights = []; total = 0;
     if (lane) lane.bands.forEach(([page, pages], i) => {
       const before = lane.bands[i - 1];
@@ -63,7 +64,7 @@
     seenLives = [];
     area = { w: W - GUTTER - 8, h: H - STRIP - AXIS };
     if (!lane) return;
-    const c = Object.fromEntries(["fg", "dim", "line", "band", "anon", "file", "unmap", "clear", "prot", "other", "bg"].map(n => [n, colour(n)]));
+    const c = Object.fromEntries(["fg", "dim", "line", "band", "anon", "file", "unmap", "clear", "prot", "other", "haze", "bg"].map(n => [n, colour(n)]));
     const { w, h } = box();
     g.font = "11px system-ui, sans-serif";
     g.save();
@@ -88,16 +89,16 @@
     });
     put();
     g.beginPath(); g.rect(GUTTER, STRIP, w + 8, h); g.clip();
-    const cells = (lines, fill, most) => lines.forEach((digits, i) => {
+    const cells = (lines, fill, least, most) => lines.forEach((digits, i) => {
       const y0 = Y(tops[i]), y1 = Y(tops[i] + heights[i]), part = (lane.ended - lane.began) / 200;
       for (let j = 0; j < digits.length; j++) if (digits[j] !== "0") {
         const x0 = X(j * part);
-        g.globalAlpha = digits[j] / 9 * most;
+        g.globalAlpha = least + digits[j] / 9 * (most - least);
         g.fillStyle = fill;
         g.fillRect(x0, y0, X((j + 1) * part) - x0, y1 - y0);
       }
     });
-    cells(lane.shade, c.anon, .8);
+    cells(lane.shade, c.anon, 0, .8);
     g.globalAlpha = 1;
     for (const life of lane.lives) {
       const [page, pages, began, ended, what] = life;
@@ -109,7 +110,7 @@
       g.fillRect(x0, y0, Math.max(1, x1 - x0), Math.max(.7, y1 - y0 - .5));
       seenLives.push({ life, x0, x1: Math.max(x0 + 1, x1), y0, y1 });
     }
-    cells(lane.haze, c.unmap, .6);
+    cells(lane.haze, c.haze, .18, .7);
     g.globalAlpha = 1;
     const visible = lane.marks.filter(inView);
     const spots = visible.map(m => ({ m, ...spot(m) })).filter(s => !isOut(s));
@@ -300,7 +301,8 @@
   $("zoom-out").addEventListener("click", () => zoom(2));
   $("zoom-all").addEventListener("click", () => lane && all());
   $("lane").addEventListener("change", e => open(+e.target.value));
-  for (const [kind, text] of [["anon", "anonymous"], ["file", "of a file"], ...Object.entries(groups)])
+  const haze = D.left_out.changes ? [["haze", "haze: lighter changes"]] : [];
+  for (const [kind, text] of [["anon", "anonymous"], ["file", "of a file"], ...Object.entries(groups), ...haze])
     $("map-key").append(make("li", {}, make("i", { class: "k-" + kind }), text));
   // Only the changes of these stacks; null: all.
   var highlight = (sites, label) => {
