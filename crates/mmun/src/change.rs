@@ -42,7 +42,7 @@ impl Change {
             .is_some_and(|result| (-4095..0).contains(&result))
     }
 
-    /// The task died in the call: whether the call did anything is not known.
+    /// The call did not return: the task died, or the trace ended. What it did is not known.
     pub(crate) fn is_cut(&self) -> bool {
         self.result.is_none()
     }

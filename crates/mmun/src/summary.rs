@@ -60,7 +60,7 @@ pub(crate) struct Row {
     /// Of which a call can have several.
     pub(crate) ranges: u64,
     pub(crate) errors: u64,
-    /// Ranges of calls in which their task died.
+    /// Ranges of calls that did not return.
     pub(crate) cut: u64,
     /// Ranges whose resident size is known.
     pub(crate) sized: u64,

@@ -151,7 +151,7 @@ fn events(out: &mut Vec<u8>, rows: &[(String, Row)], total: &Row) -> std::io::Re
             time(*ns),
             time(*longest)
         )?;
-        for (count, what) in [(errors, "failed"), (cut, "cut by the end of the task")] {
+        for (count, what) in [(errors, "failed"), (cut, "cut short")] {
             if *count > 0 {
                 write!(out, "  {count} {what}")?;
             }
