@@ -76,6 +76,13 @@ const STEPS: &[Step] = &[
          --exclude xtask --target-dir target/oldest",
     )
     .needs("cargo +1.85 --version"),
+    // A minute, and the standard library of that processor the first time.
+    step(
+        "another processor",
+        "cargo check --target aarch64-unknown-linux-gnu --workspace --all-targets --exclude bench",
+    )
+    .env(&[("RUSTFLAGS", "-Dwarnings")])
+    .needs("timeout 100 rustup target add aarch64-unknown-linux-gnu"),
     step("what a distribution packs", "cargo xtask dist").needs("pkg-config --version"),
     step("no feature, and each alone", "cargo xtask features"),
     step("docs", "cargo doc --workspace --no-deps").env(&[("RUSTDOCFLAGS", "-Dwarnings")]),

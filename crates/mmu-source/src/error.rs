@@ -100,7 +100,7 @@ impl Error {
                     "ptrace may be forbidden here, as in some containers"
                 })
             }
-            Error::Unsupported { .. } => Some("Linux 5.3 or later on x86-64 is needed"),
+            Error::Unsupported { .. } => Some("Linux 5.3 or later on x86-64 or aarch64 is needed"),
             Error::Spawn { source, .. }
             | Error::Kernel { source, .. }
             | Error::Arm { source, .. } => match source.raw_os_error() {

@@ -20,9 +20,10 @@
 //!  cmp $-4095, %rax <──7──  jmp   <────────────── result
 //! ```
 //! 1. glibc makes a system call by `mov $number, %eax; syscall`. That `mov` is one instruction as
-//!    long as a near jump, so a jump to a trampoline takes its place. No thread can stand inside
-//!    one instruction. The page of the instruction is replaced as a whole (`mremap` of a changed
-//!    copy over it), so patching is safe while other threads run the code.
+//!    long as a near jump, so a jump to a trampoline takes its place. On aarch64 a branch takes the
+//!    place of `svc #0` itself. No thread can stand inside one instruction. The page of the
+//!    instruction is replaced as a whole (`mremap` of a changed copy over it), so patching is safe
+//!    while other threads run the code.
 //! 2. The trampoline runs the replaced instruction and calls the handler. All registers that a
 //!    system call keeps are kept.
 //! 3. The handler reads the arguments of the call. If the call changes no translation, steps 4 and
@@ -44,7 +45,8 @@
 //! one. `errno` is put back after it.
 //!
 //! # Limits
-//! x86-64 with glibc. Signal handlers must not make memory calls while a hook is installed.
+//! x86-64 or aarch64, with glibc. Signal handlers must not make memory calls while a hook is
+//! installed.
 //!
 //! The library with this code may be loaded by `dlopen`, and stays loaded then: `dlclose` does not
 //! unload it. Its thread-local words come from the space that glibc sets aside for such libraries
@@ -85,7 +87,11 @@
 //! ```
 
 #[cfg_attr(
-    not(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu")),
+    not(all(
+        any(target_arch = "x86_64", target_arch = "aarch64"),
+        target_os = "linux",
+        target_env = "gnu"
+    )),
     path = "hook/unsupported.rs"
 )]
 mod glibc;
@@ -113,10 +119,10 @@ impl Hook {
     /// The first time it searches libc's code, some milliseconds; then it replaces a few pages. It
     /// waits for an installation or removal by another thread.
     /// # Errors
-    /// [`Error::Unavailable`] if this is not x86-64 with glibc, if libc has no place that can be
-    /// patched (it says what was found). [`Error::Kernel`] if the kernel refuses to replace a page
-    /// of code (`EACCES` or `EPERM` under a security module or where code is sealed); then nothing
-    /// is patched.
+    /// [`Error::Unavailable`] if this is not x86-64 or aarch64 with glibc, or if libc has no place
+    /// that can be patched (it says what was found). [`Error::Kernel`] if the kernel refuses to
+    /// replace a page of code (`EACCES` or `EPERM` under a security module or where code is
+    /// sealed); then nothing is patched.
     pub fn install() -> Result<Self, Error> {
         glibc::install().map(|()| Self { id: mark() })
     }

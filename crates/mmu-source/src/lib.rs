@@ -7,7 +7,7 @@
 //! | what is to be known | source | needs |
 //! | --- | --- | --- |
 //! | every change of memory of this process, whatever makes it: a cache that must never be stale | [`kernel`], and [`hook`] beside it if callbacks are to run before the program's own calls | `/dev/kvm`, CAP_BPF and CAP_PERFMON; or a running `mmun broker` |
-//! | what this process does through libc, before it happens, without any right | [`hook`] | x86-64 with glibc |
+//! | what this process does through libc, before it happens, without any right | [`hook`] | x86-64 or aarch64, with glibc |
 //! | what this process does to a few ranges, soon afterwards | [`uffd`] | CAP_SYS_PTRACE, Linux 6.7 |
 //! | what other processes do | [`process`] | the right to trace them, x86-64 or aarch64 |
 //! | whether one range was touched since, under a lock or inside `free` | [`Watch`] | one of the first two sources |
@@ -29,11 +29,19 @@
 //!
 //! `hook`: while it is installed, subscribers of [`current`] are called before and after each call.
 #![cfg_attr(
-    all(feature = "hook", target_arch = "x86_64", target_env = "gnu"),
+    all(
+        feature = "hook",
+        any(target_arch = "x86_64", target_arch = "aarch64"),
+        target_env = "gnu"
+    ),
     doc = "```"
 )]
 #![cfg_attr(
-    not(all(feature = "hook", target_arch = "x86_64", target_env = "gnu")),
+    not(all(
+        feature = "hook",
+        any(target_arch = "x86_64", target_arch = "aarch64"),
+        target_env = "gnu"
+    )),
     doc = "```ignore"
 )]
 //! # use mmu_notifier::{InvalidateRange, Notifier, Registration};
@@ -121,7 +129,7 @@ pub use watch::Watch;
 #[cfg(all(
     doctest,
     feature = "hook",
-    target_arch = "x86_64",
+    any(target_arch = "x86_64", target_arch = "aarch64"),
     target_os = "linux",
     target_env = "gnu"
 ))]

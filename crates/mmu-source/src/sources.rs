@@ -49,7 +49,7 @@ sources! {
         "bare system call instructions, a second libc, other processes, the kernel's own changes (copy on write, mlock)",
         "subscribe, put, map and unmap; not allocate, for it may run in the middle of free()",
         "some 50 ns for each call",
-        "x86-64 with glibc";
+        "x86-64 or aarch64, glibc";
     "uffd":
         "munmap, mremap, madvise, punched holes and fork, on armed ranges",
         "at about the time of the change; nobody waits for callbacks",

@@ -100,7 +100,7 @@ struct mmun;
  * MMUN_SOURCE_HOOK    Patches libc: sees munmap, mmap over live memory, mremap, madvise, brk,
  *                     shmdt, mprotect and syscall(2) of this process, before they happen. Misses
  *                     what is not a call through libc: truncation of a file, io_uring, other
- *                     processes, copy on write, reclaim. Needs x86-64 with glibc.
+ *                     processes, copy on write, reclaim. Needs glibc on x86-64 or aarch64.
  * MMUN_SOURCE_KERNEL  The kernel's own MMU notifier. Misses nothing. Needs /dev/kvm, CAP_BPF and
  *                     CAP_PERFMON, Linux 5.12.
  * MMUN_SOURCE_OWN     The invalidations that the program opens itself, on mmun_current_mm() of

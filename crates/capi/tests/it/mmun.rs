@@ -37,7 +37,10 @@ fn over_brackets_of_the_program() {
 }
 
 #[test]
-#[cfg(all(target_arch = "x86_64", target_env = "gnu"))]
+#[cfg(all(
+    any(target_arch = "x86_64", target_arch = "aarch64"),
+    target_env = "gnu"
+))]
 fn over_the_hook() {
     run("mmun-hook", &[], "hook", &[]);
 }
@@ -102,7 +105,10 @@ fn a_signal_handler_may_ask_a_watch() {
         assert_eq!(output, "ok 100 signals\n", "{source}");
     };
     asked("own");
-    #[cfg(all(target_arch = "x86_64", target_env = "gnu"))]
+    #[cfg(all(
+        any(target_arch = "x86_64", target_arch = "aarch64"),
+        target_env = "gnu"
+    ))]
     asked("hook");
     if require(Cap::Kvm) && require(Cap::Bpf) {
         asked("kernel");

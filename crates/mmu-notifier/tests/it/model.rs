@@ -109,7 +109,7 @@ fn random_operations_agree_with_the_model() {
     let cases = if std::env::var_os("PROPTEST_CASES").is_some() {
         chosen.cases
     } else {
-        400
+        testkit::rounds(400) as u32
     };
     let config = ProptestConfig {
         cases,

@@ -1,5 +1,18 @@
 //! The hook for glibc: what is patched, how, and what runs in the place of a call.
+//!
+//! What differs between processors is a folder for each: how glibc's code makes a call, what a
+//! patch looks like, and which registers a call keeps.
 
+#[macro_use]
+mod naked;
+
+#[cfg_attr(
+    not(target_arch = "aarch64"),
+    allow(dead_code, unused_imports, reason = "its tests run on any processor")
+)]
+#[cfg(any(target_arch = "aarch64", test))]
+mod aarch64;
+mod arena;
 mod code_pages;
 mod handler;
 mod install;
@@ -8,7 +21,11 @@ mod own_process;
 mod plan;
 mod raw;
 mod starts;
+#[cfg(target_arch = "x86_64")]
 mod x86_64;
 
+#[cfg(target_arch = "aarch64")]
+use aarch64 as machine;
 pub(in crate::hook) use install::{install, probe, remove, status};
+#[cfg(target_arch = "x86_64")]
 use x86_64 as machine;

@@ -20,7 +20,7 @@ pub(super) fn probe() -> Result<Vec<Patch>, Error> {
 fn missing() -> Error {
     Error::Unavailable {
         source: "hook",
-        missing: "x86-64 Linux with glibc: there is no decoder for this processor's libc yet"
+        missing: "Linux with glibc on x86-64 or aarch64: there is no decoder for this processor's libc yet"
             .to_owned(),
         remedy: "use the kernel or the uffd source".to_owned(),
     }

@@ -2,7 +2,7 @@
 //! `mmu-notifier`, which does not.
 
 use crate::child::alone;
-use crate::pages::{PAGE, at, map, unmap};
+use crate::pages::{at, map, page_size, unmap};
 use mmu_notifier::{
     Finish, IntervalNotifier, IntervalOps, InvalidateRange, InvalidateSeq, MmWithUser, Notifier,
     Registration, SoftTlb, Subsystem, Va, VaRange,
@@ -93,11 +93,11 @@ fn give_memory_back_often() {
 /// Drops a block that was written to. Whether the allocator gave its end back: it does not where
 /// another thread has allocated behind it.
 fn gives_back(block: Vec<u8>) -> bool {
-    let last = block[block.len() - 1..].as_ptr().addr() & !(PAGE - 1);
+    let last = block[block.len() - 1..].as_ptr().addr() & !(page_size() - 1);
     drop(block);
     let mut residence = 0_u8;
     // SAFETY: writes one byte for one page to a local; what is not mapped is refused.
-    let answer = unsafe { libc::mincore(at(last).cast(), PAGE, &raw mut residence) };
+    let answer = unsafe { libc::mincore(at(last).cast(), page_size(), &raw mut residence) };
     answer != 0 || residence & 1 == 0
 }
 

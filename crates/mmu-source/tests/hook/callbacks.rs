@@ -1,6 +1,6 @@
 //! What a callback may do: put, subscribe, map, unmap; and `errno`.
 
-use crate::pages::{PAGE, at, discard, errno, map, unmap};
+use crate::pages::{at, discard, errno, map, page_size, unmap};
 use mmu_notifier::{InvalidateRange, Notifier, Registration, Subscription, Subsystem, VaRange};
 use mmu_source::hook::Hook;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -45,7 +45,7 @@ impl Notifier for Busy {
         unmap(inner, 1);
         // Leaves an error behind.
         // SAFETY: a misaligned address is refused.
-        assert_eq!(unsafe { libc::munmap(at(1), PAGE) }, -1);
+        assert_eq!(unsafe { libc::munmap(at(1), page_size()) }, -1);
     }
 
     fn invalidate_range_end(&self, range: &InvalidateRange<'_>) {

@@ -3,12 +3,15 @@
 
 use crate::child::{alone, in_a_child};
 use crate::log::Watch;
-use crate::pages::{FLAGS, PAGE, PROTECTION, at, errno, map, unmap};
+use crate::pages::{FLAGS, PROTECTION, at, errno, map, page_size, unmap};
 use mmu_notifier::Event;
 use mmu_source::hook::{Hook, State, probe};
 use std::ptr;
 
-const P: i64 = PAGE as i64;
+/// The size of a page, as distances count.
+fn p() -> i64 {
+    page_size() as i64
+}
 
 #[test]
 fn every_site_is_ours_while_installed() {
@@ -52,16 +55,16 @@ fn every_site_is_ours_while_installed() {
 fn munmap() {
     let watch = Watch::new();
     let pages = map(3, 7);
-    watch.listen_and_look(pages, 3 * PAGE);
+    watch.listen_and_look(pages, 3 * page_size());
     unmap(pages, 1);
     let heard = watch.heard();
     assert_eq!(
         heard[0].content, 7,
         "the page is there in the start callback"
     );
-    watch.listen(pages, 3 * PAGE);
-    unmap(pages + PAGE, 2);
-    watch.expect("the rest", Event::Unmap, &[(P, 3 * P)]);
+    watch.listen(pages, 3 * page_size());
+    unmap(pages + page_size(), 2);
+    watch.expect("the rest", Event::Unmap, &[(p(), 3 * p())]);
 }
 
 /// The kernel rounds the length up to whole pages of the file. That it may refuse for want of huge
@@ -84,7 +87,7 @@ fn mmap_of_a_file_of_huge_pages_replaces_whole_ones() {
     watch.listen(aligned, 2 * HUGE);
     let flags = libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_NORESERVE;
     // SAFETY: over a mapping of this test.
-    unsafe { libc::mmap(at(aligned), PAGE, PROTECTION, flags, file, 0) };
+    unsafe { libc::mmap(at(aligned), page_size(), PROTECTION, flags, file, 0) };
     watch.expect("a huge page", Event::Unmap, &[(0, HUGE as i64)]);
     // SAFETY: the descriptor is this test's.
     unsafe { libc::close(file) };
@@ -96,10 +99,10 @@ fn mmap_of_a_file_of_huge_pages_replaces_whole_ones() {
 fn populating_for_writing_gives_pages_of_their_own() {
     let watch = Watch::new();
     let pages = map(2, 7);
-    watch.listen(pages, 2 * PAGE);
+    watch.listen(pages, 2 * page_size());
     // SAFETY: changes no byte of the pages of this test.
-    unsafe { libc::madvise(at(pages), 2 * PAGE, libc::MADV_POPULATE_WRITE) };
-    watch.expect("populated", Event::Clear, &[(0, 2 * P)]);
+    unsafe { libc::madvise(at(pages), 2 * page_size(), libc::MADV_POPULATE_WRITE) };
+    watch.expect("populated", Event::Clear, &[(0, 2 * p())]);
     unmap(pages, 2);
 }
 
@@ -109,30 +112,33 @@ fn results_and_errno_are_the_kernels() {
     let pages = map(1, 0);
     assert_eq!(
         // SAFETY: a misaligned address is refused.
-        (unsafe { libc::munmap(at(pages + 1), PAGE) }, errno()),
+        (unsafe { libc::munmap(at(pages + 1), page_size()) }, errno()),
         (-1, libc::EINVAL)
     );
     assert_eq!(
         (
             // SAFETY: as above, by number.
-            unsafe { libc::syscall(libc::SYS_munmap, pages + 1, PAGE) },
+            unsafe { libc::syscall(libc::SYS_munmap, pages + 1, page_size()) },
             errno()
         ),
         (-1, libc::EINVAL)
     );
     assert_eq!(
-        // SAFETY: an unknown advice is refused.
-        (unsafe { libc::madvise(at(pages), PAGE, 9999) }, errno()),
+        (
+            // SAFETY: an unknown advice is refused.
+            unsafe { libc::madvise(at(pages), page_size(), 9999) },
+            errno()
+        ),
         (-1, libc::EINVAL)
     );
     assert_eq!(
         // SAFETY: an unknown advice is refused; this call returns the error.
-        unsafe { libc::posix_madvise(at(pages), PAGE, 9999) },
+        unsafe { libc::posix_madvise(at(pages), page_size(), 9999) },
         libc::EINVAL
     );
     assert_eq!(
         // SAFETY: a hint that changes nothing.
-        unsafe { libc::posix_madvise(at(pages), PAGE, libc::POSIX_MADV_WILLNEED) },
+        unsafe { libc::posix_madvise(at(pages), page_size(), libc::POSIX_MADV_WILLNEED) },
         0
     );
     assert_eq!(
@@ -141,7 +147,7 @@ fn results_and_errno_are_the_kernels() {
         (-1, libc::EINVAL)
     );
     // SAFETY: nothing there, and no flag to move it anywhere.
-    let moved = unsafe { libc::mremap(at(16), PAGE, PAGE, 0) };
+    let moved = unsafe { libc::mremap(at(16), page_size(), page_size(), 0) };
     assert_eq!((moved, errno()), (libc::MAP_FAILED, libc::EINVAL));
     assert_eq!(
         // SAFETY: asks for the process's number.
@@ -150,10 +156,12 @@ fn results_and_errno_are_the_kernels() {
     );
     // SAFETY: a new mapping; the sixth argument of the call is the seventh of the function, on the
     // stack.
-    let by_number = unsafe { libc::syscall(libc::SYS_mmap, 0, PAGE, PROTECTION, FLAGS, -1, 0_i64) };
+    let by_number =
+        unsafe { libc::syscall(libc::SYS_mmap, 0, page_size(), PROTECTION, FLAGS, -1, 0_i64) };
     assert!(by_number > 0);
     // SAFETY: an offset that is not a page's is refused.
-    let refused = unsafe { libc::syscall(libc::SYS_mmap, 0, PAGE, PROTECTION, FLAGS, -1, 1_i64) };
+    let refused =
+        unsafe { libc::syscall(libc::SYS_mmap, 0, page_size(), PROTECTION, FLAGS, -1, 1_i64) };
     assert_eq!((refused, errno()), (-1, libc::EINVAL));
     unmap(by_number as usize, 1);
     unmap(pages, 1);
@@ -164,21 +172,30 @@ fn results_and_errno_are_the_kernels() {
 fn mmap_over_live_memory() {
     let watch = Watch::new();
     let pages = map(3, 5);
-    watch.listen_and_look(pages, 3 * PAGE);
+    watch.listen_and_look(pages, 3 * page_size());
     // SAFETY: replaces pages of this test.
-    let new = unsafe { libc::mmap(at(pages), PAGE, PROTECTION, FLAGS | libc::MAP_FIXED, -1, 0) };
+    let new = unsafe {
+        libc::mmap(
+            at(pages),
+            page_size(),
+            PROTECTION,
+            FLAGS | libc::MAP_FIXED,
+            -1,
+            0,
+        )
+    };
     assert_eq!(new, at(pages));
     assert_eq!(
         watch.heard()[0].content,
         5,
         "the old page is there in the start callback"
     );
-    watch.listen(pages, 3 * PAGE);
+    watch.listen(pages, 3 * page_size());
     // SAFETY: is refused, since there is something.
     let new = unsafe {
         libc::mmap(
             at(pages),
-            PAGE,
+            page_size(),
             PROTECTION,
             FLAGS | libc::MAP_FIXED_NOREPLACE,
             -1,
@@ -187,19 +204,19 @@ fn mmap_over_live_memory() {
     };
     assert_eq!((new, errno()), (libc::MAP_FAILED, libc::EEXIST));
     watch.expect("nothing replaced", Event::Unmap, &[]);
-    watch.listen(pages, 3 * PAGE);
+    watch.listen(pages, 3 * page_size());
     // SAFETY: replaces pages of this test.
     unsafe {
         libc::mmap(
-            at(pages + PAGE),
-            2 * PAGE,
+            at(pages + page_size()),
+            2 * page_size(),
             PROTECTION,
             FLAGS | libc::MAP_FIXED,
             -1,
             0,
         )
     };
-    watch.expect("two pages", Event::Unmap, &[(P, 3 * P)]);
+    watch.expect("two pages", Event::Unmap, &[(p(), 3 * p())]);
     unmap(pages, 3);
 }
 
@@ -207,29 +224,41 @@ fn mmap_over_live_memory() {
 fn mremap_tells_both_places() {
     let watch = Watch::new();
     let pages = map(8, 1);
-    watch.listen(pages, 8 * PAGE);
+    watch.listen(pages, 8 * page_size());
     // SAFETY: shrinks a mapping of this test.
-    unsafe { libc::mremap(at(pages), 8 * PAGE, 6 * PAGE, 0) };
-    watch.expect("shrink", Event::Unmap, &[(6 * P, 8 * P)]);
-    watch.listen(pages, 8 * PAGE);
+    unsafe { libc::mremap(at(pages), 8 * page_size(), 6 * page_size(), 0) };
+    watch.expect("shrink", Event::Unmap, &[(6 * p(), 8 * p())]);
+    watch.listen(pages, 8 * page_size());
     let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
     // SAFETY: moves a page of this test over another one.
-    let moved = unsafe { libc::mremap(at(pages), PAGE, PAGE, flags, at(pages + 3 * PAGE)) };
-    assert_eq!(moved, at(pages + 3 * PAGE));
-    watch.expect("over live memory", Event::Unmap, &[(0, P), (3 * P, 4 * P)]);
-    watch.listen(pages, 8 * PAGE);
+    let moved = unsafe {
+        libc::mremap(
+            at(pages),
+            page_size(),
+            page_size(),
+            flags,
+            at(pages + 3 * page_size()),
+        )
+    };
+    assert_eq!(moved, at(pages + 3 * page_size()));
+    watch.expect(
+        "over live memory",
+        Event::Unmap,
+        &[(0, p()), (3 * p(), 4 * p())],
+    );
+    watch.listen(pages, 8 * page_size());
     // SAFETY: moves the pages elsewhere, and leaves the old ones empty.
     let elsewhere = unsafe {
         libc::mremap(
-            at(pages + 4 * PAGE),
-            2 * PAGE,
-            2 * PAGE,
+            at(pages + 4 * page_size()),
+            2 * page_size(),
+            2 * page_size(),
             libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP,
             0,
         )
     };
     assert_ne!(elsewhere, libc::MAP_FAILED);
-    watch.expect("leaving the mapping", Event::Unmap, &[(4 * P, 6 * P)]);
+    watch.expect("leaving the mapping", Event::Unmap, &[(4 * p(), 6 * p())]);
     unmap(elsewhere.addr(), 2);
     unmap(pages, 6);
 }
@@ -238,10 +267,10 @@ fn mremap_tells_both_places() {
 fn advice_that_discards() {
     let watch = Watch::new();
     let pages = map(4, 9);
-    watch.listen_and_look(pages, 4 * PAGE);
+    watch.listen_and_look(pages, 4 * page_size());
     assert_eq!(
         // SAFETY: discards a page of this test.
-        unsafe { libc::madvise(at(pages), PAGE, libc::MADV_DONTNEED) },
+        unsafe { libc::madvise(at(pages), page_size(), libc::MADV_DONTNEED) },
         0
     );
     assert_eq!(
@@ -249,17 +278,17 @@ fn advice_that_discards() {
         9,
         "the content is there in the start callback"
     );
-    watch.listen(pages, 4 * PAGE);
+    watch.listen(pages, 4 * page_size());
     assert_eq!(
         // SAFETY: discards pages of this test.
-        unsafe { libc::madvise(at(pages + PAGE), 2 * PAGE, libc::MADV_FREE) },
+        unsafe { libc::madvise(at(pages + page_size()), 2 * page_size(), libc::MADV_FREE) },
         0
     );
-    watch.expect("MADV_FREE", Event::Clear, &[(P, 3 * P)]);
-    watch.listen(pages, 4 * PAGE);
+    watch.expect("MADV_FREE", Event::Clear, &[(p(), 3 * p())]);
+    watch.listen(pages, 4 * page_size());
     assert_eq!(
         // SAFETY: a hint.
-        unsafe { libc::madvise(at(pages), PAGE, libc::MADV_WILLNEED) },
+        unsafe { libc::madvise(at(pages), page_size(), libc::MADV_WILLNEED) },
         0
     );
     watch.expect("MADV_WILLNEED", Event::Clear, &[]);
@@ -273,10 +302,10 @@ fn process_madvise_on_this_process() {
     // SAFETY: makes a descriptor.
     let own = unsafe { libc::syscall(libc::SYS_pidfd_open, std::process::id(), 0) };
     let vectors = [0, 2].map(|page| libc::iovec {
-        iov_base: at(pages + page * PAGE),
-        iov_len: PAGE,
+        iov_base: at(pages + page * page_size()),
+        iov_len: page_size(),
     });
-    watch.listen(pages, 4 * PAGE);
+    watch.listen(pages, 4 * page_size());
     // SAFETY: the vectors are of this test. Before Linux 6.13 this advice is refused, and told all
     // the same.
     unsafe {
@@ -289,7 +318,11 @@ fn process_madvise_on_this_process() {
             0,
         )
     };
-    watch.expect("both vectors", Event::Clear, &[(0, P), (2 * P, 3 * P)]);
+    watch.expect(
+        "both vectors",
+        Event::Clear,
+        &[(0, p()), (2 * p(), 3 * p())],
+    );
     // SAFETY: the descriptor is of this test.
     unsafe { libc::close(own as i32) };
     unmap(pages, 4);
@@ -299,18 +332,18 @@ fn process_madvise_on_this_process() {
 fn mprotect_and_its_sibling_with_a_key() {
     let watch = Watch::new();
     let pages = map(2, 0);
-    watch.listen(pages, 2 * PAGE);
+    watch.listen(pages, 2 * page_size());
     assert_eq!(
         // SAFETY: pages of this test that nobody touches meanwhile.
-        unsafe { libc::mprotect(at(pages), PAGE, libc::PROT_READ) },
+        unsafe { libc::mprotect(at(pages), page_size(), libc::PROT_READ) },
         0
     );
-    watch.expect("mprotect", Event::ProtectionVma, &[(0, P)]);
+    watch.expect("mprotect", Event::ProtectionVma, &[(0, p())]);
     for key in [0, -1] {
-        watch.listen(pages, 2 * PAGE);
+        watch.listen(pages, 2 * page_size());
         // SAFETY: as above. A processor without keys refuses.
-        unsafe { pkey_mprotect(at(pages + PAGE), PAGE, libc::PROT_READ, key) };
-        watch.expect("pkey_mprotect", Event::ProtectionVma, &[(P, 2 * P)]);
+        unsafe { pkey_mprotect(at(pages + page_size()), page_size(), libc::PROT_READ, key) };
+        watch.expect("pkey_mprotect", Event::ProtectionVma, &[(p(), 2 * p())]);
     }
     unmap(pages, 2);
 }
@@ -330,10 +363,10 @@ unsafe extern "C" {
 fn segments_of_shared_memory() {
     let watch = Watch::new();
     // SAFETY: makes a segment.
-    let id = unsafe { libc::shmget(libc::IPC_PRIVATE, 2 * PAGE, libc::IPC_CREAT | 0o600) };
+    let id = unsafe { libc::shmget(libc::IPC_PRIVATE, 2 * page_size(), libc::IPC_CREAT | 0o600) };
     assert!(id >= 0, "shmget");
     let pages = map(4, 3);
-    watch.listen_and_look(pages, 4 * PAGE);
+    watch.listen_and_look(pages, 4 * page_size());
     // SAFETY: replaces pages of this test.
     let attached = unsafe { libc::shmat(id, at(pages), libc::SHM_REMAP) };
     // SAFETY: marks the segment of this test for its end.
@@ -342,13 +375,13 @@ fn segments_of_shared_memory() {
     let heard = watch.heard();
     assert_eq!(
         (heard[0].from, heard[0].to, heard[0].content, heard.len()),
-        (0, 2 * P, 3, 2)
+        (0, 2 * p(), 3, 2)
     );
-    watch.listen(pages, 4 * PAGE);
+    watch.listen(pages, 4 * page_size());
     // SAFETY: detaches what this test attached.
     assert_eq!(unsafe { libc::shmdt(attached) }, 0);
-    watch.expect("shmdt", Event::Unmap, &[(0, 2 * P)]);
-    unmap(pages + 2 * PAGE, 2);
+    watch.expect("shmdt", Event::Unmap, &[(0, 2 * p())]);
+    unmap(pages + 2 * page_size(), 2);
 }
 
 /// Without a descriptor left, nobody can be asked what is attached where: then everything is told.
@@ -357,13 +390,13 @@ fn what_cannot_be_looked_up_is_everything() {
     alone("calls::what_cannot_be_looked_up_is_everything", || {
         let watch = Watch::new();
         // SAFETY: makes a segment.
-        let id = unsafe { libc::shmget(libc::IPC_PRIVATE, PAGE, libc::IPC_CREAT | 0o600) };
+        let id = unsafe { libc::shmget(libc::IPC_PRIVATE, page_size(), libc::IPC_CREAT | 0o600) };
         // SAFETY: attaches it where the kernel likes.
         let attached = unsafe { libc::shmat(id, ptr::null(), 0) };
         // SAFETY: marks the segment of this test for its end.
         unsafe { libc::shmctl(id, libc::IPC_RMID, ptr::null_mut()) };
         assert_ne!(attached, libc::MAP_FAILED);
-        watch.listen(attached.addr(), PAGE);
+        watch.listen(attached.addr(), page_size());
         let none = libc::rlimit {
             rlim_cur: 0,
             rlim_max: 0,
@@ -387,19 +420,21 @@ fn the_program_break() {
     alone("calls::the_program_break", || {
         let watch = Watch::new();
         // SAFETY: asks for the break.
-        let start = unsafe { libc::sbrk(0) }.addr().next_multiple_of(PAGE);
+        let start = unsafe { libc::sbrk(0) }
+            .addr()
+            .next_multiple_of(page_size());
         // SAFETY: there is one thread, and it allocates nothing between growth and shrinkage.
-        unsafe { libc::brk(at(start + 4 * PAGE)) };
-        watch.listen(start, 4 * PAGE);
+        unsafe { libc::brk(at(start + 4 * page_size())) };
+        watch.listen(start, 4 * page_size());
         // SAFETY: gives up what was just added.
-        unsafe { libc::sbrk(-(PAGE as isize)) };
-        watch.expect("sbrk", Event::Unmap, &[(3 * P, 4 * P)]);
+        unsafe { libc::sbrk(-(page_size() as isize)) };
+        watch.expect("sbrk", Event::Unmap, &[(3 * p(), 4 * p())]);
         // SAFETY: grows what nobody uses.
-        unsafe { libc::brk(at(start + 4 * PAGE)) };
-        watch.listen(start, 4 * PAGE);
+        unsafe { libc::brk(at(start + 4 * page_size())) };
+        watch.listen(start, 4 * page_size());
         // SAFETY: gives up what was just added.
         unsafe { libc::brk(at(start)) };
-        watch.expect("brk", Event::Unmap, &[(0, 4 * P)]);
+        watch.expect("brk", Event::Unmap, &[(0, 4 * p())]);
     });
 }
 
@@ -408,38 +443,52 @@ fn the_same_by_number() {
     let watch = Watch::new();
     let pages = map(8, 1);
     let number = |number: libc::c_long, args: [usize; 6]| {
-        watch.listen(pages, 8 * PAGE);
+        watch.listen(pages, 8 * page_size());
         // SAFETY: every call below is on pages of this test.
         unsafe { libc::syscall(number, args[0], args[1], args[2], args[3], args[4], args[5]) }
     };
     assert_eq!(
-        number(libc::SYS_munmap, [pages + 7 * PAGE, PAGE, 0, 0, 0, 0]),
+        number(
+            libc::SYS_munmap,
+            [pages + 7 * page_size(), page_size(), 0, 0, 0, 0]
+        ),
         0
     );
-    watch.expect("munmap", Event::Unmap, &[(7 * P, 8 * P)]);
+    watch.expect("munmap", Event::Unmap, &[(7 * p(), 8 * p())]);
     assert_eq!(
         number(
             libc::SYS_madvise,
-            [pages, PAGE, libc::MADV_DONTNEED as usize, 0, 0, 0]
+            [pages, page_size(), libc::MADV_DONTNEED as usize, 0, 0, 0]
         ),
         0
     );
-    watch.expect("madvise", Event::Clear, &[(0, P)]);
+    watch.expect("madvise", Event::Clear, &[(0, p())]);
     assert_eq!(
         number(
             libc::SYS_mprotect,
-            [pages, PAGE, libc::PROT_NONE as usize, 0, 0, 0]
+            [pages, page_size(), libc::PROT_NONE as usize, 0, 0, 0]
         ),
         0
     );
-    watch.expect("mprotect", Event::ProtectionVma, &[(0, P)]);
+    watch.expect("mprotect", Event::ProtectionVma, &[(0, p())]);
     let flags = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as usize;
     number(
         libc::SYS_mremap,
-        [pages + PAGE, PAGE, PAGE, flags, pages + 2 * PAGE, 0],
+        [
+            pages + page_size(),
+            page_size(),
+            page_size(),
+            flags,
+            pages + 2 * page_size(),
+            0,
+        ],
     );
-    watch.expect("mremap", Event::Unmap, &[(P, 2 * P), (2 * P, 3 * P)]);
-    number(libc::SYS_mbind, [pages, PAGE, 0, 0, 0, 0]);
+    watch.expect(
+        "mremap",
+        Event::Unmap,
+        &[(p(), 2 * p()), (2 * p(), 3 * p())],
+    );
+    number(libc::SYS_mbind, [pages, page_size(), 0, 0, 0, 0]);
     watch.expect("mbind without a flag to move", Event::Unmap, &[]);
     unmap(pages, 7);
 }
@@ -448,10 +497,10 @@ fn the_same_by_number() {
 fn remap_file_pages_is_told() {
     let watch = Watch::new();
     let pages = map(2, 1);
-    watch.listen(pages, 2 * PAGE);
+    watch.listen(pages, 2 * page_size());
     // SAFETY: pages of this test, of which it is refused since they are private.
-    unsafe { remap_file_pages(at(pages), PAGE, 0, 0, 0) };
-    watch.expect("remap_file_pages", Event::Unmap, &[(0, P)]);
+    unsafe { remap_file_pages(at(pages), page_size(), 0, 0, 0) };
+    watch.expect("remap_file_pages", Event::Unmap, &[(0, p())]);
     unmap(pages, 2);
 }
 
@@ -476,7 +525,7 @@ fn without_a_hook_nothing_is_told() {
         };
         assert!(all(State::Ours));
         let pages = map(1, 0);
-        watch.listen(pages, PAGE);
+        watch.listen(pages, page_size());
         let Watch { log, hook } = watch;
         drop(hook);
         unmap(pages, 1);
@@ -493,7 +542,7 @@ fn a_forked_child_has_a_hook_of_its_own() {
     alone("calls::a_forked_child_has_a_hook_of_its_own", || {
         let watch = Watch::new();
         let pages = map(1, 0);
-        watch.listen_to_all(pages, PAGE);
+        watch.listen_to_all(pages, page_size());
         in_a_child(|| {
             let own = Watch::new();
             assert!(
@@ -503,9 +552,9 @@ fn a_forked_child_has_a_hook_of_its_own() {
                     .all(|patch| patch.state == State::Ours)
             );
             assert!(watch.hook.is_inherited() && !own.hook.is_inherited());
-            own.listen(pages, PAGE);
+            own.listen(pages, page_size());
             unmap(pages, 1);
-            own.expect("the child's", Event::Unmap, &[(0, P)]);
+            own.expect("the child's", Event::Unmap, &[(0, p())]);
             assert_eq!(
                 watch.heard(),
                 [],
@@ -514,8 +563,8 @@ fn a_forked_child_has_a_hook_of_its_own() {
         });
         assert_eq!(watch.heard(), [], "nor in the parent");
         assert!(!watch.hook.is_inherited());
-        watch.listen(pages, PAGE);
+        watch.listen(pages, page_size());
         unmap(pages, 1);
-        watch.expect("the parent's", Event::Unmap, &[(0, P)]);
+        watch.expect("the parent's", Event::Unmap, &[(0, p())]);
     });
 }

@@ -2,7 +2,8 @@
 
 use crate::child::alone;
 use crate::log::Watch;
-use crate::pages::{PAGE, at, errno, map};
+use crate::machine;
+use crate::pages::{at, errno, map, page_size};
 use mmu_notifier::Event;
 use mmu_source::hook::State;
 use std::fs::File;
@@ -15,12 +16,7 @@ static CALLS: AtomicUsize = AtomicUsize::new(0);
 /// instruction of its own.
 unsafe extern "C" fn their_munmap(address: usize, length: usize) -> i32 {
     CALLS.fetch_add(1, Ordering::Relaxed);
-    let result: i64;
-    // SAFETY: the call that the caller wanted.
-    unsafe {
-        std::arch::asm!("syscall", inlateout("rax") libc::SYS_munmap => result, in("rdi") address, in("rsi") length,
-            lateout("rcx") _, lateout("r11") _, options(nostack));
-    }
+    let result = machine::munmap(address, length);
     if result == 0 {
         return 0;
     }
@@ -31,12 +27,9 @@ unsafe extern "C" fn their_munmap(address: usize, length: usize) -> i32 {
     -1
 }
 
-/// `mov $target, %r11; jmp *%r11`, as UCX and others write it over a function.
+/// Writes a jump over a function, as UCX and others do.
 fn patch(function: usize, target: usize) {
-    let mut code = vec![0x49, 0xbb];
-    code.extend(target.to_le_bytes());
-    code.extend([0x41, 0xff, 0xe3]);
-    write(function, &code);
+    write(function, &machine::jump_to(target));
 }
 
 fn write(address: usize, code: &[u8]) {
@@ -51,9 +44,9 @@ fn write(address: usize, code: &[u8]) {
 
 fn unmap_one(watch: &Watch) {
     let pages = map(1, 7);
-    watch.listen_and_look(pages, PAGE);
+    watch.listen_and_look(pages, page_size());
     // SAFETY: the page is of this test.
-    assert_eq!(unsafe { libc::munmap(at(pages), PAGE) }, 0);
+    assert_eq!(unsafe { libc::munmap(at(pages), page_size()) }, 0);
 }
 
 #[test]
@@ -74,7 +67,7 @@ fn a_patch_that_was_there_before_is_chained_to() {
             assert!(heard[0].is_start && heard[0].event == Event::Unmap && heard[0].content == 7);
             assert_eq!(
                 // SAFETY: a misaligned address is refused.
-                (unsafe { libc::munmap(at(1), PAGE) }, errno()),
+                (unsafe { libc::munmap(at(1), page_size()) }, errno()),
                 (-1, libc::EINVAL)
             );
             let status = watch.hook.status();
@@ -85,7 +78,7 @@ fn a_patch_that_was_there_before_is_chained_to() {
             drop(watch.hook);
             let before = CALLS.load(Ordering::Relaxed);
             // SAFETY: a misaligned address is refused.
-            assert_eq!(unsafe { libc::munmap(at(1), PAGE) }, -1);
+            assert_eq!(unsafe { libc::munmap(at(1), page_size()) }, -1);
             assert_eq!(
                 CALLS.load(Ordering::Relaxed),
                 before + 1,
@@ -118,7 +111,7 @@ fn a_patch_over_ours_is_reported_and_left_alone() {
             drop(watch.hook);
             let before = CALLS.load(Ordering::Relaxed);
             // SAFETY: a misaligned address is refused.
-            assert_eq!(unsafe { libc::munmap(at(1), PAGE) }, -1);
+            assert_eq!(unsafe { libc::munmap(at(1), page_size()) }, -1);
             assert_eq!(
                 CALLS.load(Ordering::Relaxed),
                 before + 1,
@@ -132,23 +125,22 @@ fn a_patch_over_ours_is_reported_and_left_alone() {
 /// copy would be killed.
 #[test]
 fn a_breakpoint_is_not_copied() {
-    const BREAKPOINT: &[u8] = &[0xcc];
     alone("foreign::a_breakpoint_is_not_copied", || {
         // Made first, since that gives advice.
         let _ = mmu_source::current();
         // One at a place to be patched, and one on the same page.
-        write(libc::madvise as *const () as usize, BREAKPOINT);
-        write(libc::mlock as *const () as usize, BREAKPOINT);
+        write(libc::madvise as *const () as usize, machine::BREAKPOINT);
+        write(libc::mlock as *const () as usize, machine::BREAKPOINT);
         let watch = Watch::new();
         let pages = map(1, 7);
         // SAFETY: changes no byte. With no room for it it is refused, which is no harm.
         let _ = unsafe { libc::mlock(at(pages), 0) };
-        watch.listen(pages, PAGE);
+        watch.listen(pages, page_size());
         assert_eq!(
             // SAFETY: the page is of this test.
-            unsafe { libc::madvise(at(pages), PAGE, libc::MADV_DONTNEED) },
+            unsafe { libc::madvise(at(pages), page_size(), libc::MADV_DONTNEED) },
             0
         );
-        watch.expect("madvise", Event::Clear, &[(0, PAGE as i64)]);
+        watch.expect("madvise", Event::Clear, &[(0, page_size() as i64)]);
     });
 }

@@ -5,6 +5,7 @@ use crate::log::Watch;
 use crate::pages::{map, unmap};
 use mmu_notifier::Event;
 use mmu_source::hook::Hook;
+use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -102,6 +103,35 @@ fn a_child_forked_while_another_thread_installs_can_install() {
                 !outcomes.is_empty() && outcomes.iter().all(|outcome| *outcome == 0),
                 "{outcomes:?}"
             );
+        },
+    );
+}
+
+/// glibc's lock of `dl_iterate_phdr` stays locked in a child that is forked while it is held.
+#[test]
+fn a_child_forked_while_another_thread_asks_the_loader_can_install() {
+    extern "C" fn hold(_: *mut libc::dl_phdr_info, _: usize, gates: *mut libc::c_void) -> i32 {
+        // SAFETY: the test passes its two barriers, which outlive the call.
+        let [inside, over] = unsafe { &*gates.cast_const().cast::<[Barrier; 2]>() };
+        inside.wait();
+        over.wait();
+        1
+    }
+    alone(
+        "forks::a_child_forked_while_another_thread_asks_the_loader_can_install",
+        || {
+            let gates = [const { Barrier::new(2) }; 2];
+            thread::scope(|scope| {
+                scope.spawn(|| {
+                    let gates = std::ptr::from_ref(&gates).cast_mut().cast();
+                    // SAFETY: the callback has the right signature and is passed what it expects.
+                    unsafe { libc::dl_iterate_phdr(Some(hold), gates) };
+                });
+                gates[0].wait();
+                let child = fork();
+                gates[1].wait();
+                assert!(has_heard(child), "it installs and hears its own call");
+            });
         },
     );
 }

@@ -2,7 +2,7 @@
 
 use crate::child::alone;
 use crate::log::Watch;
-use crate::pages::{PAGE, at, block, free, trim};
+use crate::pages::{at, block, free, page_size, trim};
 use mmu_notifier::Event;
 use std::ffi::CStr;
 use std::ptr;
@@ -102,13 +102,13 @@ fn the_stack_of_a_thread_that_has_ended() {
             .expect("a thread")
             .join()
             .expect("it does not panic")
-            & !(PAGE - 1);
-        watch.listen_to_all(first, PAGE);
+            & !(page_size() - 1);
+        watch.listen_to_all(first, page_size());
         let second = spawn()
             .expect("a thread")
             .join()
             .expect("it does not panic")
-            & !(PAGE - 1);
+            & !(page_size() - 1);
         let heard = watch.heard();
         assert_eq!(first, second);
         assert!(

@@ -1,11 +1,9 @@
 //! Patching code that other threads are running.
 
-use crate::pages::{PAGE, at, byte, discard, map, trim, unmap};
+use crate::pages::{at, byte, discard, map, page_size, trim, unmap};
 use mmu_source::hook::{Hook, State};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
-
-const TIMES: u32 = 1000;
 
 #[test]
 fn installed_and_removed_under_load() {
@@ -30,7 +28,8 @@ fn installed_and_removed_under_load() {
         while !at_work(1) {
             thread::yield_now();
         }
-        for time in 0..TIMES {
+        let times = testkit::rounds(1000);
+        for time in 0..times {
             let hook = Hook::install().expect("it worked the first time");
             if time % 100 == 0 {
                 let status = hook.status();
@@ -47,7 +46,7 @@ fn installed_and_removed_under_load() {
             .max()
             .unwrap_or(0);
         assert!(
-            now > u64::from(TIMES) / 10,
+            now > times as u64 / 10,
             "the threads ran meanwhile: {rounds:?}"
         );
         stop.store(true, Ordering::Relaxed);
@@ -58,15 +57,18 @@ fn map_and_unmap(round: u64) {
     let fill = round as u8;
     let pages = map(2, fill);
     discard(pages, 1);
-    assert_eq!((byte(pages), byte(pages + PAGE)), (0, fill));
+    assert_eq!((byte(pages), byte(pages + page_size())), (0, fill));
     assert_eq!(
         // SAFETY: the pages are this function's.
-        unsafe { libc::mprotect(at(pages), PAGE, libc::PROT_READ) },
+        unsafe { libc::mprotect(at(pages), page_size(), libc::PROT_READ) },
         0
     );
-    // SAFETY: as above.
-    assert_eq!(unsafe { libc::syscall(libc::SYS_munmap, pages, PAGE) }, 0);
-    unmap(pages + PAGE, 1);
+    assert_eq!(
+        // SAFETY: as above.
+        unsafe { libc::syscall(libc::SYS_munmap, pages, page_size()) },
+        0
+    );
+    unmap(pages + page_size(), 1);
 }
 
 fn allocate(round: u64) {

@@ -1,6 +1,10 @@
 //! The hook source on this process itself.
 
-#![cfg(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu"))]
+#![cfg(all(
+    any(target_arch = "x86_64", target_arch = "aarch64"),
+    target_os = "linux",
+    target_env = "gnu"
+))]
 
 mod allocator;
 mod callback_heap;
@@ -10,9 +14,12 @@ mod child;
 mod foreign;
 mod forks;
 mod inside;
+#[cfg(target_arch = "aarch64")]
+mod landing_pads;
 mod late;
 mod load;
 mod log;
+mod machine;
 mod pages;
 mod programs;
 mod torture;

@@ -2,16 +2,29 @@
 
 use std::ptr;
 
-pub(crate) const PAGE: usize = 4096;
+/// The size of a page.
+pub(crate) fn page_size() -> usize {
+    // SAFETY: takes an integer.
+    unsafe { libc::sysconf(libc::_SC_PAGESIZE) as usize }
+}
 
 /// Maps `pages` fresh pages, each filled with `fill`, and returns their address. The test unmaps
 /// them.
 pub(crate) fn map(pages: usize, fill: u8) -> usize {
     // SAFETY: a new mapping where the kernel likes.
-    let at = unsafe { libc::mmap(ptr::null_mut(), pages * PAGE, PROTECTION, FLAGS, -1, 0) };
+    let at = unsafe {
+        libc::mmap(
+            ptr::null_mut(),
+            pages * page_size(),
+            PROTECTION,
+            FLAGS,
+            -1,
+            0,
+        )
+    };
     assert_ne!(at, libc::MAP_FAILED);
     // SAFETY: fills what was just mapped.
-    unsafe { ptr::write_bytes(at.cast::<u8>(), fill, pages * PAGE) };
+    unsafe { ptr::write_bytes(at.cast::<u8>(), fill, pages * page_size()) };
     at.expose_provenance()
 }
 
@@ -21,7 +34,7 @@ pub(crate) fn at(address: usize) -> *mut libc::c_void {
 
 pub(crate) fn unmap(address: usize, pages: usize) {
     // SAFETY: the test that asks is the only one who has the pages.
-    assert_eq!(unsafe { libc::munmap(at(address), pages * PAGE) }, 0);
+    assert_eq!(unsafe { libc::munmap(at(address), pages * page_size()) }, 0);
 }
 
 pub(crate) fn errno() -> i32 {
@@ -43,7 +56,7 @@ pub(crate) fn byte(address: usize) -> u8 {
 pub(crate) fn discard(address: usize, pages: usize) {
     assert_eq!(
         // SAFETY: the test that asks is the only one who has the pages.
-        unsafe { libc::madvise(at(address), pages * PAGE, libc::MADV_DONTNEED) },
+        unsafe { libc::madvise(at(address), pages * page_size(), libc::MADV_DONTNEED) },
         0
     );
 }

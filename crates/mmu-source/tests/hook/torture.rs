@@ -6,7 +6,7 @@
 //! each carries its own stamp.
 
 use crate::child::alone;
-use crate::pages::{FLAGS, PAGE, PROTECTION, at, byte, discard, unmap};
+use crate::pages::{FLAGS, PROTECTION, at, byte, discard, page_size, unmap};
 use mmu_notifier::{InvalidateRange, Notifier, Registration};
 use mmu_source::hook::Hook;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -59,7 +59,7 @@ impl Cache {
 
     fn for_each(&self, range: &InvalidateRange<'_>, mut f: impl FnMut(&mut Entry)) {
         for region in 0..REGIONS {
-            let address = mmu_notifier::Va::new((self.base + region * PAGE) as u64);
+            let address = mmu_notifier::Va::new((self.base + region * page_size()) as u64);
             if range.range().contains(address) {
                 self.with(region, &mut f);
             }
@@ -98,15 +98,22 @@ impl World {
         let file = unsafe { libc::memfd_create(c"stamps".as_ptr(), libc::MFD_CLOEXEC) };
         assert!(file >= 0);
         for page in 0..FILE_PAGES {
-            let content = [stamp(page); PAGE / 8];
+            let content = vec![stamp(page); page_size() / 8];
             // SAFETY: writes the page's content from a local array.
-            let written =
-                unsafe { libc::pwrite(file, content.as_ptr().cast(), PAGE, (page * PAGE) as i64) };
-            assert_eq!(written, PAGE as isize);
+            let written = unsafe {
+                libc::pwrite(
+                    file,
+                    content.as_ptr().cast(),
+                    page_size(),
+                    (page * page_size()) as i64,
+                )
+            };
+            assert_eq!(written, page_size() as isize);
         }
         let segments = [1, 2].map(|number| {
             // SAFETY: makes a segment.
-            let id = unsafe { libc::shmget(libc::IPC_PRIVATE, PAGE, libc::IPC_CREAT | 0o600) };
+            let id =
+                unsafe { libc::shmget(libc::IPC_PRIVATE, page_size(), libc::IPC_CREAT | 0o600) };
             // SAFETY: attaches it anywhere.
             let place = unsafe { libc::shmat(id, ptr::null(), 0) };
             assert_ne!(place, libc::MAP_FAILED);
@@ -119,7 +126,7 @@ impl World {
         let base = unsafe {
             libc::mmap(
                 ptr::null_mut(),
-                (REGIONS + THREADS) * PAGE,
+                (REGIONS + THREADS) * page_size(),
                 libc::PROT_READ,
                 FLAGS,
                 -1,
@@ -138,18 +145,19 @@ impl World {
             hits: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
         };
-        (0..REGIONS).for_each(|region| world.show(base + region * PAGE, region, libc::MAP_FIXED));
+        (0..REGIONS)
+            .for_each(|region| world.show(base + region * page_size(), region, libc::MAP_FIXED));
         world
     }
 
     /// Maps a page of the file.
     fn show(&self, address: usize, page: usize, flags: i32) {
-        let offset = (page * PAGE) as i64;
+        let offset = (page * page_size()) as i64;
         // SAFETY: a region of this test, whose lock is held, or a place that is free.
         let shown = unsafe {
             libc::mmap(
                 at(address),
-                PAGE,
+                page_size(),
                 libc::PROT_READ,
                 libc::MAP_SHARED | flags,
                 self.file,
@@ -164,12 +172,12 @@ impl World {
     /// unmapped a region.
     fn private(&self, number: usize, page: usize) -> usize {
         let (place, offset) = (
-            at(self.base + (REGIONS + number) * PAGE),
-            (page * PAGE) as i64,
+            at(self.base + (REGIONS + number) * page_size()),
+            (page * page_size()) as i64,
         );
         let flags = libc::MAP_PRIVATE | libc::MAP_FIXED;
         // SAFETY: the place is this thread's.
-        let copy = unsafe { libc::mmap(place, PAGE, PROTECTION, flags, self.file, offset) };
+        let copy = unsafe { libc::mmap(place, page_size(), PROTECTION, flags, self.file, offset) };
         assert_eq!(copy, place);
         // SAFETY: writes to what was just mapped, and makes the page a copy.
         unsafe { copy.cast::<u64>().write(stamp(2 * FILE_PAGES + page)) };
@@ -181,7 +189,7 @@ impl World {
         let _own = self.regions[region]
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        let address = self.base + region * PAGE;
+        let address = self.base + region * page_size();
         let page = random.below(FILE_PAGES);
         match random.below(8) {
             0 => {
@@ -189,8 +197,11 @@ impl World {
                 self.show(address, page, libc::MAP_FIXED_NOREPLACE);
             }
             1 => {
-                // SAFETY: the region of this test whose lock is held.
-                assert_eq!(unsafe { libc::syscall(libc::SYS_munmap, address, PAGE) }, 0);
+                assert_eq!(
+                    // SAFETY: the region of this test whose lock is held.
+                    unsafe { libc::syscall(libc::SYS_munmap, address, page_size()) },
+                    0
+                );
                 self.show(address, page, libc::MAP_FIXED_NOREPLACE);
             }
             2 => self.show(address, page, libc::MAP_FIXED),
@@ -240,7 +251,7 @@ impl World {
             iov_len: 8,
         };
         let remote = libc::iovec {
-            iov_base: at(self.base + region * PAGE),
+            iov_base: at(self.base + region * page_size()),
             iov_len: 8,
         };
         // SAFETY: copies eight bytes to a local, or fails if there is nothing.
@@ -264,8 +275,11 @@ impl World {
             return;
         };
         // SAFETY: a region is always mapped while its lock is free.
-        let now: u64 =
-            unsafe { ptr::read_volatile(ptr::with_exposed_provenance(self.base + region * PAGE)) };
+        let now: u64 = unsafe {
+            ptr::read_volatile(ptr::with_exposed_provenance(
+                self.base + region * page_size(),
+            ))
+        };
         self.hits.fetch_add(1, Ordering::Relaxed);
         if now != cached {
             self.stale.fetch_add(1, Ordering::Relaxed);
@@ -308,7 +322,7 @@ impl Drop for World {
 fn move_over(from: usize, to: usize) {
     let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
     // SAFETY: one is the region of this test whose lock is held, the other this thread's own place.
-    let moved = unsafe { libc::mremap(at(from), PAGE, PAGE, flags, at(to)) };
+    let moved = unsafe { libc::mremap(at(from), page_size(), page_size(), flags, at(to)) };
     assert_eq!(moved, at(to), "{}", std::io::Error::last_os_error());
 }
 
@@ -391,8 +405,8 @@ fn the_detector_detects() {
         let seen = AtomicU64::new(0);
         for region in 0..REGIONS {
             world.fill(&cache, region);
-            let before = byte(world.base + region * PAGE);
-            while byte(world.base + region * PAGE) == before {
+            let before = byte(world.base + region * page_size());
+            while byte(world.base + region * page_size()) == before {
                 world.change(0, region, &mut random);
             }
             world.compare(&cache, region);

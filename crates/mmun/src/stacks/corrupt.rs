@@ -12,6 +12,15 @@
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
+#[cfg(target_arch = "aarch64")]
+use framehop::aarch64::{
+    CacheAarch64 as Cache, UnwindRegsAarch64 as Registers, UnwinderAarch64 as Unwinder,
+};
+#[cfg(target_arch = "x86_64")]
+use framehop::x86_64::{
+    CacheX86_64 as Cache, UnwindRegsX86_64 as Registers, UnwinderX86_64 as Unwinder,
+};
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 use framehop::{ExplicitModuleSectionInfo, Module, Unwinder as _};
 
 use super::guard::guarded;
@@ -83,10 +92,9 @@ fn read(bytes: Vec<u8>, random: &mut Random) -> Vec<String> {
         .collect()
 }
 
-#[cfg(target_arch = "x86_64")]
+/// Unwinds with the file's tables, whatever processor the file is for.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 fn unwind(image: &Image, random: &mut Random) {
-    use framehop::x86_64::{CacheX86_64, UnwindRegsX86_64, UnwinderX86_64};
-
     let sections = image.sections.clone();
     let span = |at: u64, size: usize| at..at.saturating_add(size as u64);
     let info = ExplicitModuleSectionInfo {
@@ -104,9 +112,9 @@ fn unwind(image: &Image, random: &mut Random) {
         ..ExplicitModuleSectionInfo::default()
     };
     let bias = 0x7f00_0000_0000;
-    let mut unwinder = UnwinderX86_64::new();
+    let mut unwinder = Unwinder::new();
     unwinder.add_module(Module::new(String::new(), bias..bias + 0x2000, bias, info));
-    let mut cache = CacheX86_64::new();
+    let mut cache = Cache::new();
     for ip in [0x270, 0x27a, 0x2a4, 0x2c4] {
         let stack = random.next();
         // Half of the words lead back into the code.
@@ -122,7 +130,7 @@ fn unwind(image: &Image, random: &mut Random) {
                 })
             }
         };
-        let registers = UnwindRegsX86_64::new(bias + ip, stack, stack.wrapping_add(64));
+        let registers = Registers::new(bias + ip, stack, stack.wrapping_add(64));
         let mut iter = unwinder.iter_frames(bias + ip, registers, &mut cache, &mut word);
         let mut frames = 0;
         while let Ok(Some(_)) = iter.next() {
@@ -134,7 +142,7 @@ fn unwind(image: &Image, random: &mut Random) {
     }
 }
 
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 fn unwind(_: &Image, _: &mut Random) {}
 
 /// An ELF file whose function at 0x1000 has so many inlined ones, each in the one before.

@@ -112,7 +112,10 @@ fn process_tells_of_every_memory_call_before_it_and_of_no_other_change() {
 }
 
 #[test]
-#[cfg(all(target_arch = "x86_64", target_env = "gnu"))]
+#[cfg(all(
+    any(target_arch = "x86_64", target_arch = "aarch64"),
+    target_env = "gnu"
+))]
 fn hook_tells_of_what_goes_through_libc_before_it_happens() {
     let begin = Instant::now();
     let (output, rows) = rows("hook");

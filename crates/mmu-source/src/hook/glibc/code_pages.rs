@@ -12,10 +12,10 @@
 
 #![allow(unsafe_code, reason = "replaces code")]
 
-use super::machine::PATCH;
-use super::module::{BREAKPOINT, Hidden};
+use super::machine::{self, BREAKPOINT, PATCH};
+use super::module::Hidden;
 use super::raw;
-use mmu_notifier::PAGE_SIZE;
+use crate::page;
 use std::ptr;
 
 /// One instruction to replace.
@@ -25,6 +25,8 @@ pub(super) struct Edit {
     /// Anything else is somebody else's, and stays.
     pub(super) from: [u8; PATCH],
     pub(super) to: [u8; PATCH],
+    /// What the pages around it may be used for.
+    pub(super) protection: i32,
 }
 
 /// Makes `edits`, which are in order of address, and puts right what is `hidden` in the same pages.
@@ -39,15 +41,15 @@ pub(super) unsafe fn apply(
 ) -> Result<(), (&'static str, i32)> {
     let mut result = Ok(());
     while let Some(first) = edits.clone().next() {
-        let start = page_of(first.address);
+        let start = page::down(first.address);
         let mut end = start;
         let mut run = edits.clone();
         let mut count = 0;
         while let Some(edit) = run
             .next()
-            .filter(|edit| count == 0 || page_of(edit.address) < end)
+            .filter(|edit| count == 0 || page::down(edit.address) < end)
         {
-            end = page_of(edit.address + PATCH as u64 - 1) + PAGE_SIZE;
+            end = page::down(edit.address + PATCH as u64 - 1) + page::size();
             count += 1;
         }
         // SAFETY: the caller's duty; the run's edits lie within its pages.
@@ -88,14 +90,16 @@ unsafe fn swap(
         .filter(|hidden| (start..start + length).contains(&hidden.address))
     {
         // SAFETY: the offset must stay within the copy: the range was checked in the line above.
-        let byte = unsafe { page.add((hidden.address - start) as usize) };
-        // SAFETY: the byte was written above, and nobody else has the copy.
-        let byte = unsafe { &mut *byte };
-        if *byte == BREAKPOINT {
-            *byte = hidden.byte;
+        let code = unsafe { page.add((hidden.address - start) as usize) };
+        // SAFETY: an instruction lies within its page. The bytes were written above, nobody else
+        // has the copy, and bytes have no alignment.
+        let code = unsafe { &mut *code.cast::<[u8; BREAKPOINT.len()]>() };
+        if *code == BREAKPOINT {
+            *code = hidden.code;
         }
     }
     let mut is_changed = false;
+    let mut protection = libc::PROT_READ | libc::PROT_EXEC;
     for edit in edits {
         // SAFETY: the offset must stay within the copy: the edit lies within the pages.
         let bytes = unsafe { page.add((edit.address - start) as usize) }.cast::<[u8; PATCH]>();
@@ -104,19 +108,28 @@ unsafe fn swap(
         let bytes = unsafe { &mut *bytes };
         if *bytes == edit.from {
             *bytes = edit.to;
+            protection = edit.protection;
             is_changed = true;
         }
     }
     let mut result = Ok(());
     if is_changed {
         // SAFETY: nobody but this function uses the copy.
-        result = unsafe { raw::mprotect(copy, length, libc::PROT_READ | libc::PROT_EXEC) }
-            .map_err(|error| ("mprotect", error));
+        result =
+            unsafe { raw::mprotect(copy, length, protection) }.map_err(|error| ("mprotect", error));
         if result.is_ok() {
+            // Whoever comes to the new page must find the new code.
+            // SAFETY: the copy is mapped and can be read.
+            unsafe { machine::synchronize_code(copy, length) };
             // SAFETY: nobody else uses the copy, and with it whoever runs the code can do: the
             // caller's duty.
             result =
                 unsafe { raw::move_over(copy, length, start) }.map_err(|error| ("mremap", error));
+        }
+        if result.is_ok() {
+            // Once more by the address that it runs at, where a cache goes by that.
+            // SAFETY: code of a module that stays loaded.
+            unsafe { machine::synchronize_code(start, length) };
         }
     }
     if !is_changed || result.is_err() {
@@ -124,10 +137,6 @@ unsafe fn swap(
         let _ = unsafe { raw::munmap(copy, length) };
     }
     result
-}
-
-fn page_of(address: u64) -> u64 {
-    address & !(PAGE_SIZE - 1)
 }
 
 /// Reads code. Another thread may be replacing its page at the same time, by the same bytes or

@@ -33,6 +33,17 @@ pub(super) const CALLS: &[(libc::c_long, &str)] = &[
     (libc::SYS_migrate_pages, "migrate_pages"),
 ];
 
+/// Which numbers are hooked. `syscall(2)` is asked for any.
+pub(super) static IS_HOOKED: [bool; 512] = {
+    let mut table = [false; 512];
+    let mut at = 0;
+    while at < CALLS.len() {
+        table[CALLS[at].0 as usize] = true;
+        at += 1;
+    }
+    table
+};
+
 /// Makes the call `number`, inside a bracket if it changes a translation. The result is the
 /// kernel's.
 ///
@@ -129,7 +140,7 @@ fn plan_rare(number: u64, args: &[u64; 6], ranges: &mut Ranges) -> Event {
         }
         libc::SYS_shmat => {
             if a1 != 0 && a2 & libc::SHM_REMAP as u64 != 0 {
-                let address = page::down(a1);
+                let address = page::down(page::untagged(a1));
                 match raw::segment_size(a0 as i32)
                     .map_or_else(own_process::top, |size| Ok(address.saturating_add(size)))
                 {
@@ -142,7 +153,7 @@ fn plan_rare(number: u64, args: &[u64; 6], ranges: &mut Ranges) -> Event {
         libc::SYS_shmdt => {
             let mut segment = None;
             let read = own_process::mappings(|mapping| {
-                if mapping.is_attached(a0, &mut segment) {
+                if mapping.is_attached(page::untagged(a0), &mut segment) {
                     ranges.extend(VaRange::new(Va::new(mapping.start), Va::new(mapping.end)));
                 }
                 true
@@ -159,6 +170,7 @@ fn plan_rare(number: u64, args: &[u64; 6], ranges: &mut Ranges) -> Event {
             Event::Clear
         }
         libc::SYS_mprotect | libc::SYS_pkey_mprotect => {
+            let a0 = page::untagged(a0);
             let grows_down = a2 & ranges::PROT_GROWSDOWN != 0;
             let start = match grows_down {
                 // Where the mappings cannot be read, it could go down to the first address.
@@ -259,26 +271,31 @@ mod tests {
 
     #[test]
     fn the_calls_are_read_as_the_other_source_reads_them() {
+        let page = page::size();
         assert_eq!(
-            planned(libc::SYS_munmap, [0x1000, 1, 0, 0, 0, 0]),
-            (Event::Unmap, vec![(0x1000, 0x2000)])
+            planned(libc::SYS_munmap, [page, 1, 0, 0, 0, 0]),
+            (Event::Unmap, vec![(page, 2 * page)])
         );
-        assert_eq!(planned(libc::SYS_madvise, [0x1000, 1, 3, 0, 0, 0]).1, []);
+        assert_eq!(planned(libc::SYS_madvise, [page, 1, 3, 0, 0, 0]).1, []);
         assert_eq!(
-            planned(libc::SYS_madvise, [0x1000, 1, 4, 0, 0, 0]),
-            (Event::Clear, vec![(0x1000, 0x2000)])
+            planned(libc::SYS_madvise, [page, 1, 4, 0, 0, 0]),
+            (Event::Clear, vec![(page, 2 * page)])
         );
         let fixed = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
-        let moved = planned(libc::SYS_mremap, [0x1000, 0x1000, 0x1000, fixed, 0x8000, 0]).1;
-        assert_eq!(moved, [(0x1000, 0x2000), (0x8000, 0x9000)]);
-        let refused = planned(libc::SYS_mprotect, [u64::MAX - 4095, 4097, 0, 0, 0, 0]);
+        let moved = planned(libc::SYS_mremap, [page, page, page, fixed, 8 * page, 0]).1;
+        assert_eq!(moved, [(page, 2 * page), (8 * page, 9 * page)]);
+        let refused = planned(
+            libc::SYS_mprotect,
+            [u64::MAX - (page - 1), page + 1, 0, 0, 0, 0],
+        );
         assert_eq!(refused, (Event::ProtectionVma, vec![]));
-        assert_eq!(planned(libc::SYS_getpid, [0x1000; 6]).1, []);
+        assert_eq!(planned(libc::SYS_getpid, [page; 6]).1, []);
     }
 
     #[test]
     fn many_vectors_are_joined_and_missing_ones_are_none() {
-        let vectors: Vec<u64> = (1..=200_u64).flat_map(|page| [page << 12, 4096]).collect();
+        let page = page::size();
+        let vectors: Vec<u64> = (1..=200).flat_map(|n| [n * page, page]).collect();
         let own = -10001_i64 as u64;
         let args = |address, count| [own, address, count, libc::MADV_DONTNEED as u64, 0, 0];
         let many = planned(
@@ -287,7 +304,7 @@ mod tests {
         );
         assert_eq!(
             many,
-            (Event::Clear, vec![(0x1000, 0x2000), (0x2000, 201 << 12)])
+            (Event::Clear, vec![(page, 2 * page), (2 * page, 201 * page)])
         );
         assert_eq!(planned(libc::SYS_process_madvise, args(16, 2)).1, []);
     }

@@ -2,10 +2,11 @@
 
 #![allow(unsafe_code, reason = "asks the dynamic loader, and reads code")]
 
-use super::machine::Code64;
+use super::machine::{self, BREAKPOINT, Code64};
 use super::raw;
 use super::starts::Starts;
-use std::ffi::{CStr, OsStr, c_int, c_void};
+use crate::page;
+use std::ffi::{CStr, OsStr};
 use std::fs::File;
 use std::io;
 use std::ops::{Deref, Range};
@@ -28,15 +29,15 @@ pub(super) struct Segment {
     unwind: Option<Range<u64>>,
 }
 
-/// A byte of code that a breakpoint stands in the place of.
+/// Code that a breakpoint stands in the place of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Hidden {
     pub(super) address: u64,
-    pub(super) byte: u8,
+    pub(super) code: Breakpoint,
 }
 
-/// `int3`.
-pub(super) const BREAKPOINT: u8 = 0xcc;
+/// As many bytes as a breakpoint has. One stands at a multiple of its size.
+type Breakpoint = [u8; BREAKPOINT.len()];
 
 impl Segment {
     pub(super) fn holds(&self, address: u64) -> bool {
@@ -64,11 +65,16 @@ impl Segment {
         } else {
             Text::Copy(Scratch::new(code, &hidden)?)
         };
-        let at = |(index, byte)| Hidden {
+        let at = |(index, code)| Hidden {
             address: self.start + index as u64,
-            byte,
+            code,
         };
         Ok((text, hidden.into_iter().map(at).collect()))
+    }
+
+    /// Says what its pages may be used for.
+    pub(super) fn protection(&self) -> i32 {
+        machine::protection(self.start)
     }
 
     /// Says where the functions of the module begin.
@@ -134,7 +140,7 @@ pub(super) struct Scratch {
 }
 
 impl Scratch {
-    fn new(code: &[u8], changes: &[(usize, u8)]) -> Result<Self, i32> {
+    fn new(code: &[u8], changes: &[(usize, Breakpoint)]) -> Result<Self, i32> {
         let length = code.len();
         let at = raw::mmap(0, length as u64, libc::PROT_READ | libc::PROT_WRITE, 0)?;
         // SAFETY: the memory must be valid, and no one else may have it: it was mapped above, with
@@ -143,8 +149,8 @@ impl Scratch {
             slice::from_raw_parts_mut(ptr::with_exposed_provenance_mut::<u8>(at as usize), length)
         };
         copy.copy_from_slice(code);
-        for (index, byte) in changes {
-            copy[*index] = *byte;
+        for (index, code) in changes {
+            copy[*index..][..code.len()].copy_from_slice(code);
         }
         Ok(Self { at, length })
     }
@@ -165,15 +171,16 @@ impl Drop for Scratch {
     }
 }
 
-/// Finds the bytes that breakpoints hide, with their places. One stands alone: what differs from
-/// the file near by as well is another library's patch, or another file.
+/// Finds the code that breakpoints hide, with its places. One stands alone: what differs from the
+/// file near by as well is another library's patch, or another file.
 ///
 /// It reads the file piece by piece: a block as large as libc would change how the program's own
 /// allocator behaves.
 fn hidden(
     code: &[u8],
     read: impl Fn(usize, &mut [u8]) -> io::Result<()>,
-) -> io::Result<Vec<(usize, u8)>> {
+) -> io::Result<Vec<(usize, Breakpoint)>> {
+    const SIZE: usize = BREAKPOINT.len();
     const NEAR: usize = 8;
     const PIECE: usize = 16 << 10;
     let mut piece = vec![0; PIECE];
@@ -185,85 +192,140 @@ fn hidden(
         if code == file {
             continue;
         }
-        let differs = |index: &usize| code[*index] == BREAKPOINT && file[*index] != BREAKPOINT;
-        found.extend(
-            (0..code.len())
-                .filter(differs)
-                .map(|index| (start + index, file[index])),
-        );
+        let pairs = code.chunks_exact(SIZE).zip(file.chunks_exact(SIZE));
+        let differs = pairs.enumerate().filter_map(|(index, (code, file))| {
+            let is_breakpoint = code == BREAKPOINT && file != BREAKPOINT;
+            is_breakpoint.then(|| (start + index * SIZE, file.try_into().expect("its size")))
+        });
+        found.extend(differs);
     }
     let mut alone = Vec::new();
-    for (index, byte) in found {
-        let near = index.saturating_sub(NEAR)..(index + NEAR + 1).min(code.len());
-        let mut file = [0; 2 * NEAR + 1];
+    for (index, original) in found {
+        let near = index.saturating_sub(NEAR)..(index + SIZE + NEAR).min(code.len());
+        let mut file = [0; 2 * NEAR + SIZE];
         let file = &mut file[..near.len()];
         read(near.start, file)?;
-        file[index - near.start] = BREAKPOINT;
+        file[index - near.start..][..SIZE].copy_from_slice(&BREAKPOINT);
         if *file == code[near] {
-            alone.push((index, byte));
+            alone.push((index, original));
         }
     }
     Ok(alone)
 }
 
 /// Finds the code of libc and of the loader; of the program itself, if it was linked statically.
+///
+/// `dl_iterate_phdr` would say it all, but holds a lock that `fork` does not make free again in a
+/// child: one that was forked meanwhile would wait for ever in its own call. The locks of the other
+/// functions of the loader, `fork` does.
 pub(super) fn segments() -> Vec<Segment> {
-    let mut all: Vec<Segment> = Vec::new();
-    // SAFETY: the callback has the right signature, and the pointer is to the list it expects.
-    unsafe { libc::dl_iterate_phdr(Some(collect), ptr::from_mut(&mut all).cast()) };
-    let is_libc = |segment: &&Segment| {
+    // The second is a function of the loader, on which libc depends.
+    let known = [c"munmap", c"__tls_get_addr"].map(libc_function);
+    let mut found: Vec<Segment> = Vec::new();
+    for address in known.into_iter().flatten() {
+        if found.iter().any(|segment| segment.holds(address)) {
+            continue;
+        }
+        let Some(info) = info_at(address) else {
+            continue;
+        };
+        // SAFETY: the loader's name of a module is a C string, and libc and the loader stay.
+        let path = unsafe { CStr::from_ptr(info.dli_fname) };
+        if let Some(headers) = headers_at(info.dli_fbase.expose_provenance() as u64) {
+            found.extend(executable(path, headers));
+        }
+    }
+    let is_libc = |segment: &Segment| {
         segment.module.starts_with("libc.so.") || segment.module.starts_with("ld-linux")
     };
-    let found: Vec<Segment> = all.iter().filter(is_libc).cloned().collect();
+    found.retain(is_libc);
     if found.is_empty() {
-        all.into_iter()
-            .filter(|segment| segment.module.is_empty())
-            .collect()
-    } else {
-        found
+        found.extend(
+            own_headers()
+                .map(|headers| executable(c"", headers))
+                .unwrap_or_default(),
+        );
     }
+    found
 }
 
-unsafe extern "C" fn collect(info: *mut libc::dl_phdr_info, _: usize, list: *mut c_void) -> c_int {
-    // SAFETY: `segments` passes a list, and nobody else uses it meanwhile.
-    let list = unsafe { &mut *list.cast::<Vec<Segment>>() };
-    // SAFETY: the loader passes a valid pointer.
-    let info = unsafe { &*info };
-    // SAFETY: the loader's name of a module is a C string, if there is one.
-    let name = (!info.dlpi_name.is_null()).then(|| unsafe { CStr::from_ptr(info.dlpi_name) });
-    let path = name.map(CStr::to_string_lossy);
-    let module = path
-        .as_deref()
-        .unwrap_or_default()
-        .rsplit('/')
-        .next()
-        .unwrap_or_default();
-    // SAFETY: the loader says where the headers are and how many.
-    let headers = unsafe { slice::from_raw_parts(info.dlpi_phdr, usize::from(info.dlpi_phnum)) };
+/// The program headers of a module, and where it was loaded.
+#[derive(Debug, Clone, Copy)]
+struct Headers {
+    all: &'static [libc::Elf64_Phdr],
+    /// What is added to each address in the file.
+    bias: u64,
+}
+
+/// Returns the headers of the module that is mapped at `base`, with its file's first page.
+fn headers_at(base: u64) -> Option<Headers> {
+    // SAFETY: the memory must be readable and stay: the loader says that libc, or the loader
+    // itself, begins there, and a module that is loaded begins with this header.
+    let file = unsafe { &*ptr::with_exposed_provenance::<libc::Elf64_Ehdr>(base as usize) };
+    if file.e_ident[..4] != *b"\x7fELF" {
+        return None;
+    }
+    let (at, count) = (base + file.e_phoff, usize::from(file.e_phnum));
+    // SAFETY: as above; the program headers lie in the first segment of both.
+    let all: &[libc::Elf64_Phdr] =
+        unsafe { slice::from_raw_parts(ptr::with_exposed_provenance(at as usize), count) };
+    let first = all.iter().find(|header| header.p_type == libc::PT_LOAD)?;
+    let bias = base.wrapping_sub(page::down(first.p_vaddr));
+    Some(Headers { all, bias })
+}
+
+/// Returns the headers of the program, as the kernel has told where they are.
+fn own_headers() -> Option<Headers> {
+    // SAFETY: takes an integer.
+    let told = |key| unsafe { libc::getauxval(key) };
+    let (at, count) = (told(libc::AT_PHDR), told(libc::AT_PHNUM) as usize);
+    if at == 0 {
+        return None;
+    }
+    // SAFETY: the memory must be readable and stay: the kernel has mapped the program there.
+    let all: &[libc::Elf64_Phdr] =
+        unsafe { slice::from_raw_parts(ptr::with_exposed_provenance(at as usize), count) };
+    let own = all.iter().find(|header| header.p_type == libc::PT_PHDR);
+    let bias = own.map_or(0, |header| at.wrapping_sub(header.p_vaddr));
+    Some(Headers { all, bias })
+}
+
+/// Returns the executable segments of a module.
+fn executable(path: &CStr, Headers { all, bias }: Headers) -> Vec<Segment> {
+    let path = PathBuf::from(OsStr::from_bytes(path.to_bytes()));
+    let module = path.file_name().unwrap_or_default().to_string_lossy();
     let range = |header: &libc::Elf64_Phdr| {
-        let start = info.dlpi_addr + header.p_vaddr;
+        let start = bias.wrapping_add(header.p_vaddr);
         start..start + header.p_memsz
     };
-    let unwind = headers
+    let unwind = all
         .iter()
         .find(|header| header.p_type == libc::PT_GNU_EH_FRAME)
         .map(range);
-    for header in headers
-        .iter()
+    all.iter()
         .filter(|header| header.p_type == libc::PT_LOAD && header.p_flags & libc::PF_X != 0)
-    {
-        list.push(Segment {
-            module: module.to_owned(),
+        .map(|header| Segment {
+            module: module.clone().into_owned(),
             start: range(header).start,
             length: header.p_memsz,
-            path: name.map_or_else(PathBuf::new, |name| {
-                OsStr::from_bytes(name.to_bytes()).into()
-            }),
+            path: path.clone(),
             offset: header.p_offset,
             unwind: unwind.clone(),
-        });
-    }
-    0
+        })
+        .collect()
+}
+
+/// Asks the loader what an address belongs to.
+fn info_at(address: u64) -> Option<libc::Dl_info> {
+    let mut info = libc::Dl_info {
+        dli_fname: ptr::null(),
+        dli_fbase: ptr::null_mut(),
+        dli_sname: ptr::null(),
+        dli_saddr: ptr::null_mut(),
+    };
+    // SAFETY: takes any address, and writes the one structure.
+    let found = unsafe { libc::dladdr(ptr::without_provenance(address as usize), &mut info) };
+    (found != 0).then_some(info)
 }
 
 /// A function that the module shows to others.
@@ -275,17 +337,7 @@ pub(super) struct Function {
 
 /// Finds the function that an address is in.
 pub(super) fn function_at(address: u64) -> Option<Function> {
-    let mut info = libc::Dl_info {
-        dli_fname: ptr::null(),
-        dli_fbase: ptr::null_mut(),
-        dli_sname: ptr::null(),
-        dli_saddr: ptr::null_mut(),
-    };
-    // SAFETY: takes any address, and writes the one structure.
-    let found = unsafe { libc::dladdr(ptr::without_provenance(address as usize), &mut info) };
-    if found == 0 || info.dli_sname.is_null() {
-        return None;
-    }
+    let info = info_at(address).filter(|info| !info.dli_sname.is_null())?;
     // SAFETY: the loader's name of a symbol is a C string, and the module stays.
     let name = unsafe { CStr::from_ptr(info.dli_sname) }.to_str().ok()?;
     Some(Function {
@@ -310,14 +362,7 @@ pub(super) fn libc_function(name: &CStr) -> Option<u64> {
 
 /// Sees to it that the library with this code is never unloaded: trampolines lead into it.
 pub(super) fn pin() {
-    let mut info = libc::Dl_info {
-        dli_fname: ptr::null(),
-        dli_fbase: ptr::null_mut(),
-        dli_sname: ptr::null(),
-        dli_saddr: ptr::null_mut(),
-    };
-    // SAFETY: takes any address, and writes the one structure.
-    if unsafe { libc::dladdr((pin as fn() as *const ()).cast(), &mut info) } != 0 {
+    if let Some(info) = info_at(pin as fn() as *const () as u64) {
         // SAFETY: the loader's own name of a module that is loaded; it is not loaded anew. The
         // program itself is not found by it and needs no pinning.
         unsafe {
@@ -335,31 +380,32 @@ mod tests {
 
     #[test]
     fn a_breakpoint_stands_alone_and_a_patch_does_not() {
+        const SIZE: usize = BREAKPOINT.len();
         let file = [0x90; 64];
         let mut code = file;
-        code[20] = BREAKPOINT;
-        code[63] = BREAKPOINT;
-        // Another library's jump, one byte of whose displacement looks like a breakpoint.
-        code[40..45].copy_from_slice(&[0xe9, 1, BREAKPOINT, 2, 3]);
+        for at in [20, 64 - SIZE] {
+            code[at..][..SIZE].copy_from_slice(&BREAKPOINT);
+        }
+        // Another library's jump, a part of which looks like a breakpoint.
+        code[36..40].fill(0xe9);
+        code[40..][..SIZE].copy_from_slice(&BREAKPOINT);
         let read = |at: usize, into: &mut [u8]| {
             into.copy_from_slice(&file[at..][..into.len()]);
             Ok(())
         };
         assert_eq!(
             hidden(&code, read).expect("it can be read"),
-            [(20, 0x90), (63, 0x90)]
+            [(20, [0x90; SIZE]), (64 - SIZE, [0x90; SIZE])]
         );
     }
 
     #[test]
     fn a_changed_copy_of_code() {
-        let copy = Scratch::new(&[0x90; 5000], &[(4999, 0xc3)]).expect("memory");
-        let text = Text::Copy(copy);
-        assert!(
-            text[..4999].iter().all(|byte| *byte == 0x90)
-                && text[4999] == 0xc3
-                && text.len() == 5000
-        );
+        const SIZE: usize = BREAKPOINT.len();
+        let copy = Scratch::new(&[0x90; 5000], &[(5000 - SIZE, [0xc3; SIZE])]).expect("memory");
+        let (same, changed) = copy.bytes().split_at(5000 - SIZE);
+        assert!(same.iter().all(|byte| *byte == 0x90));
+        assert_eq!(changed, [0xc3; SIZE]);
     }
 
     #[test]

@@ -162,11 +162,12 @@ mod tests {
 
     #[test]
     fn every_number_that_the_kernel_takes_for_this_process_is_known() {
-        let page = Box::new([0_u8; 2 * 4096]);
-        let start = page.as_ptr().addr().next_multiple_of(4096);
+        let size = crate::page::size() as usize;
+        let page = vec![0_u8; 2 * size];
+        let start = page.as_ptr().addr().next_multiple_of(size);
         let vector = libc::iovec {
             iov_base: std::ptr::without_provenance_mut(start),
-            iov_len: 4096,
+            iov_len: size,
         };
         for fd in (-10_100..-9_900).chain([-20_000]) {
             // SAFETY: the vector is live, and the advice changes nothing of what is there.

@@ -2,9 +2,10 @@
 
 #![allow(unsafe_code, reason = "reads code")]
 
+use super::arena::Arena;
 use super::code_pages::{self, Edit};
 use super::handler::CALLS;
-use super::machine::{self, Arena, Code64, Foreign, Found, PATCH};
+use super::machine::{self, Code64, Foreign, Found, PATCH};
 use super::module::{self, Function, Hidden, Segment};
 use crate::Error;
 use crate::fork::marks;
@@ -22,6 +23,7 @@ pub(super) struct Site {
     address: u64,
     original: [u8; PATCH],
     jump: [u8; PATCH],
+    protection: i32,
     /// It is somebody else's jump at the entry of the function.
     is_chain: bool,
 }
@@ -61,7 +63,7 @@ pub(super) fn plan(prepare: fn()) -> Result<&'static Plan, Error> {
     made.as_ref().map_err(|missing| Error::Unavailable {
         source: "hook",
         missing: missing.clone(),
-        remedy: "ldd --version; the hook knows glibc on x86-64, the kernel source needs no libc"
+        remedy: "ldd --version; the hook knows glibc on x86-64 and aarch64, the kernel source needs no libc"
             .to_owned(),
     })
 }
@@ -183,31 +185,35 @@ fn build(
         return Ok((sites, unknown));
     }
     let end = segment.start + segment.length;
-    let room = || format!("room for trampolines within 2 GiB of {}", segment.module);
+    let reach = machine::REACH >> 20;
+    let room = || {
+        format!(
+            "room for trampolines within {reach} MiB of {}",
+            segment.module
+        )
+    };
     let mut arena = Arena::near(segment.start, end, found.len() + rest.len()).ok_or_else(room)?;
+    let protection = segment.protection();
     let bytes = |from: u64, length: usize| &code.bytes[(from - code.start) as usize..][..length];
     let mut add = |name, function: Option<Function>, address: u64, trampoline: u64, is_chain| {
-        let distance = trampoline.wrapping_sub(address + PATCH as u64) as i64;
-        let mut jump = [0xe9; PATCH];
-        jump[1..].copy_from_slice(&i32::try_from(distance).map_err(|_| room())?.to_le_bytes());
         sites.push(Site {
             name,
             function,
             module: segment.module.clone(),
             address,
             original: bytes(address, PATCH).try_into().expect("as long as a jump"),
-            jump,
+            jump: machine::branch(address, trampoline).ok_or_else(room)?,
+            protection,
             is_chain,
         });
         Ok::<(), String>(())
     };
     for (found, function) in found {
-        let Some(stub) = machine::stub(found.keep) else {
+        let trampoline = arena.next();
+        let Some(made) = machine::trampoline(trampoline, found, code) else {
             continue;
         };
-        let moved = bytes(found.address, (found.syscall - found.address) as usize);
-        const SYSCALL: u64 = 2;
-        let trampoline = arena.add(moved, found.number.is_none(), stub, found.syscall + SYSCALL);
+        arena.place(&made);
         add(
             name(found.number),
             function.clone(),
@@ -217,20 +223,21 @@ fn build(
         )?;
     }
     for function in rest {
-        let entry = bytes(function.entry, 10)
+        let entry = bytes(function.entry, Foreign::LENGTH)
             .try_into()
             .expect("as long as asked for");
         let call = CALLS
             .iter()
             .find(|call| call.1 == function.name)
             .expect("made from that list");
-        match Foreign::at(function.entry, entry) {
+        match Foreign::read(function.entry, entry) {
             Some(foreign) => {
-                let trampoline = arena.add_chain(call.0 as u32, foreign, machine::function);
+                let trampoline = arena.next();
+                arena.place(&machine::chain(call.0 as u32, foreign));
                 add(
                     call.1,
                     module::function_at(function.entry),
-                    function.entry,
+                    foreign.place(function.entry),
                     trampoline,
                     true,
                 )?;
@@ -266,6 +273,7 @@ impl Site {
             address: self.address,
             from: self.original,
             to: self.jump,
+            protection: self.protection,
         }
     }
 
@@ -275,6 +283,7 @@ impl Site {
             address: self.address,
             from: self.jump,
             to: self.original,
+            protection: self.protection,
         }
     }
 
@@ -324,6 +333,6 @@ impl Site {
         };
         // SAFETY: a function of libc or of the loader, which stay.
         let now = unsafe { code_pages::read(function.entry) };
-        Foreign::at(function.entry, now).is_some()
+        Foreign::read(function.entry, now).is_some()
     }
 }

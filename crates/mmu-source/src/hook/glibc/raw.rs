@@ -4,25 +4,14 @@
 #![allow(unsafe_code, reason = "makes raw system calls")]
 
 use crate::ranges;
-use std::arch::asm;
+#[cfg(target_arch = "aarch64")]
+#[path = "raw/aarch64.rs"]
+mod machine;
+#[cfg(target_arch = "x86_64")]
+#[path = "raw/x86_64.rs"]
+mod machine;
 
-/// Makes a system call and returns what the kernel leaves in `rax`: a value, or a negative error
-/// number.
-///
-/// # Safety
-/// As for the call itself, with these arguments, at this place.
-#[inline(always)]
-pub(super) unsafe fn syscall(number: u64, [a0, a1, a2, a3, a4, a5]: [u64; 6]) -> u64 {
-    let result;
-    // SAFETY: the instruction needs its number and arguments in these registers and destroys `rcx`
-    // and `r11`, as declared. What the call does to memory is the caller's duty; by default the
-    // compiler takes it to touch any.
-    unsafe {
-        asm!("syscall", inlateout("rax") number => result, in("rdi") a0, in("rsi") a1, in("rdx") a2, in("r10") a3,
-            in("r8") a4, in("r9") a5, lateout("rcx") _, lateout("r11") _, options(nostack));
-    }
-    result
-}
+pub(super) use machine::syscall;
 
 /// Turns a result into the value, or the error number.
 pub(super) fn check(result: u64) -> Result<u64, i32> {

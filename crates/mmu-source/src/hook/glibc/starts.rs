@@ -45,6 +45,10 @@ impl<'a> Starts<'a> {
     }
 
     /// Returns the first start above `address`.
+    #[cfg_attr(
+        not(any(target_arch = "x86_64", test)),
+        allow(dead_code, reason = "for code that must be decoded from the start")
+    )]
     pub(super) fn after(self, address: u64) -> Option<u64> {
         self.start(self.first_after(address))
     }

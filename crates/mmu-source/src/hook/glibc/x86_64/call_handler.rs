@@ -10,7 +10,6 @@
 #![allow(unsafe_code, reason = "assembly")]
 
 use super::super::handler::{enter, enter_function};
-use std::arch::global_asm;
 
 /// What a stub keeps besides the general registers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,31 +34,6 @@ pub(in crate::hook::glibc) fn stub(keep: Keep) -> Option<unsafe extern "C" fn()>
         (false, true) => Some(all_avx),
         (false, false) => Some(all_sse),
     }
-}
-
-/// Defines a function that consists of these instructions and has no frame but what they make.
-///
-/// The symbol is hidden from other objects, and names the version, as a program may contain two
-/// versions of this crate.
-macro_rules! naked {
-    ($visibility:vis fn $name:ident($($argument:ident: $type:ty),*), $symbol:expr, [$($code:expr),* $(,)?] $($operands:tt)*) => {
-        unsafe extern "C" {
-            #[link_name = concat!("mmu_source_", env!("CARGO_PKG_VERSION"), "_", $symbol)]
-            $visibility fn $name($($argument: $type),*);
-        }
-
-        global_asm!(
-            ".pushsection .text.mmu_source, \"ax\", @progbits",
-            ".balign 16",
-            concat!(".globl \"mmu_source_", env!("CARGO_PKG_VERSION"), "_", $symbol, "\""),
-            concat!(".hidden \"mmu_source_", env!("CARGO_PKG_VERSION"), "_", $symbol, "\""),
-            concat!(".type \"mmu_source_", env!("CARGO_PKG_VERSION"), "_", $symbol, "\", @function"),
-            concat!("\"mmu_source_", env!("CARGO_PKG_VERSION"), "_", $symbol, "\":"),
-            $($code,)*
-            ".popsection"
-            $($operands)*
-        );
-    };
 }
 
 /// Begins a stub: a frame, and the arguments in memory, in order, with their address in `rsi` and

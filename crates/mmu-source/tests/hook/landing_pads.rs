@@ -1,0 +1,53 @@
+//! Where the processor checks that a branch by a register lands on a landing pad (BTI), it checks
+//! patched pages as well.
+
+use crate::child::alone;
+use mmu_source::hook::{Hook, probe};
+use std::fs;
+
+/// Tells whether the page at `address` is checked: the flag `bt` of its mapping.
+fn is_checked(address: u64) -> bool {
+    let all = fs::read_to_string("/proc/self/smaps").expect("/proc is there");
+    let mut is_here = false;
+    for line in all.lines() {
+        if let Some(flags) = line.strip_prefix("VmFlags:") {
+            if is_here {
+                return flags.split_whitespace().any(|flag| flag == "bt");
+            }
+        } else if let Some((start, end)) = line
+            .split(' ')
+            .next()
+            .and_then(|first| first.split_once('-'))
+        {
+            let number = |text| u64::from_str_radix(text, 16).ok();
+            is_here = number(start)
+                .zip(number(end))
+                .is_some_and(|(start, end)| (start..end).contains(&address));
+        }
+    }
+    panic!("{address:x} is not mapped");
+}
+
+#[test]
+fn patched_pages_keep_them() {
+    alone("landing_pads::patched_pages_keep_them", || {
+        let flags = || -> Vec<bool> {
+            let sites = probe().expect("there are sites");
+            sites.iter().map(|site| is_checked(site.address)).collect()
+        };
+        let before = flags();
+        let has_extension = std::arch::is_aarch64_feature_detected!("bti");
+        if !has_extension {
+            println!("SKIP: this processor has no landing pads");
+        }
+        assert_eq!(
+            before.contains(&true),
+            has_extension,
+            "as Debian builds glibc"
+        );
+        let hook = Hook::install().expect("it can be patched");
+        assert_eq!(flags(), before);
+        drop(hook);
+        assert_eq!(flags(), before);
+    });
+}

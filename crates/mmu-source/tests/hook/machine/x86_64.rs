@@ -1,0 +1,23 @@
+//! x86-64.
+
+/// `munmap` by an instruction of our own.
+pub(crate) fn munmap(address: usize, length: usize) -> i64 {
+    let result: i64;
+    // SAFETY: the call that the caller wanted.
+    unsafe {
+        std::arch::asm!("syscall", inlateout("rax") libc::SYS_munmap => result, in("rdi") address, in("rsi") length,
+            lateout("rcx") _, lateout("r11") _, options(nostack));
+    }
+    result
+}
+
+/// `mov $target, %r11; jmp *%r11`, as UCX and others write it over a function.
+pub(crate) fn jump_to(target: usize) -> Vec<u8> {
+    let mut code = vec![0x49, 0xbb];
+    code.extend(target.to_le_bytes());
+    code.extend([0x41, 0xff, 0xe3]);
+    code
+}
+
+/// `int3`.
+pub(crate) const BREAKPOINT: &[u8] = &[0xcc];
