@@ -2,7 +2,7 @@
 
 use crate::border::{die, export, guarded, warn_once};
 use crate::mm::{self, MmStruct};
-use crate::range::Range;
+use crate::range::{self, Range};
 use libc::{c_int, c_ulong};
 use mmu_notifier::raw::{Interval, RawIntervalOps};
 use mmu_notifier::{Blocking, InvalidateRange, MmWithUser, Va, VaRange, WouldBlock, WouldDeadlock};
@@ -47,8 +47,11 @@ impl RawIntervalOps for Driver {
     fn invalidate(&self, range: &InvalidateRange<'_>, seq: u64) -> Result<(), WouldBlock> {
         // SAFETY: The driver's own callback, with its own interval, which is inserted: so says the
         // header.
-        let call = || unsafe { (self.invalidate)(self.me.as_ptr(), &Range::of(range), seq) };
-        let done = guarded!("mmu_interval_notifier_ops.invalidate", call());
+        let call = |told| unsafe { (self.invalidate)(self.me.as_ptr(), told, seq) };
+        let done = guarded!(
+            "mmu_interval_notifier_ops.invalidate",
+            range::tell(range, call)
+        );
         match range.blocking() {
             _ if done => Ok(()),
             Blocking::Forbidden => Err(WouldBlock),

@@ -75,9 +75,12 @@ impl Driver {
     fn start(&self, range: &InvalidateRange<'_>) -> c_int {
         // SAFETY: The driver's own callback, with its own notifier, which is registered: so says
         // the header.
-        let call = |start: Start| unsafe { start(self.me.as_ptr(), &Range::of(range)) };
+        let call = |start: Start, told| unsafe { start(self.me.as_ptr(), told) };
         self.ops().invalidate_range_start.map_or(0, |start| {
-            guarded!("mmu_notifier_ops.invalidate_range_start", call(start))
+            guarded!(
+                "mmu_notifier_ops.invalidate_range_start",
+                range::tell(range, |told| call(start, told))
+            )
         })
     }
 }
@@ -115,9 +118,11 @@ impl Notifier for Driver {
     fn invalidate_range_end(&self, range: &InvalidateRange<'_>) {
         if let Some(end) = self.ops().invalidate_range_end {
             // SAFETY: As for `start`.
-            guarded!("mmu_notifier_ops.invalidate_range_end", unsafe {
-                end(self.me.as_ptr(), &Range::of(range))
-            });
+            let call = |told| unsafe { end(self.me.as_ptr(), told) };
+            guarded!(
+                "mmu_notifier_ops.invalidate_range_end",
+                range::tell(range, call)
+            );
         }
     }
 
@@ -325,7 +330,7 @@ unsafe fn get_locked(
             if let Some(free) = unsafe { ops.as_ref() }.free_notifier {
                 // SAFETY: The driver's own function, for what it has just made and no other code
                 // has seen.
-                unsafe { free(made) };
+                guarded!("mmu_notifier_ops.free_notifier", unsafe { free(made) });
             }
         })
 }

@@ -1,14 +1,17 @@
 //! `struct mmu_notifier_range`: what callbacks are told, and brackets for event sources.
 //!
 //! # Safety
-//! The private words of a range that C gives hold a [`Bracket`] from `start` to `end`, as [`OPEN`]
-//! says. It borrows the handle at `mm` of the same range: hence C must leave the range where it is
-//! in between.
+//! The private words of a range that C gives hold a [`PlacedBracket`] from `start` to `end`, as
+//! [`OPEN`] says. It borrows the handle at `mm` of the same range: hence C must leave the range
+//! where it is in between.
 
 use crate::border::{die, export, warn_once};
 use crate::mm::{self, MmStruct};
 use libc::{c_int, c_uint, c_ulong, c_void};
-use mmu_notifier::{Blocking, Bracket, Event, InvalidateRange, Mm, Owner, Va, VaRange, WouldBlock};
+use mmu_notifier::raw::{self, PlacedBracket};
+use mmu_notifier::{
+    Blocking, Event, InvalidateRange, Mm, Owner, PAGE_SIZE, Va, VaRange, WouldBlock,
+};
 use std::mem::MaybeUninit;
 use std::ptr;
 
@@ -27,9 +30,10 @@ pub struct Range {
     bracket: MaybeUninit<[usize; BRACKET_WORDS]>,
 }
 
+type Bracket = PlacedBracket<'static>;
 const BRACKET_WORDS: usize = 17;
-const _: () = assert!(size_of::<Bracket<'static>>() <= BRACKET_WORDS * size_of::<usize>());
-const _: () = assert!(align_of::<Bracket<'static>>() <= align_of::<usize>());
+const _: () = assert!(size_of::<Bracket>() <= BRACKET_WORDS * size_of::<usize>());
+const _: () = assert!(align_of::<Bracket>() <= align_of::<usize>());
 
 /// No value that a place has by chance: a range need not have been initialised.
 const OPEN: usize = 0x6d6d_756e_6f70_656e;
@@ -55,14 +59,26 @@ pub(crate) fn code(event: Event) -> c_uint {
     }
 }
 
+#[inline(always)]
 fn event(code: c_uint, owner: *mut c_void) -> Event {
+    /// A load in place of a jump.
+    const PLAIN: [Event; 5] = [
+        Event::Unmap,
+        Event::Clear,
+        Event::ProtectionVma,
+        Event::ProtectionPage,
+        Event::SoftDirty,
+    ];
+    match PLAIN.get(code as usize) {
+        Some(plain) => *plain,
+        None => event_with_owner(code, owner),
+    }
+}
+
+#[cold]
+fn event_with_owner(code: c_uint, owner: *mut c_void) -> Event {
     let owner = || Owner::at(Va::new(owner.addr() as u64));
     match code {
-        0 => Event::Unmap,
-        1 => Event::Clear,
-        2 => Event::ProtectionVma,
-        3 => Event::ProtectionPage,
-        4 => Event::SoftDirty,
         MIGRATE => Event::Migrate { owner: owner() },
         EXCLUSIVE => Event::Exclusive { owner: owner() },
         _ => {
@@ -88,40 +104,66 @@ pub(crate) fn pages(start: c_ulong, end: c_ulong) -> Option<VaRange> {
 }
 
 impl Range {
-    /// Returns what a callback is told of `range`.
+    /// Tells whether callbacks may be shown this range itself: whether [`tell_translated`] would
+    /// say the same.
     #[inline(always)]
-    pub(crate) fn of(range: &InvalidateRange<'_>) -> Self {
-        let (start, end) = bounds(range.range());
-        let owner = range.event().owner().map_or(ptr::null_mut(), |owner| {
-            ptr::without_provenance_mut(owner.get() as usize)
-        });
-        Self {
-            mm: mm::bits(range.mm()),
-            start,
-            end,
-            flags: if range.blocking() == Blocking::Allowed {
-                BLOCKABLE
-            } else {
-                0
-            },
-            event: code(range.event()),
-            owner,
-            state: 0,
-            bracket: MaybeUninit::uninit(),
-        }
+    fn is_as_told(&self, flags: c_uint) -> bool {
+        (self.start | self.end) % PAGE_SIZE == 0
+            && self.flags == flags
+            && (self.owner.is_null() && self.event < RELEASE)
     }
+}
+
+/// Calls a callback of C with what it is told of `range`: the range of C that the bracket was
+/// opened with, or a translation.
+#[inline(always)]
+pub(crate) fn tell<R>(range: &InvalidateRange<'_>, callback: impl Fn(*const Range) -> R) -> R {
+    match raw::origin(range) {
+        0 => tell_translated(range, callback),
+        origin => callback(ptr::with_exposed_provenance(origin)),
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn tell_translated<R>(range: &InvalidateRange<'_>, callback: impl Fn(*const Range) -> R) -> R {
+    let (start, end) = bounds(range.range());
+    let owner = range.event().owner().map_or(ptr::null_mut(), |owner| {
+        ptr::without_provenance_mut(owner.get() as usize)
+    });
+    callback(&Range {
+        mm: mm::bits(range.mm()),
+        start,
+        end,
+        flags: if range.blocking() == Blocking::Allowed {
+            BLOCKABLE
+        } else {
+            0
+        },
+        event: code(range.event()),
+        owner,
+        state: 0,
+        bracket: MaybeUninit::uninit(),
+    })
 }
 
 /// Opens a bracket as `open` does, and keeps it in the range.
 ///
 /// # Safety
 /// `range` must be a range of C, with the bits of a counted handle, that stays where it is until
-/// its end.
+/// its end. `open` must put a bracket into the place, or fail.
 #[inline(always)]
 unsafe fn start(
     function: &str,
     range: *mut Range,
-    open: impl FnOnce(&'static Mm, VaRange, Event) -> Result<Bracket<'static>, WouldBlock>,
+    flags: c_uint,
+    open: impl FnOnce(
+        &mut MaybeUninit<Bracket>,
+        &'static Mm,
+        VaRange,
+        Event,
+        usize,
+    ) -> Result<(), WouldBlock>,
 ) -> Result<(), WouldBlock> {
     // SAFETY: The place must be valid: the caller's duty.
     let Some(this) = (unsafe { range.as_mut() }) else {
@@ -141,52 +183,33 @@ unsafe fn start(
         return Ok(());
     };
     let event = event(this.event, this.owner);
+    let origin = if this.is_as_told(flags) {
+        range.expose_provenance()
+    } else {
+        0
+    };
     // Not through `this`, which ends before the bracket does.
     let place_of_mm = range.cast::<*mut MmStruct>();
     // SAFETY: The place holds the bits of a counted handle and stays until the end: the caller's
     // duty.
     let mm: &'static Mm = unsafe { mm::borrow(place_of_mm) };
-    let bracket = open(mm, pages, event)?;
+    // SAFETY: The caller's duty is passed on.
+    open(unsafe { bracket(range) }, mm, pages, event, origin)?;
     // SAFETY: The place must be valid: the caller's duty.
-    let this = unsafe { &mut *range };
-    // SAFETY: The place must be large enough: asserted above.
-    unsafe {
-        this.bracket
-            .as_mut_ptr()
-            .cast::<Bracket<'static>>()
-            .write(bracket)
-    };
-    this.state = OPEN;
+    unsafe { (*range).state = OPEN };
     Ok(())
 }
 
-/// Moves a value out of memory word by word, as it was written there a few nanoseconds ago: a tenth
-/// of a bracket's time.
-///
-/// The compiler would read two words at once, and a processor does that only when both writes have
-/// left its store buffer.
+/// The place of the bracket in a range, large enough and aligned, as was asserted above.
 ///
 /// # Safety
-/// As for `ptr::read`.
+/// `range` must point to a range whose private words no other code uses meanwhile. Callbacks are
+/// shown its other fields.
 #[inline(always)]
-unsafe fn take<T>(place: *const T) -> T {
-    type Word = MaybeUninit<usize>;
-    const { assert!(size_of::<T>() % size_of::<Word>() == 0 && align_of::<T>() == align_of::<Word>()) };
-    let mut value = MaybeUninit::<T>::uninit();
-    for word in 0..size_of::<T>() / size_of::<Word>() {
-        // SAFETY: It reads a word of the value, which is there: the caller's duty.
-        let content = unsafe { place.cast::<Word>().wrapping_add(word).read_volatile() };
-        // SAFETY: It writes the same word of `value`.
-        unsafe {
-            value
-                .as_mut_ptr()
-                .cast::<Word>()
-                .wrapping_add(word)
-                .write(content)
-        };
-    }
-    // SAFETY: All its words are a copy of a value, which the caller gives up.
-    unsafe { value.assume_init() }
+unsafe fn bracket<'a>(range: *mut Range) -> &'a mut MaybeUninit<Bracket> {
+    let place = range.wrapping_byte_add(std::mem::offset_of!(Range, bracket));
+    // SAFETY: Valid, and used by no other code: the caller's duty.
+    unsafe { &mut *place.cast() }
 }
 
 const _: () = assert!(std::mem::offset_of!(Range, mm) == 0);
@@ -198,7 +221,12 @@ export! {
     /// See mmun/mmu_notifier.h.
     fn mmun_invalidate_range_start(range: *mut Range) {
         // SAFETY: The caller's duty is passed on.
-        let started = unsafe { start("mmu_notifier_invalidate_range_start", range, |mm, pages, event| Ok(mm.invalidate(pages, event))) };
+        let started = unsafe {
+            start("mmu_notifier_invalidate_range_start", range, BLOCKABLE, |place, mm, pages, event, origin| {
+                PlacedBracket::start(place, mm, pages, event, origin);
+                Ok(())
+            })
+        };
         debug_assert!(started.is_ok(), "nobody can refuse where sleeping is allowed");
     }
 
@@ -208,7 +236,7 @@ export! {
     /// See mmun/mmu_notifier.h.
     fn mmun_invalidate_range_start_nonblock(range: *mut Range) -> c_int {
         // SAFETY: The caller's duty is passed on.
-        match unsafe { start("mmu_notifier_invalidate_range_start_nonblock", range, Mm::try_invalidate) } {
+        match unsafe { start("mmu_notifier_invalidate_range_start_nonblock", range, 0, PlacedBracket::try_start) } {
             Ok(()) => 0,
             Err(WouldBlock) => -libc::EAGAIN,
         }
@@ -225,8 +253,11 @@ export! {
             return;
         }
         this.state = 0;
-        // SAFETY: There is a bracket, as `state` has just said, and it is taken once.
-        drop(unsafe { take(this.bracket.as_ptr().cast::<Bracket<'static>>()) });
+        // SAFETY: The place is valid, and a range is ended in the thread that has started it: so
+        // says the header.
+        let bracket = unsafe { bracket(range) };
+        // SAFETY: There is a bracket, as `state` has just said, and it is dropped once.
+        unsafe { bracket.assume_init_drop() };
     }
 
     /// Tells secondary TLBs to flush.

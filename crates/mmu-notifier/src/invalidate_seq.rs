@@ -514,6 +514,7 @@ impl<S: ShadowOps> Notifier for InvalidateSeq<S> {
             range: VaRange::ALL,
             event,
             blocking: Blocking::Allowed,
+            origin: 0,
         };
         let _order = self.order.acquire();
         lock(&self.state).shadow.zap(&range);

@@ -13,6 +13,7 @@ mod lock;
 pub(crate) mod notifier;
 #[expect(unsafe_code, reason = "a guard beside what it borrows from")]
 mod owned_guard;
+mod placed;
 #[expect(unsafe_code, reason = "the one list that is read under SRCU")]
 pub(crate) mod subscriptions;
 
@@ -20,6 +21,7 @@ pub use bracket::{Bracket, OwnedBracket};
 pub use event::{Blocking, Event, Exit, InvalidateRange, Owner, WouldBlock};
 pub use lock::MmapWriteGuard;
 pub use notifier::{Notifier, Secondary, SecondaryTlb};
+pub use placed::PlacedBracket;
 
 use crate::sync::atomic::{AtomicUsize, Ordering};
 use crate::sync::forks;

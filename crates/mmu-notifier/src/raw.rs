@@ -14,12 +14,15 @@
 //! duties that remain for its caller.
 
 pub use crate::interval::raw::{Interval, RawIntervalOps};
+pub use crate::mm::PlacedBracket;
 pub use crate::mm::notifier::Sealed;
 pub use crate::mm::subscriptions::{Embedded, Node, SurplusPut};
 
 use crate::mm::subscriptions::registrar;
 use crate::mm::subscriptions::{NodeRef, NotCounted};
-use crate::{Mm, MmWithUser, MmapWriteGuard, Overflow, Subsystem, WouldDeadlock, lockdep};
+use crate::{
+    InvalidateRange, Mm, MmWithUser, MmapWriteGuard, Overflow, Subsystem, WouldDeadlock, lockdep,
+};
 use std::convert::Infallible;
 use std::ptr::NonNull;
 
@@ -166,6 +169,13 @@ impl<N: Embedded> Notifiers<N> {
     pub fn synchronize(&self) -> Result<(), WouldDeadlock> {
         self.subsystem.synchronize()
     }
+}
+
+/// Returns what the opener gave [`PlacedBracket::start`], or 0 for every other bracket.
+#[must_use]
+#[inline]
+pub fn origin(range: &InvalidateRange<'_>) -> usize {
+    range.origin
 }
 
 /// Tells whether waiting for brackets of `mm` would be refused here: inside a bracket of this

@@ -253,5 +253,6 @@ int main(void)
 	life();
 	events();
 	intervals();
+	waits();
 	return 0;
 }

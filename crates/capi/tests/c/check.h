@@ -83,5 +83,6 @@ void get_put(void);
 void life(void);
 void events(void);
 void intervals(void);
+void waits(void);
 
 #endif

@@ -269,6 +269,51 @@ SCENARIO(b_25_no_fault_installs_what_has_moved)
 	mmput(mm);
 }
 
+static void *remove_one(void *shadow)
+{
+	removed(shadow);
+	return NULL;
+}
+
+SCENARIO(b_23_remove_does_not_wait_for_what_met_no_interval)
+{
+	struct mm_struct *mm = mmun_mm_new();
+	struct shadow *shadow = inserted(mm, 1);
+	struct mmu_notifier_range range;
+
+	mmu_notifier_range_init(&range, MMU_NOTIFY_CLEAR, MMU_NOTIFIER_RANGE_BLOCKABLE, mm, 5 * PAGE, 6 * PAGE);
+	mmu_notifier_invalidate_range_start(&range);
+	join(spawn(remove_one, shadow));
+	mmu_notifier_invalidate_range_end(&range);
+	mmput(mm);
+}
+
+static void *insert_first(void *mm)
+{
+	return inserted(mm, 1);
+}
+
+/* The end of an invalidation that began before there were intervals counts no window back. */
+SCENARIO(b_30_the_first_insert_beside_an_invalidation)
+{
+	struct mm_struct *mm = mmun_mm_new();
+	struct mmu_notifier_range range;
+	void *first;
+	pthread_t inserting;
+
+	mmu_notifier_range_init(&range, MMU_NOTIFY_CLEAR, MMU_NOTIFIER_RANGE_BLOCKABLE, mm, PAGE, 2 * PAGE);
+	mmu_notifier_invalidate_range_start(&range);
+	inserting = spawn(insert_first, mm);
+	mmu_notifier_invalidate_range_end(&range);
+	CHECK(pthread_join(inserting, &first) == 0);
+	event(mm, 1);
+	CHECK(((struct shadow *)first)->calls == 1);
+	CHECK(!mmu_interval_read_retry(&((struct shadow *)first)->mni,
+				       mmu_interval_read_begin(&((struct shadow *)first)->mni)));
+	removed(first);
+	mmput(mm);
+}
+
 void intervals(void)
 {
 	RUN(b_11_b_12_what_cannot_be_inserted);
@@ -278,4 +323,6 @@ void intervals(void)
 	RUN(b_20_b_22_remove_waits_for_the_callback);
 	RUN(b_10_b_28_b_29_exit);
 	RUN(b_25_no_fault_installs_what_has_moved);
+	RUN(b_23_remove_does_not_wait_for_what_met_no_interval);
+	RUN(b_30_the_first_insert_beside_an_invalidation);
 }

@@ -22,6 +22,20 @@ void undo(void *, void *, std::size_t, void *) {}
 int notifier_start(struct mmu_notifier *, const struct mmu_notifier_range *) { fail(); }
 bool interval(struct mmu_interval_notifier *, const struct mmu_notifier_range *, unsigned long) { fail(); }
 
+struct mmu_notifier *no_notifier(struct mm_struct *) { fail(); }
+void no_free(struct mmu_notifier *) { fail(); }
+struct mmu_notifier_range kept_open;
+
+// Cannot be registered, as an invalidation is open, and so is freed at once.
+struct mmu_notifier *opening_notifier(struct mm_struct *mm)
+{
+	static struct mmu_notifier notifier = {};
+
+	mmu_notifier_range_init(&kept_open, MMU_NOTIFY_CLEAR, MMU_NOTIFIER_RANGE_BLOCKABLE, mm, 0x1000, 0x2000);
+	mmu_notifier_invalidate_range_start(&kept_open);
+	return &notifier;
+}
+
 void change(struct mm_struct *mm)
 {
 	struct mmu_notifier_range range;
@@ -71,6 +85,21 @@ try {
 		if (mmu_notifier_register(&notifier, mm) < 0)
 			return 1;
 		change(mm);
+	} else if (!std::strcmp(which, "alloc") || !std::strcmp(which, "free") || !std::strcmp(which, "free at once")) {
+		static struct mmu_notifier_ops ops = {};
+		static struct mmu_notifier notifier = {};
+
+		ops.alloc_notifier = !std::strcmp(which, "alloc") ? no_notifier : opening_notifier;
+		ops.free_notifier = no_free;
+		if (std::strcmp(which, "free")) {
+			mmu_notifier_get(&ops, mm);
+			return 3;
+		}
+		notifier.ops = &ops;
+		if (mmu_notifier_register(&notifier, mm) < 0)
+			return 1;
+		mmu_notifier_put(&notifier);
+		mmu_notifier_synchronize();
 	} else {
 		static const struct mmu_interval_notifier_ops ops = {interval};
 		static struct mmu_interval_notifier notifier;

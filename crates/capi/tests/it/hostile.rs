@@ -55,6 +55,9 @@ fn an_exception_that_leaves_a_callback_ends_the_process() {
         "register",
         "deregister",
         "notifier",
+        "alloc",
+        "free",
+        "free at once",
         "interval",
     ] {
         let output = Command::new(&program)

@@ -1,6 +1,8 @@
 //! The scenarios of the contract that can be written in C, as one program.
 
-use crate::support::{compile, sources, succeed};
+use crate::support::{compile, root, sources, succeed};
+use std::collections::BTreeMap;
+use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -25,7 +27,62 @@ fn all_passed(output: &str) {
         .lines()
         .filter(|line| line.starts_with("ok "))
         .count();
-    assert!(passed >= 40, "only {passed} scenarios ran:\n{output}");
+    let written = programs().len();
+    assert_eq!(passed, written, "of {written} scenarios:\n{output}");
+}
+
+/// The functions with scenarios, and the file of each.
+fn programs() -> BTreeMap<String, String> {
+    let of_file = |path: &PathBuf| {
+        let text = fs::read_to_string(path).expect("a source file");
+        let file = path.file_name().expect("it has a name").to_string_lossy();
+        let names = text.split("SCENARIO(").skip(1);
+        let names = names.filter_map(|rest| rest.split_once(')').map(|(name, _)| name));
+        names
+            .filter(|name| *name != "name")
+            .map(|name| (name.to_owned(), file.to_string()))
+            .collect::<Vec<_>>()
+    };
+    sources("tests/c").iter().flat_map(of_file).collect()
+}
+
+/// `S-01 FILE`, or `S-01 - WHY`.
+#[test]
+fn every_scenario_of_the_contract_is_in_c_or_cannot_be() {
+    let table = fs::read_to_string(root().join("tests/c/scenarios.txt")).expect("the table");
+    let mut ids = Vec::new();
+    let programs = programs();
+    for line in table.lines().filter(|line| !line.starts_with('#')) {
+        let (id, rest) = line.split_once(' ').expect("an id and a word");
+        let name = format!("_{}_", id.to_lowercase().replace('-', "_"));
+        let found = programs
+            .iter()
+            .find(|(function, _)| format!("_{function}").contains(&name));
+        match (found, rest.strip_prefix("- ")) {
+            (None, Some(why)) => assert!(why.len() > 20, "{line}"),
+            (Some((_, file)), None) => assert_eq!(rest, file, "{line}"),
+            (found, _) => panic!("{line}: found {found:?}"),
+        }
+        ids.push(id);
+    }
+    for function in programs.keys() {
+        let words: Vec<&str> = function.split('_').collect();
+        for id in words.windows(2).filter(|id| ["s", "b"].contains(&id[0])) {
+            if id[1].bytes().all(|byte| byte.is_ascii_digit()) {
+                let id = format!("{}-{}", id[0].to_uppercase(), id[1]);
+                assert!(
+                    ids.contains(&id.as_str()),
+                    "{function}: {id} is not in the table"
+                );
+            }
+        }
+    }
+    let count = |letter| ids.iter().filter(|id| id.starts_with(letter)).count();
+    assert_eq!(
+        (count('S'), count('B')),
+        (77, 43),
+        "the contract has so many"
+    );
 }
 
 #[test]

@@ -138,6 +138,7 @@ impl Mm {
             range,
             event,
             blocking,
+            origin: 0,
         };
         if self.is_inherited() {
             return Ok(Bracket {
@@ -197,7 +198,7 @@ impl Mm {
 
 /// Calls the intervals and then the subscribers. Returns the window that the end must close.
 #[inline(always)]
-fn start_each<G>(range: &InvalidateRange<'_>, reading: &Reading<G>) -> Option<Window> {
+pub(super) fn start_each<G>(range: &InvalidateRange<'_>, reading: &Reading<G>) -> Option<Window> {
     if range.mm.intervals().is_enabled() {
         return start_with_intervals(range, reading.walk());
     }
@@ -235,7 +236,7 @@ extern "C" fn end_each<G>(
 
 #[cold]
 #[expect(improper_ctypes_definitions, reason = "as for `end_each`")]
-extern "C" fn close(mm: &Mm, window: Window) {
+pub(super) extern "C" fn close(mm: &Mm, window: Window) {
     mm.intervals().end(window);
 }
 
@@ -303,6 +304,7 @@ impl<'a> Bracket<'a> {
             range: self.range,
             event: self.event,
             blocking: self.blocking,
+            origin: 0,
         }
     }
 
@@ -359,6 +361,7 @@ impl OwnedBracket {
             range: self.range,
             event: self.event,
             blocking: Blocking::Allowed,
+            origin: 0,
         }
     }
 }

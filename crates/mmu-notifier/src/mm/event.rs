@@ -215,6 +215,8 @@ pub struct InvalidateRange<'a> {
     pub(crate) range: VaRange,
     pub(crate) event: Event,
     pub(crate) blocking: Blocking,
+    /// What a [`PlacedBracket`](crate::raw::PlacedBracket) was given, else 0.
+    pub(crate) origin: usize,
 }
 
 impl<'a> InvalidateRange<'a> {

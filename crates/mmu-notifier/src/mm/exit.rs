@@ -33,6 +33,7 @@ pub(super) fn release(mm: &Mm) {
             range: VaRange::ALL,
             event: Event::Release(Exit(())),
             blocking: Blocking::Allowed,
+            origin: 0,
         };
         if let Ok(window) = mm.intervals().start(&range) {
             mm.intervals().end(window);
