@@ -118,7 +118,6 @@ compile_error!("srcu is built on futexes, robust mutexes and membarrier, and so 
 mod word;
 
 mod error;
-mod grace;
 mod guard;
 #[expect(unsafe_code, reason = "all of it is here, and only here")]
 mod raw;
@@ -131,13 +130,14 @@ pub use guard::{Guard, Reader, SendGuard};
 #[cfg(mmun_loom)]
 #[doc(hidden)]
 pub use loom;
-pub use raw::callback::{Head, set_callback_panic_hook};
+pub use raw::callback::Head;
 pub use raw::current::is_reclaimer;
 #[cfg(not(mmun_loom))]
 pub use raw::fork::forks;
 #[cfg(not(mmun_loom))]
 #[doc(hidden)]
 pub use raw::ids::{thread_number, thread_numbers};
+pub use raw::run::set_callback_panic_hook;
 #[doc(hidden)]
 pub use raw::thread::{Thread, without_signals};
 pub use srcu::{Cookie, Srcu};

@@ -18,6 +18,9 @@ pub(crate) mod current;
 pub(crate) mod event;
 #[cfg(not(mmun_loom))]
 pub(crate) mod fork;
+#[deny(unsafe_code)]
+mod grace;
+pub(crate) mod handle;
 #[cfg(not(mmun_loom))]
 pub(crate) mod ids;
 pub(crate) mod lock;
@@ -26,6 +29,7 @@ mod pages;
 #[cfg(not(mmun_loom))]
 mod place;
 pub(crate) mod reclaimer;
+pub(crate) mod run;
 pub(crate) mod slot;
 pub(crate) mod state;
 #[cfg_attr(mmun_loom, path = "raw/table_loom.rs")]

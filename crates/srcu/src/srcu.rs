@@ -1,9 +1,13 @@
 //! The public type of a domain.
 
+#[expect(unsafe_code, reason = "memory that the caller gives")]
+mod call_raw;
+
 use crate::WouldDeadlock;
 use crate::guard::{self, Guard, Reader, SendGuard};
+use crate::raw::handle::Handle;
 use crate::raw::slot::Slot;
-use crate::raw::state::{Handle, State};
+use crate::raw::state::{State, inbox};
 use crate::raw::{callback, current, reclaimer};
 use crate::sync::Ordering;
 use std::fmt;
@@ -236,7 +240,7 @@ impl Srcu {
         let want = state.snapshot();
         // ORDER(srcu-polled): Relaxed: `schedule` publishes it, ORDER(srcu-scheduled).
         state.pending.polled.fetch_max(want, Ordering::Relaxed);
-        reclaimer::schedule(state);
+        inbox::schedule(state);
         reclaimer::start();
         Cookie {
             want,
@@ -287,8 +291,8 @@ impl Srcu {
     pub fn call(&self, f: impl FnOnce() + Send + 'static) {
         let state = self.state();
         reclaimer::start();
-        if callback::push_boxed(state, f) {
-            reclaimer::schedule(state);
+        if callback::push_boxed(&state.pending.queue, f) {
+            inbox::schedule(state);
         }
     }
 

@@ -53,42 +53,6 @@ const ALLOWED: &[Allowed] = &[
         "ucx",
         "the space owns the registrations of its interposers",
     ),
-    (
-        "srcu",
-        "raw",
-        "grace",
-        "the state of a domain holds that of its grace period",
-    ),
-    (
-        "srcu",
-        "raw",
-        "srcu",
-        "a callback's domain is named by its public handle",
-    ),
-    (
-        "srcu",
-        "raw/reclaimer",
-        "raw/callback",
-        "a barrier is a callback that the reclaimer is given",
-    ),
-    (
-        "srcu",
-        "raw/state",
-        "raw/callback",
-        "the state of a domain owns its queue of callbacks",
-    ),
-    (
-        "srcu",
-        "raw/state",
-        "raw/fork",
-        "a new domain makes sure that forks are handled",
-    ),
-    (
-        "srcu",
-        "raw/state",
-        "raw/reclaimer",
-        "the state of a domain owns its inbox at the reclaimer",
-    ),
 ];
 
 /// The path of a module in its crate: the root is empty.

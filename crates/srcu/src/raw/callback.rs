@@ -1,4 +1,5 @@
-//! Callbacks: heads in a queue, the box around a closure, and how one is run.
+//! Callbacks: heads in a queue, the batch that waits for a grace period, and the box around a
+//! closure.
 //!
 //! # Safety
 //! # Invariants
@@ -6,24 +7,18 @@
 //! and untouched until its function is called. So the crate alone reads and writes it from the push
 //! until the call.
 
-use super::current;
-use super::reclaimer;
-use super::state::State;
-use crate::Srcu;
 use crate::sync::{self, Ordering};
-use std::any::Any;
 use std::cell::Cell;
 use std::fmt;
-use std::panic::{self, AssertUnwindSafe};
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicPtr, compiler_fence};
 
-type Function = unsafe fn(NonNull<Head>);
+pub(super) type Function = unsafe fn(NonNull<Head>);
 
 /// The part of an object that lets it wait for its grace period without an allocation.
 ///
-/// Embed one in an object and give its address to [`Srcu::call_raw`]. A head can be queued again
-/// once its function has been called.
+/// Embed one in an object and give its address to [`Srcu::call_raw`](crate::Srcu::call_raw). A head
+/// can be queued again once its function has been called.
 #[doc(alias = "rcu_head")]
 #[doc(alias = "callback_head")]
 #[derive(Default)]
@@ -50,6 +45,11 @@ impl Head {
             function: Cell::new(None),
         }
     }
+
+    /// Whether it was queued and its function has not been called since.
+    pub(crate) fn is_queued(&self) -> bool {
+        self.function.get().is_some()
+    }
 }
 
 impl fmt::Debug for Head {
@@ -58,115 +58,26 @@ impl fmt::Debug for Head {
     }
 }
 
-impl Srcu {
-    /// Calls `f(head)` on the reclaimer thread once all sections that are open now have ended.
-    ///
-    /// For objects that embed their [`Head`]. After [`Srcu::prepare`] it allocates nothing, takes
-    /// no lock and never blocks; it may be called inside sections and callbacks. Callbacks of one
-    /// domain run in the order in which they were queued. A panic in `f` is caught, as for
-    /// [`Srcu::call`].
-    ///
-    /// # Safety
-    /// * `head` stays valid, and no other code touches it or queues it again, until `f` has been
-    ///   called with it.
-    /// * Calling `f(head)` on another thread, at any later time, is sound.
-    ///
-    /// # Source
-    /// `call_srcu`, kernel/rcu/srcutree.c. Differs: callbacks of a domain run in order, in one
-    /// thread, and may sleep, which delays all others.
-    ///
-    /// # Examples
-    /// ```
-    /// use srcu::{Head, Srcu};
-    /// use std::ptr::NonNull;
-    ///
-    /// #[repr(C)]
-    /// struct Node {
-    ///     head: Head,
-    ///     value: String,
-    /// }
-    ///
-    /// unsafe fn free(head: NonNull<Head>) {
-    ///     // SAFETY: The head is the first field of a node that came from `Box::leak` below, and is given back once.
-    ///     drop(unsafe { Box::from_raw(head.cast::<Node>().as_ptr()) });
-    /// }
-    ///
-    /// let srcu = Srcu::new();
-    /// srcu.prepare();
-    /// let node = Box::leak(Box::new(Node { head: Head::new(), value: "old".into() }));
-    /// // ... readers find the node; then it is unlinked ...
-    /// // SAFETY: The node is unlinked and lives until `free`; a `String` may be dropped on any thread.
-    /// unsafe { srcu.call_raw(NonNull::from(node).cast(), free) };
-    /// srcu.barrier().unwrap();
-    /// ```
-    #[doc(alias = "call_srcu")]
-    pub unsafe fn call_raw(&self, head: NonNull<Head>, f: unsafe fn(NonNull<Head>)) {
-        debug_assert_not_queued(head);
-        let state = self.state();
-        // SAFETY: `push` wants what the caller promised to us.
-        if unsafe { push(state, head, f) } {
-            reclaimer::schedule(state);
-            reclaimer::start_unless_forked();
-        }
-    }
-
-    /// The same as [`call_raw`](Self::call_raw), where `f` may drop the domain itself, which it can
-    /// do before this returns.
-    ///
-    /// Two atomic read-modify-writes dearer if nothing is queued yet. Never blocks, and never
-    /// allocates once the domain is prepared.
-    ///
-    /// # Safety
-    /// As [`call_raw`](Self::call_raw). The domain may be gone when this returns.
-    pub unsafe fn call_raw_dropping(&self, head: NonNull<Head>, f: unsafe fn(NonNull<Head>)) {
-        debug_assert_not_queued(head);
-        let state = NonNull::from(self.state());
-        // SAFETY: The domain is borrowed and keeps its state until the push; from `retain` on, our
-        // own count does.
-        let alive = unsafe { state.as_ref() };
-        // SAFETY: `push_behind` wants what the caller promised to us.
-        if unsafe { push_behind(&alive.pending.queue, head, f) } {
-            // The push that found the queue empty schedules the domain, which may be gone already.
-            return;
-        }
-        alive.retain();
-        // SAFETY: `push` wants what the caller promised to us, and `push_behind` has not queued it.
-        if unsafe { push(alive, head, f) } {
-            reclaimer::schedule(alive);
-            reclaimer::start_unless_forked();
-        }
-        // SAFETY: Gives up the count taken above; the state is used no more.
-        unsafe { State::release(state.as_ptr()) };
-    }
-}
-
-/// For callers of `call_raw` that break their promise.
-fn debug_assert_not_queued(head: NonNull<Head>) {
-    // SAFETY: The head must be valid: their promise.
-    let idle = unsafe { head.as_ref() }.function.get().is_none();
-    debug_assert!(
-        idle,
-        "a callback's head was queued again before its function was called"
-    );
-}
-
 /// Queues a head; says whether the queue was empty, in which case the caller must `schedule` the
 /// domain.
 ///
 /// # Safety
-/// As for [`Srcu::call_raw`].
-unsafe fn push(state: &State, head: NonNull<Head>, function: Function) -> bool {
+/// As for [`Srcu::call_raw`](crate::Srcu::call_raw).
+pub(crate) unsafe fn push(
+    queue: &sync::AtomicPtr<Head>,
+    head: NonNull<Head>,
+    function: Function,
+) -> bool {
     // SAFETY: The caller's promise is passed on.
-    unsafe { push_if(&state.pending.queue, head, function, |_| true) }
-        .is_some_and(|newest| newest.is_null())
+    unsafe { push_if(queue, head, function, |_| true) }.is_some_and(|newest| newest.is_null())
 }
 
 /// Queues a head if the queue is not empty; says whether it did. Then the queue, which may be gone,
 /// is not used behind the push.
 ///
 /// # Safety
-/// As for [`Srcu::call_raw`], if it returns true.
-unsafe fn push_behind(
+/// As for [`Srcu::call_raw`](crate::Srcu::call_raw), if it returns true.
+pub(crate) unsafe fn push_behind(
     queue: &sync::AtomicPtr<Head>,
     head: NonNull<Head>,
     function: Function,
@@ -178,7 +89,7 @@ unsafe fn push_behind(
 /// Queues a head behind the newest if `may` says so, and returns that one, perhaps null.
 ///
 /// # Safety
-/// As for [`Srcu::call_raw`].
+/// As for [`Srcu::call_raw`](crate::Srcu::call_raw).
 #[inline(always)]
 unsafe fn push_if(
     queue: &sync::AtomicPtr<Head>,
@@ -218,7 +129,10 @@ struct Boxed<F> {
 }
 
 /// Queues a closure; says as `push` does whether the domain must be scheduled.
-pub(crate) fn push_boxed<F: FnOnce() + Send + 'static>(state: &State, f: F) -> bool {
+pub(crate) fn push_boxed<F: FnOnce() + Send + 'static>(
+    queue: &sync::AtomicPtr<Head>,
+    f: F,
+) -> bool {
     /// # Safety
     /// `head` is that of a leaked `Boxed<F>`, which is given up.
     unsafe fn call<F: FnOnce()>(head: NonNull<Head>) {
@@ -233,7 +147,7 @@ pub(crate) fn push_boxed<F: FnOnce() + Send + 'static>(state: &State, f: F) -> b
     })));
     // SAFETY: The box is leaked until `call`, no other code knows it, and `F: Send + 'static` may
     // be called anywhere later.
-    unsafe { push(state, boxed.cast(), call::<F>) }
+    unsafe { push(queue, boxed.cast(), call::<F>) }
 }
 
 /// Callbacks taken from the queue together, the oldest first, that wait for one grace period.
@@ -280,10 +194,10 @@ impl Batch {
         self.want.get()
     }
 
-    /// Takes all that is queued. The batch must be empty.
-    pub(super) fn fill(&self, state: &State) {
+    /// Takes all that is queued, and then asks `snapshot` for the number at which they may run. The
+    /// batch must be empty.
+    pub(super) fn fill(&self, queue: &sync::AtomicPtr<Head>, snapshot: impl FnOnce() -> u64) {
         debug_assert!(self.is_empty(), "a batch is filled only when it has run");
-        let queue = &state.pending.queue;
         self.taken.set(0);
         loop {
             let newest = queue.load(Ordering::Relaxed);
@@ -301,7 +215,7 @@ impl Batch {
                 break;
             }
         }
-        self.want.set(state.snapshot());
+        self.want.set(snapshot());
         self.link();
     }
 
@@ -326,15 +240,15 @@ impl Batch {
 
     /// In the child of a fork: takes up a `fill` that was under way.
     #[cfg(not(mmun_loom))]
-    pub(super) fn after_fork(&self, state: &State) {
+    pub(super) fn after_fork(&self, queue: &sync::AtomicPtr<Head>, snapshot: impl FnOnce() -> u64) {
         if !self.is_empty() || self.newest.load(Ordering::Relaxed).is_null() {
             return;
         }
         let newest = self.newest.load(Ordering::Relaxed);
-        let mut queued = state.pending.queue.load(Ordering::Relaxed);
+        let mut queued = queue.load(Ordering::Relaxed);
         while queued != newest {
             let Some(head) = NonNull::new(queued) else {
-                self.want.set(state.snapshot());
+                self.want.set(snapshot());
                 self.link();
                 return;
             };
@@ -348,72 +262,25 @@ impl Batch {
         self.newest.store(ptr::null_mut(), Ordering::Relaxed);
     }
 
-    /// Calls the oldest. Its grace period has passed.
-    pub(super) fn run_one(&self, state: &State) {
-        let Some(head) = NonNull::new(self.oldest.load(Ordering::Relaxed)) else {
-            return;
-        };
-        let function = {
-            // SAFETY: The head must be valid and ours: module invariant. The reference ends before
-            // the call.
-            let head = unsafe { head.as_ref() };
-            let newer = head.newer.get();
-            if newer.is_none() {
-                self.newest.store(ptr::null_mut(), Ordering::Relaxed);
-            }
-            // INVARIANT: `newest` went before the last of `oldest`.
-            // ORDER(srcu-fork): Release and the fence keep it so for a child, which must
-            // find a head either here with its function, or not at all.
-            self.oldest.store(
-                newer.map_or(ptr::null_mut(), NonNull::as_ptr),
-                Ordering::Release,
-            );
-            compiler_fence(Ordering::SeqCst);
-            head.function.take().expect("queued with a function")
-        };
-        current::with_callback_of(state, || {
-            // SAFETY: The caller that queued the head promised that this call is sound, once.
-            let call = AssertUnwindSafe(|| unsafe { function(head) });
-            if let Err(payload) = panic::catch_unwind(call) {
-                state.pending.panics.fetch_add(1, Ordering::Relaxed);
-                report(payload);
-            }
-        });
-    }
-}
-
-/// The hook of [`set_callback_panic_hook`], a `PanicHook` as a pointer; null if there is none.
-static HOOK: AtomicPtr<()> = AtomicPtr::new(ptr::null_mut());
-
-type PanicHook = fn(&(dyn Any + Send));
-
-/// Sets what is called with the payload of a callback's panic, on the reclaimer thread, in place of
-/// what was set before.
-///
-/// The panic has been caught and counted ([`Srcu::callback_panics`]), and the standard panic hook
-/// has printed it. Callbacks go on when the hook returns; a panic of the hook itself is ignored.
-pub fn set_callback_panic_hook(hook: fn(payload: &(dyn Any + Send))) {
-    let hook: PanicHook = hook;
-    // Relaxed: a function has no state to publish.
-    HOOK.store(hook as *mut (), Ordering::Relaxed);
-}
-
-#[cold]
-fn report(payload: Box<dyn Any + Send>) {
-    let hook = HOOK.load(Ordering::Relaxed);
-    let reported = panic::catch_unwind(AssertUnwindSafe(|| {
-        if !hook.is_null() {
-            // SAFETY: Needs a value of the type: only `set_callback_panic_hook` stores, and it
-            // stores a `PanicHook`.
-            let hook = unsafe { std::mem::transmute::<*mut (), PanicHook>(hook) };
-            hook(&*payload);
+    /// Takes the oldest out of the batch, with its function. Its grace period has passed.
+    pub(super) fn take_one(&self) -> Option<(NonNull<Head>, Function)> {
+        let oldest = NonNull::new(self.oldest.load(Ordering::Relaxed))?;
+        // SAFETY: The head must be valid and ours: module invariant. The reference ends before the
+        // function is called.
+        let head = unsafe { oldest.as_ref() };
+        let newer = head.newer.get();
+        if newer.is_none() {
+            self.newest.store(ptr::null_mut(), Ordering::Relaxed);
         }
-        drop(payload);
-    }));
-    let dropped =
-        reported.or_else(|payload| panic::catch_unwind(AssertUnwindSafe(|| drop(payload))));
-    if let Err(payload) = dropped {
-        // Drops that panic with what panics when dropped could go on for ever.
-        std::mem::forget(payload);
+        // INVARIANT: `newest` went before the last of `oldest`.
+        // ORDER(srcu-fork): Release and the fence keep it so for a child, which must
+        // find a head either here with its function, or not at all.
+        self.oldest.store(
+            newer.map_or(ptr::null_mut(), NonNull::as_ptr),
+            Ordering::Release,
+        );
+        compiler_fence(Ordering::SeqCst);
+        let function = head.function.take().expect("queued with a function");
+        Some((oldest, function))
     }
 }

@@ -9,7 +9,8 @@
 //! except movable ones, which may have been handed to the calling thread. The reclaimer is gone,
 //! unless it is what called `fork`; callbacks that were queued stay queued.
 
-use super::{ids, pages, reclaimer, state};
+use super::state::pool;
+use super::{ids, pages, reclaimer};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 
@@ -70,7 +71,7 @@ unsafe extern "C" fn child() {
     ids::after_fork();
     pages::after_fork();
     let reclaimer_survived = reclaimer::after_fork();
-    state::each(|state| {
+    pool::each(|state| {
         state.updater.gp.after_fork();
         state.updater.event.after_fork();
         let mine = state.table.mine().map(ptr::from_ref);

@@ -14,14 +14,13 @@
 //!    grace period, or the section it waits for, schedules the domain.
 //!
 //! # Safety
-//! # Invariants
-//! A pointer in the inbox carries one count of its state.
+//! A domain that comes out of the inbox brings a count of its state, which its turn gives up.
 
-use super::current;
-use super::event::Event;
+use super::run::run;
 use super::state::State;
-use crate::sync::{AtomicPtr, Ordering, mutant};
-use std::ptr::{self, NonNull};
+use super::state::inbox::schedule;
+use crate::sync::{Ordering, mutant};
+use std::ptr::NonNull;
 
 /// Callbacks run in one turn before other domains get theirs.
 const TURN: usize = 256;
@@ -30,72 +29,6 @@ const TURN: usize = 256;
 /// themselves: each interrupts the threads that queue them twice. The reclaimer then pauses, unless
 /// a thread waits for it, and takes more at once.
 const STORM: usize = 64;
-
-pub(crate) struct Inbox {
-    /// The latest first.
-    pushed: AtomicPtr<State>,
-    /// The earliest first; only the reclaimer touches it. It is here and not on its stack for the
-    /// child of a fork.
-    taken: AtomicPtr<State>,
-    event: Event,
-    /// Models have no thread: those that wait for callbacks act as the reclaimer, one at a time.
-    #[cfg(mmun_loom)]
-    acting: super::lock::Lock<()>,
-}
-
-/// Has the reclaimer look at a domain.
-pub(crate) fn schedule(state: &State) {
-    // ORDER(srcu-scheduled): AcqRel. If it was set, the reclaimer's clearing reads our store and so
-    // sees what we gave the domain to do. Partner: the swap in `turn`. Model: loom
-    // `a_barrier_waits_for_the_calls_of_both_threads`.
-    if state.pending.scheduled.swap(true, Ordering::AcqRel) {
-        return;
-    }
-    state.retain();
-    // INVARIANT: The count just taken goes with the pointer.
-    let inbox = inbox(state);
-    let mut latest = inbox.pushed.load(Ordering::Relaxed);
-    loop {
-        state.pending.next.store(latest, Ordering::Relaxed);
-        let this = ptr::from_ref(state).cast_mut();
-        // ORDER(srcu-inbox): Release for the link. Partner: the Acquire in `take`.
-        match inbox
-            .pushed
-            .compare_exchange_weak(latest, this, Ordering::Release, Ordering::Relaxed)
-        {
-            Ok(_) => break,
-            Err(later) => latest = later,
-        }
-    }
-    inbox.event.advance();
-}
-
-impl Inbox {
-    /// The domain that has been in the inbox longest.
-    fn take(&self) -> Option<NonNull<State>> {
-        if self.taken.load(Ordering::Relaxed).is_null() {
-            // ORDER(srcu-inbox): Acquire, partner in `schedule`.
-            let mut latest = self.pushed.swap(ptr::null_mut(), Ordering::Acquire);
-            let mut earlier = ptr::null_mut();
-            while let Some(state) = NonNull::new(latest) {
-                // SAFETY: The state must be alive: the inbox has a count of it.
-                let next = unsafe { &state.as_ref().pending.next };
-                latest = next.load(Ordering::Relaxed);
-                next.store(earlier, Ordering::Relaxed);
-                earlier = state.as_ptr();
-            }
-            self.taken.store(earlier, Ordering::Relaxed);
-        }
-        let first = NonNull::new(self.taken.load(Ordering::Relaxed))?;
-        // SAFETY: As above.
-        let next = unsafe { first.as_ref() }
-            .pending
-            .next
-            .load(Ordering::Relaxed);
-        self.taken.store(next, Ordering::Relaxed);
-        Some(first)
-    }
-}
 
 /// Moves a domain as far as it gets without waiting, and gives up the inbox's count of it.
 ///
@@ -130,7 +63,7 @@ fn work(state: &State) {
         // finds the queue empty finds this set. Partner: `is_idle`. Model: loom
         // `a_barrier_waits_for_the_calls_of_both_threads`.
         pending.busy.store(true, Ordering::Relaxed);
-        batch.fill(state);
+        batch.fill(&pending.queue, || state.snapshot());
         if batch.is_empty() {
             pending.busy.store(false, Ordering::Relaxed);
         } else {
@@ -147,7 +80,10 @@ fn work(state: &State) {
         return;
     }
     for _ in 0..TURN {
-        batch.run_one(state);
+        if let Some(callback) = batch.take_one() {
+            // SAFETY: It must be from the batch, just now: it is.
+            unsafe { run(callback, state) };
+        }
         if batch.is_empty() {
             // ORDER(srcu-busy): Release: a thread that finds it clear sees the callbacks done.
             // Partner: `is_idle`.
@@ -175,27 +111,22 @@ pub(crate) fn is_idle(state: &State) -> bool {
 }
 
 #[cfg(not(mmun_loom))]
+use thread::pause;
+#[cfg(not(mmun_loom))]
 pub(crate) use thread::{
     adopt, after_fork, barrier, start, start_if_inherited, start_unless_forked,
 };
-#[cfg(not(mmun_loom))]
-use thread::{inbox, pause};
 
 #[cfg(not(mmun_loom))]
 mod thread {
-    use super::{
-        AtomicPtr, Event, Inbox, NonNull, Ordering, State, current, is_idle, ptr, schedule, turn,
-    };
+    use super::{NonNull, Ordering, State, is_idle, schedule, turn};
     use crate::raw::callback::push_boxed;
+    use crate::raw::current;
+    use crate::raw::event::Event;
+    use crate::raw::state::inbox::INBOX;
     use crate::raw::thread::Thread;
     use std::sync::Arc;
     use std::sync::atomic::{AtomicBool, AtomicU8};
-
-    static INBOX: Inbox = Inbox {
-        pushed: AtomicPtr::new(ptr::null_mut()),
-        taken: AtomicPtr::new(ptr::null_mut()),
-        event: Event::new(),
-    };
 
     /// 1. `NEVER` started; 2. `STARTING`, by a thread that is at it; 3. `RUNNING`; 4. `GONE`: this
     ///    is the child of a fork.
@@ -212,10 +143,6 @@ mod thread {
 
     pub(super) fn pause() {
         HURRY.wait_at_most(HURRY.now(), PAUSE_NANOSECONDS);
-    }
-
-    pub(super) fn inbox(_: &State) -> &'static Inbox {
-        &INBOX
     }
 
     fn run() -> ! {
@@ -251,8 +178,7 @@ mod thread {
 
     /// Starts the reclaimer in the child of a fork that inherited something to do.
     pub(crate) fn start_if_inherited() {
-        if STATUS.load(Ordering::Relaxed) == GONE && !INBOX.pushed.load(Ordering::Relaxed).is_null()
-        {
+        if STATUS.load(Ordering::Relaxed) == GONE && !INBOX.is_empty() {
             start();
         }
     }
@@ -301,7 +227,7 @@ mod thread {
             last: AtomicBool::new(false),
         });
         let (callback, domain) = (Arc::clone(&waiter), Domain(NonNull::from(state)));
-        let first = push_boxed(state, move || {
+        let first = push_boxed(&state.pending.queue, move || {
             // A callback runs in the reclaimer, so it may look at the batch.
             let state = domain.get();
             let last = state.updater.batch.is_empty()
@@ -344,9 +270,7 @@ mod thread {
         if current::is_reclaimer() {
             return true;
         }
-        INBOX.pushed.store(ptr::null_mut(), Ordering::Relaxed);
-        INBOX.taken.store(ptr::null_mut(), Ordering::Relaxed);
-        INBOX.event.after_fork();
+        INBOX.after_fork();
         HURRY.after_fork();
         if STATUS.load(Ordering::Relaxed) != NEVER {
             STATUS.store(GONE, Ordering::Relaxed);
@@ -361,7 +285,10 @@ mod thread {
         }
         let pending = &state.pending;
         if !reclaimer_survived {
-            state.updater.batch.after_fork(state);
+            state
+                .updater
+                .batch
+                .after_fork(&pending.queue, || state.snapshot());
         }
         let batch = !state.updater.batch.is_empty();
         if !reclaimer_survived {
@@ -379,31 +306,15 @@ mod thread {
 }
 
 #[cfg(mmun_loom)]
-pub(crate) use model::{barrier, start, start_if_inherited, start_unless_forked, take_turn};
+use model::pause;
 #[cfg(mmun_loom)]
-use model::{inbox, pause};
+pub(crate) use model::{barrier, start, start_if_inherited, start_unless_forked, take_turn};
 
 /// Models have no thread of ours: the threads that wait for callbacks take the turns.
 #[cfg(mmun_loom)]
 mod model {
-    use super::{AtomicPtr, Event, Inbox, State, current, is_idle, ptr, turn};
-    use crate::raw::lock::Lock;
-
-    impl Inbox {
-        pub(crate) fn new() -> Self {
-            let null = || AtomicPtr::new(ptr::null_mut());
-            Self {
-                pushed: null(),
-                taken: null(),
-                event: Event::new(),
-                acting: Lock::new(()),
-            }
-        }
-    }
-
-    pub(super) fn inbox(state: &State) -> &Inbox {
-        &state.inbox
-    }
+    use super::{State, is_idle, turn};
+    use crate::raw::current;
 
     pub(super) fn pause() {}
 

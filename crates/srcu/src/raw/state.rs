@@ -7,15 +7,29 @@
 //!   `raw`, facts 1 and 2).
 //! * `batch` is touched only by the thread that acts as the reclaimer.
 
+pub(crate) mod inbox;
+#[cfg(not(mmun_loom))]
+pub(super) mod pool;
+pub(super) mod progress;
+
+#[cfg(mmun_loom)]
 use super::barrier;
 use super::callback::{Batch, Head};
 use super::event::Event;
 use super::lock::Lock;
 use super::table::Table;
-use crate::grace::Gp;
 use crate::sync::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use progress::Gp;
 use std::fmt;
 use std::ptr;
+
+/// Makes functions `const`, except in models: loom's atomics are made at run time.
+macro_rules! at_compile_time_too {
+    ($(#[$attribute:meta])* fn $($rest:tt)*) => {
+        $(#[$attribute])* #[cfg(not(mmun_loom))] const fn $($rest)*
+        $(#[$attribute])* #[cfg(mmun_loom)] fn $($rest)*
+    };
+}
 
 /// A domain. Lines are in pairs: what readers load, what grace periods write, what producers of
 /// callbacks write.
@@ -34,7 +48,7 @@ pub(crate) struct State {
     pub(crate) updater: Updater,
     pub(crate) pending: Pending,
     #[cfg(mmun_loom)]
-    pub(crate) inbox: super::reclaimer::Inbox,
+    pub(crate) inbox: inbox::Inbox,
 }
 
 /// What grace periods are counted with, and what waits for one.
@@ -42,7 +56,7 @@ pub(crate) struct State {
 pub(crate) struct Updater {
     /// Twice the grace periods that ended, plus one while another is under way.
     pub(crate) seq: AtomicU64,
-    pub(crate) gp: Lock<Gp>,
+    pub(in crate::raw) gp: Lock<Gp>,
     /// Moves when a waiting updater should look again.
     pub(crate) event: Event,
     /// Here, since the reclaimer writes it for every callback, and producers want their line for
@@ -75,59 +89,46 @@ unsafe impl Sync for State {}
 unsafe impl Send for State {}
 
 impl State {
-    #[cfg(not(mmun_loom))]
-    const fn with(index: usize, table: Table, links: pool::Links) -> Self {
-        Self {
-            index: AtomicUsize::new(index),
-            waiting: [AtomicU32::new(0), AtomicU32::new(0)],
-            table,
-            refs: AtomicUsize::new(1),
-            owned: AtomicBool::new(true),
-            links,
-            updater: Updater {
-                seq: AtomicU64::new(0),
-                gp: Lock::new(Gp::IDLE),
-                event: Event::new(),
-                batch: Batch::EMPTY,
-            },
-            pending: Pending {
-                queue: AtomicPtr::new(ptr::null_mut()),
-                polled: AtomicU64::new(0),
-                panics: AtomicU64::new(0),
-                scheduled: AtomicBool::new(false),
-                busy: AtomicBool::new(false),
-                next: AtomicPtr::new(ptr::null_mut()),
-            },
+    at_compile_time_too! {
+        fn with(
+            index: usize,
+            table: Table,
+            #[cfg(not(mmun_loom))] links: pool::Links,
+        ) -> Self {
+            Self {
+                index: AtomicUsize::new(index),
+                waiting: [AtomicU32::new(0), AtomicU32::new(0)],
+                table,
+                refs: AtomicUsize::new(1),
+                owned: AtomicBool::new(true),
+                #[cfg(not(mmun_loom))]
+                links,
+                updater: Updater {
+                    seq: AtomicU64::new(0),
+                    gp: Lock::new(Gp::IDLE),
+                    event: Event::new(),
+                    batch: Batch::EMPTY,
+                },
+                pending: Pending {
+                    queue: AtomicPtr::new(ptr::null_mut()),
+                    polled: AtomicU64::new(0),
+                    panics: AtomicU64::new(0),
+                    scheduled: AtomicBool::new(false),
+                    busy: AtomicBool::new(false),
+                    next: AtomicPtr::new(ptr::null_mut()),
+                },
+                #[cfg(mmun_loom)]
+                inbox: inbox::Inbox::new(),
+            }
         }
     }
 
     #[cfg(mmun_loom)]
-    pub(crate) fn create() -> *mut State {
-        Box::into_raw(Box::new(Self {
-            index: AtomicUsize::new(barrier::mode()),
-            waiting: [AtomicU32::new(0), AtomicU32::new(0)],
-            table: Table::empty(),
-            refs: AtomicUsize::new(1),
-            owned: AtomicBool::new(true),
-            updater: Updater {
-                seq: AtomicU64::new(0),
-                gp: Lock::new(Gp::IDLE),
-                event: Event::new(),
-                batch: Batch::EMPTY,
-            },
-            pending: Pending {
-                queue: AtomicPtr::new(ptr::null_mut()),
-                polled: AtomicU64::new(0),
-                panics: AtomicU64::new(0),
-                scheduled: AtomicBool::new(false),
-                busy: AtomicBool::new(false),
-                next: AtomicPtr::new(ptr::null_mut()),
-            },
-            inbox: super::reclaimer::Inbox::new(),
-        }))
+    pub(super) fn create() -> *mut State {
+        Box::into_raw(Box::new(Self::with(barrier::mode(), Table::empty())))
     }
 
-    pub(super) fn retain(&self) {
+    pub(crate) fn retain(&self) {
         // Relaxed: the caller holds a count already.
         self.refs.fetch_add(1, Ordering::Relaxed);
     }
@@ -136,7 +137,7 @@ impl State {
     ///
     /// # Safety
     /// The caller holds the count it gives up, and does not use the state afterwards.
-    pub(super) unsafe fn release(this: *const State) {
+    pub(crate) unsafe fn release(this: *const State) {
         // SAFETY: The state must be alive: the caller's count.
         let refs = unsafe { &(*this).refs };
         // ORDER(srcu-refs): AcqRel: all uses of the others come before the recycling by the last.
@@ -159,67 +160,6 @@ impl State {
     }
 }
 
-/// A `Srcu`'s hold on its state, which is made when it is first used.
-///
-/// # Invariants
-/// Points to `EMPTY`, or to a state of which it has a count.
-pub(crate) struct Handle(AtomicPtr<State>);
-
-impl Handle {
-    #[cfg(not(mmun_loom))]
-    pub(crate) const fn new() -> Self {
-        Self(AtomicPtr::new(ptr::from_ref(&pool::EMPTY).cast_mut()))
-    }
-
-    #[cfg(mmun_loom)]
-    pub(crate) fn new() -> Self {
-        Self(AtomicPtr::new(State::create()))
-    }
-
-    /// The state, or `EMPTY`, in which no thread has a slot.
-    #[inline(always)]
-    pub(crate) fn peek(&self) -> &State {
-        // ORDER(srcu-state): Acquire, partner in `first_use`.
-        let state = self.0.load(Ordering::Acquire);
-        // SAFETY: It must be alive for the life of the reference: a static, or kept by the handle,
-        // which is borrowed.
-        unsafe { &*state }
-    }
-
-    /// The state, made if need be, without the allocator.
-    #[inline]
-    pub(crate) fn get(&self) -> &State {
-        self.used().unwrap_or_else(|| self.first_use())
-    }
-
-    #[cfg(not(mmun_loom))]
-    pub(crate) fn used(&self) -> Option<&State> {
-        Some(self.peek()).filter(|state| !ptr::eq(*state, &pool::EMPTY))
-    }
-
-    #[cfg(mmun_loom)]
-    pub(crate) fn used(&self) -> Option<&State> {
-        Some(self.peek())
-    }
-
-    #[cold]
-    fn first_use(&self) -> &State {
-        #[cfg(not(mmun_loom))]
-        pool::first_use(&self.0);
-        self.peek()
-    }
-}
-
-impl Drop for Handle {
-    fn drop(&mut self) {
-        if let Some(state) = self.used() {
-            state.owned.store(false, Ordering::Relaxed);
-            // SAFETY: Wants a count that is ours to give up: the handle's, by its invariant.
-            unsafe { State::release(state) };
-        }
-    }
-}
-
 impl fmt::Debug for State {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("State")
@@ -238,124 +178,4 @@ unsafe fn recycle(state: *mut State) {
 }
 
 #[cfg(not(mmun_loom))]
-pub(super) use pool::each;
-#[cfg(not(mmun_loom))]
 use pool::recycle;
-
-/// The states of the process: made in pages of their own, listed for ever, used again and again.
-#[cfg(not(mmun_loom))]
-mod pool {
-    use super::{AtomicPtr, Ordering, State, Table, barrier, ptr};
-    use crate::raw::lock::Lock;
-    use crate::raw::slot::Slot;
-    use crate::raw::{fork, pages, place};
-    use std::mem::offset_of;
-
-    #[repr(C)]
-    struct Page {
-        state: State,
-        slots: [Slot; place::INLINE],
-    }
-
-    const _: () = assert!(
-        size_of::<Page>() == pages::PAGE,
-        "a domain with its first slots is one page"
-    );
-
-    pub(super) struct Links {
-        /// The next of all states ever made.
-        all: *mut State,
-        /// The next of those not in use.
-        free: *mut State,
-    }
-
-    /// What a `Srcu` that was never used points to: a table in which no thread has a slot. Only its
-    /// table is ever looked at.
-    pub(super) static EMPTY: State = State::with(
-        0,
-        Table::empty(),
-        Links {
-            all: ptr::null_mut(),
-            free: ptr::null_mut(),
-        },
-    );
-
-    static LOCK: Lock<()> = Lock::new(());
-    // Both lists change by one store, so that the child of a fork finds them whole.
-    static ALL: AtomicPtr<State> = AtomicPtr::new(ptr::null_mut());
-    static FREE: AtomicPtr<State> = AtomicPtr::new(ptr::null_mut());
-
-    /// The state behind `handle`, made if it is still [`EMPTY`].
-    pub(super) fn first_use(handle: &AtomicPtr<State>) {
-        fork::register();
-        let _held = LOCK.lock();
-        // No ORDER: the lock orders it.
-        if ptr::eq(handle.load(Ordering::Relaxed), &EMPTY) {
-            let state = create();
-            // ORDER(srcu-state): Release: a thread that loads the pointer sees the state made.
-            // Partner: the Acquire in `Handle::peek`. INVARIANT: A new state has one count, the
-            // handle's.
-            handle.store(state, Ordering::Release);
-        }
-    }
-
-    /// The caller holds the lock.
-    fn create() -> *mut State {
-        let recycled = FREE.load(Ordering::Relaxed);
-        let (state, all): (*mut State, _) = if recycled.is_null() {
-            (pages::alloc(0).cast().as_ptr(), ALL.load(Ordering::Relaxed))
-        } else {
-            // SAFETY: Reading needs a live state: those on the free list stay initialized.
-            let links = unsafe { &(*recycled).links };
-            FREE.store(links.free, Ordering::Relaxed);
-            (recycled, links.all)
-        };
-        // SAFETY: The offset must stay within the page: states are made at the start of pages.
-        let slots: *mut Slot = unsafe { state.byte_add(offset_of!(Page, slots)).cast() };
-        // SAFETY: Writing needs memory that is ours: a new page, or a state that was free. All
-        // zeroes are valid slots.
-        unsafe { slots.write_bytes(0, place::INLINE) };
-        // SAFETY: Wants zeroed slots for the life of the table: the rest of the page that the table
-        // is in.
-        let table = unsafe { Table::with_first(slots) };
-        let links = Links {
-            all,
-            free: ptr::null_mut(),
-        };
-        // SAFETY: Writing needs memory that is ours: as above. What was there needs no drop.
-        unsafe { state.write(State::with(barrier::mode(), table, links)) };
-        if recycled.is_null() {
-            // ORDER(srcu-fork): Release for the state, since a forked child may find this store;
-            // among threads the lock orders it.
-            ALL.store(state, Ordering::Release);
-        }
-        state
-    }
-
-    /// Puts a state on the free list.
-    ///
-    /// # Safety
-    /// Its last count is gone.
-    pub(super) unsafe fn recycle(state: *mut State) {
-        // SAFETY: The reference must be unique: the last count is gone.
-        unsafe { (*state).table.free_buckets() };
-        let _held = LOCK.lock();
-        // SAFETY: The place must be ours: as above.
-        unsafe { (*state).links.free = FREE.load(Ordering::Relaxed) };
-        // ORDER(srcu-fork): Release for the link, as above.
-        FREE.store(state, Ordering::Release);
-    }
-
-    /// Calls `f` for every state in the child of a fork, in use or not.
-    pub(in crate::raw) fn each(mut f: impl FnMut(&State)) {
-        LOCK.after_fork();
-        let mut next = ALL.load(Ordering::Relaxed);
-        while !next.is_null() {
-            // SAFETY: It must be an initialized state: all on this list are, and they are never
-            // unmapped.
-            let state = unsafe { &*next };
-            f(state);
-            next = state.links.all;
-        }
-    }
-}

@@ -17,45 +17,14 @@
 //! meantime; only a scan of either bank, in every grace period, is sure to see it.
 //! `docs/ordering.md` has the argument in full.
 
-use crate::raw::barrier;
-use crate::raw::reclaimer;
-use crate::raw::state::State;
+use super::barrier;
+use super::slot::Counters;
+use super::state::progress::{Announced, Gp, RECLAIMER, UPDATERS};
+use super::state::{State, inbox};
 use crate::sync::{Ordering, fence, mutant, spin_loop};
-
-/// Interest of threads asleep on the domain's event.
-const UPDATERS: u32 = 1 << 0;
-/// Interest of the reclaimer.
-const RECLAIMER: u32 = 1 << 1;
 
 /// Looks at the counters before a waiting updater goes to sleep.
 const SPINS: usize = if cfg!(mmun_loom) { 0 } else { 200 };
-
-/// What the thread that moves the grace period keeps in the domain's lock.
-pub(crate) struct Gp {
-    /// Banks not yet found quiet since the grace period began.
-    open: [bool; 2],
-    /// Who is to be told of progress.
-    interest: u32,
-    /// What `State::waiting` is: whom to tell when a section of which bank ends.
-    announced: Announced,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-struct Announced {
-    bank: usize,
-    interest: u32,
-}
-
-impl Gp {
-    pub(crate) const IDLE: Gp = Gp {
-        open: [false; 2],
-        interest: 0,
-        announced: Announced {
-            bank: 0,
-            interest: 0,
-        },
-    };
-}
 
 enum Step {
     Ended,
@@ -225,7 +194,7 @@ impl State {
         self.sum(|counters, bank| counters.locked(bank))
     }
 
-    fn sum(&self, count: impl Fn(&crate::raw::slot::Counters, usize) -> usize) -> [usize; 2] {
+    fn sum(&self, count: impl Fn(&Counters, usize) -> usize) -> [usize; 2] {
         let mut sums = [0usize; 2];
         self.table.each(|slot| {
             for (bank, sum) in sums.iter_mut().enumerate() {
@@ -271,7 +240,7 @@ impl State {
             self.updater.event.advance();
         }
         if interest & RECLAIMER != 0 {
-            reclaimer::schedule(self);
+            inbox::schedule(self);
         }
     }
 

@@ -1,0 +1,74 @@
+//! A `Srcu`'s hold on its state.
+
+#[cfg(not(mmun_loom))]
+use super::fork;
+use super::state::State;
+#[cfg(not(mmun_loom))]
+use super::state::pool;
+use crate::sync::{AtomicPtr, Ordering};
+#[cfg(not(mmun_loom))]
+use std::ptr;
+
+/// A `Srcu`'s hold on its state, which is made when it is first used.
+///
+/// # Invariants
+/// Points to `EMPTY`, or to a state of which it has a count.
+pub(crate) struct Handle(AtomicPtr<State>);
+
+impl Handle {
+    #[cfg(not(mmun_loom))]
+    pub(crate) const fn new() -> Self {
+        Self(AtomicPtr::new(ptr::from_ref(&pool::EMPTY).cast_mut()))
+    }
+
+    #[cfg(mmun_loom)]
+    pub(crate) fn new() -> Self {
+        Self(AtomicPtr::new(State::create()))
+    }
+
+    /// The state, or `EMPTY`, in which no thread has a slot.
+    #[inline(always)]
+    pub(crate) fn peek(&self) -> &State {
+        // ORDER(srcu-state): Acquire, partner in `first_use`.
+        let state = self.0.load(Ordering::Acquire);
+        // SAFETY: It must be alive for the life of the reference: a static, or kept by the handle,
+        // which is borrowed.
+        unsafe { &*state }
+    }
+
+    /// The state, made if need be, without the allocator.
+    #[inline]
+    pub(crate) fn get(&self) -> &State {
+        self.used().unwrap_or_else(|| self.first_use())
+    }
+
+    #[cfg(not(mmun_loom))]
+    pub(crate) fn used(&self) -> Option<&State> {
+        Some(self.peek()).filter(|state| !ptr::eq(*state, &pool::EMPTY))
+    }
+
+    #[cfg(mmun_loom)]
+    pub(crate) fn used(&self) -> Option<&State> {
+        Some(self.peek())
+    }
+
+    #[cold]
+    fn first_use(&self) -> &State {
+        #[cfg(not(mmun_loom))]
+        {
+            fork::register();
+            pool::first_use(&self.0);
+        }
+        self.peek()
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        if let Some(state) = self.used() {
+            state.owned.store(false, Ordering::Relaxed);
+            // SAFETY: Wants a count that is ours to give up: the handle's, by its invariant.
+            unsafe { State::release(state) };
+        }
+    }
+}

@@ -1,0 +1,122 @@
+//! The domains that the reclaimer must look at, linked through their states.
+//!
+//! # Safety
+//! # Invariants
+//! A pointer in the inbox carries one count of its state.
+
+use super::State;
+use crate::raw::event::Event;
+use crate::sync::{AtomicPtr, Ordering};
+use std::ptr::{self, NonNull};
+
+pub(crate) struct Inbox {
+    /// The latest first.
+    pushed: AtomicPtr<State>,
+    /// The earliest first; only the reclaimer touches it. It is here and not on its stack for the
+    /// child of a fork.
+    taken: AtomicPtr<State>,
+    pub(in crate::raw) event: Event,
+    /// Models have no thread: those that wait for callbacks act as the reclaimer, one at a time.
+    #[cfg(mmun_loom)]
+    pub(in crate::raw) acting: crate::raw::lock::Lock<()>,
+}
+
+#[cfg(not(mmun_loom))]
+pub(in crate::raw) static INBOX: Inbox = Inbox::new();
+
+#[cfg(not(mmun_loom))]
+fn inbox(_: &State) -> &'static Inbox {
+    &INBOX
+}
+
+#[cfg(mmun_loom)]
+fn inbox(state: &State) -> &Inbox {
+    &state.inbox
+}
+
+/// Has the reclaimer look at a domain.
+pub(crate) fn schedule(state: &State) {
+    // ORDER(srcu-scheduled): AcqRel. If it was set, the reclaimer's clearing reads our store and so
+    // sees what we gave the domain to do. Partner: the swap in `turn`. Model: loom
+    // `a_barrier_waits_for_the_calls_of_both_threads`.
+    if state.pending.scheduled.swap(true, Ordering::AcqRel) {
+        return;
+    }
+    state.retain();
+    // INVARIANT: The count just taken goes with the pointer.
+    let inbox = inbox(state);
+    let mut latest = inbox.pushed.load(Ordering::Relaxed);
+    loop {
+        state.pending.next.store(latest, Ordering::Relaxed);
+        let this = ptr::from_ref(state).cast_mut();
+        // ORDER(srcu-inbox): Release for the link. Partner: the Acquire in `take`.
+        match inbox
+            .pushed
+            .compare_exchange_weak(latest, this, Ordering::Release, Ordering::Relaxed)
+        {
+            Ok(_) => break,
+            Err(later) => latest = later,
+        }
+    }
+    inbox.event.advance();
+}
+
+impl Inbox {
+    #[cfg(not(mmun_loom))]
+    const fn new() -> Self {
+        Self {
+            pushed: AtomicPtr::new(ptr::null_mut()),
+            taken: AtomicPtr::new(ptr::null_mut()),
+            event: Event::new(),
+        }
+    }
+
+    #[cfg(mmun_loom)]
+    pub(super) fn new() -> Self {
+        Self {
+            pushed: AtomicPtr::new(ptr::null_mut()),
+            taken: AtomicPtr::new(ptr::null_mut()),
+            event: Event::new(),
+            acting: crate::raw::lock::Lock::new(()),
+        }
+    }
+
+    /// Whether no domain was put into it since it was emptied last.
+    #[cfg(not(mmun_loom))]
+    pub(in crate::raw) fn is_empty(&self) -> bool {
+        self.pushed.load(Ordering::Relaxed).is_null()
+    }
+
+    /// In the child of a fork: forgets what is in it.
+    #[cfg(not(mmun_loom))]
+    pub(in crate::raw) fn after_fork(&self) {
+        self.pushed.store(ptr::null_mut(), Ordering::Relaxed);
+        self.taken.store(ptr::null_mut(), Ordering::Relaxed);
+        self.event.after_fork();
+    }
+
+    /// The domain that has been in the inbox longest.
+    pub(in crate::raw) fn take(&self) -> Option<NonNull<State>> {
+        if self.taken.load(Ordering::Relaxed).is_null() {
+            // ORDER(srcu-inbox): Acquire, partner in `schedule`.
+            let mut latest = self.pushed.swap(ptr::null_mut(), Ordering::Acquire);
+            let mut earlier = ptr::null_mut();
+            while let Some(state) = NonNull::new(latest) {
+                // SAFETY: The state must be alive: the inbox has a count of it.
+                let next = unsafe { &state.as_ref().pending.next };
+                latest = next.load(Ordering::Relaxed);
+                next.store(earlier, Ordering::Relaxed);
+                earlier = state.as_ptr();
+            }
+            self.taken.store(earlier, Ordering::Relaxed);
+        }
+        let first = NonNull::new(self.taken.load(Ordering::Relaxed))?;
+        // SAFETY: As above.
+        let next = unsafe { first.as_ref() }
+            .pending
+            .next
+            .load(Ordering::Relaxed);
+        self.taken.store(next, Ordering::Relaxed);
+        Some(first)
+    }
+}
