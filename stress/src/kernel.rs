@@ -17,8 +17,8 @@ use std::thread;
 use std::time::Duration;
 use testkit::{Cap, require};
 
-/// Has everybody ask the source at once while memory changes, and tells how long each was held up
-/// at most. Dies if somebody is for a minute.
+/// Has all clients ask the source at once while memory changes, and tells how long each was held
+/// up at most. Dies if one is held up for a minute.
 pub(crate) fn rush(options: &Options) -> ExitCode {
     println!("rush: {:?}", options.length);
     let Some(kernel) = start() else {
@@ -65,7 +65,7 @@ pub(crate) fn run(options: &Options) -> ExitCode {
         (false, true) => Mutant::NoWait,
         (false, false) => Mutant::None,
     };
-    let _slow = match options.slow.then(Slow::everybody).transpose() {
+    let _slow = match options.slow.then(Slow::every_client).transpose() {
         Ok(slow) => slow,
         Err(error) => {
             eprintln!("stress: --slow: {error}");

@@ -33,7 +33,7 @@ pub(crate) struct Options {
     pub(crate) broken: bool,
     /// Fill caches without waiting for changes under way: `kernel` must find that.
     pub(crate) no_wait: bool,
-    /// So many threads change memory that nobody looks at: for `kernel`.
+    /// So many threads change memory that no client looks at: for `kernel`.
     pub(crate) crowd: u64,
     /// A second program at the tracepoint holds up each change: for `kernel`.
     pub(crate) slow: bool,

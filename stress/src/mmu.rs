@@ -2,8 +2,8 @@
 //! fault and exit at random, on address spaces that come and go.
 //!
 //! Every notifier says whether it is alive and counts its starts and ends. The frame behind an
-//! address space changes inside brackets only, and nobody may find another than the present one in
-//! a shadow. At the end everything that was made must have been freed, and every count must be
+//! address space changes inside brackets only, and no reader may find another than the present one
+//! in a shadow. At the end everything that was made must have been freed, and every count must be
 //! zero.
 
 mod actor;
@@ -84,7 +84,7 @@ pub(crate) struct World {
     pub(crate) subsystems: [Probes; SUBSYSTEMS],
     /// Subscriptions that any callback may take and put.
     pub(crate) orphans: Mutex<Vec<mmu_notifier::Subscription<Probe>>>,
-    /// Address spaces that have lost their place, until nobody else has them.
+    /// Address spaces that have lost their place, until no other thread has them.
     retired: Mutex<Vec<Mm>>,
     pub(crate) counts: Counts,
     pub(crate) broken: bool,
@@ -107,7 +107,7 @@ impl World {
     }
 
     /// Puts a new address space into a place, and drops the place's hold on the old one: exit, if
-    /// nobody else is a user.
+    /// there is no other user.
     pub(crate) fn replace(&self, number: usize) {
         let old = std::mem::replace(&mut *lock(&self.spaces[number]), Space::new());
         let handle = (*old.mm).clone();
@@ -121,7 +121,7 @@ impl World {
         add(&self.counts.exits);
     }
 
-    /// Checks an address space that nobody uses and nobody else has.
+    /// Checks an address space without users and without other handles.
     fn check_idle(&self, mm: &Mm) -> bool {
         let (seq, open) = mm.interval_snapshot();
         self.check(
@@ -154,8 +154,8 @@ impl World {
         }
         (0..SPACES).for_each(|number| self.replace(number));
         for mm in &*lock(&self.retired) {
-            // What is freed without a subsystem, such as a registration that was put, nobody can
-            // wait for.
+            // No call waits for a free without a subsystem, such as that of a registration that was
+            // put.
             wait_until(|| mm.mm_count() == 1);
             self.check_idle(mm);
         }
@@ -183,7 +183,7 @@ pub(crate) fn run(options: &Options) -> ExitCode {
         options.length.as_secs()
     );
     if options.no_membarrier {
-        // SAFETY: Nobody may use the environment at the same time: there is one thread yet.
+        // SAFETY: No thread may use the environment at the same time: there is one thread yet.
         unsafe { std::env::set_var("SRCU_NO_MEMBARRIER", "1") };
     }
     let world = World::new(options.broken);

@@ -2,8 +2,8 @@
 //! through fixed buffers of io_uring, while others replace, move, drop and truncate the memory
 //! behind the same addresses, and fork.
 //!
-//! Each buffer holds a pattern that follows from its version and address. Whoever changes the
-//! buffer makes the version odd first and even afterwards. A transfer during which the version
+//! Each buffer holds a pattern that follows from its version and address. The thread that changes
+//! the buffer makes the version odd first and even afterwards. A transfer during which the version
 //! stood still at an even number must have moved exactly that pattern: anything else went through a
 //! registration that should have been gone.
 
@@ -76,8 +76,8 @@ pub(crate) fn run(options: &Options) -> ExitCode {
 /// Runs for as long as asked; the counts, and what each cache says.
 fn torture(options: &Options) -> Result<(Arc<Counts>, Vec<Stats>), Box<dyn std::error::Error>> {
     if options.no_membarrier {
-        // SAFETY: Nobody may use the environment at the same time: this thread is the only one yet
-        // that does.
+        // SAFETY: No thread may use the environment at the same time: this thread is the only one
+        // yet that does.
         unsafe { std::env::set_var("REGCACHE_NO_MEMBARRIER", "1") };
     }
     let kernel = match options.source {

@@ -53,7 +53,7 @@ pub(crate) fn run(options: &Options) -> ExitCode {
         options.length.as_secs()
     );
     if options.no_membarrier {
-        // SAFETY: Nobody may use the environment at the same time: there is one thread yet.
+        // SAFETY: No thread may use the environment at the same time: there is one thread yet.
         unsafe { std::env::set_var("SRCU_NO_MEMBARRIER", "1") };
     }
     // Callbacks panic on purpose here, many times a second.

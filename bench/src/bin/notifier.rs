@@ -275,7 +275,7 @@ fn main() {
         println!("{threads} thread(s)");
         row("  SRCU section, empty", m[at], None, "");
         row(
-            "  bracket, nobody subscribed",
+            "  bracket, no subscriber",
             m[at + 1],
             Some((m[at + 1] / m[at], "a section")),
             "<= 5 ns",

@@ -77,7 +77,7 @@ impl Policy for Clock {
     }
 }
 
-/// What was used stays where it is, and the hand goes on to the newer ones.
+/// What was used stays where it is, and the hand moves to the newer ones.
 struct Sieve {
     /// Oldest first.
     queue: Vec<u32>,

@@ -23,7 +23,7 @@ fn region(number: u32) -> VaRange {
     VaRange::covering(Va::new(0x7f00_0000_0000 + u64::from(number) * 0x2000), 1).expect("a page")
 }
 
-/// The order of the requests: random, the same for everybody.
+/// The order of the requests: random, the same for every peer.
 fn order(regions: u32, seed: u64) -> Vec<u32> {
     let mut random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let next = |_| {

@@ -61,13 +61,13 @@ fn map_over(at: *mut c_void) {
         libc::PROT_READ | libc::PROT_WRITE,
         libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
     );
-    // SAFETY: a page of `map`, which nobody else has been given since.
+    // SAFETY: a page of `map`, which no other mapping has got since.
     let again = unsafe { libc::mmap(at, PAGE, protection, flags | libc::MAP_FIXED, -1, 0) };
     assert_eq!(again, at);
 }
 
 fn unmap(at: *mut c_void, bytes: usize) {
-    // SAFETY: a mapping of `map`, which nobody uses any more.
+    // SAFETY: a mapping of `map`, which no code uses any more.
     unsafe { libc::munmap(at, bytes) };
 }
 

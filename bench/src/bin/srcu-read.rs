@@ -154,7 +154,7 @@ fn parking_lot_read() -> f64 {
 fn std_read() -> f64 {
     static LOCK: RwLock<u64> = RwLock::new(1);
     time(|| {
-        let guard = LOCK.read().expect("nobody panics here");
+        let guard = LOCK.read().expect("no thread panics here");
         inside();
         drop(guard);
     })

@@ -160,7 +160,7 @@ export! {
                 warn_once!("mmu_interval_notifier_insert_locked: this thread does not hold the write lock: refused");
                 return Err(-libc::EINVAL);
             };
-            // SAFETY: The guard is there, this thread's, and nobody else uses it until the insert
+            // SAFETY: The guard is there, this thread's, and no other code uses it until the insert
             // has returned.
             let guard = unsafe { &mut *guard };
             // SAFETY: The place is large enough (asserted above), and the driver's until it is
@@ -179,13 +179,13 @@ export! {
         const NAME: &str = "mmu_interval_notifier_remove";
         // SAFETY: It is inserted: so says the header.
         if unsafe { inserted(NAME, interval) }.mm().is_inherited() {
-            // It is the parent's, and called by nobody here.
+            // It is the parent's, and no bracket calls it here.
             return;
         }
         let Some(interval) = NonNull::new(interval) else { die(NAME, "the interval is null") };
         // SAFETY: It is the caller's interval.
         let node = unsafe { node(interval) };
-        // SAFETY: It is inserted, and nobody uses it any more: so says the header.
+        // SAFETY: It is inserted, and no code uses it any more: the header demands that.
         mm::must_not_wait(NAME, unsafe { Interval::remove(node) });
     }
 

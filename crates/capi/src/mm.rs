@@ -1,9 +1,9 @@
 //! `struct mm_struct`: handles of an address space, and its write lock.
 //!
 //! # Safety
-//! In C a handle is a pointer that nobody follows: the bits of an [`Mm`] or [`MmWithUser`], which
-//! are one word. `mmgrab` and its kin count as clones and drops do; every other function borrows
-//! the handle that its caller has.
+//! In C a handle is a pointer that is never followed: the bits of an [`Mm`] or [`MmWithUser`],
+//! which are one word. `mmgrab` and its kin count as clones and drops do; every other function
+//! borrows the handle that its caller has.
 
 use crate::border::{SELF_WAIT, die, export};
 use mmu_notifier::{Mm, MmWithUser, MmapWriteGuard, WouldDeadlock};
@@ -22,10 +22,11 @@ const _: () = assert!(
     size_of::<Mm>() == size_of::<*mut MmStruct>() && size_of::<MmWithUser>() == size_of::<Mm>()
 );
 
-/// Returns the bits of a handle, which count for nothing.
+/// Returns the bits of a handle. The bits are not counted as a handle.
 #[inline(always)]
 pub(crate) fn bits(mm: &Mm) -> *mut MmStruct {
-    // SAFETY: Both are one word (asserted above), and any word is a pointer that nobody follows.
+    // SAFETY: Both are one word (asserted above), and any word is a pointer if it is never
+    // followed.
     unsafe { mem::transmute_copy(mm) }
 }
 
@@ -39,10 +40,10 @@ pub(crate) unsafe fn borrow<'a>(place: *const *mut MmStruct) -> &'a Mm {
     unsafe { &*place.cast() }
 }
 
-/// The same with the address space known to be alive, unless it has ended.
+/// Returns the user whose bits lie at `place`, or `None` if the address space has ended.
 ///
 /// # Safety
-/// As for `borrow`; and if it is alive now, the caller sees to it that it stays so.
+/// As for `borrow`. If the address space is alive now, the caller must keep it alive.
 #[inline(always)]
 pub(crate) unsafe fn borrow_user<'a>(place: *const *mut MmStruct) -> Option<&'a MmWithUser> {
     // SAFETY: The caller's duty is passed on.
@@ -114,8 +115,8 @@ export! {
         drop(unsafe { take::<MmWithUser>("mmput", mm) });
     }
 
-    /// Returns the address space of this process, which counts for nothing and lasts as long as the
-    /// process.
+    /// Returns the address space of this process. The pointer is not counted, and is valid as long
+    /// as the process runs.
     ///
     /// # Safety
     /// None.
@@ -131,7 +132,7 @@ export! {
         bits(&ManuallyDrop::new(MmWithUser::new()))
     }
 
-    /// Tells whether a bracket would call anybody.
+    /// Tells whether a bracket would call a callback.
     ///
     /// # Safety
     /// See mmun/mmu_notifier.h.
@@ -169,7 +170,7 @@ export! {
 struct Held {
     /// Null if none.
     mm: Cell<*mut MmStruct>,
-    /// There if `mm` is not null, and borrowing it.
+    /// Initialized if `mm` is not null. Borrows the handle at `mm`.
     guard: UnsafeCell<MaybeUninit<MmapWriteGuard<'static>>>,
 }
 
@@ -196,12 +197,13 @@ pub(crate) unsafe fn lock(mm: *mut MmStruct) -> Result<(), WouldDeadlock> {
         };
         free.mm.set(mm);
         // SAFETY: The place holds the bits of a counted handle, and keeps them until the guard is
-        // gone. That it may have no user any more is no matter for a lock.
+        // gone. The address space may have no user any more; the lock needs
+        // none.
         let user: &'static MmWithUser = unsafe { &*free.mm.as_ptr().cast() };
         match user.mmap_write_lock() {
             Ok(guard) => {
-                // SAFETY: Writing needs a place that nobody uses: it was free, and this thread is
-                // the only one to use it.
+                // SAFETY: Writing needs a place that no other code uses: it was free, and this
+                // thread is the only one to use it.
                 unsafe { (*free.guard.get()).write(guard) };
                 Ok(())
             }
@@ -216,7 +218,7 @@ pub(crate) unsafe fn lock(mm: *mut MmStruct) -> Result<(), WouldDeadlock> {
 /// Unlocks; tells whether it was locked by this thread.
 pub(crate) fn unlock(mm: *mut MmStruct) -> bool {
     let Some(guard) = held(mm) else { return false };
-    // SAFETY: There is a guard, and nobody else in this thread is using it: callbacks run between
+    // SAFETY: There is a guard, and no other code of this thread is using it: callbacks run between
     // uses only.
     unsafe { guard.drop_in_place() };
     HELD.with(|held| {
@@ -236,7 +238,7 @@ pub(crate) fn held(mm: *mut MmStruct) -> Option<*mut MmapWriteGuard<'static>> {
     })
 }
 
-/// What must not wait and cannot return an error.
+/// Ends the process if a function that cannot return an error would have waited for its own thread.
 pub(crate) fn must_not_wait(function: &str, waited: Result<(), WouldDeadlock>) {
     if let Err(WouldDeadlock) = waited {
         die(function, SELF_WAIT);

@@ -179,7 +179,7 @@ unsafe impl Embedded for Driver {
         // SAFETY: The table lives until the notifier is freed (invariant).
         if let Some(free) = unsafe { ops.as_ref() }.free_notifier {
             // SAFETY: It is the driver's own function, called once, with its own notifier, which
-            // nobody uses any more.
+            // no code uses any more.
             guarded!("mmu_notifier_ops.free_notifier", unsafe {
                 free(me.as_ptr())
             });
@@ -261,7 +261,7 @@ unsafe fn register(
         );
         return Err(-libc::EINVAL);
     };
-    // SAFETY: The guard is there, this thread's, and nobody else uses it until `register` has
+    // SAFETY: The guard is there, this thread's, and no other code uses it until `register` has
     // returned.
     let guard = unsafe { &mut *guard };
     // SAFETY: The place must be valid: the caller's duty.
@@ -465,12 +465,12 @@ export! {
         }
         // SAFETY: The notifier has a handle.
         if unsafe { mm::borrow(&raw const mm) }.is_inherited() {
-            // It is the parent's, and calls nobody here.
+            // It is the parent's, and calls no callback here.
             return;
         }
         // SAFETY: It is the caller's notifier.
         let node = unsafe { node(notifier) };
-        // SAFETY: It is registered, and nobody uses it any more: so says the header.
+        // SAFETY: It is registered, and no code uses it any more: the header demands that.
         mm::must_not_wait(NAME, unsafe { Node::unregister(node) });
     }
 

@@ -227,10 +227,10 @@ export! {
                 Ok(())
             })
         };
-        debug_assert!(started.is_ok(), "nobody can refuse where sleeping is allowed");
+        debug_assert!(started.is_ok(), "no subscriber can refuse where sleeping is allowed");
     }
 
-    /// Opens a bracket where nobody may sleep.
+    /// Opens a bracket whose callbacks must not sleep.
     ///
     /// # Safety
     /// See mmun/mmu_notifier.h.

@@ -248,9 +248,9 @@ fn open(mmun: Arc<Mmun>, functions: &Functions, options: Options) -> Result<Regc
     })
 }
 
-struct Nobody;
+struct Silent;
 
-impl Notifier for Nobody {}
+impl Notifier for Silent {}
 
 impl Regcache {
     /// Deregisters everything; fails, and changes nothing for good, if something is leased.
@@ -259,7 +259,7 @@ impl Regcache {
         self.cache.flush();
         if self.cache.stats().regions != 0 {
             // A callback may be deregistering what it has taken out. A registrar waits for it.
-            drop(Registration::new(self.mmun.mm, Nobody));
+            drop(Registration::new(self.mmun.mm, Silent));
             self.cache.flush();
         }
         if self.cache.stats().regions == 0 {

@@ -1,10 +1,11 @@
-//! What the report counts. Written anywhere, callbacks included; read once, at exit.
+//! The counters of the report. Any code may count, callbacks included; the report reads them once,
+//! at exit.
 
 use mmu_notifier::VaRange;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 
-/// A number that only grows. Relaxed: nothing is handed over with it.
+/// A number that only grows. Relaxed, because no other data is published through it.
 #[derive(Debug)]
 pub(crate) struct Count(AtomicU64);
 
@@ -17,8 +18,8 @@ impl Count {
         self.0.fetch_add(more, Relaxed);
     }
 
-    /// Counts one more under a lock that all who count here hold: a quarter of the time of `add`,
-    /// and the look-up of a cache is short.
+    /// Adds one, under a lock that every caller holds. It takes a quarter of the time of `add`,
+    /// which would show in the look-up of a cache.
     #[inline]
     pub(crate) fn add_one_under_lock(&self) {
         self.0.store(self.0.load(Relaxed) + 1, Relaxed);
@@ -31,7 +32,7 @@ impl Count {
 
 /// Look-ups of a libfabric cache that found a registration.
 pub(crate) static HITS: Count = Count::new();
-/// Of them, those whose registration was stale.
+/// How many of these look-ups found a stale registration.
 pub(crate) static REFUSED: Count = Count::new();
 /// Registrations that a libfabric cache had watched.
 pub(crate) static WATCHED: Count = Count::new();
@@ -39,8 +40,8 @@ pub(crate) static WATCHED: Count = Count::new();
 pub(crate) static REAPED: Count = Count::new();
 /// Ranges that UCX was told of.
 pub(crate) static TOLD: Count = Count::new();
-/// Whether a look-up of a UCX cache has asked the kernel source. No number: they are not under one
-/// lock.
+/// Whether a look-up of a UCX cache has asked the kernel source. A flag and not a count: the
+/// look-ups hold no common lock, so a count would cost them an atomic addition.
 pub(crate) static ASKED: AtomicBool = AtomicBool::new(false);
 /// Caches that started to watch.
 pub(crate) static STARTS: Count = Count::new();
@@ -93,7 +94,7 @@ pub(crate) fn refused(start: u64, len: u64, change: Change) {
 
 /// The first refusals that differ.
 pub(crate) fn refusals() -> Vec<Refusal> {
-    // Not waited for: a thread may have been stopped anywhere when the process exits.
+    // Must not wait for the lock: at exit, a thread may have been stopped while it held it.
     REFUSALS
         .try_lock()
         .map(|refusals| refusals.clone())

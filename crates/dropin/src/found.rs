@@ -64,7 +64,7 @@ fn loaded(library: &CStr) -> Vec<CString> {
         _size: usize,
         data: *mut c_void,
     ) -> c_int {
-        // SAFETY: `data` is the `Search` below, which nobody else uses meanwhile.
+        // SAFETY: `data` is the `Search` below, which no other code uses meanwhile.
         let search = unsafe { &mut *data.cast::<Search<'_>>() };
         // SAFETY: the loader hands out a live structure.
         let name = unsafe { (*info).dlpi_name };

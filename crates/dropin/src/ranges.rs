@@ -48,7 +48,7 @@ impl Entry {
         self.stale.is_none() && !self.watch.as_ref().is_some_and(Watch::is_valid)
     }
 
-    /// The change that the kernel has counted and nobody has told of yet, or one that was told.
+    /// A change that the kernel has counted and that was not told yet, or one that was.
     fn verdict(&self, start: u64, len: u64) -> Verdict {
         match (&self.stale, &self.watch) {
             (Some(change), _) => Verdict::Stale(*change),
@@ -83,7 +83,7 @@ pub(crate) struct Ranges {
 pub(crate) enum Verdict {
     Valid,
     Stale(Change),
-    /// It was never subscribed here: the parent of this process did, before a fork.
+    /// The range was not subscribed in this process, but in its parent, before a fork.
     Unknown,
 }
 
@@ -176,7 +176,7 @@ impl Ranges {
 
     /// Marks what `change` meets. Returns whether there may be something new that is stale.
     ///
-    /// For callbacks: allocates nothing and waits for nobody.
+    /// For callbacks: allocates nothing and waits for no thread.
     pub(crate) fn changed(&self, change: Change) -> bool {
         for _ in 0..TURNS {
             if let Ok(mut table) = self.table.try_lock() {

@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 /// Which sources to use: `MMUN`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Choice {
-    /// Both, or what can be had of them.
+    /// Both, or the one that works.
     Auto,
     Hook,
     Kernel,

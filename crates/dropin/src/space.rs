@@ -34,7 +34,7 @@ pub(crate) struct Space {
     kernel: Result<Arc<Kernel>, String>,
     /// All of the address space, armed for UCX: that says nothing of what it registers.
     everything: Mutex<Option<Armed>>,
-    /// Of libfabric's caches.
+    /// The ranges that libfabric's caches have registered.
     pub(crate) ranges: Ranges,
     pub(crate) reaper: Reaper,
     /// The subscription that marks them. Made with the first cache.

@@ -1,9 +1,9 @@
 //! UCX: told of changes as by an external source of events, and asked at look-up where it passes
 //! by.
 //!
-//! UCX's registration caches subscribe by `ucm_set_event_handler`. If somebody else has announced
-//! that he tells of unmapped memory (`ucm_set_external_event`), UCX patches nothing for that event,
-//! and `ucm_vm_munmap` is how it is told. Its cache drops what the range meets, or notes it where
+//! UCX's registration caches subscribe by `ucm_set_event_handler`. If another library has announced
+//! that it tells of unmapped memory (`ucm_set_external_event`), UCX patches nothing for that event,
+//! and is told through `ucm_vm_munmap`. Its cache drops what the range meets, or notes it where
 //! its lock is taken: it never waits, so the callback may run inside `free`.
 //!
 //! A change that only the kernel source sees is told when that source is asked. Up to UCX 1.13 each
@@ -98,7 +98,7 @@ fn try_serve() -> Result<Served, String> {
     };
     let space = space::current_or_made();
     if !space.is_watched() {
-        return Err("no source can be had: UCX watches by itself".to_owned());
+        return Err("no event source works here: UCX watches memory by itself".to_owned());
     }
     if !feed(space, served) {
         return Err("the address space cannot be subscribed to: UCX watches by itself".to_owned());
@@ -126,7 +126,7 @@ pub(crate) fn serve_child() {
         let space = space::current_or_made();
         if !feed(space, *served) || !space.is_watched() {
             report::complain(
-                "in a child process no event source can be had: registrations of UCX can become stale here",
+                "no event source works in a child process: registrations of UCX can become stale here",
             );
         }
         // Whatever was registered is the parent's memory.
@@ -179,7 +179,7 @@ pub(crate) unsafe extern "C" fn ucs_rcache_get(
 ) -> i8 {
     type Real = unsafe extern "C" fn(usize, usize, usize, usize, usize, usize, usize) -> i8;
     static REAL: AtomicPtr<c_void> = AtomicPtr::new(ptr::null_mut());
-    // Relaxed: an address of code that stays; whoever finds none looks it up.
+    // Relaxed: an address of code that stays; a thread that finds none looks it up.
     let real = NonNull::new(REAL.load(Ordering::Relaxed)).or_else(|| {
         let found = found::function(UCS, c"ucs_rcache_get")?;
         REAL.store(found.as_ptr(), Ordering::Relaxed);

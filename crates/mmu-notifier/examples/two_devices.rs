@@ -175,7 +175,7 @@ fn main() {
         assert_eq!(
             module.invalidations.load(Ordering::Relaxed),
             before,
-            "nobody is called"
+            "no device is called"
         );
         stop.store(true, Ordering::Relaxed);
     });

@@ -236,7 +236,7 @@ impl Mm {
     /// let mm = MmWithUser::new();
     /// let _table = Registration::new(&mm, Table(AtomicBool::new(true)))?;
     /// assert!(mm.test_young(Va::new(0x1000)) && mm.clear_young(VaRange::ALL));
-    /// assert!(!mm.test_young(Va::new(0x1000)), "nobody has used it since");
+    /// assert!(!mm.test_young(Va::new(0x1000)), "the page was not used since");
     /// # Ok::<(), mmu_notifier::WouldDeadlock>(())
     /// ```
     #[doc(alias = "mmu_notifier_clear_young")]

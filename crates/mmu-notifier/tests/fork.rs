@@ -99,7 +99,7 @@ fn alone() -> MutexGuard<'static, ()> {
 }
 
 #[test]
-fn s_17_brackets_of_an_inherited_address_space_call_nobody() {
+fn s_17_brackets_of_an_inherited_address_space_call_no_subscriber() {
     let _alone = alone();
     let mm = MmWithUser::new();
     let _subscribed = SUBSYSTEM.get(&mm).unwrap();
@@ -177,7 +177,7 @@ fn s_17_nothing_waits_or_installs_on_an_inherited_address_space() {
 }
 
 #[test]
-fn s_17_nobody_subscribes_to_an_inherited_address_space() {
+fn s_17_no_caller_subscribes_to_an_inherited_address_space() {
     let _alone = alone();
     let mm = MmWithUser::new();
     let _subscribed = SUBSYSTEM.get(&mm).unwrap();

@@ -1,4 +1,4 @@
-//! A library to preload: installs the hook, and the kernel's notifier where it is to be had, before
+//! A library to preload: installs the hook, and the kernel's notifier where it works, before
 //! a program's `main`.
 //!
 //! `LD_PRELOAD=libpreload.so PROG`. With `MMUN_PRELOAD_REPORT=FILE` every process appends, when it

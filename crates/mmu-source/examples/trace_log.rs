@@ -27,7 +27,7 @@ impl Lines {
         let (Some(log), Some(current)) = (LOG.get(), current()) else {
             return;
         };
-        let mut log = log.lock().expect("nobody panics with the log locked");
+        let mut log = log.lock().expect("no thread panics with the log locked");
         let (task, event, range) = (current.task, range.event().name(), range.range());
         // A full disk ends the log, not the program.
         let _ = writeln!(
@@ -79,7 +79,7 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
     tracer.spawn(Command::new(program).args(args))?;
     tracer.run(&AtomicBool::new(false))?;
     log.lock()
-        .expect("nobody panics with the log locked")
+        .expect("no thread panics with the log locked")
         .flush()?;
     Ok(match tracer.exit_status() {
         Some(ExitStatus::Code(code)) => ExitCode::from(code as u8),

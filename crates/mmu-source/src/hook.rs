@@ -38,7 +38,7 @@
 //! # What a callback may do
 //! It runs in whatever thread made the call, perhaps in the middle of `malloc` or `free` with the
 //! allocator's lock held, in `dlclose` with the loader's, or in a thread that is all but gone. So
-//! it must not allocate, free, load libraries, or wait for a lock that somebody holds while
+//! it must not allocate, free, load libraries, or wait for a lock whose holder may be
 //! allocating ([`CheckedAlloc`](mmu_notifier::lockdep::CheckedAlloc) finds that at the first call,
 //! `examples/own_process.rs` shows how it is done). It may subscribe to a subscription that exists,
 //! put it, map, unmap, and make any other system call; those have brackets of their own inside this
@@ -108,7 +108,7 @@ use std::sync::atomic::Ordering;
 #[derive(Debug)]
 #[must_use = "the patches are taken out when it is dropped"]
 pub struct Hook {
-    /// Of the address space that installed it.
+    /// The number of the address space that installed the hook.
     id: u64,
 }
 
@@ -163,11 +163,11 @@ pub struct Patch {
     pub module: String,
     /// Where the instruction stands.
     pub address: u64,
-    /// Who has it.
+    /// Whether it is patched, and by which program.
     pub state: State,
 }
 
-/// Who has a place in libc.
+/// Whether a place in libc is patched, and by which program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum State {

@@ -1,12 +1,23 @@
-//! Everything that changes a translation of this process, whoever does it: the kernel's own MMU
-//! notifier.
+//! Every change of a translation of this process, by any process and by the kernel itself: the
+//! kernel's own MMU notifier.
+//!
+//! ```text
+//!   any process, or the kernel itself             this process
+//!   ---------------------------------             ------------
+//!   munmap, reclaim, copy on write, ...
+//!     1. calls the MMU notifiers
+//!          tracepoint, BPF program:
+//!          generation + 1  ──────────────────────> at each use: has the generation changed?
+//!          range ── ring ────────────────────────>   settle: takes the ranges out of the ring and
+//!     2. changes the page tables                     runs the callbacks, which drop the entries
+//! ```
 //!
 //! Creating a KVM virtual machine registers an MMU notifier on the calling process. From then on
 //! every invalidation of its page tables passes the tracepoint `kvm:kvm_unmap_hva_range` with its
 //! start and end *before* the tables change. A small BPF program there counts a generation, in
 //! memory that this process has mapped, and writes the range to a ring. The machine itself is never
-//! run. Nothing is patched, and nothing can be evaded: other processes, reclaim, truncation, copy
-//! on write and `io_uring` all come by.
+//! run. Nothing is patched, and no change bypasses it: changes by other processes, reclaim,
+//! truncation, copy on write and `io_uring` all reach the tracepoint.
 //!
 //! ```no_run
 //! use mmu_notifier::{Va, VaRange};
@@ -65,7 +76,7 @@
 //! * **Arming.** [`arm`](Kernel::arm) enters the range into the filter and then waits in the same
 //!   way. When it has returned, no change is under way that the filter has let pass.
 //!
-//! It tells nothing about a device that goes on using a translation. That is what the callbacks are
+//! It tells nothing about a device that still uses a translation. That is what the callbacks are
 //! for, and they come after the start of the change, not in it: the change does not wait.
 //!
 //! # What a callback may do

@@ -66,8 +66,8 @@ impl<T> Queue<T> {
     }
 }
 
-/// Closes the queue when it is dropped, by unwinding too, so that nobody waits for what will never
-/// come.
+/// Closes the queue when it is dropped, by unwinding too, so that no thread waits for an item that
+/// will never come.
 #[derive(Debug)]
 pub(crate) struct ClosesQueue<T>(pub(crate) Arc<Queue<T>>);
 
@@ -97,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_that_panics_keeps_nobody_waiting() {
+    fn a_thread_that_panics_keeps_no_thread_waiting() {
         let queue = Queue::<()>::new();
         let closes = ClosesQueue(Arc::clone(&queue));
         let failed = thread::spawn(move || {

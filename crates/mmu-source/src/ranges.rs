@@ -17,7 +17,7 @@ pub(crate) const HARMLESS_ADVICE: &[u32] =
     &[0, 1, 2, 3, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 22, 103];
 /// The one flag of `mbind` that moves no pages.
 const MPOL_MF_STRICT: u64 = 1;
-/// `mprotect` goes on to the start of a mapping that grows down.
+/// `mprotect` extends to the start of a mapping that grows down.
 pub(crate) const PROT_GROWSDOWN: u64 = 0x0100_0000;
 /// How many vectors a call may have.
 pub(crate) const UIO_MAXIOV: u64 = 1024;

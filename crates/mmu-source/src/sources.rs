@@ -38,7 +38,7 @@ macro_rules! sources {
 sources! {
     "kernel":
         "every change of an armed range, also by other processes, reclaim, copy on write, truncation, io_uring",
-        "a counter moves before the change; callbacks run when somebody looks, or soon after",
+        "a counter moves before the change; callbacks run at the next look, or soon after",
         "nothing; some changes of other memory are told as well",
         "allocate, lock, map, unmap, arm and disarm; not wait for a thread that may be draining",
         "two loads for each use; a fill that follows a change waits some microseconds (x86-64 with BTF; elsewhere it makes a virtual machine)",
@@ -52,7 +52,7 @@ sources! {
         "x86-64 or aarch64, glibc";
     "uffd":
         "munmap, mremap, madvise, punched holes and fork, on armed ranges",
-        "at about the time of the change; nobody waits for callbacks",
+        "at about the time of the change; the change does not wait for callbacks",
         "mprotect, copy on write, reclaim, truncation; memory mapped anew at an armed address",
         "anything but wait for the source",
         "the caller waits until its event is read",

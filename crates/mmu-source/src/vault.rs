@@ -4,7 +4,7 @@
 //! calls `dup2` over a fixed number. A source that kept its descriptors in the program's table
 //! would be blind from then on, or would read and write a file of the program that was given the
 //! old number. So a source keeps them in a **vault**: a thread whose descriptor table is its own.
-//! What other threads want done with a descriptor, they have done there.
+//! Other threads post jobs to that thread, which uses the descriptors for them.
 //!
 //! ```text
 //!   the program's threads ─── the program's table: its files
@@ -53,7 +53,7 @@ impl<T: 'static> Vault<T> {
     /// Starts the thread, which makes the content when its own table is in force.
     ///
     /// # Errors
-    /// Those of `make`; what `failed` says of a call that failed before.
+    /// The errors of `make`, and what `failed` makes of the error of an earlier call.
     pub(crate) fn open<E: Send + 'static>(
         name: &'static CStr,
         failed: fn(&'static str, io::Error) -> E,
@@ -131,8 +131,8 @@ impl<T> Clone for Letterbox<T> {
     }
 }
 
-/// The vault's own end of its letterbox. After the vault, or after a job that has panicked, nothing
-/// is left that a thread waits for.
+/// The vault's own end of its letterbox. When the vault ends, or a job panics, every thread that
+/// waits for a job is woken with an error.
 struct Serving<T>(Letterbox<T>);
 
 impl<T> Drop for Serving<T> {
@@ -208,12 +208,12 @@ mod tests {
         assert!(catch_unwind(AssertUnwindSafe(|| vault.run(|_| panic!("as asked")))).is_err());
         assert!(
             vault.run(|file| file.metadata().is_ok()),
-            "the vault goes on"
+            "the vault still works"
         );
         vault.inbox.post(|_| panic!("as posted"));
         assert!(
             catch_unwind(AssertUnwindSafe(|| vault.run(|_| ()))).is_err(),
-            "nobody is kept waiting"
+            "no caller is kept waiting"
         );
         let failed = Vault::<()>::open(
             c"vault",

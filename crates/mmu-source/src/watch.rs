@@ -6,7 +6,7 @@
 //!
 //! | made by | is marked by | misses |
 //! | --- | --- | --- |
-//! | [`Kernel::watch`](crate::kernel::Kernel::watch) | the kernel, before the change, whoever makes it | nothing |
+//! | [`Kernel::watch`](crate::kernel::Kernel::watch) | the kernel, before the change, by any process | nothing |
 //! | [`Watch::new`] | each bracket on [`current`](crate::current): what [`hook`](crate::hook) or another source sees | what they miss |
 //!
 //! ```
@@ -38,7 +38,7 @@ pub struct Watch {
     by: By,
 }
 
-/// Who marks it.
+/// The source that marks a watch.
 enum By {
     #[cfg(feature = "kernel")]
     Kernel(Watching),

@@ -23,7 +23,7 @@ struct Stops;
 static STOPS: Stops = Stops;
 
 static TURNSTILE: AtomicU8 = AtomicU8::new(OPEN);
-/// 1. Nobody is stopped. 2. The next one is. 3. One is. 4. The threads have ended.
+/// 1. No thread is stopped. 2. The next one is. 3. One is. 4. The threads have ended.
 const OPEN: u8 = 1;
 const CLOSED: u8 = 2;
 const STOPPED: u8 = 3;

@@ -342,7 +342,7 @@ fn pages() -> impl Iterator<Item = (String, clap_mangen::Man)> {
 /// Prints the manual pages one after the other.
 ///
 /// # Errors
-/// Those of `out`.
+/// The errors of `out`.
 pub(crate) fn man(out: &mut dyn io::Write) -> io::Result<()> {
     pages().try_for_each(|(_, page)| page.render(out))
 }

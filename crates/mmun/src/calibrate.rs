@@ -16,7 +16,7 @@ use crate::sys;
 const CALLS: usize = 101;
 
 /// Traces a process that makes calls which do nothing, and returns their median in nanoseconds;
-/// `None` if that is not to be had.
+/// `None` if that does not work.
 pub(crate) fn overhead(options: Options) -> Option<u64> {
     let settings = Settings {
         details: true,

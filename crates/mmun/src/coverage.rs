@@ -106,7 +106,7 @@ pub(crate) fn main(args: CoverageArgs) -> Outcome {
 
 /// A child: one operation under one source.
 pub(crate) fn cell(args: &CellArgs) -> Outcome {
-    // It may not outlive what started it.
+    // This process must not outlive the one that started it.
     sys::die_with(rustix::process::getppid());
     let report = match (ops::named(&args.operation), args.source) {
         (None, _) => Report::broken("there is no such operation"),

@@ -11,7 +11,7 @@ use crate::recording::{Changed, Recording};
 use crate::summary::{Row, Sort, printable, size, time, write_row};
 use crate::{complain, json, written};
 
-/// It could not be made.
+/// The exit status if the two runs could not be compared.
 const FAILED: Outcome = Outcome::Exit(2);
 
 pub(crate) fn main(args: &DiffArgs) -> Outcome {
@@ -117,8 +117,8 @@ fn compare(before: &Recording, after: &Recording, wall: bool, sort: Sort) -> Vec
     pairs
 }
 
-/// What a place is known by in both runs: a function and its module, which is empty for the
-/// programs themselves. A line is no part of it: one that is added above moves all others.
+/// Identifies a place in both runs: the function, and its module, which is empty for the programs
+/// themselves. The line is left out, because a line that is added above it moves all others.
 type Place = (String, String);
 
 struct Places<'a> {
@@ -161,7 +161,8 @@ impl<'a> Places<'a> {
         }
         let (function, module) = (frame.function.as_str(), frame.module.as_str());
         let is_program = self.programs.contains(module);
-        // Of a function without a name the address is what is left.
+        // A function without a name is shown as `module+0xoffset`; without the module, the offset
+        // is left.
         let bare = if is_program && !frame.has_name {
             function.trim_start_matches(module)
         } else {
@@ -218,13 +219,13 @@ fn write_text(out: &mut Vec<u8>, pairs: &[Pair], args: &DiffArgs) -> io::Result<
     writeln!(out, "{} places: {new} new, {gone} gone.", pairs.len())
 }
 
-/// The number that a column shows, and how.
+/// A column: which number of a row it shows, and how the number is written.
 type Column = (fn(&Row) -> Option<u64>, fn(u64) -> String);
 
-/// Of a column and its change.
+/// The widths of the columns and of their changes.
 const WIDTHS: [usize; 4] = [10, 8, 11, 11];
 
-/// What is there now, and how it changed.
+/// Writes the line of a place: its numbers now, and how they have changed.
 fn line(out: &mut Vec<u8>, pair: &Pair) -> io::Result<()> {
     let (before, after) = (
         pair.before.unwrap_or_default(),

@@ -113,7 +113,7 @@ fn unknown(name: &str) -> String {
     )
 }
 
-/// The event that somebody may mean by a word: the system call that makes it, or a part of its
+/// The event that a user may mean by a word: the system call that makes it, or a part of its
 /// name.
 fn meant(word: &str) -> Option<&'static str> {
     let word = word.to_lowercase();

@@ -24,7 +24,7 @@ enum Value {
     Number(i64),
 }
 
-/// So many frames of a stack are told with each event.
+/// The most frames of a stack that an event shows.
 const DEEPEST: usize = 32;
 
 /// What a call is shown as, and what is said about it.

@@ -83,7 +83,7 @@ fn listen(mut pipe: File, tracer: Pid) -> Outcome {
             Outcome::from_bytes(outcome)
         }
         Err(_) => {
-            // Nobody else can hold the other end: the tracer is dead or dying.
+            // No other process can hold the other end: the tracer is dead or dying.
             let status = wait();
             let reason = match status.and_then(|(_, status)| status.terminating_signal()) {
                 Some(signal) => format!("killed by {}", crate::names::signal(signal)),

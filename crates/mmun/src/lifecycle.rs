@@ -48,7 +48,7 @@ impl Lifecycle {
         &mut self.processes[at]
     }
 
-    /// A new process, whoever had its number before. A child is called as its parent.
+    /// A new process, even if another one had its number before. A child is called as its parent.
     fn begin(&mut self, pid: Pid, comm: &str) {
         self.processes.push(Process {
             pid,

@@ -90,7 +90,7 @@ impl Record {
     }
 }
 
-/// What is found out about a record besides.
+/// What `--details` and `-k` add to a record.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Extra<'a> {
     /// The name of the task; empty if it is not known.

@@ -1,4 +1,4 @@
-//! The one place all records pass: it gives them their time and hands them to whoever wants them.
+//! The one place all records pass: it stamps them with the time and hands them to each output.
 
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -19,7 +19,7 @@ use crate::recording::Recording;
 use crate::summary::{Sources, Summary, Wanted};
 use crate::{complain, formats, reason, written};
 
-/// It could not be made.
+/// The exit status if the report could not be made.
 const FAILED: Outcome = Outcome::Exit(2);
 
 pub(crate) fn main(args: &ReportArgs) -> Outcome {

@@ -66,7 +66,7 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
     let _ = fs::remove_dir_all(&folder);
     let written = match &args.output {
         Some(file) => fs::write(file, text).map_err(|error| (file.display().to_string(), error)),
-        // A closed standard error has nobody to tell.
+        // With standard error closed there is nowhere to say it.
         None => {
             let _ = io::stderr().write_all(text.as_bytes());
             Ok(())

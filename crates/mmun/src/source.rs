@@ -1,4 +1,4 @@
-//! The event sources by name, and whether they can be had here.
+//! The event sources by name, and whether they work here.
 
 use clap::ValueEnum;
 use mmu_source::{SOURCES, SourceInfo};

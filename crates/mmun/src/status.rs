@@ -1,4 +1,5 @@
-//! A line on the terminal that shows that a long trace is alive, where nothing else does.
+//! The status line: shows on a terminal that a long trace still runs, if no records are shown
+//! there.
 
 use std::io::{self, IsTerminal as _, Write as _};
 use std::time::{Duration, Instant};
@@ -9,7 +10,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Progress {
     pub(crate) events: u64,
-    /// Those that live.
+    /// The processes that are alive.
     pub(crate) tasks: u64,
 }
 
@@ -23,7 +24,7 @@ pub(crate) struct Status {
 }
 
 const EVERY: Duration = Duration::from_secs(1);
-/// To the line's begin, and away with the rest of it.
+/// The escape sequence that moves to the start of the line and erases it.
 const ERASE: &str = "\r\x1b[K";
 
 impl Status {
@@ -78,7 +79,8 @@ fn thousands(number: u64) -> String {
     groups.join(",")
 }
 
-/// A terminal that takes nothing now, stopped by ^S, gets no line.
+/// Writes `text`, and tells whether it did. A terminal that ^S has stopped gets nothing, because
+/// writing to it would wait.
 fn write(text: &str) -> bool {
     let mut error = io::stderr();
     let at_once = Timespec {
@@ -112,7 +114,7 @@ mod tests {
     fn what_is_not_wanted_is_not_shown() {
         let mut status = Status::new(false);
         status.begin -= Duration::from_secs(5);
-        status.tick(|| panic!("nobody wants it"));
+        status.tick(|| panic!("no output wants it"));
         assert!(!status.is_shown);
     }
 }

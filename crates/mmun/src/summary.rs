@@ -24,7 +24,7 @@ pub(crate) use self::table::{By, Sort, Tables, printable, size, time};
 pub(crate) struct Wanted {
     pub(crate) tables: Tables,
     pub(crate) sort: Sort,
-    /// So many rows of each table.
+    /// How many rows each table shows.
     pub(crate) top: usize,
     /// Time on the clock instead of time in the call.
     pub(crate) wall: bool,
@@ -57,7 +57,7 @@ pub(crate) struct Summary {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Row {
     pub(crate) calls: u64,
-    /// Of which a call can have several.
+    /// Ranges of these calls: a call can have several.
     pub(crate) ranges: u64,
     pub(crate) errors: u64,
     /// Ranges of calls that did not return.

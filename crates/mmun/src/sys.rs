@@ -19,14 +19,14 @@ use std::sync::atomic::{AtomicBool, AtomicI32, Ordering::Relaxed};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Signal};
 
-/// Set when tracing is to end early. Nothing but the flag is handed over, so it needs no ordering.
+/// Set when tracing is to end early. Relaxed, because no other data is published through it.
 pub(crate) static STOP: AtomicBool = AtomicBool::new(false);
 /// The signal that asked for it; 0 if none did.
 static ASKED_BY: AtomicI32 = AtomicI32::new(0);
 /// Where the front forwards its signals.
 static TRACER: AtomicI32 = AtomicI32::new(0);
 
-/// What asks a program to end, by hand or by default.
+/// The signals that ask a program to end.
 const ENDING: [i32; 6] = [
     libc::SIGHUP,
     libc::SIGINT,
@@ -35,7 +35,7 @@ const ENDING: [i32; 6] = [
     libc::SIGUSR1,
     libc::SIGUSR2,
 ];
-/// Tells the tracer that the front is gone. Nobody sends it by hand.
+/// Tells the tracer that the front is gone. No user sends it by hand.
 const ORPHANED: i32 = libc::SIGIO;
 
 /// Makes a pipe that programs do not inherit: the end to read from and the end to write to.
@@ -88,23 +88,23 @@ impl Drop for Held {
     }
 }
 
-/// The tracer, before it spawns: ending signals ask [`STOP`] from now on, those apart that are
-/// ignored.
+/// For the tracer, before it spawns a program: from now on a signal that ends programs sets
+/// [`STOP`], except signals that are ignored.
 pub(crate) fn stop_on_ending_signals() {
     for signal in ENDING {
         if !is_ignored(signal) {
             set_handler(signal, on_ending as *const () as usize);
         }
     }
-    // The timer of a stop may ring before `heed_alarms`. The program inherits no handler, but what
-    // is ignored.
+    // The timer of a stop may ring before `heed_alarms`. The traced program inherits no handlers,
+    // but it inherits which signals are ignored, so an ignored signal stays ignored here.
     if !is_ignored(libc::SIGALRM) {
         set_handler(libc::SIGALRM, on_alarm as *const () as usize);
     }
 }
 
-/// The tracer, once the traced program has its own dispositions: the terminal does not stop it, and
-/// its children are not reaped behind its back.
+/// For the tracer, once the traced program has its own dispositions: the terminal cannot stop the
+/// tracer, and the kernel does not reap the tracer's children by itself.
 pub(crate) fn shield() {
     for signal in [libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU] {
         set_handler(signal, libc::SIG_IGN);
@@ -113,14 +113,15 @@ pub(crate) fn shield() {
     heed_alarms();
 }
 
-/// The tracer: the timer of a stop ends a `waitpid`, whatever was inherited. Where a program is
-/// spawned, only after that: it is to inherit what we had.
+/// For the tracer: from now on the timer of a stop interrupts `waitpid`, even if `SIGALRM` was
+/// inherited as ignored or blocked. Called after a program was spawned, because the program must
+/// inherit the original settings.
 pub(crate) fn heed_alarms() {
     set_handler(libc::SIGALRM, on_alarm as *const () as usize);
     change_mask(libc::SIG_UNBLOCK, &set_of(&[libc::SIGALRM, ORPHANED]));
 }
 
-/// The tracer asks [`STOP`] when its parent, `front`, is gone, now or later.
+/// For the tracer: sets [`STOP`] when its parent `front` ends, or has ended already.
 pub(crate) fn stop_with(front: Option<Pid>) {
     set_handler(ORPHANED, on_orphaned as *const () as usize);
     let signal = Signal::from_named_raw(ORPHANED);
@@ -146,7 +147,7 @@ pub(crate) fn ring() {
     set_timer(10_000);
 }
 
-/// Ends the ringing.
+/// Stops the timer.
 pub(crate) fn stop_seen() {
     set_timer(0);
 }
@@ -185,8 +186,8 @@ pub(crate) fn ignore_everything() {
     }
 }
 
-/// Closes every descriptor but the standard ones: those that this process got from whoever started
-/// it, and what is left of ours. For a process that uses none of them any more, nor drops one.
+/// Closes every descriptor but the standard ones: those that this process inherited, and what
+/// is left of its own. For a process that neither uses nor drops any of them any more.
 /// Linux 5.9.
 pub(crate) fn close_inherited() {
     // SAFETY: closing a descriptor that something still owned could make that close another one
@@ -203,7 +204,7 @@ pub(crate) fn die_of(signal: i32) -> ! {
         maximum: Some(0),
     };
     let _ = rustix::process::setrlimit(rustix::process::Resource::Core, no_core);
-    // A core pattern that is a pipe looks at this instead.
+    // If the core pattern is a pipe, the kernel ignores the limit and looks at this flag.
     let _ = rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable);
     set_handler(signal, libc::SIG_DFL);
     change_mask(libc::SIG_UNBLOCK, &set_of(&[signal]));
@@ -256,11 +257,11 @@ pub(crate) fn process_time(pid: i32) -> Option<u64> {
         .checked_add(u64::try_from(time.tv_nsec).ok()?)
 }
 
-/// A child that nobody misses: what goes wrong in it ends it, in silence. Beyond what it has, it
-/// gets so many bytes of `memory`.
+/// Makes this process one that may fail: an error in it ends it without a message. Beyond what it
+/// has, it gets so many bytes of `memory`.
 pub(crate) fn be_expendable(parent: Option<Pid>, memory: u64) {
     die_with(parent);
-    // Of `std`'s own handlers one speaks, the other calls itself an overflow.
+    // `std` handles the first two, and would print a message about a stack overflow.
     for signal in [libc::SIGSEGV, libc::SIGBUS, libc::SIGALRM, libc::SIGPIPE] {
         set_handler(signal, libc::SIG_DFL);
     }
@@ -298,7 +299,7 @@ pub(crate) fn end_in(seconds: u32) {
 pub(crate) fn wait_for_the_end_of(parent: Pid) -> ! {
     die_with(Some(parent));
     loop {
-        // SAFETY: it takes nothing; a signal that returns from it does no harm.
+        // SAFETY: it has no arguments; it returns after a handled signal, and is called again.
         unsafe { libc::pause() };
     }
 }
@@ -353,8 +354,8 @@ pub(crate) fn idle_call() {
 extern "C" fn on_alarm(_: i32) {}
 
 extern "C" fn on_forward(signal: i32) {
-    // SAFETY: `kill` takes any numbers. The tracer's is not reused: nobody waits for it while this
-    // handler is installed.
+    // SAFETY: `kill` takes any numbers. The tracer's is not reused, because no code waits for it
+    // while this handler is installed.
     keeping_errno(|| unsafe { libc::kill(TRACER.load(Relaxed), signal) });
 }
 

@@ -70,9 +70,9 @@ type Comm = ([u8; 15], u8);
 #[derive(Debug, Default)]
 struct Opens {
     list: Vec<Open>,
-    /// So many have not ended.
+    /// How many have not ended.
     open: usize,
-    /// So many at the end of the list have ended.
+    /// How many at the end of the list have ended.
     ended: usize,
 }
 

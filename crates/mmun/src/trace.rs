@@ -176,7 +176,7 @@ impl Plan {
 /// How old a record may become before it is written.
 const LAG: Duration = Duration::from_millis(200);
 
-/// What nobody sends: the flusher waits for the other end to be gone.
+/// Never sent: the flusher waits for the other end to be gone.
 #[derive(Debug, PartialEq)]
 enum Never {}
 
@@ -254,8 +254,8 @@ fn trace(mut plan: Plan, front: Option<rustix::process::Pid>) -> (Outcome, Optio
         Err((_, error)) if error.kind() == io::ErrorKind::BrokenPipe => {
             Outcome::Signal(libc::SIGPIPE)
         }
-        // Nobody reads it, so it would not be read either what went wrong, and saying it might not
-        // end.
+        // No process reads standard error. The message about it would not be read either, and
+        // writing it might not end.
         Err((name, error)) if error.kind() == io::ErrorKind::TimedOut && name == Output::STDERR => {
             FAILED
         }
@@ -331,8 +331,8 @@ fn serve(tracer: &mut Tracer<TraceObserver>) -> Outcome {
 fn keep(keeper: Keeper) {
     sys::ignore_everything();
     sys::stop_seen();
-    // Nobody waits for the end of a pipe, for a lock or for a mount because of this process; where
-    // that fails, nothing is lost.
+    // So that no other process waits for the end of a pipe, for a lock or for a mount because of
+    // this one; where that fails, nothing is lost.
     let _ = std::env::set_current_dir("/");
     if let Ok(null) = std::fs::File::options()
         .read(true)

@@ -22,7 +22,7 @@ fn main() -> Result<(), Failure> {
     let context = open()?;
     let domain = context.alloc_pd()?;
     let mut end = Endpoint::new(&context, &domain)?;
-    // SAFETY: nobody else is told a key; each is used during its lease.
+    // SAFETY: no other program is told a key; each is used during its lease.
     let rdma = unsafe { Rdma::new(domain, Access::LocalWrite) }?;
     let _hook = Hook::install()?;
     let device = Device::new(rdma, Options::new());

@@ -30,7 +30,7 @@ fn main() -> Result<(), Failure> {
     let (mut reader, _peer) = connected(&context, &domain)?;
     // SAFETY: the one reader below uses each key during its lease, and waits for the transfer.
     let rdma = unsafe { Rdma::new(domain, Access::LocalWrite | Access::RemoteRead) }?;
-    // The kernel source sees everything; where it cannot be had, the hooks see what `free` does.
+    // The kernel source sees everything; where it does not work, the hooks see what `free` does.
     let (options, _hook) = match Kernel::start() {
         Ok(kernel) => (Options::new().kernel(kernel), None),
         Err(why) => {

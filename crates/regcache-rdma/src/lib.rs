@@ -19,7 +19,7 @@
 //! use sideway::ibverbs::device::DeviceList;
 //!
 //! let context = DeviceList::new()?.get(0).ok_or("no RDMA device")?.open()?;
-//! // Sound, as nobody but this program is told a key, and it uses each during its lease only.
+//! // Sound, because only this program is told a key, and it uses each during its lease only.
 //! let rdma = unsafe { Rdma::new(context.alloc_pd()?, Access::LocalWrite | Access::RemoteRead)? };
 //! let _hook = Hook::install()?;
 //! let device = Device::new(rdma, Options::new());

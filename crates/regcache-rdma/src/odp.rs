@@ -1,5 +1,5 @@
-//! On-demand paging: devices that fault pages in, and are told by the kernel's own MMU notifiers
-//! when they go.
+//! On-demand paging: a device that faults pages in itself. The kernel's own MMU notifiers tell its
+//! driver when a page is taken away.
 //!
 //! # Safety
 //! The device is asked through the context that its protection domain keeps open.
@@ -20,18 +20,18 @@ use std::ptr::null;
 ///
 /// Such a device needs no cache to stay correct: register with
 /// [`Access::OnDemand`](crate::Access::OnDemand), and the kernel takes translations back from the
-/// device itself. What it costs is a page fault of the device for each page that comes anew. The
-/// software device rxe has it from Linux 6.18 on, mlx5 in hardware.
+/// device itself. The price is a page fault of the device at the first use of each page. The
+/// software device rxe has on-demand paging since Linux 6.18; mlx5 has it in hardware.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct OnDemand {
     /// Whether a whole address space can be one region.
     pub implicit: bool,
-    /// Reliable connections: whether `SEND`, `WRITE` and `READ` may use such memory.
+    /// Reliable connections: whether `SEND` may use such memory.
     pub send: bool,
-    /// The same of `WRITE`.
+    /// Reliable connections: whether `WRITE` may use such memory.
     pub write: bool,
-    /// The same of `READ`.
+    /// Reliable connections: whether `READ` may use such memory.
     pub read: bool,
 }
 
@@ -53,7 +53,7 @@ impl OnDemand {
     pub(crate) fn of_domain(domain: &ProtectionDomain) -> Result<Option<Self>, Error> {
         // SAFETY: the domain is there as long as the reference to its owner lives.
         let domain = unsafe { domain.pd() };
-        // SAFETY: a live domain says which context it belongs to, and that stays open as long.
+        // SAFETY: a live domain points to the context that it belongs to, and keeps that open.
         let context = unsafe { domain.as_ref() }.context;
         // SAFETY: as above.
         unsafe { query(context) }

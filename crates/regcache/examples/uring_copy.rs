@@ -100,7 +100,7 @@ fn copy(
                 continue;
             }
             let buffer = free.recv()?;
-            // SAFETY: The memory is the buffer's, mapped, and nobody else uses it.
+            // SAFETY: The memory is the buffer's, mapped, and no other code uses it.
             let memory = unsafe { std::slice::from_raw_parts(buffer.0, LEN) };
             let range = mmu_notifier::VaRange::covering(
                 mmu_notifier::Va::new(memory.as_ptr().addr() as u64),
@@ -154,7 +154,7 @@ fn remap(used: &Receiver<Buffer>, free: &Sender<Buffer>) -> io::Result<u64> {
             let _ = free.send(Buffer(place));
             continue;
         }
-        // The addresses stay reserved meanwhile, so that nobody else is given them.
+        // The addresses stay reserved meanwhile, so that no other mapping gets them.
         // SAFETY: The memory is the buffer's, which this thread has now.
         unsafe {
             libc::mmap(

@@ -1,7 +1,7 @@
 //! One cache: the notifier that the core calls, and what hits, misses and ends of leases do.
 
 use crate::error::Refusal;
-use crate::gate::{Armed, Gate};
+use crate::freshness::{Armed, Freshness};
 use crate::index::{Index, Look};
 use crate::options::reported;
 use crate::raw::handles::Handles;
@@ -30,7 +30,7 @@ pub(crate) struct Cache<R: Registrar> {
     pub(crate) ended: Condvar,
     pub(crate) registrar: Arc<R>,
     pub(crate) options: Options,
-    pub(crate) gate: Gate,
+    pub(crate) freshness: Freshness,
     in_callbacks: bool,
 }
 
@@ -43,7 +43,7 @@ impl<R: Registrar> Cache<R> {
             ended: Condvar::new(),
             in_callbacks: registrar.deregisters_in_callbacks(),
             registrar,
-            gate: Gate::new(options.kernel.clone()),
+            freshness: Freshness::new(options.kernel.clone()),
             options,
         })
     }
@@ -65,8 +65,8 @@ impl<R: Registrar> Cache<R> {
             self.end(held);
         }
         // To look again would be in vain, mostly, and what it misses is found under the lock.
-        if wrong.is_some() || !self.gate.is_current() || !self.index.quick_sees_all() {
-            self.gate.settle()?;
+        if wrong.is_some() || !self.freshness.is_current() || !self.index.quick_sees_all() {
+            self.freshness.settle()?;
             match self.index.look_up(range) {
                 Look::Hit(held) => return Ok(held),
                 Look::Dead(region) => self.ended_dead(region),
@@ -224,7 +224,7 @@ impl<R: Registrar> Cache<R> {
             evicted: counts.evicted,
             flushed: counts.flushed,
             collisions: counts.collisions,
-            lost: self.gate.lost(),
+            lost: self.freshness.lost(),
             regions: state.regions.into(),
             bytes: reported(state.bytes),
             live_regions: state.live_regions.into(),

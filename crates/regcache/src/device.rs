@@ -5,7 +5,7 @@ mod owned_lease;
 pub use owned_lease::OwnedLease;
 
 use crate::cache::Cache;
-use crate::gate::Gate;
+use crate::freshness::Freshness;
 use crate::index::Look;
 use crate::lease::Lease;
 use crate::{Error, Options, Registrar, Stats};
@@ -35,7 +35,7 @@ type Make<R> = Box<dyn Fn(&MmWithUser) -> io::Result<Cache<R>> + Send + Sync>;
 /// let lease = cache.get(buffer)?; // which this one finds.
 /// assert_eq!(device.registrar().registered(), 1);
 ///
-/// let bracket = mm.invalidate(buffer, Event::Unmap); // Somebody unmaps it while it is in use:
+/// let bracket = mm.invalidate(buffer, Event::Unmap); // The buffer is unmapped while it is in use:
 /// assert!(!lease.is_current());
 /// drop(bracket);
 /// assert_eq!(device.registrar().deregistered(), 0, "it stays registered for as long as the lease lasts");
@@ -46,7 +46,7 @@ type Make<R> = Box<dyn Fn(&MmWithUser) -> io::Result<Cache<R>> + Send + Sync>;
 pub struct Device<R: Registrar> {
     registrar: Arc<R>,
     /// An address space that has ended; it knows the process that it was made in.
-    home: Mm,
+    origin: Mm,
     subsystem: Subsystem<Cache<R>, io::Error, Make<R>>,
 }
 
@@ -57,12 +57,12 @@ impl<R: Registrar> Device<R> {
         let registrar = Arc::new(registrar);
         let for_caches = Arc::clone(&registrar);
         let make: Make<R> = Box::new(move |mm| {
-            Gate::check(&options.kernel, mm)?;
+            Freshness::check(&options.kernel, mm)?;
             Cache::new(Arc::clone(&for_caches), options.clone())
         });
         Self {
             registrar,
-            home: (*MmWithUser::new()).clone(),
+            origin: (*MmWithUser::new()).clone(),
             subsystem: Subsystem::new(make),
         }
     }
@@ -73,7 +73,7 @@ impl<R: Registrar> Device<R> {
         &self.registrar
     }
 
-    /// Opens the device's cache for an address space, the same one for everybody.
+    /// Opens the device's cache for an address space. All handles are of the same cache.
     ///
     /// When the last handle is dropped, the cache deregisters everything, a moment later and on
     /// another thread. [`synchronize`](Self::synchronize) waits for it.
@@ -85,7 +85,7 @@ impl<R: Registrar> Device<R> {
     /// options have a kernel source and this is another address space than [`mmu_source::current`].
     /// [`Error::Forked`] in a child of the process that made the device.
     pub fn open(&self, mm: &MmWithUser) -> Result<RegCache<R>, Error<R::Error>> {
-        if self.home.is_inherited() {
+        if self.origin.is_inherited() {
             return Err(Error::Forked);
         }
         let subscription = self
@@ -123,12 +123,13 @@ impl<R: Registrar + fmt::Debug> fmt::Debug for Device<R> {
 /// [`Lease::end_later`], which never deregisters. Both may interrupt anything.
 ///
 /// [`get`](Self::get) and the drop of a lease are for handlers only if the registrar is, and the
-/// subscribers of the kernel source are: any `get` can be a miss, also of a region that is leased,
-/// because a change of its memory takes it out of the look-up. With [`Options::kernel`], each fork
-/// changes all private writable memory. [`Mlock`](crate::Mlock) is not for handlers: it would wait
-/// for the lock that the interrupted code holds. Where `get` would wait for the cache's own work
-/// that the handler interrupted, it is refused ([`Error::WouldDeadlock`]). `flush`, `stats`,
-/// `get_owned` and opening or dropping handles are not for handlers.
+/// subscribers of the kernel source are: any `get` can be a miss. Even a leased region
+/// can be out of the look-up, because a change of its memory takes it out. With
+/// [`Options::kernel`], each fork changes all private writable memory. [`Mlock`](crate::Mlock) is
+/// not for handlers: it would wait for the lock that the interrupted code holds. Where `get` would
+/// wait for the cache's own work that the handler interrupted, it is refused
+/// ([`Error::WouldDeadlock`]). `flush`, `stats`, `get_owned` and opening or dropping handles are
+/// not for handlers.
 pub struct RegCache<R: Registrar> {
     subscription: Subscription<Cache<R>>,
 }
@@ -152,7 +153,7 @@ impl<R: Registrar> RegCache<R> {
     #[inline(always)]
     pub fn get(&self, range: VaRange) -> Result<Lease<'_, R>, Error<R::Error>> {
         let cache = &*self.subscription;
-        let quick = if cache.gate.is_current() {
+        let quick = if cache.freshness.is_current() {
             cache.index.quick(range)
         } else {
             Err(None)
@@ -171,9 +172,9 @@ impl<R: Registrar> RegCache<R> {
     /// Waits for nothing, except once in a thread: its first look-up takes a number for the thread,
     /// under a lock that other threads hold for some hundred nanoseconds while they take theirs.
     ///
-    /// `None` also while the kernel source of [`Options::kernel`] has changes that were not told
-    /// yet, and in the child of a fork. A later [`get`](Self::get), or the source's own thread, has
-    /// them told.
+    /// Returns `None` also in the child of a fork, and while changes that the kernel source of
+    /// [`Options::kernel`] has counted were not told to the cache yet. A later [`get`](Self::get),
+    /// or the source's own thread, runs their callbacks.
     ///
     /// # Examples
     /// ```
@@ -192,7 +193,7 @@ impl<R: Registrar> RegCache<R> {
     #[must_use]
     pub fn get_cached(&self, range: VaRange) -> Option<Lease<'_, R>> {
         let cache = &*self.subscription;
-        if !cache.gate.is_current() {
+        if !cache.freshness.is_current() {
             return None;
         }
         let held = cache.index.quick(range).or_else(|wrong| {
@@ -212,8 +213,8 @@ impl<R: Registrar> RegCache<R> {
     }
 
     /// The same as [`get`](Self::get), for a lease that keeps the cache itself, such as one that
-    /// goes along with a request and is dropped when it completes. Dearer by the two counts of a
-    /// handle.
+    /// goes along with a request and is dropped when it completes. It costs more by the two counts
+    /// of a handle.
     ///
     /// # Errors
     /// As `get`; [`Error::Open`] if there are too many handles.

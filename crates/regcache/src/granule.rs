@@ -10,7 +10,7 @@ use mmu_notifier::{Va, VaRange};
 /// The level that has the whole address space in two granules is the last.
 pub(crate) const LEVELS: u32 = 18;
 /// The most granules that a region touches.
-pub(crate) const MOST: u32 = 9;
+pub(crate) const MAX_GRANULES: u32 = 9;
 
 /// Levels whose granules are smaller than a block.
 pub(crate) const SMALL_LEVELS: u32 = 3;
@@ -40,7 +40,7 @@ pub(crate) fn level_of(range: VaRange) -> u32 {
     (0..LEVELS)
         .find(|level| {
             let (first, last) = span(range, shift(*level));
-            last - first < u64::from(MOST)
+            last - first < u64::from(MAX_GRANULES)
         })
         .expect("the last level has two granules")
 }
@@ -98,7 +98,7 @@ mod tests {
             for first in [0, 1, 7, 511, 12_345] {
                 let count = granules(range(first, pages)).count();
                 assert!(
-                    (1..=MOST as usize).contains(&count),
+                    (1..=MAX_GRANULES as usize).contains(&count),
                     "{pages} pages from {first}: {count}"
                 );
             }

@@ -1,5 +1,17 @@
 //! The look-up: what a hit reads and writes, without a lock.
 //!
+//! ```text
+//!   reader, a hit                              killer: an invalidation or eviction
+//!   -------------                              -----------------------------------
+//!   1. header -> table -> region R
+//!   2. slot of this thread = R                 1. R is dead
+//!      (light fence)                           2. (heavy fence)
+//!   3. is R live, and does it cover            3. is R in any slot?
+//!      what was asked for?                          yes: R stays registered until that lease ends
+//!        yes: R is leased                           no:  R is deregistered
+//!        no:  empty the slot again
+//! ```
+//!
 //! 1. The page of the header leads to the table, the table to a region that was entered under the
 //!    granule of the first address.
 //! 2. The region's number goes into a slot of this thread's own. From now on the region is leased,
@@ -7,12 +19,15 @@
 //! 3. If the region is live and covers what is asked for, the lease stands. If not, the slot is
 //!    emptied again.
 //!
-//! An invalidation or eviction, the *killer* of a region, marks the region dead, executes the heavy
-//! fence and then scans all slots. If the reader writes its slot before the fence, the scan finds
-//! the lease, and the region stays registered until the lease ends. If the fence comes first, step
-//! 3 finds the region dead, and the reader empties its slot. The end of a lease is the reverse: it
-//! empties the slot and then looks whether the region is still live; if not, it asks under the lock
-//! whether it was the last lease.
+//! An invalidation or eviction is the *killer* of a region. There are two cases:
+//!
+//! * If the reader writes its slot before the killer's fence, the killer's scan finds the lease,
+//!   and the region stays registered until the lease ends.
+//! * If the fence comes first, step 3 of the reader finds the region dead, and the reader empties
+//!   its slot.
+//!
+//! The end of a lease is the reverse: it empties the slot and then looks whether the region is
+//! still live. If the region is dead, it asks under the lock whether this was the last lease.
 
 use crate::granule::{hash, lead};
 use crate::raw::barrier;

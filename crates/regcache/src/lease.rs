@@ -80,7 +80,7 @@ impl<'a, R: Registrar> Lease<'a, R> {
         // follow. Partner: `set_dead`. Weaker, it could be of the memory that came afterwards, and
         // the answer from before.
         fence(Ordering::Acquire);
-        let known = cache.gate.is_current() || cache.gate.settle::<R::Error>().is_ok();
+        let known = cache.freshness.is_current() || cache.freshness.settle::<R::Error>().is_ok();
         known && !cache.index.page.is_inherited() && self.region().is_live()
     }
 }

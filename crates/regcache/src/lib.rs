@@ -97,8 +97,8 @@ mod cache;
 mod counting;
 mod device;
 mod error;
-#[cfg_attr(not(feature = "kernel"), path = "no_gate.rs")]
-mod gate;
+#[cfg_attr(not(feature = "kernel"), path = "always_fresh.rs")]
+mod freshness;
 mod granule;
 mod index;
 mod lease;

@@ -146,7 +146,7 @@ impl<R: Registrar> Cache<R> {
             region,
         };
         // The region is on the list: what begins to change from now on will mark it.
-        let armed = match self.gate.arm(target) {
+        let armed = match self.freshness.arm(target) {
             Ok(armed) => armed,
             Err(error) => return Some(Err(error.into())),
         };
@@ -186,7 +186,7 @@ impl<R: Registrar> Cache<R> {
         // Callbacks for what has begun to change since the region was armed mark it here. What
         // begins later is counted, and no look-up will trust the region before its callback has
         // run.
-        let settled = self.gate.settle();
+        let settled = self.freshness.settle();
         let mut state = self.lock();
         state.counts.registered += 1;
         let may_be_found = state.finish(region) && settled.is_ok();
@@ -282,7 +282,11 @@ impl<R: Registrar> Cache<R> {
         if !past.may_sleep {
             drop(state);
             past.may_sleep = true;
-            return self.gate.may_sleep().err().map(|error| Err(error.into()));
+            return self
+                .freshness
+                .may_sleep()
+                .err()
+                .map(|error| Err(error.into()));
         }
         if past.is_nested {
             return Some(Err(Refusal::WouldDeadlock));

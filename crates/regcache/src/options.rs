@@ -1,6 +1,6 @@
 //! How a cache is to behave.
 
-use crate::gate::{NO_SOURCE, Source};
+use crate::freshness::{NO_SOURCE, Source};
 use mmu_notifier::VaRange;
 #[cfg(feature = "kernel")]
 use mmu_source::kernel::Kernel;

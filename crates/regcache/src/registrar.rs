@@ -3,7 +3,7 @@
 use mmu_notifier::VaRange;
 use std::error::Error;
 
-/// A device, or whatever else wants memory to be made known to it before it is used.
+/// A device, or any other client to which memory must be registered before it is used.
 ///
 /// # Examples
 /// ```
@@ -56,11 +56,11 @@ pub trait Registrar: Send + Sync + 'static {
     /// Whether [`deregister`](Self::deregister) may be called inside an invalidation callback, so
     /// that a region that is not leased is deregistered before the memory goes away.
     ///
-    /// Such a callback can run in the middle of `free`, with the allocator's lock held. To say
-    /// true, `deregister` and the drop of the handle must not allocate, free, unmap, or wait for a
-    /// lock that anybody holds while doing so. If false, such a region is out of the look-up before
-    /// the memory goes away all the same, and is deregistered by the next miss, flush,
-    /// [`reap`](crate::RegCache::reap) or end of a lease.
+    /// Such a callback can run in the middle of `free`, with the allocator's lock held. If this
+    /// returns true, `deregister` and the drop of the handle must not allocate, free, unmap, or
+    /// wait for a lock whose holder may be doing so. If it returns false, the callback only takes
+    /// such a region out of the look-up, and the next miss, flush, [`reap`](crate::RegCache::reap)
+    /// or end of a lease deregisters it.
     fn deregisters_in_callbacks(&self) -> bool {
         false
     }
@@ -70,8 +70,8 @@ pub trait Registrar: Send + Sync + 'static {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Cause {
-    /// As much is registered as may be, such as `ENOMEM` for `RLIMIT_MEMLOCK`: the cache evicts
-    /// something and tries once more.
+    /// A limit is reached, such as `ENOMEM` for `RLIMIT_MEMLOCK`. The cache evicts a region and
+    /// tries once more.
     Limit,
     /// Not all of the range is mapped, such as `EFAULT`.
     NotMapped,

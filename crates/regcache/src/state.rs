@@ -1,5 +1,4 @@
-//! What the lock of a cache guards: which regions there are, and what they are going through (see
-//! [`Status`]).
+//! What the lock of a cache guards: the regions, and the status of each (see [`Status`]).
 //!
 //! Nothing here allocates, frees, calls the registrar or waits, because the lock is taken in
 //! callbacks that may run in the middle of `free`. Memory is made before the lock is taken; lists
@@ -11,7 +10,7 @@ mod open;
 
 pub(crate) use list::Chain;
 
-use crate::granule::{Granule, MOST, granules, hash, lead};
+use crate::granule::{Granule, MAX_GRANULES, granules, hash, lead};
 use crate::index::Index;
 use crate::options::{Merge, Options, size, within};
 use crate::raw::barrier;
@@ -25,8 +24,8 @@ use list::List;
 use mmu_notifier::{PAGE_SIZE, VaRange};
 use open::Open;
 
-/// Regions that may lie over each other in one place before they are merged in any case.
-const CROWD: usize = 64;
+/// How many regions may overlap in one place. More are merged, whatever the options say.
+const MAX_OVERLAPPING: usize = 64;
 
 /// What happened so far.
 #[derive(Debug, Default, Clone, Copy)]
@@ -44,12 +43,12 @@ pub(crate) struct Counts {
     pub(crate) collisions: u64,
 }
 
-/// What a request comes to.
+/// The outcome of a request.
 #[derive(Debug)]
 pub(crate) enum Target {
-    /// This region covers it.
+    /// This live region covers the request.
     Found(u32),
-    /// This is to be registered for it, and may replace something around.
+    /// This range is to be registered for the request. It may replace regions that it covers.
     New { range: VaRange, replaces: bool },
 }
 
@@ -60,7 +59,7 @@ pub(crate) struct State {
     /// How many places were ever used.
     high: u32,
     live: List,
-    /// Where the eviction looks next, on the list of the live.
+    /// The live region that the eviction looks at next.
     hand: u32,
     registering: List,
     killed: u32,
@@ -146,7 +145,7 @@ impl State {
         None
     }
 
-    /// Whether so many regions are entered where this one would be that each look-up there is slow.
+    /// Whether so many regions are entered under a granule of `range` that look-ups there are slow.
     fn is_crowded(&self, index: &Index, range: VaRange) -> bool {
         let Some(view) = index.page.view() else {
             return false;
@@ -155,7 +154,7 @@ impl State {
             let mut passed = 0;
             view.probe(granule.hash(), |_| {
                 passed += 1;
-                (passed == CROWD).then_some(())
+                (passed == MAX_OVERLAPPING).then_some(())
             })
             .is_some()
         })
@@ -243,7 +242,8 @@ impl State {
         while let Some(region) = next.checked_sub(1) {
             let other = index.region(region);
             let entry = &self.entries[region as usize];
-            // One that was hit will not be found afterwards: nothing to wait for.
+            // A registration that an invalidation has hit will not be found when it ends, so there
+            // is nothing to wait for.
             if !entry.hit
                 && (other.covers(range) || (merge != Merge::Never && other.overlaps(range)))
             {
@@ -283,8 +283,8 @@ impl State {
         Some(region)
     }
 
-    /// Takes a region off the list of those that are being registered; tells whether it may be
-    /// found by others.
+    /// Takes a region off the list of those that are being registered. Tells whether other requests
+    /// may find it.
     pub(crate) fn finish(&mut self, region: u32) -> bool {
         self.registering.remove(&mut self.entries, region);
         let may_be_found =
@@ -299,14 +299,14 @@ impl State {
             .page
             .tables()
             .newest()
-            .is_some_and(|table| table.has_room(MOST as usize))
+            .is_some_and(|table| table.has_room(MAX_GRANULES as usize))
     }
 
-    /// Makes a region be found that was just registered, and if it replaces others, what it covers
-    /// not any more.
+    /// Publishes a region that was just registered. If it replaces others, takes those that it
+    /// covers out of the look-up.
     ///
-    /// Whether it does was seen before it was registered. Nothing that it covers was published
-    /// since: who wanted to waited for it.
+    /// The request decided before the registration which regions are replaced. No region that it
+    /// covers was published since, because such a request waits for this one.
     pub(crate) fn publish(&mut self, index: &Index, region: u32, replaces: bool) {
         let range = index.region(region).range();
         if replaces {
@@ -406,8 +406,8 @@ impl State {
         })
     }
 
-    /// The start of an invalidation: nothing that overlaps `range` is found any more, or will be
-    /// before its end.
+    /// The start of an invalidation: until its end, no look-up finds a region that overlaps
+    /// `range`.
     pub(crate) fn invalidate_start(&mut self, index: &Index, range: VaRange) {
         self.open.begin(range);
         self.invalidate(index, range);
@@ -418,12 +418,12 @@ impl State {
         self.open.end(range);
     }
 
-    /// Whether an invalidation runs that is perhaps about `range`.
+    /// Whether an invalidation is open that may overlap `range`.
     pub(crate) fn is_invalidating(&self, range: VaRange) -> bool {
         self.open.overlaps(range)
     }
 
-    /// Takes whatever overlaps `range` out, and what is being registered there, too.
+    /// Takes every region that overlaps `range` out of the look-up, those under registration too.
     pub(crate) fn invalidate(&mut self, index: &Index, range: VaRange) {
         if !mutant("invalidate_nothing") {
             self.counts.invalidated += self.kill_where(index, range, |_| true);
@@ -517,8 +517,8 @@ impl State {
         self.registering.head != 0
     }
 
-    /// The end of a lease of a region that was dead by then. It may have been another region's
-    /// place meanwhile.
+    /// The end of a lease of a region that was dead by then. Its place may have been given to
+    /// another region meanwhile.
     pub(crate) fn lease_ended(&mut self, index: &Index, region: u32) -> Chain {
         match self.status(region) {
             // No fence: no lease of it can begin, and the ends of the others took this lock or are

@@ -1,4 +1,4 @@
-//! Every interleaving of a lease against whoever takes the region away. `RUSTFLAGS="--cfg
+//! Every interleaving of a lease against the thread that takes the region away. `RUSTFLAGS="--cfg
 //! mmun_loom" cargo test --release --test loom`.
 #![cfg(mmun_loom)]
 
@@ -191,7 +191,7 @@ fn the_last_lease_deregisters() {
         });
         drop(lease);
         changer.join().unwrap();
-        assert_eq!(world.memory.undone(), 1, "nobody has deregistered it");
+        assert_eq!(world.memory.undone(), 1, "not deregistered");
         end(world);
     });
 }

@@ -231,7 +231,7 @@ fn grace_periods_are_shared() {
     });
 }
 
-/// A sleeper that nobody wakes is a deadlock, which `loom` reports.
+/// A sleeper that no thread wakes is a deadlock, which `loom` reports.
 #[test]
 fn a_wake_up_is_not_lost() {
     model(3, || {

@@ -29,7 +29,7 @@ pub enum Cap {
     Rdma,
     /// The emulator's teaching device behind an IOMMU, bound to `vfio-pci`.
     Vfio,
-    /// Being root, to become somebody else.
+    /// Being root, to become another user.
     Root,
     /// Mounts of one's own: CAP_SYS_ADMIN, which containers withhold also from root.
     MountNamespace,
@@ -289,7 +289,7 @@ fn close(descriptor: libc::c_long) -> io::Result<()> {
     if descriptor < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the descriptor is new and nobody else's.
+    // SAFETY: the descriptor is new and has no other owner.
     unsafe { libc::close(descriptor as i32) };
     Ok(())
 }

@@ -2,7 +2,7 @@
 //! obviously right.
 //!
 //! It says what each operation returns and which callbacks it makes, in order. The real core is run
-//! on the same operations and must agree. Whoever operates is a number: brackets belong to a
+//! on the same operations and must agree. An actor is a number: brackets belong to a
 //! thread, and what waits for those of its own thread is refused. What would wait for other
 //! threads' is told by [`Model::blockers`]: the operation is begun, then those brackets are ended,
 //! and then it must be over. Frees are asynchronous, so the model says which notifiers have been

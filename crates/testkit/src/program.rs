@@ -23,7 +23,7 @@ pub fn copy_program(from: &Path, to: &Path, mode: u32) {
     );
 }
 
-/// Writes a script, or what is to be taken for a program, that everybody may execute: as
+/// Writes a script, or what is to be taken for a program, that every user may execute: as
 /// [`copy_program`] does.
 ///
 /// # Panics

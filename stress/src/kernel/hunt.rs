@@ -339,7 +339,7 @@ impl World {
         };
         let mut entries = cache.entries.lock().expect("no panic");
         entries[page] = Some(version);
-        // Whoever invalidates from here on waits for the lock.
+        // A thread that invalidates from here on waits for the lock.
         if seq.map_or(!kernel.is_current(generation), |seq| armed.read_retry(seq)) {
             entries[page] = None;
             self.tally.retries.fetch_add(1, Ordering::Relaxed);

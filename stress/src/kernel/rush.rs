@@ -1,5 +1,5 @@
-//! Everybody at once: some settle, fill, arm and drain while others change armed memory, and nobody
-//! may be held up for long.
+//! Many threads at once: some settle, fill, arm and drain while others change armed memory, and
+//! none may be held up for long.
 //!
 //! A watch looks at when each thread began what it is doing.
 
@@ -141,7 +141,7 @@ pub(super) fn change(base: usize) {
         libc::PROT_READ | libc::PROT_WRITE,
         libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
     );
-    // SAFETY: over a mapping of `map`, whose pages nobody else touches.
+    // SAFETY: over a mapping of `map`, whose pages no other code touches.
     let again = unsafe {
         libc::mmap(
             at(base),

@@ -36,7 +36,7 @@ impl Slow {
     }
 
     /// Holds up each change of each process with a virtual machine.
-    pub(super) fn everybody() -> io::Result<Self> {
+    pub(super) fn every_client() -> io::Result<Self> {
         attach(&[
             instruction(0xb7, 1, 0, TURNS),
             instruction(0x17, 1, 0, 1),

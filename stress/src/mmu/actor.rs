@@ -198,7 +198,7 @@ impl Actor {
         let Some((interval, frame)) = take(&mut self.intervals, &mut self.random) else {
             return;
         };
-        // What was handed back may be out of date: nobody tells it any more.
+        // What was handed back may be out of date: no bracket tells it any more.
         drop(frame);
         if self.random.one_in(2) {
             self.world.check(
@@ -366,7 +366,7 @@ impl Actor {
         }
     }
 
-    /// The frame changes only while no shadow has an entry of it, so whoever holds the shadow's
+    /// The frame changes only while no shadow has an entry of it, so the holder of the shadow's
     /// lock sees both agree.
     fn look(&self, shadow: &Shadow, frame: &AtomicU64) {
         let good = shadow

@@ -57,7 +57,7 @@ impl Probe {
         );
     }
 
-    /// What a callback may do besides: put what somebody else got, and try what must be refused.
+    /// What a callback may do besides: put what another thread got, and try what must be refused.
     fn misbehave(&self, range: &InvalidateRange<'_>) {
         match (self.starts.load(Ordering::Relaxed) + range.range().start().get() / 4096) % 16 {
             0 => {

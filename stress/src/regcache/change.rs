@@ -31,7 +31,7 @@ pub(super) fn run(
         let change = || match kind {
             0 => map(buffer, ACCESS, FRESH),
             1 => {
-                // A hole for a moment, which nobody else can be given.
+                // A hole for a moment, which no other mapping can get.
                 map(buffer, libc::PROT_NONE, FRESH | libc::MAP_NORESERVE);
                 map(buffer, ACCESS, FRESH);
             }
@@ -75,7 +75,7 @@ fn tell(kernel: &Kernel, buffer: &Buffer) {
 }
 
 fn map(buffer: &Buffer, access: i32, kind: i32) {
-    // SAFETY: The range is the pool's, whose bytes nobody but the holder of `changing` relies on.
+    // SAFETY: The range is the pool's, whose bytes only the holder of `changing` relies on.
     let place = unsafe { libc::mmap(buffer.start.cast(), buffer.len, access, kind, -1, 0) };
     assert_eq!(
         place.cast(),
@@ -99,8 +99,8 @@ fn protect(buffer: &Buffer) {
     }
 }
 
-/// Moves the pages elsewhere; there are others in their place at once, so that nobody else is given
-/// the addresses.
+/// Moves the pages elsewhere; there are others in their place at once, so that no other mapping
+/// gets the addresses.
 fn shift(buffer: &Buffer) {
     let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP;
     // Linux 6.18 refuses it for a part of a mapping, after having split the mapping.

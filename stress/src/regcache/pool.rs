@@ -16,7 +16,7 @@ pub(super) struct Buffer {
     pub(super) len: usize,
     /// Even, and the pattern is there; or odd, and it is being changed.
     version: AtomicU64,
-    /// Held by whoever changes it.
+    /// Held by the thread that changes it.
     pub(super) changing: Mutex<()>,
 }
 

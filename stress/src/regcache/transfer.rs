@@ -139,7 +139,7 @@ impl Worker {
                 );
                 add(&counts.errors);
             }
-            // SAFETY: The buffer is mapped, and nobody else changes it: the lock is held.
+            // SAFETY: The buffer is mapped, and no other thread changes it: the lock is held.
             let found = unsafe { std::slice::from_raw_parts(buffer.start, buffer.len) };
             if found != expected {
                 println!(

@@ -84,8 +84,8 @@ impl World {
 
     /// Frees an object whose grace period is over.
     pub(crate) fn free(&self, found: Found) {
-        // SAFETY: Needs a box that nobody else will give up: objects come from `replace`, and
-        // whoever unlinked one frees it once.
+        // SAFETY: Needs a box that no other code will give up: objects come from `replace`, and
+        // the thread that unlinked one frees it once.
         let object = unsafe { Box::from_raw(found.0.as_ptr()) };
         let before = object.state.swap(FREED, Ordering::Relaxed);
         if before != ALIVE {
@@ -95,8 +95,8 @@ impl World {
         let place = &self.kept[self.next_kept.fetch_add(1, Ordering::Relaxed) % KEPT];
         let oldest = place.swap(Box::into_raw(object), Ordering::AcqRel);
         if !oldest.is_null() {
-            // SAFETY: Needs a box that nobody else has: from `into_raw` above, and the swap gave it
-            // to us alone.
+            // SAFETY: Needs a box that no other code has: from `into_raw` above, and the swap gave
+            // it to us alone.
             drop(unsafe { Box::from_raw(oldest) });
         }
     }
@@ -122,7 +122,8 @@ impl Found {
     /// Frees the object of a head.
     ///
     /// # Safety
-    /// The head is that of an unlinked object whose grace period is over, and nobody else frees it.
+    /// The head is that of an unlinked object whose grace period is over, and no other code frees
+    /// it.
     pub(crate) unsafe fn free(head: NonNull<Head>) {
         let found = Found(head.cast());
         // SAFETY: The object must be alive: the caller's duty.

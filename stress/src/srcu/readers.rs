@@ -92,7 +92,7 @@ fn end_section(world: &World, moved: *mut Moved) {
     if moved.is_null() {
         return;
     }
-    // SAFETY: Needs a box that nobody else has: from `move_section`, and a swap gave it to the
+    // SAFETY: Needs a box that no other code has: from `move_section`, and a swap gave it to the
     // caller alone.
     let (section, found) = *unsafe { Box::from_raw(moved) };
     if let Some(found) = found {

@@ -46,7 +46,7 @@ pub(crate) fn run(plan: &Path) -> ExitCode {
 }
 
 fn tell(what: &str) {
-    // Without the line nobody could be told that there is none.
+    // Without the line the host could not be told that there is none.
     let _ = io::stdout().write_all(format!("\n{MARK}{what}\n").as_bytes());
 }
 
@@ -83,7 +83,7 @@ fn one(mut command: Command, limit: Duration) -> io::Result<String> {
             return Ok(format!("it did not end within {limit:?}"));
         }
         Err(RecvTimeoutError::Disconnected) => {
-            return Err(io::Error::other("nobody waited for it"));
+            return Err(io::Error::other("no process waited for it"));
         }
         Ok(status) => status?,
     };

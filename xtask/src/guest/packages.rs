@@ -1,5 +1,5 @@
 //! Debian's packages, from the mirror that the host uses, unpacked and not installed: the host's
-//! own packages and lists are left alone, and nobody has to be root.
+//! own packages and lists are left alone, and no user has to be root.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -11,7 +11,7 @@ SCENARIO(s_100_s_101_newest_first)
 	struct mm_struct *mm = mmun_mm_new();
 	struct probe *one, *two;
 
-	event(mm, 1); /* Nobody is there. */
+	event(mm, 1); /* No subscriber. */
 	one = got(mm, &ops, 1);
 	two = got(mm, &other_ops, 2);
 	forget();

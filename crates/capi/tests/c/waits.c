@@ -242,7 +242,7 @@ static void *unregister(void *argument)
 	return NULL;
 }
 
-/* As long as release runs, whoever changes the address space still calls the subscriber. */
+/* As long as release runs, a change of the address space still calls the subscriber. */
 SCENARIO(s_50_no_subscriber_is_delisted_before_its_release_has_returned)
 {
 	struct mm_struct *mm = mmun_mm_new();

@@ -350,7 +350,7 @@ fn history(seed: u64) {
     drop(open_rust);
     // SAFETY: One handle more, of one that there is.
     unsafe { mmun::mmun_mmgrab(mm_c) };
-    // Exit: everybody who is left hears `release`.
+    // Exit: every subscriber that is left hears `release`.
     // SAFETY: It was made with one user.
     unsafe { mmun::mmun_mmput(mm_c) };
     let kept: Mm = (*mm_rust).clone();

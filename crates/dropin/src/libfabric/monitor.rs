@@ -105,21 +105,19 @@ extern "C" fn subscribe(_: *mut MemMonitor, address: *const c_void, len: usize) 
         space
     });
     let (start, len) = (address.addr() as u64, len as u64);
-    // What changed before the registration is over and done with. What changed between the
-    // registration and this call is lost to every monitor of libfabric's: it says nothing when a
-    // miss begins.
+    // A change before the registration does no harm. A change between the registration and this
+    // call is missed by every monitor, because libfabric does not tell monitors that a miss begins.
     let watch = space.watch(start, len);
     // Without a source, in a child that could not start one, no change would be told either.
     let refused = watch.is_err() || !(space.is_watched() && space.mark());
-    // An error here is followed by an unsubscription in some versions and not in others. So there
-    // is none.
+    // Returns no error: after one, some versions of libfabric unsubscribe and others do not.
     space.ranges.subscribe(start, len, watch.unwrap_or(None));
     if refused {
         space.ranges.give_up(
             start,
             len,
             Change {
-                event: "no watch could be had",
+                event: "no watch could be made",
                 range: VaRange::ALL,
             },
         );

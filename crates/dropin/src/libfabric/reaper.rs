@@ -21,11 +21,11 @@ pub(crate) struct Reaper {
     is_started: AtomicBool,
 }
 
-/// It is at work, or about to sleep.
+/// The thread is at work, or about to sleep.
 const IDLE: u32 = 0;
-/// It looks again before it sleeps.
+/// The thread must look again before it sleeps.
 const ASKED: u32 = 1;
-/// It sleeps, or is about to, and has to be woken.
+/// The thread sleeps, or is about to, and must be woken.
 const ASLEEP: u32 = 2;
 
 /// Set when the process exits: libfabric may be taking itself down.

@@ -57,7 +57,7 @@ fn equal_ranges_are_counted() {
         (ranges.look(0x1000, 8), ranges.is_clean()),
         (Verdict::Unknown, true)
     );
-    // What this process never subscribed.
+    // A range that this process never subscribed.
     ranges.unsubscribe(0x1000, 8);
 }
 
@@ -68,7 +68,7 @@ fn a_callback_that_finds_the_table_locked_leaves_a_note() {
     ranges.subscribe(0x1000, 8, None);
     ranges.subscribe(far + (5 << 21), 8, None);
     let held = ranges.table.lock().unwrap();
-    // This very thread holds it, as when entering a range frees memory.
+    // This thread holds the lock itself, as when entering a range frees memory.
     assert!(ranges.changed(change(far + (5 << 21), 4096)));
     drop(held);
     assert!(!ranges.is_clean());

@@ -17,7 +17,7 @@ fn a_shell_has_no_thread_no_descriptor_and_no_report() {
 
 #[test]
 fn libc_is_not_patched() {
-    // The mapping of libc's code is one piece, as long as nobody has replaced a page of it.
+    // The mapping of libc's code is one piece, as long as no page of it was replaced.
     let mut command = preloaded("grep", "both");
     command.args(["-c", "r-xp.*/libc.so", "/proc/self/maps"]);
     assert_eq!(text(&output(command).stdout), "1\n");

@@ -15,7 +15,7 @@ use super::Mm;
 use crate::mm::context::Inside;
 use crate::mm::intervals::Window;
 use crate::mm::owned_guard::OwnedGuard;
-use crate::mm::subscriptions::{Reading, Walk};
+use crate::mm::subscriptions::{ReadSection, Walk};
 use crate::sync::mutant;
 use crate::{Blocking, Event, InvalidateRange, VaRange, WouldBlock};
 use srcu::Guard;
@@ -52,7 +52,7 @@ impl Mm {
     #[inline(always)]
     pub fn invalidate(&self, range: VaRange, event: Event) -> Bracket<'_> {
         let inside = Inside::enter(self);
-        let reading = self.subscriptions().read();
+        let section = self.subscriptions().read();
         let blocking = Blocking::Allowed;
         let mut bracket = Bracket {
             _stays: STAYS,
@@ -61,11 +61,11 @@ impl Mm {
             event,
             blocking,
             window: None,
-            reading,
+            section,
             _inside: inside,
         };
-        if (!bracket.reading.is_empty() || self.intervals().is_enabled()) && !self.is_inherited() {
-            bracket.window = start_each(&bracket.range_for_all(), &bracket.reading);
+        if (!bracket.section.is_empty() || self.intervals().is_enabled()) && !self.is_inherited() {
+            bracket.window = start_each(&bracket.range_for_all(), &bracket.section);
         }
         bracket
     }
@@ -90,17 +90,17 @@ impl Mm {
     #[must_use = "the bracket ends when the guard is dropped"]
     pub fn invalidate_owned(&self, range: VaRange, event: Event) -> OwnedBracket {
         let inside = Inside::enter(self);
-        let reading = Reading::of(self.clone());
+        let section = ReadSection::of(self.clone());
         let mut bracket = OwnedBracket {
             _stays: STAYS,
             range,
             event,
             window: None,
-            reading,
+            section,
             _inside: inside,
         };
         if !self.is_inherited() {
-            bracket.window = start_each(&bracket.range(), &bracket.reading);
+            bracket.window = start_each(&bracket.range(), &bracket.section);
         }
         bracket
     }
@@ -131,7 +131,7 @@ impl Mm {
     #[doc(alias = "mmu_notifier_invalidate_range_start_nonblock")]
     pub fn try_invalidate(&self, range: VaRange, event: Event) -> Result<Bracket<'_>, WouldBlock> {
         let inside = Inside::enter(self);
-        let reading = self.subscriptions().read();
+        let section = self.subscriptions().read();
         let blocking = Blocking::Forbidden;
         let each = InvalidateRange {
             mm: self,
@@ -148,7 +148,7 @@ impl Mm {
                 event,
                 blocking,
                 window: None,
-                reading,
+                section,
                 _inside: inside,
             });
         }
@@ -157,7 +157,7 @@ impl Mm {
         } else {
             None
         };
-        reading.try_start(&each, window)?;
+        section.try_start(&each, window)?;
         Ok(Bracket {
             _stays: STAYS,
             mm: self,
@@ -165,7 +165,7 @@ impl Mm {
             event,
             blocking,
             window,
-            reading,
+            section,
             _inside: inside,
         })
     }
@@ -198,11 +198,14 @@ impl Mm {
 
 /// Calls the intervals and then the subscribers. Returns the window that the end must close.
 #[inline(always)]
-pub(super) fn start_each<G>(range: &InvalidateRange<'_>, reading: &Reading<G>) -> Option<Window> {
+pub(super) fn start_each<G>(
+    range: &InvalidateRange<'_>,
+    section: &ReadSection<G>,
+) -> Option<Window> {
     if range.mm.intervals().is_enabled() {
-        return start_with_intervals(range, reading.walk());
+        return start_with_intervals(range, section.walk());
     }
-    reading.walk().start(range);
+    section.walk().start(range);
     None
 }
 
@@ -290,7 +293,7 @@ pub struct Bracket<'a> {
     event: Event,
     blocking: Blocking,
     window: Option<Window>,
-    reading: Reading<Guard<'a>>,
+    section: ReadSection<Guard<'a>>,
     _inside: Inside,
 }
 
@@ -330,9 +333,9 @@ impl<'a> Bracket<'a> {
 impl Drop for Bracket<'_> {
     #[inline(always)]
     fn drop(&mut self) {
-        if self.window.is_some() || !self.reading.is_empty() {
+        if self.window.is_some() || !self.section.is_empty() {
             let found = mutant("ends_whom_it_finds").then(|| self.mm.subscriptions().read());
-            let subscribers = found.as_ref().unwrap_or(&self.reading).walk();
+            let subscribers = found.as_ref().unwrap_or(&self.section).walk();
             end_each::<Guard<'_>>(&self.range_for_all(), subscribers, self.window);
         }
     }
@@ -348,7 +351,7 @@ pub struct OwnedBracket {
     range: VaRange,
     event: Event,
     window: Option<Window>,
-    reading: Reading<OwnedGuard>,
+    section: ReadSection<OwnedGuard>,
     _inside: Inside,
 }
 
@@ -357,7 +360,7 @@ impl OwnedBracket {
     #[must_use]
     pub fn range(&self) -> InvalidateRange<'_> {
         InvalidateRange {
-            mm: self.reading.mm(),
+            mm: self.section.mm(),
             range: self.range,
             event: self.event,
             blocking: Blocking::Allowed,
@@ -368,6 +371,6 @@ impl OwnedBracket {
 
 impl Drop for OwnedBracket {
     fn drop(&mut self) {
-        end_each::<OwnedGuard>(&self.range(), self.reading.walk(), self.window);
+        end_each::<OwnedGuard>(&self.range(), self.section.walk(), self.window);
     }
 }

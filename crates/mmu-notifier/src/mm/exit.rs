@@ -44,8 +44,8 @@ pub(super) fn release(mm: &Mm) {
     }
     {
         let _inside = context::Inside::enter(mm);
-        let reading = list.read();
-        reading.for_each(mm, |notifier| notifier.release(mm));
+        let section = list.read();
+        section.for_each(mm, |notifier| notifier.release(mm));
         list.delist_all();
     }
     if !mm.would_deadlock() {

@@ -54,7 +54,7 @@ use crate::{InvalidateRange, Mm, Va, VaRange, WouldBlock};
 /// use mmu_notifier::{Event, InvalidateRange, MmWithUser, Notifier, Registration, VaRange, WouldBlock};
 /// use std::sync::{Mutex, TryLockError};
 ///
-/// struct Table(Mutex<[Option<u64>; 8]>); // Of a fixed size: who holds the lock never allocates.
+/// struct Table(Mutex<[Option<u64>; 8]>); // Of a fixed size, so the holder of the lock never allocates.
 ///
 /// impl Notifier for Table {
 ///     fn invalidate_range_start(&self, _range: &InvalidateRange<'_>) {

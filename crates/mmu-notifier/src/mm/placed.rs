@@ -9,7 +9,7 @@ use super::Mm;
 use super::bracket::{close, start_each};
 use crate::mm::context::Inside;
 use crate::mm::intervals::Window;
-use crate::mm::subscriptions::Reading;
+use crate::mm::subscriptions::ReadSection;
 use crate::{Blocking, Event, InvalidateRange, VaRange, WouldBlock};
 use srcu::Guard;
 use std::mem::MaybeUninit;
@@ -23,7 +23,7 @@ use std::mem::MaybeUninit;
 pub struct PlacedBracket<'a> {
     each: InvalidateRange<'a>,
     window: Option<Window>,
-    reading: Reading<Guard<'a>>,
+    section: ReadSection<Guard<'a>>,
     _inside: Inside,
 }
 
@@ -44,7 +44,7 @@ impl<'a> PlacedBracket<'a> {
         origin: usize,
     ) {
         let inside = Inside::enter(mm);
-        let reading = mm.subscriptions().read();
+        let section = mm.subscriptions().read();
         let bracket = place.write(Self {
             each: InvalidateRange {
                 mm,
@@ -54,11 +54,11 @@ impl<'a> PlacedBracket<'a> {
                 origin,
             },
             window: None,
-            reading,
+            section,
             _inside: inside,
         });
-        if (!bracket.reading.is_empty() || mm.intervals().is_enabled()) && !mm.is_inherited() {
-            bracket.window = start_each(&bracket.each, &bracket.reading);
+        if (!bracket.section.is_empty() || mm.intervals().is_enabled()) && !mm.is_inherited() {
+            bracket.window = start_each(&bracket.each, &bracket.section);
         }
     }
 
@@ -78,7 +78,7 @@ impl<'a> PlacedBracket<'a> {
         origin: usize,
     ) -> Result<(), WouldBlock> {
         let inside = Inside::enter(mm);
-        let reading = mm.subscriptions().read();
+        let section = mm.subscriptions().read();
         let each = InvalidateRange {
             mm,
             range,
@@ -91,12 +91,12 @@ impl<'a> PlacedBracket<'a> {
             if mm.intervals().is_enabled() {
                 window = Some(mm.intervals().start(&each)?);
             }
-            reading.try_start(&each, window)?;
+            section.try_start(&each, window)?;
         }
         place.write(Self {
             each,
             window,
-            reading,
+            section,
             _inside: inside,
         });
         Ok(())
@@ -107,11 +107,11 @@ impl Drop for PlacedBracket<'_> {
     #[inline(always)]
     fn drop(&mut self) {
         let mm = self.each.mm;
-        if (self.window.is_some() || !self.reading.is_empty()) && !mm.is_inherited() {
+        if (self.window.is_some() || !self.section.is_empty()) && !mm.is_inherited() {
             if let Some(window) = self.window {
                 close(mm, window);
             }
-            self.reading.walk().end(&self.each);
+            self.section.walk().end(&self.each);
         }
     }
 }

@@ -69,9 +69,9 @@ impl Subscriptions {
 
     /// Opens a read section, and notes the node that is first now.
     #[inline(always)]
-    pub(crate) fn read(&self) -> Reading<Guard<'_>> {
+    pub(crate) fn read(&self) -> ReadSection<Guard<'_>> {
         let guard = self.srcu.read_lock();
-        Reading {
+        ReadSection {
             first: self.first(),
             guard,
         }
@@ -251,7 +251,7 @@ impl Subscriptions {
 /// # Invariants
 /// `first` is null or was reached in the section that `guard` keeps open.
 #[derive(Debug)]
-pub(crate) struct Reading<G> {
+pub(crate) struct ReadSection<G> {
     first: *const Header,
     guard: G,
 }
@@ -260,9 +260,9 @@ pub(crate) struct Reading<G> {
 // which is `Send` and `Sync`; the guard's section keeps the subscriber alive. Without this impl,
 // the compiler's message about a bracket that is sent to another thread would name this private
 // type.
-unsafe impl<G: Send> Send for Reading<G> {}
+unsafe impl<G: Send> Send for ReadSection<G> {}
 
-impl Reading<OwnedGuard> {
+impl ReadSection<OwnedGuard> {
     /// Opens a section and keeps its address space alive.
     pub(crate) fn of(mm: Mm) -> Self {
         let guard = OwnedGuard::new(mm);
@@ -277,7 +277,7 @@ impl Reading<OwnedGuard> {
     }
 }
 
-impl<G> Reading<G> {
+impl<G> ReadSection<G> {
     /// Tells whether the list was empty when the section was opened.
     #[inline(always)]
     pub(crate) fn is_empty(&self) -> bool {

@@ -12,7 +12,7 @@ fn three(log: &Log) -> [Probes; 3] {
 }
 
 #[test]
-fn s_100_start_and_end_call_everybody_newest_first() {
+fn s_100_start_and_end_call_every_subscriber_newest_first() {
     let (mm, log) = (MmWithUser::new(), Log::default());
     let subsystems = three(&log);
     let _held = subsystems
@@ -25,7 +25,7 @@ fn s_100_start_and_end_call_everybody_newest_first() {
 }
 
 #[test]
-fn s_101_with_nobody_subscribed_nothing_happens() {
+fn s_101_without_subscribers_nothing_happens() {
     let mm = MmWithUser::new();
     let count = mm.mm_count();
     for _ in 0..1000 {
@@ -167,7 +167,7 @@ fn an_owned_bracket_keeps_its_address_space() {
 }
 
 #[test]
-fn s_104_young_asks_everybody_and_test_young_stops_at_the_first() {
+fn s_104_young_asks_every_subscriber_and_test_young_stops_at_the_first() {
     struct Young(bool, Counter);
     impl Notifier for Young {
         fn clear_flush_young(&self, _mm: &Mm, _range: VaRange) -> bool {
@@ -186,13 +186,12 @@ fn s_104_young_asks_everybody_and_test_young_stops_at_the_first() {
     let (mm, calls) = (MmWithUser::new(), Counter::default());
     let _held = [false, true, false]
         .map(|young| Registration::new(&mm, Young(young, calls.clone())).unwrap());
-    let (nobody, none) = (MmWithUser::new(), Counter::default());
-    let _no =
-        [false; 2].map(|young| Registration::new(&nobody, Young(young, none.clone())).unwrap());
+    let (idle, none) = (MmWithUser::new(), Counter::default());
+    let _no = [false; 2].map(|young| Registration::new(&idle, Young(young, none.clone())).unwrap());
     assert!(
-        !nobody.clear_flush_young(page(1))
-            && !nobody.clear_young(page(1))
-            && !nobody.test_young(Va::new(0))
+        !idle.clear_flush_young(page(1))
+            && !idle.clear_young(page(1))
+            && !idle.test_young(Va::new(0))
     );
     assert_eq!(none.get(), 6, "all were asked, and all said no");
     assert!(mm.clear_flush_young(page(1)) && calls.get() == 3);

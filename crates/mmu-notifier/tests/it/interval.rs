@@ -117,7 +117,7 @@ fn b_19_a_refusing_interval_keeps_subscribers_out() {
 
 /// A reader or another callback that holds the state's lock is a refusal too.
 #[test]
-fn a_locked_state_refuses_where_nobody_may_sleep() {
+fn a_locked_state_refuses_where_sleeping_is_forbidden() {
     let mm = MmWithUser::new();
     let node = insert(&mm, page(1));
     node.with_state(|_| assert!(mm.try_invalidate(page(1), Event::Unmap).is_err()));

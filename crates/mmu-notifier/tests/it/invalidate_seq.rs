@@ -162,7 +162,7 @@ fn b_41_what_is_not_watched_disturbs_no_fault() {
     assert_eq!(
         fault(&shadow, 100, 1),
         Err(InstallError::NotWatched),
-        "nobody would zap it"
+        "no later bracket would zap it"
     );
     let snapshot = shadow.snapshot(pages(99, 100));
     assert_eq!(
@@ -191,7 +191,7 @@ fn b_42_an_unregister_between_start_and_end_needs_a_reset() {
     assert_eq!(
         shadow.try_install(before, |_| ()),
         Err(InstallError::Retry),
-        "what was looked up before has been in nobody's care"
+        "no callback covered the earlier look-up"
     );
     let shadow = Registration::new(&mm, shadow).unwrap();
     fault(&shadow, 7, 1).unwrap();

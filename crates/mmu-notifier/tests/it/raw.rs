@@ -105,7 +105,7 @@ fn s_29_a_surplus_put_is_an_error() {
 }
 
 #[test]
-fn s_60_unregister_gives_the_memory_back_whoever_has_users() {
+fn s_60_unregister_gives_the_memory_back_though_there_are_users() {
     let (all, mm, calls) = (Notifiers::new(), MmWithUser::new(), Arc::default());
     let node = register(&all, &mm, 1, &calls);
     assert!(all.find(&mm, |_| true).unwrap().is_some());

@@ -8,7 +8,7 @@ use mmu_notifier::{
 use std::sync::{Arc, Mutex};
 
 #[test]
-fn s_103_a_refusal_reaches_the_caller_and_everybody_was_asked() {
+fn s_103_a_refusal_reaches_the_caller_and_every_subscriber_was_asked() {
     let (mm, log) = (MmWithUser::new(), Log::default());
     let _a = Registration::new(&mm, Probe::new("a", &log, nothing())).unwrap();
     let _b = Registration::new(

@@ -406,7 +406,7 @@ impl IntervalOps for Quiet {
 }
 
 #[test]
-fn b_45_a_stuck_callback_delays_nobody_elsewhere() {
+fn b_45_a_stuck_callback_delays_no_other_address_space() {
     let (stuck_mm, mm, log, gate) = (
         Arc::new(MmWithUser::new()),
         MmWithUser::new(),

@@ -34,12 +34,12 @@ const MUTANTS: &[(&str, &str, &str)] = &[
     ),
     (
         "one_bank",
-        "subscribers::s_80_a_put_racing_a_synchronize_of_somebody_else",
+        "subscribers::s_80_a_put_racing_a_synchronize_of_another_subsystem",
         "returned before the free",
     ),
     (
         "freed_relaxed",
-        "subscribers::s_80_a_put_racing_a_synchronize_of_somebody_else",
+        "subscribers::s_80_a_put_racing_a_synchronize_of_another_subsystem",
         "returned before the free",
     ),
     (
@@ -50,17 +50,17 @@ const MUTANTS: &[(&str, &str, &str)] = &[
     (
         "exit_peeks_relaxed",
         "subscribers::s_48_s_50_unregister_racing_exit",
-        "delisted, and nobody has released it",
+        "delisted, and not released",
     ),
     (
         "delist_before_release",
         "subscribers::s_48_s_50_unregister_racing_exit",
-        "delisted, and nobody has released it",
+        "delisted, and not released",
     ),
     (
         "register_waits_not",
         "subscribers::s_66_s_69_a_registrar_racing_a_bracket",
-        "a stale entry that nobody will invalidate",
+        "a stale entry that no bracket will invalidate",
     ),
     (
         "first_relaxed",

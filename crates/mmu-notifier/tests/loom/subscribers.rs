@@ -139,7 +139,7 @@ fn s_30_a_put_racing_a_walker_that_must_reach_the_rest() {
 /// Two threads wait for the frees of one subsystem, and a put comes in between. The second thread
 /// must not rely on the first one's wait.
 #[test]
-fn s_80_a_put_racing_a_synchronize_of_somebody_else() {
+fn s_80_a_put_racing_a_synchronize_of_another_subsystem() {
     model(|| {
         let (mm, seen) = (Arc::new(MmWithUser::new()), Arc::new(Seen::default()));
         let subsystem = Arc::new(canaries(&seen));
@@ -214,10 +214,7 @@ fn s_48_s_50_unregister_racing_exit() {
             let seen = Arc::clone(&seen);
             move || {
                 drop(mm);
-                assert!(
-                    count(&seen.releases) >= 1,
-                    "delisted, and nobody has released it"
-                );
+                assert!(count(&seen.releases) >= 1, "delisted, and not released");
             }
         });
         let Ok(canary) = registration.unregister() else {
@@ -255,7 +252,7 @@ fn registrar_racing(bracket: fn(&Mm, &AtomicUsize)) {
         let (starts, ends) = (count(&seen.starts), count(&seen.ends));
         assert!(
             looked_up == 1 || starts == 1,
-            "a stale entry that nobody will invalidate"
+            "a stale entry that no bracket will invalidate"
         );
         assert_eq!(
             (starts, mm.callback_panics()),
@@ -281,7 +278,7 @@ fn s_66_s_69_a_registrar_racing_a_bracket() {
 fn s_66_s_69_a_registrar_racing_a_bracket_that_must_not_sleep() {
     registrar_racing(|mm, moved| {
         let Ok(bracket) = mm.try_invalidate(VaRange::ALL, Event::Unmap) else {
-            panic!("nobody refuses")
+            panic!("no subscriber refuses")
         };
         moved.store(1, Ordering::Relaxed);
         drop(bracket);

@@ -7,7 +7,7 @@ use mmu_notifier::VaRange;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
-/// An armed range. Dropping it disarms, and waits for nobody.
+/// An armed range. Dropping it disarms, and waits for no thread.
 #[derive(Debug)]
 #[must_use = "the range is disarmed when this is dropped"]
 pub struct Armed {

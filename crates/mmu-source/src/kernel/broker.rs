@@ -62,12 +62,12 @@ pub const SOCKET: &str = "/run/mmun/broker.sock";
 /// The environment variable that names another socket to a client.
 pub const VARIABLE: &str = "MMUN_BROKER";
 
-/// Who is served, and how many of them.
+/// Which clients a broker serves, and how many.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Options {
     /// The group whose members are served, besides root and the broker's own user.
     pub group: Option<String>,
-    /// How many clients there are at most. One user has half of what the others leave.
+    /// The most clients at a time. One user may have half of the places that the others leave.
     pub max_clients: usize,
 }
 
@@ -112,7 +112,7 @@ pub struct Broker {
 }
 
 impl Broker {
-    /// Makes a broker that listens at `path`, where a socket that nobody listens at is replaced.
+    /// Makes a broker that listens at `path`, where a socket without a listener is replaced.
     ///
     /// The socket can be opened by the group's members, or else by its own user only.
     ///

@@ -2,9 +2,9 @@
 //! types (BTF).
 //!
 //! A file of BTF is a header, the types, and their names. A type's number is its place; its length
-//! goes by its kind. What belongs to a module describes the module's own types only, and goes on
-//! with the numbers and the names of `vmlinux`. The reader takes any bytes: what makes no sense is
-//! as if it were not there.
+//! depends on its kind. The BTF of a module describes the module's own types only, and continues
+//! the numbers and the names of `vmlinux`. The reader takes any bytes, and skips what makes no
+//! sense.
 //!
 //! # Source
 //! `Documentation/bpf/btf.rst`, Linux 6.12.

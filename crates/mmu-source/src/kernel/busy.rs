@@ -16,11 +16,11 @@ srcu::thread_word! {
 pub(super) struct Flag(u64);
 
 impl Flag {
-    /// It is handing records on, and runs callbacks.
+    /// The thread is handing records on, and runs callbacks.
     pub(super) const TELLING: u64 = 1;
-    /// It is taking records in.
+    /// The thread is taking records in.
     pub(super) const TAKING: u64 = 2;
-    /// It waits for changes under way, or for the lock of those who do.
+    /// The thread waits for changes under way, or for the lock of the threads that do.
     pub(super) const WAITING: u64 = 4;
 
     /// `None` if the flag is set already.

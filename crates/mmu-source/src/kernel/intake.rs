@@ -1,4 +1,4 @@
-//! Taking records in: out of the ring, in front of those who ask.
+//! Taking records in: out of the ring, before the question of a caller is answered.
 //!
 //! ```text
 //!   the program ── ring ──> take in ──┬── watches are marked ───────── marked
@@ -6,9 +6,9 @@
 //! ```
 //!
 //! Taking in is short: it marks words and moves records into a queue of fixed size. It runs no
-//! callback, allocates nothing and frees nothing, so it can be done in the middle of `free` by
-//! whoever asks a [`Watch`](crate::Watch). Handing on (`tell.rs`) runs callbacks and has a lock of
-//! its own.
+//! callback, allocates nothing and frees nothing, so a thread that asks a
+//! [`Watch`](crate::Watch) can do it in the middle of `free`. Handing on (`tell.rs`) runs callbacks
+//! and has a lock of its own.
 //!
 //! The generation is counted before the record is there, and processors overtake each other:
 //! records come out of order, and `marked` moves on when none before is missing.
@@ -64,7 +64,7 @@ pub(super) struct Intake {
 }
 
 impl Intake {
-    /// Goes on from `generation`, which nobody has been told of.
+    /// Starts behind `generation`: the changes up to it are not told.
     pub(super) fn new(ring: Ring, generation: u64) -> Self {
         Self {
             ring,

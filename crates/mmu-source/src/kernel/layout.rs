@@ -15,7 +15,7 @@ pub(super) mod header {
     pub(in super::super) const DIRTY: usize = 136;
     /// The page whose events are questions.
     pub(in super::super) const SCRATCH: usize = 144;
-    /// Whether somebody is going to look at the ring anyway.
+    /// Whether a thread is going to look at the ring anyway.
     pub(in super::super) const AWAKE: usize = 152;
     /// How many ranges are armed.
     pub(in super::super) const ARMED: usize = 160;

@@ -1,11 +1,11 @@
 //! The thread that waits for records, in the vault's descriptor table, and has subscribers told.
 //!
-//! Who looks at every use needs nobody to wake: so this thread is woken by the first record after a
-//! pause, and from then on looks once a millisecond, while the program wakes nobody. After a
-//! millisecond in which everything was handed on it sleeps again.
+//! A client that looks at every use needs no wake-up. So this thread is woken by the first record
+//! after a pause, and from then on looks once a millisecond, while the program sends no wake-up.
+//! After a millisecond in which everything was handed on it sleeps again.
 //!
-//! It also closes machine B, which costs each change of this address space something, when nobody
-//! has waited for a while. A process that fills now and then would make a machine each time: so if
+//! It also closes machine B, which costs each change of this address space something, after a
+//! while without waits. A process that fills now and then would make a machine each time: so if
 //! one is made again soon after it was closed, it stays four times as long.
 
 use super::layout::header;
@@ -20,15 +20,16 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-/// How long machine B stays when nobody waits: at first, and at most.
+/// How long machine B stays without waits: at first, and at most.
 const LEASE: [Duration; 2] = [Duration::from_millis(10), Duration::from_secs(1)];
 /// How long after its end B is made again too soon.
 const SOON: Duration = Duration::from_secs(1);
 /// How often to look whether runs were skipped.
 const SECOND: Duration = Duration::from_secs(1);
-/// So many records in a millisecond, and B is made unasked: it tells our changes from others'.
+/// From this many records in a millisecond on, B is made without a request: with B the program
+/// recognises the events of other address spaces.
 const FLOOD: u64 = 64;
-/// So many ignored events in a millisecond keep B.
+/// From this many ignored events in a millisecond on, B is kept.
 const NOISE: u64 = 1;
 
 /// Starts the thread, in the descriptor table of the vault, whose thread this is.
@@ -97,7 +98,7 @@ fn listen(
             vault.post(move |machines| machines.make_b(&shared));
         }
         lease.look(inner, vault);
-        // A skipped run is an event that nobody counted.
+        // A skipped run is an event that was not counted.
         let shared = Arc::clone(inner);
         if may_skip {
             vault.post(move |machines| machines.look_for_missed_runs(&shared));

@@ -30,7 +30,7 @@ pub(super) struct Machines {
 /// source asks for that number.
 const UNKNOWN: Duration = Duration::from_secs(1);
 
-/// Who has the programs.
+/// The owner of the programs: this process, or a broker.
 #[derive(Debug)]
 pub(super) enum Keeper {
     Own(Programs),
@@ -69,7 +69,7 @@ impl Keeper {
     fn show_b(&self, machine: BorrowedFd<'_>) -> Option<bool> {
         match self {
             Self::Own(programs) => Some(programs.show(machine, Role::B)),
-            // It was not even asked.
+            // A broker that has ended cannot be asked.
             Self::Broker(session) if session.is_silent() => Some(false),
             Self::Broker(session) => session
                 .ask(Request::Count, Some(machine))
@@ -165,7 +165,7 @@ impl Machines {
     /// Closes B, after the program has forgotten it.
     fn forget_b(&mut self) {
         let Some(live) = &mut self.live else { return };
-        // If even this fails the program goes on reading B's count, so B has to stay.
+        // If even this fails, the program still reads B's count, so B has to stay.
         if live.b.is_some() && self.keeper.forget_b() {
             let b = live.b.take();
             self.tell_b();
@@ -173,7 +173,7 @@ impl Machines {
         }
     }
 
-    /// Closes B if nobody has waited since there were so many waits.
+    /// Closes B if no wait has begun since `begun` waits had.
     pub(super) fn close_idle_b(&mut self, inner: &Inner, begun: u64) {
         inner.waits.change_b(|| {
             if inner.waits.begun() == begun {

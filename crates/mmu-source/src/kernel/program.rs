@@ -102,10 +102,10 @@ pub(super) struct Maps<'a> {
 
 type Code = Assembler<Label>;
 
-/// Whose counters are looked at.
+/// Which counters are looked at.
 #[derive(Debug, Clone, Copy)]
 enum Base {
-    /// Those of the event's level: register [`BASE`] says where they begin.
+    /// The counters of the event's level, which begin at register [`BASE`].
     Event,
     Of(usize),
 }

@@ -18,7 +18,7 @@ const DISCARD: u32 = 1 << 30;
 const HEADER: usize = 8;
 /// What a record of the program takes: its three words and the header.
 const RECORD: u64 = 32;
-/// So many events are looked at where they lie; more are taken in.
+/// The most events that are looked at in the ring; if there are more, they are taken in.
 const GLIMPSE: u64 = 4;
 
 /// What the program wrote.
@@ -110,8 +110,8 @@ pub(super) fn range(start: u64, end: u64) -> VaRange {
     VaRange::covering(Va::new(start), end.wrapping_sub(start)).unwrap_or(VaRange::ALL)
 }
 
-/// Whether the few events that nobody has taken in are all elsewhere than in `range`, or not after
-/// `base`; `None` if a look at the ring does not tell.
+/// Whether the few events that were not taken in yet are all outside `range`, or not after `base`;
+/// `None` if a look at the ring does not tell.
 ///
 /// It takes no lock, and touches one page more than the look at the generation. Taking one event in
 /// touches seven. `checked` is the position up to which earlier calls for this range have found

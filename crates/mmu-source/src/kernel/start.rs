@@ -74,7 +74,7 @@ impl Kernel {
     ) -> R {
         self.vault().run(|machines| {
             f(&|start, end| {
-                // Of a broker's client, none is in reach.
+                // The client of a broker cannot reach its program.
                 let programs = machines.programs().ok_or(io::ErrorKind::PermissionDenied);
                 let injected = programs
                     .map_err(io::Error::from)

@@ -33,7 +33,7 @@ pub(super) use bpf::{
     Kind, Map, Object, attach, create_map, exists, load_program, missed_runs, number, run_program,
 };
 
-/// Where a change of page tables that KVM mirrors is told of.
+/// The tracepoint that KVM reaches before it applies a change of page tables.
 pub(super) const TRACEPOINT: &CStr = c"kvm_unmap_hva_range";
 
 /// `_IO(KVMIO, 0x01)`.
@@ -41,8 +41,8 @@ const KVM_CREATE_VM: c_ulong = 0xae01;
 
 /// Opens `/dev/kvm`.
 pub(super) fn open_kvm() -> io::Result<OwnedFd> {
-    // SAFETY: the path is a string that ends in a null; the call returns a descriptor that is
-    // nobody's yet, or -1.
+    // SAFETY: the path is a string that ends in a null; the call returns a descriptor that
+    // has no owner yet, or -1.
     owned(unsafe { libc::open(c"/dev/kvm".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) })
 }
 
@@ -53,9 +53,9 @@ pub(super) fn create_vm(kvm: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     uninterrupted(|| owned(unsafe { libc::ioctl(kvm.as_raw_fd(), KVM_CREATE_VM, 0_usize) }))
 }
 
-/// Makes a call that a signal ends with `EINTR`. If that happens, the thread's signals wait until
-/// it has been made: a timer that rings more often than the call can be made in would keep it from
-/// ever being made.
+/// Makes a call that a signal can end with `EINTR`. Then it blocks the thread's signals and makes
+/// the call again, because a timer whose period is shorter than the call would interrupt it each
+/// time.
 fn uninterrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     let is_interrupted = |result: &io::Result<T>| {
         result
@@ -67,7 +67,7 @@ fn uninterrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
         return result;
     }
     srcu::without_signals(|| {
-        // What the kernel has to do for a thread, as for io_uring, interrupts it too.
+        // Work that the kernel does in this thread, for example for io_uring, also interrupts it.
         for _ in 0..1000 {
             result = call();
             if !is_interrupted(&result) {
@@ -82,17 +82,17 @@ fn owned(descriptor: i32) -> io::Result<OwnedFd> {
     if descriptor < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: `from_raw_fd` needs an open descriptor that nobody else owns: the kernel has just
-    // made it.
+    // SAFETY: `from_raw_fd` needs an open descriptor without another owner: the kernel has
+    // just made it.
     Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 
 /// Makes a change of `page`, which has no content, so that its event is told. Not through libc,
 /// where `hook` would tell subscribers of it.
 pub(super) fn ask(scratch: &Scratch) {
-    // SAFETY: drops the content of a page of ours that nobody reads or writes.
+    // SAFETY: drops the content of a page of ours that no code reads or writes.
     let advise = |advice: i32| unsafe { machine::madvise(scratch.0.as_ptr(), page::size() as usize, advice) } == 0;
-    // Memory that the program has locked refuses the first.
+    // If the program has locked its memory, the kernel refuses the first advice.
     if !advise(libc::MADV_DONTNEED) {
         advise(MADV_DONTNEED_LOCKED);
     }
@@ -120,7 +120,7 @@ fn new_page(protection: i32) -> io::Result<NonNull<u8>> {
     Ok(NonNull::new(base.cast()).expect("mmap does not return null"))
 }
 
-/// A page that is only ever asked about.
+/// The page that `ask` discards. It is never read or written.
 #[derive(Debug)]
 pub(super) struct Scratch(NonNull<u8>);
 
@@ -240,12 +240,12 @@ impl Shared {
         })
     }
 
-    /// Unmaps it before its owner goes, who may be leaked.
+    /// Unmaps it without dropping it, because the owner may be leaked.
     ///
     /// # Safety
-    /// Nobody may use it again, or drop it.
+    /// It must not be used again, or dropped.
     pub(super) unsafe fn unmap(&self) {
-        // SAFETY: the mapping is ours, whole, and the caller vouches that nobody uses it any more.
+        // SAFETY: the mapping is ours, whole, and not used any more: the caller's duty.
         unsafe { libc::munmap(self.base.as_ptr().cast(), self.bytes) };
     }
 
@@ -296,7 +296,7 @@ impl super::Inner {
             .into_iter()
             .chain(ring)
         {
-            // SAFETY: nobody may use the mapping again. The last handle is being dropped, and all
+            // SAFETY: the mapping must not be used again. The last handle is being dropped, and all
             // of the source's threads are the parent's; they are also why `self`, and with it the
             // mapping, is never dropped here.
             unsafe { mapping.unmap() };
@@ -351,7 +351,7 @@ impl Glance {
         // SAFETY: a dereference needs a live word: `Watching` has the source beside this, whose
         // mapping it is in.
         let generation = unsafe { self.generation.as_ref() };
-        // ORDER(source-generation): Acquire, as everybody's look.
+        // ORDER(source-generation): Acquire, as every look.
         generation.load(Ordering::Acquire)
     }
 

@@ -126,8 +126,8 @@ impl Inner {
     /// [`busy::is_inside`].
     pub(super) fn settle(&self, generation: u64) {
         // Once more if the program has counted the generation on another processor and is about to
-        // write its record. Nobody waits for the lock itself: whoever has it goes on, and may have
-        // handed on what is asked for here long before.
+        // write its record. No thread waits for the lock itself: its holder proceeds, and
+        // may have handed on what is asked for here long before.
         crate::wait::until(|| {
             self.hand_on(generation);
             self.handled() >= generation || self.is_inherited()
@@ -138,7 +138,7 @@ impl Inner {
         self.handled() >= self.generation()
     }
 
-    /// The thread that runs callbacks when nobody looks. It ends after the callback in which the
+    /// The thread that runs callbacks when no client looks. It ends after the callback in which the
     /// source was stopped.
     pub(super) fn tell(&self) {
         loop {
@@ -178,7 +178,7 @@ impl Inner {
         self.header.u64(header::AWAKE).store(0, Ordering::Relaxed);
         // ORDER(source-awake): full fence between the word and the look at the generation. Partner:
         // the program, which counts the generation (a full barrier) and then looks at the word.
-        // Weaker, a record wakes nobody and nobody sees it.
+        // Weaker, a record wakes no thread and no thread sees it.
         fence(Ordering::SeqCst);
         self.is_caught_up()
     }

@@ -105,7 +105,7 @@ impl Notifier for Feeds {
 }
 
 #[test]
-fn changes_that_never_end_hold_nobody_up() {
+fn changes_that_never_end_hold_no_thread_up() {
     if !require(Cap::Bpf) {
         return;
     }
@@ -131,7 +131,7 @@ fn changes_that_never_end_hold_nobody_up() {
     assert!(feeds.unregister().is_ok());
 }
 
-/// Holds up whoever tells it of one page.
+/// Holds up the thread that tells it of one page.
 struct Slow {
     at: u64,
     gate: Mutex<()>,
@@ -146,7 +146,7 @@ impl Notifier for Slow {
 }
 
 #[test]
-fn nobody_waits_for_callbacks_that_came_later() {
+fn no_thread_waits_for_callbacks_that_came_later() {
     if !require(Cap::Bpf) {
         return;
     }

@@ -1,8 +1,8 @@
 //! Waiting until every change under way is over.
 //!
 //! The tracepoint tells the *start* of a change. What is translated between the start and the
-//! change itself is the old translation with the new generation: no count of starts can help. So
-//! whoever fills waits first.
+//! change itself is the old translation with the new generation, and no count of starts can show
+//! that. So a thread that fills an entry waits first.
 //!
 //! KVM counts the changes under way for each machine, but its tracepoint fires *before* that count
 //! goes up: on one machine "the generation has been seen, and the count is zero" proves nothing.
@@ -19,10 +19,10 @@
 //!   caller's next look at the generation sees it.
 //! * **An event of another address space.** At A's tracepoint B's count is above zero, because of
 //!   this very change. So an event that finds it at zero is not ours (or is ours and at B's
-//!   tracepoint, with A's to come), and the program need not count it. Whoever discards memory in a
-//!   loop elsewhere costs us nothing.
+//!   tracepoint, with A's to come), and the program need not count it. Another process that
+//!   discards memory in a loop costs this one nothing.
 //!
-//! Nobody can read the count but a BPF program, and no descriptor of ours is in the caller's reach
+//! Only a BPF program can read the count, and no descriptor of ours is in the caller's reach
 //! (`vault.rs`). So the caller *makes an event*: it discards a page that has no content, and the
 //! program at the tracepoint answers.
 //!
@@ -38,20 +38,20 @@
 //! cannot be read, or where it is not shown that the count goes down after the page tables' stores
 //! are seen (any processor but x86-64).
 //!
-//! B costs each change some 0.35 us, and is closed when nobody has waited for a while. The word
+//! B costs each change some 0.35 us, and is closed after a while without waits. The word
 //! with the address of B's count is cleared before, and unregistering B waits for every start that
 //! is being told (`synchronize_srcu`): no program reads the count of a machine that is gone.
 //!
 //! # Whose range is armed already
 //! A change of an armed range is counted in the generation. So a caller whose range was armed
 //! before needs no wait if no event has hit an armed range since the last wait began: what the
-//! others change is no business of its. `over` is the generation that a wait has found before it
+//! others change does not concern it. `over` is the generation that a wait has found before it
 //! asked.
 //!
 //! # Sharing
 //! `dirty` says whether there was any event since the last wait: 0 if not, 1 if there was, 2 while
-//! somebody waits. Waits have numbers. Who finds, with the lock in hand, that a wait has ended
-//! which began after it came, need not wait.
+//! a thread waits. Waits have numbers. A thread that finds, under the lock, that a wait has ended
+//! which began after its own call need not wait.
 //!
 //! # Source
 //! `virt/kvm/kvm_main.c`, `mm/mmu_notifier.c`, Linux 6.12 and 6.18.
@@ -167,13 +167,13 @@ impl Waits {
         let number = self.begun.load(Ordering::Relaxed) + 1;
         self.begun.store(number, Ordering::Relaxed);
         dirty.store(WAITING, Ordering::Relaxed);
-        // ORDER(source-generation): Acquire, as everybody's look: the question comes after it.
+        // ORDER(source-generation): Acquire, as every look: the question comes after it.
         let generation = header.u64(header::GENERATION).load(Ordering::Acquire);
         // ORDER(source-wait): full fence between the two words and the look at the count. Partners:
         // the program's look at `dirty`, which comes after its change has raised B's count (a
         // locked instruction), so that a change that did not set `dirty` again is seen in the
-        // count; and the fence of `arm` before the ticket, so that whoever relies on this wait has
-        // entered its range.
+        // count; and the fence of `arm` before the ticket, so that a thread that relies on this
+        // wait has entered its range.
         fence(Ordering::SeqCst);
         if !self.is_over(state, header) {
             vault
@@ -234,7 +234,7 @@ impl Waits {
         self.begun.load(Ordering::Relaxed)
     }
 
-    /// Has `f` change machine B while nobody waits. Not done if somebody does: that one may be
+    /// Has `f` change machine B while no thread waits. Not done if one does, because it may be
     /// waiting for the caller, the vault.
     pub(super) fn change_b(&self, f: impl FnOnce()) {
         let state = match self.state.try_lock() {

@@ -133,7 +133,7 @@ pub(super) fn native() -> Vec<Row> {
     [SHARED, OWN].concat()
 }
 
-/// Those that every kind of processor has.
+/// The calls that every kind of processor has.
 const SHARED: &[Row] = &[
     row(libc::SYS_munmap, Call::Munmap),
     row(libc::SYS_mremap, Call::Mremap),

@@ -9,7 +9,7 @@ use crate::{page, ranges};
 /// What a call maps if it succeeds. Its address is the call's result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Birth {
-    /// So many bytes from the result on.
+    /// This many bytes, from the result on.
     Bytes(u64),
     /// The heap, which ends at the result.
     Heap,

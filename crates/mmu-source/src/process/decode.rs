@@ -178,7 +178,7 @@ impl Entry {
                 };
                 then = match flags {
                     Ok(Some(flags)) if flags & libc::CLONE_VM as u64 == 0 => Then::Copy,
-                    // It shares, or its flags lie where no memory is.
+                    // The child shares the memory, or the flags are in memory that is not mapped.
                     Ok(_) => return None,
                     Err(_) => Then::MayCopy,
                 };

@@ -3,8 +3,8 @@
 //! It answers `SECCOMP_RET_TRACE` for the memory calls whose arguments say that they may change a
 //! translation, and `SECCOMP_RET_ALLOW` for everything else. Its shape:
 //!
-//! 1. Load the architecture. The native one goes on at 2, the 32-bit one at 4; a call of any other
-//!    architecture is traced, so that the tracer can say that it cannot read it.
+//! 1. Load the architecture. The native one continues at 2, the 32-bit one at 4; a call of any
+//!    other architecture is traced, so that the tracer can say that it cannot read it.
 //! 2. Load the number. On x86-64 a number with the x32 bit is traced and sorted out by the tracer.
 //! 3. Search the number in the native table; what is not in it is allowed, what is goes to the test
 //!    of its arguments.
@@ -55,9 +55,9 @@ enum When {
 /// Which calls are traced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Traced {
-    /// Those that may change a translation.
+    /// Calls that may change a translation.
     Changes,
-    /// Those that only make a mapping as well.
+    /// These, and calls that only make a mapping.
     ChangesAndBirths,
 }
 

@@ -133,7 +133,7 @@ pub(super) enum Named {
     Task(Pid),
     /// None of the tasks that are traced.
     Stranger,
-    /// It cannot be known which.
+    /// Unknown: any task.
     Anyone,
 }
 
@@ -256,19 +256,16 @@ mod tests {
 
     #[test]
     fn what_cannot_be_read_is_not_known() {
-        let nobody = Pid::MAX;
+        let none = Pid::MAX;
         assert_eq!(
-            (family(nobody), tracer_of(nobody), has_ended(nobody)),
+            (family(none), tracer_of(none), has_ended(none)),
             (None, None, None)
         );
         assert_eq!(
-            (
-                pidfd_target(nobody, 3),
-                named_by(nobody, 7, std::iter::empty())
-            ),
+            (pidfd_target(none, 3), named_by(none, 7, std::iter::empty())),
             (Named::Anyone, Named::Anyone)
         );
-        assert!(threads(nobody).is_err());
+        assert!(threads(none).is_err());
     }
 
     #[test]

@@ -15,8 +15,8 @@ pub(super) struct Space {
     pub(super) tasks: Cell<u32>,
     /// The calls of tasks elsewhere that hold brackets on it open.
     pub(super) from_elsewhere: Cell<u32>,
-    /// Address spaces that may be the same one as this: it could not be known whether its first
-    /// task shares their memory.
+    /// Address spaces that may be the same as this one: the tracer could not learn whether the
+    /// first task of this one shares their memory.
     perhaps: RefCell<Vec<Weak<Space>>>,
 }
 
@@ -31,8 +31,8 @@ impl Space {
         }
     }
 
-    /// Makes one that may be the same as any of `others`. Whatever is told in one of them is told
-    /// in it, and the other way.
+    /// Makes an address space that may be the same as any of `others`. An event in one of them is
+    /// told in this one too, and vice versa.
     pub(super) fn doubtful<'a>(others: impl IntoIterator<Item = &'a Rc<Space>>) -> Space {
         let space = Space::new(Break::default());
         space
@@ -42,7 +42,7 @@ impl Space {
         space
     }
 
-    /// It is known now to be none of the others.
+    /// Records that this address space is none of the others.
     pub(super) fn is_its_own(&self) {
         self.perhaps.take();
     }
@@ -68,9 +68,9 @@ impl Space {
 
 /// What is known of the program break.
 ///
-/// A call that grows the heap of a process with one thread is not followed to its exit, so that its
-/// success is open until it matters. Then, and when calls of several threads overlapped, `/proc` is
-/// asked.
+/// The tracer does not stop at the exit of a call that grows the heap of a process with one thread.
+/// So it does not know whether that call succeeded. When it needs to know, and when calls of
+/// several threads have overlapped, it reads `/proc`.
 ///
 /// # Invariants
 /// If `sure` is known, the break lies between it and `high`. `high` is at least what any call in
@@ -112,7 +112,8 @@ impl Break {
         heap_end: impl FnOnce() -> Option<u64>,
     ) -> BreakCall {
         let mut end = match self.sure {
-            // Exactly known, or so low that a growth beyond all that was asked for is a growth.
+            // The break is known exactly, or the request is above everything that was asked for so
+            // far and therefore grows the heap.
             Some(sure) if sure == self.high || new >= self.high => self.high,
             Some(_) => heap_end().map_or(self.high, |end| end.min(self.high)),
             None if self.no_heap => 0,

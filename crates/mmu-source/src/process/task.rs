@@ -34,21 +34,21 @@ pub(super) struct Tracee<H> {
     pub(super) task: Task,
     /// Its memory calls stop by a filter. Without one, every call stops.
     pub(super) filtered: bool,
-    /// It reports its end before it ends. One that was attached to, and what it made before its
-    /// first stop, does not yet.
+    /// Whether the task stops before it ends. A task that was attached to, or that such a task made
+    /// before its first stop, does not yet.
     pub(super) stops_at_exit: bool,
     pub(super) life: Life<H>,
     pub(super) call: Option<OpenCall>,
     /// The calls that the kernel is going to make again.
     pub(super) again: Vec<OpenCall>,
-    /// It was attached to, and may be in a call whose entry was not seen.
+    /// Whether the task was attached to, and may be in a call whose entry was not seen.
     pub(super) in_unseen_call: bool,
     /// Its process numbers processes as the tracer does; `None` if that was not asked yet or cannot
     /// be known.
     pub(super) numbers_agree: Option<bool>,
     /// When it reported last, on the tracer's clock of reports.
     pub(super) reported: u64,
-    /// It waits for its child to leave its memory, and can be stopped by nothing.
+    /// Whether the task waits in `vfork` for its child. Nothing can stop it then.
     pub(super) in_vfork: bool,
     /// How it is about to end, known from its exit event.
     pub(super) exit: Option<ExitStatus>,
@@ -103,7 +103,7 @@ impl<H> Tracee<H> {
         }
     }
 
-    /// How it goes on from a stop.
+    /// How it continues from a stop.
     pub(super) fn resume(&self) -> Resume {
         let every_call = self.call.is_some() || !self.again.is_empty() || !self.filtered;
         if every_call {

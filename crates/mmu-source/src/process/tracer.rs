@@ -65,8 +65,8 @@ impl Options {
 pub enum Done {
     /// No tracee is left.
     AllExited,
-    /// It was asked to stop; the tracees that there are stop at their next call until it runs again
-    /// or detaches.
+    /// The tracer was asked to stop. Its tracees stop at their next call until the tracer runs
+    /// again or detaches.
     Stopped,
 }
 
@@ -76,13 +76,13 @@ pub enum Done {
 ///
 /// ```compile_fail,E0277
 /// fn send<T: Send>() {}
-/// struct Nobody;
-/// # impl mmu_source::process::Observer for Nobody {
+/// struct Silent;
+/// # impl mmu_source::process::Observer for Silent {
 /// #     type Held = ();
 /// #     fn enter(&mut self, _: mmu_source::process::Task, _: &mmu_notifier::MmWithUser) {}
 /// #     fn leave(&mut self, _: mmu_source::process::Task, (): ()) {}
 /// # }
-/// send::<mmu_source::process::Tracer<Nobody>>();
+/// send::<mmu_source::process::Tracer<Silent>>();
 /// ```
 #[doc(alias = "ptrace")]
 pub struct Tracer<O: Observer> {
@@ -187,7 +187,7 @@ impl<O: Observer> Tracer<O> {
                 Wait::Stopped(tid, stop) => self.stopped(tid, stop)?,
                 Wait::Ended(tid, status) => self.ended(tid, status)?,
                 Wait::Interrupted => continue,
-                Wait::Nobody => {
+                Wait::NoTracee => {
                     debug_assert!(
                         self.tasks.is_empty() || !self.options.follow,
                         "a tracee vanished: {:?}",

@@ -55,7 +55,7 @@ pub(super) fn open() -> io::Result<OwnedFd> {
     if descriptor < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: `from_raw_fd` needs an open descriptor that nobody else owns: the kernel has just
+    // SAFETY: `from_raw_fd` needs an open descriptor without another owner: the kernel has just
     // made it.
     let uffd = unsafe { OwnedFd::from_raw_fd(descriptor as i32) };
     let mut api = [UFFD_API, FEATURES, 0];
@@ -105,7 +105,7 @@ pub(super) fn is_mapped(range: VaRange) -> io::Result<()> {
 /// Ends a userfaultfd: all its memory is unregistered, and all who wait for it go on. Its
 /// descriptor becomes another name of `event`.
 pub(super) fn replace(uffd: BorrowedFd<'_>, event: BorrowedFd<'_>) {
-    // SAFETY: both are open. Whoever owns the first owns an open descriptor afterwards as well.
+    // SAFETY: both are open, and the owner of the first owns an open descriptor afterwards as well.
     unsafe { libc::dup3(event.as_raw_fd(), uffd.as_raw_fd(), libc::O_CLOEXEC) };
 }
 
@@ -127,8 +127,8 @@ pub(super) fn read(uffd: BorrowedFd<'_>) -> Option<Message> {
     Some(match event as u8 {
         0x13 => {
             // SAFETY: closes the descriptor of the child's userfaultfd, which the kernel has just
-            // put there and which nobody knows, in the table of this thread. The child's memory is
-            // registered no more then.
+            // put there and which no other code knows, in the table of this thread. The child's
+            // memory is registered no more then.
             drop(unsafe { OwnedFd::from_raw_fd(a as u32 as i32) });
             Message::Fork
         }

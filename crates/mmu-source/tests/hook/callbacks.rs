@@ -13,7 +13,7 @@ impl Notifier for Quiet {}
 
 static QUIET: Subsystem<Quiet> = Subsystem::new(|_| Ok(Quiet));
 
-/// Does in its callbacks what a callback may do, when its own range comes by.
+/// Does in its callbacks what a callback may do, when it is called for its own range.
 #[derive(Debug, Default)]
 struct Busy {
     watched: AtomicU64,
@@ -34,7 +34,7 @@ impl Notifier for Busy {
             return;
         }
         self.starts.fetch_add(1, Ordering::Relaxed);
-        // One that exists: no other is to be had inside a bracket.
+        // One that exists: no new one can be made inside a bracket.
         let mm = range.mm().mmget_not_zero().expect("it is alive");
         let again = QUIET.get(&mm).expect("the subscription exists");
         again.put();

@@ -334,7 +334,7 @@ fn mprotect_and_its_sibling_with_a_key() {
     let pages = map(2, 0);
     watch.listen(pages, 2 * page_size());
     assert_eq!(
-        // SAFETY: pages of this test that nobody touches meanwhile.
+        // SAFETY: pages of this test that no other code touches meanwhile.
         unsafe { libc::mprotect(at(pages), page_size(), libc::PROT_READ) },
         0
     );
@@ -384,7 +384,8 @@ fn segments_of_shared_memory() {
     unmap(pages + 2 * page_size(), 2);
 }
 
-/// Without a descriptor left, nobody can be asked what is attached where: then everything is told.
+/// Without a descriptor left, the kernel cannot be asked what is attached where: then everything is
+/// told.
 #[test]
 fn what_cannot_be_looked_up_is_everything() {
     alone("calls::what_cannot_be_looked_up_is_everything", || {
@@ -429,7 +430,7 @@ fn the_program_break() {
         // SAFETY: gives up what was just added.
         unsafe { libc::sbrk(-(page_size() as isize)) };
         watch.expect("sbrk", Event::Unmap, &[(3 * p(), 4 * p())]);
-        // SAFETY: grows what nobody uses.
+        // SAFETY: grows memory that is not used.
         unsafe { libc::brk(at(start + 4 * page_size())) };
         watch.listen(start, 4 * page_size());
         // SAFETY: gives up what was just added.

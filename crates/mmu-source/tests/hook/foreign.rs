@@ -121,8 +121,8 @@ fn a_patch_over_ours_is_reported_and_left_alone() {
     );
 }
 
-/// A uprobe's breakpoint is one to the kernel only where the file is mapped: whoever ran into a
-/// copy would be killed.
+/// A uprobe's breakpoint is one to the kernel only where the file is mapped: a thread that ran
+/// into a copy would be killed.
 #[test]
 fn a_breakpoint_is_not_copied() {
     alone("foreign::a_breakpoint_is_not_copied", || {

@@ -96,8 +96,8 @@ fn the_stack_of_a_thread_that_has_ended() {
     };
     alone("inside::the_stack_of_a_thread_that_has_ended", || {
         let watch = Watch::new();
-        // Where one thread's stack has been unmapped, the next one's is mapped: here nobody else
-        // maps anything.
+        // Where one thread's stack has been unmapped, the next one's is mapped: here no other
+        // thread maps anything.
         let first = spawn()
             .expect("a thread")
             .join()

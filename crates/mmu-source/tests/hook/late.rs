@@ -1,4 +1,4 @@
-//! A library with the hook that comes by `dlopen`, into a process whose threads are at work
+//! A library with the hook that is loaded by `dlopen`, into a process whose threads are at work
 //! already.
 
 use crate::child::alone;
@@ -18,7 +18,7 @@ const BLOCK: usize = 256 << 10;
 
 fn open(path: &Path) -> *mut c_void {
     let name = CString::new(path.as_os_str().as_bytes()).expect("no zero byte");
-    // SAFETY: the libraries are this test's own and need nothing from whoever loads them.
+    // SAFETY: the libraries are this test's own and need nothing from their loader.
     let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
     assert!(!handle.is_null(), "{}", path.display());
     handle

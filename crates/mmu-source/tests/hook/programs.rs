@@ -1,4 +1,4 @@
-//! Real programs with the hook, and the kernel's notifier if it is to be had, preloaded: the same
+//! Real programs with the hook, and the kernel's notifier if it works, preloaded: the same
 //! output and exit status as without.
 
 use std::path::{Path, PathBuf};

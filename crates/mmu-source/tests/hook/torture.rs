@@ -1,7 +1,7 @@
 //! A detector of stale reads: a cache of what pages contain, kept right by callbacks alone, while
 //! others change the mappings under it by every call that the hook claims.
 //!
-//! What a page contains says which memory is mapped there, since nobody ever writes to a mapped
+//! What a page contains says which memory is mapped there, because no thread writes to a mapped
 //! region: every region shows some page of one file, of a private copy of one, or of a segment, and
 //! each carries its own stamp.
 
@@ -51,7 +51,7 @@ impl Cache {
             hint::spin_loop();
             thread::yield_now();
         }
-        // SAFETY: the lock was taken above, and whoever reaches an entry takes it.
+        // SAFETY: the lock was taken above, and every thread that reaches an entry takes it.
         let result = f(unsafe { &mut *entry.get() });
         lock.store(false, Ordering::Release);
         result
@@ -85,7 +85,8 @@ struct World {
     base: usize,
     file: i32,
     segments: [i32; 2],
-    /// Held by whoever changes a region, and by whoever compares what is cached with what is there.
+    /// Held by the thread that changes a region, and by the one that compares what is cached with
+    /// what is there.
     regions: [Mutex<()>; REGIONS],
     stale: AtomicUsize,
     hits: AtomicUsize,

@@ -113,8 +113,8 @@ fn a_process_with_threads_is_attached_to_and_lives_on_after_it_is_let_go() {
         });
         let done = tracer.run(&stop).expect("it runs");
         let (recorder, keeper) = tracer.detach();
-        assert!(!keeper.is_needed(), "nobody has a filter");
-        let seen = driver.join().expect("the server goes on");
+        assert!(!keeper.is_needed(), "no tracee has a filter");
+        let seen = driver.join().expect("the server still works");
         let records = recorder.finish();
         let mut told = unmapped(&records);
         for address in &seen {
@@ -175,7 +175,7 @@ fn a_child_that_is_made_while_its_parent_is_let_go_of_is_let_go_of() {
             .expect("it can be attached to");
         assert_eq!(tracer.run(&stop).expect("it runs"), Done::Stopped);
         let (recorder, keeper) = tracer.detach();
-        assert!(!keeper.is_needed(), "nobody has a filter");
+        assert!(!keeper.is_needed(), "no tracee has a filter");
         assert_eq!(traced_children(child.id()), [""; 0]);
         recorder.finish();
     }
@@ -437,7 +437,7 @@ fn a_parent_that_waits_in_vfork_is_let_go_of_without_waiting_for_its_child() {
             .expect("the child reads"),
     );
     line.clear();
-    from.read_line(&mut line).expect("it goes on");
+    from.read_line(&mut line).expect("it still works");
     assert_eq!(line, "waited 0\n");
     assert_eq!(child.wait().expect("a status").code(), Some(0));
     fs::remove_file(path).expect("removed");
@@ -470,7 +470,7 @@ fn a_process_that_is_frozen_is_let_go_of_at_once() {
         });
         took < Duration::from_secs(1)
     });
-    // It goes on, untraced.
+    // It still runs, untraced.
     group.thaw().expect("it is let run");
     server.go();
     server.say("end");

@@ -26,7 +26,7 @@ fn seen_and_said(trace: &Trace) -> (Vec<String>, Vec<String>) {
         if is_mark {
             inside = !inside;
         } else if inside {
-            let result = result.expect("nobody died in a call");
+            let result = result.expect("no task died in a call");
             let line = format!(
                 "{} {} {:#x} {:#x} {result}",
                 part.cause, part.event, part.start, part.end

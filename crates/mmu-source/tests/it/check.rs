@@ -27,7 +27,7 @@ pub(crate) fn pairs(records: &[Record]) {
                 assert!(!mms[&part.mm].released, "{part:?} after release");
                 assert!(
                     held.iter().any(|(_, mm)| *mm == part.mm),
-                    "{part:?} in an address space of nobody"
+                    "{part:?} in an address space without an owner"
                 );
                 open.push(part);
             }

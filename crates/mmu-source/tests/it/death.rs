@@ -31,7 +31,7 @@ fn a_task_killed_in_its_call_closes_its_bracket_and_leaves() {
     }));
     let trace = trace_with(Options::default(), recorder, &["threads", "4", "100"]);
     assert_eq!(trace.status, ExitStatus::Signal(libc::SIGKILL));
-    // The recorder has checked that every start has its end. Nobody's call was seen to return after
+    // The recorder has checked that every start has its end. No call was seen to return after
     // the kill.
     let died: Vec<_> = trace
         .ends()
@@ -86,7 +86,7 @@ fn a_thread_killed_before_it_was_named_is_not_waited_for() {
 }
 
 #[test]
-fn a_target_that_dies_in_somebody_elses_call_does_not_wait_for_it() {
+fn a_target_that_dies_in_the_call_of_another_does_not_wait_for_it() {
     if !require(Cap::Ptrace) {
         return;
     }

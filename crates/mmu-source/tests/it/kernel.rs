@@ -34,7 +34,7 @@ fn told(kernel: &Arc<Kernel>, name: &str, memory: Scratch, change: impl FnOnce(&
         "{name}: the generation has not moved"
     );
     _ = kernel.settle().expect("no fork");
-    assert!(!log.take().is_empty(), "{name}: nobody was told");
+    assert!(!log.take().is_empty(), "{name}: no subscriber was told");
     drop(armed);
     // What the change has unmapped may belong to another thread by now.
     std::mem::forget(memory);
@@ -97,7 +97,7 @@ fn every_change_by_this_process_is_told() {
         unsafe { libc::mremap(source.page(0), PAGE, PAGE, flags, memory.page(3)) };
     });
     told(&kernel, "mprotect", private(), |memory| {
-        // SAFETY: our own scratch memory, which nobody writes any more.
+        // SAFETY: our own scratch memory, which no code writes any more.
         unsafe { libc::mprotect(memory.page(0), PAGE, libc::PROT_READ) };
     });
     told(&kernel, "MADV_DONTNEED", private(), |memory| {
@@ -112,7 +112,7 @@ fn every_change_by_this_process_is_told() {
         advise(memory, libc::MADV_REMOVE)
     });
     told(&kernel, "ftruncate", shared(), |_| {
-        // SAFETY: integers; nobody reads the mapping any more.
+        // SAFETY: integers; no code reads the mapping any more.
         unsafe { libc::ftruncate(file.as_raw_fd(), 0) };
     });
 }
@@ -314,7 +314,7 @@ fn ten_thousand_ranges_can_be_armed_and_each_is_told() {
 }
 
 #[test]
-fn ranges_are_handed_on_in_order_by_whoever_looks() {
+fn ranges_are_handed_on_in_order_by_each_thread_that_looks() {
     let Some(kernel) = rehearse(1 << 18) else {
         return;
     };
@@ -358,7 +358,7 @@ fn a_full_ring_is_a_loss_and_a_loss_is_everything() {
     let whole = VaRange::covering(Va::new(AT), 1 << 20).expect("a range");
     let _armed = kernel.arm(whole).expect("armed");
     let log = Log::about(&current(), whole);
-    // A subscriber holds up whoever drains, the source's own thread included.
+    // A subscriber holds up the thread that drains, the source's own thread included.
     let slow = mmu_notifier::Registration::new(&current(), Slow(std::sync::Mutex::new(())))
         .expect("outside of brackets");
     let held = slow.0.lock().expect("no panic");

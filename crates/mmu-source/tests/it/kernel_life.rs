@@ -33,8 +33,8 @@ fn open_here() -> Vec<String> {
         .collect()
 }
 
-/// Has all descriptors closed or replaced by `close`, and the numbers given to files that nobody
-/// may touch.
+/// Has all descriptors closed or replaced by `close`, and the numbers given to files that the
+/// source must not touch.
 fn goes_on_after(close: impl FnOnce()) -> bool {
     let kernel = Kernel::start().expect("it starts");
     let memory = Scratch::anonymous(1);
@@ -47,9 +47,9 @@ fn goes_on_after(close: impl FnOnce()) -> bool {
     // The parent of this child changes memory at the same addresses, which are needless hits: once
     // more, then.
     let goes_on = (0..100).any(|_| {
-        watch.renew().expect("it goes on");
-        let seq = armed.read_begin().expect("it goes on");
-        let settled = kernel.settle().expect("it goes on");
+        watch.renew().expect("it still works");
+        let seq = armed.read_begin().expect("it still works");
+        let settled = kernel.settle().expect("it still works");
         let was = watch.is_valid() && kernel.is_current(settled) && !armed.read_retry(seq);
         discard(&memory);
         assert!(!watch.is_valid() && !kernel.is_current(settled) && armed.read_retry(seq));

@@ -274,7 +274,7 @@ fn a_vfork_child_shares_its_parents_memory_until_it_execs() {
         cause: "execve",
     };
     assert!(trace.records.contains(&left));
-    // The parent goes on in the old address space and is the one to end it.
+    // The parent stays in the old address space and is the one to end it.
     let ended = Record::Put {
         task: parent,
         mm,

@@ -82,7 +82,7 @@ impl Log {
     fn push(&self, record: Record) {
         self.records
             .lock()
-            .expect("nobody panics with the log locked")
+            .expect("no thread panics with the log locked")
             .push(record);
     }
 }
@@ -126,7 +126,7 @@ impl Notifier for Probe {
 
 impl Drop for Probe {
     fn drop(&mut self) {
-        assert_eq!(current(), None, "a free runs on behalf of nobody");
+        assert_eq!(current(), None, "a free runs on behalf of no call");
         self.log.push(Record::Free { mm: self.mm });
     }
 }

@@ -97,7 +97,7 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        // SAFETY: the mapping is ours; a part that a test has unmapped stays so, since nobody maps
+        // SAFETY: the mapping is ours; a part that a test has unmapped stays so, since no code maps
         // at these addresses meanwhile who could rely on them: tests that unmap for good forget the
         // mapping.
         unsafe { libc::munmap(self.at.cast(), self.bytes) };

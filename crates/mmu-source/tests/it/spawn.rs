@@ -57,7 +57,7 @@ fn a_folder_that_may_not_be_searched_hides_no_other_and_has_no_program() {
     fs::set_permissions(&folder, fs::Permissions::from_mode(0o000)).expect("its owner may");
     let path = OsString::from(format!("{}:/bin:/usr/bin", folder.display()));
     let is_so = testkit::in_child(|| {
-        // SAFETY: an integer. Files are looked for as somebody else from here on.
+        // SAFETY: an integer. Files are looked for as another user from here on.
         unsafe { libc::setfsuid(65534) };
         // SAFETY: integers. This child can be traced all the same.
         assert_eq!(unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 1, 0, 0, 0) }, 0);
@@ -101,7 +101,7 @@ fn a_working_directory_that_is_not_there_is_an_error() {
 }
 
 #[test]
-fn a_tracer_with_nobody_to_trace_is_done_at_once() {
+fn a_tracer_without_tracees_is_done_at_once() {
     let mut tracer = tracer();
     assert_eq!(
         tracer.run(&AtomicBool::new(false)).expect("nothing to do"),

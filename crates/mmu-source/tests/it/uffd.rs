@@ -21,7 +21,7 @@ fn told(uffd: &Arc<Uffd>, name: &str, memory: Scratch, change: impl FnOnce(&Scra
     log.take();
     change(&memory);
     uffd.settle().expect("no fork");
-    assert!(!log.take().is_empty(), "{name}: nobody was told");
+    assert!(!log.take().is_empty(), "{name}: no subscriber was told");
     drop(armed);
     // What the change has unmapped may belong to another thread by now.
     std::mem::forget(memory);
@@ -180,7 +180,7 @@ fn outlived_by_a_child() -> bool {
     let uffd = Uffd::start().expect("userfaultfd is there");
     let memory = Scratch::anonymous(4);
     let armed = uffd.arm(memory.range()).expect("armed");
-    // Moved, it stays registered where nobody disarms it.
+    // Moved, it stays registered where no call disarms it.
     let (flags, place) = (
         libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED,
         Scratch::anonymous(4),
@@ -212,7 +212,7 @@ fn outlived_by_a_child() -> bool {
     let moved = moved.addr();
     let (unmapped, wait) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
-        // SAFETY: our own memory, which nobody else knows of.
+        // SAFETY: our own memory, which no other code knows of.
         unmapped.send(unsafe { libc::munmap(std::ptr::without_provenance_mut(moved), bytes) })
     });
     let result = wait.recv_timeout(std::time::Duration::from_secs(60));
@@ -284,7 +284,7 @@ fn closed_and_used_again(over: bool) -> bool {
     let zero = std::fs::File::open("/dev/zero").expect("a file");
     let files: Vec<_> = if over {
         let over = (3..64).filter(|number| {
-            // SAFETY: integers; what was there is nobody's any more, in this child that needs no
+            // SAFETY: integers; what was there has no owner any more, in this child that needs no
             // other descriptor.
             *number != zero.as_raw_fd() && unsafe { libc::dup2(zero.as_raw_fd(), *number) } >= 0
         });
@@ -306,10 +306,10 @@ fn closed_and_used_again(over: bool) -> bool {
     };
     let log = Log::about(&current(), memory.range());
     advise(&memory, libc::MADV_DONTNEED);
-    uffd.settle().expect("it goes on");
+    uffd.settle().expect("it still works");
     let told = !log.take().is_empty();
     let other = Scratch::anonymous(1);
-    drop(uffd.arm(other.range()).expect("it goes on"));
+    drop(uffd.arm(other.range()).expect("it still works"));
     drop((armed, uffd));
     // SAFETY: integers.
     told && files

@@ -10,8 +10,8 @@ use crate::source::Source;
 ///
 /// Each runs in a process of its own: it makes memory, arms the source, and makes the change.
 /// 'before' says that the subscriber was called with the translation still in place, 'after' that
-/// it was gone by then, 'missed' that nobody called, 'n/a' that the operation or the source is not
-/// to be had here; why stands on standard error. Whether a translation changed is read from
+/// it was gone by then, 'missed' that no call came, 'n/a' that the operation or the source does not
+/// work here; standard error says why. Whether a translation changed is read from
 /// /proc/self/pagemap; what that does not show (mprotect, MADV_FREE) is found by a write and in
 /// /proc/kpageflags. As root it shows more.
 ///

@@ -87,8 +87,8 @@ impl Runtime {
     /// The task stands behind its call: the time it ran in between.
     pub(crate) fn end(&mut self, task: Task) {
         let passed = match self.before.remove(&task.tid) {
-            // Nobody but the task itself could have made another one, and no call that makes one in
-            // its own process changes memory.
+            // Only the task itself could have made another one, and no call that makes one in its
+            // own process changes memory.
             Some(Reading::Process(before)) => {
                 sys::process_time(task.pid).map(|after| after.saturating_sub(before))
             }

@@ -52,7 +52,7 @@ impl Column {
         }
     }
 
-    /// Why it cannot be had here.
+    /// Why it does not work here.
     fn lack(self) -> Option<String> {
         let sources: &[Source] = match self {
             Column::Shipped => &[],

@@ -11,16 +11,17 @@ mod tasks;
 use super::operation::Operation;
 use crate::source::Source::{self, Hook, Process, Uffd};
 
-/// Who sees what goes through libc.
+/// The sources that see a call through libc.
 const LIBC: &[Source] = &[Hook, Process];
-/// Who sees what is a memory call by any way.
+/// The sources that see a memory call that bypasses libc.
 const CALL: &[Source] = &[Process];
-/// Who sees what goes through libc and ends or discards what userfaultfd can watch.
+/// The sources that see a call through libc that unmaps or discards memory which userfaultfd can
+/// watch.
 const LIBC_AND_UFFD: &[Source] = &[Hook, Uffd, Process];
-/// Who sees the same where libc is not asked.
+/// The sources that see such a call if it bypasses libc.
 const CALL_AND_UFFD: &[Source] = &[Uffd, Process];
-/// The kernel itself, without a call of any process.
-const NOBODY: &[Source] = &[];
+/// The sources that see a change by the kernel itself, without a call of any process: none.
+const NONE: &[Source] = &[];
 
 /// Every operation, in the order of the matrix.
 pub(crate) fn all() -> impl Iterator<Item = &'static Operation> {

@@ -79,7 +79,7 @@ impl Page {
     /// The state now.
     ///
     /// # Errors
-    /// Those of reading below `/proc`.
+    /// The errors of reading below `/proc`.
     pub(crate) fn state(&self) -> io::Result<State> {
         let entry = word(&self.pagemap, self.address / region::page_size())?;
         let shown = match self.judge {
@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_nobody_changes_stays_the_same_and_a_discarded_one_does_not() {
+    fn a_page_that_is_not_changed_stays_the_same_and_a_discarded_one_does_not() {
         let region = Region::anonymous(1).unwrap();
         for judge in [Judge::Frame, Judge::Exclusive] {
             region.touch();

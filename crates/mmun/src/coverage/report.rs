@@ -6,7 +6,7 @@ pub(crate) enum Seen {
     Before,
     After,
     Missed,
-    /// The operation or the source is not to be had here.
+    /// The operation or the source does not work here.
     NotAvailable,
 }
 

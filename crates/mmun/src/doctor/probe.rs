@@ -108,14 +108,14 @@ fn lack(error: &Error) -> Lack {
 
 /// Traces a program that ends at once.
 fn process() -> (Vec<Lack>, Vec<String>) {
-    // It says its version to nobody; to us, if even that cannot be opened.
+    // The version that it prints is not wanted. If even `/dev/null` cannot be opened, it is shown.
     let null = fs::File::options().write(true).open("/dev/null");
     let mut program = Command::new("/proc/self/exe").arg("--version");
     if let Ok(null) = null {
         program = program.stdout(null);
     }
     let traced = || {
-        let mut tracer = Tracer::new(Options::default(), Nobody)?;
+        let mut tracer = Tracer::new(Options::default(), Silent)?;
         tracer.spawn(program)?;
         tracer.run(&AtomicBool::new(false)).map(drop)
     };
@@ -137,9 +137,9 @@ fn process() -> (Vec<Lack>, Vec<String>) {
     (lacks, features)
 }
 
-struct Nobody;
+struct Silent;
 
-impl Observer for Nobody {
+impl Observer for Silent {
     type Held = ();
     fn enter(&mut self, _: Task, _: &MmWithUser) {}
     fn leave(&mut self, _: Task, (): ()) {}

@@ -27,17 +27,17 @@ pub(super) struct Life {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Birth {
-    /// It was there when the trace first saw its address space.
+    /// Already mapped when the trace first saw the address space.
     Unseen,
     Mapped,
-    /// It came with a fork.
+    /// Copied by a fork.
     Copied,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Fate {
     Unmapped,
-    /// It ended with its address space, or is there still.
+    /// Ended with its address space, or still mapped at the end of the trace.
     Kept,
 }
 

@@ -29,10 +29,10 @@ const SCRIPT: &str = concat!(
 const STYLE_HASH: &str = "/STgijkjwNPcYsl1SVtUX93jHYjP1CUOoMMRn9NA1fY=";
 const SCRIPT_HASH: &str = "VVTO2Cqpz1MomX36NNsw/PJFVV8qB418PDKQeI39Vs0=";
 
-/// So many changes are shown one by one, the heaviest. The others are in every total.
+/// The most changes that are shown one by one. The heaviest are shown; all are in the totals.
 const MOST_CHANGES: usize = 20_000;
 const MOST_LIVES: usize = 20_000;
-/// So many address spaces have a picture.
+/// The most address spaces that have a picture.
 const MOST_LANES: usize = 48;
 const MOST_PLACES: usize = 1_000;
 const MOST_LEAVES: usize = 6_000;

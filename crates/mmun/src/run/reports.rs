@@ -1,7 +1,7 @@
 //! The reports of all processes, as one.
 //!
 //! Each process has written a file: a line `mmun: process PID[ rank N]: PROGRAM`, then lines of two
-//! spaces, a name in ten columns, and a value; a line without a name goes on with the one before.
+//! spaces, a name in ten columns, and a value; a line without a name continues the one before.
 //! `libmmun_dropin.so` writes it for people; here it is read for the few values that make a table.
 
 use std::fmt::Write;
@@ -214,7 +214,10 @@ mod tests {
             ("100".into(), "4".into())
         );
         assert_eq!(report.count("watched", None), "12");
-        assert_eq!(report.lines[3].0, "kernel", "a line without a name goes on");
+        assert_eq!(
+            report.lines[3].0, "kernel",
+            "a line without a name continues"
+        );
     }
 
     #[test]

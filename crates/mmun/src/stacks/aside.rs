@@ -72,7 +72,7 @@ fn run<T>(files: &[T], name: impl Fn(&T) -> Named, all: &mut Vec<Named>) -> io::
             let heard = std::iter::from_fn(|| hear(&mut reader));
             all.extend(heard.take(files.len()));
             drop(reader);
-            // Whoever waits for all children may have been first.
+            // Another thread that waits for all children may have been first.
             let _ = retry_on_intr(|| waitpid(Some(child), WaitOptions::empty()));
             Ok(())
         }
@@ -167,7 +167,7 @@ mod tests {
     fn what_kills_its_child_has_no_names_and_the_rest_has() {
         let named = each(&["a", "dies", "b", "panics", "c"], |file| match *file {
             "dies" => std::process::abort(),
-            "panics" => panic!("nobody reads this"),
+            "panics" => panic!("not shown"),
             file => of(file),
         });
         assert_eq!(named, [of("a"), vec![], of("b"), vec![], of("c")]);

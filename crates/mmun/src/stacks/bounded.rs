@@ -21,11 +21,11 @@ pub(super) enum Links {
 
 /// Opens a regular file for reading; `None` for anything else.
 ///
-/// What it is, is asked of a descriptor that opens nothing yet. Then that one is opened, and not
-/// the path again.
+/// The kind of file is asked of an `O_PATH` descriptor, and then that descriptor is opened instead
+/// of the path, which may name another file by then.
 ///
 /// # Blocking
-/// It waits for no writer of a pipe, and for no owner of a lease; for a file system it may.
+/// Does not wait for the writer of a pipe or for the owner of a lease. May wait for a file system.
 pub(super) fn regular(path: &Path, links: Links) -> Option<File> {
     let follow = if links == Links::Refuse {
         OFlags::NOFOLLOW
@@ -53,7 +53,7 @@ impl<T: Read + Seek> Reader for T {}
 /// A file as `object` reads it: each part once, and kept.
 pub(super) struct Source {
     cache: ReadCache<Box<dyn Reader>>,
-    /// So many bytes may be read still.
+    /// How many bytes may still be read.
     left: Cell<u64>,
 }
 

@@ -33,7 +33,7 @@ mod tests {
     #[test]
     fn a_panic_is_no_answer_and_the_next_one_outside_is_heard() {
         assert_eq!(guarded(|| 7), Some(7));
-        assert_eq!(guarded(|| -> u32 { panic!("nobody reads this") }), None);
+        assert_eq!(guarded(|| -> u32 { panic!("not shown") }), None);
         assert_eq!(
             guarded(|| guarded(|| -> u32 { panic!("nor this") })),
             Some(None)

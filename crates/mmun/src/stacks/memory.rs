@@ -19,7 +19,7 @@ const FIRST: usize = 16 << 10;
 /// Most stacks are as deep as the one before: a little more than that one needed is read at once,
 /// in steps of this. A page that is read and not needed costs 0.2 us.
 const STEP: usize = 1 << 10;
-/// Of a deeper stack only so much is read.
+/// The most that is read of a stack.
 const MOST: usize = 1 << 20;
 
 impl Default for Memory {

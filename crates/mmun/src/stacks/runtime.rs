@@ -61,7 +61,7 @@ impl PerfMap {
         let end = self
             .symbols
             .partition_point(|(start, ..)| *start <= address);
-        // Of code that was thrown away and made anew, several lie there.
+        // A compiler may have thrown code away and put other code there: look at several symbols.
         let mut near = self.symbols[..end].iter().rev().take(8);
         let (.., name) = near.find(|(start, size, _)| address - start < (*size).max(1))?;
         Some(String::from_utf8_lossy(&self.text[name.clone()]).into_owned())

@@ -38,7 +38,7 @@ pub(crate) struct Relay(pub(crate) Child);
 /// hands signals on from now on. If this process is killed, so is the program.
 ///
 /// # Errors
-/// Those of the start.
+/// The errors of starting `command`.
 pub(crate) fn start_under_relay(mut command: Command) -> io::Result<Relay> {
     let inherited = change_mask(libc::SIG_BLOCK, &set_of(&[]));
     let own = rustix::process::getpid();

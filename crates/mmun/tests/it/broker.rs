@@ -40,7 +40,7 @@ fn nobodys_group() -> String {
     let group = groups
         .lines()
         .find(|line| line.split(':').nth(2) == Some("65534"))
-        .expect("nobody has a group");
+        .expect("the user `nobody` has a group");
     group.split(':').next().unwrap().to_owned()
 }
 
@@ -155,7 +155,7 @@ fn who_is_not_of_the_group_is_refused() {
         lack_of_right.contains("Permission denied"),
         "{lack_of_right}"
     );
-    // Even if the socket lets everybody in.
+    // Even if the socket lets every user in.
     fs::set_permissions(&broker.socket, fs::Permissions::from_mode(0o666)).unwrap();
     let refusal = lack(&broker.socket, STRANGER).expect("it is no member");
     assert!(

@@ -1,4 +1,5 @@
-//! `mmun coverage`: every operation is measured, and nobody is believed without a look at the page.
+//! `mmun coverage`: every operation is measured, and no answer is believed without a look at the
+//! page.
 
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;

@@ -174,7 +174,7 @@ fn who_stays_behind_keeps_no_descriptor_of_others() {
     gate.write("go\n");
 }
 
-/// A shell that nobody traces yet; it runs a program for each line it reads.
+/// A shell without a tracer so far; it runs a program for each line it reads.
 fn bystander() -> Child {
     let script = "echo ready; while read x; do ls / > /dev/null && echo $x; done";
     let mut command = Command::new("sh");

@@ -97,7 +97,7 @@ fn details_say_what_lay_there_how_much_and_how_long() {
         line.is_some_and(|line| line.ends_with("resident 40 KiB  anonymous")),
         "{lines}"
     );
-    // The loader replaces what it has just mapped and nobody has touched.
+    // The loader replaces what it has just mapped and no code has touched.
     let untouched = of_kind(&records, "start")
         .find(|record| record["cause"] == "mmap")
         .unwrap();

@@ -13,7 +13,7 @@ use crate::support::{Public, check, of_kind, parse, text, within};
 
 const NOBODY: &str = "65534";
 
-/// A folder that everybody can enter, with a copy of `mmun` and a shell that may be executed and
+/// A folder that every user can enter, with a copy of `mmun` and a shell that may be executed and
 /// not read.
 struct Open(Public);
 
@@ -25,7 +25,8 @@ impl Open {
         Open(copy)
     }
 
-    /// Runs `mmun trace` as nobody where `setup` has changed the mounts, and the shell under it.
+    /// Runs `mmun trace` as the user `nobody` where `setup` has changed the mounts, and the shell
+    /// under it.
     fn trace(&self, setup: &str, script: &str) -> (Output, Vec<Value>) {
         let [path, shell] = ["trace.json", "sh"].map(|name| self.0.folder().join(name));
         let mut command = Command::new("unshare");

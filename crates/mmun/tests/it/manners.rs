@@ -99,7 +99,7 @@ fn a_reader_who_reads_nothing_does_not_keep_an_interrupt_waiting() {
         }
         kill(pid, libc::SIGINT);
         let status = mmun.wait().unwrap();
-        // The program was let go of, and goes on.
+        // The program was let go of, and still runs.
         kill(program.trim().parse().unwrap(), libc::SIGKILL);
         assert_eq!(status.code(), Some(125), "{status:?}");
         drop(reader);

@@ -168,7 +168,7 @@ fn signals_that_are_sent_to_it_reach_the_program() {
 #[test]
 fn a_signal_after_the_program_has_ended_is_its_own() {
     let (ready, report) = (Fifo::new("ready"), Fifo::new("report"));
-    // The report waits until somebody reads it.
+    // The report waits until it is read.
     let script = format!("echo > {}", ready.0.display());
     let mut child = run()
         .arg("-o")

@@ -188,7 +188,7 @@ pub(crate) fn check(records: &[Value]) {
                 let count = open.entry(key.to_string()).or_default();
                 *count += if kind(record) == "start" { 1 } else { -1 };
                 assert!(*count >= 0, "end without start: {record}");
-                assert!(space.users > 0, "nobody subscribed: {record}");
+                assert!(space.users > 0, "no subscriber: {record}");
             }
             "mm_release" => space.released += 1,
             "free" => {
@@ -263,7 +263,7 @@ impl Fifo {
 
 impl Drop for Fifo {
     fn drop(&mut self) {
-        // If the test failed, whoever waits on the other side waits no more. Opening both ways
+        // If the test failed, the process on the other side waits no more. Opening both ways
         // never blocks.
         if thread::panicking() {
             let both = File::options().read(true).write(true).open(&self.0);

@@ -1,5 +1,5 @@
 //! Reads and writes through leases while the memory changes under them. `REGCACHE_RDMA_SECONDS`
-//! says for how long at least: a run also goes on until it has compared enough, however little of
+//! says for how long at least: a run also lasts until it has compared enough, however little of
 //! a processor it gets.
 
 use crate::endpoint::{Endpoint, Place, connected};

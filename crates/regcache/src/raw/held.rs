@@ -1,6 +1,6 @@
-//! A lease in one word, so that a `Lease` is two, which compilers keep in registers: three would go
-//! through memory, and be read back in other pieces than they were written in, which costs a
-//! processor more than the look-up.
+//! A lease in one word. A `Lease` is then two words, which compilers return in registers. Three
+//! words would be returned in memory and read back in other sizes than they were written in. The
+//! processor cannot forward such stores to the loads, and that stall costs more than the look-up.
 
 use super::region::Region;
 use super::threads::Slot;
@@ -8,10 +8,10 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::ptr::NonNull;
 
-/// A region that is leased: where that is written down.
+/// The place that records a lease: a slot of a thread, or the count of the region.
 ///
 /// # Invariants
-/// The address of a `Slot`, or of a `Region` and one, which lives for `'a`.
+/// The address of a `Slot`, or the address of a `Region` plus one. The target lives for `'a`.
 pub(crate) struct Held<'a>(NonNull<()>, PhantomData<(&'a Slot, &'a Region)>);
 
 /// The same, taken apart.
@@ -46,12 +46,12 @@ where
 impl<'a> Held<'a> {
     #[inline(always)]
     pub(crate) fn in_slot(slot: &'a Slot) -> Self {
-        // INVARIANT: It is one, for as long.
+        // INVARIANT: It is the address of a slot that lives for `'a`.
         Self(NonNull::from(slot).cast(), PhantomData)
     }
 
     pub(crate) fn in_region(region: &'a Region) -> Self {
-        // INVARIANT: It is one, for as long, and the bit says so.
+        // INVARIANT: It is the address of a region that lives for `'a`, plus one.
         Self(
             NonNull::from(region)
                 .cast()

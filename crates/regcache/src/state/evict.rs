@@ -9,8 +9,8 @@ impl State {
     /// Takes regions out that have not been used lately, to make room for `size` bytes more and a
     /// few regions to come.
     ///
-    /// SIEVE: the hand goes from the oldest to the newest, spares what was used since it came by,
-    /// and stays where it found one that was not.
+    /// SIEVE: the hand goes from the oldest to the newest, spares what was used since its last
+    /// pass, and stays where it found one that was not.
     pub(crate) fn evict(&mut self, index: &Index, options: &Options, size: u128) -> u64 {
         let Some(table) = index.page.tables().newest() else {
             return 0;

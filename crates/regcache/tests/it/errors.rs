@@ -137,8 +137,8 @@ fn a_panic_in_deregister_costs_one_region() {
     }
 }
 
-/// The region that replaces another one is leased to the request that hears the panic: nobody would
-/// ever end that lease.
+/// The region that replaces another one is leased to the request that hears the panic: no other
+/// code would ever end that lease.
 #[test]
 fn a_panic_in_deregister_leaves_no_lease_behind() {
     let at = Mutex::new(vec![pages(1, 1)]);

@@ -183,7 +183,7 @@ fn a_miss_in_a_callback_of_the_source_is_refused_instead_of_waiting_for_itself()
     let armed = kernel.arm(pages(7777, 1)).unwrap();
     let in_registrar = Arc::clone(&kernel);
     device.registrar().during_next(move || {
-        // Whoever drains it, this thread waits for it at the end of the registration.
+        // Whichever thread drains it, this one waits for that at the end of the registration.
         change(&in_registrar, pages(7777, 1));
     });
     drop(cache.get(pages(10, 4)).unwrap());

@@ -84,7 +84,7 @@ fn merging_stops_at_the_limit() {
 fn a_hole_beside_the_request_is_left_out() {
     let (_mm, device, cache) = book(Options::new());
     drop(cache.get(pages(10, 10)).unwrap());
-    // The rest of it went away, and nobody has said so.
+    // The rest of it went away without an event.
     device.registrar().unmap(pages(10, 2));
     assert_eq!(cache.get(pages(18, 4)).unwrap().range(), pages(18, 4));
 }

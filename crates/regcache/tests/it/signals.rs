@@ -13,7 +13,7 @@ static CACHE: OnceLock<RegCache<Counting>> = OnceLock::new();
 
 /// The lease of the handler. `STEP` says whose it is.
 struct Kept(UnsafeCell<Option<Lease<'static, Counting>>>);
-// SAFETY: one thread uses it, and its handler: whoever of the two is named by `STEP`.
+// SAFETY: one thread and its handler use it, at each time the one of the two that `STEP` names.
 unsafe impl Sync for Kept {}
 static KEPT: Kept = Kept(UnsafeCell::new(None));
 

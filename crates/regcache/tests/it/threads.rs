@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
 
-/// What stops whoever calls it: says so, and waits to be told to go on.
+/// Stops its caller: says that it was called, and waits for the permission to continue.
 fn gate() -> (impl FnOnce() + Send + 'static, Receiver<()>, Sender<()>) {
     let (entered, wait_entered) = mpsc::channel();
     let (go_on, wait_go_on) = mpsc::channel();

@@ -37,7 +37,7 @@ impl Pages {
     /// Puts fresh zeroes in its place.
     fn replace(&self) {
         let kind = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
-        // SAFETY: The range is ours, and nobody has a reference to it.
+        // SAFETY: The range is ours, and no code has a reference to it.
         let place = unsafe {
             libc::mmap(
                 self.0.cast(),

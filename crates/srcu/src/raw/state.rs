@@ -1,5 +1,23 @@
 //! What a domain is made of, and how long it lives.
 //!
+//! ```text
+//!   Srcu ── handle ──> a page of 4 KiB, never unmapped
+//!                      ┌─────────────────────────────────────────────────────────────────┐
+//!                      │ index, waiting[2], table        loaded by readers               │
+//!                      │ updater: seq, gp, event, batch  written by grace periods        │
+//!                      │ pending: queue, scheduled, ...  written by callers of `call`    │
+//!                      │ slots of the first 28 threads   each written by its own thread  │
+//!                      └─────────────────────────────────────────────────────────────────┘
+//! ```
+//!
+//! 1. The first use of an `Srcu` takes a state from the pool, or makes its page. Its count is one,
+//!    the handle's.
+//! 2. A caller that queues a callback puts the state into the inbox, which counts it. The reclaimer
+//!    takes it out, moves the callbacks into the batch, which counts it while it is not empty, and
+//!    gives up the inbox's count.
+//! 3. The drop of the `Srcu` gives up the handle's count. The last count returns the state to the
+//!    pool.
+//!
 //! # Safety
 //! # Invariants
 //! * A state is counted: one for its `Srcu`, one while it is in the reclaimer's inbox, one while

@@ -58,7 +58,7 @@ fn a_domain_dropped_in_its_own_callback_lives_until_the_last_has_returned() {
         drop(section);
         drop(srcu);
     }
-    // The domains cannot be asked any more; whoever drops the last handle on the reclaimer leaves
+    // The domains cannot be asked any more; a last handle dropped on the reclaimer leaves
     // the rest to it.
     while count.get() < 600 {
         other.call(|| ());

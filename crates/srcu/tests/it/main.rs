@@ -25,7 +25,7 @@ impl Count {
     }
 }
 
-/// Holds up whoever waits until it is opened (or dropped).
+/// Holds its waiters up until it is opened or dropped.
 struct Gate {
     open: Sender<()>,
     wait: Arc<Mutex<Receiver<()>>>,

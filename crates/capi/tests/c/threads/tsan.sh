@@ -1,5 +1,5 @@
 #!/bin/sh
-# threads.c under the thread sanitizer, for MILLISECONDS: tsan.sh MILLISECONDS, or --probe: whether it can be had here.
+# threads.c under the thread sanitizer, for MILLISECONDS: tsan.sh MILLISECONDS, or --probe: whether it works here.
 #
 # The program, the library and the standard library are all built with it. Where only the first two are, it does not see
 # the waits of a contended lock, and reports what the lock protects.

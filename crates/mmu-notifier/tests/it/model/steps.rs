@@ -406,7 +406,7 @@ impl World {
     pub(super) fn fork(&mut self) {
         let good = in_child(|| {
             let own = MmWithUser::new();
-            let nobody = self.mms.iter().all(|(mm, _)| {
+            let unheard = self.mms.iter().all(|(mm, _)| {
                 drop(mm.invalidate(VaRange::ALL, Event::Clear));
                 let tried = mm.try_invalidate(VaRange::ALL, Event::Clear).is_ok();
                 tried
@@ -438,7 +438,7 @@ impl World {
                 .all(|subsystem| subsystem.synchronize().is_ok());
             let quiet = self.shared.calls.lock().unwrap().is_empty();
             let kept = !self.shared.freed_elsewhere.load(Ordering::SeqCst);
-            nobody && refused && unread && works && quiet && kept && !own.is_inherited()
+            unheard && refused && unread && works && quiet && kept && !own.is_inherited()
         });
         assert!(good, "a child has something of its parent's");
     }

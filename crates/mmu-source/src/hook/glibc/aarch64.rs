@@ -41,7 +41,7 @@ pub(super) fn trampoline(at: u64, found: &Found, _: Code64<'_>) -> Option<Vec<u8
     )
 }
 
-/// Returns the trampoline for the entry of a function that somebody else has put a jump at: it
+/// Returns the trampoline for the entry of a function that another program has put a jump at: it
 /// calls what they jump to.
 #[cfg(target_arch = "aarch64")]
 pub(super) fn chain(number: u32, foreign: Foreign) -> Vec<u8> {

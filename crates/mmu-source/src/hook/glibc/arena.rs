@@ -43,7 +43,7 @@ impl Arena {
             }),
             Ok(elsewhere) => {
                 // A kernel that does not know the flag takes the address as a hint.
-                // SAFETY: mapped just now, and nobody uses it.
+                // SAFETY: mapped just now, and not in use.
                 let _ = unsafe { raw::munmap(elsewhere, length) };
                 None
             }
@@ -68,14 +68,14 @@ impl Arena {
         );
         let to = ptr::with_exposed_provenance_mut::<u8>(self.next() as usize);
         self.used += SLOT;
-        // SAFETY: the slot lies within the arena, which is writable until it is sealed, and nobody
-        // knows of it yet.
+        // SAFETY: the slot lies within the arena, which is writable until it is sealed, and no
+        // other code knows the slot yet.
         unsafe { ptr::copy_nonoverlapping(code.as_ptr(), to, code.len()) };
     }
 
     /// Makes the trampolines executable, and no longer writable.
     pub(super) fn seal(self) -> Result<(), i32> {
-        // SAFETY: nobody writes it any more: `place` needs the arena.
+        // SAFETY: no code writes it any more: `place` needs the arena.
         unsafe { raw::mprotect(self.start, self.length, libc::PROT_READ | libc::PROT_EXEC) }?;
         // SAFETY: it is mapped, and never unmapped.
         unsafe { machine::synchronize_code(self.start, self.length) };

@@ -2,9 +2,9 @@
 //!
 //! Code is never written where it runs. The pages are copied, the copy is changed while it is
 //! writable and not yet executable, then made executable and no longer writable, and moved over the
-//! old pages with one `mremap`. A thread that comes by meanwhile faults and waits in the kernel
-//! until the new pages are there, so it runs the old instruction or the new one. Since what is
-//! replaced is one whole instruction, no thread stands inside it either.
+//! old pages with one `mremap`. A thread that executes them meanwhile faults and waits in the
+//! kernel until the new pages are there, so it runs the old instruction or the new one. Since what
+//! is replaced is one whole instruction, no thread stands inside it either.
 //!
 //! Breakpoints (`int3` first, then the tail, then the first byte), the usual way, were not taken: a
 //! thread that blocks SIGTRAP dies of one, and glibc's own threads give up their stacks by
@@ -22,7 +22,7 @@ use std::ptr;
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Edit {
     pub(super) address: u64,
-    /// Anything else is somebody else's, and stays.
+    /// Any other bytes are another program's patch, and stay.
     pub(super) from: [u8; PATCH],
     pub(super) to: [u8; PATCH],
     /// What the pages around it may be used for.
@@ -33,8 +33,8 @@ pub(super) struct Edit {
 /// Allocates nothing.
 ///
 /// # Safety
-/// Each `to` does what `from` does, for whoever comes to it. The pages are code of a module that
-/// stays loaded.
+/// Each `to` does what `from` does, for every thread that executes it. The pages are code of a
+/// module that stays loaded.
 pub(super) unsafe fn apply(
     mut edits: impl Iterator<Item = Edit> + Clone,
     hidden: &[Hidden],
@@ -91,8 +91,8 @@ unsafe fn swap(
     {
         // SAFETY: the offset must stay within the copy: the range was checked in the line above.
         let code = unsafe { page.add((hidden.address - start) as usize) };
-        // SAFETY: an instruction lies within its page. The bytes were written above, nobody else
-        // has the copy, and bytes have no alignment.
+        // SAFETY: an instruction lies within its page. The bytes were written above, no other
+        // code has the copy, and bytes have no alignment.
         let code = unsafe { &mut *code.cast::<[u8; BREAKPOINT.len()]>() };
         if *code == BREAKPOINT {
             *code = hidden.code;
@@ -103,7 +103,7 @@ unsafe fn swap(
     for edit in edits {
         // SAFETY: the offset must stay within the copy: the edit lies within the pages.
         let bytes = unsafe { page.add((edit.address - start) as usize) }.cast::<[u8; PATCH]>();
-        // SAFETY: the bytes were written above, nobody else has the copy, and bytes have no
+        // SAFETY: the bytes were written above, no other code has the copy, and bytes have no
         // alignment.
         let bytes = unsafe { &mut *bytes };
         if *bytes == edit.from {
@@ -114,15 +114,15 @@ unsafe fn swap(
     }
     let mut result = Ok(());
     if is_changed {
-        // SAFETY: nobody but this function uses the copy.
+        // SAFETY: only this function uses the copy.
         result =
             unsafe { raw::mprotect(copy, length, protection) }.map_err(|error| ("mprotect", error));
         if result.is_ok() {
-            // Whoever comes to the new page must find the new code.
+            // A thread that executes the new page must find the new code.
             // SAFETY: the copy is mapped and can be read.
             unsafe { machine::synchronize_code(copy, length) };
-            // SAFETY: nobody else uses the copy, and with it whoever runs the code can do: the
-            // caller's duty.
+            // SAFETY: no other code uses the copy, and every thread that runs the code works with
+            // it: the caller's duty.
             result =
                 unsafe { raw::move_over(copy, length, start) }.map_err(|error| ("mremap", error));
         }
@@ -133,7 +133,7 @@ unsafe fn swap(
         }
     }
     if !is_changed || result.is_err() {
-        // SAFETY: nobody uses the copy, and it was not moved.
+        // SAFETY: no code uses the copy, and it was not moved.
         let _ = unsafe { raw::munmap(copy, length) };
     }
     result

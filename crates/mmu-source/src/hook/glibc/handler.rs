@@ -48,7 +48,7 @@ pub(super) static IS_HOOKED: [bool; 512] = {
 /// kernel's.
 ///
 /// # Safety
-/// As for the call itself: whoever came to the patched instruction was about to make it.
+/// As for the call itself: the thread that reached the patched instruction was about to make it.
 pub(super) unsafe extern "C" fn enter(number: u64, args: &[u64; 6]) -> u64 {
     // SAFETY: the caller's duty. It leaves `errno` alone.
     bracketed(number, args, || unsafe { raw::syscall(number, *args) })
@@ -58,7 +58,7 @@ pub(super) unsafe extern "C" fn enter(number: u64, args: &[u64; 6]) -> u64 {
 /// bracket.
 ///
 /// # Safety
-/// As for the function: whoever came to its entry was about to call it.
+/// As for the function: the thread that reached its entry was about to call it.
 pub(super) unsafe extern "C" fn enter_function(number: u64, args: &[u64; 6], next: Next) -> u64 {
     let [a0, a1, a2, a3, a4, a5] = *args;
     // SAFETY: the caller's duty.
@@ -77,7 +77,7 @@ fn bracketed(number: u64, args: &[u64; 6], call: impl FnOnce() -> u64) -> u64 {
     };
     // SAFETY: no preconditions.
     let errno = unsafe { libc::__errno_location() };
-    // SAFETY: it is this thread's own `errno`, for as long as the thread runs; nobody else writes
+    // SAFETY: it is this thread's own `errno`, for as long as the thread runs; no other code writes
     // it meanwhile.
     let errno = unsafe { &*errno.cast::<Cell<c_int>>() };
     let before = errno.get();

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// How many hooks are installed. Changed under the lock.
 static COUNT: AtomicUsize = AtomicUsize::new(0);
 
-/// What it guards takes microseconds, allocates nothing and calls nobody.
+/// What it guards takes microseconds, allocates nothing and calls nothing.
 fn lock() -> &'static Lock {
     &marks().hook_patch
 }
@@ -68,7 +68,7 @@ pub(in crate::hook) fn probe() -> Result<Vec<Patch>, Error> {
 }
 
 fn take_out(plan: &Plan) {
-    // A page that the kernel does not let us replace keeps its patch, which goes on working.
+    // A page that the kernel does not let us replace keeps its patch, which still works.
     // SAFETY: the instruction does what its trampoline does, but for the bracket; libc stays
     // loaded.
     let _ = unsafe { code_pages::apply(plan.sites.iter().map(Site::restore), &plan.hidden) };
@@ -81,7 +81,7 @@ fn prepare() {
     unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
 }
 
-/// In the child of a fork: whoever was at work is gone, and the work may be half done.
+/// In the child of a fork: the thread at work is gone, and the work may be half done.
 extern "C" fn in_child() {
     // A client may subscribe while a call is under way, so the address space must be there before
     // the call.

@@ -46,11 +46,11 @@ impl Segment {
 
     /// Returns its code as it is without breakpoints, and the breakpoints.
     ///
-    /// The kernel knows a uprobe's breakpoint by the file that is mapped there, and kills whoever
-    /// runs into a copy of it.
+    /// The kernel knows a uprobe's breakpoint by the file that is mapped there, and kills a
+    /// thread that runs into a copy of it.
     ///
     /// # Errors
-    /// Those of `mmap`.
+    /// The errors of `mmap`.
     pub(super) fn without_breakpoints(&self) -> Result<(Text, Vec<Hidden>), i32> {
         let code = self.code().bytes;
         let read = |open: File| {
@@ -58,7 +58,7 @@ impl Segment {
                 open.read_exact_at(into, self.offset + at as u64)
             })
         };
-        // Where the file is not to be had, nothing is known of breakpoints.
+        // Where the file cannot be opened, nothing is known of breakpoints.
         let hidden = File::open(&self.path).and_then(read).unwrap_or_default();
         let text = if hidden.is_empty() {
             Text::InPlace(code)
@@ -115,7 +115,7 @@ impl Segment {
 /// Code without breakpoints.
 #[derive(Debug)]
 pub(super) enum Text {
-    /// It has none.
+    /// The code itself: it has no breakpoints.
     InPlace(&'static [u8]),
     Copy(Scratch),
 }
@@ -346,7 +346,7 @@ pub(super) fn function_at(address: u64) -> Option<Function> {
     })
 }
 
-/// Finds where libc has a function, whoever else shows one of that name.
+/// Finds where libc has a function, even if another library has one of that name.
 pub(super) fn libc_function(name: &CStr) -> Option<u64> {
     // SAFETY: the name of a library that is loaded; it is not loaded anew.
     let libc = unsafe { libc::dlopen(c"libc.so.6".as_ptr(), libc::RTLD_LAZY | libc::RTLD_NOLOAD) };

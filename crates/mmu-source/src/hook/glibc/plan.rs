@@ -24,7 +24,7 @@ pub(super) struct Site {
     original: [u8; PATCH],
     jump: [u8; PATCH],
     protection: i32,
-    /// It is somebody else's jump at the entry of the function.
+    /// It is another program's jump at the entry of the function.
     is_chain: bool,
 }
 
@@ -111,8 +111,8 @@ fn make() -> Made {
                 .iter()
                 .any(|(_, function)| function.as_ref().is_some_and(|f| f.entry == entry))
         };
-        // What has no site of its own has somebody else's jump at its entry, or a form that is not
-        // known.
+        // What has no site of its own has another program's jump at its entry, or a form that is
+        // not known.
         let rest: Vec<&Function> = functions
             .iter()
             .filter(|f| segment.holds(f.entry) && !is_patched(f.entry))
@@ -167,7 +167,7 @@ fn functions() -> Vec<Function> {
         .collect()
 }
 
-/// Without these a hook would be a trap: whoever installs it relies on them.
+/// Without these a hook would be a trap: its users rely on them.
 const NEEDED: &[&str] = &[
     "munmap", "mmap", "mremap", "madvise", "brk", "mprotect", "syscall",
 ];
@@ -287,7 +287,7 @@ impl Site {
         }
     }
 
-    /// Tells whether there is nothing to do: it is as it should be, or somebody else's.
+    /// Tells whether there is nothing to do: it is as it should be, or another program's.
     pub(super) fn is_settled(&self, is_installed: bool) -> bool {
         // SAFETY: as in `describe`.
         let now: [u8; PATCH] = unsafe { code_pages::read(self.address) };
@@ -322,7 +322,7 @@ impl Site {
         }
     }
 
-    /// Tells whether somebody else's jump stands at the beginning of the function.
+    /// Tells whether another program's jump stands at the beginning of the function.
     fn has_foreign_entry(&self) -> bool {
         let Some(function) = self
             .function

@@ -36,14 +36,14 @@ pub(super) fn mmap(hint: u64, length: u64, protection: i32, flags: i32) -> Resul
 }
 
 /// # Safety
-/// Nobody uses the range any more.
+/// No code uses the range any more.
 pub(super) unsafe fn munmap(address: u64, length: u64) -> Result<(), i32> {
     // SAFETY: the caller's duty.
     check(unsafe { syscall(libc::SYS_munmap as u64, [address, length, 0, 0, 0, 0]) }).map(drop)
 }
 
 /// # Safety
-/// Nobody uses the range in a way that `protection` does not allow.
+/// No code uses the range in a way that `protection` does not allow.
 pub(super) unsafe fn mprotect(address: u64, length: u64, protection: i32) -> Result<(), i32> {
     // SAFETY: the caller's duty.
     check(unsafe {
@@ -58,7 +58,7 @@ pub(super) unsafe fn mprotect(address: u64, length: u64, protection: i32) -> Res
 /// Moves a mapping over another one.
 ///
 /// # Safety
-/// Nobody uses `from` any more, and whoever uses `to` can do with the content of `from`.
+/// No code uses `from` any more, and all code that uses `to` works with the content of `from`.
 pub(super) unsafe fn move_over(from: u64, length: u64, to: u64) -> Result<(), i32> {
     let flags = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
     // SAFETY: the caller's duty.

@@ -18,7 +18,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A connection to a broker that has joined this process.
 ///
-/// It stays open as long as the source does, whatever happens: to a broker its end is the client's.
+/// It stays open as long as the source does, because the broker takes its end for the end of the
+/// client.
 #[derive(Debug)]
 pub(in super::super) struct Session {
     socket: OwnedFd,
@@ -72,7 +73,8 @@ pub(super) fn with(socket: OwnedFd) -> Result<Joined, String> {
         io::ErrorKind::WouldBlock => format!("it did not answer within {} s", PATIENCE.as_secs()),
         _ => error.to_string(),
     };
-    // It decides what this process knows of its memory: so it must be the system's, or our own.
+    // The broker decides which changes this process is told of. So it must run as root or as the
+    // user of this process.
     let server = socket::peer(&socket).map_err(in_words)?;
     if server.user != 0 && server.user != super::sys::effective_user() {
         return Err(format!(

@@ -29,9 +29,9 @@ pub(crate) enum Request {
 /// What a broker answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Reply {
-    /// It is done; the number depends on the request.
+    /// The request was carried out. The meaning of the number depends on the request.
     Done(u64),
-    /// It is not, and the broker closes.
+    /// The request was refused, and the broker closes the connection.
     Refused(Refusal),
 }
 

@@ -18,9 +18,9 @@ pub(super) struct Ready<T> {
 
 #[derive(Debug)]
 enum Room<T> {
-    /// It is to be filled.
+    /// To be filled.
     Wanted,
-    /// It could not be filled: it stays empty until the next client comes.
+    /// Filling failed; not tried again before the next client connects.
     Empty,
     Full(T),
 }

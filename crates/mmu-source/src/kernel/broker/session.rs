@@ -1,7 +1,7 @@
 //! What a broker does for one client.
 //!
 //! Each client has a thread of its own in the broker: one that hangs, floods, or hands over a
-//! descriptor that takes for ever to close holds up nobody else.
+//! descriptor that takes for ever to close holds up no other client.
 //!
 //! The client's machines are held open here as long as the programs have an address in them: memory
 //! that was freed and has become something else is never read, and an address space that has ended

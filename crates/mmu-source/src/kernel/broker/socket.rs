@@ -15,10 +15,10 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
 
-/// As many descriptors as any message has, and more: what is too many is seen.
+/// Room for more descriptors than any message has, so that a packet with too many is noticed.
 const DESCRIPTORS: usize = 8;
 
-/// A packet that came.
+/// A packet that was received.
 #[derive(Debug)]
 pub(super) struct Packet {
     bytes: [u8; 32],
@@ -54,7 +54,8 @@ pub(super) fn connect_to(path: &Path, patience: Duration) -> io::Result<OwnedFd>
     Ok(socket)
 }
 
-/// Makes a socket at `path` to listen at. Nobody can connect before [`start_listening`].
+/// Makes a socket at `path` to listen at. No client can connect before
+/// [`start_listening`].
 pub(super) fn bind_at(path: &Path) -> io::Result<OwnedFd> {
     let socket = new()?;
     bind(&socket, &SocketAddrUnix::new(path)?)?;
@@ -77,19 +78,19 @@ pub(super) fn check_listener(socket: &OwnedFd) -> io::Result<()> {
     ))
 }
 
-/// How long the calls that follow may take.
+/// Limits how long each later send or receive may wait.
 pub(super) fn be_patient(socket: &OwnedFd, patience: Option<Duration>) -> io::Result<()> {
     set_socket_timeout(socket, Timeout::Recv, patience)?;
     set_socket_timeout(socket, Timeout::Send, patience)?;
     Ok(())
 }
 
-/// The user at the other end, as of its `connect` or `listen`, and its process for messages.
+/// The user and the process at the other end, as they were at its `connect` or `listen`.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Peer {
     pub(super) user: u32,
     pub(super) group: u32,
-    /// Not to be relied on: it may be that of another process by now. Zero if the process lies
+    /// For messages only: the number may belong to another process by now. Zero if the process is
     /// outside of this one's pid namespace.
     pub(super) pid: i32,
 }

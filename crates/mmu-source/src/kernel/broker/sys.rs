@@ -113,8 +113,8 @@ pub(super) fn take_passed() -> io::Result<Option<OwnedFd>> {
     if unsafe { libc::fcntl(FIRST, libc::F_SETFD, libc::FD_CLOEXEC) } != 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: `from_raw_fd` needs an open descriptor that nobody else owns: the service manager has
-    // opened it for whoever has this pid, and the caller takes it once.
+    // SAFETY: `from_raw_fd` needs an open descriptor without another owner: the service manager
+    // has opened it for the process with this pid, and the caller takes it once.
     Ok(Some(unsafe { OwnedFd::from_raw_fd(FIRST) }))
 }
 

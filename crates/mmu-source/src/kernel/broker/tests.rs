@@ -364,7 +364,7 @@ fn nobodys_group() -> Option<String> {
     let group = groups
         .lines()
         .find(|line| line.contains(&format!(":{NOBODY}:")))
-        .expect("nobody has a group");
+        .expect("the user `nobody` has a group");
     group.split(':').next().map(str::to_owned)
 }
 

@@ -29,7 +29,7 @@ pub(in super::super) struct Child<'a> {
 pub(in super::super) enum Step {
     Stdio = 1,
     Dir = 2,
-    /// It goes on without a filter.
+    /// It continues without a filter.
     Filter = 3,
     Exec = 4,
 }

@@ -6,7 +6,7 @@ use std::ffi::{c_long, c_void};
 use std::io;
 use std::mem::MaybeUninit;
 
-/// How a stopped tracee goes on.
+/// How a stopped tracee continues.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in super::super) enum Resume {
     /// To the next event.
@@ -209,7 +209,7 @@ mod tests {
             None,
             "the number of a signal is no task"
         );
-        resume(child, Resume::Cont, 0).expect("it goes on");
+        resume(child, Resume::Cont, 0).expect("it continues");
         assert_eq!(
             wait_for(child).expect("it ends"),
             Wait::Ended(child, ExitStatus::Signal(libc::SIGKILL))

@@ -15,7 +15,7 @@ pub(in super::super) enum Wait {
     /// A signal handler ran.
     Interrupted,
     /// There is no child and no tracee.
-    Nobody,
+    NoTracee,
 }
 
 /// Why a tracee stopped.
@@ -79,13 +79,13 @@ pub(in super::super) fn wait_for(pid: Pid) -> io::Result<Wait> {
 /// Waits for an event of a tracee that no table knows.
 ///
 /// There is one if a task was killed when it had made a child and before its event could name it.
-/// Other children of this thread are not waited for, so that [`Wait::Nobody`] means no tracee.
+/// Other children of this thread are not waited for, so that [`Wait::NoTracee`] means no tracee.
 /// Where `/proc` does not say which children are tracees, all are waited for: this thread must have
 /// no others.
 pub(in super::super) fn wait_for_unknown() -> io::Result<Wait> {
     match wait_with(-1, libc::WNOHANG)? {
         // Nothing to report and no tracee: the children that there are are not ours to wait for.
-        Wait::Interrupted if proc::has_tracees(this_thread()) == Some(false) => Ok(Wait::Nobody),
+        Wait::Interrupted if proc::has_tracees(this_thread()) == Some(false) => Ok(Wait::NoTracee),
         Wait::Interrupted => wait(),
         other => Ok(other),
     }
@@ -105,7 +105,7 @@ fn wait_with(pid: Pid, flags: c_int) -> io::Result<Wait> {
     let error = io::Error::last_os_error();
     match error.raw_os_error() {
         Some(libc::EINTR) => Ok(Wait::Interrupted),
-        Some(libc::ECHILD) => Ok(Wait::Nobody),
+        Some(libc::ECHILD) => Ok(Wait::NoTracee),
         _ => Err(error),
     }
 }

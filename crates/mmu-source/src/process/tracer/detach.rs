@@ -17,7 +17,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
 const DISK: Duration = Duration::from_millis(50);
 
 impl<O: Observer> Tracer<O> {
-    /// Lets go of everybody: closes every bracket, lets every task leave, and detaches the tracees
+    /// Lets go of every task: closes every bracket, lets every task leave, and detaches the tracees
     /// that have no filter.
     ///
     /// The others are the [`Keeper`]'s: a task with a filter and without a tracer has its memory
@@ -114,7 +114,7 @@ impl Keeper {
                     nap = (nap * 2).min(Duration::from_millis(5));
                 }
                 Ok(event @ (Wait::Stopped(..) | Wait::Ended(..))) => self.serve_one(event),
-                Ok(Wait::Interrupted | Wait::Nobody) | Err(_) => return,
+                Ok(Wait::Interrupted | Wait::NoTracee) | Err(_) => return,
             }
         }
     }
@@ -169,7 +169,7 @@ impl Keeper {
             sys::wait()
         };
         match event {
-            Ok(Wait::Nobody) | Err(_) => return false,
+            Ok(Wait::NoTracee) | Err(_) => return false,
             Ok(event) => self.serve_one(event),
         }
         true
@@ -179,7 +179,7 @@ impl Keeper {
         match event {
             Wait::Stopped(tid, stop) => self.pass(tid, stop),
             Wait::Ended(tid, _) => drop(self.tasks.remove(&tid)),
-            Wait::Interrupted | Wait::Nobody => {}
+            Wait::Interrupted | Wait::NoTracee => {}
         }
     }
 

@@ -168,7 +168,8 @@ impl<O: Observer> Tracer<O> {
     /// The address space of a traced task that shares its memory with `tid`.
     ///
     /// # Errors
-    /// Those of which the kernel does not say whether it is theirs, if it is none that it says.
+    /// If no address space is known to be that of `tid`: the address spaces for which the kernel
+    /// does not say whether they are.
     pub(super) fn space_shared_with(&self, tid: Pid) -> Result<Rc<Space>, Vec<Rc<Space>>> {
         let mut unknown = Vec::new();
         for tracee in self.tasks.values() {

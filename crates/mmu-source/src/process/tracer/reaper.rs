@@ -36,7 +36,7 @@ struct Shared {
 struct Work {
     /// The threads that it looks after.
     tids: Vec<Pid>,
-    /// Those whose status it has taken.
+    /// The tasks whose status the reaper has taken.
     ended: Vec<(Pid, ExitStatus)>,
     is_over: bool,
 }

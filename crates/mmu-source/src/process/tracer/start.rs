@@ -63,7 +63,7 @@ impl<O: Observer> Tracer<O> {
             drop(go_write);
             while !matches!(
                 sys::wait_for(pid),
-                Ok(Wait::Ended(..) | Wait::Nobody) | Err(_)
+                Ok(Wait::Ended(..) | Wait::NoTracee) | Err(_)
             ) {}
             return Err(Error::Spawn {
                 call: "PTRACE_SEIZE",
@@ -141,7 +141,7 @@ fn until_exec(pid: Pid) -> Result<bool, Error> {
             Wait::Stopped(_, Stop::Signal(signal)) => resume(pid, Resume::Cont, signal)?,
             Wait::Stopped(_, Stop::Group) => resume(pid, Resume::Listen, 0)?,
             Wait::Stopped(..) => resume(pid, Resume::Cont, 0)?,
-            Wait::Ended(..) | Wait::Nobody => return Ok(false),
+            Wait::Ended(..) | Wait::NoTracee => return Ok(false),
             Wait::Interrupted => {}
         }
     }

@@ -116,7 +116,8 @@ pub(crate) fn exec_loop(left: u64) {
     println!("{:?}", executing.join());
 }
 
-/// Starts a child that shares its memory until somebody opens the named pipe at `path` for writing.
+/// Starts a child that shares its memory until a process opens the named pipe at `path` for
+/// writing.
 pub(crate) fn waits_in_vfork(path: &str) {
     let path = CString::new(path).expect("a path");
     let program = c"/bin/true";

@@ -142,7 +142,7 @@ fn hints(duplicate: DuplicateInfo) -> Result<*mut Info, Unavailable> {
     if hints.is_null() {
         return Err("fi_dupinfo: out of memory".into());
     }
-    // SAFETY: `fi_dupinfo` makes it whole, and nobody else has it.
+    // SAFETY: `fi_dupinfo` makes it whole, and no other code has it.
     let parts = unsafe { &mut *hints };
     parts.mode = u64::MAX;
     // SAFETY: it makes all the parts, too.

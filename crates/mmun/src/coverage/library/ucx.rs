@@ -223,7 +223,7 @@ impl Cache {
                 (get, status)
             }
             (1, 22..) => {
-                // Its transports have the look-up compiled in: nobody can stand in front of it.
+                // Its transports have the look-up compiled in: no code can stand in front of it.
                 let get = symbol(ucs, c"ucs_rcache_get")?;
                 // SAFETY: the type of these versions.
                 let get = Get::Of22(unsafe { std::mem::transmute::<*mut c_void, Get22>(get) });

@@ -157,7 +157,7 @@ fn advised(advice: i32) -> Result<Prepared, Unavailable> {
 
 /// The advice, if this kernel knows it.
 pub(super) fn known(advice: i32, since: &str) -> Result<i32, Unavailable> {
-    // Of no memory: the kernel only looks whether there is such advice.
+    // For a range of length zero, the kernel only checks that it knows the advice.
     match Region::untouched(1)?.part(0, 0).advise(advice) {
         Err(error) if error.kind() == std::io::ErrorKind::InvalidInput => {
             Err(Unavailable(format!("it needs Linux {since}")))

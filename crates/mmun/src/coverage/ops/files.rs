@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use rustix::fs::{FallocateFlags, fallocate, ftruncate};
 use rustix::io::pwrite;
 
-use super::NOBODY;
+use super::NONE;
 use super::maps::PAGES;
 use crate::coverage::files::{memory_file, scratch_file};
 use crate::coverage::operation::{Operation, Prepared};
@@ -18,7 +18,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     Operation {
         name: "ftruncate (own)",
         judge: Judge::Frame,
-        claimed: NOBODY,
+        claimed: NONE,
         prepare: || {
             let file = memory_file(PAGES)?;
             let region = Region::shared(&file, PAGES)?;
@@ -28,7 +28,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     Operation {
         name: "ftruncate (another process)",
         judge: Judge::Frame,
-        claimed: NOBODY,
+        claimed: NONE,
         prepare: || {
             let file = memory_file(PAGES)?;
             let shared = file.try_clone()?;
@@ -40,7 +40,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     Operation {
         name: "fallocate (PUNCH_HOLE, own)",
         judge: Judge::Frame,
-        claimed: NOBODY,
+        claimed: NONE,
         prepare: || {
             let file = memory_file(PAGES)?;
             let region = Region::shared(&file, PAGES)?;
@@ -50,7 +50,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     Operation {
         name: "fallocate (PUNCH_HOLE, another process)",
         judge: Judge::Frame,
-        claimed: NOBODY,
+        claimed: NONE,
         prepare: || {
             let file = memory_file(PAGES)?;
             let shared = file.try_clone()?;
@@ -62,7 +62,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     Operation {
         name: "write to a private file mapping",
         judge: Judge::Frame,
-        claimed: NOBODY,
+        claimed: NONE,
         prepare: || {
             let region = Region::private(&scratch_file(PAGES)?, PAGES)?;
             Ok(Prepared::new(&region.clone(), 0, move || {
@@ -74,7 +74,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     Operation {
         name: "write to the zero page",
         judge: Judge::Exclusive,
-        claimed: NOBODY,
+        claimed: NONE,
         prepare: || {
             let region = Region::untouched(PAGES)?;
             // Else the first read could be given a huge page of zeros.
@@ -89,7 +89,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     Operation {
         name: "write by another process (/proc/PID/mem)",
         judge: Judge::Frame,
-        claimed: NOBODY,
+        claimed: NONE,
         prepare: || {
             let memory = format!("/proc/{}/mem", std::process::id());
             let other = Other::start(move |start, _| {

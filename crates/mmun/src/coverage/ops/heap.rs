@@ -2,8 +2,8 @@
 //!
 //! # Safety
 //! Blocks of `malloc` are touched through their pointer alone, within their length, and freed once.
-//! The end of the heap is only moved back over what was gained by moving it forward, and nobody has
-//! got anything beyond it meanwhile.
+//! The end of the heap is only moved back over what was gained by moving it forward, and no code
+//! has got memory beyond it meanwhile.
 #![expect(
     unsafe_code,
     reason = "the allocator of C and brk; see the Safety section"
@@ -165,7 +165,7 @@ impl Block {
             return Err(io::Error::last_os_error());
         }
         let block = Block { start, len };
-        // Of a large one the middle page is enough.
+        // In a large block, the start and the middle page are enough.
         for offset in (0..len.min(1 << 20)).step_by(page_size()).chain([len / 2]) {
             let byte = start.cast::<u8>().wrapping_add(offset);
             // SAFETY: within the block, of which no reference exists.

@@ -11,7 +11,7 @@ use rustix::thread::{CpuSet, sched_setaffinity};
 
 use super::advice::{known, small_pages};
 use super::maps::PAGES;
-use super::{LIBC, NOBODY};
+use super::{LIBC, NONE};
 use crate::coverage::files::scratch_file;
 use crate::coverage::operation::{Operation, Prepared, Unavailable};
 use crate::coverage::page::{Judge, Page};
@@ -25,19 +25,19 @@ pub(super) const OPERATIONS: &[Operation] = &[
     Operation {
         name: "reclaim to swap (memory cgroup)",
         judge: Judge::Frame,
-        claimed: NOBODY,
+        claimed: NONE,
         prepare: reclaimed,
     },
     Operation {
         name: "automatic NUMA balancing",
         judge: Judge::Frame,
-        claimed: NOBODY,
+        claimed: NONE,
         prepare: balanced,
     },
     Operation {
         name: "khugepaged",
         judge: Judge::Frame,
-        claimed: NOBODY,
+        claimed: NONE,
         prepare: || {
             let between =
                 number("/sys/kernel/mm/transparent_hugepage/khugepaged/scan_sleep_millisecs")?;
@@ -74,7 +74,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     Operation {
         name: "ftruncate (hugetlbfs)",
         judge: Judge::Frame,
-        claimed: NOBODY,
+        claimed: NONE,
         prepare: || {
             if number("/proc/sys/vm/nr_hugepages")? == 0 {
                 return Err(

@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 use std::time::{Duration, Instant};
 
-use super::{CALL, NOBODY};
+use super::{CALL, NONE};
 use crate::coverage::operation::{Operation, Prepared};
 use crate::coverage::page::{Judge, Page};
 use crate::coverage::region::Region;
@@ -17,7 +17,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     Operation {
         name: "KSM merge",
         judge: Judge::Frame,
-        claimed: NOBODY,
+        claimed: NONE,
         prepare: || {
             if fs::read_to_string("/sys/kernel/mm/ksm/run")
                 .unwrap_or_default()

@@ -11,7 +11,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::mpsc::channel;
 
-use super::{CALL_AND_UFFD, LIBC, LIBC_AND_UFFD, NOBODY};
+use super::{CALL_AND_UFFD, LIBC, LIBC_AND_UFFD, NONE};
 use crate::coverage::files::memory_file;
 use crate::coverage::operation::{Operation, Prepared, Unavailable};
 use crate::coverage::other::Other;
@@ -43,7 +43,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     Operation {
         name: "write after fork",
         judge: Judge::Exclusive,
-        claimed: NOBODY,
+        claimed: NONE,
         prepare: || {
             let region = Region::anonymous(PAGES)?;
             let other = Other::start(|_, _| Ok(()))?;

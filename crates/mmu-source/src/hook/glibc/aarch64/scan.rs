@@ -16,7 +16,7 @@ pub(in crate::hook::glibc) struct Found {
 }
 
 impl Found {
-    /// Returns where the code goes on after the call.
+    /// Returns where the code continues after the call.
     pub(super) fn resume(&self) -> u64 {
         self.address + INSTRUCTION as u64
     }

@@ -68,7 +68,7 @@ pub(super) fn of_function(number: u32, stub: u64, foreign: Foreign) -> Vec<u8> {
     code
 }
 
-/// A jump that somebody else has put at the entry of a function. Only its first instruction is
+/// A jump that another program has put at the entry of a function. Only its first instruction is
 /// replaced: a thread may stand behind it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::hook::glibc) struct Foreign {

@@ -89,7 +89,8 @@ impl<'a> Code64<'a> {
         }
         targets.extend(self.far_targets(starts, &regions, &found));
         targets.sort_unstable();
-        // Who jumps between the patch and the `syscall` would pass the patch by, or land in it.
+        // A jump to a place between the patch and the `syscall` would bypass the patch, or land in
+        // it.
         found.retain(|site| {
             let next = targets.partition_point(|target| *target <= site.address);
             targets

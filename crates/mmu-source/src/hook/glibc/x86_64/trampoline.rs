@@ -32,13 +32,13 @@ pub(in crate::hook::glibc) fn trampoline(
     ))
 }
 
-/// Returns the trampoline for the entry of a function that somebody else has put a jump at: it
+/// Returns the trampoline for the entry of a function that another program has put a jump at: it
 /// calls what they jump to.
 pub(in crate::hook::glibc) fn chain(number: u32, foreign: Foreign) -> Vec<u8> {
     of_function(number, foreign, call_handler::function)
 }
 
-/// Returns a trampoline that runs `moved`, then the call by way of `stub`, then goes on at
+/// Returns a trampoline that runs `moved`, then the call by way of `stub`, then continues at
 /// `resume`.
 fn of_call(moved: &[u8], is_generic: bool, stub: unsafe extern "C" fn(), resume: u64) -> Vec<u8> {
     let mut code = Vec::from(moved);
@@ -68,8 +68,8 @@ fn of_call(moved: &[u8], is_generic: bool, stub: unsafe extern "C" fn(), resume:
     fill(code, stub, resume)
 }
 
-/// Returns a trampoline for the entry of a function that somebody else has put a jump at. It calls
-/// what they jump to, by way of `stub`.
+/// Returns a trampoline for the entry of a function that another program has put a jump at. It
+/// calls what they jump to, by way of `stub`.
 fn of_function(number: u32, foreign: Foreign, stub: unsafe extern "C" fn()) -> Vec<u8> {
     // mov $number, %eax; lea foreign(%rip), %r11; jmp *stub; foreign:
     let mut code = vec![0xb8];
@@ -108,7 +108,7 @@ fn fill(mut code: Vec<u8>, stub: unsafe extern "C" fn(), resume: u64) -> Vec<u8>
     code
 }
 
-/// A jump that somebody else has put at the entry of a function: one instruction, or two of which
+/// A jump that another program has put at the entry of a function: one instruction, or two of which
 /// the first is long enough.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::hook::glibc) enum Foreign {

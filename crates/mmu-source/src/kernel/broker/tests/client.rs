@@ -65,7 +65,7 @@ fn clients_go_on_being_told_when_the_broker_is_killed() {
     end(child);
     assert!(reply(&client.socket).is_none(), "the broker is gone");
     assert!(client.is_told());
-    // Another takes the place of the socket that nobody listens at.
+    // Another takes the place of the socket without a listener.
     let broker = Broker::bind(
         &at.0,
         &Options {
@@ -215,14 +215,14 @@ fn another_users_socket_is_not_asked() {
     let child = unsafe { libc::fork() };
     if child == 0 {
         become_nobody();
-        let listener = socket::bind_at(&at.0).expect("the folder is everybody's");
+        let listener = socket::bind_at(&at.0).expect("every user may write to the folder");
         socket::start_listening(&listener).expect("it is bound");
         std::thread::sleep(SOON);
         // SAFETY: ends the process at once.
         unsafe { libc::_exit(1) };
     }
     until(|| socket::connect_to(&at.0, SOON).is_ok());
-    let error = with(connect(&at)).expect_err("it is nobody's");
+    let error = with(connect(&at)).expect_err("it belongs to the user `nobody`");
     end(child);
     assert!(
         error.contains("65534") && error.contains("neither root"),

@@ -22,12 +22,12 @@ pub(crate) const NO_SOURCE: Source = None;
 
 /// The check in front of every look-up.
 #[derive(Debug)]
-pub(crate) struct Gate {
+pub(crate) struct Freshness {
     kernel: Source,
     lost_before: u64,
 }
 
-impl Gate {
+impl Freshness {
     pub(crate) fn new(kernel: Source) -> Self {
         let lost_before = kernel.as_ref().map_or(0, |kernel| kernel.lost());
         Self {

@@ -1,5 +1,4 @@
-//! The gate of `gate.rs` without the feature `kernel`: a cache is current whenever no callback
-//! runs.
+//! `freshness.rs` without the feature `kernel`: a cache is current whenever no callback runs.
 
 use crate::Error;
 use mmu_notifier::{Mm, VaRange};
@@ -22,9 +21,9 @@ impl Drop for Armed {
 
 /// The check in front of every look-up.
 #[derive(Debug)]
-pub(crate) struct Gate;
+pub(crate) struct Freshness;
 
-impl Gate {
+impl Freshness {
     pub(crate) fn new(_: Source) -> Self {
         Self
     }
