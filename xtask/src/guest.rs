@@ -310,7 +310,12 @@ fn note_all(
     };
     build.agent()?;
     if options.tests.is_empty() {
-        for (label, words) in options.arch.standard {
+        let more = if options.table {
+            options.arch.more
+        } else {
+            &[]
+        };
+        for (label, words) in options.arch.standard.iter().chain(more) {
             build.note(label, &words.split(' ').collect::<Vec<_>>(), &mut steps)?;
         }
     } else {

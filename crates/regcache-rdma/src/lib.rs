@@ -79,7 +79,7 @@ pub use error::Error;
 #[cfg(feature = "verbs")]
 pub use odp::OnDemand;
 #[cfg(feature = "verbs")]
-pub use rdma::{Access, Rdma};
+pub use rdma::{Access, Rdma, Region};
 
 /// The README's examples must run.
 #[cfg(all(doctest, feature = "verbs"))]

@@ -23,11 +23,43 @@ use std::sync::Arc;
 /// other flags needs another [`Device`](regcache::Device).
 pub use sideway::ibverbs::AccessFlags as Access;
 
+/// What a lease's handle is: a registered region, with its keys beside it.
+///
+/// The keys stand in the handle itself: a hit that reads them follows no pointer to sideway's
+/// region and from there to that of verbs.
+#[derive(Debug)]
+pub struct Region {
+    lkey: u32,
+    rkey: u32,
+    region: Arc<MemoryRegion>,
+}
+
+impl Region {
+    /// Returns the key for work requests of this process.
+    #[must_use]
+    #[inline]
+    pub fn lkey(&self) -> u32 {
+        self.lkey
+    }
+
+    /// Returns the key for work requests of a peer.
+    #[must_use]
+    #[inline]
+    pub fn rkey(&self) -> u32 {
+        self.rkey
+    }
+
+    /// Returns sideway's region. A clone of the `Arc` keeps it registered beyond the lease, and
+    /// beyond its memory: use it within the lease.
+    #[must_use]
+    pub fn region(&self) -> &Arc<MemoryRegion> {
+        &self.region
+    }
+}
+
 /// Registers memory as RDMA memory regions of one protection domain, all with the same access.
 ///
-/// The handle of a region is sideway's `Arc<MemoryRegion>`, whose `lkey()` and `rkey()` go into
-/// work requests. A clone of the `Arc` keeps the region registered beyond its lease, and beyond its
-/// memory: use it within the lease.
+/// The handle of a region is a [`Region`], whose keys go into work requests.
 #[derive(Debug)]
 pub struct Rdma {
     domain: Arc<ProtectionDomain>,
@@ -76,10 +108,10 @@ impl Rdma {
 }
 
 impl Registrar for Rdma {
-    type Handle = Arc<MemoryRegion>;
+    type Handle = Region;
     type Error = Error;
 
-    fn register(&self, range: VaRange) -> Result<Arc<MemoryRegion>, Error> {
+    fn register(&self, range: VaRange) -> Result<Region, Error> {
         let start = usize::try_from(range.start().get()).expect("addresses have 64 bits");
         let length = usize::try_from(range.pages() * PAGE_SIZE)
             .expect("no mapping is larger than an address space");
@@ -87,15 +119,20 @@ impl Registrar for Rdma {
         // not for writing if the device is to write, and pins the rest. The accesses are the duty
         // of `new`'s caller.
         let registered = unsafe { self.domain.reg_mr(start, length, self.access) };
-        registered.map_err(|error| match error.0 {
+        let region = registered.map_err(|error| match error.0 {
             RegisterMemoryRegionErrorKind::Ibverbs(source) => Error::Register { source },
             other => Error::Register {
                 source: io::Error::other(other),
             },
+        })?;
+        Ok(Region {
+            lkey: region.lkey(),
+            rkey: region.rkey(),
+            region,
         })
     }
 
-    fn deregister(&self, region: Arc<MemoryRegion>) {
+    fn deregister(&self, region: Region) {
         drop(region);
     }
 

@@ -19,9 +19,11 @@ pub(crate) struct Arch {
     pub(crate) series: &'static [Series],
     /// The kernel that is taken if none is named.
     pub(crate) default: &'static str,
-    /// What runs if nothing else is asked for: a label, which is a column of the table, and the
-    /// arguments of Cargo. `docs/kernels.md` says what is left out, and why.
+    /// What runs if nothing else is asked for, for each change: a label, which is a column of the
+    /// table, and the arguments of Cargo. `docs/kernels.md` says what is left out, and why.
     pub(crate) standard: &'static [(&'static str, &'static str)],
+    /// What runs besides to write the table: it takes too long for each change.
+    pub(crate) more: &'static [(&'static str, &'static str)],
     /// A program, or a file if it has a folder, and the package of Debian that it comes in.
     pub(crate) needed: &'static [(&'static str, &'static str)],
     /// The arguments that say what board and what processors.

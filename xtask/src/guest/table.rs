@@ -76,7 +76,8 @@ fn with_row(text: &str, series: &str, row: &str) -> Option<String> {
 /// The columns: the steps of all kinds of machines, each once.
 fn labels_of_all() -> Vec<&'static str> {
     let mut labels = Vec::new();
-    for (label, _) in ALL.iter().flat_map(|arch| arch.standard) {
+    let columns = |arch: &&'static Arch| arch.standard.iter().chain(arch.more);
+    for (label, _) in ALL.iter().flat_map(columns) {
         if !labels.contains(label) {
             labels.push(label);
         }

@@ -4,6 +4,8 @@
 #[path = "../../examples/endpoint/mod.rs"]
 mod endpoint;
 #[cfg(feature = "verbs")]
+mod figures;
+#[cfg(feature = "verbs")]
 mod limits;
 #[cfg(feature = "verbs")]
 mod memory;

@@ -63,6 +63,7 @@ pub(super) const ARCH: Arch = Arch {
             "test -p mmu-source --test it -- again:: calls:: death:: life:: attach:: stop::",
         ),
     ],
+    more: &[],
     needed: &[
         ("qemu-system-aarch64", "qemu-system-arm"),
         ("unshare", "util-linux"),

@@ -43,8 +43,8 @@ pub(super) const ARCH: Arch = Arch {
     ],
     default: "6.12",
     standard: &[
-        // Each test of the broker loads programs in several processes, and the emulated kernel
-        // takes long to verify them.
+        // The broker's tests load programs in several processes, and the emulated kernel takes long
+        // to verify them: they are among those that run for the table.
         (
             "kernel source",
             "test -p mmu-source --lib --test it -- kernel --skip broker",
@@ -63,6 +63,13 @@ pub(super) const ARCH: Arch = Arch {
         (
             "trace",
             "test -p mmu-source --test it -- again:: calls:: death::",
+        ),
+    ],
+    more: &[
+        ("broker", "test -p mmu-source --lib broker"),
+        (
+            "process",
+            "test -p mmu-source --test it -- --skip kernel --skip broker",
         ),
     ],
     needed: &[

@@ -1,0 +1,224 @@
+//! What the cache saves: the figures of `bench/README.md`. Counts are asserted. Times are printed:
+//! under emulation, only their ratios mean something.
+//!
+//! # Safety
+//! The child of the one fork is traced by its parent, whose requests get integers and pointers to
+//! locals of the length that they are told.
+#![expect(unsafe_code, reason = "counts the system calls of a child")]
+
+use crate::endpoint::open;
+use crate::memory::{Lab, PAGE, Source, advise, child, is_child, map, poke, range};
+use regcache::{Options, Registrar};
+use regcache_rdma::{Access, OnDemand, Region};
+use std::hint::black_box;
+use std::ptr::{null_mut, without_provenance_mut};
+use std::time::{Duration, Instant};
+use testkit::{Cap, require};
+
+const REQUESTS: usize = 1000;
+const BUFFERS: usize = 16;
+const ACCESS: Access = Access::LocalWrite.or(Access::RemoteRead);
+
+/// What separates the parts of a child's run: a call that no other code makes.
+fn mark() {
+    // SAFETY: no arguments.
+    unsafe { libc::syscall(libc::SYS_getpgrp) };
+}
+
+/// Requests, all of which have been registered before.
+fn hits(lab: &Lab, buffers: &[usize], pages: usize) {
+    for number in 0..REQUESTS {
+        let lease = lab
+            .cache
+            .get(range(buffers[number % BUFFERS], pages))
+            .unwrap();
+        black_box(lease.handle().rkey());
+    }
+}
+
+/// The same without a cache.
+fn registrations(lab: &Lab, buffers: &[usize], pages: usize) {
+    let registrar = lab.device.registrar();
+    for number in 0..REQUESTS {
+        let region = registrar.register(range(buffers[number % BUFFERS], pages));
+        registrar.deregister(
+            region
+                .inspect(|region| _ = black_box(Region::rkey(region)))
+                .unwrap(),
+        );
+    }
+}
+
+/// Counts the system calls of a child between its marks.
+fn calls_between_marks(act: impl FnOnce()) -> Vec<u64> {
+    // SAFETY: this process has one thread besides libtest's, which only waits.
+    let child = unsafe { libc::fork() };
+    assert_ne!(child, -1);
+    if child == 0 {
+        // SAFETY: integers and nulls.
+        unsafe { libc::ptrace(libc::PTRACE_TRACEME, 0, null_mut::<()>(), null_mut::<()>()) };
+        // SAFETY: the parent continues it.
+        unsafe { libc::raise(libc::SIGSTOP) };
+        let passed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(act)).is_ok();
+        // SAFETY: ends the child without running anything of the parent's.
+        unsafe { libc::_exit(i32::from(!passed)) };
+    }
+    let none = null_mut::<libc::c_void>();
+    let mut counts = vec![0];
+    let mut status = 0;
+    // SAFETY: an integer for the answer.
+    assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+    let options = without_provenance_mut::<libc::c_void>(
+        (libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_EXITKILL) as usize,
+    );
+    // SAFETY: integers.
+    let asked = unsafe { libc::ptrace(libc::PTRACE_SETOPTIONS, child, none, options) };
+    assert_eq!(asked, 0);
+    let mut signal = 0_i32;
+    loop {
+        let handed = without_provenance_mut::<libc::c_void>(signal as usize);
+        // SAFETY: integers.
+        assert_eq!(
+            unsafe { libc::ptrace(libc::PTRACE_SYSCALL, child, none, handed) },
+            0
+        );
+        // SAFETY: as above.
+        assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+        if libc::WIFEXITED(status) {
+            assert_eq!(libc::WEXITSTATUS(status), 0);
+            return counts;
+        }
+        assert!(libc::WIFSTOPPED(status), "{status:#x}");
+        signal = match libc::WSTOPSIG(status) {
+            stop if stop == libc::SIGTRAP | 0x80 => 0,
+            other => {
+                signal = other;
+                continue;
+            }
+        };
+        // SAFETY: zeros are a value of it.
+        let mut info: libc::ptrace_syscall_info = unsafe { std::mem::zeroed() };
+        let size = without_provenance_mut::<libc::c_void>(size_of_val(&info));
+        // SAFETY: the call fills in as many bytes as it is told.
+        let got =
+            unsafe { libc::ptrace(libc::PTRACE_GET_SYSCALL_INFO, child, size, &raw mut info) };
+        assert!(got > 0);
+        if info.op == libc::PTRACE_SYSCALL_INFO_ENTRY {
+            // SAFETY: the operation says which part is filled in.
+            let number = unsafe { info.u.entry.nr };
+            if number == libc::SYS_getpgrp as u64 {
+                counts.push(0);
+            } else {
+                *counts.last_mut().expect("there is one") += 1;
+            }
+        }
+    }
+}
+
+fn buffers(pages: usize) -> Vec<usize> {
+    (0..BUFFERS).map(|_| map(pages)).collect()
+}
+
+#[test]
+fn a_thousand_requests_are_sixteen_registrations_and_no_system_call() {
+    if !require(Cap::Rdma) || !require(Cap::Kvm) || !require(Cap::Bpf) {
+        return;
+    }
+    if !is_child() {
+        let test = "figures::a_thousand_requests_are_sixteen_registrations_and_no_system_call";
+        assert!(child(test).status().unwrap().success());
+        return;
+    }
+    let pages = 16;
+    let counts = calls_between_marks(|| {
+        let lab = Lab::new(Source::Kernel).unwrap();
+        let buffers = buffers(pages);
+        hits(&lab, &buffers, pages);
+        let stats = lab.cache.stats();
+        assert_eq!(stats.registered, BUFFERS as u64, "{stats}");
+        mark();
+        hits(&lab, &buffers, pages);
+        mark();
+        assert_eq!(lab.cache.stats().registered, BUFFERS as u64);
+        mark();
+        registrations(&lab, &buffers, pages);
+        mark();
+    });
+    println!(
+        "| {REQUESTS} requests | registrations | system calls |\n| --- | --- | --- |\n\
+         | through the cache | {BUFFERS}, then none | {} |\n\
+         | `ibv_reg_mr` each time | {REQUESTS} | {} |",
+        counts[1], counts[3]
+    );
+    assert_eq!(counts[1], 0, "{counts:?}");
+    assert!(counts[3] >= 2 * REQUESTS as u64, "{counts:?}");
+}
+
+/// The least disturbed of some runs, in microseconds.
+fn best(run: impl FnMut() -> Duration) -> f64 {
+    let times = std::iter::repeat_with(run).take(9);
+    times.min().expect("there are nine").as_secs_f64() * 1e6
+}
+
+fn timed(act: impl FnOnce()) -> Duration {
+    let begin = Instant::now();
+    act();
+    begin.elapsed()
+}
+
+#[test]
+fn how_long_hits_registrations_and_reads_take() {
+    let Some(lab) = Lab::new(Source::Kernel) else {
+        return;
+    };
+    println!("| region | hit | `ibv_reg_mr` each time | of it |\n| --- | --- | --- | --- |");
+    for kibibytes in [4, 64, 1024] {
+        let pages = kibibytes * 1024 / PAGE;
+        let buffers = buffers(pages);
+        let each = 1.0 / REQUESTS as f64;
+        let hit = best(|| timed(|| hits(&lab, &buffers, pages))) * each;
+        let registrar = lab.device.registrar();
+        let registered = best(|| {
+            timed(|| {
+                for buffer in &buffers {
+                    registrar.deregister(registrar.register(range(*buffer, pages)).unwrap());
+                }
+            })
+        }) / BUFFERS as f64;
+        println!(
+            "| {kibibytes} KiB | {hit:.2} us | {registered:.1} us | 1/{:.0} |",
+            registered / hit
+        );
+    }
+    drop(lab);
+    if OnDemand::of(&open().unwrap()).unwrap().is_none() {
+        println!("the device has no on-demand paging (rxe has it from Linux 6.18 on)");
+        return;
+    }
+    println!("| READ of a byte of 64 KiB | same pages | pages that are new |\n| --- | --- | --- |");
+    for (name, source, access) in [
+        ("the cache, source `kernel`", Source::Kernel, ACCESS),
+        (
+            "on-demand paging",
+            Source::Nothing,
+            ACCESS | Access::OnDemand,
+        ),
+    ] {
+        let mut lab = Lab::with(source, access, Options::new()).unwrap();
+        let (address, pages) = (map(16), 16);
+        let mut value = 0_u8;
+        let mut read = |is_changed: bool| {
+            best(|| {
+                if is_changed {
+                    advise(address, pages, libc::MADV_DONTNEED);
+                }
+                value = value.wrapping_add(1);
+                poke(address, value);
+                timed(|| assert_eq!(lab.first_byte(address, pages).unwrap(), value))
+            })
+        };
+        read(true);
+        let (same, new) = (read(false), read(true));
+        println!("| {name} | {same:.0} us | {new:.0} us |");
+    }
+}
