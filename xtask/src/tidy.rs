@@ -16,27 +16,6 @@ const MAX_LINES: usize = 600;
 /// The longest a line of prose in a comment may be, in characters: rustfmt does not wrap comments.
 const MAX_COLUMNS: usize = 100;
 
-/// Who may use whom, published crates only: arrows point down this list.
-const LAYERS: &[(&str, &[&str])] = &[
-    ("srcu", &[]),
-    ("mmu-notifier", &["srcu"]),
-    ("mmu-source", &["srcu", "mmu-notifier"]),
-    ("regcache", &["mmu-notifier", "mmu-source"]),
-    ("regcache-rdma", &["mmu-notifier", "mmu-source", "regcache"]),
-    ("mmun-capi", &["mmu-notifier", "mmu-source", "regcache"]),
-    ("mmun-dropin", &["srcu", "mmu-notifier", "mmu-source"]),
-    (
-        "mmun",
-        &[
-            "srcu",
-            "mmu-notifier",
-            "mmu-source",
-            "regcache",
-            "mmun-dropin",
-        ],
-    ),
-];
-
 /// Members of the workspace that are not published and may use anything.
 const TOOLS: &[&str] = &["bench", "stress", "testkit", "xtask"];
 
@@ -133,38 +112,59 @@ fn widths(sources: &[(PathBuf, String)], complaints: &mut Vec<String>) {
     }
 }
 
+/// The code map of ARCHITECTURE.md: each crate's folder, with the folders of the crates it uses.
+fn code_map(root: &Path) -> Vec<(String, BTreeSet<String>)> {
+    let text = fs::read_to_string(root.join("ARCHITECTURE.md")).expect("ARCHITECTURE.md is there");
+    let row = |line: &str| {
+        let mut cells = line.strip_prefix("| `crates/")?.split(" | ");
+        let name = cells.next()?.trim_matches('`').to_owned();
+        let used = cells.next()?.split('`').skip(1).step_by(2);
+        Some((name, used.map(str::to_owned).collect()))
+    };
+    text.lines().filter_map(row).collect()
+}
+
+/// Each crate uses the crates that the code map says, and those stand above it. Tests may use all
+/// that stand above.
 fn edges(root: &Path, complaints: &mut Vec<String>) {
     let metadata = MetadataCommand::new()
         .manifest_path(root.join("Cargo.toml"))
         .no_deps()
         .exec()
         .expect("cargo metadata answers for this workspace");
-    let allowed: BTreeMap<&str, &[&str]> = LAYERS.iter().copied().collect();
+    let map = code_map(root);
     for package in metadata.packages {
-        let name = package.name.to_string();
-        if TOOLS.contains(&name.as_str()) {
+        let folder = package.manifest_path.parent().expect("it is in a folder");
+        let name = folder.file_name().unwrap_or_default();
+        if TOOLS.contains(&name) {
             continue;
         }
-        let Some(allowed) = allowed.get(name.as_str()) else {
-            complaints.push(format!(
-                "the crate {name} is neither in the table of parts nor a tool"
-            ));
+        let Some(row) = map.iter().position(|(folder, _)| folder == name) else {
+            complaints.push(format!("{name} is not in the code map of ARCHITECTURE.md"));
             continue;
         };
-        for dependency in package
-            .dependencies
-            .iter()
-            .filter(|dependency| dependency.path.is_some())
-        {
+        let mut used = BTreeSet::new();
+        for dependency in package.dependencies {
+            let Some(other) = dependency.path.as_ref().and_then(|path| path.file_name()) else {
+                continue;
+            };
             let for_tests = dependency.kind == cargo_metadata::DependencyKind::Development;
-            let is_allowed = allowed.contains(&dependency.name.as_str())
-                || (for_tests && dependency.name == "testkit");
-            if !is_allowed {
+            let stands_above = map[..row].iter().any(|(folder, _)| folder == other);
+            let is_testkit = for_tests && other == "testkit";
+            if !(stands_above || is_testkit) {
                 complaints.push(format!(
-                    "{name} must not use {}: see the table of parts",
-                    dependency.name
+                    "{name} must not use {other}, which does not stand above it in the code map"
                 ));
             }
+            if !for_tests {
+                used.insert(other.to_owned());
+            }
+        }
+        if used != map[row].1 {
+            complaints.push(format!(
+                "ARCHITECTURE.md says that {name} uses {:?}, its manifest {used:?}",
+                map[row].1
+            ));
         }
     }
 }

@@ -38,7 +38,8 @@ struct Driver {
     invalidate: unsafe extern "C-unwind" fn(*mut IntervalNotifier, *const Range, c_ulong) -> bool,
 }
 
-// SAFETY: C code promises a callback that may run on any thread, in parallel; the header says so.
+// SAFETY: C code promises a callback that may run on any thread, in parallel: the header demands
+// that.
 unsafe impl Send for Driver {}
 // SAFETY: As above.
 unsafe impl Sync for Driver {}
@@ -177,7 +178,7 @@ export! {
     /// See mmun/mmu_notifier.h.
     fn mmun_interval_remove(interval: *mut IntervalNotifier) {
         const NAME: &str = "mmu_interval_notifier_remove";
-        // SAFETY: It is inserted: so says the header.
+        // SAFETY: It is inserted: the header demands that.
         if unsafe { inserted(NAME, interval) }.mm().is_inherited() {
             // It is the parent's, and no bracket calls it here.
             return;
@@ -194,7 +195,7 @@ export! {
     /// # Safety
     /// See mmun/mmu_notifier.h.
     fn mmun_interval_read_begin(interval: *mut IntervalNotifier) -> c_ulong {
-        // SAFETY: It is inserted: so says the header.
+        // SAFETY: It is inserted: the header demands that.
         unsafe { inserted("mmu_interval_read_begin", interval) }.read_begin()
     }
 
@@ -203,7 +204,7 @@ export! {
     /// # Safety
     /// See mmun/mmu_notifier.h.
     fn mmun_interval_read_retry(interval: *mut IntervalNotifier, seq: c_ulong) -> bool {
-        // SAFETY: It is inserted: so says the header.
+        // SAFETY: It is inserted: the header demands that.
         unsafe { inserted("mmu_interval_read_retry", interval) }.read_retry(seq)
     }
 
@@ -212,7 +213,7 @@ export! {
     /// # Safety
     /// See mmun/mmu_notifier.h.
     fn mmun_interval_set_seq(interval: *mut IntervalNotifier, seq: c_ulong) {
-        // SAFETY: It is inserted: so says the header.
+        // SAFETY: It is inserted: the header demands that.
         unsafe { inserted("mmu_interval_set_seq", interval) }.set_seq(seq);
     }
 }

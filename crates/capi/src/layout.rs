@@ -1,5 +1,5 @@
-//! What the structs look like here. A test compares them with `abi/layout.txt`, as a test in C does
-//! with the header.
+//! The layout of the structs in Rust. A test compares it with `abi/layout.txt`; a test in C
+//! compares that file with the header.
 
 /// Defines the lines of `abi/layout.txt` for structs of the module. A field may have another name
 /// in C.

@@ -57,7 +57,8 @@ struct Driver {
     ops: NonNull<Ops>,
 }
 
-// SAFETY: C code promises callbacks that may run on any thread, in parallel; the header says so.
+// SAFETY: C code promises callbacks that may run on any thread, in parallel: the header demands
+// that.
 unsafe impl Send for Driver {}
 // SAFETY: As above.
 unsafe impl Sync for Driver {}
@@ -416,7 +417,7 @@ export! {
         let Some(notifier) = NonNull::new(notifier) else { die("mmu_notifier_put", "the notifier is null") };
         // SAFETY: It is the caller's notifier.
         let node = unsafe { node(notifier) };
-        // SAFETY: It is registered and not freed: so says the header.
+        // SAFETY: It is registered and not freed: the header demands that.
         if let Err(SurplusPut) = unsafe { Node::put(node) } {
             warn_once!("mmu_notifier_put: the notifier was put more often than it was got");
         }
@@ -459,7 +460,7 @@ export! {
     fn mmun_unregister(notifier: *mut MmuNotifier, mm: *mut MmStruct) {
         const NAME: &str = "mmu_notifier_unregister";
         let Some(notifier) = NonNull::new(notifier) else { die(NAME, "the notifier is null") };
-        // SAFETY: The place must be valid: so says the header.
+        // SAFETY: The place must be valid: the header demands that.
         if unsafe { (*notifier.as_ptr()).mm } != mm || mm.is_null() {
             die(NAME, "the notifier is not registered on this address space");
         }

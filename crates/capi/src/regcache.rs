@@ -102,7 +102,8 @@ struct Driver {
     in_callbacks: bool,
 }
 
-// SAFETY: C code promises functions that may run on any thread, in parallel; the header says so.
+// SAFETY: C code promises functions that may run on any thread, in parallel: the header demands
+// that.
 unsafe impl Send for Driver {}
 // SAFETY: As above.
 unsafe impl Sync for Driver {}
@@ -137,7 +138,7 @@ impl Registrar for Driver {
         let _whole = Uncancelled::enter();
         let mut value = ptr::null_mut();
         let mut register = || {
-            // SAFETY: The program's own function, with its own context: so says the header.
+            // SAFETY: The program's own function, with its own context: the header demands that.
             unsafe {
                 (self.register_region)(self.context, start(range), length(range), &raw mut value)
             }
@@ -199,8 +200,8 @@ impl Lease {
     };
 
     fn is_held(&self) -> bool {
-        // One word, which a lease never has as zero. To read both at once would make the processor
-        // wait until they, which were written one by one, have left its store buffer.
+        // Reads one word, which is not zero in a lease. The two words were written one by one, so a
+        // single read of both would wait until the stores have left the store buffer.
         // SAFETY: Two words are there, which C has written or this library.
         unsafe { self.held.as_ptr().cast::<usize>().read() != 0 }
     }
@@ -253,12 +254,13 @@ struct Silent;
 impl Notifier for Silent {}
 
 impl Regcache {
-    /// Deregisters everything; fails, and changes nothing for good, if something is leased.
+    /// Deregisters everything. Fails if a region is leased; the cache can then still be used.
     fn empty(&self) -> Result<(), c_int> {
         self.mmun.may_wait()?;
         self.cache.flush();
         if self.cache.stats().regions != 0 {
-            // A callback may be deregistering what it has taken out. A registrar waits for it.
+            // A callback may still be deregistering regions that it has taken out. Registering a
+            // notifier waits for that callback.
             drop(Registration::new(self.mmun.mm, Silent));
             self.cache.flush();
         }
@@ -285,17 +287,17 @@ export! {
     ) -> c_int {
         let _whole = Uncancelled::enter();
         code((|| {
-            // SAFETY: Valid: so says the header.
+            // SAFETY: Valid: the header demands that.
             let functions = unsafe { args::read(registrar) }?;
             let options = if options.is_null() {
                 Options { size: 0, merge: 0, max_regions: 0, max_bytes: 0, max_region_bytes: 0 }
             } else {
-                // SAFETY: Valid: so says the header.
+                // SAFETY: Valid: the header demands that.
                 unsafe { args::read(options) }?
             };
-            // SAFETY: Null or valid: so says the header.
+            // SAFETY: Null or valid: the header demands that.
             let place = unsafe { args::result(cache) }?;
-            // SAFETY: Null or open: so says the header.
+            // SAFETY: Null or open: the header demands that.
             let mmun = unsafe { share(mmun) }?;
             *place = Box::into_raw(Box::new(open(mmun, &functions, options)?));
             Ok(())
@@ -308,7 +310,7 @@ export! {
     /// See mmun/mmun.h.
     fn mmun_regcache_close(cache: *mut Regcache) -> c_int {
         let _whole = Uncancelled::enter();
-        // SAFETY: Null or open: so says the header.
+        // SAFETY: Null or open: the header demands that.
         let Some(open) = (unsafe { cache.as_ref() }) else { return 0 };
         let is_inherited = open.mmun.mm.is_inherited();
         if !is_inherited {
@@ -316,7 +318,8 @@ export! {
                 return code;
             }
         }
-        // SAFETY: It came from `Box::into_raw`, and the caller gives it up: so says the header.
+        // SAFETY: It came from `Box::into_raw`, and the caller gives it up: the header demands
+        // that.
         let Regcache { cache, device, mmun } = *unsafe { Box::from_raw(cache) };
         drop(cache);
         if !is_inherited && device.synchronize().is_err() {
@@ -334,9 +337,9 @@ export! {
         if !lease.is_aligned() {
             return fail(-libc::EINVAL, INVALID);
         }
-        // SAFETY: Null or open: so says the header.
+        // SAFETY: Null or open: the header demands that.
         let open = unsafe { cache.as_ref() };
-        // SAFETY: Null or a place for a lease: so says the header.
+        // SAFETY: Null or a place for a lease: the header demands that.
         let (Some(open), Some(place)) = (open, unsafe { lease.as_mut() }) else { return fail(-libc::EINVAL, INVALID) };
         let range = match VaRange::covering(Va::from_ptr(address), length as u64) {
             Ok(range) if range.last() != Va::new(u64::MAX) => range,
@@ -365,7 +368,7 @@ export! {
     /// # Safety
     /// See mmun/mmun.h.
     fn mmun_regcache_put(lease: *mut Lease) {
-        // SAFETY: Null or a lease: so says the header.
+        // SAFETY: Null or a lease: the header demands that.
         let Some(place) = (unsafe { lease.as_mut() }).filter(|lease| lease.is_held()) else {
             die("mmun_regcache_put", "there is no lease: it is null or has been put");
         };
@@ -380,7 +383,7 @@ export! {
     /// # Safety
     /// See mmun/mmun.h.
     fn mmun_lease_valid(lease: *const Lease) -> bool {
-        // SAFETY: Null or a lease: so says the header.
+        // SAFETY: Null or a lease: the header demands that.
         unsafe { Lease::held(lease) }.is_some_and(Held::is_current)
     }
 
@@ -389,11 +392,11 @@ export! {
     /// # Safety
     /// See mmun/mmun.h.
     fn mmun_lease_range(lease: *const Lease, address: *mut *mut c_void, bytes: *mut usize) -> c_int {
-        // SAFETY: Null or a lease: so says the header.
+        // SAFETY: Null or a lease: the header demands that.
         let Some(held) = (unsafe { Lease::held(lease) }) else { return fail(-libc::EINVAL, INVALID) };
-        // SAFETY: Null or valid: so says the header.
+        // SAFETY: Null or valid: the header demands that.
         let Some(address) = (unsafe { address.as_mut() }) else { return fail(-libc::EINVAL, INVALID) };
-        // SAFETY: Null or valid: so says the header.
+        // SAFETY: Null or valid: the header demands that.
         let Some(bytes) = (unsafe { bytes.as_mut() }) else { return fail(-libc::EINVAL, INVALID) };
         (*address, *bytes) = (start(held.range()), length(held.range()));
         0
@@ -404,7 +407,7 @@ export! {
     /// # Safety
     /// See mmun/mmun.h.
     fn mmun_regcache_flush(cache: *const Regcache) -> u64 {
-        // SAFETY: Null or open: so says the header.
+        // SAFETY: Null or open: the header demands that.
         unsafe { cache.as_ref() }.map_or(0, |open| open.cache.flush())
     }
 
@@ -413,7 +416,7 @@ export! {
     /// # Safety
     /// See mmun/mmun.h.
     fn mmun_regcache_reap(cache: *const Regcache) {
-        // SAFETY: Null or open: so says the header.
+        // SAFETY: Null or open: the header demands that.
         if let Some(open) = unsafe { cache.as_ref() } {
             open.cache.reap();
         }
@@ -424,10 +427,10 @@ export! {
     /// # Safety
     /// See mmun/mmun.h.
     fn mmun_regcache_stats(cache: *const Regcache, stats: *mut Stats) -> c_int {
-        // SAFETY: Null or open: so says the header.
+        // SAFETY: Null or open: the header demands that.
         let Some(open) = (unsafe { cache.as_ref() }) else { return fail(-libc::EINVAL, INVALID) };
         let values = open.cache.stats().metrics().map(|(_, value)| value);
-        // SAFETY: Valid: so says the header.
+        // SAFETY: Valid: the header demands that.
         code(unsafe { args::write(stats, &Stats { size: 0, values }) })
     }
 }

@@ -231,11 +231,11 @@ export! {
         let _whole = Uncancelled::enter();
         code((|| {
             let (sources, required) = if options.is_null() { (0, 0) } else {
-                // SAFETY: Valid: so says the header.
+                // SAFETY: Valid: the header demands that.
                 let options = unsafe { args::read(options) }?;
                 (options.sources, options.required)
             };
-            // SAFETY: Null or valid: so says the header.
+            // SAFETY: Null or valid: the header demands that.
             let opened = unsafe { args::result(opened) }?;
             *opened = Arc::into_raw(Arc::new(Mmun::open(sources, required)?)).cast_mut();
             Ok(())
@@ -249,7 +249,8 @@ export! {
     fn mmun_close(mmun: *mut Mmun) {
         let _whole = Uncancelled::enter();
         if !mmun.is_null() {
-            // SAFETY: It came from `Arc::into_raw`, and the caller gives it up: so says the header.
+            // SAFETY: It came from `Arc::into_raw`, and the caller gives it up: the header demands
+            // that.
             drop(unsafe { Arc::from_raw(mmun) });
         }
     }
@@ -259,9 +260,9 @@ export! {
     /// # Safety
     /// See mmun/mmun.h.
     fn mmun_status(mmun: *const Mmun, status: *mut Status) -> c_int {
-        // SAFETY: Null or open: so says the header.
+        // SAFETY: Null or open: the header demands that.
         let Some(mmun) = (unsafe { mmun.as_ref() }) else { return fail(-libc::EINVAL, INVALID) };
-        // SAFETY: Valid: so says the header.
+        // SAFETY: Valid: the header demands that.
         code(unsafe { args::write(status, &mmun.status()) })
     }
 
@@ -270,7 +271,7 @@ export! {
     /// # Safety
     /// See mmun/mmun.h.
     fn mmun_settle(mmun: *const Mmun) -> c_int {
-        // SAFETY: Null or open: so says the header.
+        // SAFETY: Null or open: the header demands that.
         let Some(mmun) = (unsafe { mmun.as_ref() }) else { return fail(-libc::EINVAL, INVALID) };
         if let Err(code) = mmun.check() {
             return code;
@@ -286,7 +287,7 @@ export! {
     /// # Safety
     /// See mmun/mmun.h.
     fn mmun_fill_begin(mmun: *const Mmun) -> u64 {
-        // SAFETY: Null or open: so says the header.
+        // SAFETY: Null or open: the header demands that.
         match unsafe { mmun.as_ref() } {
             Some(mmun) => mmun.fill_begin().unwrap_or(0),
             None => {
@@ -301,7 +302,7 @@ export! {
     /// # Safety
     /// See mmun/mmun.h.
     fn mmun_fill_retry(mmun: *const Mmun, seq: u64) -> bool {
-        // SAFETY: Null or open: so says the header.
+        // SAFETY: Null or open: the header demands that.
         unsafe { mmun.as_ref() }.is_none_or(|mmun| mmun.fill_retry(seq))
     }
 }

@@ -33,7 +33,7 @@ pub struct Ops {
     end: Callback,
 }
 
-// SAFETY: Pointers to functions; what is no function of C's is against the header.
+// SAFETY: Pointers to functions: the header demands that.
 unsafe impl Growing for Ops {
     const FIRST: usize = 24;
 }
@@ -46,7 +46,7 @@ struct Callbacks {
     context: *mut c_void,
     start: Callback,
     end: Callback,
-    /// Whether there is a source that tells later.
+    /// Whether the kernel source is used, which calls back after the start of a change.
     by_kernel: bool,
 }
 
@@ -77,7 +77,7 @@ impl Notifier for Callbacks {
     #[inline(always)]
     fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
         if let Some(start) = self.start {
-            // SAFETY: The program's own callback, with its own context: so says the header.
+            // SAFETY: The program's own callback, with its own context: the header demands that.
             guarded!("mmun_ops.start", unsafe {
                 start(self.context, &self.change(range))
             });
@@ -87,7 +87,7 @@ impl Notifier for Callbacks {
     #[inline(always)]
     fn invalidate_range_end(&self, range: &InvalidateRange<'_>) {
         if let Some(end) = self.end {
-            // SAFETY: The program's own callback, with its own context: so says the header.
+            // SAFETY: The program's own callback, with its own context: the header demands that.
             guarded!("mmun_ops.end", unsafe {
                 end(self.context, &self.change(range))
             });
@@ -135,7 +135,7 @@ fn subscribe(mmun: Arc<Mmun>, ops: &Ops, context: *mut c_void) -> Result<Subscri
             })
         }
         Err(error) => {
-            // Not refused: nothing has been opened on this thread since.
+            // Cannot be refused: this thread has opened no bracket since it registered.
             let _ = registration.unregister();
             Err(of_source(&error))
         }
@@ -177,11 +177,11 @@ export! {
     ) -> c_int {
         let _whole = Uncancelled::enter();
         code((|| {
-            // SAFETY: Valid: so says the header.
+            // SAFETY: Valid: the header demands that.
             let ops = unsafe { args::read(ops) }?;
-            // SAFETY: Null or valid: so says the header.
+            // SAFETY: Null or valid: the header demands that.
             let place = unsafe { args::result(subscription) }?;
-            // SAFETY: Null or open: so says the header.
+            // SAFETY: Null or open: the header demands that.
             let mmun = unsafe { share(mmun) }?;
             *place = Box::into_raw(Box::new(subscribe(mmun, &ops, context)?));
             Ok(())
@@ -197,7 +197,8 @@ export! {
         if subscription.is_null() {
             return fail(-libc::EINVAL, INVALID);
         }
-        // SAFETY: It came from `Box::into_raw`, and the caller gives it up: so says the header.
+        // SAFETY: It came from `Box::into_raw`, and the caller gives it up: the header demands
+        // that.
         let taken = unsafe { subscription.read() };
         match unsubscribe(taken) {
             Ok(()) => {

@@ -31,9 +31,9 @@ export! {
     fn mmun_watch(mmun: *const Mmun, address: *const c_void, length: usize, watch: *mut *mut Watched) -> c_int {
         let _whole = Uncancelled::enter();
         code((|| {
-            // SAFETY: Null or valid: so says the header.
+            // SAFETY: Null or valid: the header demands that.
             let place = unsafe { args::result(watch) }?;
-            // SAFETY: Null or open: so says the header.
+            // SAFETY: Null or open: the header demands that.
             let mmun = unsafe { share(mmun) }?;
             let range = VaRange::covering(Va::from_ptr(address), length as u64);
             let range = range.map_err(|_| {
@@ -63,7 +63,7 @@ export! {
     /// # Safety
     /// See mmun/mmun.h.
     fn mmun_watch_valid(watch: *const Watched) -> bool {
-        // SAFETY: Null or a watch: so says the header.
+        // SAFETY: Null or a watch: the header demands that.
         unsafe { watch.as_ref() }.is_some_and(|watched| watched.watch.is_valid())
     }
 
@@ -73,7 +73,7 @@ export! {
     /// See mmun/mmun.h.
     fn mmun_watch_renew(watch: *mut Watched) -> c_int {
         let _whole = Uncancelled::enter();
-        // SAFETY: Null or a watch that no other thread uses: so says the header.
+        // SAFETY: Null or a watch that no other thread uses: the header demands that.
         let Some(watched) = (unsafe { watch.as_mut() }) else {
             return fail(-libc::EINVAL, c"mmun_watch_renew(): watch is null");
         };

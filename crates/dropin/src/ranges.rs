@@ -24,8 +24,8 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// What of a callback's time may go into waiting for the lock, in turns. The lock is held for some
-/// hundred instructions, unless its owner was preempted, or is this very thread.
+/// How often a callback tries to take the lock before it leaves a note. The lock is held for some
+/// hundred instructions, unless its owner was preempted, or is the thread of the callback.
 const TURNS: usize = 64;
 
 /// Start and length in bytes, as libfabric gave them.
@@ -36,19 +36,19 @@ struct Entry {
     /// Equal ranges of several caches are not told apart by libfabric; they are counted.
     count: usize,
     stale: Option<Change>,
-    /// What the kernel says of it. `None` where the kernel source is not in use.
+    /// Tells whether the kernel has changed the range. `None` if the kernel source is not in use.
     watch: Option<Watch>,
 }
 
 impl Entry {
-    /// Whether a change that is told now makes it stale. Not if the kernel says that nothing has
-    /// touched it since: then what is told is older than the registration, or has yet to begin and
-    /// is told again.
+    /// Whether a change that is told now makes the range stale. It does not if the kernel has
+    /// counted no change of the range since the registration. Then the change is either older than
+    /// the registration, or has not begun yet and will be told again.
     fn is_met(&self) -> bool {
         self.stale.is_none() && !self.watch.as_ref().is_some_and(Watch::is_valid)
     }
 
-    /// A change that the kernel has counted and that was not told yet, or one that was.
+    /// Stale if a change was told, or if the kernel has counted one that was not told yet.
     fn verdict(&self, start: u64, len: u64) -> Verdict {
         match (&self.stale, &self.watch) {
             (Some(change), _) => Verdict::Stale(*change),
@@ -114,8 +114,8 @@ impl Ranges {
             watch: watch.take(),
         });
         entry.count += 1;
-        // One that is not needed is dropped outside of the lock: that takes one of the kernel
-        // source's.
+        // A watch that is not needed is dropped without the lock held, because the drop takes a
+        // lock of the kernel source.
         drop(table);
         drop(watch);
     }
@@ -131,7 +131,7 @@ impl Ranges {
         }
     }
 
-    /// Takes one registration of `start..start + len` out. What was never entered is none.
+    /// Takes one registration of `start..start + len` out, if there is one.
     pub(crate) fn unsubscribe(&self, start: u64, len: u64) {
         let mut table = self.lock();
         let class = class(len);
@@ -200,7 +200,7 @@ impl Ranges {
             .collect()
     }
 
-    /// How many ranges are watched. Nothing if a thread was stopped in the middle of a change.
+    /// How many ranges are watched. `None` if a thread was stopped while it held the lock.
     pub(crate) fn count(&self) -> Option<usize> {
         let table = self.table.try_lock().ok()?;
         Some(table.classes.iter().map(BTreeMap::len).sum())
@@ -236,9 +236,9 @@ impl Ranges {
         }
         // ORDER(dropin-dirty): Release, before the bits go. Partner: `is_clean`.
         self.dirty.fetch_add(marked, Ordering::Release);
-        // Others that were set meanwhile stay. One of these that was set again may go: every range
-        // that has it is stale. ORDER(dropin-dirty): Release: a look that sees the bits gone sees
-        // `dirty`. Partner: `is_clean`.
+        // Bits that were set meanwhile stay. A bit of `bits` that was set again may be cleared,
+        // because every range that has it is stale by now, or asks its watch. ORDER(dropin-dirty):
+        // Release: a look that sees the bits gone sees `dirty`. Partner: `is_clean`.
         self.pending.fetch_and(!bits, Ordering::AcqRel);
     }
 

@@ -128,10 +128,10 @@ pub use mm::{
 pub use range::{InvalidRange, PAGE_SIZE, Va, VaRange};
 pub use registration::{RegisterError, Registration, UnregisterError};
 pub use soft_tlb::SoftTlb;
-// What the crates above keep for each thread is kept as `srcu` does.
 pub use srcu::WouldDeadlock;
+// For the crates above, which keep words of each thread in the same way.
 #[doc(hidden)]
-pub use srcu::thread_word;
+pub use srcu::{mutant, thread_word};
 #[cfg(not(mmun_loom))]
 #[doc(hidden)]
 pub use srcu::{thread_number, thread_numbers};

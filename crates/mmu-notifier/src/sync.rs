@@ -33,15 +33,4 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Whether this run must break the code in the way that `name` says. A model that passes even then
-/// proves nothing.
-#[cfg(mmun_loom)]
-pub(crate) fn mutant(name: &str) -> bool {
-    std::env::var("MMUN_MUTANT").is_ok_and(|mutant| mutant == name)
-}
-
-#[cfg(not(mmun_loom))]
-#[inline(always)]
-pub(crate) const fn mutant(_name: &str) -> bool {
-    false
-}
+pub(crate) use srcu::mutant;

@@ -30,13 +30,13 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 pub(crate) struct Marks {
     /// The address of this process's `MmWithUser`.
     pub(crate) space: AtomicPtr<mmu_notifier::MmWithUser>,
-    /// Held while what one of these words points to is made.
+    /// Held while the target of one of these words is made.
     pub(crate) make: Lock,
     /// Counts up to tell one address space of a family of forks from the next: nonzero where a
     /// source was started.
     pub(crate) alive: AtomicU64,
-    /// The source of this address space that runs, under a lock that no other address space's
-    /// thread has taken along.
+    /// The running source of this address space. Its lock is made anew for each address space, so a
+    /// thread of the parent cannot have left it locked.
     pub(crate) kernel: AtomicPtr<Running>,
     pub(crate) uffd: AtomicPtr<Running>,
     /// What marks the watches of this address space.
@@ -47,8 +47,8 @@ pub(crate) struct Marks {
     pub(crate) hook_patch: Lock,
 }
 
-/// The one of a source, while a handle to it lives. Its type is the source's own, which lies above
-/// this module.
+/// The running source, as long as a handle of it exists. Its type is not known here, because the
+/// sources lie above this module.
 pub(crate) type Running = Mutex<Weak<dyn Any + Send + Sync>>;
 
 static PAGE: AtomicPtr<Marks> = AtomicPtr::new(ptr::null_mut());
@@ -128,8 +128,8 @@ extern "C" fn wipe() {
 
 /// Makes what lasts as long as the process, for a word of [`marks`] to point to.
 ///
-/// A leak checker does not look into that page, nor does it exist any more in the child of a fork.
-/// So a list that begins in a `static` keeps all of them in sight, the parent's too.
+/// A leak checker does not look into that page, and in the child of a fork the page is empty. So a
+/// list that begins in a `static` refers to all such values, those of the parent as well.
 pub(crate) fn keep<T>(value: T) -> *mut T {
     struct Kept {
         _value: *mut (),

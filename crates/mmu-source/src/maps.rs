@@ -33,7 +33,7 @@ pub(crate) enum Kind {
 /// has none.
 ///
 /// # Errors
-/// If they cannot be read: then whatever may be mapped is.
+/// If they cannot be read. The caller must then assume that everything is mapped.
 pub(crate) fn read(tid: libc::pid_t) -> io::Result<Vec<Mapping>> {
     // The file tells no size; with room from the start it is read a page at a time.
     let mut text = Vec::with_capacity(1 << 16);

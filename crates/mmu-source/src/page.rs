@@ -17,8 +17,8 @@ pub(crate) const fn untagged(address: u64) -> u64 {
     mmu_notifier::Va::untagged(address).get()
 }
 
-/// The size of a huge page that takes the place of one table, and of the largest folio but those of
-/// hugetlbfs: a table is a page of eight-byte entries, each for a page.
+/// The size of a huge page that replaces one page table. It is also the size of the largest folio
+/// outside of hugetlbfs. A page table is a page of eight-byte entries, each for one page.
 #[inline]
 pub(crate) fn huge() -> u64 {
     size() / 8 * size()
@@ -30,7 +30,8 @@ pub(crate) fn down(address: u64) -> u64 {
     address & !(size() - 1)
 }
 
-/// Rounds up to a page; what would overflow is left as it is, and refused by the kernel.
+/// Rounds up to a page. An address whose rounding would overflow is returned unchanged, and the
+/// kernel refuses it.
 #[inline]
 pub(crate) fn up(address: u64) -> u64 {
     address.checked_add(size() - 1).map_or(address, down)

@@ -56,7 +56,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use sys::Message;
 
@@ -172,16 +172,17 @@ impl Uffd {
             teller: None,
         };
         let inner = Arc::clone(&uffd.inner);
-        let (started, start) = mpsc::channel();
+        let started = crate::queue::Queue::new();
+        let starts = Arc::clone(&started);
         let tell = move || {
             let _ = inner.teller.set(thread::current());
-            let _ = started.send(());
+            starts.push(());
             inner.tell();
         };
         let thread = Thread::spawn(c"mmu-uffd-tell", tell)
             .map_err(|error| kernel_error("start of a thread", error))?;
         uffd.teller = Some(thread);
-        start.recv().expect("the thread has started");
+        started.pop().expect("the thread has started");
         // A thread allocates as it starts. A fork at that time would hold the allocator's lock and
         // wait for the reader.
         uffd.ask();

@@ -10,7 +10,7 @@ pub(crate) enum Style {
     Colored,
 }
 
-/// What stands out, and how.
+/// How a piece of text is emphasized.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mark {
     Bold,
@@ -42,7 +42,7 @@ impl Style {
     }
 }
 
-/// What the environment says: neither `NO_COLOR` nor a terminal that cannot.
+/// Whether the environment allows colours: `NO_COLOR` is not set, and `TERM` is not `dumb`.
 pub(crate) fn is_wanted() -> bool {
     let set = |name| std::env::var_os(name).filter(|value| !value.is_empty());
     set("NO_COLOR").is_none() && set("TERM").is_none_or(|terminal| terminal != "dumb")

@@ -1,12 +1,12 @@
-//! Whether what the look-up says can be trusted now.
+//! Whether the result of a look-up can be trusted now.
 //!
 //! A source that calls back before the memory changes needs nothing here. The kernel source counts
 //! a change before it happens and tells the range when asked: a look-up is trusted only if the
 //! callbacks for all changes so far have run.
 //!
-//! The count is loaded before the table is read. A change that is counted later is as if it came
-//! after the look-up; one that was counted before and handled took its regions out before that was
-//! published.
+//! The count is loaded before the table is read. If a change is counted after the load, it counts
+//! as later than the look-up. If a change was counted before the load and its callbacks have run,
+//! they took its regions out of the look-up before that was published.
 
 use crate::Error;
 use mmu_notifier::{Mm, VaRange};
@@ -54,8 +54,8 @@ impl Freshness {
         }
     }
 
-    /// Sees to it that all changes so far are known to the cache. Must be called without its lock:
-    /// callbacks run.
+    /// Makes all changes so far known to the cache, by running their callbacks. Must be called
+    /// without the lock of the cache, which the callbacks take.
     #[inline]
     pub(crate) fn settle<E>(&self) -> Result<(), Error<E>> {
         match &self.kernel {
@@ -64,12 +64,12 @@ impl Freshness {
         }
     }
 
-    /// Whether the caller may sleep until another thread has registered something: not in a
-    /// callback that the kernel source runs, which that thread may be waiting for. Must be called
-    /// without the lock of the cache: callbacks run.
+    /// Whether the caller may sleep until another thread has registered a region. It must not in a
+    /// callback that the kernel source runs, because the other thread may wait for that callback.
+    /// Must be called without the lock of the cache, because callbacks run.
     pub(crate) fn may_sleep<E>(&self) -> Result<(), Error<E>> {
         match &self.kernel {
-            // What there is to tell is told meanwhile.
+            // `drain` also runs the callbacks of changes that were not told yet.
             Some(kernel) if kernel.drain().refused => {
                 Err(failed(mmu_source::Error::InCallback { source: "kernel" }))
             }

@@ -149,18 +149,7 @@ pub(crate) fn wait<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>) -> MutexG
     }
 }
 
-/// Whether this run is to be broken in the way that `name` says. A model that passes all the same
-/// proves nothing.
-#[cfg(mmun_loom)]
-pub(crate) fn mutant(name: &str) -> bool {
-    std::env::var("MMUN_MUTANT").is_ok_and(|mutant| mutant == name)
-}
-
-#[cfg(not(mmun_loom))]
-#[inline(always)]
-pub(crate) const fn mutant(_name: &str) -> bool {
-    false
-}
+pub(crate) use mmu_notifier::mutant;
 
 /// The order, or in a run that is broken in the way that `name` says, none.
 #[inline(always)]

@@ -141,6 +141,9 @@ pub use raw::run::set_callback_panic_hook;
 #[doc(hidden)]
 pub use raw::thread::{Thread, without_signals};
 pub use srcu::{Cookie, Srcu};
+/// For the models of the crates above.
+#[doc(hidden)]
+pub use sync::mutant;
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

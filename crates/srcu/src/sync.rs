@@ -29,12 +29,12 @@ pub(crate) fn fence(order: Ordering) {
 /// 'mmun_mutant="env"'` only. Chosen at run time, so that trying all of them takes one build.
 #[cfg(not(any(mmun_loom, mmun_mutant = "env")))]
 #[inline(always)]
-pub(crate) const fn mutant(_name: &str) -> bool {
+pub const fn mutant(_name: &str) -> bool {
     false
 }
 
 #[cfg(any(mmun_loom, mmun_mutant = "env"))]
-pub(crate) fn mutant(name: &str) -> bool {
+pub fn mutant(name: &str) -> bool {
     use std::sync::OnceLock;
     static CHOSEN: OnceLock<Option<String>> = OnceLock::new();
     CHOSEN

@@ -15,11 +15,10 @@ use std::{fmt, io, process, ptr, thread};
 
 type Place = &'static Location<'static>;
 
-/// In the place of an address space's number, which counts from 1: all of them, and the deferred
-/// frees.
+/// Stands for all address spaces and the deferred frees. The numbers of address spaces begin at 1.
 const ANY: u64 = u64::MAX;
 
-/// In the same place: the deferred frees.
+/// Stands for the deferred frees.
 const FREES: u64 = u64::MAX - 1;
 
 /// Tells whether a wait for `a` may be one for `b`.
@@ -27,7 +26,7 @@ fn meet(a: u64, b: u64) -> bool {
     a == b || a == ANY || b == ANY
 }
 
-/// For a few address spaces, a place in the code.
+/// The first place in the code for each of a few address spaces.
 struct Seen([(AtomicU64, AtomicPtr<Location<'static>>); 4]);
 
 impl Seen {
@@ -227,7 +226,7 @@ impl Drop for Section {
     }
 }
 
-/// A callback that runs in this thread. Those of a bracket inside of it come and go before it does.
+/// A callback that runs in this thread. A callback of a nested bracket ends before this one does.
 #[derive(Debug)]
 pub(crate) struct Callback(Option<Called>);
 

@@ -87,7 +87,7 @@ fn when(call: Call, traced: Traced) -> When {
             arg: 0,
             values: [IPC_SHMAT as u32, IPC_SHMDT as u32],
         },
-        // Their flags lie in memory, or there is nothing to tell them apart by.
+        // The flags of these calls are in memory, or no argument tells harmless calls apart.
         Call::OldMmap
         | Call::Clone3
         | Call::ProcessMadvise
@@ -134,7 +134,8 @@ pub(super) fn program(traced: Traced) -> Vec<sock_filter> {
     asm.code
 }
 
-/// Which way of a conditional jump is filled in later; the other one is the next instruction.
+/// The branch of a conditional jump whose target is filled in later. The other branch goes to the
+/// next instruction.
 #[derive(Clone, Copy)]
 enum Side {
     Then,

@@ -1,8 +1,8 @@
 //! Watches that brackets mark.
 //!
-//! One subscriber for all of them. It marks at the start of a bracket and at its end: a watch that
-//! is made in between may stand for a translation from before the change, and is marked before the
-//! call that makes the change returns.
+//! One subscriber marks all of them, at the start of a bracket and again at its end. The second
+//! mark is for a watch that is made in between: it may stand for a translation from before the
+//! change, and must be marked before the call that makes the change returns.
 
 use crate::Error;
 use crate::current_mm::current_ref;
@@ -12,14 +12,15 @@ use mmu_notifier::{InvalidateRange, Notifier, Registration, VaRange};
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Brackets have no numbers: all of them come after each watch.
+/// Brackets have no numbers. So a bracket that marks a watch counts as later than the watch.
 const ANY: u64 = 1;
 
 /// The subscriber, one for each address space, as long as that lasts.
 pub(crate) struct Brackets {
     id: u64,
     registration: Registration<Marks>,
-    /// Whether it has been seen to that it stays: a registrar would wait for open brackets again.
+    /// Whether the subscriber was made to stay for ever. Otherwise the next watch would register it
+    /// again, and wait for open brackets.
     stays: AtomicBool,
 }
 
@@ -88,9 +89,9 @@ impl Bracketed {
 
     #[inline]
     pub(super) fn is_valid(&self) -> bool {
-        // ORDER(watch-bracket): Acquire: the caller's own order (a lock, a join) puts the end of
-        // the bracket before this look; what the caller has read through its entry comes before it,
-        // too. Partner: the store in `Word::touch`.
+        // ORDER(watch-bracket): Acquire. The caller's own order (a lock, a join) puts the end of
+        // the bracket before this look. The caller's reads through its entry also come before this
+        // look. Partner: the store in `Word::touch`.
         fence(Ordering::Acquire);
         !self.word.is_touched() && !self.is_inherited()
     }

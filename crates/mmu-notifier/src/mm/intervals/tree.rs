@@ -88,13 +88,13 @@ impl<T> Tree<T> {
 
     /// Returns how many spare nodes each of several inserts takes at most, among removals or not.
     ///
-    /// Each splits at most one node of each level there is today; so there are as many additions to
-    /// the level above these, at most. A node above splits when it is full, which takes it seven
-    /// additions from the half of a split, thirteen from an edge; a full one that an edge split has
-    /// left behind splits once more at no price. Thirteen additions make no more than two nodes,
-    /// and the first of each level is the new root, of two entries: all that is above is less than
-    /// there were inserts. What a removal shortens has been split off for nothing; but a merge
-    /// gives a node back.
+    /// An insert splits at most one node of each level that the tree has today. So `n` inserts add
+    /// at most `n` entries to the level above these. A node there splits when it is full. A node
+    /// that came from a split in the middle is full after seven additions, one from a split at the
+    /// edge after thirteen; the full node that a split at the edge leaves behind may split once
+    /// more at the first addition. So thirteen additions make at most two nodes. The first node of
+    /// each new level is the root, with two entries. All nodes of new levels together are therefore
+    /// fewer than the inserts. Removals change nothing: one that merges nodes gives a node back.
     pub(super) fn need_each(&self) -> usize {
         self.height + 1
     }

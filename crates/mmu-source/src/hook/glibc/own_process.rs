@@ -57,7 +57,7 @@ pub(super) fn is_own_task(number: i32) -> bool {
     number == 0 || raw::is_thread_of(raw::getpid(), number)
 }
 
-/// Tells whether a pidfd names this process, or cannot be looked at.
+/// Tells whether a pidfd names this process. Also true if that cannot be found out.
 pub(super) fn is_own_pidfd(fd: i32) -> bool {
     if is_self_pidfd(fd) {
         return true;

@@ -78,10 +78,10 @@ pub(in super::super) fn wait_for(pid: Pid) -> io::Result<Wait> {
 
 /// Waits for an event of a tracee that no table knows.
 ///
-/// There is one if a task was killed when it had made a child and before its event could name it.
-/// Other children of this thread are not waited for, so that [`Wait::NoTracee`] means no tracee.
-/// Where `/proc` does not say which children are tracees, all are waited for: this thread must have
-/// no others.
+/// Such a tracee exists if a task made a child and was killed before its event could name the
+/// child. Other children of this thread are not waited for, so that [`Wait::NoTracee`] means no
+/// tracee. Where `/proc` does not say which children are tracees, all are waited for: this thread
+/// must have no others.
 pub(in super::super) fn wait_for_unknown() -> io::Result<Wait> {
     match wait_with(-1, libc::WNOHANG)? {
         // Nothing to report and no tracee: the children that there are are not ours to wait for.
