@@ -280,6 +280,24 @@ for thread in threads: thread.join()
 }
 
 #[test]
+fn git_is_traced_with_its_children() {
+    if !require(Cap::Program("git")) {
+        return;
+    }
+    let folder = scratch("repository");
+    fs::create_dir(&folder).unwrap();
+    let script = format!(
+        "cd {} && git init -q . && echo 1 > file && git add file && \
+         git -c user.name=a -c user.email=a@b.c commit -q -m first && git log --format=%s | cat",
+        folder.display()
+    );
+    let (output, records) = traced(&[], &script);
+    fs::remove_dir_all(&folder).unwrap();
+    assert_eq!(text(&output.stdout), "first\n", "{}", text(&output.stderr));
+    assert!(of_kind(&records, "exec").count() >= 5);
+}
+
+#[test]
 fn a_compiler_is_traced_whole() {
     if !require(Cap::Program("gcc")) {
         return;
