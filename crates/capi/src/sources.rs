@@ -266,7 +266,7 @@ export! {
         code(unsafe { args::write(status, &mmun.status()) })
     }
 
-    /// Sees to it that callbacks have run for all that has happened.
+    /// Runs the callbacks of all changes so far, or waits for them.
     ///
     /// # Safety
     /// See mmun/mmun.h.

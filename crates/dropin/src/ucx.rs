@@ -69,7 +69,7 @@ impl Notifier for Feed {
     }
 }
 
-/// Sees to it that UCX is told of changes of this address space.
+/// Makes sure that UCX is told of changes of this address space.
 fn serve() {
     if settings().choice == Choice::Off {
         return;

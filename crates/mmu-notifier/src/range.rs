@@ -24,15 +24,15 @@ impl Va {
         Self(address)
     }
 
-    /// Takes the address of a pointer of this process. A tag in it is left out, where processors
-    /// have such.
+    /// Takes the address of a pointer of this process, without its tag on processors that have
+    /// tags.
     #[must_use]
     pub fn from_ptr<T: ?Sized>(pointer: *const T) -> Self {
         Self::untagged(pointer.addr() as u64)
     }
 
-    /// Wraps a byte address without its tag: the byte that an aarch64 processor does not look at,
-    /// and that `malloc` may use (memory tagging). Nothing that the kernel tells has one.
+    /// Wraps a byte address without its tag: the byte that an aarch64 processor ignores,
+    /// and that `malloc` may use (memory tagging). Addresses from the kernel have no tag.
     ///
     /// # Source
     /// `untagged_addr`, arch/arm64/include/asm/uaccess.h.

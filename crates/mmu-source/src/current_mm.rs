@@ -41,7 +41,7 @@ pub fn current_ref() -> &'static MmWithUser {
 
 /// Returns the address space of this process if it has been made. Never allocates.
 ///
-/// If it has not, there are no subscribers. (A source must still see to it that it is made before
+/// If it has not, there are no subscribers. (A source must still make sure that it is made before
 /// the first change that has to be told: a client may subscribe while the change is under way.)
 #[inline]
 pub fn current_if_made() -> Option<&'static MmWithUser> {

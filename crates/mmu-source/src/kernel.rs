@@ -235,7 +235,7 @@ impl Kernel {
         self.inner.is_caught_up()
     }
 
-    /// Sees to it that subscribers have been told of every change that has begun before the call.
+    /// Runs the callbacks of every change that has begun before the call, or waits for them.
     /// Two loads and a comparison if there is nothing to tell.
     ///
     /// # Blocking

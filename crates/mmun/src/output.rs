@@ -135,7 +135,7 @@ pub(crate) fn is_same(a: &Path, b: &Path) -> bool {
     matches!((key(a), key(b)), (Ok(a), Ok(b)) if a == b)
 }
 
-/// As `write_all`, also to a stream that someone else made non-blocking, and not for ever: once
+/// As `write_all`, also to a stream that another process made non-blocking, and not for ever: once
 /// `stop` is set, a reader who takes nothing for as long as `patience` is given up.
 fn write_all(
     file: &mut File,

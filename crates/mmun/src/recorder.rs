@@ -299,7 +299,7 @@ impl Inner {
         self.output.settle() || has_failed
     }
 
-    /// Keeps a start until its end, and makes a change of both, for those who want changes.
+    /// Keeps a start until its end, and makes a change of both, for the outputs that want changes.
     fn pair(&mut self, t: u64, record: &Record, seen: Option<Seen>) -> Option<Change> {
         if self.capture.is_none() && self.summary.is_none() {
             return None;

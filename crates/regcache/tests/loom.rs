@@ -97,6 +97,12 @@ impl World {
         Arc::new(Self { mm, memory, cache })
     }
 
+    /// Runs [`change`](Self::change) in a thread of its own.
+    fn spawn_change(self: &Arc<Self>) -> thread::JoinHandle<()> {
+        let world = Arc::clone(self);
+        thread::spawn(move || world.change())
+    }
+
     /// Changes the memory, as `munmap` and `mmap` do.
     fn change(&self) {
         let bracket = self.mm.invalidate(page(1), Event::Unmap);
@@ -151,10 +157,7 @@ fn a_hit_racing_an_invalidation() {
     model(|| {
         let world = World::new(true, 2);
         drop(world.cache.get(page(1)).unwrap());
-        let changer = thread::spawn({
-            let world = Arc::clone(&world);
-            move || world.change()
-        });
+        let changer = world.spawn_change();
         world.transfer(world.memory.contents.load(Ordering::Acquire));
         changer.join().unwrap();
         world.transfer(1);
@@ -169,10 +172,7 @@ fn a_counted_hit_racing_an_invalidation() {
         let world = World::new(true, 3);
         let others = [5, 5].map(|number| world.cache.get(page(number)).unwrap());
         drop(world.cache.get(page(1)).unwrap());
-        let changer = thread::spawn({
-            let world = Arc::clone(&world);
-            move || world.change()
-        });
+        let changer = world.spawn_change();
         world.transfer(world.memory.contents.load(Ordering::Acquire));
         changer.join().unwrap();
         drop(others);
@@ -185,10 +185,7 @@ fn the_last_lease_deregisters() {
     model(|| {
         let world = World::new(true, 2);
         let lease = world.cache.get(page(1)).unwrap();
-        let changer = thread::spawn({
-            let world = Arc::clone(&world);
-            move || world.change()
-        });
+        let changer = world.spawn_change();
         drop(lease);
         changer.join().unwrap();
         assert_eq!(world.memory.undone(), 1, "not deregistered");
@@ -212,10 +209,7 @@ fn a_slot_that_another_thread_has_freed() {
                 drop(lease);
             }
         });
-        let changer = thread::spawn({
-            let world = Arc::clone(&world);
-            move || world.change()
-        });
+        let changer = world.spawn_change();
         drop(world.cache.get(page(5)).unwrap());
         other.join().unwrap();
         changer.join().unwrap();
@@ -242,10 +236,7 @@ fn a_hit_racing_the_growth_of_the_table() {
 fn a_registration_racing_an_invalidation() {
     model(|| {
         let world = World::new(true, 2);
-        let changer = thread::spawn({
-            let world = Arc::clone(&world);
-            move || world.change()
-        });
+        let changer = world.spawn_change();
         world.transfer(0);
         changer.join().unwrap();
         world.transfer(1);

@@ -119,7 +119,7 @@ mod word;
 
 mod error;
 mod guard;
-#[expect(unsafe_code, reason = "all of it is here, and only here")]
+#[expect(unsafe_code, reason = "all of it is here, but for `Srcu::call_raw`")]
 mod raw;
 mod srcu;
 mod sync;

@@ -1,5 +1,5 @@
-//! Everything unsafe, in small modules under one roof; the rest of the crate is
-//! `deny(unsafe_code)`.
+//! The unsafe code of the crate, in small modules. The rest of the crate is `deny(unsafe_code)`,
+//! except `Srcu::call_raw` and its kin, whose callers give the memory.
 //!
 //! # Safety
 //! Three facts carry nearly every block below.

@@ -76,7 +76,7 @@ impl Worker {
             .result()
     }
 
-    /// Writes a part of a buffer to the file, without keeping anybody from changing it.
+    /// Writes a part of a buffer to the file, without keeping other threads from changing it.
     fn write(&mut self, buffer: &Buffer, counts: &Counts, random: &mut Random) {
         let from = random.below(buffer.len / 8) * 8;
         let len = (1 + random.below((buffer.len - from) / 8)) * 8;

@@ -259,7 +259,7 @@ int mmun_subscribe(const struct mmun *mmun, const struct mmun_ops *ops, void *co
  * memory. */
 int mmun_unsubscribe(struct mmun_subscription *subscription);
 
-/* Sees to it that callbacks have run for all changes that began before the call. Two loads if
+/* Runs the callbacks of all changes that began before the call, or waits for them. Two loads if
  * nothing has happened; else the callbacks run here. Needed with the kernel source only; elsewhere
  * it does nothing. -EDEADLK in a callback of the kernel source. */
 int mmun_settle(const struct mmun *mmun);

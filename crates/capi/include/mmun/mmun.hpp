@@ -84,7 +84,7 @@ public:
 		return status;
 	}
 
-	// Sees to it that callbacks have run for all that has happened.
+	// Runs the callbacks of all changes so far, or waits for them.
 	void settle() const { detail::check(mmun_settle(get())); }
 
 	// Fills a cache that has a subscription. `make` registers, without the lock, and returns an

@@ -1,5 +1,5 @@
-//! The thread that has libfabric drop what is stale, before anybody looks it up: pinned memory is
-//! given back.
+//! The thread that makes libfabric drop stale registrations before the next look-up: pinned memory
+//! is given back.
 //!
 //! A callback only wakes it. It sleeps on a word (futex), so there is no descriptor that a daemon
 //! could close.

@@ -1,4 +1,4 @@
-//! Nothing.
+//! The detector in builds without `debug_assertions`: it does nothing.
 
 use std::marker::PhantomData;
 

@@ -251,7 +251,7 @@ impl Broker {
         let _ = start_thread("mmu-client", run);
     }
 
-    /// Whether a client is one of those who are served.
+    /// Whether the broker serves this client.
     fn serves(&self, client: &OwnedFd, peer: socket::Peer) -> bool {
         let is_member = |group| {
             peer.group == group

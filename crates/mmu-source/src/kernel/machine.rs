@@ -150,7 +150,7 @@ impl Machines {
         Ok(())
     }
 
-    /// Tells those who wait, and the listener, whether there is a machine B.
+    /// Tells the waiting threads and the listener whether there is a machine B.
     fn tell_b(&self) {
         let Some(Listener { inner, nudge, .. }) = &self.listener else {
             return;

@@ -122,7 +122,7 @@ impl Inner {
         Some(turn)
     }
 
-    /// Sees to it that all generations up to this one have been handed on. The caller has asked
+    /// Hands on all generations up to this one, or waits until they are. The caller has asked
     /// [`busy::is_inside`].
     pub(super) fn settle(&self, generation: u64) {
         // Once more if the program has counted the generation on another processor and is about to

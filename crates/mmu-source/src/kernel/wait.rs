@@ -76,7 +76,7 @@ const QUIET: u64 = 0;
 const DIRTY: u64 = 1;
 const WAITING: u64 = 2;
 
-/// The state of those who wait.
+/// The state of the waits.
 #[derive(Debug)]
 pub(super) struct Waits {
     scratch: Scratch,

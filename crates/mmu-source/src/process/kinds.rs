@@ -25,8 +25,8 @@ pub struct Registers {
     /// The address that the running function returns to, on processors that keep it in a register
     /// (aarch64) and as long as the function leaves it there.
     pub link: Option<u64>,
-    /// The bits of an address of code that are the address: what a processor signs return addresses
-    /// with (pointer authentication) lies in the others.
+    /// Which bits of a return address are the address. With pointer authentication, the other bits
+    /// hold the signature.
     pub code_mask: u64,
     /// The task runs 32-bit code.
     pub is_32bit: bool,

@@ -145,7 +145,7 @@ fn a_change_by_a_ring_is_told() {
     );
 }
 
-/// Another process may page out what this one has, if it is not shared with anybody: so the memory
+/// Another process may page out what this one has, if it is not shared: so the memory
 /// is mapped after the fork.
 #[test]
 fn advice_by_another_process_is_told() {

@@ -59,7 +59,7 @@ fn a_folder_that_may_not_be_searched_hides_no_other_and_has_no_program() {
     let is_so = testkit::in_child(|| {
         // SAFETY: an integer. Files are looked for as another user from here on.
         unsafe { libc::setfsuid(65534) };
-        // SAFETY: integers. This child can be traced all the same.
+        // SAFETY: integers. This child can still be traced.
         assert_eq!(unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 1, 0, 0, 0) }, 0);
         let command = |name| Command::new(name).environment([("PATH".into(), path.clone())]);
         let missing = tracer().spawn(command("no-such-program-anywhere"));

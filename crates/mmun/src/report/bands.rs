@@ -16,7 +16,7 @@ pub(super) struct Band {
 }
 
 /// A picture has room for so many.
-const MOST: usize = 240;
+const MAX_BANDS: usize = 240;
 
 /// Bands that hold every life and every range, in order of address.
 pub(super) fn of(lives: &[Life], ranges: impl Iterator<Item = (u64, u64)>) -> Vec<Band> {
@@ -36,7 +36,7 @@ pub(super) fn of(lives: &[Life], ranges: impl Iterator<Item = (u64, u64)>) -> Ve
         }
     }
     let mut least = 4096;
-    while runs.len() > MOST && least < 1 << 60 {
+    while runs.len() > MAX_BANDS && least < 1 << 60 {
         runs = join(&runs, least);
         least *= 2;
     }
@@ -130,7 +130,8 @@ mod tests {
             .collect();
         let bands = of(&lives, std::iter::empty());
         assert!(
-            (MOST / 4..=MOST).contains(&bands.len()) && bands.is_sorted_by_key(|band| band.start)
+            (MAX_BANDS / 4..=MAX_BANDS).contains(&bands.len())
+                && bands.is_sorted_by_key(|band| band.start)
         );
         for life in &lives {
             assert!(

@@ -22,7 +22,7 @@ const SECONDS: u32 = 60;
 /// More memory than this is not for names.
 const MEMORY: u64 = 4 << 30;
 /// What a child says of one file is shorter.
-const MOST: u32 = 256 << 20;
+const MAX_ANSWER: u32 = 256 << 20;
 
 /// Runs `name` for each of `files`, in a child; nothing comes of a file that kills it. The files
 /// behind that one are given to another child.
@@ -109,7 +109,7 @@ fn put_number(out: &mut Vec<u8>, number: usize) {
 fn hear(reader: &mut impl Read) -> Option<Named> {
     let mut length = [0; 4];
     reader.read_exact(&mut length).ok()?;
-    let length = Some(u32::from_le_bytes(length)).filter(|length| *length <= MOST)?;
+    let length = Some(u32::from_le_bytes(length)).filter(|length| *length <= MAX_ANSWER)?;
     let mut bytes = Vec::new();
     let read = reader.take(length.into()).read_to_end(&mut bytes).ok()?;
     let mut said = Said(bytes.get(..length as usize).filter(|_| read > 0)?);

@@ -59,13 +59,13 @@ pub(super) struct Source {
 
 /// So much is read at once, and in all. The largest tables of the largest programs are smaller.
 const MOST_AT_ONCE: u64 = 512 << 20;
-const MOST: u64 = 1 << 30;
+const MAX_BYTES: u64 = 1 << 30;
 
 impl Source {
     pub(super) fn new(reader: Box<dyn Reader>) -> Source {
         Source {
             cache: ReadCache::new(reader),
-            left: Cell::new(MOST),
+            left: Cell::new(MAX_BYTES),
         }
     }
 

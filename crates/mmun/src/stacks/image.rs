@@ -68,7 +68,7 @@ pub(super) enum Content {
 }
 
 /// A larger section is not read.
-const MOST: u64 = 256 << 20;
+const MAX_SECTION: u64 = 256 << 20;
 
 impl Images {
     /// The image behind a mapping of the task that stands before a call, and where address 0 of the
@@ -136,7 +136,7 @@ impl Image {
         let segments = segments.collect();
         let section = |name: &str| {
             let section = elf.section_by_name(name)?;
-            let data = if section.size() <= MOST {
+            let data = if section.size() <= MAX_SECTION {
                 section.data().ok()?
             } else {
                 return None;

@@ -20,7 +20,7 @@ const FIRST: usize = 16 << 10;
 /// in steps of this. A page that is read and not needed costs 0.2 us.
 const STEP: usize = 1 << 10;
 /// The most that is read of a stack.
-const MOST: usize = 1 << 20;
+const MAX_BYTES: usize = 1 << 20;
 
 impl Default for Memory {
     fn default() -> Memory {
@@ -38,7 +38,9 @@ impl Memory {
     /// Begins with the stack of another stop. `read` copies memory of the task and returns how much
     /// it could copy.
     pub(super) fn begin(&mut self, stack: u64, read: impl FnOnce(u64, &mut [u8]) -> usize) {
-        let size = (self.needed + STEP / 2).next_multiple_of(STEP).min(MOST);
+        let size = (self.needed + STEP / 2)
+            .next_multiple_of(STEP)
+            .min(MAX_BYTES);
         (self.begin, self.have, self.ended, self.needed) = (stack, 0, false, 0);
         self.extend(size, read);
     }
@@ -50,10 +52,10 @@ impl Memory {
         read: impl FnOnce(u64, &mut [u8]) -> usize,
     ) -> Option<u64> {
         let offset = usize::try_from(address.checked_sub(self.begin)?).ok()?;
-        let end = offset.checked_add(8).filter(|end| *end <= MOST)?;
+        let end = offset.checked_add(8).filter(|end| *end <= MAX_BYTES)?;
         self.needed = self.needed.max(end);
         if end > self.have && !self.ended {
-            let size = end.max(2 * self.have).next_multiple_of(STEP).min(MOST);
+            let size = end.max(2 * self.have).next_multiple_of(STEP).min(MAX_BYTES);
             self.extend(size, read);
         }
         let word = self.buffer[..self.have].get(offset..end)?;
@@ -104,7 +106,7 @@ mod tests {
             "below the stack pointer"
         );
         assert_eq!(
-            memory.word(0x1000 + MOST as u64, |_, _| panic!("too far")),
+            memory.word(0x1000 + MAX_BYTES as u64, |_, _| panic!("too far")),
             None
         );
     }

@@ -22,7 +22,7 @@ pub(super) struct PerfMap {
 }
 
 /// More of a map is not read.
-const MOST: u64 = 64 << 20;
+const MAX_BYTES: u64 = 64 << 20;
 
 impl PerfMaps {
     pub(super) fn of(&mut self, pid: Pid) -> &PerfMap {
@@ -30,7 +30,7 @@ impl PerfMaps {
             let mut text = Vec::new();
             // Anyone may write there: a pipe would wait for ever, a link lead elsewhere.
             let file = regular(Path::new(&format!("/tmp/perf-{pid}.map")), Links::Refuse);
-            if file.is_some_and(|file| file.take(MOST).read_to_end(&mut text).is_err()) {
+            if file.is_some_and(|file| file.take(MAX_BYTES).read_to_end(&mut text).is_err()) {
                 text.clear();
             }
             PerfMap::new(text)

@@ -121,7 +121,7 @@ impl Space {
         let Some(vma) = place.mapping(address, Which::Holding) else {
             return false;
         };
-        // Where maps are stale, parts must not overlap all the same.
+        // Even where the maps are stale, parts must not overlap.
         self.forget(vma.start, vma.end.into());
         let found = guarded(|| images.of(&vma, current)).flatten();
         let Some((image, bias)) = found else {

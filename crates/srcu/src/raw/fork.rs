@@ -40,7 +40,7 @@ pub fn forks() -> usize {
 #[unsafe(link_section = ".init_array")]
 static BEFORE_MAIN: extern "C" fn() = register;
 
-/// Sees to it that children of this process are taken care of.
+/// Registers the handler that repairs the domains in a child of this process.
 pub(super) extern "C" fn register() {
     static DONE: AtomicBool = AtomicBool::new(false);
     // Several threads may register at first. None of them may continue before *a* registration is

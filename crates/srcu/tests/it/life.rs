@@ -133,7 +133,7 @@ fn the_last_callback_may_drop_its_domain() {
     }
     unsafe fn free(head: NonNull<Head>) {
         // SAFETY: The head is the first field of a node from `Box::leak` below, which is queued
-        // once and not used by anybody else now.
+        // once and not used by any other code now.
         let node = unsafe { Box::from_raw(head.cast::<Node>().as_ptr()) };
         node.freed.add();
     }

@@ -143,8 +143,8 @@ impl Scratch {
     fn new(code: &[u8], changes: &[(usize, Breakpoint)]) -> Result<Self, i32> {
         let length = code.len();
         let at = raw::mmap(0, length as u64, libc::PROT_READ | libc::PROT_WRITE, 0)?;
-        // SAFETY: the memory must be valid, and no one else may have it: it was mapped above, with
-        // zeroes, as long as this.
+        // SAFETY: the memory must be valid, and no other code may have it: it was mapped above,
+        // with zeroes, as long as this.
         let copy = unsafe {
             slice::from_raw_parts_mut(ptr::with_exposed_provenance_mut::<u8>(at as usize), length)
         };
@@ -360,7 +360,7 @@ pub(super) fn libc_function(name: &CStr) -> Option<u64> {
     (!function.is_null()).then(|| function.expose_provenance() as u64)
 }
 
-/// Sees to it that the library with this code is never unloaded: trampolines lead into it.
+/// Keeps the library with this code loaded for ever, because trampolines lead into it.
 pub(super) fn pin() {
     if let Some(info) = info_at(pin as fn() as *const () as u64) {
         // SAFETY: the loader's own name of a module that is loaded; it is not loaded anew. The

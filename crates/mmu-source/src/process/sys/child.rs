@@ -89,8 +89,8 @@ impl Child<'_> {
             // fork and alive in the frames that called `fork`.
             unsafe { libc::execve(candidate.as_ptr(), self.argv.as_ptr(), self.envp.as_ptr()) };
             match errno() {
-                // As the shell does: look on, but remember that one was found and refused. In a
-                // folder that may not be searched, none was found.
+                // As a shell does: continue the search, but remember that a file was found and may
+                // not be executed. In a folder that may not be searched, no file was found.
                 libc::EACCES if self.candidates.len() == 1 || is_there(candidate) => {
                     refused = libc::EACCES
                 }
@@ -135,15 +135,16 @@ fn is_there(path: &CStr) -> bool {
     unsafe { libc::stat(path.as_ptr(), status.as_mut_ptr()) == 0 }
 }
 
-/// Installs the filter: as it is where that is allowed, or else with the promise to gain no
-/// privileges.
+/// Installs the filter. Where that needs a privilege that the process lacks, first promises to gain
+/// no privileges (`PR_SET_NO_NEW_PRIVS`).
 fn install(filter: &[libc::sock_filter]) -> bool {
     let program = libc::sock_fprog {
         len: filter.len() as u16,
         filter: filter.as_ptr().cast_mut(),
     };
     let set = || {
-        // A filter that only watches need not cost the tracee its speculation.
+        // Without this flag, the kernel restricts the tracee's speculative execution, which only a
+        // filter that confines a program needs.
         let flags = libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW;
         // SAFETY: the kernel reads `len` instructions, which `filter` holds, and writes nothing.
         unsafe {

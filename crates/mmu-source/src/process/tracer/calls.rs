@@ -114,7 +114,7 @@ impl<O: Observer> Tracer<O> {
         let (here, mut others) = match then {
             Then::Elsewhere(Named::Stranger) => return None,
             Then::Elsewhere(Named::Task(pid)) => {
-                // A leader that has ended stands for its process all the same.
+                // A leader that has ended still stands for its process.
                 let leader = self.tasks.get(&pid).and_then(|tracee| tracee.space());
                 let any = || {
                     self.tasks

@@ -86,9 +86,9 @@ naked!(
     enter = sym enter
 );
 
-// What a trampoline at the *entry* of a function jumps to: the number in `x9`, what to call in
-// `x10`, the arguments and the stack as for the function. A function keeps no more than its callees
-// do.
+// The target of a trampoline at the *entry* of a function. The call's number is in `x9`, the
+// function to call in `x10`, the arguments and the stack are those of the function. It may change
+// every register that a function may change.
 naked!(
     pub(super) fn function(),
     "function",
@@ -210,7 +210,7 @@ mod tests {
         for (n, register) in from.general.iter_mut().enumerate() {
             *register = 0x1111 * (n as u64 + 1);
         }
-        // A `munmap` that is refused, but for a length that is in order.
+        // A `munmap` that the kernel refuses because of its address.
         from.general[..2].copy_from_slice(&[0x1001, 4096]);
         from.general[8] = libc::SYS_munmap as u64;
         let mut to = from.clone();
