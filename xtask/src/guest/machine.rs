@@ -29,6 +29,8 @@ pub(crate) struct Outcome {
     failed: u32,
     skipped: u32,
     seconds: f64,
+    /// What it cost the host's processors: on a busy host that says more than how long it took.
+    of_processors: f64,
 }
 
 impl Outcome {
@@ -89,7 +91,12 @@ impl Outcome {
 
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} ({:.1} s)", Self::cell(&[self]), self.seconds)
+        let cell = Self::cell(&[self]);
+        write!(
+            f,
+            "{cell} ({:.1} s, {:.1} s of processors)",
+            self.seconds, self.of_processors
+        )
     }
 }
 
@@ -213,7 +220,7 @@ impl Machine<'_> {
             .spawn()
             .map_err(|error| format!("{}: {error}", self.arch.emulator))?;
         let lines = lines(&mut child);
-        let mut running: Option<(usize, Instant)> = None;
+        let mut running: Option<(usize, Instant, f64)> = None;
         let mut is_list = false;
         let mut deadline = Instant::now() + PATIENCE;
         let lost = loop {
@@ -224,7 +231,7 @@ impl Machine<'_> {
                 Err(RecvTimeoutError::Disconnected) => break Some("the guest's kernel died"),
             };
             let Some(message) = line.strip_prefix(MARK) else {
-                if let Some((number, _)) = running {
+                if let Some((number, ..)) = running {
                     outcomes[number].read(&line);
                 }
                 // The agent begins its lines with an empty one. The tests that passed are named
@@ -242,14 +249,15 @@ impl Machine<'_> {
             );
             match (word, number.filter(|number| *number < outcomes.len())) {
                 (Some("begin"), Some(number)) => {
-                    running = Some((number, Instant::now()));
+                    running = Some((number, Instant::now(), processor_time(&child)));
                     deadline = Instant::now() + self.limit + PATIENCE;
                 }
                 (Some("end"), Some(number)) => {
                     outcomes[number].end = words.next().unwrap_or_default().to_owned();
-                    outcomes[number].seconds =
-                        running.map_or(0.0, |(_, begin)| begin.elapsed().as_secs_f64());
-                    running = None;
+                    if let Some((_, begin, used)) = running.take() {
+                        outcomes[number].seconds = begin.elapsed().as_secs_f64();
+                        outcomes[number].of_processors = processor_time(&child) - used;
+                    }
                 }
                 (Some("over"), _) => break None,
                 _ => {}
@@ -367,6 +375,16 @@ impl Machine<'_> {
             .map(|(name, value)| format!("export {name}={}\n", quoted(value)))
             .collect()
     }
+}
+
+/// How many seconds of the host's processors a process has used: 0 if that cannot be read.
+fn processor_time(child: &Child) -> f64 {
+    let status = fs::read_to_string(format!("/proc/{}/stat", child.id())).unwrap_or_default();
+    // The name may hold anything. Behind it the state is first, and times are in hundredths.
+    let fields = status.rsplit(')').next().unwrap_or_default();
+    let times = fields.split_whitespace().skip(11).take(2);
+    let ticks: f64 = times.filter_map(|ticks| ticks.parse::<f64>().ok()).sum();
+    ticks / 100.0
 }
 
 /// The machine's lines, read by a thread: the wait for one has an end.

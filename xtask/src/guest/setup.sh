@@ -38,6 +38,8 @@ swapon /dev/vdb
 
 # What hosts seldom have: merging of equal pages, eager huge pages, memory that follows its user from node to node, cgroups.
 mount -t cgroup2 cgroup2 /sys/fs/cgroup && echo +memory >/sys/fs/cgroup/cgroup.subtree_control
+# The older freezer, too: nothing else stops what it holds.
+mkdir -p /run/freezer && mount -t cgroup -o freezer cgroup /run/freezer
 echo 20 >/sys/kernel/mm/ksm/sleep_millisecs
 echo 1000 >/sys/kernel/mm/ksm/pages_to_scan
 echo 1 >/sys/kernel/mm/ksm/run
