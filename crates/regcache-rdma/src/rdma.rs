@@ -113,8 +113,9 @@ impl Registrar for Rdma {
 
     fn register(&self, range: VaRange) -> Result<Region, Error> {
         let start = usize::try_from(range.start().get()).expect("addresses have 64 bits");
-        let length = usize::try_from(range.pages() * PAGE_SIZE)
-            .expect("no mapping is larger than an address space");
+        // A length cannot count all addresses; the kernel refuses one less, too.
+        let length =
+            usize::try_from(range.pages().saturating_mul(PAGE_SIZE)).expect("a length has 64 bits");
         // SAFETY: memory that is valid for the device: the kernel refuses what is not mapped, or
         // not for writing if the device is to write, and pins the rest. The accesses are the duty
         // of `new`'s caller.

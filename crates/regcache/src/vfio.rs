@@ -5,7 +5,7 @@
 //! The kernel checks the user's addresses itself, and pins pages rather than trusting them to stay.
 
 use crate::{Cause, Registrar};
-use mmu_notifier::{PAGE_SIZE, Va, VaRange};
+use mmu_notifier::{Va, VaRange};
 use rustix::io::Errno;
 use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
 use rustix::param::page_size;
@@ -269,9 +269,9 @@ impl Registrar for Vfio {
         let size = page_size() as u64;
         // The kernel's pages may be larger than a range's granules.
         let start = range.start().get() / size * size;
-        let end = (range.start().get() + range.pages() * PAGE_SIZE)
-            .checked_next_multiple_of(size)
-            .ok_or(Errno::OVERFLOW)?;
+        // No mapping has the last address of all.
+        let last = range.last().get() / size * size + (size - 1);
+        let end = last.checked_add(1).ok_or(Errno::FAULT)?;
         let iova = self.take(end - start).ok_or(Errno::NOSPC)?;
         let mapping = DmaMapping {
             memory: start..end,
@@ -362,6 +362,9 @@ mod tests {
                 Some(Errno::NOTTY.raw_os_error())
             );
         }
+        let error = vfio.register(VaRange::ALL).unwrap_err();
+        assert_eq!(vfio.cause(&error), Cause::NotMapped);
+        assert_eq!(vfio.take(0x1000), Some(0));
     }
 
     #[test]

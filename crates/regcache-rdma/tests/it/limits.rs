@@ -3,6 +3,7 @@
 
 use crate::endpoint::open;
 use crate::memory::{Lab, PAGE, Source, child, is_child, map, range, unmap};
+use mmu_notifier::VaRange;
 use regcache::{Error, Options};
 use regcache_rdma::{Access, OnDemand, Rdma};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -25,6 +26,7 @@ fn memory_that_is_not_mapped_is_named_and_the_cache_goes_on() {
         cause,
         "ibv_reg_mr: not all of the range is mapped, or not for writing"
     );
+    assert!(lab.cache.get(VaRange::ALL).is_err());
     let there = map(2);
     assert_ne!(lab.cache.get(range(there, 2)).unwrap().handle().rkey(), 0);
 }
