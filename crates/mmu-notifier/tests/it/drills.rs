@@ -99,7 +99,12 @@ fn b_46_after_the_last_puts_and_synchronize_no_operation_runs() {
 }
 
 const PAGES: usize = 16;
-const PAGE: usize = 4096;
+/// What is mapped and unmapped at once: a multiple of the pages of any kernel for this processor.
+const PAGE: usize = if cfg!(target_arch = "aarch64") {
+    64 << 10
+} else {
+    4 << 10
+};
 
 /// Real anonymous memory, each page of which begins with a number that was never there before.
 struct Memory {
