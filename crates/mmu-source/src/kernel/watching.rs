@@ -64,7 +64,13 @@ impl Watching {
         // ORDER(source-generation): Acquire: what the caller has read through its entry comes
         // before the look at the generation.
         fence(Ordering::Acquire);
-        (self.glance.is_current() || self.nothing_else_touched()) && !self.word.is_touched()
+        if !self.glance.is_current() {
+            rarely();
+            if !self.nothing_else_touched() {
+                return false;
+            }
+        }
+        !self.word.is_touched()
     }
 
     /// Whether the events that have not been taken in are all elsewhere, or have been taken in now.
@@ -102,3 +108,8 @@ impl Drop for Watching {
         drop(word);
     }
 }
+
+/// Marks the branch that calls it as the rare one: the usual one is laid out without a jump, which
+/// is half a nanosecond of each look.
+#[cold]
+fn rarely() {}
