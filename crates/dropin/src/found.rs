@@ -18,6 +18,8 @@ use std::ptr::{self, NonNull};
 pub(crate) const UCM: &CStr = c"libucm";
 pub(crate) const UCS: &CStr = c"libucs";
 pub(crate) const FABRIC: &CStr = c"libfabric";
+/// What Open MPI's libraries share, its patcher included.
+pub(crate) const OPAL: &CStr = c"libopen-pal";
 
 /// Returns the function `symbol` of the loaded library whose file name begins with `library`.
 pub(crate) fn function(library: &CStr, symbol: &CStr) -> Option<NonNull<c_void>> {
@@ -38,6 +40,11 @@ fn in_program(symbol: &CStr) -> Option<NonNull<c_void>> {
     let found = NonNull::new(unsafe { libc::dlsym(libc::RTLD_DEFAULT, symbol.as_ptr()) })?;
     let own = NonNull::new((function as *const ()).cast_mut().cast())?;
     (object(found) != object(own)).then_some(found)
+}
+
+/// Whether a library is loaded whose file name begins with `library`.
+pub(crate) fn is_loaded(library: &CStr) -> bool {
+    !loaded(library).is_empty()
 }
 
 fn in_loaded(library: &CStr, symbol: &CStr) -> Option<NonNull<c_void>> {

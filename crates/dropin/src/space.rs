@@ -12,6 +12,7 @@
 )]
 
 use crate::counts::{self, Change};
+use crate::found::{self, OPAL};
 use crate::libfabric::Reaper;
 use crate::ranges::Ranges;
 use crate::settings::settings;
@@ -92,6 +93,11 @@ impl Space {
             true => Kernel::start().map_err(|error| report::explain(&error)),
             false => Err(off()),
         };
+        // Open MPI overwrites the beginnings of `munmap` and others, perhaps as soon as this returns.
+        // No thread of ours may be inside of one then.
+        if let Some(kernel) = kernel.as_ref().ok().filter(|_| found::is_loaded(OPAL)) {
+            kernel.wait_for_threads();
+        }
         counts::START_NS.add(begin.elapsed().as_nanos() as u64);
         let space = Space {
             id: mmu_source::current_ref().id(),

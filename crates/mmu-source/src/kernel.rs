@@ -171,6 +171,8 @@ struct Inner {
     teller: OnceLock<Thread>,
     /// How often the program was skipped.
     missed: AtomicU64,
+    /// The source's threads have done what they put off at the start.
+    has_begun: AtomicBool,
 }
 
 /// A generation up to which subscribers have been told of every change: what [`Kernel::settle`]
@@ -324,6 +326,20 @@ impl Kernel {
     #[must_use]
     pub fn waits(&self) -> (u64, u64) {
         self.inner.waits.counts()
+    }
+
+    /// Waits until the source's own threads have done what they put off at the start: until then
+    /// they read files, and map and unmap memory.
+    ///
+    /// For a program in which other code is about to overwrite `munmap` and the like, as Open MPI
+    /// and libfabric do: a thread that is inside of such a function meanwhile crashes.
+    ///
+    /// # Blocking
+    /// For some milliseconds. Returns at once in the child of a fork.
+    pub fn wait_for_threads(&self) {
+        // ORDER(source-begun): Acquire, for no data. Partner: the store in `listen`.
+        let has_begun = || self.inner.has_begun.load(Ordering::Acquire);
+        crate::wait::until(|| has_begun() || self.is_inherited());
     }
 
     /// Has changes of `range` counted and told until the returned value is dropped. When it

@@ -10,7 +10,7 @@ use testkit::{Cap, require};
 
 /// Which cache a program has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Cache {
+pub(crate) enum Cache {
     Ucx,
     Libfabric,
 }
@@ -18,7 +18,7 @@ enum Cache {
 const ALL: [Cache; 2] = [Cache::Ucx, Cache::Libfabric];
 
 /// The program, if it can be built here. Its declarations are those of Debian 12's versions.
-fn program(cache: Cache) -> Option<PathBuf> {
+pub(crate) fn program(cache: Cache) -> Option<PathBuf> {
     let (asks, version) = match cache {
         Cache::Ucx => (["ucx_info", "-v"], "1.13"),
         Cache::Libfabric => (["fi_info", "--version"], "1.17"),
@@ -56,7 +56,7 @@ fn program(cache: Cache) -> Option<PathBuf> {
 }
 
 /// Runs it as shipped (`None`), or with the library and these sources.
-fn run(program: &Path, words: &[&str], source: Option<&str>) -> String {
+pub(crate) fn run(program: &Path, words: &[&str], source: Option<&str>) -> String {
     let mut command = Command::new(program);
     command.args(words);
     if let Some(source) = source {
@@ -74,7 +74,7 @@ fn run(program: &Path, words: &[&str], source: Option<&str>) -> String {
 }
 
 /// The number before "stale of".
-fn stale(out: &str) -> usize {
+pub(crate) fn stale(out: &str) -> usize {
     let line = out
         .lines()
         .find(|line| line.contains(" stale of "))
@@ -82,7 +82,7 @@ fn stale(out: &str) -> usize {
     line.split(' ').next().unwrap().parse().unwrap()
 }
 
-fn has_kernel() -> bool {
+pub(crate) fn has_kernel() -> bool {
     require(Cap::Kvm) && require(Cap::Bpf)
 }
 
@@ -119,6 +119,22 @@ fn a_program_that_closes_all_descriptors_is_served_on() {
                 0,
                 "{cache:?}"
             );
+        }
+    }
+}
+
+#[test]
+fn a_fork_and_close_range_in_the_middle_of_five_threads() {
+    for cache in ALL {
+        let Some(program) = program(cache) else {
+            continue;
+        };
+        for source in ["hook", "auto"] {
+            for _ in 0..runs() {
+                let out = run(&program, &["middle"], Some(source));
+                assert!(out.contains("child right"), "{cache:?} {source}: {out}");
+                assert_eq!(stale(&out), 0, "{cache:?} {source}: {out}");
+            }
         }
     }
 }

@@ -2,6 +2,9 @@
 
 mod cache;
 mod dormant;
+mod importer;
+mod java;
 mod mpi;
+mod patcher;
 mod rdma;
 mod support;

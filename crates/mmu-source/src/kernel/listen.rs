@@ -66,6 +66,9 @@ fn listen(
     let mut nap = 1;
     let may_skip =
         may_skip(&std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default());
+    let begun = Arc::clone(inner);
+    // ORDER(source-begun): Release, for no data. Partner: the load in `wait_for_threads`.
+    vault.post(move |_| begun.has_begun.store(true, Ordering::Release));
     loop {
         if inner.wants_a_call() {
             // Only with B is there something to do when nothing happens.

@@ -216,6 +216,7 @@ impl Inner {
             stop: AtomicBool::new(false),
             teller: OnceLock::new(),
             missed: AtomicU64::new(0),
+            has_begun: AtomicBool::new(false),
         })
     }
 }

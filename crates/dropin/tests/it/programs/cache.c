@@ -2,10 +2,14 @@
  *
  * cache stale            each operation changes a registered page; prints "OPERATION right|stale",
  *                        then "N stale of M"
- * cache speed            prints nanoseconds, one "NAME NS" a line, the least of many bursts
+ * cache patcher ORDER    the same with Open MPI's memory patcher, loaded "first" or "last":
+ *                        "OPERATION right|stale told|-", told: whether Open MPI's own hook was
+ * cache speed [2]        prints nanoseconds, one "NAME NS" a line, the least of many bursts; with a
+ *                        second thread, which sleeps, if that is asked for
  * cache threads SECONDS  five threads map, register, look up and unmap: "N rounds"
  * cache cycles N         N starts and stops of the cache while five threads map and unmap
  * cache close            closes all descriptors but the standard ones, then does what `stale` does
+ * cache middle           a fork, then close_range, while five threads map and unmap
  * cache fork             a registration, then a fork: the child has to register anew; both continue
  */
 #define _GNU_SOURCE
@@ -144,6 +148,38 @@ static const struct {
     { "free", large_to_free, release },
 };
 
+static void *hooked;
+static int was_told;
+
+/* Open MPI's hook: a range that is released. */
+static void released(void *start, size_t length, void *data, _Bool from_allocator)
+{
+    (void)data, (void)from_allocator;
+    was_told |= (char *)start <= (char *)hooked && (char *)hooked < (char *)start + length;
+}
+
+/* What Open MPI's transports do when they have a registration cache: its component "patcher" then
+ * overwrites the beginnings of libc's functions. */
+static void open_mpi(void)
+{
+    int count = 0;
+    char **words = NULL;
+    void *library = dlopen("libopen-pal.so.40", RTLD_NOW | RTLD_GLOBAL);
+    if (!library) {
+        fprintf(stderr, "%s\n", dlerror());
+        exit(3);
+    }
+    int (*init)(int *, char ***) = (int (*)(int *, char ***))dlsym(library, "opal_init");
+    int (*open)(void *, int) = (int (*)(void *, int))dlsym(library, "mca_base_framework_open");
+    int (*hook)(void (*)(void *, size_t, void *, _Bool), void *) =
+        (int (*)(void (*)(void *, size_t, void *, _Bool), void *))dlsym(library, "opal_mem_hooks_register_release");
+    void *memory = dlsym(library, "opal_memory_base_framework");
+    if (!init || !open || !hook || !memory || init(&count, &words) || open(memory, 0) || hook(released, NULL)) {
+        fprintf(stderr, "Open MPI has no memory hooks\n");
+        exit(3);
+    }
+}
+
 static int is_stale(char *(*make)(void), void (*change)(char *))
 {
     char *at = make(), bytes[DEVICE_BYTES];
@@ -159,6 +195,8 @@ static int is_stale(char *(*make)(void), void (*change)(char *))
         fprintf(stderr, "the cache does not find what it has registered: %ld\n", slot);
         exit(2);
     }
+    hooked = page;
+    was_told = 0;
     change(at);
     mmap(page, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
     memset(page, 0, DEVICE_BYTES);
@@ -176,25 +214,38 @@ static int is_stale(char *(*make)(void), void (*change)(char *))
     return memcmp(page, bytes, sizeof bytes) != 0;
 }
 
-static int stale(void)
+/* What a child of `stale` exits with: this, and a bit for stale, and one for told. */
+enum { RAN = 4 };
+
+static int stale(const char *patcher)
 {
     int count = 0, all = (int)(sizeof operations / sizeof *operations);
     for (int i = 0; i < all; i++) {
         fflush(stdout);
         pid_t child = fork();
         if (child == 0) {
+            /* Programs of Open MPI have its libraries from the start. */
+            if (*patcher)
+                dlopen("libopen-pal.so.40", RTLD_NOW | RTLD_GLOBAL);
+            if (!strcmp(patcher, "first"))
+                open_mpi();
             device_open();
             cache_open();
-            _exit(is_stale(operations[i].make, operations[i].change));
+            if (!strcmp(patcher, "last"))
+                open_mpi();
+            int result = is_stale(operations[i].make, operations[i].change);
+            _exit(RAN | result | was_told << 1);
         }
         int status;
         waitpid(child, &status, 0);
-        if (!WIFEXITED(status) || WEXITSTATUS(status) > 1) {
+        if (!WIFEXITED(status) || !(WEXITSTATUS(status) & RAN)) {
             fprintf(stderr, "%s: status %#x\n", operations[i].name, status);
             return 2;
         }
-        count += WEXITSTATUS(status);
-        printf("%-32s%s\n", operations[i].name, WEXITSTATUS(status) ? "stale" : "right");
+        int result = WEXITSTATUS(status) & 1;
+        count += result;
+        printf("%-32s%s", operations[i].name, result ? "stale" : "right");
+        puts(*patcher ? WEXITSTATUS(status) & 2 ? " told" : " -" : "");
     }
     printf("%d stale of %d\n", count, all);
     return 0;
@@ -259,8 +310,17 @@ static double unmapping(void)
     return spent / ROUNDS;
 }
 
-static int speed(void)
+static void *sleep_on(void *unused)
 {
+    pause();
+    return unused;
+}
+
+static int speed(int threads)
+{
+    pthread_t second;
+    if (threads > 1 && pthread_create(&second, NULL, sleep_on, NULL))
+        device_die("pthread_create");
     device.is_off = 1;
     double begin = now();
     cache_open();
@@ -355,10 +415,9 @@ static int cycles(int count)
     return 0;
 }
 
-static int after_close(void)
+/* All descriptors but the standard ones and the device's. */
+static void close_all(void)
 {
-    device_open();
-    cache_open();
     /* The ring's own descriptors stay: they are the device's, as a network card's would. */
     unsigned low = (unsigned)(device.ring < device.source ? device.ring : device.source);
     unsigned high = (unsigned)(device.ring < device.source ? device.source : device.ring);
@@ -366,6 +425,13 @@ static int after_close(void)
     if (high - low > 1)
         syscall(SYS_close_range, low + 1, high - 1, 0);
     syscall(SYS_close_range, high + 1, ~0U, 0);
+}
+
+static int after_close(void)
+{
+    device_open();
+    cache_open();
+    close_all();
     int count = 0;
     for (size_t i = 0; i < sizeof operations / sizeof *operations; i++)
         count += is_stale(operations[i].make, operations[i].change);
@@ -398,14 +464,46 @@ static int forked(void)
     return status != 0;
 }
 
+static int middle(void)
+{
+    pthread_t threads[5];
+    device_open();
+    five(map_and_unmap, threads);
+    cache_open();
+    char *at = map();
+    cache_get(at, LENGTH);
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        /* It looks nothing up: another thread may have held the cache's lock. */
+        munmap(at, LENGTH);
+        at = map();
+        free(malloc(300000));
+        _exit(at[LENGTH - 1] != 1);
+    }
+    int status, count = 0, all = (int)(sizeof operations / sizeof *operations);
+    waitpid(child, &status, 0);
+    printf("child %s\n", status == 0 ? "right" : "wrong");
+    close_all();
+    for (int i = 0; i < all; i++)
+        count += is_stale(map, unmap_by_number);
+    join(threads);
+    printf("%d stale of %d\n", count, all);
+    return status != 0;
+}
+
 int main(int count, char **words)
 {
     const char *what = count > 1 ? words[1] : "";
     const char *number = count > 2 ? words[2] : "1";
     if (!strcmp(what, "stale"))
-        return stale();
+        return stale("");
+    if (!strcmp(what, "patcher"))
+        return stale(number);
+    if (!strcmp(what, "middle"))
+        return middle();
     if (!strcmp(what, "speed"))
-        return speed();
+        return speed(atoi(number));
     if (!strcmp(what, "threads"))
         return throughput(atof(number));
     if (!strcmp(what, "cycles"))
@@ -414,6 +512,6 @@ int main(int count, char **words)
         return after_close();
     if (!strcmp(what, "fork"))
         return forked();
-    fprintf(stderr, "cache stale|speed|threads SECONDS|cycles N|close|fork\n");
+    fprintf(stderr, "cache stale|patcher first|last|speed|middle|threads SECONDS|cycles N|close|fork\n");
     return 2;
 }

@@ -1,0 +1,33 @@
+//! A program that imports a libfabric monitor of its own.
+
+use crate::support::{build, output, preloaded, text};
+
+/// What the program prints, and the report.
+fn import(order: &str) -> Option<(String, String)> {
+    let program = build("gcc", "importer.c", "libfabric", &["-lfabric"])?;
+    let mut command = preloaded(program, "hook");
+    command.arg(order);
+    let output = output(command);
+    let (out, report) = (text(&output.stdout), text(&output.stderr));
+    assert!(output.status.success(), "{order}: {out}{report}");
+    Some((out, report))
+}
+
+#[test]
+fn the_second_importer_gets_ebusy_and_goes_on() {
+    if !testkit::require(testkit::Cap::Program("fi_info")) {
+        return;
+    }
+    let Some((out, report)) = import("second") else {
+        return;
+    };
+    assert_eq!(out, "busy\na domain\n", "{report}");
+    assert!(report.contains("  libfabric watched"), "{report}");
+    // It is the drop-in: the report says whose monitor is in use.
+    let (out, report) = import("first").expect("it was built");
+    assert_eq!(out, "imported\na domain\n", "{report}");
+    assert!(
+        report.contains("  libfabric not served: another monitor was imported first (EBUSY)"),
+        "{report}"
+    );
+}

@@ -1,0 +1,61 @@
+//! Open MPI's own patcher of libc, loaded before and after the library.
+
+use crate::cache::{Cache, has_kernel, program, run, stale};
+use std::collections::BTreeSet;
+use std::path::Path;
+
+/// The operations of which Open MPI's own hook was told.
+fn told(out: &str) -> BTreeSet<&str> {
+    out.lines()
+        .filter_map(|line| line.strip_suffix(" told"))
+        .filter_map(|line| line.get(..32))
+        .collect()
+}
+
+/// The program, where there is an Open MPI that has a patcher.
+fn with_patcher(cache: Cache) -> Option<std::path::PathBuf> {
+    let library = "/usr/lib/x86_64-linux-gnu/libopen-pal.so.40";
+    if !Path::new(library).exists() {
+        println!("SKIP: no {library}");
+        return None;
+    }
+    program(cache)
+}
+
+#[test]
+fn ucx_and_open_mpi_are_told_in_either_order() {
+    let Some(program) = with_patcher(Cache::Ucx) else {
+        return;
+    };
+    // As shipped, Open MPI's patcher takes UCX's away; in the other order UCX makes no cache.
+    let shipped = run(&program, &["patcher", "last"], None);
+    let alone = stale(&run(&program, &["stale"], Some("hook")));
+    assert!(stale(&shipped) > alone, "the control: {shipped}");
+    assert!(
+        told(&shipped).len() >= 6,
+        "Open MPI's hook works: {shipped}"
+    );
+    for order in ["first", "last"] {
+        let out = run(&program, &["patcher", order], Some("hook"));
+        assert_eq!(stale(&out), alone, "{order}: {out}");
+        assert!(told(&out).is_superset(&told(&shipped)), "{order}: {out}");
+        if has_kernel() {
+            let out = run(&program, &["patcher", order], Some("both"));
+            assert_eq!(stale(&out), 0, "{order}: {out}");
+            assert!(told(&out).is_superset(&told(&shipped)), "{order}: {out}");
+        }
+    }
+}
+
+#[test]
+fn libfabric_is_told_where_open_mpi_patches_afterwards() {
+    let Some(program) = with_patcher(Cache::Libfabric) else {
+        return;
+    };
+    let out = run(&program, &["patcher", "last"], Some("hook"));
+    assert!(stale(&out) <= 6 && told(&out).len() >= 6, "{out}");
+    if has_kernel() {
+        let out = run(&program, &["patcher", "last"], Some("both"));
+        assert!(stale(&out) == 0 && told(&out).len() >= 6, "{out}");
+    }
+}
