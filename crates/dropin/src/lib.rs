@@ -35,8 +35,11 @@
 mod counts;
 mod found;
 mod libfabric;
+mod place;
 mod ranges;
+mod reaper;
 mod report;
+mod say;
 mod settings;
 mod space;
 mod ucx;

@@ -12,13 +12,11 @@
 
 pub(crate) mod abi;
 mod monitor;
-mod reaper;
-
-pub(crate) use reaper::{Reaper, stop_all};
 
 use crate::found::{self, FABRIC};
+use crate::say::complain;
 use crate::settings::{Choice, settings};
-use crate::{report, space};
+use crate::{place, space};
 use abi::{FiOpen, Fid, Ops, VERSION};
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr;
@@ -40,7 +38,7 @@ fn import() {
         return;
     }
     IMPORTED.get_or_init(|| {
-        report::begin();
+        place::begin();
         try_import()
     });
 }
@@ -157,7 +155,7 @@ pub(crate) unsafe extern "C" fn fi_fabric(
 fn real(symbol: &CStr) -> Option<ptr::NonNull<c_void>> {
     let real = found::function(FABRIC, symbol);
     if real.is_none() {
-        report::complain(&format!(
+        complain(&format!(
             "{}: no libfabric is loaded",
             symbol.to_string_lossy()
         ));

@@ -1,69 +1,19 @@
-//! What is written at exit, and the few lines that cannot wait.
+//! What is written at exit.
 
 #![allow(
     unsafe_code,
-    reason = "atfork, exit and the exit's function table; see the crate's Safety section"
+    reason = "the exit's function table; see the crate's Safety section"
 )]
 
-use crate::space::{self, Space};
-use crate::{counts, libfabric, settings, ucx};
+use crate::place::{folder, head, path_in};
+use crate::say::complain;
+use crate::settings::settings;
+use crate::{counts, libfabric, reaper, space, ucx};
 use mmu_source::hook::State;
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io::Write as _;
-use std::sync::Once;
 use std::sync::atomic::Ordering;
-
-/// One line on standard error, in one call.
-pub(crate) fn complain(line: &str) {
-    let _ = std::io::stderr().write_all(format!("mmun: {line}\n").as_bytes());
-}
-
-/// An error of a source in one line: what, why, and what helps.
-pub(crate) fn explain(error: &mmu_source::Error) -> String {
-    let mut line = error.to_string();
-    if let Some(source) = std::error::Error::source(error) {
-        let _ = write!(line, ": {source}");
-    }
-    if let Some(hint) = error.hint() {
-        let _ = write!(line, "; {hint}");
-    }
-    line
-}
-
-/// `MMUN_STRICT=1` and no source is complete.
-pub(crate) fn refuse(space: &Space) -> ! {
-    let reason = space.kernel().map_or_else(str::to_owned, |_| String::new());
-    complain(&format!(
-        "MMUN_STRICT=1 and the sources miss changes: kernel: {reason}"
-    ));
-    // SAFETY: it takes an integer. Handlers of the program do not run: it has not begun to
-    // communicate.
-    unsafe { libc::_exit(125) }
-}
-
-/// The first use of either library in this process.
-pub(crate) fn begin() {
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| {
-        // SAFETY: the handler is a function, and this object stays: the sources pin it.
-        unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
-        // A process that ends without a word is to be told from one that never was.
-        if let Some(folder) = folder() {
-            let _ = std::fs::write(
-                path_in(&folder),
-                format!(
-                    "{}  no report: it did not return from main or call exit\n",
-                    head()
-                ),
-            );
-        }
-    });
-}
-
-extern "C" fn in_child() {
-    ucx::serve_child();
-}
 
 /// Runs when the process exits, after the program's own handlers.
 #[used]
@@ -71,11 +21,11 @@ extern "C" fn in_child() {
 static AT_EXIT: extern "C" fn() = at_exit;
 
 extern "C" fn at_exit() {
-    libfabric::stop_all();
+    reaper::stop_all();
     if !ucx::is_used() {
         return;
     }
-    let Some(to) = &settings::settings().report else {
+    let Some(to) = &settings().report else {
         return;
     };
     let text = text();
@@ -92,39 +42,6 @@ extern "C" fn at_exit() {
     if let Err(error) = written {
         complain(&format!("MMUN_REPORT={to}: {error}"));
     }
-}
-
-/// Where `MMUN_REPORT` names a directory.
-fn folder() -> Option<String> {
-    settings::settings()
-        .report
-        .clone()
-        .filter(|name| name.ends_with('/'))
-}
-
-fn path_in(folder: &str) -> String {
-    format!("{folder}{}", std::process::id())
-}
-
-/// The first line: which process.
-fn head() -> String {
-    let program = std::env::args_os().next().unwrap_or_default();
-    let rank = [
-        "OMPI_COMM_WORLD_RANK",
-        "PMIX_RANK",
-        "PMI_RANK",
-        "SLURM_PROCID",
-    ]
-    .iter()
-    .find_map(std::env::var_os);
-    let rank = rank.map_or(String::new(), |rank| {
-        format!(" rank {}", rank.to_string_lossy())
-    });
-    format!(
-        "mmun: process {}{rank}: {}\n",
-        std::process::id(),
-        program.to_string_lossy()
-    )
 }
 
 fn text() -> String {

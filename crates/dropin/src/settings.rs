@@ -89,7 +89,7 @@ pub(crate) fn settings() -> &'static Settings {
     SETTINGS.get_or_init(|| {
         let get =
             |name: &str| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
-        Settings::read(get, crate::report::complain)
+        Settings::read(get, crate::say::complain)
     })
 }
 

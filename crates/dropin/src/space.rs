@@ -8,15 +8,15 @@
 
 #![allow(
     unsafe_code,
-    reason = "one pointer that is published once and never freed"
+    reason = "one pointer that is published once and never freed, and an exit"
 )]
 
 use crate::counts::{self, Change};
 use crate::found::{self, OPAL};
-use crate::libfabric::Reaper;
 use crate::ranges::Ranges;
+use crate::reaper::Reaper;
+use crate::say::{complain, explain};
 use crate::settings::settings;
-use crate::{report, ucx};
 use mmu_notifier::{InvalidateRange, Notifier, Registration, Va, VaRange};
 use mmu_source::Watch;
 use mmu_source::hook::Hook;
@@ -41,8 +41,11 @@ pub(crate) struct Space {
     /// The subscription that marks them. Made with the first cache.
     marks: Mutex<Option<Registration<Marks>>>,
     /// The subscription that feeds UCX. Made with its first cache.
-    pub(crate) fed: Mutex<Option<Registration<ucx::Feed>>>,
+    pub(crate) fed: Mutex<Option<Feeding>>,
 }
+
+/// A subscription, of whatever kind: it is kept, and not looked at.
+pub(crate) type Feeding = Box<dyn std::fmt::Debug + Send + Sync>;
 
 static CURRENT: AtomicPtr<Space> = AtomicPtr::new(ptr::null_mut());
 
@@ -86,11 +89,11 @@ impl Space {
         let choice = settings().choice;
         let off = || format!("MMUN={} does not ask for it", choice.name());
         let hook = match choice.wants_hook() {
-            true => Hook::install().map_err(|error| report::explain(&error)),
+            true => Hook::install().map_err(|error| explain(&error)),
             false => Err(off()),
         };
         let kernel = match choice.wants_kernel() {
-            true => Kernel::start().map_err(|error| report::explain(&error)),
+            true => Kernel::start().map_err(|error| explain(&error)),
             false => Err(off()),
         };
         // Open MPI overwrites the beginnings of `munmap` and others, perhaps as soon as this returns.
@@ -110,7 +113,7 @@ impl Space {
             fed: Mutex::new(None),
         };
         if settings().strict && !space.is_complete() {
-            report::refuse(&space);
+            refuse(&space);
         }
         space
     }
@@ -191,6 +194,17 @@ impl Space {
     }
 }
 
+/// `MMUN_STRICT=1` and no source is complete.
+fn refuse(space: &Space) -> ! {
+    let reason = space.kernel().map_or_else(str::to_owned, |_| String::new());
+    complain(&format!(
+        "MMUN_STRICT=1 and the sources miss changes: kernel: {reason}"
+    ));
+    // SAFETY: it takes an integer. Handlers of the program do not run: it has not begun to
+    // communicate.
+    unsafe { libc::_exit(125) }
+}
+
 /// Marks the ranges that a change meets.
 #[derive(Debug)]
 struct Marks(&'static Space);
@@ -216,7 +230,7 @@ pub(crate) struct Aborts;
 
 impl Drop for Aborts {
     fn drop(&mut self) {
-        report::complain("a callback panicked: an invalidation would be lost");
+        complain("a callback panicked: an invalidation would be lost");
         std::process::abort();
     }
 }

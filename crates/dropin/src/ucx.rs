@@ -14,9 +14,10 @@
 
 use crate::counts;
 use crate::found::{self, UCM, UCS};
+use crate::say::complain;
 use crate::settings::{Choice, settings};
-use crate::space::{self, Aborts, Space};
-use crate::{libfabric, report};
+use crate::space::{self, Aborts, Feeding, Space};
+use crate::{libfabric, place};
 use mmu_notifier::{InvalidateRange, Notifier, Registration};
 use std::ffi::{CStr, c_int, c_void};
 use std::ptr::{self, NonNull};
@@ -36,7 +37,7 @@ static SERVED: OnceLock<Result<Served, String>> = OnceLock::new();
 
 /// A UCX that is fed.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Served {
+struct Served {
     vm_munmap: VmMunmap,
 }
 
@@ -49,7 +50,7 @@ pub(crate) fn served() -> Option<Result<(), &'static str>> {
 
 /// Tells UCX of what is about to change.
 #[derive(Debug)]
-pub(crate) struct Feed(Served);
+struct Feed(Served);
 
 impl Notifier for Feed {
     fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
@@ -75,7 +76,9 @@ fn serve() {
         return;
     }
     let served = SERVED.get_or_init(|| {
-        report::begin();
+        place::begin();
+        // SAFETY: the handler is a function, and this object stays: the sources pin it.
+        unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
         try_serve()
     });
     if let Ok(served) = served {
@@ -115,17 +118,22 @@ fn try_serve() -> Result<Served, String> {
 fn feed(space: &'static Space, served: Served) -> bool {
     let mut fed = space.fed.lock().unwrap_or_else(PoisonError::into_inner);
     if fed.is_none() && space.arm_everything() {
-        *fed = Registration::new(mmu_source::current_ref(), Feed(served)).ok();
+        let made = Registration::new(mmu_source::current_ref(), Feed(served)).ok();
+        *fed = made.map(|made| Box::new(made) as Feeding);
     }
     fed.is_some()
 }
 
+extern "C" fn in_child() {
+    serve_child();
+}
+
 /// In the child of a fork: UCX's caches go on there, with what the parent registered.
-pub(crate) fn serve_child() {
+fn serve_child() {
     if let Some(Ok(served)) = SERVED.get() {
         let space = space::current_or_made();
         if !feed(space, *served) || !space.is_watched() {
-            report::complain(
+            complain(
                 "no event source works in a child process: registrations of UCX can become stale here",
             );
         }
@@ -148,7 +156,7 @@ pub(crate) unsafe extern "C" fn ucm_set_event_handler(
 ) -> i8 {
     type Real = unsafe extern "C" fn(c_int, c_int, *mut c_void, *mut c_void) -> i8;
     let Some(real) = found::function(UCM, c"ucm_set_event_handler") else {
-        report::complain("ucm_set_event_handler: no libucm is loaded");
+        complain("ucm_set_event_handler: no libucm is loaded");
         return UNSUPPORTED;
     };
     // SAFETY: the type of `ucm_set_event_handler` in `ucm/api/ucm.h`; a `ucs_status_t` is one byte.
@@ -186,7 +194,7 @@ pub(crate) unsafe extern "C" fn ucs_rcache_get(
         Some(found)
     });
     let Some(real) = real else {
-        report::complain("ucs_rcache_get: no libucs is loaded");
+        complain("ucs_rcache_get: no libucs is loaded");
         return UNSUPPORTED;
     };
     ask();

@@ -16,44 +16,7 @@ use uses::{Uses, exports, resolve};
 /// Uses that close a circle and stay: the crate, the room, its neighbour, and the reason.
 type Allowed = (&'static str, &'static str, &'static str, &'static str);
 
-const ALLOWED: &[Allowed] = &[
-    (
-        "dropin",
-        "report",
-        "libfabric",
-        "the report at exit collects what each interposer did",
-    ),
-    (
-        "dropin",
-        "report",
-        "settings",
-        "settings complain through the report, whose place is a setting",
-    ),
-    (
-        "dropin",
-        "report",
-        "space",
-        "the report at exit collects what the watched space counted",
-    ),
-    (
-        "dropin",
-        "report",
-        "ucx",
-        "the report at exit collects what each interposer did",
-    ),
-    (
-        "dropin",
-        "space",
-        "libfabric",
-        "the space owns the registrations of its interposers",
-    ),
-    (
-        "dropin",
-        "space",
-        "ucx",
-        "the space owns the registrations of its interposers",
-    ),
-];
+const ALLOWED: &[Allowed] = &[];
 
 /// The path of a module in its crate: the root is empty.
 type Module = Vec<String>;

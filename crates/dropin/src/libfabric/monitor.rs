@@ -8,7 +8,7 @@
 //!
 //! None of them waits for a thread that could want a lock of libfabric's: callbacks mark and go
 //! ([`Ranges`](crate::ranges::Ranges)), and `notify`, which takes the caches' lock, is called by a
-//! thread of our own that holds nothing ([`Reaper`](super::Reaper)).
+//! thread of our own that holds nothing ([`Reaper`](crate::reaper::Reaper)).
 
 #![allow(
     unsafe_code,
@@ -59,7 +59,7 @@ pub(super) fn monitor() -> *mut MemMonitor {
 ///
 /// # Blocking
 /// Takes the lock of all caches. Must not be called where that may be held.
-pub(super) fn notify(start: u64, len: u64) {
+fn notify(start: u64, len: u64) {
     // SAFETY: the monitor is a static; the field is written by the import only, before any cache
     // starts.
     let import = unsafe { (*monitor()).import_ops };
@@ -90,7 +90,7 @@ extern "C" fn start(_: *mut MemMonitor) -> c_int {
 
 /// Whether ranges of `space` are watched from now on.
 fn is_ready(space: &'static Space) -> bool {
-    space.is_watched() && space.mark() && space.reaper.start(space)
+    space.is_watched() && space.mark() && space.reaper.start(&space.ranges, notify)
 }
 
 extern "C" fn stop(_: *mut MemMonitor) {}

@@ -6,9 +6,8 @@
 
 #![allow(unsafe_code, reason = "futex calls; see the crate's Safety section")]
 
-use super::monitor;
 use crate::counts;
-use crate::space::Space;
+use crate::ranges::Ranges;
 use srcu::Thread;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -28,6 +27,12 @@ const ASKED: u32 = 1;
 /// The thread sleeps, or is about to, and must be woken.
 const ASLEEP: u32 = 2;
 
+/// Has libfabric drop every registration that meets a start and a length.
+///
+/// # Blocking
+/// Takes the lock of all caches.
+pub(crate) type Notify = fn(u64, u64);
+
 /// Set when the process exits: libfabric may be taking itself down.
 static EXITING: AtomicBool = AtomicBool::new(false);
 
@@ -40,12 +45,13 @@ impl Reaper {
     }
 
     /// Starts the thread, once. False if there can be none.
-    pub(crate) fn start(&'static self, space: &'static Space) -> bool {
+    pub(crate) fn start(&'static self, ranges: &'static Ranges, notify: Notify) -> bool {
         // Relaxed: it hands nothing over.
         if self.is_started.swap(true, Ordering::Relaxed) {
             return true;
         }
-        let made = Thread::spawn(c"mmun-dropin", move || self.serve(space)).map(Thread::detach);
+        let made =
+            Thread::spawn(c"mmun-dropin", move || self.serve(ranges, notify)).map(Thread::detach);
         if made.is_err() {
             self.is_started.store(false, Ordering::Relaxed);
         }
@@ -68,19 +74,19 @@ impl Reaper {
         }
     }
 
-    fn serve(&self, space: &'static Space) {
+    fn serve(&self, ranges: &'static Ranges, notify: Notify) {
         loop {
             // ORDER(dropin-reaper): Acquire, for what was marked. Partner: the swap in `wake`.
             if self.word.swap(IDLE, Ordering::AcqRel) != ASKED {
                 self.sleep();
                 continue;
             }
-            for (start, len) in space.ranges.stale() {
+            for (start, len) in ranges.stale() {
                 if EXITING.load(Ordering::Relaxed) {
                     return;
                 }
                 counts::REAPED.add(1);
-                monitor::notify(start, len);
+                notify(start, len);
             }
         }
     }
