@@ -96,8 +96,8 @@ impl Space {
             true => Kernel::start().map_err(|error| explain(&error)),
             false => Err(off()),
         };
-        // Open MPI overwrites the beginnings of `munmap` and others, perhaps as soon as this returns.
-        // No thread of ours may be inside of one then.
+        // Open MPI overwrites the beginnings of `munmap` and others, perhaps as soon as this
+        // returns. No thread of ours may be inside of one then.
         if let Some(kernel) = kernel.as_ref().ok().filter(|_| found::is_loaded(OPAL)) {
             kernel.wait_for_threads();
         }

@@ -39,7 +39,7 @@ fn ucx_and_open_mpi_are_told_in_either_order() {
         let out = run(&program, &["patcher", order], Some("hook"));
         assert_eq!(stale(&out), alone, "{order}: {out}");
         assert!(told(&out).is_superset(&told(&shipped)), "{order}: {out}");
-        if has_kernel() {
+        if order == "last" && has_kernel() {
             let out = run(&program, &["patcher", order], Some("both"));
             assert_eq!(stale(&out), 0, "{order}: {out}");
             assert!(told(&out).is_superset(&told(&shipped)), "{order}: {out}");
@@ -52,10 +52,12 @@ fn libfabric_is_told_where_open_mpi_patches_afterwards() {
     let Some(program) = with_patcher(Cache::Libfabric) else {
         return;
     };
-    let out = run(&program, &["patcher", "last"], Some("hook"));
-    assert!(stale(&out) <= 6 && told(&out).len() >= 6, "{out}");
+    // Each process asks libfabric for its providers, which takes a while.
+    let words = ["patcher", "last", "2"];
+    let out = run(&program, &words, Some("hook"));
+    assert!(stale(&out) <= 2 && told(&out).len() >= 5, "{out}");
     if has_kernel() {
-        let out = run(&program, &["patcher", "last"], Some("both"));
-        assert!(stale(&out) == 0 && told(&out).len() >= 6, "{out}");
+        let out = run(&program, &words, Some("both"));
+        assert!(stale(&out) == 0 && told(&out).len() >= 5, "{out}");
     }
 }
