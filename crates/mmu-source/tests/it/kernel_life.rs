@@ -280,3 +280,17 @@ fn a_signal_handler_may_settle() {
         true
     }));
 }
+
+#[test]
+fn threads_come_to_rest_after_the_start_and_a_child_does_not_wait_for_them() {
+    if !can_start() {
+        return;
+    }
+    let kernel = Kernel::start().expect("it starts");
+    // In the child there are no such threads, and they may not have come to rest before the fork.
+    assert!(in_child(|| {
+        kernel.wait_for_threads();
+        true
+    }));
+    kernel.wait_for_threads();
+}
