@@ -471,6 +471,7 @@ static int middle(void)
 {
     pthread_t threads[5];
     device_open();
+    device.is_off = 1;
     five(map_and_unmap, threads);
     cache_open();
     char *at = map();
@@ -484,15 +485,18 @@ static int middle(void)
         free(malloc(300000));
         _exit(at[LENGTH - 1] != 1);
     }
-    int status, count = 0, all = (int)(sizeof operations / sizeof *operations);
+    int status;
     waitpid(child, &status, 0);
     printf("child %s\n", status == 0 ? "right" : "wrong");
     close_all();
-    /* Not unmapped: another thread would map where it was. */
-    for (int i = 0; i < all; i++)
-        count += is_stale(map, discard_by_number);
+    for (int i = 0; i < 200; i++) {
+        at = map();
+        if (cache_get(at, LENGTH) < 0)
+            return 1;
+        munmap(at, LENGTH);
+    }
     join(threads);
-    printf("%d stale of %d\n", count, all);
+    puts("parent right");
     return status != 0;
 }
 
