@@ -18,6 +18,7 @@ mod child;
 pub mod model;
 mod program;
 mod signals;
+mod within;
 
 pub use alloc::Counting;
 pub use cap::{Cap, PYTHON, edu, has_optional_program, is_guest, require, rounds};
@@ -25,6 +26,7 @@ pub use cgroup::Cgroup;
 pub use child::in_child;
 pub use program::{copy_program, write_program};
 pub use signals::{has_timers, signal_every};
+pub use within::within;
 
 /// The examples of the front page must run. Here, because no published crate brings the front page.
 #[cfg(doctest)]

@@ -487,8 +487,8 @@ impl Model {
         self.notifiers.len()
     }
 
-    /// Whether a bracket of an address space would call anybody, as far as it can be known without
-    /// looking.
+    /// Whether a bracket of an address space would call a subscriber, as far as it can be known
+    /// without looking.
     #[must_use]
     pub fn has_notifiers(&self, mm: usize) -> bool {
         !self.mms[mm].listed.is_empty() || self.mms[mm].has_intervals

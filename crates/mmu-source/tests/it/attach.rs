@@ -4,33 +4,18 @@ use std::ffi::CString;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, PipeReader, Write, pipe};
 use std::process::{Child, ChildStdin, ChildStdout, Stdio};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use mmu_notifier::MmWithUser;
 use mmu_source::process::{Done, Error, ExitStatus, Observer, Options, Task, Tracer};
-use testkit::{Cap, Cgroup, require};
+use testkit::{Cap, Cgroup, require, within};
 
 use crate::log::{Record, Recorder, hex, tracee};
 
 const THREADS: usize = 4;
-
-/// Runs `f`, which traces, in a thread of its own, and gives up if that does not end.
-fn within<T: Send + 'static>(what: &str, f: impl FnOnce() -> T + Send + 'static) -> T {
-    let (end, ended) = mpsc::channel();
-    let thread = thread::spawn(move || {
-        let result = f();
-        end.send(result).expect("the test waits");
-    });
-    let result = ended
-        .recv_timeout(Duration::from_secs(120))
-        .unwrap_or_else(|_| panic!("{what} does not end"));
-    // What it traced is traced until then.
-    thread.join().expect("no panic");
-    result
-}
 
 /// A process with threads that does what it is told.
 struct Server<I, O> {

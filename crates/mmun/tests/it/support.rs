@@ -10,9 +10,9 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
-use std::sync::mpsc;
 use std::thread;
-use std::time::Duration;
+
+pub(crate) use testkit::within;
 
 use serde_json::Value;
 
@@ -218,19 +218,6 @@ pub(crate) fn check(records: &[Value]) {
             (1, u32::from(!space.let_go)),
             "mm {mm}"
         );
-    }
-}
-
-/// Runs `f` in a thread of its own and fails if it hangs.
-pub(crate) fn within<T: Send + 'static>(what: &str, f: impl FnOnce() -> T + Send + 'static) -> T {
-    let (sender, receiver) = mpsc::channel();
-    let thread = thread::spawn(move || sender.send(f()));
-    match receiver.recv_timeout(Duration::from_secs(300)) {
-        Ok(value) => value,
-        Err(mpsc::RecvTimeoutError::Timeout) => panic!("{what} took more than five minutes"),
-        Err(mpsc::RecvTimeoutError::Disconnected) => {
-            std::panic::resume_unwind(thread.join().unwrap_err())
-        }
     }
 }
 

@@ -1,0 +1,28 @@
+//! A limit for what could hang.
+
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+/// Runs `f` in a thread of its own, and fails if it has not ended after five minutes.
+///
+/// # Panics
+/// As `f` does, and if it hangs.
+pub fn within<T: Send + 'static>(what: &str, f: impl FnOnce() -> T + Send + 'static) -> T {
+    let (end, ended) = mpsc::channel();
+    let thread = thread::spawn(move || {
+        // The receiver is gone only if the test has failed.
+        let _ = end.send(f());
+    });
+    let result = ended.recv_timeout(Duration::from_secs(300));
+    assert!(
+        !matches!(result, Err(mpsc::RecvTimeoutError::Timeout)),
+        "{what} took more than five minutes"
+    );
+    // What the thread traced is traced until it has ended.
+    match (thread.join(), result) {
+        (Ok(()), Ok(result)) => result,
+        (Err(panic), _) => std::panic::resume_unwind(panic),
+        (Ok(()), Err(_)) => unreachable!("a thread that does not panic sends its result"),
+    }
+}
