@@ -82,6 +82,12 @@ struct World {
     cache: RegCache<Dma>,
 }
 
+/// Runs [`World::change`] in a thread of its own.
+fn spawn_change(world: &Arc<World>) -> thread::JoinHandle<()> {
+    let world = Arc::clone(world);
+    thread::spawn(move || world.change())
+}
+
 impl World {
     fn new(in_callbacks: bool, regions: u32) -> Arc<Self> {
         let memory = Arc::new(Memory {
@@ -95,12 +101,6 @@ impl World {
         let mm = MmWithUser::new();
         let cache = device.open(&mm).unwrap();
         Arc::new(Self { mm, memory, cache })
-    }
-
-    /// Runs [`change`](Self::change) in a thread of its own.
-    fn spawn_change(self: &Arc<Self>) -> thread::JoinHandle<()> {
-        let world = Arc::clone(self);
-        thread::spawn(move || world.change())
     }
 
     /// Changes the memory, as `munmap` and `mmap` do.
@@ -157,7 +157,7 @@ fn a_hit_racing_an_invalidation() {
     model(|| {
         let world = World::new(true, 2);
         drop(world.cache.get(page(1)).unwrap());
-        let changer = world.spawn_change();
+        let changer = spawn_change(&world);
         world.transfer(world.memory.contents.load(Ordering::Acquire));
         changer.join().unwrap();
         world.transfer(1);
@@ -172,7 +172,7 @@ fn a_counted_hit_racing_an_invalidation() {
         let world = World::new(true, 3);
         let others = [5, 5].map(|number| world.cache.get(page(number)).unwrap());
         drop(world.cache.get(page(1)).unwrap());
-        let changer = world.spawn_change();
+        let changer = spawn_change(&world);
         world.transfer(world.memory.contents.load(Ordering::Acquire));
         changer.join().unwrap();
         drop(others);
@@ -185,7 +185,7 @@ fn the_last_lease_deregisters() {
     model(|| {
         let world = World::new(true, 2);
         let lease = world.cache.get(page(1)).unwrap();
-        let changer = world.spawn_change();
+        let changer = spawn_change(&world);
         drop(lease);
         changer.join().unwrap();
         assert_eq!(world.memory.undone(), 1, "not deregistered");
@@ -209,7 +209,7 @@ fn a_slot_that_another_thread_has_freed() {
                 drop(lease);
             }
         });
-        let changer = world.spawn_change();
+        let changer = spawn_change(&world);
         drop(world.cache.get(page(5)).unwrap());
         other.join().unwrap();
         changer.join().unwrap();
@@ -236,7 +236,7 @@ fn a_hit_racing_the_growth_of_the_table() {
 fn a_registration_racing_an_invalidation() {
     model(|| {
         let world = World::new(true, 2);
-        let changer = world.spawn_change();
+        let changer = spawn_change(&world);
         world.transfer(0);
         changer.join().unwrap();
         world.transfer(1);
