@@ -54,7 +54,7 @@ impl Drop for Op {
 
 #[test]
 fn b_46_after_the_last_puts_and_synchronize_no_operation_runs() {
-    for _ in 0..20 {
+    for _ in 0..testkit::rounds(20) {
         let module = Arc::new(Module::default());
         let subsystem = Subsystem::<Op, std::convert::Infallible, _>::new(|_: &MmWithUser| {
             Ok(Op(Arc::clone(&module)))
@@ -289,7 +289,7 @@ fn b_47_no_mirror_has_an_entry_of_a_freed_page() {
             scope.spawn(move || mirror(shadow, memory, handle, found));
         }
         let mut round = 0;
-        while round < 1000 || found.iter().any(|found| found.get() < 100) {
+        while round < testkit::rounds(1000) || found.iter().any(|found| found.get() < 100) {
             change(&mm, &memory, round, owners[0], &held[0]);
             round += 1;
         }

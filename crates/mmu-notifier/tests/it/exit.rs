@@ -103,7 +103,7 @@ fn s_46_release_may_put_its_own_object() {
 
 #[test]
 fn s_47_a_put_racing_exit_frees_once_and_not_before_release_returned() {
-    for _ in 0..2000 {
+    for _ in 0..testkit::rounds(2000) {
         let (mm, log, line) = (MmWithUser::new(), Log::default(), Arc::new(Barrier::new(2)));
         let subsystem = probes("a", &log, nothing());
         let held = subsystem.get(&mm).unwrap();
