@@ -147,6 +147,9 @@ enum mmu_notifier_event {
  * no multiples of 4096 are rounded outwards, and callbacks see them rounded (the kernel's sources
  * give whole pages). A range without bytes calls no callback (in the kernel it calls them, and
  * with [0, 0) every interval). A range up to ULONG_MAX is one that reaches the last address.
+ *
+ * As a callback gets it: constant, gone when the callback returns; what has no mmun_ in its name may
+ * be copied.
  */
 struct mmu_notifier_range {
 	struct mm_struct *mm;
