@@ -73,7 +73,10 @@ pub(crate) enum Command {
     CoverageTracee(TraceeArgs),
     /// Makes calls that do nothing, for the tracer that measures what they take.
     #[command(hide = true)]
-    IdleCalls,
+    IdleCalls {
+        /// The number of the processor to run on.
+        there: Option<usize>,
+    },
     /// Prints the manual pages: of mmun, and of each command.
     ///
     /// As roff, one after the other: mmun man | man -l -

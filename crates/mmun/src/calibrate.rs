@@ -6,18 +6,57 @@ use std::path::Path;
 use std::sync::Arc;
 
 use mmu_source::process::{Command, Options, Tracer};
+use rustix::thread::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
 
+use crate::capture::runtime::Overhead;
 use crate::observer::TraceObserver;
+use crate::outcome::{FAILED, Outcome};
 use crate::output::Output;
 use crate::recorder::{Recorder, Settings};
 use crate::sys;
 
 /// How many calls are measured.
-const CALLS: usize = 101;
+const CALLS: usize = 201;
+/// What is less different than this is taken as the same, in nanoseconds.
+const ERROR: u64 = 500;
 
-/// Traces a process that makes calls which do nothing, and returns their median in nanoseconds;
-/// `None` if that does not work.
-pub(crate) fn overhead(options: Options) -> Option<u64> {
+/// Measures what calls that do nothing take; `None` if that does not work.
+pub(crate) fn overhead(options: Options) -> Option<Overhead> {
+    let unpinned = || {
+        let together = quartile(options, None)?;
+        Some(Overhead {
+            together,
+            apart: None,
+        })
+    };
+    let Ok(all) = sched_getaffinity(None) else {
+        return unpinned();
+    };
+    let here = sched_getcpu();
+    let mut only_here = CpuSet::new();
+    if here < CpuSet::MAX_CPU {
+        only_here.set(here);
+    }
+    if sched_setaffinity(None, &only_here).is_err() {
+        return unpinned();
+    }
+    let together = quartile(options, None);
+    let apart = (0..CpuSet::MAX_CPU)
+        .find(|cpu| *cpu != here && all.is_set(*cpu))
+        .and_then(|there| quartile(options, Some(there)));
+    // It fails only if all of these processors were taken off the machine since: the kernel then
+    // gives this thread others.
+    let _ = sched_setaffinity(None, &all);
+    let together = together?;
+    Some(Overhead {
+        together,
+        apart: apart.filter(|apart| apart.abs_diff(together) >= ERROR),
+    })
+}
+
+/// Traces a process that makes calls which do nothing, on this processor or on another one, and
+/// returns the lower quartile of their times: other work on the machine only adds to them.
+fn quartile(options: Options, there: Option<usize>) -> Option<u64> {
     let settings = Settings {
         details: true,
         follow: true,
@@ -27,31 +66,40 @@ pub(crate) fn overhead(options: Options) -> Option<u64> {
     let nowhere = Output::open(Some(Path::new("/dev/null"))).ok()?;
     let recorder = Arc::new(Recorder::new(settings, nowhere, || {}));
     let mut tracer = Tracer::new(options, TraceObserver::new(Arc::clone(&recorder))).ok()?;
-    let null = File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/null")
-        .map(OwnedFd::from)
-        .ok()?;
+    let null = File::options().read(true).write(true).open("/dev/null");
+    let null = OwnedFd::from(null.ok()?);
     let mut command = Command::new("/proc/self/exe").arg("idle-calls");
+    if let Some(there) = there {
+        command = command.arg(there.to_string());
+    }
     if let (Ok(input), Ok(output)) = (null.try_clone(), null.try_clone()) {
         command = command.stdin(input).stdout(output).stderr(null);
     }
-    if tracer.spawn(command).is_err() || tracer.run(&sys::STOP).is_err() {
-        return None;
-    }
+    tracer.spawn(command).ok()?;
+    tracer.run(&sys::STOP).ok()?;
     let (mut observer, _keeper) = tracer.detach();
     observer.finish();
     let _ = recorder.finish();
     // Those of the loader are few.
     let mut times = recorder.take_samples();
     times.sort_unstable();
-    times.get(times.len() / 2).copied()
+    times.get(times.len() / 4).copied()
 }
 
-/// What the process does that is traced.
-pub(crate) fn idle_calls() {
+/// What the process does that is traced: on the processor `there` if one is named.
+pub(crate) fn idle_calls(there: Option<usize>) -> Outcome {
+    if let Some(there) = there {
+        let mut only_there = CpuSet::new();
+        if there >= CpuSet::MAX_CPU {
+            return FAILED;
+        }
+        only_there.set(there);
+        if sched_setaffinity(None, &only_there).is_err() {
+            return FAILED;
+        }
+    }
     for _ in 0..CALLS {
         sys::idle_call();
     }
+    Outcome::Exit(0)
 }

@@ -58,10 +58,7 @@ fn main() {
             Command::CoverageCell(args) => coverage::cell(&args),
             Command::CoverageLibraryCell(args) => coverage::library_cell(&args),
             Command::CoverageTracee(args) => coverage::tracee(&args),
-            Command::IdleCalls => {
-                calibrate::idle_calls();
-                Outcome::Exit(0)
-            }
+            Command::IdleCalls { there } => calibrate::idle_calls(there),
             Command::Man { folder: None } => print(|out| args::man(out)),
             Command::Man {
                 folder: Some(folder),

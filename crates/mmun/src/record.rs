@@ -41,8 +41,9 @@ event, range, size, call and result, and the time: that in the call itself with 
 
 How long (self): the time the kernel counted for the task between its stop before the call and its stop after it, less
 what a call that does nothing takes, which is measured when the trace begins. Wrong by up to 0.5 us for a small call
-and by 1 to 4 % for a large one; other programs on a busy machine do not count. --wall is the time on the clock,
-the stops of the tracer included.
+and by 1 to 4 % for a large one; other programs on a busy machine do not count. Calls for which the scheduler kept the
+program and mmun on different processors are less exact, in a virtual machine by 10 us: taskset keeps them together.
+--wall is the time on the clock, the stops of the tracer included.
 How much (resident): the bytes of the range that were in memory before the call; those of the zero page are not counted.";
 
 /// One line of a trace.

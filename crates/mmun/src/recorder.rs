@@ -7,7 +7,7 @@ use std::time::Instant;
 use mmu_notifier::Va;
 
 use crate::capture::Capture;
-use crate::capture::runtime::Runtime;
+use crate::capture::runtime::{Overhead, Runtime};
 use crate::change::{Change, Pairs, Seen};
 use crate::events::EventSet;
 use crate::json;
@@ -33,7 +33,7 @@ pub(crate) struct Settings {
     /// Look at what lies in each range, and at how long each call runs.
     pub(crate) details: bool,
     /// What a call that does nothing takes.
-    pub(crate) overhead: u64,
+    pub(crate) overhead: Overhead,
     /// Every task of a traced process is traced.
     pub(crate) follow: bool,
     /// Take stacks; these functions are never the place of a call.

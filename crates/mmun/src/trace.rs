@@ -13,6 +13,7 @@ use mmu_source::process::{Command, Done, Keeper, Options, Pid, Tracer};
 
 use crate::args::{TraceArgs, TraceFormat};
 use crate::calibrate;
+use crate::capture::runtime::Overhead;
 use crate::events::EventSet;
 use crate::front;
 use crate::observer::TraceObserver;
@@ -143,7 +144,7 @@ impl Plan {
             json,
             lifecycle: details.lifecycle,
             details: details.details || stacks || summary.is_some(),
-            overhead: 0,
+            overhead: Overhead::default(),
             follow: !args.no_follow,
             stacks: stacks.then_some(details.not_place),
             list_stacks: details.stacks,
@@ -193,7 +194,7 @@ fn trace(mut plan: Plan, front: Option<rustix::process::Pid>) -> (Outcome, Optio
                 "what a call that does nothing takes could not be measured: times in the calls are some microseconds too long",
             );
         }
-        plan.settings.overhead = overhead.unwrap_or(0);
+        plan.settings.overhead = overhead.unwrap_or_default();
     }
     let recorder = Arc::new(Recorder::new(plan.settings, plan.output, sys::request_stop));
     let mut report = plan.report.map(|(pending, spool)| {

@@ -1,34 +1,46 @@
 //! The time that a task itself ran in a call.
 //!
 //! The kernel counts it for every process (its CPU clock) and for every task
-//! (`/proc/PID/schedstat`, the first number). It is read while the task is stopped, before the call
-//! and after it. The clock of a process with one task is that task's, and costs a third of the
-//! file. In between the task also leaves one stop and enters the next, which takes a microsecond or
-//! two: that is measured with calls that do nothing, and taken off.
+//! (`/proc/PID/schedstat`, the first number). It is read while the task is stopped, before the
+//! call and after it. The clock of a process with one task is that task's, and costs a third of
+//! the file. In between the task also leaves one stop and enters the next: that is measured with
+//! calls that do nothing, and taken off. It takes a microsecond or two while the task and the
+//! tracer share a processor. If they do not, the task also interrupts the tracer's processor to
+//! wake it, which takes some thirty in a virtual machine. The scheduler may change between the two
+//! at any time, so the processors are compared after each call.
+
+mod files;
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 
 use mmu_source::process::{Pid, Task};
 
+use self::files::Files;
 use crate::sys;
 
-/// How many files are kept open; a task that makes calls opens its own again.
-const MOST_OPEN: usize = 256;
-
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Runtime {
-    files: HashMap<Pid, File>,
+    /// The first number is the time, in nanoseconds.
+    schedstat: Files,
+    /// The 39th is the processor that the task ran on.
+    stat: Files,
     /// How many tasks each process has; not kept if there may be some that are not traced.
     tasks: Option<HashMap<Pid, u32>>,
     /// What was read before the call that a task is in.
     before: HashMap<Pid, Reading>,
     /// What was read after it.
     own: HashMap<Pid, u64>,
-    /// What a call that does nothing takes, in nanoseconds.
-    pub(crate) overhead: u64,
+    overhead: Overhead,
+}
+
+/// What a call that does nothing takes, in nanoseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Overhead {
+    /// While the task and the tracer run on the same processor.
+    pub(crate) together: u64,
+    /// While they run on different ones, if that makes a difference.
+    pub(crate) apart: Option<u64>,
 }
 
 /// Nanoseconds, of one of two counters that must not be compared with each other.
@@ -38,13 +50,22 @@ enum Reading {
     Task(u64),
 }
 
+impl Default for Runtime {
+    fn default() -> Runtime {
+        Runtime::new(Overhead::default(), false)
+    }
+}
+
 impl Runtime {
     /// `all`: every task of a traced process is traced.
-    pub(crate) fn new(overhead: u64, all: bool) -> Runtime {
+    pub(crate) fn new(overhead: Overhead, all: bool) -> Runtime {
         Runtime {
-            overhead,
+            schedstat: Files::new("schedstat"),
+            stat: Files::new("stat"),
             tasks: all.then(HashMap::new),
-            ..Runtime::default()
+            before: HashMap::new(),
+            own: HashMap::new(),
+            overhead,
         }
     }
 
@@ -98,9 +119,18 @@ impl Runtime {
             None => None,
         };
         if let Some(passed) = passed {
-            self.own
-                .insert(task.tid, passed.saturating_sub(self.overhead));
+            let Overhead { together, apart } = self.overhead;
+            let overhead = match apart {
+                Some(apart) if self.ran_apart(task) => apart,
+                _ => together,
+            };
+            self.own.insert(task.tid, passed.saturating_sub(overhead));
         }
+    }
+
+    /// The task, which has just stopped, ran on another processor than this tracer.
+    fn ran_apart(&mut self, task: Task) -> bool {
+        self.stat.read(task, processor) != Some(rustix::thread::sched_getcpu())
     }
 
     /// The time of the call that has ended, once.
@@ -109,25 +139,31 @@ impl Runtime {
     }
 
     pub(crate) fn forget(&mut self, tid: Pid) {
-        self.files.remove(&tid);
+        self.schedstat.forget(tid);
+        self.stat.forget(tid);
         self.before.remove(&tid);
         self.own.remove(&tid);
     }
 
     fn read(&mut self, task: Task) -> Option<u64> {
-        if !self.files.contains_key(&task.tid) {
-            if self.files.len() >= MOST_OPEN {
-                self.files.clear();
-            }
-            let file =
-                File::open(format!("/proc/{}/task/{}/schedstat", task.pid, task.tid)).ok()?;
-            self.files.insert(task.tid, file);
-        }
-        let mut text = [0; 64];
-        let count = self.files[&task.tid].read_at(&mut text, 0).ok()?;
-        let digits = text[..count].split(|byte| *byte == b' ').next()?;
-        std::str::from_utf8(digits).ok()?.parse().ok()
+        self.schedstat.read(task, |text| {
+            text.split(|byte| *byte == b' ').next().and_then(number)
+        })
     }
+}
+
+/// In a task's `stat`: the processor that it ran on last.
+fn processor(stat: &[u8]) -> Option<usize> {
+    // The second field, a name in parentheses, may have spaces and parentheses of its own.
+    let name_end = stat.iter().rposition(|byte| *byte == b')')?;
+    stat[name_end..]
+        .split(|byte| *byte == b' ')
+        .nth(39 - 2)
+        .and_then(number)
+}
+
+fn number<T: std::str::FromStr>(digits: &[u8]) -> Option<T> {
+    std::str::from_utf8(digits).ok()?.parse().ok()
 }
 
 #[cfg(test)]
@@ -141,10 +177,11 @@ mod tests {
             pid,
             tid: rustix::thread::gettid().as_raw_nonzero().get(),
         };
-        let mut runtime = Runtime {
-            overhead: 1000,
-            ..Runtime::default()
+        let overhead = Overhead {
+            together: 1000,
+            apart: None,
         };
+        let mut runtime = Runtime::new(overhead, false);
         runtime.begin(task);
         // Its own time, because others may have the processor.
         let ran = || {
@@ -181,18 +218,27 @@ mod tests {
             runtime.before.remove(&this.tid)
         };
         let is_process = |reading| matches!(reading, Some(Reading::Process(1..)));
-        let mut runtime = Runtime::new(0, true);
+        let mut runtime = Runtime::new(Overhead::default(), true);
         runtime.entered(this);
         assert!(is_process(reading(&mut runtime)));
         runtime.entered(task(i32::MAX));
         assert!(matches!(reading(&mut runtime), Some(Reading::Task(_))));
         runtime.left(task(i32::MAX));
         assert!(is_process(reading(&mut runtime)));
-        let mut some = Runtime::new(0, false);
+        let mut some = Runtime::new(Overhead::default(), false);
         some.entered(this);
         assert!(
             matches!(reading(&mut some), Some(Reading::Task(_))),
             "there may be tasks that are not traced"
         );
+    }
+
+    #[test]
+    fn the_processor_stands_behind_a_name_that_looks_like_fields() {
+        let fields: String = (4..=52).map(|field| format!(" {field}")).collect();
+        let stat = format!("7 (a) R 1 (b) S{fields}\n");
+        assert_eq!(processor(stat.as_bytes()), Some(39));
+        assert_eq!(processor(b"7 (a) R 1 2 3"), None);
+        assert_eq!(processor(b""), None);
     }
 }

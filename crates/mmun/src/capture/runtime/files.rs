@@ -1,0 +1,48 @@
+//! One file of each task in `/proc`, kept open from one call to the next.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use mmu_source::process::{Pid, Task};
+
+/// How many files are kept open; a task that makes calls opens its own again.
+const MOST_OPEN: usize = 256;
+
+#[derive(Debug)]
+pub(super) struct Files {
+    name: &'static str,
+    open: HashMap<Pid, File>,
+}
+
+impl Files {
+    pub(super) fn new(name: &'static str) -> Files {
+        Files {
+            name,
+            open: HashMap::new(),
+        }
+    }
+
+    /// What `parse` makes of the task's file; `None` if it cannot be read.
+    pub(super) fn read<T>(
+        &mut self,
+        task: Task,
+        parse: impl FnOnce(&[u8]) -> Option<T>,
+    ) -> Option<T> {
+        let Task { pid, tid } = task;
+        if !self.open.contains_key(&tid) {
+            if self.open.len() >= MOST_OPEN {
+                self.open.clear();
+            }
+            let file = File::open(format!("/proc/{pid}/task/{tid}/{}", self.name)).ok()?;
+            self.open.insert(tid, file);
+        }
+        let mut text = [0; 1024];
+        let length = self.open[&tid].read_at(&mut text, 0).ok()?;
+        parse(&text[..length])
+    }
+
+    pub(super) fn forget(&mut self, tid: Pid) {
+        self.open.remove(&tid);
+    }
+}
