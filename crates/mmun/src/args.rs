@@ -205,17 +205,25 @@ pub(crate) struct TraceArgs {
 /// When the program has ended, one table on standard error says which processes did, what watched
 /// them, and which stale registrations were refused.
 ///
-/// Exits as the program did; 125 if mmun itself failed, 126 if the program cannot be run, 127 if
-/// there is none.
+/// MMUN, MMUN_STRICT and MMUN_REPORT of the environment stay as they are, unless an option says
+/// otherwise. If MMUN_REPORT is set and -o is not given, the processes report there, and mmun is
+/// replaced by the program.
+///
+/// A program that is stopped stops mmun only where a shell waits for that: in the foreground of a
+/// terminal. SIGCONT to either lets the program go on.
+///
+/// Exits as the program did; 125 if mmun itself failed or cannot write the report of a program that
+/// exits with 0, 126 if the program cannot be run, 127 if there is none.
 #[derive(Args, Debug)]
 #[command(
     verbatim_doc_comment,
     override_usage = "mmun run [OPTIONS] [--] PROG [ARGS]..."
 )]
 pub(crate) struct RunArgs {
-    /// Which sources watch: auto takes both, or hook where kernel does not work
-    #[arg(long, value_name = "NAME", value_enum, default_value_t = Watch::Auto)]
-    pub(crate) source: Watch,
+    /// Which sources watch: auto takes both, or hook where kernel does not work [default: MMUN, or
+    /// auto]
+    #[arg(long, value_name = "NAME", value_enum)]
+    pub(crate) source: Option<Watch>,
 
     /// Refuses to start a process whose sources could miss a change (it exits with 125)
     #[arg(long)]
@@ -225,11 +233,12 @@ pub(crate) struct RunArgs {
     #[arg(long)]
     pub(crate) check: bool,
 
-    /// Writes the report to FILE instead of standard error
+    /// Writes the report to FILE instead of standard error; it must be writable before the program
+    /// starts
     #[arg(short, long, value_name = "FILE")]
     pub(crate) output: Option<PathBuf>,
 
-    /// Writes no report; mmun is then replaced by the program
+    /// Writes no report, whatever MMUN_REPORT says; mmun is then replaced by the program
     #[arg(long, conflicts_with = "output")]
     pub(crate) no_report: bool,
 
@@ -275,7 +284,13 @@ pub(crate) enum Instead {
 /// # Errors
 /// Help was asked for, or the arguments are wrong.
 pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, Instead> {
-    let args: Vec<OsString> = args.into_iter().collect();
+    let mut args: Vec<OsString> = args.into_iter().collect();
+    // `mmun help trace` is `mmun trace --help`.
+    if args.get(1).is_some_and(|word| word == "help") {
+        args.remove(1);
+        args.truncate(2);
+        args.push("--help".into());
+    }
     let command = args
         .get(1)
         .and_then(|word| word.to_str())

@@ -3,6 +3,7 @@
 mod libraries;
 mod machine;
 mod probe;
+mod remedy;
 
 use std::io::{self, Write};
 
@@ -30,7 +31,12 @@ struct Diagnosis {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Lack {
     pub(crate) missing: String,
+    /// Commands, joined by `&&`.
     pub(crate) remedy: Option<String>,
+    /// Other commands that would do.
+    pub(crate) instead: Option<String>,
+    /// What these commands grant to whom.
+    pub(crate) note: Option<&'static str>,
 }
 
 impl Lack {
@@ -110,10 +116,15 @@ fn as_text(
             text.push_str(&format!("{name}{}\n", style.paint(Mark::Good, "usable")));
         } else {
             text.push_str(&format!("{name}{}\n", style.paint(Mark::Bad, "not usable")));
-            for Lack { missing, remedy } in lacks {
-                text.push_str(&format!("         lacks: {missing}\n"));
-                if let Some(remedy) = remedy {
-                    text.push_str(&format!("           try: {remedy}\n"));
+            for lack in lacks {
+                text.push_str(&format!("         lacks: {}\n", lack.missing));
+                for (label, commands) in [("try", &lack.remedy), ("or", &lack.instead)] {
+                    for command in commands.iter().flat_map(|line| line.split(" && ")) {
+                        text.push_str(&format!("           {label}: {command}\n"));
+                    }
+                }
+                if let Some(note) = lack.note {
+                    text.push_str(&format!("           note: {note}\n"));
                 }
             }
         }

@@ -44,9 +44,17 @@ use std::io::{self, Write};
 
 use args::{Command, Instead};
 use outcome::{FAILED, Outcome};
+use sys::Rights;
 
 fn main() {
-    let outcome = match args::parse(std::env::args_os()) {
+    sys::keep_closed_in_programs();
+    let parsed = args::parse(std::env::args_os());
+    sys::limit(
+        parsed
+            .as_ref()
+            .map_or(Rights::None, |cli| rights(&cli.command)),
+    );
+    let outcome = match parsed {
         Ok(cli) => match cli.command {
             Command::Trace(args) => trace::main(args),
             Command::Report(args) => report::main(&args),
@@ -85,6 +93,16 @@ fn main() {
         }
     };
     outcome.end()
+}
+
+/// What a command keeps of the rights that the program's file has.
+fn rights(command: &Command) -> Rights {
+    match command {
+        // A library's cells load files that the environment names.
+        Command::Coverage(args) if args.library.is_some() => Rights::NoneInChildren,
+        Command::Coverage(_) | Command::CoverageCell(_) | Command::Doctor(_) => Rights::Keep,
+        _ => Rights::None,
+    }
 }
 
 /// Writes to standard output; a closed pipe is no error.

@@ -1,10 +1,11 @@
 //! `mmun run`: a program with the drop-in preloaded, and what its processes reported.
 
+mod destination;
 mod reports;
 
 use std::ffi::OsString;
 use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -12,9 +13,9 @@ use std::process::Command;
 use clap::ValueEnum;
 use rustix::process::{Pid, WaitId, WaitIdOptions, WaitOptions, WaitStatus};
 
-use crate::dropin::library;
-
+use self::destination::Destination;
 use crate::args::{CoverageArgs, RunArgs, Watch};
+use crate::dropin::library;
 use crate::outcome::{FAILED, NOT_EXECUTABLE, NOT_FOUND, Outcome};
 use crate::source::Source;
 use crate::sys::{self, Relay};
@@ -29,20 +30,33 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
         }
     };
     if args.check {
-        check(args.source);
+        check(args.source.or_else(inherited).unwrap_or(Watch::Auto));
     }
     let mut command = Command::new(&args.program[0]);
     command.args(&args.program[1..]);
     command.env("LD_PRELOAD", preload(&library));
-    let name = args.source.to_possible_value().expect("no value is hidden");
-    command.env("MMUN", name.get_name());
+    // What the environment says stays, unless an option says otherwise.
+    if let Some(source) = args.source {
+        let name = source.to_possible_value().expect("no value is hidden");
+        command.env("MMUN", name.get_name());
+    }
     if args.strict {
         command.env("MMUN_STRICT", "1");
     }
     if args.no_report {
         command.env_remove("MMUN_REPORT");
+    }
+    let reports_elsewhere = args.output.is_none() && is_set("MMUN_REPORT");
+    if args.no_report || reports_elsewhere {
         return refused(&args.program[0], &command.exec());
     }
+    let report = match Destination::open(args.output.as_deref()) {
+        Ok(report) => report,
+        Err(line) => {
+            complain(&line);
+            return FAILED;
+        }
+    };
     let folder = match folder() {
         Ok(folder) => folder,
         Err(error) => {
@@ -51,6 +65,7 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
                 std::env::temp_dir().display(),
                 reason(&error)
             ));
+            report.discard();
             return FAILED;
         }
     };
@@ -59,26 +74,36 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
         Ok(program) => wait(&program),
         Err(error) => {
             let _ = fs::remove_dir_all(&folder);
+            report.discard();
             return refused(&args.program[0], &error);
         }
     };
     let text = reports::merged(&folder);
     let _ = fs::remove_dir_all(&folder);
-    let written = match &args.output {
-        Some(file) => fs::write(file, text).map_err(|error| (file.display().to_string(), error)),
-        // With standard error closed there is nowhere to say it.
-        None => {
-            let _ = io::stderr().write_all(text.as_bytes());
-            Ok(())
+    match report.write(&text) {
+        Ok(()) => outcome,
+        Err(line) => {
+            complain(&line);
+            // What the program has to say comes first.
+            match outcome {
+                Outcome::Exit(0) => FAILED,
+                outcome => outcome,
+            }
         }
-    };
-    if let Err((file, error)) = written {
-        complain(&format!("write on {file}: {}", reason(&error)));
     }
-    outcome
 }
 
-/// Waits until the program has ended. Stops when it stops.
+fn is_set(name: &str) -> bool {
+    std::env::var_os(name).is_some_and(|value| !value.is_empty())
+}
+
+/// What `MMUN` says; the drop-in complains of what it does not understand.
+fn inherited() -> Option<Watch> {
+    let value = std::env::var("MMUN").ok()?;
+    <Watch as ValueEnum>::from_str(&value, false).ok()
+}
+
+/// Waits until the program has ended. Stops when it stops, if a shell waits for that.
 fn wait(program: &Relay) -> Outcome {
     let number = program.0.id() as i32;
     let pid = Pid::from_raw(number).expect("a child's pid is positive");
@@ -92,8 +117,8 @@ fn wait(program: &Relay) -> Outcome {
                 let _ = rustix::process::waitid(WaitId::Pid(pid), stop);
                 // It may run again already: what continued it continued its group, this process
                 // too.
-                if is_stopped(number) {
-                    sys::stop_as(number);
+                if sys::is_foreground_job() && is_stopped(number) {
+                    sys::stop();
                 }
             }
             Ok(Some(_)) => {

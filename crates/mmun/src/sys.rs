@@ -7,9 +7,13 @@
 //! the program.
 #![expect(unsafe_code, reason = "system calls without a safe wrapper")]
 
+mod privileges;
 mod relay;
+mod streams;
 
-pub(crate) use relay::{Relay, end_relay, start_under_relay, stop_as};
+pub(crate) use privileges::{Rights, limit};
+pub(crate) use relay::{Relay, end_relay, is_foreground_job, start_under_relay, stop};
+pub(crate) use streams::keep_closed_in_programs;
 
 use std::fs::File;
 use std::io;

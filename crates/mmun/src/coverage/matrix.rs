@@ -145,12 +145,23 @@ impl Matrix {
         self.cells().filter_map(fault).collect()
     }
 
-    /// Why what is not available is not, one line for each operation and reason.
+    /// Why what is not available is not, one line for each operation and reason; one line for a
+    /// source under which no operation is, for one reason.
     pub(crate) fn reasons(&self) -> Vec<String> {
+        let common: Vec<Option<&str>> = (0..self.sources.len())
+            .map(|column| self.common_reason(column))
+            .collect();
         let mut lines: Vec<String> = Vec::new();
+        for (source, reason) in self.sources.iter().zip(&common) {
+            lines.extend(reason.map(|reason| format!("{}: {reason}", source.name())));
+        }
+        let is_said = |source: Source| {
+            let column = self.sources.iter().position(|known| *known == source);
+            column.is_some_and(|column| common[column].is_some())
+        };
         for (operation, source, report) in self
             .cells()
-            .filter(|(_, _, report)| !report.reason.is_empty())
+            .filter(|(_, source, report)| !report.reason.is_empty() && !is_said(*source))
         {
             let everywhere = self
                 .cells()
@@ -173,6 +184,16 @@ impl Matrix {
             }
         }
         lines
+    }
+
+    /// The reason that all reports of a source have, if there are several.
+    fn common_reason(&self, column: usize) -> Option<&str> {
+        let mut reasons = self.reports.iter().map(|row| {
+            let report = row[column].as_ref()?;
+            Some(report.reason.as_str()).filter(|reason| !reason.is_empty())
+        });
+        let first = reasons.next()??;
+        (self.reports.len() > 1 && reasons.all(|reason| reason == Some(first))).then_some(first)
     }
 
     /// Whether some child did not do its work.
@@ -231,4 +252,33 @@ fn as_json(operation: &Operation, row: &[&Report], sources: &[Source]) -> String
         )
     };
     row.iter().zip(sources).map(object).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reason_of_a_whole_source_is_said_once() {
+        let operations: Vec<&'static Operation> = super::super::ops::all().take(3).collect();
+        let name = operations[1].name;
+        let sources = vec![Source::Hook, Source::Process];
+        let mut matrix = Matrix::new(operations, sources.clone(), &sources, Form::Json);
+        let places: Vec<Place> = matrix.places();
+        for (index, (operation, source)) in places.into_iter().enumerate() {
+            let report = match source {
+                Source::Hook => Report::unavailable("/proc is not there"),
+                _ if operation.name == name => Report::unavailable("no swap"),
+                _ => Report::told(Seen::Before, true),
+            };
+            matrix.enter(index, report);
+        }
+        assert_eq!(
+            matrix.reasons(),
+            [
+                "hook: /proc is not there".to_owned(),
+                format!("{name} under process: no swap")
+            ]
+        );
+    }
 }

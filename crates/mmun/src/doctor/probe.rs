@@ -7,7 +7,7 @@ use mmu_notifier::MmWithUser;
 use mmu_source::Error;
 use mmu_source::process::{Command, Observer, Options, Task, Tracer};
 
-use super::Lack;
+use super::{Lack, remedy};
 use crate::source::Source;
 
 /// What a source lacks here, if anything, and what it found.
@@ -94,14 +94,15 @@ fn uffd() -> (Vec<Lack>, Vec<String>) {
 fn lack(error: &Error) -> Lack {
     match error {
         Error::Unavailable {
-            missing, remedy, ..
-        } => Lack {
-            missing: crate::without_number(missing),
-            remedy: Some(remedy.clone()).filter(|remedy| !remedy.is_empty()),
-        },
+            source,
+            missing,
+            remedy,
+        } => remedy::lack(source, crate::without_number(missing), remedy),
         error => Lack {
             missing: crate::explain(error),
             remedy: None,
+            instead: None,
+            note: None,
         },
     }
 }

@@ -11,6 +11,9 @@ use std::path::Path;
 /// How wide a name is.
 const NAME: usize = 10;
 
+/// The line of a process that has begun to use a library and has not come to its report.
+const SILENT: &str = "  no report: ";
+
 /// What one process reported.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Report {
@@ -19,6 +22,8 @@ struct Report {
     program: String,
     lines: Vec<(String, String)>,
     text: String,
+    /// It did not come to its report.
+    is_silent: bool,
 }
 
 /// One text of what the processes in `folder` have reported.
@@ -30,11 +35,48 @@ pub(super) fn merged(folder: &Path) -> String {
         .collect();
     let number = |word: &str| word.parse::<u64>().unwrap_or(u64::MAX);
     reports.sort_by_key(|report| (number(&report.rank), number(&report.process)));
-    match reports.as_slice() {
-        [] => "mmun: no process used UCX or libfabric\n".to_owned(),
-        [one] => one.text.clone(),
-        many => table(many),
+    joined(reports)
+}
+
+fn joined(reports: Vec<Report>) -> String {
+    let (silent, told): (Vec<Report>, Vec<Report>) =
+        reports.into_iter().partition(|report| report.is_silent);
+    let text = match (told.as_slice(), silent.as_slice()) {
+        ([], []) => "mmun: no process used UCX or libfabric\n".to_owned(),
+        ([], _) => String::new(),
+        ([one], _) => one.text.clone(),
+        (many, _) => table(many),
+    };
+    text + &without_report(&silent)
+}
+
+/// Who was killed, or left by `_exit`, after it had begun to use UCX or libfabric: what it did with
+/// them is not known.
+fn without_report(silent: &[Report]) -> String {
+    if silent.is_empty() {
+        return String::new();
     }
+    let processes = match silent.len() {
+        1 => "1 process".to_owned(),
+        count => format!("{count} processes"),
+    };
+    let mut text = format!(
+        "mmun: no report of {processes} that loaded UCX or libfabric: killed, or ended by _exit\n"
+    );
+    for Report {
+        process,
+        rank,
+        program,
+        ..
+    } in silent
+    {
+        let rank = match rank.as_str() {
+            "-" => String::new(),
+            rank => format!(" rank {rank}"),
+        };
+        let _ = writeln!(text, "  process {process}{rank}: {program}");
+    }
+    text
 }
 
 impl Report {
@@ -44,6 +86,7 @@ impl Report {
             ..Report::default()
         };
         let (head, lines) = text.split_once('\n').unwrap_or((text, ""));
+        report.is_silent = lines.starts_with(SILENT);
         let head = head.strip_prefix("mmun: process ").unwrap_or(head);
         let (who, program) = head.split_once(": ").unwrap_or((head, ""));
         let (process, rank) = who.split_once(" rank ").unwrap_or((who, "-"));
@@ -231,6 +274,28 @@ mod tests {
         assert!(text.contains("all: kernel: not in use"), "{text}");
         assert!(text.contains("all: refused: 0x1000-0x2000"), "{text}");
         assert!(text.lines().nth(2).unwrap().contains("100"), "{text}");
+    }
+
+    #[test]
+    fn who_came_to_no_report_is_said_apart() {
+        let silent = |process: u32| {
+            let text = format!(
+                "mmun: process {process} rank 0: ./a\n  no report: it did not return from main or call exit\n"
+            );
+            Report::read(&text)
+        };
+        let text = joined(vec![silent(3), silent(4)]);
+        assert_eq!(
+            text,
+            "mmun: no report of 2 processes that loaded UCX or libfabric: killed, or ended by _exit\n  \
+             process 3 rank 0: ./a\n  process 4 rank 0: ./a\n"
+        );
+        let text = joined(vec![Report::read(ONE), silent(3)]);
+        assert!(text.starts_with(ONE), "{text}");
+        assert!(text.contains("mmun: no report of 1 process that"), "{text}");
+        let text = joined(vec![Report::read(ONE), silent(3), Report::read(ONE)]);
+        assert!(text.starts_with("mmun: 2 processes used"), "{text}");
+        assert!(!text.contains("::"), "{text}");
     }
 
     #[test]

@@ -6,6 +6,7 @@
 use super::{Held, change_mask, is_ignored, keeping_errno, set_handler, set_of};
 use std::io;
 use std::mem::MaybeUninit;
+use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command};
 use std::sync::atomic::{AtomicI32, Ordering::Relaxed};
@@ -15,11 +16,10 @@ static PROGRAM: AtomicI32 = AtomicI32::new(0);
 
 /// What is never handed on: what cannot be caught, what says something about this process, and what
 /// the terminal sends to stop all of its group.
-const OURS: [i32; 12] = [
+const OURS: [i32; 11] = [
     libc::SIGKILL,
     libc::SIGSTOP,
     libc::SIGCHLD,
-    libc::SIGCONT,
     libc::SIGTSTP,
     libc::SIGTTIN,
     libc::SIGTTOU,
@@ -59,7 +59,8 @@ pub(crate) fn start_under_relay(mut command: Command) -> io::Result<Relay> {
     PROGRAM.store(child.id() as i32, Relaxed);
     let last = libc::SIGRTMAX();
     for signal in (1..=last).filter(|signal| !OURS.contains(signal)) {
-        if !is_ignored(signal) {
+        // SIGCONT lets a process go on also where it is ignored.
+        if !is_ignored(signal) || signal == libc::SIGCONT {
             relay(signal);
         }
     }
@@ -67,14 +68,31 @@ pub(crate) fn start_under_relay(mut command: Command) -> io::Result<Relay> {
     Ok(Relay(child))
 }
 
-/// Stops this process as the program was stopped, so that the shell notices, and has the program go
-/// on when this process does.
-pub(crate) fn stop_as(program: i32) {
+/// Stops this process. What continues it is handed on to the program.
+pub(crate) fn stop() {
     // SAFETY: it takes any number.
     unsafe { libc::raise(libc::SIGSTOP) };
-    // A process that continued this one alone meant the program.
-    // SAFETY: it takes any numbers; the program is not waited for yet, so its number is its own.
-    unsafe { libc::kill(program, libc::SIGCONT) };
+}
+
+/// Whether a shell with job control has started this process, and waits for its end *or stop*: this
+/// process leads a group that has the terminal.
+///
+/// Any other parent does not notice that this process is stopped. It would stay stopped, because a
+/// stopped process cannot see its program go on.
+pub(crate) fn is_foreground_job() -> bool {
+    let own = Some(rustix::process::getpid());
+    let is_led = Some(rustix::process::getpgrp()) == own;
+    // A leader of a session was started by a terminal, a container or `setsid`, and by no shell.
+    let leads_session = rustix::process::getsid(None).ok() == own;
+    if !is_led || leads_session {
+        return false;
+    }
+    let Ok(terminal) = std::fs::File::open("/dev/tty") else {
+        return false;
+    };
+    // SAFETY: it takes a descriptor, which is open.
+    let group = unsafe { libc::tcgetpgrp(terminal.as_raw_fd()) };
+    rustix::process::Pid::from_raw(group) == own
 }
 
 /// No signal is handed on any more: the program has ended, and once it is waited for, its number

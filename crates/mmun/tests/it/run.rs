@@ -1,7 +1,7 @@
 //! `mmun run`: the program runs as if `mmun` were not there, with the drop-in in it.
 
 use std::fs;
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -187,25 +187,148 @@ fn a_signal_after_the_program_has_ended_is_its_own() {
 }
 
 #[test]
-fn it_stops_and_goes_on_with_the_program() {
-    let mut child = sh("kill -STOP $$; exit 6")
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    let pid = child.id() as i32;
-    let stopped = within("the stop", move || {
-        let mut status = 0;
-        assert_eq!(
+fn a_stopped_program_goes_on_whichever_of_the_two_is_continued() {
+    for continues_mmun in [false, true] {
+        let ready = Fifo::new("ready");
+        let script = format!("echo $$ > {}; kill -STOP $$; exit 6", ready.0.display());
+        let mut command = sh(&script);
+        // No shell waits for a stop here, whatever the tests were started from.
+        let child = command.process_group(0).stderr(Stdio::null()).spawn();
+        let pid = child.unwrap().id();
+        let program: u32 = ready.read().trim().parse().unwrap();
+        within("the stop", move || {
+            while !state_of(program).starts_with('T') {
+                std::thread::yield_now();
+            }
+        });
+        kill(if continues_mmun { pid } else { program }, libc::SIGCONT);
+        let status = within("mmun run", move || {
+            let mut status = 0;
             // SAFETY: writes an int to a local.
-            unsafe { libc::waitpid(pid, &raw mut status, libc::WUNTRACED) },
-            pid
+            let ended = unsafe { libc::waitpid(pid as i32, &raw mut status, libc::WUNTRACED) };
+            assert_eq!(ended, pid as i32);
+            if libc::WIFSTOPPED(status) {
+                kill(pid, libc::SIGKILL);
+            }
+            status
+        });
+        assert!(
+            libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 6,
+            "{status:#x}, {continues_mmun}"
         );
-        status
-    });
-    assert!(libc::WIFSTOPPED(stopped), "{stopped:#x}");
-    kill(child.id(), libc::SIGCONT);
-    let status = within("mmun run", move || child.wait().unwrap());
-    assert_eq!(status.code(), Some(6));
+    }
+}
+
+/// `T` if it is stopped.
+fn state_of(pid: u32) -> String {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    stat.rsplit(") ").next().unwrap().to_owned()
+}
+
+#[test]
+fn a_shell_with_a_terminal_notices_the_stop_and_continues_both() {
+    if !require(Cap::Program("python3")) || !require(Cap::Program("bash")) {
+        return;
+    }
+    // A terminal of its own, whose reader is done when nobody has it any more.
+    const TERMINAL: &str =
+        "import os, pty, sys\nsys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))";
+    let job = format!(
+        "set -m; {} run -- sh -c 'kill -STOP $$; exit 6'; echo first $?; fg; echo then $?",
+        env!("CARGO_BIN_EXE_mmun")
+    );
+    let mut command = by_default("python3");
+    command
+        .args(["-c", TERMINAL, "bash", "-c", &job])
+        .env("MMUN_DROPIN", dropin())
+        .stdin(Stdio::null());
+    let output = within("the shell", move || command.output().unwrap());
+    let said = text(&output.stdout);
+    assert!(
+        said.contains(&format!("first {}", 128 + libc::SIGSTOP)),
+        "{said}"
+    );
+    assert!(said.contains("then 6"), "{said}");
+}
+
+#[test]
+fn options_win_over_the_environment_and_that_over_the_defaults() {
+    let script = "echo $MMUN; echo $MMUN_STRICT";
+    let said = |options: &[&str]| {
+        let mut command = run();
+        command.env("MMUN", "off").env("MMUN_STRICT", "0");
+        let command = command
+            .args(options)
+            .args(["-o", "/dev/null", "--", "sh", "-c", script]);
+        let output = command.output().unwrap();
+        text(&output.stdout).to_owned()
+    };
+    assert_eq!(said(&[]), "off\n0\n");
+    assert_eq!(said(&["--source=hook", "--strict"]), "hook\n1\n");
+    let reports = |options: &[&str]| {
+        let mut command = run();
+        command.env("MMUN_REPORT", "/nonexistent/x.rep");
+        let command = command
+            .args(options)
+            .args(["--", "sh", "-c", "echo $MMUN_REPORT"]);
+        let output = command.output().unwrap();
+        (
+            text(&output.stdout).to_owned(),
+            text(&output.stderr).to_owned(),
+        )
+    };
+    assert_eq!(reports(&[]).0, "/nonexistent/x.rep\n");
+    assert_eq!(reports(&[]).1, "");
+    assert!(!reports(&["-o", "/dev/null"]).0.contains("x.rep"));
+    assert_eq!(reports(&["--no-report"]).0, "\n");
+}
+
+#[test]
+fn a_report_that_cannot_be_written_is_said_before_the_program_starts() {
+    let output = run()
+        .args(["-o", "/nonexistent/report", "--", "echo", "it ran"])
+        .output()
+        .unwrap();
+    assert_eq!(
+        (output.status.code(), text(&output.stdout)),
+        (Some(125), "")
+    );
+    assert_eq!(
+        text(&output.stderr),
+        "mmun: open on /nonexistent/report: No such file or directory; the -o file must be writable\n"
+    );
+    // What fails only then costs the status of a success.
+    let output = run()
+        .args(["-o", "/dev/full", "--", "sh", "-c", "exit 0"])
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(125));
+    assert!(text(&output.stderr).starts_with("mmun: write on /dev/full: "));
+}
+
+#[test]
+fn a_file_keeps_what_it_holds_until_there_is_a_report() {
+    let file = scratch("report");
+    let with = |program: &[&std::ffi::OsStr]| {
+        let mut command = run();
+        let command = command.arg("-o").arg(&file).arg("--").args(program);
+        command.output().unwrap()
+    };
+    let output = with(&["/nonexistent".as_ref()]);
+    assert_eq!(output.status.code(), Some(127));
+    assert!(!file.exists(), "no program, no report");
+    fs::write(&file, "something long that was there before the report\n").unwrap();
+    with(&["/nonexistent".as_ref()]);
+    let output = with(&["cat".as_ref(), file.as_os_str()]);
+    assert_eq!(
+        text(&output.stdout),
+        "something long that was there before the report\n"
+    );
+    assert_eq!(
+        fs::read_to_string(&file).unwrap(),
+        "mmun: no process used UCX or libfabric\n"
+    );
+    fs::remove_file(file).unwrap();
 }
 
 #[test]

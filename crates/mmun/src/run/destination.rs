@@ -1,0 +1,88 @@
+//! Where the report goes: tried before the program starts, written when it has ended.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
+
+use rustix::fs::Access;
+
+use crate::reason;
+
+/// Standard error, or a file that can be written.
+#[derive(Debug)]
+pub(super) struct Destination<'a> {
+    path: Option<&'a Path>,
+    /// Open since before the program started.
+    file: Option<File>,
+    /// Was not there before.
+    is_new: bool,
+}
+
+impl Destination<'_> {
+    /// A file that exists keeps what it holds until there is something to write.
+    ///
+    /// # Errors
+    /// One line: why it cannot be written.
+    pub(super) fn open(path: Option<&Path>) -> Result<Destination<'_>, String> {
+        let mut destination = Destination {
+            path,
+            file: None,
+            is_new: false,
+        };
+        let Some(path) = path else {
+            return Ok(destination);
+        };
+        let opened = match fs::metadata(path) {
+            // To open it waits for a reader, who may wait for the program.
+            Ok(file) if file.file_type().is_fifo() => {
+                let access = rustix::fs::access(path, Access::WRITE_OK);
+                access.map(|()| None).map_err(io::Error::from)
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                destination.is_new = true;
+                let file = File::options().write(true).create_new(true).open(path);
+                file.map(Some)
+            }
+            _ => File::options().write(true).open(path).map(Some),
+        };
+        destination.file = opened.map_err(|error| {
+            format!(
+                "open on {}: {}; the -o file must be writable",
+                path.display(),
+                reason(&error)
+            )
+        })?;
+        Ok(destination)
+    }
+
+    /// There was no program: a file that was made for its report goes again.
+    pub(super) fn discard(self) {
+        if let (Some(path), true) = (self.path, self.is_new) {
+            let _ = fs::remove_file(path);
+        }
+    }
+
+    /// # Errors
+    /// One line: why it could not be written.
+    pub(super) fn write(self, text: &str) -> Result<(), String> {
+        let Some(path) = self.path else {
+            // With standard error closed there is nowhere to say it.
+            let _ = io::stderr().write_all(text.as_bytes());
+            return Ok(());
+        };
+        let written = match self.file {
+            None => fs::write(path, text),
+            Some(mut file) => emptied(&file).and_then(|()| file.write_all(text.as_bytes())),
+        };
+        written.map_err(|error| format!("write on {}: {}", path.display(), reason(&error)))
+    }
+}
+
+/// Only a regular file holds something that can be taken away.
+fn emptied(file: &File) -> io::Result<()> {
+    if file.metadata()?.is_file() {
+        file.set_len(0)?;
+    }
+    Ok(())
+}

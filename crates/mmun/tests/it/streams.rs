@@ -1,0 +1,67 @@
+//! A program gets the standard streams that the caller has left, closed ones too.
+
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+
+use testkit::{Cap, require};
+
+use crate::support::{dropin, text, within};
+
+const OPEN: i32 = 3;
+const CLOSED: i32 = 4;
+
+/// Runs a program that says whether it has `stream`, with `before` before it, where that is closed.
+fn run(before: &[&str], stream: i32) -> Option<i32> {
+    let script = format!("test -e /proc/self/fd/{stream} && exit {OPEN}; exit {CLOSED}");
+    let words: Vec<&str> = [before, &["sh", "-c", &script]].concat();
+    let mut command = Command::new(words[0]);
+    command
+        .args(&words[1..])
+        .env("MMUN_DROPIN", dropin())
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    // SAFETY: the closure runs between fork and exec, and makes one system call.
+    unsafe {
+        command.pre_exec(move || {
+            libc::close(stream);
+            Ok(())
+        })
+    };
+    within("a program without a stream", move || {
+        command.status().unwrap().code()
+    })
+}
+
+#[test]
+fn a_closed_stream_is_closed_for_the_program_too() {
+    if !require(Cap::Ptrace) {
+        return;
+    }
+    let mmun = env!("CARGO_BIN_EXE_mmun");
+    let ways: [&[&str]; 4] = [
+        &[],
+        &[mmun, "trace", "-o", "/dev/null", "--"],
+        &[mmun, "run", "--"],
+        &[mmun, "run", "--no-report", "--"],
+    ];
+    for before in ways {
+        for stream in 0..3 {
+            assert_eq!(run(before, stream), Some(CLOSED), "{before:?} {stream}");
+        }
+    }
+}
+
+#[test]
+fn what_is_asked_of_help_is_the_help() {
+    let help = |words: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_mmun"))
+            .args(words)
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(0), "{words:?}");
+        text(&output.stdout).to_owned()
+    };
+    assert_eq!(help(&["help", "trace"]), help(&["trace", "--help"]));
+    assert_eq!(help(&["help"]), help(&["--help"]));
+}
