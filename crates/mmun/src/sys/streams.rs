@@ -8,9 +8,8 @@ use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
 /// A bit for each stream that was closed.
 static CLOSED: AtomicU8 = AtomicU8::new(0);
 
-/// Runs before the runtime does.
+/// Runs before the runtime does: the loader calls each function that this section points to.
 #[used]
-// SAFETY: the section holds pointers to functions that the loader calls before `main`: this is one.
 #[unsafe(link_section = ".init_array")]
 static LOOK: extern "C" fn() = look;
 

@@ -21,13 +21,13 @@ fn run(before: &[&str], stream: i32) -> Option<i32> {
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null());
-    // SAFETY: the closure runs between fork and exec, and makes one system call.
-    unsafe {
-        command.pre_exec(move || {
-            libc::close(stream);
-            Ok(())
-        })
+    let close = move || {
+        // SAFETY: the new process uses none of its standard streams before its program runs.
+        unsafe { libc::close(stream) };
+        Ok(())
     };
+    // SAFETY: the closure runs between fork and exec, and makes one system call.
+    unsafe { command.pre_exec(close) };
     within("a program without a stream", move || {
         command.status().unwrap().code()
     })
