@@ -14,8 +14,8 @@ pub(crate) enum Rights {
     None,
     /// None, also in programs that it executes, itself among them.
     NoneInChildren,
-    /// All, to probe sources. A process without these rights still cannot trace this one: the kernel
-    /// compares capabilities as well (ptrace(2), "Ptrace access mode checking").
+    /// All, to probe sources. A process without these rights still cannot trace this one: the
+    /// kernel compares capabilities as well (ptrace(2), "Ptrace access mode checking").
     Keep,
 }
 
