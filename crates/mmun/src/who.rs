@@ -1,7 +1,8 @@
 //! The names of tasks.
 
 use std::collections::HashMap;
-use std::fs;
+use std::fs::{self, File};
+use std::io::Read as _;
 
 use mmu_source::process::{Pid, Task};
 
@@ -66,8 +67,14 @@ impl Who {
 
 /// The kernel's name of a task; `None` if the task is gone. What is not printable is escaped.
 fn read(tid: Pid) -> Option<String> {
-    let name = fs::read(format!("/proc/{tid}/comm")).ok()?;
-    let name = String::from_utf8_lossy(name.strip_suffix(b"\n").unwrap_or(&name));
+    // One read has all of it: a task is made for each command of a shell.
+    let mut name = [0; 64];
+    let count = File::open(format!("/proc/{tid}/comm"))
+        .ok()?
+        .read(&mut name)
+        .ok()?;
+    let name = &name[..count];
+    let name = String::from_utf8_lossy(name.strip_suffix(b"\n").unwrap_or(name));
     Some(if name.chars().any(char::is_control) {
         name.escape_debug().to_string()
     } else {

@@ -314,6 +314,16 @@ mod tests {
         all
     }
 
+    /// `golden.pftrace` was read by `trace_processor` of the `perfetto` package.
+    #[test]
+    fn the_bytes_are_those_that_perfetto_has_read() {
+        let golden: &[u8] = include_bytes!("golden.pftrace");
+        assert!(
+            make(&recording()) == golden,
+            "look at it with trace_processor and keep it anew"
+        );
+    }
+
     #[test]
     fn every_slice_that_begins_ends_on_its_track() {
         slices_end(&recording());

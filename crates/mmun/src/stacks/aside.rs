@@ -27,12 +27,16 @@ const MAX_ANSWER: u32 = 256 << 20;
 /// Runs `name` for each of `files`, in a child; nothing comes of a file that kills it. The files
 /// behind that one are given to another child.
 pub(super) fn each<T>(files: &[T], name: impl Fn(&T) -> Named) -> Vec<Named> {
+    each_within(SECONDS, files, name)
+}
+
+fn each_within<T>(seconds: u32, files: &[T], name: impl Fn(&T) -> Named) -> Vec<Named> {
     // A child of ours is to find the hook of panics installed, and not half so by another thread.
     guarded(|| ());
     let mut all = Vec::with_capacity(files.len());
     for _ in 0..MOST_CHILDREN {
         let left = &files[all.len()..];
-        if left.is_empty() || run(left, &name, &mut all).is_err() {
+        if left.is_empty() || run(seconds, left, &name, &mut all).is_err() {
             break;
         }
         if all.len() < files.len() {
@@ -47,7 +51,12 @@ pub(super) fn each<T>(files: &[T], name: impl Fn(&T) -> Named) -> Vec<Named> {
 ///
 /// # Errors
 /// `EAGAIN`, `ENOMEM`, `EMFILE`: there is no child.
-fn run<T>(files: &[T], name: impl Fn(&T) -> Named, all: &mut Vec<Named>) -> io::Result<()> {
+fn run<T>(
+    seconds: u32,
+    files: &[T],
+    name: impl Fn(&T) -> Named,
+    all: &mut Vec<Named>,
+) -> io::Result<()> {
     let (reader, writer) = sys::pipe()?;
     let parent = Some(getpid());
     let (side, held) = sys::fork()?;
@@ -59,7 +68,7 @@ fn run<T>(files: &[T], name: impl Fn(&T) -> Named, all: &mut Vec<Named>) -> io::
                 sys::be_expendable(parent, MEMORY);
                 let mut writer = BufWriter::new(writer);
                 let mut tell = |file| {
-                    sys::end_in(SECONDS);
+                    sys::end_in(seconds);
                     tell(&mut writer, &guarded(|| name(file)).unwrap_or_default())
                 };
                 files.iter().try_for_each(&mut tell)
@@ -171,6 +180,16 @@ mod tests {
             file => of(file),
         });
         assert_eq!(named, [of("a"), vec![], of("b"), vec![], of("c")]);
+    }
+
+    #[test]
+    fn a_file_without_an_end_is_given_up() {
+        let named = each_within(1, &["loops"], |_| {
+            loop {
+                std::hint::spin_loop();
+            }
+        });
+        assert_eq!(named, [Named::new()]);
     }
 
     #[test]

@@ -24,7 +24,7 @@ use framehop::x86_64::{
 use framehop::{ExplicitModuleSectionInfo, Module, Unwinder as _};
 
 use super::guard::guarded;
-use super::image::{Content, Image, Images};
+use super::image::{Budget, Content, Image, Images};
 use super::{Address, symbols};
 
 const TINY: &[u8] = include_bytes!("corrupt/tiny.elf");
@@ -78,7 +78,9 @@ fn corrupt(random: &mut Random) -> Vec<u8> {
 
 /// Reads a file as a trace does, and returns the names found.
 fn read(bytes: Vec<u8>, random: &mut Random) -> Vec<String> {
-    let image = guarded(|| Image::new("/bin/tiny".into(), Content::Memory(bytes.into()))).flatten();
+    let mut budget = Budget::default();
+    let content = Content::Memory(bytes.into());
+    let image = guarded(|| Image::new("/bin/tiny".into(), content, &mut budget)).flatten();
     let Some(image) = image else {
         return Vec::new();
     };
@@ -193,7 +195,8 @@ fn nested(depth: usize) -> Vec<u8> {
 #[test]
 fn a_file_that_overflows_the_stack_of_its_readers_costs_its_own_names_only() {
     let image = |path: &str, bytes: Vec<u8>| {
-        Image::new(path.into(), Content::Memory(bytes.into())).expect("an ELF file")
+        let content = Content::Memory(bytes.into());
+        Image::new(path.into(), content, &mut Budget::default()).expect("an ELF file")
     };
     let mut images = Images::default();
     images.list = vec![

@@ -8,7 +8,7 @@
 #![expect(unsafe_code, reason = "a file is mapped so that it stays")]
 
 use std::collections::HashMap;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
@@ -27,6 +27,7 @@ use crate::capture::ioctl::Vma;
 pub(super) struct Images {
     pub(super) list: Vec<Image>,
     by_file: HashMap<((u32, u32), u64), u32>,
+    budget: Budget,
 }
 
 /// Something that holds code.
@@ -64,11 +65,37 @@ pub(super) enum Content {
     Anonymous {
         pid: Pid,
         begin: u64,
+        /// The user of the process; `None` if that is not known.
+        user: Option<u32>,
     },
 }
 
-/// A larger section is not read.
-const MAX_SECTION: u64 = 256 << 20;
+/// A larger section is not read, nor more of all files together: the traced programs chose them.
+/// The largest tables of the largest programs have 30 MiB.
+const MAX_SECTION: u64 = 64 << 20;
+const MAX_TOTAL: u64 = 512 << 20;
+/// Larger tables without an index are not read: each address space would search them from their
+/// beginning.
+const MAX_UNINDEXED: u64 = 4 << 20;
+
+/// So many bytes of unwind tables may be copied still.
+#[derive(Debug)]
+pub(super) struct Budget(u64);
+
+impl Default for Budget {
+    fn default() -> Budget {
+        Budget(MAX_TOTAL)
+    }
+}
+
+impl Budget {
+    /// `true` if this fits; it is taken off then.
+    fn take(&mut self, size: u64) -> bool {
+        let left = self.0.checked_sub(size).filter(|_| size <= MAX_SECTION);
+        self.0 = left.unwrap_or(self.0);
+        left.is_some()
+    }
+}
 
 impl Images {
     /// The image behind a mapping of the task that stands before a call, and where address 0 of the
@@ -83,7 +110,7 @@ impl Images {
                 } else {
                     from_file(vma, current.task.pid)?
                 };
-                let image = Image::new(vma.name.clone(), content)?;
+                let image = Image::new(vma.name.clone(), content, &mut self.budget)?;
                 let number = self.push(image);
                 if vma.inode != 0 {
                     self.by_file.insert(key, number);
@@ -102,9 +129,11 @@ impl Images {
             name.to_owned()
         };
         let (segments, sections) = (Vec::new(), Sections::default());
+        let user = fs::metadata(format!("/proc/{pid}")).map(|about| about.uid());
+        let user = user.ok();
         self.push(Image {
             path,
-            content: Content::Anonymous { pid, begin },
+            content: Content::Anonymous { pid, begin, user },
             segments,
             sections,
         })
@@ -118,7 +147,7 @@ impl Images {
 
 impl Image {
     /// `None` if it is no ELF file.
-    pub(super) fn new(path: String, content: Content) -> Option<Image> {
+    pub(super) fn new(path: String, content: Content, budget: &mut Budget) -> Option<Image> {
         let source = Source::new(content.reader()?);
         let elf = source.elf()?;
         let is_executable = |segment: &object::Segment<'_, '_, _>| match segment.flags() {
@@ -134,22 +163,26 @@ impl Image {
             }
         });
         let segments = segments.collect();
-        let section = |name: &str| {
+        let mut section = |name: &str, most: u64| {
             let section = elf.section_by_name(name)?;
-            let data = if section.size() <= MAX_SECTION {
-                section.data().ok()?
-            } else {
+            if section.size() > most || !budget.take(section.size()) {
                 return None;
-            };
-            Some((section.address(), Arc::from(data)))
+            }
+            Some((section.address(), Arc::from(section.data().ok()?)))
+        };
+        let eh_frame_hdr = section(".eh_frame_hdr", MAX_SECTION);
+        let most = if eh_frame_hdr.is_some() {
+            MAX_SECTION
+        } else {
+            MAX_UNINDEXED
         };
         let text = elf
             .section_by_name(".text")
             .map(|section| (section.address(), section.size()));
         let sections = Sections {
             text,
-            eh_frame: section(".eh_frame"),
-            eh_frame_hdr: section(".eh_frame_hdr"),
+            eh_frame: section(".eh_frame", most),
+            eh_frame_hdr,
         };
         drop(elf);
         Some(Image {
@@ -329,6 +362,25 @@ mod tests {
     }
 
     #[test]
+    fn unwind_tables_of_all_files_together_are_bounded() {
+        let tiny = include_bytes!("corrupt/tiny.elf");
+        let images = |budget: &mut Budget| {
+            let content = Content::Memory(Arc::from(&tiny[..]));
+            Image::new("tiny".into(), content, budget).unwrap().sections
+        };
+        let mut budget = Budget::default();
+        let first = images(&mut budget);
+        let size = |part: &Option<(u64, Arc<[u8]>)>| part.as_ref().unwrap().1.len() as u64;
+        let used = size(&first.eh_frame) + size(&first.eh_frame_hdr);
+        assert_eq!(budget.0, MAX_TOTAL - used);
+        budget.0 = used + 1;
+        assert!(images(&mut budget).eh_frame.is_some());
+        let last = images(&mut budget);
+        assert!(last.eh_frame.is_none() && last.eh_frame_hdr.is_none() && last.text.is_some());
+        assert!(!Budget::default().take(MAX_SECTION + 1), "one file alone");
+    }
+
+    #[test]
     fn the_bias_is_that_of_the_executable_segment() {
         let segments = vec![Segment {
             offset: 0x1234,
@@ -338,7 +390,11 @@ mod tests {
         let (path, sections) = (String::new(), Sections::default());
         let image = Image {
             path,
-            content: Content::Anonymous { pid: 1, begin: 0 },
+            content: Content::Anonymous {
+                pid: 1,
+                begin: 0,
+                user: None,
+            },
             segments,
             sections,
         };

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::io::Read;
 use std::ops::Range;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use mmu_source::process::Pid;
@@ -25,11 +26,17 @@ pub(super) struct PerfMap {
 const MAX_BYTES: u64 = 64 << 20;
 
 impl PerfMaps {
-    pub(super) fn of(&mut self, pid: Pid) -> &PerfMap {
+    /// The map of a process of `user`.
+    pub(super) fn of(&mut self, pid: Pid, user: Option<u32>) -> &PerfMap {
         let read = || {
             let mut text = Vec::new();
-            // Anyone may write there: a pipe would wait for ever, a link lead elsewhere.
+            // Anyone may write there: a pipe would wait for ever, a link lead elsewhere, and a map
+            // of another user's lie.
             let file = regular(Path::new(&format!("/tmp/perf-{pid}.map")), Links::Refuse);
+            let file = file.filter(|file| {
+                let owner = file.metadata().map(|about| about.uid());
+                owner.is_ok_and(|owner| is_trusted(owner, user))
+            });
             if file.is_some_and(|file| file.take(MAX_BYTES).read_to_end(&mut text).is_err()) {
                 text.clear();
             }
@@ -37,6 +44,13 @@ impl PerfMaps {
         };
         self.0.entry(pid).or_insert_with(read)
     }
+}
+
+/// As `perf` has it, but for the user of the process in the place of the one who asks: a map is
+/// believed that is the user's own, or root's.
+fn is_trusted(owner: u32, user: Option<u32>) -> bool {
+    let user = user.unwrap_or_else(|| rustix::process::geteuid().as_raw());
+    owner == 0 || owner == user
 }
 
 impl PerfMap {
@@ -99,6 +113,24 @@ mod tests {
             (symbol(b""), symbol(b"zz 1 a"), symbol(b"1 2")),
             (None, None, None)
         );
+    }
+
+    #[test]
+    fn a_map_is_the_users_own() {
+        // A number that no process has, and the file of this test's only.
+        let pid = i32::MAX - std::process::id() as i32;
+        let path = format!("/tmp/perf-{pid}.map");
+        std::fs::write(&path, "10 10 f\n").unwrap();
+        let mut owner = rustix::process::geteuid().as_raw();
+        if owner == 0 {
+            owner = 65534;
+            std::os::unix::fs::chown(&path, Some(owner), None).unwrap();
+        }
+        let name = |user| PerfMaps::default().of(pid, Some(user)).name(0x10);
+        let names = [name(owner), name(owner + 1)];
+        std::fs::remove_file(&path).unwrap();
+        assert_eq!(names, [Some("f".to_owned()), None]);
+        assert!(is_trusted(0, Some(owner)) && is_trusted(0, None));
     }
 
     #[test]

@@ -31,12 +31,12 @@ pub(super) fn name(images: &Images, wanted: &[Address]) -> HashMap<Address, Vec<
             named.extend(group.iter().map(unknown));
             continue;
         };
-        let Content::Anonymous { pid, begin } = image.content else {
+        let Content::Anonymous { pid, begin, user } = image.content else {
             files.push((image, group));
             continue;
         };
         for address in group {
-            let frame = match maps.of(pid).name(address.at) {
+            let frame = match maps.of(pid, user).name(address.at) {
                 Some(function) => Frame {
                     function,
                     module: "[jit]".into(),
