@@ -314,14 +314,12 @@ mod tests {
         all
     }
 
-    /// `golden.pftrace` was read by `trace_processor` of the `perfetto` package.
+    /// A byte that changes is seen here. Whether Perfetto reads the bytes is another test's
+    /// question, where its package is installed.
     #[test]
-    fn the_bytes_are_those_that_perfetto_has_read() {
+    fn the_bytes_do_not_change_unseen() {
         let golden: &[u8] = include_bytes!("golden.pftrace");
-        assert!(
-            make(&recording()) == golden,
-            "look at it with trace_processor and keep it anew"
-        );
+        assert!(make(&recording()) == golden);
     }
 
     #[test]
