@@ -3,7 +3,7 @@
 //! The program is in the same process group, so the terminal's signals reach it without help: only
 //! those that a process sent to this one alone are handed on.
 
-use super::{Held, change_mask, is_ignored, keeping_errno, set_handler, set_of};
+use super::{change_mask, is_ignored, keeping_errno, set_handler, set_of};
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
@@ -40,7 +40,12 @@ pub(crate) struct Relay(pub(crate) Child);
 /// # Errors
 /// The errors of starting `command`.
 pub(crate) fn start_under_relay(mut command: Command) -> io::Result<Relay> {
-    let inherited = change_mask(libc::SIG_BLOCK, &set_of(&[]));
+    // A signal that arrives meanwhile waits until the program runs and the handlers are there. By
+    // default, SIGCONT would be lost, and others would end this process.
+    let relayed: Vec<i32> = (1..=libc::SIGRTMAX())
+        .filter(|signal| !OURS.contains(signal))
+        .collect();
+    let inherited = change_mask(libc::SIG_BLOCK, &set_of(&relayed));
     let own = rustix::process::getpid();
     let prepare = move || {
         // The standard library has emptied the mask.
@@ -53,19 +58,18 @@ pub(crate) fn start_under_relay(mut command: Command) -> io::Result<Relay> {
     };
     // SAFETY: the closure runs between fork and exec, and makes system calls only.
     unsafe { command.pre_exec(prepare) };
-    // A signal that arrives meanwhile waits until the program runs.
-    let held = Held::new();
-    let child = command.spawn()?;
-    PROGRAM.store(child.id() as i32, Relaxed);
-    let last = libc::SIGRTMAX();
-    for signal in (1..=last).filter(|signal| !OURS.contains(signal)) {
-        // SIGCONT lets a process go on also where it is ignored.
-        if !is_ignored(signal) || signal == libc::SIGCONT {
-            relay(signal);
+    let started = command.spawn();
+    if let Ok(child) = &started {
+        PROGRAM.store(child.id() as i32, Relaxed);
+        for signal in relayed {
+            // SIGCONT lets a process go on also where it is ignored.
+            if !is_ignored(signal) || signal == libc::SIGCONT {
+                relay(signal);
+            }
         }
     }
-    drop(held);
-    Ok(Relay(child))
+    change_mask(libc::SIG_SETMASK, &inherited);
+    started.map(Relay)
 }
 
 /// Stops this process. What continues it is handed on to the program.
