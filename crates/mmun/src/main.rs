@@ -47,6 +47,7 @@ use outcome::{FAILED, Outcome};
 use sys::Rights;
 
 fn main() {
+    sys::survive_full_files();
     sys::keep_closed_in_programs();
     let parsed = args::parse(std::env::args_os());
     sys::limit(

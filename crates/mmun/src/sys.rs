@@ -31,13 +31,14 @@ static ASKED_BY: AtomicI32 = AtomicI32::new(0);
 static TRACER: AtomicI32 = AtomicI32::new(0);
 
 /// The signals that ask a program to end.
-const ENDING: [i32; 6] = [
+const ENDING: [i32; 7] = [
     libc::SIGHUP,
     libc::SIGINT,
     libc::SIGQUIT,
     libc::SIGTERM,
     libc::SIGUSR1,
     libc::SIGUSR2,
+    libc::SIGXCPU,
 ];
 /// Tells the tracer that the front is gone. No user sends it by hand.
 const ORPHANED: i32 = libc::SIGIO;
@@ -89,6 +90,13 @@ impl Held {
 impl Drop for Held {
     fn drop(&mut self) {
         change_mask(libc::SIG_SETMASK, &self.0);
+    }
+}
+
+/// Makes a write beyond `ulimit -f` fail like any other, where it would end this process.
+pub(crate) fn survive_full_files() {
+    if !is_ignored(libc::SIGXFSZ) {
+        set_handler(libc::SIGXFSZ, on_full_file as *const () as usize);
     }
 }
 
@@ -356,6 +364,9 @@ pub(crate) fn idle_call() {
 
 /// Its arrival alone ends a `waitpid`.
 extern "C" fn on_alarm(_: i32) {}
+
+/// The write says `EFBIG`, which is all there is to know.
+extern "C" fn on_full_file(_: i32) {}
 
 extern "C" fn on_forward(signal: i32) {
     // SAFETY: `kill` takes any numbers. The tracer's is not reused, because no code waits for it

@@ -266,3 +266,34 @@ fn a_full_disk_is_said_once_and_the_program_lives_on() {
         "mmun: write on /dev/full: No space left on device; the trace is incomplete\n"
     );
 }
+
+#[test]
+fn a_limit_of_file_size_is_said_once_and_the_program_lives_on() {
+    let done = Fifo::new("done");
+    let records = scratch("file-size");
+    let script = format!(
+        "ulimit -f 8; exec {} trace --json -o {} sh -c \"for i in \\$(seq 20); do ls / > /dev/null; done; echo fine > {}\"",
+        env!("CARGO_BIN_EXE_mmun"),
+        records.display(),
+        done.0.display()
+    );
+    let mut mmun = std::process::Command::new("sh")
+        .args(["-c", &script])
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    assert_eq!(done.read(), "fine\n");
+    let (status, line) = within("mmun trace", move || {
+        let mut line = String::new();
+        std::io::Read::read_to_string(&mut mmun.stderr.take().unwrap(), &mut line).unwrap();
+        (mmun.wait().unwrap(), line)
+    });
+    assert_eq!(status.code(), Some(125));
+    assert_eq!(
+        line,
+        format!(
+            "mmun: write on {}: File too large; the trace is incomplete\n",
+            records.display()
+        )
+    );
+}

@@ -6,8 +6,15 @@ use mmu_source::kernel::Kernel;
 use regcache::{Device, Error, Options, RegCache};
 use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use testkit::{Cap, require};
+
+/// All sources of these tests invalidate the one address space of this process, and a lost event
+/// invalidates all of it, whichever test's cache the region is in. So the tests take turns.
+fn alone() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 fn opened(ring: usize) -> (Arc<Kernel>, Device<Book>, RegCache<Book>) {
     let kernel = Kernel::rehearse(ring).unwrap();
@@ -27,6 +34,7 @@ fn a_hit_is_not_served_after_the_kernel_has_begun_to_change_the_memory() {
     if !require(Cap::Bpf) {
         return;
     }
+    let _turn = alone();
     let (kernel, _device, cache) = opened(1 << 16);
     let (one, two) = (
         *cache.get(pages(10, 4)).unwrap().handle(),
@@ -44,6 +52,7 @@ fn a_change_during_the_registration_is_noticed() {
     if !require(Cap::Bpf) {
         return;
     }
+    let _turn = alone();
     let (kernel, device, cache) = opened(1 << 16);
     device
         .registrar()
@@ -68,6 +77,7 @@ fn lost_events_drop_everything_and_are_counted() {
     if !require(Cap::Bpf) {
         return;
     }
+    let _turn = alone();
     let (kernel, device, cache) = opened(4096);
     for page in 0..8 {
         drop(cache.get(pages(100 * page, 1)).unwrap());
@@ -97,6 +107,7 @@ fn a_cache_of_a_parent_is_refused_in_its_child() {
     if !require(Cap::Bpf) {
         return;
     }
+    let _turn = alone();
     let (_kernel, _device, cache) = opened(1 << 16);
     drop(cache.get(pages(10, 4)).unwrap());
     assert!(testkit::in_child(|| matches!(
@@ -111,6 +122,7 @@ fn a_program_that_closes_every_descriptor_is_served_nothing_stale() {
     if !require(Cap::Bpf) || !require(Cap::Kvm) {
         return;
     }
+    let _turn = alone();
     assert!(testkit::in_child(|| {
         let device = Device::new(
             Book::default(),
@@ -174,6 +186,7 @@ fn a_miss_in_a_callback_of_the_source_is_refused_instead_of_waiting_for_itself()
     if !require(Cap::Bpf) {
         return;
     }
+    let _turn = alone();
     let (kernel, device, cache) = opened(1 << 16);
     let asks = Asks {
         cache: cache.try_clone().unwrap(),
@@ -197,6 +210,7 @@ fn a_cache_for_another_address_space_is_refused() {
     if !require(Cap::Bpf) {
         return;
     }
+    let _turn = alone();
     let (_kernel, device, _cache) = opened(1 << 16);
     let refused = device.open(&mmu_notifier::MmWithUser::new());
     assert!(matches!(
