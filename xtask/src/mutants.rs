@@ -130,11 +130,11 @@ const MUTANTS: &[Mutant] = &[
         test: "stress kernel --seconds 50",
     },
     Mutant {
-        name: "a-watch-takes-what-it-has-seen-for-elsewhere",
-        file: "crates/mmu-source/src/kernel/ring.rs",
-        from: "    if is_elsewhere {\n        checked",
-        to: "    if true {\n        checked",
-        test: "-p mmu-source --test it a_watch_is_touched",
+        name: "what-was-lost-stays-in-the-ring",
+        file: "crates/mmu-source/src/kernel/intake.rs",
+        from: "while let Some(record) = self.ring.pop(words.position) {",
+        to: "while let Some(record) = self.ring.pop(words.position).filter(|_| false) {",
+        test: "-p mmu-source --test it a_full_ring_is_a_loss",
     },
     // What the wait of the kernel source stands on (`kernel/wait.rs`), one by one.
     Mutant {

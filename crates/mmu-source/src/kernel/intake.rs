@@ -13,7 +13,7 @@
 //! The generation is counted before the record is there, and processors overtake each other:
 //! records come out of order, and `marked` moves on when none before is missing.
 
-use super::ring::{Ring, range};
+use super::ring::{Record, Ring, range};
 use crate::watch_table::Table;
 use mmu_notifier::VaRange;
 use std::collections::VecDeque;
@@ -86,9 +86,7 @@ impl Intake {
             let Some(record) = self.ring.pop(words.position) else {
                 break;
             };
-            let range = range(record.start, record.end);
-            self.watches.touch(range, record.number);
-            if !self.mark(record.number) || !self.push(range) {
+            if !self.take(&record) {
                 self.everything(words);
             }
             self.publish(words);
@@ -96,6 +94,13 @@ impl Intake {
         if self.next <= target {
             self.look_for_losses(words);
         }
+    }
+
+    /// Marks what a record tells of, and queues it; false if that does not fit.
+    fn take(&mut self, record: &Record) -> bool {
+        let range = range(record.start, record.end);
+        self.watches.touch(range, record.number);
+        self.mark(record.number) && self.push(range)
     }
 
     /// Takes the oldest record for subscribers.
@@ -129,7 +134,7 @@ impl Intake {
 
     fn look_for_losses(&mut self, words: Words<'_>) {
         // ORDER(source-lost): Acquire: the look at the generation in `everything` comes after this.
-        // Partner: the program, which counts the generation first. Weaker, the lost event itself
+        // Partner: the program, which counts the generation first. If weaker, the lost event itself
         // could be left waiting.
         let lost = words.lost.load(Ordering::Acquire);
         if lost != self.lost {
@@ -138,7 +143,8 @@ impl Intake {
         }
     }
 
-    /// Marks everything, which does for every change up to now.
+    /// Marks everything, which does for every change up to now. Their records leave the ring: in
+    /// one that stays full, every later change would be lost, too.
     pub(super) fn everything(&mut self, words: Words<'_>) {
         // ORDER(source-lost): Acquire, as the client's own look: what is counted here began before
         // the marks that follow.
@@ -161,6 +167,11 @@ impl Intake {
             upto: self.next - 1,
             is_loss: true,
         });
+        while let Some(record) = self.ring.pop(words.position) {
+            if record.number > now && !self.take(&record) {
+                return self.everything(words);
+            }
+        }
         self.publish(words);
     }
 
@@ -192,8 +203,8 @@ impl Intake {
 
     fn publish(&self, words: Words<'_>) {
         // ORDER(source-marked): Release: the words of the watches are marked. Partner: the loads in
-        // `Glance::is_current` and `Inner::marked`. Weaker, a watch is taken for valid whose word
-        // is about to be marked.
+        // `Glance::is_current` and `Inner::marked`. If weaker, a watch is taken for valid whose
+        // word is about to be marked.
         words.marked.store(self.next - 1, Ordering::Release);
     }
 }

@@ -114,14 +114,10 @@ pub(super) fn range(start: u64, end: u64) -> VaRange {
 /// `None` if a look at the ring does not tell.
 ///
 /// It takes no lock, and touches one page more than the look at the generation. Taking one event in
-/// touches seven. `checked` is the position up to which earlier calls for this range have found
-/// every event elsewhere: each is looked at once.
-pub(super) fn glimpse(
-    glance: &Glance,
-    range: VaRange,
-    base: u64,
-    checked: &AtomicU64,
-) -> Option<bool> {
+/// touches seven. It reads the number of every event each time: only if the events that lie there
+/// are exactly those from `marked` to the generation, none of them was lost, and none that was
+/// taken in as a loss lies there still.
+pub(super) fn glimpse(glance: &Glance, range: VaRange, base: u64) -> Option<bool> {
     // The kernel publishes a record's header by the producer's position, which this does not look
     // at: it relies on the stores of x86-64, which become visible in their order. Elsewhere the
     // number could be seen before the header, and the header of a record that lay there before be
@@ -136,12 +132,8 @@ pub(super) fn glimpse(
     let few = now.checked_sub(taken).filter(|few| *few <= GLIMPSE)?;
     // Acquire: before the records. The fence below makes sure that it is still so.
     let from = progress.position.load(Ordering::Acquire);
-    // In the child of a fork both are zero, and one record more is looked at than there are.
-    let end = from + RECORD * few;
-    // Relaxed: what was found is so for good, for a position names one record. Positions only grow.
-    let mut at = checked.load(Ordering::Relaxed).max(from);
     let mut is_elsewhere = true;
-    while at < end {
+    for at in (0..few).map(|index| from + RECORD * index) {
         let word = |index: u64| glance.record(at + 8 * index);
         let number = word(3).load(Ordering::Relaxed);
         // What lay here before has a number that was taken in long ago: since then the ring has
@@ -161,19 +153,12 @@ pub(super) fn glimpse(
             word(2).load(Ordering::Relaxed),
         );
         is_elsewhere &= number <= base || !event.overlaps(range);
-        at += RECORD;
     }
     // ORDER(source-glimpse): Acquire fence: the records were read before this look. If nothing has
     // been taken out, the kernel has written over none of them. Partner: the store in `pop`.
-    // Weaker, half of a newer record could be taken for the one that was there.
+    // If weaker, half of a newer record could be taken for the one that was there.
     fence(Ordering::Acquire);
-    if progress.position.load(Ordering::Relaxed) != from {
-        return None;
-    }
-    if is_elsewhere {
-        checked.store(at, Ordering::Relaxed);
-    }
-    Some(is_elsewhere)
+    (progress.position.load(Ordering::Relaxed) == from).then_some(is_elsewhere)
 }
 
 #[cfg(test)]

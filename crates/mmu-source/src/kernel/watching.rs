@@ -7,7 +7,7 @@ use crate::Error;
 use crate::watch_table::{Id, Word, enter};
 use mmu_notifier::VaRange;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::atomic::{Ordering, fence};
 
 /// A range that is armed, a place in the table of watches, and the word that is marked.
 #[derive(Debug)]
@@ -16,8 +16,6 @@ pub(crate) struct Watching {
     word: Arc<Word>,
     /// Events up to this one began before the watch.
     base: u64,
-    /// Up to this position of the ring, every event was elsewhere: see `glimpse`.
-    checked: AtomicU64,
     id: Id,
     armed: Armed,
 }
@@ -50,7 +48,6 @@ impl Watching {
             glance,
             word,
             base,
-            checked: AtomicU64::new(0),
             id,
             armed,
         };
@@ -76,7 +73,7 @@ impl Watching {
     /// Whether the events that have not been taken in are all elsewhere, or have been taken in now.
     #[inline(never)]
     fn nothing_else_touched(&self) -> bool {
-        let seen = glimpse(&self.glance, self.armed.range(), self.base, &self.checked);
+        let seen = glimpse(&self.glance, self.armed.range(), self.base);
         seen.unwrap_or_else(|| self.armed.kernel.inner.catch_up())
     }
 
