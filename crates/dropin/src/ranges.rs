@@ -1,11 +1,11 @@
 //! The ranges that libfabric's caches have registered, and which of them are stale.
 //!
-//! A change of memory is told in the thread that makes it, perhaps inside `free`, with the
+//! A change of memory is reported in the thread that makes it, perhaps inside `free`, with the
 //! allocator's lock held. Registrations are entered under libfabric's lock and this table's, and
-//! entering allocates. So the callback must not wait for the table: it *tries* the lock. Where the
-//! lock is taken, the callback leaves a note instead, one bit for each group of granules
-//! ([`granules`]), and the next look at the table marks every range that shares a bit. Such a note
-//! can make a range stale that is not; the registration is then made anew. It cannot miss one.
+//! entering allocates. So the callback must not wait for the table: it *tries* the lock. If the
+//! lock is held, the callback leaves a note: one bit in `pending` for each group of granules
+//! ([`granules`]). The next look-up marks every range that shares a bit. A note can mark a valid
+//! range, which is then registered anew. A note never misses a stale range.
 //!
 //! | | state of a range | leaves it by |
 //! | --- | --- | --- |
@@ -25,7 +25,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// How often a callback tries to take the lock before it leaves a note. The lock is held for some
-/// hundred instructions, unless its owner was preempted, or is the thread of the callback.
+/// hundred instructions, unless its holder is preempted or is the callback's own thread.
 const TURNS: usize = 64;
 
 /// Start and length in bytes, as libfabric gave them.
@@ -41,14 +41,14 @@ struct Entry {
 }
 
 impl Entry {
-    /// Whether a change that is told now makes the range stale. It does not if the kernel has
-    /// counted no change of the range since the registration. Then the change is either older than
-    /// the registration, or has not begun yet and will be told again.
+    /// Tells whether a change that is reported now makes the range stale. The range stays valid if
+    /// the kernel has counted no change of it since the registration: then the change is older than
+    /// the registration, or has not begun and will be reported again.
     fn is_met(&self) -> bool {
         self.stale.is_none() && !self.watch.as_ref().is_some_and(Watch::is_valid)
     }
 
-    /// Stale if a change was told, or if the kernel has counted one that was not told yet.
+    /// Stale if a change was reported, or if the kernel has counted one that is not reported yet.
     fn verdict(&self, start: u64, len: u64) -> Verdict {
         match (&self.stale, &self.watch) {
             (Some(change), _) => Verdict::Stale(*change),
@@ -61,8 +61,8 @@ impl Entry {
     }
 }
 
-/// Ranges in order of their start, by length: class `n` has lengths from `2^n` to `2^(n+1) - 1`. So
-/// what overlaps an address starts less than `2^(n+1)` before it.
+/// Ranges by class of length, then by start: class `n` has lengths from `2^n` to `2^(n+1) - 1`. So
+/// a range of class `n` that overlaps an address starts less than `2^(n+1)` bytes before it.
 #[derive(Debug)]
 struct Table {
     classes: [BTreeMap<Key, Entry>; 64],
@@ -78,7 +78,7 @@ pub(crate) struct Ranges {
     pending: AtomicU64,
 }
 
-/// What a look at a range found.
+/// The result of a look-up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
     Valid,
@@ -100,8 +100,8 @@ impl Ranges {
         }
     }
 
-    /// Enters a registration of `start..start + len`. A range that is entered already keeps its
-    /// first watch, and stays stale if it is: another cache has it from before the change.
+    /// Enters a registration of `start..start + len`. A range that is already entered keeps its
+    /// first watch. A stale range stays stale: another cache registered it before the change.
     pub(crate) fn subscribe(&self, start: u64, len: u64, watch: Option<Watch>) {
         let mut table = self.lock();
         let class = class(len);
@@ -146,7 +146,7 @@ impl Ranges {
                 table.used &= !(1 << class);
             }
             if was_stale {
-                // ORDER(dropin-dirty): Relaxed suffices: under the lock.
+                // ORDER(dropin-dirty): Relaxed suffices, because every change holds the lock.
                 self.dirty.fetch_sub(1, Ordering::Relaxed);
             }
             drop(table);
@@ -154,19 +154,19 @@ impl Ranges {
         }
     }
 
-    /// Whether no change that was told has met any range. Two loads.
+    /// Tells whether no range is stale and no note is pending. Costs two loads.
     #[inline]
     pub(crate) fn is_clean(&self) -> bool {
-        // ORDER(dropin-dirty): Acquire, `pending` first. A change that happens before this look was
-        // counted before it: in `pending`, if its callback did not get the lock. If that note is
-        // gone by now, `enter_notes` took it back, and had added to `dirty` before, which the
-        // second load sees. In the other order both could be missed. Partner: `mark`,
-        // `enter_notes`.
+        // ORDER(dropin-dirty): Acquire, `pending` first. A change that happens before this call is
+        // in `dirty`, or in `pending` if its callback did not get the lock. If the first load sees
+        // the note, the result is false. If `enter_notes` has cleared the note, it added to `dirty`
+        // first, which the second load sees. In the other order both could be missed. Partner:
+        // `mark`, `enter_notes`.
         self.pending.load(Ordering::Acquire) == 0 && self.dirty.load(Ordering::Acquire) == 0
     }
 
-    /// Tells whether nothing has changed in `start..start + len` since it was subscribed: neither
-    /// by what was told nor by its watch. Runs no callback.
+    /// Looks up `start..start + len`: stale if a reported change or its watch says that the range
+    /// has changed since it was subscribed. Runs no callback.
     #[cold]
     pub(crate) fn look(&self, start: u64, len: u64) -> Verdict {
         let table = self.lock();
@@ -174,7 +174,7 @@ impl Ranges {
         entry.map_or(Verdict::Unknown, |entry| entry.verdict(start, len))
     }
 
-    /// Marks what `change` meets. Returns whether there may be something new that is stale.
+    /// Marks the ranges that `change` meets as stale. Returns whether a range may be newly stale.
     ///
     /// For callbacks: allocates nothing and waits for no thread.
     pub(crate) fn changed(&self, change: Change) -> bool {
@@ -184,7 +184,7 @@ impl Ranges {
             }
             std::hint::spin_loop();
         }
-        // ORDER(dropin-dirty): Release, as the change itself comes after it. Partner: `is_clean`,
+        // ORDER(dropin-dirty): Release: the change itself follows this note. Partner: `is_clean`,
         // `lock`.
         self.pending
             .fetch_or(granules(change.range), Ordering::AcqRel);
@@ -200,7 +200,7 @@ impl Ranges {
             .collect()
     }
 
-    /// How many ranges are watched. `None` if a thread was stopped while it held the lock.
+    /// How many ranges there are; `None` if the lock is held, perhaps by a thread that was stopped.
     pub(crate) fn count(&self) -> Option<usize> {
         let table = self.table.try_lock().ok()?;
         Some(table.classes.iter().map(BTreeMap::len).sum())
@@ -218,8 +218,8 @@ impl Ranges {
 
     #[cold]
     fn enter_notes(&self, table: &mut Table) {
-        // Marked first and cleared afterwards, so that at no moment a range that is stale looks
-        // clean. ORDER(dropin-dirty): Acquire. Partner: `changed`.
+        // Ranges are marked before the bits are cleared, so a stale range never looks clean.
+        // ORDER(dropin-dirty): Acquire. Partner: `changed`.
         let bits = self.pending.load(Ordering::Acquire);
         let mut marked = 0;
         for ((start, len), entry) in table.classes.iter_mut().flatten() {
@@ -236,9 +236,9 @@ impl Ranges {
         }
         // ORDER(dropin-dirty): Release, before the bits go. Partner: `is_clean`.
         self.dirty.fetch_add(marked, Ordering::Release);
-        // Bits that were set meanwhile stay. A bit of `bits` that was set again may be cleared,
-        // because every range that has it is stale by now, or asks its watch. ORDER(dropin-dirty):
-        // Release: a look that sees the bits gone sees `dirty`. Partner: `is_clean`.
+        // Bits that were set meanwhile stay. A bit of `bits` that was set again may be cleared:
+        // each range that has it is stale, or has a watch that each look-up asks.
+        // ORDER(dropin-dirty): Release: the new `dirty` before the bits go. Partner: `is_clean`.
         self.pending.fetch_and(!bits, Ordering::AcqRel);
     }
 

@@ -71,7 +71,8 @@ pub(crate) fn current_or_made() -> &'static Space {
 fn make() -> &'static Space {
     // ORDER(dropin-space): Acquire, for a failure below. Partner: itself.
     let before = CURRENT.load(Ordering::Acquire);
-    let space = Box::leak(Box::new(Space::new()));
+    // A space that was made before is the parent's.
+    let space = Box::leak(Box::new(Space::new(!before.is_null())));
     // ORDER(dropin-space): Release for the content, Acquire for that of the thread that was first.
     // Partner: `current`.
     match CURRENT.compare_exchange(before, space, Ordering::AcqRel, Ordering::Acquire) {
@@ -84,7 +85,7 @@ fn make() -> &'static Space {
 }
 
 impl Space {
-    fn new() -> Space {
+    fn new(is_in_child: bool) -> Space {
         let begin = Instant::now();
         let choice = settings().choice;
         let off = || format!("MMUN={} does not ask for it", choice.name());
@@ -97,8 +98,10 @@ impl Space {
             false => Err(off()),
         };
         // Open MPI overwrites the beginnings of `munmap` and others, perhaps as soon as this
-        // returns. No thread of ours may be inside of one then.
-        if let Some(kernel) = kernel.as_ref().ok().filter(|_| found::is_loaded(OPAL)) {
+        // returns. No thread of ours may be inside of one then. The child of a fork must not ask
+        // what is loaded: the loader's lock may be that of a thread of the parent, for ever.
+        let may_patch = is_in_child || found::is_loaded(OPAL);
+        if let Some(kernel) = kernel.as_ref().ok().filter(|_| may_patch) {
             kernel.wait_for_threads();
         }
         counts::START_NS.add(begin.elapsed().as_nanos() as u64);

@@ -77,8 +77,8 @@ fn serve() {
     }
     let served = SERVED.get_or_init(|| {
         place::begin();
-        // SAFETY: the handler is a function, and this object stays: the sources pin it.
-        unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
+        // SAFETY: the handler is a function of this object; glibc drops it with the object.
+        unsafe { libc::pthread_atfork(None, None, Some(serve_child)) };
         try_serve()
     });
     if let Ok(served) = served {
@@ -124,12 +124,8 @@ fn feed(space: &'static Space, served: Served) -> bool {
     fed.is_some()
 }
 
-extern "C" fn in_child() {
-    serve_child();
-}
-
 /// In the child of a fork: UCX's caches go on there, with what the parent registered.
-fn serve_child() {
+extern "C" fn serve_child() {
     if let Some(Ok(served)) = SERVED.get() {
         let space = space::current_or_made();
         if !feed(space, *served) || !space.is_watched() {
