@@ -50,11 +50,16 @@ fn main() {
     sys::survive_full_files();
     sys::keep_closed_in_programs();
     let parsed = args::parse(std::env::args_os());
-    sys::limit(
-        parsed
-            .as_ref()
-            .map_or(Rights::None, |cli| rights(&cli.command)),
-    );
+    let kept = parsed
+        .as_ref()
+        .map_or(Rights::None, |cli| rights(&cli.command));
+    if let Err(error) = sys::limit(kept) {
+        complain(&format!(
+            "give up the capabilities of this file: {}; run a copy that has none",
+            reason(&error)
+        ));
+        FAILED.end()
+    }
     let outcome = match parsed {
         Ok(cli) => match cli.command {
             Command::Trace(args) => trace::main(args),

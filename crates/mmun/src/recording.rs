@@ -107,7 +107,7 @@ impl fmt::Display for ReadError {
             ReadError::Empty => write!(f, "there is no record in it; {HINT}"),
             ReadError::NoRecords => write!(
                 f,
-                "no records: it has totals only, as --summary-only writes them; {HINT}"
+                "no records: totals only, or no change was traced; {HINT}"
             ),
         }
     }
@@ -375,10 +375,7 @@ mod tests {
     fn totals_alone_are_no_records() {
         let text = r#"{"v":1,"t":9,"kind":"summary","events":{},"where":[]}"#;
         let error = read(&format!("{text}\n")).unwrap_err().to_string();
-        assert!(
-            error.starts_with("no records: it has totals only"),
-            "{error}"
-        );
+        assert!(error.starts_with("no records: totals only"), "{error}");
     }
 
     #[test]

@@ -84,7 +84,7 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
         Ok(()) => outcome,
         Err(line) => {
             complain(&line);
-            // What the program has to say comes first.
+            // The program's own failure wins.
             match outcome {
                 Outcome::Exit(0) => FAILED,
                 outcome => outcome,

@@ -130,7 +130,10 @@ impl Runtime {
 
     /// The task, which has just stopped, ran on another processor than this tracer.
     fn ran_apart(&mut self, task: Task) -> bool {
-        self.stat.read(task, processor) != Some(rustix::thread::sched_getcpu())
+        let here = rustix::thread::sched_getcpu();
+        self.stat
+            .read(task, processor)
+            .is_some_and(|processor| processor != here)
     }
 
     /// The time of the call that has ended, once.

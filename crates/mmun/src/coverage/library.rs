@@ -1,6 +1,5 @@
-//! `mmun coverage --library`: which changes leave a registration cache of UCX or
-//! libfabric stale, as shipped and
-//! with the drop-in.
+//! `mmun coverage --library`: which changes leave a registration cache of UCX or libfabric stale,
+//! as shipped and with the drop-in.
 //!
 //! Each operation runs once in each column, in a process of its own. It registers the page through
 //! the library's real cache, changes the translation, maps new memory where there is none any more,

@@ -1,4 +1,4 @@
-//! The places of a picture of an address space: runs of addresses, without the gaps between them.
+//! The bands of a picture of an address space: runs of used addresses, without the gaps between.
 
 use std::collections::HashMap;
 
@@ -6,16 +6,16 @@ use crate::intern::Name;
 
 use super::lives::Life;
 
-/// A run of addresses. What lies in one is drawn to scale; one band is not to scale with another.
+/// A run of addresses. Each band is drawn to scale; two bands may have different scales.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Band {
     pub(super) start: u64,
     pub(super) end: u64,
-    /// What lay there longest.
+    /// The name with the most bytes times lifetime in this band.
     pub(super) what: Option<Name>,
 }
 
-/// A picture has room for so many.
+/// The most bands that a picture has room for.
 const MAX_BANDS: usize = 240;
 
 /// Bands that hold every life and every range, in order of address.
@@ -43,8 +43,8 @@ pub(super) fn of(lives: &[Life], ranges: impl Iterator<Item = (u64, u64)>) -> Ve
     name(&runs, lives)
 }
 
-/// Joins each run that is shorter than `least` with the next one, across a gap that is shorter,
-/// too.
+/// Joins each run that is shorter than `least` with the next run, if the gap between the two is
+/// shorter than `least`, too.
 fn join(runs: &[(u64, u64)], least: u64) -> Vec<(u64, u64)> {
     let mut joined: Vec<(u64, u64)> = Vec::with_capacity(runs.len());
     for run in runs {

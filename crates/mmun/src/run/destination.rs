@@ -7,6 +7,7 @@ use std::path::Path;
 
 use rustix::fs::Access;
 
+use crate::output::replace;
 use crate::reason;
 
 /// Standard error, or a file that can be written.
@@ -41,7 +42,11 @@ impl Destination<'_> {
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 destination.is_new = true;
-                let file = File::options().write(true).create_new(true).open(path);
+                let file = File::options()
+                    .write(true)
+                    .create(true)
+                    .truncate(false)
+                    .open(path);
                 file.map(Some)
             }
             _ => File::options().write(true).open(path).map(Some),
@@ -73,16 +78,8 @@ impl Destination<'_> {
         };
         let written = match self.file {
             None => fs::write(path, text),
-            Some(mut file) => emptied(&file).and_then(|()| file.write_all(text.as_bytes())),
+            Some(mut file) => replace(&mut file, text.as_bytes()),
         };
         written.map_err(|error| format!("write on {}: {}", path.display(), reason(&error)))
     }
-}
-
-/// Only a regular file holds something that can be taken away.
-fn emptied(file: &File) -> io::Result<()> {
-    if file.metadata()?.is_file() {
-        file.set_len(0)?;
-    }
-    Ok(())
 }

@@ -4,6 +4,8 @@
 //! and `pagemap` are root's, and no process of the same user may trace it or the child that it
 //! forks.
 
+use std::io;
+
 use rustix::process::DumpableBehavior;
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
@@ -19,15 +21,19 @@ pub(crate) enum Rights {
     Keep,
 }
 
-/// Gives up what `rights` does not keep. Before there is a second thread.
+/// Gives up what `rights` does not keep. Before there is a second thread. Root has lent itself
+/// nothing: a security module may say that a program of root's is a privileged one, too.
 ///
 /// A program that this one executes gets none of a file's capabilities in any case: they are
 /// neither inheritable nor ambient.
-pub(crate) fn limit(rights: Rights) {
+///
+/// # Errors
+/// The rights cannot be given up.
+pub(crate) fn limit(rights: Rights) -> io::Result<()> {
     // SAFETY: it takes a number, and reads what the kernel has told this program at its start.
     let has_gained = unsafe { libc::getauxval(libc::AT_SECURE) } != 0;
-    if !has_gained {
-        return;
+    if !has_gained || rustix::process::getuid().is_root() {
+        return Ok(());
     }
     if rights != Rights::Keep {
         let none = CapabilitySet::empty();
@@ -37,14 +43,12 @@ pub(crate) fn limit(rights: Rights) {
             permitted: none,
             inheritable,
         };
-        if rustix::thread::set_capabilities(None, sets).is_err() {
-            return;
-        }
+        rustix::thread::set_capabilities(None, sets)?;
         if rights == Rights::NoneInChildren {
-            // It cannot fail with this value.
-            let _ = rustix::thread::set_no_new_privs(true);
+            rustix::thread::set_no_new_privs(true)?;
         }
     }
     // Nothing was read with these rights so far. Where this fails, `trace` says what is refused.
     let _ = rustix::process::set_dumpable_behavior(DumpableBehavior::Dumpable);
+    Ok(())
 }

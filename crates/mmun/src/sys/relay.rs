@@ -1,7 +1,8 @@
 //! Standing in front of a program without being noticed: signals, stops, and the death of either.
 //!
-//! The program is in the same process group, so the terminal's signals reach it without help: only
-//! those that a process sent to this one alone are handed on.
+//! The program is in the same process group, so a ^C at the terminal reaches it without help. What
+//! comes to this process alone is handed on: what another process sends, the hang-up of a terminal
+//! whose session this process leads, and a timer that was set before it was started.
 
 use super::{change_mask, is_ignored, keeping_errno, set_handler, set_of};
 use std::io;
@@ -9,10 +10,12 @@ use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command};
-use std::sync::atomic::{AtomicI32, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering::Relaxed};
 
 /// Where signals go. 0 while there is no program.
 static PROGRAM: AtomicI32 = AtomicI32::new(0);
+/// This process leads its session: a terminal that hangs up tells it alone.
+static LEADS_SESSION: AtomicBool = AtomicBool::new(false);
 
 /// What is never handed on: what cannot be caught, what says something about this process, and what
 /// the terminal sends to stop all of its group.
@@ -61,6 +64,7 @@ pub(crate) fn start_under_relay(mut command: Command) -> io::Result<Relay> {
     let started = command.spawn();
     if let Ok(child) = &started {
         PROGRAM.store(child.id() as i32, Relaxed);
+        LEADS_SESSION.store(leads_session(), Relaxed);
         for signal in relayed {
             // SIGCONT lets a process go on also where it is ignored.
             if !is_ignored(signal) || signal == libc::SIGCONT {
@@ -86,9 +90,7 @@ pub(crate) fn stop() {
 pub(crate) fn is_foreground_job() -> bool {
     let own = Some(rustix::process::getpid());
     let is_led = Some(rustix::process::getpgrp()) == own;
-    // A leader of a session was started by a terminal, a container or `setsid`, and by no shell.
-    let leads_session = rustix::process::getsid(None).ok() == own;
-    if !is_led || leads_session {
+    if !is_led || leads_session() {
         return false;
     }
     let Ok(terminal) = std::fs::File::open("/dev/tty") else {
@@ -96,7 +98,13 @@ pub(crate) fn is_foreground_job() -> bool {
     };
     // SAFETY: it takes a descriptor, which is open.
     let group = unsafe { libc::tcgetpgrp(terminal.as_raw_fd()) };
-    rustix::process::Pid::from_raw(group) == own
+    // -1: the terminal has hung up.
+    group > 0 && rustix::process::Pid::from_raw(group) == own
+}
+
+/// A leader of a session was started by a terminal, a container or `setsid`, and by no shell.
+fn leads_session() -> bool {
+    rustix::process::getsid(None).ok() == Some(rustix::process::getpid())
 }
 
 /// No signal is handed on any more: the program has ended, and once it is waited for, its number
@@ -126,8 +134,13 @@ fn relay(signal: i32) {
 extern "C" fn on_signal(signal: i32, info: *const libc::siginfo_t, _: *const libc::c_void) {
     // SAFETY: the kernel passes a live structure with SA_SIGINFO.
     let is_sent = unsafe { (*info).si_code } <= 0;
+    let is_for_this_one = match signal {
+        libc::SIGHUP => LEADS_SESSION.load(Relaxed),
+        libc::SIGALRM | libc::SIGVTALRM | libc::SIGPROF => true,
+        _ => false,
+    };
     let program = PROGRAM.load(Relaxed);
-    if is_sent && program != 0 {
+    if (is_sent || is_for_this_one) && program != 0 {
         // SAFETY: `kill` takes any numbers. The program is not waited for before `end_relay` has
         // run in this thread, the only one, so the number is its own.
         keeping_errno(|| unsafe { libc::kill(program, signal) });

@@ -1,7 +1,7 @@
-//! Standard streams that the caller has closed stay closed for the programs that are started.
+//! Standard streams that the caller has closed stay closed in the programs that `mmun` starts.
 //!
-//! The runtime of Rust opens `/dev/null` in the place of each, before `main`: so that no file gets
-//! such a number by chance. A program that is started is to see what the caller has left.
+//! Before `main`, Rust's runtime opens `/dev/null` for each closed stream, so that no other file
+//! gets its number. A program that `mmun` starts must find the streams as the caller left them.
 
 use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
 
@@ -15,7 +15,7 @@ static LOOK: extern "C" fn() = look;
 
 extern "C" fn look() {
     for stream in 0..3 {
-        // SAFETY: it takes integers, and only asks.
+        // SAFETY: `F_GETFD` takes integers and changes nothing.
         if unsafe { libc::fcntl(stream, libc::F_GETFD) } == -1 {
             // Relaxed: there is one thread.
             CLOSED.fetch_or(1 << stream, Relaxed);
@@ -23,12 +23,12 @@ extern "C" fn look() {
     }
 }
 
-/// What the runtime has opened in their place is this process's own, and ends with it or with
-/// `execve`.
+/// Makes `execve` close each `/dev/null` that the runtime opened, so that no program inherits
+/// one.
 pub(crate) fn keep_closed_in_programs() {
     for stream in 0..3 {
         if CLOSED.load(Relaxed) & (1 << stream) != 0 {
-            // SAFETY: it takes integers, and changes who inherits a descriptor, not what it is.
+            // SAFETY: `F_SETFD` takes integers, and changes only whether `execve` closes the file.
             unsafe { libc::fcntl(stream, libc::F_SETFD, libc::FD_CLOEXEC) };
         }
     }

@@ -286,8 +286,10 @@ fn git_is_traced_with_its_children() {
     }
     let folder = scratch("repository");
     fs::create_dir(&folder).unwrap();
+    // Of a repository whose hook runs these tests, and of the user's settings, nothing.
     let script = format!(
-        "cd {} && git init -q . && echo 1 > file && git add file && \
+        "unset $(git rev-parse --local-env-vars); export GIT_CONFIG_GLOBAL=/dev/null GIT_CONFIG_NOSYSTEM=1; \
+         cd '{}' && git init -q . && echo 1 > file && git add file && \
          git -c user.name=a -c user.email=a@b.c commit -q -m first && git log --format=%s | cat",
         folder.display()
     );

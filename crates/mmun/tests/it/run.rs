@@ -12,6 +12,9 @@ use crate::support::{Fifo, by_default, dropin, kill, scratch, text, within};
 fn run() -> Command {
     let mut command = by_default(env!("CARGO_BIN_EXE_mmun"));
     command.arg("run").env("MMUN_DROPIN", dropin());
+    for own in ["MMUN", "MMUN_REPORT", "MMUN_STRICT"] {
+        command.env_remove(own);
+    }
     command
 }
 

@@ -169,8 +169,8 @@ impl Cache {
     pub(super) fn open(ring: &'static Ring) -> Result<Cache, Unavailable> {
         verbs::show(ring);
         for (name, value) in ENVIRONMENT {
-            // SAFETY: live strings. No thread of this process reads the environment meanwhile: it
-            // is a child of `coverage` with one thread.
+            // SAFETY: live strings. No thread reads the environment meanwhile: this is a child of
+            // `coverage`, and the thread that an operation may have started waits.
             unsafe { libc::setenv(name.as_ptr(), value.as_ptr(), 1) };
         }
         let own = load(c"libfabric.so.1")?;
