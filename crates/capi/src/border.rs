@@ -1,5 +1,5 @@
-//! The border to C: how functions are exported, how misuse is told, how it ends where nothing can
-//! be returned.
+//! The border to C: exports functions, reports misuse, and ends the process where no error can be
+//! returned.
 
 use libc::c_int;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,7 +11,7 @@ macro_rules! export {
         $(#[$attribute])*
         #[unsafe(no_mangle)]
         pub unsafe extern "C" fn $name($($arg: $type),*) $(-> $result)? {
-            // The function around it is `extern "C"`, and so aborts after this.
+            // The exported function is `extern "C"`, so a panic aborts after this message.
             let border = $crate::border::on_unwind!($crate::border::say_bug(stringify!($name)));
             #[allow(clippy::redundant_closure_call, reason = "so that `return` and `?` stay within the border")]
             let result = (|| $(-> $result)? { $body })();
@@ -23,8 +23,8 @@ macro_rules! export {
 
 pub(crate) use export;
 
-/// Makes a value that runs `$call` if it is dropped, which only unwinding does: the caller forgets
-/// it otherwise. It has no fields, because a name in it would be stored on each call.
+/// Makes a value that runs `$call` when unwinding drops it; without unwinding, the caller forgets
+/// the value. The value has no fields: a name in it would be stored on each call.
 macro_rules! on_unwind {
     ($call:expr) => {{
         struct OnUnwind;
@@ -45,7 +45,7 @@ macro_rules! guarded {
     ($name:literal, $callback:expr) => {{
         let guard = $crate::border::on_unwind!($crate::border::die(
             $name,
-            "an exception or a cancelled thread has left the callback"
+            "an exception or the cancellation of a thread has left the callback"
         ));
         let result = $callback;
         std::mem::forget(guard);
@@ -55,9 +55,9 @@ macro_rules! guarded {
 
 pub(crate) use guarded;
 
-/// Defers `pthread_cancel` until this is dropped. A thread that is cancelled unwinds, which neither
-/// our functions nor callbacks through Rust can bear; the calls that wait for threads or close
-/// descriptors are where that happens.
+/// Defers `pthread_cancel` until this is dropped. Cancellation unwinds the thread; neither our
+/// functions nor callbacks through Rust support that. The calls that wait for threads or close
+/// descriptors are cancellation points.
 #[must_use]
 pub(crate) struct Uncancelled(c_int);
 
@@ -66,7 +66,7 @@ impl Uncancelled {
         /// `PTHREAD_CANCEL_DISABLE` of glibc and musl.
         const DISABLE: c_int = 1;
         let mut before = 0;
-        // SAFETY: It writes to the place, which is ours.
+        // SAFETY: The call writes to `before`, a local variable.
         unsafe { pthread_setcancelstate(DISABLE, &raw mut before) };
         Self(before)
     }
@@ -74,7 +74,7 @@ impl Uncancelled {
 
 impl Drop for Uncancelled {
     fn drop(&mut self) {
-        // SAFETY: Any thread may set what it had; the second argument may be null on Linux.
+        // SAFETY: A thread may restore its state; the second argument may be null on Linux.
         unsafe { pthread_setcancelstate(self.0, std::ptr::null_mut()) };
     }
 }
@@ -90,12 +90,11 @@ pub(crate) fn say_bug(function: &str) {
     say(&[
         "libmmun: bug: ",
         function,
-        " panicked; please report what is said above",
+        " panicked; please report the message above",
     ]);
 }
 
-/// Says a line on the standard error, without the allocator, which may be what this thread is in
-/// the middle of.
+/// Writes a line to standard error without the allocator, which this thread may be inside of.
 fn say(words: &[&str]) {
     let mut line = [0_u8; 512];
     let mut length = 0;
@@ -105,7 +104,7 @@ fn say(words: &[&str]) {
         length += room;
     }
     line[length] = b'\n';
-    // SAFETY: It reads as many bytes as `line` has.
+    // SAFETY: `write` reads `length + 1` bytes, which `line` has.
     unsafe { libc::write(2, line.as_ptr().cast(), length + 1) };
 }
 
@@ -117,7 +116,7 @@ pub(crate) fn die(function: &str, reason: &str) -> ! {
     std::process::abort();
 }
 
-/// Says once that the caller made a mistake, which was put up with.
+/// Warns once of a mistake of the caller that this library tolerates.
 #[cold]
 pub(crate) fn warn(said: &AtomicBool, words: &[&str]) {
     if !said.swap(true, Ordering::Relaxed) {
@@ -141,14 +140,13 @@ macro_rules! warn_once {
 
 pub(crate) use warn_once;
 
-/// What a waiting function that returns nothing says where waiting would never end.
-pub(crate) const SELF_WAIT: &str =
-    "called inside an invalidation or callback, or in free_notifier: it would wait for itself";
+/// The message of a function that cannot return an error and would wait for its own thread.
+pub(crate) const SELF_WAIT: &str = "called inside an invalidation or callback, or in free_notifier: the call would wait for itself";
 
 #[cfg(test)]
 #[allow(
     unreachable_pub,
-    reason = "a function that is exported as those of the library are"
+    reason = "a test's function, exported as the library's functions are"
 )]
 mod tests {
     use std::env;

@@ -11,15 +11,15 @@ use std::ptr;
 
 pub(crate) const INVALID: &CStr = c"an argument is null, misaligned, empty or out of bounds";
 pub(crate) const TOO_NEW: &CStr =
-    c"a struct has a field that is newer than this library, and not zero";
+    c"a struct has a field that this library does not know, and that is not zero";
 pub(crate) const INHERITED: &CStr =
-    c"it is the parent's of this process: make one here, after the fork";
+    c"this object belongs to the parent process: make one here, after the fork";
 pub(crate) const IN_CALLBACK: &CStr =
-    c"called inside an invalidation or a callback: it would wait for itself";
+    c"called inside an invalidation or a callback: the call would wait for itself";
 
 mmu_notifier::thread_word! {
-    /// The address of what `mmun_last_error` returns, a static text or what is in `OWNED`; zero for
-    /// an empty one. Setting it allocates nothing: a call may fail in the middle of `free`.
+    /// The address of the text that `mmun_last_error` returns, static or in `OWNED`; zero for an
+    /// empty text. Setting it allocates nothing: a call may fail in the middle of `free`.
     static TEXT: u64 = 0;
 }
 
@@ -27,18 +27,18 @@ thread_local! {
     static OWNED: RefCell<CString> = RefCell::new(CString::default());
 }
 
-/// Keeps what there is to say of an error of this thread, and returns its number.
+/// Stores `text` as the last error of this thread, and returns `code`.
 #[cold]
 pub(crate) fn fail(code: c_int, text: &'static CStr) -> c_int {
     TEXT.set(text.as_ptr().expose_provenance() as u64);
     code
 }
 
-/// The same with a text that had to be made.
+/// Does the same with an allocated text.
 #[cold]
 pub(crate) fn fail_with(code: c_int, text: String) -> c_int {
     let text = CString::new(text.replace('\0', "?")).unwrap_or_default();
-    // A thread that is ending has no place for it any more.
+    // While a thread ends, `OWNED` may be destroyed already.
     let kept = OWNED.try_with(|owned| {
         let mut owned = owned.borrow_mut();
         *owned = text;
@@ -48,7 +48,7 @@ pub(crate) fn fail_with(code: c_int, text: String) -> c_int {
     code
 }
 
-/// An error and what it came from, in one line.
+/// Formats an error and its chain of sources as one line.
 pub(crate) fn line(error: &dyn std::error::Error) -> String {
     let mut line = error.to_string();
     let mut source = error.source();
@@ -59,7 +59,7 @@ pub(crate) fn line(error: &dyn std::error::Error) -> String {
     line
 }
 
-/// What a source says.
+/// Stores the error of a source, and returns its error number.
 #[cold]
 pub(crate) fn of_source(error: &Error) -> c_int {
     let errno = |error: &std::io::Error| -error.raw_os_error().unwrap_or(libc::EIO);
@@ -76,7 +76,7 @@ pub(crate) fn of_source(error: &Error) -> c_int {
     }
 }
 
-/// What a registration cache says. The registrar's own number goes through.
+/// Stores the error of a cache, and returns its error number: the registrar's own is kept.
 #[cold]
 pub(crate) fn of_cache(error: &::regcache::Error<Refused>) -> c_int {
     use ::regcache::Error as E;
@@ -96,7 +96,7 @@ pub(crate) fn of_cache(error: &::regcache::Error<Refused>) -> c_int {
     }
 }
 
-/// What a registrar of C returned: a negative error number.
+/// The negative error number that a C registrar returned.
 #[derive(Debug)]
 pub struct Refused(pub(crate) c_int);
 
@@ -109,7 +109,7 @@ impl std::fmt::Display for Refused {
 impl std::error::Error for Refused {}
 
 export! {
-    /// Returns what there is to say of the last call of this thread that failed.
+    /// Returns the text of the last error of this thread.
     ///
     /// # Safety
     /// None.
@@ -131,12 +131,12 @@ export! {
             Some(libc::E2BIG) => TOO_NEW,
             Some(libc::ESRCH) => INHERITED,
             Some(libc::EDEADLK) => IN_CALLBACK,
-            Some(libc::EOPNOTSUPP) => c"the machine, or the rights of this process, lack what a source needs",
+            Some(libc::EOPNOTSUPP) => c"a source needs something that the machine or the rights of this process do not offer",
             Some(libc::EBUSY) => c"a registration is still leased",
-            Some(libc::ENOSPC) => c"the registration cache is full, and all that is in it is leased",
+            Some(libc::ENOSPC) => c"the registration cache is full, and every region in it is leased",
             Some(libc::EFBIG) => c"the range is larger than the limit of the registration cache",
             Some(libc::EFAULT) => c"not all of the range is mapped",
-            Some(libc::ENOMEM) => c"out of memory, or over the limit of memory that may be registered (ulimit -l)",
+            Some(libc::ENOMEM) => c"out of memory, or over the limit of locked memory (ulimit -l)",
             Some(libc::EPERM) => c"operation not permitted",
             Some(libc::EAGAIN) => c"try again",
             Some(libc::EIO) => c"input/output error",
@@ -154,5 +154,5 @@ export! {
     }
 }
 
-/// `MMUN_ABI_VERSION`: the major version times 2^16, and the minor one.
+/// `MMUN_ABI_VERSION`: the major version times 2^16, plus the minor version.
 const ABI_VERSION: u32 = 1;

@@ -1,10 +1,10 @@
-//! `libmmun`: the functions behind the C headers in `include/mmun`, which are their documentation.
+//! `libmmun`: the functions behind the C headers in `include/mmun`; the headers document them.
 //!
 //! # Safety
-//! Every exported function trusts its caller as far as C cannot say it: pointers are null or valid,
-//! objects are what the header says. What can be checked is: null pointers, bounds, states, waits
-//! for oneself. A panic in this library is a bug and ends the process with a message; a C++
-//! exception that leaves a callback does, too.
+//! Every exported function trusts its caller where C cannot express a rule: pointers are null or
+//! valid, objects are in the state that the header demands. The functions check what they can: null
+//! pointers, bounds, states, self-deadlock. A panic in this library is a bug and ends the process
+//! with a message, as does a C++ exception that leaves a callback.
 
 // mmu_notifier.h
 mod interval;
@@ -19,7 +19,7 @@ pub mod sources;
 pub mod subscription;
 pub mod watch;
 
-// Both of them.
+// Used by both headers.
 mod args;
 mod border;
 pub mod error;

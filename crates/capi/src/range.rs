@@ -220,13 +220,13 @@ export! {
     /// # Safety
     /// See mmun/mmu_notifier.h.
     fn mmun_invalidate_range_start(range: *mut Range) {
-        // SAFETY: The caller's duty is passed on.
-        let started = unsafe {
-            start("mmu_notifier_invalidate_range_start", range, BLOCKABLE, |place, mm, pages, event, origin| {
-                PlacedBracket::start(place, mm, pages, event, origin);
-                Ok(())
-            })
+        let open = |place: &mut MaybeUninit<Bracket>, mm, pages, event, origin| {
+            // SAFETY: `origin` is 0 or `range`, which the caller keeps until the end.
+            unsafe { PlacedBracket::start(place, mm, pages, event, origin) };
+            Ok(())
         };
+        // SAFETY: The caller's duty is passed on.
+        let started = unsafe { start("mmu_notifier_invalidate_range_start", range, BLOCKABLE, open) };
         debug_assert!(started.is_ok(), "no subscriber can refuse where sleeping is allowed");
     }
 
@@ -235,8 +235,12 @@ export! {
     /// # Safety
     /// See mmun/mmu_notifier.h.
     fn mmun_invalidate_range_start_nonblock(range: *mut Range) -> c_int {
+        let open = |place: &mut MaybeUninit<Bracket>, mm, pages, event, origin| {
+            // SAFETY: `origin` is 0 or `range`, which the caller keeps until the end.
+            unsafe { PlacedBracket::try_start(place, mm, pages, event, origin) }
+        };
         // SAFETY: The caller's duty is passed on.
-        match unsafe { start("mmu_notifier_invalidate_range_start_nonblock", range, 0, PlacedBracket::try_start) } {
+        match unsafe { start("mmu_notifier_invalidate_range_start_nonblock", range, 0, open) } {
             Ok(()) => 0,
             Err(WouldBlock) => -libc::EAGAIN,
         }

@@ -27,7 +27,7 @@ pub struct Functions {
     flags: u64,
 }
 
-// SAFETY: Pointers and numbers; what is no function of C's is against the header.
+// SAFETY: Pointers and numbers; the header demands that each function is null or a C function.
 unsafe impl Growing for Functions {
     const FIRST: usize = 40;
 }
@@ -59,7 +59,7 @@ impl Options {
             _ => {
                 return Err(fail(
                     -libc::EINVAL,
-                    c"mmun_regcache_open: there is no such way to merge",
+                    c"mmun_regcache_open: the options have an unknown value of merge",
                 ));
             }
         };
@@ -93,7 +93,7 @@ unsafe impl Growing for Stats {
     const FIRST: usize = 136;
 }
 
-/// The registrar of C.
+/// A registrar that is written in C.
 #[derive(Debug)]
 struct Driver {
     context: *mut c_void,
@@ -108,7 +108,7 @@ unsafe impl Send for Driver {}
 // SAFETY: As above.
 unsafe impl Sync for Driver {}
 
-/// What the registrar of C has made of a region.
+/// The handle that the C registrar returned for a region.
 #[derive(Debug)]
 struct Handle {
     value: *mut c_void,
@@ -125,7 +125,7 @@ fn start(range: VaRange) -> *mut c_void {
     ptr::without_provenance_mut(range.start().get() as usize)
 }
 
-/// The bytes of a range, which does not reach the last address.
+/// The length of a range in bytes. The range must not include the last address.
 fn length(range: VaRange) -> usize {
     (range.last().get() - range.start().get()) as usize + 1
 }
@@ -185,7 +185,7 @@ pub struct Regcache {
 #[derive(Debug)]
 pub struct Lease {
     handle: *mut c_void,
-    /// There is no lease if the words are zero; a lease has the address of its cache.
+    /// All words are zero if there is no lease. A lease has the address of its cache.
     held: MaybeUninit<[usize; LEASE_WORDS]>,
 }
 
@@ -200,9 +200,9 @@ impl Lease {
     };
 
     fn is_held(&self) -> bool {
-        // Reads one word, which is not zero in a lease. The two words were written one by one, so a
-        // single read of both would wait until the stores have left the store buffer.
-        // SAFETY: Two words are there, which C has written or this library.
+        // Reads one word, which is not zero in a lease. The two words were stored one by one, so a
+        // single load of both could not be forwarded from the store buffer, and would stall.
+        // SAFETY: Both words are initialized, by C code or by this library.
         unsafe { self.held.as_ptr().cast::<usize>().read() != 0 }
     }
 
@@ -352,7 +352,7 @@ export! {
             Ok(held) => {
                 place.handle = held.handle().value;
                 // SAFETY: The place is large enough (asserted above). The cache outlives the lease,
-                // for it is not closed before.
+                // because closing the cache fails while a region is leased.
                 unsafe { place.held.as_mut_ptr().cast::<Held<'_, Driver>>().write(held) };
                 0
             }
@@ -370,15 +370,15 @@ export! {
     fn mmun_regcache_put(lease: *mut Lease) {
         // SAFETY: Null or a lease: the header demands that.
         let Some(place) = (unsafe { lease.as_mut() }).filter(|lease| lease.is_held()) else {
-            die("mmun_regcache_put", "there is no lease: it is null or has been put");
+            die("mmun_regcache_put", "the lease is null, or has been put already");
         };
-        // SAFETY: There was a lease in it, as `is_held` has just said, and it is taken once.
+        // SAFETY: `is_held` has just said that the place has a lease; the next line clears it.
         let held = unsafe { place.held.as_ptr().cast::<Held<'static, Driver>>().read() };
         place.held = Lease::NONE.held;
         drop(held);
     }
 
-    /// Tells whether the region still stands for the memory.
+    /// Tells whether the region is still current for the memory at its addresses.
     ///
     /// # Safety
     /// See mmun/mmun.h.
@@ -387,7 +387,7 @@ export! {
         unsafe { Lease::held(lease) }.is_some_and(Held::is_current)
     }
 
-    /// Returns what is registered.
+    /// Returns the registered range.
     ///
     /// # Safety
     /// See mmun/mmun.h.
@@ -402,7 +402,7 @@ export! {
         0
     }
 
-    /// Takes everything out.
+    /// Flushes the cache.
     ///
     /// # Safety
     /// See mmun/mmun.h.
@@ -411,7 +411,7 @@ export! {
         unsafe { cache.as_ref() }.map_or(0, |open| open.cache.flush())
     }
 
-    /// Deregisters what callbacks have left.
+    /// Deregisters the regions that callbacks took out.
     ///
     /// # Safety
     /// See mmun/mmun.h.
@@ -422,7 +422,7 @@ export! {
         }
     }
 
-    /// Says what the cache did and holds.
+    /// Writes the statistics of the cache to `stats`.
     ///
     /// # Safety
     /// See mmun/mmun.h.
@@ -447,7 +447,7 @@ crate::layout::layout! {
     "mmun_lease" = Lease { handle, held as "mmun_private" }
     "mmun_regcache_stats" = Stats { size }
 }
-/// The fields that are an array here.
+/// The layout of the statistics, which `Stats` holds as an array.
 #[cfg(test)]
 pub(crate) fn layout_of_stats() -> Vec<String> {
     let names = ::regcache::Stats::default()

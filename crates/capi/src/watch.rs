@@ -24,7 +24,7 @@ impl Drop for Watched {
 }
 
 export! {
-    /// Watches the bytes.
+    /// Starts a watch of `length` bytes at `address`.
     ///
     /// # Safety
     /// See mmun/mmun.h.
@@ -58,7 +58,7 @@ export! {
         })())
     }
 
-    /// Tells whether nothing has touched the bytes.
+    /// Tells whether the range is unchanged since the watch was made or renewed.
     ///
     /// # Safety
     /// See mmun/mmun.h.
@@ -67,7 +67,7 @@ export! {
         unsafe { watch.as_ref() }.is_some_and(|watched| watched.watch.is_valid())
     }
 
-    /// Begins anew.
+    /// Restarts the watch.
     ///
     /// # Safety
     /// See mmun/mmun.h.
@@ -80,15 +80,15 @@ export! {
         watched.watch.renew().map_or_else(|error| of_source(&error), |()| 0)
     }
 
-    /// Gives the watch up.
+    /// Ends the watch and frees it.
     ///
     /// # Safety
     /// See mmun/mmun.h.
     fn mmun_unwatch(watch: *mut Watched) {
         let _whole = Uncancelled::enter();
         if !watch.is_null() {
-            // SAFETY: It came from `Box::into_raw` and the caller uses it no more: the header's
-            // rule.
+            // SAFETY: `watch` came from `Box::into_raw` in `mmun_watch`, and the caller does not
+            // use it after this call: the header demands that.
             drop(unsafe { Box::from_raw(watch) });
         }
     }

@@ -2,14 +2,14 @@
 //! shadow.
 //!
 //! # The protocol
-//! * A **start** counts itself in `in_progress` and widens the range. Then it locks the state and
+//! * A **start** increments `in_progress` and widens the range. Then it locks the state and
 //!   zaps.
-//! * An **end** advances `seq`, and only then leaves `in_progress`.
+//! * An **end** advances `seq`, and only then decrements `in_progress`.
 //! * A **fault** proceeds in six steps:
 //! 1. It reads `seq`.
 //! 2. It looks up the page, without a lock.
 //! 3. It locks the state.
-//! 4. If `in_progress` is not zero and the range in progress meets its own, it retries from step 1.
+//! 4. If `in_progress` is not zero and its range meets the fault's, the fault retries from step 1.
 //! 5. If `seq` has changed, it retries from step 1.
 //! 6. It installs the page and unlocks the state.
 //!
@@ -61,10 +61,10 @@ pub trait ShadowOps: Send + 'static {
 ///
 /// Use it for a shadow that has one lock and many faults that may collide, such as a virtual
 /// machine's page tables. For many independent ranges, use
-/// [`IntervalNotifier`](crate::IntervalNotifier)s. It is a [`Notifier`]: give it to a
-/// [`Subsystem`](crate::Subsystem) or a [`Registration`](crate::Registration), or call its
-/// callbacks from those of a notifier that contains it. The state can be reached under its lock
-/// alone. The result of a fault's look-up is installed only if the range has not changed since.
+/// [`IntervalNotifier`](crate::IntervalNotifier)s. An `InvalidateSeq` is a [`Notifier`]: give it to
+/// a [`Subsystem`](crate::Subsystem) or a [`Registration`](crate::Registration), or call its
+/// callbacks from those of a notifier that contains it. The state is reached only under its lock.
+/// The result of a fault's look-up is installed only if the range has not changed since.
 ///
 /// A fault does not wait for an invalidation. The shadow refuses the fault, which then retries with
 /// a new snapshot. While invalidations overlap in time, the smallest range around all of them
@@ -84,7 +84,7 @@ pub trait ShadowOps: Send + 'static {
 /// # static ALLOC: CheckedAlloc = CheckedAlloc::new();
 /// use mmu_notifier::{Event, InvalidateRange, InvalidateSeq, MmWithUser, Registration, ShadowOps, Va, VaRange};
 ///
-/// /// Frames of eight pages. Its size is fixed: neither `zap` nor what `try_install` runs may allocate or free.
+/// /// Frames of eight pages, in a fixed array: `zap` and the closure of `try_install` must not allocate or free.
 /// struct Table([Option<u64>; 8]);
 /// impl ShadowOps for Table {
 ///     fn zap(&mut self, range: &InvalidateRange<'_>) {
@@ -112,17 +112,17 @@ pub trait ShadowOps: Send + 'static {
 #[doc(alias = "mmu_invalidate_in_progress")]
 pub struct InvalidateSeq<S: ShadowOps> {
     window: Mutex<Window>,
-    /// No bracket is open.
+    /// Notified when no bracket is open, and when the address space has ended.
     idle: Condvar,
-    /// How many open brackets meet a watched range. After the address space has ended, one more,
-    /// which stays for ever. This field and the next three are written under `window` and read
-    /// without it.
+    /// How many open brackets meet a watched range, plus one that stays for ever once the address
+    /// space has ended. This field and the next three are written under `window` and read without
+    /// it.
     in_progress: AtomicU64,
     seq: AtomicU64,
     first: AtomicU64,
     last: AtomicU64,
     state: Mutex<State<S>>,
-    /// What `lockdep` records of the lock around `state`.
+    /// The `lockdep` map of the lock around `state`.
     order: lockdep::Map,
 }
 
@@ -137,8 +137,8 @@ struct Window {
     /// How many threads wait for `idle`. Without waiters, the end skips the wake-up, which would be
     /// a system call.
     waiters: usize,
-    /// Changed under both locks, and only when `active` is zero or after release. So an end finds
-    /// the same ranges as its start did; after release, an end leaves `in_progress` alone.
+    /// Changed under the locks of `window` and `state`, and only when `active` is zero or after
+    /// release. So an end finds the ranges of its start; after release, it skips `in_progress`.
     watched: Watched,
 }
 
@@ -185,7 +185,7 @@ impl fmt::Display for InstallError {
                 "the range was invalidated meanwhile: take a new snapshot and look up again"
             }
             Self::NotWatched => {
-                "the range is not within what the shadow watches: add it with `watch`"
+                "the range is not within the ranges that the shadow watches: pass it to `watch`"
             }
         })
     }
@@ -217,8 +217,8 @@ impl<S: ShadowOps> InvalidateSeq<S> {
         }
     }
 
-    /// Begins a fault on `range`. The caller must look up the page after this call: a look-up
-    /// before it could be stale, and the snapshot could not tell.
+    /// Begins a fault on `range`. The caller must look up the page after this call: an earlier
+    /// look-up may be stale, and the snapshot could not tell.
     ///
     /// # Blocking
     /// Never, and takes no lock.
@@ -226,8 +226,8 @@ impl<S: ShadowOps> InvalidateSeq<S> {
     /// The read of `mmu_invalidate_seq` in a KVM page fault.
     pub fn snapshot(&self, range: VaRange) -> Snapshot {
         // ORDER(core-seq): orders the change that an end reports before the caller's look-up.
-        // Partner: the store in `advance`. Weaker, a fault could look up the old page after it read
-        // the new sequence. Model: loom `b_40`.
+        // Partner: the store in `advance`. If weaker, a fault could look up the old page after it
+        // read the new sequence. Model: loom `b_40`.
         let order = if mutant("snapshot_relaxed") {
             Ordering::Relaxed
         } else {
@@ -248,8 +248,8 @@ impl<S: ShadowOps> InvalidateSeq<S> {
     #[doc(alias = "mmu_invalidate_retry_gfn_unsafe")]
     #[must_use]
     pub fn is_stale(&self, snapshot: &Snapshot) -> bool {
-        // ORDER(core-seq-end): partner of the stores in `leave` and `enter`. Weaker, a fault could
-        // see an end's count without that end's sequence, and install what the bracket has
+        // ORDER(core-seq-end): partner of the stores in `leave` and `enter`. If weaker, a fault
+        // could see an end's count without that end's sequence, and install what the bracket has
         // invalidated. Model: loom `b_40`.
         if self.in_progress.load(Ordering::Acquire) != 0 {
             // ORDER(core-seq-end): partner of the stores in `enter`. A fault that reads the range
@@ -279,7 +279,7 @@ impl<S: ShadowOps> InvalidateSeq<S> {
     /// # Errors
     /// [`InstallError`]; `install` was not run.
     /// # Source
-    /// `mmu_invalidate_retry_gfn` under `mmu_lock`. Differs: the lock and the comparison are one.
+    /// `mmu_invalidate_retry_gfn` under `mmu_lock`. Differs: this call takes the lock and compares.
     #[doc(alias = "mmu_invalidate_retry_gfn")]
     #[cfg_attr(debug_assertions, track_caller)]
     pub fn try_install<R>(
@@ -350,7 +350,7 @@ impl<S: ShadowOps> InvalidateSeq<S> {
         watched: impl IntoIterator<Item = VaRange>,
         zap: impl FnOnce(&mut S) -> R,
     ) -> Result<R, WouldDeadlock> {
-        // Before the check below: the caller's iterator may leave a bracket open.
+        // Collected before the check below, because the caller's iterator may leave a bracket open.
         let watched = Watched::new(watched);
         if context::is_inside() {
             return Err(WouldDeadlock);
@@ -375,8 +375,8 @@ impl<S: ShadowOps> InvalidateSeq<S> {
         let result = zap(&mut state.shadow);
         drop(state);
         drop(window);
-        // Freeing may unmap memory. That may begin a bracket, which calls this shadow, so both
-        // locks must be free.
+        // Freeing may unmap memory, and so begin a bracket that calls this shadow: both locks must
+        // be released first.
         drop(old);
         Ok(result)
     }
@@ -444,9 +444,9 @@ impl<S: ShadowOps> InvalidateSeq<S> {
             first = first.min(self.first.load(Ordering::Relaxed));
             last = last.max(self.last.load(Ordering::Relaxed));
         }
-        // ORDER(core-seq-end): orders the sequence of earlier ends before the range that replaces
-        // theirs. Partner: the loads in `is_stale`. Weaker, a fault could see the new range, which
-        // does not meet its own, together with the old sequence, and install a stale entry.
+        // ORDER(core-seq-end): orders the sequence that earlier ends stored before this range.
+        // Partner: the loads in `is_stale`. If weaker, a fault could see this range, which does not
+        // meet the fault's, together with the old sequence, and install a stale entry.
         self.first.store(first, Ordering::Release);
         self.last.store(last, Ordering::Release);
         self.in_progress.store(in_progress + 1, Ordering::Release);
@@ -521,7 +521,7 @@ impl<S: ShadowOps> Notifier for InvalidateSeq<S> {
     }
 
     fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
-        // Counted before the zap: a fault that takes the lock after the zap then sees the count.
+        // The count comes before the zap, so a fault that locks after the zap sees the count.
         let meets = self.open(&mut lock(&self.window), range.range);
         if meets {
             let _order = self.order.acquire();

@@ -13,6 +13,7 @@ mod lock;
 pub(crate) mod notifier;
 #[expect(unsafe_code, reason = "a guard beside what it borrows from")]
 mod owned_guard;
+#[expect(unsafe_code, reason = "what its caller says of memory in C")]
 mod placed;
 #[expect(unsafe_code, reason = "the one list that is read under SRCU")]
 pub(crate) mod subscriptions;
@@ -418,8 +419,8 @@ impl Clone for MmWithUser {
 impl Drop for MmWithUser {
     fn drop(&mut self) {
         // ORDER(core-exit): AcqRel orders everything that earlier users did before the exit by the
-        // last one. Partner: itself. Weaker, exit could delist without seeing a registration that
-        // an earlier user made.
+        // last one. Partner: itself. If weaker, exit could delist without seeing a registration
+        // that an earlier user made.
         let order = if mutant("exit_relaxed") {
             Ordering::Relaxed
         } else {

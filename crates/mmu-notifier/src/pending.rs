@@ -63,7 +63,7 @@ impl Pending {
             return;
         }
         // ORDER(core-freed): orders the free before the count. Partner: the load in `wait_for`.
-        // Weaker, `synchronize` could return before the effects of the free are visible.
+        // If weaker, `synchronize` could return before the effects of the free are visible.
         let order = if mutant("freed_relaxed") {
             Ordering::Relaxed
         } else {

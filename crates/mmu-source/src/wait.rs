@@ -65,7 +65,13 @@ pub(crate) fn until(mut is_so: impl FnMut() -> bool) {
     }
 }
 
-/// Gives the processor away for a moment.
+/// Gives the processor away for a moment. A raw call: the C library's function ends a thread that
+/// is cancelled (`pthread_cancel`), which code in Rust does not survive.
 pub(crate) fn pause() {
-    std::thread::sleep(Duration::from_micros(1));
+    let moment = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 1_000,
+    };
+    // SAFETY: it reads a local; the rest may be null.
+    unsafe { libc::syscall(libc::SYS_nanosleep, &raw const moment, 0_usize) };
 }

@@ -77,8 +77,8 @@ impl<'a, R: Registrar> Lease<'a, R> {
     pub fn is_current(&self) -> bool {
         let cache = self.cache;
         // ORDER(cache-use): What the caller has read through the lease comes before the looks that
-        // follow. Partner: `set_dead`. Weaker, it could be of the memory that came afterwards, and
-        // the answer from before.
+        // follow. Partner: `set_dead`. If weaker, it could be of the memory that came afterwards,
+        // and the answer from before.
         fence(Ordering::Acquire);
         let known = cache.freshness.is_current() || cache.freshness.settle::<R::Error>().is_ok();
         known && !cache.index.page.is_inherited() && self.region().is_live()

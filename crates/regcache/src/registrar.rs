@@ -1,4 +1,4 @@
-//! What a cache registers memory with.
+//! The interface through which a cache registers memory.
 
 use mmu_notifier::VaRange;
 use std::error::Error;
@@ -11,7 +11,7 @@ use std::error::Error;
 /// use regcache::Registrar;
 /// use std::convert::Infallible;
 ///
-/// /// Registers nothing, and says where.
+/// /// Registers nothing; the handle is the range itself.
 /// struct Nowhere;
 ///
 /// impl Registrar for Nowhere {
@@ -26,7 +26,7 @@ use std::error::Error;
 /// }
 /// ```
 pub trait Registrar: Send + Sync + 'static {
-    /// What a registration is known by: a key, an index. Every lease of the region can read it.
+    /// The handle of a registration: a key, an index. Every lease of the region can read it.
     type Handle: Send + Sync + 'static;
     /// Why a registration failed.
     type Error: Error + Send + Sync + 'static;
@@ -34,11 +34,11 @@ pub trait Registrar: Send + Sync + 'static {
     /// Registers a range of this process's memory.
     ///
     /// May be called for ranges that overlap. Called without a lock, by several threads at once;
-    /// must not use the cache it is called by.
+    /// must not use the cache that calls it.
     ///
     /// # Errors
-    /// Whatever the device says; [`cause`](Self::cause) tells the cache what to make of it. Nothing
-    /// may be registered then.
+    /// Any error of the device; [`cause`](Self::cause) tells the cache how to handle it. After an
+    /// error, none of the range may stay registered.
     fn register(&self, range: VaRange) -> Result<Self::Handle, Self::Error>;
 
     /// Undoes a registration that has no lease any more.

@@ -26,7 +26,10 @@ fn hostile_programs_over_their_own_invalidations() {
 }
 
 #[test]
-#[cfg(all(target_arch = "x86_64", target_env = "gnu"))]
+#[cfg(all(
+    any(target_arch = "x86_64", target_arch = "aarch64"),
+    target_env = "gnu"
+))]
 fn hostile_programs_over_the_hook() {
     hostile("hook");
 }

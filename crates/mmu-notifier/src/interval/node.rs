@@ -34,8 +34,8 @@ impl<S: IntervalOps> Callback for Mutex<S> {
                 Err(TryLockError::WouldBlock) => return Err(WouldBlock),
             },
         };
-        // Always stored, and before the callback: a reader that looked up before this window must
-        // not install the result.
+        // The sequence is always stored, and before the callback: a reader that looked up before
+        // this window must not install the result.
         if !mutant("callback_without_seq") {
             node.set_seq(seq);
         }
@@ -48,7 +48,7 @@ impl<S: IntervalOps> Callback for Mutex<S> {
 }
 
 impl<L: Callback + 'static> Node<L> {
-    /// Makes a node that is in no tree, and leaks its box. The caller owns it.
+    /// Makes a node that is in no tree, and leaks its box. The caller owns the node.
     pub(super) fn new(mm: Mm, range: VaRange, state: L) -> NonNull<Self> {
         let node = NonNull::from(Box::leak(Box::new(MaybeUninit::<Self>::uninit()))).cast();
         // SAFETY: The place must be valid for writes: it is the box leaked above.
@@ -65,8 +65,8 @@ impl<L: Callback + 'static> Node<L> {
         // made.
         let place: *mut dyn Callback = unsafe { &raw mut (*node.as_ptr()).state };
         let place = NonNull::new(place).expect("the address of a field is not null");
-        // SAFETY: `place` must be the state of the header's own node: the node is put together
-        // below, at the place whose field it is.
+        // SAFETY: `place` must be the state of the header's own node: `place` is a field of the
+        // node that is written below.
         let header = unsafe { Header::new(range, place) };
         // SAFETY: The place must be valid for writes: the caller's duty.
         unsafe { node.write(Self { header, state, mm }) };
@@ -95,7 +95,7 @@ impl<L: Callback + 'static> Node<L> {
     /// and changes nothing, if this thread would wait for itself.
     ///
     /// # Safety
-    /// The node must have been inserted, and not detached before with success.
+    /// The node must have been inserted, and not successfully detached before.
     #[cfg_attr(debug_assertions, track_caller)]
     pub(super) unsafe fn detach(&self) -> bool {
         if self.mm.is_inherited() {
@@ -124,5 +124,5 @@ impl<L: Callback + 'static> Node<L> {
     }
 }
 
-/// A sequence that matches no node's, because theirs are always odd.
+/// A sequence that no node has, because a node's sequence is always odd.
 const NEVER: u64 = 0;

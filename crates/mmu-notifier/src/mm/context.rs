@@ -1,5 +1,5 @@
-//! The sections that this thread is inside of. A wait that could never end is refused because of
-//! them.
+//! The sections that this thread is inside of. They tell which waits could never end and must be
+//! refused.
 
 use crate::Mm;
 use crate::lockdep::Section;

@@ -164,8 +164,8 @@ impl Intervals {
             // half of the tree.
             return Err(WouldDeadlock);
         }
-        // ORDER(core-itree): partner of the store in `enable_locked`. Weaker, an insert that skips
-        // the wait could rely on a grace period that it does not see.
+        // ORDER(core-itree): partner of the store in `enable_locked`. If weaker, an insert that
+        // skips the wait could rely on a grace period that it does not see.
         if self.live.load(Ordering::Acquire) {
             return Ok(());
         }

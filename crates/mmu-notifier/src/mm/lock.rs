@@ -75,12 +75,12 @@ impl MmWithUser {
     /// Takes the write lock of this address space's mappings.
     ///
     /// # Blocking
-    /// Sleeps while another thread holds it. That thread may be a registrar that waits for open
-    /// brackets.
+    /// Sleeps while another thread holds the lock. That thread may be a registrar that waits for
+    /// open brackets.
     /// # Errors
-    /// [`WouldDeadlock`] if this thread holds it already, or is inside a bracket of this address
-    /// space or a deferred free. There, a registrar that holds the lock could wait for this thread,
-    /// while this thread waits for the lock.
+    /// [`WouldDeadlock`] if this thread holds the lock already, or is inside a bracket of this
+    /// address space or a deferred free. There, a registrar that holds the lock could wait for this
+    /// thread, while this thread waits for the lock.
     #[cfg_attr(debug_assertions, track_caller)]
     pub fn mmap_write_lock(&self) -> Result<MmapWriteGuard<'_>, WouldDeadlock> {
         let mmap_lock = &self.0.0.mmap_lock;

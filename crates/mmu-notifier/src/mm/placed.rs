@@ -28,15 +28,17 @@ pub struct PlacedBracket<'a> {
 }
 
 impl<'a> PlacedBracket<'a> {
-    /// Opens one as [`Mm::invalidate`] does. `origin` is 0 or the address of the range in C, which
-    /// subscribers in C find with [`raw::origin`](crate::raw::origin).
+    /// Opens one as [`Mm::invalidate`] does.
     ///
+    /// # Safety
+    /// `origin` is 0, or the address of the range in C, which stays valid until the bracket has
+    /// ended: subscribers in C are shown it ([`raw::origin`](crate::raw::origin)).
     /// # Blocking
     /// Sleeps while callbacks run.
     /// # Source
     /// `mmu_notifier_invalidate_range_start`, Linux 5.15.
     #[inline(always)]
-    pub fn start(
+    pub unsafe fn start(
         place: &mut MaybeUninit<Self>,
         mm: &'a Mm,
         range: VaRange,
@@ -64,13 +66,15 @@ impl<'a> PlacedBracket<'a> {
 
     /// Opens one as [`Mm::try_invalidate`] does.
     ///
+    /// # Safety
+    /// As for [`PlacedBracket::start`].
     /// # Blocking
     /// Never, as long as the callbacks obey their rule.
     /// # Errors
     /// [`WouldBlock`] if a subscriber would have had to sleep. Then `place` is as it was.
     /// # Source
     /// `mmu_notifier_invalidate_range_start_nonblock`, Linux 5.12 for the ends.
-    pub fn try_start(
+    pub unsafe fn try_start(
         place: &mut MaybeUninit<Self>,
         mm: &'a Mm,
         range: VaRange,

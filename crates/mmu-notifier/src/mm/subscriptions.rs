@@ -81,8 +81,8 @@ impl Subscriptions {
     /// alive.
     #[inline(always)]
     fn first(&self) -> *mut Header {
-        // ORDER(core-publish): partner of the stores in `insert` and `unlink`. Weaker, a walk could
-        // enter a node whose fields it does not see yet. Model: loom `s_66_s_69`.
+        // ORDER(core-publish): partner of the stores in `insert` and `unlink`. If weaker, a walk
+        // could enter a node whose fields it does not see yet. Model: loom `s_66_s_69`.
         self.head.load(if mutant("first_relaxed") {
             Ordering::Relaxed
         } else {
@@ -109,7 +109,7 @@ impl Subscriptions {
                 .store((&raw const node.next).cast_mut(), Ordering::Relaxed);
         }
         // ORDER(core-publish): orders the node's content before the pointer to it. Partner: the
-        // load in `first`. Weaker, a walker could call through a half-made node.
+        // load in `first`. If weaker, a walker could call through a half-made node.
         self.head.store(header.as_ptr(), Ordering::Release);
     }
 
@@ -222,8 +222,8 @@ impl Subscriptions {
     pub(crate) fn is_empty(&self) -> bool {
         // ORDER(core-delist): a thread that finds the list empty sees everything that happened
         // before the last node was unlinked, above all its `release`. Partner: the store in
-        // `unlink`. Weaker, exit could return before the effects of a `release` that `unregister`
-        // ran. Model: loom `s_48_s_50`.
+        // `unlink`. If weaker, exit could return before the effects of a `release` that
+        // `unregister` ran. Model: loom `s_48_s_50`.
         let order = if mutant("exit_peeks_relaxed") {
             Ordering::Relaxed
         } else {

@@ -94,7 +94,7 @@ impl Armed {
         words.u64(header::ON).store(1, Ordering::Relaxed);
         // ORDER(source-arm): full fence between the filter and the look at `dirty` in
         // `Waits::wait`. Partner: the program, which sets `dirty` (a full barrier) and then looks
-        // at the filter. Weaker, an event could be in neither.
+        // at the filter. If weaker, an event could be in neither.
         fence(Ordering::SeqCst);
         Ok(armed)
     }

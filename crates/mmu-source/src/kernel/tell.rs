@@ -113,8 +113,8 @@ impl Inner {
             turn.ranges += usize::from(!told.is_loss);
             turn.lost |= told.is_loss;
             // ORDER(source-handled): Release: the callbacks have run. Partner: the load in
-            // `handled`. Weaker, a client takes an entry for good that a callback is about to take
-            // out.
+            // `handled`. If weaker, a client takes an entry for good that a callback is about to
+            // take out.
             self.progress.handled.store(told.upto, Ordering::Release);
         }
         drop(handing);
@@ -178,7 +178,7 @@ impl Inner {
         self.header.u64(header::AWAKE).store(0, Ordering::Relaxed);
         // ORDER(source-awake): full fence between the word and the look at the generation. Partner:
         // the program, which counts the generation (a full barrier) and then looks at the word.
-        // Weaker, a record wakes no thread and no thread sees it.
+        // If weaker, a record wakes no thread and no thread sees it.
         fence(Ordering::SeqCst);
         self.is_caught_up()
     }

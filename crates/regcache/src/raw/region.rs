@@ -69,7 +69,7 @@ impl Region {
     #[inline(always)]
     fn state(&self) -> u32 {
         // ORDER(cache-live): Acquire for the range and the handle. Partner: the Release in
-        // `set_live`. Weaker, a lease could show the handle of the region that had this place
+        // `set_live`. If weaker, a lease could show the handle of the region that had this place
         // before.
         self.state.load(Ordering::Acquire)
     }

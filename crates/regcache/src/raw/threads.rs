@@ -96,7 +96,7 @@ impl Slot {
     #[inline(always)]
     pub(crate) fn clear(&self) {
         // ORDER(cache-done): Release for what was done under the lease. Partner: the Acquire in
-        // `each`. Weaker, the deregistration could overtake the last use.
+        // `each`. If weaker, the deregistration could overtake the last use.
         self.0.store(0, unless("clear_relaxed", Ordering::Release));
         // ORDER(cache-unlease): The end, before the look at the region's state. Partner: the heavy
         // fence in `harvest`. Without it both sides leave the deregistration to each other. Model:

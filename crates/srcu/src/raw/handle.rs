@@ -1,4 +1,4 @@
-//! A `Srcu`'s hold on its state.
+//! The counted reference from a `Srcu` to its state.
 
 #[cfg(not(mmun_loom))]
 use super::fork;
@@ -9,10 +9,10 @@ use crate::sync::{AtomicPtr, Ordering};
 #[cfg(not(mmun_loom))]
 use std::ptr;
 
-/// A `Srcu`'s hold on its state, which is made when it is first used.
+/// The counted reference from a `Srcu` to its state, which the first use makes.
 ///
 /// # Invariants
-/// Points to `EMPTY`, or to a state of which it has a count.
+/// Points to `EMPTY`, or to a state and owns one count of that state.
 pub(crate) struct Handle(AtomicPtr<State>);
 
 impl Handle {
@@ -26,17 +26,17 @@ impl Handle {
         Self(AtomicPtr::new(State::create()))
     }
 
-    /// The state, or `EMPTY`, in which no thread has a slot.
+    /// Returns the state, or before the first use `EMPTY`, in which no thread has a slot.
     #[inline(always)]
     pub(crate) fn peek(&self) -> &State {
         // ORDER(srcu-state): Acquire, partner in `first_use`.
         let state = self.0.load(Ordering::Acquire);
-        // SAFETY: It must be alive for the life of the reference: a static, or kept by the handle,
-        // which is borrowed.
+        // SAFETY: The state must outlive the reference: it is a static, or this handle, which the
+        // reference borrows, keeps it alive.
         unsafe { &*state }
     }
 
-    /// The state, made if need be, without the allocator.
+    /// Returns the state; makes it on first use, without the allocator.
     #[inline]
     pub(crate) fn get(&self) -> &State {
         self.used().unwrap_or_else(|| self.first_use())
@@ -67,7 +67,7 @@ impl Drop for Handle {
     fn drop(&mut self) {
         if let Some(state) = self.used() {
             state.owned.store(false, Ordering::Relaxed);
-            // SAFETY: Wants a count that is ours to give up: the handle's, by its invariant.
+            // SAFETY: Needs a count that the caller owns: the handle owns one, by its invariant.
             unsafe { State::release(state) };
         }
     }

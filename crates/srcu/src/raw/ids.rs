@@ -8,13 +8,13 @@
 //! there. The kernel's hand-over is a full fence, so the new owner sees the counters as the old
 //! owner left them.
 //!
-//! A claim blocks all signals: a handler that claims cannot wait for the claim that it interrupted.
+//! A claim blocks all signals: a handler that claims would deadlock with the claim it interrupts.
 //!
 //! # Safety
 //! # Invariants
 //! * The mutex of a number below `HIGH` is initialized, and at an address that is never unmapped or
 //!   moved.
-//! * `PLACE` is `NONE`, or that of a number whose mutex this thread holds.
+//! * `PLACE` is `NONE`, or the place of a number whose mutex this thread holds.
 
 use super::die;
 use super::lock::Lock;
@@ -38,9 +38,9 @@ static CHUNKS: [AtomicPtr<Mutex>; BUCKETS] = [const { AtomicPtr::new(ptr::null_m
 /// Where to look next for a dead thread's number.
 static CURSOR: Lock<usize> = Lock::new(0);
 
-/// How many numbers a claim looks at before it makes a new one. Bounds both the time of a claim in
-/// a program with many threads and, since a fraction of dead numbers is found with near certainty,
-/// the numbers lost to it.
+/// How many numbers a claim probes before it makes a new one. This bounds the time of a claim. It
+/// also bounds the unused numbers: once some fraction of all numbers is dead, a claim finds one
+/// with near certainty.
 const PROBES: usize = 32;
 
 #[inline(always)]
@@ -51,8 +51,8 @@ pub(super) fn place() -> Place {
 
 #[inline]
 pub(super) fn high() -> usize {
-    // Relaxed: a grace period, which needs the current value, loads it after a heavy fence. A
-    // thread's number is in it before the thread's first count, ORDER(srcu-enter).
+    // Relaxed: a grace period, which needs the current value, loads it after a heavy fence. `HIGH`
+    // includes a thread's number before the thread's first count, ORDER(srcu-enter).
     HIGH.load(Ordering::Relaxed)
 }
 
@@ -63,15 +63,15 @@ pub(super) fn place_or_claim() -> Place {
     }
 }
 
-/// This thread's number, for another crate that keeps something for each thread. Claiming it
+/// Returns this thread's number, for crates that keep per-thread data. Claiming the number
 /// allocates nothing, and may be done in a signal handler.
 #[doc(hidden)]
 pub fn thread_number() -> usize {
     place_or_claim().id()
 }
 
-/// One more than the highest number in use so far. It includes the number of each thread whose
-/// stores, made after it got that number, are visible to the caller.
+/// One more than the highest number in use so far. If the caller sees a store that a thread made
+/// after its claim, then the result is greater than that thread's number.
 #[doc(hidden)]
 #[inline]
 pub fn thread_numbers() -> usize {
@@ -81,7 +81,7 @@ pub fn thread_numbers() -> usize {
 #[cold]
 fn claim() -> Place {
     let _signals_wait = Blocked::new();
-    // A handler may have claimed after this thread's look.
+    // A signal handler may have claimed since the caller's check.
     let place = place();
     if place != Place::NONE {
         return place;
@@ -111,8 +111,8 @@ fn add(high: usize) -> usize {
     let (bucket, _) = place::split(high);
     if bucket < BUCKETS && CHUNKS[bucket].load(Ordering::Relaxed).is_null() {
         let chunk = pages::map(place::slots_in(bucket) * size_of::<Mutex>());
-        // ORDER(srcu-lock): Relaxed will do for everything here but the child of a fork, which has
-        // one thread: all others look under the lock.
+        // ORDER(srcu-lock): Relaxed suffices for `CHUNKS`: every access holds the lock, except in a
+        // fork's child, which has one thread.
         CHUNKS[bucket].store(chunk.as_ptr().cast(), Ordering::Relaxed);
     }
     init(mutex(high));
@@ -151,13 +151,13 @@ fn init(mutex: *mut Mutex) {
 }
 
 fn try_own(mutex: *mut Mutex) -> bool {
-    // SAFETY: Needs an initialized mutex at an address that stays: invariant of `HIGH`, or `add`
-    // has just done so.
+    // SAFETY: Needs an initialized mutex at an address that stays: the invariant of `HIGH`, or
+    // `add` has just initialized it.
     match unsafe { libc::pthread_mutex_trylock(mutex) } {
         0 => true,
         libc::EOWNERDEAD => {
-            // ORDER(cache-number): the owner's last stores come first, by the kernel's exchange of
-            // the mutex's word. Partner: that thread's end.
+            // ORDER(cache-number): the dead owner's stores happen before this claim, by the
+            // kernel's exchange of the mutex's word. Partner: the end of the owner.
             // SAFETY: Needs a robust mutex that this thread has just locked with EOWNERDEAD.
             unsafe { libc::pthread_mutex_consistent(mutex) };
             true

@@ -13,7 +13,7 @@ use std::ptr::{self, NonNull};
 /// The part of an interval that does not depend on the type of its state.
 ///
 /// # Invariants
-/// It is the first field of a `Node<L>`, and `state` points to the `state` of that node.
+/// The header is the first field of a `Node<L>`, and `state` points to that node's `state`.
 pub(crate) struct Header {
     range: VaRange,
     in_tree: AtomicBool,
@@ -68,8 +68,8 @@ impl Header {
         seq: u64,
         range: &InvalidateRange<'_>,
     ) -> Result<Option<Finish>, WouldBlock> {
-        // SAFETY: The pointee must be alive and not mutably borrowed: it is a part of the same node
-        // (invariant), and a lock.
+        // SAFETY: The pointee must be alive and not mutably borrowed: it lies in the same node
+        // (invariant), and is a lock, which is used by shared reference only.
         let state = unsafe { self.state.as_ref() };
         catch_unwind(AssertUnwindSafe(|| state.invalidate(self, seq, range))).unwrap_or_else(
             |panic| {
@@ -89,8 +89,8 @@ impl Header {
         tree.need(self.range, NonNull::from(self))
     }
 
-    /// Inserts the node into the tree if it is not in it, and removes it otherwise. The caller
-    /// holds the lock, and no thread walks the tree.
+    /// Removes the node if the tree contains it, and inserts it otherwise. The caller holds the
+    /// lock, and no thread walks the tree.
     pub(super) fn toggle(&self, tree: &mut Tree<Self>) {
         if self.in_tree.fetch_xor(true, Ordering::Relaxed) {
             tree.remove(self.range, NonNull::from(self));

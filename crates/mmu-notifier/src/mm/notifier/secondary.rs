@@ -6,8 +6,8 @@ use std::ops::Deref;
 /// A hardware TLB that reads the primary page table, and what it does when that table changes.
 ///
 /// Such hardware can refill an entry at any moment between a start and an end, so a bracket does
-/// not help it. It must be flushed where the page-table entry was cleared, under the lock of the
-/// page table. A software copy implements [`Notifier`] instead. No type can be both.
+/// not help. The hardware must be flushed where the page-table entry was cleared, under the lock of
+/// the page table. A software copy implements [`Notifier`] instead. No type can be both.
 ///
 /// # Source
 /// `arch_invalidate_secondary_tlbs` of `struct mmu_notifier_ops`, Linux 6.6, which refuses an
@@ -22,7 +22,7 @@ pub trait SecondaryTlb: Send + Sync + 'static {
     /// `arch_invalidate_secondary_tlbs`, Linux 6.6.
     fn invalidate_secondary_tlbs(&self, mm: &Mm, range: VaRange);
 
-    /// Drops the whole address space. See [`Notifier::release`].
+    /// Drops every entry of the address space. See [`Notifier::release`].
     fn release(&self, mm: &Mm) {
         let _ = mm;
     }
@@ -70,7 +70,7 @@ pub trait SecondaryTlb: Send + Sync + 'static {
 /// # Ok::<(), mmu_notifier::WouldDeadlock>(())
 /// ```
 ///
-/// A table with both kinds does not compile:
+/// A type with callbacks of both kinds does not compile:
 ///
 /// ```compile_fail,E0407
 /// struct Both;

@@ -276,7 +276,7 @@ impl<N: Notifier> NodeRef<N> {
     pub(crate) fn set_live(&self) {
         // ORDER(core-live): orders the grace period before this store. Partner: the load in
         // `lookup`. A getter that reads true returns without waiting, so it relies on that grace
-        // period. Weaker, it could return while an older bracket that does not call the node is
+        // period. If weaker, it could return while an older bracket that does not call the node is
         // still open.
         self.as_header().live.store(true, Ordering::Release);
     }
@@ -351,7 +351,7 @@ impl<N: Notifier> Drop for NodeRef<N> {
     #[inline]
     fn drop(&mut self) {
         // ORDER(core-put): AcqRel orders each earlier put, and every use of the node before it,
-        // before the free by the last put. Partner: itself. Weaker, the free could overtake the
+        // before the free by the last put. Partner: itself. If weaker, the free could overtake the
         // last access through another reference.
         let order = if mutant("put_relaxed") {
             Ordering::Relaxed

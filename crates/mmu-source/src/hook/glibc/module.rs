@@ -260,7 +260,7 @@ struct Headers {
 /// Returns the headers of the module that is mapped at `base`, with its file's first page.
 fn headers_at(base: u64) -> Option<Headers> {
     // SAFETY: the memory must be readable and stay: the loader says that libc, or the loader
-    // itself, begins there, and a module that is loaded begins with this header.
+    // itself, begins there, or the kernel that the program does, and each begins with this header.
     let file = unsafe { &*ptr::with_exposed_provenance::<libc::Elf64_Ehdr>(base as usize) };
     if file.e_ident[..4] != *b"\x7fELF" {
         return None;
@@ -277,17 +277,10 @@ fn headers_at(base: u64) -> Option<Headers> {
 /// Returns the headers of the program, as the kernel has told where they are.
 fn own_headers() -> Option<Headers> {
     // SAFETY: takes an integer.
-    let told = |key| unsafe { libc::getauxval(key) };
-    let (at, count) = (told(libc::AT_PHDR), told(libc::AT_PHNUM) as usize);
-    if at == 0 {
-        return None;
-    }
-    // SAFETY: the memory must be readable and stay: the kernel has mapped the program there.
-    let all: &[libc::Elf64_Phdr] =
-        unsafe { slice::from_raw_parts(ptr::with_exposed_provenance(at as usize), count) };
-    let own = all.iter().find(|header| header.p_type == libc::PT_PHDR);
-    let bias = own.map_or(0, |header| at.wrapping_sub(header.p_vaddr));
-    Some(Headers { all, bias })
+    let at = unsafe { libc::getauxval(libc::AT_PHDR) };
+    // They lie in the page in which the file begins. A program that is linked statically and to no
+    // fixed address has no header that says where it was linked to lie (`PT_PHDR`).
+    (at != 0).then(|| headers_at(page::down(at))).flatten()
 }
 
 /// Returns the executable segments of a module.

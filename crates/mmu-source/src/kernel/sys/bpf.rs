@@ -40,8 +40,8 @@ impl Attributes {
     }
 
     fn call(&mut self, command: u32) -> io::Result<i32> {
-        // SAFETY: the attributes are as long as the call is told and live as long as it lasts; what
-        // they point to is borrowed by the callers of this function until it returns.
+        // SAFETY: the size is that of the attributes, which outlive the call; the callers of this
+        // function borrow what the attributes point to until it returns.
         let result = unsafe {
             libc::syscall(
                 libc::SYS_bpf,
@@ -78,11 +78,11 @@ pub(in super::super) fn create_map(map: Map) -> io::Result<OwnedFd> {
     owned(attributes.call(0)?)
 }
 
-/// What a program is for, `enum bpf_prog_type`.
+/// The types of BPF programs in use, `enum bpf_prog_type`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in super::super) enum Kind {
     RawTracepoint = 17,
-    /// To be run when it is asked to.
+    /// Runs only on request, see `run_program`.
     Syscall = 31,
 }
 
@@ -106,8 +106,8 @@ pub(in super::super) fn load_program(kind: Kind, program: &[u64]) -> io::Result<
             .pointer(8, program.as_ptr())
             .pointer(16, license.as_ptr())
     };
-    // EAGAIN: the verifier lets itself be interrupted, by a signal or by the completion of an
-    // io_uring request of this thread.
+    // EAGAIN: a signal, or the completion of an io_uring request of this thread, interrupted the
+    // verifier.
     let is_interrupted = |result: &io::Result<_>| {
         result
             .as_ref()
@@ -125,7 +125,7 @@ pub(in super::super) fn load_program(kind: Kind, program: &[u64]) -> io::Result<
         Err(error) => error,
     };
     if crate::error::exhausted(&error).is_some() {
-        // The verifier has nothing against the program, and the number would be lost with its log.
+        // The verifier did not refuse the program, and adding its log would lose the error number.
         return Err(error);
     }
     let mut log = vec![0_u8; 1 << 20];
@@ -161,8 +161,8 @@ pub(in super::super) fn attach(program: BorrowedFd<'_>, tracepoint: &CStr) -> io
     )
 }
 
-/// Runs a program once, in this thread: a raw tracepoint's as if that had been passed with these
-/// arguments. Returns what it returns.
+/// Runs a program once, in this thread. A raw tracepoint's program gets `arguments` as if the
+/// tracepoint had passed them. Returns the program's return value.
 pub(in super::super) fn run_program(
     program: BorrowedFd<'_>,
     mut arguments: [u64; 2],
@@ -175,7 +175,7 @@ pub(in super::super) fn run_program(
     Ok(attributes.0[1])
 }
 
-/// Returns how often a program was not run, because the processor was in the middle of it already.
+/// Returns how often a program was not run because its processor was already running it.
 pub(in super::super) fn missed_runs(program: BorrowedFd<'_>) -> io::Result<u64> {
     /// `recursion_misses` in `struct bpf_prog_info` (Linux 5.12).
     const RECURSION_MISSES: usize = 208;
@@ -188,16 +188,16 @@ pub(in super::super) fn missed_runs(program: BorrowedFd<'_>) -> io::Result<u64> 
     Ok(info[RECURSION_MISSES / 8])
 }
 
-/// What the kernel has by a number of its own, as long as anything refers to it.
+/// A BPF object by the kernel's id, which stays valid as long as anything refers to the object.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in super::super) enum Object {
     Program(u32),
     Map(u32),
 }
 
-/// Returns the kernel's number of a program or of a map.
+/// Returns the kernel's id of a program or map.
 pub(in super::super) fn number(object: BorrowedFd<'_>) -> io::Result<u32> {
-    // Both kinds of information begin with the type and the number.
+    // Both `bpf_prog_info` and `bpf_map_info` begin with the type and the id.
     let mut info = [0_u32; 2];
     let attributes = Attributes::new().word(0, object.as_raw_fd() as u32);
     attributes
@@ -207,7 +207,7 @@ pub(in super::super) fn number(object: BorrowedFd<'_>) -> io::Result<u32> {
     Ok(info[1])
 }
 
-/// Whether an object is still there. False if this process may not know, which takes CAP_SYS_ADMIN.
+/// Tells whether an object still exists. False without CAP_SYS_ADMIN, which the look-up needs.
 pub(in super::super) fn exists(object: Object) -> bool {
     let (command, number) = match object {
         Object::Program(number) => (13, number),
