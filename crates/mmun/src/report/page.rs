@@ -228,7 +228,7 @@ fn lanes(
         .flat_map(|(mm, _)| changes[mm].iter().map(|(_, share)| *share))
         .collect();
     shares.sort_by(|a, b| b.total_cmp(a));
-    let least = shares.get(MOST_CHANGES).copied().unwrap_or(-1.0);
+    let mut chosen = Chosen::new(&shares, MOST_CHANGES);
     let drawn_lives: usize = spaces
         .iter()
         .map(|(mm, _)| lives.get(mm).map_or(0, Vec::len))
@@ -243,7 +243,10 @@ fn lanes(
             lives.len()
         };
         left_out.lives += lives.len() - most;
-        let shown: Vec<bool> = changes.iter().map(|(_, share)| *share > least).collect();
+        let shown: Vec<bool> = changes
+            .iter()
+            .map(|(_, share)| chosen.has(*share))
+            .collect();
         left_out.changes += shown.iter().filter(|shown| !**shown).count();
         let changes = changes.into_iter().map(|(changed, _)| changed).collect();
         Material {
@@ -256,6 +259,43 @@ fn lanes(
         .lane(most, strings)
     };
     spaces.into_iter().map(lane).collect()
+}
+
+/// The heaviest of many weights. Of those that are as heavy as the lightest chosen one, an even
+/// selection: a loop makes thousands of calls that weigh the same.
+struct Chosen {
+    least: f64,
+    /// How many weigh `least`, how many of these are chosen, and how many were asked about.
+    equal: usize,
+    room: usize,
+    asked: usize,
+}
+
+impl Chosen {
+    /// At most `most` of `weights`, which are sorted, the heaviest first.
+    fn new(weights: &[f64], most: usize) -> Chosen {
+        let least = weights.get(most).copied().unwrap_or(-1.0);
+        let heavier = weights.iter().take_while(|weight| **weight > least);
+        let heavier = heavier.count();
+        let rest = weights[heavier..].iter();
+        let equal = rest.take_while(|weight| **weight == least).count();
+        Chosen {
+            least,
+            equal,
+            room: most.saturating_sub(heavier),
+            asked: 0,
+        }
+    }
+
+    /// Asked once about each weight.
+    fn has(&mut self, weight: f64) -> bool {
+        if weight != self.least {
+            return weight > self.least;
+        }
+        let before = self.asked * self.room / self.equal.max(1);
+        self.asked += 1;
+        self.asked * self.room / self.equal.max(1) != before
+    }
 }
 
 fn is_drawn(changed: &Changed) -> bool {
@@ -348,5 +388,24 @@ mod tests {
             (STYLE_HASH, SCRIPT_HASH),
             (hash(STYLE).as_str(), hash(SCRIPT).as_str())
         );
+    }
+
+    #[test]
+    fn of_equal_weights_an_even_selection_is_chosen() {
+        let chosen = |weights: &[f64], most| -> Vec<usize> {
+            let mut sorted = weights.to_vec();
+            sorted.sort_by(|a, b| b.total_cmp(a));
+            let mut chosen = Chosen::new(&sorted, most);
+            (0..weights.len())
+                .filter(|index| chosen.has(weights[*index]))
+                .collect()
+        };
+        assert_eq!(chosen(&[1.0; 8], 4), [1, 3, 5, 7]);
+        // Two that are heavier, and every other of the four that are equal.
+        let mixed = [1.0, 5.0, 1.0, 1.0, 2.0, 0.0, 1.0];
+        assert_eq!(chosen(&mixed, 4), [1, 2, 4, 6]);
+        assert_eq!(chosen(&[1.0, 2.0], 4), [0, 1]);
+        assert_eq!(chosen(&[0.0, 0.0], 2), [0, 1]);
+        assert!(chosen(&[0.0, 0.0], 0).is_empty());
     }
 }

@@ -137,3 +137,23 @@ fn without_proc_nothing_is_said_to_be_zero() {
     assert!(said.contains("mmun: /proc did not show "), "{said}");
     assert!(said.contains("could not be measured"), "{said}");
 }
+
+#[test]
+fn a_proc_of_another_pid_namespace_is_said_to_be_one() {
+    if !require(Cap::MountNamespace) {
+        return;
+    }
+    let run = |options: &[&str]| {
+        let mut command = Command::new("unshare");
+        command
+            .args(options)
+            .arg(env!("CARGO_BIN_EXE_mmun"))
+            .args(["trace", "-o", "/dev/null", "true"])
+            .stderr(std::process::Stdio::piped());
+        let output = stopping_all("mmun trace", command);
+        assert!(output.status.success(), "{output:?}");
+        text(&output.stderr).to_owned()
+    };
+    assert!(run(&["--pid", "--fork"]).contains("another pid namespace's"));
+    assert_eq!(run(&["--pid", "--fork", "--mount-proc"]), "");
+}
