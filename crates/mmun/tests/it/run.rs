@@ -237,7 +237,7 @@ fn a_shell_with_a_terminal_notices_the_stop_and_continues_both() {
         println!("SKIP: there is no /dev/tty");
         return;
     }
-    // A terminal of its own, whose reader is done when nobody has it any more.
+    // A terminal of its own, whose reader is done when no process has it any more.
     const TERMINAL: &str =
         "import os, pty, sys\nsys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))";
     let job = format!(
