@@ -340,18 +340,31 @@ fn ranges_are_handed_on_in_order_by_each_thread_that_looks() {
     assert_eq!(told, pages);
 }
 
+/// Holds up the thread that is told of a change at an address, while the lock is held.
+struct Slow {
+    at: u64,
+    turn: std::sync::Mutex<()>,
+}
+
+impl Slow {
+    fn registered(at: u64) -> mmu_notifier::Registration<Slow> {
+        let turn = std::sync::Mutex::new(());
+        mmu_notifier::Registration::new(&current(), Slow { at, turn }).expect("outside of brackets")
+    }
+}
+
+impl mmu_notifier::Notifier for Slow {
+    fn invalidate_range_start(&self, range: &mmu_notifier::InvalidateRange<'_>) {
+        if range.range().start().get() == self.at {
+            drop(self.turn.lock());
+        }
+    }
+}
+
 #[test]
 fn a_full_ring_is_a_loss_and_a_loss_is_everything() {
     if !require(Cap::Bpf) {
         return;
-    }
-    struct Slow(std::sync::Mutex<()>);
-    impl mmu_notifier::Notifier for Slow {
-        fn invalidate_range_start(&self, range: &mmu_notifier::InvalidateRange<'_>) {
-            if range.range().start().get() == AT {
-                drop(self.0.lock());
-            }
-        }
     }
     const AT: u64 = 0x5200_0000_0000;
     let kernel = Kernel::rehearse(4096).expect("BPF is there");
@@ -359,9 +372,8 @@ fn a_full_ring_is_a_loss_and_a_loss_is_everything() {
     let _armed = kernel.arm(whole).expect("armed");
     let log = Log::about(&current(), whole);
     // A subscriber holds up the thread that drains, the source's own thread included.
-    let slow = mmu_notifier::Registration::new(&current(), Slow(std::sync::Mutex::new(())))
-        .expect("outside of brackets");
-    let held = slow.0.lock().expect("no panic");
+    let slow = Slow::registered(AT);
+    let held = slow.turn.lock().expect("no panic");
     let mut made = 0;
     while made < 1_000 || kernel.lost() == 0 {
         let at = AT + made % 256 * 4096;
@@ -384,14 +396,6 @@ fn a_watch_that_is_renewed_after_a_loss_is_touched_by_the_next_change() {
     if !require(Cap::Bpf) {
         return;
     }
-    struct Slow(std::sync::Mutex<()>);
-    impl mmu_notifier::Notifier for Slow {
-        fn invalidate_range_start(&self, range: &mmu_notifier::InvalidateRange<'_>) {
-            if range.range().start().get() == ELSEWHERE {
-                drop(self.0.lock());
-            }
-        }
-    }
     const AT: u64 = 0x5500_0000_0000;
     const ELSEWHERE: u64 = AT + (1 << 19);
     let kernel = Kernel::rehearse(4096).expect("BPF is there");
@@ -401,9 +405,8 @@ fn a_watch_that_is_renewed_after_a_loss_is_touched_by_the_next_change() {
     let mut watch = kernel.watch(page).expect("watched");
     let change = |at| kernel.inject(at, at + 4096).expect("it runs");
     // A subscriber holds up the source's own thread: no thread but this one takes events in.
-    let slow = mmu_notifier::Registration::new(&current(), Slow(std::sync::Mutex::new(())))
-        .expect("outside of brackets");
-    let held = slow.0.lock().expect("no panic");
+    let slow = Slow::registered(ELSEWHERE);
+    let held = slow.turn.lock().expect("no panic");
     for _ in 0..8 {
         change(ELSEWHERE);
         change(ELSEWHERE);
