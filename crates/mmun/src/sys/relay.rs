@@ -88,23 +88,24 @@ pub(crate) fn stop() {
 /// Any other parent does not notice that this process is stopped. It would stay stopped, because a
 /// stopped process cannot see its program go on.
 pub(crate) fn is_foreground_job() -> bool {
-    let own = Some(rustix::process::getpid());
-    let is_led = Some(rustix::process::getpgrp()) == own;
-    if !is_led || leads_session() {
+    let own = std::process::id() as i32;
+    // SAFETY: it has no arguments. 0: the leader is in another pid namespace, and rustix's function
+    // takes that for impossible.
+    let group = unsafe { libc::getpgrp() };
+    if group != own || leads_session() {
         return false;
     }
     let Ok(terminal) = std::fs::File::open("/dev/tty") else {
         return false;
     };
-    // SAFETY: it takes a descriptor, which is open.
-    let group = unsafe { libc::tcgetpgrp(terminal.as_raw_fd()) };
-    // -1: the terminal has hung up.
-    group > 0 && rustix::process::Pid::from_raw(group) == own
+    // SAFETY: it takes a descriptor, which is open. -1: the terminal has hung up.
+    unsafe { libc::tcgetpgrp(terminal.as_raw_fd()) == own }
 }
 
 /// A leader of a session was started by a terminal, a container or `setsid`, and by no shell.
 fn leads_session() -> bool {
-    rustix::process::getsid(None).ok() == Some(rustix::process::getpid())
+    // SAFETY: it takes a number. 0: the leader is in another pid namespace, see above.
+    unsafe { libc::getsid(0) == std::process::id() as i32 }
 }
 
 /// No signal is handed on any more: the program has ended, and once it is waited for, its number

@@ -35,6 +35,28 @@ fn it_ends_as_the_program_did() {
 }
 
 #[test]
+fn it_runs_where_the_session_is_of_another_pid_namespace() {
+    if !require(Cap::MountNamespace) {
+        return;
+    }
+    // `unshare` stays outside, and it or its caller leads the session and the group.
+    let mut command = by_default("unshare");
+    command
+        .args(["--pid", "--fork", "--mount-proc"])
+        .args([
+            env!("CARGO_BIN_EXE_mmun"),
+            "run",
+            "--",
+            "sh",
+            "-c",
+            "(kill -STOP $$; kill -CONT $$) & wait; exit 7",
+        ])
+        .env("MMUN_DROPIN", dropin());
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(7), "{}", text(&output.stderr));
+}
+
+#[test]
 fn a_program_that_cannot_be_run_is_said_in_one_line() {
     for (program, code) in [("/nonexistent", 127), ("/etc/passwd", 126)] {
         for option in ["--source=auto", "--no-report"] {
