@@ -107,6 +107,8 @@ mod maps;
 mod page;
 #[cfg(feature = "process")]
 pub mod process;
+#[cfg(feature = "process")]
+mod procfs;
 mod queue;
 mod ranges;
 mod sources;

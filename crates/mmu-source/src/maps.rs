@@ -37,7 +37,7 @@ pub(crate) enum Kind {
 pub(crate) fn read(tid: libc::pid_t) -> io::Result<Vec<Mapping>> {
     // The file tells no size; with room from the start it is read a page at a time.
     let mut text = Vec::with_capacity(1 << 16);
-    File::open(format!("/proc/{tid}/maps"))?.read_to_end(&mut text)?;
+    File::open(crate::procfs::of(tid, "maps")?)?.read_to_end(&mut text)?;
     Ok(text
         .split(|byte| *byte == b'\n')
         .filter_map(parse)

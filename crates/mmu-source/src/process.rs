@@ -52,6 +52,7 @@ mod tracer;
 use crate::maps;
 
 pub use crate::Error;
+pub use crate::procfs::proc_is_foreign;
 pub use command::Command;
 pub use current::{Current, current};
 pub use kinds::{ExitStatus, Pid, Registers, Task};

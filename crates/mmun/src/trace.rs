@@ -184,10 +184,9 @@ enum Never {}
 /// Runs the plan to its end. A keeper comes back if tracees live on that cannot be without a
 /// tracer.
 fn trace(mut plan: Plan, front: Option<rustix::process::Pid>) -> (Outcome, Option<Keeper>) {
-    let own = std::process::id().to_string();
-    if std::fs::read_link("/proc/self").is_ok_and(|shown| shown != Path::new(&own)) {
+    if mmu_source::process::proc_is_foreign() {
         complain(
-            "/proc is another pid namespace's, so names and details are other processes': mount one of this namespace (unshare --mount-proc)",
+            "/proc is another pid namespace's, so names and details are not known: mount one of this namespace (unshare --mount-proc)",
         );
     }
     if plan.settings.details {

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::Read as _;
 
-use mmu_source::process::{Pid, Task};
+use mmu_source::process::{Pid, Task, proc_is_foreign};
 
 use crate::record::Kind;
 
@@ -65,14 +65,17 @@ impl Who {
     }
 }
 
+/// The name of a file of `/proc` that tells about a task; `None` if `/proc` is another pid
+/// namespace's, where the number is another task's.
+pub(crate) fn shown(tid: Pid, file: &str) -> Option<String> {
+    (!proc_is_foreign()).then(|| format!("/proc/{tid}/{file}"))
+}
+
 /// The kernel's name of a task; `None` if the task is gone. What is not printable is escaped.
 fn read(tid: Pid) -> Option<String> {
     // One read has all of it: a task is made for each command of a shell.
     let mut name = [0; 64];
-    let count = File::open(format!("/proc/{tid}/comm"))
-        .ok()?
-        .read(&mut name)
-        .ok()?;
+    let count = File::open(shown(tid, "comm")?).ok()?.read(&mut name).ok()?;
     let name = &name[..count];
     let name = String::from_utf8_lossy(name.strip_suffix(b"\n").unwrap_or(name));
     Some(if name.chars().any(char::is_control) {
@@ -85,7 +88,7 @@ fn read(tid: Pid) -> Option<String> {
 /// The file that a process runs; `None` if it is gone or may not be asked.
 pub(crate) fn program(pid: Pid) -> Option<String> {
     Some(
-        fs::read_link(format!("/proc/{pid}/exe"))
+        fs::read_link(shown(pid, "exe")?)
             .ok()?
             .to_string_lossy()
             .into_owned(),

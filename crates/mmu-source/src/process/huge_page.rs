@@ -4,13 +4,14 @@ use std::ffi::CString;
 use std::{fs, io};
 
 use super::{Pid, sys};
+use crate::procfs;
 
 /// The size of the pages of a file that task `tid` has open, if they are huge.
 ///
 /// # Errors
 /// If the task's descriptors cannot be read.
 pub(super) fn of(tid: Pid, fd: i32) -> io::Result<Option<u64>> {
-    let path = CString::new(format!("/proc/{tid}/fd/{fd}"))?;
+    let path = CString::new(procfs::of(tid, &format!("fd/{fd}"))?)?;
     match sys::huge_page(&path) {
         // The descriptors can be read and there is no such one: the call will be refused.
         Err(_) if fs::exists(format!("/proc/{tid}/fd/.")).unwrap_or(false) => Ok(None),

@@ -1,20 +1,21 @@
 //! What `/proc` tells about a task, the maps apart.
 //!
-//! `/proc` may say nothing: it is not mounted, hides other users' processes (`hidepid`), or the
-//! task is not dumpable. Every function here returns `None` or an error for "not known", which no
-//! caller may take for "no".
+//! `/proc` may say nothing: it is not mounted, is another pid namespace's, hides other users'
+//! processes (`hidepid`), or the task is not dumpable. Every function here returns `None` or an
+//! error for "not known", which no caller may take for "no".
 
 use std::path::PathBuf;
 use std::{fs, io};
 
 use super::Pid;
 use crate::fields::field;
+use crate::procfs::{self, proc_is_foreign};
 use crate::ranges::is_self_pidfd;
 
 /// Reads one field of `/proc/TID/status`.
 fn status_field(tid: Pid, name: &str) -> Option<String> {
     field(
-        &fs::read_to_string(format!("/proc/{tid}/status")).ok()?,
+        &fs::read_to_string(procfs::of(tid, "status").ok()?).ok()?,
         name,
     )
     .map(str::to_owned)
@@ -22,7 +23,7 @@ fn status_field(tid: Pid, name: &str) -> Option<String> {
 
 /// The process a task belongs to, and that process's parent.
 pub(super) fn family(tid: Pid) -> Option<(Pid, Pid)> {
-    let text = fs::read_to_string(format!("/proc/{tid}/status")).ok()?;
+    let text = fs::read_to_string(procfs::of(tid, "status").ok()?).ok()?;
     Some((
         field(&text, "Tgid")?.parse().ok()?,
         field(&text, "PPid")?.parse().ok()?,
@@ -62,6 +63,9 @@ pub(super) fn traces(tracer: Pid, pid: Pid) -> bool {
 
 /// Tells whether `tracer` traces any task at all. It looks through all of `/proc`.
 pub(super) fn has_tracees(tracer: Pid) -> Option<bool> {
+    if proc_is_foreign() {
+        return None;
+    }
     let entries = fs::read_dir("/proc").ok()?;
     let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
     let found = pids
@@ -91,7 +95,7 @@ pub(super) fn has_ended(tid: Pid) -> Option<bool> {
 
 /// The threads of a process.
 pub(super) fn threads(pid: Pid) -> io::Result<Vec<Pid>> {
-    let entries = fs::read_dir(format!("/proc/{pid}/task"))?;
+    let entries = fs::read_dir(procfs::of(pid, "task")?)?;
     Ok(entries
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
         .collect())
@@ -104,7 +108,7 @@ pub(super) fn shares_pid_namespace(tid: Pid) -> Option<bool> {
 }
 
 fn pid_namespace(tid: Pid) -> Option<PathBuf> {
-    fs::read_link(format!("/proc/{tid}/ns/pid")).ok()
+    fs::read_link(procfs::of(tid, "ns/pid").ok()?).ok()
 }
 
 /// Resolves a pidfd of task `tid` to the process or thread it names.
@@ -114,7 +118,10 @@ pub(super) fn pidfd_target(tid: Pid, fd: i32) -> Named {
     if is_self_pidfd(fd) {
         return Named::Task(tid);
     }
-    match fs::read_to_string(format!("/proc/{tid}/fdinfo/{fd}")) {
+    let Ok(name) = procfs::of(tid, &format!("fdinfo/{fd}")) else {
+        return Named::Anyone;
+    };
+    match fs::read_to_string(name) {
         // No pidfd, or one of a process that has ended or that this namespace has no number for.
         Ok(text) => match field(&text, "Pid").and_then(|pid| pid.parse().ok()) {
             Some(pid) if pid > 0 => Named::Task(pid),
@@ -180,7 +187,7 @@ pub(super) fn named_by(tid: Pid, number: Pid, candidates: impl Iterator<Item = P
 /// `brk`, mm/mmap.c: the start of the heap, or the end of the data where the kernel is built for
 /// old programs.
 pub(super) fn lowest_break(tid: Pid) -> Option<u64> {
-    lowest_break_in(&fs::read_to_string(format!("/proc/{tid}/stat")).ok()?)
+    lowest_break_in(&fs::read_to_string(procfs::of(tid, "stat").ok()?).ok()?)
 }
 
 /// The second column is a name in parentheses. `end_data` and `start_brk` are columns 46 and 47; to
@@ -193,7 +200,7 @@ fn lowest_break_in(stat: &str) -> Option<u64> {
 
 /// The size of a SysV shared memory segment, if task `tid` shares this process's IPC namespace.
 pub(super) fn segment_size(tid: Pid, id: i32) -> Option<u64> {
-    if fs::read_link(format!("/proc/{tid}/ns/ipc")).ok()?
+    if fs::read_link(procfs::of(tid, "ns/ipc").ok()?).ok()?
         != fs::read_link("/proc/self/ns/ipc").ok()?
     {
         return None;

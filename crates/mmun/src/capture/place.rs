@@ -9,6 +9,7 @@ use rustix::param::page_size;
 
 use super::ioctl::{self, IS_FILE, IS_HUGE, IS_PRESENT, IS_SWAPPED, IS_ZERO, Vma, Which};
 use crate::record::Pages;
+use crate::who::shown;
 
 /// Two files of one address space. They stay those of this address space also when its task
 /// executes another program.
@@ -35,8 +36,8 @@ impl Place {
     /// `None` if the task is gone or may not be asked.
     pub(crate) fn of(tid: Pid) -> Option<Place> {
         Some(Place {
-            maps: File::open(format!("/proc/{tid}/maps")).ok()?,
-            pagemap: File::open(format!("/proc/{tid}/pagemap")).ok()?,
+            maps: File::open(shown(tid, "maps")?).ok()?,
+            pagemap: File::open(shown(tid, "pagemap")?).ok()?,
             old_maps: false,
             old_pagemap: false,
         })

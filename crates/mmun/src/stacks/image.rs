@@ -21,6 +21,7 @@ use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 use super::bounded::{Links, Reader, Source, regular};
 use crate::capture::ioctl::Vma;
+use crate::who::shown;
 
 /// All files met so far.
 #[derive(Debug, Default)]
@@ -129,8 +130,8 @@ impl Images {
             name.to_owned()
         };
         let (segments, sections) = (Vec::new(), Sections::default());
-        let user = fs::metadata(format!("/proc/{pid}")).map(|about| about.uid());
-        let user = user.ok();
+        let user = shown(pid, ".").and_then(|name| fs::metadata(name).ok());
+        let user = user.map(|about| about.uid());
         self.push(Image {
             path,
             content: Content::Anonymous { pid, begin, user },
@@ -233,8 +234,8 @@ fn from_memory(vma: &Vma, current: &Current) -> Option<Content> {
 /// The file itself, also if it has been deleted; without the right to that, the file of that name,
 /// if it is the same.
 fn from_file(vma: &Vma, pid: Pid) -> Option<Content> {
-    let link = format!("/proc/{pid}/map_files/{:x}-{:x}", vma.start, vma.end);
-    let name = format!("/proc/{pid}/root{}", vma.name);
+    let link = shown(pid, &format!("map_files/{:x}-{:x}", vma.start, vma.end))?;
+    let name = shown(pid, &format!("root{}", vma.name))?;
     let direct = regular(Path::new(&link), Links::Follow);
     let file = direct.or_else(|| regular(Path::new(&name), Links::Refuse))?;
     let metadata = file.metadata().ok()?;

@@ -115,7 +115,12 @@ fn without_proc_nothing_is_said_to_be_zero() {
     let copy = Public::new();
     let mut command = Command::new("unshare");
     command
-        .args(["-m", "sh", "-c", "umount -l /proc && exec \"$0\" \"$@\""])
+        .args([
+            "-m",
+            "sh",
+            "-c",
+            "mount -t tmpfs none /proc && exec \"$0\" \"$@\"",
+        ])
         .arg(copy.mmun())
         .args(["trace", "--summary-only", "--", "sh", "-c", ":"])
         .stderr(std::process::Stdio::piped());
@@ -148,10 +153,11 @@ fn a_proc_of_another_pid_namespace_is_said_to_be_one() {
         command
             .args(options)
             .arg(env!("CARGO_BIN_EXE_mmun"))
-            .args(["trace", "-o", "/dev/null", "true"])
+            .args(["trace", "-o", "/dev/null", "sh", "-c", FORKS])
             .stderr(std::process::Stdio::piped());
         let output = stopping_all("mmun trace", command);
         assert!(output.status.success(), "{output:?}");
+        assert_eq!(text(&output.stdout), "40\n40\n40\n40\n");
         text(&output.stderr).to_owned()
     };
     assert!(run(&["--pid", "--fork"]).contains("another pid namespace's"));

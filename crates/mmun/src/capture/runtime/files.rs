@@ -6,6 +6,8 @@ use std::os::unix::fs::FileExt;
 
 use mmu_source::process::{Pid, Task};
 
+use crate::who::shown;
+
 /// How many files are kept open; a task that makes calls opens its own again.
 const MOST_OPEN: usize = 256;
 
@@ -34,7 +36,7 @@ impl Files {
             if self.open.len() >= MOST_OPEN {
                 self.open.clear();
             }
-            let file = File::open(format!("/proc/{pid}/task/{tid}/{}", self.name)).ok()?;
+            let file = File::open(shown(pid, &format!("task/{tid}/{}", self.name))?).ok()?;
             self.open.insert(tid, file);
         }
         let mut text = [0; 1024];
