@@ -4,20 +4,20 @@ use crate::fork::{keep, marks, space};
 use mmu_notifier::MmWithUser;
 use std::sync::atomic::Ordering;
 
-/// Returns the address space of this process: the one that the sources of this process (`kernel`,
-/// `uffd`, hooks) feed.
+/// Returns the address space of this process, on which its sources (`kernel`, `uffd`, `hook`) open
+/// their brackets.
 ///
-/// It is made on first use and never exits. The child of a fork has an address space of its own:
-/// the first use there makes a fresh one, which has no subscribers, as the kernel does.
-/// Subscriptions that the child has inherited belong to its parent's address space and hear nothing
-/// any more. A child of `vfork` shares its parent's.
+/// The address space is made on first use and never exits. As in the kernel, the child of a fork
+/// has an address space of its own: the first use in the child makes one without subscribers.
+/// Subscriptions that the child inherits belong to the parent's address space and receive no
+/// callbacks in the child. A `vfork` child shares the address space of its parent.
 ///
 /// # What a callback must not do
-/// A callback on this address space may run in the middle of `malloc` or `free`, with the
-/// allocator's locks held. So it must not allocate, free, print, or lock what is held elsewhere
-/// while allocating: [`Notifier`](mmu_notifier::Notifier) has the rule, `examples/own_process.rs`
-/// is a complete program that keeps it, and [`CheckedAlloc`](mmu_notifier::lockdep::CheckedAlloc)
-/// finds a mistake at the first call.
+/// A callback on this address space may run in the middle of `malloc` or `free`, while the thread
+/// holds the allocator's locks. So it must not allocate, free or print, and must not take a lock
+/// whose holder may allocate. [`Notifier`](mmu_notifier::Notifier) states the rule,
+/// `examples/own_process.rs` is a complete program that follows it, and
+/// [`CheckedAlloc`](mmu_notifier::lockdep::CheckedAlloc) detects a violation at the first call.
 ///
 /// # Blocking
 /// No. The first use allocates.
@@ -31,7 +31,7 @@ pub fn current() -> MmWithUser {
     current_ref().clone()
 }
 
-/// Returns the address space of this process, without counting: it lasts as long as the process.
+/// Returns the address space of this process by reference: it lives as long as the process.
 ///
 /// # Blocking
 /// No. The first use allocates.
@@ -41,8 +41,9 @@ pub fn current_ref() -> &'static MmWithUser {
 
 /// Returns the address space of this process if it has been made. Never allocates.
 ///
-/// If it has not, there are no subscribers. (A source must still make sure that it is made before
-/// the first change that has to be told: a client may subscribe while the change is under way.)
+/// If it has not been made, there are no subscribers. A source must still make it before the first
+/// change that the source has to report, because a client may subscribe while the change is under
+/// way.
 #[inline]
 pub fn current_if_made() -> Option<&'static MmWithUser> {
     // ORDER(source-space): Acquire, for the content. Partner: the store in `make`.
@@ -51,8 +52,8 @@ pub fn current_if_made() -> Option<&'static MmWithUser> {
 
 #[cold]
 fn make() -> &'static MmWithUser {
-    // Under a lock, so that no second one is made in vain: it could not be dropped here, where the
-    // caller must not wait.
+    // The lock ensures that only one address space is made. A second one would have to be dropped
+    // here, and that drop may wait, which the caller must not do.
     marks().make.with(|| {
         current_if_made().unwrap_or_else(|| {
             let made = keep(MmWithUser::new());

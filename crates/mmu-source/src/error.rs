@@ -6,7 +6,7 @@ use std::fmt;
 use std::io;
 use std::path::Path;
 
-/// Why a source could not do what it was asked.
+/// Why a source failed to do what the caller asked.
 ///
 /// [`Error::hint`] says what usually helps.
 #[derive(Debug)]
@@ -17,42 +17,42 @@ pub enum Error {
     Exec {
         /// The program as it was given.
         program: OsString,
-        /// What `execve` answered.
+        /// The error of `execve`.
         source: io::Error,
     },
-    /// The new process could not be set up before its program ran: `EAGAIN` if there are too many,
-    /// `EPERM` if tracing it is refused, `ENOENT` if its working directory does not exist.
+    /// The new process could not be set up before its program ran: `EAGAIN` if the limit of
+    /// processes is reached, `EPERM` if tracing is refused, `ENOENT` if the working directory does
+    /// not exist.
     Spawn {
         /// The call that failed.
         call: &'static str,
-        /// What it answered.
+        /// The error of that call.
         source: io::Error,
     },
-    /// A process could not be attached to: `ESRCH` if there is none, `EPERM` if it is refused or
-    /// traced already.
+    /// Attaching to a process failed: `ESRCH` if the process does not exist, `EPERM` if tracing is
+    /// refused or the process already has a tracer.
     Attach {
         /// The process as it was given.
         pid: i32,
-        /// What the kernel answered.
+        /// The kernel's error.
         source: io::Error,
     },
     /// A call on a tracee failed for a reason other than its death.
     Kernel {
         /// The call that failed.
         call: &'static str,
-        /// The task it was about, if about one.
+        /// The task that the call was made on, if any.
         tid: Option<i32>,
-        /// What the kernel answered.
+        /// The kernel's error.
         source: io::Error,
     },
-    /// The machine, or the rights of this process, lack something without which the source cannot
-    /// start.
+    /// The source cannot start, because the machine or this process's privileges lack something.
     Unavailable {
         /// The source: `kernel`, `uffd`, `hook`.
         source: &'static str,
         /// What is missing.
         missing: String,
-        /// The one command that would grant it.
+        /// A command that provides what is missing.
         remedy: String,
     },
     /// A range could not be armed.
@@ -61,21 +61,21 @@ pub enum Error {
         call: &'static str,
         /// The range as it was given.
         range: VaRange,
-        /// What the kernel answered.
+        /// The kernel's error.
         source: io::Error,
     },
-    /// The handle was made before a fork, and this is the child: the source watches the parent. The
-    /// child starts its own.
+    /// The handle was made before a fork, and the caller is the child. The source watches the
+    /// parent; the child must start a source of its own.
     AfterFork {
         /// The source.
         source: &'static str,
     },
-    /// The call would wait for the callback that made it.
+    /// The call was made in a callback and would wait for that same callback.
     InCallback {
         /// The source.
         source: &'static str,
     },
-    /// This kernel or this processor lacks something without which the source cannot work.
+    /// The source cannot work here, because the kernel or the processor lacks something.
     Unsupported {
         /// What is missing.
         what: &'static str,
@@ -169,7 +169,7 @@ impl std::error::Error for Error {
     }
 }
 
-/// Tells whether this thread is known to be traced.
+/// Tells whether this thread is traced, as far as `/proc` can be read.
 fn is_traced() -> bool {
     let status = std::fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
     status.lines().any(|line| {
@@ -178,8 +178,8 @@ fn is_traced() -> bool {
     })
 }
 
-/// What a call lacked that failed for want of descriptors or memory, which says nothing about the
-/// kernel's version or this process's rights: what is missing, and the command that helps.
+/// If a call failed because descriptors or memory ran out, returns what is missing and the command
+/// that helps. Such a failure says nothing about the kernel's version or the process's privileges.
 pub(crate) fn exhausted(error: &io::Error) -> Option<(String, String)> {
     let (missing, remedy) = match error.raw_os_error()? {
         libc::EMFILE => (
@@ -196,7 +196,7 @@ pub(crate) fn exhausted(error: &io::Error) -> Option<(String, String)> {
     Some((format!("{missing}: {error}"), remedy.to_owned()))
 }
 
-/// The command that gives the running program capabilities, ready to be typed.
+/// Returns the shell command that grants capabilities to the running program.
 pub(crate) fn setcap(capabilities: &str) -> String {
     let program = std::env::current_exe().unwrap_or_else(|_| "PROGRAM".into());
     let quoted = program.to_string_lossy().replace('\'', r"'\''");

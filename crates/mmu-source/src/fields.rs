@@ -1,6 +1,6 @@
-//! The kernel's descriptions in `/proc`: lines of the form `name: value`.
+//! Fields of the kernel's text files in `/proc`, one `name: value` a line.
 
-/// Returns the value of the line of that name.
+/// Returns the value of the field `name`.
 pub(crate) fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
     let line = text
         .lines()

@@ -1,19 +1,20 @@
-//! Words that are zero again in the child of a fork.
+//! State that is zero again in the child of a fork.
 //!
-//! What a source keeps about *this* address space (its `Mm`, its file descriptors, its counters)
-//! means nothing in the child of a fork. A handler of `pthread_atfork` misses `_Fork` and raw
-//! `clone` calls, and asking for the pid is a system call. So the words lie in a page that the
-//! kernel itself wipes when it copies the address space, and only then: a `vfork` child and a
-//! thread share the memory, and see them.
+//! What a source keeps about one address space (its `Mm`, its file descriptors, its counters) is
+//! wrong in the child of a fork. A `pthread_atfork` handler would reset it, but `_Fork` and raw
+//! `clone` calls do not run such handlers. Comparing the pid would cost a system call at each use.
+//! So the state lies in a page with `MADV_WIPEONFORK`: the kernel zeroes the page in the copy when
+//! it copies the address space. A thread or a `vfork` child shares the memory of its parent and
+//! sees the page unchanged.
 //!
 //! # Safety
-//! This module makes the page and hands out references into it. The page is mapped for ever,
-//! writable, zeroed by the kernel and aligned for any word; it is only ever touched as the atomics
-//! of [`Marks`].
+//! This module maps the page and hands out references into it. The page is never unmapped. It is
+//! writable, the kernel has zeroed it, and it is aligned for any type. It is accessed only as the
+//! atomics of [`Marks`].
 //!
-//! A lock that a thread holds while another one forks is held in the child for ever. So what a
-//! child may need as well, to start a source of its own, is guarded by a lock in that page, or by
-//! one that each address space makes anew.
+//! If a thread holds a lock while another thread forks, the lock stays locked in the child for
+//! ever. So the locks that a child needs for starting its own source lie in this page, or are made
+//! anew for each address space.
 
 #![allow(unsafe_code, reason = "maps the one page; see its Safety section")]
 
@@ -24,46 +25,46 @@ use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-/// The words.
+/// The content of the page.
 #[derive(Debug)]
 #[repr(C)]
 pub(crate) struct Marks {
     /// The address of this process's `MmWithUser`.
     pub(crate) space: AtomicPtr<mmu_notifier::MmWithUser>,
-    /// Held while the target of one of these words is made.
+    /// Held while the target of one of these pointers is made.
     pub(crate) make: Lock,
-    /// Counts up to tell one address space of a family of forks from the next: nonzero where a
-    /// source was started.
+    /// Identifies this address space among the forks of one program. Zero until a source is
+    /// started.
     pub(crate) alive: AtomicU64,
-    /// The running source of this address space. Its lock is made anew for each address space, so a
+    /// The running source of this address space. Each address space makes its own mutex, so a
     /// thread of the parent cannot have left it locked.
     pub(crate) kernel: AtomicPtr<Running>,
     pub(crate) uffd: AtomicPtr<Running>,
-    /// What marks the watches of this address space.
+    /// The subscriber that marks the watches of this address space.
     pub(crate) brackets: AtomicPtr<Running>,
-    /// Held while the hook finds out what is to be patched.
+    /// Held while the hook searches for the instructions to patch.
     pub(crate) hook_plan: Lock,
     /// Held while the hook patches.
     pub(crate) hook_patch: Lock,
 }
 
-/// The running source, as long as a handle of it exists. Its type is not known here, because the
-/// sources lie above this module.
+/// The running source, as long as a handle of it exists. The type is erased, because the sources
+/// lie above this module.
 pub(crate) type Running = Mutex<Weak<dyn Any + Send + Sync>>;
 
 static PAGE: AtomicPtr<Marks> = AtomicPtr::new(ptr::null_mut());
 
-/// Returns the words of this address space.
+/// Returns the page of this address space.
 ///
 /// # Panics
-/// If not even one page can be mapped.
+/// If the page cannot be mapped.
 #[inline]
 pub(crate) fn marks() -> &'static Marks {
-    // ORDER(source-marks): Acquire, for the page's mapping by another thread. Partner: the exchange
-    // in `map`.
+    // ORDER(source-marks): Acquire: another thread's mapping of the page happens before its use
+    // here. Partner: the exchange in `map`.
     let page = PAGE.load(Ordering::Acquire);
-    // SAFETY: a dereference needs a live, initialised `Marks`: `PAGE` is null or what `map` made,
-    // which is never unmapped, and zeroes are a valid `Marks`.
+    // SAFETY: a dereference needs a live, initialised `Marks`. `PAGE` is null or the page that
+    // `map` mapped. That page is never unmapped, and zeroes are a valid `Marks`.
     unsafe { page.as_ref() }.unwrap_or_else(map)
 }
 
@@ -73,26 +74,29 @@ fn map() -> &'static Marks {
         libc::PROT_READ | libc::PROT_WRITE,
         libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
     );
-    // SAFETY: a new mapping where the kernel likes; nothing of ours is touched.
+    // SAFETY: the kernel chooses the address of the new mapping, so no existing memory changes.
     let page = unsafe { libc::mmap(ptr::null_mut(), 4096, protection, flags, -1, 0) };
     assert_ne!(page, libc::MAP_FAILED, "one page can be mapped");
-    // SAFETY: the advice is on the page just mapped and changes its inheritance only.
+    // SAFETY: the advice changes only how a fork copies the page mapped above.
     let wiped = unsafe { libc::madvise(page, 4096, libc::MADV_WIPEONFORK) } == 0;
     let page = page.cast::<Marks>();
-    // ORDER(source-marks): Release for the mapping and its advice, Acquire for those of the thread
-    // that was first. Partner: itself, and the load in `marks`.
+    // ORDER(source-marks): Release publishes the mapping and its advice. Acquire, on failure,
+    // receives those of the thread that was first. Partner: this exchange in the other thread, and
+    // the load in `marks`.
     match PAGE.compare_exchange(ptr::null_mut(), page, Ordering::AcqRel, Ordering::Acquire) {
         Ok(_) => {
             if !wiped {
-                // Before Linux 4.14, and in some emulations of Linux: better than nothing.
-                // SAFETY: the handler is a function, and so stays.
+                // `MADV_WIPEONFORK` is missing before Linux 4.14 and in some emulations of Linux.
+                // The handler covers at least `fork`.
+                // SAFETY: `wipe` is a function of this library. If the library is unloaded, libc
+                // drops the handler.
                 unsafe { libc::pthread_atfork(None, None, Some(wipe)) };
             }
-            // SAFETY: the page was mapped above and from here on stays for ever.
+            // SAFETY: the page was mapped above and is never unmapped.
             unsafe { &*page }
         }
         Err(first) => {
-            // SAFETY: no other code has seen this page.
+            // SAFETY: `PAGE` never held this page, so no other code has a pointer into it.
             unsafe { libc::munmap(page.cast(), 4096) };
             // SAFETY: as in `marks`.
             unsafe { &*first }
@@ -100,7 +104,7 @@ fn map() -> &'static Marks {
     }
 }
 
-/// The mark of this address space, made on first use.
+/// Returns the identity of this address space, made on first use.
 pub(crate) fn mark() -> u64 {
     static NEXT: AtomicU64 = AtomicU64::new(1);
     let id = NEXT.fetch_add(1, Ordering::Relaxed);
@@ -115,7 +119,7 @@ pub(crate) fn mark() -> u64 {
 
 extern "C" fn wipe() {
     let marks = marks();
-    // ORDER: Relaxed: there is one thread in the child of a fork.
+    // ORDER: Relaxed: the child of a fork has one thread.
     marks.space.store(ptr::null_mut(), Ordering::Relaxed);
     marks.make.0.store(false, Ordering::Relaxed);
     marks.alive.store(0, Ordering::Relaxed);
@@ -126,10 +130,10 @@ extern "C" fn wipe() {
     marks.hook_patch.0.store(false, Ordering::Relaxed);
 }
 
-/// Makes what lasts as long as the process, for a word of [`marks`] to point to.
+/// Leaks `value` and returns its address, for a pointer of [`marks`].
 ///
-/// A leak checker does not look into that page, and in the child of a fork the page is empty. So a
-/// list that begins in a `static` refers to all such values, those of the parent as well.
+/// A leak checker does not scan the page of `marks`, and in the child of a fork the page is empty.
+/// So a list that starts in a `static` refers to every such value, including those of the parent.
 pub(crate) fn keep<T>(value: T) -> *mut T {
     struct Kept {
         _value: *mut (),
@@ -141,18 +145,18 @@ pub(crate) fn keep<T>(value: T) -> *mut T {
         _value: value.cast(),
         _next: ptr::null_mut(),
     }));
-    // ORDER: Relaxed: the list is never followed.
+    // ORDER: Relaxed: no code follows the list.
     let next = FIRST.swap(kept, Ordering::Relaxed);
-    // SAFETY: writing needs a live place that no other thread uses: it was made above, and no
-    // code follows the list.
+    // SAFETY: the write needs a live node that no other thread accesses. The node was made above,
+    // and no code follows the list.
     unsafe { (*kept)._next = next };
     value
 }
 
-/// Returns what `slot` of [`marks`] holds for this address space, made on first use. It lasts as
-/// long as the process.
+/// Returns the mutex that `slot` of [`marks`] points to, made on first use. It lives as long as the
+/// process.
 fn own(slot: &'static AtomicPtr<Running>) -> &'static Running {
-    // ORDER(source-running): Acquire, for the content. Partner: the store below.
+    // ORDER(source-running): Acquire, for the mutex. Partner: the store below.
     let mut made = slot.load(Ordering::Acquire);
     if made.is_null() {
         made = marks().make.with(|| {
@@ -161,20 +165,20 @@ fn own(slot: &'static AtomicPtr<Running>) -> &'static Running {
                 return first;
             }
             let made = keep(Mutex::new(Weak::<()>::new() as Weak<dyn Any + Send + Sync>));
-            // ORDER(source-running): Release for the content. Partner: the load above.
+            // ORDER(source-running): Release, for the mutex. Partner: the load above.
             slot.store(made, Ordering::Release);
             made
         });
     }
-    // SAFETY: the word comes from `keep` above, published with Release, and is never freed.
+    // SAFETY: the pointer comes from `keep` above, was published with Release, and is never freed.
     unsafe { &*made }
 }
 
-/// Returns the source of this address space that runs, or makes it, with the mark of the address
-/// space.
+/// Returns the running source of this address space. If there is none, `make` makes it from the
+/// identity of the address space.
 ///
 /// # Panics
-/// If another source has the slot.
+/// If a source of another type has the slot.
 pub(crate) fn running<T: Any + Send + Sync>(
     slot: &'static AtomicPtr<Running>,
     make: impl FnOnce(u64) -> Result<T, Error>,
@@ -191,15 +195,16 @@ pub(crate) fn running<T: Any + Send + Sync>(
     Ok(source)
 }
 
-/// A lock that is free in the child of a fork, also if it was held in the parent. It lies in
-/// [`Marks`].
+/// A spin lock in [`Marks`]. It is free in the child of a fork even if a thread of the parent held
+/// it.
 #[derive(Debug)]
 pub(crate) struct Lock(AtomicBool);
 
 impl Lock {
     /// Runs `f` while no other thread of this address space holds the lock.
     pub(crate) fn with<R>(&'static self, f: impl FnOnce() -> R) -> R {
-        // ORDER(fork-lock): Acquire, for what the last holder left. Partner: the Release in `drop`.
+        // ORDER(fork-lock): Acquire, for the writes of the last holder. Partner: the Release in
+        // `drop`.
         until(|| {
             self.0
                 .compare_exchange_weak(false, true, Ordering::Acquire, Ordering::Relaxed)
@@ -219,11 +224,11 @@ impl Drop for Held {
     }
 }
 
-/// Turns what `marks().space` holds into a reference.
+/// Turns the value of `marks().space` into a reference.
 pub(crate) fn space(
     pointer: *mut mmu_notifier::MmWithUser,
 ) -> Option<&'static mmu_notifier::MmWithUser> {
-    // SAFETY: the word is null or comes from `keep` in `current_mm`, published with Release, and is
-    // never freed.
+    // SAFETY: the pointer is null or comes from `keep` in `current_mm`. It was published with
+    // Release, and its target is never freed.
     unsafe { pointer.as_ref() }
 }

@@ -1,13 +1,16 @@
-//! The memory calls that this process makes through libc, seen by patching libc.
+//! Reports the memory calls that this process makes through libc, by patching libc.
 //!
-//! While a [`Hook`] is installed, every `munmap`, `mmap` over live memory, `mremap`, `madvise`,
+//! While a [`Hook`] is installed, each memory call through libc has a bracket around it on
+//! [`current`](crate::current). Start callbacks run in the calling thread before the call, end
+//! callbacks after it. The memory calls are `munmap`, `mmap` over live memory, `mremap`, `madvise`,
 //! `posix_madvise`, `process_madvise` on this process, `brk`, `sbrk`, `shmat` with `SHM_REMAP`,
-//! `shmdt`, `mprotect`, `pkey_mprotect` and `remap_file_pages` that goes through libc, and every
-//! `syscall(2)` with one of those numbers, has a bracket around it on [`current`](crate::current):
-//! start callbacks run in the calling thread before the call, end callbacks after it. libc's own
-//! calls count: `free` of a large block, `malloc_trim`, stacks of threads, `dlclose` in the dynamic
-//! loader. A call made by an instruction outside of libc does not, nor do changes that are no call
-//! of this process. `docs/sources.md` has the table.
+//! `shmdt`, `mprotect`, `pkey_mprotect` and `remap_file_pages`, and `syscall(2)` with one of those
+//! numbers.
+//!
+//! The hook also sees the calls that libc makes for itself: `free` of a large block, `malloc_trim`,
+//! thread stacks, `dlclose` in the dynamic loader. It does not see a system call instruction
+//! outside of libc, or a change that no call of this process makes. `docs/sources.md` has the
+//! table.
 //!
 //! # How
 //! ```text
@@ -19,43 +22,47 @@
 //!                                                 6  end callbacks
 //!  cmp $-4095, %rax <──7──  jmp   <────────────── result
 //! ```
-//! 1. glibc makes a system call by `mov $number, %eax; syscall`. That `mov` is one instruction as
-//!    long as a near jump, so a jump to a trampoline takes its place. On aarch64 a branch takes the
-//!    place of `svc #0` itself. No thread can stand inside one instruction. The page of the
-//!    instruction is replaced as a whole (`mremap` of a changed copy over it), so patching is safe
-//!    while other threads run the code.
-//! 2. The trampoline runs the replaced instruction and calls the handler. All registers that a
-//!    system call keeps are kept.
-//! 3. The handler reads the arguments of the call. If the call changes no translation, steps 4 and
-//!    6 are left out.
+//! glibc makes a system call by `mov $number, %eax; syscall`. On x86-64 a jump to the trampoline
+//! replaces that `mov`, which is as long as a near jump. On aarch64 a branch replaces `svc #0`
+//! itself. Exactly one instruction is replaced, so no thread can be in the middle of the replaced
+//! code. The hook patches a copy of the page and moves that copy over the original with `mremap`.
+//! So other threads see either the old page or the new one, and patching is safe while they run the
+//! code.
+//! 2. The trampoline runs the replaced instruction and calls the handler. It preserves all
+//!    registers that a system call preserves.
+//! 3. The handler reads the arguments of the call. If the call changes no translation, the handler
+//!    skips steps 4 and 6.
 //! 4. The start callbacks run, in the calling thread.
 //! 5. The handler makes the system call itself.
-//! 6. The end callbacks run, and `errno` is put back.
+//! 6. The end callbacks run, and the handler restores `errno`.
 //! 7. The code behind the `syscall` instruction sees the kernel's result.
 //!
-//! Another library that has patched a *function's entry* stays in place and runs first.
+//! If another library has patched the *entry of a function*, its patch stays in place and runs
+//! first.
 //!
 //! # What a callback may do
-//! It runs in whatever thread made the call, perhaps in the middle of `malloc` or `free` with the
-//! allocator's lock held, in `dlclose` with the loader's, or in a thread that is all but gone. So
-//! it must not allocate, free, load libraries, or wait for a lock whose holder may be
-//! allocating ([`CheckedAlloc`](mmu_notifier::lockdep::CheckedAlloc) finds that at the first call,
-//! `examples/own_process.rs` shows how it is done). It may subscribe to a subscription that exists,
-//! put it, map, unmap, and make any other system call; those have brackets of their own inside this
-//! one. `errno` is put back after it.
+//! A callback runs in the thread that made the call. That thread may be in `malloc` or `free` with
+//! the allocator's lock held, in `dlclose` with the loader's lock held, or at the end of its life.
+//! So a callback must not allocate, free or load libraries, and must not wait for a lock whose
+//! holder may be allocating. [`CheckedAlloc`](mmu_notifier::lockdep::CheckedAlloc) detects a
+//! violation at the first call, and `examples/own_process.rs` shows a callback that follows the
+//! rule. A callback may get a subscription that exists, put it, map, unmap, and make any other
+//! system call. Memory calls of a callback have brackets of their own, nested in this one. The
+//! handler restores `errno` after the callback.
 //!
 //! # Limits
 //! x86-64 or aarch64, with glibc. Signal handlers must not make memory calls while a hook is
 //! installed.
 //!
-//! The library with this code may be loaded by `dlopen`, and stays loaded then: `dlclose` does not
-//! unload it. Its thread-local words come from the space that glibc sets aside for such libraries
-//! (1,664 bytes for all of a process, of which `libmmun.so` takes 352 and `libmmun_dropin.so` 184);
-//! if that is used up, `dlopen` fails with "cannot allocate memory in static TLS block", and
-//! `LD_PRELOAD`, linking, or `GLIBC_TUNABLES=glibc.rtld.optional_static_tls=4096` helps. A
-//! *callback* of such a library must not use the standard library's thread-locals, because the
-//! first use in a thread may allocate. In builds with `debug_assertions`,
-//! [`lockdep`](mmu_notifier::lockdep) does: load those when the program starts.
+//! The library with this code may be loaded by `dlopen`. From then on `dlclose` does not unload it.
+//! Its thread-local variables come from the surplus that glibc reserves for such libraries: 1,664
+//! bytes a process, of which `libmmun.so` takes 352 and `libmmun_dropin.so` 184. If the surplus is
+//! used up, `dlopen` fails with "cannot allocate memory in static TLS block". Then `LD_PRELOAD`,
+//! linking, or `GLIBC_TUNABLES=glibc.rtld.optional_static_tls=4096` helps.
+//!
+//! A *callback* in a library loaded by `dlopen` must not use the standard library's thread-locals,
+//! because their first use in a thread may allocate. [`lockdep`](mmu_notifier::lockdep) uses them
+//! in builds with `debug_assertions`, so load such a build when the program starts.
 //!
 //! # Examples
 //! ```
@@ -100,34 +107,34 @@ use crate::Error;
 use crate::fork::{mark, marks};
 use std::sync::atomic::Ordering;
 
-/// The patches in libc, for as long as one of these is alive.
+/// The patches in libc. They stay installed while at least one `Hook` exists.
 ///
-/// Several share them; the last one that is dropped takes them out. A call that another thread has
-/// begun meanwhile may still have its bracket a little later. The trampolines stay mapped for good,
-/// since a thread may be in one.
+/// Dropping the last `Hook` removes the patches. A call that another thread began before the
+/// removal may still have its bracket shortly afterwards. The trampolines stay mapped for ever,
+/// because a thread may be executing one.
 #[derive(Debug)]
-#[must_use = "the patches are taken out when it is dropped"]
+#[must_use = "dropping the hook removes the patches"]
 pub struct Hook {
     /// The number of the address space that installed the hook.
     id: u64,
 }
 
 impl Hook {
-    /// Patches libc and the dynamic loader, or takes part if that was done already.
+    /// Patches libc and the dynamic loader. If they are already patched, shares the patches.
     ///
     /// # Blocking
-    /// The first time it searches libc's code, some milliseconds; then it replaces a few pages. It
-    /// waits for an installation or removal by another thread.
+    /// The first call searches libc's code, which takes some milliseconds. Then it replaces a few
+    /// pages. It waits while another thread installs or removes the patches.
     /// # Errors
-    /// [`Error::Unavailable`] if this is not x86-64 or aarch64 with glibc, or if libc has no place
-    /// that can be patched (it says what was found). [`Error::Kernel`] if the kernel refuses to
-    /// replace a page of code (`EACCES` or `EPERM` under a security module or where code is
-    /// sealed); then nothing is patched.
+    /// [`Error::Unavailable`] if this is not x86-64 or aarch64 with glibc, or if libc contains no
+    /// instruction that can be patched; the message says what was found. [`Error::Kernel`] if the
+    /// kernel refuses to replace a page of code (`EACCES` or `EPERM` under a security module, or
+    /// where code is sealed). Then nothing is patched.
     pub fn install() -> Result<Self, Error> {
         glibc::install().map(|()| Self { id: mark() })
     }
 
-    /// Returns what every patched place looks like now.
+    /// Returns the current state of every patched instruction.
     ///
     /// # Blocking
     /// No. It allocates.
@@ -136,9 +143,9 @@ impl Hook {
         glibc::status()
     }
 
-    /// Tells whether this is the child of a fork and the hook its parent's. Such a hook works all
-    /// the same: the child has a copy of the patches, and the brackets of its calls are on its own
-    /// [`current`](crate::current). The subscriptions of the parent are not there.
+    /// Tells whether this is the child of a fork and the parent installed the hook. An inherited
+    /// hook works: the child has a copy of the patches, and the brackets of its calls are on its
+    /// own [`current`](crate::current). The parent's subscriptions do not exist there.
     #[must_use]
     pub fn is_inherited(&self) -> bool {
         marks().alive.load(Ordering::Relaxed) != self.id
@@ -151,23 +158,24 @@ impl Drop for Hook {
     }
 }
 
-/// One place in libc that makes memory calls.
+/// One instruction in libc that makes memory calls.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Patch {
-    /// The call: `munmap`, `brk`, ... For the function that makes any call, `syscall`.
+    /// The name of the call: `munmap`, `brk`, ... It is `syscall` for the function that makes any
+    /// call.
     pub name: &'static str,
-    /// The function it is in, if its name is known: `posix_madvise`.
+    /// The function that contains the instruction, if its name is known: `posix_madvise`.
     pub function: Option<String>,
     /// The file name of the module: `libc.so.6`.
     pub module: String,
-    /// Where the instruction stands.
+    /// The address of the instruction.
     pub address: u64,
-    /// Whether it is patched, and by which program.
+    /// Whether the instruction is patched, and by which program.
     pub state: State,
 }
 
-/// Whether a place in libc is patched, and by which program.
+/// Whether an instruction in libc is patched, and by which program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum State {
@@ -175,19 +183,20 @@ pub enum State {
     Free,
     /// Our patch is in place.
     Ours,
-    /// Our patch is in place, and another library has one at the function's entry. It runs first; a
-    /// call that it makes by itself, without going on into libc, is not seen.
+    /// Our patch is in place, and another library has patched the function's entry. The other patch
+    /// runs first. If that patch makes the call itself instead of continuing into libc, the hook
+    /// does not see the call.
     Chained,
-    /// Something else stands where our patch was, or has to be: calls are not seen.
+    /// Other bytes stand where our patch was or must go: the hook does not see these calls.
     Overwritten,
 }
 
-/// Says what a [`Hook`] would patch here, without patching anything.
+/// Returns what a [`Hook`] would patch here, without patching.
 ///
 /// # Blocking
-/// The first time it searches libc's code, some milliseconds.
+/// The first call searches libc's code, which takes some milliseconds.
 /// # Errors
-/// [`Error::Unavailable`], as [`Hook::install`].
+/// [`Error::Unavailable`], for the reasons given at [`Hook::install`].
 pub fn probe() -> Result<Vec<Patch>, Error> {
     glibc::probe()
 }

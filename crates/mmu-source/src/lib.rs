@@ -1,22 +1,24 @@
 //! Sources of address-space changes for [`mmu_notifier`].
 //!
-//! A source learns of changes of an address space and opens an invalidation bracket on its
-//! [`mmu_notifier::Mm`] for each of them. [`current`] is the address space of this process.
+//! A source detects changes of an address space. For each change it opens an invalidation bracket
+//! on the [`mmu_notifier::Mm`] of that address space. [`current`] is the address space of this
+//! process.
 //!
 //! # Which source do I need?
 //! | what is to be known | source | needs |
-//! | --- | --- | --- |
+//! | you want to know | source | needs |
 //! | every change of memory of this process, whatever makes it: a cache that must never be stale | [`kernel`], and [`hook`] beside it if callbacks are to run before the program's own calls | `/dev/kvm`, CAP_BPF and CAP_PERFMON; or a running `mmun broker` |
-//! | what this process does through libc, before it happens, without any right | [`hook`] | x86-64 or aarch64, with glibc |
+//! | every change of this process's memory, whatever its cause: for a cache that must never be stale | [`kernel`]; also [`hook`] if callbacks must run before the program's own calls | `/dev/kvm`, CAP_BPF and CAP_PERFMON; or a running `mmun broker` |
+//! | what this process does through libc, before it happens, without privileges | [`hook`] | x86-64 or aarch64, with glibc |
 //! | what this process does to a few ranges, soon afterwards | [`uffd`] | CAP_SYS_PTRACE, Linux 6.7 |
-//! | what other processes do | [`process`] | the right to trace them, x86-64 or aarch64 |
 //! | whether one range was touched since, under a lock or inside `free` | [`Watch`] | one of the first two sources |
-//!
-//! [`SOURCES`] says for each source what it sees, when subscribers are told, and what it misses.
+//! | whether one range has changed since a given moment, even under a lock or inside `free` | [`Watch`] | [`kernel`] or [`hook`] |
+//! [`SOURCES`] lists for each source what it sees, when it notifies subscribers, and what it
+//! misses.
 //! Each source is a feature of this crate, and all are on by default.
 //!
 //! # One example of each
-//! `kernel`: a fill waits until no change is under way, and a use asks whether one has begun since.
+//! `kernel`: a watch says whether a range has changed since the watch was made.
 #![cfg_attr(feature = "kernel", doc = "```no_run")]
 #![cfg_attr(not(feature = "kernel"), doc = "```ignore")]
 //! # use mmu_notifier::{Va, VaRange};
@@ -27,7 +29,8 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! `hook`: while it is installed, subscribers of [`current`] are called before and after each call.
+//! `hook`: while the hook is installed, subscribers of [`current`] are called before and after each
+//! memory call.
 #![cfg_attr(
     all(
         feature = "hook",
@@ -62,19 +65,21 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! `uffd`: ranges are armed, and subscribers of [`current`] are called in a thread of the source.
+//! `uffd`: the program arms ranges. Subscribers of [`current`] are called on a thread of the
+//! source.
 #![cfg_attr(feature = "uffd", doc = "```no_run")]
 #![cfg_attr(not(feature = "uffd"), doc = "```ignore")]
 //! # use mmu_notifier::{Va, VaRange};
 //! let uffd = mmu_source::uffd::Uffd::start()?;
 //! let range = VaRange::covering(Va::new(0x7000_0000), 1 << 20)?;
-//! let armed = uffd.arm(range)?; // Until it is dropped.
-//! uffd.settle()?; // Subscribers were told of every call that has returned.
+//! let armed = uffd.arm(range)?; // Armed until dropped.
+//! uffd.settle()?; // Subscribers now know of every call that has returned.
 //! # drop(armed);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! `process`: a tracer runs a program and opens a bracket on its address space around each call.
+//! `process`: a tracer runs a program and opens a bracket around each of its memory calls. The
+//! example is on the front page of [`process`].
 //! The front page of [`process`] has the example.
 
 #![deny(unsafe_code)]

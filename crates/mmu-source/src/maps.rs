@@ -20,7 +20,7 @@ pub(crate) struct Mapping {
     pub(crate) kind: Kind,
 }
 
-/// What the last column says, as far as it matters.
+/// The kind of a mapping, from the last column. Only the kinds that matter here are told apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     Heap,
@@ -29,13 +29,14 @@ pub(crate) enum Kind {
     Other,
 }
 
-/// Reads the mappings of a task, in order of address. A task that has died and is not reaped yet
-/// has none.
+/// Reads the mappings of a task, in order of address. The list is empty for a task that has died
+/// and has not been reaped.
 ///
 /// # Errors
-/// If they cannot be read. The caller must then assume that everything is mapped.
+/// If the file cannot be read. The caller must then assume that everything is mapped.
 pub(crate) fn read(tid: libc::pid_t) -> io::Result<Vec<Mapping>> {
-    // The file tells no size; with room from the start it is read a page at a time.
+    // The kernel does not report the file's size. The capacity saves `read_to_end` from small
+    // reads.
     let mut text = Vec::with_capacity(1 << 16);
     File::open(crate::procfs::of(tid, "maps")?)?.read_to_end(&mut text)?;
     Ok(text
@@ -44,9 +45,9 @@ pub(crate) fn read(tid: libc::pid_t) -> io::Result<Vec<Mapping>> {
         .collect())
 }
 
-/// Parses a line, such as `7f00-8f00 rw-p 00000000 00:01 12 /SYSV00000000 (deleted)`.
+/// Parses one line, such as `7f00-8f00 rw-p 00000000 00:01 12 /SYSV00000000 (deleted)`.
 pub(crate) fn parse(line: &[u8]) -> Option<Mapping> {
-    // A path may hold any byte but a newline; only the columns before it must be text.
+    // A path may contain any byte except a newline. Only the columns before it must be text.
     let mut columns = line
         .splitn(6, |byte| *byte == b' ')
         .map(|column| std::str::from_utf8(column));
@@ -83,9 +84,10 @@ pub(crate) fn parse(line: &[u8]) -> Option<Mapping> {
     })
 }
 
-/// Collects the memory that `fork` write-protects: what is private and writable, neighbours joined.
+/// Collects the memory that `fork` write-protects: private writable mappings, with adjacent ones
+/// joined.
 ///
-/// Memory that was written and made read-only later is write-protected already.
+/// Private memory that is now read-only needs no entry: its pages are write-protected already.
 pub(crate) fn writable_private(maps: io::Result<Vec<Mapping>>, into: &mut Vec<VaRange>) {
     let Ok(maps) = maps else {
         return into.push(VaRange::ALL);
@@ -109,12 +111,12 @@ pub(crate) fn writable_private(maps: io::Result<Vec<Mapping>>, into: &mut Vec<Va
     }
 }
 
-/// Collects what `shmdt(address)` detaches: the pieces of the one segment that lie where attaching
-/// it at `address` put them.
+/// Collects what `shmdt(address)` detaches: the pieces of one segment that still lie where
+/// attaching the segment at `address` put them.
 ///
 /// # Source
-/// `ksys_shmdt`, ipc/shm.c: a piece belongs if it is of the same segment and its offset is its
-/// distance from `address`. The first one found in address order says which segment that is.
+/// `ksys_shmdt`, ipc/shm.c. A piece is detached if it belongs to the same segment and its offset
+/// equals its distance from `address`. The lowest such piece determines the segment.
 pub(crate) fn attached_at(maps: io::Result<Vec<Mapping>>, address: u64, into: &mut Vec<VaRange>) {
     let Ok(maps) = maps else {
         return into.push(VaRange::ALL);
@@ -129,8 +131,8 @@ pub(crate) fn attached_at(maps: io::Result<Vec<Mapping>>, address: u64, into: &m
 }
 
 impl Mapping {
-    /// Tells whether `shmdt(address)` detaches this mapping. `segment` is for one pass over all
-    /// mappings, in order; it starts as `None`.
+    /// Tells whether `shmdt(address)` detaches this mapping. The caller goes through all mappings
+    /// in order of address and keeps `segment`, at first `None`, between the calls.
     pub(crate) fn is_attached(
         &self,
         address: u64,
@@ -144,13 +146,13 @@ impl Mapping {
     }
 }
 
-/// Finds the mapping that holds `address`.
+/// Returns the mapping that contains `address`.
 pub(crate) fn holding(maps: &[Mapping], address: u64) -> Option<&Mapping> {
     maps.iter()
         .find(|mapping| mapping.start <= address && address < mapping.end)
 }
 
-/// The end of the heap, as far as the maps tell: a neighbour that was joined to it counts as heap.
+/// Returns the end of the heap. A mapping that the kernel has merged with the heap counts as heap.
 pub(crate) fn heap_end(maps: io::Result<Vec<Mapping>>) -> Option<u64> {
     let Ok(maps) = maps else {
         return Some(page::down(u64::MAX));

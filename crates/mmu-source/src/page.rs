@@ -1,4 +1,4 @@
-//! The sizes of pages, which some processors leave to the kernel, and tags in addresses.
+//! Page sizes, which some processors let the kernel choose, and address tags.
 
 #[cfg(not(target_arch = "x86_64"))]
 #[path = "page/asked.rs"]
@@ -9,29 +9,30 @@ mod machine;
 
 pub(crate) use machine::{LARGEST_HUGE, SMALLEST_HUGE, size};
 
-/// An address without its tag, the byte that an aarch64 processor does not look at (top-byte
-/// ignore, memory tagging). Calls that name memory take either. On x86-64 linear address masking
-/// (Linux 6.4) is off unless a program asks for it.
+/// Removes the tag: the top byte of an address, which an aarch64 processor ignores (top-byte
+/// ignore, memory tagging). Calls that take an address accept it with or without a tag. On x86-64
+/// linear address masking (Linux 6.4) is off unless a program enables it.
 #[inline]
 pub(crate) const fn untagged(address: u64) -> u64 {
     mmu_notifier::Va::untagged(address).get()
 }
 
-/// The size of a huge page that replaces one page table. It is also the size of the largest folio
-/// outside of hugetlbfs. A page table is a page of eight-byte entries, each for one page.
+/// The size of a huge page at the level above the page table. It is also the size of the largest
+/// folio outside of hugetlbfs. A page table fills one page with eight-byte entries, each of which
+/// maps one page.
 #[inline]
 pub(crate) fn huge() -> u64 {
     size() / 8 * size()
 }
 
-/// Rounds down to a page.
+/// Rounds down to a page boundary.
 #[inline]
 pub(crate) fn down(address: u64) -> u64 {
     address & !(size() - 1)
 }
 
-/// Rounds up to a page. An address whose rounding would overflow is returned unchanged, and the
-/// kernel refuses it.
+/// Rounds up to a page boundary. If that would overflow, returns the address unchanged; the kernel
+/// will refuse such an address.
 #[inline]
 pub(crate) fn up(address: u64) -> u64 {
     address.checked_add(size() - 1).map_or(address, down)

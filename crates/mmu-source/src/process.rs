@@ -1,17 +1,20 @@
 //! Other processes, through ptrace and a seccomp filter.
 //!
-//! A [`Tracer`] runs or attaches to processes, gives each address space it meets one
+//! A [`Tracer`] runs processes or attaches to them. It gives each address space a
 //! [`mmu_notifier::MmWithUser`], and opens an invalidation bracket on it around every memory system
-//! call: the start callbacks run while the task stands before the call, the end callbacks after it,
-//! also when the call fails. The [`Observer`] is told which task is in which address space.
+//! call. The start callbacks run while the task is stopped before the call. The end callbacks run
+//! after the call, even if it fails. The tracer tells its [`Observer`] which task is in which
+//! address space.
 //!
-//! Processes that were spawned carry a seccomp filter, so that only memory calls stop; processes
-//! that were attached to stop at every system call. `docs/sources.md` says what this source sees
+//! Processes that the tracer spawns carry a seccomp filter, so they stop only at memory calls.
+//! Processes that it attaches to stop at every system call. `docs/sources.md` says what this source
+//! sees and what it misses.
 //! and what it misses.
 //!
 //! # Threads
-//! ptrace binds a tracee to the thread that seized it. A tracer must be driven by the thread that
-//! made it, and that thread must have no other children, whose exit status it would reap.
+//! ptrace binds a tracee to one thread of the tracer. So only the thread that made a tracer may
+//! drive it. That thread must have no other children, because the tracer would reap their exit
+//! status.
 //!
 //! # Examples
 //! ```

@@ -1,7 +1,7 @@
-//! A queue between threads.
+//! A blocking queue between threads.
 //!
-//! `std::sync::mpsc` would do, but it made 56 KiB of code of three types of messages: one part in
-//! twenty of a shared library that has this crate in it.
+//! `std::sync::mpsc` would do the same, but three message types made it 56 KiB of code: a twentieth
+//! of a shared library that contains this crate.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -12,7 +12,7 @@ struct State<T> {
     is_closed: bool,
 }
 
-/// The end at which messages are put in. The queue takes none any more when it is closed.
+/// A queue of messages. After it is closed, it accepts no more.
 #[derive(Debug)]
 pub(crate) struct Queue<T> {
     state: Mutex<State<T>>,
@@ -35,11 +35,11 @@ impl<T> Queue<T> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Puts a message in. It is dropped if the queue is closed.
+    /// Adds a message. If the queue is closed, drops the message.
     pub(crate) fn push(&self, message: T) {
         let mut state = self.state();
         if state.is_closed {
-            // A message may do anything when it is dropped.
+            // Unlock first: the drop of a message may run any code.
             return drop(state);
         }
         state.messages.push_back(message);
@@ -47,7 +47,7 @@ impl<T> Queue<T> {
         self.changed.notify_one();
     }
 
-    /// Waits for a message; `None` when the queue is closed and empty.
+    /// Waits for a message. Returns `None` when the queue is closed and empty.
     pub(crate) fn pop(&self) -> Option<T> {
         let mut state = self.state();
         while state.messages.is_empty() && !state.is_closed {
@@ -59,15 +59,15 @@ impl<T> Queue<T> {
         state.messages.pop_front()
     }
 
-    /// Takes no message any more. Those that are in it can still be taken out.
+    /// Closes the queue: it accepts no more messages, and `pop` still returns those already in it.
     pub(crate) fn close(&self) {
         self.state().is_closed = true;
         self.changed.notify_all();
     }
 }
 
-/// Closes the queue when it is dropped, by unwinding too, so that no thread waits for an item that
-/// will never come.
+/// Closes the queue when dropped, also while unwinding. Otherwise a thread would wait for a message
+/// that can no longer come.
 #[derive(Debug)]
 pub(crate) struct ClosesQueue<T>(pub(crate) Arc<Queue<T>>);
 

@@ -1,32 +1,33 @@
-//! What a memory call is about to invalidate, as far as its arguments tell. The same for every
-//! source that sees them.
+//! Computes which range a memory call is about to invalidate, from the call's arguments. All
+//! sources that see arguments share this module.
 //!
-//! It errs on the side of too much: arguments that the kernel will refuse still give a range if one
-//! can be formed.
+//! It rounds up when in doubt: even if the kernel will refuse the call, the arguments give a range
+//! whenever one can be formed.
 
 use crate::page;
 use mmu_notifier::{Va, VaRange};
 
-/// Advice to `madvise` that changes no translation. Any other, an unknown one included, is taken to
-/// clear the range.
+/// The `madvise` advice that changes no translation. Any other advice, including an unknown one,
+/// counts as clearing the range.
 ///
 /// NORMAL, RANDOM, SEQUENTIAL, WILLNEED, DONTFORK, DOFORK, MERGEABLE, HUGEPAGE, NOHUGEPAGE,
 /// DONTDUMP, DODUMP, WIPEONFORK, KEEPONFORK, COLD, POPULATE_READ and GUARD_REMOVE. POPULATE_WRITE
-/// is not among them: it gives each page that was shared for reading a copy of its own.
+/// is absent: it replaces each page that is shared for reading by a private copy.
 pub(crate) const HARMLESS_ADVICE: &[u32] =
     &[0, 1, 2, 3, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 22, 103];
-/// The one flag of `mbind` that moves no pages.
+/// The only flag of `mbind` that moves no pages.
 const MPOL_MF_STRICT: u64 = 1;
-/// `mprotect` extends to the start of a mapping that grows down.
+/// With this flag `mprotect` extends its range down to the start of a mapping that grows down.
 pub(crate) const PROT_GROWSDOWN: u64 = 0x0100_0000;
-/// How many vectors a call may have.
+/// The largest number of vectors in one call.
 pub(crate) const UIO_MAXIOV: u64 = 1024;
 
-/// `file_page` looks up the size of the file's pages, if it is one of huge pages.
+/// Adds what `mmap` replaces. `file_page` returns the page size of the file if the file is on
+/// hugetlbfs.
 ///
 /// # Source
-/// `ksys_mmap_pgoff`, mm/mmap.c: the length is rounded up to whole huge pages by the file, or by
-/// the flags.
+/// `ksys_mmap_pgoff`, mm/mmap.c: the kernel rounds the length up to whole huge pages, of the size
+/// that the file or the flags give.
 #[inline]
 pub(crate) fn mmap(
     ranges: &mut impl Extend<VaRange>,
@@ -40,7 +41,8 @@ pub(crate) fn mmap(
         return;
     }
     let mut length = length;
-    // The smallest huge page; an address that is no multiple of it is refused.
+    // The kernel refuses an address that is no multiple of the file's page size, so such an address
+    // cannot be of a file with huge pages.
     if !has(libc::MAP_ANONYMOUS) && address % page::SMALLEST_HUGE == 0 {
         length = file_page()
             .and_then(|page| length.checked_next_multiple_of(page))
@@ -52,17 +54,17 @@ pub(crate) fn mmap(
     add(ranges, address, length);
 }
 
-/// Tells the size of a file's pages by what `statfs` says of its file system, if they are huge.
+/// Returns the page size of a file if it is on hugetlbfs, from the fields of `statfs`.
 pub(crate) fn huge_page(file_system: i64, block: i64) -> Option<u64> {
     const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
     (file_system as u32 == HUGETLBFS_MAGIC as u32 && block > 0).then_some(block as u64)
 }
 
-/// Rounds the length of a mapping of huge pages up to their size, as the kernel does.
+/// Rounds the length of a huge-page mapping up to whole huge pages, as the kernel does.
 ///
 /// # Source
-/// `ksys_mmap_pgoff`, mm/mmap.c. Flags that name no size ask for the default one, which is not
-/// known here: but the address must be a multiple of it.
+/// `ksys_mmap_pgoff`, mm/mmap.c. If the flags give no size, the kernel uses its default size, which
+/// is not known here. But `address` must be a multiple of that size, which bounds it.
 #[cold]
 fn huge_up(address: u64, length: u64, flags: u64) -> u64 {
     let page = match flags >> libc::MAP_HUGE_SHIFT & libc::MAP_HUGE_MASK as u64 {
@@ -72,14 +74,16 @@ fn huge_up(address: u64, length: u64, flags: u64) -> u64 {
     length.checked_next_multiple_of(page).unwrap_or(length)
 }
 
-/// The largest huge page that can begin at `address`.
+/// Returns the largest huge page size that `address` is a multiple of.
 pub(crate) fn largest_page_at(address: u64) -> u64 {
     1 << address.trailing_zeros().min(page::LARGEST_HUGE)
 }
 
+/// Adds what `mremap` takes away.
+///
 /// # Source
-/// mremap(2). A shrink gives up the tail where it stands; what moves leaves its whole old range; an
-/// old length of zero copies a shared mapping and leaves it.
+/// mremap(2). A shrink without a move unmaps the tail. A move unmaps the whole old range. An old
+/// length of zero duplicates a shared mapping and unmaps nothing there.
 pub(crate) fn mremap(
     ranges: &mut impl Extend<VaRange>,
     old: u64,
@@ -103,7 +107,8 @@ pub(crate) fn mremap(
     }
 }
 
-/// Tells whether `fd` stands for the caller where a pidfd is asked for, without being a descriptor.
+/// Tells whether `fd` is one of the special values that mean the caller itself where a call takes a
+/// pidfd.
 ///
 /// # Source
 /// `PIDFD_SELF_THREAD` and `PIDFD_SELF_THREAD_GROUP`, include/uapi/linux/pidfd.h. The latter was
@@ -116,20 +121,23 @@ pub(crate) fn is_harmful(advice: u64) -> bool {
     !HARMLESS_ADVICE.contains(&(advice as u32))
 }
 
-/// What `madvise` and its like clear.
+/// Adds what `madvise` and its relatives clear.
 #[inline]
 pub(crate) fn madvise(ranges: &mut impl Extend<VaRange>, address: u64, length: u64, advice: u64) {
     match advice as i32 {
-        // These look for the folio of each page, and take all of it.
+        // Both act on the whole folio of each page.
         libc::MADV_HWPOISON | libc::MADV_SOFT_OFFLINE => folios(ranges, address, length),
         _ if is_harmful(advice) => add(ranges, address, length),
         _ => {}
     }
 }
 
+/// Adds what `mbind` moves.
+///
 /// # Source
-/// `do_mbind`, mm/mempolicy.c: with a flag to move pages it isolates the folios that lie in the
-/// range in part, and moves them whole. `MPOL_MF_STRICT` moves none, and without a flag it only
+/// `do_mbind`, mm/mempolicy.c. With a flag that moves pages, the kernel isolates every folio that
+/// overlaps the range, and moves the whole folio. With `MPOL_MF_STRICT` alone or without a flag, it
+/// only sets or checks a policy.
 /// sets a policy.
 pub(crate) fn mbind(ranges: &mut impl Extend<VaRange>, address: u64, length: u64, flags: u64) {
     if flags & !MPOL_MF_STRICT != 0 {
@@ -137,9 +145,9 @@ pub(crate) fn mbind(ranges: &mut impl Extend<VaRange>, address: u64, length: u64
     }
 }
 
-/// Adds the pages of `length` bytes from `address` and the folios they are in, which are as large
-/// as a huge page at most. A folio can reach beyond the mapping: into the next one, if the two were
-/// one before.
+/// Adds the pages of `length` bytes from `address`, and all of the folios that contain them. A
+/// folio is at most as large as a huge page. It can reach beyond the mapping into the adjacent one,
+/// if both were once a single mapping.
 #[cold]
 pub(crate) fn folios(ranges: &mut impl Extend<VaRange>, address: u64, length: u64) {
     let (address, huge) = (page::untagged(address), page::huge());
@@ -153,14 +161,14 @@ pub(crate) fn folios(ranges: &mut impl Extend<VaRange>, address: u64, length: u6
     }
 }
 
-/// Adds the kernel's pages of `length` bytes from `address`, unless no range can be formed.
+/// Adds `length` bytes from `address`, rounded out to kernel pages, unless no range can be formed.
 #[inline]
 pub(crate) fn add(ranges: &mut impl Extend<VaRange>, address: u64, length: u64) {
     let address = page::untagged(address);
     ranges.extend(VaRange::covering(Va::new(address), length).map(whole_pages));
 }
 
-/// A range grown to whole pages of the kernel's.
+/// Rounds a range out to whole kernel pages, which may be larger than [`mmu_notifier::PAGE_SIZE`].
 #[inline]
 pub(crate) fn whole_pages(range: VaRange) -> VaRange {
     if page::size() == mmu_notifier::PAGE_SIZE {
@@ -168,7 +176,7 @@ pub(crate) fn whole_pages(range: VaRange) -> VaRange {
     }
     let start = page::down(range.start().get());
     let length = (range.last().get() | (page::size() - 1)) - start;
-    // Only the range of all addresses has a length that is none.
+    // The length overflows only for the range of all addresses.
     length
         .checked_add(1)
         .and_then(|length| VaRange::covering(Va::new(start), length).ok())
@@ -182,7 +190,7 @@ mod tests {
     #[test]
     fn what_moves_is_whole_folios() {
         let (page, huge) = (page::size(), page::huge());
-        // Half a folio further on.
+        // In the middle of a folio.
         let inside = huge + huge / 2;
         let told = |f: &dyn Fn(&mut Vec<VaRange>)| {
             let mut ranges = Vec::new();
@@ -198,7 +206,7 @@ mod tests {
         assert_eq!(moves(huge, huge + 1, 2), [(huge, 3 * huge)]);
         assert_eq!(moves(inside, page, MPOL_MF_STRICT), []);
         assert_eq!(moves(inside, 0, 2), []);
-        // Nothing of the user's lies there, and nothing overflows.
+        // At the top of the address space nothing overflows.
         assert_eq!(
             moves(u64::MAX - (page - 1), page, 2),
             [(u64::MAX - (page - 1), 0)]
@@ -240,10 +248,10 @@ mod tests {
             mapped(1 << 40, libc::MAP_HUGETLB | libc::MAP_HUGE_1GB),
             1024 * MIB
         );
-        // The default size: at most what the address is a multiple of.
+        // Without a size in the flags: the largest size that the address is a multiple of.
         assert_eq!(mapped((1 << 40) + 2 * MIB, libc::MAP_HUGETLB), 2 * MIB);
         assert_eq!(mapped(1 << 40, libc::MAP_HUGETLB), 1 << page::LARGEST_HUGE);
-        // A size that no processor has does not overflow.
+        // A size that no processor supports does not overflow.
         assert_eq!(
             mapped(
                 1 << 40,

@@ -1,15 +1,15 @@
-//! What each source can do, said in one place: the table of `docs/sources.md`, of this crate's
-//! front page and of `mmun doctor`.
+//! One table of what each source can do, shared by `docs/sources.md`, this crate's front page and
+//! `mmun doctor`.
 
 /// What a source sees, misses, costs and needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct SourceInfo {
-    /// Its name, as in `mmun coverage --source`.
+    /// The name that `mmun coverage --source` takes.
     pub name: &'static str,
     /// Which changes it sees.
     pub sees: &'static str,
-    /// When subscribers are told.
+    /// When the source notifies subscribers.
     pub tells: &'static str,
     /// What it misses.
     pub misses: &'static str,
@@ -21,7 +21,7 @@ pub struct SourceInfo {
     pub needs: &'static str,
 }
 
-/// Makes the table of constants, and the same as documentation.
+/// Makes the table twice from one text: as constants, and as documentation.
 macro_rules! sources {
     ($($name:literal: $sees:literal, $tells:literal, $misses:literal, $callback:literal, $cost:literal, $needs:literal;)*) => {
         /// The sources.

@@ -1,5 +1,6 @@
-//! The probes and helpers of the unit tests: links to files of the crate `testkit`, which is not
-//! published. With the links, the published crate still runs its unit tests.
+//! The probes and helpers of the unit tests. The files are links into the crate `testkit`, which is
+//! not published. Because of the links, the published crate contains the helpers and can run its
+//! unit tests.
 #![allow(
     unsafe_code,
     dead_code,

@@ -1,9 +1,9 @@
-//! Changes of armed ranges of this process, told by userfaultfd.
+//! Reports changes of armed ranges of this process, through userfaultfd.
 //!
-//! The ranges are registered for asynchronous write protection (`UFFD_FEATURE_WP_ASYNC`, Linux
-//! 6.7), and no page is ever protected: there is no fault to serve, and no thread hangs if the
-//! program stops. What is wanted are the events: unmap, remove (madvise and hole punching through
-//! this mapping), remap, fork.
+//! The source registers the ranges for asynchronous write protection (`UFFD_FEATURE_WP_ASYNC`,
+//! Linux 6.7) but never protects a page. So no fault occurs, and no thread hangs if this process
+//! stops. The source uses only the events: unmap, remove (`madvise`, and hole punching through this
+//! mapping), remap, fork.
 //!
 //! ```
 //! use mmu_source::uffd::Uffd;
@@ -18,27 +18,28 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! # When it tells
-//! The thread that changes the memory waits until its event has been *read*, and then continues;
-//! callbacks run after that, in a thread of the source. Remove events are sent before the pages go,
-//! the others after. No event is a bracket, because the change does not wait for the callbacks.
-//! [`settle`](Uffd::settle) waits until everything is told whose call has returned.
+//! # When subscribers are notified
+//! The thread that changes the memory waits until the source has *read* its event. Then that thread
+//! continues, and the source runs the callbacks on a thread of its own. The kernel sends remove
+//! events before it takes the pages away, the other events afterwards. No event is a bracket,
+//! because the change does not wait for the callbacks. [`settle`](Uffd::settle) waits until the
+//! callbacks have run for every call that has returned.
 //!
 //! # Two threads
-//! A caller of `munmap` may hold the allocator's lock, and waits for our reader. So the thread
-//! that reads runs no callbacks, takes no lock and allocates nothing: it moves events into a queue
-//! of fixed size. Another one runs the callbacks, which may therefore do what they like: allocate,
-//! map and unmap armed memory, arm and disarm.
+//! A caller of `munmap` may hold the allocator's lock while it waits for the thread that reads
+//! events (the reader). So the reader runs no callbacks, takes no lock and allocates nothing: it
+//! copies events into a queue of fixed size. A second thread runs the callbacks (the teller).
+//! Callbacks may therefore allocate, map and unmap armed memory, arm and disarm.
 //!
 //! # Descriptors
-//! The userfaultfd is in a descriptor table of its own that no call of the program reaches:
-//! `close_range`, `closefrom` and `dup2` do not harm it, and children do not inherit it. The thread
-//! that runs callbacks has the program's table.
+//! The userfaultfd is in a separate descriptor table, which no call of the program reaches:
+//! `close_range`, `closefrom` and `dup2` cannot close it, and children do not inherit it. The
+//! teller uses the program's table.
 //!
 //! # Forks
-//! A fork of this process invalidates everything in the parent (all private memory becomes copy on
-//! write). In the child an inherited handle answers [`Error::AfterFork`]; the child's memory is not
-//! registered.
+//! A fork makes all private memory copy on write, so the source invalidates the parent's whole
+//! address space. In the child, calls on the inherited handle return [`Error::AfterFork`], and the
+//! child's memory is not registered.
 
 mod queue;
 mod sys;
@@ -60,29 +61,30 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use sys::Message;
 
-/// The source, while any handle of it is alive.
+/// The source. It runs while a handle exists.
 pub struct Uffd {
     inner: Arc<Inner>,
-    /// Both `None` once this is being dropped.
+    /// Both are `None` once the source is being dropped.
     vault: Option<Vault<Reader>>,
     teller: Option<Thread>,
 }
 
-/// What the threads share.
+/// State that the threads share.
 struct Inner {
     id: u64,
     queue: Queue,
-    /// The thread that runs callbacks, to be woken.
+    /// The teller, so that the reader can wake it.
     teller: OnceLock<thread::Thread>,
     stop: AtomicBool,
     stop_telling: AtomicBool,
-    /// The reader answers a question when it has read whatever was there: then it copies `asked`.
+    /// A thread that waits for the reader increments `asked`. The reader copies the value to
+    /// `answered` after it has read all events.
     asked: AtomicU64,
     answered: AtomicU64,
     armed: Mutex<Vec<VaRange>>,
 }
 
-/// What is in the vault: the descriptors, and the thread that reads.
+/// The content of the vault: the descriptors and the reader thread.
 struct Reader {
     inner: Arc<Inner>,
     descriptors: Arc<Descriptors>,
@@ -92,11 +94,11 @@ struct Reader {
 #[derive(Debug)]
 struct Descriptors {
     uffd: OwnedFd,
-    /// Wakes the reader: to answer `asked`, or to stop.
+    /// Wakes the reader, which then answers `asked` or stops.
     nudge: OwnedFd,
 }
 
-/// What the source found.
+/// What the probe found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Features {
@@ -104,10 +106,10 @@ pub struct Features {
     pub release: String,
 }
 
-/// Tells whether the source would start here, without starting it.
+/// Tells whether the source could start here, without starting it.
 ///
 /// # Errors
-/// [`Error::Unavailable`] with what is missing, and the command that would grant it.
+/// [`Error::Unavailable`] says what is missing, and gives a command that provides it.
 pub fn probe() -> Result<Features, Error> {
     sys::open().map_err(|error| missing(&error))?;
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
@@ -141,11 +143,11 @@ fn missing(error: &io::Error) -> Error {
 }
 
 impl Uffd {
-    /// Starts the source, or returns the one that runs already.
+    /// Starts the source. If it is already running, returns that one.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] if the kernel or the rights are lacking; [`Error::Kernel`] if a
-    /// thread cannot be started.
+    /// [`Error::Unavailable`] if the kernel or this process's privileges lack something;
+    /// [`Error::Kernel`] if a thread cannot be started.
     pub fn start() -> Result<Arc<Self>, Error> {
         running(&marks().uffd, Self::make)
     }
@@ -183,8 +185,9 @@ impl Uffd {
             .map_err(|error| kernel_error("start of a thread", error))?;
         uffd.teller = Some(thread);
         started.pop().expect("the thread has started");
-        // A thread allocates as it starts. A fork at that time would hold the allocator's lock and
-        // wait for the reader.
+        // A new thread allocates while it starts. If another thread forked during that time, it
+        // would hold the allocator's lock and wait for the reader, while the reader waited for that
+        // lock. So wait until the reader has started.
         uffd.ask();
         Ok(uffd)
     }
@@ -193,21 +196,21 @@ impl Uffd {
         self.vault.as_ref().expect("it is there until the drop")
     }
 
-    /// Has changes of `range` told until the returned value is dropped, or until the memory is
-    /// unmapped: what is mapped there afterwards is not armed. Memory that is moved stays armed at
-    /// its new place.
+    /// Arms `range`: subscribers are notified of its changes until the returned value is dropped or
+    /// the memory is unmapped. Memory mapped at the same address later is not armed. Memory that
+    /// `mremap` moves stays armed at its new address.
     ///
     /// Anonymous memory, shmem, hugetlbfs and mapped files can be armed. Ranges may overlap.
     ///
     /// # Errors
     /// [`Error::Arm`] if a part of the range is not mapped (`ENOMEM`), belongs to another
-    /// userfaultfd (`EBUSY`), or cannot be registered (`EINVAL`): then nothing is armed.
+    /// userfaultfd (`EBUSY`), or cannot be registered (`EINVAL`). Then nothing is armed.
     /// [`Error::AfterFork`] in the child of a fork.
     pub fn arm(self: &Arc<Self>, range: VaRange) -> Result<Armed, Error> {
         if self.inner.is_inherited() {
             return Err(Error::AfterFork { source: "uffd" });
         }
-        // The kernel watches whole pages of its own.
+        // The kernel registers only whole kernel pages.
         let range = whole_pages(range);
         let failed = |source| Error::Arm {
             call: "UFFDIO_REGISTER",
@@ -227,10 +230,10 @@ impl Uffd {
         })
     }
 
-    /// Waits until everything has been told whose call returned before.
+    /// Waits until callbacks have run for every call that returned before.
     ///
     /// # Blocking
-    /// While callbacks run.
+    /// Waits while callbacks run.
     /// # Errors
     /// [`Error::AfterFork`] in the child of a fork; [`Error::InCallback`] in a callback of this
     /// source.
@@ -248,25 +251,26 @@ impl Uffd {
         Ok(())
     }
 
-    /// Whether the caller is a callback of this source.
+    /// Tells whether the caller runs in a callback of this source.
     fn is_teller(&self) -> bool {
         self.teller.as_ref().is_some_and(Thread::is_current)
     }
 
-    /// Waits until the reader has read whatever there is.
+    /// Waits until the reader has read every pending event.
     fn ask(&self) {
         let inner = &self.inner;
-        // ORDER(source-ask): AcqRel: the question comes after the call that it is about. Partner:
-        // the load in `Inner::read`.
+        // ORDER(source-ask): AcqRel: the question comes after the memory call that it asks about.
+        // Partner: the load in `Inner::read`.
         let question = inner.asked.fetch_add(1, Ordering::AcqRel) + 1;
         self.vault()
             .run(|reader| wait::wake(reader.descriptors.nudge.as_fd()));
-        // ORDER(source-answer): Acquire: what was read is in the queue. Partner: the store in
-        // `Inner::read`.
+        // ORDER(source-answer): Acquire: the events that were read are in the queue. Partner: the
+        // store in `Inner::read`.
         wait::until(|| inner.answered.load(Ordering::Acquire) >= question);
     }
 
-    /// Returns how many events did not fit into the queue. Everything was invalidated for them.
+    /// Returns how many events did not fit into the queue. For each loss the source invalidates the
+    /// whole address space.
     #[must_use]
     pub fn lost(&self) -> u64 {
         self.inner.queue.lost()
@@ -282,12 +286,12 @@ impl Inner {
         self.armed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The thread that reads. No lock, no allocation, no callback: the thread that waits for it may
-    /// hold the allocator's lock.
+    /// Runs on the reader. No lock, no allocation, no callback, because a thread that waits for the
+    /// reader may hold the allocator's lock.
     fn read(&self, Descriptors { uffd, nudge }: &Descriptors) {
         loop {
-            // ORDER(source-ask): Acquire: what is read below is read after the question. Partner:
-            // the addition in `settle`.
+            // ORDER(source-ask): Acquire: the events below are read after the question. Partner:
+            // the addition in `ask`.
             let asked = self.asked.load(Ordering::Acquire);
             let mut any = false;
             while let Some(message) = sys::read(uffd.as_fd()) {
@@ -312,9 +316,9 @@ impl Inner {
             if any {
                 self.wake_teller();
             }
-            // ORDER(source-answer): Release, for the queue. Partner: the load in `settle`.
+            // ORDER(source-answer): Release, for the queue. Partner: the load in `ask`.
             self.answered.store(asked, Ordering::Release);
-            // ORDER: Relaxed: the wake-up below is what tells.
+            // ORDER: Relaxed: the wake-up of `nudge` orders this load.
             if self.stop.load(Ordering::Relaxed) {
                 return;
             }
@@ -330,12 +334,12 @@ impl Inner {
         }
     }
 
-    /// The thread that runs callbacks.
+    /// Runs on the teller.
     fn tell(&self) {
         let mm = current_ref();
         loop {
             loop {
-                // Also between entries, which may never end.
+                // Checked before each entry, because entries may never stop arriving.
                 if let Some(lost) = self.queue.untold() {
                     drop(mm.invalidate(VaRange::ALL, Event::Clear));
                     self.queue.tell(lost);
@@ -362,7 +366,7 @@ impl Inner {
 }
 
 impl Uffd {
-    /// Unregisters what no other armed range covers.
+    /// Unregisters the parts of `range` that no other armed range covers.
     fn disarm(&self, range: VaRange) {
         let mut armed = self.inner.armed();
         if let Some(at) = armed.iter().position(|other| *other == range) {
@@ -372,14 +376,15 @@ impl Uffd {
         loop {
             let rest = VaRange::new(from, range.end().unwrap_or(Va::new(u64::MAX))).ok();
             let Some(rest) = rest else { return };
-            // The first armed range that covers something of the rest.
+            // The first part of the rest that another armed range covers.
             let next = armed
                 .iter()
                 .filter_map(|other| other.intersection(rest))
                 .min();
             let until = next.map_or(rest.end(), |next| Some(next.start()));
             if let Some(free) = until.and_then(|until| VaRange::new(from, until).ok()) {
-                // It may be unmapped meanwhile, and then it is not registered either.
+                // If the memory was unmapped meanwhile, it is not registered any more, and the call
+                // fails harmlessly.
                 drop(
                     self.vault()
                         .run(move |reader| sys::unregister(reader.descriptors.uffd.as_fd(), free)),
@@ -393,7 +398,7 @@ impl Uffd {
     }
 }
 
-/// What a queue's entry says.
+/// The event of a queue entry.
 #[derive(Debug, Clone, Copy)]
 enum Kind {
     Clear = 0,
@@ -402,7 +407,7 @@ enum Kind {
 }
 
 impl Reader {
-    /// Opens the descriptors and starts the thread, in the vault.
+    /// Opens the descriptors and starts the reader. Runs in the vault.
     fn start(inner: Arc<Inner>) -> Result<Self, Error> {
         let uffd = sys::open().map_err(|error| missing(&error))?;
         let nudge = wait::event_fd().map_err(|error| kernel_error("eventfd", error))?;
@@ -423,8 +428,9 @@ impl Drop for Reader {
     fn drop(&mut self) {
         let Descriptors { uffd, nudge } = &*self.descriptors;
         self.inner.stop.store(true, Ordering::Relaxed);
-        // The userfaultfd goes before the reader, which may need the allocator to end: from then on
-        // no thread waits for it.
+        // Close the userfaultfd before the reader ends. The reader may need the allocator's lock in
+        // order to end, and the holder of that lock could be waiting for the reader. Once the
+        // userfaultfd is closed, no thread waits for it.
         sys::replace(uffd.as_fd(), nudge.as_fd());
         wait::wake(nudge.as_fd());
         if let Some(thread) = self.thread.take() {
@@ -445,16 +451,17 @@ impl Drop for Uffd {
     fn drop(&mut self) {
         let (vault, teller) = (self.vault.take(), self.teller.take());
         if self.inner.is_inherited() {
-            // The threads are the parent's.
+            // The threads exist only in the parent.
             if let Some(vault) = vault {
                 vault.abandon();
             }
             return;
         }
-        // The callbacks end first, and the reader serves what they change.
+        // The teller ends before the reader, because the reader must serve the memory calls of
+        // callbacks.
         self.inner.stop_telling.store(true, Ordering::Relaxed);
         self.inner.wake_teller();
-        // A callback that drops the last handle runs on the thread itself.
+        // If a callback dropped the last handle, this code runs on the teller itself.
         match teller {
             Some(teller) if teller.is_current() => teller.detach(),
             Some(teller) => teller.join(),
@@ -472,7 +479,7 @@ impl fmt::Debug for Uffd {
     }
 }
 
-/// An armed range. Dropping it disarms.
+/// An armed range. Dropping it disarms the range.
 #[derive(Debug)]
 #[must_use = "the range is disarmed when this is dropped"]
 pub struct Armed {
@@ -481,7 +488,7 @@ pub struct Armed {
 }
 
 impl Armed {
-    /// Returns the pages.
+    /// Returns the armed pages.
     #[must_use]
     pub fn range(&self) -> VaRange {
         self.range
@@ -490,7 +497,7 @@ impl Armed {
 
 impl Drop for Armed {
     fn drop(&mut self) {
-        // In the child of a fork the descriptor acts on the parent's memory.
+        // In the child of a fork the descriptor still acts on the parent's memory.
         if !self.uffd.inner.is_inherited() {
             self.uffd.disarm(self.range);
         }

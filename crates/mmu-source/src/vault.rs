@@ -1,10 +1,11 @@
-//! Descriptors out of the program's reach.
+//! Keeps a source's descriptors where the program cannot close them.
 //!
-//! Programs close descriptors that they do not know: a daemon calls `close_range(3, ~0)`, a shell
-//! calls `dup2` over a fixed number. A source that kept its descriptors in the program's table
-//! would be blind from then on, or would read and write a file of the program that was given the
-//! old number. So a source keeps them in a **vault**: a thread whose descriptor table is its own.
-//! Other threads post jobs to that thread, which uses the descriptors for them.
+//! Programs close descriptors that they did not open: a daemon calls `close_range(3, ~0)`, a shell
+//! calls `dup2` over a fixed number. If a source kept its descriptors in the program's table, such
+//! a call would blind it. If the program then opened a file under the same number, the source would
+//! read and write that file. So a source keeps its descriptors in a **vault**: a thread with a
+//! descriptor table of its own. Other threads post jobs to the vault's thread, and the jobs use the
+//! descriptors.
 //!
 //! ```text
 //!   the program's threads ─── the program's table: its files
@@ -12,16 +13,16 @@
 //!   threads that it starts ──────┘
 //! ```
 //!
-//! A child gets a copy of the table of the thread that forks. So it inherits none of these
-//! descriptors, and nothing of a source lives on in a child.
+//! A child gets a copy of the descriptor table of the thread that forks. That thread belongs to the
+//! program, so a child inherits none of the source's descriptors.
 //!
-//! The vault's thread runs no callback and takes no lock that a callback can see: a thread that
-//! waits for it never waits for a client.
+//! The vault's thread runs no callback and takes no lock that a callback can take. So a thread that
+//! waits for the vault never waits for client code.
 //!
 //! # Safety
-//! The one call without a safe wrapper replaces the calling thread's descriptor table by an empty
-//! one. The thread is the vault's own, it has opened nothing yet, and the program's table is not
-//! touched.
+//! One system call has no safe wrapper: it gives the calling thread an empty descriptor table. The
+//! caller is the vault's own thread, which has not opened anything yet. The program's table does
+//! not change.
 
 #![allow(
     unsafe_code,
@@ -37,23 +38,23 @@ use std::{fmt, io};
 
 type Job<T> = Box<dyn FnOnce(&mut T) + Send>;
 
-/// A thread with a descriptor table of its own, and the value `T` that owns what is open there.
+/// A thread with a descriptor table of its own, and a value `T` that owns the descriptors in it.
 ///
-/// Dropping it drops the content, in the vault, and waits for that.
+/// Dropping the vault drops the value on that thread, and waits until it is dropped.
 #[derive(Debug)]
 pub(crate) struct Vault<T> {
     inbox: Letterbox<T>,
     thread: Option<Thread>,
 }
 
-/// Posts jobs to a vault, without keeping it open.
+/// Posts jobs to a vault. A letterbox does not keep the vault open.
 pub(crate) struct Letterbox<T>(Arc<Queue<Job<T>>>);
 
 impl<T: 'static> Vault<T> {
-    /// Starts the thread, which makes the content when its own table is in force.
+    /// Starts the thread. The thread calls `make` once it has its own descriptor table.
     ///
     /// # Errors
-    /// The errors of `make`, and what `failed` makes of the error of an earlier call.
+    /// An error of `make`. If an earlier call fails, the result of `failed`.
     pub(crate) fn open<E: Send + 'static>(
         name: &'static CStr,
         failed: fn(&'static str, io::Error) -> E,
@@ -91,7 +92,7 @@ impl<T: 'static> Vault<T> {
             .map(|()| vault)
     }
 
-    /// Runs `f` in the vault, and waits for its result.
+    /// Runs `f` in the vault and waits for its result.
     pub(crate) fn run<R: Send + 'static>(&self, f: impl FnOnce(&mut T) -> R + Send + 'static) -> R {
         let answered = Queue::new();
         let answer = ClosesQueue(Arc::clone(&answered));
@@ -103,7 +104,7 @@ impl<T: 'static> Vault<T> {
         result.unwrap_or_else(|panic| resume_unwind(panic))
     }
 
-    /// Gives the vault up in the child of a fork, where it is empty: the thread is the parent's.
+    /// Forgets the vault in the child of a fork: its thread exists only in the parent.
     pub(crate) fn abandon(self) {
         std::mem::forget(self);
     }
@@ -119,7 +120,7 @@ impl<T> Drop for Vault<T> {
 }
 
 impl<T> Letterbox<T> {
-    /// Has `f` run in the vault some time, unless that is closed before.
+    /// Queues `f` to run in the vault. If the vault closes first, `f` is dropped.
     pub(crate) fn post(&self, f: impl FnOnce(&mut T) + Send + 'static) {
         self.0.push(Box::new(f));
     }
@@ -131,8 +132,8 @@ impl<T> Clone for Letterbox<T> {
     }
 }
 
-/// The vault's own end of its letterbox. When the vault ends, or a job panics, every thread that
-/// waits for a job is woken with an error.
+/// The receiving end of the letterbox. If the vault ends or a job panics, every thread that waits
+/// for a job gets an error.
 struct Serving<T>(Letterbox<T>);
 
 impl<T> Drop for Serving<T> {
@@ -148,17 +149,17 @@ impl<T> fmt::Debug for Letterbox<T> {
     }
 }
 
-/// Gives the calling thread an empty descriptor table of its own, in which 0 to 2 stand for
-/// nothing: what a panic would print there goes nowhere.
+/// Gives the calling thread an empty descriptor table of its own. Placeholders occupy 0 to 2, so
+/// that the message of a panic is lost instead of written to some file.
 fn empty_table() -> io::Result<()> {
     const CLOSE_RANGE_UNSHARE: u32 = 1 << 1;
-    // SAFETY: integers. The table is the thread's own from here on, and nothing that it has closed
-    // was the thread's.
+    // SAFETY: takes integers. The call first unshares the table, so it closes only this thread's
+    // copies, and this thread has opened nothing.
     if unsafe { libc::syscall(libc::SYS_close_range, 0_u32, u32::MAX, CLOSE_RANGE_UNSHARE) } != 0 {
         return Err(io::Error::last_os_error());
     }
     for _ in 0..3 {
-        // SAFETY: integers; the descriptor is never used.
+        // SAFETY: takes integers; no code uses the descriptor.
         if unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) } < 0 {
             return Err(io::Error::last_os_error());
         }

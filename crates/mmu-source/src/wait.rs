@@ -1,7 +1,7 @@
-//! Waiting: for an event descriptor, and for a word that another thread writes.
+//! Waiting, either for an event descriptor or for an atomic that another thread writes.
 //!
 //! # Safety
-//! The calls take integers and pointers to locals of the size that the kernel is told.
+//! The calls take integers, and pointers to locals whose size the kernel is told.
 
 #![allow(unsafe_code, reason = "makes raw system calls; see its Safety section")]
 
@@ -9,7 +9,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
-/// Makes an event that is not set.
+/// Makes an eventfd that is not signalled.
 pub(crate) fn event_fd() -> io::Result<OwnedFd> {
     // SAFETY: takes integers, returns a new descriptor or -1.
     let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
@@ -20,14 +20,16 @@ pub(crate) fn event_fd() -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Wakes the thread that waits for `event`.
+/// Signals `event`.
 pub(crate) fn wake(event: BorrowedFd<'_>) {
     let one = 1_u64;
-    // SAFETY: writes the eight bytes of a local. It can only fail when the event is set already.
+    // SAFETY: `write` reads the eight bytes of a local. It fails only if `event` is already
+    // signalled.
     unsafe { libc::write(event.as_raw_fd(), (&raw const one).cast(), 8) };
 }
 
-/// Sleeps until `ring` has a record or the time is over (true), or until `stop` is set (false).
+/// Sleeps until `ring` is readable or `time` has passed (returns true), or until `stop` is
+/// signalled (returns false).
 pub(crate) fn readable(ring: BorrowedFd<'_>, stop: BorrowedFd<'_>, time: Option<Duration>) -> bool {
     let milliseconds = time.map_or(-1, |time| {
         i32::try_from(time.as_millis()).unwrap_or(i32::MAX)
@@ -38,20 +40,20 @@ pub(crate) fn readable(ring: BorrowedFd<'_>, stop: BorrowedFd<'_>, time: Option<
         revents: 0,
     };
     let mut entries = [entry(ring), entry(stop)];
-    // SAFETY: two entries, which live through the call.
+    // SAFETY: `poll` accesses two entries, and both live longer than the call.
     unsafe { libc::poll(entries.as_mut_ptr(), 2, milliseconds) };
     entries[1].revents == 0
 }
 
-/// Takes a wake-up back.
+/// Resets an event to not signalled.
 pub(crate) fn clear(event: BorrowedFd<'_>) {
     let mut count = 0_u64;
-    // SAFETY: reads the eight bytes of a local. It fails if the event is not set, for the
-    // descriptor does not block.
+    // SAFETY: `read` writes the eight bytes of a local. If the event is not signalled, the call
+    // fails at once, because the descriptor is non-blocking.
     unsafe { libc::read(event.as_raw_fd(), (&raw mut count).cast(), 8) };
 }
 
-/// Waits, in short naps after a while, until `is_so`.
+/// Waits until `is_so`: spins at first, then sleeps between the checks.
 pub(crate) fn until(mut is_so: impl FnMut() -> bool) {
     for round in 0_u32.. {
         if is_so() {
@@ -65,13 +67,13 @@ pub(crate) fn until(mut is_so: impl FnMut() -> bool) {
     }
 }
 
-/// Gives the processor away for a moment. A raw call: the C library's function ends a thread that
-/// is cancelled (`pthread_cancel`), which code in Rust does not survive.
+/// Sleeps for a microsecond, so that other threads can run. It is a raw system call because libc's
+/// function is a cancellation point: `pthread_cancel` would unwind this thread through Rust code.
 pub(crate) fn pause() {
     let moment = libc::timespec {
         tv_sec: 0,
         tv_nsec: 1_000,
     };
-    // SAFETY: it reads a local; the rest may be null.
+    // SAFETY: the call reads a local, and its other argument may be null.
     unsafe { libc::syscall(libc::SYS_nanosleep, &raw const moment, 0_usize) };
 }

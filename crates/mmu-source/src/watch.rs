@@ -1,23 +1,23 @@
-//! One question about one range: has it been touched since?
+//! A watch answers one question: has this range changed since the watch was made?
 //!
-//! A cache that looks an entry up under its own lock, perhaps inside of `free`, wants to know
-//! whether that entry can be trusted, and nothing else. [`Watch::is_valid`] answers without a
-//! callback, a lock, an allocation, or a wait for another thread.
+//! A cache that looks up an entry under its own lock, perhaps inside `free`, needs only this
+//! answer. [`Watch::is_valid`] gives it without a callback, a lock or an allocation, and without
+//! waiting for another thread.
 //!
-//! | made by | is marked by | misses |
+//! | made by | marked by | misses |
 //! | --- | --- | --- |
-//! | [`Kernel::watch`](crate::kernel::Kernel::watch) | the kernel, before the change, by any process | nothing |
-//! | [`Watch::new`] | each bracket on [`current`](crate::current): what [`hook`](crate::hook) or another source sees | what they miss |
+//! | [`Kernel::watch`](crate::kernel::Kernel::watch) | the kernel, before the change, whichever process makes it | nothing |
+//! | [`Watch::new`] | each bracket on [`current`](crate::current), from [`hook`](crate::hook) or another source | what those sources miss |
 //!
 //! ```
 //! use mmu_notifier::{Event, Va, VaRange};
 //! use mmu_source::Watch;
 //!
 //! let buffer = VaRange::covering(Va::new(0x7000_0000), 1 << 20)?;
-//! let watch = Watch::new(buffer)?; // First the watch, then the translation that it stands for.
+//! let watch = Watch::new(buffer)?; // Make the watch before the translation.
 //! assert!(watch.is_valid());
 //! drop(mmu_source::current().invalidate(VaRange::covering(Va::new(0x7000_5000), 1)?, Event::Unmap));
-//! assert!(!watch.is_valid(), "for ever: make another, or `renew` it");
+//! assert!(!watch.is_valid(), "it stays invalid until `renew`");
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
@@ -32,7 +32,7 @@ use std::fmt;
 #[cfg(feature = "kernel")]
 use std::sync::Arc;
 
-/// A range of this process, and whether anything has touched it since the watch was made.
+/// A range of this process, and whether it has changed since the watch was made.
 pub struct Watch {
     range: VaRange,
     by: By,
@@ -46,17 +46,18 @@ enum By {
 }
 
 impl Watch {
-    /// Watches `range` for the brackets that sources open on [`current`](crate::current), and the
+    /// Watches `range` for brackets on [`current`](crate::current), from sources or from the
     /// program itself.
     ///
-    /// Such a bracket marks the watch before the change, in the thread that makes it. Without a
-    /// source it hears nothing. What begins after this returns is not missed; a bracket that is
-    /// open then marks the watch or ends first.
+    /// A bracket marks the watch before the change, in the thread that makes the change. Without a
+    /// source, only the program's own brackets mark it. A bracket that begins after this call has
+    /// returned is never missed. A bracket that is open during this call either marks the watch or
+    /// ends before the call returns.
     ///
     /// # Blocking
-    /// The first one of a process waits for brackets that are open.
+    /// The first call in a process waits for open brackets.
     /// # Errors
-    /// [`Error::InCallback`] for the first one of a process, inside of a bracket of the same
+    /// [`Error::InCallback`] if the first call in a process is made inside a bracket of the same
     /// thread.
     pub fn new(range: VaRange) -> Result<Self, Error> {
         Ok(Self {
@@ -65,20 +66,21 @@ impl Watch {
         })
     }
 
-    /// Tells whether nothing has touched the range: neither before this call nor while the caller
-    /// used what it has read.
+    /// Tells whether the range is unchanged: since the watch was made, and while the caller used
+    /// what it had read before this call.
     ///
-    /// Once it is false it stays so, with one exception: a watch of the kernel source whose records
-    /// another thread is just sorting, or this very thread if a signal handler asks, answers false
-    /// where it cannot know. In the child of a fork it is false.
+    /// An invalid watch stays invalid, with one exception. A watch of the kernel source also
+    /// answers false when it cannot know: while another thread sorts the source's records, or in a
+    /// signal handler that has interrupted this thread's own sorting. In the child of a fork the
+    /// answer is always false.
     ///
-    /// Call it before an entry is used, and again afterwards if another thread could have changed
-    /// the memory meanwhile.
+    /// Call it before using an entry. If another thread can change the memory meanwhile, call it
+    /// again afterwards.
     ///
     /// # Blocking
-    /// No. No callback runs, nothing is allocated; it may be called in a callback, under any lock,
-    /// inside of `free` and in a signal handler. Some nanoseconds if nothing has happened; else it
-    /// sorts the records of what has, a few tens of nanoseconds for each.
+    /// No. It runs no callback and allocates nothing. It may be called in a callback, under any
+    /// lock, inside `free` and in a signal handler. It takes some nanoseconds if no change has
+    /// happened. Otherwise it sorts the new records, which takes some tens of nanoseconds each.
     #[must_use]
     #[inline]
     pub fn is_valid(&self) -> bool {
@@ -89,15 +91,15 @@ impl Watch {
         }
     }
 
-    /// Begins anew: what has happened so far counts no more, and what is under way is over when it
-    /// returns.
+    /// Makes the watch valid again: changes up to now no longer count. No change that began before
+    /// this call is still under way when it returns.
     ///
-    /// Cheaper than another watch. Translate the range again afterwards.
+    /// This is cheaper than another watch. Translate the range again afterwards.
     ///
     /// # Blocking
-    /// As what made the watch.
+    /// The same as the constructor of this watch.
     /// # Errors
-    /// As what made the watch; then it is not valid.
+    /// The same as the constructor of this watch. After an error the watch is not valid.
     pub fn renew(&mut self) -> Result<(), Error> {
         match &mut self.by {
             #[cfg(feature = "kernel")]
@@ -106,7 +108,7 @@ impl Watch {
         }
     }
 
-    /// Returns the pages.
+    /// Returns the watched pages.
     #[must_use]
     pub fn range(&self) -> VaRange {
         self.range
@@ -115,18 +117,18 @@ impl Watch {
 
 #[cfg(feature = "kernel")]
 impl Kernel {
-    /// Watches `range` until the returned value is dropped: [`Watch::is_valid`] says whether
-    /// anything has touched it since.
+    /// Watches `range` until the returned value is dropped. [`Watch::is_valid`] says whether the
+    /// range has changed since.
     ///
-    /// When it returns, no change that began before is under way, and every later one is counted
-    /// before it happens. So translate the range after it; no
-    /// [`read_begin`](crate::kernel::Armed::read_begin) is needed.
+    /// When this returns, no change that began before the call is still under way, and every later
+    /// change is counted before it happens. So translate the range after this call;
+    /// [`read_begin`](crate::kernel::Armed::read_begin) is not needed.
     ///
     /// # Blocking
-    /// As [`arm`](Kernel::arm).
+    /// Blocks as [`arm`](Kernel::arm) does.
     /// # Errors
-    /// As [`arm`](Kernel::arm); [`Error::InCallback`] in a signal handler that has interrupted the
-    /// source.
+    /// The errors of [`arm`](Kernel::arm). [`Error::InCallback`] in a signal handler that has
+    /// interrupted the source.
     pub fn watch(self: &Arc<Self>, range: VaRange) -> Result<Watch, Error> {
         Ok(Watch {
             range,

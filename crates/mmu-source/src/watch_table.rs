@@ -1,20 +1,20 @@
-//! Which watches an event touches.
+//! Finds the watches that an event touches.
 //!
-//! The address space is cut into granules at [`LEVELS`] sizes, 4 KiB, 64 KiB, ... A watch belongs
+//! The address space is cut into granules of [`LEVELS`] sizes: 4 KiB, 64 KiB, ... A watch belongs
 //! to the finest level at which it touches at most two granules, and is linked into the chain of
-//! each. An event looks at the chains of its own granules at each level that has watches; one that
-//! touches too many granules looks at all watches instead.
+//! each. For each level that has watches, an event searches the chains of the granules that it
+//! touches. If the event touches too many granules, it searches all watches instead.
 //!
-//! Nothing here allocates but [`Table::with_room`]: the lock around a table may be taken inside of
-//! `free`. A full table is replaced by a larger one that was made outside of the lock.
+//! Only [`Table::with_room`] and [`enter`] allocate, because the lock around a table may be taken
+//! inside `free`. A full table is replaced by a larger one, which is made outside of the lock.
 
 use mmu_notifier::VaRange;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Sizes of granules; the last one has a single granule.
+/// The number of granule sizes. The last level has a single granule.
 const LEVELS: usize = 14;
-/// An event that touches more granules of a level than this looks at all watches.
+/// An event that touches more granules of a level than this searches all watches.
 const SPAN: u64 = 32;
 const NONE: u32 = u32::MAX;
 
@@ -25,7 +25,7 @@ pub(crate) struct Word(AtomicBool);
 impl Word {
     #[inline]
     pub(crate) fn is_touched(&self) -> bool {
-        // Relaxed: each source orders this look itself.
+        // Relaxed: each source orders this load itself.
         self.0.load(Ordering::Relaxed)
     }
 
@@ -36,10 +36,10 @@ impl Word {
 
 #[derive(Debug)]
 struct Node {
-    /// `None` if the place is free; `next[0]` is then the next free place.
+    /// `None` if the node is free. Then `next[0]` is the next free node.
     watched: Option<Watched>,
-    /// What follows in the chains of the first and of the second granule: a node's number times
-    /// two, plus which.
+    /// The successors in the chains of the first and the second granule. A link is twice the number
+    /// of a node, plus 0 or 1 for the chain.
     next: [u32; 2],
 }
 
@@ -47,7 +47,7 @@ struct Node {
 struct Watched {
     range: VaRange,
     level: usize,
-    /// Events up to this number began before the watch.
+    /// Only events with higher numbers touch the watch. Earlier ones began before it.
     base: u64,
     word: Arc<Word>,
 }
@@ -56,7 +56,7 @@ struct Watched {
 #[derive(Debug)]
 pub(crate) struct Table {
     nodes: Vec<Node>,
-    /// A power of two of chains.
+    /// The first link of each chain. Their number is a power of two.
     heads: Vec<u32>,
     free: u32,
     counts: [u32; LEVELS],
@@ -88,7 +88,7 @@ fn level(range: VaRange) -> usize {
 }
 
 impl Table {
-    /// Makes a table with room for `watches`, a power of two.
+    /// Makes a table with room for `watches` watches, a power of two.
     pub(crate) fn with_room(watches: usize) -> Self {
         let empty = || Node {
             watched: None,
@@ -124,7 +124,7 @@ impl Table {
         (hash >> 32) as usize & (self.heads.len() - 1)
     }
 
-    /// Enters a watch. The table must not be full.
+    /// Adds a watch. The table must not be full.
     pub(crate) fn insert(&mut self, range: VaRange, base: u64, word: Arc<Word>) -> Id {
         let number = self.free;
         self.free = self.nodes[number as usize].next[0];
@@ -151,7 +151,7 @@ impl Table {
         self.nodes[number as usize].watched = Some(watched);
     }
 
-    /// Takes a watch out. What it returns has to be dropped outside of the lock.
+    /// Removes a watch. The caller must drop the returned value outside of the lock.
     pub(crate) fn remove(&mut self, id: &Id) -> Option<Arc<Word>> {
         let number = id.0;
         let watched = self.nodes[number as usize].watched.take()?;
@@ -181,7 +181,7 @@ impl Table {
         Some(watched.word)
     }
 
-    /// Begins a watch anew: only events after `base` count.
+    /// Makes a watch valid again: only events after `base` count.
     pub(crate) fn renew(&mut self, id: &Id, base: u64) {
         if let Some(watched) = &mut self.nodes[id.0 as usize].watched {
             watched.base = base;
@@ -189,7 +189,7 @@ impl Table {
         }
     }
 
-    /// Marks the watches that event `number` touches.
+    /// Marks the watches that the event `number` touches.
     pub(crate) fn touch(&self, range: VaRange, number: u64) {
         for level in 0..LEVELS {
             if self.counts[level] == 0 {
@@ -214,12 +214,12 @@ impl Table {
         self.nodes.iter().for_each(|node| node.touch(range, number));
     }
 
-    /// Marks all watches that began before event `number`.
+    /// Marks all watches that are older than the event `number`.
     pub(crate) fn touch_all(&self, number: u64) {
         self.touch_any(VaRange::ALL, number);
     }
 
-    /// Moves everything from a smaller table into this one, which is new. Identities stay.
+    /// Moves all watches of a smaller table into this new one. Each keeps its `Id`.
     pub(crate) fn take_over(&mut self, smaller: &mut Self) {
         self.free = NONE;
         for number in (0..self.nodes.len()).rev() {
@@ -235,8 +235,8 @@ impl Table {
     }
 }
 
-/// Enters a watch into the table that `with` gives access to, under its lock. Allocates outside of
-/// that. `None` if `with` has no table to give.
+/// Adds a watch to the table that `with` gives access to under its lock. Allocates outside of the
+/// lock. Returns `None` if `with` has no table.
 pub(crate) fn enter(
     with: impl Fn(&mut dyn FnMut(&mut Table)) -> Option<()>,
     range: VaRange,

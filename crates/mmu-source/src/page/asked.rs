@@ -1,17 +1,17 @@
-//! The kernel says how large a page is: on aarch64 4, 16 or 64 KiB, as it was built.
+//! On aarch64 the kernel's configuration sets the page size: 4, 16 or 64 KiB.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// The smallest page of hugetlbfs (on aarch64 16 pages of 4 KiB in a row), and the exponent of the
-/// largest (32 of 512 MiB).
+/// The smallest page of hugetlbfs (on aarch64, 16 contiguous pages of 4 KiB), and the binary
+/// logarithm of the largest (32 contiguous ones of 512 MiB).
 pub(crate) const SMALLEST_HUGE: u64 = 64 << 10;
 pub(crate) const LARGEST_HUGE: u32 = 34;
 
-/// The size of a page, found once.
+/// The page size. The first call asks the kernel.
 #[inline]
 pub(crate) fn size() -> u64 {
     static SIZE: AtomicU64 = AtomicU64::new(0);
-    // ORDER: Relaxed: a thread that finds zero asks the kernel itself.
+    // ORDER: Relaxed: a thread that reads zero asks the kernel itself.
     match SIZE.load(Ordering::Relaxed) {
         0 => find(&SIZE),
         size => size,
@@ -21,9 +21,9 @@ pub(crate) fn size() -> u64 {
 #[cold]
 #[allow(unsafe_code, reason = "one call that takes an integer")]
 fn find(into: &AtomicU64) -> u64 {
-    // SAFETY: takes an integer; every libc knows this one.
+    // SAFETY: takes an integer. Every libc supports `_SC_PAGESIZE`.
     let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as u64;
-    // ORDER: Relaxed, as the load.
+    // ORDER: Relaxed, as for the load in `size`.
     into.store(size, Ordering::Relaxed);
     size
 }

@@ -1,18 +1,17 @@
-//! From the thread that reads to the thread that runs callbacks: a queue of fixed size, without
-//! locks and allocations.
+//! A queue of fixed size from the reader to the teller, without locks and allocations.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 const SLOTS: usize = 4096;
 
-/// One writer, one reader.
+/// A queue with one producer and one consumer.
 #[derive(Debug)]
 pub(super) struct Queue {
     slots: Box<[[AtomicU64; 3]]>,
     written: AtomicU64,
     read: AtomicU64,
     lost: AtomicU64,
-    /// For how many of the lost ones everything has been invalidated.
+    /// The number of lost entries for which the teller has invalidated everything.
     told: AtomicU64,
 }
 
@@ -30,13 +29,13 @@ impl Queue {
         }
     }
 
-    /// Puts an entry in, or remembers that it could not.
+    /// Adds an entry. If the queue is full, counts the entry as lost.
     pub(super) fn push(&self, entry: [u64; 3]) {
         let at = self.written.load(Ordering::Relaxed);
-        // ORDER(source-queue-free): Acquire: the reader is done with the slot. Partner: the store
+        // ORDER(source-queue-free): Acquire: the consumer has copied the slot. Partner: the store
         // in `advance`.
         if at - self.read.load(Ordering::Acquire) >= SLOTS as u64 {
-            // ORDER(source-queue): Release, with the entries before. Partner: the load in `untold`.
+            // ORDER(source-queue): Release, for the entries before. Partner: the load in `untold`.
             self.lost.fetch_add(1, Ordering::Release);
             return;
         }
@@ -48,7 +47,7 @@ impl Queue {
         self.written.store(at + 1, Ordering::Release);
     }
 
-    /// Returns the oldest entry, and leaves it in.
+    /// Returns the oldest entry without removing it.
     pub(super) fn peek(&self) -> Option<[u64; 3]> {
         let at = self.read.load(Ordering::Relaxed);
         // ORDER(source-queue): Acquire, for the slot. Partner: the store in `push`.
@@ -59,7 +58,7 @@ impl Queue {
         Some([a, b, c].map(|word| word.load(Ordering::Relaxed)))
     }
 
-    /// Takes the oldest entry out: its callbacks have run.
+    /// Removes the oldest entry. The caller has run its callbacks.
     pub(super) fn advance(&self) {
         // ORDER(source-queue-free): Release: the slot has been copied, and the callbacks have run.
         // Partner: the loads in `push` and `is_empty`.
@@ -67,28 +66,29 @@ impl Queue {
             .store(self.read.load(Ordering::Relaxed) + 1, Ordering::Release);
     }
 
-    /// Returns how many entries have been lost if not all of them have been told.
+    /// Returns the number of lost entries if the teller has not yet handled all of them.
     pub(super) fn untold(&self) -> Option<u64> {
-        // ORDER(source-queue): Acquire: what was lost came before. Partner: the addition in `push`.
+        // ORDER(source-queue): Acquire: the entries before the loss are visible. Partner: the
+        // addition in `push`.
         let lost = self.lost.load(Ordering::Acquire);
         (lost != self.told.load(Ordering::Relaxed)).then_some(lost)
     }
 
-    /// Takes note that everything was invalidated after so many had been lost. More may have been
-    /// since.
+    /// Records that everything was invalidated after `lost` entries had been lost. Further entries
+    /// may have been lost since.
     pub(super) fn tell(&self, lost: u64) {
         // ORDER(source-told): Release: the callbacks have run. Partner: the load in `is_told`.
         self.told.store(lost, Ordering::Release);
     }
 
-    /// Tells whether the callbacks for the first so many that were lost have run.
+    /// Tells whether callbacks have run for the first `lost` lost entries.
     pub(super) fn is_told(&self, lost: u64) -> bool {
         // ORDER(source-told): Acquire: the callbacks have run. Partner: the store in `tell`.
         self.told.load(Ordering::Acquire) >= lost
     }
 
     pub(super) fn written(&self) -> u64 {
-        // ORDER(source-queue): Acquire: as in `peek`.
+        // ORDER(source-queue): Acquire, as in `peek`.
         self.written.load(Ordering::Acquire)
     }
 
@@ -113,7 +113,7 @@ mod tests {
         (0..SLOTS as u64 + 3).for_each(|number| queue.push([number, 0, 0]));
         assert_eq!(queue.lost(), 3);
         assert_eq!(queue.untold(), Some(3));
-        // One more, while callbacks run for those.
+        // Another entry is lost while the callbacks for the first three run.
         queue.push([0; 3]);
         queue.tell(3);
         assert!(queue.is_told(3) && !queue.is_told(4));

@@ -1,12 +1,12 @@
 //! The system calls of the source.
 //!
-//! The crate `userfaultfd` is not used: it does not know `WP_ASYNC`, drops the errno of a failed
-//! call, hides events behind Cargo features, and allocates a buffer for each read. This is four
-//! calls.
+//! The source makes four system calls, so it does without the crate `userfaultfd`. That crate does
+//! not know `WP_ASYNC`, drops the errno of a failed call, hides events behind Cargo features, and
+//! allocates a buffer for each read.
 //!
 //! # Safety
-//! The one module of the source with unsafe code. The calls take integers and pointers to locals of
-//! the size the kernel is told.
+//! This is the only module of the source with unsafe code. The calls take integers, and pointers to
+//! locals whose size the kernel is told.
 
 #![allow(
     unsafe_code,
@@ -28,14 +28,14 @@ const UFFDIO_REGISTER: c_ulong = 0xc020_aa00;
 const UFFDIO_UNREGISTER: c_ulong = 0x8010_aa01;
 const UFFDIO_REGISTER_MODE_WP: u64 = 1 << 1;
 
-/// The features that the source needs: events of fork, remap, remove and unmap; write protection of
-/// shmem and hugetlbfs, and without faults.
+/// The required features: fork, remap, remove and unmap events; write protection of shmem and
+/// hugetlbfs; asynchronous write protection.
 const FEATURES: u64 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6 | 1 << 12 | 1 << 15;
 
-/// What the kernel told.
+/// An event from the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Message {
-    /// The pages are about to be taken away.
+    /// The kernel is about to take the pages away.
     Remove { start: u64, end: u64 },
     /// The pages have been unmapped.
     Unmap { start: u64, end: u64 },
@@ -43,11 +43,11 @@ pub(super) enum Message {
     Remap { from: u64, to: u64, len: u64 },
     /// The process has forked.
     Fork,
-    /// Something this source did not ask for.
+    /// An event that this source did not request.
     Other,
 }
 
-/// Opens a userfaultfd with all that is needed.
+/// Opens a userfaultfd with the required features.
 pub(super) fn open() -> io::Result<OwnedFd> {
     let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | UFFD_USER_MODE_ONLY;
     // SAFETY: takes an integer, returns a descriptor or -1.
@@ -55,11 +55,11 @@ pub(super) fn open() -> io::Result<OwnedFd> {
     if descriptor < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: `from_raw_fd` needs an open descriptor without another owner: the kernel has just
-    // made it.
+    // SAFETY: `from_raw_fd` needs an open descriptor without another owner. The kernel has just
+    // made this one.
     let uffd = unsafe { OwnedFd::from_raw_fd(descriptor as i32) };
     let mut api = [UFFD_API, FEATURES, 0];
-    // SAFETY: the request reads and writes `struct uffdio_api`, three words.
+    // SAFETY: the ioctl accesses three words, `struct uffdio_api`.
     check(unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_API, api.as_mut_ptr()) })?;
     Ok(uffd)
 }
@@ -79,40 +79,41 @@ fn words(range: VaRange) -> Option<[u64; 2]> {
     ])
 }
 
-/// Registers a range for write protection, which is then not set on any page: only the events are
-/// wanted.
+/// Registers a range for write protection. No page is ever protected, because the source needs only
+/// the events.
 pub(super) fn register(uffd: BorrowedFd<'_>, range: VaRange) -> io::Result<()> {
     let [start, len] = words(range).ok_or(io::ErrorKind::InvalidInput)?;
     let mut request = [start, len, UFFDIO_REGISTER_MODE_WP, 0];
-    // SAFETY: the request reads and writes `struct uffdio_register`, four words.
+    // SAFETY: the ioctl accesses four words, `struct uffdio_register`.
     check(unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_REGISTER, request.as_mut_ptr()) })
 }
 
 pub(super) fn unregister(uffd: BorrowedFd<'_>, range: VaRange) -> io::Result<()> {
     let mut request = words(range).ok_or(io::ErrorKind::InvalidInput)?;
-    // SAFETY: the request reads `struct uffdio_range`, two words.
+    // SAFETY: the ioctl reads two words, `struct uffdio_range`.
     check(unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_UNREGISTER, request.as_mut_ptr()) })
 }
 
-/// Tells whether all of a range is mapped: registering skips holes without a word.
+/// Fails if a part of the range is not mapped. Registering would silently skip holes.
 pub(super) fn is_mapped(range: VaRange) -> io::Result<()> {
     let [start, len] = words(range).ok_or(io::ErrorKind::InvalidInput)?;
     let start = std::ptr::with_exposed_provenance_mut::<c_void>(start as usize);
-    // SAFETY: with `MS_ASYNC` the call looks for holes in the range, and changes nothing.
+    // SAFETY: with `MS_ASYNC` the call only searches the range for holes, and changes nothing.
     check(unsafe { libc::msync(start, len as usize, libc::MS_ASYNC) })
 }
 
-/// Ends a userfaultfd: all its memory is unregistered, and all who wait for it go on. Its
-/// descriptor becomes another name of `event`.
+/// Closes a userfaultfd: the kernel unregisters all of its memory, and every thread that waits for
+/// it continues. Afterwards its descriptor refers to the file of `event`.
 pub(super) fn replace(uffd: BorrowedFd<'_>, event: BorrowedFd<'_>) {
-    // SAFETY: both are open, and the owner of the first owns an open descriptor afterwards as well.
+    // SAFETY: both descriptors are open. The owner of the first one owns an open descriptor
+    // afterwards too.
     unsafe { libc::dup3(event.as_raw_fd(), uffd.as_raw_fd(), libc::O_CLOEXEC) };
 }
 
-/// Reads a message if there is one. Allocates nothing.
+/// Reads one event, if there is one. Allocates nothing.
 pub(super) fn read(uffd: BorrowedFd<'_>) -> Option<Message> {
     let mut message = [0_u64; 4];
-    // SAFETY: reads at most the 32 bytes of the local, `struct uffd_msg`.
+    // SAFETY: the call writes at most the 32 bytes of the local, `struct uffd_msg`.
     let got = unsafe {
         libc::read(
             uffd.as_raw_fd(),
@@ -126,9 +127,9 @@ pub(super) fn read(uffd: BorrowedFd<'_>) -> Option<Message> {
     let [event, a, b, c] = message;
     Some(match event as u8 {
         0x13 => {
-            // SAFETY: closes the descriptor of the child's userfaultfd, which the kernel has just
-            // put there and which no other code knows, in the table of this thread. The child's
-            // memory is registered no more then.
+            // SAFETY: `a` is the descriptor of the child's userfaultfd. The kernel has just put it
+            // into this thread's table, so no other code owns it. Closing it unregisters the
+            // child's memory.
             drop(unsafe { OwnedFd::from_raw_fd(a as u32 as i32) });
             Message::Fork
         }

@@ -1,8 +1,8 @@
 //! Watches that brackets mark.
 //!
-//! One subscriber marks all of them, at the start of a bracket and again at its end. The second
-//! mark is for a watch that is made in between: it may stand for a translation from before the
-//! change, and must be marked before the call that makes the change returns.
+//! One subscriber marks all of these watches, at the start of each bracket and again at its end.
+//! The second mark is for a watch made in between: that watch may stand for a translation from
+//! before the change, so it must be marked before the call that makes the change returns.
 
 use crate::Error;
 use crate::current_mm::current_ref;
@@ -12,15 +12,15 @@ use mmu_notifier::{InvalidateRange, Notifier, Registration, VaRange};
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Brackets have no numbers. So a bracket that marks a watch counts as later than the watch.
+/// Brackets have no numbers, so every bracket counts as later than every watch.
 const ANY: u64 = 1;
 
-/// The subscriber, one for each address space, as long as that lasts.
+/// The subscriber. Each address space has one, for as long as the address space lasts.
 pub(crate) struct Brackets {
     id: u64,
     registration: Registration<Marks>,
-    /// Whether the subscriber was made to stay for ever. Otherwise the next watch would register it
-    /// again, and wait for open brackets.
+    /// Whether the subscriber is leaked, so that it stays registered for ever. Otherwise the next
+    /// first watch would register it again, and wait for open brackets.
     stays: AtomicBool,
 }
 
@@ -40,8 +40,8 @@ impl Marks {
 
 impl Notifier for Marks {
     fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
-        // ORDER(watch-bracket): the mark comes before the change, and before the caller's next
-        // step. Partner: the fence in `is_valid`.
+        // ORDER(watch-bracket): the mark comes before the change, and before the next step of the
+        // thread that makes the change. Partner: the fence in `is_valid`.
         self.table().touch(range.range(), ANY);
     }
 
@@ -90,8 +90,8 @@ impl Bracketed {
     #[inline]
     pub(super) fn is_valid(&self) -> bool {
         // ORDER(watch-bracket): Acquire. The caller's own order (a lock, a join) puts the end of
-        // the bracket before this look. The caller's reads through its entry also come before this
-        // look. Partner: the store in `Word::touch`.
+        // the bracket before this load. The caller's reads through its entry also come before this
+        // load. Partner: the store in `Word::touch`.
         fence(Ordering::Acquire);
         !self.word.is_touched() && !self.is_inherited()
     }
@@ -107,7 +107,7 @@ impl Bracketed {
 
 impl Drop for Bracketed {
     fn drop(&mut self) {
-        // The child of a fork may have inherited the lock from a thread that had it.
+        // In the child of a fork the lock may be held for ever, by a thread of the parent.
         if !self.is_inherited() {
             let word = self.brackets.registration.table().remove(&self.id);
             drop(word);
