@@ -9,7 +9,6 @@
 //! Processes that the tracer spawns carry a seccomp filter, so they stop only at memory calls.
 //! Processes that it attaches to stop at every system call. `docs/sources.md` says what this source
 //! sees and what it misses.
-//! and what it misses.
 //!
 //! # Threads
 //! ptrace binds a tracee to one thread of the tracer. So only the thread that made a tracer may

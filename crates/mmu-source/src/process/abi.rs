@@ -1,7 +1,7 @@
-//! The system calls that matter, and their numbers under each ABI a task can use.
+//! The system calls that the tracer decodes, and their numbers in each ABI that a task can use.
 //!
-//! Each kind of processor has a file: the architectures of its calls as the kernel names them, the
-//! calls that only it has, and those of its 32-bit programs.
+//! Each processor architecture has a file with its `AUDIT_ARCH_*` values, the calls that only it
+//! has, and the calls of its 32-bit programs.
 
 #[cfg(target_arch = "aarch64")]
 #[path = "abi/aarch64.rs"]
@@ -16,7 +16,7 @@ mod machine;
 pub(super) use machine::{ARCH_COMPAT, ARCH_NATIVE, COMPAT, X32_BIT};
 use machine::{OWN, X32_CALLS, X32_OWN};
 
-/// A system call that changes translations of some address space, or can.
+/// A system call that can change translations of an address space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[cfg_attr(
     not(target_arch = "x86_64"),
@@ -27,7 +27,7 @@ pub(super) enum Call {
     Mremap,
     Brk,
     Mmap,
-    /// The i386 `mmap`, with its six arguments in memory.
+    /// The i386 `mmap`, whose six arguments are in memory.
     OldMmap,
     Shmat,
     Shmdt,
@@ -74,21 +74,21 @@ impl Call {
     }
 }
 
-/// How a system call passes its number and what its structures look like.
+/// How a system call passes its number, and how wide the fields of its structures are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Abi {
-    /// The ABI of this program: 64-bit numbers, 64-bit structures.
+    /// The ABI of this program: 64-bit numbers and 64-bit structures.
     Native,
-    /// x86-64 instructions with 32-bit pointers in structures; numbers carry [`X32_BIT`].
+    /// x32: x86-64 instructions with 32-bit pointers in structures. Numbers carry [`X32_BIT`].
     X32,
-    /// That of 32-bit programs: i386 (`int 0x80`, `sysenter`, and `syscall` in compatibility mode),
-    /// or ARM.
+    /// The ABI of 32-bit programs: ARM, or i386 (`int 0x80`, `sysenter`, and `syscall` in
+    /// compatibility mode).
     Compat,
 }
 
 impl Abi {
-    /// Finds the ABI of a call from its `AUDIT_ARCH_*` value and its number, and the number without
-    /// any mark of the ABI.
+    /// Returns the ABI of a call, from its `AUDIT_ARCH_*` value and its number, and the number
+    /// without `X32_BIT`.
     pub(super) fn of(arch: u32, number: u64) -> Option<(Abi, u64)> {
         match arch {
             ARCH_NATIVE if number & X32_BIT != 0 && number < 2 * X32_BIT => {
@@ -100,7 +100,7 @@ impl Abi {
         }
     }
 
-    /// Finds the call that `number` names.
+    /// Returns the call that `number` names.
     pub(super) fn call(self, number: u64) -> Option<Call> {
         let find = |table: &[Row]| {
             table
@@ -128,12 +128,12 @@ const fn row(number: libc::c_long, call: Call) -> Row {
     (number as u32, call)
 }
 
-/// The calls of this program's own ABI, in no order.
+/// The calls of this program's own ABI, unsorted.
 pub(super) fn native() -> Vec<Row> {
     [SHARED, OWN].concat()
 }
 
-/// The calls that every kind of processor has.
+/// The calls that every architecture has.
 const SHARED: &[Row] = &[
     row(libc::SYS_munmap, Call::Munmap),
     row(libc::SYS_mremap, Call::Mremap),

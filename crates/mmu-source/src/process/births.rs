@@ -1,4 +1,4 @@
-//! The mappings that calls make, for observers that asked for them.
+//! The mappings that calls make, for observers with [`super::Options::births`].
 
 use mmu_notifier::{Va, VaRange};
 
@@ -6,19 +6,20 @@ use super::abi::Call;
 use super::{Pid, maps};
 use crate::{page, ranges};
 
-/// What a call maps if it succeeds. Its address is the call's result.
+/// The mapping that a call makes if it succeeds. The result of the call is an address in it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Birth {
-    /// This many bytes, from the result on.
+    /// This many bytes, starting at the result.
     Bytes(u64),
     /// The heap, which ends at the result.
     Heap,
-    /// One mapping, whose size `/proc` knows.
+    /// A mapping that starts at the result. Its size is in `/proc`.
     One,
 }
 
 impl Birth {
-    /// `None` for a call that makes no mapping, and for `ipc`, whose result is in memory.
+    /// Returns `None` for a call that makes no mapping, and for `ipc`, which stores its result in
+    /// memory.
     pub(super) fn of(call: Call, args: &[u64; 6]) -> Option<Birth> {
         match call {
             Call::Mmap => Some(Birth::Bytes(args[1])),
@@ -29,7 +30,8 @@ impl Birth {
         }
     }
 
-    /// What is mapped now that the call of `tid` has returned `result`; `None` if it failed.
+    /// Returns the range that is mapped after the call of `tid` has returned `result`, or `None` if
+    /// the call failed.
     pub(super) fn range(self, tid: Pid, result: u64) -> Option<VaRange> {
         if result == 0 || (-4095..0).contains(&(result as i64)) {
             return None;

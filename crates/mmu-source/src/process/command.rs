@@ -9,10 +9,10 @@ use std::path::PathBuf;
 
 /// A program to run under a tracer.
 ///
-/// It is less than [`std::process::Command`] on purpose: everything it needs is laid out before the
-/// fork, so that the child makes system calls and nothing else until its program runs. The child
-/// inherits the standard streams that are not given, the signal mask and ignored signals
-/// (`SIGPIPE`, which Rust programs ignore, is put back to its default).
+/// It offers less than [`std::process::Command`] on purpose. Everything is prepared before the
+/// fork, so the child makes only system calls until its program runs. The child inherits the
+/// standard streams that the caller does not set, the signal mask, and the ignored signals. One
+/// exception is `SIGPIPE`: Rust programs ignore it, so it is reset to the default.
 #[derive(Debug)]
 pub struct Command {
     program: OsString,
@@ -23,7 +23,7 @@ pub struct Command {
 }
 
 impl Command {
-    /// Names the program; without a slash it is looked for in `PATH`, as a shell does.
+    /// Names the program. A name without a slash is searched for in `PATH`, as a shell does.
     pub fn new(program: impl AsRef<OsStr>) -> Command {
         Command {
             program: program.as_ref().to_owned(),
@@ -47,31 +47,32 @@ impl Command {
         self
     }
 
-    /// Replaces the whole environment, which is inherited otherwise.
+    /// Replaces the whole environment. Without this call, the child inherits the environment.
     pub fn environment(mut self, env: impl IntoIterator<Item = (OsString, OsString)>) -> Command {
         self.env = Some(env.into_iter().collect());
         self
     }
 
-    /// Sets the working directory. A relative program name with a slash is looked up in it.
+    /// Sets the working directory. A relative program name with a slash is resolved in that
+    /// directory.
     pub fn current_dir(mut self, dir: impl Into<PathBuf>) -> Command {
         self.dir = Some(dir.into());
         self
     }
 
-    /// Gives the child its standard input.
+    /// Sets the child's standard input.
     pub fn stdin(mut self, fd: impl Into<OwnedFd>) -> Command {
         self.stdio[0] = Some(fd.into());
         self
     }
 
-    /// Gives the child its standard output.
+    /// Sets the child's standard output.
     pub fn stdout(mut self, fd: impl Into<OwnedFd>) -> Command {
         self.stdio[1] = Some(fd.into());
         self
     }
 
-    /// Gives the child its standard error.
+    /// Sets the child's standard error.
     pub fn stderr(mut self, fd: impl Into<OwnedFd>) -> Command {
         self.stdio[2] = Some(fd.into());
         self
@@ -82,7 +83,7 @@ impl Command {
         &self.program
     }
 
-    /// Lays out the strings `execve` needs. A zero byte in one of them is `EINVAL`.
+    /// Prepares the strings for `execve`. A zero byte in a string is the error `EINVAL`.
     pub(super) fn layout(&self) -> io::Result<Layout> {
         let mut argv = vec![c_string(&self.program)?];
         for arg in &self.args {
@@ -122,7 +123,7 @@ impl Command {
     }
 }
 
-/// The strings of a [`Command`], as the kernel wants them.
+/// The strings of a [`Command`], in the form that `execve` takes.
 #[derive(Debug)]
 pub(super) struct Layout {
     /// The paths to try in turn.
@@ -132,7 +133,7 @@ pub(super) struct Layout {
     pub(super) dir: Option<CString>,
 }
 
-/// The paths `execvp` would try for `program`.
+/// Returns the paths that `execvp` would try for `program`.
 fn candidates_in(program: &OsStr, path: Option<&OsStr>) -> Vec<OsString> {
     if program.is_empty() || program.as_bytes().contains(&b'/') {
         return vec![program.to_owned()];

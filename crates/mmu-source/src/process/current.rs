@@ -1,31 +1,31 @@
-//! What the source is working on in this thread.
+//! The task and the call for which this thread runs a callback.
 
 use std::cell::Cell;
 
 use super::kinds::{Registers, Task};
 
-/// On whose behalf a callback runs, as the kernel's `current`.
+/// The task and the call for which a callback runs. It corresponds to the kernel's `current`.
 #[doc(alias = "current")]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Current {
-    /// The task that made the call. The address space it acts on may be another's
-    /// (`process_madvise`).
+    /// The task that made the call. The call may act on another address space (`process_madvise`).
     pub task: Task,
-    /// The system call, `"exit"` or `"detach"`. While a bracket opens or closes it is the call that
-    /// was made: `"clone"` where libc's `fork` makes that one. A new task that the source has seen
-    /// no call for is told as the kernel reports it: `"fork"`, `"vfork"` or `"clone"`.
+    /// The name of the system call, or `"exit"` or `"detach"`. While a bracket opens or closes, it
+    /// is the call that the task made: `"clone"` if libc implements `fork` by `clone`. For a new
+    /// task whose parent's call the tracer has not seen, it is the kernel's event: `"fork"`,
+    /// `"vfork"` or `"clone"`.
     pub cause: &'static str,
-    /// The raw return value (`-errno` on failure) while the call's brackets close. `None`
-    /// otherwise, and if the task died in the call or was let go of.
+    /// The raw return value (`-errno` on failure), while the brackets of the call close. `None` at
+    /// any other time, and if the task died in the call or was detached.
     pub result: Option<i64>,
 }
 
 impl Current {
-    /// Reads the registers of the task, which is stopped while the source is working on it.
+    /// Reads the registers of the task. The task is stopped while a callback runs for it.
     ///
-    /// `None` if the task has died meanwhile, or has been let go of, and in a thread other than the
-    /// tracer's.
+    /// Returns `None` if the task has died or was detached meanwhile, and in any thread other than
+    /// the tracer's.
     ///
     /// # Source
     /// ptrace(2), `PTRACE_GETREGS`.
@@ -33,9 +33,9 @@ impl Current {
         super::sys::registers(self.task.tid)
     }
 
-    /// Reads the task's memory at `address`, and returns how many bytes could be read.
+    /// Reads the task's memory at `address`, and returns how many bytes were read.
     ///
-    /// Memory that is not mapped ends the read. A task that has died has no memory: 0.
+    /// The read ends at the first byte that is not mapped. For a task that has died it returns 0.
     ///
     /// # Source
     /// process_vm_readv(2); `PTRACE_PEEKDATA` where that is refused.
@@ -48,16 +48,16 @@ thread_local! {
     static CURRENT: Cell<Option<Current>> = const { Cell::new(None) };
 }
 
-/// Returns what the source is working on in this thread.
+/// Returns the task and the call for which this thread runs a callback.
 ///
-/// It is set while the source runs callbacks (`invalidate_range_start`, `invalidate_range_end`,
-/// `release`) and methods of the observer, and `None` at any other time, in the thread that frees
-/// notifiers for one.
+/// It is set while the tracer runs callbacks (`invalidate_range_start`, `invalidate_range_end`,
+/// `release`) and methods of the observer. It is `None` at any other time, and in other threads,
+/// such as the one that frees notifiers.
 pub fn current() -> Option<Current> {
     CURRENT.get()
 }
 
-/// Sets [`current`] while it lives and puts back what was there.
+/// Sets [`current`] while it lives. Its drop restores the previous value.
 #[derive(Debug)]
 pub(super) struct Scope {
     before: Option<Current>,

@@ -1,4 +1,4 @@
-//! From a system call's arguments to what it is about to invalidate.
+//! Computes from a system call's arguments what the call is about to invalidate.
 
 use std::io;
 
@@ -14,7 +14,7 @@ use crate::ranges::{
     mremap,
 };
 
-/// A call a task is about to make.
+/// A call that a task is about to make.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Entry {
     pub(super) tid: Pid,
@@ -23,7 +23,7 @@ pub(super) struct Entry {
     pub(super) args: [u64; 6],
 }
 
-/// What the tracer has to do about a call. The ranges go to the caller's list.
+/// What the tracer has to do for a call. The ranges are in the caller's list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Plan {
     pub(super) cause: &'static str,
@@ -31,36 +31,36 @@ pub(super) struct Plan {
     pub(super) then: Then,
 }
 
-/// What else there is to a call than its ranges.
+/// What a call needs in addition to brackets on its ranges.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Then {
-    /// Nothing.
+    /// Nothing more.
     Close,
-    /// It acts on the address space of another process, or on its own if it names that.
+    /// The call acts on the address space of the named process, which may be the caller's own.
     Elsewhere(Named),
-    /// Its result is the program break.
+    /// The result of the call is the program break.
     LearnBreak,
-    /// A child that comes out of it has an address space of its own.
+    /// A child that the call makes has an address space of its own.
     Copy,
-    /// A child that comes out of it may have an address space of its own: its flags cannot be read.
+    /// A child that the call makes may have an address space of its own: the flags cannot be read.
     MayCopy,
 }
 
-/// What decoding needs to know about the caller's address space.
+/// What decoding must know about the caller's address space.
 pub(super) struct Context<'a> {
     pub(super) brk: &'a mut Break,
-    /// No other task shares the address space.
+    /// Whether no other task shares the address space.
     pub(super) alone: bool,
-    /// The tasks that are traced.
+    /// Returns the traced tasks.
     pub(super) tasks: &'a dyn Fn() -> Vec<Pid>,
 }
 
 impl Entry {
-    /// Says what the call is about to invalidate, as far as its arguments and `/proc` tell, or
-    /// `None` if nothing.
+    /// Returns what the call is about to invalidate, as far as its arguments and `/proc` say.
+    /// Returns `None` if the call invalidates nothing.
     ///
-    /// It errs on the side of too much: arguments that the kernel will refuse still give a range if
-    /// one can be formed.
+    /// It rounds up when in doubt: even if the kernel will refuse the call, the arguments give a
+    /// range whenever one can be formed.
     pub(super) fn plan(&self, context: Context<'_>, ranges: &mut Vec<VaRange>) -> Option<Plan> {
         let [a0, a1, a2, a3, a4, a5] = self.args;
         let mut cause = self.call.name();
@@ -94,7 +94,7 @@ impl Entry {
                 mremap(ranges, a0, a1, a2, a3, a4);
                 Event::Unmap
             }
-            // A query.
+            // A query of the break.
             Call::Brk if a0 == 0 => Event::Unmap,
             Call::Brk => {
                 let call = context
@@ -144,7 +144,7 @@ impl Entry {
                 Event::Clear
             }
             Call::ProcessMrelease => {
-                // What a dying process has, before its end.
+                // It frees the memory of a process that has been killed and has not ended yet.
                 then = Then::Elsewhere(proc::pidfd_target(self.tid, a0 as i32));
                 ranges.push(VaRange::ALL);
                 Event::Unmap
@@ -158,7 +158,7 @@ impl Entry {
                 Event::Migrate { owner: None }
             }
             Call::MovePages => {
-                // Without a list of nodes it is a query.
+                // Without a list of nodes the call is a query.
                 if a3 != 0 {
                     then = self.elsewhere(a0, &context);
                     self.pages(ranges, a1, a2);
@@ -178,7 +178,8 @@ impl Entry {
                 };
                 then = match flags {
                     Ok(Some(flags)) if flags & libc::CLONE_VM as u64 == 0 => Then::Copy,
-                    // The child shares the memory, or the flags are in memory that is not mapped.
+                    // The child shares the memory, or the call will fail because its flags are not
+                    // mapped.
                     Ok(_) => return None,
                     Err(_) => Then::MayCopy,
                 };
@@ -191,13 +192,14 @@ impl Entry {
         (!needless).then_some(Plan { cause, event, then })
     }
 
-    /// Where they cannot be read, whatever may be mapped is: nothing is told is worse than too
-    /// much.
+    /// Reads the mappings of the caller. If that fails, the callers assume that everything is
+    /// mapped: a missed change is worse than a reported range that does not change.
     fn maps(&self) -> io::Result<Vec<maps::Mapping>> {
         maps::read(self.tid)
     }
 
-    /// The size of the pages of a file to be mapped at `address`, if they can be huge.
+    /// Returns the page size of a file that is about to be mapped at `address`, if it may be on
+    /// hugetlbfs.
     fn huge_page(&self, address: u64, fd: u64) -> Option<u64> {
         huge_page::of(self.tid, fd as i32).unwrap_or(Some(largest_page_at(address)))
     }
@@ -209,7 +211,8 @@ impl Entry {
         let address = page::down(address);
         match proc::segment_size(self.tid, id as i32) {
             Some(size) => add(ranges, address, size),
-            // Of a segment of unknown size, only what is mapped above the address can be replaced.
+            // The size of the segment is unknown, so anything mapped above the address may be
+            // replaced.
             None => {
                 let top = match self.maps() {
                     Ok(maps) => maps.last().map_or(0, |mapping| mapping.end),
@@ -228,7 +231,7 @@ impl Entry {
                 maps::holding(&maps, address).map_or(address, |mapping| mapping.start)
             });
         }
-        // A length of zero does nothing, and one that runs past the end is refused.
+        // A length of zero changes nothing. The kernel refuses a length that wraps around.
         if length != 0 {
             if let Some(length) = length.checked_add(address - start) {
                 add(ranges, start, length);
@@ -236,9 +239,9 @@ impl Entry {
         }
     }
 
-    /// The iovecs of `process_madvise`.
+    /// Adds the iovecs of `process_madvise`.
     fn vectors(&self, ranges: &mut Vec<VaRange>, address: u64, count: u64, advice: u64) {
-        // More are refused.
+        // The kernel refuses more vectors.
         let count = 2 * count.min(UIO_MAXIOV);
         let Ok(words) = self.word_list(address, count) else {
             return ranges.push(VaRange::ALL);
@@ -248,7 +251,7 @@ impl Entry {
         }
     }
 
-    /// The pages of `move_pages`, each with the folio it may be in.
+    /// Adds the pages of `move_pages`, each with the folio that may contain it.
     fn pages(&self, ranges: &mut Vec<VaRange>, count: u64, address: u64) {
         const MANY: u64 = 1 << 16;
         let mut pages = if count <= MANY {
@@ -265,7 +268,7 @@ impl Entry {
         }
     }
 
-    /// Whose address space a call that names a process acts on.
+    /// Decides on whose address space a call acts that names a process.
     fn elsewhere(&self, pid: u64, context: &Context<'_>) -> Then {
         let number = pid as Pid;
         if number == 0 {
@@ -278,7 +281,7 @@ impl Entry {
         ))
     }
 
-    /// Reads words as wide as the ABI has them, up to where memory ends.
+    /// Reads words of the ABI's width, up to the first one that is not mapped.
     ///
     /// # Errors
     /// If the memory may not be read.
@@ -294,7 +297,7 @@ impl Entry {
         Ok(bytes[..read].chunks_exact(size).map(word).collect())
     }
 
-    /// Reads 64 bits, whatever the ABI. `None` if there is no memory.
+    /// Reads 64 bits, in any ABI. Returns `None` if they are not mapped.
     fn read_u64(&self, address: u64) -> io::Result<Option<u64>> {
         let mut bytes = [0; 8];
         Ok((sys::read_memory(self.tid, address, &mut bytes)? == 8)

@@ -1,17 +1,18 @@
 //! The seccomp filter of a spawned process, assembled by hand.
 //!
-//! It answers `SECCOMP_RET_TRACE` for the memory calls whose arguments say that they may change a
-//! translation, and `SECCOMP_RET_ALLOW` for everything else. Its shape:
+//! The filter returns `SECCOMP_RET_TRACE` for a memory call whose arguments allow it to change a
+//! translation, and `SECCOMP_RET_ALLOW` for every other call. It works in these steps:
 //!
-//! 1. Load the architecture. The native one continues at 2, the 32-bit one at 4; a call of any
-//!    other architecture is traced, so that the tracer can say that it cannot read it.
-//! 2. Load the number. On x86-64 a number with the x32 bit is traced and sorted out by the tracer.
-//! 3. Search the number in the native table; what is not in it is allowed, what is goes to the test
-//!    of its arguments.
-//! 4. The same with the table of 32-bit programs.
+//! 1. Load the architecture. Continue at 2 for the native one, at 4 for the 32-bit one. Trace a
+//!    call of any other architecture, so that the tracer can report that it cannot decode it.
+//! 2. Load the number. On x86-64, trace every number with the x32 bit; the tracer decodes it.
+//! 3. Search the native table for the number. If the table lacks the number, allow the call.
+//!    Otherwise test the call's arguments.
+//! 4. The same as 3 with the table of 32-bit programs.
 //!
-//! The way of a call that is in no table reads nothing but architecture and number. The kernel
-//! (5.11 and later) finds such calls when the filter is installed and never runs it for them.
+//! For a call that is in no table, the filter reads only the architecture and the number. When the
+//! filter is installed, the kernel (5.11 and later) finds such calls and never runs the filter for
+//! them.
 //!
 //! # Source
 //! The instruction set and the layout of `struct seccomp_data`:
@@ -22,10 +23,10 @@ use libc::sock_filter;
 use super::abi::{self, ARCH_COMPAT, ARCH_NATIVE, COMPAT, Call, IPC_SHMAT, IPC_SHMDT, X32_BIT};
 use crate::ranges::HARMLESS_ADVICE;
 
-/// What the arguments must look like for a call to be traced.
+/// The arguments with which a call is traced.
 enum When {
     Always,
-    /// Argument `arg` has a bit of `set` and no bit of `clear`.
+    /// Argument `arg` has at least one bit of `set` and no bit of `clear`.
     Bits {
         arg: u32,
         set: u32,
@@ -40,12 +41,12 @@ enum When {
     NonZero {
         arg: u32,
     },
-    /// Argument `arg` is none of these.
+    /// Argument `arg` is none of these values.
     NoneOf {
         arg: u32,
         values: &'static [u32],
     },
-    /// The low 16 bits of argument `arg` are one of these.
+    /// The low 16 bits of argument `arg` are one of these values.
     LowHalfOf {
         arg: u32,
         values: [u32; 2],
@@ -57,7 +58,7 @@ enum When {
 pub(super) enum Traced {
     /// Calls that may change a translation.
     Changes,
-    /// These, and calls that only make a mapping.
+    /// Those, and calls that only make a mapping.
     ChangesAndBirths,
 }
 
@@ -87,7 +88,8 @@ fn when(call: Call, traced: Traced) -> When {
             arg: 0,
             values: [IPC_SHMAT as u32, IPC_SHMDT as u32],
         },
-        // The flags of these calls are in memory, or no argument tells harmless calls apart.
+        // These calls have their flags in memory, or any of their arguments may change a
+        // translation.
         Call::OldMmap
         | Call::Clone3
         | Call::ProcessMadvise
@@ -134,8 +136,8 @@ pub(super) fn program(traced: Traced) -> Vec<sock_filter> {
     asm.code
 }
 
-/// The branch of a conditional jump whose target is filled in later. The other branch goes to the
-/// next instruction.
+/// The branch of a conditional jump whose target is filled in later. The other branch continues at
+/// the next instruction.
 #[derive(Clone, Copy)]
 enum Side {
     Then,
@@ -148,7 +150,7 @@ struct Fixup {
     landed: bool,
 }
 
-/// A jump that has not landed yet.
+/// A jump whose target is not known yet.
 struct Jump(usize);
 
 struct Asm {
@@ -158,7 +160,8 @@ struct Asm {
 }
 
 impl Asm {
-    /// Emits the search of the number in `table` and the tests of each call. Nothing falls through.
+    /// Emits the search for the number in `table`, and the argument tests of each call. Every path
+    /// ends in a return.
     fn table(&mut self, table: &[(u32, Call)]) {
         let mut sorted = table.to_vec();
         sorted.sort_unstable_by_key(|(number, _)| *number);
@@ -170,7 +173,7 @@ impl Asm {
         }
     }
 
-    /// Emits a binary search; each number found jumps to a test yet to come.
+    /// Emits a binary search. Each number that matches jumps to a test that is emitted later.
     fn search(&mut self, sorted: &[(u32, Call)], hits: &mut Vec<(Jump, Call)>) {
         if sorted.len() <= 3 {
             for (number, call) in sorted {
@@ -263,7 +266,7 @@ impl Asm {
         Jump(self.fixups.len() - 1)
     }
 
-    /// Lets `jump` go to the next instruction.
+    /// Makes `jump` go to the next instruction.
     fn land(&mut self, jump: Jump) {
         let fixup = &mut self.fixups[jump.0];
         let distance = self.code.len() - fixup.at - 1;
@@ -285,16 +288,16 @@ const JSET: u32 = libc::BPF_JMP | libc::BPF_JSET | libc::BPF_K;
 const RET: u32 = libc::BPF_RET | libc::BPF_K;
 const RET_ALLOW: u32 = libc::SECCOMP_RET_ALLOW;
 const RET_TRACE: u32 = libc::SECCOMP_RET_TRACE | DATUM as u32;
-/// What the filter hands to the tracer at each stop. A program can have filters of its own that
-/// hand things to a tracer; where both ask for a stop, the kernel reports the one that was
-/// installed last, the program's.
+/// The datum that the filter passes to the tracer at each stop. A program may install filters of
+/// its own that pass data to a tracer. If both filters ask for a stop, the kernel reports the datum
+/// of the filter installed last, which is the program's.
 pub(super) const DATUM: u16 = 0x6d75;
 
 /// Offsets in `struct seccomp_data`.
 const OFFSET_NUMBER: u32 = 0;
 const OFFSET_ARCH: u32 = 4;
 
-/// The low half of an argument; the machines supported are little-endian.
+/// The offset of the low half of an argument. All supported architectures are little-endian.
 const fn low_of(arg: u32) -> u32 {
     16 + 8 * arg
 }

@@ -1,4 +1,4 @@
-//! Whether a file that a task has open lies in huge pages.
+//! Tells whether a file that a task has open is on hugetlbfs.
 
 use std::ffi::CString;
 use std::{fs, io};
@@ -6,14 +6,15 @@ use std::{fs, io};
 use super::{Pid, sys};
 use crate::procfs;
 
-/// The size of the pages of a file that task `tid` has open, if they are huge.
+/// Returns the page size of the file that task `tid` has open as `fd`, if the file is on hugetlbfs.
 ///
 /// # Errors
 /// If the task's descriptors cannot be read.
 pub(super) fn of(tid: Pid, fd: i32) -> io::Result<Option<u64>> {
     let path = CString::new(procfs::of(tid, &format!("fd/{fd}"))?)?;
     match sys::huge_page(&path) {
-        // The descriptors can be read and there is no such one: the call will be refused.
+        // The descriptors can be read and `fd` is not among them, so the kernel will refuse the
+        // call.
         Err(_) if fs::exists(format!("/proc/{tid}/fd/.")).unwrap_or(false) => Ok(None),
         page => page,
     }

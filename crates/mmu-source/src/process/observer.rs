@@ -1,28 +1,30 @@
-//! What a tracer tells its user.
+//! How a tracer reports to its user.
 
 use mmu_notifier::{Mm, MmWithUser, VaRange};
 
 use super::kinds::{ExitStatus, Task};
 
-/// Is told which task is in which address space, and keeps something for each while it is there.
+/// Learns which task is in which address space, and keeps a value for each task while the task is
+/// there.
 ///
-/// The tracer calls it in the thread that drives the tracer, with the task in question stopped and
-/// [`super::current`] set.
+/// The tracer calls an observer on the thread that drives the tracer. Meanwhile the task in
+/// question is stopped and [`super::current`] is set.
 pub trait Observer {
     /// What one task holds while it is in an address space, usually a
     /// [`mmu_notifier::Subscription`].
     type Held;
 
-    /// A task appears in `mm`, or has just entered it by `execve`. It has not run there yet.
+    /// A task has appeared in `mm`, or has just entered it by `execve`. The task has not run there
+    /// yet.
     ///
-    /// Brackets of other tasks of `mm` can be open: sharing a notifier that exists is fine here,
-    /// registering a further one may answer that it would deadlock.
+    /// Other tasks of `mm` may have open brackets. So a method may share a notifier that exists,
+    /// but registering another one may fail because it would deadlock.
     fn enter(&mut self, task: Task, mm: &MmWithUser) -> Self::Held;
 
-    /// A task ends, or leaves its address space for the one its `execve` made, or is let go of.
+    /// A task ends, leaves its address space by `execve`, or is detached.
     ///
-    /// Every bracket the task had open is closed by then. If it was the last one, `release` runs
-    /// next.
+    /// All brackets of the task are closed by then. If the task was the last one in the address
+    /// space, `release` runs next.
     fn leave(&mut self, task: Task, held: Self::Held);
 
     /// Something happened to a task.
@@ -31,70 +33,71 @@ pub trait Observer {
     }
 }
 
-/// What happened to a task, besides invalidations.
+/// What happened to a task, apart from invalidations.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum TaskEvent<'a> {
-    /// An address space was first seen, because `task` was spawned, attached to, forked or ran
-    /// `execve`.
+    /// The tracer sees an address space for the first time, because `task` was spawned, attached to
+    /// or forked, or ran `execve`.
     MmNew {
         /// Its first task.
         task: Task,
         /// The address space.
         mm: &'a Mm,
     },
-    /// A task made another one. Reported after [`TaskEvent::MmNew`] and before the child enters.
+    /// A task has made a child. Reported after [`TaskEvent::MmNew`], before the child enters.
     Fork {
         /// The parent.
         task: Task,
-        /// The child: of the same process if it is a thread.
+        /// The child. If it is a thread, it belongs to the same process.
         child: Task,
         /// The parent's address space.
         mm: &'a Mm,
-        /// The child's: the same one for threads and `vfork`.
+        /// The child's address space. Threads and `vfork` children share the parent's.
         child_mm: &'a Mm,
     },
-    /// A task has run `execve` and is in a new address space. Reported after it left the old one.
+    /// A task has run `execve` and is in a new address space. Reported after the task has left the
+    /// old one.
     Exec {
-        /// The task, under the identifier it has now: that of the process.
+        /// The task, under its new identifier, which is that of the process.
         task: Task,
         /// The new address space.
         mm: &'a Mm,
-        /// The one it left.
+        /// The address space that the task left.
         old_mm: &'a Mm,
     },
-    /// A task has ended. Reported after it left its address space.
+    /// A task has ended. Reported after the task has left its address space.
     Exit {
         /// The task.
         task: Task,
-        /// The address space it was in.
+        /// The address space that the task was in.
         mm: &'a Mm,
         /// How it ended.
         status: ExitStatus,
     },
-    /// A call has made or grown a mapping, and the task stands at its end. Only with
-    /// [`super::Options::births`].
+    /// A call has made or grown a mapping, and the task is stopped at the end of the call. Reported
+    /// only with [`super::Options::births`].
     ///
-    /// [`super::current`] says which call it was.
+    /// [`super::current`] gives the call.
     Mapped {
         /// The task.
         task: Task,
         /// The address space.
         mm: &'a Mm,
-        /// What is mapped now. Of the heap, all of it.
+        /// The new mapping. For the heap, the whole heap.
         range: VaRange,
     },
-    /// The tracing of a task has ended and the task lives on. Reported after it left its address
-    /// space. If it was the last there that was traced, its `release` has run, although the address
-    /// space lives on as well.
+    /// The tracer has detached from a task, which lives on. Reported after the task has left its
+    /// address space. If the tracer traces no other task there, `release` has run, although the
+    /// address space itself lives on.
     Detach {
         /// The task.
         task: Task,
         /// The address space it is in.
         mm: &'a Mm,
     },
-    /// A task made a system call under an ABI this source cannot read. If that call changed the
-    /// address space, it was missed.
+    /// A task made a system call in an ABI that this source does not know. If the call changed the
+    /// address space, the source missed the change.
     UnknownAbi {
         /// The task.
         task: Task,

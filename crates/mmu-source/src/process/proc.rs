@@ -1,8 +1,8 @@
-//! What `/proc` tells about a task, the maps apart.
+//! What `/proc` says about a task, except for its maps.
 //!
-//! `/proc` may say nothing: it is not mounted, is another pid namespace's, hides other users'
-//! processes (`hidepid`), or the task is not dumpable. Every function here returns `None` or an
-//! error for "not known", which no caller may take for "no".
+//! `/proc` may say nothing: if it is not mounted, if it is of another pid namespace, if it hides
+//! other users' processes (`hidepid`), or if the task is not dumpable. Then a function here returns
+//! `None` or an error. That means "not known", and no caller may treat it as "no".
 
 use std::path::PathBuf;
 use std::{fs, io};
@@ -21,7 +21,7 @@ fn status_field(tid: Pid, name: &str) -> Option<String> {
     .map(str::to_owned)
 }
 
-/// The process a task belongs to, and that process's parent.
+/// Returns the process of a task, and the parent of that process.
 pub(super) fn family(tid: Pid) -> Option<(Pid, Pid)> {
     let text = fs::read_to_string(procfs::of(tid, "status").ok()?).ok()?;
     Some((
@@ -30,18 +30,18 @@ pub(super) fn family(tid: Pid) -> Option<(Pid, Pid)> {
     ))
 }
 
-/// The process a task belongs to.
+/// Returns the process of a task.
 pub(super) fn thread_group(tid: Pid) -> Option<Pid> {
     status_field(tid, "Tgid")?.parse().ok()
 }
 
-/// The thread that traces a task; 0 if none does.
+/// Returns the thread that traces a task, or 0 if the task is not traced.
 pub(super) fn tracer_of(tid: Pid) -> Option<Pid> {
     status_field(tid, "TracerPid")?.parse().ok()
 }
 
-/// Tells whether the process `tracer` is known to trace a thread of the process `pid`, itself or
-/// through tracers in between.
+/// Tells whether the process `tracer` traces a thread of the process `pid`, directly or through
+/// other tracers, as far as `/proc` says.
 pub(super) fn traces(tracer: Pid, pid: Pid) -> bool {
     let (mut seen, mut next) = (vec![pid], 0);
     while let Some(&tracee) = seen.get(next) {
@@ -61,7 +61,7 @@ pub(super) fn traces(tracer: Pid, pid: Pid) -> bool {
     false
 }
 
-/// Tells whether `tracer` traces any task at all. It looks through all of `/proc`.
+/// Tells whether `tracer` traces any task. Searches all of `/proc`.
 pub(super) fn has_tracees(tracer: Pid) -> Option<bool> {
     if proc_is_foreign() {
         return None;
@@ -74,8 +74,8 @@ pub(super) fn has_tracees(tracer: Pid) -> Option<bool> {
     (found || shows_all(&fs::read_to_string("/proc/self/mountinfo").ok()?)).then_some(found)
 }
 
-/// Tells from a `mountinfo` whether `/proc` lists every process. Of several mounts there, the last
-/// is seen.
+/// Tells from a `mountinfo` whether `/proc` lists every process. If several file systems are
+/// mounted there, the last one is visible.
 fn shows_all(mounts: &str) -> bool {
     let of_proc = mounts
         .lines()
@@ -83,17 +83,17 @@ fn shows_all(mounts: &str) -> bool {
     of_proc.is_some_and(|line| !line.contains("hidepid="))
 }
 
-/// The first letter of a task's state, as `ps` prints it.
+/// Returns the first letter of a task's state, as `ps` prints it.
 pub(super) fn state(tid: Pid) -> Option<u8> {
     status_field(tid, "State")?.bytes().next()
 }
 
-/// Tells whether a task has ended and only its status is left.
+/// Tells whether a task has ended and only its exit status is left.
 pub(super) fn has_ended(tid: Pid) -> Option<bool> {
     state(tid).map(|state| matches!(state, b'Z' | b'X'))
 }
 
-/// The threads of a process.
+/// Returns the threads of a process.
 pub(super) fn threads(pid: Pid) -> io::Result<Vec<Pid>> {
     let entries = fs::read_dir(procfs::of(pid, "task")?)?;
     Ok(entries
@@ -101,7 +101,7 @@ pub(super) fn threads(pid: Pid) -> io::Result<Vec<Pid>> {
         .collect())
 }
 
-/// Tells whether a task numbers processes as this thread does.
+/// Tells whether a task is in the same pid namespace as this thread.
 pub(super) fn shares_pid_namespace(tid: Pid) -> Option<bool> {
     let own = fs::read_link("/proc/self/ns/pid").ok()?;
     Some(pid_namespace(tid)? == own)
@@ -111,7 +111,7 @@ fn pid_namespace(tid: Pid) -> Option<PathBuf> {
     fs::read_link(procfs::of(tid, "ns/pid").ok()?).ok()
 }
 
-/// Resolves a pidfd of task `tid` to the process or thread it names.
+/// Returns the process or thread that a pidfd of task `tid` refers to.
 ///
 /// The kernel translates the number into the pid namespace of this `/proc`.
 pub(super) fn pidfd_target(tid: Pid, fd: i32) -> Named {
@@ -122,31 +122,31 @@ pub(super) fn pidfd_target(tid: Pid, fd: i32) -> Named {
         return Named::Anyone;
     };
     match fs::read_to_string(name) {
-        // No pidfd, or one of a process that has ended or that this namespace has no number for.
+        // Not a pidfd, or its process has ended or has no number in this pid namespace.
         Ok(text) => match field(&text, "Pid").and_then(|pid| pid.parse().ok()) {
             Some(pid) if pid > 0 => Named::Task(pid),
             _ => Named::Stranger,
         },
-        // The task's descriptors can be seen, and there is no such one.
+        // The task's descriptors can be read, and `fd` is not among them.
         Err(_) if fs::exists(format!("/proc/{tid}/fdinfo/.")).unwrap_or(false) => Named::Stranger,
         Err(_) => Named::Anyone,
     }
 }
 
-/// Whom a call names.
+/// The task that a call names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Named {
-    /// This task.
+    /// The task with this identifier.
     Task(Pid),
-    /// None of the tasks that are traced.
+    /// A task that is not traced.
     Stranger,
-    /// Unknown: any task.
+    /// Unknown: it may be any task.
     Anyone,
 }
 
-/// Finds among `candidates` the task that task `tid` calls `number`.
+/// Returns the task among `candidates` that has `number` in the pid namespace of task `tid`.
 ///
-/// They are the same number unless `tid` lives in a pid namespace of its own.
+/// The result is `number` itself unless `tid` is in another pid namespace than the tracer.
 pub(super) fn named_by(tid: Pid, number: Pid, candidates: impl Iterator<Item = Pid>) -> Named {
     if number == 0 {
         return Named::Task(tid);
@@ -161,8 +161,8 @@ pub(super) fn named_by(tid: Pid, number: Pid, candidates: impl Iterator<Item = P
     };
     let mut found = Named::Stranger;
     for candidate in candidates {
-        // A task's NSpid column lists its numbers from this namespace inwards; the last one is that
-        // in its own.
+        // A task's NSpid field lists its numbers from this pid namespace inwards. The last one is
+        // the number in the task's own namespace.
         let innermost = || {
             status_field(candidate, "NSpid")?
                 .split_whitespace()
@@ -181,24 +181,25 @@ pub(super) fn named_by(tid: Pid, number: Pid, candidates: impl Iterator<Item = P
     found
 }
 
-/// The address below which task `tid` cannot set the program break: `brk` ignores such a call.
+/// Returns the lowest program break that task `tid` can set. `brk` ignores a lower address.
 ///
 /// # Source
-/// `brk`, mm/mmap.c: the start of the heap, or the end of the data where the kernel is built for
-/// old programs.
+/// `brk`, mm/mmap.c: the start of the heap, or the end of the data if the kernel is built with
+/// `CONFIG_COMPAT_BRK`.
 pub(super) fn lowest_break(tid: Pid) -> Option<u64> {
     lowest_break_in(&fs::read_to_string(procfs::of(tid, "stat").ok()?).ok()?)
 }
 
-/// The second column is a name in parentheses. `end_data` and `start_brk` are columns 46 and 47; to
-/// who may not know, zero.
+/// The second column is a name in parentheses. `end_data` and `start_brk` are columns 46 and 47.
+/// They are zero if the reader may not see them.
 fn lowest_break_in(stat: &str) -> Option<u64> {
     let mut columns = stat.rsplit_once(')')?.1.split_whitespace().skip(46 - 3);
     let mut next = || columns.next()?.parse::<u64>().ok();
     Some(next()?.min(next()?))
 }
 
-/// The size of a SysV shared memory segment, if task `tid` shares this process's IPC namespace.
+/// Returns the size of a SysV shared memory segment, if task `tid` is in this process's IPC
+/// namespace.
 pub(super) fn segment_size(tid: Pid, id: i32) -> Option<u64> {
     if fs::read_link(procfs::of(tid, "ns/ipc").ok()?).ok()?
         != fs::read_link("/proc/self/ns/ipc").ok()?

@@ -5,18 +5,18 @@ use std::rc::{Rc, Weak};
 
 use mmu_notifier::MmWithUser;
 
-/// An address space and what the tracer keeps about it. Shared by its tasks; the last one's drop is
-/// its exit.
+/// An address space and the tracer's state for it. The tasks of the address space share it. When
+/// the last of them drops its share, the address space exits.
 #[derive(Debug)]
 pub(super) struct Space {
     pub(super) mm: MmWithUser,
     pub(super) brk: Cell<Break>,
-    /// The tasks in it that are alive.
+    /// The number of live tasks in it.
     pub(super) tasks: Cell<u32>,
-    /// The calls of tasks elsewhere that hold brackets on it open.
+    /// The number of calls by tasks of other address spaces that hold brackets on this one.
     pub(super) from_elsewhere: Cell<u32>,
-    /// Address spaces that may be the same as this one: the tracer could not learn whether the
-    /// first task of this one shares their memory.
+    /// The address spaces that may be this one: the tracer could not learn whether the first task
+    /// here shares their memory.
     perhaps: RefCell<Vec<Weak<Space>>>,
 }
 
@@ -31,8 +31,8 @@ impl Space {
         }
     }
 
-    /// Makes an address space that may be the same as any of `others`. An event in one of them is
-    /// told in this one too, and vice versa.
+    /// Makes an address space that may be identical to any of `others`. An event in one of them is
+    /// also reported in this one, and vice versa.
     pub(super) fn doubtful<'a>(others: impl IntoIterator<Item = &'a Rc<Space>>) -> Space {
         let space = Space::new(Break::default());
         space
@@ -42,12 +42,12 @@ impl Space {
         space
     }
 
-    /// Records that this address space is none of the others.
+    /// Records that this address space is different from all others.
     pub(super) fn is_its_own(&self) {
         self.perhaps.take();
     }
 
-    /// Tells whether the two may be the same one.
+    /// Tells whether the two may be the same address space.
     pub(super) fn may_be(&self, other: &Space) -> bool {
         let names = |a: &Space, b: &Space| {
             a.perhaps
@@ -66,36 +66,36 @@ impl Space {
     }
 }
 
-/// What is known of the program break.
+/// What the tracer knows of the program break.
 ///
-/// The tracer does not stop at the exit of a call that grows the heap of a process with one thread.
-/// So it does not know whether that call succeeded. When it needs to know, and when calls of
-/// several threads have overlapped, it reads `/proc`.
+/// In a process with one thread, a call that grows the heap does not stop at its exit, so the
+/// tracer does not learn whether the call succeeded. If it must know, or if calls of several
+/// threads have overlapped, it reads `/proc`.
 ///
 /// # Invariants
-/// If `sure` is known, the break lies between it and `high`. `high` is at least what any call in
-/// flight asked for.
+/// If `sure` is known, the break lies between `sure` and `high`. `high` is at least the address
+/// that any call in flight asked for.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Break {
     sure: Option<u64>,
     high: u64,
     in_flight: u32,
     overlapped: bool,
-    /// The program has just been loaded: there is no heap yet that could shrink.
+    /// The program has just been loaded and has no heap yet, so a call cannot shrink it.
     no_heap: bool,
 }
 
-/// What a call to `brk` is about to do.
+/// What a call of `brk` is about to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct BreakCall {
-    /// Unmaps from the new break up to here, if it is a shrink.
+    /// If the call shrinks the heap, it unmaps from the new break to this address.
     pub(super) shrinks_from: Option<u64>,
-    /// The result is needed; the call is in flight until [`Break::finish`].
+    /// Whether the tracer needs the result. The call is then in flight until [`Break::finish`].
     pub(super) learn: bool,
 }
 
 impl Break {
-    /// What is known of a program that `execve` has just loaded.
+    /// What is known after `execve` has just loaded a program.
     pub(super) fn of_new_program() -> Break {
         Break {
             no_heap: true,
@@ -103,8 +103,7 @@ impl Break {
         }
     }
 
-    /// Takes note of a call. `heap_end` asks `/proc`; `alone` says that no other thread could be in
-    /// the call.
+    /// Records a call. `heap_end` reads `/proc`. `alone` says that no other thread can be in `brk`.
     pub(super) fn begin(
         &mut self,
         new: u64,
@@ -112,8 +111,8 @@ impl Break {
         heap_end: impl FnOnce() -> Option<u64>,
     ) -> BreakCall {
         let mut end = match self.sure {
-            // The break is known exactly, or the request is above everything that was asked for so
-            // far and therefore grows the heap.
+            // The break is known exactly, or the new address is above all earlier requests, so the
+            // call grows the heap.
             Some(sure) if sure == self.high || new >= self.high => self.high,
             Some(_) => heap_end().map_or(self.high, |end| end.min(self.high)),
             None if self.no_heap => 0,
@@ -136,7 +135,7 @@ impl Break {
         }
     }
 
-    /// Takes note of the result of a call in flight, or that its task died in it.
+    /// Records the result of a call in flight, or `None` if its task died in the call.
     pub(super) fn finish(&mut self, result: Option<u64>) {
         self.in_flight -= 1;
         if self.in_flight > 0 {
@@ -148,7 +147,7 @@ impl Break {
         self.overlapped = false;
     }
 
-    /// What a forked child knows.
+    /// Returns what is known of the break in a forked child.
     pub(super) fn inherited(self) -> Break {
         if self.in_flight == 0 {
             self

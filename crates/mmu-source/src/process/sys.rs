@@ -1,11 +1,10 @@
 //! The system calls of the tracer: ptrace, wait, fork and exec, and reading a tracee's memory.
 //!
 //! # Safety
-//! This is the one module of the source with unsafe code. ptrace and wait only take integers and
-//! pointers to local buffers of the size the kernel is told, so most calls are safe for any
-//! caller; the functions here are safe. The child between `fork` and `execve` runs
-//! [`Child::run`], which makes system calls on memory laid out before the fork and nothing else: no
-//! allocation, no lock, no unwinding.
+//! This is the only module of the source with unsafe code. ptrace and wait take integers, and
+//! pointers to local buffers whose size the kernel is told, so the functions here are safe for any
+//! caller. Between `fork` and `execve` the child runs [`Child::run`]. It makes only system calls on
+//! memory prepared before the fork: no allocation, no lock, no unwinding.
 
 #![allow(
     unsafe_code,
@@ -37,19 +36,19 @@ pub(super) use requests::{
 pub(super) use status::take_status;
 pub(super) use wait::{NewTask, Stop, Wait, exit_status, poll, wait, wait_for, wait_for_unknown};
 
-/// The size of the pages of the file at `path`, if they are huge.
+/// Returns the page size of the file at `path`, if the file is on hugetlbfs.
 pub(super) fn huge_page(path: &CStr) -> io::Result<Option<u64>> {
     let mut info = MaybeUninit::<libc::statfs>::zeroed();
-    // SAFETY: the path ends in a zero byte, and the call writes one `statfs` to a local one.
+    // SAFETY: the path ends in a zero byte, and the call writes one `statfs` into a local.
     if unsafe { libc::statfs(path.as_ptr(), info.as_mut_ptr()) } != 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: it was zeroed, which is a valid value, and then written by the kernel.
+    // SAFETY: the local was zeroed, which is a valid value, before the kernel wrote to it.
     let info = unsafe { info.assume_init() };
     Ok(ranges::huge_page(info.f_type, info.f_bsize))
 }
 
-/// Tells whether two tasks share their memory, or `None` if the kernel does not say.
+/// Tells whether two tasks share their memory. Returns `None` if the kernel does not say.
 pub(super) fn same_memory(a: Pid, b: Pid) -> Option<bool> {
     const KCMP_VM: c_int = 1;
     // SAFETY: `kcmp` takes integers only.
@@ -57,18 +56,18 @@ pub(super) fn same_memory(a: Pid, b: Pid) -> Option<bool> {
     (order >= 0).then_some(order == 0)
 }
 
-/// Tells whether `tid` is a thread of process `pid`. It asks the kernel directly and needs no right
-/// and no `/proc`.
+/// Tells whether `tid` is a thread of process `pid`. It asks the kernel by a signal of number 0,
+/// which needs no privilege and no `/proc`.
 pub(super) fn is_thread_of(pid: Pid, tid: Pid) -> bool {
-    // SAFETY: `tgkill` takes integers only; signal 0 is not sent.
+    // SAFETY: `tgkill` takes integers, and signal 0 is not delivered.
     let result = unsafe { libc::syscall(libc::SYS_tgkill, pid, tid, 0) };
-    // Being forbidden to send one comes after finding the thread. Numbers that are none are
-    // invalid.
+    // The kernel checks the permission after it has found the thread, so `EPERM` means that the
+    // thread exists. A number that is no valid pid gives `EINVAL`.
     result == 0 || io::Error::last_os_error().raw_os_error() == Some(libc::EPERM)
 }
 
-/// The identifier of this thread.
+/// Returns the identifier of this thread.
 pub(super) fn this_thread() -> Pid {
-    // SAFETY: takes nothing and cannot fail.
+    // SAFETY: takes no arguments and cannot fail.
     unsafe { libc::gettid() }
 }

@@ -11,10 +11,10 @@ pub(in super::super) const X32_BIT: u64 = 0;
 pub(super) const X32_OWN: u64 = 0;
 pub(super) const X32_CALLS: &[Row] = &[];
 
-/// `fork` and `vfork` are forms of `clone` here.
+/// aarch64 has no `fork` and `vfork` calls: libc uses `clone`.
 pub(super) const OWN: &[Row] = &[];
 
-/// The calls of ARM programs, which have the EABI: no `ipc`, no old `mmap`.
+/// The calls of 32-bit ARM programs (EABI), which has no `ipc` and no old `mmap`.
 pub(in super::super) const COMPAT: &[Row] = &[
     (2, Call::Fork),
     (45, Call::Brk),

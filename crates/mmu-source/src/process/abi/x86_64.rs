@@ -8,13 +8,13 @@ pub(in super::super) const ARCH_NATIVE: u32 = 0xc000_003e;
 pub(in super::super) const ARCH_COMPAT: u32 = 0x4000_0003;
 /// `__X32_SYSCALL_BIT`.
 pub(in super::super) const X32_BIT: u64 = 0x4000_0000;
-/// The first number that means another call under x32 than under x86-64.
+/// From this number on, an x32 call differs from the x86-64 call of the same number.
 pub(super) const X32_OWN: u64 = 512;
 
-/// The calls of x86-64 that not every processor has.
+/// The calls that x86-64 has and some other architectures lack.
 pub(super) const OWN: &[Row] = &[row(libc::SYS_fork, Call::Fork)];
 
-/// The calls of x32 that have numbers of their own.
+/// The x32 calls with numbers of their own.
 pub(super) const X32_CALLS: &[Row] = &[(533, Call::MovePages)];
 
 /// The calls of i386.

@@ -1,17 +1,17 @@
-//! The new process between `fork` and its program, and the pipes to it.
+//! The new process between `fork` and its program, and the pipes to that process.
 
 use super::super::Pid;
 use std::ffi::{CStr, CString, c_char, c_int};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
-/// What a new process does between `fork` and its program, laid out before the fork.
+/// What the new process does between `fork` and its program. Prepared before the fork.
 #[derive(Debug)]
 pub(in super::super) struct Child<'a> {
-    /// A pipe, read until the tracer says go. Its write end is the tracer's, and closed in the
-    /// child.
+    /// A pipe. The child blocks on the read end until the tracer writes to it. The write end is the
+    /// tracer's; the child closes its copy.
     pub(in super::super) go: (RawFd, RawFd),
-    /// Takes a [`Report`] of what failed. Closed by `execve`.
+    /// The write end of a pipe for the [`Report`] of a failure. `execve` closes it.
     pub(in super::super) report: RawFd,
     pub(in super::super) stdio: [Option<RawFd>; 3],
     pub(in super::super) dir: Option<&'a CString>,
@@ -29,18 +29,18 @@ pub(in super::super) struct Child<'a> {
 pub(in super::super) enum Step {
     Stdio = 1,
     Dir = 2,
-    /// It continues without a filter.
+    /// A failure here does not stop the child: it continues without a filter.
     Filter = 3,
     Exec = 4,
 }
 
-/// A step and its errno, as they pass through the pipe.
+/// A step and its errno, in the form that goes through the pipe.
 pub(in super::super) type Report = [u8; 5];
 
-/// Forks, and lets the child do what `child` says.
+/// Forks. The child does what `child` describes.
 pub(in super::super) fn fork(child: &Child<'_>) -> io::Result<Pid> {
-    // SAFETY: the child of a process with threads may only make async-signal-safe calls:
-    // `Child::run` keeps to that and does not return.
+    // SAFETY: after a fork, the child of a process with threads may only make async-signal-safe
+    // calls. `Child::run` makes no others, and does not return.
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
         0 => child.run(),
@@ -50,30 +50,30 @@ pub(in super::super) fn fork(child: &Child<'_>) -> io::Result<Pid> {
 
 impl Child<'_> {
     fn run(&self) -> ! {
-        // SAFETY: the child's copy of a descriptor that nothing in the child uses. Without this the
-        // read could not see that the tracer is gone.
+        // SAFETY: closes the child's copy of a descriptor that nothing in the child uses. If it
+        // stayed open, the read below could not see that the tracer is gone.
         unsafe { libc::close(self.go.1) };
         let mut byte = 0_u8;
         loop {
-            // SAFETY: reads one byte into a local.
+            // SAFETY: `read` writes one byte to a local.
             match unsafe { libc::read(self.go.0, (&raw mut byte).cast(), 1) } {
                 1 => break,
                 -1 if errno() == libc::EINTR => {}
-                // The tracer is gone, or could not trace us.
+                // The tracer is gone, or failed to trace this process.
                 _ => quit(),
             }
         }
         for (to, from) in (0..).zip(self.stdio) {
             if let Some(from) = from {
-                // SAFETY: `dup2` takes integers. The descriptors were chosen above 2, so no step
-                // overwrites a later one.
+                // SAFETY: `dup2` takes integers. All source descriptors are above 2, so no step
+                // overwrites the source of a later one.
                 if unsafe { libc::dup2(from, to) } == -1 {
                     self.fail(Step::Stdio);
                 }
             }
         }
         if let Some(dir) = self.dir {
-            // SAFETY: a string that lives as long as `self`.
+            // SAFETY: the string lives as long as `self`.
             if unsafe { libc::chdir(dir.as_ptr()) } == -1 {
                 self.fail(Step::Dir);
             }
@@ -85,12 +85,13 @@ impl Child<'_> {
         }
         let mut refused = libc::ENOENT;
         for candidate in self.candidates {
-            // SAFETY: a string and two null-terminated arrays of strings, all laid out before the
-            // fork and alive in the frames that called `fork`.
+            // SAFETY: the string and the two null-terminated arrays were prepared before the fork,
+            // and are alive in the frames that called `fork`.
             unsafe { libc::execve(candidate.as_ptr(), self.argv.as_ptr(), self.envp.as_ptr()) };
             match errno() {
-                // As a shell does: continue the search, but remember that a file was found and may
-                // not be executed. In a folder that may not be searched, no file was found.
+                // As a shell does, continue the search, but remember that a file exists and may not
+                // be executed. `EACCES` because a directory may not be searched does not count as a
+                // file.
                 libc::EACCES if self.candidates.len() == 1 || is_there(candidate) => {
                     refused = libc::EACCES
                 }
@@ -113,12 +114,12 @@ impl Child<'_> {
     fn report(&self, step: Step, errno: c_int) {
         let [a, b, c, d] = errno.to_le_bytes();
         let report: Report = [step as u8, a, b, c, d];
-        // SAFETY: writes a local array of that length.
+        // SAFETY: writes from a local array of that length.
         unsafe { libc::write(self.report, report.as_ptr().cast(), report.len()) };
     }
 }
 
-/// Ends the child without running anything of the parent's.
+/// Ends the child without running any code of the parent, such as exit handlers.
 fn quit() -> ! {
     // SAFETY: `_exit` takes an integer and does not return.
     unsafe { libc::_exit(127) }
@@ -128,25 +129,25 @@ fn errno() -> c_int {
     io::Error::last_os_error().raw_os_error().unwrap_or(0)
 }
 
-/// Tells whether there is a file of this name, in a folder that may be searched.
+/// Tells whether a file exists at `path`, in a directory that may be searched.
 fn is_there(path: &CStr) -> bool {
     let mut status = std::mem::MaybeUninit::<libc::stat>::uninit();
-    // SAFETY: a string, and a place for the answer, which is not read.
+    // SAFETY: the path is a string, and the call writes to a local that is never read.
     unsafe { libc::stat(path.as_ptr(), status.as_mut_ptr()) == 0 }
 }
 
-/// Installs the filter. Where that needs a privilege that the process lacks, first promises to gain
-/// no privileges (`PR_SET_NO_NEW_PRIVS`).
+/// Installs the filter. If that needs a privilege that the process lacks, sets
+/// `PR_SET_NO_NEW_PRIVS` first.
 fn install(filter: &[libc::sock_filter]) -> bool {
     let program = libc::sock_fprog {
         len: filter.len() as u16,
         filter: filter.as_ptr().cast_mut(),
     };
     let set = || {
-        // Without this flag, the kernel restricts the tracee's speculative execution, which only a
-        // filter that confines a program needs.
+        // Without this flag the kernel restricts the tracee's speculative execution. Only a filter
+        // that confines a program needs that restriction.
         let flags = libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW;
-        // SAFETY: the kernel reads `len` instructions, which `filter` holds, and writes nothing.
+        // SAFETY: the kernel reads `len` instructions from `filter` and writes nothing.
         unsafe {
             libc::syscall(
                 libc::SYS_seccomp,
@@ -159,16 +160,16 @@ fn install(filter: &[libc::sock_filter]) -> bool {
     if set() {
         return true;
     }
-    // SAFETY: this option takes integers.
+    // SAFETY: `PR_SET_NO_NEW_PRIVS` takes integers.
     let promised =
         unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1_u64, 0_u64, 0_u64, 0_u64) } == 0;
     promised && set()
 }
 
-/// Reads what the child reported so far. The read end must not block.
+/// Reads what the child has reported so far. The read end must be non-blocking.
 pub(in super::super) fn read_report(fd: &OwnedFd) -> Option<(u8, io::Error)> {
     let mut report: Report = [0; 5];
-    // SAFETY: reads at most the length of the local array into it.
+    // SAFETY: `read` writes at most the length of the local array to it.
     let read = unsafe { libc::read(fd.as_raw_fd(), report.as_mut_ptr().cast(), report.len()) };
     let [step, errno @ ..] = report;
     (read == 5).then(|| {
@@ -179,14 +180,14 @@ pub(in super::super) fn read_report(fd: &OwnedFd) -> Option<(u8, io::Error)> {
     })
 }
 
-/// Tells the child to go on. The caller still has the read end open, so that this cannot raise
+/// Tells the child to continue. The caller still has the read end open, so the write cannot raise
 /// `SIGPIPE`.
 pub(in super::super) fn say_go(fd: &OwnedFd) {
-    // SAFETY: writes one byte of a static. If the child has died meanwhile it is never read.
+    // SAFETY: writes one byte of a static. If the child has died, no process reads the byte.
     unsafe { libc::write(fd.as_raw_fd(), [1_u8].as_ptr().cast(), 1) };
 }
 
-/// Copies a descriptor to one above the standard ones, not inherited by programs.
+/// Copies a descriptor to a close-on-exec one above 2.
 pub(in super::super) fn above_stdio(fd: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: `fcntl` with this command takes integers.
     let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
@@ -197,8 +198,8 @@ pub(in super::super) fn above_stdio(fd: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(copy) })
 }
 
-/// Makes a pipe that programs do not inherit: its read end, which does not block if asked so, and
-/// its write end.
+/// Makes a close-on-exec pipe, with further `flags` for `pipe2`. Returns its read end and its write
+/// end.
 pub(in super::super) fn pipe(flags: c_int) -> io::Result<(OwnedFd, OwnedFd)> {
     let mut fds = [0; 2];
     // SAFETY: `pipe2` writes two descriptors to the array.
