@@ -1,22 +1,23 @@
 //! What the tracer keeps about one task.
 //!
-//! A task is in one of these states. It is stopped while the tracer works on it and runs otherwise.
+//! A task is in one of these states. It is stopped while the tracer serves it, and runs otherwise.
 //!
-//! | state | is | leaves it by |
+//! | state | meaning | left by |
 //! | --- | --- | --- |
-//! | parked | stopped or ended before the event of its parent has named it; in no table of tasks yet | its parent's event, or that no task can name it any more |
-//! | [`Life::Fresh`] | known and not entered yet; no event is served in this state | entering |
-//! | [`Life::In`] | in an address space; the observer holds something for it | `execve`, its exit event, its end, detaching |
-//! | [`Life::Left`] | past its exit event, its status not reported yet | its end |
+//! | parked | the task has stopped or ended before its parent's event named it; it is in no table of tasks yet | its parent's event, or the certainty that no task can name it any more |
+//! | [`Life::Fresh`] | the task is known and has not entered its address space; no event is served in this state | entering |
+//! | [`Life::In`] | the task is in an address space, and the observer holds a value for it | `execve`, its exit event, its end, detaching |
+//! | [`Life::Left`] | the task is past its exit event, and its status has not been reported | its end |
 //!
-//! In the state `In` a call can be open ([`Tracee::call`]): from the entry stop of a memory call to
-//! its exit stop. A task without an open call and with a filter runs without stopping at system
-//! calls.
+//! In the state `In` a task can have an open call ([`Tracee::call`]): from the entry stop of a
+//! memory call to its exit stop. A task that has a filter and no open call does not stop at system
+//! calls, except at those that the filter selects.
 //!
-//! A call that a signal interrupts can leave the kernel to be made again, after the signal's
-//! handler: at its exit stop it goes to [`Tracee::again`] with its brackets open, and comes back at
-//! its next entry stop. The handler may make calls in between, and these can be interrupted as
-//! well: the list is a stack. While it holds anything, the task stops at every system call.
+//! If a signal interrupts a call, the kernel may restart that call after the signal's handler. Then
+//! the exit stop moves the call, with its brackets open, to [`Tracee::again`], and the next entry
+//! stop of the same call moves it back. The handler may make calls in between, which may be
+//! interrupted too, so the list is a stack. While the stack is not empty, the task stops at every
+//! system call.
 
 use std::fmt;
 use std::rc::Rc;
@@ -29,32 +30,33 @@ use super::space::Space;
 use super::sys::{Place, RawCall, Resume};
 use super::{ExitStatus, Task};
 
-/// One task that is traced.
+/// One traced task.
 pub(super) struct Tracee<H> {
     pub(super) task: Task,
-    /// Its memory calls stop by a filter. Without one, every call stops.
+    /// Whether a filter selects the calls at which the task stops. Without a filter, the task stops
+    /// at every call.
     pub(super) filtered: bool,
-    /// Whether the task stops before it ends. A task that was attached to, or that such a task made
-    /// before its first stop, does not yet.
+    /// Whether the task stops before it ends. A task that was attached to, or a child that such a
+    /// task made before its first stop, does not do so at first.
     pub(super) stops_at_exit: bool,
     pub(super) life: Life<H>,
     pub(super) call: Option<OpenCall>,
-    /// The calls that the kernel is going to make again.
+    /// The calls that the kernel is going to restart.
     pub(super) again: Vec<OpenCall>,
-    /// Whether the task was attached to, and may be in a call whose entry was not seen.
+    /// Whether the task was attached to and may be in a call whose entry the tracer has not seen.
     pub(super) in_unseen_call: bool,
-    /// Its process numbers processes as the tracer does; `None` if that was not asked yet or cannot
-    /// be known.
+    /// Whether the task is in the tracer's pid namespace. `None` if the tracer has not asked yet or
+    /// cannot know.
     pub(super) numbers_agree: Option<bool>,
-    /// When it reported last, on the tracer's clock of reports.
+    /// The time of the task's last report, on the tracer's clock of reports.
     pub(super) reported: u64,
-    /// Whether the task waits in `vfork` for its child. Nothing can stop it then.
+    /// Whether the task waits in `vfork` for its child. The tracer cannot stop it during that time.
     pub(super) in_vfork: bool,
-    /// How it is about to end, known from its exit event.
+    /// How the task is about to end, from its exit event.
     pub(super) exit: Option<ExitStatus>,
 }
 
-/// Where a task stands.
+/// The state of a task: see the table above.
 pub(super) enum Life<H> {
     Fresh(Rc<Space>),
     In(Rc<Space>, H),
@@ -78,7 +80,7 @@ impl<H> Tracee<H> {
         }
     }
 
-    /// Tells whether it may be making a task that is not a thread of its own process.
+    /// Tells whether the task may be making a task that is not a thread of its own process.
     pub(super) fn may_be_forking(&self) -> bool {
         self.in_unseen_call
             || self
@@ -87,7 +89,7 @@ impl<H> Tracee<H> {
                 .is_some_and(|call| matches!(call.then, Then::Copy | Then::MayCopy))
     }
 
-    /// Its address space, while it has one.
+    /// Returns the task's address space, while it has one.
     pub(super) fn space(&self) -> Option<&Rc<Space>> {
         match &self.life {
             Life::Fresh(space) | Life::In(space, _) => Some(space),
@@ -95,7 +97,7 @@ impl<H> Tracee<H> {
         }
     }
 
-    /// The handle of the address space it is in or was in last.
+    /// Returns the handle of the address space that the task is in, or was in last.
     pub(super) fn mm(&self) -> &Mm {
         match &self.life {
             Life::Fresh(space) | Life::In(space, _) => &space.mm,
@@ -103,7 +105,7 @@ impl<H> Tracee<H> {
         }
     }
 
-    /// How it continues from a stop.
+    /// Tells how the task continues from a stop.
     pub(super) fn resume(&self) -> Resume {
         let every_call = self.call.is_some() || !self.again.is_empty() || !self.filtered;
         if every_call {
@@ -130,24 +132,25 @@ impl<H> fmt::Debug for Tracee<H> {
     }
 }
 
-/// A memory call between its entry stop and its exit stop, or between that and its next entry stop.
+/// A memory call between its entry stop and its exit stop, or between its interruption and its
+/// restart.
 #[derive(Debug)]
 pub(super) struct OpenCall {
     pub(super) raw: RawCall,
     pub(super) cause: &'static str,
-    /// The caller's address space, and what is open there.
+    /// The caller's address space. `brackets` are open on it.
     pub(super) space: Rc<Space>,
     pub(super) brackets: Vec<OwnedBracket>,
-    /// The other ones it acts on, unless they have ended meanwhile.
+    /// The other address spaces that the call acts on, unless they have exited meanwhile.
     pub(super) elsewhere: Vec<Elsewhere>,
     pub(super) then: Then,
-    /// What it maps, if that is to be told.
+    /// The mapping that the call makes, if the observer asked for mappings.
     pub(super) birth: Option<Birth>,
-    /// Only the low half of the result counts.
+    /// Whether only the low half of the result is valid.
     pub(super) compat: bool,
 }
 
-/// What a call holds open on an address space that is not the caller's.
+/// The brackets that a call holds open on an address space other than the caller's.
 #[derive(Debug)]
 pub(super) struct Elsewhere {
     space: Rc<Space>,
@@ -171,28 +174,29 @@ impl Drop for Elsewhere {
 }
 
 impl OpenCall {
-    /// Closes all brackets, the last one first.
+    /// Closes all brackets, in reverse order of opening.
     pub(super) fn close(&mut self) {
         while self.elsewhere.pop().is_some() {}
         while self.brackets.pop().is_some() {}
     }
 
-    /// Closes the brackets on an address space that is not the caller's.
+    /// Closes the brackets on `space`, which is not the caller's address space.
     pub(super) fn close_on(&mut self, space: &Rc<Space>) {
         self.elsewhere
             .retain(|elsewhere| !Rc::ptr_eq(&elsewhere.space, space));
     }
 
-    /// Tells whether `next`, which the task is about to make, is this call made again.
+    /// Tells whether `next`, which the task is about to make, is this call restarted.
     pub(super) fn is_made_again(&self, next: &RawCall) -> bool {
         self.raw == *next
     }
 
-    /// Tells whether a task that stands at `place` has given up making this call again: its handler
-    /// did not return.
+    /// Tells whether a task that is now at `place` will never restart this call, because its signal
+    /// handler did not return.
     ///
-    /// A handler runs on the interrupted stack, further down, or on a stack of its own. A task that
-    /// stands at or above the call on the same stack has left the handler by a jump.
+    /// A handler runs on the interrupted stack at a lower address, or on a stack of its own. If the
+    /// task is on the interrupted stack, at the call's address or above, it has left the handler by
+    /// a jump.
     pub(super) fn is_given_up_at(&self, place: Place) -> bool {
         const NEAR: u64 = 1 << 20;
         place
@@ -202,11 +206,11 @@ impl OpenCall {
     }
 }
 
-/// Tells whether the result at an exit stop says that the kernel is going to make the call again.
+/// Tells whether the result at an exit stop means that the kernel is going to restart the call.
 ///
 /// # Source
 /// `ERESTARTSYS`, `ERESTARTNOINTR`, `ERESTARTNOHAND`, `ERESTART_RESTARTBLOCK`,
-/// include/linux/errno.h. 515 is another thing.
+/// include/linux/errno.h. 515 has another meaning.
 pub(super) fn means_again(result: i64) -> bool {
     matches!(-result, 512..=514 | 516)
 }

@@ -1,4 +1,4 @@
-//! The tracer: its table of tasks, its loop, and the calls of its tracees.
+//! The tracer: its table of tasks, its event loop, and the calls of its tracees.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -28,14 +28,15 @@ pub use detach::Keeper;
 #[derive(Debug, Clone, Copy)]
 #[non_exhaustive]
 pub struct Options {
-    /// Traces children and threads as well. Without it no filter can be used: the children would
-    /// inherit it. A thread that is not traced and runs `execve` takes the process with it: that
-    /// ends its trace.
+    /// Traces children and threads too. Without `follow` the tracer uses no filter, because
+    /// children would inherit the filter. If a thread that is not traced runs `execve`, it replaces
+    /// the whole process, and the trace of that process ends.
     pub follow: bool,
-    /// Gives spawned processes a filter, so that only memory calls stop. Without it every system
-    /// call does.
+    /// Gives spawned processes a filter, so that they stop only at memory calls. Without the filter
+    /// they stop at every system call.
     pub seccomp: bool,
-    /// Stops at calls that only make a mapping, too, and tells of it by [`TaskEvent::Mapped`].
+    /// Also stops at calls that only make a mapping, and reports the mapping as
+    /// [`TaskEvent::Mapped`].
     pub births: bool,
 }
 
@@ -65,14 +66,14 @@ impl Options {
 pub enum Done {
     /// No tracee is left.
     AllExited,
-    /// The tracer was asked to stop. Its tracees stop at their next call until the tracer runs
+    /// `stop` was true. A tracee stops at its next call and stays stopped until the tracer runs
     /// again or detaches.
     Stopped,
 }
 
-/// Traces processes and tells the subscribers of their address spaces what is about to change.
+/// Traces processes, and tells the subscribers of their address spaces what is about to change.
 ///
-/// It belongs to the thread that made it:
+/// A tracer cannot leave the thread that made it:
 ///
 /// ```compile_fail,E0277
 /// fn send<T: Send>() {}
@@ -89,28 +90,28 @@ pub struct Tracer<O: Observer> {
     observer: O,
     options: Options,
     tasks: HashMap<Pid, Tracee<O::Held>>,
-    /// What was reported of tasks that no parent has named yet.
+    /// The first reports of tasks that no parent's event has named yet.
     parked: HashMap<Pid, family::Parked>,
-    /// Counts the reports of all tasks.
+    /// A clock that counts the reports of all tasks.
     clock: u64,
-    /// A task has ended that may have left a child unnamed.
+    /// Whether a task has ended that may have made a child which no event has named.
     lost_a_maker: bool,
-    /// An address space was made that may be the same as another one.
+    /// Whether an address space exists that may be identical to another one.
     in_doubt: bool,
-    /// Tasks that were stopped outside `run`, which lets them go.
+    /// Tasks that were stopped outside of `run`. `run` resumes them.
     held: Vec<Pid>,
     /// The process spawned last, and how it ended.
     root: Option<(Pid, Option<ExitStatus>)>,
-    /// Whether the process spawned last has the filter, and with it whatever descends from it.
+    /// Whether the process spawned last, and so each of its descendants, has the filter.
     filters: bool,
-    /// Scratch for the ranges of one call.
+    /// Reused storage for the ranges of one call.
     ranges: Vec<VaRange>,
-    /// ptrace belongs to a thread.
+    /// Makes the tracer `!Send`: the kernel ties ptrace to one thread.
     _thread: PhantomData<*const ()>,
 }
 
 impl<O: Observer> Tracer<O> {
-    /// Makes a tracer that has no tracee yet.
+    /// Makes a tracer without tracees.
     ///
     /// # Errors
     /// [`Error::Unsupported`] on a machine other than x86-64 and aarch64.
@@ -141,34 +142,34 @@ impl<O: Observer> Tracer<O> {
         &self.observer
     }
 
-    /// Returns the observer, to be changed.
+    /// Returns the observer mutably.
     pub fn observer_mut(&mut self) -> &mut O {
         &mut self.observer
     }
 
-    /// Tells how the process spawned last ended, or `None` while it runs.
+    /// Returns how the process spawned last ended, or `None` while it runs.
     pub fn exit_status(&self) -> Option<ExitStatus> {
         self.root?.1
     }
 
     /// Serves the tracees until none is left or `stop` is true.
     ///
-    /// A signal handler can set `stop`: the wait it interrupts returns. A signal that arrives in
-    /// the moment before the wait begins takes effect at the next event, so a handler that must not
-    /// wait for one repeats itself with a timer.
+    /// A signal handler can set `stop`, because the signal interrupts the wait. If the signal
+    /// arrives just before the wait begins, `stop` takes effect only at the next event. A handler
+    /// that cannot wait for that event must be repeated by a timer.
     ///
     /// # Blocking
-    /// Sleeps until a tracee stops; runs the callbacks of subscribers and the observer's methods.
+    /// Sleeps until a tracee stops. Runs the callbacks of subscribers and the methods of the
+    /// observer.
     /// # Errors
-    /// [`Error::Kernel`] if a call of the tracer fails for another reason than the death of a
-    /// tracee.
+    /// [`Error::Kernel`] if a system call of the tracer fails, except because a tracee has died.
     pub fn run(&mut self, stop: &AtomicBool) -> Result<Done, Error> {
         for tid in mem::take(&mut self.held) {
             self.resume(tid, 0)?;
         }
         loop {
-            // ORDER: Relaxed is enough: the flag carries no data. A handler in this thread is
-            // ordered with it anyway.
+            // ORDER: Relaxed: the flag publishes no data. A handler on this thread is ordered with
+            // the load anyway.
             if stop.load(Ordering::Relaxed) {
                 return Ok(Done::Stopped);
             }
@@ -193,8 +194,8 @@ impl<O: Observer> Tracer<O> {
                         "a tracee vanished: {:?}",
                         self.tasks
                     );
-                    // A thread that is not followed has run `execve` and taken a leader's place,
-                    // whose end the kernel does not report.
+                    // A thread that is not traced has run `execve` and replaced its leader. The
+                    // kernel does not report the end of that leader.
                     for tid in self.tasks.keys().copied().collect::<Vec<_>>() {
                         let status = self.tasks.get(&tid).and_then(|tracee| tracee.exit);
                         self.forget(tid, "execve", status.unwrap_or(ExitStatus::Code(0)));
@@ -208,7 +209,7 @@ impl<O: Observer> Tracer<O> {
         }
     }
 
-    /// Serves one stop of one task and lets it go on.
+    /// Serves one stop of one task and resumes the task.
     fn stopped(&mut self, tid: Pid, stop: Stop) -> Result<(), Error> {
         if stop == Stop::Exec {
             return self.execed(tid);
@@ -221,14 +222,14 @@ impl<O: Observer> Tracer<O> {
             let options = start::ptrace_options(self.options, false);
             sys::set_options(tid, options).map_err(kernel("PTRACE_SETOPTIONS", tid))?;
         }
-        // A task that waits in `vfork` reports nothing.
+        // The task has reported an event, so it does not wait in `vfork` any more.
         tracee.in_vfork = false;
         match stop {
             Stop::Seccomp | Stop::Syscall => {
                 tracee.in_unseen_call = false;
                 match sys::syscall_info(tid).map_err(kernel("PTRACE_GET_SYSCALL_INFO", tid))? {
-                    // A filter of the program's own asks for a tracer that knows it, and there is
-                    // none.
+                    // A filter of the program itself asks for a tracer that knows that filter.
+                    // There is none, so the call fails as it would without a tracer.
                     Some(SyscallInfo::Entry {
                         datum: Some(datum), ..
                     }) if datum != filter::DATUM => {
@@ -266,7 +267,7 @@ impl<O: Observer> Tracer<O> {
         }
     }
 
-    /// A task is seen for the first time.
+    /// Handles a task that is seen for the first time.
     fn appear(&mut self, tid: Pid) {
         let Some(tracee) = self.tasks.get_mut(&tid) else {
             return;
@@ -281,7 +282,8 @@ impl<O: Observer> Tracer<O> {
         tracee.life = Life::In(space, held);
     }
 
-    /// A task leaves its address space. If it was the last, that is its exit.
+    /// Handles a task that leaves its address space. If it was the last task there, the address
+    /// space exits.
     fn depart(&mut self, tid: Pid, cause: &'static str) {
         self.calls_are_cut(tid);
         match self.tasks.get(&tid) {
@@ -312,13 +314,13 @@ impl<O: Observer> Tracer<O> {
         }
     }
 
-    /// A task has ended.
+    /// Handles the end of a task.
     fn ended(&mut self, tid: Pid, status: ExitStatus) -> Result<(), Error> {
         let Some(tracee) = self.tasks.get(&tid) else {
             return self.park(tid, family::Report::Ended(status));
         };
-        // A task that ends by itself is not making another one. What ends it can be a signal, or
-        // another thread of its own.
+        // A task that ends by its own call is not in the middle of making a child. A signal, or
+        // another thread of its process, may have ended it while it was making one.
         let pid = tracee.task.pid;
         let is_alone = !self
             .tasks
@@ -329,8 +331,8 @@ impl<O: Observer> Tracer<O> {
             *end = Some(status);
         }
         let pid = self.forget(tid, "exit", status);
-        // A leader's end is reported last. A thread that is there still had taken its place by
-        // `execve` when it was killed.
+        // The kernel reports the end of a leader after that of its threads. If a thread is still in
+        // the table, it had replaced the leader by `execve` when it was killed.
         let rest: Vec<Pid> = self
             .tasks
             .values()
@@ -343,7 +345,7 @@ impl<O: Observer> Tracer<O> {
         Ok(())
     }
 
-    /// Takes a task that is no more out of the table, and returns its process.
+    /// Removes a task that has ended from the table, and returns its process.
     fn forget(&mut self, tid: Pid, cause: &'static str, status: ExitStatus) -> Option<Pid> {
         self.depart(tid, cause);
         let tracee = self.tasks.remove(&tid)?;
@@ -367,14 +369,14 @@ impl<O: Observer + fmt::Debug> fmt::Debug for Tracer<O> {
     }
 }
 
-/// Lets a task go on. That it has died meanwhile is no error.
+/// Resumes a task. If the task has died meanwhile, that is no error.
 fn resume(tid: Pid, how: Resume, signal: i32) -> Result<(), Error> {
     sys::resume(tid, how, signal)
         .map(drop)
         .map_err(kernel("PTRACE_CONT", tid))
 }
 
-/// Names the call and the task of an error.
+/// Adds the call and the task to an error.
 fn kernel(call: &'static str, tid: Pid) -> impl FnOnce(io::Error) -> Error {
     move |source| Error::Kernel {
         call,

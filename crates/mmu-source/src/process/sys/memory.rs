@@ -5,12 +5,12 @@ use std::{io, ptr};
 
 use super::super::Pid;
 
-/// Reads up to `buffer.len()` bytes of a tracee's memory and returns how many: fewer if the rest is
-/// not mapped.
+/// Reads up to `buffer.len()` bytes of a tracee's memory, and returns how many bytes were read. The
+/// read ends at the first byte that is not mapped.
 ///
 /// # Errors
-/// If the memory may not be read: a tracee that is not dumpable is closed to a tracer without
-/// `CAP_SYS_PTRACE`.
+/// If the memory may not be read. If a tracee is not dumpable, only a tracer with `CAP_SYS_PTRACE`
+/// may read its memory.
 pub(in super::super) fn read_memory(
     tid: Pid,
     address: u64,
@@ -27,8 +27,8 @@ pub(in super::super) fn read_memory(
         iov_base: ptr::without_provenance_mut(base),
         iov_len: buffer.len(),
     };
-    // SAFETY: the kernel writes at most `iov_len` bytes to `local`, which is `buffer`, borrowed
-    // exclusively. The remote address is checked by the kernel.
+    // SAFETY: the kernel writes at most `iov_len` bytes to `local`, which is the exclusively
+    // borrowed `buffer`. The kernel checks the remote address.
     let read = unsafe { libc::process_vm_readv(tid, &local, 1, &remote, 1, 0) };
     if let Ok(read) = usize::try_from(read) {
         return Ok(read);
@@ -37,14 +37,14 @@ pub(in super::super) fn read_memory(
     if error.raw_os_error() == Some(libc::EFAULT) {
         return Ok(0);
     }
-    // A kernel without that call, or a security module that forbids only that.
+    // The kernel lacks `process_vm_readv`, or a security module forbids it. Ptrace may still work.
     match peek(tid, address, buffer) {
         0 => Err(error),
         read => Ok(read),
     }
 }
 
-/// The same word by word.
+/// Reads memory by `PTRACE_PEEKDATA`, one word at a time.
 fn peek(tid: Pid, address: u64, buffer: &mut [u8]) -> usize {
     let mut read = 0;
     for (chunk, address) in buffer
@@ -53,8 +53,8 @@ fn peek(tid: Pid, address: u64, buffer: &mut [u8]) -> usize {
     {
         let mut word: c_long = 0;
         let out = (&raw mut word).addr();
-        // SAFETY: the raw call, unlike the wrapper of libc, writes one word to the address given,
-        // which is `word`.
+        // SAFETY: unlike the wrapper in libc, the raw call writes one word to its last argument,
+        // the address of `word`.
         let result =
             unsafe { libc::syscall(libc::SYS_ptrace, libc::PTRACE_PEEKDATA, tid, address, out) };
         if result == -1 {

@@ -1,4 +1,4 @@
-//! The registers of a stopped task: a file for each kind of processor.
+//! The registers of a stopped task, one file for each architecture.
 
 #[cfg(target_arch = "aarch64")]
 #[path = "registers/aarch64.rs"]

@@ -9,20 +9,20 @@ use std::mem::MaybeUninit;
 /// How a stopped tracee continues.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in super::super) enum Resume {
-    /// To the next event.
+    /// Runs until the next event.
     Cont,
-    /// To the next event, entry or exit of a system call.
+    /// Runs until the next event, system call entry or system call exit.
     Syscall,
-    /// Stays stopped as a process of job control, and reports when that is over.
+    /// Stays in its job-control stop, and reports when that stop ends.
     Listen,
-    /// Without us.
+    /// Runs without a tracer.
     Detach,
 }
 
-/// Entry to or exit from a system call.
+/// A stop at the entry or the exit of a system call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in super::super) enum SyscallInfo {
-    /// At the stop of a filter, `datum` is the low half of what the filter returned.
+    /// If a filter caused the stop, `datum` is the low half of the filter's return value.
     Entry {
         call: RawCall,
         datum: Option<u16>,
@@ -34,7 +34,7 @@ pub(in super::super) enum SyscallInfo {
     None,
 }
 
-/// A call as the task is about to make it. Two equal ones are the same call, made again.
+/// A call that a task is about to make. Two equal values are the same call, restarted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in super::super) struct RawCall {
     pub(in super::super) arch: u32,
@@ -43,16 +43,15 @@ pub(in super::super) struct RawCall {
     pub(in super::super) place: Place,
 }
 
-/// Where in its program a task makes a call.
+/// The place in its program where a task makes a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in super::super) struct Place {
-    /// Behind the instruction that makes the call.
+    /// The address behind the instruction that makes the call.
     pub(in super::super) instruction: u64,
     pub(in super::super) stack: u64,
 }
 
-/// Turns "no such process" into `None`: a tracee can be killed at any time, and its end is reported
-/// by `wait`.
+/// Turns `ESRCH` into `None`. A tracee can be killed at any time, and `wait` reports its end.
 pub(super) fn unless_gone<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     match result {
         Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(None),
@@ -61,8 +60,8 @@ pub(super) fn unless_gone<T>(result: io::Result<T>) -> io::Result<Option<T>> {
 }
 
 pub(super) fn ptrace(request: Request, tid: Pid, addr: usize, data: usize) -> io::Result<c_long> {
-    // SAFETY: `addr` and `data` are integers, or an address and a size that the callers below take
-    // from a live buffer of theirs; the requests used here write nowhere else in this process.
+    // SAFETY: `addr` and `data` are integers, or the address and size of a live buffer of the
+    // callers below. The requests used here write nowhere else in this process.
     let result = unsafe { libc::ptrace(request, tid, addr as *mut c_void, data as *mut c_void) };
     if result == -1 {
         Err(io::Error::last_os_error())
@@ -76,7 +75,7 @@ pub(in super::super) fn seize(tid: Pid, options: i32) -> io::Result<()> {
     ptrace(libc::PTRACE_SEIZE, tid, 0, options as usize).map(drop)
 }
 
-/// Changes what a stopped tracee reports.
+/// Sets the ptrace options of a stopped tracee.
 pub(in super::super) fn set_options(tid: Pid, options: i32) -> io::Result<Option<()>> {
     unless_gone(ptrace(libc::PTRACE_SETOPTIONS, tid, 0, options as usize).map(drop))
 }
@@ -86,7 +85,7 @@ pub(in super::super) fn interrupt(tid: Pid) -> io::Result<Option<()>> {
     unless_gone(ptrace(libc::PTRACE_INTERRUPT, tid, 0, 0).map(drop))
 }
 
-/// Lets a stopped tracee go on, and delivers `signal` if it is not zero.
+/// Continues a stopped tracee. Delivers `signal` if it is not zero.
 pub(in super::super) fn resume(tid: Pid, how: Resume, signal: i32) -> io::Result<Option<()>> {
     let request = match how {
         Resume::Cont => libc::PTRACE_CONT,
@@ -97,10 +96,10 @@ pub(in super::super) fn resume(tid: Pid, how: Resume, signal: i32) -> io::Result
     unless_gone(ptrace(request, tid, 0, signal as usize).map(drop))
 }
 
-/// The message of `event`, at which a tracee was reported to stop.
+/// Returns the message of `event`, the stop that `wait` reported of a tracee.
 ///
-/// `None` if it is there no more: a tracee that was killed meanwhile stands at its exit, whose
-/// message is another.
+/// Returns `None` if the tracee has left that stop: a tracee that was killed meanwhile is at its
+/// exit stop, which has a different message.
 pub(in super::super) fn event_message(tid: Pid, event: Stop) -> io::Result<Option<u64>> {
     let mut message: libc::c_ulong = 0;
     let asked = ptrace(libc::PTRACE_GETEVENTMSG, tid, 0, (&raw mut message).addr());
@@ -112,14 +111,14 @@ pub(in super::super) fn event_message(tid: Pid, event: Stop) -> io::Result<Optio
     if unless_gone(asked)?.is_none() {
         return Ok(None);
     }
-    // SAFETY: it was zeroed, which is a valid value, and then written by the kernel.
+    // SAFETY: the local was zeroed, which is a valid value, before the kernel wrote to it.
     let info = unsafe { info.assume_init() };
-    // What `wait` reports of a stop holds the same.
+    // `si_code` holds the same value as the high bits of the status word of `wait`.
     let stands_at = decode(tid, info.si_code << 8 | 0x7f);
     Ok((stands_at == Wait::Stopped(tid, event)).then_some(message as u64))
 }
 
-/// `struct ptrace_syscall_info`, its union as words.
+/// `struct ptrace_syscall_info`, with its union as words.
 #[repr(C)]
 #[derive(Default)]
 struct RawInfo {
@@ -131,7 +130,7 @@ struct RawInfo {
     words: [u64; 8],
 }
 
-/// What the system call stop of a tracee is about. Linux 5.3.
+/// Returns which system call a tracee is stopped at, and on which side. Needs Linux 5.3.
 pub(in super::super) fn syscall_info(tid: Pid) -> io::Result<Option<SyscallInfo>> {
     let mut raw = RawInfo::default();
     let asked = ptrace(
@@ -168,7 +167,7 @@ pub(in super::super) fn syscall_info(tid: Pid) -> io::Result<Option<SyscallInfo>
     }))
 }
 
-/// The type that the libraries declare the first argument of `ptrace` with.
+/// The type of the first argument of `ptrace`, which differs between the C libraries.
 #[cfg(target_env = "musl")]
 pub(super) type Request = std::ffi::c_int;
 #[cfg(not(target_env = "musl"))]
@@ -187,16 +186,16 @@ mod tests {
         if !crate::testkit::require(crate::testkit::Cap::Ptrace) {
             return;
         }
-        // SAFETY: the child makes system calls only.
+        // SAFETY: the child makes only system calls.
         let child = unsafe { libc::fork() };
         if child == 0 {
             loop {
-                // SAFETY: takes nothing.
+                // SAFETY: takes no arguments.
                 unsafe { libc::pause() };
             }
         }
         seize(child, libc::PTRACE_O_TRACEEXIT).expect("it can be traced");
-        // SAFETY: takes integers; the process is this test's own.
+        // SAFETY: takes integers, and the process is this test's child.
         unsafe { libc::kill(child, libc::SIGKILL) };
         assert_eq!(
             wait_for(child).expect("it stops"),

@@ -1,13 +1,13 @@
-//! The status of one task that has ended, whichever thread of this process traces it.
+//! The exit status of one task, whichever thread of this process traces it.
 
 use std::mem::MaybeUninit;
 
 use super::super::{ExitStatus, Pid};
 
-/// Takes the status of a child or tracee of any thread of this process, if it has ended.
+/// Reaps a child or tracee of any thread of this process, if it has ended, and returns its status.
 ///
-/// A stop of it is left alone: the kernel reports those of tracees also if they are not asked for,
-/// and reporting takes them.
+/// The first call only looks (`WNOWAIT`). The kernel also reports the stops of tracees, although
+/// this call does not ask for stops. Without `WNOWAIT`, the call would consume such a stop.
 pub(in super::super) fn take_status(tid: Pid) -> Option<ExitStatus> {
     status(tid, libc::WNOWAIT)?;
     status(tid, 0)
@@ -16,13 +16,14 @@ pub(in super::super) fn take_status(tid: Pid) -> Option<ExitStatus> {
 fn status(tid: Pid, flags: libc::c_int) -> Option<ExitStatus> {
     let mut info = MaybeUninit::<libc::siginfo_t>::zeroed();
     let options = libc::WEXITED | libc::WNOHANG | libc::__WALL | flags;
-    // SAFETY: writes one `siginfo_t` to a local.
+    // SAFETY: `waitid` writes one `siginfo_t` to a local.
     if unsafe { libc::waitid(libc::P_PID, tid as libc::id_t, info.as_mut_ptr(), options) } != 0 {
         return None;
     }
-    // SAFETY: it was zeroed, which is a valid value, and then written by the kernel.
+    // SAFETY: the local was zeroed, which is a valid value, before the kernel wrote to it.
     let info = unsafe { info.assume_init() };
-    // SAFETY: `waitid` fills in the fields of a child's signal, or leaves all of it zero.
+    // SAFETY: `waitid` either fills in the fields of a child's signal or leaves the whole local
+    // zero.
     let status = unsafe { info.si_status() };
     match info.si_code {
         libc::CLD_EXITED => Some(ExitStatus::Code(status)),

@@ -1,4 +1,4 @@
-//! Waiting for tracees, and what the status word says.
+//! Waiting for tracees, and decoding the status word.
 
 use super::super::{ExitStatus, Pid, proc};
 use super::this_thread;
@@ -14,34 +14,34 @@ pub(in super::super) enum Wait {
     Ended(Pid, ExitStatus),
     /// A signal handler ran.
     Interrupted,
-    /// There is no child and no tracee.
+    /// This thread has no child and no tracee.
     NoTracee,
 }
 
 /// Why a tracee stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in super::super) enum Stop {
-    /// Entry to a system call that the filter picked.
+    /// The entry of a system call that the filter selected.
     Seccomp,
-    /// Entry to or exit from a system call.
+    /// The entry or the exit of a system call.
     Syscall,
-    /// A child was made: the event's message is its tid.
+    /// The task has made a child. The message of the event is the child's tid.
     NewTask(NewTask),
-    /// `execve` has succeeded: the message is the former tid.
+    /// `execve` has succeeded. The message is the tid that the task had before.
     Exec,
-    /// The task is about to end: the message is its wait status.
+    /// The task is about to end. The message is its wait status.
     Exit,
-    /// A new tracee, or one that was interrupted, or one that a `SIGCONT` let go of.
+    /// The task is a new tracee, was interrupted by the tracer, or has been continued by `SIGCONT`.
     Trap,
-    /// The process is stopped by this signal.
+    /// This stop is a job-control stop of the process.
     Group,
     /// This signal is about to be delivered.
     Signal(i32),
-    /// A stop that says nothing to us.
+    /// A stop that the tracer ignores.
     Other,
 }
 
-/// How a task came to be.
+/// How a task was made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in super::super) enum NewTask {
     Fork,
@@ -50,7 +50,7 @@ pub(in super::super) enum NewTask {
 }
 
 impl NewTask {
-    /// The kernel's name for it, which need not be that of the call.
+    /// Returns the kernel's name for the event. The task may have made a call with another name.
     pub(in super::super) fn name(self) -> &'static str {
         match self {
             NewTask::Fork => "fork",
@@ -65,36 +65,37 @@ pub(in super::super) fn wait() -> io::Result<Wait> {
     wait_for(-1)
 }
 
-/// Takes the next event of any child or tracee of this thread, if there is one; if not, that is an
-/// interruption.
+/// Takes the next event of any child or tracee of this thread. If there is none, returns
+/// [`Wait::Interrupted`].
 pub(in super::super) fn poll() -> io::Result<Wait> {
     wait_with(-1, libc::WNOHANG)
 }
 
-/// Waits for the next event of one child or tracee of this thread, or of any if `pid` is -1.
+/// Waits for the next event of the child or tracee `pid` of this thread, or of any of them if `pid`
+/// is -1.
 pub(in super::super) fn wait_for(pid: Pid) -> io::Result<Wait> {
     wait_with(pid, 0)
 }
 
-/// Waits for an event of a tracee that no table knows.
+/// Waits for an event of a tracee that the tracer's table lacks.
 ///
-/// Such a tracee exists if a task made a child and was killed before its event could name the
-/// child. Other children of this thread are not waited for, so that [`Wait::NoTracee`] means no
-/// tracee. Where `/proc` does not say which children are tracees, all are waited for: this thread
-/// must have no others.
+/// If a task makes a child and is killed before its event can name the child, no event names that
+/// child. So such a tracee may exist. This function does not wait for children of this thread that
+/// are not tracees: if only those exist, it returns [`Wait::NoTracee`]. If `/proc` does not say
+/// which children are tracees, it waits for all of them; then this thread must have no others.
 pub(in super::super) fn wait_for_unknown() -> io::Result<Wait> {
     match wait_with(-1, libc::WNOHANG)? {
-        // Nothing to report and no tracee: the children that there are are not ours to wait for.
+        // No event and no tracee: the existing children are not this source's to wait for.
         Wait::Interrupted if proc::has_tracees(this_thread()) == Some(false) => Ok(Wait::NoTracee),
         Wait::Interrupted => wait(),
         other => Ok(other),
     }
 }
 
-/// With `WNOHANG`, having nothing to report is answered like an interruption.
+/// With `WNOHANG`, returns [`Wait::Interrupted`] if there is no event.
 fn wait_with(pid: Pid, flags: c_int) -> io::Result<Wait> {
     let mut status: c_int = 0;
-    // SAFETY: `waitpid` writes one int to `status`, which lives across the call.
+    // SAFETY: `waitpid` writes one int to `status`, which outlives the call.
     let tid = unsafe { libc::waitpid(pid, &mut status, libc::__WALL | libc::__WNOTHREAD | flags) };
     if tid == 0 {
         return Ok(Wait::Interrupted);
@@ -110,7 +111,7 @@ fn wait_with(pid: Pid, flags: c_int) -> io::Result<Wait> {
     }
 }
 
-/// Decodes the status word of `wait`; numbers of real-time signals included.
+/// Decodes the status word of `wait`, including the numbers of real-time signals.
 pub(super) fn decode(tid: Pid, status: c_int) -> Wait {
     if let Some(status) = exit_status(status) {
         return Wait::Ended(tid, status);
@@ -132,7 +133,7 @@ pub(super) fn decode(tid: Pid, status: c_int) -> Wait {
     Wait::Stopped(tid, stop)
 }
 
-/// Decodes a status word of a task that has ended.
+/// Decodes the status word of a task that has ended. Returns `None` if the task has only stopped.
 pub(in super::super) fn exit_status(status: c_int) -> Option<ExitStatus> {
     match status & 0x7f {
         0 => Some(ExitStatus::Code((status >> 8) & 0xff)),

@@ -1,4 +1,4 @@
-//! How tracing begins with a process that runs already.
+//! Attaching to a process that is already running.
 
 use std::io;
 use std::rc::Rc;
@@ -10,24 +10,28 @@ use super::reaper::Reaper;
 use super::start::ptrace_options;
 use super::{Error, ExitStatus, Observer, Pid, Task, Tracer};
 
-/// How often a task that cannot be seized and lives is looked at again. Each time waits for an
-/// `execve` that is under way, so that many of them must follow one another without a pause.
+/// How often the tracer tries to seize a task that is alive and cannot be seized. Each try waits
+/// for an `execve` in progress, so only a program that runs `execve` again and again uses them up.
 const TRIES: u32 = 200;
 
 impl<O: Observer> Tracer<O> {
-    /// Traces a process that runs already, with all its threads. Every system call of it stops.
+    /// Traces a running process, with all its threads. Each of them stops at every system call.
     ///
-    /// The observer is told of its threads at once. Each of them is seen from its first stop on,
-    /// which [`Tracer::run`] serves: a call that it is in until then is not seen.
+    /// The observer learns of the threads at once. The tracer sees the calls of a thread from its
+    /// first stop on, which [`Tracer::run`] serves. It does not see a call that the thread is in
+    /// until then.
     ///
     /// # Blocking
     /// Sleeps while the process is in `execve`.
     /// # Errors
-    /// [`Error::Attach`]: `ESRCH` if there is no such process, `EPERM` if tracing it is refused or
-    /// it is traced already; of the kind [`io::ErrorKind::InvalidInput`], without a number, if it
-    /// is a thread of another process, which the message names; [`io::ErrorKind::Deadlock`] if it
-    /// traces this process, itself or through tracers in between: each would stop and wait for the
-    /// other. Another error if `/proc` does not list its threads.
+    /// [`Error::Attach`]. Its source is:
+    /// * `ESRCH` if no such process exists;
+    /// * `EPERM` if tracing the process is refused or it already has a tracer;
+    /// * an error without a number, of the kind [`io::ErrorKind::InvalidInput`], if `pid` is a
+    ///   thread of another process; the message names that process;
+    /// * [`io::ErrorKind::Deadlock`] if the process traces this one, directly or through other
+    ///   tracers, because each would stop and wait for the other;
+    /// * another error if `/proc` does not list the threads.
     pub fn attach(&mut self, pid: Pid) -> Result<(), Error> {
         let refused = |source| Error::Attach { pid, source };
         if !sys::is_thread_of(pid, pid) {
@@ -54,8 +58,9 @@ impl<O: Observer> Tracer<O> {
         Ok(())
     }
 
-    /// A thread that is not traced yet can make another one, or execute another program, at any
-    /// time: looks until all that are there are traced.
+    /// Seizes all threads of a process. A thread that is not traced yet can make another thread or
+    /// run `execve` at any time, so this function repeats until it finds no thread that is not
+    /// traced.
     fn seize_all(&mut self, pid: Pid, reaper: &mut Option<Reaper>) -> io::Result<()> {
         let mut tries = 0;
         loop {
@@ -82,10 +87,10 @@ impl<O: Observer> Tracer<O> {
                             reaper.watch(tid);
                         }
                     }
-                    // Made by a thread that is traced by now: its maker's event names it.
+                    // A traced thread made this one, so the event of its maker will name it.
                     Err(_) if is_ours(tid) => {}
-                    // Gone, or a leader that has ended while its threads go on, which cannot be
-                    // traced and need not be.
+                    // The thread has ended. Or it is a leader that has ended before its threads:
+                    // such a leader cannot be traced and makes no calls.
                     Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
                     Err(_) if proc::has_ended(tid) == Some(true) => {}
                     Err(error) => {
@@ -95,7 +100,7 @@ impl<O: Observer> Tracer<O> {
                 }
             }
             match refusal {
-                // Seizing a task that an `execve` has just replaced is refused as well.
+                // Seizing a task that an `execve` has just replaced is also refused.
                 Some((_, false)) if tries < TRIES => {}
                 Some((error, _)) => return Err(error),
                 None if !is_new => return Ok(()),
@@ -105,20 +110,20 @@ impl<O: Observer> Tracer<O> {
         }
     }
 
-    /// Takes threads out of the table that have ended while another one was waited for.
+    /// Removes threads from the table that have ended while the tracer waited for another one.
     fn forget_all(&mut self, ended: Vec<(Pid, ExitStatus)>) {
         for (tid, status) in ended {
             self.forget(tid, "exit", status);
         }
     }
 
-    /// Tells whether a thread is in the table and still the task that it was when it came there.
+    /// Tells whether a thread is in the table and is still the same task.
     fn is_traced(&mut self, pid: Pid, tid: Pid) -> bool {
         if !self.tasks.contains_key(&tid) {
             return false;
         }
-        // A leader that loses its tracer was replaced by another thread's `execve`. Its end is not
-        // reported.
+        // If a leader has lost its tracer, the `execve` of another thread has replaced it. The
+        // kernel does not report its end.
         let is_replaced = tid == pid && !is_ours(tid);
         if is_replaced {
             self.forget(tid, "execve", ExitStatus::Code(0));
@@ -126,17 +131,17 @@ impl<O: Observer> Tracer<O> {
         !is_replaced
     }
 
-    /// A thread is traced from now on.
+    /// Handles a thread that is traced from now on.
     fn seized(&mut self, pid: Pid, tid: Pid) {
-        // While it was waited for, it executed another program, and has the number of its process
-        // now.
+        // While the tracer waited for this thread, the thread ran `execve` and took over the
+        // identifier of its process.
         let is_replaced = tid != pid && !is_ours(tid);
         let tid = if is_replaced { pid } else { tid };
         if is_replaced && self.tasks.contains_key(&pid) {
             self.forget(pid, "execve", ExitStatus::Code(0));
         }
-        // A thread is in its leader's address space. If the leader has ended, none of its threads
-        // is another program's.
+        // A thread is in the address space of its leader. If the leader has ended, no `execve` has
+        // replaced its threads.
         let of_leader = self
             .tasks
             .get(&pid)
@@ -148,11 +153,11 @@ impl<O: Observer> Tracer<O> {
             tracee.in_unseen_call = true;
         }
         self.appear(tid);
-        // It is there: a tracee that has ended waits for its tracer.
+        // This cannot fail: even a tracee that has ended remains until its tracer reaps it.
         let _ = sys::interrupt(tid);
     }
 
-    /// What is wrong with a list of threads that cannot be read.
+    /// Explains why the list of threads cannot be read.
     fn unlisted(&self, pid: Pid, error: io::Error) -> io::Error {
         if !sys::is_thread_of(pid, pid) {
             return io::Error::from_raw_os_error(libc::ESRCH);
@@ -164,7 +169,7 @@ impl<O: Observer> Tracer<O> {
     }
 }
 
-/// Tells whether this thread traces a task. It makes the task stop if so.
+/// Tells whether this thread traces a task. If so, the task will stop.
 fn is_ours(tid: Pid) -> bool {
     matches!(sys::interrupt(tid), Ok(Some(())))
 }

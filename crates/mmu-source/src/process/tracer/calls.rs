@@ -1,4 +1,4 @@
-//! The calls of the tracees: from entry to exit, and again if the kernel makes them again.
+//! The system calls of the tracees, from entry to exit, and again if the kernel restarts them.
 
 use std::mem;
 use std::rc::Rc;
@@ -15,15 +15,15 @@ use super::super::task::{Elsewhere, Life, OpenCall, means_again};
 use super::{Observer, Pid, Scope, TaskEvent, Tracer};
 
 impl<O: Observer> Tracer<O> {
-    /// A task stands before a system call, which the filter has picked or not.
+    /// Handles the entry of a system call. `picked` says whether the filter selected the call.
     pub(super) fn call_begins(&mut self, tid: Pid, raw: RawCall, picked: bool) {
         self.interrupted_calls_meet(tid, &raw);
         let Some(tracee) = self.tasks.get(&tid) else {
             return;
         };
         if tracee.filtered && !picked {
-            // It stops here because an interrupted call is awaited; if the filter picks this one,
-            // it stops once more.
+            // The task stops here because it has an interrupted call. If the filter selects this
+            // call too, the task will stop once more.
             return;
         }
         let (Life::In(space, _), None) = (&tracee.life, &tracee.call) else {
@@ -108,13 +108,13 @@ impl<O: Observer> Tracer<O> {
         self.ranges = ranges;
     }
 
-    /// The address spaces that a call by a task in `own` acts on: whether `own` is one, and the
-    /// other ones. `None` if it acts on none that is traced.
+    /// Returns the address spaces that a call by a task in `own` acts on: whether `own` is one of
+    /// them, and the others. Returns `None` if it acts on no traced address space.
     fn targets(&self, own: &Rc<Space>, then: Then) -> Option<(bool, Vec<Rc<Space>>)> {
         let (here, mut others) = match then {
             Then::Elsewhere(Named::Stranger) => return None,
             Then::Elsewhere(Named::Task(pid)) => {
-                // A leader that has ended still stands for its process.
+                // A leader that has ended still identifies its process.
                 let leader = self.tasks.get(&pid).and_then(|tracee| tracee.space());
                 let any = || {
                     self.tasks
@@ -148,7 +148,7 @@ impl<O: Observer> Tracer<O> {
         Some((here, others))
     }
 
-    /// The address spaces that fulfil a condition, each once.
+    /// Returns the address spaces that fulfil a condition, each once.
     pub(super) fn spaces_where(&self, condition: impl Fn(&Rc<Space>) -> bool) -> Vec<Rc<Space>> {
         let mut found: Vec<Rc<Space>> = self
             .tasks
@@ -162,14 +162,14 @@ impl<O: Observer> Tracer<O> {
         found
     }
 
-    /// A task stands behind a system call.
+    /// Handles the exit of a system call.
     pub(super) fn call_returns(&mut self, tid: Pid, result: i64, place: Place) {
         let Some(tracee) = self.tasks.get_mut(&tid) else {
             return;
         };
         let Some(call) = tracee.call.take() else {
-            // The return from a signal's handler: the kernel makes the interrupted call again, or
-            // has it fail.
+            // This is the return from a signal handler: the kernel either restarts the interrupted
+            // call or makes it fail.
             if tracee
                 .again
                 .last()
@@ -193,8 +193,8 @@ impl<O: Observer> Tracer<O> {
         }
     }
 
-    /// Takes up the interrupted call that a task is about to make again, if it is one, and closes
-    /// those that it has given up.
+    /// Closes the interrupted calls that a task will never restart. If the task is about to restart
+    /// one, makes that call the open one.
     fn interrupted_calls_meet(&mut self, tid: Pid, next: &RawCall) {
         while let Some(tracee) = self
             .tasks
@@ -216,7 +216,8 @@ impl<O: Observer> Tracer<O> {
         }
     }
 
-    /// A task ends, or its address space, or the tracing: none of its calls returns any more.
+    /// Handles the end of a task, of its address space or of its tracing: none of its calls will
+    /// return.
     pub(super) fn calls_are_cut(&mut self, tid: Pid) {
         let Some(tracee) = self.tasks.get_mut(&tid) else {
             return;
@@ -262,9 +263,9 @@ impl<O: Observer> Tracer<O> {
         }
     }
 
-    /// Closes the brackets that tasks elsewhere hold on an address space that is about to end: its
-    /// exit would wait for them, and the subscribers that are put before it would never hear their
-    /// end.
+    /// Closes the brackets that tasks of other address spaces hold on an address space that is
+    /// about to exit. Otherwise the exit would wait for these brackets, and the subscribers, which
+    /// are put before the exit, would miss the end callbacks.
     pub(super) fn close_from_elsewhere(&mut self, space: &Rc<Space>) {
         for tracee in self.tasks.values_mut() {
             for call in tracee.call.iter_mut().chain(&mut tracee.again) {

@@ -1,4 +1,4 @@
-//! How tracing ends before the tracees do.
+//! Ending the tracing while the tracees live on.
 
 use std::collections::HashMap;
 use std::io;
@@ -10,24 +10,27 @@ use super::super::proc;
 use super::super::sys::{self, Resume, Stop, Wait};
 use super::{Life, Observer, Pid, Scope, TaskEvent, Tracer};
 
-/// How long a tracee that was asked to stop may take, if it does not sleep where nothing can stop
-/// it.
+/// How long the tracer waits for an interrupted tracee to stop, unless the tracee is in
+/// uninterruptible sleep.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// How long a tracee may take that does.
+/// How long the tracer waits for a tracee in uninterruptible sleep.
 const DISK: Duration = Duration::from_millis(50);
 
 impl<O: Observer> Tracer<O> {
-    /// Lets go of every task: closes every bracket, lets every task leave, and detaches the tracees
-    /// that have no filter.
+    /// Ends the tracing: closes every bracket, makes every task leave, and detaches from the
+    /// tracees that have no filter.
     ///
-    /// The others are the [`Keeper`]'s: a task with a filter and without a tracer has its memory
-    /// calls refused (`ENOSYS`). So is a task that cannot be stopped at once: a parent that waits
-    /// in `vfork` for its child, or a task that the freezer of cgroup v1 holds (that of v2 lets it
-    /// stop). If its tracer's thread ends, the kernel lets go of it. Pending signals and job
-    /// control stops stay as they are.
+    /// The [`Keeper`] takes over two kinds of tracees. A task with a filter needs a tracer, because
+    /// without one the kernel makes its memory calls fail with `ENOSYS`. A task that cannot be
+    /// stopped at once cannot be detached yet: a parent that waits in `vfork` for its child, or a
+    /// task frozen by cgroup v1 (cgroup v2 lets a frozen task stop).
+    ///
+    /// If the thread of the tracer ends, the kernel detaches from every tracee. Pending signals and
+    /// job-control stops are preserved.
     ///
     /// # Blocking
-    /// Sleeps until each tracee without a filter has stopped that can, two seconds at most.
+    /// Sleeps until each tracee without a filter has stopped, except those that cannot stop, and
+    /// for at most two seconds.
     pub fn detach(mut self) -> (O, Keeper) {
         let mut tids: Vec<Pid> = self.tasks.keys().copied().collect();
         tids.sort_unstable();
@@ -62,12 +65,12 @@ impl<O: Observer> Tracer<O> {
             some_filtered,
             _thread: PhantomData,
         };
-        // These are stopped.
+        // These tasks are stopped.
         for tid in self.held.iter().chain(&parked) {
             keeper.pass(*tid, Stop::Trap);
         }
-        // One that has died is not waited for: the end of a first thread is reported only after
-        // that of all the others.
+        // Do not wait for a task that has died: the kernel reports the end of a thread group leader
+        // only after all its other threads have ended.
         keeper.tasks.retain(|tid, kept| {
             kept.filtered || kept.in_vfork || matches!(sys::interrupt(*tid), Ok(Some(())))
         });
@@ -76,14 +79,14 @@ impl<O: Observer> Tracer<O> {
     }
 }
 
-/// Keeps the tracees alive that cannot be let go of.
+/// Serves the tracees that cannot be detached yet.
 ///
-/// It belongs to the thread of its tracer.
+/// A keeper cannot leave the thread of its tracer.
 #[derive(Debug)]
 #[must_use = "tracees that are not served stop at their next memory call"]
 pub struct Keeper {
     tasks: HashMap<Pid, Kept>,
-    /// A task that is not known yet may have a filter from its parent.
+    /// Whether a task that is not known yet may have inherited a filter from its parent.
     some_filtered: bool,
     _thread: PhantomData<*const ()>,
 }
@@ -95,12 +98,12 @@ struct Kept {
 }
 
 impl Keeper {
-    /// Detaches the tracees without a filter, which were asked to stop, as they stop. Those that
-    /// cannot are left.
+    /// Detaches from the interrupted tracees without a filter, as they stop. Leaves those that
+    /// cannot stop.
     fn let_go(&mut self, mut poll: impl FnMut() -> io::Result<Wait>) {
         let begun = Instant::now();
         let mut nap = Duration::from_micros(50);
-        // Asked at each turn: the tasks with a filter may report without a pause.
+        // The time is checked at each turn, because tasks with a filter may report without a pause.
         while begun.elapsed() < PATIENCE
             && self
                 .tasks
@@ -108,7 +111,7 @@ impl Keeper {
                 .any(|kept| !kept.filtered && !kept.in_vfork)
         {
             match poll() {
-                // No wait with a limit exists for tracees.
+                // The kernel offers no wait for tracees with a timeout.
                 Ok(Wait::Interrupted) if self.may_stop_soon(begun.elapsed()) => {
                     thread::sleep(nap);
                     nap = (nap * 2).min(Duration::from_millis(5));
@@ -119,14 +122,14 @@ impl Keeper {
         }
     }
 
-    /// Tells whether one of the tracees without a filter may yet stop, after this time.
+    /// Tells whether a tracee without a filter may still stop after `waited`.
     fn may_stop_soon(&self, waited: Duration) -> bool {
         let sleeps_deep = |tid| proc::state(tid) == Some(b'D');
         let mut rest = self
             .tasks
             .iter()
             .filter(|(_, kept)| !kept.filtered && !kept.in_vfork);
-        // Waiting for a disk looks the same, and is over in less.
+        // A task that waits for a disk is in the same state, but leaves it within `DISK`.
         waited < DISK || rest.any(|(tid, _)| !sleeps_deep(*tid))
     }
 
@@ -135,11 +138,11 @@ impl Keeper {
         !self.tasks.is_empty()
     }
 
-    /// Lets every stop pass, of the tracees and of their children, and records nothing. Returns
-    /// when the last of them has ended; at once if there was none.
+    /// Resumes every stop of the tracees and their children without recording anything. Returns
+    /// when the last of them has ended, or at once if there is none.
     ///
     /// # Blocking
-    /// Sleeps as long as they live.
+    /// Sleeps as long as the tracees live.
     pub fn serve(mut self) {
         if !self.is_needed() {
             return;
@@ -147,13 +150,13 @@ impl Keeper {
         while self.step() {}
     }
 
-    /// As [`Keeper::serve`], but comes back once `is_done`: for what is to be done in other threads
-    /// meanwhile. It is asked before each event, and whenever a signal handler interrupts the wait,
-    /// so a timer has to ring.
+    /// Like [`Keeper::serve`], but also returns when `is_done` says so, which lets the caller wait
+    /// for work of other threads. The keeper asks `is_done` before each event, and whenever a
+    /// signal handler interrupts the wait. So the caller needs a timer.
     ///
     /// # Blocking
-    /// Sleeps until an event or a signal, as long as there are tracees; also if it is done while a
-    /// child of one is still to be found.
+    /// Sleeps until an event or a signal, as long as tracees exist. If a child of a tracee has not
+    /// reported yet, sleeps even if `is_done` would say so.
     pub fn serve_until(&mut self, mut is_done: impl FnMut() -> bool) {
         if !self.is_needed() {
             return;
@@ -161,7 +164,7 @@ impl Keeper {
         while (self.tasks.is_empty() || !is_done()) && self.step() {}
     }
 
-    /// Serves one event, and says whether there can be another one.
+    /// Serves one event, and tells whether there can be another one.
     fn step(&mut self) -> bool {
         let event = if self.tasks.is_empty() {
             sys::wait_for_unknown()
@@ -183,7 +186,7 @@ impl Keeper {
         }
     }
 
-    /// Lets a task go on from a stop: for good if it has no filter.
+    /// Resumes a task from a stop. If the task has no filter, detaches from it.
     fn pass(&mut self, tid: Pid, stop: Stop) {
         let unknown = Kept {
             filtered: self.some_filtered,
@@ -200,8 +203,8 @@ impl Keeper {
             Stop::Group => Resume::Listen,
             _ => Resume::Cont,
         };
-        // Its child is traced as well, and stops before it runs. One that has stopped already was
-        // let go of.
+        // The child is traced too, and stops before it runs. If the child has already stopped, the
+        // keeper has detached from it.
         if let (Resume::Detach, Stop::NewTask(_)) = (how, stop) {
             let child = sys::event_message(tid, stop)
                 .ok()
@@ -216,7 +219,7 @@ impl Keeper {
                 });
             }
         }
-        // A task that has died meanwhile reports its end next.
+        // If the task has died meanwhile, its end is the next report.
         let gone = !matches!(sys::resume(tid, how, signal), Ok(Some(())));
         if how == Resume::Detach && !gone {
             self.tasks.remove(&tid);

@@ -1,4 +1,4 @@
-//! How tasks come to be and become others: fork, clone, vfork and execve.
+//! How tasks are made and replaced: fork, clone, vfork and execve.
 
 use std::mem;
 use std::rc::Rc;
@@ -10,26 +10,27 @@ use super::super::sys::{self, NewTask, Resume, Stop};
 use super::super::task::{Life, OpenCall, Tracee};
 use super::{Error, ExitStatus, Observer, Pid, Scope, Task, TaskEvent, Tracer, kernel, resume};
 
-/// What was reported of a task before its parent named it.
+/// The first report of a task that its parent's event has not named yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Report {
     Stopped(Stop),
     Ended(ExitStatus),
 }
 
-/// A task that no other one has named yet. The kernel reports the stop of a child and the event of
-/// its parent in either order.
+/// A task that no event has named yet. The kernel reports the stop of a child and the event of its
+/// parent in either order.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Parked {
     report: Report,
     family: Family,
-    /// When it reported first, on the tracer's clock.
+    /// The time of the task's first report, on the tracer's clock.
     since: u64,
-    /// The tasks that could name it were interrupted, so that each reports once more.
+    /// Whether the tasks that could name it were interrupted, so that each of them reports once
+    /// more.
     asked: bool,
 }
 
-/// What is known of where a task comes from.
+/// What is known of a task's origin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Family {
     process: Option<Pid>,
@@ -43,13 +44,14 @@ impl Parked {
 }
 
 impl<O: Observer> Tracer<O> {
-    /// Remembers what an unknown task reported. It stays stopped until its parent's event names it,
-    /// or no task can any more.
+    /// Stores the report of an unknown task. The task stays stopped until its parent's event names
+    /// it, or until no task can name it any more.
     pub(super) fn park(&mut self, tid: Pid, report: Report) -> Result<(), Error> {
         let before = self.parked.get(&tid).copied();
         let family = before.map_or_else(|| self.family(tid), |parked| parked.family);
         match report {
-            // Made with `CLONE_PTRACE`: no event will name it, and no task is to be followed.
+            // The task was made with `CLONE_PTRACE`. No event will name it, and children are not
+            // traced.
             Report::Stopped(stop) if !self.options.follow => {
                 let signal = if let Stop::Signal(signal) = stop {
                     signal
@@ -58,14 +60,14 @@ impl<O: Observer> Tracer<O> {
                 };
                 return resume(tid, Resume::Detach, signal);
             }
-            // A thread that ends before it was named was killed, and never ran: a kill is for the
-            // whole process, and took with it the event that would have named the thread. It must
-            // not wait for the end of its process, which waits for its own.
+            // This thread ends before an event named it, so it was killed and never ran. The kill
+            // was for the whole process and discarded the event that would have named the thread.
+            // The thread must end now: the end of its process waits for it.
             Report::Stopped(Stop::Exit) if self.is_thread_of_ours(tid, family) => {
                 self.parked.remove(&tid);
                 return resume(tid, Resume::Cont, 0);
             }
-            // Not a tracee, or one that never ran.
+            // Either not a tracee, or a tracee that never ran.
             Report::Ended(_) if family.process.is_none() => {
                 self.parked.remove(&tid);
                 return Ok(());
@@ -83,7 +85,7 @@ impl<O: Observer> Tracer<O> {
         Ok(())
     }
 
-    /// Asks `/proc`, or if that does not say, the kernel about the processes that are known.
+    /// Asks `/proc`. If that does not say, asks the kernel about each known process.
     fn family(&self, tid: Pid) -> Family {
         if let Some((process, parent)) = proc::family(tid) {
             return Family {
@@ -105,12 +107,13 @@ impl<O: Observer> Tracer<O> {
         family.process.is_some_and(is_ours)
     }
 
-    /// Takes in the parked tasks that no other task is going to name.
+    /// Takes in the parked tasks that no event will name any more.
     ///
-    /// The next report of a task that has just made another one is the event that names the child,
-    /// unless it was killed. So a task that has reported anything since the child did will not name
-    /// it. Where a killed task may have left the child, the tasks that have not reported are looked
-    /// at: one that sleeps is not making a task, any other one is made to report.
+    /// After a task has made a child, its next report is the event that names the child, unless the
+    /// task is killed first. So a task that has reported since the child's first report will not
+    /// name the child. If a killed task may have left the child, this function examines the tasks
+    /// that have not reported since. A sleeping task is not making a child. Any other task is
+    /// interrupted, so that it reports.
     pub(super) fn adopt_unnamed(&mut self) -> Result<(), Error> {
         let children: Vec<Pid> = self.parked.keys().copied().collect();
         for child in children {
@@ -139,7 +142,8 @@ impl<O: Observer> Tracer<O> {
         Ok(())
     }
 
-    /// Tells whether a task is known to sleep in the kernel. That counts as a report.
+    /// Tells whether a task sleeps in the kernel, as far as `/proc` says. Sleeping counts as a
+    /// report.
     fn is_asleep(&mut self, tid: Pid) -> bool {
         let is_asleep = matches!(proc::state(tid), Some(b'S' | b'D'));
         if let Some(tracee) = self.tasks.get_mut(&tid).filter(|_| is_asleep) {
@@ -148,7 +152,7 @@ impl<O: Observer> Tracer<O> {
         is_asleep
     }
 
-    /// Takes in a task whose parent's event never came, by what the kernel tells about it.
+    /// Takes in a task that its parent's event never named, with what the kernel says about it.
     fn adopt(&mut self, tid: Pid, family: Family) -> Result<(), Error> {
         let pid = family.process.unwrap_or(tid);
         let of_process = self
@@ -157,7 +161,7 @@ impl<O: Observer> Tracer<O> {
             .find(|tracee| tracee.task.pid == pid && tracee.space().is_some());
         let known = of_process.and_then(|tracee| tracee.space().cloned());
         let space = known.or_else(|| self.space_shared_with(tid).ok());
-        // Its parent is not in the table any more, and the table may be empty.
+        // The parent has left the table, and the table may be empty.
         let filtered = self.filters && self.tasks.values().all(|tracee| tracee.filtered);
         let is_new = space.is_none();
         let space = space.unwrap_or_else(|| self.space_of_its_own(tid));
@@ -165,11 +169,11 @@ impl<O: Observer> Tracer<O> {
         self.replay(tid)
     }
 
-    /// The address space of a traced task that shares its memory with `tid`.
+    /// Returns the address space of a traced task that shares its memory with `tid`.
     ///
     /// # Errors
-    /// If no address space is known to be that of `tid`: the address spaces for which the kernel
-    /// does not say whether they are.
+    /// If no address space is known to be that of `tid`. The error holds the address spaces for
+    /// which the kernel does not say.
     pub(super) fn space_shared_with(&self, tid: Pid) -> Result<Rc<Space>, Vec<Rc<Space>>> {
         let mut unknown = Vec::new();
         for tracee in self.tasks.values() {
@@ -187,15 +191,15 @@ impl<O: Observer> Tracer<O> {
         Err(unknown)
     }
 
-    /// A new address space for `tid`, which is not known to share that of another task, nor perhaps
-    /// not to.
+    /// Makes an address space for `tid`, which shares no known one. It stays in doubt with those
+    /// for which the kernel does not say.
     fn space_of_its_own(&mut self, tid: Pid) -> Rc<Space> {
         let unknown = self.space_shared_with(tid).err().unwrap_or_default();
         self.in_doubt |= !unknown.is_empty();
         Rc::new(Space::doubtful(&unknown))
     }
 
-    /// A task has made another one.
+    /// Handles the event of a task that has made a child.
     pub(super) fn cloned(&mut self, parent: Pid, kind: NewTask) -> Result<(), Error> {
         let message = sys::event_message(parent, Stop::NewTask(kind))
             .map_err(kernel("PTRACE_GETEVENTMSG", parent))?;
@@ -217,8 +221,9 @@ impl<O: Observer> Tracer<O> {
                 sys::same_memory(parent, child)
             }
         };
-        // Every call that copies an address space stops at its entry, so that one is open; but the
-        // entry of a call in which the task was attached to has not been seen.
+        // Every call that copies an address space stops at its entry, so the call is open now. The
+        // exception is a task that was attached to in the middle of such a call: the tracer has not
+        // seen its entry.
         let shares = match &tracee.call {
             Some(OpenCall {
                 then: Then::Copy, ..
@@ -259,8 +264,8 @@ impl<O: Observer> Tracer<O> {
         self.replay(child)
     }
 
-    /// A task has made a child whose memory is a copy: the copying is over, so its brackets close,
-    /// and the call needs no stop at its exit if its result is known.
+    /// Handles a child whose memory is a copy. The copying is over, so the call's brackets close.
+    /// If the call's result is known, the call needs no stop at its exit.
     fn copy_ends(&mut self, parent: Pid, child: Pid) {
         let Some(tracee) = self.tasks.get_mut(&parent) else {
             return;
@@ -268,8 +273,8 @@ impl<O: Observer> Tracer<O> {
         if !tracee.may_be_forking() || tracee.call.is_none() {
             return;
         }
-        // Only where tasks have other numbers for the parent than for the tracer is the result not
-        // the child's number.
+        // The result is the child's number in the parent's pid namespace. It differs from the
+        // number here only if the parent is in another pid namespace than the tracer.
         if tracee.numbers_agree.is_none() {
             tracee.numbers_agree = proc::shares_pid_namespace(parent);
         }
@@ -280,7 +285,7 @@ impl<O: Observer> Tracer<O> {
         }
     }
 
-    /// Puts a new task in the table and lets it enter.
+    /// Adds a new task to the table and lets it enter its address space.
     fn welcome(
         &mut self,
         task: Task,
@@ -318,7 +323,7 @@ impl<O: Observer> Tracer<O> {
         });
     }
 
-    /// Serves what a task reported before it was known.
+    /// Serves the report that a task made before it was known.
     fn replay(&mut self, tid: Pid) -> Result<(), Error> {
         match self.parked.remove(&tid).map(|parked| parked.report) {
             Some(Report::Stopped(stop)) => self.stopped(tid, stop),
@@ -327,8 +332,8 @@ impl<O: Observer> Tracer<O> {
         }
     }
 
-    /// A task has run `execve`. Its other threads are gone, and it has the identifier of the
-    /// process now.
+    /// Handles a task that has run `execve`. Its other threads have ended, and it now has the
+    /// identifier of the process.
     pub(super) fn execed(&mut self, pid: Pid) -> Result<(), Error> {
         let message =
             sys::event_message(pid, Stop::Exec).map_err(kernel("PTRACE_GETEVENTMSG", pid))?;
@@ -336,14 +341,15 @@ impl<O: Observer> Tracer<O> {
             return Ok(());
         };
         if former != pid && self.tasks.contains_key(&former) {
-            // The old leader's end is not reported: this task has taken its place.
+            // The kernel does not report the end of the old leader, because this task has replaced
+            // it.
             let status = self
                 .tasks
                 .get(&pid)
                 .and_then(|leader| leader.exit)
                 .unwrap_or(ExitStatus::Code(0));
             self.forget(pid, "execve", status);
-            // Threads that were killed for it may have been making tasks.
+            // The `execve` killed threads that may have been making children.
             self.lost_a_maker = true;
         }
         self.depart(former, "execve");

@@ -1,12 +1,13 @@
-//! A second thread that takes the statuses of threads that end while their process is being
-//! attached to.
+//! A helper thread that reaps threads which end while the tracer attaches to their process.
 //!
-//! While a thread of a process is in `execve`, no other one can be seized: the call waits. The
-//! `execve` waits until the threads that it has killed are gone, and one that is traced is gone
-//! when its tracer has taken its status. A tracer that waits in the call would wait for itself, so
-//! this thread takes the statuses for it. A thread that is killed must not stop at its exit either,
-//! which only the tracer's own thread could end: tasks that were attached to are asked for that
-//! stop when they have stopped once.
+//! Without the reaper the tracer could deadlock:
+//! 1. While a thread of the process is in `execve`, seizing another thread of it blocks.
+//! 2. The `execve` waits until the threads that it has killed are gone. A traced thread is gone
+//!    only when its tracer has reaped it.
+//! 3. So a tracer that blocks in 1 would wait for itself. The reaper reaps the thread instead.
+//!
+//! A killed thread must not stop at its exit either, because only the tracer's own thread could
+//! resume it. So a task that was attached to gets the exit stop only after its first stop.
 
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
@@ -16,10 +17,10 @@ use super::super::sys;
 use super::{ExitStatus, Pid};
 use srcu::Thread;
 
-/// How often it looks.
+/// The interval at which the reaper looks.
 const PAUSE: Duration = Duration::from_millis(2);
 
-/// The thread; it ends when this is dropped.
+/// Ends the thread when dropped.
 #[derive(Debug)]
 pub(super) struct Reaper {
     shared: Arc<Shared>,
@@ -34,16 +35,16 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct Work {
-    /// The threads that it looks after.
+    /// The threads to reap.
     tids: Vec<Pid>,
-    /// The tasks whose status the reaper has taken.
+    /// The threads that were reaped since the last call, with their status.
     ended: Vec<(Pid, ExitStatus)>,
     is_over: bool,
 }
 
 impl Reaper {
     /// # Errors
-    /// If no thread can be made.
+    /// If the thread cannot be started.
     pub(super) fn start() -> io::Result<Reaper> {
         let shared = Arc::new(Shared::default());
         let own = Arc::clone(&shared);
@@ -54,19 +55,18 @@ impl Reaper {
         })
     }
 
-    /// Looks after a thread, which must be traced by the thread that this is called in and not be
-    /// the first of its process.
+    /// Adds a thread to reap. The calling thread must trace it, and it must not be the leader of
+    /// its process.
     pub(super) fn watch(&self, tid: Pid) {
         self.shared.lock().tids.push(tid);
     }
 
-    /// The threads whose status it has taken since it was asked last. A number that is free again
-    /// is among them.
+    /// Returns the threads that were reaped since the last call. Their numbers may be in use again.
     pub(super) fn ended(&self) -> Vec<(Pid, ExitStatus)> {
         mem::take(&mut self.shared.lock().ended)
     }
 
-    /// Ends it, and returns the threads whose status it has taken since it was asked last.
+    /// Stops the reaper, and returns the threads that were reaped since the last call.
     pub(super) fn finish(mut self) -> Vec<(Pid, ExitStatus)> {
         self.end();
         self.ended()
@@ -96,7 +96,8 @@ impl Shared {
         let mut work = self.lock();
         while !work.is_over {
             let Work { tids, ended, .. } = &mut *work;
-            // Taken under the lock: the tracer learns of it before it sees the number again.
+            // Reap under the lock, so that the tracer learns of the end before it can see the
+            // number again.
             tids.retain(|tid| match sys::take_status(*tid) {
                 Some(status) => {
                     ended.push((*tid, status));

@@ -1,4 +1,4 @@
-//! How tracing begins with a program that is spawned.
+//! Spawning a program under the tracer.
 
 use std::os::fd::AsRawFd;
 use std::ptr;
@@ -15,7 +15,8 @@ use super::{Error, Observer, Options, Pid, Scope, Task, TaskEvent, Tracer, resum
 impl<O: Observer> Tracer<O> {
     /// Starts a program under the tracer and returns its process.
     ///
-    /// It stands before its first instruction, and [`Tracer::run`] lets it go.
+    /// The new process is stopped before the first instruction of its program, until
+    /// [`Tracer::run`] resumes it.
     ///
     /// # Blocking
     /// Sleeps until the kernel has loaded the program.
@@ -31,8 +32,8 @@ impl<O: Observer> Tracer<O> {
         let (go_read, go_write) = sys::pipe(0).map_err(spawn_error("pipe2"))?;
         let (report_read, report_write) =
             sys::pipe(libc::O_NONBLOCK).map_err(spawn_error("pipe2"))?;
-        // Above the standard streams, so that setting one up does not overwrite what the next one
-        // is copied from.
+        // Copy the descriptors to numbers above 2, so that setting up one standard stream does not
+        // overwrite the source of the next.
         let mut copies = Vec::new();
         let mut stdio = [None; 3];
         for (slot, fd) in stdio.iter_mut().zip(&command.stdio) {
@@ -59,7 +60,7 @@ impl<O: Observer> Tracer<O> {
         drop(report_in_child);
         drop(report_write);
         if let Err(source) = sys::seize(pid, ptrace_options(self.options, program.is_some())) {
-            // It reads the end of the pipe and ends.
+            // The child reads the end of the pipe and exits.
             drop(go_write);
             while !matches!(
                 sys::wait_for(pid),
@@ -112,7 +113,7 @@ impl<O: Observer> Tracer<O> {
         Ok(pid)
     }
 
-    /// Puts a task in the table that has no parent there.
+    /// Adds a task to the table that has no parent there.
     pub(super) fn begin(
         &mut self,
         task: Task,
@@ -133,7 +134,8 @@ impl<O: Observer> Tracer<O> {
     }
 }
 
-/// Serves a new process until its program is loaded, and says whether it came to that.
+/// Serves a new process until its program is loaded. Returns false if the process ended before
+/// that.
 fn until_exec(pid: Pid) -> Result<bool, Error> {
     loop {
         match sys::wait_for(pid).map_err(spawn_error("waitpid"))? {
@@ -159,7 +161,7 @@ pub(super) fn ptrace_options(options: Options, filter: bool) -> i32 {
     bits
 }
 
-/// Null-terminated pointers to strings of `layout`, which must outlive them.
+/// Returns null-terminated pointers to strings of `layout`. The layout must outlive them.
 fn pointers(
     layout: &Layout,
     strings: fn(&Layout) -> &Vec<std::ffi::CString>,

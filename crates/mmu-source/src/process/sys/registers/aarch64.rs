@@ -1,8 +1,8 @@
-//! The registers of aarch64, and of 32-bit programs on it, by sets.
+//! The registers of aarch64 tasks, including 32-bit ones, read by register sets.
 //!
 //! # Source
-//! `user_aarch64_view` and `user_aarch32_ptrace_view`, arch/arm64/kernel/ptrace.c, Linux 6.12: a
-//! 64-bit tracer is given the registers of a 32-bit task as that task has them, which are fewer.
+//! `user_aarch64_view` and `user_aarch32_ptrace_view`, arch/arm64/kernel/ptrace.c, Linux 6.12. For
+//! a 32-bit task a 64-bit tracer gets the smaller 32-bit register set.
 
 use std::ffi::c_int;
 use std::io;
@@ -11,16 +11,17 @@ use std::mem::MaybeUninit;
 use super::super::super::{Pid, Registers};
 use super::super::{ptrace, unless_gone};
 
-/// The number of the call that a task stands before.
+/// The register set that holds the number of the system call at whose entry a task is stopped.
 const NT_ARM_SYSTEM_CALL: c_int = 0x404;
-/// Which bits of an address the signature of a pointer takes.
+/// The register set that says which bits of a pointer hold its signature.
 const NT_ARM_PAC_MASK: c_int = 0x406;
 /// In `pstate`: the task runs 32-bit code.
 const PSR_MODE32_BIT: u64 = 0x10;
-/// What a call finds for its number that is none.
+/// A call number that names no call.
 const NO_CALL: c_int = -1;
 
-/// Has the kernel read or write a set, as far as it and the buffer go, and returns how many bytes.
+/// Makes the kernel read or write a register set, and returns how many bytes it transferred: the
+/// size of the set or `length`, whichever is less.
 fn set_of(
     request: super::super::requests::Request,
     tid: Pid,
@@ -36,7 +37,8 @@ fn set_of(
     Ok(vector.iov_len)
 }
 
-/// Where a stopped tracee of this thread is; `None` if it is none, or not stopped.
+/// Returns the registers of a stopped tracee of this thread. Returns `None` if `tid` is not such a
+/// tracee or is not stopped.
 pub(in super::super::super) fn registers(tid: Pid) -> Option<Registers> {
     let mut raw = MaybeUninit::<libc::user_regs_struct>::zeroed();
     let room = size_of::<libc::user_regs_struct>();
@@ -48,11 +50,11 @@ pub(in super::super::super) fn registers(tid: Pid) -> Option<Registers> {
         room,
     )
     .ok()?;
-    // SAFETY: it was zeroed, which is a valid value, and then written by the kernel.
+    // SAFETY: the local was zeroed, which is a valid value, before the kernel wrote to it.
     let raw = unsafe { raw.assume_init() };
     if read < room || raw.pstate & PSR_MODE32_BIT != 0 {
-        // Of 32 bits each, two in a word here: r11 is the frame pointer, r13 the stack pointer, r15
-        // the program counter.
+        // The set holds 32-bit registers, so each 64-bit field here contains two. r11 is the frame
+        // pointer, r13 the stack pointer, r15 the program counter.
         let narrow =
             |number: usize| raw.regs[number / 2] >> (32 * (number % 2)) & u64::from(u32::MAX);
         let (ip, sp, bp) = (narrow(15), narrow(13), narrow(11));
@@ -76,7 +78,8 @@ pub(in super::super::super) fn registers(tid: Pid) -> Option<Registers> {
     })
 }
 
-/// What is left of an address of code without its signature. Without such, all.
+/// Returns the bits of a code address that hold no signature. Without pointer authentication, that
+/// is every bit.
 fn code_mask(tid: Pid) -> u64 {
     let mut masks = [0_u64; 2];
     let at = (&raw mut masks).expose_provenance();
@@ -92,10 +95,11 @@ fn code_mask(tid: Pid) -> u64 {
     }
 }
 
-/// Makes the kernel skip the call that a tracee stands before: it fails with `ENOSYS`.
+/// Makes the kernel skip the call at whose entry a tracee is stopped, so that the call returns
+/// `ENOSYS`.
 ///
-/// Without a call number the result is what stands in the first register, which holds the first
-/// argument.
+/// Without a call number, the result of the call is the value of the first register. That register
+/// still holds the first argument, so this function also sets it.
 pub(in super::super::super) fn skip_call(tid: Pid) -> io::Result<Option<()>> {
     let number = NO_CALL;
     let at = (&raw const number).expose_provenance();
@@ -111,7 +115,7 @@ pub(in super::super::super) fn skip_call(tid: Pid) -> io::Result<Option<()>> {
     }
     let is_32bit = registers(tid).is_some_and(|registers| registers.is_32bit);
     let result = -i64::from(libc::ENOSYS);
-    // The first register is the low half of the first word there.
+    // In a 32-bit set, the first register is the low half of the first 64-bit word.
     let length = if is_32bit { 4 } else { 8 };
     let at = (&raw const result).expose_provenance();
     unless_gone(set_of(libc::PTRACE_SETREGSET, tid, libc::NT_PRSTATUS, at, length).map(drop))

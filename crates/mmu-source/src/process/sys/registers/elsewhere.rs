@@ -1,4 +1,4 @@
-//! A processor whose registers are not known here. `Tracer::new` refuses it.
+//! An architecture that the tracer does not support. `Tracer::new` refuses it.
 
 use std::io;
 

@@ -6,13 +6,14 @@ use std::mem::MaybeUninit;
 use super::super::super::{Pid, Registers};
 use super::super::{ptrace, unless_gone};
 
-/// Where a stopped tracee of this thread is; `None` if it is none, or not stopped.
+/// Returns the registers of a stopped tracee of this thread. Returns `None` if `tid` is not such a
+/// tracee or is not stopped.
 pub(in super::super::super) fn registers(tid: Pid) -> Option<Registers> {
-    /// The selector of 64-bit user code, asm/segment.h.
+    /// The code segment selector of 64-bit user code, asm/segment.h.
     const USER_CS: u64 = 0x33;
     let mut raw = MaybeUninit::<libc::user_regs_struct>::zeroed();
     ptrace(libc::PTRACE_GETREGS, tid, 0, raw.as_mut_ptr().addr()).ok()?;
-    // SAFETY: it was zeroed, which is a valid value, and then written by the kernel.
+    // SAFETY: the local was zeroed, which is a valid value, before the kernel wrote to it.
     let raw = unsafe { raw.assume_init() };
     let is_32bit = raw.cs != USER_CS;
     Some(Registers {
@@ -25,9 +26,11 @@ pub(in super::super::super) fn registers(tid: Pid) -> Option<Registers> {
     })
 }
 
-/// Makes the kernel skip the call that a tracee stands before: it fails with `ENOSYS`.
+/// Makes the kernel skip the call at whose entry a tracee is stopped, so that the call returns
+/// `ENOSYS`.
 ///
-/// Without a call number the result is what stands there already, `ENOSYS`.
+/// Without a call number, the result of the call is the value of `rax`. At a system call entry that
+/// is already `ENOSYS`.
 pub(in super::super::super) fn skip_call(tid: Pid) -> io::Result<Option<()>> {
     let number = 8 * libc::ORIG_RAX as usize;
     unless_gone(ptrace(libc::PTRACE_POKEUSER, tid, number, usize::MAX).map(drop))
