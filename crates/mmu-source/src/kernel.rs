@@ -1,5 +1,5 @@
-//! Every change of a translation of this process, by any process and by the kernel itself: the
-//! kernel's own MMU notifier.
+//! Reports every change of a translation of this process, whichever process or part of the kernel
+//! makes it. The source uses the kernel's own MMU notifier.
 //!
 //! ```text
 //!   any process, or the kernel itself             this process
@@ -12,12 +12,12 @@
 //!     2. changes the page tables                     runs the callbacks, which drop the entries
 //! ```
 //!
-//! Creating a KVM virtual machine registers an MMU notifier on the calling process. From then on
-//! every invalidation of its page tables passes the tracepoint `kvm:kvm_unmap_hva_range` with its
-//! start and end *before* the tables change. A small BPF program there counts a generation, in
-//! memory that this process has mapped, and writes the range to a ring. The machine itself is never
-//! run. Nothing is patched, and no change bypasses it: changes by other processes, reclaim,
-//! truncation, copy on write and `io_uring` all reach the tracepoint.
+//! Creating a KVM virtual machine registers an MMU notifier on the calling process. From then on,
+//! every invalidation of the process's page tables passes the tracepoint `kvm:kvm_unmap_hva_range`,
+//! with its start and end, *before* the page tables change. A small BPF program at the tracepoint
+//! increments a generation in memory that this process has mapped, and writes the range to a ring.
+//! The virtual machine is never run. Nothing is patched, and no change bypasses the tracepoint:
+//! changes by other processes, reclaim, truncation, copy on write and `io_uring` all reach it.
 //!
 //! ```no_run
 //! use mmu_notifier::{Va, VaRange};
@@ -26,29 +26,29 @@
 //! let kernel = Kernel::start()?;
 //! # let (buffer, translate, insert, remove, lookup, use_it) = (4096_u64, |_: VaRange| 1, |_: VaRange, _: i32| (), |_: VaRange| (), |_: VaRange| Some(1), |_: i32| ());
 //! let range = VaRange::covering(Va::new(buffer), 1 << 20)?;
-//! let armed = kernel.arm(range)?; // Until it is dropped, changes of these pages are counted and told.
+//! let armed = kernel.arm(range)?; // Until dropped, changes of these pages are counted and reported.
 //!
 //! // Fill the cache.
 //! loop {
-//!     let seq = armed.read_begin()?; // Whatever was changing has changed, and subscribers know.
+//!     let seq = armed.read_begin()?; // No change is under way, and subscribers know of all of them.
 //!     insert(range, translate(range));
 //!     if !armed.read_retry(seq) {
-//!         break; // Nothing has begun to change meanwhile. What begins later will take the entry out.
+//!         break; // No change has begun meanwhile. A later change will remove the entry.
 //!     }
 //!     remove(range);
 //! }
 //!
 //! // Use it.
-//! let settled = kernel.settle()?; // The callbacks for all that has happened have run.
+//! let settled = kernel.settle()?; // The callbacks of all changes so far have run.
 //! if let Some(translation) = lookup(range) {
 //!     use_it(translation);
-//!     assert!(kernel.is_current(settled), "nothing has begun to change while it was used");
+//!     assert!(kernel.is_current(settled), "no change began during the use");
 //! }
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! A cache that has no subscriber, or asks under a lock of its own, keeps a [`Watch`](crate::Watch)
-//! in each entry instead:
+//! A cache without a subscriber, or one that asks under its own lock, keeps a
+//! [`Watch`](crate::Watch) in each entry instead:
 //!
 //! ```no_run
 //! # use mmu_notifier::{Va, VaRange};
@@ -56,7 +56,7 @@
 //! # let (buffer, translate) = (4096_u64, |_: VaRange| 1);
 //! let kernel = Kernel::start()?;
 //! let range = VaRange::covering(Va::new(buffer), 1 << 20)?;
-//! let watch = kernel.watch(range)?; // Nothing is under way when it returns.
+//! let watch = kernel.watch(range)?; // No change is under way when it returns.
 //! let translation = translate(range);
 //!
 //! // At each use.
@@ -65,44 +65,47 @@
 //! ```
 //!
 //! # Why this is sound
-//! * **A hit.** The generation is counted before the page tables change. So if an entry is found
-//!   after [`settle`](Kernel::settle), and [`is_current`](Kernel::is_current) still holds after the
-//!   use, no change of an armed range began between the two, and all earlier ones had been told.
-//! * **A fill.** The tracepoint tells the *start* of a change. A translation made between the start
-//!   and the change itself would be the old one with the new generation: no counter of starts can
-//!   help. [`read_begin`](Armed::read_begin) therefore waits, if there was any event since the last
-//!   wait, until every change under way is over: some two microseconds. `kernel/wait.rs` has the
-//!   argument, with a picture.
-//! * **Arming.** [`arm`](Kernel::arm) enters the range into the filter and then waits in the same
-//!   way. When it has returned, no change is under way that the filter has let pass.
+//! * **A hit.** The kernel counts the generation before it changes the page tables. Suppose a
+//!   client finds an entry after [`settle`](Kernel::settle), and [`is_current`](Kernel::is_current)
+//!   still holds after the use. Then no change of an armed range began between the two calls, and
+//!   subscribers knew of all earlier changes.
+//! * **A fill.** The tracepoint marks the *start* of a change. If a client translates between the
+//!   start and the change itself, it gets the old translation with the new generation, and no
+//!   counter of starts can show that. So [`read_begin`](Armed::read_begin) waits until every change
+//!   under way is over, if any event has happened since the last wait. That takes some two
+//!   microseconds. `kernel/wait.rs` has the argument, with a picture.
+//! * **Arming.** [`arm`](Kernel::arm) adds the range to the filter and then waits in the same way.
+//!   When it returns, no change is under way that passed the filter before the range was in it.
 //!
-//! It tells nothing about a device that still uses a translation. That is what the callbacks are
-//! for, and they come after the start of the change, not in it: the change does not wait.
+//! The generation says nothing about a device that still uses a translation. The callbacks serve
+//! that purpose. They run after the start of the change, and the change does not wait for them.
 //!
 //! # What a callback may do
-//! Callbacks run in the thread that calls [`settle`](Kernel::settle), [`drain`](Kernel::drain) or
-//! [`read_begin`](Armed::read_begin), or in the source's own. They may allocate, lock, map and
-//! unmap, arm and disarm. They must not wait for another thread that may be draining; draining
-//! inside of a callback returns at once. Dropping the source or what is armed never waits for a
-//! callback.
+//! A callback runs on the thread that calls [`settle`](Kernel::settle), [`drain`](Kernel::drain) or
+//! [`read_begin`](Armed::read_begin), or on the source's own thread. It may allocate, lock, map,
+//! unmap, arm and disarm. It must not wait for another thread that may be draining, because that
+//! thread may wait for the callback. Draining inside a callback returns at once. Dropping the
+//! source or an armed range never waits for a callback.
 //!
 //! # Signal handlers
-//! [`Watch::is_valid`](crate::Watch::is_valid), [`is_current`](Kernel::is_current) and
-//! [`settle`](Kernel::settle) may be called in a signal handler. One that has interrupted the
-//! source itself gets false, or [`Error::InCallback`]. Nothing else may.
+//! A signal handler may call [`Watch::is_valid`](crate::Watch::is_valid),
+//! [`is_current`](Kernel::is_current) and [`settle`](Kernel::settle), and nothing else of this
+//! module. If the handler has interrupted the source itself, the answer is false or
+//! [`Error::InCallback`].
 //!
 //! # Descriptors
-//! The source's descriptors are in a table of their own that no call of the program reaches:
-//! `close_range`, `closefrom` and `dup2` do not harm it, and children do not inherit them. The
-//! limit of descriptors (`RLIMIT_NOFILE`) holds in that table as well: some twenty are needed to
-//! start, and what is opened later has a number below 8. Threads of the source's that run callbacks
-//! have the program's table.
+//! The source's descriptors are in a separate descriptor table, which no call of the program
+//! reaches: `close_range`, `closefrom` and `dup2` cannot close them, and children do not inherit
+//! them. The limit `RLIMIT_NOFILE` also applies to that table. The start needs some twenty
+//! descriptors; those opened later have numbers below 8. The source's threads that run callbacks
+//! use the program's table.
 //!
 //! # Forks
-//! The virtual machine stays the parent's. In the child of a fork an inherited handle is blind: it
-//! knows that ([`is_inherited`](Kernel::is_inherited)), is never current, and answers
-//! [`Error::AfterFork`]. The child starts its own. When its last inherited handle is dropped,
-//! nothing of the parent's source is left in it.
+//! The virtual machine stays attached to the parent's address space. So in the child of a fork an
+//! inherited handle sees no change. The handle detects this
+//! ([`is_inherited`](Kernel::is_inherited)): it is never current, and its calls return
+//! [`Error::AfterFork`]. The child starts a source of its own. When the child drops its last
+//! inherited handle, the parent's source leaves nothing behind in the child.
 
 mod armed;
 mod asm;
@@ -147,55 +150,54 @@ use std::thread::Thread;
 use sys::{ProgressPage, Shared};
 use wait::Waits;
 
-/// The source, while any handle of it is alive.
+/// The source. It runs while a handle exists.
 pub struct Kernel {
     inner: Arc<Inner>,
-    /// `None` once this is being dropped.
+    /// `None` once the source is being dropped.
     vault: Option<Vault<Machines>>,
 }
 
-/// What the threads of the source share.
+/// State that the threads of the source share.
 struct Inner {
-    /// Nonzero and equal to `alive`, a word in the page that forks wipe, unless this is the child
-    /// of a fork.
+    /// Nonzero, and equal to `alive` except in the child of a fork: `alive` lies in a page that the
+    /// kernel zeroes at a fork.
     id: u64,
     alive: &'static AtomicU64,
     header: Shared,
     tables: filter::Tables,
     progress: ProgressPage,
     intake: Mutex<Intake>,
-    /// Held while records are handed on, callbacks included.
+    /// Held while a thread passes records to subscribers, also during their callbacks.
     handing: Mutex<()>,
     waits: Waits,
     stop: AtomicBool,
     teller: OnceLock<Thread>,
-    /// How often the program was skipped.
+    /// How often the kernel skipped the program.
     missed: AtomicU64,
-    /// The source's threads have done what they put off at the start.
+    /// Whether the source's threads have finished the work that they postponed at the start.
     has_begun: AtomicBool,
 }
 
-/// A generation up to which subscribers have been told of every change: what [`Kernel::settle`]
-/// returned.
+/// A generation for which subscribers know of every change up to it. Returned by
+/// [`Kernel::settle`].
 ///
-/// A number that nothing has been told of is not one:
+/// A plain generation is not one, because subscribers may not know of it yet:
 /// ```compile_fail,E0308
 /// # let kernel = mmu_source::kernel::Kernel::start().unwrap();
 /// let is_current = kernel.is_current(kernel.generation());
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[must_use = "what is used has to be checked with `is_current` if it may change meanwhile"]
+#[must_use = "check it with `is_current` after the use if the memory may change meanwhile"]
 pub struct Settled(u64);
 
-/// What a call of [`Kernel::drain`] did.
+/// What one call of [`Kernel::drain`] did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Drained {
-    /// How many ranges it handed on.
+    /// The number of ranges that it passed to subscribers.
     pub ranges: usize,
-    /// Whether records had been lost, so that everything was invalidated.
+    /// Whether records had been lost, so that it invalidated the whole address space.
     pub lost: bool,
-    /// Whether the caller was a callback that is itself being drained, or the child of a fork: then
-    /// nothing was done.
+    /// Whether it did nothing, because the caller was a callback of a drain or the child of a fork.
     pub refused: bool,
 }
 
@@ -208,28 +210,28 @@ impl Drained {
 }
 
 impl Kernel {
-    /// Returns the number of changes of armed ranges that have begun, and one: for statistics.
+    /// Returns one more than the number of changes of armed ranges that have begun. For statistics.
     ///
-    /// It counts only what touches an armed range (and, since the filter is coarse, a few that do
-    /// not), so that an allocator's traffic makes no client drain.
+    /// It counts only events that touch an armed range, and a few others because the filter is
+    /// coarse. So an allocator's other traffic does not make clients drain.
     #[must_use]
     #[inline]
     pub fn generation(&self) -> u64 {
         self.inner.generation()
     }
 
-    /// Tells whether no change of an armed range has begun since the source was settled. False for
-    /// ever in the child of a fork.
+    /// Tells whether no change of an armed range has begun since `settle` returned `settled`.
+    /// Always false in the child of a fork.
     #[must_use]
     #[inline]
     pub fn is_current(&self, settled: Settled) -> bool {
-        // ORDER(source-generation): what the caller has read through its translation comes before
-        // the look at the generation.
+        // ORDER(source-generation): the caller's reads through its translation come before the load
+        // of the generation.
         fence(Ordering::Acquire);
         self.generation() == settled.0 && self.inner.handled() >= settled.0
     }
 
-    /// Tells whether subscribers have been told of every change that has begun: then
+    /// Tells whether subscribers know of every change that has begun. If so,
     /// [`settle`](Self::settle) has nothing to do.
     #[must_use]
     #[inline]
@@ -237,14 +239,14 @@ impl Kernel {
         self.inner.is_caught_up()
     }
 
-    /// Runs the callbacks of every change that has begun before the call, or waits for them.
-    /// Two loads and a comparison if there is nothing to tell.
+    /// Runs the callbacks of every change that began before the call, or waits for them. Costs two
+    /// loads and a comparison if there is no such change.
     ///
     /// # Blocking
-    /// While callbacks run, here or in another thread that drains.
+    /// Waits while callbacks run, on this thread or on another one that drains.
     /// # Errors
     /// [`Error::AfterFork`] in the child of a fork. [`Error::InCallback`] in a callback that the
-    /// source itself runs, and in a signal handler that has interrupted the source.
+    /// source runs, and in a signal handler that has interrupted the source.
     #[inline]
     pub fn settle(&self) -> Result<Settled, Error> {
         let generation = self.generation();
@@ -263,7 +265,7 @@ impl Kernel {
             return Err(Error::InCallback { source: "kernel" });
         }
         self.inner.settle(generation);
-        // A callback that runs here may fork, and this be the child.
+        // A callback that ran here may have forked, and this may be the child.
         if self.is_inherited() {
             Err(Error::AfterFork { source: "kernel" })
         } else {
@@ -271,12 +273,12 @@ impl Kernel {
         }
     }
 
-    /// Hands the ranges that are waiting to [`Mm::invalidate`](mmu_notifier::Mm::invalidate) of
+    /// Passes the waiting ranges to [`Mm::invalidate`](mmu_notifier::Mm::invalidate) of
     /// [`current`](crate::current), in the order of the ring.
     ///
     /// # Blocking
-    /// While callbacks run, here or in another thread that drains. What changes meanwhile is left
-    /// for the next call.
+    /// Waits while callbacks run, on this thread or on another one that drains. Changes that happen
+    /// meanwhile are left for the next call.
     pub fn drain(&self) -> Drained {
         if self.is_inherited() || busy::is_inside() {
             return Drained::REFUSED;
@@ -298,11 +300,11 @@ impl Kernel {
         drained
     }
 
-    /// Returns how often records were lost: the ring or the queue was full, or the kernel skipped
-    /// the program (`missed` in the `Debug` output).
+    /// Returns how often records were lost, because the ring or the queue was full or because the
+    /// kernel skipped the program (`missed` in the `Debug` output).
     ///
-    /// It counts records, not invalidations: everything is invalidated once for all records that
-    /// were lost since the last time.
+    /// It counts records, not invalidations: one invalidation of the whole address space covers all
+    /// records that were lost since the last one.
     #[must_use]
     pub fn lost(&self) -> u64 {
         let overflows = self
@@ -314,60 +316,60 @@ impl Kernel {
             + overflows
     }
 
-    /// Tells whether this is the child of a fork and the source its parent's.
-    /// [`start`](Self::start) makes its own.
+    /// Tells whether this is the child of a fork and the parent started the source. In the child
+    /// [`start`](Self::start) makes a new one.
     #[must_use]
     pub fn is_inherited(&self) -> bool {
         self.inner.is_inherited()
     }
 
-    /// Returns how often a thread has waited for changes under way, and for how many of these a
-    /// virtual machine was made.
+    /// Returns how often a thread has waited for changes under way, and how many of these waits
+    /// made a virtual machine.
     #[must_use]
     pub fn waits(&self) -> (u64, u64) {
         self.inner.waits.counts()
     }
 
-    /// Waits until the source's own threads have done what they put off at the start: until then
-    /// they read files, and map and unmap memory.
+    /// Waits until the source's own threads have finished the work that they postponed at the
+    /// start. Until then they read files, and map and unmap memory.
     ///
-    /// For a program in which other code is about to overwrite `munmap` and the like, as Open MPI
-    /// and libfabric do: a thread that is inside of such a function meanwhile crashes.
+    /// It is for a program in which other code is about to overwrite functions like `munmap`, as
+    /// Open MPI and libfabric do: a thread that is inside such a function at that time crashes.
     ///
     /// # Blocking
-    /// For some milliseconds. Returns at once in the child of a fork.
+    /// Waits some milliseconds. Returns at once in the child of a fork.
     pub fn wait_for_threads(&self) {
-        // ORDER(source-begun): Acquire, for no data. Partner: the store in `listen`.
+        // ORDER(source-begun): Acquire; it publishes no data. Partner: the store in `listen`.
         let has_begun = || self.inner.has_begun.load(Ordering::Acquire);
         crate::wait::until(|| has_begun() || self.is_inherited());
     }
 
-    /// Has changes of `range` counted and told until the returned value is dropped. When it
-    /// returns, no change that began before is still under way, and every later one is counted
-    /// before it happens.
+    /// Arms `range`: its changes are counted and reported until the returned value is dropped. When
+    /// this returns, no change that began before the call is still under way, and every later
+    /// change is counted before it happens.
     ///
-    /// Ranges may overlap, and be armed several times.
+    /// Ranges may overlap, and may be armed several times.
     ///
     /// # Blocking
-    /// If there was any event since the last wait of any thread, for the changes under way, as
-    /// [`read_begin`](Armed::read_begin) does; for no callback.
+    /// Waits for the changes under way, as [`read_begin`](Armed::read_begin) does, if any event has
+    /// happened since the last wait of any thread. Waits for no callback.
     /// # Errors
-    /// [`Error::AfterFork`] in the child of a fork; [`Error::InCallback`] in a signal handler that
-    /// has interrupted such a wait; [`Error::Kernel`] if no virtual machine can be made, such as
-    /// `EMFILE` if the program has lowered its limit of descriptors (`RLIMIT_NOFILE`) below 8: the
-    /// limit holds in the source's own table, too.
+    /// [`Error::AfterFork`] in the child of a fork. [`Error::InCallback`] in a signal handler that
+    /// has interrupted such a wait. [`Error::Kernel`] if no virtual machine can be made: for
+    /// example `EMFILE` if the program has lowered its `RLIMIT_NOFILE` below 8, because that limit
+    /// also applies to the source's own descriptor table.
     pub fn arm(self: &Arc<Self>, range: VaRange) -> Result<Armed, Error> {
         let armed = Armed::enter(self, range)?;
         self.wait()?;
         Ok(armed)
     }
 
-    /// Waits until every change that had begun before the call is over.
+    /// Waits until every change that began before the call is over.
     fn wait(&self) -> Result<(), Error> {
         self.inner.waits.wait(&self.inner.header, self.vault())
     }
 
-    /// The same for ranges that were armed before `settled` was made.
+    /// Like `wait`, for a range that was armed before `settled` was returned.
     fn wait_for(&self, settled: Settled) -> Result<(), Error> {
         self.inner
             .waits
@@ -387,8 +389,8 @@ impl Inner {
 
     #[inline]
     fn generation(&self) -> u64 {
-        // ORDER(source-generation): Acquire: what the caller reads next is not read before.
-        // Partner: the program's addition, a full barrier, before the page tables change.
+        // ORDER(source-generation): Acquire: the caller's next reads come after this load. Partner:
+        // the program's addition, a full barrier, before the page tables change.
         self.header.u64(header::GENERATION).load(Ordering::Acquire)
     }
 
@@ -408,20 +410,20 @@ fn kernel_error(call: &'static str, source: io::Error) -> Error {
 }
 
 impl Drop for Kernel {
-    /// Closes all descriptors, and waits for that, but for no callback: the thread that runs one
-    /// ends after it.
+    /// Closes all descriptors and waits until they are closed. Waits for no callback: a thread that
+    /// runs one ends when the callback returns.
     fn drop(&mut self) {
         let vault = self.vault.take();
         if self.inner.is_inherited() {
-            // The vault's thread is the parent's.
+            // The vault's thread exists only in the parent.
             if let Some(vault) = vault {
                 vault.abandon();
             }
             self.inner.leave_to_parent();
             return;
         }
-        // ORDER(source-stop): Release, for no data: the threads look at it when they are woken.
-        // Partner: the loads there.
+        // ORDER(source-stop): Release; it publishes no data, because the threads load the flag
+        // after they are woken. Partner: the loads there.
         self.inner.stop.store(true, Ordering::Release);
         self.inner.wake_teller();
         drop(vault);

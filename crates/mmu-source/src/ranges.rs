@@ -138,7 +138,6 @@ pub(crate) fn madvise(ranges: &mut impl Extend<VaRange>, address: u64, length: u
 /// `do_mbind`, mm/mempolicy.c. With a flag that moves pages, the kernel isolates every folio that
 /// overlaps the range, and moves the whole folio. With `MPOL_MF_STRICT` alone or without a flag, it
 /// only sets or checks a policy.
-/// sets a policy.
 pub(crate) fn mbind(ranges: &mut impl Extend<VaRange>, address: u64, length: u64, flags: u64) {
     if flags & !MPOL_MF_STRICT != 0 {
         folios(ranges, address, length);

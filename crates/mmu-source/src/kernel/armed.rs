@@ -1,4 +1,4 @@
-//! Ranges that are armed, and filling a cache with translations of them.
+//! Armed ranges, and how to fill a cache with their translations.
 
 use super::layout::header;
 use super::{Kernel, Settled, filter};
@@ -7,7 +7,7 @@ use mmu_notifier::VaRange;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
-/// An armed range. Dropping it disarms, and waits for no thread.
+/// An armed range. Dropping it disarms the range, and waits for no thread.
 #[derive(Debug)]
 #[must_use = "the range is disarmed when this is dropped"]
 pub struct Armed {
@@ -16,9 +16,10 @@ pub struct Armed {
     level: Option<usize>,
 }
 
-/// A moment at which nothing was changing: what [`Armed::read_begin`] returned.
+/// A moment at which no change was under way. Returned by [`Armed::read_begin`].
 ///
-/// What [`settle`](Kernel::settle) returned is not one: there, changes may be under way.
+/// The result of [`settle`](Kernel::settle) is not one, because changes may be under way when
+/// `settle` returns.
 /// ```compile_fail,E0308
 /// # let kernel = mmu_source::kernel::Kernel::start().unwrap();
 /// # let armed = kernel.arm(mmu_notifier::VaRange::ALL).unwrap();
@@ -30,27 +31,27 @@ pub struct Armed {
 pub struct ReadSeq(Settled);
 
 impl ReadSeq {
-    /// Returns the sequence as a number, for a caller in another language. It is never zero.
+    /// Returns the sequence as a number, for callers in other languages. It is never zero.
     #[must_use]
     pub const fn to_bits(self) -> u64 {
         self.0.0
     }
 
-    /// Takes a number of [`to_bits`](Self::to_bits) back.
+    /// Makes a sequence from the number that [`to_bits`](Self::to_bits) returned.
     pub const fn from_bits(bits: u64) -> Self {
         Self(Settled(bits))
     }
 }
 
 impl Kernel {
-    /// Begins to fill a cache with translations of ranges that the caller has armed or watches,
-    /// which no type proves here: for other languages. The same as [`Armed::read_begin`], whose
-    /// wait is for changes of any armed range.
+    /// Begins to fill a cache with translations of ranges that the caller has armed or watches. For
+    /// other languages: no type here proves that the ranges are armed. It does the same as
+    /// [`Armed::read_begin`], which waits for changes of every armed range.
     ///
     /// # Blocking
-    /// As [`Armed::read_begin`].
+    /// Blocks as [`Armed::read_begin`] does.
     /// # Errors
-    /// As [`Armed::read_begin`].
+    /// The errors of [`Armed::read_begin`].
     #[doc(hidden)]
     pub fn read_begin(&self) -> Result<ReadSeq, Error> {
         let settled = self.settle()?;
@@ -58,7 +59,7 @@ impl Kernel {
         Ok(ReadSeq(settled))
     }
 
-    /// Tells whether what was translated since `seq` must be thrown away.
+    /// Tells whether the caller must discard what it has translated since `seq`.
     #[doc(hidden)]
     #[must_use]
     #[inline]
@@ -68,7 +69,7 @@ impl Kernel {
 }
 
 impl Armed {
-    /// Enters a range into the filter. Changes that are under way may have passed that.
+    /// Adds a range to the filter. A change under way may have passed the filter already.
     pub(super) fn enter(kernel: &Arc<Kernel>, range: VaRange) -> Result<Self, Error> {
         let inner = &kernel.inner;
         if inner.is_inherited() {
@@ -90,38 +91,43 @@ impl Armed {
             None => drop(words.u64(header::WIDE).fetch_add(1, Ordering::Relaxed)),
         }
         words.u64(header::ARMED).fetch_add(1, Ordering::Relaxed);
-        // For good: until now no event has set `dirty`, which has been set from the beginning.
+        // It stays set. Before this store no event has set `dirty`; `dirty` was set from the
+        // beginning instead.
         words.u64(header::ON).store(1, Ordering::Relaxed);
-        // ORDER(source-arm): full fence between the filter and the look at `dirty` in
-        // `Waits::wait`. Partner: the program, which sets `dirty` (a full barrier) and then looks
-        // at the filter. If weaker, an event could be in neither.
+        // ORDER(source-arm): full fence between the filter and the load of `dirty` in
+        // `Waits::wait`. Partner: the program, which sets `dirty` (a full barrier) and then reads
+        // the filter. If the program reads the filter first, the load of `dirty` here sees its
+        // event. If the store to the filter comes first, the event is a hit. Without the fence, an
+        // event could miss both.
         fence(Ordering::SeqCst);
         Ok(armed)
     }
 
-    /// Returns the pages.
+    /// Returns the armed pages.
     #[must_use]
     pub fn range(&self) -> VaRange {
         self.range
     }
 
-    /// Begins to fill a cache with translations of this range: settles, and waits until every
+    /// Begins to fill a cache with translations of this range: settles, then waits until every
     /// change under way is over.
     ///
     /// # Blocking
-    /// As [`settle`](Kernel::settle). If an armed range was changed since the last wait of any
-    /// thread, also for the changes under way: some two microseconds, if the kernel lets its count
-    /// of them be read; else, and while others change this address space without a pause, for the
-    /// making of a virtual machine, which takes from a hundred microseconds to some milliseconds.
+    /// Blocks as [`settle`](Kernel::settle) does. If an armed range was changed since the last wait
+    /// of any thread, also waits for the changes under way. That takes some two microseconds if the
+    /// kernel's count of them can be read. Otherwise, or while others change this address space
+    /// without a pause, it makes a virtual machine, which takes from a hundred microseconds to some
+    /// milliseconds.
     /// # Errors
-    /// As [`settle`](Kernel::settle); [`Error::Kernel`] if no virtual machine can be made.
+    /// The errors of [`settle`](Kernel::settle). [`Error::Kernel`] if no virtual machine can be
+    /// made.
     /// # Source
     /// `mmu_interval_read_begin`.
     pub fn read_begin(&self) -> Result<ReadSeq, Error> {
         self.kernel.read_begin()
     }
 
-    /// Tells whether what was translated since `seq` must be thrown away.
+    /// Tells whether the caller must discard what it has translated since `seq`.
     ///
     /// # Source
     /// `mmu_interval_read_retry`.
@@ -136,7 +142,7 @@ impl Drop for Armed {
     fn drop(&mut self) {
         let inner = &self.kernel.inner;
         if inner.is_inherited() {
-            // The filter is the parent's, and the parent is still armed.
+            // The filter belongs to the parent, which still has the range armed.
             return;
         }
         inner

@@ -5,7 +5,7 @@ use std::fmt::Debug;
 use std::hash::Hash;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-/// Registers. 1 to 5 are lost in a call, 6 to 9 are not; 0 is a call's result.
+/// Registers. A call overwrites 1 to 5, preserves 6 to 9, and returns its result in 0.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Reg {
     R0,
@@ -18,11 +18,11 @@ pub(super) enum Reg {
     R7,
     R8,
     R9,
-    /// The end of the stack, read only.
+    /// The end of the stack frame, read only.
     R10,
 }
 
-/// Operations of 64 bits, `BPF_ALU64`, with an immediate (`BPF_K`).
+/// 64-bit operations, `BPF_ALU64`, with an immediate operand (`BPF_K`).
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Op {
     Add = 0x07,
@@ -36,10 +36,10 @@ pub(super) enum Op {
     Mov = 0xb7,
 }
 
-/// The bit that makes the source a register (`BPF_X`).
+/// The bit that selects a register as the operand (`BPF_X`).
 const BY_REGISTER: u8 = 0x08;
 
-/// Conditions of 64 bits, `BPF_JMP`; unsigned.
+/// Unsigned 64-bit conditions, `BPF_JMP`.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum If {
     Always = 0x05,
@@ -50,15 +50,15 @@ pub(super) enum If {
     Less = 0xa5,
 }
 
-/// A program that is being written. Its places to jump to are named by `L`.
+/// A program under construction. `L` names its jump targets.
 pub(super) struct Assembler<L> {
     code: Vec<u64>,
     labels: HashMap<L, usize>,
     jumps: Vec<(usize, L)>,
 }
 
-/// `struct bpf_insn`: eight bits of code, four each of destination and source, an offset, an
-/// immediate.
+/// Encodes `struct bpf_insn`: eight bits of opcode, four bits each for destination and source, an
+/// offset, an immediate.
 fn instruction(code: u8, dst: Reg, src: u8, offset: i16, immediate: i32) -> u64 {
     u64::from(code)
         | (dst as u64) << 8
@@ -67,7 +67,7 @@ fn instruction(code: u8, dst: Reg, src: u8, offset: i16, immediate: i32) -> u64 
         | u64::from(immediate as u32) << 32
 }
 
-/// Where [`Assembler::peek`] leaves what it has read, from the end of the stack.
+/// Where [`Assembler::peek`] stores what it has read, relative to the end of the stack.
 pub(super) const PEEKED: isize = -8;
 
 impl<L: Copy + Eq + Hash + Debug> Assembler<L> {
@@ -125,13 +125,13 @@ impl<L: Copy + Eq + Hash + Debug> Assembler<L> {
         self.push(0x7b, dst, src as u8, offset, 0);
     }
 
-    /// `atomic_add(dst + offset, src)`, and with `fetch` `src =` its former value, which makes it a
-    /// full barrier too.
+    /// `atomic_add(dst + offset, src)`. With `fetch`, `src` receives the old value, and the
+    /// addition is also a full barrier.
     pub(super) fn atomic_add(&mut self, dst: Reg, offset: isize, src: Reg, fetch: bool) {
         self.push(0xdb, dst, src as u8, offset, i32::from(fetch));
     }
 
-    /// `src = exchange(dst + offset, src)`, a full barrier.
+    /// `src = exchange(dst + offset, src)`, which is a full barrier.
     pub(super) fn exchange(&mut self, dst: Reg, offset: isize, src: Reg) {
         self.push(0xdb, dst, src as u8, offset, 0xe1);
     }
@@ -173,7 +173,7 @@ impl<L: Copy + Eq + Hash + Debug> Assembler<L> {
         assert!(before.is_none(), "one place for {label:?}");
     }
 
-    /// How long the program is so far.
+    /// Returns the length of the program so far.
     pub(super) fn len(&self) -> usize {
         self.code.len()
     }
@@ -182,8 +182,8 @@ impl<L: Copy + Eq + Hash + Debug> Assembler<L> {
         self.push(0x95, Reg::R0, 0, 0, 0);
     }
 
-    /// Reads `bytes` of kernel memory at the address in register 3 to the end of the stack, zero
-    /// before: register 0 is zero if that could be read. Registers 1 to 5 are lost.
+    /// Reads `bytes` of kernel memory from the address in register 3 into the zeroed word at
+    /// [`PEEKED`]. Register 0 is zero on success. Registers 1 to 5 are overwritten.
     pub(super) fn peek(&mut self, bytes: i32) {
         const PROBE_READ_KERNEL: i32 = 113;
         self.store_immediate(Reg::R10, PEEKED, 0);

@@ -1,31 +1,32 @@
-//! A broker: the source for processes that may not load BPF programs.
+//! A broker runs the source for processes that may not load BPF programs.
 //!
-//! A process with the rights (root, or CAP_BPF and CAP_PERFMON, and `/dev/kvm`) serves a socket;
-//! `mmun broker` is one. [`Kernel::start`](super::Kernel::start) of a process that lacks them finds
-//! it there, and needs no capability then.
+//! A process with the necessary privileges (root, or CAP_BPF and CAP_PERFMON, and access to
+//! `/dev/kvm`) serves a socket. `mmun broker` is such a process. If a process lacks the privileges,
+//! its [`Kernel::start`](super::Kernel::start) connects to that socket and then needs no
+//! capability.
 //!
 //! ```text
 //!   client                                   broker
-//!   connects ─────────────────────────────>  looks who it is (SO_PEERCRED, groups)
+//!   connects ─────────────────────────────>  checks the peer (SO_PEERCRED, groups)
 //!            <──────────────── /dev/kvm ───
-//!   makes machine A ───────── machine A ──>  notes its address space, and holds A open
+//!   makes machine A ───────── machine A ──>  reads its address space, and holds A open
 //!            <── header, filter, ring, link ─  maps and a program for this client alone
-//!   maps them, arms by plain stores          closes all of them but two programs
+//!   maps them, arms by plain stores          closes them, keeps two programs
 //! ```
 //!
-//! # What is whose
-//! The maps and the link are the client's own: what it writes there changes what *it* is told. The
-//! link is in its hands, so that its program goes when it goes, and stays when the broker ends. No
-//! program is: with one in hand a client could attach it again, and the words that only programs
-//! see are kernel addresses.
+//! # What the client owns
+//! The client owns its maps and its link. What it writes to the maps changes only what *it* is
+//! told. Because the client holds the link, its program is detached when the client ends, and stays
+//! attached when the broker ends. The client gets no program: it could attach a program a second
+//! time, and the words that only programs see contain kernel addresses.
 //!
-//! One set of maps and programs is ready before a client comes (`ready.rs`): the verifier takes
-//! longer than all the rest. Each set has one client.
+//! The broker prepares one set of maps and programs before a client connects (`ready.rs`), because
+//! the verifier takes longer than everything else. Each set is for one client.
 //!
-//! The program tells the client of changes of its own address space only (`kernel/owner.rs`).
+//! The program reports only changes of its client's own address space (`kernel/owner.rs`).
 //!
 //! # What is not protected
-//! `SECURITY.md` says what a client can learn of others and what it can cost them.
+//! `SECURITY.md` says what a client can learn of other processes, and what it can cost them.
 
 mod check;
 mod join;
@@ -57,50 +58,51 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Where a broker listens, and is sought, unless told otherwise.
+/// The default path of the broker's socket, for brokers and clients.
 pub const SOCKET: &str = "/run/mmun/broker.sock";
-/// The environment variable that names another socket to a client.
+/// The environment variable that gives a client another path.
 pub const VARIABLE: &str = "MMUN_BROKER";
 
-/// Which clients a broker serves, and how many.
+/// Which clients a broker serves, and how many of them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Options {
-    /// The group whose members are served, besides root and the broker's own user.
+    /// The broker serves members of this group, besides root and its own user.
     pub group: Option<String>,
-    /// The most clients at a time. One user may have half of the places that the others leave.
+    /// The largest number of clients at a time. One user gets at most half of the places that the
+    /// other users leave.
     pub max_clients: usize,
 }
 
-/// What a broker says of its clients.
+/// What a broker reports about its clients.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Event {
-    /// A process was given a place.
+    /// A process got a place.
     Came {
         /// Its user.
         user: u32,
-        /// Its process, when it connected.
+        /// The process that connected.
         pid: i32,
     },
-    /// Its connection has ended.
+    /// The connection of a client has ended.
     Went {
         /// Its user.
         user: u32,
-        /// Its process, when it connected.
+        /// The process that connected.
         pid: i32,
     },
-    /// A process was not given a place.
+    /// A process got no place.
     Refused {
         /// Its user.
         user: u32,
-        /// Its process, when it connected.
+        /// The process that connected.
         pid: i32,
         /// Why.
         why: Refusal,
     },
 }
 
-/// A broker that listens.
+/// A listening broker.
 #[derive(Debug)]
 pub struct Broker {
     listener: OwnedFd,
@@ -112,13 +114,14 @@ pub struct Broker {
 }
 
 impl Broker {
-    /// Makes a broker that listens at `path`, where a socket without a listener is replaced.
+    /// Makes a broker that listens at `path`. If a socket without a listener exists there, it is
+    /// replaced.
     ///
-    /// The socket can be opened by the group's members, or else by its own user only.
+    /// The group's members can open the socket. Without a group, only the broker's own user can.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] if the rights or the machine lack something; [`Error::Kernel`] with
-    /// `AddrInUse` if another broker listens there, or if the socket cannot be made.
+    /// [`Error::Unavailable`] if the machine or the privileges lack something. [`Error::Kernel`] if
+    /// the socket cannot be made, with `AddrInUse` if another broker listens there.
     pub fn bind(path: &Path, options: &Options) -> Result<Self, Error> {
         let group = group(options)?;
         let failed = |call| move |error| kernel_error(call, error);
@@ -143,11 +146,11 @@ impl Broker {
         made.inspect_err(|_| drop(fs::remove_file(path)))
     }
 
-    /// Makes a broker on the socket that a service manager has opened and passed on (`LISTEN_FDS`);
-    /// `None` if none has.
+    /// Makes a broker on the socket that a service manager has opened and passed on (`LISTEN_FDS`).
+    /// Returns `None` if there is no such socket.
     ///
     /// # Errors
-    /// As [`bind`](Self::bind).
+    /// The errors of [`bind`](Self::bind).
     pub fn inherited(options: &Options) -> Result<Option<Self>, Error> {
         let failed = |error| kernel_error("use of the passed socket (LISTEN_FDS)", error);
         let Some(listener) = sys::take_passed().map_err(failed)? else {
@@ -183,17 +186,18 @@ impl Broker {
         })
     }
 
-    /// Serves clients, each in a thread of its own, and tells `observer` of them.
+    /// Serves each client on a thread of its own, and reports to `observer`.
     ///
     /// # Blocking
-    /// For ever. If the process ends, its clients go on being told; their waits become slower.
-    /// Where the kernel may skip the program ([`may_skip`](super::Features::may_skip)), the clients
-    /// cannot learn of skipped runs any more: each invalidates everything once a second, and counts
-    /// that as a loss.
+    /// Never returns. If this process ends, its clients still learn of every change, but their
+    /// waits become slower. If the kernel may skip the program
+    /// ([`may_skip`](super::Features::may_skip)), the clients can no longer learn of skipped runs.
+    /// So each client then invalidates its whole address space once a second, and counts that as a
+    /// loss.
     pub fn serve(&self, observer: impl Fn(Event) + Send + Sync + 'static) -> ! {
         let observer: Arc<dyn Fn(Event) + Send + Sync> = Arc::new(observer);
         let means = Arc::clone(&self.means);
-        // If there can be no thread, each client waits for the verifier.
+        // If no thread can be started, each client waits for the verifier instead.
         let _ = start_thread("mmu-ready", move || {
             means.ready.refill(|| session::make(&means).ok())
         });
@@ -203,13 +207,13 @@ impl Broker {
             match accepted {
                 Ok(client) => self.admit(client, &observer),
                 Err(rustix::io::Errno::INTR | rustix::io::Errno::CONNABORTED) => {}
-                // Out of descriptors or of memory: clients that go give some back.
+                // Descriptors or memory ran out. Clients that disconnect release some.
                 Err(_) => std::thread::sleep(Duration::from_millis(100)),
             }
         }
     }
 
-    /// Greets a client and starts to serve it, or refuses. Waits for nothing that the client does.
+    /// Greets a client and starts to serve it, or refuses it. Does not wait for the client.
     fn admit(&self, client: OwnedFd, observer: &Arc<dyn Fn(Event) + Send + Sync>) {
         let Ok(peer) = socket::peer(&client) else {
             return;
@@ -223,7 +227,7 @@ impl Broker {
         let mut ticket = match place {
             Ok(ticket) => ticket,
             Err(why) => {
-                // There is room for it: it is the first packet.
+                // This cannot block: it is the first packet, so the socket's buffer has room.
                 let _ = socket::send(&client, &Reply::Refused(why).bytes(), &[]);
                 observer(Event::Refused { user, pid, why });
                 return;
@@ -242,16 +246,17 @@ impl Broker {
         let run = move || {
             shared(Event::Came { user, pid });
             session::serve(&client, &means, &mut ticket);
-            // The place is free before the client can know that the connection has ended.
+            // Free the place before the client can see that the connection has ended.
             drop(ticket);
             drop(client);
             shared(Event::Went { user, pid });
         };
-        // If there can be no thread, the client is dropped with the closure, and its place with it.
+        // If no thread can be started, the closure is dropped, and with it the client and its
+        // place.
         let _ = start_thread("mmu-client", run);
     }
 
-    /// Whether the broker serves this client.
+    /// Tells whether the broker serves this client.
     fn serves(&self, client: &OwnedFd, peer: socket::Peer) -> bool {
         let is_member = |group| {
             peer.group == group

@@ -1,34 +1,35 @@
-//! Where a member lies in a struct of the running kernel, from the kernel's own description of its
+//! Finds the offset of a struct member in the running kernel, from the kernel's description of its
 //! types (BTF).
 //!
-//! A file of BTF is a header, the types, and their names. A type's number is its place; its length
-//! depends on its kind. The BTF of a module describes the module's own types only, and continues
-//! the numbers and the names of `vmlinux`. The reader takes any bytes, and skips what makes no
-//! sense.
+//! A BTF file has a header, the types, and their names. The number of a type is its position in the
+//! file; its length depends on its kind. The BTF of a module describes only the module's own types,
+//! and continues the numbers and the names of `vmlinux`. The parser accepts any bytes and ignores
+//! invalid ones.
 //!
 //! # Source
 //! `Documentation/bpf/btf.rst`, Linux 6.12.
 
-/// The kinds that are looked into.
+/// The kinds whose members are searched.
 const STRUCT: u32 = 4;
 const UNION: u32 = 5;
-/// How deep nameless members may be nested.
+/// The largest nesting depth of anonymous members.
 const DEPTH: u32 = 8;
-/// How many of them are looked into for one member. The kernel's largest struct has some ten.
+/// How many anonymous members are searched for one member. The kernel's largest struct has some
+/// ten.
 const NAMELESS: u32 = 1000;
 
-/// One file.
+/// One BTF file.
 #[derive(Debug, Clone, Copy)]
 struct Part<'a> {
     types: &'a [u8],
     names: &'a [u8],
 }
 
-/// The types of the kernel, or of one of its modules over the kernel.
+/// The types of the kernel, or of the kernel and one of its modules.
 #[derive(Debug)]
 pub(super) struct Btf<'a> {
     base: Part<'a>,
-    /// The module's part, and the number of its first type.
+    /// The module's file, and the number of its first type.
     module: Option<(Part<'a>, u32)>,
 }
 
@@ -36,7 +37,7 @@ pub(super) struct Btf<'a> {
 struct Type<'a> {
     name: u32,
     kind: u32,
-    /// Whether members have their size in the upper bits of their place.
+    /// Whether the upper bits of a member's offset hold its size in bits.
     has_sizes: bool,
     /// Twelve bytes for each member of a struct or union.
     members: &'a [u8],
@@ -68,7 +69,7 @@ impl<'a> Part<'a> {
         Types { rest: self.types }
     }
 
-    /// The name that begins at `offset`.
+    /// Tells whether the name at `offset` is `name`.
     fn is_named(self, offset: u32, name: &str) -> bool {
         let end = offset as usize + name.len();
         self.names.get(offset as usize..end) == Some(name.as_bytes())
@@ -76,7 +77,7 @@ impl<'a> Part<'a> {
     }
 }
 
-/// The types of a part in order.
+/// Iterates over the types of a file, in order.
 struct Types<'a> {
     rest: &'a [u8],
 }
@@ -107,7 +108,7 @@ impl<'a> Iterator for Types<'a> {
 }
 
 impl<'a> Btf<'a> {
-    /// Reads the kernel's file, and a module's if there is one.
+    /// Parses the kernel's file, and that of a module if one is given.
     #[must_use]
     pub(super) fn parse(vmlinux: &'a [u8], module: Option<&'a [u8]>) -> Option<Self> {
         let base = Part::parse(vmlinux)?;
@@ -140,15 +141,14 @@ impl<'a> Btf<'a> {
         }
     }
 
-    /// Returns where, in bytes, `member` lies in the struct of this name; in a nameless part of it,
-    /// too.
+    /// Returns the byte offset of `member` in the struct `name`. The member may be inside an
+    /// anonymous struct or union.
     #[must_use]
     pub(super) fn offset(&self, name: &str, member: &str) -> Option<u32> {
         let is_it = |found: &Type<'_>| found.kind == STRUCT && self.is_named(found.name, name);
-        // Bytes that make no sense can have parts of parts without an end.
+        // In invalid input, anonymous members can be nested without end.
         let mut left = NAMELESS;
-        // Several types can have one name. Those without the member are declared elsewhere for
-        // something else.
+        // Several types can have the same name. Those without the member are other declarations.
         self.all()
             .filter(is_it)
             .find_map(|found| self.bit_in(&found, member, DEPTH, &mut left))
@@ -184,12 +184,12 @@ impl<'a> Btf<'a> {
 mod tests {
     use super::*;
 
-    /// Writes BTF by hand.
+    /// Writes BTF for the tests.
     #[derive(Default)]
     struct Writer {
         types: Vec<u32>,
         names: Vec<u8>,
-        /// Where names begin.
+        /// The offset of the first name.
         first: u32,
     }
 

@@ -1,33 +1,36 @@
-//! What this thread is doing for the source, so that neither a callback nor a signal handler waits
-//! for its own thread.
+//! Records what this thread is doing for the source, so that neither a callback nor a signal
+//! handler waits for its own thread.
 
 srcu::thread_word! {
-    /// A bit for each [`Flag`] that is set.
+    /// One bit for each [`Flag`] that is set.
     static DOING: u64 = 0;
 }
 
-/// A flag of this thread, for as long as it lives. It is set before the lock that it stands for is
-/// tried, and cleared when that is free again: a signal handler that finds it clear finds no lock
-/// held by its own thread.
+/// A flag of this thread. It is set until it is dropped.
 ///
-/// A handler leaves all flags as it has found them, so it may come between the look at the word and
-/// the write to it.
+/// A thread sets the flag before it tries to take the corresponding lock, and clears the flag after
+/// it has released the lock. So if a signal handler finds the flag clear, its own thread does not
+/// hold the lock.
+///
+/// `set` loads the word and then stores it. A signal handler may run between the two, because the
+/// handler restores all flags.
 #[derive(Debug)]
 pub(super) struct Flag(u64);
 
 impl Flag {
-    /// The thread is handing records on, and runs callbacks.
+    /// The thread passes records to subscribers and runs callbacks.
     pub(super) const TELLING: u64 = 1;
-    /// The thread is taking records in.
+    /// The thread takes records out of the ring.
     pub(super) const TAKING: u64 = 2;
-    /// The thread waits for changes under way, or for the lock of the threads that do.
+    /// The thread waits for changes under way, or for the lock of the threads that wait.
     pub(super) const WAITING: u64 = 4;
 
-    /// `None` if the flag is set already.
+    /// Sets the flag. Returns `None` if it is already set.
     pub(super) fn set(flag: u64) -> Option<Self> {
         let doing = DOING.get();
         DOING.mark(doing | flag);
-        // Not `then_some`: a value that is made and dropped would clear the outer flag.
+        // `then_some` would be wrong: it would make a `Flag` and drop it, which clears the outer
+        // flag.
         (doing & flag == 0).then(|| Self(flag))
     }
 }
@@ -38,13 +41,13 @@ impl Drop for Flag {
     }
 }
 
-/// Whether the caller is a callback that the source runs, or a signal handler that has interrupted
-/// it.
+/// Tells whether the caller is a callback that the source runs, or a signal handler that has
+/// interrupted the source.
 pub(super) fn is_inside() -> bool {
     DOING.get() & (Flag::TELLING | Flag::TAKING) != 0
 }
 
-/// Whether the caller is a callback that the source runs.
+/// Tells whether the caller is a callback that the source runs.
 pub(super) fn is_telling() -> bool {
     DOING.get() & Flag::TELLING != 0
 }

@@ -1,45 +1,47 @@
-//! Which ranges are armed, in a form that the BPF program can test in a time that does not depend
-//! on their number.
+//! Holds the armed ranges in a form that the BPF program can test in constant time, however many
+//! ranges there are.
 //!
-//! The address space is cut into granules at [`LEVELS`] sizes, 4 KiB, 64 KiB, ... 1 TiB. A range
+//! The address space is cut into granules of [`LEVELS`] sizes: 4 KiB, 64 KiB, ... 1 TiB. A range
 //! belongs to the finest level at which it touches at most [`SPAN`] granules. Two tables of small
-//! counters, shared with the program, have a piece for each of the finer levels and one for the
-//! others, which have few granules: `sum` counts the ranges of this level *and of all finer ones*
-//! that touch a granule, `own` those of this level alone.
+//! counters are shared with the program. In each table the finer levels have a section of their
+//! own, and the coarser levels, which have few granules, share one. For each granule `own` counts
+//! the ranges of that level that touch it. `sum` counts the ranges of that level *and of all finer
+//! levels*.
 //!
-//! An event has a level by the same rule. Ranges of its own level or finer ones are found by its
-//! granules in `sum` of its level (at most 16 counters, two cache lines); ranges of coarser levels
-//! by its one or two granules of each in `own`. What is wider than 16 TiB is armed by a counter of
-//! its own, and an event that wide counts as a hit.
+//! An event has a level by the same rule. The program finds ranges of the event's level or finer
+//! ones by the event's granules in `sum` (at most 16 counters, two cache lines). It finds ranges of
+//! a coarser level by the event's one or two granules of that level in `own`. Ranges wider than 16
+//! TiB are only counted, in one counter; while it is above zero, every event is a hit. An event
+//! wider than 16 TiB is always a hit.
 //!
-//! A granule has two counters, found by two hashes; it is armed if both are above zero, and the
-//! second is looked at only if the first is. Counters are shared by granules with the same hash,
-//! and stay for ever at their maximum once they have reached it. Both can only make hits out of
-//! misses: a needless invalidation. With 10,000 pages armed, one event of one page in 190 or so is
-//! one.
+//! Each granule has two counters, at positions given by two hashes. It counts as armed if both are
+//! above zero; the second is read only if the first is. Granules with equal hashes share a counter,
+//! and a counter that has reached its maximum stays there for ever. Both effects can only turn a
+//! miss into a hit, which costs a needless invalidation. With 10,000 armed pages that happens to
+//! about one in 190 events of one page.
 
 use super::sys::Shared;
 use mmu_notifier::VaRange;
 use std::sync::atomic::{AtomicU16, Ordering};
 
-/// How many sizes of granules there are.
+/// The number of granule sizes.
 pub(super) const LEVELS: usize = 8;
-/// The most granules of its level that a range touches.
+/// The largest number of granules of its own level that a range touches.
 pub(super) const SPAN: u64 = 16;
-/// Counters of one part of one level, as a power of two.
+/// The number of counters of one section, as a power of two.
 const SLOTS: u32 = 18;
-/// Where lines of 16 counters are told apart: so many bits of the hash.
+/// The number of hash bits that select a line of 16 counters.
 pub(super) const LINE_BITS: u32 = SLOTS - 4;
-/// The factors of the two hashes.
+/// The multipliers of the two hashes.
 pub(super) const FACTORS: [u64; 2] = [0x9e37_79b9_7f4a_7c15, 0xc2b2_ae3d_27d4_eb4f];
-/// The counters of one level, in bytes.
+/// The size of one section in bytes.
 const LEVEL: usize = 2 << SLOTS;
-/// How many levels have counters of their own. The coarser ones, where there are few granules,
-/// share those of the last. A power of two.
+/// How many sections there are. The last is shared by all coarser levels, which have few granules.
+/// A power of two.
 const APART: usize = 4;
-/// The size of a part, in bytes. The kernel takes 0.2 ms to make a MiB of it.
+/// The size of a table in bytes. The kernel takes 0.2 ms to make a MiB of it.
 pub(super) const PART: usize = LEVEL * APART;
-/// All that [`start_of`] can return, as a mask.
+/// A mask of all bits that [`start_of`] can return.
 pub(super) const STARTS: usize = LEVEL * (APART - 1);
 
 /// The counters.
@@ -49,33 +51,33 @@ pub(super) struct Tables {
     pub(super) own: Shared,
 }
 
-/// Where a level begins in its part.
+/// Returns the offset of a level's section in its table.
 pub(super) const fn start_of(level: usize) -> usize {
     LEVEL * if level < APART { level } else { APART - 1 }
 }
 
-/// The size of a level's granules, as a power of two.
+/// Returns the size of a level's granules, as a power of two.
 pub(super) const fn shift(level: usize) -> u32 {
     12 + 4 * level as u32
 }
 
-/// The program does the same sums.
+/// Returns the offset of a granule's counter. The program does the same computation.
 fn slot(level: usize, granule: u64, factor: u64) -> usize {
     let line = (granule >> 4).wrapping_mul(factor) >> (64 - LINE_BITS);
     start_of(level) + 32 * line as usize + 2 * (granule & 15) as usize
 }
 
-/// The granules that a range touches.
+/// Returns the granules that a range touches.
 fn granules(range: VaRange, level: usize) -> std::ops::RangeInclusive<u64> {
     range.start().get() >> shift(level)..=range.last().get() >> shift(level)
 }
 
-/// The level a range belongs to; `None` if it is wider than all.
+/// Returns the level of a range, or `None` if the range is too wide for all of them.
 pub(super) fn level(range: VaRange) -> Option<usize> {
     (0..LEVELS).find(|level| granules(range, *level).end() - granules(range, *level).start() < SPAN)
 }
 
-/// Calls `f` for every counter that `range` has a part in.
+/// Calls `f` for every counter that counts `range`.
 fn for_each(tables: &Tables, range: VaRange, own: usize, f: impl Fn(&AtomicU16)) {
     let both = |table: &Shared, level, granule| {
         FACTORS
@@ -88,14 +90,14 @@ fn for_each(tables: &Tables, range: VaRange, own: usize, f: impl Fn(&AtomicU16))
     }
 }
 
-/// Counts a range in.
+/// Adds a range to its counters.
 pub(super) fn add(tables: &Tables, range: VaRange, own: usize) {
     for_each(tables, range, own, |counter| {
         update(counter, |count| count.saturating_add(1))
     });
 }
 
-/// Counts a range out.
+/// Removes a range from its counters.
 pub(super) fn remove(tables: &Tables, range: VaRange, own: usize) {
     for_each(tables, range, own, |counter| {
         update(
@@ -107,8 +109,8 @@ pub(super) fn remove(tables: &Tables, range: VaRange, own: usize) {
 
 fn update(counter: &AtomicU16, change: impl Fn(u16) -> u16) {
     let mut count = counter.load(Ordering::Relaxed);
-    // ORDER: AcqRel for no partner in user space; `arm` has a full fence between these and its look
-    // at the events.
+    // ORDER: AcqRel; it has no partner in user space. `arm` has a full fence between these counters
+    // and its load of `dirty`.
     while let Err(now) =
         counter.compare_exchange_weak(count, change(count), Ordering::AcqRel, Ordering::Relaxed)
     {

@@ -1,17 +1,18 @@
-//! Taking records in: out of the ring, before the question of a caller is answered.
+//! Takes records out of the ring, before a caller gets its answer.
 //!
 //! ```text
 //!   the program ── ring ──> take in ──┬── watches are marked ───────── marked
 //!                                     └── queue ──> callbacks run ──── handled
 //! ```
 //!
-//! Taking in is short: it marks words and moves records into a queue of fixed size. It runs no
-//! callback, allocates nothing and frees nothing, so a thread that asks a
-//! [`Watch`](crate::Watch) can do it in the middle of `free`. Handing on (`tell.rs`) runs callbacks
-//! and has a lock of its own.
+//! Taking in is short: it marks the words of watches and moves records into a queue of fixed size.
+//! It runs no callback, allocates nothing and frees nothing. So a thread that asks a
+//! [`Watch`](crate::Watch) can do it in the middle of `free`. Passing records to subscribers
+//! (`tell.rs`) runs callbacks and has a lock of its own.
 //!
-//! The generation is counted before the record is there, and processors overtake each other:
-//! records come out of order, and `marked` moves on when none before is missing.
+//! The program increments the generation before it writes the record, and another processor may
+//! write its own record in between. So records arrive out of order. `marked` advances to a
+//! generation only when all generations before it have been taken in.
 
 use super::ring::{Record, Ring, range};
 use crate::watch_table::Table;
@@ -19,37 +20,37 @@ use mmu_notifier::VaRange;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// How far records may be out of order, which takes one processor for each that overtakes.
+/// How far records may be out of order. One position takes one processor that overtakes.
 const WINDOW: u64 = 4096;
-/// How many records wait for callbacks at most.
+/// The largest number of records that wait for callbacks.
 const QUEUE: usize = 8192;
 
-/// A record on its way to subscribers.
+/// A record that waits for callbacks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Told {
     pub(super) range: VaRange,
-    /// When this one has been handed on, all generations up to here have.
+    /// When this record has been passed on, so have all generations up to `upto`.
     pub(super) upto: u64,
-    /// Whether it stands for records that were lost.
+    /// Whether it stands for lost records.
     pub(super) is_loss: bool,
 }
 
-/// What the program counts.
+/// The counters of the program and of the intake.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Words<'a> {
     pub(super) generation: &'a AtomicU64,
     pub(super) lost: &'a AtomicU64,
-    /// All generations up to this one have been taken in.
+    /// All generations up to `marked` have been taken in.
     pub(super) marked: &'a AtomicU64,
-    /// Where the oldest record in the ring begins.
+    /// The position of the oldest record in the ring.
     pub(super) position: &'a AtomicU64,
 }
 
 /// The consumer of the ring, under a lock.
 ///
 /// # Invariants
-/// Every generation below `next` has been taken in, or everything has been marked since it was
-/// counted. `done` has those from `next` on that were, by their number modulo [`WINDOW`].
+/// Every generation below `next` either has been taken in, or was followed by a mark of everything.
+/// Bit `n % WINDOW` of `done` is set if the generation `n`, at or above `next`, has been taken in.
 #[derive(Debug)]
 pub(super) struct Intake {
     pub(super) ring: Ring,
@@ -57,14 +58,14 @@ pub(super) struct Intake {
     queue: VecDeque<Told>,
     next: u64,
     done: Vec<u64>,
-    /// The program's count of losses, as far as it was seen.
+    /// The last value of the program's count of losses that the intake has seen.
     lost: u64,
     /// How often the queue was full.
     pub(super) overflows: u64,
 }
 
 impl Intake {
-    /// Starts behind `generation`: the changes up to it are not told.
+    /// Starts after `generation`: earlier changes are not reported.
     pub(super) fn new(ring: Ring, generation: u64) -> Self {
         Self {
             ring,
@@ -77,9 +78,10 @@ impl Intake {
         }
     }
 
-    /// Takes in what is there, until all generations up to `target` have been.
+    /// Takes in the records that are there, until all generations up to `target` have been taken
+    /// in.
     ///
-    /// Without a target it would not end while others change memory faster.
+    /// Without `target` the loop would not end while others change memory faster than it runs.
     pub(super) fn run(&mut self, words: Words<'_>, target: u64) {
         self.look_for_losses(words);
         while self.next <= target {
@@ -96,19 +98,20 @@ impl Intake {
         }
     }
 
-    /// Marks what a record tells of, and queues it; false if that does not fit.
+    /// Marks the watches that a record touches, and queues the record. Returns false if there is no
+    /// room.
     fn take(&mut self, record: &Record) -> bool {
         let range = range(record.start, record.end);
         self.watches.touch(range, record.number);
         self.mark(record.number) && self.push(range)
     }
 
-    /// Takes the oldest record for subscribers.
+    /// Returns the oldest record that waits for callbacks.
     pub(super) fn pop(&mut self) -> Option<Told> {
         self.queue.pop_front()
     }
 
-    /// Queues a range; false if there is no room.
+    /// Queues a range. Returns false if there is no room.
     fn push(&mut self, range: VaRange) -> bool {
         let upto = self.next - 1;
         if let Some(last) = self
@@ -116,7 +119,8 @@ impl Intake {
             .back_mut()
             .filter(|last| last.range.covers(range))
         {
-            // Both have been counted, and the callback of neither has run: one does for both.
+            // Both changes have been counted, and the callback of neither has run. So one callback
+            // serves both.
             last.upto = upto;
             return true;
         }
@@ -133,9 +137,9 @@ impl Intake {
     }
 
     fn look_for_losses(&mut self, words: Words<'_>) {
-        // ORDER(source-lost): Acquire: the look at the generation in `everything` comes after this.
-        // Partner: the program, which counts the generation first. If weaker, the lost event itself
-        // could be left waiting.
+        // ORDER(source-lost): Acquire: the load of the generation in `everything` comes after this
+        // load. Partner: the program, which counts the generation before the loss. If weaker,
+        // `everything` could miss the generation of the lost event.
         let lost = words.lost.load(Ordering::Acquire);
         if lost != self.lost {
             self.everything(words);
@@ -143,14 +147,15 @@ impl Intake {
         }
     }
 
-    /// Marks everything, which does for every change up to now. Their records leave the ring: in
-    /// one that stays full, every later change would be lost, too.
+    /// Marks everything, which covers every change up to now. Removes the records of these changes
+    /// from the ring: if the ring stayed full, every later change would be lost too.
     pub(super) fn everything(&mut self, words: Words<'_>) {
-        // ORDER(source-lost): Acquire, as the client's own look: what is counted here began before
-        // the marks that follow.
+        // ORDER(source-lost): Acquire, like a client's own load: a change counted in `now` began
+        // before the marks below.
         let now = words.generation.load(Ordering::Acquire);
         self.watches.touch_all(now);
-        // INVARIANT: all up to `now` are done. Those that were marked beyond stay marked.
+        // INVARIANT: all generations up to `now` are done. Those beyond `now` that were done stay
+        // done.
         if now - self.next.min(now) >= WINDOW {
             self.done.fill(0);
             self.next = now + 1;
@@ -160,7 +165,7 @@ impl Intake {
             self.next += 1;
         }
         self.skip_done();
-        // What waits is a part of everything.
+        // The queued ranges are parts of everything.
         self.queue.clear();
         self.queue.push_back(Told {
             range: VaRange::ALL,
@@ -172,14 +177,14 @@ impl Intake {
                 if !self.take(&record) {
                     return self.everything(words);
                 }
-                // As in `run`: without an end it would not end while others change memory faster.
+                // As in `run`: otherwise the loop would not end while others change memory faster.
                 break;
             }
         }
         self.publish(words);
     }
 
-    /// Marks a generation as taken in; false if it is out of the window.
+    /// Records that a generation has been taken in. Returns false if it lies outside the window.
     fn mark(&mut self, number: u64) -> bool {
         if number >= self.next {
             if number - self.next >= WINDOW {
@@ -206,9 +211,9 @@ impl Intake {
     }
 
     fn publish(&self, words: Words<'_>) {
-        // ORDER(source-marked): Release: the words of the watches are marked. Partner: the loads in
-        // `Glance::is_current` and `Inner::marked`. If weaker, a watch is taken for valid whose
-        // word is about to be marked.
+        // ORDER(source-marked): Release: the words of the watches are marked before this store.
+        // Partner: the loads in `Glance::is_current` and `Inner::marked`. If weaker, a client could
+        // consider a watch valid whose word is about to be marked.
         words.marked.store(self.next - 1, Ordering::Release);
     }
 }

@@ -1,47 +1,48 @@
-//! What programs, their maps and this process agree on: sizes, and where words lie.
+//! The sizes and offsets that the programs, their maps and this process share.
 
 /// The size of the ring in bytes: 8,192 records of 32 bytes.
 pub(super) const RING: usize = 256 << 10;
 
-/// Where the words of the shared header lie. What is read with each event is apart from what is
-/// written often, by two cache lines: processors fetch lines in pairs.
+/// The offsets of the words in the shared header. The words that every event reads are two cache
+/// lines away from those that are written often, because processors fetch cache lines in pairs.
 pub(super) mod header {
     pub(in super::super) const BYTES: usize = 4096;
-    /// How many events hit an armed range, and one.
+    /// One more than the number of events that hit an armed range.
     pub(in super::super) const GENERATION: usize = 0;
-    /// Whether a range was ever armed.
+    /// Whether a range has ever been armed.
     pub(in super::super) const ON: usize = 128;
-    /// Whether there was an event since the last wait: see `wait.rs`.
+    /// Whether an event has happened since the last wait: see `wait.rs`.
     pub(in super::super) const DIRTY: usize = 136;
-    /// The page whose events are questions.
+    /// The page whose events are questions to the program.
     pub(in super::super) const SCRATCH: usize = 144;
-    /// Whether a thread is going to look at the ring anyway.
+    /// Whether a thread is going to read the ring without a wake-up.
     pub(in super::super) const AWAKE: usize = 152;
-    /// How many ranges are armed.
+    /// The number of armed ranges.
     pub(in super::super) const ARMED: usize = 160;
-    /// How many of them are wider than the filter.
+    /// The number of armed ranges that are too wide for the filter.
     pub(in super::super) const WIDE: usize = 168;
-    /// Nothing: zero.
+    /// A word that is always zero.
     pub(in super::super) const ZERO: usize = 176;
-    /// How many of them belong to each level: a word for each.
+    /// The number of armed ranges of each level, one word a level.
     pub(in super::super) const RANGES: usize = 192;
-    /// How many hits found B's count at zero. For guesses: processors overwrite each other's
-    /// additions.
+    /// The number of hits that found B's count at zero. An estimate: processors may overwrite each
+    /// other's additions.
     pub(in super::super) const IGNORED: usize = 384;
-    /// How many hits found the ring full.
+    /// The number of hits that found the ring full.
     pub(in super::super) const LOST: usize = 512;
-    /// The question, and the last one whose answer was that nothing is under way.
+    /// The number of the question, and that of the last question answered with "nothing is under
+    /// way".
     pub(in super::super) const ASKED: usize = 640;
     pub(in super::super) const ANSWERED: usize = 648;
 }
 
-/// Where the words lie that only programs see.
+/// The offsets of the words that only programs see.
 pub(super) mod private {
     pub(in super::super) const BYTES: usize = 64;
-    /// The address of machine B's count of changes under way; 0 if there is none.
+    /// The address of machine B's count of changes under way, or 0 if there is no B.
     pub(in super::super) const COUNT: usize = 0;
     /// The `f_op` of a virtual machine's file.
     pub(in super::super) const FILE_OPS: usize = 8;
-    /// The address space whose changes are told: the address of its `struct mm_struct`.
+    /// The address space whose changes are reported: the address of its `struct mm_struct`.
     pub(in super::super) const SPACE: usize = 16;
 }

@@ -1,12 +1,13 @@
-//! The thread that waits for records, in the vault's descriptor table, and has subscribers told.
+//! The listener: a thread in the vault's descriptor table that waits for records and makes another
+//! thread run the callbacks.
 //!
-//! A client that looks at every use needs no wake-up. So this thread is woken by the first record
-//! after a pause, and from then on looks once a millisecond, while the program sends no wake-up.
-//! After a millisecond in which everything was handed on it sleeps again.
+//! A client that checks at every use needs no wake-up. So the first record after a pause wakes the
+//! listener. Then the program stops sending wake-ups, and the listener looks once a millisecond.
+//! After a millisecond in which all records were passed on, it sleeps again.
 //!
-//! It also closes machine B, which costs each change of this address space something, after a
-//! while without waits. A process that fills now and then would make a machine each time: so if
-//! one is made again soon after it was closed, it stays four times as long.
+//! The listener also closes machine B after a time without waits, because B costs each change of
+//! this address space some time. If a process fills its cache now and then, B would be made anew
+//! each time. So if B is made again soon after it was closed, it stays four times as long.
 
 use super::layout::header;
 use super::machine::Machines;
@@ -22,17 +23,18 @@ use std::time::{Duration, Instant};
 
 /// How long machine B stays without waits: at first, and at most.
 const LEASE: [Duration; 2] = [Duration::from_millis(10), Duration::from_secs(1)];
-/// How long after its end B is made again too soon.
+/// If B is made again within this time after it was closed, it was closed too soon.
 const SOON: Duration = Duration::from_secs(1);
-/// How often to look whether runs were skipped.
+/// How often the listener checks whether the kernel skipped runs.
 const SECOND: Duration = Duration::from_secs(1);
-/// From this many records in a millisecond on, B is made without a request: with B the program
-/// recognises the events of other address spaces.
+/// If there are more records than this in a millisecond, the listener makes B unasked: with B, the
+/// program recognises the events of other address spaces.
 const FLOOD: u64 = 64;
-/// From this many ignored events in a millisecond on, B is kept.
+/// If at least this many events are ignored in a millisecond, the listener keeps B.
 const NOISE: u64 = 1;
 
-/// Starts the thread, in the descriptor table of the vault, whose thread this is.
+/// Starts the listener. The caller is the vault's thread, so the listener shares the vault's
+/// descriptor table.
 pub(super) fn start(
     machines: &mut Machines,
     inner: &Arc<Inner>,
@@ -56,7 +58,7 @@ fn listen(
     private: Option<OwnedFd>,
     vault: &Letterbox<Machines>,
 ) {
-    // After the start, since it takes some milliseconds. Waits make machines until then.
+    // Loaded only now, because it takes some milliseconds. Until then, waits make machines.
     let load = |private: &OwnedFd| load_resolver(private, offsets()?).ok();
     if let Some(resolver) = private.as_ref().and_then(load) {
         vault.post(move |machines| machines.set_resolver(resolver));
@@ -67,11 +69,11 @@ fn listen(
     let may_skip =
         may_skip(&std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default());
     let begun = Arc::clone(inner);
-    // ORDER(source-begun): Release, for no data. Partner: the load in `wait_for_threads`.
+    // ORDER(source-begun): Release; it publishes no data. Partner: the load in `wait_for_threads`.
     vault.post(move |_| begun.has_begun.store(true, Ordering::Release));
     loop {
         if inner.wants_a_call() {
-            // Only with B is there something to do when nothing happens.
+            // Without B, the listener has nothing to do when nothing happens.
             let patience = inner.waits.has_b().then_some(lease.length);
             crate::wait::readable(
                 ring.as_fd(),
@@ -90,7 +92,7 @@ fn listen(
         if !inner.is_caught_up() {
             inner.wake_teller();
         }
-        // A callback may take its time.
+        // Back off while a callback takes long.
         nap = if inner.handled() != handled || inner.is_caught_up() {
             1
         } else {
@@ -112,12 +114,12 @@ fn listen(
 /// How long B stays.
 struct Lease {
     length: Duration,
-    /// What was so when its use was looked at last.
+    /// The state at the last check of B's use.
     at: Instant,
     begun: u64,
     ignored: u64,
     had_b: bool,
-    /// When it ended last.
+    /// When B was last closed.
     ended: Option<Instant>,
 }
 
@@ -133,7 +135,7 @@ impl Lease {
         }
     }
 
-    /// Has B closed if it was of no use for a while.
+    /// Closes B if it was not used for a while.
     fn look(&mut self, inner: &Arc<Inner>, vault: &Letterbox<Machines>) {
         let has_b = inner.waits.has_b();
         if has_b && !self.had_b {

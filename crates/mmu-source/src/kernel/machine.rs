@@ -1,5 +1,4 @@
-//! What the vault holds: descriptors, virtual machines that are never run, and the thread that
-//! listens to the ring.
+//! The content of the vault: descriptors, virtual machines that are never run, and the listener.
 
 use super::broker::Session;
 use super::broker::message::Request;
@@ -16,18 +15,18 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-/// The virtual machines: see `wait.rs`. Dropping it closes everything.
+/// The virtual machines: see `wait.rs`. Dropping this closes all of them.
 pub(super) struct Machines {
     listener: Option<Listener>,
     keeper: Keeper,
     live: Option<Live>,
     later: Letterbox<Self>,
-    /// When a loss was told because the number of skipped runs could not be known.
+    /// When a loss was last reported because the number of skipped runs was unknown.
     unknown: Option<Instant>,
 }
 
-/// How often a loss is told while the number of skipped runs cannot be known: as often as an idle
-/// source asks for that number.
+/// How often a loss is reported while the number of skipped runs is unknown. An idle source asks
+/// for that number as often.
 const UNKNOWN: Duration = Duration::from_secs(1);
 
 /// The owner of the programs: this process, or a broker.
@@ -37,7 +36,7 @@ pub(super) enum Keeper {
     Broker(Session),
 }
 
-/// What makes the kernel tell. None in a rehearsal.
+/// The descriptors that make the kernel send events. A rehearsal has none.
 #[derive(Debug)]
 pub(super) struct Live {
     kvm: OwnedFd,
@@ -48,7 +47,7 @@ pub(super) struct Live {
 
 struct Listener {
     inner: Arc<Inner>,
-    /// Wakes it: there is a machine B, or it is to stop.
+    /// Wakes the listener, when machine B is made or when the listener must stop.
     nudge: OwnedFd,
     thread: Thread,
 }
@@ -65,7 +64,8 @@ impl Live {
 }
 
 impl Keeper {
-    /// Has the program read this machine's count: whether it does, if that is known.
+    /// Makes the program read this machine's count. Returns whether it does, or `None` if that is
+    /// unknown.
     fn show_b(&self, machine: BorrowedFd<'_>) -> Option<bool> {
         match self {
             Self::Own(programs) => Some(programs.show(machine, Role::B)),
@@ -96,8 +96,8 @@ impl Machines {
         }
     }
 
-    /// Takes charge of the thread that listens: it is told of machine B, and ends before the
-    /// machines do.
+    /// Takes over the listener. It is informed about machine B, and ends before the machines are
+    /// closed.
     pub(super) fn set_listener(&mut self, inner: Arc<Inner>, nudge: OwnedFd, thread: Thread) {
         self.listener = Some(Listener {
             inner,
@@ -106,7 +106,8 @@ impl Machines {
         });
     }
 
-    /// The words that only programs see, of a source that has the programs itself and is live.
+    /// Returns the words that only programs see, if this source is live and has the programs
+    /// itself.
     pub(super) fn private(&self) -> io::Result<Option<OwnedFd>> {
         match (&self.keeper, &self.live) {
             (Keeper::Own(programs), Some(_)) => programs.private().map(Some),
@@ -125,7 +126,7 @@ impl Machines {
         }
     }
 
-    /// Makes a machine, which proves that no change is under way, and has it take B's place if its
+    /// Makes a machine, which proves that no change is under way. The new machine replaces B if its
     /// count can be found.
     pub(super) fn renew_b(&mut self) -> Result<(), Error> {
         let Some(live) = &mut self.live else {
@@ -136,21 +137,21 @@ impl Machines {
             Some(true) => {
                 let before = live.b.replace(made);
                 self.tell_b();
-                // Closing takes up to some milliseconds: after the answer.
+                // Closing takes up to some milliseconds, so it happens after the answer.
                 self.later.post(move |_| drop(before));
             }
             Some(false) => {
                 self.later.post(move |_| drop(made));
                 self.forget_b();
             }
-            // A broker that is late, or has ended: its program may read this count or soon will. So
-            // the machine stays for as long as the vault.
+            // The broker is late or has ended. Its program may read this machine's count now or
+            // later, so the machine must stay open as long as the vault.
             None => std::mem::forget(made),
         }
         Ok(())
     }
 
-    /// Tells the waiting threads and the listener whether there is a machine B.
+    /// Informs the waiting threads and the listener whether there is a machine B.
     fn tell_b(&self) {
         let Some(Listener { inner, nudge, .. }) = &self.listener else {
             return;
@@ -162,10 +163,11 @@ impl Machines {
         }
     }
 
-    /// Closes B, after the program has forgotten it.
+    /// Makes the program forget B, then closes B.
     fn forget_b(&mut self) {
         let Some(live) = &mut self.live else { return };
-        // If even this fails, the program still reads B's count, so B has to stay.
+        // If the program cannot be made to forget B, it still reads B's count. Then B must stay
+        // open.
         if live.b.is_some() && self.keeper.forget_b() {
             let b = live.b.take();
             self.tell_b();
@@ -173,7 +175,7 @@ impl Machines {
         }
     }
 
-    /// Closes B if no wait has begun since `begun` waits had.
+    /// Closes B if no wait has begun since the one with the number `begun`.
     pub(super) fn close_idle_b(&mut self, inner: &Inner, begun: u64) {
         inner.waits.change_b(|| {
             if inner.waits.begun() == begun {
@@ -182,11 +184,11 @@ impl Machines {
         });
     }
 
-    /// Makes B if there is none, unasked.
+    /// Makes B, without a request, if there is none.
     pub(super) fn make_b(&mut self, inner: &Inner) {
         inner.waits.change_b(|| {
             if !self.has_b() {
-                // Without it there are needless records, no more.
+                // If this fails, the only harm is needless records.
                 let _ = self.renew_b();
             }
         });
@@ -196,8 +198,8 @@ impl Machines {
         self.live.as_ref().is_some_and(|live| live.b.is_some())
     }
 
-    /// Has a loss told if the program was not run when it should have been, or if that cannot be
-    /// known: then once in [`UNKNOWN`].
+    /// Reports a loss if the kernel skipped the program. If the number of skipped runs is unknown,
+    /// reports a loss once in [`UNKNOWN`].
     pub(super) fn look_for_missed_runs(&mut self, inner: &Inner) {
         match self.missed_runs() {
             Some(missed) => inner.note_missed(missed),
@@ -209,8 +211,8 @@ impl Machines {
         }
     }
 
-    /// How often the program was not run when it should have been; `None` if the broker that knows
-    /// it is gone.
+    /// Returns how often the kernel skipped the program. Returns `None` if only a broker that has
+    /// gone knows.
     pub(super) fn missed_runs(&self) -> Option<u64> {
         match &self.keeper {
             Keeper::Own(programs) => programs.missed_runs().ok(),
@@ -218,7 +220,7 @@ impl Machines {
         }
     }
 
-    /// The programs, of a source that has them itself.
+    /// Returns the programs, if this source has them itself.
     pub(super) fn programs(&self) -> Option<&Programs> {
         match &self.keeper {
             Keeper::Own(programs) => Some(programs),
@@ -235,8 +237,8 @@ impl Drop for Machines {
             thread,
         }) = self.listener.take()
         {
-            // ORDER(source-stop): Release, as in the drop of `Kernel`, which has done it already
-            // unless that could not be made.
+            // ORDER(source-stop): Release, as in the drop of `Kernel`. That drop has already set
+            // the flag, unless the `Kernel` could not be made.
             inner.stop.store(true, Ordering::Release);
             crate::wait::wake(nudge.as_fd());
             thread.join();

@@ -1,10 +1,10 @@
-//! What can be missing, and the command that would grant it.
+//! What can be missing, and the command that provides it.
 
 use crate::Error;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 
-/// Grants all that a user lacks, if root types it.
+/// Provides everything that an ordinary user lacks. Root must type it.
 pub(super) const BROKER: &str = "sudo mmun broker --group \"$(id -gn)\"";
 
 pub(super) fn unavailable(missing: String, remedy: &str) -> Error {
@@ -49,7 +49,7 @@ pub(super) fn kvm_missing(error: &io::Error) -> Error {
     }
 }
 
-/// Whom `/dev/kvm` belongs to.
+/// The owner and the mode of `/dev/kvm`.
 struct Device {
     owner: u32,
     group: u32,
@@ -70,7 +70,7 @@ impl Device {
     }
 }
 
-/// The lines of `/etc/group` are name, password, number and members.
+/// Returns the name of a group. The fields of `/etc/group` are name, password, number and members.
 fn group_name(groups: &str, number: u32) -> Option<String> {
     let mut fields = groups.lines().map(|line| line.split(':'));
     fields.find_map(|mut line| {
@@ -79,8 +79,8 @@ fn group_name(groups: &str, number: u32) -> Option<String> {
     })
 }
 
-/// The right is that of a group, if one may and it is not that of the superuser; else only the
-/// device's mode can give it.
+/// Explains why `/dev/kvm` cannot be opened. If its group may open it and is not root's, joining
+/// that group helps. Otherwise only a change of the device's mode helps.
 fn may_not_open(error: &io::Error, device: &Device) -> Error {
     let Device {
         owner,
@@ -93,7 +93,8 @@ fn may_not_open(error: &io::Error, device: &Device) -> Error {
         "the right to open /dev/kvm, owner {owner}, group {name}, mode {mode:04o}: {error}"
     );
     match group_name {
-        // The kernel's answer where the file's mode was not asked: the devices of a container.
+        // The kernel returns this without checking the file's mode: a container's device rules
+        // forbid it.
         _ if error.raw_os_error() == Some(libc::EPERM) => unavailable(
             what,
             "docker run --device /dev/kvm, or what that is where this container is started",
@@ -106,11 +107,12 @@ fn may_not_open(error: &io::Error, device: &Device) -> Error {
     }
 }
 
-/// The first kernel whose BPF is enough.
+/// The first kernel version with everything that the BPF programs need.
 const ENOUGH: (u32, u32) = (5, 12);
 
-/// On a kernel that is too old, no right and no module would help, whatever its answer was: before
-/// 5.11 it charges maps to `RLIMIT_MEMLOCK`, and refuses root for want of it with `EPERM`.
+/// Explains that the kernel is too old, if it is. Then neither a privilege nor a module helps,
+/// whatever error the kernel returned: before 5.11 it charges maps to `RLIMIT_MEMLOCK`, and returns
+/// `EPERM` even to root if that limit is too low.
 fn too_old(error: &io::Error, release: &str) -> Option<Error> {
     let mut numbers = release
         .split(['.', '-'])
@@ -150,7 +152,7 @@ pub(super) fn bpf_missing(error: &io::Error) -> Error {
     }
 }
 
-/// What a broker cannot do without.
+/// Explains what a broker needs and the kernel lacks.
 pub(super) fn description_missing() -> Error {
     let missing = "x86-64, and the kernel's description of itself and of KVM (CONFIG_DEBUG_INFO_BTF, Linux 5.15)";
     unavailable(missing.to_owned(), "ls -l /sys/kernel/btf")
@@ -192,7 +194,7 @@ mod tests {
             remedy(libc::EACCES, &kvm()),
             "sudo usermod -aG kvm $(id -un)"
         );
-        // A group that may not, or that is the superuser's.
+        // A group that may not open the device, or root's group.
         let alone = "sudo setfacl -m u:$(id -un):rw /dev/kvm";
         assert_eq!(
             remedy(

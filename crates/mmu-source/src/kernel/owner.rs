@@ -1,26 +1,28 @@
-//! Whose event it is, for the program of a broker's client.
+//! Finds out whose address space an event changes, for the program of a broker's client.
 //!
-//! The tracepoint does not say which address space changes, and a client must not learn of other
-//! processes' changes: neither their addresses nor, by arming one page after the other, whether
-//! there was one. But the kernel announces a change with a `struct mmu_notifier_range` on the stack
-//! of the task that makes it: the address space, the start and the end are three words in a row.
-//! The program searches the stack, from its own context (which lies there as well) up to the
-//! registers of the entry into the kernel.
+//! The tracepoint does not say which address space changes. A client must not learn of other
+//! processes' changes: not their addresses, and not, by arming one page after the other, whether
+//! there was one. But the kernel announces a change by a `struct mmu_notifier_range` on the stack
+//! of the task that makes the change: the address space, the start and the end are three
+//! consecutive words. The program searches that stack for them, from the program's own context,
+//! which is also on the stack, up to the registers saved at the entry into the kernel.
 //!
 //! ```text
 //!   context ... frames of the notifiers ... [ mm | start | end | ... ] ... the caller's frames ... registers
 //! ```
 //!
-//! If the change is of the client's address space, its three words are there, and are found: no
-//! change is missed. If it is not, they are not there, and the program ends without a trace.
+//! If the client's address space changes, its three words are on the stack, and the search finds
+//! them: the client misses no change. If another address space changes, they are not there, and the
+//! program ends without recording anything.
 //!
-//! The verifier goes through every turn of the loop, and a branch costs it far more than what is
-//! between branches. So a piece of the stack is compared without branches: first whether the lower
-//! half of `mm` is among its words, and only then whether all three are.
+//! The verifier follows every iteration of the loop, and a branch costs it far more than the
+//! instructions between branches. So the program compares a piece of the stack without branches.
+//! First it checks whether the lower half of `mm` is among the words of the piece, and only then
+//! whether all three words are.
 //!
 //! # Source
-//! Every caller of `mmu_notifier_invalidate_range_start` has the range in a local variable: Linux
-//! 5.15 to 6.18. `bpf_trace_run2` has the context in one.
+//! In Linux 5.15 to 6.18 every caller of `mmu_notifier_invalidate_range_start` has the range in a
+//! local variable, and `bpf_trace_run2` has the context in one.
 
 use super::asm::{Assembler, If, Op, PEEKED, Reg};
 use super::btf::Btf;
@@ -31,22 +33,24 @@ use std::fmt::Debug;
 use std::hash::Hash;
 use std::os::fd::BorrowedFd;
 
-/// Where the address of the context is kept, from the end of the stack.
+/// Where the address of the context is stored, relative to the end of the stack.
 const CONTEXT: isize = PEEKED - 8;
-/// Where the number of bytes is kept that are searched.
+/// Where the number of bytes to search is stored.
 const LENGTH: isize = CONTEXT - 8;
-/// So much of the stack is looked at in one piece.
+/// The number of stack bytes that are compared as one piece.
 const PIECE: isize = 256;
 const BUFFER: isize = LENGTH - PIECE;
-/// How far the next piece begins behind this one: the three words may lie across the border.
+/// The distance between the starts of two pieces. They overlap, because the three words may cross
+/// the border.
 const STEP: isize = PIECE - 16;
-/// So much is searched; the verifier wants an end. A change that is made deeper, which takes a
-/// kernel with KASAN, counts as the client's.
+/// The largest number of stack bytes that are searched, because the verifier requires a bound. If a
+/// change is made deeper on the stack, which takes a kernel with KASAN, it counts as the client's.
 const STACK: isize = 16 << 10;
-/// The last piece may reach so far into the saved registers and not beyond them.
+/// How many bytes the last piece may extend into the saved registers. It must not extend beyond
+/// them.
 const REGISTERS: isize = 168;
 
-/// Whether the kernel's description says that the three words are in a row.
+/// Tells whether the three words are consecutive in this kernel, according to its BTF.
 pub(super) fn can_be_told() -> bool {
     let Ok(vmlinux) = sys::Whole::of("/sys/kernel/btf/vmlinux") else {
         return false;
@@ -59,13 +63,14 @@ pub(super) fn can_be_told() -> bool {
     mm.is_some_and(|mm| start == Some(mm + 8) && end == Some(mm + 16))
 }
 
-/// Keeps the context, which is in register 1 at the beginning of the program.
+/// Stores the context, which is in register 1 when the program starts.
 pub(super) fn keep_context<L: Copy + Eq + Hash + Debug>(a: &mut Assembler<L>) {
     a.store(R10, CONTEXT, R1);
 }
 
-/// Falls through if the change from register `start` to the end behind register `last` is of the
-/// address space that the source is of, or else jumps to `others`. Keeps registers 6 and 7 only.
+/// Falls through if the change belongs to the client's address space, and jumps to `others`
+/// otherwise. The change covers register `start` to register `last`, inclusive. Preserves only
+/// registers 6 and 7.
 pub(super) fn check<L: Copy + Eq + Hash + Debug>(
     a: &mut Assembler<L>,
     private: BorrowedFd<'_>,
@@ -97,7 +102,8 @@ pub(super) fn check<L: Copy + Eq + Hash + Debug>(
     a.map_value(R1, private);
     a.load(R1, R1, private::SPACE as isize);
     a.jump(If::Equal, R1, 0, others);
-    // A number below 2^63, less one, has its uppermost bit set if it was zero.
+    // If a word differs from `mm`, the XOR is between 1 and 2^32 - 1, and one less has a clear top
+    // bit. If the word is equal, the XOR is zero, and one less has the top bit set.
     let (mm, all) = (R1, R4);
     a.op_reg(Op::Mov, R0, mm);
     a.lower_half(R0);
@@ -110,8 +116,8 @@ pub(super) fn check<L: Copy + Eq + Hash + Debug>(
     }
     a.op(Op::Shr, all, 63);
     a.jump(If::Equal, all, 0, next);
-    // What differs of the last word, of the last two, and of the last three, but for the lowest
-    // bit, which is zero in all three.
+    // `one`, `two` and `three` collect the differing bits of the last one, two and three words. The
+    // lowest bit is ignored: it is zero in all three words.
     let (end, one, two, three) = (R2, R0, R5, last);
     a.op_reg(Op::Mov, end, last);
     a.op(Op::Add, end, 1);

@@ -1,4 +1,4 @@
-//! What the source finds on this machine.
+//! Finds out whether this machine supports the source.
 
 use super::machine::Keeper;
 use super::missing::bpf_missing;
@@ -9,25 +9,24 @@ use crate::Error;
 use crate::page;
 use std::os::fd::AsFd;
 
-/// What the source found.
+/// What the probe found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Features {
     /// The kernel's release, as `uname -r` prints it.
     pub release: String,
-    /// How the source hears: `raw_tracepoint kvm_unmap_hva_range`.
+    /// Where the source gets its events: `raw_tracepoint kvm_unmap_hva_range`.
     pub through: &'static str,
-    /// Whether this kernel may skip the program, if the processor is in the middle of it (Linux
-    /// 7.0). What was skipped is counted, and everything invalidated, within a second: until then a
-    /// change of that time is not known.
+    /// Whether this kernel may skip the program if the processor is already running it (Linux 7.0).
+    /// Skipped runs are counted, and within a second the source invalidates the whole address
+    /// space. Until then a change during a skipped run is unknown.
     pub may_skip: bool,
 }
 
-/// Tells whether the source would start here, without starting it.
+/// Tells whether the source could start here, without starting it.
 ///
 /// # Errors
-/// [`Error::Unavailable`] with the first thing that is missing, and the command that would grant
-/// it.
+/// [`Error::Unavailable`] for the first thing that is missing, with the command that provides it.
 pub fn probe() -> Result<Features, Error> {
     let through = match super::start::outfit(page::size() as usize, true)?.1 {
         Keeper::Own(_) => "raw_tracepoint kvm_unmap_hva_range",
@@ -42,17 +41,17 @@ pub fn probe() -> Result<Features, Error> {
     })
 }
 
-/// As [`probe`], with everything that is missing.
+/// Like [`probe`], but reports everything that is missing.
 ///
 /// # Errors
-/// One [`Error::Unavailable`] for each thing, at least one.
+/// One [`Error::Unavailable`] for each missing thing, at least one.
 pub fn probe_all() -> Result<Features, Vec<Error>> {
     let first = match probe() {
         Ok(features) => return Ok(features),
         Err(error) => error,
     };
     let mut errors = vec![first];
-    // The virtual machine is asked for first: without one, the rest was not looked at.
+    // `probe` tries the virtual machine first. If that failed, `probe` did not try the rest.
     if sys::open_kvm()
         .and_then(|kvm| sys::create_vm(kvm.as_fd()))
         .is_err()

@@ -1,12 +1,12 @@
 //! The BPF program, as instructions.
 //!
-//! It runs at the tracepoint `kvm:kvm_unmap_hva_range`, whose arguments are the start and the end
-//! of what is about to change. In C it would read:
+//! The program runs at the tracepoint `kvm:kvm_unmap_hva_range`. The tracepoint's arguments are the
+//! start and the end of the range that is about to change. In C the program would be:
 //!
 //! ```c
 //! if (start == scratch) goto question;
-//! if (!on) return;                                   // Nothing was ever armed.
-//! if (dirty != 1) xchg(&dirty, 1);                   // A full barrier before the look at the filter: `arm` needs it.
+//! if (!on) return;                                   // No range was ever armed.
+//! if (dirty != 1) xchg(&dirty, 1);                   // A full barrier before the filter is read: `arm` needs it.
 //! if (!armed) return;
 //! if (wide) goto hit;
 //! last = end - 1;
@@ -16,13 +16,13 @@
 //! }
 //! for (granule = start >> shift[level]; granule <= last >> shift[level]; granule++)
 //!     if (sum[level][hash(granule)]) goto hit;
-//! for (level = 1; level < LEVELS; level++)            // Of the event's level and finer: once more.
+//! for (level = 1; level < LEVELS; level++)            // Coarser ranges. (Finer ones again, harmlessly.)
 //!     if (ranges[level] && (own[level][hash(start >> shift[level])] || own[level][hash(last >> shift[level])])) goto hit;
 //! return;
 //! // A granule is armed if both of its counters are above zero: `hash` stands for two.
 //! hit:
-//! if (count && *count == 0) return;                  // Another address space, or B's own turn: see `wait.rs`.
-//! number = ++generation;                             // Before the page tables change, and before the record is there.
+//! if (count && *count == 0) return;                  // Another address space, or B's own event: see `wait.rs`.
+//! number = ++generation;                             // Before the page tables change and the record exists.
 //! record = bpf_ringbuf_reserve(ring, 24);
 //! if (!record) { lost++; return; }
 //! *record = { start, end, number };
@@ -33,8 +33,7 @@
 //! if (count && *count == 0) answered = number;
 //! ```
 //!
-//! The loops over levels are unrolled by [`build`]. The loop over granules stands there once, for
-//! all levels.
+//! [`build`] unrolls the loops over levels. The loop over granules exists once, for all levels.
 
 use super::asm::{Assembler, If, Op, PEEKED, Reg};
 use super::filter::{FACTORS, LEVELS, LINE_BITS, SPAN, STARTS, shift, start_of};
@@ -43,18 +42,18 @@ use super::owner;
 use Reg::{R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, R10};
 use std::os::fd::BorrowedFd;
 
-/// The size of a record: start, end, number.
+/// The size of a record: start, end and number.
 const RECORD: i32 = 24;
 
 const START: Reg = R6;
 const LAST: Reg = R7;
 const HEADER: Reg = R8;
-/// The factor of the first hash; that of the second is wanted less often.
+/// The multiplier of the first hash. The second hash is computed less often.
 const FACTOR: Reg = R1;
-/// Where the counters of the event's level begin.
+/// The offset of the counters of the event's level.
 const BASE: Reg = R9;
 
-/// A place to jump to.
+/// A jump target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Label {
     Question,
@@ -64,29 +63,30 @@ enum Label {
     Count,
     Lost,
     Out,
-    /// The event is too wide for the levels before.
+    /// The event is too wide for the levels before this one.
     Level(usize),
     /// The first granule of the event.
     First,
     Granule,
-    /// Behind the test of a granule that is not armed; they are numbered.
+    /// Follows the test of a granule that is not armed. Numbered.
     Passed(usize),
     Coarser(usize),
-    /// For a client: the question or the hit is of its own address space.
+    /// For a client: the question or the hit belongs to the client's own address space.
     Answer,
     Record,
     Owner(usize),
 }
 
-/// For whom the program is.
+/// The user of the program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Audience {
-    /// For the process that has loaded it.
+    /// The process that loads the program.
     Own {
-        /// Whether it may read kernel memory, which lockdown can forbid.
+        /// Whether the program may read kernel memory, which lockdown can forbid.
         peek: bool,
     },
-    /// For a client of a broker, which is told of its own address space only: see `owner.rs`.
+    /// A client of a broker. The program reports only changes of the client's address space: see
+    /// `owner.rs`.
     Client,
 }
 
@@ -102,17 +102,17 @@ pub(super) struct Maps<'a> {
 
 type Code = Assembler<Label>;
 
-/// Which counters are looked at.
+/// Which counters are read.
 #[derive(Debug, Clone, Copy)]
 enum Base {
-    /// The counters of the event's level, which begin at register [`BASE`].
+    /// The counters of the event's level, at the offset in register [`BASE`].
     Event,
     Of(usize),
 }
 
 impl Code {
-    /// Jumps to `Hit` if both counters of the granule in `granule` are above zero. Uses registers 0
-    /// and 4.
+    /// Jumps to `Hit` if both counters of the granule in `granule` are above zero. Overwrites
+    /// registers 0 and 4.
     fn test_granule(&mut self, base: Base, table: BorrowedFd<'_>, granule: Reg) {
         let passed = Label::Passed(self.len());
         for (number, factor) in FACTORS.into_iter().enumerate() {
@@ -147,7 +147,7 @@ impl Code {
         self.wide(dst, 0, value as u32, (value >> 32) as u32);
     }
 
-    /// `first = start >> shift; last = last >> shift` into registers 2 and 3.
+    /// `first = start >> shift; last = last >> shift` in registers 2 and 3.
     fn granules(&mut self, level: usize) {
         for (dst, src) in [(R2, START), (R3, LAST)] {
             self.op_reg(Op::Mov, dst, src);
@@ -156,7 +156,7 @@ impl Code {
     }
 }
 
-/// Builds the program over these maps.
+/// Builds the program for these maps.
 pub(super) fn build(maps: Maps<'_>, audience: Audience) -> Vec<u64> {
     let mut a = Code::new();
     if audience == Audience::Client {
@@ -171,8 +171,8 @@ pub(super) fn build(maps: Maps<'_>, audience: Audience) -> Vec<u64> {
     a.jump_reg(If::Equal, R2, START, Label::Question);
     a.load(R2, HEADER, word(header::ON));
     a.jump(If::Equal, R2, 0, Label::Out);
-    // ORDER(source-wait): the change has raised B's count, by a locked instruction, before this
-    // look at A's tracepoint. Partner: the fence in `Waits::wait`.
+    // ORDER(source-wait): this code runs at A's tracepoint, so the change has already raised B's
+    // count, by a locked instruction, before this load. Partner: the fence in `Waits::wait`.
     a.load(R2, HEADER, word(header::DIRTY));
     a.jump(If::Equal, R2, 1, Label::Dirty);
     a.op(Op::Mov, R2, 1);
@@ -194,12 +194,12 @@ pub(super) fn build(maps: Maps<'_>, audience: Audience) -> Vec<u64> {
     }
     a.goto(Label::Hit);
     a.label(Label::First);
-    // The verifier goes through the loop once for each value of a register that it knows. So it is
-    // kept from knowing this one: the word is always zero.
+    // The verifier would follow the loop once for each value of `BASE` that it knows. Adding a word
+    // that is always zero hides the value from the verifier.
     a.load(R4, HEADER, word(header::ZERO));
     a.op_reg(Op::Add, BASE, R4);
     a.op(Op::And, BASE, STARTS as i32);
-    // Register 5 bounds the loop where the verifier can see it.
+    // Register 5 bounds the loop, so that the verifier sees the bound.
     a.op(Op::Mov, R5, 0);
     a.label(Label::Granule);
     a.test_granule(Base::Event, maps.sum, R2);
@@ -254,7 +254,8 @@ pub(super) fn build(maps: Maps<'_>, audience: Audience) -> Vec<u64> {
     a.finish()
 }
 
-/// A number that tells one version of the program for clients, and so of its words, from another.
+/// Returns a number that identifies the version of the client's program, and so of its shared
+/// words.
 pub(super) fn fingerprint(any: BorrowedFd<'_>) -> u64 {
     const WIDE: u64 = 0x18;
     let maps = Maps {
@@ -267,7 +268,7 @@ pub(super) fn fingerprint(any: BorrowedFd<'_>) -> u64 {
     build(maps, Audience::Client)
         .into_iter()
         .fold(0xcbf2_9ce4_8422_2325, |sum, instruction| {
-            // Which map it is differs each time.
+            // The map in such an instruction differs each time.
             let is_map = instruction & 0xff == WIDE && instruction >> 12 & 15 != 0;
             let same = if is_map {
                 instruction & 0xffff_ffff
@@ -280,8 +281,8 @@ pub(super) fn fingerprint(any: BorrowedFd<'_>) -> u64 {
         })
 }
 
-/// Jumps to `unknown` if B's count cannot be read, or falls through with it in register 0.
-/// Registers 1 to 5 are lost.
+/// Loads B's count into register 0, or jumps to `unknown` if the count cannot be read. Overwrites
+/// registers 1 to 5.
 fn load_count(a: &mut Code, maps: Maps<'_>, unknown: Label) {
     a.map_value(R3, maps.private);
     a.load(R3, R3, private::COUNT as isize);
@@ -291,11 +292,11 @@ fn load_count(a: &mut Code, maps: Maps<'_>, unknown: Label) {
     a.load_u32(R0, R10, PEEKED);
 }
 
-/// A question of `wait.rs`: answered if nothing is under way.
+/// Handles a question of `wait.rs`: answers it if nothing is under way.
 fn question(a: &mut Code, maps: Maps<'_>, peek: bool, label: Label) {
     a.label(label);
     if peek {
-        // The number first: the answer is of a moment after the question.
+        // Load the number first, so that the count is read after the question was asked.
         a.load(R7, HEADER, header::ASKED as isize);
         load_count(a, maps, Label::Out);
         a.jump(If::NotEqual, R0, 0, Label::Out);
@@ -331,8 +332,8 @@ fn hit(a: &mut Code, maps: Maps<'_>, peek: bool, label: Label) {
     a.store(R0, 8, LAST);
     a.store(R0, 16, R9);
     a.op_reg(Op::Mov, R1, R0);
-    // BPF_RB_NO_WAKEUP is 1. ORDER(source-awake): the generation was counted above, a full barrier.
-    // Partner: the fence in `wants_a_call`.
+    // BPF_RB_NO_WAKEUP is 1. ORDER(source-awake): the generation was counted above, which is a full
+    // barrier. Partner: the fence in `wants_a_call`.
     a.load(R2, HEADER, header::AWAKE as isize);
     a.call(RINGBUF_SUBMIT);
     a.label(Label::Out);

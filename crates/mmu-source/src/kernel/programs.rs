@@ -8,7 +8,7 @@ use super::sys::{self, Kind, Map};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-/// The maps that user space has mapped, too.
+/// The maps that user space maps as well.
 #[derive(Debug)]
 pub(super) struct SharedMaps {
     pub(super) header: OwnedFd,
@@ -17,12 +17,13 @@ pub(super) struct SharedMaps {
     pub(super) ring: OwnedFd,
 }
 
-/// The programs, and the words that only they see.
+/// The programs, and the map with the words that only the programs see.
 #[derive(Debug)]
 pub(super) struct Programs {
     private: OwnedFd,
     tracepoint: OwnedFd,
-    /// Finds a machine's count. `None` until it is loaded, or where that is of no use.
+    /// The program that finds a machine's count. `None` until it is loaded, or if it is of no use
+    /// here.
     resolver: Option<OwnedFd>,
 }
 
@@ -43,7 +44,7 @@ impl SharedMaps {
 }
 
 impl Programs {
-    /// Makes the maps, with a ring of so many bytes, and loads the tracepoint's program over them.
+    /// Makes the maps, with a ring of `ring` bytes, and loads the tracepoint's program for them.
     pub(super) fn make(ring: usize, audience: Audience) -> io::Result<(SharedMaps, Self)> {
         let shared = SharedMaps::make(ring)?;
         let private = sys::create_map(Map::Private {
@@ -67,8 +68,7 @@ impl Programs {
         ))
     }
 
-    /// Has the kernel run the program at the tracepoint, for as long as the returned descriptor is
-    /// open.
+    /// Attaches the program to the tracepoint, for as long as the returned descriptor is open.
     pub(super) fn attach(&self) -> io::Result<OwnedFd> {
         sys::attach(self.tracepoint.as_fd(), sys::TRACEPOINT)
     }
@@ -78,12 +78,12 @@ impl Programs {
         sys::run_program(self.tracepoint.as_fd(), [start, end]).map(drop)
     }
 
-    /// How often the tracepoint's program was not run when it should have been.
+    /// Returns how often the kernel skipped the tracepoint's program.
     pub(super) fn missed_runs(&self) -> io::Result<u64> {
         sys::missed_runs(self.tracepoint.as_fd())
     }
 
-    /// Another descriptor of the words that only programs see, for [`load_resolver`].
+    /// Returns another descriptor of the map that only programs see, for [`load_resolver`].
     pub(super) fn private(&self) -> io::Result<OwnedFd> {
         self.private.try_clone()
     }
@@ -92,23 +92,24 @@ impl Programs {
         self.resolver = Some(resolver);
     }
 
-    /// Shows a machine to the programs. False if its place in the kernel cannot be found, or if it
-    /// is none, or of another address space.
+    /// Makes a machine known to the programs. Returns false if the machine cannot be found in the
+    /// kernel, if the descriptor is not a machine, or if the machine is of another address space.
     pub(super) fn show(&self, machine: BorrowedFd<'_>, role: Role) -> bool {
         self.resolve(machine.as_raw_fd() as u64, role) == Some(0)
     }
 
-    /// Has the programs read no machine's count any more; false if they may go on.
+    /// Makes the programs read no machine's count any more. Returns false if they may continue.
     pub(super) fn forget_b(&self) -> bool {
         self.resolver.is_none() || self.resolve(resolver::NONE, Role::B).is_some()
     }
 
-    /// Has the programs know no machine and no address space any more; false if they may go on.
+    /// Makes the programs forget every machine and address space. Returns false if they may
+    /// continue.
     pub(super) fn forget_all(&self) -> bool {
         self.resolver.is_none() || self.resolve(resolver::NONE, Role::Space).is_some()
     }
 
-    /// The kernel's number of the tracepoint's program.
+    /// Returns the kernel's id of the tracepoint's program.
     pub(super) fn number(&self) -> io::Result<u32> {
         sys::number(self.tracepoint.as_fd())
     }
@@ -118,8 +119,8 @@ impl Programs {
     }
 }
 
-/// Loads the program. The one of this process does without the right to read kernel memory if the
-/// kernel refuses that alone.
+/// Loads the program. If the kernel refuses only the reading of kernel memory, loads this process's
+/// own program without it.
 fn load(maps: Maps<'_>, audience: Audience) -> io::Result<OwnedFd> {
     let load = |audience| sys::load_program(Kind::RawTracepoint, &program::build(maps, audience));
     load(audience).or_else(|error| match audience {
@@ -135,10 +136,10 @@ pub(super) fn load_resolver(private: &OwnedFd, offsets: Offsets) -> io::Result<O
     sys::load_program(Kind::Syscall, &resolver::build(private.as_fd(), offsets))
 }
 
-/// Where the kernel has what the resolver follows, where that is of use.
+/// Returns the offsets that the resolver needs, if the resolver is of use here.
 pub(super) fn offsets() -> Option<Offsets> {
-    // Elsewhere it is not shown that the count goes down after the stores to the page tables are
-    // seen.
+    // On other processors it is not proven that the count goes down only after the stores to the
+    // page tables are visible.
     if cfg!(target_arch = "x86_64") {
         Offsets::of_this_kernel()
     } else {
@@ -146,14 +147,14 @@ pub(super) fn offsets() -> Option<Offsets> {
     }
 }
 
-/// Whether a kernel of this release runs programs at tracepoints preemptibly, and skips one that
-/// the processor is in the middle of.
+/// Tells whether a kernel of this release may be preempted in a program at a tracepoint. Then it
+/// skips a run if the processor is already running the program.
 pub(super) fn may_skip(release: &str) -> bool {
     let major = release
         .split('.')
         .next()
         .and_then(|major| major.parse::<u32>().ok());
-    // What is not known is taken for the worse.
+    // If the release is unknown, assume that it may.
     major.is_none_or(|major| major >= 7)
 }
 

@@ -1,7 +1,7 @@
 //! The BPF program that finds a virtual machine's count of changes under way.
 //!
-//! It runs when it is asked to (`BPF_PROG_TYPE_SYSCALL`, Linux 5.14), in the thread that has the
-//! machine's descriptor. In C, with the places of the members as the running kernel has them:
+//! The program runs on request (`BPF_PROG_TYPE_SYSCALL`, Linux 5.14), on the thread that has the
+//! machine's descriptor. In C, with the member offsets of the running kernel:
 //!
 //! ```c
 //! if (descriptor == NONE) {
@@ -11,16 +11,17 @@
 //! }
 //! table = current->files->fdt;
 //! if (descriptor >= table->max_fds || !(file = table->fd[descriptor])) return 1;
-//! if (!file_ops) file_ops = file->f_op;              // The first one is asked about by us, and is a machine.
-//! if (file->f_op != file_ops) return 1;              // So this is one as well.
+//! if (!file_ops) file_ops = file->f_op;              // The first file is our own, and is a machine.
+//! if (file->f_op != file_ops) return 1;              // So this one is a machine too.
 //! kvm = file->private_data;
 //! if (role == SPACE) { space = kvm->mm; return 0; }
-//! if (kvm->mm != space) return 1;                    // Of the address space that the source is of.
+//! if (kvm->mm != space) return 1;                    // It must be of the source's address space.
 //! count = &kvm->mn_active_invalidate_count;
 //! return 0;
 //! ```
 //!
-//! The words lie in a map that no process can read: a client of a broker learns no kernel address.
+//! The words are in a map that no process can read, so the client of a broker learns no kernel
+//! address.
 
 use super::asm::{Assembler, If, Op, PEEKED, Reg};
 use super::btf::Btf;
@@ -29,22 +30,22 @@ use super::sys;
 use Reg::{R0, R1, R3, R6, R7, R8, R9, R10};
 use std::os::fd::BorrowedFd;
 
-/// The descriptor that stands for no machine.
+/// The descriptor that means "no machine".
 pub(super) const NONE: u64 = u64::MAX;
 
-/// What a machine is shown to the resolver for.
+/// Why the resolver looks at a machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Role {
-    /// To be the machine B whose count the tracepoint's program reads.
+    /// The machine becomes B: the tracepoint's program reads its count.
     B = 0,
-    /// To say which address space the source is of.
+    /// The machine defines the source's address space.
     Space = 1,
 }
 
-/// Where the role is kept, from the end of the stack.
+/// Where the role is stored, relative to the end of the stack.
 const ROLE: isize = PEEKED - 8;
 
-/// Where the members lie.
+/// The offsets of the members.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Offsets {
     task_files: u32,
@@ -58,7 +59,8 @@ pub(super) struct Offsets {
 }
 
 impl Offsets {
-    /// Asks the running kernel; `None` if it has no description of itself, or not of KVM.
+    /// Reads the offsets from the running kernel's BTF. Returns `None` if the BTF of the kernel or
+    /// of KVM is missing.
     pub(super) fn of_this_kernel() -> Option<Self> {
         let vmlinux = sys::Whole::of("/sys/kernel/btf/vmlinux").ok()?;
         let module = sys::Whole::of("/sys/kernel/btf/kvm").ok();
@@ -85,7 +87,7 @@ enum Label {
     Refuse,
 }
 
-/// Builds the program; `map` has the words that only programs see.
+/// Builds the program. `map` holds the words that only programs see.
 pub(super) fn build(map: BorrowedFd<'_>, at: Offsets) -> Vec<u64> {
     const GET_CURRENT_TASK: i32 = 35;
     let mut a = Assembler::new();
@@ -102,7 +104,7 @@ pub(super) fn build(map: BorrowedFd<'_>, at: Offsets) -> Vec<u64> {
     a.op(Op::Mov, R0, 0);
     a.exit();
     a.label(Label::Find);
-    // Register 0 = the word of so many bytes at register 0 + offset.
+    // Loads a value of `bytes` bytes from address register 0 + offset into register 0.
     let follow = |a: &mut Assembler<Label>, offset: u32, bytes: i32| {
         a.op_reg(Op::Mov, R3, R0);
         a.op(Op::Add, R3, offset as i32);

@@ -1,4 +1,4 @@
-//! Starting the source, once for each address space.
+//! Starts the source, once for each address space.
 
 use super::broker;
 use super::filter::{PART, Tables};
@@ -25,30 +25,30 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 
-/// The generation before the first event. Not zero: see [`sys::Progress`].
+/// The generation before the first event. It must not be zero: see [`sys::Progress`].
 const FIRST: u64 = 1;
 
 impl Kernel {
-    /// Starts the source, or returns the one that runs already.
+    /// Starts the source. If it is already running, returns that one.
     ///
     /// It opens `/dev/kvm`, makes a virtual machine that is never run, loads BPF programs, and
-    /// starts three threads that sleep until there is something to do. Some 5 MiB of kernel memory.
+    /// starts three threads that sleep until there is work. It uses some 5 MiB of kernel memory.
     /// None of its descriptors is in the program's table.
     ///
     /// # Blocking
-    /// For some milliseconds at first.
+    /// The first call takes some milliseconds.
     /// # Errors
-    /// [`Error::Unavailable`] if the machine, the rights or descriptors are lacking, with what is
-    /// missing and the command that would grant it.
+    /// [`Error::Unavailable`] if the machine, the privileges or the limit of descriptors do not
+    /// suffice. It says what is missing, and gives a command that provides it.
     pub fn start() -> Result<Arc<Self>, Error> {
         running(&marks().kernel, |mark| Self::make(mark, RING, true))
     }
 
-    /// The source without the kernel's events: [`inject`](Self::inject) is all that happens. For
-    /// tests and measurements.
+    /// Starts a source that gets no events from the kernel, only those of [`inject`](Self::inject).
+    /// For tests and measurements.
     ///
     /// # Errors
-    /// As [`start`](Self::start).
+    /// The errors of [`start`](Self::start).
     #[doc(hidden)]
     pub fn rehearse(ring: usize) -> Result<Arc<Self>, Error> {
         Ok(Arc::new(Self::make(mark(), ring, false)?))
@@ -57,16 +57,17 @@ impl Kernel {
     /// Runs the BPF program once, as if the kernel were about to change these addresses.
     ///
     /// # Errors
-    /// [`Error::Kernel`] if the kernel cannot run such programs by hand (before 5.10).
+    /// [`Error::Kernel`] if the kernel cannot run such programs on request (before 5.10).
     #[doc(hidden)]
     pub fn inject(&self, start: u64, end: u64) -> Result<(), Error> {
         self.rehearsal(move |inject| inject(start, end))
     }
 
-    /// Runs `f` where the BPF program can be run by hand, with a function that does.
+    /// Runs `f` on a thread that can run the BPF program on request, and passes it a function that
+    /// does.
     ///
     /// # Errors
-    /// As [`inject`](Self::inject).
+    /// The errors of [`inject`](Self::inject).
     #[doc(hidden)]
     pub fn rehearsal<R: Send + 'static>(
         &self,
@@ -74,7 +75,7 @@ impl Kernel {
     ) -> R {
         self.vault().run(|machines| {
             f(&|start, end| {
-                // The client of a broker cannot reach its program.
+                // The client of a broker has no access to its program.
                 let programs = machines.programs().ok_or(io::ErrorKind::PermissionDenied);
                 let injected = programs
                     .map_err(io::Error::from)
@@ -85,7 +86,7 @@ impl Kernel {
     }
 
     fn make(id: u64, ring: usize, with_kvm: bool) -> Result<Self, Error> {
-        // The callbacks' address space is there before there is anything to tell.
+        // Make the callbacks' address space before there can be an event.
         current_ref();
         let made = Arc::new(OnceLock::new());
         let told = Arc::clone(&made);
@@ -125,10 +126,10 @@ impl Kernel {
     }
 }
 
-/// What a source is made of.
+/// The parts of a source.
 type Outfit = (SharedMaps, Keeper, Option<Live>);
 
-/// Makes it, or has a broker do so if this process cannot.
+/// Makes the parts. If this process cannot, asks a broker.
 pub(super) fn outfit(ring: usize, with_kvm: bool) -> Result<Outfit, Error> {
     own_outfit(ring, with_kvm).or_else(|lack| match with_kvm.then(broker::join).flatten() {
         Some(Ok(joined)) => {
@@ -140,7 +141,7 @@ pub(super) fn outfit(ring: usize, with_kvm: bool) -> Result<Outfit, Error> {
     })
 }
 
-/// Nothing here, nor a broker that would help.
+/// The error if this process lacks something and the broker refuses.
 fn broker_refuses(lack: Error, why: &str) -> Error {
     let path = broker::path();
     match lack {
@@ -175,7 +176,7 @@ fn own_outfit(ring: usize, with_kvm: bool) -> Result<Outfit, Error> {
 }
 
 impl Inner {
-    /// Makes a change while everything is armed, and tells whether the program has counted one.
+    /// Makes a change while everything is armed, and tells whether the program has counted it.
     fn hears(&self) -> Result<bool, Error> {
         let page = Scratch::map().map_err(|error| kernel_error("mmap", error))?;
         let before = self.generation();

@@ -1,9 +1,10 @@
 //! The system calls of the source: KVM, BPF, and the memory that is shared with the BPF program.
 //!
 //! # Safety
-//! The one module of the source with unsafe code. The calls take integers and pointers to locals of
-//! the size the kernel is told. [`Shared`] owns a mapping until it is dropped; its words are handed
-//! out as atomics only, bounds checked, because the BPF program writes them at any time.
+//! This is the only module of the source with unsafe code. The calls take integers, and pointers to
+//! locals whose size the kernel is told. [`Shared`] owns a mapping until it is dropped. Its words
+//! are available only as atomics, with a bounds check, because the BPF program may write them at
+//! any time.
 
 #![allow(
     unsafe_code,
@@ -33,7 +34,7 @@ pub(super) use bpf::{
     Kind, Map, Object, attach, create_map, exists, load_program, missed_runs, number, run_program,
 };
 
-/// The tracepoint that KVM reaches before it applies a change of page tables.
+/// The tracepoint that KVM passes before it invalidates a range.
 pub(super) const TRACEPOINT: &CStr = c"kvm_unmap_hva_range";
 
 /// `_IO(KVMIO, 0x01)`.
@@ -41,21 +42,20 @@ const KVM_CREATE_VM: c_ulong = 0xae01;
 
 /// Opens `/dev/kvm`.
 pub(super) fn open_kvm() -> io::Result<OwnedFd> {
-    // SAFETY: the path is a string that ends in a null; the call returns a descriptor that
-    // has no owner yet, or -1.
+    // SAFETY: the path ends in a zero byte. The call returns a descriptor without an owner, or -1.
     owned(unsafe { libc::open(c"/dev/kvm".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) })
 }
 
-/// Makes a virtual machine of this process: one more MMU notifier on its address space.
+/// Makes a virtual machine of this process, which registers another MMU notifier on its address
+/// space.
 pub(super) fn create_vm(kvm: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    // SAFETY: the request takes an integer, the type of machine, and returns a new descriptor
-    // (close on exec) or -1.
+    // SAFETY: the request takes an integer, the type of machine. It returns a new close-on-exec
+    // descriptor, or -1.
     uninterrupted(|| owned(unsafe { libc::ioctl(kvm.as_raw_fd(), KVM_CREATE_VM, 0_usize) }))
 }
 
-/// Makes a call that a signal can end with `EINTR`. Then it blocks the thread's signals and makes
-/// the call again, because a timer whose period is shorter than the call would interrupt it each
-/// time.
+/// Makes a call that may fail with `EINTR`. If it does, blocks the thread's signals and makes the
+/// call again. Otherwise a timer with a period shorter than the call would interrupt it each time.
 fn uninterrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     let is_interrupted = |result: &io::Result<T>| {
         result
@@ -67,7 +67,8 @@ fn uninterrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
         return result;
     }
     srcu::without_signals(|| {
-        // Work that the kernel does in this thread, for example for io_uring, also interrupts it.
+        // Work that the kernel queues for this thread, for example for io_uring, also interrupts
+        // the call.
         for _ in 0..1000 {
             result = call();
             if !is_interrupted(&result) {
@@ -82,17 +83,17 @@ fn owned(descriptor: i32) -> io::Result<OwnedFd> {
     if descriptor < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: `from_raw_fd` needs an open descriptor without another owner: the kernel has
-    // just made it.
+    // SAFETY: `from_raw_fd` needs an open descriptor without another owner. The kernel has just
+    // made this one.
     Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 
-/// Makes a change of `page`, which has no content, so that its event is told. Not through libc,
-/// where `hook` would tell subscribers of it.
+/// Makes a change of `scratch`, a page without content, so that the kernel sends its event. The
+/// call does not go through libc, because `hook` would report it to subscribers.
 pub(super) fn ask(scratch: &Scratch) {
-    // SAFETY: drops the content of a page of ours that no code reads or writes.
+    // SAFETY: discards the content of a page that this source owns and no code reads or writes.
     let advise = |advice: i32| unsafe { machine::madvise(scratch.0.as_ptr(), page::size() as usize, advice) } == 0;
-    // If the program has locked its memory, the kernel refuses the first advice.
+    // If the program has locked its memory, the kernel refuses `MADV_DONTNEED`.
     if !advise(libc::MADV_DONTNEED) {
         advise(MADV_DONTNEED_LOCKED);
     }
@@ -103,7 +104,7 @@ const MADV_DONTNEED_LOCKED: i32 = 24;
 /// Maps a page of anonymous memory.
 fn new_page(protection: i32) -> io::Result<NonNull<u8>> {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-    // SAFETY: a new mapping where the kernel likes; nothing of ours is touched.
+    // SAFETY: the kernel chooses the address of the new mapping, so no existing memory changes.
     let base = unsafe {
         libc::mmap(
             ptr::null_mut(),
@@ -120,11 +121,11 @@ fn new_page(protection: i32) -> io::Result<NonNull<u8>> {
     Ok(NonNull::new(base.cast()).expect("mmap does not return null"))
 }
 
-/// The page that `ask` discards. It is never read or written.
+/// The page that `ask` discards. No code reads or writes it.
 #[derive(Debug)]
 pub(super) struct Scratch(NonNull<u8>);
 
-// SAFETY: the page is never read or written.
+// SAFETY: no code reads or writes the page.
 unsafe impl Send for Scratch {}
 // SAFETY: as above.
 unsafe impl Sync for Scratch {}
@@ -141,13 +142,13 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        // SAFETY: the page is ours and has no content.
+        // SAFETY: this value owns the page, and no reference points into it.
         unsafe { libc::munmap(self.0.as_ptr().cast(), page::size() as usize) };
     }
 }
 
-/// The bytes of a file of the kernel's: mapped where that can be (Linux 6.16), which is far
-/// quicker, or else read.
+/// The content of one of the kernel's files. It is mapped if the kernel supports that (Linux 6.16),
+/// which is far faster, and read otherwise.
 #[derive(Debug)]
 pub(super) enum Whole {
     Mapped { base: NonNull<u8>, bytes: usize },
@@ -158,7 +159,7 @@ impl Whole {
     pub(super) fn of(path: &str) -> io::Result<Self> {
         let file = std::fs::File::open(path)?;
         let bytes = file.metadata()?.len() as usize;
-        // SAFETY: a new mapping where the kernel likes; nothing of ours is touched.
+        // SAFETY: the kernel chooses the address of the new mapping, so no existing memory changes.
         let base = unsafe {
             libc::mmap(
                 ptr::null_mut(),
@@ -179,8 +180,8 @@ impl Whole {
 
     pub(super) fn bytes(&self) -> &[u8] {
         match self {
-            // SAFETY: a slice needs readable memory that does not change: the mapping is as long,
-            // lives as long as `self`, and shows what the kernel never changes.
+            // SAFETY: a slice needs readable memory that does not change. The mapping has this
+            // length, lives as long as `self`, and shows data that the kernel never changes.
             Self::Mapped { base, bytes } => unsafe {
                 std::slice::from_raw_parts(base.as_ptr(), *bytes)
             },
@@ -192,7 +193,7 @@ impl Whole {
 impl Drop for Whole {
     fn drop(&mut self) {
         if let Self::Mapped { base, bytes } = self {
-            // SAFETY: the mapping is ours, whole, and no slice of it outlives `self`.
+            // SAFETY: this value owns the whole mapping, and no slice of it outlives `self`.
             unsafe { libc::munmap(base.as_ptr().cast(), *bytes) };
         }
     }
@@ -205,13 +206,13 @@ pub(super) struct Shared {
     bytes: usize,
 }
 
-// SAFETY: the memory is reached through atomics only.
+// SAFETY: all access to the memory is through atomics.
 unsafe impl Send for Shared {}
 // SAFETY: as above.
 unsafe impl Sync for Shared {}
 
 impl Shared {
-    /// Maps `bytes` of a map from `offset` on.
+    /// Maps `bytes` bytes of a BPF map, starting at `offset`.
     pub(super) fn map(
         map: BorrowedFd<'_>,
         offset: usize,
@@ -220,7 +221,7 @@ impl Shared {
     ) -> io::Result<Self> {
         let protection = libc::PROT_READ | if writable { libc::PROT_WRITE } else { 0 };
         let descriptor = map.as_raw_fd();
-        // SAFETY: a new mapping where the kernel likes; nothing of ours is touched.
+        // SAFETY: the kernel chooses the address of the new mapping, so no existing memory changes.
         let base = unsafe {
             libc::mmap(
                 ptr::null_mut(),
@@ -240,19 +241,19 @@ impl Shared {
         })
     }
 
-    /// Unmaps it without dropping it, because the owner may be leaked.
+    /// Unmaps the memory of a value that may be leaked and never dropped.
     ///
     /// # Safety
-    /// It must not be used again, or dropped.
+    /// The caller must not use or drop `self` afterwards.
     pub(super) unsafe fn unmap(&self) {
-        // SAFETY: the mapping is ours, whole, and not used any more: the caller's duty.
+        // SAFETY: this value owns the whole mapping. The caller does not use it any more.
         unsafe { libc::munmap(self.base.as_ptr().cast(), self.bytes) };
     }
 
     #[inline]
     pub(super) fn u64(&self, offset: usize) -> &AtomicU64 {
-        // SAFETY: the pointer comes from `place`: in the mapping, which lives as long as `self`,
-        // and aligned. A mapping that is not writable is only loaded from, by `ring`.
+        // SAFETY: the pointer comes from `place`, so it is aligned and inside the mapping, which
+        // lives as long as `self`. From a read-only mapping `ring` only loads.
         unsafe { AtomicU64::from_ptr(self.place(offset, 8).cast().as_ptr()) }
     }
 
@@ -274,21 +275,22 @@ impl Shared {
             offset % size == 0 && offset + size <= self.bytes,
             "inside of the mapping, and aligned"
         );
-        // SAFETY: the offset was checked to be inside of the mapping, which is one allocation.
+        // SAFETY: the offset was checked to be inside the mapping, which is one allocation.
         unsafe { self.base.add(offset) }
     }
 }
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        // SAFETY: the mapping is ours, whole, and no reference into it outlives `self`.
+        // SAFETY: this value owns the whole mapping, and no reference into it outlives `self`.
         unsafe { libc::munmap(self.base.as_ptr().cast(), self.bytes) };
     }
 }
 
 impl super::Inner {
-    /// Unmaps what is shared with the program, in the child of a fork whose last handle goes:
-    /// threads that are only the parent's keep this value alive for ever.
+    /// Unmaps the memory shared with the program, in the child of a fork that drops its last
+    /// handle. In the child this value is never dropped: threads that exist only in the parent hold
+    /// references to it.
     pub(super) fn leave_to_parent(&self) {
         let intake = self.intake.try_lock();
         let ring = intake.iter().flat_map(|intake| intake.ring.mappings());
@@ -297,20 +299,20 @@ impl super::Inner {
             .chain(ring)
         {
             // SAFETY: the mapping must not be used again. The last handle is being dropped, and all
-            // of the source's threads are the parent's; they are also why `self`, and with it the
-            // mapping, is never dropped here.
+            // threads of the source exist only in the parent. For the same reason `self`, and with
+            // it the mapping, is never dropped here.
             unsafe { mapping.unmap() };
         }
     }
 }
 
-/// What a watch looks at.
+/// The words that a watch reads.
 #[derive(Debug)]
 pub(super) struct Glance {
     generation: NonNull<AtomicU64>,
     progress: NonNull<Progress>,
     records: NonNull<u8>,
-    /// The size of all records, less one: a power of two less one.
+    /// The size of the record area, a power of two, minus one.
     mask: usize,
 }
 
@@ -320,8 +322,8 @@ unsafe impl Send for Glance {}
 unsafe impl Sync for Glance {}
 
 impl Glance {
-    /// The owner must keep the source that all are of. The records are `bytes` of `ring` from its
-    /// second page on.
+    /// The owner of the result must keep the source of all arguments alive. The records are `bytes`
+    /// bytes of `ring`, starting at its second page.
     pub(super) fn new(header: &Shared, progress: &Progress, ring: &Shared, bytes: usize) -> Self {
         let first = page::size() as usize;
         assert!(
@@ -337,7 +339,7 @@ impl Glance {
         }
     }
 
-    /// Whether all events so far have been taken in.
+    /// Tells whether all events so far have been taken in.
     #[inline]
     pub(super) fn is_current(&self) -> bool {
         let now = self.generation();
@@ -348,49 +350,49 @@ impl Glance {
 
     #[inline]
     pub(super) fn generation(&self) -> u64 {
-        // SAFETY: a dereference needs a live word: `Watching` has the source beside this, whose
-        // mapping it is in.
+        // SAFETY: a dereference needs a live word. `Watching` also owns the source, which owns the
+        // mapping.
         let generation = unsafe { self.generation.as_ref() };
-        // ORDER(source-generation): Acquire, as every look.
+        // ORDER(source-generation): Acquire, like every load of the generation.
         generation.load(Ordering::Acquire)
     }
 
     #[inline]
     pub(super) fn progress(&self) -> &Progress {
-        // SAFETY: as above.
+        // SAFETY: as in `generation`.
         unsafe { self.progress.as_ref() }
     }
 
-    /// The word at a position of the ring.
+    /// Returns the word at a position of the ring.
     #[inline]
     pub(super) fn record(&self, at: u64) -> &AtomicU64 {
         let offset = at as usize & self.mask & !7;
-        // SAFETY: the records are `mask + 1` bytes of a mapping.
+        // SAFETY: the offset is below `mask + 1`, the size of the record area of the mapping.
         let word = unsafe { self.records.add(offset) };
-        // SAFETY: as above; the offset is a multiple of eight, and the records begin with a page.
-        // They are only loaded from.
+        // SAFETY: as above. The offset is a multiple of eight, the record area is page-aligned, and
+        // callers only load from the word.
         unsafe { AtomicU64::from_ptr(word.cast().as_ptr()) }
     }
 }
 
-/// How far events have been taken in and handed on: zero in the child of a fork, where the
-/// generation never is.
+/// How far events have been taken in and passed on. All words are zero in the child of a fork,
+/// where the generation is never zero.
 #[derive(Debug)]
 #[repr(C)]
 pub(super) struct Progress {
     /// All generations up to this one have been taken in.
     pub(super) marked: AtomicU64,
-    /// All generations up to this one have been handed on.
+    /// All generations up to this one have been passed to subscribers.
     pub(super) handled: AtomicU64,
-    /// Where the oldest record in the ring begins.
+    /// The position of the oldest record in the ring.
     pub(super) position: AtomicU64,
 }
 
-/// The page of a [`Progress`].
+/// The page that holds a [`Progress`].
 #[derive(Debug)]
 pub(super) struct ProgressPage(NonNull<Progress>);
 
-// SAFETY: the page is reached through atomics only.
+// SAFETY: all access to the page is through atomics.
 unsafe impl Send for ProgressPage {}
 // SAFETY: as above.
 unsafe impl Sync for ProgressPage {}
@@ -398,7 +400,7 @@ unsafe impl Sync for ProgressPage {}
 impl ProgressPage {
     pub(super) fn map(from: u64) -> io::Result<Self> {
         let page = Self(new_page(libc::PROT_READ | libc::PROT_WRITE)?.cast());
-        // SAFETY: the advice is on the page just mapped and changes its inheritance only.
+        // SAFETY: the advice changes only how a fork copies the page mapped above.
         if unsafe {
             libc::madvise(
                 page.0.as_ptr().cast(),
@@ -420,15 +422,15 @@ impl std::ops::Deref for ProgressPage {
 
     #[inline]
     fn deref(&self) -> &Progress {
-        // SAFETY: a dereference needs a live, initialised `Progress`: the page is mapped as long as
-        // `self`, is aligned for anything, and zeroes are a valid `Progress`.
+        // SAFETY: a dereference needs a live, initialised `Progress`. The page is mapped as long as
+        // `self` lives and is aligned for any type, and zeroes are a valid `Progress`.
         unsafe { self.0.as_ref() }
     }
 }
 
 impl Drop for ProgressPage {
     fn drop(&mut self) {
-        // SAFETY: the page is ours, and no reference into it outlives `self`.
+        // SAFETY: this value owns the page, and no reference into it outlives `self`.
         unsafe { libc::munmap(self.0.as_ptr().cast(), page::size() as usize) };
     }
 }
@@ -440,9 +442,9 @@ mod tests {
 
     fn is_usr1_held() -> bool {
         let mut set = MaybeUninit::<libc::sigset_t>::zeroed();
-        // SAFETY: asks for the mask only; the set is a local.
+        // SAFETY: the call only writes the current mask to a local.
         unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, ptr::null(), set.as_mut_ptr()) };
-        // SAFETY: the set was written by the call above.
+        // SAFETY: the call above has initialised the set.
         unsafe { libc::sigismember(set.as_ptr(), libc::SIGUSR1) == 1 }
     }
 

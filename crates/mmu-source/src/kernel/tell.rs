@@ -1,4 +1,4 @@
-//! Handing records on to subscribers, in order, and knowing up to where that has been done.
+//! Passes records to subscribers in order, and keeps track of how far that has come.
 
 use super::busy::{self, Flag};
 use super::intake::{Intake, Told, Words};
@@ -10,15 +10,15 @@ use std::sync::atomic::{Ordering, fence};
 use std::sync::{MutexGuard, TryLockError};
 use std::thread;
 
-/// How often a watch tries to have the records taken in before it answers that it does not know.
+/// How often a watch tries to take in the records before it answers "unknown".
 const TRIES: usize = 200;
 
 impl Kernel {
-    /// Tells whether this thread is handing on what the kernel has told: whether a callback that
-    /// asks was called by this source, and not by a bracket that another source or the program has
-    /// opened.
+    /// Tells whether this thread is passing on the kernel's records. A callback can thus find out
+    /// whether this source called it, or a bracket that another source or the program opened.
     ///
-    /// A bracket that a callback of this source opens counts as this source's.
+    /// If a callback of this source opens a bracket, the callbacks of that bracket count as called
+    /// by this source.
     #[must_use]
     #[inline]
     pub fn is_telling() -> bool {
@@ -26,7 +26,7 @@ impl Kernel {
     }
 }
 
-/// What one turn of handing on did.
+/// What one call of `hand_on` did.
 #[derive(Debug, Default)]
 pub(super) struct Turn {
     pub(super) ranges: usize,
@@ -51,13 +51,13 @@ impl Inner {
 
     #[inline]
     pub(super) fn handled(&self) -> u64 {
-        // ORDER(source-handled): Acquire, for what the callbacks did. Partner: the store in
+        // ORDER(source-handled): Acquire, for the effects of the callbacks. Partner: the store in
         // `hand_on`.
         self.progress.handled.load(Ordering::Acquire)
     }
 
-    /// Runs `f` on the consumer of the ring; `None` in a signal handler that has interrupted that,
-    /// or in the child of a fork.
+    /// Runs `f` on the consumer of the ring. Returns `None` in a signal handler that has
+    /// interrupted the consumer, and in the child of a fork.
     pub(super) fn with_intake<R>(&self, f: impl FnOnce(&mut Intake, Words<'_>) -> R) -> Option<R> {
         let _taking = Flag::set(Flag::TAKING)?;
         if self.is_inherited() {
@@ -70,8 +70,8 @@ impl Inner {
         Some(f(&mut intake, self.words()))
     }
 
-    /// Takes in what there is up to now, without waiting for another thread. False if that could
-    /// not be done.
+    /// Takes in the records so far, without waiting for another thread. Returns false if that was
+    /// not possible.
     #[cold]
     pub(super) fn catch_up(&self) -> bool {
         let Some(_taking) = Flag::set(Flag::TAKING) else {
@@ -88,13 +88,13 @@ impl Inner {
             if self.marked() >= target {
                 return true;
             }
-            // Another thread has the lock, or another processor is about to write its record.
+            // Another thread holds the lock, or another processor has not written its record yet.
             std::hint::spin_loop();
         }
         false
     }
 
-    /// Hands on what there is, up to a generation, unless another thread does.
+    /// Passes records on, up to a generation, unless another thread is doing so.
     pub(super) fn hand_on(&self, target: u64) -> Option<Turn> {
         let telling = Flag::set(Flag::TELLING)?;
         let handing = try_lock(&self.handing)?;
@@ -106,15 +106,15 @@ impl Inner {
             let Some(told) = told else { break };
             drop(current_ref().invalidate(told.range, Event::Clear));
             if self.is_inherited() {
-                // The callback has forked, and this is the child. What it does from here on would
-                // be done to the parent's words.
+                // The callback has forked, and this is the child. A store below would be for the
+                // parent's records.
                 break;
             }
             turn.ranges += usize::from(!told.is_loss);
             turn.lost |= told.is_loss;
-            // ORDER(source-handled): Release: the callbacks have run. Partner: the load in
-            // `handled`. If weaker, a client takes an entry for good that a callback is about to
-            // take out.
+            // ORDER(source-handled): Release: the callbacks have run before this store. Partner:
+            // the load in `handled`. If weaker, a client could use an entry that a callback is
+            // about to remove.
             self.progress.handled.store(told.upto, Ordering::Release);
         }
         drop(handing);
@@ -122,12 +122,12 @@ impl Inner {
         Some(turn)
     }
 
-    /// Hands on all generations up to this one, or waits until they are. The caller has asked
-    /// [`busy::is_inside`].
+    /// Passes on all generations up to `generation`, or waits until another thread has. The caller
+    /// has checked [`busy::is_inside`].
     pub(super) fn settle(&self, generation: u64) {
-        // Once more if the program has counted the generation on another processor and is about to
-        // write its record. No thread waits for the lock itself: its holder proceeds, and
-        // may have handed on what is asked for here long before.
+        // Retry: the program may have counted the generation on another processor and not yet
+        // written its record. Do not wait for the lock: its holder continues with later records,
+        // and may have passed on `generation` long ago.
         crate::wait::until(|| {
             self.hand_on(generation);
             self.handled() >= generation || self.is_inherited()
@@ -138,8 +138,8 @@ impl Inner {
         self.handled() >= self.generation()
     }
 
-    /// The thread that runs callbacks when no client looks. It ends after the callback in which the
-    /// source was stopped.
+    /// Runs on the thread that runs callbacks when no client drains. The thread ends after the
+    /// callback during which the source was stopped.
     pub(super) fn tell(&self) {
         loop {
             thread::park();
@@ -152,17 +152,18 @@ impl Inner {
         }
     }
 
-    /// Takes note of how often the program was skipped so far: each time is a loss.
+    /// Records how often the kernel has skipped the program so far. Each skipped run is a loss.
     pub(super) fn note_missed(&self, missed: u64) {
         if self.missed.swap(missed, Ordering::Relaxed) != missed {
             self.note_loss();
         }
     }
 
-    /// Marks all watches and has everything invalidated: changes may have gone by uncounted.
+    /// Marks all watches and invalidates everything, because changes may have happened that were
+    /// not counted.
     pub(super) fn note_loss(&self) {
         self.with_intake(|intake, words| intake.everything(words));
-        // No generation was counted for the loss, so no thread would look for it.
+        // The loss has no generation yet, so no thread would look for it. Count one.
         self.header
             .u64(header::LOST)
             .fetch_add(1, Ordering::Relaxed);
@@ -172,13 +173,15 @@ impl Inner {
         self.wake_teller();
     }
 
-    /// Asks the program to wake the listener at the next record; false if there are records
+    /// Asks the program to wake the listener at the next record. Returns false if there are records
     /// already.
     pub(super) fn wants_a_call(&self) -> bool {
         self.header.u64(header::AWAKE).store(0, Ordering::Relaxed);
-        // ORDER(source-awake): full fence between the word and the look at the generation. Partner:
-        // the program, which counts the generation (a full barrier) and then looks at the word.
-        // If weaker, a record wakes no thread and no thread sees it.
+        // ORDER(source-awake): full fence between the store of `AWAKE` and the load of the
+        // generation. Partner: the program, which counts the generation (a full barrier) and then
+        // loads `AWAKE`. If this store comes first, the program sends a wake-up. If the program's
+        // count comes first, the load here sees it. Without the fence neither may happen, and the
+        // record would be left waiting.
         fence(Ordering::SeqCst);
         self.is_caught_up()
     }

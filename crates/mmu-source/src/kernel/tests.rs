@@ -1,4 +1,4 @@
-//! The program itself, run by hand: no virtual machine is needed.
+//! Runs the program on request, which needs no virtual machine.
 
 use super::*;
 use crate::testkit::{Cap, require};
@@ -11,7 +11,7 @@ fn range(start: u64, len: u64) -> VaRange {
     VaRange::covering(Va::new(start), len).expect("a range")
 }
 
-/// Whether an event counts as a hit.
+/// Tells whether an event counts as a hit.
 fn hits(kernel: &Kernel, range: VaRange) -> bool {
     let before = kernel.generation();
     kernel
@@ -79,7 +79,7 @@ fn a_wait_that_has_interrupted_one_of_its_own_thread_is_refused() {
     assert!(kernel.arm(at).is_ok());
 }
 
-/// Changes armed memory whenever it is told of a change of it: there is always one more.
+/// Makes another change of armed memory in each callback, so that changes never end.
 struct Feeds {
     kernel: std::sync::Weak<Kernel>,
     at: u64,
@@ -131,7 +131,7 @@ fn changes_that_never_end_hold_no_thread_up() {
     assert!(feeds.unregister().is_ok());
 }
 
-/// Holds up the thread that tells it of one page.
+/// A callback that blocks the thread that reports one page.
 struct Slow {
     at: u64,
     gate: Mutex<()>,

@@ -9,12 +9,12 @@ use mmu_notifier::VaRange;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
-/// A range that is armed, a place in the table of watches, and the word that is marked.
+/// An armed range, its entry in the table of watches, and the word that an event marks.
 #[derive(Debug)]
 pub(crate) struct Watching {
     glance: Glance,
     word: Arc<Word>,
-    /// Events up to this one began before the watch.
+    /// Events up to this one began before the watch was made.
     base: u64,
     id: Id,
     armed: Armed,
@@ -22,7 +22,8 @@ pub(crate) struct Watching {
 
 impl Kernel {
     fn enter(&self, range: VaRange, base: u64, word: &Arc<Word>) -> Option<Id> {
-        // A signal handler that has interrupted the source, and a child, get no table.
+        // `with_intake` gives no table to a child, or to a signal handler that has interrupted the
+        // source.
         enter(
             |f| self.inner.with_intake(|intake, _| f(&mut intake.watches)),
             range,
@@ -51,15 +52,16 @@ impl Watching {
             id,
             armed,
         };
-        // What begins from here on marks the watch; what began before is over after this.
+        // A change that begins from here on marks the watch. Changes that began before are over
+        // after this call.
         kernel.wait()?;
         Ok(watching)
     }
 
     #[inline]
     pub(crate) fn is_valid(&self) -> bool {
-        // ORDER(source-generation): Acquire: what the caller has read through its entry comes
-        // before the look at the generation.
+        // ORDER(source-generation): Acquire: the caller's reads through its entry come before the
+        // load of the generation.
         fence(Ordering::Acquire);
         if !self.glance.is_current() {
             rarely();
@@ -70,7 +72,8 @@ impl Watching {
         !self.word.is_touched()
     }
 
-    /// Whether the events that have not been taken in are all elsewhere, or have been taken in now.
+    /// Tells whether all events that have not been taken in are elsewhere. If reading the ring
+    /// cannot decide that, takes them in.
     #[inline(never)]
     fn nothing_else_touched(&self) -> bool {
         let seen = glimpse(&self.glance, self.armed.range(), self.base);
@@ -88,15 +91,15 @@ impl Watching {
             .with_intake(|intake, _| intake.watches.renew(&self.id, base));
         renewed.ok_or(Error::InCallback { source: "kernel" })?;
         self.base = base;
-        // Something may be under way that began before.
+        // A change that began before may still be under way.
         kernel.wait().inspect_err(|_| self.word.touch())
     }
 }
 
 impl Drop for Watching {
     fn drop(&mut self) {
-        // The word is freed outside of the lock. In the child of a fork the table is the parent's,
-        // and stays as it is.
+        // Free the word outside of the lock. In the child of a fork the table belongs to the parent
+        // and is left unchanged.
         let word = self
             .armed
             .kernel
@@ -106,7 +109,7 @@ impl Drop for Watching {
     }
 }
 
-/// Marks the branch that calls it as the rare one: the usual one is laid out without a jump, which
-/// is half a nanosecond of each look.
+/// Marks the calling branch as unlikely. The likely branch then has no jump, which saves half a
+/// nanosecond for each call of `is_valid`.
 #[cold]
 fn rarely() {}

@@ -1,8 +1,9 @@
-//! What a client believes of the descriptors that came.
+//! The client's check of the descriptors that it receives.
 //!
-//! The kernel says what a descriptor is, in `/proc`. A map that were a file could be cut short
-//! under the client (`SIGBUS`), and a device that is not KVM would do with `KVM_CREATE_VM` what it
-//! likes.
+//! `/proc` says what a descriptor is, and the kernel writes `/proc`. Without the check, a hostile
+//! broker could send a file in place of a map and truncate the file, which would kill the client
+//! with `SIGBUS`. It could also send a device other than KVM, for which `KVM_CREATE_VM` means
+//! something else.
 
 use super::super::layout::{RING, header};
 use super::super::programs::SharedMaps;
@@ -15,16 +16,17 @@ use std::os::fd::{AsRawFd, OwnedFd};
 const ARRAY: u64 = 2;
 const RING_BUFFER: u64 = 27;
 
-/// The number in a line of the form `name: number` of a descriptor's description.
+/// Returns the number in a line `name: number` of a descriptor's `fdinfo`.
 fn number(description: &str, name: &str) -> Option<u64> {
     field(description, name)?.parse().ok()
 }
 
-/// What the kernel says of a descriptor that has no file behind it; `None` of any other.
+/// Returns the type and the `fdinfo` of an anonymous-inode descriptor, or `None` for any other
+/// descriptor.
 fn description(descriptor: &OwnedFd) -> io::Result<Option<(String, String)>> {
     let number = descriptor.as_raw_fd();
     let name = fs::read_link(format!("/proc/thread-self/fd/{number}"))?;
-    // The path of a file begins with a slash.
+    // The link of a regular descriptor is a path, which begins with a slash.
     let Some(kind) = name
         .to_str()
         .and_then(|name| name.strip_prefix("anon_inode:"))
@@ -37,7 +39,7 @@ fn description(descriptor: &OwnedFd) -> io::Result<Option<(String, String)>> {
     )))
 }
 
-/// Whether these are the maps that a broker hands out.
+/// Tells whether the descriptors are maps of the kinds and sizes that a broker sends.
 pub(super) fn are_maps(maps: &SharedMaps) -> io::Result<bool> {
     let is_map = |map: &OwnedFd, wanted: [(&str, u64); 3]| {
         let Some((kind, text)) = description(map)? else {
@@ -66,7 +68,7 @@ pub(super) fn are_maps(maps: &SharedMaps) -> io::Result<bool> {
         && is_map(&maps.ring, ring)?)
 }
 
-/// Whether this is what has a program run at the tracepoint.
+/// Tells whether the descriptor is a link that attaches a program to the tracepoint.
 pub(super) fn is_link(link: &OwnedFd) -> io::Result<bool> {
     let tracepoint = sys::TRACEPOINT.to_str().expect("it is ASCII");
     let names_it = |line: &str| line.split_whitespace().nth(1) == Some(tracepoint);
@@ -74,7 +76,7 @@ pub(super) fn is_link(link: &OwnedFd) -> io::Result<bool> {
         .is_some_and(|(kind, text)| kind.starts_with("bpf") && text.lines().any(names_it)))
 }
 
-/// Whether this is the device of KVM.
+/// Tells whether the descriptor is the KVM device.
 pub(super) fn is_kvm(kvm: &OwnedFd) -> io::Result<bool> {
     use std::os::unix::fs::{FileTypeExt, MetadataExt};
     const MISC: u32 = 10;

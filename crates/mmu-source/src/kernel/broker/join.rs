@@ -1,4 +1,4 @@
-//! The client's side: how a process that lacks the rights gets the source from a broker.
+//! The client's side: how a process without the privileges gets the source from a broker.
 
 use super::super::program;
 use super::super::programs::SharedMaps;
@@ -13,34 +13,34 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-/// How long a broker may take for an answer.
+/// How long the client waits for an answer.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// A connection to a broker that has joined this process.
+/// A connection to a broker that serves this process.
 ///
-/// It stays open as long as the source does, because the broker takes its end for the end of the
+/// It stays open as long as the source exists, because the broker treats the end of the connection
 /// client.
 #[derive(Debug)]
 pub(in super::super) struct Session {
     socket: OwnedFd,
-    /// The broker did not answer, or not with sense. It is asked nothing more: its late answer
-    /// would be taken for that of the next request.
+    /// Whether the broker failed to answer, or answered nonsense. Then the client asks nothing
+    /// more, because it would take a late answer for the answer to the next request.
     is_silent: AtomicBool,
 }
 
-/// What a broker gave.
+/// What the broker gave to the client.
 #[derive(Debug)]
 pub(in super::super) struct Joined {
     pub(in super::super) maps: SharedMaps,
     pub(in super::super) session: Session,
     pub(in super::super) kvm: OwnedFd,
-    /// The machine that it was shown.
+    /// The machine that the client sent to the broker.
     pub(in super::super) a: OwnedFd,
-    /// What keeps its program at the tracepoint.
+    /// The link that keeps the client's program at the tracepoint.
     pub(in super::super) link: OwnedFd,
 }
 
-/// Where brokers are sought.
+/// The path where the client looks for a broker.
 pub(in super::super) fn path() -> PathBuf {
     path_of(std::env::var_os(VARIABLE).filter(|_| !super::sys::is_privileged_by_exec()))
 }
@@ -52,7 +52,8 @@ fn path_of(variable: Option<OsString>) -> PathBuf {
         .into()
 }
 
-/// Has the broker tell this process, or says why it does not. `None` if there is no broker.
+/// Asks a broker to serve this process. Returns its reason if it refuses, and `None` if there is no
+/// broker.
 pub(in super::super) fn join() -> Option<Result<Joined, String>> {
     let path = path();
     let socket = match socket::connect_to(&path, PATIENCE) {
@@ -73,8 +74,8 @@ pub(super) fn with(socket: OwnedFd) -> Result<Joined, String> {
         io::ErrorKind::WouldBlock => format!("it did not answer within {} s", PATIENCE.as_secs()),
         _ => error.to_string(),
     };
-    // The broker decides which changes this process is told of. So it must run as root or as the
-    // user of this process.
+    // The broker decides which changes this process learns of. So the client accepts only a broker
+    // that runs as root or as the client's own user.
     let server = socket::peer(&socket).map_err(in_words)?;
     if server.user != 0 && server.user != super::sys::effective_user() {
         return Err(format!(
@@ -119,7 +120,7 @@ pub(super) fn with(socket: OwnedFd) -> Result<Joined, String> {
     })
 }
 
-/// The broker's next answer, or its refusal in words.
+/// Receives the broker's next answer, or its refusal in words.
 fn receive(socket: &OwnedFd) -> io::Result<Result<(u64, Packet), String>> {
     let Some(packet) = socket::receive(socket)? else {
         return Err(io::ErrorKind::ConnectionReset.into());
@@ -132,12 +133,13 @@ fn receive(socket: &OwnedFd) -> io::Result<Result<(u64, Packet), String>> {
 }
 
 impl Session {
-    /// Whether the broker is asked nothing more.
+    /// Tells whether the client asks this broker nothing more.
     pub(in super::super) fn is_silent(&self) -> bool {
         self.is_silent.load(Ordering::Relaxed)
     }
 
-    /// Asks for something; `None` if there is no answer, now or ever.
+    /// Asks the broker for something. Returns `None` if the broker does not answer, or failed to
+    /// answer earlier.
     pub(in super::super) fn ask(
         &self,
         request: Request,

@@ -1,4 +1,4 @@
-//! What a broker and its clients say: messages of fixed size, one in a packet.
+//! The messages between a broker and its clients. Each has a fixed size and fills one packet.
 //!
 //! ```text
 //!   broker   greeting: done, which version of the program         + /dev/kvm
@@ -8,25 +8,26 @@
 //!   broker   done, a number
 //! ```
 //!
-//! In place of each of its answers the broker can send a refusal, after which it closes.
+//! The broker can replace any of its answers by a refusal. After a refusal it closes the
+//! connection.
 
-/// How a message begins.
+/// The first bytes of every message.
 const MAGIC: [u8; 4] = *b"mmun";
 
-/// What a client asks for.
+/// A request of a client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Request {
-    /// To be told of the changes of the address space of this machine.
+    /// Report the changes of the address space of this machine to the client.
     Join,
-    /// That the program read this machine's count.
+    /// Let the program read this machine's count.
     Count,
-    /// That the program read no machine's count any more.
+    /// Let the program read no machine's count any more.
     Forget,
-    /// How often the program was skipped.
+    /// Return how often the kernel skipped the program.
     Missed,
 }
 
-/// What a broker answers.
+/// An answer of a broker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Reply {
     /// The request was carried out. The meaning of the number depends on the request.
@@ -39,15 +40,15 @@ pub(crate) enum Reply {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Refusal {
-    /// The user does not belong to the group that is served.
+    /// The user does not belong to the group that the broker serves.
     Stranger,
     /// All places are taken.
     Full,
-    /// The user has its share of the places.
+    /// The user already has its share of the places.
     Share,
-    /// The broker could not do it: an error number.
+    /// The broker failed, with this errno.
     Failed(i32),
-    /// The client said what makes no sense.
+    /// The client sent something that makes no sense.
     Nonsense,
 }
 
@@ -56,7 +57,7 @@ impl Request {
     /// The size of a request.
     pub(crate) const BYTES: usize = 8;
 
-    /// Reads a packet; `None` if it is no request.
+    /// Parses a packet. Returns `None` if it is not a request.
     #[must_use]
     pub(crate) fn parse(packet: &[u8]) -> Option<Self> {
         let packet: &[u8; Self::BYTES] = packet.try_into().ok()?;
@@ -67,7 +68,7 @@ impl Request {
             .find(|request| kind == request.kind().to_le_bytes())
     }
 
-    /// The packet.
+    /// Returns the packet of this request.
     #[must_use]
     pub(crate) fn bytes(self) -> [u8; Self::BYTES] {
         let mut packet = [0; Self::BYTES];
@@ -80,7 +81,7 @@ impl Request {
         self as u32
     }
 
-    /// How many descriptors come with it.
+    /// Returns how many descriptors accompany this request.
     #[must_use]
     pub(crate) fn descriptors(self) -> usize {
         usize::from(matches!(self, Self::Join | Self::Count))
@@ -91,7 +92,7 @@ impl Reply {
     /// The size of a reply.
     pub(crate) const BYTES: usize = 16;
 
-    /// Reads a packet; `None` if it is no reply.
+    /// Parses a packet. Returns `None` if it is not a reply.
     #[must_use]
     pub(crate) fn parse(packet: &[u8]) -> Option<Self> {
         let packet: &[u8; Self::BYTES] = packet.try_into().ok()?;
@@ -107,11 +108,11 @@ impl Reply {
             5 => Refusal::Nonsense,
             _ => return None,
         };
-        // One meaning has one form.
+        // Only `Failed` has a value, so each reply has exactly one encoding.
         (value == 0 || status == 4).then_some(Self::Refused(refused))
     }
 
-    /// The packet.
+    /// Returns the packet of this reply.
     #[must_use]
     pub(crate) fn bytes(self) -> [u8; Self::BYTES] {
         let (status, value) = match self {

@@ -1,11 +1,13 @@
-//! The places that clients take, and when one is free again.
+//! The places that clients take, and when a place is free again.
 //!
-//! Each client's program is run for each change that the kernel tells any virtual machine's process
-//! of, so there is a limit. A user can have half of what the others leave, rounded up: one user
-//! alone half of all, a second one a quarter. So no user, whatever it does, takes the last place.
+//! The number of clients is limited, because the kernel runs every client's program for every MMU
+//! notifier event of every process with a virtual machine. One user can have half of the places
+//! that the other users leave, rounded up: the first user half of all, a second one a quarter. So
+//! no single user can take the last place.
 //!
-//! A client has its link and its maps in hand, and can keep or pass on their descriptors when its
-//! connection has ended. Its place is free when the kernel knows none of them any more.
+//! A client holds its link and its maps. It can keep their descriptors, or pass them on, after its
+//! connection has ended. So its place is free only when none of these objects exists in the kernel
+//! any more.
 
 use super::super::sys::{self, Object};
 use super::message::Refusal;
@@ -28,16 +30,16 @@ struct Taken {
 struct Place {
     number: u64,
     user: u32,
-    /// What the client of a connection that has ended may still have.
+    /// The objects that a client may still hold after its connection has ended.
     left: Option<Vec<Object>>,
 }
 
-/// A place that is taken, until it is dropped.
+/// A place. Dropping the ticket gives the place back.
 #[derive(Debug)]
 pub(super) struct Ticket {
     places: Arc<Places>,
     number: u64,
-    /// What the client was given.
+    /// The objects that the client got.
     pub(super) given: Vec<Object>,
 }
 
@@ -53,7 +55,7 @@ impl Places {
         self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a place for a user.
+    /// Takes a place for `user`.
     pub(super) fn take(self: &Arc<Self>, user: u32) -> Result<Ticket, Refusal> {
         let mut taken = self.taken();
         taken.list.retain(|place| {

@@ -1,15 +1,15 @@
-//! What is made before a client asks for it.
+//! Prepares the maps and programs of the next client.
 //!
-//! The verifier takes most of the time in which a client joins. So the broker keeps one set of maps
-//! and programs that is loaded already, and a thread of its own replaces it once a client has taken
-//! it. A client that comes before that waits for a set of its own.
+//! When a client joins, the verifier takes most of the time. So the broker keeps one set of maps
+//! and programs already loaded. When a client has taken the set, a separate thread makes another. A
+//! client that comes before the new set is complete waits for a set of its own.
 //!
-//! One set has one client: it was attached for no other, and none of its descriptors has left the
-//! broker.
+//! Each set has only one client: the set was never attached for another one, and none of its
+//! descriptors has left the broker.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
-/// Room for one `T`.
+/// A place for one prepared `T`.
 #[derive(Debug)]
 pub(super) struct Ready<T> {
     room: Mutex<Room<T>>,
@@ -18,9 +18,9 @@ pub(super) struct Ready<T> {
 
 #[derive(Debug)]
 enum Room<T> {
-    /// To be filled.
+    /// A `T` is to be made.
     Wanted,
-    /// Filling failed; not tried again before the next client connects.
+    /// Making failed. It is tried again when the next client connects.
     Empty,
     Full(T),
 }
@@ -41,7 +41,8 @@ impl<T> Ready<T> {
         *self.room() = Room::Full(made);
     }
 
-    /// Takes what is there, and has it replaced. Waits for no making.
+    /// Takes the prepared `T`, if there is one, and requests another. Does not wait until a `T` is
+    /// made.
     pub(super) fn take(&self) -> Option<T> {
         let before = std::mem::replace(&mut *self.room(), Room::Wanted);
         self.wanted.notify_all();
@@ -51,7 +52,7 @@ impl<T> Ready<T> {
         }
     }
 
-    /// Fills the room by `make` each time that something was taken. For ever.
+    /// Makes a `T` each time that one was taken. Never returns.
     pub(super) fn refill(&self, mut make: impl FnMut() -> Option<T>) {
         loop {
             let is_wanted = |room: &mut Room<T>| matches!(room, Room::Wanted);

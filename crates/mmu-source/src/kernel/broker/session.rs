@@ -1,11 +1,12 @@
 //! What a broker does for one client.
 //!
-//! Each client has a thread of its own in the broker: one that hangs, floods, or hands over a
-//! descriptor that takes for ever to close holds up no other client.
+//! The broker serves each client on a thread of its own. So a client that hangs, floods, or sends a
+//! descriptor that takes long to close does not delay other clients.
 //!
-//! The client's machines are held open here as long as the programs have an address in them: memory
-//! that was freed and has become something else is never read, and an address space that has ended
-//! is never taken for another one. When the connection ends, the programs forget both.
+//! The session holds the client's machines open as long as the programs know an address in them.
+//! Otherwise a program could read memory that was freed and reused, or take a new address space for
+//! one that has ended. When the connection ends, the session makes the programs forget these
+//! addresses.
 
 use super::super::layout::RING;
 use super::super::missing;
@@ -22,23 +23,23 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
-/// How long a client may take to join, and to take an answer.
+/// How long the broker waits for a client to join, or to accept an answer.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What all sessions share.
 #[derive(Debug)]
 pub(super) struct Means {
-    /// A machine of the broker's, to know others by.
+    /// A machine of the broker itself, which other machines are compared with.
     pub(super) machine: OwnedFd,
     pub(super) offsets: Offsets,
-    /// What the next client is given.
+    /// The prepared set for the next client.
     pub(super) ready: Ready<Outfit>,
 }
 
 /// The maps and the programs of one client.
 pub(super) type Outfit = (SharedMaps, Programs);
 
-/// Serves a client until it goes.
+/// Serves a client until it disconnects.
 pub(super) fn serve(socket: &OwnedFd, means: &Means, ticket: &mut Ticket) {
     let refused = match join(socket, means, ticket) {
         Ok(Some(mut session)) => session.run(socket).err(),
@@ -50,10 +51,11 @@ pub(super) fn serve(socket: &OwnedFd, means: &Means, ticket: &mut Ticket) {
     }
 }
 
-/// Tells whether clients could be served. What that takes is kept for the first client.
+/// Tells whether clients could be served. Keeps what it made for the first client.
 pub(super) fn rehearse(means: &Means) -> Result<(), Error> {
     let (maps, programs) = make(means).map_err(|error| missing::bpf_missing(&error))?;
-    // Detached at once, before the program knows an address space: it leaves no trace of others.
+    // Detached at once, before the program knows an address space: it records nothing about other
+    // processes.
     programs
         .attach()
         .map_err(|error| missing::tracepoint_missing(&error))?;
@@ -68,7 +70,7 @@ pub(super) fn rehearse(means: &Means) -> Result<(), Error> {
 
 struct Session {
     programs: Programs,
-    /// Held so that the address space does not become another one.
+    /// Held open so that no other address space gets the same address.
     a: OwnedFd,
     b: Option<OwnedFd>,
 }
@@ -77,7 +79,8 @@ fn failed(error: &io::Error) -> Refusal {
     Refusal::Failed(error.raw_os_error().unwrap_or(libc::EIO))
 }
 
-/// Waits for the client's first request and makes what it is given; `None` if it has gone.
+/// Waits for the client's first request, and makes what the client needs. Returns `None` if the
+/// client has gone.
 fn join(socket: &OwnedFd, means: &Means, ticket: &mut Ticket) -> Result<Option<Session>, Refusal> {
     let be_patient =
         |patience| socket::be_patient(socket, patience).map_err(|error| failed(&error));
@@ -91,7 +94,7 @@ fn join(socket: &OwnedFd, means: &Means, ticket: &mut Ticket) -> Result<Option<S
     };
     let made = means.ready.take().map_or_else(|| make(means), Ok);
     let (maps, programs) = made.map_err(|error| failed(&error))?;
-    // Only what has the operations of our own machine is one.
+    // A descriptor is a machine only if its file operations are those of the broker's own machine.
     if !programs.show(means.machine.as_fd(), Role::Space) {
         return Err(Refusal::Failed(libc::ENOSYS));
     }
@@ -110,7 +113,7 @@ fn join(socket: &OwnedFd, means: &Means, ticket: &mut Ticket) -> Result<Option<S
     if socket::send(socket, &Reply::Done(0).bytes(), &given).is_err() {
         return Ok(None);
     }
-    // From here on it may be silent for as long as it likes.
+    // From here on the client may stay silent as long as it likes.
     socket::be_patient(socket, None).map_err(|error| failed(&error))?;
     Ok(Some(session))
 }
@@ -122,7 +125,7 @@ pub(super) fn make(means: &Means) -> io::Result<Outfit> {
     Ok((maps, programs))
 }
 
-/// The next request; `None` if there is none any more.
+/// Receives the next request. Returns `None` if there will be no more.
 fn receive(socket: &OwnedFd) -> Result<Option<(Request, Packet)>, Refusal> {
     let Ok(Some(packet)) = socket::receive(socket) else {
         return Ok(None);
@@ -136,7 +139,7 @@ fn receive(socket: &OwnedFd) -> Result<Option<(Request, Packet)>, Refusal> {
 }
 
 impl Session {
-    /// What the client can hold on to.
+    /// Returns the objects that the client can keep.
     fn objects(&self, maps: &SharedMaps) -> io::Result<Vec<Object>> {
         let mut objects = vec![Object::Program(self.programs.number()?)];
         for map in [&maps.header, &maps.sum, &maps.own, &maps.ring] {
@@ -171,7 +174,7 @@ impl Session {
         Ok(())
     }
 
-    /// Has the program read the count of this machine.
+    /// Makes the program read the count of this machine.
     fn count(&mut self, b: OwnedFd) -> bool {
         let is_found = self.programs.show(b.as_fd(), Role::B);
         if is_found {
@@ -183,10 +186,10 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        // Before the machines are closed, which are fields of this.
+        // This must happen before the fields, which hold the machines, are dropped.
         if !self.programs.forget_all() {
-            // The programs go on reading: so what they read has to stay, as long as the broker
-            // does.
+            // The programs still read the machines' memory. So the machines must stay open as long
+            // as the broker runs.
             std::mem::forget((self.b.take(), self.a.try_clone()));
         }
     }

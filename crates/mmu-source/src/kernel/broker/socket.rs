@@ -1,4 +1,4 @@
-//! Packets with descriptors, and who is at the other end.
+//! Sends and receives packets with descriptors, and identifies the peer.
 
 use super::sys;
 use rustix::net::sockopt::{
@@ -15,10 +15,10 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
 
-/// Room for more descriptors than any message has, so that a packet with too many is noticed.
+/// Room for more descriptors than any message has, so that a packet with too many is detected.
 const DESCRIPTORS: usize = 8;
 
-/// A packet that was received.
+/// A received packet.
 #[derive(Debug)]
 pub(super) struct Packet {
     bytes: [u8; 32],
@@ -31,7 +31,7 @@ impl Packet {
         &self.bytes[..self.length]
     }
 
-    /// The descriptors, if there are so many.
+    /// Returns the descriptors if there are exactly `N`.
     pub(super) fn take<const N: usize>(self) -> Option<[OwnedFd; N]> {
         self.descriptors.try_into().ok()
     }
@@ -46,7 +46,7 @@ fn new() -> io::Result<OwnedFd> {
     )?)
 }
 
-/// Connects, within `patience`.
+/// Connects to a broker. Each step waits at most `patience`.
 pub(super) fn connect_to(path: &Path, patience: Duration) -> io::Result<OwnedFd> {
     let socket = new()?;
     be_patient(&socket, Some(patience))?;
@@ -54,8 +54,7 @@ pub(super) fn connect_to(path: &Path, patience: Duration) -> io::Result<OwnedFd>
     Ok(socket)
 }
 
-/// Makes a socket at `path` to listen at. No client can connect before
-/// [`start_listening`].
+/// Makes a socket bound to `path`. No client can connect before [`start_listening`].
 pub(super) fn bind_at(path: &Path) -> io::Result<OwnedFd> {
     let socket = new()?;
     bind(&socket, &SocketAddrUnix::new(path)?)?;
@@ -66,7 +65,7 @@ pub(super) fn start_listening(socket: &OwnedFd) -> io::Result<()> {
     Ok(listen(socket, 128)?)
 }
 
-/// Tells whether another process's socket is one that a broker can listen at.
+/// Checks that a socket from another process is one that a broker can listen at.
 pub(super) fn check_listener(socket: &OwnedFd) -> io::Result<()> {
     let is_right = socket_domain(socket)? == AddressFamily::UNIX
         && socket_type(socket)? == SocketType::SEQPACKET;
@@ -85,13 +84,13 @@ pub(super) fn be_patient(socket: &OwnedFd, patience: Option<Duration>) -> io::Re
     Ok(())
 }
 
-/// The user and the process at the other end, as they were at its `connect` or `listen`.
+/// The user and the process at the other end, at the time of its `connect` or `listen`.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Peer {
     pub(super) user: u32,
     pub(super) group: u32,
-    /// For messages only: the number may belong to another process by now. Zero if the process is
-    /// outside of this one's pid namespace.
+    /// For messages only, because another process may have the number by now. Zero if the process
+    /// is outside this pid namespace.
     pub(super) pid: i32,
 }
 
@@ -131,7 +130,7 @@ pub(super) fn send(
     }
 }
 
-/// Receives a packet; `None` if the other end has closed.
+/// Receives a packet. Returns `None` if the peer has closed the connection.
 pub(super) fn receive(socket: &OwnedFd) -> io::Result<Option<Packet>> {
     let mut packet = Packet {
         bytes: [0; 32],

@@ -1,7 +1,7 @@
-//! The calls of the broker that have no safe wrapper.
+//! The system calls of the broker that have no safe wrapper.
 //!
 //! # Safety
-//! The calls are given pointers to locals, and their sizes.
+//! The calls get pointers to locals and the sizes of those locals.
 
 #![allow(
     unsafe_code,
@@ -14,10 +14,11 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr;
 
-/// The process at the other end, as of its `connect` or `listen`.
+/// Returns the credentials of the process at the other end, at the time of its `connect` or
+/// `listen`.
 ///
-/// The pid is zero for a process outside of this one's pid namespace, which a type for process
-/// numbers that excludes zero cannot hold.
+/// rustix has a wrapper, but its pid type cannot be zero. The kernel reports zero for a process
+/// outside this pid namespace.
 pub(super) fn peer_credentials(socket: &OwnedFd) -> io::Result<libc::ucred> {
     let mut creds = libc::ucred {
         pid: 0,
@@ -26,7 +27,7 @@ pub(super) fn peer_credentials(socket: &OwnedFd) -> io::Result<libc::ucred> {
     };
     let mut bytes = size_of_val(&creds) as libc::socklen_t;
     let (socket, into) = (socket.as_raw_fd(), (&raw mut creds).cast());
-    // SAFETY: the local has as many bytes as the call is told, and any bytes are a valid `ucred`.
+    // SAFETY: the call is told the size of the local, and any bytes are a valid `ucred`.
     let result = unsafe {
         libc::getsockopt(
             socket,
@@ -43,14 +44,14 @@ pub(super) fn peer_credentials(socket: &OwnedFd) -> io::Result<libc::ucred> {
     }
 }
 
-/// The groups of the process at the other end, as of its `connect`, without its effective one.
+/// Returns the supplementary groups of the process at the other end, at the time of its `connect`.
 pub(super) fn peer_groups(socket: &OwnedFd) -> io::Result<Vec<u32>> {
     const SO_PEERGROUPS: i32 = 59;
     let mut groups = vec![0_u32; 64];
     loop {
         let mut bytes = size_of_val(groups.as_slice()) as libc::socklen_t;
         let (socket, into) = (socket.as_raw_fd(), groups.as_mut_ptr().cast());
-        // SAFETY: the buffer has as many bytes as the call is told.
+        // SAFETY: the call is told the size of the buffer.
         let result =
             unsafe { libc::getsockopt(socket, libc::SOL_SOCKET, SO_PEERGROUPS, into, &mut bytes) };
         let count = bytes as usize / size_of::<u32>();
@@ -59,7 +60,7 @@ pub(super) fn peer_groups(socket: &OwnedFd) -> io::Result<Vec<u32>> {
             return Ok(groups);
         }
         let error = io::Error::last_os_error();
-        // The call says how much room it wants.
+        // The call reports the size that it needs.
         if error.raw_os_error() != Some(libc::ERANGE) || count <= groups.len() {
             return Err(error);
         }
@@ -67,7 +68,7 @@ pub(super) fn peer_groups(socket: &OwnedFd) -> io::Result<Vec<u32>> {
     }
 }
 
-/// Returns the number of a group; `None` if there is none of this name.
+/// Returns the number of a group, or `None` if no group has this name.
 pub(super) fn group_named(name: &str) -> io::Result<Option<u32>> {
     let name = CString::new(name)?;
     let mut buffer = vec![0; 1024];
@@ -75,12 +76,12 @@ pub(super) fn group_named(name: &str) -> io::Result<Option<u32>> {
         let mut group = MaybeUninit::<libc::group>::uninit();
         let mut found = ptr::null_mut();
         let (into, room) = (buffer.as_mut_ptr(), buffer.len());
-        // SAFETY: the name ends in a null, the buffer is as long as the call is told, and the rest
-        // are places of locals.
+        // SAFETY: the name ends in a zero byte, the call is told the length of the buffer, and the
+        // other pointers are to locals.
         let error =
             unsafe { libc::getgrnam_r(name.as_ptr(), group.as_mut_ptr(), into, room, &mut found) };
         match error {
-            // SAFETY: the call has found the group, and so has written it.
+            // SAFETY: the call has found the group, so it has initialised the local.
             0 => return Ok((!found.is_null()).then(|| unsafe { group.assume_init() }.gr_gid)),
             libc::ERANGE => buffer.resize(2 * room, 0),
             error => return Err(io::Error::from_raw_os_error(error)),
@@ -88,8 +89,8 @@ pub(super) fn group_named(name: &str) -> io::Result<Option<u32>> {
     }
 }
 
-/// Takes the descriptor that a service manager has opened for this process (`LISTEN_FDS`), if it
-/// has.
+/// Takes the listening descriptor that a service manager has passed to this process (`LISTEN_FDS`),
+/// if there is one.
 pub(super) fn take_passed() -> io::Result<Option<OwnedFd>> {
     const FIRST: i32 = 3;
     let value = |name| {
@@ -113,33 +114,33 @@ pub(super) fn take_passed() -> io::Result<Option<OwnedFd>> {
     if unsafe { libc::fcntl(FIRST, libc::F_SETFD, libc::FD_CLOEXEC) } != 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: `from_raw_fd` needs an open descriptor without another owner: the service manager
-    // has opened it for the process with this pid, and the caller takes it once.
+    // SAFETY: `from_raw_fd` needs an open descriptor without another owner. The service manager
+    // opened this one for the process with this pid, and the caller takes it once.
     Ok(Some(unsafe { OwnedFd::from_raw_fd(FIRST) }))
 }
 
-/// Lets this process have as many descriptors as it may.
+/// Raises this process's limit of descriptors to its maximum.
 pub(super) fn raise_descriptor_limit() {
     let mut limit = libc::rlimit {
         rlim_cur: 0,
         rlim_max: 0,
     };
-    // SAFETY: fills in a local.
+    // SAFETY: the call writes to a local.
     if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } == 0 {
         limit.rlim_cur = limit.rlim_max;
-        // SAFETY: reads a local.
+        // SAFETY: the call reads a local.
         unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) };
     }
 }
 
-/// Whether this program was given rights that its caller does not have: then the environment is the
-/// word of a stranger.
+/// Tells whether `exec` gave this program privileges that its caller lacks. Then the environment
+/// comes from a caller that must not be trusted.
 pub(super) fn is_privileged_by_exec() -> bool {
     // SAFETY: takes an integer.
     unsafe { libc::getauxval(libc::AT_SECURE) != 0 }
 }
 
 pub(super) fn effective_user() -> u32 {
-    // SAFETY: takes nothing and cannot fail.
+    // SAFETY: takes no arguments and cannot fail.
     unsafe { libc::geteuid() }
 }

@@ -1,5 +1,5 @@
-//! Clients and brokers that speak by hand, over real sockets; a second address space and another
-//! user where it takes one.
+//! Brokers and clients over real sockets. The clients send hand-made packets. Some tests need a
+//! second address space or another user.
 
 #![allow(
     unsafe_code,
@@ -37,7 +37,7 @@ fn new_path() -> PathBuf {
     std::env::temp_dir().join(format!("mmun-broker-{}-{number}", std::process::id()))
 }
 
-/// A path that is gone with this.
+/// A path that is removed on drop.
 struct At(PathBuf);
 
 impl Drop for At {
@@ -46,7 +46,7 @@ impl Drop for At {
     }
 }
 
-/// Starts a broker for the tests' own user, in a thread that ends with the process.
+/// Starts a broker for the user of the tests, on a thread that ends with the process.
 fn start(max_clients: usize) -> At {
     let path = new_path();
     let broker = Broker::bind(
@@ -78,7 +78,7 @@ fn ask(socket: &OwnedFd, bytes: &[u8], with: &[BorrowedFd<'_>]) -> Option<Reply>
     reply(socket).map(|(reply, _)| reply)
 }
 
-/// What a client has that speaks by hand.
+/// What a client with hand-made packets holds.
 struct Client {
     socket: OwnedFd,
     kvm: OwnedFd,
@@ -106,7 +106,8 @@ fn join(at: &At) -> Result<Client, Refusal> {
     }
 }
 
-/// Joins as soon as there is a place: what the last client had goes soon after it, not at once.
+/// Joins as soon as there is a place: the kernel frees the last client's objects a little after the
+/// client.
 fn join_soon(at: &At) -> Client {
     let begun = Instant::now();
     loop {
@@ -118,7 +119,7 @@ fn join_soon(at: &At) -> Client {
 }
 
 impl Client {
-    /// Whether a change of this process is counted.
+    /// Tells whether a change of this process is counted.
     fn is_told(&self) -> bool {
         let header =
             Shared::map(self.given[0].as_fd(), 0, header::BYTES, true).expect("it is a map");
@@ -140,7 +141,8 @@ fn who_keeps_what_it_was_given_keeps_its_place() {
     let Client { socket, given, .. } = join(&at).expect("a place");
     assert_eq!(join(&at).err(), Some(Refusal::Full));
     drop(socket);
-    // The broker sees the end of the connection some time; the place is never free meanwhile.
+    // The broker sees the end of the connection at some later time. The place must stay taken
+    // meanwhile.
     let begun = Instant::now();
     while begun.elapsed() < Duration::from_millis(200) {
         assert_eq!(
@@ -237,7 +239,7 @@ fn nonsense_and_silence_are_the_clients_own_loss() {
         let socket = connect(&at);
         reply(&socket).expect("a greeting");
         let descriptors = vec![null.as_fd(); descriptors];
-        // More descriptors than a packet may have here are sent by another call.
+        // `send` cannot send so many descriptors, so another function does.
         let answer = if descriptors.len() > 8 {
             send_many(&socket, bytes, &descriptors);
             reply(&socket).map(|(reply, _)| reply)
@@ -312,7 +314,7 @@ fn a_client_is_told_of_its_own_changes_alone() {
             let _ = doing.write_all(&[0]);
         }
     }
-    // A child, because other tests change this address space meanwhile.
+    // Run in a child, because other tests change this address space at the same time.
     let good = in_child(|| {
         let client = join(&at).expect("a place");
         assert!(client.is_told());
@@ -325,8 +327,8 @@ fn a_client_is_told_of_its_own_changes_alone() {
             header::ANSWERED,
         ];
         let seen = || words.map(|word| header.u64(word).load(Ordering::Relaxed));
-        // Everything is armed, without and with a machine B; then the page is the one of the
-        // questions.
+        // First everything is armed, without and then with a machine B. Last, the victim's page is
+        // also the scratch page of the questions.
         let b = kernel_sys::create_vm(client.kvm.as_fd()).expect("a machine");
         for (scratch, with_b) in [(0, false), (0, true), (page.address(), true)] {
             let (request, with) = if with_b {
@@ -369,11 +371,11 @@ fn nobodys_group() -> Option<String> {
 }
 
 fn become_nobody() {
-    // SAFETY: no list is read.
+    // SAFETY: the list is empty, so the pointer is not read.
     assert_eq!(unsafe { libc::setgroups(0, std::ptr::null()) }, 0);
-    // SAFETY: integers.
+    // SAFETY: takes integers.
     assert_eq!(unsafe { libc::setresgid(NOBODY, NOBODY, NOBODY) }, 0);
-    // SAFETY: integers.
+    // SAFETY: takes integers.
     assert_eq!(unsafe { libc::setresuid(NOBODY, NOBODY, NOBODY) }, 0);
 }
 
@@ -382,7 +384,7 @@ fn pipe() -> (File, File) {
     (OwnedFd::from(read).into(), OwnedFd::from(write).into())
 }
 
-/// Two sockets that are connected.
+/// Returns two connected sockets.
 fn pair() -> (OwnedFd, OwnedFd) {
     use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
     socketpair(
@@ -408,7 +410,7 @@ fn send_many(socket: &OwnedFd, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) {
     .expect("it is sent");
 }
 
-/// A virtual machine that a child has made, who has ended.
+/// Returns a virtual machine made by a child that has ended.
 fn foreign_machine() -> OwnedFd {
     let (ours, theirs) = pair();
     assert!(in_child(|| {
@@ -426,8 +428,8 @@ fn foreign_machine() -> OwnedFd {
 }
 
 fn end(child: libc::pid_t) {
-    // SAFETY: a child that was not waited for.
+    // SAFETY: takes integers; the process is a child that was not reaped.
     unsafe { libc::kill(child, libc::SIGKILL) };
-    // SAFETY: as above; the status is not asked for.
+    // SAFETY: as above; the status pointer may be null.
     unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
 }

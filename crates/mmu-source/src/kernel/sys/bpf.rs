@@ -8,15 +8,15 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 /// The kinds of BPF maps in use, `enum bpf_map_type`.
 #[derive(Debug, Clone, Copy)]
 pub(in super::super) enum Map {
-    /// One value that user space may map.
+    /// One value. User space may map it.
     Value { bytes: u32 },
-    /// One value that only programs see.
+    /// One value that only programs access.
     Private { bytes: u32 },
-    /// A ring of records, whose size is a power of two.
+    /// A ring of records. Its size is a power of two.
     Ring { bytes: u32 },
 }
 
-/// `union bpf_attr`: the kernel wants unused bytes to be zero.
+/// `union bpf_attr`. The kernel requires unused bytes to be zero.
 #[repr(C, align(8))]
 struct Attributes([u32; 32]);
 
@@ -40,8 +40,8 @@ impl Attributes {
     }
 
     fn call(&mut self, command: u32) -> io::Result<i32> {
-        // SAFETY: the size is that of the attributes, which outlive the call; the callers of this
-        // function borrow what the attributes point to until it returns.
+        // SAFETY: the call is told the size of the attributes, which outlive the call. The callers
+        // of this function borrow the targets of all pointers in them until it returns.
         let result = unsafe {
             libc::syscall(
                 libc::SYS_bpf,
@@ -82,12 +82,12 @@ pub(in super::super) fn create_map(map: Map) -> io::Result<OwnedFd> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in super::super) enum Kind {
     RawTracepoint = 17,
-    /// Runs only on request, see `run_program`.
+    /// Runs only on request: see `run_program`.
     Syscall = 31,
 }
 
-/// Has the kernel verify and compile `program`. On a refusal, the end of the verifier's log is part
-/// of the error.
+/// Makes the kernel verify and compile `program`. If the verifier rejects the program, the error
+/// contains the end of its log.
 pub(in super::super) fn load_program(kind: Kind, program: &[u64]) -> io::Result<OwnedFd> {
     const BPF_F_SLEEPABLE: u32 = 1 << 4;
     let license = c"Dual MIT/GPL";
@@ -106,7 +106,7 @@ pub(in super::super) fn load_program(kind: Kind, program: &[u64]) -> io::Result<
             .pointer(8, program.as_ptr())
             .pointer(16, license.as_ptr())
     };
-    // EAGAIN: a signal, or the completion of an io_uring request of this thread, interrupted the
+    // `EAGAIN`: a signal, or the completion of an io_uring request of this thread, interrupted the
     // verifier.
     let is_interrupted = |result: &io::Result<_>| {
         result
@@ -125,7 +125,7 @@ pub(in super::super) fn load_program(kind: Kind, program: &[u64]) -> io::Result<
         Err(error) => error,
     };
     if crate::error::exhausted(&error).is_some() {
-        // The verifier did not refuse the program, and adding its log would lose the error number.
+        // The verifier did not reject the program, and adding its log would lose the errno.
         return Err(error);
     }
     let mut log = vec![0_u8; 1 << 20];
@@ -161,7 +161,7 @@ pub(in super::super) fn attach(program: BorrowedFd<'_>, tracepoint: &CStr) -> io
     )
 }
 
-/// Runs a program once, in this thread. A raw tracepoint's program gets `arguments` as if the
+/// Runs a program once, on this thread. A raw tracepoint program gets `arguments` as if the
 /// tracepoint had passed them. Returns the program's return value.
 pub(in super::super) fn run_program(
     program: BorrowedFd<'_>,
@@ -175,7 +175,7 @@ pub(in super::super) fn run_program(
     Ok(attributes.0[1])
 }
 
-/// Returns how often a program was not run because its processor was already running it.
+/// Returns how often the kernel skipped a program because its processor was already running it.
 pub(in super::super) fn missed_runs(program: BorrowedFd<'_>) -> io::Result<u64> {
     /// `recursion_misses` in `struct bpf_prog_info` (Linux 5.12).
     const RECURSION_MISSES: usize = 208;
@@ -188,7 +188,7 @@ pub(in super::super) fn missed_runs(program: BorrowedFd<'_>) -> io::Result<u64> 
     Ok(info[RECURSION_MISSES / 8])
 }
 
-/// A BPF object by the kernel's id, which stays valid as long as anything refers to the object.
+/// The kernel's id of a BPF object. It stays valid as long as a reference to the object exists.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in super::super) enum Object {
     Program(u32),
@@ -207,7 +207,8 @@ pub(in super::super) fn number(object: BorrowedFd<'_>) -> io::Result<u32> {
     Ok(info[1])
 }
 
-/// Tells whether an object still exists. False without CAP_SYS_ADMIN, which the look-up needs.
+/// Tells whether an object still exists. The look-up needs CAP_SYS_ADMIN; without it the answer is
+/// false.
 pub(in super::super) fn exists(object: Object) -> bool {
     let (command, number) = match object {
         Object::Program(number) => (13, number),

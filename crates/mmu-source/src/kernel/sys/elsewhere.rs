@@ -1,10 +1,10 @@
-//! A processor whose instruction for calls is not known here: `hook` is not there either.
+//! A processor without support for `hook`: calling through libc reports nothing to it.
 
-/// `madvise`.
+/// Calls `madvise` through libc.
 ///
 /// # Safety
-/// As `madvise`.
+/// The rules of `madvise`.
 pub(super) unsafe fn madvise(address: *mut u8, length: usize, advice: i32) -> i64 {
-    // SAFETY: the caller's duty.
+    // SAFETY: the caller follows the rules of `madvise`.
     i64::from(unsafe { libc::madvise(address.cast(), length, advice) })
 }

@@ -1,13 +1,13 @@
-//! A call by the instruction itself, on x86-64.
+//! A system call instruction on x86-64.
 
-/// `madvise`, not through libc.
+/// Calls `madvise` without going through libc.
 ///
 /// # Safety
-/// As `madvise`.
+/// The rules of `madvise`.
 pub(super) unsafe fn madvise(address: *mut u8, length: usize, advice: i32) -> i64 {
     let mut result = libc::SYS_madvise;
-    // SAFETY: what the call does is the caller's duty; the registers that the instruction destroys
-    // are named.
+    // SAFETY: the caller follows the rules of `madvise`. The registers that the instruction
+    // overwrites are listed.
     unsafe {
         std::arch::asm!("syscall", inlateout("rax") result, in("rdi") address, in("rsi") length,
             in("rdx") advice as usize, out("rcx") _, out("r11") _, options(nostack));

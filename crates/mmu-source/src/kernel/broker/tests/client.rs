@@ -1,4 +1,4 @@
-//! The client: what it does, believes and refuses.
+//! The client: what it does, what it accepts and what it refuses.
 
 use super::*;
 
@@ -33,7 +33,7 @@ fn an_ordinary_user_starts_the_source_through_a_broker() {
         let watch = kernel.watch(range).expect("it can be watched");
         let was_valid = watch.is_valid();
         kernel_sys::ask(&page);
-        // Without a right to run programs it polls the count that the broker's program reads.
+        // The client may not run programs, so it polls the count that the broker's program reads.
         (0..100).for_each(|_| assert!(kernel.arm(range).is_ok()));
         let (_, machines) = kernel.waits();
         was_valid && !watch.is_valid() && machines < 10
@@ -65,7 +65,7 @@ fn clients_go_on_being_told_when_the_broker_is_killed() {
     end(child);
     assert!(reply(&client.socket).is_none(), "the broker is gone");
     assert!(client.is_told());
-    // Another takes the place of the socket without a listener.
+    // A second broker replaces the socket, which has no listener.
     let broker = Broker::bind(
         &at.0,
         &Options {
@@ -193,7 +193,7 @@ fn a_hostile_socket_is_refused_and_not_believed() {
         kind,
         "no maps"
     );
-    // Maps, but without a link: what would count the changes?
+    // Maps without a link: no program would count the changes.
     let at = start(4);
     let real = || join(&at).expect("a place").given;
     let mut unlinked = real();
@@ -211,7 +211,7 @@ fn another_users_socket_is_not_asked() {
         return;
     }
     let at = At(new_path());
-    // SAFETY: the child listens, and is killed.
+    // SAFETY: the child listens and is killed.
     let child = unsafe { libc::fork() };
     if child == 0 {
         become_nobody();
