@@ -1,4 +1,4 @@
-// The handles of mmun/mmun.hpp: nothing is given back by hand.
+// The handles of mmun/mmun.hpp: destructors close every handle.
 #include <mmun/mmun.hpp>
 
 #include <atomic>
@@ -11,7 +11,7 @@ namespace {
 
 constexpr std::size_t length = 32768;
 
-// Memory that is mapped as long as this lives.
+// A mapping that the destructor unmaps.
 class Mapping {
 public:
 	Mapping() : memory_(mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0))

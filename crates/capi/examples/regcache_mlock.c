@@ -1,9 +1,9 @@
 /*
- * A registration cache over mlock(): buffers that a driver uses stay in memory.
+ * A registration cache over mlock(): the buffers that a driver uses stay in memory.
  *
- * mlock() stands for ibv_reg_mr() and its like: slow, limited, and about the memory that is there
- * at the time. The cache calls it once for each buffer, and again only when the memory behind has
- * changed.
+ * mlock() stands in for ibv_reg_mr() and similar calls: it is slow and limited, and it pins the
+ * pages that are mapped at the time of the call. The cache calls it once for each buffer, and again
+ * only if the buffer's memory has changed.
  */
 #include <mmun/mmun.h>
 
@@ -17,7 +17,7 @@
 static int lock_region(void *context, void *address, size_t length, void **handle)
 {
 	(void)context;
-	*handle = address; /* Whatever you know a registration by. */
+	*handle = address; /* A handle of your choice. */
 	return mlock(address, length) == 0 ? 0 : -errno;
 }
 
@@ -26,10 +26,10 @@ static void unlock_region(void *context, void *address, size_t length, void *han
 {
 	(void)context;
 	(void)handle;
-	munlock(address, length); /* Fails if the memory has gone, and is not locked then. */
+	munlock(address, length); /* Fails if the memory was unmapped, which has unlocked it. */
 }
 
-/* One transfer: what a communication library does for each message. */
+/* One transfer: the steps of a communication library for each message. */
 static int transfer(const struct mmun_regcache *cache, void *buffer, size_t length)
 {
 	struct mmun_lease lease;
@@ -81,7 +81,7 @@ int main(void)
 		if (transfer(cache, buffer, LENGTH) < 0)
 			return 1;
 
-	/* Other memory at the same address: the cache does not serve what it had. */
+	/* Map other memory at the same address: the cache does not serve the old registration. */
 	munmap(buffer, LENGTH);
 	if (map(buffer) != buffer || transfer(cache, buffer, LENGTH) < 0)
 		return 1;

@@ -1,10 +1,10 @@
 /*
- * A shadow page table over the memory of this process: what a hypervisor or a software TLB keeps.
+ * A shadow page table over the memory of this process, as a hypervisor or a software TLB has one.
  *
- * A walk of the real table (here: which page of a file is mapped, read from the page itself) is
- * slow, so the result is kept. One interval covers the memory; its callback empties the entries
- * before the memory changes. A thread walks all the time while main() maps other pages: it must
- * never see what has been unmapped.
+ * A walk of the real page table is slow, so the shadow table caches its result. (Here a page of a
+ * file contains its own number, and the walk reads that number.) One interval covers the memory;
+ * its callback empties the entries before the memory changes. A thread translates all the time
+ * while main() maps other pages: the thread must never get a page that was unmapped.
  */
 #define _GNU_SOURCE /* memfd_create */
 #include <mmun/mmu_notifier.h>
@@ -22,7 +22,7 @@
 #define PAGE 4096ul
 
 struct shadow {
-	pthread_mutex_t lock; /* The one lock of entries and sequence. Its holders do not allocate. */
+	pthread_mutex_t lock; /* Guards the entries and the sequence. Its holders do not allocate. */
 	unsigned long entries[PAGES]; /* 0: none */
 	unsigned long base;
 	struct mmu_interval_notifier interval;
@@ -74,7 +74,7 @@ static unsigned long translate(struct shadow *shadow, unsigned long page)
 }
 
 static struct shadow shadow = {.lock = PTHREAD_MUTEX_INITIALIZER};
-static atomic_ulong oldest = 1; /* What main() has mapped last: older pages are stale. */
+static atomic_ulong oldest = 1; /* The page that main() has mapped last; pages with lower numbers are stale. */
 static atomic_bool done;
 static atomic_ulong walks;
 
@@ -101,7 +101,7 @@ int main(void)
 	char *memory;
 	int file;
 
-	if (mmun_open(&options, &mmun) < 0) { /* The hook calls before the change, which this pattern needs. */
+	if (mmun_open(&options, &mmun) < 0) { /* This pattern needs callbacks before the change, as the hook gives them. */
 		fprintf(stderr, "SKIP %s\n", mmun_last_error());
 		return 77;
 	}
@@ -130,9 +130,9 @@ int main(void)
 			if (mmap(memory + page * PAGE, PAGE, PROT_READ, MAP_SHARED | MAP_FIXED, file,
 				 (off_t)(frame * PAGE)) == MAP_FAILED)
 				return 1;
-		oldest = frame + 1; /* From here on an older frame is stale. */
+		oldest = frame + 1; /* From here on every older frame is stale. */
 		while (frame % 4 == 0 && walks - before < 2 * PAGES)
-			sched_yield(); /* Until each page has been looked at. */
+			sched_yield(); /* Wait until the thread has translated each page. */
 	}
 	done = true;
 	pthread_join(thread, NULL);

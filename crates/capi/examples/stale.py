@@ -1,4 +1,4 @@
-"""A cache by address serves what is not there any more; one with watches does not. Needs the library's path."""
+"""A cache keyed by address serves stale entries; a cache with watches does not. Argument: the library's path."""
 import ctypes, mmap, sys
 
 lib = ctypes.CDLL(sys.argv[1])
@@ -11,7 +11,7 @@ if lib.mmun_open(None, ctypes.byref(mmun)) < 0:
     sys.exit(77)
 
 def send(buffer, cache, watches):
-    """Returns what arrives: what was registered, which stands for the memory of that time."""
+    """Returns the message that the device would send: the content of the buffer when it was registered."""
     address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
     if watches is not None and not lib.mmun_watch_valid(watches.get(address)):
         watches[address] = watch = ctypes.c_void_p()
@@ -22,7 +22,7 @@ def send(buffer, cache, watches):
 for name, cache, watches in [("without", {}, None), ("with", {}, {})]:
     stale = 0
     for message in (b"first", b"other") * 50:
-        buffer = mmap.mmap(-1, 1 << 20)  # Unmapped when it is replaced: the next one gets its address.
+        buffer = mmap.mmap(-1, 1 << 20)  # Replacing the buffer unmaps it: the next mapping gets its address.
         buffer[:5] = message
         stale += send(buffer, cache, watches) != message
         buffer = None

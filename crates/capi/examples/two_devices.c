@@ -1,9 +1,10 @@
 /*
  * A driver in the kernel's style, with two devices that share one notifier for each address space.
  *
- * Each device that is opened gets the notifier of the address space; mmu_notifier_get() makes it
- * the first time and finds it the second. The last put frees it, later, when no callback can be
- * running in it. Before the driver is unloaded it waits for that with mmu_notifier_synchronize().
+ * Each device that is opened gets the notifier of the address space: the first mmu_notifier_get()
+ * makes the notifier, the second one finds it. After the last put the library frees the notifier,
+ * once no callback runs in it any more. The driver waits for that free with
+ * mmu_notifier_synchronize() before it is unloaded.
  */
 #include <mmun/mmu_notifier.h>
 
@@ -15,12 +16,12 @@
 #define ENTRIES 64ul
 #define PAGE 4096ul
 
-/* What the driver keeps for one address space. */
+/* The driver's object for one address space. */
 struct space {
 	pthread_mutex_t lock;
 	bool mapped[ENTRIES];
 	unsigned long flushed;
-	struct mmu_notifier mn; /* In the driver's object, as in the kernel. */
+	struct mmu_notifier mn; /* A field of the driver's object, as in the kernel. */
 };
 
 static int made, freed;
@@ -117,18 +118,18 @@ static void driver_unload(void)
 
 int main(void)
 {
-	struct mm_struct *mm = mmun_mm_new(); /* A guest's, say; mmun_current_mm() is this process's own. */
+	struct mm_struct *mm = mmun_mm_new(); /* For example that of a guest; mmun_current_mm() is this process's own. */
 	struct mmu_notifier_range range;
 	struct device first = {NULL}, second = {NULL};
 
 	if (device_open(&first, mm) != 0 || device_open(&second, mm) != 0)
 		return 1;
 	if (first.space != second.space || made != 1)
-		return 1; /* They share it. */
+		return 1; /* The devices share one space. */
 	device_map(&first, 3);
 	device_map(&second, 4);
 
-	/* The guest unmaps page 3 and 4. */
+	/* The guest unmaps pages 3 and 4. */
 	mmu_notifier_range_init(&range, MMU_NOTIFY_UNMAP, MMU_NOTIFIER_RANGE_BLOCKABLE, mm, 3 * PAGE, 5 * PAGE);
 	mmu_notifier_invalidate_range_start(&range);
 	if (second.space->flushed != 2)
@@ -136,7 +137,7 @@ int main(void)
 	mmu_notifier_invalidate_range_end(&range);
 
 	device_close(&first);
-	device_map(&second, 5); /* Still there. */
+	device_map(&second, 5); /* Page 5 is still mapped. */
 	device_close(&second);
 	driver_unload();
 	mmput(mm);

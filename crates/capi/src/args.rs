@@ -1,9 +1,9 @@
-//! Structs of C that grow: their first field is `size`, by which both sides know what the other
-//! one has.
+//! C structs that grow: their first field, `size`, tells the library which fields the caller has.
 //!
-//! A caller that was compiled with an older header gives a smaller `size`; the fields that it does
-//! not have are as if zero. One that was compiled with a newer header gives a larger `size`; what
-//! this library does not know must be zero, or the call fails with `E2BIG` instead of ignoring it.
+//! A caller that was compiled with an older header passes a smaller `size`; the library reads its
+//! missing fields as zero. A caller that was compiled with a newer header passes a larger `size`.
+//! The fields that this library does not know must be zero: the call fails with `E2BIG` instead of
+//! ignoring a field.
 
 use crate::error::{INVALID, TOO_NEW, fail};
 use libc::c_int;
@@ -13,13 +13,14 @@ use std::ptr;
 /// A struct of C whose first field is `size`.
 ///
 /// # Safety
-/// It is `repr(C)`, begins with a `usize`, and every content of its bytes is a value of it.
+/// The type must be `repr(C)` and begin with a `usize`, and every bit pattern must be a valid value
+/// of it.
 pub(crate) unsafe trait Growing: Sized {
     /// The size that the struct had in its first version.
     const FIRST: usize;
 }
 
-/// The kernel's limit for such structs as well.
+/// Same limit as the kernel's for extensible structs.
 const LARGEST: usize = 4096;
 
 /// Returns the size that the caller's struct has.
@@ -60,14 +61,15 @@ pub(crate) unsafe fn read<T: Growing>(place: *const T) -> Result<T, c_int> {
             return Err(fail(-libc::E2BIG, TOO_NEW));
         }
     }
-    // SAFETY: Zeroes are a value of it, as is every content (`Growing`).
+    // SAFETY: All zeroes is a valid value, as every bit pattern is (`Growing`).
     let mut value: T = unsafe { mem::zeroed() };
     // SAFETY: `known` bytes are there on both sides, and `value` is new.
     unsafe { ptr::copy_nonoverlapping(place.cast::<u8>(), (&raw mut value).cast::<u8>(), known) };
     Ok(value)
 }
 
-/// Writes all but the size into the caller's struct; what this library does not know becomes zero.
+/// Writes all fields but `size` into the caller's struct, and zeroes the fields that this library
+/// does not know.
 ///
 /// # Safety
 /// As for [`size`], and the bytes must be the caller's to be written.
@@ -85,7 +87,7 @@ pub(crate) unsafe fn write<T: Growing>(place: *mut T, value: &T) -> Result<(), c
     Ok(())
 }
 
-/// Returns where a result goes, with nothing in it yet.
+/// Returns the place for a result, set to null.
 ///
 /// # Safety
 /// `place` must be null or valid for writes.
@@ -130,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_past_does_not_have_is_zero() {
+    fn a_field_that_an_older_caller_lacks_is_read_as_zero() {
         let old = Versioned {
             size: 16,
             first: 1,
@@ -149,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_past_does_not_have_is_not_written() {
+    fn a_field_that_an_older_caller_lacks_is_not_written() {
         let mut old = Versioned {
             size: 16,
             first: 1,
@@ -178,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_future_adds_must_be_zero() {
+    fn a_field_that_only_a_newer_caller_has_must_be_zero() {
         let known = Versioned {
             size: 32,
             first: 1,
@@ -199,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_that_cannot_be_are_refused() {
+    fn impossible_sizes_are_refused() {
         for (size, code) in [
             (0, -libc::EINVAL),
             (15, -libc::EINVAL),

@@ -1,7 +1,10 @@
-//! Filling a cache, where brackets are all that is told: one interval over the whole address space.
+//! Filling a cache without the kernel source: one interval over the whole address space gives the
+//! sequence number.
 //!
-//! Intervals are called before subscribers. So if a fill enters its translation first and then sees
-//! no new sequence, the callbacks of every later change find that translation.
+//! A bracket calls intervals before subscribers. If the change's interval callback comes before the
+//! fill's check of the sequence, the fill sees the new sequence and retries. If it comes after the
+//! check, the subscriber's callback comes later still: it waits for the cache's lock and finds the
+//! new entry.
 
 use mmu_notifier::raw::{Interval, RawIntervalOps};
 use mmu_notifier::{InvalidateRange, MmWithUser, VaRange, WouldBlock};
@@ -11,7 +14,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-/// Made at the first fill, as every bracket pays for it.
+/// Made at the first fill, because every bracket pays for an interval.
 #[derive(Default)]
 pub(crate) struct Fills {
     /// Null, or inserted until this is dropped.
@@ -29,7 +32,8 @@ unsafe impl Sync for Whole {}
 
 impl RawIntervalOps for Whole {
     fn invalidate(&self, _: &InvalidateRange<'_>, seq: u64) -> Result<(), WouldBlock> {
-        // SAFETY: A reference needs a live interval: this is called while it is inserted.
+        // SAFETY: A reference needs a live interval: the core calls this only while the interval is
+        // inserted.
         unsafe { self.0.as_ref() }.set_seq(seq);
         Ok(())
     }
@@ -52,7 +56,8 @@ impl Fills {
         >::uninit(
         ))))
         .cast();
-        // SAFETY: The place is leaked until the drop, or this fails.
+        // SAFETY: The place must outlive the interval: the box is leaked, and freed in `drop` or
+        // below.
         if unsafe { Interval::insert(place, mm, VaRange::ALL, Whole(place)) }.is_err() {
             // SAFETY: It was leaked above, and nothing was written.
             drop(unsafe { Box::from_raw(place.cast::<MaybeUninit<Interval<Whole>>>().as_ptr()) });
@@ -63,7 +68,7 @@ impl Fills {
         self.interval()
     }
 
-    /// Waits until nothing is changing and returns the sequence; `None` where this thread must not
+    /// Waits until no bracket is open and returns the sequence; `None` if this thread must not
     /// wait.
     pub(crate) fn begin(&self, mm: &MmWithUser) -> Option<u64> {
         let interval = self.interval().or_else(|| self.make(mm))?;
@@ -81,14 +86,15 @@ impl Drop for Fills {
         let Some(interval) = NonNull::new(*self.interval.get_mut()) else {
             return;
         };
-        // SAFETY: It is inserted, and only reached through this.
+        // SAFETY: The interval is inserted, and only `self` leads to it.
         if unsafe { Interval::remove(interval) }.is_ok() {
             // SAFETY: It was leaked in `make`, and has been dropped.
             drop(unsafe {
                 Box::from_raw(interval.cast::<MaybeUninit<Interval<Whole>>>().as_ptr())
             });
         }
-        // Else this is a callback, or the child of a fork. It stays, and does no harm.
+        // Otherwise this is a callback, or the child of a fork: the interval is leaked, which is
+        // harmless.
     }
 }
 

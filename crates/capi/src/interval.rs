@@ -46,8 +46,8 @@ unsafe impl Sync for Driver {}
 
 impl RawIntervalOps for Driver {
     fn invalidate(&self, range: &InvalidateRange<'_>, seq: u64) -> Result<(), WouldBlock> {
-        // SAFETY: The driver's own callback, with its own interval, which is inserted: so says the
-        // header.
+        // SAFETY: The driver's own callback, with its own interval, which is inserted: the header
+        // demands that.
         let call = |told| unsafe { (self.invalidate)(self.me.as_ptr(), told, seq) };
         let done = guarded!(
             "mmu_interval_notifier_ops.invalidate",
@@ -88,7 +88,7 @@ unsafe fn inserted<'a>(function: &str, interval: *const IntervalNotifier) -> &'a
     unsafe { node.as_ref() }
 }
 
-/// Checks what both inserts take, and inserts with `insert`.
+/// Checks the arguments of either insert function, and inserts with `insert`.
 ///
 /// # Safety
 /// `interval` must be null or a place for an interval, `mm` null or the bits of a handle, `ops`
@@ -107,7 +107,7 @@ unsafe fn insert(
     let Some(invalidate) = unsafe { ops.as_ref() }.and_then(|ops| ops.invalidate) else {
         return -libc::EINVAL;
     };
-    // Whole pages: brackets are of whole pages, too, so no other one meets the interval.
+    // Rounding to whole pages adds no callback, because brackets are of whole pages as well.
     let Ok(range) = VaRange::covering(Va::new(start), length) else {
         return -libc::EOVERFLOW;
     };
@@ -180,7 +180,7 @@ export! {
         const NAME: &str = "mmu_interval_notifier_remove";
         // SAFETY: It is inserted: the header demands that.
         if unsafe { inserted(NAME, interval) }.mm().is_inherited() {
-            // It is the parent's, and no bracket calls it here.
+            // The interval belongs to the parent; no bracket of the child calls it.
             return;
         }
         let Some(interval) = NonNull::new(interval) else { die(NAME, "the interval is null") };
@@ -199,7 +199,7 @@ export! {
         unsafe { inserted("mmu_interval_read_begin", interval) }.read_begin()
     }
 
-    /// Tells whether the range was invalidated since.
+    /// Returns whether the range was invalidated since `seq` was read.
     ///
     /// # Safety
     /// See mmun/mmu_notifier.h.

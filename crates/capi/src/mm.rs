@@ -1,9 +1,9 @@
 //! `struct mm_struct`: handles of an address space, and its write lock.
 //!
 //! # Safety
-//! In C a handle is a pointer that is never followed: the bits of an [`Mm`] or [`MmWithUser`],
-//! which are one word. `mmgrab` and its kin count as clones and drops do; every other function
-//! borrows the handle that its caller has.
+//! In C a handle is a pointer that is never dereferenced: the bits of an [`Mm`] or [`MmWithUser`],
+//! which are one word. `mmgrab`, `mmget` and `mmget_not_zero` clone a handle, `mmdrop` and `mmput`
+//! drop one; every other function borrows its caller's handle.
 
 use crate::border::{SELF_WAIT, die, export};
 use mmu_notifier::{Mm, MmWithUser, MmapWriteGuard, WouldDeadlock};
@@ -11,7 +11,7 @@ use std::cell::{Cell, UnsafeCell};
 use std::mem::{self, ManuallyDrop, MaybeUninit};
 use std::ptr;
 
-/// What C calls `struct mm_struct`; only pointers to it exist.
+/// `struct mm_struct` of C, an opaque type: only pointers to it exist.
 #[repr(C)]
 #[derive(Debug)]
 pub struct MmStruct {
@@ -25,8 +25,8 @@ const _: () = assert!(
 /// Returns the bits of a handle. The bits are not counted as a handle.
 #[inline(always)]
 pub(crate) fn bits(mm: &Mm) -> *mut MmStruct {
-    // SAFETY: Both are one word (asserted above), and any word is a pointer if it is never
-    // followed.
+    // SAFETY: Both are one word (asserted above), and any word is a valid pointer if it is never
+    // dereferenced.
     unsafe { mem::transmute_copy(mm) }
 }
 
@@ -48,8 +48,8 @@ pub(crate) unsafe fn borrow<'a>(place: *const *mut MmStruct) -> &'a Mm {
 pub(crate) unsafe fn borrow_user<'a>(place: *const *mut MmStruct) -> Option<&'a MmWithUser> {
     // SAFETY: The caller's duty is passed on.
     let mm = unsafe { borrow(place) };
-    // SAFETY: The place must hold an `MmWithUser`: of one word like `Mm`, and counted by the
-    // caller's own.
+    // SAFETY: The place must hold an `MmWithUser`: it is one word like `Mm`, and the caller keeps
+    // the address space alive.
     (mm.mm_users() != 0).then(|| unsafe { &*place.cast() })
 }
 
@@ -77,7 +77,7 @@ export! {
         mem::forget(Mm::clone(&mm));
     }
 
-    /// Gives a handle back.
+    /// Drops a handle.
     ///
     /// # Safety
     /// See mmun/mmu_notifier.h.
@@ -106,7 +106,7 @@ export! {
         mm.mmget_not_zero().map(mem::forget).is_some()
     }
 
-    /// Gives a user back; the last one is exit.
+    /// Drops a user; dropping the last user is exit.
     ///
     /// # Safety
     /// See mmun/mmu_notifier.h.
@@ -132,7 +132,7 @@ export! {
         bits(&ManuallyDrop::new(MmWithUser::new()))
     }
 
-    /// Tells whether a bracket would call a callback.
+    /// Returns whether a bracket would call a callback.
     ///
     /// # Safety
     /// See mmun/mmu_notifier.h.
@@ -155,7 +155,7 @@ export! {
         }
     }
 
-    /// Gives the write lock back.
+    /// Releases the write lock.
     ///
     /// # Safety
     /// See mmun/mmu_notifier.h.
@@ -183,10 +183,10 @@ thread_local! {
     };
 }
 
-/// Locks, until `unlock` in the same thread.
+/// Takes the write lock; the same thread must call `unlock`.
 ///
 /// # Safety
-/// `mm` must be the bits of a handle, which is counted until then.
+/// `mm` must be the bits of a handle that stays counted until `unlock`.
 pub(crate) unsafe fn lock(mm: *mut MmStruct) -> Result<(), WouldDeadlock> {
     HELD.with(|held| {
         let Some(free) = held.iter().find(|held| held.mm.get().is_null()) else {
@@ -197,13 +197,12 @@ pub(crate) unsafe fn lock(mm: *mut MmStruct) -> Result<(), WouldDeadlock> {
         };
         free.mm.set(mm);
         // SAFETY: The place holds the bits of a counted handle, and keeps them until the guard is
-        // gone. The address space may have no user any more; the lock needs
-        // none.
+        // dropped. The address space may have no user any more, but the lock needs no user.
         let user: &'static MmWithUser = unsafe { &*free.mm.as_ptr().cast() };
         match user.mmap_write_lock() {
             Ok(guard) => {
-                // SAFETY: Writing needs a place that no other code uses: it was free, and this
-                // thread is the only one to use it.
+                // SAFETY: Writing needs a place that no other code uses: it was free, and belongs
+                // to this thread.
                 unsafe { (*free.guard.get()).write(guard) };
                 Ok(())
             }
@@ -215,11 +214,11 @@ pub(crate) unsafe fn lock(mm: *mut MmStruct) -> Result<(), WouldDeadlock> {
     })
 }
 
-/// Unlocks; tells whether it was locked by this thread.
+/// Unlocks; returns false if this thread had not locked it.
 pub(crate) fn unlock(mm: *mut MmStruct) -> bool {
     let Some(guard) = held(mm) else { return false };
-    // SAFETY: There is a guard, and no other code of this thread is using it: callbacks run between
-    // uses only.
+    // SAFETY: The guard is initialized, and no other code of this thread is using it: no callback
+    // runs while a function uses the guard.
     unsafe { guard.drop_in_place() };
     HELD.with(|held| {
         held.iter()
@@ -229,7 +228,7 @@ pub(crate) fn unlock(mm: *mut MmStruct) -> bool {
     true
 }
 
-/// Returns the guard of this thread, if it has locked `mm`; it stays where it is until `unlock`.
+/// Returns this thread's guard if it has locked `mm`. The guard does not move before `unlock`.
 pub(crate) fn held(mm: *mut MmStruct) -> Option<*mut MmapWriteGuard<'static>> {
     HELD.with(|held| {
         held.iter()
@@ -238,7 +237,7 @@ pub(crate) fn held(mm: *mut MmStruct) -> Option<*mut MmapWriteGuard<'static>> {
     })
 }
 
-/// Ends the process if a function that cannot return an error would have waited for its own thread.
+/// Ends the process if a function without a result would have waited for its own thread.
 pub(crate) fn must_not_wait(function: &str, waited: Result<(), WouldDeadlock>) {
     if let Err(WouldDeadlock) = waited {
         die(function, SELF_WAIT);

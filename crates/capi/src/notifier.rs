@@ -50,8 +50,8 @@ type TestYoung = unsafe extern "C-unwind" fn(*mut MmuNotifier, *mut MmStruct, c_
 /// A driver's notifier, as the core calls it.
 ///
 /// # Invariants
-/// `me` is where the node is that this is the value of, and `ops` is its table, which lives as long
-/// as it is registered.
+/// `me` is the notifier whose node holds this value. `ops` is its table, which lives as long as the
+/// notifier is registered.
 struct Driver {
     me: NonNull<MmuNotifier>,
     ops: NonNull<Ops>,
@@ -74,8 +74,8 @@ impl Driver {
 
     #[inline(always)]
     fn start(&self, range: &InvalidateRange<'_>) -> c_int {
-        // SAFETY: The driver's own callback, with its own notifier, which is registered: so says
-        // the header.
+        // SAFETY: The driver's own callback, with its own notifier, which is registered: the header
+        // demands that.
         let call = |start: Start, told| unsafe { start(self.me.as_ptr(), told) };
         self.ops().invalidate_range_start.map_or(0, |start| {
             guarded!(
@@ -109,7 +109,7 @@ impl Notifier for Driver {
         let result = self.start(range);
         if result != 0 && result != -libc::EAGAIN {
             warn_once!(
-                "invalidate_range_start returned another error than -EAGAIN: it was taken for that"
+                "invalidate_range_start returned an error other than -EAGAIN: treated as -EAGAIN"
             );
         }
         if result == 0 { Ok(()) } else { Err(WouldBlock) }
@@ -175,12 +175,12 @@ impl SecondaryTlb for Driver {
 // SAFETY: The header tells the driver to keep a notifier as long as it is registered.
 unsafe impl Embedded for Driver {
     unsafe fn dispose(node: NonNull<Node<Self>>) {
-        // SAFETY: The node is still there, with its value: the duty of the caller of this function.
+        // SAFETY: The node is live and holds its value: the caller's duty.
         let &Driver { me, ops } = unsafe { node.as_ref() }.value();
         // SAFETY: The table lives until the notifier is freed (invariant).
         if let Some(free) = unsafe { ops.as_ref() }.free_notifier {
-            // SAFETY: It is the driver's own function, called once, with its own notifier, which
-            // no code uses any more.
+            // SAFETY: The driver's own function, called once, with its own notifier, which no code
+            // uses any more.
             guarded!("mmu_notifier_ops.free_notifier", unsafe {
                 free(me.as_ptr())
             });
@@ -204,7 +204,7 @@ type Refused = c_int;
 
 const DEADLOCK: Refused = -libc::EDEADLK;
 
-/// Returns the address space if it is alive and this process's.
+/// Returns the address space if it is alive and belongs to this process.
 ///
 /// # Safety
 /// As for [`mm::borrow_user`].
@@ -220,11 +220,11 @@ unsafe fn alive<'a>(place: *const *mut MmStruct) -> Result<&'a MmWithUser, Refus
         .ok_or(-libc::ESRCH)
 }
 
-/// Finds the newest notifier of `ops` and counts it.
+/// Finds the newest notifier of `ops` and takes a reference to it.
 #[inline(always)]
 fn find(mm: &MmWithUser, ops: NonNull<Ops>) -> Result<Option<NonNull<MmuNotifier>>, Refused> {
     match DRIVERS.find(mm, |driver| driver.ops == ops) {
-        // SAFETY: The node is counted, and its value is there.
+        // SAFETY: The node is counted, so its value is live.
         Ok(Some(node)) => Ok(Some(unsafe { node.as_ref() }.value().me)),
         Ok(None) => Ok(None),
         Err(Overflow) => Err(-libc::EOVERFLOW),
@@ -251,7 +251,7 @@ unsafe fn register(
     {
         warn_once!(
             function,
-            ": ops with arch_invalidate_secondary_tlbs have no start and no end: refused"
+            ": ops with arch_invalidate_secondary_tlbs must have no start and no end: refused"
         );
         return Err(-libc::EINVAL);
     }
@@ -262,12 +262,11 @@ unsafe fn register(
         );
         return Err(-libc::EINVAL);
     };
-    // SAFETY: The guard is there, this thread's, and no other code uses it until `register` has
-    // returned.
+    // SAFETY: The guard is this thread's, and no other code uses it until `register` returns.
     let guard = unsafe { &mut *guard };
     // SAFETY: The place must be valid: the caller's duty.
     let place_of_mm = unsafe { &mut (*notifier.as_ptr()).mm };
-    // Before callbacks can see it, as in the kernel.
+    // As in the kernel, `mm` is set before a callback can read it.
     let before = mem::replace(place_of_mm, mm);
     // SAFETY: A place for a notifier: the caller's duty.
     let place = unsafe { node(notifier) };
@@ -304,7 +303,7 @@ unsafe fn get_locked(
         );
         return Err(-libc::EINVAL);
     }
-    // Asked again by `register`; here it is before `alloc_notifier`.
+    // `register` checks this again; this check comes before `alloc_notifier`.
     if would_deadlock(user) {
         return Err(DEADLOCK);
     }
@@ -329,8 +328,8 @@ unsafe fn get_locked(
         .inspect_err(|_| {
             // SAFETY: The table must live: the caller's duty.
             if let Some(free) = unsafe { ops.as_ref() }.free_notifier {
-                // SAFETY: The driver's own function, for what it has just made and no other code
-                // has seen.
+                // SAFETY: The driver's own function, for the notifier that it has just made and
+                // that no other code has seen.
                 guarded!("mmu_notifier_ops.free_notifier", unsafe { free(made) });
             }
         })
@@ -382,7 +381,7 @@ fn code(result: Result<(), Refused>) -> c_int {
 }
 
 export! {
-    /// Returns the notifier of `ops` on `mm`, with one more user.
+    /// Returns the notifier of `ops` on `mm`, with one more reference.
     ///
     /// # Safety
     /// See mmun/mmu_notifier.h.
@@ -409,7 +408,7 @@ export! {
         pointer(NonNull::new(ops.cast_mut()).ok_or(-libc::EINVAL).and_then(get))
     }
 
-    /// Gives a user back.
+    /// Drops a reference.
     ///
     /// # Safety
     /// See mmun/mmu_notifier.h.
@@ -453,7 +452,7 @@ export! {
         code(unsafe { register("__mmu_notifier_register", notifier, mm) })
     }
 
-    /// Takes a notifier back.
+    /// Unregisters a notifier.
     ///
     /// # Safety
     /// See mmun/mmu_notifier.h.
@@ -466,7 +465,7 @@ export! {
         }
         // SAFETY: The notifier has a handle.
         if unsafe { mm::borrow(&raw const mm) }.is_inherited() {
-            // It is the parent's, and calls no callback here.
+            // The notifier belongs to the parent; no bracket of the child calls it.
             return;
         }
         // SAFETY: It is the caller's notifier.
@@ -475,7 +474,7 @@ export! {
         mm::must_not_wait(NAME, unsafe { Node::unregister(node) });
     }
 
-    /// Waits for the frees.
+    /// Waits for the queued frees.
     ///
     /// # Safety
     /// None.

@@ -1,4 +1,4 @@
-//! `struct mmu_notifier_range`: what callbacks are told, and brackets for event sources.
+//! `struct mmu_notifier_range`: the argument of callbacks, and the brackets of event sources.
 //!
 //! # Safety
 //! The private words of a range that C gives hold a [`PlacedBracket`] from `start` to `end`, as
@@ -25,7 +25,7 @@ pub struct Range {
     flags: c_uint,
     event: c_uint,
     owner: *mut c_void,
-    /// [`OPEN`] while there is a bracket in `bracket`.
+    /// [`OPEN`] while `bracket` holds a bracket.
     state: usize,
     bracket: MaybeUninit<[usize; BRACKET_WORDS]>,
 }
@@ -35,7 +35,7 @@ const BRACKET_WORDS: usize = 17;
 const _: () = assert!(size_of::<Bracket>() <= BRACKET_WORDS * size_of::<usize>());
 const _: () = assert!(align_of::<Bracket>() <= align_of::<usize>());
 
-/// No value that a place has by chance: a range need not have been initialised.
+/// An unlikely value for uninitialised memory: C code need not have initialised the range.
 const OPEN: usize = 0x6d6d_756e_6f70_656e;
 
 const BLOCKABLE: c_uint = 1;
@@ -54,7 +54,8 @@ pub(crate) fn code(event: Event) -> c_uint {
         Event::Release(_) => RELEASE,
         Event::Migrate { .. } => MIGRATE,
         Event::Exclusive { .. } => EXCLUSIVE,
-        // The strongest one stands for what is not known here.
+        // An event that this library does not know is reported as `MMU_NOTIFY_UNMAP`, the
+        // strongest.
         _ => 0,
     }
 }
@@ -83,7 +84,7 @@ fn event_with_owner(code: c_uint, owner: *mut c_void) -> Event {
         EXCLUSIVE => Event::Exclusive { owner: owner() },
         _ => {
             warn_once!(
-                "mmu_notifier_invalidate_range_start: no event for sources; MMU_NOTIFY_UNMAP is told"
+                "mmu_notifier_invalidate_range_start: not an event for sources: treated as MMU_NOTIFY_UNMAP"
             );
             Event::Unmap
         }
@@ -104,8 +105,8 @@ pub(crate) fn pages(start: c_ulong, end: c_ulong) -> Option<VaRange> {
 }
 
 impl Range {
-    /// Tells whether callbacks may be shown this range itself: whether [`tell_translated`] would
-    /// say the same.
+    /// Returns whether callbacks may get this range itself: whether its fields equal those that
+    /// [`tell_translated`] would pass.
     #[inline(always)]
     fn is_as_told(&self, flags: c_uint) -> bool {
         (self.start | self.end) % PAGE_SIZE == 0
@@ -114,8 +115,8 @@ impl Range {
     }
 }
 
-/// Calls a callback of C with what it is told of `range`: the range of C that the bracket was
-/// opened with, or a translation.
+/// Calls a C callback with the C range that the bracket was opened with, or with a translation of
+/// `range`.
 #[inline(always)]
 pub(crate) fn tell<R>(range: &InvalidateRange<'_>, callback: impl Fn(*const Range) -> R) -> R {
     match raw::origin(range) {
@@ -150,8 +151,8 @@ fn tell_translated<R>(range: &InvalidateRange<'_>, callback: impl Fn(*const Rang
 /// Opens a bracket as `open` does, and keeps it in the range.
 ///
 /// # Safety
-/// `range` must be a range of C, with the bits of a counted handle, that stays where it is until
-/// its end. `open` must put a bracket into the place, or fail.
+/// `range` must be a C range with the bits of a counted handle, and must not move before its end.
+/// `open` must write a bracket to the place, or fail.
 #[inline(always)]
 unsafe fn start(
     function: &str,
@@ -188,7 +189,7 @@ unsafe fn start(
     } else {
         0
     };
-    // Not through `this`, which ends before the bracket does.
+    // Not through `this`: the borrow of the handle must live as long as the bracket.
     let place_of_mm = range.cast::<*mut MmStruct>();
     // SAFETY: The place holds the bits of a counted handle and stays until the end: the caller's
     // duty.
@@ -200,11 +201,11 @@ unsafe fn start(
     Ok(())
 }
 
-/// The place of the bracket in a range, large enough and aligned, as was asserted above.
+/// Returns the place of the bracket in a range, which is large enough and aligned (asserted above).
 ///
 /// # Safety
-/// `range` must point to a range whose private words no other code uses meanwhile. Callbacks are
-/// shown its other fields.
+/// `range` must point to a range whose private words no other code uses meanwhile. Callbacks may
+/// read its other fields.
 #[inline(always)]
 unsafe fn bracket<'a>(range: *mut Range) -> &'a mut MaybeUninit<Bracket> {
     let place = range.wrapping_byte_add(std::mem::offset_of!(Range, bracket));
@@ -257,10 +258,10 @@ export! {
             return;
         }
         this.state = 0;
-        // SAFETY: The place is valid, and a range is ended in the thread that has started it: so
-        // says the header.
+        // SAFETY: The place is valid, and the thread that started the range ends it: the header
+        // demands that.
         let bracket = unsafe { bracket(range) };
-        // SAFETY: There is a bracket, as `state` has just said, and it is dropped once.
+        // SAFETY: `state` says that the place holds a bracket; it is dropped once.
         unsafe { bracket.assume_init_drop() };
     }
 
@@ -278,7 +279,7 @@ export! {
         }
     }
 
-    /// Clears accessed marks and flushes.
+    /// Clears accessed bits and flushes.
     ///
     /// # Safety
     /// See mmun/mmu_notifier.h.
@@ -288,7 +289,7 @@ export! {
         c_int::from(mm.zip(pages(start, end)).is_some_and(|(mm, pages)| mm.clear_flush_young(pages)))
     }
 
-    /// Clears accessed marks.
+    /// Clears accessed bits.
     ///
     /// # Safety
     /// See mmun/mmu_notifier.h.
@@ -298,7 +299,7 @@ export! {
         c_int::from(mm.zip(pages(start, end)).is_some_and(|(mm, pages)| mm.clear_young(pages)))
     }
 
-    /// Asks for an accessed mark.
+    /// Returns whether the accessed bit is set.
     ///
     /// # Safety
     /// See mmun/mmu_notifier.h.

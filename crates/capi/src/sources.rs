@@ -55,7 +55,7 @@ unsafe impl Growing for Status {
     const FIRST: usize = 64 + 2 * WHY;
 }
 
-/// `struct mmun`. Subscriptions, watches and caches keep it.
+/// `struct mmun`. Each subscription, watch and cache holds a reference to it.
 #[derive(Debug)]
 pub struct Mmun {
     pub(crate) mm: &'static MmWithUser,
@@ -129,7 +129,7 @@ impl Mmun {
         }
     }
 
-    /// Fails where this thread must not wait for callbacks.
+    /// Fails if this thread must not wait for callbacks.
     pub(crate) fn may_wait(&self) -> Result<(), c_int> {
         self.check()?;
         if mmu_notifier::raw::would_deadlock(self.mm) {
@@ -147,7 +147,7 @@ impl Mmun {
 
     fn status(&self) -> Status {
         let is_inherited = self.mm.is_inherited();
-        // In a child the lock around the source's own numbers may be held for ever.
+        // In the child of a fork, the lock around the source's counters may stay locked for ever.
         let kernel = self.kernel.as_ref().filter(|_| !is_inherited);
         Status {
             size: 0,
@@ -190,7 +190,7 @@ impl Mmun {
     }
 }
 
-/// The beginning of a text, for a field of a struct.
+/// Copies the beginning of a text into a field of a struct.
 fn text(text: &str) -> [c_char; WHY] {
     let mut field = [0; WHY];
     let bytes = text.bytes().map(|byte| byte as c_char);
@@ -201,7 +201,7 @@ fn text(text: &str) -> [c_char; WHY] {
     field
 }
 
-/// Returns another handle of what the program has a handle of.
+/// Returns a further reference to the object behind the program's handle.
 ///
 /// # Safety
 /// `mmun` must be null or open.
@@ -242,7 +242,7 @@ export! {
         })())
     }
 
-    /// Gives the handle back.
+    /// Closes the handle.
     ///
     /// # Safety
     /// See mmun/mmun.h.
@@ -255,7 +255,7 @@ export! {
         }
     }
 
-    /// Says what runs, and why the rest does not.
+    /// Reports which sources run, and why the others do not.
     ///
     /// # Safety
     /// See mmun/mmun.h.
@@ -266,7 +266,7 @@ export! {
         code(unsafe { args::write(status, &mmun.status()) })
     }
 
-    /// Runs the callbacks of all changes so far, or waits for them.
+    /// Runs the callbacks of all changes that began before the call, or waits for them.
     ///
     /// # Safety
     /// See mmun/mmun.h.
@@ -297,7 +297,7 @@ export! {
         }
     }
 
-    /// Tells whether something has changed since.
+    /// Returns whether a change has begun since `seq` was read.
     ///
     /// # Safety
     /// See mmun/mmun.h.

@@ -95,7 +95,8 @@ impl Notifier for Callbacks {
     }
 }
 
-/// `struct mmun_subscription`. The range is disarmed before the source may end.
+/// `struct mmun_subscription`. Its fields are dropped in order: `armed` is disarmed before the
+/// source can end.
 pub struct Subscription {
     registration: Registration<Callbacks>,
     armed: Option<Armed>,
@@ -135,14 +136,14 @@ fn subscribe(mmun: Arc<Mmun>, ops: &Ops, context: *mut c_void) -> Result<Subscri
             })
         }
         Err(error) => {
-            // Cannot be refused: this thread has opened no bracket since it registered.
+            // Cannot fail: this thread has opened no bracket since it registered.
             let _ = registration.unregister();
             Err(of_source(&error))
         }
     }
 }
 
-/// Gives the subscription back if this thread must not wait.
+/// Ends a subscription; returns it if this thread must not wait.
 fn unsubscribe(subscription: Subscription) -> Result<(), Subscription> {
     let Subscription {
         registration,
@@ -150,7 +151,8 @@ fn unsubscribe(subscription: Subscription) -> Result<(), Subscription> {
         mmun,
     } = subscription;
     if mmun.mm.is_inherited() {
-        // The parent's callbacks, which no thread calls here: there is nothing to wait for.
+        // The registration belongs to the parent. No thread of the child runs its callbacks, so
+        // there is nothing to wait for.
         drop(registration);
     } else if let Err(UnregisterError { registration, .. }) = registration.unregister() {
         return Err(Subscription {
@@ -197,8 +199,8 @@ export! {
         if subscription.is_null() {
             return fail(-libc::EINVAL, INVALID);
         }
-        // SAFETY: It came from `Box::into_raw`, and the caller gives it up: the header demands
-        // that.
+        // SAFETY: It came from `Box::into_raw`, and the caller does not use it after this call: the
+        // header demands that.
         let taken = unsafe { subscription.read() };
         match unsubscribe(taken) {
             Ok(()) => {

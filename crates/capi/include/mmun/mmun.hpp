@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //
-// mmun/mmun.h for C++11 and later: handles that give themselves back, errors as exceptions,
-// callbacks as objects. Header only. The rules are those of mmun/mmun.h.
+// mmun/mmun.h for C++11 and later: handles with destructors, errors as exceptions, callbacks as
+// objects. Header only. The rules of mmun/mmun.h hold here as well.
 //
 //	mmu::Sources mmun;				// Throws mmu::Error.
 //	mmu::Watch watch(mmun, buffer, length);
@@ -24,7 +24,7 @@
 
 namespace mmu {
 
-// What a function of the library said. code().value() is an errno; what() is mmun_last_error().
+// An error of the library. code().value() is an errno; what() is mmun_last_error().
 class Error : public std::system_error {
 public:
 	explicit Error(int error) : std::system_error(-error, std::generic_category()), text_(mmun_last_error()) {}
@@ -42,7 +42,7 @@ inline void check(int result)
 		throw Error(result);
 }
 
-// For destructors: a handle that is given back where that is not allowed.
+// For destructors, which cannot throw: ends the process if a handle may not be closed here.
 inline void must(int result, const char *what) noexcept
 {
 	if (result < 0) {
@@ -65,7 +65,8 @@ struct Close {
 // The event sources of this process.
 class Sources {
 public:
-	// `sources` are started if they work here, 0 for hook and kernel; `required` must work.
+	// Starts those of `sources` that work here (0: hook and kernel). Throws if one of
+	// `required` does not.
 	explicit Sources(std::uint32_t sources = 0, std::uint32_t required = 0)
 	{
 		const struct mmun_options options = {sizeof(options), sources, required};
@@ -84,16 +85,17 @@ public:
 		return status;
 	}
 
-	// Runs the callbacks of all changes so far, or waits for them.
+	// Runs the callbacks of all changes that began before the call, or waits for them.
 	void settle() const { detail::check(mmun_settle(get())); }
 
-	// Fills a cache that has a subscription. `make` registers, without the lock, and returns an
-	// object whose destructor undoes that. `enter` gets the object by move, under `mutex`, and puts
-	// it where other threads find it. If a change has met the registration half-way, the object is
-	// destroyed without the lock and `make` is called again.
+	// Fills a cache that has a subscription. `make` runs without the lock: it registers the
+	// memory and returns an object whose destructor deregisters it. `enter` runs under `mutex`:
+	// it gets the object by move and publishes it. If a change raced with the registration, the
+	// object is destroyed without the lock and `make` runs again.
 	//
-	// `start` of the subscription takes `mutex` too. It may stand in the middle of free(), so no
-	// thread may allocate while it holds `mutex`: `enter` fills a place that is there already.
+	// The subscription's `start` must take `mutex` as well. It may run in the middle of free(),
+	// so no thread may allocate while it holds `mutex`: `enter` writes to memory that was
+	// allocated before.
 	template <class Mutex, class Make, class Enter> void fill(Mutex &mutex, Make make, Enter enter) const
 	{
 		for (;;) {
@@ -117,7 +119,7 @@ private:
 	std::unique_ptr<struct mmun, detail::Close> handle_;
 };
 
-// A range, and whether it has been touched since.
+// A range, and whether its memory has changed since the watch was made or renewed.
 class Watch {
 public:
 	Watch(const Sources &mmun, const void *address, std::size_t length)
@@ -135,8 +137,8 @@ private:
 	std::unique_ptr<struct mmun_watch, detail::Close> handle_;
 };
 
-// Calls start(change) and end(change) of an object for every change until it is destroyed, which
-// waits until no call runs. Must not be destroyed in a callback: that ends the process.
+// Calls start(change) and end(change) of an object for every change. The destructor waits until no
+// call runs. It must not run in a callback: it ends the process there.
 template <class Subscriber> class Subscription {
 public:
 	template <class... Arguments>
@@ -183,7 +185,7 @@ private:
 
 class RegCache;
 
-// A region that stays registered until this is destroyed.
+// A lease of a region, which stays registered until the lease is destroyed.
 class Lease {
 public:
 	Lease(Lease &&other) noexcept : lease_(other.lease_), held_(other.held_) { other.held_ = false; }
@@ -202,7 +204,7 @@ public:
 	}
 
 	void *handle() const noexcept { return lease_.handle; }
-	// See mmun_lease_valid(): false does not mean that the program is wrong.
+	// See mmun_lease_valid(): false does not prove a bug in the program.
 	bool valid() const noexcept { return held_ && mmun_lease_valid(&lease_); }
 
 private:
@@ -213,8 +215,8 @@ private:
 	bool held_;
 };
 
-// A registration cache over the functions of a registrar. Destroy it after its leases: a lease that
-// is left ends the process.
+// A registration cache over the functions of a registrar. Destroy the leases first: the destructor
+// ends the process if a lease is left.
 class RegCache {
 public:
 	RegCache(const Sources &mmun, const struct mmun_registrar &registrar,

@@ -1,5 +1,4 @@
-/* What the scenario programs share: a driver that writes down what happens to it, gates,
- * threads. */
+/* Shared by the scenario programs: a driver that records its callbacks, gates, threads. */
 #ifndef CHECK_H
 #define CHECK_H
 
@@ -17,7 +16,7 @@
 
 #define PAGE 4096ul
 #define SCENARIO(name) static void name(void)
-/* The frees of one do not reach into the next. */
+/* Waits for the frees of each scenario before the next one begins. */
 #define RUN(name)                                                                                    \
 	do {                                                                                         \
 		name();                                                                              \
@@ -32,22 +31,22 @@ enum at { ALLOC, START, END, RELEASE, FREE, FLUSH, YOUNG, AT_MAX };
 struct probe {
 	int name;
 	atomic_int count[AT_MAX];
-	struct mmu_notifier mn; /* Not the first field: container_of is what finds the object. */
+	struct mmu_notifier mn; /* Not the first field, so only container_of finds the object. */
 	void (*hook)(struct probe *, enum at, const struct mmu_notifier_range *);
-	int refuse; /* What start returns. */
+	int refuse; /* Return value of start. */
 	unsigned long last_start, last_end;
 	enum mmu_notifier_event last_event;
 	void *last_owner;
 	bool last_blockable;
 };
 
-/* What happened, in order: name * 10 + at. */
+/* The calls in order: name * 10 + at. */
 extern int order[256];
 extern atomic_int happened;
 extern atomic_int allocs, frees;
 
 extern const struct mmu_notifier_ops ops, other_ops, failing_ops, flush_ops, both_ops, bare_ops;
-/* What alloc_notifier of `ops` uses for the next object. */
+/* The name that alloc_notifier of `ops` gives to the next object. */
 extern int next_name;
 extern void (*next_hook)(struct probe *, enum at, const struct mmu_notifier_range *);
 
@@ -56,9 +55,9 @@ struct probe *probe_new(int name, const struct mmu_notifier_ops *table);
 struct probe *got(struct mm_struct *mm, const struct mmu_notifier_ops *table, int name);
 void event(struct mm_struct *mm, unsigned long page);
 void forget(void);
-/* The objects to which `at` happened, newest last, as decimal digits. */
+/* The names of the objects on which `at` was called, newest last, as decimal digits. */
 long names(enum at at);
-/* Waits until the condition holds, which another thread is about to bring about. */
+/* Waits until another thread has made the condition true. */
 #define AWAIT(condition)                                                                             \
 	while (!(condition))                                                                         \
 		sched_yield()
@@ -75,7 +74,7 @@ void stop_at_free(struct probe *, enum at, const struct mmu_notifier_range *);
 
 pthread_t spawn(void *(*run)(void *), void *argument);
 void join(pthread_t thread);
-/* Whether `f` ends a process with SIGABRT, and `f2` in turn. */
+/* Returns whether `f` ends a process with SIGABRT. */
 bool aborts(void (*f)(void));
 bool child_succeeds(void (*f)(void));
 

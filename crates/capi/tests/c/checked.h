@@ -1,11 +1,11 @@
-/* A condition that must hold, or the program ends with the place. */
+/* A condition that must hold; otherwise the program prints the line and ends. */
 #ifndef CHECKED_H
 #define CHECKED_H
 
 #include <stdio.h>
 #include <unistd.h>
 
-/* What is known beside the condition. */
+/* A further text for the message. */
 #ifndef WHY
 #define WHY ""
 #endif

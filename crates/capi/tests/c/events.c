@@ -49,7 +49,7 @@ SCENARIO(s_103_b_01_b_03_b_04_a_refusal_is_undone)
 	init(&range, mm);
 	CHECK(mmu_notifier_invalidate_range_start_nonblock(&range) == -EAGAIN);
 	CHECK(names(START) == 321 && names(END) == 31 && !one->last_blockable);
-	mmu_notifier_invalidate_range_end(&range); /* Not owed: it does nothing. */
+	mmu_notifier_invalidate_range_end(&range); /* The start has failed, so this does nothing. */
 	CHECK(names(END) == 31);
 	two->refuse = -EIO;
 	CHECK(mmu_notifier_invalidate_range_start_nonblock(&range) == -EAGAIN);

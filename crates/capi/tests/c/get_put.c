@@ -1,4 +1,4 @@
-/* Get, put, and what is freed when: S-01 to S-36 of the contract. */
+/* Get, put, and the time of the free: S-01 to S-36 of the contract. */
 #include "check.h"
 
 SCENARIO(s_01_a_first_get_allocates_once)
@@ -39,7 +39,7 @@ SCENARIO(s_03_s_04_the_key_is_the_table_and_the_address_space)
 	mmu_notifier_put(&one->mn);
 	mmu_notifier_put(&two->mn);
 	mmu_notifier_put(&three->mn);
-	mmu_notifier_synchronize(); /* Before `copy` goes. */
+	mmu_notifier_synchronize(); /* Before `copy` is freed. */
 	mmput(mm);
 	mmput(mm2);
 }
@@ -60,8 +60,8 @@ SCENARIO(s_10_a_full_count_is_an_error)
 {
 	struct mm_struct *mm = mmun_mm_new();
 	struct probe *probe = got(mm, &ops, 1);
-	/* Four thousand million gets would take a minute: the count is written, where it lies
-	 * today. */
+	/* Four thousand million gets would take a minute: write the count directly, at its present
+	 * offset. */
 	unsigned int *users = (unsigned int *)(void *)((char *)probe->mn.mmun_private + 44);
 
 	CHECK(*users == 1);
@@ -134,12 +134,12 @@ SCENARIO(s_14_get_locked_under_the_lock)
 	struct mm_struct *mm = mmun_mm_new();
 	struct mmu_notifier *mn;
 
-	CHECK(PTR_ERR(mmu_notifier_get_locked(&ops, mm)) == -EINVAL); /* Without it. */
+	CHECK(PTR_ERR(mmu_notifier_get_locked(&ops, mm)) == -EINVAL); /* The thread does not hold the lock. */
 	mmap_write_lock(mm);
 	CHECK(PTR_ERR(mmu_notifier_get(&ops, mm)) == -EDEADLK);
 	mn = mmu_notifier_get_locked(&ops, mm);
 	CHECK(!IS_ERR(mn));
-	CHECK(mmu_notifier_get(&ops, mm) == mn); /* What exists needs no lock. */
+	CHECK(mmu_notifier_get(&ops, mm) == mn); /* Finding an existing notifier needs no lock. */
 	mmap_write_unlock(mm);
 	mmu_notifier_put(mn);
 	mmu_notifier_put(mn);
@@ -222,10 +222,10 @@ SCENARIO(s_21_s_22_s_26_s_35_a_put_under_a_walker)
 	next_hook = NULL;
 	walker = spawn(tell, mm);
 	sem_wait(&gate.arrived);
-	mmu_notifier_put(&old->mn); /* Returns, though the walker is inside. */
+	mmu_notifier_put(&old->mn); /* Returns, though the walker is in the callback. */
 	CHECK(frees == before && !mm_has_notifiers(mm));
-	/* The next get cannot find it, and makes another; registering waits for the walker, so let
-	 * it go on first. */
+	/* The next get cannot find the notifier, and makes another. Registering waits for the
+	 * walker, so let the walker continue first. */
 	sem_post(&gate.open);
 	new = got(mm, &ops, 2);
 	CHECK(new != old || frees == before + 1);
@@ -271,7 +271,7 @@ SCENARIO(s_29_a_surplus_put_is_a_warning)
 	int before = frees;
 
 	mmu_notifier_range_init(&range, MMU_NOTIFY_CLEAR, 0, mm, PAGE, 2 * PAGE);
-	mmu_notifier_invalidate_range_start(&range); /* Keeps it from being freed. */
+	mmu_notifier_invalidate_range_start(&range); /* Delays the free. */
 	mmu_notifier_put(&probe->mn);
 	mmu_notifier_put(&probe->mn);
 	mmu_notifier_invalidate_range_end(&range);

@@ -95,7 +95,7 @@ SCENARIO(s_48_s_49_s_51_unregister_and_exit)
 	unregistering = spawn(unregister, probe);
 	sem_wait(&gate.arrived);
 	exiting = spawn(put_mm, mm);
-	sem_wait(&gate.arrived); /* Two at once. */
+	sem_wait(&gate.arrived); /* release runs twice at once. */
 	CHECK(probe->count[RELEASE] == 2);
 	sem_post(&gate.open);
 	sem_post(&gate.open);
@@ -169,7 +169,7 @@ SCENARIO(s_61_unregister_waits_for_a_walker)
 	AWAIT(probe->count[RELEASE] == 1);
 	sem_post(&gate.open);
 	join(unregistering);
-	CHECK(left); /* The whole bracket was waited for. */
+	CHECK(left); /* The registrar has waited for the whole bracket. */
 	join(walker);
 	mmu_notifier_unregister(&second->mn, mm);
 	free(probe);

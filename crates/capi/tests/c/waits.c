@@ -1,5 +1,5 @@
-/* Waits that must end, that must not be, and that nothing interrupts; objects that begin and end at
- * an unlucky time. */
+/* Waits that must end, waits that must not happen, and waits that no signal interrupts; objects
+ * that begin and end at an unlucky time. */
 #include "check.h"
 
 #include <signal.h>
@@ -65,7 +65,7 @@ static void interrupted(int number)
 	atomic_fetch_add(&interruptions, 1);
 }
 
-/* There is no EINTR: get and register go on waiting, and what is there already is untouched. */
+/* There is no EINTR: get and register continue to wait, and existing notifiers are untouched. */
 SCENARIO(s_07_s_08_s_09_s_68_nothing_interrupts_a_registrar)
 {
 	struct sigaction action = {.sa_handler = interrupted};
@@ -143,7 +143,7 @@ static void *one_event(void *mm)
 	return NULL;
 }
 
-/* A callback of another address space hangs: puts are freed, synchronize and unregister return. */
+/* While a callback of another address space hangs, puts are freed, synchronize and unregister return. */
 SCENARIO(s_23_s_82_b_45_no_wait_for_another_address_space)
 {
 	struct mm_struct *mm = mmun_mm_new(), *stuck = mmun_mm_new();
@@ -264,13 +264,13 @@ SCENARIO(s_50_no_subscriber_is_delisted_before_its_release_has_returned)
 	mmput(mm);
 }
 
-/* A subscriber has a handle of its own. */
+/* A subscriber holds a handle of its address space. */
 SCENARIO(s_52_a_subscriber_keeps_its_address_space)
 {
 	struct mm_struct *mm = mmun_mm_new();
 	struct probe *probe = got(mm, &ops, 1);
 
-	mmput(mm); /* The only handle of this program. */
+	mmput(mm); /* This program's only handle. */
 	CHECK(probe->mn.mm == mm && !mmget_not_zero(probe->mn.mm) && !mm_has_notifiers(probe->mn.mm));
 	event(probe->mn.mm, 1);
 	CHECK(probe->count[RELEASE] == 1 && probe->count[START] == 0);
@@ -311,7 +311,7 @@ static void *put_one(void *mn)
 	return NULL;
 }
 
-/* The last put comes from another thread, and a second invalidation ends in between. */
+/* Another thread makes the last put, and a second invalidation ends in between. */
 SCENARIO(s_84_a_nested_reader_is_waited_for)
 {
 	struct mm_struct *mm = mmun_mm_new();
@@ -342,7 +342,7 @@ static void put_another(struct probe *probe, enum at at, const struct mmu_notifi
 		mmu_notifier_put(&to_put->mn);
 }
 
-/* One accepts, is put by the one that refuses, and so gets no end. */
+/* One subscriber accepts. The subscriber that refuses puts it, so it gets no end. */
 SCENARIO(b_05_a_put_between_acceptance_and_undoing)
 {
 	struct mm_struct *mm = mmun_mm_new();
@@ -351,7 +351,7 @@ SCENARIO(b_05_a_put_between_acceptance_and_undoing)
 	int before = atomic_load(&frees);
 
 	next_hook = put_another;
-	refusing = got(mm, &ops, 1); /* The older: it is asked last. */
+	refusing = got(mm, &ops, 1); /* The older subscriber is called last. */
 	next_hook = NULL;
 	refusing->refuse = -EAGAIN;
 	accepting = to_put = got(mm, &other_ops, 2);
@@ -367,7 +367,7 @@ SCENARIO(b_05_a_put_between_acceptance_and_undoing)
 	mmput(mm);
 }
 
-/* After synchronize nothing of the driver is called: its table may go. */
+/* After synchronize no function of the driver is called: its table may be freed. */
 SCENARIO(b_46_a_driver_that_is_unloaded)
 {
 	struct mm_struct *mm = mmun_mm_new();

@@ -1,4 +1,4 @@
-// What mmun.hpp promises beyond mmun.h, over brackets of the program.
+// Tests the promises of mmun.hpp beyond mmun.h, with brackets that the program opens.
 #include <mmun/mmu_notifier.h>
 #include <mmun/mmun.hpp>
 
@@ -15,7 +15,7 @@ namespace {
 constexpr std::size_t page = 4096;
 alignas(page) char memory[4 * page];
 
-// A change of `memory`, while this lives.
+// A bracket over `memory`: open until it is destroyed.
 class Change {
 public:
 	Change()
@@ -34,7 +34,7 @@ private:
 	struct mmu_notifier_range range_;
 };
 
-// Tells whether it is locked.
+// A mutex that records whether it is locked.
 struct Mutex {
 	void lock() { CHECK(!locked); locked = true; }
 	void unlock() { CHECK(locked); locked = false; }
@@ -43,7 +43,7 @@ struct Mutex {
 
 int held; // Registrations.
 
-// A registration, which is undone with it.
+// A registration, which the destructor undoes.
 class Key {
 public:
 	Key() : owns_(true) { ++held; }
@@ -70,7 +70,7 @@ void an_error_says_its_text_once(const mmu::Sources &mmun)
 	}
 }
 
-// Only what no change has met is entered, and what is not entered is undone, without the lock.
+// Only a registration with which no change raced is entered. Any other one is undone, without the lock.
 void a_fill_enters_what_no_change_has_met(const mmu::Sources &mmun)
 {
 	Mutex mutex;
@@ -142,7 +142,7 @@ void deregister_region(void *, void *, std::size_t, void *)
 	--registrations;
 }
 
-// As mmun.h says of mmun_lease_valid(): false, where the program has done nothing wrong.
+// mmun_lease_valid() is false, though the program has done nothing wrong, as mmun.h warns.
 void a_lease_got_during_a_change_is_not_valid(const mmu::Sources &mmun)
 {
 	const struct mmun_registrar registrar = {sizeof(registrar), nullptr, register_region, deregister_region, 0};

@@ -1,4 +1,4 @@
-// Exceptions that leave callbacks: the argument says which one.
+// Exceptions that leave callbacks: the argument names the callback.
 #include <mmun/mmu_notifier.h>
 #include <mmun/mmun.h>
 
@@ -26,7 +26,7 @@ struct mmu_notifier *no_notifier(struct mm_struct *) { fail(); }
 void no_free(struct mmu_notifier *) { fail(); }
 struct mmu_notifier_range kept_open;
 
-// Cannot be registered, as an invalidation is open, and so is freed at once.
+// Opens an invalidation, so the notifier cannot be registered and is freed at once.
 struct mmu_notifier *opening_notifier(struct mm_struct *mm)
 {
 	static struct mmu_notifier notifier = {};
@@ -110,5 +110,5 @@ try {
 	}
 	return 0;
 } catch (const std::exception &) {
-	return 2; // It has come through the library.
+	return 2; // The exception has passed through the library.
 }

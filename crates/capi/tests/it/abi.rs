@@ -36,7 +36,7 @@ fn the_symbols_are_those_of_the_list() {
     assert_eq!(
         found,
         list("symbols.txt"),
-        "abi/symbols.txt is what programs were linked with: only add to it"
+        "abi/symbols.txt lists the symbols that programs were linked with: only add to it"
     );
     let dynamic = succeed(Command::new("readelf").arg("-d").arg(&library));
     assert!(dynamic.contains("[libmmun.so.0]"), "{dynamic}");

@@ -1,12 +1,12 @@
-//! The examples, built as their readers would build them, and run.
+//! Builds the examples as their readers would, and runs them.
 
 use crate::support::{STRICT, compile, libraries, root, scratch};
 use std::path::PathBuf;
 use std::process::Command;
 use testkit::{Cap, require};
 
-/// Runs an example; it may say that the machine lacks a source, which the tests of the sources say,
-/// too.
+/// Runs an example. It may print that the machine lacks a source; the tests of the sources report
+/// that as well.
 fn run(command: &mut Command) {
     let output = command
         .output()

@@ -1,4 +1,4 @@
-//! The headers by themselves.
+//! Each header compiles alone, and with the others.
 
 use crate::support::{STRICT, compile, root, scratch};
 use std::fs;

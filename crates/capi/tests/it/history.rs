@@ -1,7 +1,7 @@
 //! Random histories: the same operations through C and through Rust, and the results compared.
 //!
-//! One thread, two address spaces. Each operation is made on both, and each call of a callback is
-//! written down on both sides. `HISTORY_SEED` repeats a run that failed.
+//! One thread, two address spaces. The test makes each operation on both, and records each callback
+//! on both sides. `HISTORY_SEED` repeats a run that failed.
 
 use mmu_notifier::{
     Event, GetError, InvalidateRange, Mm, MmWithUser, Notifier, Subscription, Subsystem, Va,
@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 const KEYS: usize = 3;
 const STEPS: usize = 400;
 
-/// What a callback was called with.
+/// One call of a callback, with its arguments.
 #[derive(Debug, Clone, PartialEq)]
 enum Call {
     Alloc(usize),
@@ -31,7 +31,7 @@ thread_local! {
     static IN_RUST: RefCell<Vec<Call>> = const { RefCell::new(Vec::new()) };
 }
 static FREED: [AtomicU64; 2] = [const { AtomicU64::new(0) }; 2];
-/// Which keys refuse a start where sleeping is forbidden.
+/// The keys that refuse a start that may not sleep.
 static REFUSES: [AtomicBool; KEYS] = [const { AtomicBool::new(false) }; KEYS];
 
 /// `struct mmu_notifier_range`, as far as a callback reads it.
@@ -78,7 +78,7 @@ unsafe extern "C" fn alloc<const KEY: usize>(_: *mut mmun::MmStruct) -> Notice {
 
 unsafe extern "C" fn free<const KEY: usize>(notifier: Notice) {
     FREED[0].fetch_add(1, Ordering::Relaxed);
-    // SAFETY: The library gives back what `alloc` has made.
+    // SAFETY: The library passes a notifier that `alloc` has made.
     drop(unsafe { Box::from_raw(notifier.cast::<Object<KEY>>()) });
 }
 
@@ -128,7 +128,7 @@ fn ops(key: usize) -> *const mmun::Ops {
     ptr::from_ref(&TABLES[key]).cast()
 }
 
-/// The same in Rust.
+/// The same driver in Rust.
 struct Probe(usize);
 
 fn in_rust(call: Call) {
@@ -282,7 +282,7 @@ fn history(seed: u64) {
                 let place = ptr::from_mut(&mut *range).cast();
                 let pages = VaRange::new(Va::new(start), Va::new(end)).expect("whole pages");
                 if blocks {
-                    // SAFETY: The range stays where it is until its end.
+                    // SAFETY: The range does not move before its end.
                     unsafe { mmun::mmun_invalidate_range_start(place) };
                     open_c.push(range);
                     open_rust.push(mm_rust.invalidate(pages, event));
@@ -348,9 +348,9 @@ fn history(seed: u64) {
         drop(open_rust.pop());
     }
     drop(open_rust);
-    // SAFETY: One handle more, of one that there is.
+    // SAFETY: The test has a handle already.
     unsafe { mmun::mmun_mmgrab(mm_c) };
-    // Exit: every subscriber that is left hears `release`.
+    // Exit calls `release` of every subscriber that is left.
     // SAFETY: It was made with one user.
     unsafe { mmun::mmun_mmput(mm_c) };
     let kept: Mm = (*mm_rust).clone();

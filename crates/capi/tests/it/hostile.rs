@@ -1,12 +1,12 @@
-//! What programs do that they should not.
+//! Programs that misuse the library.
 
 use crate::support::{STRICT, compile, root, sources, succeed};
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 use testkit::{Cap, require};
 
-/// Closed descriptors, signals, small stacks, forks, cancelled threads, an empty root folder, ends
-/// in the middle of things: each in a process of its own.
+/// Closed descriptors, signals, small stacks, forks, cancelled threads, an empty root folder, an
+/// exit inside a callback: each in a process of its own.
 fn hostile(source: &str) {
     let flags = ["-std=gnu11", "-g", "-Wall", "-Wextra", "-Werror"];
     let name = format!("hostile-{source}");

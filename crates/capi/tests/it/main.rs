@@ -1,4 +1,4 @@
-//! The C interface, from C: programs that are compiled here and run.
+//! Tests the C interface from C: the tests compile programs and run them.
 
 mod abi;
 mod examples;

@@ -1,4 +1,4 @@
-//! What `mmun.h` promises, from C, over each source.
+//! Tests the promises of `mmun.h` from C, over each source.
 
 use crate::support::{STRICT, compile, root, sources, succeed};
 use std::process::Command;
@@ -80,7 +80,7 @@ fn under_valgrind() {
     }
 }
 
-/// What `mmun.hpp` adds.
+/// The additions of `mmun.hpp`.
 #[test]
 fn handles_of_cpp_under_the_address_sanitizer() {
     let flags = [
@@ -94,7 +94,7 @@ fn handles_of_cpp_under_the_address_sanitizer() {
     }
 }
 
-/// What the headers allow in a signal handler: `mmun_watch_valid`.
+/// The headers allow `mmun_watch_valid` in a signal handler.
 #[test]
 fn a_signal_handler_may_ask_a_watch() {
     let Some(program) = compile("signals", "gcc", FLAGS, &sources("tests/c/signals")) else {
@@ -115,7 +115,7 @@ fn a_signal_handler_may_ask_a_watch() {
     }
 }
 
-/// For a second; a minute under the thread sanitizer is run by hand.
+/// Runs for a second; `threads/tsan.sh` runs it for a minute under the thread sanitizer.
 #[test]
 fn thirty_two_threads() {
     let Some(program) = compile("threads", "gcc", FLAGS, &sources("tests/c/threads")) else {

@@ -1,11 +1,12 @@
-//! The prototypes of the headers against the functions in Rust: each function is declared to a C
-//! compiler once more, as its signature in Rust says, and a difference is an error.
+//! Compares the prototypes of the headers with the functions in Rust: the test declares each
+//! function once more, with the signature that it has in Rust, and a C compiler rejects a
+//! difference.
 
 use crate::support::{STRICT, compile, root, scratch};
 use std::collections::BTreeSet;
 use std::fs;
 
-/// A type of Rust in C. Names of structs are those of the file, as two may have one name.
+/// Translates a Rust type to C. The file is needed because two files use one name for different structs.
 fn in_c(file: &str, rust: &str) -> String {
     if let Some(pointee) = rust.strip_prefix("*mut ") {
         return format!("{} *", in_c(file, pointee));
@@ -100,7 +101,7 @@ fn the_headers_declare_what_the_library_defines() {
     );
 
     let mut program = String::from("#include <mmun/mmu_notifier.h>\n#include <mmun/mmun.h>\n");
-    // A header that lacks one does not declare it here.
+    // The address of each function: a function that the headers lack is undeclared here.
     for (number, (name, _)) in functions.iter().enumerate() {
         program += &format!("__typeof__({name}) *use_{number};\n");
     }

@@ -1,4 +1,4 @@
-//! The scenarios of the contract that can be written in C, as one program.
+//! Runs the scenarios of the contract that C can express, as one program.
 
 use crate::support::{compile, root, sources, succeed};
 use std::collections::BTreeMap;
@@ -81,7 +81,7 @@ fn every_scenario_of_the_contract_is_in_c_or_cannot_be() {
     assert_eq!(
         (count('S'), count('B')),
         (77, 43),
-        "the contract has so many"
+        "the number of scenarios in the contract"
     );
 }
 
@@ -102,7 +102,7 @@ fn the_scenarios_in_c_under_the_address_sanitizer() {
     }
 }
 
-/// Leaks are the sanitizer's: here the children of a fork would have leaks of their own.
+/// The address sanitizer checks leaks. Valgrind would report leaks in the children of a fork.
 #[test]
 fn the_scenarios_in_c_under_valgrind() {
     if !testkit::has_optional_program("valgrind") {

@@ -19,7 +19,7 @@ pub(crate) fn libraries() -> PathBuf {
         .join("libmmun.so");
     let folder = scratch("lib");
     for name in ["libmmun.so", "libmmun.so.0"] {
-        // Of its own name each time, then moved: several tests may do this at once.
+        // Made under a unique name, then renamed: several tests may do this at once.
         let link = folder.join(format!("{name}.{:?}", std::thread::current().id()));
         let _ = fs::remove_file(&link);
         std::os::unix::fs::symlink(&library, &link).expect("a link in the scratch folder");
@@ -28,17 +28,17 @@ pub(crate) fn libraries() -> PathBuf {
     folder
 }
 
-/// A folder of this test's own, which stays.
+/// Makes a folder for this test, which is not removed.
 pub(crate) fn scratch(name: &str) -> PathBuf {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
     fs::create_dir_all(&folder).expect("a folder below target");
     folder
 }
 
-/// The flags under which the headers are clean.
+/// The headers compile with these flags without a warning.
 pub(crate) const STRICT: &[&str] = &["-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Werror"];
 
-/// Compiles and links a program, or says why that cannot be done here.
+/// Compiles and links a program, or prints why this machine cannot.
 pub(crate) fn compile(
     name: &str,
     compiler: &'static str,

@@ -1,4 +1,4 @@
-/* Descriptors that are closed, missing, taken by others, or passed on. */
+/* Descriptors that are closed, missing, reused, or inherited. */
 #include "hostile.h"
 
 static void close_from(unsigned first)
@@ -10,8 +10,9 @@ static void close_from(unsigned first)
 			close(fd);
 }
 
-/* As a daemon does it, and later. After that a watch may be false, but not true for changed
- * memory. The library must not close what took the numbers. */
+/* Closes all descriptors, at first as a daemon does and then again later. Afterwards a watch may be
+ * false, but must not be true for changed memory. The library must not close files that got the
+ * same numbers. */
 static void all_are_closed(void)
 {
 	struct mmun *mmun = opened();
@@ -54,7 +55,7 @@ static void all_are_closed(void)
 	CHECK(fd >= 0);
 }
 
-/* What a program writes to its standard output must not reach a descriptor of the library. */
+/* The program's standard output must not be a descriptor of the library. */
 static void the_standard_ones_are_closed(void)
 {
 	int saved = fcntl(2, F_DUPFD_CLOEXEC, 100), fd, taken = 0;
@@ -71,7 +72,7 @@ static void the_standard_ones_are_closed(void)
 	everything();
 }
 
-/* None may be opened at all: then a source says so, and what needs none works. */
+/* The limit forbids any descriptor: a source that needs one reports that, and the rest works. */
 static void none_can_be_had(void)
 {
 	const struct rlimit none = {0, 0};
@@ -88,7 +89,7 @@ static void none_can_be_had(void)
 		everything();
 }
 
-/* A program that is executed gets none of the library's. */
+/* A program that is executed inherits no descriptor of the library. */
 static void none_is_passed_on(void)
 {
 	bool before[1024];
@@ -103,7 +104,7 @@ static void none_is_passed_on(void)
 	mmun_close(mmun);
 }
 
-/* The library gives back what it opens. */
+/* The library closes every descriptor that it opens. */
 static void none_is_left(void)
 {
 	int first, last, i;

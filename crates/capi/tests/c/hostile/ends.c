@@ -15,7 +15,7 @@ __attribute__((constructor)) static void before_main(void)
 	CHECK(mmun_watch(early, early_memory, LENGTH, &early_watch) == 0);
 }
 
-/* `run` has forked since: what was made before main() is the parent's. */
+/* `run` has forked since: handles made before main() belong to the parent. */
 static void what_was_made_before_main_is_the_parents(void)
 {
 	struct mmun_watch *none;

@@ -1,8 +1,9 @@
 /*
- * Programs that treat the library as no program should: each in a process of its own, over the
- * source that the argument names (own, hook or kernel).
+ * Programs that misuse the library, each in a process of its own. The argument names the source
+ * (own, hook or kernel).
  *
- * What must hold everywhere: no hang, no crash, and no watch that is valid for changed memory.
+ * Each program must end without a hang and without a crash, and no watch may be valid for changed
+ * memory.
  */
 #include "hostile.h"
 
@@ -32,7 +33,7 @@ char *mapped(void)
 	return memory;
 }
 
-/* By a call that the hook and the kernel see, and in a bracket. */
+/* Changes the memory by a call that the hook and the kernel source see, inside a bracket. */
 void change(char *memory)
 {
 	struct mmu_notifier_range range;
@@ -46,7 +47,7 @@ void change(char *memory)
 	memory[0] = 1;
 }
 
-/* The kernel source may answer a needless false. */
+/* Checks that a watch is valid; the kernel source may answer a spurious false. */
 void holds(struct mmun_watch *watch)
 {
 	int tries;
@@ -59,7 +60,7 @@ void holds(struct mmun_watch *watch)
 static int register_region(void *context, void *address, size_t length, void **handle)
 {
 	(void)context, (void)length;
-	pthread_testcancel(); /* As whatever opens a device or reads a file does. */
+	pthread_testcancel(); /* A cancellation point, as open() and read() are. */
 	*handle = address;
 	return 0;
 }
@@ -95,7 +96,7 @@ struct mmun_subscription *subscribed(struct mmun *mmun, atomic_ulong *changes)
 	return subscription;
 }
 
-/* Every function that has something to do, once. */
+/* Calls each function of the library once. */
 void everything(void)
 {
 	struct mmun *mmun = opened();
@@ -134,7 +135,7 @@ pthread_t spawn(void *(*run)(void *), void *argument)
 	return thread;
 }
 
-/* Runs it in a process of its own, which has a minute. */
+/* Runs `what` in a process of its own, with a limit of a minute. */
 void run(const char *name, void (*what)(void))
 {
 	int status;

@@ -1,4 +1,4 @@
-/* What the hostile programs share. */
+/* Shared by the hostile programs. */
 #ifndef HOSTILE_H
 #define HOSTILE_H
 
@@ -25,7 +25,7 @@
 
 #define LENGTH ((size_t)65536)
 
-/* The source that the argument names, opened; and whether it is that one. */
+/* Opens the source that the argument names, and checks that this source runs. */
 struct mmun *opened(void);
 bool by(uint32_t which);
 struct mmun_regcache *cached(struct mmun *mmun);

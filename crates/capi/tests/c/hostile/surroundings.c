@@ -1,4 +1,4 @@
-/* Signals, and what a process may lack. */
+/* Signals, and processes that lack /proc, /dev or room for files. */
 #include "hostile.h"
 
 static atomic_ulong handled;
@@ -21,7 +21,7 @@ static void *interrupt(void *unused)
 	return unused;
 }
 
-/* Without SA_RESTART every call of the system may end early. */
+/* Without SA_RESTART a signal can interrupt every system call. */
 static void signals_come_all_the_time(void)
 {
 	struct sigaction action;
@@ -41,7 +41,7 @@ static void signals_come_all_the_time(void)
 	CHECK(pthread_join(thread, NULL) == 0);
 }
 
-/* A thread of the library must not take a signal that is the program's. */
+/* A thread of the library must not handle the program's signals. */
 static void signals_are_for_the_threads_of_the_program(void)
 {
 	sigset_t all, old;
@@ -54,7 +54,7 @@ static void signals_are_for_the_threads_of_the_program(void)
 	signal(SIGUSR2, on_signal);
 	CHECK(kill(getpid(), SIGUSR2) == 0);
 	everything();
-	/* Still pending: no thread with an empty mask has taken it. */
+	/* Still pending: no thread of the library has handled it. */
 	CHECK(atomic_load(&handled) == 0 && sigtimedwait(&all, NULL, &none) == SIGUSR2);
 	mmun_close(mmun);
 }
@@ -73,7 +73,7 @@ static void without_environment(void)
 	everything();
 }
 
-/* An empty root folder: no /proc, no /dev. A source that needs them says so. */
+/* An empty root folder: no /proc, no /dev. A source that needs them reports it. */
 static void without_files(void)
 {
 	char folder[] = "/tmp/mmun-empty-XXXXXX";
@@ -102,7 +102,7 @@ static void without_files(void)
 		everything();
 }
 
-/* Files can be neither made nor made larger. */
+/* The file-size limit is 0: no file can grow. */
 static void without_room_for_files(void)
 {
 	const struct rlimit none = {0, 0};

@@ -9,7 +9,7 @@ static void *all(void *unused)
 	return unused;
 }
 
-/* 64 KiB: what musl gives, and the least that runtimes with small threads use. */
+/* 64 KiB: less than musl's default, and the minimum of runtimes with small stacks. */
 static void a_small_stack(void)
 {
 	pthread_attr_t attributes;
@@ -32,7 +32,7 @@ struct kept {
 	char *memory;
 };
 
-/* Runs when the thread's own variables are being destroyed. */
+/* Runs while the thread's TLS is destroyed. */
 static void give_back(void *of_thread)
 {
 	struct kept *kept = of_thread;
@@ -128,7 +128,7 @@ static void *work_until_cancelled(void *unused)
 	return unused;
 }
 
-/* It ends at its own point, not inside of the library, which cannot be unwound. */
+/* The thread ends at its own cancellation point, not inside the library, which cannot be unwound. */
 static void a_thread_that_is_cancelled(void)
 {
 	void *result;

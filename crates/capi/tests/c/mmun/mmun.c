@@ -1,4 +1,4 @@
-/* What mmun/mmun.h promises, from C. The argument is the source: own, hook or kernel. */
+/* Tests the promises of mmun/mmun.h from C. The argument is the source: own, hook or kernel. */
 #include <mmun/mmu_notifier.h>
 #include <mmun/mmun.h>
 
@@ -44,7 +44,7 @@ static char *map(size_t pages)
 	return memory;
 }
 
-/* Unmaps as the source can see it. */
+/* Unmaps in a way that the source sees. */
 static void unmap(void *memory, size_t pages)
 {
 	struct mmu_notifier_range range;
@@ -402,11 +402,11 @@ static void errors_of_the_registrar_go_through(void)
 
 	CHECK(mmun_regcache_get(cache, memory, PAGE, &leases[0]) == -EPERM && leases[0].handle == NULL);
 	CHECK(strstr(mmun_last_error(), "not permitted") != NULL);
-	device.refuse = 77; /* No error number. */
+	device.refuse = 77; /* Not an error number. */
 	device.refusals = 1;
 	CHECK(mmun_regcache_get(cache, memory, PAGE, &leases[0]) == -EIO);
 	CHECK(mmun_regcache_get(cache, memory, PAGE, &leases[0]) == 0);
-	device.refuse = -ENOMEM; /* Evicts, and tries once more. */
+	device.refuse = -ENOMEM; /* The cache evicts, and tries once more. */
 	device.refusals = 1;
 	CHECK(mmun_regcache_get(cache, memory + 2 * PAGE, PAGE, &leases[1]) == -ENOMEM);
 	CHECK(mmun_regcache_get(cache, memory + 2 * PAGE, PAGE, &leases[1]) == 0);
@@ -524,7 +524,7 @@ static void the_child(void)
 	mmun_close(mmun);
 	CHECK(parent.device.deregistered == 0);
 
-	/* And it opens its own. */
+	/* The child opens its own. */
 	mmun = open_source();
 	a_watch_is_valid_until_its_memory_changes();
 	a_subscriber_hears_each_change();

@@ -1,8 +1,9 @@
 /*
  * mmun_watch_valid() in a signal handler, while the interrupted thread is inside the other
- * functions. The arguments are the source (own, hook or kernel) and how many signals.
+ * functions. The arguments are the source (own, hook or kernel) and the number of signals.
  *
- * A lock in it would hang: the interrupted thread may hold the lock. So alarm() ends the program.
+ * If mmun_watch_valid() took a lock, the handler would hang when the interrupted thread holds that
+ * lock. So alarm() ends a hanging program.
  */
 #define _GNU_SOURCE
 #include <mmun/mmu_notifier.h>
@@ -33,7 +34,7 @@ static __thread volatile sig_atomic_t in_handler __attribute__((tls_model("initi
 void *__libc_malloc(size_t size);
 void __libc_free(void *memory);
 
-/* Every malloc() and free() of the program and of the library. */
+/* Replaces malloc() and free() of the program and of the library. */
 void *malloc(size_t size)
 {
 	if (in_handler)
@@ -56,7 +57,7 @@ static void ask(int number)
 	(void)number;
 	in_handler = 1;
 	is_valid = mmun_watch_valid(kept);
-	CHECK(is_valid || by_kernel); /* The kernel source may answer false while records are read. */
+	CHECK(is_valid || by_kernel); /* The kernel source may answer false while a thread reads the records. */
 	CHECK(!mmun_watch_valid(touched));
 	CHECK(!mmun_watch_valid(NULL));
 	in_handler = 0;
@@ -72,10 +73,10 @@ static void handler(int number)
 
 static void *interrupt(void *signals)
 {
-	/* The next signal is sent when the last one has been handled: none is merged with
-	 * another. */
+	/* Send the next signal only when the last one has been handled: pending signals would
+	 * merge. */
 	for (long sent = 0; sent < *(long *)signals; sent++) {
-		alarm(120); /* For one signal: a busy machine takes minutes for thousands. */
+		alarm(120); /* A limit for each signal: a busy machine takes minutes for thousands of them. */
 		CHECK(pthread_kill(interrupted, SIGUSR1) == 0);
 		while (atomic_load(&handled) <= sent)
 			sched_yield();
@@ -130,7 +131,7 @@ static void dereg(void *context, void *address, size_t length, void *handle)
 	(void)handle;
 }
 
-/* Once through everything that takes a lock of the library. */
+/* Calls every function that takes a lock of the library, once. */
 static void use_everything(struct mmun_regcache *cache)
 {
 	const struct mmun_ops ops = {sizeof(ops), changed, changed};
@@ -150,7 +151,7 @@ static void use_everything(struct mmun_regcache *cache)
 	mmun_unwatch(watch);
 	CHECK(mmun_settle(mmun) == 0);
 	CHECK(mmun_unsubscribe(subscription) == 0);
-	CHECK(raised || by_kernel); /* Its callbacks may run in the source's own thread. */
+	CHECK(raised || by_kernel); /* Callbacks of the kernel source may run in its own thread. */
 }
 
 int main(int argc, char **argv)

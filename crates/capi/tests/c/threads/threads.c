@@ -1,4 +1,4 @@
-/* 32 threads of get, put, watch and invalidations. The argument is how long, in milliseconds. */
+/* 32 threads of get, put, watch and invalidations. The argument is the duration in milliseconds. */
 #include <mmun/mmu_notifier.h>
 #include <mmun/mmun.h>
 
@@ -93,7 +93,7 @@ static void *work(void *argument)
 		CHECK(!IS_ERR(mn));
 		if (!watch)
 			CHECK(mmun_watch(mmun, (void *)mine, PAGE, &watch) == 0);
-		CHECK(mmun_watch_valid(watch)); /* This thread alone touches its page. */
+		CHECK(mmun_watch_valid(watch)); /* Only this thread changes its page. */
 		mmu_notifier_range_init(&range, MMU_NOTIFY_CLEAR, MMU_NOTIFIER_RANGE_BLOCKABLE, mm,
 					random & 64 ? mine : mine + THREADS * PAGE,
 					(random & 64 ? mine : mine + THREADS * PAGE) + PAGE);
