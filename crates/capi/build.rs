@@ -15,7 +15,8 @@ fn main() {
         return;
     }
     println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,libmmun.so.{ABI}");
-    // `dlclose` leaves it loaded: the reclaimer's thread and patches of the hook lead into it.
+    // `dlclose` must leave the library loaded: the reclaimer's thread runs code of the library, and
+    // the hook's patches jump to it.
     println!("cargo:rustc-cdylib-link-arg=-Wl,-z,nodelete");
     if let Some(wrapper) = wrapper() {
         println!("cargo:rustc-cdylib-link-arg=-wrapper");
@@ -23,11 +24,11 @@ fn main() {
     }
 }
 
-/// Writes a program that gives the symbols their version, where the linker is driven by gcc, which
-/// has `-wrapper`.
+/// Writes a wrapper of the linker that gives the symbols their version. Only gcc has the option
+/// `-wrapper`.
 ///
-/// rustc hands the linker a version script of its own with an anonymous version, beside which there
-/// can be no other. So its script is given a name on the way.
+/// rustc passes the linker a version script with an anonymous version, which excludes any other
+/// version. So the wrapper gives the version in that script a name.
 fn wrapper() -> Option<String> {
     let linker = env::var("RUSTC_LINKER").unwrap_or_else(|_| "cc".into());
     let about = Command::new(linker).arg("--version").output().ok()?;

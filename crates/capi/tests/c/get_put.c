@@ -139,7 +139,7 @@ SCENARIO(s_14_get_locked_under_the_lock)
 	CHECK(PTR_ERR(mmu_notifier_get(&ops, mm)) == -EDEADLK);
 	mn = mmu_notifier_get_locked(&ops, mm);
 	CHECK(!IS_ERR(mn));
-	CHECK(mmu_notifier_get(&ops, mm) == mn); /* Finding an existing notifier needs no lock. */
+	CHECK(mmu_notifier_get(&ops, mm) == mn); /* Needs no lock. */
 	mmap_write_unlock(mm);
 	mmu_notifier_put(mn);
 	mmu_notifier_put(mn);

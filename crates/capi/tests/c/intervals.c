@@ -147,7 +147,7 @@ SCENARIO(b_18_b_19_refusals)
 	probe->refuse = -EAGAIN;
 	mmu_notifier_range_init(&range, MMU_NOTIFY_CLEAR, 0, mm, PAGE, 2 * PAGE);
 	CHECK(mmu_notifier_invalidate_range_start_nonblock(&range) == -EAGAIN && shadow->calls == 1);
-	later = inserted(mm, 1); /* The kernel would have lost an end here, and the next calls would hang. */
+	later = inserted(mm, 1); /* In the kernel an end is lost here, so these hang. */
 	seq = mmu_interval_read_begin(&later->mni);
 	CHECK(!mmu_interval_read_retry(&later->mni, seq));
 	removed(later);
@@ -293,7 +293,7 @@ static void *insert_first(void *mm)
 	return inserted(mm, 1);
 }
 
-/* If an invalidation began before the first interval was inserted, its end decrements no window count. */
+/* The end of an invalidation that began before the first insert decrements no window count. */
 SCENARIO(b_30_the_first_insert_beside_an_invalidation)
 {
 	struct mm_struct *mm = mmun_mm_new();

@@ -143,7 +143,8 @@ static void *one_event(void *mm)
 	return NULL;
 }
 
-/* While a callback of another address space hangs, puts are freed, synchronize and unregister return. */
+/* While a callback of another address space hangs, puts are freed, synchronize and unregister
+ * return. */
 SCENARIO(s_23_s_82_b_45_no_wait_for_another_address_space)
 {
 	struct mm_struct *mm = mmun_mm_new(), *stuck = mmun_mm_new();

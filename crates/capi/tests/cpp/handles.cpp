@@ -70,7 +70,8 @@ void an_error_says_its_text_once(const mmu::Sources &mmun)
 	}
 }
 
-// Only a registration with which no change raced is entered. Any other one is undone, without the lock.
+// Only a registration with which no change raced is entered. Any other one is undone, without the
+// lock.
 void a_fill_enters_what_no_change_has_met(const mmu::Sources &mmun)
 {
 	Mutex mutex;

@@ -6,7 +6,8 @@ use crate::support::{STRICT, compile, root, scratch};
 use std::collections::BTreeSet;
 use std::fs;
 
-/// Translates a Rust type to C. The file is needed because two files use one name for different structs.
+/// Translates a Rust type to C. The file name is needed because two files use one name for
+/// different structs.
 fn in_c(file: &str, rust: &str) -> String {
     if let Some(pointee) = rust.strip_prefix("*mut ") {
         return format!("{} *", in_c(file, pointee));
@@ -101,7 +102,7 @@ fn the_headers_declare_what_the_library_defines() {
     );
 
     let mut program = String::from("#include <mmun/mmu_notifier.h>\n#include <mmun/mmun.h>\n");
-    // The address of each function: a function that the headers lack is undeclared here.
+    // Uses the type of each function, so the program does not compile if a header lacks one.
     for (number, (name, _)) in functions.iter().enumerate() {
         program += &format!("__typeof__({name}) *use_{number};\n");
     }

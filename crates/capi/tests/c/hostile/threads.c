@@ -128,7 +128,8 @@ static void *work_until_cancelled(void *unused)
 	return unused;
 }
 
-/* The thread ends at its own cancellation point, not inside the library, which cannot be unwound. */
+/* The thread ends at its own cancellation point, not inside the library, which cannot be
+ * unwound. */
 static void a_thread_that_is_cancelled(void)
 {
 	void *result;

@@ -57,7 +57,7 @@ static void ask(int number)
 	(void)number;
 	in_handler = 1;
 	is_valid = mmun_watch_valid(kept);
-	CHECK(is_valid || by_kernel); /* The kernel source may answer false while a thread reads the records. */
+	CHECK(is_valid || by_kernel); /* May be a spurious false with the kernel source. */
 	CHECK(!mmun_watch_valid(touched));
 	CHECK(!mmun_watch_valid(NULL));
 	in_handler = 0;

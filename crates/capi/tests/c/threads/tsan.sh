@@ -1,8 +1,10 @@
 #!/bin/sh
-# threads.c under the thread sanitizer, for MILLISECONDS: tsan.sh MILLISECONDS, or --probe: whether it works here.
+# Runs threads.c under the thread sanitizer: tsan.sh MILLISECONDS. With --probe it checks whether
+# that works here.
 #
-# The program, the library and the standard library are all built with it. Where only the first two are, it does not see
-# the waits of a contended lock, and reports what the lock protects.
+# The script builds the program, the library and the standard library with the sanitizer. Without an
+# instrumented standard library the sanitizer does not see the waits of a contended lock, and
+# reports races on the data that the lock protects.
 set -eu
 sysroot=$(rustc +nightly --print sysroot)
 target=$(rustc +nightly -vV | sed -n 's/^host: //p')
