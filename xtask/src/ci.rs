@@ -131,7 +131,7 @@ const STEPS: &[Step] = &[
     ),
     step("srcu without membarrier", "cargo test -p srcu").env(&[("SRCU_NO_MEMBARRIER", "1")]),
     step("the kernel source", "cargo test -p mmu-source --test it kernel").needs(KVM),
-    step("the sources in other surroundings", "cargo xtask surroundings").needs("cargo xtask surroundings --probe"),
+    step("other surroundings", "cargo xtask surroundings").needs("cargo xtask surroundings --probe"),
     step("a rush at the kernel source", "cargo run --release -p stress -- rush --seconds 10").needs(KVM),
     step("guests", "cargo xtask guest --kernel 6.1 --kernel 6.12").needs("printenv MMUN_GUESTS"),
     step("fuzz targets compile", "cargo check --manifest-path fuzz/Cargo.toml --target-dir target/fuzz")

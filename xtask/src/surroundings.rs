@@ -1,7 +1,10 @@
-//! The tests of the sources once more where the loader, libc and the allocator behave differently:
-//! a cache of the loader that fills many pages, another allocator, and a large environment.
+//! Tests once more in other surroundings.
 //!
-//! A test that takes a call of theirs for its own fails here.
+//! * A pid namespace whose session is led from outside, as in many containers: there `getsid` says
+//!   0, and this process's own number is another one in the outer `/proc`.
+//! * For the tests of the sources, a loader, libc and allocator that behave differently: a cache of
+//!   the loader that fills many pages, another allocator, and a large environment. A test that
+//!   takes a call of theirs for its own fails here.
 
 use std::fs;
 use std::io;
@@ -15,10 +18,23 @@ const CACHE_BYTES: usize = 1 << 16;
 const VARIABLES: usize = 8;
 const VARIABLE_BYTES: usize = 100_000;
 
-/// What is tested, and what the tests are told. Those of `inside` and `allocator`, and those of
-/// what happens in the middle of `free`, are about glibc's own allocator.
-const TESTS: &[(&[&str], &[&str])] = &[
-    (&["test", "-p", "mmu-source", "--test", "it"], &[]),
+/// What is tested, what the tests are told, and whether the allocator is another one. The tests of
+/// `inside` and `allocator`, and those of what happens in the middle of `free`, are about glibc's
+/// own allocator. `mmun`'s are those about processes.
+const TESTS: &[(&[&str], &[&str], bool)] = &[
+    (&["test", "-p", "mmu-source", "--test", "it"], &[], true),
+    (
+        &["test", "-p", "mmun", "--test", "it"],
+        &[
+            "run::",
+            "lent::",
+            "streams::",
+            "hidden::",
+            "detach::",
+            "doctor::",
+        ],
+        false,
+    ),
     (
         &["test", "-p", "mmu-source", "--test", "hook"],
         &[
@@ -29,6 +45,7 @@ const TESTS: &[(&[&str], &[&str])] = &[
             "--skip",
             "in_the_middle_of_free",
         ],
+        true,
     ),
 ];
 
@@ -51,7 +68,7 @@ fn run_all(root: &Path) -> io::Result<bool> {
     let mut bytes = fs::read("/etc/ld.so.cache")?;
     bytes.resize(bytes.len().max(CACHE_BYTES), 0);
     fs::write(&cache, bytes)?;
-    for (arguments, options) in TESTS {
+    for (arguments, options, other_allocator) in TESTS {
         // Built first: the tests alone are to run with another allocator.
         if !Command::new("cargo")
             .args(*arguments)
@@ -63,23 +80,21 @@ fn run_all(root: &Path) -> io::Result<bool> {
             return Ok(false);
         }
         let mut test = Command::new("unshare");
-        test.args([
-            "-m",
-            "sh",
-            "-c",
-            "mount --bind \"$0\" /etc/ld.so.cache && exec \"$@\"",
-        ])
-        .arg(&cache);
+        test.args(["--pid", "--fork", "--mount-proc"]);
+        if *other_allocator {
+            let mount = "mount --bind \"$0\" /etc/ld.so.cache && exec \"$@\"";
+            test.args(["sh", "-c", mount]).arg(&cache);
+            test.env("LD_PRELOAD", &allocator);
+            test.envs(
+                (0..VARIABLES)
+                    .map(|number| (format!("MMUN_FILLER_{number}"), "x".repeat(VARIABLE_BYTES))),
+            );
+        }
         test.arg("cargo")
             .args(*arguments)
             .arg("--")
             .args(*options)
-            .env("LD_PRELOAD", &allocator)
             .current_dir(root);
-        test.envs(
-            (0..VARIABLES)
-                .map(|number| (format!("MMUN_FILLER_{number}"), "x".repeat(VARIABLE_BYTES))),
-        );
         if !test.status()?.success() {
             return Ok(false);
         }
@@ -89,7 +104,9 @@ fn run_all(root: &Path) -> io::Result<bool> {
 
 /// Tells whether what it takes is here.
 pub(crate) fn probe() -> ExitCode {
-    let mounted = Command::new("unshare").args(["-m", "true"]).output();
+    let mounted = Command::new("unshare")
+        .args(["--pid", "--fork", "--mount-proc", "true"])
+        .output();
     let lacks = match mounted {
         Ok(output) if output.status.success() => None,
         Ok(output) => Some(String::from_utf8_lossy(&output.stderr).trim().to_owned()),
