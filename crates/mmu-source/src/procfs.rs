@@ -1,28 +1,30 @@
-//! Files of `/proc`, if it numbers tasks as this process does.
+//! Reads files of `/proc` only if `/proc` belongs to this process's pid namespace.
 //!
-//! A process in a pid namespace of its own can see the `/proc` of an outer one: `unshare --pid`
-//! without `--mount-proc`, or a mount over another that was taken away. There, the number of a task
-//! is another task's, or no task's, so what its files say is not known of the task that is meant.
+//! A process in a pid namespace can see the `/proc` of an outer namespace: after `unshare --pid`
+//! without `--mount-proc`, or after a mount that covered the outer `/proc` was removed. The number
+//! of a task then names another task there, or none. So the files say nothing about the task in
+//! question.
 
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::{fs, io};
 
-/// Tells whether `/proc` is of another pid namespace than this process.
+/// Tells whether `/proc` belongs to another pid namespace than this process.
 ///
-/// The tracer then reads nothing there about a task, because the files are another task's.
+/// If so, the tracer reads no task's files there, because they describe other tasks.
 pub fn proc_is_foreign() -> bool {
-    /// The answer of the process that asked last: its number, negative if `/proc` is foreign.
-    /// Relaxed: it hands nothing over. 0: no process has asked.
+    /// The pid of the process that asked last, negative if `/proc` is foreign; 0 if none has asked.
+    /// Relaxed: it publishes no other data.
     static ANSWER: AtomicI64 = AtomicI64::new(0);
     let own = i64::from(std::process::id());
-    // The child of a fork can be in another namespace, and has another number, or a new `/proc`.
+    // The child of a fork may be in another pid namespace. Then its pid differs from the cached
+    // one, or `/proc` is a new one.
     let before = ANSWER.load(Ordering::Relaxed);
     if before.abs() == own {
         return before < 0;
     }
     let Ok(shown) = fs::read_link("/proc/self") else {
-        // Nothing is mounted there, or the `/proc` of an inner namespace, which this process is not
-        // in. Something can be mounted later.
+        // `/proc` is not mounted, or belongs to an inner namespace that does not contain this
+        // process. Do not cache the answer: `/proc` may be mounted later.
         return fs::exists("/proc/1").unwrap_or(false);
     };
     let is_foreign = shown.to_str().and_then(|shown| shown.parse().ok()) != Some(own);
@@ -30,10 +32,10 @@ pub fn proc_is_foreign() -> bool {
     is_foreign
 }
 
-/// The name of a file that tells about the task `tid`.
+/// Returns the path of a file about the task `tid`.
 ///
 /// # Errors
-/// `ENOENT` if `/proc` numbers tasks otherwise.
+/// `ENOENT` if `/proc` belongs to another pid namespace.
 pub(crate) fn of(tid: libc::pid_t, file: &str) -> io::Result<String> {
     if proc_is_foreign() {
         return Err(io::Error::from_raw_os_error(libc::ENOENT));

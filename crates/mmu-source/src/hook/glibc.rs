@@ -1,7 +1,7 @@
-//! The hook for glibc: what is patched, how, and what runs in the place of a call.
+//! The hook for glibc: what it patches, how, and what runs in place of a call.
 //!
-//! What differs between processors is a folder for each: how glibc's code makes a call, what a
-//! patch looks like, and which registers a call keeps.
+//! Each processor architecture has a folder: how glibc makes a call, what a patch looks like, and
+//! which registers a call preserves.
 
 #[macro_use]
 mod naked;

@@ -1,4 +1,4 @@
-//! Where there is no hook.
+//! The hook on a platform that it does not support.
 
 use super::Patch;
 use crate::Error;

@@ -1,4 +1,4 @@
-//! Memory for the trampolines of one module, within the reach of its branches.
+//! Memory for the trampolines of one module, within reach of its branches.
 
 #![allow(unsafe_code, reason = "writes code")]
 
@@ -7,7 +7,7 @@ use super::raw;
 use crate::page;
 use std::ptr;
 
-/// Room for trampolines. Never unmapped: threads may be in one.
+/// Memory for trampolines. It is never unmapped, because a thread may be executing in it.
 #[derive(Debug)]
 pub(super) struct Arena {
     start: u64,
@@ -16,7 +16,7 @@ pub(super) struct Arena {
 }
 
 impl Arena {
-    /// Maps room for `count` trampolines near `start..end`.
+    /// Maps memory for `count` trampolines near `start..end`.
     pub(super) fn near(start: u64, end: u64, count: usize) -> Option<Self> {
         const STEP: u64 = 1 << 20;
         let length = page::up(count as u64 * SLOT);
@@ -42,8 +42,8 @@ impl Arena {
                 used: 0,
             }),
             Ok(elsewhere) => {
-                // A kernel that does not know the flag takes the address as a hint.
-                // SAFETY: mapped just now, and not in use.
+                // A kernel that does not know the flag treats the address as a hint.
+                // SAFETY: the range was mapped just now, and no code uses it.
                 let _ = unsafe { raw::munmap(elsewhere, length) };
                 None
             }
@@ -51,12 +51,12 @@ impl Arena {
         })
     }
 
-    /// Returns where the next trampoline will stand.
+    /// Returns the address of the next trampoline.
     pub(super) fn next(&self) -> u64 {
         self.start + self.used
     }
 
-    /// Writes a trampoline that was made for [`next`](Self::next).
+    /// Writes a trampoline that was made for the address [`next`](Self::next).
     ///
     /// # Panics
     /// If there is no room.
@@ -68,16 +68,16 @@ impl Arena {
         );
         let to = ptr::with_exposed_provenance_mut::<u8>(self.next() as usize);
         self.used += SLOT;
-        // SAFETY: the slot lies within the arena, which is writable until it is sealed, and no
-        // other code knows the slot yet.
+        // SAFETY: the slot is inside the arena, which is writable until `seal`, and no other code
+        // knows the slot yet.
         unsafe { ptr::copy_nonoverlapping(code.as_ptr(), to, code.len()) };
     }
 
-    /// Makes the trampolines executable, and no longer writable.
+    /// Makes the trampolines executable and read-only.
     pub(super) fn seal(self) -> Result<(), i32> {
-        // SAFETY: no code writes it any more: `place` needs the arena.
+        // SAFETY: no code writes to the range any more, because `place` needs the arena.
         unsafe { raw::mprotect(self.start, self.length, libc::PROT_READ | libc::PROT_EXEC) }?;
-        // SAFETY: it is mapped, and never unmapped.
+        // SAFETY: the range is mapped and never unmapped.
         unsafe { machine::synchronize_code(self.start, self.length) };
         Ok(())
     }

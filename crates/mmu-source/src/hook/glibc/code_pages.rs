@@ -1,14 +1,17 @@
 //! Changes code that other threads are running.
 //!
-//! Code is never written where it runs. The pages are copied, the copy is changed while it is
-//! writable and not yet executable, then made executable and no longer writable, and moved over the
-//! old pages with one `mremap`. A thread that executes them meanwhile faults and waits in the
-//! kernel until the new pages are there, so it runs the old instruction or the new one. Since what
-//! is replaced is one whole instruction, no thread stands inside it either.
+//! Code is never written where it runs:
+//! 1. Copy the pages, and change the copy while it is writable and not executable.
+//! 2. Make the copy executable and read-only.
+//! 3. Move the copy over the old pages with one `mremap`.
 //!
-//! Breakpoints (`int3` first, then the tail, then the first byte), the usual way, were not taken: a
-//! thread that blocks SIGTRAP dies of one, and glibc's own threads give up their stacks by
-//! `madvise` with every signal blocked.
+//! If a thread executes one of the pages during the move, it faults and waits in the kernel until
+//! the new page is there. So it runs either the old instruction or the new one. Only whole
+//! instructions are replaced, so no thread is in the middle of one.
+//!
+//! The usual method is a breakpoint: write `int3` first, then the tail, then the first byte. It
+//! does not work here, because a thread that blocks SIGTRAP dies at a breakpoint, and glibc's own
+//! threads release their stacks by `madvise` with every signal blocked.
 
 #![allow(unsafe_code, reason = "replaces code")]
 
@@ -22,18 +25,18 @@ use std::ptr;
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Edit {
     pub(super) address: u64,
-    /// Any other bytes are another program's patch, and stay.
+    /// If other bytes are there, they are another program's patch and are left alone.
     pub(super) from: [u8; PATCH],
     pub(super) to: [u8; PATCH],
-    /// What the pages around it may be used for.
+    /// The protection of the pages.
     pub(super) protection: i32,
 }
 
-/// Makes `edits`, which are in order of address, and puts right what is `hidden` in the same pages.
-/// Allocates nothing.
+/// Applies `edits`, which are in order of address, and restores the `hidden` code in the same
+/// pages. Allocates nothing.
 ///
 /// # Safety
-/// Each `to` does what `from` does, for every thread that executes it. The pages are code of a
+/// For every thread that executes it, each `to` does what its `from` does. The pages are code of a
 /// module that stays loaded.
 pub(super) unsafe fn apply(
     mut edits: impl Iterator<Item = Edit> + Clone,
@@ -52,13 +55,13 @@ pub(super) unsafe fn apply(
             end = page::down(edit.address + PATCH as u64 - 1) + page::size();
             count += 1;
         }
-        // SAFETY: the caller's duty; the run's edits lie within its pages.
+        // SAFETY: `swap` has the same rules as this function, and these edits are inside the pages.
         let swapped = unsafe { swap(start, end - start, edits.clone().take(count), hidden) };
         result = result.and(swapped);
         edits.nth(count - 1);
     }
-    // Every processor must drop what it has fetched ahead. The move has interrupted them already;
-    // this is by the book.
+    // Every processor must discard the instructions that it has prefetched. The move has already
+    // interrupted the processors; the architecture still requires this barrier.
     let _ = raw::membarrier(libc::MEMBARRIER_CMD_PRIVATE_EXPEDITED_SYNC_CORE);
     result
 }
@@ -66,7 +69,7 @@ pub(super) unsafe fn apply(
 /// Replaces pages by changed copies.
 ///
 /// # Safety
-/// As for [`apply`]; the edits lie within the pages.
+/// The rules of [`apply`], and the edits are inside the pages.
 unsafe fn swap(
     start: u64,
     length: u64,
@@ -76,7 +79,7 @@ unsafe fn swap(
     let copy = raw::mmap(0, length, libc::PROT_READ | libc::PROT_WRITE, 0)
         .map_err(|error| ("mmap", error))?;
     let page = ptr::with_exposed_provenance_mut::<u8>(copy as usize);
-    // SAFETY: copies readable code of a loaded module to memory of the same size that was mapped
+    // SAFETY: copies readable code of a loaded module to memory of the same size, which was mapped
     // above.
     unsafe {
         ptr::copy_nonoverlapping(
@@ -89,10 +92,10 @@ unsafe fn swap(
         .iter()
         .filter(|hidden| (start..start + length).contains(&hidden.address))
     {
-        // SAFETY: the offset must stay within the copy: the range was checked in the line above.
+        // SAFETY: the offset must be inside the copy. The line above has checked the range.
         let code = unsafe { page.add((hidden.address - start) as usize) };
-        // SAFETY: an instruction lies within its page. The bytes were written above, no other
-        // code has the copy, and bytes have no alignment.
+        // SAFETY: an instruction does not cross a page. The bytes were initialised above, no other
+        // code refers to the copy, and bytes need no alignment.
         let code = unsafe { &mut *code.cast::<[u8; BREAKPOINT.len()]>() };
         if *code == BREAKPOINT {
             *code = hidden.code;
@@ -101,10 +104,10 @@ unsafe fn swap(
     let mut is_changed = false;
     let mut protection = libc::PROT_READ | libc::PROT_EXEC;
     for edit in edits {
-        // SAFETY: the offset must stay within the copy: the edit lies within the pages.
+        // SAFETY: the offset must be inside the copy. The edit is inside the pages.
         let bytes = unsafe { page.add((edit.address - start) as usize) }.cast::<[u8; PATCH]>();
-        // SAFETY: the bytes were written above, no other code has the copy, and bytes have no
-        // alignment.
+        // SAFETY: the bytes were initialised above, no other code refers to the copy, and bytes
+        // need no alignment.
         let bytes = unsafe { &mut *bytes };
         if *bytes == edit.from {
             *bytes = edit.to;
@@ -114,37 +117,37 @@ unsafe fn swap(
     }
     let mut result = Ok(());
     if is_changed {
-        // SAFETY: only this function uses the copy.
+        // SAFETY: only this function uses the copy, and it does not write to it any more.
         result =
             unsafe { raw::mprotect(copy, length, protection) }.map_err(|error| ("mprotect", error));
         if result.is_ok() {
-            // A thread that executes the new page must find the new code.
-            // SAFETY: the copy is mapped and can be read.
+            // A thread that executes the new page must fetch the new code.
+            // SAFETY: the copy is mapped and readable.
             unsafe { machine::synchronize_code(copy, length) };
-            // SAFETY: no other code uses the copy, and every thread that runs the code works with
-            // it: the caller's duty.
+            // SAFETY: no other code uses the copy. The caller promises that every thread that runs
+            // the code works with the new content.
             result =
                 unsafe { raw::move_over(copy, length, start) }.map_err(|error| ("mremap", error));
         }
         if result.is_ok() {
-            // Once more by the address that it runs at, where a cache goes by that.
-            // SAFETY: code of a module that stays loaded.
+            // Again at the address where the code runs, because some caches are indexed by virtual
+            // address.
+            // SAFETY: the range is code of a module that stays loaded.
             unsafe { machine::synchronize_code(start, length) };
         }
     }
     if !is_changed || result.is_err() {
-        // SAFETY: no code uses the copy, and it was not moved.
+        // SAFETY: the copy was not moved, and no code uses it.
         let _ = unsafe { raw::munmap(copy, length) };
     }
     result
 }
 
-/// Reads code. Another thread may be replacing its page at the same time, by the same bytes or
-/// others.
+/// Reads code while another thread may be replacing its page.
 ///
 /// # Safety
-/// The address is in the code of a module that stays loaded, and so are the bytes behind it.
+/// The bytes at the address are code of a module that stays loaded.
 pub(super) unsafe fn read<const N: usize>(address: u64) -> [u8; N] {
-    // SAFETY: it is readable; volatile because it changes behind the compiler's back.
+    // SAFETY: the code is readable. The read is volatile, because the code may change at any time.
     unsafe { ptr::read_volatile(ptr::with_exposed_provenance(address as usize)) }
 }

@@ -1,8 +1,8 @@
-//! What runs in the place of a memory call: start of the bracket, the call, end of the bracket.
+//! Runs in place of a memory call: opens the bracket, makes the call, closes the bracket.
 //!
-//! It may run inside `malloc` or `free`, and in a thread that is almost gone: it allocates nothing
-//! and takes no lock. While the call itself runs, little of the stack below the caller is in use: a
-//! thread that exits gives up its own stack but for the 16 KiB (`PTHREAD_STACK_MIN`) next to its
+//! The handler may run inside `malloc` or `free`, and in a thread that is about to end. So it
+//! allocates nothing and takes no lock. During the call itself it uses little stack, because a
+//! thread that exits unmaps its own stack except for the 16 KiB (`PTHREAD_STACK_MIN`) next to its
 //! stack pointer.
 
 #![allow(unsafe_code, reason = "makes the calls whose place it takes")]
@@ -15,7 +15,7 @@ use mmu_notifier::{Event, Va, VaRange};
 use std::cell::Cell;
 use std::ffi::c_int;
 
-/// The calls that are hooked. Any other number passes `syscall(2)` untouched.
+/// The hooked calls. `syscall(2)` makes a call with any other number directly.
 pub(super) const CALLS: &[(libc::c_long, &str)] = &[
     (libc::SYS_munmap, "munmap"),
     (libc::SYS_mmap, "mmap"),
@@ -33,7 +33,7 @@ pub(super) const CALLS: &[(libc::c_long, &str)] = &[
     (libc::SYS_migrate_pages, "migrate_pages"),
 ];
 
-/// Which numbers are hooked. `syscall(2)` is asked for any.
+/// Which numbers are hooked. `syscall(2)` may be called with any number.
 pub(super) static IS_HOOKED: [bool; 512] = {
     let mut table = [false; 512];
     let mut at = 0;
@@ -44,30 +44,31 @@ pub(super) static IS_HOOKED: [bool; 512] = {
     table
 };
 
-/// Makes the call `number`, inside a bracket if it changes a translation. The result is the
-/// kernel's.
+/// Makes the call `number`, inside a bracket if the call changes a translation. Returns the
+/// kernel's result.
 ///
 /// # Safety
-/// As for the call itself: the thread that reached the patched instruction was about to make it.
+/// The rules of the call. The thread that reached the patched instruction was about to make the
+/// same call.
 pub(super) unsafe extern "C" fn enter(number: u64, args: &[u64; 6]) -> u64 {
-    // SAFETY: the caller's duty. It leaves `errno` alone.
+    // SAFETY: the caller follows the rules of the call. The raw call does not change `errno`.
     bracketed(number, args, || unsafe { raw::syscall(number, *args) })
 }
 
-/// Calls `next`, which another library has put in the place of a function of libc, inside a
+/// Calls `next`, which another library has installed in place of a function of libc, inside a
 /// bracket.
 ///
 /// # Safety
-/// As for the function: the thread that reached its entry was about to call it.
+/// The rules of the function. The thread that reached its entry was about to call it.
 pub(super) unsafe extern "C" fn enter_function(number: u64, args: &[u64; 6], next: Next) -> u64 {
     let [a0, a1, a2, a3, a4, a5] = *args;
-    // SAFETY: the caller's duty.
+    // SAFETY: the caller follows the rules of the function.
     bracketed(number, args, || unsafe { next(a0, a1, a2, a3, a4, a5) })
 }
 
-/// Runs `call` inside the bracket that its arguments ask for. `errno` is as it was before to
-/// `call`, and as `call` left it to the caller, who may be one that promises to leave it alone, as
-/// `free` does: callbacks may change it.
+/// Runs `call` inside the bracket that its arguments require. Callbacks may change `errno`, so this
+/// function restores it twice. `call` sees the value from before the callbacks, and the caller sees
+/// the value that `call` left. The caller may itself promise to preserve `errno`, as `free` does.
 #[inline(always)]
 fn bracketed(number: u64, args: &[u64; 6], call: impl FnOnce() -> u64) -> u64 {
     let mut ranges = Ranges::default();
@@ -75,10 +76,10 @@ fn bracketed(number: u64, args: &[u64; 6], call: impl FnOnce() -> u64) -> u64 {
     let (Some(first), Some(mm)) = (ranges.first, current_if_made()) else {
         return call();
     };
-    // SAFETY: no preconditions.
+    // SAFETY: the function has no preconditions.
     let errno = unsafe { libc::__errno_location() };
-    // SAFETY: it is this thread's own `errno`, for as long as the thread runs; no other code writes
-    // it meanwhile.
+    // SAFETY: this is the thread's own `errno`. It lives as long as the thread, and no other code
+    // writes to it during this function.
     let errno = unsafe { &*errno.cast::<Cell<c_int>>() };
     let before = errno.get();
     let outer = mm.invalidate(first, event);
@@ -92,10 +93,11 @@ fn bracketed(number: u64, args: &[u64; 6], call: impl FnOnce() -> u64) -> u64 {
     result
 }
 
-/// A function of libc, or what stands in its place, with as many arguments as any has.
+/// A function of libc, or its replacement, with the largest number of arguments that any of them
+/// has.
 pub(super) type Next = unsafe extern "C" fn(u64, u64, u64, u64, u64, u64) -> u64;
 
-/// Says what a call is about to invalidate.
+/// Computes what a call is about to invalidate.
 #[inline(always)]
 fn plan(number: u64, args: &[u64; 6], ranges: &mut Ranges) -> Event {
     let [a0, a1, ..] = *args;
@@ -173,11 +175,11 @@ fn plan_rare(number: u64, args: &[u64; 6], ranges: &mut Ranges) -> Event {
             let a0 = page::untagged(a0);
             let grows_down = a2 & ranges::PROT_GROWSDOWN != 0;
             let start = match grows_down {
-                // Where the mappings cannot be read, it could go down to the first address.
+                // If the mappings cannot be read, the mapping might begin at address 0.
                 true => own_process::mapping_start(a0).map_or(0, |start| start.unwrap_or(a0)),
                 false => a0,
             };
-            // A length of zero does nothing, and one that runs past the end is refused.
+            // A length of zero changes nothing. The kernel refuses a length that wraps around.
             if a1 != 0 {
                 if let Some(length) = a1.checked_add(a0 - start) {
                     add(ranges, start, length);
@@ -190,8 +192,8 @@ fn plan_rare(number: u64, args: &[u64; 6], ranges: &mut Ranges) -> Event {
             Event::Migrate { owner: None }
         }
         libc::SYS_move_pages => {
-            // Without a list of nodes it is a query. Whole folios move, so the pages named say
-            // little.
+            // Without a list of nodes the call is a query. Otherwise whole folios move, so the
+            // pages in the list do not bound the change.
             if a3 != 0 && own_process::is_own_task(a0 as i32) {
                 ranges.extend([VaRange::ALL]);
             }
@@ -207,7 +209,7 @@ fn plan_rare(number: u64, args: &[u64; 6], ranges: &mut Ranges) -> Event {
     }
 }
 
-/// Adds the vectors of `process_madvise`. What cannot be read could be anything.
+/// Adds the vectors of `process_madvise`. A vector that cannot be read may name anything.
 fn vectors(ranges: &mut Ranges, address: u64, count: u64, advice: u64) {
     const AT_ONCE: u64 = 64;
     let count = count.min(ranges::UIO_MAXIOV);
@@ -223,14 +225,15 @@ fn vectors(ranges: &mut Ranges, address: u64, count: u64, advice: u64) {
                     ranges::madvise(ranges, vector[0], vector[1], advice);
                 }
             }
-            // The kernel will find no vector there either.
+            // The kernel will not be able to read these vectors either.
             Err(libc::EFAULT) => return,
             Err(_) => ranges.extend([VaRange::ALL]),
         }
     }
 }
 
-/// The ranges of one call: a bracket each. From the third on they are joined to the second.
+/// The ranges of one call. Each gets a bracket. From the third range on, they are merged into the
+/// second.
 #[derive(Debug, Default)]
 struct Ranges {
     first: Option<VaRange>,

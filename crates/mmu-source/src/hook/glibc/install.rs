@@ -1,4 +1,4 @@
-//! Puts the patches in and takes them out, counted.
+//! Installs and removes the patches, and counts the installed hooks.
 
 #![allow(unsafe_code, reason = "replaces code")]
 
@@ -10,23 +10,24 @@ use crate::{Error, current_ref};
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// How many hooks are installed. Changed under the lock.
+/// The number of installed hooks. Changed under the lock.
 static COUNT: AtomicUsize = AtomicUsize::new(0);
 
-/// What it guards takes microseconds, allocates nothing and calls nothing.
+/// The lock is held for microseconds. Its holder allocates nothing and calls no code of the
+/// program.
 fn lock() -> &'static Lock {
     &marks().hook_patch
 }
 
 pub(in crate::hook) fn install() -> Result<(), Error> {
-    // The address space is made before the first bracket, which must not allocate.
+    // Make the address space before the first bracket, because a bracket must not allocate.
     current_ref();
     let plan = plan::plan(prepare)?;
     let result = lock().with(|| {
         if COUNT.load(Ordering::Relaxed) == 0 {
             if let Err(error) =
-                // SAFETY: a trampoline does what the instruction did whose place the jump takes,
-                // and libc stays loaded.
+                // SAFETY: each trampoline does what the replaced instruction did, and libc stays
+                // loaded.
                 unsafe {
                     code_pages::apply(plan.sites.iter().map(Site::patch), &plan.hidden)
                 }
@@ -68,23 +69,24 @@ pub(in crate::hook) fn probe() -> Result<Vec<Patch>, Error> {
 }
 
 fn take_out(plan: &Plan) {
-    // A page that the kernel does not let us replace keeps its patch, which still works.
-    // SAFETY: the instruction does what its trampoline does, but for the bracket; libc stays
+    // If the kernel refuses to replace a page, the page keeps its patch, which still works.
+    // SAFETY: the instruction does what its trampoline does, except for the bracket, and libc stays
     // loaded.
     let _ = unsafe { code_pages::apply(plan.sites.iter().map(Site::restore), &plan.hidden) };
 }
 
-/// What has to happen before the first patch. Twice does no harm.
+/// Prepares for the first patch. Calling it twice does no harm.
 fn prepare() {
     let _ = raw::membarrier(libc::MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED_SYNC_CORE);
-    // SAFETY: the handler is a function, and stays: this module is never unloaded.
+    // SAFETY: the handler is a function of this module, which is never unloaded.
     unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
 }
 
-/// In the child of a fork: the thread at work is gone, and the work may be half done.
+/// Runs in the child of a fork. The parent's thread that was patching does not exist there, so the
+/// patches may be incomplete.
 extern "C" fn in_child() {
-    // A client may subscribe while a call is under way, so the address space must be there before
-    // the call.
+    // A client may subscribe while a call is under way, so the address space must exist before the
+    // call.
     current_ref();
     let Some(plan) = plan::made() else { return };
     let is_installed = COUNT.load(Ordering::Relaxed) != 0;

@@ -23,20 +23,20 @@ pub(super) struct Segment {
     pub(super) start: u64,
     pub(super) length: u64,
     path: PathBuf,
-    /// Where in the file it begins.
+    /// The offset of the segment in the file.
     offset: u64,
-    /// Where the module's table of functions stands, if it has one.
+    /// The address range of the module's table of functions, if it has one.
     unwind: Option<Range<u64>>,
 }
 
-/// Code that a breakpoint stands in the place of.
+/// The original code at a breakpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Hidden {
     pub(super) address: u64,
     pub(super) code: Breakpoint,
 }
 
-/// As many bytes as a breakpoint has. One stands at a multiple of its size.
+/// The bytes of a breakpoint. A breakpoint is aligned to its own size.
 type Breakpoint = [u8; BREAKPOINT.len()];
 
 impl Segment {
@@ -44,10 +44,10 @@ impl Segment {
         (self.start..self.start + self.length).contains(&address)
     }
 
-    /// Returns its code as it is without breakpoints, and the breakpoints.
+    /// Returns the code without breakpoints, and the breakpoints.
     ///
-    /// The kernel knows a uprobe's breakpoint by the file that is mapped there, and kills a
-    /// thread that runs into a copy of it.
+    /// The kernel recognises the breakpoint of a uprobe by the file that is mapped at its address.
+    /// It kills a thread that executes a copy of the breakpoint elsewhere.
     ///
     /// # Errors
     /// The errors of `mmap`.
@@ -58,7 +58,7 @@ impl Segment {
                 open.read_exact_at(into, self.offset + at as u64)
             })
         };
-        // Where the file cannot be opened, nothing is known of breakpoints.
+        // If the file cannot be opened, breakpoints cannot be detected.
         let hidden = File::open(&self.path).and_then(read).unwrap_or_default();
         let text = if hidden.is_empty() {
             Text::InPlace(code)
@@ -72,19 +72,19 @@ impl Segment {
         Ok((text, hidden.into_iter().map(at).collect()))
     }
 
-    /// Says what its pages may be used for.
+    /// Returns the protection of the segment's pages.
     pub(super) fn protection(&self) -> i32 {
         machine::protection(self.start)
     }
 
-    /// Says where the functions of the module begin.
+    /// Returns the starts of the module's functions.
     pub(super) fn starts(&self) -> Starts<'static> {
         let Some(table) = &self.unwind else {
             return Starts::default();
         };
-        // SAFETY: the memory must be readable, never change, and stay: the loader says that the
-        // table is there, in a segment that is not writable, of libc or of the loader itself, which
-        // are never unloaded.
+        // SAFETY: the memory must be readable, must never change, and must stay mapped. The loader
+        // says that the table is in a read-only segment of libc or of the loader. Neither is ever
+        // unloaded.
         let section = unsafe {
             slice::from_raw_parts(
                 ptr::with_exposed_provenance(table.start as usize),
@@ -94,11 +94,12 @@ impl Segment {
         Starts::parse(section, table.start)
     }
 
-    /// Returns its code.
+    /// Returns the code of the segment.
     pub(super) fn code(&self) -> Code64<'static> {
-        // SAFETY: the memory must be readable, and stay: code of libc and of the loader is, and
-        // those are never unloaded. Its bytes can change, if another library patches them; then
-        // what is read is one or the other, and it is looked at again before anything is replaced.
+        // SAFETY: the memory must be readable and must stay mapped. This is code of libc or of the
+        // loader, and neither is ever unloaded. If another library patches the code meanwhile, a
+        // read returns the old or the new bytes, and `apply` compares them again before it replaces
+        // anything.
         let bytes = unsafe {
             slice::from_raw_parts(
                 ptr::with_exposed_provenance(self.start as usize),
@@ -115,7 +116,7 @@ impl Segment {
 /// Code without breakpoints.
 #[derive(Debug)]
 pub(super) enum Text {
-    /// The code itself: it has no breakpoints.
+    /// The code itself, if it has no breakpoints.
     InPlace(&'static [u8]),
     Copy(Scratch),
 }
@@ -131,8 +132,9 @@ impl Deref for Text {
     }
 }
 
-/// A changed copy of a module's code, in a mapping of its own: if the program's allocator lent so
-/// large a block and took it back, it would treat the program's blocks in another way from then on.
+/// A changed copy of a module's code, in a mapping of its own. It does not come from the program's
+/// allocator: freeing so large a block would change the allocator's thresholds for the program's
+/// own blocks.
 #[derive(Debug)]
 pub(super) struct Scratch {
     at: u64,
@@ -143,8 +145,8 @@ impl Scratch {
     fn new(code: &[u8], changes: &[(usize, Breakpoint)]) -> Result<Self, i32> {
         let length = code.len();
         let at = raw::mmap(0, length as u64, libc::PROT_READ | libc::PROT_WRITE, 0)?;
-        // SAFETY: the memory must be valid, and no other code may have it: it was mapped above,
-        // with zeroes, as long as this.
+        // SAFETY: the memory must be valid and unshared. It was mapped above with this length,
+        // zeroed, and no other code refers to it.
         let copy = unsafe {
             slice::from_raw_parts_mut(ptr::with_exposed_provenance_mut::<u8>(at as usize), length)
         };
@@ -156,8 +158,8 @@ impl Scratch {
     }
 
     fn bytes(&self) -> &[u8] {
-        // SAFETY: the memory must be readable and not change: this value has mapped it, and wrote
-        // it before it was made.
+        // SAFETY: the memory must be readable and must not change. This value owns the mapping, and
+        // writes to it only in `new`.
         unsafe {
             slice::from_raw_parts(ptr::with_exposed_provenance(self.at as usize), self.length)
         }
@@ -166,16 +168,16 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        // SAFETY: the mapping is this value's, and what was borrowed of it is given back.
+        // SAFETY: this value owns the mapping, and no borrow of it is left.
         let _ = unsafe { raw::munmap(self.at, self.length as u64) };
     }
 }
 
-/// Finds the code that breakpoints hide, with its places. One stands alone: what differs from the
-/// file near by as well is another library's patch, or another file.
+/// Finds the code that breakpoints hide, with its offsets. A breakpoint stands alone. If bytes near
+/// it also differ from the file, they are another library's patch, or the file is a different one.
 ///
-/// It reads the file piece by piece: a block as large as libc would change how the program's own
-/// allocator behaves.
+/// The function reads the file in pieces, because freeing a block as large as libc would change how
+/// the program's allocator behaves.
 fn hidden(
     code: &[u8],
     read: impl Fn(usize, &mut [u8]) -> io::Result<()>,
@@ -213,13 +215,14 @@ fn hidden(
     Ok(alone)
 }
 
-/// Finds the code of libc and of the loader; of the program itself, if it was linked statically.
+/// Finds the code of libc and of the loader, or that of the program itself if it is statically
+/// linked.
 ///
-/// `dl_iterate_phdr` would say it all, but holds a lock that `fork` does not make free again in a
-/// child: one that was forked meanwhile would wait for ever in its own call. The locks of the other
-/// functions of the loader, `fork` does.
+/// `dl_iterate_phdr` would return everything, but it takes a lock that `fork` does not release in
+/// the child. If another thread forked during the call, the child's own call would wait for ever.
+/// `fork` does release the locks of the loader functions that are used here.
 pub(super) fn segments() -> Vec<Segment> {
-    // The second is a function of the loader, on which libc depends.
+    // `__tls_get_addr` is a function of the loader, and libc depends on it.
     let known = [c"munmap", c"__tls_get_addr"].map(libc_function);
     let mut found: Vec<Segment> = Vec::new();
     for address in known.into_iter().flatten() {
@@ -229,7 +232,7 @@ pub(super) fn segments() -> Vec<Segment> {
         let Some(info) = info_at(address) else {
             continue;
         };
-        // SAFETY: the loader's name of a module is a C string, and libc and the loader stay.
+        // SAFETY: the loader's name of a module is a C string. libc and the loader stay loaded.
         let path = unsafe { CStr::from_ptr(info.dli_fname) };
         if let Some(headers) = headers_at(info.dli_fbase.expose_provenance() as u64) {
             found.extend(executable(path, headers));
@@ -249,24 +252,25 @@ pub(super) fn segments() -> Vec<Segment> {
     found
 }
 
-/// The program headers of a module, and where it was loaded.
+/// The program headers of a module, and its load address.
 #[derive(Debug, Clone, Copy)]
 struct Headers {
     all: &'static [libc::Elf64_Phdr],
-    /// What is added to each address in the file.
+    /// The difference between an address in memory and the same address in the file.
     bias: u64,
 }
 
-/// Returns the headers of the module that is mapped at `base`, with its file's first page.
+/// Returns the headers of the module whose file's first page is mapped at `base`.
 fn headers_at(base: u64) -> Option<Headers> {
-    // SAFETY: the memory must be readable and stay: the loader says that libc, or the loader
-    // itself, begins there, or the kernel that the program does, and each begins with this header.
+    // SAFETY: the memory must be readable and must stay mapped. The loader says that libc, or the
+    // loader, begins there; or the kernel says so of the program. Each of them begins with this
+    // header.
     let file = unsafe { &*ptr::with_exposed_provenance::<libc::Elf64_Ehdr>(base as usize) };
     if file.e_ident[..4] != *b"\x7fELF" {
         return None;
     }
     let (at, count) = (base + file.e_phoff, usize::from(file.e_phnum));
-    // SAFETY: as above; the program headers lie in the first segment of both.
+    // SAFETY: as above. The program headers are in the first segment of each of them.
     let all: &[libc::Elf64_Phdr] =
         unsafe { slice::from_raw_parts(ptr::with_exposed_provenance(at as usize), count) };
     let first = all.iter().find(|header| header.p_type == libc::PT_LOAD)?;
@@ -274,12 +278,12 @@ fn headers_at(base: u64) -> Option<Headers> {
     Some(Headers { all, bias })
 }
 
-/// Returns the headers of the program, as the kernel has told where they are.
+/// Returns the headers of the program, whose address the kernel passed to it.
 fn own_headers() -> Option<Headers> {
     // SAFETY: takes an integer.
     let at = unsafe { libc::getauxval(libc::AT_PHDR) };
-    // They lie in the page in which the file begins. A program that is linked statically and to no
-    // fixed address has no header that says where it was linked to lie (`PT_PHDR`).
+    // The headers are in the file's first page. A static PIE has no `PT_PHDR`, so its load address
+    // cannot be computed from the headers alone.
     (at != 0).then(|| headers_at(page::down(at))).flatten()
 }
 
@@ -308,7 +312,7 @@ fn executable(path: &CStr, Headers { all, bias }: Headers) -> Vec<Segment> {
         .collect()
 }
 
-/// Asks the loader what an address belongs to.
+/// Asks the loader which module and symbol an address belongs to.
 fn info_at(address: u64) -> Option<libc::Dl_info> {
     let mut info = libc::Dl_info {
         dli_fname: ptr::null(),
@@ -316,22 +320,22 @@ fn info_at(address: u64) -> Option<libc::Dl_info> {
         dli_sname: ptr::null(),
         dli_saddr: ptr::null_mut(),
     };
-    // SAFETY: takes any address, and writes the one structure.
+    // SAFETY: the call accepts any address, and writes one structure.
     let found = unsafe { libc::dladdr(ptr::without_provenance(address as usize), &mut info) };
     (found != 0).then_some(info)
 }
 
-/// A function that the module shows to others.
+/// A function that a module exports.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Function {
     pub(super) name: String,
     pub(super) entry: u64,
 }
 
-/// Finds the function that an address is in.
+/// Finds the function that contains an address.
 pub(super) fn function_at(address: u64) -> Option<Function> {
     let info = info_at(address).filter(|info| !info.dli_sname.is_null())?;
-    // SAFETY: the loader's name of a symbol is a C string, and the module stays.
+    // SAFETY: the loader's name of a symbol is a C string, and the module stays loaded.
     let name = unsafe { CStr::from_ptr(info.dli_sname) }.to_str().ok()?;
     Some(Function {
         name: name.to_owned(),
@@ -339,25 +343,27 @@ pub(super) fn function_at(address: u64) -> Option<Function> {
     })
 }
 
-/// Finds where libc has a function, even if another library has one of that name.
+/// Returns the address of libc's function, even if another library has a function of the same name.
 pub(super) fn libc_function(name: &CStr) -> Option<u64> {
-    // SAFETY: the name of a library that is loaded; it is not loaded anew.
+    // SAFETY: the name is that of a loaded library, so no library is loaded and no initialiser
+    // runs.
     let libc = unsafe { libc::dlopen(c"libc.so.6".as_ptr(), libc::RTLD_LAZY | libc::RTLD_NOLOAD) };
     if libc.is_null() {
         return None;
     }
-    // SAFETY: a handle from the line above, and a name.
+    // SAFETY: the handle comes from the call above, and the name is a C string.
     let function = unsafe { libc::dlsym(libc, name.as_ptr()) };
-    // SAFETY: the handle is given back once. libc stays loaded without it.
+    // SAFETY: the handle is closed once. libc stays loaded without it.
     unsafe { libc::dlclose(libc) };
     (!function.is_null()).then(|| function.expose_provenance() as u64)
 }
 
-/// Keeps the library with this code loaded for ever, because trampolines lead into it.
+/// Keeps the library with this code loaded for ever, because trampolines jump into it.
 pub(super) fn pin() {
     if let Some(info) = info_at(pin as fn() as *const () as u64) {
-        // SAFETY: the loader's own name of a module that is loaded; it is not loaded anew. The
-        // program itself is not found by it and needs no pinning.
+        // SAFETY: the name is the loader's own name of a loaded module, so no library is loaded. If
+        // this code is part of the program itself, the call finds nothing, and no pinning is
+        // needed.
         unsafe {
             libc::dlopen(
                 info.dli_fname,
@@ -379,7 +385,7 @@ mod tests {
         for at in [20, 64 - SIZE] {
             code[at..][..SIZE].copy_from_slice(&BREAKPOINT);
         }
-        // Another library's jump, a part of which looks like a breakpoint.
+        // Another library's jump. A part of it looks like a breakpoint.
         code[36..40].fill(0xe9);
         code[40..][..SIZE].copy_from_slice(&BREAKPOINT);
         let read = |at: usize, into: &mut [u8]| {

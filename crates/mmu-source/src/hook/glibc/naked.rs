@@ -1,9 +1,10 @@
 //! Functions that are assembly from the first instruction to the last.
 
-/// Defines a function that consists of these instructions and has no frame but what they make.
+/// Defines a function that consists of exactly these instructions. The compiler adds no prologue or
+/// epilogue.
 ///
-/// The symbol is hidden from other objects, and names the version, as a program may contain two
-/// versions of this crate.
+/// The symbol is hidden from other objects. Its name contains the version, because a program may
+/// contain two versions of this crate.
 macro_rules! naked {
     ($visibility:vis fn $name:ident($($argument:ident: $type:ty),*), $symbol:expr, [$($code:expr),* $(,)?] $($operands:tt)*) => {
         unsafe extern "C" {

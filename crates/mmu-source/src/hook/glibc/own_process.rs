@@ -1,4 +1,5 @@
-//! What a handler has to look up, without the allocator: it may be running inside `free`.
+//! What the handler looks up about its own process. It does so without the allocator, because it
+//! may run inside `free`.
 
 #![allow(unsafe_code, reason = "tests make descriptors")]
 
@@ -6,24 +7,24 @@ use super::raw::{self, File};
 use crate::maps::{self, Mapping};
 use crate::ranges::is_self_pidfd;
 
-/// Calls `f` for every mapping of this process, in order of address, until it says `false`.
+/// Calls `f` for every mapping of this process, in order of address, until `f` returns `false`.
 ///
 /// # Errors
-/// If they cannot be read: too many open files, no `/proc`, a sandbox. Then whatever is mapped may
-/// be concerned.
+/// If the mappings cannot be read: too many open files, no `/proc`, a sandbox. The caller must then
+/// assume that everything is mapped.
 pub(super) fn mappings(mut f: impl FnMut(&Mapping) -> bool) -> Result<(), i32> {
     let file = File::open(b"/proc/self/maps\0")?;
-    // A line is its columns, at most about 80 bytes, and a path, of which only the beginning
-    // matters.
+    // A line consists of the columns, at most about 80 bytes, and a path. Only the beginning of the
+    // path matters.
     lines(file, |line| {
         maps::parse(line).is_none_or(|mapping| f(&mapping))
     })
 }
 
-/// The start of the mapping that holds `address`.
+/// Returns the start of the mapping that contains `address`.
 ///
 /// # Errors
-/// As for [`mappings`].
+/// The errors of [`mappings`].
 pub(super) fn mapping_start(address: u64) -> Result<Option<u64>, i32> {
     let mut found = None;
     mappings(|mapping| {
@@ -35,10 +36,10 @@ pub(super) fn mapping_start(address: u64) -> Result<Option<u64>, i32> {
     Ok(found)
 }
 
-/// The end of the last mapping of the user's half.
+/// Returns the end of the last mapping in the user half of the address space.
 ///
 /// # Errors
-/// As for [`mappings`].
+/// The errors of [`mappings`].
 pub(super) fn top() -> Result<u64, i32> {
     const KERNEL_HALF: u64 = 1 << 63;
     let mut top = 0;
@@ -51,13 +52,13 @@ pub(super) fn top() -> Result<u64, i32> {
     Ok(top)
 }
 
-/// Tells whether the calls that move pages mean this process by `number`: any of its threads does
-/// as well.
+/// Tells whether `number` names this process in a call that moves pages. The number of any of its
+/// threads does.
 pub(super) fn is_own_task(number: i32) -> bool {
     number == 0 || raw::is_thread_of(raw::getpid(), number)
 }
 
-/// Tells whether a pidfd names this process. Also true if that cannot be found out.
+/// Tells whether a pidfd refers to this process. Returns true if that cannot be determined.
 pub(super) fn is_own_pidfd(fd: i32) -> bool {
     if is_self_pidfd(fd) {
         return true;
@@ -77,11 +78,11 @@ pub(super) fn is_own_pidfd(fd: i32) -> bool {
     let Ok(file) = File::open(&path[..=FOLDER.len() + digits]) else {
         return true;
     };
-    // A descriptor without either line is no pidfd.
+    // If `fdinfo` has neither line, the descriptor is not a pidfd.
     let mut number = None;
     let read = lines(file, |line| {
-        // The second one, which not every kernel has, comes later and ends in the number that the
-        // process itself uses.
+        // `NSpid`, which some kernels lack, comes after `Pid`. Its last number is that in the
+        // process's own namespace.
         if let Some(numbers) = line
             .strip_prefix(b"Pid:")
             .or_else(|| line.strip_prefix(b"NSpid:"))
@@ -93,11 +94,11 @@ pub(super) fn is_own_pidfd(fd: i32) -> bool {
         }
         true
     });
-    // Numbers below one are of processes that have ended, or that this one cannot see.
+    // A number below one means that the process has ended, or is not visible from this namespace.
     read.is_err() || number.is_some_and(|number| number > 0 && is_own_task(number))
 }
 
-/// Calls `f` for every line, cut off after a kilobyte, until it says `false`.
+/// Calls `f` for every line until `f` returns `false`. A line is cut off after a kilobyte.
 fn lines(mut file: File, mut f: impl FnMut(&[u8]) -> bool) -> Result<(), i32> {
     let mut line = [0_u8; 1024];
     let mut length = 0;
@@ -148,7 +149,7 @@ mod tests {
             let (tell, ask) = std::sync::mpsc::channel();
             let (done, wait) = std::sync::mpsc::channel::<()>();
             scope.spawn(move || {
-                // SAFETY: no preconditions.
+                // SAFETY: the call has no preconditions.
                 let _ = tell.send(unsafe { libc::gettid() });
                 let _ = wait.recv();
             });
@@ -170,7 +171,7 @@ mod tests {
             iov_len: size,
         };
         for fd in (-10_100..-9_900).chain([-20_000]) {
-            // SAFETY: the vector is live, and the advice changes nothing of what is there.
+            // SAFETY: the vector is live, and the advice does not change the memory.
             let advised = unsafe {
                 libc::syscall(
                     libc::SYS_process_madvise,
@@ -188,9 +189,9 @@ mod tests {
 
     #[test]
     fn an_own_pidfd_is_told_from_others() {
-        // SAFETY: makes a descriptor.
+        // SAFETY: takes integers.
         let own = unsafe { libc::syscall(libc::SYS_pidfd_open, std::process::id(), 0) } as i32;
-        // SAFETY: makes a descriptor.
+        // SAFETY: takes integers.
         let other = unsafe { libc::syscall(libc::SYS_pidfd_open, 1, 0) } as i32;
         assert!(
             own >= 0 && other >= 0,
@@ -200,7 +201,7 @@ mod tests {
         assert!(is_own_pidfd(own));
         assert!(!is_own_pidfd(other) && !is_own_pidfd(-1) && !is_own_pidfd(0));
         for fd in [own, other] {
-            // SAFETY: it is this test's own.
+            // SAFETY: the test owns the descriptor.
             unsafe { libc::close(fd) };
         }
     }

@@ -1,4 +1,4 @@
-//! What is to be patched, found out once: the sites, and the trampolines that the patches lead to.
+//! The plan: which sites to patch, and the trampolines that the patches jump to. It is made once.
 
 #![allow(unsafe_code, reason = "reads code")]
 
@@ -14,7 +14,7 @@ use std::ffi::CString;
 use std::sync::atomic::{AtomicPtr, Ordering};
 use std::{io, ptr};
 
-/// A place that is patched.
+/// An instruction to patch.
 #[derive(Debug)]
 pub(super) struct Site {
     name: &'static str,
@@ -24,37 +24,36 @@ pub(super) struct Site {
     original: [u8; PATCH],
     jump: [u8; PATCH],
     protection: i32,
-    /// It is another program's jump at the entry of the function.
+    /// Whether the patch replaces another program's jump at the entry of the function.
     is_chain: bool,
 }
 
-/// What is to be patched.
+/// What to patch.
 #[derive(Debug)]
 pub(super) struct Plan {
     /// In order of address.
     pub(super) sites: Vec<Site>,
-    /// What has to be put right in the pages that are replaced.
+    /// The code that breakpoints hide in the pages to be replaced.
     pub(super) hidden: Vec<Hidden>,
 }
 
-/// What was found out, or what is missing.
+/// The plan, or what is missing.
 type Made = Result<Plan, String>;
 
 static MADE: AtomicPtr<Made> = AtomicPtr::new(ptr::null_mut());
 
-/// Returns the plan of this process. The child of a fork has its parent's, if that was made, as it
-/// has the parent's patches.
+/// Returns the plan of this process. The child of a fork inherits its parent's plan, if that was
+/// made, as it inherits the patches.
 ///
-/// `prepare` is called when the plan is made. Nothing is patched then, so no callback runs
-/// meanwhile.
+/// Calls `prepare` when it makes the plan. At that time nothing is patched, so no callback runs.
 pub(super) fn plan(prepare: fn()) -> Result<&'static Plan, Error> {
-    // Not a `OnceLock`: forked while another thread was making the plan, a child would wait for
-    // that thread for ever.
+    // A `OnceLock` would be wrong: if another thread forks while this thread makes the plan, the
+    // child would wait for this thread for ever.
     let made = look().unwrap_or_else(|| {
         marks().hook_plan.with(|| {
             look().unwrap_or_else(|| {
                 let made = make().inspect(|_| prepare());
-                // ORDER(hook-plan): Release, for the content. Partner: the load in `look`.
+                // ORDER(hook-plan): Release, for the plan. Partner: the load in `look`.
                 MADE.store(Box::into_raw(Box::new(made)), Ordering::Release);
                 look().expect("it was stored above")
             })
@@ -68,15 +67,16 @@ pub(super) fn plan(prepare: fn()) -> Result<&'static Plan, Error> {
     })
 }
 
-/// Returns the plan if it was made, and could be.
+/// Returns the plan if it has been made successfully.
 pub(super) fn made() -> Option<&'static Plan> {
     look()?.as_ref().ok()
 }
 
 fn look() -> Option<&'static Made> {
-    // ORDER(hook-plan): Acquire, for the content. Partner: the store in `plan`.
+    // ORDER(hook-plan): Acquire, for the plan. Partner: the store in `plan`.
     let made = MADE.load(Ordering::Acquire);
-    // SAFETY: it is null or comes from `Box::into_raw` in `plan`, and is never freed.
+    // SAFETY: the pointer is null or comes from `Box::into_raw` in `plan`, and its target is never
+    // freed.
     unsafe { made.as_ref() }
 }
 
@@ -85,7 +85,7 @@ fn make() -> Made {
     let (mut sites, mut hidden) = (Vec::new(), Vec::new());
     let mut missing: Vec<&str> = Vec::new();
     let generic = module::libc_function(c"syscall");
-    // To ask the loader for the name of a function takes long.
+    // Compare addresses first, because asking the loader for a function's name takes long.
     let is_generic = |at: u64| {
         const LONGEST: u64 = 128;
         generic.is_some_and(|entry| (entry..entry + LONGEST).contains(&at))
@@ -111,8 +111,8 @@ fn make() -> Made {
                 .iter()
                 .any(|(_, function)| function.as_ref().is_some_and(|f| f.entry == entry))
         };
-        // What has no site of its own has another program's jump at its entry, or a form that is
-        // not known.
+        // A function without a site has another program's jump at its entry, or code of an unknown
+        // form.
         let rest: Vec<&Function> = functions
             .iter()
             .filter(|f| segment.holds(f.entry) && !is_patched(f.entry))
@@ -153,7 +153,8 @@ fn make() -> Made {
     Ok(Plan { sites, hidden })
 }
 
-/// libc's functions for the calls, `syscall` apart: its arguments are not those of a call.
+/// Returns libc's functions for the hooked calls, except `syscall`: its arguments differ from those
+/// of a call.
 fn functions() -> Vec<Function> {
     let entry = |name: &str| module::libc_function(&CString::new(name).expect("no zero byte"));
     let names = CALLS.iter().map(|call| call.1);
@@ -167,13 +168,13 @@ fn functions() -> Vec<Function> {
         .collect()
 }
 
-/// Without these a hook would be a trap: its users rely on them.
+/// If one of these cannot be patched, installing fails, because users rely on the hook to see them.
 const NEEDED: &[&str] = &[
     "munmap", "mmap", "mremap", "madvise", "brk", "mprotect", "syscall",
 ];
 
-/// Makes the trampolines of a segment. The second list is the functions of `rest` with nothing to
-/// chain to.
+/// Makes the trampolines of a segment. Also returns the names of the functions of `rest` that have
+/// no jump of another program.
 fn build(
     segment: &Segment,
     code: Code64<'_>,
@@ -267,7 +268,7 @@ fn name(number: Option<u32>) -> &'static str {
 }
 
 impl Site {
-    /// The edit that patches it.
+    /// Returns the edit that installs the patch.
     pub(super) fn patch(&self) -> Edit {
         Edit {
             address: self.address,
@@ -277,7 +278,7 @@ impl Site {
         }
     }
 
-    /// The edit that takes the patch out.
+    /// Returns the edit that removes the patch.
     pub(super) fn restore(&self) -> Edit {
         Edit {
             address: self.address,
@@ -287,7 +288,8 @@ impl Site {
         }
     }
 
-    /// Tells whether there is nothing to do: it is as it should be, or another program's.
+    /// Tells whether nothing is left to do: the site is in the wanted state, or has another
+    /// program's patch.
     pub(super) fn is_settled(&self, is_installed: bool) -> bool {
         // SAFETY: as in `describe`.
         let now: [u8; PATCH] = unsafe { code_pages::read(self.address) };
@@ -298,9 +300,9 @@ impl Site {
         }
     }
 
-    /// Says what it looks like now; `is_installed` is what it should be.
+    /// Describes the site's present state. `is_installed` says whether the patch should be there.
     pub(super) fn describe(&self, is_installed: bool) -> Patch {
-        // SAFETY: the site is in the code of libc or of the loader, which stay.
+        // SAFETY: the site is in the code of libc or of the loader, which stay loaded.
         let now: [u8; PATCH] = unsafe { code_pages::read(self.address) };
         let state = if now == self.jump {
             if self.is_chain || self.has_foreign_entry() {
@@ -322,7 +324,7 @@ impl Site {
         }
     }
 
-    /// Tells whether another program's jump stands at the beginning of the function.
+    /// Tells whether another program has written a jump at the entry of the function.
     fn has_foreign_entry(&self) -> bool {
         let Some(function) = self
             .function
@@ -331,7 +333,7 @@ impl Site {
         else {
             return false;
         };
-        // SAFETY: a function of libc or of the loader, which stay.
+        // SAFETY: a function of libc or of the loader, which stay loaded.
         let now = unsafe { code_pages::read(function.entry) };
         Foreign::read(function.entry, now).is_some()
     }

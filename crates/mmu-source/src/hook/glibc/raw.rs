@@ -1,5 +1,5 @@
-//! System calls without libc: what the hook does itself must not come back to it, and must leave
-//! `errno` alone.
+//! System calls without libc. The hook's own calls must not reach the hook again, and must not
+//! change `errno`.
 
 #![allow(unsafe_code, reason = "makes raw system calls")]
 
@@ -13,7 +13,7 @@ mod machine;
 
 pub(super) use machine::syscall;
 
-/// Turns a result into the value, or the error number.
+/// Turns a raw result into the value or the errno.
 pub(super) fn check(result: u64) -> Result<u64, i32> {
     const MIN_ERRNO: i64 = -4095;
     match result as i64 {
@@ -22,7 +22,7 @@ pub(super) fn check(result: u64) -> Result<u64, i32> {
     }
 }
 
-/// Maps memory near `hint`, if there is room.
+/// Maps memory. If there is room, it is near `hint`.
 pub(super) fn mmap(hint: u64, length: u64, protection: i32, flags: i32) -> Result<u64, i32> {
     let flags = flags | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
     assert_eq!(
@@ -31,21 +31,21 @@ pub(super) fn mmap(hint: u64, length: u64, protection: i32, flags: i32) -> Resul
         "it would replace what is mapped there"
     );
     let args = [hint, length, protection as u64, flags as u64, u64::MAX, 0];
-    // SAFETY: a new mapping, which replaces nothing.
+    // SAFETY: a new mapping that replaces nothing.
     check(unsafe { syscall(libc::SYS_mmap as u64, args) })
 }
 
 /// # Safety
 /// No code uses the range any more.
 pub(super) unsafe fn munmap(address: u64, length: u64) -> Result<(), i32> {
-    // SAFETY: the caller's duty.
+    // SAFETY: the caller promises that no code uses the range.
     check(unsafe { syscall(libc::SYS_munmap as u64, [address, length, 0, 0, 0, 0]) }).map(drop)
 }
 
 /// # Safety
-/// No code uses the range in a way that `protection` does not allow.
+/// No code uses the range in a way that `protection` forbids.
 pub(super) unsafe fn mprotect(address: u64, length: u64, protection: i32) -> Result<(), i32> {
-    // SAFETY: the caller's duty.
+    // SAFETY: the caller promises that no code uses the range in a forbidden way.
     check(unsafe {
         syscall(
             libc::SYS_mprotect as u64,
@@ -61,7 +61,7 @@ pub(super) unsafe fn mprotect(address: u64, length: u64, protection: i32) -> Res
 /// No code uses `from` any more, and all code that uses `to` works with the content of `from`.
 pub(super) unsafe fn move_over(from: u64, length: u64, to: u64) -> Result<(), i32> {
     let flags = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
-    // SAFETY: the caller's duty.
+    // SAFETY: the caller promises both.
     check(unsafe {
         syscall(
             libc::SYS_mremap as u64,
@@ -81,10 +81,10 @@ pub(super) fn getpid() -> u64 {
     unsafe { syscall(libc::SYS_getpid as u64, [0; 6]) }
 }
 
-/// Tells whether the process has a thread of that number.
+/// Tells whether the process has a thread with this number.
 pub(super) fn is_thread_of(process: u64, thread: i32) -> bool {
     const PROBE: u64 = 0;
-    // SAFETY: takes integers; the signal zero is checked and never sent.
+    // SAFETY: takes integers. Signal 0 is only checked and not sent.
     check(unsafe {
         syscall(
             libc::SYS_tgkill as u64,
@@ -94,13 +94,14 @@ pub(super) fn is_thread_of(process: u64, thread: i32) -> bool {
     .is_ok()
 }
 
-/// The program break: asking for an impossible one changes nothing.
+/// Returns the program break. `brk` returns it when the requested break is impossible.
 pub(super) fn program_break() -> u64 {
-    // SAFETY: a break of zero is refused, and the present one returned.
+    // SAFETY: the kernel refuses a break of zero and returns the present break.
     unsafe { syscall(libc::SYS_brk as u64, [0; 6]) }
 }
 
-/// The size of a SysV shared memory segment, if there is such a segment and this process may ask.
+/// Returns the size of a SysV shared memory segment, if the segment exists and this process may
+/// query it.
 pub(super) fn segment_size(id: i32) -> Option<u64> {
     let mut info = std::mem::MaybeUninit::<libc::shmid_ds>::zeroed();
     let args = [
@@ -111,27 +112,25 @@ pub(super) fn segment_size(id: i32) -> Option<u64> {
         0,
         0,
     ];
-    // SAFETY: the call writes one `shmid_ds`, whose layout libc shares with the kernel here, to a
-    // local one.
+    // SAFETY: the call writes one `shmid_ds` to a local. Here libc's layout of it is the kernel's.
     check(unsafe { syscall(libc::SYS_shmctl as u64, args) }).ok()?;
-    // SAFETY: it was zeroed, which is a valid value, and then written by the kernel.
+    // SAFETY: the local was zeroed, which is a valid value, before the kernel wrote to it.
     Some(unsafe { info.assume_init() }.shm_segsz as u64)
 }
 
-/// The size of the pages of an open file, if they are huge.
+/// Returns the page size of an open file, if the file is on hugetlbfs.
 #[cold]
 pub(super) fn huge_page_of(fd: u64) -> Option<u64> {
     let mut info = std::mem::MaybeUninit::<libc::statfs>::zeroed();
     let args = [fd, info.as_mut_ptr().expose_provenance() as u64, 0, 0, 0, 0];
-    // SAFETY: the call writes one `statfs`, whose layout libc shares with the kernel here, to a
-    // local one.
+    // SAFETY: the call writes one `statfs` to a local. Here libc's layout of it is the kernel's.
     check(unsafe { syscall(libc::SYS_fstatfs as u64, args) }).ok()?;
-    // SAFETY: it was zeroed, which is a valid value, and then written by the kernel.
+    // SAFETY: the local was zeroed, which is a valid value, before the kernel wrote to it.
     let info = unsafe { info.assume_init() };
     ranges::huge_page(info.f_type, info.f_bsize)
 }
 
-/// Reads memory of this process that may not be there; returns how many words there were.
+/// Reads memory of this process that may not be mapped. Returns how many words were read.
 pub(super) fn read_memory(address: u64, into: &mut [u64]) -> Result<usize, i32> {
     let local = libc::iovec {
         iov_base: into.as_mut_ptr().cast(),
@@ -143,8 +142,8 @@ pub(super) fn read_memory(address: u64, into: &mut [u64]) -> Result<usize, i32> 
     };
     let vector = |vector: &libc::iovec| std::ptr::from_ref(vector).expose_provenance() as u64;
     let args = [getpid(), vector(&local), 1, vector(&remote), 1, 0];
-    // SAFETY: the call writes to `into`, as long as the vector says; what it reads it copies with
-    // all checks.
+    // SAFETY: the call writes to `into` at most the length in the vector. The kernel checks the
+    // address that it reads from.
     check(unsafe { syscall(libc::SYS_process_vm_readv as u64, args) })
         .map(|bytes| bytes as usize / 8)
 }
@@ -166,7 +165,7 @@ impl File {
             0,
             0,
         ];
-        // SAFETY: the call reads the path, which is terminated.
+        // SAFETY: the call reads the path, which ends in a zero byte.
         check(unsafe { syscall(libc::SYS_openat as u64, args) }).map(File)
     }
 
@@ -179,14 +178,14 @@ impl File {
             0,
             0,
         ];
-        // SAFETY: the call writes to `into`, no more than its length.
+        // SAFETY: the call writes at most `into.len()` bytes to `into`.
         check(unsafe { syscall(libc::SYS_read as u64, args) }).map(|bytes| bytes as usize)
     }
 }
 
 impl Drop for File {
     fn drop(&mut self) {
-        // SAFETY: the descriptor is this value's own.
+        // SAFETY: this value owns the descriptor.
         unsafe { syscall(libc::SYS_close as u64, [self.0, 0, 0, 0, 0, 0]) };
     }
 }

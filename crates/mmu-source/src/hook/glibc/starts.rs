@@ -1,24 +1,24 @@
-//! Where the functions of a module begin.
+//! The starts of a module's functions.
 
-/// The table of `.eh_frame_hdr`: the unwinder finds the functions of a module by it. Empty if the
-/// module has none.
+/// The table of `.eh_frame_hdr`, by which the unwinder finds the functions of a module. It is empty
+/// if the module has none.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Starts<'a> {
-    /// Where the section stands: the entries count from there.
+    /// The address of the section. Entries are relative to it.
     base: u64,
-    /// Of [`ENTRY`] bytes each, in order of address. The first half of an entry is the start of a
-    /// function.
+    /// The entries, of [`ENTRY`] bytes each, in order of address. The first half of an entry is the
+    /// start of a function.
     entries: &'a [u8],
 }
 
 const ENTRY: usize = 8;
 
 impl<'a> Starts<'a> {
-    /// Reads the section that stands at `base`. A table in a form that linkers do not write counts
-    /// as empty, and so does a table that is not in order.
+    /// Parses the section at `base`. If the table is not sorted, or has a format that linkers do
+    /// not write, it counts as empty.
     pub(super) fn parse(section: &'a [u8], base: u64) -> Self {
-        /// Version 1; any pointer of four bytes; a count of four bytes; entries of four bytes each,
-        /// signed, from `base`.
+        /// Version 1. The bytes of this array: the count has four bytes; entries have four bytes
+        /// each, signed, relative to `base`.
         const FORM: [u8; 2] = [0x03, 0x3b];
         let parse = || {
             let (&[version, pointer, ref form @ ..], rest) = section.split_first_chunk::<4>()?;
@@ -38,7 +38,7 @@ impl<'a> Starts<'a> {
         parse().unwrap_or_default()
     }
 
-    /// Returns the last start that is not above `address`.
+    /// Returns the last start that is at or below `address`.
     pub(super) fn at_or_before(self, address: u64) -> Option<u64> {
         let index = self.first_after(address).checked_sub(1)?;
         self.start(index)

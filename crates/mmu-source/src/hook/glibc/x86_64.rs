@@ -1,4 +1,4 @@
-//! What the hook has to know of x86-64: glibc's code, jumps, and the registers that a call keeps.
+//! The x86-64 part of the hook: glibc's code, jumps, and the registers that a call preserves.
 
 mod call_handler;
 mod scan;
@@ -7,7 +7,7 @@ mod trampoline;
 pub(super) use scan::{Code64, Found, PATCH};
 pub(super) use trampoline::{Foreign, SLOT, branch, chain, trampoline};
 
-/// A near jump goes 2 GiB either way; a little is left for the code itself.
+/// A near jump reaches 2 GiB in either direction. The margin is for the length of the code itself.
 pub(super) const REACH: u64 = (1 << 31) - (1 << 20);
 /// `int3`.
 pub(super) const BREAKPOINT: [u8; 1] = [0xcc];
@@ -17,9 +17,9 @@ pub(super) fn protection(_: u64) -> i32 {
     libc::PROT_READ | libc::PROT_EXEC
 }
 
-/// Instruction caches see stores on this processor: there is nothing to do.
+/// Does nothing: on this processor instruction caches are coherent with stores.
 ///
 /// # Safety
-/// None is needed here.
+/// It has no preconditions here.
 #[allow(unsafe_code, reason = "it has a duty on other processors")]
 pub(super) unsafe fn synchronize_code(_: u64, _: u64) {}

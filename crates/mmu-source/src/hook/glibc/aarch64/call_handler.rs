@@ -1,17 +1,18 @@
-//! From patched code into [`enter`](super::super::handler::enter), with everything kept that a
-//! system call keeps.
+//! Calls [`enter`](super::super::handler::enter) from patched code, and preserves everything that a
+//! system call preserves.
 //!
-//! A stub is called by a trampoline with the number in `x8` and the arguments where the kernel
-//! wants them. Like the `svc` instruction it changes `x0` and nothing else that the site may still
-//! need; `x16`, `x17` and `x30` are the trampoline's. Of the vector registers, the 128 bits of
-//! `v0` to `v31` are kept. The kernel keeps no more of them: what SVE adds is lost in any call.
+//! A trampoline calls a stub with the call's number in `x8` and the arguments in the registers of
+//! the system call. Like the `svc` instruction, the stub changes `x0` and nothing else that the
+//! site may still need. `x16`, `x17` and `x30` belong to the trampoline. Of each vector register
+//! `v0` to `v31`, the stub preserves 128 bits. So does the kernel: any system call discards the
+//! upper part that SVE adds.
 
 #![allow(unsafe_code, reason = "assembly")]
 
 use super::super::handler::{enter, enter_function};
 
-// `bti c` is written as a hint: an assembler without the extension knows it so, and a processor
-// without it does nothing.
+// `bti c` is written as a hint, because an assembler without the BTI extension accepts a hint, and
+// a processor without it executes the hint as a no-op.
 naked!(
     pub(super) fn call(),
     "call",
@@ -86,9 +87,9 @@ naked!(
     enter = sym enter
 );
 
-// The target of a trampoline at the *entry* of a function. The call's number is in `x9`, the
-// function to call in `x10`, the arguments and the stack are those of the function. It may change
-// every register that a function may change.
+// The target of a trampoline at the *entry* of a function. `x9` holds the number of the call, `x10`
+// the function to call; the arguments and the stack are those of the function. It may change every
+// register that a function may change.
 naked!(
     pub(super) fn function(),
     "function",
@@ -117,7 +118,7 @@ mod tests {
 
     type Stub = unsafe extern "C" fn();
 
-    /// What goes in and comes out: `v0` to `v31`, `x0` to `x15`, the flags.
+    /// The registers before and after a stub: `v0` to `v31`, `x0` to `x15`, the flags.
     #[repr(C, align(16))]
     #[derive(Debug, Clone, PartialEq)]
     struct Registers {
@@ -127,7 +128,8 @@ mod tests {
         x18: u64,
     }
 
-    // Loads registers from its first argument, calls its third, and stores them to its second.
+    // Loads registers from its first argument, calls its third argument, and stores registers to
+    // its second.
     naked!(
         fn through(from: *const Registers, to: *mut Registers, stub: Stub),
         "through",
@@ -178,13 +180,13 @@ mod tests {
         ]
     );
 
-    /// Leaves nothing of the registers that any code may use, nor of the flags.
+    /// Overwrites the registers that a function may overwrite, and the flags.
     #[derive(Debug)]
     struct Destroyer;
 
     impl Notifier for Destroyer {
         fn invalidate_range_start(&self, _: &InvalidateRange<'_>) {
-            // SAFETY: what is destroyed is declared.
+            // SAFETY: all overwritten registers are declared.
             unsafe {
                 std::arch::asm!("movi v0.2d, #0", "movi v7.2d, #0", "movi v8.2d, #0",
                     "movi v15.2d, #0", "movi v31.2d, #0", "mov x1, #0", "mov x15, #0", "cmp x1, #1",
@@ -210,14 +212,14 @@ mod tests {
         for (n, register) in from.general.iter_mut().enumerate() {
             *register = 0x1111 * (n as u64 + 1);
         }
-        // A `munmap` that the kernel refuses because of its address.
+        // The kernel refuses this `munmap`, because the address is not page-aligned.
         from.general[..2].copy_from_slice(&[0x1001, 4096]);
         from.general[8] = libc::SYS_munmap as u64;
         let mut to = from.clone();
         to.vectors = [[0; 2]; 32];
         to.flags = 0;
-        // SAFETY: the structures are as long as the function takes them to be, and the call is
-        // refused.
+        // SAFETY: the structures have the size that the function expects, and the kernel refuses
+        // the call.
         unsafe { through(&from, &mut to, call) };
         assert_eq!(to.general[0] as i64, -i64::from(libc::EINVAL));
         from.general[0] = to.general[0];

@@ -1,22 +1,22 @@
-//! Which protection a page of code has besides reading and running.
+//! The protection of a page of code, apart from read and execute.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 
-/// A branch by a register may land on landing pads only.
+/// An indirect branch into such a page must land on a landing pad.
 const PROT_BTI: i32 = 0x10;
 
-/// Returns the protection of the mapping that holds `address`, which is one of code.
+/// Returns the protection of the executable mapping that contains `address`.
 pub(in crate::hook::glibc) fn protection(address: u64) -> i32 {
     let plain = libc::PROT_READ | libc::PROT_EXEC;
-    // Without `/proc`, the pages that are replaced lose the check of landing pads, and work.
+    // If `/proc` cannot be read, the replaced pages lose their landing-pad check, and still work.
     match has_landing_pads(address) {
         Some(true) => plain | PROT_BTI,
         Some(false) | None => plain,
     }
 }
 
-/// Reads the flags of the mapping that holds `address`.
+/// Reads the flags of the mapping that contains `address`.
 fn has_landing_pads(address: u64) -> Option<bool> {
     let maps = BufReader::new(File::open("/proc/self/smaps").ok()?);
     let mut is_here = false;

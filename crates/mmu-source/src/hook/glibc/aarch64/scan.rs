@@ -1,28 +1,28 @@
-//! Finds the places in a module's code that make a memory call.
+//! Finds the instructions in a module's code that make a memory call.
 //!
-//! glibc makes a call as `mov x8, #number` (`movz`, of either width) and, a few instructions on,
-//! `svc #0`.
+//! glibc makes a call as `mov x8, #number` (`movz`, 64 or 32 bits wide) and, a few instructions
+//! later, `svc #0`.
 
 use super::super::handler::CALLS;
 use super::super::starts::Starts;
 
-/// A place that can be patched.
+/// An instruction that can be patched: a *site*.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::hook::glibc) struct Found {
-    /// Where the `svc` instruction stands.
+    /// The address of the `svc` instruction.
     pub(in crate::hook::glibc) address: u64,
-    /// Which call it is, or `None` if only the caller knows: `syscall(2)`.
+    /// The number of the call. `None` if only the caller knows it: `syscall(2)`.
     pub(in crate::hook::glibc) number: Option<u32>,
 }
 
 impl Found {
-    /// Returns where the code continues after the call.
+    /// Returns the address where the code continues after the call.
     pub(super) fn resume(&self) -> u64 {
         self.address + INSTRUCTION as u64
     }
 }
 
-/// One executable segment as it is in memory.
+/// An executable segment, as it is in memory.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::hook::glibc) struct Code64<'a> {
     pub(in crate::hook::glibc) bytes: &'a [u8],
@@ -30,11 +30,11 @@ pub(in crate::hook::glibc) struct Code64<'a> {
 }
 
 impl Code64<'_> {
-    /// Finds all sites. `starts` says where functions begin, and `is_generic` whether an address is
-    /// in `syscall(2)`.
+    /// Finds all sites. `starts` has the starts of functions. `is_generic` tells whether an address
+    /// is in `syscall(2)`.
     ///
-    /// Bytes that are no code could look like a site. They are not found unless a number stands
-    /// before them, and then a thread would have to run them.
+    /// Data could look like a site. But a site needs a `mov` of the number before the `svc`, and
+    /// such data would do harm only if a thread executed it.
     pub(in crate::hook::glibc) fn sites(
         self,
         starts: Starts<'_>,
@@ -78,16 +78,17 @@ impl Code64<'_> {
     }
 }
 
-/// Bytes of an instruction.
+/// The size of an instruction.
 const INSTRUCTION: usize = 4;
 /// `svc #0`.
 pub(super) const SVC: u32 = 0xd400_0001;
-/// `bti c`, at the entry of a function: where a call by a register may land.
+/// `bti c`, the landing pad at a function's entry, where an indirect call may land.
 pub(super) const BTI_C: u32 = 0xd503_245f;
-/// How far back from an `svc` its number is looked for, in instructions.
+/// How many instructions before an `svc` its number is searched for.
 const REACH: usize = 16;
 
-/// Returns the number that an instruction puts into `x8`: `movz x8, #number`, or `movz w8`.
+/// Returns the number that an instruction loads into `x8`: `movz x8, #number` or `movz w8,
+/// #number`.
 fn number_set_by(word: u32) -> Option<u32> {
     const MOVZ_X8: u32 = 0xd280_0008;
     const NUMBER: u32 = 0xffff << 5;
@@ -95,8 +96,8 @@ fn number_set_by(word: u32) -> Option<u32> {
     (word & !NUMBER | WIDE == MOVZ_X8).then_some((word & NUMBER) >> 5)
 }
 
-/// Tells whether what stands behind an instruction is not what runs after it, or not with the same
-/// `x8`: a call, a return, a jump without a condition, or another `svc`.
+/// Tells whether the number in `x8` is lost after this instruction: it is a call, a return, an
+/// unconditional jump, or another `svc`.
 fn leaves(word: u32) -> bool {
     let is_branch = word & 0x7c00_0000 == 0x1400_0000; // b, bl
     let is_by_register = word & 0xfe00_0000 == 0xd600_0000; // br, blr, ret, and with signatures

@@ -1,20 +1,20 @@
-//! Instruction caches: on this processor they do not see stores.
+//! Instruction caches, which are not coherent with stores on this processor.
 
 #![allow(unsafe_code, reason = "assembly")]
 
 use std::arch::asm;
 
-/// Makes the processors fetch what was written to a range of code. Other threads need a
-/// `membarrier` besides, because what they have fetched already is theirs to drop.
+/// Makes all processors fetch the new content of a range of code. A thread may have fetched old
+/// instructions already, so other threads also need a `membarrier`.
 ///
-/// The kernel does the same when it makes a page executable that was not. The architecture asks it
-/// of the program that has written the code.
+/// The kernel does the same when it makes a page executable for the first time. Otherwise the
+/// architecture requires it of the program that writes the code.
 ///
 /// # Safety
-/// The range is mapped and can be read.
+/// The range is mapped and readable.
 pub(in crate::hook::glibc) unsafe fn synchronize_code(start: u64, length: u64) {
     let sizes: u64;
-    // SAFETY: reads a register that Linux shows to programs, or reads for them.
+    // SAFETY: only reads a register. Linux lets programs read it, or emulates the read.
     unsafe { asm!("mrs {}, ctr_el0", out(reg) sizes, options(nomem, nostack, preserves_flags)) };
     const WORD: usize = 4;
     let line = |shift: u32| WORD << (sizes >> shift & 0xf);
@@ -22,15 +22,16 @@ pub(in crate::hook::glibc) unsafe fn synchronize_code(start: u64, length: u64) {
     const DATA: u32 = 16;
     const INSTRUCTIONS: u32 = 0;
     for at in lines(DATA) {
-        // SAFETY: cleans a line of memory that can be read: the caller's duty.
+        // SAFETY: cleans a cache line of memory that the caller promises is readable.
         unsafe { asm!("dc cvau, {}", in(reg) at, options(nostack, preserves_flags)) };
     }
-    // SAFETY: waits until the above has reached what instructions are fetched from.
+    // SAFETY: only waits until the cleaned lines are visible to instruction fetches.
     unsafe { asm!("dsb ish", options(nostack, preserves_flags)) };
     for at in lines(INSTRUCTIONS) {
-        // SAFETY: drops a line from the instruction caches, which will fetch it again.
+        // SAFETY: only invalidates a line of the instruction caches, which will be fetched again.
         unsafe { asm!("ic ivau, {}", in(reg) at, options(nostack, preserves_flags)) };
     }
-    // SAFETY: waits for all processors to have done so, and drops what this one has fetched ahead.
+    // SAFETY: only waits until all processors have done so, and discards what this one has
+    // prefetched.
     unsafe { asm!("dsb ish", "isb", options(nostack, preserves_flags)) };
 }

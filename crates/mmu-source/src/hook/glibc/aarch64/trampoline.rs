@@ -1,16 +1,16 @@
-//! Trampolines: what stands between a patched `svc` and the code behind it.
+//! Trampolines: the code between a patched `svc` and the instruction after it.
 //!
-//! A site may expect every register to be kept but `x0`, so a trampoline stores what it uses below
-//! the stack pointer. Code on Linux has no red zone there on this processor. Trampolines are
-//! reached by direct branches, which need no landing pad; what they call by a register begins with
-//! one.
+//! A site may expect that every register except `x0` is preserved, so a trampoline saves the
+//! registers it uses below the stack pointer. That is safe, because on aarch64 Linux has no red
+//! zone. Patched code reaches a trampoline by a direct branch, which needs no landing pad. The
+//! functions that a trampoline calls indirectly begin with one.
 
 use super::scan::{BTI_C, SVC};
 
-/// Bytes of a trampoline.
+/// The size of a trampoline.
 pub(in crate::hook::glibc) const SLOT: u64 = 80;
 
-/// Returns a branch that stands at `from`, or `None` if `to` is out of its reach.
+/// Returns a branch from `from` to `to`, or `None` if `to` is out of reach.
 pub(in crate::hook::glibc) fn branch(from: u64, to: u64) -> Option<[u8; 4]> {
     const B: u32 = 0x1400_0000;
     const BITS: u32 = 26;
@@ -20,10 +20,10 @@ pub(in crate::hook::glibc) fn branch(from: u64, to: u64) -> Option<[u8; 4]> {
     fits.then(|| (B | field).to_le_bytes())
 }
 
-/// Returns the trampoline of a site, which will stand at `at`. It looks the number of the call up
-/// in `table`, of 512 bytes, and calls `stub` for those that are hooked. The others it makes
-/// itself, with the stack and the registers of the site: a call may return twice, or on another
-/// stack.
+/// Returns the trampoline of a site. It will be placed at `at`. It looks up the number of the call
+/// in `table`, which has 512 bytes, and calls `stub` if the number is hooked. It makes any other
+/// call itself, with the registers and the stack of the site, because such a call may return twice
+/// or on another stack.
 pub(super) fn of_call(at: u64, stub: u64, table: u64, resume: u64) -> Option<Vec<u8>> {
     const WORDS: [u32; 16] = [
         0xa9bf_47f0, //  0: stp  x16, x17, [sp, #-16]!
@@ -52,8 +52,8 @@ pub(super) fn of_call(at: u64, stub: u64, table: u64, resume: u64) -> Option<Vec
     Some(code)
 }
 
-/// Returns the trampoline for the entry of a function: it jumps to `stub` with the number in `x9`
-/// and what to call in `x10`.
+/// Returns the trampoline for the entry of a function. It jumps to `stub` with the number in `x9`
+/// and the function to call in `x10`.
 pub(super) fn of_function(number: u32, stub: u64, foreign: Foreign) -> Vec<u8> {
     const WORDS: [u32; 4] = [
         0x1800_0089, //  0: ldr w9, 16
@@ -68,21 +68,21 @@ pub(super) fn of_function(number: u32, stub: u64, foreign: Foreign) -> Vec<u8> {
     code
 }
 
-/// A jump that another program has put at the entry of a function. Only its first instruction is
-/// replaced: a thread may stand behind it.
+/// A jump that another program has written at the entry of a function. The hook replaces only its
+/// first instruction, because a thread may be about to execute the second.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::hook::glibc) struct Foreign {
-    /// Where its first instruction stands.
+    /// The address of the jump's first instruction.
     at: u64,
     target: u64,
 }
 
 impl Foreign {
-    /// How many bytes of a function are looked at.
+    /// How many bytes of a function are examined.
     pub(in crate::hook::glibc) const LENGTH: usize = 24;
 
-    /// Reads the jump at `entry`, or behind its landing pad, if there is one: a branch, or an
-    /// address put into a register and a branch to it.
+    /// Reads the jump at `entry`, or after its landing pad. The jump is either a branch, or
+    /// instructions that load an address into a register and branch to it.
     pub(in crate::hook::glibc) fn read(entry: u64, code: [u8; Self::LENGTH]) -> Option<Self> {
         let words: Vec<u32> = code
             .chunks_exact(4)
@@ -97,7 +97,7 @@ impl Foreign {
         Some(Self { at, target })
     }
 
-    /// Returns where the instruction stands that is replaced.
+    /// Returns the address of the instruction to replace.
     pub(in crate::hook::glibc) fn place(&self, _: u64) -> u64 {
         self.at
     }
@@ -105,12 +105,12 @@ impl Foreign {
 
 /// `b target`.
 fn branch_target(at: u64, word: u32) -> Option<u64> {
-    // The distance counts instructions, in 26 bits with a sign.
+    // The distance is in instructions: 26 bits, signed.
     let distance = i64::from((word << 6) as i32 >> 6) * 4;
     (word & 0xfc00_0000 == 0x1400_0000).then(|| at.wrapping_add_signed(distance))
 }
 
-/// `movz x15, ..., movk x15, ..., br x15`, as UCX and libfabric write it, with any register.
+/// `movz x15, ..., movk x15, ..., br x15`, as UCX and libfabric write it, but with any register.
 fn moved_target(words: &[u32]) -> Option<u64> {
     const MOVE: u32 = 0xff80_0000;
     const MOVZ: u32 = 0xd280_0000;
@@ -131,7 +131,7 @@ fn moved_target(words: &[u32]) -> Option<u64> {
     None
 }
 
-/// `ldr x17, .+8; br x17` and the address, with any register.
+/// `ldr x17, .+8; br x17` followed by the address, with any register.
 fn literal_target(words: &[u32]) -> Option<u64> {
     const LDR_8_ON: u32 = 0x5800_0040;
     let register = words[0] & 0x1f;
@@ -152,7 +152,7 @@ mod tests {
 
     #[test]
     fn a_branch_reaches_128_mib_either_way() {
-        // From GNU as: b .+4, b .-4.
+        // Assembled by GNU as: b .+4, b .-4.
         assert_eq!(branch(AT, AT + 4), Some(0x1400_0001_u32.to_le_bytes()));
         assert_eq!(branch(AT, AT - 4), Some(0x17ff_ffff_u32.to_le_bytes()));
         let far = 128 << 20;

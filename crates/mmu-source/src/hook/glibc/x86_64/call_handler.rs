@@ -1,27 +1,29 @@
-//! From patched code into [`enter`](super::super::handler::enter), with everything kept that a
-//! system call keeps.
+//! Calls [`enter`](super::super::handler::enter) from patched code, and preserves everything that a
+//! system call preserves.
 //!
-//! A stub is called by a trampoline with the number in `rax` and the arguments where the kernel
-//! wants them. Like the `syscall` instruction it changes `rax`, `rcx` and `r11` and nothing else
-//! that the site may still need. Every general register is kept; whether vector registers and flags
-//! are still needed is found out per site by looking at the code behind it, because keeping them
-//! costs more than all the rest. `xsave` and `fxsave` would be shorter, and cost 150 to 500 ns.
+//! A trampoline calls a stub with the call's number in `rax` and the arguments in the registers of
+//! the system call. Like the `syscall` instruction, the stub changes `rax`, `rcx` and `r11` and
+//! nothing else that the site may still need. Every stub preserves the general registers.
+//! Preserving vector registers and flags costs more than everything else, so the scanner examines
+//! the code after each site and decides whether the site still needs them. `xsave` and `fxsave`
+//! would be shorter, but cost 150 to 500 ns.
 
 #![allow(unsafe_code, reason = "assembly")]
 
 use super::super::handler::{enter, enter_function};
 
-/// What a stub keeps besides the general registers.
+/// What a stub preserves besides the general registers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::hook::glibc) enum Keep {
-    /// Nothing: no flag and no vector register is read behind the site before its function returns.
+    /// Nothing: the code after the site reads no flag and no vector register before its function
+    /// returns.
     Nothing,
-    /// Flags and all vector registers that this processor has.
+    /// The flags, and all vector registers of this processor.
     All,
 }
 
-/// Returns the stub that keeps as much, or `None` for a processor whose registers no stub here
-/// knows.
+/// Returns the stub that preserves `keep`, or `None` if no stub here knows all registers of this
+/// processor.
 pub(in crate::hook::glibc) fn stub(keep: Keep) -> Option<unsafe extern "C" fn()> {
     if keep == Keep::Nothing {
         return Some(lean);
@@ -36,8 +38,8 @@ pub(in crate::hook::glibc) fn stub(keep: Keep) -> Option<unsafe extern "C" fn()>
     }
 }
 
-/// Begins a stub: a frame, and the arguments in memory, in order, with their address in `rsi` and
-/// the number in `rdi`.
+/// Begins a stub: makes a frame and stores the arguments to memory, in order. Puts their address
+/// into `rsi` and the number into `rdi`.
 macro_rules! begin {
     () => {
         "push rbp
@@ -53,7 +55,7 @@ macro_rules! begin {
     };
 }
 
-/// Puts the registers back that `begin` has stored.
+/// Restores the registers that `begin` has stored.
 macro_rules! end {
     () => {
         "lea rsp, [rbp - 48]
@@ -69,7 +71,7 @@ macro_rules! end {
 
 naked!(fn lean(), "lean", [begin!(), "and rsp, -16", "call {enter}", end!(), "ret"], enter = sym enter);
 
-/// A stub that moves numbered registers to memory and back, one by one.
+/// Defines a stub that saves and restores numbered vector registers one by one.
 macro_rules! all {
     ($name:ident, $mov:literal, $register:literal, $size:literal, [$($n:literal)*], [$($mask:literal)*]) => {
         naked!(
@@ -99,9 +101,9 @@ all!(all_avx, "vmovups", "ymm", "32", [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15], [
 all!(all_avx512, "vmovups", "zmm", "64",
     [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31], [0 1 2 3 4 5 6 7]);
 
-// What a trampoline at the *entry* of a function jumps to: the number in `rax`, what to call in
-// `r11`, the arguments and the stack as for the function. A function keeps no more than its callees
-// do.
+// The target of a trampoline at the *entry* of a function. `rax` holds the number of the call,
+// `r11` the address to call; the arguments and the stack are those of the function. It preserves
+// only what a function must preserve.
 naked!(
     pub(in crate::hook::glibc) fn function(),
     "function",
@@ -131,8 +133,8 @@ mod tests {
 
     type Stub = unsafe extern "C" fn();
 
-    /// What goes in and comes out: vector registers, a general register each for number and
-    /// arguments, the carry flag.
+    /// The registers before and after a stub: the vector registers, the general registers for the
+    /// number and the arguments, the carry flag.
     #[repr(C, align(64))]
     #[derive(Debug, Clone, PartialEq)]
     struct Registers {
@@ -142,8 +144,8 @@ mod tests {
         result: u64,
     }
 
-    /// A function that loads registers from its first argument, calls its third, and stores them to
-    /// its second.
+    /// Defines a function that loads registers from its first argument, calls its third argument,
+    /// and stores registers to its second.
     macro_rules! through {
         ($name:ident, $mov:literal, $register:literal, [$($n:literal)*]) => {
             naked!(
@@ -172,25 +174,25 @@ mod tests {
     through!(through_avx512, "vmovups", "zmm",
         [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31]);
 
-    /// Leaves nothing of the vector registers that any code may use, nor of the flags.
+    /// Overwrites the vector registers that a function may overwrite, and the flags.
     #[derive(Debug)]
     struct Destroyer;
 
     impl Notifier for Destroyer {
         fn invalidate_range_start(&self, _: &InvalidateRange<'_>) {
-            // SAFETY: what is destroyed is declared.
+            // SAFETY: all overwritten registers are declared.
             unsafe {
                 std::arch::asm!("pxor xmm0, xmm0", "pxor xmm1, xmm1", "pxor xmm7, xmm7", "pxor xmm8, xmm8", "pxor xmm15, xmm15",
                     "clc", out("xmm0") _, out("xmm1") _, out("xmm7") _, out("xmm8") _, out("xmm15") _);
             }
             if is_x86_feature_detected!("avx") {
-                // SAFETY: clears the upper halves, which any function may.
+                // SAFETY: clears vector registers, which any function may do.
                 unsafe { std::arch::asm!("vzeroall", clobber_abi("C")) };
             }
         }
     }
 
-    /// Sends a `munmap` that is refused through a stub.
+    /// Makes a `munmap`, which the kernel refuses, through a stub.
     fn check(
         name: &str,
         through: unsafe extern "C" fn(*const Registers, *mut Registers, Stub),
@@ -217,8 +219,8 @@ mod tests {
             carry: 0,
             result: 0,
         };
-        // SAFETY: the structures are as long as the function takes them to be, and the call is
-        // refused.
+        // SAFETY: the structures have the size that the function expects, and the kernel refuses
+        // the call.
         unsafe { through(&from, &mut to, stub) };
         assert_eq!(to.result as i64, -i64::from(libc::EINVAL), "{name}");
         assert_eq!(to.arguments, from.arguments, "{name}");

@@ -1,10 +1,11 @@
-//! Finds the places in a module's code that make a memory call.
+//! Finds the instructions in a module's code that make a memory call.
 //!
-//! glibc makes nearly every one as `mov $number, %eax; syscall`. That `mov` is one instruction of
-//! exactly five bytes, as long as a near jump, so no thread can ever stand inside it. A *site* is
-//! such an instruction (or another one of at least five bytes) with what follows up to the
-//! `syscall`. A disassembler reads the functions in which the bytes of a site stand, from their
-//! starts; what cannot be shown to be safe to move is left alone.
+//! glibc makes nearly all of its calls as `mov $number, %eax; syscall`. That `mov` has exactly five
+//! bytes, like a near jump. A *site* is such an instruction, or another one of at least five bytes,
+//! together with everything up to the `syscall`. Only this first instruction is replaced, so no
+//! thread is ever in the middle of the replaced bytes. The scanner disassembles the functions that
+//! contain the bytes of a site, from their starts. It leaves a site alone unless the site's code is
+//! proven safe to move.
 
 use super::super::handler::CALLS;
 use super::super::starts::Starts;
@@ -16,23 +17,23 @@ use iced_x86::{
 };
 use std::ops::Range;
 
-/// As many bytes are replaced, by a jump.
+/// The size of a patch: one jump.
 pub(in crate::hook::glibc) const PATCH: usize = 5;
 
-/// A place that can be patched.
+/// A site that can be patched.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::hook::glibc) struct Found {
-    /// Where the instruction stands that is replaced.
+    /// The address of the instruction to replace.
     pub(in crate::hook::glibc) address: u64,
-    /// Where the `syscall` instruction stands. What lies between runs in the trampoline.
+    /// The address of the `syscall` instruction. The instructions before it run in the trampoline.
     pub(in crate::hook::glibc) syscall: u64,
-    /// Which call it is, or `None` if only the caller knows: `syscall(2)`.
+    /// The number of the call. `None` if only the caller knows it: `syscall(2)`.
     pub(in crate::hook::glibc) number: Option<u32>,
-    /// What is still needed when the call has returned.
+    /// What the code after the call still needs.
     pub(in crate::hook::glibc) keep: Keep,
 }
 
-/// One executable segment as it is in memory.
+/// An executable segment, as it is in memory.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::hook::glibc) struct Code64<'a> {
     pub(in crate::hook::glibc) bytes: &'a [u8],
@@ -40,7 +41,7 @@ pub(in crate::hook::glibc) struct Code64<'a> {
 }
 
 impl<'a> Code64<'a> {
-    /// Reads the instructions of a part of the code, one after the other.
+    /// Decodes the instructions of a part of the code, one after the other.
     fn instructions(self, part: Range<u64>) -> impl Iterator<Item = Instruction> {
         let offset = |address: u64| usize::try_from(address.checked_sub(self.start)?).ok();
         let bytes = offset(part.start)
@@ -65,11 +66,11 @@ impl<'a> Code64<'a> {
         self.start + self.bytes.len() as u64
     }
 
-    /// Finds all sites. `starts` says where functions begin, and `is_generic` whether an address is
-    /// in `syscall(2)`.
+    /// Finds all sites. `starts` has the starts of functions. `is_generic` tells whether an address
+    /// is in `syscall(2)`.
     ///
-    /// Of the code around each `syscall` instruction that can belong to a site, whole functions are
-    /// decoded, from their starts. Without `starts`, everything is.
+    /// Around each `syscall` instruction that may belong to a site, the scanner decodes whole
+    /// functions from their starts. Without `starts` it decodes everything.
     pub(in crate::hook::glibc) fn sites(
         self,
         starts: Starts<'_>,
@@ -89,8 +90,8 @@ impl<'a> Code64<'a> {
         }
         targets.extend(self.far_targets(starts, &regions, &found));
         targets.sort_unstable();
-        // A jump to a place between the patch and the `syscall` would bypass the patch, or land in
-        // it.
+        // A jump to an address between the patch and the `syscall` would bypass the patch, or land
+        // inside it.
         found.retain(|site| {
             let next = targets.partition_point(|target| *target <= site.address);
             targets
@@ -100,9 +101,8 @@ impl<'a> Code64<'a> {
         found
     }
 
-    /// Returns the functions to decode: those around the bytes of a `syscall` instruction before
-    /// which stands what a site has to have. Short jumps into a site come from no farther than
-    /// these.
+    /// Returns the functions to decode: those near the bytes of a `syscall` instruction that has a
+    /// site's instructions before it. A short jump into a site can only come from these.
     fn regions(self, starts: Starts<'_>, is_generic: &impl Fn(u64) -> bool) -> Vec<Range<u64>> {
         const SYSCALL: [u8; 2] = *b"\x0f\x05";
         const SHORT_JUMP: u64 = 128;
@@ -128,9 +128,9 @@ impl<'a> Code64<'a> {
         regions
     }
 
-    /// Finds two bytes wherever they stand.
+    /// Returns every index of a pair of bytes.
     fn occurrences(self, [first, second]: [u8; 2]) -> impl Iterator<Item = usize> {
-        // Few chunks have any, which is found out without a branch for each byte.
+        // Few chunks contain the pair. This checks a whole chunk without a branch for each byte.
         const CHUNK: usize = 64;
         let is_here = move |(a, b): (&u8, &u8)| (*a == first) & (*b == second);
         (0..self.bytes.len()).step_by(CHUNK).flat_map(move |start| {
@@ -146,7 +146,7 @@ impl<'a> Code64<'a> {
         })
     }
 
-    /// Finds the sites of a function, and what it jumps to or calls.
+    /// Finds the sites of a function, and the targets of its jumps and calls.
     fn decode(
         self,
         function: Range<u64>,
@@ -154,14 +154,14 @@ impl<'a> Code64<'a> {
         targets: &mut Vec<u64>,
         found: &mut Vec<Found>,
     ) {
-        // What has run before, if nothing jumps: the last few instructions.
+        // The last few instructions, which have run before this one unless something jumps to it.
         let mut before: Vec<Instruction> = Vec::new();
         for instruction in self.instructions(function) {
             targets.extend(branches_to(&instruction));
             if instruction.code() == Code::Syscall {
                 found.extend(self.site(&before, instruction, is_generic));
             }
-            // A call comes back, but not to what the code before it left in `rax`.
+            // A call returns, but `rax` may have changed meanwhile.
             if instruction.is_invalid() || instruction.flow_control() != FlowControl::Next {
                 before.clear();
             } else {
@@ -174,20 +174,19 @@ impl<'a> Code64<'a> {
     }
 
     /// Finds the jumps and calls into sites from code that was not decoded, such as the unlikely
-    /// part of a function, which the compiler puts elsewhere. A far jump ends in its distance, four
-    /// bytes. So any four bytes are taken for a distance; where they lead into a site, the function
-    /// around them is decoded, and shows whether they are one.
+    /// part of a function, which the compiler places elsewhere. A far jump ends in a distance of
+    /// four bytes. So every four bytes are treated as a distance. If such a distance leads into a
+    /// site, the function around it is decoded, which shows whether the bytes belong to a jump.
     fn far_targets(self, starts: Starts<'_>, regions: &[Range<u64>], found: &[Found]) -> Vec<u64> {
         const DISTANCE: usize = 4;
-        /// Whether a site is among so many bytes: for nearly all distances one look there is
-        /// enough.
+        /// Whether a site is in the block. For nearly all distances this one look-up is enough.
         const BLOCK: usize = 64;
         let mut blocks = vec![false; self.bytes.len() / BLOCK + 1];
-        // For what is outside of the code.
+        // An entry for addresses outside the code.
         let outside = blocks.len();
         blocks.push(false);
         for site in found {
-            // It is shorter than a block.
+            // A site is shorter than a block.
             for address in [site.address, site.syscall] {
                 blocks[(address - self.start) as usize / BLOCK] = true;
             }
@@ -272,7 +271,7 @@ impl<'a> Code64<'a> {
             true => Keep::All,
             false => Keep::Nothing,
         };
-        // The test of the number destroys flags.
+        // In the trampoline, the test of the number overwrites the flags.
         if number.is_none() && keep != Keep::Nothing {
             return None;
         }
@@ -284,12 +283,13 @@ impl<'a> Code64<'a> {
         })
     }
 
-    /// Tells whether the code at `start` reads a vector register or a flag that it did not set,
-    /// before its function returns. `None` if it uses the x87 stack, which no stub keeps.
+    /// Tells whether the code at `start` reads a vector register or a flag that it has not set,
+    /// before its function returns. Returns `None` if the code uses the x87 stack, which no stub
+    /// preserves.
     ///
-    /// A function that returns no number of floating point leaves no vector register behind that
-    /// its caller may read: all of them are the callee's to destroy. The functions with sites are
-    /// such, and whatever is not clear counts as a read.
+    /// A function that returns no floating-point value leaves nothing in vector registers that its
+    /// caller may read, because the callee may overwrite all of them. The functions with sites are
+    /// of this kind. Anything that cannot be decided counts as a read.
     fn is_needed_after(self, start: u64) -> Option<bool> {
         let mut factory = InstructionInfoFactory::new();
         let mut seen: Vec<(u64, bool)> = Vec::new();
@@ -328,8 +328,8 @@ impl<'a> Code64<'a> {
                     paths.push((instruction.near_branch64(), flags_are_set));
                     paths.push((instruction.next_ip(), flags_are_set));
                 }
-                // A call takes its arguments from vector registers; where the others go is not
-                // known.
+                // A call reads vector registers as arguments. The target of any other jump is
+                // unknown.
                 _ => needed = true,
             }
         }
@@ -337,15 +337,15 @@ impl<'a> Code64<'a> {
     }
 }
 
-/// How far back from a `syscall` its number is looked for, in instructions.
+/// How many instructions before a `syscall` its number is searched for.
 const REACH: usize = 8;
-/// How many bytes a trampoline has room for.
+/// How many bytes of moved code fit into a trampoline.
 const MAX_MOVED: u64 = 48;
-/// How many instructions behind a site are looked at before they count as needing everything.
+/// How many instructions after a site are examined. If they do not decide, everything is preserved.
 const LOOK_AHEAD: usize = 100;
 const STATUS: u32 = Flags::OF | Flags::SF | Flags::ZF | Flags::AF | Flags::CF | Flags::PF;
 
-/// Tells whether five bytes are `mov $number, %eax` with the number of a call that is hooked.
+/// Tells whether five bytes are `mov $number, %eax` with the number of a hooked call.
 fn sets_number(code: &[u8]) -> bool {
     let &[0xb8, ref number @ ..] = code else {
         return false;
@@ -356,7 +356,7 @@ fn sets_number(code: &[u8]) -> bool {
     number.is_ok_and(|number| CALLS.iter().any(|call| call.0 == number))
 }
 
-/// Returns where an instruction jumps to or what it calls, if it says so by itself.
+/// Returns the target of a direct jump or call.
 fn branches_to(instruction: &Instruction) -> Option<u64> {
     (instruction.op0_kind() == OpKind::NearBranch64).then(|| instruction.near_branch64())
 }
@@ -415,7 +415,7 @@ mod tests {
         }
     }
 
-    /// `count` instructions that do nothing, and `code` behind them.
+    /// Returns `code` after `count` no-op instructions.
     fn behind(count: usize, code: &[u8]) -> Vec<u8> {
         [&vec![0x90; count], code].concat()
     }

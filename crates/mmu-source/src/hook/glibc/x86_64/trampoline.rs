@@ -1,11 +1,11 @@
-//! Trampolines: what stands between a patched instruction and the code behind its `syscall`.
+//! Trampolines: the code between a patched instruction and the code after its `syscall`.
 
 use super::super::handler::IS_HOOKED;
 use super::call_handler;
 use super::scan::{Code64, Found, PATCH};
 use std::ptr;
 
-/// Returns a jump that stands at `from`, or `None` if `to` is out of its reach.
+/// Returns a jump from `from` to `to`, or `None` if `to` is out of reach.
 pub(in crate::hook::glibc) fn branch(from: u64, to: u64) -> Option<[u8; PATCH]> {
     let distance = to.wrapping_sub(from + PATCH as u64) as i64;
     let mut jump = [0xe9; PATCH];
@@ -13,8 +13,8 @@ pub(in crate::hook::glibc) fn branch(from: u64, to: u64) -> Option<[u8; PATCH]> 
     Some(jump)
 }
 
-/// Returns the trampoline of a site, wherever it will stand; `None` on a processor whose registers
-/// no stub knows.
+/// Returns the trampoline of a site. It works at any address. Returns `None` if no stub knows the
+/// registers of this processor.
 pub(in crate::hook::glibc) fn trampoline(
     _: u64,
     found: &Found,
@@ -32,19 +32,19 @@ pub(in crate::hook::glibc) fn trampoline(
     ))
 }
 
-/// Returns the trampoline for the entry of a function that another program has put a jump at: it
-/// calls what they jump to.
+/// Returns the trampoline for a function whose entry another program has patched with a jump. The
+/// trampoline calls the target of that jump.
 pub(in crate::hook::glibc) fn chain(number: u32, foreign: Foreign) -> Vec<u8> {
     of_function(number, foreign, call_handler::function)
 }
 
-/// Returns a trampoline that runs `moved`, then the call by way of `stub`, then continues at
-/// `resume`.
+/// Returns a trampoline that runs the instructions `moved`, makes the call through `stub`, and
+/// continues at `resume`.
 fn of_call(moved: &[u8], is_generic: bool, stub: unsafe extern "C" fn(), resume: u64) -> Vec<u8> {
     let mut code = Vec::from(moved);
     if is_generic {
-        // cmp $512, %rax; jae plain; mov $table, %r11; cmpb $0, (%r11, %rax); je plain. Here
-        // flags and r11 are free.
+        // cmp $512, %rax; jae plain; mov $table, %r11; cmpb $0, (%r11, %rax); je plain. The code
+        // after a generic call does not need the flags and r11.
         let hooked = 5 + 6 + 8 + 6;
         code.extend([0x48, 0x3d]);
         code.extend((IS_HOOKED.len() as u32).to_le_bytes());
@@ -52,7 +52,7 @@ fn of_call(moved: &[u8], is_generic: bool, stub: unsafe extern "C" fn(), resume:
         code.extend(ptr::from_ref(&IS_HOOKED).expose_provenance().to_le_bytes());
         code.extend([0x41, 0x80, 0x3c, 0x03, 0x00, 0x74, hooked]);
     }
-    // lea -128(%rsp), %rsp: past the red zone, without touching flags.
+    // lea -128(%rsp), %rsp: skips the red zone without changing the flags.
     code.extend([0x48, 0x8d, 0x64, 0x24, 0x80]);
     // call *stub; lea 128(%rsp), %rsp; jmp *resume.
     code.extend([0xff, 0x15]);
@@ -68,8 +68,8 @@ fn of_call(moved: &[u8], is_generic: bool, stub: unsafe extern "C" fn(), resume:
     fill(code, stub, resume)
 }
 
-/// Returns a trampoline for the entry of a function that another program has put a jump at. It
-/// calls what they jump to, by way of `stub`.
+/// Returns a trampoline for a function whose entry another program has patched with a jump. It
+/// calls the target of that jump through `stub`.
 fn of_function(number: u32, foreign: Foreign, stub: unsafe extern "C" fn()) -> Vec<u8> {
     // mov $number, %eax; lea foreign(%rip), %r11; jmp *stub; foreign:
     let mut code = vec![0xb8];
@@ -96,10 +96,10 @@ fn of_function(number: u32, foreign: Foreign, stub: unsafe extern "C" fn()) -> V
     fill(code, stub, resume)
 }
 
-/// Puts the addresses behind the code.
+/// Appends the addresses that the code refers to.
 ///
 /// # Panics
-/// If there is no room.
+/// If the code is too long.
 fn fill(mut code: Vec<u8>, stub: unsafe extern "C" fn(), resume: u64) -> Vec<u8> {
     assert!(code.len() <= STUB as usize, "a site is a few instructions");
     code.resize(STUB as usize, 0xcc);
@@ -108,23 +108,23 @@ fn fill(mut code: Vec<u8>, stub: unsafe extern "C" fn(), resume: u64) -> Vec<u8>
     code
 }
 
-/// A jump that another program has put at the entry of a function: one instruction, or two of which
-/// the first is long enough.
+/// A jump that another program has written at the entry of a function: one instruction, or two of
+/// which the first is at least as long as a patch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::hook::glibc) enum Foreign {
     /// `jmp target`.
     Direct(u64),
-    /// `jmp *pointer(%rip)`: where the pointer is.
+    /// `jmp *pointer(%rip)`: the address of the pointer.
     ByPointer(u64),
-    /// `mov $target, %register`, and what follows.
+    /// `mov $target, %register`, and the address of the instruction after it.
     ByRegister { load: [u8; 10], resume: u64 },
 }
 
 impl Foreign {
-    /// How many bytes of a function are looked at.
+    /// How many bytes of a function are examined.
     pub(in crate::hook::glibc) const LENGTH: usize = 10;
 
-    /// Returns where the instruction stands that is replaced.
+    /// Returns the address of the instruction to replace.
     pub(in crate::hook::glibc) fn place(&self, entry: u64) -> u64 {
         entry
     }
@@ -141,7 +141,7 @@ impl Foreign {
             [0xff, 0x25, ..] => Some(Foreign::ByPointer(
                 entry.wrapping_add(6).wrapping_add(displacement(2)),
             )),
-            // To rax, r10 or r11, which a function may destroy.
+            // The register is rax, r10 or r11, which a function may overwrite.
             [0x48, 0xb8, ..] | [0x49, 0xba | 0xbb, ..] => Some(Foreign::ByRegister {
                 load: code,
                 resume: entry + 10,
@@ -151,11 +151,11 @@ impl Foreign {
     }
 }
 
-/// Bytes of a trampoline.
+/// The size of a trampoline.
 pub(in crate::hook::glibc) const SLOT: u64 = 128;
-/// Where in it the address of the stub is kept.
+/// The offset of the stub's address in a trampoline.
 const STUB: u32 = 112;
-/// Where in it the address to go on at is kept.
+/// The offset of the address where the code continues.
 const RESUME: u32 = 120;
 
 #[cfg(test)]
