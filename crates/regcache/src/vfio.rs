@@ -4,16 +4,18 @@
 //! The system calls get pointers to locals that outlive the call, with their lengths in `argsz`.
 //! The kernel checks the user's addresses itself, and pins pages rather than trusting them to stay.
 
+mod gaps;
+mod info;
+
 use crate::{Cause, Registrar};
+use gaps::Gaps;
 use mmu_notifier::{Va, VaRange};
 use rustix::io::Errno;
 use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
 use rustix::param::page_size;
-use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Mutex, PoisonError};
 
 /// Maps memory for the devices of a VFIO container, at addresses that it chooses.
 ///
@@ -38,8 +40,7 @@ use std::sync::{Mutex, PoisonError};
 pub struct Vfio {
     container: OwnedFd,
     access: DmaAccess,
-    /// The gaps: first address, and the length.
-    free: Mutex<BTreeMap<u64, u64>>,
+    free: Gaps,
 }
 
 /// What the devices of a [`Vfio`] may do with registered memory.
@@ -95,29 +96,11 @@ struct Unmap {
     size: u64,
 }
 
-/// `struct vfio_iommu_type1_info`, with room for its chain of capabilities.
-#[repr(C)]
-struct Info {
-    argsz: u32,
-    flags: u32,
-    iova_pgsizes: u64,
-    cap_offset: u32,
-    pad: u32,
-    /// Each begins with its kind and version (16 bits each), and the offset of the next.
-    caps: [u32; 1024],
-}
-
-const GET_INFO: Opcode = opcode::none(b';', 112);
 const MAP_DMA: Opcode = opcode::none(b';', 113);
 const UNMAP_DMA: Opcode = opcode::none(b';', 114);
 
 const READ: u32 = 1;
 const WRITE: u32 = 2;
-/// Whether there is a chain of capabilities.
-const INFO_CAPS: u32 = 2;
-/// The capability that lists what the IOMMU translates: a count, a reserved word, and pairs of the
-/// first address and the last.
-const CAP_IOVA_RANGES: u32 = 1;
 
 /// Makes a control call.
 ///
@@ -167,19 +150,7 @@ impl Vfio {
             ));
         }
         let container = container.as_fd().try_clone_to_owned()?;
-        let mut info = Info {
-            argsz: size_of::<Info>() as u32,
-            flags: 0,
-            iova_pgsizes: 0,
-            cap_offset: 0,
-            pad: 0,
-            caps: [0; 1024],
-        };
-        // SAFETY: the call fills in as much of a `struct vfio_iommu_type1_info` as `argsz` says,
-        // and any bytes are a value of it.
-        unsafe { control::<GET_INFO, _>(&container, &mut info) }?;
-        let free: BTreeMap<u64, u64> = info
-            .translated()
+        let mut free: Vec<(u64, u64)> = info::translated(&container)?
             .into_iter()
             .filter_map(|range| {
                 let (start, end) = (
@@ -189,6 +160,7 @@ impl Vfio {
                 (start < end).then(|| (start, end - start))
             })
             .collect();
+        free.sort_unstable();
         if free.is_empty() {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
@@ -198,66 +170,8 @@ impl Vfio {
         Ok(Self {
             container,
             access,
-            free: Mutex::new(free),
+            free: Gaps::new(free),
         })
-    }
-
-    /// Takes the first gap that is large enough, or its beginning.
-    fn take(&self, size: u64) -> Option<u64> {
-        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        let (&start, &length) = free.iter().find(|(_, length)| **length >= size)?;
-        free.remove(&start);
-        if length > size {
-            free.insert(start + size, length - size);
-        }
-        Some(start)
-    }
-
-    /// Gives addresses back, and joins what touches.
-    fn give(&self, mut start: u64, mut size: u64) {
-        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(length) = free.remove(&(start + size)) {
-            size += length;
-        }
-        let before = free.range(..start).next_back();
-        let touches = before.filter(|(first, length)| **first + **length == start);
-        if let Some((&first, &length)) = touches {
-            (start, size) = (first, length + size);
-        }
-        free.insert(start, size);
-    }
-}
-
-impl Info {
-    /// The addresses that the IOMMU translates: all, if the kernel does not say.
-    fn translated(&self) -> Vec<Range<u64>> {
-        let everything = vec![0..u64::MAX; 1];
-        if self.flags & INFO_CAPS == 0 {
-            return everything;
-        }
-        // Offsets count from the structure's first byte.
-        let word = |offset: usize| {
-            let at = offset.checked_sub(std::mem::offset_of!(Self, caps))? / 4;
-            self.caps.get(at).copied()
-        };
-        let mut offset = self.cap_offset as usize;
-        // The kernel's chain leads forward; a longer one than there is room for is none.
-        for _ in 0..self.caps.len() {
-            let (Some(head), Some(next)) = (word(offset), word(offset + 4)) else {
-                break;
-            };
-            if head & 0xffff == CAP_IOVA_RANGES {
-                let count = word(offset + 8).unwrap_or(0) as usize;
-                let long = |at| Some(u64::from(word(at)?) | u64::from(word(at + 4)?) << 32);
-                let pairs = (0..count).map_while(|number| {
-                    let at = offset + 16 + 16 * number;
-                    Some(long(at)?..long(at + 8)?.saturating_add(1))
-                });
-                return pairs.collect();
-            }
-            offset = next as usize;
-        }
-        everything
     }
 }
 
@@ -272,7 +186,7 @@ impl Registrar for Vfio {
         // No mapping has the last address of all.
         let last = range.last().get() / size * size + (size - 1);
         let end = last.checked_add(1).ok_or(Errno::FAULT)?;
-        let iova = self.take(end - start).ok_or(Errno::NOSPC)?;
+        let iova = self.free.take(end - start).ok_or(Errno::NOSPC)?;
         let mapping = DmaMapping {
             memory: start..end,
             iova,
@@ -293,7 +207,7 @@ impl Registrar for Vfio {
         match unsafe { control::<MAP_DMA, _>(&self.container, &mut map) } {
             Ok(()) => Ok(mapping),
             Err(error) => {
-                self.give(iova, mapping.size());
+                self.free.give(iova, mapping.size());
                 Err(error.into())
             }
         }
@@ -312,7 +226,7 @@ impl Registrar for Vfio {
         // When it returns, no device can use the addresses any more: they may be given out anew.
         // Where it fails they are not used again, and the mapping goes with the container.
         if unmapped.is_ok() && unmap.size == size {
-            self.give(mapping.iova, size);
+            self.free.give(mapping.iova, size);
         }
     }
 
@@ -329,32 +243,14 @@ impl Registrar for Vfio {
 mod tests {
     use super::*;
 
-    fn over(gaps: &[(u64, u64)]) -> Vfio {
-        Vfio {
-            container: std::fs::File::open("/dev/null").unwrap().into(),
-            access: DmaAccess::Read,
-            free: Mutex::new(gaps.iter().copied().collect()),
-        }
-    }
-
-    #[test]
-    fn addresses_are_given_out_once_and_gaps_are_joined() {
-        let vfio = over(&[(0x1000, 0x3000), (0x8000, 0x2000)]);
-        let (one, two) = (vfio.take(0x1000), vfio.take(0x2000));
-        assert_eq!((one, two), (Some(0x1000), Some(0x2000)));
-        assert_eq!(vfio.take(0x4000), None);
-        assert_eq!(vfio.take(0x2000), Some(0x8000));
-        vfio.give(0x1000, 0x1000);
-        vfio.give(0x8000, 0x2000);
-        vfio.give(0x2000, 0x2000);
-        let gaps: Vec<_> = vfio.free.lock().unwrap().clone().into_iter().collect();
-        assert_eq!(gaps, [(0x1000, 0x3000), (0x8000, 0x2000)]);
-    }
-
     #[test]
     fn a_refused_registration_keeps_no_address() {
         // What is no container says `ENOTTY`.
-        let vfio = over(&[(0, 0x1000)]);
+        let vfio = Vfio {
+            container: std::fs::File::open("/dev/null").unwrap().into(),
+            access: DmaAccess::Read,
+            free: Gaps::new(vec![(0, 0x1000); 1]),
+        };
         let range = VaRange::covering(Va::new(0x7000), 1).unwrap();
         for _ in 0..3 {
             assert_eq!(
@@ -364,28 +260,6 @@ mod tests {
         }
         let error = vfio.register(VaRange::ALL).unwrap_err();
         assert_eq!(vfio.cause(&error), Cause::NotMapped);
-        assert_eq!(vfio.take(0x1000), Some(0));
-    }
-
-    #[test]
-    fn what_the_iommu_translates_is_read_from_the_chain() {
-        let mut info = Info {
-            argsz: 0,
-            flags: INFO_CAPS,
-            iova_pgsizes: 0,
-            cap_offset: 24,
-            pad: 0,
-            caps: [0; 1024],
-        };
-        // Another capability, of which only the head is read; then two ranges.
-        info.caps[..3].copy_from_slice(&[3 | 1 << 16, 40, 65_535]);
-        info.caps[4..8].copy_from_slice(&[1 | 1 << 16, 0, 2, 0]);
-        info.caps[8..12].copy_from_slice(&[0, 0, 0xfedf_ffff, 0]);
-        info.caps[12..16].copy_from_slice(&[0xfef0_0000, 0, u32::MAX, 0x7f]);
-        let expected = [0..0xfee0_0000, 0xfef0_0000..0x80_0000_0000];
-        assert_eq!(info.translated(), expected);
-        info.flags = 0;
-        let all = 0..u64::MAX;
-        assert_eq!(info.translated(), vec![all; 1]);
+        assert_eq!(vfio.free.take(0x1000), Some(0));
     }
 }

@@ -1,0 +1,158 @@
+//! What a container says of its IOMMU: `struct vfio_iommu_type1_info`.
+//!
+//! # Safety
+//! The call gets a buffer that outlives it, with its length in the first word.
+
+use rustix::io::{self, Errno};
+use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
+use std::ffi::c_void;
+use std::ops::Range;
+use std::os::fd::OwnedFd;
+
+/// The words of the structure without capabilities: length, flags, page sizes (two), offset of the
+/// first capability, and padding.
+const HEAD: usize = 6;
+/// In the flags: there is a chain of capabilities.
+const CAPS: u32 = 2;
+/// The capability that lists what the IOMMU translates: a count, a reserved word, and pairs of the
+/// first address and the last.
+const IOVA_RANGES: u32 = 1;
+
+/// `VFIO_IOMMU_GET_INFO`, with the buffer that the kernel fills.
+struct GetInfo<'a>(&'a mut [u32]);
+
+// SAFETY: the call reads the first word of the buffer, writes at most as many bytes as that word
+// says, which is no more than the buffer has (see `ask`), and any bytes are words.
+unsafe impl Ioctl for GetInfo<'_> {
+    type Output = ();
+    const IS_MUTATING: bool = true;
+
+    fn opcode(&self) -> Opcode {
+        opcode::none(b';', 112)
+    }
+
+    fn as_ptr(&mut self) -> *mut c_void {
+        self.0.as_mut_ptr().cast()
+    }
+
+    unsafe fn output_from_ptr(_: IoctlOutput, _: *mut c_void) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Returns the addresses that a container's IOMMU translates: all, if the kernel does not say.
+pub(super) fn translated(container: &OwnedFd) -> io::Result<Vec<Range<u64>>> {
+    ranges_of(|words| {
+        // SAFETY: see `GetInfo`; the call changes nothing else.
+        unsafe { ioctl(container, GetInfo(words)) }
+    })
+}
+
+/// Asks with as much room as the kernel wants: a kernel that finds too little leaves the chain out,
+/// and answers with the length that it needs.
+fn ranges_of(ask: impl Fn(&mut [u32]) -> io::Result<()>) -> io::Result<Vec<Range<u64>>> {
+    let mut words = vec![0; HEAD];
+    loop {
+        let given = u32::try_from(4 * words.len()).map_err(|_| Errno::OVERFLOW)?;
+        words[0] = given;
+        ask(&mut words)?;
+        let wanted = words[0];
+        if wanted <= given {
+            return Ok(parse(&words));
+        }
+        words.clear();
+        words.resize(wanted.div_ceil(4) as usize, 0);
+    }
+}
+
+fn parse(words: &[u32]) -> Vec<Range<u64>> {
+    let everything = vec![0..u64::MAX; 1];
+    if words[1] & CAPS == 0 {
+        return everything;
+    }
+    // Offsets count from the structure's first byte.
+    let word = |offset: usize| words.get(offset / 4).copied();
+    let mut offset = words[4] as usize;
+    // A chain that is longer than its buffer has a circle: the kernel's leads forward.
+    for _ in 0..words.len() {
+        if offset < 4 * HEAD {
+            break;
+        }
+        // Each begins with its kind and version (16 bits each), and the offset of the next.
+        let (Some(kind), Some(next)) = (word(offset), word(offset + 4)) else {
+            break;
+        };
+        if kind & 0xffff == IOVA_RANGES {
+            let count = word(offset + 8).unwrap_or(0) as usize;
+            let long = |at| Some(u64::from(word(at)?) | u64::from(word(at + 4)?) << 32);
+            let pairs = (0..count).map_while(|number| {
+                let at = offset + 16 + 16 * number;
+                Some(long(at)?..long(at + 8)?.saturating_add(1))
+            });
+            return pairs.collect();
+        }
+        offset = next as usize;
+    }
+    everything
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A kernel's answer: another capability, of which only the head is read, then the ranges.
+    fn answer(ranges: &[(u64, u64)]) -> Vec<u32> {
+        let mut words = vec![0, CAPS, 0, 0, 24, 0];
+        words.extend([3 | 1 << 16, 40, 65_535, 0]);
+        words.extend([1 | 1 << 16, 0, ranges.len() as u32, 0]);
+        for value in ranges.iter().flat_map(|(first, last)| [*first, *last]) {
+            words.extend([value as u32, (value >> 32) as u32]);
+        }
+        words[0] = 4 * words.len() as u32;
+        words
+    }
+
+    /// Does what `vfio_iommu_type1` does with too little room.
+    fn kernel(answer: &[u32]) -> impl Fn(&mut [u32]) -> io::Result<()> {
+        move |words| {
+            assert_eq!(words[0] as usize, 4 * words.len());
+            if words.len() < answer.len() {
+                words.copy_from_slice(&answer[..words.len()]);
+                // The chain is left out.
+                words[4] = 0;
+            } else {
+                words[..answer.len()].copy_from_slice(answer);
+            }
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn what_the_iommu_translates_is_read_from_the_chain() {
+        let answer = answer(&[(0, 0xfedf_ffff), (0xfef0_0000, 0x7f_ffff_ffff)]);
+        let expected = [0..0xfee0_0000, 0xfef0_0000..0x80_0000_0000];
+        assert_eq!(ranges_of(kernel(&answer)).unwrap(), expected);
+        let old = [24, 1, 0, 0, 0, 0];
+        assert_eq!(ranges_of(kernel(&old)).unwrap(), vec![0..u64::MAX; 1]);
+    }
+
+    #[test]
+    fn a_chain_of_any_length_is_read() {
+        let all: Vec<(u64, u64)> = (0..1000_u64)
+            .map(|number| (number << 20, (number << 20) + 0xffff))
+            .collect();
+        let ranges = ranges_of(kernel(&answer(&all))).unwrap();
+        assert_eq!(ranges.len(), 1000);
+        assert_eq!(ranges[999], 999 << 20..(999 << 20) + 0x1_0000);
+    }
+
+    #[test]
+    fn a_chain_that_leads_nowhere_is_none() {
+        let everything = vec![0..u64::MAX; 1];
+        for next in [24, 4, 4_000_000] {
+            // The first capability points at itself, into the head, or behind the end.
+            let words = [40, CAPS, 0, 0, 24, 0, 3, next, 0, 0];
+            assert_eq!(parse(&words), everything, "{next}");
+        }
+    }
+}
