@@ -1,17 +1,17 @@
-//! A shadow of this process's own memory, kept right while the allocator gives memory back
-//! underneath it.
+//! A shadow of this process's own memory that stays correct while the allocator returns memory to
+//! the kernel.
 //!
 //! `cargo run -p mmu-source --example own_process`
 //!
-//! One thread allocates blocks, fills them, and frees them; the other one reads them through a
-//! shadow: a table that translates a page to a pointer, filled at the first use of the page.
-//! Reading does not ask the kernel whether the page is still there. That is sound because the hook
-//! tells the shadow *before* a page leaves, wherever that happens: in the middle of `free`, for
-//! one. A mistake in the protocol ends this program with SIGSEGV.
+//! One thread allocates blocks, fills them, and frees them. The other thread reads them through a
+//! shadow: a table that translates a page to a pointer and is filled at the first use of the page.
+//! The reader does not ask the kernel whether the page is still mapped. That is sound because the
+//! hook notifies the shadow *before* a page is unmapped, wherever that happens, for example in the
+//! middle of `free`. A mistake in the protocol ends this program with SIGSEGV.
 //!
-//! The callback may run while the allocator's locks are held, so it neither allocates nor frees,
-//! and no more does any code that holds the shadow's lock. `SoftTlb` is a table of fixed size, and
-//! `CheckedAlloc` proves it for every call.
+//! The callback may run while the allocator's locks are held. So the callback neither allocates nor
+//! frees, and neither does any code that holds the shadow's lock. `SoftTlb` is a table of fixed
+//! size. `CheckedAlloc` checks the rule at every call.
 
 use mmu_notifier::lockdep::CheckedAlloc;
 use mmu_notifier::{InvalidateSeq, PAGE_SIZE, SoftTlb, Subsystem, Va, VaRange};
@@ -25,12 +25,12 @@ use std::thread;
 #[global_allocator]
 static ALLOC: CheckedAlloc = CheckedAlloc::new();
 
-/// Where a page is. In a shadow of guest memory or of a device's this would be another address than
-/// the page's own.
+/// The address of a page. In a shadow of guest or device memory it would differ from the page's own
+/// address.
 #[derive(Clone, Copy)]
 struct Host(NonNull<u8>);
 
-// SAFETY: the memory belongs to no thread, and is read under the shadow's lock.
+// SAFETY: no thread owns the memory, and every read is under the shadow's lock.
 unsafe impl Send for Host {}
 
 type Shadow = InvalidateSeq<SoftTlb<Host>>;
@@ -38,8 +38,8 @@ type Shadow = InvalidateSeq<SoftTlb<Host>>;
 static SHADOW: Subsystem<Shadow> =
     Subsystem::new(|_mm| Ok(InvalidateSeq::new([VaRange::ALL], SoftTlb::new(1024))));
 
-/// Where the latest block begins, and how many there were. Reading it is free of any order: the
-/// block may be gone already.
+/// The start of the latest block, and the number of blocks. Loads need no ordering, because the
+/// block may be unmapped at any time.
 static BLOCK: AtomicU64 = AtomicU64::new(0);
 
 const BLOCK_SIZE: usize = 2 << 20;
@@ -47,24 +47,25 @@ const BLOCK_SIZE: usize = 2 << 20;
 /// Reads the first byte of a page through the shadow. `None` if the page is not mapped.
 fn read(shadow: &Shadow, page: VaRange) -> Option<u8> {
     loop {
-        // Under the shadow's lock no page can leave it, and so none can leave memory.
+        // While this thread holds the shadow's lock, no page can leave the shadow, and so no page
+        // of the shadow can be unmapped.
         let hit = shadow.with_shadow(|tlb| {
-            // SAFETY: a page that is in the shadow is mapped and readable: the callback for its
-            // removal waits for the lock.
+            // SAFETY: a page in the shadow is mapped and readable, because the callback that would
+            // remove it waits for the lock.
             tlb.get(page.start())
                 .map(|Host(host)| unsafe { host.as_ptr().read_volatile() })
         });
         if hit.is_some() {
             return hit;
         }
-        // A miss: look the page up, without the lock, and enter it unless it has changed meanwhile.
+        // A miss: look up the page without the lock. Insert it unless it has changed meanwhile.
         let snapshot = shadow.snapshot(page);
         let host = walk(page.start())?;
         let _ = shadow.try_install(snapshot, |tlb| tlb.insert(page.start(), host));
     }
 }
 
-/// Asks the kernel whether a page can be read, by having it copy the first byte.
+/// Asks the kernel whether a page is readable, by letting it copy the first byte.
 fn walk(page: Va) -> Option<Host> {
     let start: *mut u8 = ptr::with_exposed_provenance_mut(page.get() as usize);
     let mut byte = 0_u8;
@@ -76,14 +77,14 @@ fn walk(page: Va) -> Option<Host> {
         iov_base: start.cast(),
         iov_len: 1,
     };
-    // SAFETY: writes one byte to a local, and fails where the page cannot be read.
+    // SAFETY: the call writes one byte to a local. It fails if the page is not readable.
     let copied =
         unsafe { libc::process_vm_readv(std::process::id() as i32, &local, 1, &remote, 1, 0) };
     NonNull::new(start).filter(|_| copied == 1).map(Host)
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
-    // Subscribe first: a bracket that is open, or opens later, then calls the shadow.
+    // Subscribe first. Then the shadow sees every bracket that is open now or opens later.
     let shadow = SHADOW.get(&mmu_source::current())?;
     let hook = Hook::install()?;
 
@@ -114,16 +115,16 @@ fn main() -> Result<(), Box<dyn Error>> {
                 Ordering::Relaxed,
             );
             thread::yield_now();
-            // Freed here: by `munmap`, by `brk`, or by leaving it in the heap, as the allocator
-            // sees fit.
+            // The block is freed here. The allocator decides how: by `munmap`, by `brk`, or by
+            // keeping it in the heap.
         }
         stop.store(true, Ordering::Relaxed);
         reader.join()
     });
     let (reads, missing) = read.map_err(|_| "the reader panicked")?;
 
-    // The other way round: first the source, then the subscription, then wait until the notifier
-    // was freed.
+    // End in the reverse order: first the source, then the subscription. Then wait until the
+    // notifier has been freed.
     drop(hook);
     shadow.put();
     SHADOW.synchronize()?;

@@ -1,9 +1,10 @@
-//! A library to preload: installs the hook, and the kernel's notifier where it works, before
-//! a program's `main`.
+//! A library to preload. Before a program's `main` it installs the hook, and the kernel source if
+//! that works.
 //!
-//! `LD_PRELOAD=libpreload.so PROG`. With `MMUN_PRELOAD_REPORT=FILE` every process appends, when it
-//! exits, a line with how many brackets it has seen, or when it starts, why there is no hook. The
-//! program runs as it does without. It can be loaded by `dlopen` as well.
+//! `LD_PRELOAD=libpreload.so PROG`. With `MMUN_PRELOAD_REPORT=FILE` every process appends a line to
+//! `FILE`: when it exits, the number of brackets that it has seen; or when it starts, the reason
+//! why there is no hook. The program's behaviour does not change. The library can also be loaded by
+//! `dlopen`.
 #![cfg(all(target_os = "linux", target_env = "gnu"))]
 
 use mmu_notifier::lockdep::CheckedAlloc;
@@ -15,7 +16,7 @@ use std::io::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
-/// Ends the program if a callback uses the heap, which it must not: see `Notifier`.
+/// Ends the program if a callback uses the heap, which a callback must not do: see `Notifier`.
 #[global_allocator]
 static ALLOC: CheckedAlloc = CheckedAlloc::new();
 
@@ -44,7 +45,7 @@ extern "C" fn start() {
     };
     let kernel = Kernel::start().ok();
     let _ = HELD.set((hook, kernel, watch));
-    // SAFETY: the function stays: the hook keeps this library loaded.
+    // SAFETY: the hook keeps this library loaded, so the function stays valid.
     unsafe { libc::atexit(report) };
 }
 

@@ -1,10 +1,10 @@
-//! Runs a program and writes a line for every invalidation it causes: `trace_log FILE PROG
+//! Runs a program and writes a line for every invalidation that it causes: `trace_log FILE PROG
 //! [ARGS..]`.
 //!
-//! Its callbacks lock, format and write, which they may because they hear of other processes only.
-//! Those of this process's own address space must not: see `own_process.rs`.
+//! Its callbacks lock, format and write. They may do so because they run for other processes only.
+//! Callbacks for this process's own address space must not: see `own_process.rs`.
 //!
-//! It is also what the benchmarks compare with strace: `trace_log /dev/null PROG`.
+//! The benchmarks compare this program with strace: `trace_log /dev/null PROG`.
 
 use std::env;
 use std::error::Error;
@@ -19,7 +19,7 @@ use mmu_source::process::{Command, ExitStatus, Observer, Options, Task, Tracer, 
 
 static LOG: OnceLock<Mutex<BufWriter<File>>> = OnceLock::new();
 
-/// Writes what one address space's invalidations are.
+/// Writes the invalidations of one address space.
 struct Lines;
 
 impl Lines {
@@ -29,7 +29,7 @@ impl Lines {
         };
         let mut log = log.lock().expect("no thread panics with the log locked");
         let (task, event, range) = (current.task, range.event().name(), range.range());
-        // A full disk ends the log, not the program.
+        // If the disk is full, the log ends and the program continues.
         let _ = writeln!(
             log,
             "{} {kind} {event} {} {range} {:?}",

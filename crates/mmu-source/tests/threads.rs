@@ -1,8 +1,8 @@
 //! A child that is forked while another thread of its parent starts or ends.
 //!
-//! A thread of the standard library takes a global lock of that library then, and a fork copies the
-//! lock as it is. The lock guards a tree, whose nodes come from the allocator: so an allocator that
-//! stops a starting or ending thread stops it with the lock held, sooner or later.
+//! A thread that starts or ends takes a global lock of the standard library, and a fork copies the
+//! lock as it is. The lock guards a tree whose nodes come from the allocator. So if the allocator
+//! blocks a thread that starts or ends, that thread sooner or later blocks with the lock held.
 #![cfg(target_os = "linux")]
 
 use mmu_source::kernel::Kernel;
@@ -16,14 +16,16 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread;
 use testkit::{Cap, in_child, require};
 
-/// Stops each thread that starts or ends, in each call, until the turnstile lets it through.
+/// An allocator that blocks each thread that starts or ends, in each call, until the turnstile lets
+/// the thread pass.
 struct Stops;
 
 #[global_allocator]
 static STOPS: Stops = Stops;
 
 static TURNSTILE: AtomicU8 = AtomicU8::new(OPEN);
-/// 1. No thread is stopped. 2. The next one is. 3. One is. 4. The threads have ended.
+/// `OPEN`: no thread is blocked. `CLOSED`: the next thread will be blocked. `STOPPED`: one thread
+/// is blocked. `OVER`: the threads have ended.
 const OPEN: u8 = 1;
 const CLOSED: u8 = 2;
 const STOPPED: u8 = 3;
@@ -50,23 +52,23 @@ fn pass() {
     }
 }
 
-// SAFETY: all that the trait demands is the system's allocator's, which does the work.
+// SAFETY: the system's allocator does all of the work and fulfils the trait's contract.
 unsafe impl GlobalAlloc for Stops {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         pass();
-        // SAFETY: the caller's duty.
+        // SAFETY: the caller fulfils the contract of `alloc`.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, place: *mut u8, layout: Layout) {
         pass();
-        // SAFETY: the caller's duty.
+        // SAFETY: the caller fulfils the contract of `dealloc`.
         unsafe { System.dealloc(place, layout) }
     }
 }
 
 fn starts_everything() -> bool {
-    // SAFETY: no preconditions. A child that hangs need not take two minutes.
+    // SAFETY: has no preconditions. It ends a child that hangs after 20 seconds.
     unsafe { libc::alarm(20) };
     let srcu = Srcu::new();
     srcu.call(|| ());
@@ -90,7 +92,7 @@ fn a_child_starts_every_source_whatever_threads_were_starting_in_the_parent() {
                 RUNS.set(false);
             };
             TURNSTILE.store(CLOSED, Ordering::SeqCst);
-            // All of them live at once, so that the tree has several nodes.
+            // All threads live at the same time, so that the tree has several nodes.
             thread::scope(|scope| (0..THREADS).for_each(|_| drop(scope.spawn(waits))));
             TURNSTILE.store(OVER, Ordering::SeqCst);
         });
@@ -110,7 +112,7 @@ fn a_child_starts_every_source_whatever_threads_were_starting_in_the_parent() {
                         TURNSTILE.store(OPEN, Ordering::SeqCst);
                         break false;
                     }
-                    // Unless the threads have ended meanwhile.
+                    // This fails if the threads have ended meanwhile.
                     let _ = TURNSTILE.compare_exchange(
                         STOPPED,
                         CLOSED,

@@ -1,11 +1,11 @@
-//! The host's allocator is as it was when the hook is installed.
+//! Installing the hook does not change how the program's allocator behaves.
 
 use crate::child::alone;
 use crate::pages::{block, free};
 use mmu_source::hook::Hook;
 
-/// Larger than the threshold of glibc, 128 KiB, from which on it maps each block by itself. It
-/// raises the threshold to the size of a mapped block that is freed.
+/// Larger than glibc's threshold of 128 KiB: glibc maps a block of this size separately. When such
+/// a block is freed, glibc raises the threshold to the size of that block.
 const SIZE: usize = 200 << 10;
 
 fn mapped_blocks() -> usize {
@@ -20,7 +20,7 @@ fn a_large_block_is_still_mapped_by_itself() {
         let before = mapped_blocks();
         let large = block(SIZE);
         assert_eq!(mapped_blocks(), before + 1, "the threshold is what it was");
-        // From here on it is raised, and this test would not pass again.
+        // This free raises the threshold, so the check above would fail from here on.
         free(large);
         free(block(SIZE));
         assert_eq!(mapped_blocks(), before);

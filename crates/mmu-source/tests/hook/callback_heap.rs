@@ -1,5 +1,5 @@
-//! Callbacks that use the heap, which end the process, and the example on the front page of
-//! `mmu-notifier`, which does not.
+//! Callbacks that use the heap, which ends the process. Also the example on the front page of
+//! `mmu-notifier`, whose callbacks do not.
 
 use crate::child::alone;
 use crate::pages::{at, map, page_size, unmap};
@@ -17,8 +17,8 @@ use std::{env, thread};
 
 const MARK: &str = "MMUN_TEST_BREAKS_THE_RULE";
 
-/// Runs the calling test once more, where it must end as
-/// [`CheckedAlloc`](mmu_notifier::lockdep::CheckedAlloc) ends it, with `says` in its message.
+/// Runs the calling test in another process, where
+/// [`CheckedAlloc`](mmu_notifier::lockdep::CheckedAlloc) must end it with `says` in the message.
 fn must_stop(test: &str, says: &str, body: impl FnOnce()) {
     if env::var_os(MARK).is_some() {
         return body();
@@ -85,24 +85,25 @@ fn give_memory_back_often() {
         (libc::M_MMAP_THRESHOLD, 1 << 30),
         (libc::M_TRIM_THRESHOLD, 64 << 10),
     ] {
-        // SAFETY: changes when the allocator gives memory back.
+        // SAFETY: only changes when the allocator returns memory to the kernel.
         assert_eq!(unsafe { libc::mallopt(option, value) }, 1);
     }
 }
 
-/// Drops a block that was written to. Whether the allocator gave its end back: it does not where
-/// another thread has allocated behind it.
+/// Drops a block that was written to. Returns whether the allocator returned the block's end to the
+/// kernel. It does not if another thread has allocated after the block.
 fn gives_back(block: Vec<u8>) -> bool {
     let last = block[block.len() - 1..].as_ptr().addr() & !(page_size() - 1);
     drop(block);
     let mut residence = 0_u8;
-    // SAFETY: writes one byte for one page to a local; what is not mapped is refused.
+    // SAFETY: the call writes one byte for one page to a local, and fails if the page is not
+    // mapped.
     let answer = unsafe { libc::mincore(at(last).cast(), page_size(), &raw mut residence) };
     answer != 0 || residence & 1 == 0
 }
 
-/// Runs `round` with the size of a block, until ten blocks were given back. After one that was not,
-/// the next is too large for the hole that it left.
+/// Runs `round` with the size of a block until ten blocks were returned to the kernel. If one was
+/// not, the next block is made too large for the hole that it left.
 fn until_ten_were_given_back(mut round: impl FnMut(usize) -> bool) {
     let (mut bytes, mut given_back) = (4 << 20, 0);
     while given_back < 10 {
@@ -114,8 +115,8 @@ fn until_ten_were_given_back(mut round: impl FnMut(usize) -> bool) {
     }
 }
 
-/// The heap's top is given back in the middle of `free`, with the allocator's lock held, and what
-/// is known of it is let go.
+/// The allocator returns the top of the heap in the middle of `free`, with its lock held, and the
+/// shadow drops its entries.
 #[test]
 fn a_shadow_is_emptied_in_the_middle_of_free() {
     alone(
@@ -147,7 +148,7 @@ fn a_shadow_is_emptied_in_the_middle_of_free() {
     );
 }
 
-/// A device whose second pass was made beforehand.
+/// A device whose second pass was prepared beforehand.
 struct Device(Option<Finish>);
 
 impl IntervalOps for Device {
@@ -164,8 +165,8 @@ fn a_second_pass_runs_in_the_middle_of_free() {
             give_memory_back_often();
             let _hook = Hook::install().expect("the hook works on this machine");
             until_ten_were_given_back(|bytes| {
-                // What is allocated next lies here and not behind the block, which must be the end
-                // of the heap.
+                // The next allocations fill this room. Otherwise they would lie after the block,
+                // which must be at the end of the heap.
                 let room = vec![1_u8; 64 << 10];
                 let block = vec![1_u8; bytes];
                 drop(room);
@@ -174,7 +175,7 @@ fn a_second_pass_runs_in_the_middle_of_free() {
                         .expect("it is not empty");
                 let waits = Arc::new(AtomicUsize::new(0));
                 let waited = Arc::clone(&waits);
-                // What it keeps is on the heap.
+                // The second pass owns memory on the heap.
                 let table = vec![1_usize; 1000];
                 let finish = Finish::new(move || {
                     waited.fetch_add(table.iter().sum(), Ordering::Relaxed);

@@ -1,4 +1,4 @@
-//! What a callback may do: put, subscribe, map, unmap; and `errno`.
+//! What a callback may do: put, subscribe, map and unmap. It may also change `errno`.
 
 use crate::pages::{at, discard, errno, map, page_size, unmap};
 use mmu_notifier::{InvalidateRange, Notifier, Registration, Subscription, Subsystem, VaRange};
@@ -13,12 +13,12 @@ impl Notifier for Quiet {}
 
 static QUIET: Subsystem<Quiet> = Subsystem::new(|_| Ok(Quiet));
 
-/// Does in its callbacks what a callback may do, when it is called for its own range.
+/// For its own range, its callbacks do everything that a callback may do.
 #[derive(Debug, Default)]
 struct Busy {
     watched: AtomicU64,
     inner: AtomicU64,
-    /// To be put in the callback.
+    /// The callback puts this subscription.
     held: Mutex<Option<Subscription<Quiet>>>,
     starts: AtomicUsize,
     ends: AtomicUsize,
@@ -34,7 +34,8 @@ impl Notifier for Busy {
             return;
         }
         self.starts.fetch_add(1, Ordering::Relaxed);
-        // One that exists: no new one can be made inside a bracket.
+        // Subscribe to a subscription that exists, because a new one cannot be made inside a
+        // bracket.
         let mm = range.mm().mmget_not_zero().expect("it is alive");
         let again = QUIET.get(&mm).expect("the subscription exists");
         again.put();
@@ -43,15 +44,15 @@ impl Notifier for Busy {
         self.inner.store(inner as u64, Ordering::Relaxed);
         discard(inner, 1);
         unmap(inner, 1);
-        // Leaves an error behind.
-        // SAFETY: a misaligned address is refused.
+        // Leave an error in `errno`.
+        // SAFETY: the kernel refuses a misaligned address.
         assert_eq!(unsafe { libc::munmap(at(1), page_size()) }, -1);
     }
 
     fn invalidate_range_end(&self, range: &InvalidateRange<'_>) {
         if contains(range.range(), &self.watched) {
             self.ends.fetch_add(1, Ordering::Relaxed);
-            // SAFETY: closing what was never opened.
+            // SAFETY: the descriptor is invalid, so nothing is closed.
             assert_eq!(unsafe { libc::close(-1) }, -1);
         }
     }
@@ -73,8 +74,8 @@ fn a_callback_puts_subscribes_maps_and_unmaps() {
     let hook = Hook::install().expect("the hook works on this machine");
     let pages = map(1, 0);
     busy.watched.store(pages as u64, Ordering::Relaxed);
-    // SAFETY: closing what was never opened leaves EBADF, which a call that succeeds must not
-    // change.
+    // SAFETY: the descriptor is invalid, so nothing is closed. It leaves EBADF in `errno`, and a
+    // later call that succeeds must not change that.
     assert_eq!(unsafe { libc::close(-1) }, -1);
     unmap(pages, 1);
     assert_eq!(
@@ -95,7 +96,7 @@ fn a_callback_puts_subscribes_maps_and_unmaps() {
 
 #[test]
 fn a_callback_may_unsubscribe_itself() {
-    /// Holds its own subscription, and lets go of it at the first call.
+    /// Holds its own subscription, and puts it at the first call.
     #[derive(Debug, Default)]
     struct Once {
         own: Mutex<Option<Subscription<Once>>>,

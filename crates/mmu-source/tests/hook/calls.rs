@@ -1,5 +1,5 @@
-//! Every call that the hook claims: told before and after, with the right range, and its result
-//! left alone.
+//! Every call that the hook claims to see is reported before and after, with the right range, and
+//! its result does not change.
 
 use crate::child::{alone, in_a_child};
 use crate::log::Watch;
@@ -8,7 +8,7 @@ use mmu_notifier::Event;
 use mmu_source::hook::{Hook, State, probe};
 use std::ptr;
 
-/// The size of a page, as distances count.
+/// The page size, as a signed distance.
 fn p() -> i64 {
     page_size() as i64
 }
@@ -67,8 +67,8 @@ fn munmap() {
     watch.expect("the rest", Event::Unmap, &[(p(), 3 * p())]);
 }
 
-/// The kernel rounds the length up to whole pages of the file. That it may refuse for want of huge
-/// pages is no matter.
+/// The kernel rounds the length up to whole pages of the file. It may refuse the call for lack of
+/// huge pages; the test does not need the mapping.
 #[test]
 fn mmap_of_a_file_of_huge_pages_replaces_whole_ones() {
     const HUGE: usize = 1 << 21;
@@ -80,18 +80,19 @@ fn mmap_of_a_file_of_huge_pages_replaces_whole_ones() {
         return;
     }
     let watch = Watch::new();
-    // SAFETY: a new mapping where the kernel likes.
+    // SAFETY: a new mapping, at an address that the kernel chooses.
     let place = unsafe { libc::mmap(ptr::null_mut(), 3 * HUGE, libc::PROT_NONE, FLAGS, -1, 0) };
     assert_ne!(place, libc::MAP_FAILED);
     let aligned = place.expose_provenance().next_multiple_of(HUGE);
     watch.listen(aligned, 2 * HUGE);
     let flags = libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_NORESERVE;
-    // SAFETY: over a mapping of this test.
+    // SAFETY: replaces a mapping of this test.
     unsafe { libc::mmap(at(aligned), page_size(), PROTECTION, flags, file, 0) };
     watch.expect("a huge page", Event::Unmap, &[(0, HUGE as i64)]);
-    // SAFETY: the descriptor is this test's.
+    // SAFETY: the test owns the descriptor.
     unsafe { libc::close(file) };
-    // SAFETY: both mappings are this test's; what is left of the first is unmapped with the second.
+    // SAFETY: the test owns both mappings. The call unmaps what is left of the first together with
+    // the second.
     unsafe { libc::munmap(place, 3 * HUGE) };
 }
 
@@ -100,7 +101,7 @@ fn populating_for_writing_gives_pages_of_their_own() {
     let watch = Watch::new();
     let pages = map(2, 7);
     watch.listen(pages, 2 * page_size());
-    // SAFETY: changes no byte of the pages of this test.
+    // SAFETY: changes no byte of the test's pages.
     unsafe { libc::madvise(at(pages), 2 * page_size(), libc::MADV_POPULATE_WRITE) };
     watch.expect("populated", Event::Clear, &[(0, 2 * p())]);
     unmap(pages, 2);
@@ -111,7 +112,7 @@ fn results_and_errno_are_the_kernels() {
     let watch = Watch::new();
     let pages = map(1, 0);
     assert_eq!(
-        // SAFETY: a misaligned address is refused.
+        // SAFETY: the kernel refuses a misaligned address.
         (unsafe { libc::munmap(at(pages + 1), page_size()) }, errno()),
         (-1, libc::EINVAL)
     );
@@ -125,41 +126,42 @@ fn results_and_errno_are_the_kernels() {
     );
     assert_eq!(
         (
-            // SAFETY: an unknown advice is refused.
+            // SAFETY: the kernel refuses an unknown advice.
             unsafe { libc::madvise(at(pages), page_size(), 9999) },
             errno()
         ),
         (-1, libc::EINVAL)
     );
     assert_eq!(
-        // SAFETY: an unknown advice is refused; this call returns the error.
+        // SAFETY: the kernel refuses an unknown advice. This function returns the error instead of
+        // setting `errno`.
         unsafe { libc::posix_madvise(at(pages), page_size(), 9999) },
         libc::EINVAL
     );
     assert_eq!(
-        // SAFETY: a hint that changes nothing.
+        // SAFETY: a hint, which changes nothing.
         unsafe { libc::posix_madvise(at(pages), page_size(), libc::POSIX_MADV_WILLNEED) },
         0
     );
     assert_eq!(
-        // SAFETY: no such segment.
+        // SAFETY: no segment is attached there.
         (unsafe { libc::shmdt(at(pages)) }, errno()),
         (-1, libc::EINVAL)
     );
-    // SAFETY: nothing there, and no flag to move it anywhere.
+    // SAFETY: nothing is mapped there, and without a flag the kernel does not move it.
     let moved = unsafe { libc::mremap(at(16), page_size(), page_size(), 0) };
     assert_eq!((moved, errno()), (libc::MAP_FAILED, libc::EINVAL));
     assert_eq!(
-        // SAFETY: asks for the process's number.
+        // SAFETY: only returns the process's number.
         unsafe { libc::syscall(libc::SYS_getpid) },
         i64::from(std::process::id())
     );
-    // SAFETY: a new mapping; the sixth argument of the call is the seventh of the function, on the
-    // stack.
+    // SAFETY: a new mapping. The sixth argument of the call is the seventh of the function, which
+    // is on the stack.
     let by_number =
         unsafe { libc::syscall(libc::SYS_mmap, 0, page_size(), PROTECTION, FLAGS, -1, 0_i64) };
     assert!(by_number > 0);
-    // SAFETY: an offset that is not a page's is refused.
+    // SAFETY: the kernel refuses an offset that is not page-aligned.
     let refused =
         unsafe { libc::syscall(libc::SYS_mmap, 0, page_size(), PROTECTION, FLAGS, -1, 1_i64) };
     assert_eq!((refused, errno()), (-1, libc::EINVAL));
@@ -191,7 +193,7 @@ fn mmap_over_live_memory() {
         "the old page is there in the start callback"
     );
     watch.listen(pages, 3 * page_size());
-    // SAFETY: is refused, since there is something.
+    // SAFETY: the kernel refuses the call, because pages are mapped there.
     let new = unsafe {
         libc::mmap(
             at(pages),
@@ -247,7 +249,7 @@ fn mremap_tells_both_places() {
         &[(0, p()), (3 * p(), 4 * p())],
     );
     watch.listen(pages, 8 * page_size());
-    // SAFETY: moves the pages elsewhere, and leaves the old ones empty.
+    // SAFETY: moves the test's pages elsewhere and leaves the old range mapped and empty.
     let elsewhere = unsafe {
         libc::mremap(
             at(pages + 4 * page_size()),
@@ -306,8 +308,8 @@ fn process_madvise_on_this_process() {
         iov_len: page_size(),
     });
     watch.listen(pages, 4 * page_size());
-    // SAFETY: the vectors are of this test. Before Linux 6.13 this advice is refused, and told all
-    // the same.
+    // SAFETY: the vectors point to the test's pages. Before Linux 6.13 the kernel refuses this
+    // advice, and the hook reports it anyway.
     unsafe {
         libc::syscall(
             libc::SYS_process_madvise,
@@ -341,7 +343,7 @@ fn mprotect_and_its_sibling_with_a_key() {
     watch.expect("mprotect", Event::ProtectionVma, &[(0, p())]);
     for key in [0, -1] {
         watch.listen(pages, 2 * page_size());
-        // SAFETY: as above. A processor without keys refuses.
+        // SAFETY: as above. A processor without protection keys refuses the call.
         unsafe { pkey_mprotect(at(pages + page_size()), page_size(), libc::PROT_READ, key) };
         watch.expect("pkey_mprotect", Event::ProtectionVma, &[(p(), 2 * p())]);
     }
@@ -369,7 +371,7 @@ fn segments_of_shared_memory() {
     watch.listen_and_look(pages, 4 * page_size());
     // SAFETY: replaces pages of this test.
     let attached = unsafe { libc::shmat(id, at(pages), libc::SHM_REMAP) };
-    // SAFETY: marks the segment of this test for its end.
+    // SAFETY: marks the test's segment for removal.
     unsafe { libc::shmctl(id, libc::IPC_RMID, ptr::null_mut()) };
     assert_eq!(attached, at(pages));
     let heard = watch.heard();
@@ -384,17 +386,17 @@ fn segments_of_shared_memory() {
     unmap(pages + 2 * page_size(), 2);
 }
 
-/// Without a descriptor left, the kernel cannot be asked what is attached where: then everything is
-/// told.
+/// Without a free descriptor, the hook cannot read what is attached where. So it reports the whole
+/// address space.
 #[test]
 fn what_cannot_be_looked_up_is_everything() {
     alone("calls::what_cannot_be_looked_up_is_everything", || {
         let watch = Watch::new();
         // SAFETY: makes a segment.
         let id = unsafe { libc::shmget(libc::IPC_PRIVATE, page_size(), libc::IPC_CREAT | 0o600) };
-        // SAFETY: attaches it where the kernel likes.
+        // SAFETY: attaches the segment at an address that the kernel chooses.
         let attached = unsafe { libc::shmat(id, ptr::null(), 0) };
-        // SAFETY: marks the segment of this test for its end.
+        // SAFETY: marks the test's segment for removal.
         unsafe { libc::shmctl(id, libc::IPC_RMID, ptr::null_mut()) };
         assert_ne!(attached, libc::MAP_FAILED);
         watch.listen(attached.addr(), page_size());
@@ -402,7 +404,7 @@ fn what_cannot_be_looked_up_is_everything() {
             rlim_cur: 0,
             rlim_max: 0,
         };
-        // SAFETY: reads the limit. This process has nothing else to open.
+        // SAFETY: the call reads a local. This process opens no other file.
         assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &none) }, 0);
         // SAFETY: detaches what this test attached.
         assert_eq!(unsafe { libc::shmdt(attached) }, 0);
@@ -420,20 +422,21 @@ fn what_cannot_be_looked_up_is_everything() {
 fn the_program_break() {
     alone("calls::the_program_break", || {
         let watch = Watch::new();
-        // SAFETY: asks for the break.
+        // SAFETY: only returns the break.
         let start = unsafe { libc::sbrk(0) }
             .addr()
             .next_multiple_of(page_size());
-        // SAFETY: there is one thread, and it allocates nothing between growth and shrinkage.
+        // SAFETY: the process has one thread, which allocates nothing between the growth and the
+        // shrink.
         unsafe { libc::brk(at(start + 4 * page_size())) };
         watch.listen(start, 4 * page_size());
-        // SAFETY: gives up what was just added.
+        // SAFETY: unmaps what was just added.
         unsafe { libc::sbrk(-(page_size() as isize)) };
         watch.expect("sbrk", Event::Unmap, &[(3 * p(), 4 * p())]);
-        // SAFETY: grows memory that is not used.
+        // SAFETY: adds memory that no code uses.
         unsafe { libc::brk(at(start + 4 * page_size())) };
         watch.listen(start, 4 * page_size());
-        // SAFETY: gives up what was just added.
+        // SAFETY: unmaps what was just added.
         unsafe { libc::brk(at(start)) };
         watch.expect("brk", Event::Unmap, &[(0, 4 * p())]);
     });
@@ -499,7 +502,7 @@ fn remap_file_pages_is_told() {
     let watch = Watch::new();
     let pages = map(2, 1);
     watch.listen(pages, 2 * page_size());
-    // SAFETY: pages of this test, of which it is refused since they are private.
+    // SAFETY: the test's pages. The kernel refuses the call, because they are private.
     unsafe { remap_file_pages(at(pages), page_size(), 0, 0, 0) };
     watch.expect("remap_file_pages", Event::Unmap, &[(0, p())]);
     unmap(pages, 2);

@@ -1,4 +1,4 @@
-//! Tests that need a process of their own: what they do to the heap, no other thread may be using.
+//! Tests in a process of their own, because no other thread may use the heap during them.
 
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -8,12 +8,12 @@ use std::{env, fs, mem};
 /// Runs `test` in a forked child.
 #[track_caller]
 pub(crate) fn in_a_child(test: impl FnOnce()) {
-    // SAFETY: the child runs `test` and ends without unwinding or running the parent's exit
-    // handlers; glibc makes its allocator usable in the child.
+    // SAFETY: the child runs `test` and ends without unwinding and without the parent's exit
+    // handlers. glibc makes its allocator usable in the child.
     match unsafe { libc::fork() } {
         0 => {
-            // The usual hook takes locks that a thread of the parent may have held, and writes to
-            // the parent's buffer.
+            // The default panic hook takes locks that a thread of the parent may have held, and
+            // writes to the test harness's buffer.
             std::panic::set_hook(Box::new(|info| {
                 // SAFETY: the descriptor is open and stays open.
                 let stderr: fs::File = unsafe { std::os::fd::FromRawFd::from_raw_fd(2) };
@@ -38,12 +38,12 @@ pub(crate) fn in_a_child(test: impl FnOnce()) {
     }
 }
 
-/// Runs `body` in a fresh process whose allocator has one arena. `test` is the name of the calling
+/// Runs `body` in a new process whose allocator has one arena. `test` is the name of the calling
 /// test.
 pub(crate) fn alone(test: &str, body: impl FnOnce()) {
     const MARK: &str = "MMUN_TEST_ALONE";
     if env::var_os(MARK).is_some() {
-        // A hang is a failure.
+        // Turn a hang into a failure.
         // SAFETY: takes an integer.
         unsafe { libc::alarm(240) };
         return body();

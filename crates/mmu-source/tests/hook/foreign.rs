@@ -1,4 +1,4 @@
-//! Another library's patches, before ours and after.
+//! Another library's patches, made before or after the hook's.
 
 use crate::child::alone;
 use crate::log::Watch;
@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 static CALLS: AtomicUsize = AtomicUsize::new(0);
 
-/// What the other library puts in the place of `munmap`: it counts, and makes the call by an
-/// instruction of its own.
+/// The other library's replacement for `munmap`. It counts the calls, and makes each with a system
+/// call instruction of its own.
 unsafe extern "C" fn their_munmap(address: usize, length: usize) -> i32 {
     CALLS.fetch_add(1, Ordering::Relaxed);
     let result = machine::munmap(address, length);
@@ -22,12 +22,12 @@ unsafe extern "C" fn their_munmap(address: usize, length: usize) -> i32 {
     }
     // SAFETY: no preconditions.
     let errno = unsafe { libc::__errno_location() };
-    // SAFETY: this thread's own.
+    // SAFETY: this thread's own `errno`.
     unsafe { errno.write(-result as i32) };
     -1
 }
 
-/// Writes a jump over a function, as UCX and others do.
+/// Writes a jump over a function's entry, as UCX and other libraries do.
 fn patch(function: usize, target: usize) {
     write(function, &machine::jump_to(target));
 }
@@ -121,19 +121,19 @@ fn a_patch_over_ours_is_reported_and_left_alone() {
     );
 }
 
-/// A uprobe's breakpoint is one to the kernel only where the file is mapped: a thread that ran
-/// into a copy would be killed.
+/// The kernel recognises the breakpoint of a uprobe only at the address where the file is mapped.
+/// It would kill a thread that executed a copy of the breakpoint.
 #[test]
 fn a_breakpoint_is_not_copied() {
     alone("foreign::a_breakpoint_is_not_copied", || {
-        // Made first, since that gives advice.
+        // Make the address space first, because that calls `madvise`.
         let _ = mmu_source::current();
-        // One at a place to be patched, and one on the same page.
+        // One breakpoint at an instruction to patch, and one on the same page.
         write(libc::madvise as *const () as usize, machine::BREAKPOINT);
         write(libc::mlock as *const () as usize, machine::BREAKPOINT);
         let watch = Watch::new();
         let pages = map(1, 7);
-        // SAFETY: changes no byte. With no room for it it is refused, which is no harm.
+        // SAFETY: changes no byte. The call may fail because of the limit, which does not matter.
         let _ = unsafe { libc::mlock(at(pages), 0) };
         watch.listen(pages, page_size());
         assert_eq!(

@@ -1,4 +1,5 @@
-//! A fork while another thread installs: the child has none of that thread's work to wait for.
+//! A fork while another thread installs the hook: the child must not wait for that thread, which
+//! does not exist there.
 
 use crate::child::alone;
 use crate::log::Watch;
@@ -10,10 +11,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Forks a child that installs a hook and hears its own `munmap`.
+/// Forks a child that installs a hook and checks that it sees the child's own `munmap`.
 fn fork() -> libc::pid_t {
-    // SAFETY: glibc makes its allocator and its loader usable in the child, and the child ends
-    // without running the parent's exit handlers.
+    // SAFETY: glibc makes its allocator and its loader usable in the child. The child ends without
+    // the parent's exit handlers.
     match unsafe { libc::fork() } {
         0 => {
             // SAFETY: no preconditions.
@@ -34,7 +35,7 @@ fn fork() -> libc::pid_t {
     }
 }
 
-/// Tells whether a child has heard it in time.
+/// Tells whether the child succeeded in time.
 fn has_heard(child: libc::pid_t) -> bool {
     let mut status = 0;
     // SAFETY: writes one int to a local.
@@ -42,8 +43,8 @@ fn has_heard(child: libc::pid_t) -> bool {
     reaped == child && status == 0
 }
 
-/// Installs in another thread, and forks `delay` later. `None` if the installation was over by
-/// then.
+/// Installs the hook on another thread and forks after `delay`. Returns `None` if the installation
+/// was complete by then.
 fn fork_amid(delay: Duration) -> Option<libc::pid_t> {
     let (begun, installed) = (AtomicBool::new(false), AtomicBool::new(false));
     thread::scope(|scope| {
@@ -76,10 +77,10 @@ fn a_child_forked_while_another_thread_installs_can_install() {
         || {
             const TOO_LATE: i32 = 2;
             const ATTEMPTS: u32 = 12;
-            /// So that the forks are spread over an installation, which takes milliseconds.
+            /// Spreads the forks over one installation, which takes milliseconds.
             const STEP: Duration = Duration::from_micros(500);
-            // The first installation of a process is the one that takes its time: each attempt has
-            // a process of its own.
+            // Only the first installation in a process is slow, so each attempt has a process of
+            // its own.
             let attempt = |number: u32| {
                 // SAFETY: as in `fork`.
                 let middle = unsafe { libc::fork() };
@@ -107,11 +108,12 @@ fn a_child_forked_while_another_thread_installs_can_install() {
     );
 }
 
-/// glibc's lock of `dl_iterate_phdr` stays locked in a child that is forked while it is held.
+/// If a thread holds glibc's lock of `dl_iterate_phdr` during a fork, the lock stays locked in the
+/// child.
 #[test]
 fn a_child_forked_while_another_thread_asks_the_loader_can_install() {
     extern "C" fn hold(_: *mut libc::dl_phdr_info, _: usize, gates: *mut libc::c_void) -> i32 {
-        // SAFETY: the test passes its two barriers, which outlive the call.
+        // SAFETY: the test passes a pointer to its two barriers, which outlive the call.
         let [inside, over] = unsafe { &*gates.cast_const().cast::<[Barrier; 2]>() };
         inside.wait();
         over.wait();
@@ -124,7 +126,8 @@ fn a_child_forked_while_another_thread_asks_the_loader_can_install() {
             thread::scope(|scope| {
                 scope.spawn(|| {
                     let gates = std::ptr::from_ref(&gates).cast_mut().cast();
-                    // SAFETY: the callback has the right signature and is passed what it expects.
+                    // SAFETY: the callback has the right signature, and gets a pointer to the
+                    // barriers that it expects.
                     unsafe { libc::dl_iterate_phdr(Some(hold), gates) };
                 });
                 gates[0].wait();

@@ -1,4 +1,4 @@
-//! libc's own calls: of the allocator, of threads, of the dynamic loader.
+//! Calls that libc makes for itself: in the allocator, for threads, in the dynamic loader.
 
 use crate::child::alone;
 use crate::log::Watch;
@@ -7,14 +7,14 @@ use mmu_notifier::Event;
 use std::ffi::CStr;
 use std::ptr;
 
-/// A block beyond the threshold from which the allocator maps memory for each by itself.
+/// A block above the threshold: the allocator maps it separately.
 const LARGE: usize = 64 << 20;
 
 #[test]
 fn free_of_a_large_block() {
     let watch = Watch::new();
     let block = block(LARGE);
-    // SAFETY: fills the block, which is of this test.
+    // SAFETY: fills the test's own block.
     unsafe { ptr::write_bytes(at(block).cast::<u8>(), 0x5a, LARGE) };
     watch.listen_and_look(block, LARGE);
     free(block);
@@ -35,7 +35,7 @@ fn realloc_that_moves_the_pages() {
     let watch = Watch::new();
     let block = block(LARGE);
     watch.listen(block, LARGE);
-    // SAFETY: makes the block of this test larger; it may move.
+    // SAFETY: enlarges the test's own block, which may move.
     let larger = unsafe { libc::realloc(at(block), 2 * LARGE) };
     let heard = watch.heard();
     assert!(
@@ -51,7 +51,8 @@ fn realloc_that_moves_the_pages() {
 fn malloc_trim_of_the_top_and_of_a_hole() {
     alone("inside::malloc_trim_of_the_top_and_of_a_hole", || {
         let watch = Watch::new();
-        // The blocks are too small to be mapped by themselves and too large for any cache.
+        // The blocks are below the threshold for separate mappings, and too large for the
+        // allocator's caches.
         for (option, value) in [
             (libc::M_MMAP_THRESHOLD, 1 << 30),
             (libc::M_TRIM_THRESHOLD, 1 << 30),
@@ -87,7 +88,7 @@ fn malloc_trim_of_the_top_and_of_a_hole() {
 
 #[test]
 fn the_stack_of_a_thread_that_has_ended() {
-    // More than glibc keeps in its cache of stacks.
+    // Larger than glibc's cache of stacks.
     const STACK: usize = 64 << 20;
     let spawn = || {
         std::thread::Builder::new()
@@ -96,8 +97,8 @@ fn the_stack_of_a_thread_that_has_ended() {
     };
     alone("inside::the_stack_of_a_thread_that_has_ended", || {
         let watch = Watch::new();
-        // Where one thread's stack has been unmapped, the next one's is mapped: here no other
-        // thread maps anything.
+        // After the first thread's stack is unmapped, the next thread's stack is mapped at the same
+        // address, because no other thread maps memory here.
         let first = spawn()
             .expect("a thread")
             .join()
@@ -123,16 +124,16 @@ fn the_stack_of_a_thread_that_has_ended() {
 #[test]
 fn dlclose() {
     let watch = Watch::new();
-    // A library of glibc that nothing else here uses, and whose initialisation does nothing.
+    // A library of glibc that nothing else uses here. Its initialiser does nothing.
     const NAME: &CStr = c"libanl.so.1";
-    // SAFETY: as said.
+    // SAFETY: the initialiser does nothing.
     let library = unsafe { libc::dlopen(NAME.as_ptr(), libc::RTLD_NOW) };
     assert!(!library.is_null(), "{NAME:?} belongs to glibc");
-    // SAFETY: in glibc a handle is a `struct link_map *`, which begins with the address that the
-    // library was loaded at.
+    // SAFETY: in glibc a handle is a `struct link_map *`, whose first field is the library's load
+    // address.
     let base = unsafe { *library.cast::<usize>() };
     watch.listen_and_look(base, 1);
-    // SAFETY: nothing of it is used any more.
+    // SAFETY: no code uses the library any more.
     assert_eq!(unsafe { libc::dlclose(library) }, 0);
     let heard = watch.heard();
     assert!(

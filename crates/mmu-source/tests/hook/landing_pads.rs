@@ -1,11 +1,11 @@
-//! Where the processor checks that a branch by a register lands on a landing pad (BTI), it checks
-//! patched pages as well.
+//! A processor with BTI checks that an indirect branch lands on a landing pad. Patched pages must
+//! keep that check.
 
 use crate::child::alone;
 use mmu_source::hook::{Hook, probe};
 use std::fs;
 
-/// Tells whether the page at `address` is checked: the flag `bt` of its mapping.
+/// Tells whether the processor checks the page at `address`: its mapping has the flag `bt`.
 fn is_checked(address: u64) -> bool {
     let all = fs::read_to_string("/proc/self/smaps").expect("/proc is there");
     let mut is_here = false;

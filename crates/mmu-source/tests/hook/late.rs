@@ -1,5 +1,5 @@
-//! A library with the hook that is loaded by `dlopen`, into a process whose threads are at work
-//! already.
+//! A library with the hook is loaded by `dlopen`, while the threads of the process are already
+//! running.
 
 use crate::child::alone;
 use crate::programs::{Scratch, library};
@@ -12,20 +12,20 @@ use std::{fs, thread};
 use testkit::{Cap, require};
 
 const THREADS: usize = 16;
-/// More than the loader leaves room for in a thread's table of thread-local blocks.
+/// More modules than the loader reserves entries for in a thread's table of thread-local blocks.
 const MODULES: usize = 40;
 const BLOCK: usize = 256 << 10;
 
 fn open(path: &Path) -> *mut c_void {
     let name = CString::new(path.as_os_str().as_bytes()).expect("no zero byte");
-    // SAFETY: the libraries are this test's own and need nothing from their loader.
+    // SAFETY: these are the test's own libraries, whose initialisers have no preconditions.
     let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
     assert!(!handle.is_null(), "{}", path.display());
     handle
 }
 
-/// Loads libraries with thread-local storage, which makes the table of every thread out of date:
-/// the next look-up by the loader allocates a longer one.
+/// Loads libraries with thread-local storage. That makes every thread's table outdated: the next
+/// look-up by the loader allocates a longer table.
 fn load_others(folder: &Path, names: std::ops::Range<usize>) {
     let library = folder.join("others.so");
     for name in names {
@@ -50,12 +50,12 @@ fn compile_other(folder: &Path) {
     assert!(compiler.status().expect("cc runs").success());
 }
 
-/// Returns the top of the heap to the kernel, with the allocator's lock held.
+/// Makes the allocator return the top of the heap to the kernel, with its lock held.
 fn trim() {
-    // SAFETY: plain use of the allocator.
+    // SAFETY: `malloc` has no preconditions.
     let block = unsafe { libc::malloc(BLOCK) };
     assert!(!block.is_null());
-    // SAFETY: the block is this function's.
+    // SAFETY: this function owns the block.
     unsafe { libc::free(block) };
 }
 
@@ -69,7 +69,8 @@ fn a_threads_first_bracket_is_inside_the_allocator() {
         || {
             let scratch = Scratch::new("late");
             compile_other(&scratch.0);
-            // Optimised, for `lockdep` uses thread-locals of the standard library.
+            // Optimised, because in debug builds `lockdep` uses thread-locals of the standard
+            // library.
             let library = library(true);
             let report = scratch.0.join("report");
             // SAFETY: no other thread reads or changes the environment.
@@ -81,7 +82,7 @@ fn a_threads_first_bracket_is_inside_the_allocator() {
                 // SAFETY: sets an option.
                 assert_eq!(unsafe { libc::mallopt(option, value) }, 1);
             }
-            // SAFETY: a time limit, because a failure is a hang.
+            // SAFETY: sets a time limit, because the failure would be a hang.
             unsafe { libc::alarm(120) };
             let (started, loaded) = (Barrier::new(THREADS + 1), Barrier::new(THREADS + 1));
             let (alone, settled) = (Mutex::new(()), Barrier::new(THREADS));
@@ -91,8 +92,8 @@ fn a_threads_first_bracket_is_inside_the_allocator() {
                         trim();
                         started.wait();
                         loaded.wait();
-                        // One at a time: another thread's block above this one would keep the heap
-                        // from being trimmed.
+                        // One thread at a time: a block of another thread above this one would
+                        // prevent the trim.
                         let turn = alone.lock();
                         trim();
                         drop(turn);
@@ -104,17 +105,17 @@ fn a_threads_first_bracket_is_inside_the_allocator() {
                 load_others(&scratch.0, 0..MODULES);
                 let handle = open(library);
                 load_others(&scratch.0, MODULES..2 * MODULES);
-                // SAFETY: nothing of the library is called by name.
+                // SAFETY: the test calls no function of the library by name.
                 assert_eq!(unsafe { libc::dlclose(handle) }, 0, "and it stays");
                 loaded.wait();
             });
-            // SAFETY: runs the exit handlers of this process, in which no other thread is left.
+            // SAFETY: the child runs its exit handlers, and it has no other thread.
             let status = unsafe { libc::fork() };
             if status == 0 {
-                // SAFETY: ends the child by way of its exit handlers, one of which reports.
+                // SAFETY: ends the child through its exit handlers, one of which writes the report.
                 unsafe { libc::exit(0) };
             }
-            // SAFETY: waits for the child from above.
+            // SAFETY: reaps the child.
             unsafe { libc::waitpid(status, std::ptr::null_mut(), 0) };
             let report = fs::read_to_string(&report).expect("the library has reported");
             let brackets: usize = report
@@ -130,9 +131,9 @@ fn a_threads_first_bracket_is_inside_the_allocator() {
     );
 }
 
-/// What the loader's function for thread-locals is called by: parts of the standard library that
-/// run when a panic does, and the source `kernel`, which is used outside of brackets.
-// On other processors the look-up is no call of a function by its name.
+/// The only callers of the loader's function for thread-locals: parts of the standard library that
+/// run when a panic does, and the source `kernel`, which runs outside of brackets.
+/// On other processors the look-up is not a call of a named function.
 #[cfg(target_arch = "x86_64")]
 const MAY_LOOK_UP: &[&str] = &[
     "std[",

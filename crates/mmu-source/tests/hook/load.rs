@@ -1,4 +1,4 @@
-//! Patching code that other threads are running.
+//! Patches code while other threads run it.
 
 use crate::pages::{at, byte, discard, map, page_size, trim, unmap};
 use mmu_source::hook::{Hook, State};
@@ -19,7 +19,8 @@ fn installed_and_removed_under_load() {
                 }
             });
         }
-        // Everyone is at work before the first patch, and still is when the last one has gone.
+        // Every thread is running before the first patch, and still running after the last one is
+        // removed.
         let at_work = |at_least: u64| {
             rounds
                 .iter()
@@ -59,7 +60,7 @@ fn map_and_unmap(round: u64) {
     discard(pages, 1);
     assert_eq!((byte(pages), byte(pages + page_size())), (0, fill));
     assert_eq!(
-        // SAFETY: the pages are this function's.
+        // SAFETY: this function owns the pages.
         unsafe { libc::mprotect(at(pages), page_size(), libc::PROT_READ) },
         0
     );
@@ -84,7 +85,7 @@ fn allocate(round: u64) {
     trim();
 }
 
-/// Threads block every signal while they end, and give up their stacks.
+/// A thread blocks every signal while it ends and unmaps its stack.
 fn spawn(round: u64) {
     let thread = thread::Builder::new()
         .stack_size(256 << 10)

@@ -1,4 +1,4 @@
-//! A subscriber that writes down what it hears of one range. It allocates nothing in its callbacks.
+//! A subscriber that logs the callbacks for one range. Its callbacks allocate nothing.
 
 use mmu_notifier::{Event, InvalidateRange, Notifier, Registration, VaRange};
 use mmu_source::hook::Hook;
@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 const ROOM: usize = 64;
 
-/// What was heard, in order.
+/// One callback. The log keeps them in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Heard {
     pub(crate) is_start: bool,
@@ -14,7 +14,7 @@ pub(crate) struct Heard {
     /// Relative to the start of the watched range.
     pub(crate) from: i64,
     pub(crate) to: i64,
-    /// The byte at the start of the watched range, if the log was told to look.
+    /// The byte at the start of the watched range, if the test asked the log to read it.
     pub(crate) content: u8,
 }
 
@@ -30,8 +30,8 @@ pub(crate) struct Log {
     from: AtomicU64,
     to: AtomicU64,
     looks: AtomicBool,
-    /// The thread whose calls are written down, or 0: an end callback of another thread can come
-    /// when its addresses have been given to this test already.
+    /// The thread whose calls are logged, or 0 for all. An end callback of another thread may run
+    /// after the addresses were given to this test.
     thread: AtomicU64,
     used: AtomicUsize,
     cells: [Cell; ROOM],
@@ -69,8 +69,8 @@ impl Log {
             return;
         };
         let content = if is_start && self.looks.load(Ordering::Relaxed) {
-            // SAFETY: the test that asked for it says that the memory is there until the call has
-            // been made.
+            // SAFETY: the test that asked for the content promises that the memory is mapped until
+            // the call was made.
             unsafe {
                 std::ptr::read_volatile(std::ptr::with_exposed_provenance::<u8>(from as usize))
             }
@@ -117,7 +117,7 @@ impl Notifier for Log {
     }
 }
 
-/// An installed hook with a log.
+/// An installed hook together with a log.
 pub(crate) struct Watch {
     pub(crate) log: Registration<Log>,
     pub(crate) hook: Hook,
@@ -134,13 +134,13 @@ impl Watch {
         }
     }
 
-    /// Forgets what was heard and listens to what this thread does to `length` bytes from `from`.
+    /// Clears the log, and logs this thread's calls on `length` bytes from `from`.
     pub(crate) fn listen(&self, from: usize, length: usize) {
         self.listen_to_all(from, length);
         self.log.thread.store(this_thread(), Ordering::Relaxed);
     }
 
-    /// The same, for all threads.
+    /// Like `listen`, for all threads.
     pub(crate) fn listen_to_all(&self, from: usize, length: usize) {
         self.log.thread.store(0, Ordering::Relaxed);
         self.log.from.store(from as u64, Ordering::Relaxed);
@@ -149,15 +149,15 @@ impl Watch {
         self.log.used.store(0, Ordering::Relaxed);
     }
 
-    /// The same; the first byte, which is readable, is looked at in every start callback.
+    /// Like `listen`, and reads the first byte in every start callback. That byte must be readable.
     pub(crate) fn listen_and_look(&self, from: usize, length: usize) {
         self.listen(from, length);
         self.log.looks.store(true, Ordering::Relaxed);
     }
 
-    /// Returns what was heard.
+    /// Returns the logged callbacks.
     pub(crate) fn heard(&self) -> Vec<Heard> {
-        // The range is taken away first: collecting may free memory.
+        // Stop listening first, because collecting the entries may free memory.
         let from = self.log.from.load(Ordering::Relaxed);
         self.log.to.store(0, Ordering::Relaxed);
         let cells = &self.log.cells[..self.log.used.load(Ordering::Relaxed).min(ROOM)];
@@ -175,8 +175,8 @@ impl Watch {
         heard.collect()
     }
 
-    /// Checks that each of `ranges` was told before and after, as `event`, and nothing else.
-    /// Brackets nest.
+    /// Checks that each of `ranges` was reported before and after as `event`, and that nothing else
+    /// was. Brackets nest.
     #[track_caller]
     pub(crate) fn expect(&self, name: &str, event: Event, ranges: &[(i64, i64)]) {
         let heard = self.heard();

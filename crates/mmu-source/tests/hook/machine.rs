@@ -1,4 +1,4 @@
-//! What the tests have to know of the processor.
+//! The parts of the tests that depend on the processor.
 
 #[cfg(target_arch = "aarch64")]
 mod aarch64;

@@ -1,4 +1,4 @@
-//! Memory to do things to.
+//! Scratch memory for the tests.
 
 use std::ptr;
 
@@ -8,10 +8,9 @@ pub(crate) fn page_size() -> usize {
     unsafe { libc::sysconf(libc::_SC_PAGESIZE) as usize }
 }
 
-/// Maps `pages` fresh pages, each filled with `fill`, and returns their address. The test unmaps
-/// them.
+/// Maps `pages` new pages filled with `fill`, and returns their address. The test must unmap them.
 pub(crate) fn map(pages: usize, fill: u8) -> usize {
-    // SAFETY: a new mapping where the kernel likes.
+    // SAFETY: a new mapping, at an address that the kernel chooses.
     let at = unsafe {
         libc::mmap(
             ptr::null_mut(),
@@ -33,7 +32,7 @@ pub(crate) fn at(address: usize) -> *mut libc::c_void {
 }
 
 pub(crate) fn unmap(address: usize, pages: usize) {
-    // SAFETY: the test that asks is the only one who has the pages.
+    // SAFETY: the calling test owns the pages.
     assert_eq!(unsafe { libc::munmap(at(address), pages * page_size()) }, 0);
 }
 
@@ -48,14 +47,14 @@ pub(crate) const FLAGS: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
 
 /// Reads a byte of memory that the test has mapped.
 pub(crate) fn byte(address: usize) -> u8 {
-    // SAFETY: the test that asks has mapped it; volatile, since calls change it behind the
-    // compiler's back.
+    // SAFETY: the calling test has mapped the memory. The read is volatile, because system calls
+    // change the memory.
     unsafe { ptr::read_volatile(ptr::with_exposed_provenance(address)) }
 }
 
 pub(crate) fn discard(address: usize, pages: usize) {
     assert_eq!(
-        // SAFETY: the test that asks is the only one who has the pages.
+        // SAFETY: the calling test owns the pages.
         unsafe { libc::madvise(at(address), pages * page_size(), libc::MADV_DONTNEED) },
         0
     );
@@ -69,13 +68,13 @@ pub(crate) fn block(size: usize) -> usize {
     block.expose_provenance()
 }
 
-/// Frees what `block` has allocated.
+/// Frees a block from `block`.
 pub(crate) fn free(block: usize) {
-    // SAFETY: it came from `malloc`, and the test that asks is done with it.
+    // SAFETY: the block came from `malloc`, and the calling test does not use it any more.
     unsafe { libc::free(at(block)) };
 }
 
-/// Gives memory that the allocator does not need back.
+/// Makes the allocator return unused memory to the kernel.
 pub(crate) fn trim() {
     // SAFETY: no preconditions.
     unsafe { libc::malloc_trim(0) };

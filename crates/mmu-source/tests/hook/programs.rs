@@ -1,5 +1,5 @@
-//! Real programs with the hook, and the kernel's notifier if it works, preloaded: the same
-//! output and exit status as without.
+//! Real programs with the hook, and the kernel source if it works, preloaded. Output and exit
+//! status must be the same as without.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -7,8 +7,8 @@ use std::sync::OnceLock;
 use std::{env, fs};
 use testkit::{Cap, has_optional_program, require};
 
-/// The library to preload, built if need be: `cargo test --test hook` alone does not build
-/// examples.
+/// Returns the library to preload, and builds it if necessary: `cargo test --test hook` alone does
+/// not build examples.
 pub(crate) fn library(is_optimised: bool) -> &'static Path {
     static LIBRARIES: [OnceLock<PathBuf>; 2] = [const { OnceLock::new() }; 2];
     LIBRARIES[usize::from(is_optimised)].get_or_init(|| {
@@ -22,7 +22,7 @@ pub(crate) fn library(is_optimised: bool) -> &'static Path {
             folder.set_file_name("release");
         }
         let library = folder.join("examples/libpreload.so");
-        // A machine without Cargo has what was built for it.
+        // On a machine without Cargo, the library was built beforehand.
         if !Path::new(env!("CARGO")).exists() {
             assert!(library.exists(), "{}", library.display());
             return library;
@@ -49,7 +49,7 @@ pub(crate) fn library(is_optimised: bool) -> &'static Path {
     })
 }
 
-/// A folder of a test, removed when the test is done.
+/// A test's scratch directory. It is removed on drop.
 pub(crate) struct Scratch(pub(crate) PathBuf);
 
 impl Scratch {
@@ -66,8 +66,8 @@ impl Drop for Scratch {
     }
 }
 
-/// Runs a shell script with and without the library. Each run has an empty folder of its own, and
-/// `$DATA` is the other one.
+/// Runs a shell script with and without the library. Each run has an empty directory of its own.
+/// `$DATA` is a directory that both runs share.
 #[track_caller]
 fn same_with_and_without(name: &str, script: &str) {
     let scratch = Scratch::new(name);
@@ -76,7 +76,7 @@ fn same_with_and_without(name: &str, script: &str) {
         let folder = scratch.0.join(folder);
         fs::create_dir_all(&folder).expect("a folder for the run");
         let mut command = Command::new("timeout");
-        // A hang, however slow the machine is.
+        // The limit is for hangs; even a slow machine finishes long before it.
         command
             .args(["-k", "5", "600", "sh", "-c", script])
             .current_dir(&folder);
@@ -147,8 +147,8 @@ fn python_with_a_library_that_is_loaded_late() {
         report.starts_with("brackets ") && !report.starts_with("brackets 0 "),
         "{report}"
     );
-    // The source's start waits for its threads, while the loader's lock is held: a thread that took
-    // this lock would hang.
+    // The start of the source waits for its threads while the loader's lock is held. If one of
+    // these threads took that lock, the start would hang.
     let has_kernel = mmu_source::kernel::probe().is_ok();
     assert!(
         report.ends_with(&format!(" kernel {has_kernel}\n")),

@@ -1,9 +1,9 @@
-//! A detector of stale reads: a cache of what pages contain, kept right by callbacks alone, while
-//! others change the mappings under it by every call that the hook claims.
+//! Detects stale reads. Callbacks alone keep a cache of page contents correct, while other threads
+//! change the mappings by every call that the hook claims to see.
 //!
-//! What a page contains says which memory is mapped there, because no thread writes to a mapped
-//! region: every region shows some page of one file, of a private copy of one, or of a segment, and
-//! each carries its own stamp.
+//! The content of a region identifies the memory that is mapped there: a page of one file, a
+//! private copy of one, or a segment. Each of these has its own stamp, and no thread writes to a
+//! mapped region.
 
 use crate::child::alone;
 use crate::pages::{FLAGS, PROTECTION, at, byte, discard, page_size, unmap};
@@ -18,27 +18,28 @@ const REGIONS: usize = 16;
 const FILE_PAGES: usize = 256;
 const THREADS: usize = 2;
 
-/// What is known of a region.
+/// The cache entry of a region.
 #[derive(Debug, Default)]
 struct Entry {
-    /// Whether the content may be used, and the content.
+    /// Whether `content` may be used.
     valid: bool,
     content: u64,
-    /// How many invalidations are open, and how many there were.
+    /// The number of open invalidations. `sequence` counts all of them.
     open: u32,
     sequence: u64,
 }
 
-/// The cache. A spinning lock each, since callbacks may not wait for anything that allocates.
+/// The cache. Each entry has a spin lock, because a callback may not wait for a thread that
+/// allocates.
 #[derive(Debug)]
 struct Cache {
     base: usize,
     entries: [(AtomicBool, std::cell::UnsafeCell<Entry>); REGIONS],
 }
 
-// SAFETY: an entry is reached only in `with`, under its lock.
+// SAFETY: an entry is accessed only in `with`, under its lock.
 unsafe impl Sync for Cache {}
-// SAFETY: as above; it holds no thread's own data.
+// SAFETY: as above. The cache holds no data that is bound to a thread.
 unsafe impl Send for Cache {}
 
 impl Cache {
@@ -51,7 +52,7 @@ impl Cache {
             hint::spin_loop();
             thread::yield_now();
         }
-        // SAFETY: the lock was taken above, and every thread that reaches an entry takes it.
+        // SAFETY: the lock was taken above, and every access to an entry is under its lock.
         let result = f(unsafe { &mut *entry.get() });
         lock.store(false, Ordering::Release);
         result
@@ -85,8 +86,8 @@ struct World {
     base: usize,
     file: i32,
     segments: [i32; 2],
-    /// Held by the thread that changes a region, and by the one that compares what is cached with
-    /// what is there.
+    /// Held by the thread that changes a region, and by the thread that compares the cached content
+    /// with the memory.
     regions: [Mutex<()>; REGIONS],
     stale: AtomicUsize,
     hits: AtomicUsize,
@@ -115,11 +116,11 @@ impl World {
             // SAFETY: makes a segment.
             let id =
                 unsafe { libc::shmget(libc::IPC_PRIVATE, page_size(), libc::IPC_CREAT | 0o600) };
-            // SAFETY: attaches it anywhere.
+            // SAFETY: attaches the segment at an address that the kernel chooses.
             let place = unsafe { libc::shmat(id, ptr::null(), 0) };
             assert_ne!(place, libc::MAP_FAILED);
-            // SAFETY: it is as large as a page. It stays attached, so that it outlives its removal
-            // below.
+            // SAFETY: the segment has the size of a page. It stays attached, so it survives its
+            // removal below.
             unsafe { place.cast::<u64>().write(stamp(FILE_PAGES + number)) };
             id
         });
@@ -154,7 +155,7 @@ impl World {
     /// Maps a page of the file.
     fn show(&self, address: usize, page: usize, flags: i32) {
         let offset = (page * page_size()) as i64;
-        // SAFETY: a region of this test, whose lock is held, or a place that is free.
+        // SAFETY: a region of this test whose lock is held, or an address where nothing is mapped.
         let shown = unsafe {
             libc::mmap(
                 at(address),
@@ -168,24 +169,24 @@ impl World {
         assert_eq!(shown, at(address), "{}", std::io::Error::last_os_error());
     }
 
-    /// A private page of the file at a place of its own for every thread, with a content of its
-    /// own. No thread maps where the kernel likes: that could be where another one has just
-    /// unmapped a region.
+    /// Maps a private page of the file at an address reserved for this thread, with a content of
+    /// its own. No thread lets the kernel choose an address, because the kernel could choose a
+    /// region that another thread has just unmapped.
     fn private(&self, number: usize, page: usize) -> usize {
         let (place, offset) = (
             at(self.base + (REGIONS + number) * page_size()),
             (page * page_size()) as i64,
         );
         let flags = libc::MAP_PRIVATE | libc::MAP_FIXED;
-        // SAFETY: the place is this thread's.
+        // SAFETY: the address is reserved for this thread.
         let copy = unsafe { libc::mmap(place, page_size(), PROTECTION, flags, self.file, offset) };
         assert_eq!(copy, place);
-        // SAFETY: writes to what was just mapped, and makes the page a copy.
+        // SAFETY: writes to the page that was just mapped, which makes it a private copy.
         unsafe { copy.cast::<u64>().write(stamp(2 * FILE_PAGES + page)) };
         copy.addr()
     }
 
-    /// Changes a region in one of the ways that the hook claims to see.
+    /// Changes a region by one of the calls that the hook claims to see.
     fn change(&self, number: usize, region: usize, random: &mut Random) {
         let _own = self.regions[region]
             .lock()
@@ -199,7 +200,7 @@ impl World {
             }
             1 => {
                 assert_eq!(
-                    // SAFETY: the region of this test whose lock is held.
+                    // SAFETY: a region of this test whose lock is held.
                     unsafe { libc::syscall(libc::SYS_munmap, address, page_size()) },
                     0
                 );
@@ -208,13 +209,13 @@ impl World {
             2 => self.show(address, page, libc::MAP_FIXED),
             3 => move_over(self.private(number, page), address),
             4 => {
-                // The copy is discarded, and the file shows through.
+                // The private copy is discarded, so the region shows the file again.
                 move_over(self.private(number, page), address);
                 thread::yield_now();
                 discard(address, 1);
             }
             5 => {
-                // Away, and something else in its place.
+                // Move the region away and map something else there.
                 let place = self.private(number, page);
                 move_over(address, place);
                 self.show(address, random.below(FILE_PAGES), libc::MAP_FIXED_NOREPLACE);
@@ -224,14 +225,14 @@ impl World {
             _ => {
                 self.attach(random.below(2), address);
                 thread::yield_now();
-                // SAFETY: the region of this test whose lock is held.
+                // SAFETY: a region of this test whose lock is held.
                 assert_eq!(unsafe { libc::shmdt(at(address)) }, 0);
                 self.show(address, page, libc::MAP_FIXED_NOREPLACE);
             }
         }
     }
 
-    /// Attaches a segment over a region.
+    /// Attaches a segment at a region.
     fn attach(&self, segment: usize, address: usize) {
         let flags = libc::SHM_REMAP | libc::SHM_RDONLY;
         // SAFETY: a region of this test whose lock is held.
@@ -239,7 +240,7 @@ impl World {
         assert_eq!(attached, at(address), "{}", std::io::Error::last_os_error());
     }
 
-    /// Fills the cache without any lock on the region, as a client does.
+    /// Fills the cache without a lock on the region, as a client does.
     fn fill(&self, cache: &Cache, region: usize) {
         let Some(sequence) =
             cache.with(region, |entry| (entry.open == 0).then_some(entry.sequence))
@@ -255,7 +256,7 @@ impl World {
             iov_base: at(self.base + region * page_size()),
             iov_len: 8,
         };
-        // SAFETY: copies eight bytes to a local, or fails if there is nothing.
+        // SAFETY: the call copies eight bytes to a local, or fails if nothing is mapped.
         let read =
             unsafe { libc::process_vm_readv(std::process::id() as i32, &local, 1, &remote, 1, 0) };
         if read == 8 {
@@ -267,7 +268,7 @@ impl World {
         }
     }
 
-    /// Compares what is cached with what is there.
+    /// Compares the cached content with the memory.
     fn compare(&self, cache: &Cache, region: usize) {
         let _own = self.regions[region]
             .lock()
@@ -287,7 +288,7 @@ impl World {
         }
     }
 
-    /// Threads that change regions, and as many that use the cache.
+    /// Runs threads that change regions, and as many that use the cache.
     fn run(&self, cache: &Cache, seed: u64, time: Duration) {
         let deadline = Instant::now() + time;
         thread::scope(|scope| {
@@ -313,16 +314,17 @@ impl World {
 impl Drop for World {
     fn drop(&mut self) {
         for id in self.segments {
-            // SAFETY: marks a segment of this test for its end.
+            // SAFETY: marks a segment of this test for removal.
             unsafe { libc::shmctl(id, libc::IPC_RMID, ptr::null_mut()) };
         }
     }
 }
 
-/// Moves a page over another one.
+/// Moves a page over another page.
 fn move_over(from: usize, to: usize) {
     let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
-    // SAFETY: one is the region of this test whose lock is held, the other this thread's own place.
+    // SAFETY: one address is a region of this test whose lock is held, and the other is reserved
+    // for this thread.
     let moved = unsafe { libc::mremap(at(from), page_size(), page_size(), flags, at(to)) };
     assert_eq!(moved, at(to), "{}", std::io::Error::last_os_error());
 }
@@ -361,7 +363,7 @@ const EMPTY: Entry = Entry {
     sequence: 0,
 };
 
-/// The environment variable says for how many seconds, and with which seed.
+/// Reads the duration in seconds, or the seed, from an environment variable.
 fn setting(name: &str) -> Option<u64> {
     env::var(name).ok().map(|value| {
         value
@@ -396,7 +398,7 @@ fn no_stale_hit() {
     });
 }
 
-/// Proves the detector: without a hook there are stale hits at once.
+/// Checks the detector itself: without a hook, stale hits appear at once.
 #[test]
 fn the_detector_detects() {
     alone("torture::the_detector_detects", || {

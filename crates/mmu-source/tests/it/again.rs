@@ -1,4 +1,4 @@
-//! Calls that the kernel makes again, because a signal came when they had begun.
+//! Calls that the kernel restarts, because a signal arrived after they had begun.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
@@ -11,8 +11,8 @@ fn forks(part: &Part) -> bool {
     ["fork", "clone", "clone3"].contains(&part.cause)
 }
 
-/// Traces a case, and sends its first process a signal in each of its first `times` forks: when the
-/// fork is told, and so before the kernel looks for signals.
+/// Traces a case, and sends its first process a signal in each of its first `times` forks. The
+/// signal is sent in the start callback, so before the kernel checks for signals.
 fn trace_interrupted(times: u32, seccomp: bool, args: &[&str]) -> Trace {
     let (sent, first) = (AtomicU32::new(0), AtomicU64::new(0));
     let recorder = Recorder::with(Box::new(move |part| {
@@ -41,7 +41,7 @@ fn trace_interrupted(times: u32, seccomp: bool, args: &[&str]) -> Trace {
     trace_with(options, recorder, args)
 }
 
-/// Runs a check with a filter and without one.
+/// Runs a check with and without a filter.
 fn both_ways(check: impl Fn(bool)) {
     if !require(Cap::Ptrace) {
         return;
@@ -53,7 +53,7 @@ fn both_ways(check: impl Fn(bool)) {
     }
 }
 
-/// Where each bracket of the forks starts.
+/// Returns the start of each bracket of the forks.
 fn fork_starts(trace: &Trace) -> Vec<u64> {
     let start = |record: &Record| match record {
         Record::Start(part) if forks(part) => Some(part.start),
@@ -62,7 +62,7 @@ fn fork_starts(trace: &Trace) -> Vec<u64> {
     trace.records.iter().filter_map(start).collect()
 }
 
-/// The results with which the brackets of the forks ended, each once.
+/// Returns the distinct results with which the brackets of the forks ended.
 fn fork_results(trace: &Trace) -> Vec<Option<i64>> {
     let mut results: Vec<_> = trace
         .ends()
@@ -78,14 +78,14 @@ fn number(word: &str) -> i64 {
     word.parse().expect("a number")
 }
 
-/// Tells whether a bracket is that of the handler's own `munmap`, whatever the loader has unmapped
-/// there before.
+/// Tells whether a bracket is that of the handler's own `munmap`. The loader may have unmapped
+/// memory at the same address before.
 fn unmaps_the_page(trace: &Trace, part: &Part) -> bool {
     part.cause == "munmap" && part.start == hex(trace.said("page")[0][0])
 }
 
-/// Where in the records the first fork begins, the handler's `munmap` begins, and the first fork
-/// ends.
+/// Returns the positions in the records of three events: the first fork begins, the handler's
+/// `munmap` begins, the first fork ends.
 fn order(trace: &Trace) -> (usize, usize, usize) {
     let place =
         |is: &dyn Fn(&Record) -> bool| trace.records.iter().rposition(is).expect("it was told");
@@ -152,7 +152,7 @@ fn forks_that_interrupt_each_other_each_keep_their_brackets() {
         let mut children = [Some(number(words[0])), Some(number(words[1]))];
         children.sort_unstable();
         assert_eq!(fork_results(&trace), children);
-        // The handler's fork ends first, though it began last.
+        // The handler's fork ends first, although it began last.
         let first_end = trace
             .ends()
             .find(|(part, _)| forks(part))

@@ -1,4 +1,4 @@
-//! Attaching to processes that run, and letting go of processes that run on.
+//! Attaching to running processes, and detaching from processes that continue to run.
 
 use std::ffi::CString;
 use std::fs::{self, File};
@@ -17,7 +17,7 @@ use crate::log::{Record, Recorder, hex, tracee};
 
 const THREADS: usize = 4;
 
-/// A process with threads that does what it is told.
+/// A process with threads that follows orders.
 struct Server<I, O> {
     to: I,
     from: O,
@@ -34,7 +34,7 @@ impl<I: Write, O: BufRead> Server<I, O> {
         line.trim().to_owned()
     }
 
-    /// Lets every thread unmap a page and returns where.
+    /// Makes every thread unmap a page, and returns the addresses.
     fn go(&mut self) -> Vec<u64> {
         self.say("go");
         let answer = self.hear();
@@ -49,8 +49,7 @@ fn start() -> (Child, Server<ChildStdin, BufReader<ChildStdout>>) {
     start_case("serve")
 }
 
-/// Starts the tracee in a thread of its own, so that it is not a child of the thread that traces
-/// it.
+/// Starts the tracee on another thread, so that it is not a child of the thread that traces it.
 fn start_case(case: &'static str) -> (Child, Server<ChildStdin, BufReader<ChildStdout>>) {
     let started = thread::spawn(move || {
         let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_tracee"))
@@ -92,7 +91,7 @@ fn a_process_with_threads_is_attached_to_and_lives_on_after_it_is_let_go() {
             server.say("fork");
             assert_eq!(server.hear(), "forked 0");
             stop.store(true, Ordering::Relaxed);
-            // Its calls wake the tracer, which finds itself asked to stop and detaches.
+            // The server's calls wake the tracer. The tracer then sees `stop` and detaches.
             server.go();
             seen
         });
@@ -123,7 +122,7 @@ fn a_process_with_threads_is_attached_to_and_lives_on_after_it_is_let_go() {
     assert_eq!(child.wait().expect("a status").code(), Some(0));
 }
 
-/// The children of all threads of a process that this thread traces and that have not ended.
+/// Returns the children of all threads of a process that this thread still traces.
 fn traced_children(pid: u32) -> Vec<String> {
     // SAFETY: takes nothing.
     let this_thread = unsafe { libc::gettid() };
@@ -134,7 +133,7 @@ fn traced_children(pid: u32) -> Vec<String> {
     let children = children
         .map(|list| list.expect("the kernel lists children"))
         .collect::<String>();
-    // One that is not there any more is let go of too.
+    // A child that has ended is not traced any more either.
     let status = |child| fs::read_to_string(format!("/proc/{child}/status")).unwrap_or_default();
     let is_traced = |status: &String| status.contains(&tracer) && !status.contains("State:\tZ");
     children
@@ -190,8 +189,8 @@ fn processes_with_a_filter_are_kept_alive_after_they_are_let_go() {
             assert_eq!(server.hear(), "ready");
             server.go();
             stop.store(true, Ordering::Relaxed);
-            // The first of these calls make the tracer stop; the rest are the keeper's, children
-            // included.
+            // The first of these calls make the tracer stop. The keeper serves the others,
+            // including those of children.
             for _ in 0..20 {
                 server.go();
             }
@@ -292,7 +291,7 @@ fn a_process_that_ends_while_it_is_attached_to_is_all_exited() {
         )
     });
     assert_eq!(ends.count(), THREADS + 1);
-    // The tracer may have taken its status already.
+    // The tracer may have reaped it already.
     drop(child.wait());
 }
 
@@ -379,16 +378,15 @@ fn a_parent_that_waits_in_vfork_is_let_go_of_without_waiting_for_its_child() {
     let mut line = String::new();
     from.read_line(&mut line).expect("it says so");
     let pid = child.id();
-    // Its wait for the child cannot be interrupted.
+    // Such a wait for a child cannot be interrupted.
     while !fs::read_to_string(format!("/proc/{pid}/status"))
         .expect("it lives")
         .contains("State:\tD")
     {
         thread::yield_now();
     }
-    // The patience with a task that cannot stop is two seconds, and none for one that waits where
-    // nothing can stop it. A machine that is busy elsewhere may take long for one look, not for
-    // all.
+    // The tracer waits two seconds for a task that does not stop, and not at all for one that waits
+    // in `vfork`. A busy machine may delay one attempt, but not all of them.
     let is_at_once = (0..20).any(|_| {
         let (records, took) = within("letting go", move || {
             let mut tracer = Tracer::new(Options::default(), Recorder::new()).expect("a tracer");
@@ -405,7 +403,7 @@ fn a_parent_that_waits_in_vfork_is_let_go_of_without_waiting_for_its_child() {
         took < Duration::from_secs(1)
     });
     if !is_at_once {
-        // Its child, which waits for the pipe, has this end of its output.
+        // The child still holds the write end of this output pipe. Let it end.
         drop(
             File::options()
                 .write(true)
@@ -414,7 +412,7 @@ fn a_parent_that_waits_in_vfork_is_let_go_of_without_waiting_for_its_child() {
         );
         panic!("it waits for the child");
     }
-    // The thread that traced it has ended, and with it the tracing.
+    // The tracing thread has ended, and so has its tracing.
     drop(
         File::options()
             .write(true)
@@ -428,7 +426,7 @@ fn a_parent_that_waits_in_vfork_is_let_go_of_without_waiting_for_its_child() {
     fs::remove_file(path).expect("removed");
 }
 
-/// What the freezer of cgroup v1 holds cannot be stopped, and is not waited for.
+/// The tracer cannot stop a task that cgroup v1 has frozen, and must not wait for it.
 #[test]
 fn a_process_that_is_frozen_is_let_go_of_at_once() {
     if !require(Cap::Ptrace) {
@@ -444,7 +442,7 @@ fn a_process_that_is_frozen_is_let_go_of_at_once() {
     while !group.is_frozen() {
         thread::yield_now();
     }
-    // As above.
+    // See the comment on attempts above.
     let is_at_once = (0..20).any(|_| {
         let took = within("letting go", move || {
             let mut tracer = Tracer::new(Options::default(), Recorder::new()).expect("a tracer");
@@ -455,7 +453,7 @@ fn a_process_that_is_frozen_is_let_go_of_at_once() {
         });
         took < Duration::from_secs(1)
     });
-    // It still runs, untraced.
+    // The process still runs, untraced.
     group.thaw().expect("it is let run");
     server.go();
     server.say("end");
@@ -496,11 +494,11 @@ fn a_process_that_executes_itself_again_and_again_is_attached_to_or_has_ended() 
         }
     });
     assert!(attached > 0);
-    // The tracer may have taken its status already.
+    // The tracer may have reaped it already.
     drop(child.wait());
 }
 
-/// What `/proc` says of each process when its first thread leaves the address space.
+/// The state of each process in `/proc` when its first thread leaves the address space.
 struct States(Vec<String>);
 
 impl Observer for States {
@@ -530,13 +528,14 @@ fn a_task_that_was_attached_to_leaves_its_memory_before_it_ends() {
         .attach(child.id() as i32)
         .expect("it can be attached to");
     let driver = thread::spawn(move || {
-        // Its first thread writes the answer, and so has been seen before it ends the process.
+        // The first thread writes the answer, so the tracer has seen that thread before it ends the
+        // process.
         server.go();
         server.say("quit");
     });
     tracer.run(&AtomicBool::new(false)).expect("it runs");
     driver.join().expect("no panic");
     assert_eq!(tracer.detach().0.0, ["t (tracing stop)"]);
-    // The tracer may have taken its status already.
+    // The tracer may have reaped it already.
     drop(child.wait());
 }

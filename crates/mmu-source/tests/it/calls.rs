@@ -1,12 +1,12 @@
-//! Each memory call is seen as what it does, address by address.
+//! Each memory call is reported with the ranges that it changes.
 
 use mmu_source::process::{ExitStatus, Options};
 use testkit::{Cap, require};
 
 use crate::log::{Record, Recorder, Trace, hex, trace, trace_with};
 
-/// What a run of one case saw between its marks, and what the case says it should see, each line as
-/// the tracee prints it.
+/// Returns what the tracer saw between a case's marks, and what the case says that it should see.
+/// Both are lines as the tracee prints them.
 fn seen_and_said(trace: &Trace) -> (Vec<String>, Vec<String>) {
     assert_eq!(trace.status, ExitStatus::Code(0), "{}", trace.stdout);
     let marker = hex(trace.said("#")[0][0]);
@@ -19,7 +19,7 @@ fn seen_and_said(trace: &Trace) -> (Vec<String>, Vec<String>) {
     let mut seen: Vec<(u64, String)> = Vec::new();
     let mut inside = false;
     for (part, result) in trace.ends() {
-        // The loader may have unmapped something at the same address.
+        // The loader may have unmapped memory at the same address.
         let is_mark = part.cause == "madvise"
             && part.start == marker
             && result == Some(-i64::from(libc::EINVAL));
@@ -37,9 +37,9 @@ fn seen_and_said(trace: &Trace) -> (Vec<String>, Vec<String>) {
     (seen.into_iter().map(|(_, line)| line).collect(), said)
 }
 
-/// Brackets of one call end in the reverse order of their starts: compared as sets of neighbours
-/// would be too weak, so both sides are sorted only among lines with the same cause and result next
-/// to each other.
+/// Sorts lines that are next to each other and have the same cause and result, because the brackets
+/// of one call end in the reverse order of their starts. Comparing everything as a set would be too
+/// weak.
 fn normal(lines: &[String]) -> Vec<String> {
     let key = |line: &String| {
         let words: Vec<&str> = line.split_whitespace().collect();

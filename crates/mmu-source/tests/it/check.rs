@@ -1,11 +1,11 @@
-//! What every log must fulfil, whatever was traced.
+//! Checks that hold for every log.
 
 use std::collections::{HashMap, HashSet};
 
 use crate::log::{Part, Record};
 
-/// Checks that every start has its end, every get its put, every address space its release and its
-/// one free, and that nothing happens out of order.
+/// Checks that every start has an end and every get a put, that every address space has one release
+/// and one free, and that the order is right.
 pub(crate) fn pairs(records: &[Record]) {
     let mut open: Vec<&Part> = Vec::new();
     let mut held = HashSet::new();

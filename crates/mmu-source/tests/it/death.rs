@@ -1,4 +1,4 @@
-//! Tasks that die at the worst moment, and address spaces that end with subscribers.
+//! Tasks that die in the middle of a call, and address spaces that exit with subscribers.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -23,7 +23,8 @@ fn a_task_killed_in_its_call_closes_its_bracket_and_leaves() {
     }
     let killed = AtomicBool::new(false);
     let recorder = Recorder::with(Box::new(move |part| {
-        // By one of the threads: the loader may unmap as much when there is one task yet.
+        // Only calls of the threads count: the loader may unmap a range of the same size while
+        // there is one task.
         let is_threads = part.task.tid != part.task.pid && part.end - part.start == 8192;
         if part.cause == "munmap" && is_threads && !killed.swap(true, Ordering::Relaxed) {
             kill(part.task.pid);
@@ -31,8 +32,8 @@ fn a_task_killed_in_its_call_closes_its_bracket_and_leaves() {
     }));
     let trace = trace_with(Options::default(), recorder, &["threads", "4", "100"]);
     assert_eq!(trace.status, ExitStatus::Signal(libc::SIGKILL));
-    // The recorder has checked that every start has its end. No call was seen to return after
-    // the kill.
+    // The recorder has checked that every start has an end. Calls that did not return because of
+    // the kill have no result.
     let died: Vec<_> = trace
         .ends()
         .filter(|(_, result)| result.is_none())
@@ -66,7 +67,7 @@ fn a_parent_killed_while_it_forks_leaves_no_child_behind() {
         return;
     }
     for _ in 0..rounds(25) {
-        // The run would not end if a child stayed stopped for want of a parent to name it.
+        // If a child stayed stopped because no parent named it, the run would not end.
         let trace = trace(&["forks-and-dies", "20"]);
         assert_eq!(trace.status, ExitStatus::Signal(libc::SIGKILL));
     }
@@ -77,8 +78,8 @@ fn a_thread_killed_before_it_was_named_is_not_waited_for() {
     if !require(Cap::Ptrace) {
         return;
     }
-    // The run would not end if such a thread stayed stopped: its leader's end is reported only
-    // after its own.
+    // If such a thread stayed stopped, the run would not end: the kernel reports the end of the
+    // leader only after that of the thread.
     assert_eq!(
         trace(&["killed-cloning", &rounds(300).to_string()]).status,
         ExitStatus::Code(0)
@@ -97,7 +98,7 @@ fn a_target_that_dies_in_the_call_of_another_does_not_wait_for_it() {
             *of_probe.lock().expect("not poisoned") = part.task.pid;
         }
         if part.cause == "process_madvise" {
-            // The caller is the parent of the only other process there is.
+            // The caller is the parent of the only other process.
             let children =
                 std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", part.task.pid));
             let children = children.expect("the kernel lists children");
@@ -106,7 +107,7 @@ fn a_target_that_dies_in_the_call_of_another_does_not_wait_for_it() {
     }));
     let trace = trace_with(Options::default(), recorder, &["other"]);
     assert_ne!(*child.lock().expect("not poisoned"), 0);
-    // It asserts that its child exits, which was killed instead.
+    // The case asserts that its child exits. The child was killed, so the assertion fails.
     assert_eq!(trace.status, ExitStatus::Code(101));
     assert!(
         trace
@@ -115,7 +116,7 @@ fn a_target_that_dies_in_the_call_of_another_does_not_wait_for_it() {
     );
 }
 
-/// Counts what happens to one address space.
+/// Counts the callbacks of one address space.
 #[derive(Debug, Default)]
 struct Counts {
     released: AtomicUsize,
@@ -143,11 +144,11 @@ impl Notifier for Counter {
     }
 }
 
-/// Registers on every address space and stays registered beyond its end.
+/// Registers on every address space, and stays registered after the address space has exited.
 #[derive(Default)]
 struct Keeps {
     registered: HashMap<u64, (Registration<Counter>, Arc<Counts>)>,
-    /// What each address space should end by, in the order they appear.
+    /// The expected cause of each address space's exit, in order of appearance.
     causes: Vec<&'static str>,
     tasks: usize,
 }
@@ -219,7 +220,8 @@ fn the_end_of_an_address_space_releases_each_subscriber_once() {
     .concat();
     assert_eq!(all.len(), 3);
     for counts in all {
-        // `unregister` calls it as well for who was not released, so once means that exit did it.
+        // `unregister` calls `release` if the exit has not. So a count of one means that the exit
+        // did, and `unregister` did not.
         assert_eq!(counts.released.load(Ordering::Relaxed), 1);
         let [starts, ends] =
             [&counts.starts, &counts.ends].map(|count| count.load(Ordering::Relaxed));

@@ -1,4 +1,4 @@
-//! What a tracer may not read: memory and `/proc` of a program that is closed to it.
+//! Programs whose memory or `/proc` files the tracer may not read.
 
 use std::sync::mpsc;
 use std::thread;
@@ -9,8 +9,8 @@ use testkit::{Cap, require, rounds};
 
 use crate::log::{Record, Recorder, Trace, hex, trace_with};
 
-/// Runs in a thread without the privilege to look into other processes, which what it starts does
-/// not have either.
+/// Runs `run` on a thread without the privilege to read other processes. Children of that thread
+/// lack the privilege too.
 fn without_privilege<T: Send + 'static>(run: impl FnOnce() -> T + Send + 'static) -> T {
     let (done, result) = mpsc::channel();
     let thread = thread::spawn(move || {
@@ -23,15 +23,16 @@ fn without_privilege<T: Send + 'static>(run: impl FnOnce() -> T + Send + 'static
     }
 }
 
-/// Takes `CAP_SYS_PTRACE` from this thread, for good. An ordinary user has none.
+/// Removes `CAP_SYS_PTRACE` from this thread for good. An ordinary user does not have it.
 fn give_up_ptrace() {
     const CAP_SYS_PTRACE: u32 = 19;
     const VERSION_3: u32 = 0x2008_0522;
-    // Version and thread (0 is this one), then the sets effective, permitted and inheritable of the
-    // low 32 and of the high 32.
+    // The version and the thread (0 is this thread). Then the effective, permitted and inheritable
+    // sets, first their low and then their high 32 bits.
     let header = [VERSION_3, 0];
     let mut sets = [[0_u32; 3]; 2];
-    // SAFETY: this option takes integers. An ordinary user may not, and need not.
+    // SAFETY: this option takes integers. It fails for an ordinary user, who has no such capability
+    // to drop.
     unsafe {
         libc::prctl(
             libc::PR_CAPBSET_DROP,
@@ -42,7 +43,8 @@ fn give_up_ptrace() {
         )
     };
     assert_eq!(
-        // SAFETY: reads the header and fills both sets, which have the layout of version 3.
+        // SAFETY: the call reads the header and writes both sets, which have the layout of version
+        // 3.
         unsafe { libc::syscall(libc::SYS_capget, header.as_ptr(), sets.as_mut_ptr()) },
         0
     );
@@ -50,7 +52,7 @@ fn give_up_ptrace() {
         *set &= !(1 << CAP_SYS_PTRACE);
     }
     assert_eq!(
-        // SAFETY: as above; it reads both.
+        // SAFETY: as above; the call only reads them.
         unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()) },
         0
     );
@@ -92,8 +94,8 @@ fn children_of_a_program_that_cannot_be_read_are_in_address_spaces_of_their_own(
                     .any(|(part, _)| part.task == *child && part.cause == "munmap" && part.mm == mm)
             };
             assert!(told(*child_mm), "{words:?}");
-            // That it copied the memory is known of these; of the call whose flags lie in memory it
-            // may have shared it.
+            // These calls are known to have copied the memory. `clone3` has its flags in memory
+            // that the tracer cannot read, so it may have shared the memory.
             assert_eq!(told(*mm), words[2] == "clone3", "{words:?}");
         }
     }
@@ -151,17 +153,18 @@ fn a_filter_of_the_programs_own_that_asks_for_a_tracer_finds_none() {
     }
 }
 
-/// Takes `/proc` away from this thread and what it starts.
+/// Hides `/proc` from this thread and its children.
 fn give_up_proc() {
-    // SAFETY: integers; the thread has a copy of the mounts from here on.
+    // SAFETY: takes integers. From here on the thread has its own mount namespace.
     assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNS) }, 0);
     let (none, private) = (std::ptr::null(), libc::MS_REC | libc::MS_PRIVATE);
     assert_eq!(
-        // SAFETY: live strings and nulls, as the call takes them for a change of propagation.
+        // SAFETY: live strings and null pointers, as the call requires for a change of propagation.
         unsafe { libc::mount(none, c"/".as_ptr(), none, private, none.cast()) },
         0
     );
-    // Another file system over it. Without it, a `/proc` of an outer pid namespace can lie below.
+    // Mount another file system over it. Unmounting could uncover the `/proc` of an outer pid
+    // namespace.
     let (tmpfs, proc) = (c"tmpfs".as_ptr(), c"/proc".as_ptr());
     assert_eq!(
         // SAFETY: live strings, and no data.
@@ -179,7 +182,7 @@ fn a_parent_killed_while_it_forks_leaves_no_child_behind_without_proc() {
     thread::spawn(move || {
         give_up_proc();
         for _ in 0..rounds(25) {
-            // The run would not end if a child stayed stopped for want of a parent to name it.
+            // If a child stayed stopped because no parent named it, the run would not end.
             let trace = trace_with(
                 Options::default(),
                 Recorder::new(),

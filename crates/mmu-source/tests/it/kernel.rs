@@ -1,4 +1,5 @@
-//! The kernel source: every way to change a translation, losses, forks, and a hunt for stale reads.
+//! The kernel source: every way to change a translation, losses, forks, and a search for stale
+//! reads.
 
 use crate::memory::{Log, PAGE, Scratch, memory_file};
 use mmu_notifier::{Va, VaRange};
@@ -22,7 +23,7 @@ fn rehearse(ring: usize) -> Option<Arc<Kernel>> {
     require(Cap::Bpf).then(|| Kernel::rehearse(ring).expect("BPF is there"))
 }
 
-/// Arms `memory`, lets `change` do its work, and wants to have been told of some of it.
+/// Arms `memory`, runs `change`, and checks that a subscriber was notified of a part of it.
 fn told(kernel: &Arc<Kernel>, name: &str, memory: Scratch, change: impl FnOnce(&Scratch)) {
     let log = Log::about(&current(), memory.range());
     let armed = kernel.arm(memory.range()).expect("armed");
@@ -36,13 +37,13 @@ fn told(kernel: &Arc<Kernel>, name: &str, memory: Scratch, change: impl FnOnce(&
     _ = kernel.settle().expect("no fork");
     assert!(!log.take().is_empty(), "{name}: no subscriber was told");
     drop(armed);
-    // What the change has unmapped may belong to another thread by now.
+    // Another thread may have mapped memory where the change has unmapped it.
     std::mem::forget(memory);
     drop(log.unregister().expect("outside of brackets"));
 }
 
 fn advise(memory: &Scratch, advice: i32) {
-    // SAFETY: our own scratch memory.
+    // SAFETY: the test's own scratch memory.
     let result = unsafe { libc::madvise(memory.page(0), memory.bytes, advice) };
     assert_eq!(
         result,
@@ -87,7 +88,7 @@ fn every_change_by_this_process_is_told() {
         unsafe { libc::mmap(memory.page(2), PAGE, libc::PROT_READ, flags, -1, 0) };
     });
     told(&kernel, "mremap", private(), |memory| {
-        // SAFETY: moves our own scratch memory, where the kernel likes.
+        // SAFETY: moves our own scratch memory to an address that the kernel chooses.
         unsafe { libc::mremap(memory.page(0), 4 * PAGE, 4096 * PAGE, libc::MREMAP_MAYMOVE) };
     });
     told(&kernel, "mremap onto it", private(), |memory| {
@@ -134,7 +135,7 @@ fn a_change_by_a_ring_is_told() {
                 memory.bytes as libc::off_t,
                 libc::MADV_DONTNEED,
             );
-            // SAFETY: the memory is this test's, which needs nothing that is in it.
+            // SAFETY: the test owns the memory, and needs none of its content.
             unsafe { ring.submission().push(&advice.build()) }.expect("there is room");
             ring.submit_and_wait(1).expect("it is submitted");
             assert_eq!(
@@ -145,8 +146,8 @@ fn a_change_by_a_ring_is_told() {
     );
 }
 
-/// Another process may page out what this one has, if it is not shared: so the memory
-/// is mapped after the fork.
+/// Another process may only page out memory that is not shared. So the memory is mapped after the
+/// fork.
 #[test]
 fn advice_by_another_process_is_told() {
     let Some(kernel) = start() else { return };
@@ -167,7 +168,7 @@ fn advice_by_another_process_is_told() {
             iov_base: ptr::without_provenance_mut(word(0)),
             iov_len: word(8),
         };
-        // SAFETY: one live vector; the pages are the parent's, who waits for their end.
+        // SAFETY: one live vector. The parent owns the pages and waits for the child's end.
         let done = unsafe {
             libc::syscall(
                 libc::SYS_process_madvise,
@@ -182,7 +183,7 @@ fn advice_by_another_process_is_told() {
         unsafe { libc::_exit(i32::from(!told || done != part.iov_len as i64)) }
     }
     drop(orders);
-    // Pages of a file can go without swap space.
+    // Pages of a file can be paged out without swap space.
     let path = std::env::temp_dir().join(format!("mmu-source-pageout-{child}"));
     let file = std::fs::File::options()
         .read(true)
@@ -237,15 +238,15 @@ fn changes_by_others_and_by_the_kernel_are_told() {
     told(&kernel, "fork", Scratch::anonymous(4), |_| {
         assert!(in_child(|| true))
     });
-    // Copy on write: the child keeps the old page, the parent gets another.
+    // Copy on write: the child keeps the old page, and the parent gets a copy.
     let memory = Scratch::anonymous(1);
     let child = keeps_its_pages();
     told(&kernel, "copy on write", memory, |memory| {
         memory.write(0, 2)
     });
-    // SAFETY: our own child, not reaped yet.
+    // SAFETY: the test's own child, which has not been reaped.
     unsafe { libc::kill(child, libc::SIGKILL) };
-    // SAFETY: writes nothing.
+    // SAFETY: the status pointer may be null.
     unsafe { libc::waitpid(child, ptr::null_mut(), 0) };
 }
 
@@ -340,7 +341,7 @@ fn ranges_are_handed_on_in_order_by_each_thread_that_looks() {
     assert_eq!(told, pages);
 }
 
-/// Holds up the thread that is told of a change at an address, while the lock is held.
+/// Blocks the thread that reports a change at `at` while the test holds the lock.
 struct Slow {
     at: u64,
     turn: std::sync::Mutex<()>,
@@ -371,7 +372,7 @@ fn a_full_ring_is_a_loss_and_a_loss_is_everything() {
     let whole = VaRange::covering(Va::new(AT), 1 << 20).expect("a range");
     let _armed = kernel.arm(whole).expect("armed");
     let log = Log::about(&current(), whole);
-    // A subscriber holds up the thread that drains, the source's own thread included.
+    // A subscriber blocks the thread that drains, even the source's own.
     let slow = Slow::registered(AT);
     let held = slow.turn.lock().expect("no panic");
     let mut made = 0;
@@ -404,13 +405,13 @@ fn a_watch_that_is_renewed_after_a_loss_is_touched_by_the_next_change() {
     let page = VaRange::covering(Va::new(AT), 4096).expect("a page");
     let mut watch = kernel.watch(page).expect("watched");
     let change = |at| kernel.inject(at, at + 4096).expect("it runs");
-    // A subscriber holds up the source's own thread: no thread but this one takes events in.
+    // A subscriber blocks the source's own thread, so that only this thread takes events in.
     let slow = Slow::registered(ELSEWHERE);
     let held = slow.turn.lock().expect("no panic");
     for _ in 0..8 {
         change(ELSEWHERE);
         change(ELSEWHERE);
-        // A look at the moment at which the source's thread takes the events in may say no.
+        // If the source's thread is taking events in at this moment, the watch may answer no.
         let is_valid = (0..1_000).any(|_| {
             std::thread::yield_now();
             watch.is_valid()
@@ -449,7 +450,7 @@ fn a_forked_child_does_not_trust_its_parents_source() {
             && kernel.drain().refused;
         drop(armed);
         drop(kernel);
-        // A start of its own works, and is its own.
+        // The child can start a source of its own.
         let own = Kernel::rehearse(4096).expect("BPF is there");
         let _armed = own.arm(range).expect("armed");
         own.inject(AT, AT + 4096).expect("it runs");
@@ -561,8 +562,8 @@ fn a_hunt_for_stale_reads_finds_none() {
     );
     assert_eq!(tally.stale.into_inner(), 0);
     assert!(tally.hits.into_inner() > 0 && tally.changes.into_inner() > 0);
-    // And it finds what is stale, if readers do not wait for changes under way: soon, though not in
-    // every second, and where the machine is busy not in every half minute.
+    // The hunt must find stale reads if readers do not wait for changes under way. It finds some
+    // soon, though not in every second, and on a busy machine not in every half minute.
     let finds = |_| {
         let tally = hunt::hunt(
             &kernel,

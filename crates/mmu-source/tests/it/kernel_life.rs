@@ -23,7 +23,7 @@ fn discard(memory: &Scratch) {
     );
 }
 
-/// What of KVM and BPF this process has open, in the table of its first thread.
+/// Returns the KVM and BPF files that this process has open, in the table of its first thread.
 fn open_here() -> Vec<String> {
     let entries = std::fs::read_dir("/proc/self/fd").expect("proc");
     let paths = entries.filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok());
@@ -33,7 +33,7 @@ fn open_here() -> Vec<String> {
         .collect()
 }
 
-/// Has all descriptors closed or replaced by `close`, and the numbers given to files that the
+/// Closes or replaces all descriptors by `close`, and opens files under the same numbers, which the
 /// source must not touch.
 fn goes_on_after(close: impl FnOnce()) -> bool {
     let kernel = Kernel::start().expect("it starts");
@@ -44,8 +44,8 @@ fn goes_on_after(close: impl FnOnce()) -> bool {
     let files: Vec<_> = (0..40)
         .map(|_| std::fs::File::open("/dev/zero").expect("a file"))
         .collect();
-    // The parent of this child changes memory at the same addresses, which are needless hits: once
-    // more, then.
+    // The child's parent changes memory at the same addresses, which the filter counts as hits. So
+    // retry.
     let goes_on = (0..100).any(|_| {
         watch.renew().expect("it still works");
         let seq = armed.read_begin().expect("it still works");
@@ -75,7 +75,7 @@ fn closing_every_descriptor_does_not_blind_the_source() {
     }
     assert!(in_child(|| goes_on_after(|| {
         assert_eq!(
-            // SAFETY: integers. This child needs no descriptor any more.
+            // SAFETY: takes integers. This child does not need its descriptors any more.
             unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, 0) },
             0
         );
@@ -94,7 +94,7 @@ fn closing_every_descriptor_does_not_blind_the_source() {
     })));
 }
 
-/// Lets this process have descriptors below `most` alone.
+/// Limits this process to descriptors below `most`.
 fn limit_descriptors(most: u64) {
     let limit = libc::rlimit {
         rlim_cur: most,
@@ -159,8 +159,8 @@ fn a_child_inherits_nothing_and_says_so() {
         let refused = matches!(watch.renew(), Err(Error::AfterFork { .. }));
         let own = Kernel::start().expect("one call is enough");
         let mut fresh = own.watch(memory.range()).expect("a watch");
-        // The forks of other tests protect the parent's page at the same address, which is a
-        // needless hit: once more, then.
+        // The forks of other tests write-protect the parent's page at the same address, which the
+        // filter counts as a hit. So retry.
         let watches = (0..100).any(|_| fresh.renew().is_ok() && fresh.is_valid());
         blind && refused && !own.is_inherited() && watches && open_here().is_empty()
     }));
@@ -178,12 +178,12 @@ fn a_watch_is_touched_by_changes_of_its_range_alone() {
     let kernel = Kernel::start().expect("it starts");
     let (one, other) = (Scratch::anonymous(1), Scratch::anonymous(1));
     let mut watches = [&one, &other].map(|memory| kernel.watch(memory.range()).expect("a watch"));
-    // Other tests fork meanwhile, which changes everything: once more, then.
+    // Other tests fork at the same time, and a fork changes everything. So retry.
     let is_so = (0..100).any(|_| {
         watches
             .iter_mut()
             .for_each(|watch| watch.renew().expect("no fork of this thread"));
-        // More than are looked at where they lie.
+        // More events than a watch examines in the ring.
         let is_valid = (0..7).all(|_| {
             discard(&other);
             watches[0].is_valid()
@@ -200,7 +200,7 @@ fn a_watch_is_touched_by_changes_of_its_range_alone() {
     assert!(!bracketed.is_valid());
 }
 
-/// Takes a lock in each callback about one range.
+/// Takes a lock in each callback for one range.
 struct Locks {
     about: VaRange,
     lock: Arc<Mutex<()>>,
@@ -261,7 +261,7 @@ fn a_signal_handler_may_settle() {
     }
     extern "C" fn handler(_: i32) {
         if let Some(kernel) = SOURCE.get() {
-            // It finds the thread in the middle of its own look, and must not forget that.
+            // The handler may interrupt a look of its own thread, and must not disturb it.
             let _ = WATCH.get().map(Watch::is_valid);
             let _ = kernel.settle();
             ASKED.fetch_add(1, Ordering::Relaxed);
@@ -272,7 +272,7 @@ fn a_signal_handler_may_settle() {
         let _ = SOURCE.set(Arc::clone(&kernel));
         let memory = Scratch::anonymous(1);
         let watch = WATCH.get_or_init(|| kernel.watch(memory.range()).expect("armed"));
-        // SAFETY: the handler makes no call that is not allowed in one.
+        // SAFETY: the handler makes only calls that are allowed in a signal handler.
         unsafe { libc::signal(libc::SIGUSR1, handler as *const () as usize) };
         signal_every(Duration::from_micros(100), libc::SIGUSR1).expect("a timer");
         while ASKED.load(Ordering::Relaxed) < 5_000 {
@@ -290,7 +290,8 @@ fn threads_come_to_rest_after_the_start_and_a_child_does_not_wait_for_them() {
         return;
     }
     let kernel = Kernel::start().expect("it starts");
-    // In the child there are no such threads, and they may not have come to rest before the fork.
+    // These threads do not exist in the child, and in the parent they may not have finished before
+    // the fork.
     assert!(in_child(|| {
         kernel.wait_for_threads();
         true

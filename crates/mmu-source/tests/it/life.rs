@@ -1,4 +1,4 @@
-//! Address spaces and tasks that come and go.
+//! Address spaces and tasks that are made and that end.
 
 use std::collections::HashSet;
 
@@ -51,15 +51,15 @@ fn s_17_a_forked_child_has_an_address_space_of_its_own_without_subscribers() {
         assert_eq!((words[0], words[1]), (child.tid.to_string().as_str(), "0"));
         assert_eq!((parent.tid, child.pid), (trace.pid, child.tid));
         assert_ne!(mm, child_mm);
-        // The child's munmap is told in the child's address space: there and nowhere else.
+        // The child's `munmap` is reported in the child's address space only.
         let of_child: Vec<_> = trace
             .ends()
             .filter(|(part, _)| part.task == child && part.cause == "munmap")
             .collect();
         assert_eq!(of_child.len(), 1);
         assert_eq!((of_child[0].0.mm, of_child[0].1), (child_mm, Some(0)));
-        // That it is new and has no subscribers the recorder has checked; the first thing that
-        // happens to it is that.
+        // The recorder has checked that the new address space has no subscribers. `New` must be the
+        // first record about it.
         let first = trace.records.iter().position(|record| {
             *record
                 == Record::New {
@@ -98,7 +98,7 @@ fn fork_protects_what_is_writable_and_private_while_the_child_is_made() {
             .filter(|(_, result)| *result == Some(child))
             .collect();
         assert!(!protects.is_empty());
-        // The cause is the call that was made, whatever kind of child it asked for.
+        // The cause is the call that the task made, whatever kind of child the call asked for.
         assert!(
             protects
                 .iter()
@@ -241,8 +241,8 @@ fn execve_by_another_thread_ends_the_rest_and_takes_the_leaders_place() {
             "{by:?}"
         );
         assert_eq!(news(&trace), 2);
-        // The leader of old, the thread in its place, and three more that waited; the execing one
-        // has no end of its own.
+        // The old leader, the thread that replaced it, and three waiting threads. The thread that
+        // ran `execve` has no separate exit.
         let exits = trace
             .records
             .iter()
@@ -274,7 +274,7 @@ fn a_vfork_child_shares_its_parents_memory_until_it_execs() {
         cause: "execve",
     };
     assert!(trace.records.contains(&left));
-    // The parent stays in the old address space and is the one to end it.
+    // The parent stays in the old address space, so the old address space ends with the parent.
     let ended = Record::Put {
         task: parent,
         mm,
@@ -373,7 +373,7 @@ fn a_thread_that_is_not_followed_ends_the_trace_of_its_process_by_execve() {
     let mut options = Options::default();
     options.follow = false;
     let trace = trace_with(options, Recorder::new(), &["thread-exec"]);
-    // The status is that of the process, whatever runs in it by then.
+    // The status is that of the process, whatever program it runs in the end.
     assert_eq!(
         (trace.status, news(&trace)),
         (ExitStatus::Code(8), 1),

@@ -1,4 +1,4 @@
-//! A recorder: what a subscriber and an observer are told, in one list.
+//! A recorder: lists the callbacks of a subscriber and of an observer.
 
 use std::convert::Infallible;
 use std::fs::File;
@@ -11,7 +11,7 @@ use mmu_source::process::{
     Command, Done, ExitStatus, Observer, Options, Pid, Task, TaskEvent, Tracer, current,
 };
 
-/// One thing that was told.
+/// One callback.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Record {
     Start(Part),
@@ -66,11 +66,11 @@ pub(crate) struct Part {
     pub(crate) cause: &'static str,
     pub(crate) event: &'static str,
     pub(crate) start: u64,
-    /// Zero for a range that reaches the last address.
+    /// Zero if the range includes the last address.
     pub(crate) end: u64,
 }
 
-/// Called with every start, while the task stands before its call.
+/// Called in every start callback, while the task is stopped before its call.
 type OnStart = Box<dyn Fn(&Part) + Send + Sync>;
 
 pub(crate) struct Log {
@@ -162,8 +162,7 @@ impl Recorder {
         }
     }
 
-    /// Waits for the frees, and returns the log once everything in it has been checked to be
-    /// paired.
+    /// Waits for the frees. Checks that everything in the log is paired, and returns the log.
     pub(crate) fn finish(self) -> Vec<Record> {
         self.subsystem
             .synchronize()
@@ -268,7 +267,7 @@ pub(crate) fn trace_with(options: Options, recorder: Recorder, args: &[&str]) ->
     }
 }
 
-/// Gives a command a pipe for its output, which must fit in it.
+/// Connects the output of a command to a pipe. The whole output must fit into the pipe.
 pub(crate) fn with_stdout(command: Command) -> (PipeReader, Command) {
     let (read, write) = pipe().expect("a pipe");
     let stderr = File::options()
@@ -285,7 +284,7 @@ fn read(mut pipe: PipeReader) -> String {
 }
 
 impl Trace {
-    /// The brackets in the order of their ends, as the tracee prints them.
+    /// Returns the brackets in the order of their ends, as the tracee prints them.
     pub(crate) fn ends(&self) -> impl Iterator<Item = (&Part, Option<i64>)> {
         self.records.iter().filter_map(|record| match record {
             Record::End(part, result) => Some((part, *result)),
@@ -293,7 +292,7 @@ impl Trace {
         })
     }
 
-    /// The words of the lines of output that begin with `key`.
+    /// Returns the words of each output line that begins with `key`.
     pub(crate) fn said(&self, key: &str) -> Vec<Vec<&str>> {
         let words = self
             .stdout

@@ -1,4 +1,4 @@
-//! Scratch mappings, children, and a subscriber that keeps a log, for the sources of this process.
+//! Scratch mappings, children, and a logging subscriber, for the sources of this process.
 
 use mmu_notifier::{InvalidateRange, MmWithUser, Notifier, Registration, Va, VaRange};
 use std::ffi::c_void;
@@ -9,28 +9,28 @@ use std::sync::Mutex;
 
 pub(crate) const PAGE: usize = 4096;
 
-/// A mapping that is taken away in the end.
+/// A mapping. It is unmapped on drop.
 #[derive(Debug)]
 pub(crate) struct Scratch {
     pub(crate) at: *mut u8,
     pub(crate) bytes: usize,
 }
 
-// SAFETY: it is an address and a length.
+// SAFETY: the type is only an address and a length.
 unsafe impl Send for Scratch {}
 // SAFETY: as above.
 unsafe impl Sync for Scratch {}
 
 impl Scratch {
-    /// Private memory, with each page written.
+    /// Maps private memory and writes to each page.
     pub(crate) fn anonymous(pages: usize) -> Self {
         Self::map(pages, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1).expect("mmap")
     }
 
-    /// Maps `pages`, and writes each if that is allowed by the flags.
+    /// Maps `pages` pages, and writes to each if the flags allow that.
     pub(crate) fn map(pages: usize, flags: i32, file: i32) -> io::Result<Self> {
         let bytes = pages * PAGE;
-        // SAFETY: a new mapping where the kernel likes.
+        // SAFETY: a new mapping, at an address that the kernel chooses.
         let at = unsafe {
             libc::mmap(
                 ptr::null_mut(),
@@ -52,10 +52,10 @@ impl Scratch {
         Ok(scratch)
     }
 
-    /// Maps `pages` of a file privately, to be read, and reads each.
+    /// Maps `pages` pages of a file, private and read-only, and reads each.
     pub(crate) fn read_only(pages: usize, file: i32) -> io::Result<Self> {
         let bytes = pages * PAGE;
-        // SAFETY: a new mapping where the kernel likes.
+        // SAFETY: a new mapping, at an address that the kernel chooses.
         let at = unsafe {
             libc::mmap(
                 ptr::null_mut(),
@@ -90,21 +90,22 @@ impl Scratch {
     }
 
     pub(crate) fn write(&self, page: usize, value: u64) {
-        // SAFETY: inside of the mapping, aligned; other threads and processes may look at it.
+        // SAFETY: inside the mapping, and aligned. Other threads and processes may read it at the
+        // same time.
         unsafe { self.page(page).cast::<u64>().write_volatile(value) }
     }
 }
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        // SAFETY: the mapping is ours; a part that a test has unmapped stays so, since no code maps
-        // at these addresses meanwhile who could rely on them: tests that unmap for good forget the
-        // mapping.
+        // SAFETY: this value owns the mapping. If a test has unmapped a part of it, no code that
+        // relies on these addresses maps memory there meanwhile; a test that unmaps for good
+        // forgets the `Scratch`.
         unsafe { libc::munmap(self.at.cast(), self.bytes) };
     }
 }
 
-/// A file of memory with so many pages.
+/// Makes a file in memory with `pages` pages.
 pub(crate) fn memory_file(pages: usize) -> OwnedFd {
     // SAFETY: takes a string and an integer, returns a descriptor.
     let file = unsafe { libc::memfd_create(c"mmu-source".as_ptr(), 0) };
@@ -117,7 +118,7 @@ pub(crate) fn memory_file(pages: usize) -> OwnedFd {
     file
 }
 
-/// Keeps what it is told about the pages it cares for.
+/// Logs the reports that overlap one range.
 #[derive(Debug)]
 pub(crate) struct Log {
     about: VaRange,
@@ -144,7 +145,7 @@ impl Log {
         .expect("outside of brackets")
     }
 
-    /// Returns what was told since the last call.
+    /// Returns the reports since the last call.
     pub(crate) fn take(&self) -> Vec<VaRange> {
         std::mem::take(&mut self.ranges.lock().expect("no panic"))
     }

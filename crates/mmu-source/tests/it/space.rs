@@ -23,7 +23,7 @@ fn a_forked_child_has_a_fresh_one() {
     );
 }
 
-/// A second one could never be dropped, and a leak checker would report it.
+/// A second address space could never be dropped, and a leak checker would report it.
 #[test]
 fn threads_that_ask_first_at_the_same_time_make_one() {
     const THREADS: usize = 4;
@@ -40,7 +40,8 @@ fn threads_that_ask_first_at_the_same_time_make_one() {
             };
             let threads: Vec<_> = (0..THREADS).map(ask).collect();
             threads.into_iter().for_each(srcu::Thread::join);
-            // Identities are given in order, and no other thread of this child makes any.
+            // Identities are assigned in order, and no other thread of this child makes an address
+            // space.
             MmWithUser::new().id() == current().id() + 1
         }));
     }

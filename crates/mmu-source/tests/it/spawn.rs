@@ -57,9 +57,9 @@ fn a_folder_that_may_not_be_searched_hides_no_other_and_has_no_program() {
     fs::set_permissions(&folder, fs::Permissions::from_mode(0o000)).expect("its owner may");
     let path = OsString::from(format!("{}:/bin:/usr/bin", folder.display()));
     let is_so = testkit::in_child(|| {
-        // SAFETY: an integer. Files are looked for as another user from here on.
+        // SAFETY: takes an integer. From here on, file look-ups have the rights of another user.
         unsafe { libc::setfsuid(65534) };
-        // SAFETY: integers. This child can still be traced.
+        // SAFETY: takes integers. It makes this child traceable again.
         assert_eq!(unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 1, 0, 0, 0) }, 0);
         let command = |name| Command::new(name).environment([("PATH".into(), path.clone())]);
         let missing = tracer().spawn(command("no-such-program-anywhere"));

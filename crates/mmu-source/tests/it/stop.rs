@@ -1,4 +1,4 @@
-//! What can be asked of a task while it stands at a call, and the mappings that calls make.
+//! What a callback can read of a task that is stopped at a call, and the mappings that calls make.
 
 use std::convert::Infallible;
 use std::fs::{self, File};
@@ -12,7 +12,7 @@ use testkit::{Cap, require};
 
 use crate::log::tracee;
 
-/// The mapping of `pid` that holds `address`, as its line says.
+/// Returns the line in `maps` of the mapping of `pid` that contains `address`.
 fn line_of(pid: i32, address: u64) -> String {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps")).expect("the task lives");
     let holds = |line: &&str| {
@@ -126,7 +126,7 @@ fn births_are_told_when_they_are_mapped() {
     if !require(Cap::Ptrace) {
         return;
     }
-    // Its heap is its own doing: not every allocator uses one.
+    // The case uses `brk` itself, because not every allocator does.
     let mapped = watch(true, tracee(&["break"])).mapped;
     let has = |cause: &str, what: &str| {
         mapped

@@ -1,4 +1,4 @@
-//! The userfaultfd source: which changes of which memory are told.
+//! The userfaultfd source: which changes of which memory are reported.
 
 use crate::memory::{Log, PAGE, Scratch, memory_file};
 use mmu_notifier::{Va, VaRange};
@@ -23,18 +23,18 @@ fn told(uffd: &Arc<Uffd>, name: &str, memory: Scratch, change: impl FnOnce(&Scra
     uffd.settle().expect("no fork");
     assert!(!log.take().is_empty(), "{name}: no subscriber was told");
     drop(armed);
-    // What the change has unmapped may belong to another thread by now.
+    // Another thread may have mapped memory where the change has unmapped it.
     std::mem::forget(memory);
     drop(log.unregister().expect("outside of brackets"));
 }
 
 fn munmap(memory: &Scratch) {
-    // SAFETY: our own scratch memory.
+    // SAFETY: the test's own scratch memory.
     assert_eq!(unsafe { libc::munmap(memory.page(0), memory.bytes) }, 0);
 }
 
 fn advise(memory: &Scratch, advice: i32) {
-    // SAFETY: our own scratch memory.
+    // SAFETY: the test's own scratch memory.
     let result = unsafe { libc::madvise(memory.page(0), memory.bytes, advice) };
     assert_eq!(
         result,
@@ -52,12 +52,12 @@ fn changes_of_anonymous_memory_are_told() {
         advise(memory, libc::MADV_DONTNEED)
     });
     told(&uffd, "mremap", Scratch::anonymous(4), |memory| {
-        // SAFETY: moves our own scratch memory, where the kernel likes.
+        // SAFETY: moves the test's own scratch memory to an address that the kernel chooses.
         unsafe { libc::mremap(memory.page(0), 4 * PAGE, 4096 * PAGE, libc::MREMAP_MAYMOVE) };
     });
     told(&uffd, "mmap over it", Scratch::anonymous(4), |memory| {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
-        // SAFETY: over our own scratch memory.
+        // SAFETY: replaces a part of the test's own scratch memory.
         unsafe { libc::mmap(memory.page(2), PAGE, libc::PROT_READ, flags, -1, 0) };
     });
     told(&uffd, "fork", Scratch::anonymous(4), |_| {
@@ -82,8 +82,8 @@ fn changes_of_huge_pages_are_told() {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_NORESERVE;
     let huge = || {
         let bytes = 2 << 20;
-        // SAFETY: a new mapping where the kernel likes. It is not touched: there may be no huge
-        // pages.
+        // SAFETY: a new mapping, at an address that the kernel chooses. The test does not touch it,
+        // because there may be no free huge pages.
         let at = unsafe { libc::mmap(std::ptr::null_mut(), bytes, libc::PROT_READ, flags, -1, 0) };
         assert_ne!(at, libc::MAP_FAILED, "{}", std::io::Error::last_os_error());
         Scratch {
@@ -174,13 +174,13 @@ fn a_callback_may_unmap_armed_memory_and_disarm() {
     assert!(unmaps.unregister().is_ok());
 }
 
-/// Memory that was moved while it was armed, by a source that has ended though a child lives that
-/// was forked before: can it be unmapped?
+/// Returns whether memory can be unmapped that was armed and then moved, after the source has
+/// ended. A child that was forked before the end still lives.
 fn outlived_by_a_child() -> bool {
     let uffd = Uffd::start().expect("userfaultfd is there");
     let memory = Scratch::anonymous(4);
     let armed = uffd.arm(memory.range()).expect("armed");
-    // Moved, it stays registered where no call disarms it.
+    // A moved range stays registered, and no call disarms it at its new address.
     let (flags, place) = (
         libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED,
         Scratch::anonymous(4),
@@ -196,11 +196,11 @@ fn outlived_by_a_child() -> bool {
         )
     };
     assert_eq!(moved, place.page(0));
-    // The one is gone, the other is unmapped below.
+    // The first range is gone, and the second one is unmapped below.
     let bytes = memory.bytes;
     std::mem::forget((memory, place));
     uffd.settle().expect("no fork");
-    // SAFETY: the child makes one call that is safe after a fork.
+    // SAFETY: the child makes only a call that is safe after a fork.
     let child = unsafe { libc::fork() };
     if child == 0 {
         loop {
@@ -212,25 +212,26 @@ fn outlived_by_a_child() -> bool {
     let moved = moved.addr();
     let (unmapped, wait) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
-        // SAFETY: our own memory, which no other code knows of.
+        // SAFETY: the test's own memory, which no other code knows.
         unmapped.send(unsafe { libc::munmap(std::ptr::without_provenance_mut(moved), bytes) })
     });
     let result = wait.recv_timeout(std::time::Duration::from_secs(60));
-    // SAFETY: our own child.
+    // SAFETY: the test's own child.
     unsafe { libc::kill(child, libc::SIGKILL) };
     result == Ok(0)
 }
 
 #[test]
 fn memory_that_was_armed_can_be_unmapped_after_the_source_although_a_child_lives() {
-    // In a process of its own, where no other test keeps the source.
+    // Run in a child, because other tests keep the source alive in this process.
     assert!(!require(Cap::Userfaultfd) || in_child(outlived_by_a_child));
 }
 
 #[test]
 fn the_threads_take_none_of_the_programs_signals() {
     let Some(_uffd) = start() else { return };
-    // Other tests' threads come and go, and a list that is read meanwhile can lack some.
+    // The threads of other tests start and end meanwhile, and a list that is read at that time can
+    // be incomplete.
     let ours = loop {
         let tasks = std::fs::read_dir("/proc/self/task").expect("procfs");
         let threads =
@@ -262,7 +263,8 @@ fn a_forked_child_has_no_part_in_its_parents_source() {
     assert!(in_child(|| {
         let refused =
             matches!(uffd.settle(), Err(Error::AfterFork { .. })) && armed.take().is_some();
-        // Its memory is not registered: this would wait for a reader that is not there.
+        // The child's memory is not registered. Otherwise this call would wait for a reader that
+        // does not exist here.
         advise(&memory, libc::MADV_DONTNEED);
         refused
             && Uffd::start()
@@ -275,8 +277,8 @@ fn a_forked_child_has_no_part_in_its_parents_source() {
     assert!(armed.is_some());
 }
 
-/// Closes every descriptor, or puts a file over each, and gives the numbers to files of the
-/// program.
+/// Closes every descriptor, or replaces each by a file, and opens files of the program under the
+/// same numbers.
 fn closed_and_used_again(over: bool) -> bool {
     let uffd = Uffd::start().expect("userfaultfd is there");
     let memory = Scratch::anonymous(2);
@@ -284,8 +286,7 @@ fn closed_and_used_again(over: bool) -> bool {
     let zero = std::fs::File::open("/dev/zero").expect("a file");
     let files: Vec<_> = if over {
         let over = (3..64).filter(|number| {
-            // SAFETY: integers; what was there has no owner any more, in this child that needs no
-            // other descriptor.
+            // SAFETY: takes integers. In this child no code owns or needs the replaced descriptors.
             *number != zero.as_raw_fd() && unsafe { libc::dup2(zero.as_raw_fd(), *number) } >= 0
         });
         over.collect()

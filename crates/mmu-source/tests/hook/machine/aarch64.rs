@@ -1,9 +1,9 @@
 //! aarch64.
 
-/// `munmap` by an instruction of our own.
+/// Calls `munmap` by a system call instruction outside of libc.
 pub(crate) fn munmap(address: usize, length: usize) -> i64 {
     let result: i64;
-    // SAFETY: the call that the caller wanted.
+    // SAFETY: the caller asked for exactly this call.
     unsafe {
         std::arch::asm!("svc #0", in("x8") libc::SYS_munmap, inlateout("x0") address => result, in("x1") length,
             options(nostack));
@@ -11,8 +11,8 @@ pub(crate) fn munmap(address: usize, length: usize) -> i64 {
     result
 }
 
-/// `movz x15, ..., lsl #48; movk x15, ...; br x15`, as UCX and libfabric write it over a function.
-/// `bti c` comes first, without which the processor would refuse a call by a register.
+/// Returns `movz x15, ..., lsl #48; movk x15, ...; br x15`, as UCX and libfabric write it over a
+/// function. It begins with `bti c`, without which the processor would refuse an indirect call.
 pub(crate) fn jump_to(target: usize) -> Vec<u8> {
     const BTI_C: u32 = 0xd503_245f;
     const MOVZ_X15: u32 = 0xd280_000f;
@@ -30,5 +30,5 @@ pub(crate) fn jump_to(target: usize) -> Vec<u8> {
     all.flat_map(u32::to_le_bytes).collect()
 }
 
-/// `brk #5`, the kernel's for uprobes.
+/// `brk #5`, which the kernel writes for uprobes.
 pub(crate) const BREAKPOINT: &[u8] = &0xd420_00a0_u32.to_le_bytes();

@@ -1,9 +1,9 @@
 //! x86-64.
 
-/// `munmap` by an instruction of our own.
+/// Calls `munmap` by a system call instruction outside of libc.
 pub(crate) fn munmap(address: usize, length: usize) -> i64 {
     let result: i64;
-    // SAFETY: the call that the caller wanted.
+    // SAFETY: the caller asked for exactly this call.
     unsafe {
         std::arch::asm!("syscall", inlateout("rax") libc::SYS_munmap => result, in("rdi") address, in("rsi") length,
             lateout("rcx") _, lateout("r11") _, options(nostack));
@@ -11,7 +11,7 @@ pub(crate) fn munmap(address: usize, length: usize) -> i64 {
     result
 }
 
-/// `mov $target, %r11; jmp *%r11`, as UCX and others write it over a function.
+/// Returns `mov $target, %r11; jmp *%r11`, as UCX and other libraries write it over a function.
 pub(crate) fn jump_to(target: usize) -> Vec<u8> {
     let mut code = vec![0x49, 0xbb];
     code.extend(target.to_le_bytes());

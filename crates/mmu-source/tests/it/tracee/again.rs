@@ -1,4 +1,4 @@
-//! Calls that a signal interrupts, so that the kernel makes them again. The test sends the signal.
+//! Calls that a signal interrupts, so that the kernel restarts them. The test sends the signal.
 
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 
@@ -12,18 +12,18 @@ type Handler = extern "C" fn(c_int, *mut siginfo_t, *mut c_void);
 static RUNS: AtomicU64 = AtomicU64::new(0);
 static CHILD: AtomicI64 = AtomicI64::new(0);
 
-/// Where the page is that is unmapped.
+/// The address of the page that the handler unmaps.
 static PAGE_AT: AtomicU64 = AtomicU64::new(0);
 
-/// Sets the handler of the signal that the test sends, and says which page it unmaps.
+/// Sets the handler for the test's signal, and prints which page the handler unmaps.
 fn handle(handler: Handler) {
     // SAFETY: zero is a valid value of each field.
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
     action.sa_sigaction = handler as libc::sighandler_t;
     action.sa_flags = libc::SA_SIGINFO | libc::SA_NODEFER;
     assert_eq!(
-        // SAFETY: the action is complete; the handlers of this file make system calls and use
-        // atomics, nothing else.
+        // SAFETY: the action is complete. The handlers of this file only make system calls and use
+        // atomics.
         unsafe { libc::sigaction(libc::SIGUSR2, &action, std::ptr::null_mut()) },
         0
     );
@@ -39,7 +39,7 @@ fn fork_with(number: c_long) -> i64 {
     let args = [0, 0, 0, 0, libc::SIGCHLD as u64, 0, 0, 0];
     let child = match number {
         libc::SYS_clone3 => call(number, &[sys::address(&args), size_of_val(&args) as u64]),
-        // `fork` has none of these.
+        // `fork` takes no arguments and ignores these.
         _ => call(number, &[libc::SIGCHLD as u64, 0, 0, 0, 0]),
     };
     if child == 0 {
@@ -53,7 +53,7 @@ extern "C" fn count_and_unmap(_: c_int, _: *mut siginfo_t, _: *mut c_void) {
     unmap_the_page();
 }
 
-/// Forks by the call of this number; its handler unmaps a page.
+/// Forks by the call `number`. The signal handler unmaps a page.
 pub(crate) fn interrupted(number: u64) {
     handle(count_and_unmap);
     let child = fork_with(number as c_long);
@@ -65,7 +65,7 @@ pub(crate) fn interrupted(number: u64) {
 }
 
 extern "C" fn count_and_fork(_: c_int, _: *mut siginfo_t, _: *mut c_void) {
-    // The second signal comes in the fork of the first one's handler.
+    // The second signal arrives in the fork of the first signal's handler.
     if RUNS.fetch_add(1, Ordering::Relaxed) == 0 {
         CHILD.store(fork_with(FORK), Ordering::Relaxed);
     } else {
@@ -73,7 +73,7 @@ extern "C" fn count_and_fork(_: c_int, _: *mut siginfo_t, _: *mut c_void) {
     }
 }
 
-/// Forks, and forks in the handler, each of which is interrupted.
+/// Forks, and forks again in the signal handler. A signal interrupts both.
 pub(crate) fn interrupted_twice() {
     handle(count_and_fork);
     let outer = fork_with(FORK);
@@ -86,7 +86,7 @@ pub(crate) fn interrupted_twice() {
     );
 }
 
-/// Stands further up on the stack than the call that was interrupted, and never returns.
+/// Runs at a higher stack address than the interrupted call, and never returns.
 extern "C" fn elsewhere() -> ! {
     unmap_the_page();
     call(libc::SYS_exit_group, &[5]);
@@ -95,12 +95,13 @@ extern "C" fn elsewhere() -> ! {
 
 extern "C" fn jump(_: c_int, _: *mut siginfo_t, context: *mut c_void) {
     let context = context.cast::<ucontext_t>();
-    // SAFETY: the kernel passes a context that lives as long as the handler runs, which alone uses
-    // it.
+    // SAFETY: the kernel passes a context that lives as long as the handler runs, and only the
+    // handler uses it.
     return_to(unsafe { &mut *context }, elsewhere);
 }
 
-/// Forks, and leaves the handler by a jump, as `siglongjmp` does: the fork is not made again.
+/// Forks, and leaves the handler by a jump, as `siglongjmp` does. So the kernel does not restart
+/// the fork.
 pub(crate) fn gives_up() {
     handle(jump);
     fork_with(FORK);
@@ -110,7 +111,7 @@ extern "C" fn die(_: c_int, _: *mut siginfo_t, _: *mut c_void) {
     call(libc::SYS_exit_group, &[6]);
 }
 
-/// Forks, and ends in the handler.
+/// Forks, and ends the process in the handler.
 pub(crate) fn dies_in_its_handler() {
     handle(die);
     fork_with(FORK);

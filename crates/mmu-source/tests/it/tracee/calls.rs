@@ -11,7 +11,7 @@ use crate::sys::{self, PAGE, call, map, mmap, munmap, touch};
 const RW: i32 = PROT_READ | PROT_WRITE;
 const EINVAL: i64 = -(libc::EINVAL as i64);
 
-/// `munmap`, `mmap` and `mprotect` in their forms.
+/// `munmap`, `mmap` and `mprotect` in all their forms.
 pub(crate) fn mappings() {
     let arena = map(16 * PAGE, RW);
     touch(arena, 16 * PAGE);
@@ -33,7 +33,7 @@ pub(crate) fn mappings() {
         ) as i64
     };
     script.unmap("mmap", arena + 4 * PAGE, 2 * PAGE, fixed(MAP_FIXED));
-    // Into the hole that the first call left: replaces nothing.
+    // Into the hole that the first call has left. It replaces nothing.
     mmap(
         arena,
         PAGE,
@@ -99,7 +99,8 @@ pub(crate) fn advice() {
         (arena, libc::MADV_COLLAPSE),
         (arena, DONTNEED_LOCKED),
         (arena, GUARD_INSTALL),
-        // Some future advice: refused today, cleared for all we know.
+        // An advice that does not exist today. The kernel refuses it; the tracer must assume that
+        // it clears.
         (arena, 1000),
     ] {
         script.seen("madvise", "clear", at, 2 * PAGE, advise(at, advice));
@@ -132,7 +133,7 @@ pub(crate) fn advice() {
         2 * PAGE,
         result,
     );
-    // The caller by the numbers that stand for it; which of them the kernel knows, it says itself.
+    // Numbers that mean the caller. The kernel's result shows which of them it knows.
     for own in [-10_000_i64, -10_001, -20_000] {
         let advice = libc::MADV_DONTNEED as u64;
         let result = call(
@@ -144,7 +145,7 @@ pub(crate) fn advice() {
     script.finish();
 }
 
-/// `mremap` in its forms.
+/// `mremap` in all its forms.
 pub(crate) fn moves() {
     let arena = map(64 * PAGE, RW);
     touch(arena, 64 * PAGE);
@@ -161,7 +162,7 @@ pub(crate) fn moves() {
         2 * PAGE,
         remap(arena, 4, 2, 0, 0),
     );
-    // It grows into the hole in place, or may move: the old range either way.
+    // It grows in place or moves. In both cases the old range is reported.
     let moved = remap(arena, 2, 8, MREMAP_MAYMOVE, 0);
     script.unmap("mremap", arena, 2 * PAGE, moved);
     remap(moved as u64, 8, 8, MREMAP_MAYMOVE, 0);
@@ -177,10 +178,10 @@ pub(crate) fn moves() {
         0,
     );
     script.unmap("mremap", arena + 40 * PAGE, 2 * PAGE, emptied);
-    // In place where there is no room: fails, and touches nothing.
+    // There is no room to grow in place: the call fails and changes nothing.
     let failed = remap(arena + 48 * PAGE, 1, 2, 0, 0);
     assert_eq!(failed, -i64::from(libc::ENOMEM));
-    // A shared mapping duplicated stays where it is.
+    // Duplicating a shared mapping leaves it where it is.
     let shared = mmap(0, 2 * PAGE, RW, MAP_SHARED | MAP_ANONYMOUS);
     let to = arena + 50 * PAGE;
     script.unmap(
@@ -192,7 +193,7 @@ pub(crate) fn moves() {
     script.finish();
 }
 
-/// `brk` down in one step and in two, after growth that succeeded and growth that failed.
+/// Shrinks the heap in one step and in two, after growth that succeeded and growth that failed.
 pub(crate) fn program_break() {
     let mut script = Script::new();
     let brk = |address: u64| call(libc::SYS_brk, &[address]);
@@ -200,9 +201,9 @@ pub(crate) fn program_break() {
     assert_eq!(brk(base + 16 * PAGE) as u64, base + 16 * PAGE);
     touch(base, 16 * PAGE);
     script.unmap("brk", base + 12 * PAGE, 4 * PAGE, brk(base + 12 * PAGE));
-    // Within a page nothing is unmapped.
+    // A change within a page unmaps nothing.
     assert_eq!(brk(base + 12 * PAGE - 1) as u64, base + 12 * PAGE - 1);
-    // Below the heap there is nothing to give up, whatever is mapped there.
+    // Below the heap `brk` unmaps nothing, whatever is mapped there.
     assert_eq!(brk(PAGE) as u64, base + 12 * PAGE - 1, "it is ignored");
     assert_eq!(
         brk(0x7fff_0000_0000) as u64,
@@ -224,12 +225,12 @@ pub(crate) fn segment() {
     let mut script = Script::new();
     let at = call(libc::SYS_shmat, &[id, 0, 0]) as u64;
     touch(at, size);
-    // With a hole, it is detached in pieces.
+    // With a hole in it, the segment is detached in pieces.
     script.unmap("munmap", at + PAGE, PAGE, munmap(at + PAGE, PAGE));
     let detached = call(libc::SYS_shmdt, &[at]);
     script.unmap("shmdt", at, PAGE, detached);
     script.unmap("shmdt", at + 2 * PAGE, 2 * PAGE, detached);
-    // Over memory that is in use.
+    // Attach over memory that is in use.
     let over = call(
         libc::SYS_shmat,
         &[id, arena + 2 * PAGE, libc::SHM_REMAP as u64],
@@ -241,7 +242,7 @@ pub(crate) fn segment() {
         size,
         call(libc::SYS_shmdt, &[arena + 2 * PAGE]),
     );
-    // Nothing is attached there any more.
+    // No segment is attached there any more.
     assert_eq!(call(libc::SYS_shmdt, &[arena + 2 * PAGE]), EINVAL);
     call(libc::SYS_shmctl, &[id, libc::IPC_RMID as u64, 0]);
     script.finish();
@@ -266,7 +267,7 @@ pub(crate) fn migrate() {
             MPOL_MF_MOVE,
         ],
     );
-    // The whole folios, which may be as large as a huge page.
+    // Whole folios move, and a folio may be as large as a huge page.
     script.seen("mbind", "migrate", arena, HUGE_PAGE, bound);
     call(
         libc::SYS_mbind,
@@ -293,7 +294,7 @@ pub(crate) fn migrate() {
     script.finish();
 }
 
-/// Calls that the kernel refuses, some of them before it looks at anything.
+/// Calls that the kernel refuses, some of them before it reads any memory.
 pub(crate) fn refused() {
     let mut script = Script::new();
     let top = u64::MAX - PAGE + 1;
@@ -305,7 +306,7 @@ pub(crate) fn refused() {
         "it runs past the last address, so there is no range"
     );
     assert_eq!(munmap(u64::MAX, u64::MAX), EINVAL);
-    // Beyond any address space, and no tag of an address.
+    // An address beyond any address space, which is not a tagged address either.
     let beyond = 1 << 54;
     script.unmap("munmap", beyond, PAGE, munmap(beyond, PAGE));
     script.seen(

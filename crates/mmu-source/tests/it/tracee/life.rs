@@ -15,7 +15,7 @@ use crate::sys::{self, PAGE, call, map, munmap, touch};
 
 const RW: i32 = PROT_READ | PROT_WRITE;
 
-/// Forks by each call that can; each child unmaps a page of its copy.
+/// Forks by each call that can. Each child unmaps a page of its copy.
 pub(crate) fn fork_once() {
     let arena = map(4 * PAGE, RW);
     let fixed = map(2 * PAGE, PROT_READ);
@@ -32,7 +32,7 @@ pub(crate) fn fork_once() {
     #[cfg(target_arch = "x86_64")]
     made("fork", call(libc::SYS_fork, &[]) as u64);
     made("clone", call(libc::SYS_clone, &[signal, 0, 0, 0, 0]) as u64);
-    // The kernel reports this one as a `vfork`.
+    // The kernel reports this call as a `vfork`.
     made(
         "clone",
         call(
@@ -51,14 +51,14 @@ pub(crate) fn fork_once() {
     );
 }
 
-/// Many processes that all fork at once; every grandchild unmaps.
+/// Many processes that fork at the same time. Every grandchild unmaps memory.
 pub(crate) fn storm(processes: u64) {
     let (read, write) = gate();
     let arena = map(4 * PAGE, RW);
     touch(arena, 4 * PAGE);
     let in_child = || {
         call(libc::SYS_close, &[write]);
-        // Ends when the parent opens the gate for all.
+        // The read returns when the parent opens the gate for all.
         let mut byte = 0_u8;
         call(libc::SYS_read, &[read, sys::address_mut(&mut byte), 1]);
         let grandchild = sys::fork(|| munmap(arena, PAGE) as i32);
@@ -90,12 +90,13 @@ pub(crate) fn threads(count: u64, rounds: u64) {
     });
 }
 
-/// Becomes another program.
+/// Replaces itself by another program.
 pub(crate) fn exec() {
     println!("{}", itself(&["exit", "7"]).exec());
 }
 
-/// Another thread than the leader becomes another program, while further threads wait.
+/// A thread that is not the leader replaces the process by another program, while further threads
+/// wait.
 pub(crate) fn thread_exec() {
     let (running, all) = mpsc::channel();
     for _ in 0..3 {
@@ -114,7 +115,8 @@ pub(crate) fn thread_exec() {
     println!("{failed:?}");
 }
 
-/// Starts another program as most do: by a child that shares the memory until it has become that.
+/// Starts another program as most programs do: by a child that shares the memory until it runs
+/// `execve`.
 pub(crate) fn spawn() {
     let status = itself(&["exit", "9"]).status().expect("it starts itself");
     println!("{status}");
@@ -126,8 +128,8 @@ fn itself(args: &[&str]) -> Command {
     command
 }
 
-/// Pages out memory of a child, and asks for all of its memory to be released, which is refused
-/// while it lives.
+/// Pages out memory of a child, and asks the kernel to release all of the child's memory. The
+/// kernel refuses that while the child lives.
 pub(crate) fn calls_on_a_child() {
     let arena = map(4 * PAGE, RW);
     touch(arena, 4 * PAGE);
@@ -156,7 +158,7 @@ pub(crate) fn calls_on_a_child() {
     assert_eq!(sys::wait(child, 0), 0);
 }
 
-/// A child that stops itself; the parent sees that, continues it and sees it end.
+/// A child stops itself. The parent sees that, continues the child and sees it end.
 pub(crate) fn job_control() {
     let (read, write) = gate();
     let child = sys::fork(|| {
@@ -164,7 +166,7 @@ pub(crate) fn job_control() {
         let pid = call(libc::SYS_getpid, &[]) as u64;
         call(libc::SYS_kill, &[pid, libc::SIGSTOP as u64]);
         let at = map(PAGE, RW);
-        // It must not end before the parent has seen it continue.
+        // The child must not end before the parent has seen it continue.
         let mut byte = 0_u8;
         call(libc::SYS_read, &[read, sys::address_mut(&mut byte), 1]);
         munmap(at, PAGE) as i32 + 5
@@ -183,7 +185,7 @@ pub(crate) fn job_control() {
     println!("exited {}", libc::WEXITSTATUS(status));
 }
 
-/// A pipe that children read from until every writer is gone.
+/// A pipe that children block on until every writer has closed it.
 fn gate() -> (u64, u64) {
     let mut fds = [0_i32; 2];
     assert_eq!(call(libc::SYS_pipe2, &[sys::address_mut(&mut fds), 0]), 0);
@@ -196,10 +198,10 @@ extern "C" fn count(signal: i32) {
     SIGNALS.fetch_add(signal, Ordering::Relaxed);
 }
 
-/// Sends itself a real-time signal many times, and unmaps in between.
+/// Sends itself a real-time signal many times, and unmaps memory in between.
 ///
-/// As root it becomes a user of its own first: the kernel counts the queued signals of all
-/// processes of a user.
+/// Run as root, it first becomes a user of its own, because the kernel counts the queued signals of
+/// all processes of a user.
 pub(crate) fn real_time_signals(times: u64) {
     let signal = libc::SIGRTMIN() + 5;
     let handler: extern "C" fn(i32) = count;
@@ -219,7 +221,7 @@ pub(crate) fn real_time_signals(times: u64) {
     println!("{}", SIGNALS.load(Ordering::Relaxed) / signal);
 }
 
-/// Asks to be traced, which it is, and lets a child ask as well.
+/// Asks to be traced although it is traced already, and lets a child ask too.
 pub(crate) fn traceme() {
     println!(
         "self {}",
@@ -243,8 +245,8 @@ pub(crate) fn traceme() {
     println!("nobody {seized}");
 }
 
-/// Does what it is told line by line: every thread unmaps a page on `go`; `fork` does it in a
-/// child; `exec` becomes another program from a new thread; `quit` ends it.
+/// Follows orders line by line. On `go`, every thread unmaps a page. On `fork`, a child does so. On
+/// `exec`, a new thread runs another program. `quit` ends the process.
 pub(crate) fn serve(threads: u64) {
     let (done, results) = mpsc::channel();
     let workers: Vec<mpsc::Sender<()>> = (0..threads)
@@ -311,10 +313,11 @@ pub(crate) fn forks_and_dies(forks: u64) {
     );
 }
 
-/// Children that make threads as fast as they can, each killed while its leader does.
+/// Children that make threads as fast as they can. Each child is killed while it does so.
 pub(crate) fn killed_cloning(children: u64) {
     let made = sys::mmap(0, PAGE, RW, libc::MAP_SHARED | libc::MAP_ANONYMOUS);
-    // SAFETY: a mapping that stays, zeroed, aligned to a page, and only ever used as this.
+    // SAFETY: the mapping is never unmapped, is zeroed and page-aligned, and is only used as this
+    // atomic.
     let made = unsafe { AtomicI32::from_ptr(std::ptr::with_exposed_provenance_mut(made as usize)) };
     for number in 0..children as i32 {
         made.store(0, Ordering::Relaxed);
@@ -348,8 +351,8 @@ pub(crate) fn fork_loop(threads: u64) {
     stdin().lock().lines().for_each(drop);
 }
 
-/// Dies of an access to nothing.
+/// Dies of an access to unmapped memory.
 pub(crate) fn segfault() {
-    // SAFETY: none: this is the point. The kernel ends the program here.
+    // SAFETY: none. The kernel ends the program here, which is the purpose.
     unsafe { std::ptr::without_provenance_mut::<u8>(8).write_volatile(1) };
 }

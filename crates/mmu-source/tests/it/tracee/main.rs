@@ -1,7 +1,6 @@
 //! The program that the tests trace: `tracee CASE [ARGS..]`.
 //!
-//! Each case makes calls and prints what it did, so that a test can compare that with what the
-//! source saw.
+//! Each case makes calls and prints them, so that a test can compare them with what the source saw.
 
 mod again;
 mod calls;

@@ -1,5 +1,5 @@
-//! What makes a program harder to trace: memory that is closed, filters of its own, threads that
-//! execute, a wait in `vfork`.
+//! Programs that are harder to trace: unreadable memory, filters of their own, threads that run
+//! `execve`, a wait in `vfork`.
 
 use std::ffi::CString;
 use std::os::unix::process::CommandExt;
@@ -12,14 +12,14 @@ use libc::{
 
 use crate::sys::{self, PAGE, call, map, touch};
 
-/// Runs `case` with memory that a tracer without privilege may not read, as that of a program that
-/// may be executed and not read.
+/// Runs `case` with memory that a tracer without privileges may not read, as if the program's file
+/// were executable but not readable.
 pub(crate) fn hidden(case: impl FnOnce()) {
     assert_eq!(call(libc::SYS_prctl, &[libc::PR_SET_DUMPABLE as u64, 0]), 0);
     case();
 }
 
-/// Gives up pages by calls that name this process.
+/// Discards pages by calls that name this process.
 pub(crate) fn advice_on_itself() {
     let arena = map(4 * PAGE, PROT_READ | PROT_WRITE);
     touch(arena, 4 * PAGE);
@@ -44,7 +44,8 @@ pub(crate) fn advice_on_itself() {
     println!("move_pages {arena:#x} {:#x} {result}", arena + PAGE);
 }
 
-/// Installs a filter that asks for a tracer at a memory call and at another one, and makes both.
+/// Installs a filter that asks for a tracer at a memory call and at another call, and makes both
+/// calls.
 pub(crate) fn own_filter() {
     const fn statement(code: u32, k: u32) -> sock_filter {
         sock_filter {
@@ -97,8 +98,8 @@ pub(crate) fn own_filter() {
     println!("getppid {parent}");
 }
 
-/// A process with many threads, of which one that is not the first executes the program anew, again
-/// and again.
+/// A process with many threads. A thread that is not the leader runs the program again by `execve`,
+/// many times.
 pub(crate) fn exec_loop(left: u64) {
     if left == 0 {
         process::exit(4);
@@ -116,7 +117,7 @@ pub(crate) fn exec_loop(left: u64) {
     println!("{:?}", executing.join());
 }
 
-/// Starts a child that shares its memory until a process opens the named pipe at `path` for
+/// Starts a child by `vfork`. The child blocks until a process opens the named pipe at `path` for
 /// writing.
 pub(crate) fn waits_in_vfork(path: &str) {
     let path = CString::new(path).expect("a path");
@@ -125,11 +126,11 @@ pub(crate) fn waits_in_vfork(path: &str) {
     let mut actions = std::mem::MaybeUninit::uninit();
     println!("ready");
     assert_eq!(
-        // SAFETY: initialises what is passed.
+        // SAFETY: initialises the local.
         unsafe { libc::posix_spawn_file_actions_init(actions.as_mut_ptr()) },
         0
     );
-    // SAFETY: initialised above; the path is a live string.
+    // SAFETY: initialised above, and the path is a live string.
     let added = unsafe {
         libc::posix_spawn_file_actions_addopen(
             actions.as_mut_ptr(),
@@ -142,7 +143,7 @@ pub(crate) fn waits_in_vfork(path: &str) {
     assert_eq!(added, 0);
     let mut child = 0;
     let (actions, environment) = (actions.as_ptr(), [ptr::null_mut()]);
-    // SAFETY: initialised above; strings and lists of strings that live across the call.
+    // SAFETY: initialised above. The strings and the arrays of strings outlive the call.
     let spawned = unsafe {
         libc::posix_spawn(
             &mut child,

@@ -1,28 +1,29 @@
-//! A list of calls and what each should be seen as.
+//! A list of calls, and how the tracer should report each of them.
 
 use crate::sys;
 
-/// What a call should be seen as: `cause event start end result`.
+/// How a call should be reported: `cause event start end result`.
 pub(crate) struct Script {
-    /// Named before the first call and after the last, so that everything between is the script's.
+    /// The address of a call before the first and after the last line. Every call between these two
+    /// is the script's.
     marker: u64,
     lines: Vec<(&'static str, &'static str, u64, u64, i64)>,
 }
 
 impl Script {
-    /// Allocates all it will need, so that nothing of the allocator's mixes with the calls.
+    /// Allocates everything in advance, so that no call of the allocator mixes with the script's.
     pub(crate) fn new() -> Script {
         let script = Script {
             marker: sys::map(sys::PAGE, libc::PROT_READ | libc::PROT_WRITE),
             lines: Vec::with_capacity(128),
         };
-        // What Rust allocates for the first line printed.
+        // The first line that is printed makes Rust allocate its buffer.
         println!("# {:#x}", script.marker);
         script.mark();
         script
     }
 
-    /// Makes a call that nothing else makes, whatever the loader or the allocator do with the same
+    /// Makes a call that no other code makes, even if the loader or the allocator uses the same
     /// address.
     fn mark(&self) {
         const NO_SUCH_ADVICE: u64 = 12_345;
@@ -30,7 +31,7 @@ impl Script {
         assert_eq!(refused, -i64::from(libc::EINVAL));
     }
 
-    /// Says that the call which returned `result` is seen as this.
+    /// Records how the call that returned `result` should be reported.
     pub(crate) fn seen(
         &mut self,
         cause: &'static str,
@@ -47,7 +48,7 @@ impl Script {
         self.seen(cause, "unmap", start, length, result);
     }
 
-    /// Prints it.
+    /// Prints the list.
     pub(crate) fn finish(self) {
         self.mark();
         for (cause, event, start, end, result) in &self.lines {

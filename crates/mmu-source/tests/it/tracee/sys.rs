@@ -1,4 +1,5 @@
-//! System calls by number, so that what the tests see is what was asked for and nothing of libc's.
+//! System calls by number, so that the tests see exactly the requested calls and none of libc's
+//! own.
 
 use std::io;
 
@@ -9,8 +10,8 @@ pub(crate) fn call(number: libc::c_long, args: &[u64]) -> i64 {
     let mut all = [0; 6];
     all[..args.len()].copy_from_slice(args);
     let [a, b, c, d, e, f] = all;
-    // SAFETY: the program passes addresses of mappings it made for the call, and nothing else of it
-    // lives there.
+    // SAFETY: the program passes addresses of mappings that it made for the call, and no other code
+    // uses them.
     let result = unsafe { libc::syscall(number, a, b, c, d, e, f) };
     if result == -1 {
         -i64::from(io::Error::last_os_error().raw_os_error().unwrap_or(0))
@@ -19,7 +20,7 @@ pub(crate) fn call(number: libc::c_long, args: &[u64]) -> i64 {
     }
 }
 
-/// Maps private memory anywhere.
+/// Maps private memory at an address that the kernel chooses.
 pub(crate) fn map(length: u64, protection: i32) -> u64 {
     mmap(
         0,
@@ -52,24 +53,24 @@ pub(crate) fn munmap(address: u64, length: u64) -> i64 {
 /// Writes to every page.
 pub(crate) fn touch(address: u64, length: u64) {
     for page in (address..address + length).step_by(PAGE as usize) {
-        // SAFETY: the callers map this memory for writing first, and nothing else lives there.
+        // SAFETY: the callers have mapped this memory as writable, and no other code uses it.
         unsafe { std::ptr::with_exposed_provenance_mut::<u8>(page as usize).write_volatile(1) };
     }
 }
 
-/// The address of a value for a call to write to.
+/// Returns the address of a value that a call writes to.
 pub(crate) fn address_mut<T: ?Sized>(value: &mut T) -> u64 {
     std::ptr::from_mut(value).cast::<u8>().expose_provenance() as u64
 }
 
-/// The address of a value for a call to read.
+/// Returns the address of a value that a call reads.
 pub(crate) fn address<T: ?Sized>(value: &T) -> u64 {
     std::ptr::from_ref(value).cast::<u8>().expose_provenance() as u64
 }
 
-/// Forks and runs `child` in the new process, which ends with what it returns.
+/// Forks and runs `child` in the new process, which exits with its result.
 pub(crate) fn fork(child: impl FnOnce() -> i32) -> i32 {
-    // SAFETY: the callers have one thread, or children that make system calls only.
+    // SAFETY: the callers have one thread, or the child makes only system calls.
     match unsafe { libc::fork() } {
         0 => {
             let code = child();

@@ -1,25 +1,26 @@
-//! What the tests need of x86-64.
+//! The parts of the tracee that depend on x86-64.
 
 use libc::{MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, PROT_WRITE, c_long, ucontext_t};
 
 use crate::script::Script;
 use crate::sys::{PAGE, mmap, touch};
 
-/// The oldest call that forks. Its arguments are those of `clone`, if it has any.
+/// The call that makes a plain fork here. It takes no arguments.
 pub(crate) const FORK: c_long = libc::SYS_fork;
 
-/// Makes a handler return to `place`, further up on the stack: as after a call, the frames that are
-/// overwritten are not used any more.
+/// Makes a handler return to `place`, with a higher stack pointer. The frames that `place` may
+/// overwrite are not used any more.
 pub(crate) fn return_to(context: &mut ucontext_t, place: extern "C" fn() -> !) {
     let registers = &mut context.uc_mcontext.gregs;
     registers[libc::REG_RIP as usize] = place as *const () as i64;
     registers[libc::REG_RSP as usize] = ((registers[libc::REG_RSP as usize] + 0x800) & !15) - 8;
 }
 
-/// Makes a 32-bit system call. `rbx` is kept by hand, since the compiler may use it.
+/// Makes a 32-bit system call. It saves `rbx` by hand, because the compiler reserves that register.
 fn i386(number: u32, args: [u32; 3]) -> i32 {
     let mut result = u64::from(number);
-    // SAFETY: as `call`; the kernel keeps the registers but r8 to r11, which are declared lost.
+    // SAFETY: as `call`. The kernel preserves all registers except r8 to r11, which are declared as
+    // overwritten.
     unsafe {
         std::arch::asm!(
             "xchg rbx, {b}", "int 0x80", "xchg rbx, {b}",
@@ -62,7 +63,7 @@ pub(crate) fn compat_calls() {
         PAGE,
         call(MADVISE, [at + 4 * page, page, 4]),
     );
-    // Under its number of x86-64, munmap is another call.
+    // This is the number of `munmap` on x86-64. As a 32-bit call it is another call.
     call(libc::SYS_munmap as u32, [at, page, 0]);
     script.finish();
 }
