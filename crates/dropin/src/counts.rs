@@ -2,8 +2,8 @@
 //! at exit.
 
 use mmu_notifier::VaRange;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Mutex, PoisonError};
 
 /// A number that only grows. Relaxed, because no other data is published through it.
 #[derive(Debug)]
@@ -28,6 +28,10 @@ impl Count {
     pub(crate) fn get(&self) -> u64 {
         self.0.load(Relaxed)
     }
+
+    pub(crate) fn set(&self, value: u64) {
+        self.0.store(value, Relaxed);
+    }
 }
 
 /// Look-ups of a libfabric cache that found a registration.
@@ -40,9 +44,9 @@ pub(crate) static WATCHED: Count = Count::new();
 pub(crate) static REAPED: Count = Count::new();
 /// Changed ranges that were reported to UCX.
 pub(crate) static TOLD: Count = Count::new();
-/// Whether a look-up of a UCX cache has asked the kernel source. A flag and not a count: the
-/// look-ups hold no common lock, so a count would cost them an atomic addition.
-pub(crate) static ASKED: AtomicBool = AtomicBool::new(false);
+/// Whether a look-up of a UCX cache has passed by here. A flag and not a count: the look-ups hold
+/// no common lock, so a count would cost them an atomic addition.
+pub(crate) static LOOKED_UP: AtomicBool = AtomicBool::new(false);
 /// Caches that started to watch.
 pub(crate) static STARTS: Count = Count::new();
 /// Nanoseconds that the start of the sources took, on the first use.
@@ -70,13 +74,18 @@ const KEPT: usize = 16;
 
 static REFUSALS: Mutex<Vec<Refusal>> = Mutex::new(Vec::new());
 
-/// Counts a refused hit of the registration `start..start + len`.
+/// Counts a refused hit of the registration `start..start + len`. For `valid`, which libfabric
+/// calls under its own lock.
 ///
 /// # Blocking
 /// It may allocate, so it must not be called from a callback.
 pub(crate) fn refused(start: u64, len: u64, change: Change) {
     REFUSED.add(1);
-    let mut refusals = REFUSALS.lock().unwrap_or_else(PoisonError::into_inner);
+    // Taken by the report, or by a thread that only the parent of this process has. The refusal is
+    // counted all the same.
+    let Ok(mut refusals) = REFUSALS.try_lock() else {
+        return;
+    };
     let same = |refusal: &&mut Refusal| {
         (refusal.start, refusal.len, refusal.change.event) == (start, len, change.event)
     };
@@ -89,6 +98,17 @@ pub(crate) fn refused(start: u64, len: u64, change: Change) {
             change,
             times: 1,
         });
+    }
+}
+
+/// Begins anew, in the child of a fork. Its caches and its sources have started.
+pub(crate) fn forget() {
+    for count in [&HITS, &REFUSED, &WATCHED, &REAPED, &TOLD] {
+        count.set(0);
+    }
+    LOOKED_UP.store(false, Relaxed);
+    if let Ok(mut refusals) = REFUSALS.try_lock() {
+        refusals.clear();
     }
 }
 

@@ -1,8 +1,10 @@
 //! The real functions behind the ones that this library defines.
 //!
 //! `RTLD_NEXT` finds them where the other library is in the global scope. A library that Python or
-//! a plug-in has loaded with `RTLD_LOCAL` is not: then every loaded object is asked whose file name
-//! fits.
+//! a plug-in has loaded with `RTLD_LOCAL` is not: then every mapped file is asked whose name fits.
+//! The files are those of `/proc/self/maps`. `dl_iterate_phdr` would take a lock that stays locked
+//! in the child of a fork if another thread of the parent is loading a library. (The one that
+//! `dlsym` and `dlopen` take is made anew there.)
 //!
 //! # Safety
 //! Functions are looked up by name in objects that are loaded, and such an object is pinned
@@ -11,7 +13,10 @@
 
 #![allow(unsafe_code, reason = "dlsym and its kin; see the Safety section")]
 
-use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::ffi::{CStr, CString, OsStr, c_char, c_int, c_void};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::ptr::{self, NonNull};
 
 /// A library that may be loaded, by how its file's name begins.
@@ -56,49 +61,34 @@ fn in_loaded(library: &CStr, symbol: &CStr) -> Option<NonNull<c_void>> {
         // before.
         unsafe { libc::dlclose(handle.as_ptr()) };
         // A handle also shows what the library depends on, which may be this one.
-        found.filter(|found| object(*found).is_some_and(|name| name == *file))
+        found.filter(|found| object(*found).is_some_and(|name| is_same(&name, file)))
     })
 }
 
-/// The names of loaded objects whose file name begins with `library`.
+/// The paths of mapped files whose name begins with `library`.
 fn loaded(library: &CStr) -> Vec<CString> {
-    struct Search<'a> {
-        prefix: &'a [u8],
-        found: Vec<CString>,
-    }
-    unsafe extern "C" fn each(
-        info: *mut libc::dl_phdr_info,
-        _size: usize,
-        data: *mut c_void,
-    ) -> c_int {
-        // SAFETY: `data` is the `Search` below, which no other code uses meanwhile.
-        let search = unsafe { &mut *data.cast::<Search<'_>>() };
-        // SAFETY: the loader hands out a live structure.
-        let name = unsafe { (*info).dlpi_name };
-        if !name.is_null() {
-            // SAFETY: the name of a loaded object is a live string while the loader's lock is held,
-            // as it is here.
-            let name = unsafe { CStr::from_ptr(name) };
-            let file = name
-                .to_bytes()
-                .rsplit(|byte| *byte == b'/')
-                .next()
-                .unwrap_or_default();
-            // libfabric.so.1, and what Python's wheels call it: libfabric-0a1b2c3d.so.1.
-            let rest = file.strip_prefix(search.prefix);
-            if rest.is_some_and(|rest| rest.starts_with(b".so") || rest.starts_with(b"-")) {
-                search.found.push(name.to_owned());
-            }
+    let maps = std::fs::read("/proc/self/maps").unwrap_or_default();
+    let mut found: Vec<CString> = Vec::new();
+    for path in maps.split(|byte| *byte == b'\n').filter_map(path) {
+        let file = path.rsplit(|byte| *byte == b'/').next().unwrap_or_default();
+        // libfabric.so.1, and what Python's wheels call it: libfabric-0a1b2c3d.so.1.
+        let rest = file.strip_prefix(library.to_bytes());
+        let fits = rest.is_some_and(|rest| rest.starts_with(b".so") || rest.starts_with(b"-"));
+        // A file has several mappings, one after the other.
+        if fits && found.last().is_none_or(|last| last.as_bytes() != path) {
+            found.extend(CString::new(path));
         }
-        0
     }
-    let mut search = Search {
-        prefix: library.to_bytes(),
-        found: Vec::new(),
-    };
-    // SAFETY: the function has the type that is asked for, and `data` lives for the call.
-    unsafe { libc::dl_iterate_phdr(Some(each), (&raw mut search).cast()) };
-    search.found
+    found
+}
+
+/// The path in a line of `/proc/self/maps`, the sixth column.
+fn path(line: &[u8]) -> Option<&[u8]> {
+    let path = line
+        .splitn(6, |byte| *byte == b' ')
+        .nth(5)?
+        .trim_ascii_start();
+    path.starts_with(b"/").then_some(path)
 }
 
 /// Keeps the object around `address` loaded.
@@ -127,6 +117,17 @@ fn object(address: NonNull<c_void>) -> Option<CString> {
     }
     // SAFETY: the loader's own copy of the name, alive as long as the object.
     Some(unsafe { CStr::from_ptr(info.dli_fname) }.to_owned())
+}
+
+/// Whether the loader's name of an object and a path are of one file. They differ where the loader
+/// was given a link or a relative name.
+fn is_same(name: &CStr, path: &CStr) -> bool {
+    let id = |name: &CStr| {
+        let name = Path::new(OsStr::from_bytes(name.to_bytes()));
+        let file = std::fs::metadata(name).ok()?;
+        Some((file.dev(), file.ino()))
+    };
+    name == path || id(name).is_some_and(|own| id(path) == Some(own))
 }
 
 fn open(file: &CStr, flags: c_int) -> Option<NonNull<c_void>> {

@@ -33,6 +33,7 @@
 #![deny(unsafe_code)]
 
 mod counts;
+mod first;
 mod found;
 mod libfabric;
 mod place;

@@ -13,6 +13,7 @@
 pub(crate) mod abi;
 mod monitor;
 
+use crate::first::First;
 use crate::found::{self, FABRIC};
 use crate::say::complain;
 use crate::settings::{Choice, settings};
@@ -20,10 +21,14 @@ use crate::{place, space};
 use abi::{FiOpen, Fid, Ops, VERSION};
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr;
-use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// How the import went, once it was tried.
-static IMPORTED: OnceLock<Result<(), String>> = OnceLock::new();
+static IMPORTED: First<Result<(), String>> = First::new();
+
+/// The address space of which a thread imports right now: the number of its `Mm`, or 0. In the
+/// child of a fork it can be the parent's number, whose thread the child does not have.
+static IMPORTING: AtomicU64 = AtomicU64::new(0);
 
 /// What the report says of it. `None` if the program did not use libfabric.
 pub(crate) fn imported() -> Option<Result<(), &'static str>> {
@@ -37,14 +42,37 @@ fn import() {
     if settings().choice == Choice::Off {
         return;
     }
-    IMPORTED.get_or_init(|| {
-        place::begin();
-        try_import()
-    });
+    place::begin();
+    if IMPORTED.get().is_some() {
+        return;
+    }
+    // Before the turn: the loader's lock may be held by a thread that waits for the turn.
+    let open = found::function(FABRIC, c"fi_open");
+    let own = mmu_source::current_ref().id();
+    loop {
+        if IMPORTED.get().is_some() {
+            return;
+        }
+        let before = IMPORTING.load(Ordering::Relaxed);
+        // ORDER(dropin-importing): Acquire: a thread whose turn is over has published `IMPORTED`.
+        // Partner: the store below.
+        if before != own
+            && IMPORTING
+                .compare_exchange(before, own, Ordering::Acquire, Ordering::Relaxed)
+                .is_ok()
+        {
+            break;
+        }
+        // Another thread is between `fi_open` and the end of `bind`.
+        std::thread::yield_now();
+    }
+    IMPORTED.get_or_make(|| try_import(open));
+    // ORDER(dropin-importing): Release, after `IMPORTED`. Partner: the exchange above.
+    IMPORTING.store(0, Ordering::Release);
 }
 
-fn try_import() -> Result<(), String> {
-    let open = found::function(FABRIC, c"fi_open").ok_or("it is older than 1.13 (no fi_open)")?;
+fn try_import(open: Option<ptr::NonNull<c_void>>) -> Result<(), String> {
+    let open = open.ok_or("it is older than 1.13 (no fi_open)")?;
     // SAFETY: the type of `fi_open` in fi_open(3), since 1.5 of its ABI.
     let open = unsafe { std::mem::transmute::<ptr::NonNull<c_void>, FiOpen>(open) };
     let mut cache: *mut Fid = ptr::null_mut();

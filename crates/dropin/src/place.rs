@@ -1,23 +1,44 @@
 //! Where the report of this process goes, and how it begins.
 
+use crate::counts;
 use crate::settings::settings;
-use std::sync::Once;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-/// The first use of either library in this process.
+/// The address space that has used one of the libraries: the number of its `Mm`. 0 if none has.
+static BEGUN: AtomicU64 = AtomicU64::new(0);
+
+/// The first use of either library in this address space. The child of a fork has a first use of
+/// its own.
 pub(crate) fn begin() {
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| {
-        // A process that ends without a word is to be told from one that never was.
-        if let Some(folder) = folder() {
-            let _ = std::fs::write(
-                path_in(&folder),
-                format!(
-                    "{}  no report: it did not return from main or call exit\n",
-                    head()
-                ),
-            );
-        }
-    });
+    let own = mmu_source::current_ref().id();
+    // Relaxed: it hands nothing over.
+    if BEGUN.load(Ordering::Relaxed) == own {
+        return;
+    }
+    let before = BEGUN.swap(own, Ordering::Relaxed);
+    if before == own {
+        return;
+    }
+    if before != 0 {
+        counts::forget();
+    }
+    // A process that ends without a report is to be told from one that never used a library.
+    if let Some(folder) = folder() {
+        let _ = std::fs::write(
+            path_in(&folder),
+            format!(
+                "{}  no report: it did not return from main or call exit\n",
+                head()
+            ),
+        );
+    }
+}
+
+/// Whether this address space, not only that of a parent, has used one of the libraries.
+pub(crate) fn has_begun() -> bool {
+    let begun = BEGUN.load(Ordering::Relaxed);
+    // Asked only where one was used: the number is made on first use.
+    begun != 0 && begun == mmu_source::current_ref().id()
 }
 
 /// Where `MMUN_REPORT` names a directory.

@@ -47,7 +47,8 @@ impl Reaper {
     /// Starts the thread, once. False if there can be none.
     pub(crate) fn start(&'static self, ranges: &'static Ranges, notify: Notify) -> bool {
         // Relaxed: it hands nothing over.
-        if self.is_started.swap(true, Ordering::Relaxed) {
+        if self.is_started.load(Ordering::Relaxed) || self.is_started.swap(true, Ordering::Relaxed)
+        {
             return true;
         }
         let made =

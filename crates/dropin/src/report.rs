@@ -5,8 +5,8 @@
     reason = "the exit's function table; see the crate's Safety section"
 )]
 
-use crate::place::{folder, head, path_in};
-use crate::say::complain;
+use crate::place::{folder, has_begun, head, path_in};
+use crate::say::{complain, print};
 use crate::settings::settings;
 use crate::{counts, libfabric, reaper, space, ucx};
 use mmu_source::hook::State;
@@ -22,7 +22,7 @@ static AT_EXIT: extern "C" fn() = at_exit;
 
 extern "C" fn at_exit() {
     reaper::stop_all();
-    if !ucx::is_used() {
+    if !has_begun() {
         return;
     }
     let Some(to) = &settings().report else {
@@ -30,7 +30,7 @@ extern "C" fn at_exit() {
     };
     let text = text();
     let written = match (to.as_str(), folder()) {
-        ("-", _) => std::io::stderr().write_all(text.as_bytes()),
+        ("-", _) => print(&text),
         (_, Some(folder)) => std::fs::write(path_in(&folder), text),
         // One call: reports of several processes do not mix.
         (file, None) => File::options()
@@ -139,7 +139,7 @@ fn text() -> String {
         );
     }
     if ucx::served().is_some() {
-        let asked = if counts::ASKED.load(Ordering::Relaxed) {
+        let asked = if counts::LOOKED_UP.load(Ordering::Relaxed) && space.kernel().is_ok() {
             "asked"
         } else {
             "not asked"

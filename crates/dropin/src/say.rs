@@ -1,11 +1,35 @@
 //! The few lines that cannot wait for the report.
 
-use std::fmt::Write as _;
-use std::io::Write as _;
+#![allow(unsafe_code, reason = "writes to a descriptor that it does not own")]
 
-/// One line on standard error, in one call.
+use std::fmt::Write as _;
+use std::io;
+
+/// Writes one line to standard error, in one call.
 pub(crate) fn complain(line: &str) {
-    let _ = std::io::stderr().write_all(format!("mmun: {line}\n").as_bytes());
+    let _ = print(&format!("mmun: {line}\n"));
+}
+
+/// Writes `text` to standard error.
+///
+/// Not by `std::io::stderr`: its lock stays locked in the child of a fork if another thread of the
+/// parent is writing.
+pub(crate) fn print(text: &str) -> io::Result<()> {
+    let mut rest = text.as_bytes();
+    while !rest.is_empty() {
+        // SAFETY: it reads as many bytes as there are.
+        let written = unsafe { libc::write(libc::STDERR_FILENO, rest.as_ptr().cast(), rest.len()) };
+        match usize::try_from(written) {
+            Ok(written) => rest = &rest[written..],
+            Err(_) => {
+                let error = io::Error::last_os_error();
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+            }
+        }
+    }
+    Ok(())
 }
 
 /// An error of a source in one line: what, why, and what helps.

@@ -1,6 +1,6 @@
 //! What the environment asks for.
 
-use std::sync::OnceLock;
+use crate::first::First;
 
 /// Which sources to use: `MMUN`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,8 +85,8 @@ impl Settings {
 
 /// The settings of this process, read at the first use of UCX or libfabric.
 pub(crate) fn settings() -> &'static Settings {
-    static SETTINGS: OnceLock<Settings> = OnceLock::new();
-    SETTINGS.get_or_init(|| {
+    static SETTINGS: First<Settings> = First::new();
+    SETTINGS.get_or_make(|| {
         let get =
             |name: &str| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
         Settings::read(get, crate::say::complain)

@@ -72,7 +72,7 @@ fn make() -> &'static Space {
     // ORDER(dropin-space): Acquire, for a failure below. Partner: itself.
     let before = CURRENT.load(Ordering::Acquire);
     // A space that was made before is the parent's.
-    let space = Box::leak(Box::new(Space::new(!before.is_null())));
+    let space = Box::leak(Box::new(Space::new()));
     // ORDER(dropin-space): Release for the content, Acquire for that of the thread that was first.
     // Partner: `current`.
     match CURRENT.compare_exchange(before, space, Ordering::AcqRel, Ordering::Acquire) {
@@ -85,7 +85,7 @@ fn make() -> &'static Space {
 }
 
 impl Space {
-    fn new(is_in_child: bool) -> Space {
+    fn new() -> Space {
         let begin = Instant::now();
         let choice = settings().choice;
         let off = || format!("MMUN={} does not ask for it", choice.name());
@@ -98,13 +98,11 @@ impl Space {
             false => Err(off()),
         };
         // Open MPI overwrites the beginnings of `munmap` and others, perhaps as soon as this
-        // returns. No thread of ours may be inside of one then. The child of a fork must not ask
-        // what is loaded: the loader's lock may be that of a thread of the parent, for ever.
-        let may_patch = is_in_child || found::is_loaded(OPAL);
-        if let Some(kernel) = kernel.as_ref().ok().filter(|_| may_patch) {
+        // returns. No thread of ours may be inside of one then.
+        if let Some(kernel) = kernel.as_ref().ok().filter(|_| found::is_loaded(OPAL)) {
             kernel.wait_for_threads();
         }
-        counts::START_NS.add(begin.elapsed().as_nanos() as u64);
+        counts::START_NS.set(begin.elapsed().as_nanos() as u64);
         let space = Space {
             id: mmu_source::current_ref().id(),
             hook,

@@ -13,15 +13,15 @@
 #![allow(unsafe_code, reason = "calls UCX; see the crate's Safety section")]
 
 use crate::counts;
+use crate::first::First;
 use crate::found::{self, UCM, UCS};
+use crate::place;
 use crate::say::complain;
 use crate::settings::{Choice, settings};
 use crate::space::{self, Aborts, Feeding, Space};
-use crate::{libfabric, place};
 use mmu_notifier::{InvalidateRange, Notifier, Registration};
 use std::ffi::{CStr, c_int, c_void};
 use std::ptr::{self, NonNull};
-use std::sync::OnceLock;
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
@@ -33,7 +33,7 @@ const UNSUPPORTED: i8 = -22;
 type VmMunmap = unsafe extern "C" fn(*mut c_void, usize);
 
 /// How UCX was told of, once a cache has subscribed.
-static SERVED: OnceLock<Result<Served, String>> = OnceLock::new();
+static SERVED: First<Result<Served, String>> = First::new();
 
 /// A UCX that is fed.
 #[derive(Clone, Copy, Debug)]
@@ -75,8 +75,9 @@ fn serve() {
     if settings().choice == Choice::Off {
         return;
     }
-    let served = SERVED.get_or_init(|| {
-        place::begin();
+    place::begin();
+    // A second time, in a second thread, each step does what was done already.
+    let served = SERVED.get_or_make(|| {
         // SAFETY: the handler is a function of this object; glibc drops it with the object.
         unsafe { libc::pthread_atfork(None, None, Some(serve_child)) };
         try_serve()
@@ -133,6 +134,7 @@ extern "C" fn serve_child() {
                 "no event source works in a child process: registrations of UCX can become stale here",
             );
         }
+        counts::LOOKED_UP.store(false, Ordering::Relaxed);
         // Whatever was registered is the parent's memory.
         // SAFETY: as in `Feed`.
         unsafe { (served.vm_munmap)(ptr::null_mut(), usize::MAX) };
@@ -204,17 +206,25 @@ pub(crate) unsafe extern "C" fn ucs_rcache_get(
 #[inline]
 fn ask() {
     match space::current() {
-        Some(space) if space.kernel().is_ok() => {
+        Some(space) => {
             // Relaxed: for the report. Loaded first: a store at each look-up would be shared by all
             // threads.
-            if !counts::ASKED.load(Ordering::Relaxed) {
-                counts::ASKED.store(true, Ordering::Relaxed);
+            if !counts::LOOKED_UP.load(Ordering::Relaxed) {
+                first_look_up();
             }
             space.settle();
         }
         None if SERVED.get().is_some() => serve_child(),
-        _ => {}
+        None => {}
     }
+}
+
+/// A process that looks up is reported. The child of a fork that does not, perhaps because it is
+/// about to execute another program, is not.
+#[cold]
+fn first_look_up() {
+    place::begin();
+    counts::LOOKED_UP.store(true, Ordering::Relaxed);
 }
 
 /// The version of the UCX that is loaded, as far as it can be asked: major and minor.
@@ -231,10 +241,6 @@ fn version() -> Option<(u32, u32)> {
 
 /// Whether the kernel source cannot be asked at each look-up, as far as is known.
 pub(crate) fn looks_up_by_itself() -> bool {
-    version().is_some_and(|version| version >= (1, 14)) && !counts::ASKED.load(Ordering::Relaxed)
-}
-
-/// Whether either library is used by this process.
-pub(crate) fn is_used() -> bool {
-    served().is_some() || libfabric::imported().is_some()
+    version().is_some_and(|version| version >= (1, 14))
+        && !counts::LOOKED_UP.load(Ordering::Relaxed)
 }

@@ -42,8 +42,6 @@ pub(crate) struct Marks {
     pub(crate) uffd: AtomicPtr<Running>,
     /// The subscriber that marks the watches of this address space.
     pub(crate) brackets: AtomicPtr<Running>,
-    /// Held while the hook searches for the instructions to patch.
-    pub(crate) hook_plan: Lock,
     /// Held while the hook patches.
     pub(crate) hook_patch: Lock,
 }
@@ -126,7 +124,6 @@ extern "C" fn wipe() {
     marks.kernel.store(ptr::null_mut(), Ordering::Relaxed);
     marks.uffd.store(ptr::null_mut(), Ordering::Relaxed);
     marks.brackets.store(ptr::null_mut(), Ordering::Relaxed);
-    marks.hook_plan.0.store(false, Ordering::Relaxed);
     marks.hook_patch.0.store(false, Ordering::Relaxed);
 }
 

@@ -17,6 +17,7 @@
 
 use super::abi::{CLASS_MEM_MONITOR, Fid, MemMonitor, MonitorOps};
 use crate::counts::{self, Change};
+use crate::place;
 use crate::ranges::Verdict;
 use crate::space::{self, Space};
 use mmu_notifier::VaRange;
@@ -96,20 +97,15 @@ fn is_ready(space: &'static Space) -> bool {
 extern "C" fn stop(_: *mut MemMonitor) {}
 
 extern "C" fn subscribe(_: *mut MemMonitor, address: *const c_void, len: usize) -> c_int {
+    place::begin();
     counts::WATCHED.add(1);
-    let space = space::current().unwrap_or_else(|| {
-        // The child of a fork, which was not started here. If nothing watches it, its hits are
-        // refused.
-        let space = space::current_or_made();
-        is_ready(space);
-        space
-    });
+    let space = space::current_or_made();
     let (start, len) = (address.addr() as u64, len as u64);
     // A change before the registration does no harm. A change between the registration and this
     // call is missed by every monitor, because libfabric does not tell monitors that a miss begins.
     let watch = space.watch(start, len);
-    // Without a source, in a child that could not start one, no change would be told either.
-    let refused = watch.is_err() || !(space.is_watched() && space.mark());
+    // The child of a fork starts here. If no source works there, no change would be told either.
+    let refused = watch.is_err() || !is_ready(space);
     // Returns no error: after one, some versions of libfabric unsubscribe and others do not.
     space.ranges.subscribe(start, len, watch.unwrap_or(None));
     if refused {
@@ -134,7 +130,6 @@ extern "C" fn unsubscribe(_: *mut MemMonitor, address: *const c_void, len: usize
 }
 
 extern "C" fn valid(_: *mut MemMonitor, address: *const c_void, len: usize) -> bool {
-    counts::HITS.add_one_under_lock();
     let (start, len) = (address.addr() as u64, len as u64);
     let unknown = Change {
         event: "fork",
@@ -145,8 +140,12 @@ extern "C" fn valid(_: *mut MemMonitor, address: *const c_void, len: usize) -> b
         Some(space) if space.is_settled() && space.ranges.is_clean() => Verdict::Valid,
         Some(space) => space.ranges.look(start, len),
         // What the parent has registered.
-        None => Verdict::Stale(unknown),
+        None => {
+            place::begin();
+            Verdict::Stale(unknown)
+        }
     };
+    counts::HITS.add_one_under_lock();
     match verdict {
         Verdict::Valid => true,
         Verdict::Stale(change) => {

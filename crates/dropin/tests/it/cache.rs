@@ -272,3 +272,31 @@ fn the_report_names_the_registration_that_was_refused() {
         "the child ended without exit: {report}"
     );
 }
+
+#[test]
+fn a_child_that_ends_by_exit_or_by_a_signal_is_missed_in_the_report() {
+    for cache in ALL {
+        let Some(program) = program(cache) else {
+            continue;
+        };
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR"))
+            .join(format!("reports-{cache:?}-{}", std::process::id()));
+        std::fs::create_dir(&folder).unwrap();
+        let mut command = Command::new(&program);
+        command
+            .arg("fork")
+            .env("LD_PRELOAD", library())
+            .env("MMUN", "hook")
+            .env("MMUN_REPORT", format!("{}/", folder.display()));
+        assert!(output(command).status.success(), "{cache:?}");
+        let files = std::fs::read_dir(&folder).unwrap();
+        let reports: Vec<String> = files
+            .map(|file| std::fs::read_to_string(file.unwrap().path()).unwrap())
+            .collect();
+        std::fs::remove_dir_all(&folder).unwrap();
+        // The child, which looked up, ends by `_exit`. The parent's children of other kinds do not.
+        let silent = |report: &&String| report.contains("\n  no report: ");
+        let count = reports.iter().filter(silent).count();
+        assert_eq!((reports.len(), count), (2, 1), "{cache:?}: {reports:?}");
+    }
+}

@@ -8,7 +8,6 @@ use super::handler::CALLS;
 use super::machine::{self, Code64, Foreign, Found, PATCH};
 use super::module::{self, Function, Hidden, Segment};
 use crate::Error;
-use crate::fork::marks;
 use crate::hook::{Patch, State};
 use std::ffi::CString;
 use std::sync::atomic::{AtomicPtr, Ordering};
@@ -47,17 +46,16 @@ static MADE: AtomicPtr<Made> = AtomicPtr::new(ptr::null_mut());
 ///
 /// Calls `prepare` when it makes the plan. At that time nothing is patched, so no callback runs.
 pub(super) fn plan(prepare: fn()) -> Result<&'static Plan, Error> {
-    // A `OnceLock` would be wrong: if another thread forks while this thread makes the plan, the
-    // child would wait for this thread for ever.
+    // Without a lock or a `OnceLock`. The child of a fork would wait for ever for a thread that
+    // only its parent has. And making the plan takes the loader's lock, which is held while a
+    // library's constructor runs: a constructor that waited for the plan would never get it. Two
+    // threads may each make a plan.
     let made = look().unwrap_or_else(|| {
-        marks().hook_plan.with(|| {
-            look().unwrap_or_else(|| {
-                let made = make().inspect(|_| prepare());
-                // ORDER(hook-plan): Release, for the plan. Partner: the load in `look`.
-                MADE.store(Box::into_raw(Box::new(made)), Ordering::Release);
-                look().expect("it was stored above")
-            })
-        })
+        let made = Box::into_raw(Box::new(make().inspect(|_| prepare())));
+        // ORDER(hook-plan): Release, for the content. Partner: the load in `look`. The plan of the
+        // thread that is second is leaked, with its trampolines.
+        let _ = MADE.compare_exchange(ptr::null_mut(), made, Ordering::Release, Ordering::Relaxed);
+        look().expect("it was stored by this thread or another")
     });
     made.as_ref().map_err(|missing| Error::Unavailable {
         source: "hook",

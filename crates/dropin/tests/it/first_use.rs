@@ -1,0 +1,60 @@
+//! The first use of a library while other threads fork, load libraries, or have a first use, too.
+
+use crate::support::{build, library, output, text};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// The program, and a stand-in of this test's own for `name`.
+fn built(name: &str, scenario: &str) -> Option<(PathBuf, PathBuf)> {
+    // Its functions are called by the plugin.
+    let program = build("gcc", "first_use.c", "first", &["-rdynamic", "-ldl"])?;
+    let stand_in = build("gcc", "stand_in.c", "shared", &["-shared", "-fPIC"])?;
+    // The drop-in goes by the beginning of the file's name.
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let file = folder.join(format!("{name}.so.{}-{scenario}", std::process::id()));
+    std::fs::copy(stand_in, &file).unwrap();
+    Some((program, file))
+}
+
+fn run(scenario: &str, source: &str, more: &[&Path]) {
+    for (name, file) in [("ucx", "libucm"), ("libfabric", "libfabric")] {
+        let Some((program, stand_in)) = built(file, scenario) else {
+            return;
+        };
+        let mut command = Command::new(program);
+        command
+            .args([scenario, name])
+            .arg(stand_in)
+            .args(more)
+            .env("LD_PRELOAD", library())
+            .env("MMUN", source);
+        let output = output(command);
+        assert_eq!(
+            (text(&output.stdout).as_str(), output.status.code()),
+            ("done\n", Some(0)),
+            "{scenario} {name} {source}: {}",
+            text(&output.stderr)
+        );
+    }
+}
+
+#[test]
+fn a_child_has_its_own_though_the_parent_was_inside_of_one() {
+    run("inside", "auto", &[]);
+}
+
+#[test]
+fn a_child_is_served_though_the_parent_was_loading_a_library() {
+    run("loader", "auto", &[]);
+    run("served", "auto", &[]);
+}
+
+#[test]
+fn a_constructor_and_another_thread_do_not_wait_for_each_other() {
+    let Some(plugin) = build("gcc", "plugin.c", "shared", &["-shared", "-fPIC"]) else {
+        return;
+    };
+    for _ in 0..5 {
+        run("constructor", "auto", &[&plugin]);
+    }
+}
