@@ -34,7 +34,8 @@ Examples:
 
 const TRACE_EXAMPLES: &str = "\
 Examples:
-  mmun trace -e unmap -e clear ls -R .      two kinds of changes only
+  mmun trace -e unmap,clear ls -R .         two kinds of changes only
+  mmun trace -e '!protection_vma' ls -R .   all kinds but one
   mmun trace --report app.html ./app        a page for a browser: the address space over time, stacks
   mmun trace --summary-only make            totals by event, by place in the code, by what lay there
   mmun trace -k -e unmap ./server           who unmaps: the stack of each call
@@ -120,7 +121,7 @@ pub(crate) enum Command {
     after_long_help = format!("{TRACE_EXAMPLES}\n\n{}", record::HELP)
 )]
 pub(crate) struct TraceArgs {
-    /// Writes to FILE instead of standard error
+    /// Writes to FILE instead of standard error; - is standard output
     #[arg(
         short,
         long,
@@ -129,29 +130,30 @@ pub(crate) struct TraceArgs {
     )]
     pub(crate) output: Option<PathBuf>,
 
-    /// Records only these events, or all but these: unmap,clear or '!migrate'; may be repeated
+    /// Records only these events, such as unmap,clear; after a '!' all but these, such as
+    /// '!clear,migrate'; may be repeated
     ///
     /// Several options add up; what one of them excludes is left out. The life of tasks and address
-    /// spaces is always recorded.
-    #[arg(short, long, value_name = "EVENTS", value_parser = EventsParser, verbatim_doc_comment)]
+    /// spaces is always recorded. Quote the '!', which shells have a use for.
+    #[arg(short, long, value_name = "[!]EVENTS", value_parser = EventsParser, verbatim_doc_comment)]
     pub(crate) events: Vec<Events>,
 
     /// Writes one JSON object a line, as --format json does
     #[arg(long)]
     pub(crate) json: bool,
 
-    /// Writes records in this form; text if none is named
+    /// Writes the trace in this form [default: text]
     #[arg(long, value_name = "FORMAT", conflicts_with = "json")]
     pub(crate) format: Option<TraceFormat>,
 
     #[command(flatten)]
     pub(crate) summary: SummaryArgs,
 
-    /// Makes a page with pictures for a browser, from all that can be found out
+    /// Writes a page with pictures for a browser at the end, in place of the records
     ///
-    /// Records what --details, -k and --births add. --no-births leaves the last out: an mmap that
-    /// replaces nothing is then spared a stop, some 20 us, and mappings have no begin. Records are
-    /// written elsewhere, too, only with -o, --json or -k.
+    /// The page has all that --details, -k and --births find out. --no-births leaves births out:
+    /// an mmap that replaces nothing is then spared a stop, some 20 us, and mappings have no begin.
+    /// With -o, --json or -k the records are written as well.
     #[arg(long, value_name = "FILE.html", group = "places", verbatim_doc_comment)]
     pub(crate) report: Option<PathBuf>,
 

@@ -22,6 +22,17 @@ const ERROR: u64 = 500;
 
 /// Measures what calls that do nothing take; `None` if that does not work.
 pub(crate) fn overhead(options: Options) -> Option<Overhead> {
+    // In a thread of its own: the kernel remembers that a thread was given processors, tells its
+    // children, and would not give them any that the group of the processes gets later.
+    let measure = || measure(options);
+    let result = std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().spawn_scoped(scope, measure);
+        thread.map(|thread| thread.join())
+    });
+    result.ok()?.ok()?
+}
+
+fn measure(options: Options) -> Option<Overhead> {
     let unpinned = || {
         let together = quartile(options, None)?;
         Some(Overhead {
@@ -44,9 +55,6 @@ pub(crate) fn overhead(options: Options) -> Option<Overhead> {
     let apart = (0..CpuSet::MAX_CPU)
         .find(|cpu| *cpu != here && all.is_set(*cpu))
         .and_then(|there| quartile(options, Some(there)));
-    // It fails only if all of these processors were taken off the machine since: the kernel then
-    // gives this thread others.
-    let _ = sched_setaffinity(None, &all);
     let together = together?;
     Some(Overhead {
         together,

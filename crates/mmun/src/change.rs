@@ -70,6 +70,45 @@ impl Change {
     }
 }
 
+/// Shares the time of a call with several ranges among these: a fork copies the whole heap and a
+/// page of data in one call. A range gets as much as it has of what was in memory.
+#[derive(Debug, Default)]
+pub(crate) struct Shares {
+    /// Of calls whose last range has not ended: what lay in the others, and their weights.
+    open: HashMap<Pid, Vec<(Option<Name>, u64)>>,
+}
+
+impl Shares {
+    /// Takes the next change, whose call took `time` if the change stands for the call; `add` gets
+    /// each range's share of it, with what lay there, as soon as the time is known.
+    pub(crate) fn take(
+        &mut self,
+        change: &Change,
+        time: u64,
+        mut add: impl FnMut(Option<Name>, u64),
+    ) {
+        // A page table is looked at where nothing is in memory, too.
+        let weight = change.resident().saturating_add(1);
+        if !change.is_call {
+            let others = self.open.entry(change.task.tid).or_default();
+            return others.push((change.seen.what, weight));
+        }
+        let others = self.open.remove(&change.task.tid).unwrap_or_default();
+        let mut weights = u128::from(weight);
+        weights += others
+            .iter()
+            .map(|(_, weight)| u128::from(*weight))
+            .sum::<u128>();
+        let mut left = time;
+        for (what, weight) in others {
+            let share = u128::from(time) * u128::from(weight) / weights;
+            left -= share as u64;
+            add(what, share as u64);
+        }
+        add(change.seen.what, left);
+    }
+}
+
 /// Finds the start that an end belongs to.
 #[derive(Debug, Default)]
 pub(crate) struct Pairs {

@@ -7,7 +7,8 @@ use std::path::Path;
 use crate::args::DiffArgs;
 use crate::digits::Put;
 use crate::outcome::{self, Outcome};
-use crate::recording::{Changed, Recording};
+use crate::output::is_standard;
+use crate::recording::{Changed, Recording, input_name};
 use crate::summary::{Row, Sort, printable, size, time, write_row};
 use crate::{complain, json, written};
 
@@ -15,6 +16,10 @@ use crate::{complain, json, written};
 const FAILED: Outcome = Outcome::Exit(2);
 
 pub(crate) fn main(args: &DiffArgs) -> Outcome {
+    if [&args.before, &args.after].map(|path| is_standard(path)) == [true; 2] {
+        complain("read on standard input: only one of the two traces can be there");
+        return FAILED;
+    }
     let [Some(before), Some(after)] = [&args.before, &args.after].map(|path| open(path)) else {
         return FAILED;
     };
@@ -50,13 +55,13 @@ fn open(path: &Path) -> Option<Recording> {
             if recording.is_cut {
                 complain(&format!(
                     "{}: its last line is cut, and left out",
-                    path.display()
+                    input_name(path)
                 ));
             }
             Some(recording)
         }
         Err(error) => {
-            complain(&format!("read on {}: {error}", path.display()));
+            complain(&format!("read on {}: {error}", input_name(path)));
             None
         }
     }
@@ -70,10 +75,26 @@ struct Pair {
     after: Option<Row>,
 }
 
+/// By so much the time of a call can be wrong, in nanoseconds.
+const ERROR: u64 = 500;
+
 impl Pair {
+    /// What is no more than the measurement's error is no change.
     fn change(&self, sort: Sort) -> i128 {
         let key = |row: &Option<Row>| row.as_ref().map_or(0, |row| i128::from(sort.key(row)));
-        key(&self.after) - key(&self.before)
+        let change = key(&self.after) - key(&self.before);
+        if sort == Sort::Time && change.unsigned_abs() <= self.error() {
+            0
+        } else {
+            change
+        }
+    }
+
+    /// By so much the difference of the times can be wrong: each call's by as much, all to one
+    /// side.
+    fn error(&self) -> u128 {
+        let calls = |row: &Option<Row>| row.map_or(0, |row| row.calls);
+        u128::from(calls(&self.before).max(calls(&self.after))) * u128::from(ERROR)
     }
 }
 
@@ -237,12 +258,14 @@ fn line(out: &mut Vec<u8>, pair: &Pair) -> io::Result<()> {
         (|row| row.known_resident(), size),
         (|row| Some(row.bytes), size),
     ];
-    for ((value, show), width) in columns.into_iter().zip(WIDTHS) {
+    for (at, ((value, show), width)) in columns.into_iter().zip(WIDTHS).enumerate() {
         let (Some(before), Some(after)) = (value(&before), value(&after)) else {
             write!(out, "{:>width$}{:>width$}", "?", "?")?;
             continue;
         };
+        let is_noise = at == 0 && before != after && pair.change(Sort::Time) == 0;
         let change = match after.cmp(&before) {
+            _ if is_noise => "~".to_owned(),
             std::cmp::Ordering::Less => format!("-{}", show(before - after)),
             std::cmp::Ordering::Equal => "=".to_owned(),
             std::cmp::Ordering::Greater => format!("+{}", show(after - before)),
@@ -325,20 +348,22 @@ mod tests {
         let before = run(
             "old",
             &[
-                ("same", 2, 10),
-                ("worse", 1, 10),
-                ("left", 9, 5),
-                ("old+0x10", 1, 1),
+                ("same", 2, 10_000),
+                ("worse", 1, 10_000),
+                ("left", 9, 5_000),
+                ("noisy", 1, 1_000),
+                ("old+0x10", 1, 1_000),
             ],
         );
         let after = run(
             "newer",
             &[
-                ("worse", 4, 900),
-                ("worse", 4, 100),
-                ("same", 2, 10),
-                ("newer+0x10", 1, 1),
-                ("fresh", 1, 7),
+                ("worse", 4, 900_000),
+                ("worse", 4, 100_000),
+                ("same", 2, 10_000),
+                ("newer+0x10", 1, 1_000),
+                ("noisy", 1, 1_400),
+                ("fresh", 1, 7_000),
             ],
         );
         let pairs = compare(&before, &after, false, Sort::Time);
@@ -353,10 +378,11 @@ mod tests {
             })
             .collect();
         let expected = [
-            ("worse (newer)", 990, 7),
-            ("fresh (newer)", 7, 1),
-            ("left (old)", -5, -9),
+            ("worse (newer)", 990_000, 7),
+            ("fresh (newer)", 7_000, 1),
+            ("left (old)", -5_000, -9),
             ("newer+0x10", 0, 0),
+            ("noisy (newer)", 0, 0),
             ("same (newer)", 0, 0),
         ];
         assert_eq!(found, expected);
@@ -364,6 +390,11 @@ mod tests {
             compare(&before, &after, false, Sort::Resident)[0].name,
             "left (old)"
         );
+        let mut out = Vec::new();
+        line(&mut out, &pairs[4]).unwrap();
+        let columns = String::from_utf8(out).unwrap();
+        let columns: Vec<&str> = columns.split_whitespace().take(3).collect();
+        assert_eq!(columns, ["1.4", "us", "~"], "less than the error");
         let gone = &pairs[2];
         assert!(gone.after.is_none() && gone.before.is_some_and(|row| row.calls == 1));
     }

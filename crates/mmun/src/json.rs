@@ -4,11 +4,12 @@ use mmu_notifier::Blocking;
 use mmu_source::process::ExitStatus;
 
 use crate::digits::Put;
+use crate::kind::LineKind;
 use crate::record::{Extra, Kind, Mapping, Record, Span};
 
 /// Appends `record`, made at `t` nanoseconds, to `out`. Allocates nothing if `out` has room.
 pub(crate) fn write(out: &mut Vec<u8>, t: u64, record: &Record, extra: &Extra<'_>) {
-    head(out, t, kind_name(record.kind));
+    head(out, t, record.kind.of_line());
     out.put(",\"pid\":");
     out.put_int(record.task.pid.into());
     out.put(",\"tid\":");
@@ -50,29 +51,12 @@ pub(crate) fn write(out: &mut Vec<u8>, t: u64, record: &Record, extra: &Extra<'_
 }
 
 /// The keys every line begins with.
-pub(crate) fn head(out: &mut Vec<u8>, t: u64, kind: &str) {
+pub(crate) fn head(out: &mut Vec<u8>, t: u64, kind: LineKind) {
     out.put("{\"v\":1,\"t\":");
     out.put_dec(t);
     out.put(",\"kind\":\"");
-    out.put(kind);
+    out.put(kind.name());
     out.put("\"");
-}
-
-pub(crate) fn kind_name(kind: Kind) -> &'static str {
-    match kind {
-        Kind::MmNew => "mm_new",
-        Kind::MmRelease => "mm_release",
-        Kind::Get { .. } => "get",
-        Kind::Put { .. } => "put",
-        Kind::Free => "free",
-        Kind::Start(_) => "start",
-        Kind::End(..) => "end",
-        Kind::Map(_) => "map",
-        Kind::Fork { .. } => "fork",
-        Kind::Exec { .. } => "exec",
-        Kind::Exit(_) => "exit",
-        Kind::Detach => "detach",
-    }
 }
 
 fn write_span(out: &mut Vec<u8>, span: &Span) {

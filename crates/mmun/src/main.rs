@@ -19,6 +19,7 @@ mod formats;
 mod front;
 mod intern;
 mod json;
+mod kind;
 mod library;
 mod lifecycle;
 mod names;
@@ -28,6 +29,7 @@ mod output;
 mod record;
 mod recorder;
 mod recording;
+mod refusal;
 mod report;
 mod run;
 mod source;
@@ -145,12 +147,17 @@ fn without_number(text: &str) -> String {
 
 /// An error of a source in one line: what, why, and what helps.
 fn explain(error: &mmu_source::Error) -> String {
+    explain_with(error, None)
+}
+
+/// With another hint than the error's own.
+fn explain_with(error: &mmu_source::Error, hint: Option<&str>) -> String {
     let mut line = error.to_string();
     if let Some(source) = std::error::Error::source(error) {
         line.push_str(": ");
         line.push_str(&reason(source));
     }
-    if let Some(hint) = error.hint() {
+    if let Some(hint) = hint.or(error.hint()) {
         line.push_str("; ");
         line.push_str(hint);
     }

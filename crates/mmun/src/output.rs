@@ -14,11 +14,14 @@ use rustix::io::Errno;
 
 use crate::sys::STOP;
 
-/// The standard error stream, or a file.
+/// A standard stream, or a file.
 #[derive(Debug)]
 pub(crate) struct Output {
     file: File,
-    path: Option<PathBuf>,
+    /// For messages.
+    name: String,
+    /// The file's path, if there was none before.
+    made: Option<PathBuf>,
     terminal: bool,
     /// What the file held before is in it still.
     stale: bool,
@@ -37,24 +40,31 @@ impl Output {
     /// The name of what is no file.
     pub(crate) const STDERR: &str = "standard error";
 
-    /// A file that exists is emptied by the first flush.
+    /// Standard error without a path. A file that exists is emptied by the first flush.
     ///
     /// # Errors
-    /// The file cannot be created, or there is no standard error stream.
+    /// The file cannot be created, or there is no such stream.
     pub(crate) fn open(path: Option<&Path>) -> io::Result<Output> {
-        let file = match path {
-            Some(path) => File::options()
-                .write(true)
-                .create(true)
-                .truncate(false)
-                .open(path)?,
-            None => File::from(io::stderr().as_fd().try_clone_to_owned()?),
+        let mut made = None;
+        let (file, name) = match path {
+            None => (
+                File::from(io::stderr().as_fd().try_clone_to_owned()?),
+                Self::STDERR.into(),
+            ),
+            Some(path) if is_standard(path) => (stdout()?, STDOUT.into()),
+            Some(path) => {
+                let (file, is_new) = open_or_make(path)?;
+                made = is_new.then(|| path.to_owned());
+                (file, path.display().to_string())
+            }
         };
+        let is_file = path.is_some_and(|path| !is_standard(path)) && file.metadata()?.is_file();
         Ok(Output {
             terminal: file.is_terminal(),
-            stale: path.is_some() && file.metadata()?.is_file(),
+            stale: is_file,
             file,
-            path: path.map(Path::to_owned),
+            name,
+            made,
             failed: None,
             buffer: Vec::with_capacity(FULL + ROOM),
         })
@@ -66,9 +76,7 @@ impl Output {
 
     /// The file's name, for messages.
     pub(crate) fn name(&self) -> String {
-        self.path
-            .as_deref()
-            .map_or(Self::STDERR.into(), |path| path.display().to_string())
+        self.name.clone()
     }
 
     /// Writes the buffer if it is full, or at once to a terminal. `true` if that failed just now.
@@ -95,15 +103,50 @@ impl Output {
         failed_now
     }
 
-    /// Drops what is not written yet, and lets a file that nothing was written to be as it was.
+    /// Drops what is not written yet, and leaves a file that nothing was written to as it was: one
+    /// that was not there is removed.
     pub(crate) fn discard(&mut self) {
         self.buffer.clear();
+        if let Some(path) = self.made.take().filter(|_| self.stale) {
+            let _ = std::fs::remove_file(path);
+        }
         self.stale = false;
     }
 
     /// What went wrong, if anything did.
     pub(crate) fn failure(&self) -> Option<&io::Error> {
         self.failed.as_ref()
+    }
+}
+
+/// How messages call the stream that `-` names.
+pub(crate) const STDOUT: &str = "standard output";
+
+/// `true` for `-`: standard input where a file is read, standard output where one is written.
+pub(crate) fn is_standard(path: &Path) -> bool {
+    path.as_os_str() == "-"
+}
+
+/// Standard output, as a file of its own.
+pub(crate) fn stdout() -> io::Result<File> {
+    Ok(File::from(io::stdout().as_fd().try_clone_to_owned()?))
+}
+
+/// Opens a file for writing, as it is; `true` if there was none.
+pub(crate) fn open_or_make(path: &Path) -> io::Result<(File, bool)> {
+    match File::options().write(true).create_new(true).open(path) {
+        Ok(file) => Ok((file, true)),
+        // Also a link to a file that is not there yet.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            let mut options = File::options();
+            let file = options
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .open(path)?;
+            Ok((file, false))
+        }
+        Err(error) => Err(error),
     }
 }
 

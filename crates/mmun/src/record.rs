@@ -4,6 +4,7 @@ use mmu_notifier::{Blocking, InvalidateRange, VaRange};
 use mmu_source::process::{ExitStatus, Task};
 
 use crate::events;
+use crate::kind::LineKind;
 
 /// The records, for `--help` and the man page. `docs/trace-json.md` has every key.
 pub(crate) const HELP: &str = "\
@@ -79,6 +80,25 @@ pub(crate) enum Kind {
     },
     Exit(ExitStatus),
     Detach,
+}
+
+impl Kind {
+    pub(crate) fn of_line(self) -> LineKind {
+        match self {
+            Kind::MmNew => LineKind::MmNew,
+            Kind::MmRelease => LineKind::MmRelease,
+            Kind::Get { .. } => LineKind::Get,
+            Kind::Put { .. } => LineKind::Put,
+            Kind::Free => LineKind::Free,
+            Kind::Start(_) => LineKind::Start,
+            Kind::End(..) => LineKind::End,
+            Kind::Map(_) => LineKind::Map,
+            Kind::Fork { .. } => LineKind::Fork,
+            Kind::Exec { .. } => LineKind::Exec,
+            Kind::Exit(_) => LineKind::Exit,
+            Kind::Detach => LineKind::Detach,
+        }
+    }
 }
 
 impl Record {

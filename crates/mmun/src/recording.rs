@@ -15,6 +15,7 @@ use mmu_source::process::Task;
 
 use crate::change::{Change, Pairs, Seen};
 use crate::intern::{Name, Names};
+use crate::output::is_standard;
 use crate::record::{Kind, Mapping, Record};
 use crate::stacks::{Resolved, Stack};
 
@@ -113,6 +114,15 @@ impl fmt::Display for ReadError {
     }
 }
 
+/// How messages call the file that is read.
+pub(crate) fn input_name(path: &Path) -> String {
+    if is_standard(path) {
+        "standard input".into()
+    } else {
+        path.display().to_string()
+    }
+}
+
 /// No trace takes 292 years.
 const LAST: u64 = i64::MAX as u64;
 
@@ -120,12 +130,15 @@ const LAST: u64 = i64::MAX as u64;
 const LONGEST_LINE: u64 = 64 << 20;
 
 impl Recording {
-    /// Reads a file.
+    /// Reads a file, or standard input if it is `-`.
     ///
     /// # Errors
     /// The file cannot be read, or it is no trace of version 1. A last line that is cut is no
     /// error.
     pub(crate) fn open(path: &Path) -> Result<Recording, ReadError> {
+        if is_standard(path) {
+            return Recording::read(io::stdin().lock());
+        }
         let file = File::open(path).map_err(ReadError::Io)?;
         Recording::read(BufReader::with_capacity(1 << 18, file))
     }

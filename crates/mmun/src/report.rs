@@ -7,15 +7,14 @@ mod page;
 mod pending;
 mod totals;
 
-use std::fs::File;
 use std::io::{self, IsTerminal as _, Write as _};
 use std::path::Path;
 
 pub(crate) use self::pending::{Pending, Product};
 use crate::args::{ReportArgs, ReportFormat};
 use crate::outcome::{self, Outcome};
-use crate::output::{is_same, replace};
-use crate::recording::Recording;
+use crate::output::{is_same, is_standard, open_or_make, replace};
+use crate::recording::{Recording, input_name};
 use crate::summary::{Sources, Summary, Wanted};
 use crate::{complain, formats, reason, written};
 
@@ -26,7 +25,7 @@ pub(crate) fn main(args: &ReportArgs) -> Outcome {
     if let Some(path) = args
         .output
         .as_deref()
-        .filter(|path| is_same(path, &args.trace))
+        .filter(|path| !is_standard(path) && is_same(path, &args.trace))
     {
         complain(&format!(
             "report on {}: it is the trace; -o must name another file",
@@ -34,17 +33,18 @@ pub(crate) fn main(args: &ReportArgs) -> Outcome {
         ));
         return FAILED;
     }
+    let output = args.output.as_deref().filter(|path| !is_standard(path));
     let recording = match Recording::open(&args.trace) {
         Ok(recording) => recording,
         Err(error) => {
-            complain(&format!("read on {}: {error}", args.trace.display()));
+            complain(&format!("read on {}: {error}", input_name(&args.trace)));
             return FAILED;
         }
     };
     if recording.is_cut {
         complain(&format!(
             "{}: its last line is cut, and left out",
-            args.trace.display()
+            input_name(&args.trace)
         ));
     }
     let text = match args.format() {
@@ -52,7 +52,7 @@ pub(crate) fn main(args: &ReportArgs) -> Outcome {
             &recording,
             args.summary.wanted(true).expect("it is always wanted"),
         ),
-        ReportFormat::Perfetto if args.output.is_none() && io::stdout().is_terminal() => {
+        ReportFormat::Perfetto if output.is_none() && io::stdout().is_terminal() => {
             complain("report on standard output: a perfetto trace is no text; name a file with -o");
             return FAILED;
         }
@@ -60,7 +60,7 @@ pub(crate) fn main(args: &ReportArgs) -> Outcome {
         ReportFormat::Chrome => formats::chrome(&recording),
         ReportFormat::Html => page::make(&recording),
     };
-    match &args.output {
+    match output {
         None => match written(io::stdout().write_all(&text)) {
             outcome::FAILED => FAILED,
             outcome => outcome,
@@ -77,12 +77,8 @@ pub(crate) fn main(args: &ReportArgs) -> Outcome {
 
 /// Writes to a file that may exist.
 fn write(path: &Path, text: &[u8]) -> io::Result<()> {
-    let file = File::options()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(path);
-    replace(&mut file?, text)
+    let (mut file, _) = open_or_make(path)?;
+    replace(&mut file, text)
 }
 
 /// The tables that `mmun trace --summary` writes.

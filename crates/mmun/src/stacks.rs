@@ -137,8 +137,13 @@ impl Stacks {
                 .flat_map(|address| named.get(address).into_iter().flatten().cloned())
                 .collect()
         };
+        let is_partial = |stack: &[Address]| {
+            let image = |address: &Address| self.images.list.get(address.image as usize);
+            stack.iter().filter_map(image).any(|image| image.is_partial)
+        };
         Resolved::new(
-            list.iter().map(|(number, stack)| (*number, frames(stack))),
+            list.iter()
+                .map(|(number, stack)| (*number, frames(stack), is_partial(stack))),
             &self.skip,
         )
     }

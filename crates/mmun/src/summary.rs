@@ -9,11 +9,12 @@ use std::io::Write as _;
 
 use mmu_source::process::Task;
 
-use crate::change::Change;
+use crate::change::{Change, Shares};
 use crate::digits::Put;
 use crate::events;
 use crate::intern::{Name, Names};
 use crate::json;
+use crate::kind::LineKind;
 use crate::lifecycle::Lifecycle;
 use crate::stacks::Resolved;
 
@@ -46,6 +47,7 @@ pub(crate) struct Summary {
     events: [Row; events::NAMES.len()],
     sites: HashMap<Option<u32>, Row>,
     whats: HashMap<Option<Name>, Row>,
+    shares: Shares,
     tasks: HashMap<(Task, String), Row>,
     causes: HashMap<&'static str, Row>,
     total: Row,
@@ -85,13 +87,25 @@ impl Row {
         self.wall = self.wall.saturating_add(change.wall());
         if change.is_call {
             self.calls += 1;
-            let time = change
-                .own
-                .filter(|_| !wall)
-                .unwrap_or_else(|| change.wall());
-            self.time = self.time.saturating_add(time);
-            self.longest = self.longest.max(time);
+            self.took(time_of(change, wall));
         }
+    }
+
+    fn took(&mut self, time: u64) {
+        self.time = self.time.saturating_add(time);
+        self.longest = self.longest.max(time);
+    }
+
+    /// As [`Row::add`] for a range of a call that changes others as well: each range is a call, and
+    /// the time of the call comes later, in shares.
+    fn add_range(&mut self, change: &Change) {
+        let time_apart = Change {
+            own: None,
+            is_call: false,
+            ..*change
+        };
+        self.add(&time_apart, true);
+        self.calls += 1;
     }
 
     pub(crate) fn merge(&mut self, other: &Row) {
@@ -114,6 +128,14 @@ impl Row {
     }
 }
 
+/// In the call itself if that is known, and wanted.
+fn time_of(change: &Change, wall: bool) -> u64 {
+    change
+        .own
+        .filter(|_| !wall)
+        .unwrap_or_else(|| change.wall())
+}
+
 impl Summary {
     pub(crate) fn new(wanted: Wanted) -> Summary {
         Summary {
@@ -121,6 +143,7 @@ impl Summary {
             events: Default::default(),
             sites: HashMap::new(),
             whats: HashMap::new(),
+            shares: Shares::default(),
             tasks: HashMap::new(),
             causes: HashMap::new(),
             total: Row::default(),
@@ -138,7 +161,12 @@ impl Summary {
             self.sites.entry(seen.site).or_default().add(change, wall);
         }
         if tables.has(By::What) {
-            self.whats.entry(seen.what).or_default().add(change, wall);
+            self.whats.entry(seen.what).or_default().add_range(change);
+            let whats = &mut self.whats;
+            self.shares
+                .take(change, time_of(change, wall), |what, share| {
+                    whats.entry(what).or_default().took(share);
+                });
         }
         if tables.has(By::Task) {
             self.tasks
@@ -190,6 +218,10 @@ impl Summary {
 
     /// Short tables.
     pub(crate) fn write_text(&self, out: &mut Vec<u8>, sources: &Sources<'_>) {
+        if self.total.ranges == 0 {
+            out.put("No change was recorded.\n");
+            return;
+        }
         for by in self.wanted.tables.list() {
             if by != By::Where || sources.has_places {
                 table::write(out, by, &self.rows(by, sources), &self.total, &self.wanted);
@@ -202,6 +234,13 @@ impl Summary {
                 out,
                 "How much was resident is not known of {} of {ranges} ranges.",
                 ranges - sized
+            );
+        }
+        if let partial @ 1.. = sources.stacks.partial() {
+            // Writing to memory cannot fail.
+            let _ = writeln!(
+                out,
+                "Frames may be missing in {partial} stacks: unwind tables of a file were too large to be read."
             );
         }
         if let Some((all, nothing)) = self.removals {
@@ -218,7 +257,7 @@ impl Summary {
         sources: &Sources<'_>,
         lifecycle: Option<&Lifecycle>,
     ) {
-        json::head(out, t, "summary");
+        json::head(out, t, LineKind::Summary);
         out.put(",\"events\":{");
         for (at, (name, row)) in self.rows(By::Event, sources).iter().enumerate() {
             let comma = if at == 0 { "" } else { "," };

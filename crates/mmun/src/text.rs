@@ -16,7 +16,6 @@ use std::mem;
 use mmu_source::process::{ExitStatus, Pid, Task};
 
 use crate::digits::Put;
-use crate::json::kind_name;
 use crate::names;
 use crate::record::{Extra, Kind, Mapping, Record, Span};
 use units::{pad, put_size, right_align};
@@ -304,7 +303,7 @@ impl Text {
             Kind::Exit(ExitStatus::Signal(_)) => BAD,
             _ => STEP,
         };
-        self.column(out, style, 17, |out| out.put(kind_name(record.kind)));
+        self.column(out, style, 17, |out| out.put(record.kind.of_line().name()));
         // A failure to write to memory cannot happen.
         let _ = match record.kind {
             Kind::Get { users } | Kind::Put { users } => write!(out, "users {users}"),

@@ -18,7 +18,7 @@ use crate::events::EventSet;
 use crate::front;
 use crate::observer::TraceObserver;
 use crate::outcome::{FAILED, NOT_EXECUTABLE, NOT_FOUND, Outcome};
-use crate::output::{Output, is_same};
+use crate::output::{Output, STDOUT, is_same, is_standard};
 use crate::recorder::{Form, Recorder, Settings};
 use crate::report::{Pending, Product};
 use crate::status::Status;
@@ -26,7 +26,7 @@ use crate::style;
 use crate::summary::By;
 use crate::sys;
 use crate::text::Color;
-use crate::{complain, explain, reason};
+use crate::{complain, explain_with, reason, refusal};
 
 #[derive(Debug)]
 struct Plan {
@@ -58,10 +58,11 @@ pub(crate) fn main(args: TraceArgs) -> Outcome {
     let output = match Output::open(args.output.as_deref().filter(|_| viewer.is_none())) {
         Ok(output) => output,
         Err(error) => {
-            let name = args
-                .output
-                .as_deref()
-                .map_or("standard error".into(), |path| path.display().to_string());
+            let name = match args.output.as_deref() {
+                None => Output::STDERR.into(),
+                Some(path) if is_standard(path) => STDOUT.into(),
+                Some(path) => path.display().to_string(),
+            };
             complain(&format!(
                 "open on {name}: {}; the -o file must be writable",
                 reason(&error)
@@ -90,7 +91,7 @@ pub(crate) fn main(args: TraceArgs) -> Outcome {
         }
     };
     if let (Some(page), Some(path)) = (&args.report, &args.output) {
-        if is_same(page, path) {
+        if is_same(page, path) || is_standard(page) && is_standard(path) {
             complain(&format!(
                 "trace on {}: -o and --report must name different files",
                 path.display()
@@ -355,7 +356,13 @@ fn keep(keeper: Keeper) {
 
 /// Says why, in one line, and how to end.
 fn fail(error: &Error) -> Outcome {
-    let mut line = explain(error);
+    let refused = match error {
+        Error::Attach { pid, source } if source.raw_os_error() == Some(libc::EPERM) => {
+            refusal::why(*pid)
+        }
+        _ => None,
+    };
+    let mut line = explain_with(error, refused.as_deref());
     match error {
         Error::Exec { program, source }
             if source.kind() == io::ErrorKind::NotFound

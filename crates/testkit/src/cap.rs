@@ -52,16 +52,20 @@ pub const PYTHON: &str = "/usr/bin/python3";
 /// kernel.
 pub fn require(cap: Cap) -> bool {
     let Err(reason) = probe(cap) else { return true };
+    lacks(&format!("{cap:?}"), &reason);
+    false
+}
+
+/// Says that the test that runs in this thread is skipped, since the machine lacks something; fails
+/// as [`require`] does if that is required.
+pub(crate) fn lacks(cap: &str, reason: &str) {
     let current = thread::current();
     let name = current.name().unwrap_or("a test");
     let is_required = env::var_os("MMUN_REQUIRE").is_some_and(|value| value == "all");
     let without = env::var("MMUN_WITHOUT").unwrap_or_default();
-    let is_excused = without
-        .split(' ')
-        .any(|word| word == format!("{cap:?}").to_lowercase());
-    assert!(!is_required || is_excused, "{name} needs {cap:?}: {reason}");
+    let is_excused = without.split(' ').any(|word| word == cap.to_lowercase());
+    assert!(!is_required || is_excused, "{name} needs {cap}: {reason}");
     println!("SKIP {name}: {reason}");
-    false
 }
 
 /// Whether this is the machine of `cargo xtask guest`, which has everything that an operation may

@@ -3,7 +3,9 @@
 use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::{fs, process, thread};
+use std::{fs, process};
+
+use crate::cap::lacks;
 
 /// A new cgroup (v2, or v1 with the freezer). It is removed with the value; its processes must have
 /// ended by then.
@@ -19,6 +21,9 @@ pub struct Cgroup {
 impl Cgroup {
     /// Makes one below the root of the hierarchy. If that cannot be, it prints `SKIP test: reason`,
     /// the test being the one that runs in this thread.
+    ///
+    /// # Panics
+    /// If the environment says `MMUN_REQUIRE=all`, unless `MMUN_WITHOUT` lists `cgroup`.
     #[must_use]
     pub fn new_or_skip() -> Option<Cgroup> {
         Self::or_skip(Cgroup::new(
@@ -30,6 +35,9 @@ impl Cgroup {
 
     /// The same of the older hierarchy, whose freezer lets nothing stop the processes that it
     /// holds.
+    ///
+    /// # Panics
+    /// As [`Cgroup::new_or_skip`].
     #[must_use]
     pub fn new_v1_or_skip() -> Option<Cgroup> {
         Self::or_skip(Cgroup::new(
@@ -40,13 +48,8 @@ impl Cgroup {
     }
 
     fn or_skip(new: io::Result<Cgroup>) -> Option<Cgroup> {
-        if let Err(error) = &new {
-            println!(
-                "SKIP {}: no cgroup can be made: {error}",
-                thread::current().name().unwrap_or("a test")
-            );
-        }
-        new.ok()
+        new.inspect_err(|error| lacks("Cgroup", &format!("no cgroup can be made: {error}")))
+            .ok()
     }
 
     fn new(

@@ -439,9 +439,12 @@ fn a_process_that_is_frozen_is_let_go_of_at_once() {
     let pid = child.id();
     group.add(pid).expect("it is moved");
     group.freeze().expect("it is asked for");
-    while !group.is_frozen() {
-        thread::yield_now();
-    }
+    let group = within("freezing", move || {
+        while !group.is_frozen() {
+            thread::yield_now();
+        }
+        group
+    });
     // See the comment on attempts above.
     let is_at_once = (0..20).any(|_| {
         let took = within("letting go", move || {

@@ -7,13 +7,13 @@ use crate::summary::{Sort, Tables, Wanted};
 /// How records are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum TraceFormat {
-    /// Lines for people
+    /// Aligned lines for people, as the program runs
     Text,
-    /// One JSON object a line
+    /// One JSON object a line, as the program runs
     Json,
-    /// At the end, a trace for <https://ui.perfetto.dev>; needs -o
+    /// A trace for <https://ui.perfetto.dev>, written at the end; needs -o
     Perfetto,
-    /// At the end, JSON for chrome://tracing and other viewers; needs -o
+    /// JSON for chrome://tracing and other viewers, written at the end; needs -o
     Chrome,
 }
 
@@ -33,7 +33,7 @@ pub(crate) struct SummaryArgs {
     #[arg(long, value_name = "N", default_value_t = 10, requires = "totals")]
     pub(crate) top: usize,
 
-    /// Takes time as the clock shows it, the stops of the tracer included, not the time in the call
+    /// Shows the time on the clock, the tracer's stops included, instead of the time in the call
     /// itself
     #[arg(long, requires = "totals")]
     pub(crate) wall: bool,

@@ -17,17 +17,18 @@ Examples:
 ///
 /// For each place: what the second run took, and how much more or less than the first. A place is a
 /// function and its file; that of the program itself may have another name in the second run. Of
-/// traces without stacks (-k) the system call is the place.
+/// traces without stacks (-k) the system call is the place. A change of time that is smaller than
+/// the error of the measurement, half a microsecond a call, is shown as "~".
 ///
 /// Exits 0 if both traces could be read, 2 if not.
 #[derive(Args, Debug)]
 #[command(verbatim_doc_comment, after_help = EXAMPLES)]
 pub(crate) struct DiffArgs {
-    /// The trace of the first run
+    /// The trace of the first run; - is standard input
     #[arg(value_name = "BEFORE")]
     pub(crate) before: PathBuf,
 
-    /// The trace of the second run
+    /// The trace of the second run; - is standard input
     #[arg(value_name = "AFTER")]
     pub(crate) after: PathBuf,
 
@@ -39,7 +40,7 @@ pub(crate) struct DiffArgs {
     #[arg(long, value_name = "N", default_value_t = 10)]
     pub(crate) top: usize,
 
-    /// Takes time as the clock shows it, the stops of the tracer included, not the time in the call
+    /// Shows the time on the clock, the tracer's stops included, instead of the time in the call
     /// itself
     #[arg(long)]
     pub(crate) wall: bool,

@@ -30,15 +30,15 @@ Examples:
     group(ArgGroup::new("places").multiple(true))
 )]
 pub(crate) struct ReportArgs {
-    /// The recorded trace
+    /// The recorded trace; - is standard input
     #[arg(value_name = "FILE", groups = ["totals"])]
     pub(crate) trace: PathBuf,
 
-    /// Writes to OUT instead of standard output
+    /// Writes to OUT; - is standard output, as without this option
     #[arg(short, long, value_name = "OUT")]
     pub(crate) output: Option<PathBuf>,
 
-    /// What to make; a page if OUT ends in .html, else a summary
+    /// What to make [default: a page if OUT ends in .html, else a summary]
     #[arg(long, value_name = "FORMAT")]
     format: Option<ReportFormat>,
 

@@ -20,9 +20,25 @@ const PLAN: u64 = 0;
 /// Where the tracee leaves its report.
 const REPORT: u64 = 4096;
 
+/// How often an operation is run that seems to be told of too late.
+const TRIES: usize = 3;
+
 /// Traces a child that runs `operation`.
+///
+/// Between the tracee's look at the page and its call the kernel may move the page by itself, to
+/// make room for a huge page: then the page differs although the call has not begun. That does not
+/// happen again and again; a source that is late always is.
 pub(crate) fn run(operation: &'static Operation) -> Report {
-    try_run(operation).unwrap_or_else(|Unavailable(reason)| Report::unavailable(reason))
+    let run =
+        || try_run(operation).unwrap_or_else(|Unavailable(reason)| Report::unavailable(reason));
+    let mut report = run();
+    for _ in 1..TRIES {
+        if report.seen != Seen::After {
+            break;
+        }
+        report = run();
+    }
+    report
 }
 
 fn try_run(operation: &'static Operation) -> Result<Report, Unavailable> {

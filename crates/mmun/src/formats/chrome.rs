@@ -75,7 +75,7 @@ pub(crate) fn make(recording: &Recording) -> Vec<u8> {
         let task = lived.record.task;
         event(
             "i",
-            json::kind_name(lived.record.kind),
+            lived.record.kind.of_line().name(),
             task.pid,
             task.tid,
             &|out| {

@@ -6,7 +6,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Detail, Value, change, given_back, life, number, site, space_name, tasks};
-use crate::json;
 use crate::recording::Recording;
 
 /// The number of a field.
@@ -204,7 +203,7 @@ pub(crate) fn make(recording: &Recording) -> Vec<u8> {
             lived.t,
             Track::Thread(task.pid, task.tid),
             Type::Instant,
-            |event| titled(event, json::kind_name(lived.record.kind), "life").details(&life(lived)),
+            |event| titled(event, lived.record.kind.of_line().name(), "life").details(&life(lived)),
         );
     }
     for (mm, space) in &recording.spaces {

@@ -9,6 +9,7 @@ use serde::Deserialize;
 use crate::change::Seen;
 use crate::events;
 use crate::intern::{Name, Names};
+use crate::kind::LineKind;
 use crate::record::{Kind, Mapping, Pages, Record, Span};
 use crate::stacks;
 
@@ -83,6 +84,8 @@ struct Line<'a> {
     own: Option<u64>,
     place: Option<usize>,
     #[serde(default)]
+    partial: bool,
+    #[serde(default)]
     frames: Vec<Frame>,
 }
 
@@ -114,7 +117,7 @@ pub(super) fn read(
                 v: VERSION,
                 t,
                 kind,
-            }) if !KINDS.contains(&&*kind) => return Ok((t, Said::Other)),
+            }) if !is_read(LineKind::named(&kind)) => return Ok((t, Said::Other)),
             Ok(Head { v, .. }) if v != VERSION => return Err(other_version(v)),
             _ => return Err(error.to_string()),
         },
@@ -128,21 +131,10 @@ pub(super) fn read(
 /// The version of the format that is read.
 const VERSION: u64 = 1;
 
-const KINDS: &[&str] = &[
-    "mm_new",
-    "get",
-    "put",
-    "free",
-    "mm_release",
-    "start",
-    "end",
-    "map",
-    "fork",
-    "exec",
-    "exit",
-    "detach",
-    "stack",
-];
+/// Lines of other kinds are passed over.
+fn is_read(kind: Option<LineKind>) -> bool {
+    kind.is_some_and(|kind| kind != LineKind::Summary)
+}
 
 fn other_version(v: u64) -> String {
     format!("version {v} of the format; this mmun reads version {VERSION}")
@@ -151,10 +143,13 @@ fn other_version(v: u64) -> String {
 impl Line<'_> {
     /// `None` for a kind or an event that is not known.
     fn said(self, names: &mut Names, causes: &mut Causes) -> Result<Option<Said>, String> {
-        if self.kind == "stack" {
+        let Some(kind) = LineKind::named(&self.kind) else {
+            return Ok(None);
+        };
+        if kind == LineKind::Stack {
             return self.stack().map(Some);
         }
-        let Some(kind) = self.record_kind(causes)? else {
+        let Some(kind) = self.record_kind(kind, causes)? else {
             return Ok(None);
         };
         let task = Task {
@@ -187,18 +182,18 @@ impl Line<'_> {
         }))
     }
 
-    fn record_kind(&self, causes: &mut Causes) -> Result<Option<Kind>, String> {
-        Ok(Some(match &*self.kind {
-            "mm_new" => Kind::MmNew,
-            "mm_release" => Kind::MmRelease,
-            "get" => Kind::Get {
+    fn record_kind(&self, kind: LineKind, causes: &mut Causes) -> Result<Option<Kind>, String> {
+        Ok(Some(match kind {
+            LineKind::MmNew => Kind::MmNew,
+            LineKind::MmRelease => Kind::MmRelease,
+            LineKind::Get => Kind::Get {
                 users: want(self.users, "users")?,
             },
-            "put" => Kind::Put {
+            LineKind::Put => Kind::Put {
                 users: want(self.users, "users")?,
             },
-            "free" => Kind::Free,
-            "start" | "end" => {
+            LineKind::Free => Kind::Free,
+            LineKind::Start | LineKind::End => {
                 let Some(event) = events::NAMES.iter().position(|name| *name == self.event) else {
                     return Ok(None);
                 };
@@ -214,32 +209,32 @@ impl Line<'_> {
                     range: self.range()?,
                     blocking,
                 };
-                if self.kind == "start" {
+                if kind == LineKind::Start {
                     Kind::Start(span)
                 } else {
                     Kind::End(span, self.result)
                 }
             }
-            "map" => Kind::Map(Mapping {
+            LineKind::Map => Kind::Map(Mapping {
                 cause: causes.get(&self.cause)?,
                 range: self.range()?,
             }),
-            "fork" => Kind::Fork {
+            LineKind::Fork => Kind::Fork {
                 child: Task {
                     pid: want(self.child_pid, "child_pid")?,
                     tid: want(self.child_tid, "child_tid")?,
                 },
                 child_mm: want(self.child_mm, "child_mm")?,
             },
-            "exec" => Kind::Exec {
+            LineKind::Exec => Kind::Exec {
                 old_mm: want(self.old_mm, "old_mm")?,
             },
-            "exit" => Kind::Exit(match self.signal {
+            LineKind::Exit => Kind::Exit(match self.signal {
                 Some(signal) => ExitStatus::Signal(signal),
                 None => ExitStatus::Code(want(self.code, "code")?),
             }),
-            "detach" => Kind::Detach,
-            _ => return Ok(None),
+            LineKind::Detach => Kind::Detach,
+            LineKind::Stack | LineKind::Summary => return Ok(None),
         }))
     }
 
@@ -277,6 +272,7 @@ impl Line<'_> {
             stacks::Stack {
                 frames,
                 place: self.place.unwrap_or(0),
+                is_partial: self.partial,
             },
         ))
     }

@@ -27,7 +27,7 @@ const SCRIPT: &str = concat!(
 /// SHA-256 of [`STYLE`] and [`SCRIPT`] in base64: a browser runs nothing else. A test says what
 /// they must be.
 const STYLE_HASH: &str = "/STgijkjwNPcYsl1SVtUX93jHYjP1CUOoMMRn9NA1fY=";
-const SCRIPT_HASH: &str = "VVTO2Cqpz1MomX36NNsw/PJFVV8qB418PDKQeI39Vs0=";
+const SCRIPT_HASH: &str = "qJoUOntqKGjF6zp1Ub12wa1zpW/xgGxm89dATFbD5f0=";
 
 /// The most changes that are shown one by one. The heaviest are shown; all are in the totals.
 const MOST_CHANGES: usize = 20_000;
@@ -49,6 +49,8 @@ struct Data<'a> {
     spaces: usize,
     removals: (u64, u64),
     unfinished: usize,
+    /// Stacks that may lack frames.
+    partial: usize,
     left_out: LeftOut,
     events: [&'static str; events::NAMES.len()],
     lanes: Vec<Lane>,
@@ -177,6 +179,7 @@ pub(super) fn make(recording: &Recording) -> Vec<u8> {
         spaces: recording.spaces.len(),
         removals: totals.removals,
         unfinished: recording.unfinished,
+        partial: recording.stacks.partial(),
         left_out,
         events: events::NAMES,
         lanes,
@@ -308,12 +311,12 @@ fn wanted_stacks(lanes: &[Lane], leaves: &[(i64, u32, u32, Sum)]) -> HashSet<i64
     in_lanes.chain(leaves.iter().map(|leaf| leaf.0)).collect()
 }
 
-/// What was traced: the program with most changes.
+/// What was traced: the program with most changes, else the last one.
 fn title(recording: &Recording, lanes: &[Lane]) -> String {
-    let Some(space) = lanes
+    let most = lanes
         .first()
-        .and_then(|lane| recording.spaces.get(&lane.mm))
-    else {
+        .and_then(|lane| recording.spaces.get(&lane.mm));
+    let Some(space) = most.or_else(|| recording.spaces.values().next_back()) else {
         return "a trace".into();
     };
     let program = recording

@@ -2,12 +2,12 @@
 //! `--report`, and the files of viewers.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, IsTerminal as _, Write as _};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use super::page;
-use crate::output::{Output, replace};
+use crate::output::{Output, STDOUT, is_standard, open_or_make, replace, stdout};
 use crate::recording::Recording;
 use crate::{complain, formats, reason};
 
@@ -26,6 +26,10 @@ impl Product {
             Product::Perfetto => formats::perfetto(recording),
             Product::Chrome => formats::chrome(recording),
         }
+    }
+
+    fn is_binary(self) -> bool {
+        self == Product::Perfetto
     }
 
     /// The option that names the file.
@@ -67,14 +71,17 @@ impl Pending {
         let fail = |path: &Path, error: &io::Error, hint: &str| {
             format!("open on {}: {}; {hint}", path.display(), reason(error))
         };
-        let is_new = !path.exists();
-        let file = File::options()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(path);
+        if is_standard(path) && product.is_binary() && io::stdout().is_terminal() {
+            return Err(
+                "trace on standard output: a perfetto trace is no text; name a file with -o".into(),
+            );
+        }
+        let file = match is_standard(path) {
+            true => stdout().map(|file| (file, false)),
+            false => open_or_make(path),
+        };
         let hint = format!("the file of {} must be writable", product.option());
-        let file = file.map_err(|error| fail(path, &error, &hint))?;
+        let (file, is_new) = file.map_err(|error| fail(path, &error, &hint))?;
         let spool = spool().and_then(|spool| Ok((Output::open(Some(&spool))?, spool)));
         let (output, spool) = spool.map_err(|error| {
             if is_new {
@@ -112,8 +119,13 @@ impl Pending {
             .map_err(|error| format!("read on {}: {error}", self.spool.display()));
         let written = written.and_then(|recording| {
             let text = self.product.make(&recording);
-            replace(&mut self.file, &text)
-                .map_err(|error| format!("write on {}: {}", self.path.display(), reason(&error)))
+            let (written, name) = if is_standard(&self.path) {
+                (self.file.write_all(&text), STDOUT.into())
+            } else {
+                let name = self.path.display().to_string();
+                (replace(&mut self.file, &text), name)
+            };
+            written.map_err(|error| format!("write on {name}: {}", reason(&error)))
         });
         match written {
             Ok(()) => {

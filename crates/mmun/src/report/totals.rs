@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use serde::Serialize;
 
+use crate::change::Shares;
 use crate::events;
 use crate::intern::Name;
 use crate::recording::{Changed, Recording};
@@ -15,6 +16,12 @@ pub(super) struct Sum(u64, u64, u64, u64, u64);
 
 impl Sum {
     fn add(&mut self, changed: &Changed) {
+        self.add_amounts(changed);
+        self.took(time(changed));
+    }
+
+    /// All but the time.
+    fn add_amounts(&mut self, changed: &Changed) {
         let change = &changed.change;
         let is_removal = is_removal(changed);
         self.0 += u64::from(change.is_call);
@@ -24,7 +31,9 @@ impl Sum {
         self.2 = self
             .2
             .saturating_add(if is_removal { change.resident() } else { 0 });
-        let time = time(changed);
+    }
+
+    fn took(&mut self, time: u64) {
         self.3 = self.3.saturating_add(time);
         self.4 = self.4.max(time);
     }
@@ -110,6 +119,7 @@ pub(super) fn of(recording: &Recording) -> Totals {
     let mut totals = Totals::default();
     let mut places: HashMap<Option<u32>, String> = HashMap::new();
     let mut tasks = BTreeSet::new();
+    let mut shares = Shares::default();
     // That an address space ends is no call of the program.
     for changed in recording
         .changes
@@ -137,7 +147,11 @@ pub(super) fn of(recording: &Recording) -> Totals {
             cause: change.span.cause,
             what: seen.what,
         };
-        totals.leaves.entry(leaf).or_default().add(changed);
+        totals.leaves.entry(leaf).or_default().add_amounts(changed);
+        let leaves = &mut totals.leaves;
+        shares.take(change, time(changed), |what, share| {
+            leaves.entry(Leaf { what, ..leaf }).or_default().took(share);
+        });
         if change.is_call {
             *totals
                 .times

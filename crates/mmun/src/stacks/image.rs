@@ -40,6 +40,8 @@ pub(super) struct Image {
     /// The segments that are executable.
     segments: Vec<Segment>,
     pub(super) sections: Sections,
+    /// There are unwind tables that are too large to be read.
+    pub(super) is_partial: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -137,6 +139,7 @@ impl Images {
             content: Content::Anonymous { pid, begin, user },
             segments,
             sections,
+            is_partial: false,
         })
     }
 
@@ -164,9 +167,11 @@ impl Image {
             }
         });
         let segments = segments.collect();
+        let mut is_partial = false;
         let mut section = |name: &str, most: u64| {
             let section = elf.section_by_name(name)?;
             if section.size() > most || !budget.take(section.size()) {
+                is_partial = true;
                 return None;
             }
             Some((section.address(), Arc::from(section.data().ok()?)))
@@ -191,6 +196,7 @@ impl Image {
             content,
             segments,
             sections,
+            is_partial,
         })
     }
 
@@ -367,16 +373,19 @@ mod tests {
         let tiny = include_bytes!("corrupt/tiny.elf");
         let images = |budget: &mut Budget| {
             let content = Content::Memory(Arc::from(&tiny[..]));
-            Image::new("tiny".into(), content, budget).unwrap().sections
+            Image::new("tiny".into(), content, budget).unwrap()
         };
         let mut budget = Budget::default();
         let first = images(&mut budget);
         let size = |part: &Option<(u64, Arc<[u8]>)>| part.as_ref().unwrap().1.len() as u64;
-        let used = size(&first.eh_frame) + size(&first.eh_frame_hdr);
+        let used = size(&first.sections.eh_frame) + size(&first.sections.eh_frame_hdr);
         assert_eq!(budget.0, MAX_TOTAL - used);
         budget.0 = used + 1;
-        assert!(images(&mut budget).eh_frame.is_some());
+        let second = images(&mut budget);
+        assert!(second.sections.eh_frame.is_some() && !second.is_partial);
         let last = images(&mut budget);
+        assert!(last.is_partial);
+        let last = last.sections;
         assert!(last.eh_frame.is_none() && last.eh_frame_hdr.is_none() && last.text.is_some());
         assert!(!Budget::default().take(MAX_SECTION + 1), "one file alone");
     }
@@ -398,6 +407,7 @@ mod tests {
             },
             segments,
             sections,
+            is_partial: false,
         };
         let vma = |start, offset| Vma {
             start,

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use crate::digits::Put;
 use crate::json;
+use crate::kind::LineKind;
 
 /// One function on a stack.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
@@ -55,6 +56,8 @@ pub(crate) struct Stack {
     pub(crate) frames: Vec<Frame>,
     /// The frame that is the place of the call.
     pub(crate) place: usize,
+    /// Unwind tables were too large to be read: frames may be missing.
+    pub(crate) is_partial: bool,
 }
 
 impl Stack {
@@ -169,21 +172,25 @@ const LIBRARIES: &[&str] = &[
 
 impl Resolved {
     pub(crate) fn new(
-        stacks: impl IntoIterator<Item = (u32, Vec<Frame>)>,
+        stacks: impl IntoIterator<Item = (u32, Vec<Frame>, bool)>,
         skip: &[String],
     ) -> Resolved {
-        let with_place = |frames: Vec<Frame>| {
+        let with_place = |frames: Vec<Frame>, is_partial| {
             let at = frames.iter().position(|frame| !is_allocator(frame, skip));
             // All of it is the loader's or libc's: the outermost that has a name says most.
             let at = at
                 .or_else(|| frames.iter().rposition(|frame| frame.has_name))
                 .unwrap_or(0);
-            Stack { frames, place: at }
+            Stack {
+                frames,
+                place: at,
+                is_partial,
+            }
         };
         Resolved::of(
             stacks
                 .into_iter()
-                .map(|(number, frames)| (number, with_place(frames))),
+                .map(|(number, frames, is_partial)| (number, with_place(frames, is_partial))),
         )
     }
 
@@ -192,6 +199,12 @@ impl Resolved {
         Resolved {
             stacks: stacks.into_iter().collect(),
         }
+    }
+
+    /// How many stacks may lack frames.
+    pub(crate) fn partial(&self) -> usize {
+        let partial = self.stacks.values().filter(|stack| stack.is_partial);
+        partial.count()
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -221,12 +234,16 @@ impl Resolved {
     /// One record a stack.
     pub(crate) fn write_json(&self, out: &mut Vec<u8>, t: u64) {
         for (number, stack) in self.all() {
-            json::head(out, t, "stack");
+            json::head(out, t, LineKind::Stack);
             out.put(",\"site\":");
             out.put_dec(number.into());
             out.put(",\"place\":");
             out.put_dec(stack.place as u64);
-            out.put(",\"frames\":[");
+            out.put(if stack.is_partial {
+                ",\"partial\":true,\"frames\":["
+            } else {
+                ",\"partial\":false,\"frames\":["
+            });
             let mut comma = "{\"function\":";
             for frame in &stack.frames {
                 out.put(comma);
@@ -251,6 +268,9 @@ impl Resolved {
         for (number, stack) in self.all() {
             out.put("stack ");
             out.put_dec(number.into());
+            if stack.is_partial {
+                out.put(" (frames may be missing)");
+            }
             out.put("\n");
             for (at, frame) in stack.frames.iter().enumerate() {
                 out.put(if at == stack.place { " * " } else { " > " });
@@ -292,7 +312,7 @@ mod tests {
 
     fn place(frames: &[Frame], skip: &[&str]) -> String {
         let skip: Vec<String> = skip.iter().map(|name| (*name).to_owned()).collect();
-        Resolved::new([(3, frames.to_vec())], &skip).place(Some(3))
+        Resolved::new([(3, frames.to_vec(), false)], &skip).place(Some(3))
     }
 
     #[test]

@@ -121,7 +121,7 @@ pub(super) fn write(
     // Writing to memory cannot fail.
     let _ = match by {
         By::Event => events(out, rows, total),
-        _ => shares(out, by, rows, total, wanted),
+        _ => shares(out, by, rows, wanted),
     };
 }
 
@@ -165,7 +165,6 @@ fn shares(
     out: &mut Vec<u8>,
     by: By,
     rows: &[(String, Row)],
-    total: &Row,
     wanted: &Wanted,
 ) -> std::io::Result<()> {
     let Wanted { sort, top, .. } = *wanted;
@@ -182,7 +181,9 @@ fn shares(
         "calls",
         by.title()
     )?;
-    let whole = sort.key(total).max(1);
+    let mut whole = Row::default();
+    rows.iter().for_each(|(_, row)| whole.merge(row));
+    let whole = sort.key(&whole).max(1);
     for (label, row) in rows.iter().take(top) {
         let percent = (u128::from(sort.key(row)) * 100 + u128::from(whole) / 2) / u128::from(whole);
         let bytes = if sort == Sort::Range {

@@ -171,6 +171,7 @@ fn a_process_that_may_not_be_traced_is_125() {
         line.contains(pid.trim()) && line.contains("not permitted"),
         "{line}"
     );
+    assert!(line.contains("traces it already"), "a hint: {line}");
 }
 
 #[test]
@@ -195,6 +196,10 @@ fn a_trace_that_does_not_begin_leaves_the_output_as_it_was() {
     }
     drop(idle.stdin.take());
     assert!(idle.wait().unwrap().success());
+    // A file that was not there is not made.
+    let fresh = scratch("fresh");
+    refused(&["-o", fresh.to_str().unwrap(), "/no/such/file"]);
+    assert!(!fresh.exists());
     // One that does begin replaces it.
     assert!(
         trace()

@@ -143,3 +143,99 @@ fn totals_alone_cannot_be_compared() {
     }
     fs::remove_file(path).unwrap();
 }
+
+/// One unmap whose stack may lack frames, and a fork that copies the heap and one page more.
+const CHANGES: &str = r#"{"v":1,"t":1,"kind":"mm_new","pid":7,"tid":7,"mm":1,"comm":"prog","program":"/bin/prog"}
+{"v":1,"t":2,"kind":"start","pid":7,"tid":7,"mm":1,"event":"unmap","cause":"munmap","start":"0x1000","end":"0x2000","blockable":true,"what":"anonymous","resident":4096,"site":0}
+{"v":1,"t":3,"kind":"end","pid":7,"tid":7,"mm":1,"event":"unmap","cause":"munmap","start":"0x1000","end":"0x2000","blockable":true,"result":0,"self":7000}
+{"v":1,"t":4,"kind":"start","pid":7,"tid":7,"mm":1,"event":"protection_page","cause":"fork","start":"0x3000","end":"0x4000","blockable":true,"what":"/bin/prog","resident":0,"site":0}
+{"v":1,"t":5,"kind":"start","pid":7,"tid":7,"mm":1,"event":"protection_page","cause":"fork","start":"0x8000","end":"0x10000","blockable":true,"what":"[heap]","resident":32768,"site":0}
+{"v":1,"t":6,"kind":"end","pid":7,"tid":7,"mm":1,"event":"protection_page","cause":"fork","start":"0x8000","end":"0x10000","blockable":true,"result":8}
+{"v":1,"t":7,"kind":"end","pid":7,"tid":7,"mm":1,"event":"protection_page","cause":"fork","start":"0x3000","end":"0x4000","blockable":true,"result":8,"self":93000}
+{"v":1,"t":8,"kind":"stack","site":0,"place":0,"partial":true,"frames":[{"function":"f","module":"prog","line":"","named":true}]}
+"#;
+
+#[test]
+fn a_fork_took_its_time_where_the_memory_was() {
+    let path = scratch("fork.jsonl");
+    fs::write(&path, CHANGES).unwrap();
+    let output = mmun(&["report", "--summary=what"], &path);
+    let table = text(&output.stdout);
+    let row = |what: &str| {
+        let line = table.lines().find(|line| line.ends_with(what));
+        let line = line.unwrap_or_else(|| panic!("{what}: {table}"));
+        line.split_whitespace()
+            .take(4)
+            .collect::<Vec<_>>()
+            .join(" ")
+    };
+    let rows = ["[heap]", "anonymous", "/bin/prog"].map(row);
+    assert_eq!(rows, ["93 us 93 1", "7.0 us 7 1", "3 ns 0 1"], "{table}");
+    assert!(
+        table.contains("Frames may be missing in 1 stacks"),
+        "{table}"
+    );
+    fs::remove_file(path).unwrap();
+}
+
+#[test]
+fn a_dash_is_standard_input_and_output() {
+    let (path, page) = (scratch("dash.jsonl"), scratch("dash.html"));
+    fs::write(&path, CHANGES).unwrap();
+    let run = |args: &[&str]| {
+        let mut command = by_default(env!("CARGO_BIN_EXE_mmun"));
+        command.args(args).stdin(fs::File::open(&path).unwrap());
+        within("mmun", move || command.output().unwrap())
+    };
+    let name = path.to_str().unwrap();
+    let table = run(&["report", name]).stdout;
+    assert!(!table.is_empty());
+    for args in [
+        &["report", "-"][..],
+        &["report", "-o", "-", name],
+        &["report", "-o", "-", "-"],
+    ] {
+        assert_eq!(run(args).stdout, table, "{args:?}");
+    }
+    let made = run(&["report", "-o", page.to_str().unwrap(), "-"]);
+    assert!(made.status.success(), "{}", text(&made.stderr));
+    assert!(fs::read(&page).unwrap().starts_with(b"<!doctype html>"));
+    let same = run(&["diff", "-", name]);
+    assert!(text(&same.stdout).contains("0 new, 0 gone"));
+    let both = run(&["diff", "-", "-"]);
+    assert_eq!(both.status.code(), Some(2));
+    assert!(
+        text(&both.stderr).contains("only one"),
+        "{}",
+        text(&both.stderr)
+    );
+    let traced = run(&["trace", "--json", "-o", "-", "true"]);
+    assert_eq!(text(&traced.stderr), "");
+    assert!(of_kind(&parse(text(&traced.stdout)), "exit").count() == 1);
+    let chrome = run(&["trace", "--format", "chrome", "-o", "-", "true"]);
+    assert!(chrome.stdout.starts_with(b"{"), "{}", text(&chrome.stdout));
+    let twice = run(&["trace", "--report", "-", "-o", "-", "true"]);
+    assert_eq!(twice.status.code(), Some(125), "{}", text(&twice.stderr));
+    assert!(!Path::new("-").exists());
+    fs::remove_file(path).unwrap();
+    fs::remove_file(page).unwrap();
+}
+
+#[test]
+fn a_trace_in_which_nothing_happened_says_so() {
+    let page = scratch("none.html");
+    let mut command = trace();
+    command
+        .args(["-e", "migrate", "--summary", "--report"])
+        .arg(&page)
+        .arg("true");
+    let output = within("mmun trace", move || command.output().unwrap());
+    assert!(
+        text(&output.stderr).ends_with("No change was recorded.\n"),
+        "{}",
+        text(&output.stderr)
+    );
+    let made = fs::read_to_string(&page).unwrap();
+    assert!(made.contains("<title>mmun: true</title>"));
+    fs::remove_file(page).unwrap();
+}

@@ -89,7 +89,10 @@ addEventListener("afterprint", () => { delete document.documentElement.dataset.p
 addEventListener("keydown", e => { if (e.key === "Escape") showTip(0, 0, ""); });
 
 $("title").textContent = "mmun trace: " + D.title;
-$("about").textContent = [time(D.end) + " traced", many(D.tasks, "task") + " changed " + many(D.spaces, "address space")].join(" · ");
+// Of the events asked for (-e) there was none: pictures of nothing would raise questions only.
+const isEmpty = !D.all[CALLS];
+$("about").textContent = [time(D.end) + " traced", isEmpty ? "no change was recorded of the events that were asked for" : many(D.tasks, "task") + " changed " + many(D.spaces, "address space")].join(" · ");
+if (isEmpty) document.querySelectorAll("main > *").forEach(part => { part.hidden = true; });
 const tile = (value, label) => $("tiles").append(make("div", {}, make("dt", {}, label), make("dd", {}, value)));
 tile(count(D.all[CALLS]), "calls that change translations");
 tile(size(D.all[RANGE]), "address range given up, by unmaps and clears");
@@ -99,7 +102,7 @@ tile(time(D.all[TIME]), (D.is_own ? "in the calls themselves" : "between start a
 tile(time(D.all[LONGEST]), "the longest call");
 if (D.removals[0]) tile(percent(D.removals[1], D.removals[0]), `of ${count(D.removals[0])} unmaps and clears removed nothing`);
 
-const notes = [
+const notes = isEmpty ? [] : [
   D.is_own ? "Time is what the kernel counted for the task in the call, less what a call that does nothing takes: wrong by up to 0.5 µs for a small call, by 1 to 4 % for a large one." : "Time is that on the clock, the stops of the tracer included. Recorded with --details, it is that of the call itself.",
   isSized ? "Resident is what was in memory before the call; pages of zeros that were only read do not count." : "How much was in memory is not known: recorded without --details, or /proc did not say.",
   "Range and resident count unmaps and clears only, in every total, table and diagram; calls, time and the picture count every change.",
@@ -110,7 +113,8 @@ if (left.lives) notes.push(`${count(left.lives)} smaller or shorter lives of map
 if (left.lanes) notes.push(`${many(left.lanes, "address space")} with fewer changes ${left.lanes === 1 ? "has" : "have"} no picture; their changes are in every total.`);
 if (left.places) notes.push(`${count(left.places)} places with less time are not in the table.`);
 if (left.leaves) notes.push(`${count(left.leaves)} lighter stacks are not in the picture by stack.`);
+if (D.partial) notes.push(`${many(D.partial, "stack")} may lack frames: the unwind tables of a file were too large to be read.`);
 if (D.unfinished) notes.push(`${many(D.unfinished, "change")} had not ended when the trace did: left out.`);
-if (!D.has_births) notes.push("Recorded without --births: a mapping begins with its address space, or where it is first changed.");
-if (!D.has_stacks) notes.push("Recorded without -k: no places in the code, no stacks.");
+if (!isEmpty && !D.has_births) notes.push("Recorded without --births: a mapping begins with its address space, or where it is first changed.");
+if (!isEmpty && !D.has_stacks) notes.push("Recorded without -k: no places in the code, no stacks.");
 $("notes").append(...notes.map(note => make("li", {}, note)));

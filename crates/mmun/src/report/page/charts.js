@@ -119,5 +119,5 @@
   }
   const nothing = cells.filter(c => !c.bytes).reduce((n, c) => n + c.sum[CALLS], 0), known = cells.reduce((n, c) => n + c.sum[CALLS], 0);
   svg.setAttribute("aria-label", `${count(nothing)} of ${count(known)} unmaps and clears found nothing in memory`);
-  if (!cells.length) draw(svg, "text", { x: W / 2, y: H / 2, "text-anchor": "middle", class: "axis" }, "Not known: recorded without --details.");
+  if (!cells.length) draw(svg, "text", { x: W / 2, y: H / 2, "text-anchor": "middle", class: "axis" }, D.all[RANGE] ? "Not known: recorded without --details." : "No unmap or clear was recorded.");
 }
