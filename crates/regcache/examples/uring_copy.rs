@@ -1,11 +1,10 @@
-//! Copies a file with fixed-buffer I/O, through buffers that another thread unmaps and maps again
-//! all the time.
+//! Copies a file with fixed-buffer I/O, through buffers that another thread keeps remapping.
 //!
 //! `cargo run --release -p regcache --example uring_copy [FROM TO]`
 //!
-//! A buffer is leased for a read and a write, then goes to the other thread, which may put new
-//! memory in its place, and comes back. If the cache served a registration of the old memory, the
-//! data would end up there, and the checksums would differ.
+//! A buffer is leased for one read and one write. Then it goes to the other thread, which may
+//! replace its memory, and comes back. If the cache served a registration of the old memory, the
+//! data would end up in the old pages, and the checksums would differ.
 
 use io_uring::{IoUring, opcode, squeue, types};
 use mmu_notifier::lockdep::CheckedAlloc;
@@ -20,28 +19,28 @@ use std::path::PathBuf;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::{env, process, ptr, thread};
 
-/// Ends the program if a callback uses the heap, which it must not: see `Notifier`.
+/// Ends the program if a callback uses the heap, which a callback must not do: see `Notifier`.
 #[global_allocator]
 static ALLOC: CheckedAlloc = CheckedAlloc::new();
 
 const BUFFERS: usize = 8;
 const LEN: usize = 64 << 10;
 
-/// A piece of memory of its own.
+/// Memory that this value owns.
 struct Buffer(*mut u8);
 
-// SAFETY: It is the only way to its memory.
+// SAFETY: the memory is reached only through this value.
 unsafe impl Send for Buffer {}
 
-/// Maps fresh memory, at `place` if that is given.
+/// Maps new memory, at `place` if that is not null.
 fn map(place: *mut u8) -> io::Result<*mut u8> {
     let fixed = if place.is_null() { 0 } else { libc::MAP_FIXED };
     let (access, kind) = (
         libc::PROT_READ | libc::PROT_WRITE,
         libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | fixed,
     );
-    // SAFETY: Either the kernel chooses a place where nothing is, or it is that of a buffer that
-    // the caller owns.
+    // SAFETY: either the kernel chooses an address where nothing is mapped, or `place` is a buffer
+    // that the caller owns.
     let place = unsafe { libc::mmap(place.cast(), LEN, access, kind, -1, 0) };
     if place == libc::MAP_FAILED {
         Err(io::Error::last_os_error())
@@ -50,7 +49,7 @@ fn map(place: *mut u8) -> io::Result<*mut u8> {
     }
 }
 
-/// What a buffer in use is being used for.
+/// A request that uses a buffer.
 struct Request {
     buffer: Buffer,
     /// Keeps the buffer registered until the request has completed.
@@ -84,7 +83,7 @@ impl Request {
     }
 }
 
-/// Copies `from` to `to` with buffers from `free`, each of which goes to `used` after one chunk.
+/// Copies `from` to `to` with buffers from `free`. Each buffer goes to `used` after one chunk.
 fn copy(
     ring: &mut IoUring,
     cache: &RegCache<Uring>,
@@ -100,7 +99,7 @@ fn copy(
                 continue;
             }
             let buffer = free.recv()?;
-            // SAFETY: The memory is the buffer's, mapped, and no other code uses it.
+            // SAFETY: the buffer owns the memory, which is mapped, and no other code uses it.
             let memory = unsafe { std::slice::from_raw_parts(buffer.0, LEN) };
             let range = mmu_notifier::VaRange::covering(
                 mmu_notifier::Va::new(memory.as_ptr().addr() as u64),
@@ -115,7 +114,7 @@ fn copy(
             };
             next += LEN as u64;
             let entry = request.entry(from, to).user_data(number as u64);
-            // SAFETY: The buffer and its lease stay in `requests` until the completion below.
+            // SAFETY: the buffer and its lease stay in `requests` until the completion below.
             unsafe { ring.submission().push(&entry)? };
             *place = Some(request);
         }
@@ -132,7 +131,7 @@ fn copy(
             if request.step == Step::Read {
                 (request.step, request.len) = (Step::Write, result as u32);
                 let entry = request.entry(from, to).user_data(number as u64);
-                // SAFETY: As above.
+                // SAFETY: as above.
                 unsafe { ring.submission().push(&entry)? };
                 requests[number] = Some(request);
             } else {
@@ -146,7 +145,7 @@ fn copy(
     Ok(copied)
 }
 
-/// Puts new memory in the place of every third buffer that comes.
+/// Replaces the memory of every third buffer that arrives.
 fn remap(used: &Receiver<Buffer>, free: &Sender<Buffer>) -> io::Result<u64> {
     let mut count = 0;
     for (number, Buffer(place)) in used.iter().enumerate() {
@@ -154,8 +153,8 @@ fn remap(used: &Receiver<Buffer>, free: &Sender<Buffer>) -> io::Result<u64> {
             let _ = free.send(Buffer(place));
             continue;
         }
-        // The addresses stay reserved meanwhile, so that no other mapping gets them.
-        // SAFETY: The memory is the buffer's, which this thread has now.
+        // The addresses stay reserved in between, so that no other mapping gets them.
+        // SAFETY: this thread owns the buffer and its memory now.
         unsafe {
             libc::mmap(
                 place.cast(),
@@ -191,8 +190,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 }
 
 fn copy_file(from: &PathBuf, to: &PathBuf) -> Result<(), Box<dyn Error>> {
-    // One source of changes is enough here: the hooks of libc, or the kernel where they cannot be
-    // installed.
+    // One source is enough here: the hook, or the kernel source if the hook cannot be installed.
     let hook = Hook::install();
     let mut options = Options::new().max_regions(BUFFERS as u32 * 2);
     if let Err(error) = &hook {

@@ -1,25 +1,26 @@
-//! `freshness.rs` without the feature `kernel`: a cache is current whenever no callback runs.
+//! Replaces `freshness.rs` without the feature `kernel`: a cache is always current, apart from
+//! running callbacks.
 
 use crate::Error;
 use mmu_notifier::{Mm, VaRange};
 use std::io;
 
-/// There is no kernel source.
+/// Without the feature there is no kernel source.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Source;
 
 pub(crate) const NO_SOURCE: Source = Source;
 
-/// No range is armed.
+/// No range is ever armed.
 #[derive(Debug)]
 pub(crate) enum Armed {}
 
-// The cache drops it where that matters for the other one.
+// The cache drops the value explicitly, because the drop of the other `Armed` has an effect.
 impl Drop for Armed {
     fn drop(&mut self) {}
 }
 
-/// The check in front of every look-up.
+/// The check before every look-up.
 #[derive(Debug)]
 pub(crate) struct Freshness;
 

@@ -1,4 +1,4 @@
-//! One cache: the notifier that the core calls, and what hits, misses and ends of leases do.
+//! One cache: the notifier that the core calls, and the work of hits, misses and ends of leases.
 
 use crate::error::Refusal;
 use crate::freshness::{Armed, Freshness};
@@ -15,18 +15,18 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 
-/// What is kept of a registration.
+/// The data of one registration.
 pub(crate) struct Registered<R: Registrar> {
     pub(crate) handle: R::Handle,
     pub(crate) armed: Option<Armed>,
 }
 
-/// The notifier.
+/// The notifier of a cache.
 pub(crate) struct Cache<R: Registrar> {
     pub(crate) index: Index,
     pub(crate) handles: Handles<Registered<R>>,
     pub(crate) state: Mutex<State>,
-    /// Notified when a registration has begun or ceased to exist and a thread waits for that.
+    /// Notified when a registration is complete or undone and a thread waits for that.
     pub(crate) ended: Condvar,
     pub(crate) registrar: Arc<R>,
     pub(crate) options: Options,
@@ -52,8 +52,8 @@ impl<R: Registrar> Cache<R> {
         lock(&self.state)
     }
 
-    /// The way of a request that was no quick hit, and may have leased a region that was not what
-    /// it wanted. Its result fits into two registers, so that the quick way needs no memory for it.
+    /// The slow path of a request. `quick` may have leased a region that the request did not want.
+    /// The result fits into two registers, so that the fast path needs no memory for it.
     #[cold]
     #[inline(never)]
     pub(crate) fn find_or_register(
@@ -64,7 +64,8 @@ impl<R: Registrar> Cache<R> {
         if let Some(held) = &wrong {
             self.end(held);
         }
-        // To look again would be in vain, mostly, and what it misses is found under the lock.
+        // If `quick` sees everything, another look without the lock would mostly be useless: a miss
+        // searches again under the lock.
         if wrong.is_some() || !self.freshness.is_current() || !self.index.quick_sees_all() {
             self.freshness.settle()?;
             match self.index.look_up(range) {
@@ -76,7 +77,7 @@ impl<R: Registrar> Cache<R> {
         self.miss(range)
     }
 
-    /// The error of a request for `range`. Out of line, so that a hit does not make ready for it.
+    /// Builds the error of a request for `range`. Out of line, so that a hit does not pay for it.
     #[cold]
     #[inline(never)]
     pub(crate) fn error(&self, refusal: Refusal<R::Error>, range: VaRange) -> Error<R::Error> {
@@ -112,14 +113,14 @@ impl<R: Registrar> Cache<R> {
         }
     }
 
-    /// Ends a lease. The next scan asks whether it was the last.
+    /// Ends a lease. The next scan decides whether it was the last one.
     pub(crate) fn end_later(&self, held: &Held<'_>) {
         if self.index.end(held).is_some() {
             self.index.leave_unasked();
         }
     }
 
-    /// Deregisters a dead region, if the lease that has just ended was its last.
+    /// Deregisters a dead region if the lease that has just ended was its last.
     #[cold]
     #[inline(never)]
     fn ended_dead(&self, region: u32) {
@@ -127,7 +128,8 @@ impl<R: Registrar> Cache<R> {
             return;
         }
         if is_locking() {
-            // In a signal handler. The next scan asks, perhaps that of the interrupted work.
+            // The caller is a signal handler. A later scan decides, perhaps one of the interrupted
+            // thread.
             return self.index.leave_unasked();
         }
         let _at_work = AtWork::mark(self);
@@ -138,8 +140,8 @@ impl<R: Registrar> Cache<R> {
     /// Deregisters the regions of a chain and frees their places.
     ///
     /// # Panics
-    /// As the registrar does, once all regions have been deregistered: a panic costs the one region
-    /// that it is about.
+    /// If the registrar panics. The panic continues after all regions of the chain have been
+    /// deregistered, so it costs only the region that caused it.
     pub(crate) fn reap(&self, mut chain: Chain) {
         if chain.is_empty() {
             return;
@@ -154,7 +156,8 @@ impl<R: Registrar> Cache<R> {
             self.wake(state);
             match result {
                 Err(panic) if first_panic.is_none() => first_panic = Some(panic),
-                // Leaked: its drop could panic as well. The panic hook has reported it.
+                // Leak the second panic's value, because its drop could panic too. The panic hook
+                // has reported that panic.
                 Err(panic) => std::mem::forget(panic),
                 Ok(()) => {}
             }
@@ -164,19 +167,19 @@ impl<R: Registrar> Cache<R> {
         }
     }
 
-    /// Deregisters a region that is in the state `Reaping`, and has no more changes of it counted.
+    /// Deregisters a region in the state `Reaping`, then stops counting changes of its range.
     pub(crate) fn deregister(&self, region: u32) {
         let Registered { handle, armed } = self.take(region);
         self.registrar.deregister(handle);
         drop(armed);
     }
 
-    /// Takes the handle of a region that is in the state `Reaping`.
+    /// Takes the handle of a region in the state `Reaping`.
     #[expect(unsafe_code, reason = "the one place where a handle leaves")]
     pub(crate) fn take(&self, region: u32) -> Registered<R> {
-        // SAFETY: The region must be registered, without a lease now and later, and this be done
-        // once: it is `Reaping`, which it became under the lock after a scan found no lease, and
-        // which only the caller that has it in its chain ends.
+        // SAFETY: the region must be registered, must have no lease now or later, and its handle
+        // must be taken once. The region became `Reaping` under the lock, after a scan had found no
+        // lease. Only the owner of its chain ends that state.
         unsafe { self.handles.take(region) }
     }
 
@@ -206,7 +209,7 @@ impl<R: Registrar> Cache<R> {
 
     pub(crate) fn stats(&self) -> Stats {
         if self.index.page.is_inherited() {
-            // A thread that is not in the child may have held the lock.
+            // A thread that does not exist in the child may have held the lock.
             return Stats::default();
         }
         let hits = self.index.hits();
@@ -271,7 +274,7 @@ impl<R: Registrar> Notifier for Cache<R> {
     fn try_invalidate_range_start(&self, range: &InvalidateRange<'_>) -> Result<(), WouldBlock> {
         if !self.index.page.is_inherited() {
             let mut state = try_lock(&self.state).ok_or(WouldBlock)?;
-            // What is not leased is deregistered later: that may sleep.
+            // Regions without a lease are deregistered later, because the registrar may sleep.
             state.invalidate_start(&self.index, range.range());
         }
         Ok(())
@@ -285,8 +288,8 @@ impl<R: Registrar> Notifier for Cache<R> {
 }
 
 impl<R: Registrar> Drop for Cache<R> {
-    /// Deregisters what is left, except under leases that were forgotten: their owners may still be
-    /// at it.
+    /// Deregisters all remaining regions except those with a forgotten lease: the owner of such a
+    /// lease may still be using the region.
     fn drop(&mut self) {
         if self.index.page.is_inherited() {
             return;
@@ -297,7 +300,7 @@ impl<R: Registrar> Drop for Cache<R> {
             .used()
             .filter(|(_, status)| *status == Status::Leased)
             .count();
-        // Those keep their handles, which are leaked with them.
+        // Those regions keep their handles, which are leaked with them.
         debug_assert!(left == 0 || !cfg!(mmun_loom), "no model forgets a lease");
     }
 }

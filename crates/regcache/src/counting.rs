@@ -5,7 +5,7 @@ use mmu_notifier::VaRange;
 use std::convert::Infallible;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Registers nothing, counts, and can deregister in callbacks. Its handles are the numbers of the
+/// Registers nothing and only counts. It can deregister in callbacks. Its handles number the
 /// registrations, from 1.
 #[derive(Debug, Default)]
 pub struct Counting {
@@ -14,13 +14,13 @@ pub struct Counting {
 }
 
 impl Counting {
-    /// Returns how many registrations were made.
+    /// Returns the number of registrations.
     #[must_use]
     pub fn registered(&self) -> u64 {
         self.registered.load(Ordering::Relaxed)
     }
 
-    /// Returns how many were undone.
+    /// Returns the number of deregistrations.
     #[must_use]
     pub fn deregistered(&self) -> u64 {
         self.deregistered.load(Ordering::Relaxed)

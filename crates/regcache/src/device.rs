@@ -1,4 +1,4 @@
-//! What a program holds: a device, and handles of its caches.
+//! What a program holds: a device, and handles of the device's caches.
 
 mod owned_lease;
 
@@ -17,9 +17,10 @@ use std::{fmt, io};
 
 type Make<R> = Box<dyn Fn(&MmWithUser) -> io::Result<Cache<R>> + Send + Sync>;
 
-/// A registrar and the caches over it: one for each address space, shared by all who open it.
+/// A registrar and its caches, one for each address space. All callers that open an address space
+/// share its cache.
 ///
-/// Dropping it leaves the open caches alone.
+/// Dropping a device does not close its caches.
 ///
 /// # Examples
 /// ```
@@ -27,25 +28,25 @@ type Make<R> = Box<dyn Fn(&MmWithUser) -> io::Result<Cache<R>> + Send + Sync>;
 /// use regcache::{Counting, Device, Options};
 ///
 /// let device = Device::new(Counting::default(), Options::new());
-/// let mm = MmWithUser::new(); // Or `mmu_source::current()`, which event sources feed.
+/// let mm = MmWithUser::new(); // Or `mmu_source::current()`, where the sources open brackets.
 /// let cache = device.open(&mm)?;
 ///
 /// let buffer = VaRange::covering(Va::new(0x7000_0000), 64 << 10)?;
-/// drop(cache.get(buffer)?); // Registers it,
-/// let lease = cache.get(buffer)?; // which this one finds.
+/// drop(cache.get(buffer)?); // Registers the buffer.
+/// let lease = cache.get(buffer)?; // Finds the registration.
 /// assert_eq!(device.registrar().registered(), 1);
 ///
 /// let bracket = mm.invalidate(buffer, Event::Unmap); // The buffer is unmapped while it is in use:
 /// assert!(!lease.is_current());
 /// drop(bracket);
-/// assert_eq!(device.registrar().deregistered(), 0, "it stays registered for as long as the lease lasts");
+/// assert_eq!(device.registrar().deregistered(), 0, "the lease keeps it registered");
 /// drop(lease);
 /// assert_eq!(device.registrar().deregistered(), 1);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub struct Device<R: Registrar> {
     registrar: Arc<R>,
-    /// An address space that has ended; it knows the process that it was made in.
+    /// An address space that has exited. It identifies the process that made the device.
     origin: Mm,
     subsystem: Subsystem<Cache<R>, io::Error, Make<R>>,
 }
@@ -73,17 +74,19 @@ impl<R: Registrar> Device<R> {
         &self.registrar
     }
 
-    /// Opens the device's cache for an address space. All handles are of the same cache.
+    /// Opens the device's cache for an address space. All handles for the same address space share
+    /// one cache.
     ///
-    /// When the last handle is dropped, the cache deregisters everything, a moment later and on
-    /// another thread. [`synchronize`](Self::synchronize) waits for it.
+    /// When the last handle is dropped, the cache deregisters everything, on another thread a
+    /// moment later. [`synchronize`](Self::synchronize) waits for that.
     ///
     /// # Blocking
-    /// The first one sleeps until the invalidations that run now have ended.
+    /// The first call for an address space sleeps until the invalidations that are running have
+    /// ended.
     /// # Errors
-    /// [`Error::Open`], with the core's reason or the kernel's; also (`InvalidInput`) if the
-    /// options have a kernel source and this is another address space than [`mmu_source::current`].
-    /// [`Error::Forked`] in a child of the process that made the device.
+    /// [`Error::Open`] with the reason of the core or of the kernel. Its reason is `InvalidInput`
+    /// if the options have a kernel source and `mm` is not [`mmu_source::current`].
+    /// [`Error::Forked`] in the child of a fork.
     pub fn open(&self, mm: &MmWithUser) -> Result<RegCache<R>, Error<R::Error>> {
         if self.origin.is_inherited() {
             return Err(Error::Forked);
@@ -95,10 +98,11 @@ impl<R: Registrar> Device<R> {
         Ok(RegCache { subscription })
     }
 
-    /// Waits until the caches whose last handle was dropped before have deregistered everything.
+    /// Waits until every cache whose last handle was dropped before this call has deregistered
+    /// everything.
     ///
     /// # Blocking
-    /// Sleeps meanwhile.
+    /// Sleeps until then.
     /// # Errors
     /// [`WouldDeadlock`] inside an invalidation callback.
     pub fn synchronize(&self) -> Result<(), WouldDeadlock> {
@@ -116,39 +120,42 @@ impl<R: Registrar + fmt::Debug> fmt::Debug for Device<R> {
 
 /// A handle of a cache. From [`Device::open`].
 ///
-/// Send and share it as you like: `get` takes no lock for what is registered already.
+/// Handles can be sent and shared between threads: `get` takes no lock if the range is already
+/// registered.
 ///
 /// # Signal handlers
-/// A handler calls [`get_cached`](Self::get_cached), which never registers, and ends the lease with
-/// [`Lease::end_later`], which never deregisters. Both may interrupt anything.
+/// A handler may call [`get_cached`](Self::get_cached), which never registers, and end the lease
+/// with [`Lease::end_later`], which never deregisters. Both are safe whatever code the handler has
+/// interrupted.
 ///
-/// [`get`](Self::get) and the drop of a lease are for handlers only if the registrar is, and the
-/// subscribers of the kernel source are: any `get` can be a miss. Even a leased region
-/// can be out of the look-up, because a change of its memory takes it out. With
-/// [`Options::kernel`], each fork changes all private writable memory. [`Mlock`](crate::Mlock) is
-/// not for handlers: it would wait for the lock that the interrupted code holds. Where `get` would
-/// wait for the cache's own work that the handler interrupted, it is refused
-/// ([`Error::WouldDeadlock`]). `flush`, `stats`, `get_owned` and opening or dropping handles are
-/// not for handlers.
+/// A handler may call [`get`](Self::get) and drop a lease only if the registrar, and the
+/// subscribers of the kernel source, are safe in signal handlers. The reason is that any `get` can
+/// be a miss: a change of its memory removes even a leased region from the look-up, and with
+/// [`Options::kernel`] each fork changes all private writable memory. [`Mlock`](crate::Mlock) is
+/// not safe in handlers, because it would wait for the lock that the interrupted code may hold. If
+/// `get` would have to wait for work of this cache that the handler has interrupted, it returns
+/// [`Error::WouldDeadlock`].
+///
+/// A handler must not call `flush`, `stats` or `get_owned`, and must not open or drop handles.
 pub struct RegCache<R: Registrar> {
     subscription: Subscription<Cache<R>>,
 }
 
 impl<R: Registrar> RegCache<R> {
-    /// Leases a region that covers `range`, and registers one if there is none.
+    /// Leases a region that covers `range`. If there is none, registers one.
     ///
     /// The region stays registered until the lease is dropped, whatever happens to the memory. If
-    /// it is taken away meanwhile, the lease says so ([`Lease::is_current`]), and the region is not
-    /// found any more.
+    /// the memory changes meanwhile, look-ups no longer find the region, and [`Lease::is_current`]
+    /// returns false.
     ///
     /// # Blocking
-    /// A hit takes no lock. A miss sleeps in the registrar, or while another thread registers the
-    /// same memory. In an invalidation callback, it must not if that thread's registrar could wait
-    /// for the callback; in one that the kernel source runs, it is refused. A signal handler calls
-    /// [`get_cached`](Self::get_cached) instead: a hit allocates nothing and takes no lock, but a
-    /// miss allocates and calls the registrar.
+    /// A hit takes no lock and allocates nothing. A miss allocates, and sleeps in the registrar or
+    /// while another thread registers the same memory. So a signal handler calls
+    /// [`get_cached`](Self::get_cached) instead. An invalidation callback must not call `get` if
+    /// that other thread's registrar could wait for the callback. In a callback that the kernel
+    /// source runs, a miss that would sleep fails.
     /// # Errors
-    /// Those of [`Error`], [`Error::Open`] apart. [`Error::Source`] with
+    /// Every [`Error`] except [`Error::Open`]. [`Error::Source`] with
     /// [`mmu_source::Error::InCallback`] in a callback of the kernel source of [`Options::kernel`].
     #[inline(always)]
     pub fn get(&self, range: VaRange) -> Result<Lease<'_, R>, Error<R::Error>> {
@@ -164,17 +171,17 @@ impl<R: Registrar> RegCache<R> {
         }
     }
 
-    /// Leases a region that covers `range` if there is one in the look-up. Never registers,
-    /// allocates nothing, and calls neither the registrar nor a callback: for signal handlers, and
-    /// for callers that would rather go without.
+    /// Leases a region that covers `range`, if the look-up finds one. It never registers, allocates
+    /// nothing, and calls neither the registrar nor a callback. So it suits signal handlers, and
+    /// callers that do not want to wait for a registration.
     ///
     /// # Blocking
-    /// Waits for nothing, except once in a thread: its first look-up takes a number for the thread,
-    /// under a lock that other threads hold for some hundred nanoseconds while they take theirs.
+    /// Does not wait, except once in each thread: the first look-up takes a number for the thread,
+    /// under a lock that other threads hold for some hundred nanoseconds at a time.
     ///
-    /// Returns `None` also in the child of a fork, and while changes that the kernel source of
-    /// [`Options::kernel`] has counted were not told to the cache yet. A later [`get`](Self::get),
-    /// or the source's own thread, runs their callbacks.
+    /// It also returns `None` in the child of a fork, and while the cache has not yet been told of
+    /// changes that the kernel source of [`Options::kernel`] has counted. A later
+    /// [`get`](Self::get) or the source's own thread runs the callbacks of these changes.
     ///
     /// # Examples
     /// ```
@@ -186,7 +193,7 @@ impl<R: Registrar> RegCache<R> {
     /// assert!(cache.get_cached(buffer).is_none());
     /// drop(cache.get(buffer)?);
     /// if let Some(lease) = cache.get_cached(buffer) {
-    ///     lease.end_later(); // In a handler; elsewhere it can just be dropped.
+///     lease.end_later(); // In a signal handler. Other code can just drop it.
     /// }
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
@@ -212,12 +219,12 @@ impl<R: Registrar> RegCache<R> {
         held.ok().map(|held| Lease::new(cache, held))
     }
 
-    /// The same as [`get`](Self::get), for a lease that keeps the cache itself, such as one that
-    /// goes along with a request and is dropped when it completes. It costs more by the two counts
-    /// of a handle.
+    /// Like [`get`](Self::get), but the lease keeps the cache itself alive, for example for a lease
+    /// that is stored with a request until the request completes. It costs two more updates of a
+    /// handle count.
     ///
     /// # Errors
-    /// As `get`; [`Error::Open`] if there are too many handles.
+    /// The errors of `get`; [`Error::Open`] if there are too many handles.
     pub fn get_owned(&self, range: VaRange) -> Result<OwnedLease<R>, Error<R::Error>> {
         let cache = self.try_clone().map_err(|Overflow| Error::Open {
             source: GetError::Overflow,
@@ -228,27 +235,27 @@ impl<R: Registrar> RegCache<R> {
     /// Leases a region that covers the memory of `buffer`.
     ///
     /// # Errors
-    /// As [`get`](Self::get).
+    /// The errors of [`get`](Self::get).
     /// # Panics
-    /// If the buffer is empty: there is nothing to register.
+    /// If the buffer is empty, because then there is nothing to register.
     #[inline]
     pub fn get_for<T>(&self, buffer: &[T]) -> Result<Lease<'_, R>, Error<R::Error>> {
         self.get(VaRange::of(buffer).expect("a buffer that is not empty covers a page"))
     }
 
-    /// The same as [`get_for`](Self::get_for), for a lease that keeps the cache itself, as
-    /// [`get_owned`](Self::get_owned) gives it. It does not keep the buffer.
+    /// Like [`get_for`](Self::get_for), but the lease keeps the cache alive, as that of
+    /// [`get_owned`](Self::get_owned) does. It does not keep the buffer alive.
     ///
     /// # Errors
-    /// As [`get_owned`](Self::get_owned).
+    /// The errors of [`get_owned`](Self::get_owned).
     /// # Panics
-    /// If the buffer is empty: there is nothing to register.
+    /// If the buffer is empty, because then there is nothing to register.
     pub fn get_owned_for<T>(&self, buffer: &[T]) -> Result<OwnedLease<R>, Error<R::Error>> {
         self.get_owned(VaRange::of(buffer).expect("a buffer that is not empty covers a page"))
     }
 
-    /// Takes everything out of the look-up and deregisters what is not leased. Returns how many
-    /// regions were found until then.
+    /// Removes every region from the look-up and deregisters those without a lease. Returns how
+    /// many regions it removed.
     ///
     /// # Blocking
     /// Sleeps in the registrar.
@@ -256,10 +263,11 @@ impl<R: Registrar> RegCache<R> {
         self.subscription.flush()
     }
 
-    /// Deregisters what was taken out of the look-up and could not be deregistered in a callback.
+    /// Deregisters the regions that were removed from the look-up and could not be deregistered in
+    /// a callback.
     ///
-    /// Misses and ends of leases do so, too. This is for programs that have neither for a long
-    /// time.
+    /// A miss and the end of a lease do this too, so only a program that has neither for a long
+    /// time needs this call.
     ///
     /// # Blocking
     /// Sleeps in the registrar.
@@ -267,7 +275,7 @@ impl<R: Registrar> RegCache<R> {
         self.subscription.reap_killed();
     }
 
-    /// Returns what the cache did and holds.
+    /// Returns the counters and the content of the cache in numbers.
     #[must_use]
     pub fn stats(&self) -> Stats {
         self.subscription.stats()
@@ -285,11 +293,11 @@ impl<R: Registrar> RegCache<R> {
         self.subscription.mm()
     }
 
-    /// Makes another handle of the same cache. Not `Clone`, because the count of handles is 32 bits
-    /// wide, as the kernel's is, and a clone cannot fail; an `Arc` of one handle can be cloned.
+    /// Makes another handle of the same cache. It is not `Clone`, because it can fail: the count of
+    /// handles has 32 bits, as in the kernel. Put one handle into an `Arc` to clone it.
     ///
     /// # Errors
-    /// [`Overflow`] after 2^32 - 1 of them.
+    /// [`Overflow`] after 2^32 - 1 handles.
     pub fn try_clone(&self) -> Result<Self, Overflow> {
         Ok(Self {
             subscription: self.subscription.try_clone()?,

@@ -1,4 +1,4 @@
-//! Why there is no lease.
+//! The reasons why a caller gets no lease.
 
 use mmu_notifier::{GetError, VaRange};
 use std::{fmt, io};
@@ -7,64 +7,64 @@ use std::{fmt, io};
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Error<E> {
-    /// The range is not mapped, or not all of it.
+    /// The range is not mapped, or only in part.
     NotMapped {
-        /// What was asked for.
+        /// The requested range.
         range: VaRange,
-        /// What the registrar said.
+        /// The registrar's error.
         source: E,
     },
-    /// The registrar cannot register more, also after something was evicted.
+    /// The registrar cannot register more, even after the cache has evicted regions.
     LimitReached {
-        /// What was asked for.
+        /// The requested range.
         range: VaRange,
-        /// How many regions were evicted to make room.
+        /// The number of regions that were evicted to make room.
         evicted: u64,
-        /// What the registrar said the second time.
+        /// The registrar's error at the second attempt.
         source: E,
     },
     /// The registrar failed for another reason.
     Registrar {
-        /// What was to be registered.
+        /// The range that the cache tried to register.
         range: VaRange,
-        /// What the registrar said.
+        /// The registrar's error.
         source: E,
     },
-    /// The cache's own limits are reached, and all that is registered is leased.
+    /// The cache has reached its own limits, and every registered region is leased.
     Full {
-        /// What was asked for.
+        /// The requested range.
         range: VaRange,
-        /// Regions that are registered.
+        /// The number of registered regions.
         regions: u32,
-        /// Bytes that are registered.
+        /// The number of registered bytes.
         bytes: u64,
     },
     /// The range is larger than the limit of the cache.
     TooLarge {
-        /// What was asked for.
+        /// The requested range.
         range: VaRange,
         /// The limit, in bytes.
         limit: u64,
     },
-    /// The address space has ended.
+    /// The address space has exited.
     Exited,
-    /// This process is the child of a fork and the cache or the device is its parent's. Make a
-    /// device here, and open a cache of it for the child's own address space.
+    /// This process is the child of a fork, and the cache or the device belongs to the parent. The
+    /// child must make its own device and open a cache for its own address space.
     Forked,
-    /// The call would wait for its own thread: it comes from a signal handler that interrupted this
-    /// thread's work on the cache, or from the registrar or a callback in the middle of that work.
-    /// It needs what that work is at, or a larger table, which may be what is being allocated. Try
-    /// again after that has returned.
+    /// The call would wait for its own thread. It comes from a signal handler that has interrupted
+    /// this thread's work on the cache, or from the registrar or a callback in the middle of that
+    /// work. It needs the result of that work, or a larger table while the interrupted code may be
+    /// allocating one. Try again after the interrupted work has continued.
     WouldDeadlock,
-    /// The source of changes cannot say what has changed.
+    /// The kernel source cannot say what has changed.
     #[cfg(feature = "kernel")]
     Source {
-        /// What the source says.
+        /// The error of the source.
         source: mmu_source::Error,
     },
     /// The cache could not be opened.
     Open {
-        /// What the core or the kernel said.
+        /// The error of the core or of the kernel.
         source: GetError<io::Error>,
     },
 }
@@ -116,9 +116,10 @@ impl<E: std::error::Error + 'static> std::error::Error for Error<E> {
     }
 }
 
-/// An error on its way through the slow path: a number and a word, which compilers keep in
-/// registers. Only what the registrar or the kernel has said is in a box: all other refusals may be
-/// met in a signal handler or a callback that has interrupted the allocator.
+/// An error on its way through the slow path. It has a tag and one word, which compilers keep in
+/// registers. Only errors of the registrar or of the kernel are boxed. All other refusals must not
+/// allocate, because a signal handler or a callback that has interrupted the allocator may get
+/// them.
 #[derive(Debug)]
 pub(crate) enum Refusal<E> {
     WouldDeadlock,

@@ -1,12 +1,12 @@
-//! Whether the result of a look-up can be trusted now.
+//! Decides whether the result of a look-up can be trusted.
 //!
-//! A source that calls back before the memory changes needs nothing here. The kernel source counts
-//! a change before it happens and tells the range when asked: a look-up is trusted only if the
-//! callbacks for all changes so far have run.
+//! A source that runs callbacks before the memory changes needs no check here. The kernel source
+//! counts a change before the change happens, and reports its range later, on request. So a look-up
+//! is trusted only if the callbacks of all changes so far have run.
 //!
 //! The count is loaded before the table is read. If a change is counted after the load, it counts
 //! as later than the look-up. If a change was counted before the load and its callbacks have run,
-//! they took its regions out of the look-up before that was published.
+//! these callbacks have removed its regions from the look-up.
 
 use crate::Error;
 use mmu_notifier::{Mm, VaRange};
@@ -20,7 +20,7 @@ pub(crate) type Source = Option<Arc<Kernel>>;
 
 pub(crate) const NO_SOURCE: Source = None;
 
-/// The check in front of every look-up.
+/// The check before every look-up.
 #[derive(Debug)]
 pub(crate) struct Freshness {
     kernel: Source,
@@ -36,7 +36,7 @@ impl Freshness {
         }
     }
 
-    /// Refuses an address space that the source does not feed.
+    /// Refuses an address space on which the source opens no brackets.
     pub(crate) fn check(kernel: &Source, mm: &Mm) -> io::Result<()> {
         if kernel.is_none() || *mm == **mmu_source::current_ref() {
             return Ok(());
@@ -45,7 +45,7 @@ impl Freshness {
         Err(io::Error::new(io::ErrorKind::InvalidInput, why))
     }
 
-    /// Whether all changes so far are known to the cache.
+    /// Tells whether the cache knows of all changes so far.
     #[inline(always)]
     pub(crate) fn is_current(&self) -> bool {
         match &self.kernel {
@@ -54,8 +54,8 @@ impl Freshness {
         }
     }
 
-    /// Makes all changes so far known to the cache, by running their callbacks. Must be called
-    /// without the lock of the cache, which the callbacks take.
+    /// Runs the callbacks of all changes so far, so that the cache knows of them. The caller must
+    /// not hold the lock of the cache, because the callbacks take it.
     #[inline]
     pub(crate) fn settle<E>(&self) -> Result<(), Error<E>> {
         match &self.kernel {
@@ -64,12 +64,12 @@ impl Freshness {
         }
     }
 
-    /// Whether the caller may sleep until another thread has registered a region. It must not in a
-    /// callback that the kernel source runs, because the other thread may wait for that callback.
-    /// Must be called without the lock of the cache, because callbacks run.
+    /// Checks whether the caller may sleep until another thread has registered a region. In a
+    /// callback that the kernel source runs it must not, because the other thread may wait for that
+    /// callback. The caller must not hold the lock of the cache, because callbacks run here.
     pub(crate) fn may_sleep<E>(&self) -> Result<(), Error<E>> {
         match &self.kernel {
-            // `drain` also runs the callbacks of changes that were not told yet.
+            // `drain` also runs the callbacks of changes that have not been reported yet.
             Some(kernel) if kernel.drain().refused => {
                 Err(failed(mmu_source::Error::InCallback { source: "kernel" }))
             }
@@ -77,7 +77,7 @@ impl Freshness {
         }
     }
 
-    /// Has changes of `range` counted. When it returns, none that began before is still under way.
+    /// Arms `range`. When this returns, no change that began before is still under way.
     pub(crate) fn arm<E>(&self, range: VaRange) -> Result<Option<Armed>, Error<E>> {
         self.kernel
             .as_ref()
@@ -86,7 +86,7 @@ impl Freshness {
             .map_err(failed)
     }
 
-    /// How many records the source has lost since the cache was opened.
+    /// Returns how many records the source has lost since the cache was opened.
     pub(crate) fn lost(&self) -> u64 {
         self.kernel
             .as_ref()

@@ -1,20 +1,20 @@
-//! How a region is found by any of its addresses: through the granules that it touches.
+//! Finds a region by any of its addresses, through the granules that the region touches.
 //!
-//! A granule is an aligned piece of the address space, of 4 KiB at level 0 and eight times as much
-//! at each further level. A region belongs to the lowest level at which it touches few of them, and
-//! is entered in the table under each. A look-up tries the granule of its first address at every
-//! level that is in use: usually one or two.
+//! A granule is an aligned piece of the address space: 4 KiB at level 0, and eight times as much at
+//! each further level. A region belongs to the lowest level at which it touches at most
+//! [`MAX_GRANULES`] granules, and the table has an entry for each of these. A look-up tries the
+//! granule of its first address at every level in use. Usually one or two levels are in use.
 
 use mmu_notifier::{Va, VaRange};
 
-/// The level that has the whole address space in two granules is the last.
+/// The number of levels. At the last one, two granules make up the whole address space.
 pub(crate) const LEVELS: u32 = 18;
-/// The most granules that a region touches.
+/// The largest number of granules that a region touches.
 pub(crate) const MAX_GRANULES: u32 = 9;
 
-/// Levels whose granules are smaller than a block.
+/// The levels whose granules are smaller than a block.
 pub(crate) const SMALL_LEVELS: u32 = 3;
-/// Bits of an address within a block, the unit of the summary that walks skip by.
+/// The number of address bits within a block. Walks skip empty blocks with the help of the summary.
 pub(crate) const BLOCK_SHIFT: u32 = 21;
 
 /// One granule.
@@ -24,18 +24,18 @@ pub(crate) struct Granule {
     pub(crate) number: u64,
 }
 
-/// Bits of an address within a granule.
+/// The number of address bits within a granule.
 #[inline(always)]
 pub(crate) const fn shift(level: u32) -> u32 {
     12 + 3 * level
 }
 
-/// The numbers of the first and last piece of `1 << shift` bytes that the range touches.
+/// Returns the numbers of the first and last piece of `1 << shift` bytes that the range touches.
 pub(crate) fn span(range: VaRange, shift: u32) -> (u64, u64) {
     (range.start().get() >> shift, range.last().get() >> shift)
 }
 
-/// The level a region belongs to.
+/// Returns the level of a region.
 pub(crate) fn level_of(range: VaRange) -> u32 {
     (0..LEVELS)
         .find(|level| {
@@ -45,19 +45,19 @@ pub(crate) fn level_of(range: VaRange) -> u32 {
         .expect("the last level has two granules")
 }
 
-/// The granules of a region.
+/// Returns the granules of a region.
 pub(crate) fn granules(range: VaRange) -> impl Iterator<Item = Granule> {
     let level = level_of(range);
     let (first, last) = span(range, shift(level));
     (first..=last).map(move |number| Granule { level, number })
 }
 
-/// What makes the hash of an address at a level.
+/// The constants for hashing an address at one level.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Lead {
-    /// The bits of a granule's number.
+    /// Selects the bits of a granule's number.
     pub(crate) mask: u64,
-    /// The golden section, as a part of what the number can be.
+    /// The golden ratio, scaled to the range of these numbers.
     pub(crate) factor: u64,
 }
 
@@ -68,8 +68,8 @@ pub(crate) const fn lead(level: u32) -> Lead {
     }
 }
 
-/// The hash of the granule that an address is in, at the level of `lead`: the upper half of the
-/// product, in which neighbours are spread evenly (Fibonacci hashing).
+/// Returns the hash of the granule that contains an address, at the level of `lead`. It is the
+/// upper half of the product, which spreads neighbours evenly (Fibonacci hashing).
 #[inline(always)]
 pub(crate) fn hash(address: Va, lead: Lead) -> u32 {
     ((address.get() & lead.mask).wrapping_mul(lead.factor) >> 32) as u32

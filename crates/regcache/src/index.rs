@@ -12,12 +12,12 @@
 //!        no:  empty the slot again
 //! ```
 //!
-//! 1. The page of the header leads to the table, the table to a region that was entered under the
-//!    granule of the first address.
-//! 2. The region's number goes into a slot of this thread's own. From now on the region is leased,
-//!    if it still is one.
-//! 3. If the region is live and covers what is asked for, the lease stands. If not, the slot is
-//!    emptied again.
+//! 1. The page of the header leads to the table. The table leads to a region that has an entry
+//!    under the granule of the first address.
+//! 2. The reader writes the region's number into a slot of its own thread. From now on the region
+//!    is leased, provided it is still live.
+//! 3. If the region is live and covers the request, the lease stands. If not, the reader empties
+//!    the slot again.
 //!
 //! An invalidation or eviction is the *killer* of a region. There are two cases:
 //!
@@ -26,8 +26,9 @@
 //! * If the fence comes first, step 3 of the reader finds the region dead, and the reader empties
 //!   its slot.
 //!
-//! The end of a lease is the reverse: it empties the slot and then looks whether the region is
-//! still live. If the region is dead, it asks under the lock whether this was the last lease.
+//! The end of a lease works in the reverse order: it empties the slot, and then checks whether the
+//! region is still live. If the region is dead, the thread takes the lock and finds out whether
+//! this was the last lease.
 
 use crate::granule::{hash, lead};
 use crate::raw::barrier;
@@ -40,26 +41,26 @@ use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use mmu_notifier::VaRange;
 use std::{io, ptr};
 
-/// What look-ups read.
+/// The data that look-ups read.
 #[derive(Debug)]
 pub(crate) struct Index {
     pub(crate) page: Page,
-    /// By name: the first one is none.
+    /// The regions by name. Name 0 means "no region".
     regions: Array<Region>,
     pub(crate) threads: Threads,
-    /// Hits of leases that are in no slot.
+    /// The hits whose leases are in no slot.
     counted_hits: AtomicU64,
-    /// Whether a signal handler has ended a lease of a dead region, and could not ask whether it
-    /// was the last.
+    /// Whether a signal handler has ended a lease of a dead region, and could not find out whether
+    /// it was the last one.
     unasked: AtomicBool,
 }
 
-/// What a look-up came to.
+/// The result of a look-up.
 #[derive(Debug)]
 pub(crate) enum Look<'a> {
     Hit(Held<'a>),
-    /// This region was found and has died meanwhile. If this attempt looked like its last lease,
-    /// the caller must ask under the lock.
+    /// The look-up found this region, but the region died meanwhile. This attempt may have been its
+    /// last lease, so the caller must check under the lock.
     Dead(u32),
     Miss,
 }
@@ -89,9 +90,9 @@ impl Index {
         self.threads.hits() + self.counted_hits.load(Ordering::Relaxed)
     }
 
-    /// Leases a live region that covers `range`, if it is found at once: in this thread's next
-    /// slot, at the level that has the most regions. Nearly all hits are. If not, there may be a
-    /// lease of the wrong region, which has to be ended.
+    /// Leases a live region that covers `range` if it is found at the first try: in this thread's
+    /// next slot, at the level with the most regions. Nearly all hits are. On failure this thread
+    /// may hold a lease of the wrong region, which the caller must end.
     #[inline(always)]
     pub(crate) fn quick(&self, range: VaRange) -> Result<Held<'_>, Option<Held<'_>>> {
         let page = self.page.fields();
@@ -105,8 +106,8 @@ impl Index {
         let found = view.probe_names(hash(range.start(), page.lead()), |name| {
             let region = self.regions.get(name as usize)?;
             slot.publish(name);
-            // Now, and not before: the place may have been another region's when the table was
-            // read.
+            // Check now and not before the publication: the place may have belonged to another
+            // region when the table was read.
             Some(region.visit(range))
         });
         taking.end(found == Some(true));
@@ -117,14 +118,14 @@ impl Index {
         }
     }
 
-    /// Whether `quick` finds whatever there is.
+    /// Tells whether `quick` sees every region.
     pub(crate) fn quick_sees_all(&self) -> bool {
-        // Relaxed: a level that is missed is a miss.
+        // Relaxed: a level that this load misses is a miss.
         let one_level = self.page.levels.load(Ordering::Relaxed).is_power_of_two();
         one_level && self.threads.mine().and_then(Block::next_slot).is_some()
     }
 
-    /// Looks everywhere, still without a lock or an allocation.
+    /// Searches all levels, still without a lock or an allocation.
     pub(crate) fn look_up(&self, range: VaRange) -> Look<'_> {
         let block = self.threads.mine().or_else(|| self.threads.join());
         let Some(taking) = block.and_then(Block::begin) else {
@@ -140,20 +141,20 @@ impl Index {
             if region.visit(range) {
                 return Some(Look::Hit(Held::in_slot(slot)));
             }
-            // The slot is this thread's still, since no handler takes one meanwhile.
+            // The slot still belongs to this thread, because no signal handler takes one meanwhile.
             self.retract(&Held::in_slot(slot))
         });
         taking.end(matches!(look, Look::Hit(_)));
         look
     }
 
-    /// The same for a thread that has no free slot, and for a signal handler that has interrupted
-    /// the taking of one.
+    /// Like `look_up`, for a thread without a free slot, and for a signal handler that has
+    /// interrupted its thread while it was taking one.
     #[cold]
     fn look_up_counted(&self, range: VaRange) -> Look<'_> {
         self.search(range, |name| {
             let region = self.regions.get(name as usize)?;
-            // Not every region that hashes alike: this is a shared write.
+            // Count only in a region that covers `range`, because this is a shared write.
             if !region.covers(range) {
                 return None;
             }
@@ -166,14 +167,14 @@ impl Index {
         })
     }
 
-    /// Calls `f` with the names of the regions that the table has for the first page of `range`,
-    /// until it returns something.
+    /// Calls `f` with the name of each region that the table has for the first page of `range`,
+    /// until `f` returns a result.
     fn search<'a>(
         &'a self,
         range: VaRange,
         mut f: impl FnMut(u32) -> Option<Look<'a>>,
     ) -> Look<'a> {
-        // Relaxed: a level that is missed is a miss.
+        // Relaxed: a level that this load misses is a miss.
         let mut levels = self.page.levels.load(Ordering::Relaxed);
         let Some(view) = self.page.view() else {
             return Look::Miss;
@@ -193,8 +194,8 @@ impl Index {
         self.end(held).map(Look::Dead)
     }
 
-    /// Leases a region for a caller that holds the lock of the cache, and has seen that the region
-    /// is live or made it.
+    /// Leases a region. The caller holds the lock of the cache, and has made the region or checked
+    /// that it is live.
     pub(crate) fn lease_locked(&self, number: u32) -> Held<'_> {
         let region = self.region(number);
         region.visit(region.range());
@@ -212,7 +213,7 @@ impl Index {
         Held::in_region(region)
     }
 
-    /// The number of a region that is leased.
+    /// Returns the number of a leased region.
     #[inline]
     pub(crate) fn leased(&self, held: &Held<'_>) -> u32 {
         match held.place() {
@@ -221,8 +222,8 @@ impl Index {
         }
     }
 
-    /// Ends a lease. Returns the region's number if that is not live, and the caller has to ask
-    /// whether this was the last one.
+    /// Ends a lease. If the region is dead, returns its number: the caller must find out whether
+    /// this was its last lease.
     #[inline(always)]
     #[must_use]
     pub(crate) fn end(&self, held: &Held<'_>) -> Option<u32> {
@@ -239,19 +240,19 @@ impl Index {
         }
     }
 
-    /// Leaves the question whether the lease that has just ended was the last one to the next
+    /// Leaves the question "was this the last lease?" to the next
     /// [`take_unasked`](Self::take_unasked).
     pub(crate) fn leave_unasked(&self) {
         // ORDER(cache-unasked): Release, for the end of the lease. Partner: the Acquire in
-        // `take_unasked`. With a weaker store the scan could still see the lease, and no later scan
-        // would ask.
+        // `take_unasked`. If weaker, the scan could still see the lease, and no later scan would
+        // check again.
         self.unasked.store(true, Ordering::Release);
     }
 
-    /// Tells whether such a question was left, to a caller that is going to ask it.
+    /// Tells whether such a question was left, and clears it. The caller must then check.
     pub(crate) fn take_unasked(&self) -> bool {
-        // ORDER(cache-unasked): Acquire, partner in `leave_unasked`. The load first: a swap for
-        // each miss would be a shared write.
+        // ORDER(cache-unasked): Acquire; partner in `leave_unasked`. The load comes first, because
+        // a swap at each miss would be a shared write.
         self.unasked.load(Ordering::Relaxed) && self.unasked.swap(false, Ordering::Acquire)
     }
 

@@ -1,4 +1,4 @@
-//! Leases: what keeps a region registered.
+//! Leases, which keep regions registered.
 
 use crate::Registrar;
 use crate::cache::Cache;
@@ -9,11 +9,10 @@ use mmu_notifier::VaRange;
 use std::fmt;
 use std::mem::ManuallyDrop;
 
-/// A region that stays registered until this is dropped. From
-/// [`RegCache::get`](crate::RegCache::get).
+/// Keeps a region registered until it is dropped. From [`RegCache::get`](crate::RegCache::get).
 ///
-/// It can be sent to another thread and dropped there. One that is forgotten ([`std::mem::forget`])
-/// keeps its region registered for ever.
+/// A lease can be sent to another thread and dropped there. A forgotten lease
+/// ([`std::mem::forget`]) keeps its region registered for ever.
 #[must_use = "the region may be deregistered when the lease is dropped"]
 pub struct Lease<'a, R: Registrar> {
     cache: &'a Cache<R>,
@@ -26,7 +25,7 @@ impl<'a, R: Registrar> Lease<'a, R> {
         Self { cache, held }
     }
 
-    /// The same, to be ended by the caller.
+    /// Takes the lease apart. The caller must end it.
     pub(crate) fn into_held(self) -> Held<'a> {
         let this = ManuallyDrop::new(self);
         match this.held.place() {
@@ -38,7 +37,7 @@ impl<'a, R: Registrar> Lease<'a, R> {
     /// Ends the lease without a lock and without the registrar, as a signal handler must.
     ///
     /// If it was the last lease of a stale region, the next miss, invalidation,
-    /// [`reap`](crate::RegCache::reap) or [`flush`](crate::RegCache::flush) deregisters that.
+    /// [`reap`](crate::RegCache::reap) or [`flush`](crate::RegCache::flush) deregisters the region.
     pub fn end_later(self) {
         let cache = self.cache;
         cache.end_later(&self.into_held());
@@ -48,37 +47,38 @@ impl<'a, R: Registrar> Lease<'a, R> {
         self.cache.index.region(self.cache.index.leased(&self.held))
     }
 
-    /// Returns what the registrar made of the region.
+    /// Returns the registrar's handle of the region.
     #[must_use]
     #[inline]
     #[expect(unsafe_code, reason = "the one place where a handle is read")]
     pub fn handle(&self) -> &R::Handle {
-        // SAFETY: The region must be leased as long as the reference lives: it is by `self`, which
-        // the reference borrows.
+        // SAFETY: the region must be leased as long as the reference lives. `self` leases it, and
+        // the reference borrows from `self`.
         &unsafe { self.cache.handles.get(self.cache.index.leased(&self.held)) }.handle
     }
 
-    /// Returns the registered region, which covers what was asked for.
+    /// Returns the registered region, which covers the requested range.
     #[must_use]
     pub fn range(&self) -> VaRange {
         self.region().range()
     }
 
-    /// Tells whether the region still stands for the memory at its addresses.
+    /// Tells whether the region still matches the memory at its addresses.
     ///
-    /// False from the moment on at which some of it was about to change, and also if the region was
-    /// merged into another one, evicted or flushed. A transfer through a region that is false
-    /// afterwards may have gone to memory that is not there any more: if the program unmaps buffers
-    /// that are in use, it has to look.
+    /// It is false as soon as a part of the memory is about to change. It is also false if the
+    /// region was merged into another one, evicted or flushed. If it is false after a transfer, the
+    /// transfer may have gone to memory that the program does not have any more. So a program that
+    /// unmaps buffers in use must check.
     ///
     /// # Blocking
-    /// While callbacks run, if the cache asks the kernel source and that has something to tell.
+    /// Waits while callbacks run, if the cache uses the kernel source and that source has
+    /// unreported changes.
     #[must_use]
     pub fn is_current(&self) -> bool {
         let cache = self.cache;
-        // ORDER(cache-use): What the caller has read through the lease comes before the looks that
-        // follow. Partner: `set_dead`. If weaker, it could be of the memory that came afterwards,
-        // and the answer from before.
+        // ORDER(cache-use): the caller's reads through the lease come before the loads that follow.
+        // Partner: `set_dead`. If weaker, the reads could see the memory after the change, and the
+        // answer could be from before it.
         fence(Ordering::Acquire);
         let known = cache.freshness.is_current() || cache.freshness.settle::<R::Error>().is_ok();
         known && !cache.index.page.is_inherited() && self.region().is_live()

@@ -1,11 +1,12 @@
-//! The way of a request that found nothing.
+//! The slow path of a request that found no region.
 //!
-//! The region gets its place, and is on the list of those being registered, before the registrar is
-//! called. An invalidation that comes meanwhile marks it; one that was under way already marked it
-//! at once, as the memory may change after the registrar has looked. Under the lock, after the
-//! registrar, a marked region is not put into the look-up: it is deregistered and tried again. If
-//! that happens too often, or the invalidation still runs, the caller gets a lease of a region that
-//! is in no look-up, as if the request had come just before the invalidation.
+//! Before the registrar is called, the region gets its place and is put on the list of those being
+//! registered. An invalidation that begins afterwards marks the region. If an invalidation is
+//! already running, the region is marked at once, because the memory may change after the registrar
+//! has looked at it. After the registrar has returned, a marked region does not enter the look-up:
+//! it is deregistered and the request tries again. If that happens too often, or the invalidation
+//! is still running, the caller gets a lease of a region that is in no look-up, as if the request
+//! had come just before the invalidation.
 
 use crate::cache::{Cache, Registered};
 use crate::error::Refusal;
@@ -18,28 +19,28 @@ use crate::sync::{AtWork, MutexGuard, is_locking, wait};
 use crate::{Cause, Error, Registrar};
 use mmu_notifier::VaRange;
 
-/// How often a registration is tried again because an invalidation met it.
+/// How often a request tries again because an invalidation overlapped its registration.
 const TRIES: u32 = 8;
 
-/// A lease, or in few words that there is none.
+/// A lease, or in a few words why there is none.
 type Outcome<'a, R> = Result<Held<'a>, Refusal<<R as Registrar>::Error>>;
 
-/// What a request has been through.
+/// The history of one request.
 #[derive(Debug, Default)]
 struct Past {
     collisions: u32,
-    /// Whether the registrar's limit was met once, and how many regions were evicted for it.
+    /// If the registrar reached its limit: how many regions were evicted for it.
     evicted: Option<u64>,
-    /// Whether it is to be registered without what is beside it.
+    /// Whether to register the request alone, without its neighbours.
     alone: bool,
-    /// Whether it was seen that sleeping can do no harm.
+    /// Whether it is already known that this thread may sleep.
     may_sleep: bool,
-    /// Whether this thread is in the middle of other work on the cache: it must not sleep until
-    /// that is done.
+    /// Whether this thread has other work on the cache in progress. Then it must not sleep until
+    /// that work is done.
     is_nested: bool,
 }
 
-/// Ends a registration that the registrar's panic would leave open.
+/// Ends the registration if the registrar panics.
 struct Open<'a, R: Registrar> {
     cache: &'a Cache<R>,
     region: u32,
@@ -76,7 +77,7 @@ impl<R: Registrar> Cache<R> {
         }
     }
 
-    /// One try. `None` if it has to be made again from the beginning.
+    /// Makes one attempt. Returns `None` if the request must start again.
     fn try_once(&self, range: VaRange, past: &mut Past) -> Option<Outcome<'_, R>> {
         let (index, options) = (&self.index, &self.options);
         let mut state = self.lock();
@@ -114,7 +115,7 @@ impl<R: Registrar> Cache<R> {
                     return None;
                 }
                 if state.reaping != 0 || state.is_registering() {
-                    // Another thread is about to give places back, or to have a region that can be
+                    // Another thread is about to free places, or to complete a region that can be
                     // evicted.
                     return self.sleep(state, past);
                 }
@@ -126,7 +127,8 @@ impl<R: Registrar> Cache<R> {
         }
         if !state.has_table(index) {
             if past.is_nested {
-                // Perhaps this thread was interrupted while it was allocating such a table.
+                // A larger table is needed, but this thread may have been interrupted while it was
+                // allocating one.
                 return Some(Err(Refusal::WouldDeadlock));
             }
             let log2 = index
@@ -145,7 +147,7 @@ impl<R: Registrar> Cache<R> {
             cache: self,
             region,
         };
-        // The region is on the list: what begins to change from now on will mark it.
+        // The region is on the list, so every change that begins from now on marks it.
         let armed = match self.freshness.arm(target) {
             Ok(armed) => armed,
             Err(error) => return Some(Err(error.into())),
@@ -154,7 +156,7 @@ impl<R: Registrar> Cache<R> {
             .registrar
             .register(target)
             .map_err(|error| (self.registrar.cause(&error), error));
-        // The registrar has not panicked.
+        // The registrar did not panic.
         std::mem::forget(open);
         match result {
             Ok(handle) => self.registered(region, Registered { handle, armed }, replaces, past),
@@ -162,7 +164,7 @@ impl<R: Registrar> Cache<R> {
         }
     }
 
-    /// Makes the table larger: without the lock, since memory is needed.
+    /// Makes the table larger. It does so without the lock, because it allocates.
     fn grow(&self, log2: u32) {
         let table = Table::new(log2);
         let state = self.lock();
@@ -180,11 +182,11 @@ impl<R: Registrar> Cache<R> {
         replaces: bool,
         past: &mut Past,
     ) -> Option<Outcome<'_, R>> {
-        // SAFETY: The region must be ours and without a lease: its place was taken by this request,
-        // and it was never live.
+        // SAFETY: the region must belong to this request and have no lease. This request took the
+        // region's place, and the region was never live.
         unsafe { self.handles.put(region, registered) };
-        // Callbacks for what has begun to change since the region was armed mark it here. What
-        // begins later is counted, and no look-up will trust the region before its callback has
+        // Here the callbacks of all changes that began since the region was armed mark the region.
+        // Later changes are counted, and no look-up trusts the region before their callbacks have
         // run.
         let settled = self.freshness.settle();
         let mut state = self.lock();
@@ -195,7 +197,7 @@ impl<R: Registrar> Cache<R> {
             state.publish(&self.index, region, replaces);
             let chain = state.harvest(&self.index);
             self.wake(state);
-            // If this panics, the lease ends.
+            // If `reap` panics, the lease ends.
             self.reap(chain);
             return Some(Ok(lease.into_held()));
         }
@@ -230,7 +232,7 @@ impl<R: Registrar> Cache<R> {
         state.free(&self.index, region);
         state.counts.failed += 1;
         if cause == Cause::Limit && past.evicted.is_none() {
-            // More than is needed: others will ask, too.
+            // Evict more than is needed, because other requests will follow.
             let wanted = size(target).max(state.live_bytes / 8);
             let evicted = state.evict_bytes(&self.index, wanted);
             past.evicted = Some(evicted);
@@ -250,7 +252,7 @@ impl<R: Registrar> Cache<R> {
             .into()));
         }
         self.wake(state);
-        // Whatever is wrong may be wrong with what was merged alone.
+        // The failure may be due to the merged neighbours only.
         if target != range && !past.alone {
             past.alone = true;
             return None;
@@ -272,8 +274,7 @@ impl<R: Registrar> Cache<R> {
         })))
     }
 
-    /// Sleeps until a registration that is being made or undone has ended, which is to be tried
-    /// again then.
+    /// Sleeps until a registration has been completed or undone. Then the request tries again.
     fn sleep<'a>(
         &'a self,
         mut state: MutexGuard<'a, State>,
@@ -298,7 +299,7 @@ impl<R: Registrar> Cache<R> {
         None
     }
 
-    /// Lets the lock go, and wakes who sleeps.
+    /// Releases the lock, and wakes sleeping threads.
     pub(crate) fn wake(&self, state: MutexGuard<'_, State>) {
         let waiters = state.waiters;
         drop(state);

@@ -1,7 +1,8 @@
-//! Memory that stays in memory.
+//! A registrar that locks memory, so that it is never paged out.
 //!
 //! # Safety
-//! `mlock` and `munlock` change nothing that a program can see but time, whatever their arguments.
+//! `mlock` and `munlock` do not change the content or the protection of memory, whatever their
+//! arguments.
 
 use crate::{Cause, Registrar};
 use mmu_notifier::VaRange;
@@ -14,15 +15,17 @@ use std::io;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
-/// Locks memory with `mlock`, so that using it never waits for a page to be read.
+/// Locks memory with `mlock`, so that no access waits for a page to be read.
 ///
-/// The kernel does not count locks. Regions may overlap, so this does: a page is unlocked with its
-/// last region. Pages that the program locks itself would be unlocked, too.
+/// The kernel does not count locks of a page. Regions may overlap, so this registrar counts: a page
+/// is unlocked when its last region is deregistered. If the program itself has locked such a page,
+/// that lock is lost too.
 ///
 /// # Signal handlers
-/// Not for signal handlers: it takes a lock and allocates, and would wait for the code that the
-/// handler interrupted. A handler calls [`RegCache::get_cached`](crate::RegCache::get_cached) and
-/// [`Lease::end_later`](crate::Lease::end_later), which never come here.
+/// It is not for signal handlers: it takes a lock and allocates, so it would wait for the code that
+/// the handler has interrupted. A handler calls
+/// [`RegCache::get_cached`](crate::RegCache::get_cached) and
+/// [`Lease::end_later`](crate::Lease::end_later), which never call the registrar.
 ///
 /// # Examples
 /// ```
@@ -39,18 +42,18 @@ use std::sync::{Mutex, PoisonError};
 /// ```
 #[derive(Debug, Default)]
 pub struct Mlock {
-    /// How many regions each page is in.
+    /// The number of regions that contain each page.
     pages: Mutex<BTreeMap<u64, u32>>,
 }
 
 impl Mlock {
-    /// A registrar that has locked nothing yet.
+    /// Makes a registrar that has locked nothing.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Returns how many pages are locked: the kernel's, which have 16 or 64 KiB on some machines.
+    /// Returns the number of locked kernel pages. A kernel page has 16 or 64 KiB on some machines.
     #[must_use]
     pub fn locked_pages(&self) -> usize {
         self.pages
@@ -60,7 +63,7 @@ impl Mlock {
     }
 }
 
-/// Unlocks those of the pages that are in no region, as many at once as lie together.
+/// Unlocks those of `pages` that are in no region, with one call for each contiguous run.
 fn unlock_others(pages: Range<u64>, counts: &BTreeMap<u64, u32>) {
     let mut from = pages.start;
     for page in counts
@@ -69,20 +72,22 @@ fn unlock_others(pages: Range<u64>, counts: &BTreeMap<u64, u32>) {
         .chain([pages.end])
     {
         if from < page {
-            // SAFETY: As in `register`.
+            // SAFETY: as in `register`.
             let _ = unsafe { munlock(place(from), bytes(&(from..page))) };
         }
         from = page + 1;
     }
 }
 
-/// The kernel's pages of a range, which may be larger than its granules: it locks whole ones.
+/// Returns the kernel pages of a range. They may be larger than the range's granules, and `mlock`
+/// locks whole ones.
 fn pages(range: VaRange) -> Range<u64> {
     let size = page_size() as u64;
     range.start().get() / size..range.last().get() / size + 1
 }
 
-/// The length in bytes. A page less than all: the kernel would round the last bytes up to none.
+/// Returns the length in bytes, at most one page less than the whole address space: for a greater
+/// length the kernel's rounding would overflow to zero.
 fn bytes(pages: &Range<u64>) -> usize {
     let all = u64::MAX / page_size() as u64;
     ((pages.end - pages.start).min(all) as usize) * page_size()
@@ -99,14 +104,15 @@ impl Registrar for Mlock {
     fn register(&self, range: VaRange) -> io::Result<VaRange> {
         let (start, len) = (place(pages(range).start), bytes(&pages(range)));
         let mut counts = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
-        // `mlock` has the same errno for a limit and for a hole. `msync` has it for a hole only,
-        // and does nothing else (since Linux 2.6.19). SAFETY: No preconditions: module docs.
+        // `mlock` returns the same errno for a limit and for a hole. `msync` returns it only for a
+        // hole, and has no other effect (since Linux 2.6.19). SAFETY: the call has no
+        // preconditions: see the module docs.
         if unsafe { msync(start, len, MsyncFlags::ASYNC) } == Err(Errno::NOMEM) {
             return Err(Errno::FAULT.into());
         }
-        // SAFETY: As above.
+        // SAFETY: as above.
         if let Err(error) = unsafe { mlock(start, len) } {
-            // It may have locked the beginning.
+            // The call may have locked the first pages.
             unlock_others(pages(range), &counts);
             return Err(error.into());
         }
@@ -123,8 +129,9 @@ impl Registrar for Mlock {
             *count -= 1;
             if *count == 0 {
                 counts.remove(&page);
-                // It fails if the page is not mapped any more, and then is not locked either.
-                // SAFETY: As above.
+                // If the page is not mapped any more, the call fails, and the page is not locked
+                // either.
+                // SAFETY: as above.
                 let _ = unsafe { munlock(place(page), page_size()) };
             }
         }

@@ -1,4 +1,4 @@
-//! How a cache is to behave.
+//! The options of a cache.
 
 use crate::freshness::{NO_SOURCE, Source};
 use mmu_notifier::VaRange;
@@ -7,32 +7,33 @@ use mmu_source::kernel::Kernel;
 #[cfg(feature = "kernel")]
 use std::sync::Arc;
 
-/// Whether a request is registered together with what is registered beside it.
+/// Whether a request is registered together with neighbouring regions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Merge {
-    /// Each request on its own. Registrations may overlap, but where 64 lie over each other, which
-    /// all look-ups there have to go by, the next one is registered together with them.
+    /// Each request alone. Registrations may overlap. But every look-up has to pass all overlapping
+    /// regions, so if 64 of them overlap in one place, the next request there is registered
+    /// together with them.
     Never,
-    /// With the regions that it overlaps, which the new region replaces.
+    /// Together with the regions that the request overlaps. The new region replaces them.
     #[default]
     Overlapping,
-    /// With the regions that it overlaps or touches.
+    /// Together with the regions that the request overlaps or touches.
     Adjacent,
 }
 
-/// The bytes of a range, exactly: the whole of an address space has one more than 64 bits count,
-/// and sums have more.
+/// Returns the exact number of bytes of a range. The whole address space has 2^64 bytes, and sums
+/// are even larger, so 64 bits do not suffice.
 pub(crate) fn size(range: VaRange) -> u128 {
     u128::from(range.last().get() - range.start().get()) + 1
 }
 
-/// Tells whether `bytes` are within a limit, of which the highest is none.
+/// Tells whether `bytes` are within a limit. `u64::MAX` means no limit.
 pub(crate) fn within(bytes: u128, limit: u64) -> bool {
     limit == u64::MAX || bytes <= limit.into()
 }
 
-/// What is said of a number of bytes where 64 bits have to do.
+/// Returns a number of bytes for a report, capped at 64 bits.
 pub(crate) fn reported(bytes: u128) -> u64 {
     bytes.try_into().unwrap_or(u64::MAX)
 }
@@ -57,7 +58,8 @@ pub struct Options {
 }
 
 impl Options {
-    /// At most 65,536 regions, no limit on the bytes, regions that overlap are merged up to 1 GiB.
+    /// Makes options with these defaults: at most 65,536 regions, no limit on bytes, and
+    /// overlapping regions are merged up to 1 GiB.
     pub const fn new() -> Self {
         Self {
             merge: Merge::Overlapping,
@@ -68,22 +70,23 @@ impl Options {
         }
     }
 
-    /// Whether requests are merged.
+    /// Sets whether requests are merged.
     pub const fn merge(mut self, merge: Merge) -> Self {
         self.merge = merge;
         self
     }
 
-    /// The most regions that are registered at a time, those that are leased and no longer found
-    /// included.
+    /// Sets the largest number of registered regions. Leased regions that look-ups no longer find
+    /// count too.
     ///
-    /// Sets aside 80 bytes of address space for each; memory is taken when they are used. At least
-    /// 1, at most 2^26.
+    /// Each region reserves 80 bytes of address space; memory is used only when the region is. At
+    /// least 1 and at most 2^26.
     pub const fn max_regions(mut self, regions: u32) -> Self {
         self.max_regions = if regions == 0 {
             1
         } else if regions > 1 << 26 {
-            // The largest table has room for as many, with all the granules that they may touch.
+            // The largest table has room for this many regions, with all granules that they may
+            // touch.
             1 << 26
         } else {
             regions
@@ -91,26 +94,27 @@ impl Options {
         self
     }
 
-    /// The most bytes that are registered at a time, counted for each region; `u64::MAX` is no
-    /// limit.
+    /// Sets the largest number of registered bytes, where each region counts separately. `u64::MAX`
+    /// means no limit.
     pub const fn max_bytes(mut self, bytes: u64) -> Self {
         self.max_bytes = bytes;
         self
     }
 
-    /// The most bytes that merging may make a region of, `u64::MAX` for no limit. A larger request
-    /// is registered as it is.
+    /// Sets the largest region in bytes that merging may make. `u64::MAX` means no limit. A larger
+    /// request is registered alone.
     pub const fn max_region_bytes(mut self, bytes: u64) -> Self {
         self.max_region_bytes = bytes;
         self
     }
 
-    /// Asks the kernel source in front of every look-up whether anything has changed that the cache
-    /// does not know of yet.
+    /// Makes every look-up ask the kernel source first whether there are changes that the cache
+    /// does not know of.
     ///
-    /// Without it, the cache knows what callbacks tell it. With it, no change of a translation goes
-    /// unnoticed, whichever process or kernel thread makes it. Its caches must be opened for
-    /// [`mmu_source::current`], the address space that the source feeds.
+    /// Without a kernel source, the cache knows only what callbacks report. With it, the cache
+    /// misses no change of a translation, whichever process or kernel thread makes the change. Such
+    /// caches must be opened for [`mmu_source::current`], the address space that the kernel source
+    /// reports on.
     #[cfg(feature = "kernel")]
     pub fn kernel(mut self, kernel: Arc<Kernel>) -> Self {
         self.kernel = Some(kernel);

@@ -1,11 +1,11 @@
-//! What needs unsafe code: memory that readers look at without a lock.
+//! The unsafe part: memory that readers access without a lock.
 //!
 //! # Safety
-//! Everything that a look-up follows (the page of the header, the tables, the regions, the blocks
-//! of slots) is freed when the cache is dropped and not before, so a reader can at worst look at
-//! something out of date, never at something freed. What is up to date is decided by
-//! `Region::is_live` after a lease was published. A region's handle is written before it goes live
-//! and taken when no lease is left.
+//! Everything that a look-up follows (the header page, the tables, the regions, the blocks of
+//! slots) is freed only when the cache is dropped. So a reader may see outdated data, but never
+//! freed memory. `Region::is_live`, called after a lease was published, decides whether the data is
+//! current. A region's handle is written before the region becomes live, and taken when no lease is
+//! left.
 
 pub(crate) mod barrier;
 pub(crate) mod handles;

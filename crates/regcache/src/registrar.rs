@@ -3,7 +3,7 @@
 use mmu_notifier::VaRange;
 use std::error::Error;
 
-/// A device, or any other client to which memory must be registered before it is used.
+/// A device, or another client that must register memory before it uses that memory.
 ///
 /// # Examples
 /// ```
@@ -26,15 +26,16 @@ use std::error::Error;
 /// }
 /// ```
 pub trait Registrar: Send + Sync + 'static {
-    /// The handle of a registration: a key, an index. Every lease of the region can read it.
+    /// The handle of a registration, such as a key or an index. Every lease of the region can read
+    /// it.
     type Handle: Send + Sync + 'static;
     /// Why a registration failed.
     type Error: Error + Send + Sync + 'static;
 
     /// Registers a range of this process's memory.
     ///
-    /// May be called for ranges that overlap. Called without a lock, by several threads at once;
-    /// must not use the cache that calls it.
+    /// The cache calls it without a lock, on several threads at once, and for ranges that may
+    /// overlap. It must not use the cache that calls it.
     ///
     /// # Errors
     /// Any error of the device; [`cause`](Self::cause) tells the cache how to handle it. After an
@@ -43,8 +44,8 @@ pub trait Registrar: Send + Sync + 'static {
 
     /// Undoes a registration that has no lease any more.
     ///
-    /// Called without a lock. Cannot fail: if the device refuses, there is nothing the cache could
-    /// do about it.
+    /// The cache calls it without a lock. It cannot fail, because the cache could not do anything
+    /// about a failure.
     fn deregister(&self, handle: Self::Handle);
 
     /// Tells what an error of [`register`](Self::register) means for the cache.

@@ -1,8 +1,8 @@
-//! What the lock of a cache guards: the regions, and the status of each (see [`Status`]).
+//! The data that the lock of a cache guards: the regions, and the status of each (see [`Status`]).
 //!
-//! Nothing here allocates, frees, calls the registrar or waits, because the lock is taken in
-//! callbacks that may run in the middle of `free`. Memory is made before the lock is taken; lists
-//! are links between the regions' entries.
+//! The lock is taken in callbacks that may run in the middle of `free`. So nothing here allocates,
+//! frees, waits or calls the registrar. Memory is allocated before the lock is taken. Lists are
+//! links between the regions' entries.
 
 mod evict;
 mod list;
@@ -24,10 +24,10 @@ use list::List;
 use mmu_notifier::{PAGE_SIZE, VaRange};
 use open::Open;
 
-/// How many regions may overlap in one place. More are merged, whatever the options say.
+/// How many regions may overlap in one place. Further ones are merged, whatever the options say.
 const MAX_OVERLAPPING: usize = 64;
 
-/// What happened so far.
+/// The counters of events so far.
 #[derive(Debug, Default, Clone, Copy)]
 pub(crate) struct Counts {
     pub(crate) hits: u64,
@@ -43,12 +43,12 @@ pub(crate) struct Counts {
     pub(crate) collisions: u64,
 }
 
-/// The outcome of a request.
+/// What to do for a request.
 #[derive(Debug)]
 pub(crate) enum Target {
     /// This live region covers the request.
     Found(u32),
-    /// This range is to be registered for the request. It may replace regions that it covers.
+    /// Register this range for the request. It may replace regions that it covers.
     New { range: VaRange, replaces: bool },
 }
 
@@ -59,28 +59,28 @@ pub(crate) struct State {
     /// How many places were ever used.
     high: u32,
     live: List,
-    /// The live region that the eviction looks at next.
+    /// The live region that the eviction examines next.
     hand: u32,
     registering: List,
     killed: u32,
     scan: u32,
     summary: Summary,
-    /// Places that are not free, and the bytes in them.
+    /// The number of places that are not free, and the bytes in them.
     pub(crate) regions: u32,
     pub(crate) bytes: u128,
     pub(crate) live_regions: u32,
     pub(crate) live_bytes: u128,
     open: Open,
-    /// Regions in the chains of threads that are deregistering them.
+    /// The number of regions in the chains of threads that are deregistering them.
     pub(crate) reaping: u32,
-    /// Whether the address space has ended.
+    /// Whether the address space has exited.
     pub(crate) closed: bool,
-    /// Threads that sleep until a registration ends.
+    /// The number of threads that sleep until a registration ends.
     pub(crate) waiters: u32,
     pub(crate) counts: Counts,
 }
 
-/// The range and the pages beside it.
+/// Returns the range extended by one page on each side.
 fn with_neighbours(range: VaRange) -> VaRange {
     let first = range.start().get().saturating_sub(PAGE_SIZE);
     let last = range.last().get().saturating_add(PAGE_SIZE);
@@ -122,12 +122,12 @@ impl State {
         self.entries[region as usize].status
     }
 
-    /// The regions that are registered or were, for the end of the cache.
+    /// Returns the regions that are or were registered, for the end of the cache.
     pub(crate) fn used(&self) -> impl Iterator<Item = (u32, Status)> {
         (0..self.high).map(|region| (region, self.status(region)))
     }
 
-    /// A live region that covers `range`.
+    /// Returns a live region that covers `range`.
     fn find(&self, index: &Index, range: VaRange) -> Option<u32> {
         let view = index.page.view()?;
         let mut levels = self.summary.levels();
@@ -145,7 +145,8 @@ impl State {
         None
     }
 
-    /// Whether so many regions are entered under a granule of `range` that look-ups there are slow.
+    /// Tells whether so many regions have entries under a granule of `range` that look-ups there
+    /// are slow.
     fn is_crowded(&self, index: &Index, range: VaRange) -> bool {
         let Some(view) = index.page.view() else {
             return false;
@@ -160,14 +161,14 @@ impl State {
         })
     }
 
-    /// Calls `f` with every granule that regions which overlap `range` are entered under, if those
-    /// are fewer than all regions.
+    /// Calls `f` with every granule that may have an entry of a region that overlaps `range`. Gives
+    /// up if there are more such granules than regions.
     fn walk(&mut self, range: VaRange, f: impl FnMut(&mut Self, Granule)) -> Walked {
         let limit = u64::from(self.high) + 64;
         walk(self, |state| &state.summary, range, limit, f)
     }
 
-    /// Calls `f` with every live region that overlaps `range`, with some more than once.
+    /// Calls `f` with every live region that overlaps `range`, possibly more than once.
     fn each_overlapping(&mut self, index: &Index, range: VaRange, mut f: impl FnMut(u32)) {
         let Some(view) = index.page.view() else {
             return;
@@ -191,8 +192,7 @@ impl State {
         self.status(region) == Status::Live && index.region(region).overlaps(range)
     }
 
-    /// What to make of `request`: a live region that covers it, or what to register together with
-    /// it.
+    /// Decides what to do for `request`: lease a live region that covers it, or register a range.
     pub(crate) fn target(&mut self, index: &Index, options: &Options, request: VaRange) -> Target {
         let (mut target, mut replaces, mut found) = (request, false, None);
         if options.merge == Merge::Never {
@@ -236,13 +236,13 @@ impl State {
         }
     }
 
-    /// Whether a registration under way makes it better to wait for its end.
+    /// Tells whether the request should wait for a registration in progress.
     pub(crate) fn has_to_wait(&self, index: &Index, merge: Merge, range: VaRange) -> bool {
         let mut next = self.registering.head;
         while let Some(region) = next.checked_sub(1) {
             let other = index.region(region);
             let entry = &self.entries[region as usize];
-            // A registration that an invalidation has hit will not be found when it ends, so there
+            // If an invalidation has hit a registration, no look-up will find its region, so there
             // is nothing to wait for.
             if !entry.hit
                 && (other.covers(range) || (merge != Merge::Never && other.overlaps(range)))
@@ -254,7 +254,7 @@ impl State {
         false
     }
 
-    /// Takes a free place for a region that is going to be registered.
+    /// Takes a free place for a region that is about to be registered.
     pub(crate) fn begin(&mut self, index: &Index, range: VaRange) -> Option<u32> {
         let region = match self.free.checked_sub(1) {
             Some(region) => {
@@ -270,7 +270,7 @@ impl State {
         self.regions += 1;
         self.bytes += size(range);
         index.region(region).set_range(range);
-        // An invalidation that has begun may change the pages after they were registered.
+        // An invalidation that has already begun may change the pages after they were registered.
         let hit = self.is_invalidating(range) && !mutant("forget_open_brackets");
         *self.entry(region) = Entry {
             next: 0,
@@ -283,8 +283,8 @@ impl State {
         Some(region)
     }
 
-    /// Takes a region off the list of those that are being registered. Tells whether other requests
-    /// may find it.
+    /// Removes a region from the list of registrations in progress. Tells whether other requests
+    /// may find the region.
     pub(crate) fn finish(&mut self, region: u32) -> bool {
         self.registering.remove(&mut self.entries, region);
         let may_be_found =
@@ -293,7 +293,7 @@ impl State {
         may_be_found
     }
 
-    /// Whether there is room in the table for one more region.
+    /// Tells whether the table has room for one more region.
     pub(crate) fn has_table(&self, index: &Index) -> bool {
         index
             .page
@@ -302,11 +302,11 @@ impl State {
             .is_some_and(|table| table.has_room(MAX_GRANULES as usize))
     }
 
-    /// Publishes a region that was just registered. If it replaces others, takes those that it
-    /// covers out of the look-up.
+    /// Publishes a region that was just registered. If it replaces other regions, removes those
+    /// that it covers from the look-up.
     ///
-    /// The request decided before the registration which regions are replaced. No region that it
-    /// covers was published since, because such a request waits for this one.
+    /// The request decided before the registration which regions to replace. Since then no region
+    /// that it covers was published, because a request for such a region waits for this one.
     pub(crate) fn publish(&mut self, index: &Index, region: u32, replaces: bool) {
         let range = index.region(region).range();
         if replaces {
@@ -327,7 +327,7 @@ impl State {
         }
     }
 
-    /// Tells look-ups which levels there are.
+    /// Tells look-ups which levels are in use.
     fn tell_levels(&mut self, index: &Index) {
         index.page.set_lead(lead(self.summary.find_largest()));
         index
@@ -336,12 +336,12 @@ impl State {
             .store(self.summary.levels(), Ordering::Relaxed);
     }
 
-    /// Makes a region that was registered belong to the caller's lease alone.
+    /// Makes a registered region belong to the caller's lease alone.
     pub(crate) fn keep_for_lease(&mut self, region: u32) {
         self.entry(region).status = Status::Leased;
     }
 
-    /// Takes a live region out of the look-up.
+    /// Removes a live region from the look-up.
     fn kill(&mut self, index: &Index, table: &Table, region: u32) {
         let range = index.region(region).range();
         index.region(region).set_dead();
@@ -360,8 +360,8 @@ impl State {
         self.killed = region + 1;
     }
 
-    /// Takes all live regions that overlap `range` and that `wanted` picks out of the look-up;
-    /// returns how many.
+    /// Removes all live regions that overlap `range` and that `wanted` accepts from the look-up.
+    /// Returns how many it removed.
     fn kill_where(
         &mut self,
         index: &Index,
@@ -406,24 +406,24 @@ impl State {
         })
     }
 
-    /// The start of an invalidation: until its end, no look-up finds a region that overlaps
-    /// `range`.
+    /// Begins an invalidation: until its end, no look-up finds a region that overlaps `range`.
     pub(crate) fn invalidate_start(&mut self, index: &Index, range: VaRange) {
         self.open.begin(range);
         self.invalidate(index, range);
     }
 
-    /// The end of an invalidation.
+    /// Ends an invalidation.
     pub(crate) fn invalidate_end(&mut self, range: VaRange) {
         self.open.end(range);
     }
 
-    /// Whether an invalidation is open that may overlap `range`.
+    /// Tells whether an invalidation is open that may overlap `range`.
     pub(crate) fn is_invalidating(&self, range: VaRange) -> bool {
         self.open.overlaps(range)
     }
 
-    /// Takes every region that overlaps `range` out of the look-up, those under registration too.
+    /// Removes every region that overlaps `range` from the look-up, and marks overlapping
+    /// registrations in progress.
     pub(crate) fn invalidate(&mut self, index: &Index, range: VaRange) {
         if !mutant("invalidate_nothing") {
             self.counts.invalidated += self.kill_where(index, range, |_| true);
@@ -436,19 +436,19 @@ impl State {
         }
     }
 
-    /// Takes everything out; returns how many regions were live.
+    /// Removes every region from the look-up. Returns how many were live.
     pub(crate) fn kill_all(&mut self, index: &Index) -> u64 {
         self.kill_where(index, VaRange::ALL, |_| true)
     }
 
-    /// Finds out which of the killed regions have no lease, for the caller to deregister.
+    /// Finds the killed regions without a lease. The caller must deregister them.
     pub(crate) fn harvest(&mut self, index: &Index) -> Chain {
         let mut chain = Chain(0);
         if index.take_unasked() {
             self.ask_again();
         }
-        // ORDER(cache-lease, cache-unlease): Between the regions' deaths and the look at the slots:
-        // partner of the light fences in `Slot::publish` and `Slot::clear`.
+        // ORDER(cache-lease, cache-unlease): between the regions' deaths and the scan of the slots.
+        // Partner: the light fences in `Slot::publish` and `Slot::clear`.
         if self.killed == 0 || (!mutant("no_fence_in_harvest") && !barrier::heavy()) {
             return chain;
         }
@@ -461,7 +461,7 @@ impl State {
         chain
     }
 
-    /// Puts the leased regions among those that are asked for a lease.
+    /// Moves the leased regions to the list of killed ones, so that they are scanned again.
     #[cold]
     fn ask_again(&mut self) {
         for region in 0..self.high {
@@ -473,7 +473,7 @@ impl State {
         }
     }
 
-    /// Marks each region that is in a slot with the number of this scan.
+    /// Marks each region that a slot names with the number of this scan.
     fn scan_leases(&mut self, index: &Index) {
         self.scan = self.scan.wrapping_add(1).max(1);
         let (scan, entries) = (self.scan, &mut self.entries);
@@ -488,7 +488,7 @@ impl State {
         self.entries[region as usize].scan == self.scan || index.region(region).is_counted()
     }
 
-    /// Puts a dead region on the chain, if the last scan found no lease of it.
+    /// Adds a dead region to the chain if the last scan found no lease of it.
     fn settle(&mut self, index: &Index, region: u32, chain: &mut Chain) {
         if self.is_leased(index, region) {
             self.entry(region).status = Status::Leased;
@@ -505,24 +505,24 @@ impl State {
         self.reaping += 1;
     }
 
-    /// A chain of one region, which was registered and is in no look-up.
+    /// Makes a chain of one region, which is registered and in no look-up.
     pub(crate) fn chain_of(&mut self, region: u32) -> Chain {
         let mut chain = Chain(0);
         self.link(region, &mut chain);
         chain
     }
 
-    /// Whether a registration is under way.
+    /// Tells whether a registration is in progress.
     pub(crate) fn is_registering(&self) -> bool {
         self.registering.head != 0
     }
 
-    /// The end of a lease of a region that was dead by then. Its place may have been given to
-    /// another region meanwhile.
+    /// Handles the end of a lease of a region that was already dead. Another region may have got
+    /// its place meanwhile.
     pub(crate) fn lease_ended(&mut self, index: &Index, region: u32) -> Chain {
         match self.status(region) {
-            // No fence: no lease of it can begin, and the ends of the others took this lock or are
-            // going to.
+            // This needs no fence. No new lease of the region can begin, and every other thread
+            // that ends a lease of it has taken this lock or is going to.
             Status::Leased => {
                 let mut chain = Chain(0);
                 self.scan_leases(index);
@@ -541,14 +541,14 @@ impl State {
         Some(region)
     }
 
-    /// Gives the place of a region back that was in a chain.
+    /// Frees the place of a region that was in a chain.
     pub(crate) fn reaped(&mut self, index: &Index, region: u32) {
         self.free(index, region);
         self.reaping -= 1;
         self.counts.deregistered += 1;
     }
 
-    /// Gives a place back whose region is not registered.
+    /// Frees the place of a region that is not registered.
     pub(crate) fn free(&mut self, index: &Index, region: u32) {
         self.regions -= 1;
         self.bytes -= size(index.region(region).range());
@@ -562,7 +562,7 @@ impl State {
         };
     }
 
-    /// Whether a region of `size` bytes is within the limits.
+    /// Tells whether another region of `size` bytes is within the limits.
     pub(crate) fn has_room(&self, options: &Options, size: u128) -> bool {
         self.regions < options.max_regions && within(self.bytes + size, options.max_bytes)
     }

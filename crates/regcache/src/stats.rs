@@ -1,51 +1,52 @@
-//! What a cache did and holds.
+//! The counters of a cache.
 
 use std::fmt;
 
-/// What a cache did so far and what it holds now. From [`RegCache::stats`](crate::RegCache::stats).
+/// Counters since the cache was opened, and its present content. From
+/// [`RegCache::stats`](crate::RegCache::stats).
 ///
-/// Counters are taken one after the other while others go on: each is right at some moment, their
-/// sums need not be.
+/// The counters are read one after the other while other threads continue. Each is right at some
+/// moment, but sums of them may be inconsistent.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Stats {
     /// Requests that found a region.
     pub hits: u64,
-    /// Requests that did not, and tried to register one.
+    /// Requests that found no region, and tried to register one.
     pub misses: u64,
-    /// Times that a request waited for another one's registration.
+    /// How often a request waited for another request's registration.
     pub waits: u64,
     /// Registrations that the registrar made.
     pub registered: u64,
-    /// Registrations that it undid.
+    /// Registrations that the registrar undid.
     pub deregistered: u64,
-    /// Registrations that it refused.
+    /// Registrations that the registrar refused.
     pub failed: u64,
-    /// Regions taken out because their memory was about to change.
+    /// Regions removed from the look-up because their memory was about to change.
     pub invalidated: u64,
-    /// Regions taken out because a larger one replaced them.
+    /// Regions removed from the look-up because a larger one replaced them.
     pub replaced: u64,
-    /// Regions taken out to make room.
+    /// Regions removed from the look-up to make room.
     pub evicted: u64,
-    /// Regions taken out by `flush`.
+    /// Regions removed from the look-up by `flush`.
     pub flushed: u64,
-    /// Registrations that an invalidation met half-way, and that were not put into the look-up.
+    /// Registrations that an invalidation overlapped, and that did not enter the look-up.
     pub collisions: u64,
-    /// Records that a source has lost. For all that were lost since the last time, everything was
-    /// taken out once.
+    /// Records that the kernel source has lost. After each loss the cache removes every region
+    /// once.
     pub lost: u64,
-    /// Regions that are registered, those out of the look-up included.
+    /// Registered regions, including those that look-ups no longer find.
     pub regions: u64,
-    /// Bytes in them.
+    /// The bytes of these regions.
     pub bytes: u64,
     /// Regions that look-ups find.
     pub live_regions: u64,
-    /// Bytes in those.
+    /// The bytes of these regions.
     pub live_bytes: u64,
 }
 
 impl Stats {
-    /// Each counter and gauge with its name, as metrics exporters want them.
+    /// Returns each counter and gauge with its name, in the form that metrics exporters use.
     ///
     /// # Examples
     /// ```

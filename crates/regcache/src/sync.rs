@@ -14,9 +14,9 @@ use std::ops::{Deref, DerefMut};
 pub(crate) use std::sync::atomic::fence;
 use std::sync::{PoisonError, TryLockError};
 
-/// A fence at which models may switch threads. `loom`'s own is glued to the operation before it: no
-/// thread ever runs between a store and the fence behind it. A relaxed read-modify-write that all
-/// fences share is a place to switch and adds no order.
+/// A fence at which a model may switch threads. loom never switches between an operation and loom's
+/// own fence after it, so no thread would ever run in between. A relaxed read-modify-write on a
+/// location that all fences share is a point where loom may switch, and adds no ordering.
 #[cfg(mmun_loom)]
 pub(crate) fn fence(order: atomic::Ordering) {
     loom::lazy_static! { static ref POINT: atomic::AtomicUsize = atomic::AtomicUsize::new(0); }
@@ -24,11 +24,11 @@ pub(crate) fn fence(order: atomic::Ordering) {
     atomic::fence(order);
 }
 
-/// The lock of a cache, held.
+/// The held lock of a cache.
 #[derive(Debug)]
 pub(crate) struct MutexGuard<'a, T> {
     guard: Guard<'a, T>,
-    // Dropped second: the mark stays until the lock is free.
+    // Dropped after the guard, so that the mark stays until the lock is free.
     locking: Locking,
 }
 
@@ -46,17 +46,17 @@ impl<T> DerefMut for MutexGuard<'_, T> {
 }
 
 mmu_notifier::thread_word! {
-    /// One if this thread holds the lock of a cache, or is about to.
+    /// One if this thread holds the lock of a cache or is about to take it.
     static LOCKING: u64 = 0;
-    /// The address of the cache that this thread is at work on, zero for none.
+    /// The address of the cache that this thread works on, or zero.
     static AT_WORK: u64 = 0;
 }
 
-/// The mark that this thread is at the lock of a cache: a signal handler that finds it must not
-/// wait for that lock.
+/// Marks that this thread holds or is taking the lock of a cache. A signal handler that finds the
+/// mark must not wait for that lock.
 ///
-/// Set before the attempt and taken back after the release, so that there is no instruction in
-/// between.
+/// The mark is set before the attempt and cleared after the release, so the lock is never held
+/// without the mark.
 #[derive(Debug)]
 struct Locking {
     before: u64,
@@ -72,21 +72,22 @@ impl Locking {
 
 impl Drop for Locking {
     fn drop(&mut self) {
-        // Not zero: a handler may have interrupted a thread that was about to lock.
+        // Restore the old value, which may be nonzero: a signal handler may have interrupted a
+        // thread that was about to lock.
         LOCKING.mark(self.before);
     }
 }
 
-/// Tells whether waiting for the lock of a cache would wait for this very thread, which a signal
-/// handler has interrupted: nothing else comes here under the lock.
+/// Tells whether waiting for the lock of a cache could mean waiting for this very thread. Only a
+/// signal handler that has interrupted the thread gets here with the mark set.
 pub(crate) fn is_locking() -> bool {
     LOCKING.get() != 0
 }
 
-/// The mark that this thread is at work on a cache, with its lock or in its registrar: a signal
-/// handler that finds it must not sleep until that work is done.
+/// Marks that this thread works on a cache, under its lock or in its registrar. A signal handler
+/// that finds the mark must not sleep until that work is done.
 ///
-/// Only the innermost cache is marked. A registrar that uses another cache in turn hides the outer
+/// Only the innermost cache is marked. If a registrar uses another cache, that one hides the outer
 /// one.
 #[derive(Debug)]
 pub(crate) struct AtWork {
@@ -105,7 +106,7 @@ impl AtWork {
         }
     }
 
-    /// Tells whether this thread was at work on the same cache already.
+    /// Tells whether this thread was already working on the same cache.
     pub(crate) fn is_nested(&self) -> bool {
         self.is_nested
     }
@@ -117,8 +118,7 @@ impl Drop for AtWork {
     }
 }
 
-/// Locks, also after a panic in another holder: nothing that can panic runs under the lock of a
-/// cache.
+/// Locks. It ignores poisoning, because nothing that can panic runs under the lock of a cache.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     let locking = Locking::mark();
     MutexGuard {
@@ -127,7 +127,7 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     }
 }
 
-/// Locks at once or not at all, also after a panic.
+/// Tries to lock without waiting. It ignores poisoning.
 pub(crate) fn try_lock<T>(mutex: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
     let locking = Locking::mark();
     match mutex.try_lock() {
@@ -140,7 +140,7 @@ pub(crate) fn try_lock<T>(mutex: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
     }
 }
 
-/// Sleeps until notified. May wake for nothing.
+/// Sleeps until notified. Spurious wake-ups are possible.
 pub(crate) fn wait<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
     let MutexGuard { guard, locking } = guard;
     MutexGuard {
@@ -151,7 +151,7 @@ pub(crate) fn wait<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>) -> MutexG
 
 pub(crate) use mmu_notifier::mutant;
 
-/// The order, or in a run that is broken in the way that `name` says, none.
+/// Returns the ordering. In a run of the mutant `name`, returns `Relaxed` instead.
 #[inline(always)]
 pub(crate) fn unless(name: &str, order: atomic::Ordering) -> atomic::Ordering {
     if mutant(name) {

@@ -1,8 +1,8 @@
-//! io_uring's fixed buffers.
+//! A registrar for io_uring's fixed buffers.
 //!
 //! # Safety
-//! The system calls get pointers to locals that outlive the call, with their right lengths. The
-//! kernel checks the user's addresses itself, and pins pages rather than trusting them to stay.
+//! The system calls get pointers to locals that outlive the call, with the right lengths. The
+//! kernel checks the user's addresses itself, and pins the pages.
 
 use crate::{Cause, Lease, OwnedLease, Registrar};
 use mmu_notifier::VaRange;
@@ -18,25 +18,27 @@ use std::sync::{Mutex, PoisonError};
 
 /// Registers memory as fixed buffers of an io_uring, for `ReadFixed` and `WriteFixed`.
 ///
-/// Works with any ring, among them those of the `io-uring` crate (with its feature `io_safety`, or
-/// by `BorrowedFd::borrow_raw`): it keeps a descriptor of its own and leaves submission and
-/// completion alone. The ring's table of buffers becomes the registrar's: no other code may
-/// register buffers with the ring.
+/// It works with any ring, for example one of the `io-uring` crate (with its feature `io_safety`,
+/// or by `BorrowedFd::borrow_raw`). It keeps a descriptor of its own, and does not touch submission
+/// and completion. It takes over the ring's table of buffers: no other code may register buffers
+/// with the ring.
 ///
-/// A lease must last until its requests have completed: its slot of the table is used for another
-/// region afterwards. (The kernel keeps the pages of a request that is under way in any case.)
-/// Deregisters in callbacks.
+/// A lease must last until its requests have completed, because its slot in the table is reused for
+/// another region afterwards. (The kernel itself keeps the pages of a request in progress.) It
+/// deregisters in callbacks.
 ///
 /// # Limits
-/// A slot for each region: give the cache at most as many with
-/// [`Options::max_regions`](crate::Options::max_regions). A region of more than 1 GiB is refused,
-/// and so is memory that the kernel does not pin for long, such as a shared mapping of a file on
-/// most file systems. Rings with `IORING_SETUP_SINGLE_ISSUER` let one thread only change the table:
-/// then regions that other threads invalidate stay registered. Linux 5.19.
+/// * It needs one slot for each region, so limit the cache with
+///   [`Options::max_regions`](crate::Options::max_regions).
+/// * The kernel refuses a region of more than 1 GiB, and memory that it does not pin for long, such
+///   as a shared mapping of a file on most file systems.
+/// * A ring with `IORING_SETUP_SINGLE_ISSUER` lets only one thread change the table, so regions
+///   that other threads invalidate stay registered.
+/// * Linux 5.19.
 ///
-/// A program that closes descriptors which it does not know (`close_range`, `dup2`) takes this one,
-/// too. From then on registering is an error that says so, the number is left to its present owner,
-/// and what was registered stays so until the ring ends.
+/// If the program closes descriptors that it did not open (`close_range`, `dup2`), it closes this
+/// one too. From then on registering fails with an error that says so. The registrar does not touch
+/// the number's new file, and regions stay registered until the ring ends.
 ///
 /// # Examples
 /// ```
@@ -63,17 +65,18 @@ use std::sync::{Mutex, PoisonError};
 #[derive(Debug)]
 pub struct Uring {
     ring: Ring,
-    /// With room for all: neither taking one nor giving one back allocates.
+    /// The free slots. The vector has room for all of them, so neither taking nor returning a slot
+    /// allocates.
     free: Mutex<Vec<u16>>,
 }
 
-/// A descriptor of the ring in the program's table, where the program can close it or put something
-/// else in its place. Not moved out of reach: a ring may take registrations from one thread only,
-/// and callbacks must not wait for another.
+/// A descriptor of the ring in the program's table, where the program can close or replace it. It
+/// is not in a separate descriptor table: a ring may accept registrations from one thread only, and
+/// callbacks must not wait for another thread.
 #[derive(Debug)]
 struct Ring {
     file: ManuallyDrop<File>,
-    /// Device and inode, which no other file has: that of a ring is its own.
+    /// The device and inode. No other file has the same, because each ring has an inode of its own.
     identity: [u64; 2],
 }
 
@@ -92,7 +95,7 @@ impl Ring {
             .map(|metadata| [metadata.dev(), metadata.ino()])
     }
 
-    /// Returns the descriptor if it is still the ring's.
+    /// Returns the descriptor if it still refers to the ring.
     fn get(&self) -> Option<&File> {
         let is_ours = Self::identity(&self.file).is_ok_and(|identity| identity == self.identity);
         is_ours.then_some(&self.file)
@@ -102,7 +105,7 @@ impl Ring {
 impl Drop for Ring {
     fn drop(&mut self) {
         if self.get().is_some() {
-            // SAFETY: `drop` needs a value that is not used any more: this is the end of its owner.
+            // SAFETY: the value must not be used after `drop`. This is the drop of its owner.
             unsafe { ManuallyDrop::drop(&mut self.file) }
         }
     }
@@ -115,7 +118,7 @@ pub struct FixedBuffer {
 }
 
 impl FixedBuffer {
-    /// Returns what `ReadFixed` and `WriteFixed` call `buf_index`.
+    /// Returns the `buf_index` for `ReadFixed` and `WriteFixed`.
     #[must_use]
     pub fn buf_index(&self) -> u16 {
         self.index
@@ -123,8 +126,8 @@ impl FixedBuffer {
 }
 
 impl Lease<'_, Uring> {
-    /// Returns what `ReadFixed` and `WriteFixed` call `buf_index`. The request's addresses may be
-    /// any within the region.
+    /// Returns the `buf_index` for `ReadFixed` and `WriteFixed`. A request may use any addresses
+    /// within the region.
     #[must_use]
     #[inline]
     pub fn buf_index(&self) -> u16 {
@@ -133,7 +136,7 @@ impl Lease<'_, Uring> {
 }
 
 impl OwnedLease<Uring> {
-    /// Returns what `ReadFixed` and `WriteFixed` call `buf_index`.
+    /// Returns the `buf_index` for `ReadFixed` and `WriteFixed`.
     #[must_use]
     pub fn buf_index(&self) -> u16 {
         self.get().buf_index()
@@ -170,16 +173,16 @@ struct Update {
     resv2: u32,
 }
 
-/// What is said when the descriptor is not the ring's any more.
+/// The message if the descriptor does not refer to the ring any more.
 const LOST: &str = "the program has closed the descriptor that `Uring` keeps of the ring, or put another file in its place: \
     make a new `Uring`";
 
 const SPARSE: u32 = 1;
 const MOST_SLOTS: u16 = 1 << 14;
-/// The most bytes of a fixed buffer.
+/// The size of the largest fixed buffer in bytes.
 const LARGEST: u64 = 1 << 30;
 
-/// Why there is no table.
+/// Explains why the table could not be made.
 fn not_made(error: Errno, slots: u16) -> io::Error {
     if error == Errno::INVAL && (1..=MOST_SLOTS).contains(&slots) {
         return io::Error::new(
@@ -191,10 +194,10 @@ fn not_made(error: Errno, slots: u16) -> io::Error {
 }
 
 impl Uring {
-    /// Gives `ring` an empty table of `slots` buffers.
+    /// Makes a registrar, and gives `ring` an empty table of `slots` buffers.
     ///
     /// # Errors
-    /// What the kernel says: `EBUSY` if the ring has a table already, `EINVAL` for 0 slots or more
+    /// The kernel's error: `EBUSY` if the ring already has a table, `EINVAL` for 0 slots or more
     /// than 2^14. [`Unsupported`](io::ErrorKind::Unsupported) before Linux 5.19.
     pub fn new(ring: impl AsFd, slots: u16) -> io::Result<Self> {
         let ring = Ring::new(ring)?;
@@ -207,8 +210,8 @@ impl Uring {
             (&raw const table).cast::<c_void>(),
             size_of::<Register>() as u32,
         );
-        // SAFETY: The call reads a `struct io_uring_rsrc_register` of this size, which has no
-        // pointers in it.
+        // SAFETY: the call reads a `struct io_uring_rsrc_register` of this size, which contains no
+        // pointers.
         let made = unsafe {
             io_uring_register(&*ring.file, IoringRegisterOp::RegisterBuffers2, arg, size)
         };
@@ -219,7 +222,7 @@ impl Uring {
         })
     }
 
-    /// Puts a buffer into a slot, or nothing if it is empty. Allocates nothing.
+    /// Puts a buffer into a slot. An empty buffer empties the slot. Allocates nothing.
     fn update(&self, index: u16, buffer: &Iovec) -> io::Result<()> {
         let ring = self.ring.get().ok_or(Errno::BADF)?;
         let data = (&raw const *buffer).expose_provenance() as u64;
@@ -233,14 +236,14 @@ impl Uring {
             (&raw const update).cast::<c_void>(),
             size_of::<Update>() as u32,
         );
-        // SAFETY: The call reads a `struct io_uring_rsrc_update2` of this size and one `struct
-        // iovec`, which both live until it returns.
+        // SAFETY: the call reads a `struct io_uring_rsrc_update2` of this size and one `struct
+        // iovec`. Both live until it returns.
         unsafe { io_uring_register(ring, IoringRegisterOp::RegisterBuffersUpdate, arg, size) }?;
         Ok(())
     }
 
-    /// Takes a slot off the list, or puts one back. Does nothing else under the lock: `deregister`
-    /// runs in callbacks.
+    /// Takes a slot off the list or puts one back. It does nothing else under the lock, because
+    /// `deregister` runs in callbacks.
     fn slots<T>(&self, f: impl FnOnce(&mut Vec<u16>) -> T) -> T {
         f(&mut self.free.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -274,7 +277,8 @@ impl Registrar for Uring {
     }
 
     fn deregister(&self, buffer: FixedBuffer) {
-        // A slot that cannot be emptied is not used again; its pages go with the ring.
+        // If the slot cannot be emptied, it is not used again. Its pages are released with the
+        // ring.
         if self
             .update(buffer.index, &Iovec { base: 0, len: 0 })
             .is_ok()
@@ -291,8 +295,8 @@ impl Registrar for Uring {
         }
     }
 
-    /// The system call takes no lock of this process, and the list of slots is locked for a few
-    /// instructions.
+    /// The system call takes no lock of this process, and the list of slots is locked only for a
+    /// few instructions.
     fn deregisters_in_callbacks(&self) -> bool {
         true
     }

@@ -1,8 +1,8 @@
-//! Memory for devices that the program drives itself, through VFIO.
+//! A registrar for devices that the program drives itself through VFIO.
 //!
 //! # Safety
 //! The system calls get pointers to locals that outlive the call, with their lengths in `argsz`.
-//! The kernel checks the user's addresses itself, and pins pages rather than trusting them to stay.
+//! The kernel checks the user's addresses itself, and pins the pages.
 
 mod gaps;
 mod info;
@@ -17,25 +17,27 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 
-/// Maps memory for the devices of a VFIO container, at addresses that it chooses.
+/// Maps memory for the devices of a VFIO container, at I/O virtual addresses that it chooses.
 ///
-/// A device behind an IOMMU reaches memory by *I/O virtual addresses*. The handle of a region says
-/// which ones are the region's: [`DmaMapping::iova`]. Works with any container of type 1, among
-/// them `VfioContainer` of the crate `vfio-ioctls` (by `BorrowedFd::borrow_raw`): it keeps a
-/// descriptor of its own and leaves groups and devices alone.
+/// A device behind an IOMMU accesses memory by *I/O virtual addresses*. The handle of a region
+/// gives the region's addresses: [`DmaMapping::iova`]. It works with any container of type 1, for
+/// example a `VfioContainer` of the crate `vfio-ioctls` (by `BorrowedFd::borrow_raw`). It keeps a
+/// descriptor of its own, and does not touch groups and devices.
 ///
-/// It does not deregister in callbacks. Until the next miss, `reap`, `flush` or end of a lease, a
-/// device that still uses the addresses of a region that is not leased reaches the old, pinned
-/// pages; afterwards the IOMMU refuses the device, which calls that a DMA error.
+/// It does not deregister in callbacks. So after an invalidation, a region without a lease stays
+/// mapped until the next miss, `reap`, `flush` or end of a lease. Until then, a device that still
+/// uses the region's addresses accesses the old, pinned pages. Afterwards the IOMMU blocks the
+/// access, and the device reports a DMA error.
 ///
 /// # Limits
-/// * Mapped memory counts against `RLIMIT_MEMLOCK`; a container has room for 65,535 regions
-///   (`dma_entry_limit` of `vfio_iommu_type1`). The cache evicts what is not leased, and tries once
-///   more.
-/// * `/dev/iommu` is not spoken to; a container of its compatibility mode (`VFIO_CONTAINER` of
-///   iommufd) is served like any other.
-/// * The first fit is taken, so a search takes time in the number of gaps. Linux before 5.4 does
-///   not say which addresses an IOMMU cannot translate: there, `addresses` must leave them out.
+/// * Mapped memory counts against `RLIMIT_MEMLOCK`, and a container has room for 65,535 regions
+///   (`dma_entry_limit` of `vfio_iommu_type1`). At a limit the cache evicts regions without a
+///   lease, and tries once more.
+/// * It does not support `/dev/iommu`. A container of iommufd's compatibility mode
+///   (`VFIO_CONTAINER`) works.
+/// * It takes the first gap that fits, so a search takes time in proportion to the number of gaps.
+///   Before Linux 5.4 the kernel does not report which addresses an IOMMU cannot translate, so
+///   `addresses` must exclude them there.
 #[derive(Debug)]
 pub struct Vfio {
     container: OwnedFd,
@@ -45,27 +47,27 @@ pub struct Vfio {
 
 /// What the devices of a [`Vfio`] may do with registered memory.
 ///
-/// Part of the cache's identity, because a region is found by its range alone: memory that devices
-/// must not write needs a [`Device`](crate::Device) of its own.
+/// It is a property of the whole cache, because a cache finds a region by its range alone. So
+/// memory that devices must not write needs a [`Device`](crate::Device) of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DmaAccess {
-    /// They read it.
+    /// They may read it.
     Read,
-    /// They read and write it: it must be mapped for writing.
+    /// They may read and write it, so it must be mapped as writable.
     ReadWrite,
 }
 
-/// Where the devices find a region. From [`Vfio`].
+/// The I/O virtual addresses of a region. From [`Vfio`].
 #[derive(Debug)]
 pub struct DmaMapping {
-    /// The region, in the kernel's pages.
+    /// The region, in kernel pages.
     memory: Range<u64>,
-    /// Where it begins for the devices.
+    /// The I/O virtual address of the region's first byte.
     iova: u64,
 }
 
 impl DmaMapping {
-    /// Returns the I/O virtual address of a byte, or `None` if the region does not have it.
+    /// Returns the I/O virtual address of a byte, or `None` if the byte is outside the region.
     #[must_use]
     pub fn iova(&self, address: Va) -> Option<u64> {
         let is_inside = self.memory.contains(&address.get());
@@ -102,38 +104,38 @@ const UNMAP_DMA: Opcode = opcode::none(b';', 114);
 const READ: u32 = 1;
 const WRITE: u32 = 2;
 
-/// Makes a control call.
+/// Makes an ioctl.
 ///
 /// # Safety
-/// `CALL` must take a pointer to a `T`, with the length in its `argsz`, of which any bytes that the
-/// kernel writes are a value. What it does to memory must be allowed.
+/// `CALL` must take a pointer to a `T` with the length in its `argsz`. Any bytes that the kernel
+/// writes must be a valid `T`. The effect of the call on memory must be allowed.
 unsafe fn control<const CALL: Opcode, T>(
     container: &OwnedFd,
     argument: &mut T,
 ) -> Result<(), Errno> {
-    // SAFETY: the caller's duty.
+    // SAFETY: the caller promises this.
     let call = unsafe { Updater::<CALL, T>::new(argument) };
-    // SAFETY: the caller's duty.
+    // SAFETY: the caller promises this.
     unsafe { ioctl(container, call) }
 }
 
 impl Vfio {
-    /// A registrar for the devices of `container`, which uses I/O virtual addresses out of
+    /// Makes a registrar for the devices of `container`. It uses I/O virtual addresses from
     /// `addresses`, except those that the IOMMU cannot translate.
     ///
-    /// The devices must be able to send `addresses`: many know 32 bits or fewer. No other code may
-    /// map anything there.
+    /// The devices must be able to emit `addresses`: many devices have 32 address bits or fewer. No
+    /// other code may map anything at these addresses.
     ///
     /// # Safety
-    /// A device reads and writes the memory of leased regions behind the compiler's back. The
-    /// caller must have it use an address only while the lease lasts, and only for bytes that
-    /// nothing in this process reads or writes at the same time. A transfer into the memory needs
-    /// bytes that may be written: not those behind a shared reference.
+    /// A device reads and writes the memory of leased regions, and the compiler does not know. The
+    /// caller must ensure that a device uses an address only while the lease lasts, and only for
+    /// bytes that no code in this process reads or writes at the same time. A transfer into the
+    /// memory also needs bytes that may be written, so not those behind a shared reference.
     ///
     /// # Errors
-    /// [`InvalidInput`](io::ErrorKind::InvalidInput) if `addresses` is empty or not of whole pages,
-    /// or if the IOMMU translates none of them. `ENOTTY` or `EINVAL` for a descriptor that is no
-    /// container of type 1, or has no group yet.
+    /// [`InvalidInput`](io::ErrorKind::InvalidInput) if `addresses` is empty or does not consist of
+    /// whole pages, or if the IOMMU translates none of them. `ENOTTY` or `EINVAL` if the descriptor
+    /// is not a container of type 1, or has no group yet.
     ///
     /// # Source
     /// `VFIO_IOMMU_MAP_DMA`, include/uapi/linux/vfio.h.
@@ -181,9 +183,9 @@ impl Registrar for Vfio {
 
     fn register(&self, range: VaRange) -> io::Result<DmaMapping> {
         let size = page_size() as u64;
-        // The kernel's pages may be larger than a range's granules.
+        // The kernel's pages may be larger than the range's granules.
         let start = range.start().get() / size * size;
-        // No mapping has the last address of all.
+        // No mapping contains the last address of all.
         let last = range.last().get() / size * size + (size - 1);
         let end = last.checked_add(1).ok_or(Errno::FAULT)?;
         let iova = self.free.take(end - start).ok_or(Errno::NOSPC)?;
@@ -201,9 +203,9 @@ impl Registrar for Vfio {
             iova,
             size: mapping.size(),
         };
-        // SAFETY: the call reads a `struct vfio_iommu_type1_dma_map`; the kernel refuses memory
-        // that is not mapped, or not for writing if the devices are to write, and pins the rest.
-        // What the devices do with it is the duty of `new`'s caller.
+        // SAFETY: the call reads a `struct vfio_iommu_type1_dma_map`. The kernel refuses memory
+        // that is not mapped, or not writable if the devices may write, and pins the rest. The
+        // caller of `new` promises how the devices use it.
         match unsafe { control::<MAP_DMA, _>(&self.container, &mut map) } {
             Ok(()) => Ok(mapping),
             Err(error) => {
@@ -223,8 +225,8 @@ impl Registrar for Vfio {
         };
         // SAFETY: the call reads and writes a `struct vfio_iommu_type1_dma_unmap`.
         let unmapped = unsafe { control::<UNMAP_DMA, _>(&self.container, &mut unmap) };
-        // When it returns, no device can use the addresses any more: they may be given out anew.
-        // Where it fails they are not used again, and the mapping goes with the container.
+        // When the call returns, no device can use the addresses any more, so they may be reused.
+        // If the call fails, they are not reused, and the mapping ends with the container.
         if unmapped.is_ok() && unmap.size == size {
             self.free.give(mapping.iova, size);
         }
@@ -245,7 +247,7 @@ mod tests {
 
     #[test]
     fn a_refused_registration_keeps_no_address() {
-        // What is no container says `ENOTTY`.
+        // A file that is not a container returns `ENOTTY`.
         let vfio = Vfio {
             container: std::fs::File::open("/dev/null").unwrap().into(),
             access: DmaAccess::Read,

@@ -1,8 +1,9 @@
-//! Which granules to ask for the regions that overlap a range.
+//! Chooses the granules in which to search for the regions that overlap a range.
 //!
-//! A short range has few granules at any level. In a long one, blocks of 2 MiB without a region of
-//! a small level are skipped by a summary. When more granules were asked than there are regions, it
-//! is cheaper to look at each region.
+//! A short range has few granules at any level. In a long range, a summary tells which blocks of 2
+//! MiB contain no region of a small level, and the walk skips these blocks. If the walk has
+//! searched more granules than there are regions, examining every region is cheaper, and the walk
+//! gives up.
 
 use crate::granule::{BLOCK_SHIFT, Granule, LEVELS, SMALL_LEVELS, level_of, shift, span};
 use crate::raw::memory::Array;
@@ -11,15 +12,15 @@ use mmu_notifier::{Va, VaRange};
 const SMALL: u64 = (1 << SMALL_LEVELS) - 1;
 const COUNTERS: usize = 4096;
 
-/// How many regions there are at each level, and about how many in each block.
+/// How many regions there are at each level, and an upper bound for each block.
 #[derive(Debug)]
 pub(crate) struct Summary {
     levels: [u32; LEVELS as usize],
-    /// A bit for each level that has some.
+    /// A bit for each level that has regions.
     in_use: u64,
-    /// The level that had the most when that was last found out.
+    /// The level that had the most regions when that was last computed.
     largest: u32,
-    /// Regions of small levels, by the number of the block, wrapped around.
+    /// The number of regions of small levels, by block number modulo the array's length.
     blocks: Array<u32>,
 }
 
@@ -33,7 +34,7 @@ impl Summary {
         }
     }
 
-    /// Adds a region; tells what look-ups have to know.
+    /// Adds a region. Returns whether look-ups must be told.
     pub(crate) fn add(&mut self, range: VaRange) -> Levels {
         let before = self.in_use;
         let level = self.change(range, 1);
@@ -65,7 +66,7 @@ impl Summary {
         level
     }
 
-    /// The level that has the most regions.
+    /// Computes the level with the most regions.
     pub(crate) fn find_largest(&mut self) -> u32 {
         let (mut levels, mut largest) = (self.in_use, self.in_use.trailing_zeros() % LEVELS);
         while levels != 0 {
@@ -79,40 +80,40 @@ impl Summary {
         largest
     }
 
-    /// About how many regions of small levels there are in a block, and at least that many.
+    /// Returns an upper bound of the number of regions of small levels in a block.
     #[inline]
     fn block(&self, block: u64) -> u32 {
         self.blocks[block as usize % COUNTERS]
     }
 
-    /// A bit for each level that has regions.
+    /// Returns a bit for each level that has regions.
     pub(crate) fn levels(&self) -> u64 {
         self.in_use
     }
 }
 
-/// What a new region means for look-ups.
+/// What a new region changes for look-ups.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Levels {
-    /// The levels in use are the same, and so is the largest.
+    /// The levels in use and the largest level are the same.
     Same,
-    /// They may be others.
+    /// They may have changed.
     Others,
 }
 
 /// How a walk ended.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Walked {
-    /// All granules were asked for.
+    /// All granules were searched.
     Done,
-    /// It would be cheaper to look at each region.
+    /// Examining every region would be cheaper.
     TooFar,
 }
 
-/// Calls `ask` with the granules of `range` that may have regions, about `budget` of them before it
-/// gives up.
+/// Calls `ask` with the granules of `range` that may have regions. Gives up after about `budget` of
+/// them.
 ///
-/// `ask` may take regions out, but must not add any.
+/// `ask` may remove regions, but must not add any.
 #[inline]
 pub(crate) fn walk<T>(
     subject: &mut T,
@@ -124,7 +125,7 @@ pub(crate) fn walk<T>(
     let levels = summary(subject).levels();
     let (first, last) = span(range, BLOCK_SHIFT);
     if first == last {
-        // One block, which most ranges lie in.
+        // Most ranges are within one block.
         let few = if summary(subject).block(first) == 0 {
             levels & !SMALL
         } else {
@@ -135,7 +136,7 @@ pub(crate) fn walk<T>(
     walk_blocks(subject, summary, range, budget, &mut ask)
 }
 
-/// Calls `ask` with the granules of these levels in `within`.
+/// Calls `ask` with the granules of `levels` in `within`.
 #[inline(always)]
 fn ask_all<T>(
     subject: &mut T,
@@ -157,7 +158,7 @@ fn ask_all<T>(
     Walked::Done
 }
 
-/// The same for a range that touches several blocks.
+/// Like `walk`, for a range that touches several blocks.
 #[cold]
 #[inline(never)]
 fn walk_blocks<T>(

@@ -1,4 +1,4 @@
-//! A lease that keeps a handle of its cache.
+//! A lease that owns a handle of its cache.
 
 use super::RegCache;
 use crate::lease::Lease;
@@ -7,10 +7,10 @@ use mmu_notifier::VaRange;
 use std::fmt;
 use std::mem::ManuallyDrop;
 
-/// A lease that keeps its cache. From [`RegCache::get_owned`].
+/// A lease that keeps its cache alive. From [`RegCache::get_owned`].
 #[must_use = "the region may be deregistered when the lease is dropped"]
 pub struct OwnedLease<R: Registrar> {
-    /// Borrows from the cache behind the handle. Dropped first.
+    /// Borrows from the cache of the handle, so it is dropped first.
     lease: ManuallyDrop<Lease<'static, R>>,
     cache: RegCache<R>,
 }
@@ -19,9 +19,9 @@ impl<R: Registrar> OwnedLease<R> {
     #[expect(unsafe_code, reason = "a lease beside what it borrows from")]
     pub(crate) fn new(cache: RegCache<R>, range: VaRange) -> Result<Self, Error<R::Error>> {
         let lease = cache.get(range)?;
-        // SAFETY: The cache must outlive the lease. The handle keeps it, at a fixed place in
-        // memory, and `drop` ends the lease before the handle. The longer lifetime is never given
-        // out: `get` shortens it.
+        // SAFETY: the cache must outlive the lease. The handle keeps the cache alive at a fixed
+        // address, and `drop` ends the lease before the handle. No caller sees the longer lifetime:
+        // `get` shortens it.
         let lease = unsafe { std::mem::transmute::<Lease<'_, R>, Lease<'static, R>>(lease) };
         Ok(Self {
             lease: ManuallyDrop::new(lease),
@@ -44,7 +44,8 @@ impl<R: Registrar> OwnedLease<R> {
 impl<R: Registrar> Drop for OwnedLease<R> {
     #[expect(unsafe_code, reason = "the lease ends before the handle")]
     fn drop(&mut self) {
-        // SAFETY: It must not be dropped or used again: this is its owner's drop.
+        // SAFETY: the lease must not be dropped twice or used afterwards. This is the drop of its
+        // only owner.
         unsafe { ManuallyDrop::drop(&mut self.lease) };
     }
 }

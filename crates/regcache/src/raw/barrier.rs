@@ -1,15 +1,15 @@
 //! The asymmetric fence: a compiler barrier for a hit and for the end of a lease, a system call for
 //! an invalidation or eviction.
 //!
-//! [`light`] and [`heavy`] act on each other as two `fence(SeqCst)` do. `light` stops only the
-//! compiler; `heavy` is `membarrier(PRIVATE_EXPEDITED)`, which makes every running thread of the
-//! process execute a full fence, wherever it stands. Where the call is missing or refused, leases
-//! are not written into slots but counted in their regions, with full fences on both sides; that is
-//! decided once and never changes.
+//! A [`light`] on one thread and a [`heavy`] on another order each other as two `fence(SeqCst)` do.
+//! `light` stops only the compiler. `heavy` is `membarrier(PRIVATE_EXPEDITED)`, which makes every
+//! running thread of the process execute a full fence at whatever point it has reached. If the call
+//! is missing or refused, leases are not written into slots but counted in their regions, with full
+//! fences on both sides. That decision is made once and never changes.
 //!
-//! `srcu` has such a fence, too, which aborts if the kernel refuses it later, since its readers
-//! rely on it. Here a refusal only puts off a deregistration, and a library that a buffer's owner
-//! loads must not abort: so it is not shared.
+//! `srcu` has a similar fence. It aborts if the kernel refuses the call later, because its readers
+//! rely on the fence. Here a refusal only delays a deregistration, and a library must not abort the
+//! program that loads it. So the two do not share code.
 
 #[cfg(not(mmun_loom))]
 use crate::sync::atomic::AtomicUsize;
@@ -18,32 +18,33 @@ use crate::sync::fence;
 #[cfg(not(mmun_loom))]
 use rustix::thread::{MembarrierCommand, MembarrierQuery, membarrier, membarrier_query};
 
-/// The reader's half.
+/// The reader's side.
 #[inline(always)]
 pub(crate) fn light() {
     if cfg!(mmun_loom) {
-        // ORDER(cache-lease, cache-unlease): What models use for the pairs named at the callers.
+        // ORDER(cache-lease, cache-unlease): in models this fence stands for the pairs named at the
+        // callers.
         fence(Ordering::SeqCst);
     }
     compiler_barrier();
 }
 
-/// The half of a reader that does not rely on `membarrier`. Pairs with `heavy`, too, which is a
-/// full fence where it is called.
+/// The side of a reader that does not rely on `membarrier`. It also pairs with `heavy`, which is a
+/// full fence on its own thread.
 pub(crate) fn full() {
-    // ORDER(cache-lease, cache-unlease): The side of counted leases, of the pairs named at the
+    // ORDER(cache-lease, cache-unlease): the side of counted leases in the pairs named at the
     // callers.
     if !crate::sync::mutant("no_fence_when_counted") {
         fence(Ordering::SeqCst);
     }
 }
 
-/// Rust's `compiler_fence` is a promise about signal handlers only; an empty `asm!` that may touch
-/// memory is an opaque call to the compiler, which moves no access across it.
+/// Rust's `compiler_fence` makes a promise about signal handlers only. An empty `asm!` that may
+/// touch memory is opaque to the compiler, which moves no access across it.
 #[cfg(all(not(mmun_loom), not(miri)))]
 #[inline(always)]
 fn compiler_barrier() {
-    // SAFETY: No instruction, no register, no stack: nothing that could be violated.
+    // SAFETY: the block contains no instruction and uses no register and no stack.
     unsafe { std::arch::asm!("", options(nostack, preserves_flags)) };
 }
 
@@ -59,7 +60,7 @@ const MEMBARRIER: usize = 1;
 #[cfg(not(mmun_loom))]
 const FENCES: usize = 2;
 
-/// Prepares the process; tells whether `light` will do.
+/// Prepares the process, and tells whether `light` is enough.
 #[cfg(not(mmun_loom))]
 pub(crate) fn prepare() -> bool {
     let mut mode = MODE.load(Ordering::Relaxed);
@@ -69,7 +70,7 @@ pub(crate) fn prepare() -> bool {
             && membarrier_query().contains(MembarrierQuery::PRIVATE_EXPEDITED)
             && membarrier(MembarrierCommand::RegisterPrivateExpedited).is_ok();
         let found = if supported { MEMBARRIER } else { FENCES };
-        // The first answer stays, so that all caches and both sides agree.
+        // The first answer stays, so that all caches and both sides of the fence agree.
         mode = match MODE.compare_exchange(UNKNOWN, found, Ordering::Relaxed, Ordering::Relaxed) {
             Ok(_) => found,
             Err(first) => first,
@@ -83,14 +84,14 @@ pub(crate) fn prepare() -> bool {
     true
 }
 
-/// The half of an invalidation or eviction. False if the kernel could not do it now: then nothing
-/// may be concluded.
+/// The side of an invalidation or eviction. If it returns false, the kernel could not execute the
+/// fence now, and the caller must not conclude anything.
 #[cfg(not(mmun_loom))]
 pub(crate) fn heavy() -> bool {
     if MODE.load(Ordering::Relaxed) == MEMBARRIER {
-        // ENOMEM is a passing state: the kernel could not allocate a CPU mask. EPERM: a fork copies
-        // the registration before it copies memory, so a child that was forked while another thread
-        // registered can have `MODE` without it.
+        // `ENOMEM` is temporary: the kernel could not allocate a CPU mask. `EPERM`: a fork copies
+        // the registration before it copies memory. So if another thread registered during the
+        // fork, the child can have `MODE` without the registration.
         return (0..100).any(|_| {
             let done = membarrier(MembarrierCommand::PrivateExpedited).is_ok();
             if !done {
@@ -99,14 +100,14 @@ pub(crate) fn heavy() -> bool {
             done
         });
     }
-    // ORDER(cache-lease, cache-unlease): Without membarrier, against `full`.
+    // ORDER(cache-lease, cache-unlease): without `membarrier`, this pairs with `full`.
     fence(Ordering::SeqCst);
     true
 }
 
 #[cfg(mmun_loom)]
 pub(crate) fn heavy() -> bool {
-    // ORDER(cache-lease, cache-unlease): As above.
+    // ORDER(cache-lease, cache-unlease): as above.
     fence(Ordering::SeqCst);
     true
 }

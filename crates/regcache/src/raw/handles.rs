@@ -1,26 +1,27 @@
-//! The registrar's handles, one place for each region. Leases read them without a lock.
+//! The registrar's handles, one place for each region. Holders of a lease read them without a lock.
 
 use super::memory::{Array, Zero};
 use std::cell::UnsafeCell;
 use std::mem::MaybeUninit;
 
 /// # Invariants
-/// A place is written by who holds its region in the state of being registered, and read or emptied
-/// after that, by the holders of a lease or, when there are none, by who deregisters it.
+/// While a region is being registered, only the registering thread accesses its place, and writes
+/// it. Afterwards holders of a lease read the place. When no lease is left, only the deregistering
+/// thread accesses it, and takes the handle.
 pub(crate) struct Handles<T>(Array<Place<T>>);
 
 #[repr(transparent)]
 struct Place<T>(UnsafeCell<MaybeUninit<T>>);
 
-// SAFETY: An uninitialised value may have any bits.
+// SAFETY: an uninitialised value may have any bits.
 unsafe impl<T> Zero for Place<T> {
     fn zero() -> Self {
         Self(UnsafeCell::new(MaybeUninit::uninit()))
     }
 }
 
-// SAFETY: By the type's invariant there is one writer and no reader, or there are readers only:
-// values are sent between threads and shared as their type allows.
+// SAFETY: by the type's invariant there is either one writer and no reader, or only readers. `T:
+// Send + Sync` allows both for its values.
 unsafe impl<T: Send + Sync> Sync for Handles<T> {}
 
 impl<T> Handles<T> {
@@ -33,31 +34,32 @@ impl<T> Handles<T> {
     /// # Safety
     /// The caller is registering the region, and no lease of it exists.
     pub(crate) unsafe fn put(&self, region: u32, handle: T) {
-        // SAFETY: No other code may use the place: the caller's promise.
+        // SAFETY: the caller promises that no other code uses the place.
         unsafe { (*self.0[region as usize].0.get()).write(handle) };
     }
 
-    /// A region's handle.
+    /// Returns a region's handle.
     ///
     /// # Safety
     /// The caller holds a lease of the region for as long as it uses the reference.
     #[inline]
     pub(crate) unsafe fn get(&self, region: u32) -> &T {
-        // SAFETY: No code may write to the place: a leased region was registered, and is
-        // deregistered after its last lease.
+        // SAFETY: no code may write to the place. A leased region is registered, and is
+        // deregistered only after its last lease.
         let place = unsafe { &*self.0[region as usize].0.get() };
-        // SAFETY: It must be written: as above.
+        // SAFETY: the value must be initialised, which it is for a registered region.
         unsafe { place.assume_init_ref() }
     }
 
     /// Takes a region's handle.
     ///
     /// # Safety
-    /// The region was registered, has no lease and gets none, and this is done once.
+    /// The region is registered, has no lease and will get none, and its handle is taken only once.
     pub(crate) unsafe fn take(&self, region: u32) -> T {
-        // SAFETY: No other code may use the place: the caller's promise.
+        // SAFETY: the caller promises that no other code uses the place.
         let place = unsafe { &*self.0[region as usize].0.get() };
-        // SAFETY: It must be written, and not be read again: the caller's promise.
+        // SAFETY: the value must be initialised and must not be read again. The caller promises
+        // both.
         unsafe { place.assume_init_read() }
     }
 }

@@ -1,6 +1,7 @@
-//! A lease in one word. A `Lease` is then two words, which compilers return in registers. Three
-//! words would be returned in memory and read back in other sizes than they were written in. The
-//! processor cannot forward such stores to the loads, and that stall costs more than the look-up.
+//! A lease in one word. With it a `Lease` has two words, which compilers return in registers.
+//! Compilers would return three words in memory and read them back in other sizes than they were
+//! written in. A processor cannot forward such stores to the loads, and that stall would cost more
+//! than the look-up.
 
 use super::region::Region;
 use super::threads::Slot;
@@ -11,31 +12,32 @@ use std::ptr::NonNull;
 /// The place that records a lease: a slot of a thread, or the count of the region.
 ///
 /// # Invariants
-/// The address of a `Slot`, or the address of a `Region` plus one. The target lives for `'a`.
+/// Contains the address of a `Slot`, or the address of a `Region` plus one. The target lives for
+/// `'a`.
 pub(crate) struct Held<'a>(NonNull<()>, PhantomData<(&'a Slot, &'a Region)>);
 
-/// The same, taken apart.
+/// A `Held` taken apart.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Place<'a> {
-    /// In this slot, which names the region.
+    /// The lease is in this slot, which names the region.
     Slot(&'a Slot),
-    /// In the region's own count.
+    /// The lease is in the region's own count.
     Region(&'a Region),
 }
 
 const IN_REGION: usize = 1;
 
-// The lowest bit of both addresses is free.
+// The lowest bit of both kinds of addresses is free.
 const _: () = assert!(align_of::<Slot>() > IN_REGION && align_of::<Region>() > IN_REGION);
 
-// SAFETY: It is a shared reference to one type or the other, and both may be shared.
+// SAFETY: a `Held` is a shared reference to either type, and both types may be shared.
 unsafe impl Send for Held<'_>
 where
     for<'a> &'a Slot: Send,
     for<'a> &'a Region: Send,
 {
 }
-// SAFETY: As above.
+// SAFETY: as above.
 unsafe impl Sync for Held<'_>
 where
     for<'a> &'a Slot: Sync,
@@ -46,12 +48,12 @@ where
 impl<'a> Held<'a> {
     #[inline(always)]
     pub(crate) fn in_slot(slot: &'a Slot) -> Self {
-        // INVARIANT: It is the address of a slot that lives for `'a`.
+        // INVARIANT: this is the address of a slot that lives for `'a`.
         Self(NonNull::from(slot).cast(), PhantomData)
     }
 
     pub(crate) fn in_region(region: &'a Region) -> Self {
-        // INVARIANT: It is the address of a region that lives for `'a`, plus one.
+        // INVARIANT: this is the address of a region that lives for `'a`, plus one.
         Self(
             NonNull::from(region)
                 .cast()
@@ -63,7 +65,7 @@ impl<'a> Held<'a> {
     #[inline(always)]
     pub(crate) fn place(&self) -> Place<'a> {
         if self.0.addr().get() & IN_REGION == 0 {
-            // SAFETY: A reference needs a live slot: type invariant.
+            // SAFETY: a reference needs a live slot, which the type's invariant guarantees.
             return Place::Slot(unsafe { self.0.cast().as_ref() });
         }
         let region = self
@@ -71,7 +73,7 @@ impl<'a> Held<'a> {
             .as_ptr()
             .map_addr(|address| address & !IN_REGION)
             .cast::<Region>();
-        // SAFETY: A reference needs a live region: type invariant.
+        // SAFETY: a reference needs a live region, which the type's invariant guarantees.
         Place::Region(unsafe { &*region })
     }
 }

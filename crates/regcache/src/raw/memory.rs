@@ -1,47 +1,47 @@
-//! Large arrays that start as zeroes, of which the kernel backs only what is touched.
+//! Large arrays of zeroes. The kernel allocates memory only for the parts that are touched.
 
 use std::ops::Deref;
 use std::ptr::NonNull;
 
-/// Types for which all bits zero is a value.
+/// Types for which all bits zero are a valid value.
 ///
 /// # Safety
-/// That must be so, and they must need no drop.
+/// That must be true of the type, and the type must need no drop.
 pub(crate) unsafe trait Zero {
-    /// The same value, for models, whose atomics are not plain memory.
+    /// Makes that value for models, whose atomics are not plain memory.
     #[cfg_attr(not(mmun_loom), expect(dead_code, reason = "models only"))]
     fn zero() -> Self;
 }
 
-// SAFETY: An integer.
+// SAFETY: zero is a valid integer.
 unsafe impl Zero for u32 {
     fn zero() -> Self {
         0
     }
 }
 
-/// An array of zeroes, in huge pages if it is longer than one: look-ups go to random places in it,
-/// and a table walk for each is what they would wait for.
+/// An array of zeroes. If it is larger than a huge page, it uses huge pages: look-ups access random
+/// places in it, and would otherwise wait for a page table walk each time.
 ///
 /// # Invariants
-/// `elements` are live, and freed with this. They are a mapping of their own if `mapped` says
-/// where, and a box if not.
+/// `elements` are live, and freed with the array. If `mapped` is set, they are in that mapping,
+/// which the array owns. Otherwise they are a leaked box.
 #[derive(Debug)]
 pub(crate) struct Array<T> {
     elements: NonNull<[T]>,
     mapped: Option<(NonNull<u8>, usize)>,
 }
 
-// SAFETY: It owns its elements.
+// SAFETY: the array owns its elements.
 unsafe impl<T: Send> Send for Array<T> {}
-// SAFETY: As above.
+// SAFETY: as above.
 unsafe impl<T: Sync> Sync for Array<T> {}
 
 #[cfg(not(mmun_loom))]
 const HUGE: usize = 2 << 20;
 
 impl<T: Zero> Array<T> {
-    /// An array of `len` zeroes.
+    /// Makes an array of `len` zeroes.
     pub(crate) fn zeroes(len: usize) -> Self {
         #[cfg(not(mmun_loom))]
         if size_of::<T>() * len >= HUGE {
@@ -49,14 +49,14 @@ impl<T: Zero> Array<T> {
                 return huge;
             }
         }
-        // INVARIANT: It was just leaked.
+        // INVARIANT: the box was just leaked.
         Self {
             elements: NonNull::from(Box::leak(boxed(len))),
             mapped: None,
         }
     }
 
-    /// A mapping that begins where a huge page does.
+    /// Makes an array in a mapping of its own, aligned to a huge page.
     #[cfg(not(mmun_loom))]
     fn huge(len: usize) -> Option<Self> {
         use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous};
@@ -65,17 +65,17 @@ impl<T: Zero> Array<T> {
             ProtFlags::READ | ProtFlags::WRITE,
             MapFlags::PRIVATE | MapFlags::NORESERVE,
         );
-        // SAFETY: The kernel chooses a place where nothing is.
+        // SAFETY: the kernel chooses an address where nothing is mapped.
         let place = unsafe { mmap_anonymous(std::ptr::null_mut(), size, access, kind) }.ok()?;
         let place = NonNull::new(place.cast::<u8>())?;
         let offset = place.as_ptr().addr().next_multiple_of(HUGE) - place.as_ptr().addr();
-        // SAFETY: The result must lie in the allocation, which is larger than the array by the most
-        // that the offset can be.
+        // SAFETY: the result must be inside the allocation. The mapping is larger than the array by
+        // `HUGE`, and the offset is less than that.
         let first = unsafe { place.add(offset) };
-        // A kernel that has no huge pages does without.
-        // SAFETY: The memory is ours, and the advice does not change what is in it.
+        // If the kernel has no huge pages, the advice fails, which does no harm.
+        // SAFETY: the array owns the memory, and the advice does not change its content.
         let _ = unsafe { madvise(first.as_ptr().cast(), size - HUGE, Advice::LinuxHugepage) };
-        // INVARIANT: It was just mapped, zeroed.
+        // INVARIANT: the memory was just mapped and is zeroed.
         Some(Self {
             elements: NonNull::slice_from_raw_parts(first.cast(), len),
             mapped: Some((place, size)),
@@ -83,7 +83,7 @@ impl<T: Zero> Array<T> {
     }
 }
 
-/// A box of `len` zeroes.
+/// Makes a box of `len` zeroes.
 #[cfg(not(mmun_loom))]
 pub(super) fn boxed<T: Zero>(len: usize) -> Box<[T]> {
     use std::alloc::{Layout, alloc_zeroed, handle_alloc_error};
@@ -91,13 +91,13 @@ pub(super) fn boxed<T: Zero>(len: usize) -> Box<[T]> {
     if layout.size() == 0 {
         return Box::new([]);
     }
-    // SAFETY: The size must not be zero: checked.
+    // SAFETY: the size must not be zero, which was checked above.
     let zeroes = unsafe { alloc_zeroed(layout) }.cast::<T>();
     if zeroes.is_null() {
         handle_alloc_error(layout);
     }
-    // SAFETY: The box must own an allocation with the layout of `len` valid elements: it was just
-    // made with that layout, and their type says that zeroes are valid.
+    // SAFETY: the box must own an allocation with the layout of `len` valid elements. The
+    // allocation was just made with that layout, and `T: Zero` says that zeroes are valid.
     unsafe { Box::from_raw(std::ptr::slice_from_raw_parts_mut(zeroes, len)) }
 }
 
@@ -111,7 +111,7 @@ impl<T> Deref for Array<T> {
 
     #[inline(always)]
     fn deref(&self) -> &[T] {
-        // SAFETY: A reference needs live, valid elements: type invariant.
+        // SAFETY: a reference needs live, valid elements, which the type's invariant guarantees.
         unsafe { self.elements.as_ref() }
     }
 }
@@ -119,7 +119,8 @@ impl<T> Deref for Array<T> {
 impl<T> std::ops::DerefMut for Array<T> {
     #[inline(always)]
     fn deref_mut(&mut self) -> &mut [T] {
-        // SAFETY: As in `deref`; they are borrowed with the array, so no other code can use them.
+        // SAFETY: as in `deref`. The elements are borrowed together with the array, so no other
+        // code uses them.
         unsafe { self.elements.as_mut() }
     }
 }
@@ -129,12 +130,13 @@ impl<T> Drop for Array<T> {
         match self.mapped {
             #[cfg(not(mmun_loom))]
             Some((place, size)) => {
-                // SAFETY: The mapping is ours, and its owner is being dropped. A failure leaks it,
-                // which is all one can do.
+                // SAFETY: this value owns the mapping and is being dropped. If the call fails, the
+                // mapping is leaked.
                 let _ = unsafe { rustix::mm::munmap(place.as_ptr().cast(), size) };
             }
             _ => {
-                // SAFETY: A box needs the unique pointer that came from one: type invariant.
+                // SAFETY: `from_raw` needs the unique pointer of a leaked box, which the type's
+                // invariant guarantees.
                 drop(unsafe { Box::from_raw(self.elements.as_ptr()) });
             }
         }

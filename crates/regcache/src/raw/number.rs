@@ -1,35 +1,36 @@
-//! A small number for every thread that takes leases: its number in `srcu`, which the kernel gives
-//! back when the thread ends. A claim allocates nothing, since it may come from a signal handler or
-//! from within an allocator.
+//! A small number for every thread that takes leases. It is the thread's number in `srcu`, and is
+//! free again when the thread ends. Claiming a number allocates nothing, because a signal handler
+//! or code inside an allocator may do it.
 
 #[cfg(not(mmun_loom))]
 mod imp {
-    /// How many threads can have a block. The others count their leases where all can see it.
+    /// The largest number of threads with a block. Further threads count their leases in the
+    /// regions, in shared memory.
     pub(in crate::raw) const MAX: usize = 4096;
 
     mmu_notifier::thread_word! {
-        /// This thread's number, once it has asked for a block; the largest word before.
+        /// This thread's number, once it has asked for a block. Before that, the largest word.
         static MINE: u64 = u64::MAX;
     }
 
-    /// This thread's number, or one beyond [`MAX`].
+    /// Returns this thread's number. If it has none, returns a number beyond [`MAX`].
     #[inline(always)]
     pub(in crate::raw) fn mine() -> usize {
         MINE.get() as usize
     }
 
-    /// One more than the highest number that a thread has.
+    /// Returns one more than the highest number in use.
     #[inline]
     pub(in crate::raw) fn high() -> usize {
-        // A caller that needs the current number has executed a heavy fence, or holds the lock of a
+        // A caller that needs the latest value has executed a heavy fence or holds the lock of a
         // cache.
         mmu_notifier::thread_numbers()
     }
 
-    /// This thread's number, from now on known to [`mine`].
+    /// Returns this thread's number, and stores it for [`mine`].
     pub(in crate::raw) fn claim() -> usize {
-        // ORDER(cache-number): The kernel's hand-over is a full fence, for what the number's owner
-        // before wrote into its blocks. Partner: the end of that thread.
+        // ORDER(cache-number): `thread_number` takes the number over with a full fence, so the
+        // writes of its former owner to the blocks are visible. Partner: the end of that thread.
         let number = mmu_notifier::thread_number();
         MINE.set(number as u64);
         number

@@ -1,5 +1,5 @@
-//! The page that a look-up begins with. The child of a fork finds it zeroed: there is no table,
-//! nothing is a hit.
+//! The header page, where a look-up begins. The kernel zeroes it in the child of a fork. There it
+//! has no table, so every look-up is a miss.
 
 use super::table::{Table, Tables, View};
 use crate::granule::Lead;
@@ -8,18 +8,18 @@ use std::io;
 use std::ops::Deref;
 use std::ptr::NonNull;
 
-/// What the page holds. All of it is written rarely, so that every processor keeps its copy.
+/// The content of the page. It is rarely written, so every processor keeps its own cached copy.
 #[repr(C, align(64))]
 #[derive(Debug)]
 pub(crate) struct Fields {
-    /// The first entry of the table in use; null if there is none.
+    /// The first entry of the current table, or null if there is none.
     table: AtomicPtr<AtomicU64>,
-    /// What makes granules of addresses at the level that has the most regions.
+    /// The constants that hash addresses at the level with the most regions.
     mask: AtomicU64,
     factor: AtomicU64,
-    /// A bit for each level that the table has regions of.
+    /// A bit for each level at which the table has regions.
     pub(crate) levels: AtomicU64,
-    /// One; zero in the child of a fork.
+    /// One, but zero in the child of a fork.
     alive: AtomicU32,
 }
 
@@ -30,21 +30,22 @@ pub(crate) struct Page {
     tables: Tables,
 }
 
-/// What look-ups read of a page.
+/// The fields as a look-up reads them.
 ///
 /// # Invariants
-/// `table` is null, or what `Table::first` returned, of a table that lives for `'a`.
+/// `table` is null or comes from `Table::first`, of a table that lives for `'a`.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Shown<'a>(&'a Fields);
 
 /// # Invariants
-/// Points to a page of our own, of which the beginning is valid `Fields` also when it is zeroed.
+/// Points to a page that this value owns. The beginning of the page is a valid `Fields`, even after
+/// the kernel has zeroed it.
 #[derive(Debug)]
 struct Mapped(NonNull<Fields>);
 
-// SAFETY: It is an owner of atomics.
+// SAFETY: the page contains only atomics.
 unsafe impl Send for Mapped {}
-// SAFETY: As above.
+// SAFETY: as above.
 unsafe impl Sync for Mapped {}
 
 #[cfg(not(mmun_loom))]
@@ -58,16 +59,16 @@ impl Page {
         })
     }
 
-    /// What look-ups read. To be taken once: the compiler would load the pointer again behind every
-    /// fence.
+    /// Returns the fields that look-ups read. Call it once for each look-up, because the compiler
+    /// would reload the pointer after every fence.
     #[inline(always)]
     pub(crate) fn fields(&self) -> Shown<'_> {
-        // INVARIANT: Only `install` stores something else than null in `table`: what leads to
-        // tables that live as long as `self`.
+        // INVARIANT: only `install` stores a non-null `table`, and it points into a table that
+        // lives as long as `self`.
         Shown(&self.fields)
     }
 
-    /// The table, if there is one.
+    /// Returns the current table, if there is one.
     pub(crate) fn view(&self) -> Option<View<'_>> {
         self.fields().view()
     }
@@ -76,25 +77,25 @@ impl Page {
         &self.tables
     }
 
-    /// Makes look-ups use `table`, which takes over what is in the present one. The caller holds
-    /// the lock of the cache.
+    /// Makes `table` the current table. It takes over the entries of the present one. The caller
+    /// holds the lock of the cache.
     pub(crate) fn install(&self, table: Box<Table>) {
         let first = self.tables.install(table).first();
-        // ORDER(cache-table): Release for the entries. Partner: the Acquire in `View::load`.
+        // ORDER(cache-table): Release, for the entries. Partner: the Acquire in `View::load`.
         self.fields.table.store(
             first,
             crate::sync::unless("install_relaxed", Ordering::Release),
         );
     }
 
-    /// Makes every look-up a miss from now on.
+    /// Makes every look-up from now on a miss.
     pub(crate) fn close(&self) {
         self.fields
             .table
             .store(std::ptr::null_mut(), Ordering::Relaxed);
     }
 
-    /// Whether this process is the child of a fork of the one that made the page.
+    /// Tells whether this process is the child of a fork, and the parent made the page.
     #[inline]
     pub(crate) fn is_inherited(&self) -> bool {
         self.fields.alive.load(Ordering::Relaxed) == 0
@@ -102,8 +103,8 @@ impl Page {
 }
 
 impl Fields {
-    /// What makes granules of addresses at the level that has the most regions. While it changes it
-    /// may be half of each, which finds nothing.
+    /// Returns the constants that hash addresses at the level with the most regions. While they are
+    /// being changed, the result can be half old and half new; then the look-up finds nothing.
     #[inline(always)]
     pub(crate) fn lead(&self) -> Lead {
         Lead {
@@ -119,11 +120,11 @@ impl Fields {
 }
 
 impl<'a> Shown<'a> {
-    /// The table, if there is one.
+    /// Returns the current table, if there is one.
     #[inline(always)]
     pub(crate) fn view(self) -> Option<View<'a>> {
-        // SAFETY: It must hold what `Table::first` returned, of tables that live as long as the
-        // borrow: type invariant.
+        // SAFETY: the pointer must come from `Table::first`, of tables that live as long as the
+        // borrow. The type's invariant guarantees that.
         unsafe { View::load(&self.0.table) }
     }
 }
@@ -151,13 +152,13 @@ impl Mapped {
     fn new() -> io::Result<Self> {
         use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous};
         let flags = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: The kernel chooses a place where nothing is.
+        // SAFETY: the kernel chooses an address where nothing is mapped.
         let place =
             unsafe { mmap_anonymous(std::ptr::null_mut(), SIZE, flags, MapFlags::PRIVATE) }?;
-        // INVARIANT: It was just mapped, zeroed; `Fields` are integers and a pointer that may be
-        // null.
+        // INVARIANT: the page was just mapped and is zeroed. `Fields` consists of integers and a
+        // pointer that may be null.
         let page = Self(NonNull::new(place.cast()).expect("the kernel maps nothing at null"));
-        // SAFETY: The page is ours, and the advice changes nothing in this process.
+        // SAFETY: this value owns the page, and the advice changes nothing in this process.
         unsafe { madvise(place, SIZE, Advice::LinuxWipeOnFork) }?;
         page.alive.store(1, Ordering::Relaxed);
         Ok(page)
@@ -181,7 +182,7 @@ impl Deref for Mapped {
 
     #[inline(always)]
     fn deref(&self) -> &Fields {
-        // SAFETY: A reference needs live, valid `Fields`: type invariant.
+        // SAFETY: a reference needs live, valid `Fields`, which the type's invariant guarantees.
         unsafe { self.0.as_ref() }
     }
 }
@@ -189,14 +190,14 @@ impl Deref for Mapped {
 impl Drop for Mapped {
     #[cfg(not(mmun_loom))]
     fn drop(&mut self) {
-        // SAFETY: The page is ours, and its owner is being dropped. A failure leaks it, which is
-        // all one can do.
+        // SAFETY: this value owns the page and is being dropped. If the call fails, the page is
+        // leaked.
         let _ = unsafe { rustix::mm::munmap(self.0.as_ptr().cast(), SIZE) };
     }
 
     #[cfg(mmun_loom)]
     fn drop(&mut self) {
-        // SAFETY: It came from a box and its owner is being dropped.
+        // SAFETY: the pointer came from a box, and its owner is being dropped.
         drop(unsafe { Box::from_raw(self.0.as_ptr()) });
     }
 }

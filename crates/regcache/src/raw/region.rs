@@ -1,4 +1,4 @@
-//! What is kept for each region: the part that look-ups read, and the part that the lock guards.
+//! The data of each region: the part that look-ups read, and the part that the lock guards.
 
 use super::barrier::full;
 use super::memory::Zero;
@@ -12,17 +12,18 @@ use mmu_notifier::{Va, VaRange};
 pub(crate) struct Region {
     first: AtomicU64,
     last: AtomicU64,
-    /// `LIVE` or not, and `VISITED` if it was used since the hand of the eviction passed.
+    /// `LIVE` if look-ups find the region. `VISITED` if it was used since the eviction's hand last
+    /// passed.
     state: AtomicU32,
-    /// Leases that are in no slot.
+    /// The number of leases that are in no slot.
     counted: AtomicU32,
 }
 
 const VISITED: u32 = 1;
-/// Found by look-ups. The higher bit, so that one comparison tells.
+/// Look-ups find the region. It is the higher bit, so that one comparison tests it.
 const LIVE: u32 = 2;
 
-// SAFETY: Integers.
+// SAFETY: zeroes are valid integers.
 unsafe impl Zero for Region {
     fn zero() -> Self {
         Self {
@@ -35,7 +36,7 @@ unsafe impl Zero for Region {
 }
 
 impl Region {
-    /// The range. Certain only for who holds the lock, or has a lease.
+    /// Returns the range. It is stable only for a caller that holds the lock or a lease.
     #[inline(always)]
     pub(crate) fn range(&self) -> VaRange {
         range(
@@ -68,17 +69,17 @@ impl Region {
 
     #[inline(always)]
     fn state(&self) -> u32 {
-        // ORDER(cache-live): Acquire for the range and the handle. Partner: the Release in
-        // `set_live`. If weaker, a lease could show the handle of the region that had this place
+        // ORDER(cache-live): Acquire, for the range and the handle. Partner: the Release in
+        // `set_live`. If weaker, a lease could return the handle of the region that had this place
         // before.
         self.state.load(Ordering::Acquire)
     }
 
-    /// Whether it is live and covers `range`, and if so, notes a use. Writes only if the hand of
-    /// the eviction has passed since the last one.
+    /// Tells whether the region is live and covers `range`, and if so records a use. Writes only if
+    /// the eviction's hand has passed since the last use.
     #[inline(always)]
     pub(crate) fn visit(&self, range: VaRange) -> bool {
-        // In this order: see `state`.
+        // The state must be loaded before the range: see `state`.
         let early = mutant("range_before_state") && self.covers(range);
         let state = self.state();
         if state < LIVE || !(early || self.covers(range) || mutant("no_second_look")) {
@@ -90,12 +91,13 @@ impl Region {
     #[cold]
     #[inline(never)]
     fn mark(&self) -> bool {
-        // Relaxed: a hint. On a region that has died or is another one by now it does no harm.
+        // Relaxed: a hint. It does no harm to a region that has died or has been replaced
+        // meanwhile.
         self.state.fetch_or(VISITED, Ordering::Relaxed);
         true
     }
 
-    /// Forgets the uses; tells whether there were any.
+    /// Clears the recorded use, and tells whether there was one.
     pub(crate) fn forget_visits(&self) -> bool {
         let visited = self.state.load(Ordering::Relaxed) & VISITED != 0;
         if visited {
@@ -105,40 +107,41 @@ impl Region {
     }
 
     pub(crate) fn set_live(&self) {
-        // ORDER(cache-live): Release, partner in `state`.
+        // ORDER(cache-live): Release; partner in `state`.
         self.state.store(LIVE, Ordering::Release);
     }
 
     pub(crate) fn set_dead(&self) {
-        // Relaxed: the heavy fence orders it, ORDER(cache-lease). ORDER(cache-use): It comes before
-        // the change, as the system call that makes the change does not begin before. Partner: the
-        // fence in `Lease::is_current`. A swap and no store, for loom: it would not know that a
-        // `mark` this overwrites comes before it, and go on showing the mark.
+        // Relaxed: the heavy fence orders this store, ORDER(cache-lease). ORDER(cache-use): the
+        // store comes before the change, because the system call that makes the change begins
+        // later. Partner: the fence in `Lease::is_current`. It is a swap instead of a store for the
+        // sake of loom: loom would not order an overwritten `mark` before a plain store, and would
+        // still show the mark.
         self.state.swap(0, Ordering::Relaxed);
     }
 
-    /// Counts a lease for which there is no slot, and orders that before what the caller reads
-    /// next.
+    /// Counts a lease for which there is no slot, and orders the count before the caller's next
+    /// reads.
     pub(crate) fn count(&self) {
-        // So many can only be forgotten ones. Should the count wrap, a region would be deregistered
-        // under its leases.
+        // Only forgotten leases can be so many. If the count wrapped around, a region would be
+        // deregistered under its leases.
         if self.counted.fetch_add(1, Ordering::Relaxed) > u32::MAX / 2 {
             std::process::abort();
         }
-        // ORDER(cache-lease): As in `Slot::publish`.
+        // ORDER(cache-lease): as in `Slot::publish`.
         full();
     }
 
     pub(crate) fn uncount(&self) {
-        // ORDER(cache-done): As in `Slot::clear`.
+        // ORDER(cache-done): as in `Slot::clear`.
         self.counted
             .fetch_sub(1, unless("uncount_relaxed", Ordering::Release));
-        // ORDER(cache-unlease): As in `Slot::clear`.
+        // ORDER(cache-unlease): as in `Slot::clear`.
         full();
     }
 
     pub(crate) fn is_counted(&self) -> bool {
-        // ORDER(cache-done): Acquire, partner in `uncount`.
+        // ORDER(cache-done): Acquire; partner in `uncount`.
         self.counted
             .load(unless("count_read_relaxed", Ordering::Acquire))
             != 0
@@ -153,22 +156,22 @@ fn range(first: u64, last: u64) -> VaRange {
     }
 }
 
-/// What a region is going through.
+/// The states of a region, in the order in which it passes through them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub(crate) enum Status {
-    /// 1. Unused. On the free list, or never used so far.
+    /// 1. Unused: on the free list, or never used so far.
     Free = 0,
-    /// 2. The registrar is at it. On the list of those.
+    /// 2. The registrar is registering it. On the list of registrations in progress.
     Registering = 1,
-    /// 3. Registered, and found by look-ups. On the list of the eviction.
+    /// 3. Registered, and look-ups find it. On the eviction list.
     Live = 2,
-    /// 4. Out of the look-up; the slots have not been scanned for its leases yet. On the list of
-    ///    the killed.
+    /// 4. Out of the look-up. The slots have not been scanned for its leases yet. On the list of
+    ///    killed regions.
     Killed = 3,
-    /// 5. Out of the look-up, and leased: the end of the last lease moves it on. On no list.
+    /// 5. Out of the look-up, and leased. The end of its last lease moves it on. On no list.
     Leased = 4,
-    /// 6. Without a lease: the owner of the chain that it is in deregisters it, and frees the
+    /// 6. Without a lease. The owner of the chain that contains it deregisters it and frees its
     ///    place.
     Reaping = 5,
 }
@@ -177,17 +180,17 @@ pub(crate) enum Status {
 #[derive(Debug)]
 #[repr(C)]
 pub(crate) struct Entry {
-    /// Neighbours on a list; a region's number plus one, zero at the end.
+    /// The neighbours on a list, as a region's number plus one. Zero marks the end.
     pub(crate) next: u32,
     pub(crate) prev: u32,
-    /// The last scan that found it leased.
+    /// The number of the last scan that found a lease of the region.
     pub(crate) scan: u32,
     pub(crate) status: Status,
     /// Whether its range was invalidated while it was being registered.
     pub(crate) hit: bool,
 }
 
-// SAFETY: Zeroes are integers, the status `Free` and `false`.
+// SAFETY: zeroes are valid integers, the status `Free` and `false`.
 unsafe impl Zero for Entry {
     fn zero() -> Self {
         Self {

@@ -1,13 +1,14 @@
-//! The hash table from granules to regions: open addressing, read without a lock, written under the
-//! cache's.
+//! The hash table from granules to regions, with open addressing. Look-ups read it without a lock.
+//! Writers hold the lock of the cache.
 //!
-//! An entry is one word: the region's name in the upper half, the granule's hash in the lower. A
-//! region's name is its number plus one, so that zero is none. A look-up that runs while an entry
-//! moves may miss it, or meet it twice. A miss asks again under the lock, and a region that is
-//! found is checked, so the entries need no order among each other.
+//! An entry is one word: the upper half is the region's name, the lower half the granule's hash. A
+//! region's name is its number plus one, so zero is no region. A look-up that runs while an entry
+//! moves may miss that entry, or meet it twice. That does no harm: a miss searches again under the
+//! lock, and a hit checks the region. So the entries need no order among each other.
 //!
-//! A table that has become too small stays until the cache is dropped, as look-ups may still be in
-//! it. Each is twice the one before, so all of them together are smaller than the one in use.
+//! A table that has become too small stays until the cache is dropped, because look-ups may still
+//! be reading it. Each table is at least twice as large as the one before, so all old tables
+//! together are smaller than the current one.
 
 use super::memory::{Array, Zero};
 use crate::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
@@ -15,9 +16,9 @@ use std::marker::PhantomData;
 use std::ptr::{self, NonNull};
 
 const PER_LINE: usize = 8;
-/// The smallest table, as a power of two.
+/// The size of the smallest table, as a power of two.
 pub(super) const SMALLEST: u32 = if cfg!(mmun_loom) { 3 } else { 9 };
-/// The largest, so that the hash has bits left to tell entries apart.
+/// The size of the largest table. The hash has bits left to distinguish entries.
 const LARGEST: u32 = 31;
 
 /// A cache line of entries.
@@ -25,35 +26,35 @@ const LARGEST: u32 = 31;
 #[repr(C, align(64))]
 struct Line([AtomicU64; PER_LINE]);
 
-// SAFETY: Zeroes are the value of integers.
+// SAFETY: zeroes are valid integers.
 unsafe impl Zero for Line {
     fn zero() -> Self {
         Self(std::array::from_fn(|_| AtomicU64::new(0)))
     }
 }
 
-/// A table. Its entries are written under the lock of the cache.
+/// A table. Writers of its entries hold the lock of the cache.
 #[derive(Debug)]
 pub(crate) struct Table {
-    /// One line whose last word is their number, then the entries.
+    /// One line whose last word is the number of entries, followed by the entries.
     lines: Array<Line>,
     used: AtomicUsize,
-    /// The one that this one took over from.
+    /// The table that this one replaced.
     previous: AtomicPtr<Table>,
 }
 
-/// The table in use, and all before it, in the order of their sizes.
+/// The current table and all earlier ones, in the order of their sizes.
 ///
 /// # Invariants
-/// Null, or the newest of the tables that were installed, which are freed with this.
+/// Null, or the newest installed table. All installed tables are freed with this value.
 #[derive(Debug)]
 pub(crate) struct Tables(AtomicPtr<Table>);
 
 /// A table as a look-up sees it.
 ///
 /// # Invariants
-/// There are live entries from `first` on, and in front of them the line that [`Table`] says, with
-/// their number, a power of two.
+/// `first` points to the first of the live entries. Before the entries is the line that [`Table`]
+/// describes, with their number, a power of two.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct View<'a> {
     first: NonNull<AtomicU64>,
@@ -61,15 +62,15 @@ pub(crate) struct View<'a> {
 }
 
 impl<'a> View<'a> {
-    /// The table whose entries `first` points to, if any.
+    /// Returns the table whose entries `first` points to, if any.
     ///
     /// # Safety
-    /// What is stored there comes from [`Table::first`], of tables that live for `'a`.
+    /// Every pointer stored in `first` comes from [`Table::first`], of tables that live for `'a`.
     #[inline(always)]
     pub(super) unsafe fn load(first: &'a AtomicPtr<AtomicU64>) -> Option<Self> {
-        // ORDER(cache-table): Acquire for the entries. Partner: the Release in `Page::install`.
+        // ORDER(cache-table): Acquire, for the entries. Partner: the Release in `Page::install`.
         let first = NonNull::new(first.load(Ordering::Acquire))?;
-        // INVARIANT: `Table::new` wrote its size there.
+        // INVARIANT: `Table::new` has written the number of entries before them.
         Some(Self {
             first,
             table: PhantomData,
@@ -78,40 +79,42 @@ impl<'a> View<'a> {
 
     #[inline(always)]
     fn len(self) -> usize {
-        // SAFETY: The result must lie in the allocation: there is a line in front of the entries.
+        // SAFETY: the result must be inside the allocation. There is a line before the entries.
         let len = unsafe { self.first.sub(1) };
-        // SAFETY: A reference needs a live integer: the last one of that line.
+        // SAFETY: a reference needs a live integer. This is the last one of that line.
         unsafe { len.as_ref() }.load(Ordering::Relaxed) as usize
     }
 
-    /// Where a hash is to be found: the upper bits of it, without a shift by a variable, which is
-    /// slow on some processors.
+    /// Returns the position where a hash belongs. It takes the hash's upper bits by a
+    /// multiplication, because a shift by a variable is slow on some processors.
     #[inline(always)]
     fn home(self, hash: u32) -> usize {
         ((u64::from(hash) * self.len() as u64) >> 32) as usize
     }
 
-    /// An entry; without a check.
+    /// Returns an entry without a bounds check.
     ///
     /// # Safety
     /// `at` is less than `len`.
     #[inline(always)]
     unsafe fn at_unchecked(self, at: usize) -> &'a AtomicU64 {
-        // SAFETY: The result must lie in the allocation: type invariant, and the caller's promise.
+        // SAFETY: the result must be inside the allocation. The invariant and the caller's promise
+        // guarantee that.
         let entry = unsafe { self.first.add(at) };
-        // SAFETY: A reference needs a live integer that is only ever shared: as above.
+        // SAFETY: a reference needs a live integer that is only shared, as above.
         unsafe { entry.as_ref() }
     }
 
-    /// The entry at `at`, wrapped around.
+    /// Returns the entry at `at`, wrapped around.
     #[inline(always)]
     fn at(self, at: usize) -> &'a AtomicU64 {
-        // SAFETY: It must be less than `len`, which is a power of two.
+        // SAFETY: `at` must be less than `len`. The mask ensures that, because `len` is a power of
+        // two.
         unsafe { self.at_unchecked(at & (self.len() - 1)) }
     }
 
-    /// Calls `f` with the name of each region entered under `hash`, and perhaps of others, until it
-    /// returns something.
+    /// Calls `f` with the name of each region that has an entry with `hash`, until `f` returns a
+    /// result. It may also call `f` with names of other regions.
     #[inline(always)]
     pub(crate) fn probe_names<T>(
         self,
@@ -119,9 +122,10 @@ impl<'a> View<'a> {
         mut f: impl FnMut(u32) -> Option<T>,
     ) -> Option<T> {
         let mut at = self.home(hash);
-        // SAFETY: It must be less than `len`: it is less than a 2^32th of 2^32 of it.
+        // SAFETY: `at` must be less than `len`. `home` returns a 32-bit hash times `len`, divided
+        // by 2^32.
         let mut entry = unsafe { self.at_unchecked(at) }.load(Ordering::Relaxed);
-        // An entry is empty sooner or later, as half of them are.
+        // The loop ends: at least half of the entries are empty.
         while entry != 0 {
             if entry as u32 == hash {
                 if let Some(found) = f((entry >> 32) as u32) {
@@ -134,7 +138,7 @@ impl<'a> View<'a> {
         None
     }
 
-    /// The same with the regions' numbers.
+    /// Like `probe_names`, with the regions' numbers.
     #[inline(always)]
     pub(crate) fn probe<T>(self, hash: u32, mut f: impl FnMut(u32) -> Option<T>) -> Option<T> {
         self.probe_names(hash, |name| f(name - 1))
@@ -146,7 +150,7 @@ fn entry(hash: u32, region: u32) -> u64 {
 }
 
 impl Table {
-    /// An empty table of `1 << log2` entries.
+    /// Makes an empty table of `1 << log2` entries.
     pub(crate) fn new(log2: u32) -> Box<Self> {
         let log2 = log2.clamp(SMALLEST, LARGEST);
         let lines = Array::<Line>::zeroes(1 + (1 << log2) / PER_LINE);
@@ -166,28 +170,28 @@ impl Table {
         self.len().ilog2()
     }
 
-    /// Whether `more` entries can be added without it becoming slow.
+    /// Tells whether `more` entries fit without making the table slow.
     pub(crate) fn has_room(&self, more: usize) -> bool {
         (self.used.load(Ordering::Relaxed) + more) * 2 <= self.len()
     }
 
     pub(crate) fn view(&self) -> View<'_> {
         let first = NonNull::new(self.first()).expect("an entry is not at null");
-        // INVARIANT: A line is an array of entries, without padding.
+        // INVARIANT: a line is an array of entries without padding.
         View {
             first,
             table: PhantomData,
         }
     }
 
-    /// The first entry, as look-ups want it.
+    /// Returns the first entry, in the form that look-ups use.
     pub(super) fn first(&self) -> *mut AtomicU64 {
-        // From the whole array: look-ups read the line before, too.
+        // Derived from the whole array, because look-ups also read the line before.
         let first = self.lines.as_ptr().cast::<AtomicU64>().cast_mut();
         first.wrapping_add(PER_LINE)
     }
 
-    /// Enters a region. The caller holds the lock of the cache and has seen that there is room.
+    /// Adds an entry. The caller holds the lock of the cache and has checked that there is room.
     pub(crate) fn insert(&self, hash: u32, region: u32) {
         self.add(entry(hash, region));
     }
@@ -202,7 +206,7 @@ impl Table {
         self.used.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Takes a region out that was entered under `hash`, and moves up what was pushed aside by it.
+    /// Removes the entry of a region under `hash`, and moves up the entries that it had displaced.
     pub(crate) fn remove(&self, hash: u32, region: u32) {
         let entries = self.view();
         let mask = entries.len() - 1;
@@ -226,7 +230,7 @@ impl Table {
             if next == 0 {
                 break;
             }
-            // It may move up if the hole does not lie before its home.
+            // An entry may move into the hole unless the hole lies before the entry's home.
             let distance = at.wrapping_sub(entries.home(next as u32)) & mask;
             if distance >= (at.wrapping_sub(hole) & mask) {
                 entries.at(hole).store(next, Ordering::Relaxed);
@@ -253,17 +257,18 @@ impl Tables {
         Self(AtomicPtr::new(ptr::null_mut()))
     }
 
-    /// The table in use. Certain for who holds the lock of the cache.
+    /// Returns the current table. It is the latest one only for a caller that holds the lock of the
+    /// cache.
     pub(crate) fn newest(&self) -> Option<&Table> {
-        // ORDER: Relaxed is enough: a writer of the table holds the lock, under which the table was
+        // ORDER: Relaxed: a writer of the table holds the lock, under which the table was
         // installed.
         let newest = NonNull::new(self.0.load(Ordering::Relaxed))?;
-        // SAFETY: A reference needs a live table without a `&mut` to it: type invariant; tables are
-        // only ever shared.
+        // SAFETY: a reference needs a live table without a `&mut` to it. The invariant says that it
+        // lives, and tables are only shared.
         Some(unsafe { newest.as_ref() })
     }
 
-    /// Puts a table in the place of the one in use, which is kept for the look-ups in it. The
+    /// Makes `table` the current table. The old one is kept for the look-ups that read it. The
     /// caller holds the lock of the cache.
     pub(super) fn install(&self, table: Box<Table>) -> &Table {
         if let Some(previous) = self.newest() {
@@ -273,9 +278,9 @@ impl Tables {
             .previous
             .store(self.0.load(Ordering::Relaxed), Ordering::Relaxed);
         let table = Box::into_raw(table);
-        // INVARIANT: It is the newest now, and leads to the others.
+        // INVARIANT: `table` is now the newest and leads to the others.
         self.0.store(table, Ordering::Relaxed);
-        // SAFETY: As in `newest`.
+        // SAFETY: as in `newest`.
         unsafe { &*table }
     }
 }
@@ -284,7 +289,7 @@ impl Drop for Tables {
     fn drop(&mut self) {
         let mut next = self.0.load(Ordering::Relaxed);
         while let Some(table) = NonNull::new(next) {
-            // SAFETY: A box needs the unique pointer that came from one: `install` leaked it, and
+            // SAFETY: `from_raw` needs the unique pointer of a leaked box. `install` leaked it, and
             // its owner is being dropped.
             let table = unsafe { Box::from_raw(table.as_ptr()) };
             next = table.previous.load(Ordering::Relaxed);
@@ -308,7 +313,7 @@ mod tests {
     #[test]
     fn what_was_entered_is_found_until_it_is_removed() {
         let table = Table::new(SMALLEST);
-        // All of them want the same place or its neighbours, around the end of the table.
+        // All of these hash to the same position or its neighbours, around the end of the table.
         let hashes: Vec<u32> = (0..100)
             .map(|n: u32| u32::MAX << 24 | (n % 7) << 22 | n)
             .collect();

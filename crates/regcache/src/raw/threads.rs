@@ -1,10 +1,10 @@
-//! Where leases are counted without a shared write: for each thread a block of slots, each of which
-//! names one region or none.
+//! Counts leases without a shared write. Each thread has a block of slots, and each slot names one
+//! region or none.
 //!
-//! Only a slot's own thread writes a region into it; the thread that ends the lease, which may be
-//! another, empties it. A thread whose slots are all in use, and one without a number, counts in
-//! the region itself. So does a signal handler that has interrupted its thread between the look at
-//! a free slot and the write to it: see [`Block::begin`].
+//! Only the slot's own thread writes a region into it. The thread that ends the lease, which may be
+//! another one, empties it. A lease is counted in the region itself in three cases: if all slots of
+//! the thread are in use, if the thread has no number, and if a signal handler has interrupted the
+//! thread between checking a free slot and writing to it (see [`Block::begin`]).
 
 use super::barrier::light;
 use super::memory::{Zero, boxed};
@@ -12,26 +12,26 @@ use super::number;
 use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use crate::sync::unless;
 
-/// Slots of one thread.
+/// The number of slots of one thread.
 const SLOTS: usize = if cfg!(mmun_loom) { 2 } else { 124 };
-/// Slots that a hit looks at before it gives up.
+/// How many slots a hit examines before it gives up.
 const PROBES: usize = if cfg!(mmun_loom) { 1 } else { 8 };
 
-/// One thread's slots in one cache: eight lines, the first of which does for a thread with few
-/// leases.
+/// One thread's slots in one cache. A block has eight cache lines, and a thread with few leases
+/// uses only the first.
 #[repr(C, align(128))]
 #[derive(Debug)]
 pub(crate) struct Block {
-    /// Twice the hits, plus one while the thread takes a slot.
+    /// Twice the number of hits, plus one while the thread takes a slot.
     hits: AtomicU64,
-    /// Where the owner looks if the first slot is in use.
+    /// The slot that the owner examines if the first one is in use.
     cursor: AtomicU32,
     /// The last slot that was ever used.
     last: AtomicU32,
     slots: [Slot; SLOTS],
 }
 
-// SAFETY: Integers.
+// SAFETY: zeroes are valid integers.
 unsafe impl Zero for Block {
     fn zero() -> Self {
         Self {
@@ -47,8 +47,8 @@ unsafe impl Zero for Block {
 #[derive(Debug)]
 pub(crate) struct Slot(AtomicU32);
 
-/// The blocks of all threads that have a number: address space, which takes memory when a thread
-/// comes.
+/// The blocks of all threads with a number. They reserve address space, and use memory only when a
+/// thread uses its block.
 #[derive(Debug)]
 pub(crate) struct Threads {
     /// Empty if slots cannot be used.
@@ -56,51 +56,52 @@ pub(crate) struct Threads {
 }
 
 impl Slot {
-    /// Names a region, and orders that before what the caller reads next.
+    /// Names a region, and orders that before the caller's next reads.
     #[inline(always)]
     pub(crate) fn publish(&self, name: u32) {
         self.publish_locked(name);
-        // ORDER(cache-lease): The name, before the look at the region's state. Partner: the heavy
-        // fence in `harvest`, between the state and the look at the slots. Without it a region is
-        // deregistered under a fresh lease. Model: loom `a_hit_racing_an_invalidation`.
+        // ORDER(cache-lease): the name comes before the load of the region's state. Partner: the
+        // heavy fence in `harvest`, between the state and the scan of the slots. Without it, a
+        // region could be deregistered under a new lease. Model: loom
+        // `a_hit_racing_an_invalidation`.
         if !crate::sync::mutant("no_fence_in_hit") {
             light();
         }
     }
 
-    /// Names a region, for a caller that holds the lock of the cache.
+    /// Names a region. The caller holds the lock of the cache.
     #[inline(always)]
     pub(crate) fn publish_locked(&self, name: u32) {
-        // ORDER(cache-done): Release, and the Acquire in `is_free`: who finds this name has to know
-        // that the lease before, whose end it overwrites, is over. A plain store breaks the release
-        // sequence of `clear`.
+        // ORDER(cache-done): Release here and Acquire in `is_free`. This store overwrites the end
+        // of the slot's previous lease. A thread that sees this name must also see that end, and a
+        // plain store would break the release sequence of `clear`.
         self.0
             .store(name, unless("publish_relaxed", Ordering::Release));
     }
 
-    /// The name of the region, for who holds the lease.
+    /// Returns the name of the region. The caller holds the lease.
     #[inline(always)]
     pub(crate) fn name(&self) -> u32 {
-        // Relaxed: no other thread writes to it meanwhile.
+        // Relaxed: no other thread writes to the slot meanwhile.
         self.0.load(Ordering::Relaxed)
     }
 
     #[inline(always)]
     fn is_free(&self) -> bool {
-        // ORDER(cache-done): Acquire, for the lease that another thread may have ended. Partner:
+        // ORDER(cache-done): Acquire, for a lease that another thread may have ended. Partner:
         // `clear`.
         self.0.load(unless("is_free_relaxed", Ordering::Acquire)) == 0
     }
 
-    /// Names none, and orders that before what the caller reads next.
+    /// Empties the slot, and orders that before the caller's next reads.
     #[inline(always)]
     pub(crate) fn clear(&self) {
-        // ORDER(cache-done): Release for what was done under the lease. Partner: the Acquire in
+        // ORDER(cache-done): Release, for the accesses under the lease. Partner: the Acquire in
         // `each`. If weaker, the deregistration could overtake the last use.
         self.0.store(0, unless("clear_relaxed", Ordering::Release));
-        // ORDER(cache-unlease): The end, before the look at the region's state. Partner: the heavy
-        // fence in `harvest`. Without it both sides leave the deregistration to each other. Model:
-        // loom `the_last_lease_deregisters`.
+        // ORDER(cache-unlease): the end comes before the load of the region's state. Partner: the
+        // heavy fence in `harvest`. Without it, each side could leave the deregistration to the
+        // other. Model: loom `the_last_lease_deregisters`.
         if !crate::sync::mutant("no_fence_in_drop") {
             light();
         }
@@ -108,10 +109,10 @@ impl Slot {
 }
 
 impl Block {
-    /// The slot to take, if it is free: the first, whose address is known without a look into
-    /// memory, or the one that was used last. A processor that may not read ahead of a store whose
-    /// place it does not know yet is twice as fast so. The caller is the block's thread.
-    #[inline(always)]
+    /// Returns the slot to take, if it is free: the first one, whose address is known without a
+    /// load, or the one that was used last. Some processors do not execute loads before a store
+    /// whose address is unknown; they are twice as fast with a known address. The caller is the
+    /// block's thread.
     pub(crate) fn next_slot(&self) -> Option<&Slot> {
         if self.slots[0].is_free() {
             return Some(&self.slots[0]);
@@ -122,13 +123,13 @@ impl Block {
         slot.is_free().then_some(slot)
     }
 
-    /// A slot that names none, if there is one. The caller is the block's thread.
+    /// Returns an empty slot, if there is one. The caller is the block's thread.
     pub(crate) fn free_slot(&self) -> Option<&Slot> {
         self.next_slot().or_else(|| self.search())
     }
 
-    /// Looks further. Not much further: a thread with very many leases finds its way back by and
-    /// by.
+    /// Searches a few slots further. If a thread has very many leases, its cursor reaches free
+    /// slots over several calls.
     #[cold]
     #[inline(never)]
     fn search(&self) -> Option<&Slot> {
@@ -137,8 +138,8 @@ impl Block {
             self.cursor.store(at as u32, Ordering::Relaxed);
             let slot = &self.slots[at];
             if slot.is_free() {
-                // Relaxed: a scan that must find the slot in use comes after the heavy fence, and
-                // finds this store, too.
+                // Relaxed: a scan that must find this slot in use comes after the heavy fence, and
+                // so sees this store too.
                 self.last.fetch_max(at as u32, Ordering::Relaxed);
                 return Some(slot);
             }
@@ -146,9 +147,10 @@ impl Block {
         None
     }
 
-    /// Begins to take a slot; none if this thread is at that already, which a signal handler has
-    /// interrupted. The handler's lease goes elsewhere: the interrupted code may have seen any slot
-    /// free, and would write over it. The caller is the block's thread.
+    /// Begins to take a slot. Returns `None` if this thread is already doing so and a signal
+    /// handler has interrupted it. Then the handler's lease is counted in its region: the
+    /// interrupted code may have seen any slot as free, and would overwrite it. The caller is the
+    /// block's thread.
     #[inline(always)]
     pub(crate) fn begin(&self) -> Option<Taking<'_>> {
         let before = self.hits.load(Ordering::Relaxed);
@@ -156,8 +158,8 @@ impl Block {
             return None;
         }
         self.hits.store(before + 1, Ordering::Relaxed);
-        // ORDER: The mark before the look at a slot, for handlers on this thread: the compiler
-        // alone could change the order.
+        // ORDER: the mark comes before the load of a slot, for signal handlers on this thread. Only
+        // the compiler could reorder them.
         compiler_fence();
         Some(Taking {
             block: self,
@@ -166,7 +168,7 @@ impl Block {
     }
 }
 
-/// A slot is being taken by this thread, until `end`.
+/// This thread is taking a slot, until `end`.
 #[must_use = "all later leases would be counted in their regions"]
 #[derive(Debug)]
 pub(crate) struct Taking<'a> {
@@ -180,10 +182,10 @@ impl<'a> Taking<'a> {
         self.block
     }
 
-    /// A slot was taken, or none was; counts a hit if it was one.
+    /// Ends the taking, whether a slot was taken or not. Counts a hit if `hit`.
     #[inline(always)]
     pub(crate) fn end(self, hit: bool) {
-        // ORDER: The write to the slot before the mark goes, as in `begin`.
+        // ORDER: the write to the slot comes before the mark is cleared, as in `begin`.
         compiler_fence();
         self.block
             .hits
@@ -206,13 +208,14 @@ impl Threads {
         }
     }
 
-    /// This thread's block, if it has a number already.
+    /// Returns this thread's block, if the thread has a number already.
     #[inline(always)]
     pub(crate) fn mine(&self) -> Option<&Block> {
         self.blocks.get(number::mine())
     }
 
-    /// This thread's block, with a number if need be; none if there are too many threads.
+    /// Returns this thread's block, and gives the thread a number if necessary. Returns `None` if
+    /// there are too many threads.
     #[cold]
     pub(crate) fn join(&self) -> Option<&Block> {
         if self.blocks.is_empty() {
@@ -221,11 +224,11 @@ impl Threads {
         self.blocks.get(number::claim())
     }
 
-    /// Calls `f` with each region that a slot names, as often as one does.
+    /// Calls `f` with the region of each slot in use.
     pub(crate) fn each(&self, mut f: impl FnMut(u32)) {
         for block in self.blocks.iter().take(number::high()) {
             for slot in &block.slots[..=block.last.load(Ordering::Relaxed) as usize] {
-                // ORDER(cache-done): Acquire, partner in `clear`.
+                // ORDER(cache-done): Acquire; partner in `clear`.
                 if let Some(region) = slot
                     .0
                     .load(unless("each_relaxed", Ordering::Acquire))
@@ -237,7 +240,7 @@ impl Threads {
         }
     }
 
-    /// The hits of all threads so far.
+    /// Returns the hits of all threads so far.
     pub(crate) fn hits(&self) -> u64 {
         self.blocks
             .iter()

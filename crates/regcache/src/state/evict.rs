@@ -1,4 +1,4 @@
-//! Who has to go when there is no room.
+//! Chooses the regions to evict when there is no room.
 
 use super::State;
 use crate::index::Index;
@@ -6,11 +6,11 @@ use crate::options::{Options, size, within};
 use crate::raw::table::Table;
 
 impl State {
-    /// Takes regions out that have not been used lately, to make room for `size` bytes more and a
-    /// few regions to come.
+    /// Evicts regions that have not been used lately, to make room for `size` more bytes and a few
+    /// future regions.
     ///
-    /// SIEVE: the hand goes from the oldest to the newest, spares what was used since its last
-    /// pass, and stays where it found one that was not.
+    /// SIEVE: the hand moves from the oldest region to the newest. It spares a region that was used
+    /// since the hand's last pass, evicts one that was not, and stays there.
     pub(crate) fn evict(&mut self, index: &Index, options: &Options, size: u128) -> u64 {
         let Some(table) = index.page.tables().newest() else {
             return 0;
@@ -36,7 +36,7 @@ impl State {
         self.evict_some(index, table, wanted_regions.into(), wanted_bytes)
     }
 
-    /// Takes out as many regions as have `wanted` bytes together, at least one.
+    /// Evicts regions of `wanted` bytes together, at least one region.
     pub(crate) fn evict_bytes(&mut self, index: &Index, wanted: u128) -> u64 {
         let Some(table) = index.page.tables().newest() else {
             return 0;
@@ -51,10 +51,10 @@ impl State {
         wanted_regions: u64,
         wanted_bytes: u128,
     ) -> u64 {
-        // A hint only: what is leased would be out of the look-up and yet not give anything back.
+        // A hint only: evicting a leased region would not free anything.
         self.scan_leases(index);
         let (mut regions, mut freed) = (0, 0);
-        // Twice around: the first time may only forget uses.
+        // Twice around the list, because the first time may only clear uses.
         for _ in 0..2 * u64::from(self.live_regions) {
             if regions >= wanted_regions && freed >= wanted_bytes {
                 break;

@@ -1,15 +1,16 @@
-//! Lists of regions, as links between their entries: they need no memory of their own.
+//! Lists of regions as links between the regions' entries, so that they need no memory of their
+//! own.
 
 use crate::raw::region::Entry;
 
-/// A list of regions, through their entries. A region's number plus one; zero is none.
+/// A list of regions. Each link is a region's number plus one, or zero for none.
 #[derive(Debug, Default, Clone, Copy)]
 pub(super) struct List {
     pub(super) head: u32,
     pub(super) tail: u32,
 }
 
-/// Regions without a lease. The holder of this list deregisters them one by one.
+/// Regions without a lease. The holder of the chain deregisters them one by one.
 #[derive(Debug, Default)]
 #[must_use = "only the holder deregisters them"]
 pub(crate) struct Chain(pub(super) u32);
@@ -21,7 +22,7 @@ impl Chain {
 }
 
 impl List {
-    /// Adds a region in front.
+    /// Adds a region at the front.
     pub(super) fn push(&mut self, entries: &mut [Entry], region: u32) {
         let entry = &mut entries[region as usize];
         (entry.prev, entry.next) = (0, self.head);

@@ -1,13 +1,14 @@
-//! Which invalidations have begun and not ended.
+//! The invalidations that have begun and have not ended.
 
 use mmu_notifier::VaRange;
 
-/// How many are known exactly: more run at a time only if more threads than this change memory at
-/// the same moment.
+/// How many are recorded exactly. More are open only if more threads than this change memory at the
+/// same moment.
 const EXACT: usize = 16;
 
 /// # Invariants
-/// Each that is open is one of `exact[..len]`, or one of the `others`, which lie in `around`.
+/// Each open invalidation is one of `exact[..len]`, or one of the `others`, whose ranges are inside
+/// `around`.
 #[derive(Debug)]
 pub(super) struct Open {
     exact: [VaRange; EXACT],
@@ -40,7 +41,7 @@ impl Open {
         }
     }
 
-    /// The end of one that began with the same range.
+    /// Ends an invalidation that began with the same range.
     pub(super) fn end(&mut self, range: VaRange) {
         match self.exact[..self.len]
             .iter()
@@ -54,7 +55,7 @@ impl Open {
         }
     }
 
-    /// Whether one runs that is about `range`, or perhaps is.
+    /// Tells whether an open invalidation overlaps `range`. May say so wrongly.
     pub(super) fn overlaps(&self, range: VaRange) -> bool {
         self.exact[..self.len]
             .iter()
