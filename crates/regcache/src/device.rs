@@ -193,7 +193,7 @@ impl<R: Registrar> RegCache<R> {
     /// assert!(cache.get_cached(buffer).is_none());
     /// drop(cache.get(buffer)?);
     /// if let Some(lease) = cache.get_cached(buffer) {
-///     lease.end_later(); // In a signal handler. Other code can just drop it.
+    ///     lease.end_later(); // In a signal handler. Other code can just drop it.
     /// }
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```

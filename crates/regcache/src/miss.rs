@@ -127,8 +127,7 @@ impl<R: Registrar> Cache<R> {
         }
         if !state.has_table(index) {
             if past.is_nested {
-                // A larger table is needed, but this thread may have been interrupted while it was
-                // allocating one.
+                // Perhaps the interrupted code of this thread is allocating such a table.
                 return Some(Err(Refusal::WouldDeadlock));
             }
             let log2 = index

@@ -113,6 +113,7 @@ impl Block {
     /// load, or the one that was used last. Some processors do not execute loads before a store
     /// whose address is unknown; they are twice as fast with a known address. The caller is the
     /// block's thread.
+    #[inline(always)]
     pub(crate) fn next_slot(&self) -> Option<&Slot> {
         if self.slots[0].is_free() {
             return Some(&self.slots[0]);
