@@ -1,5 +1,5 @@
-//! Requests that may come from within an allocator: they must not call it. The C library's own
-//! calls are counted, too, which is why this is a program of its own.
+//! Requests that may come from within an allocator must not call the allocator. This is a program
+//! of its own, because it also counts the C library's own calls.
 
 #![cfg(target_env = "gnu")]
 
@@ -20,29 +20,29 @@ unsafe extern "C" {
     fn __libc_calloc(count: usize, size: usize) -> *mut c_void;
 }
 
-/// Called in place of the C library's, by that library as well.
+/// Replaces the C library's function, also for calls from that library.
 ///
 /// # Safety
-/// As that of the C library.
+/// The rules of the C library's function.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn malloc(size: usize) -> *mut c_void {
     CALLS.set(CALLS.get() + 1);
-    // SAFETY: the caller's arguments.
+    // SAFETY: passes the caller's arguments on.
     unsafe { __libc_malloc(size) }
 }
 
-/// As [`malloc`].
+/// Like [`malloc`].
 ///
 /// # Safety
-/// As that of the C library.
+/// The rules of the C library's function.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn calloc(count: usize, size: usize) -> *mut c_void {
     CALLS.set(CALLS.get() + 1);
-    // SAFETY: the caller's arguments.
+    // SAFETY: passes the caller's arguments on.
     unsafe { __libc_calloc(count, size) }
 }
 
-/// How often `f` allocates in this thread.
+/// Returns how often `f` allocates on this thread.
 fn allocations<R>(f: impl FnOnce() -> R) -> (usize, R) {
     let before = CALLS.get();
     let result = f();
@@ -103,7 +103,7 @@ fn a_refusal_allocates_nothing() {
         matches!(result, Err(Error::Forked)) && calls == 0
     }));
     drop(lease);
-    // The address space ends while another thread's handle of the cache lives.
+    // The address space exits while another thread still has a handle of the cache.
     let (ended, ends) = mpsc::channel();
     thread::scope(|scope| {
         scope.spawn(move || {

@@ -1,5 +1,5 @@
-//! Every interleaving of a lease against the thread that takes the region away. `RUSTFLAGS="--cfg
-//! mmun_loom" cargo test --release --test loom`.
+//! Every interleaving of a lease and the thread that invalidates or evicts its region. Run by
+//! `RUSTFLAGS="--cfg mmun_loom" cargo test --release --test loom`.
 #![cfg(mmun_loom)]
 
 use loom::cell::UnsafeCell;
@@ -10,27 +10,26 @@ use mmu_notifier::{Event, MmWithUser, VaRange};
 use regcache::{Device, Merge, Options, RegCache, Registrar};
 use std::convert::Infallible;
 
-/// Memory that changes once, and a device that looks at it when a region is registered.
+/// Memory that changes once, and a device that reads it when a region is registered.
 #[derive(Default)]
 struct Memory {
     contents: AtomicUsize,
-    /// Registrations so far, and how many of each were undone.
+    /// The number of registrations so far, and how often each was undone.
     registered: AtomicUsize,
     undone: [AtomicUsize; 4],
     in_callbacks: bool,
 }
 
-/// What a registration leads to.
+/// The handle of a registration.
 struct Registered {
     key: usize,
     contents: usize,
-    /// Read under leases, and written when it is deregistered: models notice if the one is not
-    /// ordered before the other.
+    /// Read under leases, and written at the deregistration. Models detect if these two are not
+    /// ordered.
     touched: UnsafeCell<()>,
 }
 
-// SAFETY: Leases are ordered before the deregistration; that this is so is what the models are
-// about.
+// SAFETY: leases are ordered before the deregistration. The models check exactly this.
 unsafe impl Sync for Registered {}
 
 struct Dma(Arc<Memory>);
@@ -82,7 +81,7 @@ struct World {
     cache: RegCache<Dma>,
 }
 
-/// Runs [`World::change`] in a thread of its own.
+/// Runs [`World::change`] on another thread.
 fn spawn_change(world: &Arc<World>) -> thread::JoinHandle<()> {
     let world = Arc::clone(world);
     thread::spawn(move || world.change())
@@ -110,7 +109,7 @@ impl World {
         drop(bracket);
     }
 
-    /// Uses a lease, which began after the memory was as `known` says.
+    /// Uses a lease. The caller knows that the content was already `known` when the lease began.
     fn transfer(&self, known: usize) {
         let lease = self.cache.get(page(1)).unwrap();
         assert!(
@@ -126,7 +125,7 @@ impl World {
     }
 }
 
-/// Frees the cache: models have no reclaimer thread.
+/// Frees the cache. Models have no reclaimer thread.
 fn end(world: Arc<World>) {
     let Ok(World { mm, memory, cache }) = Arc::try_unwrap(world) else {
         panic!("the other thread was joined")
@@ -165,7 +164,7 @@ fn a_hit_racing_an_invalidation() {
     });
 }
 
-/// The same for a thread whose slots are in use: its lease is counted in the region.
+/// The same for a thread whose slots are all in use: its lease is counted in the region.
 #[test]
 fn a_counted_hit_racing_an_invalidation() {
     model(|| {
@@ -193,8 +192,8 @@ fn the_last_lease_deregisters() {
     });
 }
 
-/// A lease ends on another thread, and its slot is used again at once: who takes the first region
-/// away must know that end.
+/// A lease ends on another thread, and its slot is reused at once. A thread that then invalidates
+/// the first region must see that end.
 #[test]
 fn a_slot_that_another_thread_has_freed() {
     model(|| {
@@ -223,7 +222,7 @@ fn a_hit_racing_the_growth_of_the_table() {
         let world = World::new(true, 3);
         let other = thread::spawn({
             let world = Arc::clone(&world);
-            // It makes the first table.
+            // This request makes the first table.
             move || drop(world.cache.get(page(5)).unwrap())
         });
         world.transfer(0);
@@ -252,7 +251,7 @@ fn a_hit_racing_the_reuse_of_its_place() {
         let other = thread::spawn({
             let world = Arc::clone(&world);
             move || {
-                // There is one place: the region that was there has to go, unless it is leased.
+                // There is one place, so the region in it must be evicted unless it is leased.
                 if let Ok(lease) = world.cache.get(page(5)) {
                     assert!(world.memory.is_registered(lease.handle()) && lease.range() == page(5));
                 }
@@ -266,7 +265,7 @@ fn a_hit_racing_the_reuse_of_its_place() {
     });
 }
 
-/// Each way to break the cache, and the model that must fail for it.
+/// Each mutant of the cache, and the model that must detect it.
 const MUTANTS: &[(&str, &str)] = &[
     ("no_fence_in_hit", "a_hit_racing_an_invalidation"),
     ("no_fence_in_harvest", "a_hit_racing_an_invalidation"),

@@ -1,28 +1,29 @@
-//! Which I/O virtual addresses are free.
+//! The free I/O virtual addresses of a container.
 
 use std::mem;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// The free addresses of a container, given out by first fit.
+/// Hands out free addresses by first fit.
 ///
-/// The allocator is never called while the lock is held. An allocator may map or unmap memory, a
-/// source then calls the cache back, and the cache may deregister a region: that takes this lock.
+/// While the lock is held, the allocator is never called. The allocator may map or unmap memory;
+/// then a source calls the cache back, and the cache may deregister a region, which takes this
+/// lock.
 #[derive(Debug)]
 pub(super) struct Gaps(Mutex<List>);
 
 #[derive(Debug)]
 struct List {
-    /// First address and length, in ascending order. No two gaps touch.
+    /// The first address and the length of each gap, in ascending order. No two gaps touch.
     ///
-    /// Its capacity is at least the number of gaps and of regions: each region that comes back may
-    /// become a gap of its own.
+    /// The capacity is at least the number of gaps plus the number of regions, because each
+    /// returned region may become a gap of its own.
     gaps: Vec<(u64, u64)>,
-    /// How many regions are given out.
+    /// The number of regions that are handed out.
     regions: usize,
 }
 
 impl Gaps {
-    /// Takes gaps in ascending order, of which no two touch.
+    /// Makes the list from gaps in ascending order, no two of which touch.
     pub(super) fn new(gaps: Vec<(u64, u64)>) -> Self {
         Self(Mutex::new(List { gaps, regions: 0 }))
     }
@@ -31,9 +32,9 @@ impl Gaps {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes the first gap that is large enough, or its beginning.
+    /// Takes `size` addresses from the beginning of the first gap that is large enough.
     pub(super) fn take(&self, size: u64) -> Option<u64> {
-        // Declared before the guard: the storage that is replaced is freed after the guard.
+        // Declared before the guard, so that the replaced storage is freed after the guard.
         let mut spare = Vec::new();
         loop {
             let mut list = self.lock();
@@ -44,7 +45,7 @@ impl Gaps {
                     spare = Vec::with_capacity(2 * needed);
                     continue;
                 }
-                // Does not allocate: the capacity was just compared.
+                // Does not allocate, because the capacity was just checked.
                 spare.extend_from_slice(&list.gaps);
                 mem::swap(&mut list.gaps, &mut spare);
             }
@@ -60,7 +61,7 @@ impl Gaps {
         }
     }
 
-    /// Gives the addresses of a region back, and joins gaps that touch.
+    /// Returns the addresses of a region to the list, and joins gaps that touch.
     pub(super) fn give(&self, start: u64, size: u64) {
         let mut list = self.lock();
         list.regions -= 1;
@@ -79,7 +80,7 @@ impl Gaps {
                 let (_, next) = gaps[at];
                 gaps[at] = (start, size + next);
             }
-            // Does not allocate: `take` made room for this region.
+            // Does not allocate, because `take` reserved room for this region.
             None => gaps.insert(at, (start, size)),
         }
     }
@@ -104,7 +105,7 @@ mod tests {
         gaps.give(0x8000, 0x2000);
         gaps.give(0x2000, 0x2000);
         assert_eq!(content(&gaps), [(0x1000, 0x3000), (0x8000, 0x2000)]);
-        // Between two gaps, and in front of one.
+        // Between two gaps, and before a gap.
         let taken = [(); 3].map(|()| gaps.take(0x1000).unwrap());
         gaps.give(taken[0], 0x1000);
         gaps.give(taken[2], 0x1000);
@@ -122,7 +123,7 @@ mod tests {
         let gaps = Gaps::new(vec![(0, 1 << 20); 1]);
         let taken: Vec<u64> = (0..64).map(|_| gaps.take(0x1000).unwrap()).collect();
         let storage = gaps.lock().gaps.as_ptr();
-        // Every second one: none touches another gap.
+        // Every second region, so that none touches another gap.
         for start in taken.iter().step_by(2) {
             gaps.give(*start, 0x1000);
         }

@@ -1,7 +1,7 @@
-//! What a container says of its IOMMU: `struct vfio_iommu_type1_info`.
+//! Asks a container about its IOMMU: `struct vfio_iommu_type1_info`.
 //!
 //! # Safety
-//! The call gets a buffer that outlives it, with its length in the first word.
+//! The call gets a buffer that outlives it. The first word of the buffer is its length.
 
 use rustix::io::{self, Errno};
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
@@ -9,20 +9,20 @@ use std::ffi::c_void;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 
-/// The words of the structure without capabilities: length, flags, page sizes (two), offset of the
-/// first capability, and padding.
+/// The number of words of the structure without capabilities: length, flags, page sizes (two),
+/// offset of the first capability, and padding.
 const HEAD: usize = 6;
-/// In the flags: there is a chain of capabilities.
+/// In the flags: the structure is followed by a chain of capabilities.
 const CAPS: u32 = 2;
-/// The capability that lists what the IOMMU translates: a count, a reserved word, and pairs of the
-/// first address and the last.
+/// The capability that lists the addresses that the IOMMU translates: a count, a reserved word, and
+/// pairs of a first and a last address.
 const IOVA_RANGES: u32 = 1;
 
 /// `VFIO_IOMMU_GET_INFO`, with the buffer that the kernel fills.
 struct GetInfo<'a>(&'a mut [u32]);
 
-// SAFETY: the call reads the first word of the buffer, writes at most as many bytes as that word
-// says, which is no more than the buffer has (see `ask`), and any bytes are words.
+// SAFETY: the call reads the first word of the buffer and writes at most that many bytes. The
+// buffer has at least that length (see `ask`), and any bytes are valid words.
 unsafe impl Ioctl for GetInfo<'_> {
     type Output = ();
     const IS_MUTATING: bool = true;
@@ -40,16 +40,17 @@ unsafe impl Ioctl for GetInfo<'_> {
     }
 }
 
-/// Returns the addresses that a container's IOMMU translates: all, if the kernel does not say.
+/// Returns the addresses that a container's IOMMU translates, or all addresses if the kernel does
+/// not say.
 pub(super) fn translated(container: &OwnedFd) -> io::Result<Vec<Range<u64>>> {
     ranges_of(|words| {
-        // SAFETY: see `GetInfo`; the call changes nothing else.
+        // SAFETY: see `GetInfo`. The call changes nothing else.
         unsafe { ioctl(container, GetInfo(words)) }
     })
 }
 
-/// Asks with as much room as the kernel wants: a kernel that finds too little leaves the chain out,
-/// and answers with the length that it needs.
+/// Asks with as much room as the kernel needs. If the room does not suffice, the kernel leaves the
+/// chain out and returns the length that it needs.
 fn ranges_of(ask: impl Fn(&mut [u32]) -> io::Result<()>) -> io::Result<Vec<Range<u64>>> {
     let mut words = vec![0; HEAD];
     loop {
@@ -70,15 +71,17 @@ fn parse(words: &[u32]) -> Vec<Range<u64>> {
     if words[1] & CAPS == 0 {
         return everything;
     }
-    // Offsets count from the structure's first byte.
+    // Offsets are relative to the structure's first byte.
     let word = |offset: usize| words.get(offset / 4).copied();
     let mut offset = words[4] as usize;
-    // A chain that is longer than its buffer has a circle: the kernel's leads forward.
+    // The kernel's chains lead forward. If a chain has more links than its buffer has room for, it
+    // is circular.
     for _ in 0..words.len() {
         if offset < 4 * HEAD {
             break;
         }
-        // Each begins with its kind and version (16 bits each), and the offset of the next.
+        // Each capability begins with its kind and version (16 bits each), and the offset of the
+        // next one.
         let (Some(kind), Some(next)) = (word(offset), word(offset + 4)) else {
             break;
         };
@@ -100,7 +103,8 @@ fn parse(words: &[u32]) -> Vec<Range<u64>> {
 mod tests {
     use super::*;
 
-    /// A kernel's answer: another capability, of which only the head is read, then the ranges.
+    /// Builds a kernel's answer: another capability, of which only the head is read, then the
+    /// ranges.
     fn answer(ranges: &[(u64, u64)]) -> Vec<u32> {
         let mut words = vec![0, CAPS, 0, 0, 24, 0];
         words.extend([3 | 1 << 16, 40, 65_535, 0]);
@@ -112,7 +116,7 @@ mod tests {
         words
     }
 
-    /// Does what `vfio_iommu_type1` does with too little room.
+    /// Does what `vfio_iommu_type1` does if the room does not suffice.
     fn kernel(answer: &[u32]) -> impl Fn(&mut [u32]) -> io::Result<()> {
         move |words| {
             assert_eq!(words[0] as usize, 4 * words.len());

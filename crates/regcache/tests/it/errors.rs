@@ -1,4 +1,4 @@
-//! What callers are told when something fails.
+//! The errors that callers get.
 
 use crate::support::{Refusal, book, counting, pages};
 use mmu_notifier::{Event, MmWithUser, VaRange};
@@ -67,7 +67,8 @@ fn a_registrar_that_panics_leaves_nothing_behind() {
     drop(cache.get(pages(1, 1)).unwrap());
 }
 
-/// Panics when it deregisters what it is told to, and says what it was asked to deregister.
+/// Panics when it deregisters given ranges, and records every range that it was asked to
+/// deregister.
 #[derive(Default)]
 struct Panics {
     at: Mutex<Vec<VaRange>>,
@@ -137,8 +138,8 @@ fn a_panic_in_deregister_costs_one_region() {
     }
 }
 
-/// The region that replaces another one is leased to the request that hears the panic: no other
-/// code would ever end that lease.
+/// The replacing region is leased to the request that sees the panic. No other code would ever end
+/// that lease.
 #[test]
 fn a_panic_in_deregister_leaves_no_lease_behind() {
     let at = Mutex::new(vec![pages(1, 1)]);
@@ -169,14 +170,14 @@ fn a_registrar_that_panics_over_its_own_error_leaves_nothing_behind() {
         Options::new(),
     );
     for _ in 0..3 {
-        // The second one would wait for the first for ever.
+        // If the first call left something behind, the second one would wait for ever.
         assert!(catch_unwind(AssertUnwindSafe(|| cache.get(pages(1, 1)).map(drop))).is_err());
     }
     assert_eq!((cache.stats().regions, cache.stats().failed), (0, 3));
 }
 
-/// It has one byte more than 64 bits count, so it is over every limit, and nothing is evicted in
-/// vain.
+/// The whole address space has 2^64 bytes, so it exceeds every limit. The cache must not evict
+/// anything for it.
 #[test]
 fn the_whole_address_space_is_too_large_for_any_limit() {
     for merge in [Merge::Never, Merge::Overlapping, Merge::Adjacent] {
@@ -248,8 +249,8 @@ fn without_a_limit_there_is_room_for_the_whole_address_space_beside_others() {
     }
 }
 
-/// Two halves have more bytes together than 64 bits count: there is room for one, and the other one
-/// goes.
+/// Two halves of the address space have 2^64 bytes together. There is room for one, so the other is
+/// evicted.
 #[test]
 fn where_sums_do_not_fit_into_64_bits_the_limit_holds() {
     for merge in [Merge::Never, Merge::Overlapping, Merge::Adjacent] {

@@ -1,4 +1,4 @@
-//! The child of a fork: the inherited cache does nothing.
+//! In the child of a fork, the inherited cache does nothing.
 
 use crate::support::{counting, pages};
 use mmu_notifier::{Event, MmWithUser};
@@ -17,7 +17,7 @@ fn a_child_gets_an_error_and_deregisters_nothing() {
         drop(mm.invalidate(pages(1, 9), Event::Unmap));
         let flushed = cache.flush();
         cache.reap();
-        // It takes no lock either, which a thread of the parent's may have held.
+        // It takes no lock either, because a thread of the parent may have held it.
         let knows_nothing = cache.stats() == Stats::default();
         drop(cache);
         knows_nothing

@@ -1,4 +1,4 @@
-//! What callbacks do to regions, leases and registrations under way.
+//! The effect of callbacks on regions, leases and registrations in progress.
 
 use crate::support::{Book, book, counting, pages};
 use mmu_notifier::{Event, MmWithUser, VaRange};

@@ -1,4 +1,4 @@
-//! A cache that asks the kernel source, in a rehearsal: the test makes the kernel's events.
+//! A cache with a kernel source in rehearsal: the test makes the kernel's events.
 
 use crate::support::{Book, pages};
 use mmu_notifier::{InvalidateRange, Notifier, Registration, Va, VaRange};
@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use testkit::{Cap, require};
 
 /// All sources of these tests invalidate the one address space of this process, and a lost event
-/// invalidates all of it, whichever test's cache the region is in. So the tests take turns.
+/// invalidates all of it, including other tests' regions. So the tests take turns.
 fn alone() -> MutexGuard<'static, ()> {
     static TURN: Mutex<()> = Mutex::new(());
     TURN.lock().unwrap_or_else(PoisonError::into_inner)
@@ -83,7 +83,7 @@ fn lost_events_drop_everything_and_are_counted() {
         drop(cache.get(pages(100 * page, 1)).unwrap());
     }
     let lease = cache.get(pages(0, 1)).unwrap();
-    // A subscriber holds up whichever thread drains, and a ring of one page overflows.
+    // A subscriber blocks the thread that drains, so that a ring of one page overflows.
     let slow = Registration::new(&mmu_source::current(), Slow(Mutex::new(()))).unwrap();
     let held = slow.0.lock().unwrap();
     for _ in 0..1000 {
@@ -116,7 +116,7 @@ fn a_cache_of_a_parent_is_refused_in_its_child() {
     )));
 }
 
-/// As daemons do.
+/// Daemons do this.
 #[test]
 fn a_program_that_closes_every_descriptor_is_served_nothing_stale() {
     if !require(Cap::Bpf) || !require(Cap::Kvm) {
@@ -133,7 +133,7 @@ fn a_program_that_closes_every_descriptor_is_served_nothing_stale() {
             libc::PROT_READ | libc::PROT_WRITE,
             libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_POPULATE,
         );
-        // SAFETY: takes a new place for a page.
+        // SAFETY: maps a page at an address that the kernel chooses.
         let page = unsafe { libc::mmap(ptr::null_mut(), 4096, read_write, private, -1, 0) };
         assert_ne!(page, libc::MAP_FAILED);
         let range = VaRange::covering(Va::new(page.addr() as u64), 1).unwrap();
@@ -142,12 +142,12 @@ fn a_program_that_closes_every_descriptor_is_served_nothing_stale() {
             unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, 0) },
             0
         );
-        // The parent of this child changes memory at the same addresses, which are needless misses:
-        // once more, then.
+        // The child's parent changes memory at the same addresses, which causes needless misses. So
+        // retry.
         (0..100).any(|_| {
             let one = *cache.get(range).unwrap().handle();
             let is_hit = *cache.get(range).unwrap().handle() == one;
-            // SAFETY: nothing refers to the page made above.
+            // SAFETY: no reference points into the page mapped above.
             assert_eq!(unsafe { libc::madvise(page, 4096, libc::MADV_DONTNEED) }, 0);
             assert_ne!(
                 *cache.get(range).unwrap().handle(),
@@ -159,7 +159,7 @@ fn a_program_that_closes_every_descriptor_is_served_nothing_stale() {
     }));
 }
 
-/// Asks a cache for what another thread is registering, in a callback.
+/// A callback that requests what another thread is registering.
 struct Asks {
     cache: RegCache<Book>,
     refused: AtomicU64,
@@ -196,7 +196,8 @@ fn a_miss_in_a_callback_of_the_source_is_refused_instead_of_waiting_for_itself()
     let armed = kernel.arm(pages(7777, 1)).unwrap();
     let in_registrar = Arc::clone(&kernel);
     device.registrar().during_next(move || {
-        // Whichever thread drains it, this one waits for that at the end of the registration.
+        // Another thread may drain the change. This thread waits for that at the end of the
+        // registration.
         change(&in_registrar, pages(7777, 1));
     });
     drop(cache.get(pages(10, 4)).unwrap());

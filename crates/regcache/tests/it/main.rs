@@ -16,6 +16,7 @@ mod threads;
 #[cfg(feature = "uring")]
 mod uring;
 
-/// No callback of these tests may use the heap, nor may who holds a lock that callbacks take.
+/// No callback of these tests may use the heap, and neither may a holder of a lock that callbacks
+/// take.
 #[global_allocator]
 static ALLOC: mmu_notifier::lockdep::CheckedAlloc = mmu_notifier::lockdep::CheckedAlloc::new();

@@ -1,4 +1,4 @@
-//! What is registered together.
+//! Which requests are registered together.
 
 use crate::support::{book, counting, pages};
 use mmu_notifier::{Event, VaRange};
@@ -84,7 +84,7 @@ fn merging_stops_at_the_limit() {
 fn a_hole_beside_the_request_is_left_out() {
     let (_mm, device, cache) = book(Options::new());
     drop(cache.get(pages(10, 10)).unwrap());
-    // The rest of it went away without an event.
+    // The rest of the region was unmapped without an event.
     device.registrar().unmap(pages(10, 2));
     assert_eq!(cache.get(pages(18, 4)).unwrap().range(), pages(18, 4));
 }
@@ -101,7 +101,7 @@ fn what_cannot_be_registered_with_its_neighbour_is_registered_alone() {
     );
 }
 
-/// What the fuzz does. Numbers of leases and brackets are taken modulo how many there are.
+/// The operations of the fuzz test. Numbers of leases and brackets are taken modulo their count.
 #[derive(Debug, Clone)]
 enum Op {
     Get(u64, u64),
@@ -109,14 +109,15 @@ enum Op {
     Lease(u64, u64),
     End(usize),
     Invalidate(u64, u64),
-    /// An invalidation that lasts.
+    /// An invalidation that stays open.
     Begin(u64, u64),
     Finish(usize),
     Flush,
 }
 
 fn ops() -> impl Strategy<Value = Vec<Op>> {
-    // Short ones in little room touch each other; long ones have other granules, and cross blocks.
+    // Short ranges in a small area touch each other. Long ones have granules of other levels and
+    // cross blocks.
     let range = prop_oneof![
         6 => (0_u64..60, 1_u64..8),
         3 => (0_u64..3000, prop_oneof![8 => 1_u64..12, 2 => 1_u64..700]),
@@ -147,18 +148,18 @@ fn union(one: VaRange, other: VaRange) -> VaRange {
     VaRange::covering(first, one.last().max(other.last()).get() - first.get() + 1).unwrap()
 }
 
-/// The obvious way: lists of intervals.
+/// The reference model: lists of intervals.
 #[derive(Default)]
 struct Naive {
-    /// What is found.
+    /// The regions that look-ups find.
     live: Vec<VaRange>,
-    /// What is kept for leases: the registrations' numbers and ranges, once for each lease.
+    /// The regions kept by leases, once for each lease: the registrations' numbers and ranges.
     leased: Vec<(u64, VaRange)>,
-    /// Invalidations that have begun.
+    /// The open invalidations.
     open: Vec<VaRange>,
 }
 
-/// How the naive list is wrong, if it is to be shown that the fuzz would tell.
+/// A fault of the reference model, to show that the fuzz test detects faults.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Wrong {
     Nothing,
@@ -171,7 +172,7 @@ enum Wrong {
 }
 
 impl Naive {
-    /// What a request gets.
+    /// Returns the region that a request gets.
     fn get(&mut self, request: VaRange, merge: Merge, wrong: Wrong) -> VaRange {
         if let Some(found) = self.live.iter().find(|region| covers(**region, request)) {
             return *found;
@@ -201,7 +202,7 @@ impl Naive {
         region
     }
 
-    /// What is registered, in order.
+    /// Returns the registered ranges in order.
     fn registered(&self, wrong: Wrong) -> Vec<VaRange> {
         let mut leased = if wrong == Wrong::ForgetsLeases {
             Vec::new()
@@ -210,7 +211,7 @@ impl Naive {
         };
         leased.sort();
         leased.dedup();
-        // Those that are found are in the other list.
+        // The regions that look-ups find are in the other list.
         let mut registered = self.live.clone();
         for (_, range) in leased {
             if !self.live.contains(&range) {
@@ -231,7 +232,7 @@ fn check(ops: &[Op], merge: Merge, wrong: Wrong) -> Result<(), TestCaseError> {
                 let lease = cache.get(pages(first, count)).unwrap();
                 let expected = naive.get(pages(first, count), merge, wrong);
                 if merge == Merge::Never {
-                    // Any that covers it will do.
+                    // Any region that covers the request is right.
                     prop_assert!(covers(lease.range(), pages(first, count)));
                     prop_assert!(lease.range() == expected || naive.live.contains(&lease.range()));
                 } else {
@@ -275,8 +276,8 @@ fn check(ops: &[Op], merge: Merge, wrong: Wrong) -> Result<(), TestCaseError> {
             Op::End(_) | Op::Finish(_) => {}
         }
         cache.reap();
-        // A lease of a region that is gone and one of the same range that is found are two
-        // registrations.
+        // If a leased region was invalidated and the same range was registered again, there are two
+        // registrations of that range.
         let mut registered = device.registrar().ranges();
         registered.dedup();
         let mut expected = naive.registered(wrong);
@@ -300,7 +301,7 @@ fn check(ops: &[Op], merge: Merge, wrong: Wrong) -> Result<(), TestCaseError> {
 
 const MERGES: [Merge; 3] = [Merge::Never, Merge::Overlapping, Merge::Adjacent];
 
-/// Whatever is wrong with the list, the fuzz tells, and soon.
+/// The fuzz test must soon detect every fault of the reference model.
 #[test]
 fn the_fuzz_finds_out_who_is_wrong() {
     let wrongs = [

@@ -4,7 +4,7 @@ use crate::support::pages;
 use mmu_notifier::{MmWithUser, Va, VaRange};
 use regcache::{Device, Error, Merge, Mlock, Options};
 
-/// Which of the pages of a buffer are locked, by the kernel's account: kilobytes of its mapping.
+/// Returns how many kilobytes of this process the kernel counts as locked.
 fn locked_kb() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = status
@@ -61,20 +61,20 @@ fn a_range_that_cannot_be_locked_is_refused() {
     assert_eq!(device.registrar().locked_pages(), 0);
 }
 
-/// Gives up the right to lock without limit, and sets one.
+/// Drops the privilege to lock without a limit, and sets a limit.
 fn limit_locked_memory(bytes: u64) {
-    // `struct __user_cap_header_struct` of version 3 and this process, and two `struct
+    // `struct __user_cap_header_struct` of version 3 for this process, and two `struct
     // __user_cap_data_struct`.
     let header = [0x2008_0522_u32, 0];
     let mut sets = [[0_u32; 3]; 2];
     assert_eq!(
-        // SAFETY: The call fills in two structs of three words.
+        // SAFETY: the call writes two structs of three words.
         unsafe { libc::syscall(libc::SYS_capget, header.as_ptr(), sets.as_mut_ptr()) },
         0
     );
     sets[0].iter_mut().for_each(|set| *set &= !(1 << 14));
     assert_eq!(
-        // SAFETY: The call reads them.
+        // SAFETY: the call only reads them.
         unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()) },
         0
     );
@@ -82,7 +82,7 @@ fn limit_locked_memory(bytes: u64) {
         rlim_cur: bytes,
         rlim_max: bytes,
     };
-    // SAFETY: The call reads a struct.
+    // SAFETY: the call reads a local.
     assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &limit) }, 0);
 }
 

@@ -11,14 +11,15 @@ use testkit::{has_timers, in_child, signal_every};
 
 static CACHE: OnceLock<RegCache<Counting>> = OnceLock::new();
 
-/// The lease of the handler. `STEP` says whose it is.
+/// The lease of the handler. `STEP` says whether the handler or the thread may access it.
 struct Kept(UnsafeCell<Option<Lease<'static, Counting>>>);
-// SAFETY: one thread and its handler use it, at each time the one of the two that `STEP` names.
+// SAFETY: one thread and its signal handler use it, and at any time only the one that `STEP` names.
 unsafe impl Sync for Kept {}
 static KEPT: Kept = Kept(UnsafeCell::new(None));
 
 static STEP: AtomicU8 = AtomicU8::new(TAKE);
-/// 1. The handler is to take a lease. 2. It has one. 3. It is to end it.
+/// `TAKE`: the handler must take a lease. `HAS`: the handler has a lease. `END`: the handler must
+/// end it.
 const TAKE: u8 = 1;
 const HAS: u8 = 2;
 const END: u8 = 3;
@@ -33,7 +34,7 @@ extern "C" fn handler(_: i32) {
     match STEP.load(Ordering::Relaxed) {
         TAKE => match cache.get(pages(20, 1)) {
             Ok(lease) => {
-                // SAFETY: the step says that it is the handler's.
+                // SAFETY: `STEP` says that the handler may access it.
                 unsafe { *KEPT.0.get() = Some(lease) };
                 STEP.store(HAS, Ordering::Relaxed);
             }
@@ -54,8 +55,8 @@ fn send_signals() {
 }
 
 fn send_signals_to(handler: extern "C" fn(i32)) {
-    // SAFETY: the handler calls what the documents allow in one, and what it shares is atomic or
-    // guarded by `STEP`.
+    // SAFETY: the handler calls only what the documentation allows in a handler. What it shares is
+    // atomic or guarded by `STEP`.
     unsafe { libc::signal(libc::SIGUSR1, handler as *const () as usize) };
     signal_every(Duration::from_micros(50), libc::SIGUSR1).expect("a timer");
 }
@@ -78,13 +79,13 @@ fn a_signal_handlers_lease_is_kept_and_its_end_is_seen() {
         let mut leases = 0;
         while SIGNALS.load(Ordering::Relaxed) < 20_000 {
             match STEP.load(Ordering::Relaxed) {
-                // The lease of the handler must not be lost to the call that it interrupts.
+                // The call that the handler interrupts must not lose the handler's lease.
                 TAKE => drop(cache.get(pages(10, 1)).unwrap()),
                 HAS => {
                     leases += 1;
                     drop(mm.invalidate(pages(20, 1), Event::Unmap));
                     cache.flush();
-                    // SAFETY: the step says that it is not the handler's.
+                    // SAFETY: `STEP` says that the handler does not access it.
                     let stale = unsafe { (*KEPT.0.get()).as_ref() }
                         .is_some_and(|lease| !lease.is_current());
                     assert!(stale, "the lease does not know what has happened");
@@ -94,8 +95,8 @@ fn a_signal_handlers_lease_is_kept_and_its_end_is_seen() {
                         "deregistered under a lease, or registered without one"
                     );
                     STEP.store(END, Ordering::Relaxed);
-                    // The handler interrupts the work under the lock, and there the end waits for
-                    // another's question.
+                    // The handler interrupts work under the lock, so it cannot find out whether its
+                    // lease was the last. A later scan does.
                     while STEP.load(Ordering::Relaxed) == END {
                         cache.flush();
                     }
@@ -146,8 +147,8 @@ fn a_handler_that_looks_up_never_enters_the_registrar() {
         send_signals_to(looks_up);
         let mut leased = cache.get(kept).unwrap();
         while SIGNALS.load(Ordering::Relaxed) < 20_000 || HITS.load(Ordering::Relaxed) < 100 {
-            // What the handler asks for is a miss now, and the registrar is at work on something
-            // else.
+            // The range that the handler asks for is a miss now, while the registrar works on
+            // another range.
             drop(mm.invalidate(kept, Event::Unmap));
             drop(cache.get(other).unwrap());
             cache.flush();
@@ -184,7 +185,7 @@ fn a_lease_that_is_ended_later_is_deregistered_by_the_next_scan() {
 #[test]
 fn a_request_that_would_wait_for_its_own_thread_is_refused() {
     assert!(in_child(|| {
-        // SAFETY: no preconditions. A hang need not take two minutes.
+        // SAFETY: has no preconditions. It ends a test that hangs after 20 seconds.
         unsafe { libc::alarm(20) };
         let (mm, device) = (
             MmWithUser::new(),
@@ -213,7 +214,7 @@ fn a_nested_request_that_needs_a_larger_table_is_refused() {
     let same = cache.try_clone().unwrap();
     static REFUSED: AtomicU64 = AtomicU64::new(0);
     device.registrar().during_next(move || {
-        // Far apart, so that each is an entry of its own.
+        // Far apart, so that no two requests are merged.
         let refused = (0..10_000).find_map(|at| match same.get(pages(1000 + 10 * at, 1)) {
             Ok(_) => None,
             Err(error) => Some((at, error)),

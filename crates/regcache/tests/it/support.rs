@@ -1,4 +1,4 @@
-//! What the tests share.
+//! Helpers that the tests share.
 
 use mmu_notifier::{MmWithUser, Va, VaRange};
 use regcache::{Cause, Counting, Device, Options, RegCache, Registrar};
@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Mutex;
 
-/// `pages` pages from page number `first` on.
+/// Returns `pages` pages, starting at page number `first`.
 pub(crate) fn pages(first: u64, pages: u64) -> VaRange {
     VaRange::covering(Va::new(first << 12), pages << 12).unwrap()
 }
@@ -17,7 +17,7 @@ pub(crate) fn counting(options: Options) -> (MmWithUser, Device<Counting>, RegCa
     (mm, device, cache)
 }
 
-/// Knows what is registered, and refuses what it is told to.
+/// A registrar that records what is registered, and fails on request.
 #[derive(Default)]
 pub(crate) struct Book {
     pages: Mutex<Pages>,
@@ -51,7 +51,7 @@ impl fmt::Display for Refusal {
 impl std::error::Error for Refusal {}
 
 impl Book {
-    /// The ranges that are registered, in order.
+    /// Returns the registered ranges in order.
     pub(crate) fn ranges(&self) -> Vec<VaRange> {
         let mut ranges: Vec<_> = self
             .pages
@@ -65,17 +65,17 @@ impl Book {
         ranges
     }
 
-    /// No more than `limit` registrations from now on.
+    /// From now on, allows at most `limit` registrations.
     pub(crate) fn limit(&self, limit: usize) {
         self.pages.lock().unwrap().limit = Some(limit);
     }
 
-    /// Nothing of more than `pages` from now on, and not because a limit is reached.
+    /// From now on, refuses ranges of more than `pages` pages, with an error that is no limit.
     pub(crate) fn break_over(&self, pages: u64) {
         self.pages.lock().unwrap().most = Some(pages);
     }
 
-    /// Nothing that overlaps `range` from now on.
+    /// From now on, refuses every range that overlaps `range`.
     pub(crate) fn unmap(&self, range: VaRange) {
         self.pages.lock().unwrap().unmapped.push(range);
     }
@@ -85,7 +85,7 @@ impl Book {
         self.pages.lock().unwrap().during = Some(Box::new(f));
     }
 
-    /// Runs `f` when something is deregistered next.
+    /// Runs `f` in the next deregistration.
     pub(crate) fn at_next_end(&self, f: impl FnOnce() + Send + 'static) {
         self.pages.lock().unwrap().at_end = Some(Box::new(f));
     }

@@ -1,4 +1,4 @@
-//! Several threads at once.
+//! Tests with several threads.
 
 use crate::support::{book, counting, pages};
 use mmu_notifier::{Event, VaRange};
@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
 
-/// Stops its caller: says that it was called, and waits for the permission to continue.
+/// Returns a function that blocks its caller, a receiver that says when it was called, and a sender
+/// that lets it continue.
 fn gate() -> (impl FnOnce() + Send + 'static, Receiver<()>, Sender<()>) {
     let (entered, wait_entered) = mpsc::channel();
     let (go_on, wait_go_on) = mpsc::channel();
@@ -76,7 +77,7 @@ fn a_registrar_that_panics_leaves_its_places_to_others() {
 fn a_registrar_that_panics_while_a_registration_is_undone_leaves_its_place_to_others() {
     let (mm, device, cache) = book(Options::new().max_regions(1));
     let here = mm.clone();
-    // The memory changes while it is being registered, and what was registered cannot be undone.
+    // The memory changes during the registration, and deregistering panics.
     device
         .registrar()
         .during_next(move || drop(here.invalidate(pages(1, 1), Event::Unmap)));
@@ -103,7 +104,7 @@ fn a_request_waits_for_a_place_in_which_another_thread_is_registering() {
             thread::yield_now();
         }
         go_on.send(()).unwrap();
-        // The other's lease may not have ended by the time this looks again.
+        // The other thread's lease may not have ended when this thread looks again.
         assert!(matches!(
             other.join().unwrap(),
             Ok(_) | Err(Error::Full { .. })
@@ -130,8 +131,8 @@ fn threads_come_and_go_and_their_slots_are_used_again() {
     );
 }
 
-/// Leases, merges, evictions and invalidations against each other; every lease finds its range
-/// registered.
+/// Leases, merges, evictions and invalidations at the same time. Every lease must have a registered
+/// range.
 #[test]
 fn a_lease_never_shows_a_range_that_is_not_registered() {
     for merge in [Merge::Never, Merge::Overlapping, Merge::Adjacent] {

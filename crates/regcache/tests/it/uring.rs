@@ -10,7 +10,7 @@ use testkit::{Cap, require};
 
 const PAGE: usize = 4096;
 
-/// A mapping of its own.
+/// A mapping that this value owns.
 struct Pages(*mut u8, usize);
 
 impl Pages {
@@ -19,7 +19,7 @@ impl Pages {
             libc::PROT_READ | libc::PROT_WRITE,
             libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
         );
-        // SAFETY: The kernel chooses a place where nothing is.
+        // SAFETY: the kernel chooses an address where nothing is mapped.
         let place = unsafe { libc::mmap(std::ptr::null_mut(), pages * PAGE, access, kind, -1, 0) };
         assert_ne!(place, libc::MAP_FAILED);
         Self(place.cast(), pages)
@@ -30,14 +30,14 @@ impl Pages {
     }
 
     fn bytes(&self) -> &[u8] {
-        // SAFETY: The mapping is live and initialised as long as it is borrowed.
+        // SAFETY: the mapping is live and initialised while it is borrowed.
         unsafe { std::slice::from_raw_parts(self.0, self.1 * PAGE) }
     }
 
-    /// Puts fresh zeroes in its place.
+    /// Replaces the memory by new zeroed memory.
     fn replace(&self) {
         let kind = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
-        // SAFETY: The range is ours, and no code has a reference to it.
+        // SAFETY: this value owns the range, and no code has a reference to it.
         let place = unsafe {
             libc::mmap(
                 self.0.cast(),
@@ -54,7 +54,7 @@ impl Pages {
 
 impl Drop for Pages {
     fn drop(&mut self) {
-        // SAFETY: The mapping is ours.
+        // SAFETY: this value owns the mapping.
         unsafe { libc::munmap(self.0.cast(), self.1 * PAGE) };
     }
 }
@@ -66,12 +66,12 @@ fn ring() -> (IoUring, Device<Uring>, RegCache<Uring>) {
     (ring, device, cache)
 }
 
-/// A file that holds `pages` pages of the letter `byte`.
+/// Makes a file of `pages` pages filled with `byte`.
 fn file(pages: usize, byte: u8) -> File {
-    // SAFETY: The name is a C string.
+    // SAFETY: the name is a C string.
     let fd = unsafe { libc::memfd_create(c"uring".as_ptr(), libc::MFD_CLOEXEC) };
     assert!(fd >= 0);
-    // SAFETY: The descriptor is new and ours.
+    // SAFETY: the descriptor is new and has no other owner.
     let mut file: File = unsafe { std::os::fd::FromRawFd::from_raw_fd(fd) };
     file.write_all(&vec![byte; pages * PAGE]).unwrap();
     file
@@ -88,7 +88,7 @@ fn read(ring: &mut IoUring, cache: &RegCache<Uring>, file: &File, buffer: &Pages
         lease.buf_index(),
     )
     .offset(0);
-    // SAFETY: The buffer and the lease live until the request has completed, below.
+    // SAFETY: the buffer and the lease live until the request has completed, below.
     unsafe { ring.submission().push(&read.build()).unwrap() };
     ring.submit_and_wait(1).unwrap();
     ring.completion().next().unwrap().result()
@@ -184,7 +184,7 @@ fn errors_say_what_is_wrong_with_the_range() {
     assert_eq!(cache.stats().regions, 0);
 }
 
-/// The numbers of the rings that this process has open.
+/// Returns the descriptors of rings that this process has open.
 fn rings() -> Vec<i32> {
     let entries = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
     let is_ring = |entry: &std::fs::DirEntry| {
@@ -196,7 +196,8 @@ fn rings() -> Vec<i32> {
         .collect()
 }
 
-/// Puts `other` over the registrar's descriptor: does it know, and leave `other` alone?
+/// Replaces the registrar's descriptor by `other`, or closes it. Tells whether the registrar
+/// notices and does not touch `other`.
 fn leaves_alone(other: i32) -> bool {
     let before = rings();
     let (_ring, device, cache) = ring();
@@ -208,7 +209,8 @@ fn leaves_alone(other: i32) -> bool {
     let (old, new) = (Pages::new(1), Pages::new(1));
     let lease = cache.get(old.range()).unwrap();
     if other < 0 {
-        // SAFETY: integers: what a program does that closes what it does not know.
+        // SAFETY: takes an integer. It simulates a program that closes descriptors that it did not
+        // open.
         unsafe { libc::close(ours) };
     } else {
         // SAFETY: as above.
@@ -220,14 +222,14 @@ fn leaves_alone(other: i32) -> bool {
     let refused = std::error::Error::source(&refused)
         .map(ToString::to_string)
         .unwrap_or_default();
-    // What the memory was is not served, though the ring keeps it.
+    // The cache must not serve the old registration, although the ring still has it.
     drop(mmu_source::current().invalidate(old.range(), Event::Unmap));
     let is_stale = lease.is_current() || cache.get(old.range()).is_ok();
     drop(lease);
     drop(cache);
     device.synchronize().unwrap();
     drop(device);
-    // SAFETY: an integer.
+    // SAFETY: takes integers.
     let is_open = unsafe { libc::fcntl(ours, libc::F_GETFD) } >= 0;
     refused.contains("make a new `Uring`") && !is_stale && is_open == (other >= 0)
 }
@@ -237,14 +239,14 @@ fn a_descriptor_that_is_not_the_rings_any_more_is_left_alone() {
     if !require(Cap::IoUring) {
         return;
     }
-    // In children: other tests' rings come and go.
+    // In children, because the rings of other tests come and go.
     assert!(testkit::in_child(|| leaves_alone(-1)));
     assert!(testkit::in_child(|| leaves_alone(
         file(1, b'x').as_raw_fd()
     )));
     assert!(testkit::in_child(|| {
         let other = IoUring::new(8).unwrap();
-        // Nothing was registered with it, or this would be refused.
+        // If a buffer had been registered with the other ring, this call would be refused.
         leaves_alone(other.as_raw_fd()) && other.submitter().register_buffers_sparse(1).is_ok()
     }));
 }

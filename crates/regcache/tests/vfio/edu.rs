@@ -1,9 +1,8 @@
-//! The device: QEMU's `edu` (docs/specs/edu.txt of its sources), which copies bytes from memory
-//! into a buffer of its own, and from there back. A copy takes 100 ms.
+//! The device: QEMU's `edu` (docs/specs/edu.txt of QEMU's sources). It copies bytes from memory
+//! into its own buffer and back. A copy takes 100 ms.
 //!
 //! # Safety
-//! The control calls get integers, descriptors that are open, and pointers to locals that outlive
-//! the call.
+//! The ioctls get integers, open descriptors, and pointers to locals that outlive the call.
 
 use std::fs::{self, File};
 use std::io;
@@ -25,7 +24,7 @@ const GROUP_GET_DEVICE: libc::c_ulong = call(6);
 const REGION_INFO: libc::c_ulong = call(8);
 const TYPE1_V2: libc::c_ulong = 3;
 
-/// The regions of a PCI device: its registers, and its configuration.
+/// The regions of a PCI device: its registers and its configuration.
 const REGISTERS: u32 = 0;
 const CONFIGURATION: u32 = 7;
 
@@ -53,7 +52,7 @@ fn open(path: impl AsRef<Path>) -> io::Result<File> {
 }
 
 pub(crate) struct Edu {
-    // Dropped in this order: a container lasts as long as its devices.
+    // The fields are dropped in this order, because a container must outlive its devices.
     device: File,
     _group: File,
     container: File,
@@ -76,18 +75,18 @@ impl Edu {
                 &raw const descriptor,
             )
         })?;
-        // SAFETY: the call takes an integer.
+        // SAFETY: takes an integer.
         checked(unsafe { libc::ioctl(container.as_raw_fd(), SET_IOMMU, TYPE1_V2) })?;
         let name = folder.file_name().expect("a device has a name");
         let name = std::ffi::CString::new(name.as_bytes())?;
-        // SAFETY: the call reads a C string, and answers with a descriptor.
+        // SAFETY: the call reads a C string, and returns a descriptor.
         let device =
             checked(unsafe { libc::ioctl(group.as_raw_fd(), GROUP_GET_DEVICE, name.as_ptr()) })?;
-        // SAFETY: the descriptor is new.
+        // SAFETY: the descriptor is new and has no other owner.
         let device = unsafe { File::from_raw_fd(device) };
         let (registers, configuration) =
             (region(&device, REGISTERS)?, region(&device, CONFIGURATION)?);
-        // It may answer, and begin transfers itself.
+        // Allow the device to respond, and to begin transfers itself.
         device.write_all_at(&6_u16.to_le_bytes(), configuration + 4)?;
         Ok(Self {
             device,
@@ -101,7 +100,7 @@ impl Edu {
         self.container.as_fd()
     }
 
-    /// Has the device copy the byte at one of its addresses to another, and waits.
+    /// Makes the device copy the byte at one of its addresses to another, and waits for it.
     pub(crate) fn copy(&self, from: u64, to: u64) {
         const BUFFER: u64 = 0x40000;
         const RUN: u32 = 1;
@@ -138,14 +137,14 @@ impl Edu {
     }
 }
 
-/// Where in the device's descriptor a region begins.
+/// Returns the offset of a region in the device's descriptor.
 fn region(device: &File, index: u32) -> io::Result<u64> {
     let mut info = RegionInfo {
         argsz: size_of::<RegionInfo>() as u32,
         index,
         ..RegionInfo::default()
     };
-    // SAFETY: the call fills in a `struct vfio_region_info`.
+    // SAFETY: the call writes a `struct vfio_region_info`.
     checked(unsafe { libc::ioctl(device.as_raw_fd(), REGION_INFO, &raw mut info) })?;
     Ok(info.offset)
 }

@@ -1,10 +1,10 @@
-//! A device that is driven through VFIO: run by `cargo xtask guest`, whose machine has an IOMMU and
-//! the emulator's teaching device, which copies memory.
+//! A device driven through VFIO. Run by `cargo xtask guest`, whose machine has an IOMMU and QEMU's
+//! teaching device, which copies memory.
 //!
 //! # Safety
-//! Each test maps memory of its own, knows it by address only, and reaches its bytes by volatile
-//! accesses while they are mapped. The device is a reader and writer like any other thread of the
-//! test, and is waited for.
+//! Each test maps its own memory and refers to it by address only. It accesses the bytes by
+//! volatile reads and writes while they are mapped. The device reads and writes like another thread
+//! of the test, and the test waits for it.
 #![expect(
     unsafe_code,
     reason = "maps, changes and unmaps raw memory; see the Safety section"
@@ -34,24 +34,25 @@ enum Source {
     Kernel,
 }
 
-/// A device, and a cache over it.
+/// A device, and a cache for it.
 struct Lab {
     cache: RegCache<Vfio>,
     _device: Device<Vfio>,
     edu: Edu,
-    /// Where the device copies to.
+    /// The address that the device copies to.
     sink: usize,
     _hook: Option<Hook>,
-    /// A source feeds every cache of this process, and the device has one user.
+    /// The sources serve every cache of this process, and the device can have only one user, so the
+    /// tests take turns.
     _alone: MutexGuard<'static, ()>,
 }
 
 static ALONE: Mutex<()> = Mutex::new(());
 
 impl Lab {
-    /// `None`, with the reason printed, on a machine without the device.
+    /// Returns `None` and prints the reason on a machine without the device.
     fn new(source: Source) -> Option<Self> {
-        // Of its 28 bits of address, the upper half.
+        // The upper half of its 28-bit address space.
         Self::with(source, 0x800_0000..0x1000_0000, DmaAccess::ReadWrite)
     }
 
@@ -63,7 +64,7 @@ impl Lab {
         }
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let edu = Edu::open().unwrap();
-        // SAFETY: the tests have the device use addresses of leases, and wait for it.
+        // SAFETY: the tests let the device use only addresses of leases, and wait for it.
         let vfio = unsafe { Vfio::new(edu.container(), addresses, access) }.unwrap();
         let options = match source {
             Source::Kernel => Options::new().kernel(Kernel::start().unwrap()),
@@ -81,7 +82,7 @@ impl Lab {
         })
     }
 
-    /// What the device finds in the byte at `address`, through a lease.
+    /// Returns the byte that the device reads at `address`, through a lease.
     fn byte(&self, address: usize) -> u8 {
         let from = self.cache.get(page(address)).unwrap();
         let to = self.cache.get(page(self.sink)).unwrap();
@@ -99,7 +100,8 @@ fn page(address: usize) -> VaRange {
     VaRange::covering(Va::new(address as u64), PAGE as u64).unwrap()
 }
 
-/// A new page, or one over what is at an address. Through libc, which is all that `hook` sees.
+/// Maps a new page, or replaces the one at an address. It calls libc, because `hook` sees nothing
+/// else.
 fn map(over: Option<usize>, file: Option<&File>) -> usize {
     let at = over.map_or(null_mut(), with_exposed_provenance_mut);
     let mut flags = file.map_or(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, |_| {
@@ -112,7 +114,7 @@ fn map(over: Option<usize>, file: Option<&File>) -> usize {
         libc::PROT_READ | libc::PROT_WRITE,
         file.map_or(-1, AsRawFd::as_raw_fd),
     );
-    // SAFETY: what is replaced, if anything, is the test's.
+    // SAFETY: a page that is replaced belongs to the test.
     let start = unsafe { libc::mmap(at, PAGE, access, flags, file, 0) };
     assert_ne!(
         start,
@@ -124,13 +126,13 @@ fn map(over: Option<usize>, file: Option<&File>) -> usize {
 }
 
 fn unmap(address: usize) {
-    // SAFETY: the page is the test's.
+    // SAFETY: the page belongs to the test.
     let result = unsafe { libc::munmap(with_exposed_provenance_mut(address), PAGE) };
     assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
 }
 
 fn poke(address: usize, value: u8) {
-    // SAFETY: a byte of the test's own memory, which is mapped.
+    // SAFETY: the byte belongs to the test's own memory, which is mapped.
     unsafe { with_exposed_provenance_mut::<u8>(address).write_volatile(value) };
 }
 
@@ -139,18 +141,19 @@ fn peek(address: usize) -> u8 {
     unsafe { with_exposed_provenance::<u8>(address).read_volatile() }
 }
 
-/// A file of one page in memory.
+/// Makes a file of one page in memory.
 fn file() -> File {
-    // SAFETY: a C string and flags; the answer is checked.
+    // SAFETY: takes a C string and flags.
     let number = unsafe { libc::memfd_create(c"vfio".as_ptr(), libc::MFD_CLOEXEC) };
     assert!(number >= 0, "{}", std::io::Error::last_os_error());
-    // SAFETY: the descriptor is new.
+    // SAFETY: the descriptor is new and has no other owner.
     let file = unsafe { File::from_raw_fd(number) };
     file.set_len(PAGE as u64).unwrap();
     file
 }
 
-/// Reads a page that holds `OLD`, changes it to `NEW`, and reads again: each byte by the device.
+/// The device reads a page that holds `OLD`. Then the page changes to `NEW`, and the device reads
+/// again.
 fn seen(source: Source, make: impl Fn() -> (usize, Box<dyn FnOnce()>)) -> Option<u8> {
     let lab = Lab::new(source)?;
     let (address, change) = make();
@@ -187,7 +190,7 @@ fn without_a_source_the_device_reads_stale_pages_and_with_one_it_does_not() {
         };
         assert_eq!(found, expected, "mapped anew, {source:?}");
     }
-    // Another process's change passes through no libc of this one.
+    // A change by another process does not go through the libc of this one.
     for (source, expected) in all.into_iter().zip([OLD, OLD, NEW]) {
         let Some(found) = seen(source, truncated) else {
             return;
@@ -198,7 +201,7 @@ fn without_a_source_the_device_reads_stale_pages_and_with_one_it_does_not() {
 
 #[test]
 fn addresses_that_are_all_given_out_are_a_limit_and_come_back() {
-    // Room for the sink and one more.
+    // Room for the sink and one more page.
     let two = 0x800_0000..0x800_0000 + 2 * PAGE as u64;
     let Some(lab) = Lab::with(Source::Nothing, two, DmaAccess::ReadWrite) else {
         return;
@@ -225,11 +228,11 @@ fn memory_that_is_not_mapped_or_not_for_writing_is_named() {
     unmap(gone);
     let error = lab.cache.get(page(gone)).unwrap_err();
     assert!(matches!(error, Error::NotMapped { .. }), "{error:?}");
-    // The program's own code.
+    // The program's own code, which is not writable.
     let code = page(page as *const () as usize & !(PAGE - 1));
     let error = lab.cache.get(code).unwrap_err();
     assert!(matches!(error, Error::NotMapped { .. }), "{error:?}");
-    // The container is one and the same: devices that only read are another registrar's.
+    // The container is the same. Devices that only read need another registrar.
     let addresses = 0x400_0000..0x800_0000;
     // SAFETY: the device does not use this registrar's addresses.
     let reading = unsafe { Vfio::new(lab.edu.container(), addresses, DmaAccess::Read) }.unwrap();
@@ -246,7 +249,7 @@ fn addresses_that_the_iommu_leaves_out_are_refused() {
     let Some(lab) = Lab::new(Source::Nothing) else {
         return;
     };
-    // Where x86 devices send their interrupts.
+    // x86 devices send their interrupts to these addresses.
     let interrupts = 0xfee0_0000..0xfee0_1000;
     // SAFETY: nothing is registered.
     let refused = unsafe { Vfio::new(lab.edu.container(), interrupts, DmaAccess::Read) };
