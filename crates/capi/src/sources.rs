@@ -166,7 +166,7 @@ impl Mmun {
     }
 
     fn fill_begin(&self) -> Result<u64, c_int> {
-        self.check()?;
+        self.may_wait()?;
         match &self.kernel {
             Some(kernel) => kernel
                 .read_begin()

@@ -46,7 +46,7 @@ export! {
                     },
                 )
             })?;
-            mmun.check()?;
+            mmun.may_wait()?;
             let watch = match &mmun.kernel {
                 Some(kernel) => kernel.watch(range),
                 None => Watch::new(range),
@@ -77,7 +77,9 @@ export! {
         let Some(watched) = (unsafe { watch.as_mut() }) else {
             return fail(-libc::EINVAL, c"mmun_watch_renew(): watch is null");
         };
-        watched.watch.renew().map_or_else(|error| of_source(&error), |()| 0)
+        code(watched.mmun.may_wait().and_then(|()| {
+            watched.watch.renew().map_err(|error| of_source(&error))
+        }))
     }
 
     /// Ends the watch and frees it.

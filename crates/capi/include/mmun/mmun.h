@@ -168,8 +168,8 @@ struct mmun_watch;
  * every change that began before the call is over then. The memory need not be mapped.
  *
  * If the kernel source runs, it marks the watch. Otherwise the hook marks it, and invalidations
- * that the program opens. The call may wait for changes under way, so a callback must not make it:
- * it returns -EDEADLK there, or deadlocks on a lock.
+ * that the program opens. The call may wait for changes under way: -EDEADLK in a callback or inside
+ * an invalidation.
  */
 int mmun_watch(const struct mmun *mmun, const void *address, size_t length, struct mmun_watch **watch);
 
@@ -179,14 +179,19 @@ int mmun_watch(const struct mmun *mmun, const void *address, size_t length, stru
  * anywhere: under any lock, in free(), in a callback and in a signal handler.
  *
  * Call it before each use of an entry. If another thread can unmap memory that is in use, call it
- * again after the use. With the kernel source it may return a spurious false, while another thread
- * keeps reading the records. It returns false for NULL.
+ * again after the use. It returns false for NULL.
+ *
+ * With the kernel source it may return a spurious false: while another thread keeps reading the
+ * records, and after a change of other memory nearby. If munmap(), mprotect() or mremap() cuts a
+ * mapping, the kernel announces the huge page (2 MiB) around each cut that is not at a multiple of
+ * 2 MiB, also if no huge page lies there. So give buffers that are unmapped one by one mappings of
+ * their own, with a gap or different protection between them, or unmap in multiples of 2 MiB.
  */
 bool mmun_watch_valid(const struct mmun_watch *watch);
 
 /* Makes the watch valid again; cheaper than a new watch. Translate the range again afterwards.
- * Waits as mmun_watch() does. No other thread may use the watch meanwhile. After an error the watch
- * is not valid. */
+ * Waits as mmun_watch() does, and is refused where that is. No other thread may use the watch
+ * meanwhile. After an error the watch is not valid. */
 int mmun_watch_renew(struct mmun_watch *watch);
 
 /* Ends a watch; NULL does nothing. Waits for no callback. */

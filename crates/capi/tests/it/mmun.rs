@@ -49,6 +49,11 @@ fn over_the_hook() {
 fn over_the_kernel() {
     if require(Cap::Kvm) && require(Cap::Bpf) {
         run("mmun-kernel", &[], "kernel", &[]);
+        #[cfg(all(
+            any(target_arch = "x86_64", target_arch = "aarch64"),
+            target_env = "gnu"
+        ))]
+        run("mmun-both", &[], "both", &[]);
     }
 }
 

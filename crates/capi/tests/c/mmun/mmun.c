@@ -97,7 +97,7 @@ static void status_says_what_runs(void)
 
 	CHECK(mmun_status(mmun, &status) == 0);
 	CHECK(status.size == sizeof(status) && status.sources == source && !status.inherited);
-	CHECK(status.complete == (source == MMUN_SOURCE_KERNEL));
+	CHECK(status.complete == !!(source & MMUN_SOURCE_KERNEL));
 	CHECK(status.watches == 0 && status.subscriptions == 0 && status.caches == 0);
 	CHECK(strlen(status.no_hook) == 0 && strlen(status.no_kernel) == 0);
 }
@@ -202,9 +202,10 @@ struct seen {
 	atomic_int starts, ends;
 	atomic_uint cause;
 	struct mmun_subscription *subscription;
+	struct mmun_watch *watch;
 	int unsubscribed;
 	uint64_t seq;
-	int opened;
+	int opened, watched, renewed;
 };
 
 static void note_start(void *context, const struct mmun_change *change)
@@ -216,11 +217,14 @@ static void note_start(void *context, const struct mmun_change *change)
 	seen->cause = change->cause;
 	if (seen->subscription && seen->starts == 0) {
 		struct mmun_subscription *another;
+		struct mmun_watch *watch;
 		const struct mmun_ops ops = {sizeof(ops), NULL, NULL};
 
 		seen->unsubscribed = mmun_unsubscribe(seen->subscription);
 		seen->seq = mmun_fill_begin(mmun);
 		seen->opened = mmun_subscribe(mmun, &ops, NULL, &another);
+		seen->watched = mmun_watch(mmun, context, 1, &watch);
+		seen->renewed = mmun_watch_renew(seen->watch);
 	}
 	seen->starts++;
 }
@@ -249,7 +253,8 @@ static void a_subscriber_hears_each_change(void)
 	unmap(memory, 1);
 	CHECK(mmun_settle(mmun) == 0);
 	CHECK(seen.starts >= 1 && seen.starts == seen.ends);
-	CHECK(seen.cause == (source == MMUN_SOURCE_KERNEL ? MMUN_CAUSE_KERNEL : MMUN_CAUSE_CALLER));
+	/* With both, the hook's thread is first. */
+	CHECK(seen.cause == (source & MMUN_SOURCE_KERNEL ? MMUN_CAUSE_KERNEL : MMUN_CAUSE_CALLER));
 	CHECK(mmun_unsubscribe(subscription) == 0);
 	int heard = seen.starts;
 
@@ -265,11 +270,14 @@ static void a_callback_that_would_wait_for_itself_is_refused(void)
 	char *memory = map(1);
 	struct seen seen = {.address = (uintptr_t)memory};
 
+	CHECK(mmun_watch(mmun, &seen, 1, &seen.watch) == 0);
 	CHECK(mmun_subscribe(mmun, &ops, &seen, &seen.subscription) == 0);
 	unmap(memory, 1);
 	CHECK(mmun_settle(mmun) == 0);
 	CHECK(seen.starts >= 1 && seen.unsubscribed == -EDEADLK && seen.seq == 0 && seen.opened == -EDEADLK);
+	CHECK(seen.watched == -EDEADLK && seen.renewed == -EDEADLK);
 	CHECK(mmun_unsubscribe(seen.subscription) == 0);
+	mmun_unwatch(seen.watch);
 }
 
 static void bad_subscriptions_are_refused(void)
@@ -600,6 +608,7 @@ int main(int argc, char **argv)
 	CHECK(argc == 2);
 	source = !strcmp(argv[1], "kernel") ? MMUN_SOURCE_KERNEL :
 		 !strcmp(argv[1], "hook")   ? MMUN_SOURCE_HOOK :
+		 !strcmp(argv[1], "both")   ? MMUN_SOURCE_HOOK | MMUN_SOURCE_KERNEL :
 					      MMUN_SOURCE_OWN;
 	mmun = open_source();
 	RUN(status_says_what_runs);
