@@ -80,7 +80,9 @@ impl Mmun {
             sources | required
         };
         let refused = |which: u32, error: &Error| -> Result<String, c_int> {
-            let is_fault = !matches!(error, Error::Unavailable { .. } | Error::Unsupported { .. });
+            // A system that gives no thread or descriptor is one more reason why a source does not
+            // work here.
+            let is_fault = matches!(error, Error::AfterFork { .. } | Error::InCallback { .. });
             if required & which != 0 || is_fault {
                 Err(of_source(error))
             } else {

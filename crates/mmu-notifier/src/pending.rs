@@ -96,9 +96,12 @@ impl Pending {
     }
 
     fn wait_for(&self, bank: usize) {
+        // Not under the lock, which `freed` takes: without a reclaimer the frees run in here.
+        while !self.is_empty(bank) && !srcu::reclaim_here() {
+            std::thread::sleep(WITHOUT_RECLAIMER);
+        }
         let mut emptied = lock(&self.emptied.0);
-        // ORDER(core-freed): partner of the subtraction in `freed`.
-        while count(self.banks.load(Ordering::Acquire), bank) != 0 {
+        while !self.is_empty(bank) {
             emptied = self
                 .emptied
                 .1
@@ -106,7 +109,15 @@ impl Pending {
                 .unwrap_or_else(std::sync::PoisonError::into_inner);
         }
     }
+
+    fn is_empty(&self, bank: usize) -> bool {
+        // ORDER(core-freed): partner of the subtraction in `freed`.
+        count(self.banks.load(Ordering::Acquire), bank) == 0
+    }
 }
+
+/// How long a thread sleeps between its turns where the system gives no thread for the reclaimer.
+const WITHOUT_RECLAIMER: std::time::Duration = std::time::Duration::from_millis(1);
 
 /// One free in a bank. More than 2^32 cannot be queued, because their nodes would not fit into
 /// memory.

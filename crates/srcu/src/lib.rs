@@ -137,6 +137,8 @@ pub use raw::fork::forks;
 #[cfg(not(mmun_loom))]
 #[doc(hidden)]
 pub use raw::ids::{thread_number, thread_numbers};
+#[doc(hidden)]
+pub use raw::reclaimer::reclaim_here;
 pub use raw::run::set_callback_panic_hook;
 #[doc(hidden)]
 pub use raw::thread::{Thread, without_signals};

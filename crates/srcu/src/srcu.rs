@@ -78,8 +78,9 @@ impl Srcu {
     /// do on first use: makes the domain's page, gives this thread its counters, and starts the
     /// background thread if this process has none.
     ///
-    /// # Panics
-    /// If the thread cannot be started.
+    /// If the system gives no thread (`RLIMIT_NPROC`, the `pids.max` of a control group), callbacks
+    /// stay queued. The next [`prepare`](Self::prepare) or [`call`](Self::call) tries again, and
+    /// [`barrier`](Self::barrier) runs the callbacks of its domain itself.
     pub fn prepare(&self) {
         guard::slot(self.state());
         reclaimer::start();
@@ -219,8 +220,6 @@ impl Srcu {
     /// May be called inside sections and callbacks. Allocates nothing after
     /// [`prepare`](Self::prepare).
     ///
-    /// # Panics
-    /// If the reclaimer thread has to be started and cannot be.
     /// # Source
     /// `start_poll_synchronize_srcu`, kernel/rcu/srcutree.c.
     /// # Examples
@@ -262,7 +261,10 @@ impl Srcu {
             cookie.domain,
             "the cookie was made by another domain; poll that one"
         );
-        state.passed(cookie.want)
+        state.passed(cookie.want) || {
+            reclaimer::drive_polled(state);
+            state.passed(cookie.want)
+        }
     }
 
     /// Calls `f` on the background thread once all sections that are open now have ended.
@@ -274,8 +276,6 @@ impl Srcu {
     /// the other callbacks still run. Callers are not throttled: queued callbacks stay in memory
     /// until the readers' sections end.
     ///
-    /// # Panics
-    /// If the reclaimer thread has to be started and cannot be.
     /// # Source
     /// `call_srcu`, kernel/rcu/srcutree.c.
     /// # Examples
@@ -305,8 +305,6 @@ impl Srcu {
     /// # Errors
     /// [`WouldDeadlock`] inside a section of this domain, or in a callback of any domain, because
     /// one thread runs the callbacks of all domains.
-    /// # Panics
-    /// If the reclaimer thread has to be started and cannot be.
     /// # Source
     /// `srcu_barrier`, kernel/rcu/srcutree.c.
     #[doc(alias = "srcu_barrier")]
@@ -325,8 +323,6 @@ impl Srcu {
     /// Sleeps until then.
     /// # Errors
     /// As [`barrier`](Self::barrier).
-    /// # Panics
-    /// As `barrier`.
     pub fn drain_until_idle(&self) -> Result<(), WouldDeadlock> {
         self.wait_for_callbacks(|state| while !reclaimer::barrier(state) {})
     }

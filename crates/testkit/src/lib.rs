@@ -17,6 +17,7 @@ mod cgroup;
 mod child;
 pub mod model;
 mod program;
+mod refuse;
 mod signals;
 mod within;
 
@@ -25,6 +26,7 @@ pub use cap::{Cap, PYTHON, edu, has_optional_program, is_guest, require, rounds}
 pub use cgroup::Cgroup;
 pub use child::in_child;
 pub use program::{copy_program, write_program};
+pub use refuse::refuse_calls;
 pub use signals::{has_timers, signal_every};
 pub use within::within;
 

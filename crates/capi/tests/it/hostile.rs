@@ -17,7 +17,7 @@ fn hostile(source: &str) {
     for line in output.lines().filter(|line| line.starts_with("skipped ")) {
         println!("SKIP {line}: only root may change the root folder");
     }
-    assert_eq!(output.lines().count(), 19, "{output}");
+    assert_eq!(output.lines().count(), 20, "{output}");
 }
 
 #[test]

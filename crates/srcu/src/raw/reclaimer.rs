@@ -51,7 +51,7 @@ unsafe fn turn(state: NonNull<State>) {
     unsafe { State::release(state.as_ptr()) };
 }
 
-/// The caller is the reclaimer.
+/// The caller is the reclaimer, or stands in for it.
 fn work(state: &State) {
     let pending = &state.pending;
     let batch = &state.updater.batch;
@@ -113,13 +113,15 @@ pub(crate) fn is_idle(state: &State) -> bool {
 #[cfg(not(mmun_loom))]
 use thread::pause;
 #[cfg(not(mmun_loom))]
+pub use thread::reclaim_here;
+#[cfg(not(mmun_loom))]
 pub(crate) use thread::{
-    adopt, after_fork, barrier, start, start_if_inherited, start_unless_forked,
+    adopt, after_fork, barrier, drive_polled, start, start_if_inherited, start_unless_forked,
 };
 
 #[cfg(not(mmun_loom))]
 mod thread {
-    use super::{NonNull, Ordering, State, is_idle, schedule, turn};
+    use super::{NonNull, Ordering, State, is_idle, schedule, turn, work};
     use crate::raw::callback::push_boxed;
     use crate::raw::current;
     use crate::raw::event::Event;
@@ -128,11 +130,11 @@ mod thread {
     use std::sync::Arc;
     use std::sync::atomic::{AtomicBool, AtomicU8};
 
-    /// 1. `NEVER` started; 2. `STARTING`, by a thread that is at it; 3. `RUNNING`; 4. `GONE`: this
-    ///    is the child of a fork.
+    /// 1. `NEVER` started; 2. `HELD` by a thread that starts the reclaimer or stands in for it;
+    /// 3. `RUNNING`; 4. `GONE`: this is the child of a fork, or the system gave no thread.
     static STATUS: AtomicU8 = AtomicU8::new(NEVER);
     const NEVER: u8 = 0;
-    const STARTING: u8 = 1;
+    const HELD: u8 = 1;
     const RUNNING: u8 = 2;
     const GONE: u8 = 3;
 
@@ -140,6 +142,8 @@ mod thread {
     static HURRY: Event = Event::new();
     const PAUSE_NANOSECONDS: i64 = 20_000;
     const ASK_AGAIN_NANOSECONDS: i64 = 100_000_000;
+    /// How long a barrier that stands in sleeps between its turns.
+    const STAND_IN_NANOSECONDS: i64 = 1_000_000;
 
     pub(super) fn pause() {
         HURRY.wait_at_most(HURRY.now(), PAUSE_NANOSECONDS);
@@ -159,20 +163,20 @@ mod thread {
     }
 
     /// Starts the reclaimer if it does not run. Allocates only then.
+    ///
+    /// If the system gives no thread (`RLIMIT_NPROC`, the `pids.max` of a control group), the work
+    /// stays queued. Later calls try again, and a barrier does the work of its own domain.
     pub(crate) fn start() {
-        // Relaxed: the status guards nothing but the start itself; the inbox waits until there is a
-        // thread.
-        let status = STATUS.load(Ordering::Relaxed);
-        if status == NEVER || status == GONE {
-            start_from(status);
+        if is_absent() {
+            start_or(|| ());
         }
     }
 
-    /// As `start`, but leaves it to another call in the child of a fork, which may be inside an
-    /// allocator now and was promised by a `prepare` before the fork that nothing is allocated.
+    /// As `start`, but not in the child of a fork and not after a failure. The caller may be inside
+    /// an allocator now, and a `prepare` before promised that nothing is allocated.
     pub(crate) fn start_unless_forked() {
         if STATUS.load(Ordering::Relaxed) == NEVER {
-            start_from(NEVER);
+            start_or(|| ());
         }
     }
 
@@ -183,24 +187,73 @@ mod thread {
         }
     }
 
-    #[cold]
-    fn start_from(status: u8) {
-        // A state and not a lock: starting a thread allocates, and what that sets off may come here
-        // again.
-        if STATUS
-            .compare_exchange(status, STARTING, Ordering::Relaxed, Ordering::Relaxed)
-            .is_err()
-        {
-            return;
+    /// Without a reclaimer: moves the grace period that `start_poll` asked for. Never waits.
+    pub(crate) fn drive_polled(state: &State) {
+        if is_absent() {
+            let polled = state.pending.polled.load(Ordering::Relaxed);
+            holding(|| {
+                state.drive(polled);
+                GONE
+            });
         }
-        match Thread::spawn(c"srcu-reclaimer", || run()) {
+    }
+
+    /// For a wait for callbacks that is no barrier: starts the reclaimer, or if the system gives no
+    /// thread, runs what callbacks of any domain can run now. Says whether the caller can sleep
+    /// until a callback wakes it; otherwise it must call this again and again.
+    ///
+    /// The caller must hold no lock that a callback takes.
+    #[doc(hidden)]
+    pub fn reclaim_here() -> bool {
+        if is_absent() {
+            start_or(|| {
+                let before = current::set_reclaimer(true);
+                while let Some(state) = INBOX.take() {
+                    // SAFETY: Wants a state from the inbox, and the reclaimer, for which this
+                    // thread stands in.
+                    unsafe { turn(state) };
+                }
+                current::set_reclaimer(before);
+            });
+        }
+        STATUS.load(Ordering::Relaxed) == RUNNING
+    }
+
+    /// Relaxed: a thread that starts the reclaimer or stands in for it looks again in `holding`.
+    fn is_absent() -> bool {
+        matches!(STATUS.load(Ordering::Relaxed), NEVER | GONE)
+    }
+
+    /// Starts the reclaimer. If there can be no thread, does `instead` in its place.
+    #[cold]
+    fn start_or(instead: impl FnOnce()) {
+        holding(|| match Thread::spawn(c"srcu-reclaimer", || run()) {
             Ok(thread) => {
                 thread.detach();
-                STATUS.store(RUNNING, Ordering::Relaxed);
+                RUNNING
             }
-            Err(error) => {
-                STATUS.store(status, Ordering::Relaxed);
-                panic!("could not start the reclaimer thread of srcu: {error}");
+            Err(_) => {
+                instead();
+                GONE
+            }
+        });
+    }
+
+    /// Runs `f` while no other thread starts the reclaimer or stands in for it; the status that `f`
+    /// returns follows. Does nothing if another thread does so now, or if the reclaimer runs.
+    ///
+    /// A status and not a lock: starting a thread allocates, and what that sets off may come here
+    /// again.
+    fn holding(f: impl FnOnce() -> u8) {
+        for status in [NEVER, GONE] {
+            // ORDER(srcu-stand-in): Acquire, for the batch as the last holder left it. Partner: the
+            // store below.
+            let taken = STATUS.compare_exchange(status, HELD, Ordering::Acquire, Ordering::Relaxed);
+            if taken.is_ok() {
+                // ORDER(srcu-stand-in): Release, partner above. A reclaimer that was started in `f`
+                // sees the batch by its start.
+                STATUS.store(f(), Ordering::Release);
+                return;
             }
         }
     }
@@ -220,7 +273,6 @@ mod thread {
         if is_idle(state) {
             return true;
         }
-        start();
         let waiter = Arc::new(Waiter {
             event: Event::new(),
             done: AtomicBool::new(false),
@@ -248,9 +300,24 @@ mod thread {
             if waiter.done.load(Ordering::Acquire) {
                 return waiter.last.load(Ordering::Relaxed);
             }
-            waiter.event.wait_at_most(seen, ASK_AGAIN_NANOSECONDS);
-            // Another thread may have been starting it when we asked, and have failed.
-            start();
+            let mut stood_in = false;
+            if is_absent() {
+                start_or(|| {
+                    // One turn, and only of this domain: a callback of another one may take a lock
+                    // that this thread holds. The role is not kept while this thread waits for
+                    // readers: one of them may wait in a barrier that needs it.
+                    let before = current::set_reclaimer(true);
+                    work(state);
+                    current::set_reclaimer(before);
+                    stood_in = true;
+                });
+            }
+            // Otherwise ask again after a time: a thread that stands in may give up the role.
+            let nanoseconds = match stood_in {
+                true => STAND_IN_NANOSECONDS,
+                false => ASK_AGAIN_NANOSECONDS,
+            };
+            waiter.event.wait_at_most(seen, nanoseconds);
         }
     }
 
@@ -308,7 +375,11 @@ mod thread {
 #[cfg(mmun_loom)]
 use model::pause;
 #[cfg(mmun_loom)]
-pub(crate) use model::{barrier, start, start_if_inherited, start_unless_forked, take_turn};
+pub use model::reclaim_here;
+#[cfg(mmun_loom)]
+pub(crate) use model::{
+    barrier, drive_polled, start, start_if_inherited, start_unless_forked, take_turn,
+};
 
 /// Models have no thread of ours: the threads that wait for callbacks take the turns.
 #[cfg(mmun_loom)]
@@ -323,6 +394,14 @@ mod model {
     pub(crate) fn start_unless_forked() {}
 
     pub(crate) fn start_if_inherited() {}
+
+    pub(crate) fn drive_polled(_: &State) {}
+
+    /// A model takes the turns itself.
+    #[doc(hidden)]
+    pub fn reclaim_here() -> bool {
+        true
+    }
 
     /// One turn, if the domain is in the inbox.
     pub(crate) fn take_turn(state: &State) {

@@ -1,6 +1,11 @@
 /* Signals, and processes that lack /proc, /dev or room for files. */
 #include "hostile.h"
 
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <stddef.h>
+#include <sys/prctl.h>
+
 static atomic_ulong handled;
 
 static void on_signal(int number)
@@ -112,8 +117,58 @@ static void without_room_for_files(void)
 	everything();
 }
 
+/* The kernel starts no thread and no process, as with RLIMIT_NPROC or pids.max. */
+static void without_threads(void)
+{
+	struct sock_filter program[] = {
+		BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+		BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_clone, 1, 0),
+		BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_clone3, 0, 1),
+		BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EAGAIN),
+		BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+	};
+	const struct sock_fprog filter = {sizeof(program) / sizeof(program[0]), program};
+	const struct mmun_options own = {sizeof(own), MMUN_SOURCE_OWN, MMUN_SOURCE_OWN};
+	const struct mmun_options kernel = {sizeof(kernel), MMUN_SOURCE_KERNEL, MMUN_SOURCE_KERNEL};
+	const struct mmun_options any = {sizeof(any), MMUN_SOURCE_KERNEL | MMUN_SOURCE_OWN, 0};
+	struct mmun_status status = {.size = sizeof(status)};
+	struct mmun_subscription *subscription;
+	struct mmun_regcache *cache;
+	struct mmun_lease lease;
+	struct mmun_watch *watch;
+	atomic_ulong changes = 0;
+	struct mmun *mmun;
+	char *memory;
+
+	CHECK(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0);
+	CHECK(prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &filter) == 0);
+	if (by(MMUN_SOURCE_KERNEL)) {
+		CHECK(mmun_open(&kernel, &mmun) < 0 && mmun_last_error()[0]);
+		CHECK(mmun_open(&any, &mmun) == 0);
+		CHECK(mmun_status(mmun, &status) == 0 && status.no_kernel[0]);
+		mmun_close(mmun);
+		CHECK(mmun_open(&own, &mmun) == 0);
+		mmun_close(mmun);
+		return;
+	}
+	mmun = opened();
+	memory = mapped();
+	subscription = subscribed(mmun, &changes);
+	cache = cached(mmun);
+	CHECK(mmun_watch(mmun, memory, LENGTH, &watch) == 0 && mmun_watch_valid(watch));
+	CHECK(mmun_regcache_get(cache, memory, LENGTH, &lease) == 0 && mmun_lease_valid(&lease));
+	change(memory);
+	CHECK(!mmun_watch_valid(watch) && !mmun_lease_valid(&lease) && atomic_load(&changes) > 0);
+	mmun_regcache_put(&lease);
+	mmun_unwatch(watch);
+	CHECK(mmun_unsubscribe(subscription) == 0);
+	CHECK(mmun_regcache_close(cache) == 0);
+	mmun_close(mmun);
+}
+
 void surroundings(void)
 {
+	RUN(without_threads);
 	RUN(signals_come_all_the_time);
 	RUN(signals_are_for_the_threads_of_the_program);
 	RUN(all_signals_are_blocked);
