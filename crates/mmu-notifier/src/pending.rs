@@ -96,7 +96,8 @@ impl Pending {
     }
 
     fn wait_for(&self, bank: usize) {
-        // Not under the lock, which `freed` takes: without a reclaimer the frees run in here.
+        // Outside the lock: without a reclaimer, `reclaim_here` runs the frees, and `freed` takes
+        // the lock.
         while !self.is_empty(bank) && !srcu::reclaim_here() {
             std::thread::sleep(WITHOUT_RECLAIMER);
         }
@@ -116,7 +117,8 @@ impl Pending {
     }
 }
 
-/// How long a thread sleeps between its turns where the system gives no thread for the reclaimer.
+/// How long a thread that waits for frees sleeps between its calls of `reclaim_here`, if the system
+/// gives no thread for the reclaimer.
 const WITHOUT_RECLAIMER: std::time::Duration = std::time::Duration::from_millis(1);
 
 /// One free in a bank. More than 2^32 cannot be queued, because their nodes would not fit into

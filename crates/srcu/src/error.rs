@@ -1,12 +1,12 @@
-//! The one thing that can go wrong.
+//! The one error of this crate.
 
 use std::error::Error;
 use std::fmt;
 
-/// The wait was refused, because what it would wait for is the calling thread itself.
+/// The call would have waited for its own thread.
 ///
-/// Nothing was waited for and nothing was changed. Leave the read section first (drop its guard),
-/// or, in a callback, hand the wait to another thread.
+/// The call did not wait and changed nothing. Leave the read section first (drop its guard). In a
+/// callback, let another thread wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct WouldDeadlock;
 

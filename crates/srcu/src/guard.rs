@@ -7,15 +7,15 @@ use crate::sync::{Ordering, mutant};
 use std::fmt;
 use std::marker::PhantomData;
 
-/// A read section of this thread. Data that is reachable when it begins is not freed before it is
-/// dropped.
+/// A read section of this thread. Data that is reachable when the section begins is not freed
+/// before the guard is dropped.
 ///
 /// From [`Srcu::read_lock`](crate::Srcu::read_lock). The thread may sleep inside it, open further
 /// sections of this or another domain, and drop its guards in any order. It is `!Send`; a section
 /// that may end on another thread is a [`SendGuard`].
 ///
-/// A guard that is forgotten keeps its section open for ever: no later grace period of the domain
-/// ends.
+/// If a guard is forgotten (`mem::forget`), its section never ends, and no later grace period of
+/// the domain ends either.
 ///
 /// ```compile_fail,E0277
 /// let srcu = srcu::Srcu::new();
@@ -62,14 +62,14 @@ pub struct Reader<'a> {
 #[derive(Clone, Copy)]
 struct Section<'a> {
     state: &'a State,
-    /// The index word when the section began: the bank, and which kind of fence to use.
+    /// The index word as loaded at the section's beginning: the bank, and the kind of fence to use.
     word: usize,
 }
 
 impl<'a> Guard<'a> {
     #[inline(always)]
     pub(crate) fn enter(state: &'a State, slot: &'a Slot) -> Self {
-        // Relaxed: either bank is right at any time, because grace periods scan both.
+        // Relaxed: either bank is correct at any time, because every grace period scans both.
         let word = state.index.load(Ordering::Relaxed);
         slot.local.enter(word);
         begun(word);
@@ -111,9 +111,8 @@ impl<'a> SendGuard<'a> {
 
 impl Drop for SendGuard<'_> {
     fn drop(&mut self) {
-        // The end is counted in this thread's slot. The beginning happens before it, because the
-        // guard was sent to this thread, and the sending orders the two. ORDER(srcu-scan) needs
-        // that.
+        // The end is counted in this thread's slot. The guard was sent to this thread, which orders
+        // the section's beginning before its end. ORDER(srcu-scan) needs that order.
         slot(self.section.state).moved.leave(self.section.word);
         self.section.ended();
     }
@@ -147,8 +146,8 @@ pub(crate) fn slot(state: &State) -> &Slot {
 #[inline(always)]
 fn begun(word: usize) {
     // ORDER(srcu-enter): orders the count before the first read of protected data. Partner: the
-    // heavy fence in `scan`. Without this fence, the grace period could miss our count while we
-    // read the old pointer. Model: loom `free_waits_for_reader`.
+    // heavy fence in `scan`. Without this fence, the grace period could miss the count although
+    // this thread reads the old pointer. Model: loom `free_waits_for_reader`.
     if !mutant("no_fence_in_lock") {
         barrier::light(word);
     }
@@ -160,7 +159,7 @@ impl Section<'_> {
     fn ended(self) {
         // ORDER(srcu-wake): orders the count before the load of `waiting`. Partner: the heavy fence
         // after the announcement in `step`. Without this fence, the waiter could miss the end of
-        // the section while we miss the waiter. Model: loom `a_wake_up_is_not_lost`.
+        // the section, and this thread could miss the waiter. Model: loom `a_wake_up_is_not_lost`.
         if !mutant("no_fence_in_unlock") {
             barrier::light(self.word);
         }

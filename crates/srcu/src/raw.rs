@@ -1,16 +1,16 @@
 //! The unsafe code of the crate, in small modules. The rest of the crate is `deny(unsafe_code)`,
-//! except `Srcu::call_raw` and its kin, whose callers give the memory.
+//! except `Srcu::call_raw` and its relatives, whose callers provide the memory.
 //!
 //! # Safety
-//! Three facts carry nearly every block below.
+//! Nearly every block below relies on three facts.
 //!
-//! 1. A [`state::State`] lives in pages that are never unmapped. It is recycled when its count
-//!    reaches zero; the count covers the `Srcu` handle, the place in the reclaimer's inbox and the
-//!    batch being worked on.
-//! 2. Guards borrow the `Srcu`, so no thread is in a section, or still leaving one, when the handle
-//!    goes.
-//! 3. A slot is written by one thread: the one whose robust mutex in [`ids`] the kernel has not yet
-//!    seen die.
+//! 1. A [`state::State`] lies in pages that are never unmapped. It is recycled when its count
+//!    reaches zero. The `Srcu` handle, the place in the reclaimer's inbox and the current batch
+//!    each hold one count.
+//! 2. Guards borrow the `Srcu`. So when the handle is dropped, no thread is in a section or still
+//!    leaving one.
+//! 3. Only one thread writes a slot: the thread that holds the slot's robust mutex in [`ids`],
+//!    until the kernel marks that owner as dead.
 
 pub(crate) mod barrier;
 pub(crate) mod callback;
@@ -36,13 +36,13 @@ pub(crate) mod state;
 pub(crate) mod table;
 pub(crate) mod thread;
 
-/// Ends the process with one line on stderr; allocates nothing, since it may be called inside an
+/// Ends the process with one line on stderr. Allocates nothing, because the caller may be inside an
 /// allocator.
 #[cfg(not(mmun_loom))]
 #[cold]
 fn die(why: &'static str) -> ! {
     for text in ["srcu: ", why, "\n"] {
-        // SAFETY: `write` needs a readable buffer of that length: the bytes of a `str`.
+        // SAFETY: `write` needs a readable buffer of that length, which the bytes of a `str` are.
         unsafe { libc::write(2, text.as_ptr().cast(), text.len()) };
     }
     std::process::abort()

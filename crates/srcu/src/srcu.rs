@@ -53,7 +53,7 @@ pub struct Srcu {
 #[must_use = "pass it to `Srcu::poll` to learn whether the grace period is over"]
 pub struct Cookie {
     want: u64,
-    /// The address of the domain's state, to catch a mix-up.
+    /// The address of the domain's state, to detect a cookie of another domain.
     domain: usize,
 }
 
@@ -74,9 +74,9 @@ impl Srcu {
         }
     }
 
-    /// Does now the work that [`call_raw`](Self::call_raw) and [`read_lock`](Self::read_lock) would
-    /// do on first use: makes the domain's page, gives this thread its counters, and starts the
-    /// background thread if this process has none.
+    /// Does at once the work that the first [`call_raw`](Self::call_raw) and
+    /// [`read_lock`](Self::read_lock) would do: makes the domain's page, gives this thread its
+    /// counters, and starts the background thread if this process has none.
     ///
     /// If the system gives no thread (`RLIMIT_NPROC`, the `pids.max` of a control group), callbacks
     /// stay queued. The next [`prepare`](Self::prepare) or [`call`](Self::call) tries again, and
@@ -173,18 +173,21 @@ impl Srcu {
     /// Waits until all sections that began before the call have ended, and sometimes for a bounded
     /// number of later ones.
     ///
-    /// What was unlinked before the call can be freed after it. Callers at the same time share
+    /// Objects that were unlinked before the call can be freed after it. Concurrent callers share
     /// grace periods.
     ///
-    /// If no grace period is under way at the call, sections that begin later are not waited for.
-    /// If one is (because of another `synchronize`, a [`call`](Self::call) or a
-    /// [`start_poll`](Self::start_poll)), this waits for the one after it: the one under way may
-    /// have looked for readers before the caller's unlinking. The next one begins when that one has
-    /// ended. Until then new sections count in the same bank as older ones, so sections that begin
-    /// before the next grace period does are waited for, too; sections that begin after it are not.
-    /// A reader preempted in the middle of `read_lock` may have chosen its bank earlier, and is
-    /// waited for as well. No stream of new sections holds a caller up.
+    /// If no grace period is in progress at the call, it does not wait for sections that begin
+    /// later.
     ///
+    /// If one is in progress (because of another `synchronize`, a [`call`](Self::call) or a
+    /// [`start_poll`](Self::start_poll)), the call waits for the next one, because the current one
+    /// may have scanned the readers before the caller's unlinking. The next one begins when the
+    /// current one has ended. Until then new sections count in the same bank as older ones, so the
+    /// call also waits for sections that begin before the next grace period does. It does not wait
+    /// for sections that begin after that.
+    ///
+    /// The call also waits for a reader that was preempted in the middle of `read_lock` and had
+    /// chosen its bank earlier. In no case does a stream of new sections delay the caller for ever.
     /// # Blocking
     /// Spins for a moment, then sleeps until the last of these sections ends.
     /// # Errors
@@ -204,11 +207,11 @@ impl Srcu {
         Ok(())
     }
 
-    /// The same as [`synchronize`](Self::synchronize). No grace period is delayed on purpose here,
-    /// so none can be expedited.
+    /// Like [`synchronize`](Self::synchronize). No grace period is delayed on purpose here, so none
+    /// can be expedited.
     ///
     /// # Errors
-    /// As `synchronize`.
+    /// The errors of `synchronize`.
     #[doc(alias = "synchronize_srcu_expedited")]
     pub fn synchronize_expedited(&self) -> Result<(), WouldDeadlock> {
         self.synchronize()
@@ -322,7 +325,7 @@ impl Srcu {
     /// # Blocking
     /// Sleeps until then.
     /// # Errors
-    /// As [`barrier`](Self::barrier).
+    /// The errors of [`barrier`](Self::barrier).
     pub fn drain_until_idle(&self) -> Result<(), WouldDeadlock> {
         self.wait_for_callbacks(|state| while !reclaimer::barrier(state) {})
     }

@@ -12,9 +12,9 @@ pub(crate) use std::{
     sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence},
 };
 
-/// A fence at which models may switch threads. `loom`'s own is glued to the operation before it: no
-/// thread ever runs between a store and the fence behind it. A relaxed read-modify-write that all
-/// fences share is a place to switch and adds no order.
+/// A fence at which a model may switch threads. loom never switches between an operation and loom's
+/// own fence after it, so no thread would ever run in between. A relaxed read-modify-write on a
+/// location that all fences share is a point where loom may switch, and adds no ordering.
 #[cfg(mmun_loom)]
 pub(crate) fn fence(order: Ordering) {
     loom::lazy_static! { static ref POINT: AtomicUsize = AtomicUsize::new(0); }
@@ -22,11 +22,11 @@ pub(crate) fn fence(order: Ordering) {
     loom::sync::atomic::fence(order);
 }
 
-/// Whether this run is to do without the named fence, scan or check, to show that its model would
-/// notice.
+/// Tells whether this run omits the named fence, scan or check, to show that the model detects its
+/// absence.
 ///
-/// Chosen by the environment variable `MMUN_MUTANT`, in models and under `--cfg
-/// 'mmun_mutant="env"'` only. Chosen at run time, so that trying all of them takes one build.
+/// The environment variable `MMUN_MUTANT` selects it, only in models and under `--cfg
+/// 'mmun_mutant="env"'`. It is read at run time, so that one build can try all of them.
 #[cfg(not(any(mmun_loom, mmun_mutant = "env")))]
 #[inline(always)]
 pub const fn mutant(_name: &str) -> bool {

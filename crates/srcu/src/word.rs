@@ -1,18 +1,18 @@
-//! One word for each thread, reached without a call.
+//! Thread-local words that are accessed without a function call.
 //!
-//! In a library that is loaded by `dlopen`, the standard library's thread-locals are reached by
-//! `__tls_get_addr`, which allocates at a thread's first use, and again after later loads. A
-//! section may begin inside `malloc`, so it must not allocate.
+//! In a library that is loaded by `dlopen`, code accesses the standard library's thread-locals
+//! through `__tls_get_addr`. That function allocates at a thread's first use, and again after later
+//! loads. A section may begin inside `malloc`, so it must not allocate.
 //!
-//! On x86-64 and aarch64 with glibc the words are therefore in the **initial-exec** model: before
-//! `dlopen` returns, the loader gives them a place beside each thread's own block, in threads that
-//! already run as well. Reading one takes two instructions, on aarch64 four. Rust has no stable way
-//! to ask for that model, so the words are declared in assembly. All such libraries of a process
-//! share 1.6 KiB that glibc sets aside, so the words are few.
+//! So on x86-64 and aarch64 with glibc the words use the **initial-exec** model. Before `dlopen`
+//! returns, the loader reserves their place in every thread's static block, even in running
+//! threads. Reading a word takes two instructions, on aarch64 four. Rust has no stable way to
+//! request that model, so the words are declared in assembly. All such libraries of a process share
+//! a surplus of 1.6 KiB that glibc reserves, so there are only few words.
 //!
-//! What differs between processors is in a file for each, as a macro.
+//! Each processor architecture has a file with a macro for its instructions.
 //!
-//! Elsewhere, and under loom and Miri, a word is a thread-local of the standard library.
+//! On other platforms, and under loom and Miri, a word is a thread-local of the standard library.
 
 #[cfg(all(
     target_arch = "aarch64",
@@ -31,11 +31,11 @@ mod machine;
 #[path = "word/x86_64.rs"]
 mod machine;
 
-/// Declares words, one for each thread, with the value that each thread starts with. They have
-/// `get`, `set`, `mark` and `add`.
+/// Declares thread-local words with their initial values. They have the methods `get`, `set`,
+/// `mark` and `add`.
 ///
-/// Not part of the interface of this crate: it is public for the crates above, whose brackets and
-/// look-ups begin where sections do.
+/// It is not part of the interface of this crate. It is public for the crates above, whose brackets
+/// and look-ups may begin wherever sections may.
 #[doc(hidden)]
 #[macro_export]
 macro_rules! thread_word {
@@ -103,8 +103,9 @@ macro_rules! thread_word {
             }
         };
     )* };
-    // The word's name in assembly. Two versions of a crate in one program differ in it; the mangled
-    // name of an item would too, but the compiler may change that after the assembly was written.
+    // The word's name in assembly. It contains the version, so two versions of a crate in one
+    // program have different names. The mangled name of an item would too, but the compiler may
+    // change a mangled name after the assembly was written.
     (@symbol $name:ident) => {
         concat!(
             env!("CARGO_CRATE_NAME"), "_", env!("CARGO_PKG_VERSION_MAJOR"), "_",

@@ -1,17 +1,17 @@
-//! The asymmetric fence: next to nothing for a reader, a system call for the grace period.
+//! The asymmetric fence: nearly free for a reader, a system call for the grace period.
 //!
-//! [`light`] and [`heavy`] act on each other as two `fence(SeqCst)` do. `light` stops only the
-//! compiler; `heavy` is `membarrier(PRIVATE_EXPEDITED)`, which makes every running thread of the
-//! process execute a full fence, wherever that thread stands. Where the system call is missing or
-//! refused both are real fences. Which of the two it is gets decided once, before the first reader
-//! of the process, and never changes.
+//! A [`light`] on one thread and a [`heavy`] on another order each other as two `fence(SeqCst)` do.
+//! `light` stops only the compiler. `heavy` is `membarrier(PRIVATE_EXPEDITED)`, which makes every
+//! running thread of the process execute a full fence at whatever point it has reached. If the
+//! system call is missing or refused, both are real fences. That decision is made once, before the
+//! first reader of the process, and never changes.
 
 use crate::sync::{Ordering, fence};
 
-/// In the word that readers load first: readers must use real fences.
+/// A bit of the word that readers load first: readers must use real fences.
 pub(crate) const FULL_FENCES: usize = 1 << 1;
 
-/// A reader's half. `word` is the domain's index word, as loaded by this reader.
+/// The reader's side. `word` is the domain's index word as loaded by this reader.
 #[inline(always)]
 pub(crate) fn light(word: usize) {
     if ALWAYS_FULL || word & FULL_FENCES != 0 {
@@ -20,11 +20,11 @@ pub(crate) fn light(word: usize) {
     compiler_barrier();
 }
 
-/// Out of line, so that the quick way is straight: on some processors a jump more costs as much as
-/// the section.
+/// Out of line, so that the fast path contains no jump: on some processors one more jump costs as
+/// much as the whole section.
 #[cfg_attr(not(mmun_loom), cold, inline(never))]
 fn full() {
-    // ORDER(srcu-enter, srcu-wake): The fall-back's side of the pairs named at the callers.
+    // ORDER(srcu-enter, srcu-wake): the fallback's side of the pairs named at the callers.
     fence(Ordering::SeqCst);
 }
 
@@ -47,20 +47,20 @@ mod imp {
     const UNKNOWN: usize = usize::MAX;
     static MODE: AtomicUsize = AtomicUsize::new(UNKNOWN);
 
-    /// Rust's `compiler_fence` is only a promise about signal handlers; an empty `asm!` that may
-    /// touch memory is an opaque call to the compiler, which cannot move an access across it.
+    /// Rust's `compiler_fence` makes a promise about signal handlers only. An empty `asm!` that may
+    /// touch memory is opaque to the compiler, which moves no access across it.
     #[inline(always)]
     pub(super) fn compiler_barrier() {
-        // SAFETY: No instruction, no register, no stack: nothing that could be violated.
+        // SAFETY: the block contains no instruction and uses no register and no stack.
         unsafe { std::arch::asm!("", options(nostack, preserves_flags)) };
     }
 
-    /// What every domain's index word carries besides the bank.
+    /// Returns what every domain's index word contains in addition to the bank.
     pub(crate) fn mode() -> usize {
         match MODE.load(Ordering::Relaxed) {
             UNKNOWN => {
                 let found = if register() { 0 } else { FULL_FENCES };
-                // The first answer stays, so that all domains and both sides agree.
+                // The first answer stays, so that all domains and both sides of the fence agree.
                 match MODE.compare_exchange(UNKNOWN, found, Ordering::Relaxed, Ordering::Relaxed) {
                     Ok(_) => found,
                     Err(first) => first,
@@ -71,14 +71,14 @@ mod imp {
     }
 
     fn membarrier(command: libc::c_int) -> libc::c_long {
-        // SAFETY: `membarrier` takes three integers and touches no memory of ours.
+        // SAFETY: `membarrier` takes three integers and touches no memory of this program.
         unsafe { libc::syscall(libc::SYS_membarrier, command, 0, 0) }
     }
 
     fn register() -> bool {
-        // SAFETY: `getenv` needs a C string, and that no thread changes the environment at the same
-        // time: that is the duty of each caller of the unsafe `set_var`. `std::env` would allocate,
-        // and this may run inside an allocator.
+        // SAFETY: `getenv` needs a C string, and no thread may change the environment at the same
+        // time, which every caller of the unsafe `set_var` promises. `std::env` would allocate, and
+        // the caller may be inside an allocator.
         let refused = unsafe { !libc::getenv(c"SRCU_NO_MEMBARRIER".as_ptr()).is_null() };
         let supported = libc::c_long::from(libc::MEMBARRIER_CMD_PRIVATE_EXPEDITED);
         let answer = if refused {
@@ -91,26 +91,26 @@ mod imp {
             && membarrier(libc::MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED) == 0
     }
 
-    /// The grace period's half.
+    /// The grace period's side.
     pub(crate) fn heavy() {
         if MODE.load(Ordering::Relaxed) == 0 {
             for _ in 0..1000 {
                 if membarrier(libc::MEMBARRIER_CMD_PRIVATE_EXPEDITED) == 0 {
                     return;
                 }
-                // EPERM: a fork copies the registration before it copies memory, so a child forked
-                // while another thread registered can have `MODE` without it. ENOMEM is a passing
-                // state: the kernel could not allocate a CPU mask.
+                // `EPERM`: a fork copies the registration before it copies memory. So if another
+                // thread registered during the fork, the child can have `MODE` without the
+                // registration. `ENOMEM` is temporary: the kernel could not allocate a CPU mask.
                 membarrier(libc::MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED);
                 std::thread::yield_now();
             }
-            // Readers already rely on it, so there is no way back to real fences.
+            // Readers already rely on `membarrier`, so it is too late to switch to real fences.
             die(
                 "membarrier was granted at first and is refused now (a seccomp filter installed late?); \
                  set SRCU_NO_MEMBARRIER=1",
             );
         }
-        // ORDER(srcu-enter, srcu-wake): The fall-back's side of the pairs named at the callers.
+        // ORDER(srcu-enter, srcu-wake): the fallback's side of the pairs named at the callers.
         fence(Ordering::SeqCst);
     }
 }
@@ -137,7 +137,7 @@ mod imp {
     }
 
     pub(crate) fn heavy() {
-        // ORDER(srcu-enter, srcu-wake): As above.
+        // ORDER(srcu-enter, srcu-wake): as above.
         fence(Ordering::SeqCst);
     }
 }

@@ -3,9 +3,9 @@
 //!
 //! # Safety
 //! # Invariants
-//! A head in a queue or batch was given to `call_raw`, whose caller promised that it stays valid
-//! and untouched until its function is called. So the crate alone reads and writes it from the push
-//! until the call.
+//! A head in a queue or batch was given to `call_raw`, whose caller promised that the head stays
+//! valid and untouched until its function is called. So from the push until the call, only this
+//! crate reads and writes the head.
 
 use crate::sync::{self, Ordering};
 use std::cell::Cell;
@@ -15,29 +15,30 @@ use std::sync::atomic::{AtomicPtr, compiler_fence};
 
 pub(super) type Function = unsafe fn(NonNull<Head>);
 
-/// The part of an object that lets it wait for its grace period without an allocation.
+/// Embedded in an object, a head lets the object wait for its grace period without an allocation.
 ///
-/// Embed one in an object and give its address to [`Srcu::call_raw`](crate::Srcu::call_raw). A head
-/// can be queued again once its function has been called.
+/// Give the address of the head to [`Srcu::call_raw`](crate::Srcu::call_raw). Once its function has
+/// been called, the head can be queued again.
 #[doc(alias = "rcu_head")]
 #[doc(alias = "callback_head")]
 #[derive(Default)]
 pub struct Head {
-    /// The one queued before.
+    /// The head that was queued before this one.
     next: Cell<Option<NonNull<Head>>>,
-    /// The one queued after: see [`Batch`].
+    /// The head that was queued after this one: see [`Batch`].
     newer: Cell<Option<NonNull<Head>>>,
     function: Cell<Option<Function>>,
 }
 
-// SAFETY: A head's cells are reached only through `call_raw`'s promise (module invariant), by one
-// thread at a time. An object with a head in it may be shared and sent as it could be without.
+// SAFETY: by the module's invariant, a head's cells are accessed only under `call_raw`'s promise,
+// by one thread at a time. So an embedded head does not change how its object may be shared and
+// sent.
 unsafe impl Sync for Head {}
-// SAFETY: As for `Sync`.
+// SAFETY: as for `Sync`.
 unsafe impl Send for Head {}
 
 impl Head {
-    /// A head that is not queued.
+    /// Makes a head that is not queued.
     pub const fn new() -> Self {
         Self {
             next: Cell::new(None),
@@ -46,7 +47,7 @@ impl Head {
         }
     }
 
-    /// Whether it was queued and its function has not been called since.
+    /// Tells whether the head is queued and its function has not been called yet.
     pub(crate) fn is_queued(&self) -> bool {
         self.function.get().is_some()
     }
@@ -58,38 +59,39 @@ impl fmt::Debug for Head {
     }
 }
 
-/// Queues a head; says whether the queue was empty, in which case the caller must `schedule` the
+/// Queues a head. Returns whether the queue was empty. If so, the caller must `schedule` the
 /// domain.
 ///
 /// # Safety
-/// As for [`Srcu::call_raw`](crate::Srcu::call_raw).
+/// The rules of [`Srcu::call_raw`](crate::Srcu::call_raw).
 pub(crate) unsafe fn push(
     queue: &sync::AtomicPtr<Head>,
     head: NonNull<Head>,
     function: Function,
 ) -> bool {
-    // SAFETY: The caller's promise is passed on.
+    // SAFETY: the caller's promise is passed on.
     unsafe { push_if(queue, head, function, |_| true) }.is_some_and(|newest| newest.is_null())
 }
 
-/// Queues a head if the queue is not empty; says whether it did. Then the queue, which may be gone,
-/// is not used behind the push.
+/// Queues a head if the queue is not empty, and returns whether it did. After the push, this
+/// function does not use the queue, which may be gone by then.
 ///
 /// # Safety
-/// As for [`Srcu::call_raw`](crate::Srcu::call_raw), if it returns true.
+/// If it returns true: the rules of [`Srcu::call_raw`](crate::Srcu::call_raw).
 pub(crate) unsafe fn push_behind(
     queue: &sync::AtomicPtr<Head>,
     head: NonNull<Head>,
     function: Function,
 ) -> bool {
-    // SAFETY: The caller's promise is passed on.
+    // SAFETY: the caller's promise is passed on.
     unsafe { push_if(queue, head, function, |newest| !newest.is_null()) }.is_some()
 }
 
-/// Queues a head behind the newest if `may` says so, and returns that one, perhaps null.
+/// Queues a head after the newest one if `may` allows it. Returns that newest head, which may be
+/// null.
 ///
 /// # Safety
-/// As for [`Srcu::call_raw`](crate::Srcu::call_raw).
+/// The rules of [`Srcu::call_raw`](crate::Srcu::call_raw).
 #[inline(always)]
 unsafe fn push_if(
     queue: &sync::AtomicPtr<Head>,
@@ -100,13 +102,13 @@ unsafe fn push_if(
     let mut newest = queue.load(Ordering::Relaxed);
     while may(newest) {
         {
-            // SAFETY: The head must be valid and not in use: the caller's promise, until the push
-            // succeeds. The reference ends before it.
+            // SAFETY: the head must be valid and unused, which the caller promises until the push
+            // succeeds. The reference ends before the push.
             let head = unsafe { head.as_ref() };
             head.function.set(Some(function));
             head.next.set(NonNull::new(newest));
         }
-        // ORDER(srcu-queue): Release for the head and for all that happened before the call.
+        // ORDER(srcu-queue): Release, for the head and everything that happened before the call.
         // Partner: the Acquire in `Batch::fill`. Model: loom
         // `a_barrier_waits_for_the_calls_of_both_threads`.
         match queue.compare_exchange_weak(
@@ -128,16 +130,16 @@ struct Boxed<F> {
     f: F,
 }
 
-/// Queues a closure; says as `push` does whether the domain must be scheduled.
+/// Queues a closure. As with `push`, the result says whether the domain must be scheduled.
 pub(crate) fn push_boxed<F: FnOnce() + Send + 'static>(
     queue: &sync::AtomicPtr<Head>,
     f: F,
 ) -> bool {
     /// # Safety
-    /// `head` is that of a leaked `Boxed<F>`, which is given up.
+    /// `head` is the head of a leaked `Boxed<F>`, and the caller gives it up.
     unsafe fn call<F: FnOnce()>(head: NonNull<Head>) {
-        // SAFETY: Needs a box of this type, once: the caller's duty. `Boxed` is `repr(C)` and
-        // begins with its head.
+        // SAFETY: `from_raw` needs a leaked box of this type, once, which the caller promises.
+        // `Boxed` is `repr(C)` and begins with its head.
         let boxed = unsafe { Box::from_raw(head.cast::<Boxed<F>>().as_ptr()) };
         (boxed.f)();
     }
@@ -145,28 +147,28 @@ pub(crate) fn push_boxed<F: FnOnce() + Send + 'static>(
         head: Head::new(),
         f,
     })));
-    // SAFETY: The box is leaked until `call`, no other code knows it, and `F: Send + 'static` may
-    // be called anywhere later.
+    // SAFETY: the box is leaked until `call`, and no other code knows it. `F: Send + 'static` may
+    // be called later on any thread.
     unsafe { push(queue, boxed.cast(), call::<F>) }
 }
 
-/// Callbacks taken from the queue together, the oldest first, that wait for one grace period.
+/// The callbacks that were taken from the queue together and wait for one grace period.
 ///
-/// A fork may leave the reclaimer behind between any two of its stores (it stops there for long, as
-/// its first write after the fork has to wait for the copying to end), so the child must find the
-/// callbacks whatever the last store was. Hence the queue's own links stay as they are, and the way
-/// back from the oldest has links of its own.
+/// A fork may interrupt the reclaimer between any two of its stores. (It often does: the
+/// reclaimer's first write after the fork has to wait until the kernel has copied the memory.) So
+/// the child must find the callbacks whatever the last store was. For that reason the queue's own
+/// links stay unchanged, and the order from the oldest to the newest has separate links.
 ///
 /// # Invariants
-/// * `oldest` is set: its heads, along `newer`, are the batch.
-/// * `oldest` is null, `newest` is set: the heads along `next` are the batch, unless the queue
-///   still has them.
+/// * If `oldest` is set, the heads from it along `newer` are the batch.
+/// * If `oldest` is null and `newest` is set, the heads from it along `next` are the batch, unless
+///   the queue still contains them.
 pub(crate) struct Batch {
     newest: AtomicPtr<Head>,
     oldest: AtomicPtr<Head>,
-    /// The sequence number at which they may run.
+    /// The sequence number at which these callbacks may run.
     want: Cell<u64>,
-    /// How many the last `fill` took.
+    /// The number of callbacks that the last `fill` took.
     taken: Cell<usize>,
 }
 
@@ -194,8 +196,8 @@ impl Batch {
         self.want.get()
     }
 
-    /// Takes all that is queued, and then asks `snapshot` for the number at which they may run. The
-    /// batch must be empty.
+    /// Takes everything from the queue, and then asks `snapshot` for the number at which the
+    /// callbacks may run. The batch must be empty.
     pub(super) fn fill(&self, queue: &sync::AtomicPtr<Head>, snapshot: impl FnOnce() -> u64) {
         debug_assert!(self.is_empty(), "a batch is filled only when it has run");
         self.taken.set(0);
@@ -205,9 +207,9 @@ impl Batch {
             if newest.is_null() {
                 return;
             }
-            // ORDER(srcu-queue): Acquire, partner in `push`. Release: a thread that reads our null
-            // also sees `busy` set, ORDER(srcu-busy). It also keeps the store to `newest` in front,
-            // for a child.
+            // ORDER(srcu-queue): Acquire; partner in `push`. Release: a thread that reads the null
+            // also sees that `busy` is set, ORDER(srcu-busy). Release also keeps the store to
+            // `newest` before this one, for the child of a fork.
             if queue
                 .compare_exchange(newest, ptr::null_mut(), Ordering::AcqRel, Ordering::Relaxed)
                 .is_ok()
@@ -219,26 +221,27 @@ impl Batch {
         self.link();
     }
 
-    /// Links the heads from the oldest to `newest`.
+    /// Links the heads from the oldest to the newest.
     fn link(&self) {
         let (mut head, mut newer) = (NonNull::new(self.newest.load(Ordering::Relaxed)), None);
         while let Some(this) = head {
             self.taken.set(self.taken.get() + 1);
-            // SAFETY: The head must be valid and ours: module invariant.
+            // SAFETY: the head must be valid and belong to this crate, which the module's invariant
+            // says.
             let links = unsafe { this.as_ref() };
             links.newer.set(newer);
             newer = head;
             head = links.next.get();
         }
-        // ORDER(srcu-fork): Release: a child that finds this finds the links.
-        // INVARIANT: All of them are linked.
+        // ORDER(srcu-fork): Release: if the child of a fork finds this store, it also finds the
+        // links. INVARIANT: all heads are linked.
         self.oldest.store(
             newer.map_or(ptr::null_mut(), NonNull::as_ptr),
             Ordering::Release,
         );
     }
 
-    /// In the child of a fork: takes up a `fill` that was under way.
+    /// In the child of a fork: completes or undoes a `fill` that was in progress.
     #[cfg(not(mmun_loom))]
     pub(super) fn after_fork(&self, queue: &sync::AtomicPtr<Head>, snapshot: impl FnOnce() -> u64) {
         if !self.is_empty() || self.newest.load(Ordering::Relaxed).is_null() {
@@ -252,29 +255,31 @@ impl Batch {
                 self.link();
                 return;
             };
-            // SAFETY: The head must be valid and ours: module invariant.
+            // SAFETY: the head must be valid and belong to this crate, which the module's invariant
+            // says.
             queued = unsafe { head.as_ref() }
                 .next
                 .get()
                 .map_or(ptr::null_mut(), NonNull::as_ptr);
         }
-        // Still in the queue: nothing was taken.
+        // The heads are still in the queue, so `fill` had taken nothing.
         self.newest.store(ptr::null_mut(), Ordering::Relaxed);
     }
 
-    /// Takes the oldest out of the batch, with its function. Its grace period has passed.
+    /// Removes the oldest callback from the batch and returns it with its function. Its grace
+    /// period has passed.
     pub(super) fn take_one(&self) -> Option<(NonNull<Head>, Function)> {
         let oldest = NonNull::new(self.oldest.load(Ordering::Relaxed))?;
-        // SAFETY: The head must be valid and ours: module invariant. The reference ends before the
-        // function is called.
+        // SAFETY: the head must be valid and belong to this crate, which the module's invariant
+        // says. The reference ends before the function is called.
         let head = unsafe { oldest.as_ref() };
         let newer = head.newer.get();
         if newer.is_none() {
             self.newest.store(ptr::null_mut(), Ordering::Relaxed);
         }
-        // INVARIANT: `newest` went before the last of `oldest`.
-        // ORDER(srcu-fork): Release and the fence keep it so for a child, which must
-        // find a head either here with its function, or not at all.
+        // INVARIANT: `newest` was cleared before the last head leaves `oldest`. ORDER(srcu-fork):
+        // Release and the fence preserve this order for the child of a fork. The child must find a
+        // head either here with its function, or not at all.
         self.oldest.store(
             newer.map_or(ptr::null_mut(), NonNull::as_ptr),
             Ordering::Release,

@@ -1,4 +1,4 @@
-//! What the current thread is doing for the reclaimer, so that a wait for itself can be refused.
+//! What this thread is doing for the reclaimer, so that a wait for itself can be refused.
 
 use crate::raw::state::State;
 use std::ptr;
@@ -10,25 +10,25 @@ thread_word! {
     static RECLAIMER: u64 = 0;
 }
 
-/// Marks this thread as the one that runs callbacks, and says what it was before.
+/// Sets whether this thread runs callbacks, and returns the old value.
 pub(crate) fn set_reclaimer(is: bool) -> bool {
     let before = is_reclaimer();
     RECLAIMER.set(is.into());
     before
 }
 
-/// Whether this thread runs the callbacks of all domains, so that waiting here for any of them
-/// would never end.
+/// Tells whether this thread runs the callbacks of all domains. If so, a wait for any callback on
+/// this thread would never end.
 pub fn is_reclaimer() -> bool {
     RECLAIMER.get() != 0
 }
 
-/// Whether a callback of this domain is running on this thread.
+/// Tells whether a callback of this domain is running on this thread.
 pub(crate) fn runs_callback_of(state: &State) -> bool {
     RUNNING.get() == address(state)
 }
 
-/// Runs `f` with callbacks of `state` marked as running.
+/// Runs `f` as a callback of `state`.
 pub(crate) fn with_callback_of(state: &State, f: impl FnOnce()) {
     let before = RUNNING.get();
     RUNNING.set(address(state));

@@ -1,7 +1,7 @@
-//! A counter that threads can sleep on until it moves.
+//! A counter on which threads can sleep until it changes.
 //!
-//! The waiter reads the counter, looks whether what it wants has happened, and sleeps only if the
-//! counter is still the same. The thread that makes it happen advances the counter afterwards, and
+//! The waiter reads the counter, checks whether its condition holds, and sleeps only if the counter
+//! has not changed. The thread that makes the condition true increments the counter afterwards. It
 //! enters the kernel only if a thread sleeps.
 
 use crate::sync::{AtomicU32, Ordering, fence, mutant};
@@ -32,17 +32,18 @@ impl Event {
     }
 
     pub(crate) fn now(&self) -> u32 {
-        // ORDER(srcu-event): Acquire: a waiter that sees an advance sees what was done before it.
-        // Partner: `advance`.
+        // ORDER(srcu-event): Acquire: a waiter that sees an increment also sees what happened
+        // before it. Partner: `advance`.
         self.count.load(Ordering::Acquire)
     }
 
-    /// Sleeps until the count is no longer `seen`; may also return early.
+    /// Sleeps until the count differs from `seen`. May return early.
     pub(crate) fn wait(&self, seen: u32) {
         self.sleepers.fetch_add(1, Ordering::Relaxed);
-        // ORDER(srcu-sleep): We announce ourselves, then compare the count. Partner: the fence in
-        // `advance`, between the count and the look at `sleepers`. Without either both can miss the
-        // other, and we sleep for ever. Model: loom `a_wake_up_is_not_lost`.
+        // ORDER(srcu-sleep): the increment of `sleepers` comes before the comparison of the count.
+        // Partner: the fence in `advance`, between the count and the load of `sleepers`. Without
+        // either fence, each thread could miss the other, and this one would sleep for ever. Model:
+        // loom `a_wake_up_is_not_lost`.
         if !mutant("no_fence_before_sleep") {
             fence(Ordering::SeqCst);
         }
@@ -51,9 +52,9 @@ impl Event {
     }
 
     pub(crate) fn advance(&self) {
-        // ORDER(srcu-event): Release, partner in `now`.
+        // ORDER(srcu-event): Release; partner in `now`.
         self.count.fetch_add(1, Ordering::Release);
-        // ORDER(srcu-sleep): Partner: the fence in `wait`.
+        // ORDER(srcu-sleep): partner: the fence in `wait`.
         if !mutant("no_fence_before_wake") {
             fence(Ordering::SeqCst);
         }
@@ -62,7 +63,7 @@ impl Event {
         }
     }
 
-    /// Forgets the sleepers, which a fork has left behind in the parent.
+    /// Clears the count of sleepers, which exist only in the parent of a fork.
     #[cfg(not(mmun_loom))]
     pub(super) fn after_fork(&self) {
         if self.sleepers.load(Ordering::Relaxed) != 0 {
@@ -73,10 +74,10 @@ impl Event {
 
 #[cfg(not(mmun_loom))]
 impl Event {
-    /// As `wait`, and for no longer than this.
+    /// Like `wait`, but sleeps at most this long.
     pub(super) fn wait_at_most(&self, seen: u32, nanoseconds: i64) {
         self.sleepers.fetch_add(1, Ordering::Relaxed);
-        // ORDER(srcu-sleep): As in `wait`.
+        // ORDER(srcu-sleep): as in `wait`.
         fence(Ordering::SeqCst);
         let limit = libc::timespec {
             tv_sec: 0,
@@ -96,7 +97,7 @@ impl Event {
     }
 }
 
-/// Sleeps while `word` is `seen`; may also return early.
+/// Sleeps while `word` is `seen`. May return early.
 #[cfg(not(mmun_loom))]
 pub(super) fn futex_wait(word: &AtomicU32, seen: u32) {
     futex_wait_until(word, seen, None);
@@ -106,19 +107,19 @@ pub(super) fn futex_wait(word: &AtomicU32, seen: u32) {
 fn futex_wait_until(word: &AtomicU32, seen: u32, limit: Option<&libc::timespec>) {
     let operation = libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG;
     let limit = limit.map_or(std::ptr::null(), std::ptr::from_ref);
-    // SAFETY: `FUTEX_WAIT` needs an aligned word that stays mapped during the call, which the
-    // reference is, and a null or valid timeout.
+    // SAFETY: `FUTEX_WAIT` needs an aligned word that stays mapped during the call, as a reference
+    // guarantees, and a null or valid timeout.
     unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), operation, seen, limit) };
 }
 
 #[cfg(not(mmun_loom))]
 pub(super) fn futex_wake(word: &AtomicU32, threads: i32) {
     let operation = libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG;
-    // SAFETY: `FUTEX_WAKE` only uses the address as a key.
+    // SAFETY: `FUTEX_WAKE` uses the address only as a key.
     unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), operation, threads) };
 }
 
-/// The kernel's side of a futex, for models: compare and queue in one step.
+/// The kernel's side of a futex, for models: it compares and queues in one step.
 #[cfg(mmun_loom)]
 mod model {
     use super::{Event, Ordering};

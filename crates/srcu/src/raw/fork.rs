@@ -1,40 +1,42 @@
 //! Makes the domains usable in the child of a `fork`.
 //!
-//! Nothing is locked before the fork: a thread that waits for one of our locks may hold the
-//! allocator's, which `fork` wants next. So the child may find any slow-path lock held by a thread
-//! that is gone, and what it guards half changed. Every structure is therefore built so that each
-//! single store leaves it whole, and the child frees the locks.
+//! No lock is taken before the fork. A thread that waits for one of this crate's locks may hold the
+//! allocator's lock, which `fork` needs next. So the child may find any slow-path lock held by a
+//! thread that does not exist there, with the guarded data half changed. Therefore every structure
+//! is built so that each single store leaves it consistent, and the child frees the locks.
 //!
-//! In the child the calling thread keeps its sections; those of all other threads have ended,
-//! except movable ones, which may have been handed to the calling thread. The reclaimer is gone,
-//! unless it is what called `fork`; callbacks that were queued stay queued.
+//! In the child, the sections of the calling thread stay open. The sections of all other threads
+//! have ended, except movable ones, which may have been handed to the calling thread. The reclaimer
+//! does not exist in the child, unless the reclaimer itself called `fork`. Queued callbacks stay
+//! queued.
 
 use super::state::pool;
 use super::{ids, pages, reclaimer};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 
-/// How many forks lie between this process and the first of its family that had this crate.
+/// The number of forks between this process and its first ancestor that used this crate.
 static FORKS: AtomicUsize = AtomicUsize::new(0);
 
-/// How many registrations have begun: hardly ever more than one.
+/// The number of registrations that have begun. It is hardly ever more than one.
 static REGISTERED: AtomicUsize = AtomicUsize::new(0);
 
-/// Returns how many forks lie between this process and the first of its family that had this crate:
-/// what it says in one process it says in no child of it.
+/// Returns the number of forks between this process and its first ancestor that used this crate. A
+/// process and its descendants all have different results.
 #[inline]
 pub fn forks() -> usize {
-    // ORDER: Relaxed is enough: it changes while the process has one thread.
+    // ORDER: Relaxed: it changes only while the process has one thread.
     FORKS.load(Ordering::Relaxed)
 }
 
-/// Registers before `main`. A fork runs only the handlers that were there when it began: were they
-/// registered with the first domain, another thread could take a lock of ours between that and the
-/// end of a fork already begun, and the child would find it held. What is left is a library that is
-/// loaded, and used, while another thread is in the middle of `fork`.
+/// Registers the handler before `main`. A fork runs only the handlers that were registered when it
+/// began. Suppose the handler were registered with the first domain, while a fork is already in
+/// progress. Then another thread could take a lock of this crate before that fork ends, and the
+/// child would find the lock held. One case remains: a library that is loaded and used while
+/// another thread is in the middle of `fork`.
 ///
-/// The section is that of the functions which are called at start, with arguments that `register`
-/// does not take; it needs nothing that is not there before `main`.
+/// The loader calls the functions of this section at start, with arguments that `register` ignores.
+/// `register` needs nothing that is missing before `main`.
 #[cfg(not(miri))]
 #[used]
 #[unsafe(link_section = ".init_array")]
@@ -43,26 +45,27 @@ static BEFORE_MAIN: extern "C" fn() = register;
 /// Registers the handler that repairs the domains in a child of this process.
 pub(super) extern "C" fn register() {
     static DONE: AtomicBool = AtomicBool::new(false);
-    // Several threads may register at first. None of them may continue before *a* registration is
-    // complete: a fork before that has a child that no handler repairs. None waits for another's
-    // registration either: in such a child it never completes. ORDER(srcu-fork): Acquire, partner
-    // below.
+    // Several threads may register at the same time at first. None of them may continue before at
+    // least one registration is complete, because no handler would repair the child of a fork
+    // before that. But none may wait for another thread's registration either: in the child of a
+    // fork, that registration never completes. ORDER(srcu-fork): Acquire; partner below.
     if !DONE.load(Ordering::Acquire) {
         REGISTERED.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: `pthread_atfork` needs functions that stay. glibc has room for 48 without
-        // allocating.
+        // SAFETY: `pthread_atfork` needs functions that stay loaded. glibc has room for 48 handlers
+        // without allocating.
         unsafe { libc::pthread_atfork(None, None, Some(child)) };
-        // ORDER(srcu-fork): Release: the registration comes first. Partner: the load above.
+        // ORDER(srcu-fork): Release: the registration comes before the flag. Partner: the load
+        // above.
         DONE.store(true, Ordering::Release);
     }
 }
 
 unsafe extern "C" fn child() {
     static REPAIRED: AtomicI32 = AtomicI32::new(0);
-    // SAFETY: No preconditions.
+    // SAFETY: the call has no preconditions.
     let this_process = unsafe { libc::getpid() };
-    // Not by the number alone: in a process namespace of its own, a child can have that of its
-    // parent.
+    // The pid alone does not suffice: in a pid namespace of its own, a child can have the same pid
+    // as its parent.
     let is_again = REPAIRED.swap(this_process, Ordering::Relaxed) == this_process;
     if is_again && REGISTERED.load(Ordering::Relaxed) > 1 {
         return;

@@ -1,21 +1,22 @@
-//! Grace periods: a state machine that any thread moves, and in which no thread waits.
+//! Grace periods: a state machine that any thread can advance, and in which no thread waits.
 //!
-//! Sections count in one of two banks. A grace period ends when, since it began, each bank has been
-//! *found quiet* once: as many ends as beginnings. At rest one look at both banks is enough.
-//! Otherwise new sections are sent to a bank that was found quiet already, and the other one
-//! drains.
+//! Sections count in one of two banks. A bank is *quiet* if a scan finds as many ends as
+//! beginnings. A grace period ends when each bank has been found quiet once since it began. If no
+//! section is open, one scan of both banks is enough. Otherwise new sections are sent to a bank
+//! that has already been found quiet, and the other bank drains.
 //!
 //! 1. *idle*: `seq` is even.
-//! 2. *scan*: `seq` is odd; `open` says which banks have not been found quiet.
-//! 3. *blocked*: a scan found the stale bank, the one that gets no new sections, still in use. If
-//!    a waiter is interested then `waiting` names the bank and who is to be told, and there was
-//!    another look at the bank after that was written.
-//! 4. Both quiet: `seq` is advanced, those interested are told, idle again.
+//! 2. *scan*: `seq` is odd. `open` says which banks have not been found quiet.
+//! 3. *blocked*: the stale bank gets no new sections, and a scan found it still in use. If a thread
+//!    is interested in the end, `waiting` names the bank and the threads to notify. After writing
+//!    `waiting`, the thread has checked the bank again.
+//! 4. Both banks are quiet: `seq` is advanced, interested threads are notified, and the state is
+//!    idle again.
 //!
-//! Why both banks, and not just the one in use: a reader may have loaded the index, and slept
-//! before it counted. It counts in a bank that two grace periods may have turned over in the
-//! meantime; only a scan of either bank, in every grace period, is sure to see it.
-//! `docs/ordering.md` has the argument in full.
+//! Why scan both banks, and not only the one in use? A reader may have loaded the index and then
+//! been preempted before it counted. It then counts in a bank that two grace periods may have
+//! switched meanwhile. Only a scan of both banks, in every grace period, is certain to see that
+//! reader. `docs/ordering.md` has the complete argument.
 
 use super::barrier;
 use super::slot::Counters;
@@ -23,7 +24,7 @@ use super::state::progress::{Announced, Gp, RECLAIMER, UPDATERS};
 use super::state::{State, inbox};
 use crate::sync::{Ordering, fence, mutant, spin_loop};
 
-/// Looks at the counters before a waiting updater goes to sleep.
+/// How often a waiting updater polls the counters before it sleeps.
 const SPINS: usize = if cfg!(mmun_loom) { 0 } else { 200 };
 
 enum Step {
@@ -33,18 +34,19 @@ enum Step {
 }
 
 impl State {
-    /// The sequence number at which a grace period that begins after this call has ended.
+    /// Returns the sequence number that is reached when a grace period that begins after this call
+    /// has ended.
     pub(crate) fn snapshot(&self) -> u64 {
-        // ORDER(srcu-snapshot): Full fence between the caller's unlinking and the look at `seq`.
-        // Partner: the heavy fence of the grace period's first scan, after it made `seq` odd. If we
-        // read the number from before, readers behind that scan see the unlinking. Model: loom
-        // `grace_periods_are_shared`.
+        // ORDER(srcu-snapshot): full fence between the caller's unlinking and the load of `seq`.
+        // Partner: the heavy fence of the grace period's first scan, after `seq` became odd. If
+        // this thread reads the old number, readers that begin after that scan see the unlinking.
+        // Model: loom `grace_periods_are_shared`.
         if !mutant("no_fence_in_snapshot") {
             fence(Ordering::SeqCst);
         }
         let seq = self.updater.seq.load(Ordering::Relaxed);
-        // Even: the next one. Odd: not the one under way, whose scan may have been before the
-        // unlinking, but the one after.
+        // If `seq` is even, the next grace period suffices. If it is odd, the current one does not,
+        // because its scan may have come before the unlinking; the one after it does.
         let ahead = if mutant("joins_running_grace_period") {
             2
         } else {
@@ -54,17 +56,17 @@ impl State {
     }
 
     pub(crate) fn passed(&self, want: u64) -> bool {
-        // ORDER(srcu-ended): Acquire for what the readers did, which the thread that ended it
-        // acquired from them. Partner: the Release in `end`.
+        // ORDER(srcu-ended): Acquire, for the readers' accesses, which the thread that ended the
+        // grace period has acquired from the readers. Partner: the Release in `end`.
         self.updater.seq.load(Ordering::Acquire) >= want
     }
 
-    /// Waits for all sections that began before. The caller is in none of them.
+    /// Waits for all sections that began before the call. The caller is in none of them.
     pub(crate) fn synchronize(&self) {
         let want = self.snapshot();
         let mut spun = false;
         loop {
-            // Read before the scan, so that what happens after it ends the sleep.
+            // Read the count before the scan, so that any later change ends the sleep.
             let seen = self.updater.event.now();
             let bank = {
                 let mut gp = self.updater.gp.lock();
@@ -90,8 +92,8 @@ impl State {
         }
     }
 
-    /// Moves grace periods on, without waiting, until `want` has passed; if it has not, the
-    /// reclaimer will be told when it makes sense to try again.
+    /// Advances grace periods without waiting, until `want` has passed. If it returns false, the
+    /// reclaimer will be notified when another attempt makes sense.
     pub(crate) fn drive(&self, want: u64) -> bool {
         while !self.passed(want) {
             let mut gp = self.updater.gp.lock();
@@ -106,12 +108,12 @@ impl State {
         true
     }
 
-    /// Moves the grace period as far as it gets, beginning one if there is none.
+    /// Advances the grace period as far as possible. Begins one if there is none.
     fn step(&self, gp: &mut Gp, who: u32) -> Step {
         let Announced { bank, interest } = gp.announced;
         if interest != 0 && interest == gp.interest && !self.looks_quiet(bank) {
-            // The reader that ends the last section tells us, so another heavy fence would bring
-            // nothing.
+            // The reader that ends the last section will notify this thread, so another heavy fence
+            // would achieve nothing.
             return Step::Blocked(bank);
         }
         let seq = self.updater.seq.load(Ordering::Relaxed);
@@ -120,7 +122,7 @@ impl State {
             if mutant("one_bank") {
                 gp.open[self.index.load(Ordering::Relaxed) & 1 ^ 1] = false;
             }
-            // ORDER(srcu-snapshot): Before the heavy fence in `scan`; partner in `snapshot`.
+            // ORDER(srcu-snapshot): before the heavy fence in `scan`; partner in `snapshot`.
             self.updater.seq.store(seq + 1, Ordering::Relaxed);
         }
         loop {
@@ -132,8 +134,8 @@ impl State {
             let index = self.index.load(Ordering::Relaxed);
             let mut stale = index & 1 ^ 1;
             if !gp.open[stale] {
-                // Relaxed: readers may use either bank at any time; this only lets the other one
-                // drain.
+                // Relaxed: readers may use either bank at any time. The switch only lets the other
+                // bank drain.
                 self.index.store(index ^ 1, Ordering::Relaxed);
                 stale ^= 1;
             }
@@ -147,10 +149,11 @@ impl State {
             self.waiting[stale ^ 1].store(0, Ordering::Relaxed);
             self.waiting[stale].store(gp.interest, Ordering::Relaxed);
             gp.announced = announce;
-            // ORDER(srcu-wake): Between the announcement and another look at the ends. Partner: the
-            // light fence between the end of a section and its look at `waiting`. Either the reader
-            // sees the announcement, or we see the end. (The fence in `scan` comes after its look
-            // at the ends.) Model: loom `a_wake_up_is_not_lost`.
+            // ORDER(srcu-wake): between the announcement and another check of the ends. Partner:
+            // the light fence between the end of a section and the load of `waiting`. If the
+            // announcement comes first, the reader sees it; if the end comes first, the check sees
+            // the end. (The fence in `scan` does not help, because it comes after the scan has read
+            // the ends.) Model: loom `a_wake_up_is_not_lost`.
             if !mutant("no_fence_after_announcement") {
                 barrier::heavy();
             }
@@ -160,7 +163,7 @@ impl State {
         }
     }
 
-    /// Clears `open` for the banks found quiet.
+    /// Clears `open` for the banks that are found quiet.
     fn scan(&self, open: &mut [bool; 2]) {
         let swapped = mutant("locks_before_unlocks");
         let first = if swapped {
@@ -168,10 +171,11 @@ impl State {
         } else {
             self.unlocked()
         };
-        // ORDER(srcu-enter): Between the unlinking and the sum of beginnings. Partner: the light
-        // fence of a reader between its count and its first read. Either the sum has the reader, or
-        // the reader sees the unlinking. ORDER(srcu-scan): Between the sums: every end summed has
-        // its beginning summed too, so that equal sums mean that no section counted is open.
+        // ORDER(srcu-enter): between the unlinking and the sum of beginnings. Partner: the light
+        // fence of a reader between its count and its first read. If the reader's count comes
+        // first, the sum contains the reader; if the heavy fence comes first, the reader sees the
+        // unlinking. ORDER(srcu-scan): between the two sums. For every end in the first sum, the
+        // second contains the beginning. So equal sums mean that no counted section is open.
         // Partner: the program order of a section. Model: loom `s_86_a_late_reader_is_not_missed`.
         if !mutant("no_heavy_fence") {
             barrier::heavy();
@@ -207,8 +211,9 @@ impl State {
         sums
     }
 
-    /// A look without a fence between the sums. Quiet may be wrong and wants a `scan`. In use may
-    /// be late: then a section has ended whose end has not reached us yet.
+    /// Checks a bank without a fence between the sums. The answer "quiet" may be wrong and needs a
+    /// `scan`. The answer "in use" may be outdated: a section has ended, and its end is not visible
+    /// here yet.
     fn looks_quiet(&self, bank: usize) -> bool {
         self.unlocked()[bank] == self.locked()[bank]
     }
@@ -217,15 +222,15 @@ impl State {
         let interest = std::mem::replace(gp, Gp::IDLE).interest;
         self.forget_interest();
         let seq = self.updater.seq.load(Ordering::Relaxed);
-        // ORDER(srcu-ended): Release, partner in `passed`.
+        // ORDER(srcu-ended): Release; partner in `passed`.
         self.updater.seq.store(seq + 1, Ordering::Release);
         self.tell(interest & !(who & RECLAIMER));
     }
 
-    /// A reader has ended a section of a bank that is waited for.
+    /// Called by a reader that has ended a section of a bank that a thread waits for.
     #[cold]
     pub(crate) fn section_ended(&self, bank: usize) {
-        // ORDER(srcu-wake): Behind the reader's light fence, as the load that brought us here.
+        // ORDER(srcu-wake): after the reader's light fence, like the load that led here.
         self.tell(self.waiting[bank].load(Ordering::Relaxed));
     }
 
@@ -244,13 +249,13 @@ impl State {
         }
     }
 
-    /// Whether a section of any thread is open. Exact if none begins or ends during the call.
+    /// Tells whether a section of any thread is open. Exact if none begins or ends during the call.
     pub(crate) fn any_open(&self) -> bool {
         self.unlocked() != self.locked()
     }
 
-    /// Begins the grace period under way again, in the child of a fork: its mover may have been in
-    /// the middle of it.
+    /// Restarts the current grace period in the child of a fork, because the thread that was
+    /// advancing it does not exist there.
     #[cfg(not(mmun_loom))]
     pub(crate) fn restart(&self) {
         if self.updater.seq.load(Ordering::Relaxed) & 1 == 1 {

@@ -1,4 +1,4 @@
-//! The counted reference from a `Srcu` to its state.
+//! The counted reference from an `Srcu` to its state.
 
 #[cfg(not(mmun_loom))]
 use super::fork;
@@ -9,10 +9,10 @@ use crate::sync::{AtomicPtr, Ordering};
 #[cfg(not(mmun_loom))]
 use std::ptr;
 
-/// The counted reference from a `Srcu` to its state, which the first use makes.
+/// The counted reference from an `Srcu` to its state. The first use makes the state.
 ///
 /// # Invariants
-/// Points to `EMPTY`, or to a state and owns one count of that state.
+/// Points to `EMPTY`, or to a state of which the handle owns one count.
 pub(crate) struct Handle(AtomicPtr<State>);
 
 impl Handle {
@@ -26,17 +26,17 @@ impl Handle {
         Self(AtomicPtr::new(State::create()))
     }
 
-    /// Returns the state, or before the first use `EMPTY`, in which no thread has a slot.
+    /// Returns the state. Before the first use returns `EMPTY`, in which no thread has a slot.
     #[inline(always)]
     pub(crate) fn peek(&self) -> &State {
-        // ORDER(srcu-state): Acquire, partner in `first_use`.
+        // ORDER(srcu-state): Acquire; partner in `first_use`.
         let state = self.0.load(Ordering::Acquire);
-        // SAFETY: The state must outlive the reference: it is a static, or this handle, which the
-        // reference borrows, keeps it alive.
+        // SAFETY: the state must outlive the reference. It is a static, or this handle keeps it
+        // alive, from which the reference borrows.
         unsafe { &*state }
     }
 
-    /// Returns the state; makes it on first use, without the allocator.
+    /// Returns the state. Makes it on first use, without the allocator.
     #[inline]
     pub(crate) fn get(&self) -> &State {
         self.used().unwrap_or_else(|| self.first_use())
@@ -67,7 +67,8 @@ impl Drop for Handle {
     fn drop(&mut self) {
         if let Some(state) = self.used() {
             state.owned.store(false, Ordering::Relaxed);
-            // SAFETY: Needs a count that the caller owns: the handle owns one, by its invariant.
+            // SAFETY: `release` needs a count that the caller owns. By its invariant the handle
+            // owns one.
             unsafe { State::release(state) };
         }
     }

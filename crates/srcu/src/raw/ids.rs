@@ -1,19 +1,20 @@
-//! A small number for every thread that ever entered a section, given back by the kernel when the
-//! thread dies.
+//! A small number for every thread that ever entered a section. The kernel frees the number when
+//! the thread dies.
 //!
-//! A number is owned by holding its *robust mutex*, which is never unlocked. When the thread is
-//! gone the kernel marks the mutex, and the next claim finds it with `EOWNERDEAD`. So there is no
-//! exit hook to register, which could allocate in the middle of the program's `malloc`. A thread
-//! keeps its number to its very end, so a guard kept in thread-local storage can still be dropped
-//! there. The kernel's hand-over is a full fence, so the new owner sees the counters as the old
-//! owner left them.
+//! A thread owns a number by holding its *robust mutex*, which it never unlocks. When the thread
+//! has died, the kernel marks the mutex, and the next claim gets `EOWNERDEAD`. So no exit hook has
+//! to be registered, which could allocate in the middle of the program's `malloc`. A thread keeps
+//! its number to its very end, so it can still drop a guard that is in thread-local storage. The
+//! kernel hands a robust mutex over with a full fence, so the new owner sees the counters as the
+//! old owner left them.
 //!
-//! A claim blocks all signals: a handler that claims would deadlock with the claim it interrupts.
+//! A claim blocks all signals, because a signal handler that claims would deadlock with the claim
+//! that it interrupts.
 //!
 //! # Safety
 //! # Invariants
-//! * The mutex of a number below `HIGH` is initialized, and at an address that is never unmapped or
-//!   moved.
+//! * The mutex of a number below `HIGH` is initialised, and its address is never unmapped or
+//!   reused.
 //! * `PLACE` is `NONE`, or the place of a number whose mutex this thread holds.
 
 use super::die;
@@ -32,15 +33,15 @@ thread_word! {
     static PLACE: u64 = Place::NONE.to_word();
 }
 
-/// One more than the highest number in use so far.
+/// One more than the highest number that was ever in use.
 static HIGH: AtomicUsize = AtomicUsize::new(0);
 static CHUNKS: [AtomicPtr<Mutex>; BUCKETS] = [const { AtomicPtr::new(ptr::null_mut()) }; BUCKETS];
-/// Where to look next for a dead thread's number.
+/// Where the next search for a dead thread's number begins.
 static CURSOR: Lock<usize> = Lock::new(0);
 
-/// How many numbers a claim probes before it makes a new one. This bounds the time of a claim. It
-/// also bounds the unused numbers: once some fraction of all numbers is dead, a claim finds one
-/// with near certainty.
+/// How many numbers a claim probes before it makes a new one. The limit bounds the time of a claim.
+/// It also bounds the number of dead entries: once a large enough fraction of all numbers is dead,
+/// a claim almost certainly finds one.
 const PROBES: usize = 32;
 
 #[inline(always)]
@@ -51,8 +52,8 @@ pub(super) fn place() -> Place {
 
 #[inline]
 pub(super) fn high() -> usize {
-    // Relaxed: a grace period, which needs the current value, loads it after a heavy fence. `HIGH`
-    // includes a thread's number before the thread's first count, ORDER(srcu-enter).
+    // Relaxed: a grace period, which needs the latest value, loads it after a heavy fence. `HIGH`
+    // covers a thread's number before the thread's first count, ORDER(srcu-enter).
     HIGH.load(Ordering::Relaxed)
 }
 
@@ -63,15 +64,15 @@ pub(super) fn place_or_claim() -> Place {
     }
 }
 
-/// Returns this thread's number, for crates that keep per-thread data. Claiming the number
-/// allocates nothing, and may be done in a signal handler.
+/// Returns this thread's number, for crates that keep per-thread data. Claiming a number allocates
+/// nothing, and a signal handler may do it.
 #[doc(hidden)]
 pub fn thread_number() -> usize {
     place_or_claim().id()
 }
 
-/// One more than the highest number in use so far. If the caller sees a store that a thread made
-/// after its claim, then the result is greater than that thread's number.
+/// Returns one more than the highest number that was ever in use. If the caller sees a store that a
+/// thread made after its claim, the result is greater than that thread's number.
 #[doc(hidden)]
 #[inline]
 pub fn thread_numbers() -> usize {
@@ -81,7 +82,7 @@ pub fn thread_numbers() -> usize {
 #[cold]
 fn claim() -> Place {
     let _signals_wait = Blocked::new();
-    // A signal handler may have claimed since the caller's check.
+    // A signal handler may have claimed a number since the caller's check.
     let place = place();
     if place != Place::NONE {
         return place;
@@ -101,25 +102,25 @@ fn claim() -> Place {
     let Some(place) = Place::of(id) else {
         die("more threads than Linux can have")
     };
-    // INVARIANT: `try_own` locked the mutex of `id` for this thread.
+    // INVARIANT: `try_own` has locked the mutex of `id` for this thread.
     PLACE.set(place.to_word());
     place
 }
 
-/// Makes number `high` and owns it. The caller holds the lock.
+/// Makes the number `high` and takes it. The caller holds the lock.
 fn add(high: usize) -> usize {
     let (bucket, _) = place::split(high);
     if bucket < BUCKETS && CHUNKS[bucket].load(Ordering::Relaxed).is_null() {
         let chunk = pages::map(place::slots_in(bucket) * size_of::<Mutex>());
-        // ORDER(srcu-lock): Relaxed suffices for `CHUNKS`: every access holds the lock, except in a
-        // fork's child, which has one thread.
+        // ORDER(srcu-lock): Relaxed: every access to `CHUNKS` is under the lock, except in the
+        // child of a fork, which has one thread.
         CHUNKS[bucket].store(chunk.as_ptr().cast(), Ordering::Relaxed);
     }
     init(mutex(high));
     if !try_own(mutex(high)) {
         die("a new robust mutex cannot be locked");
     }
-    // INVARIANT: The mutex is initialized.
+    // INVARIANT: the mutex is initialised.
     HIGH.store(high + 1, Ordering::Relaxed);
     high
 }
@@ -129,21 +130,21 @@ fn mutex(id: usize) -> *mut Mutex {
     let Some(chunk) = CHUNKS.get(bucket) else {
         die("more threads than Linux can have")
     };
-    // SAFETY: The offset must stay within the allocation: `add` maps room for all numbers of a
-    // bucket, and every caller has a number that `add` has been called for.
+    // SAFETY: the offset must be inside the allocation. `add` maps room for all numbers of a
+    // bucket, and every caller has a number for which `add` was called.
     unsafe { chunk.load(Ordering::Relaxed).add(at) }
 }
 
 fn init(mutex: *mut Mutex) {
     let mut robust = MaybeUninit::<libc::pthread_mutexattr_t>::uninit();
-    // SAFETY: Needs a place for an attribute object.
+    // SAFETY: the call needs room for an attribute object.
     unsafe { libc::pthread_mutexattr_init(robust.as_mut_ptr()) };
-    // SAFETY: Needs an initialized attribute object: from the line above.
+    // SAFETY: the call needs an initialised attribute object, which the line above made.
     let refused = unsafe {
         libc::pthread_mutexattr_setrobust(robust.as_mut_ptr(), libc::PTHREAD_MUTEX_ROBUST)
     };
-    // SAFETY: Needs a place for a mutex that is not in use: its number is not given out, or this is
-    // the only thread of a forked child, in which all other owners are gone.
+    // SAFETY: the call needs room for a mutex that is not in use. Either the number has not been
+    // handed out, or this is the only thread of a forked child, where no other owner exists.
     let failed = unsafe { libc::pthread_mutex_init(mutex, robust.as_ptr()) };
     if refused != 0 || failed != 0 {
         die("the C library has no robust mutexes");
@@ -151,14 +152,15 @@ fn init(mutex: *mut Mutex) {
 }
 
 fn try_own(mutex: *mut Mutex) -> bool {
-    // SAFETY: Needs an initialized mutex at an address that stays: the invariant of `HIGH`, or
-    // `add` has just initialized it.
+    // SAFETY: the call needs an initialised mutex at a permanent address. The invariant of `HIGH`
+    // guarantees that, or `add` has just initialised it.
     match unsafe { libc::pthread_mutex_trylock(mutex) } {
         0 => true,
         libc::EOWNERDEAD => {
-            // ORDER(cache-number): the dead owner's stores happen before this claim, by the
-            // kernel's exchange of the mutex's word. Partner: the end of the owner.
-            // SAFETY: Needs a robust mutex that this thread has just locked with EOWNERDEAD.
+            // ORDER(cache-number): the dead owner's stores happen before this claim, because the
+            // kernel exchanges the mutex's word. Partner: the end of the owner.
+            // SAFETY: the call needs a robust mutex that this thread has just locked with
+            // `EOWNERDEAD`.
             unsafe { libc::pthread_mutex_consistent(mutex) };
             true
         }
@@ -166,7 +168,8 @@ fn try_own(mutex: *mut Mutex) -> bool {
     }
 }
 
-/// Frees the numbers of the threads that a fork has left behind, and keeps this thread's own.
+/// Frees the numbers of the threads that exist only in the parent of a fork. Keeps this thread's
+/// number.
 pub(super) fn after_fork() {
     CURSOR.after_fork();
     for id in 0..HIGH.load(Ordering::Relaxed) {

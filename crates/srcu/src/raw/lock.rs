@@ -1,4 +1,4 @@
-//! A mutex for slow paths that never allocates, is made in a constant, and can be reset in the
+//! A mutex for slow paths. It never allocates, can be made in a constant, and can be reset in the
 //! child of a fork.
 
 use std::ops::{Deref, DerefMut};
@@ -25,8 +25,8 @@ mod real {
         value: UnsafeCell<T>,
     }
 
-    // SAFETY: The value is reached only through `LockGuard`, of which there is one at a time, so
-    // sharing the lock only moves access to the value between threads.
+    // SAFETY: the value is accessed only through `LockGuard`, of which only one exists at a time.
+    // So sharing the lock only moves access to the value between threads.
     unsafe impl<T: Send> Sync for Lock<T> {}
 
     impl<T> Lock<T> {
@@ -38,8 +38,8 @@ mod real {
         }
 
         pub(crate) fn lock(&self) -> LockGuard<'_, T> {
-            // ORDER(srcu-lock): Acquire on every way in, Release on the way out: holders see each
-            // other's writes.
+            // ORDER(srcu-lock): Acquire when taking the lock and Release when freeing it, so that
+            // each holder sees the writes of earlier holders.
             if self
                 .word
                 .compare_exchange(FREE, HELD, Ordering::Acquire, Ordering::Relaxed)
@@ -58,8 +58,8 @@ mod real {
             }
         }
 
-        /// Frees the lock in the child of a fork, where its holder is gone. The value is as the
-        /// holder left it.
+        /// Frees the lock in the child of a fork, where its holder may not exist. The value is as
+        /// the holder left it.
         pub(crate) fn after_fork(&self) {
             if self.word.load(Ordering::Relaxed) != FREE {
                 self.word.store(FREE, Ordering::Relaxed);
@@ -74,15 +74,15 @@ mod real {
     impl<T> Deref for LockGuard<'_, T> {
         type Target = T;
         fn deref(&self) -> &T {
-            // SAFETY: No `&mut` to the value may exist: only this guard, the only one, hands them
-            // out.
+            // SAFETY: no `&mut` to the value may exist. Only this guard hands them out, and it is
+            // the only guard.
             unsafe { &*self.lock.value.get() }
         }
     }
 
     impl<T> DerefMut for LockGuard<'_, T> {
         fn deref_mut(&mut self) -> &mut T {
-            // SAFETY: The reference must be unique: this guard is the only one and is borrowed
+            // SAFETY: the reference must be unique. This is the only guard, and it is borrowed
             // mutably.
             unsafe { &mut *self.lock.value.get() }
         }
@@ -90,7 +90,7 @@ mod real {
 
     impl<T> Drop for LockGuard<'_, T> {
         fn drop(&mut self) {
-            // ORDER(srcu-lock): Release, partner in `lock`.
+            // ORDER(srcu-lock): Release; partner in `lock`.
             if self.lock.word.swap(FREE, Ordering::Release) == CONTENDED {
                 futex_wake(&self.lock.word, 1);
             }

@@ -1,12 +1,13 @@
-//! Memory without the allocator: zeroed power-of-two runs of pages, recycled and never unmapped.
+//! Memory without the allocator: zeroed runs of pages, in powers of two. Runs are recycled and
+//! never unmapped.
 //!
-//! A read section may begin inside `malloc`, so nothing here may call it. Nothing is unmapped
-//! either: an unmap is an event that a program may be watching through this very crate.
+//! A read section may begin inside `malloc`, so nothing here may call `malloc`. Nothing is unmapped
+//! either, because an unmap is an event that a program may be watching through this very crate.
 //!
 //! # Safety
 //! # Invariants
-//! A run on a free list belongs to the list alone; its first word is the link. Each list
-//! changes by one store, so that the child of a fork finds it whole whatever another thread was
+//! A run on a free list belongs to that list alone, and its first word is the link. Each list
+//! changes by one store, so the child of a fork finds it consistent whatever another thread was
 //! doing.
 
 use super::die;
@@ -16,30 +17,32 @@ use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 
 pub(super) const PAGE: usize = 4096;
-/// Single pages are cut from pieces of this size, aligned to it.
+/// Single pages are cut from pieces of this size, which are aligned to their size.
 const PIECE: usize = 64 * PAGE;
 
 static LOCK: Lock<()> = Lock::new(());
-/// One list for each class; class `c` is `2^c` pages.
+/// One list for each class. A run of class `c` has `2^c` pages.
 static FREE: [AtomicPtr<Run>; BUCKETS] = [const { AtomicPtr::new(ptr::null_mut()) }; BUCKETS];
-/// Address of the next unused page of the current piece; at a multiple of `PIECE` there is none.
+/// The address of the next unused page of the current piece. If it is a multiple of `PIECE`, no
+/// page is left.
 static NEXT: AtomicUsize = AtomicUsize::new(0);
 
 struct Run {
     next: *mut Run,
 }
 
-/// Zeroed memory of `2^class` pages, aligned to a page.
+/// Returns zeroed, page-aligned memory of `2^class` pages.
 pub(super) fn alloc(class: usize) -> NonNull<u8> {
     let held = LOCK.lock();
-    // No ORDER: the lock orders all of it.
+    // No ORDER: the lock orders everything here.
     if let Some(run) = NonNull::new(FREE[class].load(Ordering::Relaxed)) {
-        // SAFETY: Reading needs a live `Run`: it is on the list.
+        // SAFETY: the read needs a live `Run`, and this one is on the list.
         let next = unsafe { (*run.as_ptr()).next };
         FREE[class].store(next, Ordering::Relaxed);
         drop(held);
         let run: NonNull<u8> = run.cast();
-        // SAFETY: Writing needs memory that is ours: a run of this class, just taken off its list.
+        // SAFETY: the write needs memory that this crate owns. It is a run of this class that was
+        // just taken off its list.
         unsafe { run.write_bytes(0, PAGE << class) };
         return run;
     }
@@ -50,24 +53,24 @@ pub(super) fn alloc(class: usize) -> NonNull<u8> {
     cut()
 }
 
-/// Gives back what `alloc(class)` returned.
+/// Frees memory from `alloc(class)`.
 pub(super) fn free(class: usize, run: NonNull<u8>) {
     let run: NonNull<Run> = run.cast();
     let _held = LOCK.lock();
     let next = FREE[class].load(Ordering::Relaxed);
-    // SAFETY: Writing needs memory that is ours: the caller gives it up, and it has room for a
-    // word.
+    // SAFETY: the write needs memory that this crate owns. The caller gives it up, and it has room
+    // for a word.
     unsafe { run.write(Run { next }) };
-    // ORDER(srcu-fork): Release for the link, since a forked child may find this store; among
+    // ORDER(srcu-fork): Release, for the link, because a forked child may find this store. Among
     // threads the lock orders it.
     FREE[class].store(run.as_ptr(), Ordering::Release);
 }
 
-/// One fresh page. The caller holds the lock.
+/// Returns one new page. The caller holds the lock.
 fn cut() -> NonNull<u8> {
     let mut next = NEXT.load(Ordering::Relaxed);
     if next % PIECE == 0 {
-        // Twice the size holds an aligned piece; what is left over is never touched and so costs no
+        // Twice the size contains an aligned piece. The rest is never touched, so it costs no
         // memory.
         next = map(2 * PIECE)
             .as_ptr()
@@ -78,13 +81,13 @@ fn cut() -> NonNull<u8> {
     NonNull::new(ptr::with_exposed_provenance_mut(next)).expect("mapped memory is not at zero")
 }
 
-/// Fresh zeroed memory.
+/// Maps new zeroed memory.
 pub(super) fn map(bytes: usize) -> NonNull<u8> {
     let (protection, flags) = (
         libc::PROT_READ | libc::PROT_WRITE,
         libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
     );
-    // SAFETY: A new anonymous mapping at an address of the kernel's choice disturbs nothing.
+    // SAFETY: the kernel chooses the address of the new mapping, so no existing memory changes.
     let at = unsafe {
         libc::mmap(
             ptr::null_mut(),

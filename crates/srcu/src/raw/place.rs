@@ -1,22 +1,22 @@
-//! Where in a table of slots a thread's number leads: to a bucket, and to a place in it.
+//! Maps a thread's number to a place in a table of slots: a bucket, and an offset in the bucket.
 //!
 //! # Invariants
-//! A [`Place`] comes only from `NONE` or `of`, perhaps by way of a word, so its bucket exists and
-//! its offset is that of a slot in it.
+//! A [`Place`] comes only from `NONE` or `of`, possibly through a word. So its bucket exists and
+//! its offset is that of a slot in the bucket.
 
 use super::slot::Slot;
 
-/// Slots behind the header in the domain's own page.
+/// The number of slots after the header in the domain's own page.
 pub(crate) const INLINE: usize = 28;
-/// Slots in the second bucket, which is one page.
+/// The number of slots in the second bucket, which is one page.
 const SECOND: usize = 32;
-/// Room for 28 + 32 * (2^17 - 1) threads; Linux has at most 2^22.
+/// The number of buckets. They have room for 28 + 32 * (2^17 - 1) threads; Linux has at most 2^22.
 pub(crate) const BUCKETS: usize = 18;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Place {
     pub(super) bucket: u32,
-    /// In bytes, so that the way to the slot is one addition.
+    /// In bytes, so that finding the slot takes one addition.
     pub(super) offset: u32,
 }
 
@@ -35,7 +35,7 @@ impl Place {
         })
     }
 
-    /// The number that [`of`](Self::of) was given.
+    /// Returns the number that [`of`](Self::of) was given.
     pub(crate) fn id(self) -> usize {
         (0..self.bucket as usize).map(slots_in).sum::<usize>()
             + self.offset as usize / size_of::<Slot>()
@@ -45,7 +45,7 @@ impl Place {
         (self.offset as u64) << 32 | self.bucket as u64
     }
 
-    /// The place whose [`to_word`](Self::to_word) it is.
+    /// Restores a place from its [`to_word`](Self::to_word).
     #[inline(always)]
     pub(crate) const fn from_word(word: u64) -> Self {
         Self {
@@ -55,7 +55,7 @@ impl Place {
     }
 }
 
-/// The bucket of a thread's number and its index there.
+/// Returns the bucket of a thread's number, and its index there.
 pub(crate) fn split(id: usize) -> (usize, usize) {
     if id < INLINE {
         return (0, id);

@@ -1,20 +1,21 @@
-//! The one thread that runs the callbacks of all domains.
+//! The thread that runs the callbacks of all domains.
 //!
-//! A domain with something to do is put into the inbox by the caller that gave it something to do:
-//! the first call into an empty queue, `start_poll`, or the reader that ends a section which a
-//! batch waits for. The reclaimer takes one domain at a time, moves it as far as it gets without
-//! waiting, and forgets it. So a domain that waits for a reader costs the others nothing, and the
-//! thread sleeps whenever no domain can move.
+//! A thread that gives a domain something to do puts the domain into the inbox. That is the first
+//! call into an empty queue, `start_poll`, or a reader that ends a section which a batch waits for.
+//! The reclaimer takes one domain at a time, advances it as far as possible without waiting, and
+//! forgets it. So a domain that waits for a reader does not delay the others, and the reclaimer
+//! sleeps whenever no domain can advance.
 //!
-//! 1. *idle*: nothing queued, batch empty, `busy` clear.
-//! 2. *scheduled*: in the inbox, `scheduled` set, counted.
-//! 3. *turn*: taken; `scheduled` is cleared before anything is looked at, so what comes later
-//!    schedules again.
-//! 4. *blocked*: the batch waits for a grace period; `busy` set, counted. The thread that ends the
-//!    grace period, or the section it waits for, schedules the domain.
+//! 1. *idle*: the queue and the batch are empty, `busy` is clear.
+//! 2. *scheduled*: the domain is in the inbox, `scheduled` is set, and the inbox holds a count.
+//! 3. *turn*: the reclaimer has taken the domain. It clears `scheduled` before it looks at
+//!    anything, so later work schedules the domain again.
+//! 4. *blocked*: the batch waits for a grace period. `busy` is set, and the batch holds a count.
+//!    The thread that ends the grace period, or the section that it waits for, schedules the
+//!    domain.
 //!
 //! # Safety
-//! A domain that comes out of the inbox brings a count of its state, which its turn gives up.
+//! A domain from the inbox comes with a count of its state. Its turn releases that count.
 
 use super::run::run;
 use super::state::State;
@@ -22,23 +23,23 @@ use super::state::inbox::schedule;
 use crate::sync::{Ordering, mutant};
 use std::ptr::NonNull;
 
-/// Callbacks run in one turn before other domains get theirs.
+/// How many callbacks of a domain run in one turn, before other domains get theirs.
 const TURN: usize = 256;
 
-/// After a batch as large as this, callbacks are coming in faster than grace periods pay for
-/// themselves: each interrupts the threads that queue them twice. The reclaimer then pauses, unless
-/// a thread waits for it, and takes more at once.
+/// If a batch is at least this large, callbacks arrive faster than grace periods are worth: each
+/// grace period interrupts the queueing threads twice. So the reclaimer pauses, and then takes more
+/// callbacks at once. It does not pause while a thread waits for it.
 const STORM: usize = 64;
 
-/// Moves a domain as far as it gets without waiting, and gives up the inbox's count of it.
+/// Advances a domain as far as possible without waiting, and releases the inbox's count of it.
 ///
 /// # Safety
 /// `state` was taken from the inbox, and the caller is the reclaimer.
 unsafe fn turn(state: NonNull<State>) {
     {
-        // SAFETY: The state must be alive: the count that came with it is given up below.
+        // SAFETY: the state must be alive. The count that came with it is released only below.
         let state = unsafe { state.as_ref() };
-        // ORDER(srcu-scheduled): Cleared before the look at the queue; partner in `schedule`.
+        // ORDER(srcu-scheduled): cleared before the queue is loaded; partner in `schedule`.
         if !mutant("scheduled_cleared_late") {
             state.pending.scheduled.swap(false, Ordering::AcqRel);
         }
@@ -47,11 +48,11 @@ unsafe fn turn(state: NonNull<State>) {
             state.pending.scheduled.swap(false, Ordering::AcqRel);
         }
     }
-    // SAFETY: Wants the caller's count: that of the inbox.
+    // SAFETY: `release` needs a count that the caller owns, which is that of the inbox.
     unsafe { State::release(state.as_ptr()) };
 }
 
-/// The caller is the reclaimer, or stands in for it.
+/// Advances a domain. The caller is the reclaimer, or acts in its place.
 fn work(state: &State) {
     let pending = &state.pending;
     let batch = &state.updater.batch;
@@ -59,9 +60,9 @@ fn work(state: &State) {
         if batch.taken() >= STORM {
             pause();
         }
-        // ORDER(srcu-busy): Set before the queue is emptied, whose swap releases it: a barrier that
-        // finds the queue empty finds this set. Partner: `is_idle`. Model: loom
-        // `a_barrier_waits_for_the_calls_of_both_threads`.
+        // ORDER(srcu-busy): `busy` is set before the swap that empties the queue, and that swap
+        // releases the store. So a barrier that finds the queue empty finds `busy` set. Partner:
+        // `is_idle`. Model: loom `a_barrier_waits_for_the_calls_of_both_threads`.
         pending.busy.store(true, Ordering::Relaxed);
         batch.fill(&pending.queue, || state.snapshot());
         if batch.is_empty() {
@@ -70,8 +71,7 @@ fn work(state: &State) {
             state.retain();
         }
     }
-    // ORDER(srcu-polled): Relaxed: `start_poll` schedules after it has stored,
-    // ORDER(srcu-scheduled).
+    // ORDER(srcu-polled): Relaxed: `start_poll` stores before it schedules, ORDER(srcu-scheduled).
     if batch.is_empty() {
         state.drive(pending.polled.load(Ordering::Relaxed));
         return;
@@ -81,30 +81,31 @@ fn work(state: &State) {
     }
     for _ in 0..TURN {
         if let Some(callback) = batch.take_one() {
-            // SAFETY: It must be from the batch, just now: it is.
+            // SAFETY: the callback must come from the batch, which it does.
             unsafe { run(callback, state) };
         }
         if batch.is_empty() {
-            // ORDER(srcu-busy): Release: a thread that finds it clear sees the callbacks done.
-            // Partner: `is_idle`.
+            // ORDER(srcu-busy): Release: a thread that finds `busy` clear sees that the callbacks
+            // are done. Partner: `is_idle`.
             pending.busy.store(false, Ordering::Release);
-            // SAFETY: Wants a count that is ours: that of the batch, which is empty now. The
-            // inbox's keeps the state alive.
+            // SAFETY: `release` needs a count that the caller owns. It is that of the batch, which
+            // is now empty. The inbox's count keeps the state alive.
             unsafe { State::release(state) };
             break;
         }
     }
-    // The rest waits until the other domains had their turns.
+    // Further callbacks wait until the other domains have had their turns.
     let polled = || state.passed(pending.polled.load(Ordering::Relaxed));
     if !batch.is_empty() || !pending.queue.load(Ordering::Relaxed).is_null() || !polled() {
         schedule(state);
     }
 }
 
-/// Whether every callback queued before the call has returned.
+/// Tells whether every callback queued before the call has returned.
 pub(crate) fn is_idle(state: &State) -> bool {
-    // ORDER(srcu-busy): Acquire twice, in this order. If the reclaimer emptied the queue, we see
-    // `busy` as set before that, or as cleared after the callbacks. Partners: `fill`, `work`.
+    // ORDER(srcu-busy): Acquire twice, in this order. If this thread sees the queue as the
+    // reclaimer emptied it, then it sees `busy` either as set before that or as cleared after the
+    // callbacks. Partners: `fill`, `work`.
     let queued = !state.pending.queue.load(Ordering::Acquire).is_null();
     let busy = state.pending.busy.load(Ordering::Acquire) && !mutant("idle_ignores_busy");
     !queued && !busy
@@ -130,19 +131,21 @@ mod thread {
     use std::sync::Arc;
     use std::sync::atomic::{AtomicBool, AtomicU8};
 
-    /// 1. `NEVER` started; 2. `HELD` by a thread that starts the reclaimer or stands in for it;
-    /// 3. `RUNNING`; 4. `GONE`: this is the child of a fork, or the system gave no thread.
+    /// 1. `NEVER`: nobody has started the reclaimer.
+    /// 2. `HELD`: a thread is starting it, or acts in its place.
+    /// 3. `RUNNING`: the reclaimer runs.
+    /// 4. `GONE`: this is the child of a fork, or the system gave no thread.
     static STATUS: AtomicU8 = AtomicU8::new(NEVER);
     const NEVER: u8 = 0;
     const HELD: u8 = 1;
     const RUNNING: u8 = 2;
     const GONE: u8 = 3;
 
-    /// Moves when a thread waits for a callback.
+    /// Advanced when a thread waits for a callback.
     static HURRY: Event = Event::new();
     const PAUSE_NANOSECONDS: i64 = 20_000;
     const ASK_AGAIN_NANOSECONDS: i64 = 100_000_000;
-    /// How long a barrier that stands in sleeps between its turns.
+    /// How long `barrier` sleeps between two turns in place of the reclaimer.
     const STAND_IN_NANOSECONDS: i64 = 1_000_000;
 
     pub(super) fn pause() {
@@ -154,40 +157,41 @@ mod thread {
         loop {
             let seen = INBOX.event.now();
             match INBOX.take() {
-                // SAFETY: Wants a state from the inbox and the reclaimer: this is its thread, the
-                // only one.
+                // SAFETY: `turn` needs a state from the inbox, and the reclaimer as its caller.
+                // This is the only reclaimer thread.
                 Some(state) => unsafe { turn(state) },
                 None => INBOX.event.wait(seen),
             }
         }
     }
 
-    /// Starts the reclaimer if it does not run. Allocates only then.
+    /// Starts the reclaimer if it is not running. Allocates only then.
     ///
     /// If the system gives no thread (`RLIMIT_NPROC`, the `pids.max` of a control group), the work
-    /// stays queued. Later calls try again, and a barrier does the work of its own domain.
+    /// stays queued. Later calls try again, and `barrier` does the work of its own domain.
     pub(crate) fn start() {
         if is_absent() {
             start_or(|| ());
         }
     }
 
-    /// As `start`, but not in the child of a fork and not after a failure. The caller may be inside
-    /// an allocator now, and a `prepare` before promised that nothing is allocated.
+    /// Like `start`, but does nothing in the child of a fork or after a failed start; a later call
+    /// of `start` starts the reclaimer there. The caller may be inside an allocator, and its
+    /// earlier call of `prepare` promised it that nothing allocates.
     pub(crate) fn start_unless_forked() {
         if STATUS.load(Ordering::Relaxed) == NEVER {
             start_or(|| ());
         }
     }
 
-    /// Starts the reclaimer in the child of a fork that inherited something to do.
+    /// Starts the reclaimer in the child of a fork that has inherited work.
     pub(crate) fn start_if_inherited() {
         if STATUS.load(Ordering::Relaxed) == GONE && !INBOX.is_empty() {
             start();
         }
     }
 
-    /// Without a reclaimer: moves the grace period that `start_poll` asked for. Never waits.
+    /// Advances the grace period of `start_poll` if there is no reclaimer. Never waits.
     pub(crate) fn drive_polled(state: &State) {
         if is_absent() {
             let polled = state.pending.polled.load(Ordering::Relaxed);
@@ -198,9 +202,10 @@ mod thread {
         }
     }
 
-    /// For a wait for callbacks that is no barrier: starts the reclaimer, or if the system gives no
-    /// thread, runs what callbacks of any domain can run now. Says whether the caller can sleep
-    /// until a callback wakes it; otherwise it must call this again and again.
+    /// For a thread that waits for a callback without `barrier`: starts the reclaimer. If the
+    /// system gives no thread, this call runs the callbacks that can run now, of all domains.
+    /// Returns whether there is a reclaimer. If so, the caller can sleep until the callback wakes
+    /// it. If not, the caller must repeat this call until the callback has run.
     ///
     /// The caller must hold no lock that a callback takes.
     #[doc(hidden)]
@@ -209,8 +214,8 @@ mod thread {
             start_or(|| {
                 let before = current::set_reclaimer(true);
                 while let Some(state) = INBOX.take() {
-                    // SAFETY: Wants a state from the inbox, and the reclaimer, for which this
-                    // thread stands in.
+                    // SAFETY: `turn` needs a state from the inbox, and the reclaimer as its
+                    // caller. This thread acts in its place.
                     unsafe { turn(state) };
                 }
                 current::set_reclaimer(before);
@@ -219,12 +224,13 @@ mod thread {
         STATUS.load(Ordering::Relaxed) == RUNNING
     }
 
-    /// Relaxed: a thread that starts the reclaimer or stands in for it looks again in `holding`.
+    /// Relaxed: before a thread starts the reclaimer or acts in its place, `holding` checks the
+    /// status again.
     fn is_absent() -> bool {
         matches!(STATUS.load(Ordering::Relaxed), NEVER | GONE)
     }
 
-    /// Starts the reclaimer. If there can be no thread, does `instead` in its place.
+    /// Starts the reclaimer. If the system gives no thread, calls `instead`.
     #[cold]
     fn start_or(instead: impl FnOnce()) {
         holding(|| match Thread::spawn(c"srcu-reclaimer", || run()) {
@@ -239,36 +245,36 @@ mod thread {
         });
     }
 
-    /// Runs `f` while no other thread starts the reclaimer or stands in for it; the status that `f`
-    /// returns follows. Does nothing if another thread does so now, or if the reclaimer runs.
+    /// Sets the status to `HELD`, runs `f`, and sets the status that `f` returns. Does nothing if
+    /// the status is `HELD` already, or if the reclaimer is running.
     ///
-    /// A status and not a lock: starting a thread allocates, and what that sets off may come here
-    /// again.
+    /// A status and not a lock, because starting a thread allocates, and code that the allocation
+    /// triggers may call this function again.
     fn holding(f: impl FnOnce() -> u8) {
         for status in [NEVER, GONE] {
-            // ORDER(srcu-stand-in): Acquire, for the batch as the last holder left it. Partner: the
-            // store below.
+            // ORDER(srcu-stand-in): Acquire, to see the batch as the last holder left it. Partner:
+            // the store below.
             let taken = STATUS.compare_exchange(status, HELD, Ordering::Acquire, Ordering::Relaxed);
             if taken.is_ok() {
-                // ORDER(srcu-stand-in): Release, partner above. A reclaimer that was started in `f`
-                // sees the batch by its start.
+                // ORDER(srcu-stand-in): Release; partner above. If `f` started the reclaimer,
+                // the start itself lets the reclaimer see the batch.
                 STATUS.store(f(), Ordering::Release);
                 return;
             }
         }
     }
 
-    /// What `barrier` waits on. Not on its stack, which a fork in another thread would pull away
-    /// under the child's queue.
+    /// The object that `barrier` waits on. It is not on the waiter's stack: in the child of a fork
+    /// by another thread, that stack is gone, but the child's queue still points to the object.
     struct Waiter {
         event: Event,
         done: AtomicBool,
-        /// Nothing was queued behind it.
+        /// Whether no callback was queued after this one.
         last: AtomicBool,
     }
 
-    /// Waits until all callbacks queued before have returned. Says whether none were queued
-    /// meanwhile.
+    /// Waits until all callbacks queued before the call have returned. Returns whether none were
+    /// queued meanwhile.
     pub(crate) fn barrier(state: &State) -> bool {
         if is_idle(state) {
             return true;
@@ -280,13 +286,13 @@ mod thread {
         });
         let (callback, domain) = (Arc::clone(&waiter), Domain(NonNull::from(state)));
         let first = push_boxed(&state.pending.queue, move || {
-            // A callback runs in the reclaimer, so it may look at the batch.
+            // A callback runs on the reclaimer, so it may access the batch.
             let state = domain.get();
             let last = state.updater.batch.is_empty()
                 && state.pending.queue.load(Ordering::Relaxed).is_null();
             callback.last.store(last, Ordering::Relaxed);
-            // ORDER(srcu-barrier): Release for what the callbacks before this one did. Partner: the
-            // Acquire below.
+            // ORDER(srcu-barrier): Release, for the effects of the callbacks before this one.
+            // Partner: the Acquire below.
             callback.done.store(true, Ordering::Release);
             callback.event.advance();
         });
@@ -296,23 +302,25 @@ mod thread {
         HURRY.advance();
         loop {
             let seen = waiter.event.now();
-            // ORDER(srcu-barrier): Acquire, partner above.
+            // ORDER(srcu-barrier): Acquire; partner above.
             if waiter.done.load(Ordering::Acquire) {
                 return waiter.last.load(Ordering::Relaxed);
             }
             let mut stood_in = false;
             if is_absent() {
                 start_or(|| {
-                    // One turn, and only of this domain: a callback of another one may take a lock
-                    // that this thread holds. The role is not kept while this thread waits for
-                    // readers: one of them may wait in a barrier that needs it.
+                    // A turn of this domain only: a callback of another domain may take a lock that
+                    // this thread holds. And one turn only, then the status is free again: the
+                    // readers that this domain waits for may themselves wait in `barrier`, and must
+                    // then be able to act as the reclaimer.
                     let before = current::set_reclaimer(true);
                     work(state);
                     current::set_reclaimer(before);
                     stood_in = true;
                 });
             }
-            // Otherwise ask again after a time: a thread that stands in may give up the role.
+            // If another thread acts as the reclaimer, it may stop at any time. So this thread
+            // checks again after a while.
             let nanoseconds = match stood_in {
                 true => STAND_IN_NANOSECONDS,
                 false => ASK_AGAIN_NANOSECONDS,
@@ -322,16 +330,17 @@ mod thread {
     }
 
     struct Domain(NonNull<State>);
-    // SAFETY: `State` is `Sync`; the pointer is followed only in a callback of that state.
+    // SAFETY: `State` is `Sync`, and the pointer is dereferenced only in a callback of that state.
     unsafe impl Send for Domain {}
     impl Domain {
         fn get(&self) -> &State {
-            // SAFETY: The state must be alive: see `Send`; a turn keeps it.
+            // SAFETY: the state must be alive. This runs in a callback, and its turn keeps the
+            // state alive.
             unsafe { self.0.as_ref() }
         }
     }
 
-    /// In the child of a fork: says whether this thread is the reclaimer, and if not, forgets the
+    /// In the child of a fork: returns whether this thread is the reclaimer. If not, empties the
     /// inbox.
     pub(crate) fn after_fork() -> bool {
         if current::is_reclaimer() {
@@ -345,7 +354,7 @@ mod thread {
         false
     }
 
-    /// In the child of a fork: puts a domain that has something to do into the inbox.
+    /// In the child of a fork: puts a domain with work into the inbox.
     pub(crate) fn adopt(state: &State, reclaimer_survived: bool) {
         if !state.is_used() {
             return;
@@ -359,8 +368,7 @@ mod thread {
         }
         let batch = !state.updater.batch.is_empty();
         if !reclaimer_survived {
-            // The callback that the reclaimer was in the middle of, in the parent, is not run
-            // again.
+            // The callback that the parent's reclaimer was running does not run again in the child.
             pending.busy.store(batch, Ordering::Relaxed);
             pending.scheduled.store(false, Ordering::Relaxed);
             state.set_refs(usize::from(state.owned.load(Ordering::Relaxed)) + usize::from(batch));
@@ -381,7 +389,7 @@ pub(crate) use model::{
     barrier, drive_polled, start, start_if_inherited, start_unless_forked, take_turn,
 };
 
-/// Models have no thread of ours: the threads that wait for callbacks take the turns.
+/// Models have no reclaimer thread: the threads that wait for callbacks act as the reclaimer.
 #[cfg(mmun_loom)]
 mod model {
     use super::{State, is_idle, turn};
@@ -397,18 +405,18 @@ mod model {
 
     pub(crate) fn drive_polled(_: &State) {}
 
-    /// A model takes the turns itself.
+    /// Always true: the threads of a model take the turns themselves.
     #[doc(hidden)]
     pub fn reclaim_here() -> bool {
         true
     }
 
-    /// One turn, if the domain is in the inbox.
+    /// Runs one turn if the domain is in the inbox.
     pub(crate) fn take_turn(state: &State) {
         let _acting = state.inbox.acting.lock();
         let before = current::set_reclaimer(true);
         if let Some(state) = state.inbox.take() {
-            // SAFETY: As in `barrier`.
+            // SAFETY: as in `barrier`.
             unsafe { turn(state) };
         }
         current::set_reclaimer(before);
@@ -426,8 +434,8 @@ mod model {
                 break;
             }
             match state.inbox.take() {
-                // SAFETY: Wants a state from the inbox and the reclaimer: the holder of `acting` is
-                // the reclaimer.
+                // SAFETY: `turn` needs a state from the inbox, and the reclaimer as its caller. The
+                // holder of `acting` is the reclaimer.
                 Some(state) => unsafe { turn(state) },
                 None => state.inbox.event.wait(seen),
             }

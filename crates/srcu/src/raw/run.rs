@@ -1,4 +1,4 @@
-//! How one callback is run, and what becomes of its panic.
+//! Runs one callback and handles its panic.
 
 use super::callback::{Function, Head};
 use super::current;
@@ -9,14 +9,14 @@ use std::panic::{self, AssertUnwindSafe};
 use std::ptr::{self, NonNull};
 use std::sync::atomic::AtomicPtr;
 
-/// Calls a callback of the domain, and counts and reports its panic.
+/// Calls a callback of the domain. If it panics, counts and reports the panic.
 ///
 /// # Safety
-/// The callback must have come from the batch of `state`, just now.
+/// The callback was just taken from the batch of `state`.
 pub(super) unsafe fn run((head, function): (NonNull<Head>, Function), state: &State) {
     current::with_callback_of(state, || {
-        // SAFETY: The caller that queued the head promised that this call is sound, once. The batch
-        // gives each head out once.
+        // SAFETY: the code that queued the head promised that this call is sound, once. The batch
+        // hands each head out once.
         let call = AssertUnwindSafe(|| unsafe { function(head) });
         if let Err(payload) = panic::catch_unwind(call) {
             state.pending.panics.fetch_add(1, Ordering::Relaxed);
@@ -25,20 +25,20 @@ pub(super) unsafe fn run((head, function): (NonNull<Head>, Function), state: &St
     });
 }
 
-/// The hook of [`set_callback_panic_hook`], a `PanicHook` as a pointer; null if there is none.
+/// The hook of [`set_callback_panic_hook`], a `PanicHook` as a pointer. Null if there is none.
 static HOOK: AtomicPtr<()> = AtomicPtr::new(ptr::null_mut());
 
 type PanicHook = fn(&(dyn Any + Send));
 
-/// Sets what is called with the payload of a callback's panic, on the reclaimer thread, in place of
-/// what was set before.
+/// Sets the function that the reclaimer thread calls with the payload of a callback's panic. It
+/// replaces an earlier one.
 ///
-/// The panic has been caught and counted
+/// By then the panic has been caught and counted
 /// ([`Srcu::callback_panics`](crate::Srcu::callback_panics)), and the standard panic hook has
-/// printed it. The next callbacks run when the hook returns; a panic of the hook itself is ignored.
+/// printed it. The next callbacks run when the hook returns. A panic of the hook itself is ignored.
 pub fn set_callback_panic_hook(hook: fn(payload: &(dyn Any + Send))) {
     let hook: PanicHook = hook;
-    // Relaxed: a function has no state to publish.
+    // Relaxed: a function pointer publishes no data.
     HOOK.store(hook as *mut (), Ordering::Relaxed);
 }
 
@@ -47,8 +47,8 @@ fn report(payload: Box<dyn Any + Send>) {
     let hook = HOOK.load(Ordering::Relaxed);
     let reported = panic::catch_unwind(AssertUnwindSafe(|| {
         if !hook.is_null() {
-            // SAFETY: Needs a value of the type: only `set_callback_panic_hook` stores, and it
-            // stores a `PanicHook`.
+            // SAFETY: the pointer must be a `PanicHook`. Only `set_callback_panic_hook` stores one,
+            // and it stores a `PanicHook`.
             let hook = unsafe { std::mem::transmute::<*mut (), PanicHook>(hook) };
             hook(&*payload);
         }
@@ -57,7 +57,7 @@ fn report(payload: Box<dyn Any + Send>) {
     let dropped =
         reported.or_else(|payload| panic::catch_unwind(AssertUnwindSafe(|| drop(payload))));
     if let Err(payload) = dropped {
-        // Drops that panic with what panics when dropped could go on for ever.
+        // Forget the second payload: dropping it could panic again, without end.
         std::mem::forget(payload);
     }
 }

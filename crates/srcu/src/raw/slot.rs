@@ -1,9 +1,9 @@
 //! One thread's counters in one domain.
 //!
 //! # Invariants
-//! Only the thread that a slot belongs to writes it, so its stores need no read-modify-write
-//! instruction. Counters only grow (and wrap); they are never reset while the domain is in use,
-//! which is why a thread's exit needs no clean-up.
+//! Only the owning thread writes a slot, so its stores need no read-modify-write instruction.
+//! Counters only grow, and wrap around. They are never reset while the domain is in use, so the end
+//! of a thread needs no clean-up.
 
 use crate::sync::{AtomicUsize, Ordering, mutant};
 
@@ -13,12 +13,13 @@ pub(crate) struct Counters {
     unlock: [AtomicUsize; 2],
 }
 
-/// Two lines, since processors prefetch lines in pairs.
+/// Two cache lines, because processors prefetch lines in pairs.
 #[repr(align(128))]
 pub(crate) struct Slot {
-    /// Sections that end on this thread: the difference is exactly how deep the thread is in them.
+    /// Sections that end on this thread. The difference is exactly how many of them the thread is
+    /// in.
     pub(crate) local: Counters,
-    /// Sections that may end on another thread, which counts the end in its own slot.
+    /// Sections that may end on another thread. That thread counts the end in its own slot.
     pub(crate) moved: Counters,
 }
 
@@ -26,7 +27,7 @@ impl Counters {
     #[inline(always)]
     pub(crate) fn enter(&self, bank: usize) {
         let count = &self.lock[bank & 1];
-        // Relaxed: what follows is ordered by the caller's fence, ORDER(srcu-enter).
+        // Relaxed: the caller's fence orders what follows, ORDER(srcu-enter).
         count.store(
             count.load(Ordering::Relaxed).wrapping_add(1),
             Ordering::Relaxed,
@@ -36,9 +37,9 @@ impl Counters {
     #[inline(always)]
     pub(crate) fn leave(&self, bank: usize) {
         let count = &self.unlock[bank & 1];
-        // ORDER(srcu-leave): Release: every access of the section happens before a grace period
-        // that counts this end goes past it. Partner: the Acquire in `unlocked`. If it were weaker,
-        // a free could overtake a read. Model: loom `free_waits_for_reader`.
+        // ORDER(srcu-leave): Release: every access of the section happens before the end of a grace
+        // period that counts this end. Partner: the Acquire in `unlocked`. If weaker, a free could
+        // overtake a read. Model: loom `free_waits_for_reader`.
         let order = if mutant("unlock_relaxed") {
             Ordering::Relaxed
         } else {
@@ -48,17 +49,17 @@ impl Counters {
     }
 
     pub(crate) fn locked(&self, bank: usize) -> usize {
-        // Relaxed: `scan` orders it after the sum of ends with the heavy fence.
+        // Relaxed: the heavy fence in `scan` orders this load after the sum of ends.
         self.lock[bank & 1].load(Ordering::Relaxed)
     }
 
     pub(crate) fn unlocked(&self, bank: usize) -> usize {
-        // ORDER(srcu-leave): Acquire, partner in `leave`.
+        // ORDER(srcu-leave): Acquire; partner in `leave`.
         self.unlock[bank & 1].load(Ordering::Acquire)
     }
 
-    /// Sections open, if the caller is the thread that owns the slot and these are the local
-    /// counters.
+    /// Returns the number of open sections. The caller is the slot's thread, and these are its
+    /// local counters.
     pub(crate) fn depth(&self) -> usize {
         let open = |bank: usize| {
             self.lock[bank]
@@ -68,7 +69,8 @@ impl Counters {
         open(0).wrapping_add(open(1))
     }
 
-    /// Ends all sections, whose thread is gone: the caller is the only thread of a forked child.
+    /// Ends all sections of a thread that does not exist. The caller is the only thread of a forked
+    /// child.
     #[cfg(not(mmun_loom))]
     pub(super) fn settle(&self) {
         for bank in 0..2 {

@@ -1,4 +1,4 @@
-//! What a domain is made of, and how long it lives.
+//! The state of a domain, and its lifetime.
 //!
 //! ```text
 //!   Srcu ── handle ──> a page of 4 KiB, never unmapped
@@ -10,20 +10,20 @@
 //!                      └─────────────────────────────────────────────────────────────────┘
 //! ```
 //!
-//! 1. The first use of an `Srcu` takes a state from the pool, or makes its page. Its count is one,
-//!    the handle's.
-//! 2. A caller that queues a callback puts the state into the inbox, which counts it. The reclaimer
-//!    takes it out, moves the callbacks into the batch, which counts it while it is not empty, and
-//!    gives up the inbox's count.
-//! 3. The drop of the `Srcu` gives up the handle's count. The last count returns the state to the
-//!    pool.
+//! 1. The first use of an `Srcu` takes a state from the pool, or makes its page. The state's count
+//!    is one, held by the handle.
+//! 2. A thread that queues a callback puts the state into the inbox, which holds a count. The
+//!    reclaimer takes the state out, moves the callbacks into the batch, and releases the inbox's
+//!    count. The batch holds a count while it is not empty.
+//! 3. The drop of the `Srcu` releases the handle's count. When the count reaches zero, the state
+//!    returns to the pool.
 //!
 //! # Safety
 //! # Invariants
-//! * A state is counted: one for its `Srcu`, one while it is in the reclaimer's inbox, one while
-//!   its batch holds callbacks. At zero it is recycled; no reference is left then (module docs of
-//!   `raw`, facts 1 and 2).
-//! * `batch` is touched only by the thread that acts as the reclaimer.
+//! * The count of a state is the sum of: one for its `Srcu`, one while it is in the reclaimer's
+//!   inbox, one while its batch holds callbacks. At zero it is recycled. No reference to it is left
+//!   then (module docs of `raw`, facts 1 and 2).
+//! * Only the thread that acts as the reclaimer accesses `batch`.
 
 pub(crate) mod inbox;
 #[cfg(not(mmun_loom))]
@@ -41,7 +41,7 @@ use progress::Gp;
 use std::fmt;
 use std::ptr;
 
-/// Makes functions `const`, except in models: loom's atomics are made at run time.
+/// Makes functions `const`, except in models, because loom makes atomics at run time.
 macro_rules! at_compile_time_too {
     ($(#[$attribute:meta])* fn $($rest:tt)*) => {
         $(#[$attribute])* #[cfg(not(mmun_loom))] const fn $($rest)*
@@ -49,13 +49,13 @@ macro_rules! at_compile_time_too {
     };
 }
 
-/// A domain. Lines are in pairs: what readers load, what grace periods write, what producers of
-/// callbacks write.
+/// A domain. Its cache lines are grouped in pairs: what readers load, what grace periods write,
+/// what producers of callbacks write.
 #[repr(C, align(128))]
 pub(crate) struct State {
-    /// The bank that new sections go to, and [`barrier::FULL_FENCES`].
+    /// The bank for new sections, and [`barrier::FULL_FENCES`].
     pub(crate) index: AtomicUsize,
-    /// Who must be told when a section of each bank ends: see `grace`.
+    /// For each bank, who must be notified when one of its sections ends: see `grace`.
     pub(crate) waiting: [AtomicU32; 2],
     pub(crate) table: Table,
     refs: AtomicUsize,
@@ -69,41 +69,41 @@ pub(crate) struct State {
     pub(crate) inbox: inbox::Inbox,
 }
 
-/// What grace periods are counted with, and what waits for one.
+/// The state of grace periods, and the batch that waits for one.
 #[repr(align(128))]
 pub(crate) struct Updater {
-    /// Twice the grace periods that ended, plus one while another is under way.
+    /// Twice the number of grace periods that have ended, plus one while another is in progress.
     pub(crate) seq: AtomicU64,
     pub(in crate::raw) gp: Lock<Gp>,
-    /// Moves when a waiting updater should look again.
+    /// Advanced when a waiting updater should check again.
     pub(crate) event: Event,
-    /// Here, since the reclaimer writes it for every callback, and producers want their line for
-    /// themselves.
+    /// It is here because the reclaimer writes it for every callback, and the producers need a
+    /// cache line of their own.
     pub(super) batch: Batch,
 }
 
-/// What the reclaimer is asked for.
+/// The work for the reclaimer.
 #[repr(align(128))]
 pub(crate) struct Pending {
     /// Callbacks, the newest first.
     pub(crate) queue: AtomicPtr<Head>,
-    /// `seq` at which the last grace period asked for by `start_poll` has ended.
+    /// The value of `seq` at which the last grace period requested by `start_poll` has ended.
     pub(crate) polled: AtomicU64,
-    /// Callbacks that panicked.
+    /// The number of callbacks that panicked.
     pub(crate) panics: AtomicU64,
-    /// In the reclaimer's inbox, or just taken from it.
+    /// Whether the domain is in the reclaimer's inbox, or was just taken from it.
     pub(crate) scheduled: AtomicBool,
-    /// The batch holds callbacks, or is about to.
+    /// Whether the batch holds callbacks or is about to.
     pub(crate) busy: AtomicBool,
-    /// The next one in the inbox.
+    /// The next domain in the inbox.
     pub(super) next: AtomicPtr<State>,
 }
 
-// SAFETY: All fields are atomics, locks and events, but `batch`, which one thread uses at a time by
-// the invariant, and whose callbacks were given with the duty that they may run on any thread
-// (`call` wants `Send`, `call_raw` says so).
+// SAFETY: all fields are atomics, locks and events, except `batch`. By the invariant one thread at
+// a time uses `batch`. Its callbacks may run on any thread: `call` requires `Send`, and `call_raw`
+// has that rule.
 unsafe impl Sync for State {}
-// SAFETY: As for `Sync`; nothing in it belongs to a thread.
+// SAFETY: as for `Sync`. Nothing in it is bound to a thread.
 unsafe impl Send for State {}
 
 impl State {
@@ -147,26 +147,26 @@ impl State {
     }
 
     pub(crate) fn retain(&self) {
-        // Relaxed: the caller holds a count already.
+        // Relaxed: the caller already holds a count.
         self.refs.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Gives up one count.
+    /// Releases one count.
     ///
     /// # Safety
-    /// The caller holds the count it gives up, and does not use the state afterwards.
+    /// The caller owns that count, and does not use the state afterwards.
     pub(crate) unsafe fn release(this: *const State) {
-        // SAFETY: The state must be alive: the caller's count.
+        // SAFETY: the state must be alive, which the caller's count guarantees.
         let refs = unsafe { &(*this).refs };
-        // ORDER(srcu-refs): AcqRel: all uses of the others come before the recycling by the last.
-        // Partner: itself.
+        // ORDER(srcu-refs): AcqRel: all uses by other holders come before the recycling by the last
+        // one. Partner: itself, in the other threads.
         if refs.fetch_sub(1, Ordering::AcqRel) == 1 {
-            // SAFETY: Wants the last count gone: it is.
+            // SAFETY: `recycle` needs the last count to be released, which it was.
             unsafe { recycle(this.cast_mut()) };
         }
     }
 
-    /// Whether anything counts on it. Of use only where there is one thread, after a fork.
+    /// Tells whether any count is held. Only useful in the child of a fork, which has one thread.
     #[cfg(not(mmun_loom))]
     pub(super) fn is_used(&self) -> bool {
         self.refs.load(Ordering::Relaxed) != 0
@@ -191,7 +191,8 @@ impl fmt::Debug for State {
 
 #[cfg(mmun_loom)]
 unsafe fn recycle(state: *mut State) {
-    // SAFETY: Needs a box that is not in use: `create` made it, and the last count is gone.
+    // SAFETY: `from_raw` needs a box that is not in use. `create` made it, and the last count was
+    // released.
     drop(unsafe { Box::from_raw(state) });
 }
 

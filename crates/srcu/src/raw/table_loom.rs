@@ -1,5 +1,5 @@
-//! The table for models: three slots, handed out in the order in which threads come. The
-//! bookkeeping is not modelled, so it adds no order that the real one does not give.
+//! The table for models: three slots, handed out to threads in the order in which they arrive. The
+//! bookkeeping is not modelled, so it adds no ordering that the real table lacks.
 
 use super::slot::{Counters, Slot};
 use loom::thread::{self, ThreadId};

@@ -1,4 +1,4 @@
-//! Callbacks whose memory the caller gives.
+//! Callbacks whose memory the caller provides.
 
 use super::Srcu;
 use crate::raw::callback::{Head, push, push_behind};
@@ -51,46 +51,48 @@ impl Srcu {
     pub unsafe fn call_raw(&self, head: NonNull<Head>, f: unsafe fn(NonNull<Head>)) {
         debug_assert_not_queued(head);
         let state = self.state();
-        // SAFETY: `push` wants what the caller promised to us.
+        // SAFETY: `push` has the rules that the caller of this function follows.
         if unsafe { push(&state.pending.queue, head, f) } {
             inbox::schedule(state);
             reclaimer::start_unless_forked();
         }
     }
 
-    /// The same as [`call_raw`](Self::call_raw), where `f` may drop the domain itself, which it can
-    /// do before this returns.
+    /// Like [`call_raw`](Self::call_raw), but `f` may drop the domain itself, possibly before this
+    /// call returns.
     ///
-    /// Two atomic read-modify-writes dearer if nothing is queued yet. Never blocks, and never
-    /// allocates once the domain is prepared.
+    /// It costs two more atomic read-modify-writes if nothing is queued yet. It never blocks, and
+    /// never allocates once the domain is prepared.
     ///
     /// # Safety
-    /// As [`call_raw`](Self::call_raw). The domain may be gone when this returns.
+    /// The rules of [`call_raw`](Self::call_raw). The domain may be gone when this returns.
     pub unsafe fn call_raw_dropping(&self, head: NonNull<Head>, f: unsafe fn(NonNull<Head>)) {
         debug_assert_not_queued(head);
         let state = NonNull::from(self.state());
-        // SAFETY: The domain is borrowed and keeps its state until the push; from `retain` on, our
-        // own count does.
+        // SAFETY: until the push, the borrowed domain keeps its state alive. From `retain` on, the
+        // count taken here does.
         let alive = unsafe { state.as_ref() };
-        // SAFETY: `push_behind` wants what the caller promised to us.
+        // SAFETY: `push_behind` has the rules that the caller of this function follows.
         if unsafe { push_behind(&alive.pending.queue, head, f) } {
-            // The push that found the queue empty schedules the domain, which may be gone already.
+            // The push that found the queue empty schedules the domain. The domain may be gone
+            // already.
             return;
         }
         alive.retain();
-        // SAFETY: `push` wants what the caller promised to us, and `push_behind` has not queued it.
+        // SAFETY: `push` has the rules that the caller follows, and `push_behind` has not queued
+        // the head.
         if unsafe { push(&alive.pending.queue, head, f) } {
             inbox::schedule(alive);
             reclaimer::start_unless_forked();
         }
-        // SAFETY: Gives up the count taken above; the state is used no more.
+        // SAFETY: releases the count taken above. The state is not used afterwards.
         unsafe { State::release(state.as_ptr()) };
     }
 }
 
-/// For callers of `call_raw` that break their promise.
+/// Detects callers of `call_raw` that break their promise.
 fn debug_assert_not_queued(head: NonNull<Head>) {
-    // SAFETY: The head must be valid: their promise.
+    // SAFETY: the head must be valid, which the caller promises.
     let idle = !unsafe { head.as_ref() }.is_queued();
     debug_assert!(
         idle,

@@ -1,6 +1,6 @@
-//! A word of a thread on aarch64.
+//! Access to a thread's word on aarch64.
 
-/// How code reaches a word that [`thread_word`](crate::thread_word) has declared.
+/// Implements access to a word that [`thread_word`](crate::thread_word) has declared.
 #[doc(hidden)]
 #[macro_export]
 macro_rules! thread_word_access {
@@ -8,12 +8,13 @@ macro_rules! thread_word_access {
         #[allow(unsafe_code, reason = "a word in assembly, which nothing else names")]
         const _: () = {
             impl $name {
-                /// Where the word is, counted from the thread pointer: the same in all threads.
+                /// Returns the offset of the word from the thread pointer, which is the same in all
+                /// threads.
                 #[inline(always)]
                 fn offset() -> u64 {
                     let offset;
-                    // SAFETY: it loads the offset, which the loader has stored before any code of
-                    // this library runs and which never changes.
+                    // SAFETY: loads the offset, which the loader has stored before any code of this
+                    // library runs, and which never changes.
                     unsafe {
                         ::core::arch::asm!(
                             concat!("adrp {offset}, :gottprel:", $crate::thread_word!(@symbol $name)),
@@ -32,8 +33,8 @@ macro_rules! thread_word_access {
                 #[inline(always)]
                 fn get(self) -> u64 {
                     let value;
-                    // SAFETY: it reads eight bytes of the calling thread, which live as long as
-                    // the thread does. `nomem`: no Rust code can reach them, only this block and
+                    // SAFETY: reads eight bytes of the calling thread, which live as long as the
+                    // thread. `nomem` is correct: no Rust code can access them, only this block and
                     // that of `set`, which are not `pure` and so stay in order.
                     unsafe {
                         ::core::arch::asm!(
@@ -47,21 +48,21 @@ macro_rules! thread_word_access {
                     value
                 }
 
-                /// Adds. A signal handler that comes between the instructions leaves the word as
-                /// it found it.
+                /// Adds to the word. If a signal handler runs between the instructions, it leaves
+                /// the word as it found it.
                 #[allow(dead_code, reason = "most words are no counters")]
                 #[inline(always)]
                 fn add<const AMOUNT: i32>(self) {
                     self.set(self.get().wrapping_add_signed(AMOUNT as i64));
                 }
 
-                /// Sets it, and keeps the compiler from moving accesses to memory across: for a
-                /// mark that says to signal handlers what they have interrupted.
+                /// Sets the word, and keeps the compiler from moving memory accesses across. For a
+                /// mark that tells signal handlers what they have interrupted.
                 #[allow(dead_code, reason = "most words are no marks")]
                 #[inline(always)]
                 fn mark(self, value: u64) {
-                    // SAFETY: as in `get`. Without `nomem` the compiler takes it for an access to
-                    // any memory.
+                    // SAFETY: as in `get`. Without `nomem` the compiler assumes an access to any
+                    // memory.
                     unsafe {
                         ::core::arch::asm!(
                             "mrs {thread}, tpidr_el0",

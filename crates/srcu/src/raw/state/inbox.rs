@@ -2,7 +2,7 @@
 //!
 //! # Safety
 //! # Invariants
-//! A pointer in the inbox carries one count of its state.
+//! Each pointer in the inbox holds one count of its state.
 
 use super::State;
 use crate::raw::event::Event;
@@ -10,13 +10,14 @@ use crate::sync::{AtomicPtr, Ordering};
 use std::ptr::{self, NonNull};
 
 pub(crate) struct Inbox {
-    /// The latest first.
+    /// The domains that were added, the latest first.
     pushed: AtomicPtr<State>,
-    /// The earliest first; only the reclaimer touches it. It is here and not on its stack for the
-    /// child of a fork.
+    /// The domains that the reclaimer took over, the earliest first. Only the reclaimer accesses
+    /// this list. It is not on the reclaimer's stack, so that the child of a fork finds it.
     taken: AtomicPtr<State>,
     pub(in crate::raw) event: Event,
-    /// Models have no thread: those that wait for callbacks act as the reclaimer, one at a time.
+    /// Models have no reclaimer thread: the threads that wait for callbacks act as the reclaimer,
+    /// one at a time.
     #[cfg(mmun_loom)]
     pub(in crate::raw) acting: crate::raw::lock::Lock<()>,
 }
@@ -34,22 +35,22 @@ fn inbox(state: &State) -> &Inbox {
     &state.inbox
 }
 
-/// Has the reclaimer look at a domain.
+/// Makes the reclaimer look at a domain.
 pub(crate) fn schedule(state: &State) {
-    // ORDER(srcu-scheduled): AcqRel. If it was set, the reclaimer's clearing reads our store and so
-    // sees what we gave the domain to do. Partner: the swap in `turn`. Model: loom
-    // `a_barrier_waits_for_the_calls_of_both_threads`.
+    // ORDER(srcu-scheduled): AcqRel. If `scheduled` was already set, the reclaimer's swap reads
+    // this store, and so the reclaimer sees the work that was added before it. Partner: the swap in
+    // `turn`. Model: loom `a_barrier_waits_for_the_calls_of_both_threads`.
     if state.pending.scheduled.swap(true, Ordering::AcqRel) {
         return;
     }
     state.retain();
-    // INVARIANT: The count just taken goes with the pointer.
+    // INVARIANT: the count just taken belongs to the pointer in the inbox.
     let inbox = inbox(state);
     let mut latest = inbox.pushed.load(Ordering::Relaxed);
     loop {
         state.pending.next.store(latest, Ordering::Relaxed);
         let this = ptr::from_ref(state).cast_mut();
-        // ORDER(srcu-inbox): Release for the link. Partner: the Acquire in `take`.
+        // ORDER(srcu-inbox): Release, for the link. Partner: the Acquire in `take`.
         match inbox
             .pushed
             .compare_exchange_weak(latest, this, Ordering::Release, Ordering::Relaxed)
@@ -81,13 +82,13 @@ impl Inbox {
         }
     }
 
-    /// Whether no domain was put into it since it was emptied last.
+    /// Tells whether no domain was added since the reclaimer last took the list over.
     #[cfg(not(mmun_loom))]
     pub(in crate::raw) fn is_empty(&self) -> bool {
         self.pushed.load(Ordering::Relaxed).is_null()
     }
 
-    /// In the child of a fork: forgets what is in it.
+    /// In the child of a fork: empties the inbox.
     #[cfg(not(mmun_loom))]
     pub(in crate::raw) fn after_fork(&self) {
         self.pushed.store(ptr::null_mut(), Ordering::Relaxed);
@@ -95,14 +96,14 @@ impl Inbox {
         self.event.after_fork();
     }
 
-    /// The domain that has been in the inbox longest.
+    /// Removes and returns the domain that was added first.
     pub(in crate::raw) fn take(&self) -> Option<NonNull<State>> {
         if self.taken.load(Ordering::Relaxed).is_null() {
-            // ORDER(srcu-inbox): Acquire, partner in `schedule`.
+            // ORDER(srcu-inbox): Acquire; partner in `schedule`.
             let mut latest = self.pushed.swap(ptr::null_mut(), Ordering::Acquire);
             let mut earlier = ptr::null_mut();
             while let Some(state) = NonNull::new(latest) {
-                // SAFETY: The state must be alive: the inbox has a count of it.
+                // SAFETY: the state must be alive. The inbox holds a count of it.
                 let next = unsafe { &state.as_ref().pending.next };
                 latest = next.load(Ordering::Relaxed);
                 next.store(earlier, Ordering::Relaxed);
@@ -111,7 +112,7 @@ impl Inbox {
             self.taken.store(earlier, Ordering::Relaxed);
         }
         let first = NonNull::new(self.taken.load(Ordering::Relaxed))?;
-        // SAFETY: As above.
+        // SAFETY: as above.
         let next = unsafe { first.as_ref() }
             .pending
             .next

@@ -1,4 +1,5 @@
-//! The states of the process: made in pages of their own, listed for ever, used again and again.
+//! The states of the process. Each is made in a page of its own, stays on a list for ever, and is
+//! reused.
 
 use super::State;
 use crate::raw::lock::Lock;
@@ -21,14 +22,14 @@ const _: () = assert!(
 );
 
 pub(super) struct Links {
-    /// The next of all states ever made.
+    /// The next of all states that were ever made.
     all: *mut State,
-    /// The next of those not in use.
+    /// The next unused state.
     free: *mut State,
 }
 
-/// What a `Srcu` that was never used points to: a table in which no thread has a slot. Only its
-/// table is ever looked at.
+/// The state of an `Srcu` that was never used: its table has no slot of any thread. Only that table
+/// is ever read.
 pub(in crate::raw) static EMPTY: State = State::with(
     0,
     Table::empty(),
@@ -39,51 +40,53 @@ pub(in crate::raw) static EMPTY: State = State::with(
 );
 
 static LOCK: Lock<()> = Lock::new(());
-// Both lists change by one store, so that the child of a fork finds them whole.
+// Both lists change by one store, so that the child of a fork finds them consistent.
 static ALL: AtomicPtr<State> = AtomicPtr::new(ptr::null_mut());
 static FREE: AtomicPtr<State> = AtomicPtr::new(ptr::null_mut());
 
-/// The state behind `handle`, made if it is still [`EMPTY`]. Forks are handled by now.
+/// Makes the state behind `handle` if the handle is still [`EMPTY`]. The fork handler is registered
+/// by now.
 pub(in crate::raw) fn first_use(handle: &AtomicPtr<State>) {
     let _held = LOCK.lock();
     // No ORDER: the lock orders it.
     if ptr::eq(handle.load(Ordering::Relaxed), &EMPTY) {
         let state = create();
-        // ORDER(srcu-state): Release: a thread that loads the pointer sees the state made.
-        // Partner: the Acquire in `Handle::peek`. INVARIANT: A new state has one count, the
-        // handle's.
+        // ORDER(srcu-state): Release: a thread that loads the pointer sees the complete state.
+        // Partner: the Acquire in `Handle::peek`. INVARIANT: a new state has one count, that of the
+        // handle.
         handle.store(state, Ordering::Release);
     }
 }
 
-/// The caller holds the lock.
+/// Takes a state from the free list or makes one. The caller holds the lock.
 fn create() -> *mut State {
     let recycled = FREE.load(Ordering::Relaxed);
     let (state, all): (*mut State, _) = if recycled.is_null() {
         (pages::alloc(0).cast().as_ptr(), ALL.load(Ordering::Relaxed))
     } else {
-        // SAFETY: Reading needs a live state: those on the free list stay initialized.
+        // SAFETY: the read needs a live state. States on the free list stay initialised.
         let links = unsafe { &(*recycled).links };
         FREE.store(links.free, Ordering::Relaxed);
         (recycled, links.all)
     };
-    // SAFETY: The offset must stay within the page: states are made at the start of pages.
+    // SAFETY: the offset must be inside the page. States are made at the start of pages.
     let slots: *mut Slot = unsafe { state.byte_add(offset_of!(Page, slots)).cast() };
-    // SAFETY: Writing needs memory that is ours: a new page, or a state that was free. All
+    // SAFETY: the write needs memory that this crate owns. It is a new page or an unused state. All
     // zeroes are valid slots.
     unsafe { slots.write_bytes(0, place::INLINE) };
-    // SAFETY: Wants zeroed slots for the life of the table: the rest of the page that the table
-    // is in.
+    // SAFETY: `with_first` needs zeroed slots that live as long as the table. They are the rest of
+    // the page that contains the table.
     let table = unsafe { Table::with_first(slots) };
     let links = Links {
         all,
         free: ptr::null_mut(),
     };
-    // SAFETY: Writing needs memory that is ours: as above. What was there needs no drop.
+    // SAFETY: the write needs memory that this crate owns, as above. The overwritten value needs no
+    // drop.
     unsafe { state.write(State::with(barrier::mode(), table, links)) };
     if recycled.is_null() {
-        // ORDER(srcu-fork): Release for the state, since a forked child may find this store;
-        // among threads the lock orders it.
+        // ORDER(srcu-fork): Release, for the state, because a forked child may find this store.
+        // Among threads the lock orders it.
         ALL.store(state, Ordering::Release);
     }
     state
@@ -92,24 +95,24 @@ fn create() -> *mut State {
 /// Puts a state on the free list.
 ///
 /// # Safety
-/// Its last count is gone.
+/// The last count of the state was released.
 pub(super) unsafe fn recycle(state: *mut State) {
-    // SAFETY: The reference must be unique: the last count is gone.
+    // SAFETY: the reference must be unique. The last count was released.
     unsafe { (*state).table.free_buckets() };
     let _held = LOCK.lock();
-    // SAFETY: The place must be ours: as above.
+    // SAFETY: the write needs exclusive access, as above.
     unsafe { (*state).links.free = FREE.load(Ordering::Relaxed) };
-    // ORDER(srcu-fork): Release for the link, as above.
+    // ORDER(srcu-fork): Release, for the link, as above.
     FREE.store(state, Ordering::Release);
 }
 
-/// Calls `f` for every state in the child of a fork, in use or not.
+/// In the child of a fork: calls `f` for every state, in use or not.
 pub(in crate::raw) fn each(mut f: impl FnMut(&State)) {
     LOCK.after_fork();
     let mut next = ALL.load(Ordering::Relaxed);
     while !next.is_null() {
-        // SAFETY: It must be an initialized state: all on this list are, and they are never
-        // unmapped.
+        // SAFETY: it must be an initialised state. All states on this list are initialised and
+        // never unmapped.
         let state = unsafe { &*next };
         f(state);
         next = state.links.all;

@@ -1,17 +1,17 @@
-//! How far the grace period of a domain has come. `grace` moves it.
+//! The progress of a domain's grace period. `grace` advances it.
 
-/// Interest of threads asleep on the domain's event.
+/// Threads that sleep on the domain's event are interested.
 pub(in crate::raw) const UPDATERS: u32 = 1 << 0;
-/// Interest of the reclaimer.
+/// The reclaimer is interested.
 pub(in crate::raw) const RECLAIMER: u32 = 1 << 1;
 
-/// What the thread that moves the grace period keeps in the domain's lock.
+/// The state of the grace period, under the domain's lock.
 pub(in crate::raw) struct Gp {
-    /// Banks not yet found quiet since the grace period began.
+    /// The banks that were not yet found quiet since the grace period began.
     pub(in crate::raw) open: [bool; 2],
-    /// Who is to be told of progress.
+    /// Who must be notified of progress.
     pub(in crate::raw) interest: u32,
-    /// What `State::waiting` is: whom to tell when a section of which bank ends.
+    /// The content of `State::waiting`: whom to notify when a section of which bank ends.
     pub(in crate::raw) announced: Announced,
 }
 
