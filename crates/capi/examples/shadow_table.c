@@ -19,7 +19,7 @@
 #include <unistd.h>
 
 #define PAGES 16ul
-#define PAGE 4096ul
+#define PAGE ((unsigned long)sysconf(_SC_PAGESIZE))
 
 struct shadow {
 	pthread_mutex_t lock; /* Guards the entries and the sequence. Its holders do not allocate. */

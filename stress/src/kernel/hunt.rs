@@ -16,9 +16,14 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use std::{ptr, thread};
 
-const PAGE: usize = 4096;
 const PAGES: usize = 16;
 const THREADS: usize = 2;
+
+/// The size of a page.
+fn page_size() -> usize {
+    // SAFETY: takes an integer.
+    unsafe { libc::sysconf(libc::_SC_PAGESIZE) as usize }
+}
 
 /// What is left out on purpose, to see the hunt succeed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,7 +59,7 @@ impl Notifier for Cache {
         for (number, entry) in entries.iter_mut().enumerate() {
             if range
                 .range()
-                .contains(Va::new(self.base + (number * PAGE) as u64))
+                .contains(Va::new(self.base + (number * page_size()) as u64))
             {
                 *entry = None;
             }
@@ -119,7 +124,16 @@ impl World {
             libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
         );
         // SAFETY: a new mapping where the kernel likes.
-        let base = unsafe { libc::mmap(ptr::null_mut(), PAGES * PAGE, protection, flags, -1, 0) };
+        let base = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                PAGES * page_size(),
+                protection,
+                flags,
+                -1,
+                0,
+            )
+        };
         assert_ne!(base, libc::MAP_FAILED);
         let file = || {
             // SAFETY: takes a string and an integer, returns a new descriptor.
@@ -137,7 +151,7 @@ impl World {
         };
         for page in 0..PAGES {
             if page % 2 == 1 {
-                world.resize(page, PAGE);
+                world.resize(page, page_size());
                 world.map_file(page);
             }
             world.write(page, 1);
@@ -146,11 +160,15 @@ impl World {
     }
 
     fn address(&self, page: usize) -> *mut c_void {
-        ptr::with_exposed_provenance_mut(self.base + page * PAGE)
+        ptr::with_exposed_provenance_mut(self.base + page * page_size())
     }
 
     fn range(&self, page: usize) -> VaRange {
-        VaRange::covering(Va::new((self.base + page * PAGE) as u64), PAGE as u64).expect("a page")
+        VaRange::covering(
+            Va::new((self.base + page * page_size()) as u64),
+            page_size() as u64,
+        )
+        .expect("a page")
     }
 
     fn map_file(&self, page: usize) {
@@ -163,7 +181,7 @@ impl World {
         let at = unsafe {
             libc::mmap(
                 self.address(page),
-                PAGE,
+                page_size(),
                 protection,
                 flags,
                 self.files[page].as_raw_fd(),
@@ -238,12 +256,14 @@ impl World {
         );
         let result = match random(3) {
             // SAFETY: a page of ours.
-            0 => unsafe { libc::madvise(self.address(page), PAGE, libc::MADV_DONTNEED) as isize },
+            0 => unsafe {
+                libc::madvise(self.address(page), page_size(), libc::MADV_DONTNEED) as isize
+            },
             // SAFETY: over a page of ours.
             1 => unsafe {
                 libc::mmap(
                     self.address(page),
-                    PAGE,
+                    page_size(),
                     protection,
                     flags | libc::MAP_FIXED,
                     -1,
@@ -253,11 +273,13 @@ impl World {
             },
             _ => {
                 // SAFETY: a new mapping where the kernel likes.
-                let other = unsafe { libc::mmap(ptr::null_mut(), PAGE, protection, flags, -1, 0) };
+                let other =
+                    unsafe { libc::mmap(ptr::null_mut(), page_size(), protection, flags, -1, 0) };
                 let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
                 // SAFETY: moves the new page over a page of ours.
                 unsafe {
-                    libc::mremap(other, PAGE, PAGE, flags, self.address(page)).addr() as isize
+                    libc::mremap(other, page_size(), page_size(), flags, self.address(page)).addr()
+                        as isize
                 }
             }
         };
@@ -268,25 +290,31 @@ impl World {
         match random(4) {
             0 => {
                 // SAFETY: a page of ours.
-                let result = unsafe { libc::madvise(self.address(page), PAGE, libc::MADV_REMOVE) };
+                let result =
+                    unsafe { libc::madvise(self.address(page), page_size(), libc::MADV_REMOVE) };
                 assert_eq!(result, 0);
             }
             1 => {
                 let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
                 // SAFETY: integers.
                 let result = unsafe {
-                    libc::fallocate(self.files[page].as_raw_fd(), mode, 0, PAGE as libc::off_t)
+                    libc::fallocate(
+                        self.files[page].as_raw_fd(),
+                        mode,
+                        0,
+                        page_size() as libc::off_t,
+                    )
                 };
                 assert_eq!(result, 0);
             }
             2 => {
                 self.resize(page, 0);
-                self.resize(page, PAGE);
+                self.resize(page, page_size());
             }
             _ => {
                 self.resize(page, 0);
                 self.map_file(page);
-                self.resize(page, PAGE);
+                self.resize(page, page_size());
             }
         }
     }
@@ -379,7 +407,7 @@ impl World {
 
     fn unmap(&self) {
         // SAFETY: the mapping is ours, and all threads that used it have ended.
-        unsafe { libc::munmap(self.address(0), PAGES * PAGE) };
+        unsafe { libc::munmap(self.address(0), PAGES * page_size()) };
     }
 }
 

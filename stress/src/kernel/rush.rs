@@ -12,7 +12,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-const PAGE: usize = 4096;
 /// How many pages each of the two that change memory has.
 const PAGES: usize = 8;
 
@@ -26,6 +25,12 @@ pub(crate) const DEEDS: [&str; 7] = [
     "change",
     "change",
 ];
+
+/// The size of a page.
+fn page_size() -> usize {
+    // SAFETY: takes an integer.
+    unsafe { libc::sysconf(libc::_SC_PAGESIZE) as usize }
+}
 
 /// How often each was done, and how long it took at most, in microseconds.
 #[derive(Debug, Default)]
@@ -112,7 +117,7 @@ pub(crate) fn rush(kernel: &Arc<Kernel>, length: Duration, patience: Duration) -
 }
 
 fn range(at: usize) -> VaRange {
-    VaRange::covering(Va::new(at as u64), (PAGES * PAGE) as u64).expect("a range")
+    VaRange::covering(Va::new(at as u64), (PAGES * page_size()) as u64).expect("a range")
 }
 
 fn at(address: usize) -> *mut c_void {
@@ -125,14 +130,23 @@ pub(super) fn map() -> usize {
         libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
     );
     // SAFETY: a new mapping where the kernel likes.
-    let base = unsafe { libc::mmap(ptr::null_mut(), PAGES * PAGE, protection, flags, -1, 0) };
+    let base = unsafe {
+        libc::mmap(
+            ptr::null_mut(),
+            PAGES * page_size(),
+            protection,
+            flags,
+            -1,
+            0,
+        )
+    };
     assert_ne!(base, libc::MAP_FAILED);
     base.expose_provenance()
 }
 
 pub(super) fn unmap(base: usize) {
     // SAFETY: the mapping is of `map`, and all threads that used it have ended.
-    unsafe { libc::munmap(at(base), PAGES * PAGE) };
+    unsafe { libc::munmap(at(base), PAGES * page_size()) };
 }
 
 /// Maps pages anew over those that are there, and touches each.
@@ -145,7 +159,7 @@ pub(super) fn change(base: usize) {
     let again = unsafe {
         libc::mmap(
             at(base),
-            PAGES * PAGE,
+            PAGES * page_size(),
             protection,
             flags | libc::MAP_FIXED,
             -1,
@@ -154,11 +168,11 @@ pub(super) fn change(base: usize) {
     };
     assert_eq!(again, at(base));
     for page in 0..PAGES {
-        let page = at(base + page * PAGE);
+        let page = at(base + page * page_size());
         // SAFETY: the page was mapped above, and stays until this thread maps over it.
         unsafe { page.cast::<u64>().write_volatile(1) };
         // SAFETY: as above.
-        let discarded = unsafe { libc::madvise(page, PAGE, libc::MADV_DONTNEED) };
+        let discarded = unsafe { libc::madvise(page, page_size(), libc::MADV_DONTNEED) };
         assert_eq!(discarded, 0);
     }
 }

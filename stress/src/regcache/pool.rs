@@ -7,8 +7,13 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-const PAGE: usize = 4096;
 const BUFFERS: usize = 16;
+
+/// The size of a page.
+fn page_size() -> usize {
+    // SAFETY: takes an integer.
+    unsafe { libc::sysconf(libc::_SC_PAGESIZE) as usize }
+}
 
 /// One buffer. All its addresses stay reserved, whatever is mapped there.
 pub(super) struct Buffer {
@@ -83,7 +88,7 @@ impl Pool {
     pub(super) fn new(seed: u64) -> io::Result<Self> {
         let mut random = Random::new(seed, 1000);
         let sizes: Vec<usize> = (0..BUFFERS)
-            .map(|_| PAGE * (1 + random.below(16)))
+            .map(|_| page_size() * (1 + random.below(16)))
             .collect();
         let (access, kind) = (
             libc::PROT_READ | libc::PROT_WRITE,

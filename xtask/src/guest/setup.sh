@@ -5,6 +5,11 @@ export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/r
 exec 2>/dev/console
 
 mkdir -p /dev/shm /dev/pts /run /tmp /lib/modules /root
+# What an installation makes, where packages were only unpacked.
+for file in passwd group; do
+    [ -e /etc/$file ] || cp /usr/share/base-passwd/$file.master /etc/$file
+done
+[ -e /usr/bin/cc ] || ln -s gcc /usr/bin/cc
 # MPI wants a name of the machine.
 echo guest >/proc/sys/kernel/hostname
 mount -t tmpfs tmpfs /dev/shm

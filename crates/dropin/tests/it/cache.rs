@@ -3,7 +3,7 @@
 //! libfabric's cache is not exported, so the program has Debian's `libfabric.a` inside: the same
 //! code as the shared library's, and the only way to it without a network card.
 
-use crate::support::{build, library, output, text};
+use crate::support::{build, installed, library, output, text};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use testkit::{Cap, require};
@@ -34,7 +34,7 @@ pub(crate) fn program(cache: Cache) -> Option<PathBuf> {
     match cache {
         Cache::Ucx => build("gcc", "cache.c", "ucx", &["-DWITH_UCX", "-lucs", "-lucm"]),
         Cache::Libfabric => {
-            let archive = "/usr/lib/x86_64-linux-gnu/libfabric.a";
+            let archive = installed("libfabric.a");
             let needs = [
                 "-l:libpsm_infinipath.so.1",
                 "-l:libpsm2.so.2",
@@ -44,12 +44,12 @@ pub(crate) fn program(cache: Cache) -> Option<PathBuf> {
                 "-latomic",
             ];
             // Its own functions are found by the library as those of a shared one would be.
-            let flags: Vec<&str> = ["-rdynamic", archive]
+            let flags: Vec<&str> = ["-rdynamic", archive.to_str().unwrap()]
                 .into_iter()
                 .chain(needs)
                 .chain(["-ldl"])
                 .collect();
-            assert!(Path::new(archive).exists(), "fi_info without libfabric-dev");
+            assert!(archive.exists(), "fi_info without libfabric-dev");
             build("gcc", "cache.c", "libfabric", &flags)
         }
     }
@@ -184,7 +184,7 @@ fn allocators_that_are_not_libcs_are_watched_too() {
         "libtcmalloc_minimal.so.4",
         "libmimalloc.so.2.0",
     ] {
-        let file = Path::new("/usr/lib/x86_64-linux-gnu").join(name);
+        let file = installed(name);
         if !file.exists() {
             println!("SKIP {name}: it is not installed");
             continue;

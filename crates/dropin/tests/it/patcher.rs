@@ -1,8 +1,8 @@
 //! Open MPI's own patcher of libc, loaded before and after the library.
 
 use crate::cache::{Cache, has_kernel, program, run, stale};
+use crate::support::installed;
 use std::collections::BTreeSet;
-use std::path::Path;
 
 /// The operations of which Open MPI's own hook was told.
 fn told(out: &str) -> BTreeSet<&str> {
@@ -14,9 +14,9 @@ fn told(out: &str) -> BTreeSet<&str> {
 
 /// The program, where there is an Open MPI that has a patcher.
 fn with_patcher(cache: Cache) -> Option<std::path::PathBuf> {
-    let library = "/usr/lib/x86_64-linux-gnu/libopen-pal.so.40";
-    if !Path::new(library).exists() {
-        println!("SKIP: no {library}");
+    let library = installed("libopen-pal.so.40");
+    if !library.exists() {
+        println!("SKIP: no {}", library.display());
         return None;
     }
     program(cache)

@@ -19,6 +19,12 @@ pub(crate) fn library() -> PathBuf {
     library
 }
 
+/// A library that one of Debian's packages has installed.
+pub(crate) fn installed(name: &str) -> PathBuf {
+    let folder = format!("/usr/lib/{}-linux-gnu", std::env::consts::ARCH);
+    Path::new(&folder).join(name)
+}
+
 /// A program of `tests/it/programs`, built by `compiler` with `flags`. `None`, with the reason
 /// printed, if that is not installed.
 pub(crate) fn build(

@@ -1,7 +1,7 @@
 //! The kernel source: every way to change a translation, losses, forks, and a search for stale
 //! reads.
 
-use crate::memory::{Log, PAGE, Scratch, memory_file};
+use crate::memory::{Log, Scratch, memory_file, page_size};
 use mmu_notifier::{Va, VaRange};
 use mmu_source::kernel::Kernel;
 use mmu_source::{Error, current};
@@ -59,7 +59,7 @@ fn every_change_by_this_process_is_told() {
     let private = || Scratch::anonymous(4);
     told(&kernel, "munmap", private(), |memory| {
         // SAFETY: our own scratch memory.
-        unsafe { libc::munmap(memory.page(1), PAGE) };
+        unsafe { libc::munmap(memory.page(1), page_size()) };
     });
     told(
         &kernel,
@@ -71,13 +71,13 @@ fn every_change_by_this_process_is_told() {
             // are named.
             #[cfg(target_arch = "x86_64")]
             unsafe {
-                std::arch::asm!("syscall", inlateout("rax") libc::SYS_munmap => result, in("rdi") memory.page(1), in("rsi") PAGE,
+                std::arch::asm!("syscall", inlateout("rax") libc::SYS_munmap => result, in("rdi") memory.page(1), in("rsi") page_size(),
                 out("rcx") _, out("r11") _);
             }
             // SAFETY: as above.
             #[cfg(target_arch = "aarch64")]
             unsafe {
-                std::arch::asm!("svc #0", in("x8") libc::SYS_munmap, inlateout("x0") memory.page(1) => result, in("x1") PAGE);
+                std::arch::asm!("svc #0", in("x8") libc::SYS_munmap, inlateout("x0") memory.page(1) => result, in("x1") page_size());
             }
             assert_eq!(result, 0);
         },
@@ -85,21 +85,36 @@ fn every_change_by_this_process_is_told() {
     told(&kernel, "mmap over it", private(), |memory| {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
         // SAFETY: over our own scratch memory.
-        unsafe { libc::mmap(memory.page(2), PAGE, libc::PROT_READ, flags, -1, 0) };
+        unsafe { libc::mmap(memory.page(2), page_size(), libc::PROT_READ, flags, -1, 0) };
     });
     told(&kernel, "mremap", private(), |memory| {
         // SAFETY: moves our own scratch memory to an address that the kernel chooses.
-        unsafe { libc::mremap(memory.page(0), 4 * PAGE, 4096 * PAGE, libc::MREMAP_MAYMOVE) };
+        unsafe {
+            libc::mremap(
+                memory.page(0),
+                4 * page_size(),
+                4096 * page_size(),
+                libc::MREMAP_MAYMOVE,
+            )
+        };
     });
     told(&kernel, "mremap onto it", private(), |memory| {
         let source = private();
         let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
         // SAFETY: moves scratch memory over scratch memory.
-        unsafe { libc::mremap(source.page(0), PAGE, PAGE, flags, memory.page(3)) };
+        unsafe {
+            libc::mremap(
+                source.page(0),
+                page_size(),
+                page_size(),
+                flags,
+                memory.page(3),
+            )
+        };
     });
     told(&kernel, "mprotect", private(), |memory| {
         // SAFETY: our own scratch memory, which no code writes any more.
-        unsafe { libc::mprotect(memory.page(0), PAGE, libc::PROT_READ) };
+        unsafe { libc::mprotect(memory.page(0), page_size(), libc::PROT_READ) };
     });
     told(&kernel, "MADV_DONTNEED", private(), |memory| {
         advise(memory, libc::MADV_DONTNEED)
@@ -192,7 +207,9 @@ fn advice_by_another_process_is_told() {
         .open(&path)
         .expect("a file");
     std::fs::remove_file(&path).expect("it was made above");
-    (&file).write_all(&[1; 4 * PAGE]).expect("it is written");
+    (&file)
+        .write_all(&vec![1; 4 * page_size()])
+        .expect("it is written");
     file.sync_all().expect("it is written");
     let memory = Scratch::read_only(4, file.as_raw_fd()).expect("mmap");
     told(
@@ -225,7 +242,7 @@ fn changes_by_others_and_by_the_kernel_are_told() {
             let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
             // SAFETY: integers.
             assert!(in_child(|| unsafe {
-                libc::fallocate(file.as_raw_fd(), mode, 0, PAGE as libc::off_t)
+                libc::fallocate(file.as_raw_fd(), mode, 0, page_size() as libc::off_t)
             } == 0));
         },
     );

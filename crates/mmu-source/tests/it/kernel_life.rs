@@ -1,7 +1,7 @@
 //! The kernel source when descriptors are closed, in children, in signal handlers, and when it is
 //! dropped at a bad moment.
 
-use crate::memory::{PAGE, Scratch};
+use crate::memory::{Scratch, page_size};
 use mmu_notifier::{InvalidateRange, Notifier, Registration, VaRange};
 use mmu_source::kernel::Kernel;
 use mmu_source::{Error, Watch, current};
@@ -18,7 +18,7 @@ fn can_start() -> bool {
 fn discard(memory: &Scratch) {
     assert_eq!(
         // SAFETY: our own scratch memory.
-        unsafe { libc::madvise(memory.page(0), PAGE, libc::MADV_DONTNEED) },
+        unsafe { libc::madvise(memory.page(0), page_size(), libc::MADV_DONTNEED) },
         0
     );
 }
@@ -240,7 +240,7 @@ fn the_last_handle_can_be_dropped_under_a_lock_that_callbacks_take() {
     let armed = kernel.arm(memory.range()).expect("armed");
     let held = lock.lock().expect("no panic");
     let at = memory.range().start().get();
-    kernel.inject(at, at + PAGE as u64).expect("it runs");
+    kernel.inject(at, at + page_size() as u64).expect("it runs");
     entered
         .recv()
         .expect("the source's own thread is in the callback");

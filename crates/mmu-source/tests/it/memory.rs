@@ -7,7 +7,11 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr;
 use std::sync::Mutex;
 
-pub(crate) const PAGE: usize = 4096;
+/// The size of a page.
+pub(crate) fn page_size() -> usize {
+    // SAFETY: takes an integer.
+    unsafe { libc::sysconf(libc::_SC_PAGESIZE) as usize }
+}
 
 /// A mapping. It is unmapped on drop.
 #[derive(Debug)]
@@ -29,7 +33,7 @@ impl Scratch {
 
     /// Maps `pages` pages, and writes to each if the flags allow that.
     pub(crate) fn map(pages: usize, flags: i32, file: i32) -> io::Result<Self> {
-        let bytes = pages * PAGE;
+        let bytes = pages * page_size();
         // SAFETY: a new mapping, at an address that the kernel chooses.
         let at = unsafe {
             libc::mmap(
@@ -54,7 +58,7 @@ impl Scratch {
 
     /// Maps `pages` pages of a file, private and read-only, and reads each.
     pub(crate) fn read_only(pages: usize, file: i32) -> io::Result<Self> {
-        let bytes = pages * PAGE;
+        let bytes = pages * page_size();
         // SAFETY: a new mapping, at an address that the kernel chooses.
         let at = unsafe {
             libc::mmap(
@@ -85,8 +89,8 @@ impl Scratch {
     }
 
     pub(crate) fn page(&self, page: usize) -> *mut c_void {
-        assert!(page * PAGE < self.bytes);
-        self.at.wrapping_add(page * PAGE).cast()
+        assert!(page * page_size() < self.bytes);
+        self.at.wrapping_add(page * page_size()).cast()
     }
 
     pub(crate) fn write(&self, page: usize, value: u64) {
@@ -113,7 +117,7 @@ pub(crate) fn memory_file(pages: usize) -> OwnedFd {
     // SAFETY: the descriptor is new.
     let file = unsafe { OwnedFd::from_raw_fd(file) };
     // SAFETY: integers.
-    let result = unsafe { libc::ftruncate(file.as_raw_fd(), (pages * PAGE) as libc::off_t) };
+    let result = unsafe { libc::ftruncate(file.as_raw_fd(), (pages * page_size()) as libc::off_t) };
     assert_eq!(result, 0);
     file
 }

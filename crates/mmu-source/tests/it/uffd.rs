@@ -1,6 +1,6 @@
 //! The userfaultfd source: which changes of which memory are reported.
 
-use crate::memory::{Log, PAGE, Scratch, memory_file};
+use crate::memory::{Log, Scratch, memory_file, page_size};
 use mmu_notifier::{Va, VaRange};
 use mmu_source::uffd::Uffd;
 use mmu_source::{Error, current};
@@ -53,12 +53,19 @@ fn changes_of_anonymous_memory_are_told() {
     });
     told(&uffd, "mremap", Scratch::anonymous(4), |memory| {
         // SAFETY: moves the test's own scratch memory to an address that the kernel chooses.
-        unsafe { libc::mremap(memory.page(0), 4 * PAGE, 4096 * PAGE, libc::MREMAP_MAYMOVE) };
+        unsafe {
+            libc::mremap(
+                memory.page(0),
+                4 * page_size(),
+                4096 * page_size(),
+                libc::MREMAP_MAYMOVE,
+            )
+        };
     });
     told(&uffd, "mmap over it", Scratch::anonymous(4), |memory| {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
         // SAFETY: replaces a part of the test's own scratch memory.
-        unsafe { libc::mmap(memory.page(2), PAGE, libc::PROT_READ, flags, -1, 0) };
+        unsafe { libc::mmap(memory.page(2), page_size(), libc::PROT_READ, flags, -1, 0) };
     });
     told(&uffd, "fork", Scratch::anonymous(4), |_| {
         assert!(in_child(|| true))
@@ -81,7 +88,8 @@ fn changes_of_huge_pages_are_told() {
     let Some(uffd) = start() else { return };
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_NORESERVE;
     let huge = || {
-        let bytes = 2 << 20;
+        // What one page table maps, whose entries have eight bytes.
+        let bytes = page_size() / 8 * page_size();
         // SAFETY: a new mapping, at an address that the kernel chooses. The test does not touch it,
         // because there may be no free huge pages.
         let at = unsafe { libc::mmap(std::ptr::null_mut(), bytes, libc::PROT_READ, flags, -1, 0) };
@@ -102,7 +110,7 @@ fn what_cannot_be_armed_is_an_error() {
     let Some(uffd) = start() else { return };
     let memory = Scratch::anonymous(4);
     // SAFETY: our own scratch memory.
-    assert_eq!(unsafe { libc::munmap(memory.page(2), PAGE) }, 0);
+    assert_eq!(unsafe { libc::munmap(memory.page(2), page_size()) }, 0);
     let error = uffd.arm(memory.range()).expect_err("there is a hole in it");
     assert!(matches!(error, Error::Arm { .. }), "{error}");
     std::mem::forget(memory);
@@ -120,7 +128,7 @@ fn a_range_that_is_armed_twice_is_told_until_both_are_dropped() {
         log.take();
         assert_eq!(
             // SAFETY: our own scratch memory.
-            unsafe { libc::madvise(memory.page(page), PAGE, libc::MADV_DONTNEED) },
+            unsafe { libc::madvise(memory.page(page), page_size(), libc::MADV_DONTNEED) },
             0
         );
         uffd.settle().expect("no fork");
@@ -128,8 +136,11 @@ fn a_range_that_is_armed_twice_is_told_until_both_are_dropped() {
             range.contains(Va::new(memory.page(page).addr() as u64)) && range.pages() == 1
         })
     };
-    let part = VaRange::covering(Va::new(memory.page(2).addr() as u64), 2 * PAGE as u64)
-        .expect("two pages");
+    let part = VaRange::covering(
+        Va::new(memory.page(2).addr() as u64),
+        2 * page_size() as u64,
+    )
+    .expect("two pages");
     let whole = uffd.arm(memory.range()).expect("armed");
     let inside = uffd.arm(part).expect("armed");
     drop(whole);

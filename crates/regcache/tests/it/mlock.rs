@@ -14,26 +14,36 @@ fn locked_kb() -> u64 {
     line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
+/// The size of a page.
+fn page_size() -> usize {
+    // SAFETY: takes an integer.
+    unsafe { libc::sysconf(libc::_SC_PAGESIZE) as usize }
+}
+
+/// Pages of a buffer: `count` from the `first` whole one on.
 fn range(buffer: &[u8], first: usize, count: usize) -> VaRange {
-    let start = (buffer.as_ptr().addr() as u64).next_multiple_of(4096) + 4096 * first as u64;
-    VaRange::covering(Va::new(start), 4096 * count as u64).unwrap()
+    let start = (buffer.as_ptr().addr() as u64).next_multiple_of(page_size() as u64);
+    let start = start + (page_size() * first) as u64;
+    VaRange::covering(Va::new(start), (page_size() * count) as u64).unwrap()
 }
 
 #[test]
 fn a_page_stays_locked_until_its_last_region_goes() {
     let device = Device::new(Mlock::new(), Options::new().merge(Merge::Never));
     let cache = device.open(&mmu_source::current()).unwrap();
-    let buffer = vec![1_u8; 40 * 4096];
+    let buffer = vec![1_u8; 40 * page_size()];
     let (one, two) = (
         cache.get(range(&buffer, 0, 10)).unwrap(),
         cache.get(range(&buffer, 5, 10)).unwrap(),
     );
-    assert_eq!((device.registrar().locked_pages(), locked_kb()), (15, 60));
+    let locked = || (device.registrar().locked_pages(), locked_kb());
+    let pages = |count: usize| (count, (count * page_size() / 1024) as u64);
+    assert_eq!(locked(), pages(15));
     drop(one);
     cache.flush();
-    assert_eq!((device.registrar().locked_pages(), locked_kb()), (10, 40));
+    assert_eq!(locked(), pages(10));
     drop(two);
-    assert_eq!((device.registrar().locked_pages(), locked_kb()), (0, 0));
+    assert_eq!(locked(), pages(0));
 }
 
 #[test]
@@ -89,11 +99,11 @@ fn limit_locked_memory(bytes: u64) {
 #[test]
 fn at_the_limit_of_locked_memory_something_is_evicted_or_the_error_says_so() {
     assert!(testkit::in_child(|| {
-        limit_locked_memory(64 << 10);
+        limit_locked_memory(16 * page_size() as u64);
         let mm = mmu_notifier::MmWithUser::new();
         let device = Device::new(Mlock::new(), Options::new());
         let cache = device.open(&mm).unwrap();
-        let buffer = vec![1_u8; 80 * 4096];
+        let buffer = vec![1_u8; 80 * page_size()];
         drop(cache.get(range(&buffer, 0, 8)).unwrap());
         let leased = cache.get(range(&buffer, 20, 7)).unwrap();
         let fits = cache.get(range(&buffer, 40, 4)).unwrap();

@@ -21,7 +21,9 @@
 		fflush(stdout);                                                                      \
 	} while (0)
 
-#define PAGE ((size_t)4096)
+#define PAGE ((size_t)sysconf(_SC_PAGESIZE))
+/* What ranges are rounded to, whatever the kernel's pages are. */
+#define GRANULE ((size_t)4096)
 
 static uint32_t source;
 static struct mmun *mmun;
@@ -325,7 +327,7 @@ static int register_region(void *context, void *address, size_t length, void **h
 {
 	struct device *device = context;
 
-	CHECK(((uintptr_t)address | length) % PAGE == 0 && length > 0);
+	CHECK(((uintptr_t)address | length) % GRANULE == 0 && length > 0);
 	if (device->refuse && device->refusals-- > 0)
 		return device->refuse;
 	*handle = (void *)(uintptr_t)++device->registered;
@@ -363,7 +365,7 @@ static void a_cache_hits_and_serves_nothing_stale(void)
 	CHECK(mmun_regcache_get(cache, memory + 10, 2 * PAGE, &first) == 0);
 	CHECK(mmun_regcache_get(cache, memory + PAGE, 10, &second) == 0);
 	CHECK(first.handle == second.handle && device.registered == 1);
-	CHECK(mmun_lease_range(&first, &address, &length) == 0 && address == memory && length == 3 * PAGE);
+	CHECK(mmun_lease_range(&first, &address, &length) == 0 && address == memory && length == 2 * PAGE + GRANULE);
 	CHECK(mmun_lease_valid(&first));
 	mmun_regcache_put(&second);
 	CHECK(!mmun_lease_valid(&second));

@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 enum { LARGEST = 1 << 20 };
@@ -43,9 +44,9 @@ static void give(unsigned way, unsigned char *buffer, size_t length)
     else if (way == MUNMAP)
         munmap(buffer, length);
     else if (way == BARE_MUNMAP)
-        syscall(11 /* munmap of x86-64 */, buffer, length);
+        syscall(SYS_munmap, buffer, length);
     else
-        syscall(28 /* madvise */, buffer, LARGEST, MADV_DONTNEED);
+        syscall(SYS_madvise, buffer, LARGEST, MADV_DONTNEED);
 }
 
 int main(int argc, char **argv)

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use libc::{PROT_READ, PROT_WRITE, c_int, c_long, c_void, siginfo_t, ucontext_t};
 
 use crate::machine::{FORK, return_to};
-use crate::sys::{self, PAGE, call, map, munmap};
+use crate::sys::{self, call, map, munmap, page_size};
 
 type Handler = extern "C" fn(c_int, *mut siginfo_t, *mut c_void);
 
@@ -27,12 +27,12 @@ fn handle(handler: Handler) {
         unsafe { libc::sigaction(libc::SIGUSR2, &action, std::ptr::null_mut()) },
         0
     );
-    PAGE_AT.store(map(PAGE, PROT_READ | PROT_WRITE), Ordering::Relaxed);
+    PAGE_AT.store(map(page_size(), PROT_READ | PROT_WRITE), Ordering::Relaxed);
     println!("page {:#x}", PAGE_AT.load(Ordering::Relaxed));
 }
 
 fn unmap_the_page() {
-    assert_eq!(munmap(PAGE_AT.load(Ordering::Relaxed), PAGE), 0);
+    assert_eq!(munmap(PAGE_AT.load(Ordering::Relaxed), page_size()), 0);
 }
 
 fn fork_with(number: c_long) -> i64 {

@@ -11,21 +11,24 @@ use std::thread;
 use libc::{PROT_READ, PROT_WRITE};
 
 use crate::machine::FORK;
-use crate::sys::{self, PAGE, call, map, munmap, touch};
+use crate::sys::{self, call, map, munmap, page_size, touch};
 
 const RW: i32 = PROT_READ | PROT_WRITE;
 
 /// Forks by each call that can. Each child unmaps a page of its copy.
 pub(crate) fn fork_once() {
-    let arena = map(4 * PAGE, RW);
-    let fixed = map(2 * PAGE, PROT_READ);
-    touch(arena, 4 * PAGE);
-    println!("arena {arena:#x} {:#x}", arena + 4 * PAGE);
-    println!("read-only {fixed:#x} {:#x}", fixed + 2 * PAGE);
+    let arena = map(4 * page_size(), RW);
+    let fixed = map(2 * page_size(), PROT_READ);
+    touch(arena, 4 * page_size());
+    println!("arena {arena:#x} {:#x}", arena + 4 * page_size());
+    println!("read-only {fixed:#x} {:#x}", fixed + 2 * page_size());
     let signal = libc::SIGCHLD as u64;
     let made = |name: &str, child: u64| {
         if child == 0 {
-            call(libc::SYS_exit_group, &[munmap(arena + PAGE, PAGE) as u64]);
+            call(
+                libc::SYS_exit_group,
+                &[munmap(arena + page_size(), page_size()) as u64],
+            );
         }
         println!("child {child} {} {name}", sys::wait(child as i32, 0));
     };
@@ -54,15 +57,15 @@ pub(crate) fn fork_once() {
 /// Many processes that fork at the same time. Every grandchild unmaps memory.
 pub(crate) fn storm(processes: u64) {
     let (read, write) = gate();
-    let arena = map(4 * PAGE, RW);
-    touch(arena, 4 * PAGE);
+    let arena = map(4 * page_size(), RW);
+    touch(arena, 4 * page_size());
     let in_child = || {
         call(libc::SYS_close, &[write]);
         // The read returns when the parent opens the gate for all.
         let mut byte = 0_u8;
         call(libc::SYS_read, &[read, sys::address_mut(&mut byte), 1]);
-        let grandchild = sys::fork(|| munmap(arena, PAGE) as i32);
-        sys::wait(grandchild, 0) | munmap(arena + PAGE, PAGE) as i32
+        let grandchild = sys::fork(|| munmap(arena, page_size()) as i32);
+        sys::wait(grandchild, 0) | munmap(arena + page_size(), page_size()) as i32
     };
     let children: Vec<i32> = (0..processes).map(|_| sys::fork(in_child)).collect();
     call(libc::SYS_close, &[write]);
@@ -81,9 +84,9 @@ pub(crate) fn threads(count: u64, rounds: u64) {
             scope.spawn(|| {
                 barrier.wait();
                 for _ in 0..rounds {
-                    let at = map(2 * PAGE, RW);
-                    touch(at, 2 * PAGE);
-                    assert_eq!(munmap(at, 2 * PAGE), 0);
+                    let at = map(2 * page_size(), RW);
+                    touch(at, 2 * page_size());
+                    assert_eq!(munmap(at, 2 * page_size()), 0);
                 }
             });
         }
@@ -131,8 +134,8 @@ fn itself(args: &[&str]) -> Command {
 /// Pages out memory of a child, and asks the kernel to release all of the child's memory. The
 /// kernel refuses that while the child lives.
 pub(crate) fn calls_on_a_child() {
-    let arena = map(4 * PAGE, RW);
-    touch(arena, 4 * PAGE);
+    let arena = map(4 * page_size(), RW);
+    touch(arena, 4 * page_size());
     let (read, write) = gate();
     let child = sys::fork(|| {
         call(libc::SYS_close, &[write]);
@@ -140,7 +143,7 @@ pub(crate) fn calls_on_a_child() {
         call(libc::SYS_read, &[read, sys::address_mut(&mut byte), 1]) as i32
     });
     let pidfd = call(libc::SYS_pidfd_open, &[child as u64, 0]) as u64;
-    let vector = [arena, 2 * PAGE];
+    let vector = [arena, 2 * page_size()];
     let result = call(
         libc::SYS_process_madvise,
         &[
@@ -152,7 +155,7 @@ pub(crate) fn calls_on_a_child() {
         ],
     );
     println!("child {child}");
-    println!("range {arena:#x} {:#x} {result}", arena + 2 * PAGE);
+    println!("range {arena:#x} {:#x} {result}", arena + 2 * page_size());
     println!("released {}", call(libc::SYS_process_mrelease, &[pidfd, 0]));
     call(libc::SYS_close, &[write]);
     assert_eq!(sys::wait(child, 0), 0);
@@ -165,11 +168,11 @@ pub(crate) fn job_control() {
         call(libc::SYS_close, &[write]);
         let pid = call(libc::SYS_getpid, &[]) as u64;
         call(libc::SYS_kill, &[pid, libc::SIGSTOP as u64]);
-        let at = map(PAGE, RW);
+        let at = map(page_size(), RW);
         // The child must not end before the parent has seen it continue.
         let mut byte = 0_u8;
         call(libc::SYS_read, &[read, sys::address_mut(&mut byte), 1]);
-        munmap(at, PAGE) as i32 + 5
+        munmap(at, page_size()) as i32 + 5
     });
     let status = sys::wait(child, libc::WUNTRACED);
     println!(
@@ -211,12 +214,12 @@ pub(crate) fn real_time_signals(times: u64) {
     let user = 0x5000_0000 + pid;
     call(libc::SYS_setresuid, &[user; 3]);
     for _ in 0..times {
-        let at = map(PAGE, RW);
+        let at = map(page_size(), RW);
         if call(libc::SYS_tgkill, &[pid, pid, signal as u64]) == -i64::from(libc::EAGAIN) {
             println!("no more signals can be queued for this user");
             return;
         }
-        munmap(at, PAGE);
+        munmap(at, page_size());
     }
     println!("{}", SIGNALS.load(Ordering::Relaxed) / signal);
 }
@@ -255,9 +258,10 @@ pub(crate) fn serve(threads: u64) {
             let done = done.clone();
             thread::spawn(move || {
                 while let Ok(()) = told.recv() {
-                    let at = map(PAGE, RW);
-                    touch(at, PAGE);
-                    done.send((at, munmap(at, PAGE))).expect("the leader waits");
+                    let at = map(page_size(), RW);
+                    touch(at, page_size());
+                    done.send((at, munmap(at, page_size())))
+                        .expect("the leader waits");
                 }
             });
             go
@@ -279,8 +283,8 @@ pub(crate) fn serve(threads: u64) {
                 println!("did {failed} {}", list.join(" "));
             }
             "fork" => {
-                let at = map(PAGE, RW);
-                let child = sys::fork(|| munmap(at, PAGE) as i32);
+                let at = map(page_size(), RW);
+                let child = sys::fork(|| munmap(at, page_size()) as i32);
                 println!("forked {}", sys::wait(child, 0));
             }
             "exec" => drop(thread::spawn(|| itself(&["exit", "8"]).exec()).join()),
@@ -315,7 +319,7 @@ pub(crate) fn forks_and_dies(forks: u64) {
 
 /// Children that make threads as fast as they can. Each child is killed while it does so.
 pub(crate) fn killed_cloning(children: u64) {
-    let made = sys::mmap(0, PAGE, RW, libc::MAP_SHARED | libc::MAP_ANONYMOUS);
+    let made = sys::mmap(0, page_size(), RW, libc::MAP_SHARED | libc::MAP_ANONYMOUS);
     // SAFETY: the mapping is never unmapped, is zeroed and page-aligned, and is only used as this
     // atomic.
     let made = unsafe { AtomicI32::from_ptr(std::ptr::with_exposed_provenance_mut(made as usize)) };

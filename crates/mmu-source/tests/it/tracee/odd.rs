@@ -10,7 +10,7 @@ use libc::{
     sock_filter,
 };
 
-use crate::sys::{self, PAGE, call, map, touch};
+use crate::sys::{self, call, map, page_size, touch};
 
 /// Runs `case` with memory that a tracer without privileges may not read, as if the program's file
 /// were executable but not readable.
@@ -21,10 +21,10 @@ pub(crate) fn hidden(case: impl FnOnce()) {
 
 /// Discards pages by calls that name this process.
 pub(crate) fn advice_on_itself() {
-    let arena = map(4 * PAGE, PROT_READ | PROT_WRITE);
-    touch(arena, 4 * PAGE);
+    let arena = map(4 * page_size(), PROT_READ | PROT_WRITE);
+    touch(arena, 4 * page_size());
     let own = call(libc::SYS_pidfd_open, &[u64::from(process::id()), 0]) as u64;
-    let vector = [arena, 2 * PAGE];
+    let vector = [arena, 2 * page_size()];
     let advice = libc::MADV_PAGEOUT as u64;
     let result = call(
         libc::SYS_process_madvise,
@@ -32,7 +32,7 @@ pub(crate) fn advice_on_itself() {
     );
     println!(
         "process_madvise {arena:#x} {:#x} {result}",
-        arena + 2 * PAGE
+        arena + 2 * page_size()
     );
     let (pages, nodes, mut status) = ([arena], [0_i32], [0_i32]);
     let pid = u64::from(process::id());
@@ -41,7 +41,7 @@ pub(crate) fn advice_on_itself() {
         libc::SYS_move_pages,
         &[pid, 1, pages, nodes, sys::address_mut(&mut status), 2],
     );
-    println!("move_pages {arena:#x} {:#x} {result}", arena + PAGE);
+    println!("move_pages {arena:#x} {:#x} {result}", arena + page_size());
 }
 
 /// Installs a filter that asks for a tracer at a memory call and at another call, and makes both
@@ -69,7 +69,7 @@ pub(crate) fn own_filter() {
         statement(BPF_RET | BPF_K, libc::SECCOMP_RET_ALLOW),
         statement(BPF_RET | BPF_K, libc::SECCOMP_RET_TRACE | 77),
     ];
-    let at = map(PAGE, PROT_READ | PROT_WRITE);
+    let at = map(page_size(), PROT_READ | PROT_WRITE);
     assert_eq!(
         call(
             libc::SYS_prctl,
@@ -92,7 +92,7 @@ pub(crate) fn own_filter() {
         ),
         0
     );
-    let protected = call(libc::SYS_mprotect, &[at, PAGE, PROT_READ as u64]);
+    let protected = call(libc::SYS_mprotect, &[at, page_size(), PROT_READ as u64]);
     let parent = call(libc::SYS_getppid, &[]);
     println!("mprotect {protected}");
     println!("getppid {parent}");

@@ -14,7 +14,7 @@ impl Script {
     /// Allocates everything in advance, so that no call of the allocator mixes with the script's.
     pub(crate) fn new() -> Script {
         let script = Script {
-            marker: sys::map(sys::PAGE, libc::PROT_READ | libc::PROT_WRITE),
+            marker: sys::map(sys::page_size(), libc::PROT_READ | libc::PROT_WRITE),
             lines: Vec::with_capacity(128),
         };
         // The first line that is printed makes Rust allocate its buffer.
@@ -27,7 +27,10 @@ impl Script {
     /// address.
     fn mark(&self) {
         const NO_SUCH_ADVICE: u64 = 12_345;
-        let refused = sys::call(libc::SYS_madvise, &[self.marker, sys::PAGE, NO_SUCH_ADVICE]);
+        let refused = sys::call(
+            libc::SYS_madvise,
+            &[self.marker, sys::page_size(), NO_SUCH_ADVICE],
+        );
         assert_eq!(refused, -i64::from(libc::EINVAL));
     }
 

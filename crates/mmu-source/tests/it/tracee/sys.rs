@@ -3,7 +3,11 @@
 
 use std::io;
 
-pub(crate) const PAGE: u64 = 4096;
+/// The size of a page.
+pub(crate) fn page_size() -> u64 {
+    // SAFETY: takes an integer.
+    unsafe { libc::sysconf(libc::_SC_PAGESIZE) as u64 }
+}
 
 /// Makes a system call and returns its raw result, `-errno` on failure.
 pub(crate) fn call(number: libc::c_long, args: &[u64]) -> i64 {
@@ -52,7 +56,7 @@ pub(crate) fn munmap(address: u64, length: u64) -> i64 {
 
 /// Writes to every page.
 pub(crate) fn touch(address: u64, length: u64) {
-    for page in (address..address + length).step_by(PAGE as usize) {
+    for page in (address..address + length).step_by(page_size() as usize) {
         // SAFETY: the callers have mapped this memory as writable, and no other code uses it.
         unsafe { std::ptr::with_exposed_provenance_mut::<u8>(page as usize).write_volatile(1) };
     }

@@ -3,7 +3,7 @@
 use libc::{MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, PROT_WRITE, c_long, ucontext_t};
 
 use crate::script::Script;
-use crate::sys::{PAGE, mmap, touch};
+use crate::sys::{mmap, page_size, touch};
 
 /// The call that makes a plain fork here. It takes no arguments.
 pub(crate) const FORK: c_long = libc::SYS_fork;
@@ -39,28 +39,33 @@ pub(crate) fn compat_calls() {
     const MADVISE: u32 = 219;
     let low = mmap(
         0,
-        8 * PAGE,
+        8 * page_size(),
         PROT_READ | PROT_WRITE,
         MAP_PRIVATE | MAP_ANONYMOUS | libc::MAP_32BIT,
     );
-    touch(low, 8 * PAGE);
-    let page = PAGE as u32;
+    touch(low, 8 * page_size());
+    let page = page_size() as u32;
     let at = u32::try_from(low).expect("MAP_32BIT maps low memory");
     let mut script = Script::new();
     let call = |number, args| i64::from(i386(number, args));
-    script.unmap("munmap", low, 2 * PAGE, call(MUNMAP, [at, 2 * page, 0]));
+    script.unmap(
+        "munmap",
+        low,
+        2 * page_size(),
+        call(MUNMAP, [at, 2 * page, 0]),
+    );
     script.seen(
         "mprotect",
         "protection_vma",
-        low + 2 * PAGE,
-        PAGE,
+        low + 2 * page_size(),
+        page_size(),
         call(MPROTECT, [at + 2 * page, page, 1]),
     );
     script.seen(
         "madvise",
         "clear",
-        low + 4 * PAGE,
-        PAGE,
+        low + 4 * page_size(),
+        page_size(),
         call(MADVISE, [at + 4 * page, page, 4]),
     );
     // This is the number of `munmap` on x86-64. As a 32-bit call it is another call.
