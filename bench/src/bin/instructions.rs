@@ -1,0 +1,73 @@
+//! Runs one fast path so many times, for an emulator that counts instructions: no time is the same
+//! on two kinds of processors, a count of instructions can be put beside another.
+//!
+//! `instructions {nothing | section | bracket | get | hit | watch} TIMES`. The difference of two
+//! runs is what the loop takes: `bench/README.md` has the commands.
+#![allow(missing_docs, reason = "a bench")]
+
+use mmu_notifier::{Event, InvalidateRange, MmWithUser, Notifier, Subsystem, Va, VaRange};
+use mmu_source::Watch;
+use regcache::{Counting, Device, Options};
+use srcu::Srcu;
+use std::hint::black_box;
+
+struct Empty;
+
+impl Notifier for Empty {
+    fn invalidate_range_start(&self, _: &InvalidateRange<'_>) {}
+}
+
+fn page(number: u64) -> VaRange {
+    VaRange::covering(Va::new(number << 12), 1).expect("a page")
+}
+
+/// One round before it is counted: what is made at the first use is there then.
+#[inline(never)]
+fn repeat(times: u32, mut f: impl FnMut()) {
+    f();
+    for _ in 0..times {
+        f();
+    }
+}
+
+fn main() {
+    let mut arguments = std::env::args().skip(1);
+    let path = arguments.next().unwrap_or_default();
+    let times = arguments.next().and_then(|times| times.parse().ok());
+    let times = times.expect("how often");
+    let mm = MmWithUser::new();
+    match path.as_str() {
+        "nothing" => repeat(times, || _ = black_box(&mm)),
+        "section" => {
+            let srcu = Srcu::new();
+            repeat(times, || drop(black_box(&srcu).read_lock()));
+        }
+        "bracket" => repeat(times, || {
+            drop(black_box(&mm).invalidate(page(1), Event::Clear));
+        }),
+        "get" => {
+            let subsystem: Subsystem<Empty> = Subsystem::new(|_| Ok(Empty));
+            let _held = subsystem.get(&mm).expect("outside of brackets");
+            repeat(times, || {
+                drop(black_box(&subsystem).get(&mm).expect("it is there"));
+            });
+        }
+        "hit" => {
+            let device = Device::new(Counting::default(), Options::new());
+            let cache = device.open(&mm).expect("outside of brackets");
+            // Among others, so that the look-up has something to look up.
+            let regions: Vec<_> = (0..16).map(|number| page(2 * number)).collect();
+            for region in regions {
+                drop(cache.get(region).expect("a free place"));
+            }
+            repeat(times, || {
+                drop(black_box(&cache).get(page(6)).expect("it is there"));
+            });
+        }
+        "watch" => {
+            let watch = Watch::new(page(1)).expect("a watch");
+            repeat(times, || assert!(black_box(&watch).is_valid()));
+        }
+        _ => panic!("nothing, section, bracket, get, hit or watch, and how often"),
+    }
+}
