@@ -62,6 +62,12 @@ fn with_row(text: &str, series: &str, row: &str) -> Option<String> {
         .collect();
     rows.sort_by_key(|row| known.iter().position(|name| *name == key(row)));
     let labels = labels_of_all();
+    // Rows that were written before there were as many columns.
+    for row in &mut rows {
+        let cells = row.matches(" | ").count() + 1;
+        let missing = " not run |".repeat((labels.len() + 2).saturating_sub(cells));
+        row.insert_str(row.len() - 1, &missing);
+    }
     let head = format!(
         "| kernel | version | {} |\n|{}\n",
         labels.join(" | "),
@@ -99,7 +105,15 @@ mod tests {
             .lines()
             .filter(|line| line.starts_with("| 6"))
             .collect();
-        assert_eq!(rows, ["| 6.1 | b |", "| 6.12 | c |"]);
+        assert_eq!(rows.len(), 2);
+        assert!(rows[0].starts_with("| 6.1 | b |") && rows[1].starts_with("| 6.12 | c |"));
+        // Each has as many cells as the head.
+        let cells = |row: &str| row.matches('|').count();
+        let head = text
+            .lines()
+            .find(|line| line.starts_with("| kernel"))
+            .unwrap();
+        assert_eq!([cells(rows[0]), cells(rows[1])], [cells(head); 2]);
         assert!(text.starts_with("above\n") && text.ends_with("below\n"));
     }
 }

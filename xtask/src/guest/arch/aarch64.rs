@@ -59,6 +59,7 @@ pub(super) const ARCH: Arch = Arch {
             "coverage",
             "test -p mmun --test it -- coverage::the_kernel_misses_nothing",
         ),
+        ("stress kernel", "run -p stress -- kernel --seconds 5"),
         (
             "trace",
             "test -p mmu-source --test it -- again:: calls:: death:: life:: attach:: stop::",
@@ -69,6 +70,16 @@ pub(super) const ARCH: Arch = Arch {
         (
             "process",
             "test -p mmu-source --test it -- --skip kernel --skip broker",
+        ),
+        ("stress", "run -p stress -- srcu --seconds 20"),
+        ("stress", "run -p stress -- mmu --seconds 20"),
+        (
+            "stress",
+            "run -p stress -- regcache --seconds 20 --source hook",
+        ),
+        (
+            "stress",
+            "run -p stress -- regcache --seconds 20 --source kernel",
         ),
     ],
     needed: &[
