@@ -41,7 +41,7 @@ sources! {
         "a counter moves before the change; callbacks run at the next look, or soon after",
         "nothing; some changes of other memory are told as well",
         "allocate, lock, map, unmap, arm and disarm; not wait for a thread that may be draining",
-        "two loads for each use; a fill that follows a change waits some microseconds (x86-64 with BTF; elsewhere it makes a virtual machine)",
+        "two loads for each use; a fill that follows a change waits some microseconds (x86-64 or aarch64 with BTF; elsewhere it makes a virtual machine)",
         "/dev/kvm, CAP_BPF and CAP_PERFMON, Linux 5.12; or a broker (mmun broker), Linux 5.15";
     "hook":
         "what goes through libc: munmap, mmap over live memory, mremap, madvise, brk, sbrk, shmat, shmdt, mprotect, syscall(2)",

@@ -136,6 +136,17 @@ impl<L: Copy + Eq + Hash + Debug> Assembler<L> {
         self.push(0xdb, dst, src as u8, offset, 0xe1);
     }
 
+    /// A full barrier, where the processor needs one to keep a load behind what came before it. The
+    /// fetching addition is one whatever word it is of: this one is at the end of the stack, in
+    /// [`PEEKED`]. Register 0 is lost.
+    pub(super) fn fence(&mut self) {
+        if cfg!(not(target_arch = "x86_64")) {
+            self.store_immediate(Reg::R10, PEEKED, 0);
+            self.op(Op::Mov, Reg::R0, 0);
+            self.atomic_add(Reg::R10, PEEKED, Reg::R0, true);
+        }
+    }
+
     /// `dst = immediate`, 64 bits in two instructions.
     pub(super) fn wide(&mut self, dst: Reg, kind: u8, low: u32, high: u32) {
         self.push(0x18, dst, kind, 0, low as i32);

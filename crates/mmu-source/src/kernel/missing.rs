@@ -154,7 +154,7 @@ pub(super) fn bpf_missing(error: &io::Error) -> Error {
 
 /// Explains what a broker needs and the kernel lacks.
 pub(super) fn description_missing() -> Error {
-    let missing = "x86-64, and the kernel's description of itself and of KVM (CONFIG_DEBUG_INFO_BTF, Linux 5.15)";
+    let missing = "x86-64 or aarch64, and the kernel's description of itself and of KVM (CONFIG_DEBUG_INFO_BTF, Linux 5.15)";
     unavailable(missing.to_owned(), "ls -l /sys/kernel/btf")
 }
 

@@ -6,6 +6,7 @@
 //! ```c
 //! if (start == scratch) goto question;
 //! if (!on) return;                                   // No range was ever armed.
+//! fence();                                           // No instruction on x86-64.
 //! if (dirty != 1) xchg(&dirty, 1);                   // A full barrier before the filter is read: `arm` needs it.
 //! if (!armed) return;
 //! if (wide) goto hit;
@@ -30,6 +31,7 @@
 //! return;
 //! question:                                          // Is anything under way? See `wait.rs`.
 //! number = asked;
+//! fence();
 //! if (count && *count == 0) answered = number;
 //! ```
 //!
@@ -172,7 +174,11 @@ pub(super) fn build(maps: Maps<'_>, audience: Audience) -> Vec<u64> {
     a.load(R2, HEADER, word(header::ON));
     a.jump(If::Equal, R2, 0, Label::Out);
     // ORDER(source-wait): this code runs at A's tracepoint, so the change has already raised B's
-    // count, by a locked instruction, before this load. Partner: the fence in `Waits::wait`.
+    // count, and a full barrier (on x86-64 a locked instruction of the kernel's) comes before this
+    // load. Partner: the fence in `Waits::wait`.
+    // ORDER(source-forgotten): if the kernel did not find B among the notifiers, `load_count` does
+    // not find B's count. Partner: the store in the resolver.
+    a.fence();
     a.load(R2, HEADER, word(header::DIRTY));
     a.jump(If::Equal, R2, 1, Label::Dirty);
     a.op(Op::Mov, R2, 1);
@@ -296,8 +302,10 @@ fn load_count(a: &mut Code, maps: Maps<'_>, unknown: Label) {
 fn question(a: &mut Code, maps: Maps<'_>, peek: bool, label: Label) {
     a.label(label);
     if peek {
-        // Load the number first, so that the count is read after the question was asked.
+        // ORDER(source-question): load the number first, so that the count is read after the
+        // question was asked. Partner: the store in `Waits::is_over`, before the question.
         a.load(R7, HEADER, header::ASKED as isize);
+        a.fence();
         load_count(a, maps, Label::Out);
         a.jump(If::NotEqual, R0, 0, Label::Out);
         a.store(HEADER, header::ANSWERED as isize, R7);

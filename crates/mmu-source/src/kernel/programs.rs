@@ -138,9 +138,9 @@ pub(super) fn load_resolver(private: &OwnedFd, offsets: Offsets) -> io::Result<O
 
 /// Returns the offsets that the resolver needs, if the resolver is of use here.
 pub(super) fn offsets() -> Option<Offsets> {
-    // On other processors it is not proven that the count goes down only after the stores to the
-    // page tables are visible.
-    if cfg!(target_arch = "x86_64") {
+    // `docs/ordering.md` has the argument for these two processors. On others it is not proven that
+    // the count goes down only after the stores to the page tables are visible.
+    if cfg!(any(target_arch = "x86_64", target_arch = "aarch64")) {
         Offsets::of_this_kernel()
     } else {
         None

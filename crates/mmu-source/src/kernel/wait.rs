@@ -37,8 +37,8 @@
 //! If the count was not zero in any of [`POLLS`] questions, the vault makes another machine, which
 //! replaces B. To register its notifier, the kernel takes every lock that a change of this address
 //! space needs (`mm_take_all_locks`), so no change is under way then. The vault also does this if
-//! the count cannot be read, and on every processor except x86-64: there it is not proven that the
-//! count goes down only after the stores to the page tables are visible.
+//! the count cannot be read, and on every processor except x86-64 and aarch64: there it is not
+//! proven that the count goes down only after the stores to the page tables are visible.
 //!
 //! B costs each change some 0.35 us, so it is closed after a time without waits. Before that, the
 //! word with the address of B's count is cleared. Unregistering B waits for every start that is
@@ -173,8 +173,9 @@ impl Waits {
         let generation = header.u64(header::GENERATION).load(Ordering::Acquire);
         // ORDER(source-wait): full fence between these two words and the load of the count. It has
         // two partners. First, the program's load of `dirty`, which comes after its change has
-        // raised B's count (a locked instruction): if the program's load comes before the store of
-        // WAITING, so that the program does not set `dirty` again, the count shows the change.
+        // raised B's count (with a full barrier between): if the program's load comes before the
+        // store of WAITING, so that the program does not set `dirty` again, the count shows the
+        // change.
         // Second, the fence of `arm` before the ticket: a thread that relies on this wait has added
         // its range before.
         fence(Ordering::SeqCst);
@@ -204,6 +205,8 @@ impl Waits {
                 crate::wait::pause();
             }
             state.asked += 1;
+            // ORDER(source-question): Relaxed: the question comes after it in this thread. Partner:
+            // the program's fence after its load.
             header
                 .u64(header::ASKED)
                 .store(state.asked, Ordering::Relaxed);

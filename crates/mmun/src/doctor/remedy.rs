@@ -12,8 +12,7 @@ const NOTE: &str = "the copy lends these rights to all who may execute it, in 'd
 
 /// What is missing, with commands for `mmun` in the place of those for any program.
 pub(super) fn lack(source: &str, missing: String, remedy: &str) -> Lack {
-    let has_broker =
-        source == "kernel" && cfg!(target_arch = "x86_64") && fs::exists(BTF).unwrap_or(false);
+    let has_broker = source == "kernel" && IS_FOR_BROKERS && fs::exists(BTF).unwrap_or(false);
     let (remedy, instead, note) = match capabilities(remedy) {
         None => (Some(remedy.to_owned()), None, None),
         Some(names) if has_broker => (Some(broker()), Some(copy(source, names)), Some(NOTE)),
@@ -26,6 +25,9 @@ pub(super) fn lack(source: &str, missing: String, remedy: &str) -> Lack {
         note,
     }
 }
+
+/// Whether a broker can serve on this processor.
+const IS_FOR_BROKERS: bool = cfg!(any(target_arch = "x86_64", target_arch = "aarch64"));
 
 /// The kernel's description of itself, which the broker reads.
 const BTF: &str = "/sys/kernel/btf/vmlinux";
