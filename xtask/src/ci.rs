@@ -179,15 +179,21 @@ pub(crate) fn run(root: &Path) -> ExitCode {
     }
 }
 
-/// Why a probe fails: the last line of its errors.
+/// How `timeout` ends if it had to end the command.
+const TOO_LONG: i32 = 124;
+
+/// Why a probe fails: the last line of its errors, and that it took too long, if it did.
 fn lack(probe: &str) -> Option<String> {
     let said = match command(probe).output() {
         Ok(output) if output.status.success() => return None,
-        Ok(output) => String::from_utf8_lossy(&output.stderr)
-            .lines()
-            .next_back()
-            .unwrap_or_default()
-            .to_owned(),
+        Ok(output) => {
+            let errors = String::from_utf8_lossy(&output.stderr);
+            let last = errors.lines().next_back().unwrap_or("not a word");
+            match output.status.code() {
+                Some(TOO_LONG) => format!("it did not end in time, after: {last}"),
+                _ => last.to_owned(),
+            }
+        }
         Err(error) => error.to_string(),
     };
     Some(format!("`{probe}` says no: {said}"))
