@@ -100,10 +100,10 @@ pub trait IntervalOps: Send + 'static {
     /// May sleep.
     fn invalidate(&mut self, range: &InvalidateRange<'_>) -> Option<Finish>;
 
-    /// The same as [`invalidate`](Self::invalidate), where sleeping is forbidden.
+    /// Like [`invalidate`](Self::invalidate), for a bracket in which sleeping is forbidden.
     ///
     /// # Errors
-    /// [`WouldBlock`] if it would have to sleep. Then the intervals after this one are not asked,
+    /// [`WouldBlock`] if it would have to sleep. Then the intervals after this one are not called,
     /// and no bracket opens.
     fn try_invalidate(
         &mut self,
@@ -161,8 +161,8 @@ pub struct IntervalNotifier<S: IntervalOps> {
     owns: PhantomData<Node<Mutex<S>>>,
 }
 
-// SAFETY: What moves is a `Box` of a state behind a lock, which is `Send` if the state is, as
-// `IntervalOps` demands, and of links that only lock holders touch.
+// SAFETY: The box of the node moves. It holds the state, which `IntervalOps` requires to be `Send`,
+// behind a lock, and links that only holders of the lock of the intervals touch.
 unsafe impl<S: IntervalOps> Send for IntervalNotifier<S> {}
 // SAFETY: `&IntervalNotifier` reaches the state only through its lock, and the links only through
 // the lock of the intervals.
@@ -197,10 +197,10 @@ impl<S: IntervalOps> IntervalNotifier<S> {
         }
     }
 
-    /// The same as [`insert`](Self::insert), for a caller that holds the write lock.
+    /// Like [`insert`](Self::insert), for a caller that holds the write lock.
     ///
     /// # Blocking
-    /// As `insert`, except for the lock.
+    /// Blocks as `insert` does, but not for the lock.
     /// # Errors
     /// [`InsertError`] with the state, if this is the first insert and this thread has opened a
     /// bracket of the address space since it took the lock, or runs a deferred free. Always if the
@@ -449,8 +449,9 @@ impl<S: IntervalOps> Drop for IntervalNotifier<S> {
                 owns: PhantomData,
             };
             let mm = again.mm().clone();
-            // The reclaimer must not sleep until a window closes either. If one is open, the drop
-            // below comes back to this place and waits for another grace period.
+            // The reclaimer must not sleep until a window closes either. If a window is open then,
+            // the drop of `again` comes to this line once more, and the removal waits for another
+            // grace period.
             mm.subscriptions().srcu().call(move || {
                 let mm = again.mm().clone();
                 context::freeing(|| {

@@ -150,8 +150,8 @@ struct State<S> {
 
 /// The start of a fault: its range, and the sequence at that time.
 ///
-/// A snapshot is good for one try. A fault that was refused needs a new snapshot, and must look up
-/// again after it:
+/// A snapshot is good for one try. After a refusal, the fault needs a new snapshot and a new
+/// look-up:
 ///
 /// ```compile_fail,E0382
 /// # use mmu_notifier::*;
@@ -472,7 +472,7 @@ impl<S: ShadowOps> InvalidateSeq<S> {
         );
     }
 
-    /// Counts a bracket that opens, and tells whether it meets a watched range. The caller holds
+    /// Counts a bracket that opens, and returns whether it meets a watched range. The caller holds
     /// `window`.
     fn open(&self, window: &mut Window, range: VaRange) -> bool {
         window.active += 1;

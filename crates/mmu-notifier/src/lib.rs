@@ -129,7 +129,7 @@ pub use range::{InvalidRange, PAGE_SIZE, Va, VaRange};
 pub use registration::{RegisterError, Registration, UnregisterError};
 pub use soft_tlb::SoftTlb;
 pub use srcu::WouldDeadlock;
-// For the crates above, which keep words of each thread in the same way.
+// For the crates that build on this one: they keep per-thread words in the same way.
 #[doc(hidden)]
 pub use srcu::{mutant, thread_word};
 #[cfg(not(mmun_loom))]

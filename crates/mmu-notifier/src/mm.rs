@@ -146,15 +146,15 @@ impl Mm {
         None
     }
 
-    /// Returns how many [`MmWithUser`] there are. A snapshot for reports and tests.
+    /// Returns how many [`MmWithUser`] there are now. For reports and tests.
     #[must_use]
     #[inline]
     pub fn mm_users(&self) -> usize {
         self.0.users.load(Ordering::Relaxed)
     }
 
-    /// Returns how many handles there are. Every `Mm`, every [`MmWithUser`] and every subscription
-    /// holds one. A snapshot for reports and tests.
+    /// Returns how many handles there are now. Every `Mm`, every [`MmWithUser`] and every
+    /// subscription holds one. For reports and tests.
     #[must_use]
     pub fn mm_count(&self) -> usize {
         Arc::strong_count(&self.0)
@@ -197,8 +197,8 @@ impl Mm {
         });
     }
 
-    /// Clears the accessed marks that subscribers keep for `range`, flushes, and tells whether any
-    /// mark was set. Asks every subscriber.
+    /// Clears the accessed marks that subscribers keep for `range`, flushes, and returns whether
+    /// any mark was set. Asks every subscriber.
     ///
     /// # Blocking
     /// As long as the callbacks do.
@@ -212,8 +212,8 @@ impl Mm {
         young
     }
 
-    /// Clears the accessed marks that subscribers keep for `range`, and tells whether any mark was
-    /// set. Asks every subscriber.
+    /// Clears the accessed marks that subscribers keep for `range`, and returns whether any mark
+    /// was set. Asks every subscriber.
     ///
     /// # Blocking
     /// As long as the callbacks do.

@@ -1,34 +1,35 @@
-//! How many frees of a subsystem are under way, and the wait for them.
+//! The count of a subsystem's unfinished frees, and the wait for them.
 
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{Arc, Condvar, Mutex, forks, lock, mutant};
 use once_cell::race::OnceBox;
 
-/// The frees of one subsystem that are queued and not done, in two banks.
+/// Counts the unfinished frees of one subsystem, in two banks.
 ///
 /// 1. A put counts its free in the current bank.
 /// 2. `synchronize` waits until the other bank is empty, and makes that bank current.
 /// 3. Then it waits until the first bank is empty.
 ///
-/// Every free queued before the call is in one of the two banks, so `synchronize` waits for all of
-/// them. New puts cannot delay it for ever, because it never waits for the bank that new puts fill.
-/// A put that read `current` before step 2 may still count in the first bank; there are finitely
-/// many such puts.
+/// Every free that was queued before the call is counted in one of the two banks, so `synchronize`
+/// waits for all of them. New puts cannot delay it for ever, because it never waits for the bank
+/// that new puts fill. A put that read `current` before step 2 may still count in the first bank;
+/// there are finitely many such puts.
 ///
 /// A `Pending` belongs to one process. In the child of a fork, threads that exist in the parent
-/// only may hold its locks or owe it counts. So the child leaves it alone and makes a new one. The
-/// new one is made without a lock, for the same reason.
+/// only may hold its locks, or may have counted frees that never finish in the child. So the child
+/// does not use it and makes a new one, without a lock, because a thread of the parent may hold
+/// that lock too.
 #[derive(Debug)]
 pub(crate) struct Pending {
     pub(crate) users_max: u32,
-    /// The value of [`forks`] in the process that made it.
+    /// The value of [`forks`] in the process that made this `Pending`.
     pub(crate) forks: usize,
-    /// The `Pending` that a forked child made, in the child.
+    /// In the child of a fork: the `Pending` that the child made.
     pub(crate) child: OnceBox<Arc<Pending>>,
     /// Both counts in one word, so that one load sees both.
     banks: AtomicU64,
     current: AtomicUsize,
-    /// Held by the one running `synchronize`.
+    /// The thread that runs `synchronize` holds it.
     turn: Mutex<()>,
     emptied: (Mutex<()>, Condvar),
 }
@@ -48,9 +49,8 @@ impl Pending {
 
     /// Counts a free that is about to be queued, and returns its bank.
     pub(crate) fn queued(&self) -> u8 {
-        // ORDER: Relaxed is enough. If the put happened before `synchronize`, that relation makes
-        // the count visible to it, in whichever bank it is. If the put did not, `synchronize` need
-        // not see it.
+        // ORDER: Relaxed is enough. If the put happens before `synchronize`, `synchronize` sees its
+        // count, in whichever bank the count is. If not, `synchronize` need not see the put.
         let bank = self.current.load(Ordering::Relaxed);
         self.banks.fetch_add(one(bank), Ordering::Relaxed);
         u8::from(bank != 0)
@@ -59,7 +59,7 @@ impl Pending {
     /// Counts a free as done.
     pub(crate) fn freed(&self, bank: u8) {
         if self.forks != forks() {
-            // The value's drop forked, and this is the child, in which no thread waits.
+            // The drop of the value has forked, and this is the child, where no thread waits.
             return;
         }
         // ORDER(core-freed): orders the free before the count. Partner: the load in `wait_for`.
@@ -71,7 +71,7 @@ impl Pending {
         };
         let bank = usize::from(bank);
         if count(self.banks.fetch_sub(one(bank), order), bank) == 1 {
-            // Under the lock, so that the notification cannot fall between a waiter's check and its
+            // Under the lock, so that the notification cannot come between a waiter's check and its
             // sleep.
             let _lock = lock(&self.emptied.0);
             self.emptied.1.notify_all();
@@ -88,8 +88,8 @@ impl Pending {
         self.wait_for(current);
     }
 
-    /// Tells whether no free is queued. A put inside a free is counted before that free is done, so
-    /// no chain is missed.
+    /// Returns whether no free is unfinished. If a free puts another notifier, that put is counted
+    /// before the free is done, so this function misses no chain.
     pub(crate) fn is_idle(&self) -> bool {
         // ORDER(core-freed): partner of the subtraction in `freed`.
         self.banks.load(Ordering::Acquire) == 0
@@ -121,8 +121,8 @@ impl Pending {
 /// gives no thread for the reclaimer.
 const WITHOUT_RECLAIMER: std::time::Duration = std::time::Duration::from_millis(1);
 
-/// One free in a bank. More than 2^32 cannot be queued, because their nodes would not fit into
-/// memory.
+/// One free, as a part of `banks`. A bank cannot overflow: the nodes of 2^32 queued frees do not
+/// fit into memory.
 const fn one(bank: usize) -> u64 {
     1 << (32 * bank)
 }

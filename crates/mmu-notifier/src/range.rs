@@ -2,8 +2,9 @@
 
 use std::fmt;
 
-/// Bytes in the smallest page of any supported machine: the granule of every [`VaRange`]. Where the
-/// kernel's pages are larger (16 and 64 KiB on aarch64), what it changes is a multiple of this.
+/// The size of the smallest page of any supported machine, in bytes. Every [`VaRange`] is a
+/// multiple of it. If the kernel's pages are larger (16 or 64 KiB on aarch64), its changes are
+/// multiples of it too.
 pub const PAGE_SIZE: u64 = 4096;
 
 /// A virtual address, in bytes. It may belong to another process, so it is never a pointer.
@@ -31,14 +32,15 @@ impl Va {
         Self::untagged(pointer.addr() as u64)
     }
 
-    /// Wraps a byte address without its tag: the byte that an aarch64 processor ignores,
-    /// and that `malloc` may use (memory tagging). Addresses from the kernel have no tag.
+    /// Wraps a byte address without its tag. The tag is the top byte, which an aarch64 processor
+    /// ignores and `malloc` may use (memory tagging). Addresses that the kernel reports have no
+    /// tag.
     ///
     /// # Source
     /// `untagged_addr`, arch/arm64/include/asm/uaccess.h.
     #[must_use]
     pub const fn untagged(address: u64) -> Self {
-        // An address of the kernel keeps its upper bits: they are copies of bit 55.
+        // The shift copies bit 55 upwards, so kernel addresses keep their upper bits.
         if cfg!(target_arch = "aarch64") {
             Self(address & ((address << 8) as i64 >> 8) as u64)
         } else {
@@ -68,8 +70,8 @@ impl fmt::Debug for Va {
 /// A non-empty range of whole pages, half-open in bytes.
 ///
 /// # Invariants
-/// `first` is a multiple of [`PAGE_SIZE`], `last + 1` is one too (it wraps to zero for a range that
-/// reaches the last address), and `first < last`.
+/// `first` and `last + 1` are multiples of [`PAGE_SIZE`], and `first < last`. If the range reaches
+/// the last address, `last + 1` wraps to zero.
 ///
 /// # Examples
 /// ```
@@ -200,8 +202,8 @@ impl VaRange {
         (self.last - self.first) / PAGE_SIZE + 1
     }
 
-    /// Returns the number of bytes; for the whole of an address space, which has one more than
-    /// fits, all ones.
+    /// Returns the number of bytes. For [`ALL`](Self::ALL), whose 2^64 bytes do not fit into a
+    /// `u64`, returns `u64::MAX`.
     #[must_use]
     pub const fn bytes(self) -> u64 {
         (self.last - self.first).saturating_add(1)
@@ -256,8 +258,8 @@ impl fmt::Debug for VaRange {
     }
 }
 
-/// The bounds given make no [`VaRange`]: empty, reversed, past the last address or not on page
-/// bounds.
+/// The error for bounds that make no [`VaRange`]: an empty or reversed range, a range past the last
+/// address, or bounds that are not multiples of the page size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct InvalidRange {

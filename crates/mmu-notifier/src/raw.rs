@@ -10,8 +10,8 @@
 //!
 //! # Safety
 //! A node is alive from `register` until it is disposed of or unregistered. `find` returns a
-//! counted node, which is not disposed of before the caller puts it. Each function states the
-//! duties that remain for its caller.
+//! counted node, which is not disposed of before the caller puts it. Each function states what else
+//! its caller must promise.
 
 pub use crate::interval::raw::{Interval, RawIntervalOps};
 pub use crate::mm::PlacedBracket;
@@ -124,7 +124,7 @@ impl<N: Embedded> Notifiers<N> {
     /// [`WouldDeadlock`] if this thread has opened a bracket of the address space since it took the
     /// lock. Nothing was written.
     /// # Safety
-    /// `place` must be valid for writes, aligned and not in use, and must satisfy the duties of
+    /// `place` must be valid for writes, aligned and not in use, and must keep the promises of
     /// [`Embedded`].
     /// # Source
     /// `__mmu_notifier_register`, Linux 5.15.
@@ -144,10 +144,10 @@ impl<N: Embedded> Notifiers<N> {
             Some(self.subsystem.pending().clone()),
             notifier,
         );
-        // SAFETY: The place must be valid for writes: the caller's duty.
+        // SAFETY: The place must be valid for writes, which the caller promises.
         unsafe { place.write(node) };
-        // SAFETY: The node must be new and stay alive: it was written above, and the caller keeps
-        // it.
+        // SAFETY: The node must be new and must stay alive. It was written above, and the caller
+        // keeps it.
         let node = unsafe { NodeRef::adopt(place) };
         registrar::publish(&node, locked);
         node.set_live();
@@ -155,8 +155,8 @@ impl<N: Embedded> Notifiers<N> {
         Ok(())
     }
 
-    /// Waits until every node whose last reference was put before the call has been disposed of,
-    /// and its reference to the address space dropped. The thread that put it does not matter. See
+    /// Waits for the nodes whose last reference was put before the call, by any thread: until each
+    /// of them has been disposed of and its reference to the address space dropped. See
     /// [`Subsystem::synchronize`].
     ///
     /// # Blocking
@@ -171,15 +171,16 @@ impl<N: Embedded> Notifiers<N> {
     }
 }
 
-/// Returns what the opener gave [`PlacedBracket::start`], or 0 for every other bracket.
+/// Returns the `origin` that the opener passed to [`PlacedBracket::start`], or 0 for every other
+/// bracket.
 #[must_use]
 #[inline]
 pub fn origin(range: &InvalidateRange<'_>) -> usize {
     range.origin
 }
 
-/// Tells whether waiting for brackets of `mm` would be refused here: inside a bracket of this
-/// thread, in a deferred free, and in the child of a fork if `mm` is the parent's.
+/// Tells whether a wait for brackets of `mm` would be refused: inside a bracket of this thread, in
+/// a deferred free, and in the child of a fork if `mm` is the parent's.
 #[must_use]
 pub fn would_deadlock(mm: &Mm) -> bool {
     mm.would_deadlock()

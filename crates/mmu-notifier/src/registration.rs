@@ -1,4 +1,4 @@
-//! Registration: for callers that make a notifier and later take it back.
+//! Registrations: for callers that make a notifier and later unregister it.
 
 mod error;
 
@@ -11,7 +11,7 @@ use crate::{Mm, MmWithUser, MmapWriteGuard, Notifier, WouldDeadlock, lockdep};
 use std::fmt;
 use std::ops::Deref;
 
-/// Registers a notifier, of a subsystem or of none, for a caller that holds the write lock.
+/// Registers a notifier, of a subsystem or of none. The caller holds the write lock.
 #[cfg_attr(debug_assertions, track_caller)]
 pub(crate) fn register<N: Notifier>(
     locked: &MmapWriteGuard<'_>,
@@ -30,16 +30,16 @@ pub(crate) fn register<N: Notifier>(
     Ok(Registration { node })
 }
 
-/// A notifier that one owner has registered and will take back.
+/// A notifier that one owner has registered and will unregister.
 ///
-/// It has no key, so no lookup finds it. It therefore cannot be shared by mistake and then be
-/// unregistered while another user still has it. Dropping the registration is `put`: it calls no
-/// `release` and does not wait, and the value is dropped after a grace period. To be able to wait
-/// for that drop, register it through a [`Subsystem`](crate::Subsystem::register).
+/// A registration has no key, so no lookup finds the notifier. So no second user can still have it
+/// when the owner unregisters it. Dropping the registration is `put`: the drop calls no `release`
+/// and does not wait, and the notifier is dropped after a grace period. To be able to wait for that
+/// drop, register the notifier through a [`Subsystem`](crate::Subsystem::register).
 ///
 /// # Source
-/// `mmu_notifier_register`, `mmu_notifier_unregister`, Linux 5.15. Differs: `get` does not find it,
-/// by type.
+/// `mmu_notifier_register`, `mmu_notifier_unregister`, Linux 5.15. Differs: a type of its own,
+/// which `get` does not find.
 ///
 /// # Examples
 /// ```
@@ -61,20 +61,20 @@ pub struct Registration<N: Notifier> {
 }
 
 impl<N: Notifier> Registration<N> {
-    /// Registers `notifier` on `mm`. When it returns, every bracket that does not call it has
-    /// ended.
+    /// Registers `notifier` on `mm`. When this call returns, every bracket that does not call the
+    /// notifier has ended.
     ///
     /// # Blocking
     /// Sleeps while other registrars of `mm` are at work, and until the brackets open at that time
     /// have ended, and those opened later that it [may have to wait
     /// for](crate#what-a-wait-waits-for).
     /// # Errors
-    /// [`RegisterError`] with the notifier, unchanged and good for another try, if this thread is
-    /// inside a bracket of `mm`, holds its write lock (use [`new_locked`](Self::new_locked)) or
-    /// runs a deferred free.
+    /// [`RegisterError`] with the unchanged notifier, for another try, if this thread is inside a
+    /// bracket of `mm`, holds its write lock (use [`new_locked`](Self::new_locked)) or runs a
+    /// deferred free.
     /// # Source
-    /// `mmu_notifier_register`, Linux 5.15. Differs: cannot be interrupted, and fails before it has
-    /// changed anything.
+    /// `mmu_notifier_register`, Linux 5.15. Differs: a signal does not interrupt it, and it fails
+    /// only before it has changed anything.
     #[cfg_attr(debug_assertions, track_caller)]
     pub fn new(mm: &MmWithUser, notifier: N) -> Result<Self, RegisterError<N>> {
         match mm.mmap_write_lock() {
@@ -83,13 +83,13 @@ impl<N: Notifier> Registration<N> {
         }
     }
 
-    /// The same as [`new`](Self::new), for a caller that holds the write lock.
+    /// Like [`new`](Self::new), for a caller that holds the write lock.
     ///
     /// # Blocking
-    /// As `new`, except for the lock.
+    /// Blocks as `new` does, but not for the lock.
     /// # Errors
-    /// As `new`, except for the lock; also if this thread has opened a bracket of the address space
-    /// since it took the lock.
+    /// [`RegisterError`] with the unchanged notifier, if this thread has opened a bracket of the
+    /// address space since it took the lock.
     /// # Source
     /// `__mmu_notifier_register`, Linux 5.15.
     /// # Examples
@@ -116,16 +116,15 @@ impl<N: Notifier> Registration<N> {
     }
 
     /// Calls `release` unless exit has done so, delists the notifier, waits until no callback runs
-    /// in it, and hands it back.
+    /// in it, and returns it.
     ///
     /// # Blocking
     /// Sleeps while `release` runs, and until the brackets open at that time have ended, and those
     /// opened later that it [may have to wait for](crate#what-a-wait-waits-for).
     /// # Errors
-    /// [`UnregisterError`] with the registration, unchanged, if this thread is inside a bracket or
-    /// callback of the address space or runs a deferred free. Also if `release` has left a bracket
-    /// open on this thread. The registration is still good then, and the next `unregister` calls
-    /// `release` again.
+    /// [`UnregisterError`] with the registration, if this thread is inside a bracket or callback of
+    /// the address space or runs a deferred free, or if `release` has left a bracket open on this
+    /// thread. The notifier is still registered then. The next `unregister` calls `release` again.
     /// # Panics
     /// Never.
     /// # Source
@@ -158,19 +157,19 @@ impl<N: Notifier> Registration<N> {
         Ok(mm.subscriptions().reclaim(self.node))
     }
 
-    /// Delists the notifier without `release` and without waiting, and hands its value to `free`
+    /// Delists the notifier without `release` and without waiting, and passes its value to `free`
     /// after a grace period.
     ///
-    /// A callback that is already running may continue until then. For a caller that has already
-    /// dropped all shadow entries and must not sleep, but needs more than the plain drop of
+    /// A callback that is running may continue until then. This call is for a caller that has
+    /// already dropped all shadow entries and must not sleep, but needs more than the plain drop of
     /// [`put`](Self::put).
     ///
     /// # Blocking
-    /// Never; it allocates. `free` runs on the reclaimer thread and must not sleep.
+    /// Never, but this call allocates. `free` runs on the reclaimer thread and must not sleep.
     /// # Source
     /// `mmu_notifier_unregister_no_release` and `mmu_notifier_call_srcu`, Linux 5.3. Differs: the
-    /// two are one call, so the value cannot be freed too early. The address space's object is kept
-    /// until `free` has returned.
+    /// two are one call, so the value cannot be freed too early. The address space's object stays
+    /// alive until `free` has returned.
     /// # Examples
     /// ```
     /// use mmu_notifier::{MmWithUser, Notifier, Registration};
@@ -192,15 +191,15 @@ impl<N: Notifier> Registration<N> {
         mm.subscriptions().reclaim_later(self.node, free);
     }
 
-    /// Gives the notifier up; the same as dropping the registration.
+    /// Delists the notifier, like the drop of the registration.
     ///
-    /// It calls no `release`. The notifier is dropped on the background thread after a grace
-    /// period. If it was registered through [`Subsystem::register`](crate::Subsystem::register),
-    /// [`Subsystem::synchronize`](crate::Subsystem::synchronize) waits for that drop; otherwise no
+    /// Calls no `release`. The background thread drops the notifier after a grace period. If the
+    /// notifier was registered through [`Subsystem::register`](crate::Subsystem::register),
+    /// [`Subsystem::synchronize`](crate::Subsystem::synchronize) waits for that drop. Otherwise no
     /// function does.
     ///
     /// # Blocking
-    /// Never, and allocates nothing.
+    /// Never. Allocates nothing.
     /// # Source
     /// `mmu_notifier_put` of a registered notifier, Linux 5.15.
     #[doc(alias = "mmu_notifier_put")]

@@ -2,18 +2,18 @@
 
 use crate::{InvalidateRange, PAGE_SIZE, ShadowOps, Va, VaRange};
 
-/// A software TLB: a fixed number of page translations, ready-made as the shadow of an
+/// A software TLB: a fixed number of page translations, which can be the shadow of an
 /// [`InvalidateSeq`](crate::InvalidateSeq).
 ///
-/// It replaces a map of pages under a lock. A map frees its nodes when entries leave it, which a
-/// callback must not do (see [`Notifier`](crate::Notifier)). It allocates when entries are added,
-/// which no holder of a lock that a callback takes may do. A `SoftTlb` allocates once, in
-/// [`new`](Self::new), and frees in its drop.
+/// It replaces a map of pages under a lock. When a callback removes entries, a map frees nodes,
+/// which a callback must not do (see [`Notifier`](crate::Notifier)). When a thread adds entries, a
+/// map allocates, which no holder of a lock that a callback takes may do. A `SoftTlb` allocates
+/// once, in [`new`](Self::new), and frees in its drop.
 ///
-/// Like a processor's TLB it may evict entries: each page has one place, and inserting a page
-/// evicts the page that had the place. The next use of the evicted page is a miss, and must be
-/// looked up again. Adjacent pages do not evict one another, as long as there are no more of them
-/// than its capacity.
+/// Like a processor's TLB, a `SoftTlb` may evict entries: each page has one place, and inserting a
+/// page evicts the page that had the place. The next use of the evicted page is a miss, and the
+/// user must look the page up again. A run of adjacent pages that is no longer than the capacity
+/// does not evict its own pages.
 ///
 /// # Examples
 /// ```
@@ -34,7 +34,7 @@ use crate::{InvalidateRange, PAGE_SIZE, ShadowOps, Va, VaRange};
 /// ```
 #[derive(Debug, Clone)]
 pub struct SoftTlb<V> {
-    /// The page number and its translation; the number of places is a power of two.
+    /// Each place holds a page number and its translation. The number of places is a power of two.
     places: Box<[Option<(u64, V)>]>,
 }
 
@@ -137,7 +137,7 @@ mod tests {
         }
         tlb.zap(pages(2, 3));
         assert_eq!(held(&tlb), [0, 1, 5, 6, 7]);
-        // As many pages as there are places, and more.
+        // A range with as many pages as there are places, and a longer one.
         tlb.zap(pages(6, 8));
         assert_eq!(held(&tlb), [0, 1, 5]);
         tlb.zap(pages(1, 9));

@@ -7,7 +7,7 @@ use std::ops::Deref;
 
 /// One reference to a notifier. Dropping it is `put`.
 ///
-/// The last put delists the notifier at once: a bracket opened afterwards does not call it. The
+/// The last put delists the notifier at once: brackets that open afterwards do not call it. The
 /// notifier is freed after a grace period, when no callback can be running in it. Put calls no
 /// `release`, so the caller of the last put must drop all shadow entries before it. Put never
 /// sleeps and never allocates, so any callback may call it.
@@ -51,16 +51,16 @@ impl<N: Notifier> Subscription<N> {
 
     /// Takes one more reference to the same notifier, even if its address space has ended.
     ///
-    /// This is not `Clone`, because a clone cannot fail, and the count of users is 32 bits wide, as
-    /// in the kernel, and may overflow. An `Arc` of one subscription can be cloned.
+    /// A subscription is not `Clone`, because a clone cannot fail. The count of users is 32 bits
+    /// wide, as in the kernel, and may overflow. For clones, use an `Arc` of one subscription.
     ///
     /// # Blocking
-    /// No.
+    /// Never.
     /// # Errors
     /// [`Overflow`] if the notifier has the maximum number of users.
     /// # Source
-    /// `mmu_notifier_get` of a notifier that exists. Differs: it needs no live address space,
-    /// because it registers no notifier.
+    /// `mmu_notifier_get` of a notifier that exists. Differs: the address space need not be alive,
+    /// because `try_clone` registers no notifier.
     pub fn try_clone(&self) -> Result<Self, Overflow> {
         match self.node.try_clone() {
             Ok(node) => Ok(Self::new(node)),
@@ -69,10 +69,10 @@ impl<N: Notifier> Subscription<N> {
         }
     }
 
-    /// Gives the reference back; the same as dropping it.
+    /// Drops the reference.
     ///
     /// # Blocking
-    /// Never. It allocates nothing, frees nothing and calls no callback.
+    /// Never. Allocates nothing, frees nothing and calls no callback.
     /// # Source
     /// `mmu_notifier_put`, Linux 5.4.
     #[doc(alias = "mmu_notifier_put")]
@@ -86,7 +86,7 @@ impl<N: Notifier> Subscription<N> {
         self.node.mm()
     }
 
-    /// Returns how many references there are. A snapshot, for reports and tests.
+    /// Returns how many references there are now. For reports and tests.
     #[must_use]
     pub fn users(&self) -> u32 {
         self.node.users()

@@ -1,5 +1,5 @@
-//! A subsystem: one instance of the operations table, and the key by which it finds its notifier on
-//! an address space.
+//! Subsystems: each is one instance of an operations table, and the key for its notifier on an
+//! address space.
 
 use crate::mm::context;
 use crate::mm::subscriptions::registrar;
@@ -17,14 +17,15 @@ use std::convert::Infallible;
 use std::fmt;
 use std::marker::PhantomData;
 
-/// The instance of an operations table. Each address space has at most one live notifier of it.
+/// An instance of an operations table. Each address space has at most one live notifier of a
+/// subsystem.
 ///
-/// The instance is the key: two subsystems of one type are two keys. It holds `alloc`, which makes
-/// the value for an address space that has none. The address space is locked meanwhile, so `alloc`
-/// may sleep but must not register on it. The value must be complete, because callbacks may run
-/// before [`get`](Self::get) has returned.
+/// The instance is the key: two subsystems of one type are two keys. `alloc` makes the notifier for
+/// an address space that has none. The address space is locked while `alloc` runs, so `alloc` may
+/// sleep but must not register on this address space. The notifier must be complete, because
+/// callbacks may run before [`get`](Self::get) has returned.
 ///
-/// Dropping the subsystem leaves its subscriptions alone.
+/// The drop of a subsystem does not affect its subscriptions.
 ///
 /// # Source
 /// `struct mmu_notifier_ops` with `alloc_notifier`, Linux 5.4. Differs: the key is the instance and
@@ -67,13 +68,13 @@ where
     N: Notifier,
     F: Fn(&MmWithUser) -> Result<N, E>,
 {
-    /// Makes a subsystem whose notifiers come from `alloc`.
+    /// Makes a subsystem whose notifiers `alloc` makes.
     #[must_use]
     pub const fn new(alloc: F) -> Self {
         Self::with_users_max(alloc, u32::MAX)
     }
 
-    /// The same with a lower limit on the users of one notifier, for tests of the overflow.
+    /// Like `new`, with a lower limit on the users of one notifier, for tests of the overflow.
     #[doc(hidden)]
     #[must_use]
     pub const fn with_users_max(alloc: F, users_max: u32) -> Self {
@@ -88,22 +89,23 @@ where
     /// Returns a reference to this subsystem's notifier on `mm`. Makes the notifier if there is
     /// none.
     ///
-    /// When it returns, every bracket that does not call this notifier has ended. So everything
-    /// that the caller caches from now on will be invalidated in time.
+    /// When `get` returns, every bracket that does not call this notifier has ended. So if the
+    /// caller caches a translation afterwards, every bracket that changes it calls the notifier.
     ///
     /// # Blocking
-    /// An existing notifier is found without a lock. To make a new one, this sleeps in `alloc`,
-    /// while other registrars of `mm` are at work, and until the brackets open at that time have
-    /// ended, and those opened later that it [may have to wait for](crate#what-a-wait-waits-for).
+    /// Never, if the notifier exists: `get` finds it without a lock. To make a notifier, `get`
+    /// sleeps in `alloc`, while other registrars of `mm` are at work, and until the brackets open
+    /// at that time have ended, and those opened later that it [may have to wait
+    /// for](crate#what-a-wait-waits-for).
     /// # Errors
     /// [`GetError::Alloc`] if `alloc` failed; nothing was registered. [`GetError::Overflow`] if the
-    /// notifier has the maximum number of users. [`GetError::WouldDeadlock`] if the notifier has to
-    /// be made and this thread is inside a bracket of `mm`, holds its write lock (use
+    /// notifier has the maximum number of users. [`GetError::WouldDeadlock`] if there is no
+    /// notifier yet and this thread is inside a bracket of `mm`, holds its write lock (use
     /// [`get_locked`](Self::get_locked)) or runs a deferred free. `alloc` was not called then,
     /// unless `alloc` itself left a bracket open.
     /// # Source
-    /// `mmu_notifier_get`, Linux 5.4. Differs: cannot be interrupted; a dead address space cannot
-    /// be passed.
+    /// `mmu_notifier_get`, Linux 5.4. Differs: a signal does not interrupt it, and the caller
+    /// cannot pass a dead address space.
     #[doc(alias = "mmu_notifier_get")]
     #[cfg_attr(debug_assertions, track_caller)]
     pub fn get(&self, mm: &MmWithUser) -> Result<Subscription<N>, GetError<E>> {
@@ -113,8 +115,8 @@ where
         }
     }
 
-    /// Out of line: this function needs stack space for a notifier, aligned to cache lines, and the
-    /// fast path of `get` needs no stack.
+    /// Out of line, because this function needs stack space for a notifier that is aligned to cache
+    /// lines, while the fast path of `get` needs no stack.
     #[cold]
     #[cfg_attr(debug_assertions, track_caller)]
     fn get_slowly(&self, mm: &MmWithUser) -> Result<Subscription<N>, GetError<E>> {
@@ -124,13 +126,13 @@ where
         self.get_locked(&mut locked)
     }
 
-    /// The same as [`get`](Self::get), for a caller that holds the write lock.
+    /// Like [`get`](Self::get), for a caller that holds the write lock.
     ///
     /// # Blocking
-    /// As `get`, except for the lock.
+    /// Blocks as `get` does, but not for the lock.
     /// # Errors
-    /// As `get`; [`GetError::WouldDeadlock`] only if this thread has opened a bracket of the
-    /// address space since it took the lock.
+    /// The errors of `get`. [`GetError::WouldDeadlock`] only if this thread has opened a bracket of
+    /// the address space since it took the lock.
     /// # Source
     /// `mmu_notifier_get_locked`, Linux 5.4.
     /// # Examples
@@ -162,8 +164,8 @@ where
         lockdep::might_wait(Some(locked.mm().id()));
         let notifier = (self.alloc)(locked.mm()).map_err(GetError::Alloc)?;
         if locked.would_deadlock() {
-            // `alloc` has left a bracket open on this thread, and the registrar would wait for its
-            // end.
+            // `alloc` has left a bracket open on this thread, and the registrar would wait for that
+            // bracket.
             return Err(GetError::WouldDeadlock);
         }
         let node = NodeRef::new(
@@ -217,16 +219,16 @@ impl<N: Notifier, E, F> Subsystem<N, E, F> {
         mm.subscriptions().lookup(self.pending(), is_wanted)
     }
 
-    /// Registers a notifier that the caller made, as [`Registration::new`] does. If the
-    /// registration is put, [`synchronize`](Self::synchronize) waits for the free.
+    /// Registers a notifier that the caller made, as [`Registration::new`] does.
+    /// [`synchronize`](Self::synchronize) waits for the free of this notifier as well.
     ///
-    /// [`get`](Self::get) does not find this notifier, which does not count as the subsystem's one
+    /// [`get`](Self::get) does not find this notifier, and it does not count as the subsystem's one
     /// notifier of `mm`.
     ///
     /// # Blocking
-    /// As [`Registration::new`].
+    /// Blocks as [`Registration::new`] does.
     /// # Errors
-    /// As [`Registration::new`].
+    /// The errors of [`Registration::new`].
     /// # Source
     /// `mmu_notifier_register`, Linux 5.15. Differs: `get` does not find it.
     /// # Examples
@@ -262,12 +264,12 @@ impl<N: Notifier, E, F> Subsystem<N, E, F> {
         }
     }
 
-    /// The same as [`register`](Self::register), for a caller that holds the write lock.
+    /// Like [`register`](Self::register), for a caller that holds the write lock.
     ///
     /// # Blocking
-    /// As [`Registration::new_locked`].
+    /// Blocks as [`Registration::new_locked`] does.
     /// # Errors
-    /// As [`Registration::new_locked`].
+    /// The errors of [`Registration::new_locked`].
     /// # Source
     /// `__mmu_notifier_register`, Linux 5.15.
     #[doc(alias = "__mmu_notifier_register")]
@@ -280,13 +282,13 @@ impl<N: Notifier, E, F> Subsystem<N, E, F> {
         registration::register(locked, Some(self.pending()), notifier)
     }
 
-    /// Waits until every notifier of this subsystem whose last reference was put before the call
-    /// has been freed, and its reference to the address space dropped. The thread that put it does
-    /// not matter. This covers the notifiers that `get` made and those that were
-    /// [`register`](Self::register)ed,
-    /// [`unregister_no_release`](Registration::unregister_no_release) included.
+    /// Waits for the notifiers of this subsystem whose last reference was put before the call, by
+    /// any thread: until each of them has been freed and its reference to the address space
+    /// dropped. This covers the notifiers that `get` made and those that
+    /// [`register`](Self::register) registered, and also
+    /// [`unregister_no_release`](Registration::unregister_no_release).
     ///
-    /// It does not wait for notifiers that these frees put in turn. Use
+    /// It does not wait for notifiers that these frees put. Use
     /// [`drain_until_idle`](Self::drain_until_idle) for those.
     ///
     /// # Blocking
@@ -294,8 +296,8 @@ impl<N: Notifier, E, F> Subsystem<N, E, F> {
     /// # Errors
     /// [`WouldDeadlock`] inside a bracket, a callback or a deferred free of any address space.
     /// # Source
-    /// `mmu_notifier_synchronize`. Differs: it does what that function's comment promises. The
-    /// kernel's body only waits for a grace period.
+    /// `mmu_notifier_synchronize`. Differs: it does what the comment of that function promises. The
+    /// kernel's function only waits for a grace period.
     #[doc(alias = "mmu_notifier_synchronize")]
     #[cfg_attr(debug_assertions, track_caller)]
     pub fn synchronize(&self) -> Result<(), WouldDeadlock> {
@@ -307,8 +309,8 @@ impl<N: Notifier, E, F> Subsystem<N, E, F> {
         Ok(())
     }
 
-    /// Waits as [`synchronize`](Self::synchronize) does, and also for notifiers that the frees put
-    /// in turn, until no free of this subsystem is queued or running.
+    /// Waits until no free of this subsystem is queued or running. Unlike
+    /// [`synchronize`](Self::synchronize), it also waits for the notifiers that these frees put.
     ///
     /// # Blocking
     /// Sleeps for the grace periods and the frees. Never returns if other threads never stop
@@ -346,8 +348,8 @@ impl<N: Notifier, E, F> Subsystem<N, E, F> {
         Ok(())
     }
 
-    /// Returns the frees of this process, made at first use. The child of a fork gets a new value
-    /// instead of the parent's.
+    /// Returns the count of frees of this process. The first call makes it. The child of a fork
+    /// gets a new count.
     #[inline]
     pub(crate) fn pending(&self) -> &Arc<Pending> {
         self.pending

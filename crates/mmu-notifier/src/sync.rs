@@ -22,12 +22,12 @@ pub(crate) fn forks() -> usize {
 
 use std::sync::PoisonError;
 
-/// Takes the value out of a lock that no thread holds, even if a holder has panicked.
+/// Takes the value out of a lock that no thread holds, even after a holder has panicked.
 pub(crate) fn into_inner<T>(mutex: Mutex<T>) -> T {
     mutex.into_inner().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Takes a lock, even if another holder has panicked. The guarded data is consistent at every
+/// Takes a lock, even after a holder has panicked. The guarded data is consistent at every
 /// instruction that can panic, and a panicking `alloc` must not make the address space unusable.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)

@@ -61,14 +61,14 @@ impl<L: Callback + 'static> Node<L> {
     /// # Safety
     /// `node` must be valid for writes, aligned, and not in use.
     pub(super) unsafe fn write(node: NonNull<Self>, mm: Mm, range: VaRange, state: L) {
-        // SAFETY: The place must be within a live allocation: the caller's duty. No reference is
-        // made.
+        // SAFETY: The place must be within a live allocation, which the caller promises. This makes
+        // no reference.
         let place: *mut dyn Callback = unsafe { &raw mut (*node.as_ptr()).state };
         let place = NonNull::new(place).expect("the address of a field is not null");
         // SAFETY: `place` must be the state of the header's own node: `place` is a field of the
         // node that is written below.
         let header = unsafe { Header::new(range, place) };
-        // SAFETY: The place must be valid for writes: the caller's duty.
+        // SAFETY: The place must be valid for writes, which the caller promises.
         unsafe { node.write(Self { header, state, mm }) };
     }
 
@@ -106,7 +106,7 @@ impl<L: Callback + 'static> Node<L> {
         if may_wait {
             lockdep::might_wait(Some(self.mm.id()));
         }
-        // SAFETY: The node must be inserted and not removed: the caller's duty.
+        // SAFETY: The node must be inserted and not removed, which the caller promises.
         match unsafe { intervals.remove(&self.header, may_wait) } {
             Removal::Done => true,
             Removal::Refused => false,

@@ -20,7 +20,7 @@ pub trait RawIntervalOps: Send + Sync + 'static {
     /// # Blocking
     /// May sleep unless the range forbids it.
     /// # Errors
-    /// [`WouldBlock`] if it would have to sleep, where that is forbidden.
+    /// [`WouldBlock`] if the subscriber would have to sleep and the range forbids it.
     fn invalidate(&self, range: &InvalidateRange<'_>, seq: u64) -> Result<(), WouldBlock>;
 }
 
@@ -68,15 +68,15 @@ impl<T: RawIntervalOps> Interval<T> {
         ops: T,
     ) -> Result<(), WouldDeadlock> {
         mm.intervals().enable(mm)?;
-        // SAFETY: The caller's duty is passed on.
+        // SAFETY: The caller promises for `place` what `insert_enabled` asks.
         unsafe { Self::insert_enabled(place, mm, range, ops) };
         Ok(())
     }
 
-    /// The same for a caller that holds the write lock.
+    /// Like [`insert`](Self::insert), for a caller that holds the write lock.
     ///
     /// # Blocking
-    /// As `insert`.
+    /// Blocks as `insert` does.
     /// # Errors
     /// [`WouldDeadlock`] if this is the first insert and this thread has opened a bracket since it
     /// took the lock.
@@ -92,7 +92,7 @@ impl<T: RawIntervalOps> Interval<T> {
         ops: T,
     ) -> Result<(), WouldDeadlock> {
         locked.mm().intervals().enable_locked(locked)?;
-        // SAFETY: The caller's duty is passed on.
+        // SAFETY: The caller promises for `place` what `insert_enabled` asks.
         unsafe { Self::insert_enabled(place, locked.mm(), range, ops) };
         Ok(())
     }
@@ -101,22 +101,24 @@ impl<T: RawIntervalOps> Interval<T> {
     /// As for `insert`.
     unsafe fn insert_enabled(place: NonNull<Self>, mm: &MmWithUser, range: VaRange, ops: T) {
         let node: NonNull<Node<State<T>>> = place.cast();
-        // SAFETY: The place must be valid for writes: the caller's duty.
+        // SAFETY: The place must be valid for writes, which the caller promises.
         unsafe { Node::write(node, (**mm).clone(), range, State(ops)) };
         // SAFETY: A reference needs a live node: it was written above.
         let node = unsafe { node.as_ref() };
-        // SAFETY: The node must be new, and stay until it is removed: the caller's duty.
+        // SAFETY: The node must be new, and must stay until it is removed. It was written above,
+        // and the caller keeps it.
         unsafe { mm.intervals().insert(&node.header) };
     }
 
-    /// Removes the interval, waits until no callback of it can run, and drops it. The memory is the
-    /// caller's again.
+    /// Removes the interval, waits until no callback of it can run, and drops its operations. Then
+    /// the memory is the caller's again.
     ///
     /// # Blocking
     /// Sleeps while an invalidation that met any interval of this address space runs.
     /// # Errors
-    /// [`WouldDeadlock`] if it would have to wait and this thread is inside a bracket or callback
-    /// of the address space; always if that is a parent process's. Nothing has changed.
+    /// [`WouldDeadlock`] if the removal would have to wait and this thread is inside a bracket or
+    /// callback of the address space. Always if the address space is that of a parent process.
+    /// Nothing has changed then.
     /// # Safety
     /// `interval` must be inserted, and no thread may use it afterwards.
     /// # Source
@@ -124,9 +126,9 @@ impl<T: RawIntervalOps> Interval<T> {
     #[cfg_attr(debug_assertions, track_caller)]
     pub unsafe fn remove(interval: NonNull<Self>) -> Result<(), WouldDeadlock> {
         let node = interval.cast::<Node<State<T>>>();
-        // SAFETY: The node must be alive: inserted, which is the caller's duty.
+        // SAFETY: The node must be alive. The caller promises that it is inserted, so it is.
         let inserted = unsafe { node.as_ref() };
-        // SAFETY: The node must have been inserted, and not be detached: the caller's duty.
+        // SAFETY: The node must be inserted and not detached, which the caller promises.
         if !unsafe { inserted.detach() } {
             return Err(WouldDeadlock);
         }

@@ -1,10 +1,10 @@
 //! The detector: what each thread holds and is inside of, and what each lock has been seen in.
 //!
-//! Nothing here allocates or locks, because a callback may run in the middle of `free`. Tables that
-//! are full make it miss things, and never report a wrong one.
+//! Nothing here allocates or locks, because a callback may run in the middle of `free`. If a table
+//! is full, the detector misses inversions, but it never reports a wrong one.
 //!
 //! # Safety
-//! The one `unsafe` block turns what was a `&'static Location` back into one.
+//! The one `unsafe` block makes a reference from the pointer of a `&'static Location`.
 
 use std::cell::Cell;
 use std::io::Write;
@@ -55,16 +55,16 @@ impl Seen {
     fn find(&self, mm: u64) -> Option<Place> {
         self.0.iter().find_map(|(of, at)| {
             let of = of.load(Ordering::Relaxed);
-            // SAFETY: A reference needs a live value: what is not null is a `&'static Location`
-            // that `add` stored.
+            // SAFETY: A reference needs a live value: a pointer that is not null comes from the
+            // `&'static Location` that `add` stored.
             (of != 0 && meet(of, mm))
                 .then(|| unsafe { at.load(Ordering::Relaxed).as_ref() })
                 .flatten()
         })
     }
 
-    /// Tells whether it was seen for any address space. A deferred free is none: the allocator does
-    /// not wait for it.
+    /// Tells whether there is an entry for any address space. An entry for deferred frees does not
+    /// count: the allocator does not wait for those.
     fn any(&self) -> bool {
         self.0
             .iter()
@@ -79,8 +79,8 @@ impl Seen {
     }
 }
 
-/// What is known of one lock. In a table, so that a forgotten [`Held`] leaves a number behind and
-/// no pointer.
+/// What the detector knows of one lock. The records are in a table, so that a forgotten [`Held`]
+/// leaves a number behind and no dangling pointer.
 struct Record {
     used: AtomicUsize,
     taken_inside: Seen,
@@ -99,7 +99,7 @@ static TABLE: [Record; RECORDS] = [const {
 
 pub(super) struct Map {
     name: &'static str,
-    /// Its record, counted from 1; zero until it is first acquired.
+    /// The number of the lock's record, from 1. Zero until the lock is first acquired.
     record: AtomicUsize,
 }
 
@@ -192,7 +192,7 @@ thread_local! {
     static INSIDE: [Cell<u64>; DEPTH] = const { [const { Cell::new(0) }; DEPTH] };
 }
 
-/// The address spaces in whose brackets or callbacks this thread is.
+/// Returns the address spaces in whose brackets or callbacks this thread is.
 fn inside() -> impl Iterator<Item = u64> {
     INSIDE
         .with(|cells| cells.each_ref().map(Cell::get))
@@ -244,7 +244,7 @@ impl Drop for Callback {
 
 /// Ends the process if the allocator must not be called here.
 ///
-/// A panic in a callback may allocate its message: it is found, and reported, without this.
+/// A panic in a callback may allocate its message: the panic itself is reported.
 pub(super) fn might_allocate(call: &str) {
     if let Some((notifier, method)) = CALLED.get().filter(|_| !thread::panicking()) {
         CALLED.set(None);

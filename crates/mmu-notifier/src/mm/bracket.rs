@@ -70,8 +70,8 @@ impl Mm {
         bracket
     }
 
-    /// The same as [`invalidate`](Self::invalidate), but the guard keeps the address space's object
-    /// alive. For sources that store brackets in their own data, such as a tracer with one bracket
+    /// Like [`invalidate`](Self::invalidate), but the guard keeps the address space's object alive.
+    /// For event sources that store brackets in their own data, such as a tracer with one bracket
     /// per stopped thread.
     ///
     /// # Blocking
@@ -126,8 +126,8 @@ impl Mm {
     /// }
     /// ```
     /// # Source
-    /// `mmu_notifier_invalidate_range_start_nonblock`, Linux 5.12 for the ends. Differs: a
-    /// subscriber that refused gets no end.
+    /// `mmu_notifier_invalidate_range_start_nonblock`, Linux 5.12: earlier versions do not call the
+    /// ends of the starts that succeeded. Differs: a subscriber that refused gets no end.
     #[doc(alias = "mmu_notifier_invalidate_range_start_nonblock")]
     pub fn try_invalidate(&self, range: VaRange, event: Event) -> Result<Bracket<'_>, WouldBlock> {
         let inside = Inside::enter(self);
@@ -256,17 +256,17 @@ extern "C" fn start_with_intervals(
     window
 }
 
-/// The reason why a bracket cannot be sent to another thread, as the compiler's message shows it.
-/// The end of a bracket runs in the read section of its start, and the thread is recorded as inside
-/// it.
+/// Makes a bracket `!Send`, and its name is the reason in the compiler's message. The end of a
+/// bracket runs in the read section of its start, and a record of the thread says that the thread
+/// is inside the bracket.
 #[derive(Debug)]
 struct EndsOnTheThreadThatBeganIt(PhantomData<*const ()>);
 
 const STAYS: EndsOnTheThreadThatBeganIt = EndsOnTheThreadThatBeganIt(PhantomData);
 
-/// An invalidation in progress. Dropping it tells the subscribers that the change is over.
+/// An invalidation in progress. Its drop calls the end callbacks of the subscribers.
 ///
-/// It stays on its thread:
+/// A bracket stays on its thread:
 ///
 /// ```compile_fail,E0277
 /// fn send<T: Send>(_: T) {}
@@ -341,8 +341,8 @@ impl Drop for Bracket<'_> {
     }
 }
 
-/// An invalidation in progress that keeps its address space's object alive. Dropping it tells the
-/// subscribers that the change is over.
+/// An invalidation in progress that keeps its address space's object alive. Its drop calls the end
+/// callbacks of the subscribers.
 #[must_use = "the bracket ends when the guard is dropped"]
 #[derive(Debug)]
 pub struct OwnedBracket {

@@ -215,7 +215,8 @@ pub struct InvalidateRange<'a> {
     pub(crate) range: VaRange,
     pub(crate) event: Event,
     pub(crate) blocking: Blocking,
-    /// What a [`PlacedBracket`](crate::raw::PlacedBracket) was given, else 0.
+    /// The `origin` of a [`PlacedBracket`](crate::raw::PlacedBracket), or 0 for every other
+    /// bracket.
     pub(crate) origin: usize,
 }
 

@@ -32,8 +32,8 @@
 //!
 //! # Safety
 //! `state` is changed under its lock. The tree is walked without the lock in state 3 only, in which
-//! no thread changes it. A node in the tree or on the deferred list is kept by its owner, whose
-//! `remove` succeeds only when the node is on neither. Under the lock no code allocates or frees,
+//! no thread changes it. The owner of a node in the tree or on the deferred list keeps the node:
+//! `remove` succeeds only when the node is in neither. Under the lock no code allocates or frees,
 //! because either may begin a bracket of the process's own address space, which takes the same
 //! lock.
 //!
@@ -57,7 +57,7 @@ use tree::{Spares, Tree};
 
 /// The intervals of one address space.
 pub(crate) struct Intervals {
-    /// Whether brackets open windows. Set once, by the first insert.
+    /// Whether brackets open windows. The first insert sets it, once.
     enabled: AtomicBool,
     /// Whether every bracket that did not see `enabled` has ended.
     live: AtomicBool,
@@ -77,8 +77,8 @@ struct State {
     waiters: usize,
 }
 
-// SAFETY: The pointers are to nodes that are `Send + Sync` as far as the list and the tree use
-// them, and the state is behind a lock.
+// SAFETY: The pointers point to nodes. The list and the tree use only parts of a node that are
+// `Send + Sync`, and the state is behind a lock.
 unsafe impl Send for State {}
 
 /// Proof that a bracket has opened a window and must close it.
@@ -100,7 +100,8 @@ impl State {
         self.invalidate_seq & 1 == 1
     }
 
-    /// Returns how many more spare nodes an insert of `node` needs, or one more deferred insert.
+    /// Returns how many more spare nodes an insert of `node` needs. In state 3 the insert is one
+    /// more deferred insert.
     fn lack(&self, node: &Header) -> usize {
         let each = self.itree.need_each();
         let need = if self.is_full() {
@@ -186,7 +187,8 @@ impl Intervals {
             return Err(WouldDeadlock);
         }
         lockdep::might_wait(Some(locked.id()));
-        // A second pass that has run is queued inside of a bracket, where nothing may be allocated.
+        // After a second pass has run, the bracket that ran it queues the free of the pass, and
+        // nothing may allocate inside a bracket. So `prepare` allocates now.
         locked.subscriptions().srcu().prepare();
         self.enabled.store(true, Ordering::Relaxed);
         locked.subscriptions().srcu().synchronize()?;

@@ -29,7 +29,7 @@ srcu::thread_word! {
     static MARK: u64 = 0;
 }
 
-/// Returns this thread's number: not zero, and never given to another thread.
+/// Returns this thread's number, which is not zero and which no other thread ever gets.
 fn this_thread() -> usize {
     static LAST: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
     if MARK.get() == 0 {
@@ -101,7 +101,7 @@ impl MmWithUser {
 
 impl Drop for MmapWriteGuard<'_> {
     fn drop(&mut self) {
-        // The lock itself is released after this, when the field is dropped.
+        // The drop of the field `_lock` releases the lock itself, after this.
         self.mm.0.0.mmap_lock.holder.store(0, Ordering::Relaxed);
     }
 }

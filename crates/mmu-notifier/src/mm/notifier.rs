@@ -87,7 +87,7 @@ use crate::{InvalidateRange, Mm, Va, VaRange, WouldBlock};
 /// }
 /// ```
 ///
-/// and where refusing is allowed, no other error can be returned:
+/// and a start that may refuse can return no other error:
 ///
 /// ```compile_fail,E0053
 /// # use mmu_notifier::{InvalidateRange, Notifier};
@@ -98,7 +98,7 @@ use crate::{InvalidateRange, Mm, Va, VaRange, WouldBlock};
 /// ```
 #[doc(alias = "mmu_notifier_ops")]
 pub trait Notifier: Send + Sync + 'static {
-    /// Drops everything of the address space, which is about to end.
+    /// Drops all shadow entries of the address space, which is about to end.
     ///
     /// After it has returned, neither the subscriber nor a device behind it may use the address
     /// space. Other callbacks may run in parallel with `release`, and after it until exit delists
@@ -127,15 +127,15 @@ pub trait Notifier: Send + Sync + 'static {
         let _ = range;
     }
 
-    /// The same as [`invalidate_range_start`](Self::invalidate_range_start), where sleeping is
-    /// forbidden. The default calls `invalidate_range_start`, so a subscriber whose start may sleep
-    /// must implement this method as well.
+    /// Like [`invalidate_range_start`](Self::invalidate_range_start), for a bracket in which
+    /// sleeping is forbidden. The default calls `invalidate_range_start`, so a subscriber whose
+    /// start may sleep must implement this method as well.
     ///
     /// # Blocking
     /// Must not sleep.
     /// # Errors
-    /// [`WouldBlock`] if it would have to sleep. Then it must have changed nothing, and it gets no
-    /// end.
+    /// [`WouldBlock`] if it would have to sleep. Then it must have changed nothing, and its end is
+    /// not called.
     /// # Source
     /// `invalidate_range_start` in non-blockable mode. Differs: `-EAGAIN` is the only error. A
     /// subscriber that refuses may implement the end; that end is not called for the refused start.
@@ -144,8 +144,8 @@ pub trait Notifier: Send + Sync + 'static {
         Ok(())
     }
 
-    /// Reports that the change is over, so the range may be used again. The range is that of the
-    /// start.
+    /// Reports that the change is over, so the subscriber may use the range again. `range` is the
+    /// range of the start.
     ///
     /// # Blocking
     /// May sleep unless [`InvalidateRange::blocking`] forbids it.
@@ -155,8 +155,9 @@ pub trait Notifier: Send + Sync + 'static {
         let _ = range;
     }
 
-    /// Clears the accessed marks of a range, flushes, and tells whether any mark was set. Hardware
-    /// without such marks may drop the range instead, and tell whether it had an entry there.
+    /// Clears the accessed marks of a range, flushes, and returns whether any mark was set. A
+    /// subscriber whose hardware has no such marks may drop the range instead, and return whether
+    /// it had an entry there.
     ///
     /// # Blocking
     /// May sleep; the caller of [`Mm::clear_flush_young`] waits.
@@ -167,7 +168,7 @@ pub trait Notifier: Send + Sync + 'static {
         false
     }
 
-    /// Clears the accessed marks of a range, and tells whether any was set. Need not flush.
+    /// Clears the accessed marks of a range, and returns whether any was set. Need not flush.
     ///
     /// # Blocking
     /// May sleep; the caller of [`Mm::clear_young`] waits.
@@ -178,7 +179,7 @@ pub trait Notifier: Send + Sync + 'static {
         false
     }
 
-    /// Tells whether the accessed mark of the page at `address` is set, and changes nothing.
+    /// Returns whether the accessed mark of the page at `address` is set. Changes nothing.
     ///
     /// # Blocking
     /// May sleep; the caller of [`Mm::test_young`] waits.
@@ -189,7 +190,7 @@ pub trait Notifier: Send + Sync + 'static {
         false
     }
 
-    /// The other kind of subscriber, which only [`Secondary`](crate::Secondary) can be.
+    /// Returns the secondary TLB. Only [`Secondary`](crate::Secondary) is one.
     #[doc(hidden)]
     fn secondary_tlb(&self, _: Sealed) -> Option<&dyn SecondaryTlb> {
         None

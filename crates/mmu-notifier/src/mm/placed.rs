@@ -1,9 +1,9 @@
-//! Brackets in memory of the caller, where they begin and end: for C, whose ranges have words for
-//! them.
+//! Brackets in memory that a C caller provides.
 //!
 //! A [`Bracket`](super::Bracket) is a value that the optimiser keeps in registers, and its
-//! subscribers see a copy. A C program cannot hold such a value, and moving it into memory and back
-//! costs more than the bracket: here the subscribers see what lies in that memory.
+//! subscribers see a copy. A C program cannot hold such a value, and a move of it into memory and
+//! back would cost more than the bracket itself. So a placed bracket begins and ends in the
+//! caller's memory, and the subscribers see it there.
 
 use super::Mm;
 use super::bracket::{close, start_each};
@@ -14,8 +14,8 @@ use crate::{Blocking, Event, InvalidateRange, VaRange, WouldBlock};
 use srcu::Guard;
 use std::mem::MaybeUninit;
 
-/// An invalidation in progress, in memory that a C caller provides. Dropping it in place tells the
-/// subscribers that the change is over, as the drop of a [`Bracket`](crate::Bracket) does.
+/// An invalidation in progress, in memory that a C caller provides. Its drop in place calls the end
+/// callbacks of the subscribers, as the drop of a [`Bracket`](crate::Bracket) does.
 ///
 /// # Source
 /// `mmu_notifier_invalidate_range_start` and `_end`, Linux 5.15.
@@ -28,11 +28,12 @@ pub struct PlacedBracket<'a> {
 }
 
 impl<'a> PlacedBracket<'a> {
-    /// Opens one as [`Mm::invalidate`] does.
+    /// Opens a bracket at `place`, as [`Mm::invalidate`] does.
     ///
     /// # Safety
-    /// `origin` is 0, or the address of the range in C, which stays valid until the bracket has
-    /// ended: subscribers in C are shown it ([`raw::origin`](crate::raw::origin)).
+    /// `origin` must be 0, or the address of the range in C, which must stay valid until the
+    /// bracket has ended. Subscribers in C read the range there
+    /// ([`raw::origin`](crate::raw::origin)).
     /// # Blocking
     /// Sleeps while callbacks run.
     /// # Source
@@ -64,16 +65,17 @@ impl<'a> PlacedBracket<'a> {
         }
     }
 
-    /// Opens one as [`Mm::try_invalidate`] does.
+    /// Opens a bracket at `place`, as [`Mm::try_invalidate`] does.
     ///
     /// # Safety
-    /// As for [`PlacedBracket::start`].
+    /// The same as for [`PlacedBracket::start`].
     /// # Blocking
     /// Never, as long as the callbacks obey their rule.
     /// # Errors
-    /// [`WouldBlock`] if a subscriber would have had to sleep. Then `place` is as it was.
+    /// [`WouldBlock`] if a subscriber would have had to sleep. Then `place` is unchanged.
     /// # Source
-    /// `mmu_notifier_invalidate_range_start_nonblock`, Linux 5.12 for the ends.
+    /// `mmu_notifier_invalidate_range_start_nonblock`, Linux 5.12: earlier versions do not call the
+    /// ends of the starts that succeeded.
     pub unsafe fn try_start(
         place: &mut MaybeUninit<Self>,
         mm: &'a Mm,

@@ -1,5 +1,5 @@
-//! The subscribers of one address space: the list, who may walk it, and how it changes under
-//! walkers.
+//! The subscribers of one address space: the list, the rules for its walkers, and how it changes
+//! under them.
 //!
 //! ```text
 //!   head --> C --> B --> A        newest first; each `pprev` points back at the link to its node
@@ -67,7 +67,7 @@ impl Subscriptions {
         &self.srcu
     }
 
-    /// Opens a read section, and notes the node that is first now.
+    /// Opens a read section, and records the node that is first now.
     #[inline(always)]
     pub(crate) fn read(&self) -> ReadSection<Guard<'_>> {
         let guard = self.srcu.read_lock();
@@ -90,12 +90,12 @@ impl Subscriptions {
         })
     }
 
-    /// Links a new node at the front. Brackets that begin from now on call it. After a grace
+    /// Links a new node at the front. Brackets that begin from now on call the node. After a grace
     /// period, every bracket that does not call it has ended.
     pub(crate) fn insert<N: Notifier>(&self, node: &NodeRef<N>) {
         let _lock = lock(&self.lock);
         let header = node.header();
-        // SAFETY: A reference needs a live node: `node` counts it.
+        // SAFETY: A reference needs a live node: `node` holds a count of it.
         let node = unsafe { header.as_ref() };
         let first = self.head.load(Ordering::Relaxed);
         node.next.store(first, Ordering::Relaxed);
@@ -158,15 +158,15 @@ impl Subscriptions {
 
     /// Unlinks the node of a reference, unless exit has done so.
     pub(crate) fn delist_ref<N: Notifier>(&self, node: &NodeRef<N>) {
-        // SAFETY: A reference needs a live node: `node` counts it.
+        // SAFETY: A reference needs a live node: `node` holds a count of it.
         self.delist(unsafe { node.header().as_ref() });
     }
 
     /// Delists a node whose `NodeRef` was never cloned, waits until no walker can stand on the
-    /// node, and takes the value out.
+    /// node, and returns the value.
     ///
     /// # Panics
-    /// If this thread would wait for itself. The caller prevents that: it asks `would_deadlock`
+    /// If this thread would wait for itself. The caller rules that out: it calls `would_deadlock`
     /// after the last callback that it runs.
     pub(crate) fn reclaim<N: Notifier>(&self, node: NodeRef<N>) -> N {
         self.delist_ref(&node);
@@ -174,8 +174,8 @@ impl Subscriptions {
             .synchronize()
             .expect("unregister asked whether it may wait");
         // SAFETY: The node must be delisted, a grace period must have passed since, and `node` must
-        // be its only user. The two lines above do the first two. A `Registration`, from which
-        // `node` comes, has no key by which a second user could find it.
+        // be its only user. The lines above do the first two. `node` comes from a `Registration`,
+        // which has no key by which a second user could find it.
         unsafe { node.into_value() }
     }
 
@@ -191,13 +191,13 @@ impl Subscriptions {
         self.srcu.call(move || {
             let mm = node.mm().clone();
             if mm.is_inherited() {
-                // Queued before a fork, and this is the child: node and closure belong to the
-                // parent.
+                // The free was queued before a fork, and this is the child. The parent frees the
+                // node and the closure.
                 return mem::forget((node, free, counted));
             }
             // SAFETY: The node must be delisted, a grace period must have passed since, and `node`
-            // must be its only user. The line before `call` delists it, `call` waits for the grace
-            // period, and a `Registration`, from which `node` comes, has no key by which a second
+            // must be its only user. The line before `call` delists it, and `call` waits for the
+            // grace period. `node` comes from a `Registration`, which has no key by which a second
             // user could find it.
             let value = unsafe { node.into_value() };
             context::freeing(|| {
@@ -212,7 +212,7 @@ impl Subscriptions {
 
     /// Tells whether a node is listed. The answer may be stale at once if exit runs in parallel.
     pub(crate) fn is_listed<N: Notifier>(&self, node: &NodeRef<N>) -> bool {
-        // SAFETY: A reference needs a live node: `node` counts it.
+        // SAFETY: A reference needs a live node: `node` holds a count of it.
         unsafe { node.header().as_ref() }.is_listed()
     }
 
@@ -256,14 +256,14 @@ pub(crate) struct ReadSection<G> {
     guard: G,
 }
 
-// SAFETY: What moves to the other thread is a guard that is `Send`, and a pointer to a subscriber,
-// which is `Send` and `Sync`; the guard's section keeps the subscriber alive. Without this impl,
+// SAFETY: A guard and a pointer to a subscriber move to the other thread. The guard is `Send`, and
+// the subscriber is `Send` and `Sync` and stays alive in the guard's section. Without this impl,
 // the compiler's message about a bracket that is sent to another thread would name this private
 // type.
 unsafe impl<G: Send> Send for ReadSection<G> {}
 
 impl ReadSection<OwnedGuard> {
-    /// Opens a section and keeps its address space alive.
+    /// Opens a section that keeps its address space alive.
     pub(crate) fn of(mm: Mm) -> Self {
         let guard = OwnedGuard::new(mm);
         Self {
@@ -336,8 +336,8 @@ impl<'a> Walk<'a> {
         self.each(|node| node.callbacks().end(range));
     }
 
-    /// Runs `f` for each node that was not delisted since the section was opened, for example by a
-    /// callback of this walk.
+    /// Calls `f` for each node that is still listed when the walk reaches it. A callback of this
+    /// walk may delist later nodes.
     #[inline(always)]
     fn each(mut self, mut f: impl FnMut(&Header)) {
         while let Some(node) = self.here() {
@@ -350,17 +350,17 @@ impl<'a> Walk<'a> {
 
     #[inline(always)]
     fn here(&self) -> Option<&'a Header> {
-        // SAFETY: A reference needs a live node: it was reached in a section that is still open
-        // (invariant), so it is not freed yet.
+        // SAFETY: A reference needs a live node. `at` was reached in a section that is still open
+        // (invariant), so no thread has freed it yet.
         unsafe { self.at.as_ref() }
     }
 
-    /// Advances the cursor from `node`, on which it stands, to the successor.
+    /// Advances the cursor to the successor of `node`, on which the cursor stands.
     #[inline(always)]
     fn pass(&mut self, node: &'a Header) {
         // ORDER: Relaxed is enough. A node's successor was linked earlier, under the same lock, so
-        // the Acquire load in `first` covers its content too. INVARIANT: Reached from a node of the
-        // same section.
+        // the Acquire load in `first` covers its content too. INVARIANT: the successor was reached
+        // from a node of the same section.
         self.at = node.next.load(Ordering::Relaxed);
     }
 }
@@ -376,8 +376,8 @@ struct Accepted<'f, 'a> {
 }
 
 impl Accepted<'_, '_> {
-    /// Calls the end of each of these subscribers, newest first. As in every end, a subscriber that
-    /// was delisted since its start is not called.
+    /// Calls the end of each of these subscribers, newest first. Skips subscribers that were
+    /// delisted since their start, as every end does.
     fn end(&self, range: &InvalidateRange<'_>) {
         if let Some(newer) = self.newer {
             newer.end(range);
@@ -388,9 +388,9 @@ impl Accepted<'_, '_> {
     }
 }
 
-/// Starts the next subscribers and, by recursion, the rest. Every subscriber is started, also after
-/// one has refused. If one refuses, or `refused` says that a newer one has, closes the window, ends
-/// the subscribers that accepted, and returns true.
+/// Starts the next subscribers and, by recursion, the rest. Starts every subscriber, even after one
+/// has refused. If one refuses, or if a newer one did (`refused`), closes the window, ends the
+/// subscribers that accepted, and returns true.
 fn try_start_from<'a>(
     newer: Option<&Accepted<'_, 'a>>,
     walk: &mut Walk<'a>,

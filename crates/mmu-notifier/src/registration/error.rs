@@ -1,15 +1,15 @@
-//! The errors that give a notifier or its registration back.
+//! The errors that return a notifier or its registration to the caller.
 
 use super::Registration;
 use crate::error::carries_a_value;
 use crate::{Notifier, WouldDeadlock};
 
-/// A notifier that could not be registered, and the reason. It comes back unchanged, and no
+/// A notifier that could not be registered, and the reason. The notifier is unchanged, and no
 /// callback has run in it. `?` turns the error into [`WouldDeadlock`] and drops the notifier.
 ///
 /// # Source
-/// The errors of `mmu_notifier_register`, Linux 5.15. Differs: the notifier is not left half set
-/// up; no EINTR and no ENOMEM.
+/// The errors of `mmu_notifier_register`, Linux 5.15. Differs: the notifier is never half
+/// registered, and there is neither EINTR nor ENOMEM.
 ///
 /// # Examples
 /// ```
@@ -34,7 +34,7 @@ pub struct RegisterError<N> {
     pub notifier: N,
 }
 
-/// A registration that could not be taken back here, and the reason. See
+/// A registration that could not be unregistered here, and the reason. See
 /// [`Registration::unregister`] for an example. `?` turns the error into [`WouldDeadlock`] and
 /// drops the registration, which is a put.
 ///
@@ -44,7 +44,7 @@ pub struct RegisterError<N> {
 pub struct UnregisterError<N: Notifier> {
     /// The reason.
     pub error: WouldDeadlock,
-    /// The registration, which is still good.
+    /// The registration, which is still in force.
     pub registration: Registration<N>,
 }
 

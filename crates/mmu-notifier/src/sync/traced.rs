@@ -1,11 +1,11 @@
-//! The standard library's `Mutex`, `Condvar` and `Arc`, as a thread sanitizer can follow them
-//! (`--cfg mmun_tsan`).
+//! The standard library's `Mutex`, `Condvar` and `Arc`, in a form that a thread sanitizer can
+//! follow (`--cfg mmun_tsan`).
 //!
-//! The standard library is not rebuilt for a sanitizer, so the sanitizer does not see what its slow
-//! paths order. Here each lock has a clock, which every lock and every unlock advances. An `Arc`
-//! has one too, because its own drop uses a fence, which sanitizers do not understand. A clock is
-//! never only read: LLVM deletes an acquiring load whose value is unused, if the function does
-//! nothing else.
+//! The sanitizer does not see how the standard library's slow paths order accesses, because the
+//! standard library is not rebuilt for it. So here each lock has a clock, an atomic that every lock
+//! and every unlock advances. An `Arc` has a clock too, because the standard `Arc` uses a fence in
+//! its drop, which sanitizers do not understand. No code only reads a clock: LLVM deletes an
+//! acquiring load whose value is unused, if the function does nothing else.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -20,7 +20,7 @@ pub(crate) struct Mutex<T> {
 #[derive(Debug)]
 pub(crate) struct MutexGuard<'a, T> {
     clock: &'a AtomicU64,
-    /// Taken out only by `Condvar::wait`.
+    /// Only `Condvar::wait` takes it out.
     inner: Option<sync::MutexGuard<'a, T>>,
 }
 
@@ -52,7 +52,7 @@ impl<T> Mutex<T> {
 
     #[allow(dead_code, reason = "as above")]
     pub(crate) fn into_inner(self) -> LockResult<T> {
-        // Acquired, as the last holder's unlock may have been in a slow path.
+        // Acquire, because the last holder may have unlocked in a slow path.
         self.clock.fetch_add(1, Ordering::AcqRel);
         self.inner.into_inner()
     }
@@ -85,7 +85,7 @@ impl<T> DerefMut for MutexGuard<'_, T> {
 impl<T> Drop for MutexGuard<'_, T> {
     fn drop(&mut self) {
         self.clock.fetch_add(1, Ordering::Release);
-        // The lock itself is released after this, when the field drops.
+        // The drop of the field `inner` releases the lock itself, after this.
     }
 }
 
@@ -107,7 +107,7 @@ impl Condvar {
             guard.clock,
             guard.inner.take().expect("only `wait` takes it out"),
         );
-        // Advances the clock; there is nothing left to unlock.
+        // This drop advances the clock. There is nothing left to unlock.
         drop(guard);
         Ok(MutexGuard::new(
             clock,

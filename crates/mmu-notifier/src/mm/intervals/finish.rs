@@ -38,7 +38,7 @@ struct Pass {
 impl Finish {
     /// Makes a second pass that runs `run`, once.
     ///
-    /// It is [`FnMut`], since calling an `FnOnce` frees what it owns at the end of the call.
+    /// `run` is [`FnMut`] because the call of an `FnOnce` frees what the closure owns.
     pub fn new(run: impl FnMut() + Send + 'static) -> Self {
         Self(Box::new(Pass {
             head: srcu::Head::new(),
@@ -48,20 +48,20 @@ impl Finish {
         }))
     }
 
-    /// Runs it, and queues its free.
+    /// Runs the pass, and queues its free.
     fn run(mut self, mm: &Mm) {
         let _callback = lockdep::callback::<Self>("run");
         mm.catching(&mut self.0.run);
         self.0.mm = Some(mm.clone());
         let pass = Box::leak(self.0);
         if mm.is_inherited() {
-            // `run` has forked, and this is the child: what the closure keeps is the parent's.
+            // `run` has forked, and this is the child. The parent frees the closure.
             return;
         }
         let head: NonNull<srcu::Head> = NonNull::from(pass).cast();
-        // SAFETY: `head` must stay valid and be queued once until `free` runs: the pass was leaked
-        // just now, and `free` alone has it back. `free` may run on any thread: the closure is
-        // `Send`.
+        // SAFETY: `head` must stay valid, and must be queued only once, until `free` runs. The pass
+        // was leaked above, and only `free` frees it. `free` may run on any thread, because the
+        // closure is `Send`.
         unsafe { mm.subscriptions().srcu().call_raw_dropping(head, free) };
     }
 }
@@ -69,20 +69,20 @@ impl Finish {
 /// Frees a pass that has run.
 ///
 /// # Safety
-/// `head` must be that of a pass that was leaked, and nothing else may use it.
+/// `head` must be the head of a leaked pass that no other code uses.
 unsafe fn free(head: NonNull<srcu::Head>) {
     let pass: NonNull<Pass> = head.cast();
-    // SAFETY: A reference needs a live pass: this is what frees it.
+    // SAFETY: A reference needs a live pass. Only this function frees the pass, below.
     if unsafe { pass.as_ref() }
         .mm
         .as_ref()
         .is_some_and(Mm::is_inherited)
     {
-        // Queued before a fork, and this is the child: what the closure keeps is the parent's.
+        // The free was queued before a fork, and this is the child. The parent frees the closure.
         return;
     }
-    // SAFETY: A `Box` needs the unique pointer that came from one: the pass was leaked, and its
-    // head is its first field.
+    // SAFETY: A `Box` needs the unique pointer that came from one. The pass was leaked, the caller
+    // promises that no other code uses it, and the head is its first field.
     let Pass { mm, run, .. } = *unsafe { Box::from_raw(pass.as_ptr()) };
     context::freeing(|| {
         if let Some(mm) = mm {
@@ -112,7 +112,7 @@ impl Finishes {
         }
     }
 
-    /// Runs them in the order in which they came.
+    /// Runs the passes in the order in which they were pushed.
     pub(super) fn run(self, mm: &Mm) {
         let (mut latest, mut first) = (self.0, None);
         while let Some(mut finish) = latest {

@@ -40,7 +40,7 @@ impl Header {
     /// # Safety
     /// `state` must be the state of the node whose first field the header becomes.
     pub(crate) unsafe fn new(range: VaRange, state: NonNull<dyn Callback>) -> Self {
-        // INVARIANT: `state` points to the state of its own node: the caller's duty.
+        // INVARIANT: `state` points to the state of its own node, as the caller promises.
         Self {
             range,
             in_tree: AtomicBool::new(false),
@@ -122,7 +122,8 @@ impl Header {
             return self.take_deferred();
         }
         let mut at = front;
-        // SAFETY: Nodes on the list are alive: the caller's duty.
+        // SAFETY: A reference needs a live node, and the caller promises that the nodes on the list
+        // are alive.
         while let Some(node) = unsafe { at.as_ref() } {
             at = node.deferred_next.load(Ordering::Relaxed);
             if ptr::eq(at, self) {

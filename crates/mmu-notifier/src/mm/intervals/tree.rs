@@ -21,11 +21,11 @@ use crate::VaRange;
 use std::mem;
 use std::ptr::NonNull;
 
-/// Entries of a node: among 15 keys one is found in four steps, see [`Node::begin_by`].
+/// How many entries a node has at most. [`Node::begin_by`] searches 15 keys in four steps.
 const FANOUT: usize = 15;
 
-/// Two neighbours are merged when together they have no more entries than this, so that the next
-/// insert does not split them again.
+/// Two neighbours are merged if together they have at most this many entries. The node that results
+/// is not full, so the next insert does not split it again.
 const MERGED: usize = FANOUT * 3 / 4;
 
 /// A tree of pointers to `T`. The tree never dereferences them.
@@ -36,18 +36,18 @@ pub(super) struct Tree<T> {
     pub(super) spares: Spares<T>,
 }
 
-/// One node: its entries in order, and for each entry the least first and the greatest last
-/// address.
+/// A node: its entries in order, and for each entry the least first address and the greatest last
+/// address below it.
 #[repr(C, align(64))]
 pub(super) struct Node<T> {
     len: usize,
-    /// All ones from the node's `len` on.
+    /// From index `len` on, all bits are ones.
     first: [u64; FANOUT],
     last: [u64; FANOUT],
     entries: Entries<T>,
 }
 
-/// None from the node's `len` on.
+/// The entries of a node. From index `len` on, they are `None`.
 enum Entries<T> {
     Intervals([Option<NonNull<T>>; FANOUT]),
     Children([Option<Box<Node<T>>>; FANOUT]),
@@ -86,15 +86,19 @@ impl<T> Tree<T> {
         if full == self.height { full + 1 } else { full }
     }
 
-    /// Returns how many spare nodes each of several inserts takes at most, among removals or not.
+    /// Returns how many spare nodes to reserve for each of several inserts, whatever removals are
+    /// among them.
     ///
-    /// An insert splits at most one node of each level that the tree has today. So `n` inserts add
-    /// at most `n` entries to the level above these. A node there splits when it is full. A node
-    /// that came from a split in the middle is full after seven additions, one from a split at the
-    /// edge after thirteen; the full node that a split at the edge leaves behind may split once
-    /// more at the first addition. So thirteen additions make at most two nodes. The first node of
-    /// each new level is the root, with two entries. All nodes of new levels together are therefore
-    /// fewer than the inserts. Removals change nothing: one that merges nodes gives a node back.
+    /// 1. An insert splits at most one node on each level that the tree has now. So `n` inserts
+    ///    add at most `n` entries to the first new level above.
+    /// 2. A node on a new level splits when it is full. A node from a split in the middle is
+    ///    full after seven additions, a node from a split at the edge after thirteen. A split at
+    ///    the edge also leaves a full node behind, which may split at its next addition. So
+    ///    thirteen additions make at most two nodes.
+    /// 3. The first node of a new level is the root, with two entries. So the nodes on all new
+    ///    levels together are fewer than the inserts.
+    /// 4. A removal that merges two nodes makes one of them a spare node, so removals do not
+    ///    change the bound.
     pub(super) fn need_each(&self) -> usize {
         self.height + 1
     }
@@ -193,15 +197,15 @@ impl<T> Node<T> {
         self.last[..nearest].iter().any(reaches)
     }
 
-    /// Calls `visit` for each interval that meets `range`, in order, until it returns false.
-    /// Returns false if a call did.
+    /// Calls `visit` for each interval that meets `range`, in order, until a call returns false.
+    /// Returns false if a call did so.
     pub(super) fn visit(&self, range: VaRange, visit: &mut impl FnMut(NonNull<T>) -> bool) -> bool {
         let begun = self.begin_by(range.last().get());
         let mut meeting = (0..begun).filter(|at| self.last[*at] >= range.start().get());
         match &self.entries {
             Entries::Intervals(intervals) => {
-                // Prefetch the lines of all of them now. Otherwise each callback would wait for its
-                // own.
+                // Prefetch the cache lines of all these intervals now. Otherwise each callback
+                // would wait for the lines of its interval.
                 meeting
                     .clone()
                     .for_each(|at| fetch(intervals[at].expect(ENTRY).as_ptr(), 128));
@@ -221,7 +225,7 @@ impl<T> Node<T> {
         }
     }
 
-    /// Returns how many entries have a key that is not greater.
+    /// Returns how many entries have a key that is at most `key`.
     fn rank(&self, key: Key<T>) -> usize {
         let mut rank = self.begin_by(key.0);
         while rank != 0 && (self.first[rank - 1], self.head(rank - 1)) > key {
@@ -230,7 +234,7 @@ impl<T> Node<T> {
         rank
     }
 
-    /// Returns the index of the entry that contains a key or would contain it.
+    /// Returns the index of the entry below which `key` is, or would be inserted.
     fn towards(&self, key: Key<T>) -> usize {
         self.rank(key).saturating_sub(1)
     }
@@ -310,7 +314,8 @@ impl<T> Node<T> {
         }
     }
 
-    /// Merges two neighbours if the result has room; tells whether it did.
+    /// Merges two neighbours if together they have at most [`MERGED`] entries. Returns whether it
+    /// merged them.
     fn merge(&mut self, at: usize, spares: &mut Spares<T>) -> bool {
         let Entries::Children(children) = &mut self.entries else {
             return false;
@@ -327,7 +332,7 @@ impl<T> Node<T> {
         true
     }
 
-    /// Takes the child of a node that has no other.
+    /// Takes the child out of a node that has only this one.
     fn take_only_child(&mut self) -> Option<Box<Self>> {
         let inner = matches!(self.entries, Entries::Children(_));
         (inner && self.len == 1).then(|| self.close_child(0))
@@ -440,7 +445,7 @@ impl<T> Entries<T> {
     }
 }
 
-/// Nodes without entries, for inserts. The first child of each one is the next.
+/// Nodes without entries, for inserts. The first child of a node is the next node.
 pub(super) struct Spares<T> {
     front: Option<Box<Node<T>>>,
     len: usize,
@@ -479,15 +484,15 @@ impl<T> Spares<T> {
         }
     }
 
-    /// Takes all of them.
+    /// Takes all nodes.
     pub(super) fn take_all(&mut self) -> Self {
         mem::replace(self, Self::new())
     }
 
-    /// Takes one, as an inner node.
+    /// Takes one node, as an inner node.
     ///
     /// # Panics
-    /// If there is none.
+    /// If there is no node.
     fn take(&mut self) -> Box<Node<T>> {
         let mut node = self
             .front
@@ -513,7 +518,7 @@ impl<T> Spares<T> {
 }
 
 impl<T> Drop for Spares<T> {
-    /// Drops them in a loop, because recursion could overflow the stack.
+    /// Drops the nodes in a loop, because recursion could overflow the stack.
     fn drop(&mut self) {
         while self.front.is_some() {
             drop(self.take());
@@ -527,7 +532,8 @@ fn fetch<U>(place: *const U, bytes: usize) {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
     for line in (0..bytes).step_by(64) {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: No duty: a prefetch neither reads nor faults, whatever the address.
+        // SAFETY: A prefetch has no precondition: it neither reads nor faults, whatever the
+        // address.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(place.wrapping_byte_add(line).cast()) };
     }
     #[cfg(not(all(target_arch = "x86_64", not(miri))))]

@@ -3,11 +3,12 @@
 use crate::{Mm, Notifier, Va, VaRange};
 use std::ops::Deref;
 
-/// A hardware TLB that reads the primary page table, and what it does when that table changes.
+/// The callbacks of a hardware TLB that reads the primary page table.
 ///
 /// Such hardware can refill an entry at any moment between a start and an end, so a bracket does
-/// not help. The hardware must be flushed where the page-table entry was cleared, under the lock of
-/// the page table. A software copy implements [`Notifier`] instead. No type can be both.
+/// not help. The event source must flush the hardware where it clears the page-table entry, under
+/// the lock of the page table. A software copy implements [`Notifier`] instead. No type can be
+/// both.
 ///
 /// # Source
 /// `arch_invalidate_secondary_tlbs` of `struct mmu_notifier_ops`, Linux 6.6, which refuses an
@@ -46,8 +47,8 @@ pub trait SecondaryTlb: Send + Sync + 'static {
     }
 }
 
-/// A [`SecondaryTlb`] as a subscriber that brackets never call, for [`Subsystem`](crate::Subsystem)
-/// and [`Registration`](crate::Registration).
+/// Wraps a [`SecondaryTlb`] as a subscriber for [`Subsystem`](crate::Subsystem) and
+/// [`Registration`](crate::Registration). Brackets never call it.
 ///
 /// # Examples
 /// ```
@@ -56,7 +57,7 @@ pub trait SecondaryTlb: Send + Sync + 'static {
 /// use mmu_notifier::{Mm, MmWithUser, Registration, Secondary, SecondaryTlb, VaRange};
 /// use std::sync::atomic::{AtomicU64, Ordering};
 ///
-/// struct Iommu(AtomicU64); // How many flushes it was told to do.
+/// struct Iommu(AtomicU64); // Counts its flushes.
 /// impl SecondaryTlb for Iommu {
 ///     fn invalidate_secondary_tlbs(&self, _mm: &Mm, _range: VaRange) {
 ///         self.0.fetch_add(1, Ordering::Relaxed);

@@ -49,7 +49,8 @@ pub(super) struct Header {
     /// First, so that the address of a queued head is the address of its node.
     rcu: UnsafeCell<srcu::Head>,
     pub(super) next: AtomicPtr<Header>,
-    /// The link that points here, null when not listed. Changed under the list's lock only.
+    /// The link that points to this header, or null if the node is not listed. Changed under the
+    /// list's lock only.
     pub(super) pprev: AtomicPtr<AtomicPtr<Header>>,
     /// Whether `get` may find the node: every bracket that does not call it has ended.
     live: AtomicBool,
@@ -61,8 +62,8 @@ pub(super) struct Header {
     /// subsystem, and no lookup finds a `Registration`, because it is never `live`.
     owner: Option<Arc<Pending>>,
     mm: Mm,
-    /// Not in the first cache line, which is all that `get` and `put` touch, but beside the value,
-    /// which this pointer is used to call.
+    /// Last, so that it is beside the value, which brackets call through it. `get` and `put` touch
+    /// the first cache line only.
     notifier: NonNull<dyn Callbacks>,
 }
 
@@ -111,10 +112,10 @@ impl Header {
 pub(super) trait Callbacks: Notifier {
     extern "C" fn start(&self, range: &InvalidateRange<'_>);
     extern "C" fn end(&self, range: &InvalidateRange<'_>);
-    /// Does not catch a panic: the caller must know of it, to record that the start may have been
-    /// made.
+    /// Does not catch a panic: after one, the caller must record that the start may have taken
+    /// effect.
     fn try_start(&self, range: &InvalidateRange<'_>) -> Result<(), WouldBlock>;
-    /// The same subscriber, for its rarer callbacks.
+    /// Returns the subscriber, for its rarer callbacks.
     fn notifier(&self) -> &dyn Notifier;
 }
 
@@ -146,7 +147,8 @@ pub struct Node<N: Notifier> {
     value: N,
 }
 
-/// Alone on its cache lines, so that getters of one address space do not slow those of another.
+/// A node that has its cache lines to itself, so that getters of one address space do not slow the
+/// getters of another.
 #[repr(C, align(128))]
 struct Aligned<N: Notifier>(Node<N>);
 
@@ -195,7 +197,7 @@ impl CountedFree {
     }
 }
 
-/// Why no reference to a node could be taken.
+/// The reason why no reference to a node could be taken.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum NotCounted {
     /// There is no such node, or its last reference was put.
@@ -234,12 +236,12 @@ impl<N: Notifier> NodeRef<N> {
         }
     }
 
-    /// Returns the node without giving up its count, which passes to the caller.
+    /// Returns the node. Its count passes to the caller.
     pub(crate) fn into_node(self) -> NonNull<Node<N>> {
         ManuallyDrop::new(self).node
     }
 
-    /// Makes the reference again that `into_node` took apart.
+    /// Makes a reference from the node and the count that `into_node` returned.
     ///
     /// # Safety
     /// `node` must be alive and counted, and the caller must own that count.
@@ -291,19 +293,19 @@ impl<N: Notifier> NodeRef<N> {
     }
 
     pub(crate) fn try_clone(&self) -> Result<Self, NotCounted> {
-        // SAFETY: The node must be alive: counted. It is an `N`, as `self` is.
+        // SAFETY: The node must be a live `Node<N>`: it is counted, and `self` has this type.
         unsafe { Self::from_header(self.header(), self.as_header().users_max()) }
     }
 
     /// Takes one more reference, unless the count is zero or full.
     ///
     /// # Safety
-    /// `node` must be the header of a live `Node<N>`, by the pointer that `new` or `adopt` was
-    /// given: the new reference may turn out to be the last, and then frees the node through that
-    /// pointer.
+    /// `node` must be the header of a live `Node<N>`, with the provenance of the pointer that `new`
+    /// made or `adopt` got: if the new reference becomes the last one, its drop frees the node
+    /// through this pointer.
     #[inline(always)]
     unsafe fn from_header(node: NonNull<Header>, max: u32) -> Result<Self, NotCounted> {
-        // SAFETY: The node must be alive: the caller's duty.
+        // SAFETY: The node must be alive, which the caller promises.
         let header = unsafe { node.as_ref() };
         let mut users = header.users.load(Ordering::Relaxed);
         loop {
@@ -338,15 +340,16 @@ impl<N: Notifier> NodeRef<N> {
     /// The node must be delisted, a grace period of its domain must have passed since, and `self`
     /// must be its only user.
     pub(crate) unsafe fn into_value(self) -> N {
-        // SAFETY: A `Box` needs the unique pointer that came from one: `new` leaked it, `self` is
-        // the only user, and no walker can stand on it any more (the caller's duty).
+        // SAFETY: A `Box` needs the unique pointer that came from one: `new` leaked the box. The
+        // caller promises that `self` is the only user and that no walker can stand on the node any
+        // more.
         let node = unsafe { Box::from_raw(self.into_node().cast::<Aligned<N>>().as_ptr()) };
         node.0.value
     }
 }
 
-/// Gives the reference back. The last one delists the node and queues its free. Never blocks and
-/// never allocates.
+/// Drops the reference. The drop of the last one delists the node and queues its free. It never
+/// blocks and never allocates.
 impl<N: Notifier> Drop for NodeRef<N> {
     #[inline]
     fn drop(&mut self) {
@@ -359,8 +362,9 @@ impl<N: Notifier> Drop for NodeRef<N> {
             Ordering::AcqRel
         };
         if self.as_header().users.fetch_sub(1, order) == 1 {
-            // SAFETY: The node is alive until it is freed, this was its last user, and `free` is
-            // for the `N` that it is.
+            // SAFETY: The node must be alive, without users, and of the type of `free`. Nobody but
+            // `retire` queues its free, the subtraction found the last user, and the node is a
+            // `Node<N>`.
             unsafe { retire(self.header(), free::<N>) };
         }
     }
@@ -369,8 +373,8 @@ impl<N: Notifier> Drop for NodeRef<N> {
 /// Finds the newest node of `owner` that is wanted and live, and takes a reference to it.
 ///
 /// # Safety
-/// `header` must be null or a node reached in a read section that is still open, and `owner` must
-/// be that of a `Subsystem<N>`.
+/// `header` must be null or a node that was reached in a read section that is still open. `owner`
+/// must be the `Pending` of a `Subsystem<N>`.
 #[inline(always)]
 pub(super) unsafe fn lookup<N: Notifier>(
     mut header: *mut Header,
@@ -378,8 +382,8 @@ pub(super) unsafe fn lookup<N: Notifier>(
     is_wanted: impl Fn(&N) -> bool,
 ) -> Result<NodeRef<N>, NotCounted> {
     while let Some(pointer) = NonNull::new(header) {
-        // SAFETY: A reference needs a live node: reached in an open read section (the caller's
-        // duty), so deferred.
+        // SAFETY: A reference needs a live node. The caller promises that the node was reached in
+        // an open read section, so its free is deferred.
         let node = unsafe { pointer.as_ref() };
         // ORDER(core-live): partner of the store in `set_live`.
         let ours = node
@@ -387,10 +391,10 @@ pub(super) unsafe fn lookup<N: Notifier>(
             .as_ref()
             .is_some_and(|key| Arc::ptr_eq(key, owner))
             && (node.live.load(Ordering::Acquire) || mutant("get_trusts_the_unready"));
-        // SAFETY: It must be a live `Node<N>`: it was reached in an open read section, and only
-        // `Subsystem<N>` makes nodes with its own `owner`.
+        // SAFETY: `node` must be a live `Node<N>`. It was reached in an open read section, and only
+        // a `Subsystem<N>` makes nodes with its own `owner`.
         if ours && is_wanted(unsafe { &(*pointer.cast::<Node<N>>().as_ptr()).value }) {
-            // SAFETY: As above.
+            // SAFETY: `node` must be a live `Node<N>`, which it is, as above.
             match unsafe { NodeRef::from_header(pointer, owner.users_max) } {
                 Err(NotCounted::Gone) => {}
                 found => return found,
@@ -405,19 +409,19 @@ pub(super) unsafe fn lookup<N: Notifier>(
 /// Delists a node and queues its free.
 ///
 /// # Safety
-/// `node` must be alive, its last user gone, and `free` must be right for its type.
+/// `node` must be alive and without users, and `free` must free nodes of its type.
 #[cold]
 unsafe fn retire(node: NonNull<Header>, free: unsafe fn(NonNull<srcu::Head>)) {
-    // ORDER(core-put): The subtraction that took the count to zero orders all earlier puts before
+    // ORDER(core-put): the subtraction that took the count to zero orders all earlier puts before
     // this point, and the queue orders this point before the free. SAFETY: A reference needs a live
-    // node: the caller's duty, and no other thread queues the free.
+    // node. The caller promises that, and no other thread queues the free.
     let header = unsafe { node.as_ref() };
     if header.is_inherited() {
-        // This is the child of a fork, and the value belongs to the parent.
+        // This is the child of a fork, and the parent frees the node.
         return;
     }
-    // Queueing a head twice corrupts the queue, which may then never end. A mutant that retires a
-    // node twice is stopped here instead.
+    // A head that is queued twice corrupts the queue, and a walk of the queue may then never end.
+    // So this assertion stops the mutant that retires a node twice.
     assert!(
         !mutant("get_revives") || header.live.swap(false, Ordering::Relaxed),
         "retired twice"
@@ -435,30 +439,32 @@ unsafe fn retire(node: NonNull<Header>, free: unsafe fn(NonNull<srcu::Head>)) {
     // The free drops the node's handle of the address space. That handle may be the last one, and
     // then the domain is dropped while this call still runs; `call_raw_dropping` allows that.
     // Keeping a second handle here would not help: dropping it could be the last drop, which waits,
-    // and a put must not wait. SAFETY: `head` must stay valid and be queued only once until `free`
-    // runs, and `free` must be right for it: the node lives until then (deferred) and its last user
-    // is gone, `Head` is the node's first field, and `free` is for its type (the caller's duties).
+    // and a put must not wait. SAFETY: `head` must stay valid and must not be queued again until
+    // `free` runs, and `free` must be right for it. The node lives until then (deferred), and only
+    // the put of its last user queues it. `Head` is the node's first field, and the caller promises
+    // that `free` is for the node's type.
     unsafe { list.srcu().call_raw_dropping(head, free) };
 }
 
-/// Frees a node: first its value, then its reference to the address space. Only then reports the
-/// free to the subsystem.
+/// Drops a node's value and then its reference to the address space. Only then reports the free to
+/// the subsystem.
 ///
 /// # Safety
-/// `head` must be that of a retired `Node<N>`, and a grace period must have passed since it was
-/// delisted.
+/// `head` must be the head of a retired `Node<N>`, and a grace period must have passed since the
+/// node was delisted.
 unsafe fn free<N: Notifier>(head: NonNull<srcu::Head>) {
-    // SAFETY: A reference needs a live node: only this function frees it, and the header begins
-    // with the head.
+    // SAFETY: A reference needs a live node. Only this function frees the node, and the header
+    // begins with the head.
     if unsafe { head.cast::<Header>().as_ref() }.is_inherited() {
-        // Queued before a fork, and this is the child: the node is the parent's to free.
+        // The free was queued before a fork, and this is the child. The parent frees the node.
         return;
     }
-    // SAFETY: A `Box` needs the unique pointer that came from one: `new` leaked it, no user is left
-    // and no walker can stand on it (the caller's duty); the head is the first field of the first
-    // field.
+    // SAFETY: A `Box` needs the unique pointer that came from one: `new` leaked the box. The caller
+    // promises that the node is retired and the grace period over, so no user is left and no walker
+    // can stand on the node. The head is the first field of the header, and the header is the first
+    // field of the node.
     let node = unsafe { Box::from_raw(head.cast::<Aligned<N>>().as_ptr()) };
-    // In a block of its own, so that the node's memory is freed before the subsystem is told.
+    // The block frees the node's memory before `freed` reports to the subsystem.
     let (header, value) = {
         let Aligned(Node { header, value }) = *node;
         (header, value)

@@ -6,7 +6,7 @@ use std::num::NonZeroUsize;
 
 type Interval = NonNull<u64>;
 
-/// A place that is never looked at.
+/// A pointer that the tree compares and never dereferences.
 fn interval(number: usize) -> Interval {
     NonNull::without_provenance(NonZeroUsize::MIN.saturating_add(number))
 }
@@ -15,12 +15,12 @@ fn pages(first: u64, count: u64) -> VaRange {
     VaRange::covering(Va::new(first << 12), count << 12).unwrap()
 }
 
-/// A tree beside a plain list that does the same.
+/// A tree, and a plain list with the same content.
 struct Pair {
     tree: Tree<u64>,
     list: BTreeMap<Interval, VaRange>,
     removed: usize,
-    /// Whether the spare nodes of all inserts are there from the start.
+    /// Whether the test reserved the spare nodes of all inserts at the start.
     reserved: bool,
 }
 
@@ -41,7 +41,7 @@ impl Pair {
             .add(Spares::allocate(inserts * self.tree.need_each()));
     }
 
-    /// Gives the tree exactly what it says it needs.
+    /// Reserves exactly the spare nodes that `need` asks for, and inserts.
     fn insert(&mut self, range: VaRange, interval: Interval) {
         let need = self.tree.need(range, interval);
         assert!(self.reserved || need <= self.tree.need_each());
@@ -163,7 +163,7 @@ fn nodes(tree: &Tree<u64>) -> usize {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// Few firsts and many intervals: most keys differ by the interval's address alone.
+    /// The intervals share few first addresses, so most keys differ only in the pointer.
     #[test]
     fn random_changes_keep_order_and_sums_and_agree_with_a_plain_list(
         steps in prop::collection::vec((0..300_usize, 0..60_u64, 1..20_u64, 0..80_u64), 1..800),
@@ -188,8 +188,8 @@ proptest! {
         }
     }
 
-    /// The promise behind inserts that are put off: what each reserves is enough for all of them,
-    /// removals among them or not.
+    /// The promise that deferred inserts rely on: if each insert reserves `need_each` nodes, the
+    /// nodes suffice for all inserts, whatever removals are among them.
     #[test]
     fn many_inserts_take_no_more_than_each_reserves(
         before in prop::collection::vec(run(), 0..3),
@@ -217,7 +217,7 @@ proptest! {
     }
 }
 
-/// Intervals in order, up or down, or all over the place.
+/// Returns the numbers of intervals in ascending, descending or random order.
 fn run() -> impl Strategy<Value = Vec<u64>> {
     (0..4_u64, 1..1500_u64, 0..3_u8).prop_map(|(region, len, order)| {
         let of = |number| region * 10_000 + number;
@@ -253,8 +253,8 @@ fn the_last_address_and_the_whole_of_an_address_space_are_found() {
     }
 }
 
-/// Full nodes that are split again and again from behind once took a node for each insert on every
-/// new level.
+/// Inserts in descending order split full nodes at their front. An earlier bound was too low for
+/// them: on every new level each insert took a node.
 #[test]
 fn inserts_down_to_a_full_tree_take_no_more_than_each_reserves() {
     for up in [15, 224, 3100, 3375] {
@@ -294,7 +294,7 @@ fn nodes_are_full_after_inserts_in_order_and_go_with_what_they_held() {
             "{} nodes",
             nodes(&pair.tree)
         );
-        // Nine out of ten, all over the place.
+        // Remove nine intervals out of ten.
         for number in (0..COUNT).filter(|number| number % 10 != 0) {
             pair.remove(interval(number));
         }

@@ -17,22 +17,23 @@ use std::ptr::{self, NonNull};
 /// must stay valid, at its place, and untouched by other code, until `dispose` is called with it or
 /// [`Node::unregister`] has succeeded.
 pub unsafe trait Embedded: Notifier {
-    /// Gives the node's memory back to the caller, after the last put and a grace period. It is the
-    /// kernel's `free_notifier`.
+    /// Drops the value, and returns the node's memory to its owner. Runs after the last put and a
+    /// grace period, like the kernel's `free_notifier`.
     ///
     /// # Blocking
     /// Runs on the reclaimer thread and must not sleep, because every other deferred free waits
     /// behind it.
     /// # Safety
-    /// `node` was registered, no callback can be running in it, and no thread uses it any more. Its
-    /// value has not been dropped yet: this function must drop it.
+    /// The caller promises that `node` was registered, that no callback can be running in it, and
+    /// that no thread uses it any more. The value has not been dropped yet, so this function must
+    /// drop it.
     unsafe fn dispose(node: NonNull<Node<Self>>)
     where
         Self: Sized;
 }
 
-/// A put of a notifier that has no users left, so the caller owned no reference. Nothing has
-/// changed.
+/// The error of a put of a notifier that has no users left: the caller owned no reference. The put
+/// has changed nothing.
 ///
 /// # Source
 /// The warning of `mmu_notifier_put`, Linux 5.15.
@@ -48,7 +49,7 @@ impl fmt::Display for SurplusPut {
 impl Error for SurplusPut {}
 
 impl<N: Embedded> Node<N> {
-    /// Gives one reference back; the last one delists the node and queues its
+    /// Drops one reference. The put of the last reference delists the node and queues its
     /// [`dispose`](Embedded::dispose).
     ///
     /// # Blocking
@@ -56,13 +57,13 @@ impl<N: Embedded> Node<N> {
     /// # Errors
     /// [`SurplusPut`] if the node has no users left but is not disposed of yet.
     /// # Safety
-    /// `node` must be registered and not disposed of. Both hold as long as it has users.
+    /// `node` must be registered and not disposed of. Both hold as long as the node has users.
     /// # Source
     /// `mmu_notifier_put`, Linux 5.15.
     #[inline]
     pub unsafe fn put(node: NonNull<Self>) -> Result<(), SurplusPut> {
         let node: NonNull<Header> = node.cast();
-        // SAFETY: The node must be alive: the caller's duty.
+        // SAFETY: The node must be alive, which the caller promises.
         let header = unsafe { node.as_ref() };
         let mut users = header.users.load(Ordering::Relaxed);
         while users != 0 {
@@ -86,9 +87,9 @@ impl<N: Embedded> Node<N> {
         Err(SurplusPut)
     }
 
-    /// Calls `release` unless exit has done so, delists the node, waits until no callback runs in
-    /// it, and gives the memory back to the caller with the value still in it. The count of users
-    /// does not matter, and `dispose` is not called.
+    /// Calls `release` unless exit has done so, delists the node, and waits until no callback runs
+    /// in the node. Then the memory is the caller's again, with the value still in it. The count of
+    /// users does not matter, and `dispose` is not called.
     ///
     /// # Blocking
     /// Sleeps while `release` and the brackets open now last, and those opened later that it
@@ -104,7 +105,8 @@ impl<N: Embedded> Node<N> {
     /// `mmu_notifier_unregister`, Linux 5.15.
     #[cfg_attr(debug_assertions, track_caller)]
     pub unsafe fn unregister(node: NonNull<Self>) -> Result<(), WouldDeadlock> {
-        // SAFETY: The node must be alive and counted: the caller's duty. The count is not given up.
+        // SAFETY: The node must be alive and counted, which the caller promises. `ManuallyDrop`
+        // keeps the count.
         let counted = ManuallyDrop::new(unsafe { NodeRef::from_node(node) });
         registrar::release(&counted)?;
         let list = counted.mm().subscriptions();
@@ -124,7 +126,7 @@ impl<N: Embedded> Node<N> {
         &self.header.mm
     }
 
-    /// Returns how many references there are. A snapshot, for reports and tests.
+    /// Returns how many references there are now. For reports and tests.
     #[must_use]
     pub fn users(&self) -> u32 {
         self.header.users.load(Ordering::Relaxed)
@@ -146,18 +148,21 @@ impl<N: Notifier> fmt::Debug for Node<N> {
 }
 
 /// # Safety
-/// `head` must be that of a retired `Node<N>` of `Notifiers`, and a grace period must have passed
-/// since it was delisted.
+/// `head` must be the head of a retired `Node<N>` of `Notifiers`, and a grace period must have
+/// passed since the node was delisted.
 unsafe fn dispose<N: Embedded>(head: NonNull<srcu::Head>) {
     // SAFETY: A reference needs a live node: only this function disposes of it, and the header
     // begins with the head.
     if unsafe { head.cast::<Header>().as_ref() }.is_inherited() {
-        // Queued before a fork, and this is the child: the node is the parent's to dispose of.
+        // The free was queued before a fork, and this is the child. The parent disposes of the
+        // node.
         return;
     }
-    // SAFETY: Moving out needs a place that no thread uses any more: no user is left and no walker
-    // can stand on it (the caller's duty).
+    // SAFETY: Moving out needs a place that no thread uses any more: the caller promises that the
+    // node is retired and the grace period over, so no user is left and no walker can stand on the
+    // node.
     let header = unsafe { ptr::read(head.cast::<Header>().as_ptr()) };
-    // SAFETY: The node must have been registered, and no thread may use it: the caller's duty.
+    // SAFETY: The node must have been registered, and no thread may use it. Both follow from the
+    // same promise.
     header.freed(|| unsafe { N::dispose(head.cast()) });
 }

@@ -15,7 +15,7 @@ pub(crate) fn publish<N: Notifier>(node: &NodeRef<N>, locked: &MmapWriteGuard<'_
     let list = locked.subscriptions();
     list.srcu().prepare();
     list.insert(node);
-    // Every caller has asked `would_deadlock` since it took the lock and ran its last callback, so
+    // Every caller has called `would_deadlock` after it took the lock and ran its last callback, so
     // this wait is not refused.
     let waited = if mutant("register_waits_not") {
         Ok(())
@@ -25,10 +25,10 @@ pub(crate) fn publish<N: Notifier>(node: &NodeRef<N>, locked: &MmapWriteGuard<'_
     debug_assert!(waited.is_ok(), "a registrar was refused its grace period");
 }
 
-/// Calls `release` of a notifier that is to be unregistered, unless exit has done so.
+/// Calls `release` of a notifier that the caller is about to unregister, unless exit has called it.
 ///
 /// # Errors
-/// If this thread must not wait for the notifier's callbacks afterwards.
+/// [`WouldDeadlock`] if this thread must not wait for the notifier's callbacks afterwards.
 #[cfg_attr(debug_assertions, track_caller)]
 pub(crate) fn release<N: Notifier>(node: &NodeRef<N>) -> Result<(), WouldDeadlock> {
     let mm = node.mm();
