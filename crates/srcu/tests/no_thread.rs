@@ -31,7 +31,7 @@ fn without_a_thread_a_barrier_runs_the_callbacks() {
     let other = {
         let (a, b, called, meet) = (a.clone(), b.clone(), called.clone(), meet.clone());
         thread::spawn(move || {
-            testkit::refuse_calls(&[libc::SYS_clone, libc::SYS_clone3], libc::EAGAIN);
+            testkit::refuse_threads();
             let section = a.read_lock();
             meet.wait();
             // The first thread waits for this section in its barrier, and this thread, inside the
@@ -45,7 +45,7 @@ fn without_a_thread_a_barrier_runs_the_callbacks() {
     let first = {
         let (a, called) = (a.clone(), called.clone());
         thread::spawn(move || {
-            testkit::refuse_calls(&[libc::SYS_clone, libc::SYS_clone3], libc::EAGAIN);
+            testkit::refuse_threads();
             a.prepare();
             meet.wait();
             let cookie = a.start_poll();
