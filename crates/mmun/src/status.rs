@@ -80,9 +80,12 @@ fn thousands(number: u64) -> String {
 }
 
 /// Writes `text`, and tells whether it did. A terminal that ^S has stopped gets nothing, because
-/// writing to it would wait.
+/// writing to it would wait. In the background nothing is written: the terminal is the shell's.
 fn write(text: &str) -> bool {
     let mut error = io::stderr();
+    if !crate::sys::has_terminal(&error) {
+        return false;
+    }
     let at_once = Timespec {
         tv_sec: 0,
         tv_nsec: 0,

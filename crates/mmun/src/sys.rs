@@ -12,7 +12,9 @@ mod relay;
 mod streams;
 
 pub(crate) use privileges::{Rights, limit};
-pub(crate) use relay::{Relay, end_relay, is_foreground_job, start_under_relay, stop};
+pub(crate) use relay::{
+    Relay, end_relay, has_terminal, is_foreground_job, start_under_relay, stop,
+};
 pub(crate) use streams::keep_closed_in_programs;
 
 use std::fs::File;

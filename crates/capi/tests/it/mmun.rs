@@ -1,6 +1,6 @@
 //! Tests the promises of `mmun.h` from C, over each source.
 
-use crate::support::{STRICT, compile, root, sources, succeed};
+use crate::support::{STRICT, compile, libraries, root, scratch, sources, succeed};
 use std::process::Command;
 use testkit::{Cap, has_optional_program, require};
 
@@ -127,4 +127,41 @@ fn thirty_two_threads() {
         return;
     };
     assert!(succeed(Command::new(program).arg("1000")).ends_with("ok\n"));
+}
+
+/// A program can have the library twice: its own, and that of a plugin or a preloaded one.
+#[test]
+#[cfg(all(
+    any(target_arch = "x86_64", target_arch = "aarch64"),
+    target_env = "gnu"
+))]
+fn a_second_copy_of_the_hook_says_why_it_is_refused() {
+    if !require(Cap::Program("python3")) {
+        return;
+    }
+    const TWICE: &str = "
+import ctypes, sys
+class Options(ctypes.Structure):
+    _fields_ = [('size', ctypes.c_size_t), ('sources', ctypes.c_uint32), ('required', ctypes.c_uint32)]
+hook = Options(16, 1, 1)
+for name in sys.argv[1:]:
+    library, handle = ctypes.CDLL(name), ctypes.c_void_p()
+    library.mmun_last_error.restype = ctypes.c_char_p
+    code = library.mmun_open(ctypes.byref(hook), ctypes.byref(handle))
+    print(code, library.mmun_last_error().decode() if code else '')
+";
+    let first = libraries().join("libmmun.so");
+    let second = scratch("copy").join(format!("libmmun-{}.so", std::process::id()));
+    std::fs::copy(&first, &second).unwrap();
+    let mut python = Command::new("python3");
+    // Room for the thread-local words of both.
+    python.env("GLIBC_TUNABLES", "glibc.rtld.optional_static_tls=8192");
+    let said = succeed(python.args(["-c", TWICE]).args([&first, &second]));
+    let lines: Vec<&str> = said.lines().collect();
+    assert_eq!(lines[0].trim(), "0", "{said}");
+    std::fs::remove_file(second).unwrap();
+    assert!(
+        lines[1].starts_with("-95 ") && lines[1].contains("another copy of this library"),
+        "{said}"
+    );
 }

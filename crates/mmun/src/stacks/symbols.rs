@@ -171,7 +171,11 @@ fn frames(
 fn named(module: &str, symbol: &str) -> Frame {
     // The version of a symbol is of no interest here: `malloc@@GLIBC_2.2.5`.
     let symbol = symbol.split_once('@').map_or(symbol, |(name, _)| name);
-    let function = demangle_auto(symbol.into(), None).into_owned();
+    // Without the prefix it is a name of C: `t` is no `unsigned short`.
+    let function = match symbol.starts_with("_Z") || symbol.starts_with("_R") {
+        true => demangle_auto(symbol.into(), None).into_owned(),
+        false => symbol.to_owned(),
+    };
     Frame {
         function,
         module: module.into(),
@@ -321,5 +325,8 @@ mod tests {
         );
         assert_eq!(named("m", "_ZN3foo3barEv").function, "foo::bar()");
         assert_eq!(named("m", "malloc@@GLIBC_2.2.5").function, "malloc");
+        for name in ["t", "d", "St", "PKc"] {
+            assert_eq!(named("m", name).function, name, "a name of C");
+        }
     }
 }

@@ -102,6 +102,12 @@ pub(crate) fn is_foreground_job() -> bool {
     unsafe { libc::tcgetpgrp(terminal.as_raw_fd()) == own }
 }
 
+/// Whether this process is in the group that `terminal` gives its input and signals to.
+pub(crate) fn has_terminal(terminal: &impl AsRawFd) -> bool {
+    // SAFETY: they take a descriptor, which is open, and nothing. -1: the terminal has hung up.
+    unsafe { libc::tcgetpgrp(terminal.as_raw_fd()) == libc::getpgrp() }
+}
+
 /// A leader of a session was started by a terminal, a container or `setsid`, and by no shell.
 fn leads_session() -> bool {
     // SAFETY: it takes a number. 0: the leader is in another pid namespace, see above.

@@ -44,6 +44,21 @@ impl Segment {
         (self.start..self.start + self.length).contains(&address)
     }
 
+    /// Tells whether the code in memory is not that of the file. False if the file cannot be read.
+    pub(super) fn is_changed(&self) -> bool {
+        const STEP: usize = 1 << 16;
+        let mut bytes = [0; STEP];
+        let Ok(file) = File::open(&self.path) else {
+            return false;
+        };
+        let code = self.code().bytes;
+        code.chunks(STEP).enumerate().any(|(index, code)| {
+            let bytes = &mut bytes[..code.len()];
+            let at = self.offset + (index * STEP) as u64;
+            file.read_exact_at(bytes, at).is_ok() && bytes != code
+        })
+    }
+
     /// Returns the code without breakpoints, and the breakpoints.
     ///
     /// The kernel recognises the breakpoint of a uprobe by the file that is mapped at its address.

@@ -37,7 +37,14 @@ pub(super) struct Plan {
 }
 
 /// The plan, or what is missing.
-type Made = Result<Plan, String>;
+type Made = Result<Plan, Lack>;
+
+/// What the hook lacks in this process, and what helps.
+#[derive(Debug)]
+struct Lack {
+    missing: String,
+    remedy: &'static str,
+}
 
 static MADE: AtomicPtr<Made> = AtomicPtr::new(ptr::null_mut());
 
@@ -57,11 +64,10 @@ pub(super) fn plan(prepare: fn()) -> Result<&'static Plan, Error> {
         let _ = MADE.compare_exchange(ptr::null_mut(), made, Ordering::Release, Ordering::Relaxed);
         look().expect("it was stored by this thread or another")
     });
-    made.as_ref().map_err(|missing| Error::Unavailable {
+    made.as_ref().map_err(|lack| Error::Unavailable {
         source: "hook",
-        missing: missing.clone(),
-        remedy: "ldd --version; the hook knows glibc on x86-64 and aarch64, the kernel source needs no libc"
-            .to_owned(),
+        missing: lack.missing.clone(),
+        remedy: lack.remedy.to_owned(),
     })
 }
 
@@ -126,25 +132,7 @@ fn make() -> Made {
     let is_there = |name: &&str| sites.iter().any(|site: &Site| site.name == *name);
     missing.extend(NEEDED.iter().copied().filter(|name| !is_there(name)));
     if !missing.is_empty() {
-        let modules: Vec<&str> = segments
-            .iter()
-            .map(|segment| segment.module.as_str())
-            .collect();
-        let found: Vec<&str> = sites.iter().map(|site| site.name).collect();
-        return Err(format!(
-            "a known form of {} in libc (looked at {}; found {})",
-            missing.join(", "),
-            if modules.is_empty() {
-                "nothing".to_owned()
-            } else {
-                modules.join(", ")
-            },
-            if found.is_empty() {
-                "nothing".to_owned()
-            } else {
-                found.join(", ")
-            },
-        ));
+        return Err(lack(&segments, &missing, &sites));
     }
     module::pin();
     sites.sort_by_key(|site| site.address);
@@ -178,18 +166,19 @@ fn build(
     code: Code64<'_>,
     found: &[(Found, Option<Function>)],
     rest: &[&Function],
-) -> Result<(Vec<Site>, Vec<String>), String> {
+) -> Result<(Vec<Site>, Vec<String>), Lack> {
     let (mut sites, mut unknown) = (Vec::new(), Vec::new());
     if found.is_empty() && rest.is_empty() {
         return Ok((sites, unknown));
     }
     let end = segment.start + segment.length;
     let reach = machine::REACH >> 20;
-    let room = || {
-        format!(
+    let room = || Lack {
+        missing: format!(
             "room for trampolines within {reach} MiB of {}",
             segment.module
-        )
+        ),
+        remedy: "cat /proc/PID/maps; the kernel source needs no libc",
     };
     let mut arena = Arena::near(segment.start, end, found.len() + rest.len()).ok_or_else(room)?;
     let protection = segment.protection();
@@ -205,7 +194,7 @@ fn build(
             protection,
             is_chain,
         });
-        Ok::<(), String>(())
+        Ok::<(), Lack>(())
     };
     for (found, function) in found {
         let trampoline = arena.next();
@@ -248,11 +237,51 @@ fn build(
     Ok((sites, unknown))
 }
 
-fn no_memory(call: &str, error: i32) -> String {
-    format!(
-        "memory for code ({call}: {})",
-        io::Error::from_raw_os_error(error)
-    )
+/// Explains why a function that must be watched cannot be.
+fn lack(segments: &[Segment], missing: &[&str], sites: &[Site]) -> Lack {
+    let missing = missing.join(", ");
+    let modules: Vec<&str> = segments
+        .iter()
+        .map(|segment| segment.module.as_str())
+        .collect();
+    let modules = modules.join(" and ");
+    if segments.is_empty() {
+        return Lack {
+            missing: "a glibc that is loaded as a library: this program is statically linked, or has another libc"
+                .to_owned(),
+            remedy: "the kernel source, which needs no libc",
+        };
+    }
+    if segments.iter().any(Segment::is_changed) {
+        return Lack {
+            missing: format!(
+                "the code of {missing} as it is in the file of {modules}: another copy of this library, or another tool, has patched it"
+            ),
+            remedy: "one copy of the library in a process, or the kernel source",
+        };
+    }
+    let mut found: Vec<&str> = sites.iter().map(|site| site.name).collect();
+    found.sort_unstable();
+    found.dedup();
+    let found = if found.is_empty() {
+        "nothing".to_owned()
+    } else {
+        found.join(", ")
+    };
+    Lack {
+        missing: format!("a known form of {missing} in libc (looked at {modules}; found {found})"),
+        remedy: "ldd --version; the hook knows glibc on x86-64 and aarch64, the kernel source needs no libc",
+    }
+}
+
+fn no_memory(call: &str, error: i32) -> Lack {
+    Lack {
+        missing: format!(
+            "memory for code ({call}: {})",
+            io::Error::from_raw_os_error(error)
+        ),
+        remedy: "the kernel source, where this process may not make memory executable",
+    }
 }
 
 fn name(number: Option<u32>) -> &'static str {
