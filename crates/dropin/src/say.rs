@@ -2,6 +2,7 @@
 
 #![allow(unsafe_code, reason = "writes to a descriptor that it does not own")]
 
+use mmu_source::Error;
 use std::fmt::Write as _;
 use std::io;
 
@@ -33,8 +34,18 @@ pub(crate) fn print(text: &str) -> io::Result<()> {
 }
 
 /// An error of a source in one line: what, why, and what helps.
-pub(crate) fn explain(error: &mmu_source::Error) -> String {
-    let mut line = error.to_string();
+///
+/// No capability for the program's file is proposed: the loader ignores `LD_PRELOAD` in a program
+/// that has one, so the program would lose the drop-in.
+pub(crate) fn explain(error: &Error) -> String {
+    let mut line = match error {
+        Error::Unavailable {
+            source,
+            missing,
+            remedy,
+        } if remedy.starts_with("sudo setcap") => format!("source {source} lacks {missing}"),
+        error => error.to_string(),
+    };
     if let Some(source) = std::error::Error::source(error) {
         let _ = write!(line, ": {source}");
     }

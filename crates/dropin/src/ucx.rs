@@ -102,7 +102,11 @@ fn try_serve() -> Result<Served, String> {
     };
     let space = space::current_or_made();
     if !space.is_watched() {
-        return Err("no event source works here: UCX watches memory by itself".to_owned());
+        let why = match settings().choice {
+            Choice::Both => "MMUN=both asks for both sources, and one does not work",
+            _ => "no event source works here",
+        };
+        return Err(format!("{why}: UCX watches memory by itself"));
     }
     if !feed(space, served) {
         return Err("the address space cannot be subscribed to: UCX watches by itself".to_owned());

@@ -228,6 +228,9 @@ pub(crate) struct RunArgs {
     pub(crate) source: Option<Watch>,
 
     /// Refuses to start a process whose sources could miss a change (it exits with 125)
+    ///
+    /// A program that is statically linked, set-user-ID, or has file capabilities never loads the
+    /// library, so it is not refused.
     #[arg(long)]
     pub(crate) strict: bool,
 

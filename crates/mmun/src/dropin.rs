@@ -26,7 +26,7 @@ pub(crate) fn library() -> Result<PathBuf, String> {
         .find_map(|place| usable(place))
         .unwrap_or_else(|| {
             Err(format!(
-                "{NAME} is neither in {} nor in ../lib of it; MMUN_DROPIN=FILE names it",
+                "{NAME} is neither in {} nor in ../lib of it ('cargo build --release -p mmun-dropin' makes it); MMUN_DROPIN=FILE names it",
                 beside.display()
             ))
         })

@@ -60,13 +60,21 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
     let folder = match folder() {
         Ok(folder) => folder,
         Err(error) => {
-            complain(&format!(
-                "mkdir in {}: {}",
-                std::env::temp_dir().display(),
-                reason(&error)
-            ));
+            let temporary = std::env::temp_dir();
+            let why = format!("mkdir in {}: {}", temporary.display(), reason(&error));
             report.discard();
-            return FAILED;
+            // A report that was asked for is worth a refusal.
+            if args.output.is_some() {
+                complain(&format!(
+                    "{why}; TMPDIR must name a folder that can be written"
+                ));
+                return FAILED;
+            }
+            complain(&format!(
+                "no report: {why}; TMPDIR must name a folder that can be written"
+            ));
+            command.env_remove("MMUN_REPORT");
+            return refused(&args.program[0], &command.exec());
         }
     };
     command.env("MMUN_REPORT", with_slash(&folder));

@@ -152,7 +152,10 @@ fn broker_refuses(lack: Error, why: &str) -> Error {
                 "{missing}; the broker at {} cannot help: {why}",
                 path.display()
             ),
-            &remedy,
+            match why.contains("--max-clients") {
+                true => "sudo mmun broker with a larger --max-clients",
+                false => &remedy,
+            },
         ),
         other => other,
     }

@@ -22,7 +22,7 @@ struct Report {
     program: String,
     lines: Vec<(String, String)>,
     text: String,
-    /// It did not come to its report.
+    /// It did not come to its report, or could not write it.
     is_silent: bool,
 }
 
@@ -30,8 +30,10 @@ struct Report {
 pub(super) fn merged(folder: &Path) -> String {
     let files = fs::read_dir(folder).into_iter().flatten().flatten();
     let mut reports: Vec<Report> = files
-        .filter_map(|file| fs::read_to_string(file.path()).ok())
-        .map(|text| Report::read(&text))
+        .filter_map(|file| {
+            let text = fs::read_to_string(file.path()).ok()?;
+            Some(Report::read(&file.file_name().to_string_lossy(), &text))
+        })
         .collect();
     let number = |word: &str| word.parse::<u64>().unwrap_or(u64::MAX);
     reports.sort_by_key(|report| (number(&report.rank), number(&report.process)));
@@ -61,7 +63,7 @@ fn without_report(silent: &[Report]) -> String {
         count => format!("{count} processes"),
     };
     let mut text = format!(
-        "mmun: no report of {processes} that loaded UCX or libfabric: killed, or ended by _exit\n"
+        "mmun: no report of {processes} that loaded UCX or libfabric: killed, ended by _exit, or no room for it (TMPDIR)\n"
     );
     for Report {
         process,
@@ -80,15 +82,16 @@ fn without_report(silent: &[Report]) -> String {
 }
 
 impl Report {
-    fn read(text: &str) -> Report {
+    /// The report of process `number`, which is known also where there was no room for a word.
+    fn read(number: &str, text: &str) -> Report {
         let mut report = Report {
             text: text.to_owned(),
             ..Report::default()
         };
         let (head, lines) = text.split_once('\n').unwrap_or((text, ""));
-        report.is_silent = lines.starts_with(SILENT);
+        report.is_silent = lines.is_empty() || lines.starts_with(SILENT);
         let head = head.strip_prefix("mmun: process ").unwrap_or(head);
-        let (who, program) = head.split_once(": ").unwrap_or((head, ""));
+        let (who, program) = head.split_once(": ").unwrap_or((number, "?"));
         let (process, rank) = who.split_once(" rank ").unwrap_or((who, "-"));
         (report.process, report.rank, report.program) =
             (process.to_owned(), rank.to_owned(), program.to_owned());
@@ -232,7 +235,7 @@ mod tests {
 
     #[test]
     fn a_report_is_read() {
-        let report = Report::read(ONE);
+        let report = Report::read("7", ONE);
         assert_eq!(
             (
                 report.process.as_str(),
@@ -266,8 +269,8 @@ mod tests {
     #[test]
     fn a_table_says_what_is_common_once() {
         let two = [
-            Report::read(ONE),
-            Report::read(&ONE.replace("process 7 rank 1", "process 9 rank 2")),
+            Report::read("7", ONE),
+            Report::read("9", &ONE.replace("process 7 rank 1", "process 9 rank 2")),
         ];
         let text = table(&two);
         assert_eq!(text.matches("/dev/kvm is not there").count(), 1, "{text}");
@@ -282,20 +285,27 @@ mod tests {
             let text = format!(
                 "mmun: process {process} rank 0: ./a\n  no report: it did not return from main or call exit\n"
             );
-            Report::read(&text)
+            Report::read("3", &text)
         };
         let text = joined(vec![silent(3), silent(4)]);
         assert_eq!(
             text,
-            "mmun: no report of 2 processes that loaded UCX or libfabric: killed, or ended by _exit\n  \
+            "mmun: no report of 2 processes that loaded UCX or libfabric: killed, ended by _exit, or no room for it (TMPDIR)\n  \
              process 3 rank 0: ./a\n  process 4 rank 0: ./a\n"
         );
-        let text = joined(vec![Report::read(ONE), silent(3)]);
+        let text = joined(vec![Report::read("7", ONE), silent(3)]);
         assert!(text.starts_with(ONE), "{text}");
         assert!(text.contains("mmun: no report of 1 process that"), "{text}");
-        let text = joined(vec![Report::read(ONE), silent(3), Report::read(ONE)]);
+        let text = joined(vec![
+            Report::read("7", ONE),
+            silent(3),
+            Report::read("7", ONE),
+        ]);
         assert!(text.starts_with("mmun: 2 processes used"), "{text}");
         assert!(!text.contains("::"), "{text}");
+        // A full disk: the file is there, and empty.
+        let text = joined(vec![Report::read("12", "")]);
+        assert!(text.ends_with("(TMPDIR)\n  process 12: ?\n"), "{text}");
     }
 
     #[test]
@@ -307,7 +317,7 @@ mod tests {
             "x\n  \n  é\n",
             "mmun: process 1 rank : \n  hits      \n",
         ] {
-            let _ = table(&[Report::read(text), Report::read(text)]);
+            let _ = table(&[Report::read("1", text), Report::read("1", text)]);
         }
     }
 }

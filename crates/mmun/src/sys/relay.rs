@@ -104,8 +104,10 @@ pub(crate) fn is_foreground_job() -> bool {
 
 /// Whether this process is in the group that `terminal` gives its input and signals to.
 pub(crate) fn has_terminal(terminal: &impl AsRawFd) -> bool {
-    // SAFETY: they take a descriptor, which is open, and nothing. -1: the terminal has hung up.
-    unsafe { libc::tcgetpgrp(terminal.as_raw_fd()) == libc::getpgrp() }
+    // SAFETY: it takes a descriptor, which is open. -1: the terminal has hung up.
+    let foreground = unsafe { libc::tcgetpgrp(terminal.as_raw_fd()) };
+    // SAFETY: it has no arguments.
+    foreground == unsafe { libc::getpgrp() }
 }
 
 /// A leader of a session was started by a terminal, a container or `setsid`, and by no shell.

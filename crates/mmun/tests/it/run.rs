@@ -151,6 +151,25 @@ fn the_program_has_the_library_and_its_settings() {
 }
 
 #[test]
+fn without_a_folder_for_reports_the_program_runs_and_has_none() {
+    let with = |options: &[&str]| {
+        let mut command = run();
+        command
+            .env("TMPDIR", "/proc/self/nonexistent")
+            .args(options);
+        let output = command.args(["--", "sh", "-c", "exit 4"]).output();
+        let output = output.unwrap();
+        (output.status.code(), text(&output.stderr).to_owned())
+    };
+    let (code, said) = with(&[]);
+    assert_eq!(code, Some(4), "{said}");
+    assert!(said.starts_with("mmun: no report: mkdir in "), "{said}");
+    let (code, said) = with(&["-o", "/dev/null"]);
+    assert_eq!(code, Some(125), "{said}");
+    assert!(said.contains("TMPDIR must name a folder"), "{said}");
+}
+
+#[test]
 fn a_report_goes_where_it_is_asked_to() {
     let file = scratch("report");
     let output = run()
