@@ -50,6 +50,8 @@ echo 1000 >/sys/kernel/mm/ksm/pages_to_scan
 echo 1 >/sys/kernel/mm/ksm/run
 echo always >/sys/kernel/mm/transparent_hugepage/enabled
 echo 50 >/sys/kernel/mm/transparent_hugepage/khugepaged/scan_sleep_millisecs
+# It takes whole regions only: one that is to be collapsed by a call has a hole, to be left alone until then.
+echo 0 >/sys/kernel/mm/transparent_hugepage/khugepaged/max_ptes_none
 echo 1 >/proc/sys/kernel/numa_balancing
 # They are nice to others, and here two processors are kept busy by tests that wait for them.
 renice -n -15 -p $(pgrep -x 'ksmd|khugepaged') >/dev/null

@@ -8,7 +8,12 @@ mod maps;
 mod others;
 mod tasks;
 
+use std::fs;
+use std::io;
+use std::time::{Duration, Instant};
+
 use super::operation::Operation;
+use super::page::Page;
 use crate::source::Source::{self, Hook, Process, Uffd};
 
 /// The sources that see a call through libc.
@@ -35,6 +40,34 @@ pub(crate) fn all() -> impl Iterator<Item = &'static Operation> {
         machine::OPERATIONS,
     ];
     groups.into_iter().flatten()
+}
+
+/// Whether this is the machine of `cargo xtask guest`, whose kernel and memory are there to be
+/// spoilt.
+fn is_guest() -> io::Result<bool> {
+    let line = fs::read_to_string("/proc/cmdline")?;
+    Ok(line.split_whitespace().any(|word| word == "mmun.guest"))
+}
+
+/// How long the kernel may take to get round to a change of its own, below what an operation may
+/// take. The emulator of a guest gets little of a busy processor.
+fn patience() -> Duration {
+    Duration::from_secs(if is_guest().unwrap_or(false) { 50 } else { 10 })
+}
+
+/// Does `step` until the page's state is another.
+fn until_changed(page: &Page, mut step: impl FnMut() -> io::Result<()>) -> io::Result<()> {
+    let (before, begin, patience) = (page.state()?, Instant::now(), patience());
+    while page.state()? == before {
+        if begin.elapsed() > patience {
+            return Err(io::Error::other(format!(
+                "the kernel changed nothing within {patience:?}"
+            )));
+        }
+        step()?;
+        std::thread::yield_now();
+    }
+    Ok(())
 }
 
 pub(crate) fn named(name: &str) -> Option<&'static Operation> {

@@ -1,11 +1,13 @@
 //! Pages that advice takes away or changes.
 
+use std::io;
 use std::os::fd::AsRawFd;
+use std::time::Instant;
 
 use rustix::process::{PidfdFlags, getpid, pidfd_open};
 
 use super::maps::PAGES;
-use super::{CALL, LIBC, LIBC_AND_UFFD};
+use super::{CALL, LIBC, LIBC_AND_UFFD, patience};
 use crate::coverage::files::{memory_file, scratch_file};
 use crate::coverage::operation::{Operation, Prepared, Unavailable};
 use crate::coverage::other::Other;
@@ -68,7 +70,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
         claimed: LIBC,
         prepare: || {
             known(MADV_COLLAPSE, "6.1")?;
-            let region = small_pages()?;
+            let region = small_pages_but_one()?;
             Ok(Prepared::new(&region.clone(), 1, move || {
                 region.advise(libc::MADV_HUGEPAGE)?;
                 patiently(|| region.advise(MADV_COLLAPSE))
@@ -139,7 +141,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
             let other = Other::start(move |start, len| {
                 patiently(|| advise_in(own.as_raw_fd(), start, len, MADV_COLLAPSE))
             })?;
-            let region = small_pages()?;
+            let region = small_pages_but_one()?;
             Ok(Prepared::new(&region.clone(), 1, move || {
                 region.advise(libc::MADV_HUGEPAGE)?;
                 other.act(region.start(), region.len())
@@ -159,32 +161,47 @@ fn advised(advice: i32) -> Result<Prepared, Unavailable> {
 pub(super) fn known(advice: i32, since: &str) -> Result<i32, Unavailable> {
     // For a range of length zero, the kernel only checks that it knows the advice.
     match Region::untouched(1)?.part(0, 0).advise(advice) {
-        Err(error) if error.kind() == std::io::ErrorKind::InvalidInput => {
+        Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
             Err(Unavailable(format!("it needs Linux {since}")))
         }
         known => Ok(known.map(|()| advice)?),
     }
 }
 
-/// What a huge page could be made of: all of it touched, in small pages, which stay so until other
-/// advice is given: `khugepaged` could be faster than the operation.
+/// What a huge page could be made of: small pages, which stay so until other advice is given.
 pub(super) fn small_pages() -> Result<Region, Unavailable> {
+    let region = untouched_huge()?;
+    region.touch();
+    Ok(region)
+}
+
+/// The same for an operation that makes the huge page itself. The last page is never touched:
+/// `khugepaged` leaves such a region alone where it is told to (`max_ptes_none`), as in the guests.
+/// Otherwise it could collapse the region before the operation does.
+fn small_pages_but_one() -> Result<Region, Unavailable> {
+    let region = untouched_huge()?;
+    region.part(0, region.len() / page_size() - 1).touch();
+    Ok(region)
+}
+
+fn untouched_huge() -> Result<Region, Unavailable> {
     let region = Region::untouched(2 * HUGE / page_size())?.aligned(HUGE, HUGE / page_size());
     region.advise(libc::MADV_NOHUGEPAGE)?;
-    region.touch();
     Ok(region)
 }
 
 /// Collapsing fails with `EAGAIN` if another user has a reference to one of the pages at that
 /// moment.
-fn patiently(mut call: impl FnMut() -> std::io::Result<()>) -> std::io::Result<()> {
-    for _ in 0..20 {
+fn patiently(mut call: impl FnMut() -> io::Result<()>) -> io::Result<()> {
+    let (begin, patience) = (Instant::now(), patience());
+    loop {
         match call() {
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
-                std::thread::yield_now()
+            Err(error)
+                if error.kind() == io::ErrorKind::WouldBlock && begin.elapsed() < patience =>
+            {
+                std::thread::yield_now();
             }
             done => return done,
         }
     }
-    call()
 }

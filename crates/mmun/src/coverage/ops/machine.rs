@@ -4,21 +4,18 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::thread::{CpuSet, sched_setaffinity};
 
 use super::advice::{known, small_pages};
 use super::maps::PAGES;
-use super::{LIBC, NONE};
+use super::{LIBC, NONE, is_guest, until_changed};
 use crate::coverage::files::scratch_file;
 use crate::coverage::operation::{Operation, Prepared, Unavailable};
 use crate::coverage::page::{Judge, Page};
 use crate::coverage::region::{Region, page_size};
 
-/// How long the kernel may take to come round to it, well below what an operation may.
-const PATIENCE: Duration = Duration::from_secs(10);
 const MADV_HWPOISON: i32 = 100;
 
 pub(super) const OPERATIONS: &[Operation] = &[
@@ -50,7 +47,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
             let region = small_pages()?;
             Ok(Prepared::new(&region.clone(), 1, move || {
                 region.advise(libc::MADV_HUGEPAGE)?;
-                until_changed(&region, 1, || Ok(()))
+                until_moved(&region, 1, || Ok(()))
             }))
         },
     },
@@ -59,8 +56,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
         judge: Judge::Frame,
         claimed: LIBC,
         prepare: || {
-            let line = fs::read_to_string("/proc/cmdline")?;
-            if !line.split_whitespace().any(|word| word == "mmun.guest") {
+            if !is_guest()? {
                 return Err("it would cost this machine a page until it boots anew; `cargo xtask guest` has one".into());
             }
             known(MADV_HWPOISON, "2.6.32")?;
@@ -106,7 +102,7 @@ fn reclaimed() -> Result<Prepared, Unavailable> {
     let region = Region::anonymous(8 * PAGES)?;
     Ok(Prepared::new(&region.clone(), 0, move || {
         let file = group.path.join("memory.reclaim");
-        until_changed(&region, 0, || match fs::write(&file, "4M") {
+        until_moved(&region, 0, || match fs::write(&file, "4M") {
             // Not all of it could be reclaimed.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
             done => done,
@@ -167,7 +163,7 @@ fn balanced() -> Result<Prepared, Unavailable> {
     region.touch();
     Ok(Prepared::new(&region.clone(), 0, move || {
         run_on(second)?;
-        until_changed(&region, 0, || {
+        until_moved(&region, 0, || {
             region.touch();
             Ok(())
         })
@@ -181,22 +177,14 @@ fn run_on(processor: usize) -> io::Result<()> {
 }
 
 /// Does `step` until the page's frame is another.
-fn until_changed(
+fn until_moved(
     region: &Region,
     page: usize,
-    mut step: impl FnMut() -> io::Result<()>,
+    step: impl FnMut() -> io::Result<()>,
 ) -> io::Result<()> {
     let pid = rustix::process::getpid().as_raw_nonzero().get();
     let page = Page::open(pid, region.page(page), Judge::Frame).map_err(io::Error::other)?;
-    let (before, begin) = (page.state()?, Instant::now());
-    while page.state()? == before {
-        if begin.elapsed() > PATIENCE {
-            return Err(io::Error::other("nothing changed for 10 s"));
-        }
-        step()?;
-        std::thread::yield_now();
-    }
-    Ok(())
+    until_changed(&page, step)
 }
 
 fn number(path: &str) -> Result<u64, Unavailable> {

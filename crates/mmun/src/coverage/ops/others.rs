@@ -2,16 +2,11 @@
 
 use std::fs;
 use std::io;
-use std::time::{Duration, Instant};
 
-use super::{CALL, NONE};
+use super::{CALL, NONE, until_changed};
 use crate::coverage::operation::{Operation, Prepared};
 use crate::coverage::page::{Judge, Page};
 use crate::coverage::region::Region;
-
-/// How long merging may take, well below what an operation may. An emulated machine under load
-/// takes seconds.
-const PATIENCE: Duration = Duration::from_secs(10);
 
 pub(super) const OPERATIONS: &[Operation] = &[
     Operation {
@@ -35,14 +30,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
                 let pid = rustix::process::getpid().as_raw_nonzero().get();
                 let page = Page::open(pid, region.page(watched), Judge::Frame)
                     .map_err(io::Error::other)?;
-                let (before, begin) = (page.state()?, Instant::now());
-                while page.state()? == before {
-                    if begin.elapsed() > PATIENCE {
-                        return Err(io::Error::other("nothing was merged for 10 s"));
-                    }
-                    std::thread::yield_now();
-                }
-                Ok(())
+                until_changed(&page, || Ok(()))
             }))
         },
     },
