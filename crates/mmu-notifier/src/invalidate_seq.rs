@@ -47,8 +47,8 @@ use watched::Watched;
 pub trait ShadowOps: Send + 'static {
     /// Drops every entry that `range` covers. The caller holds the shadow's lock.
     ///
-    /// Called only for ranges that meet a range that the shadow watches, and with the whole range
-    /// of the invalidation.
+    /// A bracket calls it if its range meets a range that the shadow watches, and passes the whole
+    /// range.
     ///
     /// # Blocking
     /// May sleep unless [`InvalidateRange::blocking`] forbids it. Must not wait for a thread that
@@ -112,7 +112,7 @@ pub trait ShadowOps: Send + 'static {
 #[doc(alias = "mmu_invalidate_in_progress")]
 pub struct InvalidateSeq<S: ShadowOps> {
     window: Mutex<Window>,
-    /// Notified when no bracket is open, and when the address space has ended.
+    /// Waiters are notified when no bracket is open, and when the address space has ended.
     idle: Condvar,
     /// How many open brackets meet a watched range, plus one that stays for ever once the address
     /// space has ended. This field and the next three are written under `window` and read without
@@ -137,8 +137,9 @@ struct Window {
     /// How many threads wait for `idle`. Without waiters, the end skips the wake-up, which would be
     /// a system call.
     waiters: usize,
-    /// Changed under the locks of `window` and `state`, and only when `active` is zero or after
-    /// release. So an end finds the ranges of its start; after release, it skips `in_progress`.
+    /// Only a thread that holds the locks of `window` and `state` changes it, and only when
+    /// `active` is zero or after release. So an end finds the ranges of its start. After release,
+    /// an end skips `in_progress`.
     watched: Watched,
 }
 
@@ -221,7 +222,7 @@ impl<S: ShadowOps> InvalidateSeq<S> {
     /// look-up may be stale, and the snapshot could not tell.
     ///
     /// # Blocking
-    /// Never, and takes no lock.
+    /// Never. Takes no lock.
     /// # Source
     /// The read of `mmu_invalidate_seq` in a KVM page fault.
     pub fn snapshot(&self, range: VaRange) -> Snapshot {
@@ -350,7 +351,8 @@ impl<S: ShadowOps> InvalidateSeq<S> {
         watched: impl IntoIterator<Item = VaRange>,
         zap: impl FnOnce(&mut S) -> R,
     ) -> Result<R, WouldDeadlock> {
-        // Collected before the check below, because the caller's iterator may leave a bracket open.
+        // Collect the ranges before the check below, because the caller's iterator may leave a
+        // bracket open.
         let watched = Watched::new(watched);
         if context::is_inside() {
             return Err(WouldDeadlock);

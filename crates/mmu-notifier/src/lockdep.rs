@@ -67,7 +67,7 @@ pub struct Map(imp::Map);
 #[derive(Debug)]
 pub struct Held<'a> {
     _held: imp::Held<'a>,
-    // Not `Send`: a lock is held by one thread.
+    // Not `Send`, because the thread that took the lock releases it.
     _stays: PhantomData<*const ()>,
 }
 

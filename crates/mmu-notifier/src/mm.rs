@@ -185,7 +185,7 @@ impl Mm {
     /// Tells subscribers that walk the primary page table themselves to flush `range`.
     ///
     /// # Blocking
-    /// Never; the callbacks must not sleep either.
+    /// Never. The callbacks must not sleep either.
     /// # Source
     /// `mmu_notifier_arch_invalidate_secondary_tlbs`, Linux 6.6.
     #[doc(alias = "mmu_notifier_arch_invalidate_secondary_tlbs")]

@@ -31,7 +31,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 pub(crate) struct Marks {
     /// The address of this process's `MmWithUser`.
     pub(crate) space: AtomicPtr<mmu_notifier::MmWithUser>,
-    /// Held while the target of one of these pointers is made.
+    /// The thread that makes the target of one of these pointers holds it.
     pub(crate) make: Lock,
     /// Identifies this address space among the forks of one program. Zero until a source is
     /// started.
@@ -42,7 +42,7 @@ pub(crate) struct Marks {
     pub(crate) uffd: AtomicPtr<Running>,
     /// The subscriber that marks the watches of this address space.
     pub(crate) brackets: AtomicPtr<Running>,
-    /// Held while the hook patches.
+    /// The thread that patches holds it.
     pub(crate) hook_patch: Lock,
 }
 

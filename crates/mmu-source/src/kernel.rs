@@ -167,7 +167,7 @@ struct Inner {
     tables: filter::Tables,
     progress: ProgressPage,
     intake: Mutex<Intake>,
-    /// Held while a thread passes records to subscribers, also during their callbacks.
+    /// A thread holds it while it passes records to subscribers, also during their callbacks.
     handing: Mutex<()>,
     waits: Waits,
     stop: AtomicBool,

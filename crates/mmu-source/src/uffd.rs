@@ -339,7 +339,7 @@ impl Inner {
         let mm = current_ref();
         loop {
             loop {
-                // Checked before each entry, because entries may never stop arriving.
+                // Check this before each entry, because entries may never stop arriving.
                 if let Some(lost) = self.queue.untold() {
                     drop(mm.invalidate(VaRange::ALL, Event::Clear));
                     self.queue.tell(lost);

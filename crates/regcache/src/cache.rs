@@ -26,7 +26,7 @@ pub(crate) struct Cache<R: Registrar> {
     pub(crate) index: Index,
     pub(crate) handles: Handles<Registered<R>>,
     pub(crate) state: Mutex<State>,
-    /// Notified when a registration is complete or undone and a thread waits for that.
+    /// Waiters are notified when a registration is complete or undone.
     pub(crate) ended: Condvar,
     pub(crate) registrar: Arc<R>,
     pub(crate) options: Options,

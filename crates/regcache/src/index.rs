@@ -240,7 +240,7 @@ impl Index {
         }
     }
 
-    /// Leaves the question "was this the last lease?" to the next
+    /// Leaves the check whether this was the last lease of its region to the next caller of
     /// [`take_unasked`](Self::take_unasked).
     pub(crate) fn leave_unasked(&self) {
         // ORDER(cache-unasked): Release, for the end of the lease. Partner: the Acquire in
@@ -249,7 +249,8 @@ impl Index {
         self.unasked.store(true, Ordering::Release);
     }
 
-    /// Tells whether such a question was left, and clears it. The caller must then check.
+    /// Returns whether the end of a lease has left its check, and clears this mark. If so, the
+    /// caller must check.
     pub(crate) fn take_unasked(&self) -> bool {
         // ORDER(cache-unasked): Acquire; partner in `leave_unasked`. The load comes first, because
         // a swap at each miss would be a shared write.

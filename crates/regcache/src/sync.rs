@@ -28,7 +28,7 @@ pub(crate) fn fence(order: atomic::Ordering) {
 #[derive(Debug)]
 pub(crate) struct MutexGuard<'a, T> {
     guard: Guard<'a, T>,
-    // Dropped after the guard, so that the mark stays until the lock is free.
+    // After the guard, so that its drop clears the mark only when the lock is free.
     locking: Locking,
 }
 

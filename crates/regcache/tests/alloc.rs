@@ -23,7 +23,7 @@ unsafe extern "C" {
 /// Replaces the C library's function, also for calls from that library.
 ///
 /// # Safety
-/// The rules of the C library's function.
+/// The caller must follow the rules of the C library's function.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn malloc(size: usize) -> *mut c_void {
     CALLS.set(CALLS.get() + 1);
@@ -34,7 +34,7 @@ unsafe extern "C" fn malloc(size: usize) -> *mut c_void {
 /// Like [`malloc`].
 ///
 /// # Safety
-/// The rules of the C library's function.
+/// The caller must follow the rules of the C library's function.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn calloc(count: usize, size: usize) -> *mut c_void {
     CALLS.set(CALLS.get() + 1);

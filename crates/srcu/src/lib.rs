@@ -126,7 +126,7 @@ mod sync;
 
 pub use error::WouldDeadlock;
 pub use guard::{Guard, Reader, SendGuard};
-/// Used by `thread_word!` in crates that have no models.
+/// `thread_word!` uses it in crates that have no models.
 #[cfg(mmun_loom)]
 #[doc(hidden)]
 pub use loom;
@@ -143,7 +143,7 @@ pub use raw::run::set_callback_panic_hook;
 #[doc(hidden)]
 pub use raw::thread::{Thread, without_signals};
 pub use srcu::{Cookie, Srcu};
-/// Used by the models of the crates above.
+/// For the models of the crates that build on this one.
 #[doc(hidden)]
 pub use sync::mutant;
 

@@ -301,7 +301,7 @@ impl Srcu {
 
     /// Waits until every callback queued before the call has returned.
     ///
-    /// With no callback queued it returns at once: it is not a grace period.
+    /// If no callback is queued, it returns at once, without a grace period.
     ///
     /// # Blocking
     /// Sleeps until then.

@@ -8,11 +8,11 @@
 //! the ranges of that level that touch it. `sum` counts the ranges of that level *and of all finer
 //! levels*.
 //!
-//! An event has a level by the same rule. The program finds ranges of the event's level or finer
-//! ones by the event's granules in `sum` (at most 16 counters, two cache lines). It finds ranges of
-//! a coarser level by the event's one or two granules of that level in `own`. Ranges wider than 16
-//! TiB are only counted, in one counter; while it is above zero, every event is a hit. An event
-//! wider than 16 TiB is always a hit.
+//! The same rule gives an event its level. To find ranges of that level and of finer levels, the
+//! program reads the counters of the event's granules in `sum`: at most 16 counters, two cache
+//! lines. To find ranges of a coarser level, it reads the counters of the event's one or two
+//! granules of that level in `own`. Ranges wider than 16 TiB are only counted, in one counter;
+//! while it is above zero, every event is a hit. An event wider than 16 TiB is always a hit.
 //!
 //! Each granule has two counters, at positions given by two hashes. It counts as armed if both are
 //! above zero; the second is read only if the first is. Granules with equal hashes share a counter,

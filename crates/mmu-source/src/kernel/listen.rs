@@ -1,9 +1,10 @@
 //! The listener: a thread in the vault's descriptor table that waits for records and makes another
 //! thread run the callbacks.
 //!
-//! A client that checks at every use needs no wake-up. So the first record after a pause wakes the
-//! listener. Then the program stops sending wake-ups, and the listener looks once a millisecond.
-//! After a millisecond in which all records were passed on, it sleeps again.
+//! A wake-up for each record would be expensive, and a client that checks at every use needs none.
+//! So only the first record after a pause wakes the listener. Then the program sends no more
+//! wake-ups, and the listener looks once a millisecond. After a millisecond in which all records
+//! were passed on, the listener sleeps again.
 //!
 //! The listener also closes machine B after a time without waits, because B costs each change of
 //! this address space some time. If a process fills its cache now and then, B would be made anew
@@ -58,7 +59,8 @@ fn listen(
     private: Option<OwnedFd>,
     vault: &Letterbox<Machines>,
 ) {
-    // Loaded only now, because it takes some milliseconds. Until then, waits make machines.
+    // Loading the resolver takes some milliseconds, so the start of the source does not wait for
+    // it. Until the resolver is loaded, waits make machines.
     let load = |private: &OwnedFd| load_resolver(private, offsets()?).ok();
     if let Some(resolver) = private.as_ref().and_then(load) {
         vault.post(move |machines| machines.set_resolver(resolver));

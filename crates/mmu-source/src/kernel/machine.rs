@@ -64,8 +64,8 @@ impl Live {
 }
 
 impl Keeper {
-    /// Makes the program read this machine's count. Returns whether it does, or `None` if that is
-    /// unknown.
+    /// Makes the program read this machine's count. Returns whether the program does so, or `None`
+    /// if this is unknown.
     fn show_b(&self, machine: BorrowedFd<'_>) -> Option<bool> {
         match self {
             Self::Own(programs) => Some(programs.show(machine, Role::B)),

@@ -1,8 +1,8 @@
 //! Finds out whose address space an event changes, for the program of a broker's client.
 //!
 //! The tracepoint does not say which address space changes. A client must not learn of other
-//! processes' changes: not their addresses, and not, by arming one page after the other, whether
-//! there was one. But the kernel announces a change by a `struct mmu_notifier_range` on the stack
+//! processes' changes: neither their addresses nor, by arming one page after the other, whether a
+//! change occurred. But the kernel announces a change by a `struct mmu_notifier_range` on the stack
 //! of the task that makes the change: the address space, the start and the end are three
 //! consecutive words. The program searches that stack for them, from the program's own context,
 //! which is also on the stack, up to the registers saved at the entry into the kernel.
@@ -22,7 +22,7 @@
 //!
 //! # Source
 //! In Linux 5.15 to 6.18 every caller of `mmu_notifier_invalidate_range_start` has the range in a
-//! local variable, and `bpf_trace_run2` has the context in one.
+//! local variable, and `bpf_trace_run2` has the context in a local variable.
 
 use super::asm::{Assembler, If, Op, PEEKED, Reg};
 use super::btf::Btf;
@@ -43,8 +43,9 @@ const BUFFER: isize = LENGTH - PIECE;
 /// The distance between the starts of two pieces. They overlap, because the three words may cross
 /// the border.
 const STEP: isize = PIECE - 16;
-/// The largest number of stack bytes that are searched, because the verifier requires a bound. If a
-/// change is made deeper on the stack, which takes a kernel with KASAN, it counts as the client's.
+/// The largest number of stack bytes that are searched, because the verifier requires a bound. Only
+/// on a kernel with KASAN can the three words be deeper on the stack. Then the change counts as the
+/// client's.
 const STACK: isize = 16 << 10;
 /// How many bytes the last piece may extend into the saved registers. It must not extend beyond
 /// them.

@@ -18,8 +18,8 @@ pub struct Features {
     /// Where the source gets its events: `raw_tracepoint kvm_unmap_hva_range`.
     pub through: &'static str,
     /// Whether this kernel may skip the program if the processor is already running it (Linux 7.0).
-    /// Skipped runs are counted, and within a second the source invalidates the whole address
-    /// space. Until then a change during a skipped run is unknown.
+    /// The kernel counts skipped runs, and within a second after one the source invalidates the
+    /// whole address space. Until then the source does not know of a change during the skipped run.
     pub may_skip: bool,
 }
 

@@ -154,7 +154,7 @@ pub(super) fn may_skip(release: &str) -> bool {
         .split('.')
         .next()
         .and_then(|major| major.parse::<u32>().ok());
-    // If the release is unknown, assume that it may.
+    // If the release is unknown, assume that the kernel may skip runs.
     major.is_none_or(|major| major >= 7)
 }
 

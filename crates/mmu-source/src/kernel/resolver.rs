@@ -97,8 +97,8 @@ pub(super) fn build(map: BorrowedFd<'_>, at: Offsets) -> Vec<u64> {
     a.store(R10, ROLE, R0);
     a.map_value(words, map);
     a.jump(If::NotEqual, descriptor, -1, Label::Find);
-    // ORDER(source-forgotten): before B is closed, and leaves the kernel's list of notifiers.
-    // Partner: the fence at the beginning of the tracepoint's program.
+    // ORDER(source-forgotten): this store comes before the close of B, which removes B from the
+    // kernel's list of notifiers. Partner: the fence at the beginning of the tracepoint's program.
     a.store_immediate(words, private::COUNT as isize, 0);
     a.jump(If::Equal, R0, Role::B as i32, Label::Forgotten);
     a.store_immediate(words, private::SPACE as isize, 0);

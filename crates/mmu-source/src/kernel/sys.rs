@@ -253,7 +253,7 @@ impl Shared {
     #[inline]
     pub(super) fn u64(&self, offset: usize) -> &AtomicU64 {
         // SAFETY: the pointer comes from `place`, so it is aligned and inside the mapping, which
-        // lives as long as `self`. From a read-only mapping `ring` only loads.
+        // lives as long as `self`. The words of a read-only mapping are only loaded, by `ring`.
         unsafe { AtomicU64::from_ptr(self.place(offset, 8).cast().as_ptr()) }
     }
 
@@ -322,8 +322,8 @@ unsafe impl Send for Glance {}
 unsafe impl Sync for Glance {}
 
 impl Glance {
-    /// The owner of the result must keep the source of all arguments alive. The records are `bytes`
-    /// bytes of `ring`, starting at its second page.
+    /// All arguments must belong to one source, and the owner of the result must keep that source
+    /// alive. The records are `bytes` bytes of `ring`, starting at its second page.
     pub(super) fn new(header: &Shared, progress: &Progress, ring: &Shared, bytes: usize) -> Self {
         let first = page::size() as usize;
         assert!(

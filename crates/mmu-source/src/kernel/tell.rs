@@ -70,8 +70,7 @@ impl Inner {
         Some(f(&mut intake, self.words()))
     }
 
-    /// Takes in the records so far, without waiting for another thread. Returns false if that was
-    /// not possible.
+    /// Takes in the records so far. Returns false if it would have to wait for another thread.
     #[cold]
     pub(super) fn catch_up(&self) -> bool {
         let Some(_taking) = Flag::set(Flag::TAKING) else {

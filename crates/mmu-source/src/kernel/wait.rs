@@ -89,7 +89,7 @@ pub(super) struct Waits {
     /// All changes counted up to this generation, by A's event, are over. Written under the lock.
     over: AtomicU64,
     /// The number of machines that were made because the count was never zero or cannot be read.
-    /// Written under the lock.
+    /// Only the holder of the lock writes it.
     machines: AtomicU64,
     state: Mutex<State>,
 }
@@ -97,7 +97,7 @@ pub(super) struct Waits {
 /// The held lock.
 pub(super) struct Locked<'a> {
     state: MutexGuard<'a, State>,
-    // Dropped after the guard, so that the flag stays set until the lock is free.
+    // After the guard, so that its drop clears the flag only when the lock is free.
     _waiting: Flag,
 }
 

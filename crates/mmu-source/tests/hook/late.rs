@@ -69,8 +69,8 @@ fn a_threads_first_bracket_is_inside_the_allocator() {
         || {
             let scratch = Scratch::new("late");
             compile_other(&scratch.0);
-            // Optimised, because in debug builds `lockdep` uses thread-locals of the standard
-            // library.
+            // The library is optimised, because in debug builds `lockdep` uses thread-locals of the
+            // standard library.
             let library = library(true);
             let report = scratch.0.join("report");
             // SAFETY: no other thread reads or changes the environment.

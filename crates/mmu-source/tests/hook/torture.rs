@@ -1,9 +1,9 @@
 //! Detects stale reads. Callbacks alone keep a cache of page contents correct, while other threads
 //! change the mappings by every call that the hook claims to see.
 //!
-//! The content of a region identifies the memory that is mapped there: a page of one file, a
-//! private copy of one, or a segment. Each of these has its own stamp, and no thread writes to a
-//! mapped region.
+//! The content of a region identifies the memory that is mapped there: a page of a file, a private
+//! copy of such a page, or a segment. Each page and segment has its own stamp, and no thread writes
+//! to a mapped region.
 
 use crate::child::alone;
 use crate::pages::{FLAGS, PROTECTION, at, byte, discard, page_size, unmap};
@@ -86,8 +86,8 @@ struct World {
     base: usize,
     file: i32,
     segments: [i32; 2],
-    /// Held by the thread that changes a region, and by the thread that compares the cached content
-    /// with the memory.
+    /// A thread holds it while it changes a region, or while it compares the cached content with
+    /// the memory.
     regions: [Mutex<()>; REGIONS],
     stale: AtomicUsize,
     hits: AtomicUsize,

@@ -70,7 +70,7 @@ pub(crate) struct Part {
     pub(crate) end: u64,
 }
 
-/// Called in every start callback, while the task is stopped before its call.
+/// The function that every start callback calls, while the task is stopped before its call.
 type OnStart = Box<dyn Fn(&Part) + Send + Sync>;
 
 pub(crate) struct Log {

@@ -97,7 +97,7 @@ impl Region {
         true
     }
 
-    /// Clears the recorded use, and tells whether there was one.
+    /// Clears the record of a use. Returns whether there was such a record.
     pub(crate) fn forget_visits(&self) -> bool {
         let visited = self.state.load(Ordering::Relaxed) & VISITED != 0;
         if visited {

@@ -186,7 +186,7 @@ impl Table {
 
     /// Returns the first entry, in the form that look-ups use.
     pub(super) fn first(&self) -> *mut AtomicU64 {
-        // Derived from the whole array, because look-ups also read the line before.
+        // Derive the pointer from the whole array, because look-ups also read the line before.
         let first = self.lines.as_ptr().cast::<AtomicU64>().cast_mut();
         first.wrapping_add(PER_LINE)
     }

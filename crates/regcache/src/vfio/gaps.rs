@@ -34,7 +34,8 @@ impl Gaps {
 
     /// Takes `size` addresses from the beginning of the first gap that is large enough.
     pub(super) fn take(&self, size: u64) -> Option<u64> {
-        // Declared before the guard, so that the replaced storage is freed after the guard.
+        // `spare` is declared before the guard, so its drop frees the replaced storage after the
+        // guard is dropped.
         let mut spare = Vec::new();
         loop {
             let mut list = self.lock();

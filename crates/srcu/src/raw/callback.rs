@@ -63,7 +63,7 @@ impl fmt::Debug for Head {
 /// domain.
 ///
 /// # Safety
-/// The rules of [`Srcu::call_raw`](crate::Srcu::call_raw).
+/// The caller must follow the rules of [`Srcu::call_raw`](crate::Srcu::call_raw).
 pub(crate) unsafe fn push(
     queue: &sync::AtomicPtr<Head>,
     head: NonNull<Head>,
@@ -91,7 +91,7 @@ pub(crate) unsafe fn push_behind(
 /// null.
 ///
 /// # Safety
-/// The rules of [`Srcu::call_raw`](crate::Srcu::call_raw).
+/// The caller must follow the rules of [`Srcu::call_raw`](crate::Srcu::call_raw).
 #[inline(always)]
 unsafe fn push_if(
     queue: &sync::AtomicPtr<Head>,

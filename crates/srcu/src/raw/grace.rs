@@ -122,7 +122,8 @@ impl State {
             if mutant("one_bank") {
                 gp.open[self.index.load(Ordering::Relaxed) & 1 ^ 1] = false;
             }
-            // ORDER(srcu-snapshot): before the heavy fence in `scan`; partner in `snapshot`.
+            // ORDER(srcu-snapshot): this store comes before the heavy fence in `scan`. Partner: in
+            // `snapshot`.
             self.updater.seq.store(seq + 1, Ordering::Relaxed);
         }
         loop {
@@ -227,10 +228,12 @@ impl State {
         self.tell(interest & !(who & RECLAIMER));
     }
 
-    /// Called by a reader that has ended a section of a bank that a thread waits for.
+    /// Wakes the waiting threads. The caller is a reader that has ended a section of a bank that a
+    /// thread waits for.
     #[cold]
     pub(crate) fn section_ended(&self, bank: usize) {
-        // ORDER(srcu-wake): after the reader's light fence, like the load that led here.
+        // ORDER(srcu-wake): this load comes after the reader's light fence, like the load in the
+        // caller.
         self.tell(self.waiting[bank].load(Ordering::Relaxed));
     }
 

@@ -17,7 +17,7 @@ mod real {
 
     const FREE: u32 = 0;
     const HELD: u32 = 1;
-    /// Held, and a waiter may be asleep.
+    /// A thread holds the lock, and a waiter may be asleep.
     const CONTENDED: u32 = 2;
 
     pub(crate) struct Lock<T> {

@@ -141,7 +141,7 @@ mod thread {
     const RUNNING: u8 = 2;
     const GONE: u8 = 3;
 
-    /// Advanced when a thread waits for a callback.
+    /// A thread that waits for a callback advances it.
     static HURRY: Event = Event::new();
     const PAUSE_NANOSECONDS: i64 = 20_000;
     const ASK_AGAIN_NANOSECONDS: i64 = 100_000_000;

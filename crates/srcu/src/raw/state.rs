@@ -10,8 +10,8 @@
 //!                      └─────────────────────────────────────────────────────────────────┘
 //! ```
 //!
-//! 1. The first use of an `Srcu` takes a state from the pool, or makes its page. The state's count
-//!    is one, held by the handle.
+//! 1. The first use of an `Srcu` takes a state from the pool, or makes its page. The state's
+//!    count is then one, and the handle holds it.
 //! 2. A thread that queues a callback puts the state into the inbox, which holds a count. The
 //!    reclaimer takes the state out, moves the callbacks into the batch, and releases the inbox's
 //!    count. The batch holds a count while it is not empty.
@@ -75,7 +75,7 @@ pub(crate) struct Updater {
     /// Twice the number of grace periods that have ended, plus one while another is in progress.
     pub(crate) seq: AtomicU64,
     pub(in crate::raw) gp: Lock<Gp>,
-    /// Advanced when a waiting updater should check again.
+    /// A thread advances it when a waiting updater should check again.
     pub(crate) event: Event,
     /// It is here because the reclaimer writes it for every callback, and the producers need a
     /// cache line of their own.

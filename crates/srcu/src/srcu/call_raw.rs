@@ -65,7 +65,8 @@ impl Srcu {
     /// never allocates once the domain is prepared.
     ///
     /// # Safety
-    /// The rules of [`call_raw`](Self::call_raw). The domain may be gone when this returns.
+    /// The caller must follow the rules of [`call_raw`](Self::call_raw). The domain may be gone
+    /// when this returns.
     pub unsafe fn call_raw_dropping(&self, head: NonNull<Head>, f: unsafe fn(NonNull<Head>)) {
         debug_assert_not_queued(head);
         let state = NonNull::from(self.state());

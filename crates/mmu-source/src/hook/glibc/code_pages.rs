@@ -7,7 +7,7 @@
 //!
 //! If a thread executes one of the pages during the move, it faults and waits in the kernel until
 //! the new page is there. So it runs either the old instruction or the new one. Only whole
-//! instructions are replaced, so no thread is in the middle of one.
+//! instructions are replaced, so no thread is in the middle of an instruction.
 //!
 //! The usual method is a breakpoint: write `int3` first, then the tail, then the first byte. It
 //! does not work here, because a thread that blocks SIGTRAP dies at a breakpoint, and glibc's own
@@ -69,7 +69,7 @@ pub(super) unsafe fn apply(
 /// Replaces pages by changed copies.
 ///
 /// # Safety
-/// The rules of [`apply`], and the edits are inside the pages.
+/// The caller must follow the rules of [`apply`], and the edits must be inside the pages.
 unsafe fn swap(
     start: u64,
     length: u64,

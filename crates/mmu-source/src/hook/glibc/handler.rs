@@ -48,8 +48,8 @@ pub(super) static IS_HOOKED: [bool; 512] = {
 /// kernel's result.
 ///
 /// # Safety
-/// The rules of the call. The thread that reached the patched instruction was about to make the
-/// same call.
+/// The caller must follow the rules of the call `number`. It does, because the thread that reached
+/// the patched instruction was about to make this call.
 pub(super) unsafe extern "C" fn enter(number: u64, args: &[u64; 6]) -> u64 {
     // SAFETY: the caller follows the rules of the call. The raw call does not change `errno`.
     bracketed(number, args, || unsafe { raw::syscall(number, *args) })
@@ -59,7 +59,8 @@ pub(super) unsafe extern "C" fn enter(number: u64, args: &[u64; 6]) -> u64 {
 /// bracket.
 ///
 /// # Safety
-/// The rules of the function. The thread that reached its entry was about to call it.
+/// The caller must follow the rules of the function. It does, because the thread that reached the
+/// function's entry was about to call the function.
 pub(super) unsafe extern "C" fn enter_function(number: u64, args: &[u64; 6], next: Next) -> u64 {
     let [a0, a1, a2, a3, a4, a5] = *args;
     // SAFETY: the caller follows the rules of the function.

@@ -48,15 +48,15 @@ struct Lack {
 
 static MADE: AtomicPtr<Made> = AtomicPtr::new(ptr::null_mut());
 
-/// Returns the plan of this process. The child of a fork inherits its parent's plan, if that was
-/// made, as it inherits the patches.
+/// Returns the plan of this process. If the parent has made its plan, the child of a fork inherits
+/// the plan, as it inherits the patches.
 ///
 /// Calls `prepare` when it makes the plan. At that time nothing is patched, so no callback runs.
 pub(super) fn plan(prepare: fn()) -> Result<&'static Plan, Error> {
-    // Without a lock or a `OnceLock`. The child of a fork would wait for ever for a thread that
-    // only its parent has. And making the plan takes the loader's lock, which is held while a
-    // library's constructor runs: a constructor that waited for the plan would never get it. Two
-    // threads may each make a plan.
+    // This code uses neither a lock nor a `OnceLock`: the child of a fork would wait for ever for a
+    // thread that only its parent has. And making the plan takes the loader's lock, which is held
+    // while a library's constructor runs: a constructor that waited for the plan would never get
+    // it. Two threads may each make a plan.
     let made = look().unwrap_or_else(|| {
         let made = Box::into_raw(Box::new(make().inspect(|_| prepare())));
         // ORDER(hook-plan): Release, for the content. Partner: the load in `look`. The plan of the

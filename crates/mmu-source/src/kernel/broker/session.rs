@@ -54,8 +54,8 @@ pub(super) fn serve(socket: &OwnedFd, means: &Means, ticket: &mut Ticket) {
 /// Tells whether clients could be served. Keeps what it made for the first client.
 pub(super) fn rehearse(means: &Means) -> Result<(), Error> {
     let (maps, programs) = make(means).map_err(|error| missing::bpf_missing(&error))?;
-    // Detached at once, before the program knows an address space: it records nothing about other
-    // processes.
+    // The program is detached at once, before it knows an address space, so it records nothing
+    // about other processes.
     programs
         .attach()
         .map_err(|error| missing::tracepoint_missing(&error))?;
@@ -70,7 +70,7 @@ pub(super) fn rehearse(means: &Means) -> Result<(), Error> {
 
 struct Session {
     programs: Programs,
-    /// Held open so that no other address space gets the same address.
+    /// Open as long as the session lasts, so that no other address space gets the same address.
     a: OwnedFd,
     b: Option<OwnedFd>,
 }

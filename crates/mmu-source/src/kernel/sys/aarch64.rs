@@ -3,7 +3,7 @@
 /// Calls `madvise` without going through libc.
 ///
 /// # Safety
-/// The rules of `madvise`.
+/// The caller must follow the rules of `madvise`.
 pub(super) unsafe fn madvise(address: *mut u8, length: usize, advice: i32) -> i64 {
     let result: i64;
     // SAFETY: the caller follows the rules of `madvise`. The kernel preserves all registers except

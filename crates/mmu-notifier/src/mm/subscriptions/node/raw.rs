@@ -53,7 +53,7 @@ impl<N: Embedded> Node<N> {
     /// [`dispose`](Embedded::dispose).
     ///
     /// # Blocking
-    /// Never; it allocates nothing.
+    /// Never. Allocates nothing.
     /// # Errors
     /// [`SurplusPut`] if the node has no users left but is not disposed of yet.
     /// # Safety

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 
-/// An indirect branch into such a page must land on a landing pad.
+/// The flag of a page in which every target of an indirect branch must be a landing pad.
 const PROT_BTI: i32 = 0x10;
 
 /// Returns the protection of the executable mapping that contains `address`.

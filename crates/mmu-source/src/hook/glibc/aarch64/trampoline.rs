@@ -3,7 +3,7 @@
 //! A site may expect that every register except `x0` is preserved, so a trampoline saves the
 //! registers it uses below the stack pointer. That is safe, because on aarch64 Linux has no red
 //! zone. Patched code reaches a trampoline by a direct branch, which needs no landing pad. The
-//! functions that a trampoline calls indirectly begin with one.
+//! functions that a trampoline calls indirectly begin with a landing pad.
 
 use super::scan::{BTI_C, SVC};
 

@@ -3,7 +3,8 @@
 /// Makes a system call and returns the kernel's `rax`: a value or a negative errno.
 ///
 /// # Safety
-/// The rules of the call, with these arguments, at this point of the program.
+/// The caller must follow the rules of the call, with these arguments, at this point of the
+/// program.
 #[inline(always)]
 pub(in super::super) unsafe fn syscall(number: u64, [a0, a1, a2, a3, a4, a5]: [u64; 6]) -> u64 {
     let result;
